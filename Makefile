@@ -1,0 +1,52 @@
+# make demo   two videos of one prompt and seed, dense and accelerated, with times and likeness
+# make test   the test suite          make check   lint, types, layout
+# make bench  portable attention against dense on this machine, as JSON rows
+# make        this list
+# Every target installs what it needs into .venv first, at the versions of constraints.txt.
+
+PYTHON ?= python3
+VENV ?= .venv
+OUTPUT ?= outputs
+PYTEST_FLAGS ?=
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test check bench clean
+
+help:
+	@sed -n '1,/^$$/s/^# //p' Makefile
+
+install: $(INSTALLED)
+
+# torch comes first, so that no other package chooses its build. A CUDA build of torch asks for a Triton of its own;
+# where it does, that one stays. A Python without ensurepip gets its environment from virtualenv.
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "dit_accel needs Python 3.11 or newer, and $(PYTHON) is $$($(PYTHON) --version). Say make PYTHON=python3.12 ..." >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV) || { $(PYTHON) -m pip install --target $(VENV)-bootstrap virtualenv && \
+		PYTHONPATH=$(VENV)-bootstrap $(PYTHON) -m virtualenv --clear $(VENV); }
+	grep -v '^triton==' constraints.txt > $(VENV)/constraints.txt
+	$(BIN)/python -m pip install --constraint $(VENV)/constraints.txt torch setuptools wheel
+	$(BIN)/python -m pip show --quiet triton 2>/dev/null || cp constraints.txt $(VENV)/constraints.txt
+	$(BIN)/python -m pip install --constraint $(VENV)/constraints.txt --no-build-isolation --editable '.[dev]'
+	@touch $@
+
+demo: $(INSTALLED)
+	$(BIN)/dit-accel generate --model demo --compare --output $(OUTPUT)/demo.mp4
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest -m timing $(PYTEST_FLAGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not timing' -n auto $(PYTEST_FLAGS)
+
+check: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -q tests/test_layout.py
+
+bench: $(INSTALLED)
+	$(BIN)/python benchmarks/portable.py --output $(OUTPUT)/portable.jsonl
+
+clean:
+	rm -rf $(VENV) $(VENV)-bootstrap build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache

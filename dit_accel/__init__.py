@@ -1,0 +1,58 @@
+"""Faster Diffusers diffusion transformers: swap the attention of an unmodified pipeline, and see what it cost.
+
+The public names load on first use, so that ``import dit_accel`` needs torch alone and costs next to nothing more.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dit_accel.accelerator import Accelerator, accelerate, accelerated, load
+    from dit_accel.errors import DitAccelError
+    from dit_accel.plans import Plan, attention, plan
+    from dit_accel.registry import list_families, list_methods
+    from dit_accel.tokens import TokenGrid
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Accelerator",
+    "DitAccelError",
+    "Plan",
+    "TokenGrid",
+    "accelerate",
+    "accelerated",
+    "attention",
+    "list_families",
+    "list_methods",
+    "load",
+    "plan",
+]
+
+_HOME = {
+    "Accelerator": "accelerator",
+    "accelerate": "accelerator",
+    "accelerated": "accelerator",
+    "load": "accelerator",
+    "DitAccelError": "errors",
+    "Plan": "plans",
+    "attention": "plans",
+    "plan": "plans",
+    "list_families": "registry",
+    "list_methods": "registry",
+    "TokenGrid": "tokens",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'dit_accel' has no attribute {name!r}; it has {', '.join(__all__)}.")
+    value = getattr(importlib.import_module(f"dit_accel.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
