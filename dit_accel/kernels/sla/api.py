@@ -1,0 +1,123 @@
+"""The public operator of sparse-linear attention: checks, routing and dispatch."""
+
+from __future__ import annotations
+
+import torch
+
+from dit_accel.errors import DitAccelError
+from dit_accel.kernels.sla.features import FEATURE_MAPS
+from dit_accel.kernels.sla.portable import sparse_linear_portable
+from dit_accel.kernels.sla.reference import sparse_linear_reference
+from dit_accel.kernels.sla.router import route_blocks
+from dit_accel.order import TokenOrder
+from dit_accel.tokens import TokenGrid
+
+IMPLS = ("auto", "reference", "portable", "triton")
+LINEAR_SCOPES = ("all", "marginal")
+
+
+def sparse_linear_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    critical: int,
+    skipped: int = 0,
+    block: int = 64,
+    grid: tuple[int, int, int] | None = None,
+    tile: tuple[int, int, int] | None = None,
+    reference: int = 0,
+    text: int = 0,
+    text_first: bool = False,
+    text_len: torch.Tensor | None = None,
+    scale: float | None = None,
+    feature_map: str = "softmax",
+    linear_scope: str = "all",
+    weight: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    impl: str = "auto",
+) -> torch.Tensor:
+    """Exact attention over each query block's best key blocks, plus projected linear attention over the rest.
+
+    Visual queries attend exactly, in one softmax, to the `critical` visual blocks that the router keeps for their block
+    and to every reference and text token; to that comes ``o_l @ weight.T + bias``, where o_l is linear attention over
+    visual keys: all of them, or those in blocks that are neither kept nor dropped. Reference and text queries attend
+    exactly to everything and get no linear term. Differentiable in q, k, v, weight and bias; routing has no gradient.
+
+    Source: SLA (arXiv 2509.24006): its equations for scope "marginal", its published code (thu-ml/SLA) for "all".
+
+    Args:
+        q, k, v: [B, H, N, D] in model order, floating point, any strides.
+        critical: visual key blocks kept by every query block.
+        skipped: lowest visual key blocks that scope "marginal" leaves out of the linear branch; "all" ignores it.
+        block: tokens a query and a key block hold.
+        grid: (frames, rows, columns) of the visual tokens; None: all N tokens are visual, in one row.
+        tile: (t, h, w) for blocks that are 3-D tiles, None for runs in raster order.
+        reference, text: reference and text tokens in the sequence; they stand behind the visual ones, text last.
+        text_first: text stands before the visual tokens.
+        text_len: int [B], valid text tokens of each sample; text behind them is never a key. None: all of them.
+        scale: factor of the logits; D ** -0.5 if None.
+        feature_map: "softmax" (over the head dimension), "elu" (plus one) or "relu".
+        linear_scope: "all" or "marginal".
+        weight, bias: projection of the linear branch, [D, D] and [D], cast to the dtype of q; without `weight` there is
+            no linear branch.
+        impl: "auto", "reference", "portable" or "triton"; a named one runs or raises.
+
+    Returns:
+        [B, H, N, D] in the dtype of q, laid out as [B, N, H, D] in memory.
+
+    Raises:
+        DitAccelError: shapes, counts or names do not fit, or `impl` cannot run here.
+
+    Example:
+        >>> q = k = v = torch.randn(1, 4, 8192, 64)
+        >>> sparse_linear_attention(q, k, v, critical=6, weight=torch.zeros(64, 64)).shape
+        torch.Size([1, 4, 8192, 64])
+    """
+    if torch.is_autocast_enabled(q.device.type):
+        q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
+    shape = (1, 1, q.shape[-2]) if grid is None else tuple(grid)
+    layout = TokenGrid(*shape, text=text, text_first=text_first, reference=reference)
+    order = TokenOrder(layout, block, tile)
+    _check(q, k, v, order, critical, skipped, feature_map, linear_scope, impl)
+    visual = slice(layout.visual_start, layout.visual_start + layout.visual)
+    dropped = skipped if linear_scope == "marginal" else 0
+    # Scores and linear sums are fp32 whatever autocast says.
+    with torch.autocast(q.device.type, enabled=False):
+        lists = route_blocks(q[:, :, visual].detach(), k[:, :, visual].detach(), shape, block, tile, critical, dropped)
+        common = {
+            "order": order,
+            "text_len": None if text_len is None else text_len.to(device=q.device, dtype=torch.int32),
+            "scale": q.shape[-1] ** -0.5 if scale is None else scale,
+            "feature_map": feature_map,
+            "linear_scope": linear_scope,
+            "weight": weight,
+            "bias": bias,
+        }
+        if impl == "reference":
+            return sparse_linear_reference(q, k, v, *lists, **common)
+        return sparse_linear_portable(q, k, v, *lists, impl=impl, **common)
+
+
+def _check(q, k, v, order: TokenOrder, critical, skipped, feature_map, linear_scope, impl) -> None:
+    if not q.shape == k.shape == v.shape or q.ndim != 4 or q.shape[2] != order.grid.tokens:
+        raise DitAccelError(
+            f"q, k and v must be [batch, heads, {order.grid.tokens}, head_dim], all alike, for the grid {order.grid}; "
+            f"got {tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)}."
+        )
+    if not q.dtype == k.dtype == v.dtype or not q.is_floating_point():
+        raise DitAccelError(f"q, k and v must share one floating dtype, got {q.dtype}, {k.dtype} and {v.dtype}.")
+    if critical < 1 or skipped < 0 or critical + skipped > order.visual_blocks:
+        raise DitAccelError(
+            f"critical must be at least 1, skipped at least 0, and both together at most the {order.visual_blocks} "
+            f"visual blocks; got {critical} and {skipped}."
+        )
+    for name, value, known in (
+        ("feature_map", feature_map, FEATURE_MAPS),
+        ("linear_scope", linear_scope, LINEAR_SCOPES),
+        ("impl", impl, IMPLS),
+    ):
+        if value not in known:
+            raise DitAccelError(f"{name} must be one of {', '.join(known)}; got {value!r}.")
+    if impl == "triton":
+        raise DitAccelError("Sparse-linear attention has no Triton kernel yet; ask for impl='portable' or 'auto'.")

@@ -1,0 +1,331 @@
+"""Sparse-linear attention (SLA): the best key blocks exactly, the rest through a learned linear branch.
+
+Source: "SLA: Beyond Sparsity in Diffusion Transformers via Fine-Tunable Sparse-Linear Attention" (arXiv 2509.24006) and
+its code, thu-ml/SLA. Scope "all" is what the published code computes, scope "marginal" what the paper's equations say:
+critical blocks exactly, the lowest dropped, the rest linear. Weights trained with one scope do not fit the other.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from dit_accel.blocks import BlockMask, valid_tokens
+from dit_accel.errors import DitAccelError
+from dit_accel.kernels.sla.api import LINEAR_SCOPES, sparse_linear_attention
+from dit_accel.kernels.sla.features import FEATURE_MAPS, FeatureMap
+from dit_accel.kernels.sla.router import route_blocks
+from dit_accel.order import TokenOrder
+from dit_accel.plans import Plan, tile_shapes
+from dit_accel.registry import Method
+from dit_accel.tokens import TokenGrid
+
+# Shares such as 0.7 + 0.3 do not always add up to 1 in binary.
+_ROUNDING = 1e-9
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Settings of SLA; the defaults are the published ones.
+
+    Args:
+        topk: share of the visual key blocks that every query block attends to exactly, in (0, 1]. Of K blocks that is
+            ``max(1, int(topk * K))``: rounded down as published, but never less than one.
+        skip: share dropped altogether, in [0, 1); ``int(skip * K)`` blocks. It counts in scope "marginal" only.
+        feature_map: of the linear branch: "softmax" over the head dimension, "elu" plus one, or "relu".
+        linear_scope: "all": linear attention over all visual keys; "marginal": over blocks neither kept nor dropped.
+        block: tokens a query block and a key block hold.
+        order: "raster": blocks are runs of tokens; "tile": 3-D tiles, chosen per grid.
+
+    Raises:
+        DitAccelError: a value is out of range, or topk and skip together are more than 1 (a `skip` left at its default
+            is not held against `topk` in scope "all", which has no use for it).
+    """
+
+    topk: float = 0.05
+    skip: float = 0.10
+    feature_map: FeatureMap = "softmax"
+    linear_scope: Literal["all", "marginal"] = "all"
+    block: int = 64
+    order: Literal["raster", "tile"] = "raster"
+
+    def __post_init__(self) -> None:
+        if not 0 < self.topk <= 1:
+            raise DitAccelError(f"topk is the share of key blocks to keep, above 0 and at most 1; got {self.topk!r}.")
+        if not 0 <= self.skip < 1:
+            raise DitAccelError(f"skip is the share of key blocks to drop, at least 0 and below 1; got {self.skip!r}.")
+        for name, known in (
+            ("feature_map", FEATURE_MAPS),
+            ("linear_scope", LINEAR_SCOPES),
+            ("order", ("raster", "tile")),
+        ):
+            if getattr(self, name) not in known:
+                raise DitAccelError(f"{name} must be one of {', '.join(known)}; got {getattr(self, name)!r}.")
+        if not isinstance(self.block, int) or isinstance(self.block, bool) or self.block < 1:
+            raise DitAccelError(f"block is a number of tokens, at least 1; got {self.block!r}.")
+        default = type(self).__dataclass_fields__["skip"].default
+        if self.topk + self.skip > 1 + _ROUNDING and (self.linear_scope == "marginal" or self.skip != default):
+            raise DitAccelError(
+                f"topk and skip are shares of the same blocks and cannot exceed 1 together; got {self.topk} and "
+                f"{self.skip}. Lower one of them."
+            )
+
+    def kept(self, blocks: int) -> int:
+        """Visual key blocks that each of `blocks` query blocks keeps."""
+        return max(1, int(self.topk * blocks))
+
+    def dropped(self, blocks: int) -> int:
+        """Visual key blocks that each of `blocks` query blocks drops; 0 in scope "all"."""
+        if self.linear_scope == "all":
+            return 0
+        return min(int(self.skip * blocks), blocks - self.kept(blocks))
+
+
+class Routing(NamedTuple):
+    """How one call treats its blocks: three `BlockMask`s with leading dimensions [B, H].
+
+    critical: attended exactly; reference and text rows and columns are always here.
+    skipped: dropped; empty in scope "all".
+    linear: visual blocks of the linear branch; in scope "all" every one, the critical ones too.
+    """
+
+    critical: BlockMask
+    skipped: BlockMask
+    linear: BlockMask
+
+
+class SparseLinearAttention(nn.Module):
+    """SLA with its learned projection, one head_dim x head_dim linear layer shared by all heads.
+
+    The projection starts at zero, so that an untrained module is plain top-k block-sparse attention. It is kept in fp32
+    and cast to the input's dtype at use.
+
+    Args:
+        head_dim: D.
+        config: settings of `Config`, by name.
+
+    Example:
+        >>> attention = SparseLinearAttention(64, topk=0.1)
+        >>> q, k, v = torch.randn(3, 1, 4, 1000, 64)
+        >>> attention(q, k, v).shape
+        torch.Size([1, 4, 1000, 64])
+    """
+
+    def __init__(self, head_dim: int, **config: Any) -> None:
+        super().__init__()
+        self.config = Config(**config)
+        self.proj = nn.Linear(head_dim, head_dim, dtype=torch.float32)
+        nn.init.zeros_(self.proj.weight)
+        nn.init.zeros_(self.proj.bias)
+
+    def forward(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        grid: TokenGrid | None = None,
+        text_lens: torch.Tensor | None = None,
+        scale: float | None = None,
+        impl: str = "auto",
+    ) -> torch.Tensor:
+        """Attend.
+
+        Args:
+            q, k, v: [B, H, N, D], any strides; D is the module's head_dim.
+            grid: where the tokens lie; None: all visual, in one row.
+            text_lens: int [B], valid text tokens of each sample. None: all of them.
+            scale: factor of the logits; D ** -0.5 if None.
+            impl: "auto", "reference", "portable" or "triton"; a named one runs or raises.
+
+        Returns:
+            [B, H, N, D] in the dtype of q, laid out as [B, N, H, D] in memory.
+
+        Raises:
+            DitAccelError: shapes do not fit the grid or head_dim, tiles are asked for without a grid, or `impl` cannot
+                run here.
+        """
+        if q.shape[-1] != self.proj.in_features:
+            raise DitAccelError(
+                f"This module was built for head_dim {self.proj.in_features}, the call has {q.shape[-1]}; "
+                "build SparseLinearAttention with the model's head_dim."
+            )
+        order = _order(self.config, self._grid(q, grid))
+        return _attend(
+            self.config, order, q, k, v,
+            text_lens=text_lens, scale=scale, impl=impl, weight=self.proj.weight, bias=self.proj.bias,
+        )  # fmt: skip
+
+    @torch.no_grad()
+    def route(self, q: torch.Tensor, k: torch.Tensor, grid: TokenGrid | None = None) -> Routing:
+        """Which blocks a call with these queries and keys keeps, drops and treats linearly.
+
+        Args:
+            q, k: [B, H, N, D].
+            grid: as for `forward`.
+        """
+        order = _order(self.config, self._grid(q, grid))
+        layout, blocks = order.grid, order.visual_blocks
+        visual = slice(layout.visual_start, layout.visual_start + layout.visual)
+        kept, dropped = route_blocks(
+            q[:, :, visual], k[:, :, visual], layout.shape, order.block, order.tile,
+            self.config.kept(blocks), self.config.dropped(blocks),
+        )  # fmt: skip
+        none = torch.zeros((*kept.shape[:2], blocks, blocks), dtype=torch.bool, device=q.device)
+        critical, skipped = none.scatter(-1, kept.long(), True), none.scatter(-1, dropped.long(), True)
+        linear = ~none if self.config.linear_scope == "all" else ~(critical | skipped)
+        return Routing(
+            critical=_block_mask(critical, order, dense=True),
+            skipped=_block_mask(skipped, order, dense=False),
+            linear=_block_mask(linear, order, dense=False),
+        )
+
+    def _grid(self, q: torch.Tensor, grid: TokenGrid | None) -> TokenGrid:
+        if grid is not None:
+            return grid
+        if self.config.order == "tile":
+            raise DitAccelError("order='tile' needs to know where the tokens lie; pass grid=TokenGrid(...).")
+        return TokenGrid(1, 1, q.shape[-2])
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{field.name}={getattr(self.config, field.name)!r}" for field in dataclasses.fields(Config))
+
+
+class SlaPlan(Plan):
+    """SLA on one grid. Which blocks a query keeps depends on the call; how many does not.
+
+    Attributes:
+        order: how queries and keys are cut into blocks.
+    """
+
+    config: Config
+
+    def __init__(self, config: Config, grid: TokenGrid) -> None:
+        super().__init__("sla", config, grid)
+        self.order = _order(config, grid)
+
+    @property
+    def visited(self) -> int:
+        """Blocks attended exactly in every head of every call, reference and text blocks included."""
+        rows, around = self.order.visual_blocks, self.order.dense_blocks
+        return rows * (self.config.kept(rows) + around) + around * self.order.blocks
+
+    @property
+    def total(self) -> int:
+        """Blocks that dense attention visits."""
+        return self.order.blocks**2
+
+    @property
+    def pairs(self) -> int:
+        """Pairs attended exactly, text included; the linear branch counts none.
+
+        Every query keeps the same number of key blocks, so the number is the same for every head of every call if all
+        visual blocks hold the same number of tokens. Where some hold fewer (the tail of raster order, tiles cut off
+        by the border), it is the number for the fullest blocks: no call attends more, and a query that keeps a smaller
+        block attends fewer.
+        """
+        sizes = valid_tokens(self.order).sort(descending=True).values
+        keys = int(sizes[: self.config.kept(self.order.visual_blocks)].sum())
+        around = self.grid.tokens - self.grid.visual
+        return self.grid.visual * (keys + around) + around * self.grid.tokens
+
+    def token_mask(self) -> torch.Tensor:
+        raise DitAccelError(
+            "sla has no token mask that is known before the call: it routes by content. "
+            "SparseLinearAttention.route(q, k) gives the blocks of one call, pairs and density their number."
+        )
+
+    def block_mask(self, *args: Any, **kwargs: Any) -> BlockMask:
+        raise DitAccelError(
+            "sla has no block mask that is known before the call: it routes by content. "
+            "SparseLinearAttention.route(q, k) gives the blocks of one call, visited, total and density their number."
+        )
+
+    def attend(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        *,
+        scale: float | None = None,
+        text_lens: torch.Tensor | None = None,
+        impl: str = "auto",
+        module: nn.Module | None = None,
+    ) -> torch.Tensor:
+        """See `Plan.attend`. Without a `module` the projection is zero, and the linear branch is left out."""
+        if module is not None and not isinstance(module, SparseLinearAttention):
+            raise DitAccelError(f"sla takes a SparseLinearAttention as its module, got {type(module).__name__}.")
+        weight, bias = (None, None) if module is None else (module.proj.weight, module.proj.bias)
+        return _attend(
+            self.config, self.order, q, k, v, text_lens=text_lens, scale=scale, impl=impl, weight=weight, bias=bias
+        )
+
+
+def _attend(config: Config, order: TokenOrder, q, k, v, *, text_lens, scale, impl, weight, bias) -> torch.Tensor:
+    grid = order.grid
+    return sparse_linear_attention(
+        q,
+        k,
+        v,
+        critical=config.kept(order.visual_blocks),
+        skipped=config.dropped(order.visual_blocks),
+        block=order.block,
+        grid=grid.shape,
+        tile=order.tile,
+        reference=grid.reference,
+        text=grid.text,
+        text_first=grid.text_first,
+        text_len=text_lens,
+        scale=scale,
+        feature_map=config.feature_map,
+        linear_scope=config.linear_scope,
+        weight=weight,
+        bias=bias,
+        impl=impl,
+    )
+
+
+def _order(config: Config, grid: TokenGrid) -> TokenOrder:
+    tile = choose_tile(config.block, grid) if config.order == "tile" else None
+    return TokenOrder(grid, config.block, tile)
+
+
+def choose_tile(block: int, grid: TokenGrid) -> tuple[int, int, int]:
+    """The most compact tile of `block` tokens whose padding costs little.
+
+    Routing works on averages, so a tile's tokens should be near each other: of the shapes that cut the grid into at
+    most an eighth more blocks than the best does, the one with the smallest sum of sides, long rows first.
+    """
+
+    def blocks(tile: tuple[int, int, int]) -> int:
+        return TokenOrder(grid, block, tile).visual_blocks
+
+    shapes = tile_shapes(block, grid.shape)
+    fewest = min(blocks(tile) for tile in shapes)
+    near = [tile for tile in shapes if 8 * blocks(tile) <= 9 * fewest]
+    return min(near, key=lambda tile: (sum(tile), -tile[2], -tile[1]))
+
+
+def _block_mask(visual: torch.Tensor, order: TokenOrder, *, dense: bool) -> BlockMask:
+    """A map [B, H, visual_blocks, visual_blocks] as lists; `dense`: reference and text blocks are listed too."""
+    around = order.dense_blocks
+    listed = F.pad(visual, (0, around, 0, around), value=dense)
+    counts = listed.sum(-1, dtype=torch.int32)
+    width = max(int(counts.max()), 1)
+    positions = torch.arange(order.blocks, dtype=torch.int32, device=visual.device)
+    indices = torch.where(listed, positions, order.blocks).sort(dim=-1).values[..., :width]
+    indices = torch.where(indices < order.blocks, indices, 0)
+    return BlockMask(indices, counts, torch.zeros_like(indices, dtype=torch.bool), order, order)
+
+
+METHOD = Method(
+    name="sla",
+    config=Config,
+    plan=lambda grid, config: SlaPlan(config, grid),
+    module=lambda head_dim, config: SparseLinearAttention(head_dim, **dataclasses.asdict(config)),
+    summary="top-k key blocks exactly, a learned linear branch for the rest (needs fine-tuning)",
+    source="SLA, arXiv 2509.24006; github.com/thu-ml/SLA",
+)
