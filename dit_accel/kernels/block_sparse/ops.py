@@ -1,0 +1,107 @@
+"""The custom ops behind `api`: opaque to `torch.compile`, with shapes for tracing and the backward registered here.
+
+Only torch is imported; the implementation that a call names is imported when the op runs.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from types import ModuleType
+
+import torch
+
+IMPLEMENTATIONS = ("portable", "triton")
+
+
+def _implementation(name: str) -> ModuleType:
+    return importlib.import_module(f"dit_accel.kernels.block_sparse.{name}")
+
+
+def _accumulation(dtype: torch.dtype) -> torch.dtype:
+    """The type of softmax statistics and LSE."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+@torch.library.custom_op("dit_accel::block_sparse_attention", mutates_args=())
+def attention_forward(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    kv_indices: torch.Tensor,
+    kv_counts: torch.Tensor,
+    partial: torch.Tensor | None,
+    tables: torch.Tensor | None,
+    visual_start: torch.Tensor | None,
+    reference_start: torch.Tensor | None,
+    text_start: torch.Tensor | None,
+    text_len: torch.Tensor | None,
+    geometry: Sequence[int],
+    scale: float,
+    impl: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Output [B, H, Nq, D], laid out in memory as [B, Nq, H, D], and LSE [B, H, Nq]."""
+    return _implementation(impl).forward(
+        q, k, v, kv_indices, kv_counts, partial, tables, visual_start, reference_start, text_start, text_len,
+        geometry, scale,
+    )  # fmt: skip
+
+
+@attention_forward.register_fake
+def _(q, k, v, kv_indices, *rest):
+    batch, heads, tokens, dim = q.shape
+    out = q.new_empty(batch, tokens, heads, dim).transpose(1, 2)
+    return out, q.new_empty(batch, heads, tokens, dtype=_accumulation(q.dtype))
+
+
+@torch.library.custom_op("dit_accel::block_sparse_attention_backward", mutates_args=())
+def attention_backward(
+    grad_out: torch.Tensor,
+    grad_lse: torch.Tensor | None,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    kv_indices: torch.Tensor,
+    kv_counts: torch.Tensor,
+    partial: torch.Tensor | None,
+    tables: torch.Tensor | None,
+    visual_start: torch.Tensor | None,
+    reference_start: torch.Tensor | None,
+    text_start: torch.Tensor | None,
+    text_len: torch.Tensor | None,
+    geometry: Sequence[int],
+    scale: float,
+    impl: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of q, k and v, each laid out in memory as [B, N, H, D]."""
+    return _implementation(impl).backward(
+        grad_out, grad_lse, q, k, v, out, lse, kv_indices, kv_counts, partial, tables,
+        visual_start, reference_start, text_start, text_len, geometry, scale,
+    )  # fmt: skip
+
+
+@attention_backward.register_fake
+def _(grad_out, grad_lse, q, k, v, *rest):
+    return tuple(
+        torch.empty_like(x.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2) for x in (q, k, v)
+    )
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    q, k, v, *lists, geometry, scale, impl = inputs
+    ctx.save_for_backward(q, k, v, *output, *lists)
+    ctx.set_materialize_grads(False)
+    ctx.geometry, ctx.scale, ctx.impl = geometry, scale, impl
+
+
+def _backward(ctx, grad_out, grad_lse):
+    q, k, v, out, lse, *lists = ctx.saved_tensors
+    if grad_out is None:
+        grad_out = torch.zeros_like(out)
+    grads = attention_backward(grad_out, grad_lse, q, k, v, out, lse, *lists, ctx.geometry, ctx.scale, ctx.impl)
+    return *grads, *(None,) * (len(lists) + 3)
+
+
+attention_forward.register_autograd(_backward, setup_context=_setup_context)

@@ -1,0 +1,146 @@
+"""Block-sparse attention written down as what it means: build the token mask, then softmax. This file defines right."""
+
+from __future__ import annotations
+
+import torch
+
+from dit_accel.errors import DitAccelError
+from dit_accel.kernels.block_sparse.geometry import Geometry, Layout, query_layout
+
+MAX_TOKENS = 20_000
+_KIND_BAND = 1
+_HEADER_WORDS = 8
+
+
+def allowed_pairs(tables: torch.Tensor, geometry: Geometry) -> torch.Tensor:
+    """The packed predicate over all visual pairs: bool [visual queries, visual keys].
+
+    `tables` is int32 [words]: word 0 holds the number of terms n, then come n headers of eight words ``[kind, off_t,
+    off_h, off_w, step_t, step_h, step_w, 0]``. Kind 0 is a product of three axis tables, each stored at its offset as
+    one (start, stop) pair per query coordinate: query i sees key j iff start <= j < stop and (j - start) % step == 0.
+    Kind 1 is a band: off_t is the offset of a radius table [query frames, key frames], and a pair is allowed iff the
+    raster positions h * W + w of the two tokens differ by less than the radius of their frames.
+    """
+    words = tables.long()
+    axes_q, axes_k = _coordinates(geometry.query_grid, words.device), _coordinates(geometry.grid, words.device)
+    allowed = torch.zeros(axes_q.shape[1], axes_k.shape[1], dtype=torch.bool, device=words.device)
+    for term in range(int(words[0])):
+        kind, *rest = words[1 + _HEADER_WORDS * term : 1 + _HEADER_WORDS * (term + 1)].tolist()
+        if kind == _KIND_BAND:
+            allowed |= _band(words, rest[0], axes_q, axes_k, geometry)
+            continue
+        product = torch.ones_like(allowed)
+        for axis in range(3):
+            offset, step, length = rest[axis], rest[3 + axis], geometry.query_grid[axis]
+            start, stop = words[offset : offset + 2 * length].reshape(length, 2)[axes_q[axis]].T
+            key = axes_k[axis]
+            product &= (key >= start[:, None]) & (key < stop[:, None]) & ((key - start[:, None]) % step == 0)
+        allowed |= product
+    return allowed
+
+
+def _band(
+    words: torch.Tensor, offset: int, axes_q: torch.Tensor, axes_k: torch.Tensor, geometry: Geometry
+) -> torch.Tensor:
+    frames_q, frames_k = geometry.query_grid[0], geometry.grid[0]
+    radius = words[offset : offset + frames_q * frames_k].reshape(frames_q, frames_k)
+    place_q = axes_q[1] * geometry.query_grid[2] + axes_q[2]
+    place_k = axes_k[1] * geometry.grid[2] + axes_k[2]
+    return (place_q[:, None] - place_k).abs() < radius[axes_q[0][:, None], axes_k[0]]
+
+
+def _coordinates(shape: tuple[int, int, int], device: torch.device) -> torch.Tensor:
+    """Frame, row and column of every visual token: int64 [3, visual]."""
+    return torch.cartesian_prod(*(torch.arange(n, device=device) for n in shape)).reshape(-1, 3).T
+
+
+def token_mask(
+    kv_indices: torch.Tensor,
+    kv_counts: torch.Tensor,
+    partial: torch.Tensor | None,
+    tables: torch.Tensor | None,
+    geometry: Geometry,
+) -> torch.Tensor:
+    """Which canonical keys each canonical query sees: bool [..., queries, keys], leading dims as the lists'."""
+    device = kv_indices.device
+    block_of_q = _block_of_token(geometry.query_order.index(), geometry.block_q).to(device)
+    block_of_k = _block_of_token(geometry.key_order.index(), geometry.block_k).to(device)
+    key_blocks = geometry.key_order.blocks
+    used = torch.arange(kv_indices.shape[-1], device=device) < kv_counts[..., None]
+    listed = _mark(kv_indices, used, key_blocks)
+    mask = listed[..., block_of_q, :][..., block_of_k]
+    if tables is not None:
+        check = used if partial is None else used & partial
+        checked = _mark(kv_indices, check, key_blocks)[..., block_of_q, :][..., block_of_k]
+        allowed = torch.ones(mask.shape[-2:], dtype=torch.bool, device=device)
+        pairs = allowed_pairs(tables, geometry)
+        allowed[: pairs.shape[0], : pairs.shape[1]] = pairs
+        mask = mask & (allowed | ~checked)
+    return mask
+
+
+def _mark(kv_indices: torch.Tensor, used: torch.Tensor, key_blocks: int) -> torch.Tensor:
+    """A list of blocks as a bitmap: bool [..., query blocks, key blocks]; unused entries fall into a spare column."""
+    bitmap = torch.zeros(*kv_indices.shape[:-1], key_blocks + 1, dtype=torch.bool, device=kv_indices.device)
+    return bitmap.scatter_(-1, torch.where(used, kv_indices.long(), key_blocks), True)[..., :key_blocks]
+
+
+def _block_of_token(index: torch.Tensor, block: int) -> torch.Tensor:
+    """Block number of every canonical token, from the token of every slot."""
+    slots = (index >= 0).nonzero().squeeze(1)
+    blocks = torch.empty(len(slots), dtype=torch.int64)
+    blocks[index[slots]] = slots // block
+    return blocks
+
+
+def forward(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    kv_indices: torch.Tensor,
+    kv_counts: torch.Tensor,
+    partial: torch.Tensor | None,
+    tables: torch.Tensor | None,
+    geometry: Geometry,
+    layouts: list[Layout],
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Masked dense attention by plain autograd, in fp64 for fp64 inputs and in fp32 otherwise.
+
+    Args:
+        q: [B, H, Nq, D].
+        k, v: [B, H, Nk, D].
+        kv_indices, kv_counts, partial, tables, geometry: see `api.block_sparse_attention`.
+        layouts: one per sample.
+        scale: factor on the logits.
+
+    Returns:
+        The output [B, H, Nq, D] in q's dtype and the natural-log LSE [B, H, Nq] in the dtype of the computation.
+
+    Raises:
+        DitAccelError: more than 20,000 queries or keys.
+    """
+    longest = max(q.shape[2], k.shape[2])
+    if longest > MAX_TOKENS:
+        raise DitAccelError(
+            f"impl='reference' builds a dense mask and takes at most {MAX_TOKENS} tokens, got {longest}; "
+            "use impl='portable' or 'auto'."
+        )
+    mask = token_mask(kv_indices, kv_counts, partial, tables, geometry)
+    high = torch.float64 if q.dtype == torch.float64 else torch.float32
+    grid_q, grid_k = geometry.query_order.grid, geometry.key_order.grid
+    outs, lses = [], []
+    for b, layout in enumerate(layouts):
+        rows = query_layout(geometry, layout).positions(grid_q.visual, grid_q.reference, grid_q.text).to(q.device)
+        columns = layout.positions(grid_k.visual, grid_k.reference, grid_k.text).to(q.device)
+        valid = torch.arange(len(columns), device=q.device) < grid_k.visual + grid_k.reference + layout.text_len
+        allowed = (mask[b] if mask.ndim == 4 else mask) & valid
+        # Keys nobody may see are never read: poison in them cannot reach the sums as 0 * nan.
+        logits = (q[b][:, rows].to(high) @ k[b][:, columns[valid]].to(high).transpose(-1, -2)) * scale
+        logits = logits.masked_fill(~allowed[..., valid], float("-inf"))
+        lse = torch.logsumexp(logits, dim=-1)
+        weights = torch.exp(logits - lse.masked_fill(lse == float("-inf"), 0.0)[..., None])
+        out = weights @ v[b][:, columns[valid]].to(high)
+        outs.append(q.new_zeros(q.shape[1:]).index_copy(1, rows, out.to(q.dtype)))
+        lses.append(lse.new_full(lse.shape[:1] + q.shape[2:3], float("-inf")).index_copy(1, rows, lse))
+    return torch.stack(outs), torch.stack(lses)
