@@ -1,0 +1,47 @@
+"""The model's own attention, untouched."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import ClassVar
+
+import torch
+
+from dit_accel.masks import AxisTable, Mask, Product
+from dit_accel.plans import StaticPlan
+from dit_accel.registry import Method
+from dit_accel.tokens import TokenGrid
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Dense attention has no settings."""
+
+    keeps_all: ClassVar[bool] = True
+
+
+class DensePlan(StaticPlan):
+    """Every token sees every token. `attend` is PyTorch's own attention unless another implementation is named."""
+
+    def attend(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        *,
+        scale: float | None = None,
+        text_lens: torch.Tensor | None = None,
+        impl: str = "auto",
+        module: torch.nn.Module | None = None,
+    ) -> torch.Tensor:
+        if impl != "auto" or text_lens is not None:
+            return super().attend(q, k, v, scale=scale, text_lens=text_lens, impl=impl)
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, scale=scale)
+
+
+def make_plan(grid: TokenGrid, config: Config) -> DensePlan:
+    t, h, w = (AxisTable.full(length) for length in grid.shape)
+    return DensePlan("dense", config, grid, Mask((Product(t, h, w),)))
+
+
+METHOD = Method("dense", Config, make_plan, "the model's own attention", source="-")

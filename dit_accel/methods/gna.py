@@ -1,0 +1,153 @@
+"""Generalized neighborhood attention: sliding, strided, blocked, dilated and causal windows, exact to the token.
+
+Source: Hassani et al., "Generalized Neighborhood Attention", arXiv:2504.16922; dilation from "Dilated Neighborhood
+Attention Transformer", arXiv:2209.15001.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import torch
+
+from dit_accel.errors import DitAccelError
+from dit_accel.masks import AxisTable, Mask, Product
+from dit_accel.plans import StaticPlan
+from dit_accel.registry import Method
+from dit_accel.tokens import TokenGrid
+
+AXES = ("frames", "height", "width")
+Window = int | float | str
+PerAxis = tuple[Any, Any, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Settings of gna: one value for all axes, or one per axis (frames, height, width).
+
+    Args:
+        window: tokens (int >= 1), a fraction of the axis (float in (0, 1]), or "full".
+        stride: neighbouring queries that share one window, 1 <= stride <= window.
+        dilation: distance of neighbouring keys, window * dilation <= axis.
+        causal: whether a query sees only keys up to itself.
+
+    On an axis of one token all of this is moot. One stride or dilation for all axes is clamped where an axis is
+    shorter.
+
+    Raises:
+        DitAccelError: a value is of the wrong kind or out of range.
+    """
+
+    window: Window | tuple[Window, Window, Window]
+    stride: int | tuple[int, int, int] = 1
+    dilation: int | tuple[int, int, int] = 1
+    causal: bool | tuple[bool, bool, bool] = False
+
+    def __post_init__(self) -> None:
+        for name in ("window", "stride", "dilation", "causal"):
+            value = getattr(self, name)
+            if isinstance(value, list):
+                value = tuple(value)
+                object.__setattr__(self, name, value)
+            if isinstance(value, tuple) and len(value) != 3:
+                raise DitAccelError(
+                    f"gna needs {name} as one value or three (frames, height, width), got {len(value)}: {value}."
+                )
+            for entry in value if isinstance(value, tuple) else (value,):
+                self._check(name, entry)
+
+    @staticmethod
+    def _check(name: str, value: Any) -> None:
+        count = isinstance(value, int) and not isinstance(value, bool)
+        if name == "causal":
+            good, wanted = isinstance(value, bool), "true or false"
+        elif name == "window":
+            good = (count and value >= 1) or (isinstance(value, float) and 0 < value <= 1) or value == "full"
+            wanted = 'a number of tokens >= 1, a fraction in (0, 1] or "full"'
+        else:
+            good, wanted = count and value >= 1, "an integer >= 1"
+        if not good:
+            raise DitAccelError(f"gna needs {name} as {wanted}, got {value!r}.")
+
+    @property
+    def keeps_all(self) -> bool:
+        """Whether the settings say in so many words that every pair is kept."""
+        return set(per_axis(self.window)) <= {"full", 1.0} and not any(per_axis(self.causal))
+
+
+def per_axis(value: Any) -> PerAxis:
+    return value if isinstance(value, tuple) else (value, value, value)
+
+
+def window_tokens(window: Window, length: int, dilation: int) -> int:
+    """Tokens of a window on an axis; a fraction is of the ⌊length / dilation⌋ tokens that one residue surely has."""
+    if window == "full":
+        return length
+    if isinstance(window, float):
+        return max(1, math.floor(window * (length // dilation) + 0.5))
+    return int(window)
+
+
+def axis_table(length: int, window: int, stride: int = 1, dilation: int = 1, causal: bool = False) -> AxisTable:
+    """Which keys each query of one axis sees.
+
+    Queries and keys of one residue modulo `dilation` form a group of their own. Inside it, queries share the window of
+    their leader, the middle of each run of `stride` queries (its last one if causal); a window has `window` keys, one
+    more to the left if even, and shifts inward at the borders. A causal window ends with the query itself.
+    """
+    position = torch.arange(length)
+    residue, query = position % dilation, position // dilation
+    group = length // dilation + (residue < length % dilation).long()
+    first = query // stride * stride
+    if causal:
+        start = (torch.minimum(first + stride - 1, group - 1) - window + 1).clamp(min=0)
+        stop = query + 1
+    else:
+        leader = torch.minimum(first + stride // 2, group - 1)
+        start = torch.minimum((leader - window // 2).clamp(min=0), group - window)
+        stop = start + window
+    return AxisTable(start * dilation + residue, (stop - 1) * dilation + residue + 1, dilation)
+
+
+def fit_axis(axis: int, length: int, config: Config) -> AxisTable:
+    """The table of one axis of a grid, with scalar strides and dilations clamped.
+
+    Raises:
+        DitAccelError: window * dilation exceeds the axis, or the stride exceeds the window.
+    """
+    if length == 1:
+        return AxisTable.full(1)
+    asked = per_axis(config.window)[axis]
+    dilation = per_axis(config.dilation)[axis]
+    if not isinstance(config.dilation, tuple):
+        smallest = 1 if isinstance(asked, float) else window_tokens(asked, length, 1)
+        dilation = max(1, min(dilation, length // smallest))
+    window = window_tokens(asked, length, dilation)
+    stride = per_axis(config.stride)[axis]
+    if not isinstance(config.stride, tuple):
+        stride = min(stride, window)
+    if window * dilation > length:
+        times = f" at dilation {dilation}" if dilation > 1 else ""
+        raise DitAccelError(
+            f"gna's window of {window} tokens{times} is larger than the {AXES[axis]} axis of {length}; "
+            f'ask for at most {max(1, length // dilation)}, a fraction such as 0.5, or "full".'
+        )
+    if stride > window:
+        raise DitAccelError(f"gna needs stride <= window on the {AXES[axis]} axis, got stride {stride}, window {window}.")
+    return axis_table(length, window, stride, dilation, per_axis(config.causal)[axis])
+
+
+def make_plan(grid: TokenGrid, config: Config) -> StaticPlan:
+    t, h, w = (fit_axis(axis, length, config) for axis, length in enumerate(grid.shape))
+    return StaticPlan("gna", config, grid, Mask((Product(t, h, w),)), order="tile")
+
+
+METHOD = Method(
+    "gna",
+    Config,
+    make_plan,
+    "generalized neighborhood attention: sliding, strided, blocked, dilated, causal windows per axis",
+    source="arXiv:2504.16922",
+)

@@ -1,0 +1,161 @@
+"""Radial attention: the spatial window halves each time the distance in frames doubles.
+
+Source: Li et al., "Radial Attention: O(n log n) Sparse Attention with Energy Decay for Long Video Generation",
+arXiv:2506.19852, equation 4 (`rule="paper"`) and the block mask of the authors' released code (`rule="reference"`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from typing import ClassVar, Literal, get_args
+
+import torch
+
+from dit_accel.errors import DitAccelError
+from dit_accel.masks import Band, Mask, prefix_sums
+from dit_accel.plans import BlockPlan, Plan, StaticPlan
+from dit_accel.registry import Method
+from dit_accel.tokens import TokenGrid
+
+Rule = Literal["paper", "reference"]
+THINNING = 128  # the released code thins diagonals narrower than this, whatever its block size
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Settings of radial.
+
+    Args:
+        decay: factor of the window width, > 0.
+        sink: whether every query also sees the first frame.
+        block: tokens a block holds under `rule="reference"`, which is defined on raster blocks; unused otherwise.
+        rule: "paper", exact to the token, or "reference", the released code's block mask number for number.
+
+    Raises:
+        DitAccelError: a value is of the wrong kind or out of range.
+    """
+
+    decay: float = 1.0
+    sink: bool = True
+    block: int = 128
+    rule: Rule = "paper"
+    keeps_all: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        if isinstance(self.decay, bool) or not isinstance(self.decay, int | float) or not 0 < self.decay < math.inf:
+            raise DitAccelError(f"radial needs decay as a number > 0, got {self.decay!r}.")
+        if not isinstance(self.sink, bool):
+            raise DitAccelError(f"radial needs sink as true or false, got {self.sink!r}.")
+        if not isinstance(self.block, int) or isinstance(self.block, bool) or self.block < 1:
+            raise DitAccelError(f"radial needs block as an integer >= 1, got {self.block!r}.")
+        if self.rule not in get_args(Rule):
+            raise DitAccelError(f"radial needs rule as one of {', '.join(get_args(Rule))}, got {self.rule!r}.")
+
+
+def paper_radius(frames: int, frame_tokens: int, decay: float, sink: bool) -> torch.Tensor:
+    """Radii of the paper's mask, |p - p'| < radius[t, t']: int64 [frames, frames]."""
+
+    def radius(distance: int) -> int:
+        band = max(distance, 1).bit_length() - 1
+        width = decay * frame_tokens / 2**band
+        if band == 0:
+            return frame_tokens
+        if width >= 1:
+            return min(math.floor(width), frame_tokens)
+        return int(distance % math.ceil(1 / width) == 0)
+
+    return by_distance(frames, [radius(distance) for distance in range(frames)], frame_tokens, sink)
+
+
+def reference_radius(frames: int, frame_tokens: int, decay: float, sink: bool, block: int) -> torch.Tensor:
+    """Radii of the released code before its rounding to blocks: int64 [frames, frames]."""
+    length = 2 ** frame_tokens.bit_length()  # the power of two strictly above the frame
+
+    def radius(distance: int) -> int:
+        diagonal = length / 2 ** distance.bit_length()
+        if diagonal < THINNING and distance % int(THINNING / diagonal):
+            return 0
+        if distance <= 1:
+            return frame_tokens
+        return min(math.floor(max(diagonal * decay, block)) + 1, frame_tokens)
+
+    return by_distance(frames, [radius(distance) for distance in range(frames)], frame_tokens, sink)
+
+
+def by_distance(frames: int, radii: list[int], frame_tokens: int, sink: bool) -> torch.Tensor:
+    position = torch.arange(frames)
+    radius = torch.tensor(radii)[(position[:, None] - position).abs()]
+    if sink:
+        radius[:, 0] = frame_tokens
+    return radius
+
+
+def reference_blocks(radius: torch.Tensor, frame_tokens: int, block: int) -> torch.Tensor:
+    """The released code's block mask over ⌊N / block⌋ blocks a side: bool.
+
+    Each pair of frames is laid on the block grid at its own offset and rounded by itself; the results are united. So
+    a block may miss allowed pairs and hold others.
+    """
+    frames = len(radius)
+    side = frames * frame_tokens // block
+    visited = torch.zeros(side + 1, side + 1, dtype=torch.bool)
+    starts = [divmod(t * frame_tokens, block) for t in range(frames)]
+    offsets = sorted({offset for _, offset in starts})
+
+    @functools.cache
+    def rounded(width: int, offset_q: int) -> dict[int, torch.Tensor]:
+        kept = round_band(frame_tokens, block, width, offset_q, offsets)
+        return dict(zip(offsets, kept, strict=True))
+
+    for (row, offset_q), widths in zip(starts, radius.tolist(), strict=True):
+        for (column, offset_k), width in zip(starts, widths, strict=True):
+            if width:
+                kept = rounded(width, offset_q)[offset_k]
+                target = visited[row : row + len(kept), column : column + len(kept)]
+                target |= kept[: target.shape[0], : target.shape[1]]
+    return visited[:side, :side]
+
+
+def round_band(frame_tokens: int, block: int, radius: int, offset_q: int, offsets_k: list[int]) -> torch.Tensor:
+    """Which blocks of a pair of frames the rounding keeps, for each offset of the keys: bool [offsets, side, side].
+
+    A block stays if more than 0.6 of its nonempty key columns are allowed for more than a third of the block's rows.
+    A frame has ⌈frame_tokens / block⌉ blocks a side wherever it starts; what its offset pushes past them is dropped,
+    as in the released code.
+    """
+    side = math.ceil(frame_tokens / block)
+    row = torch.arange(side, dtype=torch.int32)[:, None] * block - offset_q
+    key = torch.arange(frame_tokens, dtype=torch.int32)
+    low = torch.maximum(row.clamp(min=0), key - (radius - 1))
+    high = torch.minimum((row + block).clamp_(max=frame_tokens), key + radius)
+    column = high - low  # [side, keys]: allowed queries of each key in each block of rows
+    dense, nonempty = (
+        prefix_sums((column > least).to(torch.int32), 1) for least in (block // 3, 0)
+    )  # column > block / 3 in whole numbers
+    edges = torch.arange(side + 1) * block - torch.tensor(offsets_k)[:, None]
+    edges.clamp_(min=0, max=frame_tokens)
+    dense, nonempty = (sums[:, edges].diff(dim=-1) for sums in (dense, nonempty))  # [side, offsets, side]
+    return (5 * dense > 3 * nonempty).transpose(0, 1)
+
+
+def make_plan(grid: TokenGrid, config: Config) -> Plan:
+    frame_tokens = grid.height * grid.width
+    if config.rule == "paper":
+        radius = paper_radius(grid.frames, frame_tokens, config.decay, config.sink)
+        return StaticPlan("radial", config, grid, Mask((Band(radius, grid.height, grid.width),)))
+    radius = reference_radius(grid.frames, frame_tokens, config.decay, config.sink, config.block)
+    visited = reference_blocks(radius, frame_tokens, config.block)
+    if grid.visual % config.block:
+        visited = torch.nn.functional.pad(visited, (0, 1, 0, 1), value=True)
+    return BlockPlan("radial", config, grid, config.block, visited)
+
+
+METHOD = Method(
+    "radial",
+    Config,
+    make_plan,
+    "radial attention: a spatial window that halves as the distance in frames doubles",
+    source="arXiv:2506.19852",
+)

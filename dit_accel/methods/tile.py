@@ -1,0 +1,63 @@
+"""Attention tile: each frame sees itself and a few reference frames, and reference frames see everything.
+
+Source: Ding et al., "Efficient-vDiT: Efficient Video Diffusion Transformers with Attention Tile", arXiv:2502.06155.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import ClassVar
+
+import torch
+
+from dit_accel.errors import DitAccelError
+from dit_accel.masks import Band, Mask
+from dit_accel.plans import StaticPlan
+from dit_accel.registry import Method
+from dit_accel.tokens import TokenGrid
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Settings of tile.
+
+    Args:
+        references: number of reference frames k, spread over the video; k of T frames is the paper's mask "k:(T - k)".
+
+    Raises:
+        DitAccelError: `references` is not an integer >= 1.
+    """
+
+    references: int
+    keeps_all: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.references, int) or isinstance(self.references, bool) or self.references < 1:
+            raise DitAccelError(f"tile needs references as an integer >= 1, got {self.references!r}.")
+
+
+def reference_frames(frames: int, references: int) -> torch.Tensor:
+    """Frames 0, c, 2c, ... with c = ⌈frames / references⌉, at most `references` of them: int64."""
+    return torch.arange(0, frames, -(-frames // references))[:references]
+
+
+def make_plan(grid: TokenGrid, config: Config) -> StaticPlan:
+    if config.references > grid.frames:
+        raise DitAccelError(
+            f"tile needs references <= the video's {grid.frames} token frames, got {config.references}; "
+            "ask for fewer references or more frames."
+        )
+    frames = torch.arange(grid.frames)
+    reference = torch.isin(frames, reference_frames(grid.frames, config.references))
+    seen = (frames[:, None] == frames) | reference[:, None] | reference
+    band = Band(seen.long() * (grid.height * grid.width), grid.height, grid.width)
+    return StaticPlan("tile", config, grid, Mask((band,)))
+
+
+METHOD = Method(
+    "tile",
+    Config,
+    make_plan,
+    "attention tile: same frame, plus a few reference frames both ways",
+    source="arXiv:2502.06155",
+)

@@ -1,0 +1,97 @@
+"""Token orders: how one side of the attention, queries or keys, is cut into blocks."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import torch
+
+from dit_accel.errors import DitAccelError
+from dit_accel.tokens import TokenGrid
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenOrder:
+    """Blocks of `block` tokens over a sequence: visual blocks first, then reference blocks, then text blocks.
+
+    Visual blocks are runs of `block` tokens in raster order, or 3-D tiles of `tile` tokens: tiles are numbered
+    row-major over the grid of tiles, slots row-major inside a tile, and tiles at the far borders have padding slots.
+    Reference and text tokens are cut into runs. Each segment is padded to whole blocks by itself.
+
+    Args:
+        grid: the sequence.
+        block: tokens a block holds.
+        tile: tile size (frames, rows, columns) with ``t * h * w == block``; None for raster order.
+
+    Raises:
+        DitAccelError: `block` is less than one, or `tile` does not multiply to `block`.
+    """
+
+    grid: TokenGrid
+    block: int
+    tile: tuple[int, int, int] | None = None
+
+    def __post_init__(self) -> None:
+        if self.block < 1:
+            raise DitAccelError(f"A block holds at least one token, got block={self.block}.")
+        if self.tile is not None and (len(self.tile) != 3 or min(self.tile) < 1 or math.prod(self.tile) != self.block):
+            raise DitAccelError(
+                f"A tile needs three sizes >= 1 whose product is the block of {self.block} tokens, got {self.tile}."
+            )
+
+    @property
+    def tiles(self) -> tuple[int, int, int]:
+        """Number of tiles along each axis; raster order has none to speak of and gives (1, 1, visual_blocks)."""
+        if self.tile is None:
+            return 1, 1, self.visual_blocks
+        frames, rows, columns = (math.ceil(n / size) for n, size in zip(self.grid.shape, self.tile, strict=True))
+        return frames, rows, columns
+
+    @property
+    def visual_blocks(self) -> int:
+        if self.tile is None:
+            return math.ceil(self.grid.visual / self.block)
+        return math.prod(self.tiles)
+
+    @property
+    def reference_blocks(self) -> int:
+        return math.ceil(self.grid.reference / self.block)
+
+    @property
+    def text_blocks(self) -> int:
+        return math.ceil(self.grid.text / self.block)
+
+    @property
+    def dense_blocks(self) -> int:
+        """Blocks that attend to everything and that everything attends to: reference and text."""
+        return self.reference_blocks + self.text_blocks
+
+    @property
+    def blocks(self) -> int:
+        return self.visual_blocks + self.dense_blocks
+
+    def index(self) -> torch.Tensor:
+        """The token, in model order, of every slot: int64 [blocks * block], -1 for padding slots."""
+        grid = self.grid
+        segments = [
+            self._visual_index(),
+            self._run(grid.reference_start, grid.reference),
+            self._run(grid.text_start, grid.text),
+        ]
+        return torch.cat(segments)
+
+    def _visual_index(self) -> torch.Tensor:
+        start = self.grid.visual_start
+        if self.tile is None:
+            return self._run(start, self.grid.visual)
+        (_, height, width), (tile_t, tile_h, tile_w), (n_t, n_h, n_w) = self.grid.shape, self.tile, self.tiles
+        t = torch.arange(n_t * tile_t).reshape(n_t, 1, 1, tile_t, 1, 1)
+        h = torch.arange(n_h * tile_h).reshape(1, n_h, 1, 1, tile_h, 1)
+        w = torch.arange(n_w * tile_w).reshape(1, 1, n_w, 1, 1, tile_w)
+        inside = (t < self.grid.frames) & (h < height) & (w < width)
+        return torch.where(inside, start + (t * height + h) * width + w, -1).flatten()
+
+    def _run(self, start: int, count: int) -> torch.Tensor:
+        slots = torch.arange(math.ceil(count / self.block) * self.block)
+        return torch.where(slots < count, start + slots, -1)

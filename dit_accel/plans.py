@@ -1,0 +1,390 @@
+"""Plans: what a method does on one token grid, worked out once and then run many times."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+
+from dit_accel import blocks
+from dit_accel.blocks import BlockMask
+from dit_accel.errors import DitAccelError
+from dit_accel.kernels.block_sparse.api import block_sparse_attention
+from dit_accel.masks import Mask, Product, axis_pairs
+from dit_accel.order import TokenOrder
+from dit_accel.tokens import TokenGrid
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+Order = Literal["raster", "tile"]
+Tile = tuple[int, int, int]
+BLOCK_Q, BLOCK_K = 128, 64
+TOKEN_MASK_LIMIT = 20_000
+
+
+class Plan:
+    """A method, its settings and the grid they apply to.
+
+    Args:
+        method: registered name.
+        config: the method's settings.
+        grid: the sequence that calls will have.
+    """
+
+    def __init__(self, method: str, config: Any, grid: TokenGrid) -> None:
+        self.method, self.config, self.grid = method, config, grid
+
+    @property
+    def pairs(self) -> int:
+        """Exact number of attended (query, key) pairs, text included."""
+        raise NotImplementedError
+
+    @property
+    def density(self) -> float:
+        """`pairs` over all pairs of tokens."""
+        return self.pairs / self.grid.tokens**2
+
+    def block_mask(
+        self,
+        block_q: int | None = None,
+        block_k: int | None = None,
+        order: Order | None = None,
+        tile_q: Tile | None = None,
+        tile_k: Tile | None = None,
+    ) -> BlockMask:
+        """The blocks a kernel visits; see `StaticPlan.block_mask`."""
+        raise DitAccelError(f"{self.method} has no block mask that is known before the call.")
+
+    def token_mask(self) -> torch.Tensor:
+        """Which token sees which: bool [tokens, tokens] in model order.
+
+        Raises:
+            DitAccelError: the method routes by content, or the sequence is longer than 20,000 tokens.
+        """
+        raise DitAccelError(f"{self.method} has no token mask that is known before the call: it routes by content.")
+
+    def attend(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        *,
+        scale: float | None = None,
+        text_lens: torch.Tensor | None = None,
+        impl: str = "auto",
+        module: torch.nn.Module | None = None,
+    ) -> torch.Tensor:
+        """The method's attention on this grid; see `attention`. `module` holds a layer's learned weights."""
+        raise NotImplementedError
+
+    def image(self) -> Image:
+        """Picture of the block mask, queries down and keys across: full blocks dark, partial ones lighter."""
+        from PIL import Image
+
+        mask = self.block_mask()
+        classes = mask.dense().to(torch.uint8)
+        partial = torch.zeros_like(classes)
+        partial.view(-1)[self._flat(mask)[mask.partial]] = 1
+        palette = torch.tensor([[250, 250, 250], [23, 63, 122], [120, 170, 220]], dtype=torch.uint8)
+        pixels = palette[(classes + partial).long()]
+        picture = Image.fromarray(pixels.numpy())
+        enlarge = max(1, 512 // max(picture.size))
+        return picture.resize((picture.width * enlarge, picture.height * enlarge), Image.Resampling.NEAREST)
+
+    @staticmethod
+    def _flat(mask: BlockMask) -> torch.Tensor:
+        rows = torch.arange(mask.query_order.blocks)[:, None] * mask.key_order.blocks
+        return rows + mask.kv_indices
+
+
+class StaticPlan(Plan):
+    """A plan whose mask depends on the grid alone, exact to the token.
+
+    Args:
+        mask: over the visual tokens; text and reference tokens attend to and are attended by everything.
+        order: what `block_mask` and `attend` use unless asked otherwise.
+    """
+
+    def __init__(self, method: str, config: Any, grid: TokenGrid, mask: Mask, order: Order = "raster") -> None:
+        super().__init__(method, config, grid)
+        self.mask, self.order = mask, order
+        self._device_lists: dict[torch.device, tuple[BlockMask, torch.Tensor]] = {}
+
+    @functools.cached_property
+    def pairs(self) -> int:  # type: ignore[override]
+        around = self.grid.tokens - self.grid.visual
+        return self.mask.pairs() + around * (self.grid.tokens + self.grid.visual)
+
+    def block_mask(
+        self,
+        block_q: int | None = None,
+        block_k: int | None = None,
+        order: Order | None = None,
+        tile_q: Tile | None = None,
+        tile_k: Tile | None = None,
+    ) -> BlockMask:
+        """The blocks that hold at least one allowed pair.
+
+        Args:
+            block_q, block_k: tokens a query and a key block hold; 128 and 64, or the tiles' own sizes.
+            order: "raster", "tile", or None for the plan's choice (tiles if tile shapes are given).
+            tile_q, tile_k: tile sizes (t, h, w); without them the planner takes those with the fewest visited blocks.
+
+        Raises:
+            DitAccelError: tile shapes in raster order, only one of the two, or sizes that contradict each other.
+        """
+        if (tile_q is None) != (tile_k is None):
+            raise DitAccelError(f"Give both tile_q and tile_k or neither, got {tile_q} and {tile_k}.")
+        if order is None:
+            order = self.order if tile_q is None else "tile"
+        if order not in ("raster", "tile"):
+            raise DitAccelError(f"order is 'raster', 'tile' or None, got {order!r}.")
+        if order == "raster":
+            if tile_q is not None:
+                raise DitAccelError("Tile shapes were given with order='raster'; ask for order='tile'.")
+            query_order = TokenOrder(self.grid, block_q or BLOCK_Q)
+            key_order = TokenOrder(self.grid, block_k or BLOCK_K)
+        else:
+            if tile_q is None or tile_k is None:
+                tile_q, tile_k = choose_tiles(self.mask, self.grid, block_q or BLOCK_Q, block_k or BLOCK_K)
+            query_order = TokenOrder(self.grid, block_q or math.prod(tile_q), tuple(tile_q))
+            key_order = TokenOrder(self.grid, block_k or math.prod(tile_k), tuple(tile_k))
+        return blocks.from_mask(self.mask, query_order, key_order)
+
+    def token_mask(self) -> torch.Tensor:
+        check_token_mask(self.grid)
+        visual = torch.arange(self.grid.visual)
+        return surround(self.mask.allowed(visual[:, None], visual[None, :]), self.grid)
+
+    def attend(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        *,
+        scale: float | None = None,
+        text_lens: torch.Tensor | None = None,
+        impl: str = "auto",
+        module: torch.nn.Module | None = None,
+    ) -> torch.Tensor:
+        lists, tables = self.lists(q.device)
+        return run_blocks(q, k, v, lists, tables, scale=scale, text_lens=text_lens, impl=impl)
+
+    def lists(self, device: torch.device) -> tuple[BlockMask, torch.Tensor]:
+        """The default block mask and the packed tables on `device`, built once."""
+        if device not in self._device_lists:
+            self._device_lists[device] = (self.block_mask().to(device), self.mask.pack().to(device))
+        return self._device_lists[device]
+
+
+class BlockPlan(Plan):
+    """A static plan defined on raster blocks: whole blocks are attended, so there is no token predicate.
+
+    Args:
+        block: tokens a query and a key block hold.
+        visited: bool [visual_blocks, visual_blocks].
+    """
+
+    def __init__(self, method: str, config: Any, grid: TokenGrid, block: int, visited: torch.Tensor) -> None:
+        super().__init__(method, config, grid)
+        self.block = block
+        order = TokenOrder(grid, block)
+        self._mask = blocks.from_map(visited, order, order)
+        self._device_lists: dict[torch.device, BlockMask] = {}
+
+    @functools.cached_property
+    def pairs(self) -> int:  # type: ignore[override]
+        order = self._mask.query_order
+        valid = blocks.valid_tokens(order).long()
+        visual = self._mask.dense()[: order.visual_blocks, : order.visual_blocks].long()
+        around = self.grid.tokens - self.grid.visual
+        return int(valid @ visual @ valid) + around * (self.grid.tokens + self.grid.visual)
+
+    def block_mask(
+        self,
+        block_q: int | None = None,
+        block_k: int | None = None,
+        order: Order | None = None,
+        tile_q: Tile | None = None,
+        tile_k: Tile | None = None,
+    ) -> BlockMask:
+        """The blocks attended. Only this plan's own block size in raster order exists."""
+        if {block_q, block_k} - {None, self.block} or order not in (None, "raster") or tile_q or tile_k:
+            raise DitAccelError(
+                f"This {self.method} plan is defined on raster blocks of {self.block} x {self.block} tokens and has no "
+                "other block mask; leave the arguments out, or plan another block size."
+            )
+        return self._mask
+
+    def token_mask(self) -> torch.Tensor:
+        check_token_mask(self.grid)
+        order = self._mask.query_order
+        visual = self._mask.dense()[: order.visual_blocks, : order.visual_blocks]
+        tokens = visual.repeat_interleave(self.block, 0).repeat_interleave(self.block, 1)
+        return surround(tokens[: self.grid.visual, : self.grid.visual], self.grid)
+
+    def attend(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        *,
+        scale: float | None = None,
+        text_lens: torch.Tensor | None = None,
+        impl: str = "auto",
+        module: torch.nn.Module | None = None,
+    ) -> torch.Tensor:
+        if q.device not in self._device_lists:
+            self._device_lists[q.device] = self._mask.to(q.device)
+        lists = self._device_lists[q.device]
+        return run_blocks(q, k, v, lists, None, scale=scale, text_lens=text_lens, impl=impl)
+
+
+def plan(method: str, grid: TokenGrid, **config: Any) -> Plan:
+    """Work out what `method` with these settings does on `grid`.
+
+    Example:
+        >>> grid = TokenGrid(frames=30, height=48, width=80, text=256)
+        >>> plan("gna", grid, window=(18, 24, 24), stride=(16, 8, 8)).density
+        0.0940...
+
+    Raises:
+        DitAccelError: the method or a setting is unknown, or a setting does not fit the grid.
+    """
+    from dit_accel import registry
+
+    chosen = registry.get_method(method)
+    return chosen.plan(grid, registry.make_config(method, config))
+
+
+def attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    plan: Plan,
+    scale: float | None = None,
+    text_lens: torch.Tensor | None = None,
+    impl: str = "auto",
+) -> torch.Tensor:
+    """Attention as `plan` says, differentiable in q, k and v.
+
+    Args:
+        q, k, v: [B, H, N, D] with N = plan.grid.tokens, floating point, any strides.
+        plan: from `plan`.
+        scale: factor of the logits; D ** -0.5 if None.
+        text_lens: int [B], valid text tokens of each sample; text behind them is never a key. None: all of them.
+        impl: "auto", "reference", "portable" or "triton"; a named one runs or raises.
+
+    Returns:
+        [B, H, N, D] in the dtype of q, laid out as [B, N, H, D] in memory.
+
+    Raises:
+        DitAccelError: shapes or dtypes do not fit the plan, or `impl` cannot run here.
+    """
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        if tensor.ndim != 4 or tensor.shape[2] != plan.grid.tokens:
+            raise DitAccelError(
+                f"{name} must be [batch, heads, {plan.grid.tokens}, head_dim] for the grid {plan.grid}, "
+                f"got {tuple(tensor.shape)}."
+            )
+    return plan.attend(q, k, v, scale=scale, text_lens=text_lens, impl=impl)
+
+
+def run_blocks(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    lists: BlockMask,
+    tables: torch.Tensor | None,
+    *,
+    scale: float | None,
+    text_lens: torch.Tensor | None,
+    impl: str,
+) -> torch.Tensor:
+    """Call the block-sparse kernel with a grid's own order of tokens."""
+    query_order, key_order = lists.query_order, lists.key_order
+    grid, batch = query_order.grid, q.shape[0]
+
+    def per_sample(start: int) -> torch.Tensor:
+        return torch.full((batch,), start, dtype=torch.int32, device=q.device)
+
+    return block_sparse_attention(
+        q,
+        k,
+        v,
+        lists.kv_indices,
+        lists.kv_counts,
+        block_q=query_order.block,
+        block_k=key_order.block,
+        partial=None if tables is None else lists.partial,
+        tables=tables,
+        grid=grid.shape,
+        tile_q=query_order.tile,
+        tile_k=key_order.tile,
+        reference=grid.reference,
+        text=grid.text,
+        visual_start=per_sample(grid.visual_start),
+        reference_start=per_sample(grid.reference_start),
+        text_start=per_sample(grid.text_start),
+        text_len=None if text_lens is None else text_lens.to(device=q.device, dtype=torch.int32),
+        scale=scale,
+        impl=impl,
+    )
+
+
+def check_token_mask(grid: TokenGrid) -> None:
+    if grid.tokens > TOKEN_MASK_LIMIT:
+        raise DitAccelError(
+            f"A token mask is made for at most {TOKEN_MASK_LIMIT:,} tokens, this grid has {grid.tokens:,}; "
+            "use block_mask(), pairs or density."
+        )
+
+
+def surround(visual: torch.Tensor, grid: TokenGrid) -> torch.Tensor:
+    """A mask of visual tokens among text and reference tokens, which are dense: bool [tokens, tokens]."""
+    mask = torch.ones(grid.tokens, grid.tokens, dtype=torch.bool)
+    where = slice(grid.visual_start, grid.visual_start + grid.visual)
+    mask[where, where] = visual
+    return mask
+
+
+def choose_tiles(mask: Mask, grid: TokenGrid, block_q: int, block_k: int) -> tuple[Tile, Tile]:
+    """Tile shapes of these sizes for a mask.
+
+    For a product of axes: the shapes with the fewest visited blocks, counted exactly (the static-tile analysis of GNA,
+    arXiv:2504.16922); ties go to long rows, which read memory in longer runs. Bands are narrow in raster position,
+    so their tiles lie in one frame and are as wide as it allows.
+    """
+    queries, keys = tile_shapes(block_q, grid.shape), tile_shapes(block_k, grid.shape)
+    if len(mask.terms) > 1 or not isinstance(mask.terms[0], Product):
+        widest_q, widest_k = (min(shapes, key=lambda shape: (shape[0], shape[1])) for shapes in (queries, keys))
+        return widest_q, widest_k
+    axes = mask.terms[0].axes
+
+    @functools.cache
+    def visited(axis: int, size_q: int, size_k: int) -> int:
+        return int((axis_pairs(axes[axis], size_q, size_k) > 0).sum())
+
+    def cost(pair: tuple[Tile, Tile]) -> tuple[int, ...]:
+        query, key = pair
+        count = math.prod(visited(axis, query[axis], key[axis]) for axis in range(3))
+        return count, -key[2], -query[2], -key[1], -query[1]
+
+    return min(itertools.product(queries, keys), key=cost)
+
+
+def tile_shapes(block: int, shape: Tile) -> list[Tile]:
+    """Tiles of `block` tokens, none longer along frames or rows than it needs to cover the grid."""
+    divisors = [size for size in range(1, block + 1) if block % size == 0]
+
+    def fits(size: int, length: int) -> bool:
+        return size == 1 or any(size >= length > other for other in divisors if other < size) or size <= length
+
+    heads = [(t, h) for t in divisors for h in divisors if block % (t * h) == 0]
+    shapes = [(t, h, block // (t * h)) for t, h in heads if fits(t, shape[0]) and fits(h, shape[1])]
+    fitting = [tile for tile in shapes if fits(tile[2], shape[2])]
+    return fitting or shapes

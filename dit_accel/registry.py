@@ -1,0 +1,153 @@
+"""Methods and model families by name. A new one is a new file in its folder; nothing here changes."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import functools
+import importlib
+import pathlib
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from dit_accel.errors import DitAccelError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from dit_accel.pipelines.family import Family
+    from dit_accel.plans import Plan
+    from dit_accel.tokens import TokenGrid
+
+HERE = pathlib.Path(__file__).parent
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """What the rest of the library knows of an attention method.
+
+    Args:
+        name: lower case, the name of its file.
+        config: frozen dataclass of its settings; the only place with defaults.
+        plan: makes the plan for a grid and settings.
+        summary: one line for people.
+        source: where it was published.
+        module: makes a layer's learned weights for a head dimension and settings; None if it has none.
+    """
+
+    name: str
+    config: type
+    plan: Callable[[TokenGrid, Any], Plan]
+    summary: str
+    source: str
+    module: Callable[[int, Any], nn.Module] | None = None
+
+
+@functools.cache
+def get_methods() -> Mapping[str, Method]:
+    """Every method by name, sorted."""
+    return {found.name: found for found in _declared("methods", "METHOD")}
+
+
+@functools.cache
+def get_families() -> Mapping[str, Family]:
+    """Every model family by name, sorted."""
+    return {found.name: found for found in _declared("pipelines", "FAMILY")}
+
+
+def list_methods() -> list[str]:
+    """Names of the attention methods."""
+    return list(get_methods())
+
+
+def list_families() -> list[str]:
+    """Names of the supported model families."""
+    return list(get_families())
+
+
+def get_method(name: str) -> Method:
+    """The method of that name.
+
+    Raises:
+        DitAccelError: there is none; the message suggests the nearest name.
+    """
+    methods = get_methods()
+    if name not in methods:
+        raise DitAccelError(f"Unknown method {name!r}.{did_you_mean(name, methods)} Methods: {', '.join(methods)}.")
+    return methods[name]
+
+
+def make_config(method: str, settings: Mapping[str, Any]) -> Any:
+    """The method's Config with these settings, checked.
+
+    Raises:
+        DitAccelError: a setting is unknown or missing, or its value is refused.
+    """
+    config = get_method(method).config
+    fields = {field.name: field for field in dataclasses.fields(config)}
+    for name in settings:
+        if name not in fields:
+            has = f"It has: {', '.join(fields)}." if fields else "It has no settings."
+            raise DitAccelError(f"{method} has no setting {name!r}.{did_you_mean(name, fields)} {has}")
+    missing = [
+        name
+        for name, field in fields.items()
+        if name not in settings and field.default is field.default_factory is dataclasses.MISSING
+    ]
+    if missing:
+        raise DitAccelError(f"{method} needs a value for {', '.join(missing)}, for example {missing[0]}=...; got none.")
+    return config(**settings)
+
+
+def parse_method(text: str, settings: Iterable[str] = ()) -> tuple[str, dict[str, Any]]:
+    """Read ``METHOD[:key=value,...]`` and further ``key=value`` strings, which win.
+
+    Values are integers, decimals, true, false, words, or one of these per axis joined by x, as in ``18x24x24``.
+
+    Example:
+        >>> parse_method("gna:window=18x24x24", ["stride=16x8x8"])
+        ('gna', {'window': (18, 24, 24), 'stride': (16, 8, 8)})
+
+    Raises:
+        DitAccelError: the method is unknown or an item is not ``key=value``.
+    """
+    name, _, rest = text.partition(":")
+    get_method(name)
+    parsed = {}
+    for item in [*(rest.split(",") if rest else []), *settings]:
+        key, equals, value = item.partition("=")
+        if not equals or not key.strip() or not value.strip():
+            raise DitAccelError(f"A setting is written key=value, such as topk=0.1 or window=18x24x24; got {item!r}.")
+        parsed[key.strip()] = parse_value(value.strip())
+    return name, parsed
+
+
+def parse_value(text: str) -> Any:
+    """A setting's value from its text; see `parse_method`."""
+    axes = text.split("x")
+    if len(axes) > 1 and all(_is_axis(axis) for axis in axes):
+        return tuple(parse_value(axis) for axis in axes)
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """A sentence that suggests the nearest known name, with a space before it, or nothing."""
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f" Did you mean {near[0]!r}?" if near else ""
+
+
+def _is_axis(text: str) -> bool:
+    return text in ("full", "true", "false") or not isinstance(parse_value(text) if "x" not in text else text, str)
+
+
+def _declared(folder: str, attribute: str) -> list[Any]:
+    names = sorted(path.stem for path in (HERE / folder).glob("*.py") if path.stem != "__init__")
+    modules = [importlib.import_module(f"dit_accel.{folder}.{name}") for name in names]
+    return [getattr(module, attribute) for module in modules if hasattr(module, attribute)]
