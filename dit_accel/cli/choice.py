@@ -1,0 +1,120 @@
+"""What a run accelerates with: a method and its settings, or a saved accelerator."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dit_accel import registry
+from dit_accel.errors import DitAccelError
+from dit_accel.schedule import Schedule
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+    from dit_accel.accelerator import Accelerator
+    from dit_accel.tokens import TokenGrid
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """A method by name, or the folder of a saved accelerator, which brings its own method and schedule.
+
+    Args:
+        name: of the method; None for a saved accelerator.
+        config: the settings that were given.
+        schedule: what stays dense.
+        folder: of the saved accelerator.
+    """
+
+    name: str | None
+    config: dict[str, Any]
+    schedule: Schedule
+    folder: Path | None = None
+
+    @property
+    def title(self) -> str:
+        """The choice the way it is typed: ``gna:window=18x24x24,stride=4``."""
+        if self.name is None:
+            return f"saved in {self.folder}"
+        settings = ",".join(f"{key}={value_text(value)}" for key, value in self.config.items())
+        return f"{self.name}:{settings}" if settings else self.name
+
+    def check(self, grid: TokenGrid) -> None:
+        """Refuse now what would not fit this grid later.
+
+        Raises:
+            DitAccelError: a setting does not fit.
+        """
+        from dit_accel.plans import plan
+
+        if self.name is not None:
+            plan(self.name, grid, **self.config)
+
+    def apply(self, pipe: DiffusionPipeline) -> Accelerator:
+        """Accelerate the pipeline.
+
+        Raises:
+            DitAccelError: the pipeline's family is not supported, or the saved accelerator is for another model.
+        """
+        from dit_accel import accelerator
+
+        if self.folder is not None:
+            return accelerator.load(pipe, self.folder)
+        assert self.name is not None
+        return accelerator.accelerate(pipe, self.name, **self.config, **dataclasses.asdict(self.schedule))
+
+    def without_schedule(self) -> Choice:
+        """The same with no step or layer dense by schedule, so that a single step runs the method."""
+        return dataclasses.replace(self, schedule=Schedule())
+
+    def record(self) -> dict[str, Any]:
+        """As plain values for JSON, with the settings that were left at their defaults."""
+        if self.name is None:
+            return {"load": str(self.folder)}
+        config = dataclasses.asdict(registry.make_config(self.name, self.config))
+        return {"name": self.name, "config": config, "schedule": dataclasses.asdict(self.schedule)}
+
+
+def choose(
+    method: str | None,
+    settings: list[str] | None,
+    load: Path | None,
+    dense_steps: str | None,
+    dense_last_steps: str | None,
+    dense_layers: str | None,
+) -> Choice:
+    """Read a choice from options; dense if there are none.
+
+    Raises:
+        DitAccelError: the method or a setting is unknown, a schedule is not one, or --load comes with another method.
+    """
+    schedule = {
+        "dense_steps": None if dense_steps is None else registry.parse_value(dense_steps),
+        "dense_last_steps": None if dense_last_steps is None else registry.parse_value(dense_last_steps),
+        "dense_layers": None if dense_layers is None else _layers(dense_layers),
+    }
+    given = {name: value for name, value in schedule.items() if value is not None}
+    if load is None:
+        name, config = registry.parse_method(method or "dense", settings or ())
+        registry.make_config(name, config)
+        return Choice(name, config, Schedule(**given))
+    if method or settings or given:
+        raise DitAccelError(
+            "--load brings the method, settings and schedule that were saved; leave out --method, --set and --dense-*."
+        )
+    if not load.is_dir():
+        raise DitAccelError(f"--load {load}: there is no such folder; give one that Accelerator.save_pretrained wrote.")
+    return Choice(None, {}, Schedule(), load)
+
+
+def value_text(value: object) -> str:
+    """A setting's value the way it is typed: ``18x24x24``."""
+    return "x".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+
+
+def _layers(text: str) -> Any:
+    if "," not in text:
+        return registry.parse_value(text)
+    return tuple(registry.parse_value(part.strip()) for part in text.split(",") if part.strip())

@@ -1,0 +1,43 @@
+"""`dit-accel env`: a report to paste into an issue."""
+
+from __future__ import annotations
+
+import json as json_module
+
+import typer
+
+from dit_accel.cli.options import Json
+
+
+def env(json: Json = False) -> None:
+    """Print versions and machine, ready to paste into an issue."""
+    import os
+
+    from dit_accel.cli.versions import machine, versions
+
+    settings = {name: value for name, value in sorted(os.environ.items()) if _is_setting(name)}
+    if json:
+        report = {"versions": versions(), "machine": machine(), "environment": settings}
+        typer.echo(json_module.dumps(report, indent=2))
+        return
+    lines = [f"- {name}: {version or 'not installed'}" for name, version in versions().items()]
+    for name, value in machine().items():
+        lines.append(f"- {name}: {_gpus_text(value) if isinstance(value, list) else value}")
+    lines += [f"- {name}={value}" for name, value in settings.items()]
+    typer.echo("\n".join(lines))
+
+
+def _gpus_text(gpus: list[dict]) -> str:
+    named = [
+        f"{gpu['name']} ({gpu['memory'] / 2**30:.0f} GiB, sm_{gpu['capability'].replace('.', '')})" for gpu in gpus
+    ]
+    return ", ".join(named) or "none"
+
+
+def _is_setting(name: str) -> bool:
+    """Variables that change what runs; none that may hold a secret, such as HF_TOKEN."""
+    return name.startswith(("TRITON_", "TORCHINDUCTOR_", "TORCHDYNAMO_", "PYTORCH_CUDA_")) or name in (
+        "CUDA_VISIBLE_DEVICES",
+        "HF_HUB_OFFLINE",
+        "OMP_NUM_THREADS",
+    )

@@ -1,0 +1,191 @@
+"""A generation from its options to its files: everything is checked before the first weight is loaded."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dit_accel.cli import output as files
+from dit_accel.cli import pipeline, sources
+from dit_accel.cli.choice import Choice, choose
+from dit_accel.cli.sampling import Sample, sample
+from dit_accel.cli.sizes import Sizes, sizes_of
+from dit_accel.cli.versions import machine, versions
+
+if TYPE_CHECKING:
+    import torch
+    from diffusers import DiffusionPipeline
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What `dit-accel generate` was asked for; each field is the option of that name."""
+
+    model: str
+    revision: str | None
+    prompt: str
+    negative_prompt: str | None
+    image: Path | None
+    method: str | None
+    settings: list[str] | None
+    dense_steps: str | None
+    dense_last_steps: str | None
+    dense_layers: str | None
+    load: Path | None
+    lora: list[str] | None
+    compare: bool
+    steps: int | None
+    guidance: float | None
+    seed: int
+    frames: int | None
+    height: int | None
+    width: int | None
+    fps: int | None
+    pipe: list[str] | None
+    dtype: str
+    device: str
+    offload: str
+    vae_tiling: bool
+    compile: bool
+    output: Path | None
+
+    def record(self) -> dict[str, Any]:
+        """As plain values for JSON."""
+        return {name: str(value) if isinstance(value, Path) else value for name, value in vars(self).items()}
+
+
+def run(request: Request) -> list[str]:
+    """Generate, write the files and say what was done.
+
+    Returns:
+        Lines for people: the files, times and likeness.
+
+    Raises:
+        DitAccelError: something asked for cannot be done; nothing was written.
+    """
+    chosen = choose(
+        request.method,
+        request.settings,
+        request.load,
+        request.dense_steps,
+        request.dense_last_steps,
+        request.dense_layers,
+    )
+    source = sources.find(request.model, request.revision)
+    sizes = sizes_of(source)
+    shape = sizes.chosen(request.frames, request.height, request.width)
+    path = request.output or Path("output.mp4" if sizes.video else "output.png")
+    files.check_output(path, _endings(sizes, shape[0]))
+    grid = sizes.grid(*shape)
+    chosen.check(grid)
+    device, dtype = pipeline.placement(request.device, request.dtype, request.offload)
+    picture = pipeline.open_image(request.image)
+
+    pipe = sources.load(source, dtype, device, request.offload)
+    pipeline.prepare(pipe, request.lora or (), vae_tiling=request.vae_tiling, compile=request.compile)
+    given = {
+        "prompt": request.prompt,
+        "negative_prompt": request.negative_prompt,
+        "image": picture,
+        "num_inference_steps": request.steps,
+        "guidance_scale": request.guidance,
+        "num_frames": shape[0] if sizes.video else None,
+        "height": shape[1],
+        "width": shape[2],
+    }
+    arguments = pipeline.call_arguments(pipe, sources.call_defaults(source), given, request.pipe or ())
+    runs, report = _run(pipe, chosen, arguments, request, device)
+
+    record = {
+        "request": request.record(),
+        "pipeline": type(pipe).__name__,
+        "method": chosen.record(),
+        "grid": dataclasses.asdict(grid),
+        "call": {name: value for name, value in arguments.items() if name != "image"},
+        "dtype": str(dtype).removeprefix("torch."),
+        "device": str(device),
+        "fps": (request.fps or sources.frames_a_second(source)) if sizes.video else None,
+        "runs": {name: made.record() for name, made in runs.items()},
+        "comparison": _compare(**runs) if request.compare else None,
+        "report": report,
+        "versions": versions(),
+        "machine": machine(),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+    _write(path, record, chosen.title, runs)
+    return _summary(path, record, chosen.title)
+
+
+def _endings(sizes: Sizes, frames: int) -> tuple[str, ...]:
+    if not sizes.video:
+        return files.IMAGE_ENDINGS
+    return files.VIDEO_ENDINGS + (files.IMAGE_ENDINGS if frames == 1 else ())
+
+
+def _run(
+    pipe: DiffusionPipeline, chosen: Choice, arguments: dict[str, Any], request: Request, device: torch.device
+) -> tuple[dict[str, Sample], dict[str, Any]]:
+    """The timed calls, dense first; before each that is to be compared, an untimed one of the same kind."""
+    runs = {}
+    if request.compare:
+        pipeline.warm_up(pipe, arguments, whole=request.compile)
+        runs["dense"] = sample(pipe, arguments, request.seed, "dense", device)
+        with chosen.without_schedule().apply(pipe):
+            pipeline.warm_up(pipe, arguments, whole=request.compile)
+    accel = chosen.apply(pipe)
+    runs["accelerated"] = sample(pipe, arguments, request.seed, chosen.title, device)
+    return runs, accel.report()
+
+
+def _compare(dense: Sample, accelerated: Sample) -> dict[str, float | None]:
+    """Speed and likeness of two runs; psnr is None where the frames are identical (it would be infinite)."""
+    import torch
+
+    from dit_accel.eval.psnr import psnr
+    from dit_accel.eval.ssim import ssim
+
+    frames, reference = (torch.from_numpy(made.frames).movedim(-1, 1) for made in (accelerated, dense))
+    decibels = psnr(frames, reference)
+    return {
+        "speedup": dense.seconds / accelerated.seconds,
+        "denoising_speedup": dense.denoising_seconds / accelerated.denoising_seconds,
+        "psnr": decibels if math.isfinite(decibels) else None,
+        "ssim": ssim(frames, reference),
+    }
+
+
+def _write(path: Path, record: dict[str, Any], title: str, runs: dict[str, Sample]) -> None:
+    """All files of a run, or none of them."""
+    fps = record["fps"] or 1
+    pixels = {name: (made.frames * 255).round().astype("uint8") for name, made in runs.items()}
+    with files.staged(path) as stage:
+        files.write_frames(stage / path.name, pixels["accelerated"], fps)
+        files.write_json(stage / f"{path.stem}.json", record)
+        if "dense" in runs:
+            dense, made = runs["dense"], runs["accelerated"]
+            captions = (f"dense: {dense.seconds:.1f} s", f"{title}: {made.seconds:.1f} s")
+            both = files.side_by_side(pixels["dense"], pixels["accelerated"], captions, likeness(record["comparison"]))
+            files.write_frames(stage / files.sibling(path, "dense"), pixels["dense"], fps)
+            files.write_frames(stage / files.sibling(path, "compare"), both, fps)
+
+
+def _summary(path: Path, record: dict[str, Any], title: str) -> list[str]:
+    lines = []
+    for name, run in record["runs"].items():
+        label = "dense" if name == "dense" else title
+        lines.append(f"{label}: {run['seconds']:.2f} s, of which {run['denoising_seconds']:.2f} s denoising")
+    if record["comparison"]:
+        lines.append(likeness(record["comparison"]))
+        lines.append(f"side by side: {path.with_name(files.sibling(path, 'compare'))}")
+        lines.append(f"dense:        {path.with_name(files.sibling(path, 'dense'))}")
+    return [*lines, f"output:       {path}", f"record:       {path.with_suffix('.json')}"]
+
+
+def likeness(comparison: dict[str, float | None]) -> str:
+    """Speed-up, PSNR and SSIM in one line."""
+    decibels = comparison["psnr"]
+    psnr = "identical frames" if decibels is None else f"PSNR {decibels:.1f} dB"
+    return f"{comparison['speedup']:.2f} times as fast, {psnr}, SSIM {comparison['ssim']:.3f}"

@@ -1,0 +1,88 @@
+"""`dit-accel ls`: what there is to choose from."""
+
+from __future__ import annotations
+
+import dataclasses
+import json as json_module
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from dit_accel.cli.options import Json
+
+if TYPE_CHECKING:
+    from dit_accel.pipelines.family import Family
+    from dit_accel.registry import Method
+
+
+def ls(json: Json = False) -> None:
+    """List the methods with their settings and sources, and the model families with what they support."""
+    from dit_accel import registry
+    from dit_accel.cli.sources import EMBEDDED
+
+    methods = [_method(found) for found in registry.get_methods().values()]
+    families = [_family(found) for found in registry.get_families().values()]
+    if json:
+        listed = {"methods": methods, "families": families, "embedded": list(EMBEDDED)}
+        typer.echo(json_module.dumps(listed, indent=2))
+    else:
+        _print_tables(methods, families, EMBEDDED)
+
+
+def _method(method: Method) -> dict[str, Any]:
+    """Name, summary, source, settings with defaults, and whether it learns weights."""
+    settings = []
+    for field in dataclasses.fields(method.config):
+        required = field.default is dataclasses.MISSING
+        settings.append({"name": field.name, "default": None if required else field.default, "required": required})
+    return {
+        "name": method.name,
+        "summary": method.summary,
+        "source": method.source,
+        "settings": settings,
+        "learns": method.module is not None,
+    }
+
+
+def _family(family: Family) -> dict[str, Any]:
+    """Name, summary, transformer classes, and recommended settings with their source by method."""
+    recommended = {
+        name: {"config": dict(preset.config), "schedule": dict(preset.schedule), "source": preset.source}
+        for name, preset in family.recommended.items()
+    }
+    return {
+        "name": family.name,
+        "summary": family.summary,
+        "classes": list(family.classes),
+        "recommended": recommended,
+    }
+
+
+def _print_tables(methods: list[dict[str, Any]], families: list[dict[str, Any]], embedded: tuple[str, ...]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from dit_accel.cli.choice import value_text
+
+    console = Console()
+    table = Table("method", "what it does", "settings", "source", title="Methods", show_lines=True)
+    for method in methods:
+        settings = [
+            f"{setting['name']}" + (" (required)" if setting["required"] else f"={value_text(setting['default'])}")
+            for setting in method["settings"]
+        ]
+        table.add_row(method["name"], method["summary"], "\n".join(settings) or "-", method["source"])
+    console.print(table)
+
+    table = Table(title="Model families", show_lines=True)
+    for column in ("family", "what it covers", "transformers", "recommended"):
+        table.add_column(column, overflow="fold")
+    for family in families:
+        recommended = []
+        for name, preset in family["recommended"].items():
+            pairs = {**preset["config"], **preset["schedule"]}.items()
+            lines = [f"{name}:", *(f"{key}={value_text(value)}" for key, value in pairs), f"({preset['source']})"]
+            recommended.append("\n".join(lines))
+        table.add_row(family["name"], family["summary"], "\n".join(family["classes"]), "\n".join(recommended) or "-")
+    console.print(table)
+    console.print(f"Embedded models: {', '.join(embedded)}")

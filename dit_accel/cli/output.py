@@ -1,0 +1,144 @@
+"""Writing results: checked before the work, written under temporary names, then renamed."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dit_accel.errors import DitAccelError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+VIDEO_ENDINGS = (".mp4", ".gif")
+IMAGE_ENDINGS = (".png",)
+MARGIN = 12  # pixels around the captions of a side-by-side picture
+SMALLEST_SIDE = 256  # of a frame shown side by side; smaller ones are enlarged by a whole factor
+
+
+def check_output(output: Path, endings: tuple[str, ...], option: str = "--output") -> None:
+    """See now, not after the work, that `output` can be written.
+
+    Raises:
+        DitAccelError: another ending is wanted, `output` is a folder, or its folder cannot be written to.
+    """
+    if output.suffix.lower() not in endings:
+        raise DitAccelError(f"{option} {output} should end in {' or '.join(endings)}.")
+    if output.is_dir():
+        raise DitAccelError(f"{option} {output} is a folder; give a file name in it.")
+    folder = output.absolute().parent
+    while not folder.exists():
+        folder = folder.parent
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise DitAccelError(f"{option} {output} cannot be written: {folder}: {error.strerror}.") from error
+
+
+@contextlib.contextmanager
+def staged(output: Path) -> Iterator[Path]:
+    """A folder beside `output` for its files; they move to their places together when the block ends well.
+
+    Raises:
+        DitAccelError: writing failed, for instance on a full disk; nothing is left behind.
+    """
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        stage = Path(tempfile.mkdtemp(prefix=".dit-accel-", dir=output.parent))
+        try:
+            yield stage
+            for path in sorted(stage.iterdir()):
+                os.replace(path, output.parent / path.name)
+        finally:
+            shutil.rmtree(stage)
+    except OSError as error:
+        raise DitAccelError(f"{output} could not be written: {error.strerror or error}.") from error
+
+
+def sibling(output: Path, tag: str) -> str:
+    """The name of a file that belongs to `output`: ``out.mp4`` and ``dense`` make ``out-dense.mp4``."""
+    return f"{output.stem}-{tag}{output.suffix}"
+
+
+def write_frames(path: Path, frames: np.ndarray, fps: int) -> None:
+    """Write mp4, gif or png by the path's ending.
+
+    Args:
+        path: where to.
+        frames: uint8 [F, H, W, 3]; a png takes F = 1.
+        fps: frames a second.
+    """
+    ending = path.suffix.lower()
+    if ending == ".mp4":
+        _write_mp4(path, frames, fps)
+    elif ending == ".gif":
+        _write_gif(path, frames, fps)
+    else:
+        from PIL import Image
+
+        Image.fromarray(frames[0]).save(path)
+
+
+def _write_mp4(path: Path, frames: np.ndarray, fps: int) -> None:
+    """H.264 in yuv420p, which every browser plays; it needs even sides, so an odd one repeats its last row."""
+    import imageio.v2
+    import numpy as np
+
+    height, width = frames.shape[1:3]
+    even = np.pad(frames, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
+    with imageio.v2.get_writer(
+        path, format="FFMPEG", fps=fps, codec="libx264", quality=8, macro_block_size=1, ffmpeg_log_level="error"
+    ) as writer:
+        for frame in even:
+            writer.append_data(frame)
+
+
+def _write_gif(path: Path, frames: np.ndarray, fps: int) -> None:
+    """One palette per frame; a gif counts in hundredths of a second."""
+    from PIL import Image
+
+    pictures = [Image.fromarray(frame) for frame in frames]
+    duration = max(20, round(100 / fps) * 10)
+    pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=duration, loop=0)
+
+
+def side_by_side(left: np.ndarray, right: np.ndarray, captions: tuple[str, str], footer: str) -> np.ndarray:
+    """Two clips beside each other with a caption over each and one line under both.
+
+    Args:
+        left, right: uint8 [F, H, W, 3], of the same shape.
+        captions: one for each.
+        footer: the line below.
+
+    Returns:
+        uint8 [F, H', W', 3].
+    """
+    import numpy as np
+    from PIL import Image, ImageDraw, ImageFont
+
+    factor = -(-SMALLEST_SIDE // min(left.shape[1:3]))
+    left, right = (clip.repeat(factor, axis=1).repeat(factor, axis=2) for clip in (left, right))
+    frames, height, width = left.shape[:3]
+    font = ImageFont.load_default(size=max(13, width // 24))
+    line = font.getbbox("Ag")[3] + MARGIN
+    canvas = Image.new("RGB", (2 * width + MARGIN, height + 2 * line), "white")
+    draw = ImageDraw.Draw(canvas)
+    for i, caption in enumerate(captions):
+        draw.text((i * (width + MARGIN) + width // 2, line // 2), caption, fill="black", font=font, anchor="mm")
+    draw.text((canvas.width // 2, height + line + line // 2), footer, fill="black", font=font, anchor="mm")
+    shown = np.repeat(np.asarray(canvas)[None], frames, axis=0)
+    shown[:, line : line + height, :width] = left
+    shown[:, line : line + height, width + MARGIN :] = right
+    return shown
+
+
+def write_json(path: Path, record: dict[str, Any]) -> None:
+    """Write a record of a run, readable by people and by any JSON reader."""
+    path.write_text(json.dumps(record, indent=2, allow_nan=False) + "\n", encoding="utf-8")

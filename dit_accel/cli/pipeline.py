@@ -1,0 +1,166 @@
+"""A loaded pipeline made ready for one generation: device, adapters, memory options, call arguments, warm-up."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dit_accel.cli.sources import first_line
+from dit_accel.errors import DitAccelError
+from dit_accel.registry import did_you_mean
+
+if TYPE_CHECKING:
+    import torch
+    from diffusers import DiffusionPipeline
+    from PIL.Image import Image
+
+# Arguments of pipeline calls that have an option of their own.
+OPTIONS = {
+    "prompt": "--prompt",
+    "negative_prompt": "--negative-prompt",
+    "image": "--image",
+    "num_inference_steps": "--steps",
+    "guidance_scale": "--guidance",
+    "generator": "--seed",
+    "num_frames": "--frames",
+    "height": "--height",
+    "width": "--width",
+}
+NOT_OPTIONS = {"self", "output_type", "return_dict", "callback_on_step_end", "callback_on_step_end_tensor_inputs"}
+
+
+def placement(device: str, dtype: str, offload: str) -> tuple[torch.device, torch.dtype]:
+    """The device and dtype that "auto" or a name stand for.
+
+    Raises:
+        DitAccelError: there is no such device here, or offloading was asked for without a GPU.
+    """
+    import torch
+
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=device)
+        chosen = torch.device(device)
+    except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
+        raise DitAccelError(f"--device {device} cannot be used here: {first_line(error)}") from error
+    if offload != "none" and chosen.type == "cpu":
+        raise DitAccelError(f"--offload {offload} moves weights between main memory and a GPU; on a CPU leave it out.")
+    if dtype == "auto":
+        dtype = "bfloat16" if chosen.type == "cuda" else "float32"
+    return chosen, getattr(torch, dtype)
+
+
+def open_image(path: Path | None) -> Image | None:
+    """Read the picture for image-to-video.
+
+    Raises:
+        DitAccelError: it is missing or not a picture.
+    """
+    if path is None:
+        return None
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with Image.open(path) as picture:
+            return picture.convert("RGB")
+    except UnidentifiedImageError as error:
+        raise DitAccelError(f"--image {path} is not a picture that Pillow can read.") from error
+    except OSError as error:
+        raise DitAccelError(f"--image {path} cannot be read: {error.strerror or error}.") from error
+
+
+def prepare(pipe: DiffusionPipeline, loras: Iterable[str], *, vae_tiling: bool, compile: bool) -> None:
+    """Load LoRAs, switch on tiling and compile the transformers' blocks, as asked.
+
+    Raises:
+        DitAccelError: the pipeline cannot, or a LoRA cannot be loaded.
+    """
+    for i, lora in enumerate(loras):
+        _load_lora(pipe, lora, f"lora{i}")
+    if vae_tiling:
+        if not hasattr(getattr(pipe, "vae", None), "enable_tiling"):
+            raise DitAccelError(f"--vae-tiling: the codec of this {type(pipe).__name__} has no tiling; leave it out.")
+        pipe.vae.enable_tiling()
+    if compile:
+        for transformer in transformers(pipe):
+            transformer.compile_repeated_blocks(fullgraph=True)
+
+
+def transformers(pipe: DiffusionPipeline) -> list[Any]:
+    """The pipeline's diffusion transformers; Wan2.2 has two."""
+    return [pipe.components[name] for name in ("transformer", "transformer_2") if pipe.components.get(name) is not None]
+
+
+def _load_lora(pipe: DiffusionPipeline, lora: str, name: str) -> None:
+    import importlib.util
+
+    from safetensors import SafetensorError
+
+    if importlib.util.find_spec("peft") is None:
+        raise DitAccelError("--lora needs PEFT, which is not installed: pip install 'dit_accel[lora]'.")
+    if not hasattr(pipe, "load_lora_weights"):
+        raise DitAccelError(f"--lora: {type(pipe).__name__} takes no LoRA.")
+    try:
+        pipe.load_lora_weights(lora, adapter_name=name, use_safetensors=True)
+    except (OSError, SafetensorError, ValueError, RuntimeError) as error:  # RuntimeError: shapes of another model
+        raise DitAccelError(
+            f"--lora {lora} cannot be loaded into this {type(pipe).__name__}: {first_line(error)}"
+        ) from error
+
+
+def call_arguments(
+    pipe: DiffusionPipeline, own: Mapping[str, Any], given: Mapping[str, Any], extra: Iterable[str]
+) -> dict[str, Any]:
+    """The keyword arguments of the pipeline's call.
+
+    Args:
+        pipe: the pipeline.
+        own: the model's defaults; those the pipeline does not take are left out.
+        given: what options asked for, by argument; None where they did not.
+        extra: ``key=value`` for any other argument, the value in JSON, or else a plain word.
+
+    Raises:
+        DitAccelError: the pipeline has no such argument, or needs one that was not given.
+    """
+    takes = inspect.signature(type(pipe).__call__).parameters
+    asked = {name: value for name, value in given.items() if value is not None}
+    for name in asked:
+        if name not in takes:
+            raise DitAccelError(f"{type(pipe).__name__} takes no {OPTIONS[name]}; leave it out.")
+    arguments = {name: value for name, value in own.items() if name in takes} | asked
+    free = sorted(set(takes) - NOT_OPTIONS - set(OPTIONS))
+    for item in extra:
+        name, equals, text = item.partition("=")
+        if not equals or not name:
+            raise DitAccelError(f"--pipe takes key=value, such as max_sequence_length=256; got {item!r}.")
+        if name in OPTIONS:
+            raise DitAccelError(f"--pipe {name}: use {OPTIONS[name]}.")
+        if name not in free:
+            raise DitAccelError(
+                f"{type(pipe).__name__} has no argument {name!r}.{did_you_mean(name, free)} It has: {', '.join(free)}."
+            )
+        arguments[name] = _json_or_word(text)
+    for name, parameter in takes.items():
+        if parameter.default is parameter.empty and name != "self" and name not in arguments:
+            raise DitAccelError(f"{type(pipe).__name__} needs {OPTIONS.get(name, f'--pipe {name}=...')}.")
+    return arguments
+
+
+def _json_or_word(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+def warm_up(pipe: DiffusionPipeline, arguments: Mapping[str, Any], *, whole: bool) -> None:
+    """Let lazy set-up happen before anything is timed: one denoising step, or the `whole` loop where it compiles."""
+    import torch
+
+    steps = {} if whole else {"num_inference_steps": 1}
+    pipe.set_progress_bar_config(disable=True)
+    pipe(**{**arguments, **steps}, generator=torch.Generator("cpu").manual_seed(0), output_type="latent")

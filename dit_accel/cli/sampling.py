@@ -1,0 +1,137 @@
+"""One timed call of a pipeline with a progress bar on its denoising loop."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+    from diffusers import DiffusionPipeline
+    from rich.progress import Progress
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    """What one call made, and what it took.
+
+    Args:
+        frames: float32 [F, H, W, 3] in [0, 1]; an image has one frame.
+        seconds: the whole call, from prompt to pixels.
+        denoising_seconds: its denoising loop alone.
+        steps: denoising steps taken.
+        peak_memory: most bytes allocated on the GPU during the call; None on a CPU.
+    """
+
+    frames: np.ndarray
+    seconds: float
+    denoising_seconds: float
+    steps: int
+    peak_memory: int | None
+
+    def record(self) -> dict[str, Any]:
+        """The figures, without the frames."""
+        figures = dataclasses.asdict(dataclasses.replace(self, frames=None))  # type: ignore[arg-type]
+        del figures["frames"]
+        return figures | {"seconds_per_step": self.denoising_seconds / max(self.steps, 1)}
+
+
+class Steps:
+    """Stands in for a pipeline's progress bar: shows the loop and takes its time.
+
+    Args:
+        progress: where to show it.
+        title: what is running.
+        device: synchronised where the loop begins and ends, so that the time is the work's.
+    """
+
+    def __init__(self, progress: Progress, title: str, device: torch.device) -> None:
+        self.progress, self.title, self.device = progress, title, device
+        self.seconds, self.steps = 0.0, 0
+
+    def __call__(self, iterable: Iterable | None = None, total: int | None = None) -> Steps:
+        self._items = iterable
+        self._total = total if iterable is None else len(iterable)  # type: ignore[arg-type]
+        return self
+
+    def __enter__(self) -> Steps:
+        self._task = self.progress.add_task(self.title, total=self._total)
+        synchronize(self.device)
+        self._began = time.perf_counter()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        synchronize(self.device)
+        self.seconds += time.perf_counter() - self._began
+
+    def __iter__(self) -> Iterator:
+        assert self._items is not None
+        with self:
+            for item in self._items:
+                yield item
+                self.update()
+
+    def update(self, count: int = 1) -> None:
+        """A step is done."""
+        self.steps += count
+        self.progress.update(self._task, advance=count)
+
+
+def sample(pipe: DiffusionPipeline, arguments: dict[str, Any], seed: int, title: str, device: torch.device) -> Sample:
+    """Call the pipeline once.
+
+    Args:
+        pipe: the pipeline.
+        arguments: of its call.
+        seed: of the noise, drawn on the CPU, so that it is the same on every device.
+        title: for the progress bar.
+        device: where the work runs.
+    """
+    import torch
+
+    on_gpu = device.type == "cuda"
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats(device)
+    generator = torch.Generator("cpu").manual_seed(seed)
+    with _steps(pipe, title, device) as steps:
+        began = time.perf_counter()
+        result = pipe(**arguments, generator=generator, output_type="np")
+        synchronize(device)
+        seconds = time.perf_counter() - began
+    frames = result.frames[0] if hasattr(result, "frames") else result.images[:1]
+    memory = torch.cuda.max_memory_allocated(device) if on_gpu else None
+    return Sample(frames, seconds, steps.seconds, steps.steps, memory)
+
+
+@contextlib.contextmanager
+def _steps(pipe: DiffusionPipeline, title: str, device: torch.device) -> Iterator[Steps]:
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as progress:
+        steps = Steps(progress, title, device)
+        pipe.progress_bar = steps
+        try:
+            yield steps
+        finally:
+            del pipe.progress_bar
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done what was asked of it."""
+    import torch
+
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
