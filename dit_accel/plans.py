@@ -81,6 +81,9 @@ class Plan:
         """The method's attention on this grid; see `attention`. `module` holds a layer's learned weights."""
         raise NotImplementedError
 
+    def prepare(self, device: torch.device) -> None:
+        """Build what `attend` needs on `device`; inside a traced call it would be too late."""
+
     def image(self) -> Image:
         """Picture of the block mask, queries down and keys across: full blocks dark, partial ones lighter."""
         from PIL import Image
@@ -174,6 +177,9 @@ class StaticPlan(Plan):
         lists, tables = self.lists(q.device)
         return run_blocks(q, k, v, lists, tables, scale=scale, text_lens=text_lens, impl=impl)
 
+    def prepare(self, device: torch.device) -> None:
+        self.lists(device)
+
     def lists(self, device: torch.device) -> tuple[BlockMask, torch.Tensor]:
         """The default block mask and the packed tables on `device`, built once."""
         if device not in self._device_lists:
@@ -238,10 +244,13 @@ class BlockPlan(Plan):
         impl: str = "auto",
         module: torch.nn.Module | None = None,
     ) -> torch.Tensor:
-        if q.device not in self._device_lists:
-            self._device_lists[q.device] = self._mask.to(q.device)
+        self.prepare(q.device)
         lists = self._device_lists[q.device]
         return run_blocks(q, k, v, lists, None, scale=scale, text_lens=text_lens, impl=impl)
+
+    def prepare(self, device: torch.device) -> None:
+        if device not in self._device_lists:
+            self._device_lists[device] = self._mask.to(device)
 
 
 def plan(method: str, grid: TokenGrid, **config: Any) -> Plan:
