@@ -1,0 +1,300 @@
+"""The door for users of the library: accelerate a pipeline, see what was done, take it back."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import pathlib
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+from dit_accel import checkpoint
+from dit_accel.engine import Engine, PlanCache
+from dit_accel.errors import DitAccelError
+from dit_accel.kernels.block_sparse.api import choose_impl
+from dit_accel.pipelines.family import Family
+from dit_accel.registry import Method, get_families, get_method, make_config
+from dit_accel.report import Report
+from dit_accel.schedule import Amount, Schedule
+from dit_accel.steps import StepClock
+
+_ACTIVE: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Accelerator]] = weakref.WeakKeyDictionary()
+
+
+class Accelerator:
+    """A method at work in the transformers of a pipeline; made by `accelerate`, undone by `remove`.
+
+    Usable in a with statement, which removes it at the end.
+
+    Attributes:
+        method: name.
+        config: the method's settings, a frozen dataclass.
+        schedule: which steps and layers stay dense.
+        impl: "auto", "reference", "portable" or "triton".
+        allow_dense: whether the model's own attention may run where it is measured to be faster.
+        transformers: by component name.
+    """
+
+    def __init__(
+        self,
+        transformers: dict[str, tuple[nn.Module, Family]],
+        pipeline: Any | None,
+        method: Method,
+        config: Any,
+        schedule: Schedule,
+        impl: str,
+        allow_dense: bool,
+    ) -> None:
+        self.method, self.config, self.schedule = method.name, config, schedule
+        self.impl, self.allow_dense = impl, allow_dense
+        self.transformers = {name: transformer for name, (transformer, _) in transformers.items()}
+        self._clock = StepClock(pipeline)
+        self._plans = PlanCache(method, config)
+        self._engines = [
+            Engine(name, transformer, family, method, config, schedule, self._clock, self._plans, impl)
+            for name, (transformer, family) in transformers.items()
+        ]
+        self.active = False
+
+    def apply(self) -> None:
+        """Put the method to work; on an error everything is as before."""
+        try:
+            for engine in self._engines:
+                engine.attach()
+        except BaseException:
+            for engine in self._engines:
+                engine.detach()
+            raise
+        self.active = True
+        for transformer in self.transformers.values():
+            _ACTIVE[transformer] = weakref.ref(self)
+
+    def remove(self) -> list[str]:
+        """Take everything back: processors, hooks and learned weights. A second call does nothing.
+
+        Returns:
+            Attention modules that were left as they are, because another processor was set on them since.
+        """
+        if not self.active:
+            return []
+        self.active = False
+        left = [name for engine in self._engines for name in engine.detach()]
+        for transformer in self.transformers.values():
+            _ACTIVE.pop(transformer, None)
+        return left
+
+    def set_step(self, index: int | None, count: int | None = None) -> None:
+        """State the denoising step by hand: `index` of `count`, until the next call; None goes back to the scheduler.
+
+        Raises:
+            DitAccelError: not 0 <= index < count.
+        """
+        self._clock.set(index, count)
+
+    def report(self) -> Report:
+        """What was done so far. It stays readable after `remove`."""
+        for engine in self._engines:
+            engine.count_last_call()
+        return Report(
+            method=self.method,
+            config=dataclasses.asdict(self.config),
+            schedule=dataclasses.asdict(self.schedule),
+            impl=self.impl,
+            calls={engine.name: engine.calls for engine in self._engines},
+            grids={str(grid): density for grid, density in self._plans.densities.items()},
+            layers=[layer for engine in self._engines for layer in engine.layer_reports()],
+            notes=list(dict.fromkeys(note for engine in self._engines for note in engine.notes)),
+        )
+
+    def learned_weights(self) -> dict[str, nn.Module]:
+        """The method's learned modules, by the dotted path of their attention module in the pipeline."""
+        return {name: module for engine in self._engines for name, module in engine.learned_modules()}
+
+    def save_pretrained(self, path: str | pathlib.Path) -> None:
+        """Write settings (JSON) and learned weights (safetensors) to the folder `path`.
+
+        Files are written under temporary names and renamed when complete.
+
+        Raises:
+            DitAccelError: the folder cannot be written.
+        """
+        settings = {
+            "method": self.method,
+            "config": dataclasses.asdict(self.config),
+            "schedule": dataclasses.asdict(self.schedule),
+            "impl": self.impl,
+            "allow_dense": self.allow_dense,
+        }
+        weights = {
+            f"{name}.{key}": tensor
+            for name, module in self.learned_weights().items()
+            for key, tensor in module.state_dict().items()
+        }
+        checkpoint.save(path, settings, checkpoint.identify(self.transformers), weights)
+
+    def __enter__(self) -> Accelerator:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.remove()
+
+    def __repr__(self) -> str:
+        state = "active" if self.active else "removed"
+        return f"Accelerator({self.config}, {', '.join(self.transformers)}, {state})"
+
+
+def accelerate(
+    target: Any,
+    method: str,
+    *,
+    dense_steps: Amount = 0,
+    dense_last_steps: Amount = 0,
+    dense_layers: Amount | tuple[int, ...] = 0,
+    impl: str = "auto",
+    allow_dense: bool = True,
+    replace: bool = False,
+    **config: Any,
+) -> Accelerator:
+    """Swap the self-attention of a pipeline's transformers for `method`.
+
+    Cross-attention, weights and everything else stay the model's own. A dense step or layer runs the model's own
+    processor, bit for bit. What cannot work is refused here, or at the first call before any attention has run.
+
+    Args:
+        target: a Diffusers pipeline, or one transformer.
+        method: "dense", "gna", "radial", "sla" or "tile"; see `list_methods`.
+        dense_steps, dense_last_steps: first and last denoising steps that stay dense, as a number or a share of all.
+            A step is a position on the scheduler's trajectory: image-to-image that starts halfway starts halfway.
+        dense_layers: first layers that stay dense, as a number or a share, or a tuple of indices.
+        impl: "auto" (the fastest that computes the same), "reference", "portable" or "triton"; a named one runs or
+            raises.
+        allow_dense: let the model's own attention run on CUDA where it is measured to be faster; the report says so.
+        replace: first remove an accelerator that is already at work.
+        config: settings of the method.
+
+    Returns:
+        The accelerator, at work.
+
+    Raises:
+        DitAccelError: unknown method or setting, a model that is not supported, or one that is accelerated already.
+
+    Example:
+        >>> accel = accelerate(pipe, "radial", decay=0.2, dense_steps=12, dense_layers=1)
+        >>> video = pipe(prompt).frames[0]
+        >>> print(accel.report())
+        >>> accel.remove()
+    """
+    chosen = get_method(method)
+    settings = make_config(method, config)
+    schedule = Schedule(dense_steps, dense_last_steps, dense_layers)
+    if impl != "auto":
+        choose_impl("cpu", impl)
+    transformers, pipeline = find_transformers(target)
+    present = {accel for accel in map(_accelerator_of, (module for module, _ in transformers.values())) if accel}
+    if present and not replace:
+        raise DitAccelError(
+            f"{type(target).__name__} is already accelerated with {next(iter(present)).method}; call remove() on that "
+            "accelerator first, or pass replace=True."
+        )
+    for accel in present:
+        accel.remove()
+    accel = Accelerator(transformers, pipeline, chosen, settings, schedule, impl, allow_dense)
+    accel.apply()
+    return accel
+
+
+@contextlib.contextmanager
+def accelerated(target: Any, method: str, **arguments: Any) -> Iterator[Accelerator]:
+    """`accelerate` for the length of a with block.
+
+    Example:
+        >>> with accelerated(pipe, "gna", window=(18, 24, 24), stride=(16, 8, 8)) as accel:
+        ...     video = pipe(prompt).frames[0]
+    """
+    accel = accelerate(target, method, **arguments)
+    try:
+        yield accel
+    finally:
+        accel.remove()
+
+
+def load(target: Any, path: str | pathlib.Path, *, replace: bool = False) -> Accelerator:
+    """Accelerate `target` as saved by `Accelerator.save_pretrained`, with its learned weights.
+
+    Args:
+        target: a pipeline or transformer of the class and configuration it was saved from.
+        path: the folder.
+        replace: first remove an accelerator that is already at work.
+
+    Raises:
+        DitAccelError: the folder is missing, damaged or incomplete, or was saved for another model.
+    """
+    saved = checkpoint.read(path)
+    transformers, _ = find_transformers(target)
+    present = checkpoint.identify({name: transformer for name, (transformer, _) in transformers.items()})
+    checkpoint.check_identity(path, saved.models, present)
+    accel = accelerate(
+        target,
+        saved.settings["method"],
+        impl=saved.settings["impl"],
+        allow_dense=saved.settings["allow_dense"],
+        replace=replace,
+        **saved.settings["schedule"],
+        **saved.settings["config"],
+    )
+    try:
+        checkpoint.load_weights(path, saved.weights, accel.learned_weights())
+    except BaseException:
+        accel.remove()
+        raise
+    return accel
+
+
+def find_transformers(target: Any) -> tuple[dict[str, tuple[nn.Module, Family]], Any | None]:
+    """The transformers of a pipeline (or the one given) with their families, by component name, and the pipeline.
+
+    Raises:
+        DitAccelError: there is none, or one of them is of no supported family.
+    """
+    if isinstance(target, nn.Module):
+        components, pipeline = {"transformer": target}, None
+    else:
+        components, pipeline = getattr(target, "components", {}), target
+    found = {}
+    for name, component in components.items():
+        module = getattr(component, "_orig_mod", component)
+        if not isinstance(module, nn.Module):
+            continue
+        if pipeline is None or name.startswith("transformer") or _family_of(module) is not None:
+            found[name] = (module, _supported_family(module))
+    if not found:
+        raise DitAccelError(
+            f"{type(target).__name__} has no diffusion transformer; pass a Diffusers pipeline or transformer. "
+            f"{_supported()}"
+        )
+    return found, pipeline
+
+
+def _supported_family(module: nn.Module) -> Family:
+    family = _family_of(module)
+    if family is None:
+        raise DitAccelError(f"{type(module).__name__} is not supported. {_supported()}")
+    return family
+
+
+def _family_of(module: nn.Module) -> Family | None:
+    names = [base.__name__ for base in type(module).__mro__]
+    return next((family for name in names for family in get_families().values() if name in family.transformers), None)
+
+
+def _supported() -> str:
+    families = "; ".join(f"{family.name} ({', '.join(family.transformers)})" for family in get_families().values())
+    return f"Supported families: {families}."
+
+
+def _accelerator_of(transformer: nn.Module) -> Accelerator | None:
+    reference = _ACTIVE.get(transformer)
+    return None if reference is None else reference()

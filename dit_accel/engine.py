@@ -1,0 +1,241 @@
+"""The working parts of an accelerator in one transformer: wrapped processors, the root hook, the count of calls."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from dit_accel.errors import DitAccelError
+from dit_accel.kernels.block_sparse.api import choose_impl
+from dit_accel.pipelines import processor
+from dit_accel.pipelines.family import Call, Family, Memory
+from dit_accel.pipelines.processor import LEARNED, AcceleratedAttnProcessor, CallState
+from dit_accel.plans import Plan
+from dit_accel.registry import Method
+from dit_accel.report import LayerReport, Tally
+from dit_accel.schedule import Schedule
+from dit_accel.steps import StepClock
+from dit_accel.tokens import TokenGrid
+
+PLANS_KEPT = 16
+
+
+class PlanCache:
+    """An accelerator's plans by grid and device, the oldest dropped when there are many."""
+
+    def __init__(self, method: Method, config: Any) -> None:
+        self._method, self._config = method, config
+        self._plans: dict[tuple[TokenGrid, torch.device], Plan] = {}
+        self.densities: dict[TokenGrid, float] = {}
+
+    def get(self, grid: TokenGrid, device: torch.device) -> Plan:
+        """The plan for a grid, ready to run on a device.
+
+        Raises:
+            DitAccelError: the settings do not fit the grid, or keep every pair without saying so.
+        """
+        key = grid, device
+        if key not in self._plans:
+            plan = self._method.plan(grid, self._config)
+            self._refuse_full(plan)
+            plan.prepare(device)
+            if len(self._plans) >= PLANS_KEPT:
+                self._plans.pop(next(iter(self._plans)))
+            self._plans[key] = plan
+            self.densities[grid] = plan.density
+        return self._plans[key]
+
+    def _refuse_full(self, plan: Plan) -> None:
+        # A method that routes by content says nothing of `keeps_all`: what it keeps is no property of the mask.
+        if getattr(self._config, "keeps_all", True) or plan.pairs < plan.grid.tokens**2:
+            return
+        raise DitAccelError(
+            f"{self._config} keeps every pair of tokens on the grid {plan.grid}, so it would be dense attention made "
+            "slower: choose tighter settings or a larger video, 'dense' to leave the model alone, or gna with "
+            "window='full' to test the kernel."
+        )
+
+
+@dataclasses.dataclass
+class Layer:
+    """One self-attention module: its original processor and ours."""
+
+    name: str
+    attention: nn.Module
+    dense_reason: str | None
+    tally: Tally = dataclasses.field(default_factory=Tally)
+    original: Any = None
+    ours: AcceleratedAttnProcessor | None = None
+    learned: nn.Module | None = None
+
+    def attach(self, state: CallState, learned: nn.Module | None) -> None:
+        self.original = self.attention.processor
+        self.ours = processor.accelerated(self.original, state)
+        if learned is not None:
+            if hasattr(self.attention, LEARNED):
+                raise DitAccelError(f"{self.name} already has a module named {LEARNED!r}; remove it first.")
+            self.attention.add_module(LEARNED, learned)
+            self.learned = learned
+        self.attention.processor = self.ours  # type: ignore[assignment]
+
+    def detach(self) -> bool:
+        """Undo `attach`; False if another processor was set since, which then stays."""
+        if self.learned is not None and getattr(self.attention, LEARNED, None) is self.learned:
+            delattr(self.attention, LEARNED)
+        if self.ours is None:
+            return True
+        if self.attention.processor is not self.ours:
+            return False
+        self.attention.processor = self.original
+        return True
+
+    @property
+    def left(self) -> str | None:
+        """Class of the processor that the user set in place of ours."""
+        current = self.attention.processor
+        return None if current is self.ours or current is self.original else type(current).__name__
+
+
+class Engine:
+    """Runs a method in one transformer.
+
+    Args:
+        name: of the transformer in its pipeline.
+        transformer, family: the model and what is known of it.
+        method, config, schedule, impl: what to run.
+        clock, plans: shared by the transformers of a pipeline.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        transformer: nn.Module,
+        family: Family,
+        method: Method,
+        config: Any,
+        schedule: Schedule,
+        clock: StepClock,
+        plans: PlanCache,
+        impl: str,
+    ) -> None:
+        self.name, self.calls = name, 0
+        self.notes: list[str] = []
+        self._transformer, self._family = transformer, family
+        self._method, self._config = method, config
+        self._schedule, self._clock, self._plans = schedule, clock, plans
+        self._state, self._dense_state = CallState(impl), CallState(impl)
+        self._signature = inspect.signature(type(transformer).forward)
+        self._memory = Memory()
+        self._compiled = False
+        self._last: tuple[Plan, str] | str = "not called yet"
+        self._handles: list[Any] = []
+        self.layers = self._find_layers()
+
+    def _find_layers(self) -> list[Layer]:
+        found = list(self._family.attentions(self._transformer))
+        if not found:
+            raise DitAccelError(
+                f"{type(self._transformer).__name__} has no module named {' or '.join(self._family.attention)}, where "
+                f"the family {self._family.name} keeps its self-attention; is this a changed model?"
+            )
+        if self._method.name == "dense":
+            return [Layer(name, attention, "method dense") for name, attention in found]
+        dense = self._schedule.layers(len(found))
+        reason = f"dense_layers={self._schedule.dense_layers}"
+        return [Layer(name, attn, reason if index in dense else None) for index, (name, attn) in enumerate(found)]
+
+    def attach(self) -> None:
+        """Wrap the processors, add learned weights and hook the transformer."""
+        self._refuse_context_parallel()
+        for layer in self.layers:
+            learned = None
+            if self._method.module is not None and layer.dense_reason is None:
+                learned = self._method.module(self._family.head_dim(layer.attention), self._config)
+                learned.to(next(layer.attention.parameters()).device)
+            layer.attach(self._state if layer.dense_reason is None else self._dense_state, learned)
+        # Compiled transformers run their hooks outside the graph, but with Dynamo watching: the first hook is traced,
+        # which tells that the transformer is compiled; the second is not.
+        self._handles = [
+            self._transformer.register_forward_pre_hook(self._note_compiled),
+            self._transformer.register_forward_pre_hook(torch.compiler.disable(self._before_call), with_kwargs=True),
+        ]
+
+    def detach(self) -> list[str]:
+        """Undo `attach`; the modules left with another's processor."""
+        self.count_last_call()
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        return [f"{self.name}.{layer.name}" for layer in self.layers if not layer.detach()]
+
+    def count_last_call(self) -> None:
+        """Add the layers that ran in the last call to their tallies."""
+        for layer in self.layers:
+            if layer.ours is None or not layer.ours.ran:
+                continue
+            layer.ours.ran = False
+            if layer.dense_reason is not None:
+                layer.tally.dense(layer.dense_reason)
+            elif isinstance(self._last, str):
+                layer.tally.dense(self._last)
+            else:
+                plan, kernel = self._last
+                layer.tally.sparse(plan.density, kernel)
+
+    def layer_reports(self) -> list[LayerReport]:
+        return [layer.tally.report(self.name, layer.name, layer.left) for layer in self.layers]
+
+    def learned_modules(self) -> Iterator[tuple[str, nn.Module]]:
+        for layer in self.layers:
+            if layer.learned is not None:
+                yield f"{self.name}.{layer.name}.{LEARNED}", layer.learned
+
+    def _note_compiled(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        self._compiled = torch.compiler.is_compiling()
+
+    def _before_call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if module is not self._transformer:
+            raise DitAccelError(
+                f"This {type(module).__name__} is a copy of an accelerated one and would follow the original's calls; "
+                "call remove() before copying, or copy first and accelerate the copy."
+            )
+        self.count_last_call()
+        self.calls += 1
+        self._state.sparse = False
+        if all(layer.dense_reason is not None for layer in self.layers):
+            return
+        self._refuse_context_parallel()
+        call = Call(self._signature, module, args, kwargs, self._memory)
+        layout = self._family.layout(module, call)
+        plan = self._plans.get(layout.grid, call.device)
+        self.notes += [note for note in layout.notes if note not in self.notes]
+        reason = self._dense_step(call)
+        if reason is not None:
+            self._last = reason
+            return
+        self._last = plan, choose_impl(call.device.type, self._state.impl)[0]
+        self._state.plan, self._state.text_lens, self._state.sparse = plan, layout.text_lens, True
+
+    def _dense_step(self, call: Call) -> str | None:
+        """Why the whole call is dense, or None."""
+        if not self._schedule.by_step:
+            return None
+        if self._compiled and self._clock.reads_values:
+            raise DitAccelError(
+                "A step schedule on a compiled transformer without its pipeline needs set_step(i, n) before each step; "
+                "reading the timestep would stop the device at every call. Or accelerate the pipeline."
+            )
+        return self._schedule.dense_step(self._clock.now(self._family.timestep(call)))
+
+    def _refuse_context_parallel(self) -> None:
+        config = getattr(self._transformer, "_parallel_config", None)
+        if getattr(config, "context_parallel_config", None) is not None:
+            raise DitAccelError(
+                f"{type(self._transformer).__name__} runs with context parallelism, where a process sees a part of the "
+                "sequence; accelerated attention needs all of it. Use one process, or leave the model dense."
+            )

@@ -1,0 +1,240 @@
+"""Run a model's own attention processor with only its attention call replaced.
+
+A processor's projections, norms, rotary embedding and output stay the model's code: its `__call__` is rebuilt over a
+copy of its globals in which the attention function is ours. What Dynamo needs of this arrangement:
+
+* the copied globals belong to a module in `sys.modules`, where guards look them up; there is one for each processor
+  class, kept for the process, and it holds no accelerator: a compiled model would keep the first one's plan for good;
+* so the replaced function finds plan and weights through a slot, one per thread, that the wrapper fills from itself;
+* nothing is counted in traced code. `ran` is only ever set there, which adds no guard and no graph.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import itertools
+import sys
+import threading
+import types
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from dit_accel.errors import DitAccelError
+from dit_accel.plans import Plan
+
+LEARNED = "sparse_linear"
+_SERIAL = itertools.count()
+
+
+class CallState:
+    """What the root hook decided for the call under way. One per transformer; traced code only reads it.
+
+    Attributes:
+        sparse: whether `plan` computes this call; otherwise the model's own processor does.
+        plan: of the call's grid.
+        text_lens: int [B], valid text tokens of each sample, or None.
+        impl: as in `plans.attention`.
+    """
+
+    def __init__(self, impl: str = "auto") -> None:
+        self.sparse = False
+        self.plan: Plan | None = None
+        self.text_lens: torch.Tensor | None = None
+        self.impl = impl
+
+
+class AcceleratedAttnProcessor:
+    """The processor of an accelerated attention module; see `accelerated`.
+
+    Attributes:
+        inner: the model's own processor.
+        state: shared by the layers of a transformer.
+        ran: set by every call; whoever counts resets it.
+    """
+
+    def __init__(self, inner: Any, state: CallState) -> None:
+        self.inner, self.state = inner, state
+        self.ran = False
+
+    # Diffusers finds processors by these two names: without them it would skip ours when it sets a back end, and
+    # shard the sequence without telling us. A processor that lacks one makes ours lack it too.
+    @property
+    def _attention_backend(self) -> Any:
+        return self.inner._attention_backend
+
+    @_attention_backend.setter
+    def _attention_backend(self, value: Any) -> None:
+        self.inner._attention_backend = value
+
+    @property
+    def _parallel_config(self) -> Any:
+        return self.inner._parallel_config
+
+    @_parallel_config.setter
+    def _parallel_config(self, value: Any) -> None:
+        self.inner._parallel_config = value
+
+
+class _Slot(threading.local):
+    def __init__(self) -> None:
+        self.state: CallState | None = None
+        self.learned: nn.Module | None = None
+        self.replaced = 0
+
+
+_SLOT = _Slot()
+
+
+def accelerated(inner: Any, state: CallState) -> AcceleratedAttnProcessor:
+    """A processor that does as `inner` does, with sparse attention whenever `state` says so.
+
+    Raises:
+        DitAccelError: `inner` cannot be rebuilt: it is no Python code, holds weights, or calls no attention we know.
+    """
+    if isinstance(inner, nn.Module):
+        raise DitAccelError(
+            f"{type(inner).__name__} holds weights of its own (an IP-Adapter, for example), which cannot be combined "
+            "with accelerated attention; unload it first."
+        )
+    return _wrapper_class(type(inner))(inner, state)
+
+
+@functools.cache
+def _wrapper_class(inner_type: type) -> type[AcceleratedAttnProcessor]:
+    rebuilt = _rebuild(inner_type)
+
+    # Legacy `Attention.forward` passes only the keywords that the signature names, so it is carried over.
+    @functools.wraps(inner_type.__call__)
+    def __call__(self: AcceleratedAttnProcessor, attn: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        self.ran = True
+        if not self.state.sparse:
+            return self.inner(attn, *args, **kwargs)
+        _SLOT.state, _SLOT.learned, _SLOT.replaced = self.state, getattr(attn, LEARNED, None), 0
+        try:
+            result = rebuilt(self.inner, attn, *args, **kwargs)
+            if _SLOT.replaced != 1:
+                raise _sequence_error(self.state.plan, _SLOT.replaced)
+        finally:
+            _SLOT.state = _SLOT.learned = None
+        return result
+
+    return type(f"Accelerated{inner_type.__name__}", (AcceleratedAttnProcessor,), {"__call__": __call__})
+
+
+def _rebuild(inner_type: type) -> Callable[..., Any]:
+    """`inner_type.__call__` over a copy of its globals in which attention is ours."""
+    call = inspect.unwrap(inner_type.__call__)
+    if not isinstance(call, types.FunctionType):
+        raise DitAccelError(f"{inner_type.__name__} is not a processor written in Python, so it cannot be accelerated.")
+    replaced = {}
+    if "dispatch_attention_fn" in call.__code__.co_names:
+        replaced["dispatch_attention_fn"] = _dispatcher(call.__globals__["dispatch_attention_fn"])
+    if "scaled_dot_product_attention" in call.__code__.co_names and "F" in call.__globals__:
+        replaced["F"] = _functional(call.__globals__["F"])
+    if not replaced:
+        raise DitAccelError(
+            f"{inner_type.__name__} calls neither dispatch_attention_fn nor F.scaled_dot_product_attention, so there "
+            "is no attention to replace; set a processor that does, or remove it."
+        )
+    name = f"dit_accel._rebuilt.{inner_type.__module__}.{inner_type.__qualname__}.{next(_SERIAL)}"
+    module = _module(name, call.__globals__, replaced)
+    rebuilt = types.FunctionType(call.__code__, vars(module), call.__name__, call.__defaults__, call.__closure__)
+    rebuilt.__kwdefaults__ = call.__kwdefaults__
+    rebuilt.__module__ = name
+    return rebuilt
+
+
+def _module(name: str, contents: dict[str, Any], replaced: dict[str, Any]) -> types.ModuleType:
+    module = types.ModuleType(name)
+    vars(module).update({**contents, **replaced, "__name__": name})
+    sys.modules[name] = module
+    return module
+
+
+def _dispatcher(original: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """Ours in place of Diffusers' `dispatch_attention_fn`: tensors are [B, N, H, D]."""
+
+    @functools.wraps(original)
+    def dispatch_attention_fn(
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attn_mask: torch.Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        if not _is_ours(query.shape[1], key.shape[1]):
+            return original(query, key, value, attn_mask, dropout_p, is_causal, scale, *args, **kwargs)
+        q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+        return _attend(q, k, v, attn_mask, dropout_p, is_causal, scale).transpose(1, 2)
+
+    return dispatch_attention_fn
+
+
+def _functional(original: types.ModuleType) -> types.ModuleType:
+    """A copy of `torch.nn.functional` with our attention: tensors are [B, H, N, D]."""
+
+    @functools.wraps(original.scaled_dot_product_attention)
+    def scaled_dot_product_attention(
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attn_mask: torch.Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        if not _is_ours(query.shape[2], key.shape[2]):
+            dense = original.scaled_dot_product_attention
+            return dense(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, **kwargs)
+        return _attend(query, key, value, attn_mask, dropout_p, is_causal, scale)
+
+    name = f"dit_accel._rebuilt.functional.{next(_SERIAL)}"
+    return _module(name, vars(original), {"scaled_dot_product_attention": scaled_dot_product_attention})
+
+
+def _is_ours(queries: int, keys: int) -> bool:
+    """Whether a call is self-attention over the grid, and not over image prompts or other tokens."""
+    state = _SLOT.state
+    return state is not None and state.plan is not None and queries == keys == state.plan.grid.tokens
+
+
+def _attend(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    attn_mask: torch.Tensor | None,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float | None,
+) -> torch.Tensor:
+    """The plan's attention, [B, H, N, D]."""
+    state = _SLOT.state
+    assert state is not None and state.plan is not None
+    if attn_mask is not None and state.text_lens is None:
+        raise DitAccelError(
+            f"The model passed an attention mask {tuple(attn_mask.shape)}, which {state.plan.method} cannot honour "
+            "here; call it without one, or run it dense."
+        )
+    if is_causal or dropout_p or q.shape[1] != k.shape[1]:
+        raise DitAccelError(
+            "Accelerated attention is neither causal nor with dropout, and has as many key heads as query heads; got "
+            f"is_causal={is_causal}, dropout_p={dropout_p}, {q.shape[1]} and {k.shape[1]} heads."
+        )
+    _SLOT.replaced += 1
+    return state.plan.attend(q, k, v, scale=scale, text_lens=state.text_lens, impl=state.impl, module=_SLOT.learned)
+
+
+def _sequence_error(plan: Plan | None, calls: int) -> DitAccelError:
+    return DitAccelError(
+        f"The grid of this transformer call is {None if plan is None else plan.grid}, and {calls} attention calls of "
+        "one layer had that many tokens instead of 1; run the whole transformer, or leave this layer dense."
+    )

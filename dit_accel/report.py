@@ -1,0 +1,120 @@
+"""What an accelerator did: calls, densities, kernels and the reason for every dense call."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections import Counter
+from typing import Any
+
+
+@dataclasses.dataclass
+class LayerReport:
+    """One self-attention layer.
+
+    Attributes:
+        transformer: name of the pipeline's component.
+        name: dotted path of the attention module.
+        sparse_calls, dense_calls: how often it ran either way.
+        density: attended share of all pairs, averaged over the sparse calls; None without any.
+        kernels: implementations that computed the sparse calls.
+        dense_reasons: why calls were dense, and how many.
+        left: class of the processor that the user set since, which is not ours; its calls are not counted.
+    """
+
+    transformer: str
+    name: str
+    sparse_calls: int = 0
+    dense_calls: int = 0
+    density: float | None = None
+    kernels: tuple[str, ...] = ()
+    dense_reasons: dict[str, int] = dataclasses.field(default_factory=dict)
+    left: str | None = None
+
+    def describe(self) -> str:
+        parts = []
+        if self.sparse_calls:
+            parts.append(f"{self.sparse_calls} sparse at density {self.density:.4f} ({', '.join(self.kernels)})")
+        parts += [f"{count} dense ({reason})" for reason, count in self.dense_reasons.items()]
+        if self.left is not None:
+            parts.append(f"no longer accelerated: {self.left} was set since")
+        return ", ".join(parts) or "not called"
+
+
+@dataclasses.dataclass
+class Report:
+    """What an accelerator did; prints as a table, and `as_dict` is JSON.
+
+    Attributes:
+        method: name.
+        config: the method's settings.
+        schedule: dense steps and layers.
+        impl: the implementation asked for.
+        calls: calls of each transformer.
+        grids: densities of the grids seen, by their description.
+        layers: in the order they run.
+        notes: what else is worth knowing.
+    """
+
+    method: str
+    config: dict[str, Any]
+    schedule: dict[str, Any]
+    impl: str
+    calls: dict[str, int]
+    grids: dict[str, float]
+    layers: list[LayerReport]
+    notes: list[str] = dataclasses.field(default_factory=list)
+
+    @property
+    def sparse_calls(self) -> int:
+        return sum(layer.sparse_calls for layer in self.layers)
+
+    @property
+    def dense_calls(self) -> int:
+        return sum(layer.dense_calls for layer in self.layers)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain dicts, lists, strings and numbers."""
+        totals = {"sparse_calls": self.sparse_calls, "dense_calls": self.dense_calls}
+        return dataclasses.asdict(self) | totals
+
+    def __str__(self) -> str:
+        settings = ", ".join(f"{key}={value}" for key, value in self.config.items())
+        lines = [f"{self.method}({settings}): {self.sparse_calls} sparse and {self.dense_calls} dense attention calls"]
+        lines += [f"  grid {grid}: density {density:.4f}" for grid, density in self.grids.items()]
+        for transformer, count in self.calls.items():
+            own = [layer for layer in self.layers if layer.transformer == transformer]
+            lines.append(f"  {transformer}: {len(own)} layers, {count} calls")
+            numbered = enumerate(layer.describe() for layer in own)
+            for text, group in itertools.groupby(numbered, key=lambda pair: pair[1]):
+                indices = [index for index, _ in group]
+                span = f"{indices[0]}" if len(indices) == 1 else f"{indices[0]}-{indices[-1]}"
+                lines.append(f"    layers {span}: {text}")
+        return "\n".join(lines + [f"  note: {note}" for note in self.notes])
+
+
+class Tally:
+    """Counts the calls of one layer."""
+
+    def __init__(self) -> None:
+        self._sparse: Counter[tuple[float, str]] = Counter()
+        self._dense: Counter[str] = Counter()
+
+    def sparse(self, density: float, kernel: str) -> None:
+        self._sparse[density, kernel] += 1
+
+    def dense(self, reason: str) -> None:
+        self._dense[reason] += 1
+
+    def report(self, transformer: str, name: str, left: str | None) -> LayerReport:
+        calls = self._sparse.total()
+        return LayerReport(
+            transformer,
+            name,
+            sparse_calls=calls,
+            dense_calls=self._dense.total(),
+            density=sum(density * count for (density, _), count in self._sparse.items()) / calls if calls else None,
+            kernels=tuple(sorted({kernel for _, kernel in self._sparse})),
+            dense_reasons=dict(self._dense),
+            left=left,
+        )

@@ -1,0 +1,123 @@
+"""Which denoising steps and which layers keep the model's own dense attention."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+from dit_accel.errors import DitAccelError
+
+Amount = int | float
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """Where a transformer call stands on the denoising trajectory.
+
+    Args:
+        index: step, counted from 0.
+        count: steps of the whole trajectory; None if only timestep values are known.
+        progress: share of the noise range that lies behind, 0 at pure noise; used for fractions while count is None.
+    """
+
+    index: int
+    count: int | None
+    progress: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """The dense part of a run; everything is sparse by default.
+
+    Args:
+        dense_steps: first denoising steps that stay dense; an int, or a float in [0, 1]: that share of all steps.
+        dense_last_steps: the same for the last steps.
+        dense_layers: first layers that stay dense; an int, a float in [0, 1], or a tuple of layer indices.
+            A model with two kinds of blocks counts them in the order they run.
+
+    A share above 0 is rounded half up and means at least one.
+
+    Raises:
+        DitAccelError: a value is neither.
+    """
+
+    dense_steps: Amount = 0
+    dense_last_steps: Amount = 0
+    dense_layers: Amount | tuple[int, ...] = 0
+
+    def __post_init__(self) -> None:
+        if isinstance(self.dense_layers, list):
+            object.__setattr__(self, "dense_layers", tuple(self.dense_layers))
+        for name in ("dense_steps", "dense_last_steps"):
+            _check_amount(name, getattr(self, name), "an int >= 0 or a float in [0, 1]")
+        if not isinstance(self.dense_layers, tuple):
+            _check_amount("dense_layers", self.dense_layers, "an int >= 0, a float in [0, 1] or a tuple of indices")
+            return
+        for index in self.dense_layers:
+            if isinstance(index, bool) or not isinstance(index, int) or index < 0:
+                raise DitAccelError(f"dense_layers as a tuple holds layer indices >= 0, got {index!r}.")
+
+    @property
+    def by_step(self) -> bool:
+        """Whether the answer depends on the denoising step."""
+        return bool(self.dense_steps or self.dense_last_steps)
+
+    def layers(self, total: int) -> frozenset[int]:
+        """Indices of the dense layers among `total`.
+
+        Raises:
+            DitAccelError: the model has fewer layers.
+        """
+        if isinstance(self.dense_layers, tuple):
+            beyond = [index for index in self.dense_layers if index >= total]
+            if beyond:
+                raise DitAccelError(f"dense_layers names layer {beyond[0]}, but the model has layers 0 to {total - 1}.")
+            return frozenset(self.dense_layers)
+        if isinstance(self.dense_layers, int) and self.dense_layers > total:
+            raise DitAccelError(f"dense_layers={self.dense_layers}, but the model has {total} layers.")
+        return frozenset(range(_amount_of(self.dense_layers, total)))
+
+    def dense_step(self, step: Step) -> str | None:
+        """Why this step is dense, or None if it is not.
+
+        Raises:
+            DitAccelError: `dense_last_steps` is a number of steps and nobody knows how many there are.
+        """
+        if self._is_first(step):
+            return f"dense_steps={self.dense_steps}"
+        if self._is_last(step):
+            return f"dense_last_steps={self.dense_last_steps}"
+        return None
+
+    def _is_first(self, step: Step) -> bool:
+        if step.count is not None:
+            return step.index < _amount_of(self.dense_steps, step.count)
+        if isinstance(self.dense_steps, int):
+            return step.index < self.dense_steps
+        return step.progress is not None and step.progress < self.dense_steps
+
+    def _is_last(self, step: Step) -> bool:
+        if not self.dense_last_steps:
+            return False
+        if step.count is not None:
+            return step.index >= step.count - _amount_of(self.dense_last_steps, step.count)
+        if isinstance(self.dense_last_steps, int):
+            raise DitAccelError(
+                f"dense_last_steps={self.dense_last_steps} needs the number of steps, which a transformer alone does "
+                "not know: call set_step(i, n) before each step, give a share such as 0.1, or accelerate the pipeline."
+            )
+        return step.progress is not None and step.progress >= 1 - self.dense_last_steps
+
+
+def _check_amount(name: str, value: object, wanted: str) -> None:
+    if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
+        return
+    if isinstance(value, float) and 0 <= value <= 1:
+        return
+    raise DitAccelError(f"{name} is {wanted}, got {value!r}.")
+
+
+def _amount_of(value: Amount, total: int) -> int:
+    if isinstance(value, int):
+        return min(value, total)
+    return max(1, math.floor(value * total + 0.5)) if value else 0
