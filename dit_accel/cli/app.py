@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-import dit_accel
+from dit_accel import __version__
 from dit_accel.cli import env, generate, ls, plan
 from dit_accel.errors import DitAccelError
 
@@ -29,7 +29,7 @@ for verb in (generate.generate, plan.plan, ls.ls, env.env):
 
 def _print_version(asked: bool) -> None:
     if asked:
-        typer.echo(f"dit_accel {dit_accel.__version__}")
+        typer.echo(f"dit_accel {__version__}")
         raise typer.Exit
 
 

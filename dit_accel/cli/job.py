@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     import torch
     from diffusers import DiffusionPipeline
 
+    from dit_accel.report import Report
+
 
 @dataclasses.dataclass(frozen=True)
 class Request:
@@ -110,13 +112,13 @@ def run(request: Request) -> list[str]:
         "fps": (request.fps or sources.frames_a_second(source)) if sizes.video else None,
         "runs": {name: made.record() for name, made in runs.items()},
         "comparison": _compare(**runs) if request.compare else None,
-        "report": report,
+        "report": report.as_dict(),
         "versions": versions(),
         "machine": machine(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
     _write(path, record, chosen.title, runs)
-    return _summary(path, record, chosen.title)
+    return [str(report), *_summary(path, record, chosen.title)]
 
 
 def _endings(sizes: Sizes, frames: int) -> tuple[str, ...]:
@@ -127,14 +129,14 @@ def _endings(sizes: Sizes, frames: int) -> tuple[str, ...]:
 
 def _run(
     pipe: DiffusionPipeline, chosen: Choice, arguments: dict[str, Any], request: Request, device: torch.device
-) -> tuple[dict[str, Sample], dict[str, Any]]:
-    """The timed calls, dense first; before each that is to be compared, an untimed one of the same kind."""
+) -> tuple[dict[str, Sample], Report]:
+    """The timed calls, dense first. What is to be compared is warmed up, which also shows what will not work."""
     runs = {}
     if request.compare:
-        pipeline.warm_up(pipe, arguments, whole=request.compile)
-        runs["dense"] = sample(pipe, arguments, request.seed, "dense", device)
         with chosen.without_schedule().apply(pipe):
             pipeline.warm_up(pipe, arguments, whole=request.compile)
+        pipeline.warm_up(pipe, arguments, whole=request.compile)
+        runs["dense"] = sample(pipe, arguments, request.seed, "dense", device)
     accel = chosen.apply(pipe)
     runs["accelerated"] = sample(pipe, arguments, request.seed, chosen.title, device)
     return runs, accel.report()

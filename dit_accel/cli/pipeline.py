@@ -163,4 +163,4 @@ def warm_up(pipe: DiffusionPipeline, arguments: Mapping[str, Any], *, whole: boo
 
     steps = {} if whole else {"num_inference_steps": 1}
     pipe.set_progress_bar_config(disable=True)
-    pipe(**{**arguments, **steps}, generator=torch.Generator("cpu").manual_seed(0), output_type="latent")
+    pipe(**{**arguments, **steps}, generator=torch.Generator("cpu").manual_seed(0), output_type="np")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -129,27 +131,12 @@ def load(source: Source, dtype: torch.dtype, device: torch.device, offload: str 
         DitAccelError: weights are missing, damaged or in another format, or the device has too little memory.
     """
     import torch
-    from diffusers import DiffusionPipeline
-    from diffusers.utils.logging import disable_progress_bar
     from safetensors import SafetensorError
-    from transformers.utils.logging import disable_progress_bar as disable_transformers_progress_bar
 
-    disable_progress_bar()
-    disable_transformers_progress_bar()
     staging = device if offload == "none" else torch.device("cpu")
     try:
-        if source.kind == "embedded":
-            from dit_accel.pipelines import demo
-
-            pipe = demo.load_demo(dtype=dtype, device=staging, folder=source.folder)
-        else:
-            dtypes = {"default": dtype}
-            if source.component_class("vae") in FLOAT32_CODECS:
-                dtypes["vae"] = torch.float32
-            where = source.model if source.kind == "hub" else str(source.folder)
-            pipe = DiffusionPipeline.from_pretrained(
-                where, revision=source.revision, torch_dtype=dtypes, use_safetensors=True, trust_remote_code=False
-            ).to(staging)
+        with _quietly():
+            pipe = _load(source, dtype).to(staging)
     except torch.OutOfMemoryError as error:
         raise DitAccelError(
             f"{source.model} does not fit on {device}; try --offload model or --offload group."
@@ -162,6 +149,42 @@ def load(source: Source, dtype: torch.dtype, device: torch.device, offload: str 
         raise DitAccelError(f"Cannot load {source.model}: {first_line(error)}") from error
     _offload(pipe, device, offload)
     return pipe
+
+
+def _load(source: Source, dtype: torch.dtype) -> DiffusionPipeline:
+    import torch
+    from diffusers import DiffusionPipeline
+
+    if source.kind == "embedded":
+        from dit_accel.pipelines import demo
+
+        return demo.load_demo(dtype=dtype, folder=source.folder)
+    dtypes = {"default": dtype}
+    if source.component_class("vae") in FLOAT32_CODECS:
+        dtypes["vae"] = torch.float32
+    where = source.model if source.kind == "hub" else str(source.folder)
+    return DiffusionPipeline.from_pretrained(
+        where, revision=source.revision, torch_dtype=dtypes, use_safetensors=True, trust_remote_code=False
+    )
+
+
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
+    """Without the progress bars and remarks of loading, so that what goes wrong stands alone; errors are raised."""
+    import diffusers.utils.logging
+    import transformers.utils.logging
+
+    libraries = (diffusers.utils.logging, transformers.utils.logging)
+    levels = [library.get_verbosity() for library in libraries]
+    for library in libraries:
+        library.disable_progress_bar()
+        library.set_verbosity_error()
+    try:
+        yield
+    finally:
+        for library, level in zip(libraries, levels, strict=True):
+            library.enable_progress_bar()
+            library.set_verbosity(level)
 
 
 def _offload(pipe: DiffusionPipeline, device: torch.device, offload: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 
-import dit_accel
+from dit_accel import __version__
 
 PACKAGES = (
     "torch",
@@ -25,7 +25,7 @@ PACKAGES = (
 
 def versions() -> dict[str, str | None]:
     """The version of this package, of Python and of each package that matters; None where one is not installed."""
-    found: dict[str, str | None] = {"dit_accel": dit_accel.__version__, "python": platform.python_version()}
+    found: dict[str, str | None] = {"dit_accel": __version__, "python": platform.python_version()}
     for package in PACKAGES:
         try:
             found[package] = importlib.metadata.version(package)

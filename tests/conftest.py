@@ -1,0 +1,99 @@
+"""What all tests share."""
+
+import os
+import pathlib
+
+import pytest
+
+# Before anything imports a Hugging Face library: no test asks the network for a model.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="session")
+def root() -> pathlib.Path:
+    """The checkout."""
+    return ROOT
+
+
+def pytest_collection_modifyitems(items):
+    import torch
+
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture
+def tiny_wan():
+    """Makes a Wan transformer of 24 channels in evaluation mode, always with the same weights."""
+    import torch
+    from diffusers import WanTransformer3DModel
+
+    def make(layers: int = 2, **config):
+        torch.manual_seed(0)
+        sizes = dict(num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4, text_dim=16)
+        sizes |= dict(freq_dim=16, ffn_dim=32, num_layers=layers, rope_max_seq_len=64)
+        return WanTransformer3DModel(**(sizes | config)).eval()
+
+    return make
+
+
+@pytest.fixture
+def wan_inputs():
+    """Makes a call of the tiny Wan: latents of `frames` x `height` x `width`, in patches of 1 x 2 x 2."""
+    import torch
+
+    def make(frames: int = 5, height: int = 14, width: int = 18, batch: int = 2, timestep: float = 500):
+        generator = torch.Generator().manual_seed(1)
+        return dict(
+            hidden_states=torch.randn(batch, 4, frames, height, width, generator=generator),
+            timestep=torch.full((batch,), timestep),
+            encoder_hidden_states=torch.randn(batch, 7, 16, generator=generator),
+        )
+
+    return make
+
+
+@pytest.fixture
+def tiny_flux():
+    """Makes a FLUX transformer of 2 dual and 2 single blocks in evaluation mode, always with the same weights."""
+    import torch
+    from diffusers import FluxTransformer2DModel
+
+    def make(**config):
+        torch.manual_seed(0)
+        sizes = dict(in_channels=8, num_layers=2, num_single_layers=2, attention_head_dim=16, num_attention_heads=2)
+        sizes |= dict(joint_attention_dim=20, pooled_projection_dim=12, axes_dims_rope=(4, 6, 6))
+        return FluxTransformer2DModel(**(sizes | config)).eval()
+
+    return make
+
+
+@pytest.fixture
+def flux_inputs():
+    """Makes a call of the tiny FLUX with packed images of these (height, width), the first being the one that is made."""
+    import torch
+
+    def make(*images: tuple[int, int], text: int = 13, batch: int = 2, timestep: float = 0.5, dtype=torch.float32):
+        generator = torch.Generator().manual_seed(1)
+        ids = [
+            torch.cat(
+                (torch.full((height * width, 1), index), torch.cartesian_prod(*map(torch.arange, (height, width)))), 1
+            )
+            for index, (height, width) in enumerate(images)
+        ]
+        ids = torch.cat(ids).to(dtype)
+        return dict(
+            hidden_states=torch.randn(batch, len(ids), 8, generator=generator),
+            encoder_hidden_states=torch.randn(batch, text, 20, generator=generator),
+            pooled_projections=torch.randn(batch, 12, generator=generator),
+            timestep=torch.full((batch,), timestep),
+            img_ids=ids,
+            txt_ids=torch.zeros(text, 3),
+        )
+
+    return make
