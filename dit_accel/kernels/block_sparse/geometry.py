@@ -47,7 +47,7 @@ class Geometry:
         none = (0, 0, 0)
         return [
             *self.grid, *self.query_grid, self.block_q, self.block_k, *(self.tile_q or none), *(self.tile_k or none),
-            self.reference, self.text, int(self.own_queries), self.query_text,
+            self.reference, self.text, int(self.own_queries),
         ]  # fmt: skip
 
     @classmethod

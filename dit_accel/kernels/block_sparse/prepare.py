@@ -1,0 +1,221 @@
+"""What depends on the block lists alone, worked out once per plan: which tokens meet which, in which batches."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import threading
+from collections import defaultdict
+from collections.abc import Callable
+
+import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from dit_accel.errors import DitAccelError
+from dit_accel.kernels.block_sparse.geometry import Geometry
+from dit_accel.kernels.block_sparse.grouping import MAX_PAIRS, group_rows
+from dit_accel.kernels.block_sparse.predicate import Predicate
+
+# Bytes of masks that a preparation keeps; those beyond are evaluated anew in each call, one batch at a time.
+MASK_BYTES = 64 << 20
+# Preparations kept at most; those whose block lists have been freed go first.
+MAX_ENTRIES = 8
+
+_EMPTY, _PARTIAL, _FULL = 0, 1, 2
+
+
+@dataclasses.dataclass
+class Batch:
+    """Equal problems: G groups of nq queries over nk keys, by canonical token index.
+
+    `bias` is fp32 [1, 1, nq, nk], 0 or -inf, shared by the groups; None if nothing is masked, or if `evaluate` gives
+    it. Indices ascend along each row, so that text keys are the last ones.
+    """
+
+    q: torch.Tensor  # int64 [G, nq]
+    k: torch.Tensor  # int64 [G, nk]
+    bias: torch.Tensor | None
+    evaluate: Callable[[], torch.Tensor] | None = None
+
+    def mask(self) -> torch.Tensor | None:
+        """The bias, from memory or evaluated."""
+        return self.bias if self.evaluate is None else self.evaluate()
+
+
+class _Masks:
+    """The token mask of any set of queries and keys: block by block from the lists, pair by pair from the tables."""
+
+    def __init__(self, state: torch.Tensor, geometry: Geometry, tables: torch.Tensor | None) -> None:
+        self.state = state  # uint8 [q_blocks, k_blocks]
+        self.visual_q, self.visual_k = geometry.query_order.grid.visual, geometry.key_order.grid.visual
+        self.block_of_q = block_of_token(geometry.query_order.index(), geometry.block_q)
+        self.block_of_k = block_of_token(geometry.key_order.index(), geometry.block_k)
+        self.predicate = None if tables is None else Predicate(tables, geometry.query_grid, geometry.grid)
+
+    def allowed(self, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor | None:
+        """Bool [nq, nk] for ascending canonical indices q [nq], k [nk]; None if all pairs are allowed."""
+        blocks_q, inverse_q = self.block_of_q[q].unique(return_inverse=True)
+        blocks_k, inverse_k = self.block_of_k[k].unique(return_inverse=True)
+        state = self.state[blocks_q][:, blocks_k]
+        if bool((state == _FULL).all()):
+            return None
+        state = state[inverse_q][:, inverse_k]
+        allowed = state == _FULL
+        nq, nk = int((q < self.visual_q).sum()), int((k < self.visual_k).sum())
+        if self.predicate is not None and nq and nk:
+            pairs = self.predicate.allowed(q[None, :nq], k[None, :nk])[0]
+            allowed[:nq, :nk] |= pairs & (state[:nq, :nk] == _PARTIAL)
+        return allowed
+
+    def bias(self, q: torch.Tensor, k: torch.Tensor, device: torch.device) -> torch.Tensor:
+        """The same as fp32 [1, 1, nq, nk]: 0 or -inf."""
+        allowed = self.allowed(q, k)
+        bias = torch.zeros(1, 1, len(q), len(k))
+        return (bias if allowed is None else bias.masked_fill_(~allowed, float("-inf"))).to(device)
+
+
+def block_of_token(index: torch.Tensor, block: int) -> torch.Tensor:
+    """Block of every canonical token, int64, from the token of every slot (-1: padding)."""
+    slots = (index >= 0).nonzero().squeeze(1)
+    return torch.empty_like(slots).index_copy_(0, index[slots], slots // block)
+
+
+def check_lists(kv_indices: torch.Tensor, kv_counts: torch.Tensor, key_blocks: int) -> torch.Tensor:
+    """Which entries of the lists count: bool, shape of `kv_indices`.
+
+    Raises:
+        DitAccelError: a count is not within the width of the list, or an index not within the key blocks.
+    """
+    width = kv_indices.shape[-1]
+    if kv_counts.numel() and not 0 <= int(kv_counts.min()) <= int(kv_counts.max()) <= width:
+        raise DitAccelError(
+            f"kv_counts must be between 0 and the width {width} of kv_indices, got {int(kv_counts.min())} to "
+            f"{int(kv_counts.max())}."
+        )
+    used = torch.arange(width, device=kv_indices.device) < kv_counts[..., None]
+    listed = kv_indices[used]
+    if listed.numel() and not 0 <= int(listed.min()) <= int(listed.max()) < key_blocks:
+        raise DitAccelError(
+            f"kv_indices must name key blocks 0 to {key_blocks - 1}, got {int(listed.min())} to {int(listed.max())}."
+        )
+    return used
+
+
+def block_state(
+    kv_indices: torch.Tensor, used: torch.Tensor, partial: torch.Tensor | None, tables: torch.Tensor | None, blocks: int
+) -> torch.Tensor:
+    """Lists as a map: uint8 [q_blocks, k_blocks], 0 not listed, 1 decided by the tables, 2 attended whole."""
+    value = torch.full(kv_indices.shape, _FULL if tables is None else _PARTIAL, dtype=torch.uint8)
+    if partial is not None:
+        value = torch.where(partial, _PARTIAL, _FULL).to(torch.uint8)
+    # Unused entries fall into a spare column.
+    state = torch.zeros(len(kv_indices), blocks + 1, dtype=torch.uint8)
+    return state.scatter_(-1, torch.where(used, kv_indices.long(), blocks), value)[:, :blocks]
+
+
+def build(
+    kv_indices: torch.Tensor,
+    kv_counts: torch.Tensor,
+    partial: torch.Tensor | None,
+    tables: torch.Tensor | None,
+    geometry: Geometry,
+    device: torch.device,
+) -> list[Batch]:
+    """Batches that together hold every allowed pair of the lists exactly once; the tensors are on a CPU."""
+    q_slots = geometry.query_order.index().view(-1, geometry.block_q)
+    k_slots = geometry.key_order.index().view(-1, geometry.block_k)
+    used = check_lists(kv_indices, kv_counts, len(k_slots))
+    state = block_state(kv_indices, used, partial, tables, len(k_slots))
+    masks = _Masks(state, geometry, tables)
+    equal: dict[tuple, list[tuple[torch.Tensor, torch.Tensor]]] = defaultdict(list)
+    biases: dict[bytes, torch.Tensor] = {}
+    left = MASK_BYTES
+    first_text = geometry.key_order.grid.visual + geometry.reference
+    batches = []
+    for group in group_rows(state > 0, (q_slots >= 0).sum(1), (k_slots >= 0).sum(1)):
+        blocks = (state[group] > 0).any(0)
+        keys = k_slots[blocks].flatten()
+        queries, keys = q_slots[group].flatten().sort().values, keys.sort().values
+        queries, keys = queries[queries >= 0], keys[keys >= 0]
+        whole = bool((state[group][:, blocks] == _FULL).all())
+        for q in (queries,) if whole else queries.split(max(1, MAX_PAIRS // len(keys))):
+            allowed, k = None if whole else masks.allowed(q, keys), keys
+            if allowed is not None:
+                seen = allowed.any(0)
+                allowed, k = allowed[:, seen], keys[seen]
+                if not len(k):
+                    continue
+                if bool(allowed.all()):
+                    allowed = None
+            texts = int((k >= first_text).sum())
+            # Text keys are cut off by their number, which must be the same in all groups of a batch.
+            kind = texts if texts in (0, geometry.text) else (len(batches), len(equal))
+            if allowed is None:
+                equal[len(q), len(k), kind, b""].append((q, k))
+                continue
+            digest = hashlib.blake2b(allowed.numpy().tobytes(), digest_size=16).digest()
+            if digest not in biases and left >= 4 * allowed.numel():
+                left -= 4 * allowed.numel()
+                bias = torch.zeros(1, 1, *allowed.shape).masked_fill_(~allowed, float("-inf"))
+                biases[digest] = bias.to(device)
+            if digest in biases:
+                equal[len(q), len(k), kind, digest].append((q, k))
+            else:
+                evaluate = _evaluation(masks, q, k, device)
+                batches.append(Batch(q[None].to(device), k[None].to(device), None, evaluate))
+    for (*_, digest), members in equal.items():
+        q, k = (torch.stack(side).to(device) for side in zip(*members, strict=True))
+        batches.append(Batch(q, k, biases.get(digest)))
+    return batches
+
+
+def _evaluation(masks: _Masks, q: torch.Tensor, k: torch.Tensor, device: torch.device) -> Callable[[], torch.Tensor]:
+    return lambda: masks.bias(q, k, device)
+
+
+@dataclasses.dataclass
+class _Entry:
+    key: tuple
+    lists: tuple[torch.Tensor | None, ...]  # copies, on the lists' device
+    owner: StorageWeakRef
+    batches: list[Batch]
+
+
+class PreparationCache:
+    """Preparations by the content of the lists.
+
+    An entry is found by comparing the lists themselves, in tens of microseconds: a list changed in place or a new list
+    at a freed one's address cannot hit a stale entry, and the copies that `torch.compile` may pass do not miss theirs.
+    Entries go when the lists that they were built from are freed, and the oldest when there are too many.
+    """
+
+    def __init__(self) -> None:
+        self.entries: list[_Entry] = []
+        self._lock = threading.Lock()
+
+    def get(
+        self,
+        kv_indices: torch.Tensor,
+        kv_counts: torch.Tensor,
+        partial: torch.Tensor | None,
+        tables: torch.Tensor | None,
+        geometry: Geometry,
+        device: torch.device,
+    ) -> list[Batch]:
+        """The batches of these lists, built if they are new; their tensors are on `device`."""
+        lists = (kv_indices, kv_counts, partial, tables)
+        key = (geometry, device, *(None if t is None else (t.shape, t.device) for t in lists))
+        with self._lock:
+            self.entries = [entry for entry in self.entries if not entry.owner.expired()]
+            for entry in self.entries:
+                if entry.key == key and all(
+                    a is None or torch.equal(a, b) for a, b in zip(lists, entry.lists, strict=True)
+                ):
+                    self.entries.remove(entry)
+                    self.entries.append(entry)
+                    return entry.batches
+            batches = build(*(None if t is None else t.cpu() for t in lists), geometry, device)
+            copies = tuple(None if t is None else t.clone() for t in lists)
+            self.entries.append(_Entry(key, copies, StorageWeakRef(kv_indices.untyped_storage()), batches))
+            del self.entries[:-MAX_ENTRIES]
+            return batches
