@@ -119,8 +119,7 @@ class Product:
 
     def allowed(self, query: torch.Tensor, key: torch.Tensor, shape: tuple[int, int, int]) -> torch.Tensor:
         seen = [
-            axis.allowed(q, k)
-            for axis, q, k in zip(self.axes, unravel(query, shape), unravel(key, shape), strict=True)
+            axis.allowed(q, k) for axis, q, k in zip(self.axes, unravel(query, shape), unravel(key, shape), strict=True)
         ]
         return seen[0] & seen[1] & seen[2]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import itertools
 import math
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -13,15 +12,15 @@ from dit_accel import blocks
 from dit_accel.blocks import BlockMask
 from dit_accel.errors import DitAccelError
 from dit_accel.kernels.block_sparse.api import block_sparse_attention
-from dit_accel.masks import Mask, Product, axis_pairs
+from dit_accel.masks import Mask
 from dit_accel.order import TokenOrder
+from dit_accel.planner import Tile, choose_tiles
 from dit_accel.tokens import TokenGrid
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 Order = Literal["raster", "tile"]
-Tile = tuple[int, int, int]
 BLOCK_Q, BLOCK_K = 128, 64
 TOKEN_MASK_LIMIT = 20_000
 
@@ -56,7 +55,7 @@ class Plan:
         tile_q: Tile | None = None,
         tile_k: Tile | None = None,
     ) -> BlockMask:
-        """The blocks a kernel visits; see `StaticPlan.block_mask`."""
+        """The blocks a kernel visits; see `MaskPlan.block_mask`."""
         raise DitAccelError(f"{self.method} has no block mask that is known before the call.")
 
     def token_mask(self) -> torch.Tensor:
@@ -105,7 +104,43 @@ class Plan:
 
 
 class StaticPlan(Plan):
-    """A plan whose mask depends on the grid alone, exact to the token.
+    """A plan whose block mask depends on the grid alone."""
+
+    def __init__(self, method: str, config: Any, grid: TokenGrid) -> None:
+        super().__init__(method, config, grid)
+        self._lists: dict[torch.device, tuple[BlockMask, torch.Tensor | None]] = {}
+
+    def tables(self) -> torch.Tensor | None:
+        """The packed tables that decide the pairs of partial blocks; None if there are no partial blocks."""
+        return None
+
+    def lists(self, device: torch.device) -> tuple[BlockMask, torch.Tensor | None]:
+        """The plan's own block mask and tables on `device`, built once."""
+        if device not in self._lists:
+            tables = self.tables()
+            self._lists[device] = (self.block_mask().to(device), None if tables is None else tables.to(device))
+        return self._lists[device]
+
+    def prepare(self, device: torch.device) -> None:
+        self.lists(device)
+
+    def attend(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        *,
+        scale: float | None = None,
+        text_lens: torch.Tensor | None = None,
+        impl: str = "auto",
+        module: torch.nn.Module | None = None,
+    ) -> torch.Tensor:
+        lists, tables = self.lists(q.device)
+        return run_blocks(q, k, v, lists, tables, scale=scale, text_lens=text_lens, impl=impl)
+
+
+class MaskPlan(StaticPlan):
+    """A static plan exact to the token.
 
     Args:
         mask: over the visual tokens; text and reference tokens attend to and are attended by everything.
@@ -115,12 +150,14 @@ class StaticPlan(Plan):
     def __init__(self, method: str, config: Any, grid: TokenGrid, mask: Mask, order: Order = "raster") -> None:
         super().__init__(method, config, grid)
         self.mask, self.order = mask, order
-        self._device_lists: dict[torch.device, tuple[BlockMask, torch.Tensor]] = {}
 
     @functools.cached_property
     def pairs(self) -> int:  # type: ignore[override]
         around = self.grid.tokens - self.grid.visual
         return self.mask.pairs() + around * (self.grid.tokens + self.grid.visual)
+
+    def tables(self) -> torch.Tensor:
+        return self.mask.pack()
 
     def block_mask(
         self,
@@ -163,31 +200,8 @@ class StaticPlan(Plan):
         visual = torch.arange(self.grid.visual)
         return surround(self.mask.allowed(visual[:, None], visual[None, :]), self.grid)
 
-    def attend(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        *,
-        scale: float | None = None,
-        text_lens: torch.Tensor | None = None,
-        impl: str = "auto",
-        module: torch.nn.Module | None = None,
-    ) -> torch.Tensor:
-        lists, tables = self.lists(q.device)
-        return run_blocks(q, k, v, lists, tables, scale=scale, text_lens=text_lens, impl=impl)
 
-    def prepare(self, device: torch.device) -> None:
-        self.lists(device)
-
-    def lists(self, device: torch.device) -> tuple[BlockMask, torch.Tensor]:
-        """The default block mask and the packed tables on `device`, built once."""
-        if device not in self._device_lists:
-            self._device_lists[device] = (self.block_mask().to(device), self.mask.pack().to(device))
-        return self._device_lists[device]
-
-
-class BlockPlan(Plan):
+class BlockPlan(StaticPlan):
     """A static plan defined on raster blocks: whole blocks are attended, so there is no token predicate.
 
     Args:
@@ -200,7 +214,6 @@ class BlockPlan(Plan):
         self.block = block
         order = TokenOrder(grid, block)
         self._mask = blocks.from_map(visited, order, order)
-        self._device_lists: dict[torch.device, BlockMask] = {}
 
     @functools.cached_property
     def pairs(self) -> int:  # type: ignore[override]
@@ -232,25 +245,6 @@ class BlockPlan(Plan):
         visual = self._mask.dense()[: order.visual_blocks, : order.visual_blocks]
         tokens = visual.repeat_interleave(self.block, 0).repeat_interleave(self.block, 1)
         return surround(tokens[: self.grid.visual, : self.grid.visual], self.grid)
-
-    def attend(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        *,
-        scale: float | None = None,
-        text_lens: torch.Tensor | None = None,
-        impl: str = "auto",
-        module: torch.nn.Module | None = None,
-    ) -> torch.Tensor:
-        self.prepare(q.device)
-        lists = self._device_lists[q.device]
-        return run_blocks(q, k, v, lists, None, scale=scale, text_lens=text_lens, impl=impl)
-
-    def prepare(self, device: torch.device) -> None:
-        if device not in self._device_lists:
-            self._device_lists[device] = self._mask.to(device)
 
 
 def plan(method: str, grid: TokenGrid, **config: Any) -> Plan:
@@ -359,41 +353,3 @@ def surround(visual: torch.Tensor, grid: TokenGrid) -> torch.Tensor:
     where = slice(grid.visual_start, grid.visual_start + grid.visual)
     mask[where, where] = visual
     return mask
-
-
-def choose_tiles(mask: Mask, grid: TokenGrid, block_q: int, block_k: int) -> tuple[Tile, Tile]:
-    """Tile shapes of these sizes for a mask.
-
-    For a product of axes: the shapes with the fewest visited blocks, counted exactly (the static-tile analysis of GNA,
-    arXiv:2504.16922); ties go to long rows, which read memory in longer runs. Bands are narrow in raster position,
-    so their tiles lie in one frame and are as wide as it allows.
-    """
-    queries, keys = tile_shapes(block_q, grid.shape), tile_shapes(block_k, grid.shape)
-    if len(mask.terms) > 1 or not isinstance(mask.terms[0], Product):
-        widest_q, widest_k = (min(shapes, key=lambda shape: (shape[0], shape[1])) for shapes in (queries, keys))
-        return widest_q, widest_k
-    axes = mask.terms[0].axes
-
-    @functools.cache
-    def visited(axis: int, size_q: int, size_k: int) -> int:
-        return int((axis_pairs(axes[axis], size_q, size_k) > 0).sum())
-
-    def cost(pair: tuple[Tile, Tile]) -> tuple[int, ...]:
-        query, key = pair
-        count = math.prod(visited(axis, query[axis], key[axis]) for axis in range(3))
-        return count, -key[2], -query[2], -key[1], -query[1]
-
-    return min(itertools.product(queries, keys), key=cost)
-
-
-def tile_shapes(block: int, shape: Tile) -> list[Tile]:
-    """Tiles of `block` tokens, none longer along frames or rows than it needs to cover the grid."""
-    divisors = [size for size in range(1, block + 1) if block % size == 0]
-
-    def fits(size: int, length: int) -> bool:
-        return size == 1 or any(size >= length > other for other in divisors if other < size) or size <= length
-
-    heads = [(t, h) for t in divisors for h in divisors if block % (t * h) == 0]
-    shapes = [(t, h, block // (t * h)) for t, h in heads if fits(t, shape[0]) and fits(h, shape[1])]
-    fitting = [tile for tile in shapes if fits(tile[2], shape[2])]
-    return fitting or shapes

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 
 from dit_accel.masks import AxisTable, Mask, Product
-from dit_accel.plans import StaticPlan
+from dit_accel.plans import MaskPlan
 from dit_accel.registry import Method
 from dit_accel.tokens import TokenGrid
 
@@ -20,7 +20,7 @@ class Config:
     keeps_all: ClassVar[bool] = True
 
 
-class DensePlan(StaticPlan):
+class DensePlan(MaskPlan):
     """Every token sees every token. `attend` is PyTorch's own attention unless another implementation is named."""
 
     def attend(

@@ -14,7 +14,7 @@ import torch
 
 from dit_accel.errors import DitAccelError
 from dit_accel.masks import AxisTable, Mask, Product
-from dit_accel.plans import StaticPlan
+from dit_accel.plans import MaskPlan
 from dit_accel.registry import Method
 from dit_accel.tokens import TokenGrid
 
@@ -135,13 +135,15 @@ def fit_axis(axis: int, length: int, config: Config) -> AxisTable:
             f'ask for at most {max(1, length // dilation)}, a fraction such as 0.5, or "full".'
         )
     if stride > window:
-        raise DitAccelError(f"gna needs stride <= window on the {AXES[axis]} axis, got stride {stride}, window {window}.")
+        raise DitAccelError(
+            f"gna needs stride <= window on the {AXES[axis]} axis, got stride {stride}, window {window}."
+        )
     return axis_table(length, window, stride, dilation, per_axis(config.causal)[axis])
 
 
-def make_plan(grid: TokenGrid, config: Config) -> StaticPlan:
+def make_plan(grid: TokenGrid, config: Config) -> MaskPlan:
     t, h, w = (fit_axis(axis, length, config) for axis, length in enumerate(grid.shape))
-    return StaticPlan("gna", config, grid, Mask((Product(t, h, w),)), order="tile")
+    return MaskPlan("gna", config, grid, Mask((Product(t, h, w),)), order="tile")
 
 
 METHOD = Method(

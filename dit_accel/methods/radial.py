@@ -15,7 +15,7 @@ import torch
 
 from dit_accel.errors import DitAccelError
 from dit_accel.masks import Band, Mask, prefix_sums
-from dit_accel.plans import BlockPlan, Plan, StaticPlan
+from dit_accel.plans import BlockPlan, MaskPlan, Plan
 from dit_accel.registry import Method
 from dit_accel.tokens import TokenGrid
 
@@ -144,7 +144,7 @@ def make_plan(grid: TokenGrid, config: Config) -> Plan:
     frame_tokens = grid.height * grid.width
     if config.rule == "paper":
         radius = paper_radius(grid.frames, frame_tokens, config.decay, config.sink)
-        return StaticPlan("radial", config, grid, Mask((Band(radius, grid.height, grid.width),)))
+        return MaskPlan("radial", config, grid, Mask((Band(radius, grid.height, grid.width),)))
     radius = reference_radius(grid.frames, frame_tokens, config.decay, config.sink, config.block)
     visited = reference_blocks(radius, frame_tokens, config.block)
     if grid.visual % config.block:

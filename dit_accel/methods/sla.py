@@ -20,7 +20,8 @@ from dit_accel.kernels.sla.api import LINEAR_SCOPES, sparse_linear_attention
 from dit_accel.kernels.sla.features import FEATURE_MAPS, FeatureMap
 from dit_accel.kernels.sla.router import route_blocks
 from dit_accel.order import TokenOrder
-from dit_accel.plans import Plan, tile_shapes
+from dit_accel.planner import tile_shapes
+from dit_accel.plans import Plan
 from dit_accel.registry import Method
 from dit_accel.tokens import TokenGrid
 
@@ -54,9 +55,9 @@ class Config:
     order: Literal["raster", "tile"] = "raster"
 
     def __post_init__(self) -> None:
-        if not 0 < self.topk <= 1:
+        if not _is_number(self.topk) or not 0 < self.topk <= 1:
             raise DitAccelError(f"topk is the share of key blocks to keep, above 0 and at most 1; got {self.topk!r}.")
-        if not 0 <= self.skip < 1:
+        if not _is_number(self.skip) or not 0 <= self.skip < 1:
             raise DitAccelError(f"skip is the share of key blocks to drop, at least 0 and below 1; got {self.skip!r}.")
         for name, known in (
             ("feature_map", FEATURE_MAPS),
@@ -83,6 +84,10 @@ class Config:
         if self.linear_scope == "all":
             return 0
         return min(int(self.skip * blocks), blocks - self.kept(blocks))
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 class Routing(NamedTuple):

@@ -12,7 +12,7 @@ import torch
 
 from dit_accel.errors import DitAccelError
 from dit_accel.masks import Band, Mask
-from dit_accel.plans import StaticPlan
+from dit_accel.plans import MaskPlan
 from dit_accel.registry import Method
 from dit_accel.tokens import TokenGrid
 
@@ -41,7 +41,7 @@ def reference_frames(frames: int, references: int) -> torch.Tensor:
     return torch.arange(0, frames, -(-frames // references))[:references]
 
 
-def make_plan(grid: TokenGrid, config: Config) -> StaticPlan:
+def make_plan(grid: TokenGrid, config: Config) -> MaskPlan:
     if config.references > grid.frames:
         raise DitAccelError(
             f"tile needs references <= the video's {grid.frames} token frames, got {config.references}; "
@@ -51,7 +51,7 @@ def make_plan(grid: TokenGrid, config: Config) -> StaticPlan:
     reference = torch.isin(frames, reference_frames(grid.frames, config.references))
     seen = (frames[:, None] == frames) | reference[:, None] | reference
     band = Band(seen.long() * (grid.height * grid.width), grid.height, grid.width)
-    return StaticPlan("tile", config, grid, Mask((band,)))
+    return MaskPlan("tile", config, grid, Mask((band,)))
 
 
 METHOD = Method(

@@ -1,0 +1,143 @@
+"""Plans: public figures, block masks in any tile, planning time, and `attention` against masked softmax."""
+
+import math
+import statistics
+import time
+
+import pytest
+import torch
+
+import dit_accel
+from dit_accel.errors import DitAccelError
+from dit_accel.planner import choose_tiles, tile_shapes
+from dit_accel.tokens import TokenGrid
+
+STATIC = [
+    ("gna", {"window": (18, 24, 24), "stride": (16, 8, 8)}),
+    ("gna", {"window": 0.5}),
+    ("tile", {"references": 3}),
+    ("radial", {"decay": 0.2}),
+    ("radial", {"decay": 0.95, "rule": "reference"}),
+]
+IDS = [f"{method}-{len(config)}-{index}" for index, (method, config) in enumerate(STATIC)]
+
+
+@pytest.mark.parametrize(("method", "config"), STATIC, ids=IDS)
+def test_density_is_of_the_token_mask(method, config):
+    if config.get("window") == (18, 24, 24):
+        config = {"window": (4, 3, 4), "stride": (2, 3, 2)}
+    grid = TokenGrid(5, 6, 7, text=11, text_first=method == "gna")
+    plan = dit_accel.plan(method, grid, **config)
+    mask = plan.token_mask()
+    assert mask.shape == (grid.tokens, grid.tokens)
+    assert plan.pairs == int(mask.sum())
+    assert plan.density == plan.pairs / grid.tokens**2
+    assert 0 < plan.density < 1
+
+
+@pytest.mark.timing
+@pytest.mark.parametrize(("method", "config"), STATIC, ids=IDS)
+def test_planning_120_000_tokens_takes_under_50_ms(method, config):
+    """In process time, which is what a plan costs wherever else the machine is busy."""
+    grid = TokenGrid(31, 48, 81, text=256)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        times = []
+        for _ in range(5):
+            start = time.process_time()
+            plan = dit_accel.plan(method, grid, **config)
+            assert plan.pairs > 0
+            plan.block_mask()
+            times.append(time.process_time() - start)
+    finally:
+        torch.set_num_threads(threads)
+    assert statistics.median(times) < 0.05
+
+
+def test_the_plan_has_the_last_word_on_order():
+    plan = dit_accel.plan("gna", TokenGrid(4, 8, 8), window=(2, 4, 4), stride=(2, 4, 4))
+    chosen = plan.block_mask(block_q=32, block_k=32)
+    assert chosen.query_order.tile == (2, 4, 4)
+    assert chosen.visited == chosen.full == 8
+    assert plan.block_mask(32, 32, order="raster").query_order.tile is None
+    assert plan.block_mask(tile_q=(1, 4, 8), tile_k=(1, 4, 4)).key_order.block == 16
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"tile_q": (1, 4, 4)}, "both tile_q and tile_k"),
+        ({"order": "hilbert"}, "'raster', 'tile' or None"),
+        ({"order": "raster", "tile_q": (1, 4, 4), "tile_k": (1, 4, 4)}, "order='tile'"),
+        ({"block_q": 8, "tile_q": (1, 4, 4), "tile_k": (1, 4, 4)}, "product"),
+    ],
+)
+def test_contradictions_are_refused(arguments, words):
+    plan = dit_accel.plan("gna", TokenGrid(4, 8, 8), window=2)
+    with pytest.raises(DitAccelError, match=words):
+        plan.block_mask(**arguments)
+
+
+def test_the_planner_finds_the_fewest_blocks():
+    grid = TokenGrid(6, 10, 13)
+    plan = dit_accel.plan("gna", grid, window=(3, 5, 4), stride=(1, 2, 2))
+    best = plan.block_mask(16, 8, order="tile")
+    for tile_q in tile_shapes(16, grid.shape):
+        for tile_k in tile_shapes(8, grid.shape):
+            assert best.visited <= plan.block_mask(tile_q=tile_q, tile_k=tile_k).visited
+    assert choose_tiles(plan.mask, grid, 16, 8) == (best.query_order.tile, best.key_order.tile)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 5), (1, 3, 200), (300, 1, 1), (2, 2, 2)])
+def test_tile_shapes_do_not_reach_past_the_grid_for_nothing(shape):
+    shapes = tile_shapes(64, shape)
+    assert shapes
+    assert all(math.prod(tile) == 64 for tile in shapes)
+    assert all(size < 2 * length for tile in shapes for size, length in zip(tile[:2], shape[:2], strict=True))
+
+
+def test_token_masks_stop_at_20_000_tokens():
+    with pytest.raises(DitAccelError, match="at most 20,000 tokens"):
+        dit_accel.plan("radial", TokenGrid(21, 30, 52)).token_mask()
+
+
+def test_the_picture_shows_every_block():
+    plan = dit_accel.plan("tile", TokenGrid(8, 16, 16, text=40), references=2)
+    picture = plan.image()
+    mask = plan.block_mask()
+    assert picture.width % mask.key_order.blocks == 0
+    assert picture.height % mask.query_order.blocks == 0
+    assert len(picture.getcolors()) >= 2
+
+
+@pytest.mark.parametrize("impl", ["auto", "reference", "portable"])
+@pytest.mark.parametrize(("method", "config"), [*STATIC[1:], ("dense", {}), ("gna", {"window": (2, 3, 3)})])
+def test_attention_is_masked_softmax(method, config, impl):
+    """In fp64, where the exact result and ours may differ by rounding alone."""
+    torch.manual_seed(0)
+    grid = TokenGrid(5, 4, 7, text=9, text_first=config.get("window") == (2, 3, 3))
+    plan = dit_accel.plan(method, grid, **config)
+    q, k, v = (torch.randn(2, 3, grid.tokens, 8, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    mask = plan.token_mask().expand(2, 1, -1, -1).clone()
+    text_lens = torch.tensor([4, 9])
+    for sample, length in enumerate(text_lens.tolist()):
+        mask[sample, :, :, grid.text_start + length : grid.text_start + grid.text] = False
+    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    found = dit_accel.attention(q, k, v, plan, text_lens=text_lens, impl=impl)
+    assert found.shape == q.shape
+    assert found.transpose(1, 2).is_contiguous()
+    seed = torch.randn_like(expected)
+    for name, ours, exact in zip(
+        ("output", "dq", "dk", "dv"),
+        (found, *torch.autograd.grad(found, (q, k, v), seed)),
+        (expected, *torch.autograd.grad(expected, (q, k, v), seed)),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, exact, rtol=1e-11, atol=1e-12, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_attention_wants_the_grids_tokens():
+    plan = dit_accel.plan("gna", TokenGrid(1, 4, 4), window=2)
+    with pytest.raises(DitAccelError, match=r"k must be \[batch, heads, 16, head_dim\]"):
+        dit_accel.attention(torch.zeros(1, 1, 16, 8), torch.zeros(1, 1, 15, 8), torch.zeros(1, 1, 16, 8), plan)
