@@ -35,8 +35,14 @@ def tiny_wan():
 
     def make(layers: int = 2, **config):
         torch.manual_seed(0)
-        sizes = dict(num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4, text_dim=16)
-        sizes |= dict(freq_dim=16, ffn_dim=32, num_layers=layers, rope_max_seq_len=64)
+        sizes = {
+            "num_attention_heads": 2,
+            "attention_head_dim": 12,
+            "in_channels": 4,
+            "out_channels": 4,
+            "text_dim": 16,
+        }
+        sizes |= {"freq_dim": 16, "ffn_dim": 32, "num_layers": layers, "rope_max_seq_len": 64}
         return WanTransformer3DModel(**(sizes | config)).eval()
 
     return make
@@ -49,11 +55,11 @@ def wan_inputs():
 
     def make(frames: int = 5, height: int = 14, width: int = 18, batch: int = 2, timestep: float = 500):
         generator = torch.Generator().manual_seed(1)
-        return dict(
-            hidden_states=torch.randn(batch, 4, frames, height, width, generator=generator),
-            timestep=torch.full((batch,), timestep),
-            encoder_hidden_states=torch.randn(batch, 7, 16, generator=generator),
-        )
+        return {
+            "hidden_states": torch.randn(batch, 4, frames, height, width, generator=generator),
+            "timestep": torch.full((batch,), timestep),
+            "encoder_hidden_states": torch.randn(batch, 7, 16, generator=generator),
+        }
 
     return make
 
@@ -66,8 +72,14 @@ def tiny_flux():
 
     def make(**config):
         torch.manual_seed(0)
-        sizes = dict(in_channels=8, num_layers=2, num_single_layers=2, attention_head_dim=16, num_attention_heads=2)
-        sizes |= dict(joint_attention_dim=20, pooled_projection_dim=12, axes_dims_rope=(4, 6, 6))
+        sizes = {
+            "in_channels": 8,
+            "num_layers": 2,
+            "num_single_layers": 2,
+            "attention_head_dim": 16,
+            "num_attention_heads": 2,
+        }
+        sizes |= {"joint_attention_dim": 20, "pooled_projection_dim": 12, "axes_dims_rope": (4, 6, 6)}
         return FluxTransformer2DModel(**(sizes | config)).eval()
 
     return make
@@ -75,7 +87,7 @@ def tiny_flux():
 
 @pytest.fixture
 def flux_inputs():
-    """Makes a call of the tiny FLUX with packed images of these (height, width), the first being the one that is made."""
+    """Makes a call of the tiny FLUX with packed images of these (height, width), the made one first."""
     import torch
 
     def make(*images: tuple[int, int], text: int = 13, batch: int = 2, timestep: float = 0.5, dtype=torch.float32):
@@ -87,13 +99,13 @@ def flux_inputs():
             for index, (height, width) in enumerate(images)
         ]
         ids = torch.cat(ids).to(dtype)
-        return dict(
-            hidden_states=torch.randn(batch, len(ids), 8, generator=generator),
-            encoder_hidden_states=torch.randn(batch, text, 20, generator=generator),
-            pooled_projections=torch.randn(batch, 12, generator=generator),
-            timestep=torch.full((batch,), timestep),
-            img_ids=ids,
-            txt_ids=torch.zeros(text, 3),
-        )
+        return {
+            "hidden_states": torch.randn(batch, len(ids), 8, generator=generator),
+            "encoder_hidden_states": torch.randn(batch, text, 20, generator=generator),
+            "pooled_projections": torch.randn(batch, 12, generator=generator),
+            "timestep": torch.full((batch,), timestep),
+            "img_ids": ids,
+            "txt_ids": torch.zeros(text, 3),
+        }
 
     return make

@@ -1,0 +1,136 @@
+"""Processors rebuilt with another attention."""
+
+import inspect
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from diffusers.models.attention_processor import Attention, AttnProcessor2_0
+from diffusers.models.transformers.transformer_flux import FluxAttnProcessor, FluxIPAdapterAttnProcessor
+from diffusers.models.transformers.transformer_wan import WanAttnProcessor
+from torch import nn
+
+from dit_accel.errors import DitAccelError
+from dit_accel.pipelines.processor import CallState, accelerated
+from dit_accel.tokens import TokenGrid
+
+
+class MeanPlan:
+    """Attention that gives every query the mean of all values, so that nobody takes it for dense attention."""
+
+    method = "mean"
+
+    def __init__(self, grid):
+        self.grid, self.calls = grid, []
+
+    def attend(self, q, k, v, *, scale, text_lens, impl, module):
+        self.calls.append((tuple(q.shape), scale, impl, module))
+        return v.mean(2, keepdim=True).expand_as(v)
+
+
+def sparse_state(tokens, text_lens=None):
+    state = CallState("portable")
+    state.plan, state.sparse, state.text_lens = MeanPlan(TokenGrid(1, 1, tokens)), True, text_lens
+    return state
+
+
+@pytest.mark.parametrize("kind", [WanAttnProcessor, FluxAttnProcessor, AttnProcessor2_0])
+def test_the_signature_is_the_models(kind):
+    ours = accelerated(kind(), CallState())
+    assert inspect.signature(ours.__call__) == inspect.signature(kind().__call__)
+
+
+def test_each_class_has_one_rebuilt_module_for_good():
+    first, second = (accelerated(WanAttnProcessor(), CallState()) for _ in range(2))
+    assert type(first) is type(second)
+    rebuilt = [name for name in sys.modules if name.startswith("dit_accel._rebuilt") and "WanAttnProcessor" in name]
+    assert len(rebuilt) == 1
+    assert not any(isinstance(value, CallState) for value in vars(sys.modules[rebuilt[0]]).values())
+
+
+def test_the_models_module_is_not_touched():
+    before = dict(vars(sys.modules[WanAttnProcessor.__module__]))
+    accelerated(WanAttnProcessor(), CallState())
+    assert dict(vars(sys.modules[WanAttnProcessor.__module__])) == before
+
+
+def test_a_legacy_processor_keeps_its_code_around_our_attention():
+    """BHND tensors through `F.scaled_dot_product_attention`."""
+    torch.manual_seed(0)
+    attention, hidden = Attention(query_dim=8, heads=2, dim_head=4).eval(), torch.randn(2, 6, 8)
+    state = sparse_state(6)
+    attention.processor = accelerated(AttnProcessor2_0(), state)
+    wanted = attention.to_out[0](attention.to_v(hidden).mean(1, keepdim=True).expand(2, 6, 8))
+    torch.testing.assert_close(attention(hidden), wanted)
+    assert state.plan.calls == [((2, 2, 6, 4), None, "portable", None)]
+
+
+def test_other_attention_in_the_same_module_stays_dense():
+    """Calls over other tokens, such as image prompts, are not the plan's."""
+
+    class TwoCalls:
+        def __call__(self, attn, hidden_states):
+            prompt = F.scaled_dot_product_attention(hidden_states, hidden_states[:, :, :2], hidden_states[:, :, :2])
+            return F.scaled_dot_product_attention(hidden_states, hidden_states, hidden_states), prompt
+
+    hidden = torch.randn(1, 2, 6, 4)
+    own, prompt = accelerated(TwoCalls(), sparse_state(6))(nn.Module(), hidden)
+    assert torch.equal(own, hidden.mean(2, keepdim=True).expand_as(hidden))
+    assert torch.equal(prompt, TwoCalls()(None, hidden)[1])
+
+
+def test_a_call_of_another_length_is_refused():
+    attention = Attention(query_dim=8, heads=2, dim_head=4).eval()
+    attention.processor = accelerated(AttnProcessor2_0(), sparse_state(7))
+    with pytest.raises(DitAccelError, match="0 attention calls"):
+        attention(torch.randn(2, 6, 8))
+
+
+def test_a_mask_is_refused_unless_the_family_reads_it():
+    attention = Attention(query_dim=8, heads=2, dim_head=4).eval()
+    mask = torch.zeros(2, 1, 6)
+    attention.processor = accelerated(AttnProcessor2_0(), sparse_state(6))
+    with pytest.raises(DitAccelError, match="attention mask"):
+        attention(torch.randn(2, 6, 8), attention_mask=mask)
+    attention.processor = accelerated(AttnProcessor2_0(), sparse_state(6, text_lens=torch.tensor([0, 0])))
+    attention(torch.randn(2, 6, 8), attention_mask=mask)
+
+
+def test_causal_attention_and_dropout_are_refused():
+    class Causal:
+        def __call__(self, attn, hidden_states):
+            return F.scaled_dot_product_attention(hidden_states, hidden_states, hidden_states, is_causal=True)
+
+    with pytest.raises(DitAccelError, match="is_causal=True"):
+        accelerated(Causal(), sparse_state(6))(nn.Module(), torch.randn(1, 2, 6, 4))
+
+
+def test_an_error_leaves_nothing_behind():
+    state = sparse_state(7)
+    attention = Attention(query_dim=8, heads=2, dim_head=4).eval()
+    attention.processor = accelerated(AttnProcessor2_0(), state)
+    with pytest.raises(DitAccelError):
+        attention(torch.randn(2, 6, 8))
+    attention(torch.randn(2, 7, 8))
+
+
+def test_what_cannot_be_rebuilt_is_refused():
+    class Silent:
+        def __call__(self, attn, hidden_states):
+            return hidden_states
+
+    for processor, reason in ((Silent(), "calls neither"), (len, "not a processor written in Python")):
+        with pytest.raises(DitAccelError, match=reason):
+            accelerated(processor, CallState())
+    with pytest.raises(DitAccelError, match="holds weights"):
+        accelerated(FluxIPAdapterAttnProcessor(8, 8), CallState())
+
+
+def test_back_end_and_parallel_settings_reach_the_model():
+    inner = WanAttnProcessor()
+    ours = accelerated(inner, CallState())
+    ours._attention_backend, ours._parallel_config = "native", "config"
+    assert (inner._attention_backend, inner._parallel_config) == ("native", "config")
+    bare = accelerated(AttnProcessor2_0(), CallState())
+    assert not hasattr(bare, "_attention_backend")
