@@ -16,9 +16,10 @@ from torch import nn
 
 from dit_accel.blocks import BlockMask, valid_tokens
 from dit_accel.errors import DitAccelError
-from dit_accel.kernels.sla.api import LINEAR_SCOPES, sparse_linear_attention
+from dit_accel.kernels.sla.api import sparse_linear_attention
 from dit_accel.kernels.sla.features import FEATURE_MAPS, FeatureMap
 from dit_accel.kernels.sla.router import route_blocks
+from dit_accel.kernels.sla.setting import LINEAR_SCOPES, LinearScope
 from dit_accel.order import TokenOrder
 from dit_accel.planner import tile_shapes
 from dit_accel.plans import Plan
@@ -50,7 +51,7 @@ class Config:
     topk: float = 0.05
     skip: float = 0.10
     feature_map: FeatureMap = "softmax"
-    linear_scope: Literal["all", "marginal"] = "all"
+    linear_scope: LinearScope = "all"
     block: int = 64
     order: Literal["raster", "tile"] = "raster"
 

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import torch
 
 from dit_accel.errors import DitAccelError
-from dit_accel.kernels.sla.features import FEATURE_MAPS
+from dit_accel.kernels.block_sparse.api import Impl
+from dit_accel.kernels.sla.features import FEATURE_MAPS, FeatureMap
 from dit_accel.kernels.sla.portable import sparse_linear_portable
 from dit_accel.kernels.sla.reference import sparse_linear_reference
 from dit_accel.kernels.sla.router import route_blocks
+from dit_accel.kernels.sla.setting import LINEAR_SCOPES, LinearScope, Setting
 from dit_accel.order import TokenOrder
 from dit_accel.tokens import TokenGrid
 
-IMPLS = ("auto", "reference", "portable", "triton")
-LINEAR_SCOPES = ("all", "marginal")
+IMPLS: tuple[str, ...] = get_args(Impl)
 
 
 def sparse_linear_attention(
@@ -31,11 +34,11 @@ def sparse_linear_attention(
     text_first: bool = False,
     text_len: torch.Tensor | None = None,
     scale: float | None = None,
-    feature_map: str = "softmax",
-    linear_scope: str = "all",
+    feature_map: FeatureMap = "softmax",
+    linear_scope: LinearScope = "all",
     weight: torch.Tensor | None = None,
     bias: torch.Tensor | None = None,
-    impl: str = "auto",
+    impl: Impl = "auto",
 ) -> torch.Tensor:
     """Exact attention over each query block's best key blocks, plus projected linear attention over the rest.
 
@@ -76,30 +79,34 @@ def sparse_linear_attention(
     """
     if torch.is_autocast_enabled(q.device.type):
         q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
-    shape = (1, 1, q.shape[-2]) if grid is None else tuple(grid)
-    layout = TokenGrid(*shape, text=text, text_first=text_first, reference=reference)
-    order = TokenOrder(layout, block, tile)
-    _check(q, k, v, order, critical, skipped, feature_map, linear_scope, impl)
+    frames, rows, columns = (1, 1, q.shape[-2]) if grid is None else grid
+    layout = TokenGrid(frames, rows, columns, text=text, text_first=text_first, reference=reference)
+    setting = Setting(
+        order=TokenOrder(layout, block, tile),
+        text_len=None if text_len is None else text_len.to(device=q.device, dtype=torch.int32),
+        scale=q.shape[-1] ** -0.5 if scale is None else scale,
+        feature_map=feature_map,
+        linear_scope=linear_scope,
+        weight=weight,
+        bias=bias,
+    )
+    _check(q, k, v, critical, skipped, setting, impl)
     visual = slice(layout.visual_start, layout.visual_start + layout.visual)
-    dropped = skipped if linear_scope == "marginal" else 0
+    skipped = skipped if linear_scope == "marginal" else 0
     # Scores and linear sums are fp32 whatever autocast says.
     with torch.autocast(q.device.type, enabled=False):
-        lists = route_blocks(q[:, :, visual].detach(), k[:, :, visual].detach(), shape, block, tile, critical, dropped)
-        common = {
-            "order": order,
-            "text_len": None if text_len is None else text_len.to(device=q.device, dtype=torch.int32),
-            "scale": q.shape[-1] ** -0.5 if scale is None else scale,
-            "feature_map": feature_map,
-            "linear_scope": linear_scope,
-            "weight": weight,
-            "bias": bias,
-        }
+        kept, dropped = route_blocks(
+            q[:, :, visual].detach(), k[:, :, visual].detach(), layout.shape, block, tile, critical, skipped
+        )
         if impl == "reference":
-            return sparse_linear_reference(q, k, v, *lists, **common)
-        return sparse_linear_portable(q, k, v, *lists, impl=impl, **common)
+            return sparse_linear_reference(q, k, v, kept, dropped, setting)
+        return sparse_linear_portable(q, k, v, kept, dropped, setting, impl)
 
 
-def _check(q, k, v, order: TokenOrder, critical, skipped, feature_map, linear_scope, impl) -> None:
+def _check(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, critical: int, skipped: int, setting: Setting, impl: str
+) -> None:
+    order = setting.order
     if not q.shape == k.shape == v.shape or q.ndim != 4 or q.shape[2] != order.grid.tokens:
         raise DitAccelError(
             f"q, k and v must be [batch, heads, {order.grid.tokens}, head_dim], all alike, for the grid {order.grid}; "
@@ -113,8 +120,8 @@ def _check(q, k, v, order: TokenOrder, critical, skipped, feature_map, linear_sc
             f"visual blocks; got {critical} and {skipped}."
         )
     for name, value, known in (
-        ("feature_map", feature_map, FEATURE_MAPS),
-        ("linear_scope", linear_scope, LINEAR_SCOPES),
+        ("feature_map", setting.feature_map, FEATURE_MAPS),
+        ("linear_scope", setting.linear_scope, LINEAR_SCOPES),
         ("impl", impl, IMPLS),
     ):
         if value not in known:

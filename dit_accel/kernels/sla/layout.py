@@ -14,7 +14,8 @@ from dit_accel.tokens import TokenGrid
 
 def visual_order(grid: Sequence[int], block: int, tile: Sequence[int] | None) -> TokenOrder:
     """The order of the visual tokens alone: (frames, rows, columns) in runs or tiles of `block` tokens."""
-    return TokenOrder(TokenGrid(*grid), block, None if tile is None else tuple(tile))
+    frames, rows, columns = grid
+    return TokenOrder(TokenGrid(frames, rows, columns), block, None if tile is None else (tile[0], tile[1], tile[2]))
 
 
 def to_blocks(x: torch.Tensor, order: TokenOrder) -> torch.Tensor:

@@ -7,9 +7,10 @@ import math
 import torch
 import torch.nn.functional as F
 
-from dit_accel.kernels.block_sparse.api import block_sparse_attention
+from dit_accel.kernels.block_sparse.api import Impl, block_sparse_attention
+from dit_accel.kernels.block_sparse.geometry import Shape
 from dit_accel.kernels.sla.linear import linear_all, linear_marginal
-from dit_accel.order import TokenOrder
+from dit_accel.kernels.sla.setting import Setting
 
 
 def sparse_linear_portable(
@@ -18,38 +19,31 @@ def sparse_linear_portable(
     v: torch.Tensor,
     critical: torch.Tensor,
     skipped: torch.Tensor,
-    *,
-    order: TokenOrder,
-    text_len: torch.Tensor | None,
-    scale: float,
-    feature_map: str,
-    linear_scope: str,
-    weight: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    impl: str,
+    setting: Setting,
+    impl: Impl,
 ) -> torch.Tensor:
     """See `dit_accel.kernels.sla.api.sparse_linear_attention`.
 
     Args:
         critical, skipped: block lists of the router, int32 [B, H, visual_blocks, *].
-        order: the sequence and its blocks.
         impl: who computes the critical blocks, "auto" or "portable".
     """
+    order, weight = setting.order, setting.weight
     grid = order.grid
     front, back = grid.visual_start, grid.visual_start + grid.visual
     queries, keys, values = (x[:, :, front:back] for x in (q, k, v))
     # [B, H, visual_blocks, kept + dense]: every row also lists all reference and text blocks, which come last.
     dense = torch.arange(order.visual_blocks, order.blocks, dtype=torch.int32, device=q.device)
     lists = torch.cat([critical, dense.expand(*critical.shape[:3], -1)], dim=-1)
-    visual = _attend(queries, k, v, lists, order, grid.shape, order.tile, text_len, scale, impl)
+    visual = _attend(queries, k, v, lists, setting, grid.shape, order.tile, impl)
     if weight is not None:
-        if linear_scope == "all":
-            linear = linear_all(queries, keys, values, feature_map)
+        if setting.linear_scope == "all":
+            linear = linear_all(queries, keys, values, setting.feature_map)
         else:
             linear, _ = linear_marginal(
-                queries, keys, values, critical, skipped, grid.shape, order.block, order.tile, feature_map
+                queries, keys, values, critical, skipped, grid.shape, order.block, order.tile, setting.feature_map
             )
-        bias = None if bias is None else bias.to(q.dtype)
+        bias = None if setting.bias is None else setting.bias.to(q.dtype)
         # [B, N, H, D] is the memory of the output, so that the model's flatten stays free.
         projected = F.linear(linear.transpose(1, 2).to(q.dtype), weight.to(q.dtype), bias)
         visual = visual + projected.transpose(1, 2)
@@ -59,14 +53,16 @@ def sparse_linear_portable(
     others = torch.cat([q[:, :, :front], q[:, :, back:]], dim=2)
     rows = math.ceil(others.shape[2] / order.block)
     lists = torch.arange(order.blocks, dtype=torch.int32, device=q.device).expand(rows, -1)
-    around = _attend(others, k, v, lists, order, (1, 1, others.shape[2]), None, text_len, scale, impl)
+    around = _attend(others, k, v, lists, setting, (1, 1, others.shape[2]), None, impl)
     pieces = [around[:, :, :front], visual, around[:, :, front:]]
     return torch.cat([piece.transpose(1, 2) for piece in pieces], dim=1).transpose(1, 2)
 
 
-def _attend(q, k, v, lists, order: TokenOrder, query_grid, tile_q, text_len, scale: float, impl: str) -> torch.Tensor:
+def _attend(
+    q, k, v, lists: torch.Tensor, setting: Setting, query_grid: Shape, tile_q: Shape | None, impl: Impl
+) -> torch.Tensor:
     """Exact attention of some queries, a grid of their own, over the listed blocks of all keys."""
-    grid = order.grid
+    order, grid = setting.order, setting.order.grid
     names = ("visual_start", "reference_start", "text_start")
     starts = {name: q.new_full(q.shape[:1], getattr(grid, name), dtype=torch.int32) for name in names}
     return block_sparse_attention(
@@ -84,7 +80,7 @@ def _attend(q, k, v, lists, order: TokenOrder, query_grid, tile_q, text_len, sca
         reference=grid.reference,
         text=grid.text,
         **starts,
-        text_len=text_len,
-        scale=scale,
+        text_len=setting.text_len,
+        scale=setting.scale,
         impl=impl,
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from dit_accel.kernels.sla.features import EPSILON, apply_map
+from dit_accel.kernels.sla.setting import Setting
 from dit_accel.order import TokenOrder
 
 
@@ -14,36 +15,30 @@ def sparse_linear_reference(
     v: torch.Tensor,
     critical: torch.Tensor,
     skipped: torch.Tensor,
-    *,
-    order: TokenOrder,
-    text_len: torch.Tensor | None,
-    scale: float,
-    feature_map: str,
-    linear_scope: str,
-    weight: torch.Tensor | None,
-    bias: torch.Tensor | None,
+    setting: Setting,
 ) -> torch.Tensor:
     """See `dit_accel.kernels.sla.api.sparse_linear_attention`; memory grows with the square of the tokens.
 
     Args:
         critical, skipped: block lists of the router, int32 [B, H, visual_blocks, *].
-        order: the sequence and its blocks.
     """
+    order, weight, bias = setting.order, setting.weight, setting.bias
     wide = torch.promote_types(q.dtype, torch.float32)
-    keys = valid_keys(order, text_len, q.device)  # [B or 1, 1, N, 1]
+    keys = valid_keys(order, setting.text_len, q.device)  # [B or 1, 1, N, 1]
     queries = q.to(wide)
     k, v = (torch.where(keys, x, 0).to(wide) for x in (k, v))
 
     exact = token_pairs(block_map(critical, order), order, dense=True) & keys.mT  # [B, H, N, N]
-    logits = (queries @ k.mT) * scale
+    logits = (queries @ k.mT) * setting.scale
     out = logits.masked_fill(~exact, -torch.inf).softmax(-1) @ v
     if weight is None:
         return out.to(q.dtype)
 
     rest = torch.ones_like(block_map(critical, order))
-    if linear_scope == "marginal":
+    if setting.linear_scope == "marginal":
         rest = ~block_map(critical, order) & ~block_map(skipped, order)
-    affinity = apply_map(queries, feature_map) @ apply_map(k, feature_map).mT * token_pairs(rest, order, dense=False)
+    affinity = apply_map(queries, setting.feature_map) @ apply_map(k, setting.feature_map).mT
+    affinity = affinity * token_pairs(rest, order, dense=False)
     linear = (affinity @ v) / (affinity.sum(-1, keepdim=True) + EPSILON)
     visual = torch.zeros(order.grid.tokens, 1, dtype=torch.bool, device=q.device)
     visual[order.grid.visual_start : order.grid.visual_start + order.grid.visual] = True

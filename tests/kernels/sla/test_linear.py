@@ -1,0 +1,121 @@
+"""The linear branch over marginal blocks: value, gradients, memory and cancellation."""
+
+import pytest
+import torch
+
+from dit_accel.kernels.sla import linear
+from dit_accel.kernels.sla.features import EPSILON, FEATURE_MAPS, apply_map
+from dit_accel.kernels.sla.layout import visual_order
+from dit_accel.kernels.sla.linear import linear_all, linear_marginal
+from dit_accel.kernels.sla.router import route_blocks
+
+LAYOUTS = {"ragged": ((1, 5, 7), 8, None), "cut tiles": ((2, 3, 5), 8, (1, 2, 4)), "one block": ((1, 1, 5), 8, None)}
+
+
+def make(grid, block, tile, critical, skipped, dtype=torch.float64, heads=2, dim=5):
+    torch.manual_seed(0)
+    tokens = visual_order(grid, block, tile).grid.visual
+    q, k, v = (torch.randn(2, heads, tokens, dim, dtype=dtype) for _ in range(3))
+    return q, k, v, *route_blocks(q, k, grid, block, tile, critical, skipped)
+
+
+def by_hand(q, k, v, critical, skipped, order, feature_map):
+    """One query block at a time, over the tokens of its marginal blocks."""
+    out = torch.zeros_like(v)
+    slots = order.index().reshape(order.visual_blocks, order.block)
+    a, b = apply_map(q, feature_map), apply_map(k, feature_map)
+    for sample in range(len(q)):
+        for head in range(q.shape[1]):
+            for row, tokens in enumerate(slots):
+                seen = {*critical[sample, head, row].tolist(), *skipped[sample, head, row].tolist()}
+                keys = torch.cat([slots[j] for j in range(len(slots)) if j not in seen] or [slots[0][:0]])
+                keys, queries = keys[keys >= 0], tokens[tokens >= 0]
+                weights = a[sample, head, queries] @ b[sample, head, keys].mT
+                out[sample, head, queries] = (weights @ v[sample, head, keys]) / (weights.sum(-1, True) + EPSILON)
+    return out
+
+
+@pytest.mark.parametrize("feature_map", FEATURE_MAPS)
+@pytest.mark.parametrize("grid, block, tile", LAYOUTS.values(), ids=LAYOUTS)
+def test_marginal_against_sums_by_hand(grid, block, tile, feature_map):
+    order = visual_order(grid, block, tile)
+    for critical, skipped in ((1, 0), (1, min(1, order.visual_blocks - 1)), (order.visual_blocks, 0)):
+        q, k, v, kept, dropped = make(grid, block, tile, critical, skipped)
+        out, _ = linear_marginal(q, k, v, kept, dropped, grid, block, tile, feature_map)
+        torch.testing.assert_close(out, by_hand(q, k, v, kept, dropped, order, feature_map), rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("feature_map", FEATURE_MAPS)
+@pytest.mark.parametrize("grid, block, tile", LAYOUTS.values(), ids=LAYOUTS)
+def test_marginal_gradients(grid, block, tile, feature_map):
+    blocks = visual_order(grid, block, tile).visual_blocks
+    q, k, v, *lists = make(grid, block, tile, 1, min(1, blocks - 1), heads=1, dim=3)
+
+    def branch(q, k, v):
+        return linear_marginal(q, k, v, *lists, grid, block, tile, feature_map)[0]
+
+    assert torch.autograd.gradcheck(branch, [x.requires_grad_() for x in (q, k, v)], fast_mode=True)
+
+
+@pytest.mark.parametrize("feature_map", FEATURE_MAPS)
+def test_all_gradients(feature_map):
+    q, k, v, *_ = make((1, 1, 9), 8, None, 1, 0, heads=1, dim=3)
+    inputs = [x.requires_grad_() for x in (q, k, v)]
+    assert torch.autograd.gradcheck(lambda q, k, v: linear_all(q, k, v, feature_map), inputs, fast_mode=True)
+
+
+@pytest.mark.parametrize("tile", [None, (1, 2, 4)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_op_is_registered_properly(tile, dtype):
+    grid = (1, 5, 6)
+    q, k, v, *lists = make(grid, 8, tile, 1, 1, dtype=dtype)
+    q, k, v = (x.requires_grad_() for x in (q, k, v))
+    torch.library.opcheck(linear_marginal, (q, k, v, *lists, grid, 8, tile, "softmax"))
+
+
+def test_no_marginal_block_gives_zero():
+    q, k, v, *lists = make((1, 1, 32), 8, None, 3, 1)
+    out, _ = linear_marginal(q, k, v, *lists, (1, 1, 32), 8, None, "relu")
+    assert (out == 0).all()
+
+
+def test_huge_critical_keys_do_not_cancel():
+    """Totals minus critical contributions would lose the marginal sums behind 1e8 times larger ones; a sum does not."""
+    q, k, v, *_ = make((1, 1, 64), 8, None, 1, 0, dtype=torch.float32)
+    q, k = q.abs(), k.abs()
+    k[:, :, :8] *= 1e8
+    kept, dropped = route_blocks(q, k, (1, 1, 64), 8, None, 1, 0)
+    assert (kept == 0).all()
+    order = visual_order((1, 1, 64), 8, None)
+    out, _ = linear_marginal(q, k, v, kept, dropped, (1, 1, 64), 8, None, "relu")
+    exact = by_hand(q.double(), k.double(), v.double(), kept, dropped, order, "relu")
+    assert (out - exact).abs().max() < 64 * torch.finfo(torch.float32).eps * exact.abs().max()
+
+
+@pytest.mark.parametrize("tile", [None, (1, 2, 4)])
+def test_small_budget_gives_the_same(monkeypatch, tile):
+    """Heads and columns a few at a time: same values and gradients, to the last bits of the changed sums."""
+    grid = (1, 5, 7)
+    q, k, v, *lists = make(grid, 8, tile, 1, 1)
+    gradient = torch.randn_like(v)
+
+    def run():
+        inputs = [x.clone().requires_grad_() for x in (q, k, v)]
+        out, _ = linear_marginal(*inputs, *lists, grid, 8, tile, "elu")
+        return out, *torch.autograd.grad(out, inputs, gradient)
+
+    whole = run()
+    monkeypatch.setattr(linear, "_STATE_BYTES", 1)
+    for a, b in zip(whole, run(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
+
+
+def test_saves_no_states_for_the_backward():
+    """What autograd holds grows with N x D: not with N x N, and not with a D x D state per block."""
+    tokens, dim = 4096, 64
+    q, k, v = (torch.randn(1, 1, tokens, dim, requires_grad=True) for _ in range(3))
+    lists = route_blocks(q.detach(), k.detach(), (1, 1, tokens), 16, None, 12, 25)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x.numel()) or x, lambda x: x):
+        linear_marginal(q, k, v, *lists, (1, 1, tokens), 16, None, "softmax")
+    assert max(saved) <= tokens * dim
