@@ -6,7 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dit_accel import registry
+from dit_accel import checkpoint, registry
 from dit_accel.errors import DitAccelError
 from dit_accel.schedule import Schedule
 
@@ -19,16 +19,16 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """A method by name, or the folder of a saved accelerator, which brings its own method and schedule.
+    """A method with its settings and schedule, typed or saved.
 
     Args:
-        name: of the method; None for a saved accelerator.
+        name: of the method.
         config: the settings that were given.
         schedule: what stays dense.
-        folder: of the saved accelerator.
+        folder: of the saved accelerator that all this was read from; None if it was typed.
     """
 
-    name: str | None
+    name: str
     config: dict[str, Any]
     schedule: Schedule
     folder: Path | None = None
@@ -36,21 +36,21 @@ class Choice:
     @property
     def title(self) -> str:
         """The choice the way it is typed: ``gna:window=18x24x24,stride=4``."""
-        if self.name is None:
-            return f"saved in {self.folder}"
         settings = ",".join(f"{key}={value_text(value)}" for key, value in self.config.items())
         return f"{self.name}:{settings}" if settings else self.name
 
     def check(self, grid: TokenGrid) -> None:
-        """Refuse now what would not fit this grid later.
+        """Refuse now what would be refused at the first denoising step, after minutes of loading.
 
         Raises:
-            DitAccelError: a setting does not fit.
+            DitAccelError: a setting does not fit this grid, or keeps every pair of its tokens.
         """
-        from dit_accel.plans import plan
+        import torch
 
-        if self.name is not None:
-            plan(self.name, grid, **self.config)
+        from dit_accel.engine import PlanCache
+
+        config = registry.make_config(self.name, self.config)
+        PlanCache(registry.get_method(self.name), config).get(grid, torch.device("cpu"))
 
     def apply(self, pipe: DiffusionPipeline) -> Accelerator:
         """Accelerate the pipeline.
@@ -62,7 +62,6 @@ class Choice:
 
         if self.folder is not None:
             return accelerator.load(pipe, self.folder)
-        assert self.name is not None
         return accelerator.accelerate(pipe, self.name, **self.config, **dataclasses.asdict(self.schedule))
 
     def without_schedule(self) -> Choice:
@@ -71,8 +70,6 @@ class Choice:
 
     def record(self) -> dict[str, Any]:
         """As plain values for JSON, with the settings that were left at their defaults."""
-        if self.name is None:
-            return {"load": str(self.folder)}
         config = dataclasses.asdict(registry.make_config(self.name, self.config))
         return {"name": self.name, "config": config, "schedule": dataclasses.asdict(self.schedule)}
 
@@ -88,7 +85,8 @@ def choose(
     """Read a choice from options; dense if there are none.
 
     Raises:
-        DitAccelError: the method or a setting is unknown, a schedule is not one, or --load comes with another method.
+        DitAccelError: the method or a setting is unknown, a schedule is not one, --load comes with another method, or
+            its folder holds no saved accelerator.
     """
     schedule = {
         "dense_steps": None if dense_steps is None else registry.parse_value(dense_steps),
@@ -106,7 +104,8 @@ def choose(
         )
     if not load.is_dir():
         raise DitAccelError(f"--load {load}: there is no such folder; give one that Accelerator.save_pretrained wrote.")
-    return Choice(None, {}, Schedule(), load)
+    saved = checkpoint.read(load).settings
+    return Choice(saved["method"], saved["config"], Schedule(**saved["schedule"]), load)
 
 
 def value_text(value: object) -> str:

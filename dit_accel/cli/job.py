@@ -99,6 +99,8 @@ def run(request: Request) -> list[str]:
         "width": shape[2],
     }
     arguments = pipeline.call_arguments(pipe, sources.call_defaults(source), given, request.pipe or ())
+    if grid.text:
+        grid = dataclasses.replace(grid, text=arguments.get("max_sequence_length", grid.text))
     runs, report = _run(pipe, chosen, arguments, request, device)
 
     record = {

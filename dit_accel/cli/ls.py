@@ -53,7 +53,7 @@ def _family(family: Family) -> dict[str, Any]:
     return {
         "name": family.name,
         "summary": family.summary,
-        "classes": list(family.classes),
+        "transformers": list(family.transformers),
         "recommended": recommended,
     }
 
@@ -83,6 +83,8 @@ def _print_tables(methods: list[dict[str, Any]], families: list[dict[str, Any]],
             pairs = {**preset["config"], **preset["schedule"]}.items()
             lines = [f"{name}:", *(f"{key}={value_text(value)}" for key, value in pairs), f"({preset['source']})"]
             recommended.append("\n".join(lines))
-        table.add_row(family["name"], family["summary"], "\n".join(family["classes"]), "\n".join(recommended) or "-")
+        table.add_row(
+            family["name"], family["summary"], "\n".join(family["transformers"]), "\n".join(recommended) or "-"
+        )
     console.print(table)
     console.print(f"Embedded models: {', '.join(embedded)}")

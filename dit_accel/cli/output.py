@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 VIDEO_ENDINGS = (".mp4", ".gif")
 IMAGE_ENDINGS = (".png",)
-MARGIN = 12  # pixels around the captions of a side-by-side picture
+MARGIN = 12  # pixels between two clips side by side
 SMALLEST_SIDE = 256  # of a frame shown side by side; smaller ones are enlarged by a whole factor
 
 
@@ -126,13 +126,19 @@ def side_by_side(left: np.ndarray, right: np.ndarray, captions: tuple[str, str],
     factor = -(-SMALLEST_SIDE // min(left.shape[1:3]))
     left, right = (clip.repeat(factor, axis=1).repeat(factor, axis=2) for clip in (left, right))
     frames, height, width = left.shape[:3]
-    font = ImageFont.load_default(size=max(13, width // 24))
-    line = font.getbbox("Ag")[3] + MARGIN
+    size = max(13, width // 24)
+    line = 2 * size
     canvas = Image.new("RGB", (2 * width + MARGIN, height + 2 * line), "white")
     draw = ImageDraw.Draw(canvas)
+
+    def write(text: str, x: int, y: int, room: int) -> None:
+        font = ImageFont.load_default(size=size)
+        font = ImageFont.load_default(size=size * min(1.0, room / draw.textlength(text, font)))
+        draw.text((x, y), text, fill="black", font=font, anchor="mm")
+
     for i, caption in enumerate(captions):
-        draw.text((i * (width + MARGIN) + width // 2, line // 2), caption, fill="black", font=font, anchor="mm")
-    draw.text((canvas.width // 2, height + line + line // 2), footer, fill="black", font=font, anchor="mm")
+        write(caption, i * (width + MARGIN) + width // 2, line // 2, width)
+    write(footer, canvas.width // 2, height + line + line // 2, canvas.width)
     shown = np.repeat(np.asarray(canvas)[None], frames, axis=0)
     shown[:, line : line + height, :width] = left
     shown[:, line : line + height, width + MARGIN :] = right

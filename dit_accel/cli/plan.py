@@ -96,7 +96,6 @@ def _facts(plan: Plan) -> dict[str, Any]:
     """What is known of a plan before it runs."""
     import dataclasses
 
-    blocks = plan.block_mask()
     return {
         "method": plan.method,
         "config": dataclasses.asdict(plan.config),
@@ -104,13 +103,29 @@ def _facts(plan: Plan) -> dict[str, Any]:
         "tokens": plan.grid.tokens,
         "pairs": plan.pairs,
         "density": plan.density,
-        "query_block": {"tokens": blocks.query_order.block, "tile": blocks.query_order.tile},
-        "key_block": {"tokens": blocks.key_order.block, "tile": blocks.key_order.tile},
-        "blocks_visited": blocks.visited,
-        "blocks_full": blocks.full,
-        "blocks_total": blocks.total,
-        "block_density": blocks.density,
-        "ideal_speedup": blocks.total / blocks.visited,
+        **_blocks(plan),
+    }
+
+
+def _blocks(plan: Plan) -> dict[str, Any]:
+    """Block counts, and what a block holds. Where content decides, only the number of blocks is known."""
+    from dit_accel.methods.sla import SlaPlan
+
+    if isinstance(plan, SlaPlan):
+        queries = keys = plan.order
+        visited, total, full = plan.visited, plan.total, None
+    else:
+        blocks = plan.block_mask()
+        queries, keys = blocks.query_order, blocks.key_order
+        visited, total, full = blocks.visited, blocks.total, blocks.full
+    return {
+        "query_block": {"tokens": queries.block, "tile": queries.tile},
+        "key_block": {"tokens": keys.block, "tile": keys.tile},
+        "blocks_visited": visited,
+        "blocks_full": full,
+        "blocks_total": total,
+        "block_density": visited / total,
+        "ideal_speedup": total / visited,
     }
 
 
@@ -138,7 +153,8 @@ def _print_table(facts: dict[str, Any]) -> None:
     table.add_row("density", f"{facts['density']:.4f}")
     table.add_row("blocks", _block_text(facts))
     table.add_row("visited", f"{facts['blocks_visited']:,} of {facts['blocks_total']:,} ({facts['block_density']:.4f})")
-    table.add_row("full", f"{facts['blocks_full']:,}")
+    if facts["blocks_full"] is not None:
+        table.add_row("full", f"{facts['blocks_full']:,}")
     table.add_row("ideal speed-up", f"{facts['ideal_speedup']:.2f} of attention, by visited blocks")
     Console().print(table)
 

@@ -164,7 +164,7 @@ def _load(source: Source, dtype: torch.dtype) -> DiffusionPipeline:
         dtypes["vae"] = torch.float32
     where = source.model if source.kind == "hub" else str(source.folder)
     return DiffusionPipeline.from_pretrained(
-        where, revision=source.revision, torch_dtype=dtypes, use_safetensors=True, trust_remote_code=False
+        where, revision=source.revision, dtype=dtypes, use_safetensors=True, trust_remote_code=False
     )
 
 

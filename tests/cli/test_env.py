@@ -1,0 +1,36 @@
+"""`dit-accel env`."""
+
+import json
+
+import torch
+
+from dit_accel import __version__
+
+
+def test_report_names_versions_and_machine(cli):
+    lines = cli("env").out.splitlines()
+    assert f"- dit_accel: {__version__}" in lines
+    assert f"- torch: {torch.__version__}" in lines
+    assert any(line.startswith("- gpus: ") for line in lines)
+
+
+def test_json_holds_settings_but_no_secrets(cli, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    out = cli("env", "--json").out
+    assert json.loads(out)["environment"]["TRITON_INTERPRET"] == "1"
+    assert "hf_secret" not in out
+
+
+def test_a_missing_package_is_said_to_be_missing(cli, monkeypatch):
+    import importlib.metadata
+
+    real = importlib.metadata.version
+
+    def version(name):
+        if name == "peft":
+            raise importlib.metadata.PackageNotFoundError(name)
+        return real(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    assert "- peft: not installed" in cli("env").out.splitlines()

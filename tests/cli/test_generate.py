@@ -1,0 +1,135 @@
+"""`dit-accel generate` on small models of the real classes."""
+
+import json
+
+import imageio.v2
+import pytest
+import torch
+from PIL import Image
+
+from dit_accel import __version__
+
+SMALL = ("--frames", 5, "--height", 32, "--width", 48, "--steps", 2)
+METHODS = ("gna:window=0.5", "tile:references=1", "radial:decay=0.2", "sla:topk=0.3,block=16")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_compare(cli, demo, tmp_path, method):
+    outcome = cli("generate", *SMALL, "--method", method, "--compare", "--output", tmp_path / "a.mp4")
+    assert outcome.status == 0, outcome.err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a-compare.mp4", "a-dense.mp4", "a.json", "a.mp4"]
+    record = json.loads((tmp_path / "a.json").read_text())
+    assert record["runs"].keys() == {"dense", "accelerated"}
+    assert record["runs"]["dense"]["steps"] == record["runs"]["accelerated"]["steps"] == 2
+    assert record["comparison"]["psnr"] > 10
+    assert 0 < record["comparison"]["ssim"] <= 1
+    # 2 layers, 2 steps, with and without the prompt
+    assert (record["report"]["sparse_calls"], record["report"]["dense_calls"]) == (8, 0)
+    for line in ("side by side:", "PSNR", "times as fast"):
+        assert line in outcome.out
+
+
+def test_dense_compared_with_itself_is_identical(cli, demo, tmp_path):
+    outcome = cli("generate", *SMALL, "--method", "dense", "--compare", "--output", tmp_path / "a.mp4")
+    assert outcome.status == 0, outcome.err
+    comparison = json.loads((tmp_path / "a.json").read_text())["comparison"]
+    assert comparison["psnr"] is None
+    assert comparison["ssim"] == pytest.approx(1)
+    assert "identical frames" in outcome.out
+    assert (tmp_path / "a.mp4").read_bytes() == (tmp_path / "a-dense.mp4").read_bytes()
+
+
+def test_record_holds_all_it_takes_to_do_it_again(cli, demo, tmp_path):
+    options = ("--method", "gna", "--set", "window=2x2x3", "--dense-steps", "1", "--dense-layers", "0,1", "--seed", 7)
+    assert cli("generate", *SMALL, *options, "--prompt", "a red square", "--output", tmp_path / "a.gif").status == 0
+    record = json.loads((tmp_path / "a.json").read_text())
+    assert record["request"]["seed"] == 7
+    assert record["request"]["model"] == "demo"
+    assert record["call"]["prompt"] == "a red square"
+    assert record["call"]["num_inference_steps"] == 2
+    assert record["method"] == {
+        "name": "gna",
+        "config": {"window": [2, 2, 3], "stride": 1, "dilation": 1, "causal": False},
+        "schedule": {"dense_steps": 1, "dense_last_steps": 0, "dense_layers": [0, 1]},
+    }
+    assert record["report"]["sparse_calls"] == 0
+    assert record["versions"]["dit_accel"] == __version__
+    assert record["versions"]["torch"] == torch.__version__
+    assert record["comparison"] is None
+
+
+def test_seed_decides_the_noise(cli, demo, tmp_path):
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        assert cli("generate", *SMALL, "--seed", seed, "--output", tmp_path / f"{name}.gif").status == 0
+    a, b, c = ((tmp_path / f"{name}.gif").read_bytes() for name in "abc")
+    assert a == b != c
+
+
+def test_rate_and_frames(cli, demo, tmp_path):
+    assert cli("generate", *SMALL, "--fps", 5, "--output", tmp_path / "a.mp4").status == 0
+    with imageio.v2.get_reader(tmp_path / "a.mp4") as reader:
+        assert reader.get_meta_data()["fps"] == 5
+        assert reader.count_frames() == 5
+
+
+def test_an_unknown_family_argument_of_the_call_reaches_it(cli, demo, tmp_path):
+    options = ("--pipe", "max_sequence_length=9", "--guidance", "1", "--negative-prompt", "a blue circle")
+    assert cli("generate", *SMALL, *options, "--output", tmp_path / "a.gif").status == 0
+    call = json.loads((tmp_path / "a.json").read_text())["call"]
+    assert (call["max_sequence_length"], call["guidance_scale"]) == (9, 1)
+    assert call["negative_prompt"] == "a blue circle"
+
+
+def test_wan_folder_with_its_codec_tiled(cli, wan_folder, tmp_path):
+    options = ("--model", wan_folder, "--method", "gna:window=0.5", "--vae-tiling")
+    outcome = cli("generate", *options, *SMALL, "--output", tmp_path / "a.gif")
+    assert outcome.status == 0, outcome.err
+    with Image.open(tmp_path / "a.gif") as picture:
+        assert (picture.n_frames, picture.size) == (5, (48, 32))
+
+
+def test_flux_folder_makes_png(cli, flux_folder, tmp_path):
+    options = ("--model", flux_folder, "--height", 32, "--width", 48, "--steps", 2, "--pipe", "max_sequence_length=16")
+    outcome = cli("generate", *options, "--method", "gna:window=0.5", "--compare", "--output", tmp_path / "a.png")
+    assert outcome.status == 0, outcome.err
+    with Image.open(tmp_path / "a.png") as picture:
+        assert picture.size == (48, 32)
+    record = json.loads((tmp_path / "a.json").read_text())
+    assert record["grid"]["text"] == 16
+    assert list(record["report"]["grids"]) == ["1x8x12 + 16 text first"]
+    assert (tmp_path / "a-compare.png").exists()
+
+
+def test_saved_accelerator(cli, demo, tmp_path):
+    import dit_accel
+    from dit_accel.pipelines.demo import load_demo
+
+    with dit_accel.accelerated(load_demo(folder=demo), "tile", references=1, dense_layers=1) as accel:
+        accel.save_pretrained(tmp_path / "saved")
+    outcome = cli("generate", *SMALL, "--load", tmp_path / "saved", "--output", tmp_path / "a.gif")
+    assert outcome.status == 0, outcome.err
+    report = json.loads((tmp_path / "a.json").read_text())["report"]
+    assert (report["method"], report["config"]["references"]) == ("tile", 1)
+    assert report["sparse_calls"] == report["dense_calls"] == 4
+
+
+def test_lora_changes_what_is_made(cli, demo, tmp_path):
+    from peft import LoraConfig
+    from peft.utils import get_peft_model_state_dict
+
+    from dit_accel.pipelines.demo import load_demo
+
+    pipe = load_demo(folder=demo)
+    pipe.transformer.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights=False))
+    layers = get_peft_model_state_dict(pipe.transformer)
+    pipe.save_lora_weights(tmp_path / "lora", transformer_lora_layers=layers)
+    for name, options in (("without", ()), ("with", ("--lora", tmp_path / "lora"))):
+        outcome = cli("generate", *SMALL, *options, "--output", tmp_path / f"{name}.gif")
+        assert outcome.status == 0, outcome.err
+    assert (tmp_path / "without.gif").read_bytes() != (tmp_path / "with.gif").read_bytes()
+
+
+def test_progress_and_results_go_to_different_streams(cli, demo, tmp_path):
+    outcome = cli("generate", *SMALL, "--output", tmp_path / "a.gif")
+    assert "2/2" in outcome.err
+    assert "2/2" not in outcome.out

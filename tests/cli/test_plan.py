@@ -1,0 +1,70 @@
+"""`dit-accel plan`."""
+
+import json
+
+import pytest
+from PIL import Image
+
+import dit_accel
+
+
+def test_json_is_what_the_library_says(cli):
+    arguments = ("--method", "gna:window=4x8x8", "--set", "stride=2x4x4", "--grid", "6x16x20", "--text", "5")
+    facts = json.loads(cli("plan", *arguments, "--json").out)
+    plan = dit_accel.plan("gna", dit_accel.TokenGrid(6, 16, 20, text=5), window=(4, 8, 8), stride=(2, 4, 4))
+    blocks = plan.block_mask()
+    assert facts["tokens"] == 6 * 16 * 20 + 5
+    assert facts["pairs"] == plan.pairs
+    assert facts["density"] == plan.density
+    assert (facts["blocks_visited"], facts["blocks_total"]) == (blocks.visited, blocks.total)
+    assert facts["ideal_speedup"] == blocks.total / blocks.visited
+    assert facts["config"]["window"] == [4, 8, 8]
+
+
+def test_text_first_counts(cli):
+    facts = json.loads(cli("plan", "--method", "dense", "--grid", "1x2x2", "--text", "3", "--text-first", "--json").out)
+    assert facts["grid"]["text_first"] is True
+    assert facts["density"] == 1
+
+
+def test_published_setting_of_cosmos(cli):
+    """GNA's Cosmos setting, 24x24 of 44x80 over 16 frames: 89 % sparse, perfectly block-sparse in tiles."""
+    out = cli("plan", "--method", "gna:window=16x24x16,stride=1x4x16", "--grid", "16x44x80").out
+    assert "56,320 (16x44x80)" in out
+
+
+@pytest.mark.parametrize("method", ["dense", "gna:window=2", "tile:references=1", "radial", "sla"])
+def test_every_method_has_a_table(cli, method):
+    outcome = cli("plan", "--method", method, "--grid", "4x8x8")
+    assert outcome.status == 0, outcome.err
+    assert "ideal speed-up" in outcome.out
+
+
+def test_picture(cli, tmp_path):
+    outcome = cli("plan", "--method", "radial", "--grid", "8x8x8", "--image", tmp_path / "mask.png")
+    assert outcome.status == 0, outcome.err
+    with Image.open(tmp_path / "mask.png") as picture:
+        assert picture.width >= 8
+
+
+def test_grid_of_a_wan_model_comes_from_its_json(cli, wan_folder, tmp_path):
+    for name in ("model_index.json", "transformer/config.json", "vae/config.json"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes((wan_folder / name).read_bytes())
+    size = ("--frames", 9, "--height", 64, "--width", 96)
+    facts = json.loads(cli("plan", "--method", "radial", "--model", tmp_path, *size, "--json").out)
+    assert [facts["grid"][axis] for axis in ("frames", "height", "width")] == [3, 4, 6]
+    assert facts["grid"]["text"] == 0
+
+
+def test_grid_of_a_flux_model_has_its_text_first(cli, flux_folder):
+    out = cli("plan", "--method", "gna:window=0.5", "--model", flux_folder, "--height", 32, "--width", 64, "--json").out
+    grid = json.loads(out)["grid"]
+    assert grid == {"frames": 1, "height": 8, "width": 16, "text": 512, "text_first": True, "reference": 0}
+
+
+def test_grid_of_the_demo_defaults_to_its_own_size(cli, demo):
+    from dit_accel.pipelines.demo import DEFAULTS
+
+    facts = json.loads(cli("plan", "--method", "radial:decay=0.5", "--model", "demo", "--json").out)
+    assert facts["tokens"] == DEFAULTS.tokens

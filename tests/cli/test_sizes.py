@@ -1,0 +1,50 @@
+"""Sizes are refused before Diffusers rounds them, and the grid is the one the transformer sees."""
+
+import pytest
+
+from dit_accel.cli.sizes import Sizes
+from dit_accel.errors import DitAccelError
+
+WAN = Sizes(pixels=(16, 16), frames_step=4, height=480, width=832, frames=81, longest=1024)
+IMAGE = Sizes(pixels=(16, 16), frames_step=None, height=1024, width=1024, text=512, text_first=True)
+
+
+def test_own_size_where_not_asked():
+    assert WAN.chosen(None, None, 640) == (81, 480, 640)
+
+
+def test_wan_grid():
+    grid = WAN.grid(81, 480, 832)
+    assert (grid.shape, grid.tokens) == ((21, 30, 52), 32760)
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ((81, 500, None), "--height 500 cannot be made.*multiples of 16; the nearest are 496 and 512"),
+        ((81, None, 8), "--width 8 cannot be made.*the nearest is 16"),
+        ((80, None, None), "--frames 80 cannot be made.*the nearest are 77 and 81"),
+        ((2, None, None), "the nearest are 1 and 5"),
+        ((81, None, 16 * 1025), "--width is too large: it makes 1025 tokens"),
+    ],
+)
+def test_what_cannot_be_made(asked, message):
+    with pytest.raises(DitAccelError, match=message):
+        WAN.chosen(*asked)
+
+
+def test_an_image_has_one_frame():
+    assert IMAGE.chosen(1, None, None) == (1, 1024, 1024)
+    with pytest.raises(DitAccelError, match="makes images"):
+        IMAGE.chosen(2, None, None)
+
+
+def test_grid_is_what_the_accelerator_meets(cli, demo, tmp_path):
+    """The grid worked out from JSON is the grid that the transformer's hook saw."""
+    import json
+
+    size = ("--frames", 5, "--height", 32, "--width", 64, "--steps", 1)
+    assert cli("generate", *size, "--method", "gna:window=2", "--output", tmp_path / "a.gif").status == 0
+    record = json.loads((tmp_path / "a.json").read_text())
+    grid = record["grid"]
+    assert list(record["report"]["grids"]) == [f"{grid['frames']}x{grid['height']}x{grid['width']}"]
