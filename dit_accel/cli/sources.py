@@ -133,6 +133,8 @@ def load(source: Source, dtype: torch.dtype, device: torch.device, offload: str 
     import torch
     from safetensors import SafetensorError
 
+    if source.kind != "hub":
+        _check_weights(source.folder)
     staging = device if offload == "none" else torch.device("cpu")
     try:
         with _quietly():
@@ -141,14 +143,22 @@ def load(source: Source, dtype: torch.dtype, device: torch.device, offload: str 
         raise DitAccelError(
             f"{source.model} does not fit on {device}; try --offload model or --offload group."
         ) from error
-    except SafetensorError as error:
-        raise DitAccelError(
-            f"A weight file of {source.model} is damaged or cut short ({first_line(error)}); fetch it again."
-        ) from error
-    except OSError as error:
+    except (OSError, ValueError, SafetensorError) as error:  # ValueError: what Diffusers finds wrong with a model
         raise DitAccelError(f"Cannot load {source.model}: {first_line(error)}") from error
     _offload(pipe, device, offload)
     return pipe
+
+
+def _check_weights(folder: Path) -> None:
+    """Read the header of every weight file, which tells how long the file should be."""
+    from safetensors import SafetensorError, safe_open
+
+    for path in sorted(folder.glob("*/*.safetensors")):
+        try:
+            with safe_open(path, "pt"):
+                pass
+        except SafetensorError as error:
+            raise DitAccelError(f"{path} is damaged or cut short ({first_line(error)}); fetch it again.") from error
 
 
 def _load(source: Source, dtype: torch.dtype) -> DiffusionPipeline:

@@ -1,0 +1,246 @@
+"""What the user can mend: one line on stderr, status 2, no traceback, and nothing written."""
+
+import json
+import pathlib
+import subprocess
+import sys
+
+import pytest
+from PIL import Image
+
+SIZE = ("--frames", "5", "--height", "32", "--width", "48", "--steps", "1")
+
+
+@pytest.fixture
+def refused(cli, tmp_path):
+    """Runs a verb that should be refused; returns the line it was refused with."""
+
+    def run(*arguments) -> str:
+        before = sorted(tmp_path.rglob("*"))
+        outcome = cli(*arguments)
+        assert outcome.status == 2, outcome
+        assert outcome.out == ""
+        (line,) = outcome.err.splitlines()
+        assert line.startswith("dit-accel: error: ")
+        assert sorted(tmp_path.rglob("*")) == before, "something was written"
+        return line.removeprefix("dit-accel: error: ")
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--method", "gnaa"), "Unknown method 'gnaa'. Did you mean 'gna'?"),
+        (("--method", "radial", "--set", "decat=0.2"), "radial has no setting 'decat'. Did you mean 'decay'?"),
+        (("--method", "gna:window=4x4x4"), "window"),
+        (("--method", "gna"), "gna needs a value for window"),
+        (("--method", "gna:window"), "key=value"),
+        (("--method", "tile:references=4"), "references"),
+        (("--method", "tile:references=3"), "keeps every pair"),
+        (("--method", "radial:decay=0"), "decay"),
+        (("--method", "sla:topk=0.95,skip=0.2,linear_scope=marginal"), "topk"),
+        (("--dense-steps", "many"), "dense_steps"),
+        (("--dense-steps", "-1"), "dense_steps"),
+        (("--dense-layers", "0,x"), "dense_layers"),
+        (("--frames", "4"), "the nearest are 3 and 5"),
+        (("--height", "33"), "the nearest are 32 and 40"),
+        (("--width", "8000"), "positions for 64"),
+        (("--steps", "0"), "--steps"),
+        (("--seed", "-1"), "--seed"),
+        (("--dtype", "int8"), "--dtype"),
+        (("--offload", "model"), "on a CPU leave it out"),
+        (("--offload", "disk"), "--offload"),
+        (("--device", "cuda:97"), "--device cuda:97 cannot be used here"),
+        (("--device", "toaster"), "--device toaster cannot be used here"),
+        (("--image", "none.png"), "--image none.png cannot be read: No such file"),
+        (("--pipe", "max_sequence_lenght=3"), "Did you mean 'max_sequence_length'?"),
+        (("--pipe", "max_sequence_length"), "--pipe takes key=value"),
+        (("--pipe", "height=64"), "use --height"),
+        (("--lora", "no/such/lora"), "--lora no/such/lora cannot be loaded"),
+        (("--load", "none"), "--load none: there is no such folder"),
+        (("--revision", "main"), "--revision is for models on the Hub"),
+        (("--promt", "a"), "--promt"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+)
+def test_options(refused, demo, tmp_path, options, message):
+    assert message in refused("generate", *SIZE, "--output", tmp_path / "a.mp4", *options)
+
+
+def test_pictures(refused, demo, tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "picture.png")
+    (tmp_path / "text.png").write_text("no picture")
+    assert "takes no --image" in refused("generate", *SIZE, "--image", tmp_path / "picture.png")
+    assert "is not a picture" in refused("generate", *SIZE, "--image", tmp_path / "text.png")
+
+
+@pytest.mark.parametrize("verb", [("generate",), ("plan", "--method", "radial")], ids=" ".join)
+class TestModels:
+    """A model that is not there or not whole, for every verb that takes one."""
+
+    def test_missing_folder(self, refused, verb):
+        line = refused(*verb, "--model", "./no/such/folder")
+        assert line.startswith("There is no model folder ./no/such/folder. Give demo, a folder that holds")
+
+    def test_hub_without_network(self, refused, verb):
+        line = refused(*verb, "--model", "nobody/nothing")
+        assert "no model of that name could be fetched from the Hugging Face Hub" in line
+
+    def test_not_a_pipeline(self, refused, verb, tmp_path):
+        assert "holds no model_index.json" in refused(*verb, "--model", tmp_path)
+
+    def test_a_file(self, refused, verb, tmp_path):
+        (tmp_path / "model.safetensors").write_bytes(b"")
+        assert "is a file; give the folder" in refused(*verb, "--model", tmp_path / "model.safetensors")
+
+    def test_damaged_index(self, refused, verb, tmp_path):
+        (tmp_path / "model_index.json").write_text('{"transformer": ')
+        assert "model_index.json is not valid JSON" in refused(*verb, "--model", tmp_path)
+
+    def test_missing_configuration(self, refused, verb, copy, wan_folder):
+        model = copy(wan_folder)
+        (model / "vae" / "config.json").unlink()
+        assert "vae/config.json: No such file" in refused(*verb, "--model", model)
+
+    def test_family_that_is_not_supported(self, refused, verb, tmp_path):
+        index = {"_class_name": "XPipeline", "transformer": ["diffusers", "XTransformer3DModel"]}
+        (tmp_path / "model_index.json").write_text(json.dumps(index))
+        line = refused(*verb, "--model", tmp_path)
+        assert "has a XTransformer3DModel" in line
+        assert "supported families: flux, wan" in line
+
+    def test_model_without_a_transformer(self, refused, verb, tmp_path):
+        index = {"_class_name": "StableDiffusionPipeline", "unet": ["diffusers", "UNet2DConditionModel"]}
+        (tmp_path / "model_index.json").write_text(json.dumps(index))
+        assert "has no transformer" in refused(*verb, "--model", tmp_path)
+
+
+class TestWeights:
+    """Weights that cannot be used."""
+
+    @pytest.fixture
+    def generate(self, refused, copy, wan_folder, tmp_path):
+        model = copy(wan_folder)
+        return model, lambda: refused("generate", *SIZE, "--model", model, "--output", tmp_path / "a.mp4")
+
+    @pytest.mark.parametrize("component", ["transformer", "vae", "text_encoder"])
+    @pytest.mark.parametrize("kept", [0.5, 0], ids=["half", "empty"])
+    def test_truncated_safetensors(self, generate, component, kept):
+        model, run = generate
+        (weights,) = (model / component).glob("*.safetensors")
+        content = weights.read_bytes()
+        weights.write_bytes(content[: int(len(content) * kept)])
+        assert "damaged or cut short" in run()
+
+    def test_missing_safetensors(self, generate):
+        model, run = generate
+        next((model / "transformer").glob("*.safetensors")).unlink()
+        assert f"Cannot load {model}: " in run()
+
+    def test_pickles_are_not_read(self, generate):
+        model, run = generate
+        weights = next((model / "transformer").glob("*.safetensors"))
+        weights.rename(weights.with_suffix(".bin"))
+        assert f"Cannot load {model}: " in run()
+
+    def test_code_of_the_model_is_not_run(self, generate):
+        model, run = generate
+        index = json.loads((model / "model_index.json").read_text())
+        index["vae"] = ["own_code", "OwnCodec"]
+        (model / "model_index.json").write_text(json.dumps(index))
+        (model / "vae" / "own_code.py").write_text("raise SystemExit('the code of the model ran')")
+        assert f"Cannot load {model}: " in run()
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("a.webm", "should end in .mp4 or .gif"),
+        ("a.png", "should end in .mp4 or .gif"),
+        ("folder.mp4", "is a folder"),
+        ("file/a.mp4", "cannot be written"),
+    ],
+)
+def test_outputs(refused, demo, tmp_path, name, message):
+    (tmp_path / "folder.mp4").mkdir()
+    (tmp_path / "file").write_text("")
+    assert message in refused("generate", *SIZE, "--output", tmp_path / name)
+
+
+def test_read_only_folder(refused, demo):
+    assert "cannot be written" in refused("generate", *SIZE, "--output", "/proc/a.mp4")
+
+
+def test_a_video_is_no_image_model(refused, flux_folder, tmp_path):
+    options = ("--model", flux_folder, "--height", 32, "--width", 32)
+    assert "should end in .png" in refused("generate", *options, "--output", tmp_path / "a.mp4")
+    assert "makes images" in refused("generate", *options, "--frames", 5)
+
+
+class TestSaved:
+    """A saved accelerator that does not fit or is not whole."""
+
+    @pytest.fixture
+    def saved(self, demo, tmp_path):
+        import dit_accel
+        from dit_accel.pipelines.demo import load_demo
+
+        with dit_accel.accelerated(load_demo(folder=demo), "sla", topk=0.3, block=16) as accel:
+            accel.save_pretrained(tmp_path / "saved")
+        return tmp_path / "saved"
+
+    def test_another_model(self, refused, saved, wan_folder, tmp_path):
+        line = refused("generate", *SIZE, "--model", wan_folder, "--load", saved, "--output", tmp_path / "a.mp4")
+        assert "was saved for" in line
+
+    def test_truncated(self, refused, saved, tmp_path):
+        (weights,) = saved.glob("*.safetensors")
+        weights.write_bytes(weights.read_bytes()[:100])
+        line = refused("generate", *SIZE, "--load", saved, "--output", tmp_path / "a.mp4")
+        assert "truncated or damaged" in line
+
+    def test_not_one(self, refused, demo, tmp_path):
+        assert "is no saved accelerator" in refused("generate", *SIZE, "--load", tmp_path)
+
+    def test_with_another_method(self, refused, saved):
+        assert "leave out --method" in refused("generate", *SIZE, "--load", saved, "--method", "radial")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ((), "neither came"),
+        (("--grid", "2x2x2", "--model", "demo"), "both came"),
+        (("--grid", "2x2"), "--grid is frames x height x width"),
+        (("--grid", "0x2x2"), "frames as an integer >= 1"),
+        (("--grid", "2x2x2", "--frames", "5"), "belong to --model"),
+        (("--model", "demo", "--text", "5"), "belong to --grid"),
+        (("--grid", "4x4x4", "--image", "mask.jpg"), "--image mask.jpg should end in .png"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+)
+def test_plan_options(refused, demo, options, message):
+    assert message in refused("plan", "--method", "radial", *options)
+
+
+def test_a_process_prints_one_line_too(root, tmp_path):
+    """Nothing that a fresh process prints on its own, such as a warning of a library, comes with the error."""
+    command = [sys.executable, "-m", "dit_accel", "generate", "--method", "gna:window=99", "--model", "nobody/nothing"]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert len(done.stderr.splitlines()) == 1, done.stderr
+    assert not pathlib.Path(root / "output.mp4").exists()
+
+
+def test_a_defect_of_ours_is_not_hidden(cli, demo, monkeypatch):
+    """Only what was foreseen becomes one line; anything else keeps its traceback."""
+    from dit_accel.cli import job
+
+    def broken(request):
+        raise ZeroDivisionError("a defect")
+
+    monkeypatch.setattr(job, "run", broken)
+    with pytest.raises(ZeroDivisionError):
+        cli("generate")
