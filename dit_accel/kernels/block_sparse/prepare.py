@@ -28,7 +28,7 @@ _EMPTY, _PARTIAL, _FULL = 0, 1, 2
 class Batch:
     """Equal problems: G groups of nq queries over nk keys, by canonical token index.
 
-    `bias` is fp32 [1, 1, nq, nk], 0 or -inf, shared by the groups; None if nothing is masked, or if `evaluate` gives
+    `bias` is fp32 [nq, nk], 0 or -inf, shared by the groups; None if nothing is masked, or if `evaluate` gives
     it. Indices ascend along each row, so that text keys are the last ones.
     """
 
@@ -68,9 +68,9 @@ class _Masks:
         return allowed
 
     def bias(self, q: torch.Tensor, k: torch.Tensor, device: torch.device) -> torch.Tensor:
-        """The same as fp32 [1, 1, nq, nk]: 0 or -inf."""
+        """The same as fp32 [nq, nk]: 0 or -inf."""
         allowed = self.allowed(q, k)
-        bias = torch.zeros(1, 1, len(q), len(k))
+        bias = torch.zeros(len(q), len(k))
         return (bias if allowed is None else bias.masked_fill_(~allowed, float("-inf"))).to(device)
 
 
@@ -156,7 +156,7 @@ def build(
             digest = hashlib.blake2b(allowed.numpy().tobytes(), digest_size=16).digest()
             if digest not in biases and left >= 4 * allowed.numel():
                 left -= 4 * allowed.numel()
-                bias = torch.zeros(1, 1, *allowed.shape).masked_fill_(~allowed, float("-inf"))
+                bias = torch.zeros(allowed.shape).masked_fill_(~allowed, float("-inf"))
                 biases[digest] = bias.to(device)
             if digest in biases:
                 equal[len(q), len(k), kind, digest].append((q, k))

@@ -15,7 +15,7 @@ from dit_accel.kernels.block_sparse import dense
 from dit_accel.kernels.block_sparse.geometry import Geometry, Layout, query_layout
 from dit_accel.kernels.block_sparse.predicate import Predicate
 from dit_accel.kernels.block_sparse.prepare import check_lists
-from dit_accel.kernels.block_sparse.rows import add_rows, new_output, spread
+from dit_accel.kernels.block_sparse.rows import add_rows, empty_output, parts, zeros_spread
 
 # Bytes of gathered keys and values at a time: they stay in a last-level cache.
 CHUNK_BYTES = 8 << 20
@@ -27,7 +27,7 @@ def forward(
     geometry: Geometry, layouts: list[Layout], scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """As `portable.forward`, with lists [B, H, q_blocks, width]."""
-    out, lse = new_output(q)
+    out, lse = empty_output(q)
     used = check_lists(kv_indices, kv_counts, geometry.key_order.blocks)
     for b, layout in enumerate(layouts):
         side_q, side_k = _sides(geometry, layout, q.device)
@@ -35,10 +35,11 @@ def forward(
         outs, lses = torch.zeros_like(queries), lse.new_full(queries.shape[:2], float("-inf"))
         lists = kv_indices[b], used[b], kv_counts[b], None if partial is None else partial[b], tables
         for rows, listed, bias in _problems(lists, geometry, side_q, side_k, queries):
-            part, sums = dense.forward(queries[rows][:, None], _pick(keys, listed), _pick(values, listed), bias, scale)
-            if bias is not None:
-                sums = sums.masked_fill(bias.amax(-1) == float("-inf"), float("-inf"))
-            outs[rows], lses[rows] = part.squeeze(1), sums.squeeze(1)
+            gq, gk, gv = queries[rows], _pick(keys, listed), _pick(values, listed)
+            part, sums = torch.empty_like(gq), lses.new_empty(gq.shape[:2])
+            for (at,) in parts(gq, 1):
+                part[at], sums[at] = dense.forward(gq[at], gk[at], gv[at], None if bias is None else bias[at], scale)
+            outs[rows], lses[rows] = part, sums
         side_q.write(out[b], outs)
         side_q.write(lse[b], lses)
     return out, lse
@@ -46,33 +47,37 @@ def forward(
 
 def backward(
     grad_out: torch.Tensor, grad_lse: torch.Tensor | None,
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, lse: torch.Tensor,
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor,
     kv_indices: torch.Tensor, kv_counts: torch.Tensor, partial: torch.Tensor | None, tables: torch.Tensor | None,
     geometry: Geometry, layouts: list[Layout], scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-    """As `portable.backward`, with lists [B, H, q_blocks, width] and a finite `lse`."""
-    grad_q, grad_k, grad_v = spread(q, q.dtype), spread(k, k.dtype), spread(v, v.dtype)
+    """As `portable.backward`, with lists [B, H, q_blocks, width]."""
+    grads = zeros_spread(q), zeros_spread(k), zeros_spread(v)
     used = check_lists(kv_indices, kv_counts, geometry.key_order.blocks)
     for b, layout in enumerate(layouts):
         side_q, side_k = _sides(geometry, layout, q.device)
         queries, keys, values = side_q.blocks(q[b]), side_k.blocks(k[b]), side_k.blocks(v[b])
-        upstream, outs, lses = side_q.blocks(grad_out[b]), side_q.blocks(out[b]), side_q.blocks(lse[b])
-        dlses = None if grad_lse is None else side_q.blocks(grad_lse[b])
-        dqs = torch.zeros_like(queries)
-        dks, dvs = (torch.zeros(len(keys), keys[0].numel(), dtype=lse.dtype, device=q.device) for _ in range(2))
+        upstream = side_q.blocks(grad_out[b])
+        delta = (upstream * side_q.blocks(out[b])).sum(-1)
+        if grad_lse is not None:
+            delta -= side_q.blocks(grad_lse[b])
+        sums = torch.zeros_like(queries), torch.zeros_like(keys), torch.zeros_like(values)
         lists = kv_indices[b], used[b], kv_counts[b], None if partial is None else partial[b], tables
         for rows, listed, bias in _problems(lists, geometry, side_q, side_k, queries):
-            dq, dk, dv = dense.backward(
-                upstream[rows][:, None], None if dlses is None else dlses[rows][:, None], queries[rows][:, None],
-                _pick(keys, listed), _pick(values, listed), outs[rows][:, None], lses[rows][:, None], bias, scale,
-            )  # fmt: skip
-            dqs[rows] = dq.squeeze(1).to(dqs.dtype)
-            for total, part in ((dks, dk), (dvs, dv)):
-                add_rows(total, listed.flatten(), part.reshape(-1, total.shape[1]).to(total.dtype))
-        side_q.write(grad_q[b], dqs)
-        side_k.write(grad_k[b], dks.view(keys.shape))
-        side_k.write(grad_v[b], dvs.view(keys.shape))
-    return grad_q, grad_k, grad_v
+            go, gd, gq = upstream[rows], delta[rows], queries[rows]
+            gk, gv = _pick(keys, listed), _pick(values, listed)
+            results = torch.empty_like(gq), torch.empty_like(gk), torch.empty_like(gv)
+            for (at,) in parts(gq, 1):
+                mask = None if bias is None else bias[at]
+                gradients = dense.backward(go[at], gd[at], gq[at], gk[at], gv[at], mask, scale)
+                for result, gradient in zip(results, gradients, strict=True):
+                    result[at] = gradient
+            sums[0][rows] = results[0]
+            for total, result in zip(sums[1:], results[1:], strict=True):
+                add_rows(total[None], listed, result.view(1, *listed.shape, *total.shape[1:]))
+        for side, grad, total in zip((side_q, side_k, side_k), grads, sums, strict=True):
+            side.write(grad[b], total)
+    return grads
 
 
 @dataclasses.dataclass
@@ -86,8 +91,8 @@ class _Side:
     whole: bool  # all slots do
 
     def blocks(self, x: torch.Tensor) -> torch.Tensor:
-        """x [H, N, D] or [H, N] as [H * blocks, block, D] or [H * blocks, block], zero where no token is."""
-        slots = x.index_select(1, self.rows)
+        """x [H, N, D] or [H, N] in high precision as [H * blocks, block, ...], zero where no token is."""
+        slots = x.to(dense.high_precision(x.dtype)).index_select(1, self.rows)
         if not self.whole:
             slots.masked_fill_(~self.valid if x.ndim == 2 else ~self.valid[:, None], 0)
         return slots.view(-1, self.block, *x.shape[2:])
@@ -119,7 +124,7 @@ def _sides(geometry: Geometry, layout: Layout, device: torch.device) -> tuple[_S
 def _problems(
     lists: tuple, geometry: Geometry, side_q: _Side, side_k: _Side, queries: torch.Tensor
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]]:
-    """Dense problems of one sample: blocks of queries [R], their key blocks [R, count], bias or None.
+    """Dense problems of one sample: blocks of queries [R], their key blocks [R, count], bias [R, block_q, count * block_k] or None.
 
     Blocks of queries and keys are numbered over all heads.
     """
@@ -153,7 +158,7 @@ def _problems(
                             pairs | ~check[rows, :count].repeat_interleave(geometry.block_k, 1)[:, None]
                         )
                     zeros = torch.zeros(allowed.shape, dtype=torch.float32, device=allowed.device)
-                    bias = zeros.masked_fill_(~allowed, float("-inf"))[:, None]
+                    bias = zeros.masked_fill_(~allowed, float("-inf")).expand(-1, geometry.block_q, -1)
                 yield rows, keys, bias
 
 
@@ -170,5 +175,5 @@ def _pairs(
 
 
 def _pick(blocks: torch.Tensor, listed: torch.Tensor) -> torch.Tensor:
-    """Listed blocks [R, count] of blocks [n, block, D] as [R, 1, count * block, D]."""
-    return blocks.index_select(0, listed.flatten()).view(len(listed), 1, -1, blocks.shape[2])
+    """Listed blocks [R, count] of blocks [n, block, D] as [R, count * block, D]."""
+    return blocks.index_select(0, listed.flatten()).view(len(listed), -1, blocks.shape[2])
