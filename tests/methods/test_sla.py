@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from dit_accel.errors import DitAccelError
 from dit_accel.kernels.sla.features import EPSILON, apply_map
@@ -294,6 +295,19 @@ def test_compiles_whole_on_the_first_call(scope, grid):
         results.append([out, *torch.autograd.grad(out.square().sum(), [*inputs, *module.parameters()])])
     for compiled, eager in zip(*results, strict=True):
         torch.testing.assert_close(compiled, eager)
+
+
+@pytest.mark.parametrize("scope", ["all", "marginal"])
+def test_lengths_share_one_dynamic_graph(scope):
+    """One graph for the first length, one for all others; more blocks kept and dropped make no new one."""
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    module = SparseLinearAttention(16, topk=0.1, block=16, linear_scope=scope)
+    compiled = torch.compile(module, fullgraph=True, backend=counter)
+    for tokens in (700, 501, 1000, 333, 640):
+        q = torch.randn(1, 2, tokens, 16)
+        assert torch.equal(compiled(q, q, q), module(q, q, q))
+    assert counter.frame_count <= 2
 
 
 @pytest.mark.parametrize("grid", [VIDEO, TEXT_LAST], ids=str)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 
 import torch
@@ -16,6 +17,12 @@ def visual_order(grid: Sequence[int], block: int, tile: Sequence[int] | None) ->
     """The order of the visual tokens alone: (frames, rows, columns) in runs or tiles of `block` tokens."""
     frames, rows, columns = grid
     return TokenOrder(TokenGrid(frames, rows, columns), block, None if tile is None else (tile[0], tile[1], tile[2]))
+
+
+def count_blocks(grid: Sequence[int], block: int, tile: Sequence[int] | None) -> int:
+    """`visual_order(...).visual_blocks` for sizes that are symbols too, as tracing has them."""
+    sizes, pieces = (grid, tile) if tile is not None else ([math.prod(grid)], [block])
+    return math.prod((size + piece - 1) // piece for size, piece in zip(sizes, pieces, strict=True))
 
 
 def to_blocks(x: torch.Tensor, order: TokenOrder) -> torch.Tensor:

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from dit_accel.kernels.sla.features import EPSILON, apply_map, pull_back
+from dit_accel.kernels.sla.features import EPSILON, FeatureMap, apply_map, pull_back
 from dit_accel.kernels.sla.layout import from_blocks, to_blocks, visual_order
 from dit_accel.order import TokenOrder
 
@@ -23,11 +23,16 @@ from dit_accel.order import TokenOrder
 _STATE_BYTES = 1 << 26
 
 
-def linear_all(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, feature_map: str) -> torch.Tensor:
-    """Linear attention over all keys: [B, H, N, D] in, fp32 (or fp64) [B, H, N, D] out."""
+def linear_all(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, feature_map: FeatureMap, weight: torch.Tensor
+) -> torch.Tensor:
+    """Linear attention over all keys, projected: fp32 (or fp64) [B, H, N, D] of [B, H, N, D].
+
+    The projection `weight` [D, D] is applied to the D x D state, not to N rows.
+    """
     wide = torch.promote_types(q.dtype, torch.float32)
     a, b = apply_map(q.to(wide), feature_map), apply_map(k.to(wide), feature_map)
-    state, total = b.mT @ v.to(wide), b.sum(-2).unsqueeze(-1)
+    state, total = (b.mT @ v.to(wide)) @ weight.to(wide).mT, b.sum(-2).unsqueeze(-1)
     return (a @ state) / (a @ total + EPSILON)
 
 

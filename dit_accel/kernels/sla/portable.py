@@ -38,15 +38,15 @@ def sparse_linear_portable(
     visual = _attend(queries, k, v, lists, setting, grid.shape, order.tile, impl)
     if weight is not None:
         if setting.linear_scope == "all":
-            linear = linear_all(queries, keys, values, setting.feature_map)
+            projected = linear_all(queries, keys, values, setting.feature_map, weight)
         else:
             linear, _ = linear_marginal(
                 queries, keys, values, critical, skipped, grid.shape, order.block, order.tile, setting.feature_map
             )
-        bias = None if setting.bias is None else setting.bias.to(q.dtype)
-        # [B, N, H, D] is the memory of the output, so that the model's flatten stays free.
-        projected = F.linear(linear.transpose(1, 2).to(q.dtype), weight.to(q.dtype), bias)
-        visual = visual + projected.transpose(1, 2)
+            projected = F.linear(linear.transpose(1, 2), weight.to(linear.dtype)).transpose(1, 2)
+        if setting.bias is not None:
+            projected = projected + setting.bias
+        visual = visual + projected.to(q.dtype)
     if not order.dense_blocks:
         return visual
 

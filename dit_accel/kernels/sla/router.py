@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import torch
 
-from dit_accel.kernels.sla.layout import to_blocks, visual_order
+from dit_accel.kernels.sla.layout import count_blocks, to_blocks, visual_order
 from dit_accel.order import TokenOrder
 
 # Scores held at a time, so that a long sequence makes no blocks x blocks map for every head.
@@ -59,9 +59,8 @@ def route_blocks(
 
 @route_blocks.register_fake
 def _(q, k, grid, block, tile, critical, skipped):
-    batch, heads = q.shape[:2]
-    blocks = visual_order(grid, block, tile).visual_blocks
-    return tuple(q.new_empty((batch, heads, blocks, n), dtype=torch.int32) for n in (critical, skipped))
+    rows = *q.shape[:2], count_blocks(grid, block, tile)
+    return tuple(q.new_empty((*rows, n), dtype=torch.int32) for n in (critical, skipped))
 
 
 def block_means(x: torch.Tensor, order: TokenOrder) -> torch.Tensor:

@@ -60,8 +60,12 @@ def test_marginal_gradients(grid, block, tile, feature_map):
 @pytest.mark.parametrize("feature_map", FEATURE_MAPS)
 def test_all_gradients(feature_map):
     q, k, v, *_ = make((1, 1, 9), 8, None, 1, 0, heads=1, dim=3)
-    inputs = [x.requires_grad_() for x in (q, k, v)]
-    assert torch.autograd.gradcheck(lambda q, k, v: linear_all(q, k, v, feature_map), inputs, fast_mode=True)
+    inputs = [x.requires_grad_() for x in (q, k, v, torch.randn(3, 3, dtype=torch.float64))]
+
+    def branch(q, k, v, weight):
+        return linear_all(q, k, v, feature_map, weight)
+
+    assert torch.autograd.gradcheck(branch, inputs, fast_mode=True)
 
 
 @pytest.mark.parametrize("tile", [None, (1, 2, 4)])

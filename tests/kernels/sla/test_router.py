@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from dit_accel.kernels.sla import router
-from dit_accel.kernels.sla.layout import from_blocks, to_blocks, visual_order
+from dit_accel.kernels.sla.layout import count_blocks, from_blocks, to_blocks, visual_order
 from dit_accel.kernels.sla.router import highest, lowest, route_blocks
 
 # grid, block, tile: one block, whole blocks, ragged tails, tiles with and without cut-off borders
@@ -118,6 +118,7 @@ def test_blocks_and_back(grid, block, tile):
     order = visual_order(grid, block, tile)
     x = torch.randn(2, order.grid.visual, 3)
     cut = to_blocks(x, order)
+    assert count_blocks(grid, block, tile) == order.visual_blocks
     assert cut.shape == (2, order.visual_blocks, block, 3)
     assert torch.equal(from_blocks(cut, order), x)
     padding = order.index().reshape(cut.shape[1:3]) < 0
