@@ -1,0 +1,345 @@
+"""The life of an accelerator: found, applied, reported, removed."""
+
+import copy
+import gc
+import json
+import weakref
+
+import pytest
+import torch
+from diffusers import WanVACETransformer3DModel
+from diffusers.models.attention_dispatch import _AttentionBackendRegistry
+from diffusers.models.transformers.transformer_wan import WanAttnProcessor
+from torch import nn
+
+import dit_accel
+from dit_accel.methods.sla import SparseLinearAttention
+
+WINDOW = {"window": (3, 5, 4)}
+
+
+def run(transformer, inputs):
+    with torch.no_grad():
+        return transformer(**inputs, return_dict=False)[0]
+
+
+def state_of(transformer):
+    """What `remove` must restore: processors, hooks, weights by name, attributes, and Diffusers' global back end."""
+    hooks = ("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs", "_forward_hooks", "_forward_hooks_with_kwargs")
+    return {
+        "processors": {name: id(processor) for name, processor in transformer.attn_processors.items()},
+        "hooks": [
+            (name, hook, list(getattr(module, hook))) for name, module in transformer.named_modules() for hook in hooks
+        ],
+        "weights": list(transformer.state_dict()),
+        "attributes": {name: sorted(vars(module)) for name, module in transformer.named_modules()},
+        "back end": _AttentionBackendRegistry._active_backend,
+    }
+
+
+@pytest.mark.parametrize(
+    ("method", "config"),
+    [
+        ("dense", {}),
+        ("gna", WINDOW),
+        ("radial", {"decay": 0.2}),
+        ("tile", {"references": 1}),
+        ("sla", {"topk": 0.3, "block": 16}),
+    ],
+)
+def test_remove_is_exact(method, config, tiny_wan, wan_inputs):
+    transformer, inputs = tiny_wan(), wan_inputs()
+    before, state = run(transformer, inputs), state_of(transformer)
+    accel = dit_accel.accelerate(transformer, method, dense_layers=(1,), **config)
+    run(transformer, inputs)
+    assert state_of(transformer) != state
+    assert accel.remove() == [] and accel.remove() == []
+    assert state_of(transformer) == state
+    assert torch.equal(run(transformer, inputs), before)
+
+
+def test_a_with_statement_removes_even_after_an_error(tiny_wan):
+    transformer = tiny_wan()
+    state = state_of(transformer)
+    with pytest.raises(KeyError), dit_accel.accelerate(transformer, "gna", **WINDOW):
+        raise KeyError
+    assert state_of(transformer) == state
+    with pytest.raises(KeyError), dit_accel.accelerated(transformer, "gna", **WINDOW):
+        raise KeyError
+    assert state_of(transformer) == state
+
+
+def test_cross_attention_and_the_processors_class_are_untouched(tiny_wan):
+    transformer = tiny_wan()
+    with dit_accel.accelerated(transformer, "gna", **WINDOW):
+        kinds = {name: type(processor) for name, processor in transformer.attn_processors.items()}
+        assert {kind is WanAttnProcessor for name, kind in kinds.items() if "attn2" in name} == {True}
+        assert {kind is WanAttnProcessor for name, kind in kinds.items() if "attn1" in name} == {False}
+
+
+def test_a_processor_set_since_is_left_and_named(tiny_wan, wan_inputs):
+    transformer, inputs = tiny_wan(), wan_inputs()
+    accel = dit_accel.accelerate(transformer, "sla", topk=0.3, block=16)
+    mine = WanAttnProcessor()
+    transformer.blocks[1].attn1.set_processor(mine)
+    run(transformer, inputs)
+    report = accel.report()
+    assert [layer.left for layer in report.layers] == [None, "WanAttnProcessor"]
+    assert "WanAttnProcessor was set since" in str(report)
+    assert accel.remove() == ["transformer.blocks.1.attn1"]
+    assert transformer.blocks[1].attn1.processor is mine
+    assert not any("sparse_linear" in name for name in transformer.state_dict())
+
+
+def test_a_lora_loaded_in_between_stays(tiny_wan, wan_inputs):
+    from peft import LoraConfig
+
+    transformer, inputs = tiny_wan(), wan_inputs()
+    accel = dit_accel.accelerate(transformer, "gna", **WINDOW)
+    without = run(transformer, inputs)
+    transformer.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights=False))
+    assert (run(transformer, inputs) - without).abs().max() > 1e-4
+    assert accel.report().sparse_calls == 4
+    with_lora = {key: value.clone() for key, value in transformer.state_dict().items()}
+    accel.remove()
+    assert sorted(transformer.state_dict()) == sorted(with_lora)
+    assert any("lora_A" in key for key in with_lora)
+    run(transformer, inputs)
+
+
+def test_fused_projections_run_sparse(tiny_wan, wan_inputs):
+    transformer, inputs = tiny_wan(), wan_inputs()
+    with dit_accel.accelerated(transformer, "gna", **WINDOW) as accel:
+        apart = run(transformer, inputs)
+        transformer.fuse_qkv_projections()
+        torch.testing.assert_close(run(transformer, inputs), apart)
+        assert accel.report().sparse_calls == 4
+
+
+def test_the_back_end_a_user_sets_reaches_dense_calls(tiny_wan, wan_inputs):
+    transformer, inputs = tiny_wan(), wan_inputs()
+    active = _AttentionBackendRegistry._active_backend
+    try:
+        with dit_accel.accelerated(transformer, "gna", **WINDOW):
+            transformer.set_attention_backend("_native_math")
+            assert {p._attention_backend.value for p in transformer.attn_processors.values()} == {"_native_math"}
+            run(transformer, inputs)
+        assert {p._attention_backend.value for p in transformer.attn_processors.values()} == {"_native_math"}
+    finally:
+        transformer.reset_attention_backend()
+        _AttentionBackendRegistry.set_active_backend(active)
+
+
+def test_accelerating_twice_is_refused_unless_replaced(tiny_wan, wan_inputs):
+    transformer, inputs = tiny_wan(), wan_inputs()
+    state = state_of(transformer)
+    first = dit_accel.accelerate(transformer, "radial", decay=0.2)
+    with pytest.raises(dit_accel.DitAccelError, match=r"already accelerated with radial; call remove\(\)"):
+        dit_accel.accelerate(transformer, "gna", **WINDOW)
+    second = dit_accel.accelerate(transformer, "gna", replace=True, **WINDOW)
+    assert not first.active and first.remove() == []
+    run(transformer, inputs)
+    assert second.report().sparse_calls == 2 and first.report().sparse_calls == 0
+    second.remove()
+    assert state_of(transformer) == state
+
+
+def test_two_resolutions_in_turn(tiny_wan, wan_inputs):
+    """Plans are kept by grid; each call gets its own."""
+    transformer = tiny_wan()
+    calls = [wan_inputs(5, 14, 18), wan_inputs(3, 10, 22), wan_inputs(1, 18, 14)]
+    wanted = []
+    for call in calls:
+        with dit_accel.accelerated(transformer, "gna", window=(1, 5, 4)):
+            wanted.append(run(transformer, call))
+    with dit_accel.accelerated(transformer, "gna", window=(1, 5, 4)) as accel:
+        for call, alone in list(zip(calls, wanted, strict=True)) * 2:
+            assert torch.equal(run(transformer, call), alone)
+    assert list(accel.report().grids) == ["5x7x9", "3x5x11", "1x9x7"]
+
+
+def test_plans_are_made_once_a_grid_and_the_oldest_dropped(tiny_wan, wan_inputs, monkeypatch):
+    from dit_accel import engine
+
+    monkeypatch.setattr(engine, "PLANS_KEPT", 2)
+    transformer, built = tiny_wan(), []
+    accel = dit_accel.accelerate(transformer, "gna", window=(1, 3, 3))
+    make = accel._plans._method.plan
+    object.__setattr__(
+        accel._plans, "_method", type("M", (), {"plan": lambda s, g, c: built.append(str(g)) or make(g, c)})()
+    )
+    for width in (8, 8, 10, 8, 12, 8):
+        run(transformer, wan_inputs(1, 8, width))
+    assert built == ["1x4x4", "1x4x5", "1x4x6", "1x4x4"]
+
+
+def test_the_report_counts_and_explains(tiny_wan, wan_inputs):
+    transformer, inputs = tiny_wan(3), wan_inputs()
+    with dit_accel.accelerated(
+        transformer, "gna", dense_steps=1, dense_last_steps=1, dense_layers=(1,), **WINDOW
+    ) as accel:
+        for step in range(5):
+            accel.set_step(step, 5)
+            for _ in range(2):
+                run(transformer, inputs)
+        report = accel.report()
+    density = dit_accel.plan("gna", dit_accel.TokenGrid(5, 7, 9), **WINDOW).density
+    layers = report.as_dict()["layers"]
+    assert json.loads(json.dumps(report.as_dict()))["calls"] == {"transformer": 10}
+    assert [(layer["sparse_calls"], layer["dense_calls"]) for layer in layers] == [(6, 4), (0, 10), (6, 4)]
+    assert layers[0]["dense_reasons"] == {"dense_steps=1": 2, "dense_last_steps=1": 2}
+    assert layers[1]["dense_reasons"] == {"dense_layers=(1,)": 10}
+    assert layers[0]["density"] == density and layers[1]["density"] is None
+    assert layers[0]["kernels"] == ("portable",)
+    text = str(report)
+    for part in (
+        "12 sparse and 18 dense",
+        "grid 5x7x9",
+        f"6 sparse at density {density:.4f} (portable)",
+        "layers 1: 10 dense",
+    ):
+        assert part in text
+    assert str(accel.report()) == text, "the report stays after remove()"
+
+
+def test_layers_that_a_cache_skips_are_not_counted(tiny_wan, wan_inputs):
+    from diffusers import FirstBlockCacheConfig
+
+    transformer, inputs = tiny_wan(4), wan_inputs()
+    with dit_accel.accelerated(transformer, "gna", **WINDOW) as accel:
+        transformer.enable_cache(FirstBlockCacheConfig(threshold=10.0))
+        for _ in range(3):
+            with transformer.cache_context("cond"):
+                run(transformer, inputs)
+        transformer.disable_cache()
+        assert [layer.sparse_calls for layer in accel.report().layers] == [3, 1, 1, 1]
+
+
+def test_conditioning_images_of_another_size_are_in_the_report(tiny_flux, flux_inputs):
+    transformer = tiny_flux()
+    with dit_accel.accelerated(transformer, "gna", window=(1, 3, 3)) as accel:
+        run(transformer, flux_inputs((13, 11), (3, 3)))
+    assert "9 tokens of conditioning images" in str(accel.report())
+
+
+def test_learned_weights_train_and_are_seen(tiny_wan, wan_inputs):
+    """SLA's projection is a child of its attention module: optimizers, state dicts and gradients reach it."""
+    transformer = tiny_wan().bfloat16()
+    inputs = {key: value.bfloat16() for key, value in wan_inputs().items()}
+    with dit_accel.accelerated(transformer, "sla", topk=0.3, block=16, dense_layers=1) as accel:
+        (learned,) = accel.learned_weights().values()
+        assert isinstance(learned, SparseLinearAttention)
+        assert learned is transformer.blocks[1].attn1.sparse_linear
+        assert transformer.dtype == torch.bfloat16 and learned.proj.weight.dtype == torch.float32
+        untrained = run(transformer, inputs)
+        nn.init.normal_(learned.proj.weight)
+        trained = transformer(**inputs, return_dict=False)[0]
+        assert (trained - untrained).abs().max() > 1e-3
+        trained.square().mean().backward()
+        assert learned.proj.weight.grad.abs().max() > 0
+        assert any("blocks.1.attn1.sparse_linear.proj.weight" in name for name, _ in transformer.named_parameters())
+
+
+def test_a_bare_transformer_follows_the_timesteps(tiny_wan, wan_inputs):
+    transformer = tiny_wan()
+    with dit_accel.accelerated(transformer, "gna", dense_steps=2, **WINDOW) as accel:
+        for timestep in (1000, 1000, 700, 300, 900):
+            run(transformer, wan_inputs(timestep=timestep))
+        assert accel.report().layers[0].dense_reasons == {"dense_steps=2": 4}
+
+
+def test_a_copy_of_an_accelerated_transformer_is_refused(tiny_wan, wan_inputs):
+    transformer = tiny_wan()
+    with dit_accel.accelerated(transformer, "gna", **WINDOW):
+        twin = copy.deepcopy(transformer)
+        with pytest.raises(dit_accel.DitAccelError, match="copy of an accelerated"):
+            run(twin, wan_inputs())
+
+
+def test_context_parallelism_is_refused(tiny_wan, wan_inputs):
+    from diffusers import ContextParallelConfig, ParallelConfig
+
+    parallel = ParallelConfig(context_parallel_config=ContextParallelConfig(ulysses_degree=2))
+    transformer = tiny_wan()
+    transformer._parallel_config = parallel
+    with pytest.raises(dit_accel.DitAccelError, match="context parallelism"):
+        dit_accel.accelerate(transformer, "gna", **WINDOW)
+    transformer._parallel_config = None
+    with dit_accel.accelerated(transformer, "gna", **WINDOW):
+        transformer._parallel_config = parallel
+        with pytest.raises(dit_accel.DitAccelError, match="context parallelism"):
+            run(transformer, wan_inputs())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"method": "gnaa"}, "Unknown method 'gnaa'. Did you mean 'gna'"),
+        ({"method": "tile", "references": 2, "windw": 3}, "no setting 'windw'"),
+        ({"impl": "fast"}, "impl must be one of"),
+        ({"dense_steps": -1}, "dense_steps"),
+        ({"dense_layers": 3}, "the model has 2 layers"),
+    ],
+)
+def test_bad_settings_are_refused_and_change_nothing(change, message, tiny_wan):
+    transformer = tiny_wan()
+    state = state_of(transformer)
+    arguments = {"method": "gna", **(WINDOW if "method" not in change else {}), **change}
+    with pytest.raises(dit_accel.DitAccelError, match=message):
+        dit_accel.accelerate(transformer, **arguments)
+    assert state_of(transformer) == state
+
+
+@pytest.mark.parametrize(
+    ("method", "config", "message"),
+    [("gna", {"window": (6, 5, 4)}, "larger than the frames axis"), ("tile", {"references": 6}, "references <= ")],
+)
+def test_settings_that_do_not_fit_the_grid_stop_the_first_call(method, config, message, tiny_wan, wan_inputs):
+    """Even if that call is a dense step: nobody wants to learn it at step 12."""
+    with dit_accel.accelerated(tiny_wan(), method, dense_steps=1, **config) as accel:
+        (transformer,) = accel.transformers.values()
+        with pytest.raises(dit_accel.DitAccelError, match=message):
+            run(transformer, wan_inputs())
+
+
+def test_unsupported_models_name_the_supported():
+    vace = object.__new__(WanVACETransformer3DModel)
+    nn.Module.__init__(vace)
+    for target, message in (
+        (vace, "WanVACETransformer3DModel is not supported. Supported families: .*wan.*WanTransformer3DModel"),
+        (nn.Linear(1, 1), "Linear is not supported"),
+        ("a path", "str has no diffusion transformer"),
+    ):
+        with pytest.raises(dit_accel.DitAccelError, match=message):
+            dit_accel.accelerate(target, "gna", **WINDOW)
+
+
+def test_an_unsupported_transformer_of_a_pipeline_is_not_left_dense(tiny_wan):
+    vace = object.__new__(WanVACETransformer3DModel)
+    nn.Module.__init__(vace)
+    target = type("Pipe", (), {"components": {"transformer": tiny_wan(), "transformer_2": vace, "vae": None}})()
+    with pytest.raises(dit_accel.DitAccelError, match="WanVACETransformer3DModel is not supported"):
+        dit_accel.accelerate(target, "gna", **WINDOW)
+
+
+def test_a_processor_that_cannot_be_rebuilt_leaves_nothing_half_done(tiny_wan):
+    class Silent:
+        def __call__(self, attn, hidden_states, *args):
+            return hidden_states
+
+    transformer = tiny_wan()
+    transformer.blocks[1].attn1.set_processor(Silent())
+    state = state_of(transformer)
+    with pytest.raises(dit_accel.DitAccelError, match="Silent calls neither"):
+        dit_accel.accelerate(transformer, "sla", topk=0.3, block=16)
+    assert state_of(transformer) == state
+
+
+def test_nothing_outlives_the_model(tiny_wan, wan_inputs):
+    transformer = tiny_wan()
+    accel = dit_accel.accelerate(transformer, "gna", **WINDOW)
+    run(transformer, wan_inputs())
+    alive = weakref.ref(transformer), weakref.ref(accel)
+    del transformer, accel
+    gc.collect()
+    assert [reference() for reference in alive] == [None, None]
