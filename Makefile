@@ -7,6 +7,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 OUTPUT ?= outputs
+DEMO_METHOD ?= gna:window=fullx12x14,stride=1x4x7
+DEMO_SIZE ?= --frames 17 --height 192 --width 224
 PYTEST_FLAGS ?=
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
@@ -33,7 +35,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@touch $@
 
 demo: $(INSTALLED)
-	$(BIN)/dit-accel generate --model demo --compare --output $(OUTPUT)/demo.mp4
+	$(BIN)/dit-accel generate --model demo $(DEMO_SIZE) --method $(DEMO_METHOD) --compare --output $(OUTPUT)/demo.mp4
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -m timing $(PYTEST_FLAGS)

@@ -17,8 +17,16 @@ def test_json_is_what_the_library_says(cli):
     assert facts["pairs"] == plan.pairs
     assert facts["density"] == plan.density
     assert (facts["blocks_visited"], facts["blocks_total"]) == (blocks.visited, blocks.total)
-    assert facts["ideal_speedup"] == blocks.total / blocks.visited
+    block = blocks.query_order.block * blocks.key_order.block
+    assert facts["ideal_speedup"] == plan.grid.tokens**2 / (blocks.visited * block)
     assert facts["config"]["window"] == [4, 8, 8]
+
+
+def test_ideal_speedup_is_the_density_where_blocks_fit(cli):
+    """A window of whole tiles on a grid of whole tiles: nothing is padded, nothing is partial."""
+    facts = json.loads(cli("plan", "--method", "gna:window=4x16x16,stride=4x16x16", "--grid", "8x32x32", "--json").out)
+    assert facts["density"] == facts["block_density"] == 1 / 8
+    assert facts["ideal_speedup"] == 8
 
 
 def test_text_first_counts(cli):
@@ -27,10 +35,12 @@ def test_text_first_counts(cli):
     assert facts["density"] == 1
 
 
-def test_published_setting_of_cosmos(cli):
-    """GNA's Cosmos setting, 24x24 of 44x80 over 16 frames: 89 % sparse, perfectly block-sparse in tiles."""
-    out = cli("plan", "--method", "gna:window=16x24x16,stride=1x4x16", "--grid", "16x44x80").out
-    assert "56,320 (16x44x80)" in out
+def test_published_setting_of_hunyuan(cli):
+    """GNA's HunyuanVideo setting, 91 % sparse and perfectly block-sparse: the figures of the paper's Table 3."""
+    facts = json.loads(cli("plan", "--method", "gna:window=18x24x24,stride=16x8x8", "--grid", "30x48x80", "--json").out)
+    assert facts["pairs"] == 115_200 * 18 * 24 * 24
+    assert facts["density"] == pytest.approx(0.09)
+    assert facts["blocks_full"] == facts["blocks_visited"]
 
 
 @pytest.mark.parametrize("method", ["dense", "gna:window=2", "tile:references=1", "radial", "sla"])
