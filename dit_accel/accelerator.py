@@ -14,7 +14,7 @@ from torch import nn
 from dit_accel import checkpoint
 from dit_accel.engine import Engine, PlanCache
 from dit_accel.errors import DitAccelError
-from dit_accel.kernels.block_sparse.api import choose_impl
+from dit_accel.kernels.block_sparse.api import Impl, choose_impl
 from dit_accel.pipelines.family import Family
 from dit_accel.registry import Method, get_families, get_method, make_config
 from dit_accel.report import Report
@@ -45,7 +45,7 @@ class Accelerator:
         method: Method,
         config: Any,
         schedule: Schedule,
-        impl: str,
+        impl: Impl,
         allow_dense: bool,
     ) -> None:
         self.method, self.config, self.schedule = method.name, config, schedule
@@ -153,7 +153,7 @@ def accelerate(
     dense_steps: Amount = 0,
     dense_last_steps: Amount = 0,
     dense_layers: Amount | tuple[int, ...] = 0,
-    impl: str = "auto",
+    impl: Impl = "auto",
     allow_dense: bool = True,
     replace: bool = False,
     **config: Any,
@@ -171,7 +171,8 @@ def accelerate(
         dense_layers: first layers that stay dense, as a number or a share, or a tuple of indices.
         impl: "auto" (the fastest that computes the same), "reference", "portable" or "triton"; a named one runs or
             raises.
-        allow_dense: let the model's own attention run on CUDA where it is measured to be faster; the report says so.
+        allow_dense: let the model's own attention run on CUDA above the density at which it is measured to be faster;
+            the report says so. Nothing is measured yet, so it changes nothing.
         replace: first remove an accelerator that is already at work.
         config: settings of the method.
 

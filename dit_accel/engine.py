@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from dit_accel.errors import DitAccelError
-from dit_accel.kernels.block_sparse.api import choose_impl
+from dit_accel.kernels.block_sparse.api import Impl, choose_impl
 from dit_accel.pipelines import processor
 from dit_accel.pipelines.family import Call, Family, Memory
 from dit_accel.pipelines.processor import LEARNED, AcceleratedAttnProcessor, CallState
@@ -54,10 +54,11 @@ class PlanCache:
         # A method that routes by content says nothing of `keeps_all`: what it keeps is no property of the mask.
         if getattr(self._config, "keeps_all", True) or plan.pairs < plan.grid.tokens**2:
             return
+        settings = ", ".join(f"{key}={value!r}" for key, value in dataclasses.asdict(self._config).items())
         raise DitAccelError(
-            f"{self._config} keeps every pair of tokens on the grid {plan.grid}, so it would be dense attention made "
-            "slower: choose tighter settings or a larger video, 'dense' to leave the model alone, or gna with "
-            "window='full' to test the kernel."
+            f"{plan.method} with {settings} keeps every pair of tokens on the grid {plan.grid}, so it would be dense "
+            "attention made slower: choose tighter settings or a larger video, 'dense' to leave the model alone, or gna "
+            "with window='full' to test the kernel."
         )
 
 
@@ -121,7 +122,7 @@ class Engine:
         schedule: Schedule,
         clock: StepClock,
         plans: PlanCache,
-        impl: str,
+        impl: Impl,
     ) -> None:
         self.name, self.calls = name, 0
         self.notes: list[str] = []

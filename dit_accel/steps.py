@@ -37,10 +37,10 @@ class StepClock:
         if index is None:
             self._manual = None
             return
-        valid = all(isinstance(value, int) and not isinstance(value, bool) for value in (index, count))
-        if not valid or not 0 <= index < count:
+        integers = [value for value in (index, count) if isinstance(value, int) and not isinstance(value, bool)]
+        if len(integers) != 2 or not 0 <= integers[0] < integers[1]:
             raise DitAccelError(f"set_step(i, n) needs integers with 0 <= i < n, got i={index!r}, n={count!r}.")
-        self._manual = Step(index, count)
+        self._manual = Step(*integers)
 
     @property
     def scheduler(self) -> Any | None:

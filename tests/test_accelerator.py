@@ -240,6 +240,20 @@ def test_learned_weights_train_and_are_seen(tiny_wan, wan_inputs):
         assert any("blocks.1.attn1.sparse_linear.proj.weight" in name for name, _ in transformer.named_parameters())
 
 
+def test_gradient_checkpointing_gives_the_same_gradients(tiny_wan, wan_inputs):
+    transformer, inputs = tiny_wan().train(), wan_inputs()
+    grads = []
+    with dit_accel.accelerated(transformer, "gna", **WINDOW) as accel:
+        for _ in range(2):
+            transformer.zero_grad()
+            transformer(**inputs, return_dict=False)[0].square().mean().backward()
+            grads.append(transformer.blocks[0].attn1.to_k.weight.grad.clone())
+            transformer.enable_gradient_checkpointing()
+        assert {layer.sparse_calls for layer in accel.report().layers} == {2}
+    assert grads[0].abs().max() > 0
+    torch.testing.assert_close(grads[0], grads[1])
+
+
 def test_a_bare_transformer_follows_the_timesteps(tiny_wan, wan_inputs):
     transformer = tiny_wan()
     with dit_accel.accelerated(transformer, "gna", dense_steps=2, **WINDOW) as accel:

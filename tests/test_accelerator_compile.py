@@ -9,7 +9,6 @@ import dit_accel
 CASES = {
     "wan": [
         ("gna", {"window": (3, 5, 4)}),
-        ("radial", {"decay": 0.2, "sink": False}),
         ("sla", {"topk": 0.3, "block": 16}),
     ],
     "flux": [("gna", {"window": (1, 3, 3)}), ("sla", {"topk": 0.3, "block": 16})],

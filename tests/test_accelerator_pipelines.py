@@ -213,9 +213,9 @@ def test_flux_kontext_takes_the_given_image_as_a_frame(flux_pipe):
 
     kontext.prepare_latents = with_image
     with dit_accel.accelerate(kontext, "tile", references=1), pytest.raises(dit_accel.DitAccelError, match="2x11x13"):
-        draw(kontext, _auto_resize=False)
+        draw(kontext, _auto_resize=False, max_area=176 * 208)
     with dit_accel.accelerate(kontext, "gna", window=(1, 5, 5)) as accel:
-        draw(kontext, _auto_resize=False)
+        draw(kontext, _auto_resize=False, max_area=176 * 208)
         assert list(accel.report().grids) == ["2x11x13 + 5 text first"]
 
 

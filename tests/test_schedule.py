@@ -49,7 +49,15 @@ def test_last_steps_of_an_unknown_trajectory_are_refused():
 
 @pytest.mark.parametrize(
     ("layers", "total", "wanted"),
-    [(0, 4, set()), (1, 4, {0}), (4, 4, {0, 1, 2, 3}), (0.5, 5, {0, 1, 2}), (0.01, 4, {0}), ((0, 3), 4, {0, 3}), ([2], 3, {2})],
+    [
+        (0, 4, set()),
+        (1, 4, {0}),
+        (4, 4, {0, 1, 2, 3}),
+        (0.5, 5, {0, 1, 2}),
+        (0.01, 4, {0}),
+        ((0, 3), 4, {0, 3}),
+        ([2], 3, {2}),
+    ],
 )
 def test_layers(layers, total, wanted):
     assert Schedule(dense_layers=layers).layers(total) == wanted

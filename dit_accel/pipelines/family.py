@@ -165,10 +165,10 @@ def patch_grid(sizes: tuple[int, int, int], patch: tuple[int, int, int]) -> Toke
     Raises:
         DitAccelError: the latent is smaller than a patch.
     """
-    counts = [size // step for size, step in zip(sizes, patch, strict=True)]
-    if min(counts) < 1:
+    frames, height, width = (size // step for size, step in zip(sizes, patch, strict=True))
+    if min(frames, height, width) < 1:
         raise DitAccelError(f"A latent of {sizes} (frames, height, width) is smaller than the model's patch {patch}.")
-    return TokenGrid(*counts)
+    return TokenGrid(frames, height, width)
 
 
 def image_grids(ids: torch.Tensor) -> tuple[int, int, int, int]:

@@ -24,10 +24,12 @@ import torch
 from torch import nn
 
 from dit_accel.errors import DitAccelError
+from dit_accel.kernels.block_sparse.api import Impl
 from dit_accel.plans import Plan
 
 LEARNED = "sparse_linear"
 _SERIAL = itertools.count()
+_WRAPPERS: dict[type, type[AcceleratedAttnProcessor]] = {}
 
 
 class CallState:
@@ -40,7 +42,7 @@ class CallState:
         impl: as in `plans.attention`.
     """
 
-    def __init__(self, impl: str = "auto") -> None:
+    def __init__(self, impl: Impl = "auto") -> None:
         self.sparse = False
         self.plan: Plan | None = None
         self.text_lens: torch.Tensor | None = None
@@ -100,10 +102,12 @@ def accelerated(inner: Any, state: CallState) -> AcceleratedAttnProcessor:
             f"{type(inner).__name__} holds weights of its own (an IP-Adapter, for example), which cannot be combined "
             "with accelerated attention; unload it first."
         )
-    return _wrapper_class(type(inner))(inner, state)
+    kind = type(inner)
+    if kind not in _WRAPPERS:
+        _WRAPPERS[kind] = _wrapper_class(kind)
+    return _WRAPPERS[kind](inner, state)
 
 
-@functools.cache
 def _wrapper_class(inner_type: type) -> type[AcceleratedAttnProcessor]:
     rebuilt = _rebuild(inner_type)
 
@@ -130,7 +134,7 @@ def _rebuild(inner_type: type) -> Callable[..., Any]:
     call = inspect.unwrap(inner_type.__call__)
     if not isinstance(call, types.FunctionType):
         raise DitAccelError(f"{inner_type.__name__} is not a processor written in Python, so it cannot be accelerated.")
-    replaced = {}
+    replaced: dict[str, Any] = {}
     if "dispatch_attention_fn" in call.__code__.co_names:
         replaced["dispatch_attention_fn"] = _dispatcher(call.__globals__["dispatch_attention_fn"])
     if "scaled_dot_product_attention" in call.__code__.co_names and "F" in call.__globals__:

@@ -2,6 +2,7 @@
 
 import inspect
 import sys
+import threading
 
 import pytest
 import torch
@@ -113,6 +114,33 @@ def test_an_error_leaves_nothing_behind():
     with pytest.raises(DitAccelError):
         attention(torch.randn(2, 6, 8))
     attention(torch.randn(2, 7, 8))
+
+
+def test_threads_do_not_see_each_others_plan():
+    """Two models of one processor class, in two threads that meet in the middle of their attention calls."""
+    meeting, results = threading.Barrier(2, timeout=20), {}
+
+    class Waiting(MeanPlan):
+        def attend(self, q, k, v, **rest):
+            meeting.wait()
+            return super().attend(q, k, v, **rest) + self.grid.tokens
+
+    class Plain:
+        def __call__(self, attn, hidden_states):
+            meeting.wait()
+            return F.scaled_dot_product_attention(hidden_states, hidden_states, hidden_states)
+
+    def run(tokens):
+        state = sparse_state(tokens)
+        state.plan = Waiting(state.plan.grid)
+        results[tokens] = accelerated(Plain(), state)(nn.Module(), torch.zeros(1, 2, tokens, 4))
+
+    threads = [threading.Thread(target=run, args=(tokens,)) for tokens in (6, 7)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert {tokens: result.unique().tolist() for tokens, result in results.items()} == {6: [6.0], 7: [7.0]}
 
 
 def test_what_cannot_be_rebuilt_is_refused():
