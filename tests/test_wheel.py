@@ -12,7 +12,7 @@ import zipfile
 import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
-PACKAGED = (".py", ".safetensors", ".json", ".yaml")
+PACKAGED = (".py", ".safetensors", ".json", ".yaml", ".md")
 
 
 def run(command, cwd, **environment) -> str:

@@ -36,7 +36,7 @@ def test_text_first_counts(cli):
 
 
 def test_published_setting_of_hunyuan(cli):
-    """GNA's HunyuanVideo setting, 91 % sparse and perfectly block-sparse: the figures of the paper's Table 3."""
+    """The setting of GNA for HunyuanVideo: 91 % sparse, and perfectly block-sparse in tiles."""
     facts = json.loads(cli("plan", "--method", "gna:window=18x24x24,stride=16x8x8", "--grid", "30x48x80", "--json").out)
     assert facts["pairs"] == 115_200 * 18 * 24 * 24
     assert facts["density"] == pytest.approx(0.09)
