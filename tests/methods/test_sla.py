@@ -279,12 +279,20 @@ def test_runs_are_bit_equal():
         assert all(torch.equal(a, b) for a, b in zip(first, results, strict=True))
 
 
-@pytest.mark.parametrize("scope", ["all", "marginal"])
-@pytest.mark.parametrize("grid", [None, TEXT_FIRST], ids=str)
-def test_compiles_whole_on_the_first_call(scope, grid):
+@pytest.mark.parametrize(
+    "grid, settings",
+    [
+        (None, {}),
+        (None, {"linear_scope": "marginal"}),
+        (TEXT_FIRST, {"order": "tile"}),
+        (TEXT_LAST, {"linear_scope": "marginal"}),
+    ],
+    ids=str,
+)
+def test_compiles_whole_on_the_first_call(grid, settings):
     torch._dynamo.reset()
     torch.manual_seed(0)
-    module = SparseLinearAttention(32, topk=0.3, block=16, linear_scope=scope)
+    module = SparseLinearAttention(32, topk=0.3, block=16, **settings)
     torch.nn.init.normal_(module.proj.weight)
     tokens = 150 if grid is None else grid.tokens
     inputs = [torch.randn(1, 2, tokens, 32, requires_grad=True) for _ in range(3)]

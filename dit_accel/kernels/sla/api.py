@@ -114,6 +114,12 @@ def _check(
         )
     if not q.dtype == k.dtype == v.dtype or not q.is_floating_point():
         raise DitAccelError(f"q, k and v must share one floating dtype, got {q.dtype}, {k.dtype} and {v.dtype}.")
+    dim, weight, bias = q.shape[-1], setting.weight, setting.bias
+    if (weight is not None and weight.shape != (dim, dim)) or (bias is not None and bias.shape != (dim,)):
+        got = [None if x is None else tuple(x.shape) for x in (weight, bias)]
+        raise DitAccelError(
+            f"weight must be [{dim}, {dim}] and bias [{dim}] for this head_dim, got {got[0]}, {got[1]}."
+        )
     if critical < 1 or skipped < 0 or critical + skipped > order.visual_blocks:
         raise DitAccelError(
             f"critical must be at least 1, skipped at least 0, and both together at most the {order.visual_blocks} "

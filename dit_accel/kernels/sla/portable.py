@@ -43,9 +43,10 @@ def sparse_linear_portable(
             linear, _ = linear_marginal(
                 queries, keys, values, critical, skipped, grid.shape, order.block, order.tile, setting.feature_map
             )
-            projected = F.linear(linear.transpose(1, 2), weight.to(linear.dtype)).transpose(1, 2)
+            projected = F.linear(linear, weight.to(linear.dtype))
         if setting.bias is not None:
             projected = projected + setting.bias
+        # The sum takes the layout of its first term, [B, N, H, D] in memory, so that the model's flatten stays free.
         visual = visual + projected.to(q.dtype)
     if not order.dense_blocks:
         return visual

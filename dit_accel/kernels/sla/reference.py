@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import torch
 
+from dit_accel.errors import DitAccelError
 from dit_accel.kernels.sla.features import EPSILON, apply_map
 from dit_accel.kernels.sla.setting import Setting
 from dit_accel.order import TokenOrder
+
+MAX_TOKENS = 20_000
 
 
 def sparse_linear_reference(
@@ -21,8 +24,16 @@ def sparse_linear_reference(
 
     Args:
         critical, skipped: block lists of the router, int32 [B, H, visual_blocks, *].
+
+    Raises:
+        DitAccelError: more than 20,000 tokens.
     """
     order, weight, bias = setting.order, setting.weight, setting.bias
+    if order.grid.tokens > MAX_TOKENS:
+        raise DitAccelError(
+            f"impl='reference' builds a dense mask and takes at most {MAX_TOKENS} tokens, got {order.grid.tokens}; "
+            "use impl='portable' or 'auto'."
+        )
     wide = torch.promote_types(q.dtype, torch.float32)
     keys = valid_keys(order, setting.text_len, q.device)  # [B or 1, 1, N, 1]
     queries = q.to(wide)

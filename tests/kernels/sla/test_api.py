@@ -1,0 +1,56 @@
+"""The operator's checks; what it computes is held in tests/methods/test_sla.py."""
+
+import pytest
+import torch
+
+from dit_accel.errors import DitAccelError
+from dit_accel.kernels.sla.api import sparse_linear_attention
+
+
+def make(tokens=100, dim=16):
+    return torch.randn(3, 1, 2, tokens, dim).unbind()
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"critical": 0}, "critical must be at least 1.*the 7 visual blocks; got 0 and 0"),
+        ({"critical": 8}, "both together at most the 7 visual blocks; got 8 and 0"),
+        ({"critical": 4, "skipped": 4}, "got 4 and 4"),
+        ({"critical": 4, "skipped": -1}, "got 4 and -1"),
+        ({"critical": 1, "weight": torch.zeros(16, 8)}, r"weight must be \[16, 16\].*got \(16, 8\), None"),
+        ({"critical": 1, "bias": torch.zeros(8)}, r"bias \[16\] .*got None, \(8,\)"),
+        ({"critical": 1, "feature_map": "gelu"}, "feature_map must be one of softmax, elu, relu; got 'gelu'"),
+        ({"critical": 1, "linear_scope": "some"}, "linear_scope must be one of all, marginal; got 'some'"),
+        ({"critical": 1, "grid": (1, 9, 11)}, r"must be \[batch, heads, 99, head_dim\]"),
+        ({"critical": 1, "impl": "triton"}, "no Triton kernel"),
+        ({"critical": 1, "tile": (1, 4, 8)}, "block of 16 tokens, got"),
+    ],
+)
+def test_what_does_not_fit_is_refused(settings, message):
+    with pytest.raises(DitAccelError, match=message):
+        sparse_linear_attention(*make(), block=16, **settings)
+
+
+def test_mixed_dtypes_are_refused():
+    q, k, v = make()
+    with pytest.raises(DitAccelError, match=r"share one floating dtype, got torch\.float32, torch\.bfloat16"):
+        sparse_linear_attention(q, k.bfloat16(), v, critical=1)
+
+
+def test_reference_refuses_what_would_not_fit_in_memory():
+    q = torch.randn(1, 1, 20_001, 1)
+    with pytest.raises(DitAccelError, match=r"at most 20000 tokens, got 20001; use impl='portable'"):
+        sparse_linear_attention(q, q, q, critical=1, impl="reference")
+
+
+def test_named_implementations_agree():
+    q, k, v = (x.double() for x in make(300))
+    weight = torch.randn(16, 16, dtype=torch.float64)
+    arguments = {"critical": 2, "skipped": 3, "block": 32, "text": 20, "linear_scope": "marginal", "weight": weight}
+    results = [
+        sparse_linear_attention(q, k, v, grid=(1, 14, 20), text_len=torch.tensor([7]), impl=impl, **arguments)
+        for impl in ("auto", "portable", "reference")
+    ]
+    assert torch.equal(results[0], results[1])
+    torch.testing.assert_close(results[1], results[2], rtol=1e-12, atol=1e-13)
