@@ -1,0 +1,111 @@
+"""The public door: layouts, errors, the choice of the implementation, autocast."""
+
+import pytest
+import torch
+
+import dit_accel
+from dit_accel.kernels.block_sparse import api
+from dit_accel.kernels.block_sparse.api import block_sparse_attention, choose_impl
+
+IMPLS = ["reference", "portable"]
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("topk", [None, 2], ids=["shared", "per-head"])
+def test_output_and_gradients_lie_in_memory_as_the_model_wants(make_problem, impl, topk):
+    problem = make_problem((2, 4, 5), topk=topk, heads=3)
+    leaves = [x.clone().requires_grad_() for x in (problem.q, problem.k, problem.v)]
+    out = block_sparse_attention(*leaves, *problem.lists, impl=impl, **problem.options)
+    assert out.transpose(1, 2).is_contiguous() and out.transpose(1, 2).flatten(2).data_ptr() == out.data_ptr()
+    if impl == "portable":
+        grads = torch.autograd.grad(out.sum(), leaves)
+        assert all(grad.transpose(1, 2).is_contiguous() for grad in grads)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("topk", [None, 2], ids=["shared", "per-head"])
+def test_any_strides_give_the_same_bits(make_problem, impl, topk):
+    problem = make_problem((2, 4, 5), topk=topk, heads=3, batch=2)
+    want = problem.call(impl)
+    packed = torch.stack([x.transpose(1, 2) for x in (problem.q, problem.k, problem.v)], 2)  # [B, N, 3, H, D]
+    problem.q, problem.k, problem.v = (packed[:, :, i].transpose(1, 2) for i in range(3))
+    assert not problem.q.is_contiguous()
+    assert torch.equal(problem.call(impl), want)
+    problem.v = torch.stack([problem.v, problem.v], -1)[..., 0]  # rows that are not contiguous
+    assert torch.equal(problem.call(impl), want)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_lse_dtype(make_problem, impl):
+    problem = make_problem()
+    for dtype, want in (
+        (torch.bfloat16, torch.float32),
+        (torch.float32, torch.float32),
+        (torch.float64, torch.float64),
+    ):
+        out, lse = problem.call(impl, dtype, return_lse=True)
+        assert out.dtype == dtype and lse.dtype == want and lse.shape == out.shape[:3]
+
+
+def test_autocast_casts_as_sdpa_does(make_problem):
+    problem = make_problem()
+    with torch.autocast("cpu", torch.bfloat16):
+        out = problem.call("portable")
+    assert out.dtype == torch.bfloat16
+    assert torch.equal(out, problem.call("portable", torch.bfloat16))
+
+
+def test_choice_names_its_reason(monkeypatch):
+    assert choose_impl("cpu") == ("portable", "the device is cpu")
+    assert choose_impl("cuda", "reference") == ("reference", "impl='reference' was asked for")
+    monkeypatch.setattr(api, "_HAS_TRITON", True)
+    assert choose_impl("cuda")[0] == "triton"
+    monkeypatch.setattr(api, "_HAS_TRITON", False)
+    assert choose_impl("cuda") == ("portable", "the device is cuda and there is no Triton kernel here")
+    with pytest.raises(dit_accel.DitAccelError, match="'triton' needs"):
+        choose_impl("cuda", "triton")
+
+
+def _int(*values):
+    return torch.tensor(values, dtype=torch.int32)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"impl": "fast"}, "impl must be one of auto, reference, portable, triton, got 'fast'"),
+        ({"q": torch.zeros(1, 2, 40)}, r"got q \(1, 2, 40\)"),
+        ({"q": torch.zeros(1, 2, 40, 8)}, "the same B, H and D"),
+        ({"k": torch.zeros(1, 2, 40, 16).bfloat16()}, "one dtype among"),
+        ({"q": torch.zeros(1, 2, 40, 16).int()}, "bfloat16, float16, float32 and float64, got torch.int32"),
+        ({"grid": (2, 4)}, r"grid needs \(frames, rows, columns\)"),
+        ({"grid": (2, 4, 0)}, "each at least 1"),
+        ({"grid": (2, 4, 6)}, "need q with 48 rows, got 40"),
+        ({"text": 3}, "need q with 43 rows, got 40"),
+        ({"text": -1}, "reference and text must be >= 0"),
+        ({"block_q": 0}, "at least one token, got 0"),
+        ({"tile_q": (1, 4, 5)}, "holds 20 tokens but the block is 16"),
+        ({"text_start": None}, "together, or none"),
+        ({"text_len": _int(0, 0)}, r"text_len must be int32 \[1\]"),
+        ({"visual_start": torch.zeros(1)}, "visual_start must be int32"),
+        ({"visual_start": _int(1)}, "must not overlap and must lie within"),
+        ({"text_len": _int(1)}, "text_len must be between 0 and text=0, got 1"),
+        (
+            {"kv_indices": torch.zeros(2, 3, dtype=torch.int32)},
+            r"kv_indices must be \[3, width\] or \[1, 2, 3, width\]",
+        ),
+        ({"kv_indices": torch.zeros(3, 3)}, "Block lists must be int32"),
+        ({"kv_counts": _int(1, 1)}, r"kv_counts must be \[3\]"),
+        ({"kv_counts": _int(1, 4, 1)}, "kv_counts must be between 0 and the width 3 of kv_indices, got 1 to 4"),
+        ({"kv_indices": torch.full((3, 3), 3, dtype=torch.int32)}, "must name key blocks 0 to 2, got 3 to 3"),
+        ({"partial": torch.ones(3, 3, dtype=torch.bool)}, "tables is None; give both or neither"),
+        ({"partial": torch.ones(3, 3), "tables": _int(0)}, "partial must be bool"),
+        ({"tables": torch.zeros(1)}, "tables must be int32"),
+    ],
+)
+def test_errors_say_what_was_wanted_and_what_came(make_problem, change, message):
+    problem = make_problem((2, 4, 5))
+    tensors = {"q": problem.q, "k": problem.k, "v": problem.v}
+    tensors |= dict(zip(("kv_indices", "kv_counts"), problem.lists, strict=True))
+    with pytest.raises(dit_accel.DitAccelError, match=message):
+        block_sparse_attention(**(tensors | problem.options | {"impl": "portable"} | change))

@@ -1,0 +1,129 @@
+"""What is worked out once per plan: groups that hold every pair once, and a cache that is never stale."""
+
+import gc
+
+import pytest
+import torch
+
+from dit_accel.kernels.block_sparse import portable
+from dit_accel.kernels.block_sparse.grouping import group_rows
+from dit_accel.kernels.block_sparse.prepare import MAX_ENTRIES
+
+
+@pytest.fixture(autouse=True)
+def _empty_cache():
+    portable.preparations.entries.clear()
+    yield
+    portable.preparations.entries.clear()
+
+
+def _prepared(problem):
+    lists = *problem.lists, problem.options.get("partial"), problem.options.get("tables")
+    return portable.preparations.get(*lists, problem.geometry(), torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("method", "config"),
+    [("gna", {"window": (2, 3, 5)}), ("gna", {"window": (2, 4, 4), "stride": (2, 4, 4)}), ("radial", {"decay": 0.3})],
+)
+@pytest.mark.parametrize("tiles", [{}, {"tile_q": (2, 2, 4), "tile_k": (1, 4, 4)}], ids=["raster", "tiled"])
+def test_batches_hold_every_allowed_pair_once(make_problem, method, config, tiles):
+    problem = make_problem((4, 8, 9), method, config, text=5, **tiles)
+    tokens = problem.q.shape[2]
+    counts = torch.zeros(tokens, tokens, dtype=torch.int64)
+    for batch in _prepared(problem):
+        for q, k in zip(batch.q, batch.k, strict=True):
+            bias = batch.mask()
+            counts[q[:, None], k] += 1 if bias is None else bias.isfinite().long()
+    assert torch.equal(counts, problem.mask()[0, 0].long())
+
+
+def test_a_blocked_window_is_one_unmasked_batch(make_problem, monkeypatch):
+    # At this size merging the windows would pay, too.
+    monkeypatch.setattr("dit_accel.kernels.block_sparse.grouping.GROUP_COST", 0)
+    monkeypatch.setattr("dit_accel.kernels.block_sparse.grouping.KEY_COST", 0)
+    tiles = {"tile_q": (1, 2, 2), "tile_k": (1, 2, 2), "block_q": 4, "block_k": 4}
+    blocked = {"window": (2, 4, 4), "stride": (2, 4, 4)}
+    (batch,) = _prepared(make_problem((4, 8, 8), "gna", blocked, **tiles))
+    assert batch.q.shape == batch.k.shape == (8, 32) and batch.mask() is None
+
+
+def test_groups_partition_the_rows():
+    listed = torch.zeros(6, 6, dtype=torch.bool)
+    listed[:3, :2] = listed[4, 3:] = listed[5, :1] = True
+    groups = group_rows(listed, torch.tensor([16, 16, 16, 16, 16, 0]), torch.full((6,), 16))
+    assert sorted(block for group in groups for block in group) == [0, 1, 2, 4]  # 3 lists nothing, 5 has no tokens
+    assert any({0, 1, 2} <= set(group) for group in groups)
+
+
+def test_dissimilar_large_rows_stay_apart():
+    groups = group_rows(torch.eye(4, dtype=torch.bool), torch.full((4,), 1024), torch.full((4,), 1024))
+    assert sorted(groups) == [[0], [1], [2], [3]]
+
+
+def test_second_call_prepares_nothing(make_problem, monkeypatch):
+    problem = make_problem((2, 4, 5), "gna", {"window": (1, 3, 3)}, text=3)
+    problem.run("portable", torch.float32)
+    monkeypatch.setattr("dit_accel.kernels.block_sparse.prepare.build", None)
+    problem.run("portable", torch.bfloat16)
+    problem.options["text_len"] = torch.tensor([2], dtype=torch.int32)
+    problem.run("portable", torch.float32)
+
+
+def test_two_plans_in_turn(make_problem):
+    first = make_problem((2, 4, 5), "gna", {"window": (1, 3, 3)})
+    second = make_problem((2, 4, 5), "gna", {"window": (2, 1, 1)})
+    for problem in (first, second, first, second):
+        torch.testing.assert_close(problem.call("portable"), problem.call("reference"))
+    assert len(portable.preparations.entries) == 2
+
+
+def test_change_in_place(make_problem):
+    problem = make_problem((2, 4, 5))
+    before = problem.call("portable")
+    problem.lists[1].fill_(1)
+    after = problem.call("portable")
+    torch.testing.assert_close(after, problem.call("reference"))
+    assert not torch.equal(before, after)
+    problem.lists[1].data.fill_(2)  # not seen by version counters
+    torch.testing.assert_close(problem.call("portable"), problem.call("reference"))
+
+
+def test_address_of_a_freed_list(make_problem):
+    """Lists of the same shape made and freed in turn often get the same memory; the results must be their own."""
+    addresses = set()
+    for seed in range(20):
+        problem = make_problem((1, 8, 8), topk=None, seed=seed)
+        counts = torch.randint(1, 5, (4,), generator=torch.Generator().manual_seed(seed), dtype=torch.int32)
+        problem.lists = problem.lists[0].clone(), counts
+        addresses.add((problem.lists[0].data_ptr(), counts.data_ptr()))
+        torch.testing.assert_close(problem.call("portable"), problem.call("reference"))
+        del problem, counts
+    assert len(addresses) < 20, "no address came twice, so that the test shows nothing"
+
+
+def test_entries_go_with_their_lists_and_are_bounded(make_problem):
+    problem = make_problem((2, 4, 5), "gna", {"window": (1, 3, 3)})
+    problem.call("portable")
+    assert len(portable.preparations.entries) == 1
+    del problem
+    gc.collect()
+    kept = [make_problem((2, 4, 5), "gna", {"window": (1, 3, width)}) for width in (1, 2, 3, 4, 5)]
+    kept += [make_problem((2, 4, 5), "gna", {"window": (2, 3, width)}) for width in (1, 2, 3, 4, 5)]
+    for other in kept:
+        other.call("portable")
+    assert len(portable.preparations.entries) == MAX_ENTRIES
+
+
+def test_inference_mode_tensors(make_problem):
+    with torch.inference_mode():
+        problem = make_problem((2, 4, 5), "gna", {"window": (1, 3, 3)})
+        torch.testing.assert_close(problem.call("portable"), problem.call("reference"))
+
+
+def test_text_lengths_share_one_preparation(make_problem):
+    problem = make_problem((2, 4, 5), "gna", {"window": (1, 3, 3)}, text=6, text_lens=[6])
+    for length in (6, 3, 0):
+        problem.options["text_len"] = torch.tensor([length], dtype=torch.int32)
+        torch.testing.assert_close(problem.call("portable"), problem.call("reference"))
+    assert len(portable.preparations.entries) == 1
