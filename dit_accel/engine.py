@@ -57,8 +57,8 @@ class PlanCache:
         settings = ", ".join(f"{key}={value!r}" for key, value in dataclasses.asdict(self._config).items())
         raise DitAccelError(
             f"{plan.method} with {settings} keeps every pair of tokens on the grid {plan.grid}, so it would be dense "
-            "attention made slower: choose tighter settings or a larger video, 'dense' to leave the model alone, or gna "
-            "with window='full' to test the kernel."
+            "attention made slower: choose tighter settings or a larger video, 'dense' to leave the model alone, or "
+            "gna with window='full' to test the kernel."
         )
 
 

@@ -174,8 +174,8 @@ def test_gradients_through_a_compiled_model(model):
     torch.testing.assert_close(grads[0], grads[1])
 
 
-def test_inductor(model):
-    transformer, inputs = model("wan")
+def test_inductor(tiny_wan, wan_inputs):
+    transformer, inputs = tiny_wan(layers=1), wan_inputs()
     with dit_accel.accelerated(transformer, "gna", window=(3, 5, 4)):
         eager = run(transformer, inputs)
         compiled = torch.compile(transformer, fullgraph=True)

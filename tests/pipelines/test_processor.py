@@ -14,6 +14,7 @@ from torch import nn
 
 from dit_accel.errors import DitAccelError
 from dit_accel.pipelines.processor import CallState, accelerated
+from dit_accel.plans import plan
 from dit_accel.tokens import TokenGrid
 
 
@@ -65,6 +66,17 @@ def test_a_legacy_processor_keeps_its_code_around_our_attention():
     wanted = attention.to_out[0](attention.to_v(hidden).mean(1, keepdim=True).expand(2, 6, 8))
     torch.testing.assert_close(attention(hidden), wanted)
     assert state.plan.calls == [((2, 2, 6, 4), None, "portable", None)]
+
+
+def test_a_legacy_processor_compiles():
+    torch._dynamo.reset()
+    attention, hidden = Attention(query_dim=8, heads=2, dim_head=4).eval(), torch.randn(2, 6, 8)
+    state = sparse_state(6)
+    state.plan = plan("gna", state.plan.grid, window=(1, 1, 3))
+    state.plan.prepare(hidden.device)
+    attention.processor = accelerated(AttnProcessor2_0(), state)
+    eager = attention(hidden)
+    torch.testing.assert_close(torch.compile(attention, backend="aot_eager", fullgraph=True)(hidden), eager)
 
 
 def test_other_attention_in_the_same_module_stays_dense():
