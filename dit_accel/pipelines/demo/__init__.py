@@ -1,0 +1,71 @@
+"""The embedded demo: a small `WanPipeline` that draws a coloured shape moving over a plain background.
+
+    from dit_accel.pipelines.demo import DEFAULTS, load_demo
+    video = load_demo()("a red circle moves right on a blue background", **DEFAULTS.call()).frames[0]
+
+Importing this package imports neither torch nor Diffusers; `README.md` beside this file is the model card.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+    from diffusers import WanPipeline
+
+WEIGHTS = Path(__file__).parent / "weights"  # a pipeline folder in Diffusers' format
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A size and the way to denoise it that the demo was trained and measured with."""
+
+    height: int
+    width: int
+    num_frames: int
+    num_inference_steps: int = 20
+    guidance_scale: float = 4.0
+    fps: int = 8
+
+    def call(self) -> dict[str, Any]:
+        """The keyword arguments for the pipeline's call: everything but `fps`."""
+        arguments = asdict(self)
+        del arguments["fps"]
+        return arguments
+
+    @property
+    def tokens(self) -> int:
+        """Video tokens in the transformer: 2 frames x 8 x 8 pixels each."""
+        return (1 + (self.num_frames - 1) // 2) * (self.height // 8) * (self.width // 8)
+
+
+DEFAULTS = Settings(height=128, width=128, num_frames=17)  # 9 x 16 x 16 = 2,304 tokens
+LARGE = Settings(height=192, width=224, num_frames=17)  # 9 x 24 x 28 = 6,048 tokens
+SIZES = {"default": DEFAULTS, "large": LARGE}
+
+
+def load_demo(
+    dtype: torch.dtype | None = None, device: str | torch.device = "cpu", folder: Path = WEIGHTS
+) -> WanPipeline:
+    """Load the demo pipeline from the package's own files; nothing is downloaded and no pickle is read.
+
+    Args:
+        dtype: of all weights; float32 by default.
+        device: where they go.
+        folder: another pipeline folder that `train.py --export` wrote.
+
+    Raises:
+        FileNotFoundError: `folder` holds no pipeline.
+    """
+    import torch
+    from diffusers import WanPipeline
+
+    from dit_accel.pipelines.demo import codec  # noqa: F401  the pipeline's index names it, and Diffusers wants it imported
+
+    if not (folder / "model_index.json").is_file():
+        raise FileNotFoundError(f"no pipeline in {folder} (model_index.json is missing); reinstall dit_accel")
+    pipe = WanPipeline.from_pretrained(folder, dtype=dtype or torch.float32, local_files_only=True)
+    return pipe.to(device)
