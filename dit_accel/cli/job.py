@@ -135,7 +135,8 @@ def _run(
     """The timed calls, dense first. What is to be compared is warmed up, which also shows what will not work."""
     runs = {}
     if request.compare:
-        with chosen.without_schedule().apply(pipe):
+        # One step would all be dense by schedule; a whole loop also compiles what the schedule needs.
+        with (chosen if request.compile else chosen.without_schedule()).apply(pipe):
             pipeline.warm_up(pipe, arguments, whole=request.compile)
         pipeline.warm_up(pipe, arguments, whole=request.compile)
         runs["dense"] = sample(pipe, arguments, request.seed, "dense", device)

@@ -133,3 +133,23 @@ def test_progress_and_results_go_to_different_streams(cli, demo, tmp_path):
     outcome = cli("generate", *SMALL, "--output", tmp_path / "a.gif")
     assert "2/2" in outcome.err
     assert "2/2" not in outcome.out
+
+
+def test_compiled(cli, demo, tmp_path, monkeypatch):
+    """Whole graphs, dense and sparse steps in one run; without a C++ compiler, so traced but not lowered."""
+    from diffusers import WanTransformer3DModel
+
+    compile_blocks = WanTransformer3DModel.compile_repeated_blocks
+    compiled = []
+
+    def traced(self, *, fullgraph):
+        compiled.append(fullgraph)
+        compile_blocks(self, fullgraph=fullgraph, backend="eager")
+
+    monkeypatch.setattr(WanTransformer3DModel, "compile_repeated_blocks", traced)
+    options = ("--compile", "--compare", "--method", "gna:window=0.5", "--dense-steps", 1)
+    outcome = cli("generate", *SMALL, *options, "--output", tmp_path / "a.gif")
+    assert outcome.status == 0, outcome.err
+    assert compiled == [True]
+    report = json.loads((tmp_path / "a.json").read_text())["report"]
+    assert report["sparse_calls"] == report["dense_calls"] == 4
