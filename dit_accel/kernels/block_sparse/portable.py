@@ -4,13 +4,14 @@ Lists shared by all heads: query blocks with equal or similar lists are grouped 
 group are gathered once per call, and the group is one dense problem, masked only where a pair inside it is forbidden.
 Lists per head: `routed`. Every query is in one group, so that nothing needs merging afterwards.
 
-Memory beyond inputs and outputs: one sample's q, k and v in fp32 (and their gradients), `CHUNK_BYTES` of gathered rows,
+Memory beyond inputs and outputs: one sample's q, k, v and results in fp32, `CHUNK_BYTES` of gathered rows,
 `dense.CPU_LOGITS` or `dense.DEVICE_LOGITS` logits, one batch's mask of at most `grouping.MAX_PAIRS` pairs; and what
 `prepare` keeps.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -18,7 +19,7 @@ import torch
 from dit_accel.kernels.block_sparse import dense, routed
 from dit_accel.kernels.block_sparse.geometry import Geometry, Layout, query_layout, read_layouts
 from dit_accel.kernels.block_sparse.prepare import Batch, PreparationCache
-from dit_accel.kernels.block_sparse.rows import add_rows, empty_output, gather, heads_first, parts, zeros_spread
+from dit_accel.kernels.block_sparse.rows import add_rows, empty_output, gather, heads_first, write_rows, zeros_spread
 
 CHUNK_BYTES = 64 << 20
 
@@ -40,16 +41,14 @@ def forward(
     batches = preparations.get(kv_indices, kv_counts, partial, tables, shape, q.device)
     for b, layout in enumerate(layouts):
         queries, keys, values = (heads_first(x[b]) for x in (q, k, v))
-        for rows_q, rows_k, bias in _problems(batches, shape, layout, queries):
-            gq, gk, gv = gather(queries, rows_q), gather(keys, rows_k), gather(values, rows_k)
-            groups, count = rows_q.shape
-            sums = gq.new_empty(gq.shape[:3])
-            part = q.new_empty(groups, count, *q.shape[1::2])
-            heads_of_part = part.permute(2, 0, 1, 3)
-            for at in parts(gq):
-                heads_of_part[at], sums[at] = dense.forward(gq[at], gk[at], gv[at], bias, scale)
-            out[b].transpose(0, 1).index_copy_(0, rows_q.flatten(), part.flatten(0, 1))
-            lse[b].index_copy_(1, rows_q.flatten(), sums.flatten(1))
+        outs, lses = torch.zeros_like(queries), lse[b]
+        for at, rows_q, rows_k, bias in _problems(batches, shape, layout, queries):
+            part, sums = dense.forward(
+                gather(queries[at], rows_q), gather(keys[at], rows_k), gather(values[at], rows_k), bias, scale
+            )
+            write_rows(outs[at], rows_q, part)
+            write_rows(lses[at], rows_q, sums)
+        out[b] = outs
     return out, lse
 
 
@@ -75,16 +74,14 @@ def backward(
         if grad_lse is not None:
             delta -= grad_lse[b]
         sums = torch.zeros_like(queries), torch.zeros_like(keys), torch.zeros_like(values)
-        for rows_q, rows_k, bias in _problems(batches, shape, layout, queries):
-            go, gd, gq = gather(upstream, rows_q), gather(delta, rows_q), gather(queries, rows_q)
-            gk, gv = gather(keys, rows_k), gather(values, rows_k)
-            results = torch.empty_like(gq), torch.empty_like(gk), torch.empty_like(gv)
-            for at in parts(gq):
-                gradients = dense.backward(go[at], gd[at], gq[at], gk[at], gv[at], bias, scale)
-                for result, gradient in zip(results, gradients, strict=True):
-                    result[at] = gradient
-            for total, rows, result in zip(sums, (rows_q, rows_k, rows_k), results, strict=True):
-                add_rows(total, rows, result)
+        for at, rows_q, rows_k, bias in _problems(batches, shape, layout, queries):
+            dq, dk, dv = dense.backward(
+                gather(upstream[at], rows_q), gather(delta[at], rows_q), gather(queries[at], rows_q),
+                gather(keys[at], rows_k), gather(values[at], rows_k), bias, scale,
+            )  # fmt: skip
+            write_rows(sums[0][at], rows_q, dq)
+            add_rows(sums[1][at], rows_k, dk)
+            add_rows(sums[2][at], rows_k, dv)
         for grad, total in zip(grads, sums, strict=True):
             grad[b] = total
     return grads
@@ -92,8 +89,12 @@ def backward(
 
 def _problems(
     batches: list[Batch], geometry: Geometry, layout: Layout, queries: torch.Tensor
-) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]]:
-    """A sample's dense problems: query rows [G, nq], key rows [G, nk], bias [nq, nk] or None."""
+) -> Iterator[tuple[int | slice, torch.Tensor, torch.Tensor, torch.Tensor | None]]:
+    """A sample's dense problems: heads, query rows, key rows, bias [nq, nk] or None.
+
+    On a CPU one head and one group at a time, rows [n], so that a problem stays in cache; elsewhere all heads and as
+    many groups as `CHUNK_BYTES` hold, rows [G, n].
+    """
     grid_q, grid_k = geometry.query_order.grid, geometry.key_order.grid
     place_q = query_layout(geometry, layout).positions(grid_q.visual, grid_q.reference, grid_q.text)
     place_k = layout.positions(grid_k.visual, grid_k.reference, grid_k.text)
@@ -107,6 +108,11 @@ def _problems(
             keys, bias = keys[:, :valid], None if bias is None else bias[:, :valid]
             if not valid:
                 continue
-        groups = max(1, CHUNK_BYTES // (row_bytes * (batch.q.shape[1] + 2 * keys.shape[1])))
-        for rows_q, rows_k in zip(batch.q.split(groups), keys.split(groups), strict=True):
-            yield place_q[rows_q], place_k[rows_k], bias
+        rows_q, rows_k = place_q[batch.q], place_k[keys]
+        if queries.device.type == "cpu":
+            for group, head in itertools.product(range(len(rows_q)), range(len(queries))):
+                yield head, rows_q[group], rows_k[group], bias
+        else:
+            groups = max(1, CHUNK_BYTES // (row_bytes * (rows_q.shape[1] + 2 * rows_k.shape[1])))
+            for some_q, some_k in zip(rows_q.split(groups), rows_k.split(groups), strict=True):
+                yield slice(None), some_q, some_k, bias

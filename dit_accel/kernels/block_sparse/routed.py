@@ -124,7 +124,7 @@ def _sides(geometry: Geometry, layout: Layout, device: torch.device) -> tuple[_S
 def _problems(
     lists: tuple, geometry: Geometry, side_q: _Side, side_k: _Side, queries: torch.Tensor
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]]:
-    """Dense problems of one sample: query blocks [R], key blocks [R, count], bias [R, block_q, count * block_k] or None.
+    """Dense problems of a sample: query blocks [R], key blocks [R, count], bias [R, block_q, count * block_k] or None.
 
     Blocks of queries and keys are numbered over all heads.
     """

@@ -11,12 +11,24 @@ from dit_accel.kernels.block_sparse.dense import high_precision
 
 
 def gather(x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """Rows [G, n] of x [H, N, ...] as [H, G, n, ...]."""
+    """Rows [n] of x [N, ...], or rows [G, n] of x [H, N, ...] as [H, G, n, ...]."""
+    if rows.ndim == 1:
+        return x.index_select(0, rows)
     return x.index_select(1, rows.flatten()).unflatten(1, rows.shape)
 
 
+def write_rows(target: torch.Tensor, rows: torch.Tensor, values: torch.Tensor) -> None:
+    """The inverse of `gather`; no row comes twice."""
+    if rows.ndim == 1:
+        target.index_copy_(0, rows, values)
+    else:
+        target.index_copy_(1, rows.flatten(), values.flatten(1, 2))
+
+
 def add_rows(target: torch.Tensor, rows: torch.Tensor, values: torch.Tensor) -> None:
-    """Add values [H, G, n, ...] to rows [G, n] of target [H, N, ...]; rows may come twice, and the order is fixed."""
+    """Add gathered values to their rows; rows may come more than once, and the order is fixed."""
+    if rows.ndim == 1:
+        target, rows, values = target[None], rows[None], values[None, None]
     rows, values = rows.flatten(), values.flatten(1, 2)
     if target.device.type == "cpu":
         target.index_add_(1, rows, values)
