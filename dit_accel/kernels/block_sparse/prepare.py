@@ -131,7 +131,7 @@ def build(
     biases: dict[bytes, torch.Tensor] = {}
     left = MASK_BYTES
     first_text = geometry.key_order.grid.visual + geometry.reference
-    batches = []
+    batches: list[Batch] = []
     for group in group_rows(state > 0, (q_slots >= 0).sum(1), (k_slots >= 0).sum(1)):
         blocks = (state[group] > 0).any(0)
         keys = k_slots[blocks].flatten()
@@ -173,7 +173,7 @@ def _evaluation(masks: _Masks, q: torch.Tensor, k: torch.Tensor, device: torch.d
     return lambda: masks.bias(q, k, device)
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False)
 class _Entry:
     key: tuple
     lists: tuple[torch.Tensor | None, ...]  # copies, on the lists' device
