@@ -37,9 +37,12 @@ $(INSTALLED): pyproject.toml constraints.txt
 demo: $(INSTALLED)
 	$(BIN)/dit-accel generate --model demo $(DEMO_SIZE) --method $(DEMO_METHOD) --compare --output $(OUTPUT)/demo.mp4
 
+# What measures time runs alone and first; then the rest, a process for each core.
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -m timing $(PYTEST_FLAGS)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not timing' -n auto $(PYTEST_FLAGS)
+	@status=0; \
+	$(BIN)/python -m pytest -m timing $(PYTEST_FLAGS) || status=$$?; \
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not timing' -n auto $(PYTEST_FLAGS) || status=$$?; \
+	exit $$status
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .

