@@ -159,10 +159,10 @@ def _reference(q, k, v, kv_indices, kv_counts, partial, tables, starts, geometry
 
 
 def _sizes(sizes: Shape, name: str) -> Shape:
-    sizes = tuple(sizes)
     if len(sizes) != 3 or any(size < 1 for size in sizes):
-        raise DitAccelError(f"{name} needs (frames, rows, columns), each at least 1, got {sizes}.")
-    return sizes
+        raise DitAccelError(f"{name} needs (frames, rows, columns), each at least 1, got {tuple(sizes)}.")
+    frames, rows, columns = sizes
+    return frames, rows, columns
 
 
 def _tile(tile: Shape | None, block: int, name: str) -> Shape | None:

@@ -68,7 +68,8 @@ def backward(
         delta: [..., nq].
         q, k, v, bias, scale: as in `forward`.
     """
-    grads_q, grad_k, grad_v = [], None, None
+    grads_q: list[torch.Tensor] = []
+    grad_k, grad_v = (torch.zeros_like(x).mT.contiguous() for x in (k, v))  # [..., D, nk], as the products come
     for rows in _row_chunks(q, k):
         queries, upstream = q[..., rows, :], grad_out[..., rows, :]
         weights, top = _weights(queries, k, bias, scale, rows)
@@ -76,10 +77,8 @@ def backward(
             weights.masked_fill_((top == float("-inf"))[..., None], 0.0)
         grad_logits = _matmul(upstream, v.mT).sub_(delta[..., rows, None]).mul_(weights)
         grads_q.append(_matmul(grad_logits, k).mul_(scale))
-        part_k = _matmul(queries.mT.contiguous(), grad_logits).mul_(scale)
-        part_v = _matmul(upstream.mT.contiguous(), weights)
-        grad_k = part_k if grad_k is None else grad_k.add_(part_k)
-        grad_v = part_v if grad_v is None else grad_v.add_(part_v)
+        grad_k += _matmul(queries.mT.contiguous(), grad_logits).mul_(scale)
+        grad_v += _matmul(upstream.mT.contiguous(), weights)
     return torch.cat(grads_q, -2), grad_k.mT, grad_v.mT
 
 
@@ -101,7 +100,7 @@ def _matmul(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
     oneDNN falls back to a loop a thousand times slower for any other strides.
     """
-    if _linear is None or a.device.type != "cpu" or a.dtype != torch.float32:
+    if _linear is None or a.device.type != "cpu" or a.dtype != torch.float32 or a.ndim != 2:
         return a @ b
     return _linear(a, b.mT, None, "none", [], "")
 

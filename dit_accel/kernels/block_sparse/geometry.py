@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from collections.abc import Sequence
 
 import torch
 
@@ -51,11 +52,12 @@ class Geometry:
         ]  # fmt: skip
 
     @classmethod
-    def unpack(cls, ints: list[int] | tuple[int, ...]) -> Geometry:
+    def unpack(cls, ints: Sequence[int]) -> Geometry:
         """The inverse of `pack`."""
-        v = tuple(int(i) for i in ints)
-        tile_q, tile_k = (tile if any(tile) else None for tile in (v[8:11], v[11:14]))
-        return cls(v[0:3], v[3:6], v[6], v[7], tile_q, tile_k, v[14], v[15], bool(v[16]))
+        v = [int(i) for i in ints]
+        grid, query_grid, tile_q, tile_k = ((v[at], v[at + 1], v[at + 2]) for at in (0, 3, 8, 11))
+        tiles = tile_q if any(tile_q) else None, tile_k if any(tile_k) else None
+        return cls(grid, query_grid, v[6], v[7], *tiles, v[14], v[15], bool(v[16]))
 
     @property
     def query_order(self) -> TokenOrder:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-# Costs in units of one (query, key) pair, measured with 4 heads of 64 on 2 cores with AVX-512: starting a group costs as
-# much as some 32,000 pairs, gathering a key and its value as much as some 96. The optimum is flat: half or twice as much
-# changes the time of a sliding window by less than a tenth.
+# Costs in units of one (query, key) pair, measured with 4 heads of 64 on 2 cores with AVX-512: starting a group costs
+# as much as some 32,000 pairs, gathering a key and its value as much as some 96. The optimum is flat: half or twice as
+# much changes the time of a sliding window by less than a tenth.
 GROUP_COST = 32_768
 KEY_COST = 96
 # Pairs a merged group may hold: its mask is then at most 8 MiB as fp32.

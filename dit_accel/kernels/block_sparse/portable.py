@@ -19,7 +19,15 @@ import torch
 from dit_accel.kernels.block_sparse import dense, routed
 from dit_accel.kernels.block_sparse.geometry import Geometry, Layout, query_layout, read_layouts
 from dit_accel.kernels.block_sparse.prepare import Batch, PreparationCache
-from dit_accel.kernels.block_sparse.rows import add_rows, empty_output, gather, heads_first, write_rows, zeros_spread
+from dit_accel.kernels.block_sparse.rows import (
+    add_rows,
+    empty_output,
+    gather,
+    heads_first,
+    one_by_one,
+    write_rows,
+    zeros_spread,
+)
 
 CHUNK_BYTES = 64 << 20
 
@@ -109,7 +117,7 @@ def _problems(
             if not valid:
                 continue
         rows_q, rows_k = place_q[batch.q], place_k[keys]
-        if queries.device.type == "cpu":
+        if one_by_one(queries):
             for group, head in itertools.product(range(len(rows_q)), range(len(queries))):
                 yield head, rows_q[group], rows_k[group], bias
         else:

@@ -181,6 +181,10 @@ class _Entry:
     batches: list[Batch]
 
 
+def _same(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
+    return a is None if b is None else a is not None and torch.equal(a, b)
+
+
 class PreparationCache:
     """Preparations by the content of the lists.
 
@@ -208,13 +212,12 @@ class PreparationCache:
         with self._lock:
             self.entries = [entry for entry in self.entries if not entry.owner.expired()]
             for entry in self.entries:
-                if entry.key == key and all(
-                    a is None or torch.equal(a, b) for a, b in zip(lists, entry.lists, strict=True)
-                ):
+                if entry.key == key and all(map(_same, lists, entry.lists)):
                     self.entries.remove(entry)
                     self.entries.append(entry)
                     return entry.batches
-            batches = build(*(None if t is None else t.cpu() for t in lists), geometry, device)
+            flags, words = (None if t is None else t.cpu() for t in (partial, tables))
+            batches = build(kv_indices.cpu(), kv_counts.cpu(), flags, words, geometry, device)
             copies = tuple(None if t is None else t.clone() for t in lists)
             self.entries.append(_Entry(key, copies, StorageWeakRef(kv_indices.untyped_storage()), batches))
             del self.entries[:-MAX_ENTRIES]

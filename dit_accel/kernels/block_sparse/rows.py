@@ -9,6 +9,14 @@ import torch
 
 from dit_accel.kernels.block_sparse.dense import high_precision
 
+# Where problems are computed one head and one group at a time, to stay in cache; elsewhere they come in batches.
+ONE_BY_ONE = ("cpu",)
+
+
+def one_by_one(x: torch.Tensor) -> bool:
+    """Whether problems on the device of x are computed one at a time."""
+    return x.device.type in ONE_BY_ONE
+
 
 def gather(x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     """Rows [n] of x [N, ...], or rows [G, n] of x [H, N, ...] as [H, G, n, ...]."""
@@ -30,15 +38,15 @@ def add_rows(target: torch.Tensor, rows: torch.Tensor, values: torch.Tensor) -> 
     if rows.ndim == 1:
         target, rows, values = target[None], rows[None], values[None, None]
     rows, values = rows.flatten(), values.flatten(1, 2)
-    if target.device.type == "cpu":
+    if one_by_one(target):
         target.index_add_(1, rows, values)
     else:  # index_add_ is atomic elsewhere, in any order; an accumulating index_put_ sorts
-        target.index_put_((slice(None), rows), values, accumulate=True)
+        target.transpose(0, 1).index_put_((rows,), values.transpose(0, 1), accumulate=True)
 
 
 def parts(problems: torch.Tensor, dims: int = 2) -> Iterable[tuple]:
     """How to index the leading `dims` so that a CPU gets one problem at a time, and other devices all at once."""
-    if problems.device.type == "cpu":
+    if one_by_one(problems):
         return itertools.product(*(range(size) for size in problems.shape[:dims]))
     return [(slice(None),) * dims]
 

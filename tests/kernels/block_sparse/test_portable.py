@@ -126,6 +126,12 @@ def test_masks_beyond_the_kept_ones_are_evaluated(make_problem, monkeypatch):
     portable.preparations.entries.clear()
 
 
+@pytest.mark.parametrize("name", ["causal-between", "blocked-tiled", "heads-text", "queries-longer"])
+def test_batches_as_on_other_devices(make_problem, monkeypatch, name):
+    monkeypatch.setattr("dit_accel.kernels.block_sparse.rows.ONE_BY_ONE", ())
+    make_problem(**CASES[name]).check("portable", torch.float32)
+
+
 def test_many_small_chunks(make_problem, monkeypatch):
     monkeypatch.setattr("dit_accel.kernels.block_sparse.dense.CPU_LOGITS", 500)
     monkeypatch.setattr(portable, "CHUNK_BYTES", 1)
