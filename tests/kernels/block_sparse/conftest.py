@@ -55,11 +55,22 @@ class Problem:
             loss = loss + (seen * self.grad_lse.to(seen.dtype)).sum()
         return dict(zip(NAMES, (out.detach(), seen.detach(), *torch.autograd.grad(loss, leaves)), strict=True))
 
-    def run(self, impl: str, dtype: torch.dtype, lse_gradient: bool = True) -> dict[str, torch.Tensor]:
-        def attend(q, k, v):
-            return block_sparse_attention(q, k, v, *self.lists, impl=impl, return_lse=True, **self.options)
+    def to(self, device: str) -> "Problem":
+        def moved(value):
+            return value.to(device) if isinstance(value, torch.Tensor) else value
 
-        return self.results(attend, dtype, lse_gradient)
+        tensors = {name: moved(getattr(self, name)) for name in ("q", "k", "v", "grad_out", "grad_lse")}
+        options = {name: moved(value) for name, value in self.options.items()}
+        return dataclasses.replace(self, lists=tuple(map(moved, self.lists)), options=options, **tensors)
+
+    def run(self, impl: str, dtype: torch.dtype, lse_gradient: bool = True) -> dict[str, torch.Tensor]:
+        """Results of an implementation, on the CPU; Triton runs on a GPU where there is one."""
+        here = self.to("cuda") if impl == "triton" and torch.cuda.is_available() else self
+
+        def attend(q, k, v):
+            return block_sparse_attention(q, k, v, *here.lists, impl=impl, return_lse=True, **here.options)
+
+        return {name: result.cpu() for name, result in here.results(attend, dtype, lse_gradient).items()}
 
     def plain(self, dtype: torch.dtype, lse_gradient: bool = True) -> dict[str, torch.Tensor]:
         return self.results(lambda q, k, v: plain_attention(q, k, v, self.mask(), self.scale), dtype, lse_gradient)
@@ -90,23 +101,35 @@ class Problem:
             masks.append(full)
         return torch.stack(masks)
 
-    def magnitudes(self, exact: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Size of the terms in dq and dk, which cancel: p * (abs(dp) + abs(delta) + abs(dlse))."""
+    def magnitudes(self, exact: dict[str, torch.Tensor], from_lse: bool) -> dict[str, torch.Tensor]:
+        """Size of the terms in dq and dk, which cancel: p * (abs(dp) + abs(delta) + abs(dlse)).
+
+        A backward that makes weights anew as exp(logit - lse) subtracts two fp32 numbers as large as the LSE. Each is a
+        product with a rounded constant (scale, log2 e): two roundings of eps / 2. So a weight carries a relative
+        2 * eps(fp32) * abs(lse) besides the rounding of its dtype, and dv with it.
+        """
         q, k, v, grad_out = (x.double() for x in (self.q, self.k, self.v, self.grad_out))
         logits = (q @ k.transpose(-1, -2) * self.scale).masked_fill(~self.mask(), float("-inf"))
         weights = torch.exp(logits - exact["lse"][..., None])
+        if from_lse:
+            ratio = torch.finfo(torch.float32).eps / torch.finfo(self.q.dtype).eps
+            weights = weights * (1 + 2 * ratio * exact["lse"].abs()[..., None])
         delta = (grad_out.abs() * exact["out"].abs()).sum(-1, keepdim=True) + self.grad_lse.double().abs()[..., None]
         terms = weights * (grad_out.abs() @ v.abs().transpose(-1, -2) + delta) * self.scale
-        return {"dq": terms @ k.abs(), "dk": terms.transpose(-1, -2) @ q.abs()}
+        found = {"dq": terms @ k.abs(), "dk": terms.transpose(-1, -2) @ q.abs()}
+        return found | ({"dv": weights.transpose(-1, -2) @ grad_out.abs()} if from_lse else {})
 
-    def check(self, impl: str, dtype: torch.dtype, lse_gradient: bool = True) -> None:
-        """Hold an implementation against the reference in fp64 by the error of plain PyTorch in `dtype`."""
+    def check(self, impl: str, dtype: torch.dtype, lse_gradient: bool = True, from_lse: bool = False) -> None:
+        """Hold an implementation against the reference in fp64 by the error of plain PyTorch in `dtype`.
+
+        `from_lse`: its backward makes the weights anew from the LSE; see `magnitudes`.
+        """
         rounded = dataclasses.replace(
             self, **{name: getattr(self, name).to(dtype) for name in ("q", "k", "v", "grad_out", "grad_lse")}
         )
         exact = rounded.run("reference", torch.float64, lse_gradient)
         plain, got = rounded.plain(dtype, lse_gradient), rounded.run(impl, dtype, lse_gradient)
-        magnitudes = rounded.magnitudes(exact)
+        magnitudes = rounded.magnitudes(exact, from_lse)
         for name in NAMES:
             assert_accurate(name, got[name], plain[name], exact[name], magnitudes.get(name))
 

@@ -1,0 +1,165 @@
+"""Compile every Triton kernel for GPUs that need not be here, and say what came out.
+
+    python -m dit_accel.kernels.ahead_of_time [--arch 90 ...] [--kernel NAME ...]
+
+One JSON line a build: kernel, arch, dtype, config, registers, spill_bytes, shared_bytes, instructions. A configuration
+that the shared-memory rule leaves out on an architecture is a line too, with ``left_out``. Exit status 1 if a forward
+kernel spills, a kernel needs more shared memory than its architecture has, or 16-bit dots did not become matrix
+instructions. The configurations are those of the table that the launcher and the autotuner read.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import dataclasses
+import importlib
+import json
+import os
+import pathlib
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from typing import Any
+
+ARCHS = (80, 89, 90, 100, 120)
+DTYPES = ("fp16", "bf16")
+POINTERS = {"fp16": "*fp16", "bf16": "*bf16"}
+INSTRUCTIONS = re.compile(r"wgmma\.mma_async|tcgen05\.mma|mma\.sync|cp\.async\.bulk|cp\.async(?!\.bulk)")
+MATRIX = {"wgmma.mma_async", "tcgen05.mma", "mma.sync"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Build:
+    """One kernel in one configuration, before dtype and architecture.
+
+    Args:
+        kernel: name in reports.
+        function: ``module:attribute`` of the jitted function.
+        constants: its compile-time constants.
+        pointers: types of arguments that are not "i32"; "data" stands for a pointer to the dtype.
+        warps, stages: launch settings.
+        needs: shared memory that the launcher's rule reckons with, by bytes an element.
+    """
+
+    kernel: str
+    function: str
+    constants: tuple[tuple[str, Any], ...]
+    pointers: tuple[tuple[str, str], ...]
+    warps: int
+    stages: int
+    needs: int
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """What tells this build from the kernel's others."""
+        chosen = {name.lower(): value for name, value in self.constants if name in CONFIG_KEYS}
+        return {**chosen, "warps": self.warps, "stages": self.stages}
+
+
+CONFIG_KEYS = ("BLOCK_Q", "BLOCK_K", "D", "TILE_QT", "TILE_KT", "STEP_Q", "HAS_TABLES")
+
+
+def all_builds() -> Iterator[Build]:
+    """The builds of every kernel folder that has Triton kernels."""
+    for folder in sorted(pathlib.Path(__file__).parent.glob("*/triton_builds.py")):
+        yield from importlib.import_module(f"dit_accel.kernels.{folder.parent.name}.triton_builds").builds()
+
+
+def compile_build(build: Build, arch: int, dtype: str) -> dict[str, Any]:
+    """Compile and read off what the kernel uses."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    module, attribute = build.function.split(":")
+    function = getattr(importlib.import_module(module), attribute)
+    constants, pointers = dict(build.constants), dict(build.pointers)
+    signature, attributes, values = {}, {}, {}
+    for index, name in enumerate(function.arg_names):
+        if name in constants:
+            signature[name], values[name] = "constexpr", constants[name]
+            continue
+        kind = pointers.get(name, "i32")
+        signature[name] = POINTERS[dtype] if kind == "data" else kind
+        if signature[name].startswith("*"):
+            attributes[(index,)] = [["tt.divisibility", 16]]
+    compiled = triton.compile(
+        ASTSource(function, signature, constexprs=values, attrs=attributes),
+        target=GPUTarget("cuda", arch, 32),
+        options={"num_warps": build.warps, "num_stages": build.stages, "enable_fp_fusion": True},
+    )
+    usage = resource_usage(compiled.asm["cubin"])
+    return {
+        "kernel": build.kernel,
+        "arch": f"sm_{arch}",
+        "dtype": dtype,
+        "config": build.config,
+        "registers": usage["REG"],
+        "spill_bytes": usage["STACK"] + usage["LOCAL"],
+        "shared_bytes": compiled.metadata.shared,
+        "instructions": sorted(set(INSTRUCTIONS.findall(compiled.asm["ptx"]))),
+    }
+
+
+def resource_usage(cubin: bytes) -> dict[str, int]:
+    """Registers, stack and local memory of a binary, by the `cuobjdump` that comes with Triton."""
+    import triton
+
+    tool = pathlib.Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.TemporaryDirectory() as folder:
+        path = pathlib.Path(folder) / "kernel.cubin"
+        path.write_bytes(cubin)
+        said = subprocess.run([tool, "-res-usage", path], capture_output=True, text=True, check=True).stdout
+    return {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", said)}
+
+
+def complaint(row: dict[str, Any], limit: int) -> str | None:
+    """Why a row fails the check, or None."""
+    if row["shared_bytes"] > limit:
+        return f"needs {row['shared_bytes']} bytes of shared memory, {row['arch']} has {limit}"
+    if row["kernel"].endswith("forward") and row["spill_bytes"]:
+        return f"spills {row['spill_bytes']} bytes"
+    if not MATRIX & set(row["instructions"]):
+        return "has no matrix instructions"
+    if row["arch"] == "sm_90" and "wgmma.mma_async" not in row["instructions"]:
+        return "has no wgmma"
+    return None
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Print a row for each build; see the module."""
+    from dit_accel.kernels.block_sparse.triton_configs import SHARED_BYTES
+
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
+    parser.add_argument("--arch", type=int, nargs="+", default=ARCHS, help="compute capabilities, such as 90")
+    parser.add_argument("--kernel", nargs="+", help="only kernels of these names")
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=DTYPES)
+    options = parser.parse_args(arguments)
+    jobs, failures = [], 0
+    for build in all_builds():
+        if options.kernel and build.kernel not in options.kernel:
+            continue
+        for arch in options.arch:
+            for dtype in options.dtype:
+                if build.needs > SHARED_BYTES[arch]:
+                    reason = f"the shared-memory rule: {build.needs} bytes of {SHARED_BYTES[arch]}"
+                    row = {"kernel": build.kernel, "arch": f"sm_{arch}", "dtype": dtype, "config": build.config}
+                    print(json.dumps({**row, "left_out": reason}))
+                    continue
+                jobs.append((build, arch, dtype))
+    with concurrent.futures.ProcessPoolExecutor(os.cpu_count()) as pool:
+        for row in pool.map(compile_build, *zip(*jobs, strict=True), chunksize=4):
+            print(json.dumps(row), flush=True)
+            trouble = complaint(row, SHARED_BYTES[int(row["arch"][3:])])
+            if trouble:
+                failures += 1
+                print(f"{row['kernel']} {row['arch']} {row['dtype']} {row['config']}: {trouble}", file=sys.stderr)
+    print(f"{len(jobs)} builds, {failures} failed", file=sys.stderr)
+    return int(failures > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,260 @@
+"""The Triton implementation: forward and backward over block lists, with no copy of q, k or v and no host wait."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton
+from triton.runtime.interpreter import InterpretedFunction
+
+from dit_accel.errors import DitAccelError
+from dit_accel.kernels.block_sparse.geometry import Geometry
+from dit_accel.kernels.block_sparse.triton_backward import (
+    block_sparse_bwd_kernel_dkdv,
+    block_sparse_bwd_kernel_dq,
+    delta_kernel,
+)
+from dit_accel.kernels.block_sparse.triton_configs import BLOCKS, HEAD_DIMS, KERNELS, Launch, fitting, launches
+from dit_accel.kernels.block_sparse.triton_forward import block_sparse_fwd_kernel
+from dit_accel.kernels.block_sparse.triton_lists import pack_lists, transpose_lists
+
+JIT = {"forward": block_sparse_fwd_kernel, "dq": block_sparse_bwd_kernel_dq, "dkdv": block_sparse_bwd_kernel_dkdv}
+INTERPRETED = isinstance(block_sparse_fwd_kernel, InterpretedFunction)
+# The compiler's default for this is about to change; contraction of a * b + c is what fp32 softmax wants.
+FUSION = {} if INTERPRETED else {"enable_fp_fusion": True}
+
+
+def unsupported(dtype: torch.dtype, head_dim: int, geometry: Geometry) -> str | None:
+    """Why these kernels cannot compute a call, or None if they can."""
+    if dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        return f"the kernels take float16, bfloat16 and float32, not {dtype}"
+    if INTERPRETED and dtype == torch.bfloat16:
+        return "Triton's interpreter has no bfloat16 arithmetic"
+    if head_dim > 256:
+        return f"the kernels take head dimensions up to 256, not {head_dim}"
+    for name, block in (("query", geometry.block_q), ("key", geometry.block_k)):
+        if not 16 <= block <= 128 or block & (block - 1):
+            return f"the kernels take {name} blocks of 16, 32, 64 or 128 tokens, not {block}"
+    return None
+
+
+def forward(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    kv_indices: torch.Tensor,
+    kv_counts: torch.Tensor,
+    partial: torch.Tensor | None,
+    tables: torch.Tensor | None,
+    visual_start: torch.Tensor | None,
+    reference_start: torch.Tensor | None,
+    text_start: torch.Tensor | None,
+    text_len: torch.Tensor | None,
+    ints: Sequence[int],
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Output [B, H, Nq, D], laid out in memory as [B, Nq, H, D], and LSE fp32 [B, H, Nq]."""
+    call = _Call(q, k, v, tables, (visual_start, reference_start, text_start, text_len), Geometry.unpack(ints), scale)
+    lists = pack_lists(kv_indices, kv_counts, partial, tables, call.geometry)
+    out = call.gradient_of(q)
+    lse = torch.full(q.shape[:3], -math.inf, dtype=torch.float32, device=q.device)
+    call.launch(
+        "forward", (call.query_blocks, call.programs), (q, k, v, out, lse, *lists, call.tables, *call.starts),
+        (*call.strides(q, k, v),), (*call.sizes, q.shape[1], q.shape[2], call.query_blocks, kv_indices.shape[-1]),
+        per_head=kv_indices.ndim == 4,
+    )  # fmt: skip
+    return out.transpose(1, 2), lse
+
+
+def backward(
+    grad_out: torch.Tensor,
+    grad_lse: torch.Tensor | None,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    kv_indices: torch.Tensor,
+    kv_counts: torch.Tensor,
+    partial: torch.Tensor | None,
+    tables: torch.Tensor | None,
+    visual_start: torch.Tensor | None,
+    reference_start: torch.Tensor | None,
+    text_start: torch.Tensor | None,
+    text_len: torch.Tensor | None,
+    ints: Sequence[int],
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of q, k and v, each [B, H, N, D] laid out in memory as [B, N, H, D]."""
+    call = _Call(q, k, v, tables, (visual_start, reference_start, text_start, text_len), Geometry.unpack(ints), scale)
+    if grad_out.stride(-1) != 1:
+        grad_out = grad_out.contiguous()
+    delta = _delta(out, grad_out, grad_lse)
+    operands = (q, k, v, grad_out, lse, delta)
+    strides = (*call.strides(q, k, v), *grad_out.stride()[:3])
+
+    lists = pack_lists(kv_indices, kv_counts, partial, tables, call.geometry)
+    dq = call.gradient_of(q)
+    call.launch(
+        "dq", (call.query_blocks, call.programs), (*operands, dq, *lists, call.tables, *call.starts), strides,
+        (*call.sizes, q.shape[1], q.shape[2], call.query_blocks, kv_indices.shape[-1]), per_head=kv_indices.ndim == 4,
+    )  # fmt: skip
+
+    transposed = transpose_lists(kv_indices, kv_counts, partial, tables, call.geometry)
+    dk, dv = call.gradient_of(k), call.gradient_of(v)
+    call.launch(
+        "dkdv", (call.key_blocks, call.programs), (*operands, dk, dv, *transposed, call.tables, *call.starts), strides,
+        (*call.sizes, q.shape[1], q.shape[2], k.shape[2], call.key_blocks), per_head=kv_indices.ndim == 4,
+    )  # fmt: skip
+    return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
+
+
+class _Call:
+    """What the kernels of one call share: sizes, starts per sample, compile-time constants.
+
+    Raises:
+        DitAccelError: the kernels cannot compute it.
+    """
+
+    def __init__(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        tables: torch.Tensor | None,
+        starts: tuple[torch.Tensor | None, ...],
+        geometry: Geometry,
+        scale: float,
+    ) -> None:
+        reason = unsupported(q.dtype, q.shape[-1], geometry)
+        if reason is None and not (INTERPRETED or q.is_cuda):
+            reason = f"the tensors are on {q.device}; Triton needs a CUDA device or TRITON_INTERPRET=1"
+        if reason is not None:
+            raise DitAccelError(f"impl='triton' cannot compute this: {reason}. Use impl='portable' or 'auto'.")
+        self.geometry, self.scale = geometry, scale
+        self.query_order, self.key_order = geometry.query_order, geometry.key_order
+        self.query_blocks, self.key_blocks = self.query_order.blocks, self.key_order.blocks
+        self.programs = q.shape[0] * q.shape[1]
+        queries = self.query_order.grid
+        self.sizes = (*geometry.grid, *geometry.query_grid, geometry.reference, queries.reference, queries.text)
+        self.own_queries = int(geometry.own_queries)
+        # Rows of no segment, and text that is no key, are not written by the kernels
+        self.covered = all(start is None for start in starts) or (
+            starts[3] is None and k.shape[2] == self.key_order.grid.tokens and q.shape[2] == queries.tokens
+        )
+        keys = self.key_order.grid
+        usual = (0, keys.visual, keys.visual + keys.reference, keys.text)
+        self.starts = tuple(
+            start if start is not None else torch.full((q.shape[0],), default, dtype=torch.int32, device=q.device)
+            for start, default in zip(starts, usual, strict=True)
+        )
+        self.has_tables = tables is not None
+        self.tables = tables if tables is not None else self.starts[0]
+        self.head_dim, self.dtype = q.shape[-1], q.dtype
+        # Strides are passed in units that a compiler may rely on, so that rows load 16 bytes at a time
+        unit = 16 // q.element_size()
+        outer = [stride for x in (q, k, v) for stride in x.stride()[:3]]
+        aligned = all(stride % unit == 0 for stride in outer) and all(x.data_ptr() % 16 == 0 for x in (q, k, v))
+        self.align = unit if aligned else 1
+
+    def strides(self, *tensors: torch.Tensor) -> tuple[int, ...]:
+        """Batch, head and row strides of each tensor in units of `align`."""
+        return tuple(stride // self.align for x in tensors for stride in x.stride()[:3])
+
+    def gradient_of(self, x: torch.Tensor) -> torch.Tensor:
+        """Room for a result like x in [B, N, H, D], zero where no kernel writes."""
+        batch, heads, tokens, dim = x.shape
+        make = x.new_empty if self.covered else x.new_zeros
+        return make(batch, tokens, heads, dim)
+
+    def launch(
+        self,
+        kernel: str,
+        programs: tuple[int, int],
+        tensors: tuple[torch.Tensor, ...],
+        strides: tuple[int, ...],
+        sizes: tuple[int, ...],
+        per_head: bool,
+    ) -> None:
+        geometry = self.geometry
+        constants = {
+            "D": self.head_dim,
+            "BLOCK_D": max(16, triton.next_power_of_2(self.head_dim)),
+            "ALIGN": self.align,
+            **dict(zip(("TILE_QT", "TILE_QH", "TILE_QW"), geometry.tile_q or (0, 0, 0), strict=True)),
+            **dict(zip(("TILE_KT", "TILE_KH", "TILE_KW"), geometry.tile_k or (0, 0, 0), strict=True)),
+            "BLOCK_Q": geometry.block_q,
+            "BLOCK_K": geometry.block_k,
+            "HAS_TABLES": self.has_tables,
+            "PRECISION": "ieee",
+        }
+        arguments = (*tensors, *strides, self.scale, *sizes, int(per_head), self.own_queries)
+        run(kernel, programs, arguments, constants, self.dtype.itemsize)
+
+
+def run(
+    kernel: str, programs: tuple[int, int], arguments: tuple[Any, ...], constants: dict[str, Any], itemsize: int
+) -> None:
+    """Launch a kernel: tuned on a device, with its first candidate under the interpreter."""
+    if INTERPRETED:
+        launch = next(launches(kernel, constants["BLOCK_Q"], constants["BLOCK_K"], constants["BLOCK_D"]))
+        JIT[kernel][programs](*arguments, **constants, **_step(kernel, launch))
+        return
+    with torch.cuda.device(arguments[0].device):
+        _tuned(kernel)[programs](*arguments, **constants, **FUSION)
+
+
+@functools.cache
+def _tuned(kernel: str) -> Any:
+    """The kernel under Triton's autotuner. Lengths, strides and list widths are no part of the key."""
+    every = {
+        launch
+        for block_q, block_k in BLOCKS
+        for block_d in HEAD_DIMS
+        for launch in launches(kernel, block_q, block_k, block_d)
+    }
+    configs = {
+        launch: triton.Config(_step(kernel, launch), num_warps=launch.warps, num_stages=launch.stages)
+        for launch in sorted(every, key=lambda x: (x.warps, x.stages, x.step_q))
+    }
+
+    def prune(_: list[triton.Config], named: dict[str, Any], **constants: Any) -> list[triton.Config]:
+        major, minor = torch.cuda.get_device_capability(named["q"].device)
+        sizes = constants["BLOCK_Q"], constants["BLOCK_K"], constants["BLOCK_D"]
+        kept = fitting(kernel, *sizes, named["q"].element_size(), 10 * major + minor)
+        return [
+            configs.get(launch)
+            or triton.Config(_step(kernel, launch), num_warps=launch.warps, num_stages=launch.stages)
+            for launch in kept
+        ]
+
+    return triton.autotune(
+        list(configs.values()),
+        key=["BLOCK_Q", "BLOCK_K", "BLOCK_D", "HAS_TABLES"],
+        prune_configs_by={"early_config_prune": prune},
+        cache_results=True,
+    )(JIT[kernel])
+
+
+def _step(kernel: str, launch: Launch) -> dict[str, int]:
+    return {"STEP_Q": launch.step_q} if kernel == "dkdv" else {}
+
+
+def _delta(out: torch.Tensor, grad_out: torch.Tensor, grad_lse: torch.Tensor | None) -> torch.Tensor:
+    """rowsum(out * grad_out) - grad_lse: fp32 [B, H, N]."""
+    batch, heads, tokens, dim = out.shape
+    delta = torch.empty(batch, heads, tokens, dtype=torch.float32, device=out.device)
+    rows = 64
+    grad = delta if grad_lse is None else grad_lse.contiguous()
+    delta_kernel[(triton.cdiv(tokens, rows), batch * heads)](
+        out, grad_out, grad, delta, *out.stride()[:3], *grad_out.stride()[:3], heads, tokens,
+        D=dim, BLOCK_D=max(16, triton.next_power_of_2(dim)), ROWS=rows, HAS_GRAD_LSE=grad_lse is not None,
+    )  # fmt: skip
+    return delta
+
+
+assert set(JIT) == set(KERNELS)

@@ -1,0 +1,220 @@
+"""The backward kernels: delta, dq over the lists, dk and dv over their transpose. Every sum has one fixed order."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from dit_accel.kernels.block_sparse.triton_predicate import holds, seen_slots
+from dit_accel.kernels.block_sparse.triton_tokens import INDEX, PARTIAL, corner_of, locate, places_in
+
+# Logits and LSE are subtracted in base e, where the LSE was rounded once, and only then taken to base 2
+LOG2E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit(do_not_specialize=["o_batch", "o_head", "o_row", "g_batch", "g_head", "g_row", "heads", "tokens"])
+def delta_kernel(
+    out, grad_out, grad_lse, delta,
+    o_batch, o_head, o_row, g_batch, g_head, g_row, heads, tokens,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, HAS_GRAD_LSE: tl.constexpr,
+):  # fmt: skip
+    """delta = rowsum(out * grad_out) - grad_lse in fp32 [B, H, N]: ds = p * (dp - delta)."""
+    i_b, i_h = tl.program_id(1) // heads, tl.program_id(1) % heads
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    o_d = tl.arange(0, BLOCK_D)
+    inside = row < tokens
+    mask = inside[:, None] & (o_d < D)
+    rows = row.to(tl.int64)[:, None]
+    p_o = out + i_b.to(tl.int64) * o_batch + i_h.to(tl.int64) * o_head + rows * o_row + o_d
+    p_g = grad_out + i_b.to(tl.int64) * g_batch + i_h.to(tl.int64) * g_head + rows * g_row + o_d
+    b_o = tl.load(p_o, mask=mask, other=0.0).to(tl.float32)
+    b_g = tl.load(p_g, mask=mask, other=0.0).to(tl.float32)
+    total = tl.sum(b_o * b_g, 1)
+    place = tl.program_id(1).to(tl.int64) * tokens + row
+    if HAS_GRAD_LSE:
+        total -= tl.load(grad_lse + place, mask=inside, other=0.0)
+    tl.store(delta + place, total, mask=inside)
+
+
+@triton.jit
+def row_statistics(lse, delta, place, valid):
+    """LSE and delta of query rows. Rows without keys, and padding slots, get weights exp2(-inf) = 0."""
+    b_lse = tl.load(lse + place, mask=valid, other=float("inf"))
+    b_lse = tl.where(b_lse == float("-inf"), float("inf"), b_lse)
+    b_delta = tl.load(delta + place, mask=valid, other=0.0)
+    return b_lse, b_delta
+
+
+@triton.jit(do_not_specialize=[
+    "q_batch", "q_head", "q_row", "k_batch", "k_head", "k_row", "v_batch", "v_head", "v_row",
+    "g_batch", "g_head", "g_row",
+    "T", "H", "W", "QT", "QH", "QW", "reference", "query_reference", "query_text",
+    "heads", "query_tokens", "query_blocks", "width", "per_head", "own_queries",
+])  # fmt: skip
+def block_sparse_bwd_kernel_dq(
+    q, k, v, grad_out, lse, delta, dq,
+    entries, pure_counts, counts, tables,
+    visual_starts, reference_starts, text_starts, text_lens,
+    q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row, g_batch, g_head, g_row,
+    scale,
+    T, H, W, QT, QH, QW, reference, query_reference, query_text,
+    heads, query_tokens, query_blocks, width, per_head, own_queries,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, ALIGN: tl.constexpr,
+    BLOCK_Q: tl.constexpr, TILE_QT: tl.constexpr, TILE_QH: tl.constexpr, TILE_QW: tl.constexpr,
+    BLOCK_K: tl.constexpr, TILE_KT: tl.constexpr, TILE_KH: tl.constexpr, TILE_KW: tl.constexpr,
+    HAS_TABLES: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dq [B, Nq, H, D] of one query block of one head. Padding keys are loaded as 0 and so add nothing."""
+    i_q = query_blocks - 1 - tl.program_id(0)
+    i_bh = tl.program_id(1)
+    i_b, i_h = i_bh // heads, i_bh % heads
+    visual_start, reference_start = tl.load(visual_starts + i_b), tl.load(reference_starts + i_b)
+    text_start, text_len = tl.load(text_starts + i_b), tl.load(text_lens + i_b)
+    q += (i_b.to(tl.int64) * q_batch + i_h.to(tl.int64) * q_head) * ALIGN
+    k += (i_b.to(tl.int64) * k_batch + i_h.to(tl.int64) * k_head) * ALIGN
+    v += (i_b.to(tl.int64) * v_batch + i_h.to(tl.int64) * v_head) * ALIGN
+    grad_out += i_b.to(tl.int64) * g_batch + i_h.to(tl.int64) * g_head
+
+    o_d = tl.arange(0, BLOCK_D)
+    m_d = o_d < D
+    row_q, valid_q, raster_q = locate(
+        i_q, tl.arange(0, BLOCK_Q), visual_start * (1 - own_queries), reference_start, text_start, QT, QH, QW,
+        query_reference, query_text, BLOCK_Q, TILE_QT, TILE_QH, TILE_QW,
+    )  # fmt: skip
+    rows_q = row_q.to(tl.int64)
+    mask_q = valid_q[:, None] & m_d
+    b_q = tl.load(q + rows_q[:, None] * (q_row * ALIGN) + o_d, mask=mask_q, other=0.0)
+    b_g = tl.load(grad_out + rows_q[:, None] * g_row + o_d, mask=mask_q, other=0.0).to(b_q.dtype)
+    b_lse, b_delta = row_statistics(lse, delta, i_bh.to(tl.int64) * query_tokens + rows_q, valid_q)
+
+    row = (i_bh * per_head * query_blocks + i_q).to(tl.int64)
+    list_row = entries + row * width
+    pure, count = tl.load(pure_counts + row), tl.load(counts + row)
+    acc = tl.zeros([BLOCK_Q, BLOCK_D], dtype=tl.float32)
+    slot_k = tl.arange(0, BLOCK_K)
+    place_k = places_in(slot_k, H, W, TILE_KH, TILE_KW)
+    p_tile_k = k + place_k[:, None] * (k_row * ALIGN) + o_d[None, :]
+    p_tile_v = v + place_k[None, :] * (v_row * ALIGN) + o_d[:, None]
+
+    for i in range(pure):
+        corner = corner_of(tl.load(list_row + i), H, W, BLOCK_K, TILE_KT, TILE_KH, TILE_KW)
+        first = (visual_start + corner).to(tl.int64)
+        if BLOCK_D == D:
+            b_k = tl.load(p_tile_k + first * (k_row * ALIGN))  # [BLOCK_K, BLOCK_D]
+            b_v = tl.load(p_tile_v + first * (v_row * ALIGN))  # [BLOCK_D, BLOCK_K]
+        else:
+            b_k = tl.load(p_tile_k + first * (k_row * ALIGN), mask=m_d[None, :], other=0.0)
+            b_v = tl.load(p_tile_v + first * (v_row * ALIGN), mask=m_d[:, None], other=0.0)
+        exponent = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * scale - b_lse[:, None]
+        weights = tl.exp2(exponent * LOG2E)
+        ds = weights * (tl.dot(b_g, b_v, input_precision=PRECISION) - b_delta[:, None])
+        acc = tl.dot(ds.to(b_k.dtype), b_k, acc, input_precision=PRECISION)
+
+    for i in range(pure, count):
+        entry = tl.load(list_row + i)
+        row_k, valid_k, _ = locate(
+            entry & INDEX, slot_k, visual_start, reference_start, text_start, T, H, W,
+            reference, text_len, BLOCK_K, TILE_KT, TILE_KH, TILE_KW,
+        )  # fmt: skip
+        rows = row_k.to(tl.int64)
+        p_k = k + rows[:, None] * (k_row * ALIGN) + o_d[None, :]
+        p_v = v + rows[None, :] * (v_row * ALIGN) + o_d[:, None]
+        b_k = tl.load(p_k, mask=valid_k[:, None] & m_d[None, :], other=0.0)
+        b_v = tl.load(p_v, mask=valid_k[None, :] & m_d[:, None], other=0.0)
+        exponent = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * scale - b_lse[:, None]
+        # a padding key's logit of 0 may be far above the LSE: its weight must not become infinite
+        exponent = tl.where(valid_k[None, :], exponent, float("-inf"))
+        if HAS_TABLES:
+            if entry >= PARTIAL:
+                low, high = seen_slots(
+                    tables, raster_q, entry & INDEX, QH, QW, T, H, W, BLOCK_K, TILE_KT, TILE_KH, TILE_KW
+                )  # fmt: skip
+                seen = holds(low[:, None], high[:, None], slot_k[None, :], BLOCK_K)
+                exponent = tl.where(seen, exponent, float("-inf"))
+        ds = tl.exp2(exponent * LOG2E) * (tl.dot(b_g, b_v, input_precision=PRECISION) - b_delta[:, None])
+        acc = tl.dot(ds.to(b_k.dtype), b_k, acc, input_precision=PRECISION)
+
+    p_dq = dq + ((i_b.to(tl.int64) * query_tokens + rows_q[:, None]) * heads + i_h) * D + o_d
+    tl.store(p_dq, (acc * scale).to(dq.dtype.element_ty), mask=mask_q)
+
+
+@triton.jit(do_not_specialize=[
+    "q_batch", "q_head", "q_row", "k_batch", "k_head", "k_row", "v_batch", "v_head", "v_row",
+    "g_batch", "g_head", "g_row",
+    "T", "H", "W", "QT", "QH", "QW", "reference", "query_reference", "query_text",
+    "heads", "query_tokens", "key_tokens", "key_blocks", "per_head", "own_queries",
+])  # fmt: skip
+def block_sparse_bwd_kernel_dkdv(
+    q, k, v, grad_out, lse, delta, dk, dv,
+    entries, firsts, tables,
+    visual_starts, reference_starts, text_starts, text_lens,
+    q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row, g_batch, g_head, g_row,
+    scale,
+    T, H, W, QT, QH, QW, reference, query_reference, query_text,
+    heads, query_tokens, key_tokens, key_blocks, per_head, own_queries,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, ALIGN: tl.constexpr,
+    BLOCK_Q: tl.constexpr, TILE_QT: tl.constexpr, TILE_QH: tl.constexpr, TILE_QW: tl.constexpr,
+    BLOCK_K: tl.constexpr, TILE_KT: tl.constexpr, TILE_KH: tl.constexpr, TILE_KW: tl.constexpr,
+    STEP_Q: tl.constexpr, HAS_TABLES: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dk and dv [B, Nk, H, D] of one key block of one head, over the query blocks that visit it.
+
+    Transposed entries are ``entries[firsts[row] : firsts[row + 1]]``; a query block is taken in steps of STEP_Q rows.
+    """
+    i_k = key_blocks - 1 - tl.program_id(0)
+    i_bh = tl.program_id(1)
+    i_b, i_h = i_bh // heads, i_bh % heads
+    visual_start, reference_start = tl.load(visual_starts + i_b), tl.load(reference_starts + i_b)
+    text_start, text_len = tl.load(text_starts + i_b), tl.load(text_lens + i_b)
+    q += (i_b.to(tl.int64) * q_batch + i_h.to(tl.int64) * q_head) * ALIGN
+    k += (i_b.to(tl.int64) * k_batch + i_h.to(tl.int64) * k_head) * ALIGN
+    v += (i_b.to(tl.int64) * v_batch + i_h.to(tl.int64) * v_head) * ALIGN
+    grad_out += i_b.to(tl.int64) * g_batch + i_h.to(tl.int64) * g_head
+    statistics = i_bh.to(tl.int64) * query_tokens
+
+    o_d = tl.arange(0, BLOCK_D)
+    m_d = o_d < D
+    slot_k = tl.arange(0, BLOCK_K)
+    row_k, valid_k, _ = locate(
+        i_k, slot_k, visual_start, reference_start, text_start, T, H, W,
+        reference, text_len, BLOCK_K, TILE_KT, TILE_KH, TILE_KW,
+    )  # fmt: skip
+    rows_k = row_k.to(tl.int64)
+    mask_k = valid_k[:, None] & m_d
+    b_k = tl.load(k + rows_k[:, None] * (k_row * ALIGN) + o_d, mask=mask_k, other=0.0)
+    b_v = tl.load(v + rows_k[:, None] * (v_row * ALIGN) + o_d, mask=mask_k, other=0.0)
+
+    row = i_bh * per_head * (key_blocks + 1) + i_k
+    first, last = tl.load(firsts + row), tl.load(firsts + row + 1)
+    b_dk = tl.zeros([BLOCK_K, BLOCK_D], dtype=tl.float32)
+    b_dv = tl.zeros([BLOCK_K, BLOCK_D], dtype=tl.float32)
+    STEPS: tl.constexpr = BLOCK_Q // STEP_Q
+    for i in range(first * STEPS, last * STEPS):
+        entry = tl.load(entries + i // STEPS)
+        row_q, valid_q, raster_q = locate(
+            entry & INDEX, i % STEPS * STEP_Q + tl.arange(0, STEP_Q),
+            visual_start * (1 - own_queries), reference_start, text_start, QT, QH, QW,
+            query_reference, query_text, BLOCK_Q, TILE_QT, TILE_QH, TILE_QW,
+        )  # fmt: skip
+        rows_q = row_q.to(tl.int64)
+        mask_q = valid_q[:, None] & m_d
+        b_q = tl.load(q + rows_q[:, None] * (q_row * ALIGN) + o_d, mask=mask_q, other=0.0)  # [STEP_Q, BLOCK_D]
+        b_g = tl.load(grad_out + rows_q[:, None] * g_row + o_d, mask=mask_q, other=0.0).to(b_q.dtype)
+        b_lse, b_delta = row_statistics(lse, delta, statistics + rows_q, valid_q)
+        exponent = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION) * scale - b_lse[None, :]
+        exponent = tl.where(valid_k[:, None], exponent, float("-inf"))
+        if HAS_TABLES:
+            if entry >= PARTIAL:
+                low, high = seen_slots(
+                    tables, raster_q, i_k, QH, QW, T, H, W, BLOCK_K, TILE_KT, TILE_KH, TILE_KW
+                )  # fmt: skip
+                seen = holds(low[None, :], high[None, :], slot_k[:, None], BLOCK_K)
+                exponent = tl.where(seen, exponent, float("-inf"))
+        weights = tl.exp2(exponent * LOG2E)  # [BLOCK_K, STEP_Q]
+        b_dv = tl.dot(weights.to(b_g.dtype), b_g, b_dv, input_precision=PRECISION)
+        ds = weights * (tl.dot(b_v, tl.trans(b_g), input_precision=PRECISION) - b_delta[None, :])
+        b_dk = tl.dot(ds.to(b_q.dtype), b_q, b_dk, input_precision=PRECISION)
+
+    place = ((i_b.to(tl.int64) * key_tokens + rows_k[:, None]) * heads + i_h) * D + o_d
+    tl.store(dk + place, (b_dk * scale).to(dk.dtype.element_ty), mask=mask_k)
+    tl.store(dv + place, b_dv.to(dv.dtype.element_ty), mask=mask_k)

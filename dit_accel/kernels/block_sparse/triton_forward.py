@@ -1,0 +1,118 @@
+"""The forward kernel: one program a query block, online softmax over its list of key blocks."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from dit_accel.kernels.block_sparse.triton_predicate import holds, seen_slots
+from dit_accel.kernels.block_sparse.triton_tokens import INDEX, PARTIAL, corner_of, locate, places_in
+
+LOG2E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def absorb(acc, peak, total, scores, b_v, PRECISION: tl.constexpr):
+    """One step of the online softmax in base 2; `scores` are scaled logits, -inf where a pair is not allowed."""
+    new_peak = tl.maximum(peak, tl.max(scores, 1))
+    # a row that has seen no key yet has peak -inf; any finite number keeps its weights at exp2(-inf) = 0
+    safe = tl.where(new_peak == float("-inf"), 0.0, new_peak)
+    shrink = tl.exp2(peak - safe)
+    weights = tl.exp2(scores - safe[:, None])
+    total = total * shrink + tl.sum(weights, 1)
+    acc = tl.dot(weights.to(b_v.dtype), b_v, acc * shrink[:, None], input_precision=PRECISION)
+    return acc, new_peak, total
+
+
+@triton.jit(do_not_specialize=[
+    "q_batch", "q_head", "q_row", "k_batch", "k_head", "k_row", "v_batch", "v_head", "v_row",
+    "T", "H", "W", "QT", "QH", "QW", "reference", "query_reference", "query_text",
+    "heads", "query_tokens", "query_blocks", "width", "per_head", "own_queries",
+])  # fmt: skip
+def block_sparse_fwd_kernel(
+    q, k, v, out, lse,
+    entries, pure_counts, counts, tables,
+    visual_starts, reference_starts, text_starts, text_lens,
+    q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
+    scale,
+    T, H, W, QT, QH, QW, reference, query_reference, query_text,
+    heads, query_tokens, query_blocks, width, per_head, own_queries,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, ALIGN: tl.constexpr,
+    BLOCK_Q: tl.constexpr, TILE_QT: tl.constexpr, TILE_QH: tl.constexpr, TILE_QW: tl.constexpr,
+    BLOCK_K: tl.constexpr, TILE_KT: tl.constexpr, TILE_KH: tl.constexpr, TILE_KW: tl.constexpr,
+    HAS_TABLES: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Output [B, Nq, H, D] and LSE [B, H, Nq] of one query block of one head; strides come divided by ALIGN."""
+    scale = scale * LOG2E
+    # text rows, which see everything, are the last blocks: start them first
+    i_q = query_blocks - 1 - tl.program_id(0)
+    i_bh = tl.program_id(1)
+    i_b, i_h = i_bh // heads, i_bh % heads
+    visual_start, reference_start = tl.load(visual_starts + i_b), tl.load(reference_starts + i_b)
+    text_start, text_len = tl.load(text_starts + i_b), tl.load(text_lens + i_b)
+    q += (i_b.to(tl.int64) * q_batch + i_h.to(tl.int64) * q_head) * ALIGN
+    k += (i_b.to(tl.int64) * k_batch + i_h.to(tl.int64) * k_head) * ALIGN
+    v += (i_b.to(tl.int64) * v_batch + i_h.to(tl.int64) * v_head) * ALIGN
+    keep = 1 - own_queries
+
+    o_d = tl.arange(0, BLOCK_D)
+    m_d = o_d < D
+    row_q, valid_q, raster_q = locate(
+        i_q, tl.arange(0, BLOCK_Q), visual_start * keep, reference_start, text_start, QT, QH, QW,
+        query_reference, query_text, BLOCK_Q, TILE_QT, TILE_QH, TILE_QW,
+    )  # fmt: skip
+    p_q = q + row_q.to(tl.int64)[:, None] * (q_row * ALIGN) + o_d
+    b_q = tl.load(p_q, mask=valid_q[:, None] & m_d, other=0.0)  # [BLOCK_Q, BLOCK_D]
+
+    row = (i_bh * per_head * query_blocks + i_q).to(tl.int64)
+    list_row = entries + row * width
+    pure, count = tl.load(pure_counts + row), tl.load(counts + row)
+    acc = tl.zeros([BLOCK_Q, BLOCK_D], dtype=tl.float32)
+    peak = tl.full([BLOCK_Q], float("-inf"), dtype=tl.float32)
+    total = tl.zeros([BLOCK_Q], dtype=tl.float32)
+    slot_k = tl.arange(0, BLOCK_K)
+    place_k = places_in(slot_k, H, W, TILE_KH, TILE_KW)
+    p_tile_k = k + place_k[None, :] * (k_row * ALIGN) + o_d[:, None]
+    p_tile_v = v + place_k[:, None] * (v_row * ALIGN) + o_d[None, :]
+
+    for i in range(pure):  # full blocks of visual keys: nothing to mask
+        corner = corner_of(tl.load(list_row + i), H, W, BLOCK_K, TILE_KT, TILE_KH, TILE_KW)
+        first = (visual_start + corner).to(tl.int64)
+        if BLOCK_D == D:
+            b_k = tl.load(p_tile_k + first * (k_row * ALIGN))  # [BLOCK_D, BLOCK_K]
+            b_v = tl.load(p_tile_v + first * (v_row * ALIGN))  # [BLOCK_K, BLOCK_D]
+        else:
+            b_k = tl.load(p_tile_k + first * (k_row * ALIGN), mask=m_d[:, None], other=0.0)
+            b_v = tl.load(p_tile_v + first * (v_row * ALIGN), mask=m_d[None, :], other=0.0)
+        scores = tl.dot(b_q, b_k, input_precision=PRECISION) * scale
+        acc, peak, total = absorb(acc, peak, total, scores, b_v, PRECISION)
+
+    for i in range(pure, count):
+        entry = tl.load(list_row + i)
+        row_k, valid_k, _ = locate(
+            entry & INDEX, slot_k, visual_start, reference_start, text_start, T, H, W,
+            reference, text_len, BLOCK_K, TILE_KT, TILE_KH, TILE_KW,
+        )  # fmt: skip
+        rows = row_k.to(tl.int64)
+        p_k = k + rows[None, :] * (k_row * ALIGN) + o_d[:, None]
+        p_v = v + rows[:, None] * (v_row * ALIGN) + o_d[None, :]
+        b_k = tl.load(p_k, mask=valid_k[None, :] & m_d[:, None], other=0.0)
+        b_v = tl.load(p_v, mask=valid_k[:, None] & m_d[None, :], other=0.0)
+        scores = tl.dot(b_q, b_k, input_precision=PRECISION) * scale
+        scores = tl.where(valid_k[None, :], scores, float("-inf"))
+        if HAS_TABLES:
+            if entry >= PARTIAL:
+                low, high = seen_slots(
+                    tables, raster_q, entry & INDEX, QH, QW, T, H, W, BLOCK_K, TILE_KT, TILE_KH, TILE_KW
+                )  # fmt: skip
+                seen = holds(low[:, None], high[:, None], slot_k[None, :], BLOCK_K)
+                scores = tl.where(seen, scores, float("-inf"))
+        acc, peak, total = absorb(acc, peak, total, scores, b_v, PRECISION)
+
+    empty = total == 0.0
+    acc = acc / tl.where(empty, 1.0, total)[:, None]
+    b_lse = tl.where(empty, float("-inf"), (peak + tl.log2(tl.where(empty, 1.0, total))) / LOG2E)
+    rows = row_q.to(tl.int64)
+    p_o = out + ((i_b.to(tl.int64) * query_tokens + rows[:, None]) * heads + i_h) * D + o_d
+    tl.store(p_o, acc.to(out.dtype.element_ty), mask=valid_q[:, None] & m_d)
+    tl.store(lse + i_bh.to(tl.int64) * query_tokens + rows, b_lse, mask=valid_q)

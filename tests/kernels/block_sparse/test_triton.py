@@ -1,0 +1,156 @@
+"""The Triton kernels against the reference in fp64: natively on a GPU, else under Triton's interpreter.
+
+``TRITON_INTERPRET=1`` must be set before Triton is imported, so `make test` runs this file in a process of its own.
+"""
+
+import importlib.util
+import os
+
+import pytest
+import torch
+
+from dit_accel.errors import DitAccelError
+from dit_accel.kernels.block_sparse.api import block_sparse_attention, choose_impl
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+NATIVE = torch.cuda.is_available() and not INTERPRETED
+pytestmark = [
+    pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed"),
+    pytest.mark.skipif(not INTERPRETED and not NATIVE, reason="needs TRITON_INTERPRET=1 or a CUDA device"),
+]
+DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if NATIVE else [])]
+TILES = {"tile_q": (2, 2, 4), "tile_k": (1, 4, 4)}
+
+# Pairwise over: grid and its length, products and bands, dilation and causality, raster and tiles that do not divide
+# the grid, lists per head, text and where it lies with a length per sample, head size, input size. Small: under the
+# interpreter every vector operation costs.
+CASES = {
+    "one-token": {"shape": (1, 1, 1), "dim": 64, "heads": 1},
+    "63-text": {"shape": (1, 7, 9), "dim": 40, "text": 5, "text_lens": [2, 5], "batch": 2, "heads": 1, "size": 4.0},
+    "64-one-block": {"shape": (1, 8, 8), "dim": 72, "block_q": 64, "block_k": 64, "heads": 1},
+    "65-ragged": {"shape": (1, 5, 13), "dim": 96, "block_q": 64, "block_k": 32, "heads": 1, "size": 16.0},
+    "sliding-raster": {"shape": (2, 4, 5), "method": "gna", "config": {"window": (2, 3, 3)}, "heads": 1},
+    "sliding-tiled": dict(
+        shape=(2, 5, 6), method="gna", config={"window": (2, 3, 4)}, heads=1, dim=64, size=4.0, **TILES
+    ),
+    "causal-between": {
+        "shape": (2, 4, 5),
+        "method": "gna",
+        "config": {"window": (2, 3, 3), "causal": (True, False, True)},
+        "text": 5,
+        "reference": 3,
+        "between": True,
+        "per_sample": True,
+        "gap": 2,
+        "text_lens": [0, 3],
+        "batch": 2,
+        "heads": 1,
+        "size": 16.0,
+    },
+    "dilated-tiled": dict(
+        shape=(1, 8, 6), method="gna", config={"window": (1, 3, 2), "dilation": (1, 2, 3)}, heads=1, dim=128, **TILES
+    ),
+    "dilated-raster": {
+        "shape": (1, 7, 6),
+        "method": "gna",
+        "config": {"window": (1, 2, 2), "dilation": (1, 3, 2)},
+        "heads": 1,
+    },
+    "radial-128-keys": {
+        "shape": (4, 5, 7),
+        "method": "radial",
+        "config": {"decay": 0.4},
+        "block_q": 64,
+        "block_k": 128,
+        "heads": 1,
+    },
+    "radial-tiled": dict(
+        shape=(4, 4, 3), method="radial", config={"decay": 0.5}, text=4, text_lens=[1], heads=1, **TILES
+    ),
+    "tile-method": {"shape": (4, 3, 5), "method": "tile", "config": {"references": 1}, "reference": 4, "heads": 1},
+    "heads-text": {"shape": (3, 3, 5), "topk": 2, "text": 5, "text_lens": [3, 5], "batch": 2, "heads": 2, "dim": 40},
+    "heads-tiles-ragged": dict(shape=(3, 5, 3), topk=2, heads=2, dim=64, size=16.0, **TILES),
+    "queries-longer": {"shape": (1, 3, 8), "query_grid": (2, 3, 8), "topk": 1, "heads": 2, "dim": 64},
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES)
+def test_results_are_within_the_budget(make_problem, case, dtype):
+    if dtype == torch.float16 and INTERPRETED and case not in ("63-text", "65-ragged", "sliding-tiled", "heads-text"):
+        pytest.skip("half precision is interpreted on a few cases: the arithmetic is the same")
+    make_problem(**CASES[case]).check("triton", dtype, from_lse=True)
+
+
+@pytest.mark.parametrize("case", ["63-text", "heads-text"])
+def test_poison_in_padding_reaches_nothing(make_problem, case):
+    problem = make_problem(**CASES[case])
+    clean = problem.run("triton", torch.float32)
+    first = problem.options["text_start"][0] + problem.options["text_len"][0]
+    last = problem.options["text_start"][0] + problem.options["text"]
+    for tensor in (problem.k, problem.v):
+        tensor[0, :, first:last] = float("nan")
+    poisoned = problem.run("triton", torch.float32)
+    for name, result in clean.items():
+        assert torch.equal(result, poisoned[name]), name
+
+
+def test_a_row_without_keys_is_zero(make_problem):
+    problem = make_problem(shape=(1, 4, 8), topk=1, heads=1)
+    problem.lists[1][..., 0] = 0
+    results = problem.run("triton", torch.float32)
+    assert not results["out"][:, :, :16].any()
+    assert not results["dq"][:, :, :16].any()
+    assert all(result.isfinite().all() for result in results.values())
+
+
+def test_ten_runs_are_bit_equal(make_problem):
+    problem = make_problem(shape=(2, 4, 5), method="gna", config={"window": (1, 3, 3)}, heads=1)
+    first = problem.run("triton", torch.float32)
+    for _ in range(9 if NATIVE else 2):
+        for name, result in problem.run("triton", torch.float32).items():
+            assert torch.equal(result, first[name]), name
+
+
+@pytest.mark.parametrize("strided", [False, True])
+def test_strides_do_not_matter(make_problem, strided):
+    """The model hands over [B, N, H, D] tensors with heads moved; rows that are no multiple of 16 bytes work too."""
+    problem = make_problem(shape=(1, 4, 5), heads=2, dim=24)
+    expected = problem.call("triton") if not NATIVE else problem.to("cuda").call("triton")
+    here = problem.to("cuda") if NATIVE else problem
+    for name in ("q", "k", "v"):
+        tensor = getattr(here, name)
+        if strided:
+            moved = tensor.transpose(1, 2).contiguous().transpose(1, 2)
+        else:
+            moved = torch.nn.functional.pad(tensor, (1, 2))[..., 1:-2]
+        setattr(here, name, moved)
+    assert torch.equal(here.call("triton"), expected)
+
+
+def test_what_the_kernels_cannot_do_is_refused(make_problem):
+    problem = make_problem(shape=(1, 4, 6), heads=1, block_q=24, block_k=8)
+    with pytest.raises(DitAccelError, match=r"query blocks of 16, 32, 64 or 128 tokens, not 24"):
+        problem.call("triton")
+    with pytest.raises(DitAccelError, match="float64"):
+        make_problem(shape=(1, 4, 4), heads=1).call("triton", torch.float64)
+    if INTERPRETED:
+        with pytest.raises(DitAccelError, match="no bfloat16"):
+            make_problem(shape=(1, 4, 4), heads=1).call("triton", torch.bfloat16)
+
+
+def test_the_op_is_registered(make_problem):
+    problem = make_problem(shape=(1, 4, 6), heads=1)
+    if NATIVE:
+        problem = problem.to("cuda")
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def attend(q, k, v):
+        return block_sparse_attention(q, k, v, *problem.lists, impl="triton", **problem.options)
+
+    assert torch.equal(attend(problem.q, problem.k, problem.v), problem.call("triton"))
+
+
+@pytest.mark.gpu
+def test_auto_is_triton_on_cuda():
+    assert choose_impl("cuda")[0] == "triton"
