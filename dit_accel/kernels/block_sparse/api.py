@@ -15,12 +15,13 @@ from dit_accel.errors import DitAccelError
 from dit_accel.kernels.block_sparse import ops
 from dit_accel.kernels.block_sparse import reference as reference_impl
 from dit_accel.kernels.block_sparse.geometry import Geometry, Shape, read_layouts
+from dit_accel.kernels.block_sparse.triton_configs import unsupported
 
 Impl = Literal["auto", "reference", "portable", "triton"]
 
 _IMPLS = ("auto", "reference", "portable", "triton")
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
-_HAS_TRITON = all(importlib.util.find_spec(name) for name in ("triton", f"{__package__}.triton"))
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 def block_sparse_attention(
@@ -114,7 +115,7 @@ def block_sparse_attention(
     _check_geometry(q, k, geometry, starts, text_len)
     _check_lists(q, kv_indices, kv_counts, partial, tables, geometry)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    name, _ = choose_impl(q.device.type, impl)
+    name, _ = choose_impl(q.device.type, impl, unsupported(q.dtype, q.shape[-1], block_q, block_k))
     if name == "reference":
         out, lse = _reference(q, k, v, kv_indices, kv_counts, partial, tables, (*starts, text_len), geometry, scale)
     else:
@@ -124,7 +125,7 @@ def block_sparse_attention(
     return (out, lse) if return_lse else out
 
 
-def choose_impl(device_type: str, impl: Impl = "auto") -> tuple[str, str]:
+def choose_impl(device_type: str, impl: Impl = "auto", obstacle: str | None = None) -> tuple[str, str]:
     """The implementation that a call on this kind of device gets, and why.
 
     Every implementation computes the same masked result, so "auto" looks only for speed: Triton on CUDA, the portable
@@ -133,6 +134,7 @@ def choose_impl(device_type: str, impl: Impl = "auto") -> tuple[str, str]:
     Args:
         device_type: "cpu", "cuda", ...
         impl: "auto" or a name.
+        obstacle: why the Triton kernels cannot compute the call at hand (`triton_configs.unsupported`), or None.
 
     Returns:
         The name and the reason, a sentence fit for a report.
@@ -143,13 +145,18 @@ def choose_impl(device_type: str, impl: Impl = "auto") -> tuple[str, str]:
     if impl not in _IMPLS:
         raise DitAccelError(f"impl must be one of {', '.join(_IMPLS)}, got {impl!r}.")
     if impl == "triton" and not _HAS_TRITON:
-        raise DitAccelError("impl='triton' needs the Triton kernel, which is not installed; use 'portable' or 'auto'.")
+        raise DitAccelError(
+            "impl='triton' needs the package triton, which is not installed: pip install triton, or use impl='auto'."
+        )
     if impl != "auto":
         return impl, f"impl={impl!r} was asked for"
-    if device_type == "cuda" and _HAS_TRITON:
-        return "triton", "Triton is the fastest on CUDA"
-    missing = " and there is no Triton kernel here" if device_type == "cuda" else ""
-    return "portable", f"the device is {device_type}{missing}"
+    if device_type != "cuda":
+        return "portable", f"the device is {device_type}"
+    if not _HAS_TRITON:
+        return "portable", "Triton is not installed"
+    if obstacle is not None:
+        return "portable", obstacle
+    return "triton", "Triton is the fastest on CUDA"
 
 
 def _reference(q, k, v, kv_indices, kv_counts, partial, tables, starts, geometry, scale):

@@ -18,7 +18,15 @@ from dit_accel.kernels.block_sparse.triton_backward import (
     block_sparse_bwd_kernel_dq,
     delta_kernel,
 )
-from dit_accel.kernels.block_sparse.triton_configs import BLOCKS, HEAD_DIMS, KERNELS, Launch, fitting, launches
+from dit_accel.kernels.block_sparse.triton_configs import (
+    BLOCKS,
+    HEAD_DIMS,
+    KERNELS,
+    Launch,
+    fitting,
+    launches,
+    unsupported,
+)
 from dit_accel.kernels.block_sparse.triton_forward import block_sparse_fwd_kernel
 from dit_accel.kernels.block_sparse.triton_lists import pack_lists, transpose_lists
 
@@ -26,20 +34,6 @@ JIT = {"forward": block_sparse_fwd_kernel, "dq": block_sparse_bwd_kernel_dq, "dk
 INTERPRETED = isinstance(block_sparse_fwd_kernel, InterpretedFunction)
 # The compiler's default for this is about to change; contraction of a * b + c is what fp32 softmax wants.
 FUSION = {} if INTERPRETED else {"enable_fp_fusion": True}
-
-
-def unsupported(dtype: torch.dtype, head_dim: int, geometry: Geometry) -> str | None:
-    """Why these kernels cannot compute a call, or None if they can."""
-    if dtype not in (torch.float16, torch.bfloat16, torch.float32):
-        return f"the kernels take float16, bfloat16 and float32, not {dtype}"
-    if INTERPRETED and dtype == torch.bfloat16:
-        return "Triton's interpreter has no bfloat16 arithmetic"
-    if head_dim > 256:
-        return f"the kernels take head dimensions up to 256, not {head_dim}"
-    for name, block in (("query", geometry.block_q), ("key", geometry.block_k)):
-        if not 16 <= block <= 128 or block & (block - 1):
-            return f"the kernels take {name} blocks of 16, 32, 64 or 128 tokens, not {block}"
-    return None
 
 
 def forward(
@@ -130,7 +124,9 @@ class _Call:
         geometry: Geometry,
         scale: float,
     ) -> None:
-        reason = unsupported(q.dtype, q.shape[-1], geometry)
+        reason = unsupported(q.dtype, q.shape[-1], geometry.block_q, geometry.block_k)
+        if reason is None and INTERPRETED and q.dtype == torch.bfloat16:
+            reason = "Triton's interpreter has no bfloat16 arithmetic"
         if reason is None and not (INTERPRETED or q.is_cuda):
             reason = f"the tensors are on {q.device}; Triton needs a CUDA device or TRITON_INTERPRET=1"
         if reason is not None:

@@ -60,8 +60,9 @@ def test_choice_names_its_reason(monkeypatch):
     assert choose_impl("cuda", "reference") == ("reference", "impl='reference' was asked for")
     monkeypatch.setattr(api, "_HAS_TRITON", True)
     assert choose_impl("cuda")[0] == "triton"
+    assert choose_impl("cuda", obstacle="blocks of 24 tokens") == ("portable", "blocks of 24 tokens")
     monkeypatch.setattr(api, "_HAS_TRITON", False)
-    assert choose_impl("cuda") == ("portable", "the device is cuda and there is no Triton kernel here")
+    assert choose_impl("cuda") == ("portable", "Triton is not installed")
     with pytest.raises(dit_accel.DitAccelError, match="'triton' needs"):
         choose_impl("cuda", "triton")
 
