@@ -16,9 +16,8 @@ from torch import nn
 
 from dit_accel.blocks import BlockMask, valid_tokens
 from dit_accel.errors import DitAccelError
-from dit_accel.kernels.sla.api import sparse_linear_attention
+from dit_accel.kernels.sla.api import route, sparse_linear_attention
 from dit_accel.kernels.sla.features import FEATURE_MAPS, FeatureMap
-from dit_accel.kernels.sla.router import route_blocks
 from dit_accel.kernels.sla.setting import LINEAR_SCOPES, LinearScope
 from dit_accel.order import TokenOrder
 from dit_accel.planner import tile_shapes
@@ -174,12 +173,8 @@ class SparseLinearAttention(nn.Module):
             grid: as for `forward`.
         """
         order = _order(self.config, self._grid(q, grid))
-        layout, blocks = order.grid, order.visual_blocks
-        visual = slice(layout.visual_start, layout.visual_start + layout.visual)
-        kept, dropped = route_blocks(
-            q[:, :, visual], k[:, :, visual], layout.shape, order.block, order.tile,
-            self.config.kept(blocks), self.config.dropped(blocks),
-        )  # fmt: skip
+        blocks = order.visual_blocks
+        kept, dropped = route(q, k, order, self.config.kept(blocks), self.config.dropped(blocks))
         none = torch.zeros((*kept.shape[:2], blocks, blocks), dtype=torch.bool, device=q.device)
         critical, skipped = none.scatter(-1, kept.long(), True), none.scatter(-1, dropped.long(), True)
         linear = ~none if self.config.linear_scope == "all" else ~(critical | skipped)

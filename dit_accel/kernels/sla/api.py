@@ -7,12 +7,17 @@ from typing import get_args
 import torch
 
 from dit_accel.errors import DitAccelError
+from dit_accel.kernels.block_sparse import api as block_sparse
 from dit_accel.kernels.block_sparse.api import Impl
+from dit_accel.kernels.sla import ops
+from dit_accel.kernels.sla.exact import visual_of
 from dit_accel.kernels.sla.features import FEATURE_MAPS, FeatureMap
+from dit_accel.kernels.sla.fused import sparse_linear_fused
 from dit_accel.kernels.sla.portable import sparse_linear_portable
 from dit_accel.kernels.sla.reference import sparse_linear_reference
 from dit_accel.kernels.sla.router import route_blocks
 from dit_accel.kernels.sla.setting import LINEAR_SCOPES, LinearScope, Setting
+from dit_accel.kernels.sla.triton_configs import unsupported
 from dit_accel.order import TokenOrder
 from dit_accel.tokens import TokenGrid
 
@@ -91,16 +96,47 @@ def sparse_linear_attention(
         bias=bias,
     )
     _check(q, k, v, critical, skipped, setting, impl)
-    visual = slice(layout.visual_start, layout.visual_start + layout.visual)
     skipped = skipped if linear_scope == "marginal" else 0
+    name, _ = choose_impl(q, setting.order, None if weight is None else linear_scope, impl)
     # Scores and linear sums are fp32 whatever autocast says.
     with torch.autocast(q.device.type, enabled=False):
-        kept, dropped = route_blocks(
-            q[:, :, visual].detach(), k[:, :, visual].detach(), layout.shape, block, tile, critical, skipped
-        )
-        if impl == "reference":
+        kept, dropped = route(q, k, setting.order, critical, skipped, impl)
+        if name == "reference":
             return sparse_linear_reference(q, k, v, kept, dropped, setting)
+        if name == "triton":
+            return sparse_linear_fused(q, k, v, kept, dropped, setting)
         return sparse_linear_portable(q, k, v, kept, dropped, setting, impl)
+
+
+def choose_impl(q: torch.Tensor, order: TokenOrder, linear_scope: LinearScope | None, impl: Impl) -> tuple[str, str]:
+    """The implementation that a call gets, and why; as `dit_accel.kernels.block_sparse.api.choose_impl`.
+
+    Args:
+        q: queries of the call.
+        order: its sequence and blocks.
+        linear_scope: None for a call without linear branch, and for the router alone.
+        impl: "auto" or a name.
+
+    Raises:
+        DitAccelError: a named implementation cannot compute the call.
+    """
+    obstacle = unsupported(q.dtype, q.shape[-1], order.block, order.visual_blocks, linear_scope)
+    if impl == "triton" and obstacle is not None:
+        raise DitAccelError(f"impl='triton' cannot compute this: {obstacle}. Use impl='portable' or 'auto'.")
+    return block_sparse.choose_impl(q.device.type, impl, obstacle)
+
+
+def route(
+    q: torch.Tensor, k: torch.Tensor, order: TokenOrder, critical: int, skipped: int, impl: Impl = "auto"
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The router's lists for a call; see `dit_accel.kernels.sla.router.route_blocks`.
+
+    Args:
+        q, k: the whole sequence, [B, H, N, D].
+    """
+    arguments = *(visual_of(x, order).detach() for x in (q, k)), order.grid.shape, order.block, order.tile
+    name, _ = choose_impl(q, order, None, impl)
+    return (ops.route if name == "triton" else route_blocks)(*arguments, critical, skipped)
 
 
 def _check(
@@ -132,5 +168,3 @@ def _check(
     ):
         if value not in known:
             raise DitAccelError(f"{name} must be one of {', '.join(known)}; got {value!r}.")
-    if impl == "triton":
-        raise DitAccelError("Sparse-linear attention has no Triton kernel yet; ask for impl='portable' or 'auto'.")

@@ -23,7 +23,7 @@ def make(tokens=100, dim=16):
         ({"critical": 1, "feature_map": "gelu"}, "feature_map must be one of softmax, elu, relu; got 'gelu'"),
         ({"critical": 1, "linear_scope": "some"}, "linear_scope must be one of all, marginal; got 'some'"),
         ({"critical": 1, "grid": (1, 9, 11)}, r"must be \[batch, heads, 99, head_dim\]"),
-        ({"critical": 1, "impl": "triton"}, "no Triton kernel"),
+        ({"critical": 1, "impl": "triton"}, "cpu; Triton needs a CUDA device"),
         ({"critical": 1, "tile": (1, 4, 8)}, "block of 16 tokens, got"),
     ],
 )

@@ -1,0 +1,95 @@
+"""The exact part of sparse-linear attention: critical and surrounding blocks, through the block-sparse engine."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from dit_accel.kernels.block_sparse.api import Impl, block_sparse_attention
+from dit_accel.kernels.block_sparse.geometry import Shape
+from dit_accel.kernels.sla.setting import Setting
+from dit_accel.order import TokenOrder
+
+
+def attend_visual(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, critical: torch.Tensor, setting: Setting, impl: Impl
+) -> torch.Tensor:
+    """Visual queries over their critical blocks and over all reference and text tokens.
+
+    Args:
+        q, k, v: the whole sequence, [B, H, N, D].
+        critical: the router's lists, int32 [B, H, visual_blocks, kept].
+        impl: who computes it.
+
+    Returns:
+        [B, H, visual, D], laid out in memory as [B, visual, H, D].
+    """
+    order = setting.order
+    # [B, H, visual_blocks, kept + dense]: every row also lists all reference and text blocks, which come last.
+    dense = torch.arange(order.visual_blocks, order.blocks, dtype=torch.int32, device=q.device)
+    lists = torch.cat([critical, dense.expand(*critical.shape[:3], -1)], dim=-1)
+    return _attend(visual_of(q, order), k, v, lists, setting, order.grid.shape, order.tile, impl)
+
+
+def with_others(
+    visual: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, setting: Setting, impl: Impl
+) -> torch.Tensor:
+    """The whole output [B, H, N, D]: reference and text queries attend to everything, around `visual`."""
+    order = setting.order
+    if not order.dense_blocks:
+        return visual
+    front, back = order.grid.visual_start, order.grid.visual_start + order.grid.visual
+    others = torch.cat([q[:, :, :front], q[:, :, back:]], dim=2)
+    rows = math.ceil(others.shape[2] / order.block)
+    lists = torch.arange(order.blocks, dtype=torch.int32, device=q.device).expand(rows, -1)
+    around = _attend(others, k, v, lists, setting, (1, 1, others.shape[2]), None, impl)
+    pieces = [around[:, :, :front], visual, around[:, :, front:]]
+    return torch.cat([piece.transpose(1, 2) for piece in pieces], dim=1).transpose(1, 2)
+
+
+def visual_of(x: torch.Tensor, order: TokenOrder) -> torch.Tensor:
+    """The visual tokens of [B, H, N, D]: a view."""
+    grid = order.grid
+    return x[:, :, grid.visual_start : grid.visual_start + grid.visual]
+
+
+def _attend(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    lists: torch.Tensor,
+    setting: Setting,
+    query_grid: Shape,
+    tile_q: Shape | None,
+    impl: Impl,
+) -> torch.Tensor:
+    """Exact attention of some queries, a grid of their own, over the listed blocks of all keys."""
+    order, grid = setting.order, setting.order.grid
+    visual_start, reference_start, text_start = (
+        q.new_full(q.shape[:1], start, dtype=torch.int32)
+        for start in (grid.visual_start, grid.reference_start, grid.text_start)
+    )
+    out = block_sparse_attention(
+        q,
+        k,
+        v,
+        lists.contiguous(),
+        lists.new_full(lists.shape[:-1], lists.shape[-1]),
+        block_q=order.block,
+        block_k=order.block,
+        grid=grid.shape,
+        query_grid=query_grid,
+        tile_q=tile_q,
+        tile_k=order.tile,
+        reference=grid.reference,
+        text=grid.text,
+        visual_start=visual_start,
+        reference_start=reference_start,
+        text_start=text_start,
+        text_len=setting.text_len,
+        scale=setting.scale,
+        impl=impl,
+    )
+    assert isinstance(out, torch.Tensor)  # a tuple comes only with return_lse
+    return out

@@ -1,0 +1,181 @@
+"""The Triton kernels of SLA, on a GPU or under Triton's interpreter; for whole calls see tests/methods/test_sla.py.
+
+``TRITON_INTERPRET=1`` must be set before Triton is imported, so this file runs in a process of its own.
+"""
+
+import importlib.util
+import os
+
+import pytest
+import torch
+
+from dit_accel.errors import DitAccelError
+from dit_accel.kernels.sla import ops
+from dit_accel.kernels.sla.api import route, sparse_linear_attention
+from dit_accel.kernels.sla.layout import visual_order
+from dit_accel.kernels.sla.linear import linear_all
+from dit_accel.kernels.sla.router import route_blocks
+from dit_accel.order import TokenOrder
+from dit_accel.testing import assert_accurate
+from dit_accel.tokens import TokenGrid
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+NATIVE = torch.cuda.is_available() and not INTERPRETED
+DEVICE = "cuda" if NATIVE else "cpu"
+pytestmark = [
+    pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed"),
+    pytest.mark.skipif(not INTERPRETED and not NATIVE, reason="needs TRITON_INTERPRET=1 or a CUDA device"),
+]
+DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if NATIVE else [])]
+# grid, block, tile, kept, dropped
+LAYOUTS = {
+    "one token": ((1, 1, 1), 16, None, 1, 0),
+    "one token over": ((1, 1, 17), 16, None, 1, 1),
+    "ragged": ((3, 5, 7), 16, None, 2, 3),
+    "cut tiles": ((3, 3, 5), 16, (2, 2, 4), 3, 2),
+    "everything": ((1, 4, 9), 16, None, 3, 0),
+}
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def inputs(kind, tokens, dtype, heads=2, dim=24):
+    """q and k of which many scores are equal, or none."""
+    torch.manual_seed(0)
+    shape = 1, tokens, heads, dim
+    if kind == "random":
+        tensors = torch.randn(2, *shape)
+    elif kind == "equal":
+        tensors = torch.ones(2, *shape)
+    else:
+        tensors = torch.randint(-1, 2, (2, *shape)) * torch.tensor([1.0, -0.0]).repeat(dim // 2)
+    return [x.transpose(1, 2).to(dtype).to(DEVICE) for x in tensors]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", ["random", "equal", "few values"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_lists_are_those_of_the_portable_router(layout, kind, dtype):
+    grid, block, tile, kept, dropped = LAYOUTS[layout]
+    if dtype != torch.float32 and INTERPRETED and layout != "ragged":
+        pytest.skip("half precision is interpreted on one layout: the sums are fp32 all the same")
+    arguments = *inputs(kind, visual_order(grid, block, tile).grid.visual, dtype), grid, block, tile, kept, dropped
+    for got, wanted in zip(ops.route(*arguments), route_blocks(*arguments), strict=True):
+        assert got.dtype == torch.int32 and torch.equal(got, wanted)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_lists_stay_within_bounds_for_bad_values(bad):
+    q, _ = inputs("random", 64, torch.float32)
+    q[0, 0, 5] = bad
+    q[0, 1] = bad
+    kept, dropped = ops.route(q, q, (1, 1, 64), 16, None, 2, 1)
+    lists = torch.cat([kept, dropped], dim=-1)
+    assert lists.min() >= 0 and lists.max() < 4
+    assert all(len(set(row)) == 3 for row in lists.flatten(0, 2).tolist())
+
+
+def test_text_around_the_visual_tokens_is_not_read():
+    order = TokenOrder(TokenGrid(1, 5, 9, text=7, text_first=True, reference=4), 16)
+    q, k = inputs("random", order.grid.tokens, torch.float32)
+    wanted = route(q, k, order, 1, 1, "portable")
+    for x in (q, k):
+        x[:, :, :7] = torch.nan
+        x[:, :, 7 + 45 :] = torch.nan
+    for got, expected in zip(route(q, k, order, 1, 1, "triton"), wanted, strict=True):
+        assert torch.equal(got, expected)
+
+
+def branch(q, k, v, exact, weight, bias, feature_map):
+    state, total = ops.state(k, v, feature_map)
+    return ops.apply(q, exact, state @ weight.mT, total, bias, feature_map)
+
+
+@pytest.mark.parametrize("feature_map", ["softmax", "elu", "relu"])
+def test_linear_branch_over_several_splits(monkeypatch, feature_map):
+    """Splits of 64 tokens, the last one ragged: value and all gradients against fp64."""
+    from dit_accel.kernels.sla import triton_configs
+
+    monkeypatch.setattr(triton_configs, "SPLIT", 64)
+    torch.manual_seed(0)
+    leaves = [torch.randn(1, 150, 1, 20).transpose(1, 2) for _ in range(4)] + [torch.randn(20, 20), torch.randn(20)]
+    gradient = torch.randn_like(leaves[0])
+
+    def results(function, dtype, device):
+        tensors = [x.detach().to(dtype).to(device).requires_grad_() for x in leaves]
+        out = function(*tensors)
+        gradients = torch.autograd.grad(out, tensors, gradient.to(out))
+        return [x.detach().cpu() for x in (out, *gradients)]
+
+    def plain(q, k, v, exact, weight, bias):
+        return exact + linear_all(q, k, v, feature_map, weight) + bias
+
+    got = results(lambda *x: branch(*x, feature_map), torch.float32, DEVICE)
+    exact = results(plain, torch.float64, "cpu")
+    names = ("out", "dq", "dk", "dv", "dexact", "dweight", "dbias")
+    for name, *values in zip(names, got, results(plain, torch.float32, "cpu"), exact, strict=True):
+        # both sums have as many terms, in another order: one rounding more for the splits
+        assert_accurate(name, *values, magnitude=2 * values[-1].abs())
+
+
+def test_ten_runs_are_bit_equal():
+    q, k = inputs("random", 70, torch.float32)
+    arguments = {"critical": 1, "block": 16, "weight": torch.randn(24, 24, device=DEVICE), "impl": "triton"}
+    leaves = [x.requires_grad_() for x in (q, k, k.clone().detach())]
+    first = None
+    for _ in range(10 if NATIVE else 2):
+        out = sparse_linear_attention(*leaves, **arguments)
+        results = out, *torch.autograd.grad(out.square().sum(), leaves)
+        first = first or results
+        assert all(torch.equal(a, b) for a, b in zip(first, results, strict=True))
+    assert out.transpose(1, 2).is_contiguous()
+
+
+def test_ops_are_registered_properly():
+    q, k = inputs("random", 20, torch.float32, heads=1, dim=16)
+    torch.library.opcheck(ops.route, (q, k, (1, 4, 5), 16, None, 1, 1))
+    q, k, v, exact = (x.detach().requires_grad_() for x in (q, k, k.clone(), q.clone()))
+    torch.library.opcheck(ops.state, (k, v, "elu"))
+    table, total, bias = (torch.rand(size, device=DEVICE) for size in ((1, 1, 16, 16), (1, 1, 16), (16,)))
+    rest = (x.requires_grad_() for x in (table, total, bias))
+    torch.library.opcheck(ops.apply, (q, exact, *rest, "elu"))
+
+
+def test_compiles_whole():
+    q, k = inputs("random", 40, torch.float32, heads=1, dim=16)
+    weight = torch.randn(16, 16, device=DEVICE)
+
+    def attend(q, k):
+        return sparse_linear_attention(q, k, k, critical=1, block=16, weight=weight, impl="triton")
+
+    compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(q, k), attend(q, k))
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"block": 24}, "blocks of 16, 32, 64 or 128 tokens, not 24"),
+        ({"dim": 160}, "head dimensions up to 128, not 160"),
+        ({"dtype": torch.float64}, "not float64"),
+    ],
+)
+def test_what_the_kernels_cannot_do_is_refused(settings, message):
+    dim, dtype = settings.get("dim", 16), settings.get("dtype", torch.float32)
+    q = torch.zeros(1, 1, 48, dim, dtype=dtype, device=DEVICE)
+    weight = torch.zeros(dim, dim, device=DEVICE)
+    with pytest.raises(DitAccelError, match=message):
+        sparse_linear_attention(q, q, q, critical=1, block=settings.get("block", 16), weight=weight, impl="triton")
+
+
+@pytest.mark.skipif(NATIVE, reason="bfloat16 is native")
+def test_the_interpreter_refuses_bfloat16():
+    q = torch.zeros(1, 1, 16, 16, dtype=torch.bfloat16)
+    with pytest.raises(DitAccelError, match="no bfloat16"):
+        sparse_linear_attention(q, q, q, critical=1, block=16, impl="triton")
