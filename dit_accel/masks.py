@@ -20,6 +20,7 @@ from dit_accel.order import TokenOrder
 HEADER = 8  # words a term takes at the head of the packed tables
 ROWS = 4096  # queries whose key counts are held at once
 DENSE_AXIS = 1024  # an axis up to this long keeps its table of prefix counts
+CORNER_ROWS = 64  # query blocks whose pairs are counted together
 SMALL_FRAME = 2**15  # the pairs of two frames of fewer tokens are counted in 32 bits
 
 
@@ -348,21 +349,27 @@ def raster_pairs(term: Product | Band, query: TokenOrder, key: TokenOrder) -> to
 
     A block may start and end anywhere in a frame. F(X, Y), the pairs with query < X and key < Y, splits into pairs of
     whole frames, the cut query frame with whole key frames, whole query frames with the cut key frame, and the two
-    cut frames; the first three have rank T + 1 and are summed by two matrix products (float64, exact below 2**53).
+    cut frames. The first three change only where a block crosses into another frame, so most blocks need the last one
+    alone.
     """
     frames, height, width = term.shape
     n = height * width
     every, whole = torch.arange(frames), torch.full((frames,), n)
-    total = prefix_sums(prefix_sums(term.frame_prefix(every, whole, every, whole), 0), 1)  # [T+1, T+1]
+    total = prefix_sums(prefix_sums(term.frame_prefix(every, whole, every, whole).long(), 0), 1)  # [T+1, T+1]
     (t, x), (s, y) = (divmod_(edges_of(frames * n, order.block), n) for order in (query, key))
-    cut_query = prefix_sums(term.frame_prefix(t, x, every, whole), 1)  # [edges_q, T+1]
-    cut_key = prefix_sums(term.frame_prefix(every, whole, s, y), 0)  # [T+1, edges_k]
-    at_t = torch.nn.functional.one_hot(t, frames + 1).double().diff(dim=0)
-    at_s = torch.nn.functional.one_hot(s, frames + 1).double().diff(dim=0)
-    by_key_frame = (total[t] + cut_query).double().diff(dim=0)  # [blocks_q, T+1]
-    counts = by_key_frame @ at_s.T + at_t @ cut_key.double().diff(dim=1)
-    corners = term.frame_prefix(t, x, s, y).to(torch.int32)
-    return counts.round().to(torch.int32) + corners.diff(dim=0).diff(dim=1)
+    # a few rows at a time, which stay in the processor's cache
+    chunks = zip(t.split(CORNER_ROWS), x.split(CORNER_ROWS), strict=True)
+    corners = torch.cat([term.frame_prefix(*chunk, s, y).to(torch.int32) for chunk in chunks])
+    counts = corners.diff(dim=0).diff(dim=1)
+
+    cut_query = prefix_sums(term.frame_prefix(t, x, every, whole).long(), 1)  # [edges_q, T+1]
+    cut_key = prefix_sums(term.frame_prefix(every, whole, s, y).long(), 0)  # [T+1, edges_k]
+    by_frame = (total[t] + cut_query).diff(dim=0)  # [blocks_q, T+1]: pairs with the key frames before
+    columns, rows = (edge.diff().nonzero()[:, 0] for edge in (s, t))
+    counts[:, columns] += (by_frame[:, s[columns + 1]] - by_frame[:, s[columns]]).to(torch.int32)
+    by_frame = cut_key.diff(dim=1)  # [T+1, blocks_k]
+    counts[rows] += (by_frame[t[rows + 1]] - by_frame[t[rows]]).to(torch.int32)
+    return counts
 
 
 def prefix_sums(values: torch.Tensor, dim: int) -> torch.Tensor:

@@ -38,7 +38,7 @@ def choose_tiles(mask: Mask, grid: TokenGrid, block_q: int, block_k: int) -> tup
 
 
 def tile_shapes(block: int, shape: Tile) -> list[Tile]:
-    """Tiles of `block` tokens, no longer along an axis of the grid than it takes to cover it, where that is possible."""
+    """Tiles of `block` tokens, no longer along an axis of the grid than it takes to cover it, where possible."""
     divisors = [size for size in range(1, block + 1) if block % size == 0]
     longest = [next((size for size in divisors if size >= length), block) for length in shape]
     heads = [(t, h) for t in divisors for h in divisors if block % (t * h) == 0]

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 
 from dit_accel import blocks
 from dit_accel.blocks import BlockMask
 from dit_accel.errors import DitAccelError
-from dit_accel.kernels.block_sparse.api import block_sparse_attention
+from dit_accel.kernels.block_sparse.api import Impl, block_sparse_attention
 from dit_accel.masks import Mask
 from dit_accel.order import TokenOrder
 from dit_accel.planner import Tile, choose_tiles
@@ -74,7 +74,7 @@ class Plan:
         *,
         scale: float | None = None,
         text_lens: torch.Tensor | None = None,
-        impl: str = "auto",
+        impl: Impl = "auto",
         module: torch.nn.Module | None = None,
     ) -> torch.Tensor:
         """The method's attention on this grid; see `attention`. `module` holds a layer's learned weights."""
@@ -132,7 +132,7 @@ class StaticPlan(Plan):
         *,
         scale: float | None = None,
         text_lens: torch.Tensor | None = None,
-        impl: str = "auto",
+        impl: Impl = "auto",
         module: torch.nn.Module | None = None,
     ) -> torch.Tensor:
         lists, tables = self.lists(q.device)
@@ -152,7 +152,7 @@ class MaskPlan(StaticPlan):
         self.mask, self.order = mask, order
 
     @functools.cached_property
-    def pairs(self) -> int:  # type: ignore[override]
+    def pairs(self) -> int:
         around = self.grid.tokens - self.grid.visual
         return self.mask.pairs() + around * (self.grid.tokens + self.grid.visual)
 
@@ -191,8 +191,8 @@ class MaskPlan(StaticPlan):
         else:
             if tile_q is None or tile_k is None:
                 tile_q, tile_k = choose_tiles(self.mask, self.grid, block_q or BLOCK_Q, block_k or BLOCK_K)
-            query_order = TokenOrder(self.grid, block_q or math.prod(tile_q), tuple(tile_q))
-            key_order = TokenOrder(self.grid, block_k or math.prod(tile_k), tuple(tile_k))
+            query_order = TokenOrder(self.grid, block_q or math.prod(tile_q), tile_q)
+            key_order = TokenOrder(self.grid, block_k or math.prod(tile_k), tile_k)
         return blocks.from_mask(self.mask, query_order, key_order)
 
     def token_mask(self) -> torch.Tensor:
@@ -216,7 +216,7 @@ class BlockPlan(StaticPlan):
         self._mask = blocks.from_map(visited, order, order)
 
     @functools.cached_property
-    def pairs(self) -> int:  # type: ignore[override]
+    def pairs(self) -> int:
         order = self._mask.query_order
         valid = blocks.valid_tokens(order).long()
         visual = self._mask.dense()[: order.visual_blocks, : order.visual_blocks].long()
@@ -271,7 +271,7 @@ def attention(
     plan: Plan,
     scale: float | None = None,
     text_lens: torch.Tensor | None = None,
-    impl: str = "auto",
+    impl: Impl = "auto",
 ) -> torch.Tensor:
     """Attention as `plan` says, differentiable in q, k and v.
 
@@ -306,7 +306,7 @@ def run_blocks(
     *,
     scale: float | None,
     text_lens: torch.Tensor | None,
-    impl: str,
+    impl: Impl,
 ) -> torch.Tensor:
     """Call the block-sparse kernel with a grid's own order of tokens."""
     query_order, key_order = lists.query_order, lists.key_order
@@ -315,7 +315,7 @@ def run_blocks(
     def per_sample(start: int) -> torch.Tensor:
         return torch.full((batch,), start, dtype=torch.int32, device=q.device)
 
-    return block_sparse_attention(
+    out = block_sparse_attention(
         q,
         k,
         v,
@@ -337,6 +337,7 @@ def run_blocks(
         scale=scale,
         impl=impl,
     )
+    return cast(torch.Tensor, out)
 
 
 def check_token_mask(grid: TokenGrid) -> None:

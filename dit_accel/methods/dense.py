@@ -7,6 +7,7 @@ from typing import ClassVar
 
 import torch
 
+from dit_accel.kernels.block_sparse.api import Impl
 from dit_accel.masks import AxisTable, Mask, Product
 from dit_accel.plans import MaskPlan
 from dit_accel.registry import Method
@@ -31,7 +32,7 @@ class DensePlan(MaskPlan):
         *,
         scale: float | None = None,
         text_lens: torch.Tensor | None = None,
-        impl: str = "auto",
+        impl: Impl = "auto",
         module: torch.nn.Module | None = None,
     ) -> torch.Tensor:
         if impl != "auto" or text_lens is not None:
