@@ -41,7 +41,8 @@ class Build:
         constants: its compile-time constants.
         pointers: types of arguments that are not "i32"; "data" stands for a pointer to the dtype.
         warps, stages: launch settings.
-        needs: shared memory that the launcher's rule reckons with, by bytes an element.
+        needs: bytes of shared memory that the launcher's rule reckons with.
+        dots: whether the kernel multiplies matrices.
     """
 
     kernel: str
@@ -51,6 +52,7 @@ class Build:
     warps: int
     stages: int
     needs: int
+    dots: bool = True
 
     @property
     def config(self) -> dict[str, Any]:
@@ -62,10 +64,10 @@ class Build:
 CONFIG_KEYS = ("BLOCK_Q", "BLOCK_K", "D", "TILE_QT", "TILE_KT", "STEP_Q", "HAS_TABLES")
 
 
-def all_builds() -> Iterator[Build]:
-    """The builds of every kernel folder that has Triton kernels."""
+def all_builds(arch: int) -> Iterator[Build]:
+    """What each kernel folder with Triton kernels would launch on an architecture, such as 90."""
     for folder in sorted(pathlib.Path(__file__).parent.glob("*/triton_builds.py")):
-        yield from importlib.import_module(f"dit_accel.kernels.{folder.parent.name}.triton_builds").builds()
+        yield from importlib.import_module(f"dit_accel.kernels.{folder.parent.name}.triton_builds").builds(arch)
 
 
 def compile_build(build: Build, arch: int, dtype: str) -> dict[str, Any]:
@@ -116,15 +118,15 @@ def resource_usage(cubin: bytes) -> dict[str, int]:
     return {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", said)}
 
 
-def complaint(row: dict[str, Any], limit: int) -> str | None:
+def complaint(row: dict[str, Any], limit: int, dots: bool = True) -> str | None:
     """Why a row fails the check, or None."""
     if row["shared_bytes"] > limit:
         return f"needs {row['shared_bytes']} bytes of shared memory, {row['arch']} has {limit}"
     if row["kernel"].endswith("forward") and row["spill_bytes"]:
         return f"spills {row['spill_bytes']} bytes"
-    if not MATRIX & set(row["instructions"]):
+    if dots and not MATRIX & set(row["instructions"]):
         return "has no matrix instructions"
-    if row["arch"] == "sm_90" and "wgmma.mma_async" not in row["instructions"]:
+    if dots and row["arch"] == "sm_90" and "wgmma.mma_async" not in row["instructions"]:
         return "has no wgmma"
     return None
 
@@ -139,24 +141,24 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=DTYPES)
     options = parser.parse_args(arguments)
     jobs, failures = [], 0
-    for build in all_builds():
-        if options.kernel and build.kernel not in options.kernel:
-            continue
-        for arch in options.arch:
-            for dtype in options.dtype:
-                if build.needs > SHARED_BYTES[arch]:
-                    reason = f"the shared-memory rule: {build.needs} bytes of {SHARED_BYTES[arch]}"
-                    row = {"kernel": build.kernel, "arch": f"sm_{arch}", "dtype": dtype, "config": build.config}
-                    print(json.dumps({**row, "left_out": reason}))
-                    continue
-                jobs.append((build, arch, dtype))
+    for arch in options.arch:
+        for build in all_builds(arch):
+            if options.kernel and build.kernel not in options.kernel:
+                continue
+            if build.needs > SHARED_BYTES[arch]:
+                reason = f"the shared-memory rule: {build.needs} bytes of {SHARED_BYTES[arch]}"
+                row = {"kernel": build.kernel, "arch": f"sm_{arch}", "config": build.config, "left_out": reason}
+                print(json.dumps(row))
+                continue
+            jobs += [(build, arch, dtype) for dtype in options.dtype]
     with concurrent.futures.ProcessPoolExecutor(os.cpu_count()) as pool:
-        for row in pool.map(compile_build, *zip(*jobs, strict=True), chunksize=4):
+        rows = pool.map(compile_build, *zip(*jobs, strict=True), chunksize=4)
+        for (build, arch, dtype), row in zip(jobs, rows, strict=True):
             print(json.dumps(row), flush=True)
-            trouble = complaint(row, SHARED_BYTES[int(row["arch"][3:])])
+            trouble = complaint(row, SHARED_BYTES[arch], build.dots)
             if trouble:
                 failures += 1
-                print(f"{row['kernel']} {row['arch']} {row['dtype']} {row['config']}: {trouble}", file=sys.stderr)
+                print(f"{build.kernel} sm_{arch} {dtype} {build.config}: {trouble}", file=sys.stderr)
     print(f"{len(jobs)} builds, {failures} failed", file=sys.stderr)
     return int(failures > 0)
 

@@ -222,6 +222,12 @@ def _tuned(kernel: str) -> Any:
         major, minor = torch.cuda.get_device_capability(named["q"].device)
         sizes = constants["BLOCK_Q"], constants["BLOCK_K"], constants["BLOCK_D"]
         kept = fitting(kernel, *sizes, named["q"].element_size(), 10 * major + minor)
+        if not kept:
+            raise DitAccelError(
+                f"The {kernel} kernel for blocks of {sizes[0]} x {sizes[1]} and head dimension {constants['D']} needs "
+                f"more shared memory than compute capability {major}.{minor} has; plan smaller blocks, or use "
+                "impl='portable'."
+            )
         return [
             configs.get(launch)
             or triton.Config(_step(kernel, launch), num_warps=launch.warps, num_stages=launch.stages)

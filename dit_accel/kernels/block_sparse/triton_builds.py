@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from dit_accel.kernels.ahead_of_time import Build
-from dit_accel.kernels.block_sparse.triton_configs import BLOCKS, HEAD_DIMS, KERNELS, launches, shared_bytes
+from dit_accel.kernels.block_sparse.triton_configs import BLOCKS, HEAD_DIMS, KERNELS, fitting, launches, shared_bytes
 
 FUNCTIONS = {
     "forward": "triton_forward:block_sparse_fwd_kernel",
@@ -26,12 +26,14 @@ POINTERS = (
 )
 
 
-def builds() -> Iterator[Build]:
+def builds(arch: int) -> Iterator[Build]:
     """Each kernel, block size, head dimension and launch; with tables in tile order, one size also in raster order."""
     for kernel in KERNELS:
         for block_q, block_k in BLOCKS:
             for head_dim in HEAD_DIMS:
-                for launch in launches(kernel, block_q, block_k, head_dim):
+                sizes = (kernel, block_q, block_k, head_dim)
+                smallest = list(launches(*sizes))[-1:]  # shown as left out where not even this one fits
+                for launch in fitting(*sizes, itemsize=2, capability=arch) or smallest:
                     # raster order differs in address arithmetic alone: one size stands for all
                     for tiled in (True, False) if (block_q, block_k, head_dim) == (128, 64, 128) else (True,):
                         tiles = (TILES[block_q], TILES[block_k]) if tiled else (RASTER, RASTER)
@@ -54,5 +56,5 @@ def builds() -> Iterator[Build]:
                             pointers=POINTERS,
                             warps=launch.warps,
                             stages=launch.stages,
-                            needs=shared_bytes(kernel, launch, block_q, block_k, head_dim, itemsize=2),
+                            needs=shared_bytes(kernel, launch, *sizes[1:], itemsize=2),
                         )

@@ -41,17 +41,17 @@ def unsupported(dtype: torch.dtype, head_dim: int, block_q: int, block_k: int) -
 
 
 def launches(kernel: str, block_q: int, block_k: int, block_d: int) -> Iterator[Launch]:
-    """Candidates for a kernel: few, so that tuning and ahead-of-time compilation stay short.
+    """Candidates for a kernel, best first.
 
     An fp32 accumulator of block_q x block_d lives in registers, beside the scores and their weights: 8 warps from
-    128 x 128 on (4 spill), 4 below. The forward loop hides a tile's latency behind two or three in flight, of which
-    not every GPU has the shared memory; the backward loops hold twice as many operands and take two.
+    128 x 128 on (4 spill), 4 below. A loop hides a tile's latency behind as many in flight as shared memory holds.
     """
     if kernel == "dkdv":
-        yield Launch(8 if block_k * block_d > 64 * 64 else 4, 2, min(block_q, 64))
+        warps = 8 if block_k * block_d > 64 * 64 else 4
+        yield from (Launch(warps, stages, min(block_q, 64)) for stages in (2, 1))
         return
     warps = 8 if block_q * max(block_d, block_k) >= 128 * 128 else 4
-    yield from (Launch(warps, stages) for stages in ((3, 2) if kernel == "forward" else (2,)))
+    yield from (Launch(warps, stages) for stages in ((3, 2, 1) if kernel == "forward" else (2, 1)))
 
 
 def shared_bytes(kernel: str, launch: Launch, block_q: int, block_k: int, block_d: int, itemsize: int) -> int:
@@ -64,8 +64,15 @@ def shared_bytes(kernel: str, launch: Launch, block_q: int, block_k: int, block_
 
 
 def fitting(kernel: str, block_q: int, block_k: int, block_d: int, itemsize: int, capability: int) -> list[Launch]:
-    """The candidates that a compute capability (90 for 9.0) has the shared memory for; the smallest if none."""
+    """The candidates that are tried on a compute capability (90 for 9.0): the best that its shared memory holds.
+
+    Two for the forward kernel and one for the others, so that tuning and ahead-of-time compilation stay short. Empty if
+    none fits.
+    """
     limit = SHARED_BYTES.get(capability, min(SHARED_BYTES.values()))
-    found = list(launches(kernel, block_q, block_k, block_d))
-    fit = [x for x in found if shared_bytes(kernel, x, block_q, block_k, block_d, itemsize) <= limit]
-    return fit or found[-1:]
+    fit = [
+        launch
+        for launch in launches(kernel, block_q, block_k, block_d)
+        if shared_bytes(kernel, launch, block_q, block_k, block_d, itemsize) <= limit
+    ]
+    return fit[: 2 if kernel == "forward" else 1]

@@ -1,0 +1,83 @@
+"""Ahead-of-time compilation: the declared builds are the launcher's, and a row says what the compiler made."""
+
+import json
+import os
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from dit_accel.kernels import ahead_of_time
+from dit_accel.kernels.block_sparse import triton_configs
+
+native = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter replaces what would be compiled"
+)
+
+
+@pytest.mark.parametrize("arch", ahead_of_time.ARCHS)
+def test_the_builds_are_the_launchers_own_table(arch):
+    limit = triton_configs.SHARED_BYTES[arch]
+    names = ("BLOCK_Q", "BLOCK_K", "D", "STEP_Q")
+    declared = {
+        (build.kernel, *(dict(build.constants)[name] for name in names), build.warps, build.stages)
+        for build in ahead_of_time.all_builds(arch)
+        if build.kernel.startswith("block_sparse_") and build.needs <= limit
+    }
+    launched = {
+        (f"block_sparse_{kernel}", *blocks, dim, launch.step_q, launch.warps, launch.stages)
+        for kernel in triton_configs.KERNELS
+        for blocks in triton_configs.BLOCKS
+        for dim in triton_configs.HEAD_DIMS
+        for launch in triton_configs.fitting(kernel, *blocks, dim, 2, arch)
+    }
+    assert declared == launched
+
+
+@pytest.mark.parametrize("capability", ahead_of_time.ARCHS)
+def test_default_blocks_fit_everywhere(capability):
+    for kernel in triton_configs.KERNELS:
+        for blocks in ((64, 64), (128, 64)):
+            for dim in triton_configs.HEAD_DIMS:
+                assert triton_configs.fitting(kernel, *blocks, dim, 2, capability)
+
+
+@native
+def test_a_row_says_what_the_compiler_made():
+    build = next(b for b in ahead_of_time.all_builds(90) if b.kernel == "block_sparse_forward")
+    row = ahead_of_time.compile_build(build, 90, "bf16")
+    assert set(row) == {
+        "kernel", "arch", "dtype", "config", "registers", "spill_bytes", "shared_bytes", "instructions",
+    }  # fmt: skip
+    assert (row["arch"], row["dtype"], row["spill_bytes"]) == ("sm_90", "bf16", 0)
+    assert "wgmma.mma_async" in row["instructions"]
+    assert 0 < row["shared_bytes"] <= triton_configs.SHARED_BYTES[90]
+    assert ahead_of_time.complaint(row, triton_configs.SHARED_BYTES[90]) is None
+    json.dumps(row)
+
+
+def test_complaints():
+    row = {"kernel": "x_forward", "arch": "sm_90", "spill_bytes": 0, "shared_bytes": 9}
+    good = row | {"instructions": ["wgmma.mma_async"]}
+    assert ahead_of_time.complaint(good, 9) is None
+    assert "spills 8" in ahead_of_time.complaint(good | {"spill_bytes": 8}, 9)
+    assert ahead_of_time.complaint(good | {"spill_bytes": 8, "kernel": "x_dq"}, 9) is None
+    assert "shared memory" in ahead_of_time.complaint(good, 8)
+    assert "matrix" in ahead_of_time.complaint(row | {"instructions": ["cp.async"]}, 9)
+    assert "wgmma" in ahead_of_time.complaint(row | {"instructions": ["mma.sync"]}, 9)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "dim", "blocks", "words"),
+    [
+        (torch.float64, 64, (64, 64), "float64"),
+        (torch.float16, 320, (64, 64), "320"),
+        (torch.float16, 64, (96, 64), "query blocks"),
+        (torch.float16, 64, (64, 256), "key blocks"),
+        (torch.bfloat16, 40, (16, 128), None),
+    ],
+)
+def test_limits_are_said(dtype, dim, blocks, words):
+    reason = triton_configs.unsupported(dtype, dim, *blocks)
+    assert reason is None if words is None else words in reason
