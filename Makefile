@@ -1,6 +1,6 @@
 # make demo   two videos of one prompt and seed, dense and accelerated, with times and likeness
 # make test   the test suite          make check   lint, types, layout
-# make bench  portable attention against dense on this machine, as JSON rows
+# make bench  the attention methods against dense attention on this machine, as JSON rows
 # make        this list
 # Every target installs what it needs into .venv first, at the versions of constraints.txt.
 
@@ -51,7 +51,7 @@ check: $(INSTALLED)
 	$(BIN)/python -m pytest -q tests/test_layout.py
 
 bench: $(INSTALLED)
-	$(BIN)/python benchmarks/portable.py --output $(OUTPUT)/portable.jsonl
+	$(BIN)/dit-accel bench --output $(OUTPUT)/bench.jsonl
 
 clean:
 	rm -rf $(VENV) $(VENV)-bootstrap build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from dit_accel import __version__
-from dit_accel.cli import env, generate, ls, plan
+from dit_accel.cli import bench, env, generate, ls, plan
 from dit_accel.errors import DitAccelError
 
 USER_ERROR = 2
@@ -23,7 +23,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for verb in (generate.generate, plan.plan, ls.ls, env.env):
+for verb in (generate.generate, bench.bench, plan.plan, ls.ls, env.env):
     app.command()(verb)
 
 

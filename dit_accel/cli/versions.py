@@ -40,6 +40,8 @@ def machine() -> dict[str, object]:
 
     import torch
 
+    from dit_accel.eval.provenance import processor
+
     gpus = []
     for i in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(i)
@@ -47,19 +49,9 @@ def machine() -> dict[str, object]:
         gpus.append({"name": properties.name, "memory": properties.total_memory, "capability": capability})
     return {
         "platform": platform.platform(),
-        "processor": _processor(),
+        "processor": processor(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "torch_threads": torch.get_num_threads(),
         "cuda": torch.version.cuda,
         "gpus": gpus,
     }
-
-
-def _processor() -> str:
-    """The processor's name; /proc/cpuinfo says more than `platform.processor`, where there is one."""
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as lines:
-            names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    except FileNotFoundError:
-        names = []
-    return names[0] if names else platform.processor() or platform.machine()

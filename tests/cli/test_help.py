@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-VERBS = ("generate", "plan", "ls", "env")
+VERBS = ("generate", "bench", "plan", "ls", "env")
 # What the issue tracker promised of `generate`.
 GENERATE = (
     "--model --prompt --method --set --dense-steps --dense-last-steps --dense-layers --steps --seed --frames --height "

@@ -1,0 +1,213 @@
+"""`dit-accel bench`: declared measurements of the attention operators against the best dense attention."""
+
+from __future__ import annotations
+
+import json as json_module
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from dit_accel.cli.options import Json
+from dit_accel.errors import DitAccelError
+
+if TYPE_CHECKING:
+    import torch
+
+    from dit_accel.eval.bench import Outcome
+    from dit_accel.eval.bench_rows import Row, Setting
+
+NOT_MEASURED = 1
+INTERRUPTED = 130
+ROWS_ENDING = (".jsonl",)
+
+Impl = Literal["auto", "reference", "portable", "triton"]
+
+
+def bench(
+    rows: Annotated[
+        str | None, typer.Option(metavar="GLOB", help="Only rows whose name matches, such as '*/gna/0.1/*'.")
+    ] = None,
+    shape: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="Model and size, repeatable. Not given: cpu on a CPU, all others on a GPU."),
+    ] = None,
+    method: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="METHOD[:KEY=VALUE,...]", help="Repeatable; without settings, those for the densities are found."
+        ),
+    ] = None,
+    density: Annotated[list[float] | None, typer.Option(help="Share of pairs kept, repeatable, such as 0.1.")] = None,
+    dtype: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="float32, bfloat16 or float16, repeatable.")
+    ] = None,
+    direction: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="forward, backward or both, repeatable.")
+    ] = None,
+    impl: Annotated[Impl, typer.Option(help="Who computes; a named one runs or is refused.")] = "auto",
+    peer: Annotated[bool, typer.Option("--peer", help="Also time FlexAttention, where it compiles.")] = False,
+    seconds: Annotated[float, typer.Option(min=0, help="Time for each row, at least five rounds.")] = 2.0,
+    device: Annotated[str, typer.Option(help="cuda, cuda:1, cpu, ...; auto: a GPU if there is one.")] = "auto",
+    output: Annotated[
+        Path | None, typer.Option(metavar="FILE.jsonl", help="Each row is added to it as soon as it is measured.")
+    ] = None,
+    picture: Annotated[
+        Path | None, typer.Option(metavar="FILE.png", help="Speed-up against density with the ideal line.")
+    ] = None,
+    read: Annotated[
+        Path | None, typer.Option(metavar="FILE.jsonl", help="Measure nothing: show the rows of this file.")
+    ] = None,
+    list_: Annotated[bool, typer.Option("--list", help="Measure nothing: list the declared rows.")] = False,
+    json: Json = False,
+) -> int:
+    """Time the attention methods against the best dense attention of this machine, after checking their results.
+
+    A row whose results are further from fp64 than plain PyTorch in its dtype explains has no time, and the status is 1.
+
+    Example: dit-accel bench --shape wan-14b-720p --density 0.1 --output rows.jsonl --picture rows.png
+    """
+    _check_files(output, picture, read, nothing_to_draw=list_)
+    if read is not None:
+        from dit_accel.eval.bench_file import read as read_rows
+
+        _show(read_rows(read), picture, json=json)
+        return 0
+
+    from dit_accel.eval import bench_rows
+
+    settings = None if method is None else [_setting(text) for text in method]
+    chosen_device = None if list_ else _device(device)
+    if shape is None and rows is None and chosen_device is not None:
+        on_gpu = chosen_device.type == "cuda"
+        shape = [name for name in bench_rows.SHAPES if (name != bench_rows.CPU.name) == on_gpu]
+    chosen = bench_rows.select(shape, settings, density, dtype, direction, rows or "*")
+    if chosen_device is None:
+        _list(chosen, json=json)
+        return 0
+    return _measure(chosen, chosen_device, impl, seconds, output, picture, peer=peer, json=json)
+
+
+def _check_files(output: Path | None, picture: Path | None, read: Path | None, *, nothing_to_draw: bool) -> None:
+    from dit_accel.cli.output import IMAGE_ENDINGS, check_output
+
+    if read is not None and (output is not None or nothing_to_draw):
+        raise DitAccelError("--read measures nothing, so it goes with neither --output nor --list.")
+    if picture is not None:
+        from dit_accel.eval.bench_picture import check_matplotlib
+
+        if nothing_to_draw:
+            raise DitAccelError("--list measures nothing, so there is no --picture to draw; leave one of them out.")
+        check_output(picture, IMAGE_ENDINGS, option="--picture")
+        check_matplotlib()
+    if output is not None:
+        check_output(output, ROWS_ENDING)
+        if output.exists():  # rows are only ever added to a file of rows
+            from dit_accel.eval.bench_file import read as read_rows
+
+            read_rows(output)
+
+
+def _setting(text: str) -> Setting:
+    """A method without settings is asked for densities; with settings it is what they make it."""
+    from dit_accel import registry
+    from dit_accel.eval.bench_rows import Setting
+
+    name, config = registry.parse_method(text)
+    if config:
+        registry.make_config(name, config)
+    return Setting(name, None, config or None)
+
+
+def _device(device: str) -> torch.device:
+    from dit_accel.cli.pipeline import placement
+
+    return placement(device, "float32", "none")[0]
+
+
+def _measure(
+    rows: Sequence[Row],
+    device: torch.device,
+    impl: Impl,
+    seconds: float,
+    output: Path | None,
+    picture: Path | None,
+    *,
+    peer: bool,
+    json: bool,
+) -> int:
+    """Measure and report; the status is 1 if a row that can be had was not measured."""
+    from dit_accel.eval.bench import Bench
+    from dit_accel.eval.bench_file import append
+
+    outcomes: list[Outcome] = []
+    try:
+        for number, outcome in enumerate(Bench(device, impl, seconds, peer).run(rows), 1):
+            if outcome.record is not None and output is not None:
+                append(output, outcome.record)
+            typer.echo(f"{number}/{len(rows)} {outcome.row.name}: {_remark(outcome)}", err=True)
+            outcomes.append(outcome)
+    except KeyboardInterrupt:
+        kept = f"; what was measured is in {output}" if output is not None else ""
+        typer.echo(f"dit-accel: interrupted after {len(outcomes)} of {len(rows)} rows{kept}.", err=True)
+        return INTERRUPTED
+    refused = [outcome for outcome in outcomes if outcome.status == "refused"]
+    if len(refused) == len(outcomes):
+        raise DitAccelError(f"No row could be measured. {refused[0].row.name}: {refused[0].reason}")
+    _show([outcome.record for outcome in outcomes if outcome.record is not None], picture, json=json)
+    red = [outcome for outcome in outcomes if outcome.status == "red"]
+    if red:
+        typer.echo(f"{len(red)} of {len(rows)} rows were not timed, because their results are not exact.", err=True)
+    return NOT_MEASURED if red or refused else 0
+
+
+def _remark(outcome: Outcome) -> str:
+    record = outcome.record
+    if record is None:
+        return f"{outcome.status}: {outcome.reason}"
+    return f"{record['ms_p50']:.3f} ms, {record['speedup']:.2f} times as fast as {record['baseline']}"
+
+
+def _show(records: list[dict[str, Any]], picture: Path | None, *, json: bool) -> None:
+    if picture is not None and records:
+        from dit_accel.cli.output import staged
+        from dit_accel.eval.bench_picture import draw
+
+        with staged(picture) as stage:
+            draw(records, stage / picture.name)
+    if json:
+        typer.echo("\n".join(json_module.dumps(record) for record in records))
+    elif records:
+        _print_table(records)
+
+
+def _list(rows: Sequence[Row], *, json: bool) -> None:
+    if json:
+        typer.echo("\n".join(json_module.dumps(row.as_dict()) for row in rows))
+    else:
+        typer.echo("\n".join(row.name for row in rows))
+
+
+def _print_table(records: list[dict[str, Any]]) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    places = sorted({record["gpu"] or record["cpu"] for record in records})
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, title=", ".join(places))
+    table.caption = "density: pairs kept; TFLOP/s: on kept pairs; error: largest, against fp64"
+    table.add_column("row", no_wrap=True)
+    for column in ("density", "ms", "dense ms", "speed-up", "TFLOP/s", "error"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for record in records:
+        table.add_row(
+            "{op} {shape}\n  {dtype} {direction} {impl}".format(**record),
+            f"{record['density']:.4f}",
+            f"{record['ms_p50']:.2f}",
+            f"{record['baseline_ms_p50']:.2f}",
+            f"{record['speedup']:.2f}",
+            f"{record['tflops_kept']:.3g}",
+            f"{record['max_error']:.1e}",
+        )
+    Console().print(table)

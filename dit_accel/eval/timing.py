@@ -1,0 +1,67 @@
+"""Times of calls that are compared: taken in turn, so that whatever else the machine does meets all of them."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+
+import torch
+
+LEAST = 5  # times of each call, whatever the budget
+LEVEL_2 = 256 << 20  # bytes written between calls on a GPU, more than any of its caches holds
+
+Call = Callable[[], object]
+
+
+def alternate(
+    calls: Mapping[str, Call], seconds: float, device: torch.device, least: int = LEAST
+) -> dict[str, list[float]]:
+    """Milliseconds of each call, in turn until `seconds` have passed, after one round that does not count.
+
+    On a GPU the work is timed by events, between which the caches are emptied; elsewhere by the clock.
+
+    Args:
+        calls: by name.
+        seconds: for all of them together, the first round not included.
+        device: where they run.
+        least: rounds, even if they take longer.
+    """
+    once = _gpu_clock(device) if device.type == "cuda" else _clock
+    taken: dict[str, list[float]] = {name: [] for name in calls}
+    for call in calls.values():
+        once(call)
+    end = time.perf_counter() + seconds
+    rounds = 0
+    while rounds < least or time.perf_counter() < end:
+        for name, call in calls.items():
+            taken[name].append(once(call))
+        rounds += 1
+    return taken
+
+
+def quantiles(times: list[float]) -> dict[str, float]:
+    """20th, 50th and 80th percentile by name."""
+    tenths = statistics.quantiles(times, n=10, method="inclusive")
+    return {"ms_p50": tenths[4], "ms_p20": tenths[1], "ms_p80": tenths[7]}
+
+
+def _clock(call: Call) -> float:
+    began = time.perf_counter()
+    call()
+    return 1000 * (time.perf_counter() - began)
+
+
+def _gpu_clock(device: torch.device) -> Callable[[Call], float]:
+    cache = torch.empty(LEVEL_2, dtype=torch.int8, device=device)
+
+    def once(call: Call) -> float:
+        began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        cache.zero_()
+        began.record()
+        call()
+        ended.record()
+        ended.synchronize()
+        return began.elapsed_time(ended)
+
+    return once

@@ -1,0 +1,195 @@
+"""`dit-accel bench`."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from dit_accel.eval import bench_file, bench_rows
+from dit_accel.eval.bench_rows import Setting, Shape
+
+TINY = Shape(
+    "cpu",
+    (3, 6, 8),
+    heads=2,
+    head_dim=16,
+    settings=(Setting("gna", None, {"window": 3}), Setting("tile", 0.9)),
+    dtypes=("float32",),
+    directions=("forward",),
+)
+FAST = ("--device", "cpu", "--seconds", "0")
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """One shape, so small that all its rows take a moment."""
+    monkeypatch.setattr(bench_rows, "SHAPES", {"cpu": TINY})
+
+
+@pytest.fixture
+def wrong(monkeypatch):
+    """A kernel whose results are not exact."""
+    from dit_accel.kernels.block_sparse import portable
+
+    right = portable.forward
+
+    def forward(*arguments):
+        out, lse = right(*arguments)
+        return out * 1.01, lse
+
+    monkeypatch.setattr(portable, "forward", forward)
+
+
+def test_rows_and_table(cli, tiny, tmp_path):
+    outcome = cli("bench", *FAST, "--output", tmp_path / "rows.jsonl")
+    assert outcome.status == 0, outcome.err
+    assert "speed-up" in outcome.out
+    assert "1/2 cpu/gna:window=3/-/float32/forward: " in outcome.err
+    rows = bench_file.read(tmp_path / "rows.jsonl")
+    assert [row["op"] for row in rows] == ["gna", "tile"]
+
+
+def test_json_is_what_the_file_holds(cli, tiny, tmp_path):
+    outcome = cli("bench", *FAST, "--json", "--rows", "*/gna*", "--output", tmp_path / "rows.jsonl")
+    assert [json.loads(line) for line in outcome.out.splitlines()] == bench_file.read(tmp_path / "rows.jsonl")
+
+
+def test_a_second_run_adds_its_rows(cli, tiny, tmp_path):
+    output = tmp_path / "rows.jsonl"
+    for _ in range(2):
+        assert cli("bench", *FAST, "--method", "gna", "--output", output).status == 0
+    output.write_bytes(output.read_bytes()[:-9])  # as if the second had been cut short
+    cli("bench", *FAST, "--method", "gna", "--output", output)
+    assert len(bench_file.read(output)) == 2
+
+
+def test_options_make_rows_that_are_not_declared(cli, tiny):
+    options = ("--method", "radial:decay=0.3", "--dtype", "bfloat16", "--direction", "both", "--impl", "portable")
+    outcome = cli("bench", *FAST, *options, "--json")
+    assert outcome.status == 0, outcome.err
+    (row,) = map(json.loads, outcome.out.splitlines())
+    assert (row["op"], row["dtype"], row["direction"]) == ("radial", "bfloat16", "both")
+    assert row["config"]["decay"] == 0.3
+
+
+def test_a_red_gate_prints_no_speed(cli, tiny, wrong, tmp_path):
+    outcome = cli("bench", *FAST, "--output", tmp_path / "rows.jsonl")
+    assert outcome.status == 1
+    assert outcome.out == ""
+    assert "red: out: error" in outcome.err
+    assert "times as fast" not in outcome.err
+    assert not (tmp_path / "rows.jsonl").exists()
+
+
+def test_out_of_reach_is_no_failure(cli, tiny):
+    outcome = cli("bench", *FAST, "--method", "tile", "--density", "0.05", "--density", "0.9")
+    assert outcome.status == 0
+    assert "out of reach: tile on 3x6x8 comes no nearer" in outcome.err
+
+
+def test_what_is_refused_beside_measured_rows_fails_the_run(cli, tiny):
+    outcome = cli("bench", *FAST, "--method", "gna:window=4", "--method", "gna:window=3")
+    assert outcome.status == 1
+    assert "refused: gna's window of 4" in outcome.err
+    assert "speed-up" in outcome.out
+
+
+def test_an_interrupted_run_keeps_its_rows(cli, tiny, tmp_path, monkeypatch):
+    from dit_accel.eval.bench import Bench
+
+    def interrupted(bench, rows):
+        yield next(right(bench, rows))
+        raise KeyboardInterrupt
+
+    right = Bench.run
+    monkeypatch.setattr(Bench, "run", interrupted)
+    outcome = cli("bench", *FAST, "--output", tmp_path / "rows.jsonl")
+    assert outcome.status == 130
+    assert "interrupted after 1 of 2 rows; what was measured is in" in outcome.err
+    assert len(bench_file.read(tmp_path / "rows.jsonl")) == 1
+
+
+def test_list(cli):
+    names = cli("bench", "--list").out.split()
+    assert names == [row.name for row in bench_rows.select()]
+    rows = [json.loads(line) for line in cli("bench", "--list", "--json", "--shape", "mochi").out.splitlines()]
+    assert {row["shape"] for row in rows} == {"mochi"}
+    assert {row["tokens"] for row in rows} == {28 * 30 * 53 + 256}
+
+
+def test_list_does_nothing_with_torch(root):
+    program = (
+        "import sys\nfrom dit_accel.cli.app import main\n"
+        "try:\n    main(['bench', '--list'])\nexcept SystemExit:\n    print('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=root, capture_output=True, text=True, check=True)
+    assert done.stdout.endswith("\nFalse\n")
+
+
+def test_picture_and_table_of_a_file(cli, tiny, tmp_path):
+    pytest.importorskip("matplotlib")
+    output, picture = tmp_path / "rows.jsonl", tmp_path / "rows.png"
+    assert cli("bench", *FAST, "--output", output, "--picture", picture).status == 0
+    first = picture.read_bytes()
+    assert first.startswith(b"\x89PNG")
+    outcome = cli("bench", "--read", output, "--picture", picture)
+    assert outcome.status == 0
+    assert "tile" in outcome.out
+    assert picture.read_bytes() == first
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--shape", "moshi"), "Unknown shape 'moshi'. Did you mean 'mochi'?"),
+        (("--method", "gnaa"), "Unknown method 'gnaa'. Did you mean 'gna'?"),
+        (("--method", "gna:windw=3"), "gna has no setting 'windw'. Did you mean 'window'?"),
+        (("--method", "gna:window=99"), "No row could be measured. cpu/gna:window=99/-/float32/forward: gna's window"),
+        (("--density", "0"), "above 0 and at most 1"),
+        (("--density", "5%"), "--density"),
+        (("--dtype", "int8"), "A dtype is one of float32, bfloat16, float16; got 'int8'."),
+        (("--direction", "sideways"), "A direction is one of"),
+        (("--rows", "none/*"), "No declared row matches 'none/*'"),
+        (("--impl", "fast"), "--impl"),
+        (("--seconds", "-1"), "--seconds"),
+        (("--device", "toaster"), "--device toaster cannot be used here"),
+        (("--output", "rows.txt"), "should end in .jsonl"),
+        (("--picture", "rows.jpg"), "should end in .png"),
+        (("--read", "none.jsonl"), "none.jsonl cannot be read: No such file"),
+        (("--read", "a.jsonl", "--list"), "--read measures nothing"),
+        (("--list", "--picture", "a.png"), "--list measures nothing"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+)
+def test_bad_input(cli, tmp_path, monkeypatch, options, message):
+    monkeypatch.chdir(tmp_path)
+    outcome = cli("bench", *(() if "--shape" in options else ("--shape", "cpu")), *FAST[2:], *options)
+    assert outcome.status == 2, outcome
+    assert outcome.out == ""
+    line = outcome.err.splitlines()[-1]
+    assert line.startswith("dit-accel: error: ")
+    assert message in line
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_rows_are_not_added_to_a_file_of_something_else(cli, tiny, tmp_path):
+    (tmp_path / "notes.jsonl").write_text('{"note": 1}\n')
+    outcome = cli("bench", *FAST, "--output", tmp_path / "notes.jsonl")
+    assert outcome.status == 2
+    assert "is not a row" in outcome.err
+    assert (tmp_path / "notes.jsonl").read_text() == '{"note": 1}\n'
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="Triton runs there")
+def test_triton_runs_or_is_refused(cli, tiny):
+    outcome = cli("bench", *FAST, "--impl", "triton")
+    assert outcome.status == 2
+    assert outcome.err.splitlines()[-1].startswith("dit-accel: error: No row could be measured.")
+
+
+def test_help(cli):
+    outcome = cli("bench", "--help")
+    assert outcome.status == 0
+    assert "dit-accel bench" in outcome.out
