@@ -203,6 +203,12 @@ TRITON_CASES = {
     "fp16": Case(TINY, SHORT, dtype=torch.float16, dim=32, **ONE),
     "fp16-elu-x16": Case(TINY, {**SHORT, "feature_map": "elu"}, dtype=torch.float16, size=16.0, dim=16, **ONE),
     "fp16-x16": Case(TINY, SHORT, dtype=torch.float16, size=16.0, dim=32, **ONE),
+    "marginal": Case(TINY, MARGINAL, dim=40, **ONE),
+    "marginal-x16": Case(TokenGrid(1, 7, 15), {**MARGINAL, "topk": 0.2}, size=16.0, dim=16, **ONE),
+    "marginal-text": Case(TINY_TEXT, MARGINAL, dim=16, text_lens=(2, 5), size=4.0, impl="triton"),
+    "marginal-tiles-relu": Case(TINY, {**MARGINAL, "order": "tile", "feature_map": "relu"}, dim=16, **ONE),
+    "fp16-marginal": Case(TINY, MARGINAL, dtype=torch.float16, dim=16, **ONE),
+    "fp16-marginal-elu-x4": Case(TINY, MARGINAL | {"feature_map": "elu"}, dtype=torch.float16, size=4.0, dim=24, **ONE),
     "fp16-text-x4": Case(TINY_TEXT, SHORT, dtype=torch.float16, size=4.0, dim=16, text_lens=(0,), **ONE),
 }
 

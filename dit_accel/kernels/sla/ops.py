@@ -12,6 +12,7 @@ from types import ModuleType
 import torch
 
 from dit_accel.kernels.sla.layout import count_blocks
+from dit_accel.kernels.sla.linear import linear_marginal_backward
 
 
 def _kernels(name: str) -> ModuleType:
@@ -134,3 +135,41 @@ def _differentiate_apply(ctx, gradient):
 
 
 apply.register_autograd(_differentiate_apply, setup_context=_save_apply)
+
+
+@torch.library.custom_op("dit_accel::sla_marginal_triton", mutates_args=())
+def marginal(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    critical: torch.Tensor,
+    skipped: torch.Tensor,
+    grid: Sequence[int],
+    block: int,
+    tile: Sequence[int] | None,
+    feature_map: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `dit_accel.kernels.sla.linear.linear_marginal`, the output in the dtype of q, the denominators in fp32.
+
+    The gradient is that of `dit_accel.kernels.sla.linear.linear_marginal`: plain PyTorch, a few heads at a time.
+    """
+    return _kernels("triton").marginal(q, k, v, critical, skipped, grid, block, tile, feature_map)
+
+
+@marginal.register_fake
+def _(q, k, v, critical, skipped, grid, block, tile, feature_map):
+    return _like(q), q.new_empty((*q.shape[:-1], 1), dtype=torch.float32)
+
+
+def _save_marginal(ctx, inputs, output) -> None:
+    q, k, v, critical, skipped, *ctx.setting = inputs
+    ctx.save_for_backward(q, k, v, critical, skipped, *output)
+
+
+def _differentiate_marginal(ctx, gradient, _):
+    *inputs, out, denominator = ctx.saved_tensors
+    gradients = linear_marginal_backward(gradient, *inputs, out.float(), denominator, *ctx.setting)
+    return *gradients, None, None, None, None, None, None
+
+
+marginal.register_autograd(_differentiate_marginal, setup_context=_save_marginal)

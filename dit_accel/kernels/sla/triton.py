@@ -14,6 +14,7 @@ from dit_accel.kernels.sla import triton_configs as configs
 from dit_accel.kernels.sla.layout import count_blocks
 from dit_accel.kernels.sla.triton_linear import apply_kernel, state_kernel
 from dit_accel.kernels.sla.triton_linear_backward import apply_backward_kernel, state_backward_kernel
+from dit_accel.kernels.sla.triton_marginal import marginal_kernel
 from dit_accel.kernels.sla.triton_router import UNIT, block_means_kernel, select_kernel
 
 
@@ -30,14 +31,13 @@ def route(
     batch, heads, _, dim = q.shape
     blocks = count_blocks(grid, block, tile)
     units = triton.cdiv(blocks, UNIT.value)
-    sizes = dict(zip(("TILE_T", "TILE_H", "TILE_W"), tile or (0, 0, 0), strict=True))
     means = []
     for x in map(_rows, (q, k)):
         means.append(x.new_zeros(batch, heads, dim, units * UNIT.value, dtype=torch.float32))
         align = _alignment(x)
         _run(
             block_means_kernel, (blocks, batch * heads), configs.MEANS, x, means[-1],
-            *_strides(align, x), *grid, heads, units, **_head_dim(dim), ALIGN=align, BLOCK=block, **sizes,
+            *_strides(align, x), *grid, heads, units, **_head_dim(dim), ALIGN=align, BLOCK=block, **_tile(tile),
         )  # fmt: skip
     kept, dropped = (q.new_empty(batch, heads, blocks, n, dtype=torch.int32) for n in (critical, skipped))
     width, launch = configs.selection(blocks)
@@ -122,6 +122,34 @@ def apply_backward(
     return dq.transpose(1, 2), dtables.sum(2), dtotals.sum(2), dbiases.sum((0, 1, 2))
 
 
+def marginal(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    critical: torch.Tensor,
+    skipped: torch.Tensor,
+    grid: Sequence[int],
+    block: int,
+    tile: Sequence[int] | None,
+    feature_map: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """See `ops.marginal`."""
+    q, k, v = _rows(q), _rows(k), _rows(v)
+    batch, heads, tokens, dim = q.shape
+    align, blocks = _alignment(q, k, v), critical.shape[2]
+    whole, total = state(k, v, feature_map)
+    out = q.new_empty(batch, tokens, heads, dim)
+    denominators = q.new_empty(batch, heads, tokens, 1, dtype=torch.float32)
+    sizes = _head_dim(dim)
+    _run(
+        marginal_kernel, (blocks, batch * heads), configs.marginal(block, sizes["BLOCK_D"]),
+        q, k, v, *_table(whole, q.dtype), total, critical.contiguous(), skipped.contiguous(), out, denominators,
+        *_strides(align, q, k, v), *grid, heads, tokens, blocks, critical.shape[-1], skipped.shape[-1],
+        **sizes, ALIGN=align, BLOCK=block, **_tile(tile), MAP=feature_map, PRECISION="ieee",
+    )  # fmt: skip
+    return out.transpose(1, 2), denominators
+
+
 def _run(kernel: Any, programs: tuple[int, int], launch: configs.Launch, *arguments: Any, **constants: Any) -> None:
     first = arguments[0]
     if INTERPRETED:
@@ -149,6 +177,10 @@ def _linear(kernel: str, x: torch.Tensor, feature_map: str) -> tuple[dict[str, A
 
 def _head_dim(dim: int) -> dict[str, int]:
     return {"D": dim, "BLOCK_D": max(16, triton.next_power_of_2(dim))}
+
+
+def _tile(tile: Sequence[int] | None) -> dict[str, int]:
+    return dict(zip(("TILE_T", "TILE_H", "TILE_W"), tile or (0, 0, 0), strict=True))
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:

@@ -25,8 +25,6 @@ def unsupported(dtype: torch.dtype, head_dim: int, block: int, blocks: int, line
         return obstacle
     if blocks > MAX_BLOCKS:
         return f"the router's kernel takes at most {MAX_BLOCKS} visual blocks, not {blocks}"
-    if linear_scope == "marginal":
-        return "the linear branch over marginal blocks has no Triton kernel"
     if linear_scope is not None and head_dim > HEAD_DIMS[-1]:
         return f"the kernels of the linear branch take head dimensions up to {HEAD_DIMS[-1]}, not {head_dim}"
     return None
@@ -71,3 +69,13 @@ def shared_bytes(kernel: str, launch: Launch, block_d: int, itemsize: int) -> in
     if kernel == "state":
         return (2 * launch.stages - 1) * tile
     return block_d * block_d * itemsize + tile
+
+
+def marginal(block: int, block_d: int) -> Launch:
+    """The launch of the kernel over marginal blocks: a block x D accumulator beside the operands' feature maps."""
+    return Launch(rows=block, warps=8 if block * block_d > 64 * 64 else 4, stages=2)
+
+
+def marginal_shared_bytes(block: int, launch: Launch, block_d: int, itemsize: int) -> int:
+    """Shared memory that the kernel over marginal blocks needs at least: queries, and key and value tiles in flight."""
+    return (1 + 2 * launch.stages) * block * block_d * itemsize

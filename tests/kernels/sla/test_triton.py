@@ -13,7 +13,7 @@ from dit_accel.errors import DitAccelError
 from dit_accel.kernels.sla import ops
 from dit_accel.kernels.sla.api import route, sparse_linear_attention
 from dit_accel.kernels.sla.layout import visual_order
-from dit_accel.kernels.sla.linear import linear_all
+from dit_accel.kernels.sla.linear import linear_all, linear_marginal
 from dit_accel.kernels.sla.router import route_blocks
 from dit_accel.order import TokenOrder
 from dit_accel.testing import assert_accurate
@@ -179,3 +179,35 @@ def test_the_interpreter_refuses_bfloat16():
     q = torch.zeros(1, 1, 16, 16, dtype=torch.bfloat16)
     with pytest.raises(DitAccelError, match="no bfloat16"):
         sparse_linear_attention(q, q, q, critical=1, block=16, impl="triton")
+
+
+def marginal_call(size=1.0, hot=1.0, critical=1, skipped=1, dtype=torch.float32):
+    """Arguments of `ops.marginal` over 70 tokens, the first 16 of which have keys `hot` times as large."""
+    torch.manual_seed(0)
+    q, k, v = (size * torch.randn(1, 2, 70, 24) for _ in range(3))
+    q, k = q.abs(), k.abs()
+    k[:, :, :16] *= hot
+    lists = route_blocks(q, k, (1, 1, 70), 16, None, critical, skipped)
+    tensors = [x.to(dtype).to(DEVICE) for x in (q, k, v)] + [x.to(DEVICE) for x in lists]
+    return (*tensors, (1, 1, 70), 16, None, "relu")
+
+
+@pytest.mark.parametrize("hot", [1.0, 1e6])
+def test_huge_critical_keys_do_not_cancel(hot):
+    """What is left beside keys 1e6 times as large is summed by itself, not as a difference."""
+    arguments = marginal_call(hot=hot)
+    out, denominators = (x.cpu() for x in ops.marginal(*arguments))
+    tensors = [x.cpu().double() if x.is_floating_point() else x.cpu() for x in arguments[:5]]
+    exact, sums = linear_marginal(*tensors, *arguments[5:])
+    assert (out - exact).abs().max() < 64 * torch.finfo(torch.float32).eps * exact.abs().max()
+    torch.testing.assert_close(denominators.double(), sums, rtol=64 * torch.finfo(torch.float32).eps, atol=0)
+
+
+def test_no_marginal_block_gives_zero():
+    out, _ = ops.marginal(*marginal_call(critical=4, skipped=1))
+    assert (out == 0).all()
+
+
+def test_the_marginal_op_is_registered_properly():
+    q, k, v, *rest = marginal_call()
+    torch.library.opcheck(ops.marginal, (*(x.requires_grad_() for x in (q, k, v)), *rest))
