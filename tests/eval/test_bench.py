@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from dit_accel.errors import DitAccelError
-from dit_accel.eval import bench, bench_file, bench_gate, bench_picture, bench_rows, provenance, timing
+from dit_accel.eval import bench, bench_file, bench_gate, bench_peer, bench_picture, bench_rows, provenance, timing
 from dit_accel.eval.bench_rows import Row, Setting, Shape
 from dit_accel.eval.bench_settings import OutOfReach, find_setting
 from dit_accel.plans import plan
@@ -274,6 +274,14 @@ class TestRecords:
         monkeypatch.setattr(bench, "flex_attention", broken)
         record = bench.Bench(CPU, seconds=0, peer=True).measure(row())
         assert record["peer"] == {"name": "flex_attention", "reason": "no compiler"}
+
+    @pytest.mark.parametrize("setting", STATIC)
+    @pytest.mark.parametrize("text_first", [True, False])
+    def test_the_peers_mask_is_the_plans(self, setting, text_first):
+        shape = dataclasses.replace(TINY, text_first=text_first)
+        made = plan(setting.method, shape.grid, **setting.config)
+        tokens = torch.arange(shape.tokens)
+        assert torch.equal(bench_peer.mask_rule(made, CPU)(tokens[:, None], tokens), made.token_mask())
 
     def test_flex_attention_has_no_mask_of_sla(self):
         record = bench.Bench(CPU, seconds=0, peer=True).measure(row(SLA))
