@@ -26,8 +26,8 @@ class Settings:
     height: int
     width: int
     num_frames: int
-    num_inference_steps: int = 20
-    guidance_scale: float = 4.0
+    num_inference_steps: int = 16
+    guidance_scale: float = 5.0
     fps: int = 8
 
     def call(self) -> dict[str, Any]:

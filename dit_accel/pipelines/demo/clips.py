@@ -38,7 +38,8 @@ PARAPHRASES = (
 EDGE = 4.0  # pixels over which a shape's edge fades: one block of the codec
 MARGIN = 2.0  # pixels that stay free between the shape and the frame's border
 MIN_RADIUS, MAX_RADIUS = 9.0, 36.0  # pixels
-MIN_SPEED, MAX_SPEED = 1.75, 6.0  # pixels a frame
+LEAST_TRAVEL = 0.7  # of the way that is free between the borders
+MAX_SPEED = 8.0  # pixels a frame
 
 
 @dataclass(frozen=True)
@@ -108,16 +109,11 @@ def render(shown: list[Scene], frames: int, height: int, width: int, generator: 
 
     steps = max(frames - 1, 1)
     uniform = torch.rand(4, count, generator=generator)
-    least_travel = MIN_SPEED * steps
-    largest = torch.minimum(torch.full((count,), min(height, width) / 3.6), (along - least_travel) / 2 - MARGIN)
-    largest = largest.clamp(MIN_RADIUS * 0.75, MAX_RADIUS)
-    smallest = torch.clamp(largest * 0.6, max=MIN_RADIUS)
+    largest = min(min(height, width) / 4.5, MAX_RADIUS)
+    smallest = min(MIN_RADIUS, 0.6 * largest)
     radius = smallest + (largest - smallest) * uniform[0]
-
     room = along - 2 * (radius + MARGIN)  # what the centre may travel
-    fastest = torch.clamp(room / steps, max=MAX_SPEED)
-    slowest = torch.minimum(torch.full_like(fastest, MIN_SPEED), fastest)
-    speed = slowest + (fastest - slowest) * uniform[1]
+    speed = torch.clamp(room * (LEAST_TRAVEL + (1 - LEAST_TRAVEL) * uniform[1]) / steps, max=MAX_SPEED)
 
     middle = size / 2
     free = size - 2 * (radius + MARGIN)[:, None] - heading.abs() * (speed * steps)[:, None]  # [B, 2]
