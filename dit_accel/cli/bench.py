@@ -53,6 +53,9 @@ def bench(
     output: Annotated[
         Path | None, typer.Option(metavar="FILE.jsonl", help="Each row is added to it as soon as it is measured.")
     ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Leave out rows that --output has from this commit and machine.")
+    ] = False,
     picture: Annotated[
         Path | None, typer.Option(metavar="FILE.png", help="Speed-up against density with the ideal line.")
     ] = None,
@@ -86,6 +89,11 @@ def bench(
     if chosen_device is None:
         _list(chosen, json=json)
         return 0
+    if resume:
+        chosen = _left(chosen, chosen_device, output)
+        if not chosen:
+            typer.echo(f"{output} has all of these rows already.", err=True)
+            return 0
     return _measure(chosen, chosen_device, impl, seconds, output, picture, peer=peer, json=json)
 
 
@@ -124,6 +132,21 @@ def _device(device: str) -> torch.device:
     from dit_accel.cli.pipeline import placement
 
     return placement(device, "float32", "none")[0]
+
+
+def _left(rows: list[Row], device: torch.device, output: Path | None) -> list[Row]:
+    """The rows that the file does not have from this commit and machine."""
+    from dit_accel.eval.bench_file import read
+    from dit_accel.eval.provenance import provenance
+
+    if output is None:
+        raise DitAccelError("--resume goes on where --output FILE.jsonl ends; give both.")
+    if not output.exists():
+        return rows
+    fields = ("git", "gpu", "cpu")
+    here = provenance(device)
+    have = {record["row"] for record in read(output) if all(record[name] == here[name] for name in fields)}
+    return [row for row in rows if row.name not in have]
 
 
 def _measure(

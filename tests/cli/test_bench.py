@@ -111,6 +111,18 @@ def test_an_interrupted_run_keeps_its_rows(cli, tiny, tmp_path, monkeypatch):
     assert len(bench_file.read(tmp_path / "rows.jsonl")) == 1
 
 
+def test_resume_measures_what_is_missing(cli, tiny, tmp_path):
+    output = tmp_path / "rows.jsonl"
+    run = ("bench", *FAST, "--resume", "--output", output)
+    cli(*run, "--method", "tile")
+    assert cli(*run).err.startswith("1/1 cpu/gna:window=3/-/float32/forward: ")
+    assert len(bench_file.read(output)) == 2
+    assert "has all of these rows already" in cli(*run).err
+    other = output.read_text().replace('"git": "', '"git": "other ')
+    output.write_text(other)
+    assert "2/2" in cli(*run).err
+
+
 def test_list(cli):
     names = cli("bench", "--list").out.split()
     assert names == [row.name for row in bench_rows.select()]
@@ -160,6 +172,7 @@ def test_picture_and_table_of_a_file(cli, tiny, tmp_path):
         (("--read", "none.jsonl"), "none.jsonl cannot be read: No such file"),
         (("--read", "a.jsonl", "--list"), "--read measures nothing"),
         (("--list", "--picture", "a.png"), "--list measures nothing"),
+        (("--resume",), "give both"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )
