@@ -21,8 +21,7 @@ def sparse_linear_fused(
     """See `dit_accel.kernels.sla.api.sparse_linear_attention`.
 
     In scope "all" the projection is applied to the D x D state, and the linear branch added to the exact one where it
-    is computed, so that nothing of the size of q is written besides the two results. In scope "marginal" the linear
-    branch runs forward on Triton and backward in plain PyTorch (`dit_accel.kernels.sla.linear`).
+    is computed, so that nothing of the size of q is written besides the two results.
 
     Args:
         critical, skipped: block lists of the router, int32 [B, H, visual_blocks, *].
@@ -36,7 +35,7 @@ def sparse_linear_fused(
             state, total = ops.state(keys, values, setting.feature_map)
             visual = ops.apply(queries, visual, state @ setting.weight.float().mT, total, bias, setting.feature_map)
         else:
-            linear, _ = ops.marginal(
+            linear, *_ = ops.marginal(
                 queries, keys, values, critical, skipped, order.grid.shape, order.block, order.tile, setting.feature_map
             )
             projected = F.linear(linear, setting.weight.to(q.dtype), None if bias is None else bias.to(q.dtype))

@@ -12,7 +12,6 @@ from types import ModuleType
 import torch
 
 from dit_accel.kernels.sla.layout import count_blocks
-from dit_accel.kernels.sla.linear import linear_marginal_backward
 
 
 def _kernels(name: str) -> ModuleType:
@@ -148,27 +147,55 @@ def marginal(
     block: int,
     tile: Sequence[int] | None,
     feature_map: str,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """As `dit_accel.kernels.sla.linear.linear_marginal`, the output in the dtype of q, the denominators in fp32.
 
-    The gradient is that of `dit_accel.kernels.sla.linear.linear_marginal`: plain PyTorch, a few heads at a time.
+    Also returns int32 [B, H, blocks]: 1 for a query block that was summed one by one (see `triton_marginal`).
     """
     return _kernels("triton").marginal(q, k, v, critical, skipped, grid, block, tile, feature_map)
 
 
 @marginal.register_fake
 def _(q, k, v, critical, skipped, grid, block, tile, feature_map):
-    return _like(q), q.new_empty((*q.shape[:-1], 1), dtype=torch.float32)
+    modes = critical.new_empty(critical.shape[:-1])
+    return _like(q), q.new_empty((*q.shape[:-1], 1), dtype=torch.float32), modes
+
+
+@torch.library.custom_op("dit_accel::sla_marginal_triton_backward", mutates_args=())
+def marginal_backward(
+    gradient: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    critical: torch.Tensor,
+    skipped: torch.Tensor,
+    denominators: torch.Tensor,
+    modes: torch.Tensor,
+    grid: Sequence[int],
+    block: int,
+    tile: Sequence[int] | None,
+    feature_map: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """dq, dk and dv of `marginal`, laid out in memory as [B, N, H, D]."""
+    return _kernels("triton").marginal_backward(
+        gradient, q, k, v, critical, skipped, denominators, modes, grid, block, tile, feature_map
+    )
+
+
+@marginal_backward.register_fake
+def _(gradient, q, k, v, *rest):
+    return _like(q), _like(k), _like(v)
 
 
 def _save_marginal(ctx, inputs, output) -> None:
     q, k, v, critical, skipped, *ctx.setting = inputs
-    ctx.save_for_backward(q, k, v, critical, skipped, *output)
+    _, denominators, modes = output
+    ctx.mark_non_differentiable(denominators, modes)
+    ctx.save_for_backward(q, k, v, critical, skipped, denominators, modes)
 
 
-def _differentiate_marginal(ctx, gradient, _):
-    *inputs, out, denominator = ctx.saved_tensors
-    gradients = linear_marginal_backward(gradient, *inputs, out.float(), denominator, *ctx.setting)
+def _differentiate_marginal(ctx, gradient, *_):
+    gradients = marginal_backward(gradient, *ctx.saved_tensors, *ctx.setting)
     return *gradients, None, None, None, None, None, None
 
 

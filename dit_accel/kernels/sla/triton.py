@@ -9,12 +9,15 @@ import torch
 import triton
 
 from dit_accel.errors import DitAccelError
+from dit_accel.kernels.block_sparse.geometry import Geometry
 from dit_accel.kernels.block_sparse.triton import FUSION, INTERPRETED
+from dit_accel.kernels.block_sparse.triton_lists import Transposed, transpose_lists
 from dit_accel.kernels.sla import triton_configs as configs
 from dit_accel.kernels.sla.layout import count_blocks
 from dit_accel.kernels.sla.triton_linear import apply_kernel, state_kernel
-from dit_accel.kernels.sla.triton_linear_backward import apply_backward_kernel, state_backward_kernel
+from dit_accel.kernels.sla.triton_linear_backward import apply_backward_kernel, state_backward_kernel, sums_kernel
 from dit_accel.kernels.sla.triton_marginal import marginal_kernel
+from dit_accel.kernels.sla.triton_marginal_backward import marginal_dkdv_kernel, marginal_dq_kernel
 from dit_accel.kernels.sla.triton_router import UNIT, block_means_kernel, select_kernel
 
 
@@ -108,18 +111,33 @@ def apply_backward(
     """See `ops.apply_backward`."""
     q, gradient, total = _rows(q), _rows(gradient), total.contiguous()
     batch, heads, tokens, dim = q.shape
-    splits, align = triton.cdiv(tokens, configs.SPLIT), _alignment(q)
+    align = _alignment(q)
     dq = q.new_empty(batch, tokens, heads, dim)
-    dtables = q.new_empty(batch, heads, splits, dim, dim, dtype=torch.float32)
-    dtotals, dbiases = (q.new_empty(batch, heads, splits, dim, dtype=torch.float32) for _ in range(2))
+    inverses, ratios = (q.new_empty(batch, heads, tokens, dtype=torch.float32) for _ in range(2))
     constants, launch = _linear("apply_backward", q, feature_map)
     _run(
-        apply_backward_kernel, (splits, batch * heads), launch,
-        q, gradient, *_table(table, q.dtype), total, dq, dtables, dtotals, dbiases,
+        apply_backward_kernel, (triton.cdiv(tokens, launch.rows), batch * heads), launch,
+        q, gradient, *_table(table, q.dtype), total, dq, inverses, ratios,
+        *_strides(align, q), *gradient.stride()[:3], heads, tokens, ALIGN=align, **constants,
+    )  # fmt: skip
+    return dq.transpose(1, 2), *_sums(q, gradient, inverses, ratios, feature_map)
+
+
+def _sums(
+    q: torch.Tensor, gradient: torch.Tensor, inverses: torch.Tensor, ratios: torch.Tensor, feature_map: str
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """d(state) [B, H, D, D], d(total) [B, H, D] and d(bias) [D] in fp32; see `sums_kernel`."""
+    batch, heads, tokens, dim = q.shape
+    splits, align = triton.cdiv(tokens, configs.SPLIT), _alignment(q)
+    dstates = q.new_empty(batch, heads, splits, dim, dim, dtype=torch.float32)
+    dtotals, dbiases = (q.new_empty(batch, heads, splits, dim, dtype=torch.float32) for _ in range(2))
+    constants, launch = _linear("sums", q, feature_map)
+    _run(
+        sums_kernel, (splits, batch * heads), launch, q, gradient, inverses, ratios, dstates, dtotals, dbiases,
         *_strides(align, q), *gradient.stride()[:3], heads, tokens,
         ALIGN=align, SPLIT=configs.SPLIT, **constants,
     )  # fmt: skip
-    return dq.transpose(1, 2), dtables.sum(2), dtotals.sum(2), dbiases.sum((0, 1, 2))
+    return dstates.sum(2), dtotals.sum(2), dbiases.sum((0, 1, 2))
 
 
 def marginal(
@@ -132,7 +150,7 @@ def marginal(
     block: int,
     tile: Sequence[int] | None,
     feature_map: str,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """See `ops.marginal`."""
     q, k, v = _rows(q), _rows(k), _rows(v)
     batch, heads, tokens, dim = q.shape
@@ -140,14 +158,75 @@ def marginal(
     whole, total = state(k, v, feature_map)
     out = q.new_empty(batch, tokens, heads, dim)
     denominators = q.new_empty(batch, heads, tokens, 1, dtype=torch.float32)
-    sizes = _head_dim(dim)
+    modes = critical.new_empty(critical.shape[:-1])
+    constants, launch = _marginal("marginal", q, block, tile, feature_map)
     _run(
-        marginal_kernel, (blocks, batch * heads), configs.marginal(block, sizes["BLOCK_D"]),
-        q, k, v, *_table(whole, q.dtype), total, critical.contiguous(), skipped.contiguous(), out, denominators,
-        *_strides(align, q, k, v), *grid, heads, tokens, blocks, critical.shape[-1], skipped.shape[-1],
-        **sizes, ALIGN=align, BLOCK=block, **_tile(tile), MAP=feature_map, PRECISION="ieee",
+        marginal_kernel, (blocks, batch * heads), launch, q, k, v, *_table(whole, q.dtype), total,
+        critical.contiguous(), skipped.contiguous(), out, denominators, modes, *_strides(align, q, k, v),
+        *grid, heads, tokens, blocks, critical.shape[-1], skipped.shape[-1], ALIGN=align, **constants,
     )  # fmt: skip
-    return out.transpose(1, 2), denominators
+    return out.transpose(1, 2), denominators, modes
+
+
+def marginal_backward(
+    gradient: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    critical: torch.Tensor,
+    skipped: torch.Tensor,
+    denominators: torch.Tensor,
+    modes: torch.Tensor,
+    grid: Sequence[int],
+    block: int,
+    tile: Sequence[int] | None,
+    feature_map: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """See `ops.marginal_backward`."""
+    gradient, q, k, v = (_rows(x) for x in (gradient, q, k, v))
+    critical, skipped = critical.contiguous(), skipped.contiguous()
+    batch, heads, tokens, dim = q.shape
+    align, blocks = _alignment(q, k, v), critical.shape[2]
+    whole, total = state(k, v, feature_map)
+    dq, dk, dv = (q.new_empty(batch, tokens, heads, dim) for _ in range(3))
+    inverses, ratios = (q.new_empty(batch, heads, tokens, dtype=torch.float32) for _ in range(2))
+    strides = *_strides(align, q, k, v), *gradient.stride()[:3]
+    sizes = *grid, heads, tokens, blocks, critical.shape[-1], skipped.shape[-1]
+    constants, launch = _marginal("marginal_dq", q, block, tile, feature_map)
+    _run(
+        marginal_dq_kernel, (blocks, batch * heads), launch,
+        q, k, v, gradient, *_table(whole, q.dtype), total, critical, skipped, modes, denominators,
+        dq, inverses, ratios, *strides, *sizes, ALIGN=align, **constants,
+    )  # fmt: skip
+    of_state, of_total, _ = _sums(q, gradient, inverses, ratios, feature_map)
+    singles = modes.argsort(dim=-1, descending=True, stable=True).int()
+    constants, launch = _marginal("marginal_dkdv", q, block, tile, feature_map)
+    _run(
+        marginal_dkdv_kernel, (blocks, batch * heads), launch,
+        q, k, v, gradient, *_table(of_state, q.dtype), of_total, critical, skipped, modes,
+        *_selecting(critical, skipped, grid, block, tile), singles, modes.sum(-1, dtype=torch.int32),
+        denominators, ratios, dk, dv, *strides, *sizes, ALIGN=align, **constants,
+    )  # fmt: skip
+    return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
+
+
+def _selecting(
+    critical: torch.Tensor, skipped: torch.Tensor, grid: Sequence[int], block: int, tile: Sequence[int] | None
+) -> Transposed:
+    """The query blocks that keep or drop each key block."""
+    lists = torch.cat([critical, skipped], dim=-1)
+    sizes, tiles = (grid[0], grid[1], grid[2]), None if tile is None else (tile[0], tile[1], tile[2])
+    geometry = Geometry(sizes, sizes, block, block, tiles, tiles, reference=0, text=0, own_queries=False)
+    counts = lists.new_full(lists.shape[:-1], lists.shape[-1])
+    return transpose_lists(lists, counts, None, None, geometry)
+
+
+def _marginal(
+    kernel: str, x: torch.Tensor, block: int, tile: Sequence[int] | None, feature_map: str
+) -> tuple[dict[str, Any], configs.Launch]:
+    sizes = _head_dim(x.shape[-1])
+    launch = configs.marginal(kernel, block, sizes["BLOCK_D"])
+    return {**sizes, "BLOCK": block, **_tile(tile), "MAP": feature_map, "PRECISION": "ieee"}, launch
 
 
 def _run(kernel: Any, programs: tuple[int, int], launch: configs.Launch, *arguments: Any, **constants: Any) -> None:

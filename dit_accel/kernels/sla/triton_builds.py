@@ -14,22 +14,24 @@ LINEAR = {
     "apply": "triton_linear:apply_kernel",
     "state_backward": "triton_linear_backward:state_backward_kernel",
     "apply_backward": "triton_linear_backward:apply_backward_kernel",
+    "sums": "triton_linear_backward:sums_kernel",
 }
-FORWARD = ("state", "apply")
+MARGINAL = {
+    "marginal": "triton_marginal:marginal_kernel",
+    "marginal_dq": "triton_marginal_backward:marginal_dq_kernel",
+    "marginal_dkdv": "triton_marginal_backward:marginal_dkdv_kernel",
+}
+FORWARD = ("state", "apply", "marginal")
 TILE = (1, 8, 8)
 DATA = ("q", "k", "v", "x", "exact", "grad_out", "out", "dq", "dk", "dv", "table")
 FLOATS = (
     *("means", "query_means", "key_means", "states", "totals", "peaks", "bias"),
-    *("dstates", "dtotals", "dbias"),
+    *("dstates", "dtotals", "dbias", "inverses", "ratios", "denominators"),
 )
 POINTERS = (
     *((name, "data") for name in DATA),
     *((name, "*fp32") for name in FLOATS),
-    ("kept", "*i32"),
-    ("dropped", "*i32"),
-    ("critical", "*i32"),
-    ("skipped", "*i32"),
-    ("denominators", "*fp32"),
+    *((name, "*i32") for name in ("kept", "dropped", "modes", "entries", "firsts", "singles", "n_singles")),
 )
 
 
@@ -44,10 +46,11 @@ def builds(arch: int) -> Iterator[Build]:
             width, launch = configs.selection(blocks)
             select = {"D": head_dim, "ROWS": launch.rows, "WIDTH": width, "HAS_SKIPPED": True}
             yield _build("sla_select_forward", "triton_router:select_kernel", select, launch, 0, dots=False)
-        launch = configs.marginal(64, head_dim)
-        marginal = {**means, "MAP": "softmax", "PRECISION": "ieee"}
-        needs = configs.marginal_shared_bytes(64, launch, head_dim, itemsize=2)
-        yield _build("sla_marginal_forward", "triton_marginal:marginal_kernel", marginal, launch, needs)
+        for kernel, function in MARGINAL.items():
+            launch = configs.marginal(kernel, 64, head_dim)
+            constants = {**means, "MAP": "softmax", "PRECISION": "ieee"}
+            name = f"sla_{kernel}_forward" if kernel in FORWARD else f"sla_{kernel}"
+            yield _build(name, function, constants, launch, configs.marginal_shared_bytes(64, launch, head_dim, 2))
         for kernel, function in LINEAR.items():
             launch = configs.linear(kernel, head_dim, itemsize=2)
             constants = {

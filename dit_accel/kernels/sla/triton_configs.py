@@ -57,25 +57,30 @@ def linear(kernel: str, block_d: int, itemsize: int) -> Launch:
     A D x D accumulator and a D x D table need 8 warps from D = 128 on. fp32, which only tests use, takes fewer rows,
     for its tables take twice the shared memory.
     """
-    warps = 8 if block_d > 64 else 4
+    warps = 8 if block_d > 64 or kernel in ("state", "sums") else 4
     if itemsize == 4:
         return Launch(rows=32, warps=warps, stages=1)
-    return Launch(rows=128 if kernel == "apply" else 64, warps=warps, stages=3 if kernel == "state" else 1)
+    return Launch(
+        rows=128 if kernel == "apply" else 64,
+        warps=warps,
+        stages=3 if kernel == "state" else 2 if kernel == "sums" else 1,
+    )
 
 
 def shared_bytes(kernel: str, launch: Launch, block_d: int, itemsize: int) -> int:
     """Shared memory that a launch of the linear branch needs at least: its tables, and the tiles in flight."""
     tile = launch.rows * block_d * itemsize
-    if kernel == "state":
+    if kernel in ("state", "sums"):
         return (2 * launch.stages - 1) * tile
     return block_d * block_d * itemsize + tile
 
 
-def marginal(block: int, block_d: int) -> Launch:
-    """The launch of the kernel over marginal blocks: a block x D accumulator beside the operands' feature maps."""
-    return Launch(rows=block, warps=8 if block * block_d > 64 * 64 else 4, stages=2)
+def marginal(kernel: str, block: int, block_d: int) -> Launch:
+    """The launch of a kernel over marginal blocks; dk and dv have two accumulators of block x D, the others one."""
+    accumulators = 2 if kernel == "marginal_dkdv" else 1
+    return Launch(rows=block, warps=8 if accumulators * block * block_d > 64 * 64 else 4, stages=2)
 
 
 def marginal_shared_bytes(block: int, launch: Launch, block_d: int, itemsize: int) -> int:
-    """Shared memory that the kernel over marginal blocks needs at least: queries, and key and value tiles in flight."""
+    """Shared memory that a kernel over marginal blocks needs at least: what stays, and two tiles in flight."""
     return (1 + 2 * launch.stages) * block * block_d * itemsize

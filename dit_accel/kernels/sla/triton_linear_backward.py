@@ -12,16 +12,53 @@ from dit_accel.kernels.sla.triton_features import EPS, mapped, pulled_back
     "q_batch", "q_head", "q_row", "g_batch", "g_head", "g_row", "heads", "tokens",
 ])  # fmt: skip
 def apply_backward_kernel(
-    q, grad_out, table, peaks, totals, dq, dstates, dtotals, dbias,
+    q, grad_out, table, peaks, totals, dq, inverses, ratios,
+    q_batch, q_head, q_row, g_batch, g_head, g_row, heads, tokens,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, ALIGN: tl.constexpr, ROWS: tl.constexpr,
+    MAP: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dq [B, N, H, D], and 1 / d and r in fp32 [B, H, N] for `sums_kernel`.
+
+    With a = phi(q), P the state, z the total and d = a . z + eps: r = a . (g P^T) / d and da = (g P^T - r z) / d.
+    """
+    i_bh = tl.program_id(1)
+    i_b, i_h = i_bh // heads, i_bh % heads
+    q += (i_b.to(tl.int64) * q_batch + i_h.to(tl.int64) * q_head) * ALIGN
+    grad_out += i_b.to(tl.int64) * g_batch + i_h.to(tl.int64) * g_head
+    o_d = tl.arange(0, BLOCK_D)
+    m_d = o_d < D
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    inside = row < tokens
+    rows = row.to(tl.int64)[:, None]
+    mask = inside[:, None] & m_d
+    p_t = table + i_bh.to(tl.int64) * (D * D) + o_d[:, None] * D + o_d[None, :]
+    b_t = tl.load(p_t, mask=m_d[:, None] & m_d[None, :], other=0.0)
+    b_z = tl.load(totals + i_bh.to(tl.int64) * D + o_d, mask=m_d, other=0.0)
+    b_q = tl.load(q + rows * (q_row * ALIGN) + o_d, mask=mask, other=0.0).to(tl.float32)
+    b_g = tl.load(grad_out + rows * g_row + o_d, mask=mask, other=0.0).to(b_t.dtype)
+    phi = mapped(b_q, m_d, MAP)
+    rounded = phi.to(b_t.dtype).to(tl.float32)
+    inverse = 1.0 / (tl.sum(rounded * b_z[None, :], 1) + EPS)
+    of_phi = tl.dot(b_g, tl.trans(b_t), input_precision=PRECISION) * tl.load(peaks + i_bh)
+    ratio = tl.sum(rounded * of_phi, 1) * inverse
+    of_phi = (of_phi - ratio[:, None] * b_z[None, :]) * inverse[:, None]
+    p_dq = dq + ((i_b.to(tl.int64) * tokens + rows) * heads + i_h) * D + o_d
+    tl.store(p_dq, pulled_back(of_phi, b_q, phi, MAP).to(dq.dtype.element_ty), mask=mask)
+    place = i_bh.to(tl.int64) * tokens + row
+    tl.store(inverses + place, inverse, mask=inside)
+    tl.store(ratios + place, ratio, mask=inside)
+
+
+@triton.jit(do_not_specialize=[
+    "q_batch", "q_head", "q_row", "g_batch", "g_head", "g_row", "heads", "tokens",
+])  # fmt: skip
+def sums_kernel(
+    q, grad_out, inverses, ratios, dstates, dtotals, dbias,
     q_batch, q_head, q_row, g_batch, g_head, g_row, heads, tokens,
     D: tl.constexpr, BLOCK_D: tl.constexpr, ALIGN: tl.constexpr, ROWS: tl.constexpr, SPLIT: tl.constexpr,
     MAP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dq [B, N, H, D], and over SPLIT tokens d(state) [.., D, D], d(total) [.., D] and d(bias) [.., D] in fp32.
-
-    With a = phi(q), P the state, z the total and d = a . z + eps: r = a . (g P^T) / d, da = (g P^T - r z) / d,
-    dP = sum of a^T g / d, dz = -sum of a r / d.
-    """
+    """Over SPLIT tokens, in fp32: dP = sum of a^T g / d [.., D, D], dz = -sum of a r / d and the sum of g [.., D]."""
     i_split = tl.program_id(0)
     i_bh = tl.program_id(1)
     i_b, i_h = i_bh // heads, i_bh % heads
@@ -29,10 +66,6 @@ def apply_backward_kernel(
     grad_out += i_b.to(tl.int64) * g_batch + i_h.to(tl.int64) * g_head
     o_d = tl.arange(0, BLOCK_D)
     m_d = o_d < D
-    p_t = table + i_bh.to(tl.int64) * (D * D) + o_d[:, None] * D + o_d[None, :]
-    b_t = tl.load(p_t, mask=m_d[:, None] & m_d[None, :], other=0.0)
-    b_z = tl.load(totals + i_bh.to(tl.int64) * D + o_d, mask=m_d, other=0.0)
-    peak = tl.load(peaks + i_bh)
     dstate = tl.zeros([BLOCK_D, BLOCK_D], dtype=tl.float32)
     dtotal = tl.zeros([BLOCK_D], dtype=tl.float32)
     b_dbias = tl.zeros([BLOCK_D], dtype=tl.float32)
@@ -42,28 +75,23 @@ def apply_backward_kernel(
         inside = row < tokens
         rows = row.to(tl.int64)[:, None]
         mask = inside[:, None] & m_d
-        b_q = tl.load(q + rows * (q_row * ALIGN) + o_d, mask=mask, other=0.0).to(tl.float32)
-        b_g = tl.load(grad_out + rows * g_row + o_d, mask=mask, other=0.0).to(b_t.dtype)
-        phi = mapped(b_q, m_d, MAP)
-        rounded = phi.to(b_t.dtype)
-        inverse = 1.0 / (tl.sum(rounded.to(tl.float32) * b_z[None, :], 1) + EPS)
-        inverse = tl.where(inside, inverse, 0.0)
-        of_phi = tl.dot(b_g, tl.trans(b_t), input_precision=PRECISION) * peak
-        ratio = tl.sum(rounded.to(tl.float32) * of_phi, 1) * inverse
-        of_phi = (of_phi - ratio[:, None] * b_z[None, :]) * inverse[:, None]
-        p_dq = dq + ((i_b.to(tl.int64) * tokens + rows) * heads + i_h) * D + o_d
-        tl.store(p_dq, pulled_back(of_phi, b_q, phi, MAP).to(dq.dtype.element_ty), mask=mask)
-        dtotal -= tl.sum(rounded.to(tl.float32) * (ratio * inverse)[:, None], 0)
-        b_dbias += tl.sum(b_g.to(tl.float32), 0)
-        shares = b_g.to(tl.float32) * inverse[:, None]
-        if b_t.dtype == tl.float16:
+        b_q = tl.load(q + rows * (q_row * ALIGN) + o_d, mask=mask, other=0.0)
+        b_g = tl.load(grad_out + rows * g_row + o_d, mask=mask, other=0.0).to(tl.float32)
+        place = i_bh.to(tl.int64) * tokens + row
+        inverse = tl.load(inverses + place, mask=inside, other=0.0)
+        ratio = tl.load(ratios + place, mask=inside, other=0.0)
+        phi = mapped(b_q.to(tl.float32), m_d, MAP).to(b_q.dtype)
+        dtotal -= tl.sum(phi.to(tl.float32) * (ratio * inverse)[:, None], 0)
+        b_dbias += tl.sum(b_g, 0)
+        shares = b_g * inverse[:, None]
+        if b_q.dtype == tl.float16:
             # g / d may be beyond the range of half precision: bring the tile's largest to 1
             largest = tl.max(tl.max(tl.abs(shares), 1), 0)
             largest = tl.where(largest > 0.0, largest, 1.0)
-            shares = (shares * (1.0 / largest)).to(b_t.dtype)
-            dstate += tl.dot(tl.trans(rounded), shares, input_precision=PRECISION) * largest
+            shares = (shares * (1.0 / largest)).to(b_q.dtype)
+            dstate += tl.dot(tl.trans(phi), shares, input_precision=PRECISION) * largest
         else:
-            dstate = tl.dot(tl.trans(rounded), shares.to(b_t.dtype), dstate, input_precision=PRECISION)
+            dstate = tl.dot(tl.trans(phi), shares.to(b_q.dtype), dstate, input_precision=PRECISION)
     place = i_bh.to(tl.int64) * tl.num_programs(0) + i_split
     p_s = dstates + place * (D * D) + o_d[:, None] * D + o_d[None, :]
     tl.store(p_s, dstate, mask=m_d[:, None] & m_d[None, :])

@@ -38,17 +38,20 @@ def with_block(
 
 @triton.jit(do_not_specialize=[
     "q_batch", "q_head", "q_row", "k_batch", "k_head", "k_row", "v_batch", "v_head", "v_row",
-    "T", "H", "W", "heads", "tokens", "blocks", "n_critical", "n_skipped",
+    "T", "H", "W", "heads", "tokens", "blocks", "n_kept", "n_dropped",
 ])  # fmt: skip
 def marginal_kernel(
-    q, k, v, table, peaks, totals, critical, skipped, out, denominators,
+    q, k, v, table, peaks, totals, kept, dropped, out, denominators, modes,
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
-    T, H, W, heads, tokens, blocks, n_critical, n_skipped,
+    T, H, W, heads, tokens, blocks, n_kept, n_dropped,
     D: tl.constexpr, BLOCK_D: tl.constexpr, ALIGN: tl.constexpr,
     BLOCK: tl.constexpr, TILE_T: tl.constexpr, TILE_H: tl.constexpr, TILE_W: tl.constexpr,
     MAP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Output [B, N, H, D] and denominators with eps fp32 [B, H, N] of one query block of one head."""
+    """Output [B, N, H, D] and denominators with eps fp32 [B, H, N] of one query block of one head.
+
+    modes: int32 [B, H, blocks], 1 where the marginal blocks were summed one by one.
+    """
     i_q = tl.program_id(0)
     i_bh = tl.program_id(1)
     i_b, i_h = i_bh // heads, i_bh % heads
@@ -56,8 +59,8 @@ def marginal_kernel(
     k += (i_b.to(tl.int64) * k_batch + i_h.to(tl.int64) * k_head) * ALIGN
     v += (i_b.to(tl.int64) * v_batch + i_h.to(tl.int64) * v_head) * ALIGN
     list_row = i_bh.to(tl.int64) * blocks + i_q
-    critical += list_row * n_critical
-    skipped += list_row * n_skipped
+    kept += list_row * n_kept
+    dropped += list_row * n_dropped
 
     o_d = tl.arange(0, BLOCK_D)
     m_d = o_d < D
@@ -73,13 +76,13 @@ def marginal_kernel(
     b_z = tl.load(totals + i_bh.to(tl.int64) * D + o_d, mask=m_d, other=0.0)
     whole = tl.sum(phi_q.to(tl.float32) * b_z[None, :], 1)
 
-    excluded = n_critical + n_skipped
+    excluded = n_kept + n_dropped
     one_by_one = 2 * excluded > blocks
     acc = tl.zeros([BLOCK, BLOCK_D], dtype=tl.float32)
     seen = tl.zeros([BLOCK], dtype=tl.float32)
     if not one_by_one:
         for i in range(excluded):
-            entry = tl.where(i < n_critical, critical + i, skipped + (i - n_critical))
+            entry = tl.where(i < n_kept, kept + i, dropped + (i - n_kept))
             acc, seen = with_block(
                 acc, seen, phi_q, k, v, tl.load(entry), k_row, v_row, T, H, W, m_d,
                 D, BLOCK_D, ALIGN, BLOCK, TILE_T, TILE_H, TILE_W, MAP, PRECISION,
@@ -90,15 +93,15 @@ def marginal_kernel(
         acc = tl.zeros([BLOCK, BLOCK_D], dtype=tl.float32)
         seen = tl.zeros([BLOCK], dtype=tl.float32)
         # both lists ascend: walk them along with the blocks
-        i_critical = 0
-        i_skipped = 0
+        i_kept = 0
+        i_dropped = 0
         for block in range(blocks):
-            next_critical = tl.load(critical + i_critical, mask=i_critical < n_critical, other=-1)
-            next_skipped = tl.load(skipped + i_skipped, mask=i_skipped < n_skipped, other=-1)
-            if next_critical == block:
-                i_critical += 1
-            elif next_skipped == block:
-                i_skipped += 1
+            next_kept = tl.load(kept + i_kept, mask=i_kept < n_kept, other=-1)
+            next_dropped = tl.load(dropped + i_dropped, mask=i_dropped < n_dropped, other=-1)
+            if next_kept == block:
+                i_kept += 1
+            elif next_dropped == block:
+                i_dropped += 1
             else:
                 acc, seen = with_block(
                     acc, seen, phi_q, k, v, block, k_row, v_row, T, H, W, m_d,
@@ -113,3 +116,4 @@ def marginal_kernel(
     p_o = out + ((i_b.to(tl.int64) * tokens + rows[:, None]) * heads + i_h) * D + o_d
     tl.store(p_o, (acc / denominator[:, None]).to(out.dtype.element_ty), mask=mask)
     tl.store(denominators + i_bh.to(tl.int64) * tokens + rows, denominator * size, mask=valid)
+    tl.store(modes + list_row, tl.where(one_by_one, 1, 0))

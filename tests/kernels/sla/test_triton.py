@@ -196,15 +196,41 @@ def marginal_call(size=1.0, hot=1.0, critical=1, skipped=1, dtype=torch.float32)
 def test_huge_critical_keys_do_not_cancel(hot):
     """What is left beside keys 1e6 times as large is summed by itself, not as a difference."""
     arguments = marginal_call(hot=hot)
-    out, denominators = (x.cpu() for x in ops.marginal(*arguments))
+    out, denominators, _ = (x.cpu() for x in ops.marginal(*arguments))
     tensors = [x.cpu().double() if x.is_floating_point() else x.cpu() for x in arguments[:5]]
     exact, sums = linear_marginal(*tensors, *arguments[5:])
     assert (out - exact).abs().max() < 64 * torch.finfo(torch.float32).eps * exact.abs().max()
     torch.testing.assert_close(denominators.double(), sums, rtol=64 * torch.finfo(torch.float32).eps, atol=0)
 
 
+@pytest.mark.parametrize("hot, alone", [(1.0, False), (4.0, None), (1e3, True)], ids=["totals", "both", "one by one"])
+def test_marginal_gradients(hot, alone):
+    """Query blocks by totals, one by one, and both in one call, against fp64."""
+    q, k, v, *rest = marginal_call(hot=hot, skipped=1)
+    q[:, :, 32:, ::2] *= 0.01  # some queries see less of the large keys
+    k[:, :, :16, 1::2] *= 0.01 if alone is None else 1.0
+    modes = ops.marginal(q, k, v, *rest)[2].bool()
+    assert (modes.all() if alone else not modes.any()) if alone is not None else modes.any() and not modes.all()
+    gradient = torch.randn(q.shape)
+
+    def results(function, dtype, device):
+        tensors = [x.detach().to(dtype).to(device).requires_grad_() for x in (q, k, v)]
+        lists = [x.to(device) for x in rest[:2]]
+        return [
+            x.cpu()
+            for x in torch.autograd.grad(function(*tensors, *lists, *rest[2:])[0], tensors, gradient.to(tensors[0]))
+        ]
+
+    got = results(ops.marginal, torch.float32, DEVICE)
+    plain = results(linear_marginal, torch.float32, "cpu")
+    exact = results(linear_marginal, torch.float64, "cpu")
+    for name, *values in zip(("dq", "dk", "dv"), got, plain, exact, strict=True):
+        # a total is up to twice what is left of it, and it and what is subtracted are rounded once each
+        assert_accurate(name, *values, magnitude=4 * values[-1].abs())
+
+
 def test_no_marginal_block_gives_zero():
-    out, _ = ops.marginal(*marginal_call(critical=4, skipped=1))
+    out, *_ = ops.marginal(*marginal_call(critical=4, skipped=1))
     assert (out == 0).all()
 
 
