@@ -172,7 +172,8 @@ def _measure(
             typer.echo(f"{number}/{len(rows)} {outcome.row.name}: {_remark(outcome)}", err=True)
             outcomes.append(outcome)
     except KeyboardInterrupt:
-        kept = f"; what was measured is in {output}" if output is not None else ""
+        measured = any(outcome.record is not None for outcome in outcomes)
+        kept = f"; what was measured is in {output}" if measured and output is not None else ""
         typer.echo(f"dit-accel: interrupted after {len(outcomes)} of {len(rows)} rows{kept}.", err=True)
         return INTERRUPTED
     refused = [outcome for outcome in outcomes if outcome.status == "refused"]
