@@ -225,7 +225,7 @@ def _marginal(
     kernel: str, x: torch.Tensor, block: int, tile: Sequence[int] | None, feature_map: str
 ) -> tuple[dict[str, Any], configs.Launch]:
     sizes = _head_dim(x.shape[-1])
-    launch = configs.marginal(kernel, block, sizes["BLOCK_D"])
+    launch = configs.marginal(kernel, block, sizes["BLOCK_D"], x.element_size())
     return {**sizes, "BLOCK": block, **_tile(tile), "MAP": feature_map, "PRECISION": "ieee"}, launch
 
 

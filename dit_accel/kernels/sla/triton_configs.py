@@ -9,6 +9,7 @@ import torch
 from dit_accel.kernels.block_sparse import triton_configs as block_sparse
 
 MAX_BLOCKS = 1 << 13  # a row of scores that a program holds in registers
+MARGINAL_BLOCK = 64  # tokens; accumulators of 128 x 128 beside feature maps in fp32 do not fit the registers
 SPLIT = 2048  # tokens whose state one program sums; fixed, so that the order of the sum depends on the length alone
 HEAD_DIMS = (64, 128)  # compiled ahead of time; others are padded in registers to the next power of two
 
@@ -25,6 +26,8 @@ def unsupported(dtype: torch.dtype, head_dim: int, block: int, blocks: int, line
         return obstacle
     if blocks > MAX_BLOCKS:
         return f"the router's kernel takes at most {MAX_BLOCKS} visual blocks, not {blocks}"
+    if linear_scope == "marginal" and block > MARGINAL_BLOCK:
+        return f"the kernels over marginal blocks take blocks of up to {MARGINAL_BLOCK} tokens, not {block}"
     if linear_scope is not None and head_dim > HEAD_DIMS[-1]:
         return f"the kernels of the linear branch take head dimensions up to {HEAD_DIMS[-1]}, not {head_dim}"
     return None
@@ -75,10 +78,14 @@ def shared_bytes(kernel: str, launch: Launch, block_d: int, itemsize: int) -> in
     return block_d * block_d * itemsize + tile
 
 
-def marginal(kernel: str, block: int, block_d: int) -> Launch:
-    """The launch of a kernel over marginal blocks; dk and dv have two accumulators of block x D, the others one."""
+def marginal(kernel: str, block: int, block_d: int, itemsize: int) -> Launch:
+    """The launch of a kernel over marginal blocks; dk and dv have two accumulators of block x D, the others one.
+
+    fp32, which only tests use, has one tile in flight: two would not fit the smaller GPUs.
+    """
     accumulators = 2 if kernel == "marginal_dkdv" else 1
-    return Launch(rows=block, warps=8 if accumulators * block * block_d > 64 * 64 else 4, stages=2)
+    warps = 8 if accumulators * block * block_d > 64 * 64 else 4
+    return Launch(rows=block, warps=warps, stages=1 if itemsize == 4 else 2)
 
 
 def marginal_shared_bytes(block: int, launch: Launch, block_d: int, itemsize: int) -> int:

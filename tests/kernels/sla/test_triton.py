@@ -164,14 +164,16 @@ def test_compiles_whole():
         ({"block": 24}, "blocks of 16, 32, 64 or 128 tokens, not 24"),
         ({"dim": 160}, "head dimensions up to 128, not 160"),
         ({"dtype": torch.float64}, "not float64"),
+        ({"block": 128, "linear_scope": "marginal"}, "marginal blocks take blocks of up to 64 tokens, not 128"),
     ],
 )
 def test_what_the_kernels_cannot_do_is_refused(settings, message):
-    dim, dtype = settings.get("dim", 16), settings.get("dtype", torch.float32)
+    settings = {"block": 16, "dim": 16, "dtype": torch.float32} | settings
+    dim, dtype = settings.pop("dim"), settings.pop("dtype")
     q = torch.zeros(1, 1, 48, dim, dtype=dtype, device=DEVICE)
     weight = torch.zeros(dim, dim, device=DEVICE)
     with pytest.raises(DitAccelError, match=message):
-        sparse_linear_attention(q, q, q, critical=1, block=settings.get("block", 16), weight=weight, impl="triton")
+        sparse_linear_attention(q, q, q, critical=1, weight=weight, impl="triton", **settings)
 
 
 @pytest.mark.skipif(NATIVE, reason="bfloat16 is native")
