@@ -159,7 +159,7 @@ def marginal(
     out = q.new_empty(batch, tokens, heads, dim)
     denominators = q.new_empty(batch, heads, tokens, 1, dtype=torch.float32)
     modes = critical.new_empty(critical.shape[:-1])
-    constants, launch = _marginal("marginal", q, block, tile, feature_map)
+    constants, launch = _marginal(q, block, tile, feature_map)
     _run(
         marginal_kernel, (blocks, batch * heads), launch, q, k, v, *_table(whole, q.dtype), total,
         critical.contiguous(), skipped.contiguous(), out, denominators, modes, *_strides(align, q, k, v),
@@ -192,7 +192,7 @@ def marginal_backward(
     inverses, ratios = (q.new_empty(batch, heads, tokens, dtype=torch.float32) for _ in range(2))
     strides = *_strides(align, q, k, v), *gradient.stride()[:3]
     sizes = *grid, heads, tokens, blocks, critical.shape[-1], skipped.shape[-1]
-    constants, launch = _marginal("marginal_dq", q, block, tile, feature_map)
+    constants, launch = _marginal(q, block, tile, feature_map)
     _run(
         marginal_dq_kernel, (blocks, batch * heads), launch,
         q, k, v, gradient, *_table(whole, q.dtype), total, critical, skipped, modes, denominators,
@@ -200,7 +200,6 @@ def marginal_backward(
     )  # fmt: skip
     of_state, of_total, _ = _sums(q, gradient, inverses, ratios, feature_map)
     singles = modes.argsort(dim=-1, descending=True, stable=True).int()
-    constants, launch = _marginal("marginal_dkdv", q, block, tile, feature_map)
     _run(
         marginal_dkdv_kernel, (blocks, batch * heads), launch,
         q, k, v, gradient, *_table(of_state, q.dtype), of_total, critical, skipped, modes,
@@ -222,10 +221,10 @@ def _selecting(
 
 
 def _marginal(
-    kernel: str, x: torch.Tensor, block: int, tile: Sequence[int] | None, feature_map: str
+    x: torch.Tensor, block: int, tile: Sequence[int] | None, feature_map: str
 ) -> tuple[dict[str, Any], configs.Launch]:
     sizes = _head_dim(x.shape[-1])
-    launch = configs.marginal(kernel, block, sizes["BLOCK_D"], x.element_size())
+    launch = configs.marginal(block, sizes["BLOCK_D"], x.element_size())
     return {**sizes, "BLOCK": block, **_tile(tile), "MAP": feature_map, "PRECISION": "ieee"}, launch
 
 

@@ -78,14 +78,13 @@ def shared_bytes(kernel: str, launch: Launch, block_d: int, itemsize: int) -> in
     return block_d * block_d * itemsize + tile
 
 
-def marginal(kernel: str, block: int, block_d: int, itemsize: int) -> Launch:
-    """The launch of a kernel over marginal blocks; dk and dv have two accumulators of block x D, the others one.
+def marginal(block: int, block_d: int, itemsize: int) -> Launch:
+    """The launch of the kernels over marginal blocks.
 
-    fp32, which only tests use, has one tile in flight: two would not fit the smaller GPUs.
+    Accumulators of block x D stay in registers beside feature maps in fp32: 8 warps from 64 x 64 on. fp32, which only
+    tests use, has one tile in flight: two would not fit the smaller GPUs.
     """
-    accumulators = 2 if kernel == "marginal_dkdv" else 1
-    warps = 8 if accumulators * block * block_d > 64 * 64 else 4
-    return Launch(rows=block, warps=warps, stages=1 if itemsize == 4 else 2)
+    return Launch(rows=block, warps=8 if block * block_d >= 64 * 64 else 4, stages=1 if itemsize == 4 else 2)
 
 
 def marginal_shared_bytes(block: int, launch: Launch, block_d: int, itemsize: int) -> int:
