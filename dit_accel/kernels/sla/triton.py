@@ -224,7 +224,7 @@ def _marginal(
     x: torch.Tensor, block: int, tile: Sequence[int] | None, feature_map: str
 ) -> tuple[dict[str, Any], configs.Launch]:
     sizes = _head_dim(x.shape[-1])
-    launch = configs.marginal(block, sizes["BLOCK_D"], x.element_size())
+    launch = configs.marginal(block, sizes["BLOCK_D"], x.element_size(), _capability(x.device))
     return {**sizes, "BLOCK": block, **_tile(tile), "MAP": feature_map, "PRECISION": "ieee"}, launch
 
 
@@ -245,6 +245,13 @@ def _run(kernel: Any, programs: tuple[int, int], launch: configs.Launch, *argume
         )
     with torch.cuda.device(first.device):
         kernel[programs](*arguments, **constants, num_warps=launch.warps, num_stages=launch.stages, **FUSION)
+
+
+def _capability(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 90  # interpreted: any launch will do
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
 
 
 def _linear(kernel: str, x: torch.Tensor, feature_map: str) -> tuple[dict[str, Any], configs.Launch]:

@@ -47,7 +47,7 @@ def builds(arch: int) -> Iterator[Build]:
             select = {"D": head_dim, "ROWS": launch.rows, "WIDTH": width, "HAS_SKIPPED": True}
             yield _build("sla_select_forward", "triton_router:select_kernel", select, launch, 0, dots=False)
         for kernel, function in MARGINAL.items():
-            launch = configs.marginal(64, head_dim, itemsize=2)
+            launch = configs.marginal(64, head_dim, itemsize=2, capability=arch)
             constants = {**means, "MAP": "softmax", "PRECISION": "ieee"}
             name = f"sla_{kernel}_forward" if kernel in FORWARD else f"sla_{kernel}"
             yield _build(name, function, constants, launch, configs.marginal_shared_bytes(64, launch, head_dim, 2))

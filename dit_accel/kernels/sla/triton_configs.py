@@ -78,13 +78,18 @@ def shared_bytes(kernel: str, launch: Launch, block_d: int, itemsize: int) -> in
     return block_d * block_d * itemsize + tile
 
 
-def marginal(block: int, block_d: int, itemsize: int) -> Launch:
-    """The launch of the kernels over marginal blocks.
+def marginal(block: int, block_d: int, itemsize: int, capability: int) -> Launch:
+    """The launch of the kernels over marginal blocks on a compute capability (90 for 9.0).
 
-    Accumulators of block x D stay in registers beside feature maps in fp32: 8 warps from 64 x 64 on. fp32, which only
-    tests use, has one tile in flight: two would not fit the smaller GPUs.
+    Accumulators of block x D stay in registers beside feature maps in fp32: 8 warps from 64 x 64 on. Where they lie in
+    tensor memory (10.x) 4 warps do at D = 128, and at 64 a second tile in flight would spill. fp32, which only tests
+    use, has one tile in flight: two would not fit the smaller GPUs.
     """
-    return Launch(rows=block, warps=8 if block * block_d >= 64 * 64 else 4, stages=1 if itemsize == 4 else 2)
+    tensor_memory = capability // 10 == 10
+    if tensor_memory and block_d > 64:
+        return Launch(rows=block, warps=4, stages=1 if itemsize == 4 else 2)
+    warps = 8 if block * block_d >= 64 * 64 else 4
+    return Launch(rows=block, warps=warps, stages=1 if itemsize == 4 or tensor_memory else 2)
 
 
 def marginal_shared_bytes(block: int, launch: Launch, block_d: int, itemsize: int) -> int:

@@ -114,6 +114,6 @@ def marginal_kernel(
         seen = tl.maximum(whole - seen, 0.0)
     denominator = seen + EPS / size
     p_o = out + ((i_b.to(tl.int64) * tokens + rows[:, None]) * heads + i_h) * D + o_d
-    tl.store(p_o, (acc / denominator[:, None]).to(out.dtype.element_ty), mask=mask)
+    tl.store(p_o, (acc * (1.0 / denominator)[:, None]).to(out.dtype.element_ty), mask=mask)
     tl.store(denominators + i_bh.to(tl.int64) * tokens + rows, denominator * size, mask=valid)
     tl.store(modes + list_row, tl.where(one_by_one, 1, 0))
