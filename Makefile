@@ -1,5 +1,6 @@
 # make demo   two videos of one prompt and seed, dense and accelerated, with times and likeness
 # make test   the test suite          make check   lint, types, layout
+# make kernels  every Triton kernel compiled for five architectures, no GPU needed, as JSON rows
 # make bench  the attention methods against dense attention on this machine, as JSON rows
 # make        this list
 # Every target installs what it needs into .venv first, at the versions of constraints.txt.
@@ -10,11 +11,13 @@ OUTPUT ?= outputs
 DEMO_METHOD ?= gna:window=fullx12x14,stride=1x4x7
 DEMO_SIZE ?= --frames 17 --height 192 --width 224
 PYTEST_FLAGS ?=
+# Triton reads its interpreter's switch when it is imported, so these tests have a process of their own.
+INTERPRETED := tests/kernels/block_sparse/test_triton.py tests/kernels/sla/test_triton.py
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check bench clean
+.PHONY: help install demo test check kernels bench clean
 
 help:
 	@sed -n '1,/^$$/s/^# //p' Makefile
@@ -42,7 +45,11 @@ test: $(INSTALLED)
 	@status=0; \
 	$(BIN)/python -m pytest -m timing $(PYTEST_FLAGS) || status=$$?; \
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not timing' -n auto $(PYTEST_FLAGS) || status=$$?; \
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto $(INTERPRETED) || status=$$?; \
 	exit $$status
+
+kernels: $(INSTALLED)
+	$(BIN)/python -m dit_accel.kernels.ahead_of_time
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .

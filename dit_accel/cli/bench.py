@@ -223,7 +223,7 @@ def _print_table(records: list[dict[str, Any]]) -> None:
     table.caption = "density: pairs kept; TFLOP/s: on kept pairs; error: largest, against fp64"
     table.add_column("row", no_wrap=True)
     for column in ("density", "ms", "dense ms", "speed-up", "TFLOP/s", "error"):
-        table.add_column(column, justify="right", no_wrap=True)
+        table.add_column(column, justify="right", no_wrap=True, min_width=len(column))
     for record in records:
         table.add_row(
             "{op} {shape}\n  {dtype} {direction} {impl}".format(**record),
