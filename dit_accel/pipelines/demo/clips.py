@@ -37,9 +37,10 @@ PARAPHRASES = (
 )
 EDGE = 4.0  # pixels over which a shape's edge fades: one block of the codec
 MARGIN = 2.0  # pixels that stay free between the shape and the frame's border
-MIN_RADIUS, MAX_RADIUS = 9.0, 36.0  # pixels
-LEAST_TRAVEL = 0.7  # of the way that is free between the borders
-MAX_SPEED = 8.0  # pixels a frame
+SMALLEST, LARGEST = 1 / 6, 2 / 9  # radius, of the frame's shorter side
+OFF_CENTRE = 0.2  # how much of the free space around the middle a path may stray
+LEAST_TRAVEL = 0.85  # of the way that is free between the borders
+MAX_SPEED = 12.0  # pixels a frame
 
 
 @dataclass(frozen=True)
@@ -109,15 +110,13 @@ def render(shown: list[Scene], frames: int, height: int, width: int, generator: 
 
     steps = max(frames - 1, 1)
     uniform = torch.rand(4, count, generator=generator)
-    largest = min(min(height, width) / 4.5, MAX_RADIUS)
-    smallest = min(MIN_RADIUS, 0.6 * largest)
-    radius = smallest + (largest - smallest) * uniform[0]
+    radius = min(height, width) * (SMALLEST + (LARGEST - SMALLEST) * uniform[0])
     room = along - 2 * (radius + MARGIN)  # what the centre may travel
     speed = torch.clamp(room * (LEAST_TRAVEL + (1 - LEAST_TRAVEL) * uniform[1]) / steps, max=MAX_SPEED)
 
     middle = size / 2
     free = size - 2 * (radius + MARGIN)[:, None] - heading.abs() * (speed * steps)[:, None]  # [B, 2]
-    halfway = middle + (uniform[2:].T - 0.5) * free.clamp(min=0)
+    halfway = middle + OFF_CENTRE * (uniform[2:].T - 0.5) * free.clamp(min=0)
     offset = torch.arange(frames) - steps / 2  # [F]
     centre = halfway[:, None] + heading[:, None] * (speed[:, None] * offset)[..., None]  # [B, F, 2]
 

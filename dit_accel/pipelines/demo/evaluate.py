@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -97,7 +98,7 @@ def evaluate(options: argparse.Namespace) -> dict:
     settings = replace(settings, **{key: value for key, value in changes.items() if value is not None})
     pipe = load_demo(getattr(torch, options.dtype), options.device, options.weights)
     pipe.set_progress_bar_config(disable=True)
-    rows = []
+    rows: list[dict[str, Any]] = []
     with accelerated(pipe, options.method, options.set):
         for index, scene in enumerate(fixed_scenes(options.prompts)):
             generator = torch.Generator().manual_seed(options.seed + index)

@@ -6,8 +6,9 @@ seed and step, so a resumed run gives the same weights bit for bit. `--export FO
 Diffusers folder in bfloat16.
 
 The weights in this package come from one such run, steered on its way: AdamW alone until step 1,860, slower clips until
-step 2,680, equal weights for all channels and a smaller shift on small grids until step 3,120. The stages are what was
-run; with today's settings from the start they have not been run again.
+step 2,680, equal weights for all channels and a smaller shift on small grids until step 3,120, shapes of any size
+anywhere in the frame until step 4,400. The stages are what was run; with today's settings from the start they have not
+been run again.
 """
 
 from __future__ import annotations
@@ -79,6 +80,22 @@ STAGES = (
         ((9, 64, 64, 16), (17, 64, 64, 10), (9, 64, 64, 16), (9, 80, 80, 10), (17, 96, 96, 4)),
     ),
     Stage("full", 120, 5.5e-4, 5e-5, ((17, 128, 128, 4), (17, 96, 96, 6), (17, 192, 224, 2), (17, 112, 144, 4))),
+    Stage(
+        "centred",
+        520,
+        1.2e-3,
+        6e-4,
+        ((9, 64, 64, 16), (17, 64, 64, 10), (9, 80, 80, 10), (9, 64, 64, 16), (17, 96, 96, 4)),
+    ),
+    Stage("centred default", 260, 6e-4, 1e-4, ((17, 128, 128, 4), (17, 112, 144, 4), (17, 96, 96, 6))),
+    Stage("centred large", 70, 1.5e-4, 2e-5, ((17, 192, 224, 2), (17, 128, 128, 4))),
+    Stage(
+        "last",
+        330,
+        6e-4,
+        4e-5,
+        ((17, 128, 128, 4), (17, 112, 144, 4), (17, 128, 128, 4), (17, 96, 96, 6), (17, 192, 224, 2)),
+    ),
 )
 
 
@@ -184,7 +201,7 @@ class Trainer:
 
     def _share_gradients(self) -> None:
         """Replace every gradient by its mean over the processes."""
-        gradients = [weight.grad for weight in self.weights.values()]
+        gradients = [weight.grad for weight in self.weights.values() if weight.grad is not None]
         flat = torch.cat([gradient.flatten() for gradient in gradients])
         dist.all_reduce(flat)
         flat /= self.workers
