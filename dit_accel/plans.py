@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import functools
 import math
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -25,7 +26,7 @@ BLOCK_Q, BLOCK_K = 128, 64
 TOKEN_MASK_LIMIT = 20_000
 
 
-class Plan:
+class Plan(abc.ABC):
     """A method, its settings and the grid they apply to.
 
     Args:
@@ -38,9 +39,9 @@ class Plan:
         self.method, self.config, self.grid = method, config, grid
 
     @property
+    @abc.abstractmethod
     def pairs(self) -> int:
         """Exact number of attended (query, key) pairs, text included."""
-        raise NotImplementedError
 
     @property
     def density(self) -> float:
@@ -66,6 +67,7 @@ class Plan:
         """
         raise DitAccelError(f"{self.method} has no token mask that is known before the call: it routes by content.")
 
+    @abc.abstractmethod
     def attend(
         self,
         q: torch.Tensor,
@@ -78,9 +80,8 @@ class Plan:
         module: torch.nn.Module | None = None,
     ) -> torch.Tensor:
         """The method's attention on this grid; see `attention`. `module` holds a layer's learned weights."""
-        raise NotImplementedError
 
-    def prepare(self, device: torch.device) -> None:
+    def prepare(self, device: torch.device) -> None:  # noqa: B027 - a plan may have nothing to build
         """Build what `attend` needs on `device`; inside a traced call it would be too late."""
 
     def image(self) -> Image:
