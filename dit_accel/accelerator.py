@@ -105,6 +105,7 @@ class Accelerator:
             impl=self.impl,
             calls={engine.name: engine.calls for engine in self._engines},
             grids={str(grid): density for grid, density in self._plans.densities.items()},
+            partial_blocks={str(grid): count for grid, count in self._plans.partial_blocks.items()},
             layers=[layer for engine in self._engines for layer in engine.layer_reports()],
             notes=list(dict.fromkeys(note for engine in self._engines for note in engine.notes)),
         )

@@ -32,6 +32,7 @@ class PlanCache:
         self._method, self._config = method, config
         self._plans: dict[tuple[TokenGrid, torch.device], Plan] = {}
         self.densities: dict[TokenGrid, float] = {}
+        self.partial_blocks: dict[TokenGrid, int] = {}
 
     def get(self, grid: TokenGrid, device: torch.device) -> Plan:
         """The plan for a grid, ready to run on a device.
@@ -47,7 +48,7 @@ class PlanCache:
             if len(self._plans) >= PLANS_KEPT:
                 self._plans.pop(next(iter(self._plans)))
             self._plans[key] = plan
-            self.densities[grid] = plan.density
+            self.densities[grid], self.partial_blocks[grid] = plan.density, plan.partial_blocks
         return self._plans[key]
 
     def _refuse_full(self, plan: Plan) -> None:

@@ -48,6 +48,12 @@ class Plan(abc.ABC):
         """`pairs` over all pairs of tokens."""
         return self.pairs / self.grid.tokens**2
 
+    @property
+    @abc.abstractmethod
+    def partial_blocks(self) -> int:
+        """Visited blocks of which only a part is attended: token-exact methods count blocks that the mask cuts, methods
+        that attend whole blocks count those that the end of the grid cuts."""
+
     def block_mask(
         self,
         block_q: int | None = None,
@@ -115,11 +121,15 @@ class StaticPlan(Plan):
         """The packed tables that decide the pairs of partial blocks; None if there are no partial blocks."""
         return None
 
+    @functools.cached_property
+    def _blocks(self) -> BlockMask:
+        return self.block_mask()
+
     def lists(self, device: torch.device) -> tuple[BlockMask, torch.Tensor | None]:
         """The plan's own block mask and tables on `device`, built once."""
         if device not in self._lists:
             tables = self.tables()
-            self._lists[device] = (self.block_mask().to(device), None if tables is None else tables.to(device))
+            self._lists[device] = (self._blocks.to(device), None if tables is None else tables.to(device))
         return self._lists[device]
 
     def prepare(self, device: torch.device) -> None:
@@ -156,6 +166,10 @@ class MaskPlan(StaticPlan):
     def pairs(self) -> int:
         around = self.grid.tokens - self.grid.visual
         return self.mask.pairs() + around * (self.grid.tokens + self.grid.visual)
+
+    @property
+    def partial_blocks(self) -> int:
+        return int(self._blocks.partial.sum())
 
     def tables(self) -> torch.Tensor:
         return self.mask.pack()
@@ -223,6 +237,10 @@ class BlockPlan(StaticPlan):
         visual = self._mask.dense()[: order.visual_blocks, : order.visual_blocks].long()
         around = self.grid.tokens - self.grid.visual
         return int(valid @ visual @ valid) + around * (self.grid.tokens + self.grid.visual)
+
+    @property
+    def partial_blocks(self) -> int:
+        return blocks.cut_blocks(self._mask.query_order)
 
     def block_mask(
         self,

@@ -52,6 +52,7 @@ class Report:
         impl: the implementation asked for.
         calls: calls of each transformer.
         grids: densities of the grids seen, by their description.
+        partial_blocks: visited blocks of which only a part is attended, by grid.
         layers: in the order they run.
         notes: what else is worth knowing.
     """
@@ -62,6 +63,7 @@ class Report:
     impl: str
     calls: dict[str, int]
     grids: dict[str, float]
+    partial_blocks: dict[str, int]
     layers: list[LayerReport]
     notes: list[str] = dataclasses.field(default_factory=list)
 

@@ -9,6 +9,7 @@ import pytest
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 ROOT = pathlib.Path(__file__).parent.parent
+EVIDENCE = pytest.StashKey[bool]()
 
 
 @pytest.fixture(scope="session")
@@ -25,6 +26,30 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture
+def evidence(request):
+    """Takes the report of a test that shows cells of the support table, and holds it against what a cell must show."""
+
+    def take(report):
+        sparse = [layer for layer in report.layers if layer.sparse_calls]
+        assert sparse, "no attention call was sparse"
+        assert max(layer.density for layer in sparse) < 0.9, "nearly dense"
+        assert min(report.partial_blocks.values()) > 0, "no block was partial"
+        request.node.stash[EVIDENCE] = True
+
+    return take
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item):
+    """A test with a `support` mark passes only with evidence; its cells go into the JUnit file as properties."""
+    result = yield
+    cells = ["/".join(mark.args) for mark in item.iter_markers("support")]
+    assert not cells or item.stash.get(EVIDENCE, False), f"{cells} are declared, but no report was given to `evidence`"
+    item.user_properties += [("support", cell) for cell in cells]
+    return result
 
 
 @pytest.fixture

@@ -202,7 +202,8 @@ def test_the_report_counts_and_explains(tiny_wan, wan_inputs):
     assert str(accel.report()) == text, "the report stays after remove()"
 
 
-def test_layers_that_a_cache_skips_are_not_counted(tiny_wan, wan_inputs):
+@pytest.mark.support("wan", "gna", "cache")
+def test_layers_that_a_cache_skips_are_not_counted(tiny_wan, wan_inputs, evidence):
     from diffusers import FirstBlockCacheConfig
 
     transformer, inputs = tiny_wan(4), wan_inputs()
@@ -213,6 +214,7 @@ def test_layers_that_a_cache_skips_are_not_counted(tiny_wan, wan_inputs):
                 run(transformer, inputs)
         transformer.disable_cache()
         assert [layer.sparse_calls for layer in accel.report().layers] == [3, 1, 1, 1]
+        evidence(accel.report())
 
 
 def test_conditioning_images_of_another_size_are_in_the_report(tiny_flux, flux_inputs):

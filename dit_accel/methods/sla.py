@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from dit_accel.blocks import BlockMask, valid_tokens
+from dit_accel.blocks import BlockMask, cut_blocks, valid_tokens
 from dit_accel.errors import DitAccelError
 from dit_accel.kernels.sla.api import route, sparse_linear_attention
 from dit_accel.kernels.sla.features import FEATURE_MAPS, FeatureMap
@@ -232,6 +232,10 @@ class SlaPlan(Plan):
         keys = int(sizes[: self.config.kept(self.order.visual_blocks)].sum())
         around = self.grid.tokens - self.grid.visual
         return self.grid.visual * (keys + around) + around * self.grid.tokens
+
+    @property
+    def partial_blocks(self) -> int:
+        return cut_blocks(self.order)
 
     def token_mask(self) -> torch.Tensor:
         raise DitAccelError(
