@@ -1,7 +1,9 @@
 """What all tests share."""
 
+import dataclasses
 import os
 import pathlib
+import shutil
 
 import pytest
 
@@ -134,3 +136,153 @@ def flux_inputs():
         }
 
     return make
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """Exit status and what was printed."""
+
+    status: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def cli(capsys):
+    """Runs `dit-accel` with these arguments."""
+
+    def run(*arguments) -> Outcome:
+        from dit_accel.cli import app
+
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            app.main([str(argument) for argument in arguments])
+        printed = capsys.readouterr()
+        return Outcome(stop.value.code, printed.out, printed.err)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def demo_folder(tmp_path_factory):
+    """The demo's pipeline, smaller and untrained."""
+    import torch
+
+    from dit_accel.pipelines.demo.model import build_pipeline
+
+    torch.manual_seed(0)
+    pipe = build_pipeline(dim=64, layers=2, ffn_dim=64)
+    torch.nn.init.normal_(pipe.transformer.proj_out.weight, std=0.3)
+    folder = tmp_path_factory.mktemp("models") / "demo"
+    pipe.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def demo(demo_folder, monkeypatch):
+    """Makes `--model demo` the untrained one, so that these tests do not depend on the trained weights."""
+    from dit_accel.pipelines import demo
+
+    monkeypatch.setattr(demo, "WEIGHTS", demo_folder)
+    return demo_folder
+
+
+@pytest.fixture(scope="session")
+def wan_folder(tmp_path_factory):
+    """A Wan text-to-video pipeline with Wan's own codec, in random weights."""
+    import torch
+    from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanPipeline, WanTransformer3DModel
+    from transformers import UMT5Config, UMT5EncoderModel
+
+    from dit_accel.pipelines.demo.model import build_tokenizer
+
+    torch.manual_seed(0)
+    tokenizer = build_tokenizer()
+    text = UMT5Config(vocab_size=len(tokenizer), d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
+    pipe = WanPipeline(
+        tokenizer=tokenizer,
+        text_encoder=UMT5EncoderModel(text),
+        vae=AutoencoderKLWan(
+            base_dim=4, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1, latents_mean=[0.0] * 4, latents_std=[1.0] * 4
+        ),
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        transformer=WanTransformer3DModel(
+            num_attention_heads=2,
+            attention_head_dim=12,
+            in_channels=4,
+            out_channels=4,
+            text_dim=16,
+            freq_dim=16,
+            ffn_dim=16,
+            num_layers=2,
+            rope_max_seq_len=32,
+        ),
+    )
+    folder = tmp_path_factory.mktemp("models") / "wan"
+    pipe.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def flux_folder(tmp_path_factory):
+    """A FLUX pipeline in random weights."""
+    import torch
+    from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+    from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
+
+    from dit_accel.pipelines.demo.model import build_tokenizer
+
+    torch.manual_seed(0)
+    tokenizer = build_tokenizer()
+    words = len(tokenizer)
+    clip = CLIPTextConfig(
+        vocab_size=words,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=512,
+        eos_token_id=1,
+        projection_dim=16,
+    )
+    t5 = T5Config(vocab_size=words, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
+    pipe = FluxPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        vae=AutoencoderKL(
+            block_out_channels=(8,) * 2,
+            latent_channels=4,
+            norm_num_groups=2,
+            layers_per_block=1,
+            down_block_types=("DownEncoderBlock2D",) * 2,
+            up_block_types=("UpDecoderBlock2D",) * 2,
+            shift_factor=0.0,
+            scaling_factor=1.0,
+        ),
+        text_encoder=CLIPTextModel(clip),
+        tokenizer=tokenizer,
+        text_encoder_2=T5EncoderModel(t5),
+        tokenizer_2=tokenizer,
+        transformer=FluxTransformer2DModel(
+            in_channels=16,
+            num_layers=1,
+            num_single_layers=1,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            joint_attention_dim=16,
+            pooled_projection_dim=16,
+            axes_dims_rope=(4, 4, 8),
+        ),
+    )
+    folder = tmp_path_factory.mktemp("models") / "flux"
+    pipe.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def copy(tmp_path):
+    """Copies a model, so that a test may damage it."""
+
+    def copied(folder):
+        return shutil.copytree(folder, tmp_path / "copy")
+
+    return copied

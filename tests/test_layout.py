@@ -24,6 +24,7 @@ FLOORS = (
     ("methods",),
     ("pipelines",),
     ("accelerator", "engine", "checkpoint", "report"),
+    ("generation",),
     ("train", "eval"),
     ("cli",),
     ("__init__", "__main__"),

@@ -98,7 +98,7 @@ def bench(
 
 
 def _check_files(output: Path | None, picture: Path | None, read: Path | None, *, nothing_to_draw: bool) -> None:
-    from dit_accel.cli.output import IMAGE_ENDINGS, check_output
+    from dit_accel.generation.output import IMAGE_ENDINGS, check_output
 
     if read is not None and (output is not None or nothing_to_draw):
         raise DitAccelError("--read measures nothing, so it goes with neither --output nor --list.")
@@ -129,7 +129,7 @@ def _setting(text: str) -> Setting:
 
 
 def _device(device: str) -> torch.device:
-    from dit_accel.cli.pipeline import placement
+    from dit_accel.generation.call import placement
 
     return placement(device, "float32", "none")[0]
 
@@ -195,8 +195,8 @@ def _remark(outcome: Outcome) -> str:
 
 def _show(records: list[dict[str, Any]], picture: Path | None, *, json: bool) -> None:
     if picture is not None and records:
-        from dit_accel.cli.output import staged
         from dit_accel.eval.bench_picture import draw
+        from dit_accel.generation.output import staged
 
         with staged(picture) as stage:
             draw(records, stage / picture.name)

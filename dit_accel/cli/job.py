@@ -8,12 +8,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dit_accel.cli import output as files
-from dit_accel.cli import pipeline, sources
-from dit_accel.cli.choice import Choice, choose
-from dit_accel.cli.sampling import Sample, sample
-from dit_accel.cli.sizes import Sizes, sizes_of
-from dit_accel.cli.versions import machine, versions
+from dit_accel.eval.versions import machine, versions
+from dit_accel.generation import call, sources
+from dit_accel.generation import output as files
+from dit_accel.generation.choice import Choice, choose
+from dit_accel.generation.sampling import Sample, sample
+from dit_accel.generation.sizes import Sizes, sizes_of
 
 if TYPE_CHECKING:
     import torch
@@ -83,11 +83,11 @@ def run(request: Request) -> list[str]:
     files.check_output(path, _endings(sizes, shape[0]))
     grid = sizes.grid(*shape)
     chosen.check(grid)
-    device, dtype = pipeline.placement(request.device, request.dtype, request.offload)
-    picture = pipeline.open_image(request.image)
+    device, dtype = call.placement(request.device, request.dtype, request.offload)
+    picture = call.open_image(request.image)
 
     pipe = sources.load(source, dtype, device, request.offload)
-    pipeline.prepare(pipe, request.lora or (), vae_tiling=request.vae_tiling, compile=request.compile)
+    call.prepare(pipe, request.lora or (), vae_tiling=request.vae_tiling, compile=request.compile)
     given = {
         "prompt": request.prompt,
         "negative_prompt": request.negative_prompt,
@@ -98,7 +98,7 @@ def run(request: Request) -> list[str]:
         "height": shape[1],
         "width": shape[2],
     }
-    arguments = pipeline.call_arguments(pipe, sources.call_defaults(source), given, request.pipe or ())
+    arguments = call.call_arguments(pipe, sources.call_defaults(source), given, request.pipe or ())
     if grid.text:
         grid = dataclasses.replace(grid, text=arguments.get("max_sequence_length", grid.text))
     runs, report = _run(pipe, chosen, arguments, request, device)
@@ -137,8 +137,8 @@ def _run(
     if request.compare:
         # One step would all be dense by schedule; a whole loop also compiles what the schedule needs.
         with (chosen if request.compile else chosen.without_schedule()).apply(pipe):
-            pipeline.warm_up(pipe, arguments, whole=request.compile)
-        pipeline.warm_up(pipe, arguments, whole=request.compile)
+            call.warm_up(pipe, arguments, whole=request.compile)
+        call.warm_up(pipe, arguments, whole=request.compile)
         runs["dense"] = sample(pipe, arguments, request.seed, "dense", device)
     accel = chosen.apply(pipe)
     runs["accelerated"] = sample(pipe, arguments, request.seed, chosen.title, device)

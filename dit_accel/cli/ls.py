@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 def ls(json: Json = False) -> None:
     """List the methods with their settings and sources, and the model families with what they support."""
     from dit_accel import registry
-    from dit_accel.cli.sources import EMBEDDED
+    from dit_accel.generation.sources import EMBEDDED
 
     methods = [_method(found) for found in registry.get_methods().values()]
     families = [_family(found) for found in registry.get_families().values()]
@@ -62,7 +62,7 @@ def _print_tables(methods: list[dict[str, Any]], families: list[dict[str, Any]],
     from rich.console import Console
     from rich.table import Table
 
-    from dit_accel.cli.choice import value_text
+    from dit_accel.generation.choice import value_text
 
     console = Console()
     table = Table("method", "what it does", "settings", "source", title="Methods", show_lines=True)

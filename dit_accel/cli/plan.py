@@ -43,7 +43,7 @@ def plan(
     from dit_accel import plans, registry
 
     if image is not None:
-        from dit_accel.cli.output import IMAGE_ENDINGS, check_output
+        from dit_accel.generation.output import IMAGE_ENDINGS, check_output
 
         check_output(image, IMAGE_ENDINGS, option="--image")
     name, config = registry.parse_method(method, settings or ())
@@ -84,8 +84,8 @@ def _grid(
     if text is not None or text_first:
         raise DitAccelError("--text and --text-first belong to --grid; a model says itself where its text stands.")
 
-    from dit_accel.cli.sizes import sizes_of
-    from dit_accel.cli.sources import find
+    from dit_accel.generation.sizes import sizes_of
+    from dit_accel.generation.sources import find
 
     assert model is not None
     sizes = sizes_of(find(model, revision))
@@ -131,7 +131,7 @@ def _blocks(plan: Plan) -> dict[str, Any]:
 
 
 def _save_image(plan: Plan, path: Path) -> None:
-    from dit_accel.cli.output import staged
+    from dit_accel.generation.output import staged
 
     with staged(path) as stage:
         plan.image().save(stage / path.name)
@@ -141,7 +141,7 @@ def _print_table(facts: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from dit_accel.cli.choice import value_text
+    from dit_accel.generation.choice import value_text
 
     grid = facts["grid"]
     sides = f"{grid['frames']}x{grid['height']}x{grid['width']}"

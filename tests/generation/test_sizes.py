@@ -2,8 +2,8 @@
 
 import pytest
 
-from dit_accel.cli.sizes import Sizes
 from dit_accel.errors import DitAccelError
+from dit_accel.generation.sizes import Sizes
 
 WAN = Sizes(pixels=(16, 16), frames_step=4, height=480, width=832, frames=81, longest=1024)
 IMAGE = Sizes(pixels=(16, 16), frames_step=None, height=1024, width=1024, text=512, text_first=True)

@@ -7,8 +7,8 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-from dit_accel.cli.sources import EMBEDDED, Source
 from dit_accel.errors import DitAccelError
+from dit_accel.generation.sources import EMBEDDED, Source
 from dit_accel.tokens import TokenGrid
 
 Config = dict[str, Any]

@@ -8,8 +8,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dit_accel.cli.sources import first_line
 from dit_accel.errors import DitAccelError
+from dit_accel.generation.sources import first_line
 from dit_accel.registry import did_you_mean
 
 if TYPE_CHECKING:

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dit_accel.cli import output
 from dit_accel.errors import DitAccelError
+from dit_accel.generation import output
 
 
 def clip(frames=3, height=16, width=24):
