@@ -30,6 +30,23 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
+@pytest.fixture(autouse=True)
+def record_check(request, record_property):
+    """What a test with the marker `check` shows, as properties of its report: family, model, method and check.
+
+    The documentation's table is made of these. The model is the test's parameter `tiny`; the method is a parameter, or
+    an argument of the marker.
+    """
+    marker = request.node.get_closest_marker("check")
+    if marker is None:
+        return
+    parameters = request.node.callspec.params
+    tiny, method = parameters["tiny"], parameters.get("method", marker.kwargs.get("method"))
+    values = {"family": tiny.family, "model": tiny.id, "method": method, "check": marker.args[0]}
+    for name, value in values.items():
+        record_property(name, value)
+
+
 @pytest.fixture
 def evidence(request):
     """Takes the report of a test that shows cells of the support table, and holds it against what a cell must show."""
@@ -54,88 +71,34 @@ def pytest_runtest_call(item):
     return result
 
 
+# The small models and their calls with the sizes a test asks for; see `pipelines/tiny_models.py`.
+
+
 @pytest.fixture
 def tiny_wan():
-    """Makes a Wan transformer of 24 channels in evaluation mode, always with the same weights."""
-    import torch
-    from diffusers import WanTransformer3DModel
+    import tiny_models
 
-    def make(layers: int = 2, **config):
-        torch.manual_seed(0)
-        sizes = {
-            "num_attention_heads": 2,
-            "attention_head_dim": 12,
-            "in_channels": 4,
-            "out_channels": 4,
-            "text_dim": 16,
-        }
-        sizes |= {"freq_dim": 16, "ffn_dim": 32, "num_layers": layers, "rope_max_seq_len": 64}
-        return WanTransformer3DModel(**(sizes | config)).eval()
-
-    return make
+    return tiny_models.module("wan").build
 
 
 @pytest.fixture
 def wan_inputs():
-    """Makes a call of the tiny Wan: latents of `frames` x `height` x `width`, in patches of 1 x 2 x 2."""
-    import torch
+    import tiny_models
 
-    def make(frames: int = 5, height: int = 14, width: int = 18, batch: int = 2, timestep: float = 500):
-        generator = torch.Generator().manual_seed(1)
-        return {
-            "hidden_states": torch.randn(batch, 4, frames, height, width, generator=generator),
-            "timestep": torch.full((batch,), timestep),
-            "encoder_hidden_states": torch.randn(batch, 7, 16, generator=generator),
-        }
-
-    return make
+    return tiny_models.module("wan").inputs
 
 
 @pytest.fixture
 def tiny_flux():
-    """Makes a FLUX transformer of 2 dual and 2 single blocks in evaluation mode, always with the same weights."""
-    import torch
-    from diffusers import FluxTransformer2DModel
+    import tiny_models
 
-    def make(**config):
-        torch.manual_seed(0)
-        sizes = {
-            "in_channels": 8,
-            "num_layers": 2,
-            "num_single_layers": 2,
-            "attention_head_dim": 16,
-            "num_attention_heads": 2,
-        }
-        sizes |= {"joint_attention_dim": 20, "pooled_projection_dim": 12, "axes_dims_rope": (4, 6, 6)}
-        return FluxTransformer2DModel(**(sizes | config)).eval()
-
-    return make
+    return tiny_models.module("flux").build
 
 
 @pytest.fixture
 def flux_inputs():
-    """Makes a call of the tiny FLUX with packed images of these (height, width), the made one first."""
-    import torch
-
-    def make(*images: tuple[int, int], text: int = 13, batch: int = 2, timestep: float = 0.5, dtype=torch.float32):
-        generator = torch.Generator().manual_seed(1)
-        ids = [
-            torch.cat(
-                (torch.full((height * width, 1), index), torch.cartesian_prod(*map(torch.arange, (height, width)))), 1
-            )
-            for index, (height, width) in enumerate(images)
-        ]
-        ids = torch.cat(ids).to(dtype)
-        return {
-            "hidden_states": torch.randn(batch, len(ids), 8, generator=generator),
-            "encoder_hidden_states": torch.randn(batch, text, 20, generator=generator),
-            "pooled_projections": torch.randn(batch, 12, generator=generator),
-            "timestep": torch.full((batch,), timestep),
-            "img_ids": ids,
-            "txt_ids": torch.zeros(text, 3),
-        }
-
-    return make
+    import tiny_models
+    return tiny_models.module("flux").inputs
 
 
 @dataclasses.dataclass(frozen=True)

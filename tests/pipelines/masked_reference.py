@@ -1,0 +1,95 @@
+"""Any transformer with its self-attention replaced, without our code: what accelerated models are held against."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from tiny_models import TinyModel, run
+from torch.overrides import TorchFunctionMode
+
+from dit_accel.methods.sla import SparseLinearAttention
+from dit_accel.tokens import TokenGrid
+
+# Gets q, k, v [B, H, N, D] and returns which pairs attend, bool, broadcastable to [B, H, N, N].
+Pairs = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+class MaskedAttention(TorchFunctionMode):
+    """Self-attention over the grid attends to the pairs that both `pairs` and the model allow.
+
+    Self-attention is told by its length. A model that cuts padded text off, sample by sample, makes shorter calls.
+
+    Attributes:
+        calls: replaced so far.
+    """
+
+    def __init__(self, grid: TokenGrid, pairs: Pairs) -> None:
+        super().__init__()
+        self.grid, self.pairs, self.calls = grid, pairs, 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.scaled_dot_product_attention:
+            return self._attention(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+    def _attention(
+        self, query: Any, key: Any, value: Any, attn_mask: Any = None, dropout_p: float = 0.0, **rest: Any
+    ) -> torch.Tensor:
+        tokens, shortest = query.shape[-2], self.grid.tokens - self.grid.text
+        if tokens == key.shape[-2] and shortest <= tokens <= self.grid.tokens:
+            self.calls += 1
+            pairs = self.pairs(query, key, value)
+            if attn_mask is None:
+                attn_mask = pairs
+            elif attn_mask.dtype == torch.bool:
+                attn_mask = attn_mask & pairs
+            else:
+                attn_mask = torch.where(pairs, attn_mask, float("-inf"))
+        return F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, **rest)
+
+
+def plain_and_exact(tiny: TinyModel, pairs: Pairs) -> tuple[torch.Tensor, torch.Tensor]:
+    """The model with masked attention in fp32 and in fp64, both on the pairs that `pairs` gave in fp32."""
+    given = []
+
+    def record(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        given.append(pairs(q, k, v))
+        return given[-1]
+
+    with MaskedAttention(tiny.grid, record) as mode:
+        plain = run(tiny.shared, tiny.call())
+    assert mode.calls, "the model made no attention call of the grid's length"
+    replay = iter(given)
+    with MaskedAttention(tiny.grid, lambda *_: next(replay)):
+        exact = run(tiny.shared_double, tiny.call(dtype=torch.float64))
+    return plain, exact
+
+
+def static_pairs(mask: torch.Tensor) -> Pairs:
+    """A token mask [tokens, tokens] in model order; shorter calls lack the end of the text, which stands last."""
+    return lambda q, k, v: mask[: q.shape[-2], : q.shape[-2]]
+
+
+def critical_pairs(grid: TokenGrid, config: dict[str, Any]) -> Pairs:
+    """The pairs in SLA's critical blocks, which depend on q and k; text and reference tokens attend to everything."""
+
+    def pairs(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        tokens = q.shape[-2]
+        own = dataclasses.replace(grid, text=grid.text - (grid.tokens - tokens))
+        critical = SparseLinearAttention(q.shape[-1], **config).route(q, k, own).critical
+        rows, columns = (order.index() for order in (critical.query_order, critical.key_order))
+        blocks = critical.dense().repeat_interleave(config["block"], -2).repeat_interleave(config["block"], -1)
+        mask = torch.zeros(*blocks.shape[:2], tokens, tokens, dtype=torch.bool)
+        mask[:, :, rows[rows >= 0][:, None], columns[columns >= 0]] = blocks[:, :, rows >= 0][..., columns >= 0]
+        return mask
+
+    return pairs
+
+
+def assert_no_worse(ours: torch.Tensor, plain: torch.Tensor, exact: torch.Tensor) -> None:
+    """At most twice the error of PyTorch in the same dtype, both against fp64, plus one rounding band."""
+    band = torch.finfo(plain.dtype).eps * exact.abs().max().item()
+    error, allowed = ((result.double() - exact).abs().max().item() for result in (ours, plain))
+    assert error <= 2 * (allowed + band), f"error {error:.2e}, plain PyTorch {allowed:.2e}, rounding band {band:.2e}"

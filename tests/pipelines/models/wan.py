@@ -1,0 +1,28 @@
+"""Wan's family in small."""
+
+import torch
+from tiny_models import TinyModel, seeded
+
+from dit_accel.tokens import TokenGrid
+
+
+def build(layers=2, **config):
+    """Wan of 24 channels."""
+    from diffusers import WanTransformer3DModel
+
+    sizes = {"num_attention_heads": 2, "attention_head_dim": 12, "in_channels": 4, "out_channels": 4, "text_dim": 16}
+    sizes |= {"freq_dim": 16, "ffn_dim": 32, "num_layers": layers, "rope_max_seq_len": 64}
+    return seeded(WanTransformer3DModel, **(sizes | config))
+
+
+def inputs(frames=5, height=14, width=18, batch=2, timestep=500):
+    """Latents of `frames` x `height` x `width`, in patches of 1 x 2 x 2."""
+    generator = torch.Generator().manual_seed(1)
+    return {
+        "hidden_states": torch.randn(batch, 4, frames, height, width, generator=generator),
+        "timestep": torch.full((batch,), timestep),
+        "encoder_hidden_states": torch.randn(batch, 7, 16, generator=generator),
+    }
+
+
+MODELS = [TinyModel("wan", "t2v", build, lambda batch: inputs(batch=batch), TokenGrid(5, 7, 9))]

@@ -1,0 +1,165 @@
+"""What every family must do, on every model in `models/`: each check is a column of the documentation's table."""
+
+import pytest
+import torch
+from masked_reference import assert_no_worse, critical_pairs, plain_and_exact, static_pairs
+from tiny_models import all_models, run
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import dit_accel
+from dit_accel.registry import get_families, get_methods
+
+MODELS = all_models()
+SLA = {"topk": 0.35, "block": 16}
+
+
+def static_settings(tiny):
+    """Static methods and settings that leave something out on the model's grid."""
+    if not tiny.video:
+        return [("gna", {"window": (1, 5, 4)}), ("gna", {"window": (1, 3, 3), "dilation": (1, 2, 2)})]
+    return [
+        ("gna", {"window": (3, 5, 4)}),
+        ("radial", {"decay": 0.2, "sink": False}),
+        ("radial", {"decay": 0.2, "rule": "reference", "block": 16, "sink": False}),
+        ("tile", {"references": 1}),
+    ]
+
+
+def every_setting():
+    for tiny in MODELS:
+        for method, config in static_settings(tiny):
+            # The published code of radial attends whole blocks: none of them is partial.
+            whole = config.get("rule") == "reference"
+            check = pytest.mark.check("equals masked reference in whole blocks" if whole else "equals masked reference")
+            last = list(config.values())[1] if len(config) > 1 else next(iter(config.values()))
+            name = f"{tiny}-{method}-{last}".replace(" ", "")
+            yield pytest.param(tiny, method, config, whole, id=name, marks=check)
+
+
+def each_model(models=MODELS):
+    return pytest.mark.parametrize("tiny", models, ids=str)
+
+
+def first_of_each_family():
+    return list({tiny.family: tiny for tiny in reversed(MODELS)}.values())
+
+
+def state_of(transformer):
+    """What `remove` must restore: processors, hooks, weights by name, attributes."""
+    hooks = ("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs", "_forward_hooks", "_forward_hooks_with_kwargs")
+    modules = dict(transformer.named_modules())
+    return {
+        "processors": {name: id(getattr(module, "processor", None)) for name, module in modules.items()},
+        "hooks": [(name, hook, list(getattr(module, hook))) for name, module in modules.items() for hook in hooks],
+        "weights": list(transformer.state_dict()),
+        "attributes": {name: sorted(vars(module)) for name, module in modules.items()},
+    }
+
+
+def test_every_family_and_method_is_checked():
+    assert {tiny.family for tiny in MODELS} == set(get_families())
+    tested = {method for tiny in MODELS for method, _ in static_settings(tiny)}
+    assert tested | {"sla", "dense"} == set(get_methods())
+    assert len({str(tiny) for tiny in MODELS}) == len(MODELS)
+
+
+@pytest.mark.check("method dense", method="dense")
+@each_model()
+def test_dense_is_the_models_own_code(tiny):
+    with dit_accel.accelerated(tiny.shared, "dense") as accel:
+        assert torch.equal(run(tiny.shared, tiny.call()), tiny.dense)
+    report = accel.report()
+    assert (report.sparse_calls, report.dense_calls) == (0, len(report.layers))
+
+
+@pytest.mark.parametrize(("tiny", "method", "config", "whole"), list(every_setting()))
+def test_equals_masked_attention(tiny, method, config, whole, evidence):
+    """At the expected grid; with sparse calls only, partial blocks and a density under 0.9."""
+    with dit_accel.accelerated(tiny.shared, method, **config) as accel:
+        ours = run(tiny.shared, tiny.call())
+    report, plan = accel.report(), dit_accel.plan(method, tiny.grid, **config)
+    assert report.grids == {str(tiny.grid): plan.density}
+    assert report.dense_calls == 0
+    assert all(layer.sparse_calls == 1 and layer.density == plan.density < 0.9 for layer in report.layers)
+    if not whole:
+        evidence(report)
+
+    plain, exact = plain_and_exact(tiny, static_pairs(plan.token_mask()))
+    assert_no_worse(ours, plain, exact)
+    assert (ours - tiny.dense).abs().max() > 100 * (ours - plain).abs().max(), "the mask makes no difference here"
+
+
+@pytest.mark.check("equals masked reference", method="sla")
+@each_model()
+def test_untrained_sla_equals_masked_attention_on_its_critical_blocks(tiny, evidence):
+    with dit_accel.accelerated(tiny.shared, "sla", **SLA) as accel:
+        ours = run(tiny.shared, tiny.call())
+    assert {layer.sparse_calls for layer in accel.report().layers} == {1}
+    evidence(accel.report())
+    plain, exact = plain_and_exact(tiny, critical_pairs(tiny.grid, SLA))
+    assert_no_worse(ours, plain, exact)
+    assert (ours - tiny.dense).abs().max() > 100 * (ours - plain).abs().max(), "the routing makes no difference here"
+
+
+@pytest.mark.check("keeping every pair equals dense")
+@pytest.mark.parametrize(("method", "config"), [("gna", {"window": "full"}), ("sla", {"topk": 1.0, "block": 16})])
+@each_model()
+def test_keeping_every_pair_equals_dense(tiny, method, config):
+    with dit_accel.accelerated(tiny.shared, method, **config) as accel:
+        ours = run(tiny.shared, tiny.call())
+    assert {layer.density for layer in accel.report().layers} == {1.0}
+    assert_no_worse(ours, tiny.dense, run(tiny.shared_double, tiny.call(dtype=torch.float64)))
+
+
+@pytest.mark.check("removable")
+@pytest.mark.parametrize(("method", "config"), [("gna", {"window": 1}), ("sla", SLA)])
+@each_model()
+def test_remove_restores_everything(tiny, method, config, evidence):
+    before = state_of(tiny.shared)
+    accel = dit_accel.accelerate(tiny.shared, method, **config)
+    assert state_of(tiny.shared) != before
+    run(tiny.shared, tiny.call())
+    evidence(accel.report())
+    assert accel.remove() == []
+    assert state_of(tiny.shared) == before
+    assert torch.equal(run(tiny.shared, tiny.call()), tiny.dense)
+
+
+@pytest.mark.check("other attention untouched", method="gna")
+@each_model()
+def test_other_attention_is_untouched(tiny):
+    """Cross-attention, refiners and audio keep their own processors: each module's is as before or one of ours."""
+    before = {name: getattr(module, "processor", None) for name, module in tiny.shared.named_modules()}
+    own = {name for name, _ in get_families()[tiny.family].attentions(tiny.shared)}
+    with dit_accel.accelerated(tiny.shared, "gna", window=1):
+        changed = {
+            name
+            for name, module in tiny.shared.named_modules()
+            if getattr(module, "processor", None) is not before[name]
+        }
+    assert changed == own
+
+
+@pytest.mark.check("compile", method="gna")
+@each_model(first_of_each_family())
+def test_compiles_as_one_graph(tiny, evidence):
+    torch._dynamo.reset()
+    transformer, counter = tiny.build(), CompileCounterWithBackend("eager")
+    with dit_accel.accelerated(transformer, "gna", window=(1, 3, 3)) as accel:
+        eager = run(transformer, tiny.call())
+        if tiny.compiles == "whole":
+            compiled = torch.compile(transformer, backend=counter, fullgraph=True)
+        else:
+            compiled = transformer
+            transformer.compile_repeated_blocks(backend=counter, fullgraph=True)
+        for _ in range(2):
+            torch.testing.assert_close(run(compiled, tiny.call()), eager)
+        kinds = {type(block).__name__ for block in _blocks(transformer)} if tiny.compiles == "blocks" else {"whole"}
+        assert counter.frame_count == len(kinds)
+    assert {layer.sparse_calls for layer in accel.report().layers} == {3}
+    evidence(accel.report())
+    torch._dynamo.reset()
+
+
+def _blocks(transformer):
+    return [module for module in transformer.modules() if type(module).__name__ in transformer._repeated_blocks]
