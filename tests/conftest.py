@@ -98,6 +98,7 @@ def tiny_flux():
 @pytest.fixture
 def flux_inputs():
     import tiny_models
+
     return tiny_models.module("flux").inputs
 
 
