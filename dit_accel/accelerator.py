@@ -5,16 +5,18 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import pathlib
+import statistics
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import nn
 
-from dit_accel import checkpoint
+from dit_accel import checkpoint, layerwise
 from dit_accel.engine import Engine, PlanCache
 from dit_accel.errors import DitAccelError
 from dit_accel.kernels.block_sparse.api import Impl, choose_impl
+from dit_accel.layerwise import LayerSettings
 from dit_accel.pipelines.family import Family
 from dit_accel.registry import Method, get_families, get_method, make_config
 from dit_accel.report import Report
@@ -31,7 +33,7 @@ class Accelerator:
 
     Attributes:
         method: name.
-        config: the method's settings, a frozen dataclass.
+        config: the method's settings, a frozen dataclass; `LayerSettings` where every layer has its own.
         schedule: which steps and layers stay dense.
         impl: "auto", "reference", "portable" or "triton".
         allow_dense: whether the model's own attention may run where it is measured to be faster.
@@ -52,7 +54,9 @@ class Accelerator:
         self.impl, self.allow_dense = impl, allow_dense
         self.transformers = {name: transformer for name, (transformer, _) in transformers.items()}
         self._clock = StepClock(pipeline)
-        self._plans = PlanCache(method, config)
+        layered = isinstance(config, LayerSettings)
+        configs = [own for row in config.layers.values() for own in row] if layered else [config]
+        self._plans = {own: PlanCache(method, own) for own in layerwise.distinct(configs)}
         self._engines = [
             Engine(name, transformer, family, method, config, schedule, self._clock, self._plans, impl)
             for name, (transformer, family) in transformers.items()
@@ -94,21 +98,45 @@ class Accelerator:
         """
         self._clock.set(index, count)
 
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Inside the block the model runs its own attention; the method and its learned weights stay in place."""
+        for engine in self._engines:
+            engine.paused = True
+        try:
+            yield
+        finally:
+            for engine in self._engines:
+                engine.paused = False
+
     def report(self) -> Report:
         """What was done so far. It stays readable after `remove`."""
         for engine in self._engines:
             engine.count_last_call()
         return Report(
             method=self.method,
-            config=dataclasses.asdict(self.config),
+            config=self._config_record(),
             schedule=dataclasses.asdict(self.schedule),
             impl=self.impl,
             calls={engine.name: engine.calls for engine in self._engines},
-            grids={str(grid): density for grid, density in self._plans.densities.items()},
-            partial_blocks={str(grid): count for grid, count in self._plans.partial_blocks.items()},
+            grids=self._by_grid("densities", statistics.mean),
+            partial_blocks=self._by_grid("partial_blocks", min),
             layers=[layer for engine in self._engines for layer in engine.layer_reports()],
             notes=list(dict.fromkeys(note for engine in self._engines for note in engine.notes)),
         )
+
+    def _config_record(self) -> dict[str, Any]:
+        if isinstance(self.config, LayerSettings):
+            return {"layers": self.config.as_dict()}
+        return dataclasses.asdict(self.config)
+
+    def _by_grid(self, figure: str, merge: Callable[[list[Any]], Any]) -> dict[str, Any]:
+        """A figure of the plans by grid; where layers have settings of their own, merged over the sparse layers."""
+        seen: dict[str, list[Any]] = {}
+        for layer in (layer for engine in self._engines for layer in engine.layers if layer.dense_reason is None):
+            for grid, value in getattr(self._plans[layer.config], figure).items():
+                seen.setdefault(str(grid), []).append(value)
+        return {grid: merge(values) for grid, values in seen.items()}
 
     def learned_weights(self) -> dict[str, nn.Module]:
         """The method's learned modules, by the dotted path of their attention module in the pipeline."""
@@ -122,9 +150,11 @@ class Accelerator:
         Raises:
             DitAccelError: the folder cannot be written.
         """
+        layered = isinstance(self.config, LayerSettings)
         settings = {
             "method": self.method,
-            "config": dataclasses.asdict(self.config),
+            "config": {} if layered else dataclasses.asdict(self.config),
+            "layers": self.config.as_dict() if layered else None,
             "schedule": dataclasses.asdict(self.schedule),
             "impl": self.impl,
             "allow_dense": self.allow_dense,
@@ -149,8 +179,9 @@ class Accelerator:
 
 def accelerate(
     target: Any,
-    method: str,
+    method: str | None = None,
     *,
+    schedule: str | pathlib.Path | LayerSettings | None = None,
     dense_steps: Amount = 0,
     dense_last_steps: Amount = 0,
     dense_layers: Amount | tuple[int, ...] = 0,
@@ -166,7 +197,9 @@ def accelerate(
 
     Args:
         target: a Diffusers pipeline, or one transformer.
-        method: "dense", "gna", "radial", "sla" or "tile"; see `list_methods`.
+        method: "dense", "gna", "radial", "sla" or "tile"; see `list_methods`. Left out where `schedule` says it.
+        schedule: a layer schedule (`dit_accel.layerwise`), such as a search wrote: the method and the settings of every
+            layer, in place of `method`, `config` and `dense_layers`.
         dense_steps, dense_last_steps: first and last denoising steps that stay dense, as a number or a share of all.
             A step is a position on the scheduler's trajectory: image-to-image that starts halfway starts halfway.
         dense_layers: first layers that stay dense, as a number or a share, or a tuple of indices.
@@ -189,9 +222,9 @@ def accelerate(
         >>> print(accel.report())
         >>> accel.remove()
     """
-    chosen = get_method(method)
-    settings = make_config(method, config)
-    schedule = Schedule(dense_steps, dense_last_steps, dense_layers)
+    settings = _settings(method, schedule, config, dense_layers)
+    chosen = get_method(settings.method if isinstance(settings, LayerSettings) else str(method))
+    dense = Schedule(dense_steps, dense_last_steps, dense_layers)
     if impl != "auto":
         choose_impl("cpu", impl)
     transformers, pipeline = find_transformers(target)
@@ -203,9 +236,29 @@ def accelerate(
         )
     for accel in present:
         accel.remove()
-    accel = Accelerator(transformers, pipeline, chosen, settings, schedule, impl, allow_dense)
+    accel = Accelerator(transformers, pipeline, chosen, settings, dense, impl, allow_dense)
     accel.apply()
     return accel
+
+
+def _settings(
+    method: str | None,
+    schedule: str | pathlib.Path | LayerSettings | None,
+    config: dict[str, Any],
+    dense_layers: Amount | tuple[int, ...],
+) -> Any | LayerSettings:
+    """One Config for all layers, or the settings of each."""
+    if schedule is None:
+        if method is None:
+            raise DitAccelError("accelerate needs a method, such as 'radial', or schedule=, a layer schedule.")
+        return make_config(method, config)
+    settings = schedule if isinstance(schedule, LayerSettings) else layerwise.read(schedule)
+    if method not in (None, settings.method) or config or dense_layers:
+        raise DitAccelError(
+            f"A layer schedule says method ({settings.method}), settings and dense layers itself; leave out the "
+            f"method, its settings and dense_layers (got {method}, {config}, {dense_layers})."
+        )
+    return settings
 
 
 @contextlib.contextmanager
@@ -238,9 +291,11 @@ def load(target: Any, path: str | pathlib.Path, *, replace: bool = False) -> Acc
     transformers, _ = find_transformers(target)
     present = checkpoint.identify({name: transformer for name, (transformer, _) in transformers.items()})
     checkpoint.check_identity(path, saved.models, present)
+    layers = saved.settings["layers"]
     accel = accelerate(
         target,
         saved.settings["method"],
+        schedule=None if layers is None else layerwise.from_dict(saved.settings["method"], layers),
         impl=saved.settings["impl"],
         allow_dense=saved.settings["allow_dense"],
         replace=replace,

@@ -20,6 +20,7 @@ from dit_accel.errors import DitAccelError
 SETTINGS_FILE = "accelerator.json"
 WEIGHTS_FILE = "accelerator.safetensors"
 FORMAT = 1
+SETTINGS = ("method", "config", "layers", "schedule", "impl", "allow_dense")
 VERSION = importlib.import_module("dit_accel").__version__
 
 Models = dict[str, dict[str, str]]
@@ -30,7 +31,7 @@ class Saved:
     """A saved accelerator, read and checked.
 
     Attributes:
-        settings: method, config, schedule, impl and allow_dense.
+        settings: method, config, layers (None unless layers have settings of their own), schedule, impl, allow_dense.
         models: class and configuration hash of each transformer, by component name.
         weights: learned tensors by name; empty if the method has learned nothing.
     """
@@ -102,7 +103,7 @@ def read(path: str | pathlib.Path) -> Saved:
         raise DitAccelError(f"{path} is no saved accelerator: {file.name} cannot be read ({error}).") from error
     except ValueError as error:
         raise DitAccelError(f"{file} is damaged ({error}); save the accelerator again.") from error
-    wanted = {"format", "models", "weights_sha256", "method", "config", "schedule", "impl", "allow_dense"}
+    wanted = {"format", "models", "weights_sha256", *SETTINGS}
     if not isinstance(content, dict) or not wanted <= content.keys():
         raise DitAccelError(f"{file} is no saved accelerator: it needs the entries {', '.join(sorted(wanted))}.")
     if content["format"] != FORMAT:
@@ -110,7 +111,7 @@ def read(path: str | pathlib.Path) -> Saved:
             f"{file} has format {content['format']!r}, written by dit_accel {content.get('dit_accel_version')}; "
             f"dit_accel {VERSION} reads format {FORMAT}. Install the version that saved it."
         )
-    settings = {key: content[key] for key in ("method", "config", "schedule", "impl", "allow_dense")}
+    settings = {key: content[key] for key in SETTINGS}
     # JSON has no tuples.
     settings["config"] = {key: tuple(v) if isinstance(v, list) else v for key, v in settings["config"].items()}
     digest = content["weights_sha256"]

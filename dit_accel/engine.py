@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch import nn
 
 from dit_accel.errors import DitAccelError
 from dit_accel.kernels.block_sparse.api import Impl, choose_impl
+from dit_accel.layerwise import LayerSettings, distinct
 from dit_accel.pipelines import processor
 from dit_accel.pipelines.family import Call, Family, Memory
 from dit_accel.pipelines.processor import LEARNED, AcceleratedAttnProcessor, CallState
@@ -26,7 +27,7 @@ PLANS_KEPT = 16
 
 
 class PlanCache:
-    """An accelerator's plans by grid and device, the oldest dropped when there are many."""
+    """The plans of one setting by grid and device, the oldest dropped when there are many."""
 
     def __init__(self, method: Method, config: Any) -> None:
         self._method, self._config = method, config
@@ -65,10 +66,11 @@ class PlanCache:
 
 @dataclasses.dataclass
 class Layer:
-    """One self-attention module: its original processor and ours."""
+    """One self-attention module: its original processor and ours; `config` counts where there is no `dense_reason`."""
 
     name: str
     attention: nn.Module
+    config: Any
     dense_reason: str | None
     tally: Tally = dataclasses.field(default_factory=Tally)
     original: Any = None
@@ -109,8 +111,8 @@ class Engine:
     Args:
         name: of the transformer in its pipeline.
         transformer, family: the model and what is known of it.
-        method, config, schedule, impl: what to run.
-        clock, plans: shared by the transformers of a pipeline.
+        method, settings, schedule, impl: what to run; `settings` is one Config for all layers, or one for each.
+        clock, plans: shared by the transformers of a pipeline; `plans` by setting.
     """
 
     def __init__(
@@ -119,26 +121,30 @@ class Engine:
         transformer: nn.Module,
         family: Family,
         method: Method,
-        config: Any,
+        settings: Any | LayerSettings,
         schedule: Schedule,
         clock: StepClock,
-        plans: PlanCache,
+        plans: Mapping[Any, PlanCache],
         impl: Impl,
     ) -> None:
         self.name, self.calls = name, 0
+        self.paused = False
         self.notes: list[str] = []
         self._transformer, self._family = transformer, family
-        self._method, self._config = method, config
+        self._method, self._impl = method, impl
         self._schedule, self._clock, self._plans = schedule, clock, plans
-        self._state, self._dense_state = CallState(impl), CallState(impl)
         self._signature = inspect.signature(type(transformer).forward)
         self._memory = Memory()
         self._compiled = False
-        self._last: tuple[Plan, str] | str = "not called yet"
+        self._last, self._last_is_sparse = "not called yet", False
         self._handles: list[Any] = []
-        self.layers = self._find_layers()
+        self.layers = self._find_layers(settings)
+        # Layers with the same settings share a state, so that a compiled model has one graph for each setting.
+        sparse = [layer.config for layer in self.layers if layer.dense_reason is None]
+        self._states = {config: CallState(impl) for config in distinct(sparse)}
+        self._dense_state = CallState(impl)
 
-    def _find_layers(self) -> list[Layer]:
+    def _find_layers(self, settings: Any | LayerSettings) -> list[Layer]:
         found = list(self._family.attentions(self._transformer))
         if not found:
             raise DitAccelError(
@@ -146,10 +152,18 @@ class Engine:
                 f"the family {self._family.name} keeps its self-attention; is this a changed model?"
             )
         if self._method.name == "dense":
-            return [Layer(name, attention, "method dense") for name, attention in found]
+            return [Layer(name, attention, None, "method dense") for name, attention in found]
+        if isinstance(settings, LayerSettings):
+            own = settings.of(self.name, len(found))
+            return [
+                Layer(name, attn, config, "layer schedule" if config is None else None)
+                for (name, attn), config in zip(found, own, strict=True)
+            ]
         dense = self._schedule.layers(len(found))
         reason = f"dense_layers={self._schedule.dense_layers}"
-        return [Layer(name, attn, reason if index in dense else None) for index, (name, attn) in enumerate(found)]
+        return [
+            Layer(name, attn, settings, reason if index in dense else None) for index, (name, attn) in enumerate(found)
+        ]
 
     def attach(self) -> None:
         """Wrap the processors, add learned weights and hook the transformer."""
@@ -157,9 +171,9 @@ class Engine:
         for layer in self.layers:
             learned = None
             if self._method.module is not None and layer.dense_reason is None:
-                learned = self._method.module(self._family.head_dim(layer.attention), self._config)
+                learned = self._method.module(self._family.head_dim(layer.attention), layer.config)
                 learned.to(next(layer.attention.parameters()).device)
-            layer.attach(self._state if layer.dense_reason is None else self._dense_state, learned)
+            layer.attach(self._dense_state if layer.dense_reason is not None else self._states[layer.config], learned)
         # Compiled transformers run their hooks outside the graph, but with Dynamo watching: the first hook is traced,
         # which tells that the transformer is compiled; the second is not.
         self._handles = [
@@ -183,11 +197,12 @@ class Engine:
             layer.ours.ran = False
             if layer.dense_reason is not None:
                 layer.tally.dense(layer.dense_reason)
-            elif isinstance(self._last, str):
+            elif not self._last_is_sparse:
                 layer.tally.dense(self._last)
             else:
-                plan, kernel = self._last
-                layer.tally.sparse(plan.density, kernel)
+                plan = self._states[layer.config].plan
+                assert plan is not None
+                layer.tally.sparse(plan.density, self._last)
 
     def layer_reports(self) -> list[LayerReport]:
         return [layer.tally.report(self.name, layer.name, layer.left) for layer in self.layers]
@@ -208,20 +223,25 @@ class Engine:
             )
         self.count_last_call()
         self.calls += 1
-        self._state.sparse = False
-        if all(layer.dense_reason is not None for layer in self.layers):
+        for state in self._states.values():
+            state.sparse = False
+        if not self._states:
+            return
+        if self.paused:
+            self._last, self._last_is_sparse = "paused", False
             return
         self._refuse_context_parallel()
         call = Call(self._signature, module, args, kwargs, self._memory)
         layout = self._family.layout(module, call)
-        plan = self._plans.get(layout.grid, call.device)
+        plans = {config: self._plans[config].get(layout.grid, call.device) for config in self._states}
         self.notes += [note for note in layout.notes if note not in self.notes]
         reason = self._dense_step(call)
         if reason is not None:
-            self._last = reason
+            self._last, self._last_is_sparse = reason, False
             return
-        self._last = plan, choose_impl(call.device.type, self._state.impl)[0]
-        self._state.plan, self._state.text_lens, self._state.sparse = plan, layout.text_lens, True
+        self._last, self._last_is_sparse = choose_impl(call.device.type, self._impl)[0], True
+        for config, state in self._states.items():
+            state.plan, state.text_lens, state.sparse = plans[config], layout.text_lens, True
 
     def _dense_step(self, call: Call) -> str | None:
         """Why the whole call is dense, or None."""

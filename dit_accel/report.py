@@ -51,8 +51,8 @@ class Report:
         schedule: dense steps and layers.
         impl: the implementation asked for.
         calls: calls of each transformer.
-        grids: densities of the grids seen, by their description.
-        partial_blocks: visited blocks of which only a part is attended, by grid.
+        grids: densities of the grids seen, by their description; the mean over sparse layers.
+        partial_blocks: visited blocks of which only a part is attended, by grid; the fewest of any layer.
         layers: in the order they run.
         notes: what else is worth knowing.
     """

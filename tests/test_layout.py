@@ -23,7 +23,7 @@ FLOORS = (
     ("registry", "plans"),
     ("methods",),
     ("pipelines",),
-    ("accelerator", "engine", "checkpoint", "report"),
+    ("accelerator", "engine", "checkpoint", "layerwise", "report"),
     ("generation",),
     ("train", "eval"),
     ("cli",),

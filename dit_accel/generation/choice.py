@@ -6,8 +6,9 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dit_accel import checkpoint, registry
+from dit_accel import checkpoint, layerwise, registry
 from dit_accel.errors import DitAccelError
+from dit_accel.layerwise import LayerSettings
 from dit_accel.schedule import Schedule
 
 if TYPE_CHECKING:
@@ -26,17 +27,21 @@ class Choice:
         config: the settings that were given.
         schedule: what stays dense.
         folder: of the saved accelerator that all this was read from; None if it was typed.
+        layers: the settings of each layer, where a saved accelerator has them; `config` is then empty.
     """
 
     name: str
     config: dict[str, Any]
     schedule: Schedule
     folder: Path | None = None
+    layers: LayerSettings | None = None
 
     @property
     def title(self) -> str:
         """The choice the way it is typed: ``gna:window=18x24x24,stride=4``."""
         settings = ",".join(f"{key}={value_text(value)}" for key, value in self.config.items())
+        if self.layers is not None:
+            return f"{self.name} layer by layer"
         return f"{self.name}:{settings}" if settings else self.name
 
     def check(self, grid: TokenGrid) -> None:
@@ -49,8 +54,12 @@ class Choice:
 
         from dit_accel.engine import PlanCache
 
-        config = registry.make_config(self.name, self.config)
-        PlanCache(registry.get_method(self.name), config).get(grid, torch.device("cpu"))
+        if self.layers is None:
+            configs = [registry.make_config(self.name, self.config)]
+        else:
+            configs = [config for own in self.layers.layers.values() for config in layerwise.distinct(own)]
+        for config in configs:
+            PlanCache(registry.get_method(self.name), config).get(grid, torch.device("cpu"))
 
     def apply(self, pipe: DiffusionPipeline) -> Accelerator:
         """Accelerate the pipeline.
@@ -70,7 +79,10 @@ class Choice:
 
     def record(self) -> dict[str, Any]:
         """As plain values for JSON, with the settings that were left at their defaults."""
-        config = dataclasses.asdict(registry.make_config(self.name, self.config))
+        if self.layers is None:
+            config = dataclasses.asdict(registry.make_config(self.name, self.config))
+        else:
+            config = {"layers": self.layers.as_dict()}
         return {"name": self.name, "config": config, "schedule": dataclasses.asdict(self.schedule)}
 
 
@@ -105,7 +117,8 @@ def choose(
     if not load.is_dir():
         raise DitAccelError(f"--load {load}: there is no such folder; give one that Accelerator.save_pretrained wrote.")
     saved = checkpoint.read(load).settings
-    return Choice(saved["method"], saved["config"], Schedule(**saved["schedule"]), load)
+    layers = None if saved["layers"] is None else layerwise.from_dict(saved["method"], saved["layers"])
+    return Choice(saved["method"], saved["config"], Schedule(**saved["schedule"]), load, layers)
 
 
 def value_text(value: object) -> str:

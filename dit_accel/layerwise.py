@@ -1,0 +1,110 @@
+"""Settings layer by layer: which setting of a method each self-attention layer has, and which layers stay dense.
+
+A layer schedule is a JSON file, made by a search (`dit_accel.train.search`) or by hand, that `accelerate` takes:
+
+    {"format": 1, "method": "tile", "layers": {"transformer": [{"references": 1}, null, {"references": 2}]}}
+
+Each transformer of the pipeline has one entry for every self-attention layer in the order they run; null is dense.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from dit_accel.errors import DitAccelError
+from dit_accel.registry import make_config
+
+FORMAT = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerSettings:
+    """One method with settings of its own for every layer.
+
+    Args:
+        method: name.
+        layers: for each transformer, by component name, the Config of every layer in the order they run; None is dense.
+    """
+
+    method: str
+    layers: Mapping[str, tuple[Any | None, ...]]
+
+    def of(self, transformer: str, count: int) -> tuple[Any | None, ...]:
+        """The settings of a transformer's `count` layers.
+
+        Raises:
+            DitAccelError: there are none for that transformer, or for another number of layers.
+        """
+        if transformer not in self.layers:
+            raise DitAccelError(
+                f"The layer schedule is for {', '.join(self.layers)}, but this model has {transformer}; use it with "
+                "the model it was made for."
+            )
+        own = self.layers[transformer]
+        if len(own) != count:
+            raise DitAccelError(
+                f"The layer schedule has settings for {len(own)} layers of {transformer}, which has {count}; use it "
+                "with the model it was made for."
+            )
+        return own
+
+    def as_dict(self) -> dict[str, list[dict[str, Any] | None]]:
+        """`layers` in plain values for JSON."""
+        return {
+            name: [None if config is None else dataclasses.asdict(config) for config in own]
+            for name, own in self.layers.items()
+        }
+
+
+def from_dict(method: str, layers: Any) -> LayerSettings:
+    """What `LayerSettings.as_dict` gave, checked.
+
+    Raises:
+        DitAccelError: it is no such thing, or a setting is refused.
+    """
+    if not isinstance(layers, dict) or not layers or not all(isinstance(own, list) for own in layers.values()):
+        raise DitAccelError('A layer schedule has "layers" as {"transformer": [settings or null, ...]}, one per layer.')
+    return LayerSettings(method, {name: tuple(_config(method, own) for own in row) for name, row in layers.items()})
+
+
+def _config(method: str, settings: Any) -> Any | None:
+    if settings is None:
+        return None
+    if not isinstance(settings, dict):
+        raise DitAccelError(f"A layer's settings are an object of {method}'s settings, or null; got {settings!r}.")
+    # JSON has no tuples.
+    return make_config(method, {key: tuple(v) if isinstance(v, list) else v for key, v in settings.items()})
+
+
+def read(path: str | pathlib.Path) -> LayerSettings:
+    """Read a layer schedule.
+
+    Raises:
+        DitAccelError: the file is missing, no layer schedule, or of another format, or a setting is refused.
+    """
+    try:
+        content = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise DitAccelError(f"The layer schedule {path} cannot be read: {error.strerror or error}.") from error
+    except ValueError as error:
+        raise DitAccelError(f"The layer schedule {path} is not valid JSON ({error}).") from error
+    if not isinstance(content, dict) or not {"format", "method", "layers"} <= content.keys():
+        raise DitAccelError(f"{path} is no layer schedule: it needs the entries format, method and layers.")
+    if content["format"] != FORMAT:
+        raise DitAccelError(f"{path} has format {content['format']!r}; this version reads format {FORMAT}.")
+    return from_dict(content["method"], content["layers"])
+
+
+def to_json(settings: LayerSettings, **remarks: Any) -> str:
+    """The text of a layer schedule; `remarks` are kept in it for people."""
+    content = {"format": FORMAT, "method": settings.method, "layers": settings.as_dict(), **remarks}
+    return json.dumps(content, indent=2) + "\n"
+
+
+def distinct(configs: Sequence[Any | None]) -> list[Any]:
+    """The different settings among layers, without the dense ones, in order of appearance."""
+    return list(dict.fromkeys(config for config in configs if config is not None))
