@@ -1,0 +1,42 @@
+"""The evaluation's report: one summary of plain JSON values as `summary.json`, `summary.md` and `report.html`.
+
+    write_report(summary, folder)
+
+`fields.py` says what a summary holds; the page is self-contained: pictures and videos are in it, it asks no network.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+NAMES = ("summary.json", "summary.md", "pareto.png", "report.html")
+
+
+def write_report(summary: dict[str, Any], folder: Path) -> None:
+    """Write `NAMES` into a folder that exists; old ones are replaced together, once all new ones are whole.
+
+    Args:
+        summary: as `fields.py` describes it.
+        folder: where to; paths in the summary are relative to it.
+
+    Raises:
+        DitAccelError: matplotlib is not installed, the summary is incomplete, or a picture or video in it is missing.
+        OSError: the folder cannot be written to.
+    """
+    import json
+    import os
+    import tempfile
+
+    from dit_accel.eval.report import fields, markdown, page, pictures
+
+    fields.check(summary)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".report-") as place:
+        part = Path(place)
+        text = json.dumps(summary, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
+        (part / "summary.json").write_text(text, encoding="utf-8")
+        (part / "summary.md").write_text(markdown.render(summary), encoding="utf-8")
+        (part / "pareto.png").write_bytes(pictures.pareto(summary, "png"))
+        (part / "report.html").write_text(page.render(summary, folder), encoding="utf-8")
+        for name in NAMES:
+            os.replace(part / name, folder / name)

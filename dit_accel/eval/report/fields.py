@@ -1,0 +1,142 @@
+"""What a summary holds, and how its numbers are written.
+
+    title     str
+    made      how it was made: {"command": str, "model": str, "seeds": [..], "prompts": [..], "hardware": str, ...};
+              values are strings, numbers, lists, or dicts of these, and all are shown
+    metrics   [{"name", "title", "unit", "better": "higher" | "lower", "about": one line}]
+    rows      [{"label", "method", "config", "density", "speedup", "attention_speedup", "loop_seconds": {"p50", "p95"},
+              "attention_seconds": the same, "peak_bytes", "figures": {metric's name: {"value", "spread", "samples"} or
+              {"value": null, "missing": why}}}]; None for what was not measured; the first row is the untouched model
+    samples   [{"row": label, "prompt", "seed", "media": path, "figures": {metric's name: number}}]
+    masks     [{"row": label, "image": path}]
+    attention [{"row": label, **dit_accel.eval.attention.AttentionRecord.as_json()}]
+
+JSON knows no infinity: a perfect PSNR is the string "inf". Paths are relative to the report's folder.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from dit_accel.errors import DitAccelError
+
+NONE = "–"
+WANTED = {
+    "": ("title", "made", "metrics", "rows"),
+    "metrics": ("name", "title", "unit", "better", "about"),
+    "rows": ("label", "method", "density", "speedup", "figures"),
+    "samples": ("row", "prompt", "seed", "media"),
+    "masks": ("row", "image"),
+    "attention": ("row", "steps", "layers", "error", "mass"),
+}
+
+
+def check(summary: dict[str, Any]) -> None:
+    """See that a summary has what the report reads.
+
+    Raises:
+        DitAccelError: a field is missing, or a sample, mask or map names a row that is not there.
+    """
+    _has(summary, WANTED[""], "the summary")
+    labels = {row["label"] for row in summary["rows"]}
+    for part in ("metrics", "rows", "samples", "masks", "attention"):
+        for index, item in enumerate(summary.get(part, [])):
+            _has(item, WANTED[part], f"{part}[{index}]")
+            if "row" in WANTED[part] and item["row"] not in labels:
+                raise DitAccelError(f"{part}[{index}] belongs to {item['row']!r}, and no row has this label.")
+    if not summary["rows"]:
+        raise DitAccelError("There is nothing to report: the summary has no rows.")
+
+
+def _has(item: dict[str, Any], wanted: tuple[str, ...], where: str) -> None:
+    missing = [name for name in wanted if name not in item]
+    if missing:
+        raise DitAccelError(f"{where} lacks {', '.join(missing)}; see dit_accel/eval/report/fields.py.")
+
+
+def number(value: float | str | None) -> float | None:
+    """A figure as a float; "inf" and "-inf" are infinities, None stays None."""
+    return None if value is None else float(value)
+
+
+def written(value: float | str | None, unit: str = "", digits: int = 4) -> str:
+    """A figure for people: four significant digits, ∞ for infinity, a dash for none."""
+    value = number(value)
+    if value is None:
+        return NONE
+    text = ("−" if value < 0 else "") + ("∞" if math.isinf(value) else f"{abs(value):#.{digits}g}".rstrip("."))
+    return f"{text} {unit}".rstrip()
+
+
+def seconds(times: dict[str, float] | None) -> str:
+    """Median and 95th percentile of a time."""
+    return NONE if times is None else f"{written(times['p50'])} / {written(times['p95'])}"
+
+
+def memory(count: int | None) -> str:
+    """Bytes in GiB, or in MiB below one."""
+    if count is None:
+        return NONE
+    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"
+
+
+def times(factor: float | None) -> str:
+    """A speed-up."""
+    return NONE if factor is None else f"{factor:.2f}×"
+
+
+def share(part: float | None) -> str:
+    """A density."""
+    return NONE if part is None else f"{100 * part:.1f} %"
+
+
+def value_of(row: dict[str, Any], metric: dict[str, Any]) -> float | None:
+    """A row's figure, None where it is missing."""
+    return number(row["figures"].get(metric["name"], {}).get("value"))
+
+
+def arrow(metric: dict[str, Any]) -> str:
+    """Which way is better."""
+    return "↑" if metric["better"] == "higher" else "↓"
+
+
+def heading(metric: dict[str, Any]) -> str:
+    """A metric's column heading: its title, unit and the better direction."""
+    unit = f" ({metric['unit']})" if metric["unit"] else ""
+    return f"{metric['title']}{unit} {arrow(metric)}"
+
+
+def front(rows: list[dict[str, Any]], metric: dict[str, Any]) -> list[str]:
+    """Labels on the Pareto front of speed-up and a metric, fastest last.
+
+    A row is on the front if no other is at least as good in both and better in one; rows without a figure or a speed-up
+    are left out.
+    """
+    sign = 1 if metric["better"] == "higher" else -1
+    points = [
+        (row["speedup"], sign * value, row["label"])
+        for row in rows
+        if (value := value_of(row, metric)) is not None and row["speedup"] is not None
+    ]
+    kept = [
+        point
+        for point in points
+        if not any(other[0] >= point[0] and other[1] >= point[1] and other[:2] != point[:2] for other in points)
+    ]
+    return [label for _, _, label in sorted(kept, key=lambda point: point[0])]
+
+
+def missing(summary: dict[str, Any]) -> list[str]:
+    """Why figures are missing: a sentence for each reason, with the rows it holds for."""
+    reasons: dict[tuple[str, str], list[str]] = {}
+    for row in summary["rows"]:
+        for metric in summary["metrics"]:
+            figure = row["figures"].get(metric["name"], {})
+            if figure.get("value") is None and figure.get("missing"):
+                reasons.setdefault((metric["title"], figure["missing"]), []).append(row["label"])
+    everywhere = len(summary["rows"])
+    return [
+        f"{title}: {why}" + ("" if len(labels) == everywhere else f" ({', '.join(labels)})")
+        for (title, why), labels in reasons.items()
+    ]

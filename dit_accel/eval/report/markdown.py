@@ -1,0 +1,44 @@
+"""The summary as Markdown: the table, what is missing, and how it was made."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from dit_accel.eval.report import fields
+
+
+def render(summary: dict[str, Any]) -> str:
+    """`summary.md`, as `fields.py` describes a summary."""
+    parts = [f"# {summary['title']}", table(summary)]
+    gaps = fields.missing(summary)
+    if gaps:
+        parts.append("Not measured:\n\n" + "\n".join(f"* {gap}" for gap in gaps))
+    parts.append("![Pareto fronts](pareto.png)")
+    about = "\n".join(f"* {fields.heading(metric)}: {metric['about']}" for metric in summary["metrics"])
+    parts.append(f"## Figures\n\n{about}")
+    made = "\n".join(f"* {name}: {plain(value)}" for name, value in summary["made"].items())
+    parts.append(f"## How it was made\n\n{made}")
+    return "\n\n".join(parts) + "\n"
+
+
+def table(summary: dict[str, Any]) -> str:
+    """All rows with density, times, memory and every metric."""
+    metrics = summary["metrics"]
+    head = ["method", "density", "speed-up", "loop p50 / p95 (s)", "attention p50 / p95 (s)", "memory"]
+    head += [fields.heading(metric) for metric in metrics]
+    lines = [head, ["---", *["---:"] * (len(head) - 1)]]
+    for row in summary["rows"]:
+        cells = [f"`{row['label']}`", fields.share(row["density"]), fields.times(row["speedup"])]
+        cells += [fields.seconds(row.get("loop_seconds")), fields.seconds(row.get("attention_seconds"))]
+        cells += [fields.memory(row.get("peak_bytes"))]
+        lines.append(cells + [fields.written(fields.value_of(row, metric)) for metric in metrics])
+    return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
+
+
+def plain(value: Any) -> str:
+    """A value of `made` on one line."""
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {plain(item)}" for name, item in value.items())
+    if isinstance(value, list):
+        return ", ".join(plain(item) for item in value)
+    return fields.NONE if value is None else " ".join(str(value).split())

@@ -1,0 +1,113 @@
+"""The report's numbers, Markdown and files."""
+
+import json
+import math
+import shutil
+
+import pytest
+
+from dit_accel.errors import DitAccelError
+from dit_accel.eval.report import NAMES, fields, markdown, page, pictures, write_report
+
+
+def test_numbers_are_written_for_people():
+    assert fields.written(21.456789, "dB") == "21.46 dB"
+    assert fields.written("inf", "dB") == "∞ dB"
+    assert fields.written(-0.00123456) == "−0.001235"
+    assert fields.written(None) == "–"
+    assert fields.memory(300 * 2**20) == "300 MiB" and fields.memory(3 * 2**29) == "1.50 GiB"
+    assert fields.share(0.125) == "12.5 %" and fields.times(1.5) == "1.50×"
+    assert fields.seconds({"p50": 1.0, "p95": 2.5}) == "1.000 / 2.500"
+
+
+def front_by_hand(points, sign):
+    """Labels of points (speed, value, label) for which no other is better in one and at least as good in the other."""
+    kept = []
+    for speed, value, label in points:
+        rivals = [(a, sign * b) for a, b, other in points if other != label]
+        if not any((a > speed and b >= sign * value) or (a >= speed and b > sign * value) for a, b in rivals):
+            kept.append((speed, label))
+    return [label for _, label in sorted(kept)]
+
+
+@pytest.mark.parametrize("better", ["higher", "lower"])
+def test_front_is_what_nothing_beats(better):
+    metric = {"name": "m", "better": better}
+    points = [
+        (1.0, "inf", "a"),
+        (1.5, 20.0, "b"),
+        (1.5, 21.0, "c"),
+        (1.2, 19.0, "d"),
+        (2.0, -1.0, "e"),
+        (2.0, -1.0, "f"),
+    ]
+    rows = [{"label": label, "speedup": speed, "figures": {"m": {"value": value}}} for speed, value, label in points]
+    rows += [
+        {"label": "unknown", "speedup": 9.0, "figures": {}},
+        {"label": "untimed", "speedup": None, "figures": {"m": {"value": 99}}},
+    ]
+    expected = front_by_hand([(s, float(v), name) for s, v, name in points], 1 if better == "higher" else -1)
+    assert fields.front(rows, metric) == expected
+    assert expected == (["a", "c", "e", "f"] if better == "higher" else ["e", "f"])
+
+
+def test_markdown_has_a_line_for_each_row_and_says_what_is_missing(summary):
+    text = markdown.render(summary)
+    table = [line for line in text.splitlines() if line.startswith("| `")]
+    assert [line.split("`")[1] for line in table] == [row["label"] for row in summary["rows"]]
+    assert table[1].split(" | ")[1:3] == ["30.0 %", "1.50×"] and "| ∞ |" in table[0]
+    assert "* fid[demo-clip]: needs 64 samples, got 4\n" in text
+    assert "* versions: torch 2.13" in text and "* git: –" in text
+
+
+def test_files_are_written_together_and_the_page_holds_everything(summary, media, tmp_path):
+    shutil.copytree(media, tmp_path / "media")
+    write_report(summary, tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {*NAMES, "media"}
+    assert json.loads((tmp_path / "summary.json").read_text()) == summary
+    html = (tmp_path / "report.html").read_text()
+    assert html.count('src="data:video/mp4;base64,') == 2 and html.count('src="data:image/png;base64,') == 3
+    assert "a &lt;b&gt;red&lt;/b&gt; circle" in html and "<b>red" not in html
+    assert "{{" not in html and "{%" not in html
+    first = {name: (tmp_path / name).read_bytes() for name in NAMES}
+    write_report(summary, tmp_path)
+    assert {name: (tmp_path / name).read_bytes() for name in NAMES} == first
+
+    (tmp_path / "media" / "gna.mp4").unlink()
+    with pytest.raises(DitAccelError, match=r"wants .*gna\.mp4, which is not there"):
+        write_report({**summary, "title": "new"}, tmp_path)
+    assert {name: (tmp_path / name).read_bytes() for name in NAMES} == first
+    assert {path.name for path in tmp_path.iterdir()} == {*NAMES, "media"}
+
+
+def test_what_is_incomplete_is_refused(summary, tmp_path):
+    with pytest.raises(DitAccelError, match=r"rows\[1\] lacks density"):
+        rows = [summary["rows"][0], {**summary["rows"][1]}]
+        del rows[1]["density"]
+        fields.check({**summary, "rows": rows})
+    with pytest.raises(DitAccelError, match=r"masks\[0\] belongs to 'slow'"):
+        fields.check({**summary, "masks": [{"row": "slow", "image": "x.png"}]})
+    with pytest.raises(DitAccelError, match="no rows"):
+        fields.check({**summary, "rows": [], "samples": [], "masks": [], "attention": []})
+    with pytest.raises(DitAccelError, match=r"and not .*sample\.avi"):
+        page.embedded(tmp_path / "sample.avi")
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        write_report({**summary, "made": {"loss": math.nan}}, tmp_path)
+
+
+def test_pictures_take_the_pages_colours_and_know_gaps(summary):
+    svg = pictures.panel(summary, summary["metrics"][0]).decode()
+    assert "currentColor" in svg and pictures.INK not in svg
+    assert all(f">{method}</text>" in svg for method in ("gna", "radial", "Pareto front"))
+    assert ">reference</text>" not in svg  # its PSNR is infinite
+    assert [metric["name"] for metric in pictures.drawable(summary)] == ["psnr", "perceptual[demo-clip]"]
+    assert pictures.pareto(summary, "png").startswith(b"\x89PNG")
+    assert b">blocks.2</text>" in pictures.heat_maps(summary["attention"][0])
+
+
+def test_means_leave_gaps_out():
+    import numpy as np
+
+    values = np.array([[[1.0, 3.0], [math.nan, math.nan]]])
+    assert pictures._mean(values, 2).tolist()[0][0] == 2.0 and math.isnan(pictures._mean(values, 2)[0, 1])
+    assert pictures._mean(values, 1).tolist() == [[1.0, 3.0]]
