@@ -58,7 +58,7 @@ class Accelerator:
         configs = [own for row in config.layers.values() for own in row] if layered else [config]
         self._plans = {own: PlanCache(method, own) for own in layerwise.distinct(configs)}
         self._engines = [
-            Engine(name, transformer, family, method, config, schedule, self._clock, self._plans, impl)
+            Engine(name, transformer, family, method, config, schedule, self._clock, self._plans, impl, allow_dense)
             for name, (transformer, family) in transformers.items()
         ]
         self.active = False
@@ -206,7 +206,8 @@ def accelerate(
         impl: "auto" (the fastest that computes the same), "reference", "portable" or "triton"; a named one runs or
             raises.
         allow_dense: let the model's own attention run on CUDA above the density at which it is measured to be faster;
-            the report says so. Nothing is measured yet, so it changes nothing.
+            the report says so (`dit_accel.break_even`, where nothing is measured yet). Only with impl="auto", and never
+            for sla, whose projection is trained.
         replace: first remove an accelerator that is already at work.
         config: settings of the method.
 

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from dit_accel.break_even import dense_is_faster
 from dit_accel.errors import DitAccelError
-from dit_accel.kernels.block_sparse.api import Impl, choose_impl
+from dit_accel.kernels.block_sparse.api import Impl
 from dit_accel.layerwise import LayerSettings, distinct
 from dit_accel.pipelines import processor
 from dit_accel.pipelines.family import Call, Family, Memory
@@ -113,6 +114,7 @@ class Engine:
         transformer, family: the model and what is known of it.
         method, settings, schedule, impl: what to run; `settings` is one Config for all layers, or one for each.
         clock, plans: shared by the transformers of a pipeline; `plans` by setting.
+        allow_dense: let the model's own attention run where it was measured to be faster.
     """
 
     def __init__(
@@ -126,6 +128,7 @@ class Engine:
         clock: StepClock,
         plans: Mapping[Any, PlanCache],
         impl: Impl,
+        allow_dense: bool,
     ) -> None:
         self.name, self.calls = name, 0
         self.paused = False
@@ -136,7 +139,10 @@ class Engine:
         self._signature = inspect.signature(type(transformer).forward)
         self._memory = Memory()
         self._compiled = False
-        self._last, self._last_is_sparse = "not called yet", False
+        # A trained projection is part of the model's weights: such a method is never replaced.
+        self._may_be_dense = allow_dense and impl == "auto" and method.module is None
+        # Of the last call, by setting: plan, implementation and why that one, or why it was dense.
+        self._last: dict[Any, tuple[Plan, str, str] | str] = {}
         self._handles: list[Any] = []
         self.layers = self._find_layers(settings)
         # Layers with the same settings share a state, so that a compiled model has one graph for each setting.
@@ -197,12 +203,13 @@ class Engine:
             layer.ours.ran = False
             if layer.dense_reason is not None:
                 layer.tally.dense(layer.dense_reason)
-            elif not self._last_is_sparse:
-                layer.tally.dense(self._last)
+                continue
+            last = self._last.get(layer.config, "not called yet")
+            if isinstance(last, str):
+                layer.tally.dense(last)
             else:
-                plan = self._states[layer.config].plan
-                assert plan is not None
-                layer.tally.sparse(plan.density, self._last)
+                plan, kernel, why = last
+                layer.tally.sparse(plan.density, kernel, why)
 
     def layer_reports(self) -> list[LayerReport]:
         return [layer.tally.report(self.name, layer.name, layer.left) for layer in self.layers]
@@ -228,7 +235,7 @@ class Engine:
         if not self._states:
             return
         if self.paused:
-            self._last, self._last_is_sparse = "paused", False
+            self._last = dict.fromkeys(self._states, "paused")
             return
         self._refuse_context_parallel()
         call = Call(self._signature, module, args, kwargs, self._memory)
@@ -237,11 +244,24 @@ class Engine:
         self.notes += [note for note in layout.notes if note not in self.notes]
         reason = self._dense_step(call)
         if reason is not None:
-            self._last, self._last_is_sparse = reason, False
+            self._last = dict.fromkeys(self._states, reason)
             return
-        self._last, self._last_is_sparse = choose_impl(call.device.type, self._impl)[0], True
         for config, state in self._states.items():
-            state.plan, state.text_lens, state.sparse = plans[config], layout.text_lens, True
+            self._last[config] = last = self._choose(plans[config], call.device)
+            state.plan, state.text_lens, state.sparse = plans[config], layout.text_lens, not isinstance(last, str)
+
+    def _choose(self, plan: Plan, device: torch.device) -> tuple[Plan, str, str] | str:
+        """The plan, who computes it and why that one; or why the model's own attention is expected to be faster."""
+        head_dim = self._family.head_dim(self.layers[0].attention)
+        if self._may_be_dense:
+            reason = dense_is_faster(device, plan.method, head_dim, plan.grid.tokens, plan.density)
+            if reason is not None:
+                return reason
+        if torch.is_autocast_enabled(device.type):
+            dtype = torch.get_autocast_dtype(device.type)
+        else:
+            dtype = self._transformer.dtype  # type: ignore[assignment]  # a weight may be stored in float8
+        return plan, *plan.choose_impl(device, dtype, head_dim, self._impl, learned=self._method.module is not None)
 
     def _dense_step(self, call: Call) -> str | None:
         """Why the whole call is dense, or None."""

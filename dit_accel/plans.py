@@ -12,7 +12,8 @@ import torch
 from dit_accel import blocks
 from dit_accel.blocks import BlockMask
 from dit_accel.errors import DitAccelError
-from dit_accel.kernels.block_sparse.api import Impl, block_sparse_attention
+from dit_accel.kernels.block_sparse.api import Impl, block_sparse_attention, choose_impl
+from dit_accel.kernels.block_sparse.triton_configs import unsupported
 from dit_accel.masks import Mask
 from dit_accel.order import TokenOrder
 from dit_accel.planner import Tile, choose_tiles
@@ -87,6 +88,21 @@ class Plan(abc.ABC):
     ) -> torch.Tensor:
         """The method's attention on this grid; see `attention`. `module` holds a layer's learned weights."""
 
+    @abc.abstractmethod
+    def choose_impl(
+        self, device: torch.device, dtype: torch.dtype, head_dim: int, impl: Impl = "auto", *, learned: bool = False
+    ) -> tuple[str, str]:
+        """Who computes `attend` for such tensors, and why; a sentence fit for a report.
+
+        Args:
+            device, dtype, head_dim: of q, k and v.
+            impl: as `attend` is asked.
+            learned: `attend` gets a module with learned weights.
+
+        Raises:
+            DitAccelError: a named implementation cannot compute it.
+        """
+
     def prepare(self, device: torch.device) -> None:  # noqa: B027 - a plan may have nothing to build
         """Build what `attend` needs on `device`; inside a traced call it would be too late."""
 
@@ -134,6 +150,13 @@ class StaticPlan(Plan):
 
     def prepare(self, device: torch.device) -> None:
         self.lists(device)
+
+    def choose_impl(
+        self, device: torch.device, dtype: torch.dtype, head_dim: int, impl: Impl = "auto", *, learned: bool = False
+    ) -> tuple[str, str]:
+        mask, _ = self.lists(device)
+        obstacle = unsupported(dtype, head_dim, mask.query_order.block, mask.key_order.block)
+        return choose_impl(device.type, impl, obstacle)
 
     def attend(
         self,

@@ -17,7 +17,7 @@ class LayerReport:
         name: dotted path of the attention module.
         sparse_calls, dense_calls: how often it ran either way.
         density: attended share of all pairs, averaged over the sparse calls; None without any.
-        kernels: implementations that computed the sparse calls.
+        kernels: implementations that computed the sparse calls, and why each was chosen.
         dense_reasons: why calls were dense, and how many.
         left: class of the processor that the user set since, which is not ours; its calls are not counted.
     """
@@ -27,14 +27,15 @@ class LayerReport:
     sparse_calls: int = 0
     dense_calls: int = 0
     density: float | None = None
-    kernels: tuple[str, ...] = ()
+    kernels: dict[str, str] = dataclasses.field(default_factory=dict)
     dense_reasons: dict[str, int] = dataclasses.field(default_factory=dict)
     left: str | None = None
 
     def describe(self) -> str:
         parts = []
         if self.sparse_calls:
-            parts.append(f"{self.sparse_calls} sparse at density {self.density:.4f} ({', '.join(self.kernels)})")
+            kernels = "; ".join(f"{name}: {why}" for name, why in self.kernels.items())
+            parts.append(f"{self.sparse_calls} sparse at density {self.density:.4f} ({kernels})")
         parts += [f"{count} dense ({reason})" for reason, count in self.dense_reasons.items()]
         if self.left is not None:
             parts.append(f"no longer accelerated: {self.left} was set since")
@@ -99,11 +100,13 @@ class Tally:
     """Counts the calls of one layer."""
 
     def __init__(self) -> None:
-        self._sparse: Counter[tuple[float, str]] = Counter()
+        self._sparse: Counter[float] = Counter()
+        self._kernels: dict[str, str] = {}
         self._dense: Counter[str] = Counter()
 
-    def sparse(self, density: float, kernel: str) -> None:
-        self._sparse[density, kernel] += 1
+    def sparse(self, density: float, kernel: str, why: str) -> None:
+        self._sparse[density] += 1
+        self._kernels[kernel] = why
 
     def dense(self, reason: str) -> None:
         self._dense[reason] += 1
@@ -115,8 +118,8 @@ class Tally:
             name,
             sparse_calls=calls,
             dense_calls=self._dense.total(),
-            density=sum(density * count for (density, _), count in self._sparse.items()) / calls if calls else None,
-            kernels=tuple(sorted({kernel for _, kernel in self._sparse})),
+            density=sum(density * count for density, count in self._sparse.items()) / calls if calls else None,
+            kernels=dict(self._kernels),
             dense_reasons=dict(self._dense),
             left=left,
         )

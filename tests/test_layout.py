@@ -23,7 +23,7 @@ FLOORS = (
     ("registry", "plans"),
     ("methods",),
     ("pipelines",),
-    ("accelerator", "engine", "checkpoint", "layerwise", "report"),
+    ("accelerator", "engine", "break_even", "checkpoint", "layerwise", "report"),
     ("generation",),
     ("train", "eval"),
     ("cli",),

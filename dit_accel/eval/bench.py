@@ -24,9 +24,7 @@ from dit_accel.eval.bench_settings import OutOfReach, find_setting
 from dit_accel.eval.provenance import provenance
 from dit_accel.eval.timing import Call, alternate, quantiles
 from dit_accel.kernels.block_sparse.api import Impl, choose_impl
-from dit_accel.kernels.block_sparse.triton_configs import unsupported
-from dit_accel.kernels.sla import api as sla
-from dit_accel.methods.sla import SlaPlan, SparseLinearAttention
+from dit_accel.methods.sla import SparseLinearAttention
 
 SEED = 0
 PRODUCTS = {"forward": 2, "backward": 5, "both": 7}  # matrix products of 2 * D operations a pair and head
@@ -108,6 +106,9 @@ class Bench:
             peer["ms_p50"] = statistics.median(taken["peer"])
             peer["speedup"] = baseline / peer["ms_p50"]
         plan, operations = problem.plan, 2 * PRODUCTS[row.direction] * row.shape.head_dim
+        implementation, reason = plan.choose_impl(
+            self.device, problem.q.dtype, row.shape.head_dim, self.impl, learned=problem.module is not None
+        )
         return {
             **row.as_dict(),
             "grid": str(plan.grid),
@@ -115,7 +116,8 @@ class Bench:
             "density_asked": row.setting.density,
             "density": plan.density,
             "config": dataclasses.asdict(plan.config),
-            "impl": self._impl_name(problem),
+            "impl": implementation,
+            "impl_reason": reason,
             **times,
             "rounds": len(taken["sparse"]),
             "tflops_kept": operations * row.shape.heads * plan.pairs / times["ms_p50"] / 1e9,
@@ -137,16 +139,6 @@ class Bench:
         if module is not None:
             return lambda q, k, v: module(q, k, v, plan.grid, impl=self.impl)
         return lambda q, k, v: plans.attention(q, k, v, plan, impl=self.impl)
-
-    def _impl_name(self, problem: Problem) -> str:
-        """Who computes."""
-        plan, q = problem.plan, problem.q
-        if isinstance(plan, SlaPlan):
-            return sla.choose_impl(q, plan.order, plan.config.linear_scope, self.impl)[0]
-        assert isinstance(plan, plans.StaticPlan)
-        blocks, _ = plan.lists(self.device)
-        obstacle = unsupported(q.dtype, q.shape[-1], blocks.query_order.block, blocks.key_order.block)
-        return choose_impl(self.device.type, self.impl, obstacle)[0]
 
     def _best_dense(self, row: Row, problem: Problem) -> tuple[str, dict[str, Any]]:
         """The fastest dense attention for these sizes, and milliseconds of (or what is wrong with) each one tried."""

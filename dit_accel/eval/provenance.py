@@ -16,12 +16,15 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 
 def provenance(device: torch.device) -> dict[str, Any]:
-    """GPU (None where none was used), driver, processor, threads, versions, commit and date."""
+    """GPU and its architecture (None where none was used), driver, processor, threads, versions, commit and date."""
     import torch
+
+    from dit_accel.break_even import architecture
 
     on_gpu = device.type == "cuda"
     return {
         "gpu": torch.cuda.get_device_name(device) if on_gpu else None,
+        "arch": architecture(device),
         "driver": driver(device) if on_gpu else None,
         "cpu": processor(),
         "threads": torch.get_num_threads(),

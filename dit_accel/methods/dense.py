@@ -39,6 +39,13 @@ class DensePlan(MaskPlan):
             return super().attend(q, k, v, scale=scale, text_lens=text_lens, impl=impl)
         return torch.nn.functional.scaled_dot_product_attention(q, k, v, scale=scale)
 
+    def choose_impl(
+        self, device: torch.device, dtype: torch.dtype, head_dim: int, impl: Impl = "auto", *, learned: bool = False
+    ) -> tuple[str, str]:
+        if impl == "auto":
+            return "scaled_dot_product_attention", "nothing is masked"
+        return super().choose_impl(device, dtype, head_dim, impl, learned=learned)
+
 
 def make_plan(grid: TokenGrid, config: Config) -> DensePlan:
     t, h, w = (AxisTable.full(length) for length in grid.shape)

@@ -16,7 +16,8 @@ from torch import nn
 
 from dit_accel.blocks import BlockMask, cut_blocks, valid_tokens
 from dit_accel.errors import DitAccelError
-from dit_accel.kernels.sla.api import route, sparse_linear_attention
+from dit_accel.kernels.block_sparse.api import Impl
+from dit_accel.kernels.sla.api import choose_impl, route, sparse_linear_attention
 from dit_accel.kernels.sla.features import FEATURE_MAPS, FeatureMap
 from dit_accel.kernels.sla.setting import LINEAR_SCOPES, LinearScope
 from dit_accel.order import TokenOrder
@@ -267,6 +268,12 @@ class SlaPlan(Plan):
         return _attend(
             self.config, self.order, q, k, v, text_lens=text_lens, scale=scale, impl=impl, weight=weight, bias=bias
         )
+
+    def choose_impl(
+        self, device: torch.device, dtype: torch.dtype, head_dim: int, impl: Impl = "auto", *, learned: bool = False
+    ) -> tuple[str, str]:
+        scope = self.config.linear_scope if learned else None
+        return choose_impl(device.type, dtype, head_dim, self.order, scope, impl)
 
 
 def _attend(config: Config, order: TokenOrder, q, k, v, *, text_lens, scale, impl, weight, bias) -> torch.Tensor:

@@ -97,7 +97,8 @@ def sparse_linear_attention(
     )
     _check(q, k, v, critical, skipped, setting, impl)
     skipped = skipped if linear_scope == "marginal" else 0
-    name, _ = choose_impl(q, setting.order, None if weight is None else linear_scope, impl)
+    scope = None if weight is None else linear_scope
+    name, _ = choose_impl(q.device.type, q.dtype, q.shape[-1], setting.order, scope, impl)
     # Scores and linear sums are fp32 whatever autocast says.
     with torch.autocast(q.device.type, enabled=False):
         kept, dropped = route(q, k, setting.order, critical, skipped, impl)
@@ -108,11 +109,18 @@ def sparse_linear_attention(
         return sparse_linear_portable(q, k, v, kept, dropped, setting, impl)
 
 
-def choose_impl(q: torch.Tensor, order: TokenOrder, linear_scope: LinearScope | None, impl: Impl) -> tuple[str, str]:
+def choose_impl(
+    device_type: str,
+    dtype: torch.dtype,
+    head_dim: int,
+    order: TokenOrder,
+    linear_scope: LinearScope | None,
+    impl: Impl = "auto",
+) -> tuple[str, str]:
     """The implementation that a call gets, and why; as `dit_accel.kernels.block_sparse.api.choose_impl`.
 
     Args:
-        q: queries of the call.
+        device_type, dtype, head_dim: of the call's queries.
         order: its sequence and blocks.
         linear_scope: None for a call without linear branch, and for the router alone.
         impl: "auto" or a name.
@@ -120,10 +128,10 @@ def choose_impl(q: torch.Tensor, order: TokenOrder, linear_scope: LinearScope | 
     Raises:
         DitAccelError: a named implementation cannot compute the call.
     """
-    obstacle = unsupported(q.dtype, q.shape[-1], order.block, order.visual_blocks, linear_scope)
+    obstacle = unsupported(dtype, head_dim, order.block, order.visual_blocks, linear_scope)
     if impl == "triton" and obstacle is not None:
         raise DitAccelError(f"impl='triton' cannot compute this: {obstacle}. Use impl='portable' or 'auto'.")
-    return block_sparse.choose_impl(q.device.type, impl, obstacle)
+    return block_sparse.choose_impl(device_type, impl, obstacle)
 
 
 def route(
@@ -135,7 +143,7 @@ def route(
         q, k: the whole sequence, [B, H, N, D].
     """
     arguments = *(visual_of(x, order).detach() for x in (q, k)), order.grid.shape, order.block, order.tile
-    name, _ = choose_impl(q, order, None, impl)
+    name, _ = choose_impl(q.device.type, q.dtype, q.shape[-1], order, None, impl)
     return (ops.route if name == "triton" else route_blocks)(*arguments, critical, skipped)
 
 
