@@ -1,0 +1,12 @@
+"""The embedded CLIP: a small `transformers` CLIP trained on the demo's captioned clips, for machines without network.
+
+`FOLDER` holds it in transformers' format, and `dit_accel.eval.clip.Clip.load("demo")` loads it. `README.md` beside this
+file is the model card; `train.py` makes the weights, `accuracy.py` the card's figures.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+FOLDER = Path(__file__).parent / "weights"
+NAME = "demo-clip"  # in the names of figures made with it: fid[demo-clip]
