@@ -14,7 +14,7 @@ from dit_accel.break_even import dense_is_faster
 from dit_accel.errors import DitAccelError
 from dit_accel.kernels.block_sparse.api import Impl
 from dit_accel.layerwise import LayerSettings, distinct
-from dit_accel.pipelines import processor
+from dit_accel.pipelines import context_parallel, processor
 from dit_accel.pipelines.family import Call, Family, Memory
 from dit_accel.pipelines.processor import LEARNED, AcceleratedAttnProcessor, CallState
 from dit_accel.plans import Plan
@@ -138,6 +138,7 @@ class Engine:
         self._schedule, self._clock, self._plans = schedule, clock, plans
         self._signature = inspect.signature(type(transformer).forward)
         self._memory = Memory()
+        self._sharing: Any | None = None
         self._compiled = False
         # A trained projection is part of the model's weights: such a method is never replaced.
         self._may_be_dense = allow_dense and impl == "auto" and method.module is None
@@ -173,7 +174,7 @@ class Engine:
 
     def attach(self) -> None:
         """Wrap the processors, add learned weights and hook the transformer."""
-        self._refuse_context_parallel()
+        self._check_sharing()
         for layer in self.layers:
             learned = None
             if self._method.module is not None and layer.dense_reason is None:
@@ -237,7 +238,7 @@ class Engine:
         if self.paused:
             self._last = dict.fromkeys(self._states, "paused")
             return
-        self._refuse_context_parallel()
+        self._check_sharing()
         call = Call(self._signature, module, args, kwargs, self._memory)
         layout = self._family.layout(module, call)
         plans = {config: self._plans[config].get(layout.grid, call.device) for config in self._states}
@@ -246,9 +247,11 @@ class Engine:
         if reason is not None:
             self._last = dict.fromkeys(self._states, reason)
             return
+        ulysses = context_parallel.sharing(module, layout.grid)
         for config, state in self._states.items():
             self._last[config] = last = self._choose(plans[config], call.device)
-            state.plan, state.text_lens, state.sparse = plans[config], layout.text_lens, not isinstance(last, str)
+            state.plan, state.text_lens, state.ulysses = plans[config], layout.text_lens, ulysses
+            state.sparse = not isinstance(last, str)
 
     def _choose(self, plan: Plan, device: torch.device) -> tuple[Plan, str, str] | str:
         """The plan, who computes it and why that one; or why the model's own attention is expected to be faster."""
@@ -274,10 +277,9 @@ class Engine:
             )
         return self._schedule.dense_step(self._clock.now(self._family.timestep(call)))
 
-    def _refuse_context_parallel(self) -> None:
-        config = getattr(self._transformer, "_parallel_config", None)
-        if getattr(config, "context_parallel_config", None) is not None:
-            raise DitAccelError(
-                f"{type(self._transformer).__name__} runs with context parallelism, where a process sees a part of the "
-                "sequence; accelerated attention needs all of it. Use one process, or leave the model dense."
-            )
+    def _check_sharing(self) -> None:
+        config = context_parallel.config_of(self._transformer)
+        if config is not self._sharing:
+            heads: Any = self.layers[0].attention.heads
+            context_parallel.check(self._transformer, heads)
+            self._sharing = config

@@ -12,6 +12,18 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 ROOT = pathlib.Path(__file__).parent.parent
 EVIDENCE = pytest.StashKey[bool]()
+# Columns of the support table.
+COLUMNS = (
+    "equals masked reference",
+    "dense is bit-identical",
+    "removable",
+    "compile",
+    "LoRA",
+    "offload",
+    "cache",
+    "CFG",
+    "context parallel",
+)
 
 
 @pytest.fixture(scope="session")
@@ -30,26 +42,9 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
-@pytest.fixture(autouse=True)
-def record_check(request, record_property):
-    """What a test with the marker `check` shows, as properties of its report: family, model, method and check.
-
-    The documentation's table is made of these. The model is the test's parameter `tiny`; the method is a parameter, or
-    an argument of the marker.
-    """
-    marker = request.node.get_closest_marker("check")
-    if marker is None:
-        return
-    parameters = request.node.callspec.params
-    tiny, method = parameters["tiny"], parameters.get("method", marker.kwargs.get("method"))
-    values = {"family": tiny.family, "model": tiny.id, "method": method, "check": marker.args[0]}
-    for name, value in values.items():
-        record_property(name, value)
-
-
 @pytest.fixture
 def evidence(request):
-    """Takes the report of a test that shows cells of the support table, and holds it against what a cell must show."""
+    """Takes the report of a test that shows a cell of the support table, and holds it against what a cell must show."""
 
     def take(report):
         sparse = [layer for layer in report.layers if layer.sparse_calls]
@@ -63,12 +58,24 @@ def evidence(request):
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item):
-    """A test with a `support` mark passes only with evidence; its cells go into the JUnit file as properties."""
+    """What a test with markers `check` shows, as properties of its result; the support table is made of these.
+
+    A test that shows a cell of the table passes only with `evidence`.
+    """
     result = yield
-    cells = ["/".join(mark.args) for mark in item.iter_markers("support")]
-    assert not cells or item.stash.get(EVIDENCE, False), f"{cells} are declared, but no report was given to `evidence`"
-    item.user_properties += [("support", cell) for cell in cells]
+    for family, method, column in checks_of(item):
+        assert column not in COLUMNS or item.stash.get(EVIDENCE, False), "no report was given to `evidence`"
+        item.user_properties.append(("check", f"{family}/{method}/{column}"))
     return result
+
+
+def checks_of(item):
+    """Family, method and column of each marker `check` of a test."""
+    parameters = item.callspec.params if hasattr(item, "callspec") else {}
+    for marker in item.iter_markers("check"):
+        family = marker.kwargs["family"] if "family" in marker.kwargs else parameters["tiny"].family
+        method = marker.kwargs["method"] if "method" in marker.kwargs else parameters["method"]
+        yield family, method, marker.args[0]
 
 
 # The small models and their calls with the sizes a test asks for; see `pipelines/tiny_models.py`.

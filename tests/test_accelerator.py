@@ -201,7 +201,7 @@ def test_the_report_counts_and_explains(tiny_wan, wan_inputs):
     assert str(accel.report()) == text, "the report stays after remove()"
 
 
-@pytest.mark.support("wan", "gna", "cache")
+@pytest.mark.check("cache", family="wan", method="gna")
 def test_layers_that_a_cache_skips_are_not_counted(tiny_wan, wan_inputs, evidence):
     from diffusers import FirstBlockCacheConfig
 
@@ -269,21 +269,6 @@ def test_a_copy_of_an_accelerated_transformer_is_refused(tiny_wan, wan_inputs):
         twin = copy.deepcopy(transformer)
         with pytest.raises(dit_accel.DitAccelError, match="copy of an accelerated"):
             run(twin, wan_inputs())
-
-
-def test_context_parallelism_is_refused(tiny_wan, wan_inputs):
-    from diffusers import ContextParallelConfig, ParallelConfig
-
-    parallel = ParallelConfig(context_parallel_config=ContextParallelConfig(ulysses_degree=2))
-    transformer = tiny_wan()
-    transformer._parallel_config = parallel
-    with pytest.raises(dit_accel.DitAccelError, match="context parallelism"):
-        dit_accel.accelerate(transformer, "gna", **WINDOW)
-    transformer._parallel_config = None
-    with dit_accel.accelerated(transformer, "gna", **WINDOW):
-        transformer._parallel_config = parallel
-        with pytest.raises(dit_accel.DitAccelError, match="context parallelism"):
-            run(transformer, wan_inputs())
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,7 @@ from torch import nn
 
 from dit_accel.errors import DitAccelError
 from dit_accel.kernels.block_sparse.api import Impl
+from dit_accel.pipelines.context_parallel import Ulysses
 from dit_accel.plans import Plan
 
 LEARNED = "sparse_linear"
@@ -39,6 +40,7 @@ class CallState:
         sparse: whether `plan` computes this call; otherwise the model's own processor does.
         plan: of the call's grid.
         text_lens: int [B], valid text tokens of each sample, or None.
+        ulysses: how several processes share the call's sequence; None if this one holds it all.
         impl: as in `plans.attention`.
     """
 
@@ -46,7 +48,15 @@ class CallState:
         self.sparse = False
         self.plan: Plan | None = None
         self.text_lens: torch.Tensor | None = None
+        self.ulysses: Ulysses | None = None
         self.impl = impl
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that an attention call has in this process."""
+        if self.ulysses is not None:
+            return self.ulysses.tokens[self.ulysses.rank]
+        return 0 if self.plan is None else self.plan.grid.tokens
 
 
 class AcceleratedAttnProcessor:
@@ -121,7 +131,7 @@ def _wrapper_class(inner_type: type) -> type[AcceleratedAttnProcessor]:
         try:
             result = rebuilt(self.inner, attn, *args, **kwargs)
             if _SLOT.replaced != 1:
-                raise _sequence_error(self.state.plan, _SLOT.replaced)
+                raise _sequence_error(self.state, _SLOT.replaced)
         finally:
             _SLOT.state = _SLOT.learned = None
         return result
@@ -208,7 +218,7 @@ def _functional(original: types.ModuleType) -> types.ModuleType:
 def _is_ours(queries: int, keys: int) -> bool:
     """Whether a call is self-attention over the grid, and not over image prompts or other tokens."""
     state = _SLOT.state
-    return state is not None and state.plan is not None and queries == keys == state.plan.grid.tokens
+    return state is not None and queries == keys == state.tokens
 
 
 def _attend(
@@ -234,11 +244,17 @@ def _attend(
             f"is_causal={is_causal}, dropout_p={dropout_p}, {q.shape[1]} and {k.shape[1]} heads."
         )
     _SLOT.replaced += 1
-    return state.plan.attend(q, k, v, scale=scale, text_lens=state.text_lens, impl=state.impl, module=_SLOT.learned)
+    heads, ulysses = q.shape[1], state.ulysses
+    if ulysses is not None:
+        q, k, v = ulysses.gather(q, k, v)
+    out = state.plan.attend(q, k, v, scale=scale, text_lens=state.text_lens, impl=state.impl, module=_SLOT.learned)
+    return out if ulysses is None else ulysses.scatter(out, heads)
 
 
-def _sequence_error(plan: Plan | None, calls: int) -> DitAccelError:
+def _sequence_error(state: CallState, calls: int) -> DitAccelError:
+    where = "" if state.ulysses is None else f", {state.tokens} tokens of it in this process"
     return DitAccelError(
-        f"The grid of this transformer call is {None if plan is None else plan.grid}, and {calls} attention calls of "
-        "one layer had that many tokens instead of 1; run the whole transformer, or leave this layer dense."
+        f"The grid of this transformer call is {None if state.plan is None else state.plan.grid}{where}, and {calls} "
+        "attention calls of one layer had that many tokens instead of 1; run the whole transformer, or leave this "
+        "layer dense."
     )

@@ -1,0 +1,164 @@
+"""Several processes for one sequence: Diffusers' context parallelism (Ulysses) around an accelerated attention call.
+
+Diffusers gives each process a share of the sequence. Before attention the processes trade: each gets the whole sequence
+for a share of the heads, and the reverse afterwards. Text and image are shared out separately, so that process r holds
+``[text_r | image_r]``; what comes together is put into model order on the way in and into each process's order on the
+way back. Lengths and heads that the number of processes does not divide are shared out as evenly as they go.
+
+Source: DeepSpeed Ulysses, arXiv:2309.14509; the sharding is that of ``diffusers/hooks/context_parallel.py``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from dit_accel.errors import DitAccelError
+from dit_accel.tokens import TokenGrid
+
+Shares = tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Ulysses:
+    """How the sequence of one call is shared out.
+
+    Args:
+        group: the processes.
+        rank: this one's place in the group.
+        parts: for each part of the sequence that is sharded by itself, in model order, the tokens each process holds.
+    """
+
+    group: Any
+    rank: int
+    parts: tuple[Shares, ...]
+
+    @property
+    def tokens(self) -> Shares:
+        """Tokens each process holds."""
+        return tuple(sum(shares) for shares in zip(*self.parts, strict=True))
+
+    def gather(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """This process's heads of the whole sequence: [B, H, n, D] each to [B, h, N, D] in model order."""
+        stacked = torch.stack((q, k, v))
+        _, batch, heads, _, dim = stacked.shape
+        shares = even_shares(heads, len(self.tokens))
+        own = shares[self.rank]
+        received = self._trade(stacked.split(shares, dim=2), [(3, batch, own, tokens, dim) for tokens in self.tokens])
+        # held[process][part]
+        held = [piece.split([part[rank] for part in self.parts], dim=3) for rank, piece in enumerate(received)]
+        query, key, value = torch.cat([piece for part in zip(*held, strict=True) for piece in part], dim=3).unbind()
+        return query, key, value
+
+    def scatter(self, out: torch.Tensor, heads: int) -> torch.Tensor:
+        """The reverse for the result: [B, h, N, D] to [B, H, n, D], laid out as [B, n, H, D] in memory."""
+        batch, _, _, dim = out.shape
+        pieces = iter(out.split(list(itertools.chain(*self.parts)), dim=2))
+        by_part = [[next(pieces) for _ in part] for part in self.parts]
+        sent = [torch.cat(piece, dim=2) for piece in zip(*by_part, strict=True)]
+        own = self.tokens[self.rank]
+        shapes = [(batch, share, own, dim) for share in even_shares(heads, len(self.tokens))]
+        return torch.cat([piece.transpose(1, 2) for piece in self._trade(sent, shapes)], dim=2).transpose(1, 2)
+
+    def _trade(self, sent: Any, shapes: Sequence[tuple[int, ...]]) -> list[torch.Tensor]:
+        """Send the r-th tensor to process r, and get one of the r-th shape from it. Differentiable, and traceable."""
+        from torch.distributed import _functional_collectives as collectives
+
+        sizes = [torch.Size(shape).numel() for shape in shapes]
+        flat = torch.cat([tensor.reshape(-1) for tensor in sent])
+        received = collectives.all_to_all_single_autograd(flat, sizes, [tensor.numel() for tensor in sent], self.group)
+        return [piece.view(shape) for piece, shape in zip(received.split(sizes), shapes, strict=True)]
+
+
+def even_shares(total: int, ranks: int) -> Shares:
+    """Shares as `torch.tensor_split` makes them: the first ones are one larger where it does not come out even."""
+    share, rest = divmod(total, ranks)
+    return tuple(share + (rank < rest) for rank in range(ranks))
+
+
+def config_of(transformer: nn.Module) -> Any | None:
+    """The transformer's context parallel settings, if it has been given some."""
+    return getattr(getattr(transformer, "_parallel_config", None), "context_parallel_config", None)
+
+
+def check(transformer: nn.Module, heads: int) -> None:
+    """Refuse what cannot work whatever the call.
+
+    Raises:
+        DitAccelError: the model shares its sequence out in a way we do not know, in a ring, or has too few heads.
+    """
+    config, name = config_of(transformer), type(transformer).__name__
+    if config is None:
+        return
+    if config.ring_degree > 1:
+        ranks = config.ring_degree * config.ulysses_degree
+        raise DitAccelError(
+            f"{name} runs with ring_degree={config.ring_degree}: a process in a ring never holds all the keys that a "
+            f"method chooses from. Use ContextParallelConfig(ulysses_degree={ranks}) instead, or leave the model dense."
+        )
+    if not _shares_as_declared(transformer):
+        raise DitAccelError(
+            f"{name} runs with context parallelism, but not by a _cp_plan of its class, so nobody knows which tokens a "
+            "process holds. Classes that declare a _cp_plan work, without the argument cp_plan of enable_parallelism; "
+            "leave this one dense, or use one process."
+        )
+    ranks = config.ulysses_degree
+    if heads < ranks or (heads % ranks and not config.ulysses_anything):
+        advice = (
+            f"use at most {heads} processes for one sequence"
+            if heads < ranks
+            else "pass ulysses_anything=True, or use a number that divides them"
+        )
+        raise DitAccelError(f"{name} has {heads} attention heads, which {ranks} processes cannot share: {advice}.")
+
+
+def sharing(transformer: nn.Module, grid: TokenGrid) -> Ulysses | None:
+    """How a call's sequence is shared out; None if one process holds it all.
+
+    Raises:
+        DitAccelError: the length does not divide by the number of processes where Diffusers asks for that.
+    """
+    config = config_of(transformer)
+    if config is None:
+        return None
+    ranks = config.ulysses_degree
+    lengths = _parts(transformer, grid)
+    for length in lengths:
+        if length < ranks or (length % ranks and not config.ulysses_anything):
+            raise DitAccelError(
+                f"{type(transformer).__name__} with {grid} shares {length} tokens among {ranks} processes, which does "
+                "not come out even: pass ulysses_anything=True to ContextParallelConfig, or choose another size."
+            )
+    mesh = config._ulysses_mesh
+    return Ulysses(mesh.get_group(), mesh.get_local_rank(), tuple(even_shares(length, ranks) for length in lengths))
+
+
+def _parts(transformer: nn.Module, grid: TokenGrid) -> tuple[int, ...]:
+    """Lengths of the parts of the sequence that are sharded by themselves, in model order."""
+    image = grid.visual + grid.reference
+    if not grid.text:
+        return (image,)
+    plan: Any = transformer._cp_plan
+    separate = {"hidden_states", "encoder_hidden_states"}
+    if not any(isinstance(inputs, dict) and separate <= inputs.keys() for inputs in plan.values()):
+        return (grid.tokens,)
+    return (grid.text, image) if grid.text_first else (image, grid.text)
+
+
+def _shares_as_declared(transformer: nn.Module) -> bool:
+    """Whether the sharding hooks on the model are those of its class's own plan."""
+    hooked = set()
+    for module in transformer.modules():
+        for hook in getattr(getattr(module, "_diffusers_hook", None), "hooks", {}):
+            kind, _, pattern = hook.partition("---")
+            if kind in ("cp_input", "cp_output"):
+                hooked.add(pattern)
+    plan: Any = getattr(transformer, "_cp_plan", None)
+    return bool(plan) and hooked == set(plan)

@@ -1,0 +1,124 @@
+"""Several processes for one sequence: the same result as one process, for every class that Diffusers can share out."""
+
+import functools
+import json
+import multiprocessing
+import pathlib
+import runpy
+
+import pytest
+import torch
+from diffusers import ContextParallelConfig, ParallelConfig
+from diffusers.hooks import apply_context_parallel
+from tiny_models import all_models, module, run
+
+import dit_accel
+from dit_accel.pipelines.context_parallel import even_shares
+from dit_accel.report import LayerReport, Report
+
+WORKER = pathlib.Path(__file__).with_name("context_parallel_worker.py")
+WINDOW = {"window": (3, 5, 4)}
+
+
+def shared_models():
+    return [tiny for tiny in all_models() if type(tiny.shared)._cp_plan is not None]
+
+
+def methods(tiny):
+    return ("gna", "radial", "tile", "sla") if tiny.video else ("gna", "sla")
+
+
+def declares_cells(test):
+    """A `check` for each cell that two processes show."""
+    cells = {(tiny.family, method) for tiny in shared_models() for method in methods(tiny)}
+    marks = [pytest.mark.check("context parallel", family=family, method=method) for family, method in sorted(cells)]
+    return functools.reduce(lambda marked, mark: mark(marked), marks, test)
+
+
+def results_of(ranks, folder):
+    """What each of so many processes found, by case."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "diffusers", "diffusers.models.transformers.transformer_wan"])
+    given = [{"FOLDER": str(folder), "RANK": rank, "RANKS": ranks} for rank in range(ranks)]
+    processes = [
+        context.Process(target=runpy.run_path, args=(str(WORKER),), kwargs={"init_globals": names}) for names in given
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(300)
+        process.kill()
+    assert [process.exitcode for process in processes] == [0] * ranks, "see the processes' output"
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(ranks)]
+
+
+def assert_equal_to_one_process(results):
+    """Every case within the error of one process against fp64, which is small, so that nothing can hide in it."""
+    for found in results:
+        for case, result in found.items():
+            if "identical" in result:
+                assert result["identical"], case
+                continue
+            assert result["error"] <= result["budget"] <= 1e-4 * result["scale"], (case, result)
+
+
+def report_of(result):
+    fields = {key: value for key, value in result["report"].items() if not key.endswith("_calls")}
+    return Report(**fields | {"layers": [LayerReport(**layer) for layer in fields["layers"]]})
+
+
+@declares_cells
+def test_two_processes(tmp_path, evidence):
+    """Every model and method; text, image and one case's heads do not divide by two."""
+    results = results_of(2, tmp_path)
+    assert_equal_to_one_process(results)
+    for found in results:
+        for tiny in shared_models():
+            for method in methods(tiny):
+                evidence(report_of(found[f"{tiny}/{method}"]))
+        assert {"odd heads/gna", "gradients", "dense step", "compiled"} <= found.keys()
+
+
+def test_four_processes(tmp_path):
+    results = results_of(4, tmp_path)
+    assert_equal_to_one_process(results)
+    assert all(
+        {"odd heads/gna", "joint/gna", "joint/sla", "gradients", "compiled"} <= found.keys() for found in results
+    )
+
+
+def refusal(transformer, call=None, **config):
+    """The message about this transformer under these settings, which need no other process to be refused."""
+    parallel = ContextParallelConfig(**config)
+    apply_context_parallel(transformer, parallel, transformer._cp_plan or {})
+    transformer._parallel_config = ParallelConfig(context_parallel_config=parallel)
+    with pytest.raises(dit_accel.DitAccelError) as error, dit_accel.accelerated(transformer, "gna", **WINDOW):
+        run(transformer, call)
+    return str(error.value)
+
+
+def test_what_cannot_work_is_refused():
+    wan = module("wan")
+    assert "a process in a ring never holds all the keys" in refusal(wan.build(), ring_degree=2)
+    assert "ulysses_degree=4) instead" in refusal(wan.build(), ring_degree=2, ulysses_degree=2)
+    assert "3 attention heads, which 2 processes cannot share: pass ulysses_anything" in refusal(
+        wan.build(num_attention_heads=3), ulysses_degree=2
+    )
+    assert "use at most 2 processes" in refusal(wan.build(), ulysses_degree=4, ulysses_anything=True)
+    assert "shares 315 tokens among 2 processes" in refusal(wan.build(), wan.inputs(), ulysses_degree=2)
+    transformer = wan.build()
+    transformer._cp_plan = None
+    assert "not by a _cp_plan of its class" in refusal(transformer, ulysses_degree=2)
+
+
+def test_a_plan_of_ones_own_is_refused():
+    transformer, parallel = module("wan").build(), ContextParallelConfig(ulysses_degree=2)
+    apply_context_parallel(transformer, parallel, {"blocks.0": transformer._cp_plan["blocks.0"]})
+    transformer._parallel_config = ParallelConfig(context_parallel_config=parallel)
+    with pytest.raises(dit_accel.DitAccelError, match="not by a _cp_plan of its class"):
+        dit_accel.accelerate(transformer, "gna", **WINDOW)
+
+
+@pytest.mark.parametrize(("total", "ranks"), [(13, 2), (143, 4), (8, 4), (4, 4), (7, 3)])
+def test_shares_are_those_of_diffusers(total, ranks):
+    assert even_shares(total, ranks) == tuple(len(share) for share in torch.arange(total).tensor_split(ranks))
