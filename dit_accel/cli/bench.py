@@ -162,7 +162,7 @@ def _measure(
 ) -> int:
     """Measure and report; the status is 1 if a row that can be had was not measured."""
     from dit_accel.eval.bench import Bench
-    from dit_accel.eval.bench_file import append
+    from dit_accel.eval.lines import append
 
     outcomes: list[Outcome] = []
     try:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torchmetrics.functional.image import peak_signal_noise_ratio
 
+from dit_accel.eval.metrics import Kind
+
 
 def psnr(frames: torch.Tensor, reference: torch.Tensor) -> float:
     """PSNR over all frames, colours and pixels together: 10 log10(1 / MSE).
@@ -21,3 +23,14 @@ def psnr(frames: torch.Tensor, reference: torch.Tensor) -> float:
     if frames.shape != reference.shape:
         raise ValueError(f"PSNR compares equal shapes, got {tuple(frames.shape)} and {tuple(reference.shape)}.")
     return float(peak_signal_noise_ratio(frames.float(), reference.float(), data_range=1.0))
+
+
+METRIC = Kind(
+    name="psnr",
+    title="PSNR",
+    unit="dB",
+    better="higher",
+    about="10 log10(1 / MSE) to the reference of the same prompt and seed, over all 8-bit pixels; MSEs are averaged.",
+    score=lambda item, network: psnr(item.frames, item.reference),
+    decibels=True,
+)

@@ -32,7 +32,21 @@ def check_output(output: Path, endings: tuple[str, ...], option: str = "--output
         raise DitAccelError(f"{option} {output} should end in {' or '.join(endings)}.")
     if output.is_dir():
         raise DitAccelError(f"{option} {output} is a folder; give a file name in it.")
-    folder = output.absolute().parent
+    _check_writable(output, output.absolute().parent, option)
+
+
+def check_folder(output: Path, option: str = "--output") -> None:
+    """See now, not after the work, that files can be written to the folder `output`, which need not exist yet.
+
+    Raises:
+        DitAccelError: it is a file, or it cannot be written to.
+    """
+    if output.exists() and not output.is_dir():
+        raise DitAccelError(f"{option} {output} is a file; give a folder.")
+    _check_writable(output, output.absolute(), option)
+
+
+def _check_writable(output: Path, folder: Path, option: str) -> None:
     while not folder.exists():
         folder = folder.parent
     try:

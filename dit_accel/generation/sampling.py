@@ -8,6 +8,8 @@ import time
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
+from dit_accel.generation.stopwatch import Stopwatch
+
 if TYPE_CHECKING:
     import numpy as np
     import torch
@@ -46,12 +48,12 @@ class Steps:
     Args:
         progress: where to show it.
         title: what is running.
-        device: synchronised where the loop begins and ends, so that the time is the work's.
+        device: where the work runs.
     """
 
     def __init__(self, progress: Progress, title: str, device: torch.device) -> None:
-        self.progress, self.title, self.device = progress, title, device
-        self.seconds, self.steps = 0.0, 0
+        self.progress, self.title = progress, title
+        self.watch, self.steps = Stopwatch(device), 0
 
     def __call__(self, iterable: Iterable | None = None, total: int | None = None) -> Steps:
         self._items = iterable
@@ -60,13 +62,11 @@ class Steps:
 
     def __enter__(self) -> Steps:
         self._task = self.progress.add_task(self.title, total=self._total)
-        synchronize(self.device)
-        self._began = time.perf_counter()
+        self.watch.start()
         return self
 
     def __exit__(self, *error: object) -> None:
-        synchronize(self.device)
-        self.seconds += time.perf_counter() - self._began
+        self.watch.stop()
 
     def __iter__(self) -> Iterator:
         assert self._items is not None
@@ -104,7 +104,7 @@ def sample(pipe: DiffusionPipeline, arguments: dict[str, Any], seed: int, title:
         seconds = time.perf_counter() - began
     frames = result.frames[0] if hasattr(result, "frames") else result.images[:1]
     memory = torch.cuda.max_memory_allocated(device) if on_gpu else None
-    return Sample(frames, seconds, steps.seconds, steps.steps, memory)
+    return Sample(frames, seconds, steps.watch.seconds, steps.steps, memory)
 
 
 @contextlib.contextmanager

@@ -12,7 +12,17 @@ import pytest
 import torch
 
 from dit_accel.errors import DitAccelError
-from dit_accel.eval import bench, bench_file, bench_gate, bench_peer, bench_picture, bench_rows, provenance, timing
+from dit_accel.eval import (
+    bench,
+    bench_file,
+    bench_gate,
+    bench_peer,
+    bench_picture,
+    bench_rows,
+    lines,
+    provenance,
+    timing,
+)
 from dit_accel.eval.bench_rows import Row, Setting, Shape
 from dit_accel.eval.bench_settings import OutOfReach, find_setting
 from dit_accel.plans import plan
@@ -323,23 +333,23 @@ RECORD |= {"cpu": "a processor", "density": 0.1, "speedup": 7.0}
 class TestFile:
     def test_rows_are_added(self, tmp_path):
         for speedup in (1, 2):
-            bench_file.append(tmp_path / "new" / "rows.jsonl", RECORD | {"speedup": speedup})
+            lines.append(tmp_path / "new" / "rows.jsonl", RECORD | {"speedup": speedup})
         assert [found["speedup"] for found in bench_file.read(tmp_path / "new" / "rows.jsonl")] == [1, 2]
 
     def test_what_a_cut_run_left_of_a_line_does_not_count(self, tmp_path):
         path = tmp_path / "rows.jsonl"
-        bench_file.append(path, RECORD)
+        lines.append(path, RECORD)
         whole = path.read_bytes()
         path.write_bytes(whole + whole[: len(whole) // 2])
         assert bench_file.read(path) == [RECORD]
-        bench_file.append(path, RECORD)
+        lines.append(path, RECORD)
         assert path.read_bytes() == 2 * whole
 
     def test_a_cut_first_line(self, tmp_path):
         path = tmp_path / "rows.jsonl"
         path.write_text('{"op": ')
         assert bench_file.read(path) == []
-        bench_file.append(path, RECORD)
+        lines.append(path, RECORD)
         assert bench_file.read(path) == [RECORD]
 
     @pytest.mark.parametrize("line", ["{broken}", "[1]", '{"other": 1}'])

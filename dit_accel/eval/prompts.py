@@ -1,0 +1,81 @@
+"""Prompts to evaluate with: a file, a list that comes with the package, or a folder of captioned images or videos."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+from dit_accel.errors import DitAccelError
+from dit_accel.generation import captioned
+from dit_accel.generation.captioned import Captioned
+from dit_accel.generation.sources import first_line
+from dit_accel.registry import did_you_mean
+
+LISTS = Path(__file__).parent / "prompt_lists"
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompts:
+    """What to generate.
+
+    Args:
+        source: as asked for.
+        texts: the prompts; one that comes twice counts once.
+        media: the captioned images or videos they come from, which then are the reference set; empty otherwise.
+    """
+
+    source: str
+    texts: tuple[str, ...]
+    media: tuple[Captioned, ...] = ()
+
+
+def built_in() -> list[str]:
+    """Names of the lists that come with the package."""
+    return sorted(path.stem for path in LISTS.glob("*.json"))
+
+
+def read(source: str) -> Prompts:
+    """Read prompts.
+
+    Args:
+        source: a text file with one prompt a line (empty lines do not count), the name of a built-in list, or a folder
+            of images or videos with a caption beside each.
+
+    Raises:
+        DitAccelError: there is no such source, it cannot be read or holds no prompt, or an image has no caption.
+    """
+    path = Path(source).expanduser()
+    media: tuple[Captioned, ...] = ()
+    if source in built_in():
+        texts = json.loads((LISTS / f"{source}.json").read_text(encoding="utf-8"))
+    elif path.is_dir():
+        media = tuple(captioned.find(path))
+        texts = [_caption(found) for found in media]
+    elif path.is_file():
+        texts = _lines(path)
+    else:
+        raise DitAccelError(
+            f"--prompts {source}: there is no such file or folder, and no built-in list of that name."
+            f"{did_you_mean(source, built_in())} Built-in lists: {', '.join(built_in())}."
+        )
+    if not texts:
+        raise DitAccelError(f"--prompts {source} holds no prompt; write one a line.")
+    return Prompts(source, tuple(dict.fromkeys(texts)), media)
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DitAccelError(f"--prompts {path} cannot be read as text: {first_line(error)}.") from error
+    return [line.strip() for line in text.splitlines() if line.strip()]
+
+
+def _caption(found: Captioned) -> str:
+    if found.caption is None:
+        raise DitAccelError(
+            f"{found.path} has no caption; write it to {found.path.with_suffix('.txt').name} beside it, or give the "
+            "folder as --reference, which needs no captions."
+        )
+    return found.caption

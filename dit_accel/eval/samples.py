@@ -1,0 +1,167 @@
+"""Generated samples on disk: one file for the frames of each, one line for what is known of it.
+
+A sample is named by a hash of everything that decides its pixels. Its frames are written first and its line second, so
+a run that is killed at any point loses at most the sample it was making.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dit_accel.errors import DitAccelError
+from dit_accel.eval import lines
+
+if TYPE_CHECKING:
+    import numpy as np
+
+Row = dict[str, Any]
+
+RESULTS = "results.jsonl"
+FIELDS = ("key", "label", "prompt", "seed", "sha256", "seconds", "denoising_seconds", "density")  # a row has them all
+
+
+def key_of(identity: dict[str, Any]) -> str:
+    """The name of a sample: 32 hexadecimal digits from all that decides its pixels."""
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32]
+
+
+class Store:
+    """Frames of samples in a folder, each file with the sample's row in its header.
+
+    Args:
+        folder: made when the first sample is written.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def path(self, key: str) -> Path:
+        return self.folder / f"{key}.safetensors"
+
+    def write(self, frames: np.ndarray, row: Row) -> Row:
+        """Write frames, uint8 [F, H, W, 3], under a temporary name, then rename.
+
+        Returns:
+            The row with a hash of the frames in it.
+
+        Raises:
+            DitAccelError: the disk is full or the folder cannot be written.
+        """
+        from safetensors.numpy import save
+
+        path = self.path(row["key"])
+        row = row | {"sha256": hash_of(frames)}
+        temporary = path.with_suffix(f".{os.getpid()}.tmp")
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for abandoned in self.folder.glob(f"{row['key']}.*.tmp"):  # of a run that was killed while it wrote
+                abandoned.unlink()
+            with open(temporary, "wb") as file:
+                file.write(save({"frames": frames}, metadata={"row": json.dumps(row)}))
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except OSError as error:
+            raise DitAccelError(f"{path} could not be written: {error.strerror or error}.") from error
+        return row
+
+    def find(self, key: str) -> Row | None:
+        """The row in the header of a whole file; None if there is no such file or it is damaged."""
+        from safetensors import SafetensorError, safe_open
+
+        path = self.path(key)
+        if not path.exists():
+            return None
+        try:
+            with safe_open(path, "numpy") as file:
+                row = json.loads((file.metadata() or {}).get("row", "null"))
+                intact = row is not None and hash_of(file.get_tensor("frames")) == row["sha256"]
+        except (SafetensorError, OSError, ValueError):
+            return None
+        return row if intact else None
+
+    def frames(self, key: str) -> np.ndarray:
+        """The frames of a sample that is there: uint8 [F, H, W, 3]."""
+        from safetensors.numpy import load_file
+
+        return load_file(self.path(key))["frames"]
+
+
+def hash_of(frames: np.ndarray) -> str:
+    """Of shape and pixels."""
+    return hashlib.sha256(repr(frames.shape).encode() + frames.tobytes()).hexdigest()
+
+
+class Results:
+    """The rows of an evaluation's folder; each process adds to a file of its own.
+
+    Args:
+        folder: of the evaluation.
+        process: index of this process.
+    """
+
+    def __init__(self, folder: Path, process: int = 0) -> None:
+        self.folder = folder
+        self._own = folder / (f"results-{process}.jsonl" if process else RESULTS)
+        self.rows: dict[str, Row] = {}
+        self.damaged: list[str] = []
+
+    def read(self) -> None:
+        """Read what is there; `damaged` names the lines that are no rows, whose samples will be made again.
+
+        Raises:
+            DitAccelError: a file cannot be read.
+        """
+        for path in sorted(self.folder.glob("results*.jsonl")):
+            try:
+                content = path.read_bytes()
+            except OSError as error:
+                raise DitAccelError(f"{path} cannot be read: {error.strerror or error}.") from error
+            for number, line in enumerate(content.split(b"\n"), 1):
+                if not line:
+                    continue
+                row = _row(line)
+                if row is None:
+                    self.damaged.append(f"{path.name}, line {number}")
+                else:
+                    self.rows[row["key"]] = row
+
+    def add(self, row: Row) -> None:
+        """Keep a row, on disk when this returns."""
+        lines.append(self._own, row)
+        self.rows[row["key"]] = row
+
+    def rewrite(self, rows: Iterable[Row]) -> None:
+        """Put these rows first, in this order, and whatever else is known behind them, into one file.
+
+        Raises:
+            DitAccelError: it cannot be written.
+        """
+        ordered = {row["key"]: row for row in rows}
+        ordered |= {key: row for key, row in self.rows.items() if key not in ordered}
+        path = self.folder / RESULTS
+        temporary = path.with_suffix(".tmp")
+        try:
+            with open(temporary, "w", encoding="utf-8") as file:
+                file.writelines(json.dumps(row, allow_nan=False) + "\n" for row in ordered.values())
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+            for other in self.folder.glob("results-*.jsonl"):
+                other.unlink()
+        except OSError as error:
+            raise DitAccelError(f"{path} could not be written: {error.strerror or error}.") from error
+
+
+def _row(line: bytes) -> Row | None:
+    """A row from its line, or None if it is not one."""
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    return row if isinstance(row, dict) and all(field in row for field in FIELDS) else None

@@ -1,0 +1,213 @@
+"""The samples of an evaluation: the dense reference and every method in turn, for each prompt and seed.
+
+Methods take turns within a prompt, so that whatever else the machine does meets all of them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dit_accel.eval.provenance import ROOT
+from dit_accel.eval.samples import Results, Row, Store, key_of
+from dit_accel.generation import call
+from dit_accel.generation.choice import Choice
+from dit_accel.generation.sampling import sample
+from dit_accel.generation.stopwatch import attention_time
+from dit_accel.schedule import Schedule
+
+if TYPE_CHECKING:
+    import torch
+    from diffusers import DiffusionPipeline
+
+    from dit_accel.report import Report
+
+REFERENCE = "reference"  # the label of the untouched pipeline
+ABOVE = ("train", "eval", "cli")
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """One row of the comparison.
+
+    Args:
+        label: unlike any other's.
+        choice: the method; None for the reference, which is the pipeline untouched.
+    """
+
+    label: str
+    choice: Choice | None = None
+
+    def record(self) -> dict[str, Any]:
+        """Method, settings and schedule as plain values."""
+        if self.choice is None:
+            return {"method": "dense", "config": {}, "schedule": {}}
+        made = self.choice.record()
+        return {"method": made["name"], "config": made["config"], "schedule": made["schedule"]}
+
+
+@dataclasses.dataclass(frozen=True)
+class Item:
+    """A prompt and a seed."""
+
+    prompt: str
+    seed: int
+
+
+def entries(choices: Sequence[Choice]) -> list[Entry]:
+    """The reference first, then the choices under their labels."""
+    return [Entry(REFERENCE), *(Entry(label(choice), choice) for choice in choices)]
+
+
+def label(choice: Choice) -> str:
+    """The choice the way it is typed, with its schedule and the folder it was loaded from."""
+    schedule, default = dataclasses.asdict(choice.schedule), dataclasses.asdict(Schedule())
+    parts = [choice.title, *(f"{name}={value}" for name, value in schedule.items() if value != default[name])]
+    return " ".join(parts if choice.folder is None else [*parts, f"from {choice.folder.name}"])
+
+
+class Sweep:
+    """Generates what is not there yet.
+
+    Args:
+        pipe: ready to be called.
+        arguments: of its call, without the prompt.
+        identity: what else decides the pixels: model, device, versions.
+        device: where it runs.
+        results: rows that are known, and where new ones go.
+        samples, references: where the frames of methods and of the reference lie.
+        compile: whether the transformers are compiled, so that a warm-up takes a whole loop.
+    """
+
+    def __init__(
+        self,
+        pipe: DiffusionPipeline,
+        arguments: Mapping[str, Any],
+        identity: Mapping[str, Any],
+        device: torch.device,
+        results: Results,
+        samples: Store,
+        references: Store,
+        *,
+        compile: bool,
+    ) -> None:
+        self.pipe, self.arguments, self.device = pipe, dict(arguments), device
+        self.identity, self.results = dict(identity), results
+        self.samples, self.references, self.compile = samples, references, compile
+        self._code = code_hash()
+        self._warm: set[str] = set()
+
+    def key(self, entry: Entry, item: Item) -> str:
+        """The name of a sample. Only a method's pixels depend on this package's own code."""
+        identity = {"arguments": self.arguments, "prompt": item.prompt, "seed": item.seed, **self.identity}
+        if entry.choice is not None:
+            identity |= {"method": entry.record(), "weights": _weights(entry.choice), "code": self._code}
+        return key_of(identity)
+
+    def store(self, entry: Entry) -> Store:
+        return self.references if entry.choice is None else self.samples
+
+    def run(self, listed: Sequence[Entry], items: Sequence[Item]) -> None:
+        """Make every sample that is not there, one line on stderr for each."""
+        total = len(listed) * len(items)
+        for number, (item, entry) in enumerate(_turns(listed, items), 1):
+            key = self.key(entry, item)
+            if not self._is_there(entry, key):
+                title = f"{number}/{total} {entry.label}"
+                self.results.add(self._make(entry, item, key, title))
+
+    def _is_there(self, entry: Entry, key: str) -> bool:
+        """Whether a sample needs no work: its row is known and its frames are whole, or the cache has both."""
+        found = self.store(entry).find(key)
+        known = self.results.rows.get(key)
+        if known is not None and (found is None or found["sha256"] != known["sha256"]):
+            print(f"{self.store(entry).path(key)} is missing or damaged; its sample is made again.", file=sys.stderr)
+            return False
+        if known is None and found is not None and entry.choice is None:
+            self.results.add(found | {"cached": True})
+            return True
+        return known is not None
+
+    def _make(self, entry: Entry, item: Item, key: str, title: str) -> Row:
+        arguments = self.arguments | {"prompt": item.prompt}
+        self._warm_up(entry, arguments)
+        accel = None if entry.choice is None else entry.choice.apply(self.pipe)
+        try:
+            if self.compile:
+                made, attention = sample(self.pipe, arguments, item.seed, title, self.device), None
+            else:
+                with attention_time(self.pipe, self.device) as watch:
+                    made = sample(self.pipe, arguments, item.seed, title, self.device)
+                attention = watch.seconds
+        finally:
+            if accel is not None:
+                accel.remove()
+        row = {
+            "key": key,
+            "label": entry.label,
+            **entry.record(),
+            "prompt": item.prompt,
+            "seed": item.seed,
+            **made.record(),
+            "attention_seconds": attention,
+            **(_density(accel.report()) if accel is not None else {"density": 1.0}),
+            "cached": False,
+            "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        }
+        return self.store(entry).write((made.frames * 255).round().astype("uint8"), row)
+
+    def _warm_up(self, entry: Entry, arguments: dict[str, Any]) -> None:
+        """Once for each entry. One step would all be dense by schedule; a whole loop also compiles what that needs."""
+        if entry.label in self._warm:
+            return
+        self._warm.add(entry.label)
+        if entry.choice is None:
+            call.warm_up(self.pipe, arguments, whole=self.compile)
+            return
+        with (entry.choice if self.compile else entry.choice.without_schedule()).apply(self.pipe):
+            call.warm_up(self.pipe, arguments, whole=self.compile)
+
+
+def _turns(listed: Sequence[Entry], items: Sequence[Item]) -> Iterator[tuple[Item, Entry]]:
+    return ((item, entry) for item in items for entry in listed)
+
+
+def _density(report: Report) -> dict[str, Any]:
+    """Share of pairs attended over all self-attention calls, dense ones counted as 1, and what computed them."""
+    calls = report.sparse_calls + report.dense_calls
+    sparse = sum(layer.sparse_calls * (layer.density or 0.0) for layer in report.layers)
+    return {
+        "density": (sparse + report.dense_calls) / calls if calls else 1.0,
+        "sparse_calls": report.sparse_calls,
+        "dense_calls": report.dense_calls,
+        "kernels": sorted({kernel for layer in report.layers for kernel in layer.kernels}),
+    }
+
+
+def _weights(choice: Choice) -> str | None:
+    """A hash of a saved accelerator's files."""
+    return None if choice.folder is None else folder_hash(choice.folder)
+
+
+def folder_hash(folder: Path) -> str:
+    """A hash of a model's folder: the JSON files' text; of weights, which may be large, name, size and date."""
+    parts: dict[str, Any] = {}
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if path.suffix == ".json":
+            parts[name] = path.read_text(encoding="utf-8")
+        elif path.suffix in (".safetensors", ".model", ".txt"):
+            state = path.stat()
+            parts[name] = [state.st_size, state.st_mtime_ns]
+    return key_of(parts)
+
+
+def code_hash() -> str:
+    """A hash of this package's code that decides pixels: all but the floors above generation."""
+    package = ROOT / "dit_accel"
+    files = (path for path in sorted(package.rglob("*.py")) if path.relative_to(package).parts[0] not in ABOVE)
+    return key_of({path.relative_to(package).as_posix(): path.read_text(encoding="utf-8") for path in files})

@@ -1,0 +1,89 @@
+"""Folders of captioned images and videos: ``NAME.mp4`` (or gif, png, jpg, jpeg, webp) with ``NAME.txt`` beside it."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dit_accel.errors import DitAccelError
+from dit_accel.generation.sources import first_line
+
+if TYPE_CHECKING:
+    import numpy as np
+
+VIDEOS = (".mp4", ".gif")
+PICTURES = (".png", ".jpg", ".jpeg", ".webp")
+
+
+@dataclasses.dataclass(frozen=True)
+class Captioned:
+    """An image or video and what it shows.
+
+    Args:
+        path: of the image or video.
+        caption: the text beside it; None where there is none.
+    """
+
+    path: Path
+    caption: str | None
+
+
+def find(folder: Path) -> list[Captioned]:
+    """The images and videos of a folder in the order of their names.
+
+    Raises:
+        DitAccelError: there are none, two of them share a caption's file, or a caption cannot be read or is empty.
+    """
+    paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in VIDEOS + PICTURES)
+    if not paths:
+        raise DitAccelError(f"{folder} holds no image or video ({', '.join(VIDEOS + PICTURES)}).")
+    for one, other in itertools.pairwise(paths):
+        if one.stem == other.stem:
+            raise DitAccelError(f"{one.name} and {other.name} in {folder} would share one caption; rename one of them.")
+    return [Captioned(path, _caption(path.with_suffix(".txt"))) for path in paths]
+
+
+def _caption(path: Path) -> str | None:
+    try:
+        text = " ".join(path.read_text(encoding="utf-8").split())
+    except FileNotFoundError:
+        return None
+    except (OSError, UnicodeDecodeError) as error:
+        raise DitAccelError(f"The caption {path} cannot be read: {first_line(error)}.") from error
+    if not text:
+        raise DitAccelError(f"The caption {path} is empty; write what the picture shows, or remove the file.")
+    return text
+
+
+def read_frames(path: Path) -> np.ndarray:
+    """All frames of a video, or an image as one frame: uint8 [F, H, W, 3].
+
+    Raises:
+        DitAccelError: the file cannot be read or holds no frame.
+    """
+    import numpy as np
+
+    try:
+        frames = _read_video(path) if path.suffix.lower() == ".mp4" else _read_pictures(path)
+    except (OSError, RuntimeError, SyntaxError, ValueError) as error:  # what Pillow and ffmpeg raise for damaged files
+        raise DitAccelError(f"{path} cannot be read as an image or video ({first_line(error)}).") from error
+    if not frames:
+        raise DitAccelError(f"{path} holds no frame; remove it or make it again.")
+    return np.stack(frames)
+
+
+def _read_video(path: Path) -> list[np.ndarray]:
+    import imageio.v2
+
+    with imageio.v2.get_reader(path, format="FFMPEG") as reader:
+        return list(reader)
+
+
+def _read_pictures(path: Path) -> list[np.ndarray]:
+    import numpy as np
+    from PIL import Image, ImageSequence
+
+    with Image.open(path) as picture:
+        return [np.asarray(frame.convert("RGB")) for frame in ImageSequence.Iterator(picture)]
