@@ -15,7 +15,7 @@ from dit_accel.errors import DitAccelError
 from dit_accel.kernels.block_sparse.api import Impl
 from dit_accel.layerwise import LayerSettings, distinct
 from dit_accel.pipelines import context_parallel, processor
-from dit_accel.pipelines.family import Call, Family, Memory
+from dit_accel.pipelines.family import Call, Family, Layout, Memory
 from dit_accel.pipelines.processor import LEARNED, AcceleratedAttnProcessor, CallState
 from dit_accel.plans import Plan
 from dit_accel.registry import Method
@@ -67,12 +67,16 @@ class PlanCache:
 
 @dataclasses.dataclass
 class Layer:
-    """One self-attention module: its original processor and ours; `config` counts where there is no `dense_reason`."""
+    """One self-attention module: its original processor and ours.
+
+    `config` counts where there is no `dense_reason`; `sees_text` as `Family.sees_text`.
+    """
 
     name: str
     attention: nn.Module
     config: Any
     dense_reason: str | None
+    sees_text: bool
     tally: Tally = dataclasses.field(default_factory=Tally)
     original: Any = None
     ours: AcceleratedAttnProcessor | None = None
@@ -98,6 +102,11 @@ class Layer:
             return False
         self.attention.processor = self.original
         return True
+
+    @property
+    def kind(self) -> tuple[Any, bool]:
+        """What the layers that share a state have in common."""
+        return self.config, self.sees_text
 
     @property
     def left(self) -> str | None:
@@ -147,8 +156,8 @@ class Engine:
         self._handles: list[Any] = []
         self.layers = self._find_layers(settings)
         # Layers with the same settings share a state, so that a compiled model has one graph for each setting.
-        sparse = [layer.config for layer in self.layers if layer.dense_reason is None]
-        self._states = {config: CallState(impl) for config in distinct(sparse)}
+        sparse = [layer.kind for layer in self.layers if layer.dense_reason is None]
+        self._states = {kind: CallState(impl) for kind in distinct(sparse)}
         self._dense_state = CallState(impl)
 
     def _find_layers(self, settings: Any | LayerSettings) -> list[Layer]:
@@ -158,19 +167,21 @@ class Engine:
                 f"{type(self._transformer).__name__} has no module named {' or '.join(self._family.attention)}, where "
                 f"the family {self._family.name} keeps its self-attention; is this a changed model?"
             )
-        if self._method.name == "dense":
-            return [Layer(name, attention, None, "method dense") for name, attention in found]
-        if isinstance(settings, LayerSettings):
-            own = settings.of(self.name, len(found))
-            return [
-                Layer(name, attn, config, "layer schedule" if config is None else None)
-                for (name, attn), config in zip(found, own, strict=True)
-            ]
-        dense = self._schedule.layers(len(found))
-        reason = f"dense_layers={self._schedule.dense_layers}"
         return [
-            Layer(name, attn, settings, reason if index in dense else None) for index, (name, attn) in enumerate(found)
+            Layer(name, attention, config, reason, self._family.sees_text(name))
+            for (name, attention), (config, reason) in zip(found, self._decide(settings, len(found)), strict=True)
         ]
+
+    def _decide(self, settings: Any | LayerSettings, layers: int) -> list[tuple[Any, str | None]]:
+        """Settings of each layer, and why it stays dense."""
+        if self._method.name == "dense":
+            return [(None, "method dense")] * layers
+        if isinstance(settings, LayerSettings):
+            own = settings.of(self.name, layers)
+            return [(config, "layer schedule" if config is None else None) for config in own]
+        dense = self._schedule.layers(layers)
+        reason = f"dense_layers={self._schedule.dense_layers}"
+        return [(settings, reason if index in dense else None) for index in range(layers)]
 
     def attach(self) -> None:
         """Wrap the processors, add learned weights and hook the transformer."""
@@ -180,7 +191,7 @@ class Engine:
             if self._method.module is not None and layer.dense_reason is None:
                 learned = self._method.module(self._family.head_dim(layer.attention), layer.config)
                 learned.to(next(layer.attention.parameters()).device)
-            layer.attach(self._dense_state if layer.dense_reason is not None else self._states[layer.config], learned)
+            layer.attach(self._dense_state if layer.dense_reason is not None else self._states[layer.kind], learned)
         # Compiled transformers run their hooks outside the graph, but with Dynamo watching: the first hook is traced,
         # which tells that the transformer is compiled; the second is not.
         self._handles = [
@@ -205,7 +216,7 @@ class Engine:
             if layer.dense_reason is not None:
                 layer.tally.dense(layer.dense_reason)
                 continue
-            last = self._last.get(layer.config, "not called yet")
+            last = self._last.get(layer.kind, "not called yet")
             if isinstance(last, str):
                 layer.tally.dense(last)
             else:
@@ -241,17 +252,23 @@ class Engine:
         self._check_sharing()
         call = Call(self._signature, module, args, kwargs, self._memory)
         layout = self._family.layout(module, call)
-        plans = {config: self._plans[config].get(layout.grid, call.device) for config in self._states}
+        plans = {kind: self._plan(kind, layout, call.device) for kind in self._states}
         self.notes += [note for note in layout.notes if note not in self.notes]
         reason = self._dense_step(call)
         if reason is not None:
             self._last = dict.fromkeys(self._states, reason)
             return
-        ulysses = context_parallel.sharing(module, layout.grid)
-        for config, state in self._states.items():
-            self._last[config] = last = self._choose(plans[config], call.device)
-            state.plan, state.text_lens, state.ulysses = plans[config], layout.text_lens, ulysses
-            state.sparse = not isinstance(last, str)
+        for (config, sees_text), state in self._states.items():
+            plan = plans[config, sees_text]
+            self._last[config, sees_text] = last = self._choose(plan, call.device)
+            if not isinstance(last, str):
+                text = (layout.text_lens, layout.rows) if sees_text else (None, None)
+                state.set(plan, *text, ulysses=context_parallel.sharing(module, plan.grid))
+
+    def _plan(self, kind: tuple[Any, bool], layout: Layout, device: torch.device) -> Plan:
+        config, sees_text = kind
+        grid = layout.grid if sees_text else dataclasses.replace(layout.grid, text=0)
+        return self._plans[config].get(grid, device)
 
     def _choose(self, plan: Plan, device: torch.device) -> tuple[Plan, str, str] | str:
         """The plan, who computes it and why that one; or why the model's own attention is expected to be faster."""

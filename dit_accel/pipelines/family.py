@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,11 +23,14 @@ class Layout:
         grid: the sequence that self-attention sees.
         text_lens: int [B], valid text tokens of each sample, where the model masks the others; the attention mask that
             the model passes is then taken to say the same. None: the model passes no mask.
+        rows: int64 [B, tokens], where in the call's sequence each token of the grid lies; every row of the sequence
+            once. None: where the grid says, in all samples.
         notes: what a reader of the report should know, such as tokens that stay dense.
     """
 
     grid: TokenGrid
     text_lens: torch.Tensor | None = None
+    rows: torch.Tensor | None = None
     notes: tuple[str, ...] = ()
 
 
@@ -53,6 +56,9 @@ class Call:
         signature: of the class's `forward`, with `self`.
         module, args, kwargs: as a forward pre-hook gets them.
         memory: kept by the caller from call to call.
+
+    Attributes:
+        owner: the transformer's class.
     """
 
     def __init__(
@@ -63,7 +69,7 @@ class Call:
         kwargs: Mapping[str, Any],
         memory: Memory,
     ) -> None:
-        self._owner = type(module).__name__
+        self.owner = type(module).__name__
         self._arguments = signature.bind_partial(module, *args, **kwargs).arguments
         self._memory = memory
 
@@ -80,13 +86,13 @@ class Call:
         value = self.get(name)
         if not isinstance(value, torch.Tensor) or value.ndim != dims:
             came = f"shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else type(value).__name__
-            raise DitAccelError(f"{self._owner} needs {name} as a tensor of {dims} dimensions, got {came}.")
+            raise DitAccelError(f"{self.owner} needs {name} as a tensor of {dims} dimensions, got {came}.")
         return value
 
     @property
     def device(self) -> torch.device:
         """Where the call's first tensor lies."""
-        return next(value for value in self._arguments.values() if isinstance(value, torch.Tensor)).device
+        return next(_tensors(self._arguments.values())).device
 
     def once(self, tensor: torch.Tensor, read: Callable[[torch.Tensor], Any]) -> Any:
         """`read(tensor)` on a CPU copy, worked out once for a tensor that comes again in every step.
@@ -96,19 +102,35 @@ class Call:
         return self._memory.recall(tensor, read)
 
 
+def _tensors(values: Iterable[Any]) -> Iterator[torch.Tensor]:
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            yield from _tensors(value)
+
+
 class Memory:
-    """Results of reading tensors, kept while the same tensor object, unmodified, comes again."""
+    """Results of reading tensors, kept while the same tensor objects, unmodified, come again.
+
+    Guidance calls the transformer with two masks in turn, so the last few of each kind are kept.
+    """
+
+    KEPT = 4
 
     def __init__(self) -> None:
-        self._known: dict[Callable[[torch.Tensor], Any], tuple[weakref.ref[torch.Tensor], int, Any]] = {}
+        self._known: dict[Callable[[torch.Tensor], Any], list[tuple[weakref.ref[torch.Tensor], int, Any]]] = {}
 
     def recall(self, tensor: torch.Tensor, read: Callable[[torch.Tensor], Any]) -> Any:
-        version = 0 if tensor.is_inference() else tensor._version
-        known = self._known.get(read)
-        if known is not None and known[0]() is tensor and known[1] == version and not tensor.is_inference():
-            return known[2]
+        if tensor.is_inference():  # has no version, so nobody knows whether it was written to
+            return read(tensor.cpu())
+        known = self._known.get(read, [])
+        for reference, version, result in known:
+            if reference() is tensor and version == tensor._version:
+                return result
         result = read(tensor.detach().cpu())
-        self._known[read] = (weakref.ref(tensor), version, result)
+        others = [entry for entry in known if entry[0]() is not None and entry[0]() is not tensor]
+        self._known[read] = [(weakref.ref(tensor), tensor._version, result), *others][: self.KEPT]
         return result
 
 
@@ -119,11 +141,15 @@ class Family:
     Args:
         name: lower case, the name of its file.
         transformers: class names.
-        attention: dotted paths of the self-attention modules in the order they run; ``*`` stands for one name.
+        attention: dotted paths of the self-attention modules in the order they run; ``*`` stands for one name, ``a|b``
+            for either.
         layout: tells where the tokens of a call lie.
         summary: one line for people.
-        timestep_scale: what the transformer's `timestep` is multiplied by to be in the scheduler's units.
+        timestep_name: the argument that holds the transformer's timestep.
+        timestep_scale: what it is multiplied by to be in the scheduler's units, 0 to 1000.
+        timestep_rises: whether it is 1 for the finished image, and not for noise.
         recommended: settings by method.
+        visual_attention: paths among `attention` whose modules see the visual tokens alone, without text.
     """
 
     name: str
@@ -131,18 +157,23 @@ class Family:
     attention: tuple[str, ...]
     layout: Callable[[nn.Module, Call], Layout]
     summary: str
+    timestep_name: str = "timestep"
     timestep_scale: float = 1.0
+    timestep_rises: bool = False
     recommended: Mapping[str, Preset] = dataclasses.field(default_factory=dict)
+    visual_attention: tuple[str, ...] = ()
 
     def attentions(self, transformer: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         """Self-attention modules by name, in the order they run."""
         modules = list(transformer.named_modules())
         for path in self.attention:
-            wanted = path.split(".")
             for name, module in modules:
-                parts = [part for part in name.split(".") if part != "_orig_mod"]
-                if len(parts) == len(wanted) and all(map(_fits, wanted, parts)):
+                if _fits(path, name):
                     yield name, module
+
+    def sees_text(self, name: str) -> bool:
+        """Whether the attention module of that name has the text in its sequence."""
+        return not any(_fits(path, name) for path in self.visual_attention)
 
     @staticmethod
     def head_dim(attention: nn.Module) -> int:
@@ -151,15 +182,19 @@ class Family:
 
     def timestep(self, call: Call) -> torch.Tensor | None:
         """The call's timestep in the scheduler's units."""
-        value = call.get("timestep")
-        return None if value is None else value * self.timestep_scale
+        value = call.get(self.timestep_name)
+        if value is None:
+            return None
+        return (1 - value if self.timestep_rises else value) * self.timestep_scale
 
 
-def _fits(wanted: str, part: str) -> bool:
-    return wanted in ("*", part)
+def _fits(path: str, name: str) -> bool:
+    parts = [part for part in name.split(".") if part != "_orig_mod"]
+    wanted = path.split(".")
+    return len(parts) == len(wanted) and all(w == "*" or p in w.split("|") for w, p in zip(wanted, parts, strict=True))
 
 
-def patch_grid(sizes: tuple[int, int, int], patch: tuple[int, int, int]) -> TokenGrid:
+def patch_grid(sizes: Sequence[int], patch: Sequence[int]) -> TokenGrid:
     """The grid of a latent video of these sizes (frames, height, width), cut into patches; remainders are cut off.
 
     Raises:
@@ -169,42 +204,3 @@ def patch_grid(sizes: tuple[int, int, int], patch: tuple[int, int, int]) -> Toke
     if min(frames, height, width) < 1:
         raise DitAccelError(f"A latent of {sizes} (frames, height, width) is smaller than the model's patch {patch}.")
     return TokenGrid(frames, height, width)
-
-
-def image_grids(ids: torch.Tensor) -> tuple[int, int, int, int]:
-    """Read a packed image sequence from its position ids.
-
-    Args:
-        ids: [N, 3 or more] on the CPU, of each token (..., image, row, column) in its last three columns. Tokens of one
-            image follow each other in raster order. The first image is the one that is made.
-
-    Returns:
-        Images in front that share the first one's size, height, width, and the number of tokens behind them.
-
-    Raises:
-        DitAccelError: the first image is not a raster.
-    """
-    bounds = torch.nonzero((ids[1:, :-2] != ids[:-1, :-2]).any(-1)).flatten() + 1
-    pieces = torch.tensor_split(ids[:, -2:], bounds)
-    sizes = [_raster(piece) for piece in pieces]
-    if sizes[0] is None:
-        raise DitAccelError(
-            f"The first {len(pieces[0])} image ids are not a full grid of rows and columns in raster order, so nobody "
-            "knows which tokens are neighbours; pass img_ids as the pipeline makes them."
-        )
-    frames = 0
-    while frames < len(sizes) and sizes[frames] == sizes[0]:
-        frames += 1
-    height, width = sizes[0]
-    return frames, height, width, len(ids) - frames * height * width
-
-
-def _raster(positions: torch.Tensor) -> tuple[int, int] | None:
-    """Height and width of tokens at consecutive rows and columns, positions [n, 2]; None if they are no raster."""
-    start = positions[0]
-    width = int((positions[:, 0] == start[0]).sum())
-    height, rest = divmod(len(positions), width)
-    token = torch.arange(len(positions))
-    expected = torch.stack((token // width, token % width), -1) + start.double()
-    # Ids have the model's dtype; bfloat16 rounds positions above 256, so the expected ones are rounded too.
-    return (height, width) if rest == 0 and torch.equal(positions, expected.to(positions.dtype)) else None

@@ -1,18 +1,21 @@
-"""FLUX.1: dev, schnell, Fill, Control and Kontext.
+"""FLUX.1 (dev, schnell, Fill, Control, Kontext) and the models built on its blocks: Chroma, LongCat-Image, Ovis-Image.
 
 Text stands before the image, in dual blocks and single blocks alike, and its padding is attended, as the model was
 trained. Single blocks get the joined sequence without a word on where the text ends, and the image is packed, so the
 root call is the only place that knows both: text from `encoder_hidden_states`, rows and columns from `img_ids`.
+Chroma masks its text.
 """
 
 from __future__ import annotations
+
+import dataclasses
 
 import torch
 from torch import nn
 
 from dit_accel.errors import DitAccelError
-from dit_accel.pipelines.family import Call, Family, Layout, Preset, image_grids
-from dit_accel.tokens import TokenGrid
+from dit_accel.pipelines.family import Call, Family, Layout, Preset
+from dit_accel.pipelines.reading import image_grids, mask_text, packed_images
 
 
 def layout(transformer: nn.Module, call: Call) -> Layout:
@@ -20,16 +23,17 @@ def layout(transformer: nn.Module, call: Call) -> Layout:
 
     A conditioning image of the same size (Kontext) is a further frame; others attend to everything and the reverse.
     """
-    image = call.tensor("hidden_states", 3)
-    text = call.tensor("encoder_hidden_states", 3)
-    ids = call.get("img_ids")
-    if not isinstance(ids, torch.Tensor) or ids.shape[-2] != image.shape[1]:
-        came = tuple(ids.shape) if isinstance(ids, torch.Tensor) else type(ids).__name__
-        raise DitAccelError(f"FLUX needs img_ids for each of the {image.shape[1]} image tokens, got {came}.")
-    frames, height, width, reference = call.once(ids, _read_ids)
-    grid = TokenGrid(frames, height, width, text=text.shape[1], text_first=True, reference=reference)
-    notes = (f"{reference} tokens of conditioning images of another size are dense both ways",) if reference else ()
-    return Layout(grid, notes=notes)
+    found = packed_images(call, call.tensor("encoder_hidden_states", 3).shape[1], _read_ids)
+    mask = call.get("attention_mask")
+    if mask is None:
+        return found
+    if mask.dtype != torch.bool:
+        raise DitAccelError(
+            f"{type(transformer).__name__} adds a mask of {mask.dtype} to the logits, so that its zeros mask nothing; "
+            "sparse attention takes masks that mask. Pass prompt_attention_mask and negative_prompt_attention_mask as "
+            "torch.bool (with prompt_embeds and negative_prompt_embeds from encode_prompt), or leave the model dense."
+        )
+    return dataclasses.replace(mask_text(call, found.grid, mask), notes=found.notes)
 
 
 def _read_ids(ids: torch.Tensor) -> tuple[int, int, int, int]:
@@ -46,10 +50,15 @@ RECOMMENDED = {
 
 FAMILY = Family(
     name="flux",
-    transformers=("FluxTransformer2DModel",),
+    transformers=(
+        "FluxTransformer2DModel",
+        "ChromaTransformer2DModel",
+        "LongCatImageTransformer2DModel",
+        "OvisImageTransformer2DModel",
+    ),
     attention=("transformer_blocks.*.attn", "single_transformer_blocks.*.attn"),
     layout=layout,
-    summary="FLUX.1: dev, schnell, Fill, Control, Kontext",
+    summary="FLUX.1: dev, schnell, Fill, Control, Kontext; Chroma, LongCat-Image, Ovis-Image",
     timestep_scale=1000.0,
     recommended=RECOMMENDED,
 )

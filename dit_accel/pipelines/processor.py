@@ -40,6 +40,8 @@ class CallState:
         sparse: whether `plan` computes this call; otherwise the model's own processor does.
         plan: of the call's grid.
         text_lens: int [B], valid text tokens of each sample, or None.
+        rows: int64 [B, tokens], where in the sequence each token of the grid lies, and the reverse; or None, where the
+            sequence is in the grid's order.
         ulysses: how several processes share the call's sequence; None if this one holds it all.
         impl: as in `plans.attention`.
     """
@@ -48,8 +50,20 @@ class CallState:
         self.sparse = False
         self.plan: Plan | None = None
         self.text_lens: torch.Tensor | None = None
+        self.rows: tuple[torch.Tensor, torch.Tensor] | None = None
         self.ulysses: Ulysses | None = None
         self.impl = impl
+
+    def set(
+        self,
+        plan: Plan,
+        text_lens: torch.Tensor | None = None,
+        rows: torch.Tensor | None = None,
+        ulysses: Ulysses | None = None,
+    ) -> None:
+        """Let `plan` compute the call under way; lengths and rows as in `family.Layout`."""
+        self.plan, self.text_lens, self.ulysses, self.sparse = plan, text_lens, ulysses, True
+        self.rows = None if rows is None else (rows, rows.argsort(-1))
 
     @property
     def tokens(self) -> int:
@@ -244,11 +258,20 @@ def _attend(
             f"is_causal={is_causal}, dropout_p={dropout_p}, {q.shape[1]} and {k.shape[1]} heads."
         )
     _SLOT.replaced += 1
-    heads, ulysses = q.shape[1], state.ulysses
+    heads, rows, ulysses = q.shape[1], state.rows, state.ulysses
     if ulysses is not None:
         q, k, v = ulysses.gather(q, k, v)
+    if rows is not None:
+        q, k, v = (_take(x, rows[0]) for x in (q, k, v))
     out = state.plan.attend(q, k, v, scale=scale, text_lens=state.text_lens, impl=state.impl, module=_SLOT.learned)
+    if rows is not None:
+        out = _take(out, rows[1])
     return out if ulysses is None else ulysses.scatter(out, heads)
+
+
+def _take(x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """Tokens in another order: row `rows[b, n]` of sample b as its row n; x [B, H, N, D], rows [B, N]."""
+    return x.take_along_dim(rows[:, None, :, None], 2)
 
 
 def _sequence_error(state: CallState, calls: int) -> DitAccelError:

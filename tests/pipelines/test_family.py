@@ -6,7 +6,8 @@ import torch
 from dit_accel import registry
 from dit_accel.errors import DitAccelError
 from dit_accel.pipelines import flux, wan
-from dit_accel.pipelines.family import Call, Memory, image_grids, patch_grid
+from dit_accel.pipelines.family import Call, Memory, patch_grid
+from dit_accel.pipelines.reading import image_grids
 from dit_accel.tokens import TokenGrid
 
 

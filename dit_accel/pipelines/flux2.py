@@ -1,0 +1,40 @@
+"""FLUX.2: dev and Klein.
+
+Text stands before the images in dual and single blocks; a single block makes q, k, v and its MLP with one projection.
+Conditioning images stand behind the made one. The key-value cache of Klein KV puts them in front and lets them see
+themselves alone, which is another attention than ours.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from dit_accel.errors import DitAccelError
+from dit_accel.pipelines.family import Call, Family, Layout
+from dit_accel.pipelines.reading import image_grids, packed_images
+
+
+def layout(transformer: nn.Module, call: Call) -> Layout:
+    """Packed images [B, N, C], text [B, T, C] and image ids [B, N, 4] or [N, 4]: time, row, column, layer."""
+    if call.get("kv_cache_mode") is not None:
+        raise DitAccelError(
+            f"FLUX.2 was called with kv_cache_mode={call.get('kv_cache_mode')!r}, where conditioning tokens see only "
+            "themselves and their keys come from a cache; sparse attention needs the whole sequence. Use "
+            "Flux2KleinPipeline in place of Flux2KleinKVPipeline, or leave the model dense."
+        )
+    return packed_images(call, call.tensor("encoder_hidden_states", 3).shape[1], _read_ids)
+
+
+def _read_ids(ids: torch.Tensor) -> tuple[int, int, int, int]:
+    return image_grids((ids if ids.ndim == 2 else ids[0])[:, :3])
+
+
+FAMILY = Family(
+    name="flux2",
+    transformers=("Flux2Transformer2DModel",),
+    attention=("transformer_blocks.*.attn", "single_transformer_blocks.*.attn"),
+    layout=layout,
+    summary="FLUX.2: dev, Klein (without its key-value cache)",
+    timestep_scale=1000.0,
+)

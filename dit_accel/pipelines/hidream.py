@@ -1,0 +1,56 @@
+"""HiDream-I1 and E1: T5, Llama and the block's own Llama tokens stand behind the image, and all are attended.
+
+Images that are not square are padded to the largest sequence the model knows. Padded keys are multiplied by zero, not
+masked, so they still weigh in the softmax; they count as conditioning tokens, which keeps the model's numbers.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from dit_accel.errors import DitAccelError
+from dit_accel.pipelines.family import Call, Family, Layout, patch_grid
+from dit_accel.pipelines.reading import image_of
+from dit_accel.tokens import TokenGrid
+
+
+def layout(transformer: nn.Module, call: Call) -> Layout:
+    """The latent [B, C, H, W]; or its patches [B, N, C] with `img_sizes` and `hidden_states_masks`."""
+    model: Any = transformer
+    if call.get("hidden_states_masks") is None:
+        image = image_of(call, model.config.patch_size)
+        height, width = call.tensor("hidden_states", 4).shape[2:]
+        tokens = image.visual if height == width else model.max_seq
+    else:
+        image = _packed(call)
+        tokens = call.tensor("hidden_states", 3).shape[1]
+    t5, llama = call.tensor("encoder_hidden_states_t5", 3).shape[1], call.get("encoder_hidden_states_llama3")
+    # A block sees T5, the last of Llama's chosen layers, and the layer that is its own.
+    text = t5 + 2 * llama[0].shape[-2]
+    reference = tokens - image.visual
+    notes = (f"{reference} tokens that pad the image are dense both ways",) if reference else ()
+    return Layout(TokenGrid(*image.shape, text=text, reference=reference), notes=notes)
+
+
+def _packed(call: Call) -> TokenGrid:
+    sizes = call.get("img_sizes")
+    if isinstance(sizes, torch.Tensor):
+        sizes = call.once(sizes, torch.Tensor.tolist)
+    if len({tuple(size) for size in sizes}) > 1:
+        raise DitAccelError(
+            f"The images of a batch must have one size, got img_sizes={sizes}; call once for each size."
+        )
+    return patch_grid((1, *sizes[0]), (1, 1, 1))
+
+
+FAMILY = Family(
+    name="hidream",
+    transformers=("HiDreamImageTransformer2DModel",),
+    attention=("double_stream_blocks.*.block.attn1", "single_stream_blocks.*.block.attn1"),
+    layout=layout,
+    summary="HiDream: I1, E1",
+    timestep_name="timesteps",
+)

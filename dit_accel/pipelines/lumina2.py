@@ -1,0 +1,50 @@
+"""Lumina-Image 2.0.
+
+Each sample is packed as [caption | image], its caption without padding; where captions differ in length, the image
+starts at another row in each sample, and the rows behind it are masked. The refiners are left alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import nn
+
+from dit_accel.pipelines.family import Call, Family, Layout
+from dit_accel.pipelines.reading import image_of
+from dit_accel.tokens import TokenGrid
+
+
+def layout(transformer: nn.Module, call: Call) -> Layout:
+    """The latent [B, C, H, W] in patches, and the caption's mask [B, T], valid tokens first."""
+    config: Any = transformer.config
+    lens = call.once(call.tensor("encoder_attention_mask", 2), _lengths)
+    grid = dataclasses.replace(image_of(call, config.patch_size), text=int(lens.max()), text_first=True)
+    if bool((lens == grid.text).all()):
+        return Layout(grid)
+    return Layout(grid, text_lens=lens.to(call.device), rows=pack(grid, lens).to(call.device))
+
+
+def _lengths(mask: torch.Tensor) -> torch.Tensor:
+    return mask.sum(1, dtype=torch.int32)
+
+
+def pack(grid: TokenGrid, lens: torch.Tensor) -> torch.Tensor:
+    """Rows of samples that are packed as [valid text | image | padding], int64 [B, tokens], for lengths [B]."""
+    text = torch.arange(grid.text).expand(len(lens), -1)
+    lens = lens[:, None].long()
+    text = torch.where(text < lens, text, text + grid.visual)
+    return torch.cat((text, lens + torch.arange(grid.visual)), 1)
+
+
+FAMILY = Family(
+    name="lumina2",
+    transformers=("Lumina2Transformer2DModel",),
+    attention=("layers.*.attn",),
+    layout=layout,
+    summary="Lumina-Image 2.0",
+    timestep_scale=1000.0,
+    timestep_rises=True,
+)

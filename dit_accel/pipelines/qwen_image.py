@@ -1,0 +1,63 @@
+"""Qwen-Image: text to image, edit, layered.
+
+Text stands before the images; where prompts differ in length its padding is masked and lies between text and image.
+Edit puts the conditioning images behind the made one, and layered makes several images of one size.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from dit_accel.errors import DitAccelError
+from dit_accel.pipelines.family import Call, Family, Layout
+from dit_accel.pipelines.reading import beside, mask_text
+from dit_accel.tokens import TokenGrid
+
+
+def layout(transformer: nn.Module, call: Call) -> Layout:
+    """Packed images [B, N, C] with `img_shapes`, text [B, T, C] and its mask [B, T] or None."""
+    tokens = call.tensor("hidden_states", 3).shape[1]
+    text = call.tensor("encoder_hidden_states", 3).shape[1]
+    (frames, height, width), reference = _images(call.get("img_shapes"), tokens)
+    grid = TokenGrid(frames, height, width, text=text, text_first=True, reference=reference)
+    mask = call.get("encoder_hidden_states_mask")
+    found = Layout(grid) if mask is None else mask_text(call, grid, mask)
+    return Layout(grid, found.text_lens, found.rows, notes=beside(reference))
+
+
+def _images(shapes: Any, tokens: int) -> tuple[tuple[int, int, int], int]:
+    """Images in front that share the first one's size, with that size, and the number of tokens behind them.
+
+    Args:
+        shapes: of each sample, the (frames, height, width) of its images, or of its one image.
+        tokens: image tokens of each sample.
+    """
+    if not isinstance(shapes, (list, tuple)) or not shapes:
+        raise DitAccelError(f"Qwen-Image needs img_shapes with the images of each sample, got {shapes!r}.")
+    samples = [sample if isinstance(sample, list) else [sample] for sample in shapes]
+    if any(sample != samples[0] for sample in samples):
+        raise DitAccelError(
+            f"The samples of a batch must have images of the same sizes, got img_shapes={shapes}; call the pipeline "
+            "once for each size."
+        )
+    frames, (height, width) = 0, samples[0][0][1:]
+    for length, *size in samples[0]:
+        if size != [height, width]:
+            break
+        frames += length
+    counted = sum(length * rows * columns for length, rows, columns in samples[0])
+    if counted != tokens:
+        raise DitAccelError(f"img_shapes={shapes} stand for {counted} image tokens, but the call has {tokens}.")
+    return (frames, height, width), tokens - frames * height * width
+
+
+FAMILY = Family(
+    name="qwen_image",
+    transformers=("QwenImageTransformer2DModel",),
+    attention=("transformer_blocks.*.attn",),
+    layout=layout,
+    summary="Qwen-Image: text to image, edit, layered",
+    timestep_scale=1000.0,
+)

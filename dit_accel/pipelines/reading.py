@@ -1,0 +1,123 @@
+"""Reading the grid and the text of a call: what several families have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from dit_accel.errors import DitAccelError
+from dit_accel.pipelines.family import Call, Layout, patch_grid
+from dit_accel.tokens import TokenGrid
+
+
+def image_of(call: Call, patch: int, name: str = "hidden_states") -> TokenGrid:
+    """The grid of the latent image [B, C, H, W] that a call has under that name, cut into patches.
+
+    Raises:
+        DitAccelError: the argument is no such tensor, or smaller than a patch.
+    """
+    height, width = call.tensor(name, 4).shape[2:]
+    return patch_grid((1, height, width), (1, patch, patch))
+
+
+def mask_text(call: Call, grid: TokenGrid, mask: torch.Tensor) -> Layout:
+    """The layout of a grid of which the model masks some text tokens.
+
+    Args:
+        call: the call.
+        grid: with the masked tokens.
+        mask: [B, text], or [B, tokens] in the sequence's order; not 0 for valid tokens, in any pattern.
+
+    Raises:
+        DitAccelError: the mask is shaped otherwise, or masks more than text.
+    """
+    text = slice(grid.text_start, grid.text_start + grid.text)
+    valid = call.once(mask, _is_valid)
+    if valid.ndim == 2 and valid.shape[1] == grid.tokens:
+        others = valid.clone()
+        others[:, text] = True
+        if not others.all():
+            raise DitAccelError("The model masks image tokens, but sparse attention knows masks of text alone.")
+        valid = valid[:, text]
+    if valid.ndim != 2 or valid.shape[1] != grid.text:
+        raise DitAccelError(
+            f"The mask of {grid.text} text tokens must be [batch, {grid.text}], got {tuple(mask.shape)}."
+        )
+    lens = valid.sum(1, dtype=torch.int32)
+    rows = None
+    if not torch.equal(valid, torch.arange(grid.text) < lens[:, None]):
+        rows = torch.arange(grid.tokens).repeat(len(valid), 1)
+        rows[:, text] = grid.text_start + (~valid).long().argsort(1, stable=True)
+        rows = rows.to(call.device)
+    return Layout(grid, text_lens=lens.to(call.device), rows=rows)
+
+
+def _is_valid(mask: torch.Tensor) -> torch.Tensor:
+    return mask != 0
+
+
+def packed_images(call: Call, text: int, read: Callable[[torch.Tensor], tuple[int, int, int, int]]) -> Layout:
+    """The layout of `text` tokens before packed images [B, N, C] that `img_ids` tell the places of.
+
+    Args:
+        call: with `hidden_states` and `img_ids`, [N, columns] or [B, N, columns].
+        text: text tokens.
+        read: `image_grids` for the ids as this model makes them.
+
+    Raises:
+        DitAccelError: there are no ids for each token, or they are no raster.
+    """
+    images = call.tensor("hidden_states", 3)
+    ids = call.get("img_ids")
+    if not isinstance(ids, torch.Tensor) or ids.shape[-2] != images.shape[1]:
+        came = tuple(ids.shape) if isinstance(ids, torch.Tensor) else type(ids).__name__
+        raise DitAccelError(f"{call.owner} needs img_ids for each of the {images.shape[1]} image tokens, got {came}.")
+    frames, height, width, reference = call.once(ids, read)
+    return Layout(
+        TokenGrid(frames, height, width, text=text, text_first=True, reference=reference), notes=beside(reference)
+    )
+
+
+def beside(reference: int) -> tuple[str, ...]:
+    """The note on conditioning tokens that are no further frames."""
+    return (f"{reference} tokens of conditioning images of another size are dense both ways",) if reference else ()
+
+
+def image_grids(ids: torch.Tensor) -> tuple[int, int, int, int]:
+    """Read a packed image sequence from its position ids.
+
+    Args:
+        ids: [N, 3 or more] on the CPU, of each token (..., image, row, column) in its last three columns. Tokens of one
+            image follow each other in raster order. The first image is the one that is made.
+
+    Returns:
+        Images in front that share the first one's size, height, width, and the number of tokens behind them.
+
+    Raises:
+        DitAccelError: the first image is not a raster.
+    """
+    bounds = torch.nonzero((ids[1:, :-2] != ids[:-1, :-2]).any(-1)).flatten() + 1
+    pieces = torch.tensor_split(ids[:, -2:], bounds)
+    sizes = [_raster(piece) for piece in pieces]
+    if sizes[0] is None:
+        raise DitAccelError(
+            f"The first {len(pieces[0])} image ids are not a full grid of rows and columns in raster order, so nobody "
+            "knows which tokens are neighbours; pass img_ids as the pipeline makes them."
+        )
+    frames = 0
+    while frames < len(sizes) and sizes[frames] == sizes[0]:
+        frames += 1
+    height, width = sizes[0]
+    return frames, height, width, len(ids) - frames * height * width
+
+
+def _raster(positions: torch.Tensor) -> tuple[int, int] | None:
+    """Height and width of tokens at consecutive rows and columns, positions [n, 2]; None if they are no raster."""
+    start = positions[0]
+    width = int((positions[:, 0] == start[0]).sum())
+    height, rest = divmod(len(positions), width)
+    token = torch.arange(len(positions))
+    expected = torch.stack((token // width, token % width), -1) + start.double()
+    # Ids have the model's dtype; bfloat16 rounds positions above 256, so the expected ones are rounded too.
+    return (height, width) if rest == 0 and torch.equal(positions, expected.to(positions.dtype)) else None

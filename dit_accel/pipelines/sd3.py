@@ -1,0 +1,32 @@
+"""Stable Diffusion 3 and 3.5.
+
+Text stands behind the image; its padding is attended, as the model was trained. In the first blocks of 3.5 medium a
+second attention, `attn2`, sees the image alone; it shares its processor object with `attn`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from torch import nn
+
+from dit_accel.pipelines.family import Call, Family, Layout
+from dit_accel.pipelines.reading import image_of
+
+
+def layout(transformer: nn.Module, call: Call) -> Layout:
+    """The latent [B, C, H, W] in patches, and text [B, T, C]."""
+    config: Any = transformer.config
+    text = call.tensor("encoder_hidden_states", 3).shape[1]
+    return Layout(dataclasses.replace(image_of(call, config.patch_size), text=text))
+
+
+FAMILY = Family(
+    name="sd3",
+    transformers=("SD3Transformer2DModel",),
+    attention=("transformer_blocks.*.attn|attn2",),
+    visual_attention=("transformer_blocks.*.attn2",),
+    layout=layout,
+    summary="Stable Diffusion 3 and 3.5",
+)

@@ -1,0 +1,58 @@
+"""Z-Image: base and Turbo.
+
+A sample is [image | padding | caption | padding], image and caption each padded to a multiple of 32 with learned tokens
+that everything attends to; behind it lies padding to the batch's longest sample, which is masked. So the padding of the
+image counts as conditioning tokens, and that of the caption as text.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from dit_accel.errors import DitAccelError
+from dit_accel.pipelines.family import Call, Family, Layout, patch_grid
+from dit_accel.tokens import TokenGrid
+
+MULTIPLE = 32
+
+
+def layout(transformer: nn.Module, call: Call) -> Layout:
+    """Latents, a list of [C, F, H, W], and captions, a list of [T, C]."""
+    images, captions = call.get("x"), call.get("cap_feats")
+    if not images or not isinstance(images[0], torch.Tensor):
+        raise DitAccelError(
+            "Z-Image was called with several images a sample (Omni), where captions and images alternate; sparse "
+            "attention knows one image and one caption. Leave the model dense."
+        )
+    sizes = {tuple(image.shape[1:]) for image in images}
+    if len(sizes) > 1:
+        raise DitAccelError(
+            f"The images of a batch must have one size, got latents of {sorted(sizes)} (frames, height, width); call "
+            "the pipeline once for each size."
+        )
+    patch, frames_patch = (call.get(name) or default for name, default in (("patch_size", 2), ("f_patch_size", 1)))
+    visual = patch_grid(sizes.pop(), (frames_patch, patch, patch))
+    text = [_padded(len(caption)) for caption in captions]
+    reference = _padded(visual.visual) - visual.visual
+    grid = TokenGrid(*visual.shape, text=max(text), reference=reference)
+    lens: Any = None if min(text) == max(text) else torch.tensor(text, dtype=torch.int32, device=call.device)
+    return Layout(grid, text_lens=lens)
+
+
+def _padded(tokens: int) -> int:
+    return -(-tokens // MULTIPLE) * MULTIPLE
+
+
+FAMILY = Family(
+    name="z_image",
+    transformers=("ZImageTransformer2DModel",),
+    attention=("layers.*.attention",),
+    layout=layout,
+    summary="Z-Image: base, Turbo",
+    timestep_name="t",
+    timestep_scale=1000.0,
+    timestep_rises=True,
+)
