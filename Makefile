@@ -12,7 +12,7 @@ DEMO_METHOD ?= gna:window=fullx12x14,stride=1x4x7
 DEMO_SIZE ?= --frames 17 --height 192 --width 224
 PYTEST_FLAGS ?=
 # Triton reads its interpreter's switch when it is imported, so these tests have a process of their own.
-INTERPRETED := tests/kernels/block_sparse/test_triton.py tests/kernels/sla/test_triton.py
+INTERPRETED := tests/kernels/block_sparse/test_triton.py tests/kernels/sla/test_triton.py tests/pipelines/test_rows.py
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 

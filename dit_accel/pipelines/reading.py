@@ -48,7 +48,7 @@ def mask_text(call: Call, grid: TokenGrid, mask: torch.Tensor) -> Layout:
     rows = None
     if not torch.equal(valid, torch.arange(grid.text) < lens[:, None]):
         rows = torch.arange(grid.tokens).repeat(len(valid), 1)
-        rows[:, text] = grid.text_start + (~valid).long().argsort(1, stable=True)
+        rows[:, text] = grid.text_start + (~valid).long().argsort(dim=1, stable=True)
         rows = rows.to(call.device)
     return Layout(grid, text_lens=lens.to(call.device), rows=rows)
 

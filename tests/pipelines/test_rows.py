@@ -1,0 +1,108 @@
+"""Samples whose tokens lie at rows of their own: each as if it were alone, forward and backward.
+
+The Triton kernels run here on a GPU, or under the interpreter (``TRITON_INTERPRET=1``, in a process of its own).
+"""
+
+import importlib.util
+import inspect
+import os
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import dit_accel
+from dit_accel.pipelines.family import Call, Memory
+from dit_accel.pipelines.lumina2 import pack
+from dit_accel.pipelines.processor import CallState, accelerated
+from dit_accel.pipelines.reading import mask_text
+from dit_accel.testing import assert_accurate, plain_attention
+
+GRID = dit_accel.TokenGrid(1, 4, 5, text=6, text_first=True)
+LENS = torch.tensor([6, 2, 1], dtype=torch.int32)
+CONFIG = {"window": (1, 3, 2)}
+HEADS, DIM = 2, 16
+SCALE = DIM**-0.5
+HAS_TRITON = importlib.util.find_spec("triton") is not None and (
+    os.environ.get("TRITON_INTERPRET") == "1" or torch.cuda.is_available()
+)
+IMPLS = ["reference", "portable", *(["triton"] if HAS_TRITON else [])]
+
+
+class Processor:
+    """Attention of q, k and v as they come."""
+
+    def __call__(self, attn, hidden_states):
+        return F.scaled_dot_product_attention(*hidden_states)
+
+
+def state(impl, rows, lens):
+    made = CallState(impl)
+    made.set(dit_accel.plan("gna", GRID, **CONFIG), lens, rows)
+    return made
+
+
+def samples(valid):
+    """q, k, v and the output's gradient of each sample, [4, H, n, D], by the tokens that count for it."""
+    torch.manual_seed(0)
+    return [torch.randn(4, HEADS, n, DIM) for n in valid]
+
+
+def alone(tensors, lens, dtype):
+    """Output and gradients of one sample without padding, by name, and the size of the terms in those that cancel."""
+    grid = dit_accel.TokenGrid(*GRID.shape, text=lens, text_first=True)
+    mask = dit_accel.plan("gna", grid, **CONFIG).token_mask()
+    q, k, v, grad_out = (x.to(dtype) for x in tensors)
+    inputs = [x.clone().requires_grad_() for x in (q, k, v)]
+    out, lse = plain_attention(*inputs, mask, SCALE)
+    grads = torch.autograd.grad(out, inputs, grad_out)
+    weights = torch.exp((q @ k.mT * SCALE).masked_fill(~mask, float("-inf")) - lse[..., None])
+    terms = weights * (grad_out.abs() @ v.abs().mT + (grad_out * out).abs().sum(-1, keepdim=True)) * SCALE
+    names = dict(zip(("out", "dq", "dk", "dv"), (out, *grads), strict=True))
+    return names, {"dq": terms @ k.abs(), "dk": terms.mT @ q.abs()}
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_packed_samples_are_as_if_alone(impl):
+    """[caption | image | padding] with captions of 6, 2 and 1 tokens; what lies in the padding changes nothing."""
+    device = "cuda" if impl == "triton" and torch.cuda.is_available() else "cpu"
+    counted = [int(n) + GRID.visual for n in LENS]
+    parts = samples(counted)
+    packed = torch.full((4, len(LENS), HEADS, GRID.tokens, DIM), 1e3)
+    for index, (part, n) in enumerate(zip(parts, counted, strict=True)):
+        packed[:, index, :, :n] = part
+        packed[3, index, :, n:] = 0  # nobody asks for the output of padding
+    qkv = packed[:3].to(device).requires_grad_()
+    ours = accelerated(Processor(), state(impl, pack(GRID, LENS).to(device), LENS.to(device)))(nn.Module(), qkv)
+    (grads,) = torch.autograd.grad(ours, qkv, packed[3].to(device))
+    results = torch.cat((ours[None], grads)).detach().cpu()
+    for index, (part, n) in enumerate(zip(parts, counted, strict=True)):
+        exact, magnitudes = alone(part, n - GRID.visual, torch.float64)
+        plain, _ = alone(part, n - GRID.visual, torch.float32)
+        for place, name in enumerate(("out", "dq", "dk", "dv")):
+            got = results[place, index]
+            assert_accurate(f"{name}[{index}]", got[:, :n], plain[name], exact[name], magnitudes.get(name))
+        assert not results[1:, index, :, n:].any(), "padding has no gradient"
+
+
+def test_every_row_of_a_packed_sequence_is_used_once():
+    rows = pack(GRID, LENS)
+    assert torch.equal(rows.sort(1).values, torch.arange(GRID.tokens).expand(3, -1))
+    assert rows[1].tolist() == [0, 1, *range(22, 26), *range(2, 22)]
+
+
+def test_text_masked_in_any_pattern_is_never_a_key():
+    valid = torch.tensor([[1, 0, 1, 1, 0, 1], [1, 1, 0, 0, 0, 0], [0, 0, 1, 0, 0, 0]])
+    call = Call(inspect.signature(lambda self, mask: None), nn.Module(), (valid,), {}, Memory())
+    layout = mask_text(call, GRID, valid)
+    assert layout.text_lens.tolist() == [4, 2, 1]
+    torch.manual_seed(1)
+    qkv = torch.randn(3, 3, HEADS, GRID.tokens, DIM)
+    ours = accelerated(Processor(), state("reference", layout.rows, layout.text_lens))(nn.Module(), qkv)
+    mask = dit_accel.plan("gna", GRID, **CONFIG).token_mask()
+    keys = torch.cat((valid.bool(), torch.ones(3, GRID.visual, dtype=torch.bool)), 1)
+    mask = mask & keys[:, None, None, :]
+    exact, _ = plain_attention(*qkv.double(), mask, SCALE)
+    plain, _ = plain_attention(*qkv, mask, SCALE)
+    assert_accurate("out", ours, plain, exact)
