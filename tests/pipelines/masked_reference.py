@@ -21,13 +21,18 @@ class MaskedAttention(TorchFunctionMode):
 
     Self-attention is told by its length. A model that cuts padded text off, sample by sample, makes shorter calls.
 
+    Args:
+        tiny: whose grid and lengths these are.
+        pairs: decides.
+
     Attributes:
         calls: replaced so far.
     """
 
-    def __init__(self, grid: TokenGrid, pairs: Pairs) -> None:
+    def __init__(self, tiny: TinyModel, pairs: Pairs) -> None:
         super().__init__()
-        self.grid, self.pairs, self.calls = grid, pairs, 0
+        self.pairs, self.calls = pairs, 0
+        self.shortest, self.longest = tiny.lengths or (tiny.grid.tokens - tiny.grid.text, tiny.grid.tokens)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is F.scaled_dot_product_attention:
@@ -37,8 +42,8 @@ class MaskedAttention(TorchFunctionMode):
     def _attention(
         self, query: Any, key: Any, value: Any, attn_mask: Any = None, dropout_p: float = 0.0, **rest: Any
     ) -> torch.Tensor:
-        tokens, shortest = query.shape[-2], self.grid.tokens - self.grid.text
-        if tokens == key.shape[-2] and shortest <= tokens <= self.grid.tokens:
+        tokens = query.shape[-2]
+        if tokens == key.shape[-2] and self.shortest <= tokens <= self.longest:
             self.calls += 1
             pairs = self.pairs(query, key, value)
             if attn_mask is None:
@@ -58,24 +63,36 @@ def plain_and_exact(tiny: TinyModel, pairs: Pairs) -> tuple[torch.Tensor, torch.
         given.append(pairs(q, k, v))
         return given[-1]
 
-    with MaskedAttention(tiny.grid, record) as mode:
+    with MaskedAttention(tiny, record) as mode:
         plain = run(tiny.shared, tiny.call())
     assert mode.calls, "the model made no attention call of the grid's length"
     replay = iter(given)
-    with MaskedAttention(tiny.grid, lambda *_: next(replay)):
+    with MaskedAttention(tiny, lambda *_: next(replay)):
         exact = run(tiny.shared_double, tiny.call(dtype=torch.float64))
     return plain, exact
 
 
-def static_pairs(mask: torch.Tensor) -> Pairs:
-    """A token mask [tokens, tokens] in model order; shorter calls lack the end of the text, which stands last."""
-    return lambda q, k, v: mask[: q.shape[-2], : q.shape[-2]]
+def static_pairs(mask: torch.Tensor, rows: torch.Tensor | None = None) -> Pairs:
+    """A token mask [tokens, tokens] in the grid's order; shorter calls lack the end of the text, which stands last.
+
+    `rows`: as `TinyModel.rows`.
+    """
+    if rows is not None:
+        mask = torch.stack([mask[order][:, order] for order in rows.argsort(1)])[:, None]
+    return lambda q, k, v: mask[..., : q.shape[-2], : q.shape[-2]]
 
 
-def critical_pairs(grid: TokenGrid, config: dict[str, Any]) -> Pairs:
+def critical_pairs(grid: TokenGrid, config: dict[str, Any], rows: torch.Tensor | None = None) -> Pairs:
     """The pairs in SLA's critical blocks, which depend on q and k; text and reference tokens attend to everything."""
 
     def pairs(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        if rows is not None:
+            back = rows.argsort(1)[:, None]
+            in_grid = in_order(*(x.take_along_dim(rows[:, None, :, None], 2) for x in (q, k)))
+            return in_grid.take_along_dim(back[..., None], 2).take_along_dim(back[..., None, :], 3)
+        return in_order(q, k)
+
+    def in_order(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
         tokens = q.shape[-2]
         own = dataclasses.replace(grid, text=grid.text - (grid.tokens - tokens))
         critical = SparseLinearAttention(q.shape[-1], **config).route(q, k, own).critical

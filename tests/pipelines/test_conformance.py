@@ -1,5 +1,7 @@
 """What every family must do, on every model in `models/`: each check is a column of the documentation's table."""
 
+import dataclasses
+
 import pytest
 import torch
 from masked_reference import assert_no_worse, critical_pairs, plain_and_exact, static_pairs
@@ -78,13 +80,16 @@ def test_equals_masked_attention(tiny, method, config, whole, evidence):
     with dit_accel.accelerated(tiny.shared, method, **config) as accel:
         ours = run(tiny.shared, tiny.call())
     report, plan = accel.report(), dit_accel.plan(method, tiny.grid, **config)
-    assert report.grids == {str(tiny.grid): plan.density}
+    visual = dit_accel.plan(method, dataclasses.replace(tiny.grid, text=0), **config)
+    family = get_families()[tiny.family]
+    plans = {layer.name: plan if family.sees_text(layer.name) else visual for layer in report.layers}
+    assert report.grids == {str(own.grid): own.density for own in plans.values()}
     assert report.dense_calls == 0
-    assert all(layer.sparse_calls == 1 and layer.density == plan.density < 0.9 for layer in report.layers)
+    assert all(layer.sparse_calls == 1 and layer.density == plans[layer.name].density < 0.9 for layer in report.layers)
     if not whole:
         evidence(report)
 
-    plain, exact = plain_and_exact(tiny, static_pairs(plan.token_mask()))
+    plain, exact = plain_and_exact(tiny, static_pairs(plan.token_mask(), tiny.rows))
     assert_no_worse(ours, plain, exact)
     assert (ours - tiny.dense).abs().max() > 100 * (ours - plain).abs().max(), "the mask makes no difference here"
 
@@ -96,7 +101,7 @@ def test_untrained_sla_equals_masked_attention_on_its_critical_blocks(tiny, evid
         ours = run(tiny.shared, tiny.call())
     assert {layer.sparse_calls for layer in accel.report().layers} == {1}
     evidence(accel.report())
-    plain, exact = plain_and_exact(tiny, critical_pairs(tiny.grid, SLA))
+    plain, exact = plain_and_exact(tiny, critical_pairs(tiny.grid, SLA, tiny.rows))
     assert_no_worse(ours, plain, exact)
     assert (ours - tiny.dense).abs().max() > 100 * (ours - plain).abs().max(), "the routing makes no difference here"
 
@@ -141,25 +146,29 @@ def test_other_attention_is_untouched(tiny):
 
 
 @pytest.mark.check("compile", method="gna")
-@each_model(first_of_each_family())
+@each_model([tiny for tiny in first_of_each_family() if tiny.compiles != "no"])
 def test_compiles_as_one_graph(tiny, evidence):
-    torch._dynamo.reset()
-    transformer, counter = tiny.build(), CompileCounterWithBackend("eager")
+    """Or, block by block, as the graphs that the untouched model has: refiners of the same class have their own."""
+    whole = tiny.compiles == "whole"
+    wanted = 1 if whole else _compile(tiny.build(), tiny, whole)[1]
+    transformer = tiny.build()
     with dit_accel.accelerated(transformer, "gna", window=(1, 3, 3)) as accel:
         eager = run(transformer, tiny.call())
-        if tiny.compiles == "whole":
-            compiled = torch.compile(transformer, backend=counter, fullgraph=True)
-        else:
-            compiled = transformer
-            transformer.compile_repeated_blocks(backend=counter, fullgraph=True)
-        for _ in range(2):
-            torch.testing.assert_close(run(compiled, tiny.call()), eager)
-        kinds = {type(block).__name__ for block in _blocks(transformer)} if tiny.compiles == "blocks" else {"whole"}
-        assert counter.frame_count == len(kinds)
+        compiled, graphs = _compile(transformer, tiny, whole)
+        torch.testing.assert_close(compiled, eager)
+        assert graphs == wanted
     assert {layer.sparse_calls for layer in accel.report().layers} == {3}
     evidence(accel.report())
+
+
+def _compile(transformer, tiny, whole):
+    """What a compiled transformer answers to the second of two calls, and how many graphs were made."""
     torch._dynamo.reset()
-
-
-def _blocks(transformer):
-    return [module for module in transformer.modules() if type(module).__name__ in transformer._repeated_blocks]
+    counter = CompileCounterWithBackend("eager")
+    if whole:
+        transformer = torch.compile(transformer, backend=counter, fullgraph=True)
+    else:
+        transformer.compile_repeated_blocks(backend=counter, fullgraph=True)
+    outputs = [run(transformer, tiny.call()) for _ in range(2)]
+    torch._dynamo.reset()
+    return outputs[1], counter.frame_count

@@ -83,6 +83,6 @@ def test_half_precision_stays_in_its_dtype(dtype):
         ours = run(transformer, inputs)
     assert ours.dtype == dtype and accel.report().sparse_calls == 2
     pairs = static_pairs(dit_accel.plan("gna", WAN.grid, window=(3, 5, 4)).token_mask())
-    with MaskedAttention(WAN.grid, pairs):
+    with MaskedAttention(WAN, pairs):
         plain, exact = run(transformer, inputs), run(WAN.shared_double, WAN.call(dtype=torch.float64))
     assert_no_worse(ours, plain, exact)

@@ -29,11 +29,14 @@ class TinyModel:
         id: tells it from the family's other models.
         build: makes the transformer in evaluation mode, always with the same weights; see `seeded`.
         inputs: makes the keywords of a forward call of so many samples, always the same numbers, in float32. Samples
-            differ, also in the length of their text where the family has lengths. No other attention in the model
-            (cross-attention, refiners, audio) may be over a number of tokens from `visual` to `tokens` of the grid.
+            differ, also in the length of their text where the family has lengths.
         grid: what the family has to read from that call.
         text_lens: valid text tokens of two samples; None if the model attends to all its text.
-        compiles: "whole" if the stock model compiles as one graph; "blocks" if only `compile_repeated_blocks` does.
+        compiles: "whole" if the stock model compiles as one graph; "blocks" if only `compile_repeated_blocks` does;
+            "no" if neither does.
+        rows: int64 [2, tokens], as `Layout.rows`.
+        lengths: tokens of a call of self-attention, the fewest and the most; from `visual` to `tokens` of the grid if
+            not given. No other attention in the model (cross-attention, refiners, audio) may have as many.
     """
 
     family: str
@@ -43,6 +46,8 @@ class TinyModel:
     grid: TokenGrid
     text_lens: tuple[int, ...] | None = None
     compiles: str = "whole"
+    rows: torch.Tensor | None = None
+    lengths: tuple[int, int] | None = None
 
     def __str__(self) -> str:
         return f"{self.family}:{self.id}"

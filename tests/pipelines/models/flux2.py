@@ -46,7 +46,7 @@ MODELS = [
         "flux2",
         "edit",
         build,
-        lambda batch: inputs((7, 9), (7, 9), (2, 5), batch=batch),
-        TokenGrid(2, 7, 9, text=13, text_first=True, reference=10),
+        lambda batch: inputs((7, 9), (7, 9), (7, 9), (2, 5), batch=batch),
+        TokenGrid(3, 7, 9, text=13, text_first=True, reference=10),
     ),
 ]

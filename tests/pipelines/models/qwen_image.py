@@ -45,7 +45,7 @@ MODELS = [
         "qwen_image",
         "edit",
         build,
-        lambda batch: inputs((7, 9), (7, 9), (3, 4), batch=batch),
-        TokenGrid(2, 7, 9, text=13, text_first=True, reference=12),
+        lambda batch: inputs((7, 9), (7, 9), (7, 9), (3, 4), batch=batch),
+        TokenGrid(3, 7, 9, text=13, text_first=True, reference=12),
     ),
 ]
