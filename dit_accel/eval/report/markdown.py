@@ -21,16 +21,18 @@ def render(summary: dict[str, Any]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def table(summary: dict[str, Any]) -> str:
-    """All rows with density, times, memory and every metric."""
+def table(summary: dict[str, Any], costs: bool = True) -> str:
+    """All rows with density, speed-up and every metric; `costs` adds times and memory."""
     metrics = summary["metrics"]
-    head = ["method", "density", "speed-up", "loop p50 / p95 (s)", "attention p50 / p95 (s)", "memory"]
+    head = ["method", "density", "speed-up"]
+    head += ["loop p50 / p95 (s)", "attention p50 / p95 (s)", "memory"] if costs else []
     head += [fields.heading(metric) for metric in metrics]
     lines = [head, ["---", *["---:"] * (len(head) - 1)]]
     for row in summary["rows"]:
         cells = [f"`{row['label']}`", fields.share(row["density"]), fields.times(row["speedup"])]
-        cells += [fields.seconds(row.get("loop_seconds")), fields.seconds(row.get("attention_seconds"))]
-        cells += [fields.memory(row.get("peak_bytes"))]
+        if costs:
+            cells += [fields.seconds(row.get("loop_seconds")), fields.seconds(row.get("attention_seconds"))]
+            cells += [fields.memory(row.get("peak_bytes"))]
         lines.append(cells + [fields.written(fields.value_of(row, metric)) for metric in metrics])
     return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
 

@@ -1,0 +1,52 @@
+"""The README's part that an evaluation writes."""
+
+import json
+import shutil
+
+import pytest
+
+from dit_accel.errors import DitAccelError
+from dit_accel.eval.report import readme, write_report
+
+
+@pytest.fixture
+def results(summary, media, tmp_path):
+    folder = tmp_path / "results"
+    folder.mkdir()
+    shutil.copytree(media, folder / "media")
+    write_report(summary, folder)
+    return folder
+
+
+def test_the_part_between_the_marks_is_replaced(summary, results, tmp_path):
+    file = tmp_path / "README.md"
+    file.write_text(f"# A\n\n{readme.BEGIN}\nold\n{readme.END}\n\n## B\n")
+    for _ in range(2):
+        readme.update(results, tmp_path)
+        assert file.read_text() == f"# A\n\n{readme.BEGIN}\n{readme.section(summary)}\n{readme.END}\n\n## B\n"
+    assert "| `gna:window=0.5` | 30.0 % | 1.50× | 21.50 | 0.2000 | – |" in file.read_text()
+    assert "a processor. Rows: [`eval_demo.json`](benchmarks/results/eval_demo.json)" in file.read_text()
+    assert json.loads((tmp_path / readme.SUMMARY).read_text()) == summary
+    assert (tmp_path / readme.PICTURE).read_bytes() == (results / "pareto.png").read_bytes()
+
+
+def test_nothing_is_touched_where_something_is_missing(results, tmp_path):
+    file = tmp_path / "README.md"
+    for text in ("# A\n", f"{readme.END}{readme.BEGIN}", f"{readme.BEGIN}{readme.BEGIN}{readme.END}"):
+        file.write_text(text)
+        with pytest.raises(DitAccelError, match="needs the marks"):
+            readme.update(results, tmp_path)
+        assert file.read_text() == text and not (tmp_path / readme.SUMMARY).exists()
+    with pytest.raises(DitAccelError, match=r"lacks summary\.json and pareto\.png; run make eval first"):
+        readme.update(tmp_path, tmp_path)
+
+
+def test_the_readme_says_what_its_summary_says(root):
+    """The committed table is the one that the committed rows give."""
+    text = (root / "README.md").read_text(encoding="utf-8")
+    if not (root / readme.SUMMARY).exists():
+        assert readme.BEGIN not in text
+        return
+    summary = json.loads((root / readme.SUMMARY).read_text(encoding="utf-8"))
+    assert readme.between(text) == readme.section(summary)
+    assert (root / readme.PICTURE).is_file()
