@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from dit_accel.eval.metrics import Kind
+
 
 class Layered(Protocol):
     """What gives activations for frames, as `dit_accel.eval.clip.Clip` does."""
@@ -41,3 +43,14 @@ def perceptual(frames: Tensor, reference: Tensor, network: Layered) -> Tensor:
 def _distance(ours: Tensor, theirs: Tensor) -> Tensor:
     difference = functional.normalize(ours.float(), dim=1) - functional.normalize(theirs.float(), dim=1)
     return difference.square().sum(1).mean((1, 2))
+
+
+METRIC = Kind(
+    name="perceptual",
+    title="Perceptual distance",
+    unit="",
+    better="lower",
+    about="LPIPS's formula, unweighted, on CLIP's image layers: distance to the reference, averaged over frames.",
+    network="clip",
+    score=lambda item, clip: float(perceptual(item.frames, item.reference, clip).mean()),
+)
