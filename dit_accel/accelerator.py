@@ -21,6 +21,7 @@ from dit_accel.pipelines.family import Family
 from dit_accel.registry import Method, get_families, get_method, make_config
 from dit_accel.report import Report
 from dit_accel.schedule import Amount, Schedule
+from dit_accel.selfcheck import AttentionCall, SelfCheck, Verify
 from dit_accel.steps import StepClock
 
 _ACTIVE: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Accelerator]] = weakref.WeakKeyDictionary()
@@ -49,6 +50,7 @@ class Accelerator:
         schedule: Schedule,
         impl: Impl,
         allow_dense: bool,
+        check: SelfCheck,
     ) -> None:
         self.method, self.config, self.schedule = method.name, config, schedule
         self.impl, self.allow_dense = impl, allow_dense
@@ -58,7 +60,9 @@ class Accelerator:
         configs = [own for row in config.layers.values() for own in row] if layered else [config]
         self._plans = {own: PlanCache(method, own) for own in layerwise.distinct(configs)}
         self._engines = [
-            Engine(name, transformer, family, method, config, schedule, self._clock, self._plans, impl, allow_dense)
+            Engine(
+                name, transformer, family, method, config, schedule, self._clock, self._plans, impl, allow_dense, check
+            )
             for name, (transformer, family) in transformers.items()
         ]
         self.active = False
@@ -108,6 +112,25 @@ class Accelerator:
         finally:
             for engine in self._engines:
                 engine.paused = False
+
+    @contextlib.contextmanager
+    def watch(self, watcher: Callable[[AttentionCall], None]) -> Iterator[None]:
+        """Inside the block `watcher` is called with every sparse attention call of every layer.
+
+        What it measures is its own choice: `AttentionCall.measure` compares with dense attention on sampled queries. A
+        compiled transformer cannot be watched.
+
+        Example:
+            >>> with accel.watch(lambda call: print(call.layer, call.step, call.measure().error)):
+            ...     pipe(prompt)
+        """
+        for engine in self._engines:
+            engine.watchers.append(watcher)
+        try:
+            yield
+        finally:
+            for engine in self._engines:
+                engine.watchers.remove(watcher)
 
     def report(self) -> Report:
         """What was done so far. It stays readable after `remove`."""
@@ -187,6 +210,8 @@ def accelerate(
     dense_layers: Amount | tuple[int, ...] = 0,
     impl: Impl = "auto",
     allow_dense: bool = True,
+    verify: Verify | None = None,
+    keep_dense_above: float | None = None,
     replace: bool = False,
     **config: Any,
 ) -> Accelerator:
@@ -208,6 +233,10 @@ def accelerate(
         allow_dense: let the model's own attention run on CUDA above the density at which it is measured to be faster;
             the report says so (`dit_accel.break_even`, where nothing is measured yet). Only with impl="auto", and never
             for sla, whose projection is trained.
+        verify: "first-call" compares each layer of the first sparse call with dense attention, on 256 queries of each
+            head; the report then tells relative error and kept softmax mass. It costs about as much as the dense
+            attention of those queries. A transformer has to be compiled after that call.
+        keep_dense_above: with `verify`, layers whose relative error is above this stay dense, in that call already.
         replace: first remove an accelerator that is already at work.
         config: settings of the method.
 
@@ -225,7 +254,7 @@ def accelerate(
     """
     settings = _settings(method, schedule, config, dense_layers)
     chosen = get_method(settings.method if isinstance(settings, LayerSettings) else str(method))
-    dense = Schedule(dense_steps, dense_last_steps, dense_layers)
+    dense, check = Schedule(dense_steps, dense_last_steps, dense_layers), SelfCheck(verify, keep_dense_above)
     if impl != "auto":
         choose_impl("cpu", impl)
     transformers, pipeline = find_transformers(target)
@@ -237,7 +266,7 @@ def accelerate(
         )
     for accel in present:
         accel.remove()
-    accel = Accelerator(transformers, pipeline, chosen, settings, dense, impl, allow_dense)
+    accel = Accelerator(transformers, pipeline, chosen, settings, dense, impl, allow_dense, check)
     accel.apply()
     return accel
 
@@ -277,12 +306,20 @@ def accelerated(target: Any, method: str, **arguments: Any) -> Iterator[Accelera
         accel.remove()
 
 
-def load(target: Any, path: str | pathlib.Path, *, replace: bool = False) -> Accelerator:
+def load(
+    target: Any,
+    path: str | pathlib.Path,
+    *,
+    verify: Verify | None = None,
+    keep_dense_above: float | None = None,
+    replace: bool = False,
+) -> Accelerator:
     """Accelerate `target` as saved by `Accelerator.save_pretrained`, with its learned weights.
 
     Args:
         target: a pipeline or transformer of the class and configuration it was saved from.
         path: the folder.
+        verify, keep_dense_above: as in `accelerate`; they are not saved.
         replace: first remove an accelerator that is already at work.
 
     Raises:
@@ -299,6 +336,8 @@ def load(target: Any, path: str | pathlib.Path, *, replace: bool = False) -> Acc
         schedule=None if layers is None else layerwise.from_dict(saved.settings["method"], layers),
         impl=saved.settings["impl"],
         allow_dense=saved.settings["allow_dense"],
+        verify=verify,
+        keep_dense_above=keep_dense_above,
         replace=replace,
         **saved.settings["schedule"],
         **saved.settings["config"],

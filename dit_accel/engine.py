@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
+from dit_accel import selfcheck
 from dit_accel.break_even import dense_is_faster
 from dit_accel.errors import DitAccelError
 from dit_accel.kernels.block_sparse.api import Impl
@@ -20,7 +22,8 @@ from dit_accel.pipelines.processor import LEARNED, AcceleratedAttnProcessor, Cal
 from dit_accel.plans import Plan
 from dit_accel.registry import Method
 from dit_accel.report import LayerReport, Tally
-from dit_accel.schedule import Schedule
+from dit_accel.schedule import Schedule, Step
+from dit_accel.selfcheck import AttentionCall, SelfCheck
 from dit_accel.steps import StepClock
 from dit_accel.tokens import TokenGrid
 
@@ -70,6 +73,7 @@ class Layer:
     """One self-attention module: its original processor and ours.
 
     `config` counts where there is no `dense_reason`; `sees_text` as `Family.sees_text`.
+    `measured` is what the self-check found, as in `selfcheck.Measured.sums`, on its device until it is asked for.
     """
 
     name: str
@@ -81,6 +85,7 @@ class Layer:
     original: Any = None
     ours: AcceleratedAttnProcessor | None = None
     learned: nn.Module | None = None
+    measured: torch.Tensor | None = None
 
     def attach(self, state: CallState, learned: nn.Module | None) -> None:
         self.original = self.attention.processor
@@ -103,6 +108,16 @@ class Layer:
         self.attention.processor = self.original
         return True
 
+    def keep_dense(self, state: CallState, reason: str) -> None:
+        """Leave the layer to the model's own processor from here on, in the call under way too."""
+        assert self.ours is not None
+        self.ours.state, self.dense_reason = state, reason
+
+    def report(self, transformer: str) -> LayerReport:
+        error, mass = (None, None) if self.measured is None else selfcheck.whole(self.measured)
+        found = self.tally.report(transformer, self.name, self.left)
+        return dataclasses.replace(found, relative_error=error, kept_mass=mass)
+
     @property
     def kind(self) -> tuple[Any, bool]:
         """What the layers that share a state have in common."""
@@ -124,6 +139,10 @@ class Engine:
         method, settings, schedule, impl: what to run; `settings` is one Config for all layers, or one for each.
         clock, plans: shared by the transformers of a pipeline; `plans` by setting.
         allow_dense: let the model's own attention run where it was measured to be faster.
+        check: compare the first sparse call with dense attention.
+
+    Attributes:
+        watchers: called with every sparse attention call.
     """
 
     def __init__(
@@ -138,6 +157,7 @@ class Engine:
         plans: Mapping[Any, PlanCache],
         impl: Impl,
         allow_dense: bool,
+        check: SelfCheck,
     ) -> None:
         self.name, self.calls = name, 0
         self.paused = False
@@ -148,6 +168,9 @@ class Engine:
         self._signature = inspect.signature(type(transformer).forward)
         self._memory = Memory()
         self._sharing: Any | None = None
+        self.watchers: list[Callable[[AttentionCall], None]] = []
+        self._check, self._unchecked, self._checking = check, check.verify is not None, False
+        self._step: Step | None = None
         self._compiled = False
         # A trained projection is part of the model's weights: such a method is never replaced.
         self._may_be_dense = allow_dense and impl == "auto" and method.module is None
@@ -224,7 +247,7 @@ class Engine:
                 layer.tally.sparse(plan.density, kernel, why)
 
     def layer_reports(self) -> list[LayerReport]:
-        return [layer.tally.report(self.name, layer.name, layer.left) for layer in self.layers]
+        return [layer.report(self.name) for layer in self.layers]
 
     def learned_modules(self) -> Iterator[tuple[str, nn.Module]]:
         for layer in self.layers:
@@ -264,11 +287,51 @@ class Engine:
             if not isinstance(last, str):
                 text = (layout.text_lens, layout.rows) if sees_text else (None, None)
                 state.set(plan, *text, ulysses=context_parallel.sharing(module, plan.grid))
+        if any(state.sparse for state in self._states.values()):
+            self._watch_layers(call)
 
     def _plan(self, kind: tuple[Any, bool], layout: Layout, device: torch.device) -> Plan:
         config, sees_text = kind
         grid = layout.grid if sees_text else dataclasses.replace(layout.grid, text=0)
         return self._plans[config].get(grid, device)
+
+    def _watch_layers(self, call: Call) -> None:
+        """Let the layers of this call tell what they compute, if the self-check or somebody else listens."""
+        listening = self._unchecked or bool(self.watchers)
+        if listening and (self._compiled or any(map(_is_compiled, self._transformer.modules()))):
+            raise DitAccelError(
+                f"This {type(self._transformer).__name__} is compiled, and compiled attention calls can neither be "
+                "watched nor checked: call it once with verify='first-call' before compiling it."
+            )
+        self._checking, self._unchecked = self._unchecked, False
+        self._step = self._clock.now_if_told(self._family.timestep(call)) if self.watchers else None
+        for layer in self.layers:
+            assert layer.ours is not None
+            layer.ours.watch = functools.partial(self._attended, layer) if listening else None
+
+    def _attended(
+        self,
+        layer: Layer,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        out: torch.Tensor,
+        scale: float | None,
+        state: CallState,
+    ) -> None:
+        """A layer has computed sparse attention."""
+        assert state.plan is not None
+        call = AttentionCall(self.name, layer.name, self._step, state.plan, q, k, v, out, scale, state.text_lens)
+        if self._checking:
+            sums = call.measure().sums()
+            layer.measured = sums if state.ulysses is None else state.ulysses.add_up(sums)
+            if self._check.keep_dense_above is not None:
+                error, _ = selfcheck.whole(layer.measured)
+                if self._check.keeps_dense(error):
+                    limit = self._check.keep_dense_above
+                    layer.keep_dense(self._dense_state, f"keep_dense_above={limit}: relative error {error:.3g}")
+        for watcher in self.watchers:
+            watcher(call)
 
     def _choose(self, plan: Plan, device: torch.device) -> tuple[Plan, str, str] | str:
         """The plan, who computes it and why that one; or why the model's own attention is expected to be faster."""
@@ -300,3 +363,7 @@ class Engine:
             heads: Any = self.layers[0].attention.heads
             context_parallel.check(self._transformer, heads)
             self._sharing = config
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    return getattr(module, "_compiled_call_impl", None) is not None

@@ -66,6 +66,20 @@ class Plan(abc.ABC):
         """The blocks a kernel visits; see `MaskPlan.block_mask`."""
         raise DitAccelError(f"{self.method} has no block mask that is known before the call.")
 
+    @property
+    def routes(self) -> bool:
+        """Whether the keys that a query keeps depend on the call's tensors."""
+        return False
+
+    @abc.abstractmethod
+    def kept_keys(self, queries: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+        """The keys that some visual queries attend to exactly, in one head: bool [S, tokens] in model order.
+
+        Args:
+            queries: int64 [S], indices of visual tokens.
+            q, k: [1, 1, N, D], the whole sequence; only a plan that `routes` reads them.
+        """
+
     def token_mask(self) -> torch.Tensor:
         """Which token sees which: bool [tokens, tokens] in model order.
 
@@ -197,6 +211,10 @@ class MaskPlan(StaticPlan):
     def tables(self) -> torch.Tensor:
         return self.mask.pack()
 
+    def kept_keys(self, queries: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+        keys = torch.arange(self.grid.visual, device=queries.device)
+        return beside(self.mask.allowed(queries[:, None], keys[None, :]), self.grid)
+
     def block_mask(
         self,
         block_q: int | None = None,
@@ -264,6 +282,12 @@ class BlockPlan(StaticPlan):
     @property
     def partial_blocks(self) -> int:
         return blocks.cut_blocks(self._mask.query_order)
+
+    def kept_keys(self, queries: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+        order = self._mask.query_order
+        visited = self._mask.dense()[: order.visual_blocks, : order.visual_blocks].to(queries.device)
+        keys = torch.arange(self.grid.visual, device=queries.device)
+        return beside(visited[queries // self.block][:, keys // self.block], self.grid)
 
     def block_mask(
         self,
@@ -396,3 +420,10 @@ def surround(visual: torch.Tensor, grid: TokenGrid) -> torch.Tensor:
     where = slice(grid.visual_start, grid.visual_start + grid.visual)
     mask[where, where] = visual
     return mask
+
+
+def beside(visual: torch.Tensor, grid: TokenGrid) -> torch.Tensor:
+    """Kept visual keys [S, visual] with text and reference keys, which are always kept: bool [S, tokens]."""
+    kept = torch.ones(len(visual), grid.tokens, dtype=torch.bool, device=visual.device)
+    kept[:, grid.visual_start : grid.visual_start + grid.visual] = visual
+    return kept

@@ -20,6 +20,9 @@ class LayerReport:
         kernels: implementations that computed the sparse calls, and why each was chosen.
         dense_reasons: why calls were dense, and how many.
         left: class of the processor that the user set since, which is not ours; its calls are not counted.
+        relative_error: norm of sparse minus dense attention over the norm of dense, over sampled queries of the first
+            sparse call; None unless verified. At a layer kept dense: of the result that was thrown away.
+        kept_mass: share of dense attention's softmax weight that lies on the kept keys, from the same queries.
     """
 
     transformer: str
@@ -30,6 +33,8 @@ class LayerReport:
     kernels: dict[str, str] = dataclasses.field(default_factory=dict)
     dense_reasons: dict[str, int] = dataclasses.field(default_factory=dict)
     left: str | None = None
+    relative_error: float | None = None
+    kept_mass: float | None = None
 
     def describe(self) -> str:
         parts = []
@@ -37,6 +42,10 @@ class LayerReport:
             kernels = "; ".join(f"{name}: {why}" for name, why in self.kernels.items())
             parts.append(f"{self.sparse_calls} sparse at density {self.density:.4f} ({kernels})")
         parts += [f"{count} dense ({reason})" for reason, count in self.dense_reasons.items()]
+        if self.relative_error is not None:
+            parts.append(
+                f"first call: relative error {self.relative_error:.3g}, softmax mass kept {self.kept_mass:.3f}"
+            )
         if self.left is not None:
             parts.append(f"no longer accelerated: {self.left} was set since")
         return ", ".join(parts) or "not called"

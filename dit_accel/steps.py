@@ -83,6 +83,16 @@ class StepClock:
         order = max(1, getattr(scheduler, "order", 1))
         return Step(int(index) // order, -(-len(timesteps) // order))
 
+    def now_if_told(self, timestep: torch.Tensor | None) -> Step | None:
+        """`now`, or None where nothing tells the step."""
+        scheduler = self.scheduler
+        if self._manual is None and scheduler is None and timestep is None:
+            return None
+        timesteps = getattr(scheduler, "timesteps", None)
+        if self._manual is None and scheduler is not None and (timesteps is None or len(timesteps) == 0):
+            return None
+        return self.now(timestep)
+
     def _follow(self, value: float) -> Step:
         if self._last_value is None or value > self._last_value:
             self._last_index = 0

@@ -22,7 +22,7 @@ from dit_accel.kernels.sla.features import FEATURE_MAPS, FeatureMap
 from dit_accel.kernels.sla.setting import LINEAR_SCOPES, LinearScope
 from dit_accel.order import TokenOrder
 from dit_accel.planner import tile_shapes
-from dit_accel.plans import Plan
+from dit_accel.plans import Plan, beside
 from dit_accel.registry import Method
 from dit_accel.tokens import TokenGrid
 
@@ -237,6 +237,21 @@ class SlaPlan(Plan):
     @property
     def partial_blocks(self) -> int:
         return cut_blocks(self.order)
+
+    @property
+    def routes(self) -> bool:
+        return True
+
+    def kept_keys(self, queries: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+        """The critical ones; the linear branch keeps none exactly."""
+        count = self.order.visual_blocks
+        kept, _ = route(q, k, self.order, self.config.kept(count), self.config.dropped(count))
+        critical = torch.zeros(count, count, dtype=torch.bool, device=q.device).scatter(-1, kept[0, 0].long(), True)
+        slots = self.order.index()[: count * self.order.block].to(q.device) - self.grid.visual_start
+        inside = slots >= 0
+        block = torch.empty(self.grid.visual, dtype=torch.int64, device=q.device)
+        block[slots[inside]] = inside.nonzero()[:, 0] // self.order.block
+        return beside(critical[block[queries]][:, block], self.grid)
 
     def token_mask(self) -> torch.Tensor:
         raise DitAccelError(

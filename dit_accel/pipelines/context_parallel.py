@@ -67,6 +67,12 @@ class Ulysses:
         shapes = [(batch, share, own, dim) for share in even_shares(heads, len(self.tokens))]
         return torch.cat([piece.transpose(1, 2) for piece in self._trade(sent, shapes)], dim=2).transpose(1, 2)
 
+    def add_up(self, values: torch.Tensor) -> torch.Tensor:
+        """The sum of `values` over all processes, so that they come to one decision."""
+        total = values.clone()
+        torch.distributed.all_reduce(total, group=self.group)
+        return total
+
     def _trade(self, sent: Any, shapes: Sequence[tuple[int, ...]]) -> list[torch.Tensor]:
         """Send the r-th tensor to process r, and get one of the r-th shape from it. Differentiable, and traceable."""
         from torch.distributed import _functional_collectives as collectives

@@ -29,6 +29,7 @@ from dit_accel.pipelines.context_parallel import Ulysses
 from dit_accel.plans import Plan
 
 LEARNED = "sparse_linear"
+Watch = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, "float | None", "CallState"], None]
 _SERIAL = itertools.count()
 _WRAPPERS: dict[type, type[AcceleratedAttnProcessor]] = {}
 
@@ -80,11 +81,14 @@ class AcceleratedAttnProcessor:
         inner: the model's own processor.
         state: shared by the layers of a transformer.
         ran: set by every call; whoever counts resets it.
+        watch: called with q, k, v, out (the whole sequence), scale and state after sparse attention, before the call is
+            over: when it gives the layer a dense state, the layer's call is computed densely instead. Never traced.
     """
 
     def __init__(self, inner: Any, state: CallState) -> None:
         self.inner, self.state = inner, state
         self.ran = False
+        self.watch: Watch | None = None
 
     # Diffusers finds processors by these two names: without them it would skip ours when it sets a back end, and
     # shard the sequence without telling us. A processor that lacks one makes ours lack it too.
@@ -109,6 +113,7 @@ class _Slot(threading.local):
     def __init__(self) -> None:
         self.state: CallState | None = None
         self.learned: nn.Module | None = None
+        self.watch: Watch | None = None
         self.replaced = 0
 
 
@@ -142,12 +147,15 @@ def _wrapper_class(inner_type: type) -> type[AcceleratedAttnProcessor]:
         if not self.state.sparse:
             return self.inner(attn, *args, **kwargs)
         _SLOT.state, _SLOT.learned, _SLOT.replaced = self.state, getattr(attn, LEARNED, None), 0
+        _SLOT.watch = self.watch
         try:
             result = rebuilt(self.inner, attn, *args, **kwargs)
             if _SLOT.replaced != 1:
                 raise _sequence_error(self.state, _SLOT.replaced)
         finally:
-            _SLOT.state = _SLOT.learned = None
+            _SLOT.state = _SLOT.learned = _SLOT.watch = None
+        if not self.state.sparse:
+            return self.inner(attn, *args, **kwargs)
         return result
 
     return type(f"Accelerated{inner_type.__name__}", (AcceleratedAttnProcessor,), {"__call__": __call__})
@@ -264,6 +272,8 @@ def _attend(
     if rows is not None:
         q, k, v = (_take(x, rows[0]) for x in (q, k, v))
     out = state.plan.attend(q, k, v, scale=scale, text_lens=state.text_lens, impl=state.impl, module=_SLOT.learned)
+    if _SLOT.watch is not None:
+        _SLOT.watch(q, k, v, out, scale, state)
     if rows is not None:
         out = _take(out, rows[1])
     return out if ulysses is None else ulysses.scatter(out, heads)
