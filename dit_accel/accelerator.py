@@ -205,9 +205,10 @@ def accelerate(
     method: str | None = None,
     *,
     schedule: str | pathlib.Path | LayerSettings | None = None,
-    dense_steps: Amount = 0,
-    dense_last_steps: Amount = 0,
-    dense_layers: Amount | tuple[int, ...] = 0,
+    preset: bool = False,
+    dense_steps: Amount | None = None,
+    dense_last_steps: Amount | None = None,
+    dense_layers: Amount | tuple[int, ...] | None = None,
     impl: Impl = "auto",
     allow_dense: bool = True,
     verify: Verify | None = None,
@@ -225,9 +226,12 @@ def accelerate(
         method: "dense", "gna", "radial", "sla" or "tile"; see `list_methods`. Left out where `schedule` says it.
         schedule: a layer schedule (`dit_accel.layerwise`), such as a search wrote: the method and the settings of every
             layer, in place of `method`, `config` and `dense_layers`.
+        preset: take the settings and dense steps and layers that are recommended for the model's family; what is given
+            besides wins. `dit-accel ls` shows them.
         dense_steps, dense_last_steps: first and last denoising steps that stay dense, as a number or a share of all.
             A step is a position on the scheduler's trajectory: image-to-image that starts halfway starts halfway.
-        dense_layers: first layers that stay dense, as a number or a share, or a tuple of indices.
+            None: none, or as the preset says.
+        dense_layers: first layers that stay dense, as a number or a share, or a tuple of indices; None as above.
         impl: "auto" (the fastest that computes the same), "reference", "portable" or "triton"; a named one runs or
             raises.
         allow_dense: let the model's own attention run on CUDA above the density at which it is measured to be faster;
@@ -244,7 +248,8 @@ def accelerate(
         The accelerator, at work.
 
     Raises:
-        DitAccelError: unknown method or setting, a model that is not supported, or one that is accelerated already.
+        DitAccelError: unknown method or setting, no recommended settings where a preset is asked for, a model that is
+            not supported, or one that is accelerated already.
 
     Example:
         >>> accel = accelerate(pipe, "radial", decay=0.2, dense_steps=12, dense_layers=1)
@@ -252,9 +257,13 @@ def accelerate(
         >>> print(accel.report())
         >>> accel.remove()
     """
-    settings = _settings(method, schedule, config, dense_layers)
+    amounts = {"dense_steps": dense_steps, "dense_last_steps": dense_last_steps, "dense_layers": dense_layers}
+    given: dict[str, Any] = {name: amount for name, amount in amounts.items() if amount is not None}
+    if preset:
+        config, given = _with_preset(target, method, schedule, config, given)
+    settings = _settings(method, schedule, config, given.get("dense_layers", 0))
     chosen = get_method(settings.method if isinstance(settings, LayerSettings) else str(method))
-    dense, check = Schedule(dense_steps, dense_last_steps, dense_layers), SelfCheck(verify, keep_dense_above)
+    dense, check = Schedule(**given), SelfCheck(verify, keep_dense_above)
     if impl != "auto":
         choose_impl("cpu", impl)
     transformers, pipeline = find_transformers(target)
@@ -269,6 +278,21 @@ def accelerate(
     accel = Accelerator(transformers, pipeline, chosen, settings, dense, impl, allow_dense, check)
     accel.apply()
     return accel
+
+
+def _with_preset(
+    target: Any, method: str | None, schedule: Any, config: dict[str, Any], given: dict[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Settings and dense steps and layers as recommended for the target's family, save those that were given."""
+    if method is None or schedule is not None:
+        raise DitAccelError(
+            "preset=True takes the recommended settings of one method, such as 'radial': name it, and leave out "
+            f"schedule= (got method {method!r}, schedule {schedule!r})."
+        )
+    get_method(method)
+    _, family = next(iter(find_transformers(target)[0].values()))
+    advice = family.preset(method)
+    return {**advice.config, **config}, {**advice.schedule, **given}
 
 
 def _settings(

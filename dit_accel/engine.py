@@ -87,9 +87,9 @@ class Layer:
     learned: nn.Module | None = None
     measured: torch.Tensor | None = None
 
-    def attach(self, state: CallState, learned: nn.Module | None) -> None:
+    def attach(self, state: CallState, learned: nn.Module | None, family: Family) -> None:
         self.original = self.attention.processor
-        self.ours = processor.accelerated(self.original, state)
+        self.ours = processor.accelerated(self.original, state, family.sparse_calls)
         if learned is not None:
             if hasattr(self.attention, LEARNED):
                 raise DitAccelError(f"{self.name} already has a module named {LEARNED!r}; remove it first.")
@@ -214,7 +214,8 @@ class Engine:
             if self._method.module is not None and layer.dense_reason is None:
                 learned = self._method.module(self._family.head_dim(layer.attention), layer.config)
                 learned.to(next(layer.attention.parameters()).device)
-            layer.attach(self._dense_state if layer.dense_reason is not None else self._states[layer.kind], learned)
+            state = self._dense_state if layer.dense_reason is not None else self._states[layer.kind]
+            layer.attach(state, learned, self._family)
         # Compiled transformers run their hooks outside the graph, but with Dynamo watching: the first hook is traced,
         # which tells that the transformer is compiled; the second is not.
         self._handles = [

@@ -57,9 +57,9 @@ class StepClock:
         """The step of a call.
 
         Args:
-            timestep: the transformer's timestep in the scheduler's units (0 to 1000), any shape. Per-token timesteps
-                (Wan 2.2 TI2V) hold 0 for conditioning tokens, so the largest counts. Its value is read, which waits
-                for the device, only where the scheduler keeps no index.
+            timestep: the transformer's timestep in the scheduler's units (0 to 1000), any shape, or None if it is in
+                others. Per-token timesteps (Wan 2.2 TI2V) hold 0 for conditioning tokens, so the largest counts. Its
+                value is read, which waits for the device, only where the scheduler keeps no index.
 
         Raises:
             DitAccelError: nothing tells the step.
@@ -78,6 +78,8 @@ class StepClock:
         index = getattr(scheduler, "step_index", None)
         if index is None:
             index = getattr(scheduler, "begin_index", None)
+        if index is None and timestep is None and hasattr(scheduler, "step_index"):
+            index = 0  # such a scheduler has an index from its first step on
         if index is None or not 0 <= index < len(timesteps):
             index = _nearest(timesteps, _value(timestep))
         order = max(1, getattr(scheduler, "order", 1))
@@ -104,7 +106,10 @@ class StepClock:
 
 def _value(timestep: torch.Tensor | float | None) -> float:
     if timestep is None:
-        raise DitAccelError("The step schedule needs the transformer's timestep argument, or set_step(i, n) before it.")
+        raise DitAccelError(
+            "The step schedule needs to know the denoising step, and nothing in this call tells it: call "
+            "set_step(i, n) before it, or accelerate the pipeline and run that."
+        )
     return float(timestep.max()) if isinstance(timestep, torch.Tensor) else float(timestep)
 
 

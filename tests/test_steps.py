@@ -55,6 +55,22 @@ def test_guidance_calls_twice_a_step(name):
         }
 
 
+def test_timesteps_in_units_of_their_own_start_at_the_first_step():
+    """Before its first step a scheduler has no index; after it the index alone tells, whatever the model's timestep."""
+    pipe = Pipe(SCHEDULERS["euler"]())
+    clock = StepClock(pipe)
+    pipe.scheduler.set_timesteps(3)
+    told, sample = [], torch.ones(1, 4, 1, 2, 2)
+    for t in pipe.scheduler.timesteps:
+        told.append(clock.now(None))
+        sample = pipe.scheduler.step(sample, t, sample, return_dict=False)[0]
+    assert told == [Step(index, 3) for index in range(3)]
+    pipe.scheduler = SCHEDULERS["without an index"]()
+    pipe.scheduler.set_timesteps(3)
+    with pytest.raises(DitAccelError, match="set_step"):
+        clock.now(None)
+
+
 @pytest.mark.parametrize("begin_index", [True, False])
 def test_image_to_image_starts_where_it_starts(begin_index):
     pipe = Pipe(SCHEDULERS["euler"]())

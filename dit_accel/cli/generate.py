@@ -28,6 +28,9 @@ def generate(
     dense_layers: Annotated[
         str | None, typer.Option(metavar="N|SHARE|I,J", help="First layers that stay dense, or a list of layers.")
     ] = None,
+    preset: Annotated[
+        bool, typer.Option("--preset", help="The method's recommended settings for this model; given ones win.")
+    ] = False,
     load: Annotated[
         Path | None, typer.Option(metavar="FOLDER", help="A saved accelerator (method, settings, weights).")
     ] = None,

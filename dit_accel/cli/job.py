@@ -13,7 +13,7 @@ from dit_accel.generation import call, sources
 from dit_accel.generation import output as files
 from dit_accel.generation.choice import Choice, choose
 from dit_accel.generation.sampling import Sample, sample
-from dit_accel.generation.sizes import Sizes, sizes_of
+from dit_accel.generation.sizes import Sizes, family_of, sizes_of
 
 if TYPE_CHECKING:
     import torch
@@ -36,6 +36,7 @@ class Request:
     dense_steps: str | None
     dense_last_steps: str | None
     dense_layers: str | None
+    preset: bool
     load: Path | None
     lora: list[str] | None
     compare: bool
@@ -68,6 +69,7 @@ def run(request: Request) -> list[str]:
     Raises:
         DitAccelError: something asked for cannot be done; nothing was written.
     """
+    source = sources.find(request.model, request.revision)
     chosen = choose(
         request.method,
         request.settings,
@@ -75,8 +77,8 @@ def run(request: Request) -> list[str]:
         request.dense_steps,
         request.dense_last_steps,
         request.dense_layers,
+        family_of(source) if request.preset else None,
     )
-    source = sources.find(request.model, request.revision)
     sizes = sizes_of(source)
     shape = sizes.chosen(request.frames, request.height, request.width)
     path = request.output or Path("output.mp4" if sizes.video else "output.png")

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
     from dit_accel.accelerator import Accelerator
+    from dit_accel.pipelines.family import Family
     from dit_accel.tokens import TokenGrid
 
 
@@ -93,12 +94,17 @@ def choose(
     dense_steps: str | None,
     dense_last_steps: str | None,
     dense_layers: str | None,
+    family: Family | None = None,
 ) -> Choice:
     """Read a choice from options; dense if there are none.
 
+    Args:
+        method, settings, load, dense_steps, dense_last_steps, dense_layers: the options' texts.
+        family: whose recommended settings count where none are given; None: the methods' defaults do.
+
     Raises:
         DitAccelError: the method or a setting is unknown, a schedule is not one, --load comes with another method, or
-            its folder holds no saved accelerator.
+            its folder holds no saved accelerator, or nothing is recommended for the family.
     """
     schedule = {
         "dense_steps": None if dense_steps is None else registry.parse_value(dense_steps),
@@ -108,11 +114,15 @@ def choose(
     given = {name: value for name, value in schedule.items() if value is not None}
     if load is None:
         name, config = registry.parse_method(method or "dense", settings or ())
+        if family is not None:
+            preset = family.preset(name)
+            config, given = {**preset.config, **config}, {**preset.schedule, **given}
         registry.make_config(name, config)
         return Choice(name, config, Schedule(**given))
-    if method or settings or given:
+    if method or settings or given or family is not None:
         raise DitAccelError(
-            "--load brings the method, settings and schedule that were saved; leave out --method, --set and --dense-*."
+            "--load brings the method, settings and schedule that were saved; leave out --method, --set, --preset and "
+            "--dense-*."
         )
     if not load.is_dir():
         raise DitAccelError(f"--load {load}: there is no such folder; give one that Accelerator.save_pretrained wrote.")

@@ -5,11 +5,14 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dit_accel.errors import DitAccelError
 from dit_accel.generation.sources import EMBEDDED, Source
 from dit_accel.tokens import TokenGrid
+
+if TYPE_CHECKING:
+    from dit_accel.pipelines.family import Family
 
 Config = dict[str, Any]
 
@@ -113,21 +116,37 @@ READERS: dict[str, Callable[[Config, Config], Sizes]] = {
 }
 
 
+def family_of(source: Source) -> Family:
+    """The family of a model's transformer; no weights are read.
+
+    Raises:
+        DitAccelError: it has no transformer, or one of no supported family.
+    """
+    from dit_accel import registry
+
+    name = source.component_class("transformer")
+    if name is None:
+        raise DitAccelError(f"{source.model} has no transformer; only diffusion transformers can be accelerated.")
+    for family in registry.get_families().values():
+        if name in family.transformers:
+            return family
+    raise DitAccelError(
+        f"{source.model} has a {name}, which no supported family has; "
+        f"supported families: {', '.join(registry.list_families())}."
+    )
+
+
 def sizes_of(source: Source) -> Sizes:
     """What a model's configuration says of its sizes; no weights are read.
 
     Raises:
-        DitAccelError: the transformer's family is not supported, or a configuration file is missing.
+        DitAccelError: the transformer's family is not supported, its sizes are not known here, or a configuration file
+            is missing.
     """
-    name = source.component_class("transformer")
-    if name is None:
-        raise DitAccelError(f"{source.model} has no transformer; only diffusion transformers can be accelerated.")
+    family, name = family_of(source), source.component_class("transformer")
     if name not in READERS:
-        from dit_accel import registry
-
         raise DitAccelError(
-            f"{source.model} has a {name}, which no supported family has; "
-            f"supported families: {', '.join(registry.list_families())}."
+            f"The command line does not know the sizes that a {name} makes; accelerate {family.name} models in Python."
         )
     sizes = READERS[name](source.config("transformer"), source.config("vae"))
     if source.model in EMBEDDED:

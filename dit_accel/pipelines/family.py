@@ -40,8 +40,8 @@ class Preset:
 
     Args:
         config: settings of the method.
-        schedule: arguments of `Schedule`.
-        source: where they come from.
+        schedule: arguments of `Schedule`; shares rather than numbers, so that they hold for any number of steps.
+        source: where they were published, and for what.
     """
 
     config: Mapping[str, Any]
@@ -146,10 +146,12 @@ class Family:
         layout: tells where the tokens of a call lie.
         summary: one line for people.
         timestep_name: the argument that holds the transformer's timestep.
-        timestep_scale: what it is multiplied by to be in the scheduler's units, 0 to 1000.
+        timestep_scale: what it is multiplied by to be in the scheduler's units, 0 to 1000; None if it is in units of
+            its own, so that only the scheduler's index, or `set_step`, tells the step.
         timestep_rises: whether it is 1 for the finished image, and not for noise.
         recommended: settings by method.
         visual_attention: paths among `attention` whose modules see the visual tokens alone, without text.
+        sparse_calls: by processor class, what runs in its place in sparse calls; see `processor`.
     """
 
     name: str
@@ -158,10 +160,11 @@ class Family:
     layout: Callable[[nn.Module, Call], Layout]
     summary: str
     timestep_name: str = "timestep"
-    timestep_scale: float = 1.0
+    timestep_scale: float | None = 1.0
     timestep_rises: bool = False
     recommended: Mapping[str, Preset] = dataclasses.field(default_factory=dict)
     visual_attention: tuple[str, ...] = ()
+    sparse_calls: Mapping[str, Callable[..., Any]] = dataclasses.field(default_factory=dict)
 
     def attentions(self, transformer: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         """Self-attention modules by name, in the order they run."""
@@ -175,15 +178,29 @@ class Family:
         """Whether the attention module of that name has the text in its sequence."""
         return not any(_fits(path, name) for path in self.visual_attention)
 
+    def preset(self, method: str) -> Preset:
+        """The recommended settings of a method.
+
+        Raises:
+            DitAccelError: there are none; the message names the methods that have some.
+        """
+        if method not in self.recommended:
+            known = f"there are some for {', '.join(self.recommended)}" if self.recommended else "there are none at all"
+            raise DitAccelError(
+                f"No settings of {method} are recommended for the family {self.name} ({known}); give the settings, "
+                "and no preset."
+            )
+        return self.recommended[method]
+
     @staticmethod
     def head_dim(attention: nn.Module) -> int:
         """Channels of one head of an attention module."""
         return int(attention.inner_dim) // int(attention.heads)  # type: ignore[arg-type]
 
     def timestep(self, call: Call) -> torch.Tensor | None:
-        """The call's timestep in the scheduler's units."""
+        """The call's timestep in the scheduler's units; None if that is not known."""
         value = call.get(self.timestep_name)
-        if value is None:
+        if value is None or self.timestep_scale is None:
             return None
         return (1 - value if self.timestep_rises else value) * self.timestep_scale
 

@@ -7,6 +7,9 @@ copy of its globals in which the attention function is ours. What Dynamo needs o
   class, kept for the process, and it holds no accelerator: a compiled model would keep the first one's plan for good;
 * so the replaced function finds plan and weights through a slot, one per thread, that the wrapper fills from itself;
 * nothing is counted in traced code. `ran` is only ever set there, which adds no guard and no graph.
+
+Where a model's processor itself wastes memory or time on masks, its family's file has a function that computes the same
+without, for sparse calls only (`Family.sparse_calls`); it ends in `attend`.
 """
 
 from __future__ import annotations
@@ -17,7 +20,8 @@ import itertools
 import sys
 import threading
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -30,8 +34,11 @@ from dit_accel.plans import Plan
 
 LEARNED = "sparse_linear"
 Watch = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, "float | None", "CallState"], None]
+# Called with a processor and then as the processor is: computes what it does, with its attention through `attend`.
+SparseCall = Callable[..., Any]
+
 _SERIAL = itertools.count()
-_WRAPPERS: dict[type, type[AcceleratedAttnProcessor]] = {}
+_WRAPPERS: dict[tuple[type, SparseCall | None], type[AcceleratedAttnProcessor]] = {}
 
 
 class CallState:
@@ -114,14 +121,21 @@ class _Slot(threading.local):
         self.state: CallState | None = None
         self.learned: nn.Module | None = None
         self.watch: Watch | None = None
-        self.replaced = 0
+        self.replaced = self.others = 0
 
 
 _SLOT = _Slot()
 
 
-def accelerated(inner: Any, state: CallState) -> AcceleratedAttnProcessor:
+def accelerated(
+    inner: Any, state: CallState, sparse_calls: Mapping[str, SparseCall] = MappingProxyType({})
+) -> AcceleratedAttnProcessor:
     """A processor that does as `inner` does, with sparse attention whenever `state` says so.
+
+    Args:
+        inner: the model's own processor.
+        state: of the transformer's calls.
+        sparse_calls: by processor class, what runs in its place in sparse calls; the others' own code is rebuilt.
 
     Raises:
         DitAccelError: `inner` cannot be rebuilt: it is no Python code, holds weights, or calls no attention we know.
@@ -131,27 +145,30 @@ def accelerated(inner: Any, state: CallState) -> AcceleratedAttnProcessor:
             f"{type(inner).__name__} holds weights of its own (an IP-Adapter, for example), which cannot be combined "
             "with accelerated attention; unload it first."
         )
-    kind = type(inner)
+    kind = type(inner), sparse_calls.get(type(inner).__name__)
     if kind not in _WRAPPERS:
-        _WRAPPERS[kind] = _wrapper_class(kind)
+        _WRAPPERS[kind] = _wrapper_class(*kind)
     return _WRAPPERS[kind](inner, state)
 
 
-def _wrapper_class(inner_type: type) -> type[AcceleratedAttnProcessor]:
-    rebuilt = _rebuild(inner_type)
+def _wrapper_class(inner_type: type, sparse_call: SparseCall | None) -> type[AcceleratedAttnProcessor]:
+    sparse = sparse_call or _rebuild(inner_type)
 
     # Legacy `Attention.forward` passes only the keywords that the signature names, so it is carried over.
     @functools.wraps(inner_type.__call__)
     def __call__(self: AcceleratedAttnProcessor, attn: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        self.ran = True
         if not self.state.sparse:
+            self.ran = True
             return self.inner(attn, *args, **kwargs)
-        _SLOT.state, _SLOT.learned, _SLOT.replaced = self.state, getattr(attn, LEARNED, None), 0
-        _SLOT.watch = self.watch
+        _SLOT.state, _SLOT.learned, _SLOT.watch = self.state, getattr(attn, LEARNED, None), self.watch
+        _SLOT.replaced = _SLOT.others = 0
         try:
-            result = rebuilt(self.inner, attn, *args, **kwargs)
-            if _SLOT.replaced != 1:
-                raise _sequence_error(self.state, _SLOT.replaced)
+            result = sparse(self.inner, attn, *args, **kwargs)
+            # No attention at all is the model's own doing: LTX-2's perturbed layers take the values instead.
+            if _SLOT.replaced + _SLOT.others > 0:
+                self.ran = True
+                if _SLOT.replaced != 1:
+                    raise _sequence_error(self.state, _SLOT.replaced)
         finally:
             _SLOT.state = _SLOT.learned = _SLOT.watch = None
         if not self.state.sparse:
@@ -237,10 +254,28 @@ def _functional(original: types.ModuleType) -> types.ModuleType:
     return _module(name, vars(original), {"scaled_dot_product_attention": scaled_dot_product_attention})
 
 
+def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """The plan's attention in a family's own sparse call: [B, H, N, D] in and out, N the tokens of the grid.
+
+    Padded text is never a key (`Layout.text_lens`), so there is no mask to pass.
+
+    Raises:
+        DitAccelError: q and k are no self-attention over the grid.
+    """
+    state = _SLOT.state
+    assert state is not None
+    if not _is_ours(q.shape[2], k.shape[2]):
+        raise _sequence_error(state, 0)
+    return _attend(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None)
+
+
 def _is_ours(queries: int, keys: int) -> bool:
     """Whether a call is self-attention over the grid, and not over image prompts or other tokens."""
     state = _SLOT.state
-    return state is not None and queries == keys == state.tokens
+    if state is not None and queries == keys == state.tokens:
+        return True
+    _SLOT.others += 1
+    return False
 
 
 def _attend(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -19,6 +20,33 @@ def image_of(call: Call, patch: int, name: str = "hidden_states") -> TokenGrid:
     """
     height, width = call.tensor(name, 4).shape[2:]
     return patch_grid((1, height, width), (1, patch, patch))
+
+
+def video_of(call: Call, patch: Sequence[int]) -> TokenGrid:
+    """The grid of the latent video [B, C, F, H, W] in hidden_states, cut into patches (frames, height, width).
+
+    Raises:
+        DitAccelError: the argument is no such tensor, or smaller than a patch.
+    """
+    return patch_grid(call.tensor("hidden_states", 5).shape[2:], patch)
+
+
+def stated_grid(call: Call) -> TokenGrid:
+    """The grid of a packed video whose sizes in tokens come as num_frames, height and width beside hidden_states.
+
+    Raises:
+        DitAccelError: a size is missing, or they do not make up the sequence: tokens of conditioning frames or images
+            lie among the others then, and nobody knows which tokens are neighbours.
+    """
+    tokens = call.tensor("hidden_states", 3).shape[1]
+    sizes = [call.get(name) for name in ("num_frames", "height", "width")]
+    if not all(isinstance(size, int) for size in sizes) or math.prod(sizes) != tokens:
+        raise DitAccelError(
+            f"A packed video needs num_frames, height and width with a token for each of its {tokens} tokens, got "
+            f"{' x '.join(map(str, sizes))}: a call with conditioning tokens or video_coords alone (IC-LoRA, key"
+            "frames) has no regular grid; run it dense."
+        )
+    return TokenGrid(*sizes)
 
 
 def mask_text(call: Call, grid: TokenGrid, mask: torch.Tensor) -> Layout:

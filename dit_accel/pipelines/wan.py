@@ -1,8 +1,9 @@
-"""Wan 2.1 and 2.2, text to video and image to video.
+"""Wan 2.1 and 2.2: text and image to video, VACE, Animate; and ChronoEdit, which is built like them.
 
-Self-attention (`attn1`) sees the video tokens alone; text and, in Wan 2.1 image-to-video, image tokens enter through
+Self-attention (`attn1`) sees the video tokens alone; text and, in image-to-video of Wan 2.1, image tokens enter through
 cross-attention, which is left alone. Wan 2.2 A14B has two transformers on one trajectory, and TI2V-5B one timestep per
-token.
+token. VACE's control blocks attend over as many tokens as the video has, on the same grid. Animate's reference image is
+the first frame of its latent; its face adapters are cross-attention.
 """
 
 from __future__ import annotations
@@ -11,29 +12,40 @@ from typing import Any
 
 from torch import nn
 
-from dit_accel.pipelines.family import Call, Family, Layout, Preset, patch_grid
+from dit_accel.pipelines.family import Call, Family, Layout, Preset
+from dit_accel.pipelines.reading import video_of
 
 
 def layout(transformer: nn.Module, call: Call) -> Layout:
     """The latent [B, C, F, H, W], cut into patches."""
     config: Any = transformer.config
-    frames, height, width = call.tensor("hidden_states", 5).shape[2:]
-    return Layout(patch_grid((frames, height, width), tuple(config.patch_size)))
+    return Layout(video_of(call, config.patch_size))
 
 
 RECOMMENDED = {
     "radial": Preset(
-        config={"decay": 0.2},
-        schedule={"dense_steps": 12, "dense_layers": 1},
-        source="Radial Attention, scripts/wan_t2v_inference.sh: Wan2.1-14B, 69 frames of 768x1280, 50 steps",
+        config={"decay": 0.2, "rule": "reference"},
+        schedule={"dense_steps": 0.24, "dense_layers": 1},
+        source="Radial Attention (arXiv:2506.19852), scripts/wan_t2v_inference.sh: Wan2.1-14B, 69 frames of 768x1280, "
+        "12 of 50 steps dense",
+    ),
+    "sla": Preset(
+        config={"topk": 0.1},
+        schedule={},
+        source="TurboDiffusion: --sla_topk 0.1 for its fine-tuned Wan2.1 and Wan2.2; needs fine-tuned weights",
     ),
 }
 
 FAMILY = Family(
     name="wan",
-    transformers=("WanTransformer3DModel",),
-    attention=("blocks.*.attn1",),
+    transformers=(
+        "WanTransformer3DModel",
+        "WanVACETransformer3DModel",
+        "WanAnimateTransformer3DModel",
+        "ChronoEditTransformer3DModel",
+    ),
+    attention=("vace_blocks.*.attn1", "blocks.*.attn1"),
     layout=layout,
-    summary="Wan 2.1 and 2.2: text to video, image to video",
+    summary="Wan 2.1 and 2.2: text to video, image to video, VACE, Animate; ChronoEdit",
     recommended=RECOMMENDED,
 )

@@ -40,6 +40,11 @@ def refused(cli, tmp_path):
         (("--method", "tile:references=3"), "keeps every pair"),
         (("--method", "radial:decay=0"), "decay"),
         (("--method", "sla:topk=0.95,skip=0.2,linear_scope=marginal"), "topk"),
+        (
+            ("--method", "tile", "--preset"),
+            "No settings of tile are recommended for the family wan (there are some for",
+        ),
+        (("--preset",), "No settings of dense are recommended"),
         (("--dense-steps", "many"), "dense_steps"),
         (("--dense-steps", "-1"), "dense_steps"),
         (("--dense-layers", "0,x"), "dense_layers"),

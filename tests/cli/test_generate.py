@@ -39,6 +39,13 @@ def test_dense_compared_with_itself_is_identical(cli, demo, tmp_path):
     assert (tmp_path / "a.mp4").read_bytes() == (tmp_path / "a-dense.mp4").read_bytes()
 
 
+def test_a_preset_is_what_is_recommended_and_what_is_given_wins(cli, demo, tmp_path):
+    options = ("--method", "sla", "--preset", "--set", "block=32", "--output", tmp_path / "a.gif")
+    assert cli("generate", *SMALL, *options).status == 0
+    config = json.loads((tmp_path / "a.json").read_text())["method"]["config"]
+    assert (config["topk"], config["block"]) == (0.1, 32)
+
+
 def test_record_holds_all_it_takes_to_do_it_again(cli, demo, tmp_path):
     options = ("--method", "gna", "--set", "window=2x2x3", "--dense-steps", "1", "--dense-layers", "0,1", "--seed", 7)
     assert cli("generate", *SMALL, *options, "--prompt", "a red square", "--output", tmp_path / "a.gif").status == 0

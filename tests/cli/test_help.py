@@ -10,8 +10,8 @@ import pytest
 VERBS = ("generate", "bench", "plan", "ls", "env")
 # What the issue tracker promised of `generate`.
 GENERATE = (
-    "--model --prompt --method --set --dense-steps --dense-last-steps --dense-layers --steps --seed --frames --height "
-    "--width --fps --negative-prompt --guidance --image --lora --load --dtype --device --offload --vae-tiling "
+    "--model --prompt --method --set --dense-steps --dense-last-steps --dense-layers --preset --steps --seed --frames "
+    "--height --width --fps --negative-prompt --guidance --image --lora --load --dtype --device --offload --vae-tiling "
     "--compile --revision --pipe --output --compare"
 ).split()
 

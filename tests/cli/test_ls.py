@@ -20,6 +20,14 @@ def test_json_settings_are_the_configs(cli):
     assert methods["sla"]["learns"] and not methods["radial"]["learns"]
 
 
+def test_recommended_settings_are_shown_with_their_source(cli):
+    families = {family["name"]: family for family in json.loads(cli("ls", "--json").out)["families"]}
+    radial = families["wan"]["recommended"]["radial"]
+    assert radial["config"] == {"decay": 0.2, "rule": "reference"}
+    assert radial["schedule"] == {"dense_steps": 0.24, "dense_layers": 1}
+    assert "scripts/wan_t2v_inference.sh" in radial["source"]
+
+
 def test_table_says_where_methods_come_from(cli):
     out = cli("ls").out
     assert "arXiv:2504.16922" in out

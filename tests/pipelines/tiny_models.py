@@ -89,6 +89,18 @@ def seeded(kind: Callable[..., nn.Module], **config: Any) -> nn.Module:
     return transformer
 
 
+def numbers(seed: int = 1) -> Callable[..., torch.Tensor]:
+    """Makes random tensors of these shapes, the same ones in the same order every time."""
+    generator = torch.Generator().manual_seed(seed)
+    return lambda *shape: torch.randn(*shape, generator=generator)
+
+
+def text_mask(lengths: tuple[int, ...], tokens: int, batch: int) -> torch.Tensor:
+    """Which text tokens are valid, int64 [batch, tokens], for samples of these lengths in turn."""
+    own = torch.tensor([lengths[sample % len(lengths)] for sample in range(batch)])
+    return (torch.arange(tokens) < own[:, None]).long()
+
+
 def cast(value: Any, dtype: torch.dtype) -> Any:
     """Arguments with every floating-point tensor in them in `dtype`."""
     if isinstance(value, torch.Tensor):

@@ -1,0 +1,40 @@
+"""Cosmos 1, Predict 2 and 2.5: worlds from text, images and video, and images from text.
+
+Self-attention (`attn1`) sees the video tokens alone; text and image features enter through cross-attention. The
+timestep is a function of sigma that differs between the generations, so a bare transformer's step is told by
+`set_step`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from dit_accel.pipelines.family import Call, Family, Layout, Preset
+from dit_accel.pipelines.reading import video_of
+
+
+def layout(transformer: nn.Module, call: Call) -> Layout:
+    """The latent [B, C, F, H, W], cut into patches."""
+    config: Any = transformer.config
+    return Layout(video_of(call, config.patch_size))
+
+
+RECOMMENDED = {
+    "gna": Preset(
+        config={"window": ("full", 32 / 44, 0.6), "stride": (1, 8, 16)},
+        schedule={"dense_steps": 12 / 35},
+        source="GNA (arXiv:2504.16922): Cosmos-7B, window 16x32x48 of 16x44x80 tokens, 12 of 35 steps dense",
+    ),
+}
+
+FAMILY = Family(
+    name="cosmos",
+    transformers=("CosmosTransformer3DModel",),
+    attention=("transformer_blocks.*.attn1",),
+    layout=layout,
+    summary="Cosmos 1, Predict 2 and 2.5: text, image and video to world, text to image",
+    timestep_scale=None,
+    recommended=RECOMMENDED,
+)

@@ -1,0 +1,42 @@
+"""LTX-2: the video's self-attention.
+
+Audio has a stream of its own; its self-attention and the attention between the streams are left alone. A layer whose
+attention the model skips (spatio-temporal guidance) stays skipped. Conditioning tokens behind the video and masks over
+the video's own tokens (keyframes, IC-LoRA) are refused.
+"""
+
+from __future__ import annotations
+
+from torch import nn
+
+from dit_accel.errors import DitAccelError
+from dit_accel.pipelines.family import Call, Family, Layout, Preset
+from dit_accel.pipelines.reading import stated_grid
+
+
+def layout(transformer: nn.Module, call: Call) -> Layout:
+    """The packed video [B, N, C] and its num_frames, height and width in tokens."""
+    if call.get("video_self_attention_mask") is not None:
+        raise DitAccelError(
+            "LTX-2 is called with a video_self_attention_mask, which weighs pairs of tokens in ways that accelerated "
+            "attention cannot; call it without, or run it dense."
+        )
+    return Layout(stated_grid(call))
+
+
+RECOMMENDED = {
+    "sla": Preset(
+        config={"topk": 0.3},
+        schedule={},
+        source="TurboT2AV: LTX-2 19B at 1024x1792 with its fine-tuned weights; the share was chosen by eye",
+    ),
+}
+
+FAMILY = Family(
+    name="ltx2",
+    transformers=("LTX2VideoTransformer3DModel",),
+    attention=("transformer_blocks.*.attn1",),
+    layout=layout,
+    summary="LTX-2: video with audio; the video's self-attention",
+    recommended=RECOMMENDED,
+)

@@ -1,0 +1,83 @@
+"""Mochi 1.
+
+Text stands behind the video. The model's processor cuts each sample's padding off and calls attention once per sample;
+in sparse calls `attend_video_and_text` takes its place, one call for the batch in which the padding is no key. In the
+last block text has no output of its own.
+
+The timestep rises from 0 to 1000 while the noise falls, so a bare transformer's step is told by `set_step`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import nn
+
+from dit_accel.errors import DitAccelError
+from dit_accel.pipelines.family import Call, Family, Layout
+from dit_accel.pipelines.processor import attend
+from dit_accel.pipelines.reading import mask_text, video_of
+
+
+def layout(transformer: nn.Module, call: Call) -> Layout:
+    """The latent [B, C, F, H, W], cut into patches within frames, and behind it text [B, T, C] with its mask [B, T]."""
+    config: Any = transformer.config
+    mask = call.tensor("encoder_attention_mask", 2)
+    grid = video_of(call, (1, config.patch_size, config.patch_size))
+    found = mask_text(call, dataclasses.replace(grid, text=mask.shape[1]), mask)
+    if found.rows is not None:
+        raise DitAccelError(
+            "Mochi's encoder_attention_mask has valid tokens behind padding. The model itself then adds the attention "
+            "of one token to another; put the padding at the end of the text, as Mochi's pipeline does."
+        )
+    return found
+
+
+def attend_video_and_text(
+    processor: Any,
+    attn: Any,
+    hidden_states: torch.Tensor,
+    encoder_hidden_states: torch.Tensor,
+    attention_mask: torch.Tensor,
+    image_rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`MochiAttnProcessor2_0` in one call for the batch: video [B, N, C] and text [B, T, C] in and out.
+
+    Padded text gets some output of its own, which nobody reads; the model's processor gives it zeros.
+    """
+
+    def split(projected: torch.Tensor) -> torch.Tensor:
+        return projected.unflatten(2, (attn.heads, -1))  # [B, N, H, D]
+
+    video_q, video_k = attn.norm_q(split(attn.to_q(hidden_states))), attn.norm_k(split(attn.to_k(hidden_states)))
+    if image_rotary_emb is not None:
+        video_q, video_k = (_rotate(x, *image_rotary_emb) for x in (video_q, video_k))
+    text_q = attn.norm_added_q(split(attn.add_q_proj(encoder_hidden_states)))
+    text_k = attn.norm_added_k(split(attn.add_k_proj(encoder_hidden_states)))
+    video_v, text_v = split(attn.to_v(hidden_states)), split(attn.add_v_proj(encoder_hidden_states))
+
+    pairs = ((video_q, text_q), (video_k, text_k), (video_v, text_v))
+    q, k, v = (torch.cat(pair, 1).transpose(1, 2) for pair in pairs)
+    joined = attend(q, k, v).transpose(1, 2).flatten(2)
+    video, text = joined.split((hidden_states.shape[1], encoder_hidden_states.shape[1]), 1)
+    # The last block's text goes nowhere: it has no projection.
+    return attn.to_out[1](attn.to_out[0](video)), attn.to_add_out(text) if hasattr(attn, "to_add_out") else text
+
+
+def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotary embedding of neighbouring channels of x [B, N, H, D] by angles [N, H, D / 2], each head its own."""
+    even, odd = x[..., 0::2].float(), x[..., 1::2].float()
+    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1).flatten(-2).to(x.dtype)
+
+
+FAMILY = Family(
+    name="mochi",
+    transformers=("MochiTransformer3DModel",),
+    attention=("transformer_blocks.*.attn1",),
+    layout=layout,
+    summary="Mochi 1: text to video",
+    timestep_scale=None,
+    sparse_calls={"MochiAttnProcessor2_0": attend_video_and_text},
+)

@@ -1,0 +1,163 @@
+"""What video families do besides the conformance checks: modes they refuse, and sparse calls of their own."""
+
+import dataclasses
+
+import pytest
+import tiny_models
+import torch
+from tiny_models import run, text_mask
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import dit_accel
+from dit_accel.pipelines import hunyuan_video_15
+from dit_accel.pipelines.family import Call, Memory
+from dit_accel.registry import get_families
+from dit_accel.tokens import TokenGrid
+
+
+def layout(tiny, **changes):
+    """What the family reads from the model's call with some arguments changed."""
+    import inspect
+
+    transformer = tiny.shared
+    call = Call(inspect.signature(type(transformer).forward), transformer, (), tiny.call() | changes, Memory())
+    return get_families()[tiny.family].layout(transformer, call)
+
+
+def refused(tiny, match, **changes):
+    """The call is refused before any attention has run."""
+    with dit_accel.accelerated(tiny.shared, "gna", window=1) as accel:
+        with pytest.raises(dit_accel.DitAccelError, match=match):
+            run(tiny.shared, tiny.call() | changes)
+        assert accel.report().sparse_calls == accel.report().dense_calls == 0
+
+
+@pytest.mark.parametrize("tiny", [tiny for tiny in tiny_models.all_models() if tiny.video], ids=str)
+def test_grid_and_text_lengths_are_read_from_the_call(tiny):
+    found = layout(tiny)
+    assert found.grid == tiny.grid
+    assert (None if found.text_lens is None else tuple(found.text_lens.tolist())) == tiny.text_lens
+
+
+def test_hunyuan_counts_valid_text_wherever_its_mask_has_it():
+    """As the model does."""
+    mask = torch.tensor([[1, 0, 1, 1] + [0] * 9, [0] * 12 + [1]])
+    assert layout(tiny_models.get("hunyuan_video", "t2v"), encoder_attention_mask=mask).text_lens.tolist() == [3, 1]
+
+
+def test_mochi_refuses_padding_inside_the_text():
+    mask = torch.tensor([[1, 0, 1, 1] + [0] * 9, [1] * 13]).bool()
+    refused(tiny_models.get("mochi", "t2v"), "valid tokens behind padding", encoder_attention_mask=mask)
+
+
+def test_cogvideox_15_is_cut_along_time():
+    tiny = tiny_models.get("cogvideox", "1.5")
+    longer = tiny_models.numbers()(2, 6, 4, 14, 18)
+    assert layout(tiny, hidden_states=longer).grid == dataclasses.replace(tiny.grid, frames=3)
+
+
+@pytest.mark.parametrize("tiny", [tiny_models.get("ltx", "t2v"), tiny_models.get("ltx2", "2.0")], ids=str)
+@pytest.mark.parametrize("changes", [{"num_frames": None}, {"width": 8}, {"num_frames": 5.0}])
+def test_packed_video_without_its_sizes_is_refused(tiny, changes):
+    coordinates = {"video_coords": torch.zeros(2, 3, tiny.grid.visual)}
+    with pytest.raises(dit_accel.DitAccelError, match="for each of its 315 tokens"):
+        layout(tiny, **coordinates, **changes)
+
+
+def test_modes_with_masks_of_their_own_are_refused():
+    forcing = tiny_models.get("skyreels_v2", "t2v")
+    refused(forcing, "diffusion forcing", enable_diffusion_forcing=True, timestep=torch.full((2, 5), 500))
+    refused(tiny_models.get("allegro", "t2v"), "attention_mask", attention_mask=torch.ones(2, 5, 14, 18))
+    tokens = TokenGrid(5, 7, 9).visual
+    mask = torch.ones(2, tokens, tokens)
+    refused(tiny_models.get("ltx2", "2.0"), "video_self_attention_mask", video_self_attention_mask=mask)
+
+
+def test_causal_blocks_are_refused():
+    tiny = tiny_models.get("skyreels_v2", "t2v")
+    transformer = tiny.build()
+    transformer.register_to_config(num_frame_per_block=5)
+    with (
+        dit_accel.accelerated(transformer, "gna", window=1),
+        pytest.raises(dit_accel.DitAccelError, match="diffusion forcing"),
+    ):
+        run(transformer, tiny.call())
+
+
+def test_a_layer_whose_attention_the_model_skips_stays_skipped():
+    tiny = tiny_models.get("ltx2", "2.3")
+    inputs = tiny.call() | {"spatio_temporal_guidance_blocks": [1]}
+    with dit_accel.accelerated(tiny.shared, "gna", window="full") as accel:
+        ours = run(tiny.shared, inputs)
+    torch.testing.assert_close(ours, run(tiny.shared, inputs))
+    assert [layer.sparse_calls for layer in accel.report().layers] == [1, 0]
+
+
+def test_vace_runs_its_control_blocks_first():
+    tiny = tiny_models.get("wan", "vace")
+    found = [name for name, _ in get_families()["wan"].attentions(tiny.shared)]
+    assert found == ["vace_blocks.0.attn1", "blocks.0.attn1", "blocks.1.attn1"]
+
+
+class LargestTensor(TorchDispatchMode):
+    """Elements of the largest tensor made."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor):
+            self.elements = max(self.elements, result.numel())
+        return result
+
+
+def test_hunyuan_15_makes_no_mask_of_all_pairs(monkeypatch):
+    """The whole processor without its attention: nothing as large as tokens x tokens, which the model's own makes."""
+    tiny = tiny_models.get("hunyuan_video_15", "i2v")
+    attn, tokens = tiny.shared.transformer_blocks[0].attn, tiny.grid.tokens
+    noise = tiny_models.numbers()
+    video, text, mask = noise(2, tiny.grid.visual, 24), noise(2, tiny.grid.text, 24), text_mask((10, 9), 16, 2)
+    with LargestTensor() as stock:
+        attn(video, text, attention_mask=mask)
+    assert stock.elements >= tokens**2
+    monkeypatch.setattr(hunyuan_video_15, "attend", lambda q, k, v: v)
+    with LargestTensor() as ours:
+        own = hunyuan_video_15.attend_video_and_text(attn.processor, attn, video, text, mask)
+    assert ours.elements < tokens**2 / 4
+    assert [tuple(stream.shape) for stream in own] == [tuple(video.shape), tuple(text.shape)]
+
+
+class AttentionCalls(TorchFunctionMode):
+    """Counts calls of dense attention."""
+
+    count = 0
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.nn.functional.scaled_dot_product_attention
+        return func(*args, **(kwargs or {}))
+
+
+def test_mochi_does_not_loop_over_samples():
+    """In sparse calls dense attention is left to the text's pooling, which calls it once for the batch."""
+    tiny = tiny_models.get("mochi", "t2v")
+    inputs = tiny.call(batch=5)
+    with AttentionCalls() as dense:
+        run(tiny.shared, inputs)
+    with dit_accel.accelerated(tiny.shared, "gna", window=1) as accel, AttentionCalls() as sparse:
+        run(tiny.shared, inputs)
+    assert (dense.count, sparse.count) == (1 + 2 * 5, 1)
+    assert [layer.sparse_calls for layer in accel.report().layers] == [1, 1]
+
+
+@pytest.mark.parametrize("family", ["mochi", "cosmos"])
+def test_timesteps_in_other_units_need_set_step(family):
+    tiny = next(tiny for tiny in tiny_models.all_models() if tiny.family == family)
+    with dit_accel.accelerated(tiny.shared, "gna", window=1, dense_steps=1) as accel:
+        with pytest.raises(dit_accel.DitAccelError, match=r"set_step\(i, n\)"):
+            run(tiny.shared, tiny.call())
+        accel.set_step(0, 2)
+        assert torch.equal(run(tiny.shared, tiny.call()), tiny.dense)
+        accel.set_step(1, 2)
+        run(tiny.shared, tiny.call())
+    assert accel.report().sparse_calls == accel.report().dense_calls == 2

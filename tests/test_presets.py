@@ -1,0 +1,60 @@
+"""Recommended settings: what they are at the sizes they were published for, and how they are asked for."""
+
+import pytest
+
+import dit_accel
+from dit_accel.registry import get_families
+from dit_accel.tokens import TokenGrid
+
+
+def published(family, method, grid):
+    return dit_accel.plan(method, grid, **get_families()[family].recommended[method].config)
+
+
+def test_radial_presets_attend_the_published_blocks():
+    """69 frames of 768x1280 in Wan, 117 in HunyuanVideo; counted by the published code."""
+    wan = published("wan", "radial", TokenGrid(18, 48, 80)).block_mask()
+    assert (wan.visited, wan.total) == (83728, 540**2)
+    hunyuan = published("hunyuan_video", "radial", TokenGrid(30, 48, 80)).block_mask()
+    assert (hunyuan.visited, hunyuan.total) == (222452, 900**2)
+
+
+def test_gna_presets_are_the_published_windows():
+    """18x24x24 of 30x48x80 tokens, 91.00 % sparse; 16x32x48 of 16x44x80."""
+    hunyuan, cosmos = TokenGrid(30, 48, 80), TokenGrid(16, 44, 80)
+    assert published("hunyuan_video", "gna", hunyuan).pairs == hunyuan.visual * 18 * 24 * 24
+    assert published("cosmos", "gna", cosmos).pairs == cosmos.visual * 16 * 32 * 48
+
+
+def test_a_preset_sets_the_method_and_what_stays_dense(tiny_wan):
+    with dit_accel.accelerate(tiny_wan(), "radial", preset=True) as accel:
+        assert (accel.config.decay, accel.config.rule, accel.config.sink) == (0.2, "reference", True)
+        assert (accel.schedule.dense_steps, accel.schedule.dense_layers) == (0.24, 1)
+
+
+def test_what_is_given_wins(tiny_wan):
+    arguments = {"preset": True, "decay": 0.5, "dense_steps": 3, "dense_layers": 0}
+    with dit_accel.accelerate(tiny_wan(), "radial", **arguments) as accel:
+        assert (accel.config.decay, accel.config.rule) == (0.5, "reference")
+        assert (accel.schedule.dense_steps, accel.schedule.dense_layers) == (3, 0)
+
+
+def test_without_a_preset_the_defaults_count(tiny_wan):
+    with dit_accel.accelerate(tiny_wan(), "radial") as accel:
+        assert accel.config.decay == 1.0
+        assert accel.schedule == dit_accel.schedule.Schedule()
+
+
+def test_no_preset_names_those_that_exist(tiny_wan):
+    message = r"No settings of tile are recommended for the family wan \(there are some for radial, sla\)"
+    with pytest.raises(dit_accel.DitAccelError, match=message):
+        dit_accel.accelerate(tiny_wan(), "tile", preset=True, references=1)
+    with pytest.raises(dit_accel.DitAccelError, match="there are none at all"):
+        get_families()["allegro"].preset("radial")
+
+
+def test_a_preset_is_of_one_method(tiny_wan):
+    with pytest.raises(dit_accel.DitAccelError, match="preset=True takes the recommended settings of one method"):
+        dit_accel.accelerate(tiny_wan(), preset=True)
+    with pytest.raises(dit_accel.DitAccelError, match="leave out schedule="):
+        dit_accel.accelerate(tiny_wan(), "radial", preset=True, schedule="layers.json")
