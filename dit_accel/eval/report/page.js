@@ -14,8 +14,8 @@ function compare(article) {
 
   for (const [side, choice] of choices.entries()) {
     for (const [index, sample] of samples.entries()) choice.add(new Option(sample.dataset.row, index));
-    choice.value = side;
-    stage.append(shown(samples[side]));
+    choice.value = side && Math.max(1, samples.findIndex((sample, index) => index && sample.dataset.row !== "dense"));
+    stage.append(shown(samples[choice.value]));
     choice.addEventListener("change", () => {
       const old = stage.children[side];
       const next = shown(samples[choice.value]);

@@ -26,12 +26,13 @@ def render(summary: dict[str, Any], folder: Path) -> str:
         DitAccelError: matplotlib is not installed, or a picture or video is missing or of an unknown kind.
     """
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
-    from markupsafe import Markup
+    from markupsafe import Markup, escape
 
     environment = Environment(
         loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.globals.update(fields=fields, plain=plain)
+    environment.filters["breakable"] = lambda label: escape(label).replace(",", Markup(",<wbr>"))
     return environment.get_template("page.html.j2").render(
         summary=summary,
         style=Markup((HERE / "page.css").read_text(encoding="utf-8")),
@@ -40,7 +41,7 @@ def render(summary: dict[str, Any], folder: Path) -> str:
         panels=[(metric, Markup(pictures.panel(summary, metric).decode())) for metric in pictures.drawable(summary)],
         prompts=_by_prompt(summary.get("samples", []), folder),
         masks=[(mask["row"], embedded(folder / mask["image"])) for mask in summary.get("masks", [])],
-        maps=[(record, Markup(pictures.heat_maps(record).decode())) for record in summary.get("attention", [])],
+        maps=[(record, _heat_maps(record)) for record in summary.get("attention", [])],
     )
 
 
@@ -56,6 +57,14 @@ def embedded(path: Path) -> str:
     if not path.is_file():
         raise DitAccelError(f"The report wants {path}, which is not there; run the evaluation again.")
     return f"data:{kind};base64,{base64.b64encode(path.read_bytes()).decode('ascii')}"
+
+
+def _heat_maps(record: dict[str, Any]) -> Any:
+    """The heat maps of a record, None where nothing was measured because everything ran dense."""
+    from markupsafe import Markup
+
+    measured = any(heads for layer in record["error"] for heads in layer)
+    return Markup(pictures.heat_maps(record).decode()) if measured else None
 
 
 def _by_prompt(samples: Iterable[dict[str, Any]], folder: Path) -> list[dict[str, Any]]:

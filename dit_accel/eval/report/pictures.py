@@ -170,8 +170,13 @@ def _front_panel(axes: Axes, summary: dict[str, Any], metric: dict[str, Any], me
             colour, marker = COLOURS[index % len(COLOURS)], MARKERS[index % len(MARKERS)]
             axes.plot(*zip(*own, strict=True), linestyle="", color=colour, marker=marker, label=method, zorder=2)
     axes.axvline(1, color=INK, linewidth=0.6, linestyle=":", zorder=0)
-    axes.set(xlabel="speed-up of the denoising loop", ylabel=fields.heading(metric), title=metric["title"])
+    axes.set(xlabel="speed-up of the denoising loop", ylabel=_scale(metric), title=metric["title"])
     axes.spines[["top", "right"]].set_visible(False)
+
+
+def _scale(metric: dict[str, Any]) -> str:
+    """An axis label: the unit, and which way is better."""
+    return f"{metric['unit']}   {fields.arrow(metric)} better".strip()
 
 
 def _figure(width: float, height: float) -> Figure:

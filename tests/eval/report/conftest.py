@@ -100,7 +100,8 @@ def summary():
         "samples": samples,
         "masks": [{"row": "gna:window=0.5", "image": "media/gna.png"}],
         "attention": [
-            {"row": "gna:window=0.5", "steps": [0, 8], "layers": layers, "error": cells, "mass": cells, "queries": 16}
+            {"row": "gna:window=0.5", "steps": [0, 8], "layers": layers, "error": cells, "mass": cells, "queries": 16},
+            {"row": "reference", "steps": [], "layers": layers, "error": [[]] * 3, "mass": [[]] * 3, "queries": 16},
         ],
     }
 

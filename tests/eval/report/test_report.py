@@ -68,6 +68,7 @@ def test_files_are_written_together_and_the_page_holds_everything(summary, media
     html = (tmp_path / "report.html").read_text()
     assert html.count('src="data:video/mp4;base64,') == 2 and html.count('src="data:image/png;base64,') == 3
     assert "a &lt;b&gt;red&lt;/b&gt; circle" in html and "<b>red" not in html
+    assert html.count(">softmax mass kept</text>") == 2 and "<code>reference</code> ran dense throughout" in html
     assert "{{" not in html and "{%" not in html
     first = {name: (tmp_path / name).read_bytes() for name in NAMES}
     write_report(summary, tmp_path)

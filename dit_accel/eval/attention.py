@@ -1,0 +1,180 @@
+"""What a method does to each attention layer at each step: error against dense attention, and softmax mass kept.
+
+    with accelerated(pipe, "gna", window=0.5) as accel:
+        record = record_attention(accel, lambda: pipe(prompt), steps=(0, 8, 15))
+    record.worst(3)  # the layers to keep dense first
+
+Both are measured by `dit_accel.selfcheck` on sampled queries of the run's own q, k and v.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from dit_accel.errors import DitAccelError
+
+if TYPE_CHECKING:
+    import torch
+
+    from dit_accel.accelerator import Accelerator
+    from dit_accel.selfcheck import AttentionCall
+
+Indices = tuple[int, ...] | None  # None: all
+QUERIES = 64  # sampled in each head of a call
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Which denoising steps and which layers to measure; None means all."""
+
+    steps: Indices = None
+    layers: Indices = None
+
+
+@dataclass
+class AttentionRecord:
+    """Measured layers × steps, one figure a head.
+
+    Attributes:
+        steps: the denoising steps, in order.
+        layers: names as in `Accelerator.report()`, with the transformer's in front, in the order they run.
+        queries: sampled in each head of a call.
+        error: by (layer, step), for each head: norm of sparse minus dense over the norm of dense, over all samples and
+            calls of the step. Where a layer ran dense there is no entry.
+        mass: likewise the share of dense attention's softmax weight on the pairs that were kept.
+    """
+
+    steps: list[int]
+    layers: list[str]
+    queries: int
+    error: dict[tuple[str, int], list[float]] = field(default_factory=dict)
+    mass: dict[tuple[str, int], list[float]] = field(default_factory=dict)
+
+    def worst(self, count: int) -> list[str]:
+        """The `count` layers with the largest mean error over steps and heads, the largest first."""
+        errors: dict[str, list[float]] = defaultdict(list)
+        for (layer, _), heads in self.error.items():
+            errors[layer] += heads
+        return sorted(errors, key=lambda layer: sum(errors[layer]) / len(errors[layer]), reverse=True)[:count]
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain lists: `error[layer][step][head]` and `mass` alike; None in place of the heads where it was dense."""
+        return {
+            "steps": self.steps,
+            "layers": self.layers,
+            "queries": self.queries,
+            "error": [[self.error.get((layer, step)) for step in self.steps] for layer in self.layers],
+            "mass": [[self.mass.get((layer, step)) for step in self.steps] for layer in self.layers],
+        }
+
+
+class _Sums:
+    """What a layer's calls of one step add up to, by head."""
+
+    def __init__(self) -> None:
+        self.difference: torch.Tensor | float = 0.0
+        self.size: torch.Tensor | float = 0.0
+        self.mass: torch.Tensor | float = 0.0
+        self.samples = 0
+
+    def add(self, call: AttentionCall, queries: int) -> None:
+        found = call.measure(queries)
+        self.difference = self.difference + found.difference.sum(0)
+        self.size = self.size + found.size.sum(0)
+        self.mass = self.mass + found.mass.sum(0)
+        self.samples += len(found.mass)
+
+    def error(self) -> list[float]:
+        return (self.difference / self.size).sqrt().tolist()  # type: ignore[union-attr]
+
+
+def record_attention(
+    accel: Accelerator,
+    run: Callable[[], Any],
+    steps: Indices = None,
+    layers: Indices = None,
+    queries: int = QUERIES,
+) -> AttentionRecord:
+    """Measure the sparse attention calls of one run.
+
+    Args:
+        accel: at work in the pipeline.
+        run: calls the pipeline once, with the transformers not compiled.
+        steps: denoising steps to measure; None: all.
+        layers: layers to measure, counted in each transformer in the order they run; None: all.
+        queries: to sample in each head of a call.
+
+    Raises:
+        DitAccelError: the run has no such step or the model no such layer, or nothing tells the steps.
+    """
+    names = _chosen_layers(accel, layers)
+    sums: dict[tuple[str, int], _Sums] = defaultdict(_Sums)
+    seen: set[int] = set()
+
+    def note(call: AttentionCall) -> None:
+        if call.step is None:
+            raise DitAccelError("Nothing tells the denoising step of this call; accelerate the pipeline, or set_step.")
+        seen.add(call.step.index)
+        if call.step.count is not None:
+            seen.update(range(call.step.count))
+        name = f"{call.transformer}.{call.layer}"
+        if name in names and (steps is None or call.step.index in steps):
+            sums[name, call.step.index].add(call, queries)
+
+    with accel.watch(note):
+        run()
+    beyond = [step for step in steps or () if seen and step not in seen]
+    if beyond:
+        raise DitAccelError(f"There is no step {beyond[0]} to measure: this run has steps 0 to {max(seen)}.")
+    return AttentionRecord(
+        steps=sorted(seen) if steps is None else list(steps),
+        layers=names,
+        queries=queries,
+        error={key: found.error() for key, found in sums.items()},
+        mass={key: (found.mass / found.samples).tolist() for key, found in sums.items()},  # type: ignore[union-attr]
+    )
+
+
+def _chosen_layers(accel: Accelerator, layers: Indices) -> list[str]:
+    """Names of the chosen layers of all transformers."""
+    by_transformer: dict[str, list[str]] = defaultdict(list)
+    for layer in accel.report().layers:
+        by_transformer[layer.transformer].append(f"{layer.transformer}.{layer.name}")
+    names = []
+    for transformer, own in by_transformer.items():
+        beyond = [index for index in layers or () if index >= len(own)]
+        if beyond:
+            raise DitAccelError(f"{transformer} has no layer {beyond[0]}: its layers are 0 to {len(own) - 1}.")
+        names += own if layers is None else [own[index] for index in layers]
+    return names
+
+
+def parse_choice(text: str) -> Choice:
+    """Read what the command line says: ``steps=0,8-15,layers=0,1``; a part left out, or ``all``, means all.
+
+    Raises:
+        DitAccelError: it reads otherwise.
+    """
+    form = r"(steps|layers)=(all|\d+(?:-\d+)?(?:,\d+(?:-\d+)?)*)"
+    parts = [re.fullmatch(form, part) for part in re.split(r",(?=[a-z])", text.replace(" ", ""))]
+    chosen = {part[1]: _indices(part[2]) for part in parts if part}
+    if not all(parts) or len(chosen) < len(parts):
+        raise DitAccelError(f"Steps and layers are written steps=0,8-15,layers=0,1 or layers=all, got {text!r}.")
+    return Choice(**chosen)
+
+
+def _indices(text: str) -> Indices:
+    if text == "all":
+        return None
+    chosen: set[int] = set()
+    for part in text.split(","):
+        first, _, last = part.partition("-")
+        span = range(int(first), int(last or first) + 1)
+        if not span:
+            raise DitAccelError(f"{part} counts down; write the smaller one first.")
+        chosen.update(span)
+    return tuple(sorted(chosen))
