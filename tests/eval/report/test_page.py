@@ -14,7 +14,7 @@ def page(summary, media, tmp_path_factory):
     return (media.parent / "report.html").rename(tmp_path_factory.mktemp("elsewhere") / "report.html")
 
 
-def test_it_opens_plays_and_slides(page, chromium, pictures_folder):
+def test_it_opens_plays_and_slides(chromium, page, pictures_folder):
     chromium.open(page, width=1200)
     assert chromium.ask("document.title") == "Quality and speed of demo"
     assert chromium.ask("[...document.images].every((image) => image.naturalWidth > 0)")
@@ -41,7 +41,7 @@ def test_it_opens_plays_and_slides(page, chromium, pictures_folder):
 
 
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
-def test_it_is_usable_on_a_phone(page, chromium, pictures_folder, dark):
+def test_it_is_usable_on_a_phone(chromium, page, pictures_folder, dark):
     """Nothing but the table and the heat maps is wider than the screen, and what is pressed is large enough."""
     chromium.open(page, width=360, height=740, dark=dark)
     assert chromium.ask("document.documentElement.scrollWidth") == 360
