@@ -80,8 +80,8 @@ def save(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if content is not None:
-            _replace(folder / WEIGHTS_FILE, content)
-        _replace(folder / SETTINGS_FILE, (json.dumps(saved, indent=2) + "\n").encode())
+            replace_file(folder / WEIGHTS_FILE, content)
+        replace_file(folder / SETTINGS_FILE, (json.dumps(saved, indent=2) + "\n").encode())
         if content is None:
             (folder / WEIGHTS_FILE).unlink(missing_ok=True)
     except OSError as error:
@@ -179,7 +179,7 @@ def _read_weights(folder: pathlib.Path, digest: str) -> dict[str, torch.Tensor]:
     return weights
 
 
-def _replace(file: pathlib.Path, content: bytes) -> None:
+def replace_file(file: pathlib.Path, content: bytes) -> None:
     """Write under a temporary name in the same folder, then rename."""
     handle, temporary = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
     try:

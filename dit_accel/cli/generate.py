@@ -8,13 +8,22 @@ from typing import Annotated, Literal
 import typer
 
 from dit_accel.cli.options import Frames, Height, Method, Model, Revision, Settings, Width
+from dit_accel.errors import DitAccelError
 
 PROMPT = "a red circle moves right on a blue background"  # what the embedded model knows
 
 
 def generate(
     model: Model = "demo",
-    prompt: Annotated[str, typer.Option(help="What to show.")] = PROMPT,
+    prompt: Annotated[str | None, typer.Option(help=f"What to show. [default: {PROMPT}]")] = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE.txt",
+            help="A prompt a line: an output for each, shared out among the processes of `accelerate launch`; given "
+            "again, the command goes on where it was stopped.",
+        ),
+    ] = None,
     negative_prompt: Annotated[str | None, typer.Option(help="What not to show.")] = None,
     image: Annotated[Path | None, typer.Option(metavar="FILE", help="First frame, for image-to-video models.")] = None,
     method: Method = None,
@@ -36,6 +45,13 @@ def generate(
     ] = None,
     lora: Annotated[
         list[str] | None, typer.Option(metavar="PATH|ID", help="A LoRA for the transformer, repeatable.")
+    ] = None,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Compare each layer's first sparse call with dense attention.")
+    ] = False,
+    keep_dense_above: Annotated[
+        float | None,
+        typer.Option(metavar="ERROR", help="Verify, and keep layers dense whose relative error is above this."),
     ] = None,
     compare: Annotated[
         bool, typer.Option("--compare", help="Also generate densely; show both side by side with times, PSNR, SSIM.")
@@ -64,14 +80,25 @@ def generate(
     compile: Annotated[bool, typer.Option("--compile", help="torch.compile the transformer's blocks.")] = False,
     revision: Revision = None,
     output: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="mp4, gif or png by its ending; a JSON record lies beside it.")
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="mp4, gif or png by its ending; a JSON record lies beside it. With --prompts a number is put behind "
+            "the name, and NAME.jsonl lists all of them.",
+        ),
     ] = None,
-) -> None:
+) -> int:
     """Generate a video or an image with accelerated attention.
 
     Example: dit-accel generate --model demo --method radial --set decay=0.5 --compare --output circle.mp4
     """
     asked = locals()
-    from dit_accel.cli import job
+    from dit_accel.cli import batch, job
 
-    typer.echo("\n".join(job.run(job.Request(**asked))))
+    if prompt is not None and prompts is not None:
+        raise DitAccelError("--prompt and --prompts both say what to show; leave one of them out.")
+    request = job.Request(**asked | {"prompt": prompt or PROMPT})
+    if prompts is not None:
+        return batch.run(request)
+    typer.echo("\n".join(job.run(request)))
+    return 0

@@ -8,18 +8,22 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dit_accel.errors import DitAccelError
 from dit_accel.eval.versions import machine, versions
 from dit_accel.generation import call, sources
 from dit_accel.generation import output as files
 from dit_accel.generation.choice import Choice, choose
 from dit_accel.generation.sampling import Sample, sample
 from dit_accel.generation.sizes import Sizes, family_of, sizes_of
+from dit_accel.selfcheck import SelfCheck
 
 if TYPE_CHECKING:
     import torch
     from diffusers import DiffusionPipeline
+    from PIL.Image import Image
 
     from dit_accel.report import Report
+    from dit_accel.tokens import TokenGrid
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +33,7 @@ class Request:
     model: str
     revision: str | None
     prompt: str
+    prompts: Path | None
     negative_prompt: str | None
     image: Path | None
     method: str | None
@@ -39,6 +44,8 @@ class Request:
     preset: bool
     load: Path | None
     lora: list[str] | None
+    verify: bool
+    keep_dense_above: float | None
     compare: bool
     steps: int | None
     guidance: float | None
@@ -69,6 +76,110 @@ def run(request: Request) -> list[str]:
     Raises:
         DitAccelError: something asked for cannot be done; nothing was written.
     """
+    return prepare(request).load().make(request)
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What was asked for, found to fit together; no weights are loaded yet.
+
+    Args:
+        request: whose options these are.
+        chosen: method and settings.
+        source: where the model comes from.
+        shape: frames, height and width in pixels.
+        video: whether the model makes videos.
+        grid: the tokens of that size.
+        output: the file to write.
+        device, dtype, picture: as asked for.
+    """
+
+    request: Request
+    chosen: Choice
+    source: sources.Source
+    shape: tuple[int, int, int]
+    video: bool
+    grid: TokenGrid
+    output: Path
+    device: torch.device
+    dtype: torch.dtype
+    picture: Image | None
+
+    def load(self) -> Loaded:
+        """Load the pipeline.
+
+        Raises:
+            DitAccelError: the pipeline or a LoRA cannot be loaded.
+        """
+        asked = self.request
+        pipe = sources.load(self.source, self.dtype, self.device, asked.offload)
+        call.prepare(pipe, asked.lora or (), vae_tiling=asked.vae_tiling, compile=asked.compile)
+        return Loaded(self, pipe)
+
+
+@dataclasses.dataclass(frozen=True)
+class Loaded:
+    """A job with its pipeline, which can make an output for any prompt."""
+
+    job: Job
+    pipe: DiffusionPipeline
+
+    def make(self, request: Request) -> list[str]:
+        """Generate one output and write its files; `request` differs from the job's in prompt and output alone.
+
+        Returns:
+            Lines for people.
+
+        Raises:
+            DitAccelError: the pipeline's call cannot be made as asked, or the files cannot be written.
+        """
+        job, pipe = self.job, self.pipe
+        given = {
+            "prompt": request.prompt,
+            "negative_prompt": request.negative_prompt,
+            "image": job.picture,
+            "num_inference_steps": request.steps,
+            "guidance_scale": request.guidance,
+            "num_frames": job.shape[0] if job.video else None,
+            "height": job.shape[1],
+            "width": job.shape[2],
+        }
+        arguments = call.call_arguments(pipe, sources.call_defaults(job.source), given, request.pipe or ())
+        grid = job.grid
+        if grid.text:
+            grid = dataclasses.replace(grid, text=arguments.get("max_sequence_length", grid.text))
+        runs, report = _run(pipe, job.chosen, arguments, request, job.device)
+        path, title = request.output or job.output, job.chosen.title
+        record = {
+            "request": request.record(),
+            "pipeline": type(pipe).__name__,
+            "method": job.chosen.record(),
+            "grid": dataclasses.asdict(grid),
+            "call": {name: value for name, value in arguments.items() if name != "image"},
+            "dtype": str(job.dtype).removeprefix("torch."),
+            "device": str(job.device),
+            "fps": (request.fps or sources.frames_a_second(job.source)) if job.video else None,
+            "runs": {name: made.record() for name, made in runs.items()},
+            "comparison": _compare(**runs) if request.compare else None,
+            "report": report.as_dict(),
+            "versions": versions(),
+            "machine": machine(),
+            "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        }
+        _write(path, record, title, runs)
+        return [str(report), *_summary(path, record, title)]
+
+
+def prepare(request: Request, local_rank: int | None = None) -> Job:
+    """Check everything that can be checked without weights.
+
+    Args:
+        request: what is asked for.
+        local_rank: of this process on its machine, which picks a GPU of its own; None: there is one process.
+
+    Raises:
+        DitAccelError: something asked for cannot be done.
+    """
     source = sources.find(request.model, request.revision)
     chosen = choose(
         request.method,
@@ -79,6 +190,11 @@ def run(request: Request) -> list[str]:
         request.dense_layers,
         family_of(source) if request.preset else None,
     )
+    verify = request.verify or request.keep_dense_above is not None
+    if verify and request.compile:
+        raise DitAccelError("--verify cannot look into compiled attention; leave out --compile for that run.")
+    check = SelfCheck("first-call" if verify else None, request.keep_dense_above)
+    chosen = dataclasses.replace(chosen, selfcheck=check)
     sizes = sizes_of(source)
     shape = sizes.chosen(request.frames, request.height, request.width)
     path = request.output or Path("output.mp4" if sizes.video else "output.png")
@@ -86,43 +202,10 @@ def run(request: Request) -> list[str]:
     grid = sizes.grid(*shape)
     chosen.check(grid)
     device, dtype = call.placement(request.device, request.dtype, request.offload)
+    if local_rank is not None and request.device == "auto" and device.type == "cuda":
+        device, dtype = call.placement(f"cuda:{local_rank}", request.dtype, request.offload)
     picture = call.open_image(request.image)
-
-    pipe = sources.load(source, dtype, device, request.offload)
-    call.prepare(pipe, request.lora or (), vae_tiling=request.vae_tiling, compile=request.compile)
-    given = {
-        "prompt": request.prompt,
-        "negative_prompt": request.negative_prompt,
-        "image": picture,
-        "num_inference_steps": request.steps,
-        "guidance_scale": request.guidance,
-        "num_frames": shape[0] if sizes.video else None,
-        "height": shape[1],
-        "width": shape[2],
-    }
-    arguments = call.call_arguments(pipe, sources.call_defaults(source), given, request.pipe or ())
-    if grid.text:
-        grid = dataclasses.replace(grid, text=arguments.get("max_sequence_length", grid.text))
-    runs, report = _run(pipe, chosen, arguments, request, device)
-
-    record = {
-        "request": request.record(),
-        "pipeline": type(pipe).__name__,
-        "method": chosen.record(),
-        "grid": dataclasses.asdict(grid),
-        "call": {name: value for name, value in arguments.items() if name != "image"},
-        "dtype": str(dtype).removeprefix("torch."),
-        "device": str(device),
-        "fps": (request.fps or sources.frames_a_second(source)) if sizes.video else None,
-        "runs": {name: made.record() for name, made in runs.items()},
-        "comparison": _compare(**runs) if request.compare else None,
-        "report": report.as_dict(),
-        "versions": versions(),
-        "machine": machine(),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
-    _write(path, record, chosen.title, runs)
-    return [str(report), *_summary(path, record, chosen.title)]
+    return Job(request, chosen, source, shape, sizes.video, grid, path, device, dtype, picture)
 
 
 def _endings(sizes: Sizes, frames: int) -> tuple[str, ...]:
@@ -142,8 +225,8 @@ def _run(
             call.warm_up(pipe, arguments, whole=request.compile)
         call.warm_up(pipe, arguments, whole=request.compile)
         runs["dense"] = sample(pipe, arguments, request.seed, "dense", device)
-    accel = chosen.apply(pipe)
-    runs["accelerated"] = sample(pipe, arguments, request.seed, chosen.title, device)
+    with chosen.apply(pipe) as accel:
+        runs["accelerated"] = sample(pipe, arguments, request.seed, chosen.title, device)
     return runs, accel.report()
 
 

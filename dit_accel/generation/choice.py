@@ -10,6 +10,7 @@ from dit_accel import checkpoint, layerwise, registry
 from dit_accel.errors import DitAccelError
 from dit_accel.layerwise import LayerSettings
 from dit_accel.schedule import Schedule
+from dit_accel.selfcheck import SelfCheck
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -29,6 +30,7 @@ class Choice:
         schedule: what stays dense.
         folder: of the saved accelerator that all this was read from; None if it was typed.
         layers: the settings of each layer, where a saved accelerator has them; `config` is then empty.
+        selfcheck: compare the first sparse call with dense attention.
     """
 
     name: str
@@ -36,6 +38,7 @@ class Choice:
     schedule: Schedule
     folder: Path | None = None
     layers: LayerSettings | None = None
+    selfcheck: SelfCheck = dataclasses.field(default_factory=SelfCheck)
 
     @property
     def title(self) -> str:
@@ -70,13 +73,14 @@ class Choice:
         """
         from dit_accel import accelerator
 
+        check = dataclasses.asdict(self.selfcheck)
         if self.folder is not None:
-            return accelerator.load(pipe, self.folder)
-        return accelerator.accelerate(pipe, self.name, **self.config, **dataclasses.asdict(self.schedule))
+            return accelerator.load(pipe, self.folder, **check)
+        return accelerator.accelerate(pipe, self.name, **self.config, **dataclasses.asdict(self.schedule), **check)
 
     def without_schedule(self) -> Choice:
-        """The same with no step or layer dense by schedule, so that a single step runs the method."""
-        return dataclasses.replace(self, schedule=Schedule())
+        """The same with no step or layer dense by schedule, so that a single step runs the method, and unchecked."""
+        return dataclasses.replace(self, schedule=Schedule(), selfcheck=SelfCheck())
 
     def record(self) -> dict[str, Any]:
         """As plain values for JSON, with the settings that were left at their defaults."""

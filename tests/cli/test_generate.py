@@ -160,3 +160,17 @@ def test_compiled(cli, demo, tmp_path, monkeypatch):
     assert compiled == [True]
     report = json.loads((tmp_path / "a.json").read_text())["report"]
     assert report["sparse_calls"] == report["dense_calls"] == 4
+
+
+def test_verify_reports_how_far_each_layer_is_from_dense(cli, demo, tmp_path):
+    options = ("--method", "gna:window=0.5", "--output", tmp_path / "a.gif")
+    outcome = cli("generate", *SMALL, *options, "--verify")
+    assert outcome.status == 0, outcome.err
+    assert "softmax mass kept" in outcome.out
+    layers = json.loads((tmp_path / "a.json").read_text())["report"]["layers"]
+    assert all(0 < layer["relative_error"] and 0 < layer["kept_mass"] < 1 for layer in layers)
+    limit = sum(layer["relative_error"] for layer in layers) / len(layers)
+    assert cli("generate", *SMALL, *options, "--keep-dense-above", limit).status == 0
+    report = json.loads((tmp_path / "a.json").read_text())["report"]
+    assert report["sparse_calls"] == report["dense_calls"] == 4
+    assert "leave out --compile" in cli("generate", *SMALL, *options, "--verify", "--compile").err
