@@ -2,6 +2,7 @@
 # make test   the test suite          make check   lint, types, layout
 # make kernels  every Triton kernel compiled for five architectures, no GPU needed, as JSON rows
 # make bench  the attention methods against dense attention on this machine, as JSON rows
+# make eval   quality and speed of all methods on the embedded model: report, table and picture
 # make        this list
 # Every target installs what it needs into .venv first, at the versions of constraints.txt.
 
@@ -17,7 +18,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check kernels bench clean
+.PHONY: help install demo test check kernels bench eval clean
 
 help:
 	@sed -n '1,/^$$/s/^# //p' Makefile
@@ -59,6 +60,9 @@ check: $(INSTALLED)
 
 bench: $(INSTALLED)
 	$(BIN)/dit-accel bench --output $(OUTPUT)/bench.jsonl
+
+eval: $(INSTALLED)
+	$(BIN)/dit-accel eval --suite demo --output $(OUTPUT)/eval
 
 clean:
 	rm -rf $(VENV) $(VENV)-bootstrap build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache

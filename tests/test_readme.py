@@ -34,8 +34,9 @@ def test_commands_parse(command):
     _, verb, *arguments = shlex.split(command)
     group = typer.main.get_command(app)
     context = group.commands[verb].make_context(verb, arguments, resilient_parsing=False)
-    if context.params.get("method"):
-        name, settings = registry.parse_method(context.params["method"], context.params.get("settings") or ())
+    methods = context.params.get("method") or ()
+    for method in [methods] if isinstance(methods, str) else methods:
+        name, settings = registry.parse_method(method, context.params.get("settings") or ())
         registry.make_config(name, settings)
 
 

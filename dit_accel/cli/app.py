@@ -10,6 +10,7 @@ import typer
 
 from dit_accel import __version__
 from dit_accel.cli import bench, env, generate, ls, plan
+from dit_accel.cli.eval import evaluate
 from dit_accel.errors import DitAccelError
 
 USER_ERROR = 2
@@ -25,6 +26,7 @@ app = typer.Typer(
 )
 for verb in (generate.generate, bench.bench, plan.plan, ls.ls, env.env):
     app.command()(verb)
+app.command("eval")(evaluate)
 
 
 def _print_version(asked: bool) -> None:

@@ -212,8 +212,10 @@ def _load(source: str, device: torch.device) -> Any:
 
         return Inception.load(device, None if source == INCEPTION else Path(source))
     from dit_accel.eval.clip import Clip
+    from dit_accel.generation.sources import quietly
 
-    return Clip.load("demo" if source == DEMO_CLIP else source, device=device)
+    with quietly():
+        return Clip.load("demo" if source == DEMO_CLIP else source, device=device)
 
 
 def require_packages(metric: str, packages: Iterable[str]) -> None:

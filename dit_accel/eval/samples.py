@@ -44,7 +44,7 @@ class Store:
         return self.folder / f"{key}.safetensors"
 
     def write(self, frames: np.ndarray, row: Row) -> Row:
-        """Write frames, uint8 [F, H, W, 3], under a temporary name, then rename.
+        """Write frames, uint8 [F, H, W, 3] with any strides, under a temporary name, then rename.
 
         Returns:
             The row with a hash of the frames in it.
@@ -52,8 +52,10 @@ class Store:
         Raises:
             DitAccelError: the disk is full or the folder cannot be written.
         """
+        import numpy as np
         from safetensors.numpy import save
 
+        frames = np.ascontiguousarray(frames)  # safetensors writes the memory as it lies
         path = self.path(row["key"])
         row = row | {"sha256": hash_of(frames)}
         temporary = path.with_suffix(f".{os.getpid()}.tmp")

@@ -76,9 +76,10 @@ def read_frames(path: Path) -> np.ndarray:
 
 def _read_video(path: Path) -> list[np.ndarray]:
     import imageio.v2
+    import numpy as np
 
     with imageio.v2.get_reader(path, format="FFMPEG") as reader:
-        return list(reader)
+        return [np.asarray(frame) for frame in reader]
 
 
 def _read_pictures(path: Path) -> list[np.ndarray]:

@@ -137,7 +137,7 @@ def load(source: Source, dtype: torch.dtype, device: torch.device, offload: str 
         _check_weights(source.folder)
     staging = device if offload == "none" else torch.device("cpu")
     try:
-        with _quietly():
+        with quietly():
             pipe = _load(source, dtype).to(staging)
     except torch.OutOfMemoryError as error:
         raise DitAccelError(
@@ -179,7 +179,7 @@ def _load(source: Source, dtype: torch.dtype) -> DiffusionPipeline:
 
 
 @contextlib.contextmanager
-def _quietly() -> Iterator[None]:
+def quietly() -> Iterator[None]:
     """Without the progress bars and remarks of loading, so that what goes wrong stands alone; errors are raised."""
     import diffusers.utils.logging
     import transformers.utils.logging

@@ -4,35 +4,14 @@ import json
 
 import pytest
 import torch
-from transformers import CLIPConfig, CLIPModel, UMT5Config
+from transformers import UMT5Config
 
 from dit_accel.errors import DitAccelError
 from dit_accel.eval.clip import Clip, Preparation, read_preparation
-from dit_accel.pipelines.demo.model import build_tokenizer
-
-ORIGINAL = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}  # as OpenAI's folders say it
-ORIGINAL |= {"image_processor_type": "CLIPImageProcessor", "resample": 3, "do_center_crop": True}
-ORIGINAL |= {"image_mean": [0.48, 0.46, 0.41], "image_std": [0.27, 0.26, 0.28]}
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """A tiny CLIP of random weights in the format of the hub's."""
-    torch.manual_seed(0)
-    place = tmp_path_factory.mktemp("clip") / "tiny-clip"
-    tokenizer = build_tokenizer()
-    text = {"vocab_size": len(tokenizer), "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
-    text |= {"num_attention_heads": 2, "max_position_embeddings": 8, "eos_token_id": tokenizer.eos_token_id}
-    vision = {"image_size": 32, "patch_size": 8, "hidden_size": 24, "intermediate_size": 32}
-    vision |= {"num_hidden_layers": 3, "num_attention_heads": 2}
-    CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=12)).save_pretrained(place)
-    tokenizer.save_pretrained(place)
-    (place / "preprocessor_config.json").write_text(json.dumps(ORIGINAL))
-    return place
-
-
-def test_towers_of_a_folder(folder):
-    clip = Clip.load(folder)
+def test_towers_of_a_folder(clip_folder):
+    clip = Clip.load(clip_folder)
     frames = torch.rand(70, 3, 40, 56, generator=torch.Generator().manual_seed(0))  # more than one batch
     images, texts = (
         clip.images(frames),
@@ -55,7 +34,7 @@ def test_towers_of_a_folder(folder):
 
 
 @pytest.mark.parametrize("size", [(48, 64), (32, 32), (64, 32), (20, 30)], ids=str)
-def test_frames_are_prepared_as_transformers_does(folder, size):
+def test_frames_are_prepared_as_transformers_does(clip_folder, size):
     """Against its own processor on Pillow, which works in 8 bits.
 
     Pillow rounds after each of its two passes, and the second adds up what the first rounded with weights whose sizes
@@ -64,10 +43,11 @@ def test_frames_are_prepared_as_transformers_does(folder, size):
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
     frame = torch.randint(64, 192, (3, *size), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-    theirs = CLIPImageProcessorPil(**ORIGINAL)(frame.permute(1, 2, 0).numpy(), return_tensors="pt").pixel_values
-    ours = read_preparation(str(folder))(frame[None] / 255)
+    original = json.loads((clip_folder / "preprocessor_config.json").read_text())
+    theirs = CLIPImageProcessorPil(**original)(frame.permute(1, 2, 0).numpy(), return_tensors="pt").pixel_values
+    ours = read_preparation(str(clip_folder))(frame[None] / 255)
     assert ours.shape == theirs.shape == (1, 3, 32, 32)
-    levels = 255 * (ours - theirs) * torch.tensor(ORIGINAL["image_std"]).view(3, 1, 1)
+    levels = 255 * (ours - theirs) * torch.tensor(original["image_std"]).view(3, 1, 1)
     assert levels.abs().max() <= 1.2
 
 
@@ -76,11 +56,11 @@ def test_both_sides_can_be_given():
     torch.testing.assert_close(prepare(torch.full((2, 3, 40, 60), 0.75)), torch.ones(2, 3, 16, 16))
 
 
-def test_what_is_no_clip_is_refused(folder, tmp_path):
+def test_what_is_no_clip_is_refused(clip_folder, tmp_path):
     with pytest.raises(DitAccelError, match=r"No CLIP could be loaded from nowhere/at-all: .*Give 'demo', a folder"):
         Clip.load("nowhere/at-all")
     UMT5Config().save_pretrained(tmp_path / "other")
     with pytest.raises(DitAccelError, match="holds a model of type 'umt5'; give one of type 'clip'"):
         Clip.load(tmp_path / "other")
     with pytest.raises(ValueError, match=r"frames \[N, 3, H, W\], got \(3, 32, 32\)"):
-        Clip.load(folder).images(torch.zeros(3, 32, 32))
+        Clip.load(clip_folder).images(torch.zeros(3, 32, 32))

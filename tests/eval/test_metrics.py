@@ -165,6 +165,13 @@ class TestTemporal:
 class TestNames:
     """What can be asked for."""
 
+    @pytest.mark.parametrize("name", metrics.NAMES)
+    def test_each_has_a_file(self, name):
+        kind = importlib.import_module(f"dit_accel.eval.{name}").METRIC
+        assert kind.name == name
+        assert (kind.score is None) != (kind.collect is None)
+        assert kind.about.endswith(".")
+
     @pytest.mark.parametrize(
         ("asked", "message"),
         [

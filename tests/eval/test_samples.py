@@ -32,6 +32,12 @@ class TestStore:
         assert np.array_equal(store.frames("a"), frames)
         assert [path.name for path in (tmp_path / "new").iterdir()] == ["a.safetensors"]
 
+    def test_frames_with_any_strides(self, tmp_path, frames):
+        turned = frames.transpose(3, 1, 2, 0)[..., :1].transpose(3, 1, 2, 0)  # a view with strides of its own
+        store = Store(tmp_path)
+        assert store.find(store.write(turned, ROW)["key"]) is not None
+        assert np.array_equal(store.frames("a"), turned)
+
     def test_finds_nothing_where_nothing_is(self, tmp_path):
         assert Store(tmp_path).find("a") is None
 

@@ -1,0 +1,198 @@
+"""`dit-accel eval`: what each method makes of a model's quality and speed, in one table and one report."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from dit_accel.cli.options import Frames, Height, Revision, Width
+from dit_accel.errors import DitAccelError
+
+INTERRUPTED = 130
+
+# What a suite may say, and the type of each value (of each item, where there are several).
+SUITE_KEYS: dict[str, type] = {
+    "model": str,
+    "revision": str,
+    "prompts": str,
+    "negative_prompt": str,
+    "seeds": int,
+    "methods": object,
+    "steps": int,
+    "guidance": float,
+    "frames": int,
+    "height": int,
+    "width": int,
+    "fps": int,
+    "pipe": str,
+    "metrics": str,
+    "reference": Path,
+    "require": str,
+    "pictures": int,
+    "dtype": str,
+    "compile": bool,
+    "vae_tiling": bool,
+}
+
+
+def evaluate(
+    model: Annotated[str | None, typer.Option(help="demo, a folder in Diffusers' format, or an id on the Hub.")] = None,
+    prompts: Annotated[
+        str | None,
+        typer.Option(metavar="FILE|LIST|FOLDER", help="One a line; demo, general; captioned images or videos."),
+    ] = None,
+    seeds: Annotated[str | None, typer.Option(metavar="N,N|N-N", help="Of the noise, such as 0,1,2 or 0-3.")] = None,
+    method: Annotated[
+        list[str] | None,
+        typer.Option(metavar="METHOD[:KEY=VALUE,...]", help="Repeatable; `dit-accel ls` lists methods."),
+    ] = None,
+    load: Annotated[
+        list[Path] | None, typer.Option(metavar="FOLDER", help="A saved accelerator as a further method, repeatable.")
+    ] = None,
+    dense_steps: Annotated[
+        str | None, typer.Option(metavar="N|SHARE", help="First denoising steps that stay dense in every --method.")
+    ] = None,
+    dense_last_steps: Annotated[str | None, typer.Option(metavar="N|SHARE", help="Last ones that stay dense.")] = None,
+    dense_layers: Annotated[
+        str | None, typer.Option(metavar="N|SHARE|I,J", help="First layers that stay dense, or a list of layers.")
+    ] = None,
+    suite: Annotated[
+        str | None, typer.Option(metavar="FILE|NAME", help="All of this in YAML; options given here win over it.")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps; the model's own if not given.")] = None,
+    guidance: Annotated[float | None, typer.Option(help="Guidance scale; the model's own if not given.")] = None,
+    negative_prompt: Annotated[str | None, typer.Option(help="What not to show.")] = None,
+    frames: Frames = None,
+    height: Height = None,
+    width: Width = None,
+    fps: Annotated[int | None, typer.Option(min=1, max=100, help="Frames a second in the report.")] = None,
+    pipe: Annotated[
+        list[str] | None, typer.Option(metavar="KEY=VALUE", help="Any other argument of the pipeline's call.")
+    ] = None,
+    metric: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME[[NETWORK]]", help="Such as psnr or fid[demo-clip], repeatable; all if not."),
+    ] = None,
+    reference: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="Images or videos to hold FID and KID against; else the dense outputs."),
+    ] = None,
+    require: Annotated[
+        str | None, typer.Option(metavar="LIMITS", help="Such as 'psnr>=25,speedup>=1.5'; status 1 if one breaks.")
+    ] = None,
+    pictures: Annotated[int | None, typer.Option(min=0, help="Prompts to show in the report; 4 if not given.")] = None,
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16", "float16"], typer.Option(help="auto: bfloat16 on a GPU, else float32.")
+    ] = "auto",
+    device: Annotated[str, typer.Option(help="cuda, cuda:1, cpu, ...; auto: a GPU if there is one.")] = "auto",
+    offload: Annotated[
+        Literal["none", "model", "group"], typer.Option(help="Keep weights in main memory and move models or layers.")
+    ] = "none",
+    vae_tiling: Annotated[bool, typer.Option("--vae-tiling", help="Decode in tiles: less memory.")] = False,
+    compile: Annotated[bool, typer.Option("--compile", help="torch.compile the transformer's blocks.")] = False,
+    revision: Revision = None,
+    cache: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="Dense outputs to share between evaluations; OUTPUT/references if not."),
+    ] = None,
+    output: Annotated[
+        Path, typer.Option(metavar="FOLDER", help="For report.html, results.jsonl, summary.json and summary.md.")
+    ] = Path("evaluation"),
+) -> int:
+    """Compare methods with the untouched pipeline: speed, likeness, distribution, and pictures of both.
+
+    A run that was stopped goes on where it stopped when it is started again.
+
+    Example: dit-accel eval --model demo --prompts demo --method gna:window=0.5 --method radial --output outputs/eval
+    """
+    from dit_accel.eval import quality
+    from dit_accel.eval import suite as suites
+    from dit_accel.generation.choice import choose
+
+    schedule = (dense_steps, dense_last_steps, dense_layers)
+    chosen = [choose(text, None, None, *schedule) for text in method or ()]
+    chosen += [choose(None, None, folder, None, None, None) for folder in load or ()]
+    if any(part is not None for part in schedule) and not method:
+        raise DitAccelError("--dense-steps, --dense-last-steps and --dense-layers belong to --method, and none came.")
+    typed = {
+        "model": model,
+        "revision": revision,
+        "prompts": prompts,
+        "negative_prompt": negative_prompt,
+        "seeds": None if seeds is None else _seeds(seeds),
+        "methods": chosen or None,
+        "steps": steps,
+        "guidance": guidance,
+        "frames": frames,
+        "height": height,
+        "width": width,
+        "fps": fps,
+        "pipe": pipe or None,
+        "metrics": metric or None,
+        "reference": reference,
+        "require": require,
+        "pictures": pictures,
+        "dtype": None if dtype == "auto" else dtype,
+        "compile": compile or None,
+        "vae_tiling": vae_tiling or None,
+    }
+    asked: dict[str, Any] = {} if suite is None else suites.read(suite, SUITE_KEYS)
+    asked |= {name: value for name, value in typed.items() if value is not None}
+    asked = {name: tuple(value) if isinstance(value, list) else value for name, value in asked.items()}
+    try:
+        outcome = quality.run(quality.Request(**asked, device=device, offload=offload, cache=cache, output=output))
+    except KeyboardInterrupt:
+        typer.echo(f"dit-accel: interrupted; the same command goes on with what is in {output}.", err=True)
+        return INTERRUPTED
+    if outcome.summary is not None:
+        _print(outcome.summary)
+        typer.echo(f"report:  {output / 'report.html'}\nresults: {output / 'results.jsonl'}")
+    for line in outcome.broken:
+        typer.echo(f"dit-accel: {line}.", err=True)
+    return outcome.status
+
+
+def _seeds(text: str) -> list[int]:
+    """Numbers and spans of numbers with commas between them."""
+    found: list[int] = []
+    for part in text.split(","):
+        span = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part)
+        if span is None or (span[2] and int(span[2]) < int(span[1])):
+            raise DitAccelError(f"--seeds are numbers and spans, such as 0,1,2 or 0-3; got {text!r}.")
+        found += range(int(span[1]), int(span[2] or span[1]) + 1)
+    return list(dict.fromkeys(found))
+
+
+def _print(summary: dict[str, Any]) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    metrics = summary["metrics"]
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    table.add_column("", no_wrap=True)
+    for column in ("density", "loop s", "speed-up", *(metric["name"].replace("[", "\n[") for metric in metrics)):
+        table.add_column(Text(column), justify="right", no_wrap=True)
+    missing: dict[str, str] = {}
+    for row in summary["rows"]:
+        cells = []
+        for metric in metrics:
+            figure = row["figures"][metric["name"]]
+            if figure["value"] is None:
+                missing[metric["name"]] = figure["missing"]
+            cells.append(_number(figure["value"]))
+        speed = (f"{row['density']:.3f}", f"{row['loop_seconds']['p50']:.2f}", f"{row['speedup']:.2f}")
+        table.add_row(row["label"], *speed, *cells)
+    console = Console()
+    console.width = max(console.width, console.measure(table).maximum)  # whole figures, even where lines wrap
+    console.print(table)
+    for name, reason in missing.items():
+        console.print(f"{name} {reason}.", highlight=False, markup=False)
+
+
+def _number(value: float | str | None) -> str:
+    return "-" if value is None else str(value) if isinstance(value, str) else f"{value:.4g}"

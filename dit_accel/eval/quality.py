@@ -1,0 +1,226 @@
+"""Quality versus speed of a model's methods: checked, generated, scored, written.
+
+Everything that can be refused is refused before the first weight of the model is loaded.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dit_accel.errors import DitAccelError
+from dit_accel.eval import gates, prompts
+from dit_accel.eval.metrics import Metric, choose
+from dit_accel.eval.processes import Processes
+from dit_accel.eval.samples import Results, Store
+from dit_accel.eval.summary import FIGURES, Evaluation, Summary, limited, write
+from dit_accel.eval.sweep import Entry, Item, Sweep, entries, folder_hash
+from dit_accel.eval.versions import machine, versions
+from dit_accel.generation import call, captioned, sources
+from dit_accel.generation.choice import Choice
+from dit_accel.generation.output import check_folder
+from dit_accel.generation.sizes import Sizes, sizes_of
+
+if TYPE_CHECKING:
+    import torch
+
+    from dit_accel.generation.captioned import Captioned
+    from dit_accel.generation.sources import Source
+
+BROKEN = 1  # the exit status where a limit does not hold
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What `dit-accel eval` was asked for; each field is the option of that name."""
+
+    output: Path
+    model: str = "demo"
+    revision: str | None = None
+    prompts: str | None = None
+    negative_prompt: str | None = None
+    seeds: tuple[int, ...] = (0,)
+    methods: tuple[Choice, ...] = ()
+    steps: int | None = None
+    guidance: float | None = None
+    frames: int | None = None
+    height: int | None = None
+    width: int | None = None
+    fps: int | None = None
+    pipe: tuple[str, ...] = ()
+    metrics: tuple[str, ...] = ()
+    reference: Path | None = None
+    require: str | None = None
+    pictures: int = 4
+    dtype: str = "auto"
+    device: str = "auto"
+    offload: str = "none"
+    vae_tiling: bool = False
+    compile: bool = False
+    cache: Path | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What came of an evaluation.
+
+    Args:
+        summary: as in summary.json; None on all processes but the first.
+        broken: the limits that do not hold, a line each.
+    """
+
+    summary: Summary | None
+    broken: list[str]
+
+    @property
+    def status(self) -> int:
+        """The exit status: 0, or 1 where a limit does not hold."""
+        return BROKEN if self.broken else 0
+
+
+def run(request: Request) -> Outcome:
+    """Evaluate.
+
+    Raises:
+        DitAccelError: something asked for cannot be done. What was finished before stays, and is not done again.
+    """
+    listed = _entries(request)
+    limits = [] if request.require is None else gates.parse(request.require)
+    source = sources.find(request.model, request.revision)
+    asked = prompts.read(request.prompts or ("demo" if source.kind == "embedded" else "general"))
+    items = [Item(text, seed) for text in asked.texts for seed in request.seeds]
+    sizes = sizes_of(source)
+    shape = sizes.chosen(request.frames, request.height, request.width)
+    grid = sizes.grid(*shape)
+    for entry in listed:
+        if entry.choice is not None:
+            entry.choice.check(grid)
+    check_folder(request.output)
+    processes = Processes(request.device)
+    device, dtype = call.placement(processes.device(request.device), request.dtype, request.offload)
+    media = asked.media if request.reference is None else _reference_set(request.reference)
+    images = _count_images(media)
+    metrics = choose(request.metrics, source.kind == "embedded", shape[0], device)
+    gates.check_names(limits, (*FIGURES, *(metric.name for metric in metrics)))
+    _check_sets(metrics, images if media else None, shape[0] * len(items), device)
+
+    pipe = sources.load(source, dtype, device, request.offload)
+    call.prepare(pipe, (), vae_tiling=request.vae_tiling, compile=request.compile)
+    pipe.set_progress_bar_config(disable=True)
+    arguments = _arguments(request, source, sizes, shape, pipe)
+    results = Results(request.output, processes.index)
+    results.read()
+    for place in results.damaged if processes.main else ():
+        print(f"{place}, is damaged; its sample is made again.", file=sys.stderr)
+    processes.wait()
+    sweep = Sweep(
+        pipe,
+        arguments,
+        _identity(source, device, dtype, request),
+        device,
+        results,
+        Store(request.output / "samples"),
+        Store(request.cache or request.output / "references"),
+        compile=request.compile,
+    )
+    sweep.run(listed, processes.share(items))
+    processes.wait()
+    results.read()
+    evaluation = Evaluation(
+        request=request,
+        entries=listed,
+        items=items,
+        sweep=sweep,
+        metrics=metrics,
+        media=media,
+        images=images,
+        grid=grid,
+        fps=request.fps or sources.frames_a_second(source),
+        device=device,
+        dtype=str(dtype).removeprefix("torch."),
+        processes=processes,
+    )
+    summary = write(evaluation)
+    return Outcome(summary, [] if summary is None else gates.broken(limits, limited(summary)))
+
+
+def _entries(request: Request) -> list[Entry]:
+    listed = entries(request.methods)
+    labels = [entry.label for entry in listed]
+    if len(listed) == 1:
+        raise DitAccelError("Nothing to evaluate: give --method METHOD[:KEY=VALUE,...], repeatable, or --suite FILE.")
+    for label in labels:
+        if labels.count(label) > 1:
+            raise DitAccelError(f"{label} is listed twice; leave one out.")
+    return listed
+
+
+def _reference_set(folder: Path) -> tuple[Captioned, ...]:
+    if not folder.is_dir():
+        raise DitAccelError(f"--reference {folder} is no folder; give one of images or videos.")
+    return tuple(captioned.find(folder))
+
+
+def _count_images(media: tuple[Captioned, ...]) -> int:
+    """Frames of a reference set, all of it read once, so that a damaged file shows now and not after the work.
+
+    Raises:
+        DitAccelError: a file cannot be read, or they are not of one size.
+    """
+    count, first = 0, None
+    for found in media:
+        frames = captioned.read_frames(found.path)
+        count += len(frames)
+        size = frames.shape[1:3]
+        first = first or (found.path, size)
+        if size != first[1]:
+            (one, other) = (f"{path.name} is {h}x{w}" for path, (h, w) in (first, (found.path, size)))
+            raise DitAccelError(f"A reference set has one size, and {one}, {other}; bring them to the same.")
+    return count
+
+
+def _check_sets(metrics: list[Metric], reference: int | None, generated: int, device: torch.device) -> None:
+    """Refuse what was asked for by name and would have no figure."""
+    from dit_accel.eval.scoring import features_of
+
+    for metric in metrics:
+        if metric.kind.collect is None or not metric.asked:
+            continue
+        least = metric.kind.least(features_of(metric, device))
+        for whose, count in (("the reference set has", reference), ("this run generates", generated)):
+            if count is not None and count < least:
+                raise DitAccelError(
+                    f"{metric.name} needs {least:,} images in each set, and {whose} {count:,}; add some, or leave it."
+                )
+
+
+def _arguments(
+    request: Request, source: Source, sizes: Sizes, shape: tuple[int, int, int], pipe: Any
+) -> dict[str, Any]:
+    """The arguments of the pipeline's call, without the prompt."""
+    given = {
+        "prompt": "",
+        "negative_prompt": request.negative_prompt,
+        "num_inference_steps": request.steps,
+        "guidance_scale": request.guidance,
+        "num_frames": shape[0] if sizes.video else None,
+        "height": shape[1],
+        "width": shape[2],
+    }
+    arguments = call.call_arguments(pipe, sources.call_defaults(source), given, request.pipe)
+    del arguments["prompt"]
+    return arguments
+
+
+def _identity(source: Source, device: torch.device, dtype: torch.dtype, request: Request) -> dict[str, Any]:
+    """What decides the pixels beside the call: the model, where it runs, in what, with which versions."""
+    return {
+        # A snapshot of the Hub lies in a folder named after its commit, which also decides its weights.
+        "model": source.folder.name if source.kind == "hub" else folder_hash(source.folder),
+        "device": machine()["gpus"] if device.type == "cuda" else device.type,
+        "dtype": str(dtype),
+        "options": [request.vae_tiling, request.compile],
+        "versions": {name: versions()[name] for name in ("torch", "diffusers", "transformers", "triton")},
+    }

@@ -1,0 +1,122 @@
+"""Where prompts and reference sets come from, and suites."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dit_accel.errors import DitAccelError
+from dit_accel.eval import prompts, suite
+from dit_accel.generation import captioned, output
+
+KEYS = {"model": str, "seeds": int, "steps": int, "guidance": float, "methods": object, "compile": bool}
+
+
+def picture(path, size=(8, 6), caption=None):
+    Image.new("RGB", size, (10, 20, 30)).save(path)
+    if caption is not None:
+        path.with_suffix(".txt").write_text(caption)
+
+
+class TestPrompts:
+    def test_file(self, tmp_path):
+        (tmp_path / "a.txt").write_text("  a red circle\n\nzwei Füchse\na red circle\n", encoding="utf-8")
+        assert prompts.read(str(tmp_path / "a.txt")).texts == ("a red circle", "zwei Füchse")
+
+    @pytest.mark.parametrize("name", prompts.built_in())
+    def test_built_in(self, name):
+        assert len(prompts.read(name).texts) == 16
+
+    def test_folder(self, tmp_path):
+        picture(tmp_path / "b.png", caption="a red\n circle")
+        picture(tmp_path / "a.jpg", caption="a blue square")
+        found = prompts.read(str(tmp_path))
+        assert found.texts == ("a blue square", "a red circle")
+        assert [media.path.name for media in found.media] == ["a.jpg", "b.png"]
+
+    def test_refused(self, tmp_path):
+        (tmp_path / "empty.txt").write_text("\n \n")
+        (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00")
+        (tmp_path / "none").mkdir()
+        (tmp_path / "bare").mkdir()
+        picture(tmp_path / "bare" / "a.png")
+        for source, message in (
+            (tmp_path / "empty.txt", "holds no prompt"),
+            (tmp_path / "binary.txt", "cannot be read as text"),
+            (tmp_path / "none", "holds no image or video"),
+            (tmp_path / "bare", r"a\.png has no caption; write it to a\.txt"),
+            ("dmeo", "Did you mean 'demo'"),
+        ):
+            with pytest.raises(DitAccelError, match=message):
+                prompts.read(str(source))
+
+
+class TestCaptioned:
+    def test_frames_of_every_kind(self, tmp_path):
+        frames = np.random.default_rng(0).integers(0, 256, (4, 16, 24, 3), dtype=np.uint8)
+        for name in ("a.mp4", "b.gif"):
+            output.write_frames(tmp_path / name, frames, fps=8)
+            assert captioned.read_frames(tmp_path / name).shape == (4, 16, 24, 3)
+        output.write_frames(tmp_path / "c.png", frames[:1], fps=1)
+        assert np.array_equal(captioned.read_frames(tmp_path / "c.png"), frames[:1])
+
+    @pytest.mark.parametrize("name", ["a.mp4", "a.gif", "a.png"])
+    def test_damaged(self, tmp_path, name):
+        (tmp_path / name).write_bytes(b"no picture")
+        with pytest.raises(DitAccelError, match=f"{name} cannot be read as an image or video"):
+            captioned.read_frames(tmp_path / name)
+
+    def test_captions(self, tmp_path):
+        picture(tmp_path / "a.png", caption=" ")
+        with pytest.raises(DitAccelError, match=r"a\.txt is empty"):
+            captioned.find(tmp_path)
+        picture(tmp_path / "a.png", caption="a")
+        picture(tmp_path / "a.jpg")
+        with pytest.raises(DitAccelError, match="would share one caption"):
+            captioned.find(tmp_path)
+
+
+class TestSuites:
+    def read(self, tmp_path, text):
+        (tmp_path / "s.yaml").write_text(text)
+        return suite.read(str(tmp_path / "s.yaml"), KEYS)
+
+    def test_values(self, tmp_path):
+        found = self.read(
+            tmp_path,
+            "model: demo\nseeds: [0, 2]\nguidance: 5\nmethods:\n  - gna:window=0.5\n"
+            "  - {method: 'radial:decay=0.2', dense_steps: 2, dense_layers: [0, 3]}\n",
+        )
+        one, other = found.pop("methods")
+        assert found == {"model": "demo", "seeds": [0, 2], "guidance": 5.0}
+        assert (one.title, other.title) == ("gna:window=0.5", "radial:decay=0.2")
+        assert (other.schedule.dense_steps, other.schedule.dense_layers) == (2, (0, 3))
+
+    @pytest.mark.parametrize(
+        ("text", "message"),
+        [
+            ("modle: demo", "unknown key 'modle'. Did you mean 'model'?"),
+            ("steps: many", "steps should be of type int, got 'many'"),
+            ("steps: true", "steps should be of type int, got True"),
+            ("seeds: [0, x]", "seeds should be of type int, got 'x'"),
+            ("- demo", "should hold keys and values"),
+            ("model: [", "is not YAML"),
+            ("methods: [gnaa]", "Did you mean 'gna'?"),
+            ("methods: [{method: gna, window: 2}]", "has the keys method, load"),
+            ("methods: [3]", "got 3"),
+        ],
+    )
+    def test_refused(self, tmp_path, text, message):
+        with pytest.raises(DitAccelError) as error:
+            self.read(tmp_path, text)
+        assert message in str(error.value)
+
+    def test_missing(self):
+        with pytest.raises(DitAccelError, match=r"Did you mean 'demo'\?"):
+            suite.read("dmo", KEYS)
+
+    @pytest.mark.parametrize("name", suite.built_in())
+    def test_built_in_suites_are_whole(self, name):
+        from dit_accel.cli.eval import SUITE_KEYS
+
+        found = suite.read(name, SUITE_KEYS)
+        assert {choice.name for choice in found["methods"]} == {"dense", "gna", "tile", "radial", "sla"}

@@ -1,0 +1,224 @@
+"""`dit-accel eval` on small models of the real classes: what it writes, how it goes on, what it refuses."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dit_accel.generation import output
+
+SIZE = ("--frames", 5, "--height", 32, "--width", 48, "--steps", 2)
+METRICS = ("--metric", "psnr", "--metric", "ssim", "--metric", "temporal_psnr")
+GNA = "gna:window=0.5"
+TIMES = {"seconds", "denoising_seconds", "seconds_per_step", "attention_seconds", "date", "cached"}
+
+
+@pytest.fixture
+def evaluate(cli, demo, tmp_path):
+    """Runs an evaluation of two prompts into `tmp_path / folder`; gives the outcome."""
+    (tmp_path / "prompts.txt").write_text("a red circle\na blue square\n")
+
+    def run(*options, folder="out", metrics=METRICS):
+        return cli(
+            "eval", *SIZE, "--prompts", tmp_path / "prompts.txt", *metrics, *options, "--output", tmp_path / folder
+        )
+
+    return run
+
+
+def results(folder):
+    return [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
+
+
+def without_times(rows):
+    return [{name: value for name, value in row.items() if name not in TIMES} for row in rows]
+
+
+class TestResults:
+    def test_files_and_figures(self, evaluate, tmp_path, clip_folder):
+        networks = [f"{name}[{clip_folder}]" for name in ("perceptual", "fid", "kid", "clip_score", "frame_agreement")]
+        named = [option for name in networks for option in ("--metric", name)]
+        options = ("--method", "dense", "--method", GNA, "--seeds", "0-2", "--pictures", 1)
+        outcome = evaluate(*options, metrics=(*METRICS, *named))
+        assert outcome.status == 0, outcome.err
+        out = tmp_path / "out"
+        for name in ("report.html", "summary.json", "summary.md", "results.jsonl"):
+            assert (out / name).stat().st_size > 0
+        summary = json.loads((out / "summary.json").read_text())
+        assert [row["label"] for row in summary["rows"]] == ["reference", "dense", GNA]
+        perfect, dense, gna = summary["rows"]
+        for row in (perfect, dense):  # `accelerate(pipe, "dense")` is the untouched pipeline, bit for bit
+            assert row["figures"]["psnr"]["value"] == row["figures"]["temporal_psnr"]["value"] == "inf"
+            assert row["figures"]["ssim"]["value"] == pytest.approx(1)
+            assert row["figures"]["perceptual[tiny-clip]"]["value"] == 0
+            assert abs(row["figures"]["fid[tiny-clip]"]["value"]) < 1e-3 * gna["figures"]["fid[tiny-clip]"]["value"]
+            assert row["density"] == 1
+        assert 5 < gna["figures"]["psnr"]["value"] < 60
+        assert gna["figures"]["perceptual[tiny-clip]"]["value"] > 0
+        assert gna["figures"]["psnr"]["samples"] == gna["samples"] == 6
+        assert 0 < gna["density"] < 1
+        for row in summary["rows"]:
+            assert 0 < row["attention_seconds"]["p50"] < row["loop_seconds"]["p50"] <= row["loop_seconds"]["p95"]
+        assert summary["made"]["distribution"] == "the dense outputs"
+        assert summary["made"]["seeds"] == [0, 1, 2]
+        assert {sample["prompt"] for sample in summary["samples"]} == {"a red circle"}
+        assert all((out / sample["media"]).exists() for sample in summary["samples"])
+        assert [mask["row"] for mask in summary["masks"]] == [GNA]
+        rows = results(out)
+        assert [row["label"] for row in rows] == ["reference", "dense", GNA] * 6
+        assert rows[1]["scores"]["psnr"] == "inf"
+        assert rows[1]["sha256"] == rows[0]["sha256"] != rows[2]["sha256"]
+        assert rows[2]["sparse_calls"] == 8  # 2 layers, 2 steps, with and without the prompt
+
+    def test_images(self, cli, flux_folder, tmp_path):
+        options = ("--model", flux_folder, "--height", 32, "--width", 48, "--steps", 2, "--metric", "psnr")
+        prompts = tmp_path / "p.txt"
+        prompts.write_text("a fox\n")
+        options += ("--pipe", "max_sequence_length=16", "--prompts", prompts, "--method", GNA)
+        outcome = cli("eval", *options, "--output", tmp_path / "out")
+        assert outcome.status == 0, outcome.err
+        summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+        assert summary["samples"][0]["media"].endswith(".png")
+
+    def test_limits_set_the_status(self, evaluate):
+        outcome = evaluate("--method", GNA, "--require", "psnr>=90,density<=0.9")
+        assert outcome.status == 1
+        (line,) = [line for line in outcome.err.splitlines() if "was asked for" in line]
+        assert line.startswith(f"dit-accel: {GNA}: psnr>=90 was asked for, it is ")
+        assert evaluate("--method", GNA, "--require", "psnr>=1,density<=0.9").status == 0
+
+    def test_too_few_images_say_so_by_default(self, evaluate, tmp_path, monkeypatch, clip_folder):
+        """What was asked for by name is refused before the work; the default set says what it lacks."""
+        from dit_accel.eval import metrics
+
+        monkeypatch.setattr(metrics, "EMBEDDED", ("psnr", f"fid[{clip_folder}]"))
+        outcome = evaluate("--method", GNA, metrics=())
+        assert outcome.status == 0, outcome.err
+        figure = json.loads((tmp_path / "out" / "summary.json").read_text())["rows"][1]["figures"]["fid[tiny-clip]"]
+        assert figure == {"value": None, "missing": "needs 25 images in each set, got 10"}
+        assert "fid[tiny-clip] needs 25 images" in " ".join(outcome.out.split())
+        assert evaluate("--method", GNA, metrics=("--metric", f"fid[{clip_folder}]"), folder="b").status == 2
+
+    def test_reference_set(self, evaluate, tmp_path, clip_folder):
+        (tmp_path / "set").mkdir()
+        frames = np.random.default_rng(0).integers(0, 256, (30, 32, 48, 3), dtype=np.uint8)
+        output.write_frames(tmp_path / "set" / "a.gif", frames, fps=8)
+        options = ("--reference", tmp_path / "set", "--seeds", "0-2", "--method", GNA)
+        outcome = evaluate(*options, metrics=("--metric", f"fid[{clip_folder}]"))
+        assert outcome.status == 0, outcome.err
+        summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+        assert summary["made"]["distribution"] == f"{tmp_path / 'set'}, 30 images"
+        assert summary["rows"][0]["figures"]["fid[tiny-clip]"]["value"] > 0.01  # the reference is not the set
+
+
+class TestGoingOn:
+    def test_finished_samples_are_not_made_again(self, evaluate, tmp_path):
+        evaluate("--method", GNA)
+        before = results(tmp_path / "out")
+        outcome = evaluate("--method", GNA, "--method", "tile:references=1")
+        assert "2/2" in outcome.err  # the progress of what was new
+        after = results(tmp_path / "out")
+        assert [row for row in after if row["label"] != "tile:references=1"] == before
+        assert len(after) == 6
+
+    def test_damage_is_named_and_mended(self, evaluate, tmp_path):
+        evaluate("--method", GNA)
+        out = tmp_path / "out"
+        before = results(out)
+        lines = (out / "results.jsonl").read_text().splitlines(keepends=True)
+        (out / "results.jsonl").write_text(lines[0] + lines[1][:40] + "\n" + "".join(lines[2:]) + '{"key": "cut')
+        frames = out / "references" / f"{before[2]['key']}.safetensors"
+        frames.write_bytes(frames.read_bytes()[:-9])
+        outcome = evaluate("--method", GNA)
+        assert "results.jsonl, line 2, is damaged; its sample is made again." in outcome.err
+        assert "results.jsonl, line 5, is damaged; its sample is made again." in outcome.err
+        assert f"{frames} is missing or damaged; its sample is made again." in outcome.err
+        assert without_times(results(out)) == without_times(before)
+
+    def test_dense_outputs_are_shared(self, evaluate, tmp_path):
+        cache = ("--cache", tmp_path / "cache")
+        evaluate("--method", GNA, *cache, folder="a")
+        files = sorted((tmp_path / "cache").iterdir())
+        evaluate("--method", "tile:references=1", *cache, folder="b")
+        assert sorted((tmp_path / "cache").iterdir()) == files
+        assert [row["cached"] for row in results(tmp_path / "b")] == [True, False] * 2
+        evaluate("--method", GNA, "--guidance", 2, *cache, folder="c")
+        assert len(list((tmp_path / "cache").iterdir())) == 4
+
+    def test_a_loaded_accelerator_and_a_suite(self, evaluate, demo, tmp_path):
+        import dit_accel
+        from dit_accel.pipelines.demo import load_demo
+
+        with dit_accel.accelerated(load_demo(folder=demo), "sla", topk=0.3, block=16) as accel:
+            accel.save_pretrained(tmp_path / "saved")
+        text = f"seeds: [3]\nmethods:\n  - {{load: {tmp_path / 'saved'}}}\n  - {{method: '{GNA}', dense_steps: 1}}\n"
+        (tmp_path / "suite.yaml").write_text(text)
+        outcome = evaluate("--suite", tmp_path / "suite.yaml")
+        assert outcome.status == 0, outcome.err
+        rows = results(tmp_path / "out")
+        assert [row["seed"] for row in rows] == [3] * 6
+        sla, gna = rows[1:3]
+        assert sla["label"].startswith("sla:topk=0.3") and sla["label"].endswith("from saved")
+        assert gna["label"] == f"{GNA} dense_steps=1"
+        assert (gna["sparse_calls"], gna["dense_calls"]) == (4, 4)
+
+
+@pytest.fixture
+def refused(evaluate, tmp_path):
+    """Runs what should be refused; returns the line it was refused with."""
+
+    def run(*options, metrics=METRICS) -> str:
+        before = sorted(tmp_path.rglob("*"))
+        outcome = evaluate(*options, metrics=metrics)
+        assert outcome.status == 2, outcome
+        assert outcome.out == ""
+        (line,) = outcome.err.splitlines()
+        assert sorted(tmp_path.rglob("*")) == before, "something was written"
+        return line.removeprefix("dit-accel: error: ")
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ((), "Nothing to evaluate: give --method"),
+        (("--method", "gnaa"), "Did you mean 'gna'?"),
+        (("--method", GNA, "--method", GNA), "is listed twice"),
+        (("--method", "tile:references=4"), "references"),
+        (("--dense-steps", 1), "belong to --method"),
+        (("--method", GNA, "--metric", "lipps"), "Unknown metric 'lipps'. Did you mean 'lpips'?"),
+        (("--method", GNA, "--require", "psnr"), "--require takes figure, sign and number"),
+        (("--method", GNA, "--require", "pnsr>2"), "there is no figure 'pnsr'. Did you mean 'psnr'?"),
+        (("--method", GNA, "--seeds", "3-1"), "--seeds are numbers and spans"),
+        (("--method", GNA, "--prompts", "none.txt"), "--prompts none.txt: there is no such file"),
+        (("--method", GNA, "--reference", "none"), "--reference none is no folder"),
+        (("--method", GNA, "--frames", 4), "the nearest are 3 and 5"),
+        (("--suite", "none.yaml"), "--suite none.yaml: there is no such file"),
+        (("--load", "none"), "--load none: there is no such folder"),
+    ],
+    ids=lambda value: " ".join(map(str, value)) if isinstance(value, tuple) else "",
+)
+def test_refused(refused, options, message):
+    assert message in refused(*options)
+
+
+def test_reference_sets_that_do_not_do(refused, tmp_path, clip_folder):
+    folder = tmp_path / "set"
+    folder.mkdir()
+    Image.new("RGB", (16, 16)).save(folder / "a.png")
+    options = ("--method", GNA, "--reference", folder)
+    line = refused(*options, "--seeds", "0-2", metrics=("--metric", f"fid[{clip_folder}]"))
+    assert line.startswith("fid[tiny-clip] needs 25 images in each set, and the reference set has 1")
+    Image.new("RGB", (16, 24)).save(folder / "b.png")
+    assert "A reference set has one size, and a.png is 16x16, b.png is 24x16" in refused(*options)
+    (folder / "b.png").write_bytes(b"no picture")
+    assert "b.png cannot be read as an image or video" in refused(*options)
+
+
+def test_output_that_is_a_file(cli, demo, tmp_path):
+    (tmp_path / "file").write_text("")
+    outcome = cli("eval", *SIZE, "--method", GNA, "--output", tmp_path / "file")
+    assert (outcome.status, outcome.err.count("\n")) == (2, 1)
+    assert "is a file; give a folder" in outcome.err
