@@ -69,6 +69,14 @@ def written(value: float | str | None, unit: str = "", digits: int = 4) -> str:
     return f"{text} {unit}".rstrip()
 
 
+def spread(figure: dict[str, Any]) -> str:
+    """A figure's standard deviation, nothing where there is none beyond rounding."""
+    deviation, value = figure.get("spread"), number(figure.get("value"))
+    if deviation is None or value is None or deviation <= 1e-6 * abs(value):
+        return ""
+    return f"± {written(deviation, digits=2)}"
+
+
 def seconds(times: dict[str, float] | None) -> str:
     """Median and 95th percentile of a time."""
     return NONE if times is None else f"{written(times['p50'])} / {written(times['p95'])}"

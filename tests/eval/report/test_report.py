@@ -15,6 +15,8 @@ def test_numbers_are_written_for_people():
     assert fields.written("inf", "dB") == "∞ dB"
     assert fields.written(-0.00123456) == "−0.001235"
     assert fields.written(None) == "–"
+    assert fields.spread({"value": 20.0, "spread": 1.234}) == "± 1.2"
+    assert fields.spread({"value": 1.0, "spread": 5e-7}) == fields.spread({"value": 1.0}) == ""
     assert fields.memory(300 * 2**20) == "300 MiB" and fields.memory(3 * 2**29) == "1.50 GiB"
     assert fields.share(0.125) == "12.5 %" and fields.times(1.5) == "1.50×"
     assert fields.seconds({"p50": 1.0, "p95": 2.5}) == "1.000 / 2.500"
