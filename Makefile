@@ -9,8 +9,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 OUTPUT ?= outputs
-DEMO_METHOD ?= gna:window=fullx12x14,stride=1x4x7
-DEMO_SIZE ?= --frames 17 --height 192 --width 224
+DEMO_METHOD ?= gna:window=3xfullxfull
+DEMO_SETTINGS ?= --frames 17 --height 160 --width 192 --dense-steps 4
 PYTEST_FLAGS ?=
 # Triton reads its interpreter's switch when it is imported, so these tests have a process of their own.
 INTERPRETED := tests/kernels/block_sparse/test_triton.py tests/kernels/sla/test_triton.py tests/pipelines/test_rows.py
@@ -39,7 +39,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@touch $@
 
 demo: $(INSTALLED)
-	$(BIN)/dit-accel generate --model demo $(DEMO_SIZE) --method $(DEMO_METHOD) --compare --output $(OUTPUT)/demo.mp4
+	$(BIN)/dit-accel generate --model demo $(DEMO_SETTINGS) --method $(DEMO_METHOD) --compare --output $(OUTPUT)/demo.mp4
 
 # What measures time runs alone and first; then the rest, a process for each core.
 test: $(INSTALLED)

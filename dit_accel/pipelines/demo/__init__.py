@@ -43,7 +43,7 @@ class Settings:
 
 
 DEFAULTS = Settings(height=128, width=128, num_frames=17)  # 9 x 16 x 16 = 2,304 tokens
-LARGE = Settings(height=192, width=224, num_frames=17)  # 9 x 24 x 28 = 6,048 tokens
+LARGE = Settings(height=160, width=192, num_frames=17)  # 9 x 20 x 24 = 4,320 tokens
 SIZES = {"default": DEFAULTS, "large": LARGE}
 
 

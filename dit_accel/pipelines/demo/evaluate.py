@@ -80,7 +80,9 @@ def write_sheet(video: np.ndarray, path: Path) -> None:
     Image.fromarray((np.concatenate(list(picked), axis=1) * 255).round().astype(np.uint8)).save(path)
 
 
-def accelerated(pipe: WanPipeline, method: str | None, settings: list[str]) -> AbstractContextManager:
+def accelerated(
+    pipe: WanPipeline, method: str | None, settings: list[str], dense_steps: int = 0
+) -> AbstractContextManager:
     """A context in which `pipe` uses `method` with `key=value` settings; nothing happens without a method."""
     if method is None:
         return nullcontext()
@@ -88,7 +90,7 @@ def accelerated(pipe: WanPipeline, method: str | None, settings: list[str]) -> A
     from dit_accel.registry import parse_method
 
     name, values = parse_method(method, settings)
-    return dit_accel.accelerated(pipe, name, **values)
+    return dit_accel.accelerated(pipe, name, dense_steps=dense_steps, **values)
 
 
 def evaluate(options: argparse.Namespace) -> dict:
@@ -99,7 +101,7 @@ def evaluate(options: argparse.Namespace) -> dict:
     pipe = load_demo(getattr(torch, options.dtype), options.device, options.weights)
     pipe.set_progress_bar_config(disable=True)
     rows: list[dict[str, Any]] = []
-    with accelerated(pipe, options.method, options.set):
+    with accelerated(pipe, options.method, options.set, options.dense_steps):
         for index, scene in enumerate(fixed_scenes(options.prompts)):
             generator = torch.Generator().manual_seed(options.seed + index)
             began = time.perf_counter()
@@ -122,6 +124,7 @@ def evaluate(options: argparse.Namespace) -> dict:
         "settings": asdict(settings),
         "method": options.method or "dense",
         "method_settings": options.set,
+        "dense_steps": options.dense_steps,
         "dtype": options.dtype,
         "seed": options.seed,
         "generated": summarise([row["agrees"] for row in rows]),
@@ -139,6 +142,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--prompts", type=int, default=40)
     parser.add_argument("--method", help="attention method of dit_accel; the model's own attention without it")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of the method")
+    parser.add_argument("--dense-steps", type=int, default=0, help="first denoising steps without the method")
     parser.add_argument("--steps", type=int, help="denoising steps")
     parser.add_argument("--guidance", type=float, help="classifier-free guidance scale")
     parser.add_argument("--seed", type=int, default=0, help="of the first video; the next ones count up")
