@@ -18,7 +18,8 @@ from dit_accel.errors import DitAccelError
 from dit_accel.kernels.block_sparse.api import Impl, choose_impl
 from dit_accel.layerwise import LayerSettings
 from dit_accel.pipelines.family import Family
-from dit_accel.registry import Method, get_families, get_method, make_config
+from dit_accel.pipelines.refused import refusal
+from dit_accel.registry import Method, family_of, get_method, list_families, make_config
 from dit_accel.report import Report
 from dit_accel.schedule import Amount, Schedule
 from dit_accel.selfcheck import AttentionCall, SelfCheck, Verify
@@ -389,31 +390,25 @@ def find_transformers(target: Any) -> tuple[dict[str, tuple[nn.Module, Family]],
         module = getattr(component, "_orig_mod", component)
         if not isinstance(module, nn.Module):
             continue
-        if pipeline is None or name.startswith("transformer") or _family_of(module) is not None:
+        if pipeline is None or name.startswith("transformer") or family_of(_names(module)) is not None:
             found[name] = (module, _supported_family(module))
     if not found:
         raise DitAccelError(
-            f"{type(target).__name__} has no diffusion transformer; pass a Diffusers pipeline or transformer. "
-            f"{_supported()}"
+            f"{type(target).__name__} has no diffusion transformer; pass a Diffusers pipeline or transformer of a "
+            f"supported family: {', '.join(list_families())}."
         )
     return found, pipeline
 
 
 def _supported_family(module: nn.Module) -> Family:
-    family = _family_of(module)
+    family = family_of(_names(module))
     if family is None:
-        raise DitAccelError(f"{type(module).__name__} is not supported. {_supported()}")
+        raise DitAccelError(f"{type(module).__name__} is not supported: {refusal(_names(module))}")
     return family
 
 
-def _family_of(module: nn.Module) -> Family | None:
-    names = [base.__name__ for base in type(module).__mro__]
-    return next((family for name in names for family in get_families().values() if name in family.transformers), None)
-
-
-def _supported() -> str:
-    families = "; ".join(f"{family.name} ({', '.join(family.transformers)})" for family in get_families().values())
-    return f"Supported families: {families}."
+def _names(module: nn.Module) -> list[str]:
+    return [base.__name__ for base in type(module).__mro__]
 
 
 def _accelerator_of(transformer: nn.Module) -> Accelerator | None:

@@ -65,6 +65,11 @@ def list_families() -> list[str]:
     return list(get_families())
 
 
+def family_of(names: Iterable[str]) -> Family | None:
+    """The family of a transformer's class, given its name and those of its bases, nearest first."""
+    return next((family for name in names for family in get_families().values() if name in family.transformers), None)
+
+
 def get_method(name: str) -> Method:
     """The method of that name.
 

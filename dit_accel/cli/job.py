@@ -14,7 +14,8 @@ from dit_accel.generation import call, sources
 from dit_accel.generation import output as files
 from dit_accel.generation.choice import Choice, choose
 from dit_accel.generation.sampling import Sample, sample
-from dit_accel.generation.sizes import Sizes, family_of, sizes_of
+from dit_accel.generation.sizes import family_of, sizes_of
+from dit_accel.pipelines.sizes import Sizes
 from dit_accel.selfcheck import SelfCheck
 
 if TYPE_CHECKING:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 from torch import nn
 
 from dit_accel.pipelines.family import Call, Family, Layout
 from dit_accel.pipelines.reading import image_of
+from dit_accel.pipelines.sizes import Config, Sizes, image_sizes, vae_pixels
 
 
 def layout(transformer: nn.Module, call: Call) -> Layout:
@@ -18,11 +20,22 @@ def layout(transformer: nn.Module, call: Call) -> Layout:
     return Layout(dataclasses.replace(image_of(call, model.config.patch_size), text=text, text_first=True))
 
 
+REGISTERS = 8
+
+
+def sizes(transformer: Config, vae: Config) -> Sizes:
+    """Text: the registers and 256 tokens; learned positions are a square of `pos_embed_max_size`."""
+    pixels = vae_pixels(vae)
+    side, longest = transformer["sample_size"] * pixels, math.isqrt(transformer["pos_embed_max_size"])
+    return image_sizes(pixels * transformer["patch_size"], side, text=REGISTERS + 256, text_first=True, longest=longest)
+
+
 FAMILY = Family(
     name="aura_flow",
     transformers=("AuraFlowTransformer2DModel",),
     attention=("joint_transformer_blocks.*.attn", "single_transformer_blocks.*.attn"),
     layout=layout,
+    sizes=sizes,
     summary="AuraFlow",
     timestep_scale=1000.0,
 )

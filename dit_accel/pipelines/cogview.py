@@ -10,6 +10,7 @@ from torch import nn
 from dit_accel.errors import DitAccelError
 from dit_accel.pipelines.family import Call, Family, Layout
 from dit_accel.pipelines.reading import image_of
+from dit_accel.pipelines.sizes import Config, Sizes, image_sizes, vae_pixels
 
 
 def layout(transformer: nn.Module, call: Call) -> Layout:
@@ -24,10 +25,19 @@ def layout(transformer: nn.Module, call: Call) -> Layout:
     return Layout(dataclasses.replace(image_of(call, config.patch_size), text=text, text_first=True))
 
 
+def sizes(transformer: Config, vae: Config) -> Sizes:
+    """CogView3-Plus has 224 tokens of text; those of CogView4 are the prompt's, padded to 16."""
+    pixels, longest = vae_pixels(vae), transformer["pos_embed_max_size"]
+    text = 224 if transformer.get("_class_name") == "CogView3PlusTransformer2DModel" else 1024
+    side = transformer["sample_size"] * pixels
+    return image_sizes(pixels * transformer["patch_size"], side, text=text, text_first=True, longest=longest)
+
+
 FAMILY = Family(
     name="cogview",
     transformers=("CogView4Transformer2DModel", "CogView3PlusTransformer2DModel"),
     attention=("transformer_blocks.*.attn1",),
     layout=layout,
+    sizes=sizes,
     summary="CogView3-Plus, CogView4",
 )

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from dit_accel.errors import DitAccelError
+from dit_accel.pipelines.sizes import Config, Sizes
 from dit_accel.tokens import TokenGrid
 
 
@@ -144,6 +145,7 @@ class Family:
         attention: dotted paths of the self-attention modules in the order they run; ``*`` stands for one name, ``a|b``
             for either.
         layout: tells where the tokens of a call lie.
+        sizes: tells what sizes a model makes, from the configurations of its transformer and its VAE.
         summary: one line for people.
         timestep_name: the argument that holds the transformer's timestep.
         timestep_scale: what it is multiplied by to be in the scheduler's units, 0 to 1000; None if it is in units of
@@ -158,6 +160,7 @@ class Family:
     transformers: tuple[str, ...]
     attention: tuple[str, ...]
     layout: Callable[[nn.Module, Call], Layout]
+    sizes: Callable[[Config, Config], Sizes]
     summary: str
     timestep_name: str = "timestep"
     timestep_scale: float | None = 1.0

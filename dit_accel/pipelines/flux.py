@@ -16,6 +16,7 @@ from torch import nn
 from dit_accel.errors import DitAccelError
 from dit_accel.pipelines.family import Call, Family, Layout, Preset
 from dit_accel.pipelines.reading import image_grids, mask_text, packed_images
+from dit_accel.pipelines.sizes import Config, Sizes, image_sizes, vae_pixels
 
 
 def layout(transformer: nn.Module, call: Call) -> Layout:
@@ -40,6 +41,12 @@ def _read_ids(ids: torch.Tensor) -> tuple[int, int, int, int]:
     return image_grids(ids if ids.ndim == 2 else ids[0])
 
 
+def sizes(transformer: Config, vae: Config) -> Sizes:
+    """2 x 2 latents a token."""
+    text = 256 if transformer.get("_class_name") == "OvisImageTransformer2DModel" else 512
+    return image_sizes(2 * vae_pixels(vae), text=text, text_first=True)
+
+
 RECOMMENDED = {
     "gna": Preset(
         config={"window": ("full", 80, 80), "stride": (1, 16, 16)},
@@ -58,6 +65,7 @@ FAMILY = Family(
     ),
     attention=("transformer_blocks.*.attn", "single_transformer_blocks.*.attn"),
     layout=layout,
+    sizes=sizes,
     summary="FLUX.1: dev, schnell, Fill, Control, Kontext; Chroma, LongCat-Image, Ovis-Image",
     timestep_scale=1000.0,
     recommended=RECOMMENDED,

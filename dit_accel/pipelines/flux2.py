@@ -13,6 +13,7 @@ from torch import nn
 from dit_accel.errors import DitAccelError
 from dit_accel.pipelines.family import Call, Family, Layout
 from dit_accel.pipelines.reading import image_grids, packed_images
+from dit_accel.pipelines.sizes import Config, Sizes, image_sizes, vae_pixels
 
 
 def layout(transformer: nn.Module, call: Call) -> Layout:
@@ -30,11 +31,17 @@ def _read_ids(ids: torch.Tensor) -> tuple[int, int, int, int]:
     return image_grids((ids if ids.ndim == 2 else ids[0])[:, :3])
 
 
+def sizes(transformer: Config, vae: Config) -> Sizes:
+    """2 x 2 latents a token."""
+    return image_sizes(2 * vae_pixels(vae), text=512, text_first=True)
+
+
 FAMILY = Family(
     name="flux2",
     transformers=("Flux2Transformer2DModel",),
     attention=("transformer_blocks.*.attn", "single_transformer_blocks.*.attn"),
     layout=layout,
+    sizes=sizes,
     summary="FLUX.2: dev, Klein (without its key-value cache)",
     timestep_scale=1000.0,
 )

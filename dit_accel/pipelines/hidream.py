@@ -14,6 +14,7 @@ from torch import nn
 from dit_accel.errors import DitAccelError
 from dit_accel.pipelines.family import Call, Family, Layout, patch_grid
 from dit_accel.pipelines.reading import image_of
+from dit_accel.pipelines.sizes import Config, Shape, Sizes, image_sizes, vae_pixels
 from dit_accel.tokens import TokenGrid
 
 
@@ -46,11 +47,29 @@ def _packed(call: Call) -> TokenGrid:
     return patch_grid((1, *sizes[0]), (1, 1, 1))
 
 
+def sizes(transformer: Config, vae: Config) -> Sizes:
+    """Text: 128 tokens of T5, and twice 128 of Llama."""
+    patch = transformer["patch_size"]
+    rows, columns = transformer["max_resolution"]
+    most = rows * columns // patch**2
+
+    def padding(shape: Shape) -> int:
+        _, height, width = shape
+        if height * width > most and height != width:
+            raise DitAccelError(
+                f"{height} x {width} tokens cannot be made: an image that is not square has at most {most} tokens."
+            )
+        return 0 if height == width else most - height * width
+
+    return image_sizes(vae_pixels(vae) * patch, text=384, reference=padding)
+
+
 FAMILY = Family(
     name="hidream",
     transformers=("HiDreamImageTransformer2DModel",),
     attention=("double_stream_blocks.*.block.attn1", "single_stream_blocks.*.block.attn1"),
     layout=layout,
+    sizes=sizes,
     summary="HiDream: I1, E1",
     timestep_name="timesteps",
 )

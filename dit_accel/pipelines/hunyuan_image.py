@@ -14,6 +14,7 @@ from torch import nn
 
 from dit_accel.pipelines.family import Call, Family, Layout, patch_grid
 from dit_accel.pipelines.reading import mask_text
+from dit_accel.pipelines.sizes import Config, Sizes, image_sizes
 
 
 def layout(transformer: nn.Module, call: Call) -> Layout:
@@ -31,10 +32,17 @@ def layout(transformer: nn.Module, call: Call) -> Layout:
     return Layout(dataclasses.replace(visual, text=valid.shape[1]), text_lens=valid.sum(1, dtype=torch.int32))
 
 
+def sizes(transformer: Config, vae: Config) -> Sizes:
+    """Text: 1,000 tokens, and 128 of glyphs."""
+    pixels = vae["spatial_compression_ratio"]
+    return image_sizes(pixels * transformer["patch_size"][-1], 64 * pixels, text=1128)
+
+
 FAMILY = Family(
     name="hunyuan_image",
     transformers=("HunyuanImageTransformer2DModel",),
     attention=("transformer_blocks.*.attn", "single_transformer_blocks.*.attn"),
     layout=layout,
+    sizes=sizes,
     summary="HunyuanImage 2.1",
 )

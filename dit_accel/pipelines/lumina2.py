@@ -14,6 +14,7 @@ from torch import nn
 
 from dit_accel.pipelines.family import Call, Family, Layout
 from dit_accel.pipelines.reading import image_of
+from dit_accel.pipelines.sizes import Config, Sizes, image_sizes, vae_pixels
 from dit_accel.tokens import TokenGrid
 
 
@@ -39,11 +40,19 @@ def pack(grid: TokenGrid, lens: torch.Tensor) -> torch.Tensor:
     return torch.cat((text, lens + torch.arange(grid.visual)), 1)
 
 
+def sizes(transformer: Config, vae: Config) -> Sizes:
+    """From the patch; the caption has as many tokens as the prompt."""
+    pixels = vae_pixels(vae)
+    side, longest = transformer["sample_size"] * pixels, min(transformer["axes_lens"][1:])
+    return image_sizes(pixels * transformer["patch_size"], side, text=256, text_first=True, longest=longest)
+
+
 FAMILY = Family(
     name="lumina2",
     transformers=("Lumina2Transformer2DModel",),
     attention=("layers.*.attn",),
     layout=layout,
+    sizes=sizes,
     summary="Lumina-Image 2.0",
     timestep_scale=1000.0,
     timestep_rises=True,

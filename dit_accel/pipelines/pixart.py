@@ -8,6 +8,7 @@ from torch import nn
 
 from dit_accel.pipelines.family import Call, Family, Layout
 from dit_accel.pipelines.reading import image_of
+from dit_accel.pipelines.sizes import Config, Sizes, image_sizes, vae_pixels
 
 
 def layout(transformer: nn.Module, call: Call) -> Layout:
@@ -16,10 +17,17 @@ def layout(transformer: nn.Module, call: Call) -> Layout:
     return Layout(image_of(call, config.patch_size))
 
 
+def sizes(transformer: Config, vae: Config) -> Sizes:
+    """From the patch."""
+    pixels = vae_pixels(vae)
+    return image_sizes(pixels * transformer["patch_size"], transformer["sample_size"] * pixels)
+
+
 FAMILY = Family(
     name="pixart",
     transformers=("PixArtTransformer2DModel",),
     attention=("transformer_blocks.*.attn1",),
     layout=layout,
+    sizes=sizes,
     summary="PixArt-alpha, PixArt-sigma",
 )

@@ -13,6 +13,7 @@ from torch import nn
 
 from dit_accel.pipelines.family import Call, Family, Layout
 from dit_accel.pipelines.reading import image_of
+from dit_accel.pipelines.sizes import Config, Sizes, image_sizes, vae_pixels
 
 
 def layout(transformer: nn.Module, call: Call) -> Layout:
@@ -22,11 +23,19 @@ def layout(transformer: nn.Module, call: Call) -> Layout:
     return Layout(dataclasses.replace(image_of(call, config.patch_size), text=text))
 
 
+def sizes(transformer: Config, vae: Config) -> Sizes:
+    """Text: 77 tokens of CLIP and 256 of T5."""
+    pixels, patch = vae_pixels(vae), transformer["patch_size"]
+    side, longest = transformer["sample_size"] * pixels, transformer["pos_embed_max_size"]
+    return image_sizes(pixels * patch, side, text=333, longest=longest)
+
+
 FAMILY = Family(
     name="sd3",
     transformers=("SD3Transformer2DModel",),
     attention=("transformer_blocks.*.attn|attn2",),
     visual_attention=("transformer_blocks.*.attn2",),
     layout=layout,
+    sizes=sizes,
     summary="Stable Diffusion 3 and 3.5",
 )

@@ -12,14 +12,33 @@ from typing import Any
 
 from torch import nn
 
+<<<<<<< HEAD
 from dit_accel.pipelines.family import Call, Family, Layout, Preset
 from dit_accel.pipelines.reading import video_of
+=======
+from dit_accel.pipelines.family import Call, Family, Layout, Preset, patch_grid
+from dit_accel.pipelines.sizes import Config, Sizes
+>>>>>>> 2dcef31 (Sizes belong to the family; every transformer of Diffusers is supported or refused with its reason)
 
 
 def layout(transformer: nn.Module, call: Call) -> Layout:
     """The latent [B, C, F, H, W], cut into patches."""
     config: Any = transformer.config
     return Layout(video_of(call, config.patch_size))
+
+
+def sizes(transformer: Config, vae: Config) -> Sizes:
+    """From the patch and the VAE's strides."""
+    patch = transformer.get("patch_size", [1, 2, 2])
+    pixels = vae.get("scale_factor_spatial", 8)
+    return Sizes(
+        pixels=(pixels * patch[1], pixels * patch[2]),
+        frames_step=vae.get("scale_factor_temporal", 4) * patch[0],
+        height=480,
+        width=832,
+        frames=81,
+        longest=transformer.get("rope_max_seq_len", 1024),
+    )
 
 
 RECOMMENDED = {
@@ -46,6 +65,11 @@ FAMILY = Family(
     ),
     attention=("vace_blocks.*.attn1", "blocks.*.attn1"),
     layout=layout,
+<<<<<<< HEAD
     summary="Wan 2.1 and 2.2: text to video, image to video, VACE, Animate; ChronoEdit",
+=======
+    sizes=sizes,
+    summary="Wan 2.1 and 2.2: text to video, image to video",
+>>>>>>> 2dcef31 (Sizes belong to the family; every transformer of Diffusers is supported or refused with its reason)
     recommended=RECOMMENDED,
 )

@@ -7,6 +7,7 @@ image counts as conditioning tokens, and that of the caption as text.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import nn
 
 from dit_accel.errors import DitAccelError
 from dit_accel.pipelines.family import Call, Family, Layout, patch_grid
+from dit_accel.pipelines.sizes import Config, Shape, Sizes, image_sizes, vae_pixels
 from dit_accel.tokens import TokenGrid
 
 MULTIPLE = 32
@@ -46,11 +48,22 @@ def _padded(tokens: int) -> int:
     return -(-tokens // MULTIPLE) * MULTIPLE
 
 
+def sizes(transformer: Config, vae: Config) -> Sizes:
+    """2 x 2 latents a token."""
+
+    def padding(shape: Shape) -> int:
+        return _padded(math.prod(shape)) - math.prod(shape)
+
+    longest = min(transformer["axes_lens"][1:])
+    return image_sizes(2 * vae_pixels(vae), text=512, longest=longest, reference=padding)
+
+
 FAMILY = Family(
     name="z_image",
     transformers=("ZImageTransformer2DModel",),
     attention=("layers.*.attention",),
     layout=layout,
+    sizes=sizes,
     summary="Z-Image: base, Turbo",
     timestep_name="t",
     timestep_scale=1000.0,

@@ -3,7 +3,7 @@
 import pytest
 
 from dit_accel.errors import DitAccelError
-from dit_accel.generation.sizes import Sizes
+from dit_accel.pipelines.sizes import Sizes
 
 WAN = Sizes(pixels=(16, 16), frames_step=4, height=480, width=832, frames=81, longest=1024)
 IMAGE = Sizes(pixels=(16, 16), frames_step=None, height=1024, width=1024, text=512, text_first=True)
@@ -21,11 +21,11 @@ def test_wan_grid():
 @pytest.mark.parametrize(
     ("asked", "message"),
     [
-        ((81, 500, None), "--height 500 cannot be made.*multiples of 16; the nearest are 496 and 512"),
-        ((81, None, 8), "--width 8 cannot be made.*the nearest is 16"),
-        ((80, None, None), "--frames 80 cannot be made.*the nearest are 77 and 81"),
+        ((81, 500, None), "height 500 cannot be made.*multiples of 16; the nearest are 496 and 512"),
+        ((81, None, 8), "width 8 cannot be made.*the nearest is 16"),
+        ((80, None, None), "frames 80 cannot be made.*the nearest are 77 and 81"),
         ((2, None, None), "the nearest are 1 and 5"),
-        ((81, None, 16 * 1025), "--width is too large: it makes 1025 tokens"),
+        ((81, None, 16 * 1025), "width is too large: it makes 1025 tokens"),
     ],
 )
 def test_what_cannot_be_made(asked, message):

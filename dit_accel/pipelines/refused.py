@@ -1,0 +1,54 @@
+"""Transformers of Diffusers that no family covers, each with its reason."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from dit_accel import registry
+
+_UNET = "it is a part of a U-Net, whose attention is spread over several resolutions"
+_AUDIO = "it makes audio, whose tokens have no rows and columns"
+_LINEAR = "its self-attention is linear already"
+_KEYS_ALONE = "text stands among its keys alone, so that queries and keys are different sequences"
+_BLOCK_CAUSAL = "its self-attention is causal from block to block, which its own mask says"
+_CACHE = "a part of its keys comes from a cache"
+
+# By class. A class that is neither here nor in a family came with a later Diffusers.
+REFUSED = {
+    "AceStepTransformer1DModel": _AUDIO,
+    "AnyFlowFARTransformer3DModel": _BLOCK_CAUSAL,
+    "BriaFibo2Transformer2DModel": "its sequence is made of gist, image and context, whose places depend on the prompts",
+    "BriaFiboTransformer2DModel": "its pipelines add a mask of N x N to the logits",
+    "DiTTransformer2DModel": "its images have 1,024 tokens at most, too few to gain",
+    "DreamLiteTransformer2DModel": _UNET,
+    "HeliosTransformer3DModel": "history of several resolutions stands before the video, and its keys are scaled",
+    "HunyuanVideoFramepackTransformer3DModel": "history of several resolutions stands before the video",
+    "Ideogram4Transformer2DModel": "samples share one sequence, which a mask of N x N divides into segments",
+    "JoyImageEditPlusTransformer3DModel": "the images of each sample have sizes of their own, with padding between them",
+    "Kandinsky6SRTransformer3DModel": "its self-attention is sparse already (NABLA)",
+    "Kandinsky6Transformer3DModel": "one block holds the attention of video and of audio",
+    "LatteTransformer3DModel": "a layer sees one frame, or one place in all frames, which is short already",
+    "MiniMaxH3Transformer3DModel": "index tensors say where text, conditioning, audio and video lie in its sequence",
+    "MiniMaxMusic3Transformer1DModel": _AUDIO,
+    "MotifVideoTransformer3DModel": "its last layers attend to two copies of the video at once",
+    "NucleusMoEImageTransformer2DModel": _KEYS_ALONE,
+    "OmniGenTransformer2DModel": "its text is causal and its images are not, which a mask of N x N says",
+    "PRXTransformer2DModel": _KEYS_ALONE,
+    "QwenImage21Transformer2DModel": _BLOCK_CAUSAL,
+    "SanaTransformer2DModel": _LINEAR,
+    "SanaVideoTransformer3DModel": _LINEAR,
+    "SanaWMLTX2RefinerTransformer3DModel": _CACHE,
+    "SanaWMTransformer3DModel": "most of its layers are linear already",
+    "StableAudioDiTModel": _AUDIO,
+    "Transformer2DModel": _UNET,
+    "TransformerTemporalModel": _UNET,
+    "WanAnimate2Transformer3DModel": _CACHE,
+}
+
+
+def refusal(names: Iterable[str]) -> str:
+    """Why a transformer is refused, given the name of its class and those of its bases, and what is supported."""
+    reason = next((REFUSED[name] for name in names if name in REFUSED), "no family covers it yet")
+    families = registry.get_families().values()
+    supported = "; ".join(f"{family.name} ({', '.join(family.transformers)})" for family in families)
+    return f"{reason}. Supported families: {supported}."

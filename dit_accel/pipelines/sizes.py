@@ -1,0 +1,105 @@
+"""The sizes a model can make, in frames and pixels, and the token grid of each."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from dit_accel.errors import DitAccelError
+from dit_accel.tokens import TokenGrid
+
+Config = Mapping[str, Any]
+Shape = tuple[int, int, int]
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """What a model makes of frames and pixels.
+
+    Args:
+        pixels: height and width of a token in pixels; sides are multiples of these.
+        frames_step: frames per token; None for a model of images.
+        height, width, frames: what the model makes when not asked otherwise.
+        text: text tokens in the sequence of self-attention; the most that the pipeline makes, where the prompt decides.
+        text_first: whether they stand before the visual tokens.
+        longest: most tokens along one axis, or None where there is no limit.
+        frames_first: frames of the first token along time: 1 where it stands alone, 0 where it is like the others.
+        reference: tokens behind the visual ones by the number of these; None: there are none.
+    """
+
+    pixels: tuple[int, int]
+    frames_step: int | None
+    height: int
+    width: int
+    frames: int = 1
+    text: int = 0
+    text_first: bool = False
+    longest: int | None = None
+    frames_first: int = 1
+    reference: Callable[[Shape], int] | None = None
+
+    @property
+    def video(self) -> bool:
+        return self.frames_step is not None
+
+    def chosen(self, frames: int | None, height: int | None, width: int | None) -> tuple[int, int, int]:
+        """Frames, height and width as asked, or the model's own where not asked.
+
+        Raises:
+            DitAccelError: the pipeline cannot make that size (Diffusers would round it silently).
+        """
+        frames = self.frames if frames is None else frames
+        height = self.height if height is None else height
+        width = self.width if width is None else width
+        for option, value, multiple in (("height", height, self.pixels[0]), ("width", width, self.pixels[1])):
+            if value % multiple:
+                raise DitAccelError(
+                    f"{option} {value} cannot be made: this model makes multiples of {multiple}; "
+                    f"the nearest {_nearest(value, multiple)}."
+                )
+        if self.frames_step is None:
+            if frames != 1:
+                raise DitAccelError(f"frames {frames} cannot be made: this model makes images, so leave frames out.")
+        elif (frames - self.frames_first) % self.frames_step:
+            first = f"{self.frames_first} frame and then " if self.frames_first else ""
+            raise DitAccelError(
+                f"frames {frames} cannot be made: this model makes {first}steps of {self.frames_step}; "
+                f"the nearest {_nearest(frames, self.frames_step, first=self.frames_first)}."
+            )
+        for option, tokens in zip(("frames", "height", "width"), self._tokens(frames, height, width), strict=True):
+            if self.longest is not None and tokens > self.longest:
+                raise DitAccelError(
+                    f"{option} is too large: it makes {tokens} tokens along that axis, and this model has positions "
+                    f"for {self.longest}."
+                )
+        return frames, height, width
+
+    def grid(self, frames: int, height: int, width: int) -> TokenGrid:
+        """The token grid of a size that `chosen` accepted."""
+        shape = self._tokens(frames, height, width)
+        reference = 0 if self.reference is None else self.reference(shape)
+        return TokenGrid(*shape, text=self.text, text_first=self.text_first, reference=reference)
+
+    def _tokens(self, frames: int, height: int, width: int) -> Shape:
+        if self.frames_step is None:
+            steps = 1
+        else:
+            steps = (frames - self.frames_first) // self.frames_step + (self.frames_first > 0)
+        return steps, height // self.pixels[0], width // self.pixels[1]
+
+
+def _nearest(value: int, step: int, first: int = 0) -> str:
+    below = (value - first) // step * step + first
+    above = below + step
+    return f"are {below} and {above}" if below > 0 else f"is {above}"
+
+
+def vae_pixels(vae: Config) -> int:
+    """Pixels along a side that one latent of `AutoencoderKL` and its like stands for."""
+    return int(2 ** (len(vae["block_out_channels"]) - 1))
+
+
+def image_sizes(pixels: int, side: int = 1024, **rest: Any) -> Sizes:
+    """Sizes of a model of images whose tokens are squares of so many pixels, and whose own size is a square."""
+    return Sizes(pixels=(pixels, pixels), frames_step=None, height=side, width=side, **rest)
