@@ -293,7 +293,7 @@ class Engine:
 
     def _plan(self, kind: tuple[Any, bool], layout: Layout, device: torch.device) -> Plan:
         config, sees_text = kind
-        grid = layout.grid if sees_text else dataclasses.replace(layout.grid, text=0)
+        grid = layout.grid if sees_text else dataclasses.replace(layout.grid, text=0, reference=0)
         return self._plans[config].get(grid, device)
 
     def _watch_layers(self, call: Call) -> None:

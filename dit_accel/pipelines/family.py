@@ -135,6 +135,10 @@ class Memory:
         return result
 
 
+def _head_dim(attention: Any) -> int:
+    return int(attention.head_dim if hasattr(attention, "head_dim") else attention.inner_dim // attention.heads)
+
+
 @dataclasses.dataclass(frozen=True)
 class Family:
     """A family of Diffusers transformers that share a layout.
@@ -152,8 +156,10 @@ class Family:
             its own, so that only the scheduler's index, or `set_step`, tells the step.
         timestep_rises: whether it is 1 for the finished image, and not for noise.
         recommended: settings by method.
-        visual_attention: paths among `attention` whose modules see the visual tokens alone, without text.
+        visual_attention: paths among `attention` whose modules see the visual tokens alone, without text and
+            conditioning tokens.
         sparse_calls: by processor class, what runs in its place in sparse calls; see `processor`.
+        head_dim: channels of one head of an attention module.
     """
 
     name: str
@@ -168,6 +174,7 @@ class Family:
     recommended: Mapping[str, Preset] = dataclasses.field(default_factory=dict)
     visual_attention: tuple[str, ...] = ()
     sparse_calls: Mapping[str, Callable[..., Any]] = dataclasses.field(default_factory=dict)
+    head_dim: Callable[[nn.Module], int] = _head_dim
 
     def attentions(self, transformer: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         """Self-attention modules by name, in the order they run."""
@@ -194,11 +201,6 @@ class Family:
                 "and no preset."
             )
         return self.recommended[method]
-
-    @staticmethod
-    def head_dim(attention: nn.Module) -> int:
-        """Channels of one head of an attention module."""
-        return int(attention.inner_dim) // int(attention.heads)  # type: ignore[arg-type]
 
     def timestep(self, call: Call) -> torch.Tensor | None:
         """The call's timestep in the scheduler's units; None if that is not known."""

@@ -12,13 +12,9 @@ from typing import Any
 
 from torch import nn
 
-<<<<<<< HEAD
 from dit_accel.pipelines.family import Call, Family, Layout, Preset
 from dit_accel.pipelines.reading import video_of
-=======
-from dit_accel.pipelines.family import Call, Family, Layout, Preset, patch_grid
 from dit_accel.pipelines.sizes import Config, Sizes
->>>>>>> 2dcef31 (Sizes belong to the family; every transformer of Diffusers is supported or refused with its reason)
 
 
 def layout(transformer: nn.Module, call: Call) -> Layout:
@@ -65,11 +61,7 @@ FAMILY = Family(
     ),
     attention=("vace_blocks.*.attn1", "blocks.*.attn1"),
     layout=layout,
-<<<<<<< HEAD
-    summary="Wan 2.1 and 2.2: text to video, image to video, VACE, Animate; ChronoEdit",
-=======
     sizes=sizes,
-    summary="Wan 2.1 and 2.2: text to video, image to video",
->>>>>>> 2dcef31 (Sizes belong to the family; every transformer of Diffusers is supported or refused with its reason)
+    summary="Wan 2.1 and 2.2: text to video, image to video, VACE, Animate; ChronoEdit",
     recommended=RECOMMENDED,
 )

@@ -72,14 +72,19 @@ def plain_and_exact(tiny: TinyModel, pairs: Pairs) -> tuple[torch.Tensor, torch.
     return plain, exact
 
 
-def static_pairs(mask: torch.Tensor, rows: torch.Tensor | None = None) -> Pairs:
+def static_pairs(mask: torch.Tensor, rows: torch.Tensor | None = None, visual: torch.Tensor | None = None) -> Pairs:
     """A token mask [tokens, tokens] in the grid's order; shorter calls lack the end of the text, which stands last.
 
-    `rows`: as `TinyModel.rows`.
+    `rows`: as `TinyModel.rows`; `visual`: the mask of calls with the visual tokens alone.
     """
     if rows is not None:
         mask = torch.stack([mask[order][:, order] for order in rows.argsort(1)])[:, None]
-    return lambda q, k, v: mask[..., : q.shape[-2], : q.shape[-2]]
+
+    def pairs(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        tokens = q.shape[-2]
+        return visual if visual is not None and tokens == len(visual) else mask[..., :tokens, :tokens]
+
+    return pairs
 
 
 def critical_pairs(grid: TokenGrid, config: dict[str, Any], rows: torch.Tensor | None = None) -> Pairs:
@@ -94,7 +99,9 @@ def critical_pairs(grid: TokenGrid, config: dict[str, Any], rows: torch.Tensor |
 
     def in_order(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
         tokens = q.shape[-2]
-        own = dataclasses.replace(grid, text=grid.text - (grid.tokens - tokens))
+        own = dataclasses.replace(grid, text=0, reference=0)
+        if tokens != grid.visual:
+            own = dataclasses.replace(grid, text=grid.text - (grid.tokens - tokens))
         critical = SparseLinearAttention(q.shape[-1], **config).route(q, k, own).critical
         rows, columns = (order.index() for order in (critical.query_order, critical.key_order))
         blocks = critical.dense().repeat_interleave(config["block"], -2).repeat_interleave(config["block"], -1)

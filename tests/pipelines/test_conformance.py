@@ -80,7 +80,7 @@ def test_equals_masked_attention(tiny, method, config, whole, evidence):
     with dit_accel.accelerated(tiny.shared, method, **config) as accel:
         ours = run(tiny.shared, tiny.call())
     report, plan = accel.report(), dit_accel.plan(method, tiny.grid, **config)
-    visual = dit_accel.plan(method, dataclasses.replace(tiny.grid, text=0), **config)
+    visual = dit_accel.plan(method, dataclasses.replace(tiny.grid, text=0, reference=0), **config)
     family = get_families()[tiny.family]
     plans = {layer.name: plan if family.sees_text(layer.name) else visual for layer in report.layers}
     assert report.grids == {str(own.grid): own.density for own in plans.values()}
@@ -89,7 +89,7 @@ def test_equals_masked_attention(tiny, method, config, whole, evidence):
     if not whole:
         evidence(report)
 
-    plain, exact = plain_and_exact(tiny, static_pairs(plan.token_mask(), tiny.rows))
+    plain, exact = plain_and_exact(tiny, static_pairs(plan.token_mask(), tiny.rows, visual.token_mask()))
     assert_no_worse(ours, plain, exact)
     assert (ours - tiny.dense).abs().max() > 100 * (ours - plain).abs().max(), "the mask makes no difference here"
 

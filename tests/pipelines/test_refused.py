@@ -41,7 +41,7 @@ def test_a_class_of_a_later_diffusers_is_refused():
     class NextYearTransformer3DModel(nn.Module):
         pass
 
-    with pytest.raises(dit_accel.DitAccelError, match="NextYear.*not supported: no family covers it yet.*wan"):
+    with pytest.raises(dit_accel.DitAccelError, match=r"NextYear.*not supported: no family covers it yet.*wan"):
         dit_accel.accelerate(NextYearTransformer3DModel(), "dense")
 
 

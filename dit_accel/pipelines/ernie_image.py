@@ -1,0 +1,35 @@
+"""ERNIE-Image: text stands behind the image, and its padding is masked."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import nn
+
+from dit_accel.pipelines.family import Call, Family, Layout
+from dit_accel.pipelines.reading import image_of
+from dit_accel.pipelines.sizes import Config, Sizes, image_sizes, vae_pixels
+
+
+def layout(transformer: nn.Module, call: Call) -> Layout:
+    """The latent [B, C, H, W] in patches, text [B, T, C] and its lengths [B]."""
+    config: Any = transformer.config
+    grid = dataclasses.replace(image_of(call, config.patch_size), text=call.tensor("text_bth", 3).shape[1])
+    return Layout(grid, text_lens=call.tensor("text_lens", 1).to(torch.int32))
+
+
+def sizes(transformer: Config, vae: Config) -> Sizes:
+    """The pipeline packs 2 x 2 latents into one; the text is as long as the prompt."""
+    return image_sizes(2 * vae_pixels(vae) * transformer["patch_size"], text=512)
+
+
+FAMILY = Family(
+    name="ernie_image",
+    transformers=("ErnieImageTransformer2DModel",),
+    attention=("layers.*.self_attention",),
+    layout=layout,
+    sizes=sizes,
+    summary="ERNIE-Image",
+)

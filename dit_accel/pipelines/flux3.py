@@ -1,0 +1,52 @@
+"""FLUX.3: the first blocks attend within text, image and conditioning images each; then come joint single blocks.
+
+Joint sequences are [text | image | conditioning]. Of the first blocks only the image's are accelerated.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import nn
+
+from dit_accel.errors import DitAccelError
+from dit_accel.pipelines.family import Call, Family, Layout
+from dit_accel.pipelines.reading import image_grids, packed_images
+from dit_accel.pipelines.sizes import Config, Sizes, image_sizes, vae_pixels
+
+
+def layout(transformer: nn.Module, call: Call) -> Layout:
+    """Packed image [B, N, C] with ids [N, 4], text [B, T, C], and conditioning tokens [B, R, C] or None."""
+    found = packed_images(call, call.tensor("encoder_hidden_states", 3).shape[1], _read_ids)
+    if found.grid.reference:
+        raise DitAccelError(
+            f"{call.owner} needs img_ids of one image, or of several of one size; got {found.grid}. Put conditioning "
+            "images into image_cond_hidden_states."
+        )
+    if call.get("image_cond_hidden_states") is None:
+        return found
+    reference = call.tensor("image_cond_hidden_states", 3).shape[1]
+    notes = (f"{reference} tokens of conditioning images are dense both ways",)
+    return Layout(dataclasses.replace(found.grid, reference=reference), notes=notes)
+
+
+def _read_ids(ids: torch.Tensor) -> tuple[int, int, int, int]:
+    return image_grids((ids if ids.ndim == 2 else ids[0])[:, :3])
+
+
+def sizes(transformer: Config, vae: Config) -> Sizes:
+    """2 x 2 latents a token."""
+    return image_sizes(2 * vae_pixels(vae), text=512, text_first=True)
+
+
+FAMILY = Family(
+    name="flux3",
+    transformers=("Flux3Transformer2DModel",),
+    attention=("mode_blocks.image.*.attn", "single_transformer_blocks.*.attn"),
+    visual_attention=("mode_blocks.*.*.attn",),
+    layout=layout,
+    sizes=sizes,
+    summary="FLUX.3",
+    timestep_scale=1000.0,
+)

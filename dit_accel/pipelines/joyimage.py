@@ -1,0 +1,36 @@
+"""JoyImage-Edit: text stands behind the images, which have one size and count as frames."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from torch import nn
+
+from dit_accel.pipelines.family import Call, Family, Layout, patch_grid
+from dit_accel.pipelines.sizes import Config, Sizes, image_sizes
+
+
+def layout(transformer: nn.Module, call: Call) -> Layout:
+    """Latents [B, C, F, H, W], or [B, images, C, F, H, W], in patches; text [B, T, C]."""
+    config: Any = transformer.config
+    latents = call.get("hidden_states")
+    images = latents.shape[1] if latents.ndim == 6 else 1
+    frames, height, width = call.tensor("hidden_states", latents.ndim).shape[-3:]
+    grid = patch_grid((images * frames, height, width), config.patch_size)
+    return Layout(dataclasses.replace(grid, text=call.tensor("encoder_hidden_states", 3).shape[1]))
+
+
+def sizes(transformer: Config, vae: Config) -> Sizes:
+    """Of the made image alone; the text holds the conditioning images too, as its encoder sees them."""
+    return image_sizes(vae.get("scale_factor_spatial", 8) * transformer["patch_size"][-1], text=1024)
+
+
+FAMILY = Family(
+    name="joyimage",
+    transformers=("JoyImageEditTransformer3DModel",),
+    attention=("double_blocks.*.attn",),
+    layout=layout,
+    sizes=sizes,
+    summary="JoyImage-Edit",
+)

@@ -1,0 +1,50 @@
+"""Kandinsky 5: self-attention of the visual blocks sees image or video alone; text enters through cross-attention."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from dit_accel.errors import DitAccelError
+from dit_accel.pipelines.family import Call, Family, Layout, patch_grid
+from dit_accel.pipelines.sizes import Config, Sizes
+
+
+def layout(transformer: nn.Module, call: Call) -> Layout:
+    """The latent [B, F, H, W, C], cut into patches."""
+    if call.get("sparse_params") is not None:
+        raise DitAccelError(
+            f"{call.owner} runs its own sparse attention (NABLA) with tokens in another order, so there is no dense "
+            "attention to replace; use a checkpoint with attention_type='regular', or leave the model as it is."
+        )
+    config: Any = transformer.config
+    return Layout(patch_grid(call.tensor("hidden_states", 5).shape[1:4], config.patch_size))
+
+
+def sizes(transformer: Config, vae: Config) -> Sizes:
+    """From the patch and the VAE's strides."""
+    patch = transformer["patch_size"]
+    pixels = vae.get("spatial_compression_ratio", 8)
+    return Sizes(
+        pixels=(pixels * patch[1], pixels * patch[2]),
+        frames_step=vae.get("temporal_compression_ratio", 4) * patch[0],
+        height=512,
+        width=768,
+        frames=121,
+    )
+
+
+def _head_dim(attention: Any) -> int:
+    return int(attention.query_norm.normalized_shape[0])
+
+
+FAMILY = Family(
+    name="kandinsky5",
+    transformers=("Kandinsky5Transformer3DModel",),
+    attention=("visual_transformer_blocks.*.self_attention",),
+    layout=layout,
+    sizes=sizes,
+    summary="Kandinsky 5 (without its own sparse attention)",
+    head_dim=_head_dim,
+)
