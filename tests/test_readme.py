@@ -70,3 +70,17 @@ def test_every_method_is_listed():
 
     for name in dit_accel.list_methods():
         assert f"| `{name}` |" in README
+
+
+def test_every_family_is_named():
+    from dit_accel.registry import get_families
+
+    names = {name: re.split("[:;,(]", family.summary)[0].strip() for name, family in get_families().items()}
+    words = " ".join(README.split())
+    assert {name for name, first in names.items() if first not in words} == set()
+
+
+def test_the_family_shown_is_the_one_there_is():
+    """The example of CONTRIBUTING is what the file of that family says."""
+    shown = next(block for block in blocks(CONTRIBUTING, "python") if "FAMILY = Family" in block)
+    assert shown in (ROOT / "dit_accel" / "pipelines" / "pixart.py").read_text(encoding="utf-8")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json as json_module
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -16,17 +17,18 @@ if TYPE_CHECKING:
 
 
 def ls(json: Json = False) -> None:
-    """List the methods with their settings and sources, and the model families with what they support."""
+    """List the methods with their settings and sources, the model families, and which models are refused, and why."""
     from dit_accel import registry
     from dit_accel.generation.sources import EMBEDDED
+    from dit_accel.pipelines.refused import REFUSED
 
     methods = [_method(found) for found in registry.get_methods().values()]
     families = [_family(found) for found in registry.get_families().values()]
     if json:
-        listed = {"methods": methods, "families": families, "embedded": list(EMBEDDED)}
+        listed = {"methods": methods, "families": families, "refused": REFUSED, "embedded": list(EMBEDDED)}
         typer.echo(json_module.dumps(listed, indent=2))
     else:
-        _print_tables(methods, families, EMBEDDED)
+        _print_tables(methods, families, REFUSED, EMBEDDED)
 
 
 def _method(method: Method) -> dict[str, Any]:
@@ -58,7 +60,12 @@ def _family(family: Family) -> dict[str, Any]:
     }
 
 
-def _print_tables(methods: list[dict[str, Any]], families: list[dict[str, Any]], embedded: tuple[str, ...]) -> None:
+def _print_tables(
+    methods: list[dict[str, Any]],
+    families: list[dict[str, Any]],
+    refused: Mapping[str, str],
+    embedded: tuple[str, ...],
+) -> None:
     from rich.console import Console
     from rich.table import Table
 
@@ -86,5 +93,10 @@ def _print_tables(methods: list[dict[str, Any]], families: list[dict[str, Any]],
         table.add_row(
             family["name"], family["summary"], "\n".join(family["transformers"]), "\n".join(recommended) or "-"
         )
+    console.print(table)
+
+    table = Table("transformer", "why it is refused", title="Refused")
+    for name, reason in refused.items():
+        table.add_row(name, reason)
     console.print(table)
     console.print(f"Embedded models: {', '.join(embedded)}")

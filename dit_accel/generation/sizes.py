@@ -33,9 +33,16 @@ def sizes_of(source: Source) -> Sizes:
     """What a model's configuration says of its sizes; no weights are read.
 
     Raises:
-        DitAccelError: the transformer's family is not supported, or a configuration file is missing.
+        DitAccelError: the transformer's family is not supported, or a configuration file is missing or incomplete.
     """
-    sizes = family_of(source).sizes(source.config("transformer"), source.config("vae"))
+    family, transformer, vae = family_of(source), source.config("transformer"), source.config("vae")
+    try:
+        sizes = family.sizes(transformer, vae)
+    except KeyError as missing:
+        raise DitAccelError(
+            f"The configuration of {source.model} does not say {missing}, on which the size of a token depends; save "
+            "the pipeline anew with save_pretrained, or use --grid where there is one."
+        ) from missing
     if source.model in EMBEDDED:
         from dit_accel.pipelines import demo
 

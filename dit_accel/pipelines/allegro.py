@@ -13,6 +13,7 @@ from torch import nn
 from dit_accel.errors import DitAccelError
 from dit_accel.pipelines.family import Call, Family, Layout
 from dit_accel.pipelines.reading import video_of
+from dit_accel.pipelines.sizes import Config, Sizes, vae_frames, vae_pixels, video_sizes
 
 
 def layout(transformer: nn.Module, call: Call) -> Layout:
@@ -26,10 +27,19 @@ def layout(transformer: nn.Module, call: Call) -> Layout:
     return Layout(video_of(call, (config.patch_size_t, config.patch_size, config.patch_size)))
 
 
+def sizes(transformer: Config, vae: Config) -> Sizes:
+    """No frame stands alone."""
+    patch = transformer["patch_size_t"], transformer["patch_size"], transformer["patch_size"]
+    pixels = vae_pixels(vae)
+    frames, height, width = (transformer[f"sample_{axis}"] for axis in ("frames", "height", "width"))
+    return video_sizes(vae, patch, frames * vae_frames(vae), height * pixels, width * pixels, frames_first=0)
+
+
 FAMILY = Family(
     name="allegro",
     transformers=("AllegroTransformer3DModel",),
     attention=("transformer_blocks.*.attn1",),
     layout=layout,
+    sizes=sizes,
     summary="Allegro: text to video",
 )

@@ -13,6 +13,7 @@ from typing import Any
 from torch import nn
 
 from dit_accel.pipelines.family import Call, Family, Layout, patch_grid
+from dit_accel.pipelines.sizes import Config, Sizes, vae_pixels, video_sizes
 
 
 def layout(transformer: nn.Module, call: Call) -> Layout:
@@ -25,10 +26,19 @@ def layout(transformer: nn.Module, call: Call) -> Layout:
     return Layout(dataclasses.replace(grid, text=text, text_first=True))
 
 
+def sizes(transformer: Config, vae: Config) -> Sizes:
+    """In version 1.5 a token is two latent frames, of which the pipeline makes one more than asked for."""
+    patch = transformer.get("patch_size_t") or 1, transformer["patch_size"], transformer["patch_size"]
+    pixels, text = vae_pixels(vae), transformer["max_text_seq_length"]
+    height, width = transformer["sample_height"] * pixels, transformer["sample_width"] * pixels
+    return video_sizes(vae, patch, transformer["sample_frames"], height, width, text=text, text_first=True)
+
+
 FAMILY = Family(
     name="cogvideox",
     transformers=("CogVideoXTransformer3DModel", "ConsisIDTransformer3DModel"),
     attention=("transformer_blocks.*.attn1",),
     layout=layout,
+    sizes=sizes,
     summary="CogVideoX 1.0 and 1.5: text, image and video to video, control; ConsisID",
 )

@@ -13,12 +13,18 @@ from torch import nn
 
 from dit_accel.pipelines.family import Call, Family, Layout, Preset
 from dit_accel.pipelines.reading import video_of
+from dit_accel.pipelines.sizes import Config, Sizes, vae_frames, video_sizes
 
 
 def layout(transformer: nn.Module, call: Call) -> Layout:
     """The latent [B, C, F, H, W], cut into patches."""
     config: Any = transformer.config
     return Layout(video_of(call, config.patch_size))
+
+
+def sizes(transformer: Config, vae: Config) -> Sizes:
+    """Cosmos 1 has a VAE of 8 frames a latent and makes 121 frames, Predict 2 one of 4 and makes 93."""
+    return video_sizes(vae, transformer["patch_size"], 121 if vae_frames(vae) == 8 else 93, 704, 1280)
 
 
 RECOMMENDED = {
@@ -34,6 +40,7 @@ FAMILY = Family(
     transformers=("CosmosTransformer3DModel",),
     attention=("transformer_blocks.*.attn1",),
     layout=layout,
+    sizes=sizes,
     summary="Cosmos 1, Predict 2 and 2.5: text, image and video to world, text to image",
     timestep_scale=None,
     recommended=RECOMMENDED,

@@ -13,6 +13,7 @@ from torch import nn
 
 from dit_accel.pipelines.family import Call, Family, Layout
 from dit_accel.pipelines.reading import video_of
+from dit_accel.pipelines.sizes import Config, Sizes, video_sizes
 
 
 def layout(transformer: nn.Module, call: Call) -> Layout:
@@ -25,10 +26,18 @@ def layout(transformer: nn.Module, call: Call) -> Layout:
     return Layout(dataclasses.replace(grid, text=text, text_first=True))
 
 
+def sizes(transformer: Config, vae: Config) -> Sizes:
+    """Its VAE has a stride along time in all stages but two."""
+    strides = dict(vae) | {"temporal_compression_ratio": 2 ** (len(vae["block_out_channels"]) - 2)}
+    patch = 1, transformer["patch_size"], transformer["patch_size"]
+    return video_sizes(strides, patch, 49, 512, 512, text=256, text_first=True)
+
+
 FAMILY = Family(
     name="easyanimate",
     transformers=("EasyAnimateTransformer3DModel",),
     attention=("transformer_blocks.*.attn1",),
     layout=layout,
+    sizes=sizes,
     summary="EasyAnimate: text, image and video to video, control",
 )

@@ -14,7 +14,7 @@ from torch import nn
 
 from dit_accel.pipelines.family import Call, Family, Layout, patch_grid
 from dit_accel.pipelines.reading import mask_text
-from dit_accel.pipelines.sizes import Config, Sizes, image_sizes
+from dit_accel.pipelines.sizes import Config, Sizes, image_sizes, vae_pixels
 
 
 def layout(transformer: nn.Module, call: Call) -> Layout:
@@ -34,7 +34,7 @@ def layout(transformer: nn.Module, call: Call) -> Layout:
 
 def sizes(transformer: Config, vae: Config) -> Sizes:
     """Text: 1,000 tokens, and 128 of glyphs."""
-    pixels = vae["spatial_compression_ratio"]
+    pixels = vae_pixels(vae)
     return image_sizes(pixels * transformer["patch_size"][-1], 64 * pixels, text=1128)
 
 

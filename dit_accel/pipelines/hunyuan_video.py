@@ -15,6 +15,7 @@ from torch import nn
 
 from dit_accel.pipelines.family import Call, Family, Layout, Preset
 from dit_accel.pipelines.reading import video_of
+from dit_accel.pipelines.sizes import Config, Sizes, video_sizes
 
 
 def layout(transformer: nn.Module, call: Call) -> Layout:
@@ -24,6 +25,12 @@ def layout(transformer: nn.Module, call: Call) -> Layout:
     text = call.tensor("encoder_hidden_states", 3).shape[1]
     valid = call.tensor("encoder_attention_mask", 2).sum(1, dtype=torch.int32)
     return Layout(dataclasses.replace(grid, text=text), text_lens=valid)
+
+
+def sizes(transformer: Config, vae: Config) -> Sizes:
+    """From the patch and the VAE's strides."""
+    patch = transformer["patch_size_t"], transformer["patch_size"], transformer["patch_size"]
+    return video_sizes(vae, patch, 129, 720, 1280, text=256)
 
 
 RECOMMENDED = {
@@ -45,6 +52,7 @@ FAMILY = Family(
     transformers=("HunyuanVideoTransformer3DModel",),
     attention=("transformer_blocks.*.attn", "single_transformer_blocks.*.attn"),
     layout=layout,
+    sizes=sizes,
     summary="HunyuanVideo: text to video, image to video",
     recommended=RECOMMENDED,
 )

@@ -16,6 +16,7 @@ from torch import nn
 from dit_accel.pipelines.family import Call, Family, Layout
 from dit_accel.pipelines.processor import attend
 from dit_accel.pipelines.reading import video_of
+from dit_accel.pipelines.sizes import Config, Sizes, video_sizes
 
 
 def layout(transformer: nn.Module, call: Call) -> Layout:
@@ -66,11 +67,19 @@ def attend_video_and_text(
     return attn.to_out[1](attn.to_out[0](video)), attn.to_add_out(text)
 
 
+def sizes(transformer: Config, vae: Config) -> Sizes:
+    """Text: 1,000 tokens, 256 of glyphs and 729 of an image; the pipeline's own size follows `target_size`."""
+    patch = transformer["patch_size_t"], transformer["patch_size"], transformer["patch_size"]
+    height, width = (720, 1280) if transformer["target_size"] >= 960 else (480, 848)
+    return video_sizes(vae, patch, 121, height, width, text=1985)
+
+
 FAMILY = Family(
     name="hunyuan_video_15",
     transformers=("HunyuanVideo15Transformer3DModel",),
     attention=("transformer_blocks.*.attn",),
     layout=layout,
+    sizes=sizes,
     summary="HunyuanVideo 1.5: text to video, image to video",
     sparse_calls={"HunyuanVideo15AttnProcessor2_0": attend_video_and_text},
 )

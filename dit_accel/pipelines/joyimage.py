@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from dit_accel.pipelines.family import Call, Family, Layout, patch_grid
-from dit_accel.pipelines.sizes import Config, Sizes, image_sizes
+from dit_accel.pipelines.sizes import Config, Sizes, image_sizes, vae_pixels
 
 
 def layout(transformer: nn.Module, call: Call) -> Layout:
@@ -23,7 +23,7 @@ def layout(transformer: nn.Module, call: Call) -> Layout:
 
 def sizes(transformer: Config, vae: Config) -> Sizes:
     """Of the made image alone; the text holds the conditioning images too, as its encoder sees them."""
-    return image_sizes(vae.get("scale_factor_spatial", 8) * transformer["patch_size"][-1], text=1024)
+    return image_sizes(vae_pixels(vae) * transformer["patch_size"][-1], text=1024)
 
 
 FAMILY = Family(

@@ -8,7 +8,7 @@ from torch import nn
 
 from dit_accel.errors import DitAccelError
 from dit_accel.pipelines.family import Call, Family, Layout, patch_grid
-from dit_accel.pipelines.sizes import Config, Sizes
+from dit_accel.pipelines.sizes import Config, Sizes, video_sizes
 
 
 def layout(transformer: nn.Module, call: Call) -> Layout:
@@ -24,15 +24,7 @@ def layout(transformer: nn.Module, call: Call) -> Layout:
 
 def sizes(transformer: Config, vae: Config) -> Sizes:
     """From the patch and the VAE's strides."""
-    patch = transformer["patch_size"]
-    pixels = vae.get("spatial_compression_ratio", 8)
-    return Sizes(
-        pixels=(pixels * patch[1], pixels * patch[2]),
-        frames_step=vae.get("temporal_compression_ratio", 4) * patch[0],
-        height=512,
-        width=768,
-        frames=121,
-    )
+    return video_sizes(vae, transformer["patch_size"], 121, 512, 768)
 
 
 def _head_dim(attention: Any) -> int:

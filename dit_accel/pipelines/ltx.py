@@ -10,6 +10,7 @@ from torch import nn
 
 from dit_accel.pipelines.family import Call, Family, Layout
 from dit_accel.pipelines.reading import stated_grid
+from dit_accel.pipelines.sizes import Config, Sizes, video_sizes
 
 
 def layout(transformer: nn.Module, call: Call) -> Layout:
@@ -17,10 +18,17 @@ def layout(transformer: nn.Module, call: Call) -> Layout:
     return Layout(stated_grid(call))
 
 
+def sizes(transformer: Config, vae: Config) -> Sizes:
+    """From the patch and the VAE's strides."""
+    patch = transformer["patch_size_t"], transformer["patch_size"], transformer["patch_size"]
+    return video_sizes(vae, patch, 161, 512, 704)
+
+
 FAMILY = Family(
     name="ltx",
     transformers=("LTXVideoTransformer3DModel",),
     attention=("transformer_blocks.*.attn1",),
     layout=layout,
+    sizes=sizes,
     summary="LTX-Video: text to video, image to video",
 )

@@ -12,6 +12,7 @@ from torch import nn
 from dit_accel.errors import DitAccelError
 from dit_accel.pipelines.family import Call, Family, Layout, Preset
 from dit_accel.pipelines.reading import stated_grid
+from dit_accel.pipelines.sizes import Config, Sizes, video_sizes
 
 
 def layout(transformer: nn.Module, call: Call) -> Layout:
@@ -22,6 +23,12 @@ def layout(transformer: nn.Module, call: Call) -> Layout:
             "attention cannot; call it without, or run it dense."
         )
     return Layout(stated_grid(call))
+
+
+def sizes(transformer: Config, vae: Config) -> Sizes:
+    """From the patch and the VAE's strides."""
+    patch = transformer["patch_size_t"], transformer["patch_size"], transformer["patch_size"]
+    return video_sizes(vae, patch, 121, 512, 768)
 
 
 RECOMMENDED = {
@@ -37,6 +44,7 @@ FAMILY = Family(
     transformers=("LTX2VideoTransformer3DModel",),
     attention=("transformer_blocks.*.attn1",),
     layout=layout,
+    sizes=sizes,
     summary="LTX-2: video with audio; the video's self-attention",
     recommended=RECOMMENDED,
 )

@@ -19,6 +19,7 @@ from dit_accel.errors import DitAccelError
 from dit_accel.pipelines.family import Call, Family, Layout
 from dit_accel.pipelines.processor import attend
 from dit_accel.pipelines.reading import mask_text, video_of
+from dit_accel.pipelines.sizes import Config, Sizes, video_sizes
 
 
 def layout(transformer: nn.Module, call: Call) -> Layout:
@@ -72,11 +73,19 @@ def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tens
     return torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1).flatten(-2).to(x.dtype)
 
 
+def sizes(transformer: Config, vae: Config) -> Sizes:
+    """The pipeline knows its VAE's strides: 6 frames and 8 pixels."""
+    strides = {"temporal_compression_ratio": 6, "spatial_compression_ratio": 8}
+    patch = 1, transformer["patch_size"], transformer["patch_size"]
+    return video_sizes(strides, patch, 19, 480, 848, text=256)
+
+
 FAMILY = Family(
     name="mochi",
     transformers=("MochiTransformer3DModel",),
     attention=("transformer_blocks.*.attn1",),
     layout=layout,
+    sizes=sizes,
     summary="Mochi 1: text to video",
     timestep_scale=None,
     sparse_calls={"MochiAttnProcessor2_0": attend_video_and_text},

@@ -13,7 +13,7 @@ from torch import nn
 from dit_accel.errors import DitAccelError
 from dit_accel.pipelines.family import Call, Family, Layout
 from dit_accel.pipelines.reading import beside, mask_text
-from dit_accel.pipelines.sizes import Config, Sizes, image_sizes
+from dit_accel.pipelines.sizes import Config, Sizes, image_sizes, vae_pixels
 from dit_accel.tokens import TokenGrid
 
 
@@ -56,7 +56,7 @@ def _images(shapes: Any, tokens: int) -> tuple[tuple[int, int, int], int]:
 
 def sizes(transformer: Config, vae: Config) -> Sizes:
     """2 x 2 latents a token."""
-    return image_sizes(2 * 2 ** len(vae["temperal_downsample"]), text=512, text_first=True)
+    return image_sizes(2 * vae_pixels(vae), text=512, text_first=True)
 
 
 FAMILY = Family(

@@ -49,6 +49,5 @@ REFUSED = {
 def refusal(names: Iterable[str]) -> str:
     """Why a transformer is refused, given the name of its class and those of its bases, and what is supported."""
     reason = next((REFUSED[name] for name in names if name in REFUSED), "no family covers it yet")
-    families = registry.get_families().values()
-    supported = "; ".join(f"{family.name} ({', '.join(family.transformers)})" for family in families)
-    return f"{reason}. Supported families: {supported}."
+    families = ", ".join(registry.list_families())
+    return f"{reason}. Supported families: {families} (`dit-accel ls` names their classes)."

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from dit_accel.errors import DitAccelError
@@ -96,10 +96,34 @@ def _nearest(value: int, step: int, first: int = 0) -> str:
 
 
 def vae_pixels(vae: Config) -> int:
-    """Pixels along a side that one latent of `AutoencoderKL` and its like stands for."""
+    """Pixels along a side that one latent stands for, from whichever of these settings the VAE has."""
+    for key in ("scale_factor_spatial", "spatial_compression_ratio"):
+        if vae.get(key):
+            return int(vae[key])
+    if "spatio_temporal_scaling" in vae:
+        return int(vae["patch_size"] * 2 ** sum(vae["spatio_temporal_scaling"]))
+    if "temperal_downsample" in vae:
+        return int(2 ** len(vae["temperal_downsample"]))
     return int(2 ** (len(vae["block_out_channels"]) - 1))
+
+
+def vae_frames(vae: Config) -> int:
+    """Frames that one latent stands for, from whichever of these settings the VAE has."""
+    for key in ("scale_factor_temporal", "temporal_compression_ratio"):
+        if vae.get(key):
+            return int(vae[key])
+    if "spatio_temporal_scaling" in vae:
+        return int(vae["patch_size_t"] * 2 ** sum(vae["spatio_temporal_scaling"]))
+    return int(2 ** sum(vae["temperal_downsample"]))
 
 
 def image_sizes(pixels: int, side: int = 1024, **rest: Any) -> Sizes:
     """Sizes of a model of images whose tokens are squares of so many pixels, and whose own size is a square."""
     return Sizes(pixels=(pixels, pixels), frames_step=None, height=side, width=side, **rest)
+
+
+def video_sizes(vae: Config, patch: Sequence[int], frames: int, height: int, width: int, **rest: Any) -> Sizes:
+    """Sizes of a model of videos, from its VAE's strides, its patch (frames, height, width) and its own size."""
+    pixels = vae_pixels(vae)
+    step = vae_frames(vae) * patch[0]
+    return Sizes((pixels * patch[1], pixels * patch[2]), step, height, width, frames, **rest)

@@ -13,6 +13,7 @@ from torch import nn
 from dit_accel.errors import DitAccelError
 from dit_accel.pipelines.family import Call, Family, Layout
 from dit_accel.pipelines.reading import video_of
+from dit_accel.pipelines.sizes import Config, Sizes, video_sizes
 
 
 def layout(transformer: nn.Module, call: Call) -> Layout:
@@ -26,10 +27,16 @@ def layout(transformer: nn.Module, call: Call) -> Layout:
     return Layout(video_of(call, config.patch_size))
 
 
+def sizes(transformer: Config, vae: Config) -> Sizes:
+    """From the patch and the VAE's strides."""
+    return video_sizes(vae, transformer["patch_size"], 97, 544, 960, longest=transformer["rope_max_seq_len"])
+
+
 FAMILY = Family(
     name="skyreels_v2",
     transformers=("SkyReelsV2Transformer3DModel",),
     attention=("blocks.*.attn1",),
     layout=layout,
+    sizes=sizes,
     summary="SkyReels V2: text to video, image to video (no diffusion forcing)",
 )

@@ -14,7 +14,7 @@ from torch import nn
 
 from dit_accel.pipelines.family import Call, Family, Layout, Preset
 from dit_accel.pipelines.reading import video_of
-from dit_accel.pipelines.sizes import Config, Sizes
+from dit_accel.pipelines.sizes import Config, Sizes, video_sizes
 
 
 def layout(transformer: nn.Module, call: Call) -> Layout:
@@ -25,16 +25,7 @@ def layout(transformer: nn.Module, call: Call) -> Layout:
 
 def sizes(transformer: Config, vae: Config) -> Sizes:
     """From the patch and the VAE's strides."""
-    patch = transformer.get("patch_size", [1, 2, 2])
-    pixels = vae.get("scale_factor_spatial", 8)
-    return Sizes(
-        pixels=(pixels * patch[1], pixels * patch[2]),
-        frames_step=vae.get("scale_factor_temporal", 4) * patch[0],
-        height=480,
-        width=832,
-        frames=81,
-        longest=transformer.get("rope_max_seq_len", 1024),
-    )
+    return video_sizes(vae, transformer["patch_size"], 81, 480, 832, longest=transformer["rope_max_seq_len"])
 
 
 RECOMMENDED = {

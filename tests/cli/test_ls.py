@@ -9,6 +9,7 @@ def test_json_lists_every_method_and_family(cli):
     listed = json.loads(cli("ls", "--json").out)
     assert [method["name"] for method in listed["methods"]] == dit_accel.list_methods()
     assert [family["name"] for family in listed["families"]] == dit_accel.list_families()
+    assert "linear already" in listed["refused"]["SanaTransformer2DModel"]
     assert listed["embedded"] == ["demo"]
 
 
@@ -32,3 +33,4 @@ def test_table_says_where_methods_come_from(cli):
     out = cli("ls").out
     assert "arXiv:2504.16922" in out
     assert "demo" in out
+    assert "NucleusMoEImageTransformer2DModel" in out
