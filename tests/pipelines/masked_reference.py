@@ -24,14 +24,15 @@ class MaskedAttention(TorchFunctionMode):
     Args:
         tiny: whose grid and lengths these are.
         pairs: decides.
+        double: compute it in float64, whatever comes.
 
     Attributes:
         calls: replaced so far.
     """
 
-    def __init__(self, tiny: TinyModel, pairs: Pairs) -> None:
+    def __init__(self, tiny: TinyModel, pairs: Pairs, double: bool = False) -> None:
         super().__init__()
-        self.pairs, self.calls = pairs, 0
+        self.pairs, self.calls, self.double = pairs, 0, double
         self.shortest, self.longest = tiny.lengths or (tiny.grid.tokens - tiny.grid.text, tiny.grid.tokens)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -52,6 +53,9 @@ class MaskedAttention(TorchFunctionMode):
                 attn_mask = attn_mask & pairs
             else:
                 attn_mask = torch.where(pairs, attn_mask, float("-inf"))
+            if self.double:
+                wide = (tensor.double() for tensor in (query, key, value))
+                return F.scaled_dot_product_attention(*wide, attn_mask, dropout_p, **rest).to(query.dtype)
         return F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, **rest)
 
 
@@ -67,8 +71,8 @@ def plain_and_exact(tiny: TinyModel, pairs: Pairs) -> tuple[torch.Tensor, torch.
         plain = run(tiny.shared, tiny.call())
     assert mode.calls, "the model made no attention call of the grid's length"
     replay = iter(given)
-    with MaskedAttention(tiny, lambda *_: next(replay)):
-        exact = run(tiny.shared_double, tiny.call(dtype=torch.float64))
+    with MaskedAttention(tiny, lambda *_: next(replay), double=True):
+        exact = run(tiny.shared_double, tiny.double_call())
     return plain, exact
 
 

@@ -113,7 +113,8 @@ def test_keeping_every_pair_equals_dense(tiny, method, config):
     with dit_accel.accelerated(tiny.shared, method, **config) as accel:
         ours = run(tiny.shared, tiny.call())
     assert {layer.density for layer in accel.report().layers} == {1.0}
-    assert_no_worse(ours, tiny.dense, run(tiny.shared_double, tiny.call(dtype=torch.float64)))
+    _, exact = plain_and_exact(tiny, lambda q, k, v: torch.ones(1, 1, dtype=torch.bool))
+    assert_no_worse(ours, tiny.dense, exact)
 
 
 @pytest.mark.check("removable")

@@ -35,6 +35,8 @@ class TinyModel:
         compiles: "whole" if the stock model compiles as one graph; "blocks" if only `compile_repeated_blocks` does;
             "no" if neither does.
         rows: int64 [2, tokens], as `Layout.rows`.
+        doubles: whether the stock model runs in float64; if not, `shared_double` is in float32 too, and the attention
+            that it is given is exact alone.
         lengths: tokens of a call of self-attention, the fewest and the most; from `visual` to `tokens` of the grid if
             not given. No other attention in the model (cross-attention, refiners, audio) may have as many.
     """
@@ -47,6 +49,7 @@ class TinyModel:
     text_lens: tuple[int, ...] | None = None
     compiles: str = "whole"
     rows: torch.Tensor | None = None
+    doubles: bool = True
     lengths: tuple[int, int] | None = None
 
     def __str__(self) -> str:
@@ -67,7 +70,11 @@ class TinyModel:
 
     @functools.cached_property
     def shared_double(self) -> nn.Module:
-        return copy.deepcopy(self.build()).double()
+        return copy.deepcopy(self.build()).double() if self.doubles else self.build()
+
+    def double_call(self) -> dict[str, Any]:
+        """The keywords of a call of `shared_double`."""
+        return self.call(dtype=torch.float64 if self.doubles else torch.float32)
 
     @functools.cached_property
     def dense(self) -> torch.Tensor:

@@ -28,4 +28,4 @@ def inputs(frames=5, height=14, width=18, batch=2):
     }
 
 
-MODELS = [TinyModel("kandinsky5", "t2v", build, lambda batch: inputs(batch=batch), TokenGrid(5, 7, 9))]
+MODELS = [TinyModel("kandinsky5", "t2v", build, lambda batch: inputs(batch=batch), TokenGrid(5, 7, 9), doubles=False)]
