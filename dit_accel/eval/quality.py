@@ -21,7 +21,8 @@ from dit_accel.eval.versions import machine, versions
 from dit_accel.generation import call, captioned, sources
 from dit_accel.generation.choice import Choice
 from dit_accel.generation.output import check_folder
-from dit_accel.generation.sizes import Sizes, sizes_of
+from dit_accel.generation.sizes import sizes_of
+from dit_accel.pipelines.sizes import Sizes
 
 if TYPE_CHECKING:
     import torch
