@@ -31,6 +31,7 @@ SUITE_KEYS: dict[str, type] = {
     "metrics": str,
     "reference": Path,
     "require": str,
+    "attention_report": str,
     "pictures": int,
     "dtype": str,
     "compile": bool,
@@ -83,6 +84,10 @@ def evaluate(
     require: Annotated[
         str | None, typer.Option(metavar="LIMITS", help="Such as 'psnr>=25,speedup>=1.5'; status 1 if one breaks.")
     ] = None,
+    attention_report: Annotated[
+        str | None,
+        typer.Option(metavar="steps=0,8,layers=all", help="Also map each layer's error and kept mass at these steps."),
+    ] = None,
     pictures: Annotated[int | None, typer.Option(min=0, help="Prompts to show in the report; 4 if not given.")] = None,
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16", "float16"], typer.Option(help="auto: bfloat16 on a GPU, else float32.")
@@ -134,6 +139,7 @@ def evaluate(
         "metrics": metric or None,
         "reference": reference,
         "require": require,
+        "attention_report": attention_report,
         "pictures": pictures,
         "dtype": None if dtype == "auto" else dtype,
         "compile": compile or None,

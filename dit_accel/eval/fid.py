@@ -39,7 +39,7 @@ class Fid(FrechetInceptionDistance):
         self.orig_dtype = torch.float32  # torchmetrics sets it in update, which a process without samples never calls
 
     def compute(self) -> torch.Tensor:
-        """The distance, 0 for equal sets.
+        """The squared distance, 0 for equal sets.
 
         Raises:
             TooFew: a set has no more images than features, so that its covariance is singular.
@@ -48,7 +48,7 @@ class Fid(FrechetInceptionDistance):
         got = min(int(self.real_features_num_samples), int(self.fake_features_num_samples))
         if got < wanted:
             raise TooFew(f"needs {wanted:,} images in each set, got {got:,}")
-        return super().compute()
+        return super().compute().clamp(min=0)  # a squared distance; equal sets round to a little below
 
 
 def least(features: int) -> int:

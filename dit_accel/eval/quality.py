@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from dit_accel.errors import DitAccelError
 from dit_accel.eval import gates, prompts
+from dit_accel.eval.attention import parse_choice
 from dit_accel.eval.metrics import Metric, choose
 from dit_accel.eval.processes import Processes
 from dit_accel.eval.samples import Results, Store
@@ -54,6 +55,7 @@ class Request:
     metrics: tuple[str, ...] = ()
     reference: Path | None = None
     require: str | None = None
+    attention_report: str | None = None
     pictures: int = 4
     dtype: str = "auto"
     device: str = "auto"
@@ -88,6 +90,7 @@ def run(request: Request) -> Outcome:
         DitAccelError: something asked for cannot be done. What was finished before stays, and is not done again.
     """
     listed = _entries(request)
+    maps = None if request.attention_report is None else parse_choice(request.attention_report)
     limits = [] if request.require is None else gates.parse(request.require)
     source = sources.find(request.model, request.revision)
     asked = prompts.read(request.prompts or ("demo" if source.kind == "embedded" else "general"))
@@ -126,6 +129,9 @@ def run(request: Request) -> Outcome:
         Store(request.cache or request.output / "references"),
         compile=request.compile,
     )
+    attention = []
+    if maps is not None and processes.main:
+        attention = [sweep.attention(entry, items[0], maps, request.output / "attention") for entry in listed[1:]]
     sweep.run(listed, processes.share(items))
     processes.wait()
     results.read()
@@ -137,6 +143,7 @@ def run(request: Request) -> Outcome:
         metrics=metrics,
         media=media,
         images=images,
+        attention=attention,
         grid=grid,
         fps=request.fps or sources.frames_a_second(source),
         device=device,

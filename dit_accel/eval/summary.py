@@ -47,6 +47,7 @@ class Evaluation:
         sweep: knows where the samples lie.
         metrics: to score.
         media, images: the reference set and how many images it has; none: the reference's own frames.
+        attention: what `Sweep.attention` gave for each method; empty where it was not asked for.
         grid: of the tokens.
         fps: of the videos.
         device, dtype: where and in what the model ran.
@@ -60,6 +61,7 @@ class Evaluation:
     metrics: Sequence[Metric]
     media: Sequence[Captioned]
     images: int
+    attention: Sequence[dict[str, Any]]
     grid: TokenGrid
     fps: int
     device: torch.device
@@ -100,7 +102,7 @@ def write(done: Evaluation) -> Summary | None:
         "rows": [_row(entry, rows[entry.label], reference, scored[entry.label][1]) for entry in done.entries],
         "samples": _write_media(done, rows),
         "masks": _write_masks(done),
-        "attention": [],
+        "attention": list(done.attention),
     }
     write_report(summary, done.request.output)
     return summary

@@ -6,17 +6,21 @@ Methods take turns within a prompt, so that whatever else the machine does meets
 from __future__ import annotations
 
 import dataclasses
+import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dit_accel.checkpoint import replace_file
+from dit_accel.eval import attention
 from dit_accel.eval.provenance import ROOT
 from dit_accel.eval.samples import Results, Row, Store, key_of
 from dit_accel.generation import call
 from dit_accel.generation.choice import Choice
 from dit_accel.generation.sampling import sample
+from dit_accel.generation.sources import read_json
 from dit_accel.generation.stopwatch import attention_time
 from dit_accel.schedule import Schedule
 
@@ -119,6 +123,28 @@ class Sweep:
             if not self._is_there(entry, key):
                 title = f"{number}/{total} {entry.label}"
                 self.results.add(self._make(entry, item, key, title))
+
+    def attention(self, entry: Entry, item: Item, chosen: attention.Choice, folder: Path) -> dict[str, Any]:
+        """What a method does to each attention layer, measured in one more run, or as kept in `folder`.
+
+        Raises:
+            DitAccelError: the model has no such layer, the run no such step, or the transformers are compiled.
+        """
+        assert entry.choice is not None
+        asked = {"sample": self.key(entry, item), "steps": chosen.steps, "layers": chosen.layers}
+        path = folder / f"{key_of(asked)}.json"
+        if not path.exists():
+            arguments, title = self.arguments | {"prompt": item.prompt}, f"attention of {entry.label}"
+            with entry.choice.apply(self.pipe) as accel:
+                record = attention.record_attention(
+                    accel,
+                    lambda: sample(self.pipe, arguments, item.seed, title, self.device),
+                    chosen.steps,
+                    chosen.layers,
+                )
+            folder.mkdir(parents=True, exist_ok=True)
+            replace_file(path, json.dumps(record.as_json(), allow_nan=False).encode())
+        return {"row": entry.label, **read_json(path)}
 
     def _is_there(self, entry: Entry, key: str) -> bool:
         """Whether a sample needs no work: its row is known and its frames are whole, or the cache has both."""

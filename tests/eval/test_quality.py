@@ -40,6 +40,7 @@ class TestResults:
         networks = [f"{name}[{clip_folder}]" for name in ("perceptual", "fid", "kid", "clip_score", "frame_agreement")]
         named = [option for name in networks for option in ("--metric", name)]
         options = ("--method", "dense", "--method", GNA, "--seeds", "0-2", "--pictures", 1)
+        options += ("--attention-report", "steps=1,layers=all")
         outcome = evaluate(*options, metrics=(*METRICS, *named))
         assert outcome.status == 0, outcome.err
         out = tmp_path / "out"
@@ -65,6 +66,9 @@ class TestResults:
         assert {sample["prompt"] for sample in summary["samples"]} == {"a red circle"}
         assert all((out / sample["media"]).exists() for sample in summary["samples"])
         assert [mask["row"] for mask in summary["masks"]] == [GNA]
+        maps = {found["row"]: found for found in summary["attention"]}
+        assert maps[GNA]["steps"] == [1] and len(maps[GNA]["layers"]) == 2
+        assert all(0 < mass < 1 for mass in maps[GNA]["mass"][0][0])
         rows = results(out)
         assert [row["label"] for row in rows] == ["reference", "dense", GNA] * 6
         assert rows[1]["scores"]["psnr"] == "inf"
@@ -191,6 +195,7 @@ def refused(evaluate, tmp_path):
         (("--method", GNA, "--metric", "lipps"), "Unknown metric 'lipps'. Did you mean 'lpips'?"),
         (("--method", GNA, "--require", "psnr"), "--require takes figure, sign and number"),
         (("--method", GNA, "--require", "pnsr>2"), "there is no figure 'pnsr'. Did you mean 'psnr'?"),
+        (("--method", GNA, "--attention-report", "step=1"), "steps=0,8-15,layers=0,1"),
         (("--method", GNA, "--seeds", "3-1"), "--seeds are numbers and spans"),
         (("--method", GNA, "--prompts", "none.txt"), "--prompts none.txt: there is no such file"),
         (("--method", GNA, "--reference", "none"), "--reference none is no folder"),

@@ -1,0 +1,67 @@
+"""The same command on two processes gives the same figures as on one."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from dit_accel.generation import output
+
+TIMES = {"seconds", "denoising_seconds", "seconds_per_step", "attention_seconds", "date"}
+
+
+@pytest.fixture
+def arguments(wan_folder, clip_folder, tmp_path):
+    """An evaluation of three samples against a reference set of three clips: not as many for each of two processes."""
+    (tmp_path / "prompts.txt").write_text("a red circle\na blue square\na white triangle\n")
+    (tmp_path / "set").mkdir()
+    source = np.random.default_rng(0)
+    for name in "abc":
+        output.write_frames(tmp_path / "set" / f"{name}.gif", source.integers(0, 256, (9, 32, 32, 3), np.uint8), fps=8)
+    options = ["eval", "--model", wan_folder, "--device", "cpu", "--prompts", tmp_path / "prompts.txt"]
+    options += ["--frames", 9, "--height", 32, "--width", 32, "--steps", 1]
+    options += ["--method", "gna:window=0.5", "--reference", tmp_path / "set"]
+    for name in ("psnr", "ssim", *(f"{name}[{clip_folder}]" for name in ("fid", "kid", "clip_score"))):
+        options += ["--metric", name]
+    return [str(option) for option in options]
+
+
+def launch(root, arguments) -> str:
+    """Two processes by torchrun, which is what `accelerate launch` starts for several; gives what they print."""
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", "-m", "dit_accel"]
+        + arguments,
+        cwd=root,
+        env={**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_two_gloo_processes(root, cli, arguments, tmp_path):
+    alone, together = tmp_path / "one", tmp_path / "two"
+    outcome = cli(*arguments, "--output", alone)
+    assert outcome.status == 0, outcome.err
+    printed = launch(root, [*arguments, "--output", str(together)])
+    assert printed.count("report:") == 1
+    rows, summaries = [], []
+    for folder in (alone, together):
+        lines = (folder / "results.jsonl").read_text().splitlines()
+        rows.append([{k: v for k, v in json.loads(line).items() if k not in TIMES} for line in lines])
+        summaries.append(json.loads((folder / "summary.json").read_text()))
+    assert rows[0] == rows[1]
+    assert [summary["made"]["processes"] for summary in summaries] == [1, 2]
+    assert sorted(path.name for path in together.glob("results*")) == ["results.jsonl"]
+    for alone_row, row in zip(summaries[0]["rows"], summaries[1]["rows"], strict=True):
+        for name, figure in alone_row["figures"].items():
+            got, expected = row["figures"][name]["value"], figure["value"]
+            if name.startswith("fid"):  # sums over samples in float64, in another order
+                assert got == pytest.approx(expected, rel=1e-6)
+            else:
+                assert got == expected, name
