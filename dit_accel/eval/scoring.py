@@ -62,7 +62,9 @@ class Scorer:
             item = Item(as_tensor(frames[label], self.device), goal, prompt)
             for metric in self.metrics:
                 if metric.kind.score is not None:
-                    self._values[metric.name, label].update(metric.kind.score(item, metric.network))
+                    value = metric.kind.score(item, metric.network)
+                    # In a row: torchmetrics gathers a lone scalar in another shape than several.
+                    self._values[metric.name, label].update(torch.tensor([value], dtype=torch.float64))
                     continue
                 collected = self._sets[metric.name, label]
                 collected.update(item.features(metric.network), real=False)

@@ -32,8 +32,7 @@ def arguments(wan_folder, clip_folder, tmp_path):
 def launch(root, arguments) -> str:
     """Two processes by torchrun, which is what `accelerate launch` starts for several; gives what they print."""
     done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", "-m", "dit_accel"]
-        + arguments,
+        [sys.executable, *"-m torch.distributed.run --nproc_per_node=2 --standalone -m dit_accel".split(), *arguments],
         cwd=root,
         env={**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"},
         capture_output=True,
