@@ -1,7 +1,7 @@
 """LTX-Video.
 
-Self-attention (`attn1`) sees the packed video tokens alone; the call says their sizes. Where conditioning frames are
-packed in front (`LTXConditionPipeline`), it says coordinates instead, of no regular grid, and is refused.
+Self-attention (`attn1`) sees the packed video tokens alone, and before them, in `LTXConditionPipeline`, those of
+keyframes that are given. The call says the video's sizes, or the coordinates of all tokens.
 """
 
 from __future__ import annotations
@@ -9,13 +9,13 @@ from __future__ import annotations
 from torch import nn
 
 from dit_accel.pipelines.family import Call, Family, Layout
-from dit_accel.pipelines.reading import stated_grid
+from dit_accel.pipelines.reading import packed_video
 from dit_accel.pipelines.sizes import Config, Sizes, video_sizes
 
 
 def layout(transformer: nn.Module, call: Call) -> Layout:
-    """The packed video [B, N, C] and its num_frames, height and width in tokens."""
-    return Layout(stated_grid(call))
+    """The packed video [B, N, C] and its sizes in tokens or its coordinates."""
+    return packed_video(call)
 
 
 def sizes(transformer: Config, vae: Config) -> Sizes:
@@ -30,5 +30,5 @@ FAMILY = Family(
     attention=("transformer_blocks.*.attn1",),
     layout=layout,
     sizes=sizes,
-    summary="LTX-Video: text to video, image to video",
+    summary="LTX-Video: text and image to video, keyframes",
 )

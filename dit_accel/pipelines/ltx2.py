@@ -1,8 +1,8 @@
 """LTX-2: the video's self-attention.
 
 Audio has a stream of its own; its self-attention and the attention between the streams are left alone. A layer whose
-attention the model skips (spatio-temporal guidance) stays skipped. Conditioning tokens behind the video and masks over
-the video's own tokens (keyframes, IC-LoRA) are refused.
+attention the model skips (spatio-temporal guidance) stays skipped. Keyframes and reference videos behind the video are
+dense both ways; a mask over pairs of video tokens (IC-LoRA below full strength) is refused.
 """
 
 from __future__ import annotations
@@ -11,18 +11,18 @@ from torch import nn
 
 from dit_accel.errors import DitAccelError
 from dit_accel.pipelines.family import Call, Family, Layout, Preset
-from dit_accel.pipelines.reading import stated_grid
+from dit_accel.pipelines.reading import packed_video
 from dit_accel.pipelines.sizes import Config, Sizes, video_sizes
 
 
 def layout(transformer: nn.Module, call: Call) -> Layout:
-    """The packed video [B, N, C] and its num_frames, height and width in tokens."""
+    """The packed video [B, N, C] and its sizes in tokens, or its coordinates."""
     if call.get("video_self_attention_mask") is not None:
         raise DitAccelError(
             "LTX-2 is called with a video_self_attention_mask, which weighs pairs of tokens in ways that accelerated "
             "attention cannot; call it without, or run it dense."
         )
-    return Layout(stated_grid(call))
+    return packed_video(call)
 
 
 def sizes(transformer: Config, vae: Config) -> Sizes:
@@ -45,6 +45,6 @@ FAMILY = Family(
     attention=("transformer_blocks.*.attn1",),
     layout=layout,
     sizes=sizes,
-    summary="LTX-2: video with audio; the video's self-attention",
+    summary="LTX-2: video with audio, keyframes, reference videos; the video's self-attention",
     recommended=RECOMMENDED,
 )

@@ -31,22 +31,67 @@ def video_of(call: Call, patch: Sequence[int]) -> TokenGrid:
     return patch_grid(call.tensor("hidden_states", 5).shape[2:], patch)
 
 
-def stated_grid(call: Call) -> TokenGrid:
-    """The grid of a packed video whose sizes in tokens come as num_frames, height and width beside hidden_states.
+def packed_video(call: Call) -> Layout:
+    """The layout of a packed video [B, N, C] with num_frames, height and width in tokens, or video_coords.
+
+    Where both come and there are more tokens than the sizes say, the others stand behind the video. Where coordinates
+    [B, 3, N] or [B, 3, N, bounds] come alone, the video is last: it starts where time goes back. The other tokens
+    (keyframes, reference videos) are dense both ways.
 
     Raises:
-        DitAccelError: a size is missing, or they do not make up the sequence: tokens of conditioning frames or images
-            lie among the others then, and nobody knows which tokens are neighbours.
+        DitAccelError: neither tells which tokens are the video's, or these are no raster.
     """
-    tokens = call.tensor("hidden_states", 3).shape[1]
-    sizes = [call.get(name) for name in ("num_frames", "height", "width")]
-    if not all(isinstance(size, int) for size in sizes) or math.prod(sizes) != tokens:
-        raise DitAccelError(
-            f"A packed video needs num_frames, height and width with a token for each of its {tokens} tokens, got "
-            f"{' x '.join(map(str, sizes))}: a call with conditioning tokens or video_coords alone (IC-LoRA, key"
-            "frames) has no regular grid; run it dense."
-        )
-    return TokenGrid(*sizes)
+    tokens, coordinates = call.tensor("hidden_states", 3).shape[1], call.get("video_coords")
+    sizes = tuple(call.get(name) for name in ("num_frames", "height", "width"))
+    stated = all(isinstance(size, int) for size in sizes)
+    if stated and math.prod(sizes) == tokens:
+        return Layout(TokenGrid(*sizes))
+    came = "none"
+    if isinstance(coordinates, torch.Tensor):
+        came = str(tuple(coordinates.shape))
+        places = call.once(coordinates, _places)
+        if places is not None and places.shape[1] == tokens:
+            start, shape = (0, sizes) if stated else _last_video(places)
+            stop = start + math.prod(shape)
+            if _is_video(places[:, start:stop], shape) and (stated or stop == tokens):
+                frames, height, width = shape
+                grid = TokenGrid(frames, height, width, reference=tokens - (stop - start))
+                order = torch.cat((torch.arange(start, stop), torch.arange(start), torch.arange(stop, tokens)))
+                rows = order.expand(len(coordinates), -1).to(call.device) if start else None
+                return Layout(grid, rows=rows, notes=beside(grid.reference))
+    raise DitAccelError(
+        f"A packed video needs num_frames, height and width that make up its {tokens} tokens, or video_coords that "
+        f"show where the video is among them, got {' x '.join(map(str, sizes))} and coordinates of shape {came}; run "
+        "it dense."
+    )
+
+
+def _places(coordinates: torch.Tensor) -> torch.Tensor | None:
+    """Time, row and column of each token, [3, N], the first of several bounds; None if samples differ."""
+    starts = coordinates[..., 0] if coordinates.ndim == 4 else coordinates
+    if starts.ndim != 3 or starts.shape[1] != 3 or bool((starts != starts[:1]).any()):
+        return None
+    return starts[0]
+
+
+def _last_video(places: torch.Tensor) -> tuple[int, tuple[int, int, int]]:
+    """Where the last video among tokens at `places` [3, N] starts, and what its sizes are if it is one."""
+    back = torch.nonzero(places[0, 1:] < places[0, :-1]).flatten()
+    start = int(back[-1]) + 1 if len(back) else 0
+    times, rows, _ = places[:, start:]
+    frame = int((times == times[0]).sum())
+    width = int((rows[:frame] == rows[0]).sum())
+    return start, (len(times) // frame, frame // width, width)
+
+
+def _is_video(places: torch.Tensor, shape: tuple[int, int, int]) -> bool:
+    """Whether tokens at `places` [3, n] are a raster of that shape, each axis rising."""
+    if places.shape[1] != math.prod(shape) or min(shape) < 1:
+        return False
+    grid = places.reshape(3, *shape)
+    axes = grid[0, :, 0, 0], grid[1, 0, :, 0], grid[2, 0, 0, :]
+    raster = torch.stack(torch.meshgrid(*axes, indexing="ij"))
+    return torch.equal(grid, raster) and all(bool((axis[1:] > axis[:-1]).all()) for axis in axes)
 
 
 def mask_text(call: Call, grid: TokenGrid, mask: torch.Tensor) -> Layout:

@@ -58,11 +58,40 @@ def test_cogvideox_15_is_cut_along_time():
 
 
 @pytest.mark.parametrize("tiny", [tiny_models.get("ltx", "t2v"), tiny_models.get("ltx2", "2.0")], ids=str)
-@pytest.mark.parametrize("changes", [{"num_frames": None}, {"width": 8}, {"num_frames": 5.0}])
+@pytest.mark.parametrize("changes", [{"num_frames": None}, {"width": 8}, {"num_frames": 5.0}, {"height": 8}])
 def test_packed_video_without_its_sizes_is_refused(tiny, changes):
-    coordinates = {"video_coords": torch.zeros(2, 3, tiny.grid.visual)}
-    with pytest.raises(dit_accel.DitAccelError, match="for each of its 315 tokens"):
-        layout(tiny, **coordinates, **changes)
+    with pytest.raises(dit_accel.DitAccelError, match=r"make up its 315 tokens.*coordinates of shape none"):
+        layout(tiny, **changes)
+
+
+def test_coordinates_tell_where_the_video_is():
+    tiny = tiny_models.get("ltx", "condition")
+    places = tiny_models.module("ltx").places
+    assert torch.equal(layout(tiny).rows, tiny.rows)
+
+    def read(*pieces):
+        coordinates = torch.cat([places(*sizes, start=start) for *sizes, start in pieces], 1)
+        call = {"hidden_states": torch.zeros(2, coordinates.shape[1], 4), "video_coords": coordinates.repeat(2, 1, 1)}
+        return layout(tiny, **call)
+
+    alone = read((5, 7, 9, 0))
+    assert (alone.grid, alone.rows) == (TokenGrid(5, 7, 9), None)
+    assert read((1, 7, 9, 8)).grid == TokenGrid(1, 7, 9)
+    other = read((2, 3, 4, 8), (1, 7, 9, 30), (3, 7, 9, 0))
+    assert other.grid == TokenGrid(3, 7, 9, reference=87) and other.rows[0, :2].tolist() == [87, 88]
+    for irregular in ([(5, 7, 9, 0), (5, 3, 4, 50)], [(1, 7, 9, 0), (1, 7, 8, 20)]):
+        with pytest.raises(dit_accel.DitAccelError, match="where the video is among them"):
+            read(*irregular)
+
+
+def test_coordinates_that_are_no_raster_are_refused():
+    tiny = tiny_models.get("ltx2", "keyframe")
+    coordinates = tiny.call()["video_coords"]
+    order = torch.randperm(378, generator=torch.Generator().manual_seed(0))
+    differing = torch.stack((coordinates[0], coordinates[1] + 1))
+    for wrong in (coordinates[:, :, order], differing, coordinates[:, :, :-1], coordinates[:, :2]):
+        with pytest.raises(dit_accel.DitAccelError, match="make up its 378 tokens"):
+            layout(tiny, video_coords=wrong)
 
 
 def test_modes_with_masks_of_their_own_are_refused():

@@ -35,8 +35,18 @@ def inputs(batch=2):
     }
 
 
+def keyframe_inputs(batch):
+    """A keyframe behind the video, and bounds of all tokens' places, in integers as in `ltx.places`."""
+    video = TokenGrid(5, 7, 9).coordinates().T * torch.tensor([[8], [32], [32]])
+    keyframe = TokenGrid(1, 7, 9).coordinates().T * torch.tensor([[8], [32], [32]]) + torch.tensor([[33], [0], [0]])
+    starts = torch.cat((video, keyframe), 1)
+    bounds = torch.stack((starts, starts + 32), -1).expand(batch, -1, -1, -1)
+    return inputs(batch) | {"hidden_states": numbers(2)(batch, 6 * 7 * 9, 4), "video_coords": bounds}
+
+
 build_gated = functools.partial(build, gated_attn=True, audio_gated_attn=True, perturbed_attn=True, rope_type="split")
 MODELS = [
     TinyModel("ltx2", "2.0", build, inputs, TokenGrid(5, 7, 9)),
     TinyModel("ltx2", "2.3", build_gated, inputs, TokenGrid(5, 7, 9)),
+    TinyModel("ltx2", "keyframe", build, keyframe_inputs, TokenGrid(5, 7, 9, reference=63)),
 ]
