@@ -52,6 +52,7 @@ class Accelerator:
         impl: Impl,
         allow_dense: bool,
         check: SelfCheck,
+        notes: tuple[str, ...] = (),
     ) -> None:
         self.method, self.config, self.schedule = method.name, config, schedule
         self.impl, self.allow_dense = impl, allow_dense
@@ -66,6 +67,7 @@ class Accelerator:
             )
             for name, (transformer, family) in transformers.items()
         ]
+        self._notes = notes
         self.active = False
 
     def apply(self) -> None:
@@ -146,7 +148,7 @@ class Accelerator:
             grids=self._by_grid("densities", statistics.mean),
             partial_blocks=self._by_grid("partial_blocks", min),
             layers=[layer for engine in self._engines for layer in engine.layer_reports()],
-            notes=list(dict.fromkeys(note for engine in self._engines for note in engine.notes)),
+            notes=list(dict.fromkeys((*self._notes, *(note for engine in self._engines for note in engine.notes)))),
         )
 
     def _config_record(self) -> dict[str, Any]:
@@ -260,8 +262,10 @@ def accelerate(
     """
     amounts = {"dense_steps": dense_steps, "dense_last_steps": dense_last_steps, "dense_layers": dense_layers}
     given: dict[str, Any] = {name: amount for name, amount in amounts.items() if amount is not None}
+    notes: tuple[str, ...] = ()
     if preset:
-        config, given = _with_preset(target, method, schedule, config, given)
+        config, given, source = _with_preset(target, method, schedule, config, given)
+        notes = (f"settings not given are those recommended: {source}",)
     settings = _settings(method, schedule, config, given.get("dense_layers", 0))
     chosen = get_method(settings.method if isinstance(settings, LayerSettings) else str(method))
     dense, check = Schedule(**given), SelfCheck(verify, keep_dense_above)
@@ -276,15 +280,15 @@ def accelerate(
         )
     for accel in present:
         accel.remove()
-    accel = Accelerator(transformers, pipeline, chosen, settings, dense, impl, allow_dense, check)
+    accel = Accelerator(transformers, pipeline, chosen, settings, dense, impl, allow_dense, check, notes)
     accel.apply()
     return accel
 
 
 def _with_preset(
     target: Any, method: str | None, schedule: Any, config: dict[str, Any], given: dict[str, Any]
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Settings and dense steps and layers as recommended for the target's family, save those that were given."""
+) -> tuple[dict[str, Any], dict[str, Any], str]:
+    """Settings, and dense steps and layers, recommended for the target's family save those given; and their source."""
     if method is None or schedule is not None:
         raise DitAccelError(
             "preset=True takes the recommended settings of one method, such as 'radial': name it, and leave out "
@@ -293,7 +297,7 @@ def _with_preset(
     get_method(method)
     _, family = next(iter(find_transformers(target)[0].values()))
     advice = family.preset(method)
-    return {**advice.config, **config}, {**advice.schedule, **given}
+    return {**advice.config, **config}, {**advice.schedule, **given}, advice.source
 
 
 def _settings(

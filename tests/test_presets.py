@@ -30,6 +30,7 @@ def test_a_preset_sets_the_method_and_what_stays_dense(tiny_wan):
     with dit_accel.accelerate(tiny_wan(), "radial", preset=True) as accel:
         assert (accel.config.decay, accel.config.rule, accel.config.sink) == (0.2, "reference", True)
         assert (accel.schedule.dense_steps, accel.schedule.dense_layers) == (0.24, 1)
+        assert "scripts/wan_t2v_inference.sh" in accel.report().notes[0]
 
 
 def test_what_is_given_wins(tiny_wan):

@@ -55,10 +55,12 @@ def packed_video(call: Call) -> Layout:
             stop = start + math.prod(shape)
             if _is_video(places[:, start:stop], shape) and (stated or stop == tokens):
                 frames, height, width = shape
-                grid = TokenGrid(frames, height, width, reference=tokens - (stop - start))
+                others = tokens - (stop - start)
+                grid = TokenGrid(frames, height, width, reference=others)
                 order = torch.cat((torch.arange(start, stop), torch.arange(start), torch.arange(stop, tokens)))
                 rows = order.expand(len(coordinates), -1).to(call.device) if start else None
-                return Layout(grid, rows=rows, notes=beside(grid.reference))
+                note = f"{others} tokens of keyframes or reference videos are dense both ways"
+                return Layout(grid, rows=rows, notes=(note,) if others else ())
     raise DitAccelError(
         f"A packed video needs num_frames, height and width that make up its {tokens} tokens, or video_coords that "
         f"show where the video is among them, got {' x '.join(map(str, sizes))} and coordinates of shape {came}; run "
