@@ -12,7 +12,8 @@ from typing import Any
 
 from torch import nn
 
-from dit_accel import checkpoint, layerwise
+from dit_accel import adapters, checkpoint, layerwise
+from dit_accel.adapters import Trained
 from dit_accel.engine import Engine, PlanCache
 from dit_accel.errors import DitAccelError
 from dit_accel.kernels.block_sparse.api import Impl, choose_impl
@@ -40,6 +41,7 @@ class Accelerator:
         impl: "auto", "reference", "portable" or "triton".
         allow_dense: whether the model's own attention may run where it is measured to be faster.
         transformers: by component name.
+        trained: the fine-tuning that is at work besides the method's own weights; None without one.
     """
 
     def __init__(
@@ -69,6 +71,8 @@ class Accelerator:
         ]
         self._notes = notes
         self.active = False
+        self.trained: Trained | None = None
+        self._undo_training: Callable[[], None] | None = None
 
     def apply(self) -> None:
         """Put the method to work; on an error everything is as before."""
@@ -84,7 +88,7 @@ class Accelerator:
             _ACTIVE[transformer] = weakref.ref(self)
 
     def remove(self) -> list[str]:
-        """Take everything back: processors, hooks and learned weights. A second call does nothing.
+        """Take everything back: processors, hooks, learned weights, what `load` loaded. A second call does nothing.
 
         Returns:
             Attention modules that were left as they are, because another processor was set on them since.
@@ -93,6 +97,8 @@ class Accelerator:
             return []
         self.active = False
         left = [name for engine in self._engines for name in engine.detach()]
+        if self._undo_training is not None:
+            self._undo_training()
         for transformer in self.transformers.values():
             _ACTIVE.pop(transformer, None)
         return left
@@ -168,10 +174,25 @@ class Accelerator:
         """The method's learned modules, by the dotted path of their attention module in the pipeline."""
         return {name: module for engine in self._engines for name, module in engine.learned_modules()}
 
-    def save_pretrained(self, path: str | pathlib.Path) -> None:
-        """Write settings (JSON) and learned weights (safetensors) to the folder `path`.
+    def save_pretrained(
+        self,
+        path: str | pathlib.Path,
+        *,
+        push_to_hub: bool = False,
+        repo_id: str | None = None,
+        token: str | None = None,
+        private: bool | None = None,
+        commit_message: str | None = None,
+    ) -> None:
+        """Write settings (JSON), learned weights and a fine-tuning (safetensors) to the folder `path`.
 
         Files are written under temporary names and renamed when complete.
+
+        Args:
+            path: the folder.
+            push_to_hub: also upload the folder to the Hugging Face Hub, as Diffusers' models do.
+            repo_id: where to; the folder's name if not given.
+            token, private, commit_message: of the upload.
 
         Raises:
             DitAccelError: the folder cannot be written.
@@ -190,7 +211,16 @@ class Accelerator:
             for name, module in self.learned_weights().items()
             for key, tensor in module.state_dict().items()
         }
-        checkpoint.save(path, settings, checkpoint.identify(self.transformers), weights)
+        checkpoint.save(path, settings, checkpoint.identify(self.transformers), weights, self._write_training)
+        if push_to_hub:
+            from huggingface_hub import HfApi
+
+            api = HfApi(token=token)
+            target = api.create_repo(repo_id or pathlib.Path(path).name, private=private, exist_ok=True).repo_id
+            api.upload_folder(repo_id=target, folder_path=path, commit_message=commit_message or "Upload accelerator")
+
+    def _write_training(self, folder: pathlib.Path) -> dict[str, Any] | None:
+        return None if self.trained is None else adapters.write(folder, self.trained, self.transformers)
 
     def __enter__(self) -> Accelerator:
         return self
@@ -342,22 +372,24 @@ def load(
     verify: Verify | None = None,
     keep_dense_above: float | None = None,
     replace: bool = False,
+    any_weights: bool = False,
 ) -> Accelerator:
-    """Accelerate `target` as saved by `Accelerator.save_pretrained`, with its learned weights.
+    """Accelerate `target` as saved by `Accelerator.save_pretrained`: learned weights, LoRA and all.
 
     Args:
         target: a pipeline or transformer of the class and configuration it was saved from.
         path: the folder.
         verify, keep_dense_above: as in `accelerate`; they are not saved.
         replace: first remove an accelerator that is already at work.
+        any_weights: a fine-tuning is taken for the base weights it started from and no others, unless this is true.
 
     Raises:
         DitAccelError: the folder is missing, damaged or incomplete, or was saved for another model.
     """
     saved = checkpoint.read(path)
     transformers, _ = find_transformers(target)
-    present = checkpoint.identify({name: transformer for name, (transformer, _) in transformers.items()})
-    checkpoint.check_identity(path, saved.models, present)
+    modules = {name: transformer for name, (transformer, _) in transformers.items()}
+    checkpoint.check_identity(path, saved.models, checkpoint.identify(modules))
     layers = saved.settings["layers"]
     accel = accelerate(
         target,
@@ -373,6 +405,10 @@ def load(
     )
     try:
         checkpoint.load_weights(path, saved.weights, accel.learned_weights())
+        if saved.trained is not None:
+            accel.trained, accel._undo_training = adapters.apply(
+                pathlib.Path(path), saved.trained, modules, any_weights=any_weights
+            )
     except BaseException:
         accel.remove()
         raise

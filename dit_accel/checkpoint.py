@@ -9,7 +9,7 @@ import json
 import os
 import pathlib
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -32,11 +32,13 @@ class Saved:
 
     Attributes:
         settings: method, config, layers (None unless layers have settings of their own), schedule, impl, allow_dense.
+        trained: what `adapters.write` recorded of a fine-tuning; None without one.
         models: class and configuration hash of each transformer, by component name.
         weights: learned tensors by name; empty if the method has learned nothing.
     """
 
     settings: dict[str, Any]
+    trained: dict[str, Any] | None
     models: Models
     weights: dict[str, torch.Tensor]
 
@@ -57,9 +59,20 @@ def config_hash(module: nn.Module) -> str:
 
 
 def save(
-    path: str | pathlib.Path, settings: Mapping[str, Any], models: Models, weights: Mapping[str, torch.Tensor]
+    path: str | pathlib.Path,
+    settings: Mapping[str, Any],
+    models: Models,
+    weights: Mapping[str, torch.Tensor],
+    write_training: Callable[[pathlib.Path], dict[str, Any] | None],
 ) -> None:
     """Write an accelerator to the folder `path`; complete files replace old ones, weights first.
+
+    Args:
+        path: the folder.
+        settings: as in `Saved`.
+        models: whom the weights belong to.
+        weights: learned tensors by name.
+        write_training: writes a fine-tuning to the folder and returns what to record of it, None without one.
 
     Raises:
         DitAccelError: the folder cannot be written.
@@ -79,6 +92,7 @@ def save(
     }
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        saved["trained"] = write_training(folder)
         if content is not None:
             replace_file(folder / WEIGHTS_FILE, content)
         replace_file(folder / SETTINGS_FILE, (json.dumps(saved, indent=2) + "\n").encode())
@@ -103,7 +117,7 @@ def read(path: str | pathlib.Path) -> Saved:
         raise DitAccelError(f"{path} is no saved accelerator: {file.name} cannot be read ({error}).") from error
     except ValueError as error:
         raise DitAccelError(f"{file} is damaged ({error}); save the accelerator again.") from error
-    wanted = {"format", "models", "weights_sha256", *SETTINGS}
+    wanted = {"format", "models", "weights_sha256", "trained", *SETTINGS}
     if not isinstance(content, dict) or not wanted <= content.keys():
         raise DitAccelError(f"{file} is no saved accelerator: it needs the entries {', '.join(sorted(wanted))}.")
     if content["format"] != FORMAT:
@@ -115,7 +129,8 @@ def read(path: str | pathlib.Path) -> Saved:
     # JSON has no tuples.
     settings["config"] = {key: tuple(v) if isinstance(v, list) else v for key, v in settings["config"].items()}
     digest = content["weights_sha256"]
-    return Saved(settings, content["models"], {} if digest is None else _read_weights(file.parent, digest))
+    weights = {} if digest is None else _read_weights(file.parent, digest)
+    return Saved(settings, content["trained"], content["models"], weights)
 
 
 def check_identity(path: str | pathlib.Path, saved: Models, present: Models) -> None:
@@ -180,7 +195,11 @@ def _read_weights(folder: pathlib.Path, digest: str) -> dict[str, torch.Tensor]:
 
 
 def replace_file(file: pathlib.Path, content: bytes) -> None:
-    """Write under a temporary name in the same folder, then rename."""
+    """Write under a temporary name in the same folder, then rename.
+
+    Raises:
+        OSError: it cannot be written; the old file stays.
+    """
     handle, temporary = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
     try:
         with os.fdopen(handle, "wb") as stream:

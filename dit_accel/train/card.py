@@ -1,0 +1,111 @@
+"""The model card of a trained accelerator."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+from typing import TYPE_CHECKING, Any
+
+from dit_accel.checkpoint import replace_file
+from dit_accel.errors import DitAccelError
+
+if TYPE_CHECKING:
+    from dit_accel.accelerator import Accelerator
+    from dit_accel.train.data import Dataset
+    from dit_accel.train.loop import Base
+    from dit_accel.train.settings import TrainSettings
+
+# Base models whose licence forbids commercial use of what is derived from them.
+NON_COMMERCIAL = {
+    "black-forest-labs/FLUX.1-dev": "flux-1-dev-non-commercial-license",
+    "black-forest-labs/FLUX.1-Kontext-dev": "flux-1-dev-non-commercial-license",
+    "black-forest-labs/FLUX.1-Fill-dev": "flux-1-dev-non-commercial-license",
+}
+
+
+def write(
+    folder: pathlib.Path, base: Base, accel: Accelerator, settings: TrainSettings, data: Dataset, steps: int
+) -> None:
+    """Write `README.md`: what was trained, from what and on what, how to use it, and its limits.
+
+    Raises:
+        DitAccelError: the file cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        replace_file(folder / "README.md", text(base, accel, settings, data, steps).encode())
+    except OSError as error:
+        raise DitAccelError(f"The model card cannot be written to {folder}: {error.strerror}.") from error
+
+
+def text(base: Base, accel: Accelerator, settings: TrainSettings, data: Dataset, steps: int) -> str:
+    """The card as Markdown with the Hub's header."""
+    licence = NON_COMMERCIAL.get(base.model) or base.licence
+    restricted = licence is not None and "non-commercial" in licence.lower()
+    warning = (
+        f"> **Not for commercial use.** The base model's licence ({licence}) covers weights derived from it.\n\n"
+        if restricted
+        else ""
+    )
+    kind = f"a LoRA of rank {settings.rank}" if settings.rank else "all weights of the transformer"
+    learned = len(accel.learned_weights())
+    extra = f", and {accel.method}'s own weights in {learned} layers" if learned else ""
+    objectives = ", ".join(f"{name} x {weight:g}" for name, weight in settings.objectives.items())
+    call = accel.trained.call if accel.trained is not None else {}
+    sampling = f"\nMade to be sampled with {json.dumps(dict(call))}.\n" if call else ""
+    rows = "\n".join(f"| {key} | {_plain(value)} |" for key, value in settings.as_dict().items())
+    about = "\n".join(f"| {key} | {_plain(value)} |" for key, value in data.about.items())
+    header = {"base_model": base.model, "library_name": "diffusers", "license": licence or "other"}
+    front = "\n".join(f"{key}: {value}" for key, value in header.items())
+    return f"""---
+{front}
+tags:
+- dit_accel
+- {accel.method}
+---
+
+# {base.model} with {accel.method} attention
+
+{warning}Fine-tuned for `{accel.config}` by dit_accel: {kind}{extra}; {steps} steps.
+
+```python
+import dit_accel
+from diffusers import DiffusionPipeline
+
+pipe = DiffusionPipeline.from_pretrained({base.model!r})
+accel = dit_accel.load(pipe, "this folder")
+```
+{sampling}
+The LoRA, if there is one, also loads with Diffusers' `load_lora_weights`, without the attention it was trained for.
+
+## Base model
+
+{base.model}{"" if base.revision is None else f", revision {base.revision}"}; licence: {licence or "see the base model"}.
+
+## Data
+
+| {len(data)} samples | |
+|---|---|
+{about}
+
+## Training
+
+Objectives: {objectives}.
+
+| setting | value |
+|---|---|
+{rows}
+
+## Quality
+
+Not measured by the training itself: `dit-accel eval --load` measures it.
+
+## Limits
+
+Made for these base weights and this method; other weights of the same shape are refused unless asked for. Sizes far
+from the training data's are not covered.
+"""
+
+
+def _plain(value: Any) -> str:
+    return str(value).replace("|", "\\|").replace("\n", " ")

@@ -1,0 +1,220 @@
+"""Training data: latents as a transformer takes them, and the rest of its call, in safetensors shards.
+
+A data folder holds `dataset.json` and shards. A sample is its clean latents and the conditioning of the transformer
+call (prompt embeddings, position ids, guidance), both exactly as the pipeline passes them, so training needs neither
+codec nor text encoder and knows no model family. `prepare.py` makes such folders.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+
+from dit_accel.checkpoint import replace_file
+from dit_accel.errors import DitAccelError
+
+FORMAT = 1
+INDEX = "dataset.json"
+SHARD_BYTES = 512 * 2**20
+
+Call = dict[str, Any]
+
+
+@dataclasses.dataclass
+class Sample:
+    """One sample, or a batch of them.
+
+    Args:
+        latents: float32 [1, ...] (a batch: [B, ...]), noise-free, as the transformer takes them.
+        call: the other arguments of the transformer's call. Tensors of one row a sample have that many rows.
+        prompt: what it shows; of a batch, the prompts.
+    """
+
+    latents: torch.Tensor
+    call: Call
+    prompt: Any
+
+    @property
+    def kind(self) -> str:
+        """Samples of one kind can be batched: their tensors have the same shapes, their other arguments are equal."""
+        shapes = {
+            name: tuple(value.shape) if isinstance(value, torch.Tensor) else value for name, value in self.call.items()
+        }
+        return repr((tuple(self.latents.shape), sorted(shapes.items(), key=lambda item: item[0])))
+
+
+def collate(samples: list[Sample]) -> Sample:
+    """Samples of one kind as a batch. Tensors that are not one row a sample (position ids) are taken from the first."""
+    first = samples[0]
+    call = {
+        name: torch.cat([sample.call[name] for sample in samples])
+        if isinstance(value, torch.Tensor) and value.ndim and value.shape[0] == 1
+        else value
+        for name, value in first.call.items()
+    }
+    return Sample(torch.cat([sample.latents for sample in samples]), call, [sample.prompt for sample in samples])
+
+
+def write(folder: pathlib.Path, samples: Iterable[Sample], negative: Call, about: Mapping[str, Any]) -> int:
+    """Write a data folder; `dataset.json` comes last, so that a folder that has it is whole.
+
+    Args:
+        folder: where to; made if missing.
+        samples: of one row each.
+        negative: conditioning of the empty prompt, for distillation with guidance.
+        about: how the data was made, for people and the model card.
+
+    Returns:
+        The number of samples.
+
+    Raises:
+        DitAccelError: there are no samples, or the folder cannot be written.
+    """
+    rows: list[dict[str, Any]] = []
+    tensors: dict[str, torch.Tensor] = {}
+    shards = 0
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for sample in samples:
+            own, constants = _split(sample.call)
+            key = str(len(rows))
+            tensors |= {f"{key}.latents": sample.latents} | {f"{key}.{name}": value for name, value in own.items()}
+            rows.append({"shard": shards, "prompt": sample.prompt, "constants": constants})
+            if sum(tensor.nbytes for tensor in tensors.values()) >= SHARD_BYTES:
+                _write_shard(folder, shards, tensors)
+                tensors, shards = {}, shards + 1
+        if not rows:
+            raise DitAccelError(
+                "There is no training data: the source has no samples. Give captioned files or prompts."
+            )
+        if tensors:
+            _write_shard(folder, shards, tensors)
+        own, constants = _split(negative)
+        _write_tensors(folder / "negative.safetensors", own)
+        index = {"format": FORMAT, "about": dict(about), "negative": constants, "samples": rows}
+        replace_file(folder / INDEX, (json.dumps(index, indent=1) + "\n").encode())
+    except OSError as error:
+        raise DitAccelError(f"The training data cannot be written to {folder}: {error.strerror or error}.") from error
+    return len(rows)
+
+
+class Dataset:
+    """A data folder, read sample by sample.
+
+    Attributes:
+        about: how it was made.
+        negative: conditioning of the empty prompt.
+
+    Raises:
+        DitAccelError: the folder holds no whole data set.
+    """
+
+    def __init__(self, folder: pathlib.Path) -> None:
+        self.folder = folder
+        try:
+            index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise DitAccelError(
+                f"{folder} holds no prepared training data ({INDEX}: {error.strerror}); make it with "
+                "`dit-accel train --prepare`."
+            ) from error
+        except ValueError as error:
+            raise DitAccelError(f"{folder / INDEX} is damaged ({error}); prepare the data again.") from error
+        if not isinstance(index, dict) or index.get("format") != FORMAT or not index.get("samples"):
+            raise DitAccelError(f"{folder / INDEX} is no data set of format {FORMAT} with samples; prepare it again.")
+        self.about: dict[str, Any] = index["about"]
+        self._rows: list[dict[str, Any]] = index["samples"]
+        self.negative: Call = index["negative"] | self._tensors("negative.safetensors", "")
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> Sample:
+        row = self._rows[index]
+        tensors = self._tensors(_shard_name(row["shard"]), f"{index}.")
+        latents = tensors.pop("latents").float()
+        return Sample(latents, row["constants"] | tensors, row["prompt"])
+
+    def prompts(self) -> list[str]:
+        """The prompts of all samples, in order."""
+        return [row["prompt"] for row in self._rows]
+
+    def _tensors(self, name: str, prefix: str) -> dict[str, torch.Tensor]:
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(self.folder / name, "pt") as file:
+                return {key.removeprefix(prefix): file.get_tensor(key) for key in file.keys() if key.startswith(prefix)}
+        except (OSError, SafetensorError) as error:
+            raise DitAccelError(
+                f"{self.folder / name} is missing or damaged ({error}); prepare the data again."
+            ) from error
+
+
+class Order:
+    """Which samples each micro-batch holds: a function of seed and position alone, so that any run can go on anywhere.
+
+    Every epoch is a new permutation; samples of one kind are cut into batches, and what is left over of a kind waits
+    for the next epoch's permutation. A kind with fewer samples than a batch is repeated to fill one.
+
+    Args:
+        kinds: of each sample.
+        batch: samples in a micro-batch.
+        seed: of the permutations.
+    """
+
+    def __init__(self, kinds: list[str], batch: int, seed: int) -> None:
+        self._batch, self._seed = batch, seed
+        self._groups = [[i for i, own in enumerate(kinds) if own == kind] for kind in dict.fromkeys(kinds)]
+        self.batches = sum(max(1, len(group) // batch) for group in self._groups)
+        self._epochs: dict[int, list[list[int]]] = {}
+
+    def __getitem__(self, position: int) -> list[int]:
+        """Sample indices of micro-batch `position`, counted from the start of training."""
+        epoch, index = divmod(position, self.batches)
+        if epoch not in self._epochs:
+            self._epochs = {epoch: list(self._permutation(epoch))}
+        return self._epochs[epoch][index]
+
+    def _permutation(self, epoch: int) -> Iterator[list[int]]:
+        generator = torch.Generator().manual_seed((self._seed << 20) + epoch)
+        batches: list[list[int]] = []
+        for group in self._groups:
+            order = [group[i] for i in torch.randperm(len(group), generator=generator).tolist()]
+            while len(order) < self._batch:
+                order += group
+            batches += [order[i * self._batch :][: self._batch] for i in range(max(1, len(group) // self._batch))]
+        for i in torch.randperm(len(batches), generator=generator).tolist():
+            yield batches[i]
+
+
+def _split(call: Call) -> tuple[dict[str, torch.Tensor], Call]:
+    """The tensors of a call, and its other arguments, which must be plain JSON values."""
+    tensors = {
+        name: value.detach().cpu().contiguous() for name, value in call.items() if isinstance(value, torch.Tensor)
+    }
+    constants = {name: value for name, value in call.items() if name not in tensors}
+    try:
+        plain = json.loads(json.dumps(constants))
+    except TypeError as error:
+        raise DitAccelError(f"The transformer's call cannot be stored: {error}.") from error
+    return tensors, plain
+
+
+def _shard_name(index: int) -> str:
+    return f"{index:05d}.safetensors"
+
+
+def _write_shard(folder: pathlib.Path, index: int, tensors: dict[str, torch.Tensor]) -> None:
+    _write_tensors(folder / _shard_name(index), {name: value.contiguous() for name, value in tensors.items()})
+
+
+def _write_tensors(file: pathlib.Path, tensors: dict[str, torch.Tensor]) -> None:
+    from safetensors.torch import save
+
+    replace_file(file, save(tensors))

@@ -1,0 +1,405 @@
+"""The training loop, on Hugging Face accelerate: any number of processes, mixed precision, accumulation, FSDP.
+
+A run writes to one folder: `losses.jsonl` as it goes, `checkpoints/`, `validation/` samples, and at the end the trained
+accelerator, which `dit_accel.load` takes. Started again with the same settings, it goes on from its last checkpoint.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import pathlib
+import time
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from dit_accel import adapters
+from dit_accel.accelerator import accelerate, find_transformers
+from dit_accel.errors import DitAccelError
+from dit_accel.train import card, state
+from dit_accel.train.data import Dataset, Order, Sample, collate
+from dit_accel.train.distill import Segments
+from dit_accel.train.losses import LossCurve
+from dit_accel.train.networks import Networks, copy_of, expanded
+from dit_accel.train.objectives import NEEDS_TEACHER, OBJECTIVES
+from dit_accel.train.prepare import find_transformer
+from dit_accel.train.process import process_of
+from dit_accel.train.progress import Progress
+from dit_accel.train.settings import TrainSettings
+from dit_accel.train.validation import Validation
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+MAY_CHANGE = ("steps", "save_every", "validate_every", "tracker")  # when a run goes on
+FLOOR = 0.1  # of the rate, where a cosine ends
+
+
+@dataclasses.dataclass(frozen=True)
+class Base:
+    """The model that is trained, for the record.
+
+    Args:
+        model: embedded name, folder or Hub id.
+        revision: on the Hub.
+        licence: of its weights; None if nobody said.
+    """
+
+    model: str
+    revision: str | None = None
+    licence: str | None = None
+
+
+def train(
+    pipe: DiffusionPipeline,
+    settings: TrainSettings,
+    data: str | pathlib.Path,
+    output: str | pathlib.Path,
+    *,
+    base: Base,
+    validation: Validation | None = None,
+    call: Mapping[str, Any] | None = None,
+) -> pathlib.Path:
+    """Fine-tune a pipeline's transformer with a method at work in it.
+
+    Afterwards the pipeline has the trained accelerator at work. Under `accelerate launch` every process calls this.
+
+    Args:
+        pipe: the pipeline, on the device to train on, not accelerated.
+        settings: of the run.
+        data: folder that `prepare.py` made.
+        output: folder of the run; see the module.
+        base: what the pipeline was loaded from.
+        validation: what to generate on the way.
+        call: arguments of the pipeline's call that the result is for, saved with it.
+
+    Returns:
+        `output`.
+
+    Raises:
+        DitAccelError: the data, the model or the settings do not fit; the loss is not a number; or the disk is full.
+            Checkpoints written before stay.
+    """
+    trainer = Trainer(pipe, settings, Dataset(pathlib.Path(data)), pathlib.Path(output), base, validation)
+    trainer.run()
+    trainer.export(dict(call or {}))
+    return pathlib.Path(output)
+
+
+class Trainer:
+    """One run; see `train`."""
+
+    def __init__(
+        self,
+        pipe: DiffusionPipeline,
+        settings: TrainSettings,
+        data: Dataset,
+        output: pathlib.Path,
+        base: Base,
+        validation: Validation | None,
+    ) -> None:
+        self.settings, self.data, self.output, self.base, self.validation = settings, data, output, base, validation
+        self.pipe, self.transformer = pipe, find_transformer(pipe)
+        self.hf = _hugging_face(settings, output)
+        samples = [data[i] for i in range(len(data))] if len(data) <= 4096 else None
+        self._samples = samples
+        kinds = [sample.kind for sample in samples] if samples else ["one"] * len(data)
+        self.order = Order(kinds, settings.batch, settings.seed)
+        first = data[0]
+        self.process = process_of(pipe.scheduler, first.latents.shape)
+        self.segments = (
+            Segments(pipe.scheduler, self.process, settings.distillation)
+            if "consistency" in settings.objectives
+            else None
+        )
+        self.fingerprint = adapters.fingerprint(self.transformer)
+        self._make_student()
+        self.step = 0
+        self._resume()
+
+    def _make_student(self) -> None:
+        """Accelerate the transformer, choose what trains, and hand it to `accelerate`."""
+        settings = self.settings
+        torch.manual_seed(settings.seed)  # LoRA's A matrices
+        family = find_transformers(self.pipe)[0]["transformer"][1]
+        lora = settings.rank > 0
+        needs_teacher = {*NEEDS_TEACHER, "consistency"} & settings.objectives.keys()
+        teacher = copy_of(self.transformer) if needs_teacher and not lora else None
+        method = (
+            {"schedule": settings.schedule}
+            if settings.schedule is not None
+            else {"method": settings.method, "dense_layers": settings.dense_layers, **settings.config}
+        )
+        self.accel = accelerate(self.pipe, allow_dense=False, **method)
+        if lora:
+            adapters.add_lora(self.transformer, self._targets(family), settings.rank, settings.lora_alpha)
+        else:
+            self.transformer.requires_grad_(True)
+        for module in self.accel.learned_weights().values():
+            module.requires_grad_(True)
+        if settings.checkpointing:
+            self.transformer.enable_gradient_checkpointing()  # type: ignore[operator]
+        count = sum(1 for _ in family.attentions(self.transformer))
+        layers = tuple(range(settings.attention_every - 1, count, settings.attention_every))
+        self.networks = Networks(
+            self.transformer,
+            family,
+            self.accel,
+            lora=lora,
+            layers=layers if "attention" in settings.objectives else (),
+            hidden="final" in settings.objectives,
+            teacher=teacher,
+        )
+        self.transformer.train()
+        groups = self._groups()
+        if not groups:
+            raise DitAccelError("Nothing trains: rank=0 trains all weights, a rank above 0 a LoRA.")
+        optimizer = torch.optim.AdamW(groups, betas=settings.betas, weight_decay=settings.weight_decay)
+        self.model, self.optimizer = self.hf.prepare(self.transformer, optimizer)
+        self.weights = {name: weight for name, weight in self.transformer.named_parameters() if weight.requires_grad}
+        self.average = {name: weight.detach().clone() for name, weight in self.weights.items()} if settings.ema else {}
+
+    def _targets(self, family: Any) -> list[str]:
+        linear = [name for name, module in self.transformer.named_modules() if isinstance(module, nn.Linear)]
+        if self.settings.targets is None:
+            own = {f"{name}.{part}" for name, _ in family.attentions(self.transformer) for part in adapters.PROJECTIONS}
+            return [name for name in linear if name in own]
+        ends = tuple(f".{target}" for target in self.settings.targets)
+        return [name for name in linear if f".{name}".endswith(ends)]
+
+    def _groups(self) -> list[dict[str, Any]]:
+        """Weights by learning rate; `rate` in a group is the rate before warm-up and decay."""
+        method = {id(weight) for module in self.accel.learned_weights().values() for weight in module.parameters()}
+        trained = [weight for weight in self.transformer.parameters() if weight.requires_grad]
+        rates = (self.settings.rate, self.settings.method_rate or self.settings.rate)
+        sides = ([w for w in trained if id(w) not in method], [w for w in trained if id(w) in method])
+        return [
+            {"params": weights, "rate": rate, "lr": rate} for weights, rate in zip(sides, rates, strict=True) if weights
+        ]
+
+    def run(self) -> None:
+        """Train to the last step.
+
+        Raises:
+            DitAccelError: the loss is not a number, or a checkpoint cannot be written.
+        """
+        main = self.hf.is_main_process
+        curve = LossCurve(self.output / "losses.jsonl", self.step) if main else None
+        began, first = time.monotonic(), self.step
+        with Progress(self.settings.steps, self.step, show=main) as progress:
+            while self.step < self.settings.steps:
+                figures = self._train_step()
+                pace = (self.step - first) / (time.monotonic() - began)
+                if curve is not None:
+                    curve.add({"step": self.step, **figures})
+                self.hf.log(figures, step=self.step)
+                progress.advance(figures["loss"], pace)
+                last = self.step == self.settings.steps
+                if self.step % self.settings.save_every == 0 or last:
+                    self._save()
+                if self.validation and self.settings.validate_every and self.step % self.settings.validate_every == 0:
+                    self._validate()
+        if curve is not None:
+            curve.close()
+        self.hf.end_training()
+
+    def _train_step(self) -> dict[str, float]:
+        """One optimizer step: its losses and rate, averaged over micro-batches and processes."""
+        settings = self.settings
+        factor = self._rate_factor()
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["rate"] * factor
+        total = torch.zeros(1 + len(settings.objectives), device=self.hf.device)
+        for micro in range(settings.accumulation):
+            position = (self.step * settings.accumulation + micro) * self.hf.num_processes + self.hf.process_index
+            with self.hf.accumulate(self.model):
+                losses = self._losses(self._batch(position), position)
+                loss = sum(weight * losses[name] for name, weight in settings.objectives.items())
+                self.hf.backward(loss)
+                total += torch.stack([loss, *losses.values()]).detach() / settings.accumulation
+                if self.hf.sync_gradients:
+                    figures = self.hf.reduce(total, "mean").tolist()
+                    self._check(figures[0])
+                    if settings.clip:
+                        self.hf.clip_grad_norm_(self.weights.values(), settings.clip)
+                self.optimizer.step()
+                self.optimizer.zero_grad()
+        self.step += 1
+        self._average()
+        return {
+            "loss": figures[0],
+            **dict(zip(settings.objectives, figures[1:], strict=True)),
+            "rate": settings.rate * factor,
+        }
+
+    def _losses(self, batch: Sample, position: int) -> dict[str, torch.Tensor]:
+        """Each objective's loss on a micro-batch. The student's call comes last; see `networks.py`."""
+        generator = torch.Generator().manual_seed((self.settings.seed << 40) + position)
+        clean, call = batch.latents.to(self.hf.device), batch.call
+        count = len(clean)
+        noise = torch.randn(clean.shape, generator=generator).to(clean.device)
+        index = None
+        if self.segments is None:
+            level = self.process.draw(count, self.settings.levels, generator)
+        else:
+            index = self.segments.draw(count, generator)
+            level = self.segments.start[index]
+        noisy = self.process.noisy(clean, noise, level)
+        target = self.process.target(clean, noise, level)
+        timestep = self.process.timestep(level)
+        if self.segments is not None and index is not None:
+            negative = expanded(self.data.negative, count)
+            scale = self.settings.distillation.guidance
+            target = self.segments.target(
+                noisy,
+                index,
+                lambda x, at: self.networks.guided(x, self.process.timestep(at), call, negative, scale),
+                lambda x, at: self.networks.student(self.model, x, self.process.timestep(at), call).prediction,
+            )
+        needs_teacher = set(NEEDS_TEACHER) & self.settings.objectives.keys()
+        teacher = self.networks.teacher(noisy, timestep, call) if needs_teacher else None
+        student = self.networks.student(self.model, noisy, timestep, call)
+        return {name: OBJECTIVES[name](student, teacher, target) for name in self.settings.objectives}
+
+    def _batch(self, position: int) -> Sample:
+        indices = self.order[position]
+        return collate([self._samples[i] if self._samples else self.data[i] for i in indices])
+
+    def _check(self, loss: float) -> None:
+        if math.isfinite(loss):
+            return
+        checkpoints = state.found(self.output / "checkpoints")
+        kept = f"the last good checkpoint is {checkpoints[-1]}" if checkpoints else "there is no checkpoint yet"
+        raise DitAccelError(
+            f"The loss is {loss} at step {self.step + 1}, before which all was finite; {kept}. Lower the learning rate "
+            f"({self.settings.rate}) or the gradient clip ({self.settings.clip}), or check the data, and start anew."
+        )
+
+    def _rate_factor(self) -> float:
+        step, total = self.step, self.settings.steps
+        factor = min(1.0, (step + 1) / (self.settings.warmup + 1))
+        if self.settings.decay == "cosine":
+            factor *= FLOOR + (1 - FLOOR) * 0.5 * (1 + math.cos(math.pi * step / total))
+        return factor
+
+    def _average(self) -> None:
+        if not self.average:
+            return
+        decay = min(self.settings.ema, (1 + self.step) / (10 + self.step))
+        with torch.no_grad():
+            torch._foreach_lerp_(list(self.average.values()), list(self.weights.values()), 1 - decay)
+
+    def _save(self) -> None:
+        parts = {
+            "weights": {name: state.whole(weight) for name, weight in self.weights.items()},
+            "average": {name: state.whole(weight) for name, weight in self.average.items()},
+            "optimizer": state.optimizer_tensors(self.optimizer.optimizer, self.weights),
+        }
+        if self.hf.is_main_process:
+            state.save(self.output / "checkpoints", self.step, parts, self._record())
+        self.hf.wait_for_everyone()
+
+    def _record(self) -> dict[str, Any]:
+        """What a run must share with the checkpoint it goes on from."""
+        settings = {name: value for name, value in self.settings.as_dict().items() if name not in MAY_CHANGE}
+        return {
+            "settings": settings,
+            "model": self.fingerprint,
+            "samples": len(self.data),
+            "micro-batches a step": self.settings.accumulation * self.hf.num_processes,
+        }
+
+    def _resume(self) -> None:
+        checkpoints = state.found(self.output / "checkpoints")
+        if not checkpoints:
+            return
+        step, parts, record = state.load(checkpoints[-1])
+        _same_run(checkpoints[-1], record, self._record())
+        self.step = step
+        with torch.no_grad():
+            for part, weights in (("weights", self.weights), ("average", self.average)):
+                for name, weight in weights.items():
+                    weight.copy_(state.like(parts[part][name], weight))
+        state.restore_optimizer(self.optimizer.optimizer, self.weights, parts["optimizer"])
+
+    def _swap_average(self) -> None:
+        """Exchange weights and averaged weights."""
+        with torch.no_grad():
+            for name, average in self.average.items():
+                kept = self.weights[name].detach().clone()
+                self.weights[name].copy_(average)
+                average.copy_(kept)
+
+    def _validate(self) -> None:
+        assert self.validation is not None
+        self._swap_average()
+        self.transformer.eval()
+        made = self.validation.generate(self.pipe)
+        self.transformer.train()
+        self._swap_average()
+        if self.hf.is_main_process:
+            self.validation.write(self.output / "validation" / f"step-{self.step:08d}", made)
+
+    def export(self, call: dict[str, Any]) -> None:
+        """Put the averaged weights in place and write the trained accelerator with its card."""
+        self._swap_average()
+        self.transformer.eval()
+        self.model = self.hf.unwrap_model(self.model, keep_fp32_wrapper=False)
+        for name, weight in self.weights.items():
+            if isinstance(weight, state.DTensor):
+                owner, _, own = name.rpartition(".")
+                setattr(self.transformer.get_submodule(owner), own, nn.Parameter(state.whole(weight)))
+        self.accel.trained = adapters.Trained(
+            self.base.model,
+            self.base.revision,
+            {"transformer": self.fingerprint},
+            lora=self.settings.rank > 0,
+            full=self.settings.rank == 0,
+            call=call,
+        )
+        if self.hf.is_main_process:
+            card.write(self.output, self.base, self.accel, self.settings, self.data, self.step)
+            self.accel.save_pretrained(self.output)
+        self.hf.wait_for_everyone()
+
+
+def _hugging_face(settings: TrainSettings, output: pathlib.Path) -> Any:
+    from accelerate import Accelerator, DistributedDataParallelKwargs
+    from accelerate.utils import DistributedType
+
+    # A loss on some attention outputs alone leaves the weights behind the last of them without a gradient.
+    whole = {"flow", "teacher", "final", "consistency"} & settings.objectives.keys()
+    hf = Accelerator(
+        mixed_precision=settings.precision,
+        gradient_accumulation_steps=settings.accumulation,
+        log_with=settings.tracker,
+        project_dir=output,
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=not whole)],
+    )
+    if hf.distributed_type == DistributedType.DEEPSPEED:
+        raise DitAccelError(
+            "DeepSpeed keeps its optimizer's state in a form that these checkpoints cannot hold; configure FSDP 2 "
+            "(fsdp_version: 2) or plain data parallelism with `accelerate config`."
+        )
+    if hf.distributed_type == DistributedType.FSDP and not hf.is_fsdp2:
+        raise DitAccelError("FSDP 1 flattens weights, which LoRA and checkpoints need by name; set fsdp_version: 2.")
+    if settings.tracker is not None:
+        hf.init_trackers("dit_accel", {key: str(value) for key, value in settings.as_dict().items()})
+    return hf
+
+
+def _same_run(checkpoint: pathlib.Path, saved: Mapping[str, Any], present: Mapping[str, Any]) -> None:
+    import json
+
+    plain = json.loads(json.dumps(present))
+    rows = {**{k: (v, plain[k]) for k, v in saved.items() if k != "settings"}}
+    rows |= {name: (value, plain["settings"].get(name)) for name, value in saved["settings"].items()}
+    for name, (was, now) in rows.items():
+        if was != now:
+            raise DitAccelError(
+                f"{checkpoint} belongs to another run: its {name} was {was}, and is {now} now. Give another --output, "
+                "or delete that folder to start anew."
+            )

@@ -1,0 +1,142 @@
+"""The student and its dense teacher: two ways of calling one transformer, and what is watched inside it.
+
+The teacher is the same transformer with its LoRA off and the accelerator paused; where all weights are trained, it is a
+copy from before. A call that is to be differentiated comes last: activations that are recomputed in the backward pass
+run as the accelerator was last told to.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from dit_accel.accelerator import Accelerator
+from dit_accel.pipelines.family import Family
+from dit_accel.train.data import Call
+from dit_accel.train.objectives import Outputs
+
+
+class Networks:
+    """Calls the student and the teacher.
+
+    Args:
+        transformer: the student, accelerated by `accel`, with a LoRA if `lora`.
+        family: of the transformer.
+        accel: the accelerator at work in it.
+        lora: whether switching adapters off gives the teacher; otherwise a copy is made now.
+        layers: indices of the self-attention modules to watch.
+        hidden: whether to watch what enters the output head.
+    """
+
+    def __init__(
+        self,
+        transformer: nn.Module,
+        family: Family,
+        accel: Accelerator,
+        *,
+        lora: bool,
+        layers: tuple[int, ...] = (),
+        hidden: bool = False,
+        teacher: nn.Module | None = None,
+    ) -> None:
+        self._transformer, self._family, self._accel, self._lora = transformer, family, accel, lora
+        self._teacher = transformer if teacher is None else teacher
+        self._sink: Outputs | None = None
+        for network in {id(module): module for module in (transformer, self._teacher)}.values():
+            self._watch(network, layers, hidden)
+
+    def student(self, model: nn.Module, noisy: torch.Tensor, timestep: torch.Tensor, call: Call) -> Outputs:
+        """The accelerated transformer's outputs.
+
+        Args:
+            model: the transformer as `accelerate` prepared it for several processes.
+            noisy: [B, ...] latents.
+            timestep: [B], in the scheduler's units.
+            call: the other arguments.
+        """
+        return self._run(model, noisy, timestep, call)
+
+    @torch.no_grad()
+    def teacher(self, noisy: torch.Tensor, timestep: torch.Tensor, call: Call) -> Outputs:
+        """The dense base model's outputs, without gradient."""
+        with self._as_teacher():
+            return self._run(self._teacher, noisy, timestep, call)
+
+    def guided(
+        self, noisy: torch.Tensor, timestep: torch.Tensor, call: Call, negative: Call, scale: float
+    ) -> torch.Tensor:
+        """The dense base model's prediction with classifier-free guidance, without gradient."""
+        positive = self.teacher(noisy, timestep, call).prediction
+        if scale == 1:
+            return positive
+        empty = self.teacher(noisy, timestep, negative).prediction
+        return empty + scale * (positive - empty)
+
+    @contextlib.contextmanager
+    def _as_teacher(self) -> Iterator[None]:
+        with contextlib.ExitStack() as stack:
+            if self._teacher is self._transformer:
+                stack.enter_context(self._accel.paused())
+                if self._lora:
+                    self._transformer.disable_adapters()  # type: ignore[operator]
+                    stack.callback(self._transformer.enable_adapters)  # type: ignore[arg-type]
+            yield
+
+    def _run(self, model: nn.Module, noisy: torch.Tensor, timestep: torch.Tensor, call: Call) -> Outputs:
+        dtype: torch.dtype = self._transformer.dtype  # type: ignore[assignment]
+        arguments = {name: placed(value, noisy.device, dtype) for name, value in call.items()}
+        self._sink = Outputs(noisy)
+        try:
+            prediction = model(
+                hidden_states=noisy.to(dtype),
+                timestep=timestep.to(noisy.device) / self._family.timestep_scale,
+                **arguments,
+                return_dict=False,
+            )[0]
+            outputs = self._sink
+        finally:
+            self._sink = None
+        outputs.prediction = prediction.float()
+        return outputs
+
+    def _watch(self, network: nn.Module, layers: tuple[int, ...], hidden: bool) -> None:
+        modules = [module for _, module in self._family.attentions(network)]
+        for index in layers:
+            modules[index].register_forward_hook(self._see_attention)
+        if hidden:
+            network.proj_out.register_forward_pre_hook(self._see_hidden)  # type: ignore[union-attr, operator]
+
+    def _see_attention(self, module: nn.Module, args: Any, output: Any) -> None:
+        if self._sink is not None:  # None while activations are recomputed
+            self._sink.attention += output if isinstance(output, tuple) else (output,)
+
+    def _see_hidden(self, module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        if self._sink is not None:
+            self._sink.hidden = args[0]
+
+
+def copy_of(transformer: nn.Module) -> nn.Module:
+    """A frozen copy, to be the teacher of a student whose weights all change."""
+    return copy.deepcopy(transformer).requires_grad_(False).eval()
+
+
+def placed(value: Any, device: torch.device, dtype: torch.dtype) -> Any:
+    """A tensor on the device, in the dtype if it is a floating one; anything else as it is."""
+    if not isinstance(value, torch.Tensor):
+        return value
+    return value.to(device, dtype if value.is_floating_point() else value.dtype)
+
+
+def expanded(call: Call, batch: int) -> Call:
+    """A conditioning of one row for a batch: its tensors of one row are repeated."""
+    return {
+        name: value.expand(batch, *value.shape[1:])
+        if isinstance(value, torch.Tensor) and value.ndim and value.shape[0] == 1
+        else value
+        for name, value in call.items()
+    }

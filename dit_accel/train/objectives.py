@@ -1,0 +1,107 @@
+"""What training minimises: one small function each, combined by weights.
+
+Every objective takes what the student and the dense teacher gave for the same noisy sample, and returns a float32
+scalar. The student's and teacher's `Outputs` hold what `NEEDS` says an objective looks at.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+
+import torch
+import torch.nn.functional as F
+
+from dit_accel.errors import DitAccelError
+from dit_accel.registry import did_you_mean
+
+
+@dataclasses.dataclass
+class Outputs:
+    """What one transformer call gave.
+
+    Args:
+        prediction: float32, in the shape of the latents.
+        attention: output of each watched self-attention module, [B, N, C]; joint ones also give their text's.
+        hidden: what enters the output head, [B, N, C]; None if not watched.
+    """
+
+    prediction: torch.Tensor
+    attention: list[torch.Tensor] = dataclasses.field(default_factory=list)
+    hidden: torch.Tensor | None = None
+
+
+Objective = Callable[[Outputs, Outputs | None, torch.Tensor], torch.Tensor]
+
+
+def flow(student: Outputs, teacher: Outputs | None, target: torch.Tensor) -> torch.Tensor:
+    """Mean squared error against the target of the model's own training: noise − clean for flow matching."""
+    return F.mse_loss(student.prediction, target)
+
+
+def teacher(student: Outputs, teacher: Outputs | None, target: torch.Tensor) -> torch.Tensor:
+    """Mean squared error against the dense model's prediction, without guidance.
+
+    Source: TurboDiffusion's SLA training (arXiv:2512.16093); STA's "final" loss (arXiv:2502.04507).
+    """
+    assert teacher is not None
+    return F.mse_loss(student.prediction, teacher.prediction)
+
+
+def attention(student: Outputs, teacher: Outputs | None, target: torch.Tensor) -> torch.Tensor:
+    """Squared error of the attention outputs over the teacher's mean square, averaged over the watched layers.
+
+    Source: CLEAR (arXiv:2412.16112) and STA use the plain squared error; relative to each layer's size, layers count
+    alike.
+    """
+    assert teacher is not None
+    pairs = zip(student.attention, teacher.attention, strict=True)
+    return torch.stack([_relative(own, wanted) for own, wanted in pairs]).mean()
+
+
+def final(student: Outputs, teacher: Outputs | None, target: torch.Tensor) -> torch.Tensor:
+    """Squared error of the hidden state that enters the output head, over the teacher's mean square.
+
+    Source: Efficient-vDiT (arXiv:2502.06155) matches attention outputs and the final output layer by layer.
+    """
+    assert teacher is not None and student.hidden is not None and teacher.hidden is not None
+    return _relative(student.hidden, teacher.hidden)
+
+
+def consistency(student: Outputs, teacher: Outputs | None, target: torch.Tensor) -> torch.Tensor:
+    """Mean squared error against the velocity that leads to the segment's end; `target` comes from `distill.py`."""
+    return F.mse_loss(student.prediction, target)
+
+
+OBJECTIVES: Mapping[str, Objective] = {
+    "flow": flow,
+    "teacher": teacher,
+    "attention": attention,
+    "final": final,
+    "consistency": consistency,
+}
+NEEDS_TEACHER = ("teacher", "attention", "final")
+
+
+def check(weights: Mapping[str, float]) -> None:
+    """See that objectives exist and can be combined.
+
+    Raises:
+        DitAccelError: an unknown name, a weight that is not above 0, none at all, or consistency with flow.
+    """
+    if not weights:
+        raise DitAccelError(f"Training needs an objective, such as teacher=1. Objectives: {', '.join(OBJECTIVES)}.")
+    for name, weight in weights.items():
+        if name not in OBJECTIVES:
+            raise DitAccelError(
+                f"Unknown objective {name!r}.{did_you_mean(name, OBJECTIVES)} Objectives: {', '.join(OBJECTIVES)}."
+            )
+        if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not weight > 0:
+            raise DitAccelError(f"The weight of objective {name} is a number above 0, got {weight!r}.")
+    if "consistency" in weights and "flow" in weights:
+        raise DitAccelError("consistency and flow want different predictions of one sample; choose one of them.")
+
+
+def _relative(own: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    own, wanted = own.float(), wanted.float()
+    return F.mse_loss(own, wanted) / wanted.square().mean().clamp_min(torch.finfo(torch.float32).tiny)

@@ -1,0 +1,207 @@
+"""Makes training data (`data.py`) from captioned media, from the dense model's own samples, or from the demo's clips.
+
+The pipeline itself is asked: its first transformer call of a prompt shows the conditioning, its latent output the clean
+latents. So every text-to-image and text-to-video pipeline works whose loop hands its latents to the transformer as they
+are; those that join other channels to them (image to video) are refused.
+"""
+
+from __future__ import annotations
+
+import inspect
+import pathlib
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from dit_accel.errors import DitAccelError
+from dit_accel.train.data import Call, Sample
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+NOT_CONDITIONING = ("hidden_states", "timestep", "return_dict")
+
+
+class _Seen(Exception):
+    """Stops a pipeline once its first transformer call was seen."""
+
+
+def find_transformer(pipe: DiffusionPipeline) -> torch.nn.Module:
+    """The pipeline's one transformer.
+
+    Raises:
+        DitAccelError: it has none, or two that share a trajectory (Wan 2.2 A14B).
+    """
+    if getattr(pipe, "transformer", None) is None:
+        raise DitAccelError(f"{type(pipe).__name__} has no transformer to train.")
+    if getattr(pipe, "transformer_2", None) is not None:
+        raise DitAccelError(
+            f"{type(pipe).__name__} has two transformers on one trajectory; training covers pipelines with one."
+        )
+    return pipe.transformer
+
+
+def first_call(pipe: DiffusionPipeline, arguments: Mapping[str, Any]) -> tuple[Call, torch.Size]:
+    """The conditioning of the pipeline's first transformer call, and the shape of the latents in it.
+
+    Args:
+        pipe: the pipeline.
+        arguments: of its call, without classifier-free guidance, so that there is one row.
+
+    Raises:
+        DitAccelError: the pipeline calls its transformer with several rows or with a timestep for each token.
+    """
+    transformer = find_transformer(pipe)
+    signature = inspect.signature(type(transformer).forward)
+    seen: dict[str, Any] = {}
+
+    def look(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        seen.update(signature.bind_partial(module, *args, **kwargs).arguments)
+        raise _Seen
+
+    handle = transformer.register_forward_pre_hook(look, with_kwargs=True)
+    pipe.set_progress_bar_config(disable=True)
+    try:
+        with torch.no_grad():
+            pipe(**arguments, num_inference_steps=1, output_type="latent")
+    except _Seen:
+        pass
+    finally:
+        handle.remove()
+    timestep = seen.get("timestep")
+    if seen["hidden_states"].shape[0] != 1 or not isinstance(timestep, torch.Tensor) or timestep.ndim > 1:
+        raise DitAccelError(
+            f"{type(pipe).__name__} calls its transformer with {seen['hidden_states'].shape[0]} rows and timesteps of "
+            f"{0 if timestep is None else timestep.ndim} dimensions, where one row and one timestep are wanted; "
+            "training does not cover it."
+        )
+    call = {key: value for key, value in seen.items() if key not in NOT_CONDITIONING and key != "self"}
+    return {key: value for key, value in call.items() if value is not None}, seen["hidden_states"].shape
+
+
+class Preparer:
+    """Makes samples of one size with one pipeline.
+
+    Args:
+        pipe: the pipeline, dense.
+        size: arguments of its call that say what to make: height, width and, of a video, num_frames.
+        guidance: of a model that takes guidance as a number (FLUX dev); others are conditioned without any.
+    """
+
+    def __init__(self, pipe: DiffusionPipeline, size: Mapping[str, int], guidance: float = 3.5) -> None:
+        self.pipe = pipe
+        takes = inspect.signature(type(pipe).__call__).parameters
+        embedded = getattr(find_transformer(pipe).config, "guidance_embeds", False)
+        self._plain = dict(size) | (
+            {"guidance_scale": guidance if embedded else 1.0} if "guidance_scale" in takes else {}
+        )
+        self._size = dict(size)
+
+    def conditioning(self, prompt: str) -> tuple[Call, torch.Size]:
+        """The transformer's conditioning for a prompt and the shape of its latents."""
+        generator = torch.Generator("cpu").manual_seed(0)
+        return first_call(self.pipe, {"prompt": prompt, "generator": generator, **self._plain})
+
+    def negative(self) -> Call:
+        """The conditioning of the empty prompt."""
+        return self.conditioning("")[0]
+
+    @torch.no_grad()
+    def generated(self, prompts: list[str], arguments: Mapping[str, Any], seed: int) -> Iterator[Sample]:
+        """Samples that the pipeline makes itself; the i-th prompt's noise has seed `seed` + i."""
+        for index, prompt in enumerate(prompts):
+            call, shape = self.conditioning(prompt)
+            generator = torch.Generator("cpu").manual_seed(seed + index)
+            made = self.pipe(prompt, generator=generator, output_type="latent", **{**dict(arguments), **self._size})
+            latents = made.frames if hasattr(made, "frames") else made.images
+            self._check(latents.shape, shape)
+            yield Sample(latents.float().cpu(), call, prompt)
+
+    @torch.no_grad()
+    def encoded(self, videos: Iterator[tuple[torch.Tensor, str]]) -> Iterator[Sample]:
+        """Samples of captioned videos, float32 [3, F, H, W] in [-1, 1] and of the size asked for."""
+        for video, caption in videos:
+            call, shape = self.conditioning(caption)
+            latents = encode(self.pipe, video[None], shape)
+            self._check(latents.shape, shape)
+            yield Sample(latents.float().cpu(), call, caption)
+
+    def _check(self, latents: torch.Size, wanted: torch.Size) -> None:
+        if latents != wanted:
+            raise DitAccelError(
+                f"{type(self.pipe).__name__} makes latents of shape {tuple(latents)} and hands its transformer "
+                f"{tuple(wanted)}; training covers pipelines that hand them over as they are."
+            )
+
+
+def encode(pipe: DiffusionPipeline, video: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+    """Latents of a video as the transformer takes them.
+
+    Args:
+        pipe: whose codec encodes. Its configuration says how latents are scaled: by `latents_mean` and `latents_std`,
+            or by `shift_factor` and `scaling_factor`.
+        video: float32 [1, 3, F, H, W] in [-1, 1].
+        shape: of the transformer's latents; [1, N, C] asks for packing by the pipeline's own function.
+
+    Raises:
+        DitAccelError: the codec says nothing of its scale.
+    """
+    vae = pipe.vae
+    config = vae.config
+    pixels = video.to(vae.device, vae.dtype)
+    is_image = vae.config.get("_class_name", type(vae).__name__) == "AutoencoderKL"
+    posterior = vae.encode(pixels[:, :, 0] if is_image else pixels).latent_dist
+    latents = posterior.mode().float()
+    if config.get("latents_mean") is not None:
+        mean, std = (
+            torch.tensor(config[name], device=latents.device).view(1, -1, *([1] * (latents.ndim - 2)))
+            for name in ("latents_mean", "latents_std")
+        )
+        latents = (latents - mean) / std
+    elif config.get("scaling_factor") is not None:
+        latents = (latents - (config.get("shift_factor") or 0.0)) * config["scaling_factor"]
+    else:
+        raise DitAccelError(
+            f"{type(vae).__name__} does not say how its latents are scaled; train on samples the model makes itself."
+        )
+    if len(shape) == 3 and hasattr(pipe, "_pack_latents"):
+        latents = pipe._pack_latents(latents, *latents.shape)
+    return latents
+
+
+def captioned(folder: pathlib.Path, size: Mapping[str, int]) -> Iterator[tuple[torch.Tensor, str]]:
+    """Captioned media of a folder as float32 [3, F, H, W] in [-1, 1], scaled to cover the size and cut to its middle.
+
+    Videos with more frames are cut at the end.
+
+    Raises:
+        DitAccelError: the folder holds no media, a file has no caption or fewer frames than are wanted.
+    """
+    from dit_accel.generation.captioned import find, read_frames
+
+    frames, height, width = size.get("num_frames", 1), size["height"], size["width"]
+    for item in find(folder):
+        pixels = torch.from_numpy(read_frames(item.path)).permute(0, 3, 1, 2).float() / 127.5 - 1  # [F, 3, H, W]
+        if len(pixels) < frames:
+            raise DitAccelError(
+                f"{item.path} has {len(pixels)} frames, and {frames} are wanted; ask for fewer, or leave it out."
+            )
+        pixels = pixels[:frames]
+        scale = max(height / pixels.shape[2], width / pixels.shape[3])
+        enlarged = [
+            max(round(side * scale), wanted) for side, wanted in zip(pixels.shape[2:], (height, width), strict=True)
+        ]
+        pixels = torch.nn.functional.interpolate(pixels, size=enlarged, mode="bilinear", antialias=True)
+        top, left = (pixels.shape[2] - height) // 2, (pixels.shape[3] - width) // 2
+        yield pixels[:, :, top : top + height, left : left + width].clamp(-1, 1).transpose(0, 1), item.caption
+
+
+def demo_clips(count: int, size: Mapping[str, int], seed: int) -> Iterator[tuple[torch.Tensor, str]]:
+    """The embedded demo's own captioned clips, from scenes that are not held out: float32 [3, F, H, W] in [-1, 1]."""
+    from dit_accel.pipelines.demo import clips
+
+    generator = torch.Generator().manual_seed(seed)
+    for scene in clips.sample_scenes(count, generator):
+        video = clips.render([scene], size["num_frames"], size["height"], size["width"], generator)
+        yield video[0], scene.caption

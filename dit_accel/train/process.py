@@ -1,0 +1,148 @@
+"""The noising process a model was trained with, read from its scheduler: noisy samples, targets and noise levels."""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import math
+from typing import Any
+
+import torch
+
+from dit_accel.errors import DitAccelError
+
+TRAIN_STEPS = 1000
+
+
+@dataclasses.dataclass(frozen=True)
+class LevelSettings:
+    """How noise levels are drawn for flow models: sigmoid of a normal, or uniform, then shifted towards noise.
+
+    Args:
+        mean, std: of the normal. Source of the logit-normal: Esser et al., arXiv:2403.03206, section 3.1.
+        uniform: share of levels drawn uniformly instead.
+        shift: s in s·σ / (1 + (s − 1)·σ); None takes the scheduler's.
+
+    Raises:
+        DitAccelError: a value is out of range.
+    """
+
+    mean: float = 0.0
+    std: float = 1.0
+    uniform: float = 0.0
+    shift: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.std <= 0 or not 0 <= self.uniform <= 1 or (self.shift is not None and self.shift <= 0):
+            raise DitAccelError(f"Noise levels need std > 0, uniform in [0, 1] and shift > 0; got {self}.")
+
+
+class Process(abc.ABC):
+    """How samples get noisy and what the model predicts of them. A level is [B], in the process's own unit."""
+
+    @abc.abstractmethod
+    def draw(self, batch: int, settings: LevelSettings, generator: torch.Generator) -> torch.Tensor:
+        """Noise levels for training, float32 [batch] on the CPU."""
+
+    @abc.abstractmethod
+    def noisy(self, clean: torch.Tensor, noise: torch.Tensor, level: torch.Tensor) -> torch.Tensor:
+        """The sample at a noise level, in the shape of `clean`."""
+
+    @abc.abstractmethod
+    def target(self, clean: torch.Tensor, noise: torch.Tensor, level: torch.Tensor) -> torch.Tensor:
+        """What the model should predict, in the shape of `clean`."""
+
+    @abc.abstractmethod
+    def timestep(self, level: torch.Tensor) -> torch.Tensor:
+        """The timestep in the scheduler's units (0 to 1000)."""
+
+
+class Flow(Process):
+    """Rectified flow: x = (1 − σ)·clean + σ·noise, and the model predicts noise − clean. A level is σ in [0, 1]."""
+
+    def __init__(self, shift: float) -> None:
+        self.shift = shift
+
+    def draw(self, batch: int, settings: LevelSettings, generator: torch.Generator) -> torch.Tensor:
+        normal = torch.randn(batch, generator=generator)
+        uniform, choice = torch.rand(2, batch, generator=generator)
+        level = torch.where(choice < settings.uniform, uniform, torch.sigmoid(settings.mean + settings.std * normal))
+        shift = self.shift if settings.shift is None else settings.shift
+        return shift * level / (1 + (shift - 1) * level)
+
+    def noisy(self, clean: torch.Tensor, noise: torch.Tensor, level: torch.Tensor) -> torch.Tensor:
+        sigma = per_sample(level, clean)
+        return (1 - sigma) * clean + sigma * noise
+
+    def target(self, clean: torch.Tensor, noise: torch.Tensor, level: torch.Tensor) -> torch.Tensor:
+        return noise - clean
+
+    def timestep(self, level: torch.Tensor) -> torch.Tensor:
+        return level * TRAIN_STEPS
+
+
+class Diffusion(Process):
+    """Discrete diffusion (DDPM): x = √ᾱ·clean + √(1 − ᾱ)·noise. A level is a step of the training schedule.
+
+    Args:
+        alphas_cumprod: ᾱ of each step, float [1000].
+        prediction: "epsilon" (the noise), "v_prediction" (√ᾱ·noise − √(1 − ᾱ)·clean) or "sample" (the clean sample).
+    """
+
+    def __init__(self, alphas_cumprod: torch.Tensor, prediction: str) -> None:
+        self.alphas, self.prediction = alphas_cumprod.float(), prediction
+
+    def draw(self, batch: int, settings: LevelSettings, generator: torch.Generator) -> torch.Tensor:
+        return torch.randint(len(self.alphas), (batch,), generator=generator).float()
+
+    def noisy(self, clean: torch.Tensor, noise: torch.Tensor, level: torch.Tensor) -> torch.Tensor:
+        kept, added = self._scales(clean, level)
+        return kept * clean + added * noise
+
+    def target(self, clean: torch.Tensor, noise: torch.Tensor, level: torch.Tensor) -> torch.Tensor:
+        kept, added = self._scales(clean, level)
+        if self.prediction == "epsilon":
+            return noise
+        return clean if self.prediction == "sample" else kept * noise - added * clean
+
+    def timestep(self, level: torch.Tensor) -> torch.Tensor:
+        return level.long()
+
+    def _scales(self, clean: torch.Tensor, level: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        alpha = per_sample(self.alphas.to(clean.device)[level.long()], clean)
+        return alpha.sqrt(), (1 - alpha).sqrt()
+
+
+def process_of(scheduler: Any, latents: torch.Size) -> Process:
+    """The process a pipeline's scheduler belongs to.
+
+    Args:
+        scheduler: of the pipeline.
+        latents: shape of one sample; a scheduler that shifts by length (FLUX) reads it.
+
+    Raises:
+        DitAccelError: the scheduler is of neither kind.
+    """
+    config = scheduler.config
+    if config.get("prediction_type") == "flow_prediction" or type(scheduler).__name__.startswith("FlowMatch"):
+        return Flow(_shift(config, latents))
+    if config.get("prediction_type") in ("epsilon", "v_prediction", "sample") and hasattr(scheduler, "alphas_cumprod"):
+        return Diffusion(scheduler.alphas_cumprod, config["prediction_type"])
+    raise DitAccelError(
+        f"{type(scheduler).__name__} is neither a flow-matching nor a DDPM scheduler, so nobody knows how to train "
+        "for it; set pipe.scheduler to one of these."
+    )
+
+
+def _shift(config: Any, latents: torch.Size) -> float:
+    if not config.get("use_dynamic_shifting"):
+        return float(config.get("flow_shift") or config.get("shift") or 1.0)
+    tokens = latents[1] if len(latents) == 3 else math.prod(latents[2:]) / 4
+    low, high = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
+    slope = (config.get("max_shift", 1.15) - config.get("base_shift", 0.5)) / (high - low)
+    return math.exp(config.get("base_shift", 0.5) + slope * (tokens - low))
+
+
+def per_sample(level: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """[B] as [B, 1, ...], on the device of `like` and with as many dimensions."""
+    return level.to(like.device).view(-1, *([1] * (like.ndim - 1)))

@@ -1,0 +1,118 @@
+"""Checkpoints of a training run: weights, their average and the optimizer's state, in safetensors.
+
+Data order and noise follow from seed and step, so a checkpoint needs no random state, and a run that goes on from one
+is the same, bit for bit, as one that was never stopped. A checkpoint is a folder that is renamed when it is complete.
+"""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import shutil
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from dit_accel.errors import DitAccelError
+
+PARTS = ("weights", "average", "optimizer")
+STATE = "state.json"
+KEPT = 2
+
+Tensors = dict[str, torch.Tensor]
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer, weights: Mapping[str, nn.Parameter]) -> Tensors:
+    """The optimizer's state as whole tensors, by weight and by name of the state."""
+    return {
+        f"{name}.{key}": whole(value)
+        for name, weight in weights.items()
+        for key, value in optimizer.state.get(weight, {}).items()
+    }
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, weights: Mapping[str, nn.Parameter], tensors: Tensors) -> None:
+    """Give the optimizer what `optimizer_tensors` gave."""
+    for name, weight in weights.items():
+        prefix = f"{name}."
+        own = {key.removeprefix(prefix): value for key, value in tensors.items() if key.rpartition(".")[0] == name}
+        optimizer.state[weight] = {
+            key: like(value, weight) if value.shape == weight.shape else value for key, value in own.items()
+        }
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """All of a tensor on the CPU, gathered where processes hold parts of it; all of them must call this."""
+    own = tensor.detach()
+    return (own.full_tensor() if isinstance(own, DTensor) else own).cpu().clone().contiguous()
+
+
+def like(tensor: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """A whole tensor placed as a weight is: on its device, cut up among processes if it is."""
+    if isinstance(weight, DTensor):
+        return distribute_tensor(tensor.to(weight.device), weight.device_mesh, weight.placements)
+    return tensor.to(weight.device)
+
+
+def save(folder: pathlib.Path, step: int, parts: Mapping[str, Tensors], record: Mapping[str, Any]) -> pathlib.Path:
+    """Write a checkpoint and drop those older than the last `KEPT`.
+
+    Args:
+        folder: of the checkpoints.
+        step: optimizer steps done.
+        parts: tensors by part, of `PARTS`.
+        record: what has to be the same when the run goes on, in plain values.
+
+    Raises:
+        DitAccelError: it cannot be written; earlier checkpoints stay.
+    """
+    from safetensors.torch import save_file
+
+    target = folder / f"step-{step:08d}"
+    stage = folder / f".{target.name}"
+    try:
+        shutil.rmtree(stage, ignore_errors=True)
+        stage.mkdir(parents=True)
+        for name in PARTS:
+            save_file(parts[name], stage / f"{name}.safetensors")
+        (stage / STATE).write_text(json.dumps({"step": step, "record": record}, indent=1) + "\n", encoding="utf-8")
+        shutil.rmtree(target, ignore_errors=True)
+        stage.rename(target)
+        for old in found(folder)[:-KEPT]:
+            shutil.rmtree(old)
+    except (OSError, RuntimeError) as error:  # safetensors reports a full disk as its own error
+        shutil.rmtree(stage, ignore_errors=True)
+        kept = found(folder)
+        raise DitAccelError(
+            f"The checkpoint of step {step} cannot be written to {folder}: {str(error).splitlines()[0]}. "
+            f"{f'The last good one is {kept[-1]}' if kept else 'There is no earlier one'}; make room and run the same "
+            "command again to go on."
+        ) from error
+    return target
+
+
+def found(folder: pathlib.Path) -> list[pathlib.Path]:
+    """Complete checkpoints, the oldest first."""
+    return sorted(path.parent for path in folder.glob(f"step-*/{STATE}"))
+
+
+def load(checkpoint: pathlib.Path) -> tuple[int, dict[str, Tensors], dict[str, Any]]:
+    """Steps done, tensors by part and the record of a checkpoint.
+
+    Raises:
+        DitAccelError: a file is missing or damaged.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        content = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
+        parts = {name: load_file(checkpoint / f"{name}.safetensors") for name in PARTS}
+    except (OSError, ValueError, SafetensorError) as error:
+        raise DitAccelError(
+            f"The checkpoint {checkpoint} is damaged ({error}); delete it to go on from the one before."
+        ) from error
+    return content["step"], parts, content["record"]

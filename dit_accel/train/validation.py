@@ -1,0 +1,52 @@
+"""Samples on the way: the same prompts and noise every time, so that one sees what training changes."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from dit_accel.generation import output as files
+
+if TYPE_CHECKING:
+    import numpy as np
+    from diffusers import DiffusionPipeline
+
+
+@dataclasses.dataclass(frozen=True)
+class Validation:
+    """What to generate.
+
+    Args:
+        prompts: one sample each; the i-th has the noise of seed i.
+        arguments: of the pipeline's call: size, steps, guidance.
+        fps: frames a second of the videos.
+    """
+
+    prompts: tuple[str, ...]
+    arguments: Mapping[str, Any]
+    fps: int = 8
+
+    def generate(self, pipe: DiffusionPipeline) -> list[np.ndarray]:
+        """float32 [F, H, W, 3] in [0, 1] for each prompt; an image has one frame."""
+        pipe.set_progress_bar_config(disable=True)
+        made = []
+        for seed, prompt in enumerate(self.prompts):
+            generator = torch.Generator("cpu").manual_seed(seed)
+            result = pipe(prompt, generator=generator, output_type="np", **self.arguments)
+            made.append(result.frames[0] if hasattr(result, "frames") else result.images[:1])
+        return made
+
+    def write(self, folder: pathlib.Path, made: list[np.ndarray]) -> None:
+        """Write the samples as mp4 or png.
+
+        Raises:
+            DitAccelError: the folder cannot be written.
+        """
+        for index, frames in enumerate(made):
+            path = folder / f"{index:02d}{'.mp4' if len(frames) > 1 else '.png'}"
+            with files.staged(path) as stage:
+                files.write_frames(stage / path.name, (frames * 255).round().astype("uint8"), self.fps)
