@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from dit_accel import __version__
-from dit_accel.cli import bench, env, generate, ls, plan
+from dit_accel.cli import bench, env, generate, ls, plan, train
 from dit_accel.cli.eval import evaluate
 from dit_accel.errors import DitAccelError
 
@@ -24,7 +24,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for verb in (generate.generate, bench.bench, plan.plan, ls.ls, env.env):
+for verb in (generate.generate, train.train, bench.bench, plan.plan, ls.ls, env.env):
     app.command()(verb)
 app.command("eval")(evaluate)
 

@@ -55,6 +55,7 @@ def text(base: Base, accel: Accelerator, settings: TrainSettings, data: Dataset,
     sampling = f"\nMade to be sampled with {json.dumps(dict(call))}.\n" if call else ""
     rows = "\n".join(f"| {key} | {_plain(value)} |" for key, value in settings.as_dict().items())
     about = "\n".join(f"| {key} | {_plain(value)} |" for key, value in data.about.items())
+    revision = "" if base.revision is None else f", revision {base.revision}"
     header = {"base_model": base.model, "library_name": "diffusers", "license": licence or "other"}
     front = "\n".join(f"{key}: {value}" for key, value in header.items())
     return f"""---
@@ -80,7 +81,7 @@ The LoRA, if there is one, also loads with Diffusers' `load_lora_weights`, witho
 
 ## Base model
 
-{base.model}{"" if base.revision is None else f", revision {base.revision}"}; licence: {licence or "see the base model"}.
+{base.model}{revision}; licence: {licence or "not recorded, see the base model"}.
 
 ## Data
 

@@ -133,7 +133,7 @@ class Trainer:
             if settings.schedule is not None
             else {"method": settings.method, "dense_layers": settings.dense_layers, **settings.config}
         )
-        self.accel = accelerate(self.pipe, allow_dense=False, **method)
+        self.accel = accelerate(self.pipe, impl=settings.impl, allow_dense=False, **method)
         if lora:
             adapters.add_lora(self.transformer, self._targets(family), settings.rank, settings.lora_alpha)
         else:
@@ -204,7 +204,6 @@ class Trainer:
                     self._validate()
         if curve is not None:
             curve.close()
-        self.hf.end_training()
 
     def _train_step(self) -> dict[str, float]:
         """One optimizer step: its losses and rate, averaged over micro-batches and processes."""
@@ -217,7 +216,7 @@ class Trainer:
             position = (self.step * settings.accumulation + micro) * self.hf.num_processes + self.hf.process_index
             with self.hf.accumulate(self.model):
                 losses = self._losses(self._batch(position), position)
-                loss = sum(weight * losses[name] for name, weight in settings.objectives.items())
+                loss = torch.stack([weight * losses[name] for name, weight in settings.objectives.items()]).sum()
                 self.hf.backward(loss)
                 total += torch.stack([loss, *losses.values()]).detach() / settings.accumulation
                 if self.hf.sync_gradients:
@@ -364,6 +363,7 @@ class Trainer:
             card.write(self.output, self.base, self.accel, self.settings, self.data, self.step)
             self.accel.save_pretrained(self.output)
         self.hf.wait_for_everyone()
+        self.hf.end_training()
 
 
 def _hugging_face(settings: TrainSettings, output: pathlib.Path) -> Any:

@@ -109,7 +109,7 @@ class Networks:
         for index in layers:
             modules[index].register_forward_hook(self._see_attention)
         if hidden:
-            network.proj_out.register_forward_pre_hook(self._see_hidden)  # type: ignore[union-attr, operator]
+            network.proj_out.register_forward_pre_hook(self._see_hidden)  # type: ignore[union-attr]
 
     def _see_attention(self, module: nn.Module, args: Any, output: Any) -> None:
         if self._sink is not None:  # None while activations are recomputed

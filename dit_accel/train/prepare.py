@@ -181,7 +181,14 @@ def captioned(folder: pathlib.Path, size: Mapping[str, int]) -> Iterator[tuple[t
     from dit_accel.generation.captioned import find, read_frames
 
     frames, height, width = size.get("num_frames", 1), size["height"], size["width"]
-    for item in find(folder):
+    items = find(folder)
+    bare = [item.path.name for item in items if item.caption is None]
+    if bare:
+        raise DitAccelError(
+            f"{len(bare)} of {len(items)} files in {folder} have no caption, such as {bare[0]}: write what it shows "
+            f"into {items[0].path.with_name(bare[0]).with_suffix('.txt').name} beside it, or leave it out."
+        )
+    for item in items:
         pixels = torch.from_numpy(read_frames(item.path)).permute(0, 3, 1, 2).float() / 127.5 - 1  # [F, 3, H, W]
         if len(pixels) < frames:
             raise DitAccelError(
@@ -194,7 +201,7 @@ def captioned(folder: pathlib.Path, size: Mapping[str, int]) -> Iterator[tuple[t
         ]
         pixels = torch.nn.functional.interpolate(pixels, size=enlarged, mode="bilinear", antialias=True)
         top, left = (pixels.shape[2] - height) // 2, (pixels.shape[3] - width) // 2
-        yield pixels[:, :, top : top + height, left : left + width].clamp(-1, 1).transpose(0, 1), item.caption
+        yield pixels[:, :, top : top + height, left : left + width].clamp(-1, 1).transpose(0, 1), str(item.caption)
 
 
 def demo_clips(count: int, size: Mapping[str, int], seed: int) -> Iterator[tuple[torch.Tensor, str]]:

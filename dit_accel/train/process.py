@@ -45,6 +45,10 @@ class Process(abc.ABC):
         """Noise levels for training, float32 [batch] on the CPU."""
 
     @abc.abstractmethod
+    def even(self, share: float) -> torch.Tensor:
+        """The level below which a share of the scheduler's own levels lies, float32 [1]."""
+
+    @abc.abstractmethod
     def noisy(self, clean: torch.Tensor, noise: torch.Tensor, level: torch.Tensor) -> torch.Tensor:
         """The sample at a noise level, in the shape of `clean`."""
 
@@ -67,8 +71,10 @@ class Flow(Process):
         normal = torch.randn(batch, generator=generator)
         uniform, choice = torch.rand(2, batch, generator=generator)
         level = torch.where(choice < settings.uniform, uniform, torch.sigmoid(settings.mean + settings.std * normal))
-        shift = self.shift if settings.shift is None else settings.shift
-        return shift * level / (1 + (shift - 1) * level)
+        return _shifted(level, self.shift if settings.shift is None else settings.shift)
+
+    def even(self, share: float) -> torch.Tensor:
+        return _shifted(torch.tensor([share]), self.shift)
 
     def noisy(self, clean: torch.Tensor, noise: torch.Tensor, level: torch.Tensor) -> torch.Tensor:
         sigma = per_sample(level, clean)
@@ -95,6 +101,9 @@ class Diffusion(Process):
     def draw(self, batch: int, settings: LevelSettings, generator: torch.Generator) -> torch.Tensor:
         return torch.randint(len(self.alphas), (batch,), generator=generator).float()
 
+    def even(self, share: float) -> torch.Tensor:
+        return torch.tensor([float(int(share * len(self.alphas)))])
+
     def noisy(self, clean: torch.Tensor, noise: torch.Tensor, level: torch.Tensor) -> torch.Tensor:
         kept, added = self._scales(clean, level)
         return kept * clean + added * noise
@@ -111,6 +120,10 @@ class Diffusion(Process):
     def _scales(self, clean: torch.Tensor, level: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         alpha = per_sample(self.alphas.to(clean.device)[level.long()], clean)
         return alpha.sqrt(), (1 - alpha).sqrt()
+
+
+def _shifted(level: torch.Tensor, shift: float) -> torch.Tensor:
+    return shift * level / (1 + (shift - 1) * level)
 
 
 def process_of(scheduler: Any, latents: torch.Size) -> Process:

@@ -44,7 +44,7 @@ class TrainSettings:
     """One training run.
 
     Args:
-        method, config, dense_layers, schedule: as `accelerate` takes them; "dense" trains without sparse attention.
+        method, config, dense_layers, schedule, impl: as `accelerate` takes them; "dense" trains the model as it is.
         objectives: weight of each objective of `objectives.py`.
         attention_every: the attention objective watches every n-th self-attention layer, the last one of each n.
         steps: optimizer steps.
@@ -76,6 +76,7 @@ class TrainSettings:
     config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     dense_layers: int | float | tuple[int, ...] = 0
     schedule: str | None = None
+    impl: str = "auto"
     objectives: Mapping[str, float] = dataclasses.field(default_factory=lambda: {"teacher": 1.0})
     attention_every: int = 1
     steps: int = 1000

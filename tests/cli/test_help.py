@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-VERBS = ("generate", "bench", "plan", "ls", "env")
+VERBS = ("generate", "train", "bench", "plan", "ls", "env")
 # What the issue tracker promised of `generate`.
 GENERATE = (
     "--model --prompt --method --set --dense-steps --dense-last-steps --dense-layers --preset --steps --seed --frames "

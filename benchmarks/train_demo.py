@@ -1,0 +1,182 @@
+"""What fine-tuning wins back on the embedded demo: `python benchmarks/train_demo.py RUN --work FOLDER`.
+
+Each run prepares the demo's own clips, trains, and generates the same prompts and noise densely, with the method
+untuned, and with the trained artefact, loaded as a user does. A row with PSNR against dense, the checker's agreement
+and how everything was made is added to `benchmarks/results/train-demo.jsonl`; pictures of five frames lie in the work
+folder. A run that was stopped goes on where it stood.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import pathlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+import dit_accel
+from dit_accel.eval.provenance import provenance
+from dit_accel.eval.psnr import psnr
+from dit_accel.pipelines.demo import load_demo
+from dit_accel.pipelines.demo.checker import read
+from dit_accel.pipelines.demo.evaluate import fixed_scenes, summarise
+from dit_accel.train import data, prepare
+from dit_accel.train.loop import Base, train
+from dit_accel.train.settings import make
+
+RESULTS = pathlib.Path(__file__).parent / "results" / "train-demo.jsonl"
+COMMON = {"levels": {"uniform": 0.17}, "warmup": 10, "decay": "cosine", "ema": 0.95, "batch": 4, "save_every": 20}
+COMMON |= {"rank": 64, "rate": 1e-3, "precision": "bf16"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One experiment.
+
+    Args:
+        frames, height, width: of the videos.
+        train: settings over `COMMON`.
+        dense, tuned: steps and guidance of the dense videos, and of the untuned and trained ones.
+        clips: in the training data.
+    """
+
+    frames: int
+    height: int
+    width: int
+    train: Mapping[str, Any]
+    dense: tuple[int, float] = (16, 5.0)
+    tuned: tuple[int, float] = (16, 5.0)
+    clips: int = 256
+
+    @property
+    def size(self) -> dict[str, int]:
+        return {"num_frames": self.frames, "height": self.height, "width": self.width}
+
+
+TEACHER = {"objectives": {"teacher": 1.0}, "steps": 120}
+RUNS = {
+    "sla": Run(9, 64, 64, {"method": "sla", "config": {"topk": 0.1, "block": 32}, **TEACHER}),
+    "gna": Run(9, 64, 64, {"method": "gna", "config": {"window": (3, 3, 3)}, **TEACHER}),
+    "consistency": Run(
+        9,
+        64,
+        64,
+        {
+            "method": "dense",
+            "objectives": {"consistency": 1.0},
+            "distillation": {"segments": 4, "teacher_steps": 16, "guidance": 5.0},
+            "steps": 200,
+        },
+        tuned=(4, 1.0),
+    ),
+    "long": Run(
+        33,
+        64,
+        64,
+        {
+            "method": "radial",
+            "config": {"decay": 0.5},
+            "objectives": {"flow": 1.0},
+            "batch": 2,
+            "steps": 150,
+        },
+    ),
+}
+
+
+def generate(run: Run, steps: int, guidance: float, count: int, prepare_pipe: Callable[[Any], Any]) -> np.ndarray:
+    """The fixed prompts' videos, float32 [P, F, H, W, 3] in [0, 1]."""
+    pipe = load_demo()
+    pipe.set_progress_bar_config(disable=True)
+    prepare_pipe(pipe)
+    videos = []
+    for seed, scene in enumerate(fixed_scenes(count)):
+        generator = torch.Generator().manual_seed(seed)
+        call = {"num_inference_steps": steps, "guidance_scale": guidance, **run.size}
+        videos.append(pipe(scene.caption, generator=generator, **call).frames[0])
+    return np.stack(videos).astype(np.float32)
+
+
+def cached(path: pathlib.Path, make_videos: Callable[[], np.ndarray]) -> np.ndarray:
+    """Videos from a file, made and written first if it is not there."""
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.with_suffix(".part").open("wb") as file:
+            np.save(file, make_videos())
+        path.with_suffix(".part").rename(path)
+    return np.load(path)
+
+
+def figures(videos: np.ndarray, dense: np.ndarray) -> dict[str, float]:
+    """Mean PSNR against dense in decibels (100 for identical videos), and the checker's agreement with the prompts."""
+    pairs = [[torch.from_numpy(video).movedim(-1, 1) for video in pair] for pair in zip(videos, dense, strict=True)]
+    found = {"psnr": float(np.mean([min(psnr(own, wanted), 100.0) for own, wanted in pairs]))}
+    scenes = fixed_scenes(len(videos))
+    return found | summarise([read(video).agrees(scene) for video, scene in zip(videos, scenes, strict=True)])
+
+
+def write_sheet(path: pathlib.Path, rows: list[np.ndarray], prompts: int = 4) -> None:
+    """Five frames of the first prompts, one row for each way of making them, as a PNG."""
+    picture = [
+        np.concatenate([video[i] for i in np.linspace(0, len(video) - 1, 5).round().astype(int)], axis=1)
+        for prompt in range(prompts)
+        for video in (videos[prompt] for videos in rows)
+    ]
+    pixels = (np.concatenate(picture) * 255).round().astype(np.uint8)
+    Image.fromarray(pixels).resize((2 * pixels.shape[1], 2 * pixels.shape[0]), Image.Resampling.NEAREST).save(path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("run", choices=RUNS)
+    parser.add_argument("--work", type=pathlib.Path, required=True)
+    parser.add_argument("--prompts", type=int, default=16)
+    options = parser.parse_args()
+    run, work = RUNS[options.run], options.work / options.run
+    settings = make({**COMMON, **run.train})
+    name = "x".join(map(str, run.size.values()))
+
+    if not (work / "data" / data.INDEX).exists():
+        preparer = prepare.Preparer(load_demo(), run.size)
+        clips = prepare.demo_clips(run.clips, run.size, seed=1)
+        data.write(work / "data", preparer.encoded(clips), preparer.negative(), {"source": "clips", **run.size})
+    if not (work / "trained" / "accelerator.json").exists():
+        train(load_demo(), settings, work / "data", work / "trained", base=Base("demo", licence="apache-2.0"))
+
+    method = (lambda pipe: None) if settings.method == "dense" else (
+        lambda pipe: dit_accel.accelerate(pipe, settings.method, **settings.config)
+    )  # fmt: skip
+    count = options.prompts
+    dense = cached(options.work / f"dense-{name}-{count}.npy", lambda: generate(run, *run.dense, count, lambda p: None))
+    untuned = cached(work / f"untuned-{count}.npy", lambda: generate(run, *run.tuned, count, method))
+    tuned = cached(
+        work / f"tuned-{count}.npy",
+        lambda: generate(run, *run.tuned, count, lambda pipe: dit_accel.load(pipe, work / "trained")),
+    )
+    write_sheet(work / "sheet.png", [dense, untuned, tuned])
+    losses = [json.loads(line)["loss"] for line in (work / "trained" / "losses.jsonl").read_text().splitlines()]
+    row = {
+        "op": "train-demo",
+        "run": options.run,
+        "size": name,
+        "prompts": count,
+        "settings": settings.as_dict(),
+        "steps and guidance": {"dense": run.dense, "method": run.tuned},
+        "loss": {"first ten": float(np.mean(losses[:10])), "last ten": float(np.mean(losses[-10:]))},
+        "dense": figures(dense, dense),
+        "untuned": figures(untuned, dense),
+        "tuned": figures(tuned, dense),
+        **provenance(torch.device("cpu")),
+    }
+    print(json.dumps(row, indent=1))
+    with RESULTS.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+if __name__ == "__main__":
+    main()

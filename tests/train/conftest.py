@@ -1,0 +1,99 @@
+"""The demo's pipeline, small and untrained, clips it can be trained on, and runs of a few steps."""
+
+import dataclasses
+
+import pytest
+import torch
+
+SIZE = {"num_frames": 5, "height": 32, "width": 48}  # 3 x 4 x 6 = 72 tokens
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiny:
+    """A saved pipeline and prepared data for it."""
+
+    model: object
+    data: object
+
+    def load(self):
+        from dit_accel.pipelines.demo import load_demo
+
+        pipe = load_demo(folder=self.model)
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """The same weights and data for every test; tests do not write to them."""
+    from dit_accel.pipelines.demo.model import build_pipeline
+    from dit_accel.train import data, prepare
+
+    torch.manual_seed(0)
+    pipe = build_pipeline(dim=64, layers=2, ffn_dim=64)
+    torch.nn.init.normal_(pipe.transformer.proj_out.weight, std=0.05)
+    for block in pipe.transformer.blocks:  # so that leaving attention out makes a difference
+        block.attn1.to_out[0].weight.data *= 8
+    root = tmp_path_factory.mktemp("tiny")
+    pipe.save_pretrained(root / "model")
+    made = Tiny(root / "model", root / "data")
+    preparer = prepare.Preparer(made.load(), SIZE)
+    clips = preparer.encoded(prepare.demo_clips(7, SIZE, seed=0))
+    data.write(made.data, clips, preparer.negative(), {"source": "clips"})
+    return made
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate():
+    """Every run has accelerate's process-wide state to itself."""
+    from accelerate.state import AcceleratorState, GradientState
+
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+# What a run of the tiny pipeline has unless a test says otherwise.
+SETTINGS = {"method": "gna", "config": {"window": 3}, "objectives": {"teacher": 1.0}, "steps": 4, "rank": 4}
+SETTINGS |= {"rate": 1e-2, "batch": 2, "save_every": 2}
+
+
+@pytest.fixture
+def trained(tiny, tmp_path):
+    """Trains the tiny pipeline with these settings into a folder of that name; the folder, or the trainer."""
+    from dit_accel.train.data import Dataset
+    from dit_accel.train.loop import Base, Trainer
+    from dit_accel.train.settings import make
+
+    def run(name="run", call=None, validation=None, **settings):
+        output, base = tmp_path / name, Base("tiny", licence="apache-2.0")
+        trainer = Trainer(tiny.load(), make(SETTINGS | settings), Dataset(tiny.data), output, base, validation)
+        trainer.run()
+        trainer.export(call or {})
+        return output
+
+    return run
+
+
+@pytest.fixture
+def elsewhere(tiny, tmp_path, root):
+    """Starts the same in another process, `launcher` in front of the program; runs are settings by folder name."""
+    import json
+    import os
+    import pathlib
+    import subprocess
+    import sys
+
+    def start(runs, launcher=(), **variables):
+        asked = {"model": str(tiny.model), "data": str(tiny.data)}
+        asked["runs"] = {str(tmp_path / name): SETTINGS | settings for name, settings in runs.items()}
+        worker = pathlib.Path(__file__).with_name("worker.py")
+        return subprocess.Popen(
+            [sys.executable, *launcher, str(worker), json.dumps(asked)],
+            env=os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", **variables},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    return start

@@ -1,0 +1,75 @@
+"""Segments of a trajectory, and the velocity that leads to the end of one."""
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
+
+from dit_accel import DitAccelError
+from dit_accel.train.distill import Segments, grid
+from dit_accel.train.process import Flow, process_of
+from dit_accel.train.settings import Distillation
+
+SCHEDULER = FlowMatchEulerDiscreteScheduler(shift=6.0)
+
+
+def make(segments=4, teacher_steps=16):
+    return Segments(SCHEDULER, Flow(6.0), Distillation(segments, teacher_steps))
+
+
+def test_segments_end_where_the_student_steps_to():
+    made = make()
+    ends = grid(SCHEDULER, 4, None)
+    assert len(ends) == 5 and ends[0] == 1 and ends[-1] == 0
+    assert set(made.end.tolist()) == set(ends[1:].tolist())
+    assert (made.start > made.next).all() and (made.next >= made.end).all()
+    for start, end in zip(made.start, made.end, strict=True):
+        assert end == max(level for level in ends if level < start - 1e-6)
+    assert set(ends[:-1].tolist()) <= set(made.start.tolist()), "the student's own starting points are trained"
+
+
+def test_on_straight_trajectories_the_target_is_their_velocity():
+    """Where teacher and student agree on one constant velocity, so does the target, at every level."""
+    made = make()
+    velocity = torch.randn(len(made.start), 2, 3, generator=torch.Generator().manual_seed(0))
+    noisy = torch.randn_like(velocity)
+    index = torch.arange(len(made.start))
+    target = made.target(noisy, index, lambda x, at: velocity, lambda x, at: velocity)
+    assert torch.allclose(target, velocity, atol=1e-4)
+
+
+def test_the_target_by_hand():
+    """Teacher goes 1 -> 0.9 with velocity 2, the student on to the end 0.7 with 5: (0.1 * 2 + 0.2 * 5) / 0.3 = 4."""
+    made = make()
+    made.start, made.next, made.end = torch.tensor([1.0]), torch.tensor([0.9]), torch.tensor([0.7])
+    seen = {}
+
+    def student(x, at):
+        seen["x"], seen["at"] = x, at
+        return torch.full_like(x, 5.0)
+
+    target = made.target(torch.zeros(1, 2), torch.tensor([0]), lambda x, at: torch.full_like(x, 2.0), student)
+    assert torch.allclose(target, torch.tensor(4.0)) and torch.allclose(seen["x"], torch.tensor(-0.2))
+    assert seen["at"].item() == pytest.approx(0.9)
+    made.end = torch.tensor([0.9])  # the teacher's step ends the segment: its velocity alone
+    target = made.target(torch.zeros(1, 2), torch.tensor([0]), lambda x, at: torch.full_like(x, 2.0), student)
+    assert torch.allclose(target, torch.tensor(2.0))
+
+
+def test_refused():
+    with pytest.raises(DitAccelError, match="1 <= segments <= teacher_steps"):
+        Distillation(8, 4)
+    process = process_of(DDIMScheduler(), torch.Size((1, 4, 8, 8)))
+    with pytest.raises(DitAccelError, match="flow-matching"):
+        Segments(DDIMScheduler(), process, Distillation())
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
+def test_diffusion_targets_agree_with_diffusers(prediction):
+    scheduler = DDIMScheduler(prediction_type=prediction)
+    process = process_of(scheduler, torch.Size((1, 2, 3)))
+    clean, noise, level = torch.randn(2, 2, 3), torch.randn(2, 2, 3), torch.tensor([3.0, 700.0])
+    noisy = process.noisy(clean, noise, level)
+    assert torch.allclose(noisy, scheduler.add_noise(clean, noise, level.long()))
+    wanted = {"epsilon": noise, "sample": clean, "v_prediction": scheduler.get_velocity(clean, noise, level.long())}
+    assert torch.allclose(process.target(clean, noise, level), wanted[prediction])
+    assert torch.equal(process.timestep(level), level.long())

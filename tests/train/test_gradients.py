@@ -1,0 +1,132 @@
+"""Gradients through every method inside real transformers, against finite differences; teacher and recomputation."""
+
+import copy
+
+import pytest
+import torch
+
+import dit_accel
+from dit_accel import adapters
+from dit_accel.accelerator import find_transformers
+from dit_accel.train.networks import Networks
+from dit_accel.train.objectives import OBJECTIVES, Outputs
+
+METHODS = {
+    "gna": {"window": (3, 3, 3)},
+    "tile": {"references": 1},
+    "radial": {"decay": 0.2},
+    "sla": {"topk": 0.3, "block": 16},
+}
+
+
+@pytest.fixture
+def model(tiny_wan, wan_inputs, tiny_flux, flux_inputs):
+    """Makes a transformer in fp64 and a call of it: Wan, and FLUX with text in the sequence."""
+
+    def make(family):
+        transformer, inputs = (
+            (tiny_wan(), wan_inputs(3, 6, 8, batch=1))
+            if family == "wan"
+            else (tiny_flux(), flux_inputs((5, 6), (5, 6), (5, 6), text=5, batch=1))
+        )
+        inputs = {key: value.double() if value.is_floating_point() else value for key, value in inputs.items()}
+        return transformer.double(), inputs
+
+    return make
+
+
+def test_every_method_is_here():
+    assert {*METHODS, "dense"} == set(dit_accel.list_methods())
+
+
+@pytest.mark.parametrize(("method", "family"), [(name, "wan") for name in METHODS] + [("gna", "flux"), ("sla", "flux")])
+def test_gradients_equal_finite_differences(method, family, model, monkeypatch):
+    """Along one random direction in the weights of all LoRAs and of the method, by central differences in fp64.
+
+    Diffusers' models compute norms and modulation in float32 whatever their dtype, so `float()` is made to mean fp64.
+
+    With step h the difference errs by h² times the third derivative (about 1e-8 of the gradient here) and by rounding,
+    eps / h (about 1e-11): 1e-6 leaves room for both and none for a missing term.
+    """
+    to_float = torch.Tensor.float
+    monkeypatch.setattr(torch.Tensor, "float", lambda x: x if x.dtype == torch.float64 else to_float(x))
+    transformer, inputs = model(family)
+    accel = dit_accel.accelerate(transformer, method, impl="portable", **METHODS[method])
+    own = find_transformers(transformer)[0]["transformer"][1]
+    targets = [f"{name}.{part}" for name, _ in own.attentions(transformer) for part in ("to_q", "to_k", "to_v")]
+    torch.manual_seed(1)
+    adapters.add_lora(transformer, targets, rank=2, alpha=2)
+    for module in accel.learned_weights().values():
+        module.double().requires_grad_(True)
+    weights = [weight for weight in transformer.parameters() if weight.requires_grad]
+    for weight in weights:
+        weight.data = 0.3 * torch.randn(weight.shape, dtype=torch.float64)
+    target = torch.randn(transformer(**inputs, return_dict=False)[0].shape, dtype=torch.float64)
+
+    def loss():
+        return (transformer(**inputs, return_dict=False)[0] - target).square().mean()
+
+    gradients = torch.autograd.grad(loss(), weights)
+    assert all(gradient.abs().max() > 0 for gradient in gradients), "every trained weight has a gradient"
+    directions = [torch.randn_like(weight) for weight in weights]
+    wanted = sum(float((gradient * way).sum()) for gradient, way in zip(gradients, directions, strict=True))
+    step, ends = 1e-5, []
+    with torch.no_grad():
+        for sign in (1, -2):
+            for weight, way in zip(weights, directions, strict=True):
+                weight += sign * step * way
+            ends.append(float(loss()))
+    found = (ends[0] - ends[1]) / (2 * step)
+    assert abs(found - wanted) <= 1e-6 * max(abs(wanted), 1e-3)
+    assert accel.report().dense_calls == 0
+
+
+@pytest.mark.parametrize("lora", [True, False])
+def test_the_teacher_is_the_untouched_model(lora, tiny_wan, wan_inputs):
+    transformer, inputs = tiny_wan(), wan_inputs()
+    untouched = copy.deepcopy(transformer)
+    accel = dit_accel.accelerate(transformer, "sla", topk=0.3, block=16)
+    family = find_transformers(transformer)[0]["transformer"][1]
+    if lora:
+        adapters.add_lora(transformer, ["blocks.0.attn1.to_q"], rank=2, alpha=2)
+    teacher = None if lora else untouched
+    networks = Networks(transformer, family, accel, lora=lora, layers=(1,), hidden=True, teacher=teacher)
+    with torch.no_grad():
+        for weight in transformer.parameters():
+            if weight.requires_grad:
+                weight += 0.1
+    call = {"encoder_hidden_states": inputs["encoder_hidden_states"]}
+    with torch.no_grad():
+        wanted = untouched(**inputs, return_dict=False)[0]
+        made = networks.teacher(inputs["hidden_states"], inputs["timestep"], call)
+        student = networks.student(transformer, inputs["hidden_states"], inputs["timestep"], call)
+    assert torch.equal(made.prediction, wanted) and not torch.equal(student.prediction, wanted)
+    assert len(made.attention) == len(student.attention) == 1 and made.hidden is not None
+    assert accel.report().layers[0].sparse_calls == 1
+
+
+def test_recomputing_activations_changes_no_gradient(tiny_wan, wan_inputs):
+    """With a teacher's call in front, which must not be what the recomputation runs."""
+    found = []
+    for checkpointing in (False, True):
+        transformer, inputs = tiny_wan().train(), wan_inputs(batch=1)
+        accel = dit_accel.accelerate(transformer, "gna", window=(3, 5, 4))
+        family = find_transformers(transformer)[0]["transformer"][1]
+        if checkpointing:
+            transformer.enable_gradient_checkpointing()
+        networks = Networks(transformer, family, accel, lora=False, layers=(0, 1))
+        call = {"encoder_hidden_states": inputs["encoder_hidden_states"]}
+        wanted = networks.teacher(inputs["hidden_states"], inputs["timestep"], call)
+        student = networks.student(transformer, inputs["hidden_states"], inputs["timestep"], call)
+        loss = sum(OBJECTIVES[name](student, wanted, wanted.prediction) for name in ("teacher", "attention"))
+        found.append(torch.autograd.grad(loss, list(transformer.blocks[0].attn1.to_q.parameters())))
+    for plain, recomputed in zip(*found, strict=True):
+        assert plain.abs().max() > 0 and torch.equal(plain, recomputed)
+
+
+def test_objectives_by_hand():
+    student = Outputs(torch.tensor([1.0, 3.0]), [torch.tensor([2.0]), torch.tensor([0.0])], torch.tensor([1.0]))
+    teacher = Outputs(torch.tensor([1.0, 1.0]), [torch.tensor([1.0]), torch.tensor([4.0])], torch.tensor([2.0]))
+    found = {name: float(own(student, teacher, torch.tensor([0.0, 3.0]))) for name, own in OBJECTIVES.items()}
+    # flow: (1 + 0) / 2; teacher: (0 + 4) / 2; attention: (1 / 1 + 16 / 16) / 2; final: 1 / 4.
+    assert found == {"flow": 0.5, "teacher": 2.0, "attention": 1.0, "final": 0.25, "consistency": 0.5}

@@ -1,0 +1,245 @@
+"""A run from data to artefact: it learns, survives kills, stops where it must, and what it leaves can be loaded."""
+
+import os
+import shutil
+import signal
+import time
+
+import pytest
+import torch
+
+import dit_accel
+from dit_accel import adapters
+from dit_accel.train import losses, state
+from dit_accel.train.data import Dataset
+
+
+def curve(folder):
+    return [{k: v for k, v in row.items() if k != "rate"} for row in losses.read(folder / "losses.jsonl")]
+
+
+def call_of(data):
+    sample = Dataset(data)[0]
+    return {"hidden_states": sample.latents, "timestep": torch.tensor([700.0]), **sample.call}
+
+
+@torch.no_grad()
+def run(pipe, data):
+    return pipe.transformer(**call_of(data), return_dict=False)[0]
+
+
+def test_it_learns_and_the_artefact_brings_it_back(trained, tiny):
+    """SLA and its LoRA come nearer to the dense model than SLA alone, from a fresh pipeline, and leave no trace."""
+    setting = {"method": "sla", "config": {"topk": 0.2, "block": 8}}
+    folder = trained(
+        steps=30, ema=0.5, warmup=2, decay="cosine", save_every=30, call={"num_inference_steps": 3}, **setting
+    )
+    rows = losses.read(folder / "losses.jsonl")
+    assert [row["step"] for row in rows] == list(range(1, 31))
+    first, last = (sum(row["loss"] for row in part) for part in (rows[:7], rows[-7:]))
+    assert last < first
+    files = {path.name for path in folder.iterdir()}
+    assert files == {
+        *("README.md", "accelerator.json", "accelerator.safetensors", "pytorch_lora_weights.safetensors"),
+        *("losses.jsonl", "checkpoints"),
+    }
+    pipe = tiny.load()
+    names, dense = list(pipe.transformer.state_dict()), run(pipe, tiny.data)
+    with dit_accel.accelerated(pipe, "sla", **setting["config"]):
+        untuned = run(pipe, tiny.data)
+    accel = dit_accel.load(pipe, folder)
+    tuned = run(pipe, tiny.data)
+    assert (tuned - dense).square().mean() < (untuned - dense).square().mean()
+    assert accel.trained.lora and accel.trained.call == {"num_inference_steps": 3}
+    assert all(module.proj.weight.abs().max() > 0 for module in accel.learned_weights().values())
+
+    accel.save_pretrained(folder.parent / "again")
+    accel.remove()
+    assert list(pipe.transformer.state_dict()) == names and torch.equal(run(pipe, tiny.data), dense)
+    with dit_accel.load(pipe, folder.parent / "again"):
+        assert torch.equal(run(pipe, tiny.data), tuned)
+    # Diffusers' own way: the same LoRA under the same method.
+    pipe.load_lora_weights(str(folder), adapter_name="own")
+    assert pipe.transformer.peft_config["own"].lora_alpha == 4
+    card = (folder / "README.md").read_text()
+    assert "base_model: tiny" in card and "license: apache-2.0" in card and "{" not in card.split("---")[1]
+
+
+def test_other_models_are_refused(trained, tiny):
+    folder = trained(steps=1)
+    pipe = tiny.load()
+    with torch.no_grad():
+        pipe.transformer.blocks[1].ffn.net[2].weight.mul_(1.1)
+    with pytest.raises(dit_accel.DitAccelError, match="trained from tiny, and this transformer has other weights"):
+        dit_accel.load(pipe, folder)
+    assert not hasattr(pipe.transformer, "peft_config")
+    dit_accel.load(pipe, folder, any_weights=True).remove()
+    (folder / adapters.LORA_FILE).write_bytes(b"")
+    with pytest.raises(dit_accel.DitAccelError, match="damaged or does not belong"):
+        dit_accel.load(tiny.load(), folder)
+
+
+def test_the_fingerprint_is_the_same_in_bfloat16(tiny):
+    pipe = tiny.load()
+    mark = adapters.fingerprint(pipe.transformer)
+    assert adapters.fingerprint(pipe.transformer.to(torch.bfloat16)) == mark
+    with pytest.raises(dit_accel.DitAccelError, match="cannot be recognised"):
+        adapters.fingerprint(pipe.transformer.to(torch.float8_e4m3fn))
+
+
+def test_full_weights(trained, tiny):
+    folder = trained(rank=0, rate=1e-3)
+    assert (folder / "transformer" / "config.json").is_file() and not (folder / adapters.LORA_FILE).exists()
+    pipe = tiny.load()
+    dense = run(pipe, tiny.data)
+    with dit_accel.accelerated(pipe, "gna", window=3):
+        untuned = run(pipe, tiny.data)
+    with dit_accel.load(pipe, folder) as accel:
+        assert accel.trained.full and not torch.equal(run(pipe, tiny.data), untuned)
+    assert torch.equal(run(pipe, tiny.data), dense)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"objectives": {"flow": 1.0, "attention": 0.5, "final": 0.5}, "attention_every": 2, "checkpointing": True},
+        {"method": "dense", "config": {}, "objectives": {"consistency": 1.0}, "distillation": {"segments": 2}},
+        {"precision": "bf16", "targets": ["to_q", "net.2"], "accumulation": 2},
+    ],
+    ids=["objectives", "consistency", "bf16"],
+)  # fmt: skip
+def test_kinds_of_runs(settings, trained):
+    rows = losses.read(trained(steps=2, **settings) / "losses.jsonl")
+    assert len(rows) == 2 and all(0 < row["loss"] < 100 for row in rows)
+    assert set(rows[0]) == {"step", "loss", "rate", *settings.get("objectives", {"teacher": 1})}
+
+
+def test_samples_on_the_way(trained):
+    from dit_accel.train.validation import Validation
+
+    arguments = {"num_inference_steps": 1, "guidance_scale": 1.0, "num_frames": 5, "height": 32, "width": 48}
+    folder = trained(steps=2, validate_every=1, ema=0.9, validation=Validation(("a", "b"), arguments))
+    made = sorted(path.relative_to(folder / "validation").as_posix() for path in folder.glob("validation/*/*"))
+    assert made == [f"step-0000000{step}/0{i}.mp4" for step in (1, 2) for i in (0, 1)]
+
+
+SLA = {"method": "sla", "config": {"topk": 0.2, "block": 8}, "ema": 0.9}
+
+
+def test_a_killed_run_goes_on_as_if_nothing_had_happened(trained, elsewhere, tmp_path):
+    """SIGKILL in the middle of a run, then the same settings again: the losses are those of one run, bit for bit."""
+    folder = tmp_path / "killed"
+    process = elsewhere({"killed": SLA | {"steps": 100_000, "save_every": 3}})
+    while not state.found(folder / "checkpoints"):
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    done = int(state.found(folder / "checkpoints")[-1].name[5:])
+    before, steps = curve(folder), done + 4
+    assert len(before) >= done
+    whole = trained("whole", steps=steps, save_every=3, **SLA)
+    resumed = trained("killed", steps=steps, save_every=3, **SLA)
+    assert curve(resumed) == curve(whole) and before[:steps] == curve(whole)[: len(before)]
+    ends = [state.load(state.found(folder / "checkpoints")[-1])[1] for folder in (whole, resumed)]
+    for part in state.PARTS:
+        assert ends[0][part].keys() == ends[1][part].keys() and ends[0][part]
+        assert all(torch.equal(ends[0][part][name], ends[1][part][name]) for name in ends[0][part])
+
+
+def test_two_processes_are_one_with_accumulation(trained, elsewhere, tmp_path):
+    one = trained("one", steps=3, accumulation=2, **SLA)
+    # What `accelerate launch` starts for several processes; on a CPU it wants MPI for that, and torchrun does not.
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+    process = elsewhere({"two": SLA | {"steps": 3}}, launcher, ACCELERATE_USE_CPU="true")
+    _, errors = process.communicate(timeout=400)
+    assert process.returncode == 0, errors[-3000:]
+    for own, wanted in zip(curve(tmp_path / "two"), curve(one), strict=True):
+        # The same sums in another order: float32 rounding, amplified by a few steps of Adam.
+        assert own["step"] == wanted["step"] and own["loss"] == pytest.approx(wanted["loss"], rel=1e-4)
+
+
+def test_portable_and_triton_train_alike(elsewhere, tmp_path):
+    """The same LoRA, three steps, by both implementations; Triton under its interpreter, in a process of its own."""
+    kinds = {impl: {"impl": impl, "steps": 3, "batch": 1} for impl in ("portable", "triton")}
+    process = elsewhere(kinds, TRITON_INTERPRET="1")
+    _, errors = process.communicate(timeout=400)
+    assert process.returncode == 0, errors[-3000:]
+    portable, triton = (curve(tmp_path / impl) for impl in kinds)
+    # Both are within float32 rounding of the same attention; three steps of Adam at a rate of 1e-2 amplify it.
+    assert [row["loss"] for row in triton] == pytest.approx([row["loss"] for row in portable], rel=1e-4)
+
+
+def test_another_run_in_the_same_folder_is_refused(trained):
+    trained(steps=2)
+    with pytest.raises(dit_accel.DitAccelError, match=r"belongs to another run: its rate was 0\.01, and is 0\.02"):
+        trained(steps=2, rate=2e-2)
+    trained(steps=3)
+
+
+def test_a_loss_that_is_not_a_number_stops_the_run(trained, tmp_path, monkeypatch):
+    from dit_accel.train.loop import OBJECTIVES
+
+    def after_three(student, teacher, target, calls=[]):  # noqa: B006
+        calls.append(0)
+        return (student.prediction * (float("nan") if len(calls) > 3 else 1)).square().mean()
+
+    monkeypatch.setitem(OBJECTIVES, "teacher", after_three)
+    with pytest.raises(dit_accel.DitAccelError, match=r"The loss is nan at step 4.*checkpoint is .*step-00000002"):
+        trained("nan", steps=9)
+    assert all(
+        torch.isfinite(weight).all()
+        for weight in state.load(state.found(tmp_path / "nan" / "checkpoints")[-1])[1]["weights"].values()
+    )
+
+
+def test_a_full_disk_keeps_the_last_checkpoint(trained, tmp_path, monkeypatch):
+    trained("full", steps=2)
+    import safetensors.torch
+
+    def full(*arguments, **keywords):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(safetensors.torch, "save_file", full)
+    with pytest.raises(
+        dit_accel.DitAccelError, match=r"step 4 cannot be written .*No space left.*step-00000002"
+    ) as error:
+        trained("full", steps=4)
+    assert "\n" not in str(error.value)
+    assert [path.name for path in (tmp_path / "full" / "checkpoints").iterdir()] == ["step-00000002"]
+    monkeypatch.undo()
+    assert len(curve(trained("full", steps=4))) == 4
+
+
+def test_damaged_checkpoints_are_named(trained, tmp_path):
+    folder = trained(steps=2)
+    (folder / "checkpoints" / "step-00000002" / "weights.safetensors").write_bytes(b"")
+    with pytest.raises(dit_accel.DitAccelError, match="step-00000002 is damaged"):
+        trained(steps=3)
+    shutil.rmtree(folder / "checkpoints")
+    trained(steps=3)
+
+
+def test_push_to_hub(trained, tiny, monkeypatch):
+    """The folder goes where Diffusers' own `push_to_hub` would put it."""
+    import huggingface_hub
+
+    seen = []
+
+    class Api:
+        def __init__(self, token=None):
+            seen.append(token)
+
+        def create_repo(self, repo_id, private=None, exist_ok=False):
+            seen.append((repo_id, private, exist_ok))
+            return huggingface_hub.RepoUrl("https://huggingface.co/me/mine")
+
+        def upload_folder(self, repo_id, folder_path, commit_message):
+            seen.append((repo_id, sorted(os.listdir(folder_path))))
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+    folder = trained(steps=1)
+    with dit_accel.load(tiny.load(), folder) as accel:
+        accel.save_pretrained(folder.parent / "up", push_to_hub=True, repo_id="mine", token="secret")
+    assert seen[:2] == ["secret", ("mine", None, True)]
+    assert seen[2] == ("me/mine", ["accelerator.json", "pytorch_lora_weights.safetensors"])

@@ -1,0 +1,68 @@
+"""Every recipe parses against the settings it is for, says where it comes from, and mistakes are named."""
+
+import pytest
+
+from dit_accel import DitAccelError
+from dit_accel.train import job
+from dit_accel.train.settings import list_recipes, make, read_recipe
+
+
+@pytest.mark.parametrize("name", list_recipes())
+def test_recipe(name):
+    recipe = read_recipe(name)
+    settings = recipe.settings
+    assert settings.as_dict().keys() >= recipe.train.keys()
+    assert "arXiv" in recipe.source or recipe.model == "demo"
+    assert job.DataSettings(**recipe.data).source in (job.GENERATED, job.CLIPS, job.FOLDER)
+
+
+def test_what_the_published_recipes_say():
+    """The numbers that their sources state."""
+    radial = read_recipe("radial-wan2.1-14b-2x").settings
+    assert (radial.rank, radial.dense_layers, radial.steps) == (128, 2, 2500)
+    assert read_recipe("radial-hunyuan-video-4x").settings.steps == 1200
+    sla = read_recipe("sla-wan2.1-1.3b").settings
+    assert (sla.rank, sla.rate, sla.config["topk"], dict(sla.objectives)) == (0, 1e-5, 0.1, {"teacher": 1.0})
+    clear = read_recipe("gna-flux-high-resolution").settings
+    assert dict(clear.objectives) == {"flow": 1.0, "teacher": 0.5, "attention": 0.5} and clear.attention_every == 4
+
+
+def test_given_settings_win_over_a_recipe():
+    merged = job.merge(read_recipe("sla-demo").train, {"steps": 3, "levels": {"mean": 1.0}})
+    assert merged.steps == 3 and merged.levels.mean == 1.0 and merged.levels.uniform == 0.17
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"step": 3}, "no setting 'step'. Did you mean 'steps'"),
+        ({"steps": 0}, "steps is a whole number of at least 1"),
+        ({"rate": 0}, "rate > 0"),
+        ({"method": "slaa"}, "Did you mean 'sla'"),
+        ({"method": "gna"}, "gna needs a value for window"),
+        ({"objectives": {}}, "needs an objective"),
+        ({"objectives": {"teachr": 1}}, "Did you mean 'teacher'"),
+        ({"objectives": {"flow": -1}}, "above 0"),
+        ({"objectives": {"flow": 1, "consistency": 1}}, "choose one"),
+        ({"method": "dense"}, "its own teacher"),
+        ({"precision": "int8", "method": "sla"}, "precision is one of"),
+        ({"levels": {"sigma": 1}, "method": "sla"}, "levels: .*sigma"),
+        ({"levels": {"std": 0}, "method": "sla"}, "std > 0"),
+        ({"distillation": {"segments": 0}, "method": "sla"}, "1 <= segments"),
+    ],
+)
+def test_settings_that_are_refused(values, message):
+    with pytest.raises(DitAccelError, match=message):
+        make(values)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(None, "There is no recipe"), ("{", "not valid YAML"), ("a: 1", "needs exactly the entries")],
+)
+def test_files_that_are_no_recipe(content, message, tmp_path):
+    path = tmp_path / "recipe.yaml"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(DitAccelError, match=message):
+        read_recipe(str(path))

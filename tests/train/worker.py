@@ -1,0 +1,25 @@
+"""Runs a training in a process of its own: `python worker.py '{"model":, "data":, "runs": {folder: settings}}'`."""
+
+import json
+import pathlib
+import sys
+
+from dit_accel.pipelines.demo import load_demo
+from dit_accel.train.data import Dataset
+from dit_accel.train.loop import Base, Trainer
+from dit_accel.train.settings import make
+
+
+def main(asked):
+    for folder, settings in asked["runs"].items():
+        data = Dataset(pathlib.Path(asked["data"]))
+        pipe = load_demo(folder=pathlib.Path(asked["model"]))
+        trainer = Trainer(pipe, make(settings), data, pathlib.Path(folder), Base("tiny"), None)
+        trainer.run()
+        kernels = {kernel for layer in trainer.accel.report().layers for kernel in layer.kernels}
+        assert settings.get("impl", "auto") in {"auto", *kernels}
+        trainer.export({})
+
+
+if __name__ == "__main__":
+    main(json.loads(sys.argv[1]))
