@@ -23,7 +23,7 @@ FLOORS = (
     ("registry", "plans", "selfcheck"),
     ("methods",),
     ("pipelines",),
-    ("accelerator", "engine", "break_even", "checkpoint", "layerwise", "report"),
+    ("accelerator", "adapters", "engine", "break_even", "checkpoint", "layerwise", "report"),
     ("generation",),
     ("train", "eval"),
     ("cli",),

@@ -7,6 +7,7 @@ accelerator, which `dit_accel.load` takes. Started again with the same settings,
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import pathlib
 import time
@@ -27,6 +28,7 @@ from dit_accel.train.networks import Networks, copy_of, expanded
 from dit_accel.train.objectives import NEEDS_TEACHER, OBJECTIVES
 from dit_accel.train.prepare import find_transformer
 from dit_accel.train.process import process_of
+from dit_accel.train.processes import join
 from dit_accel.train.progress import Progress
 from dit_accel.train.settings import TrainSettings
 from dit_accel.train.validation import Validation
@@ -103,7 +105,7 @@ class Trainer:
     ) -> None:
         self.settings, self.data, self.output, self.base, self.validation = settings, data, output, base, validation
         self.pipe, self.transformer = pipe, find_transformer(pipe)
-        self.hf = _hugging_face(settings, output)
+        self.hf = join(settings, output)
         samples = [data[i] for i in range(len(data))] if len(data) <= 4096 else None
         self._samples = samples
         kinds = [sample.kind for sample in samples] if samples else ["one"] * len(data)
@@ -366,34 +368,7 @@ class Trainer:
         self.hf.end_training()
 
 
-def _hugging_face(settings: TrainSettings, output: pathlib.Path) -> Any:
-    from accelerate import Accelerator, DistributedDataParallelKwargs
-    from accelerate.utils import DistributedType
-
-    # A loss on some attention outputs alone leaves the weights behind the last of them without a gradient.
-    whole = {"flow", "teacher", "final", "consistency"} & settings.objectives.keys()
-    hf = Accelerator(
-        mixed_precision=settings.precision,
-        gradient_accumulation_steps=settings.accumulation,
-        log_with=settings.tracker,
-        project_dir=output,
-        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=not whole)],
-    )
-    if hf.distributed_type == DistributedType.DEEPSPEED:
-        raise DitAccelError(
-            "DeepSpeed keeps its optimizer's state in a form that these checkpoints cannot hold; configure FSDP 2 "
-            "(fsdp_version: 2) or plain data parallelism with `accelerate config`."
-        )
-    if hf.distributed_type == DistributedType.FSDP and not hf.is_fsdp2:
-        raise DitAccelError("FSDP 1 flattens weights, which LoRA and checkpoints need by name; set fsdp_version: 2.")
-    if settings.tracker is not None:
-        hf.init_trackers("dit_accel", {key: str(value) for key, value in settings.as_dict().items()})
-    return hf
-
-
 def _same_run(checkpoint: pathlib.Path, saved: Mapping[str, Any], present: Mapping[str, Any]) -> None:
-    import json
-
     plain = json.loads(json.dumps(present))
     rows = {**{k: (v, plain[k]) for k, v in saved.items() if k != "settings"}}
     rows |= {name: (value, plain["settings"].get(name)) for name, value in saved["settings"].items()}

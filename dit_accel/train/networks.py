@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from dit_accel.accelerator import Accelerator
+from dit_accel.errors import DitAccelError
 from dit_accel.pipelines.family import Family
 from dit_accel.train.data import Call
 from dit_accel.train.objectives import Outputs
@@ -28,9 +29,13 @@ class Networks:
         transformer: the student, accelerated by `accel`, with a LoRA if `lora`.
         family: of the transformer.
         accel: the accelerator at work in it.
-        lora: whether switching adapters off gives the teacher; otherwise a copy is made now.
+        lora: whether adapters are to be off while the transformer is its own teacher.
         layers: indices of the self-attention modules to watch.
         hidden: whether to watch what enters the output head.
+        teacher: a copy of the dense model, where all weights train.
+
+    Raises:
+        DitAccelError: the family's timesteps do not follow from the noise level.
     """
 
     def __init__(
@@ -45,6 +50,13 @@ class Networks:
         teacher: nn.Module | None = None,
     ) -> None:
         self._transformer, self._family, self._accel, self._lora = transformer, family, accel, lora
+        # Where time rises the model predicts the other way round.
+        if family.timestep_scale is None or family.timestep_rises:
+            raise DitAccelError(
+                f"The timestep of {type(transformer).__name__} is not its noise level times a factor, so training does "
+                "not cover it."
+            )
+        self._scale = family.timestep_scale
         self._teacher = transformer if teacher is None else teacher
         self._sink: Outputs | None = None
         for network in {id(module): module for module in (transformer, self._teacher)}.values():
@@ -94,7 +106,7 @@ class Networks:
         try:
             prediction = model(
                 hidden_states=noisy.to(dtype),
-                timestep=timestep.to(noisy.device) / self._family.timestep_scale,
+                timestep=timestep.to(noisy.device) / self._scale,
                 **arguments,
                 return_dict=False,
             )[0]

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from dit_accel import registry
 from dit_accel.errors import DitAccelError
+from dit_accel.kernels.block_sparse.api import Impl
 from dit_accel.registry import did_you_mean
 from dit_accel.train import objectives
 from dit_accel.train.process import LevelSettings
@@ -76,7 +77,7 @@ class TrainSettings:
     config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     dense_layers: int | float | tuple[int, ...] = 0
     schedule: str | None = None
-    impl: str = "auto"
+    impl: Impl = "auto"
     objectives: Mapping[str, float] = dataclasses.field(default_factory=lambda: {"teacher": 1.0})
     attention_every: int = 1
     steps: int = 1000
