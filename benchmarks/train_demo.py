@@ -43,6 +43,7 @@ class Run:
         train: settings over `COMMON`.
         dense, tuned: steps and guidance of the dense videos, and of the untuned and trained ones.
         clips: in the training data.
+        prompts: at most so many.
     """
 
     frames: int
@@ -52,6 +53,7 @@ class Run:
     dense: tuple[int, float] = (16, 5.0)
     tuned: tuple[int, float] = (16, 5.0)
     clips: int = 256
+    prompts: int = 64
 
     @property
     def size(self) -> dict[str, int]:
@@ -61,6 +63,12 @@ class Run:
 TEACHER = {"objectives": {"teacher": 1.0}, "steps": 120}
 RUNS = {
     "sla": Run(9, 64, 64, {"method": "sla", "config": {"topk": 0.1, "block": 32}, **TEACHER}),
+    "sla-tiles": Run(
+        9,
+        64,
+        64,
+        {"method": "sla", "config": {"topk": 0.2, "block": 32, "order": "tile"}, **TEACHER, "steps": 150},
+    ),
     "gna": Run(9, 64, 64, {"method": "gna", "config": {"window": (3, 3, 3)}, **TEACHER}),
     "consistency": Run(
         9,
@@ -83,8 +91,10 @@ RUNS = {
             "config": {"decay": 0.5},
             "objectives": {"flow": 1.0},
             "batch": 2,
-            "steps": 150,
+            "steps": 80,
         },
+        clips=160,
+        prompts=6,
     ),
 }
 
@@ -151,7 +161,7 @@ def main() -> None:
     method = (lambda pipe: None) if settings.method == "dense" else (
         lambda pipe: dit_accel.accelerate(pipe, settings.method, **settings.config)
     )  # fmt: skip
-    count = options.prompts
+    count = min(options.prompts, run.prompts)
     dense = cached(options.work / f"dense-{name}-{count}.npy", lambda: generate(run, *run.dense, count, lambda p: None))
     untuned = cached(work / f"untuned-{count}.npy", lambda: generate(run, *run.tuned, count, method))
     tuned = cached(
