@@ -258,7 +258,10 @@ class Engine:
     def _note_compiled(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         self._compiled = torch.compiler.is_compiling()
 
-    def _before_call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _before_call(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Decide how the layers of this call attend; the arguments to call with instead, if they change."""
         if module is not self._transformer:
             raise DitAccelError(
                 f"This {type(module).__name__} is a copy of an accelerated one and would follow the original's calls; "
@@ -269,10 +272,10 @@ class Engine:
         for state in self._states.values():
             state.sparse = False
         if not self._states:
-            return
+            return None
         if self.paused:
             self._last = dict.fromkeys(self._states, "paused")
-            return
+            return None
         self._check_sharing()
         call = Call(self._signature, module, args, kwargs, self._memory)
         layout = self._family.layout(module, call)
@@ -281,7 +284,7 @@ class Engine:
         reason = self._dense_step(call)
         if reason is not None:
             self._last = dict.fromkeys(self._states, reason)
-            return
+            return None
         for (config, sees_text), state in self._states.items():
             plan = plans[config, sees_text]
             self._last[config, sees_text] = last = self._choose(plan, call.device)
@@ -290,6 +293,15 @@ class Engine:
                 state.set(plan, *text, ulysses=context_parallel.sharing(module, plan.grid))
         if any(state.sparse for state in self._states.values()):
             self._watch_layers(call)
+        if layout.masks and self._all_sparse():
+            return args, {name: None if name in layout.masks else value for name, value in kwargs.items()}
+        return None
+
+    def _all_sparse(self) -> bool:
+        """Whether no layer of this call runs a processor that reads the model's masks."""
+        if self._checking or not all(state.sparse for state in self._states.values()):
+            return False
+        return all(layer.dense_reason is None and layer.attention.processor is layer.ours for layer in self.layers)
 
     def _plan(self, kind: tuple[Any, bool], layout: Layout, device: torch.device) -> Plan:
         config, sees_text = kind

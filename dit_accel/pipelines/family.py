@@ -27,12 +27,15 @@ class Layout:
         rows: int64 [B, tokens], where in the call's sequence each token of the grid lies; every row of the sequence
             once. None: where the grid says, in all samples.
         notes: what a reader of the report should know, such as tokens that stay dense.
+        masks: arguments of the call that say no more than `text_lens`. A call in which every layer is sparse goes without
+            them, so that the model does not make masks of N x N of them.
     """
 
     grid: TokenGrid
     text_lens: torch.Tensor | None = None
     rows: torch.Tensor | None = None
     notes: tuple[str, ...] = ()
+    masks: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)

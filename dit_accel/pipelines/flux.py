@@ -34,7 +34,7 @@ def layout(transformer: nn.Module, call: Call) -> Layout:
             "sparse attention takes masks that mask. Pass prompt_attention_mask and negative_prompt_attention_mask as "
             "torch.bool (with prompt_embeds and negative_prompt_embeds from encode_prompt), or leave the model dense."
         )
-    return dataclasses.replace(mask_text(call, found.grid, mask), notes=found.notes)
+    return dataclasses.replace(mask_text(call, found.grid, mask), notes=found.notes, masks=("attention_mask",))
 
 
 def _read_ids(ids: torch.Tensor) -> tuple[int, int, int, int]:

@@ -1,0 +1,141 @@
+"""What image families do besides the conformance checks: modes they refuse, text masks, masks that are not built."""
+
+import dataclasses
+import inspect
+
+import pytest
+import tiny_models
+import torch
+from tiny_models import run
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import dit_accel
+from dit_accel.pipelines.family import Call, Memory
+from dit_accel.registry import get_families
+from dit_accel.tokens import TokenGrid
+
+
+def layout(tiny, **changes):
+    """What the family reads from the model's call with some arguments changed."""
+    transformer = tiny.shared
+    call = Call(inspect.signature(type(transformer).forward), transformer, (), tiny.call() | changes, Memory())
+    return get_families()[tiny.family].layout(transformer, call)
+
+
+@pytest.mark.parametrize("tiny", [tiny for tiny in tiny_models.all_models() if not tiny.video], ids=str)
+def test_grid_lengths_and_rows_are_read_from_the_call(tiny):
+    found = layout(tiny)
+    assert found.grid == tiny.grid
+    assert (None if found.text_lens is None else tuple(found.text_lens.tolist())) == tiny.text_lens
+    assert found.rows is None if tiny.rows is None else torch.equal(found.rows, tiny.rows)
+
+
+def latents(*shape):
+    return torch.zeros(2, *shape)
+
+
+class Cache:
+    mode = "read"
+
+
+REFUSED = [
+    ("flux", "chroma", {"attention_mask": torch.ones(2, 156)}, r"adds a mask of torch.float32 to the logits"),
+    ("flux", "chroma", {"attention_mask": torch.arange(156).expand(2, -1) < 150}, "masks image tokens"),
+    ("flux", "chroma", {"attention_mask": torch.ones(2, 12, dtype=torch.bool)}, r"must be \[batch, 13\]"),
+    ("flux2", "t2i", {"kv_cache_mode": "extract"}, "kv_cache_mode='extract'.*Flux2KleinPipeline"),
+    ("flux3", "t2i", {"img_ids": torch.cartesian_prod(*map(torch.arange, (1, 13, 11, 1)))[:-1]}, "each of the 143"),
+    ("qwen_image", "t2i", {"img_shapes": None}, "needs img_shapes"),
+    ("qwen_image", "t2i", {"img_shapes": [[(1, 13, 12)]] * 2}, "stand for 156 image tokens, but the call has 143"),
+    ("qwen_image", "t2i", {"img_shapes": [[(1, 13, 11)], [(1, 11, 13)]]}, "images of the same sizes"),
+    ("z_image", "t2i", {"x": [[latents(4, 1, 8, 8)]] * 2}, "several images a sample"),
+    ("z_image", "t2i", {"x": [torch.zeros(4, 1, 8, 8), torch.zeros(4, 1, 8, 6)]}, "must have one size"),
+    ("cogview", "cogview4", {"attention_mask": torch.ones(2, 13)}, "adds its attention_mask to the logits"),
+    ("glm_image", "t2i", {"kv_caches": [Cache]}, "from a cache"),
+    ("kandinsky5", "t2v", {"sparse_params": {}}, "its own sparse attention"),
+    ("krea2", "t2i", {"position_ids": torch.zeros(20, 3)}, "position_ids for 13 text and 143 image tokens, got 20"),
+]
+
+
+@pytest.mark.parametrize(("family", "id", "changes", "message"), REFUSED)
+def test_what_cannot_work_is_refused_before_any_attention(family, id, changes, message):
+    tiny = tiny_models.get(family, id)
+    with dit_accel.accelerated(tiny.shared, "gna", window=(1, 5, 4)) as accel:
+        with pytest.raises(dit_accel.DitAccelError, match=message):
+            run(tiny.shared, tiny.call() | changes)
+        assert accel.report().sparse_calls == accel.report().dense_calls == 0
+
+
+def test_layered_images_count_as_frames_and_others_as_conditioning():
+    qwen = tiny_models.get("qwen_image", "t2i")
+    shapes = [[(1, 5, 7), (2, 5, 7), (1, 4, 7), (1, 5, 7)]] * 2
+    found = layout(qwen, img_shapes=shapes, hidden_states=latents(35 + 70 + 28 + 35, 8))
+    assert found.grid == TokenGrid(3, 5, 7, text=13, text_first=True, reference=63)
+    assert "63 tokens" in found.notes[0]
+
+
+def test_packed_hidream_images_have_their_stated_size():
+    hidream = tiny_models.get("hidream", "wide")
+    packed = {"hidden_states": latents(169, 16), "hidden_states_masks": latents(169)}
+    found = layout(hidream, **packed, img_sizes=torch.tensor([[9, 13], [9, 13]]))
+    assert found.grid == hidream.grid
+    with pytest.raises(dit_accel.DitAccelError, match="must have one size"):
+        layout(hidream, **packed, img_sizes=[(9, 13), (13, 9)])
+
+
+def test_timesteps_that_rise_towards_the_image_are_turned():
+    family = get_families()["lumina2"]
+    noise = Call(
+        inspect.signature(lambda self, timestep: None), torch.nn.Module(), (torch.tensor([0.25]),), {}, Memory()
+    )
+    assert family.timestep(noise).item() == 750
+
+
+class Squares(TorchDispatchMode):
+    """Counts tensors of queries x keys that are made."""
+
+    def __init__(self, tokens):
+        super().__init__()
+        self.tokens, self.made = tokens, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and result.shape[-2:] == (self.tokens, self.tokens):
+            self.made += result.dtype == torch.bool
+        return result
+
+
+@pytest.mark.parametrize("dense_layers", [0, 1])
+def test_chroma_makes_no_mask_of_all_pairs_where_every_layer_is_sparse(dense_layers):
+    """A dense layer reads the model's mask, so then it stays."""
+    chroma = tiny_models.get("flux", "chroma")
+    with dit_accel.accelerated(chroma.shared, "gna", window=(1, 5, 4), dense_layers=dense_layers):
+        run(chroma.shared, chroma.call())
+        with Squares(chroma.grid.tokens) as squares:
+            ours = run(chroma.shared, chroma.call())
+    assert (squares.made > 0) == bool(dense_layers)
+    assert torch.equal(run(chroma.shared, chroma.call()), chroma.dense) and not torch.equal(ours, chroma.dense)
+
+
+def test_dense_layers_of_chroma_keep_its_mask():
+    """All layers dense but the last: the padding changes nothing, as in the stock model."""
+    chroma = tiny_models.get("flux", "chroma")
+    call = chroma.call()
+    noisy = call["encoder_hidden_states"].clone()
+    noisy[1, 6:] = 100.0
+    with dit_accel.accelerated(chroma.shared, "gna", window=(1, 5, 4), dense_layers=(0, 1, 2)):
+        first, second = (
+            run(chroma.shared, call | {"encoder_hidden_states": text})
+            for text in (call["encoder_hidden_states"], noisy)
+        )
+    torch.testing.assert_close(first, second)
+
+
+def test_attention_of_the_image_alone_has_the_grid_without_text():
+    medium = tiny_models.get("sd3", "3.5-medium")
+    names = [name for name, _ in get_families()["sd3"].attentions(medium.shared)]
+    assert names == [f"transformer_blocks.{block}" for block in ("0.attn", "0.attn2", "1.attn", "1.attn2", "2.attn")]
+    assert medium.shared.transformer_blocks[0].attn.processor is medium.shared.transformer_blocks[0].attn2.processor
+    with dit_accel.accelerated(medium.shared, "gna", window=(1, 5, 4)) as accel:
+        run(medium.shared, medium.call())
+    alone = dit_accel.plan("gna", dataclasses.replace(medium.grid, text=0), window=(1, 5, 4)).density
+    assert [layer.density == alone for layer in accel.report().layers] == [False, True, False, True, False]
