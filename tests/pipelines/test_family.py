@@ -153,13 +153,3 @@ def test_a_family_is_complete(name):
         registry.make_config(method, preset.config)
         Schedule(**preset.schedule)
         assert preset.source
-
-
-def test_the_example_of_a_new_family_is_the_real_one(root):
-    """CONTRIBUTING shows Allegro's two files without their docstrings."""
-    text = (root / "CONTRIBUTING.md").read_text()
-    block = text[text.index("# dit_accel/pipelines/allegro.py") :].split("```")[0]
-    shown = [line for line in block.splitlines() if line and not line.startswith("#")]
-    files = ("dit_accel/pipelines/allegro.py", "tests/pipelines/models/allegro.py")
-    real = [line for file in files for line in (root / file).read_text().splitlines()]
-    assert [line for line in real if line in shown] == shown
