@@ -20,10 +20,11 @@ def test_radial_presets_attend_the_published_blocks():
 
 
 def test_gna_presets_are_the_published_windows():
-    """18x24x24 of 30x48x80 tokens, 91.00 % sparse; 16x32x48 of 16x44x80."""
-    hunyuan, cosmos = TokenGrid(30, 48, 80), TokenGrid(16, 44, 80)
+    """18x24x24 of 30x48x80 tokens, 91.00 % sparse; 16x32x48 of 16x44x80; 80x80 of 256x256."""
+    hunyuan, cosmos, flux = TokenGrid(30, 48, 80), TokenGrid(16, 44, 80), TokenGrid(1, 256, 256)
     assert published("hunyuan_video", "gna", hunyuan).pairs == hunyuan.visual * 18 * 24 * 24
     assert published("cosmos", "gna", cosmos).pairs == cosmos.visual * 16 * 32 * 48
+    assert published("flux", "gna", flux).pairs == flux.visual * 80 * 80
 
 
 def test_a_preset_sets_the_method_and_what_stays_dense(tiny_wan):

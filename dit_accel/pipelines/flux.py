@@ -49,9 +49,9 @@ def sizes(transformer: Config, vae: Config) -> Sizes:
 
 RECOMMENDED = {
     "gna": Preset(
-        config={"window": ("full", 80, 80), "stride": (1, 16, 16)},
-        schedule={"dense_steps": 9},
-        source="GNA (arXiv:2504.16922): FLUX.1-dev at 4096x4096, 28 steps",
+        config={"window": ("full", 80 / 256, 80 / 256), "stride": (1, 16, 16)},
+        schedule={"dense_steps": 9 / 28},
+        source="GNA (arXiv:2504.16922): FLUX.1-dev at 4096x4096, window 80x80 of 256x256 tokens, 9 of 28 steps dense",
     ),
 }
 
