@@ -19,8 +19,8 @@ from dit_accel.errors import DitAccelError
 from dit_accel.kernels.block_sparse.api import Impl, choose_impl
 from dit_accel.layerwise import LayerSettings
 from dit_accel.pipelines.family import Family
-from dit_accel.pipelines.refused import refusal
-from dit_accel.registry import Method, family_of, get_method, list_families, make_config
+from dit_accel.pipelines.targets import find_transformers
+from dit_accel.registry import Method, get_method
 from dit_accel.report import Report
 from dit_accel.schedule import Amount, Schedule
 from dit_accel.selfcheck import AttentionCall, SelfCheck, Verify
@@ -296,7 +296,7 @@ def accelerate(
     if preset:
         config, given, source = _with_preset(target, method, schedule, config, given)
         notes = (f"settings not given are those recommended: {source}",)
-    settings = _settings(method, schedule, config, given.get("dense_layers", 0))
+    settings = layerwise.chosen(method, schedule, config, given.get("dense_layers", 0))
     chosen = get_method(settings.method if isinstance(settings, LayerSettings) else str(method))
     dense, check = Schedule(**given), SelfCheck(verify, keep_dense_above)
     if impl != "auto":
@@ -328,26 +328,6 @@ def _with_preset(
     _, family = next(iter(find_transformers(target)[0].values()))
     advice = family.preset(method)
     return {**advice.config, **config}, {**advice.schedule, **given}, advice.source
-
-
-def _settings(
-    method: str | None,
-    schedule: str | pathlib.Path | LayerSettings | None,
-    config: dict[str, Any],
-    dense_layers: Amount | tuple[int, ...],
-) -> Any | LayerSettings:
-    """One Config for all layers, or the settings of each."""
-    if schedule is None:
-        if method is None:
-            raise DitAccelError("accelerate needs a method, such as 'radial', or schedule=, a layer schedule.")
-        return make_config(method, config)
-    settings = schedule if isinstance(schedule, LayerSettings) else layerwise.read(schedule)
-    if method not in (None, settings.method) or config or dense_layers:
-        raise DitAccelError(
-            f"A layer schedule says method ({settings.method}), settings and dense layers itself; leave out the "
-            f"method, its settings and dense_layers (got {method}, {config}, {dense_layers})."
-        )
-    return settings
 
 
 @contextlib.contextmanager
@@ -413,42 +393,6 @@ def load(
         accel.remove()
         raise
     return accel
-
-
-def find_transformers(target: Any) -> tuple[dict[str, tuple[nn.Module, Family]], Any | None]:
-    """The transformers of a pipeline (or the one given) with their families, by component name, and the pipeline.
-
-    Raises:
-        DitAccelError: there is none, or one of them is of no supported family.
-    """
-    if isinstance(target, nn.Module):
-        components, pipeline = {"transformer": target}, None
-    else:
-        components, pipeline = getattr(target, "components", {}), target
-    found = {}
-    for name, component in components.items():
-        module = getattr(component, "_orig_mod", component)
-        if not isinstance(module, nn.Module):
-            continue
-        if pipeline is None or name.startswith("transformer") or family_of(_names(module)) is not None:
-            found[name] = (module, _supported_family(module))
-    if not found:
-        raise DitAccelError(
-            f"{type(target).__name__} has no diffusion transformer; pass a Diffusers pipeline or transformer of a "
-            f"supported family: {', '.join(list_families())}."
-        )
-    return found, pipeline
-
-
-def _supported_family(module: nn.Module) -> Family:
-    family = family_of(_names(module))
-    if family is None:
-        raise DitAccelError(f"{type(module).__name__} is not supported: {refusal(_names(module))}")
-    return family
-
-
-def _names(module: nn.Module) -> list[str]:
-    return [base.__name__ for base in type(module).__mro__]
 
 
 def _accelerator_of(transformer: nn.Module) -> Accelerator | None:

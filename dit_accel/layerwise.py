@@ -108,3 +108,27 @@ def to_json(settings: LayerSettings, **remarks: Any) -> str:
 def distinct(configs: Sequence[Any | None]) -> list[Any]:
     """The different settings among layers, without the dense ones, in order of appearance."""
     return list(dict.fromkeys(config for config in configs if config is not None))
+
+
+def chosen(
+    method: str | None,
+    schedule: str | pathlib.Path | LayerSettings | None,
+    config: dict[str, Any],
+    dense_layers: object,
+) -> Any | LayerSettings:
+    """What `accelerate` was asked for: one Config for all layers, or the settings of each.
+
+    Raises:
+        DitAccelError: neither a method nor a layer schedule came, or a schedule with what it says itself.
+    """
+    if schedule is None:
+        if method is None:
+            raise DitAccelError("accelerate needs a method, such as 'radial', or schedule=, a layer schedule.")
+        return make_config(method, config)
+    settings = schedule if isinstance(schedule, LayerSettings) else read(schedule)
+    if method not in (None, settings.method) or config or dense_layers:
+        raise DitAccelError(
+            f"A layer schedule says method ({settings.method}), settings and dense layers itself; leave out the "
+            f"method, its settings and dense_layers (got {method}, {config}, {dense_layers})."
+        )
+    return settings

@@ -61,7 +61,7 @@ def attention_time(pipe: Any, device: torch.device) -> Iterator[Stopwatch]:
         pipe: a pipeline whose transformers are not compiled; hooks inside a compiled block would break its graph.
         device: where they run.
     """
-    from dit_accel.accelerator import find_transformers
+    from dit_accel.pipelines.targets import find_transformers
 
     watch = Stopwatch(device)
     handles = []

@@ -18,8 +18,9 @@ import torch
 from torch import nn
 
 from dit_accel import adapters
-from dit_accel.accelerator import accelerate, find_transformers
+from dit_accel.accelerator import accelerate
 from dit_accel.errors import DitAccelError
+from dit_accel.pipelines.targets import find_transformers
 from dit_accel.train import card, state
 from dit_accel.train.data import Dataset, Order, Sample, collate
 from dit_accel.train.distill import Segments

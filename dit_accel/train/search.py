@@ -21,10 +21,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from dit_accel import layerwise
-from dit_accel.accelerator import accelerate, find_transformers
+from dit_accel.accelerator import accelerate
 from dit_accel.checkpoint import replace_file
 from dit_accel.errors import DitAccelError
 from dit_accel.layerwise import LayerSettings
+from dit_accel.pipelines.targets import find_transformers
 from dit_accel.registry import make_config
 from dit_accel.train.data import Dataset
 from dit_accel.train.networks import Networks

@@ -1,0 +1,48 @@
+"""What of a target is accelerated: its diffusion transformers, each with its family."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from dit_accel.errors import DitAccelError
+from dit_accel.pipelines.family import Family
+from dit_accel.pipelines.refused import refusal
+from dit_accel.registry import family_of, list_families
+
+
+def find_transformers(target: Any) -> tuple[dict[str, tuple[nn.Module, Family]], Any | None]:
+    """The transformers of a pipeline (or the one given) with their families, by component name, and the pipeline.
+
+    Raises:
+        DitAccelError: there is none, or one of them is of no supported family.
+    """
+    if isinstance(target, nn.Module):
+        components, pipeline = {"transformer": target}, None
+    else:
+        components, pipeline = getattr(target, "components", {}), target
+    found = {}
+    for name, component in components.items():
+        module = getattr(component, "_orig_mod", component)
+        if not isinstance(module, nn.Module):
+            continue
+        if pipeline is None or name.startswith("transformer") or family_of(_names(module)) is not None:
+            found[name] = (module, _supported_family(module))
+    if not found:
+        raise DitAccelError(
+            f"{type(target).__name__} has no diffusion transformer; pass a Diffusers pipeline or transformer of a "
+            f"supported family: {', '.join(list_families())}."
+        )
+    return found, pipeline
+
+
+def _supported_family(module: nn.Module) -> Family:
+    family = family_of(_names(module))
+    if family is None:
+        raise DitAccelError(f"{type(module).__name__} is not supported: {refusal(_names(module))}")
+    return family
+
+
+def _names(module: nn.Module) -> list[str]:
+    return [base.__name__ for base in type(module).__mro__]
