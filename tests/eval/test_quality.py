@@ -227,3 +227,36 @@ def test_output_that_is_a_file(cli, demo, tmp_path):
     outcome = cli("eval", *SIZE, "--method", GNA, "--output", tmp_path / "file")
     assert (outcome.status, outcome.err.count("\n")) == (2, 1)
     assert "is a file; give a folder" in outcome.err
+
+
+def test_compiled(evaluate, tmp_path, monkeypatch):
+    """Whole graphs for every method in turn, all of them from the warm-ups; without a C++ compiler, so not lowered."""
+    from diffusers import WanTransformer3DModel
+    from torch._dynamo.utils import counters
+
+    from dit_accel.eval import sweep
+
+    graphs = []
+    timed = sweep.sample
+
+    def counted(*call):
+        before = counters["stats"]["unique_graphs"]
+        made = timed(*call)
+        graphs.append(counters["stats"]["unique_graphs"] - before)
+        return made
+
+    monkeypatch.setattr(sweep, "sample", counted)
+
+    compile_blocks = WanTransformer3DModel.compile_repeated_blocks
+
+    def traced(self, *, fullgraph):
+        compile_blocks(self, fullgraph=fullgraph, backend="eager")
+
+    monkeypatch.setattr(WanTransformer3DModel, "compile_repeated_blocks", traced)
+    outcome = evaluate("--method", GNA, "--method", "tile:references=1", "--compile")
+    assert outcome.status == 0, outcome.err
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert [row["attention_seconds"] for row in summary["rows"]] == [None] * 3  # a hook would break the graph
+    assert summary["rows"][1]["density"] < 1
+    assert counters["stats"]["unique_graphs"] > 0
+    assert graphs == [0] * 6, "a timed sample compiled something"
