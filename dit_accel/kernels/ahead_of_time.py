@@ -61,7 +61,7 @@ class Build:
         return {**chosen, "warps": self.warps, "stages": self.stages}
 
 
-CONFIG_KEYS = ("BLOCK_Q", "BLOCK_K", "BLOCK", "D", "ROWS", "WIDTH", "TILE_QT", "TILE_KT", "STEP_Q", "HAS_TABLES")
+CONFIG_KEYS = ("BLOCK_Q", "BLOCK_K", "BLOCK", "D", "ROWS", "WIDTH", "TILE_QT", "TILE_KT", "STEP", "HAS_TABLES")
 
 
 def all_builds(arch: int) -> Iterator[Build]:

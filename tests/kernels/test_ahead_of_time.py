@@ -19,14 +19,14 @@ native = pytest.mark.skipif(
 @pytest.mark.parametrize("arch", ahead_of_time.ARCHS)
 def test_the_builds_are_the_launchers_own_table(arch):
     limit = triton_configs.SHARED_BYTES[arch]
-    names = ("BLOCK_Q", "BLOCK_K", "D", "STEP_Q")
+    names = ("BLOCK_Q", "BLOCK_K", "D", "STEP")
     declared = {
         (build.kernel, *(dict(build.constants)[name] for name in names), build.warps, build.stages)
         for build in ahead_of_time.all_builds(arch)
         if build.kernel.startswith("block_sparse_") and build.needs <= limit
     }
     launched = {
-        (f"block_sparse_{kernel}", *blocks, dim, launch.step_q, launch.warps, launch.stages)
+        (f"block_sparse_{kernel}", *blocks, dim, launch.step, launch.warps, launch.stages)
         for kernel in triton_configs.KERNELS
         for blocks in triton_configs.BLOCKS
         for dim in triton_configs.HEAD_DIMS

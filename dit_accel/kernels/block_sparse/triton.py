@@ -197,8 +197,8 @@ def run(
 ) -> None:
     """Launch a kernel: tuned on a device, with its first candidate under the interpreter."""
     if INTERPRETED:
-        launch = next(launches(kernel, constants["BLOCK_Q"], constants["BLOCK_K"], constants["BLOCK_D"]))
-        JIT[kernel][programs](*arguments, **constants, **_step(kernel, launch))
+        launch = next(launches(kernel, constants["BLOCK_Q"], constants["BLOCK_K"], constants["BLOCK_D"], 90))
+        JIT[kernel][programs](*arguments, **constants, STEP=launch.step)
         return
     with torch.cuda.device(arguments[0].device):
         _tuned(kernel)[programs](*arguments, **constants, **FUSION)
@@ -207,16 +207,10 @@ def run(
 @functools.cache
 def _tuned(kernel: str) -> Any:
     """The kernel under Triton's autotuner. Lengths, strides and list widths are no part of the key."""
-    every = {
-        launch
-        for block_q, block_k in BLOCKS
-        for block_d in HEAD_DIMS
-        for launch in launches(kernel, block_q, block_k, block_d)
-    }
-    configs = {
-        launch: triton.Config(_step(kernel, launch), num_warps=launch.warps, num_stages=launch.stages)
-        for launch in sorted(every, key=lambda x: (x.warps, x.stages, x.step_q))
-    }
+
+    @functools.cache
+    def config(launch: Launch) -> triton.Config:
+        return triton.Config({"STEP": launch.step}, num_warps=launch.warps, num_stages=launch.stages)
 
     def prune(_: list[triton.Config], named: dict[str, Any], **constants: Any) -> list[triton.Config]:
         major, minor = torch.cuda.get_device_capability(named["q"].device)
@@ -228,22 +222,14 @@ def _tuned(kernel: str) -> Any:
                 f"more shared memory than compute capability {major}.{minor} has; plan smaller blocks, or use "
                 "impl='portable'."
             )
-        return [
-            configs.get(launch)
-            or triton.Config(_step(kernel, launch), num_warps=launch.warps, num_stages=launch.stages)
-            for launch in kept
-        ]
+        return [config(launch) for launch in kept]
 
     return triton.autotune(
-        list(configs.values()),
+        [config(launch) for launch in launches(kernel, *BLOCKS[0], HEAD_DIMS[0], 90)],  # what is tried is up to `prune`
         key=["BLOCK_Q", "BLOCK_K", "BLOCK_D", "HAS_TABLES"],
         prune_configs_by={"early_config_prune": prune},
         cache_results=True,
     )(JIT[kernel])
-
-
-def _step(kernel: str, launch: Launch) -> dict[str, int]:
-    return {"STEP_Q": launch.step_q} if kernel == "dkdv" else {}
 
 
 def _delta(out: torch.Tensor, grad_out: torch.Tensor, grad_lse: torch.Tensor | None) -> torch.Tensor:

@@ -5,8 +5,16 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from dit_accel.kernels.block_sparse.triton_predicate import holds, seen_slots
-from dit_accel.kernels.block_sparse.triton_tokens import INDEX, PARTIAL, corner_of, locate, places_in
+from dit_accel.kernels.block_sparse.triton_predicate import holds, words_of
+from dit_accel.kernels.block_sparse.triton_tokens import (
+    INDEX,
+    corner_of,
+    head_of,
+    list_of,
+    locate,
+    places_in,
+    starts_of,
+)
 
 # Logits and LSE are subtracted in base e, where the LSE was rounded once, and only then taken to base 2
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -62,18 +70,22 @@ def block_sparse_bwd_kernel_dq(
     D: tl.constexpr, BLOCK_D: tl.constexpr, ALIGN: tl.constexpr,
     BLOCK_Q: tl.constexpr, TILE_QT: tl.constexpr, TILE_QH: tl.constexpr, TILE_QW: tl.constexpr,
     BLOCK_K: tl.constexpr, TILE_KT: tl.constexpr, TILE_KH: tl.constexpr, TILE_KW: tl.constexpr,
-    HAS_TABLES: tl.constexpr, PRECISION: tl.constexpr,
+    STEP: tl.constexpr, HAS_TABLES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dq [B, Nq, H, D] of one query block of one head. Padding keys are loaded as 0 and so add nothing."""
+    """dq [B, Nq, H, D] of one query block of one head. Padding keys are loaded as 0 and so add nothing.
+
+    A key block is taken in steps of STEP rows.
+    """
     i_q = query_blocks - 1 - tl.program_id(0)
     i_bh = tl.program_id(1)
     i_b, i_h = i_bh // heads, i_bh % heads
-    visual_start, reference_start = tl.load(visual_starts + i_b), tl.load(reference_starts + i_b)
-    text_start, text_len = tl.load(text_starts + i_b), tl.load(text_lens + i_b)
-    q += (i_b.to(tl.int64) * q_batch + i_h.to(tl.int64) * q_head) * ALIGN
-    k += (i_b.to(tl.int64) * k_batch + i_h.to(tl.int64) * k_head) * ALIGN
-    v += (i_b.to(tl.int64) * v_batch + i_h.to(tl.int64) * v_head) * ALIGN
-    grad_out += i_b.to(tl.int64) * g_batch + i_h.to(tl.int64) * g_head
+    visual_start, reference_start, text_start, text_len = starts_of(
+        i_b, visual_starts, reference_starts, text_starts, text_lens
+    )  # fmt: skip
+    q = head_of(q, i_b, i_h, q_batch, q_head, ALIGN)
+    k = head_of(k, i_b, i_h, k_batch, k_head, ALIGN)
+    v = head_of(v, i_b, i_h, v_batch, v_head, ALIGN)
+    grad_out = head_of(grad_out, i_b, i_h, g_batch, g_head, 1)
 
     o_d = tl.arange(0, BLOCK_D)
     m_d = o_d < D
@@ -87,21 +99,18 @@ def block_sparse_bwd_kernel_dq(
     b_g = tl.load(grad_out + rows_q[:, None] * g_row + o_d, mask=mask_q, other=0.0).to(b_q.dtype)
     b_lse, b_delta = row_statistics(lse, delta, i_bh.to(tl.int64) * query_tokens + rows_q, valid_q)
 
-    row = (i_bh * per_head * query_blocks + i_q).to(tl.int64)
-    list_row = entries + row * width
-    pure, count = tl.load(pure_counts + row), tl.load(counts + row)
+    list_row, pure, count = list_of(i_bh, i_q, entries, pure_counts, counts, query_blocks, width, per_head)
     acc = tl.zeros([BLOCK_Q, BLOCK_D], dtype=tl.float32)
-    slot_k = tl.arange(0, BLOCK_K)
-    place_k = places_in(slot_k, H, W, TILE_KH, TILE_KW)
-    p_tile_k = k + place_k[:, None] * (k_row * ALIGN) + o_d[None, :]
-    p_tile_v = v + place_k[None, :] * (v_row * ALIGN) + o_d[:, None]
-
-    for i in range(pure):
-        corner = corner_of(tl.load(list_row + i), H, W, BLOCK_K, TILE_KT, TILE_KH, TILE_KW)
+    STEPS: tl.constexpr = BLOCK_K // STEP
+    for i in range(pure * STEPS):
+        place_k = places_in(i % STEPS * STEP + tl.arange(0, STEP), H, W, TILE_KH, TILE_KW)
+        p_tile_k = k + place_k[:, None] * (k_row * ALIGN) + o_d[None, :]
+        p_tile_v = v + place_k[None, :] * (v_row * ALIGN) + o_d[:, None]
+        corner = corner_of(tl.load(list_row + i // STEPS), H, W, BLOCK_K, TILE_KT, TILE_KH, TILE_KW)
         first = (visual_start + corner).to(tl.int64)
         if BLOCK_D == D:
-            b_k = tl.load(p_tile_k + first * (k_row * ALIGN))  # [BLOCK_K, BLOCK_D]
-            b_v = tl.load(p_tile_v + first * (v_row * ALIGN))  # [BLOCK_D, BLOCK_K]
+            b_k = tl.load(p_tile_k + first * (k_row * ALIGN))  # [STEP, BLOCK_D]
+            b_v = tl.load(p_tile_v + first * (v_row * ALIGN))  # [BLOCK_D, STEP]
         else:
             b_k = tl.load(p_tile_k + first * (k_row * ALIGN), mask=m_d[None, :], other=0.0)
             b_v = tl.load(p_tile_v + first * (v_row * ALIGN), mask=m_d[:, None], other=0.0)
@@ -110,8 +119,13 @@ def block_sparse_bwd_kernel_dq(
         ds = weights * (tl.dot(b_g, b_v, input_precision=PRECISION) - b_delta[:, None])
         acc = tl.dot(ds.to(b_k.dtype), b_k, acc, input_precision=PRECISION)
 
-    for i in range(pure, count):
-        entry = tl.load(list_row + i)
+    for i in range(pure * STEPS, count * STEPS):
+        slot_k = i % STEPS * STEP + tl.arange(0, STEP)
+        entry = tl.load(list_row + i // STEPS)
+        if HAS_TABLES:
+            low, high = words_of(
+                entry, tables, raster_q, entry & INDEX, QH, QW, T, H, W, BLOCK_K, TILE_KT, TILE_KH, TILE_KW
+            )  # fmt: skip
         row_k, valid_k, _ = locate(
             entry & INDEX, slot_k, visual_start, reference_start, text_start, T, H, W,
             reference, text_len, BLOCK_K, TILE_KT, TILE_KH, TILE_KW,
@@ -125,12 +139,7 @@ def block_sparse_bwd_kernel_dq(
         # a padding key's logit of 0 may be far above the LSE: its weight must not become infinite
         exponent = tl.where(valid_k[None, :], exponent, float("-inf"))
         if HAS_TABLES:
-            if entry >= PARTIAL:
-                low, high = seen_slots(
-                    tables, raster_q, entry & INDEX, QH, QW, T, H, W, BLOCK_K, TILE_KT, TILE_KH, TILE_KW
-                )  # fmt: skip
-                seen = holds(low[:, None], high[:, None], slot_k[None, :], BLOCK_K)
-                exponent = tl.where(seen, exponent, float("-inf"))
+            exponent = tl.where(holds(low[:, None], high[:, None], slot_k[None, :], BLOCK_K), exponent, float("-inf"))
         ds = tl.exp2(exponent * LOG2E) * (tl.dot(b_g, b_v, input_precision=PRECISION) - b_delta[:, None])
         acc = tl.dot(ds.to(b_k.dtype), b_k, acc, input_precision=PRECISION)
 
@@ -155,21 +164,22 @@ def block_sparse_bwd_kernel_dkdv(
     D: tl.constexpr, BLOCK_D: tl.constexpr, ALIGN: tl.constexpr,
     BLOCK_Q: tl.constexpr, TILE_QT: tl.constexpr, TILE_QH: tl.constexpr, TILE_QW: tl.constexpr,
     BLOCK_K: tl.constexpr, TILE_KT: tl.constexpr, TILE_KH: tl.constexpr, TILE_KW: tl.constexpr,
-    STEP_Q: tl.constexpr, HAS_TABLES: tl.constexpr, PRECISION: tl.constexpr,
+    STEP: tl.constexpr, HAS_TABLES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dk and dv [B, Nk, H, D] of one key block of one head, over the query blocks that visit it.
 
-    Transposed entries are ``entries[firsts[row] : firsts[row + 1]]``; a query block is taken in steps of STEP_Q rows.
+    Transposed entries are ``entries[firsts[row] : firsts[row + 1]]``; a query block is taken in steps of STEP rows.
     """
     i_k = key_blocks - 1 - tl.program_id(0)
     i_bh = tl.program_id(1)
     i_b, i_h = i_bh // heads, i_bh % heads
-    visual_start, reference_start = tl.load(visual_starts + i_b), tl.load(reference_starts + i_b)
-    text_start, text_len = tl.load(text_starts + i_b), tl.load(text_lens + i_b)
-    q += (i_b.to(tl.int64) * q_batch + i_h.to(tl.int64) * q_head) * ALIGN
-    k += (i_b.to(tl.int64) * k_batch + i_h.to(tl.int64) * k_head) * ALIGN
-    v += (i_b.to(tl.int64) * v_batch + i_h.to(tl.int64) * v_head) * ALIGN
-    grad_out += i_b.to(tl.int64) * g_batch + i_h.to(tl.int64) * g_head
+    visual_start, reference_start, text_start, text_len = starts_of(
+        i_b, visual_starts, reference_starts, text_starts, text_lens
+    )  # fmt: skip
+    q = head_of(q, i_b, i_h, q_batch, q_head, ALIGN)
+    k = head_of(k, i_b, i_h, k_batch, k_head, ALIGN)
+    v = head_of(v, i_b, i_h, v_batch, v_head, ALIGN)
+    grad_out = head_of(grad_out, i_b, i_h, g_batch, g_head, 1)
     statistics = i_bh.to(tl.int64) * query_tokens
 
     o_d = tl.arange(0, BLOCK_D)
@@ -188,29 +198,28 @@ def block_sparse_bwd_kernel_dkdv(
     first, last = tl.load(firsts + row), tl.load(firsts + row + 1)
     b_dk = tl.zeros([BLOCK_K, BLOCK_D], dtype=tl.float32)
     b_dv = tl.zeros([BLOCK_K, BLOCK_D], dtype=tl.float32)
-    STEPS: tl.constexpr = BLOCK_Q // STEP_Q
+    STEPS: tl.constexpr = BLOCK_Q // STEP
     for i in range(first * STEPS, last * STEPS):
         entry = tl.load(entries + i // STEPS)
         row_q, valid_q, raster_q = locate(
-            entry & INDEX, i % STEPS * STEP_Q + tl.arange(0, STEP_Q),
+            entry & INDEX, i % STEPS * STEP + tl.arange(0, STEP),
             visual_start * (1 - own_queries), reference_start, text_start, QT, QH, QW,
             query_reference, query_text, BLOCK_Q, TILE_QT, TILE_QH, TILE_QW,
         )  # fmt: skip
+        if HAS_TABLES:
+            low, high = words_of(
+                entry, tables, raster_q, i_k, QH, QW, T, H, W, BLOCK_K, TILE_KT, TILE_KH, TILE_KW
+            )  # fmt: skip
         rows_q = row_q.to(tl.int64)
         mask_q = valid_q[:, None] & m_d
-        b_q = tl.load(q + rows_q[:, None] * (q_row * ALIGN) + o_d, mask=mask_q, other=0.0)  # [STEP_Q, BLOCK_D]
+        b_q = tl.load(q + rows_q[:, None] * (q_row * ALIGN) + o_d, mask=mask_q, other=0.0)  # [STEP, BLOCK_D]
         b_g = tl.load(grad_out + rows_q[:, None] * g_row + o_d, mask=mask_q, other=0.0).to(b_q.dtype)
         b_lse, b_delta = row_statistics(lse, delta, statistics + rows_q, valid_q)
         exponent = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION) * scale - b_lse[None, :]
         exponent = tl.where(valid_k[:, None], exponent, float("-inf"))
         if HAS_TABLES:
-            if entry >= PARTIAL:
-                low, high = seen_slots(
-                    tables, raster_q, i_k, QH, QW, T, H, W, BLOCK_K, TILE_KT, TILE_KH, TILE_KW
-                )  # fmt: skip
-                seen = holds(low[None, :], high[None, :], slot_k[:, None], BLOCK_K)
-                exponent = tl.where(seen, exponent, float("-inf"))
-        weights = tl.exp2(exponent * LOG2E)  # [BLOCK_K, STEP_Q]
+            exponent = tl.where(holds(low[None, :], high[None, :], slot_k[:, None], BLOCK_K), exponent, float("-inf"))
+        weights = tl.exp2(exponent * LOG2E)  # [BLOCK_K, STEP]
         b_dv = tl.dot(weights.to(b_g.dtype), b_g, b_dv, input_precision=PRECISION)
         ds = weights * (tl.dot(b_v, tl.trans(b_g), input_precision=PRECISION) - b_delta[None, :])
         b_dk = tl.dot(ds.to(b_q.dtype), b_q, b_dk, input_precision=PRECISION)

@@ -32,7 +32,8 @@ def builds(arch: int) -> Iterator[Build]:
         for block_q, block_k in BLOCKS:
             for head_dim in HEAD_DIMS:
                 sizes = (kernel, block_q, block_k, head_dim)
-                smallest = list(launches(*sizes))[-1:]  # shown as left out where not even this one fits
+                # shown as left out where not even the smallest fits
+                smallest = list(launches(*sizes, capability=arch))[-1:]
                 for launch in fitting(*sizes, itemsize=2, capability=arch) or smallest:
                     # raster order differs in address arithmetic alone: one size stands for all
                     for tiled in (True, False) if (block_q, block_k, head_dim) == (128, 64, 128) else (True,):
@@ -47,7 +48,7 @@ def builds(arch: int) -> Iterator[Build]:
                             **dict(zip(names, (*tiles[0], *tiles[1]), strict=True)),
                             "HAS_TABLES": True,
                             "PRECISION": "ieee",
-                            "STEP_Q": launch.step_q,
+                            "STEP": launch.step,
                         }
                         yield Build(
                             kernel=f"block_sparse_{kernel}",

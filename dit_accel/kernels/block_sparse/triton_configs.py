@@ -20,12 +20,12 @@ class Launch:
 
     Args:
         warps, stages: warps of a program, and tiles in flight in its loop.
-        step_q: query rows that dk and dv take at a time; 0 for the other kernels.
+        step: rows of a listed block that are taken at a time: keys, and query rows for dk and dv.
     """
 
     warps: int
     stages: int
-    step_q: int = 0
+    step: int
 
 
 def unsupported(dtype: torch.dtype, head_dim: int, block_q: int, block_k: int) -> str | None:
@@ -40,27 +40,30 @@ def unsupported(dtype: torch.dtype, head_dim: int, block_q: int, block_k: int) -
     return None
 
 
-def launches(kernel: str, block_q: int, block_k: int, block_d: int) -> Iterator[Launch]:
-    """Candidates for a kernel, best first.
+def launches(kernel: str, block_q: int, block_k: int, block_d: int, capability: int) -> Iterator[Launch]:
+    """Candidates for a kernel on a compute capability (90 for 9.0), best first: those that spill nowhere.
 
-    An fp32 accumulator of block_q x block_d lives in registers, beside the scores and their weights: 8 warps from
-    128 x 128 on (4 spill), 4 below. A loop hides a tile's latency behind as many in flight as shared memory holds.
+    An fp32 accumulator of a block's rows x block_d lives in registers, beside the scores of a step and their weights.
+    9.0 and 10.0 multiply out of shared memory; elsewhere each warp holds the step's rows in registers too, so that a
+    step is half as large, as it is in the backward kernels, which hold a second product. A loop hides a tile's latency
+    behind as many in flight as shared memory holds.
     """
-    if kernel == "dkdv":
-        warps = 8 if block_k * block_d > 64 * 64 else 4
-        yield from (Launch(warps, stages, min(block_q, 64)) for stages in (2, 1))
-        return
-    warps = 8 if block_q * max(block_d, block_k) >= 128 * 128 else 4
-    yield from (Launch(warps, stages) for stages in ((3, 2, 1) if kernel == "forward" else (2, 1)))
+    own, listed = (block_k, block_q) if kernel == "dkdv" else (block_q, block_k)
+    from_shared_memory = capability in (90, 100)
+    elements = 64 * 128 if kernel == "forward" and from_shared_memory else 64 * 64
+    warps = 8 if own * block_d > 64 * 64 or capability == 120 else 4
+    step = min(listed, max(16, elements // block_d))
+    yield from (Launch(warps, stages, step) for stages in ((4, 3, 2, 1) if kernel == "forward" else (2, 1)))
 
 
 def shared_bytes(kernel: str, launch: Launch, block_q: int, block_k: int, block_d: int, itemsize: int) -> int:
     """Shared memory that a launch needs at least: operands that stay, and the tiles in flight."""
     tile = block_d * itemsize
     if kernel == "dkdv":
-        return 2 * block_k * tile + launch.stages * 2 * launch.step_q * tile
-    stay = block_q * tile * (2 if kernel == "dq" else 1)
-    return stay + launch.stages * 2 * block_k * tile
+        stay = 2 * block_k * tile
+    else:
+        stay = block_q * tile * (2 if kernel == "dq" else 1)
+    return stay + launch.stages * 2 * launch.step * tile
 
 
 def fitting(kernel: str, block_q: int, block_k: int, block_d: int, itemsize: int, capability: int) -> list[Launch]:
@@ -72,7 +75,7 @@ def fitting(kernel: str, block_q: int, block_k: int, block_d: int, itemsize: int
     limit = SHARED_BYTES.get(capability, min(SHARED_BYTES.values()))
     fit = [
         launch
-        for launch in launches(kernel, block_q, block_k, block_d)
+        for launch in launches(kernel, block_q, block_k, block_d, capability)
         if shared_bytes(kernel, launch, block_q, block_k, block_d, itemsize) <= limit
     ]
     return fit[: 2 if kernel == "forward" else 1]

@@ -5,8 +5,16 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from dit_accel.kernels.block_sparse.triton_predicate import holds, seen_slots
-from dit_accel.kernels.block_sparse.triton_tokens import INDEX, PARTIAL, corner_of, locate, places_in
+from dit_accel.kernels.block_sparse.triton_predicate import holds, words_of
+from dit_accel.kernels.block_sparse.triton_tokens import (
+    INDEX,
+    corner_of,
+    head_of,
+    list_of,
+    locate,
+    places_in,
+    starts_of,
+)
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -40,19 +48,23 @@ def block_sparse_fwd_kernel(
     D: tl.constexpr, BLOCK_D: tl.constexpr, ALIGN: tl.constexpr,
     BLOCK_Q: tl.constexpr, TILE_QT: tl.constexpr, TILE_QH: tl.constexpr, TILE_QW: tl.constexpr,
     BLOCK_K: tl.constexpr, TILE_KT: tl.constexpr, TILE_KH: tl.constexpr, TILE_KW: tl.constexpr,
-    HAS_TABLES: tl.constexpr, PRECISION: tl.constexpr,
+    STEP: tl.constexpr, HAS_TABLES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Output [B, Nq, H, D] and LSE [B, H, Nq] of one query block of one head; strides come divided by ALIGN."""
+    """Output [B, Nq, H, D] and LSE [B, H, Nq] of one query block of one head; strides come divided by ALIGN.
+
+    A key block is taken in steps of STEP rows.
+    """
     scale = scale * LOG2E
     # text rows, which see everything, are the last blocks: start them first
     i_q = query_blocks - 1 - tl.program_id(0)
     i_bh = tl.program_id(1)
     i_b, i_h = i_bh // heads, i_bh % heads
-    visual_start, reference_start = tl.load(visual_starts + i_b), tl.load(reference_starts + i_b)
-    text_start, text_len = tl.load(text_starts + i_b), tl.load(text_lens + i_b)
-    q += (i_b.to(tl.int64) * q_batch + i_h.to(tl.int64) * q_head) * ALIGN
-    k += (i_b.to(tl.int64) * k_batch + i_h.to(tl.int64) * k_head) * ALIGN
-    v += (i_b.to(tl.int64) * v_batch + i_h.to(tl.int64) * v_head) * ALIGN
+    visual_start, reference_start, text_start, text_len = starts_of(
+        i_b, visual_starts, reference_starts, text_starts, text_lens
+    )  # fmt: skip
+    q = head_of(q, i_b, i_h, q_batch, q_head, ALIGN)
+    k = head_of(k, i_b, i_h, k_batch, k_head, ALIGN)
+    v = head_of(v, i_b, i_h, v_batch, v_head, ALIGN)
     keep = 1 - own_queries
 
     o_d = tl.arange(0, BLOCK_D)
@@ -64,31 +76,33 @@ def block_sparse_fwd_kernel(
     p_q = q + row_q.to(tl.int64)[:, None] * (q_row * ALIGN) + o_d
     b_q = tl.load(p_q, mask=valid_q[:, None] & m_d, other=0.0)  # [BLOCK_Q, BLOCK_D]
 
-    row = (i_bh * per_head * query_blocks + i_q).to(tl.int64)
-    list_row = entries + row * width
-    pure, count = tl.load(pure_counts + row), tl.load(counts + row)
+    list_row, pure, count = list_of(i_bh, i_q, entries, pure_counts, counts, query_blocks, width, per_head)
     acc = tl.zeros([BLOCK_Q, BLOCK_D], dtype=tl.float32)
     peak = tl.full([BLOCK_Q], float("-inf"), dtype=tl.float32)
     total = tl.zeros([BLOCK_Q], dtype=tl.float32)
-    slot_k = tl.arange(0, BLOCK_K)
-    place_k = places_in(slot_k, H, W, TILE_KH, TILE_KW)
-    p_tile_k = k + place_k[None, :] * (k_row * ALIGN) + o_d[:, None]
-    p_tile_v = v + place_k[:, None] * (v_row * ALIGN) + o_d[None, :]
-
-    for i in range(pure):  # full blocks of visual keys: nothing to mask
-        corner = corner_of(tl.load(list_row + i), H, W, BLOCK_K, TILE_KT, TILE_KH, TILE_KW)
+    STEPS: tl.constexpr = BLOCK_K // STEP
+    for i in range(pure * STEPS):  # full blocks of visual keys: nothing to mask
+        place_k = places_in(i % STEPS * STEP + tl.arange(0, STEP), H, W, TILE_KH, TILE_KW)
+        p_tile_k = k + place_k[None, :] * (k_row * ALIGN) + o_d[:, None]
+        p_tile_v = v + place_k[:, None] * (v_row * ALIGN) + o_d[None, :]
+        corner = corner_of(tl.load(list_row + i // STEPS), H, W, BLOCK_K, TILE_KT, TILE_KH, TILE_KW)
         first = (visual_start + corner).to(tl.int64)
         if BLOCK_D == D:
-            b_k = tl.load(p_tile_k + first * (k_row * ALIGN))  # [BLOCK_D, BLOCK_K]
-            b_v = tl.load(p_tile_v + first * (v_row * ALIGN))  # [BLOCK_K, BLOCK_D]
+            b_k = tl.load(p_tile_k + first * (k_row * ALIGN))  # [BLOCK_D, STEP]
+            b_v = tl.load(p_tile_v + first * (v_row * ALIGN))  # [STEP, BLOCK_D]
         else:
             b_k = tl.load(p_tile_k + first * (k_row * ALIGN), mask=m_d[:, None], other=0.0)
             b_v = tl.load(p_tile_v + first * (v_row * ALIGN), mask=m_d[None, :], other=0.0)
         scores = tl.dot(b_q, b_k, input_precision=PRECISION) * scale
         acc, peak, total = absorb(acc, peak, total, scores, b_v, PRECISION)
 
-    for i in range(pure, count):
-        entry = tl.load(list_row + i)
+    for i in range(pure * STEPS, count * STEPS):
+        slot_k = i % STEPS * STEP + tl.arange(0, STEP)
+        entry = tl.load(list_row + i // STEPS)
+        if HAS_TABLES:
+            low, high = words_of(
+                entry, tables, raster_q, entry & INDEX, QH, QW, T, H, W, BLOCK_K, TILE_KT, TILE_KH, TILE_KW
+            )  # fmt: skip
         row_k, valid_k, _ = locate(
             entry & INDEX, slot_k, visual_start, reference_start, text_start, T, H, W,
             reference, text_len, BLOCK_K, TILE_KT, TILE_KH, TILE_KW,
@@ -101,12 +115,7 @@ def block_sparse_fwd_kernel(
         scores = tl.dot(b_q, b_k, input_precision=PRECISION) * scale
         scores = tl.where(valid_k[None, :], scores, float("-inf"))
         if HAS_TABLES:
-            if entry >= PARTIAL:
-                low, high = seen_slots(
-                    tables, raster_q, entry & INDEX, QH, QW, T, H, W, BLOCK_K, TILE_KT, TILE_KH, TILE_KW
-                )  # fmt: skip
-                seen = holds(low[:, None], high[:, None], slot_k[None, :], BLOCK_K)
-                scores = tl.where(seen, scores, float("-inf"))
+            scores = tl.where(holds(low[:, None], high[:, None], slot_k[None, :], BLOCK_K), scores, float("-inf"))
         acc, peak, total = absorb(acc, peak, total, scores, b_v, PRECISION)
 
     empty = total == 0.0

@@ -10,6 +10,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from dit_accel.kernels.block_sparse.triton_tokens import PARTIAL
+
 
 @triton.jit
 def below(count):
@@ -106,6 +108,22 @@ def seen_slots(
                 low_word |= slots_between(first, last, 0, 1)
                 if BLOCK > 64:
                     high_word |= slots_between(first - 64, last - 64, 0, 1)
+    return low_word, high_word
+
+
+@triton.jit
+def words_of(
+    entry, tables, query, block, QH, QW, T, H, W,
+    BLOCK: tl.constexpr, TILE_T: tl.constexpr, TILE_H: tl.constexpr, TILE_W: tl.constexpr,
+):  # fmt: skip
+    """The slots of a key block that each query sees: by the tables where the list's entry says so, else all.
+
+    Asked before the products of a block: their operands leave no registers for it (200 bytes of spills on sm_80).
+    """
+    low_word = query.to(tl.int64) * 0 - 1
+    high_word = low_word
+    if entry >= PARTIAL:
+        low_word, high_word = seen_slots(tables, query, block, QH, QW, T, H, W, BLOCK, TILE_T, TILE_H, TILE_W)
     return low_word, high_word
 
 

@@ -14,6 +14,30 @@ PARTIAL = tl.constexpr(0x40000000)  # and this bit if the tables decide its pair
 
 
 @triton.jit
+def head_of(x, i_b, i_h, batch, head, ALIGN: tl.constexpr):
+    """Where one head of one sample begins; strides come divided by ALIGN."""
+    return x + (i_b.to(tl.int64) * batch + i_h.to(tl.int64) * head) * ALIGN
+
+
+@triton.jit
+def starts_of(i_b, visual_starts, reference_starts, text_starts, text_lens):
+    """Where one sample's segments begin, and its valid text tokens."""
+    return (
+        tl.load(visual_starts + i_b),
+        tl.load(reference_starts + i_b),
+        tl.load(text_starts + i_b),
+        tl.load(text_lens + i_b),
+    )
+
+
+@triton.jit
+def list_of(i_bh, i_q, entries, pure_counts, counts, query_blocks, width, per_head):
+    """Where a query block's list begins, its entries that need no mask, and all of them."""
+    row = (i_bh * per_head * query_blocks + i_q).to(tl.int64)
+    return entries + row * width, tl.load(pure_counts + row), tl.load(counts + row)
+
+
+@triton.jit
 def tile_position(block, slot, H, W, TILE_T: tl.constexpr, TILE_H: tl.constexpr, TILE_W: tl.constexpr):
     """Frame, row and column of slots of a tile: the tile's corner plus the slot's place in it."""
     tiles_h = tl.cdiv(H, TILE_H)
