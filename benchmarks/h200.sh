@@ -3,16 +3,20 @@
 #
 #     benchmarks/h200.sh [FOLDER]        (benchmarks/results/h200 if not given)
 #
-# 1. the kernels' tests, natively; 2. the declared rows, the most telling first, each written when it is measured: a run
-# cut short keeps what it has, and another call goes on from there; 3. the table and the picture of all rows. Needs an
-# installed checkout (make install).
+# 1. the kernels' tests, natively; 2. the declared rows of the operators, the most telling first; 3. steps of whole
+# models; 4. a profile; 5. one page: the tables of all rows, the picture, and the break-even densities made from them.
+# Every row is written when it is measured: a run cut short keeps what it has, and another call goes on from there.
+# Needs an installed checkout (make install).
 # It has not been run on an H200 yet: no row of one is committed, and the time limits below are guesses.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 FOLDER=${1:-benchmarks/results/h200}
 PYTHON=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
 ROWS=$FOLDER/rows.jsonl
-END=$((SECONDS + 515))
+STEPS=$FOLDER/steps.jsonl
+LIMIT=${LIMIT:-515} # seconds
+DEVICE=${DEVICE:-cuda}
+END=$((SECONDS + LIMIT))
 STATUS=0
 
 say() { printf '\n== %s (%d s gone)\n' "$*" "$SECONDS"; }
@@ -29,39 +33,70 @@ run() {
 bench() {
     local limit=$1
     shift
-    run "$limit" "$PYTHON" -m dit_accel bench --device cuda --seconds 0.5 --resume --output "$ROWS" "$@" \
+    run "$limit" "$PYTHON" -m dit_accel bench --device "$DEVICE" --seconds 0.5 --resume --output "$ROWS" "$@" \
         >>"$FOLDER/bench.txt"
 }
 
-"$PYTHON" -c 'import torch; print(torch.cuda.get_device_name())' 2>/dev/null || {
+# steps SECONDS MODEL MODE...: one model's steps; half a minute a round for the longest, so no time beyond the rounds.
+steps() {
+    local limit=$1 model=$2 mode=$3
+    shift 3
+    say "$model, $mode"
+    run "$limit" "$PYTHON" -m dit_accel bench --models --device "$DEVICE" --seconds 0 --resume --output "$STEPS" \
+        --shape "$model" --mode "$mode" "$@" >>"$FOLDER/bench.txt"
+}
+
+"$PYTHON" -c "import torch; torch.zeros(1, device='$DEVICE')" 2>/dev/null || {
     echo "benchmarks/h200.sh needs a CUDA device and an installed checkout (make install)." >&2
     exit 2
 }
 mkdir -p "$FOLDER"
 
 say "tests of the kernels"
-run 120 "$PYTHON" -m pytest -q -x tests/kernels >"$FOLDER/tests.txt" 2>&1
+run 100 "$PYTHON" -m pytest -q -x tests/kernels >"$FOLDER/tests.txt" 2>&1
 tail -n 3 "$FOLDER/tests.txt"
+
+METHODS=(--method gna --method sla --method radial --method tile)
+say "all models at 10 %, forward"
+bench 70 "${METHODS[@]}" --density 0.1 --direction forward
+say "forward plus backward at 10 %"
+bench 40 "${METHODS[@]}" --shape hunyuan-768p --shape wan-14b-480p --shape wan-14b-720p --density 0.1 --direction both
+
+steps 40 wan-1.3b-480p eager
+steps 40 wan-14b-480p eager
+steps 60 wan-14b-720p eager
+steps 40 flux-4k eager
+steps 30 cogvideox eager
+steps 40 wan-1.3b-480p compiled
+steps 90 hunyuan-720p eager
+
+say "profile"
+run 20 "$PYTHON" -m dit_accel bench --device "$DEVICE" --shape wan-14b-480p --density 0.1 --dtype bfloat16 \
+    --direction forward "${METHODS[@]}" --seconds 0.1 --profile "$FOLDER/profile.txt" >/dev/null
 
 say "FlexAttention beside gna"
 bench 30 --shape wan-1.3b-480p --method gna --density 0.1 --direction forward --dtype bfloat16 --peer
-METHODS="--method gna --method sla --method radial --method tile"
-say "all models at 10 %, forward"
-# shellcheck disable=SC2086 # the methods are words
-bench 100 $METHODS --density 0.1 --direction forward
-say "forward plus backward at 10 %"
-# shellcheck disable=SC2086
-bench 60 $METHODS --shape hunyuan-768p --shape wan-14b-480p --shape wan-14b-720p --density 0.1 --direction both
 for direction in forward backward; do
     for shape in wan-14b-480p wan-14b-720p wan-1.3b-480p; do
         say "$shape, every density, $direction"
-        # shellcheck disable=SC2086
-        bench 120 $METHODS --shape "$shape" --direction "$direction"
+        bench 120 "${METHODS[@]}" --shape "$shape" --direction "$direction"
     done
+done
+for model in wan-14b-480p wan-14b-720p flux-4k cogvideox hunyuan-720p; do
+    steps 120 "$model" compiled
 done
 
 say "summary"
-"$PYTHON" -m dit_accel bench --read "$ROWS" | tee "$FOLDER/summary.txt" || STATUS=1
-"$PYTHON" -m dit_accel bench --read "$ROWS" --picture "$FOLDER/speedup.png" >/dev/null || echo "no picture (see above)"
-echo "$ROWS: $(wc -l <"$ROWS") rows; status $STATUS"
+{
+    for file in "$ROWS" "$STEPS"; do
+        if [ -s "$file" ]; then "$PYTHON" -m dit_accel bench --read "$file" || STATUS=1; fi
+    done
+} >"$FOLDER/summary.txt"
+if [ -s "$ROWS" ]; then
+    "$PYTHON" -m dit_accel bench --read "$ROWS" --break-even "$FOLDER/break_even.json" >/dev/null || STATUS=1
+    "$PYTHON" -m dit_accel bench --read "$ROWS" --picture "$FOLDER/speedup.png" >/dev/null || echo "no picture (see above)"
+fi
+cat "$FOLDER/summary.txt"
+wc -l "$FOLDER"/*.jsonl
+echo "status $STATUS; put $FOLDER/break_even.json in the place of dit_accel/break_even.json to have it used"
 exit "$STATUS"

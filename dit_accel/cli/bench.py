@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json as json_module
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 import typer
 
@@ -15,7 +15,8 @@ from dit_accel.errors import DitAccelError
 if TYPE_CHECKING:
     import torch
 
-    from dit_accel.eval.bench import Outcome
+    from dit_accel.eval.bench import Named, Outcome
+    from dit_accel.eval.bench_models import Step
     from dit_accel.eval.bench_rows import Row, Setting
 
 NOT_MEASURED = 1
@@ -29,6 +30,9 @@ def bench(
     rows: Annotated[
         str | None, typer.Option(metavar="GLOB", help="Only rows whose name matches, such as '*/gna/0.1/*'.")
     ] = None,
+    models: Annotated[
+        bool, typer.Option("--models", help="Steps of whole models with random weights, not the operators alone.")
+    ] = False,
     shape: Annotated[
         list[str] | None,
         typer.Option(metavar="NAME", help="Model and size, repeatable. Not given: cpu on a CPU, all others on a GPU."),
@@ -46,6 +50,9 @@ def bench(
     direction: Annotated[
         list[str] | None, typer.Option(metavar="NAME", help="forward, backward or both, repeatable.")
     ] = None,
+    mode: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="With --models: eager or compiled, repeatable.")
+    ] = None,
     impl: Annotated[Impl, typer.Option(help="Who computes; a named one runs or is refused.")] = "auto",
     peer: Annotated[bool, typer.Option("--peer", help="Also time FlexAttention, where it compiles.")] = False,
     seconds: Annotated[float, typer.Option(min=0, help="Time for each row, at least five rounds.")] = 2.0,
@@ -56,11 +63,18 @@ def bench(
     resume: Annotated[
         bool, typer.Option("--resume", help="Leave out rows that --output has from this commit and machine.")
     ] = False,
+    profile: Annotated[
+        Path | None, typer.Option(metavar="FILE.txt", help="Where each row's time goes, kernel by kernel.")
+    ] = None,
     picture: Annotated[
         Path | None, typer.Option(metavar="FILE.png", help="Speed-up against density with the ideal line.")
     ] = None,
     read: Annotated[
         Path | None, typer.Option(metavar="FILE.jsonl", help="Measure nothing: show the rows of this file.")
+    ] = None,
+    break_even: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE.json", help="With --read: the densities above which dense attention was faster."),
     ] = None,
     list_: Annotated[bool, typer.Option("--list", help="Measure nothing: list the declared rows.")] = False,
     json: Json = False,
@@ -75,17 +89,23 @@ def bench(
     if read is not None:
         from dit_accel.eval.bench_file import read as read_rows
 
-        _show(read_rows(read), picture, json=json)
+        records = read_rows(read)
+        if break_even is not None:
+            _write_break_even(records, read, break_even)
+        _show(records, picture, json=json)
         return 0
-
-    from dit_accel.eval import bench_rows
+    if break_even is not None:
+        raise DitAccelError("--break-even is made from measured rows: give them with --read FILE.jsonl.")
 
     settings = None if method is None else [_setting(text) for text in method]
     chosen_device = None if list_ else _device(device)
-    if shape is None and rows is None and chosen_device is not None:
-        on_gpu = chosen_device.type == "cuda"
-        shape = [name for name in bench_rows.SHAPES if (name != bench_rows.CPU.name) == on_gpu]
-    chosen = bench_rows.select(shape, settings, density, dtype, direction, rows or "*")
+    chosen: Sequence[Named]
+    if models:
+        chosen = _steps(
+            shape, settings, density, mode, rows, chosen_device, unused=(dtype, direction, peer or None, profile)
+        )
+    else:
+        chosen = _rows(shape, settings, density, dtype, direction, rows, chosen_device, unused=mode)
     if chosen_device is None:
         _list(chosen, json=json)
         return 0
@@ -94,7 +114,86 @@ def bench(
         if not chosen:
             typer.echo(f"{output} has all of these rows already.", err=True)
             return 0
-    return _measure(chosen, chosen_device, impl, seconds, output, picture, peer=peer, json=json)
+    if models:
+        from dit_accel.eval.bench_steps import StepBench
+
+        found = StepBench(chosen_device, impl, seconds).run(cast("Sequence[Step]", chosen))
+    else:
+        from dit_accel.eval.bench import Bench
+
+        writer = None if profile is None else _profile_writer(profile)
+        found = Bench(chosen_device, impl, seconds, peer, writer).run(cast("Sequence[Row]", chosen))
+    return _measure(found, len(chosen), output, picture, json=json)
+
+
+def _profile_writer(path: Path) -> Callable[[str], None]:
+    """Adds to a file that begins empty."""
+    from dit_accel.generation.output import check_output
+
+    check_output(path, (".txt",), option="--profile")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("", encoding="utf-8")
+
+    def write(text: str) -> None:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(text + "\n")
+
+    return write
+
+
+def _rows(
+    shapes: list[str] | None,
+    settings: list[Setting] | None,
+    densities: list[float] | None,
+    dtypes: list[str] | None,
+    directions: list[str] | None,
+    pattern: str | None,
+    device: torch.device | None,
+    unused: Any,
+) -> Sequence[Row]:
+    from dit_accel.eval import bench_rows
+
+    if unused is not None:
+        raise DitAccelError("--mode is about whole models; give --models too, or leave it out.")
+    if shapes is None and pattern is None and device is not None:
+        on_gpu = device.type == "cuda"
+        shapes = [name for name in bench_rows.SHAPES if (name != bench_rows.CPU.name) == on_gpu]
+    return bench_rows.select(shapes, settings, densities, dtypes, directions, pattern or "*")
+
+
+def _steps(
+    models: list[str] | None,
+    settings: list[Setting] | None,
+    densities: list[float] | None,
+    modes: list[str] | None,
+    pattern: str | None,
+    device: torch.device | None,
+    unused: tuple[Any, ...],
+) -> Sequence[Step]:
+    from dit_accel.eval.bench_models import select_steps
+
+    if any(option is not None for option in unused):
+        raise DitAccelError(
+            "--dtype, --direction, --peer and --profile are about operators; leave them out with --models."
+        )
+    if models is None and device is not None and device.type != "cuda":
+        raise DitAccelError(
+            "These models have up to 14 billion weights, and this machine has no GPU; name one with --shape to try."
+        )
+    return select_steps(models, settings, densities, modes, pattern or "*")
+
+
+def _write_break_even(records: list[dict[str, Any]], source: Path, target: Path) -> None:
+    import dataclasses
+
+    from dit_accel.break_even import from_rows
+    from dit_accel.generation.output import check_output, staged
+
+    check_output(target, (".json",), option="--break-even")
+    entries = from_rows([record for record in records if "op" in record], str(source))
+    with staged(target) as stage:
+        content = json_module.dumps([dataclasses.asdict(entry) for entry in entries], indent=1)
+        (stage / target.name).write_text(content + "\n", encoding="utf-8")
 
 
 def _check_files(output: Path | None, picture: Path | None, read: Path | None, *, nothing_to_draw: bool) -> None:
@@ -134,7 +233,7 @@ def _device(device: str) -> torch.device:
     return placement(device, "float32", "none")[0]
 
 
-def _left(rows: list[Row], device: torch.device, output: Path | None) -> list[Row]:
+def _left(rows: Sequence[Named], device: torch.device, output: Path | None) -> Sequence[Named]:
     """The rows that the file does not have from this commit and machine."""
     from dit_accel.eval.bench_file import read
     from dit_accel.eval.provenance import provenance
@@ -149,32 +248,21 @@ def _left(rows: list[Row], device: torch.device, output: Path | None) -> list[Ro
     return [row for row in rows if row.name not in have]
 
 
-def _measure(
-    rows: Sequence[Row],
-    device: torch.device,
-    impl: Impl,
-    seconds: float,
-    output: Path | None,
-    picture: Path | None,
-    *,
-    peer: bool,
-    json: bool,
-) -> int:
+def _measure(found: Iterator[Outcome], count: int, output: Path | None, picture: Path | None, *, json: bool) -> int:
     """Measure and report; the status is 1 if a row that can be had was not measured."""
-    from dit_accel.eval.bench import Bench
     from dit_accel.eval.lines import append
 
     outcomes: list[Outcome] = []
     try:
-        for number, outcome in enumerate(Bench(device, impl, seconds, peer).run(rows), 1):
+        for number, outcome in enumerate(found, 1):
             if outcome.record is not None and output is not None:
                 append(output, outcome.record)
-            typer.echo(f"{number}/{len(rows)} {outcome.row.name}: {_remark(outcome)}", err=True)
+            typer.echo(f"{number}/{count} {outcome.row.name}: {_remark(outcome)}", err=True)
             outcomes.append(outcome)
     except KeyboardInterrupt:
         measured = any(outcome.record is not None for outcome in outcomes)
         kept = f"; what was measured is in {output}" if measured and output is not None else ""
-        typer.echo(f"dit-accel: interrupted after {len(outcomes)} of {len(rows)} rows{kept}.", err=True)
+        typer.echo(f"dit-accel: interrupted after {len(outcomes)} of {count} rows{kept}.", err=True)
         return INTERRUPTED
     refused = [outcome for outcome in outcomes if outcome.status == "refused"]
     if len(refused) == len(outcomes):
@@ -182,7 +270,7 @@ def _measure(
     _show([outcome.record for outcome in outcomes if outcome.record is not None], picture, json=json)
     red = [outcome for outcome in outcomes if outcome.status == "red"]
     if red:
-        typer.echo(f"{len(red)} of {len(rows)} rows were not timed, because their results are not exact.", err=True)
+        typer.echo(f"{len(red)} of {count} rows were not timed, because their results are not exact.", err=True)
     return NOT_MEASURED if red or refused else 0
 
 
@@ -190,23 +278,28 @@ def _remark(outcome: Outcome) -> str:
     record = outcome.record
     if record is None:
         return f"{outcome.status}: {outcome.reason}"
-    return f"{record['ms_p50']:.3f} ms, {record['speedup']:.2f} times as fast as {record['baseline']}"
+    took = record["step_ms_p50"] if "model" in record else record["ms_p50"]
+    return f"{took:.3f} ms, {record['speedup']:.2f} times as fast as {record['baseline']}"
 
 
 def _show(records: list[dict[str, Any]], picture: Path | None, *, json: bool) -> None:
-    if picture is not None and records:
+    operators, steps = ([record for record in records if ("op" in record) == wanted] for wanted in (True, False))
+    if picture is not None and operators:
         from dit_accel.eval.bench_picture import draw
         from dit_accel.generation.output import staged
 
         with staged(picture) as stage:
-            draw(records, stage / picture.name)
+            draw(operators, stage / picture.name)
     if json:
         typer.echo("\n".join(json_module.dumps(record) for record in records))
-    elif records:
-        _print_table(records)
+        return
+    if operators:
+        _print_table(operators)
+    if steps:
+        _print_steps(steps)
 
 
-def _list(rows: Sequence[Row], *, json: bool) -> None:
+def _list(rows: Sequence[Named], *, json: bool) -> None:
     if json:
         typer.echo("\n".join(json_module.dumps(row.as_dict()) for row in rows))
     else:
@@ -233,5 +326,31 @@ def _print_table(records: list[dict[str, Any]]) -> None:
             f"{record['speedup']:.2f}",
             f"{record['tflops_kept']:.3g}",
             f"{record['max_error']:.1e}",
+        )
+    Console().print(table)
+
+
+def _print_steps(records: list[dict[str, Any]]) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    places = sorted({record["gpu"] or record["cpu"] for record in records})
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, title=", ".join(places))
+    table.caption = "one call of the transformer; rest: what is not attention; share: of attention"
+    table.add_column("step", no_wrap=True)
+    for column in ("density", "ms", "dense ms", "rest ms", "speed-up", "share", "GiB"):
+        table.add_column(column, justify="right", no_wrap=True, min_width=len(column))
+    for record in records:
+        peak = record["peak_memory_bytes"]
+        table.add_row(
+            "{model} {mode}\n  {method} {setting}".format(**record),
+            f"{record['density']:.4f}",
+            f"{record['step_ms_p50']:.1f}",
+            f"{record['dense_step_ms_p50']:.1f}",
+            f"{record['rest_ms_p50']:.1f}",
+            f"{record['speedup']:.2f}",
+            f"{record['attention_share']:.2f}",
+            "-" if peak is None else f"{peak / 2**30:.1f}",
         )
     Console().print(table)

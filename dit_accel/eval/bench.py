@@ -6,10 +6,11 @@ A row that does not pass the gate has no time. Sparse, dense and peer calls take
 from __future__ import annotations
 
 import dataclasses
+import functools
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +23,7 @@ from dit_accel.eval.bench_peer import flex_attention
 from dit_accel.eval.bench_rows import Row
 from dit_accel.eval.bench_settings import OutOfReach, find_setting
 from dit_accel.eval.provenance import provenance
-from dit_accel.eval.timing import Call, alternate, quantiles
+from dit_accel.eval.timing import Call, alternate, profile, quantiles
 from dit_accel.kernels.block_sparse.api import Impl, choose_impl
 from dit_accel.methods.sla import SparseLinearAttention
 
@@ -36,6 +37,16 @@ DENSE_BACKENDS = {
     f"{DENSE} efficient": SDPBackend.EFFICIENT_ATTENTION,
 }
 
+
+class Named(Protocol):
+    """A declared measurement."""
+
+    @property
+    def name(self) -> str: ...
+
+    def as_dict(self) -> dict[str, Any]: ...
+
+
 Status = Literal["measured", "red", "out of reach", "refused"]
 
 
@@ -43,7 +54,7 @@ Status = Literal["measured", "red", "out of reach", "refused"]
 class Outcome:
     """What came of a declared row: its record, or the reason why there is none."""
 
-    row: Row
+    row: Named
     status: Status
     record: dict[str, Any] | None = None
     reason: str = ""
@@ -57,10 +68,18 @@ class Bench:
         impl: "auto", "reference", "portable" or "triton".
         seconds: for the timing of one row.
         peer: also time FlexAttention, where it compiles.
+        profile: gets, for each row, its name and where its time goes (`timing.profile`).
     """
 
-    def __init__(self, device: torch.device, impl: Impl = "auto", seconds: float = 2.0, peer: bool = False) -> None:
-        self.device, self.impl, self.seconds, self.peer = device, impl, seconds, peer
+    def __init__(
+        self,
+        device: torch.device,
+        impl: Impl = "auto",
+        seconds: float = 2.0,
+        peer: bool = False,
+        profile: Callable[[str], None] | None = None,
+    ) -> None:
+        self.device, self.impl, self.seconds, self.peer, self.profile = device, impl, seconds, peer, profile
         choose_impl(device.type, impl)  # refuses a name that is unknown or not installed
         self.provenance = provenance(device)
         self._dense: dict[tuple[Any, ...], tuple[str, dict[str, Any]]] = {}
@@ -68,17 +87,7 @@ class Bench:
     def run(self, rows: Sequence[Row]) -> Iterator[Outcome]:
         """Measure the rows one by one; a row that cannot be measured does not keep the others from it."""
         for row in rows:
-            try:
-                outcome = Outcome(row, "measured", self.measure(row))
-            except Inexact as error:
-                outcome = Outcome(row, "red", reason=str(error))
-            except OutOfReach as error:
-                outcome = Outcome(row, "out of reach", reason=str(error))
-            except DitAccelError as error:
-                outcome = Outcome(row, "refused", reason=str(error))
-            except torch.OutOfMemoryError:
-                outcome = Outcome(row, "refused", reason=f"{self.device} has too little memory for it")
-            yield outcome
+            yield outcome_of(row, functools.partial(self.measure, row))
 
     def measure(self, row: Row) -> dict[str, Any]:
         """One record, in the fields that every kernel benchmark of this project has.
@@ -91,7 +100,7 @@ class Bench:
         attend = self._attend(problem)
         gradients = row.direction != "forward"
         checks = check(problem, attend, gradients=gradients)
-        dense_name, tried = self._best_dense(row, problem)
+        dense_name, tried = self.best_dense(row, problem)
         calls = {
             "sparse": prepare(problem, attend, row.direction),
             "dense": prepare(problem, _dense(dense_name), row.direction, weights=False),
@@ -100,6 +109,8 @@ class Bench:
         if isinstance(peer, dict) and "call" in peer:
             calls["peer"] = peer.pop("call")
         taken = alternate(calls, self.seconds, self.device)
+        if self.profile is not None:
+            self.profile(f"{row.name}\n{profile(calls['sparse'], self.device)}")
         times = quantiles(taken["sparse"])
         baseline = statistics.median(taken["dense"])
         if peer is not None and "peer" in taken:
@@ -132,6 +143,11 @@ class Bench:
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
         }
 
+    def gate(self, row: Row) -> dict[str, Check]:
+        """Hold the forward call of a row against fp64 and time nothing; see `bench_gate.check`."""
+        problem = make_problem(row, self.device, self.impl)
+        return check(problem, self._attend(problem), gradients=False)
+
     def _attend(self, problem: Problem) -> Attend:
         """The public call: `attention`, or the module with its router and projection."""
         plan, module = problem.plan, problem.module
@@ -140,7 +156,7 @@ class Bench:
             return lambda q, k, v: module(q, k, v, plan.grid, impl=self.impl)
         return lambda q, k, v: plans.attention(q, k, v, plan, impl=self.impl)
 
-    def _best_dense(self, row: Row, problem: Problem) -> tuple[str, dict[str, Any]]:
+    def best_dense(self, row: Row, problem: Problem) -> tuple[str, dict[str, Any]]:
         """The fastest dense attention for these sizes, and milliseconds of (or what is wrong with) each one tried."""
         if self.device.type != "cuda":
             return DENSE, {}  # there is one
@@ -172,6 +188,20 @@ class Bench:
         except (RuntimeError, ValueError, Inexact) as error:  # compilers raise what they like of the first two
             peer["reason"] = first_line(error)
         return peer
+
+
+def outcome_of(row: Named, measure: Callable[[], dict[str, Any]]) -> Outcome:
+    """What comes of measuring a row; only defects are raised."""
+    try:
+        return Outcome(row, "measured", measure())
+    except Inexact as error:
+        return Outcome(row, "red", reason=str(error))
+    except OutOfReach as error:
+        return Outcome(row, "out of reach", reason=str(error))
+    except DitAccelError as error:
+        return Outcome(row, "refused", reason=str(error))
+    except torch.OutOfMemoryError:
+        return Outcome(row, "refused", reason="the device has too little memory for it")
 
 
 def make_problem(row: Row, device: torch.device, impl: Impl = "auto") -> Problem:

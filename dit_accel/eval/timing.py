@@ -40,6 +40,22 @@ def alternate(
     return taken
 
 
+def profile(call: Call, device: torch.device, calls: int = 3, rows: int = 12) -> str:
+    """Where the time of a call goes, by kernel: PyTorch's profiler's table of the longest."""
+    from torch.profiler import ProfilerActivity
+
+    on_gpu = device.type == "cuda"
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
+    call()
+    with torch.profiler.profile(activities=activities) as profiler:
+        for _ in range(calls):
+            call()
+        if on_gpu:
+            torch.cuda.synchronize(device)
+    order = "self_cuda_time_total" if on_gpu else "self_cpu_time_total"
+    return profiler.key_averages().table(sort_by=order, row_limit=rows, max_name_column_width=60)
+
+
 def quantiles(times: list[float]) -> dict[str, float]:
     """20th, 50th and 80th percentile by name."""
     tenths = statistics.quantiles(times, n=10, method="inclusive")

@@ -1,5 +1,6 @@
 """`dit-accel bench`."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -7,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from dit_accel.eval import bench_file, bench_rows
+from dit_accel.eval import bench_file, bench_models, bench_rows, lines
 from dit_accel.eval.bench_rows import Setting, Shape
 
 TINY = Shape(
@@ -206,3 +207,60 @@ def test_help(cli):
     outcome = cli("bench", "--help")
     assert outcome.status == 0
     assert "dit-accel bench" in outcome.out
+
+
+def test_a_profile_of_each_row(cli, tiny, tmp_path):
+    outcome = cli("bench", *FAST, "--profile", tmp_path / "profile.txt")
+    assert outcome.status == 0, outcome.err
+    text = (tmp_path / "profile.txt").read_text()
+    assert "cpu/gna:window=3/-/float32/forward" in text and "cpu/tile" in text
+    assert "dit_accel::block_sparse_attention" in text
+
+
+class TestModels:
+    @pytest.fixture
+    def wan(self, monkeypatch):
+        """One model, small enough for a processor."""
+        config = {"num_attention_heads": 2, "attention_head_dim": 12, "text_dim": 16, "ffn_dim": 32, "num_layers": 1}
+        model = dataclasses.replace(bench_models.MODELS["wan-14b-480p"], config=config, axes=(3, 6, 8), text=7)
+        monkeypatch.setattr(bench_models, "MODELS", {model.name: model})
+        return model.name
+
+    def test_rows_table_and_resume(self, cli, wan, tmp_path):
+        output = tmp_path / "rows.jsonl"
+        run = ("bench", "--models", *FAST, "--shape", wan, "--mode", "eager", "--method", "gna:window=1x3x4")
+        run += ("--output", output)
+        outcome = cli(*run)
+        assert outcome.status == 0, outcome.err
+        assert "rest ms" in outcome.out
+        (record,) = bench_file.read(output)
+        assert f"{record['step_ms_p50']:.1f}" in cli("bench", "--read", output).out
+        assert "has all of these rows already" in cli(*run, "--resume").err
+
+    def test_list(self, cli, wan):
+        assert f"{wan}/gna/0.1/compiled" in cli("bench", "--models", "--list").out
+
+    @pytest.mark.parametrize(
+        ("arguments", "words"),
+        [
+            (("--models", "--device", "cpu"), "this machine has no GPU"),
+            (("--models", "--list", "--dtype", "float32"), "leave them out with --models"),
+            (("--mode", "eager"), "give --models too"),
+            (("--break-even", "table.json"), "give them with --read"),
+        ],
+    )
+    def test_options_that_do_not_go_together(self, cli, wan, arguments, words):
+        outcome = cli("bench", *arguments)
+        assert outcome.status == 2
+        assert words in outcome.err
+
+    def test_break_even_from_rows(self, cli, tiny, tmp_path):
+        rows, table = tmp_path / "rows.jsonl", tmp_path / "table.json"
+        cli("bench", *FAST, "--method", "gna", "--output", tmp_path / "measured.jsonl")
+        (record,) = bench_file.read(tmp_path / "measured.jsonl")
+        on_gpu = {"impl": "triton", "arch": "sm_90", "git": "c", "tokens": 9}
+        for density, speedup in ((0.2, 2.0), (0.8, 0.5)):
+            lines.append(rows, record | on_gpu | {"density": density, "speedup": speedup})
+        assert cli("bench", "--read", rows, "--break-even", table).status == 0
+        (entry,) = json.loads(table.read_text())
+        assert (entry["density"], entry["method"], entry["source"]) == (0.4, "gna", f"{rows} at c")

@@ -14,6 +14,8 @@ import torch
 CPU_LOGITS = 1 << 20
 # And elsewhere, where they come in batches: 64 MiB.
 DEVICE_LOGITS = 1 << 24
+# Keys that are summed in one product: its fp32 error grows with its depth.
+RUN = 128
 
 _linear = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
 
@@ -38,7 +40,7 @@ def forward(
         weights, top = _weights(q[..., rows, :], k, bias, scale, rows)
         # The largest weight is exp(top - lse).
         lse = top - weights.amax(-1).log_()
-        out = _matmul(weights, v)
+        out = _weighted_sum(weights, v)
         if bias is not None:
             blind = top == float("-inf")
             out.masked_fill_(blind[..., None], 0.0)
@@ -93,6 +95,15 @@ def _weights(
         logits.add_(bias[..., rows, :])
     top = logits.amax(-1)
     return torch.softmax(logits, -1, out=logits), top
+
+
+def _weighted_sum(weights: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """weights @ values, in runs of `RUN` keys."""
+    first, *others = zip(weights.split(RUN, -1), values.split(RUN, -2), strict=True)
+    total = _matmul(first[0].contiguous(), first[1])
+    for part, rows in others:
+        total.add_(_matmul(part.contiguous(), rows))
+    return total
 
 
 def _matmul(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

@@ -46,14 +46,15 @@ def launches(kernel: str, block_q: int, block_k: int, block_d: int, capability: 
     An fp32 accumulator of a block's rows x block_d lives in registers, beside the scores of a step and their weights.
     9.0 and 10.0 multiply out of shared memory; elsewhere each warp holds the step's rows in registers too, so that a
     step is half as large, as it is in the backward kernels, which hold a second product. A loop hides a tile's latency
-    behind as many in flight as shared memory holds.
+    behind as many in flight as shared memory holds; on 12.0 more than two cost registers that are not there.
     """
     own, listed = (block_k, block_q) if kernel == "dkdv" else (block_q, block_k)
     from_shared_memory = capability in (90, 100)
     elements = 64 * 128 if kernel == "forward" and from_shared_memory else 64 * 64
     warps = 8 if own * block_d > 64 * 64 or capability == 120 else 4
     step = min(listed, max(16, elements // block_d))
-    yield from (Launch(warps, stages, step) for stages in ((4, 3, 2, 1) if kernel == "forward" else (2, 1)))
+    most = 4 if kernel == "forward" and capability != 120 else 2
+    yield from (Launch(warps, stages, step) for stages in range(most, 0, -1))
 
 
 def shared_bytes(kernel: str, launch: Launch, block_q: int, block_k: int, block_d: int, itemsize: int) -> int:

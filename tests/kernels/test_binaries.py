@@ -1,0 +1,135 @@
+"""A new length makes no new binary: what Triton's JIT cache would hold, and on a GPU what it holds."""
+
+import collections
+import os
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from triton.backends.compiler import GPUTarget
+from triton.compiler import make_backend
+from triton.runtime.jit import create_function_from_signature
+
+from dit_accel.kernels.block_sparse import triton as block_sparse
+from dit_accel.kernels.block_sparse.api import block_sparse_attention
+from dit_accel.kernels.block_sparse.geometry import Geometry
+from dit_accel.kernels.sla import triton as sla
+
+pytestmark = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter replaces what would be compiled"
+)
+LENGTHS = (1, 2, 15, 16, 63, 64, 65, 1000)
+DIM, BLOCK = 64, 64
+
+
+class Binaries:
+    """Counts what the JIT cache tells launches apart by, in place of launching."""
+
+    def __init__(self):
+        self.keys = collections.defaultdict(set)
+        self.backend = make_backend(GPUTarget("cuda", 90, 32))
+
+    def launch(self, kernel, arguments, constants):
+        binder = create_function_from_signature(kernel.signature, kernel.params, self.backend)
+        _, specialization, options = binder(*arguments, **constants)
+        self.keys[kernel.fn.__name__].add((str(specialization), str(options)))
+
+    def standing_in(self, kernel):
+        """What a kernel looks like to a launcher."""
+        recorder = self
+
+        class Kernel:
+            def __getitem__(self, programs):
+                return lambda *arguments, **constants: recorder.launch(kernel, arguments, constants)
+
+        return Kernel()
+
+
+@pytest.fixture
+def binaries(monkeypatch):
+    found = Binaries()
+
+    def run(kernel, programs, arguments, constants, itemsize):
+        found.launch(block_sparse.JIT[kernel], arguments, {**constants, "STEP": 32, "num_warps": 4})
+
+    def run_sla(kernel, programs, launch, *arguments, **constants):
+        found.launch(kernel, arguments, {**constants, "num_warps": launch.warps})
+
+    monkeypatch.setattr(block_sparse, "INTERPRETED", True)  # no device is asked for
+    monkeypatch.setattr(block_sparse, "run", run)
+    monkeypatch.setattr(block_sparse, "delta_kernel", found.standing_in(block_sparse.delta_kernel))
+    monkeypatch.setattr(sla, "_run", run_sla)
+    return found
+
+
+def tensors(tokens, heads=2, device="cpu"):
+    """q, k, v and a gradient as a model hands them over."""
+    return [torch.randn(1, tokens, heads, DIM, dtype=torch.float16, device=device).transpose(1, 2) for _ in range(4)]
+
+
+def dense_lists(tokens, device="cpu"):
+    blocks = -(-tokens // BLOCK)
+    lists = torch.arange(blocks, dtype=torch.int32, device=device).expand(blocks, -1).contiguous()
+    return lists, torch.full((blocks,), blocks, dtype=torch.int32, device=device)
+
+
+@pytest.mark.parametrize("text", [0, 5])
+def test_block_sparse_kernels_are_compiled_once(binaries, text):
+    for tokens in LENGTHS:
+        q, k, v, grad = tensors(tokens + text)
+        lists, counts = dense_lists(tokens)
+        blocks = lists.shape[-1] + (text > 0)
+        lists = torch.nn.functional.pad(lists, (0, blocks - len(lists), 0, blocks - len(lists)))
+        counts = torch.nn.functional.pad(counts, (0, blocks - len(counts)))
+        ints = Geometry((1, 1, tokens), (1, 1, tokens), BLOCK, BLOCK, None, None, 0, text, False).pack()
+        arguments = (lists, counts, None, None, None, None, None, None, ints, 0.125)
+        out, lse = block_sparse.forward(q, k, v, *arguments)
+        block_sparse.backward(grad, lse, q, k, v, out, lse, *arguments)
+    assert {name: len(keys) for name, keys in binaries.keys.items()} == {
+        "block_sparse_fwd_kernel": 1,
+        "block_sparse_bwd_kernel_dq": 1,
+        "block_sparse_bwd_kernel_dkdv": 1,
+        "delta_kernel": 1,
+    }
+
+
+def test_sla_kernels_are_compiled_once(binaries):
+    """Up to the 16 blocks of one width of the router's row of scores."""
+    table, total = torch.zeros(1, 2, DIM, DIM), torch.zeros(1, 2, DIM)
+    for tokens in (t for t in LENGTHS if t > 2 * BLOCK or t == BLOCK):
+        q, k, v, grad = tensors(tokens)
+        grid, blocks = (1, 1, tokens), -(-tokens // BLOCK)
+        kept, dropped = (torch.zeros(1, 2, blocks, 1, dtype=torch.int32) for _ in range(2))
+        sla.route(q, k, grid, BLOCK, None, 1, 1)
+        sla.apply(q, q, table, total, None, "softmax")
+        sla.apply_backward(grad, q, table, total, "softmax")
+        sla.state_backward(k, v, table, total, "softmax")
+        _, denominators, modes = sla.marginal(q, k, v, kept, dropped, grid, BLOCK, None, "softmax")
+        modes.zero_()
+        sla.marginal_backward(grad, q, k, v, kept, dropped, denominators, modes, grid, BLOCK, None, "softmax")
+    assert len(binaries.keys) == 10
+    assert {name: len(keys) for name, keys in binaries.keys.items()} == dict.fromkeys(binaries.keys, 1)
+
+
+def test_tuning_knows_no_length():
+    """The tuner's key: block sizes, head dimension and tables, to which Triton adds the tensors' dtypes."""
+    for kernel in block_sparse.KERNELS:
+        keys = set(block_sparse._tuned(kernel).keys)
+        assert keys == {"BLOCK_Q", "BLOCK_K", "BLOCK_D", "HAS_TABLES"}
+
+
+@pytest.mark.gpu
+def test_the_cache_of_a_device_does_not_grow():
+    def count():
+        return sum(len(kernel.device_caches[0][0]) for kernel in block_sparse.JIT.values())
+
+    held = []
+    for tokens in LENGTHS:
+        q, k, v, grad = (x.requires_grad_() for x in tensors(tokens, device="cuda"))
+        lists = dense_lists(tokens, "cuda")
+        out = block_sparse_attention(q, k, v, *lists, block_q=BLOCK, block_k=BLOCK, grid=(1, 1, tokens))
+        torch.autograd.grad(out, (q, k, v), grad)
+        held.append(count())
+    assert held == held[:1] * len(LENGTHS)
