@@ -52,7 +52,7 @@ def launches(kernel: str, block_q: int, block_k: int, block_d: int, capability: 
     from_shared_memory = capability in (90, 100)
     elements = 64 * 128 if kernel == "forward" and from_shared_memory else 64 * 64
     warps = 8 if own * block_d > 64 * 64 or capability == 120 else 4
-    step = min(listed, max(16, elements // block_d))
+    step = min(listed, 64, max(16, elements // block_d))
     most = 4 if kernel == "forward" and capability != 120 else 2
     yield from (Launch(warps, stages, step) for stages in range(most, 0, -1))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from dit_accel.kernels.block_sparse.triton_tokens import head_of
 from dit_accel.kernels.sla.triton_features import EPS, mapped
 
 
@@ -19,8 +20,8 @@ def state_kernel(
     i_split = tl.program_id(0)
     i_bh = tl.program_id(1)
     i_b, i_h = i_bh // heads, i_bh % heads
-    k += (i_b.to(tl.int64) * k_batch + i_h.to(tl.int64) * k_head) * ALIGN
-    v += (i_b.to(tl.int64) * v_batch + i_h.to(tl.int64) * v_head) * ALIGN
+    k = head_of(k, i_b, i_h, k_batch, k_head, ALIGN)
+    v = head_of(v, i_b, i_h, v_batch, v_head, ALIGN)
     o_d = tl.arange(0, BLOCK_D)
     m_d = o_d < D
     state = tl.zeros([BLOCK_D, BLOCK_D], dtype=tl.float32)
@@ -54,8 +55,8 @@ def apply_kernel(
     """exact + phi(q) state / (phi(q) . total + eps) + bias, [B, N, H, D]; the state is table * peak, [D, D] a head."""
     i_bh = tl.program_id(1)
     i_b, i_h = i_bh // heads, i_bh % heads
-    q += (i_b.to(tl.int64) * q_batch + i_h.to(tl.int64) * q_head) * ALIGN
-    exact += i_b.to(tl.int64) * e_batch + i_h.to(tl.int64) * e_head
+    q = head_of(q, i_b, i_h, q_batch, q_head, ALIGN)
+    exact = head_of(exact, i_b, i_h, e_batch, e_head, 1)
     o_d = tl.arange(0, BLOCK_D)
     m_d = o_d < D
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from dit_accel.kernels.block_sparse.triton_tokens import head_of
 from dit_accel.kernels.sla.triton_features import EPS, mapped, pulled_back
 
 
@@ -23,8 +24,8 @@ def apply_backward_kernel(
     """
     i_bh = tl.program_id(1)
     i_b, i_h = i_bh // heads, i_bh % heads
-    q += (i_b.to(tl.int64) * q_batch + i_h.to(tl.int64) * q_head) * ALIGN
-    grad_out += i_b.to(tl.int64) * g_batch + i_h.to(tl.int64) * g_head
+    q = head_of(q, i_b, i_h, q_batch, q_head, ALIGN)
+    grad_out = head_of(grad_out, i_b, i_h, g_batch, g_head, 1)
     o_d = tl.arange(0, BLOCK_D)
     m_d = o_d < D
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -62,8 +63,8 @@ def sums_kernel(
     i_split = tl.program_id(0)
     i_bh = tl.program_id(1)
     i_b, i_h = i_bh // heads, i_bh % heads
-    q += (i_b.to(tl.int64) * q_batch + i_h.to(tl.int64) * q_head) * ALIGN
-    grad_out += i_b.to(tl.int64) * g_batch + i_h.to(tl.int64) * g_head
+    q = head_of(q, i_b, i_h, q_batch, q_head, ALIGN)
+    grad_out = head_of(grad_out, i_b, i_h, g_batch, g_head, 1)
     o_d = tl.arange(0, BLOCK_D)
     m_d = o_d < D
     dstate = tl.zeros([BLOCK_D, BLOCK_D], dtype=tl.float32)
@@ -109,8 +110,8 @@ def state_backward_kernel(
     """dk and dv [B, N, H, D] from d(state) = table * peak [D, D] a head and d(total): dv = b dS, db = v dS^T + dz."""
     i_bh = tl.program_id(1)
     i_b, i_h = i_bh // heads, i_bh % heads
-    k += (i_b.to(tl.int64) * k_batch + i_h.to(tl.int64) * k_head) * ALIGN
-    v += (i_b.to(tl.int64) * v_batch + i_h.to(tl.int64) * v_head) * ALIGN
+    k = head_of(k, i_b, i_h, k_batch, k_head, ALIGN)
+    v = head_of(v, i_b, i_h, v_batch, v_head, ALIGN)
     o_d = tl.arange(0, BLOCK_D)
     m_d = o_d < D
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)

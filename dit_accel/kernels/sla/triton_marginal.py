@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from dit_accel.kernels.block_sparse.triton_tokens import locate
+from dit_accel.kernels.block_sparse.triton_tokens import head_of, locate
 from dit_accel.kernels.sla.triton_features import EPS, mapped
 
 
@@ -55,9 +55,9 @@ def marginal_kernel(
     i_q = tl.program_id(0)
     i_bh = tl.program_id(1)
     i_b, i_h = i_bh // heads, i_bh % heads
-    q += (i_b.to(tl.int64) * q_batch + i_h.to(tl.int64) * q_head) * ALIGN
-    k += (i_b.to(tl.int64) * k_batch + i_h.to(tl.int64) * k_head) * ALIGN
-    v += (i_b.to(tl.int64) * v_batch + i_h.to(tl.int64) * v_head) * ALIGN
+    q = head_of(q, i_b, i_h, q_batch, q_head, ALIGN)
+    k = head_of(k, i_b, i_h, k_batch, k_head, ALIGN)
+    v = head_of(v, i_b, i_h, v_batch, v_head, ALIGN)
     list_row = i_bh.to(tl.int64) * blocks + i_q
     kept += list_row * n_kept
     dropped += list_row * n_dropped

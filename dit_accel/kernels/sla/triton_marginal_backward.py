@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from dit_accel.kernels.block_sparse.triton_tokens import locate
+from dit_accel.kernels.block_sparse.triton_tokens import head_of, locate
 from dit_accel.kernels.sla.triton_features import mapped, pulled_back
 
 
@@ -52,10 +52,10 @@ def marginal_dq_kernel(
     i_q = tl.program_id(0)
     i_bh = tl.program_id(1)
     i_b, i_h = i_bh // heads, i_bh % heads
-    q += (i_b.to(tl.int64) * q_batch + i_h.to(tl.int64) * q_head) * ALIGN
-    k += (i_b.to(tl.int64) * k_batch + i_h.to(tl.int64) * k_head) * ALIGN
-    v += (i_b.to(tl.int64) * v_batch + i_h.to(tl.int64) * v_head) * ALIGN
-    grad_out += i_b.to(tl.int64) * g_batch + i_h.to(tl.int64) * g_head
+    q = head_of(q, i_b, i_h, q_batch, q_head, ALIGN)
+    k = head_of(k, i_b, i_h, k_batch, k_head, ALIGN)
+    v = head_of(v, i_b, i_h, v_batch, v_head, ALIGN)
+    grad_out = head_of(grad_out, i_b, i_h, g_batch, g_head, 1)
     list_row = i_bh.to(tl.int64) * blocks + i_q
     kept += list_row * n_kept
     dropped += list_row * n_dropped
@@ -170,10 +170,10 @@ def marginal_dkdv_kernel(
     i_k = tl.program_id(0)
     i_bh = tl.program_id(1)
     i_b, i_h = i_bh // heads, i_bh % heads
-    q += (i_b.to(tl.int64) * q_batch + i_h.to(tl.int64) * q_head) * ALIGN
-    k += (i_b.to(tl.int64) * k_batch + i_h.to(tl.int64) * k_head) * ALIGN
-    v += (i_b.to(tl.int64) * v_batch + i_h.to(tl.int64) * v_head) * ALIGN
-    grad_out += i_b.to(tl.int64) * g_batch + i_h.to(tl.int64) * g_head
+    q = head_of(q, i_b, i_h, q_batch, q_head, ALIGN)
+    k = head_of(k, i_b, i_h, k_batch, k_head, ALIGN)
+    v = head_of(v, i_b, i_h, v_batch, v_head, ALIGN)
+    grad_out = head_of(grad_out, i_b, i_h, g_batch, g_head, 1)
     denominators += i_bh.to(tl.int64) * tokens
     ratios += i_bh.to(tl.int64) * tokens
     first_list = i_bh.to(tl.int64) * blocks

@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from dit_accel.kernels.block_sparse.triton_tokens import locate
+from dit_accel.kernels.block_sparse.triton_tokens import head_of, locate
 
 UNIT = tl.constexpr(16)  # rows of means are padded to a multiple of this, so that they load 16 bytes at a time
 LOWEST = tl.constexpr(-(2**31))
@@ -27,7 +27,7 @@ def block_means_kernel(
     block = tl.program_id(0)
     i_bh = tl.program_id(1)
     i_b, i_h = i_bh // heads, i_bh % heads
-    x += (i_b.to(tl.int64) * x_batch + i_h.to(tl.int64) * x_head) * ALIGN
+    x = head_of(x, i_b, i_h, x_batch, x_head, ALIGN)
     row, valid, _ = locate(block, tl.arange(0, BLOCK), 0, 0, 0, T, H, W, 0, 0, BLOCK, TILE_T, TILE_H, TILE_W)
     o_d = tl.arange(0, BLOCK_D)
     mask = valid[:, None] & (o_d < D)

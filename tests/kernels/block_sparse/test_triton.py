@@ -82,6 +82,17 @@ def test_results_are_within_the_budget(make_problem, case, dtype):
     make_problem(**CASES[case]).check("triton", dtype, from_lse=True)
 
 
+@pytest.mark.skipif(not INTERPRETED, reason="on a GPU the launch table says how many rows a step has")
+@pytest.mark.parametrize("case", ["65-ragged", "radial-128-keys"])
+def test_blocks_in_steps(make_problem, case, monkeypatch):
+    """Some architectures take a listed block in parts: here two of 32 keys, four of 128, two or four of the queries."""
+    from dit_accel.kernels.block_sparse import triton, triton_configs
+
+    launch = triton_configs.Launch(warps=4, stages=1, step=max(16, CASES[case]["block_k"] // 4))
+    monkeypatch.setattr(triton, "launches", lambda *sizes: iter([launch]))
+    make_problem(**CASES[case]).check("triton", torch.float32, from_lse=True)
+
+
 @pytest.mark.parametrize("case", ["63-text", "heads-text"])
 def test_poison_in_padding_reaches_nothing(make_problem, case):
     problem = make_problem(**CASES[case])
