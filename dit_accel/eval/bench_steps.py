@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch.nn.attention import sdpa_kernel
 
-from dit_accel.accelerator import Accelerator, find_transformers
+from dit_accel.accelerator import Accelerator
 from dit_accel.errors import DitAccelError
 from dit_accel.eval.bench import DENSE, DENSE_BACKENDS, Bench, Outcome, make_problem, outcome_of
 from dit_accel.eval.bench_models import Model, Step
@@ -29,6 +29,7 @@ from dit_accel.eval.timing import alternate, quantiles
 from dit_accel.kernels.block_sparse.api import Impl
 from dit_accel.pipelines.family import Call as FamilyCall
 from dit_accel.pipelines.family import Memory
+from dit_accel.pipelines.targets import find_transformers
 from dit_accel.plans import Plan
 from dit_accel.registry import Method, get_method, make_config
 from dit_accel.report import Report
