@@ -145,7 +145,8 @@ class Loaded:
             "height": job.shape[1],
             "width": job.shape[2],
         }
-        arguments = call.call_arguments(pipe, sources.call_defaults(job.source), given, request.pipe or ())
+        own = sources.call_defaults(job.source) | job.chosen.call
+        arguments = call.call_arguments(pipe, own, given, request.pipe or ())
         grid = job.grid
         if grid.text:
             grid = dataclasses.replace(grid, text=arguments.get("max_sequence_length", grid.text))

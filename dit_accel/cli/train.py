@@ -110,7 +110,7 @@ def train(
     given |= {name: value for name, value in named.items() if value is not None}
     if search is not None:
         given.setdefault("objectives", {"flow": 1.0})
-        given.setdefault("config", next(iter(_candidates(given, candidate or [])), {}))
+        given["config"] = given.get("config") or next(iter(_candidates(given, candidate or [])), {})
     chosen = {"source": data, "frames": frames, "height": height, "width": width, "count": count}
     chosen["prompts"] = None if prompts is None else str(prompts)
     source = dict(base.data if base else {}) | {name: value for name, value in chosen.items() if value is not None}

@@ -31,6 +31,7 @@ class Choice:
         folder: of the saved accelerator that all this was read from; None if it was typed.
         layers: the settings of each layer, where a saved accelerator has them; `config` is then empty.
         selfcheck: compare the first sparse call with dense attention.
+        call: arguments of the pipeline's call that a fine-tuning was made for, such as fewer steps.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Choice:
     folder: Path | None = None
     layers: LayerSettings | None = None
     selfcheck: SelfCheck = dataclasses.field(default_factory=SelfCheck)
+    call: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def title(self) -> str:
@@ -130,9 +132,10 @@ def choose(
         )
     if not load.is_dir():
         raise DitAccelError(f"--load {load}: there is no such folder; give one that Accelerator.save_pretrained wrote.")
-    saved = checkpoint.read(load).settings
+    found = checkpoint.read(load)
+    saved, call = found.settings, {} if found.trained is None else found.trained["call"]
     layers = None if saved["layers"] is None else layerwise.from_dict(saved["method"], saved["layers"])
-    return Choice(saved["method"], saved["config"], Schedule(**saved["schedule"]), load, layers)
+    return Choice(saved["method"], saved["config"], Schedule(**saved["schedule"]), load, layers, call=call)
 
 
 def value_text(value: object) -> str:

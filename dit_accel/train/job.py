@@ -77,6 +77,10 @@ class DataSettings:
                 f"There is no training data {self.source}: give a folder (prepared, or captioned media), {GENERATED!r} "
                 f"with --prompts FILE, or {CLIPS!r} for the demo's own clips."
             )
+        elif self.source != CLIPS and not self.prepared:
+            from dit_accel.train.prepare import find_captioned
+
+            find_captioned(pathlib.Path(self.source))
 
     def read_prompts(self) -> list[str]:
         """The prompts, one of each line that is not empty.

@@ -1,0 +1,102 @@
+"""`dit-accel train` from the command line: data, training, loading what it made; and what it refuses."""
+
+import json
+
+import pytest
+
+SIZE = ("--frames", "5", "--height", "32", "--width", "48")
+METHOD = ("--method", "sla:topk=0.3", "--set", "block=16")
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate():
+    """Every run has accelerate's process-wide state to itself."""
+    from accelerate.state import AcceleratorState, GradientState
+
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+def test_prepare_train_and_generate(cli, demo, tmp_path):
+    data, folder = tmp_path / "prepared", tmp_path / "trained"
+    made = cli("train", "--data", "clips", "--count", 3, *SIZE, *METHOD, "--prepare", "--output", data)
+    assert made.status == 0 and "3 samples" in made.out
+    options = ("--steps", 2, "--batch", 2, "--rank", 2, "--option", "ema=0.5", "--option", "levels.shift=3")
+    sampled = ("--prompt", "a red circle", "--validate-every", 2)
+    done = cli("train", "--data", data / "data", *SIZE, *METHOD, *options, *sampled, "--output", folder)
+    assert done.status == 0, done.err
+    assert f"dit-accel generate --model demo --load {folder}" in done.out
+    assert (folder / "validation" / "step-00000002" / "00.mp4").is_file()
+    settings = json.loads((folder / "accelerator.json").read_text())
+    assert settings["method"] == "sla" and settings["trained"]["model"] == "demo"
+    shown = cli("generate", *SIZE, "--steps", 1, "--load", folder, "--output", tmp_path / "a.mp4")
+    assert shown.status == 0 and "sla(topk=0.3" in shown.out
+
+
+def test_a_distilled_model_is_sampled_in_its_steps(cli, demo, tmp_path):
+    options = ("--method", "dense", "--objective", "consistency", "--option", "distillation.segments=2")
+    options += ("--option", "distillation.teacher_steps=4", "--steps", 1, "--rank", 2)
+    trained = cli("train", "--data", "clips", "--count", 2, *SIZE, *options, "--output", tmp_path / "few")
+    assert trained.status == 0, trained.err
+    shown = cli("generate", *SIZE, "--load", tmp_path / "few", "--output", tmp_path / "a.mp4")
+    assert shown.status == 0
+    record = json.loads((tmp_path / "a.json").read_text())
+    assert (record["call"]["num_inference_steps"], record["call"]["guidance_scale"]) == (2, 1.0)
+
+
+def test_generated_data_and_a_layer_search(cli, demo, tmp_path):
+    (tmp_path / "prompts.txt").write_text("a red circle\n\na blue square\n")
+    found = tmp_path / "schedule.json"
+    candidates = ("--candidate", "window=3", "--candidate", "window=1", "--budget", 0.4)
+    data = ("--data", "generated", "--prompts", tmp_path / "prompts.txt", *SIZE)
+    done = cli("train", *data, "--search", found, "--method", "gna", *candidates, "--output", tmp_path / "run")
+    assert done.status == 0, done.err
+    content = json.loads(found.read_text())
+    assert content["search"]["density"] <= 0.4 and len(content["layers"]["transformer"]) == 2
+    assert len(json.loads((tmp_path / "run" / "data" / "dataset.json").read_text())["samples"]) == 2
+
+
+@pytest.fixture
+def refused(cli, tmp_path):
+    def run(*arguments) -> str:
+        before = sorted(tmp_path.rglob("*"))
+        outcome = cli("train", *arguments, "--output", tmp_path / "out")
+        assert outcome.status == 2 and outcome.out == "", outcome
+        (line,) = [line for line in outcome.err.splitlines() if line.startswith("dit-accel: error: ")]
+        assert sorted(tmp_path.rglob("*")) == before, "something was written"
+        return line.removeprefix("dit-accel: error: ")
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--recipe", "sla-dem"), "Did you mean 'sla-demo'"),
+        (("--method", "slaa"), "Did you mean 'sla'"),
+        ((*METHOD,), "need prompts"),
+        ((*METHOD, "--data", "nowhere"), "There is no training data nowhere"),
+        ((*METHOD, "--data", "clips", "--frames", "4"), "the nearest are 3 and 5"),
+        ((*METHOD, "--data", "clips", "--height", "33"), "the nearest are 32 and 40"),
+        ((*METHOD, "--data", "clips", "--objective", "flow=x"), "NAME=WEIGHT"),
+        ((*METHOD, "--data", "clips", "--objective", "flo"), "Did you mean 'flow'"),
+        ((*METHOD, "--data", "clips", "--option", "emma=1"), "Did you mean 'ema'"),
+        ((*METHOD, "--data", "clips", "--option", "ema"), "KEY=VALUE"),
+        ((*METHOD, "--data", "clips", "--rate", "-1"), "rate > 0"),
+        ((*METHOD, "--data", "clips", "--model", "./none"), "There is no model folder"),
+        (("--data", "clips", "--method", "dense"), "its own teacher"),
+        (("--recipe", "radial-wan2.1-14b-2x"), "your own captioned videos"),
+        (("--data", "clips", "--search", "a.json", "--method", "gna", "--candidate", "window=3"), "--threshold"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+)
+def test_refused(refused, demo, options, message):
+    assert message in refused(*options)
+
+
+def test_empty_folders_and_prompts(refused, demo, tmp_path):
+    (tmp_path / "media").mkdir()
+    (tmp_path / "none.txt").write_text("\n")
+    assert "holds no prompt" in refused(*METHOD, "--prompts", tmp_path / "none.txt")
+    assert "holds no image or video" in refused(*METHOD, "--data", tmp_path / "media", *SIZE)
