@@ -20,6 +20,7 @@ import torch
 from PIL import Image
 
 import dit_accel
+from dit_accel.adapters import fingerprint
 from dit_accel.eval.provenance import provenance
 from dit_accel.eval.psnr import psnr
 from dit_accel.pipelines.demo import load_demo
@@ -78,7 +79,7 @@ RUNS = {
             "method": "dense",
             "objectives": {"consistency": 1.0},
             "distillation": {"segments": 4, "teacher_steps": 16, "guidance": 5.0},
-            "steps": 200,
+            "steps": 160,
         },
         tuned=(4, 1.0),
     ),
@@ -145,9 +146,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("run", choices=RUNS)
     parser.add_argument("--work", type=pathlib.Path, required=True)
+    parser.add_argument("--output", type=pathlib.Path, default=RESULTS)
     parser.add_argument("--prompts", type=int, default=16)
     options = parser.parse_args()
-    run, work = RUNS[options.run], options.work / options.run
+    mark = fingerprint(load_demo().transformer)
+    cache = options.work / mark[:8]  # other weights of the demo share nothing with these
+    run, work = RUNS[options.run], cache / options.run
     settings = make({**COMMON, **run.train})
     name = "x".join(map(str, run.size.values()))
 
@@ -162,7 +166,7 @@ def main() -> None:
         lambda pipe: dit_accel.accelerate(pipe, settings.method, **settings.config)
     )  # fmt: skip
     count = min(options.prompts, run.prompts)
-    dense = cached(options.work / f"dense-{name}-{count}.npy", lambda: generate(run, *run.dense, count, lambda p: None))
+    dense = cached(cache / f"dense-{name}-{count}.npy", lambda: generate(run, *run.dense, count, lambda p: None))
     untuned = cached(work / f"untuned-{count}.npy", lambda: generate(run, *run.tuned, count, method))
     tuned = cached(
         work / f"tuned-{count}.npy",
@@ -172,6 +176,7 @@ def main() -> None:
     losses = [json.loads(line)["loss"] for line in (work / "trained" / "losses.jsonl").read_text().splitlines()]
     row = {
         "op": "train-demo",
+        "weights": mark,
         "run": options.run,
         "size": name,
         "prompts": count,
@@ -184,7 +189,7 @@ def main() -> None:
         **provenance(torch.device("cpu")),
     }
     print(json.dumps(row, indent=1))
-    with RESULTS.open("a", encoding="utf-8") as file:
+    with options.output.open("a", encoding="utf-8") as file:
         file.write(json.dumps(row) + "\n")
 
 
