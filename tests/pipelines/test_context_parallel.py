@@ -20,8 +20,13 @@ WORKER = pathlib.Path(__file__).with_name("context_parallel_worker.py")
 WINDOW = {"window": (3, 5, 4)}
 
 
+# Diffusers 0.42.1 shares out LTX-2's video but not the positions of the attention between video and audio, and fails.
+NOT_IN_DIFFUSERS = {"ltx2:2.0", "ltx2:2.3"}
+
+
 def shared_models():
-    return [tiny for tiny in all_models() if type(tiny.shared)._cp_plan is not None]
+    declared = [tiny for tiny in all_models() if type(tiny.shared)._cp_plan is not None]
+    return [tiny for tiny in declared if str(tiny) not in NOT_IN_DIFFUSERS]
 
 
 def methods(tiny):
@@ -55,7 +60,10 @@ def results_of(ranks, folder):
 def assert_equal_to_one_process(results):
     """Every case within the error of one process against fp64, which is small, so that nothing can hide in it."""
     for found in results:
+        assert {case.removesuffix("/dense") for case in found if "diffusers" in found[case]} <= NOT_IN_DIFFUSERS
         for case, result in found.items():
+            if "diffusers" in result:
+                continue
             if "identical" in result:
                 assert result["identical"], case
                 continue
