@@ -1,6 +1,7 @@
 # make demo   two videos of one prompt and seed, dense and accelerated, with times and likeness
 # make test   the test suite          make check   lint, types, layout
 # make kernels  every Triton kernel compiled for five architectures, no GPU needed, as JSON rows
+# make support  the table of what is tested together (dit_accel/pipelines/SUPPORT.md), from the tests' results
 # make bench  the attention methods against dense attention on this machine, as JSON rows
 # make eval   quality and speed of all methods on the embedded model: report, table and picture
 # make        this list
@@ -18,7 +19,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check kernels bench eval clean
+.PHONY: help install demo test check support kernels bench eval clean
 
 help:
 	@sed -n '1,/^$$/s/^# //p' Makefile
@@ -48,6 +49,11 @@ test: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not timing' -n auto $(PYTEST_FLAGS) || status=$$?; \
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto $(INTERPRETED) || status=$$?; \
 	exit $$status
+
+# The tests that the table of families, methods and what they go with stands on, and the table.
+support: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --junitxml=$(OUTPUT)/support.xml tests/pipelines tests/test_accelerator.py
+	$(BIN)/python tests/support_table.py $(OUTPUT)/support.xml
 
 kernels: $(INSTALLED)
 	$(BIN)/python -m dit_accel.kernels.ahead_of_time

@@ -213,7 +213,9 @@ class Engine:
             learned = None
             if self._method.module is not None and layer.dense_reason is None:
                 learned = self._method.module(self._family.head_dim(layer.attention), layer.config)
-                learned.to(next(layer.attention.parameters()).device)
+                device = next(layer.attention.parameters()).device
+                if device.type != "meta":  # as offloaded weights are between calls
+                    learned.to(device)
             state = self._dense_state if layer.dense_reason is not None else self._states[layer.kind]
             layer.attach(state, learned, self._family)
         # Compiled transformers run their hooks outside the graph, but with Dynamo watching: the first hook is traced,

@@ -6,24 +6,14 @@ import pathlib
 import shutil
 
 import pytest
+from support_table import COLUMNS, checks_of
 
 # Before anything imports a Hugging Face library: no test asks the network for a model.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 ROOT = pathlib.Path(__file__).parent.parent
 EVIDENCE = pytest.StashKey[bool]()
-# Columns of the support table.
-COLUMNS = (
-    "equals masked reference",
-    "dense is bit-identical",
-    "removable",
-    "compile",
-    "LoRA",
-    "offload",
-    "cache",
-    "CFG",
-    "context parallel",
-)
+COLLECTED = pytest.StashKey[list]()
 
 
 @pytest.fixture(scope="session")
@@ -32,14 +22,22 @@ def root() -> pathlib.Path:
     return ROOT
 
 
-def pytest_collection_modifyitems(items):
+@pytest.hookimpl(tryfirst=True)  # before any test is deselected
+def pytest_collection_modifyitems(config, items):
     import torch
 
+    config.stash[COLLECTED] = list(items)
     if torch.cuda.is_available():
         return
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture
+def collected(request):
+    """Every collected test, those that are not to run too."""
+    return request.config.stash[COLLECTED]
 
 
 @pytest.fixture
@@ -67,15 +65,6 @@ def pytest_runtest_call(item):
         assert column not in COLUMNS or item.stash.get(EVIDENCE, False), "no report was given to `evidence`"
         item.user_properties.append(("check", f"{family}/{method}/{column}"))
     return result
-
-
-def checks_of(item):
-    """Family, method and column of each marker `check` of a test."""
-    parameters = item.callspec.params if hasattr(item, "callspec") else {}
-    for marker in item.iter_markers("check"):
-        family = marker.kwargs["family"] if "family" in marker.kwargs else parameters["tiny"].family
-        method = marker.kwargs["method"] if "method" in marker.kwargs else parameters["method"]
-        yield family, method, marker.args[0]
 
 
 # The small models and their calls with the sizes a test asks for; see `pipelines/tiny_models.py`.

@@ -15,13 +15,14 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+from dit_accel.block_plan import BlockPlan
 from dit_accel.errors import DitAccelError
 from dit_accel.kernels.block_sparse.api import Impl
 from dit_accel.kernels.sla.api import route
 from dit_accel.kernels.sla.features import EPSILON, apply_map
 from dit_accel.methods.sla import SlaPlan, SparseLinearAttention
 from dit_accel.order import TokenOrder
-from dit_accel.plans import BlockPlan, MaskPlan, Plan
+from dit_accel.plans import MaskPlan, Plan
 from dit_accel.tokens import TokenGrid
 
 # Pairs of a head that are computed exactly: a few hundred queries of a long video, 1,024 of 8,192 tokens. The largest

@@ -13,9 +13,10 @@ from typing import ClassVar, Literal, get_args
 
 import torch
 
+from dit_accel.block_plan import BlockPlan
 from dit_accel.errors import DitAccelError
 from dit_accel.masks import Band, Mask, prefix_sums
-from dit_accel.plans import BlockPlan, MaskPlan, Plan
+from dit_accel.plans import MaskPlan, Plan
 from dit_accel.registry import Method
 from dit_accel.tokens import TokenGrid
 

@@ -104,6 +104,24 @@ class Routing(NamedTuple):
     linear: BlockMask
 
 
+class Projection(nn.Module):
+    """A head_dim x head_dim linear layer whose weights a kernel applies: calling it gives them.
+
+    It is a module and is called, so that whoever moves or gathers weights around a module's call (offloading, FSDP)
+    reaches these; and no `nn.Linear`, so that casting and adapters for linear layers leave it alone.
+    """
+
+    def __init__(self, head_dim: int) -> None:
+        super().__init__()
+        self.in_features = head_dim
+        self.weight = nn.Parameter(torch.zeros(head_dim, head_dim, dtype=torch.float32))
+        self.bias = nn.Parameter(torch.zeros(head_dim, dtype=torch.float32))
+
+    def forward(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """Weight and bias on `device`: views, which stay valid when the parameters are moved after the call."""
+        return self.weight.view_as(self.weight).to(device), self.bias.view_as(self.bias).to(device)
+
+
 class SparseLinearAttention(nn.Module):
     """SLA with its learned projection, one head_dim x head_dim linear layer shared by all heads.
 
@@ -124,9 +142,7 @@ class SparseLinearAttention(nn.Module):
     def __init__(self, head_dim: int, **config: Any) -> None:
         super().__init__()
         self.config = Config(**config)
-        self.proj = nn.Linear(head_dim, head_dim, dtype=torch.float32)
-        nn.init.zeros_(self.proj.weight)
-        nn.init.zeros_(self.proj.bias)
+        self.proj = Projection(head_dim)
 
     def forward(
         self,
@@ -160,9 +176,9 @@ class SparseLinearAttention(nn.Module):
                 "build SparseLinearAttention with the model's head_dim."
             )
         order = _order(self.config, self._grid(q, grid))
+        weight, bias = self.proj(q.device)
         return _attend(
-            self.config, order, q, k, v,
-            text_lens=text_lens, scale=scale, impl=impl, weight=self.proj.weight, bias=self.proj.bias,
+            self.config, order, q, k, v, text_lens=text_lens, scale=scale, impl=impl, weight=weight, bias=bias
         )  # fmt: skip
 
     @torch.no_grad()
@@ -279,7 +295,7 @@ class SlaPlan(Plan):
         """See `Plan.attend`. Without a `module` the projection is zero, and the linear branch is left out."""
         if module is not None and not isinstance(module, SparseLinearAttention):
             raise DitAccelError(f"sla takes a SparseLinearAttention as its module, got {type(module).__name__}.")
-        weight, bias = (None, None) if module is None else (module.proj.weight, module.proj.bias)
+        weight, bias = (None, None) if module is None else module.proj(q.device)
         return _attend(
             self.config, self.order, q, k, v, text_lens=text_lens, scale=scale, impl=impl, weight=weight, bias=bias
         )

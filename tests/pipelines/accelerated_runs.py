@@ -1,0 +1,63 @@
+"""Tiny models with every method, for tests of what acceleration goes together with."""
+
+import copy
+
+import pytest
+import torch
+from tiny_models import all_models, run
+
+import dit_accel
+
+SLA = ("sla", {"topk": 0.35, "block": 16})
+VIDEO = (("gna", {"window": (3, 5, 4)}), ("radial", {"decay": 0.2, "sink": False}), ("tile", {"references": 1}), SLA)
+IMAGE = (("gna", {"window": (1, 5, 4)}), SLA)
+FIRST = list({tiny.family: tiny for tiny in reversed(all_models())}.values())[::-1]
+GRADED = ("wan:t2v", "flux:t2i", "qwen_image:t2i", "hunyuan_video:t2v")
+
+
+def settings(tiny):
+    return VIDEO if tiny.video else IMAGE
+
+
+def each(models=FIRST):
+    """Every method of these models."""
+    runs = [
+        pytest.param(tiny, method, config, id=f"{tiny}-{method}")
+        for tiny in models
+        for method, config in settings(tiny)
+    ]
+    return pytest.mark.parametrize(("tiny", "method", "config"), runs)
+
+
+def graded():
+    """Models without text, with text first, with masked text in the middle, with masked text last."""
+    return [tiny for tiny in all_models() if str(tiny) in GRADED]
+
+
+def train(accel):
+    """Give learned weights some value: at zero, nobody would see them."""
+    generator = torch.Generator().manual_seed(3)
+    for module in accel.learned_weights().values():
+        for parameter in module.parameters():
+            parameter.data = torch.randn(parameter.shape, generator=generator).to(parameter)
+
+
+def accelerated(transformer, inputs, method, config, **arguments):
+    """Output and report."""
+    with dit_accel.accelerated(transformer, method, **config, **arguments) as accel:
+        train(accel)
+        return run(transformer, inputs), accel.report()
+
+
+def plain_and_exact(transformer, tiny, method, config):
+    double = copy.deepcopy(transformer).double()
+    plain, _ = accelerated(transformer, tiny.call(), method, config)
+    exact, _ = accelerated(double, tiny.call(dtype=torch.float64), method, config)
+    return plain, exact
+
+
+def each_graded(condition=lambda tiny: True):
+    """One method of each representative model, another one for each."""
+    chosen = [tiny for tiny in graded() if condition(tiny)]
+    runs = [pytest.param(tiny, *settings(tiny)[i % len(settings(tiny))], id=str(tiny)) for i, tiny in enumerate(chosen)]
+    return pytest.mark.parametrize(("tiny", "method", "config"), runs)
