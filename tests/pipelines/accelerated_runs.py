@@ -29,11 +29,6 @@ def each(models=FIRST):
     return pytest.mark.parametrize(("tiny", "method", "config"), runs)
 
 
-def graded():
-    """Models without text, with text first, with masked text in the middle, with masked text last."""
-    return [tiny for tiny in all_models() if str(tiny) in GRADED]
-
-
 def train(accel):
     """Give learned weights some value: at zero, nobody would see them."""
     generator = torch.Generator().manual_seed(3)
@@ -56,8 +51,11 @@ def plain_and_exact(transformer, tiny, method, config):
     return plain, exact
 
 
-def each_graded(condition=lambda tiny: True):
-    """One method of each representative model, another one for each."""
-    chosen = [tiny for tiny in graded() if condition(tiny)]
+def each_graded():
+    """One method of each representative model, another one for each.
+
+    Without text, with text first, with masked text in the middle, with masked text last.
+    """
+    chosen = [tiny for tiny in all_models() if str(tiny) in GRADED]
     runs = [pytest.param(tiny, *settings(tiny)[i % len(settings(tiny))], id=str(tiny)) for i, tiny in enumerate(chosen)]
     return pytest.mark.parametrize(("tiny", "method", "config"), runs)

@@ -40,6 +40,14 @@ def test_dense_steps_and_layers_are_the_models_own_code(tiny, method, config, ev
     assert torch.equal(run(tiny.shared, tiny.call()), tiny.dense)
 
 
+# Their first class takes no adapter in Diffusers; built here, to be found when that changes.
+WITHOUT_ADAPTERS = ("allegro", "cogview", "easyanimate", "joyimage", "pixart")
+
+
+def test_the_classes_without_adapters_have_none():
+    assert not [t.family for t in FIRST if t.family in WITHOUT_ADAPTERS and hasattr(t.shared, "add_adapter")]
+
+
 def lora_of(tiny):
     """An adapter on every linear layer of the self-attention modules."""
     names = [
@@ -62,7 +70,7 @@ def add_lora(transformer, tiny):
 
 
 @pytest.mark.check("LoRA")
-@each([tiny for tiny in FIRST if hasattr(tiny.shared, "add_adapter")])
+@each([tiny for tiny in FIRST if tiny.doubles and tiny.family not in WITHOUT_ADAPTERS])
 def test_adapters(tiny, method, config, evidence):
     """Loaded before and after, fused and unfused, against the model whose weights hold the adapter's product."""
     merged = add_lora(tiny.build(), tiny)
@@ -144,7 +152,7 @@ def sample_of(inputs, index):
 
 
 @pytest.mark.check("CFG")
-@each()
+@each([tiny for tiny in FIRST if tiny.doubles])  # the others leave nothing to derive a tolerance from
 def test_guidance_in_a_batch_equals_guidance_in_turn(tiny, method, config, evidence):
     """Two samples with texts of different length at once, and one after the other, all counted in the report."""
     with dit_accel.accelerated(tiny.shared, method, **config) as accel:
@@ -188,7 +196,7 @@ def test_layerwise_casting(tiny, method, config):
         assert all(p.dtype == torch.float32 for m in accel.learned_weights().values() for p in m.parameters())
 
 
-@each_graded(lambda tiny: hasattr(tiny.shared, "fuse_qkv_projections"))
+@each_graded()
 def test_fused_projections(tiny, method, config):
     """Before and after: the same attention from one matrix product in place of three."""
     plain, exact = plain_and_exact(tiny.build(), tiny, method, config)
@@ -213,7 +221,7 @@ def global_backend():
     _AttentionBackendRegistry.set_active_backend(active)
 
 
-@each_graded(lambda tiny: hasattr(tiny.shared, "set_attention_backend"))
+@each_graded()
 def test_attention_backends(tiny, method, config, global_backend):
     """Sparse calls are ours whatever the back end; dense calls and other attention take it, set before or after."""
     plain, exact = plain_and_exact(tiny.build(), tiny, method, config)

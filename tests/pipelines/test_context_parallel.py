@@ -24,9 +24,16 @@ WINDOW = {"window": (3, 5, 4)}
 NOT_IN_DIFFUSERS = {"ltx2:2.0", "ltx2:2.3"}
 
 
+SHARED = {"flux:t2i", "flux:kontext", "flux2:t2i", "flux2:edit", "ltx:t2v", "qwen_image:t2i", "qwen_image:edit"}
+SHARED |= {"wan:t2v", "wan:chronoedit"}
+
+
 def shared_models():
-    declared = [tiny for tiny in all_models() if type(tiny.shared)._cp_plan is not None]
-    return [tiny for tiny in declared if str(tiny) not in NOT_IN_DIFFUSERS]
+    return [tiny for tiny in all_models() if str(tiny) in SHARED]
+
+
+def test_every_class_with_a_plan_is_here():
+    assert {str(tiny) for tiny in all_models() if type(tiny.shared)._cp_plan is not None} == SHARED | NOT_IN_DIFFUSERS
 
 
 def methods(tiny):
