@@ -25,7 +25,6 @@ from dit_accel.report import Report
 from dit_accel.schedule import Amount, Schedule
 from dit_accel.selfcheck import AttentionCall, SelfCheck, Verify
 from dit_accel.steps import StepClock
-from dit_accel.targets import find_transformers
 
 _ACTIVE: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Accelerator]] = weakref.WeakKeyDictionary()
 

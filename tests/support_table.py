@@ -75,7 +75,8 @@ def read_table(text: str) -> Cells:
     """The marked cells of a table."""
     cells: Cells = {}
     for line in text.splitlines():
-        family, method, *marks = [part.strip() for part in line.strip("|").split("|")]
+        family, *marks = [part.strip() for part in line.removeprefix("|").removesuffix("|").split("|")]
+        method = marks.pop(0) if marks else ""
         if method.startswith("`"):
             cells |= {
                 (family, method.strip("`"), column): True
