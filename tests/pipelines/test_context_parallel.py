@@ -103,7 +103,7 @@ def test_four_processes(tmp_path):
     results = results_of(4, tmp_path)
     assert_equal_to_one_process(results)
     assert all(
-        {"odd heads/gna", "joint/gna", "joint/sla", "gradients", "compiled"} <= found.keys() for found in results
+        {"odd heads/gna", "joint/gna", "joint/sla", "gradients", "dense step"} <= found.keys() for found in results
     )
 
 
