@@ -9,6 +9,7 @@ import torch
 
 # Shared memory that one program may use, by compute capability (CUDA C++ Programming Guide, table of capabilities).
 SHARED_BYTES = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
+BIG = (80, 90, 100, 103)  # data-center chips
 KERNELS = ("forward", "dq", "dkdv")
 BLOCKS = ((64, 64), (128, 64), (128, 128))  # queries x keys that are compiled ahead of time and tuned
 HEAD_DIMS = (64, 128)  # others are padded in registers to the next power of two
@@ -46,14 +47,15 @@ def launches(kernel: str, block_q: int, block_k: int, block_d: int, capability: 
     An fp32 accumulator of a block's rows x block_d lives in registers, beside the scores of a step and their weights.
     9.0 and 10.0 multiply out of shared memory; elsewhere each warp holds the step's rows in registers too, so that a
     step is half as large, as it is in the backward kernels, which hold a second product. A loop hides a tile's latency
-    behind as many in flight as shared memory holds; on 12.0 more than two cost registers that are not there.
+    behind as many in flight as shared memory holds; on 12.0 more than two cost registers that are not there. Off the
+    data-center chips 4 warps spill even at 64 x 64.
     """
     own, listed = (block_k, block_q) if kernel == "dkdv" else (block_q, block_k)
-    from_shared_memory = capability in (90, 100)
+    from_shared_memory = capability // 10 in (9, 10)
     elements = 64 * 128 if kernel == "forward" and from_shared_memory else 64 * 64
-    warps = 8 if own * block_d > 64 * 64 or capability == 120 else 4
+    warps = 8 if own * block_d > 64 * 64 or capability not in BIG else 4
     step = min(listed, 64, max(16, elements // block_d))
-    most = 4 if kernel == "forward" and capability != 120 else 2
+    most = 4 if kernel == "forward" and capability // 10 != 12 else 2
     yield from (Launch(warps, stages, step) for stages in range(most, 0, -1))
 
 
@@ -70,8 +72,8 @@ def shared_bytes(kernel: str, launch: Launch, block_q: int, block_k: int, block_
 def fitting(kernel: str, block_q: int, block_k: int, block_d: int, itemsize: int, capability: int) -> list[Launch]:
     """The candidates that are tried on a compute capability (90 for 9.0): the best that its shared memory holds.
 
-    Two for the forward kernel and one for the others, so that tuning and ahead-of-time compilation stay short. Empty if
-    none fits.
+    Two for the forward kernel (one on 12.0, where the second spills) and one for the others, so that tuning and
+    ahead-of-time compilation stay short. Empty if none fits.
     """
     limit = SHARED_BYTES.get(capability, min(SHARED_BYTES.values()))
     fit = [
@@ -79,4 +81,4 @@ def fitting(kernel: str, block_q: int, block_k: int, block_d: int, itemsize: int
         for launch in launches(kernel, block_q, block_k, block_d, capability)
         if shared_bytes(kernel, launch, block_q, block_k, block_d, itemsize) <= limit
     ]
-    return fit[: 2 if kernel == "forward" else 1]
+    return fit[: 2 if kernel == "forward" and capability // 10 != 12 else 1]
