@@ -46,15 +46,17 @@ def launches(kernel: str, block_q: int, block_k: int, block_d: int, capability: 
 
     An fp32 accumulator of a block's rows x block_d lives in registers, beside the scores of a step and their weights.
     9.0 and 10.0 multiply out of shared memory; elsewhere each warp holds the step's rows in registers too, so that a
-    step is half as large, as it is for dq, which holds a second product. dk and dv are two accumulators. A loop hides a tile's latency
-    behind as many in flight as shared memory holds; on 12.0 more than two cost registers that are not there. Off the
-    data-center chips 4 warps spill even at 64 x 64.
+    step is half as large, as it is for dq, which holds a second product, and smaller yet for the two accumulators of dk
+    and dv. A loop hides a tile's latency behind as many in flight as shared memory holds; on 12.0 more than two cost
+    registers that are not there. Off the data-center chips 4 warps spill even at 64 x 64.
     """
     own, listed = (block_k, block_q) if kernel == "dkdv" else (block_q, block_k)
-    from_shared_memory = capability // 10 in (9, 10)
-    elements = 64 * 128 if kernel == "forward" and from_shared_memory else 64 * 64
     warps = 8 if own * block_d > 64 * 64 or capability not in BIG else 4
-    step = elements // block_d if kernel != "dkdv" else 32 if own * block_d <= 64 * 128 else 16
+    if kernel == "dkdv":
+        step = 32 if own * block_d <= 64 * 128 else 16
+    else:
+        from_shared_memory = kernel == "forward" and capability // 10 in (9, 10)
+        step = (64 * 128 if from_shared_memory else 64 * 64) // block_d
     step = min(listed, 64, max(16, step))
     most = 4 if kernel == "forward" and capability // 10 != 12 else 2
     yield from (Launch(warps, stages, step) for stages in range(most, 0, -1))
