@@ -90,7 +90,7 @@ def test_equals_masked_attention(tiny, method, config, whole, evidence):
         evidence(report)
 
     plain, exact = plain_and_exact(tiny, static_pairs(plan.token_mask(), tiny.rows, visual.token_mask()))
-    assert_no_worse(ours, plain, exact)
+    assert_no_worse(ours, plain, exact, tiny.coarsest)
     assert (ours - tiny.dense).abs().max() > 100 * (ours - plain).abs().max(), "the mask makes no difference here"
 
 
@@ -102,7 +102,7 @@ def test_untrained_sla_equals_masked_attention_on_its_critical_blocks(tiny, evid
     assert {layer.sparse_calls for layer in accel.report().layers} == {1}
     evidence(accel.report())
     plain, exact = plain_and_exact(tiny, critical_pairs(tiny.grid, SLA, tiny.rows))
-    assert_no_worse(ours, plain, exact)
+    assert_no_worse(ours, plain, exact, tiny.coarsest)
     assert (ours - tiny.dense).abs().max() > 100 * (ours - plain).abs().max(), "the routing makes no difference here"
 
 
@@ -114,7 +114,7 @@ def test_keeping_every_pair_equals_dense(tiny, method, config):
         ours = run(tiny.shared, tiny.call())
     assert {layer.density for layer in accel.report().layers} == {1.0}
     _, exact = plain_and_exact(tiny, lambda q, k, v: torch.ones(1, 1, dtype=torch.bool))
-    assert_no_worse(ours, tiny.dense, exact)
+    assert_no_worse(ours, tiny.dense, exact, tiny.coarsest)
 
 
 @pytest.mark.check("removable")

@@ -35,8 +35,8 @@ class TinyModel:
         compiles: "whole" if the stock model compiles as one graph; "blocks" if only `compile_repeated_blocks` does;
             "no" if neither does.
         rows: int64 [2, tokens], as `Layout.rows`.
-        doubles: whether the stock model runs in float64; if not, `shared_double` is in float32 too, and the attention
-            that it is given is exact alone.
+        coarsest: what the stock model rounds to inside, whatever its dtype, so that it does not run in float64;
+            `shared_double` is in float32 then, and the attention that it is given is exact alone.
         lengths: tokens of a call of self-attention, the fewest and the most; from `visual` to `tokens` of the grid if
             not given. No other attention in the model (cross-attention, refiners, audio) may have as many.
     """
@@ -49,11 +49,16 @@ class TinyModel:
     text_lens: tuple[int, ...] | None = None
     compiles: str = "whole"
     rows: torch.Tensor | None = None
-    doubles: bool = True
+    coarsest: torch.dtype | None = None
     lengths: tuple[int, int] | None = None
 
     def __str__(self) -> str:
         return f"{self.family}:{self.id}"
+
+    @property
+    def doubles(self) -> bool:
+        """Whether the stock model runs in float64."""
+        return self.coarsest is None
 
     @property
     def video(self) -> bool:
