@@ -21,6 +21,8 @@ from PIL import Image
 
 import dit_accel
 from dit_accel.adapters import fingerprint
+from dit_accel.eval.clip import Clip
+from dit_accel.eval.fid import Fid
 from dit_accel.eval.provenance import provenance
 from dit_accel.eval.psnr import psnr
 from dit_accel.pipelines.demo import load_demo
@@ -124,9 +126,19 @@ def cached(path: pathlib.Path, make_videos: Callable[[], np.ndarray]) -> np.ndar
 
 
 def figures(videos: np.ndarray, dense: np.ndarray) -> dict[str, float]:
-    """Mean PSNR against dense in decibels (100 for identical videos), and the checker's agreement with the prompts."""
+    """Likeness to the dense videos, and the checker's agreement with the prompts.
+
+    PSNR is the mean over videos in decibels, 100 for identical ones; FID is of the embedded CLIP's features of all
+    frames against those of the dense videos.
+    """
     pairs = [[torch.from_numpy(video).movedim(-1, 1) for video in pair] for pair in zip(videos, dense, strict=True)]
     found = {"psnr": float(np.mean([min(psnr(own, wanted), 100.0) for own, wanted in pairs]))}
+    clip = Clip.load("demo")
+    features = [clip.features(torch.from_numpy(own).flatten(0, 1).movedim(-1, 1)) for own in (dense, videos)]
+    distance = Fid(features[0].shape[1])
+    for own, real in zip(features, (True, False), strict=True):
+        distance.update(own, real=real)
+    found["fid[demo-clip]"] = float(distance.compute())
     scenes = fixed_scenes(len(videos))
     return found | summarise([read(video).agrees(scene) for video, scene in zip(videos, scenes, strict=True)])
 

@@ -8,6 +8,7 @@ codec nor text encoder and knows no model family. `prepare.py` makes such folder
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import pathlib
 from collections.abc import Iterable, Iterator, Mapping
@@ -45,7 +46,8 @@ class Sample:
         shapes = {
             name: tuple(value.shape) if isinstance(value, torch.Tensor) else value for name, value in self.call.items()
         }
-        return repr((tuple(self.latents.shape), sorted(shapes.items(), key=lambda item: item[0])))
+        text = repr((tuple(self.latents.shape), sorted(shapes.items(), key=lambda item: item[0])))
+        return hashlib.sha256(text.encode()).hexdigest()
 
 
 def collate(samples: list[Sample]) -> Sample:
@@ -84,7 +86,7 @@ def write(folder: pathlib.Path, samples: Iterable[Sample], negative: Call, about
             own, constants = _split(sample.call)
             key = str(len(rows))
             tensors |= {f"{key}.latents": sample.latents} | {f"{key}.{name}": value for name, value in own.items()}
-            rows.append({"shard": shards, "prompt": sample.prompt, "constants": constants})
+            rows.append({"shard": shards, "kind": sample.kind, "prompt": sample.prompt, "constants": constants})
             if sum(tensor.nbytes for tensor in tensors.values()) >= SHARD_BYTES:
                 _write_shard(folder, shards, tensors)
                 tensors, shards = {}, shards + 1
@@ -140,9 +142,9 @@ class Dataset:
         latents = tensors.pop("latents").float()
         return Sample(latents, row["constants"] | tensors, row["prompt"])
 
-    def prompts(self) -> list[str]:
-        """The prompts of all samples, in order."""
-        return [row["prompt"] for row in self._rows]
+    def kinds(self) -> list[str]:
+        """Of all samples, in order; see `Sample.kind`."""
+        return [row["kind"] for row in self._rows]
 
     def _tensors(self, name: str, prefix: str) -> dict[str, torch.Tensor]:
         from safetensors import SafetensorError, safe_open

@@ -107,10 +107,7 @@ class Trainer:
         self.settings, self.data, self.output, self.base, self.validation = settings, data, output, base, validation
         self.pipe, self.transformer = pipe, find_transformer(pipe)
         self.hf = join(settings, output)
-        samples = [data[i] for i in range(len(data))] if len(data) <= 4096 else None
-        self._samples = samples
-        kinds = [sample.kind for sample in samples] if samples else ["one"] * len(data)
-        self.order = Order(kinds, settings.batch, settings.seed)
+        self.order = Order(data.kinds(), settings.batch, settings.seed)
         first = data[0]
         self.process = process_of(pipe.scheduler, first.latents.shape)
         self.segments = (
@@ -267,8 +264,7 @@ class Trainer:
         return {name: OBJECTIVES[name](student, teacher, target) for name in self.settings.objectives}
 
     def _batch(self, position: int) -> Sample:
-        indices = self.order[position]
-        return collate([self._samples[i] if self._samples else self.data[i] for i in indices])
+        return collate([self.data[i] for i in self.order[position]])
 
     def _check(self, loss: float) -> None:
         if math.isfinite(loss):
