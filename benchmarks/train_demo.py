@@ -63,16 +63,13 @@ class Run:
         return {"num_frames": self.frames, "height": self.height, "width": self.width}
 
 
-TEACHER = {"objectives": {"teacher": 1.0}, "steps": 120}
+TEACHER = {"objectives": {"teacher": 1.0}}
 RUNS = {
-    "sla": Run(9, 64, 64, {"method": "sla", "config": {"topk": 0.1, "block": 32}, **TEACHER}),
-    "sla-tiles": Run(
-        9,
-        64,
-        64,
-        {"method": "sla", "config": {"topk": 0.2, "block": 32, "order": "tile"}, **TEACHER, "steps": 150},
+    "sla": Run(
+        9, 64, 64, {"method": "sla", "config": {"topk": 0.2, "block": 32, "order": "tile"}, **TEACHER, "steps": 150}
     ),
-    "gna": Run(9, 64, 64, {"method": "gna", "config": {"window": (3, 3, 3)}, **TEACHER}),
+    "gna": Run(9, 64, 64, {"method": "gna", "config": {"window": (5, 5, 5)}, **TEACHER, "steps": 150}),
+    "gna-narrow": Run(9, 64, 64, {"method": "gna", "config": {"window": (3, 3, 3)}, **TEACHER, "steps": 120}),
     "consistency": Run(
         9,
         64,
