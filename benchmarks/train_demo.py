@@ -68,6 +68,7 @@ RUNS = {
     "sla": Run(
         9, 64, 64, {"method": "sla", "config": {"topk": 0.2, "block": 32, "order": "tile"}, **TEACHER, "steps": 150}
     ),
+    "tile": Run(9, 64, 64, {"method": "tile", "config": {"references": 1}, **TEACHER, "steps": 150}),
     "gna": Run(9, 64, 64, {"method": "gna", "config": {"window": (5, 5, 5)}, **TEACHER, "steps": 150}),
     "gna-narrow": Run(9, 64, 64, {"method": "gna", "config": {"window": (3, 3, 3)}, **TEACHER, "steps": 120}),
     "consistency": Run(
@@ -151,13 +152,32 @@ def write_sheet(path: pathlib.Path, rows: list[np.ndarray], prompts: int = 4) ->
     Image.fromarray(pixels).resize((2 * pixels.shape[1], 2 * pixels.shape[0]), Image.Resampling.NEAREST).save(path)
 
 
+def table(path: pathlib.Path) -> str:
+    """The rows of a results file as a Markdown table: colour and direction right together, FID, PSNR to dense."""
+    lines = ["| run | | steps, guidance | colour and direction | FID[demo-clip] | PSNR |", "|---|---|---|---|---|---|"]
+    for row in map(json.loads, path.read_text(encoding="utf-8").splitlines()):
+        for kind in ("dense", "untuned", "tuned"):
+            steps, guidance = row["steps and guidance"]["dense" if kind == "dense" else "method"]
+            own = row[kind]
+            shown = "" if kind == "dense" else f"{own['psnr']:.1f} dB"
+            right = f"{round(own['joint'] * row['prompts'])} of {row['prompts']}"
+            name = row["run"] if kind == "dense" else ""
+            lines.append(
+                f"| {name} | {kind} | {steps}, {guidance:g} | {right} | {own['fid[demo-clip]']:.1f} | {shown} |"
+            )
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("run", choices=RUNS)
-    parser.add_argument("--work", type=pathlib.Path, required=True)
+    parser.add_argument("run", choices=[*RUNS, "table"], help="table: measure nothing, print the rows as Markdown")
+    parser.add_argument("--work", type=pathlib.Path, default=pathlib.Path("outputs/train-demo"))
     parser.add_argument("--output", type=pathlib.Path, default=RESULTS)
     parser.add_argument("--prompts", type=int, default=16)
     options = parser.parse_args()
+    if options.run == "table":
+        print(table(options.output))
+        return
     mark = fingerprint(load_demo().transformer)
     cache = options.work / mark[:8]  # other weights of the demo share nothing with these
     run, work = RUNS[options.run], cache / options.run
