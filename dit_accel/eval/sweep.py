@@ -154,7 +154,8 @@ class Sweep:
             print(f"{self.store(entry).path(key)} is missing or damaged; its sample is made again.", file=sys.stderr)
             return False
         if known is None and found is not None and entry.choice is None:
-            self.results.add(found | {"cached": True})
+            # A kill may have come before its line was written: then its times are those of this evaluation too.
+            self.results.add(found | {"cached": not self.references.folder.is_relative_to(self.results.folder)})
             return True
         return known is not None
 

@@ -11,7 +11,7 @@ from dit_accel.generation import output
 SIZE = ("--frames", 5, "--height", 32, "--width", 48, "--steps", 2)
 METRICS = ("--metric", "psnr", "--metric", "ssim", "--metric", "temporal_psnr")
 GNA = "gna:window=0.5"
-TIMES = {"seconds", "denoising_seconds", "seconds_per_step", "attention_seconds", "date", "cached"}
+TIMES = {"seconds", "denoising_seconds", "seconds_per_step", "attention_seconds", "date"}
 
 
 @pytest.fixture
@@ -139,6 +139,17 @@ class TestGoingOn:
         assert "results.jsonl, line 5, is damaged; its sample is made again." in outcome.err
         assert f"{frames} is missing or damaged; its sample is made again." in outcome.err
         assert without_times(results(out)) == without_times(before)
+
+    def test_a_kill_between_frames_and_line_leaves_no_trace(self, evaluate, tmp_path):
+        evaluate("--method", GNA)
+        out = tmp_path / "out"
+        before = results(out)
+        assert before[2]["label"] == "reference"
+        (out / "results.jsonl").write_text("".join((out / "results.jsonl").read_text().splitlines(keepends=True)[:2]))
+        evaluate("--method", GNA)
+        after = results(out)
+        assert after[:3] == before[:3]  # the reference with its times: its frames were whole
+        assert without_times(after) == without_times(before)
 
     def test_dense_outputs_are_shared(self, evaluate, tmp_path):
         cache = ("--cache", tmp_path / "cache")
