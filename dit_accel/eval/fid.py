@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 
-from dit_accel.eval.metrics import Kind, TooFew
+from dit_accel.eval.metric import Kind, TooFew
 
 
 class Given(nn.Module):

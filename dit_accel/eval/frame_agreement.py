@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torchmetrics.functional.regression import cosine_similarity
 
-from dit_accel.eval.metrics import Kind
+from dit_accel.eval.metric import Kind
 
 
 def frame_agreement(images: torch.Tensor) -> float:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from dit_accel.errors import DitAccelError
-from dit_accel.eval.metrics import INCEPTION, require_packages
+from dit_accel.eval.metric import INCEPTION, require_packages
 from dit_accel.generation.sources import first_line
 
 FEATURES = 2048

@@ -8,7 +8,7 @@ import torch
 from torchmetrics.image.kid import KernelInceptionDistance
 
 from dit_accel.eval.fid import Given
-from dit_accel.eval.metrics import Kind, TooFew
+from dit_accel.eval.metric import Kind, TooFew
 
 SUBSET = 1000  # images a subset, as published; smaller sets are taken whole
 SUBSETS = 100

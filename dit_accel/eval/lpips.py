@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from dit_accel.errors import DitAccelError
-from dit_accel.eval.metrics import Kind, require_packages
+from dit_accel.eval.metric import Kind, require_packages
 from dit_accel.generation.sources import first_line
 
 BACKBONE = "alex"  # the variant its authors recommend as a metric

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from dit_accel.eval.metrics import Kind
+from dit_accel.eval.metric import Kind
 
 
 class Layered(Protocol):

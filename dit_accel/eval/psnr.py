@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torchmetrics.functional.image import peak_signal_noise_ratio
 
-from dit_accel.eval.metrics import Kind
+from dit_accel.eval.metric import Kind
 
 
 def psnr(frames: torch.Tensor, reference: torch.Tensor) -> float:

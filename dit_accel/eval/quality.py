@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 from dit_accel.errors import DitAccelError
 from dit_accel.eval import gates, prompts
 from dit_accel.eval.attention import parse_choice
-from dit_accel.eval.metrics import Metric, choose
+from dit_accel.eval.metric import Metric
+from dit_accel.eval.metrics import choose
 from dit_accel.eval.processes import Processes
 from dit_accel.eval.samples import Results, Store
 from dit_accel.eval.summary import FIGURES, Evaluation, Summary, limited, write

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torchmetrics.functional.image import structural_similarity_index_measure
 
-from dit_accel.eval.metrics import Kind
+from dit_accel.eval.metric import Kind
 
 
 def ssim(frames: torch.Tensor, reference: torch.Tensor) -> float:

@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from dit_accel.errors import DitAccelError
-from dit_accel.eval.metrics import Metric
+from dit_accel.eval.metric import Metric
 from dit_accel.eval.processes import Processes
 from dit_accel.eval.provenance import commit
 from dit_accel.eval.report import write_report

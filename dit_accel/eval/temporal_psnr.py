@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from dit_accel.eval.metrics import Kind
+from dit_accel.eval.metric import Kind
 from dit_accel.eval.psnr import psnr
 
 

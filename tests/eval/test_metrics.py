@@ -16,7 +16,7 @@ from dit_accel.eval.clip_score import clip_score
 from dit_accel.eval.fid import Fid
 from dit_accel.eval.frame_agreement import frame_agreement
 from dit_accel.eval.kid import Kid
-from dit_accel.eval.metrics import Item, TooFew
+from dit_accel.eval.metric import Item, TooFew
 from dit_accel.eval.temporal_psnr import temporal_psnr
 
 CPU = torch.device("cpu")

@@ -9,7 +9,7 @@ from dit_accel.eval import scoring
 from dit_accel.eval.fid import METRIC as FID
 from dit_accel.eval.frame_agreement import METRIC as AGREEMENT
 from dit_accel.eval.kid import METRIC as KID
-from dit_accel.eval.metrics import Metric
+from dit_accel.eval.metric import Metric
 from dit_accel.eval.processes import Processes
 from dit_accel.eval.psnr import METRIC as PSNR
 from dit_accel.eval.ssim import METRIC as SSIM
