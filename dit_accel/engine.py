@@ -291,7 +291,7 @@ class Engine:
             plan = plans[config, sees_text]
             self._last[config, sees_text] = last = self._choose(plan, call.device)
             if not isinstance(last, str):
-                text = (layout.text_lens, layout.rows) if sees_text else (None, None)
+                text = (layout.text_lens, layout.text_bias, layout.rows) if sees_text else (None, None, None)
                 state.set(plan, *text, ulysses=context_parallel.sharing(module, plan.grid))
         if any(state.sparse for state in self._states.values()):
             self._watch_layers(call)
@@ -336,7 +336,8 @@ class Engine:
     ) -> None:
         """A layer has computed sparse attention."""
         assert state.plan is not None
-        call = AttentionCall(self.name, layer.name, self._step, state.plan, q, k, v, out, scale, state.text_lens)
+        text = state.text_lens, state.text_bias
+        call = AttentionCall(self.name, layer.name, self._step, state.plan, q, k, v, out, scale, *text)
         if self._checking:
             sums = call.measure().sums()
             layer.measured = sums if state.ulysses is None else state.ulysses.add_up(sums)

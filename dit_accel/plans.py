@@ -97,10 +97,18 @@ class Plan(abc.ABC):
         *,
         scale: float | None = None,
         text_lens: torch.Tensor | None = None,
+        text_bias: torch.Tensor | None = None,
         impl: Impl = "auto",
         module: torch.nn.Module | None = None,
     ) -> torch.Tensor:
-        """The method's attention on this grid; see `attention`. `module` holds a layer's learned weights."""
+        """The method's attention on this grid; see `attention`.
+
+        Args:
+            q, k, v, scale, text_lens, impl: as there.
+            text_bias: floating point [B, N]; with it text behind `text_lens` is a key after all, and this is what each
+                query adds to its scaled logits.
+            module: a layer's learned weights.
+        """
 
     @abc.abstractmethod
     def choose_impl(
@@ -180,11 +188,12 @@ class StaticPlan(Plan):
         *,
         scale: float | None = None,
         text_lens: torch.Tensor | None = None,
+        text_bias: torch.Tensor | None = None,
         impl: Impl = "auto",
         module: torch.nn.Module | None = None,
     ) -> torch.Tensor:
         lists, tables = self.lists(q.device)
-        return run_blocks(q, k, v, lists, tables, scale=scale, text_lens=text_lens, impl=impl)
+        return run_blocks(q, k, v, lists, tables, scale=scale, text_lens=text_lens, text_bias=text_bias, impl=impl)
 
 
 class MaskPlan(StaticPlan):
@@ -316,6 +325,7 @@ def run_blocks(
     *,
     scale: float | None,
     text_lens: torch.Tensor | None,
+    text_bias: torch.Tensor | None,
     impl: Impl,
 ) -> torch.Tensor:
     """Call the block-sparse kernel with a grid's own order of tokens."""
@@ -344,6 +354,7 @@ def run_blocks(
         reference_start=per_sample(grid.reference_start),
         text_start=per_sample(grid.text_start),
         text_len=None if text_lens is None else text_lens.to(device=q.device, dtype=torch.int32),
+        text_bias=text_bias,
         scale=scale,
         impl=impl,
     )

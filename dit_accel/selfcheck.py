@@ -60,6 +60,7 @@ class AttentionCall:
         q, k, v, out: [B, H, N, D] in the plan's order of tokens.
         scale: factor of the logits; D ** -0.5 if None.
         text_lens: int [B], valid text tokens of each sample; None: all.
+        text_bias: as in `Plan.attend`.
     """
 
     transformer: str
@@ -72,12 +73,14 @@ class AttentionCall:
     out: torch.Tensor
     scale: float | None = None
     text_lens: torch.Tensor | None = None
+    text_bias: torch.Tensor | None = None
 
     def measure(self, rows: int = ROWS) -> Measured:
         """See `measure`."""
         return measure(
-            self.q, self.k, self.v, self.out, self.plan, scale=self.scale, text_lens=self.text_lens, rows=rows
-        )
+            self.q, self.k, self.v, self.out, self.plan,
+            scale=self.scale, text_lens=self.text_lens, text_bias=self.text_bias, rows=rows,
+        )  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -121,6 +124,7 @@ def measure(
     *,
     scale: float | None = None,
     text_lens: torch.Tensor | None = None,
+    text_bias: torch.Tensor | None = None,
     rows: int = ROWS,
 ) -> Measured:
     """Compare a sparse result with dense attention on a sample of the visual queries.
@@ -133,6 +137,7 @@ def measure(
         plan: whose `out` it is.
         scale: factor of the logits; D ** -0.5 if None.
         text_lens: int [B], valid text tokens of each sample; text behind them is never a key. None: all of them.
+        text_bias: as in `Plan.attend`.
         rows: visual queries to sample, the same in every head and call; all if there are fewer.
     """
     grid, (batch, heads, tokens, dim) = plan.grid, q.shape
@@ -154,7 +159,8 @@ def measure(
             for chunk in torch.arange(len(queries), device=q.device).split(max(1, CHUNK // tokens)):
                 at = queries[chunk] + grid.visual_start
                 logits = q[b, h, at].to(wide) @ key.T * factor
-                weights = logits.masked_fill(~valid, float("-inf")).softmax(-1)
+                bias = -torch.inf if text_bias is None else text_bias[b, at, None].to(logits)
+                weights = torch.where(valid, logits, logits + bias).softmax(-1)
                 dense = weights @ value
                 found[0, b, h] += (out[b, h, at].to(wide) - dense).square().sum(dtype=torch.float64)
                 found[1, b, h] += dense.square().sum(dtype=torch.float64)

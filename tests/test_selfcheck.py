@@ -27,7 +27,7 @@ def tensors(grid, dtype=torch.float64):
     return torch.randn(3, 2, 3, grid.tokens, 8, generator=generator, dtype=dtype)
 
 
-def brute_force(q, k, v, out, plan, text_lens, scale, queries):
+def brute_force(q, k, v, out, plan, text_lens, scale, queries, bias=-math.inf):
     """Error and mass by sample and head from the whole matrix of weights."""
     grid = plan.grid
     if plan.method == "sla":
@@ -38,7 +38,8 @@ def brute_force(q, k, v, out, plan, text_lens, scale, queries):
     valid = torch.ones(q.shape[0], grid.tokens, dtype=torch.bool)
     for own, length in zip(valid, text_lens or (), strict=False):
         own[text[length:]] = False
-    weights = (q @ k.mT * scale).masked_fill(~valid[:, None, None], float("-inf")).softmax(-1)
+    logits = q @ k.mT * scale
+    weights = torch.where(valid[:, None, None], logits, logits + bias).softmax(-1)
     rows = grid.visual_start + queries
     dense = (weights @ v)[:, :, rows]
     error = (out[:, :, rows] - dense).flatten(2).norm(dim=-1) / dense.flatten(2).norm(dim=-1)
@@ -67,6 +68,16 @@ def test_measured_is_exact(grid, method, config, text_lens, rows, chunk, monkeyp
     torch.testing.assert_close(found.error, error)
     torch.testing.assert_close(found.mass, mass)
     assert 0 < found.mass.min() and found.mass.max() < 1
+
+
+def test_padding_that_is_weighed_counts():
+    grid, lens = dit_accel.TokenGrid(3, 5, 7, text=6), (6, 2)
+    q, k, v = tensors(grid)
+    plan, bias = dit_accel.plan("gna", grid, window=(3, 3, 3)), torch.arange(2 * grid.tokens).view(2, -1) / 100
+    found = measure(q, k, v, v, plan, scale=0.6, text_lens=torch.tensor(lens), text_bias=bias, rows=20)
+    bias = bias[:, None, :, None].double()
+    error, mass = brute_force(q, k, v, v, plan, lens, 0.6, sample(grid.visual, 20), bias)
+    torch.testing.assert_close((found.error, found.mass), (error, mass))
 
 
 def test_what_a_method_computes_is_as_far_off_as_the_mass_it_dropped():

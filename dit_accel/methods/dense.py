@@ -32,11 +32,12 @@ class DensePlan(MaskPlan):
         *,
         scale: float | None = None,
         text_lens: torch.Tensor | None = None,
+        text_bias: torch.Tensor | None = None,
         impl: Impl = "auto",
         module: torch.nn.Module | None = None,
     ) -> torch.Tensor:
         if impl != "auto" or text_lens is not None:
-            return super().attend(q, k, v, scale=scale, text_lens=text_lens, impl=impl)
+            return super().attend(q, k, v, scale=scale, text_lens=text_lens, text_bias=text_bias, impl=impl)
         return torch.nn.functional.scaled_dot_product_attention(q, k, v, scale=scale)
 
     def choose_impl(

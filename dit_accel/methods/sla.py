@@ -289,6 +289,7 @@ class SlaPlan(Plan):
         *,
         scale: float | None = None,
         text_lens: torch.Tensor | None = None,
+        text_bias: torch.Tensor | None = None,
         impl: str = "auto",
         module: nn.Module | None = None,
     ) -> torch.Tensor:
@@ -297,8 +298,9 @@ class SlaPlan(Plan):
             raise DitAccelError(f"sla takes a SparseLinearAttention as its module, got {type(module).__name__}.")
         weight, bias = (None, None) if module is None else module.proj(q.device)
         return _attend(
-            self.config, self.order, q, k, v, text_lens=text_lens, scale=scale, impl=impl, weight=weight, bias=bias
-        )
+            self.config, self.order, q, k, v,
+            text_lens=text_lens, text_bias=text_bias, scale=scale, impl=impl, weight=weight, bias=bias,
+        )  # fmt: skip
 
     def choose_impl(
         self, device: torch.device, dtype: torch.dtype, head_dim: int, impl: Impl = "auto", *, learned: bool = False
@@ -307,7 +309,9 @@ class SlaPlan(Plan):
         return choose_impl(device.type, dtype, head_dim, self.order, scope, impl)
 
 
-def _attend(config: Config, order: TokenOrder, q, k, v, *, text_lens, scale, impl, weight, bias) -> torch.Tensor:
+def _attend(
+    config: Config, order: TokenOrder, q, k, v, *, text_lens, scale, impl, weight, bias, text_bias=None
+) -> torch.Tensor:
     grid = order.grid
     return sparse_linear_attention(
         q,
@@ -322,6 +326,7 @@ def _attend(config: Config, order: TokenOrder, q, k, v, *, text_lens, scale, imp
         text=grid.text,
         text_first=grid.text_first,
         text_len=text_lens,
+        text_bias=text_bias,
         scale=scale,
         feature_map=config.feature_map,
         linear_scope=config.linear_scope,

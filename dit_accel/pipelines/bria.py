@@ -1,22 +1,42 @@
-"""Bria 3.2: blocks, text and image ids as in FLUX.1, but the timestep in the scheduler's own units."""
+"""Bria 3.2 and Bria FIBO: blocks, text and image ids as in FLUX.1, but the timestep in the scheduler's own units.
+
+FIBO's pipelines mask padded text, among the arguments that go through to the processors.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+
+import torch
+from torch import nn
+
 from dit_accel.pipelines import flux
-from dit_accel.pipelines.family import Family
+from dit_accel.pipelines.family import Call, Family, Layout
+from dit_accel.pipelines.reading import mask_text
 from dit_accel.pipelines.sizes import Config, Sizes, image_sizes, vae_pixels
 
 
+def layout(transformer: nn.Module, call: Call) -> Layout:
+    """As FLUX.1, with FIBO's mask bool [B, 1, 1, tokens] in `joint_attention_kwargs`."""
+    found = flux.layout(transformer, call)
+    mask = (call.get("joint_attention_kwargs") or {}).get("attention_mask")
+    if mask is None or mask.dtype != torch.bool:
+        return found
+    return dataclasses.replace(mask_text(call, found.grid, mask), notes=found.notes)
+
+
 def sizes(transformer: Config, vae: Config) -> Sizes:
-    """2 x 2 latents a token."""
+    """2 x 2 latents a token; FIBO's text, of the prompt's own length, has up to 3,000 tokens and one latent a token."""
+    if transformer.get("_class_name") == "BriaFiboTransformer2DModel":
+        return image_sizes(vae_pixels(vae), text=3000, text_first=True)
     return image_sizes(2 * vae_pixels(vae), text=128, text_first=True)
 
 
 FAMILY = Family(
     name="bria",
-    transformers=("BriaTransformer2DModel",),
+    transformers=("BriaTransformer2DModel", "BriaFiboTransformer2DModel"),
     attention=flux.FAMILY.attention,
-    layout=flux.layout,
+    layout=layout,
     sizes=sizes,
-    summary="Bria 3.2",
+    summary="Bria 3.2, Bria FIBO",
 )

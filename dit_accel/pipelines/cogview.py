@@ -1,4 +1,7 @@
-"""CogView3-Plus and CogView4: text stands before the image, and its padding is attended, as the models were trained."""
+"""CogView3-Plus and CogView4: text stands before the image, and its padding is attended, as the models were trained.
+
+A mask that CogView4 is given, which its pipelines do not, it adds to the logits.
+"""
 
 from __future__ import annotations
 
@@ -7,22 +10,20 @@ from typing import Any
 
 from torch import nn
 
-from dit_accel.errors import DitAccelError
 from dit_accel.pipelines.family import Call, Family, Layout
-from dit_accel.pipelines.reading import image_of
+from dit_accel.pipelines.reading import bias_text, image_of
 from dit_accel.pipelines.sizes import Config, Sizes, image_sizes, vae_pixels
 
 
 def layout(transformer: nn.Module, call: Call) -> Layout:
     """The latent [B, C, H, W] in patches, and text [B, T, C]."""
-    if call.get("attention_mask") is not None:
-        raise DitAccelError(
-            f"{call.owner} adds its attention_mask to the logits, so that its zeros mask nothing; sparse attention "
-            "takes masks that mask. Call it without one, as its pipeline does, or leave the model dense."
-        )
     config: Any = transformer.config
     text = call.tensor("encoder_hidden_states", 3).shape[1]
-    return Layout(dataclasses.replace(image_of(call, config.patch_size), text=text, text_first=True))
+    grid = dataclasses.replace(image_of(call, config.patch_size), text=text, text_first=True)
+    mask = call.get("attention_mask")
+    if mask is None:
+        return Layout(grid)
+    return dataclasses.replace(bias_text(call, grid, mask), masks=("attention_mask",))
 
 
 def sizes(transformer: Config, vae: Config) -> Sizes:

@@ -24,15 +24,18 @@ class Layout:
         grid: the sequence that self-attention sees.
         text_lens: int [B], valid text tokens of each sample, where the model masks the others; the attention mask that
             the model passes is then taken to say the same. None: the model passes no mask.
+        text_bias: floating point [B, tokens], for a model that does not mask the others: what each query, in the grid's
+            order, adds to their scaled logits.
         rows: int64 [B, tokens], where in the call's sequence each token of the grid lies; every row of the sequence
             once. Attention then copies q, k, v and its output. None: where the grid says, in all samples.
         notes: what a reader of the report should know, such as tokens that stay dense.
-        masks: arguments of the call that say no more than `text_lens`. A call in which every layer is sparse goes
-            without them, so that the model does not make masks of N x N of them.
+        masks: arguments of the call that say no more than `text_lens` and `text_bias`. A call in which every layer is
+            sparse goes without them, so that the model does not make masks of N x N of them.
     """
 
     grid: TokenGrid
     text_lens: torch.Tensor | None = None
+    text_bias: torch.Tensor | None = None
     rows: torch.Tensor | None = None
     notes: tuple[str, ...] = ()
     masks: tuple[str, ...] = ()

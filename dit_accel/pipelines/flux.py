@@ -3,7 +3,8 @@
 Text stands before the image, in dual blocks and single blocks alike, and its padding is attended, as the model was
 trained. Single blocks get the joined sequence without a word on where the text ends, and the image is packed, so the
 root call is the only place that knows both: text from `encoder_hidden_states`, rows and columns from `img_ids`.
-Chroma masks its text.
+A boolean mask masks Chroma's text; its pipelines make one of ones and zeros in the model's dtype, which is added to the
+logits.
 """
 
 from __future__ import annotations
@@ -13,9 +14,8 @@ import dataclasses
 import torch
 from torch import nn
 
-from dit_accel.errors import DitAccelError
 from dit_accel.pipelines.family import Call, Family, Layout, Preset
-from dit_accel.pipelines.reading import image_grids, mask_text, packed_images
+from dit_accel.pipelines.reading import bias_text, image_grids, mask_text, packed_images
 from dit_accel.pipelines.sizes import Config, Sizes, image_sizes, vae_pixels
 
 
@@ -28,13 +28,8 @@ def layout(transformer: nn.Module, call: Call) -> Layout:
     mask = call.get("attention_mask")
     if mask is None:
         return found
-    if mask.dtype != torch.bool:
-        raise DitAccelError(
-            f"{type(transformer).__name__} adds a mask of {mask.dtype} to the logits, so that its zeros mask nothing; "
-            "sparse attention takes masks that mask. Pass prompt_attention_mask and negative_prompt_attention_mask as "
-            "torch.bool (with prompt_embeds and negative_prompt_embeds from encode_prompt), or leave the model dense."
-        )
-    return dataclasses.replace(mask_text(call, found.grid, mask), notes=found.notes, masks=("attention_mask",))
+    read = mask_text if mask.dtype == torch.bool else bias_text
+    return dataclasses.replace(read(call, found.grid, mask), notes=found.notes, masks=("attention_mask",))
 
 
 def _read_ids(ids: torch.Tensor) -> tuple[int, int, int, int]:

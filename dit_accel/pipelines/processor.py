@@ -47,7 +47,7 @@ class CallState:
     Attributes:
         sparse: whether `plan` computes this call; otherwise the model's own processor does.
         plan: of the call's grid.
-        text_lens: int [B], valid text tokens of each sample, or None.
+        text_lens, text_bias: as in `family.Layout`.
         rows: int64 [B, tokens], where in the sequence each token of the grid lies, and the reverse; or None, where the
             sequence is in the grid's order.
         ulysses: how several processes share the call's sequence; None if this one holds it all.
@@ -58,6 +58,7 @@ class CallState:
         self.sparse = False
         self.plan: Plan | None = None
         self.text_lens: torch.Tensor | None = None
+        self.text_bias: torch.Tensor | None = None
         self.rows: tuple[torch.Tensor, torch.Tensor] | None = None
         self.ulysses: Ulysses | None = None
         self.impl = impl
@@ -66,11 +67,13 @@ class CallState:
         self,
         plan: Plan,
         text_lens: torch.Tensor | None = None,
+        text_bias: torch.Tensor | None = None,
         rows: torch.Tensor | None = None,
         ulysses: Ulysses | None = None,
     ) -> None:
-        """Let `plan` compute the call under way; lengths and rows as in `family.Layout`."""
-        self.plan, self.text_lens, self.ulysses, self.sparse = plan, text_lens, ulysses, True
+        """Let `plan` compute the call under way; lengths, bias and rows as in `family.Layout`."""
+        self.plan, self.text_lens, self.text_bias, self.ulysses = plan, text_lens, text_bias, ulysses
+        self.sparse = True
         self.rows = None if rows is None else (rows, rows.argsort(-1))
 
     @property
@@ -306,7 +309,8 @@ def _attend(
         q, k, v = ulysses.gather(q, k, v)
     if rows is not None:
         q, k, v = (_take(x, rows[0]) for x in (q, k, v))
-    out = state.plan.attend(q, k, v, scale=scale, text_lens=state.text_lens, impl=state.impl, module=_SLOT.learned)
+    text = {"text_lens": state.text_lens, "text_bias": state.text_bias}
+    out = state.plan.attend(q, k, v, scale=scale, **text, impl=state.impl, module=_SLOT.learned)
     if _SLOT.watch is not None:
         _SLOT.watch(q, k, v, out, scale, state)
     if rows is not None:

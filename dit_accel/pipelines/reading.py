@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
 
@@ -102,7 +103,8 @@ def mask_text(call: Call, grid: TokenGrid, mask: torch.Tensor) -> Layout:
     Args:
         call: the call.
         grid: with the masked tokens.
-        mask: [B, text], or [B, tokens] in the sequence's order; not 0 for valid tokens, in any pattern.
+        mask: [B, text], or [B, tokens] in the sequence's order, with further axes of 1 or without; not 0 for valid
+            tokens, in any pattern.
 
     Raises:
         DitAccelError: the mask is shaped otherwise, or masks more than text.
@@ -129,7 +131,36 @@ def mask_text(call: Call, grid: TokenGrid, mask: torch.Tensor) -> Layout:
 
 
 def _is_valid(mask: torch.Tensor) -> torch.Tensor:
-    return mask != 0
+    return (mask != 0).flatten(1)
+
+
+def bias_text(call: Call, grid: TokenGrid, mask: torch.Tensor) -> Layout:
+    """The layout where the model adds a mask's products, m_i m_j of query and key, to the logits.
+
+    With ones and zeros this masks nothing. A softmax does not see what all logits of a query have in common, so valid
+    queries lower the logits of padded text by 1, and padded queries leave all as they are.
+
+    Args:
+        call, grid: as for `mask_text`.
+        mask: as there.
+
+    Raises:
+        DitAccelError: it has values besides 0 and 1, or as for `mask_text`.
+    """
+    if not call.once(mask, _is_zeros_and_ones):
+        raise DitAccelError(
+            f"{call.owner} adds its attention_mask to the logits; sparse attention takes one of ones and zeros, and "
+            f"this one has other values ({mask.dtype}). Pass such a mask, or leave the model dense."
+        )
+    layout = mask_text(call, grid, mask)
+    assert layout.text_lens is not None
+    place = torch.arange(grid.tokens, device=call.device) - grid.text_start
+    padding = (place >= layout.text_lens[:, None]) & (place < grid.text)
+    return dataclasses.replace(layout, text_bias=padding.float() - 1)
+
+
+def _is_zeros_and_ones(mask: torch.Tensor) -> bool:
+    return bool(((mask == 0) | (mask == 1)).all())
 
 
 def packed_images(call: Call, text: int, read: Callable[[torch.Tensor], tuple[int, int, int, int]]) -> Layout:

@@ -18,7 +18,6 @@ REFUSED = {
     "AceStepTransformer1DModel": _AUDIO,
     "AnyFlowFARTransformer3DModel": _BLOCK_CAUSAL,
     "BriaFibo2Transformer2DModel": "its sequence is made of gist, image and context, as the prompts decide",
-    "BriaFiboTransformer2DModel": "its pipelines add a mask of N x N to the logits",
     "Cosmos3OmniTransformer": "samples share one sequence, causal in its text, with fewer key heads than query heads",
     "DiTTransformer2DModel": "its images have 1,024 tokens at most, too few to gain",
     "DreamLiteTransformer2DModel": _UNET,

@@ -6,7 +6,9 @@ import inspect
 import pytest
 import tiny_models
 import torch
-from tiny_models import run
+from diffusers import ChromaPipeline, FluxPipeline
+from masked_reference import assert_no_worse, plain_and_exact, static_pairs
+from tiny_models import run, text_mask
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import dit_accel
@@ -39,7 +41,7 @@ class Cache:
 
 
 REFUSED = [
-    ("flux", "chroma", {"attention_mask": torch.ones(2, 156)}, r"adds a mask of torch.float32 to the logits"),
+    ("flux", "chroma", {"attention_mask": torch.full((2, 156), 0.5)}, "one of ones and zeros.*other values"),
     ("flux", "chroma", {"attention_mask": torch.arange(156).expand(2, -1) < 150}, "masks image tokens"),
     ("flux", "chroma", {"attention_mask": torch.ones(2, 12, dtype=torch.bool)}, r"must be \[batch, 13\]"),
     ("flux2", "t2i", {"kv_cache_mode": "extract"}, "kv_cache_mode='extract'.*Flux2KleinPipeline"),
@@ -49,7 +51,7 @@ REFUSED = [
     ("qwen_image", "t2i", {"img_shapes": [[(1, 13, 11)], [(1, 11, 13)]]}, "images of the same sizes"),
     ("z_image", "t2i", {"x": [[latents(4, 1, 8, 8)]] * 2}, "several images a sample"),
     ("z_image", "t2i", {"x": [torch.zeros(4, 1, 8, 8), torch.zeros(4, 1, 8, 6)]}, "must have one size"),
-    ("cogview", "cogview4", {"attention_mask": torch.ones(2, 13)}, "adds its attention_mask to the logits"),
+    ("cogview", "cogview4", {"attention_mask": torch.full((2, 13), -1.0)}, "adds its attention_mask to the logits"),
     ("glm_image", "t2i", {"kv_caches": [Cache]}, "from a cache"),
     ("kandinsky5", "t2v", {"sparse_params": {}}, "its own sparse attention"),
     ("krea2", "t2i", {"position_ids": torch.zeros(20, 3)}, "position_ids for 13 text and 143 image tokens, got 20"),
@@ -128,6 +130,55 @@ def test_dense_layers_of_chroma_keep_its_mask():
             for text in (call["encoder_hidden_states"], noisy)
         )
     torch.testing.assert_close(first, second)
+
+
+def test_chroma_runs_through_its_own_pipeline(flux_folder):
+    """Prompts of different length, guided; keeping every pair is what the dense model computes."""
+    parts = FluxPipeline.from_pretrained(flux_folder).components
+    shared = {name: parts[name] for name in ("scheduler", "vae")}
+    text = {"text_encoder": parts["text_encoder_2"], "tokenizer": parts["tokenizer_2"]}
+    chroma = tiny_models.module("flux").chroma(in_channels=16, joint_attention_dim=16)
+    pipe = ChromaPipeline(**shared, **text, transformer=chroma)
+    pipe.set_progress_bar_config(disable=True)
+    masks = []
+    keep = chroma.register_forward_pre_hook(lambda *call: masks.append(call[2]["attention_mask"]), with_kwargs=True)
+
+    def images():
+        options = {
+            "num_inference_steps": 2,
+            "height": 48,
+            "width": 64,
+            "max_sequence_length": 16,
+            "guidance_scale": 3.0,
+        }
+        generator = torch.Generator().manual_seed(0)
+        return pipe(["red", "a blue circle"], negative_prompt=["", "x"], generator=generator, output_type="latent",
+                    **options).images  # fmt: skip
+
+    dense = images()
+    assert masks[0].dtype == torch.float32 and not masks[0].all()
+    keep.remove()
+    with dit_accel.accelerated(pipe, "gna", window="full") as accel:
+        torch.testing.assert_close(images(), dense)
+    report = accel.report()
+    assert report.dense_calls == 0 and {layer.sparse_calls for layer in report.layers} == {4}
+    with dit_accel.accelerated(pipe, "gna", window=(1, 3, 2), verify="first-call") as accel:
+        assert not torch.allclose(images(), dense)
+    assert all(0 < layer.kept_mass < 1 for layer in accel.report().layers)
+
+
+def test_cogview4_adds_its_mask_to_the_logits():
+    """Padded queries see all keys alike, the others see padding by a factor of e less."""
+    mask = text_mask((13, 6), 13, 2)
+    cogview = tiny_models.get("cogview", "cogview4")
+    tiny = dataclasses.replace(cogview, inputs=lambda batch: cogview.inputs(batch) | {"attention_mask": mask})
+    config = {"window": (1, 5, 4)}
+    with dit_accel.accelerated(tiny.shared, "gna", **config):
+        ours = run(tiny.shared, tiny.call())
+    plain, exact = plain_and_exact(tiny, static_pairs(dit_accel.plan("gna", tiny.grid, **config).token_mask()))
+    assert_no_worse(ours, plain, exact)
+    with dit_accel.accelerated(tiny.shared, "gna", **config):
+        assert (run(tiny.shared, cogview.call()) - plain).abs().max() > 100 * (ours - plain).abs().max()
 
 
 def test_attention_of_the_image_alone_has_the_grid_without_text():

@@ -1,4 +1,4 @@
-"""Samples whose tokens lie at rows of their own: each as if it were alone, forward and backward.
+"""Samples whose tokens lie at rows of their own, each as if it were alone, and padded text that is weighed, not masked.
 
 The Triton kernels run here on a GPU, or under the interpreter (``TRITON_INTERPRET=1``, in a process of its own).
 """
@@ -16,7 +16,7 @@ import dit_accel
 from dit_accel.pipelines.family import Call, Memory
 from dit_accel.pipelines.lumina2 import pack
 from dit_accel.pipelines.processor import CallState, accelerated
-from dit_accel.pipelines.reading import mask_text
+from dit_accel.pipelines.reading import bias_text, mask_text
 from dit_accel.testing import assert_accurate, plain_attention
 
 GRID = dit_accel.TokenGrid(1, 4, 5, text=6, text_first=True)
@@ -39,7 +39,7 @@ class Processor:
 
 def state(impl, rows, lens):
     made = CallState(impl)
-    made.set(dit_accel.plan("gna", GRID, **CONFIG), lens, rows)
+    made.set(dit_accel.plan("gna", GRID, **CONFIG), lens, rows=rows)
     return made
 
 
@@ -90,6 +90,43 @@ def test_every_row_of_a_packed_sequence_is_used_once():
     rows = pack(GRID, LENS)
     assert torch.equal(rows.sort(1).values, torch.arange(GRID.tokens).expand(3, -1))
     assert rows[1].tolist() == [0, 1, *range(22, 26), *range(2, 22)]
+
+
+def weighed(tensors, mask, added, dtype):
+    """Output and gradients where the products of a mask are added to the logits, and terms as of `alone`."""
+    q, k, v, grad_out = (x.to(dtype) for x in tensors)
+    inputs = [x.clone().requires_grad_() for x in (q, k, v)]
+    logits = (inputs[0] @ inputs[1].mT * SCALE + added.to(dtype)).masked_fill(~mask, float("-inf"))
+    weights = logits.softmax(-1)
+    out = weights @ inputs[2]
+    grads = torch.autograd.grad(out, inputs, grad_out)
+    terms = weights * (grad_out.abs() @ v.abs().mT + (grad_out * out).abs().sum(-1, keepdim=True)) * SCALE
+    names = dict(zip(("out", "dq", "dk", "dv"), (out, *grads), strict=True))
+    return names, {"dq": terms @ k.abs(), "dk": terms.mT @ q.abs()}
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize(("method", "config"), [("gna", CONFIG), ("sla", {"topk": 1.0, "block": 16})])
+def test_padding_that_is_weighed_and_not_masked(method, config, impl):
+    """A mask of ones and zeros that the model adds, its padding in any place, in one sample none."""
+    device = "cuda" if impl == "triton" and torch.cuda.is_available() else "cpu"
+    valid = torch.tensor([[1, 1, 1, 1, 1, 1], [1, 0, 1, 1, 0, 1], [1, 0, 0, 0, 0, 0]]).float()
+    call = Call(inspect.signature(lambda self, mask: None), nn.Module(), (valid,), {}, Memory())
+    layout = bias_text(call, GRID, valid)
+    made, plan = CallState(impl), dit_accel.plan(method, GRID, **config)
+    made.set(plan, *(x.to(device) for x in (layout.text_lens, layout.text_bias, layout.rows)))
+    torch.manual_seed(2)
+    tensors = torch.randn(4, 3, HEADS, GRID.tokens, DIM)
+    qkv = tensors[:3].to(device).requires_grad_()
+    ours = accelerated(Processor(), made)(nn.Module(), qkv)
+    (grads,) = torch.autograd.grad(ours, qkv, tensors[3].to(device))
+    mask = plan.token_mask() if method == "gna" else torch.ones(GRID.tokens, GRID.tokens, dtype=torch.bool)
+    every = torch.cat((valid, torch.ones(3, GRID.visual)), 1)
+    added = (every[:, :, None] * every[:, None, :])[:, None]
+    exact, magnitudes = weighed(tensors, mask, added, torch.float64)
+    plain, _ = weighed(tensors, mask, added, torch.float32)
+    for got, name in zip((ours, *grads), ("out", "dq", "dk", "dv"), strict=True):
+        assert_accurate(name, got.detach().cpu(), plain[name], exact[name], magnitudes.get(name))
 
 
 def test_text_masked_in_any_pattern_is_never_a_key():

@@ -77,6 +77,13 @@ CASES = [
     ("Flux3Transformer2DModel", {}, KL, None, TokenGrid(1, 64, 64, text=512, text_first=True)),
     ("BriaTransformer2DModel", {}, KL, None, TokenGrid(1, 64, 64, text=128, text_first=True)),
     (
+        "BriaFiboTransformer2DModel",
+        {"_class_name": "BriaFiboTransformer2DModel"},
+        {"scale_factor_spatial": 16},
+        None,
+        TokenGrid(1, 64, 64, text=3000, text_first=True),
+    ),
+    (
         "SD3Transformer2DModel",
         {"patch_size": 2, "sample_size": 128, "pos_embed_max_size": 192},
         KL,

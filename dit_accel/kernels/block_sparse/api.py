@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 
 from dit_accel.errors import DitAccelError
-from dit_accel.kernels.block_sparse import ops
+from dit_accel.kernels.block_sparse import ops, padding
 from dit_accel.kernels.block_sparse import reference as reference_impl
 from dit_accel.kernels.block_sparse.geometry import Geometry, Shape, read_layouts
 from dit_accel.kernels.block_sparse.triton_configs import unsupported
@@ -45,6 +45,7 @@ def block_sparse_attention(
     reference_start: torch.Tensor | None = None,
     text_start: torch.Tensor | None = None,
     text_len: torch.Tensor | None = None,
+    text_bias: torch.Tensor | None = None,
     scale: float | None = None,
     return_lse: bool = False,
     impl: Impl = "auto",
@@ -73,7 +74,9 @@ def block_sparse_attention(
         visual_start, reference_start, text_start: int32 [B], first row of each segment per sample. None for all
             three means ``[visual | reference | text]``. Rows in no segment are never read; their output is 0.
         text_len: int32 [B], valid text keys per sample, from `text_start` on; None: all of them. The remaining text
-            rows are queries, and never keys.
+            rows are queries, and never keys but with `text_bias`.
+        text_bias: floating point [B, Nq], what each query adds to the scaled logits of those remaining text rows, which
+            are keys of every query then. Needs `text_len`.
         scale: factor on the logits; None: D ** -0.5.
         return_lse: also return the natural logarithm of each row's sum of exponentials. Its gradient flows.
         impl: "auto" (see `choose_impl`), or one of "reference", "portable" and "triton", which run or raise.
@@ -113,6 +116,7 @@ def block_sparse_attention(
     )
     starts = (visual_start, reference_start, text_start)
     _check_geometry(q, k, geometry, starts, text_len)
+    _check_bias(q, text_len, text_bias)
     _check_lists(q, kv_indices, kv_counts, partial, tables, geometry)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     name, _ = choose_impl(q.device.type, impl, unsupported(q.dtype, q.shape[-1], block_q, block_k))
@@ -122,7 +126,36 @@ def block_sparse_attention(
         out, lse = ops.attention_forward(
             q, k, v, kv_indices, kv_counts, partial, tables, *starts, text_len, geometry.pack(), scale, name
         )
+    if text_bias is not None and text:
+        behind, behind_lse = _attend_padding(q, k, v, geometry, text_start, text_len, scale, impl)
+        out, lse = padding.merge(out, lse, behind, behind_lse, text_bias)
     return (out, lse) if return_lse else out
+
+
+def _attend_padding(q, k, v, geometry, text_start, text_len, scale, impl):
+    """All queries over the text behind `text_len`: output [B, H, Nq, D] and LSE [B, H, Nq]."""
+    if text_start is None:
+        text_start = torch.full_like(text_len, geometry.key_order.grid.visual + geometry.reference)
+    keys, values = (padding.from_its_end(x, text_start, geometry.text) for x in (k, v))
+    rows, blocks = (-(-n // block) for n, block in ((q.shape[2], geometry.block_q), (geometry.text, geometry.block_k)))
+    # Block 0 holds the row in front.
+    lists = torch.arange(1, 1 + blocks, dtype=torch.int32, device=q.device).repeat(rows, 1)
+    return block_sparse_attention(
+        q,
+        keys,
+        values,
+        lists,
+        lists.new_full((rows,), blocks),
+        block_q=geometry.block_q,
+        block_k=geometry.block_k,
+        grid=(1, 1, 1),
+        query_grid=(1, 1, q.shape[2]),
+        text=geometry.text,
+        text_len=geometry.text - text_len,
+        scale=scale,
+        return_lse=True,
+        impl=impl,
+    )
 
 
 def choose_impl(device_type: str, impl: Impl = "auto", obstacle: str | None = None) -> tuple[str, str]:
@@ -226,6 +259,17 @@ def _check_geometry(
             raise DitAccelError(
                 f"{name} must be int32 [{q.shape[0]}], one per sample, got {tensor.dtype} {tuple(tensor.shape)}."
             )
+
+
+def _check_bias(q: torch.Tensor, text_len: torch.Tensor | None, text_bias: torch.Tensor | None) -> None:
+    if text_bias is None:
+        return
+    want = q.shape[0], q.shape[2]
+    if text_len is None or tuple(text_bias.shape) != want or not text_bias.is_floating_point():
+        raise DitAccelError(
+            f"text_bias must be floating point {list(want)}, one for each query, and come with text_len; got "
+            f"{text_bias.dtype} {tuple(text_bias.shape)}{'' if text_len is not None else ' without text_len'}."
+        )
 
 
 def _check_lists(

@@ -38,6 +38,7 @@ def sparse_linear_attention(
     text: int = 0,
     text_first: bool = False,
     text_len: torch.Tensor | None = None,
+    text_bias: torch.Tensor | None = None,
     scale: float | None = None,
     feature_map: FeatureMap = "softmax",
     linear_scope: LinearScope = "all",
@@ -64,6 +65,8 @@ def sparse_linear_attention(
         reference, text: reference and text tokens in the sequence; they stand behind the visual ones, text last.
         text_first: text stands before the visual tokens.
         text_len: int [B], valid text tokens of each sample; text behind them is never a key. None: all of them.
+        text_bias: floating point [B, N]: text behind `text_len` is a key after all, and this is what each query adds to
+            its logits.
         scale: factor of the logits; D ** -0.5 if None.
         feature_map: "softmax" (over the head dimension), "elu" (plus one) or "relu".
         linear_scope: "all" or "marginal".
@@ -89,6 +92,7 @@ def sparse_linear_attention(
     setting = Setting(
         order=TokenOrder(layout, block, tile),
         text_len=None if text_len is None else text_len.to(device=q.device, dtype=torch.int32),
+        text_bias=None if text_bias is None else text_bias.to(q.device),
         scale=q.shape[-1] ** -0.5 if scale is None else scale,
         feature_map=feature_map,
         linear_scope=linear_scope,

@@ -29,7 +29,8 @@ def attend_visual(
     # [B, H, visual_blocks, kept + dense]: every row also lists all reference and text blocks, which come last.
     dense = torch.arange(order.visual_blocks, order.blocks, dtype=torch.int32, device=q.device)
     lists = torch.cat([critical, dense.expand(*critical.shape[:3], -1)], dim=-1)
-    return _attend(visual_of(q, order), k, v, lists, setting, order.grid.shape, order.tile, impl)
+    bias = None if setting.text_bias is None else setting.text_bias[:, _visual(order)]
+    return _attend(visual_of(q, order), k, v, lists, setting, bias, order.grid.shape, order.tile, impl)
 
 
 def with_others(
@@ -39,19 +40,26 @@ def with_others(
     order = setting.order
     if not order.dense_blocks:
         return visual
-    front, back = order.grid.visual_start, order.grid.visual_start + order.grid.visual
+    front, back = _visual(order).start, _visual(order).stop
     others = torch.cat([q[:, :, :front], q[:, :, back:]], dim=2)
+    bias = setting.text_bias
+    if bias is not None:
+        bias = torch.cat([bias[:, :front], bias[:, back:]], dim=1)
     rows = math.ceil(others.shape[2] / order.block)
     lists = torch.arange(order.blocks, dtype=torch.int32, device=q.device).expand(rows, -1)
-    around = _attend(others, k, v, lists, setting, (1, 1, others.shape[2]), None, impl)
+    around = _attend(others, k, v, lists, setting, bias, (1, 1, others.shape[2]), None, impl)
     pieces = [around[:, :, :front], visual, around[:, :, front:]]
     return torch.cat([piece.transpose(1, 2) for piece in pieces], dim=1).transpose(1, 2)
 
 
 def visual_of(x: torch.Tensor, order: TokenOrder) -> torch.Tensor:
     """The visual tokens of [B, H, N, D]: a view."""
-    grid = order.grid
-    return x[:, :, grid.visual_start : grid.visual_start + grid.visual]
+    return x[:, :, _visual(order)]
+
+
+def _visual(order: TokenOrder) -> slice:
+    start = order.grid.visual_start
+    return slice(start, start + order.grid.visual)
 
 
 def _attend(
@@ -60,6 +68,7 @@ def _attend(
     v: torch.Tensor,
     lists: torch.Tensor,
     setting: Setting,
+    text_bias: torch.Tensor | None,
     query_grid: Shape,
     tile_q: Shape | None,
     impl: Impl,
@@ -88,6 +97,7 @@ def _attend(
         reference_start=reference_start,
         text_start=text_start,
         text_len=setting.text_len,
+        text_bias=text_bias,
         scale=setting.scale,
         impl=impl,
     )

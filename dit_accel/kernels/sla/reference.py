@@ -37,10 +37,14 @@ def sparse_linear_reference(
     wide = torch.promote_types(q.dtype, torch.float32)
     keys = valid_keys(order, setting.text_len, q.device)  # [B or 1, 1, N, 1]
     queries = q.to(wide)
-    k, v = (torch.where(keys, x, 0).to(wide) for x in (k, v))
-
-    exact = token_pairs(block_map(critical, order), order, dense=True) & keys.mT  # [B, H, N, N]
+    exact = token_pairs(block_map(critical, order), order, dense=True)  # [B, H, N, N]
+    if setting.text_bias is None:
+        k, v = (torch.where(keys, x, 0) for x in (k, v))
+        exact = exact & keys.mT
+    k, v = k.to(wide), v.to(wide)
     logits = (queries @ k.mT) * setting.scale
+    if setting.text_bias is not None:
+        logits = logits + torch.where(keys.mT, 0, setting.text_bias[:, None, :, None])
     out = logits.masked_fill(~exact, -torch.inf).softmax(-1) @ v
     if weight is None:
         return out.to(q.dtype)

@@ -17,11 +17,12 @@ class Setting(NamedTuple):
     """See `dit_accel.kernels.sla.api.sparse_linear_attention` for what is not said here.
 
     order: the sequence and its blocks.
-    text_len: int32 [B] on the device of q, or None.
+    text_len, text_bias: int32 [B] and [B, N] on the device of q, or None.
     """
 
     order: TokenOrder
     text_len: torch.Tensor | None
+    text_bias: torch.Tensor | None
     scale: float
     feature_map: FeatureMap
     linear_scope: LinearScope

@@ -110,3 +110,20 @@ def test_errors_say_what_was_wanted_and_what_came(make_problem, change, message)
     tensors |= dict(zip(("kv_indices", "kv_counts"), problem.lists, strict=True))
     with pytest.raises(dit_accel.DitAccelError, match=message):
         block_sparse_attention(**(tensors | problem.options | {"impl": "portable"} | change))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_text_behind_its_length_may_be_biased_instead_of_left_out(impl):
+    """Output and LSE are those of dense attention with a bias, in fp64; without starts, [visual | text]."""
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 2, 2, 9, 8, dtype=torch.float64)
+    lens, bias = torch.tensor([4, 1], dtype=torch.int32), torch.randn(2, 9, dtype=torch.float64)
+    lists, counts = torch.arange(4, dtype=torch.int32).repeat(3, 1), torch.full((3,), 4, dtype=torch.int32)
+    sizes = {"block_q": 4, "block_k": 3, "grid": (1, 1, 5), "text": 4, "return_lse": True, "impl": impl}
+    out, lse = block_sparse_attention(q, k, v, lists, counts, text_len=lens, text_bias=bias, **sizes)
+    behind = torch.arange(9) >= 5 + lens[:, None, None, None]
+    logits = q @ k.mT * 8**-0.5 + behind * bias[:, None, :, None]
+    torch.testing.assert_close(out, logits.softmax(-1) @ v)
+    torch.testing.assert_close(lse, logits.logsumexp(-1))
+    with pytest.raises(dit_accel.DitAccelError, match=r"text_bias must be floating point \[2, 9\].*without text_len"):
+        block_sparse_attention(q, k, v, lists, counts, text_bias=bias, **sizes)

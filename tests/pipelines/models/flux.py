@@ -51,6 +51,12 @@ def masked(valid=(13, 6), batch=2):
     return call | {"attention_mask": (tokens < lens[:, None]) | (tokens >= 13)}
 
 
+def added(valid=(13, 6), batch=2):
+    """A call of Chroma as its pipelines make it: with a mask of ones and zeros that is added to the logits."""
+    call = masked(valid, batch)
+    return call | {"attention_mask": call["attention_mask"].float()}
+
+
 def unpooled(batch=2):
     """A call of a model without pooled text."""
     call = inputs((13, 11), batch=batch)
@@ -95,6 +101,7 @@ MODELS = [
         TokenGrid(3, 7, 9, text=13, text_first=True, reference=10),
     ),
     TinyModel("flux", "chroma", chroma, lambda batch: masked(batch=batch), GRID, text_lens=(13, 6)),
+    TinyModel("flux", "chroma-stock", chroma, lambda batch: added(batch=batch), GRID, text_lens=(13, 6)),
     TinyModel("flux", "longcat", longcat, unpooled, GRID),
     TinyModel("flux", "ovis", ovis, unpooled, GRID),
 ]
