@@ -60,8 +60,9 @@ def lora_of(tiny):
 
 
 def add_lora(transformer, tiny):
+    config = lora_of(tiny)  # before the seed: the first look at a shared model builds it, with random numbers
     torch.manual_seed(5)
-    transformer.add_adapter(lora_of(tiny))
+    transformer.add_adapter(config)
     with torch.no_grad():
         for name, parameter in transformer.named_parameters():
             if "lora_" in name:
