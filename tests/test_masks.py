@@ -55,7 +55,7 @@ def in_blocks(tokens, query_order, key_order, padding):
     return padded[rows][:, columns].reshape(shape)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.data())
 def test_counts_equal_brute_force(data):
     mask = data.draw(masks())
@@ -66,7 +66,7 @@ def test_counts_equal_brute_force(data):
     assert torch.equal(mask.block_pairs(query_order, key_order).long(), expected)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.data())
 def test_classes_equal_brute_force(data):
     mask = data.draw(masks())
@@ -90,7 +90,7 @@ def test_classes_equal_brute_force(data):
         assert not found.partial[row, len(listed) :].any()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(masks())
 def test_packed_tables_say_the_same(mask):
     """Reads the packed words as a kernel does, on its own."""
@@ -140,7 +140,7 @@ def test_terms_that_overlap_are_refused():
         Mask(())
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.data())
 def test_overlap_of_axes_is_exact(data):
     length = data.draw(st.integers(1, 12))

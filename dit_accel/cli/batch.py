@@ -1,7 +1,7 @@
 """`dit-accel generate --prompts`: an output for each prompt, shared out among processes, going on where it stopped.
 
 The record beside an output says that it is done: it is moved into place last. So nothing is made twice or lost,
-whichever process was killed when. Processes do not talk to each other: prompt i is for process i modulo their number.
+whichever process was killed when. Processes do not talk to each other: each has a run of neighbouring prompts.
 """
 
 from __future__ import annotations
@@ -15,61 +15,38 @@ from typing import Any
 
 import typer
 
-from dit_accel.checkpoint import replace_file
 from dit_accel.cli import job
 from dit_accel.cli.job import Request
 from dit_accel.errors import DitAccelError
+from dit_accel.generation import prompts
 from dit_accel.generation.output import stage_prefix
+from dit_accel.generation.processes import Process
 
 INTERRUPTED = 130
 DIGITS = 4
 
 
 @dataclasses.dataclass(frozen=True)
-class Process:
-    """This process among those that `accelerate launch` or `torchrun` started.
-
-    Args:
-        rank, count: its place among all of them.
-        local_rank: its place on this machine; None where there is one process.
-    """
-
-    rank: int = 0
-    count: int = 1
-    local_rank: int | None = None
-
-    @classmethod
-    def here(cls) -> Process:
-        """As the launcher's environment variables say.
-
-        Raises:
-            DitAccelError: RANK, WORLD_SIZE or LOCAL_RANK does not fit the others.
-        """
-        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-        given = {name: os.environ[name] for name in names if name in os.environ}
-        if "WORLD_SIZE" not in given:
-            return cls()
-        if len(given) < 3 or not all(value.isdecimal() for value in given.values()):
-            raise DitAccelError(
-                f"A launcher sets {', '.join(names)} to integers, got {given}; unset them or all three."
-            )
-        rank, count, local = (int(given[name]) for name in names)
-        if not rank < count:
-            raise DitAccelError(f"RANK counts from 0 to WORLD_SIZE - 1, got RANK={rank} and WORLD_SIZE={count}.")
-        return cls(rank, count, local if count > 1 else None)
-
-
-@dataclasses.dataclass(frozen=True)
 class Batch:
-    """The requests of a prompt file, in its order.
+    """The requests of many prompts, in their order.
 
     Args:
         requests: one for each prompt; each is what `generate --prompt` would have been asked for.
         manifest: the file that lists them.
+        process: which of the processes this is.
     """
 
     requests: list[Request]
     manifest: Path
+    process: Process
+
+    def pending(self) -> list[Request]:
+        """What is left of this process's share.
+
+        Raises:
+            DitAccelError: something was made with other options.
+        """
+        return [each for each in self.process.share(self.requests) if not self.is_done(each)]
 
     def is_done(self, request: Request) -> bool:
         """Whether a request's record lies there.
@@ -93,12 +70,21 @@ class Batch:
         """List every prompt with what was made for it, from the records.
 
         Another process may finish an output between reading and writing; whoever renames last has read everything
-        that was there, because all go on until nothing is new.
+        that was there, because all go on until nothing is new. Each has a temporary name of its own, which it takes
+        again after a kill.
+
+        Raises:
+            DitAccelError: it cannot be written.
         """
+        temporary = self.manifest.with_name(f".{self.manifest.name}.{self.process.index}")
         written = None
         while written != (found := [record_of(request).exists() for request in self.requests]):
             lines = [json.dumps(self._entry(i, done)) for i, done in enumerate(found)]
-            replace_file(self.manifest, ("\n".join(lines) + "\n").encode())
+            try:
+                temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
+                os.replace(temporary, self.manifest)
+            except OSError as error:
+                raise DitAccelError(f"{self.manifest} could not be written: {error.strerror or error}.") from error
             written = found
 
     def _entry(self, index: int, done: bool) -> dict[str, Any]:
@@ -121,14 +107,15 @@ def run(request: Request) -> int:
         DitAccelError: the prompts cannot be read, or something asked for cannot be done.
     """
     process = Process.here()
-    batch = read(request, job.prepare(request).output)
+    prepared = job.prepare(dataclasses.replace(request, device=process.device(request.device)))
+    batch = read(request, prepared.output, process)
     batch.manifest.parent.mkdir(parents=True, exist_ok=True)
-    pending = [each for each in batch.requests[process.rank :: process.count] if not batch.is_done(each)]
+    pending = batch.pending()
     batch.write_manifest()
-    share = f", process {process.rank} of {process.count}" if process.count > 1 else ""
+    share = f", process {process.index} of {process.count}" if process.count > 1 else ""
     typer.echo(f"{len(pending)} of {len(batch.requests)} prompts to do{share}")
     if pending:
-        loaded = job.prepare(request, process.local_rank).load()
+        loaded = prepared.load()
     made = 0
     try:
         for each in pending:
@@ -144,34 +131,28 @@ def run(request: Request) -> int:
     return 0
 
 
-def read(request: Request, output: Path) -> Batch:
-    """The requests of a prompt file: a prompt a line, empty lines left out.
+def read(request: Request, output: Path, process: Process) -> Batch:
+    """The requests of `--prompts`.
 
     Raises:
-        DitAccelError: the file cannot be read, or has no prompts.
+        DitAccelError: the prompts cannot be read, or there are none.
     """
     assert request.prompts is not None
-    try:
-        text = request.prompts.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise DitAccelError(f"--prompts {request.prompts} cannot be read: {reason}.") from error
-    prompts = [line.strip() for line in text.splitlines() if line.strip()]
-    if not prompts:
-        raise DitAccelError(f"--prompts {request.prompts} holds no prompts; write one a line.")
-    paths = [output.with_name(f"{output.stem}-{i:0{DIGITS}d}{output.suffix}") for i in range(len(prompts))]
+    texts = prompts.read(request.prompts).texts
+    paths = [output.with_name(f"{output.stem}-{i:0{DIGITS}d}{output.suffix}") for i in range(len(texts))]
     requests = [
-        dataclasses.replace(request, prompts=None, prompt=prompt, output=path)
-        for prompt, path in zip(prompts, paths, strict=True)
+        dataclasses.replace(request, prompts=None, prompt=text, output=path)
+        for text, path in zip(texts, paths, strict=True)
     ]
-    return Batch(requests, output.with_suffix(".jsonl"))
+    return Batch(requests, output.with_suffix(".jsonl"), process)
 
 
 def _clear(request: Request) -> None:
     """Remove what a killed process left of this output; no other process works on it."""
     assert request.output is not None
-    for left in request.output.parent.glob(f"{stage_prefix(request.output)}*"):
-        shutil.rmtree(left)
+    for left in request.output.parent.iterdir():
+        if left.name.startswith(stage_prefix(request.output)):
+            shutil.rmtree(left)
 
 
 def record_of(request: Request) -> Path:

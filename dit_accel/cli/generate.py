@@ -17,11 +17,11 @@ def generate(
     model: Model = "demo",
     prompt: Annotated[str | None, typer.Option(help=f"What to show. [default: {PROMPT}]")] = None,
     prompts: Annotated[
-        Path | None,
+        str | None,
         typer.Option(
-            metavar="FILE.txt",
-            help="A prompt a line: an output for each, shared out among the processes of `accelerate launch`; given "
-            "again, the command goes on where it was stopped.",
+            metavar="FILE|LIST|FOLDER",
+            help="One a line; demo, general; captioned images or videos. An output for each, shared out among the "
+            "processes of `accelerate launch`; given again, the command goes on where it was stopped.",
         ),
     ] = None,
     negative_prompt: Annotated[str | None, typer.Option(help="What not to show.")] = None,
@@ -97,7 +97,7 @@ def generate(
 
     if prompt is not None and prompts is not None:
         raise DitAccelError("--prompt and --prompts both say what to show; leave one of them out.")
-    request = job.Request(**asked | {"prompt": prompt or PROMPT})
+    request = job.Request(**asked | {"prompt": PROMPT if prompt is None else prompt})
     if prompts is not None:
         return batch.run(request)
     typer.echo("\n".join(job.run(request)))

@@ -34,7 +34,7 @@ class Request:
     model: str
     revision: str | None
     prompt: str
-    prompts: Path | None
+    prompts: str | None
     negative_prompt: str | None
     image: Path | None
     method: str | None
@@ -172,12 +172,8 @@ class Loaded:
         return [str(report), *_summary(path, record, title)]
 
 
-def prepare(request: Request, local_rank: int | None = None) -> Job:
+def prepare(request: Request) -> Job:
     """Check everything that can be checked without weights.
-
-    Args:
-        request: what is asked for.
-        local_rank: of this process on its machine, which picks a GPU of its own; None: there is one process.
 
     Raises:
         DitAccelError: something asked for cannot be done.
@@ -204,8 +200,6 @@ def prepare(request: Request, local_rank: int | None = None) -> Job:
     grid = sizes.grid(*shape)
     chosen.check(grid)
     device, dtype = call.placement(request.device, request.dtype, request.offload)
-    if local_rank is not None and request.device == "auto" and device.type == "cuda":
-        device, dtype = call.placement(f"cuda:{local_rank}", request.dtype, request.offload)
     picture = call.open_image(request.image)
     return Job(request, chosen, source, shape, sizes.video, grid, path, device, dtype, picture)
 

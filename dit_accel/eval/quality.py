@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dit_accel.errors import DitAccelError
-from dit_accel.eval import gates, prompts
+from dit_accel.eval import gates
 from dit_accel.eval.attention import parse_choice
 from dit_accel.eval.metric import Metric
 from dit_accel.eval.metrics import choose
@@ -20,7 +20,7 @@ from dit_accel.eval.samples import Results, Store
 from dit_accel.eval.summary import FIGURES, Evaluation, Summary, limited, write
 from dit_accel.eval.sweep import Entry, Item, Sweep, entries, folder_hash
 from dit_accel.eval.versions import machine, versions
-from dit_accel.generation import call, captioned, sources
+from dit_accel.generation import call, captioned, prompts, sources
 from dit_accel.generation.choice import Choice
 from dit_accel.generation.output import check_folder
 from dit_accel.generation.sizes import sizes_of
@@ -95,7 +95,7 @@ def run(request: Request) -> Outcome:
     limits = [] if request.require is None else gates.parse(request.require)
     source = sources.find(request.model, request.revision)
     asked = prompts.read(request.prompts or ("demo" if source.kind == "embedded" else "general"))
-    items = [Item(text, seed) for text in asked.texts for seed in request.seeds]
+    items = [Item(text, seed) for text in dict.fromkeys(asked.texts) for seed in request.seeds]
     sizes = sizes_of(source)
     shape = sizes.chosen(request.frames, request.height, request.width)
     grid = sizes.grid(*shape)
@@ -103,7 +103,7 @@ def run(request: Request) -> Outcome:
         if entry.choice is not None:
             entry.choice.check(grid)
     check_folder(request.output)
-    processes = Processes(request.device)
+    processes = Processes.join(request.device)
     device, dtype = call.placement(processes.device(request.device), request.dtype, request.offload)
     media = asked.media if request.reference is None else _reference_set(request.reference)
     images = _count_images(media)

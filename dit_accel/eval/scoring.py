@@ -10,9 +10,9 @@ import torch
 from torchmetrics import CatMetric
 
 from dit_accel.eval.metric import Item, Metric, TooFew
-from dit_accel.eval.processes import Processes
 from dit_accel.generation import captioned
 from dit_accel.generation.captioned import Captioned
+from dit_accel.generation.processes import Process
 
 if TYPE_CHECKING:
     import numpy as np
@@ -143,7 +143,7 @@ def score(
     labels: Sequence[str],
     samples: Sequence[tuple[str, Frames]],
     media: Sequence[Captioned],
-    processes: Processes,
+    process: Process,
     device: torch.device,
 ) -> dict[str, tuple[dict[str, list[float]], dict[str, Figure]]]:
     """Score all methods.
@@ -153,17 +153,17 @@ def score(
         labels: of the methods, the reference first.
         samples: of all prompts and seeds: the prompt, and what reads the frames of a label.
         media: the reference set; if empty, the reference's own frames are it.
-        processes: who shares the work.
+        process: whose share of the work is done here; torchmetrics adds up those of all.
         device: where the networks run.
 
     Returns:
         By label: the values of each sample by metric, and the figures.
     """
     scorer = Scorer(metrics, labels, device)
-    for prompt, read in processes.share(samples):
+    for prompt, read in process.share(samples):
         frames = {label: read(label) for label in labels}
         scorer.add(prompt, frames, frames[labels[0]], compare_sets=not media)
-    scorer.add_reference_set(processes.share(media))
+    scorer.add_reference_set(process.share(media))
     found = {}
     for label in labels:
         values = scorer.values(label)

@@ -28,7 +28,6 @@ from dit_accel.registry import did_you_mean
 SUITES = Path(__file__).parent / "suites"
 METHOD_KEYS = ("method", "load", "dense_steps", "dense_last_steps", "dense_layers")
 LISTS = ("seeds", "methods", "metrics", "pipe")
-PATHS = ("reference", "cache", "output")
 
 
 def built_in() -> list[str]:
@@ -108,5 +107,5 @@ def methods(listed: Iterable[Any]) -> list[Choice]:
 
 
 def _text(value: Any) -> str:
-    """As it is typed on the command line; a list of layers has commas."""
-    return ",".join(map(str, value)) if isinstance(value, list) else str(value)
+    """As it is typed on the command line; each layer has a comma behind it, so that one is no number of layers."""
+    return "".join(f"{item}," for item in value) if isinstance(value, list) else str(value)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -39,9 +38,11 @@ def find(folder: Path) -> list[Captioned]:
     paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in VIDEOS + PICTURES)
     if not paths:
         raise DitAccelError(f"{folder} holds no image or video ({', '.join(VIDEOS + PICTURES)}).")
-    for one, other in itertools.pairwise(paths):
-        if one.stem == other.stem:
-            raise DitAccelError(f"{one.name} and {other.name} in {folder} would share one caption; rename one of them.")
+    named: dict[str, Path] = {}
+    for path in paths:
+        other = named.setdefault(path.stem, path)
+        if other is not path:
+            raise DitAccelError(f"{other.name} and {path.name} in {folder} share one caption; rename one of them.")
     return [Captioned(path, _caption(path.with_suffix(".txt"))) for path in paths]
 
 

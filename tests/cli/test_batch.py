@@ -5,12 +5,9 @@ import os
 import signal
 import subprocess
 import sys
-import time
 
+import kills
 import pytest
-
-from dit_accel import DitAccelError
-from dit_accel.cli.batch import Process
 
 SMALL = ("--frames", 5, "--height", 32, "--width", 48, "--steps", 2, "--method", "gna:window=0.5")
 PROMPTS = ["a red square", "a blue circle", "a green triangle", "", "ein gelber Stern ★", "a red square"]
@@ -87,69 +84,50 @@ def test_other_options_are_refused(cli, demo, prompts, tmp_path):
 
 def test_bad_prompts_are_refused(cli, demo, tmp_path):
     file = tmp_path / "prompts.txt"
-    for content, message in ((b" \n\n", "holds no prompts"), (b"\xff\xfe", "not UTF-8")):
+    for content, message in ((b" \n\n", "holds no prompt;"), (b"\xff\xfe", "cannot be read as text")):
         file.write_bytes(content)
         outcome = cli("generate", *SMALL, "--prompts", file, "--output", tmp_path / "shot.gif")
         assert (outcome.status, message in outcome.err) == (2, True), outcome.err
-    assert "cannot be read: No such file" in cli("generate", "--prompts", tmp_path / "none.txt").err
+    assert "there is no such file or folder" in cli("generate", "--prompts", tmp_path / "none.txt").err
     assert "leave one of them out" in cli("generate", "--prompts", file, "--prompt", "x").err
     assert [path.name for path in tmp_path.iterdir()] == ["prompts.txt"]
 
 
-def test_two_processes_one_of_which_is_killed(wan_folder, prompts, tmp_path):
-    """The killed one's share is finished by the same command given again; nobody makes what is there."""
+def test_two_processes_one_of_which_is_killed(cli, wan_folder, prompts, tmp_path, root, monkeypatch):
+    """Killed between an output and its record, then between a record and the manifest; each time the rest is made."""
     asked = ["generate", "--model", wan_folder, *SMALL, "--prompts", prompts, "--output", tmp_path / "shot.gif"]
+    place = [{"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"} for rank in range(2)]
+    path = {"PYTHONPATH": os.pathsep.join((str(root), kills.TESTS)), "OMP_NUM_THREADS": "1"}
 
-    def start():
-        launched = []
-        for rank in range(2):
-            environment = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
-            launched.append(
-                subprocess.Popen(
-                    [sys.executable, "-m", "dit_accel", *map(str, asked)],
-                    env={**os.environ, **environment},
-                    stdout=subprocess.PIPE,
-                    stderr=subprocess.PIPE,
-                    text=True,
-                )
-            )
-        return launched
+    def start(rank, command):
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        return subprocess.Popen(command, env={**os.environ, **place[rank], **path}, **pipes)
 
-    first, second = start()
-    while not (tmp_path / "shot-0000.json").exists() and first.poll() is None:
-        time.sleep(0.05)
-    first.send_signal(signal.SIGKILL)
-    _, error = first.communicate(timeout=120)
+    def names(*indices):
+        return {f"shot-{i:04d}" for i in indices}
+
+    first = start(0, kills.cli(tmp_path, "shot-0001.json", 2, asked))  # written, and not yet moved to its place
+    second = start(1, [sys.executable, "-m", "dit_accel", *map(str, asked)])
+    _, error = first.communicate()
     assert first.returncode == -signal.SIGKILL, error
-    printed, error = second.communicate(timeout=120)
+    printed, error = second.communicate()
     assert second.returncode == 0, error
-    assert "2 of 5 prompts to do, process 1 of 2" in printed
-    done = {path.stem for path in tmp_path.glob("shot-*.json")}
-    assert {"shot-0000", "shot-0001", "shot-0003"} <= done < {f"shot-{i:04d}" for i in range(5)}
+    assert "3 of 5 prompts to do, process 1 of 2" in printed
+    assert {path.stem for path in tmp_path.glob("shot-*.gif")} == names(0, 1, 2, 3, 4)
+    assert {path.stem for path in tmp_path.glob("shot-*.json")} == names(0, 2, 3, 4)
+    assert [entry["done"] for entry in manifest(tmp_path)] == [True, False, True, True, True]
     before = outputs(tmp_path)
-    assert [entry["done"] for entry in manifest(tmp_path)] == [f"shot-{i:04d}" in done for i in range(5)]
 
-    for process in start():
-        _, error = process.communicate(timeout=120)
-        assert process.returncode == 0, error
-    after = outputs(tmp_path)
-    assert {name: after[name] for name in before if name.removesuffix(".gif") in done} == {
-        name: before[name] for name in before if name.removesuffix(".gif") in done
-    }
-    assert len(after) == 5 and all(entry["done"] for entry in manifest(tmp_path))
-    assert not list(tmp_path.glob(".*"))
+    first = start(0, kills.cli(tmp_path, "shot.jsonl", 2, asked))  # one manifest at the start, one after the output
+    printed, error = first.communicate()
+    assert first.returncode == -signal.SIGKILL, error
+    assert "1 of 5 prompts to do, process 0 of 2" in printed
+    assert [entry["done"] for entry in manifest(tmp_path)] == [True, False, True, True, True]
 
-
-def test_where_a_process_stands(monkeypatch):
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
-        monkeypatch.delenv(name, raising=False)
-    assert Process.here() == Process(0, 1, None)
-    for name, value in (("RANK", "3"), ("WORLD_SIZE", "4"), ("LOCAL_RANK", "1")):
+    for name, value in place[0].items():
         monkeypatch.setenv(name, value)
-    assert Process.here() == Process(3, 4, 1)
-    monkeypatch.setenv("WORLD_SIZE", "3")
-    with pytest.raises(DitAccelError, match="RANK counts from 0"):
-        Process.here()
-    monkeypatch.delenv("RANK")
-    with pytest.raises(DitAccelError, match="unset them or all three"):
-        Process.here()
+    assert "0 of 5 prompts to do, process 0 of 2" in cli(*asked).out
+    assert all(entry["done"] for entry in manifest(tmp_path))
+    made_again = {name for name, made in outputs(tmp_path).items() if made != before[name]}
+    assert made_again == {"shot-0001.gif"}
+    assert not list(tmp_path.glob(".*"))

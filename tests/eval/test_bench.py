@@ -6,7 +6,7 @@ import importlib.util
 import json
 import subprocess
 import sys
-import time
+import types
 
 import pytest
 import torch
@@ -38,15 +38,6 @@ SLA = Setting("sla", None, {"topk": 0.3, "block": 16})
 MARGINAL = Setting("sla", None, {"topk": 0.3, "block": 16, "linear_scope": "marginal"})
 STATIC = (GNA, Setting("tile", None, {"references": 1}), Setting("radial", None, {"decay": 0.3}))
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """The problems are tiny."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def row(setting=GNA, dtype="float32", direction="forward", shape=TINY):
@@ -322,11 +313,16 @@ class TestTiming:
         assert "".join(made) == "ab" * 4  # the first round does not count
         assert [len(times) for times in taken.values()] == [3, 3]
 
-    @pytest.mark.timing
-    def test_time_is_the_calls(self):
-        taken = timing.alternate({"a": lambda: time.sleep(0.02)}, 0.2, CPU)
-        assert timing.quantiles(taken["a"])["ms_p50"] == pytest.approx(20, rel=0.3)
-        assert len(taken["a"]) >= 5
+    def test_time_is_the_calls(self, monkeypatch):
+        """By a clock that stands still but for the calls: 5 ms and 20 ms a round, for at least 100 ms."""
+        now = [0.0]
+
+        def takes(seconds):
+            now[0] += seconds
+
+        monkeypatch.setattr(timing, "time", types.SimpleNamespace(perf_counter=lambda: now[0]))
+        taken = timing.alternate({"a": lambda: takes(0.005), "b": lambda: takes(0.020)}, 0.1, CPU, least=3)
+        assert taken == {"a": pytest.approx([5] * 4), "b": pytest.approx([20] * 4)}
 
     def test_quantiles(self):
         assert timing.quantiles([5, 1, 2, 4, 3, 6]) == {"ms_p50": 3.5, "ms_p20": 2, "ms_p80": 5}

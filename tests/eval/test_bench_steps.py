@@ -39,15 +39,6 @@ SLA = Setting("sla", None, {"topk": 0.5, "block": 16})
 GNA = Setting("gna", None, {"window": (1, 3, 4)})
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """The models are tiny."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def small(name):
     """The declared model with a small architecture at a small size."""
     axes = (1, 8, 9) if name == "flux-4k" else (4, 6, 8)

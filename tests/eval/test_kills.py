@@ -3,8 +3,9 @@
 import json
 import multiprocessing
 import random
-import time
+import signal
 
+import kills
 import pytest
 
 from dit_accel.eval import quality
@@ -16,8 +17,10 @@ METHODS = ("gna:window=0.5", "tile:references=1", "sla:topk=0.3,block=16")
 TIMES = {"seconds", "denoising_seconds", "seconds_per_step", "attention_seconds", "date"}
 
 
-def sweep(model, prompts, output) -> None:
-    """The evaluation, in a process that the test kills."""
+def sweep(model, prompts, output, *moment) -> None:
+    """The evaluation, in a process that dies at that moment."""
+    if moment:
+        kills.die_before(output, *moment)
     chosen = tuple(methods(METHODS))
     quality.run(quality.Request(output=output, model=str(model), prompts=str(prompts), methods=chosen, **SWEEP))
 
@@ -44,34 +47,28 @@ def starter():
 
 
 def test_kills_lose_nothing(starter, wan_folder, tmp_path):
+    """Every sample is three writes: its frames, their rename, its line. After the last one comes the report."""
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a red circle\na blue square\n")
 
-    def start(output):
-        process = starter.Process(target=sweep, args=(wan_folder, prompts, output))
+    def run(output, *moment):
+        process = starter.Process(target=sweep, args=(wan_folder, prompts, output, *moment))
         process.start()
-        return process
+        process.join()
+        return process.exitcode
 
-    whole = start(tmp_path / "whole")
-    whole.join()
-    assert whole.exitcode == 0
+    assert run(tmp_path / "whole") == 0
     expected = figures(tmp_path / "whole")
     assert len(expected[0]) == 2 * 4 * 4
 
-    chance, output, kills, before = random.Random(0), tmp_path / "killed", 0, 0
-    while kills < KILLS:
-        process, begun = start(output), lines(output)
-        while process.is_alive() and lines(output) == begun and lines(output) < len(expected[0]) - 2:
-            time.sleep(0.01)  # until it works: most of a process's life is loading
-        time.sleep(chance.uniform(0, 0.2))
-        process.kill()
-        process.join()
-        kills += process.exitcode == -9
-        assert lines(output) >= before, "a finished sample was lost"
-        before = lines(output)
-        assert before < len(expected[0]), "the sweep is too short for that many kills"
-    last = start(output)
-    last.join()
-    assert last.exitcode == 0
+    chance, output, done = random.Random(0), tmp_path / "killed", [0]
+    moments = [(1, "results.jsonl")]  # the frames of the first reference are there, their line is not
+    moments += [(chance.randint(2, 14),) for _ in range(KILLS - 1)]
+    for moment in moments:
+        assert run(output, *moment) == -signal.SIGKILL
+        done.append(lines(output))
+    assert done == sorted(done), "a finished sample was lost"
+    assert done[KILLS // 2] < done[-1] == len(expected[0]), "all kills came before the report, or all after the samples"
+    assert run(output) == 0
     assert figures(output) == expected
     assert not list(output.rglob("*.tmp"))

@@ -31,8 +31,9 @@ def arguments(wan_folder, clip_folder, tmp_path):
 
 def launch(root, arguments) -> str:
     """Two processes by torchrun, which is what `accelerate launch` starts for several; gives what they print."""
+    launcher = "-m torch.distributed.run --nproc_per_node=2 --standalone --local_addr=127.0.0.1 -m dit_accel"
     done = subprocess.run(
-        [sys.executable, *"-m torch.distributed.run --nproc_per_node=2 --standalone -m dit_accel".split(), *arguments],
+        [sys.executable, *launcher.split(), *arguments],
         cwd=root,
         env={**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"},
         capture_output=True,

@@ -10,20 +10,11 @@ from dit_accel.eval.fid import METRIC as FID
 from dit_accel.eval.frame_agreement import METRIC as AGREEMENT
 from dit_accel.eval.kid import METRIC as KID
 from dit_accel.eval.metric import Metric
-from dit_accel.eval.processes import Processes
 from dit_accel.eval.psnr import METRIC as PSNR
 from dit_accel.eval.ssim import METRIC as SSIM
+from dit_accel.generation.processes import Process
 
 CPU = torch.device("cpu")
-
-
-class One:
-    """A share of work among several, without the others."""
-
-    def __init__(self, index: int, count: int) -> None:
-        self.index, self.count = index, count
-
-    share = Processes.share
 
 
 @pytest.fixture
@@ -35,7 +26,7 @@ def chosen(pooled):
 def scored(chosen, references, others, media=()):
     """Of the reference and of one other method."""
     samples = [("", lambda label, pair=pair: pair[label == "other"]) for pair in zip(references, others, strict=True)]
-    return scoring.score(chosen, ["reference", "other"], samples, media, One(0, 1), CPU)
+    return scoring.score(chosen, ["reference", "other"], samples, media, Process(), CPU)
 
 
 def test_identity_is_perfect_and_noise_is_not(chosen, clips):
@@ -78,6 +69,6 @@ def test_infinity_in_json():
 @pytest.mark.parametrize("count", [1, 2, 3, 7])
 def test_shares_are_neighbours_and_cover_all(count):
     items = list(range(5))
-    parts = [One(index, count).share(items) for index in range(count)]
+    parts = [Process(index, count).share(items) for index in range(count)]
     assert [item for part in parts for item in part] == items
     assert max(map(len, parts)) - min(map(len, parts)) <= 1

@@ -31,7 +31,7 @@ def sees(query, key, frame_tokens, decay, sink):
     return p == r and abs(t - s) % math.ceil(1 / width) == 0
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     st.integers(1, 12),
     st.integers(1, 3),

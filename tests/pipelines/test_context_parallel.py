@@ -63,7 +63,7 @@ def results_of(ranks, folder):
     for process in processes:
         process.start()
     for process in processes:
-        process.join(300)
+        process.join(900)
         process.kill()
     assert [process.exitcode for process in processes] == [0] * ranks, "see the processes' output"
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(ranks)]

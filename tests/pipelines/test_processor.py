@@ -131,7 +131,7 @@ def test_an_error_leaves_nothing_behind():
 
 def test_threads_do_not_see_each_others_plan():
     """Two models of one processor class, in two threads that meet in the middle of their attention calls."""
-    meeting, results = threading.Barrier(2, timeout=20), {}
+    meeting, results = threading.Barrier(2, timeout=120), {}
 
     class Waiting(MeanPlan):
         def attend(self, q, k, v, **rest):

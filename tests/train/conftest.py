@@ -77,20 +77,27 @@ def trained(tiny, tmp_path):
 
 @pytest.fixture
 def elsewhere(tiny, tmp_path, root):
-    """Starts the same in another process, `launcher` in front of the program; runs are settings by folder name."""
+    """Starts the same in another process, `launcher` in front of the program; runs are settings by folder name.
+
+    With `dies` the process is killed before it names something so; see `kills.die_before`.
+    """
     import json
     import os
     import pathlib
     import subprocess
     import sys
 
-    def start(runs, launcher=(), **variables):
+    import kills
+
+    def start(runs, launcher=(), dies=None, **variables):
         asked = {"model": str(tiny.model), "data": str(tiny.data)}
+        asked["dies"] = None if dies is None else [str(tmp_path), 1, dies]
         asked["runs"] = {str(tmp_path / name): SETTINGS | settings for name, settings in runs.items()}
         worker = pathlib.Path(__file__).with_name("worker.py")
+        path = os.pathsep.join((str(root), kills.TESTS))
         return subprocess.Popen(
             [sys.executable, *launcher, str(worker), json.dumps(asked)],
-            env=os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", **variables},
+            env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", **variables},
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,

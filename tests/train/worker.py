@@ -1,8 +1,10 @@
-"""Runs a training in a process of its own: `python worker.py '{"model":, "data":, "runs": {folder: settings}}'`."""
+"""Runs trainings in a process of its own: `python worker.py '{"model":, "data":, "dies":, "runs": {}}'`."""
 
 import json
 import pathlib
 import sys
+
+import kills
 
 from dit_accel.pipelines.demo import load_demo
 from dit_accel.train.data import Dataset
@@ -11,6 +13,8 @@ from dit_accel.train.settings import make
 
 
 def main(asked):
+    if asked["dies"] is not None:
+        kills.die_before(*asked["dies"])
     for folder, settings in asked["runs"].items():
         data = Dataset(pathlib.Path(asked["data"]))
         pipe = load_demo(folder=pathlib.Path(asked["model"]))

@@ -5,6 +5,7 @@ import contextlib
 import json
 import os
 import pathlib
+import select
 import shutil
 import subprocess
 import tempfile
@@ -12,6 +13,8 @@ import time
 
 import numpy as np
 import pytest
+
+SILENCE = 120  # seconds after which Chromium hangs
 
 METRICS = [
     {"name": "psnr", "title": "PSNR", "unit": "dB", "better": "higher", "about": "against the dense output"},
@@ -112,11 +115,13 @@ class Page:
     def __init__(self, browser, to, back):
         self.browser, self._to, self._back = browser, to, back
         self._buffer, self._count, self._session = b"", 0, None
+        self._loaded = set()  # documents, by their loader
         self.complaints = []
         target = self.send("Target.createTarget", url="about:blank")["targetId"]
         self._session = self.send("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
         for domain in ("Page", "Runtime", "Log", "Network"):
             self.send(f"{domain}.enable")
+        self.send("Page.setLifecycleEventsEnabled", enabled=True)
 
     def send(self, method, **params):
         self._count += 1
@@ -132,6 +137,7 @@ class Page:
 
     def _receive(self):
         while b"\0" not in self._buffer:
+            assert select.select([self._back], [], [], SILENCE)[0], "Chromium says nothing any more"
             part = os.read(self._back, 1 << 20)
             assert part, "Chromium ended"
             self._buffer += part
@@ -141,7 +147,9 @@ class Page:
         return event
 
     def _note(self, method, params):
-        """Keep what the console would show in red, and every request that leaves the page."""
+        """Keep which documents are loaded, what the console would show in red, and requests that leave the page."""
+        if method == "Page.lifecycleEvent" and params["name"] == "load":
+            self._loaded.add(params["loaderId"])
         if method == "Runtime.exceptionThrown":
             self.complaints.append(params["exceptionDetails"])
         if method == "Runtime.consoleAPICalled" and params["type"] in ("error", "warning", "assert"):
@@ -156,9 +164,9 @@ class Page:
         self.send("Emulation.setDeviceMetricsOverride", **size)
         theme = [{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}]
         self.send("Emulation.setEmulatedMedia", features=theme)
-        self.send("Page.navigate", url=path.as_uri())
-        while self._receive().get("method") != "Page.loadEventFired":
-            pass
+        document = self.send("Page.navigate", url=path.as_uri())["loaderId"]
+        while document not in self._loaded:  # its event may come before the answer, and one of the page before after it
+            self._receive()
 
     def ask(self, expression):
         """The value of a JavaScript expression, awaited."""
@@ -168,9 +176,9 @@ class Page:
         assert "exceptionDetails" not in answer, answer["exceptionDetails"]
         return answer["result"].get("value")
 
-    def wait_for(self, expression, seconds=20):
+    def wait_for(self, expression):
         """Until an expression is true."""
-        end = time.monotonic() + seconds
+        end = time.monotonic() + SILENCE
         while not self.ask(expression):
             assert time.monotonic() < end, f"never true: {expression}"
             time.sleep(0.1)
@@ -200,8 +208,8 @@ def chromium():
         try:
             yield Page(browser, ours[1], theirs[0])
         finally:
-            browser.terminate()
-            browser.wait(20)
+            browser.kill()
+            browser.wait()
             os.close(ours[1])
             os.close(theirs[0])
 

@@ -1,7 +1,9 @@
 """The README's part that an evaluation writes."""
 
 import json
+import os
 import shutil
+import subprocess
 
 import pytest
 
@@ -50,3 +52,14 @@ def test_the_readme_says_what_its_summary_says(root):
     summary = json.loads((root / readme.SUMMARY).read_text(encoding="utf-8"))
     assert readme.between(text) == readme.section(summary)
     assert (root / readme.PICTURE).is_file()
+
+
+def test_make_eval_writes_it(root):
+    """The command that measures also puts what it measured into the README."""
+    outside = {
+        name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKEOVERRIDES", "OUTPUT")
+    }
+    command = ["make", "--dry-run", "eval"]
+    recipe = subprocess.run(command, cwd=root, env=outside, capture_output=True, text=True, check=True).stdout
+    measured, _, after = recipe.partition("dit-accel eval --suite demo --output outputs/eval\n")
+    assert measured and after.strip().endswith("-m dit_accel.eval.report.readme outputs/eval")

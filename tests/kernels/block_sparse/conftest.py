@@ -16,15 +16,6 @@ from dit_accel.testing import assert_accurate, plain_attention
 NAMES = ("out", "lse", "dq", "dk", "dv")
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """The problems are tiny: on a busy machine a second thread costs seconds of waiting and gains nothing."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @dataclasses.dataclass
 class Problem:
     """Tensors of one call, and what plain PyTorch makes of it."""

@@ -37,14 +37,6 @@ LAYOUTS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def inputs(kind, tokens, dtype, heads=2, dim=24):
     """q and k of which many scores are equal, or none."""
     torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""Prompts to evaluate with: a file, a list that comes with the package, or a folder of captioned images or videos."""
+"""Prompts: a file, a list that comes with the package, or a folder of captioned images or videos."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class Prompts:
 
     Args:
         source: as asked for.
-        texts: the prompts; one that comes twice counts once.
-        media: the captioned images or videos they come from, which then are the reference set; empty otherwise.
+        texts: the prompts, in order.
+        media: the captioned images or videos they come from; empty where they come from text.
     """
 
     source: str
@@ -61,7 +61,7 @@ def read(source: str) -> Prompts:
         )
     if not texts:
         raise DitAccelError(f"--prompts {source} holds no prompt; write one a line.")
-    return Prompts(source, tuple(dict.fromkeys(texts)), media)
+    return Prompts(source, tuple(texts), media)
 
 
 def _lines(path: Path) -> list[str]:

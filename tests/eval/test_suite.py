@@ -1,0 +1,60 @@
+"""Evaluations written down in YAML."""
+
+import pytest
+
+from dit_accel.errors import DitAccelError
+from dit_accel.eval import suite
+
+KEYS = {"model": str, "seeds": int, "steps": int, "guidance": float, "methods": object, "compile": bool}
+
+
+def read(tmp_path, text):
+    (tmp_path / "s.yaml").write_text(text)
+    return suite.read(str(tmp_path / "s.yaml"), KEYS)
+
+
+def test_values(tmp_path):
+    found = read(
+        tmp_path,
+        "model: demo\nseeds: [0, 2]\nguidance: 5\nmethods:\n  - gna:window=0.5\n"
+        "  - {method: 'radial:decay=0.2', dense_steps: 2, dense_layers: [0, 3]}\n"
+        "  - {method: tile:references=1, dense_layers: [5]}\n",
+    )
+    one, other, third = found.pop("methods")
+    assert found == {"model": "demo", "seeds": [0, 2], "guidance": 5.0}
+    assert (one.title, other.title) == ("gna:window=0.5", "radial:decay=0.2")
+    assert (other.schedule.dense_steps, other.schedule.dense_layers) == (2, (0, 3))
+    assert third.schedule.dense_layers == (5,)  # that layer, not as many layers
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("modle: demo", "unknown key 'modle'. Did you mean 'model'?"),
+        ("steps: many", "steps should be of type int, got 'many'"),
+        ("steps: true", "steps should be of type int, got True"),
+        ("seeds: [0, x]", "seeds should be of type int, got 'x'"),
+        ("- demo", "should hold keys and values"),
+        ("model: [", "is not YAML"),
+        ("methods: [gnaa]", "Did you mean 'gna'?"),
+        ("methods: [{method: gna, window: 2}]", "has the keys method, load"),
+        ("methods: [3]", "got 3"),
+    ],
+)
+def test_refused(tmp_path, text, message):
+    with pytest.raises(DitAccelError) as error:
+        read(tmp_path, text)
+    assert message in str(error.value)
+
+
+def test_missing():
+    with pytest.raises(DitAccelError, match=r"Did you mean 'demo'\?"):
+        suite.read("dmo", KEYS)
+
+
+@pytest.mark.parametrize("name", suite.built_in())
+def test_built_in_suites_are_whole(name):
+    from dit_accel.cli.eval import SUITE_KEYS
+
+    found = suite.read(name, SUITE_KEYS)
+    assert {choice.name for choice in found["methods"]} == {"dense", "gna", "tile", "radial", "sla"}
