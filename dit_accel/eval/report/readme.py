@@ -1,7 +1,7 @@
 """Put an evaluation's table and Pareto picture into the README: `python -m dit_accel.eval.report.readme outputs/eval`.
 
-`make eval` runs it behind the evaluation. What lies between the two marks is replaced; the summary it came from goes to `benchmarks/results`, the picture to
-`docs/pictures`. A test holds the README against that summary.
+`make eval` runs it behind the evaluation. What lies between the two marks is replaced; the summary it came from goes to
+`benchmarks/results`, the picture to `docs/pictures`. A test holds the README against that summary.
 """
 
 from __future__ import annotations
