@@ -336,7 +336,7 @@ class Engine:
     ) -> None:
         """A layer has computed sparse attention."""
         assert state.plan is not None
-        text = state.text_lens, state.text_bias
+        text = state.text_of(len(q))
         call = AttentionCall(self.name, layer.name, self._step, state.plan, q, k, v, out, scale, *text)
         if self._checking:
             sums = call.measure().sums()

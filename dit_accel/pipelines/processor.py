@@ -76,6 +76,14 @@ class CallState:
         self.sparse = True
         self.rows = None if rows is None else (rows, rows.argsort(-1))
 
+    def text_of(self, samples: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Lengths and bias for an attention call of so many samples.
+
+        FasterCache leaves out the first half of a batch, behind the hook that reads the transformer's call.
+        """
+        lens, bias = self.text_lens, self.text_bias
+        return None if lens is None else _of_last(lens, samples), None if bias is None else _of_last(bias, samples)
+
     @property
     def tokens(self) -> int:
         """Tokens that an attention call has in this process."""
@@ -304,18 +312,25 @@ def _attend(
             f"is_causal={is_causal}, dropout_p={dropout_p}, {q.shape[1]} and {k.shape[1]} heads."
         )
     _SLOT.replaced += 1
-    heads, rows, ulysses = q.shape[1], state.rows, state.ulysses
+    heads, ulysses = q.shape[1], state.ulysses
+    rows = None if state.rows is None else tuple(_of_last(each, len(q)) for each in state.rows)
     if ulysses is not None:
         q, k, v = ulysses.gather(q, k, v)
     if rows is not None:
         q, k, v = (_take(x, rows[0]) for x in (q, k, v))
-    text = {"text_lens": state.text_lens, "text_bias": state.text_bias}
-    out = state.plan.attend(q, k, v, scale=scale, **text, impl=state.impl, module=_SLOT.learned)
+    text_lens, text_bias = state.text_of(len(q))
+    out = state.plan.attend(
+        q, k, v, scale=scale, text_lens=text_lens, text_bias=text_bias, impl=state.impl, module=_SLOT.learned
+    )
     if _SLOT.watch is not None:
         _SLOT.watch(q, k, v, out, scale, state)
     if rows is not None:
         out = _take(out, rows[1])
     return out if ulysses is None else ulysses.scatter(out, heads)
+
+
+def _of_last(x: torch.Tensor, samples: int) -> torch.Tensor:
+    return x[samples:] if len(x) == 2 * samples else x
 
 
 def _take(x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
