@@ -248,10 +248,10 @@ def test_attention_backends(tiny, method, config, global_backend):
 @each_graded()
 def test_quantised_weights(tiny, method, config):
     """Weights in int8 by torchao, before and after: the result is that of the weights they stand for."""
-    torchao = pytest.importorskip("torchao.quantization", reason="torchao is not installed: it is optional")
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
     def quantise(transformer):
-        torchao.quantize_(transformer, torchao.Int8WeightOnlyConfig())
+        quantize_(transformer, Int8WeightOnlyConfig())
         return transformer
 
     quantised, dequantised = quantise(tiny.build()), tiny.build()

@@ -1,9 +1,11 @@
 """What every family must do, on every model in `models/`: each check is a column of the documentation's table."""
 
 import dataclasses
+import functools
 
 import pytest
 import torch
+from accelerated_runs import FIRST, each, train
 from masked_reference import assert_no_worse, critical_pairs, plain_and_exact, static_pairs
 from tiny_models import all_models, run
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -40,10 +42,6 @@ def every_setting():
 
 def each_model(models=MODELS):
     return pytest.mark.parametrize("tiny", models, ids=str)
-
-
-def first_of_each_family():
-    return list({tiny.family: tiny for tiny in reversed(MODELS)}.values())
 
 
 def state_of(transformer):
@@ -146,27 +144,31 @@ def test_other_attention_is_untouched(tiny):
     assert changed == own
 
 
-@pytest.mark.check("compile", method="gna")
-@each_model([tiny for tiny in first_of_each_family() if tiny.compiles != "no"])
-def test_compiles_as_one_graph(tiny, evidence):
+@pytest.mark.check("compile")
+@each([tiny for tiny in FIRST if tiny.compiles != "no"])
+def test_compiles_as_one_graph(tiny, method, config, evidence):
     """Or, block by block, as the graphs that the untouched model has: refiners of the same class have their own."""
-    whole = tiny.compiles == "whole"
-    wanted = 1 if whole else _compile(tiny.build(), tiny, whole)[1]
     transformer = tiny.build()
-    with dit_accel.accelerated(transformer, "gna", window=(1, 3, 3)) as accel:
+    with dit_accel.accelerated(transformer, method, **config) as accel:
+        train(accel)
         eager = run(transformer, tiny.call())
-        compiled, graphs = _compile(transformer, tiny, whole)
+        compiled, graphs = _compile(transformer, tiny)
         torch.testing.assert_close(compiled, eager)
-        assert graphs == wanted
+        assert graphs == (1 if tiny.compiles == "whole" else _stock_graphs(tiny))
     assert {layer.sparse_calls for layer in accel.report().layers} == {3}
     evidence(accel.report())
 
 
-def _compile(transformer, tiny, whole):
+@functools.cache
+def _stock_graphs(tiny):
+    return _compile(tiny.build(), tiny)[1]
+
+
+def _compile(transformer, tiny):
     """What a compiled transformer answers to the second of two calls, and how many graphs were made."""
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("eager")
-    if whole:
+    if tiny.compiles == "whole":
         transformer = torch.compile(transformer, backend=counter, fullgraph=True)
     else:
         transformer.compile_repeated_blocks(backend=counter, fullgraph=True)
