@@ -325,8 +325,8 @@ def _with_preset(
             f"schedule= (got method {method!r}, schedule {schedule!r})."
         )
     get_method(method)
-    _, family = next(iter(find_transformers(target)[0].values()))
-    advice = family.preset(method)
+    transformers = list(find_transformers(target)[0].values())
+    advice = transformers[0][1].preset(method, len(transformers))
     return {**advice.config, **config}, {**advice.schedule, **given}, advice.source
 
 

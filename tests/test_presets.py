@@ -1,9 +1,14 @@
 """Recommended settings: what they are at the sizes they were published for, and how they are asked for."""
 
+import copy
+
 import pytest
+from diffusers import WanPipeline
 
 import dit_accel
+from dit_accel.generation.choice import choose
 from dit_accel.registry import get_families
+from dit_accel.schedule import Step
 from dit_accel.tokens import TokenGrid
 
 
@@ -32,6 +37,21 @@ def test_a_preset_sets_the_method_and_what_stays_dense(tiny_wan):
         assert (accel.config.decay, accel.config.rule, accel.config.sink) == (0.2, "reference", True)
         assert (accel.schedule.dense_steps, accel.schedule.dense_layers) == (0.24, 1)
         assert "scripts/wan_t2v_inference.sh" in accel.report().notes[0]
+
+
+def test_two_transformers_have_settings_of_their_own(wan_folder):
+    """Wan 2.2's, at its published 77 frames of 768x1280 in 40 steps; what was published for one counts for the rest."""
+    pipe = WanPipeline.from_pretrained(wan_folder)
+    pipe.register_modules(transformer_2=copy.deepcopy(pipe.transformer))
+    with dit_accel.accelerate(pipe, "radial", preset=True) as accel:
+        assert (accel.config.decay, accel.config.block, accel.schedule.dense_layers) == (0.8, 64, 1)
+        assert "scripts/wan_22_t2v_inference.sh" in accel.report().notes[0]
+        dense = [accel.schedule.dense_step(Step(index, 40)) is not None for index in range(40)]
+        assert dense == [True] * 11 + [False] * 29
+    with dit_accel.accelerate(pipe, "sla", preset=True) as accel:
+        assert accel.config.topk == 0.1
+    chosen = choose("radial", None, None, None, None, None, get_families()["wan"], 2)
+    assert (chosen.config["decay"], chosen.schedule.dense_steps) == (0.8, 11 / 40)
 
 
 def test_what_is_given_wins(tiny_wan):

@@ -187,6 +187,7 @@ def prepare(request: Request) -> Job:
         request.dense_last_steps,
         request.dense_layers,
         family_of(source) if request.preset else None,
+        1 if source.component_class("transformer_2") is None else 2,
     )
     verify = request.verify or request.keep_dense_above is not None
     if verify and request.compile:

@@ -12,7 +12,7 @@ import typer
 from dit_accel.cli.options import Json
 
 if TYPE_CHECKING:
-    from dit_accel.pipelines.family import Family
+    from dit_accel.pipelines.family import Family, Preset
     from dit_accel.registry import Method
 
 
@@ -48,15 +48,19 @@ def _method(method: Method) -> dict[str, Any]:
 
 def _family(family: Family) -> dict[str, Any]:
     """Name, summary, transformer classes, and recommended settings with their source by method."""
-    recommended = {
-        name: {"config": dict(preset.config), "schedule": dict(preset.schedule), "source": preset.source}
-        for name, preset in family.recommended.items()
-    }
+
+    def shown(presets: Mapping[str, Preset]) -> dict[str, Any]:
+        return {
+            name: {"config": dict(preset.config), "schedule": dict(preset.schedule), "source": preset.source}
+            for name, preset in presets.items()
+        }
+
     return {
         "name": family.name,
         "summary": family.summary,
         "transformers": list(family.transformers),
-        "recommended": recommended,
+        "recommended": shown(family.recommended),
+        "recommended_pair": shown(family.recommended_pair),
     }
 
 
@@ -86,7 +90,8 @@ def _print_tables(
         table.add_column(column, overflow="fold")
     for family in families:
         recommended = []
-        for name, preset in family["recommended"].items():
+        pair = {f"{name}, two transformers": preset for name, preset in family["recommended_pair"].items()}
+        for name, preset in (family["recommended"] | pair).items():
             pairs = {**preset["config"], **preset["schedule"]}.items()
             lines = [f"{name}:", *(f"{key}={value_text(value)}" for key, value in pairs), f"({preset['source']})"]
             recommended.append("\n".join(lines))

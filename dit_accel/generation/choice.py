@@ -101,12 +101,14 @@ def choose(
     dense_last_steps: str | None,
     dense_layers: str | None,
     family: Family | None = None,
+    transformers: int = 1,
 ) -> Choice:
     """Read a choice from options; dense if there are none.
 
     Args:
         method, settings, load, dense_steps, dense_last_steps, dense_layers: the options' texts.
         family: whose recommended settings count where none are given; None: the methods' defaults do.
+        transformers: of the pipeline.
 
     Raises:
         DitAccelError: the method or a setting is unknown, a schedule is not one, --load comes with another method, or
@@ -121,7 +123,7 @@ def choose(
     if load is None:
         name, config = registry.parse_method(method or "dense", settings or ())
         if family is not None:
-            preset = family.preset(name)
+            preset = family.preset(name, transformers)
             config, given = {**preset.config, **config}, {**preset.schedule, **given}
         registry.make_config(name, config)
         return Choice(name, config, Schedule(**given))

@@ -162,6 +162,7 @@ class Family:
             its own, so that only the scheduler's index, or `set_step`, tells the step.
         timestep_rises: whether it is 1 for the finished image, and not for noise.
         recommended: settings by method.
+        recommended_pair: the same for pipelines with two transformers on one trajectory, where they differ.
         visual_attention: paths among `attention` whose modules see the visual tokens alone, without text and
             conditioning tokens.
         sparse_calls: by processor class, what runs in its place in sparse calls; see `processor`.
@@ -178,6 +179,7 @@ class Family:
     timestep_scale: float | None = 1.0
     timestep_rises: bool = False
     recommended: Mapping[str, Preset] = dataclasses.field(default_factory=dict)
+    recommended_pair: Mapping[str, Preset] = dataclasses.field(default_factory=dict)
     visual_attention: tuple[str, ...] = ()
     sparse_calls: Mapping[str, Callable[..., Any]] = dataclasses.field(default_factory=dict)
     head_dim: Callable[[nn.Module], int] = _head_dim
@@ -194,8 +196,8 @@ class Family:
         """Whether the attention module of that name has the text in its sequence."""
         return not any(_fits(path, name) for path in self.visual_attention)
 
-    def preset(self, method: str) -> Preset:
-        """The recommended settings of a method.
+    def preset(self, method: str, transformers: int = 1) -> Preset:
+        """The recommended settings of a method in a pipeline with so many transformers.
 
         Raises:
             DitAccelError: there are none; the message names the methods that have some.
@@ -206,7 +208,11 @@ class Family:
                 f"No settings of {method} are recommended for the family {self.name} ({known}); give the settings, "
                 "and no preset."
             )
-        return self.recommended[method]
+        return (
+            self.recommended_pair.get(method, self.recommended[method])
+            if transformers > 1
+            else self.recommended[method]
+        )
 
     def timestep(self, call: Call) -> torch.Tensor | None:
         """The call's timestep in the scheduler's units; None if that is not known."""

@@ -42,6 +42,16 @@ RECOMMENDED = {
     ),
 }
 
+# Of Wan 2.2 A14B, whose two transformers run on one trajectory.
+RECOMMENDED_PAIR = {
+    "radial": Preset(
+        config={"decay": 0.8, "rule": "reference", "block": 64},
+        schedule={"dense_steps": 11 / 40, "dense_layers": 1},
+        source="Radial Attention (arXiv:2506.19852), scripts/wan_22_t2v_inference.sh: Wan2.2-A14B, 77 frames of "
+        "768x1280, 11 of 40 steps dense, blocks of 64 tokens",
+    ),
+}
+
 FAMILY = Family(
     name="wan",
     transformers=(
@@ -55,4 +65,5 @@ FAMILY = Family(
     sizes=sizes,
     summary="Wan 2.1 and 2.2: text to video, image to video, VACE, Animate; ChronoEdit",
     recommended=RECOMMENDED,
+    recommended_pair=RECOMMENDED_PAIR,
 )

@@ -27,6 +27,8 @@ def test_recommended_settings_are_shown_with_their_source(cli):
     assert radial["config"] == {"decay": 0.2, "rule": "reference"}
     assert radial["schedule"] == {"dense_steps": 0.24, "dense_layers": 1}
     assert "scripts/wan_t2v_inference.sh" in radial["source"]
+    pair = families["wan"]["recommended_pair"]["radial"]
+    assert (pair["config"]["decay"], pair["schedule"]["dense_steps"]) == (0.8, 11 / 40)
 
 
 def test_table_says_where_methods_come_from(cli):

@@ -149,7 +149,8 @@ def test_a_family_is_complete(name):
     assert family.name == name and family.summary
     for transformer in family.transformers:
         assert hasattr(diffusers, transformer)
-    for method, preset in family.recommended.items():
+    assert set(family.recommended_pair) <= set(family.recommended)
+    for method, preset in (*family.recommended.items(), *family.recommended_pair.items()):
         registry.make_config(method, preset.config)
         Schedule(**preset.schedule)
         assert preset.source
