@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from dit_accel.cli.options import Frames, Height, Revision, Width
 from dit_accel.errors import DitAccelError
+
+if TYPE_CHECKING:
+    from dit_accel.generation.choice import Choice
 
 INTERRUPTED = 130
 
@@ -53,6 +57,9 @@ def evaluate(
     load: Annotated[
         list[Path] | None, typer.Option(metavar="FOLDER", help="A saved accelerator as a further method, repeatable.")
     ] = None,
+    write_card: Annotated[
+        bool, typer.Option("--write-card", help="Also put the figures of each --load into its model card.")
+    ] = False,
     dense_steps: Annotated[
         str | None, typer.Option(metavar="N|SHARE", help="First denoising steps that stay dense in every --method.")
     ] = None,
@@ -116,6 +123,7 @@ def evaluate(
     from dit_accel.eval import quality
     from dit_accel.eval import suite as suites
     from dit_accel.generation.choice import choose
+    from dit_accel.train import card
 
     schedule = (dense_steps, dense_last_steps, dense_layers)
     chosen = [choose(text, None, None, *schedule) for text in method or ()]
@@ -148,6 +156,11 @@ def evaluate(
     asked: dict[str, Any] = {} if suite is None else suites.read(suite, SUITE_KEYS)
     asked |= {name: value for name, value in typed.items() if value is not None}
     asked = {name: tuple(value) if isinstance(value, list) else value for name, value in asked.items()}
+    folders = [choice.folder for choice in asked.get("methods", ()) if choice.folder is not None] if write_card else []
+    if write_card and not folders:
+        raise DitAccelError("--write-card writes into the model card of a --load, and none came.")
+    for folder in folders:
+        card.check(folder)
     try:
         outcome = quality.run(quality.Request(**asked, device=device, offload=offload, cache=cache, output=output))
     except KeyboardInterrupt:
@@ -155,10 +168,22 @@ def evaluate(
         return INTERRUPTED
     if outcome.summary is not None:
         _print(outcome.summary)
+        if write_card:
+            _write_cards(outcome.summary, asked["methods"])
         typer.echo(f"report:  {output / 'report.html'}\nresults: {output / 'results.jsonl'}")
     for line in outcome.broken:
         typer.echo(f"dit-accel: {line}.", err=True)
     return outcome.status
+
+
+def _write_cards(summary: dict[str, Any], methods: Sequence[Choice]) -> None:
+    """Put the row of every method that was loaded into the model card beside it."""
+    from dit_accel.eval.report.markdown import excerpt
+    from dit_accel.train import card
+
+    for choice, row in zip(methods, summary["rows"][1:], strict=True):
+        if choice.folder is not None:
+            card.write_quality(choice.folder, excerpt(summary, row["label"]))
 
 
 def _seeds(text: str) -> list[int]:

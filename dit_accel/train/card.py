@@ -22,6 +22,9 @@ NON_COMMERCIAL = {
     "black-forest-labs/FLUX.1-Fill-dev": "flux-1-dev-non-commercial-license",
 }
 
+CARD = "README.md"
+QUALITY, LIMITS = "\n## Quality\n\n", "\n\n## Limits\n\n"
+
 
 def write(
     folder: pathlib.Path, base: Base, accel: Accelerator, settings: TrainSettings, data: Dataset, steps: int
@@ -33,9 +36,52 @@ def write(
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        replace_file(folder / "README.md", text(base, accel, settings, data, steps).encode())
+        replace_file(folder / CARD, text(base, accel, settings, data, steps).encode())
     except OSError as error:
         raise DitAccelError(f"The model card cannot be written to {folder}: {error.strerror}.") from error
+
+
+def check(folder: pathlib.Path) -> None:
+    """See that `write_quality` could do its work.
+
+    Raises:
+        DitAccelError: the folder has no model card with a section for the quality.
+    """
+    _parts(folder)
+
+
+def write_quality(folder: pathlib.Path, measured: str) -> None:
+    """Put the measured quality into a model card; what was measured before is replaced.
+
+    Args:
+        folder: of a trained accelerator.
+        measured: Markdown without headings.
+
+    Raises:
+        DitAccelError: the folder has no model card with a section for the quality, or it cannot be written.
+    """
+    before, after = _parts(folder)
+    try:
+        replace_file(folder / CARD, f"{before}{QUALITY}{measured}{LIMITS}{after}".encode())
+    except OSError as error:
+        raise DitAccelError(f"The model card cannot be written to {folder}: {error.strerror}.") from error
+
+
+def _parts(folder: pathlib.Path) -> tuple[str, str]:
+    """What stands before and after the measured quality."""
+    try:
+        before, found, rest = (folder / CARD).read_text(encoding="utf-8").partition(QUALITY)
+    except OSError as error:
+        raise DitAccelError(
+            f"{folder} has no model card to write into ({CARD}: {error.strerror}); `dit-accel train` makes one."
+        ) from error
+    _, limits, after = rest.partition(LIMITS)
+    if not found or not limits:
+        raise DitAccelError(
+            f"{folder / CARD} lacks the headings {QUALITY.strip()!r} and {LIMITS.strip()!r}, between which the "
+            "measured quality goes; put them in."
+        )
+    return before, after
 
 
 def text(base: Base, accel: Accelerator, settings: TrainSettings, data: Dataset, steps: int) -> str:
@@ -96,13 +142,7 @@ Objectives: {objectives}.
 | setting | value |
 |---|---|
 {rows}
-
-## Quality
-
-Not measured by the training itself: `dit-accel eval --load` measures it.
-
-## Limits
-
+{QUALITY}Not measured yet: `dit-accel eval --load FOLDER --write-card` measures it and writes it here.{LIMITS}\
 Made for these base weights and this method; other weights of the same shape are refused unless asked for. Sizes far
 from the training data's are not covered.
 """

@@ -32,6 +32,17 @@ def test_prepare_train_and_generate(cli, demo, tmp_path):
     assert settings["method"] == "sla" and settings["trained"]["model"] == "demo"
     shown = cli("generate", *SIZE, "--steps", 1, "--load", folder, "--output", tmp_path / "a.mp4")
     assert shown.status == 0 and "sla(topk=0.3" in shown.out
+    card = (folder / "README.md").read_text()
+    (tmp_path / "prompts.txt").write_text("a blue square\n")
+    options = ("--prompts", tmp_path / "prompts.txt", *SIZE, "--steps", 1, "--metric", "psnr", "--pictures", 0)
+    for turn in ("first", "second"):  # the second replaces the first
+        done = cli("eval", *options, "--load", folder, "--write-card", "--output", tmp_path / turn)
+        assert done.status == 0, done.err
+    measured = (folder / "README.md").read_text()
+    assert measured.count("`reference`") == measured.count("from trained`") == 1 and "5 frames of 32x48" in measured
+    assert "Not measured" not in measured
+    before, after = card.split("Not measured yet", 1)
+    assert measured.startswith(before) and measured.endswith(after[after.index("\n\n## Limits") :])
 
 
 def test_a_distilled_model_is_sampled_in_its_steps(cli, demo, tmp_path):

@@ -213,6 +213,7 @@ def refused(evaluate, tmp_path):
         (("--method", GNA, "--frames", 4), "the nearest are 3 and 5"),
         (("--suite", "none.yaml"), "--suite none.yaml: there is no such file"),
         (("--load", "none"), "--load none: there is no such folder"),
+        (("--method", GNA, "--write-card"), "writes into the model card of a --load, and none came"),
     ],
     ids=lambda value: " ".join(map(str, value)) if isinstance(value, tuple) else "",
 )

@@ -21,6 +21,20 @@ def render(summary: dict[str, Any]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def excerpt(summary: dict[str, Any], label: str) -> str:
+    """One method beside the reference, without headings: the table, what is missing, and how it was made."""
+    rows = [row for row in summary["rows"] if row["reference"] or row["label"] == label]
+    parts = [table(summary | {"rows": rows})]
+    parts += [f"Not measured: {gap}." for gap in fields.missing(summary)]
+    made = summary["made"]
+    prompts, seeds = len(made["prompts"]), len(made["seeds"])
+    parts.append(
+        f"{prompts} prompts with {seeds} seeds each, {made['size']}, {made['steps']} steps, guidance "
+        f"{plain(made['guidance'])}; {plain(made['hardware'])}; {made['date']}. Made by `{plain(made['command'])}`."
+    )
+    return "\n\n".join(parts)
+
+
 def table(summary: dict[str, Any], costs: bool = True) -> str:
     """All rows with density, speed-up and every metric; `costs` adds times and memory."""
     metrics = summary["metrics"]
