@@ -1,15 +1,16 @@
 """What fine-tuning wins back on the embedded demo: `python benchmarks/train_demo.py RUN --work FOLDER`.
 
 Each run prepares the demo's own clips, trains, and generates the same prompts and noise densely, with the method
-untuned, and with the trained artefact, loaded as a user does. A row with PSNR against dense, the checker's agreement
-and how everything was made is added to `benchmarks/results/train-demo.jsonl`; pictures of five frames lie in the work
-folder. A run that was stopped goes on where it stood.
+untuned, and with the trained artefact, loaded as a user does. A row with the likeness to the dense videos and to true
+clips, the checker's agreement and how everything was made is added to `benchmarks/results/train-demo.jsonl`; pictures
+of five frames lie in the work folder. A run that was stopped goes on where it stood.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import json
 import pathlib
 from collections.abc import Callable, Mapping
@@ -25,13 +26,15 @@ from dit_accel.eval.clip import Clip
 from dit_accel.eval.fid import Fid
 from dit_accel.eval.provenance import provenance
 from dit_accel.eval.psnr import psnr
-from dit_accel.pipelines.demo import load_demo
+from dit_accel.pipelines.demo import clips, load_demo
 from dit_accel.pipelines.demo.checker import read
 from dit_accel.pipelines.demo.evaluate import fixed_scenes, summarise
 from dit_accel.train import data, prepare
 from dit_accel.train.loop import Base, train
-from dit_accel.train.settings import make
+from dit_accel.train.losses import read as read_losses
+from dit_accel.train.settings import TrainSettings, make
 
+TRUE_CLIPS = 4
 RESULTS = pathlib.Path(__file__).parent / "results" / "train-demo.jsonl"
 COMMON = {"levels": {"uniform": 0.17}, "warmup": 10, "decay": "cosine", "ema": 0.95, "batch": 4, "save_every": 20}
 COMMON |= {"rank": 64, "rate": 1e-3, "precision": "bf16"}
@@ -46,7 +49,8 @@ class Run:
         train: settings over `COMMON`.
         dense, tuned: steps and guidance of the dense videos, and of the untuned and trained ones.
         clips: in the training data.
-        prompts: at most so many.
+        prompts: how many are generated.
+        dense_tuned: train the dense model in the same way too, and show what it makes.
     """
 
     frames: int
@@ -56,7 +60,8 @@ class Run:
     dense: tuple[int, float] = (16, 5.0)
     tuned: tuple[int, float] = (16, 5.0)
     clips: int = 256
-    prompts: int = 64
+    prompts: int = 24
+    dense_tuned: bool = False
 
     @property
     def size(self) -> dict[str, int]:
@@ -68,9 +73,13 @@ RUNS = {
     "sla": Run(
         9, 64, 64, {"method": "sla", "config": {"topk": 0.2, "block": 32, "order": "tile"}, **TEACHER, "steps": 150}
     ),
-    "tile": Run(9, 64, 64, {"method": "tile", "config": {"references": 1}, **TEACHER, "steps": 150}),
-    "gna": Run(9, 64, 64, {"method": "gna", "config": {"window": (5, 5, 5)}, **TEACHER, "steps": 150}),
-    "gna-narrow": Run(9, 64, 64, {"method": "gna", "config": {"window": (3, 3, 3)}, **TEACHER, "steps": 120}),
+    "gna": Run(
+        9,
+        64,
+        64,
+        {"method": "gna", "config": {"window": (2, "full", "full")}, **TEACHER, "steps": 450, "save_every": 50},
+        clips=512,
+    ),
     "consistency": Run(
         9,
         64,
@@ -91,22 +100,28 @@ RUNS = {
             "method": "radial",
             "config": {"decay": 0.5},
             "objectives": {"flow": 1.0},
+            "empty_prompts": 0.1,
             "batch": 2,
-            "steps": 80,
+            "steps": 600,
+            "save_every": 25,
         },
-        clips=160,
-        prompts=6,
+        clips=1200,
+        prompts=12,
+        dense_tuned=True,
     ),
 }
 
 
-def generate(run: Run, steps: int, guidance: float, count: int, prepare_pipe: Callable[[Any], Any]) -> np.ndarray:
+KINDS = ("dense", "untuned", "tuned", "dense tuned")
+
+
+def generate(run: Run, steps: int, guidance: float, prepare_pipe: Callable[[Any], Any]) -> np.ndarray:
     """The fixed prompts' videos, float32 [P, F, H, W, 3] in [0, 1]."""
     pipe = load_demo()
     pipe.set_progress_bar_config(disable=True)
     prepare_pipe(pipe)
     videos = []
-    for seed, scene in enumerate(fixed_scenes(count)):
+    for seed, scene in enumerate(fixed_scenes(run.prompts)):
         generator = torch.Generator().manual_seed(seed)
         call = {"num_inference_steps": steps, "guidance_scale": guidance, **run.size}
         videos.append(pipe(scene.caption, generator=generator, **call).frames[0])
@@ -123,22 +138,39 @@ def cached(path: pathlib.Path, make_videos: Callable[[], np.ndarray]) -> np.ndar
     return np.load(path)
 
 
-def figures(videos: np.ndarray, dense: np.ndarray) -> dict[str, float]:
-    """Likeness to the dense videos, and the checker's agreement with the prompts.
+def true_clips(run: Run) -> np.ndarray:
+    """`TRUE_CLIPS` drawn clips of each fixed prompt, in the shape and range of generated ones."""
+    generator = torch.Generator().manual_seed(0)
+    shown = [scene for scene in fixed_scenes(run.prompts) for _ in range(TRUE_CLIPS)]
+    drawn = clips.render(shown, run.frames, run.height, run.width, generator)
+    return (drawn.movedim(1, -1) / 2 + 0.5).numpy()
+
+
+def figures(videos: np.ndarray, dense: np.ndarray, true: np.ndarray) -> dict[str, float]:
+    """Likeness to the dense videos and to true clips, and the checker's agreement with the prompts.
 
     PSNR is the mean over videos in decibels, 100 for identical ones; FID is of the embedded CLIP's features of all
-    frames against those of the dense videos.
+    frames, against those of the dense videos and, "true", of true clips of the same prompts.
     """
     pairs = [[torch.from_numpy(video).movedim(-1, 1) for video in pair] for pair in zip(videos, dense, strict=True)]
     found = {"psnr": float(np.mean([min(psnr(own, wanted), 100.0) for own, wanted in pairs]))}
-    clip = Clip.load("demo")
-    features = [clip.features(torch.from_numpy(own).flatten(0, 1).movedim(-1, 1)) for own in (dense, videos)]
-    distance = Fid(features[0].shape[1])
-    for own, real in zip(features, (True, False), strict=True):
-        distance.update(own, real=real)
-    found["fid[demo-clip]"] = float(distance.compute())
+    for name, reference in (("fid[demo-clip]", dense), ("true fid[demo-clip]", true)):
+        found[name] = distance(videos, reference)
     scenes = fixed_scenes(len(videos))
     return found | summarise([read(video).agrees(scene) for video, scene in zip(videos, scenes, strict=True)])
+
+
+def distance(videos: np.ndarray, reference: np.ndarray) -> float:
+    """FID of all frames' features."""
+    clip = Clip.load("demo")
+    real, own = (
+        torch.cat([clip.features(torch.from_numpy(video).movedim(-1, 1)) for video in some])
+        for some in (reference, videos)
+    )
+    fid = Fid(real.shape[1])
+    fid.update(real, real=True)
+    fid.update(own, real=False)
+    return float(fid.compute())
 
 
 def write_sheet(path: pathlib.Path, rows: list[np.ndarray], prompts: int = 4) -> None:
@@ -153,19 +185,31 @@ def write_sheet(path: pathlib.Path, rows: list[np.ndarray], prompts: int = 4) ->
 
 
 def table(path: pathlib.Path) -> str:
-    """The rows of a results file as a Markdown table: colour and direction right together, FID, PSNR to dense."""
-    lines = ["| run | | steps, guidance | colour and direction | FID[demo-clip] | PSNR |", "|---|---|---|---|---|---|"]
+    """The rows of a results file as a Markdown table: colour and direction right together, FIDs, PSNR to dense."""
+    lines = [
+        "| run | | steps, guidance | colour and direction | FID to dense | FID to true clips | PSNR to dense |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for row in map(json.loads, path.read_text(encoding="utf-8").splitlines()):
-        for kind in ("dense", "untuned", "tuned"):
-            steps, guidance = row["steps and guidance"]["dense" if kind == "dense" else "method"]
+        for kind in (kind for kind in KINDS if kind in row):
+            steps, guidance = row["steps and guidance"]["dense" if kind.startswith("dense") else "method"]
             own = row[kind]
-            shown = "" if kind == "dense" else f"{own['psnr']:.1f} dB"
+            name, likeness = (row["run"], "") if kind == "dense" else ("", f"{own['psnr']:.1f} dB")
             right = f"{round(own['joint'] * row['prompts'])} of {row['prompts']}"
-            name = row["run"] if kind == "dense" else ""
-            lines.append(
-                f"| {name} | {kind} | {steps}, {guidance:g} | {right} | {own['fid[demo-clip]']:.1f} | {shown} |"
-            )
+            fids = f"{own['fid[demo-clip]']:.1f} | {own['true fid[demo-clip]']:.1f}"
+            lines.append(f"| {name} | {kind} | {steps}, {guidance:g} | {right} | {fids} | {likeness} |")
     return "\n".join(lines)
+
+
+def trained(run: Run, settings: TrainSettings, work: pathlib.Path, name: str) -> pathlib.Path:
+    """The folder of a trained accelerator; trains first if it is not there."""
+    if not (work / "data" / data.INDEX).exists():
+        preparer = prepare.Preparer(load_demo(), run.size)
+        drawn = prepare.demo_clips(run.clips, run.size, seed=1)
+        data.write(work / "data", preparer.encoded(drawn), preparer.negative(), {"source": "clips", **run.size})
+    if not (work / name / "accelerator.json").exists():
+        train(load_demo(), settings, work / "data", work / name, base=Base("demo", licence="apache-2.0"))
+    return work / name
 
 
 def main() -> None:
@@ -173,7 +217,6 @@ def main() -> None:
     parser.add_argument("run", choices=[*RUNS, "table"], help="table: measure nothing, print the rows as Markdown")
     parser.add_argument("--work", type=pathlib.Path, default=pathlib.Path("outputs/train-demo"))
     parser.add_argument("--output", type=pathlib.Path, default=RESULTS)
-    parser.add_argument("--prompts", type=int, default=16)
     options = parser.parse_args()
     if options.run == "table":
         print(table(options.output))
@@ -182,39 +225,36 @@ def main() -> None:
     cache = options.work / mark[:8]  # other weights of the demo share nothing with these
     run, work = RUNS[options.run], cache / options.run
     settings = make({**COMMON, **run.train})
-    name = "x".join(map(str, run.size.values()))
+    size = "x".join(map(str, run.size.values()))
 
-    if not (work / "data" / data.INDEX).exists():
-        preparer = prepare.Preparer(load_demo(), run.size)
-        clips = prepare.demo_clips(run.clips, run.size, seed=1)
-        data.write(work / "data", preparer.encoded(clips), preparer.negative(), {"source": "clips", **run.size})
-    if not (work / "trained" / "accelerator.json").exists():
-        train(load_demo(), settings, work / "data", work / "trained", base=Base("demo", licence="apache-2.0"))
+    def untuned(pipe: Any) -> None:
+        if settings.method != "dense":
+            dit_accel.accelerate(pipe, settings.method, **settings.config)
 
-    method = (lambda pipe: None) if settings.method == "dense" else (
-        lambda pipe: dit_accel.accelerate(pipe, settings.method, **settings.config)
-    )  # fmt: skip
-    count = min(options.prompts, run.prompts)
-    dense = cached(cache / f"dense-{name}-{count}.npy", lambda: generate(run, *run.dense, count, lambda p: None))
-    untuned = cached(work / f"untuned-{count}.npy", lambda: generate(run, *run.tuned, count, method))
-    tuned = cached(
-        work / f"tuned-{count}.npy",
-        lambda: generate(run, *run.tuned, count, lambda pipe: dit_accel.load(pipe, work / "trained")),
-    )
-    write_sheet(work / "sheet.png", [dense, untuned, tuned])
-    losses = [json.loads(line)["loss"] for line in (work / "trained" / "losses.jsonl").read_text().splitlines()]
+    folders = {"tuned": trained(run, settings, work, "trained")}
+    if run.dense_tuned:
+        alike = dataclasses.replace(settings, method="dense", config={})
+        folders["dense tuned"] = trained(run, alike, work, "dense-trained")
+    ways = {kind: functools.partial(dit_accel.load, path=folder) for kind, folder in folders.items()}
+    dense = cached(cache / f"dense-{size}-{run.prompts}.npy", lambda: generate(run, *run.dense, lambda pipe: None))
+    videos = {"dense": dense}
+    for kind, way in {"untuned": untuned, **ways}.items():
+        file = work / f"{kind.replace(' ', '-')}-{run.prompts}.npy"
+        videos[kind] = cached(file, lambda way=way: generate(run, *run.tuned, way))
+    write_sheet(work / "sheet.png", list(videos.values()))
+    losses = [row["loss"] for row in read_losses(folders["tuned"] / "losses.jsonl")]
+    true = true_clips(run)
     row = {
         "op": "train-demo",
         "weights": mark,
         "run": options.run,
-        "size": name,
-        "prompts": count,
+        "size": size,
+        "prompts": run.prompts,
+        "clips": run.clips,
         "settings": settings.as_dict(),
         "steps and guidance": {"dense": run.dense, "method": run.tuned},
         "loss": {"first ten": float(np.mean(losses[:10])), "last ten": float(np.mean(losses[-10:]))},
-        "dense": figures(dense, dense),
-        "untuned": figures(untuned, dense),
-        "tuned": figures(tuned, dense),
+        **{kind: figures(own, dense, true) for kind, own in videos.items()},
         **provenance(torch.device("cpu")),
     }
     print(json.dumps(row, indent=1))

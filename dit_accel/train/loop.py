@@ -240,6 +240,8 @@ class Trainer:
         clean, call = batch.latents.to(self.hf.device), batch.call
         count = len(clean)
         noise = torch.randn(clean.shape, generator=generator).to(clean.device)
+        if torch.rand(1, generator=generator).item() < self.settings.empty_prompts:
+            call = expanded(self.data.negative, count)
         index = None
         if self.segments is None:
             level = self.process.draw(count, self.settings.levels, generator)

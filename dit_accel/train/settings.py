@@ -60,6 +60,7 @@ class TrainSettings:
         alpha: of the LoRA; None is `rank`.
         targets: names of the linear layers to adapt, as they end; None is q, k, v and output of self-attention.
         levels: how noise levels are drawn.
+        empty_prompts: share of the micro-batches that train on the empty prompt, which guidance needs.
         distillation: for the objective "consistency".
         ema: decay of the averaged weights, which are what is saved; 0 keeps none.
         precision: "no" (float32), "bf16" or "fp16", as in `accelerate`.
@@ -94,6 +95,7 @@ class TrainSettings:
     alpha: float | None = None
     targets: tuple[str, ...] | None = None
     levels: LevelSettings = dataclasses.field(default_factory=LevelSettings)
+    empty_prompts: float = 0.0
     distillation: Distillation = dataclasses.field(default_factory=Distillation)
     ema: float = 0.0
     precision: str = "no"
@@ -111,8 +113,11 @@ class TrainSettings:
             _whole(name, getattr(self, name), least=1)
         for name in ("warmup", "rank", "validate_every", "seed"):
             _whole(name, getattr(self, name), least=0)
-        if not self.rate > 0 or not 0 <= self.ema < 1:
-            raise DitAccelError(f"Training needs rate > 0 and 0 <= ema < 1; got {self.rate} and {self.ema}.")
+        if not self.rate > 0 or not 0 <= self.ema < 1 or not 0 <= self.empty_prompts <= 1:
+            raise DitAccelError(
+                f"Training needs rate > 0, 0 <= ema < 1 and 0 <= empty_prompts <= 1; got {self.rate}, {self.ema} and "
+                f"{self.empty_prompts}."
+            )
         if self.precision not in PRECISIONS or self.decay not in ("constant", "cosine"):
             raise DitAccelError(
                 f"precision is one of {', '.join(PRECISIONS)} and decay constant or cosine; got {self.precision!r} and "

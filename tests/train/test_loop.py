@@ -11,6 +11,7 @@ import dit_accel
 from dit_accel import adapters
 from dit_accel.train import losses, state
 from dit_accel.train.data import Dataset
+from dit_accel.train.networks import Networks
 
 
 def curve(folder):
@@ -108,6 +109,19 @@ def test_kinds_of_runs(settings, trained):
     rows = losses.read(trained(steps=2, **settings) / "losses.jsonl")
     assert len(rows) == 2 and all(0 < row["loss"] < 100 for row in rows)
     assert set(rows[0]) == {"step", "loss", "rate", *settings.get("objectives", {"teacher": 1})}
+
+
+def test_some_batches_have_the_empty_prompt(trained, tiny, monkeypatch):
+    empty, seen, student = Dataset(tiny.data).negative["encoder_hidden_states"], [], Networks.student
+
+    def look(self, model, noisy, timestep, call):
+        text = call["encoder_hidden_states"]
+        seen.append(torch.equal(text, empty.expand_as(text)))
+        return student(self, model, noisy, timestep, call)
+
+    monkeypatch.setattr(Networks, "student", look)
+    trained(steps=8, empty_prompts=0.5)
+    assert len(seen) == 8 and {*seen} == {True, False}
 
 
 def test_samples_on_the_way(trained):
