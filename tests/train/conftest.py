@@ -60,14 +60,23 @@ SETTINGS |= {"rate": 1e-2, "batch": 2, "save_every": 2}
 
 @pytest.fixture
 def trained(tiny, tmp_path):
-    """Trains the tiny pipeline with these settings into a folder of that name; the folder, or the trainer."""
+    """Trains the tiny pipeline with these settings into a folder of that name; the folder.
+
+    `moved`, a seed, moves every weight at the start to one of its two neighbours in float32.
+    """
     from dit_accel.train.data import Dataset
     from dit_accel.train.loop import Base, Trainer
     from dit_accel.train.settings import make
 
-    def run(name="run", call=None, validation=None, **settings):
+    def run(name="run", call=None, validation=None, moved=None, **settings):
         output, base = tmp_path / name, Base("tiny", licence="apache-2.0")
-        trainer = Trainer(tiny.load(), make(SETTINGS | settings), Dataset(tiny.data), output, base, validation)
+        pipe = tiny.load()
+        if moved is not None:
+            generator = torch.Generator().manual_seed(moved)
+            for weight in pipe.transformer.parameters():
+                up = torch.rand(weight.shape, generator=generator) < 0.5
+                weight.data = torch.nextafter(weight.data, torch.where(up, torch.inf, -torch.inf))
+        trainer = Trainer(pipe, make(SETTINGS | settings), Dataset(tiny.data), output, base, validation)
         trainer.run()
         trainer.export(call or {})
         return output

@@ -154,27 +154,44 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(trained, elsewhere, tmp
         assert all(torch.equal(ends[0][part][name], ends[1][part][name]) for name in ends[0][part])
 
 
-def test_two_processes_are_one_with_accumulation(trained, elsewhere, tmp_path):
+@pytest.fixture
+def rounding_budget(trained):
+    """How far float32 rounding may move the losses of a run, relative to them.
+
+    Twice what moving each weight at the start to a neighbouring float32 does to a loss, at the worst of four random
+    moves, and one rounding: the rule of `dit_accel.testing`, where steps of Adam stand between input and result.
+    """
+
+    def budget(**settings):
+        runs = [curve(trained(f"moved-{seed}", moved=seed, **settings)) for seed in (None, 0, 1, 2, 3)]
+        still, *moved = torch.tensor([[row["loss"] for row in rows] for rows in runs], dtype=torch.float64)
+        largest = max(((own - still).abs() / still).max().item() for own in moved)
+        return 2 * largest + torch.finfo(torch.float32).eps
+
+    return budget
+
+
+def test_two_processes_are_one_with_accumulation(trained, elsewhere, tmp_path, rounding_budget):
     one = trained("one", steps=3, accumulation=2, **SLA)
     # What `accelerate launch` starts for several processes; on a CPU it wants MPI for that, and torchrun does not.
     launcher = ("-m", "torch.distributed.run", "--standalone", "--local_addr=127.0.0.1", "--nproc_per_node=2")
     process = elsewhere({"two": SLA | {"steps": 3}}, launcher, ACCELERATE_USE_CPU="true")
     _, errors = process.communicate(timeout=400)
     assert process.returncode == 0, errors[-3000:]
+    bound = rounding_budget(steps=3, accumulation=2, **SLA)  # the same sums in another order
     for own, wanted in zip(curve(tmp_path / "two"), curve(one), strict=True):
-        # The same sums in another order: float32 rounding, amplified by a few steps of Adam.
-        assert own["step"] == wanted["step"] and own["loss"] == pytest.approx(wanted["loss"], rel=1e-4)
+        assert own["step"] == wanted["step"] and own["loss"] == pytest.approx(wanted["loss"], rel=bound)
 
 
-def test_portable_and_triton_train_alike(elsewhere, tmp_path):
+def test_portable_and_triton_train_alike(elsewhere, tmp_path, rounding_budget):
     """The same LoRA, three steps, by both implementations; Triton under its interpreter, in a process of its own."""
     kinds = {impl: {"impl": impl, "steps": 3, "batch": 1} for impl in ("portable", "triton")}
     process = elsewhere(kinds, TRITON_INTERPRET="1")
     _, errors = process.communicate(timeout=400)
     assert process.returncode == 0, errors[-3000:]
     portable, triton = (curve(tmp_path / impl) for impl in kinds)
-    # Both are within float32 rounding of the same attention; three steps of Adam at a rate of 1e-2 amplify it.
-    assert [row["loss"] for row in triton] == pytest.approx([row["loss"] for row in portable], rel=1e-4)
+    bound = rounding_budget(**kinds["portable"])
+    assert [row["loss"] for row in triton] == pytest.approx([row["loss"] for row in portable], rel=bound)
 
 
 def test_another_run_in_the_same_folder_is_refused(trained):
