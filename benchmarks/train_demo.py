@@ -71,7 +71,7 @@ class Run:
 TEACHER = {"objectives": {"teacher": 1.0}}
 RUNS = {
     "sla": Run(
-        9, 64, 64, {"method": "sla", "config": {"topk": 0.2, "block": 32, "order": "tile"}, **TEACHER, "steps": 150}
+        9, 64, 64, {"method": "sla", "config": {"topk": 0.2, "block": 32, "order": "tile"}, **TEACHER, "steps": 300}
     ),
     "gna": Run(
         9,

@@ -32,7 +32,7 @@ def train(
         ),
     ] = None,
     prompts: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Prompts for generated data, one a line.")
+        str | None, typer.Option(metavar="FILE|LIST|FOLDER", help="For generated data; files have one a line.")
     ] = None,
     count: Annotated[int | None, typer.Option(min=1, help="Samples to make or take.")] = None,
     frames: Frames = None,
@@ -112,7 +112,7 @@ def train(
         given.setdefault("objectives", {"flow": 1.0})
         given["config"] = given.get("config") or next(iter(_candidates(given, candidate or [])), {})
     chosen = {"source": data, "frames": frames, "height": height, "width": width, "count": count}
-    chosen["prompts"] = None if prompts is None else str(prompts)
+    chosen["prompts"] = prompts
     source = dict(base.data if base else {}) | {name: value for name, value in chosen.items() if value is not None}
     request = job.Request(
         model=model or (base.model if base else "demo"),

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from dit_accel import registry
 from dit_accel.errors import DitAccelError
-from dit_accel.generation import sources
+from dit_accel.generation import prompts, sources
 from dit_accel.generation.call import placement
 from dit_accel.generation.sizes import sizes_of
 from dit_accel.train import settings as settings_module
@@ -35,7 +35,7 @@ class DataSettings:
             recipe's word for: give one), or a folder: of captioned media, or prepared.
         frames, height, width: of a sample; None is the model's own.
         steps, guidance: of generated samples; None is the model's own.
-        prompts: text file with one prompt a line, for generated samples.
+        prompts: for generated samples: a text file with one a line, a built-in list, or a folder of captioned media.
         count: of clips, or the first prompts to use; None is 256 clips, or all prompts.
 
     Raises:
@@ -83,21 +83,17 @@ class DataSettings:
             find_captioned(pathlib.Path(self.source))
 
     def read_prompts(self) -> list[str]:
-        """The prompts, one of each line that is not empty.
+        """The prompts; see `dit_accel.generation.prompts`.
 
         Raises:
-            DitAccelError: there is no file, it cannot be read, or it holds none.
+            DitAccelError: there are none, or they cannot be read.
         """
         if self.prompts is None:
-            raise DitAccelError("Samples that the model makes itself need prompts: give --prompts FILE, one a line.")
-        try:
-            lines = pathlib.Path(self.prompts).read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise DitAccelError(f"The prompts {self.prompts} cannot be read ({error}).") from error
-        found = [line.strip() for line in lines if line.strip()]
-        if not found:
-            raise DitAccelError(f"{self.prompts} holds no prompt; write one a line.")
-        return found[: self.count]
+            raise DitAccelError(
+                "Samples that the model makes itself need prompts: give --prompts FILE, one a line, or the name of a "
+                "list or a captioned folder."
+            )
+        return list(prompts.read(self.prompts).texts[: self.count])
 
 
 @dataclasses.dataclass(frozen=True)

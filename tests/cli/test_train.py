@@ -87,6 +87,7 @@ def refused(cli, tmp_path):
         (("--recipe", "sla-dem"), "Did you mean 'sla-demo'"),
         (("--method", "slaa"), "Did you mean 'sla'"),
         ((*METHOD,), "need prompts"),
+        ((*METHOD, "--prompts", "generl"), "Did you mean 'general'?"),
         ((*METHOD, "--data", "nowhere"), "There is no training data nowhere"),
         ((*METHOD, "--data", "clips", "--frames", "4"), "the nearest are 3 and 5"),
         ((*METHOD, "--data", "clips", "--height", "33"), "the nearest are 32 and 40"),
