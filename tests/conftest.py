@@ -61,12 +61,25 @@ def evidence(request):
     return take
 
 
+def draw_the_same_numbers():
+    """Whatever ran in this process before: which tests share one, and in which order, is chance under xdist."""
+    import torch
+
+    torch.manual_seed(1)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    draw_the_same_numbers()
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item):
     """What a test with markers `check` shows, as properties of its result; the support table is made of these.
 
     A test that shows a cell of the table passes only with `evidence`.
     """
+    draw_the_same_numbers()
     result = yield
     for family, method, column in checks_of(item):
         assert column not in COLUMNS or item.stash.get(EVIDENCE, False), "no report was given to `evidence`"

@@ -88,13 +88,13 @@ class TinyModel:
 
 
 def seeded(kind: Callable[..., nn.Module], **config: Any) -> nn.Module:
-    """A transformer with the same random weights every time.
+    """A transformer with the same random weights every time; what is drawn after it does not depend on it.
 
     Parameters that start constant (gates, norms, output layers at zero) get noise too, so that nothing is invisible.
     """
-    torch.manual_seed(0)
-    transformer = kind(**config).eval()
-    with torch.no_grad():
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(0)
+        transformer = kind(**config).eval()
         for parameter in transformer.parameters():
             if parameter.numel() and bool(parameter.min() == parameter.max()):
                 parameter += 0.2 * torch.randn_like(parameter)
