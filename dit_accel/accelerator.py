@@ -302,15 +302,15 @@ def accelerate(
     if impl != "auto":
         choose_impl("cpu", impl)
     transformers, pipeline = find_transformers(target)
-    present = {accel for accel in map(_accelerator_of, (module for module, _ in transformers.values())) if accel}
+    present = {accel for module, _ in transformers.values() if (accel := _accelerator_of(module)) is not None}
     if present and not replace:
         raise DitAccelError(
             f"{type(target).__name__} is already accelerated with {next(iter(present)).method}; call remove() on that "
             "accelerator first, or pass replace=True."
         )
-    for accel in present:
-        accel.remove()
     accel = Accelerator(transformers, pipeline, chosen, settings, dense, impl, allow_dense, check, notes)
+    for old in present:  # only now, when the new one is known to fit
+        old.remove()
     accel.apply()
     return accel
 
@@ -331,7 +331,7 @@ def _with_preset(
 
 
 @contextlib.contextmanager
-def accelerated(target: Any, method: str, **arguments: Any) -> Iterator[Accelerator]:
+def accelerated(target: Any, method: str | None = None, **arguments: Any) -> Iterator[Accelerator]:
     """`accelerate` for the length of a with block.
 
     Example:

@@ -219,7 +219,7 @@ def _load_lora(path: pathlib.Path, digest: str, name: str, transformer: nn.Modul
     active = transformer.active_adapters() if others else []  # type: ignore[operator]
     transformer.load_lora_adapter(str(path), prefix=name, weight_name=LORA_FILE, adapter_name=ADAPTER)  # type: ignore[operator]
     if others:
-        transformer.set_adapters([*active, ADAPTER])  # type: ignore[operator]
+        transformer.set_adapter([*active, ADAPTER])  # type: ignore[operator]  # set_adapters would reset their scales
 
     def unload() -> None:
         if others:

@@ -94,6 +94,8 @@ def read(path: str | pathlib.Path) -> LayerSettings:
         raise DitAccelError(f"The layer schedule {path} is not valid JSON ({error}).") from error
     if not isinstance(content, dict) or not {"format", "method", "layers"} <= content.keys():
         raise DitAccelError(f"{path} is no layer schedule: it needs the entries format, method and layers.")
+    if not isinstance(content["method"], str):
+        raise DitAccelError(f"{path} should name a method, such as 'radial'; it has {content['method']!r}.")
     if content["format"] != FORMAT:
         raise DitAccelError(f"{path} has format {content['format']!r}; this version reads format {FORMAT}.")
     return from_dict(content["method"], content["layers"])

@@ -21,6 +21,7 @@ HEADER = 8  # words a term takes at the head of the packed tables
 ROWS = 4096  # queries whose key counts are held at once
 DENSE_AXIS = 1024  # an axis up to this long keeps its table of prefix counts
 CORNER_ROWS = 64  # query blocks whose pairs are counted together
+FLOAT32_INTEGERS = 2**24  # float32 holds every integer up to here
 SMALL_FRAME = 2**15  # the pairs of two frames of fewer tokens are counted in 32 bits
 
 
@@ -198,7 +199,8 @@ class Band:
         frames = torch.nn.functional.one_hot(kind, len(radii)).movedim(-1, 0)  # [radii, T, T]
         frames = block_sum(block_sum(frames, 1, tq), 2, tk)  # [radii, t_q, t_k]
         areas = torch.stack([self._area_pairs(int(radius), (hq, wq), (hk, wk)) for radius in radii])
-        counts = torch.einsum("rab,rxy->axby", frames.float(), areas.float())  # exact: a tile pair is far below 2**24
+        exact = torch.float32 if query.block * key.block < FLOAT32_INTEGERS else torch.float64
+        counts = torch.einsum("rab,rxy->axby", frames.to(exact), areas.to(exact))
         return counts.to(torch.int32).reshape(query.visual_blocks, key.visual_blocks)
 
     def _area_pairs(self, radius: int, query: tuple[int, int], key: tuple[int, int]) -> torch.Tensor:

@@ -149,7 +149,7 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
 
 def _is_axis(text: str) -> bool:
-    return text in ("full", "true", "false") or not isinstance(parse_value(text) if "x" not in text else text, str)
+    return text == "full" or not isinstance(parse_value(text), str)
 
 
 def _declared(folder: str, attribute: str) -> list[Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from collections import Counter
 from typing import Any
 
@@ -86,12 +87,18 @@ class Report:
         return sum(layer.dense_calls for layer in self.layers)
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain dicts, lists, strings and numbers."""
+        """Plain dicts, lists, strings and numbers; an error that is no finite number is the word for it."""
         totals = {"sparse_calls": self.sparse_calls, "dense_calls": self.dense_calls}
-        return dataclasses.asdict(self) | totals
+        record = dataclasses.asdict(self) | totals
+        for layer in record["layers"]:
+            for name in ("relative_error", "kept_mass"):
+                if layer[name] is not None and not math.isfinite(layer[name]):
+                    layer[name] = str(layer[name])  # JSON has neither nan nor inf
+        return record
 
     def __str__(self) -> str:
-        settings = ", ".join(f"{key}={value}" for key, value in self.config.items())
+        layered = "layers" in self.config
+        settings = "layer by layer" if layered else ", ".join(f"{key}={value}" for key, value in self.config.items())
         lines = [f"{self.method}({settings}): {self.sparse_calls} sparse and {self.dense_calls} dense attention calls"]
         lines += [f"  grid {grid}: density {density:.4f}" for grid, density in self.grids.items()]
         for transformer, count in self.calls.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Literal
 
 import torch
@@ -109,8 +110,10 @@ class Measured:
 
 
 def whole(sums: torch.Tensor) -> tuple[float, float]:
-    """Relative error and kept mass of a whole call, from `Measured.sums`."""
+    """Relative error and kept mass of a whole call, from `Measured.sums`; where dense attention is 0, 0 or infinity."""
     difference, size, mass, count = sums.tolist()
+    if size == 0:
+        return (math.inf if difference else 0.0), mass / count
     return (difference / size) ** 0.5, mass / count
 
 

@@ -135,6 +135,9 @@ def test_accelerating_twice_is_refused_unless_replaced(tiny_wan, wan_inputs):
     first = dit_accel.accelerate(transformer, "radial", decay=0.2)
     with pytest.raises(dit_accel.DitAccelError, match=r"already accelerated with radial; call remove\(\)"):
         dit_accel.accelerate(transformer, "gna", **WINDOW)
+    with pytest.raises(dit_accel.DitAccelError, match="layers 0 to 1"):
+        dit_accel.accelerate(transformer, "gna", replace=True, dense_layers=(9,), **WINDOW)
+    assert first.active, "nothing took its place"
     second = dit_accel.accelerate(transformer, "gna", replace=True, **WINDOW)
     assert not first.active and first.remove() == []
     run(transformer, inputs)

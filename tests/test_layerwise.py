@@ -28,12 +28,13 @@ def schedule(tmp_path):
 def test_each_layer_runs_its_own_setting(schedule, tiny_wan, wan_inputs):
     transformer, inputs = tiny_wan(3), wan_inputs()
     grid = dit_accel.TokenGrid(5, 7, 9)
-    with dit_accel.accelerate(transformer, schedule=schedule) as accel:
+    with dit_accel.accelerated(transformer, schedule=schedule) as accel:
         ours, report = run(transformer, inputs), accel.report()
     densities = [dit_accel.plan("tile", grid, references=count).density for count in (1, 2)]
     assert [layer.density for layer in report.layers] == [densities[0], None, densities[1]]
     assert report.layers[1].dense_reasons == {"layer schedule": 1}
     assert report.grids == {str(grid): sum(densities) / 2}
+    assert str(report).startswith("tile(layer by layer): 2 sparse and 1 dense")
     assert json.loads(json.dumps(report.as_dict()))["config"]["layers"] == {"transformer": LAYERS}
     # Two uniform accelerators and the model itself, each for the layer that has its setting, give the same output.
     processors = {}
@@ -81,6 +82,7 @@ def test_pausing_runs_the_models_own_attention(schedule, tiny_wan, wan_inputs):
         (None, "cannot be read"),
         ("{", "not valid JSON"),
         ("[]", "no layer schedule"),
+        ('{"format": 1, "method": null, "layers": {"transformer": [null]}}', "should name a method"),
         ('{"format": 2, "method": "tile", "layers": {}}', "format 2"),
         ('{"format": 1, "method": "tile", "layers": {}}', "one per layer"),
         ('{"format": 1, "method": "tile", "layers": {"transformer": [3]}}', "got 3"),

@@ -90,6 +90,21 @@ def test_classes_equal_brute_force(data):
         assert not found.partial[row, len(listed) :].any()
 
 
+def test_tiles_of_thousands_of_tokens_are_counted_exactly():
+    """A pair of them has more pairs of tokens than float32 has integers."""
+    mask = Mask((Band(torch.tensor([[6001, 4001], [3, 5999]]), 96, 64),))
+    order = TokenOrder(TokenGrid(2, 96, 64), 96 * 64, (1, 96, 64))
+    assert mask.block_pairs(order, order).tolist() == [
+        [mask_pairs(6144, 6001), mask_pairs(6144, 4001)],
+        [mask_pairs(6144, 3), mask_pairs(6144, 5999)],
+    ]
+
+
+def mask_pairs(length, radius):
+    """Pairs of positions less than `radius` apart."""
+    return length + 2 * sum(length - distance for distance in range(1, radius))
+
+
 @settings(max_examples=60)
 @given(masks())
 def test_packed_tables_say_the_same(mask):

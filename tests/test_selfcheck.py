@@ -1,5 +1,6 @@
 """The self-check: measuring against brute force, and what `verify` and `keep_dense_above` do in a model."""
 
+import json
 import math
 
 import pytest
@@ -9,6 +10,7 @@ from tiny_models import get, run
 import dit_accel
 from dit_accel import selfcheck
 from dit_accel.methods.sla import SparseLinearAttention
+from dit_accel.report import LayerReport, Report
 from dit_accel.selfcheck import AttentionCall, SelfCheck, measure, sample
 
 WINDOW = {"window": (3, 5, 4)}
@@ -106,6 +108,16 @@ def test_the_whole_is_not_the_mean_of_its_heads():
         )
     )
     assert halves == pytest.approx(selfcheck.whole(measure(q, k, v, 2 * v, plan).sums()))
+
+
+def test_nothing_to_compare_with():
+    """Dense attention of zeros, as a model that starts there has."""
+    assert selfcheck.whole(torch.tensor([0.0, 0.0, 3.0, 4.0])) == (0.0, 0.75)
+    assert selfcheck.whole(torch.tensor([1.0, 0.0, 3.0, 4.0])) == (math.inf, 0.75)
+    layer = LayerReport("transformer", "attn", relative_error=math.inf, kept_mass=math.nan)
+    report = Report("gna", {}, {}, "auto", {}, {}, {}, [layer])
+    (record,) = json.loads(json.dumps(report.as_dict(), allow_nan=False))["layers"]
+    assert (record["relative_error"], record["kept_mass"]) == ("inf", "nan")
 
 
 def test_sampled_queries_are_the_same_every_time():

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 import typer
 
-from dit_accel.cli.options import Json
+from dit_accel.cli import options
 from dit_accel.errors import DitAccelError
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def bench(
     impl: Annotated[Impl, typer.Option(help="Who computes; a named one runs or is refused.")] = "auto",
     peer: Annotated[bool, typer.Option("--peer", help="Also time FlexAttention, where it compiles.")] = False,
     seconds: Annotated[float, typer.Option(min=0, help="Time for each row, at least five rounds.")] = 2.0,
-    device: Annotated[str, typer.Option(help="cuda, cuda:1, cpu, ...; auto: a GPU if there is one.")] = "auto",
+    device: options.Device = "auto",
     output: Annotated[
         Path | None, typer.Option(metavar="FILE.jsonl", help="Each row is added to it as soon as it is measured.")
     ] = None,
@@ -77,7 +77,7 @@ def bench(
         typer.Option(metavar="FILE.json", help="With --read: the densities above which dense attention was faster."),
     ] = None,
     list_: Annotated[bool, typer.Option("--list", help="Measure nothing: list the declared rows.")] = False,
-    json: Json = False,
+    json: options.Json = False,
 ) -> int:
     """Time the attention methods against the best dense attention of this machine, after checking their results.
 
@@ -294,7 +294,7 @@ def _show(records: list[dict[str, Any]], picture: Path | None, *, json: bool) ->
         typer.echo("\n".join(json_module.dumps(record) for record in records))
         return
     if operators:
-        _print_table(operators)
+        _print_operators(operators)
     if steps:
         _print_steps(steps)
 
@@ -306,19 +306,9 @@ def _list(rows: Sequence[Named], *, json: bool) -> None:
         typer.echo("\n".join(row.name for row in rows))
 
 
-def _print_table(records: list[dict[str, Any]]) -> None:
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
-    places = sorted({record["gpu"] or record["cpu"] for record in records})
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, title=", ".join(places))
-    table.caption = "density: pairs kept; TFLOP/s: on kept pairs; error: largest, against fp64"
-    table.add_column("row", no_wrap=True)
-    for column in ("density", "ms", "dense ms", "speed-up", "TFLOP/s", "error"):
-        table.add_column(column, justify="right", no_wrap=True, min_width=len(column))
-    for record in records:
-        table.add_row(
+def _print_operators(records: list[dict[str, Any]]) -> None:
+    rows = [
+        (
             "{op} {shape}\n  {dtype} {direction} {impl}".format(**record),
             f"{record['density']:.4f}",
             f"{record['ms_p50']:.2f}",
@@ -327,30 +317,47 @@ def _print_table(records: list[dict[str, Any]]) -> None:
             f"{record['tflops_kept']:.3g}",
             f"{record['max_error']:.1e}",
         )
-    Console().print(table)
+        for record in records
+    ]
+    columns = ("row", "density", "ms", "dense ms", "speed-up", "TFLOP/s", "error")
+    caption = "density: pairs kept; TFLOP/s: on kept pairs; error: largest, against fp64"
+    _print_table(records, columns, rows, caption)
 
 
 def _print_steps(records: list[dict[str, Any]]) -> None:
+    rows = []
+    for record in records:
+        peak = record["peak_memory_bytes"]
+        rows.append(
+            (
+                "{model} {mode}\n  {method} {setting}".format(**record),
+                f"{record['density']:.4f}",
+                f"{record['step_ms_p50']:.1f}",
+                f"{record['dense_step_ms_p50']:.1f}",
+                f"{record['rest_ms_p50']:.1f}",
+                f"{record['speedup']:.2f}",
+                f"{record['attention_share']:.2f}",
+                "-" if peak is None else f"{peak / 2**30:.1f}",
+            )
+        )
+    columns = ("step", "density", "ms", "dense ms", "rest ms", "speed-up", "share", "GiB")
+    caption = "one call of the transformer; rest: what is not attention; share: of attention"
+    _print_table(records, columns, rows, caption)
+
+
+def _print_table(
+    records: list[dict[str, Any]], columns: tuple[str, ...], rows: Sequence[tuple[str, ...]], caption: str
+) -> None:
+    """A row for each record, under the names of their machines; the first column holds names, the others numbers."""
     from rich import box
     from rich.console import Console
     from rich.table import Table
 
-    places = sorted({record["gpu"] or record["cpu"] for record in records})
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, title=", ".join(places))
-    table.caption = "one call of the transformer; rest: what is not attention; share: of attention"
-    table.add_column("step", no_wrap=True)
-    for column in ("density", "ms", "dense ms", "rest ms", "speed-up", "share", "GiB"):
+    title = ", ".join(sorted({record["gpu"] or record["cpu"] for record in records}))
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, title=title, caption=caption)
+    table.add_column(columns[0], no_wrap=True)
+    for column in columns[1:]:
         table.add_column(column, justify="right", no_wrap=True, min_width=len(column))
-    for record in records:
-        peak = record["peak_memory_bytes"]
-        table.add_row(
-            "{model} {mode}\n  {method} {setting}".format(**record),
-            f"{record['density']:.4f}",
-            f"{record['step_ms_p50']:.1f}",
-            f"{record['dense_step_ms_p50']:.1f}",
-            f"{record['rest_ms_p50']:.1f}",
-            f"{record['speedup']:.2f}",
-            f"{record['attention_share']:.2f}",
-            "-" if peak is None else f"{peak / 2**30:.1f}",
-        )
+    for row in rows:
+        table.add_row(*row)
     Console().print(table)

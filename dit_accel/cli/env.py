@@ -6,10 +6,10 @@ import json as json_module
 
 import typer
 
-from dit_accel.cli.options import Json
+from dit_accel.cli import options
 
 
-def env(json: Json = False) -> None:
+def env(json: options.Json = False) -> None:
     """Print versions and machine, ready to paste into an issue."""
     import os
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dit_accel.cli.options import Frames, Height, Revision, Width
+from dit_accel.cli import options
 from dit_accel.errors import DitAccelError
 
 if TYPE_CHECKING:
@@ -60,26 +60,20 @@ def evaluate(
     write_card: Annotated[
         bool, typer.Option("--write-card", help="Also put the figures of each --load into its model card.")
     ] = False,
-    dense_steps: Annotated[
-        str | None, typer.Option(metavar="N|SHARE", help="First denoising steps that stay dense in every --method.")
-    ] = None,
-    dense_last_steps: Annotated[str | None, typer.Option(metavar="N|SHARE", help="Last ones that stay dense.")] = None,
-    dense_layers: Annotated[
-        str | None, typer.Option(metavar="N|SHARE|I,J", help="First layers that stay dense, or a list of layers.")
-    ] = None,
+    dense_steps: options.DenseSteps = None,
+    dense_last_steps: options.DenseLastSteps = None,
+    dense_layers: options.DenseLayers = None,
     suite: Annotated[
         str | None, typer.Option(metavar="FILE|NAME", help="All of this in YAML; options given here win over it.")
     ] = None,
-    steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps; the model's own if not given.")] = None,
-    guidance: Annotated[float | None, typer.Option(help="Guidance scale; the model's own if not given.")] = None,
-    negative_prompt: Annotated[str | None, typer.Option(help="What not to show.")] = None,
-    frames: Frames = None,
-    height: Height = None,
-    width: Width = None,
-    fps: Annotated[int | None, typer.Option(min=1, max=100, help="Frames a second in the report.")] = None,
-    pipe: Annotated[
-        list[str] | None, typer.Option(metavar="KEY=VALUE", help="Any other argument of the pipeline's call.")
-    ] = None,
+    steps: options.Steps = None,
+    guidance: options.Guidance = None,
+    negative_prompt: options.NegativePrompt = None,
+    frames: options.Frames = None,
+    height: options.Height = None,
+    width: options.Width = None,
+    fps: options.Fps = None,
+    pipe: options.PipeArguments = None,
     metric: Annotated[
         list[str] | None,
         typer.Option(metavar="NAME[[NETWORK]]", help="Such as psnr or fid[demo-clip], repeatable; all if not."),
@@ -96,16 +90,12 @@ def evaluate(
         typer.Option(metavar="steps=0,8,layers=all", help="Also map each layer's error and kept mass at these steps."),
     ] = None,
     pictures: Annotated[int | None, typer.Option(min=0, help="Prompts to show in the report; 4 if not given.")] = None,
-    dtype: Annotated[
-        Literal["auto", "float32", "bfloat16", "float16"], typer.Option(help="auto: bfloat16 on a GPU, else float32.")
-    ] = "auto",
-    device: Annotated[str, typer.Option(help="cuda, cuda:1, cpu, ...; auto: a GPU if there is one.")] = "auto",
-    offload: Annotated[
-        Literal["none", "model", "group"], typer.Option(help="Keep weights in main memory and move models or layers.")
-    ] = "none",
-    vae_tiling: Annotated[bool, typer.Option("--vae-tiling", help="Decode in tiles: less memory.")] = False,
-    compile: Annotated[bool, typer.Option("--compile", help="torch.compile the transformer's blocks.")] = False,
-    revision: Revision = None,
+    dtype: options.Dtype = "auto",
+    device: options.Device = "auto",
+    offload: options.Offload = "none",
+    vae_tiling: options.VaeTiling = False,
+    compile: options.Compile = False,
+    revision: options.Revision = None,
     cache: Annotated[
         Path | None,
         typer.Option(metavar="FOLDER", help="Dense outputs to share between evaluations; OUTPUT/references if not."),

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
-from dit_accel.cli.options import Frames, Height, Method, Model, Revision, Settings, Width
+from dit_accel.cli import options
 from dit_accel.errors import DitAccelError
 
 PROMPT = "a red circle moves right on a blue background"  # what the embedded model knows
 
 
 def generate(
-    model: Model = "demo",
+    model: Annotated[
+        str, typer.Option(help="demo, a folder in Diffusers' format, or an id on the Hugging Face Hub.")
+    ] = "demo",
     prompt: Annotated[str | None, typer.Option(help=f"What to show. [default: {PROMPT}]")] = None,
     prompts: Annotated[
         str | None,
@@ -24,19 +26,13 @@ def generate(
             "processes of `accelerate launch`; given again, the command goes on where it was stopped.",
         ),
     ] = None,
-    negative_prompt: Annotated[str | None, typer.Option(help="What not to show.")] = None,
+    negative_prompt: options.NegativePrompt = None,
     image: Annotated[Path | None, typer.Option(metavar="FILE", help="First frame, for image-to-video models.")] = None,
-    method: Method = None,
-    settings: Settings = None,
-    dense_steps: Annotated[
-        str | None, typer.Option(metavar="N|SHARE", help="First denoising steps that stay dense, as 12 or 0.25.")
-    ] = None,
-    dense_last_steps: Annotated[
-        str | None, typer.Option(metavar="N|SHARE", help="Last denoising steps that stay dense.")
-    ] = None,
-    dense_layers: Annotated[
-        str | None, typer.Option(metavar="N|SHARE|I,J", help="First layers that stay dense, or a list of layers.")
-    ] = None,
+    method: options.Method = None,
+    settings: options.Settings = None,
+    dense_steps: options.DenseSteps = None,
+    dense_last_steps: options.DenseLastSteps = None,
+    dense_layers: options.DenseLayers = None,
     preset: Annotated[
         bool, typer.Option("--preset", help="The method's recommended settings for this model; given ones win.")
     ] = False,
@@ -56,29 +52,20 @@ def generate(
     compare: Annotated[
         bool, typer.Option("--compare", help="Also generate densely; show both side by side with times, PSNR, SSIM.")
     ] = False,
-    steps: Annotated[
-        int | None, typer.Option(min=1, help="Denoising steps; the model's own number if not given.")
-    ] = None,
-    guidance: Annotated[float | None, typer.Option(help="Guidance scale; the model's own if not given.")] = None,
+    steps: options.Steps = None,
+    guidance: options.Guidance = None,
     seed: Annotated[int, typer.Option(min=0, help="Of the noise; the same noise on every device.")] = 0,
-    frames: Frames = None,
-    height: Height = None,
-    width: Width = None,
-    fps: Annotated[int | None, typer.Option(min=1, max=100, help="Frames a second of the video.")] = None,
-    pipe: Annotated[
-        list[str] | None,
-        typer.Option(metavar="KEY=VALUE", help="Any other argument of the pipeline's call, repeatable; JSON values."),
-    ] = None,
-    dtype: Annotated[
-        Literal["auto", "float32", "bfloat16", "float16"], typer.Option(help="auto: bfloat16 on a GPU, else float32.")
-    ] = "auto",
-    device: Annotated[str, typer.Option(help="cuda, cuda:1, cpu, ...; auto: a GPU if there is one.")] = "auto",
-    offload: Annotated[
-        Literal["none", "model", "group"], typer.Option(help="Keep weights in main memory and move models or layers.")
-    ] = "none",
-    vae_tiling: Annotated[bool, typer.Option("--vae-tiling", help="Decode in tiles: less memory.")] = False,
-    compile: Annotated[bool, typer.Option("--compile", help="torch.compile the transformer's blocks.")] = False,
-    revision: Revision = None,
+    frames: options.Frames = None,
+    height: options.Height = None,
+    width: options.Width = None,
+    fps: options.Fps = None,
+    pipe: options.PipeArguments = None,
+    dtype: options.Dtype = "auto",
+    device: options.Device = "auto",
+    offload: options.Offload = "none",
+    vae_tiling: options.VaeTiling = False,
+    compile: options.Compile = False,
+    revision: options.Revision = None,
     output: Annotated[
         Path | None,
         typer.Option(

@@ -200,6 +200,7 @@ def prepare(request: Request) -> Job:
     files.check_output(path, _endings(sizes, shape[0]))
     grid = sizes.grid(*shape)
     chosen.check(grid)
+    call.check_loras(request.lora or ())
     device, dtype = call.placement(request.device, request.dtype, request.offload)
     picture = call.open_image(request.image)
     return Job(request, chosen, source, shape, sizes.video, grid, path, device, dtype, picture)

@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from dit_accel.cli.options import Json
+from dit_accel.cli import options
 
 if TYPE_CHECKING:
     from dit_accel.pipelines.family import Family, Preset
     from dit_accel.registry import Method
 
 
-def ls(json: Json = False) -> None:
+def ls(json: options.Json = False) -> None:
     """List the methods with their settings and sources, the model families, and which models are refused, and why."""
     from dit_accel import registry
     from dit_accel.generation.sources import EMBEDDED

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dit_accel.cli import options
-from dit_accel.cli.options import Frames, Height, Revision, Settings, Width
 from dit_accel.errors import DitAccelError
 
 if TYPE_CHECKING:
@@ -20,7 +19,7 @@ if TYPE_CHECKING:
 
 def plan(
     method: Annotated[str, typer.Option(metavar="METHOD[:KEY=VALUE,...]", help="How attention is computed.")],
-    settings: Settings = None,
+    settings: options.Settings = None,
     grid: Annotated[
         str | None, typer.Option(metavar="FxHxW", help="Tokens: frames, height and width, such as 30x48x80.")
     ] = None,
@@ -29,11 +28,11 @@ def plan(
     model: Annotated[
         str | None, typer.Option(help="Instead of --grid: demo, a folder or a Hub id; only its JSON files are read.")
     ] = None,
-    frames: Frames = None,
-    height: Height = None,
-    width: Width = None,
-    revision: Revision = None,
-    image: options.Picture = None,
+    frames: options.Frames = None,
+    height: options.Height = None,
+    width: options.Width = None,
+    revision: options.Revision = None,
+    image: Annotated[Path | None, typer.Option(metavar="FILE.png", help="Save a picture of the block mask.")] = None,
     json: options.Json = False,
 ) -> None:
     """Show density, exact pairs, visited blocks and ideal speed-up of a method.

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from dit_accel.cli.options import Frames, Height, Method, Revision, Settings, Width
+from dit_accel.cli import options
 
 INTERRUPTED = 130
 
@@ -19,12 +19,12 @@ def train(
     model: Annotated[
         str | None, typer.Option(help="demo, a folder in Diffusers' format, or a Hub id; demo if no recipe says it.")
     ] = None,
-    method: Method = None,
-    settings: Settings = None,
+    method: options.Method = None,
+    settings: options.Settings = None,
     schedule: Annotated[
         Path | None, typer.Option(metavar="FILE.json", help="A layer schedule, in place of --method.")
     ] = None,
-    dense_layers: Annotated[str | None, typer.Option(metavar="N|SHARE", help="First layers that stay dense.")] = None,
+    dense_layers: options.DenseLayers = None,
     data: Annotated[
         str | None,
         typer.Option(
@@ -35,9 +35,9 @@ def train(
         str | None, typer.Option(metavar="FILE|LIST|FOLDER", help="For generated data; files have one a line.")
     ] = None,
     count: Annotated[int | None, typer.Option(min=1, help="Samples to make or take.")] = None,
-    frames: Frames = None,
-    height: Height = None,
-    width: Width = None,
+    frames: options.Frames = None,
+    height: options.Height = None,
+    width: options.Width = None,
     objective: Annotated[
         list[str] | None,
         typer.Option(
@@ -72,8 +72,8 @@ def train(
     threshold: Annotated[float | None, typer.Option(min=0, help="Largest loss a layer may add, in a search.")] = None,
     budget: Annotated[float | None, typer.Option(min=0, max=1, help="Mean density to reach, in a search.")] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Of data order and noise.")] = None,
-    device: Annotated[str, typer.Option(help="cuda, cpu, ...; auto: a GPU if there is one.")] = "auto",
-    revision: Revision = None,
+    device: options.Device = "auto",
+    revision: options.Revision = None,
     output: Annotated[Path, typer.Option(metavar="FOLDER", help="Of the run; a run that was stopped goes on.")] = Path(
         "trained"
     ),
@@ -82,7 +82,8 @@ def train(
 
     Example: dit-accel train --recipe sla-demo --output trained
     """
-    from dit_accel.registry import parse_method, parse_value
+    from dit_accel.generation.choice import parse_layers
+    from dit_accel.registry import parse_method
     from dit_accel.train import job
     from dit_accel.train.settings import read_recipe
 
@@ -94,7 +95,7 @@ def train(
         )
     named = {
         "schedule": None if schedule is None else str(schedule),
-        "dense_layers": None if dense_layers is None else parse_value(dense_layers),
+        "dense_layers": None if dense_layers is None else parse_layers(dense_layers),
         "objectives": job.read_objectives(objective) if objective else None,
         "steps": steps,
         "batch": batch,

@@ -93,7 +93,7 @@ def write(done: Evaluation) -> Summary | None:
     if not done.processes.main:
         return None
     rows = {entry.label: _with_scores(done.rows(entry), scored[entry.label][0]) for entry in done.entries}
-    done.sweep.results.rewrite(row for index in range(len(done.items)) for own in rows.values() for row in [own[index]])
+    done.sweep.results.rewrite(own[index] for index in range(len(done.items)) for own in rows.values())
     reference = rows[labels[0]]
     summary = {
         "title": f"{done.request.model}: quality and speed of {len(labels) - 1} settings",

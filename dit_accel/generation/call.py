@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dit_accel.errors import DitAccelError
-from dit_accel.generation.sources import first_line
+from dit_accel.generation.sources import first_line, is_hub_id
 from dit_accel.registry import did_you_mean
 
 if TYPE_CHECKING:
@@ -79,8 +79,12 @@ def prepare(pipe: DiffusionPipeline, loras: Iterable[str], *, vae_tiling: bool, 
     Raises:
         DitAccelError: the pipeline cannot, or a LoRA cannot be loaded.
     """
-    for i, lora in enumerate(loras):
-        _load_lora(pipe, lora, f"lora{i}")
+    names: list[str] = []
+    for lora in loras:
+        names.append(f"lora{len(names)}")
+        _load_lora(pipe, lora, names[-1])
+    if len(names) > 1:  # Diffusers leaves the last one active alone
+        pipe.set_adapters(names)
     if vae_tiling:
         if not hasattr(getattr(pipe, "vae", None), "enable_tiling"):
             raise DitAccelError(f"--vae-tiling: the codec of this {type(pipe).__name__} has no tiling; leave it out.")
@@ -95,20 +99,36 @@ def transformers(pipe: DiffusionPipeline) -> list[Any]:
     return [pipe.components[name] for name in ("transformer", "transformer_2") if pipe.components.get(name) is not None]
 
 
-def _load_lora(pipe: DiffusionPipeline, lora: str, name: str) -> None:
+def check_loras(loras: Iterable[str]) -> None:
+    """See before a weight is loaded that LoRAs can be: PEFT is there, and each may be a file, a folder or on the Hub.
+
+    Raises:
+        DitAccelError: it is not, or none of these has such a name.
+    """
     import importlib.util
 
+    for lora in loras:
+        if importlib.util.find_spec("peft") is None:
+            raise DitAccelError("--lora needs PEFT, which is not installed: pip install 'dit_accel[lora]'.")
+        if not Path(lora).expanduser().exists() and not is_hub_id(lora):
+            raise DitAccelError(
+                f"--lora {lora}: there is no such file or folder. Give a .safetensors file, the folder that holds "
+                "pytorch_lora_weights.safetensors, or an id on the Hugging Face Hub (owner/name)."
+            )
+
+
+def _load_lora(pipe: DiffusionPipeline, lora: str, name: str) -> None:
     from safetensors import SafetensorError
 
-    if importlib.util.find_spec("peft") is None:
-        raise DitAccelError("--lora needs PEFT, which is not installed: pip install 'dit_accel[lora]'.")
     if not hasattr(pipe, "load_lora_weights"):
         raise DitAccelError(f"--lora: {type(pipe).__name__} takes no LoRA.")
+    here = Path(lora).expanduser()
     try:
-        pipe.load_lora_weights(lora, adapter_name=name, use_safetensors=True)
+        pipe.load_lora_weights(str(here) if here.exists() else lora, adapter_name=name, use_safetensors=True)
     except (OSError, SafetensorError, ValueError, RuntimeError) as error:  # RuntimeError: shapes of another model
+        where = "" if here.exists() else "there is no such folder here, and from the Hugging Face Hub: "
         raise DitAccelError(
-            f"--lora {lora} cannot be loaded into this {type(pipe).__name__}: {first_line(error)}"
+            f"--lora {lora} cannot be loaded into this {type(pipe).__name__}: {where}{first_line(error)}"
         ) from error
 
 

@@ -117,7 +117,7 @@ def choose(
     schedule = {
         "dense_steps": None if dense_steps is None else registry.parse_value(dense_steps),
         "dense_last_steps": None if dense_last_steps is None else registry.parse_value(dense_last_steps),
-        "dense_layers": None if dense_layers is None else _layers(dense_layers),
+        "dense_layers": None if dense_layers is None else parse_layers(dense_layers),
     }
     given = {name: value for name, value in schedule.items() if value is not None}
     if load is None:
@@ -145,7 +145,8 @@ def value_text(value: object) -> str:
     return "x".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
 
 
-def _layers(text: str) -> Any:
+def parse_layers(text: str) -> Any:
+    """The value of --dense-layers: a number or share of layers, or, with a comma, a tuple of their indices."""
     if "," not in text:
         return registry.parse_value(text)
     return tuple(registry.parse_value(part.strip()) for part in text.split(",") if part.strip())

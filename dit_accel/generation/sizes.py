@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
-from typing import Any
 
 from dit_accel import registry
 from dit_accel.errors import DitAccelError
@@ -49,8 +47,3 @@ def sizes_of(source: Source) -> Sizes:
         own = demo.DEFAULTS
         sizes = dataclasses.replace(sizes, frames=own.num_frames, height=own.height, width=own.width)
     return sizes
-
-
-def call_parameters(pipe: Any) -> dict[str, inspect.Parameter]:
-    """The arguments a pipeline's call takes, by name."""
-    return dict(inspect.signature(type(pipe).__call__).parameters)

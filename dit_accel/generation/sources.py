@@ -86,7 +86,7 @@ def find(model: str, revision: str | None = None) -> Source:
         source = Source(model, "folder", folder)
     elif folder.exists():
         raise DitAccelError(f"--model {model} is a file; give the folder that holds {INDEX}.")
-    elif not _is_hub_id(model):
+    elif not is_hub_id(model):
         raise DitAccelError(
             f"There is no model folder {model}. Give {' or '.join(EMBEDDED)}, a folder that holds {INDEX}, "
             "or an id on the Hugging Face Hub (owner/name)."
@@ -101,7 +101,8 @@ def find(model: str, revision: str | None = None) -> Source:
     return source
 
 
-def _is_hub_id(model: str) -> bool:
+def is_hub_id(model: str) -> bool:
+    """Whether a name has the form owner/name, so that it may be one on the Hugging Face Hub."""
     return model.count("/") == 1 and not model.startswith((".", "/", "~")) and not model.endswith("/")
 
 

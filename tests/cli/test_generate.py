@@ -120,20 +120,24 @@ def test_saved_accelerator(cli, demo, tmp_path):
     assert report["sparse_calls"] == report["dense_calls"] == 4
 
 
-def test_lora_changes_what_is_made(cli, demo, tmp_path):
+def test_loras_add_up(cli, demo, tmp_path):
     from peft import LoraConfig
     from peft.utils import get_peft_model_state_dict
 
     from dit_accel.pipelines.demo import load_demo
 
-    pipe = load_demo(folder=demo)
-    pipe.transformer.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights=False))
-    layers = get_peft_model_state_dict(pipe.transformer)
-    pipe.save_lora_weights(tmp_path / "lora", transformer_lora_layers=layers)
-    for name, options in (("without", ()), ("with", ("--lora", tmp_path / "lora"))):
-        outcome = cli("generate", *SMALL, *options, "--output", tmp_path / f"{name}.gif")
+    for name in "ab":
+        pipe = load_demo(folder=demo)
+        pipe.transformer.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights=False))
+        layers = get_peft_model_state_dict(pipe.transformer)
+        pipe.save_lora_weights(tmp_path / name, transformer_lora_layers=layers)
+    made = []
+    for names in ("", "a", "b", "ab"):
+        options = [option for name in names for option in ("--lora", tmp_path / name)]
+        outcome = cli("generate", *SMALL, *options, "--output", tmp_path / f"{names or 'none'}.png", "--frames", 1)
         assert outcome.status == 0, outcome.err
-    assert (tmp_path / "without.gif").read_bytes() != (tmp_path / "with.gif").read_bytes()
+        made.append((tmp_path / f"{names or 'none'}.png").read_bytes())
+    assert len(set(made)) == 4
 
 
 def test_progress_and_results_go_to_different_streams(cli, demo, tmp_path):

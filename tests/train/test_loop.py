@@ -76,6 +76,17 @@ def test_other_models_are_refused(trained, tiny):
         dit_accel.load(tiny.load(), folder)
 
 
+def test_an_adapter_of_the_users_keeps_its_scale(trained, tiny):
+    folder, pipe = trained(steps=1), tiny.load()
+    pipe.load_lora_weights(str(folder), adapter_name="own")
+    pipe.set_adapters("own", 0.5)
+    layer = pipe.transformer.blocks[0].attn1.to_q
+    scaling = dict(layer.scaling)
+    with dit_accel.load(pipe, folder):
+        assert layer.active_adapters == ["own", adapters.ADAPTER] and layer.scaling["own"] == scaling["own"]
+    assert layer.active_adapters == ["own"] and layer.scaling == scaling
+
+
 def test_the_fingerprint_is_the_same_in_bfloat16(tiny):
     pipe = tiny.load()
     mark = adapters.fingerprint(pipe.transformer)
