@@ -131,3 +131,22 @@ def test_two_processes_one_of_which_is_killed(cli, wan_folder, prompts, tmp_path
     made_again = {name for name, made in outputs(tmp_path).items() if made != before[name]}
     assert made_again == {"shot-0001.gif"}
     assert not list(tmp_path.glob(".*"))
+
+
+def test_accelerate_launch_shares_the_prompts(wan_folder, prompts, tmp_path, root):
+    """As several GPUs are asked for: with --cpu, accelerate starts several processes by MPI alone."""
+    launcher = "-m accelerate.commands.launch --multi_gpu --num_processes 2 --main_process_port 0"
+    asked = ["generate", "--model", wan_folder, *SMALL, "--prompts", prompts, "--output", tmp_path / "shot.gif"]
+    own = {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "HF_HOME": str(tmp_path / "none")}
+    done = subprocess.run(
+        [sys.executable, *launcher.split(), "--main_process_ip", "127.0.0.1", "-m", "dit_accel", *map(str, asked)],
+        check=False,
+        env={**os.environ, **own},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    for rank in range(2):
+        assert f"prompts to do, process {rank} of 2" in done.stdout
+    assert [(entry["prompt"], entry["done"]) for entry in manifest(tmp_path)] == [(prompt, True) for prompt in ASKED]
+    assert len(outputs(tmp_path)) == len(ASKED)
