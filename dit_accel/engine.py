@@ -180,7 +180,7 @@ class Engine:
         self.layers = self._find_layers(settings)
         # Layers with the same settings share a state, so that a compiled model has one graph for each setting.
         sparse = [layer.kind for layer in self.layers if layer.dense_reason is None]
-        self._states = {kind: CallState(impl) for kind in distinct(sparse)}
+        self._states = {kind: CallState(impl, family.text_is_keys) for kind in distinct(sparse)}
         self._dense_state = CallState(impl)
 
     def _find_layers(self, settings: Any | LayerSettings) -> list[Layer]:

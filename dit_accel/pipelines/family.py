@@ -165,6 +165,8 @@ class Family:
         recommended_pair: the same for pipelines with two transformers on one trajectory, where they differ.
         visual_attention: paths among `attention` whose modules see the visual tokens alone, without text and
             conditioning tokens.
+        text_is_keys: whether text stands among the keys alone, so that queries are the other tokens. Accelerated
+            attention is then called with text among the queries too, and that part of its output is dropped.
         sparse_calls: by processor class, what runs in its place in sparse calls; see `processor`.
         head_dim: channels of one head of an attention module.
     """
@@ -181,6 +183,7 @@ class Family:
     recommended: Mapping[str, Preset] = dataclasses.field(default_factory=dict)
     recommended_pair: Mapping[str, Preset] = dataclasses.field(default_factory=dict)
     visual_attention: tuple[str, ...] = ()
+    text_is_keys: bool = False
     sparse_calls: Mapping[str, Callable[..., Any]] = dataclasses.field(default_factory=dict)
     head_dim: Callable[[nn.Module], int] = _head_dim
 

@@ -52,10 +52,11 @@ class CallState:
             sequence is in the grid's order.
         ulysses: how several processes share the call's sequence; None if this one holds it all.
         impl: as in `plans.attention`.
+        text_is_keys: as in `family.Family`.
     """
 
-    def __init__(self, impl: Impl = "auto") -> None:
-        self.sparse = False
+    def __init__(self, impl: Impl = "auto", text_is_keys: bool = False) -> None:
+        self.sparse, self.text_is_keys = False, text_is_keys
         self.plan: Plan | None = None
         self.text_lens: torch.Tensor | None = None
         self.text_bias: torch.Tensor | None = None
@@ -90,6 +91,11 @@ class CallState:
         if self.ulysses is not None:
             return self.ulysses.tokens[self.ulysses.rank]
         return 0 if self.plan is None else self.plan.grid.tokens
+
+    @property
+    def missing(self) -> int:
+        """Tokens that are no queries."""
+        return self.plan.grid.text if self.text_is_keys and self.plan is not None else 0
 
 
 class AcceleratedAttnProcessor:
@@ -283,7 +289,7 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
 def _is_ours(queries: int, keys: int) -> bool:
     """Whether a call is self-attention over the grid, and not over image prompts or other tokens."""
     state = _SLOT.state
-    if state is not None and queries == keys == state.tokens:
+    if state is not None and keys == state.tokens and queries == keys - state.missing:
         return True
     _SLOT.others += 1
     return False
@@ -312,6 +318,11 @@ def _attend(
             f"is_causal={is_causal}, dropout_p={dropout_p}, {q.shape[1]} and {k.shape[1]} heads."
         )
     _SLOT.replaced += 1
+    queries = slice(None)
+    if state.missing:
+        grid = state.plan.grid
+        queries = slice(grid.text, None) if grid.text_first else slice(grid.tokens - grid.text)
+        q = nn.functional.pad(q, (0, 0, grid.text, 0) if grid.text_first else (0, 0, 0, grid.text))
     heads, ulysses = q.shape[1], state.ulysses
     rows = None if state.rows is None else tuple(_of_last(each, len(q)) for each in state.rows)
     if ulysses is not None:
@@ -326,7 +337,7 @@ def _attend(
         _SLOT.watch(q, k, v, out, scale, state)
     if rows is not None:
         out = _take(out, rows[1])
-    return out if ulysses is None else ulysses.scatter(out, heads)
+    return (out if ulysses is None else ulysses.scatter(out, heads))[:, :, queries]
 
 
 def _of_last(x: torch.Tensor, samples: int) -> torch.Tensor:

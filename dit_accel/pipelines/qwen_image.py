@@ -6,8 +6,6 @@ Edit puts the conditioning images behind the made one, and layered makes several
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import nn
 
 from dit_accel.errors import DitAccelError
@@ -21,22 +19,26 @@ def layout(transformer: nn.Module, call: Call) -> Layout:
     """Packed images [B, N, C] with `img_shapes`, text [B, T, C] and its mask [B, T] or None."""
     tokens = call.tensor("hidden_states", 3).shape[1]
     text = call.tensor("encoder_hidden_states", 3).shape[1]
-    (frames, height, width), reference = _images(call.get("img_shapes"), tokens)
+    (frames, height, width), reference = images(call, tokens)
     grid = TokenGrid(frames, height, width, text=text, text_first=True, reference=reference)
     mask = call.get("encoder_hidden_states_mask")
     found = Layout(grid) if mask is None else mask_text(call, grid, mask)
     return Layout(grid, found.text_lens, found.rows, notes=beside(reference))
 
 
-def _images(shapes: Any, tokens: int) -> tuple[tuple[int, int, int], int]:
+def images(call: Call, tokens: int) -> tuple[tuple[int, int, int], int]:
     """Images in front that share the first one's size, with that size, and the number of tokens behind them.
 
     Args:
-        shapes: of each sample, the (frames, height, width) of its images, or of its one image.
+        call: with `img_shapes`: of each sample, the (frames, height, width) of its images, or of its one image.
         tokens: image tokens of each sample.
+
+    Raises:
+        DitAccelError: there are none, those of the samples differ, or they stand for another number of tokens.
     """
+    shapes = call.get("img_shapes")
     if not isinstance(shapes, (list, tuple)) or not shapes:
-        raise DitAccelError(f"Qwen-Image needs img_shapes with the images of each sample, got {shapes!r}.")
+        raise DitAccelError(f"{call.owner} needs img_shapes with the images of each sample, got {shapes!r}.")
     samples = [sample if isinstance(sample, list) else [sample] for sample in shapes]
     if any(sample != samples[0] for sample in samples):
         raise DitAccelError(

@@ -9,7 +9,6 @@ from dit_accel import registry
 _UNET = "it is a part of a U-Net, whose attention is spread over several resolutions"
 _AUDIO = "it makes audio, whose tokens have no rows and columns"
 _LINEAR = "its self-attention is linear already"
-_KEYS_ALONE = "text stands among its keys alone, so that queries and keys are different sequences"
 _BLOCK_CAUSAL = "its self-attention is causal from block to block, which its own mask says"
 _CACHE = "a part of its keys comes from a cache"
 
@@ -31,9 +30,7 @@ REFUSED = {
     "MiniMaxH3Transformer3DModel": "index tensors say where text, conditioning, audio and video lie in its sequence",
     "MiniMaxMusic3Transformer1DModel": _AUDIO,
     "MotifVideoTransformer3DModel": "its last layers attend to two copies of the video at once",
-    "NucleusMoEImageTransformer2DModel": _KEYS_ALONE,
     "OmniGenTransformer2DModel": "its text is causal and its images are not, which a mask of N x N says",
-    "PRXTransformer2DModel": _KEYS_ALONE,
     "QwenImage21Transformer2DModel": _BLOCK_CAUSAL,
     "SanaTransformer2DModel": _LINEAR,
     "SanaVideoTransformer3DModel": _LINEAR,

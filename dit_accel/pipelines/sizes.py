@@ -104,7 +104,8 @@ def vae_pixels(vae: Config) -> int:
         return int(vae["patch_size"] * 2 ** sum(vae["spatio_temporal_scaling"]))
     if "temperal_downsample" in vae:
         return int(2 ** len(vae["temperal_downsample"]))
-    return int(2 ** (len(vae["block_out_channels"]) - 1))
+    channels = vae["encoder_block_out_channels" if "encoder_block_out_channels" in vae else "block_out_channels"]
+    return int(2 ** (len(channels) - 1))
 
 
 def vae_frames(vae: Config) -> int:

@@ -35,4 +35,4 @@ def test_table_says_where_methods_come_from(cli):
     out = cli("ls").out
     assert "arXiv:2504.16922" in out
     assert "demo" in out
-    assert "NucleusMoEImageTransformer2DModel" in out
+    assert "SanaTransformer2DModel" in out

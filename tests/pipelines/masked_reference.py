@@ -33,6 +33,7 @@ class MaskedAttention(TorchFunctionMode):
     def __init__(self, tiny: TinyModel, pairs: Pairs, double: bool = False) -> None:
         super().__init__()
         self.pairs, self.calls, self.double = pairs, 0, double
+        self.grid, self.queries = tiny.grid, tiny.queries
         self.shortest, self.longest = tiny.lengths or (tiny.grid.tokens - tiny.grid.text, tiny.grid.tokens)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -43,10 +44,10 @@ class MaskedAttention(TorchFunctionMode):
     def _attention(
         self, query: Any, key: Any, value: Any, attn_mask: Any = None, dropout_p: float = 0.0, **rest: Any
     ) -> torch.Tensor:
-        tokens = query.shape[-2]
-        if tokens == key.shape[-2] and self.shortest <= tokens <= self.longest:
+        tokens = key.shape[-2]
+        if query.shape[-2] == (self.queries or tokens) and self.shortest <= tokens <= self.longest:
             self.calls += 1
-            pairs = self.pairs(query, key, value)
+            pairs = self._pairs(query, key, value)
             if attn_mask is None:
                 attn_mask = pairs
             elif attn_mask.dtype == torch.bool:
@@ -57,6 +58,15 @@ class MaskedAttention(TorchFunctionMode):
                 wide = (tensor.double() for tensor in (query, key, value))
                 return F.scaled_dot_product_attention(*wide, attn_mask, dropout_p, **rest).to(query.dtype)
         return F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, **rest)
+
+    def _pairs(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        if self.queries is None:
+            return self.pairs(query, key, value)
+        text = self.grid.text
+        every = F.pad(query, (0, 0, text, 0) if self.grid.text_first else (0, 0, 0, text))
+        pairs = self.pairs(every, key, value)
+        rows = slice(text, None) if self.grid.text_first else slice(self.queries)
+        return pairs if pairs.shape[-2] == 1 else pairs[..., rows, :]
 
 
 def plain_and_exact(tiny: TinyModel, pairs: Pairs) -> tuple[torch.Tensor, torch.Tensor]:

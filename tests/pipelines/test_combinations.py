@@ -41,7 +41,7 @@ def test_dense_steps_and_layers_are_the_models_own_code(tiny, method, config, ev
 
 
 # Their first class takes no adapter in Diffusers; built here, to be found when that changes.
-WITHOUT_ADAPTERS = ("allegro", "cogview", "easyanimate", "joyimage", "pixart")
+WITHOUT_ADAPTERS = ("allegro", "cogview", "easyanimate", "joyimage", "pixart", "prx")
 
 
 def test_the_classes_without_adapters_have_none():

@@ -76,6 +76,14 @@ CASES = [
     ("Flux2Transformer2DModel", {}, KL, None, TokenGrid(1, 64, 64, text=512, text_first=True)),
     ("Flux3Transformer2DModel", {}, KL, None, TokenGrid(1, 64, 64, text=512, text_first=True)),
     ("BriaTransformer2DModel", {}, KL, None, TokenGrid(1, 64, 64, text=128, text_first=True)),
+    ("NucleusMoEImageTransformer2DModel", {}, WAN_VAE, None, TokenGrid(1, 64, 64, text=1024)),
+    (
+        "PRXTransformer2DModel",
+        {"patch_size": 1},
+        {"encoder_block_out_channels": [128] * 6},
+        None,
+        TokenGrid(1, 16, 16, text=256, text_first=True),
+    ),
     (
         "BriaFiboTransformer2DModel",
         {"_class_name": "BriaFiboTransformer2DModel"},

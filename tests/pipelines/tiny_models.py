@@ -38,7 +38,9 @@ class TinyModel:
         coarsest: what the stock model rounds to inside, whatever its dtype, so that it does not run in float64;
             `shared_double` is in float32 then, and the attention that it is given is exact alone.
         lengths: tokens of a call of self-attention, the fewest and the most; from `visual` to `tokens` of the grid if
-            not given. No other attention in the model (cross-attention, refiners, audio) may have as many.
+            not given. Keys, where queries are fewer. No other attention in the model (cross-attention, refiners, audio)
+            may have as many.
+        queries: how many of the tokens are queries, where text is among the keys alone.
     """
 
     family: str
@@ -51,6 +53,7 @@ class TinyModel:
     rows: torch.Tensor | None = None
     coarsest: torch.dtype | None = None
     lengths: tuple[int, int] | None = None
+    queries: int | None = None
 
     def __str__(self) -> str:
         return f"{self.family}:{self.id}"
