@@ -114,13 +114,14 @@ class Accelerator:
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
         """Inside the block the model runs its own attention; the method and its learned weights stay in place."""
+        before = [engine.paused for engine in self._engines]
         for engine in self._engines:
             engine.paused = True
         try:
             yield
         finally:
-            for engine in self._engines:
-                engine.paused = False
+            for engine, paused in zip(self._engines, before, strict=True):
+                engine.paused = paused
 
     @contextlib.contextmanager
     def watch(self, watcher: Callable[[AttentionCall], None]) -> Iterator[None]:

@@ -66,6 +66,15 @@ def test_learned_weights_take_their_layers_settings(tiny_wan):
         assert [module.config.topk for module in accel.learned_weights().values()] == [0.3, 0.5]
 
 
+def test_pausing_in_a_pause_does_not_end_it(tiny_wan, wan_inputs):
+    transformer, inputs = tiny_wan(), wan_inputs()
+    dense = run(transformer, inputs)
+    with dit_accel.accelerated(transformer, "tile", references=1) as accel, accel.paused():
+        with accel.paused():
+            pass
+        assert torch.equal(run(transformer, inputs), dense)
+
+
 def test_pausing_runs_the_models_own_attention(schedule, tiny_wan, wan_inputs):
     transformer, inputs = tiny_wan(3), wan_inputs()
     dense = run(transformer, inputs)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,6 @@ from dit_accel.cli import job
 from dit_accel.cli.job import Request
 from dit_accel.errors import DitAccelError
 from dit_accel.generation import prompts
-from dit_accel.generation.output import stage_prefix
 from dit_accel.generation.processes import Process
 
 INTERRUPTED = 130
@@ -119,7 +117,6 @@ def run(request: Request) -> int:
     made = 0
     try:
         for each in pending:
-            _clear(each)
             loaded.make(each)
             made += 1
             batch.write_manifest()
@@ -145,14 +142,6 @@ def read(request: Request, output: Path, process: Process) -> Batch:
         for text, path in zip(texts, paths, strict=True)
     ]
     return Batch(requests, output.with_suffix(".jsonl"), process)
-
-
-def _clear(request: Request) -> None:
-    """Remove what a killed process left of this output; no other process works on it."""
-    assert request.output is not None
-    for left in request.output.parent.iterdir():
-        if left.name.startswith(stage_prefix(request.output)):
-            shutil.rmtree(left)
 
 
 def record_of(request: Request) -> Path:

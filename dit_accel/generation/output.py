@@ -60,14 +60,18 @@ def _check_writable(output: Path, folder: Path, option: str) -> None:
 def staged(output: Path) -> Iterator[Path]:
     """A folder beside `output` for its files; they move to their places together when the block ends well.
 
-    JSON records move last: where there is one, the files that it is about are complete.
+    JSON records move last: where there is one, the files that it is about are complete. One process at a time writes an
+    output: folders that a killed one left are removed.
 
     Raises:
         DitAccelError: writing failed, for instance on a full disk; nothing is left behind.
     """
+    prefix = f".dit-accel-{output.stem}."
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        stage = Path(tempfile.mkdtemp(prefix=stage_prefix(output), dir=output.parent))
+        for left in [path for path in output.parent.iterdir() if path.name.startswith(prefix)]:
+            shutil.rmtree(left)
+        stage = Path(tempfile.mkdtemp(prefix=prefix, dir=output.parent))
         try:
             yield stage
             for path in sorted(stage.iterdir(), key=lambda path: (path.suffix == ".json", path.name)):
@@ -76,11 +80,6 @@ def staged(output: Path) -> Iterator[Path]:
             shutil.rmtree(stage)
     except OSError as error:
         raise DitAccelError(f"{output} could not be written: {error.strerror or error}.") from error
-
-
-def stage_prefix(output: Path) -> str:
-    """How the names of `staged` folders for this output begin."""
-    return f".dit-accel-{output.stem}."
 
 
 def sibling(output: Path, tag: str) -> str:

@@ -71,4 +71,4 @@ def test_kills_lose_nothing(starter, wan_folder, tmp_path):
     assert done[KILLS // 2] < done[-1] == len(expected[0]), "all kills came before the report, or all after the samples"
     assert run(output) == 0
     assert figures(output) == expected
-    assert not list(output.rglob("*.tmp"))
+    assert not [path for pattern in ("*.tmp", ".*") for path in output.rglob(pattern)]

@@ -31,6 +31,15 @@ def test_nothing_is_left_when_writing_fails(tmp_path):
     assert (tmp_path / "a.txt").read_text() == "old"
 
 
+def test_what_a_killed_process_left_is_removed(tmp_path):
+    for name in (".dit-accel-a.x1", ".dit-accel-b.x1", ".dit-accel-a-1.x1"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.txt").write_text("half")
+    with output.staged(tmp_path / "a.txt") as stage:
+        (stage / "a.txt").write_text("a")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".dit-accel-a-1.x1", ".dit-accel-b.x1", "a.txt"]
+
+
 def test_a_full_disk_is_one_line(tmp_path):
     with (
         pytest.raises(DitAccelError, match="could not be written: No space left"),

@@ -21,22 +21,18 @@ def write_report(summary: dict[str, Any], folder: Path) -> None:
         folder: where to; paths in the summary are relative to it.
 
     Raises:
-        DitAccelError: matplotlib is not installed, the summary is incomplete, or a picture or video in it is missing.
-        OSError: the folder cannot be written to.
+        DitAccelError: matplotlib is not installed, the summary is incomplete, a picture or video in it is missing, or
+            the folder cannot be written to.
     """
     import json
-    import os
-    import tempfile
 
     from dit_accel.eval.report import fields, markdown, page, pictures
+    from dit_accel.generation.output import staged
 
     fields.check(summary)
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".report-") as place:
-        part = Path(place)
+    with staged(folder / "report.html") as part:
         text = json.dumps(summary, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
         (part / "summary.json").write_text(text, encoding="utf-8")
         (part / "summary.md").write_text(markdown.render(summary), encoding="utf-8")
         (part / "pareto.png").write_bytes(pictures.pareto(summary, "png"))
         (part / "report.html").write_text(page.render(summary, folder), encoding="utf-8")
-        for name in NAMES:
-            os.replace(part / name, folder / name)

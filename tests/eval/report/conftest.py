@@ -196,6 +196,7 @@ def chromium():
     if program is None:
         pytest.skip(f"none of {', '.join(names)} is on the PATH")
     flags = ["--headless=new", "--remote-debugging-pipe", "--disable-gpu", "--no-first-run", "--mute-audio"]
+    flags += ["--disable-dev-shm-usage"]  # which is small in containers
     flags += ["--no-sandbox"] if os.geteuid() == 0 else []
     with contextlib.ExitStack() as stack:
         profile = stack.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True))
