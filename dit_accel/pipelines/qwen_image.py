@@ -26,23 +26,24 @@ def layout(transformer: nn.Module, call: Call) -> Layout:
     return Layout(grid, found.text_lens, found.rows, notes=beside(reference))
 
 
-def images(call: Call, tokens: int) -> tuple[tuple[int, int, int], int]:
+def images(call: Call, tokens: int, name: str = "img_shapes") -> tuple[tuple[int, int, int], int]:
     """Images in front that share the first one's size, with that size, and the number of tokens behind them.
 
     Args:
-        call: with `img_shapes`: of each sample, the (frames, height, width) of its images, or of its one image.
+        call: with, under that name: of each sample, the (frames, height, width) of its images, or of its one image.
         tokens: image tokens of each sample.
+        name: of the argument.
 
     Raises:
         DitAccelError: there are none, those of the samples differ, or they stand for another number of tokens.
     """
-    shapes = call.get("img_shapes")
+    shapes = call.get(name)
     if not isinstance(shapes, (list, tuple)) or not shapes:
-        raise DitAccelError(f"{call.owner} needs img_shapes with the images of each sample, got {shapes!r}.")
+        raise DitAccelError(f"{call.owner} needs {name} with the images of each sample, got {shapes!r}.")
     samples = [sample if isinstance(sample, list) else [sample] for sample in shapes]
     if any(sample != samples[0] for sample in samples):
         raise DitAccelError(
-            f"The samples of a batch must have images of the same sizes, got img_shapes={shapes}; call the pipeline "
+            f"The samples of a batch must have images of the same sizes, got {name}={shapes}; call the pipeline "
             "once for each size."
         )
     frames, (height, width) = 0, samples[0][0][1:]
@@ -52,7 +53,7 @@ def images(call: Call, tokens: int) -> tuple[tuple[int, int, int], int]:
         frames += length
     counted = sum(length * rows * columns for length, rows, columns in samples[0])
     if counted != tokens:
-        raise DitAccelError(f"img_shapes={shapes} stand for {counted} image tokens, but the call has {tokens}.")
+        raise DitAccelError(f"{name}={shapes} stand for {counted} image tokens, but the call has {tokens}.")
     return (frames, height, width), tokens - frames * height * width
 
 

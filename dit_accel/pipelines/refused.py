@@ -23,7 +23,6 @@ REFUSED = {
     "HeliosTransformer3DModel": "history of several resolutions stands before the video, and its keys are scaled",
     "HunyuanVideoFramepackTransformer3DModel": "history of several resolutions stands before the video",
     "Ideogram4Transformer2DModel": "samples share one sequence, which a mask of N x N divides into segments",
-    "JoyImageEditPlusTransformer3DModel": "the images of each sample have sizes of their own",
     "Kandinsky6SRTransformer3DModel": "its self-attention is sparse already (NABLA)",
     "Kandinsky6Transformer3DModel": "one block holds the attention of video and of audio",
     "LatteTransformer3DModel": "a layer sees one frame, or one place in all frames, which is short already",

@@ -49,6 +49,7 @@ REFUSED = [
     ("qwen_image", "t2i", {"img_shapes": None}, "needs img_shapes"),
     ("qwen_image", "t2i", {"img_shapes": [[(1, 13, 12)]] * 2}, "stand for 156 image tokens, but the call has 143"),
     ("qwen_image", "t2i", {"img_shapes": [[(1, 13, 11)], [(1, 11, 13)]]}, "images of the same sizes"),
+    ("joyimage", "edit-plus", {"shape_list": [[(1, 7, 9)], [(1, 9, 7)]]}, "the same sizes, got shape_list"),
     ("z_image", "t2i", {"x": [[latents(4, 1, 8, 8)]] * 2}, "several images a sample"),
     ("z_image", "t2i", {"x": [torch.zeros(4, 1, 8, 8), torch.zeros(4, 1, 8, 6)]}, "must have one size"),
     ("cogview", "cogview4", {"attention_mask": torch.full((2, 13), -1.0)}, "adds its attention_mask to the logits"),
