@@ -34,6 +34,7 @@ class Layout:
     """
 
     grid: TokenGrid
+    _: dataclasses.KW_ONLY
     text_lens: torch.Tensor | None = None
     text_bias: torch.Tensor | None = None
     rows: torch.Tensor | None = None

@@ -6,6 +6,8 @@ Edit puts the conditioning images behind the made one, and layered makes several
 
 from __future__ import annotations
 
+import dataclasses
+
 from torch import nn
 
 from dit_accel.errors import DitAccelError
@@ -23,7 +25,7 @@ def layout(transformer: nn.Module, call: Call) -> Layout:
     grid = TokenGrid(frames, height, width, text=text, text_first=True, reference=reference)
     mask = call.get("encoder_hidden_states_mask")
     found = Layout(grid) if mask is None else mask_text(call, grid, mask)
-    return Layout(grid, found.text_lens, found.rows, notes=beside(reference))
+    return dataclasses.replace(found, notes=beside(reference))
 
 
 def images(call: Call, tokens: int, name: str = "img_shapes") -> tuple[tuple[int, int, int], int]:

@@ -168,18 +168,29 @@ def test_chroma_runs_through_its_own_pipeline(flux_folder):
     assert all(0 < layer.kept_mass < 1 for layer in accel.report().layers)
 
 
-def test_cogview4_adds_its_mask_to_the_logits():
-    """Padded queries see all keys alike, the others see padding by a factor of e less."""
-    mask = text_mask((13, 6), 13, 2)
-    cogview = tiny_models.get("cogview", "cogview4")
-    tiny = dataclasses.replace(cogview, inputs=lambda batch: cogview.inputs(batch) | {"attention_mask": mask})
+@pytest.mark.parametrize(
+    ("family", "id", "name"),
+    [
+        ("cogview", "cogview4", "attention_mask"),  # which it adds to the logits
+        ("flux", "chroma-stock", "attention_mask"),
+        ("qwen_image", "t2i", "encoder_hidden_states_mask"),
+    ],
+)
+def test_masks_of_any_pattern(family, id, name):
+    """With valid text behind masked text; CogView4 and Chroma weigh it, Qwen-Image masks it."""
+    masked = text_mask((13, 6), 13, 2)
+    masked[:, 2:4] = 0
+    own = tiny_models.get(family, id)
+    if id == "chroma-stock":
+        masked = torch.cat((masked.float(), torch.ones(2, own.grid.visual)), 1)
+    tiny = dataclasses.replace(own, inputs=lambda batch: own.inputs(batch) | {name: masked})
     config = {"window": (1, 5, 4)}
     with dit_accel.accelerated(tiny.shared, "gna", **config):
         ours = run(tiny.shared, tiny.call())
     plain, exact = plain_and_exact(tiny, static_pairs(dit_accel.plan("gna", tiny.grid, **config).token_mask()))
     assert_no_worse(ours, plain, exact)
     with dit_accel.accelerated(tiny.shared, "gna", **config):
-        assert (run(tiny.shared, cogview.call()) - plain).abs().max() > 100 * (ours - plain).abs().max()
+        assert (run(tiny.shared, own.call()) - plain).abs().max() > 100 * (ours - plain).abs().max()
 
 
 def test_attention_of_the_image_alone_has_the_grid_without_text():
