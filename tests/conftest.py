@@ -4,6 +4,7 @@ import dataclasses
 import os
 import pathlib
 import shutil
+import sys
 
 import hypothesis
 import pytest
@@ -61,16 +62,25 @@ def evidence(request):
     return take
 
 
+# Which tests share a process, and in which order they run there, is chance under xdist. So none sees what ran before.
+
+
 def draw_the_same_numbers():
-    """Whatever ran in this process before: which tests share one, and in which order, is chance under xdist."""
     import torch
 
     torch.manual_seed(1)
 
 
+def forget_what_was_compiled():
+    """Graphs, and how often the code of a model was compiled, which has a limit."""
+    if "torch._dynamo" in sys.modules:
+        sys.modules["torch._dynamo"].reset()
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item):
     draw_the_same_numbers()
+    forget_what_was_compiled()
 
 
 @pytest.hookimpl(wrapper=True)

@@ -15,13 +15,6 @@ CASES = {
 }
 
 
-@pytest.fixture(autouse=True)
-def cold():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
 @pytest.fixture
 def model(tiny_wan, tiny_flux, wan_inputs, flux_inputs):
     def make(family):

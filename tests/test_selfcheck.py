@@ -220,7 +220,6 @@ def test_a_compiled_transformer_is_checked_before_it_is_compiled():
         transformer.compile_repeated_blocks(backend="eager", fullgraph=True)
         torch.testing.assert_close(run(transformer, tiny.call()), eager)
         assert all(layer.sparse_calls == 2 and layer.relative_error for layer in accel.report().layers)
-    torch._dynamo.reset()
 
 
 @pytest.mark.parametrize(

@@ -70,7 +70,6 @@ def test_a_legacy_processor_keeps_its_code_around_our_attention():
 
 
 def test_a_legacy_processor_compiles():
-    torch._dynamo.reset()
     attention, hidden = Attention(query_dim=8, heads=2, dim_head=4).eval(), torch.randn(2, 6, 8)
     state = sparse_state(6)
     state.plan = plan("gna", state.plan.grid, window=(1, 1, 3))
