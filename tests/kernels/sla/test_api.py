@@ -1,4 +1,4 @@
-"""The operator's checks; what it computes is held in tests/methods/test_sla.py."""
+"""The operator's checks; what it computes is held in tests/methods/sla."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The Triton kernels of SLA, on a GPU or under Triton's interpreter; for whole calls see tests/methods/test_sla.py.
+"""The Triton kernels of SLA, on a GPU or under Triton's interpreter; for whole calls see tests/methods/sla.
 
 ``TRITON_INTERPRET=1`` must be set before Triton is imported, so this file runs in a process of its own.
 """

@@ -1,0 +1,37 @@
+"""Whole SLA calls by the Triton kernels, on a GPU or under Triton's interpreter.
+
+``TRITON_INTERPRET=1`` must be set before Triton is imported, so this file runs in a process of its own.
+"""
+
+import pytest
+import torch
+from sla_calls import INTERPRETED, MARGINAL, SHORT, Case, check
+
+from dit_accel.tokens import TokenGrid
+
+TINY = TokenGrid(2, 3, 7)
+TINY_TEXT = TokenGrid(2, 3, 7, text=5, text_first=True, reference=3)
+ONE = {"batch": 1, "heads": 1, "impl": "triton"}
+TRITON_CASES = {
+    "one-token": Case(TokenGrid(1, 1, 1), {"block": 16}, dim=16, **ONE),
+    "65": Case(TokenGrid(1, 5, 13), {"topk": 0.5}, dim=40, **ONE),
+    "x16": Case(TINY, SHORT, size=16.0, dim=32, **ONE),
+    "elu-tiles-x4": Case(TINY, {**SHORT, "feature_map": "elu", "order": "tile"}, size=4.0, dim=24, **ONE),
+    "relu-text": Case(TINY_TEXT, {**SHORT, "feature_map": "relu"}, dim=16, text_lens=(2, 5), heads=2, impl="triton"),
+    "fp16": Case(TINY, SHORT, dtype=torch.float16, dim=32, **ONE),
+    "fp16-elu-x16": Case(TINY, {**SHORT, "feature_map": "elu"}, dtype=torch.float16, size=16.0, dim=16, **ONE),
+    "fp16-x16": Case(TINY, SHORT, dtype=torch.float16, size=16.0, dim=32, **ONE),
+    "marginal": Case(TINY, MARGINAL, dim=40, **ONE),
+    "marginal-x16": Case(TokenGrid(1, 7, 15), {**MARGINAL, "topk": 0.2}, size=16.0, dim=16, **ONE),
+    "marginal-text": Case(TINY_TEXT, MARGINAL, dim=16, text_lens=(2, 5), size=4.0, impl="triton"),
+    "marginal-tiles-relu": Case(TINY, {**MARGINAL, "order": "tile", "feature_map": "relu"}, dim=16, **ONE),
+    "fp16-marginal": Case(TINY, MARGINAL, dtype=torch.float16, dim=16, **ONE),
+    "fp16-marginal-elu-x4": Case(TINY, MARGINAL | {"feature_map": "elu"}, dtype=torch.float16, size=4.0, dim=24, **ONE),
+    "fp16-text-x4": Case(TINY_TEXT, SHORT, dtype=torch.float16, size=4.0, dim=16, text_lens=(0,), **ONE),
+}
+
+
+@pytest.mark.skipif(not INTERPRETED and not torch.cuda.is_available(), reason="needs TRITON_INTERPRET=1 or CUDA")
+@pytest.mark.parametrize("case", TRITON_CASES.values(), ids=TRITON_CASES)
+def test_triton_forward_and_gradients(case):
+    check(case)

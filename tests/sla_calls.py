@@ -1,0 +1,149 @@
+"""Whole SLA calls against their definition, masked dense attention plus the linear formula, in fp64."""
+
+import dataclasses
+import os
+
+import torch
+import torch.nn.functional as F
+
+from dit_accel.kernels.sla.features import EPSILON, apply_map
+from dit_accel.methods.sla import SparseLinearAttention
+from dit_accel.tokens import TokenGrid
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+VIDEO = TokenGrid(3, 5, 9)
+SHORT = {"topk": 0.3, "block": 16}
+MARGINAL = {**SHORT, "skip": 0.25, "linear_scope": "marginal"}
+TEXT_LAST = TokenGrid(3, 5, 9, text=21, reference=45)
+TEXT_FIRST = TokenGrid(3, 5, 9, text=21, text_first=True)
+
+
+def token_map(mask):
+    """A BlockMask over tokens in model order: bool [B, H, N, N]."""
+
+    def block_of(order):
+        tokens = order.index()
+        slots = (tokens >= 0).nonzero().squeeze(1)
+        return slots[tokens[slots].argsort()] // order.block
+
+    return mask.dense()[..., block_of(mask.query_order), :][..., block_of(mask.key_order)]
+
+
+def padding_text(grid, text_lens):
+    """Text tokens that are never keys: bool [B, N]."""
+    position = torch.arange(grid.tokens) - grid.text_start
+    return (position >= text_lens[:, None]) & (position < grid.text)
+
+
+def formula(q, k, v, weight, bias, *, routing, grid, config, hidden, scale=None):
+    """What SLA means, in the dtype of q, by plain PyTorch."""
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    k, v = (x.masked_fill(hidden[:, None, :, None], 0) for x in (k, v))
+    seen = token_map(routing.critical) & ~hidden[:, None, None, :]
+    out = (q @ k.mT * scale).masked_fill(~seen, -torch.inf).softmax(-1) @ v
+    weights = apply_map(q, config.feature_map) @ apply_map(k, config.feature_map).mT * token_map(routing.linear)
+    rest = (weights @ v) / (weights.sum(-1, keepdim=True) + EPSILON)
+    visual = torch.zeros(grid.tokens, 1, dtype=torch.bool)
+    visual[grid.visual_start : grid.visual_start + grid.visual] = True
+    return torch.where(visual, out + F.linear(rest, weight, bias), out)
+
+
+def magnitudes(q, k, v, weight, gradient, *, dtype, routing, grid, config, hidden, scale=None):
+    """What is rounded, as sums of magnitudes, on the way to the gradients that are made of differences.
+
+    Softmax: dS = P (dP - delta) counts as P (|dP| + |delta|), its dot products as |g| |v| and |g| |o|. The quotient of
+    the linear branch and the softmax of its feature map have derivatives of the same form. P = exp(logit - LSE), with
+    an LSE kept in fp32 and logits that are computed again: |LSE| + |q| |k| more roundings, of fp32.
+    """
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    k, v = (x.masked_fill(hidden[:, None, :, None], 0) for x in (k, v))
+    seen = token_map(routing.critical) & ~hidden[:, None, None, :]
+    logits = (q @ k.mT * scale).masked_fill(~seen, -torch.inf)
+    exponent = logits.logsumexp(-1, keepdim=True).abs() + q.abs() @ k.abs().mT * scale
+    p = logits.softmax(-1)
+    rounded = p * (1 + exponent * torch.finfo(torch.float32).eps / torch.finfo(dtype).eps)
+    ds = rounded * (gradient.abs() @ v.abs().mT + (gradient * (p @ v)).abs().sum(-1, keepdim=True)) * scale
+
+    phi_q, phi_k = apply_map(q, config.feature_map), apply_map(k, config.feature_map)
+    products = (phi_q @ phi_k.mT) * token_map(routing.linear)
+    sums = products.sum(-1, keepdim=True) + EPSILON
+    pulled = gradient @ weight
+    through_quotient = pulled.abs() @ v.abs().mT + (pulled * (products @ v / sums)).abs().sum(-1, keepdim=True)
+    dw = token_map(routing.linear) * through_quotient / sums
+
+    def through_map(x, of_phi):
+        phi = apply_map(x, config.feature_map)
+        if config.feature_map == "softmax":
+            return phi * (of_phi + (phi * of_phi).sum(-1, keepdim=True))
+        return of_phi * (phi.clamp(max=1) if config.feature_map == "elu" else x > 0)
+
+    dq = ds @ k.abs() + through_map(q, dw @ phi_k)
+    dk = ds.mT @ q.abs() + through_map(k, dw.mT @ phi_q)
+    dv = rounded.mT @ gradient.abs() + (products / sums).mT @ pulled.abs()
+    return {"dq": dq.max(), "dk": dk.max(), "dv": dv.max()}
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One call: its grid, settings and input."""
+
+    grid: TokenGrid
+    config: dict
+    dim: int = 64
+    dtype: torch.dtype = torch.float32
+    size: float = 1.0
+    text_lens: tuple | None = None
+    impl: str = "portable"
+    batch: int = 2
+    heads: int = 2
+    factor: float | None = None
+
+
+def setup(case):
+    """Module with a random projection, inputs of the case, and where padding text lies."""
+    torch.manual_seed(0)
+    module = SparseLinearAttention(case.dim, **case.config)
+    torch.nn.init.normal_(module.proj.weight, std=case.dim**-0.5)
+    torch.nn.init.normal_(module.proj.bias)
+    shape = (case.batch, case.grid.tokens, case.heads, case.dim)
+    q, k, v = (case.size * torch.randn(shape).transpose(1, 2) for _ in range(3))
+    lens = torch.tensor(case.text_lens or [case.grid.text] * case.batch)
+    return module, [x.to(case.dtype) for x in (q, k, v)], lens, padding_text(case.grid, lens)
+
+
+def run(function, tensors, gradient):
+    """Output and gradients, by name."""
+    leaves = [x.detach().clone().requires_grad_() for x in tensors]
+    out = function(*leaves)
+    gradients = torch.autograd.grad(out, leaves, gradient.to(out.dtype))
+    names = ("out", "dq", "dk", "dv", "dweight", "dbias")
+    return dict(zip(names, (out.detach(), *gradients), strict=True))
+
+
+def check(case):
+    module, (q, k, v), lens, hidden = setup(case)
+    weights = [module.proj.weight.detach(), module.proj.bias.detach()]
+    routing = module.route(q, k, case.grid)
+    gradient = torch.randn(q.shape).to(case.dtype)
+    fixed = {"routing": routing, "grid": case.grid, "config": module.config, "hidden": hidden, "scale": case.factor}
+
+    def call(q, k, v, weight, bias):
+        # What must not be read is NaN.
+        k, v = (x.masked_fill(hidden[:, None, :, None], torch.nan) for x in (k, v))
+        device = "cuda" if case.impl == "triton" and not INTERPRETED else "cpu"
+        q, k, v, weight, bias = (x.to(device) for x in (q, k, v, weight, bias))
+        arguments = {"grid": case.grid, "text_lens": lens if case.text_lens else None, "impl": case.impl}
+        state = {"proj.weight": weight, "proj.bias": bias}
+        return torch.func.functional_call(module, state, (q, k, v), {**arguments, "scale": case.factor}).cpu()
+
+    actual = run(call, [q, k, v, *weights], gradient)
+    exact = run(lambda *x: formula(*x, **fixed), [x.double() for x in (q, k, v, *weights)], gradient)
+    plain = run(lambda *x: formula(*x, **fixed), [q, k, v, *(x.to(case.dtype) for x in weights)], gradient)
+    assert actual["out"].dtype == case.dtype and actual["dweight"].dtype == torch.float32
+    sums = magnitudes(*(x.double() for x in (q, k, v, weights[0], gradient)), dtype=case.dtype, **fixed)
+    for name, truth in exact.items():
+        band = torch.finfo(case.dtype).eps * sums.get(name, truth.abs().max())
+        # where plain PyTorch leaves the range of half precision, the band alone counts
+        budget = 2 * ((plain[name].double() - truth).abs().max().nan_to_num(0.0, 0.0) + band)
+        error = (actual[name].double() - truth).abs().max()
+        assert error <= budget, f"{name}: error {error:.3g} above {budget:.3g}"
