@@ -12,10 +12,14 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import make_backend
 from triton.runtime.jit import create_function_from_signature
 
+from dit_accel.kernels import tuning
 from dit_accel.kernels.block_sparse import triton as block_sparse
 from dit_accel.kernels.block_sparse.api import block_sparse_attention
 from dit_accel.kernels.block_sparse.geometry import Geometry
+from dit_accel.kernels.block_sparse.triton_configs import Launch
 from dit_accel.kernels.sla import triton as sla
+from dit_accel.kernels.sla import triton_configs as configs
+from dit_accel.kernels.sla.layout import Cut
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter replaces what would be compiled"
@@ -54,8 +58,10 @@ def binaries(monkeypatch):
     def run(kernel, programs, arguments, constants, itemsize):
         found.launch(block_sparse.JIT[kernel], arguments, {**constants, "STEP": 32, "num_warps": 4})
 
-    def run_sla(kernel, programs, launch, *arguments, **constants):
-        found.launch(kernel, arguments, {**constants, "num_warps": launch.warps})
+    def run_sla(kernel, programs, arguments, constants):
+        kernel = sla.JIT[kernel]
+        step = {"STEP": 32} if "STEP" in kernel.arg_names else {}
+        found.launch(kernel, arguments, {**constants, **step, "num_warps": 4})
 
     monkeypatch.setattr(block_sparse, "INTERPRETED", True)  # no device is asked for
     monkeypatch.setattr(block_sparse, "run", run)
@@ -97,18 +103,20 @@ def test_block_sparse_kernels_are_compiled_once(binaries, text):
 
 def test_sla_kernels_are_compiled_once(binaries):
     """Up to the 16 blocks of one width of the router's row of scores."""
-    table, total = torch.zeros(1, 2, DIM, DIM), torch.zeros(1, 2, DIM)
+    whole = table, total = torch.zeros(1, 2, DIM, DIM), torch.zeros(1, 2, DIM)
     for tokens in (t for t in LENGTHS if t > 2 * BLOCK or t == BLOCK):
         q, k, v, grad = tensors(tokens)
-        grid, blocks = (1, 1, tokens), -(-tokens // BLOCK)
-        kept, dropped = (torch.zeros(1, 2, blocks, 1, dtype=torch.int32) for _ in range(2))
-        sla.route(q, k, grid, BLOCK, None, 1, 1)
+        cut = Cut((1, 1, tokens), BLOCK)
+        lists = sla.Lists(*(torch.zeros(1, 2, cut.blocks, 1, dtype=torch.int32) for _ in range(2)))
+        means = sla.block_means(q, cut)
+        sla.select(means, means, 1, 1)
+        sla.state(k, v, cut, "softmax")
         sla.apply(q, q, table, total, None, "softmax")
         sla.apply_backward(grad, q, table, total, "softmax")
         sla.state_backward(k, v, table, total, "softmax")
-        _, denominators, modes = sla.marginal(q, k, v, kept, dropped, grid, BLOCK, None, "softmax")
+        _, denominators, modes = sla.marginal(q, k, v, whole, lists, cut, "softmax")
         modes.zero_()
-        sla.marginal_backward(grad, q, k, v, kept, dropped, denominators, modes, grid, BLOCK, None, "softmax")
+        sla.marginal_backward(grad, q, k, v, whole, lists, denominators, modes, cut, "softmax")
     assert len(binaries.keys) == 10
     assert {name: len(keys) for name, keys in binaries.keys.items()} == dict.fromkeys(binaries.keys, 1)
 
@@ -118,6 +126,22 @@ def test_tuning_knows_no_length():
     for kernel in block_sparse.KERNELS:
         keys = set(block_sparse._tuned(kernel).keys)
         assert keys == {"BLOCK_Q", "BLOCK_K", "BLOCK_D", "HAS_TABLES"}
+
+
+def test_tuning_of_sla_knows_no_length():
+    """What is tuned apart are constants that no length or tile is part of; what is tried is the table's."""
+    candidates = Launch(8, 2, 64), Launch(4, 2, 32)
+    for name, kernel in sla.JIT.items():
+        tuner = tuning.tuned(kernel, candidates, configs.TUNED_BY)
+        constants = {kernel.params[i].name for i in kernel.constexprs}
+        assert set(tuner.keys) <= constants - {"ALIGN", "SPLIT", "TILE_T", "TILE_H", "TILE_W"}
+        assert set(tuner.keys) & {"BLOCK_D", "WIDTH"}
+        assert tuner.cache_results
+        steps = [{"STEP": c.step} if name != "means" else {} for c in candidates]
+        assert [(c.kwargs, c.num_warps, c.num_stages) for c in tuner.configs] == [
+            (step, c.warps, c.stages) for step, c in zip(steps, candidates, strict=True)
+        ]
+        assert tuning.tuned(kernel, candidates, configs.TUNED_BY) is tuner
 
 
 @pytest.mark.gpu

@@ -13,6 +13,7 @@ from dit_accel.kernels.sla import ops
 from dit_accel.kernels.sla.exact import visual_of
 from dit_accel.kernels.sla.features import FEATURE_MAPS, FeatureMap
 from dit_accel.kernels.sla.fused import sparse_linear_fused
+from dit_accel.kernels.sla.layout import Cut
 from dit_accel.kernels.sla.portable import sparse_linear_portable
 from dit_accel.kernels.sla.reference import sparse_linear_reference
 from dit_accel.kernels.sla.router import route_blocks
@@ -105,11 +106,11 @@ def sparse_linear_attention(
     name, _ = choose_impl(q.device.type, q.dtype, q.shape[-1], setting.order, scope, impl)
     # Scores and linear sums are fp32 whatever autocast says.
     with torch.autocast(q.device.type, enabled=False):
+        if name == "triton":
+            return sparse_linear_fused(q, k, v, critical, skipped, setting)
         kept, dropped = route(q, k, setting.order, critical, skipped, impl)
         if name == "reference":
             return sparse_linear_reference(q, k, v, kept, dropped, setting)
-        if name == "triton":
-            return sparse_linear_fused(q, k, v, kept, dropped, setting)
         return sparse_linear_portable(q, k, v, kept, dropped, setting, impl)
 
 
@@ -146,9 +147,10 @@ def route(
     Args:
         q, k: the whole sequence, [B, H, N, D].
     """
-    arguments = *(visual_of(x, order).detach() for x in (q, k)), order.grid.shape, order.block, order.tile
+    cut = Cut(order.grid.shape, order.block, order.tile).pack()
     name, _ = choose_impl(q.device.type, q.dtype, q.shape[-1], order, None, impl)
-    return (ops.route if name == "triton" else route_blocks)(*arguments, critical, skipped)
+    routing = ops.route if name == "triton" else route_blocks
+    return routing(visual_of(q, order).detach(), visual_of(k, order).detach(), cut, critical, skipped)
 
 
 def _check(

@@ -26,11 +26,12 @@ def attend_visual(
         [B, H, visual, D], laid out in memory as [B, visual, H, D].
     """
     order = setting.order
-    # [B, H, visual_blocks, kept + dense]: every row also lists all reference and text blocks, which come last.
-    dense = torch.arange(order.visual_blocks, order.blocks, dtype=torch.int32, device=q.device)
-    lists = torch.cat([critical, dense.expand(*critical.shape[:3], -1)], dim=-1)
+    if order.dense_blocks:
+        # [B, H, visual_blocks, kept + dense]: every row also lists all reference and text blocks, which come last.
+        dense = torch.arange(order.visual_blocks, order.blocks, dtype=torch.int32, device=q.device)
+        critical = torch.cat([critical, dense.expand(*critical.shape[:3], -1)], dim=-1)
     bias = None if setting.text_bias is None else setting.text_bias[:, _visual(order)]
-    return _attend(visual_of(q, order), k, v, lists, setting, bias, order.grid.shape, order.tile, impl)
+    return _attend(visual_of(q, order), k, v, critical, setting, bias, order.grid.shape, order.tile, impl)
 
 
 def with_others(

@@ -5,24 +5,49 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
+from dit_accel.kernels.block_sparse.geometry import Shape
 from dit_accel.order import TokenOrder
 from dit_accel.tokens import TokenGrid
 
 
-def visual_order(grid: Sequence[int], block: int, tile: Sequence[int] | None) -> TokenOrder:
-    """The order of the visual tokens alone: (frames, rows, columns) in runs or tiles of `block` tokens."""
-    frames, rows, columns = grid
-    return TokenOrder(TokenGrid(frames, rows, columns), block, None if tile is None else (tile[0], tile[1], tile[2]))
+class Cut(NamedTuple):
+    """How visual tokens are cut into blocks. Custom ops carry it as seven integers, which may be symbols in tracing.
 
+    grid: frames, rows and columns of the visual tokens.
+    block: tokens a block holds.
+    tile: (t, h, w) for blocks that are 3-D tiles, None for runs in raster order.
+    """
 
-def count_blocks(grid: Sequence[int], block: int, tile: Sequence[int] | None) -> int:
-    """`visual_order(...).visual_blocks` for sizes that are symbols too, as tracing has them."""
-    sizes, pieces = (grid, tile) if tile is not None else ([math.prod(grid)], [block])
-    return math.prod((size + piece - 1) // piece for size, piece in zip(sizes, pieces, strict=True))
+    grid: Shape
+    block: int
+    tile: Shape | None = None
+
+    def pack(self) -> list[int]:
+        """The integers in the order in which the custom ops carry them."""
+        return [*self.grid, self.block, *(self.tile or (0, 0, 0))]
+
+    @classmethod
+    def unpack(cls, ints: Sequence[int]) -> Cut:
+        """The inverse of `pack`."""
+        frames, rows, columns, block, *tile = ints
+        return cls((frames, rows, columns), block, (tile[0], tile[1], tile[2]) if tile[1] else None)
+
+    @property
+    def order(self) -> TokenOrder:
+        """The order of the visual tokens alone."""
+        return TokenOrder(TokenGrid(*self.grid), self.block, self.tile)
+
+    @property
+    def blocks(self) -> int:
+        """``order.visual_blocks``, for symbols too."""
+        if self.tile is None:
+            return (math.prod(self.grid) + self.block - 1) // self.block
+        return math.prod((size + piece - 1) // piece for size, piece in zip(self.grid, self.tile, strict=True))
 
 
 def to_blocks(x: torch.Tensor, order: TokenOrder) -> torch.Tensor:

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from dit_accel.kernels.sla.features import EPSILON, FeatureMap, apply_map, pull_back
-from dit_accel.kernels.sla.layout import from_blocks, to_blocks, visual_order
+from dit_accel.kernels.sla.layout import Cut, from_blocks, to_blocks
 from dit_accel.order import TokenOrder
 
 # Bytes that the block states of one step may take.
@@ -43,9 +43,7 @@ def linear_marginal(
     v: torch.Tensor,
     critical: torch.Tensor,
     skipped: torch.Tensor,
-    grid: Sequence[int],
-    block: int,
-    tile: Sequence[int] | None,
+    cut: Sequence[int],
     feature_map: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Linear attention of every query block over its marginal key blocks.
@@ -53,14 +51,14 @@ def linear_marginal(
     Args:
         q, k, v: visual tokens in raster order, [B, H, visual, D], any strides.
         critical, skipped: int32 [B, H, blocks, *]; what the router kept and dropped.
-        grid, block, tile: as for `dit_accel.kernels.sla.router.route_blocks`.
+        cut: as for `dit_accel.kernels.sla.router.route_blocks`.
         feature_map: see `dit_accel.kernels.sla.features.apply_map`.
 
     Returns:
         The output [B, H, visual, D], 0 for a row without marginal blocks, and its denominators with eps
         [B, H, visual, 1], both fp32 (fp64 for fp64 input). The denominators carry no gradient.
     """
-    order = visual_order(grid, block, tile)
+    order = Cut.unpack(cut).order
     wide = torch.promote_types(q.dtype, torch.float32)
     out = torch.empty(v.shape, dtype=wide, device=v.device)
     denominator = torch.empty((*v.shape[:-1], 1), dtype=wide, device=v.device)
@@ -76,7 +74,7 @@ def linear_marginal(
 
 
 @linear_marginal.register_fake
-def _(q, k, v, critical, skipped, grid, block, tile, feature_map):
+def _(q, k, v, critical, skipped, cut, feature_map):
     wide = torch.promote_types(q.dtype, torch.float32)
     return v.new_empty(v.shape, dtype=wide), v.new_empty((*v.shape[:-1], 1), dtype=wide)
 
@@ -91,13 +89,11 @@ def linear_marginal_backward(
     skipped: torch.Tensor,
     out: torch.Tensor,
     denominator: torch.Tensor,
-    grid: Sequence[int],
-    block: int,
-    tile: Sequence[int] | None,
+    cut: Sequence[int],
     feature_map: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """dq, dk and dv of `linear_marginal`, in the dtypes and shapes of q, k and v."""
-    order = visual_order(grid, block, tile)
+    order = Cut.unpack(cut).order
     wide = out.dtype
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     for at in _head_groups(q, v, order):
@@ -124,7 +120,7 @@ def linear_marginal_backward(
 
 
 @linear_marginal_backward.register_fake
-def _(gradient, q, k, v, critical, skipped, out, denominator, grid, block, tile, feature_map):
+def _(gradient, q, k, v, critical, skipped, out, denominator, cut, feature_map):
     return tuple(x.new_empty(x.shape) for x in (q, k, v))
 
 
@@ -136,7 +132,7 @@ def _save(ctx, inputs, output) -> None:
 
 def _differentiate(ctx, gradient, _):
     gradients = linear_marginal_backward(gradient, *ctx.saved_tensors, *ctx.setting)
-    return *gradients, None, None, None, None, None, None
+    return *gradients, None, None, None, None
 
 
 linear_marginal.register_autograd(_differentiate, setup_context=_save)

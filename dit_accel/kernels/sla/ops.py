@@ -11,7 +11,7 @@ from types import ModuleType
 
 import torch
 
-from dit_accel.kernels.sla.layout import count_blocks
+from dit_accel.kernels.sla.layout import Cut
 
 
 def _kernels(name: str) -> ModuleType:
@@ -24,36 +24,64 @@ def _like(x: torch.Tensor) -> torch.Tensor:
     return x.new_empty(batch, tokens, heads, dim).transpose(1, 2)
 
 
-@torch.library.custom_op("dit_accel::sla_route_triton", mutates_args=())
+@torch.library.custom_op("dit_accel::sla_block_means", mutates_args=())
+def block_means(x: torch.Tensor, cut: Sequence[int]) -> torch.Tensor:
+    """Mean of every block's tokens, fp32, for `select`.
+
+    Args:
+        x: visual tokens in raster order, [B, H, visual, D], any strides.
+        cut: `layout.Cut.pack`.
+
+    Returns:
+        [B, H, D, blocks]: a row for each dimension, so that neighbouring threads read neighbouring blocks.
+    """
+    return _kernels("triton").block_means(x, Cut.unpack(cut))
+
+
+def _fake_means(x: torch.Tensor, cut: Sequence[int]) -> torch.Tensor:
+    return x.new_empty(*x.shape[:2], x.shape[-1], Cut.unpack(cut).blocks, dtype=torch.float32)
+
+
+block_means.register_fake(_fake_means)
+
+
+@torch.library.custom_op("dit_accel::sla_select", mutates_args=())
+def select(
+    query_means: torch.Tensor, key_means: torch.Tensor, critical: int, skipped: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The best and the worst key blocks of every query block, by `block_means` of both; see `router.route_blocks`."""
+    return _kernels("triton").select(query_means, key_means, critical, skipped)
+
+
+@select.register_fake
+def _(query_means, key_means, critical, skipped):
+    rows = *query_means.shape[:2], query_means.shape[3]
+    return tuple(query_means.new_empty((*rows, n), dtype=torch.int32) for n in (critical, skipped))
+
+
 def route(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    grid: Sequence[int],
-    block: int,
-    tile: Sequence[int] | None,
-    critical: int,
-    skipped: int,
+    q: torch.Tensor, k: torch.Tensor, cut: Sequence[int], critical: int, skipped: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See `dit_accel.kernels.sla.router.route_blocks`."""
-    return _kernels("triton").route(q, k, grid, block, tile, critical, skipped)
-
-
-@route.register_fake
-def _(q, k, grid, block, tile, critical, skipped):
-    rows = *q.shape[:2], count_blocks(grid, block, tile)
-    return tuple(q.new_empty((*rows, n), dtype=torch.int32) for n in (critical, skipped))
+    return select(block_means(q, cut), block_means(k, cut), critical, skipped)
 
 
 @torch.library.custom_op("dit_accel::sla_state", mutates_args=())
-def state(k: torch.Tensor, v: torch.Tensor, feature_map: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """phi(k)^T v [B, H, D, D] and the sum of phi(k) over the tokens [B, H, D], both fp32."""
-    return _kernels("triton").state(k, v, feature_map)
+def state(
+    k: torch.Tensor, v: torch.Tensor, cut: Sequence[int], feature_map: str
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """phi(k)^T v [B, H, D, D] and the sum of phi(k) over the tokens [B, H, D], both fp32; and `block_means` of k.
+
+    One pass over k serves the linear branch and the router. The means carry no gradient.
+    """
+    return _kernels("triton").state(k, v, Cut.unpack(cut), feature_map)
 
 
 @state.register_fake
-def _(k, v, feature_map):
+def _(k, v, cut, feature_map):
     batch, heads, _, dim = k.shape
-    return k.new_empty(batch, heads, dim, dim, dtype=torch.float32), k.new_empty(batch, heads, dim, dtype=torch.float32)
+    total = k.new_empty(batch, heads, dim, dtype=torch.float32)
+    return k.new_empty(batch, heads, dim, dim, dtype=torch.float32), total, _fake_means(k, cut)
 
 
 @torch.library.custom_op("dit_accel::sla_state_backward", mutates_args=())
@@ -70,12 +98,13 @@ def _(k, v, dstate, dtotal, feature_map):
 
 
 def _save_state(ctx, inputs, output) -> None:
-    k, v, ctx.feature_map = inputs
+    k, v, _, ctx.feature_map = inputs
+    ctx.mark_non_differentiable(output[2])
     ctx.save_for_backward(k, v)
 
 
-def _differentiate_state(ctx, dstate, dtotal):
-    return *state_backward(*ctx.saved_tensors, dstate, dtotal, ctx.feature_map), None
+def _differentiate_state(ctx, dstate, dtotal, _):
+    return *state_backward(*ctx.saved_tensors, dstate, dtotal, ctx.feature_map), None, None
 
 
 state.register_autograd(_differentiate_state, setup_context=_save_state)
@@ -141,62 +170,59 @@ def marginal(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
+    whole_state: torch.Tensor,
+    whole_total: torch.Tensor,
     critical: torch.Tensor,
     skipped: torch.Tensor,
-    grid: Sequence[int],
-    block: int,
-    tile: Sequence[int] | None,
+    cut: Sequence[int],
     feature_map: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """As `dit_accel.kernels.sla.linear.linear_marginal`, the output in the dtype of q, the denominators in fp32.
 
+    `whole_state` and `whole_total` are `state` of k and v. The gradients of k and v hold what flows through them too,
+    so they get none of their own: pass them detached. Both are small and kept for the backward.
+
     Also returns int32 [B, H, blocks]: 1 for a query block that was summed one by one (see `triton_marginal`).
     """
-    return _kernels("triton").marginal(q, k, v, critical, skipped, grid, block, tile, feature_map)
+    kernels = _kernels("triton")
+    lists = kernels.Lists(critical.contiguous(), skipped.contiguous())
+    return kernels.marginal(q, k, v, (whole_state, whole_total), lists, Cut.unpack(cut), feature_map)
 
 
 @marginal.register_fake
-def _(q, k, v, critical, skipped, grid, block, tile, feature_map):
+def _(q, k, v, whole_state, whole_total, critical, *rest):
     modes = critical.new_empty(critical.shape[:-1])
     return _like(q), q.new_empty((*q.shape[:-1], 1), dtype=torch.float32), modes
 
 
 @torch.library.custom_op("dit_accel::sla_marginal_triton_backward", mutates_args=())
 def marginal_backward(
-    gradient: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    critical: torch.Tensor,
-    skipped: torch.Tensor,
-    denominators: torch.Tensor,
-    modes: torch.Tensor,
-    grid: Sequence[int],
-    block: int,
-    tile: Sequence[int] | None,
-    feature_map: str,
+    gradient: torch.Tensor, saved: Sequence[torch.Tensor], cut: Sequence[int], feature_map: str
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """dq, dk and dv of `marginal`, laid out in memory as [B, N, H, D]."""
-    return _kernels("triton").marginal_backward(
-        gradient, q, k, v, critical, skipped, denominators, modes, grid, block, tile, feature_map
+    """dq, dk and dv of `marginal`, laid out in memory as [B, N, H, D]; `saved`: its tensors, then its last outputs."""
+    q, k, v, whole_state, whole_total, critical, skipped, denominators, modes = saved
+    kernels = _kernels("triton")
+    lists = kernels.Lists(critical.contiguous(), skipped.contiguous())
+    return kernels.marginal_backward(
+        gradient, q, k, v, (whole_state, whole_total), lists, denominators, modes, Cut.unpack(cut), feature_map
     )
 
 
 @marginal_backward.register_fake
-def _(gradient, q, k, v, *rest):
+def _(gradient, saved, cut, feature_map):
+    q, k, v, *_ = saved
     return _like(q), _like(k), _like(v)
 
 
 def _save_marginal(ctx, inputs, output) -> None:
-    q, k, v, critical, skipped, *ctx.setting = inputs
+    *tensors, ctx.cut, ctx.feature_map = inputs
     _, denominators, modes = output
     ctx.mark_non_differentiable(denominators, modes)
-    ctx.save_for_backward(q, k, v, critical, skipped, denominators, modes)
+    ctx.save_for_backward(*tensors, denominators, modes)
 
 
 def _differentiate_marginal(ctx, gradient, *_):
-    gradients = marginal_backward(gradient, *ctx.saved_tensors, *ctx.setting)
-    return *gradients, None, None, None, None, None, None
+    return *marginal_backward(gradient, ctx.saved_tensors, ctx.cut, ctx.feature_map), *[None] * 6
 
 
 marginal.register_autograd(_differentiate_marginal, setup_context=_save_marginal)

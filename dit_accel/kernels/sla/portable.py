@@ -26,7 +26,7 @@ def sparse_linear_portable(
         critical, skipped: block lists of the router, int32 [B, H, visual_blocks, *].
         impl: who computes the critical blocks, "auto" or "portable".
     """
-    order, weight = setting.order, setting.weight
+    weight = setting.weight
     visual = attend_visual(q, k, v, critical, setting, impl)
     if weight is not None:
         queries, keys, values = (visual_of(x, setting.order) for x in (q, k, v))
@@ -34,7 +34,7 @@ def sparse_linear_portable(
             projected = linear_all(queries, keys, values, setting.feature_map, weight)
         else:
             linear, _ = linear_marginal(
-                queries, keys, values, critical, skipped, order.grid.shape, order.block, order.tile, setting.feature_map
+                queries, keys, values, critical, skipped, setting.cut.pack(), setting.feature_map
             )
             projected = F.linear(linear, weight.to(linear.dtype))
         if setting.bias is not None:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import torch
 
-from dit_accel.kernels.sla.layout import count_blocks, to_blocks, visual_order
+from dit_accel.kernels.sla.layout import Cut, to_blocks
 from dit_accel.order import TokenOrder
 
 # Scores held at a time, so that a long sequence makes no blocks x blocks map for every head.
@@ -20,13 +20,7 @@ _SCORES_AT_ONCE = 1 << 22
 
 @torch.library.custom_op("dit_accel::sla_route", mutates_args=())
 def route_blocks(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    grid: Sequence[int],
-    block: int,
-    tile: Sequence[int] | None,
-    critical: int,
-    skipped: int,
+    q: torch.Tensor, k: torch.Tensor, cut: Sequence[int], critical: int, skipped: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Choose key blocks by content. No gradient flows through the choice.
 
@@ -36,16 +30,14 @@ def route_blocks(
 
     Args:
         q, k: visual tokens in raster order, [B, H, visual, D], any strides.
-        grid: (frames, rows, columns) of the visual tokens.
-        block: tokens a block holds.
-        tile: (t, h, w) for blocks that are 3-D tiles, None for runs in raster order.
+        cut: how they are cut into blocks, as `dit_accel.kernels.sla.layout.Cut.pack` gives it.
         critical, skipped: blocks to keep and to drop in every row; at least one and at least zero, together no more
             than there are.
 
     Returns:
         Critical and skipped blocks, ascending: int32 [B, H, blocks, critical] and int32 [B, H, blocks, skipped].
     """
-    order = visual_order(grid, block, tile)
+    order = Cut.unpack(cut).order
     queries, keys = block_means(q, order), block_means(k, order)
     batch, heads, blocks, _ = queries.shape
     rows = max(1, _SCORES_AT_ONCE // (batch * heads * blocks))
@@ -58,8 +50,8 @@ def route_blocks(
 
 
 @route_blocks.register_fake
-def _(q, k, grid, block, tile, critical, skipped):
-    rows = *q.shape[:2], count_blocks(grid, block, tile)
+def _(q, k, cut, critical, skipped):
+    rows = *q.shape[:2], Cut.unpack(cut).blocks
     return tuple(q.new_empty((*rows, n), dtype=torch.int32) for n in (critical, skipped))
 
 

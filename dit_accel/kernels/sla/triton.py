@@ -2,68 +2,96 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
+from triton.runtime.interpreter import InterpretedFunction
 
 from dit_accel.errors import DitAccelError
+from dit_accel.kernels import tuning
 from dit_accel.kernels.block_sparse.geometry import Geometry
-from dit_accel.kernels.block_sparse.triton import FUSION, INTERPRETED
 from dit_accel.kernels.block_sparse.triton_lists import Transposed, transpose_lists
 from dit_accel.kernels.sla import triton_configs as configs
-from dit_accel.kernels.sla.layout import count_blocks
+from dit_accel.kernels.sla.layout import Cut
 from dit_accel.kernels.sla.triton_linear import apply_kernel, state_kernel
 from dit_accel.kernels.sla.triton_linear_backward import apply_backward_kernel, state_backward_kernel, sums_kernel
 from dit_accel.kernels.sla.triton_marginal import marginal_kernel
 from dit_accel.kernels.sla.triton_marginal_backward import marginal_dkdv_kernel, marginal_dq_kernel
-from dit_accel.kernels.sla.triton_router import UNIT, block_means_kernel, select_kernel
+from dit_accel.kernels.sla.triton_router import block_means_kernel, select_kernel
+
+JIT = {
+    "means": block_means_kernel,
+    "select": select_kernel,
+    "state": state_kernel,
+    "apply": apply_kernel,
+    "state_backward": state_backward_kernel,
+    "apply_backward": apply_backward_kernel,
+    "sums": sums_kernel,
+    "marginal": marginal_kernel,
+    "marginal_dq": marginal_dq_kernel,
+    "marginal_dkdv": marginal_dkdv_kernel,
+}
+INTERPRETED = isinstance(block_means_kernel, InterpretedFunction)
 
 
-def route(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    grid: Sequence[int],
-    block: int,
-    tile: Sequence[int] | None,
-    critical: int,
-    skipped: int,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """See `dit_accel.kernels.sla.router.route_blocks`."""
-    batch, heads, _, dim = q.shape
-    blocks = count_blocks(grid, block, tile)
-    units = triton.cdiv(blocks, UNIT.value)
-    means = []
-    for x in map(_rows, (q, k)):
-        means.append(x.new_zeros(batch, heads, dim, units * UNIT.value, dtype=torch.float32))
-        align = _alignment(x)
-        _run(
-            block_means_kernel, (blocks, batch * heads), configs.MEANS, x, means[-1],
-            *_strides(align, x), *grid, heads, units, **_head_dim(dim), ALIGN=align, BLOCK=block, **_tile(tile),
-        )  # fmt: skip
-    kept, dropped = (q.new_empty(batch, heads, blocks, n, dtype=torch.int32) for n in (critical, skipped))
-    width, launch = configs.selection(blocks)
+class Lists(NamedTuple):
+    """What the router kept and dropped: int32 [B, H, blocks, *] each, ascending."""
+
+    kept: torch.Tensor
+    dropped: torch.Tensor
+
+    @property
+    def counts(self) -> tuple[int, int, int]:
+        """Query blocks, and how many key blocks each keeps and drops."""
+        return self.kept.shape[2], self.kept.shape[3], self.dropped.shape[3]
+
+
+def block_means(x: torch.Tensor, cut: Cut) -> torch.Tensor:
+    """See `ops.block_means`."""
+    x = _rows(x)
+    batch, heads, _, dim = x.shape
+    means, align = _room_for_means(x, cut), _alignment(x)
     _run(
-        select_kernel, (triton.cdiv(blocks, launch.rows), batch * heads), launch, *means, kept, dropped,
-        blocks, units, critical, skipped, D=dim, ROWS=launch.rows, WIDTH=width, HAS_SKIPPED=skipped > 0,
+        "means", (cut.blocks, batch * heads),
+        (x, means, *_strides(align, x), *cut.grid, heads),
+        {**_head_dim(dim), "ALIGN": align, **_cut(cut)},
+    )  # fmt: skip
+    return means
+
+
+def select(
+    query_means: torch.Tensor, key_means: torch.Tensor, critical: int, skipped: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """See `ops.select`."""
+    batch, heads, dim, blocks = query_means.shape
+    kept, dropped = (
+        query_means.new_empty(batch, heads, blocks, n, dtype=torch.int32) for n in (critical, skipped)
+    )  # fmt: skip
+    _run(
+        "select", _in_steps(blocks, batch * heads),
+        (query_means, key_means, kept, dropped, blocks, critical, skipped),
+        {"D": dim, "WIDTH": configs.width_of(blocks), "HAS_SKIPPED": skipped > 0},
     )  # fmt: skip
     return kept, dropped
 
 
-def state(k: torch.Tensor, v: torch.Tensor, feature_map: str) -> tuple[torch.Tensor, torch.Tensor]:
+def state(
+    k: torch.Tensor, v: torch.Tensor, cut: Cut, feature_map: str
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """See `ops.state`."""
     k, v = _rows(k), _rows(v)
-    batch, heads, tokens, dim = k.shape
-    splits, align = triton.cdiv(tokens, configs.SPLIT), _alignment(k, v)
+    batch, heads, _, dim = k.shape
+    split = configs.SPLIT // cut.block
+    splits, align, means = triton.cdiv(cut.blocks, split), _alignment(k, v), _room_for_means(k, cut)
     states = k.new_empty(batch, heads, splits, dim, dim, dtype=torch.float32)
     totals = k.new_empty(batch, heads, splits, dim, dtype=torch.float32)
-    constants, launch = _linear("state", k, feature_map)
     _run(
-        state_kernel, (splits, batch * heads), launch, k, v, states, totals,
-        *_strides(align, k, v), heads, tokens, ALIGN=align, SPLIT=configs.SPLIT, **constants,
+        "state", (splits, batch * heads),
+        (k, v, states, totals, means, *_strides(align, k, v), *cut.grid, heads, cut.blocks),
+        {**_linear(dim, align, feature_map), **_cut(cut), "SPLIT": split},
     )  # fmt: skip
-    return states.sum(2), totals.sum(2)
+    return states.sum(2), totals.sum(2), means
 
 
 def state_backward(
@@ -74,11 +102,10 @@ def state_backward(
     batch, heads, tokens, dim = k.shape
     align = _alignment(k, v)
     dk, dv = (x.new_empty(batch, tokens, heads, dim) for x in (k, v))
-    constants, launch = _linear("state_backward", k, feature_map)
     _run(
-        state_backward_kernel, (triton.cdiv(tokens, launch.rows), batch * heads), launch,
-        k, v, *_table(dstate, k.dtype), dtotal.contiguous(), dk, dv,
-        *_strides(align, k, v), heads, tokens, ALIGN=align, **constants,
+        "state_backward", _in_steps(tokens, batch * heads),
+        (k, v, *_table(dstate, k.dtype), dtotal.contiguous(), dk, dv, *_strides(align, k, v), heads, tokens),
+        _linear(dim, align, feature_map),
     )  # fmt: skip
     return dk.transpose(1, 2), dv.transpose(1, 2)
 
@@ -96,11 +123,13 @@ def apply(
     batch, heads, tokens, dim = q.shape
     align = _alignment(q)
     out = q.new_empty(batch, tokens, heads, dim)
-    constants, launch = _linear("apply", q, feature_map)
     _run(
-        apply_kernel, (triton.cdiv(tokens, launch.rows), batch * heads), launch,
-        q, exact, *_table(table, q.dtype), total, total if bias is None else bias.contiguous(), out,
-        *_strides(align, q), *exact.stride()[:3], heads, tokens, ALIGN=align, HAS_BIAS=bias is not None, **constants,
+        "apply", _in_steps(tokens, batch * heads),
+        (
+            q, exact, *_table(table, q.dtype), total, total if bias is None else bias.contiguous(), out,
+            *_strides(align, q), *exact.stride()[:3], heads, tokens,
+        ),
+        {**_linear(dim, align, feature_map), "HAS_BIAS": bias is not None},
     )  # fmt: skip
     return out.transpose(1, 2)
 
@@ -113,29 +142,33 @@ def apply_backward(
     batch, heads, tokens, dim = q.shape
     align = _alignment(q)
     dq = q.new_empty(batch, tokens, heads, dim)
-    inverses, ratios = (q.new_empty(batch, heads, tokens, dtype=torch.float32) for _ in range(2))
-    constants, launch = _linear("apply_backward", q, feature_map)
+    factors = _room_for_factors(q)
     _run(
-        apply_backward_kernel, (triton.cdiv(tokens, launch.rows), batch * heads), launch,
-        q, gradient, *_table(table, q.dtype), total, dq, inverses, ratios,
-        *_strides(align, q), *gradient.stride()[:3], heads, tokens, ALIGN=align, **constants,
+        "apply_backward", _in_steps(tokens, batch * heads),
+        (
+            q, gradient, *_table(table, q.dtype), total, dq, *factors,
+            *_strides(align, q), *gradient.stride()[:3], heads, tokens,
+        ),
+        _linear(dim, align, feature_map),
     )  # fmt: skip
-    return dq.transpose(1, 2), *_sums(q, gradient, inverses, ratios, feature_map)
+    return dq.transpose(1, 2), *_sums(q, gradient, factors, feature_map)
 
 
 def _sums(
-    q: torch.Tensor, gradient: torch.Tensor, inverses: torch.Tensor, ratios: torch.Tensor, feature_map: str
+    q: torch.Tensor, gradient: torch.Tensor, factors: tuple[torch.Tensor, torch.Tensor], feature_map: str
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """d(state) [B, H, D, D], d(total) [B, H, D] and d(bias) [D] in fp32; see `sums_kernel`."""
+    """d(state) [B, H, D, D], d(total) [B, H, D] and d(bias) [D] in fp32, from 1 / d and r; see `sums_kernel`."""
     batch, heads, tokens, dim = q.shape
     splits, align = triton.cdiv(tokens, configs.SPLIT), _alignment(q)
     dstates = q.new_empty(batch, heads, splits, dim, dim, dtype=torch.float32)
     dtotals, dbiases = (q.new_empty(batch, heads, splits, dim, dtype=torch.float32) for _ in range(2))
-    constants, launch = _linear("sums", q, feature_map)
     _run(
-        sums_kernel, (splits, batch * heads), launch, q, gradient, inverses, ratios, dstates, dtotals, dbiases,
-        *_strides(align, q), *gradient.stride()[:3], heads, tokens,
-        ALIGN=align, SPLIT=configs.SPLIT, **constants,
+        "sums", (splits, batch * heads),
+        (
+            q, gradient, *factors, dstates, dtotals, dbiases,
+            *_strides(align, q), *gradient.stride()[:3], heads, tokens,
+        ),
+        {**_linear(dim, align, feature_map), "SPLIT": configs.SPLIT},
     )  # fmt: skip
     return dstates.sum(2), dtotals.sum(2), dbiases.sum((0, 1, 2))
 
@@ -144,26 +177,25 @@ def marginal(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    critical: torch.Tensor,
-    skipped: torch.Tensor,
-    grid: Sequence[int],
-    block: int,
-    tile: Sequence[int] | None,
+    whole: tuple[torch.Tensor, torch.Tensor],
+    lists: Lists,
+    cut: Cut,
     feature_map: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """See `ops.marginal`."""
+    """See `ops.marginal`; `whole`: state and total over all keys."""
     q, k, v = _rows(q), _rows(k), _rows(v)
     batch, heads, tokens, dim = q.shape
-    align, blocks = _alignment(q, k, v), critical.shape[2]
-    whole, total = state(k, v, feature_map)
+    align, (table, total) = _alignment(q, k, v), whole
     out = q.new_empty(batch, tokens, heads, dim)
     denominators = q.new_empty(batch, heads, tokens, 1, dtype=torch.float32)
-    modes = critical.new_empty(critical.shape[:-1])
-    constants, launch = _marginal(q, block, tile, feature_map)
+    modes = lists.kept.new_empty(lists.kept.shape[:-1])
     _run(
-        marginal_kernel, (blocks, batch * heads), launch, q, k, v, *_table(whole, q.dtype), total,
-        critical.contiguous(), skipped.contiguous(), out, denominators, modes, *_strides(align, q, k, v),
-        *grid, heads, tokens, blocks, critical.shape[-1], skipped.shape[-1], ALIGN=align, **constants,
+        "marginal", (cut.blocks, batch * heads),
+        (
+            q, k, v, *_table(table, q.dtype), total.contiguous(), *lists, out, denominators, modes,
+            *_strides(align, q, k, v), *cut.grid, heads, tokens, *lists.counts,
+        ),
+        {**_linear(dim, align, feature_map), **_cut(cut)},
     )  # fmt: skip
     return out.transpose(1, 2), denominators, modes
 
@@ -173,78 +205,73 @@ def marginal_backward(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    critical: torch.Tensor,
-    skipped: torch.Tensor,
+    whole: tuple[torch.Tensor, torch.Tensor],
+    lists: Lists,
     denominators: torch.Tensor,
     modes: torch.Tensor,
-    grid: Sequence[int],
-    block: int,
-    tile: Sequence[int] | None,
+    cut: Cut,
     feature_map: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """See `ops.marginal_backward`."""
     gradient, q, k, v = (_rows(x) for x in (gradient, q, k, v))
-    critical, skipped = critical.contiguous(), skipped.contiguous()
     batch, heads, tokens, dim = q.shape
-    align, blocks = _alignment(q, k, v), critical.shape[2]
-    whole, total = state(k, v, feature_map)
+    align, (table, total) = _alignment(q, k, v), whole
     dq, dk, dv = (q.new_empty(batch, tokens, heads, dim) for _ in range(3))
-    inverses, ratios = (q.new_empty(batch, heads, tokens, dtype=torch.float32) for _ in range(2))
-    strides = *_strides(align, q, k, v), *gradient.stride()[:3]
-    sizes = *grid, heads, tokens, blocks, critical.shape[-1], skipped.shape[-1]
-    constants, launch = _marginal(q, block, tile, feature_map)
+    factors = inverses, ratios = _room_for_factors(q)
+    sizes = *_strides(align, q, k, v), *gradient.stride()[:3], *cut.grid, heads, tokens, *lists.counts
+    constants = {**_linear(dim, align, feature_map), **_cut(cut)}
     _run(
-        marginal_dq_kernel, (blocks, batch * heads), launch,
-        q, k, v, gradient, *_table(whole, q.dtype), total, critical, skipped, modes, denominators,
-        dq, inverses, ratios, *strides, *sizes, ALIGN=align, **constants,
+        "marginal_dq", (cut.blocks, batch * heads),
+        (
+            q, k, v, gradient, *_table(table, q.dtype), total.contiguous(), *lists, modes, denominators,
+            dq, inverses, ratios, *sizes,
+        ),
+        constants,
     )  # fmt: skip
-    of_state, of_total, _ = _sums(q, gradient, inverses, ratios, feature_map)
+    of_state, of_total, _ = _sums(q, gradient, factors, feature_map)
     singles = modes.argsort(dim=-1, descending=True, stable=True).int()
+    rows = configs.key_rows(cut.block, constants["BLOCK_D"], _capability(q.device))
     _run(
-        marginal_dkdv_kernel, (blocks, batch * heads), launch,
-        q, k, v, gradient, *_table(of_state, q.dtype), of_total, critical, skipped, modes,
-        *_selecting(critical, skipped, grid, block, tile), singles, modes.sum(-1, dtype=torch.int32),
-        denominators, ratios, dk, dv, *strides, *sizes, ALIGN=align, **constants,
+        "marginal_dkdv", (cut.blocks * cut.block // rows, batch * heads),
+        (
+            q, k, v, gradient, *_table(of_state, q.dtype), of_total, *lists, modes, *_selecting(lists, cut),
+            singles, modes.sum(-1, dtype=torch.int32), denominators, ratios, dk, dv, *sizes,
+        ),
+        {**constants, "ROWS": rows},
     )  # fmt: skip
     return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
 
 
-def _selecting(
-    critical: torch.Tensor, skipped: torch.Tensor, grid: Sequence[int], block: int, tile: Sequence[int] | None
-) -> Transposed:
+def _selecting(lists: Lists, cut: Cut) -> Transposed:
     """The query blocks that keep or drop each key block."""
-    lists = torch.cat([critical, skipped], dim=-1)
-    sizes, tiles = (grid[0], grid[1], grid[2]), None if tile is None else (tile[0], tile[1], tile[2])
-    geometry = Geometry(sizes, sizes, block, block, tiles, tiles, reference=0, text=0, own_queries=False)
-    counts = lists.new_full(lists.shape[:-1], lists.shape[-1])
-    return transpose_lists(lists, counts, None, None, geometry)
+    both = torch.cat(lists, dim=-1)
+    geometry = Geometry(
+        cut.grid, cut.grid, cut.block, cut.block, cut.tile, cut.tile, reference=0, text=0, own_queries=False
+    )  # fmt: skip
+    counts = both.new_full(both.shape[:-1], both.shape[-1])
+    return transpose_lists(both, counts, None, None, geometry)
 
 
-def _marginal(
-    x: torch.Tensor, block: int, tile: Sequence[int] | None, feature_map: str
-) -> tuple[dict[str, Any], configs.Launch]:
-    sizes = _head_dim(x.shape[-1])
-    launch = configs.marginal(block, sizes["BLOCK_D"], x.element_size(), _capability(x.device))
-    return {**sizes, "BLOCK": block, **_tile(tile), "MAP": feature_map, "PRECISION": "ieee"}, launch
-
-
-def _run(kernel: Any, programs: tuple[int, int], launch: configs.Launch, *arguments: Any, **constants: Any) -> None:
+def _run(kernel: str, programs: tuning.Programs, arguments: tuple[Any, ...], constants: dict[str, Any]) -> None:
     first = arguments[0]
-    if INTERPRETED:
-        if first.dtype == torch.bfloat16:
-            raise DitAccelError(
-                "impl='triton' cannot compute this: Triton's interpreter has no bfloat16 arithmetic. "
-                "Use impl='portable' or 'auto'."
-            )
-        kernel[programs](*arguments, **constants)
-        return
-    if not first.is_cuda:
+    if INTERPRETED and first.dtype == torch.bfloat16:
+        raise DitAccelError(
+            "impl='triton' cannot compute this: Triton's interpreter has no bfloat16 arithmetic. "
+            "Use impl='portable' or 'auto'."
+        )
+    if not INTERPRETED and not first.is_cuda:
         raise DitAccelError(
             f"impl='triton' cannot compute this: the tensors are on {first.device}; Triton needs a CUDA device or "
             "TRITON_INTERPRET=1. Use impl='portable' or 'auto'."
         )
-    with torch.cuda.device(first.device):
-        kernel[programs](*arguments, **constants, num_warps=launch.warps, num_stages=launch.stages, **FUSION)
+    capability = _capability(first.device)
+    candidates = configs.fitting(kernel, constants, first.element_size(), capability)
+    if not candidates:
+        raise DitAccelError(
+            f"The {kernel} kernel for head dimension {constants['D']} needs more shared memory than compute capability "
+            f"{capability // 10}.{capability % 10} has; use smaller blocks, or impl='portable'."
+        )
+    tuning.launch(JIT[kernel], programs, arguments, constants, candidates, configs.TUNED_BY)
 
 
 def _capability(device: torch.device) -> int:
@@ -254,18 +281,31 @@ def _capability(device: torch.device) -> int:
     return 10 * major + minor
 
 
-def _linear(kernel: str, x: torch.Tensor, feature_map: str) -> tuple[dict[str, Any], configs.Launch]:
-    sizes = _head_dim(x.shape[-1])
-    launch = configs.linear(kernel, sizes["BLOCK_D"], x.element_size())
-    return {**sizes, "ROWS": launch.rows, "MAP": feature_map, "PRECISION": "ieee"}, launch
+def _in_steps(rows: int, heads: int) -> tuning.Programs:
+    """Programs that take STEP rows each."""
+    return lambda meta: (triton.cdiv(rows, meta["STEP"]), heads)
+
+
+def _room_for_means(x: torch.Tensor, cut: Cut) -> torch.Tensor:
+    return x.new_empty(*x.shape[:2], x.shape[-1], cut.blocks, dtype=torch.float32)
+
+
+def _room_for_factors(q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """1 / d and r of every row, fp32 [B, H, N]."""
+    inverses, ratios = (q.new_empty(q.shape[:3], dtype=torch.float32) for _ in range(2))
+    return inverses, ratios
+
+
+def _linear(dim: int, align: int, feature_map: str) -> dict[str, Any]:
+    return {**_head_dim(dim), "ALIGN": align, "MAP": feature_map, "PRECISION": "ieee"}
 
 
 def _head_dim(dim: int) -> dict[str, int]:
     return {"D": dim, "BLOCK_D": max(16, triton.next_power_of_2(dim))}
 
 
-def _tile(tile: Sequence[int] | None) -> dict[str, int]:
-    return dict(zip(("TILE_T", "TILE_H", "TILE_W"), tile or (0, 0, 0), strict=True))
+def _cut(cut: Cut) -> dict[str, int]:
+    return dict(zip(("BLOCK", "TILE_T", "TILE_H", "TILE_W"), cut.pack()[3:], strict=True))
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:

@@ -1,17 +1,22 @@
-"""Launch settings of the Triton kernels: the one table that launcher, tests and ahead-of-time checks read."""
+"""Launch settings of the Triton kernels: the table that launcher, autotuner, tests and ahead-of-time checks read."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 
 from dit_accel.kernels.block_sparse import triton_configs as block_sparse
+from dit_accel.kernels.block_sparse.triton_configs import SHARED_BYTES, Launch
 
 MAX_BLOCKS = 1 << 13  # a row of scores that a program holds in registers
 MARGINAL_BLOCK = 64  # tokens; accumulators of 128 x 128 beside feature maps in fp32 do not fit the registers
 SPLIT = 2048  # tokens whose state one program sums; fixed, so that the order of the sum depends on the length alone
 HEAD_DIMS = (64, 128)  # compiled ahead of time; others are padded in registers to the next power of two
+# Constants by which launches are tuned apart: no length, and no tile, which follows from it
+TUNED_BY = ("BLOCK", "BLOCK_D", "WIDTH", "HAS_SKIPPED", "MAP")
 
 
 def unsupported(dtype: torch.dtype, head_dim: int, block: int, blocks: int, linear_scope: str | None) -> str | None:
@@ -33,65 +38,99 @@ def unsupported(dtype: torch.dtype, head_dim: int, block: int, blocks: int, line
     return None
 
 
-@dataclasses.dataclass(frozen=True)
-class Launch:
-    """How a kernel is launched: tokens (or query blocks) a step, warps of a program, tiles in flight in its loop."""
-
-    rows: int
-    warps: int
-    stages: int
-
-
-MEANS = Launch(rows=0, warps=4, stages=1)
-
-
-def selection(blocks: int) -> tuple[int, Launch]:
-    """Width of a row of scores, and the launch: 32 scores a thread, for what is computed from them takes registers."""
+def width_of(blocks: int) -> int:
+    """Width of a row of scores: the power of two, at least 16, that holds the blocks."""
     width = 16
     while width < blocks:
         width *= 2
-    warps = 4 if width <= 1024 else 8
-    return width, Launch(rows=min(8, warps * 1024 // width), warps=warps, stages=1)
+    return width
 
 
-def linear(kernel: str, block_d: int, itemsize: int) -> Launch:
-    """The launch of a kernel of the linear branch.
+def key_rows(block: int, block_d: int, capability: int) -> int:
+    """Rows of a key block whose dk and dv one program sums.
 
-    A D x D accumulator and a D x D table need 8 warps from D = 128 on. fp32, which only tests use, takes fewer rows,
-    for its tables take twice the shared memory.
+    `mma.sync` (off 9.0 and 10.0) gives a product of 64 x 128 to warps side by side, each of which then holds all rows
+    of phi(k) and of v: 256 registers a thread. Half the rows read the queries twice and spill nothing.
     """
-    warps = 8 if block_d > 64 or kernel in ("state", "sums") else 4
+    return 32 if block * block_d > 64 * 64 and capability // 10 not in (9, 10) else block
+
+
+def launches(kernel: str, sizes: Mapping[str, Any], itemsize: int, capability: int) -> tuple[Launch, ...]:
+    """Candidates for a kernel on a compute capability (90 for 9.0), best first: those that spill nowhere.
+
+    One where there is nothing to choose: kernels that stream q, k or v once and are bound by memory (means and the
+    backward of scope "all"), and fp32, which only tests use. Two elsewhere.
+
+    Args:
+        sizes: the kernel's compile-time constants.
+        itemsize: bytes of an element of q, k and v.
+    """
+    if kernel == "means":
+        return (Launch(warps=4, stages=1, step=sizes["BLOCK"]),)
+    if kernel == "select":
+        return _selecting(sizes["WIDTH"], capability)
+    wide = sizes["BLOCK_D"] > 64
     if itemsize == 4:
-        return Launch(rows=32, warps=warps, stages=1)
-    return Launch(
-        rows=128 if kernel == "apply" else 64,
-        warps=warps,
-        stages=3 if kernel == "state" else 2 if kernel == "sums" else 1,
-    )
+        return (Launch(warps=8 if wide else 4, stages=1, step=min(32, sizes.get("BLOCK", 32))),)
+    if kernel.startswith("marginal"):
+        found = _marginal(kernel, wide, capability // 10)
+    elif kernel == "state":
+        # a table of D x D sums and a step's features: 8 warps hold both
+        found = Launch(8, 3, 64), Launch(8, 2, 64) if wide else Launch(4, 2, 64)
+    elif kernel == "sums":
+        found = (Launch(8, 2, 64),)
+    elif kernel == "apply":
+        found = (Launch(8, 1, 128), Launch(8, 1, 64)) if wide else (Launch(4, 1, 128), Launch(4, 1, 64))
+    else:
+        found = (Launch(8 if wide else 4, 1, 64),)
+    if "BLOCK" in sizes:
+        found = tuple(dataclasses.replace(launch, step=min(launch.step, sizes["BLOCK"])) for launch in found)
+    return tuple(dict.fromkeys(found))
 
 
-def shared_bytes(kernel: str, launch: Launch, block_d: int, itemsize: int) -> int:
-    """Shared memory that a launch of the linear branch needs at least: its tables, and the tiles in flight."""
-    tile = launch.rows * block_d * itemsize
+def _selecting(width: int, capability: int) -> tuple[Launch, ...]:
+    """16 or 32 scores a thread: what is computed from each takes registers. More rows a program read the keys less."""
+    if width > 2048:
+        return (Launch(16, 1, 8192 // width),)
+    if width <= 512:
+        return Launch(4, 1, 8), Launch(4, 1, 4)
+    warps = width // 128
+    found = Launch(warps, 1, 4), Launch(warps // 2, 1, 4)
+    return found[1:] if warps == 16 and capability == 80 else found  # 16 warps spill there
+
+
+def _marginal(kernel: str, wide: bool, generation: int) -> tuple[Launch, ...]:
+    """Accumulators of a block beside feature maps in fp32: 8 warps. 10.x has the accumulators in tensor memory."""
+    if kernel == "marginal":
+        if generation == 10 and wide:
+            return Launch(4, 2, 64), Launch(4, 2, 32)
+        return Launch(8, 2, 64), Launch(8 if wide or generation == 10 else 4, 2, 32)
+    if kernel == "marginal_dq":
+        if wide:
+            return Launch(8, 2, 64), Launch(8, 2, 16 if generation == 10 else 32)
+        return Launch(8, 2, 32), Launch(8, 2, 64 if generation in (9, 10) else 16)
+    if wide or generation in (9, 10):
+        return Launch(8, 2, 32), Launch(8, 2, 16)
+    return Launch(8, 2, 16), Launch(8, 1, 16)
+
+
+def shared_bytes(kernel: str, launch: Launch, sizes: Mapping[str, Any], itemsize: int) -> int:
+    """Shared memory that a launch needs at least: what stays, and the tiles in flight."""
+    if kernel in ("means", "select"):
+        return 0
+    row = sizes["BLOCK_D"] * itemsize
+    if kernel.startswith("marginal"):
+        return (sizes["BLOCK"] + 2 * launch.stages * launch.step) * row
     if kernel in ("state", "sums"):
-        return (2 * launch.stages - 1) * tile
-    return block_d * block_d * itemsize + tile
+        return (2 * launch.stages - 1) * launch.step * row
+    return (sizes["BLOCK_D"] + launch.step) * row
 
 
-def marginal(block: int, block_d: int, itemsize: int, capability: int) -> Launch:
-    """The launch of the kernels over marginal blocks on a compute capability (90 for 9.0).
-
-    Accumulators of block x D stay in registers beside feature maps in fp32: 8 warps from 64 x 64 on. Where they lie in
-    tensor memory (10.x) 4 warps do at D = 128, and at 64 a second tile in flight would spill. fp32, which only tests
-    use, has one tile in flight: two would not fit the smaller GPUs.
-    """
-    tensor_memory = capability // 10 == 10
-    if tensor_memory and block_d > 64:
-        return Launch(rows=block, warps=4, stages=1 if itemsize == 4 else 2)
-    warps = 8 if block * block_d >= 64 * 64 else 4
-    return Launch(rows=block, warps=warps, stages=1 if itemsize == 4 or tensor_memory else 2)
-
-
-def marginal_shared_bytes(block: int, launch: Launch, block_d: int, itemsize: int) -> int:
-    """Shared memory that a kernel over marginal blocks needs at least: what stays, and two tiles in flight."""
-    return (1 + 2 * launch.stages) * block * block_d * itemsize
+def fitting(kernel: str, sizes: Mapping[str, Any], itemsize: int, capability: int) -> tuple[Launch, ...]:
+    """The candidates that the shared memory of a compute capability holds; empty if none does."""
+    limit = SHARED_BYTES.get(capability, min(SHARED_BYTES.values()))
+    return tuple(
+        launch
+        for launch in launches(kernel, sizes, itemsize, capability)
+        if shared_bytes(kernel, launch, sizes, itemsize) <= limit
+    )

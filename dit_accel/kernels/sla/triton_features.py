@@ -11,15 +11,17 @@ EPS = tl.constexpr(EPSILON)
 
 
 @triton.jit
-def mapped(x, inside, MAP: tl.constexpr):
-    """phi of fp32 rows [ROWS, BLOCK_D]; 0 in columns that are not `inside` [BLOCK_D]."""
+def mapped(x, D: tl.constexpr, MAP: tl.constexpr):
+    """phi of rows [ROWS, BLOCK_D] in fp32; 0 in columns beyond D."""
+    x = x.to(tl.float32)
+    inside = tl.arange(0, x.shape[1])[None, :] < D
     if MAP == "softmax":
-        x = tl.where(inside[None, :], x, float("-inf"))
+        x = tl.where(inside, x, float("-inf"))
         x = tl.exp(x - tl.max(x, 1)[:, None])
         x = x / tl.sum(x, 1)[:, None]
     elif MAP == "elu":
         x = tl.where(x > 0.0, x + 1.0, tl.exp(tl.minimum(x, 0.0)))
-        x = tl.where(inside[None, :], x, 0.0)
+        x = tl.where(inside, x, 0.0)
     else:
         x = tl.maximum(x, 0.0)
     return x

@@ -5,42 +5,53 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from dit_accel.kernels.block_sparse.triton_tokens import head_of
 from dit_accel.kernels.sla.triton_features import EPS, mapped
+from dit_accel.kernels.sla.triton_router import store_mean
+from dit_accel.kernels.sla.triton_rows import (
+    load_rows,
+    load_table,
+    load_total,
+    rows_of,
+    slots_of,
+    store_rows,
+    store_sums,
+)
 
 
-@triton.jit(do_not_specialize=["k_batch", "k_head", "k_row", "v_batch", "v_head", "v_row", "heads", "tokens"])
+@triton.jit(do_not_specialize=[
+    "k_batch", "k_head", "k_row", "v_batch", "v_head", "v_row", "T", "H", "W", "heads", "blocks",
+])  # fmt: skip
 def state_kernel(
-    k, v, states, totals,
-    k_batch, k_head, k_row, v_batch, v_head, v_row, heads, tokens,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, ALIGN: tl.constexpr, ROWS: tl.constexpr, SPLIT: tl.constexpr,
-    MAP: tl.constexpr, PRECISION: tl.constexpr,
+    k, v, states, totals, means,
+    k_batch, k_head, k_row, v_batch, v_head, v_row, T, H, W, heads, blocks,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, ALIGN: tl.constexpr,
+    BLOCK: tl.constexpr, TILE_T: tl.constexpr, TILE_H: tl.constexpr, TILE_W: tl.constexpr,
+    SPLIT: tl.constexpr, STEP: tl.constexpr, MAP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """phi(k)^T v fp32 [B, H, splits, D, D] and the sum of phi(k) fp32 [B, H, splits, D] over SPLIT tokens."""
-    i_split = tl.program_id(0)
-    i_bh = tl.program_id(1)
-    i_b, i_h = i_bh // heads, i_bh % heads
-    k = head_of(k, i_b, i_h, k_batch, k_head, ALIGN)
-    v = head_of(v, i_b, i_h, v_batch, v_head, ALIGN)
-    o_d = tl.arange(0, BLOCK_D)
-    m_d = o_d < D
+    """phi(k)^T v fp32 [B, H, splits, D, D] and the sum of phi(k) fp32 [B, H, splits, D] over SPLIT blocks.
+
+    k is read for the router too: the mean of each block, as `block_means_kernel` writes it.
+    """
+    CUT: tl.constexpr = (BLOCK, TILE_T, TILE_H, TILE_W)
+    k = rows_of(k, (k_batch, k_head, k_row), heads, ALIGN)
+    v = rows_of(v, (v_batch, v_head, v_row), heads, ALIGN)
     state = tl.zeros([BLOCK_D, BLOCK_D], dtype=tl.float32)
     total = tl.zeros([BLOCK_D], dtype=tl.float32)
-    first = i_split * SPLIT
-    for start in range(first, tl.minimum(first + SPLIT, tokens), ROWS):
-        row = start + tl.arange(0, ROWS)
-        inside = row < tokens
-        rows = row.to(tl.int64)[:, None]
-        mask = inside[:, None] & m_d
-        b_k = tl.load(k + rows * (k_row * ALIGN) + o_d, mask=mask, other=0.0)
-        b_v = tl.load(v + rows * (v_row * ALIGN) + o_d, mask=mask, other=0.0)
-        phi = tl.where(inside[:, None], mapped(b_k.to(tl.float32), m_d, MAP), 0.0).to(b_v.dtype)
-        state = tl.dot(tl.trans(phi), b_v, state, input_precision=PRECISION)
-        total += tl.sum(phi.to(tl.float32), 0)
-    place = i_bh.to(tl.int64) * tl.num_programs(0) + i_split
-    p_s = states + place * (D * D) + o_d[:, None] * D + o_d[None, :]
-    tl.store(p_s, state, mask=m_d[:, None] & m_d[None, :])
-    tl.store(totals + place * D + o_d, total, mask=m_d)
+    first = tl.program_id(0) * SPLIT
+    for block in range(first, tl.minimum(first + SPLIT, blocks)):
+        of_block = tl.zeros([BLOCK_D], dtype=tl.float32)
+        held = 0.0
+        for slot in tl.static_range(0, BLOCK, STEP):
+            rows, valid = slots_of(block, slot, (T, H, W), CUT, STEP)
+            b_k = load_rows(k, rows, valid, D, BLOCK_D)
+            b_v = load_rows(v, rows, valid, D, BLOCK_D)
+            of_block += tl.sum(b_k.to(tl.float32), 0)
+            held += tl.sum(valid.to(tl.float32), 0)
+            phi = tl.where(valid[:, None], mapped(b_k, D, MAP), 0.0).to(b_v.dtype)
+            state = tl.dot(tl.trans(phi), b_v, state, input_precision=PRECISION)
+            total += tl.sum(phi.to(tl.float32), 0)
+        store_mean(means, block, of_block, held, blocks, D, BLOCK_D)
+    store_sums(states, totals, state, total, D, BLOCK_D)
 
 
 @triton.jit(do_not_specialize=[
@@ -49,28 +60,21 @@ def state_kernel(
 def apply_kernel(
     q, exact, table, peaks, totals, bias, out,
     q_batch, q_head, q_row, e_batch, e_head, e_row, heads, tokens,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, ALIGN: tl.constexpr, ROWS: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, ALIGN: tl.constexpr, STEP: tl.constexpr,
     MAP: tl.constexpr, HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """exact + phi(q) state / (phi(q) . total + eps) + bias, [B, N, H, D]; the state is table * peak, [D, D] a head."""
-    i_bh = tl.program_id(1)
-    i_b, i_h = i_bh // heads, i_bh % heads
-    q = head_of(q, i_b, i_h, q_batch, q_head, ALIGN)
-    exact = head_of(exact, i_b, i_h, e_batch, e_head, 1)
-    o_d = tl.arange(0, BLOCK_D)
-    m_d = o_d < D
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    rows = row.to(tl.int64)[:, None]
-    mask = (row < tokens)[:, None] & m_d
-    p_t = table + i_bh.to(tl.int64) * (D * D) + o_d[:, None] * D + o_d[None, :]
-    b_t = tl.load(p_t, mask=m_d[:, None] & m_d[None, :], other=0.0)
-    b_z = tl.load(totals + i_bh.to(tl.int64) * D + o_d, mask=m_d, other=0.0)
-    b_q = tl.load(q + rows * (q_row * ALIGN) + o_d, mask=mask, other=0.0)
-    phi = mapped(b_q.to(tl.float32), m_d, MAP).to(b_t.dtype)
-    denominator = tl.sum(phi.to(tl.float32) * b_z[None, :], 1) + EPS
-    result = tl.dot(phi, b_t, input_precision=PRECISION) * (tl.load(peaks + i_bh) / denominator)[:, None]
+    rows = tl.program_id(0) * STEP + tl.arange(0, STEP)
+    valid = rows < tokens
+    b_t = load_table(table, D, BLOCK_D)
+    b_q = load_rows(rows_of(q, (q_batch, q_head, q_row), heads, ALIGN), rows, valid, D, BLOCK_D)
+    phi = mapped(b_q, D, MAP).to(b_t.dtype)
+    denominator = tl.sum(phi.to(tl.float32) * load_total(totals, D, BLOCK_D)[None, :], 1) + EPS
+    factor = tl.load(peaks + tl.program_id(1)) / denominator
+    result = tl.dot(phi, b_t, input_precision=PRECISION) * factor[:, None]
     if HAS_BIAS:
-        result += tl.load(bias + o_d, mask=m_d, other=0.0)[None, :]
-    result += tl.load(exact + rows * e_row + o_d, mask=mask, other=0.0).to(tl.float32)
-    p_o = out + ((i_b.to(tl.int64) * tokens + rows) * heads + i_h) * D + o_d
-    tl.store(p_o, result.to(out.dtype.element_ty), mask=mask)
+        o_d = tl.arange(0, BLOCK_D)
+        result += tl.load(bias + o_d, mask=o_d < D, other=0.0)[None, :]
+    exact = rows_of(exact, (e_batch, e_head, e_row), heads, 1)
+    result += load_rows(exact, rows, valid, D, BLOCK_D).to(tl.float32)
+    store_rows(out, rows, valid, result, heads, tokens, D, BLOCK_D)

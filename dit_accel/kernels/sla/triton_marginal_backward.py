@@ -11,29 +11,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from dit_accel.kernels.block_sparse.triton_tokens import head_of, locate
 from dit_accel.kernels.sla.triton_features import mapped, pulled_back
-
-
-@triton.jit
-def with_keys(
-    acc, keys, b_g, k, v, block, k_row, v_row, T, H, W, inside,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, ALIGN: tl.constexpr,
-    BLOCK: tl.constexpr, TILE_T: tl.constexpr, TILE_H: tl.constexpr, TILE_W: tl.constexpr,
-    MAP: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """acc + (g v^T) phi(k) and keys + the sum of phi(k), over the tokens of one key block."""
-    row, valid, _ = locate(block, tl.arange(0, BLOCK), 0, 0, 0, T, H, W, 0, 0, BLOCK, TILE_T, TILE_H, TILE_W)
-    rows = row.to(tl.int64)[:, None]
-    o_d = tl.arange(0, BLOCK_D)
-    mask = valid[:, None] & inside
-    b_k = tl.load(k + rows * (k_row * ALIGN) + o_d, mask=mask, other=0.0)
-    b_v = tl.load(v + rows * (v_row * ALIGN) + o_d, mask=mask, other=0.0)
-    phi_k = tl.where(valid[:, None], mapped(b_k.to(tl.float32), inside, MAP), 0.0).to(b_v.dtype)
-    products = tl.dot(b_g, tl.trans(b_v), input_precision=PRECISION).to(b_v.dtype)
-    acc = tl.dot(products, phi_k, acc, input_precision=PRECISION)
-    keys += tl.sum(phi_k.to(tl.float32), 0)
-    return acc, keys
+from dit_accel.kernels.sla.triton_marginal import lists_of, over_listed, over_others
+from dit_accel.kernels.sla.triton_rows import load_rows, load_table, load_total, rows_of, slots_of, store_rows
 
 
 @triton.jit(do_not_specialize=[
@@ -46,95 +26,64 @@ def marginal_dq_kernel(
     T, H, W, heads, tokens, blocks, n_kept, n_dropped,
     D: tl.constexpr, BLOCK_D: tl.constexpr, ALIGN: tl.constexpr,
     BLOCK: tl.constexpr, TILE_T: tl.constexpr, TILE_H: tl.constexpr, TILE_W: tl.constexpr,
-    MAP: tl.constexpr, PRECISION: tl.constexpr,
+    STEP: tl.constexpr, MAP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dq [B, N, H, D] of one query block; r, and 1 / d where the totals count the row, else 0, fp32 [B, H, N]."""
-    i_q = tl.program_id(0)
+    CUT: tl.constexpr = (BLOCK, TILE_T, TILE_H, TILE_W)
     i_bh = tl.program_id(1)
-    i_b, i_h = i_bh // heads, i_bh % heads
-    q = head_of(q, i_b, i_h, q_batch, q_head, ALIGN)
-    k = head_of(k, i_b, i_h, k_batch, k_head, ALIGN)
-    v = head_of(v, i_b, i_h, v_batch, v_head, ALIGN)
-    grad_out = head_of(grad_out, i_b, i_h, g_batch, g_head, 1)
-    list_row = i_bh.to(tl.int64) * blocks + i_q
-    kept += list_row * n_kept
-    dropped += list_row * n_dropped
+    grid = (T, H, W)
+    keys = rows_of(k, (k_batch, k_head, k_row), heads, ALIGN), rows_of(v, (v_batch, v_head, v_row), heads, ALIGN)
+    list_row, lists = lists_of(kept, dropped, blocks, n_kept, n_dropped)
     one_by_one = tl.load(modes + list_row) != 0
 
-    o_d = tl.arange(0, BLOCK_D)
-    m_d = o_d < D
-    row, valid, _ = locate(i_q, tl.arange(0, BLOCK), 0, 0, 0, T, H, W, 0, 0, BLOCK, TILE_T, TILE_H, TILE_W)
-    rows = row.to(tl.int64)
-    mask = valid[:, None] & m_d
-    b_q = tl.load(q + rows[:, None] * (q_row * ALIGN) + o_d, mask=mask, other=0.0)
-    b_g = tl.load(grad_out + rows[:, None] * g_row + o_d, mask=mask, other=0.0).to(b_q.dtype)
+    rows, valid = slots_of(tl.program_id(0), 0, grid, CUT, BLOCK)
+    b_q = load_rows(rows_of(q, (q_batch, q_head, q_row), heads, ALIGN), rows, valid, D, BLOCK_D)
+    b_g = load_rows(rows_of(grad_out, (g_batch, g_head, g_row), heads, 1), rows, valid, D, BLOCK_D).to(b_q.dtype)
+    acc = tl.zeros([BLOCK, BLOCK_D], dtype=tl.float32)
+    total = tl.zeros([BLOCK_D], dtype=tl.float32)
+    if one_by_one:
+        acc, total = over_others(
+            acc, total, b_g, keys, lists, grid, blocks, D, BLOCK_D, CUT, STEP, MAP, True, PRECISION
+        )  # fmt: skip
+    else:
+        acc, total = over_listed(acc, total, b_g, keys, lists, grid, D, BLOCK_D, CUT, STEP, MAP, True, PRECISION)
+        b_t = load_table(table, D, BLOCK_D)
+        acc = tl.dot(b_g, tl.trans(b_t), input_precision=PRECISION) * tl.load(peaks + i_bh) - acc
+        total = load_total(totals, D, BLOCK_D) - total
     place = i_bh.to(tl.int64) * tokens + rows
     inverse = 1.0 / tl.load(denominators + place, mask=valid, other=1.0)
-
-    acc = tl.zeros([BLOCK, BLOCK_D], dtype=tl.float32)
-    keys = tl.zeros([BLOCK_D], dtype=tl.float32)
-    if one_by_one:
-        i_kept = 0
-        i_dropped = 0
-        for block in range(blocks):
-            next_kept = tl.load(kept + i_kept, mask=i_kept < n_kept, other=-1)
-            next_dropped = tl.load(dropped + i_dropped, mask=i_dropped < n_dropped, other=-1)
-            if next_kept == block:
-                i_kept += 1
-            elif next_dropped == block:
-                i_dropped += 1
-            else:
-                acc, keys = with_keys(
-                    acc, keys, b_g, k, v, block, k_row, v_row, T, H, W, m_d,
-                    D, BLOCK_D, ALIGN, BLOCK, TILE_T, TILE_H, TILE_W, MAP, PRECISION,
-                )  # fmt: skip
-    else:
-        for i in range(n_kept + n_dropped):
-            entry = tl.where(i < n_kept, kept + i, dropped + (i - n_kept))
-            acc, keys = with_keys(
-                acc, keys, b_g, k, v, tl.load(entry), k_row, v_row, T, H, W, m_d,
-                D, BLOCK_D, ALIGN, BLOCK, TILE_T, TILE_H, TILE_W, MAP, PRECISION,
-            )  # fmt: skip
-        p_t = table + i_bh.to(tl.int64) * (D * D) + o_d[:, None] * D + o_d[None, :]
-        b_t = tl.load(p_t, mask=m_d[:, None] & m_d[None, :], other=0.0)
-        acc = tl.dot(b_g, tl.trans(b_t), input_precision=PRECISION) * tl.load(peaks + i_bh) - acc
-        keys = tl.load(totals + i_bh.to(tl.int64) * D + o_d, mask=m_d, other=0.0) - keys
     x = b_q.to(tl.float32)
-    phi = mapped(x, m_d, MAP)
+    phi = mapped(x, D, MAP)
     ratio = tl.sum(phi * acc, 1) * inverse
-    of_phi = (acc - ratio[:, None] * keys[None, :]) * inverse[:, None]
-    p_dq = dq + ((i_b.to(tl.int64) * tokens + rows[:, None]) * heads + i_h) * D + o_d
-    tl.store(p_dq, pulled_back(of_phi, x, phi, MAP).to(dq.dtype.element_ty), mask=mask)
+    of_phi = (acc - ratio[:, None] * total[None, :]) * inverse[:, None]
+    store_rows(dq, rows, valid, pulled_back(of_phi, x, phi, MAP), heads, tokens, D, BLOCK_D)
     tl.store(inverses + place, tl.where(one_by_one, 0.0, inverse), mask=valid)
     tl.store(ratios + place, ratio, mask=valid)
 
 
 @triton.jit
 def with_queries(
-    of_v, of_k, weights, phi_k, b_v, sign, q, grad_out, denominators, ratios, block, q_row, g_row, T, H, W, inside,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, ALIGN: tl.constexpr,
-    BLOCK: tl.constexpr, TILE_T: tl.constexpr, TILE_H: tl.constexpr, TILE_W: tl.constexpr,
+    of_v, of_k, weights, phi_k, b_v, sign, queries, factors, block, first, grid,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, CUT: tl.constexpr, STEP: tl.constexpr,
     MAP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Add sign times what one query block adds to (b a^T / d) g, to (v g^T / d) a, and to the sum of a r / d."""
-    row, valid, _ = locate(block, tl.arange(0, BLOCK), 0, 0, 0, T, H, W, 0, 0, BLOCK, TILE_T, TILE_H, TILE_W)
-    rows = row.to(tl.int64)
-    o_d = tl.arange(0, BLOCK_D)
-    mask = valid[:, None] & inside
-    b_q = tl.load(q + rows[:, None] * (q_row * ALIGN) + o_d, mask=mask, other=0.0)
-    b_g = tl.load(grad_out + rows[:, None] * g_row + o_d, mask=mask, other=0.0).to(b_q.dtype)
+    """Add sign times what STEP slots of a query block give to (b a^T / d) g, (v g^T / d) a and -sum of a r / d."""
+    q, grad_out = queries
+    denominators, ratios = factors
+    rows, valid = slots_of(block, first, grid, CUT, STEP)
+    b_q = load_rows(q, rows, valid, D, BLOCK_D)
+    b_g = load_rows(grad_out, rows, valid, D, BLOCK_D).to(b_q.dtype)
     denominator = tl.load(denominators + rows, mask=valid, other=1.0)
     ratio = tl.load(ratios + rows, mask=valid, other=0.0)
-    phi = tl.where(valid[:, None], mapped(b_q.to(tl.float32), inside, MAP), 0.0)
     # 1 / d is shared between both factors of each product, so that neither leaves the range of half precision
     share = 1.0 / tl.sqrt(denominator)
-    scaled = (phi * share[:, None]).to(b_q.dtype)
+    scaled = (tl.where(valid[:, None], mapped(b_q, D, MAP), 0.0) * share[:, None]).to(b_q.dtype)
     share = share * sign
     products = tl.dot(phi_k, tl.trans(scaled), input_precision=PRECISION) * share[None, :]
     of_v = tl.dot(products.to(b_g.dtype), b_g, of_v, input_precision=PRECISION)
     products = tl.dot(b_v, tl.trans(b_g), input_precision=PRECISION) * share[None, :]
     of_k = tl.dot(products.to(scaled.dtype), scaled, of_k, input_precision=PRECISION)
-    weights += tl.sum(scaled.to(tl.float32) * (ratio * share)[:, None], 0)
+    weights -= tl.sum(scaled.to(tl.float32) * (ratio * share)[:, None], 0)
     return of_v, of_k, weights
 
 
@@ -160,60 +109,55 @@ def marginal_dkdv_kernel(
     T, H, W, heads, tokens, blocks, n_kept, n_dropped,
     D: tl.constexpr, BLOCK_D: tl.constexpr, ALIGN: tl.constexpr,
     BLOCK: tl.constexpr, TILE_T: tl.constexpr, TILE_H: tl.constexpr, TILE_W: tl.constexpr,
-    MAP: tl.constexpr, PRECISION: tl.constexpr,
+    ROWS: tl.constexpr, STEP: tl.constexpr, MAP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dk and dv [B, N, H, D] of one key block. G is table * peak, -w is dtotals.
+    """dk and dv [B, N, H, D] of ROWS rows of one key block. G is table * peak, -w is dtotals.
 
     The query blocks that keep or drop it are ``entries[firsts[row] : firsts[row + 1]]``; the first n_singles of
-    `singles` [B, H, blocks] are those that were summed one by one.
+    `singles` [B, H, blocks] are those that were summed one by one. Query blocks are taken in steps of STEP rows.
     """
-    i_k = tl.program_id(0)
+    CUT: tl.constexpr = (BLOCK, TILE_T, TILE_H, TILE_W)
+    STEPS: tl.constexpr = BLOCK // STEP
+    PARTS: tl.constexpr = BLOCK // ROWS
+    i_k = tl.program_id(0) // PARTS
     i_bh = tl.program_id(1)
-    i_b, i_h = i_bh // heads, i_bh % heads
-    q = head_of(q, i_b, i_h, q_batch, q_head, ALIGN)
-    k = head_of(k, i_b, i_h, k_batch, k_head, ALIGN)
-    v = head_of(v, i_b, i_h, v_batch, v_head, ALIGN)
-    grad_out = head_of(grad_out, i_b, i_h, g_batch, g_head, 1)
-    denominators += i_bh.to(tl.int64) * tokens
-    ratios += i_bh.to(tl.int64) * tokens
+    grid = (T, H, W)
+    queries = rows_of(q, (q_batch, q_head, q_row), heads, ALIGN), rows_of(grad_out, (g_batch, g_head, g_row), heads, 1)
+    first_row = i_bh.to(tl.int64) * tokens
+    factors = (denominators + first_row, ratios + first_row)
     first_list = i_bh.to(tl.int64) * blocks
 
-    o_d = tl.arange(0, BLOCK_D)
-    m_d = o_d < D
-    row, valid, _ = locate(i_k, tl.arange(0, BLOCK), 0, 0, 0, T, H, W, 0, 0, BLOCK, TILE_T, TILE_H, TILE_W)
-    rows = row.to(tl.int64)[:, None]
-    mask = valid[:, None] & m_d
-    b_k = tl.load(k + rows * (k_row * ALIGN) + o_d, mask=mask, other=0.0)
-    b_v = tl.load(v + rows * (v_row * ALIGN) + o_d, mask=mask, other=0.0)
-    phi_k = mapped(b_k.to(tl.float32), m_d, MAP).to(b_k.dtype)
-    of_v = tl.zeros([BLOCK, BLOCK_D], dtype=tl.float32)
-    of_k = tl.zeros([BLOCK, BLOCK_D], dtype=tl.float32)
-    weights = tl.zeros([BLOCK_D], dtype=tl.float32)
+    rows, valid = slots_of(i_k, tl.program_id(0) % PARTS * ROWS, grid, CUT, ROWS)
+    k = rows_of(k, (k_batch, k_head, k_row), heads, ALIGN)
+    b_v = load_rows(rows_of(v, (v_batch, v_head, v_row), heads, ALIGN), rows, valid, D, BLOCK_D)
+    phi_k = mapped(load_rows(k, rows, valid, D, BLOCK_D), D, MAP).to(b_v.dtype)
+    of_v = tl.zeros([ROWS, BLOCK_D], dtype=tl.float32)
+    of_k = tl.zeros([ROWS, BLOCK_D], dtype=tl.float32)
+    weights = load_total(dtotals, D, BLOCK_D)
 
     p_first = firsts + i_bh.to(tl.int64) * (blocks + 1) + i_k
-    for i in range(tl.load(p_first), tl.load(p_first + 1)):
-        block = tl.load(entries + i)
+    for i in range(tl.load(p_first) * STEPS, tl.load(p_first + 1) * STEPS):
+        block = tl.load(entries + i // STEPS)
         if tl.load(modes + first_list + block) == 0:
             of_v, of_k, weights = with_queries(
-                of_v, of_k, weights, phi_k, b_v, 1.0, q, grad_out, denominators, ratios, block,
-                q_row, g_row, T, H, W, m_d, D, BLOCK_D, ALIGN, BLOCK, TILE_T, TILE_H, TILE_W, MAP, PRECISION,
+                of_v, of_k, weights, phi_k, b_v, -1.0, queries, factors, block, i % STEPS * STEP, grid,
+                D, BLOCK_D, CUT, STEP, MAP, PRECISION,
             )  # fmt: skip
     for i in range(tl.load(n_singles + i_bh)):
         block = tl.load(singles + first_list + i)
         list_row = first_list + block
         if listed(kept + list_row * n_kept, n_kept, i_k) + listed(dropped + list_row * n_dropped, n_dropped, i_k) == 0:
-            of_v, of_k, weights = with_queries(
-                of_v, of_k, weights, phi_k, b_v, -1.0, q, grad_out, denominators, ratios, block,
-                q_row, g_row, T, H, W, m_d, D, BLOCK_D, ALIGN, BLOCK, TILE_T, TILE_H, TILE_W, MAP, PRECISION,
-            )  # fmt: skip
+            for first in range(0, BLOCK, STEP):
+                of_v, of_k, weights = with_queries(
+                    of_v, of_k, weights, phi_k, b_v, 1.0, queries, factors, block, first, grid,
+                    D, BLOCK_D, CUT, STEP, MAP, PRECISION,
+                )  # fmt: skip
 
-    p_t = table + i_bh.to(tl.int64) * (D * D) + o_d[:, None] * D + o_d[None, :]
-    b_t = tl.load(p_t, mask=m_d[:, None] & m_d[None, :], other=0.0)
+    b_t = load_table(table, D, BLOCK_D)
     peak = tl.load(peaks + i_bh)
-    place = ((i_b.to(tl.int64) * tokens + rows) * heads + i_h) * D + o_d
-    of_v = tl.dot(phi_k, b_t, input_precision=PRECISION) * peak - of_v
-    tl.store(dv + place, of_v.to(dv.dtype.element_ty), mask=mask)
-    weights += tl.load(dtotals + i_bh.to(tl.int64) * D + o_d, mask=m_d, other=0.0)
-    of_k = tl.dot(b_v, tl.trans(b_t), input_precision=PRECISION) * peak - of_k + weights[None, :]
-    x = b_k.to(tl.float32)
-    tl.store(dk + place, pulled_back(of_k, x, mapped(x, m_d, MAP), MAP).to(dk.dtype.element_ty), mask=mask)
+    of_v += tl.dot(phi_k, b_t, input_precision=PRECISION) * peak
+    store_rows(dv, rows, valid, of_v, heads, tokens, D, BLOCK_D)
+    of_k += tl.dot(b_v, tl.trans(b_t), input_precision=PRECISION) * peak + weights[None, :]
+    # k is read again: held all the while, it would be registers that are not there
+    x = load_rows(k, rows, valid, D, BLOCK_D).to(tl.float32)
+    store_rows(dk, rows, valid, pulled_back(of_k, x, mapped(x, D, MAP), MAP), heads, tokens, D, BLOCK_D)

@@ -5,7 +5,7 @@ import torch
 
 from dit_accel.kernels.sla import linear
 from dit_accel.kernels.sla.features import EPSILON, FEATURE_MAPS, apply_map
-from dit_accel.kernels.sla.layout import visual_order
+from dit_accel.kernels.sla.layout import Cut
 from dit_accel.kernels.sla.linear import linear_all, linear_marginal
 from dit_accel.kernels.sla.router import route_blocks
 
@@ -14,9 +14,9 @@ LAYOUTS = {"ragged": ((1, 5, 7), 8, None), "cut tiles": ((2, 3, 5), 8, (1, 2, 4)
 
 def make(grid, block, tile, critical, skipped, dtype=torch.float64, heads=2, dim=5):
     torch.manual_seed(0)
-    tokens = visual_order(grid, block, tile).grid.visual
+    tokens = Cut(grid, block, tile).order.grid.visual
     q, k, v = (torch.randn(2, heads, tokens, dim, dtype=dtype) for _ in range(3))
-    return q, k, v, *route_blocks(q, k, grid, block, tile, critical, skipped)
+    return q, k, v, *route_blocks(q, k, Cut(grid, block, tile).pack(), critical, skipped)
 
 
 def by_hand(q, k, v, critical, skipped, order, feature_map):
@@ -38,21 +38,21 @@ def by_hand(q, k, v, critical, skipped, order, feature_map):
 @pytest.mark.parametrize("feature_map", FEATURE_MAPS)
 @pytest.mark.parametrize("grid, block, tile", LAYOUTS.values(), ids=LAYOUTS)
 def test_marginal_against_sums_by_hand(grid, block, tile, feature_map):
-    order = visual_order(grid, block, tile)
+    order = Cut(grid, block, tile).order
     for critical, skipped in ((1, 0), (1, min(1, order.visual_blocks - 1)), (order.visual_blocks, 0)):
         q, k, v, kept, dropped = make(grid, block, tile, critical, skipped)
-        out, _ = linear_marginal(q, k, v, kept, dropped, grid, block, tile, feature_map)
+        out, _ = linear_marginal(q, k, v, kept, dropped, Cut(grid, block, tile).pack(), feature_map)
         torch.testing.assert_close(out, by_hand(q, k, v, kept, dropped, order, feature_map), rtol=1e-12, atol=1e-13)
 
 
 @pytest.mark.parametrize("feature_map", FEATURE_MAPS)
 @pytest.mark.parametrize("grid, block, tile", LAYOUTS.values(), ids=LAYOUTS)
 def test_marginal_gradients(grid, block, tile, feature_map):
-    blocks = visual_order(grid, block, tile).visual_blocks
+    blocks = Cut(grid, block, tile).order.visual_blocks
     q, k, v, *lists = make(grid, block, tile, 1, min(1, blocks - 1), heads=1, dim=3)
 
     def branch(q, k, v):
-        return linear_marginal(q, k, v, *lists, grid, block, tile, feature_map)[0]
+        return linear_marginal(q, k, v, *lists, Cut(grid, block, tile).pack(), feature_map)[0]
 
     assert torch.autograd.gradcheck(branch, [x.requires_grad_() for x in (q, k, v)], fast_mode=True)
 
@@ -74,12 +74,12 @@ def test_op_is_registered_properly(tile, dtype):
     grid = (1, 5, 6)
     q, k, v, *lists = make(grid, 8, tile, 1, 1, dtype=dtype)
     q, k, v = (x.requires_grad_() for x in (q, k, v))
-    torch.library.opcheck(linear_marginal, (q, k, v, *lists, grid, 8, tile, "softmax"))
+    torch.library.opcheck(linear_marginal, (q, k, v, *lists, Cut(grid, 8, tile).pack(), "softmax"))
 
 
 def test_no_marginal_block_gives_zero():
     q, k, v, *lists = make((1, 1, 32), 8, None, 3, 1)
-    out, _ = linear_marginal(q, k, v, *lists, (1, 1, 32), 8, None, "relu")
+    out, _ = linear_marginal(q, k, v, *lists, Cut((1, 1, 32), 8, None).pack(), "relu")
     assert (out == 0).all()
 
 
@@ -88,10 +88,10 @@ def test_huge_critical_keys_do_not_cancel():
     q, k, v, *_ = make((1, 1, 64), 8, None, 1, 0, dtype=torch.float32)
     q, k = q.abs(), k.abs()
     k[:, :, :8] *= 1e8
-    kept, dropped = route_blocks(q, k, (1, 1, 64), 8, None, 1, 0)
+    kept, dropped = route_blocks(q, k, Cut((1, 1, 64), 8, None).pack(), 1, 0)
     assert (kept == 0).all()
-    order = visual_order((1, 1, 64), 8, None)
-    out, _ = linear_marginal(q, k, v, kept, dropped, (1, 1, 64), 8, None, "relu")
+    order = Cut((1, 1, 64), 8, None).order
+    out, _ = linear_marginal(q, k, v, kept, dropped, Cut((1, 1, 64), 8, None).pack(), "relu")
     exact = by_hand(q.double(), k.double(), v.double(), kept, dropped, order, "relu")
     assert (out - exact).abs().max() < 64 * torch.finfo(torch.float32).eps * exact.abs().max()
 
@@ -105,7 +105,7 @@ def test_small_budget_gives_the_same(monkeypatch, tile):
 
     def run():
         inputs = [x.clone().requires_grad_() for x in (q, k, v)]
-        out, _ = linear_marginal(*inputs, *lists, grid, 8, tile, "elu")
+        out, _ = linear_marginal(*inputs, *lists, Cut(grid, 8, tile).pack(), "elu")
         return out, *torch.autograd.grad(out, inputs, gradient)
 
     whole = run()
@@ -117,9 +117,10 @@ def test_small_budget_gives_the_same(monkeypatch, tile):
 def test_saves_no_states_for_the_backward():
     """What autograd holds grows with N x D: not with N x N, and not with a D x D state per block."""
     tokens, dim = 4096, 64
+    cut = Cut((1, 1, tokens), 16).pack()
     q, k, v = (torch.randn(1, 1, tokens, dim, requires_grad=True) for _ in range(3))
-    lists = route_blocks(q.detach(), k.detach(), (1, 1, tokens), 16, None, 12, 25)
+    lists = route_blocks(q.detach(), k.detach(), cut, 12, 25)
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x.numel()) or x, lambda x: x):
-        linear_marginal(q, k, v, *lists, (1, 1, tokens), 16, None, "softmax")
+        linear_marginal(q, k, v, *lists, cut, "softmax")
     assert max(saved) <= tokens * dim

@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from dit_accel.errors import DitAccelError
-from dit_accel.kernels.sla import ops
+from dit_accel.kernels.block_sparse.triton_configs import Launch
+from dit_accel.kernels.sla import ops, triton_configs
 from dit_accel.kernels.sla.api import route, sparse_linear_attention
-from dit_accel.kernels.sla.layout import visual_order
+from dit_accel.kernels.sla.layout import Cut
 from dit_accel.kernels.sla.linear import linear_all, linear_marginal
 from dit_accel.kernels.sla.router import route_blocks
 from dit_accel.order import TokenOrder
@@ -57,7 +58,8 @@ def test_lists_are_those_of_the_portable_router(layout, kind, dtype):
     grid, block, tile, kept, dropped = LAYOUTS[layout]
     if dtype != torch.float32 and INTERPRETED and layout != "ragged":
         pytest.skip("half precision is interpreted on one layout: the sums are fp32 all the same")
-    arguments = *inputs(kind, visual_order(grid, block, tile).grid.visual, dtype), grid, block, tile, kept, dropped
+    cut = Cut(grid, block, tile)
+    arguments = *inputs(kind, cut.order.grid.visual, dtype), cut.pack(), kept, dropped
     for got, wanted in zip(ops.route(*arguments), route_blocks(*arguments), strict=True):
         assert got.dtype == torch.int32 and torch.equal(got, wanted)
 
@@ -67,7 +69,7 @@ def test_lists_stay_within_bounds_for_bad_values(bad):
     q, _ = inputs("random", 64, torch.float32)
     q[0, 0, 5] = bad
     q[0, 1] = bad
-    kept, dropped = ops.route(q, q, (1, 1, 64), 16, None, 2, 1)
+    kept, dropped = ops.route(q, q, Cut((1, 1, 64), 16, None).pack(), 2, 1)
     lists = torch.cat([kept, dropped], dim=-1)
     assert lists.min() >= 0 and lists.max() < 4
     assert all(len(set(row)) == 3 for row in lists.flatten(0, 2).tolist())
@@ -85,15 +87,13 @@ def test_text_around_the_visual_tokens_is_not_read():
 
 
 def branch(q, k, v, exact, weight, bias, feature_map):
-    state, total = ops.state(k, v, feature_map)
+    state, total, _ = ops.state(k, v, Cut((1, 1, k.shape[2]), 16).pack(), feature_map)
     return ops.apply(q, exact, state @ weight.mT, total, bias, feature_map)
 
 
 @pytest.mark.parametrize("feature_map", ["softmax", "elu", "relu"])
 def test_linear_branch_over_several_splits(monkeypatch, feature_map):
     """Splits of 64 tokens, the last one ragged: value and all gradients against fp64."""
-    from dit_accel.kernels.sla import triton_configs
-
     monkeypatch.setattr(triton_configs, "SPLIT", 64)
     torch.manual_seed(0)
     leaves = [torch.randn(1, 150, 1, 20).transpose(1, 2) for _ in range(4)] + [torch.randn(20, 20), torch.randn(20)]
@@ -131,9 +131,11 @@ def test_ten_runs_are_bit_equal():
 
 def test_ops_are_registered_properly():
     q, k = inputs("random", 20, torch.float32, heads=1, dim=16)
-    torch.library.opcheck(ops.route, (q, k, (1, 4, 5), 16, None, 1, 1))
+    cut = Cut((1, 4, 5), 16).pack()
+    torch.library.opcheck(ops.block_means, (q, cut))
+    torch.library.opcheck(ops.select, (ops.block_means(q, cut), ops.block_means(k, cut), 1, 1))
     q, k, v, exact = (x.detach().requires_grad_() for x in (q, k, k.clone(), q.clone()))
-    torch.library.opcheck(ops.state, (k, v, "elu"))
+    torch.library.opcheck(ops.state, (k, v, cut, "elu"))
     table, total, bias = (torch.rand(size, device=DEVICE) for size in ((1, 1, 16, 16), (1, 1, 16), (16,)))
     rest = (x.requires_grad_() for x in (table, total, bias))
     torch.library.opcheck(ops.apply, (q, exact, *rest, "elu"))
@@ -175,47 +177,45 @@ def test_the_interpreter_refuses_bfloat16():
         sparse_linear_attention(q, q, q, critical=1, block=16, impl="triton")
 
 
-def marginal_call(size=1.0, hot=1.0, critical=1, skipped=1, dtype=torch.float32):
-    """Arguments of `ops.marginal` over 70 tokens, the first 16 of which have keys `hot` times as large."""
+def marginal_call(hot=1.0, critical=1, skipped=1, block=16):
+    """Arguments of `marginal` over 70 tokens, the first 16 of which have keys `hot` times as large."""
     torch.manual_seed(0)
-    q, k, v = (size * torch.randn(1, 2, 70, 24) for _ in range(3))
+    q, k, v = (torch.randn(1, 2, 70, 24) for _ in range(3))
     q, k = q.abs(), k.abs()
     k[:, :, :16] *= hot
-    lists = route_blocks(q, k, (1, 1, 70), 16, None, critical, skipped)
-    tensors = [x.to(dtype).to(DEVICE) for x in (q, k, v)] + [x.to(DEVICE) for x in lists]
-    return (*tensors, (1, 1, 70), 16, None, "relu")
+    cut = Cut((1, 1, 70), block).pack()
+    lists = route_blocks(q, k, cut, critical, skipped)
+    return *(x.to(DEVICE) for x in (q, k, v, *lists)), cut, "relu"
+
+
+def marginal(q, k, v, kept, dropped, cut, feature_map):
+    """`ops.marginal` with the state it wants."""
+    whole = [x.detach() for x in ops.state(k, v, cut, feature_map)[:2]]
+    return ops.marginal(q, k, v, *whole, kept, dropped, cut, feature_map)
 
 
 @pytest.mark.parametrize("hot", [1.0, 1e6])
 def test_huge_critical_keys_do_not_cancel(hot):
     """What is left beside keys 1e6 times as large is summed by itself, not as a difference."""
     arguments = marginal_call(hot=hot)
-    out, denominators, _ = (x.cpu() for x in ops.marginal(*arguments))
+    out, denominators, _ = (x.cpu() for x in marginal(*arguments))
     tensors = [x.cpu().double() if x.is_floating_point() else x.cpu() for x in arguments[:5]]
     exact, sums = linear_marginal(*tensors, *arguments[5:])
     assert (out - exact).abs().max() < 64 * torch.finfo(torch.float32).eps * exact.abs().max()
     torch.testing.assert_close(denominators.double(), sums, rtol=64 * torch.finfo(torch.float32).eps, atol=0)
 
 
-@pytest.mark.parametrize("hot, alone", [(1.0, False), (4.0, None), (1e3, True)], ids=["totals", "both", "one by one"])
-def test_marginal_gradients(hot, alone):
-    """Query blocks by totals, one by one, and both in one call, against fp64."""
-    q, k, v, *rest = marginal_call(hot=hot, skipped=1)
-    q[:, :, 32:, ::2] *= 0.01  # some queries see less of the large keys
-    k[:, :, :16, 1::2] *= 0.01 if alone is None else 1.0
-    modes = ops.marginal(q, k, v, *rest)[2].bool()
-    assert (modes.all() if alone else not modes.any()) if alone is not None else modes.any() and not modes.all()
+def check_marginal_gradients(q, k, v, kept, dropped, *rest):
+    """dq, dk and dv of `marginal` against fp64."""
     gradient = torch.randn(q.shape)
 
     def results(function, dtype, device):
         tensors = [x.detach().to(dtype).to(device).requires_grad_() for x in (q, k, v)]
-        lists = [x.to(device) for x in rest[:2]]
-        return [
-            x.cpu()
-            for x in torch.autograd.grad(function(*tensors, *lists, *rest[2:])[0], tensors, gradient.to(tensors[0]))
-        ]
+        lists = [x.to(device) for x in (kept, dropped)]
+        out, *_ = function(*tensors, *lists, *rest)
+        return [x.cpu() for x in torch.autograd.grad(out, tensors, gradient.to(tensors[0]))]
 
-    got = results(ops.marginal, torch.float32, DEVICE)
+    got = results(marginal, torch.float32, DEVICE)
     plain = results(linear_marginal, torch.float32, "cpu")
     exact = results(linear_marginal, torch.float64, "cpu")
     for name, *values in zip(("dq", "dk", "dv"), got, plain, exact, strict=True):
@@ -223,11 +223,52 @@ def test_marginal_gradients(hot, alone):
         assert_accurate(name, *values, magnitude=4 * values[-1].abs())
 
 
+@pytest.mark.parametrize("hot, alone", [(1.0, False), (4.0, None), (1e3, True)], ids=["totals", "both", "one by one"])
+def test_marginal_gradients(hot, alone):
+    """Query blocks by totals, one by one, and both in one call."""
+    q, k, v, *rest = marginal_call(hot=hot)
+    q[:, :, 32:, ::2] *= 0.01  # some queries see less of the large keys
+    k[:, :, :16, 1::2] *= 0.01 if alone is None else 1.0
+    modes = marginal(q, k, v, *rest)[2].bool()
+    assert (modes.all() if alone else not modes.any()) if alone is not None else modes.any() and not modes.all()
+    check_marginal_gradients(q, k, v, *rest)
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="on a GPU the launch table says how many rows a step has")
+@pytest.mark.parametrize("hot", [1.0, 1e3], ids=["totals", "one by one"])
+def test_blocks_in_steps(monkeypatch, hot):
+    """Blocks of 32 tokens in steps of 16, dk and dv of half a block a program: the same mathematics."""
+    monkeypatch.setattr(triton_configs, "launches", lambda *_: (Launch(4, 1, 16),))
+    monkeypatch.setattr(triton_configs, "key_rows", lambda *_: 16)
+    q, k, v, kept, dropped, *rest = marginal_call(hot=hot, skipped=0, block=32)
+    assert marginal(q, k, v, kept, dropped, *rest)[2].bool().all() == (hot > 1)
+    check_marginal_gradients(q, k, v, kept, dropped, *rest)
+    exact, _ = linear_marginal(*(x.double() for x in (q, k, v)), kept, dropped, *rest)
+    plain, _ = linear_marginal(q, k, v, kept, dropped, *rest)
+    out, *_ = marginal(q, k, v, kept, dropped, *rest)
+    assert_accurate("out", out, plain, exact, magnitude=4 * exact.abs())
+    means = [means(k) for means in (lambda x: ops.state(x, v, *rest)[2], lambda x: ops.block_means(x, rest[0]))]
+    torch.testing.assert_close(*means, rtol=1e-6, atol=1e-7)
+
+
+def test_the_means_of_the_state_choose_the_same_blocks():
+    """What a call routes by is what `route` reports."""
+    cut = Cut((3, 3, 5), 16, (2, 2, 4)).pack()
+    q, k = inputs("random", 45, torch.float32)
+    key_means = ops.state(k, k, cut, "softmax")[2]
+    for got, wanted in zip(
+        ops.select(ops.block_means(q, cut), key_means, 3, 2), ops.route(q, k, cut, 3, 2), strict=True
+    ):
+        assert torch.equal(got, wanted)
+
+
 def test_no_marginal_block_gives_zero():
-    out, *_ = ops.marginal(*marginal_call(critical=4, skipped=1))
+    out, *_ = marginal(*marginal_call(critical=4, skipped=1))
     assert (out == 0).all()
 
 
 def test_the_marginal_op_is_registered_properly():
-    q, k, v, *rest = marginal_call()
-    torch.library.opcheck(ops.marginal, (*(x.requires_grad_() for x in (q, k, v)), *rest))
+    q, k, v, kept, dropped, cut, feature_map = marginal_call()
+    state, total, _ = ops.state(k, v, cut, feature_map)
+    leaves = (x.requires_grad_() for x in (q, k, v))
+    torch.library.opcheck(ops.marginal, (*leaves, state, total, kept, dropped, cut, feature_map))
