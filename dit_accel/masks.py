@@ -10,7 +10,6 @@ import dataclasses
 import functools
 import itertools
 import math
-from typing import Protocol
 
 import torch
 
@@ -82,21 +81,6 @@ class AxisTable:
                 return True
             key = key + self.step
         return False
-
-
-class Term(Protocol):
-    """A part of a mask: a relation between the visual tokens of a grid."""
-
-    @property
-    def shape(self) -> tuple[int, int, int] | None: ...
-
-    def pairs(self) -> int: ...
-
-    def allowed(self, query: torch.Tensor, key: torch.Tensor, shape: tuple[int, int, int]) -> torch.Tensor: ...
-
-    def tile_pairs(self, query: TokenOrder, key: TokenOrder) -> torch.Tensor: ...
-
-    def frame_prefix(self, t: torch.Tensor, x: torch.Tensor, s: torch.Tensor, y: torch.Tensor) -> torch.Tensor: ...
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

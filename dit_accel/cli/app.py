@@ -9,12 +9,11 @@ from typing import Annotated
 import typer
 
 from dit_accel import __version__
-from dit_accel.cli import bench, env, generate, ls, plan, train
+from dit_accel.cli import INTERRUPTED, bench, env, generate, ls, plan, train
 from dit_accel.cli.eval import evaluate
 from dit_accel.errors import DitAccelError
 
 USER_ERROR = 2
-INTERRUPTED = 130
 
 app = typer.Typer(
     name="dit-accel",

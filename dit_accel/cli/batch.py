@@ -14,13 +14,12 @@ from typing import Any
 
 import typer
 
-from dit_accel.cli import job
+from dit_accel.cli import INTERRUPTED, job
 from dit_accel.cli.job import Request
 from dit_accel.errors import DitAccelError
 from dit_accel.generation import prompts
 from dit_accel.generation.processes import Process
 
-INTERRUPTED = 130
 DIGITS = 4
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 import typer
 
-from dit_accel.cli import options
+from dit_accel.cli import INTERRUPTED, options
 from dit_accel.errors import DitAccelError
 
 if TYPE_CHECKING:
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from dit_accel.eval.bench_rows import Row, Setting
 
 NOT_MEASURED = 1
-INTERRUPTED = 130
 ROWS_ENDING = (".jsonl",)
 
 Impl = Literal["auto", "reference", "portable", "triton"]

@@ -9,13 +9,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dit_accel.cli import options
+from dit_accel.cli import INTERRUPTED, options
 from dit_accel.errors import DitAccelError
 
 if TYPE_CHECKING:
     from dit_accel.generation.choice import Choice
 
-INTERRUPTED = 130
 
 # What a suite may say, and the type of each value (of each item, where there are several).
 SUITE_KEYS: dict[str, type] = {

@@ -7,9 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from dit_accel.cli import options
-
-INTERRUPTED = 130
+from dit_accel.cli import INTERRUPTED, options
 
 
 def train(
