@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dit_accel.generation.processes import Process
+from dit_accel.generation.processes import PATIENCE, Process
 
 
 class Processes(Process):
@@ -17,7 +17,7 @@ class Processes(Process):
         """
         from accelerate import PartialState
 
-        state = PartialState(cpu=device == "cpu")
+        state = PartialState(cpu=device == "cpu", timeout=PATIENCE)
         return cls(state.process_index, state.num_processes, state.local_process_index)
 
     def wait(self) -> None:

@@ -103,6 +103,8 @@ def run(request: Request) -> Outcome:
         if entry.choice is not None:
             entry.choice.check(grid)
     check_folder(request.output)
+    if request.cache is not None:
+        check_folder(request.cache, "--cache")
     processes = Processes.join(request.device)
     device, dtype = call.placement(processes.device(request.device), request.dtype, request.offload)
     media = asked.media if request.reference is None else _reference_set(request.reference)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import os
 from collections.abc import Sequence
 from typing import TypeVar
@@ -12,6 +13,7 @@ from dit_accel.errors import DitAccelError
 T = TypeVar("T")
 
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+PATIENCE = datetime.timedelta(days=7)  # with another that has more left to do; torch gives up after ten minutes on GPUs
 
 
 @dataclasses.dataclass(frozen=True)

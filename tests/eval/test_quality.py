@@ -234,11 +234,12 @@ def test_reference_sets_that_do_not_do(refused, tmp_path, clip_folder):
     assert "b.png cannot be read as an image or video" in refused(*options)
 
 
-def test_output_that_is_a_file(cli, demo, tmp_path):
+@pytest.mark.parametrize("option", ["--output", "--cache"])
+def test_folders_that_are_files(cli, demo, tmp_path, option):
     (tmp_path / "file").write_text("")
-    outcome = cli("eval", *SIZE, "--method", GNA, "--output", tmp_path / "file")
+    outcome = cli("eval", *SIZE, "--method", GNA, "--output", tmp_path / "out", option, tmp_path / "file")
     assert (outcome.status, outcome.err.count("\n")) == (2, 1)
-    assert "is a file; give a folder" in outcome.err
+    assert f"{option} {tmp_path / 'file'} is a file; give a folder" in outcome.err
 
 
 def test_compiled(evaluate, tmp_path, monkeypatch):
