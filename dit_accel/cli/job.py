@@ -160,7 +160,7 @@ class Loaded:
             "call": {name: value for name, value in arguments.items() if name != "image"},
             "dtype": str(job.dtype).removeprefix("torch."),
             "device": str(job.device),
-            "fps": (request.fps or sources.frames_a_second(job.source)) if job.video else None,
+            "fps": self._rate(request, arguments) if job.video else None,
             "runs": {name: made.record() for name, made in runs.items()},
             "comparison": _compare(**runs) if request.compare else None,
             "report": report.as_dict(),
@@ -170,6 +170,9 @@ class Loaded:
         }
         _write(path, record, title, runs)
         return [str(report), *_summary(path, record, title)]
+
+    def _rate(self, request: Request, arguments: dict[str, Any]) -> int:
+        return request.fps or call.frame_rate(self.pipe, arguments) or sources.frames_a_second(self.job.source)
 
 
 def prepare(request: Request) -> Job:

@@ -148,7 +148,7 @@ def run(request: Request) -> Outcome:
         images=images,
         attention=attention,
         grid=grid,
-        fps=request.fps or sources.frames_a_second(source),
+        fps=request.fps or call.frame_rate(pipe, arguments) or sources.frames_a_second(source),
         device=device,
         dtype=str(dtype).removeprefix("torch."),
         processes=processes,

@@ -29,6 +29,7 @@ OPTIONS = {
     "height": "--height",
     "width": "--width",
 }
+FRAME_RATES = ("frame_rate", "fps")  # what pipelines call it
 NOT_OPTIONS = {"self", "output_type", "return_dict", "callback_on_step_end", "callback_on_step_end_tensor_inputs"}
 
 
@@ -168,6 +169,13 @@ def call_arguments(
         if parameter.default is parameter.empty and name != "self" and name not in arguments:
             raise DitAccelError(f"{type(pipe).__name__} needs {OPTIONS.get(name, f'--pipe {name}=...')}.")
     return arguments
+
+
+def frame_rate(pipe: DiffusionPipeline, arguments: Mapping[str, Any]) -> int | None:
+    """The frames a second that a call is told, by an argument or its default; None if the pipeline asks for none."""
+    takes = inspect.signature(type(pipe).__call__).parameters
+    rates = [arguments.get(name, takes[name].default) for name in FRAME_RATES if name in takes]
+    return next((round(rate) for rate in rates if isinstance(rate, int | float)), None)
 
 
 def _json_or_word(text: str) -> Any:

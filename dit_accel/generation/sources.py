@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 EMBEDDED = ("demo",)
 INDEX = "model_index.json"
-WAN_FPS = 16  # what Wan was trained on; used for every model that is not embedded
+WAN_FPS = 16  # what Wan was trained on
 FLOAT32_CODECS = ("AutoencoderKLWan",)  # its published recipe: bands and blotches appear in 16 bits
 
 
@@ -222,7 +222,7 @@ def call_defaults(source: Source) -> dict[str, Any]:
 
 
 def frames_a_second(source: Source) -> int:
-    """The frame rate that the model's videos were meant for."""
+    """The frame rate where the pipeline asks for none: the embedded model's own, Wan's for all others."""
     if source.kind != "embedded":
         return WAN_FPS
     from dit_accel.pipelines import demo
