@@ -1,9 +1,10 @@
 """What fine-tuning wins back on the embedded demo: `python benchmarks/train_demo.py RUN --work FOLDER`.
 
-Each run prepares the demo's own clips, trains, and generates the same prompts and noise densely, with the method
-untuned, and with the trained artefact, loaded as a user does. A row with the likeness to the dense videos and to true
-clips, the checker's agreement and how everything was made is added to `benchmarks/results/train-demo.jsonl`; pictures
-of five frames lie in the work folder. A run that was stopped goes on where it stood.
+A run is a recipe of that name. It prepares the demo's own clips, trains, and generates the same prompts and noise
+densely, with the method untuned, and with the trained artefact, loaded as a user does. A row with the likeness to the
+dense videos and to true clips, the checker's agreement and how everything was made is added to
+`benchmarks/results/train-demo.jsonl`; pictures of five frames lie in the work folder. A run that was stopped goes on
+where it stood.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import dataclasses
 import functools
 import json
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -32,98 +33,58 @@ from dit_accel.pipelines.demo.evaluate import fixed_scenes, summarise
 from dit_accel.train import data, prepare
 from dit_accel.train.loop import Base, train
 from dit_accel.train.losses import read as read_losses
-from dit_accel.train.settings import TrainSettings, make
+from dit_accel.train.settings import Recipe, TrainSettings, read_recipe
 
 TRUE_CLIPS = 4
 RESULTS = pathlib.Path(__file__).parent / "results" / "train-demo.jsonl"
-COMMON = {"levels": {"uniform": 0.17}, "warmup": 10, "decay": "cosine", "ema": 0.95, "batch": 4, "save_every": 20}
-COMMON |= {"rank": 64, "rate": 1e-3, "precision": "bf16"}
+KINDS = ("dense", "untuned", "tuned", "dense tuned")
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """One experiment.
+    """How a recipe of that name is measured.
 
     Args:
-        frames, height, width: of the videos.
-        train: settings over `COMMON`.
         dense, tuned: steps and guidance of the dense videos, and of the untuned and trained ones.
-        clips: in the training data.
         prompts: how many are generated.
         dense_tuned: train the dense model in the same way too, and show what it makes.
     """
 
-    frames: int
-    height: int
-    width: int
-    train: Mapping[str, Any]
     dense: tuple[int, float] = (16, 5.0)
     tuned: tuple[int, float] = (16, 5.0)
-    clips: int = 256
     prompts: int = 24
     dense_tuned: bool = False
 
-    @property
-    def size(self) -> dict[str, int]:
-        return {"num_frames": self.frames, "height": self.height, "width": self.width}
 
-
-TEACHER = {"objectives": {"teacher": 1.0}}
 RUNS = {
-    "sla": Run(
-        9, 64, 64, {"method": "sla", "config": {"topk": 0.2, "block": 32, "order": "tile"}, **TEACHER, "steps": 300}
-    ),
-    "gna": Run(
-        9,
-        64,
-        64,
-        {"method": "gna", "config": {"window": (2, "full", "full")}, **TEACHER, "steps": 450, "save_every": 50},
-        clips=512,
-    ),
-    "consistency": Run(
-        9,
-        64,
-        64,
-        {
-            "method": "dense",
-            "objectives": {"consistency": 1.0},
-            "distillation": {"segments": 4, "teacher_steps": 16, "guidance": 5.0},
-            "steps": 160,
-        },
-        tuned=(4, 1.0),
-    ),
-    "long": Run(
-        33,
-        64,
-        64,
-        {
-            "method": "radial",
-            "config": {"decay": 0.5},
-            "objectives": {"flow": 1.0},
-            "empty_prompts": 0.1,
-            "batch": 2,
-            "steps": 600,
-            "save_every": 25,
-        },
-        clips=1200,
-        prompts=12,
-        dense_tuned=True,
-    ),
+    "sla-demo": Run(),
+    "gna-demo": Run(),
+    "consistency-demo": Run(tuned=(4, 1.0)),
+    "radial-demo-2x": Run(prompts=12, dense_tuned=True),
 }
 
 
-KINDS = ("dense", "untuned", "tuned", "dense tuned")
+@dataclasses.dataclass(frozen=True)
+class Size:
+    """Of the videos, in frames and pixels."""
+
+    num_frames: int
+    height: int
+    width: int
+
+    def __str__(self) -> str:
+        return f"{self.num_frames}x{self.height}x{self.width}"
 
 
-def generate(run: Run, steps: int, guidance: float, prepare_pipe: Callable[[Any], Any]) -> np.ndarray:
-    """The fixed prompts' videos, float32 [P, F, H, W, 3] in [0, 1]."""
+def generate(size: Size, prompts: int, sampling: tuple[int, float], prepare_pipe: Callable[[Any], Any]) -> np.ndarray:
+    """The fixed prompts' videos in these steps with this guidance, float32 [P, F, H, W, 3] in [0, 1]."""
     pipe = load_demo()
     pipe.set_progress_bar_config(disable=True)
     prepare_pipe(pipe)
     videos = []
-    for seed, scene in enumerate(fixed_scenes(run.prompts)):
+    for seed, scene in enumerate(fixed_scenes(prompts)):
         generator = torch.Generator().manual_seed(seed)
-        call = {"num_inference_steps": steps, "guidance_scale": guidance, **run.size}
+        call = {"num_inference_steps": sampling[0], "guidance_scale": sampling[1], **dataclasses.asdict(size)}
         videos.append(pipe(scene.caption, generator=generator, **call).frames[0])
     return np.stack(videos).astype(np.float32)
 
@@ -138,11 +99,11 @@ def cached(path: pathlib.Path, make_videos: Callable[[], np.ndarray]) -> np.ndar
     return np.load(path)
 
 
-def true_clips(run: Run) -> np.ndarray:
+def true_clips(size: Size, prompts: int) -> np.ndarray:
     """`TRUE_CLIPS` drawn clips of each fixed prompt, in the shape and range of generated ones."""
     generator = torch.Generator().manual_seed(0)
-    shown = [scene for scene in fixed_scenes(run.prompts) for _ in range(TRUE_CLIPS)]
-    drawn = clips.render(shown, run.frames, run.height, run.width, generator)
+    shown = [scene for scene in fixed_scenes(prompts) for _ in range(TRUE_CLIPS)]
+    drawn = clips.render(shown, size.num_frames, size.height, size.width, generator)
     return (drawn.movedim(1, -1) / 2 + 0.5).numpy()
 
 
@@ -201,12 +162,13 @@ def table(path: pathlib.Path) -> str:
     return "\n".join(lines)
 
 
-def trained(run: Run, settings: TrainSettings, work: pathlib.Path, name: str) -> pathlib.Path:
+def trained(recipe: Recipe, settings: TrainSettings, size: Size, work: pathlib.Path, name: str) -> pathlib.Path:
     """The folder of a trained accelerator; trains first if it is not there."""
     if not (work / "data" / data.INDEX).exists():
-        preparer = prepare.Preparer(load_demo(), run.size)
-        drawn = prepare.demo_clips(run.clips, run.size, seed=1)
-        data.write(work / "data", preparer.encoded(drawn), preparer.negative(), {"source": "clips", **run.size})
+        shape = dataclasses.asdict(size)
+        preparer = prepare.Preparer(load_demo(), shape)
+        drawn = prepare.demo_clips(recipe.data["count"], shape, seed=1)
+        data.write(work / "data", preparer.encoded(drawn), preparer.negative(), {"source": "clips", **shape})
     if not (work / name / "accelerator.json").exists():
         train(load_demo(), settings, work / "data", work / name, base=Base("demo", licence="apache-2.0"))
     return work / name
@@ -223,38 +185,40 @@ def main() -> None:
         return
     mark = fingerprint(load_demo().transformer)
     cache = options.work / mark[:8]  # other weights of the demo share nothing with these
-    run, work = RUNS[options.run], cache / options.run
-    settings = make({**COMMON, **run.train})
-    size = "x".join(map(str, run.size.values()))
+    run, work, recipe = RUNS[options.run], cache / options.run, read_recipe(options.run)
+    settings = recipe.settings
+    size = Size(recipe.data["frames"], recipe.data["height"], recipe.data["width"])
 
     def untuned(pipe: Any) -> None:
         if settings.method != "dense":
             dit_accel.accelerate(pipe, settings.method, **settings.config)
 
-    folders = {"tuned": trained(run, settings, work, "trained")}
+    folders = {"tuned": trained(recipe, settings, size, work, "trained")}
     if run.dense_tuned:
         alike = dataclasses.replace(settings, method="dense", config={})
-        folders["dense tuned"] = trained(run, alike, work, "dense-trained")
+        folders["dense tuned"] = trained(recipe, alike, size, work, "dense-trained")
     ways = {kind: functools.partial(dit_accel.load, path=folder) for kind, folder in folders.items()}
-    dense = cached(cache / f"dense-{size}-{run.prompts}.npy", lambda: generate(run, *run.dense, lambda pipe: None))
-    videos = {"dense": dense}
+
+    def made(file: pathlib.Path, sampling: tuple[int, float], way: Callable[[Any], Any]) -> np.ndarray:
+        return cached(file, lambda: generate(size, run.prompts, sampling, way))
+
+    videos = {"dense": made(cache / f"dense-{size}-{run.prompts}.npy", run.dense, lambda pipe: None)}
     for kind, way in {"untuned": untuned, **ways}.items():
-        file = work / f"{kind.replace(' ', '-')}-{run.prompts}.npy"
-        videos[kind] = cached(file, lambda way=way: generate(run, *run.tuned, way))
+        videos[kind] = made(work / f"{kind.replace(' ', '-')}-{run.prompts}.npy", run.tuned, way)
     write_sheet(work / "sheet.png", list(videos.values()))
     losses = [row["loss"] for row in read_losses(folders["tuned"] / "losses.jsonl")]
-    true = true_clips(run)
+    true = true_clips(size, run.prompts)
     row = {
         "op": "train-demo",
         "weights": mark,
         "run": options.run,
-        "size": size,
+        "size": str(size),
         "prompts": run.prompts,
-        "clips": run.clips,
+        "clips": recipe.data["count"],
         "settings": settings.as_dict(),
         "steps and guidance": {"dense": run.dense, "method": run.tuned},
         "loss": {"first ten": float(np.mean(losses[:10])), "last ten": float(np.mean(losses[-10:]))},
-        **{kind: figures(own, dense, true) for kind, own in videos.items()},
+        **{kind: figures(own, videos["dense"], true) for kind, own in videos.items()},
         **provenance(torch.device("cpu")),
     }
     print(json.dumps(row, indent=1))
