@@ -59,7 +59,7 @@ def test_make_eval_writes_it(root):
     outside = {
         name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKEOVERRIDES", "OUTPUT")
     }
-    command = ["make", "--dry-run", "eval"]
+    command = ["make", "--dry-run", "--no-print-directory", "eval"]
     recipe = subprocess.run(command, cwd=root, env=outside, capture_output=True, text=True, check=True).stdout
     measured, _, after = recipe.partition("dit-accel eval --suite demo --output outputs/eval\n")
     assert measured and after.strip().endswith("-m dit_accel.eval.report.readme outputs/eval")
