@@ -78,7 +78,7 @@ class Accelerator:
         """Put the method to work; on an error everything is as before."""
         try:
             for engine in self._engines:
-                engine.attach()
+                engine.attach(self)
         except BaseException:
             for engine in self._engines:
                 engine.detach()

@@ -19,7 +19,7 @@ from dit_accel.layerwise import LayerSettings, distinct
 from dit_accel.pipelines import context_parallel, processor
 from dit_accel.pipelines.family import Call, Family, Layout, Memory
 from dit_accel.pipelines.processor import LEARNED, AcceleratedAttnProcessor, CallState
-from dit_accel.plans import Plan
+from dit_accel.plans import Plan, building
 from dit_accel.registry import Method
 from dit_accel.report import LayerReport, Tally
 from dit_accel.schedule import Schedule, Step
@@ -47,13 +47,14 @@ class PlanCache:
         """
         key = grid, device
         if key not in self._plans:
-            plan = self._method.plan(grid, self._config)
-            self._refuse_full(plan)
-            plan.prepare(device)
+            with building():
+                plan = self._method.plan(grid, self._config)
+                self._refuse_full(plan)
+                plan.prepare(device)
+                self.densities[grid], self.partial_blocks[grid] = plan.density, plan.partial_blocks
             if len(self._plans) >= PLANS_KEPT:
                 self._plans.pop(next(iter(self._plans)))
             self._plans[key] = plan
-            self.densities[grid], self.partial_blocks[grid] = plan.density, plan.partial_blocks
         return self._plans[key]
 
     def _refuse_full(self, plan: Plan) -> None:
@@ -177,6 +178,7 @@ class Engine:
         # Of the last call, by setting: plan, implementation and why that one, or why it was dense.
         self._last: dict[Any, tuple[Plan, str, str] | str] = {}
         self._handles: list[Any] = []
+        self._owner: object = None
         self.layers = self._find_layers(settings)
         # Layers with the same settings share a state, so that a compiled model has one graph for each setting.
         sparse = [layer.kind for layer in self.layers if layer.dense_reason is None]
@@ -206,16 +208,18 @@ class Engine:
         reason = f"dense_layers={self._schedule.dense_layers}"
         return [(settings, reason if index in dense else None) for index in range(layers)]
 
-    def attach(self) -> None:
-        """Wrap the processors, add learned weights and hook the transformer."""
+    def attach(self, owner: object) -> None:
+        """Wrap the processors, add learned weights and hook the transformer, whose hooks keep `owner` alive."""
         self._check_sharing()
+        self._owner = owner
         for layer in self.layers:
             learned = None
             if self._method.module is not None and layer.dense_reason is None:
-                learned = self._method.module(self._family.head_dim(layer.attention), layer.config)
                 device = next(layer.attention.parameters()).device
-                if device.type != "meta":  # as offloaded weights are between calls
-                    learned.to(device)
+                with building():
+                    learned = self._method.module(self._family.head_dim(layer.attention), layer.config)
+                    if device.type != "meta":  # as offloaded weights are between calls
+                        learned.to(device)
             state = self._dense_state if layer.dense_reason is not None else self._states[layer.kind]
             layer.attach(state, learned, self._family)
         # Compiled transformers run their hooks outside the graph, but with Dynamo watching: the first hook is traced,
@@ -230,7 +234,7 @@ class Engine:
         self.count_last_call()
         for handle in self._handles:
             handle.remove()
-        self._handles = []
+        self._handles, self._owner = [], None
         return [f"{self.name}.{layer.name}" for layer in self.layers if not layer.detach()]
 
     def count_last_call(self) -> None:

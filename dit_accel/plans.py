@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import abc
+import contextlib
 import functools
 import math
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
@@ -166,8 +168,9 @@ class StaticPlan(Plan):
     def lists(self, device: torch.device) -> tuple[BlockMask, torch.Tensor | None]:
         """The plan's own block mask and tables on `device`, built once."""
         if device not in self._lists:
-            tables = self.tables()
-            self._lists[device] = (self._blocks.to(device), None if tables is None else tables.to(device))
+            with building():
+                tables = self.tables()
+                self._lists[device] = (self._blocks.to(device), None if tables is None else tables.to(device))
         return self._lists[device]
 
     def prepare(self, device: torch.device) -> None:
@@ -280,7 +283,16 @@ def plan(method: str, grid: TokenGrid, **config: Any) -> Plan:
     from dit_accel import registry
 
     chosen = registry.get_method(method)
-    return chosen.plan(grid, registry.make_config(method, config))
+    with building():
+        return chosen.plan(grid, registry.make_config(method, config))
+
+
+@contextlib.contextmanager
+def building() -> Iterator[None]:
+    """What is made here outlives the call under way: ordinary tensors, which training may save, made on the CPU,
+    whatever inference mode and default device the caller has set."""
+    with torch.inference_mode(False), torch.device("cpu"):
+        yield
 
 
 def attention(
@@ -313,6 +325,8 @@ def attention(
                 f"{name} must be [batch, heads, {plan.grid.tokens}, head_dim] for the grid {plan.grid}, "
                 f"got {tuple(tensor.shape)}."
             )
+    if text_lens is not None and (text_lens.is_floating_point() or text_lens.dtype == torch.bool):
+        raise DitAccelError(f"text_lens are numbers of tokens, as integers; got {text_lens.dtype}.")
     return plan.attend(q, k, v, scale=scale, text_lens=text_lens, impl=impl)
 
 

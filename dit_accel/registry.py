@@ -77,8 +77,10 @@ def get_method(name: str) -> Method:
         DitAccelError: there is none; the message suggests the nearest name.
     """
     methods = get_methods()
-    if name not in methods:
-        raise DitAccelError(f"Unknown method {name!r}.{did_you_mean(name, methods)} Methods: {', '.join(methods)}.")
+    if not isinstance(name, str) or name not in methods:
+        raise DitAccelError(
+            f"Unknown method {name!r}.{did_you_mean(str(name), methods)} Methods: {', '.join(methods)}."
+        )
     return methods[name]
 
 

@@ -57,6 +57,29 @@ def test_remove_is_exact(method, config, tiny_wan, wan_inputs):
     assert torch.equal(run(transformer, inputs), before)
 
 
+def test_an_accelerator_that_nobody_kept_is_known(tiny_wan):
+    transformer = tiny_wan()
+    state = state_of(transformer)
+    dit_accel.accelerate(transformer, "sla", topk=0.3, block=16)
+    with pytest.raises(dit_accel.DitAccelError, match="already accelerated with sla"):
+        dit_accel.accelerate(transformer, "gna", **WINDOW)
+    dit_accel.accelerate(transformer, "gna", replace=True, **WINDOW).remove()
+    assert state_of(transformer) == state
+
+
+@pytest.mark.parametrize(("method", "config"), [("gna", WINDOW), ("sla", {"topk": 0.3, "block": 16})])
+def test_what_is_made_in_inference_mode_can_be_trained(method, config, tiny_wan, wan_inputs):
+    transformer, inputs = tiny_wan(), wan_inputs()
+    with torch.inference_mode():
+        accel = dit_accel.accelerate(transformer, method, **config)
+        before = transformer(**inputs, return_dict=False)[0]
+    after = transformer(**inputs, return_dict=False)[0]
+    after.square().mean().backward()
+    assert torch.equal(after, before)
+    assert all(weight.grad is not None for module in accel.learned_weights().values() for weight in module.parameters())
+    accel.remove()
+
+
 def test_a_with_statement_removes_even_after_an_error(tiny_wan):
     transformer = tiny_wan()
     state = state_of(transformer)

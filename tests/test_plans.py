@@ -135,3 +135,22 @@ def test_attention_wants_the_grids_tokens():
     plan = dit_accel.plan("gna", TokenGrid(1, 4, 4), window=2)
     with pytest.raises(DitAccelError, match=r"k must be \[batch, heads, 16, head_dim\]"):
         dit_accel.attention(torch.zeros(1, 1, 16, 8), torch.zeros(1, 1, 15, 8), torch.zeros(1, 1, 16, 8), plan)
+
+
+@pytest.mark.parametrize(
+    ("method", "config"), [("gna", {"window": (2, 3, 4)}), ("radial", {"rule": "reference", "block": 16})]
+)
+def test_the_callers_default_device_and_inference_mode_do_not_matter(method, config):
+    grid = dit_accel.TokenGrid(3, 5, 7, text=9)
+    wanted, _ = dit_accel.plan(method, grid, **config).lists(torch.device("cpu"))
+    with torch.device("meta"), torch.inference_mode():
+        found, _ = dit_accel.plan(method, grid, **config).lists(torch.device("cpu"))
+    assert torch.equal(found.kv_indices, wanted.kv_indices) and not found.kv_indices.is_inference()
+
+
+@pytest.mark.parametrize("lens", [torch.tensor([3.0]), torch.tensor([True])])
+def test_text_lens_are_integers(lens):
+    plan = dit_accel.plan("gna", dit_accel.TokenGrid(1, 3, 4, text=5), window=1)
+    q = torch.zeros(1, 1, 17, 8)
+    with pytest.raises(dit_accel.DitAccelError, match="text_lens are numbers of tokens"):
+        dit_accel.attention(q, q, q, plan, text_lens=lens)
