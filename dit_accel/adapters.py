@@ -50,6 +50,9 @@ class Trained:
     call: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
+RECORD = {field.name for field in dataclasses.fields(Trained)} | {"lora_sha256"}  # the keys of what `write` returns
+
+
 def fingerprint(module: nn.Module) -> str:
     """SHA-256 over the names, shapes and 16 values, as bfloat16, of every weight; adapters do not count.
 

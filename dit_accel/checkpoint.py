@@ -16,11 +16,23 @@ import torch
 from torch import nn
 
 from dit_accel.errors import DitAccelError
+from dit_accel.registry import make_config
 
 SETTINGS_FILE = "accelerator.json"
 WEIGHTS_FILE = "accelerator.safetensors"
 FORMAT = 1
 SETTINGS = ("method", "config", "layers", "schedule", "impl", "allow_dense")
+KINDS: dict[str, tuple[type, ...]] = {
+    "method": (str,),
+    "config": (dict,),
+    "layers": (dict, type(None)),
+    "schedule": (dict,),
+    "impl": (str,),
+    "allow_dense": (bool,),
+    "models": (dict,),
+    "trained": (dict, type(None)),
+    "weights_sha256": (str, type(None)),
+}
 VERSION = importlib.import_module("dit_accel").__version__
 
 Models = dict[str, dict[str, str]]
@@ -108,14 +120,15 @@ def read(path: str | pathlib.Path) -> Saved:
     """Read what `save` wrote.
 
     Raises:
-        DitAccelError: a file is missing, damaged, of another format, or does not belong to the other.
+        DitAccelError: a file is missing, damaged, of another format, changed by hand into what cannot be, or does not
+            belong to the other.
     """
     file = pathlib.Path(path) / SETTINGS_FILE
     try:
         content = json.loads(file.read_text())
     except OSError as error:
         raise DitAccelError(f"{path} is no saved accelerator: {file.name} cannot be read ({error}).") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DitAccelError(f"{file} is damaged ({error}); save the accelerator again.") from error
     wanted = {"format", "models", "weights_sha256", "trained", *SETTINGS}
     if not isinstance(content, dict) or not wanted <= content.keys():
@@ -125,12 +138,29 @@ def read(path: str | pathlib.Path) -> Saved:
             f"{file} has format {content['format']!r}, written by dit_accel {content.get('dit_accel_version')}; "
             f"dit_accel {VERSION} reads format {FORMAT}. Install the version that saved it."
         )
+    odd = [key for key, kinds in KINDS.items() if not isinstance(content[key], kinds)] or _odd_entries(content)
+    if odd:
+        raise DitAccelError(f"{file} was changed: {odd[0]} cannot be {content[odd[0]]!r}; save the accelerator again.")
     settings = {key: content[key] for key in SETTINGS}
     # JSON has no tuples.
     settings["config"] = {key: tuple(v) if isinstance(v, list) else v for key, v in settings["config"].items()}
+    if settings["layers"] is None:
+        make_config(settings["method"], settings["config"])
     digest = content["weights_sha256"]
     weights = {} if digest is None else _read_weights(file.parent, digest)
     return Saved(settings, content["trained"], content["models"], weights)
+
+
+def _odd_entries(content: Mapping[str, Any]) -> list[str]:
+    """The mappings whose keys are not those that `save` writes."""
+    from dit_accel.adapters import RECORD
+    from dit_accel.schedule import Schedule
+
+    keys = {"schedule": {field.name for field in dataclasses.fields(Schedule)}, "trained": RECORD}
+    odd = [name for name, own in keys.items() if content[name] is not None and content[name].keys() != own]
+    models = content["models"].values()
+    fits = all(isinstance(model, dict) and model.keys() == {"class", "config_hash"} for model in models)
+    return odd if fits else [*odd, "models"]
 
 
 def check_identity(path: str | pathlib.Path, saved: Models, present: Models) -> None:

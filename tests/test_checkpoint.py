@@ -49,6 +49,34 @@ def test_round_trip_with_learned_weights(saved, tiny_wan, wan_inputs):
 
 
 @pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"config": [1]}, "config cannot be"),
+        ({"config": {"topk": 0.3, "verify": "first-call"}}, "no setting 'verify'"),
+        ({"config": {"topk": "many"}}, "topk is the share"),
+        ({"schedule": {"dense_steps": 1, "dense_stps": 2}}, "schedule cannot be"),
+        ({"method": ["sla"]}, "method cannot be"),
+        ({"models": {"transformer": {"class": "WanTransformer3DModel"}}}, "models cannot be"),
+        ({"trained": {"model": "demo"}}, "trained cannot be"),
+        ({"allow_dense": "no"}, "allow_dense cannot be"),
+    ],
+    ids=lambda value: "".join(value) if isinstance(value, dict) else None,
+)
+def test_what_was_changed_by_hand_is_refused(saved, tiny_wan, change, message):
+    folder, _ = saved
+    content = json.loads((folder / checkpoint.SETTINGS_FILE).read_text())
+    (folder / checkpoint.SETTINGS_FILE).write_text(json.dumps(content | change))
+    transformer = tiny_wan()
+    with pytest.raises(dit_accel.DitAccelError, match=message):
+        dit_accel.load(transformer, folder)
+    assert all(type(module.processor).__name__ == "WanAttnProcessor" for module in attentions(transformer))
+
+
+def attentions(transformer):
+    return [block.attn1 for block in transformer.blocks]
+
+
+@pytest.mark.parametrize(
     ("method", "config"), [("gna", {"window": (3, "full", 0.5), "causal": (True, False, False)}), ("dense", {})]
 )
 def test_round_trip_of_settings_alone(method, config, tiny_wan, tmp_path):
