@@ -144,6 +144,8 @@ def evaluate(
     }
     asked: dict[str, Any] = {} if suite is None else suites.read(suite, SUITE_KEYS)
     asked |= {name: value for name, value in typed.items() if value is not None}
+    if "seeds" in asked:
+        asked["seeds"] = list(dict.fromkeys(asked["seeds"]))
     asked = {name: tuple(value) if isinstance(value, list) else value for name, value in asked.items()}
     folders = [choice.folder for choice in asked.get("methods", ()) if choice.folder is not None] if write_card else []
     if write_card and not folders:
@@ -183,7 +185,7 @@ def _seeds(text: str) -> list[int]:
         if span is None or (span[2] and int(span[2]) < int(span[1])):
             raise DitAccelError(f"--seeds are numbers and spans, such as 0,1,2 or 0-3; got {text!r}.")
         found += range(int(span[1]), int(span[2] or span[1]) + 1)
-    return list(dict.fromkeys(found))
+    return found
 
 
 def _print(summary: dict[str, Any]) -> None:

@@ -13,7 +13,7 @@ from dit_accel.eval.versions import machine, versions
 from dit_accel.generation import call, sources
 from dit_accel.generation import output as files
 from dit_accel.generation.choice import Choice, choose
-from dit_accel.generation.sampling import Sample, sample
+from dit_accel.generation.sampling import Sample, check_seeds, sample
 from dit_accel.generation.sizes import family_of, sizes_of
 from dit_accel.pipelines.sizes import Sizes
 from dit_accel.selfcheck import SelfCheck
@@ -197,6 +197,7 @@ def prepare(request: Request) -> Job:
         raise DitAccelError("--verify cannot look into compiled attention; leave out --compile for that run.")
     check = SelfCheck("first-call" if verify else None, request.keep_dense_above)
     chosen = dataclasses.replace(chosen, selfcheck=check)
+    check_seeds([request.seed])
     sizes = sizes_of(source)
     shape = sizes.chosen(request.frames, request.height, request.width)
     path = request.output or Path("output.mp4" if sizes.video else "output.png")

@@ -23,6 +23,7 @@ from dit_accel.eval.versions import machine, versions
 from dit_accel.generation import call, captioned, prompts, sources
 from dit_accel.generation.choice import Choice
 from dit_accel.generation.output import check_folder
+from dit_accel.generation.sampling import check_seeds
 from dit_accel.generation.sizes import sizes_of
 from dit_accel.pipelines.sizes import Sizes
 
@@ -94,6 +95,7 @@ def run(request: Request) -> Outcome:
     maps = None if request.attention_report is None else parse_choice(request.attention_report)
     limits = [] if request.require is None else gates.parse(request.require)
     source = sources.find(request.model, request.revision)
+    check_seeds(request.seeds)
     asked = prompts.read(request.prompts or ("demo" if source.kind == "embedded" else "general"))
     items = [Item(text, seed) for text in dict.fromkeys(asked.texts) for seed in request.seeds]
     sizes = sizes_of(source)

@@ -85,6 +85,9 @@ def _typed(source: str, key: str, value: Any, kind: type) -> Any:
         return Path(value)
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
         raise DitAccelError(f"--suite {source}: {key} should be of type {kind.__name__}, got {value!r}.")
+    least = 0 if key in ("seeds", "pictures") else 1
+    if kind is int and isinstance(value, int) and value < least:
+        raise DitAccelError(f"--suite {source}: {key} should be at least {least}, got {value}.")
     return value
 
 
@@ -97,8 +100,11 @@ def methods(listed: Iterable[Any]) -> list[Choice]:
     found = []
     for entry in listed:
         said = {"method": entry} if isinstance(entry, str) else entry
-        if not isinstance(said, dict) or not set(said) <= set(METHOD_KEYS):
-            raise DitAccelError(f"A method of a suite is text or has the keys {', '.join(METHOD_KEYS)}; got {entry!r}.")
+        if not isinstance(said, dict) or not set(said) <= set(METHOD_KEYS) or not said.keys() & {"method", "load"}:
+            raise DitAccelError(
+                f"A method of a suite is text, or has method or load among the keys {', '.join(METHOD_KEYS)}; got "
+                f"{entry!r}."
+            )
         texts = {key: _text(value) for key, value in said.items()}
         load = Path(texts["load"]) if "load" in texts else None
         first, last, layers = (texts.get(key) for key in METHOD_KEYS[2:])

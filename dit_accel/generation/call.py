@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import inspect
 import json
+import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dit_accel.errors import DitAccelError
+from dit_accel.generation import sampling
 from dit_accel.generation.sources import first_line, is_hub_id
 from dit_accel.registry import did_you_mean
 
@@ -28,6 +30,8 @@ OPTIONS = {
     "num_frames": "--frames",
     "height": "--height",
     "width": "--width",
+    "num_videos_per_prompt": "--seed",
+    "num_images_per_prompt": "--seed",
 }
 FRAME_RATES = ("frame_rate", "fps")  # what pipelines call it
 NOT_OPTIONS = {"self", "output_type", "return_dict", "callback_on_step_end", "callback_on_step_end_tensor_inputs"}
@@ -145,13 +149,15 @@ def call_arguments(
         extra: ``key=value`` for any other argument, the value in JSON, or else a plain word.
 
     Raises:
-        DitAccelError: the pipeline has no such argument, or needs one that was not given.
+        DitAccelError: the pipeline has no such argument, needs one that was not given, or a number is not finite.
     """
     takes = inspect.signature(type(pipe).__call__).parameters
     asked = {name: value for name, value in given.items() if value is not None}
-    for name in asked:
+    for name, value in asked.items():
         if name not in takes:
             raise DitAccelError(f"{type(pipe).__name__} takes no {OPTIONS[name]}; leave it out.")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise DitAccelError(f"{OPTIONS[name]} is a finite number, got {value}.")
     arguments = {name: value for name, value in own.items() if name in takes} | asked
     free = sorted(set(takes) - NOT_OPTIONS - set(OPTIONS))
     for item in extra:
@@ -180,15 +186,17 @@ def frame_rate(pipe: DiffusionPipeline, arguments: Mapping[str, Any]) -> int | N
 
 def _json_or_word(text: str) -> Any:
     try:
-        return json.loads(text)
-    except ValueError:
+        return json.loads(text, parse_constant=_refuse)
+    except json.JSONDecodeError:
         return text
+
+
+def _refuse(constant: str) -> None:
+    raise DitAccelError(f"--pipe takes finite numbers, got {constant}.")
 
 
 def warm_up(pipe: DiffusionPipeline, arguments: Mapping[str, Any], *, whole: bool) -> None:
     """Let lazy set-up happen before anything is timed: one denoising step, or the `whole` loop where it compiles."""
-    import torch
-
     steps = {} if whole else {"num_inference_steps": 1}
     pipe.set_progress_bar_config(disable=True)
-    pipe(**{**arguments, **steps}, generator=torch.Generator("cpu").manual_seed(0), output_type="np")
+    sampling.call(pipe, {**arguments, **steps}, seed=0)

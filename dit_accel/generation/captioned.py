@@ -48,7 +48,7 @@ def find(folder: Path) -> list[Captioned]:
 
 def _caption(path: Path) -> str | None:
     try:
-        text = " ".join(path.read_text(encoding="utf-8").split())
+        text = " ".join(path.read_text(encoding="utf-8-sig").split())
     except FileNotFoundError:
         return None
     except (OSError, UnicodeDecodeError) as error:

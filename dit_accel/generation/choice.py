@@ -121,7 +121,7 @@ def choose(
     }
     given = {name: value for name, value in schedule.items() if value is not None}
     if load is None:
-        name, config = registry.parse_method(method or "dense", settings or ())
+        name, config = registry.parse_method("dense" if method is None else method, settings or ())
         if family is not None:
             preset = family.preset(name, transformers)
             config, given = {**preset.config, **config}, {**preset.schedule, **given}

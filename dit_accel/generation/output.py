@@ -30,7 +30,7 @@ def check_output(output: Path, endings: tuple[str, ...], option: str = "--output
     """
     if output.suffix.lower() not in endings:
         raise DitAccelError(f"{option} {output} should end in {' or '.join(endings)}.")
-    if output.is_dir():
+    if os.path.isdir(output):
         raise DitAccelError(f"{option} {output} is a folder; give a file name in it.")
     _check_writable(output, output.absolute().parent, option)
 
@@ -41,16 +41,16 @@ def check_folder(output: Path, option: str = "--output") -> None:
     Raises:
         DitAccelError: it is a file, or it cannot be written to.
     """
-    if output.exists() and not output.is_dir():
+    if os.path.exists(output) and not os.path.isdir(output):
         raise DitAccelError(f"{option} {output} is a file; give a folder.")
     _check_writable(output, output.absolute(), option)
 
 
 def _check_writable(output: Path, folder: Path, option: str) -> None:
-    while not folder.exists():
+    while not os.path.exists(folder):
         folder = folder.parent
     try:
-        with tempfile.TemporaryFile(dir=folder):
+        with tempfile.TemporaryDirectory(prefix=_stage_prefix(output), dir=folder, ignore_cleanup_errors=True):
             pass
     except OSError as error:
         raise DitAccelError(f"{option} {output} cannot be written: {folder}: {error.strerror}.") from error
@@ -66,7 +66,7 @@ def staged(output: Path) -> Iterator[Path]:
     Raises:
         DitAccelError: writing failed, for instance on a full disk; nothing is left behind.
     """
-    prefix = f".dit-accel-{output.stem}."
+    prefix = _stage_prefix(output)
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         for left in [path for path in output.parent.iterdir() if path.name.startswith(prefix)]:
@@ -80,6 +80,11 @@ def staged(output: Path) -> Iterator[Path]:
             shutil.rmtree(stage)
     except OSError as error:
         raise DitAccelError(f"{output} could not be written: {error.strerror or error}.") from error
+
+
+def _stage_prefix(output: Path) -> str:
+    """How the names of `staged` folders for this output begin, and for no other."""
+    return f".dit-accel-{output.name}."
 
 
 def sibling(output: Path, tag: str) -> str:

@@ -66,7 +66,7 @@ def read(source: str) -> Prompts:
 
 def _lines(path: Path) -> list[str]:
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise DitAccelError(f"--prompts {path} cannot be read as text: {first_line(error)}.") from error
     return [line.strip() for line in text.splitlines() if line.strip()]

@@ -5,9 +5,12 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import time
-from collections.abc import Iterable, Iterator
+import traceback
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+from dit_accel.errors import DitAccelError
+from dit_accel.generation.sources import first_line
 from dit_accel.generation.stopwatch import Stopwatch
 
 if TYPE_CHECKING:
@@ -15,6 +18,8 @@ if TYPE_CHECKING:
     import torch
     from diffusers import DiffusionPipeline
     from rich.progress import Progress
+
+LARGEST_SEED = 2**64 - 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,13 +86,41 @@ class Steps:
         self.progress.update(self._task, advance=count)
 
 
+def check_seeds(seeds: Collection[int]) -> None:
+    """See before the work that PyTorch's generator takes these seeds.
+
+    Raises:
+        DitAccelError: there are none, or one is below 0 or above 2**64 - 1.
+    """
+    odd = [seed for seed in seeds if not 0 <= seed <= LARGEST_SEED]
+    if odd or not seeds:
+        raise DitAccelError(f"A seed is a number from 0 to 2**64 - 1; got {odd[0] if odd else 'none'}.")
+
+
+def call(pipe: DiffusionPipeline, arguments: Mapping[str, Any], seed: int) -> Any:
+    """The pipeline's output as numbers, its noise drawn on the CPU, so that it is the same on every device.
+
+    Raises:
+        DitAccelError: the pipeline's own check refuses the arguments.
+    """
+    import torch
+
+    generator = torch.Generator("cpu").manual_seed(seed)
+    try:
+        return pipe(**arguments, generator=generator, output_type="np")
+    except ValueError as error:
+        if all(frame.name != "check_inputs" for frame in traceback.extract_tb(error.__traceback__)):
+            raise
+        raise DitAccelError(f"{type(pipe).__name__} refuses what it was given: {first_line(error)}") from error
+
+
 def sample(pipe: DiffusionPipeline, arguments: dict[str, Any], seed: int, title: str, device: torch.device) -> Sample:
     """Call the pipeline once.
 
     Args:
         pipe: the pipeline.
         arguments: of its call.
-        seed: of the noise, drawn on the CPU, so that it is the same on every device.
+        seed: of the noise.
         title: for the progress bar.
         device: where the work runs.
     """
@@ -96,10 +129,9 @@ def sample(pipe: DiffusionPipeline, arguments: dict[str, Any], seed: int, title:
     on_gpu = device.type == "cuda"
     if on_gpu:
         torch.cuda.reset_peak_memory_stats(device)
-    generator = torch.Generator("cpu").manual_seed(seed)
     with _steps(pipe, title, device) as steps:
         began = time.perf_counter()
-        result = pipe(**arguments, generator=generator, output_type="np")
+        result = call(pipe, arguments, seed)
         synchronize(device)
         seconds = time.perf_counter() - began
     frames = result.frames[0] if hasattr(result, "frames") else result.images[:1]

@@ -28,6 +28,7 @@ from dit_accel.tokens import TokenGrid
 
 # Shares such as 0.7 + 0.3 do not always add up to 1 in binary.
 _ROUNDING = 1e-9
+LARGEST_BLOCK = 1024  # every block is computed whole, padding included
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +41,7 @@ class Config:
         skip: share dropped altogether, in [0, 1); ``int(skip * K)`` blocks. It counts in scope "marginal" only.
         feature_map: of the linear branch: "softmax" over the head dimension, "elu" plus one, or "relu".
         linear_scope: "all": linear attention over all visual keys; "marginal": over blocks neither kept nor dropped.
-        block: tokens a query block and a key block hold.
+        block: tokens a query block and a key block hold, at most 1024.
         order: "raster": blocks are runs of tokens; "tile": 3-D tiles, chosen per grid.
 
     Raises:
@@ -67,8 +68,8 @@ class Config:
         ):
             if getattr(self, name) not in known:
                 raise DitAccelError(f"{name} must be one of {', '.join(known)}; got {getattr(self, name)!r}.")
-        if not isinstance(self.block, int) or isinstance(self.block, bool) or self.block < 1:
-            raise DitAccelError(f"block is a number of tokens, at least 1; got {self.block!r}.")
+        if not isinstance(self.block, int) or isinstance(self.block, bool) or not 1 <= self.block <= LARGEST_BLOCK:
+            raise DitAccelError(f"block is a number of tokens from 1 to {LARGEST_BLOCK}; got {self.block!r}.")
         default = type(self).__dataclass_fields__["skip"].default
         if self.topk + self.skip > 1 + _ROUNDING and (self.linear_scope == "marginal" or self.skip != default):
             raise DitAccelError(

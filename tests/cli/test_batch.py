@@ -58,7 +58,7 @@ def test_again_makes_only_what_is_missing(cli, demo, prompts, tmp_path):
     (tmp_path / "shot-0001.json").unlink()
     (tmp_path / "shot-0002.json").unlink()
     (tmp_path / "shot-0002.gif").unlink()
-    (tmp_path / ".dit-accel-shot-0002.abc").mkdir()
+    (tmp_path / ".dit-accel-shot-0002.gif.abc").mkdir()
     (tmp_path / "shot.jsonl").unlink()
     outcome = cli(*asked)
     assert "2 of 5 prompts to do" in outcome.out

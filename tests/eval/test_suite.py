@@ -16,12 +16,12 @@ def read(tmp_path, text):
 def test_values(tmp_path):
     found = read(
         tmp_path,
-        "model: demo\nseeds: [0, 2]\nguidance: 5\nmethods:\n  - gna:window=0.5\n"
+        "model: demo\ncompile: false\nseeds: [0, 2]\nguidance: 5\nmethods:\n  - gna:window=0.5\n"
         "  - {method: 'radial:decay=0.2', dense_steps: 2, dense_layers: [0, 3]}\n"
         "  - {method: tile:references=1, dense_layers: [5]}\n",
     )
     one, other, third = found.pop("methods")
-    assert found == {"model": "demo", "seeds": [0, 2], "guidance": 5.0}
+    assert found == {"model": "demo", "compile": False, "seeds": [0, 2], "guidance": 5.0}
     assert (one.title, other.title) == ("gna:window=0.5", "radial:decay=0.2")
     assert (other.schedule.dense_steps, other.schedule.dense_layers) == (2, (0, 3))
     assert third.schedule.dense_layers == (5,)  # that layer, not as many layers
@@ -37,7 +37,9 @@ def test_values(tmp_path):
         ("- demo", "should hold keys and values"),
         ("model: [", "is not YAML"),
         ("methods: [gnaa]", "Did you mean 'gna'?"),
-        ("methods: [{method: gna, window: 2}]", "has the keys method, load"),
+        ("steps: -1", "steps should be at least 1, got -1"),
+        ("methods: [{method: gna, window: 2}]", "has method or load among the keys method, load"),
+        ("methods: [{dense_steps: 2}]", "has method or load among"),
         ("methods: [3]", "got 3"),
     ],
 )

@@ -32,12 +32,13 @@ def test_nothing_is_left_when_writing_fails(tmp_path):
 
 
 def test_what_a_killed_process_left_is_removed(tmp_path):
-    for name in (".dit-accel-a.x1", ".dit-accel-b.x1", ".dit-accel-a-1.x1"):
+    others = (".dit-accel-a.b.txt.x1", ".dit-accel-a.gif.x1", ".dit-accel-b.txt.x1")
+    for name in (".dit-accel-a.txt.x1", *others):
         (tmp_path / name).mkdir()
         (tmp_path / name / "a.txt").write_text("half")
     with output.staged(tmp_path / "a.txt") as stage:
         (stage / "a.txt").write_text("a")
-    assert sorted(path.name for path in tmp_path.iterdir()) == [".dit-accel-a-1.x1", ".dit-accel-b.x1", "a.txt"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [*others, "a.txt"]
 
 
 def test_a_full_disk_is_one_line(tmp_path):
@@ -47,6 +48,12 @@ def test_a_full_disk_is_one_line(tmp_path):
     ):
         (stage / "a").write_text("x")
         raise OSError(28, "No space left on device")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_name_that_is_too_long_is_refused_before_the_work(tmp_path):
+    with pytest.raises(DitAccelError, match="cannot be written"):
+        output.check_output(tmp_path / f"{'a' * 250}.mp4", (".mp4",))
     assert list(tmp_path.iterdir()) == []
 
 

@@ -19,6 +19,10 @@ class TestPrompts:
         (tmp_path / "a.txt").write_text("  a red circle\n\nzwei Füchse\na red circle\n", encoding="utf-8")
         assert prompts.read(str(tmp_path / "a.txt")).texts == ("a red circle", "zwei Füchse", "a red circle")
 
+    def test_what_windows_editors_write(self, tmp_path):
+        (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfa red circle\r\n\r\na blue square\r\n")
+        assert prompts.read(str(tmp_path / "a.txt")).texts == ("a red circle", "a blue square")
+
     @pytest.mark.parametrize("name", prompts.built_in())
     def test_built_in(self, name):
         assert len(prompts.read(name).texts) == 16
