@@ -147,7 +147,7 @@ def route(
     Args:
         q, k: the whole sequence, [B, H, N, D].
     """
-    cut = Cut(order.grid.shape, order.block, order.tile).pack()
+    cut = Cut.of(order).pack()
     name, _ = choose_impl(q.device.type, q.dtype, q.shape[-1], order, None, impl)
     routing = ops.route if name == "triton" else route_blocks
     return routing(visual_of(q, order).detach(), visual_of(k, order).detach(), cut, critical, skipped)

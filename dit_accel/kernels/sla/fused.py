@@ -7,6 +7,7 @@ import torch.nn.functional as F
 
 from dit_accel.kernels.sla import ops
 from dit_accel.kernels.sla.exact import attend_visual, visual_of, with_others
+from dit_accel.kernels.sla.layout import Cut
 from dit_accel.kernels.sla.setting import Setting
 
 
@@ -22,7 +23,8 @@ def sparse_linear_fused(
     Args:
         critical, skipped: key blocks that the router keeps and drops for each query block.
     """
-    order, cut, feature_map = setting.order, setting.cut.pack(), setting.feature_map
+    order, feature_map = setting.order, setting.feature_map
+    cut = Cut.of(order).pack()
     queries, keys, values = (visual_of(x, order) for x in (q, k, v))
     if setting.weight is None:
         kept, _ = ops.route(queries.detach(), keys.detach(), cut, critical, skipped)

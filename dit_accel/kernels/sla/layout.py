@@ -27,6 +27,11 @@ class Cut(NamedTuple):
     block: int
     tile: Shape | None = None
 
+    @classmethod
+    def of(cls, order: TokenOrder) -> Cut:
+        """How an order cuts its visual tokens."""
+        return cls(order.grid.shape, order.block, order.tile)
+
     def pack(self) -> list[int]:
         """The integers in the order in which the custom ops carry them."""
         return [*self.grid, self.block, *(self.tile or (0, 0, 0))]

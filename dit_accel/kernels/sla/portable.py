@@ -7,6 +7,7 @@ import torch.nn.functional as F
 
 from dit_accel.kernels.block_sparse.api import Impl
 from dit_accel.kernels.sla.exact import attend_visual, visual_of, with_others
+from dit_accel.kernels.sla.layout import Cut
 from dit_accel.kernels.sla.linear import linear_all, linear_marginal
 from dit_accel.kernels.sla.setting import Setting
 
@@ -34,7 +35,7 @@ def sparse_linear_portable(
             projected = linear_all(queries, keys, values, setting.feature_map, weight)
         else:
             linear, _ = linear_marginal(
-                queries, keys, values, critical, skipped, setting.cut.pack(), setting.feature_map
+                queries, keys, values, critical, skipped, Cut.of(setting.order).pack(), setting.feature_map
             )
             projected = F.linear(linear, weight.to(linear.dtype))
         if setting.bias is not None:

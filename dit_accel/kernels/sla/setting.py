@@ -7,7 +7,6 @@ from typing import Literal, NamedTuple, get_args
 import torch
 
 from dit_accel.kernels.sla.features import FeatureMap
-from dit_accel.kernels.sla.layout import Cut
 from dit_accel.order import TokenOrder
 
 LinearScope = Literal["all", "marginal"]
@@ -29,8 +28,3 @@ class Setting(NamedTuple):
     linear_scope: LinearScope
     weight: torch.Tensor | None
     bias: torch.Tensor | None
-
-    @property
-    def cut(self) -> Cut:
-        """How the visual tokens are cut into blocks."""
-        return Cut(self.order.grid.shape, self.order.block, self.order.tile)
