@@ -69,11 +69,12 @@ class StepClock:
         scheduler = self.scheduler
         if scheduler is None:
             return self._follow(_value(timestep))
-        timesteps = getattr(scheduler, "timesteps", None)
-        if timesteps is None or len(timesteps) == 0:
+        timesteps = _trajectory(scheduler)
+        if timesteps is None:
             raise DitAccelError(
                 f"The step schedule needs the trajectory, but {type(scheduler).__name__} has no timesteps yet: run the "
-                "pipeline, or call set_step(i, n) before calling its transformer directly."
+                "accelerated pipeline (another that shares the transformer must share the scheduler too), or call "
+                "set_step(i, n) before calling the transformer directly."
             )
         index = getattr(scheduler, "step_index", None)
         if index is None:
@@ -90,8 +91,7 @@ class StepClock:
         scheduler = self.scheduler
         if self._manual is None and scheduler is None and timestep is None:
             return None
-        timesteps = getattr(scheduler, "timesteps", None)
-        if self._manual is None and scheduler is not None and (timesteps is None or len(timesteps) == 0):
+        if self._manual is None and scheduler is not None and _trajectory(scheduler) is None:
             return None
         return self.now(timestep)
 
@@ -102,6 +102,16 @@ class StepClock:
             self._last_index += 1
         self._last_value = value
         return Step(self._last_index, None, progress=1 - value / NOISE_RANGE)
+
+
+def _trajectory(scheduler: Any) -> Any | None:
+    """The timesteps that `set_timesteps` chose; None before, where many schedulers hold all steps of their training."""
+    timesteps = getattr(scheduler, "timesteps", None)
+    if timesteps is None or len(timesteps) == 0:
+        return None
+    trained = getattr(getattr(scheduler, "config", None), "num_train_timesteps", None)
+    chosen = getattr(scheduler, "num_inference_steps", None) is not None or len(timesteps) != trained
+    return timesteps if chosen else None
 
 
 def _value(timestep: torch.Tensor | float | None) -> float:

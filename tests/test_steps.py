@@ -125,9 +125,12 @@ def test_set_refuses_what_is_no_step(step):
 
 
 def test_without_a_trajectory_the_advice_is_to_set():
-    pipe = Pipe(types.SimpleNamespace(timesteps=None))
-    with pytest.raises(DitAccelError, match="set_step"):
-        StepClock(pipe).now(torch.tensor(5.0))
+    for scheduler in (types.SimpleNamespace(timesteps=None), *(make() for make in SCHEDULERS.values())):
+        pipe = Pipe(scheduler)
+        clock = StepClock(pipe)
+        with pytest.raises(DitAccelError, match="set_step"):
+            clock.now(torch.tensor(999.0))
+        assert clock.now_if_told(torch.tensor(999.0)) is None
     with pytest.raises(DitAccelError, match="set_step"):
         StepClock().now(None)
 
