@@ -34,7 +34,7 @@ def group_rows(listed: torch.Tensor, query_sizes: torch.Tensor, key_sizes: torch
     for block, row in enumerate(inverse.tolist()):
         if query_sizes[block] > 0:
             groups[row].append(block)
-    sizes = torch.zeros(len(rows)).index_add_(0, inverse, query_sizes.float())
+    sizes = torch.zeros(len(rows), dtype=torch.float32).index_add_(0, inverse, query_sizes.float())
     weights = key_sizes.float()
     alive = (sizes > 0) & (rows.float() @ weights > 0)
     groups = [group for group, keep in zip(groups, alive.tolist(), strict=True) if keep]

@@ -70,7 +70,7 @@ class _Masks:
     def bias(self, q: torch.Tensor, k: torch.Tensor, device: torch.device) -> torch.Tensor:
         """The same as fp32 [nq, nk]: 0 or -inf."""
         allowed = self.allowed(q, k)
-        bias = torch.zeros(len(q), len(k))
+        bias = torch.zeros(len(q), len(k), dtype=torch.float32)
         return (bias if allowed is None else bias.masked_fill_(~allowed, float("-inf"))).to(device)
 
 
@@ -156,7 +156,7 @@ def build(
             digest = hashlib.blake2b(allowed.numpy().tobytes(), digest_size=16).digest()
             if digest not in biases and left >= 4 * allowed.numel():
                 left -= 4 * allowed.numel()
-                bias = torch.zeros(allowed.shape).masked_fill_(~allowed, float("-inf"))
+                bias = torch.zeros(allowed.shape, dtype=torch.float32).masked_fill_(~allowed, float("-inf"))
                 biases[digest] = bias.to(device)
             if digest in biases:
                 equal[len(q), len(k), kind, digest].append((q, k))
@@ -217,7 +217,8 @@ class PreparationCache:
                     self.entries.append(entry)
                     return entry.batches
             flags, words = (None if t is None else t.cpu() for t in (partial, tables))
-            batches = build(kv_indices.cpu(), kv_counts.cpu(), flags, words, geometry, device)
+            with torch.device("cpu"):  # whatever default device the caller has set
+                batches = build(kv_indices.cpu(), kv_counts.cpu(), flags, words, geometry, device)
             copies = tuple(None if t is None else t.clone() for t in lists)
             self.entries.append(_Entry(key, copies, StorageWeakRef(kv_indices.untyped_storage()), batches))
             del self.entries[:-MAX_ENTRIES]

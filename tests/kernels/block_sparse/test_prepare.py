@@ -1,5 +1,6 @@
 """What is worked out once per plan: groups that hold every pair once, and a cache that is never stale."""
 
+import functools
 import gc
 
 import pytest
@@ -130,3 +131,13 @@ def test_text_lengths_share_one_preparation(make_problem):
         problem.options["text_len"] = torch.tensor([length], dtype=torch.int32)
         torch.testing.assert_close(problem.call("portable"), problem.call("reference"))
     assert len(portable.preparations.entries) == 1
+
+
+def test_the_callers_defaults_do_not_matter(make_problem, request):
+    problem = make_problem((2, 4, 5), "gna", {"window": (1, 3, 3)})
+    wanted = problem.call("portable")
+    portable.preparations.entries.clear()
+    request.addfinalizer(functools.partial(torch.set_default_dtype, torch.get_default_dtype()))
+    torch.set_default_dtype(torch.bfloat16)
+    with torch.device("meta"):
+        assert torch.equal(problem.call("portable"), wanted)
