@@ -1,11 +1,12 @@
 """Compile every Triton kernel for GPUs that need not be here, and say what came out.
 
-    python -m dit_accel.kernels.ahead_of_time [--arch 90 ...] [--kernel NAME ...]
+    python -m dit_accel.kernels.ahead_of_time [--arch 90 ...] [--kernel NAME ...] [--loops]
 
 One JSON line a build: kernel, arch, dtype, config, registers, spill_bytes, shared_bytes, instructions. A configuration
 that the shared-memory rule leaves out on an architecture is a line too, with ``left_out``. Exit status 1 if a forward
 kernel spills, a kernel needs more shared memory than its architecture has, or 16-bit dots did not become matrix
-instructions. The configurations are those of the table that the launcher and the autotuner read.
+instructions. The configurations are those of the table that the launcher and the autotuner read. ``--loops`` adds the
+number of machine instructions of each loop that multiplies matrices, in the order of the code.
 """
 
 from __future__ import annotations
@@ -28,6 +29,9 @@ ARCHS = (80, 89, 90, 100, 120)
 DTYPES = ("fp16", "bf16")
 POINTERS = {"fp16": "*fp16", "bf16": "*bf16"}
 INSTRUCTIONS = re.compile(r"wgmma\.mma_async|tcgen05\.mma|mma\.sync|cp\.async\.bulk|cp\.async(?!\.bulk)")
+SASS_LINE = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(.*?);", re.MULTILINE)
+SASS_BRANCH = re.compile(r"\bBRA\b.* 0x([0-9a-f]+)")
+SASS_MATRIX = re.compile(r"\b(HGMMA|HMMA|UTC\w*MMA)\b")
 MATRIX = {"wgmma.mma_async", "tcgen05.mma", "mma.sync"}
 
 
@@ -70,8 +74,8 @@ def all_builds(arch: int) -> Iterator[Build]:
         yield from importlib.import_module(f"dit_accel.kernels.{folder.parent.name}.triton_builds").builds(arch)
 
 
-def compile_build(build: Build, arch: int, dtype: str) -> dict[str, Any]:
-    """Compile and read off what the kernel uses."""
+def compile_build(build: Build, arch: int, dtype: str, loops: bool = False) -> dict[str, Any]:
+    """Compile and read off what the kernel uses; `loops`: see `loop_lengths`."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -103,19 +107,41 @@ def compile_build(build: Build, arch: int, dtype: str) -> dict[str, Any]:
         "spill_bytes": usage["STACK"] + usage["LOCAL"],
         "shared_bytes": compiled.metadata.shared,
         "instructions": sorted(set(INSTRUCTIONS.findall(compiled.asm["ptx"]))),
+        **({"loops": loop_lengths(compiled.asm["cubin"])} if loops else {}),
     }
 
 
 def resource_usage(cubin: bytes) -> dict[str, int]:
-    """Registers, stack and local memory of a binary, by the `cuobjdump` that comes with Triton."""
+    """Registers, stack and local memory of a binary."""
+    return {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", _dump(cubin, "-res-usage"))}
+
+
+def loop_lengths(cubin: bytes) -> list[int]:
+    """Instructions of each innermost loop that multiplies matrices: what lies between a branch back and its target."""
+    places, lines = zip(*SASS_LINE.findall(_dump(cubin, "-sass")), strict=True)
+    number = {int(place, 16): i for i, place in enumerate(places)}
+    found: list[tuple[int, int]] = []
+    for last, line in enumerate(lines):
+        branch = SASS_BRANCH.search(line)
+        first = number.get(int(branch[1], 16), last) if branch else last
+        if first < last and any(map(SASS_MATRIX.search, lines[first:last])):
+            found.append((first, last))
+    inner = [a for a in found if not any(a != b and a[0] <= b[0] and b[1] <= a[1] for b in found)]
+    return [last - first + 1 for first, last in sorted(inner)]
+
+
+def _dump(cubin: bytes, option: str) -> str:
+    """What the `cuobjdump` that comes with Triton says of a binary; it finds the disassembler beside it."""
     import triton
 
-    tool = pathlib.Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    tools = pathlib.Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     with tempfile.TemporaryDirectory() as folder:
         path = pathlib.Path(folder) / "kernel.cubin"
         path.write_bytes(cubin)
-        said = subprocess.run([tool, "-res-usage", path], capture_output=True, text=True, check=True).stdout
-    return {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", said)}
+        search = {**os.environ, "PATH": f"{tools}{os.pathsep}{os.environ.get('PATH', '')}"}
+        return subprocess.run(
+            [tools / "cuobjdump", option, path], capture_output=True, text=True, check=True, env=search
+        ).stdout
 
 
 def complaint(row: dict[str, Any], limit: int, dots: bool = True) -> str | None:
@@ -139,6 +165,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--arch", type=int, nargs="+", default=ARCHS, help="compute capabilities, such as 90")
     parser.add_argument("--kernel", nargs="+", help="only kernels of these names")
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=DTYPES)
+    parser.add_argument("--loops", action="store_true", help="count the instructions of loops, too")
     options = parser.parse_args(arguments)
     jobs, failures = [], 0
     for arch in options.arch:
@@ -150,10 +177,10 @@ def main(arguments: list[str] | None = None) -> int:
                 row = {"kernel": build.kernel, "arch": f"sm_{arch}", "config": build.config, "left_out": reason}
                 print(json.dumps(row))
                 continue
-            jobs += [(build, arch, dtype) for dtype in options.dtype]
+            jobs += [(build, arch, dtype, options.loops) for dtype in options.dtype]
     with concurrent.futures.ProcessPoolExecutor(os.cpu_count()) as pool:
         rows = pool.map(compile_build, *zip(*jobs, strict=True), chunksize=4)
-        for (build, arch, dtype), row in zip(jobs, rows, strict=True):
+        for (build, arch, dtype, _), row in zip(jobs, rows, strict=True):
             print(json.dumps(row), flush=True)
             trouble = complaint(row, SHARED_BYTES[arch], build.dots)
             if trouble:
