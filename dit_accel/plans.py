@@ -155,7 +155,7 @@ class StaticPlan(Plan):
 
     def __init__(self, method: str, config: Any, grid: TokenGrid) -> None:
         super().__init__(method, config, grid)
-        self._lists: dict[torch.device, tuple[BlockMask, torch.Tensor | None]] = {}
+        self._lists: dict[torch.device, tuple[BlockMask, torch.Tensor | None, int]] = {}
 
     def tables(self) -> torch.Tensor | None:
         """The packed tables that decide the pairs of partial blocks; None if there are no partial blocks."""
@@ -165,12 +165,13 @@ class StaticPlan(Plan):
     def _blocks(self) -> BlockMask:
         return self.block_mask()
 
-    def lists(self, device: torch.device) -> tuple[BlockMask, torch.Tensor | None]:
-        """The plan's own block mask and tables on `device`, built once."""
+    def lists(self, device: torch.device) -> tuple[BlockMask, torch.Tensor | None, int]:
+        """The plan's own block mask and tables on `device`, and how many blocks the tables decide; built once."""
         if device not in self._lists:
             with building():
-                tables = self.tables()
-                self._lists[device] = (self._blocks.to(device), None if tables is None else tables.to(device))
+                decided = int(self._blocks.partial.sum())
+                tables = self.tables() if decided else None
+                self._lists[device] = self._blocks.to(device), None if tables is None else tables.to(device), decided
         return self._lists[device]
 
     def prepare(self, device: torch.device) -> None:
@@ -179,7 +180,7 @@ class StaticPlan(Plan):
     def choose_impl(
         self, device: torch.device, dtype: torch.dtype, head_dim: int, impl: Impl = "auto", *, learned: bool = False
     ) -> tuple[str, str]:
-        mask, _ = self.lists(device)
+        mask, _, _ = self.lists(device)
         obstacle = unsupported(dtype, head_dim, mask.query_order.block, mask.key_order.block)
         return choose_impl(device.type, impl, obstacle)
 
@@ -195,8 +196,8 @@ class StaticPlan(Plan):
         impl: Impl = "auto",
         module: torch.nn.Module | None = None,
     ) -> torch.Tensor:
-        lists, tables = self.lists(q.device)
-        return run_blocks(q, k, v, lists, tables, scale=scale, text_lens=text_lens, text_bias=text_bias, impl=impl)
+        blocks = self.lists(q.device)
+        return run_blocks(q, k, v, *blocks, scale=scale, text_lens=text_lens, text_bias=text_bias, impl=impl)
 
 
 class MaskPlan(StaticPlan):
@@ -336,6 +337,7 @@ def run_blocks(
     v: torch.Tensor,
     lists: BlockMask,
     tables: torch.Tensor | None,
+    partial_blocks: int,
     *,
     scale: float | None,
     text_lens: torch.Tensor | None,
@@ -359,6 +361,7 @@ def run_blocks(
         block_k=key_order.block,
         partial=None if tables is None else lists.partial,
         tables=tables,
+        partial_blocks=partial_blocks,
         grid=grid.shape,
         tile_q=query_order.tile,
         tile_k=key_order.tile,

@@ -142,9 +142,9 @@ def test_attention_wants_the_grids_tokens():
 )
 def test_the_callers_default_device_and_inference_mode_do_not_matter(method, config):
     grid = dit_accel.TokenGrid(3, 5, 7, text=9)
-    wanted, _ = dit_accel.plan(method, grid, **config).lists(torch.device("cpu"))
+    wanted, *_ = dit_accel.plan(method, grid, **config).lists(torch.device("cpu"))
     with torch.device("meta"), torch.inference_mode():
-        found, _ = dit_accel.plan(method, grid, **config).lists(torch.device("cpu"))
+        found, *_ = dit_accel.plan(method, grid, **config).lists(torch.device("cpu"))
     assert torch.equal(found.kv_indices, wanted.kv_indices) and not found.kv_indices.is_inference()
 
 

@@ -65,7 +65,8 @@ def binaries(monkeypatch):
 
     monkeypatch.setattr(block_sparse, "INTERPRETED", True)  # no device is asked for
     monkeypatch.setattr(block_sparse, "run", run)
-    monkeypatch.setattr(block_sparse, "delta_kernel", found.standing_in(block_sparse.delta_kernel))
+    for name in ("delta_kernel", "partial_words_kernel"):
+        monkeypatch.setattr(block_sparse, name, found.standing_in(getattr(block_sparse, name)))
     monkeypatch.setattr(sla, "_run", run_sla)
     return found
 
@@ -81,8 +82,8 @@ def dense_lists(tokens, device="cpu"):
     return lists, torch.full((blocks,), blocks, dtype=torch.int32, device=device)
 
 
-@pytest.mark.parametrize("text", [0, 5])
-def test_block_sparse_kernels_are_compiled_once(binaries, text):
+@pytest.mark.parametrize(("text", "tables"), [(0, None), (5, None), (5, torch.zeros(1, dtype=torch.int32))])
+def test_block_sparse_kernels_are_compiled_once(binaries, text, tables):
     for tokens in LENGTHS:
         q, k, v, grad = tensors(tokens + text)
         lists, counts = dense_lists(tokens)
@@ -90,7 +91,7 @@ def test_block_sparse_kernels_are_compiled_once(binaries, text):
         lists = torch.nn.functional.pad(lists, (0, blocks - len(lists), 0, blocks - len(lists)))
         counts = torch.nn.functional.pad(counts, (0, blocks - len(counts)))
         ints = Geometry((1, 1, tokens), (1, 1, tokens), BLOCK, BLOCK, None, None, 0, text, False).pack()
-        arguments = (lists, counts, None, None, None, None, None, None, ints, 0.125)
+        arguments = (lists, counts, None, tables, None, None, None, None, ints, 0.125)
         out, lse = block_sparse.forward(q, k, v, *arguments)
         block_sparse.backward(grad, lse, q, k, v, out, lse, *arguments)
     assert {name: len(keys) for name, keys in binaries.keys.items()} == {
@@ -98,7 +99,7 @@ def test_block_sparse_kernels_are_compiled_once(binaries, text):
         "block_sparse_bwd_kernel_dq": 1,
         "block_sparse_bwd_kernel_dkdv": 1,
         "delta_kernel": 1,
-    }
+    } | ({} if tables is None else {"partial_words_kernel": 1})
 
 
 def test_sla_kernels_are_compiled_once(binaries):

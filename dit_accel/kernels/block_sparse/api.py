@@ -36,6 +36,7 @@ def block_sparse_attention(
     grid: Shape,
     partial: torch.Tensor | None = None,
     tables: torch.Tensor | None = None,
+    partial_blocks: int | None = None,
     tile_q: Shape | None = None,
     tile_k: Shape | None = None,
     reference: int = 0,
@@ -67,6 +68,8 @@ def block_sparse_attention(
             blocks are attended whole. None with `tables`: all of them. Needs `tables`.
         tables: int32 [words], the packed predicate over visual pairs (`masks.Mask.pack`); pairs with a text or
             reference token are always allowed. None: every listed block is attended whole.
+        partial_blocks: how many entries `tables` decide, if known (or a number above); `triton` then makes room for the
+            bit masks of as many blocks, 1 KB a block of 128x64. None: for all entries of visual blocks.
         tile_q, tile_k: 3-D tile of a visual block; its product is the block. None: raster order.
         reference, text: reference and text tokens, padding included.
         query_grid: the queries are visual tokens alone, in a grid of this size, from row 0 of `q` (Nq and Nk may then
@@ -113,6 +116,7 @@ def block_sparse_attention(
         reference=reference,
         text=text,
         own_queries=query_grid is not None,
+        partial_blocks=partial_blocks,
     )
     starts = (visual_start, reference_start, text_start)
     _check_geometry(q, k, geometry, starts, text_len)
@@ -240,6 +244,8 @@ def _check_geometry(
 ) -> None:
     if geometry.reference < 0 or geometry.text < 0:
         raise DitAccelError(f"reference and text must be >= 0, got {geometry.reference} and {geometry.text}.")
+    if geometry.partial_blocks is not None and geometry.partial_blocks < 0:
+        raise DitAccelError(f"partial_blocks must be >= 0 or None, got {geometry.partial_blocks}.")
     given = [start is not None for start in starts]
     if any(given) and not all(given):
         raise DitAccelError("Give visual_start, reference_start and text_start together, or none of them.")

@@ -31,6 +31,7 @@ class Geometry:
         tile_q, tile_k: 3-D tile of a visual block, None for raster order.
         reference, text: reference and text keys, padding included.
         own_queries: the queries are a grid of visual tokens of their own, from row 0; else they are the keys' tokens.
+        partial_blocks: list entries whose pairs the tables decide, if the caller knows: room is made for as many.
     """
 
     grid: Shape
@@ -42,13 +43,15 @@ class Geometry:
     reference: int
     text: int
     own_queries: bool
+    partial_blocks: int | None = None
 
     def pack(self) -> list[int]:
         """The integers in the order in which the custom ops carry them."""
         none = (0, 0, 0)
+        partial_blocks = -1 if self.partial_blocks is None else self.partial_blocks
         return [
             *self.grid, *self.query_grid, self.block_q, self.block_k, *(self.tile_q or none), *(self.tile_k or none),
-            self.reference, self.text, int(self.own_queries),
+            self.reference, self.text, int(self.own_queries), partial_blocks,
         ]  # fmt: skip
 
     @classmethod
@@ -57,7 +60,7 @@ class Geometry:
         v = [int(i) for i in ints]
         grid, query_grid, tile_q, tile_k = ((v[at], v[at + 1], v[at + 2]) for at in (0, 3, 8, 11))
         tiles = tile_q if any(tile_q) else None, tile_k if any(tile_k) else None
-        return cls(grid, query_grid, v[6], v[7], *tiles, v[14], v[15], bool(v[16]))
+        return cls(grid, query_grid, v[6], v[7], *tiles, v[14], v[15], bool(v[16]), None if v[17] < 0 else v[17])
 
     @property
     def query_order(self) -> TokenOrder:

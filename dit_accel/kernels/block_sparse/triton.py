@@ -1,7 +1,14 @@
-"""The Triton implementation: forward and backward over block lists, with no copy of q, k or v and no host wait."""
+"""The Triton implementation: forward and backward over block lists, with no copy of q, k or v and no host wait.
+
+Memory beyond inputs and outputs: the lists, LSE and delta, and for masks that cut blocks the bits of those blocks, 1 KB
+each at 128x64: for `partial_blocks`, or for as many as the lists have room for. The bits are made in each call, and
+again in its backward. That is little beside the work of the heads that share them; kept for the backward, they would be
+held once for each layer.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 from collections.abc import Sequence
@@ -26,12 +33,15 @@ from dit_accel.kernels.block_sparse.triton_configs import (
     fitting,
     launches,
     unsupported,
+    words_warps,
 )
 from dit_accel.kernels.block_sparse.triton_forward import block_sparse_fwd_kernel
-from dit_accel.kernels.block_sparse.triton_lists import pack_lists, transpose_lists
+from dit_accel.kernels.block_sparse.triton_lists import Lists, pack_lists, transpose_lists
+from dit_accel.kernels.block_sparse.triton_predicate import partial_words_kernel
 
 JIT = {"forward": block_sparse_fwd_kernel, "dq": block_sparse_bwd_kernel_dq, "dkdv": block_sparse_bwd_kernel_dkdv}
 INTERPRETED = isinstance(block_sparse_fwd_kernel, InterpretedFunction)
+WORD_PROGRAMS = 16  # programs among which a list's partial blocks are dealt out
 # The compiler's default for this is about to change; contraction of a * b + c is what fp32 softmax wants.
 FUSION = {} if INTERPRETED else {"enable_fp_fusion": True}
 
@@ -57,7 +67,7 @@ def forward(
     out = call.gradient_of(q)
     lse = torch.full(q.shape[:3], -math.inf, dtype=torch.float32, device=q.device)
     call.launch(
-        "forward", (call.query_blocks, call.programs), (q, k, v, out, lse, *lists, call.tables, *call.starts),
+        "forward", (call.query_blocks, call.programs), (q, k, v, out, lse, *call.masked(lists), *call.starts),
         (*call.strides(q, k, v),), (*call.sizes, q.shape[1], q.shape[2], call.query_blocks, kv_indices.shape[-1]),
         per_head=kv_indices.ndim == 4,
     )  # fmt: skip
@@ -92,16 +102,20 @@ def backward(
     strides = (*call.strides(q, k, v), *grad_out.stride()[:3])
 
     lists = pack_lists(kv_indices, kv_counts, partial, tables, call.geometry)
+    masked = call.masked(lists)
     dq = call.gradient_of(q)
     call.launch(
-        "dq", (call.query_blocks, call.programs), (*operands, dq, *lists, call.tables, *call.starts), strides,
+        "dq", (call.query_blocks, call.programs), (*operands, dq, *masked, *call.starts), strides,
         (*call.sizes, q.shape[1], q.shape[2], call.query_blocks, kv_indices.shape[-1]), per_head=kv_indices.ndim == 4,
     )  # fmt: skip
 
-    transposed = transpose_lists(kv_indices, kv_counts, partial, tables, call.geometry)
+    numbers = None if tables is None else lists.numbers()
+    _, places, numbers, firsts = transpose_lists(lists.entries.view_as(kv_indices), kv_counts, call.geometry, numbers)
+    numbers = places if numbers is None else numbers  # without tables no numbers are read
     dk, dv = call.gradient_of(k), call.gradient_of(v)
     call.launch(
-        "dkdv", (call.key_blocks, call.programs), (*operands, dk, dv, *transposed, call.tables, *call.starts), strides,
+        "dkdv", (call.key_blocks, call.programs),
+        (*operands, dk, dv, places, numbers, firsts, masked[-1], *call.starts), strides,
         (*call.sizes, q.shape[1], q.shape[2], k.shape[2], call.key_blocks), per_head=kv_indices.ndim == 4,
     )  # fmt: skip
     return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
@@ -148,8 +162,7 @@ class _Call:
             start if start is not None else torch.full((q.shape[0],), default, dtype=torch.int32, device=q.device)
             for start, default in zip(starts, usual, strict=True)
         )
-        self.has_tables = tables is not None
-        self.tables = tables if tables is not None else self.starts[0]
+        self.tables = tables
         self.head_dim, self.dtype = q.shape[-1], q.dtype
         # Strides are passed in units that a compiler may rely on, so that rows load 16 bytes at a time
         unit = 16 // q.element_size()
@@ -160,6 +173,40 @@ class _Call:
     def strides(self, *tensors: torch.Tensor) -> tuple[int, ...]:
         """Batch, head and row strides of each tensor in units of `align`."""
         return tuple(stride // self.align for x in tensors for stride in x.stride()[:3])
+
+    def blocks(self) -> dict[str, int]:
+        """The kernels' constants for block sizes and tiles."""
+        geometry = self.geometry
+        return {
+            **dict(zip(("TILE_QT", "TILE_QH", "TILE_QW"), geometry.tile_q or (0, 0, 0), strict=True)),
+            **dict(zip(("TILE_KT", "TILE_KH", "TILE_KW"), geometry.tile_k or (0, 0, 0), strict=True)),
+            "BLOCK_Q": geometry.block_q,
+            "BLOCK_K": geometry.block_k,
+        }
+
+    def masked(self, lists: Lists) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Places and spans of the lists, and the bits of their partial blocks (see `triton_predicate`).
+
+        Room for the bits follows from shapes, or from `Geometry.partial_blocks`: nothing waits for the device.
+        """
+        geometry = self.geometry
+        if self.tables is None:
+            return lists.places, lists.spans, self.starts[0]  # no words are read
+        rows, width = lists.entries.shape
+        room = geometry.partial_blocks
+        if room is None:
+            visual_rows = rows // self.query_blocks * self.query_order.visual_blocks
+            room = visual_rows * min(width, self.key_order.visual_blocks)
+        else:
+            torch._assert_async(lists.partial_blocks() <= room, f"more than partial_blocks={room} blocks are partial")
+        words = lists.spans.new_empty(room, triton.cdiv(geometry.block_k, 64), geometry.block_q, dtype=torch.int64)
+        if room:
+            _start(
+                partial_words_kernel, (rows, min(width, WORD_PROGRAMS)),
+                words, lists.entries, lists.spans, self.tables, *geometry.grid, *geometry.query_grid,
+                self.query_blocks, width, **self.blocks(), num_warps=words_warps(geometry.block_q),
+            )  # fmt: skip
+        return lists.places, lists.spans, words
 
     def gradient_of(self, x: torch.Tensor) -> torch.Tensor:
         """Room for a result like x in [B, N, H, D], zero where no kernel writes."""
@@ -176,16 +223,12 @@ class _Call:
         sizes: tuple[int, ...],
         per_head: bool,
     ) -> None:
-        geometry = self.geometry
         constants = {
             "D": self.head_dim,
             "BLOCK_D": max(16, triton.next_power_of_2(self.head_dim)),
             "ALIGN": self.align,
-            **dict(zip(("TILE_QT", "TILE_QH", "TILE_QW"), geometry.tile_q or (0, 0, 0), strict=True)),
-            **dict(zip(("TILE_KT", "TILE_KH", "TILE_KW"), geometry.tile_k or (0, 0, 0), strict=True)),
-            "BLOCK_Q": geometry.block_q,
-            "BLOCK_K": geometry.block_k,
-            "HAS_TABLES": self.has_tables,
+            **self.blocks(),
+            "HAS_TABLES": self.tables is not None,
             "PRECISION": "ieee",
         }
         arguments = (*tensors, *strides, self.scale, *sizes, int(per_head), self.own_queries)
@@ -199,9 +242,14 @@ def run(
     if INTERPRETED:
         launch = next(launches(kernel, constants["BLOCK_Q"], constants["BLOCK_K"], constants["BLOCK_D"], 90))
         JIT[kernel][programs](*arguments, **constants, STEP=launch.step)
-        return
-    with torch.cuda.device(arguments[0].device):
-        _tuned(kernel)[programs](*arguments, **constants, **FUSION)
+    else:
+        _start(_tuned(kernel), programs, *arguments, **constants)
+
+
+def _start(kernel: Any, programs: tuple[int, int], *arguments: Any, **constants: Any) -> None:
+    """Launch a kernel on the device of its first argument."""
+    with contextlib.nullcontext() if INTERPRETED else torch.cuda.device(arguments[0].device):
+        kernel[programs](*arguments, **constants, **FUSION)
 
 
 @functools.cache
@@ -238,7 +286,8 @@ def _delta(out: torch.Tensor, grad_out: torch.Tensor, grad_lse: torch.Tensor | N
     delta = torch.empty(batch, heads, tokens, dtype=torch.float32, device=out.device)
     rows = 64
     grad = delta if grad_lse is None else grad_lse.contiguous()
-    delta_kernel[(triton.cdiv(tokens, rows), batch * heads)](
+    _start(
+        delta_kernel, (triton.cdiv(tokens, rows), batch * heads),
         out, grad_out, grad, delta, *out.stride()[:3], *grad_out.stride()[:3], heads, tokens,
         D=dim, BLOCK_D=max(16, triton.next_power_of_2(dim)), ROWS=rows, HAS_GRAD_LSE=grad_lse is not None,
     )  # fmt: skip

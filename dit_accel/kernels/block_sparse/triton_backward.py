@@ -5,10 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from dit_accel.kernels.block_sparse.triton_predicate import holds, words_of
+from dit_accel.kernels.block_sparse.triton_predicate import holds, load_words
 from dit_accel.kernels.block_sparse.triton_tokens import (
-    INDEX,
-    corner_of,
     head_of,
     list_of,
     locate,
@@ -46,10 +44,13 @@ def delta_kernel(
 
 @triton.jit
 def row_statistics(lse, delta, place, valid):
-    """LSE and delta of query rows. Rows without keys, and padding slots, get weights exp2(-inf) = 0."""
-    b_lse = tl.load(lse + place, mask=valid, other=float("inf"))
+    """LSE and delta of query rows. Rows without keys, and those not `valid` (None: all are), get weights of 0."""
+    if valid is None:
+        b_lse, b_delta = tl.load(lse + place), tl.load(delta + place)
+    else:
+        b_lse = tl.load(lse + place, mask=valid, other=float("inf"))
+        b_delta = tl.load(delta + place, mask=valid, other=0.0)
     b_lse = tl.where(b_lse == float("-inf"), float("inf"), b_lse)
-    b_delta = tl.load(delta + place, mask=valid, other=0.0)
     return b_lse, b_delta
 
 
@@ -61,7 +62,7 @@ def row_statistics(lse, delta, place, valid):
 ])  # fmt: skip
 def block_sparse_bwd_kernel_dq(
     q, k, v, grad_out, lse, delta, dq,
-    entries, pure_counts, counts, tables,
+    places, spans, words,
     visual_starts, reference_starts, text_starts, text_lens,
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row, g_batch, g_head, g_row,
     scale,
@@ -89,8 +90,9 @@ def block_sparse_bwd_kernel_dq(
 
     o_d = tl.arange(0, BLOCK_D)
     m_d = o_d < D
-    row_q, valid_q, raster_q = locate(
-        i_q, tl.arange(0, BLOCK_Q), visual_start * (1 - own_queries), reference_start, text_start, QT, QH, QW,
+    slot_q = tl.arange(0, BLOCK_Q)
+    row_q, valid_q, _raster_q = locate(
+        i_q, slot_q, visual_start * (1 - own_queries), reference_start, text_start, QT, QH, QW,
         query_reference, query_text, BLOCK_Q, TILE_QT, TILE_QH, TILE_QW,
     )  # fmt: skip
     rows_q = row_q.to(tl.int64)
@@ -99,36 +101,37 @@ def block_sparse_bwd_kernel_dq(
     b_g = tl.load(grad_out + rows_q[:, None] * g_row + o_d, mask=mask_q, other=0.0).to(b_q.dtype)
     b_lse, b_delta = row_statistics(lse, delta, i_bh.to(tl.int64) * query_tokens + rows_q, valid_q)
 
-    list_row, pure, count = list_of(i_bh, i_q, entries, pure_counts, counts, query_blocks, width, per_head)
+    list_row, pure, clean, tabled, count, number = list_of(
+        i_bh * per_head * query_blocks + i_q, places, spans, width
+    )  # fmt: skip
     acc = tl.zeros([BLOCK_Q, BLOCK_D], dtype=tl.float32)
     STEPS: tl.constexpr = BLOCK_K // STEP
-    for i in range(pure * STEPS):
-        place_k = places_in(i % STEPS * STEP + tl.arange(0, STEP), H, W, TILE_KH, TILE_KW)
-        p_tile_k = k + place_k[:, None] * (k_row * ALIGN) + o_d[None, :]
-        p_tile_v = v + place_k[None, :] * (v_row * ALIGN) + o_d[:, None]
-        corner = corner_of(tl.load(list_row + i // STEPS), H, W, BLOCK_K, TILE_KT, TILE_KH, TILE_KW)
-        first = (visual_start + corner).to(tl.int64)
-        if BLOCK_D == D:
-            b_k = tl.load(p_tile_k + first * (k_row * ALIGN))  # [STEP, BLOCK_D]
-            b_v = tl.load(p_tile_v + first * (v_row * ALIGN))  # [BLOCK_D, STEP]
-        else:
-            b_k = tl.load(p_tile_k + first * (k_row * ALIGN), mask=m_d[None, :], other=0.0)
-            b_v = tl.load(p_tile_v + first * (v_row * ALIGN), mask=m_d[:, None], other=0.0)
-        exponent = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * scale - b_lse[:, None]
-        weights = tl.exp2(exponent * LOG2E)
-        ds = weights * (tl.dot(b_g, b_v, input_precision=PRECISION) - b_delta[:, None])
-        acc = tl.dot(ds.to(b_k.dtype), b_k, acc, input_precision=PRECISION)
+    for MASKED in tl.static_range(1 + HAS_TABLES):  # visual keys without padding slots: whole blocks, then partial ones
+        for i in range(pure * STEPS * MASKED, (clean if MASKED else pure) * STEPS):
+            slot_k = i % STEPS * STEP
+            place_k = places_in(slot_k + tl.arange(0, STEP), H, W, TILE_KH, TILE_KW)
+            p_tile_k = k + place_k[:, None] * (k_row * ALIGN) + o_d[None, :]
+            p_tile_v = v + place_k[None, :] * (v_row * ALIGN) + o_d[:, None]
+            first = (visual_start + tl.load(list_row + i // STEPS)).to(tl.int64)
+            if BLOCK_D == D:
+                b_k = tl.load(p_tile_k + first * (k_row * ALIGN))  # [STEP, BLOCK_D]
+                b_v = tl.load(p_tile_v + first * (v_row * ALIGN))  # [BLOCK_D, STEP]
+            else:
+                b_k = tl.load(p_tile_k + first * (k_row * ALIGN), mask=m_d[None, :], other=0.0)
+                b_v = tl.load(p_tile_v + first * (v_row * ALIGN), mask=m_d[:, None], other=0.0)
+            exponent = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * scale - b_lse[:, None]
+            if MASKED:
+                low, high = load_words(words, number + i // STEPS - pure, slot_q, slot_k, None, STEP, BLOCK_Q, BLOCK_K)
+                seen = holds(low[:, None], high[:, None], tl.arange(0, STEP)[None, :], STEP)
+                exponent = tl.where(seen, exponent, float("-inf"))
+            ds = tl.exp2(exponent * LOG2E) * (tl.dot(b_g, b_v, input_precision=PRECISION) - b_delta[:, None])
+            acc = tl.dot(ds.to(b_k.dtype), b_k, acc, input_precision=PRECISION)
 
-    for i in range(pure * STEPS, count * STEPS):
-        slot_k = i % STEPS * STEP + tl.arange(0, STEP)
-        entry = tl.load(list_row + i // STEPS)
-        if HAS_TABLES:
-            low, high = words_of(
-                entry, tables, raster_q, entry & INDEX, QH, QW, T, H, W, BLOCK_K, TILE_KT, TILE_KH, TILE_KW
-            )  # fmt: skip
+    for i in range(clean * STEPS, count * STEPS):
+        slot_k = i % STEPS * STEP
         row_k, valid_k, _ = locate(
-            entry & INDEX, slot_k, visual_start, reference_start, text_start, T, H, W,
-            reference, text_len, BLOCK_K, TILE_KT, TILE_KH, TILE_KW,
+            tl.load(list_row + i // STEPS), slot_k + tl.arange(0, STEP), visual_start, reference_start, text_start,
+            T, H, W, reference, text_len, BLOCK_K, TILE_KT, TILE_KH, TILE_KW,
         )  # fmt: skip
         rows = row_k.to(tl.int64)
         p_k = k + rows[:, None] * (k_row * ALIGN) + o_d[None, :]
@@ -139,7 +142,10 @@ def block_sparse_bwd_kernel_dq(
         # a padding key's logit of 0 may be far above the LSE: its weight must not become infinite
         exponent = tl.where(valid_k[None, :], exponent, float("-inf"))
         if HAS_TABLES:
-            exponent = tl.where(holds(low[:, None], high[:, None], slot_k[None, :], BLOCK_K), exponent, float("-inf"))
+            j = i // STEPS
+            low, high = load_words(words, number + j - pure, slot_q, slot_k, j < tabled, STEP, BLOCK_Q, BLOCK_K)
+            seen = holds(low[:, None], high[:, None], tl.arange(0, STEP)[None, :], STEP)
+            exponent = tl.where(seen, exponent, float("-inf"))
         ds = tl.exp2(exponent * LOG2E) * (tl.dot(b_g, b_v, input_precision=PRECISION) - b_delta[:, None])
         acc = tl.dot(ds.to(b_k.dtype), b_k, acc, input_precision=PRECISION)
 
@@ -155,7 +161,7 @@ def block_sparse_bwd_kernel_dq(
 ])  # fmt: skip
 def block_sparse_bwd_kernel_dkdv(
     q, k, v, grad_out, lse, delta, dk, dv,
-    entries, firsts, tables,
+    places, numbers, firsts, words,
     visual_starts, reference_starts, text_starts, text_lens,
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row, g_batch, g_head, g_row,
     scale,
@@ -168,7 +174,8 @@ def block_sparse_bwd_kernel_dkdv(
 ):  # fmt: skip
     """dk and dv [B, Nk, H, D] of one key block of one head, over the query blocks that visit it.
 
-    Transposed entries are ``entries[firsts[row] : firsts[row + 1]]``; a query block is taken in steps of STEP rows.
+    They and their words are listed in `places` and `numbers` (`triton_lists.Transposed`); a query block is taken in
+    steps of STEP rows. Padding keys need no mask: each has a row of its own in every product, which is not stored.
     """
     i_k = key_blocks - 1 - tl.program_id(0)
     i_bh = tl.program_id(1)
@@ -194,35 +201,46 @@ def block_sparse_bwd_kernel_dkdv(
     b_k = tl.load(k + rows_k[:, None] * (k_row * ALIGN) + o_d, mask=mask_k, other=0.0)
     b_v = tl.load(v + rows_k[:, None] * (v_row * ALIGN) + o_d, mask=mask_k, other=0.0)
 
-    row = i_bh * per_head * (key_blocks + 1) + i_k
-    first, last = tl.load(firsts + row), tl.load(firsts + row + 1)
+    p_first = firsts + i_bh * per_head * (2 * key_blocks + 1) + 2 * i_k
+    visual_start *= 1 - own_queries
     b_dk = tl.zeros([BLOCK_K, BLOCK_D], dtype=tl.float32)
     b_dv = tl.zeros([BLOCK_K, BLOCK_D], dtype=tl.float32)
     STEPS: tl.constexpr = BLOCK_Q // STEP
-    for i in range(first * STEPS, last * STEPS):
-        entry = tl.load(entries + i // STEPS)
-        row_q, valid_q, raster_q = locate(
-            entry & INDEX, i % STEPS * STEP + tl.arange(0, STEP),
-            visual_start * (1 - own_queries), reference_start, text_start, QT, QH, QW,
-            query_reference, query_text, BLOCK_Q, TILE_QT, TILE_QH, TILE_QW,
-        )  # fmt: skip
-        if HAS_TABLES:
-            low, high = words_of(
-                entry, tables, raster_q, i_k, QH, QW, T, H, W, BLOCK_K, TILE_KT, TILE_KH, TILE_KW
-            )  # fmt: skip
-        rows_q = row_q.to(tl.int64)
-        mask_q = valid_q[:, None] & m_d
-        b_q = tl.load(q + rows_q[:, None] * (q_row * ALIGN) + o_d, mask=mask_q, other=0.0)  # [STEP, BLOCK_D]
-        b_g = tl.load(grad_out + rows_q[:, None] * g_row + o_d, mask=mask_q, other=0.0).to(b_q.dtype)
-        b_lse, b_delta = row_statistics(lse, delta, statistics + rows_q, valid_q)
-        exponent = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION) * scale - b_lse[None, :]
-        exponent = tl.where(valid_k[:, None], exponent, float("-inf"))
-        if HAS_TABLES:
-            exponent = tl.where(holds(low[None, :], high[None, :], slot_k[:, None], BLOCK_K), exponent, float("-inf"))
-        weights = tl.exp2(exponent * LOG2E)  # [BLOCK_K, STEP]
-        b_dv = tl.dot(weights.to(b_g.dtype), b_g, b_dv, input_precision=PRECISION)
-        ds = weights * (tl.dot(b_v, tl.trans(b_g), input_precision=PRECISION) - b_delta[None, :])
-        b_dk = tl.dot(ds.to(b_q.dtype), b_q, b_dk, input_precision=PRECISION)
+    for BOUNDED in tl.static_range(2):  # blocks of visual queries without padding slots, then the others
+        for i in range(tl.load(p_first + BOUNDED) * STEPS, tl.load(p_first + BOUNDED + 1) * STEPS):
+            slot_q = i % STEPS * STEP + tl.arange(0, STEP)
+            block = tl.load(places + i // STEPS)
+            if BOUNDED:
+                row_q, valid_q, _raster_q = locate(
+                    block, slot_q, visual_start, reference_start, text_start, QT, QH, QW,
+                    query_reference, query_text, BLOCK_Q, TILE_QT, TILE_QH, TILE_QW,
+                )  # fmt: skip
+                rows_q = row_q.to(tl.int64)
+                mask_q = valid_q[:, None] & m_d
+                b_q = tl.load(q + rows_q[:, None] * (q_row * ALIGN) + o_d, mask=mask_q, other=0.0)  # [STEP, BLOCK_D]
+                b_g = tl.load(grad_out + rows_q[:, None] * g_row + o_d, mask=mask_q, other=0.0).to(b_q.dtype)
+                b_lse, b_delta = row_statistics(lse, delta, statistics + rows_q, valid_q)
+            else:
+                place_q = places_in(slot_q, QH, QW, TILE_QH, TILE_QW)
+                first = (visual_start + block).to(tl.int64)
+                p_q = q + place_q[:, None] * (q_row * ALIGN) + o_d + first * (q_row * ALIGN)
+                p_g = grad_out + place_q[:, None] * g_row + o_d + first * g_row
+                if BLOCK_D == D:
+                    b_q, b_g = tl.load(p_q), tl.load(p_g).to(b_k.dtype)
+                else:
+                    b_q = tl.load(p_q, mask=m_d[None, :], other=0.0)
+                    b_g = tl.load(p_g, mask=m_d[None, :], other=0.0).to(b_k.dtype)
+                b_lse, b_delta = row_statistics(lse, delta, statistics + first + place_q, None)
+            exponent = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION) * scale - b_lse[None, :]
+            if HAS_TABLES:
+                number = tl.load(numbers + i // STEPS)
+                low, high = load_words(words, number, slot_q, 0, number >= 0, BLOCK_K, BLOCK_Q, BLOCK_K)
+                seen = holds(low[None, :], high[None, :], slot_k[:, None], BLOCK_K)
+                exponent = tl.where(seen, exponent, float("-inf"))
+            weights = tl.exp2(exponent * LOG2E)  # [BLOCK_K, STEP]
+            b_dv = tl.dot(weights.to(b_g.dtype), b_g, b_dv, input_precision=PRECISION)
+            ds = weights * (tl.dot(b_v, tl.trans(b_g), input_precision=PRECISION) - b_delta[None, :])
+            b_dk = tl.dot(ds.to(b_q.dtype), b_q, b_dk, input_precision=PRECISION)
 
     place = ((i_b.to(tl.int64) * key_tokens + rows_k[:, None]) * heads + i_h) * D + o_d
     tl.store(dk + place, (b_dk * scale).to(dk.dtype.element_ty), mask=mask_k)

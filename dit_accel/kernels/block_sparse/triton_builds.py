@@ -5,7 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from dit_accel.kernels.ahead_of_time import Build
-from dit_accel.kernels.block_sparse.triton_configs import BLOCKS, HEAD_DIMS, KERNELS, fitting, launches, shared_bytes
+from dit_accel.kernels.block_sparse.triton_configs import (
+    BLOCKS,
+    HEAD_DIMS,
+    KERNELS,
+    fitting,
+    launches,
+    shared_bytes,
+    words_warps,
+)
 
 FUNCTIONS = {
     "forward": "triton_forward:block_sparse_fwd_kernel",
@@ -13,13 +21,14 @@ FUNCTIONS = {
     "dkdv": "triton_backward:block_sparse_bwd_kernel_dkdv",
 }
 TILES = {64: (1, 8, 8), 128: (2, 8, 8)}
-RASTER = (0, 0, 0)
+STAGES = 3  # Triton's own, for a kernel without a pipelined loop
 DATA = ("q", "k", "v", "out", "grad_out", "dq", "dk", "dv")
-INTEGERS = ("entries", "pure_counts", "counts", "firsts", "tables")
+INTEGERS = ("entries", "places", "spans", "numbers", "firsts", "tables")
 STARTS = ("visual_starts", "reference_starts", "text_starts", "text_lens")
 POINTERS = (
     *((name, "data") for name in DATA),
     *((name, "*i32") for name in (*INTEGERS, *STARTS)),
+    ("words", "*i64"),
     ("lse", "*fp32"),
     ("delta", "*fp32"),
     ("scale", "fp32"),
@@ -28,6 +37,18 @@ POINTERS = (
 
 def builds(arch: int) -> Iterator[Build]:
     """Each kernel, block size, head dimension and launch; with tables in tile order, one size also in raster order."""
+    for block_q, block_k in BLOCKS:
+        for tiled in (True, False):
+            yield Build(
+                kernel="block_sparse_words_forward",
+                function="dit_accel.kernels.block_sparse.triton_predicate:partial_words_kernel",
+                constants=tuple(_blocks(block_q, block_k, tiled).items()),
+                pointers=POINTERS,
+                warps=words_warps(block_q),
+                stages=STAGES,
+                needs=0,
+                dots=False,
+            )
     for kernel in KERNELS:
         for block_q, block_k in BLOCKS:
             for head_dim in HEAD_DIMS:
@@ -37,15 +58,11 @@ def builds(arch: int) -> Iterator[Build]:
                 for launch in fitting(*sizes, itemsize=2, capability=arch) or smallest:
                     # raster order differs in address arithmetic alone: one size stands for all
                     for tiled in (True, False) if (block_q, block_k, head_dim) == (128, 64, 128) else (True,):
-                        tiles = (TILES[block_q], TILES[block_k]) if tiled else (RASTER, RASTER)
-                        names = ("TILE_QT", "TILE_QH", "TILE_QW", "TILE_KT", "TILE_KH", "TILE_KW")
                         constants = {
                             "D": head_dim,
                             "BLOCK_D": head_dim,
                             "ALIGN": 8,
-                            "BLOCK_Q": block_q,
-                            "BLOCK_K": block_k,
-                            **dict(zip(names, (*tiles[0], *tiles[1]), strict=True)),
+                            **_blocks(block_q, block_k, tiled),
                             "HAS_TABLES": True,
                             "PRECISION": "ieee",
                             "STEP": launch.step,
@@ -59,3 +76,9 @@ def builds(arch: int) -> Iterator[Build]:
                             stages=launch.stages,
                             needs=shared_bytes(kernel, launch, *sizes[1:], itemsize=2),
                         )
+
+
+def _blocks(block_q: int, block_k: int, tiled: bool) -> dict[str, int]:
+    names = ("TILE_QT", "TILE_QH", "TILE_QW", "TILE_KT", "TILE_KH", "TILE_KW")
+    tiles = (*TILES[block_q], *TILES[block_k]) if tiled else (0,) * 6
+    return {"BLOCK_Q": block_q, "BLOCK_K": block_k, **dict(zip(names, tiles, strict=True))}

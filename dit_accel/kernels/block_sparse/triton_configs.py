@@ -45,21 +45,30 @@ def launches(kernel: str, block_q: int, block_k: int, block_d: int, capability: 
     """Candidates for a kernel on a compute capability (90 for 9.0), best first: those that spill nowhere.
 
     An fp32 accumulator of a block's rows x block_d lives in registers, beside the scores of a step and their weights.
-    9.0 and 10.0 multiply out of shared memory; elsewhere each warp holds the step's rows in registers too, so that a
-    step is half as large, as it is for dq, which holds a second product, and smaller yet for the two accumulators of dk
-    and dv. A loop hides a tile's latency behind as many in flight as shared memory holds; on 12.0 more than two cost
-    registers that are not there. Off the data-center chips 4 warps spill even at 64 x 64.
+    9.0 and 10.0 multiply out of shared memory, and one group of 4 warps holds 64 rows; elsewhere each warp holds the
+    step's rows in registers too, so that a step is half as large, or as large with half the rows. It is smaller for
+    dq, which holds a second product, and for the two accumulators of dk and dv. A loop hides a tile's latency behind
+    as many in flight as shared memory holds. Off the data-center chips 4 warps spill even at 64 x 64.
     """
     own, listed = (block_k, block_q) if kernel == "dkdv" else (block_q, block_k)
-    warps = 8 if own * block_d > 64 * 64 or capability not in BIG else 4
+    generation, small = capability // 10, own * block_d <= 64 * 64
+    grouped = generation == 9 or (generation == 10 and kernel == "forward")
+    warps = 4 if capability in BIG and own <= 64 and block_d <= 128 and (small or grouped) else 8
     if kernel == "dkdv":
-        step = 32 if own * block_d <= 64 * 128 else 16
+        step = {9: 32, 10: 64}.get(generation, 32 if own * block_d <= 64 * 128 else 16)
+    elif kernel == "dq":
+        step = (64 * 128 if generation == 9 and own > 64 else 64 * 64) // block_d
     else:
-        from_shared_memory = kernel == "forward" and capability // 10 in (9, 10)
-        step = (64 * 128 if from_shared_memory else 64 * 64) // block_d
-    step = min(listed, 64, max(16, step))
-    most = 4 if kernel == "forward" and capability // 10 != 12 else 2
+        step = (64 * 128 if generation in (9, 10) or own * block_d <= 64 * 128 else 64 * 64) // block_d
+    longest = 128 if generation == 9 and kernel == "forward" else 64
+    step = min(listed, longest, max(16, step))
+    most = 4 if kernel == "forward" else 2
     yield from (Launch(warps, stages, step) for stages in range(most, 0, -1))
+
+
+def words_warps(block_q: int) -> int:
+    """Warps of the kernel that writes the bits of partial blocks: a thread for each query."""
+    return max(1, block_q // 32)
 
 
 def shared_bytes(kernel: str, launch: Launch, block_q: int, block_k: int, block_d: int, itemsize: int) -> int:
@@ -75,8 +84,8 @@ def shared_bytes(kernel: str, launch: Launch, block_q: int, block_k: int, block_
 def fitting(kernel: str, block_q: int, block_k: int, block_d: int, itemsize: int, capability: int) -> list[Launch]:
     """The candidates that are tried on a compute capability (90 for 9.0): the best that its shared memory holds.
 
-    Two for the forward kernel (one on 12.0, where the second spills) and one for the others, so that tuning and
-    ahead-of-time compilation stay short. Empty if none fits.
+    Two for the forward kernel and one for the others, so that tuning and ahead-of-time compilation stay short. Empty if
+    none fits.
     """
     limit = SHARED_BYTES.get(capability, min(SHARED_BYTES.values()))
     fit = [
@@ -84,4 +93,4 @@ def fitting(kernel: str, block_q: int, block_k: int, block_d: int, itemsize: int
         for launch in launches(kernel, block_q, block_k, block_d, capability)
         if shared_bytes(kernel, launch, block_q, block_k, block_d, itemsize) <= limit
     ]
-    return fit[: 2 if kernel == "forward" and capability // 10 != 12 else 1]
+    return fit[: 2 if kernel == "forward" else 1]

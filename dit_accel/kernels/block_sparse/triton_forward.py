@@ -5,10 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from dit_accel.kernels.block_sparse.triton_predicate import holds, words_of
+from dit_accel.kernels.block_sparse.triton_predicate import holds, load_words
 from dit_accel.kernels.block_sparse.triton_tokens import (
-    INDEX,
-    corner_of,
     head_of,
     list_of,
     locate,
@@ -20,13 +18,16 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def absorb(acc, peak, total, scores, b_v, PRECISION: tl.constexpr):
-    """One step of the online softmax in base 2; `scores` are scaled logits, -inf where a pair is not allowed."""
-    new_peak = tl.maximum(peak, tl.max(scores, 1))
+def absorb(acc, peak, total, scores, scale, b_v, PRECISION: tl.constexpr):
+    """One step of the online softmax in base 2; `scores` are -inf where a pair is not allowed, `peak` is scaled.
+
+    With a scale above 0 the maximum is taken before scaling, and scaling is part of the exponent's subtraction.
+    """
+    new_peak = tl.maximum(peak, tl.max(scores, 1) * scale)
     # a row that has seen no key yet has peak -inf; any finite number keeps its weights at exp2(-inf) = 0
     safe = tl.where(new_peak == float("-inf"), 0.0, new_peak)
     shrink = tl.exp2(peak - safe)
-    weights = tl.exp2(scores - safe[:, None])
+    weights = tl.exp2(scores * scale - safe[:, None])
     total = total * shrink + tl.sum(weights, 1)
     acc = tl.dot(weights.to(b_v.dtype), b_v, acc * shrink[:, None], input_precision=PRECISION)
     return acc, new_peak, total
@@ -39,7 +40,7 @@ def absorb(acc, peak, total, scores, b_v, PRECISION: tl.constexpr):
 ])  # fmt: skip
 def block_sparse_fwd_kernel(
     q, k, v, out, lse,
-    entries, pure_counts, counts, tables,
+    places, spans, words,
     visual_starts, reference_starts, text_starts, text_lens,
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
     scale,
@@ -52,9 +53,8 @@ def block_sparse_fwd_kernel(
 ):  # fmt: skip
     """Output [B, Nq, H, D] and LSE [B, H, Nq] of one query block of one head; strides come divided by ALIGN.
 
-    A key block is taken in steps of STEP rows.
+    A key block is taken in steps of STEP rows. `words` are those of `triton_predicate`.
     """
-    scale = scale * LOG2E
     # text rows, which see everything, are the last blocks: start them first
     i_q = query_blocks - 1 - tl.program_id(0)
     i_bh = tl.program_id(1)
@@ -69,54 +69,64 @@ def block_sparse_fwd_kernel(
 
     o_d = tl.arange(0, BLOCK_D)
     m_d = o_d < D
-    row_q, valid_q, raster_q = locate(
-        i_q, tl.arange(0, BLOCK_Q), visual_start * keep, reference_start, text_start, QT, QH, QW,
+    slot_q = tl.arange(0, BLOCK_Q)
+    row_q, valid_q, _raster_q = locate(
+        i_q, slot_q, visual_start * keep, reference_start, text_start, QT, QH, QW,
         query_reference, query_text, BLOCK_Q, TILE_QT, TILE_QH, TILE_QW,
     )  # fmt: skip
     p_q = q + row_q.to(tl.int64)[:, None] * (q_row * ALIGN) + o_d
     b_q = tl.load(p_q, mask=valid_q[:, None] & m_d, other=0.0)  # [BLOCK_Q, BLOCK_D]
+    # the scale's sign goes into q, so that what is left is above 0: a scale of 0 is one of 1 on q = 0
+    sign = tl.where(scale > 0, 1.0, tl.where(scale < 0, -1.0, 0.0))
+    b_q = b_q * sign.to(b_q.dtype)
+    scale = tl.where(scale == 0, 1.0, tl.abs(scale)) * LOG2E
 
-    list_row, pure, count = list_of(i_bh, i_q, entries, pure_counts, counts, query_blocks, width, per_head)
+    list_row, pure, clean, tabled, count, number = list_of(
+        i_bh * per_head * query_blocks + i_q, places, spans, width
+    )  # fmt: skip
     acc = tl.zeros([BLOCK_Q, BLOCK_D], dtype=tl.float32)
     peak = tl.full([BLOCK_Q], float("-inf"), dtype=tl.float32)
     total = tl.zeros([BLOCK_Q], dtype=tl.float32)
     STEPS: tl.constexpr = BLOCK_K // STEP
-    for i in range(pure * STEPS):  # full blocks of visual keys: nothing to mask
-        place_k = places_in(i % STEPS * STEP + tl.arange(0, STEP), H, W, TILE_KH, TILE_KW)
-        p_tile_k = k + place_k[None, :] * (k_row * ALIGN) + o_d[:, None]
-        p_tile_v = v + place_k[:, None] * (v_row * ALIGN) + o_d[None, :]
-        corner = corner_of(tl.load(list_row + i // STEPS), H, W, BLOCK_K, TILE_KT, TILE_KH, TILE_KW)
-        first = (visual_start + corner).to(tl.int64)
-        if BLOCK_D == D:
-            b_k = tl.load(p_tile_k + first * (k_row * ALIGN))  # [BLOCK_D, STEP]
-            b_v = tl.load(p_tile_v + first * (v_row * ALIGN))  # [STEP, BLOCK_D]
-        else:
-            b_k = tl.load(p_tile_k + first * (k_row * ALIGN), mask=m_d[:, None], other=0.0)
-            b_v = tl.load(p_tile_v + first * (v_row * ALIGN), mask=m_d[None, :], other=0.0)
-        scores = tl.dot(b_q, b_k, input_precision=PRECISION) * scale
-        acc, peak, total = absorb(acc, peak, total, scores, b_v, PRECISION)
+    for MASKED in tl.static_range(1 + HAS_TABLES):  # visual keys without padding slots: whole blocks, then partial ones
+        for i in range(pure * STEPS * MASKED, (clean if MASKED else pure) * STEPS):
+            slot_k = i % STEPS * STEP
+            place_k = places_in(slot_k + tl.arange(0, STEP), H, W, TILE_KH, TILE_KW)
+            p_tile_k = k + place_k[None, :] * (k_row * ALIGN) + o_d[:, None]
+            p_tile_v = v + place_k[:, None] * (v_row * ALIGN) + o_d[None, :]
+            first = (visual_start + tl.load(list_row + i // STEPS)).to(tl.int64)
+            if BLOCK_D == D:
+                b_k = tl.load(p_tile_k + first * (k_row * ALIGN))  # [BLOCK_D, STEP]
+                b_v = tl.load(p_tile_v + first * (v_row * ALIGN))  # [STEP, BLOCK_D]
+            else:
+                b_k = tl.load(p_tile_k + first * (k_row * ALIGN), mask=m_d[:, None], other=0.0)
+                b_v = tl.load(p_tile_v + first * (v_row * ALIGN), mask=m_d[None, :], other=0.0)
+            scores = tl.dot(b_q, b_k, input_precision=PRECISION)
+            if MASKED:
+                low, high = load_words(words, number + i // STEPS - pure, slot_q, slot_k, None, STEP, BLOCK_Q, BLOCK_K)
+                seen = holds(low[:, None], high[:, None], tl.arange(0, STEP)[None, :], STEP)
+                scores = tl.where(seen, scores, float("-inf"))
+            acc, peak, total = absorb(acc, peak, total, scores, scale, b_v, PRECISION)
 
-    for i in range(pure * STEPS, count * STEPS):
-        slot_k = i % STEPS * STEP + tl.arange(0, STEP)
-        entry = tl.load(list_row + i // STEPS)
-        if HAS_TABLES:
-            low, high = words_of(
-                entry, tables, raster_q, entry & INDEX, QH, QW, T, H, W, BLOCK_K, TILE_KT, TILE_KH, TILE_KW
-            )  # fmt: skip
+    for i in range(clean * STEPS, count * STEPS):
+        slot_k = i % STEPS * STEP
         row_k, valid_k, _ = locate(
-            entry & INDEX, slot_k, visual_start, reference_start, text_start, T, H, W,
-            reference, text_len, BLOCK_K, TILE_KT, TILE_KH, TILE_KW,
+            tl.load(list_row + i // STEPS), slot_k + tl.arange(0, STEP), visual_start, reference_start, text_start,
+            T, H, W, reference, text_len, BLOCK_K, TILE_KT, TILE_KH, TILE_KW,
         )  # fmt: skip
         rows = row_k.to(tl.int64)
         p_k = k + rows[None, :] * (k_row * ALIGN) + o_d[:, None]
         p_v = v + rows[:, None] * (v_row * ALIGN) + o_d[None, :]
         b_k = tl.load(p_k, mask=valid_k[None, :] & m_d[:, None], other=0.0)
         b_v = tl.load(p_v, mask=valid_k[:, None] & m_d[None, :], other=0.0)
-        scores = tl.dot(b_q, b_k, input_precision=PRECISION) * scale
+        scores = tl.dot(b_q, b_k, input_precision=PRECISION)
         scores = tl.where(valid_k[None, :], scores, float("-inf"))
         if HAS_TABLES:
-            scores = tl.where(holds(low[:, None], high[:, None], slot_k[None, :], BLOCK_K), scores, float("-inf"))
-        acc, peak, total = absorb(acc, peak, total, scores, b_v, PRECISION)
+            j = i // STEPS
+            low, high = load_words(words, number + j - pure, slot_q, slot_k, j < tabled, STEP, BLOCK_Q, BLOCK_K)
+            seen = holds(low[:, None], high[:, None], tl.arange(0, STEP)[None, :], STEP)
+            scores = tl.where(seen, scores, float("-inf"))
+        acc, peak, total = absorb(acc, peak, total, scores, scale, b_v, PRECISION)
 
     empty = total == 0.0
     acc = acc / tl.where(empty, 1.0, total)[:, None]

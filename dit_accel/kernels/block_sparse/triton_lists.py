@@ -9,33 +9,51 @@ import torch
 
 from dit_accel.blocks import valid_tokens
 from dit_accel.kernels.block_sparse.geometry import Geometry
-
-PARTIAL = 0x40000000  # bit of an entry whose pairs the tables decide
+from dit_accel.order import TokenOrder
 
 
 class Lists(NamedTuple):
-    """Lists per query block, blocks that need no masking first.
+    """Lists per query block, each in four parts: whole blocks of visual keys, which need no mask; partial blocks
+    without padding slots; partial blocks with some; and blocks that need bounds alone.
 
     Args:
-        entries: int32 [rows, width]; block number, plus `PARTIAL` where the tables decide.
-        pure: int32 [rows], entries at the head that are whole blocks of visual keys without padding slots.
-        counts: int32 [rows].
+        entries: int32 [rows, width], block numbers.
+        places: int32 [rows, width], where a block lies: the raster index of its first token in the first two parts,
+            which saves the kernels two divisions a step, and the block's number in the others.
+        spans: int32 [rows, 5], where each part ends (the last at the count), and the number of the row's first partial
+            block: they are counted through all rows, in the order of the lists.
     """
 
     entries: torch.Tensor
-    pure: torch.Tensor
-    counts: torch.Tensor
+    places: torch.Tensor
+    spans: torch.Tensor
+
+    def partial_blocks(self) -> torch.Tensor:
+        """Partial blocks of all rows: int32 []."""
+        last = self.spans[-1:]
+        return (last[:, 4] + last[:, 2] - last[:, 0]).sum()
+
+    def numbers(self) -> torch.Tensor:
+        """Number of each entry's partial block, -1 for other entries: int32 [rows, width]."""
+        pure, _, tabled, _, first = self.spans[:, :, None].unbind(1)
+        place = torch.arange(self.entries.shape[1], dtype=torch.int32, device=self.entries.device)
+        return torch.where((place >= pure) & (place < tabled), first + place - pure, -1)
 
 
 class Transposed(NamedTuple):
-    """Lists per key block, one behind the other; query blocks ascend, so sums over them have a fixed order.
+    """Lists per key block, one behind the other, each in two parts: blocks of visual queries without padding slots,
+    then the others. Query blocks ascend in each, so sums over them have a fixed order.
 
     Args:
-        entries: int32 [leading * query_blocks * width].
-        firsts: int32 [leading, key_blocks + 1], where each key block's entries begin.
+        entries: int32 [leading * query_blocks * width], query blocks.
+        places: int32, shape of `entries`: the raster index of a block's first token in the first part, else the block.
+        numbers: int32, shape of `entries`: numbers of their partial blocks, or -1; None if there are none.
+        firsts: int32 [leading, 2 * key_blocks + 1], where each part begins.
     """
 
     entries: torch.Tensor
+    places: torch.Tensor
+    numbers: torch.Tensor | None
     firsts: torch.Tensor
 
 
@@ -46,42 +64,46 @@ def pack_lists(
     tables: torch.Tensor | None,
     geometry: Geometry,
 ) -> Lists:
-    """Order each list for the forward and dq kernels; arguments as in `api.block_sparse_attention`."""
+    """Order each list for the kernels; arguments as in `api.block_sparse_attention`."""
     width = kv_indices.shape[-1]
-    counts = kv_counts.reshape(-1)
+    entries = kv_indices.reshape(-1, width)
     used = _used(kv_indices, kv_counts).reshape(-1, width)
     needs = _needs_tables(kv_indices, partial, tables, geometry).reshape(-1, width)
-    entries = kv_indices.reshape(-1, width)
-    slow = needs | _padded_blocks(geometry, kv_indices.device)[torch.where(used, entries, 0)]
-    pure = used & ~slow
-    pure_counts = pure.sum(-1, dtype=torch.int32)
-    behind = pure_counts[:, None] + (used & slow).cumsum(-1, dtype=torch.int32) - 1
-    place = torch.where(pure, pure.cumsum(-1, dtype=torch.int32) - 1, behind)
-    place = torch.where(used, place, width)  # unused entries fall into a spare column
-    packed = torch.zeros(len(entries), width + 1, dtype=torch.int32, device=entries.device)
-    packed.scatter_(1, place.long(), torch.where(needs, entries | PARTIAL, entries))
-    return Lists(packed[:, :width].contiguous(), pure_counts, counts.contiguous())
+    padded, corners = _blocks(geometry.key_order, kv_indices.device)
+    padded = padded[torch.where(used, entries, 0)]
+    part = torch.where(needs, 1 + padded.int(), 3 * padded.int())
+    parts, order = torch.where(used, part, 4).sort(dim=-1, stable=True)
+    bounds = torch.arange(1, 5, dtype=parts.dtype, device=parts.device).expand(len(parts), -1).contiguous()
+    ends = torch.searchsorted(parts, bounds, out_int32=True)
+    tabled = ends[:, 2] - ends[:, 0]
+    first = tabled.cumsum(0, dtype=torch.int32) - tabled
+    entries = torch.where(used, entries, 0).gather(1, order)
+    places = torch.where(parts < 2, corners[entries], entries)
+    return Lists(entries, places, torch.cat([ends, first[:, None]], 1))
 
 
 def transpose_lists(
-    kv_indices: torch.Tensor,
-    kv_counts: torch.Tensor,
-    partial: torch.Tensor | None,
-    tables: torch.Tensor | None,
-    geometry: Geometry,
+    kv_indices: torch.Tensor, kv_counts: torch.Tensor, geometry: Geometry, numbers: torch.Tensor | None = None
 ) -> Transposed:
-    """Turn lists of key blocks into lists of query blocks by a stable sort."""
+    """Turn lists of key blocks, in any order, into lists of query blocks by a stable sort.
+
+    Args:
+        kv_indices, kv_counts, geometry: see `api.block_sparse_attention`.
+        numbers: int32, as many as `kv_indices`, numbers of partial blocks; None: there are none.
+    """
     query_blocks, width = kv_indices.shape[-2:]
     key_blocks = geometry.key_order.blocks
-    keys = torch.where(_used(kv_indices, kv_counts), kv_indices, key_blocks).reshape(-1, query_blocks * width)
-    needs = _needs_tables(kv_indices, partial, tables, geometry).reshape_as(keys)
-    queries = torch.arange(query_blocks * width, dtype=torch.int32, device=keys.device) // width
-    sorted_keys, order = keys.sort(dim=-1, stable=True)
-    entries = torch.where(needs, queries | PARTIAL, queries).gather(-1, order)
-    blocks = torch.arange(key_blocks + 1, dtype=torch.int32, device=keys.device).expand(len(keys), -1).contiguous()
-    firsts = torch.searchsorted(sorted_keys, blocks, out_int32=True)
-    start = torch.arange(len(keys), dtype=torch.int32, device=keys.device)[:, None] * (query_blocks * width)
-    return Transposed(entries.flatten(), firsts + start)
+    padded, corners = _blocks(geometry.query_order, kv_indices.device)
+    parts = 2 * torch.where(_used(kv_indices, kv_counts), kv_indices, key_blocks) + padded.int()[:, None]
+    parts, order = parts.reshape(-1, query_blocks * width).sort(dim=-1, stable=True)
+    bounds = torch.arange(2 * key_blocks + 1, dtype=parts.dtype, device=parts.device).expand(len(parts), -1)
+    firsts = torch.searchsorted(parts, bounds.contiguous(), out_int32=True)
+    start = torch.arange(len(parts), dtype=torch.int32, device=parts.device)[:, None] * (query_blocks * width)
+    entries = (order // width).to(torch.int32)
+    places = torch.where(parts % 2 == 0, corners[entries], entries)
+    if numbers is not None:
+        numbers = numbers.reshape(parts.shape).gather(-1, order).flatten()
+    return Transposed(entries.flatten(), places.flatten(), numbers, firsts + start)
 
 
 def _used(kv_indices: torch.Tensor, kv_counts: torch.Tensor) -> torch.Tensor:
@@ -99,9 +121,12 @@ def _needs_tables(
 
 
 @functools.lru_cache(maxsize=64)
-def _padded_blocks(geometry: Geometry, device: torch.device) -> torch.Tensor:
-    """Key blocks whose slots need a check: bool [key_blocks]. Text blocks always, for text lengths vary."""
-    order = geometry.key_order
+def _blocks(order: TokenOrder, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of each block, whether its slots need a check (bool), and the index of its first token (int32).
+
+    Text blocks always need one, for text lengths vary.
+    """
     padded = torch.ones(order.blocks, dtype=torch.bool)
     padded[: order.visual_blocks] = valid_tokens(order) < order.block
-    return padded.to(device)
+    corners = order.index().view(-1, order.block)[:, 0].to(torch.int32)
+    return padded.to(device), corners.to(device)

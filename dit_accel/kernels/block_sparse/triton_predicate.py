@@ -1,8 +1,8 @@
-"""Which pairs of a partial block the packed tables allow (format: `masks.Mask.pack`), within few registers.
+"""Which pairs of a partial block the packed tables allow (format: `masks.Mask.pack`), as bits.
 
-A query's keys in one block are a set of slots, and a set of 64 slots is one 64-bit word. So the tables are asked once
-a query and image row of keys, on vectors of queries, and only the last step, a bit test, is done for every pair.
-Asking pair by pair instead keeps the bounds of 32 queries in each thread: a thousand bytes of spills on sm_90.
+A query's keys in one block are a set of slots, and a set of 64 slots is one 64-bit word. `partial_words_kernel` asks
+the tables once a call, for all heads; forward and backward load the words and test a bit a pair. Words are int64
+[partial blocks, ceil(BLOCK_K / 64), BLOCK_Q], bit s of word w for slot 64 w + s.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from dit_accel.kernels.block_sparse.triton_tokens import PARTIAL
+from dit_accel.kernels.block_sparse.triton_tokens import list_of, locate
 
 
 @triton.jit
@@ -59,8 +59,8 @@ def line_of(i, block, T, H, W, BLOCK: tl.constexpr, TILE_T: tl.constexpr, TILE_H
         t = block // (tiles_h * tiles_w) * TILE_T + i // TILE_H
         h = block // tiles_w % tiles_h * TILE_H + i % TILE_H
         left = i * TILE_W
-        right = left + TILE_W
         column = block % tiles_w * TILE_W - left
+        right = tl.minimum(left + TILE_W, W - column)
     right = tl.where((t < T) & (h < H), right, left)
     return tl.minimum(t, T - 1), tl.minimum(h, H - 1), left, right, column
 
@@ -89,15 +89,32 @@ def seen_slots(
             start_t, stop_t = tl.load(off_t + 2 * frame), tl.load(off_t + 2 * frame + 1)
             start_h, stop_h = tl.load(off_h + 2 * row), tl.load(off_h + 2 * row + 1)
             start_w, stop_w = tl.load(off_w + 2 * column_q), tl.load(off_w + 2 * column_q + 1)
-            for i in range(lines):
-                t, h, left, right, column = line_of(i, block, T, H, W, BLOCK, TILE_T, TILE_H, TILE_W)
-                seen = axis_sees(start_t, stop_t, step_t, t) & axis_sees(start_h, stop_h, step_h, h)
+            if TILE_H == 0:
+                for i in range(lines):
+                    t, h, left, right, column = line_of(i, block, T, H, W, BLOCK, TILE_T, TILE_H, TILE_W)
+                    seen = axis_sees(start_t, stop_t, step_t, t) & axis_sees(start_h, stop_h, step_h, h)
+                    base = start_w - column
+                    first = tl.maximum(base, left)
+                    last = tl.where(seen, tl.minimum(stop_w - column, right), first)
+                    low_word |= slots_between(first, last, base, step_w)
+                    if BLOCK > 64:
+                        high_word |= slots_between(first - 64, last - 64, base - 64, step_w)
+            else:  # the same columns in every image row
+                t, h, left, right, column = line_of(0, block, T, H, W, BLOCK, TILE_T, TILE_H, TILE_W)
                 base = start_w - column
-                first = tl.maximum(base, left)
-                last = tl.where(seen, tl.minimum(stop_w - column, right), first)
-                low_word |= slots_between(first, last, base, step_w)
-                if BLOCK > 64:
-                    high_word |= slots_between(first - 64, last - 64, base - 64, step_w)
+                first, last = tl.maximum(base, 0), tl.minimum(stop_w - column, right)
+                across = slots_between(first, last, base, step_w)
+                beyond = across * 0
+                if TILE_W > 64:
+                    beyond = slots_between(first - 64, last - 64, base - 64, step_w)
+                for i in range(lines):
+                    t, h, left, right, column = line_of(i, block, T, H, W, BLOCK, TILE_T, TILE_H, TILE_W)
+                    seen = axis_sees(start_t, stop_t, step_t, t) & axis_sees(start_h, stop_h, step_h, h)
+                    seen = seen & (left < right)
+                    moved = across << (left % 64)
+                    low_word |= tl.where(seen & (left < 64), moved, 0)
+                    if BLOCK > 64:
+                        high_word |= tl.where(seen, tl.where(left < 64, beyond, moved), 0)
         else:
             for i in range(lines):
                 t, h, left, right, column = line_of(i, block, T, H, W, BLOCK, TILE_T, TILE_H, TILE_W)
@@ -111,27 +128,61 @@ def seen_slots(
     return low_word, high_word
 
 
-@triton.jit
-def words_of(
-    entry, tables, query, block, QH, QW, T, H, W,
-    BLOCK: tl.constexpr, TILE_T: tl.constexpr, TILE_H: tl.constexpr, TILE_W: tl.constexpr,
+@triton.jit(do_not_specialize=["T", "H", "W", "QT", "QH", "QW", "query_blocks", "width"])
+def partial_words_kernel(
+    words, entries, spans, tables, T, H, W, QT, QH, QW, query_blocks, width,
+    BLOCK_Q: tl.constexpr, TILE_QT: tl.constexpr, TILE_QH: tl.constexpr, TILE_QW: tl.constexpr,
+    BLOCK_K: tl.constexpr, TILE_KT: tl.constexpr, TILE_KH: tl.constexpr, TILE_KW: tl.constexpr,
 ):  # fmt: skip
-    """The slots of a key block that each query sees: by the tables where the list's entry says so, else all.
-
-    Asked before the products of a block: their operands leave no registers for it (200 bytes of spills on sm_80).
-    """
-    low_word = query.to(tl.int64) * 0 - 1
-    high_word = low_word
-    if entry >= PARTIAL:
-        low_word, high_word = seen_slots(tables, query, block, QH, QW, T, H, W, BLOCK, TILE_T, TILE_H, TILE_W)
-    return low_word, high_word
+    """The words of the partial blocks of one list; a list's blocks are dealt out to the programs of the second axis."""
+    row = tl.program_id(0)
+    list_row, pure, _, tabled, _, number = list_of(row, entries, spans, width)
+    slot_q = tl.arange(0, BLOCK_Q)
+    _, _, query = locate(
+        row % query_blocks, slot_q, 0, 0, 0, QT, QH, QW, 0, 0, BLOCK_Q, TILE_QT, TILE_QH, TILE_QW
+    )  # fmt: skip
+    WORDS: tl.constexpr = (BLOCK_K + 63) // 64
+    for i in range(pure + tl.program_id(1), tabled, tl.num_programs(1)):
+        block = tl.load(list_row + i)
+        low, high = seen_slots(tables, query, block, QH, QW, T, H, W, BLOCK_K, TILE_KT, TILE_KH, TILE_KW)
+        p_words = words + (number + i - pure).to(tl.int64) * (WORDS * BLOCK_Q) + slot_q
+        tl.store(p_words, low)
+        if BLOCK_K > 64:
+            tl.store(p_words + BLOCK_Q, high)
 
 
 @triton.jit
-def holds(low_word, high_word, slot, BLOCK: tl.constexpr):
-    """Whether the words hold a slot: bool, for words and slots that broadcast."""
-    if BLOCK > 64:
-        word = tl.where(slot < 64, low_word, high_word)
+def load_words(
+    words, number, slot_q, slot_k, needed, SLOTS: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr
+):  # fmt: skip
+    """SLOTS bits from key slot `slot_k` on of queries `slot_q`, as words of the first 64 and the next.
+
+    Of the partial block `number`; all ones, and nothing is read, unless `needed` (None: always).
+    """
+    WORDS: tl.constexpr = (BLOCK_K + 63) // 64
+    p_words = words + (number.to(tl.int64) * WORDS + slot_k // 64) * BLOCK_Q + slot_q
+    if needed is None:
+        low = tl.load(p_words)
+        high = tl.load(p_words + BLOCK_Q) if SLOTS > 64 else low
     else:
-        word = low_word
-    return ((word >> (slot % 64).to(tl.int64)) & 1) != 0
+        mask = slot_q < tl.where(needed, BLOCK_Q, 0)
+        low = tl.load(p_words, mask=mask, other=-1)
+        high = tl.load(p_words + BLOCK_Q, mask=mask, other=-1) if SLOTS > 64 else low
+    if SLOTS < 64:
+        low = low >> (slot_k % 64)
+    return low, high
+
+
+@triton.jit
+def holds(low, high, slot, SLOTS: tl.constexpr):
+    """Whether the words hold a slot: bool, for words and slots that broadcast.
+
+    A slot's bit is reached by a shift of 0 to 7 and a test of bit 0, 8, 16 or 24: in a matrix unit's layout the first
+    depends on the thread alone and is shared by its slots, the second is known when compiling.
+    """
+    if SLOTS > 64:
+        low = tl.where(slot < 64, low, high)
+    half = low.to(tl.int32)
+    if SLOTS > 32:
+        half = tl.where(slot % 64 < 32, half, (low >> 32).to(tl.int32))
+    return ((half >> (slot % 8)) & (1 << (slot % 32 // 8 * 8))) != 0

@@ -9,9 +9,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-INDEX = tl.constexpr(0x3FFFFFFF)  # a list entry is the block's number,
-PARTIAL = tl.constexpr(0x40000000)  # and this bit if the tables decide its pairs
-
 
 @triton.jit
 def head_of(x, i_b, i_h, batch, head, ALIGN: tl.constexpr):
@@ -31,10 +28,11 @@ def starts_of(i_b, visual_starts, reference_starts, text_starts, text_lens):
 
 
 @triton.jit
-def list_of(i_bh, i_q, entries, pure_counts, counts, query_blocks, width, per_head):
-    """Where a query block's list begins, its entries that need no mask, and all of them."""
-    row = (i_bh * per_head * query_blocks + i_q).to(tl.int64)
-    return entries + row * width, tl.load(pure_counts + row), tl.load(counts + row)
+def list_of(row, entries, spans, width):
+    """Where a list begins, where its parts end, and the number of its first partial block (`triton_lists.Lists`)."""
+    p_span = spans + row.to(tl.int64) * 5
+    pure, clean, tabled, count = tl.load(p_span), tl.load(p_span + 1), tl.load(p_span + 2), tl.load(p_span + 3)
+    return entries + row.to(tl.int64) * width, pure, clean, tabled, count, tl.load(p_span + 4)
 
 
 @triton.jit
@@ -46,20 +44,6 @@ def tile_position(block, slot, H, W, TILE_T: tl.constexpr, TILE_H: tl.constexpr,
     h = block // tiles_w % tiles_h * TILE_H + slot // TILE_W % TILE_H
     w = block % tiles_w * TILE_W + slot % TILE_W
     return t, h, w
-
-
-@triton.jit
-def corner_of(block, H, W, BLOCK: tl.constexpr, TILE_T: tl.constexpr, TILE_H: tl.constexpr, TILE_W: tl.constexpr):
-    """Raster index of the first slot of a visual block."""
-    if TILE_H == 0:
-        corner = block * BLOCK
-    else:
-        tiles_h = tl.cdiv(H, TILE_H)
-        tiles_w = tl.cdiv(W, TILE_W)
-        t = block // (tiles_h * tiles_w) * TILE_T
-        h = block // tiles_w % tiles_h * TILE_H
-        corner = (t * H + h) * W + block % tiles_w * TILE_W
-    return corner
 
 
 @triton.jit

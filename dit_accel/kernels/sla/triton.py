@@ -11,7 +11,7 @@ from triton.runtime.interpreter import InterpretedFunction
 from dit_accel.errors import DitAccelError
 from dit_accel.kernels import tuning
 from dit_accel.kernels.block_sparse.geometry import Geometry
-from dit_accel.kernels.block_sparse.triton_lists import Transposed, transpose_lists
+from dit_accel.kernels.block_sparse.triton_lists import transpose_lists
 from dit_accel.kernels.sla import triton_configs as configs
 from dit_accel.kernels.sla.layout import Cut
 from dit_accel.kernels.sla.triton_linear import apply_kernel, state_kernel
@@ -242,14 +242,15 @@ def marginal_backward(
     return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
 
 
-def _selecting(lists: Lists, cut: Cut) -> Transposed:
-    """The query blocks that keep or drop each key block."""
+def _selecting(lists: Lists, cut: Cut) -> tuple[torch.Tensor, torch.Tensor]:
+    """The query blocks that keep or drop each key block, one behind the other, and where a key block's begin."""
     both = torch.cat(lists, dim=-1)
     geometry = Geometry(
         cut.grid, cut.grid, cut.block, cut.block, cut.tile, cut.tile, reference=0, text=0, own_queries=False
     )  # fmt: skip
     counts = both.new_full(both.shape[:-1], both.shape[-1])
-    return transpose_lists(both, counts, None, None, geometry)
+    found = transpose_lists(both, counts, geometry)
+    return found.entries, found.firsts[:, ::2].contiguous()
 
 
 def _run(kernel: str, programs: tuning.Programs, arguments: tuple[Any, ...], constants: dict[str, Any]) -> None:

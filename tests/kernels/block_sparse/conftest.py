@@ -30,7 +30,8 @@ class Problem:
 
     @property
     def scale(self) -> float:
-        return self.options.get("scale") or self.q.shape[-1] ** -0.5
+        scale = self.options.get("scale")
+        return self.q.shape[-1] ** -0.5 if scale is None else scale
 
     def call(self, impl: str, dtype: torch.dtype | None = None, **options):
         q, k, v = (x.to(dtype or x.dtype) for x in (self.q, self.k, self.v))
@@ -106,7 +107,7 @@ class Problem:
             ratio = torch.finfo(torch.float32).eps / torch.finfo(self.q.dtype).eps
             weights = weights * (1 + 2 * ratio * exact["lse"].abs()[..., None])
         delta = (grad_out.abs() * exact["out"].abs()).sum(-1, keepdim=True) + self.grad_lse.double().abs()[..., None]
-        terms = weights * (grad_out.abs() @ v.abs().transpose(-1, -2) + delta) * self.scale
+        terms = weights * (grad_out.abs() @ v.abs().transpose(-1, -2) + delta) * abs(self.scale)
         found = {"dq": terms @ k.abs(), "dk": terms.transpose(-1, -2) @ q.abs()}
         return found | ({"dv": weights.transpose(-1, -2) @ grad_out.abs()} if from_lse else {})
 
@@ -138,12 +139,15 @@ def _starts(grid: dit_accel.TokenGrid, batch: int, between: bool, per_sample: bo
 
 @pytest.fixture
 def make_problem() -> Callable[..., Problem]:
-    """Makes a problem from a method's plan, from random lists per head (`topk`), or for queries of their own."""
+    """Makes a problem from a method's plan, from random lists per head (`topk`), or for queries of their own.
+
+    `per_head` gives a plan's lists to each head of each sample, of which every one leaves out another block.
+    """
 
     def make(
         shape=(1, 1, 64), method=None, config=None, *, batch=1, heads=2, dim=16, text=0, text_first=False, reference=0,
         block_q=16, block_k=16, tile_q=None, tile_k=None, topk=None, query_grid=None, text_lens=None, between=False,
-        per_sample=False, gap=0, size=1.0, scale=None, seed=0,
+        per_sample=False, per_head=False, gap=0, size=1.0, scale=None, seed=0,
     ) -> Problem:  # fmt: skip
         torch.manual_seed(seed)
         grid = dit_accel.TokenGrid(*shape, text=text, text_first=text_first, reference=reference)
@@ -158,8 +162,15 @@ def make_problem() -> Callable[..., Problem]:
             plan = dit_accel.plan(method, grid, **(config or {}))
             sizes = {"order": "raster"} if tile_q is None else {"tile_q": tile_q, "tile_k": tile_k}
             mask = plan.block_mask(block_q=block_q, block_k=block_k, **sizes)
-            lists = mask.kv_indices, mask.kv_counts
-            options |= {"partial": mask.partial, "tables": plan.mask.pack()}
+            lists, partial = (mask.kv_indices, mask.kv_counts), mask.partial
+            if per_head:
+                places = torch.arange(batch * heads)[:, None] % mask.kv_counts.clamp(min=1)
+                kept = torch.arange(mask.kv_indices.shape[-1]) != places[..., None]
+                order = kept.int().sort(dim=-1, descending=True, stable=True).indices.unflatten(0, (batch, heads))
+                indices, partial = (x.expand(order.shape).gather(-1, order) for x in (mask.kv_indices, partial))
+                lists = indices, (mask.kv_counts - 1).clamp(min=0).expand(order.shape[:-1]).contiguous()
+            used = torch.arange(partial.shape[-1]) < lists[1][..., None]
+            options |= {"partial": partial, "tables": plan.mask.pack(), "partial_blocks": int((partial & used).sum())}
         else:
             leading = () if topk is None else (batch, heads)
             width = key_order.blocks if topk is None else min(topk, key_order.blocks)

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from dit_accel.errors import DitAccelError
+from dit_accel.kernels.block_sparse import reference
 from dit_accel.kernels.block_sparse.api import block_sparse_attention, choose_impl
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -70,6 +71,16 @@ CASES = {
     "tile-method": {"shape": (4, 3, 5), "method": "tile", "config": {"references": 1}, "reference": 4, "heads": 1},
     "heads-text": {"shape": (3, 3, 5), "topk": 2, "text": 5, "text_lens": [3, 5], "batch": 2, "heads": 2, "dim": 40},
     "heads-tiles-ragged": dict(shape=(3, 5, 3), topk=2, heads=2, dim=64, size=16.0, **TILES),
+    "heads-partial": {
+        "shape": (3, 4, 5),
+        "method": "gna",
+        "config": {"window": (1, 3, 3)},
+        "per_head": True,
+        "heads": 2,
+        "text": 3,
+    },
+    "scale-below-0": {"shape": (2, 3, 5), "method": "gna", "config": {"window": (2, 3, 3)}, "heads": 1, "scale": -0.3},
+    "scale-0": {"shape": (1, 3, 7), "heads": 1, "scale": 0.0, "size": 16.0},
     "queries-longer": {"shape": (1, 3, 8), "query_grid": (2, 3, 8), "topk": 1, "heads": 2, "dim": 64},
 }
 
@@ -91,6 +102,80 @@ def test_blocks_in_steps(make_problem, case, monkeypatch):
     launch = triton_configs.Launch(warps=4, stages=1, step=max(16, CASES[case]["block_k"] // 4))
     monkeypatch.setattr(triton, "launches", lambda *sizes: iter([launch]))
     make_problem(**CASES[case]).check("triton", torch.float32, from_lse=True)
+
+
+# Tiles within a word, across two words and of one image row; bands and products in raster order, dilated, per head
+WORDS = {name: CASES[name] for name in ("dilated-raster", "dilated-tiled", "radial-128-keys", "heads-partial")} | {
+    "tiles-of-128": {
+        "shape": (3, 5, 9),
+        "method": "gna",
+        "config": {"window": (2, 5, 4), "dilation": (1, 1, 2)},
+        "tile_q": (2, 4, 8),
+        "tile_k": (2, 8, 8),
+        "block_q": 64,
+        "block_k": 128,
+        "heads": 1,
+    },
+    "one-row-of-128": {
+        "shape": (1, 2, 150),
+        "method": "gna",
+        "config": {"window": (1, 2, 70)},
+        "tile_q": (1, 1, 16),
+        "tile_k": (1, 1, 128),
+        "block_q": 16,
+        "block_k": 128,
+        "heads": 1,
+    },
+    "radial-tiles-of-128": {
+        "shape": (3, 5, 9),
+        "method": "radial",
+        "config": {"decay": 0.5},
+        "tile_q": (2, 4, 8),
+        "tile_k": (2, 8, 8),
+        "block_q": 64,
+        "block_k": 128,
+        "heads": 1,
+    },
+}
+
+
+@pytest.mark.parametrize("case", WORDS)
+def test_words_are_the_predicate_bit_by_bit(make_problem, case):
+    from dit_accel.kernels.block_sparse import triton, triton_lists
+
+    problem = make_problem(**WORDS[case])
+    geometry, options = problem.geometry(), problem.options
+    here = problem.to("cuda") if NATIVE else problem
+    partial, tables = here.options["partial"], here.options["tables"]
+    lists = triton_lists.pack_lists(*here.lists, partial, tables, geometry)
+    call = triton._Call(here.q, here.k, here.v, tables, (None,) * 4, geometry, 1.0)
+    words = call.masked(lists)[-1].cpu()
+    bits = (words[..., None] >> torch.arange(64)) & 1  # [blocks, words, BLOCK_Q, 64]
+    bits = bits.transpose(1, 2).flatten(2)[..., : geometry.block_k].bool()
+    allowed = reference.allowed_pairs(options["tables"], geometry)
+    slots_q = geometry.query_order.index().view(-1, geometry.block_q)
+    slots_k = geometry.key_order.index().view(-1, geometry.block_k)
+    entries, numbers = lists.entries.cpu(), lists.numbers().cpu()
+    assert numbers[numbers >= 0].tolist() == list(range(options["partial_blocks"]))
+    for row, place in (numbers >= 0).nonzero().tolist():
+        q, k = slots_q[row % len(slots_q)], slots_k[entries[row, place]]
+        want = allowed[q[q >= 0]][:, k.clamp(min=0)] & (k >= 0)
+        assert torch.equal(bits[numbers[row, place]][q >= 0], want), (row, place)
+
+
+def test_room_for_words_is_what_was_said(make_problem):
+    """More partial blocks than the caller said are an error; none said is room for all."""
+    problem = make_problem(**CASES["sliding-raster"])
+    if NATIVE:
+        problem = problem.to("cuda")
+    blocks = problem.options["partial_blocks"]
+    assert blocks > 0
+    assert torch.equal(problem.call("triton"), problem.call("triton", partial_blocks=None))
+    with pytest.raises(DitAccelError, match="partial_blocks"):
+        problem.call("triton", partial_blocks=-1)
+    if INTERPRETED:  # on a GPU the assertion ends the process's CUDA context
+        with pytest.raises(RuntimeError, match=f"partial_blocks={blocks - 1}"):
+            problem.call("triton", partial_blocks=blocks - 1)
 
 
 @pytest.mark.parametrize("case", ["63-text", "heads-text"])
