@@ -142,7 +142,8 @@ def write_sheet(path: pathlib.Path, rows: list[np.ndarray], prompts: int = 4) ->
         for video in (videos[prompt] for videos in rows)
     ]
     pixels = (np.concatenate(picture) * 255).round().astype(np.uint8)
-    Image.fromarray(pixels).resize((2 * pixels.shape[1], 2 * pixels.shape[0]), Image.Resampling.NEAREST).save(path)
+    shown = Image.fromarray(pixels).resize((2 * pixels.shape[1], 2 * pixels.shape[0]), Image.Resampling.NEAREST)
+    shown.quantize(256).save(path, optimize=True)
 
 
 def table(path: pathlib.Path) -> str:
