@@ -158,7 +158,8 @@ def table(path: pathlib.Path) -> str:
             own = row[kind]
             name, likeness = (row["run"], "") if kind == "dense" else ("", f"{own['psnr']:.1f} dB")
             right = f"{round(own['joint'] * row['prompts'])} of {row['prompts']}"
-            fids = f"{own['fid[demo-clip]']:.1f} | {own['true fid[demo-clip]']:.1f}"
+            to_true = own.get("true fid[demo-clip]")  # rows before 2026-11-21T08 lack it
+            fids = f"{own['fid[demo-clip]']:.1f} | {'' if to_true is None else f'{to_true:.1f}'}"
             lines.append(f"| {name} | {kind} | {steps}, {guidance:g} | {right} | {fids} | {likeness} |")
     return "\n".join(lines)
 
