@@ -11,8 +11,6 @@ from types import ModuleType
 
 import torch
 
-IMPLEMENTATIONS = ("portable", "triton")
-
 
 def _implementation(name: str) -> ModuleType:
     return importlib.import_module(f"dit_accel.kernels.block_sparse.{name}")

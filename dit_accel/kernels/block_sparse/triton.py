@@ -9,7 +9,6 @@ held once for each layer.
 from __future__ import annotations
 
 import contextlib
-import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -19,6 +18,7 @@ import triton
 from triton.runtime.interpreter import InterpretedFunction
 
 from dit_accel.errors import DitAccelError
+from dit_accel.kernels import tuning
 from dit_accel.kernels.block_sparse.geometry import Geometry
 from dit_accel.kernels.block_sparse.triton_backward import (
     block_sparse_bwd_kernel_dkdv,
@@ -26,9 +26,8 @@ from dit_accel.kernels.block_sparse.triton_backward import (
     delta_kernel,
 )
 from dit_accel.kernels.block_sparse.triton_configs import (
-    BLOCKS,
-    HEAD_DIMS,
     KERNELS,
+    TUNED_BY,
     Launch,
     fitting,
     launches,
@@ -238,46 +237,30 @@ class _Call:
 def run(
     kernel: str, programs: tuple[int, int], arguments: tuple[Any, ...], constants: dict[str, Any], itemsize: int
 ) -> None:
-    """Launch a kernel: tuned on a device, with its first candidate under the interpreter."""
+    """Launch a kernel: tuned on a device, with its first candidate under the interpreter.
+
+    Raises:
+        DitAccelError: no candidate fits the device's shared memory.
+    """
+    sizes = kernel, constants["BLOCK_Q"], constants["BLOCK_K"], constants["BLOCK_D"]
     if INTERPRETED:
-        launch = next(launches(kernel, constants["BLOCK_Q"], constants["BLOCK_K"], constants["BLOCK_D"], 90))
-        JIT[kernel][programs](*arguments, **constants, STEP=launch.step)
+        candidates: tuple[Launch, ...] = (next(launches(*sizes, 90)),)
     else:
-        _start(_tuned(kernel), programs, *arguments, **constants)
-
-
-def _start(kernel: Any, programs: tuple[int, int], *arguments: Any, **constants: Any) -> None:
-    """Launch a kernel on the device of its first argument."""
-    with contextlib.nullcontext() if INTERPRETED else torch.cuda.device(arguments[0].device):
-        kernel[programs](*arguments, **constants, **FUSION)
-
-
-@functools.cache
-def _tuned(kernel: str) -> Any:
-    """The kernel under Triton's autotuner. Lengths, strides and list widths are no part of the key."""
-
-    @functools.cache
-    def config(launch: Launch) -> triton.Config:
-        return triton.Config({"STEP": launch.step}, num_warps=launch.warps, num_stages=launch.stages)
-
-    def prune(_: list[triton.Config], named: dict[str, Any], **constants: Any) -> list[triton.Config]:
-        major, minor = torch.cuda.get_device_capability(named["q"].device)
-        sizes = constants["BLOCK_Q"], constants["BLOCK_K"], constants["BLOCK_D"]
-        kept = fitting(kernel, *sizes, named["q"].element_size(), 10 * major + minor)
-        if not kept:
+        major, minor = torch.cuda.get_device_capability(arguments[0].device)
+        candidates = tuple(fitting(*sizes, itemsize, 10 * major + minor))
+        if not candidates:
             raise DitAccelError(
-                f"The {kernel} kernel for blocks of {sizes[0]} x {sizes[1]} and head dimension {constants['D']} needs "
+                f"The {kernel} kernel for blocks of {sizes[1]} x {sizes[2]} and head dimension {constants['D']} needs "
                 f"more shared memory than compute capability {major}.{minor} has; plan smaller blocks, or use "
                 "impl='portable'."
             )
-        return [config(launch) for launch in kept]
+    tuning.launch(JIT[kernel], programs, arguments, constants, candidates, TUNED_BY)
 
-    return triton.autotune(
-        [config(launch) for launch in launches(kernel, *BLOCKS[0], HEAD_DIMS[0], 90)],  # what is tried is up to `prune`
-        key=["BLOCK_Q", "BLOCK_K", "BLOCK_D", "HAS_TABLES"],
-        prune_configs_by={"early_config_prune": prune},
-        cache_results=True,
-    )(JIT[kernel])
+
+def _start(kernel: Any, programs: tuple[int, int], *arguments: Any, **constants: Any) -> None:
+    """Launch a kernel that is not tuned on the device of its first argument."""
+    with contextlib.nullcontext() if INTERPRETED else torch.cuda.device(arguments[0].device):
+        kernel[programs](*arguments, **constants, **FUSION)
 
 
 def _delta(out: torch.Tensor, grad_out: torch.Tensor, grad_lse: torch.Tensor | None) -> torch.Tensor:

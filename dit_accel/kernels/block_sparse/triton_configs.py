@@ -11,6 +11,7 @@ import torch
 SHARED_BYTES = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
 BIG = (80, 90, 100, 103)  # data-center chips
 KERNELS = ("forward", "dq", "dkdv")
+TUNED_BY = ("BLOCK_Q", "BLOCK_K", "BLOCK_D", "HAS_TABLES")  # lengths, strides and list widths are no part of it
 BLOCKS = ((64, 64), (128, 64), (128, 128))  # queries x keys that are compiled ahead of time and tuned
 HEAD_DIMS = (64, 128)  # others are padded in registers to the next power of two
 
