@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from dit_accel import __version__
-from dit_accel.cli import INTERRUPTED, bench, env, generate, ls, plan, train
+from dit_accel.cli import bench, env, generate, ls, plan, train
 from dit_accel.cli.eval import evaluate
 from dit_accel.errors import DitAccelError
 
@@ -44,7 +44,8 @@ def options(
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line and exit: 0 if all went well, 2 after one line on what the user can mend.
+    """Run the command line and exit: 0 if all went well, 2 after one line on what the user can mend,
+    130 after Ctrl-C.
 
     Args:
         arguments: what stands behind `dit-accel`; `sys.argv` if None.
@@ -55,9 +56,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _fail(str(error))
     except typer.TyperException as error:
         _fail(error.format_message())
-    except (KeyboardInterrupt, typer.Abort):
-        print("dit-accel: interrupted; nothing was written.", file=sys.stderr)
-        sys.exit(INTERRUPTED)
     sys.exit(status if isinstance(status, int) else 0)
 
 

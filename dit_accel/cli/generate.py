@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from dit_accel.cli import options
+from dit_accel.cli import INTERRUPTED, options
 from dit_accel.errors import DitAccelError
 
 PROMPT = "a red circle moves right on a blue background"  # what the embedded model knows
@@ -87,5 +87,10 @@ def generate(
     request = job.Request(**asked | {"prompt": PROMPT if prompt is None else prompt})
     if prompts is not None:
         return batch.run(request)
-    typer.echo("\n".join(job.run(request)))
+    try:
+        lines = job.run(request)
+    except KeyboardInterrupt:
+        typer.echo("dit-accel: interrupted; nothing was written.", err=True)
+        return INTERRUPTED
+    typer.echo("\n".join(lines))
     return 0

@@ -80,6 +80,19 @@ def test_options(refused, demo, tmp_path, options, message):
     assert message in refused("generate", *SIZE, "--output", tmp_path / "a.mp4", *options)
 
 
+def test_ctrl_c(cli, demo, tmp_path, monkeypatch):
+    from dit_accel.generation import sampling
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sampling, "call", interrupted)
+    outcome = cli("generate", *SIZE, "--method", "gna:window=0.5", "--output", tmp_path / "a.mp4")
+    assert outcome.status == 130
+    assert outcome.err.splitlines()[-1] == "dit-accel: interrupted; nothing was written."
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_pictures(refused, demo, tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "picture.png")
     (tmp_path / "text.png").write_text("no picture")
