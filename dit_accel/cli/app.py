@@ -55,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except DitAccelError as error:
         _fail(str(error))
     except typer.TyperException as error:
-        _fail(error.format_message())
+        _fail(error.format_message() or "a verb is missing, such as generate.")
     sys.exit(status if isinstance(status, int) else 0)
 
 

@@ -21,6 +21,13 @@ def test_main_help_lists_the_verbs(cli):
     assert all(verb in outcome.out for verb in VERBS)
 
 
+def test_without_a_verb_there_is_help_and_what_is_missing(cli):
+    outcome = cli()
+    assert outcome.status == 2
+    assert all(verb in outcome.out for verb in VERBS)
+    assert outcome.err == "dit-accel: error: a verb is missing, such as generate.\n"
+
+
 @pytest.mark.parametrize("verb", VERBS)
 def test_verb_help(cli, verb):
     outcome = cli(verb, "--help")

@@ -40,7 +40,7 @@ def route_blocks(
     order = Cut.unpack(cut).order
     queries, keys = block_means(q, order), block_means(k, order)
     batch, heads, blocks, _ = queries.shape
-    rows = max(1, _SCORES_AT_ONCE // (batch * heads * blocks))
+    rows = max(1, _SCORES_AT_ONCE // max(1, batch * heads * blocks))
     kept, dropped = [], []
     for part in queries.split(rows, dim=2):
         scores = torch.nan_to_num(part @ keys.mT, nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)

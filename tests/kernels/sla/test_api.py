@@ -54,3 +54,11 @@ def test_named_implementations_agree():
     ]
     assert torch.equal(results[0], results[1])
     torch.testing.assert_close(results[1], results[2], rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("impl", ["reference", "portable"])
+def test_an_empty_batch_is_empty(impl):
+    q = torch.randn(0, 2, 100, 16, requires_grad=True)
+    out = sparse_linear_attention(q, q, q, critical=1, block=16, weight=torch.zeros(16, 16), impl=impl)
+    out.sum().backward()
+    assert out.shape == q.grad.shape == (0, 2, 100, 16)
