@@ -254,6 +254,9 @@ def accelerate(
 
     Cross-attention, weights and everything else stay the model's own. A dense step or layer runs the model's own
     processor, bit for bit. What cannot work is refused here, or at the first call before any attention has run.
+    With gradient checkpointing, a call's backward pass has to come before the next call: what is computed again is
+    computed as the latest call was. Another pipeline that shares the transformer has to share the scheduler too, whose
+    steps are the ones that count.
 
     Args:
         target: a Diffusers pipeline, or one transformer.
