@@ -109,7 +109,7 @@ def block_sparse_bwd_kernel_dq(
     for MASKED in tl.static_range(1 + HAS_TABLES):  # visual keys without padding slots: whole blocks, then partial ones
         for i in range(pure * STEPS * MASKED, (clean if MASKED else pure) * STEPS):
             slot_k = i % STEPS * STEP
-            place_k = places_in(slot_k + tl.arange(0, STEP), H, W, TILE_KH, TILE_KW)
+            place_k = places_in(slot_k + tl.arange(0, STEP), H, W, TILE_KH, TILE_KW).to(tl.int64)
             p_tile_k = k + place_k[:, None] * (k_row * ALIGN) + o_d[None, :]
             p_tile_v = v + place_k[None, :] * (v_row * ALIGN) + o_d[:, None]
             first = (visual_start + tl.load(list_row + i // STEPS)).to(tl.int64)
@@ -221,7 +221,7 @@ def block_sparse_bwd_kernel_dkdv(
                 b_g = tl.load(grad_out + rows_q[:, None] * g_row + o_d, mask=mask_q, other=0.0).to(b_q.dtype)
                 b_lse, b_delta = row_statistics(lse, delta, statistics + rows_q, valid_q)
             else:
-                place_q = places_in(slot_q, QH, QW, TILE_QH, TILE_QW)
+                place_q = places_in(slot_q, QH, QW, TILE_QH, TILE_QW).to(tl.int64)
                 first = (visual_start + block).to(tl.int64)
                 p_q = q + place_q[:, None] * (q_row * ALIGN) + o_d + first * (q_row * ALIGN)
                 p_g = grad_out + place_q[:, None] * g_row + o_d + first * g_row

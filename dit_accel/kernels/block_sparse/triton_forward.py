@@ -91,7 +91,7 @@ def block_sparse_fwd_kernel(
     for MASKED in tl.static_range(1 + HAS_TABLES):  # visual keys without padding slots: whole blocks, then partial ones
         for i in range(pure * STEPS * MASKED, (clean if MASKED else pure) * STEPS):
             slot_k = i % STEPS * STEP
-            place_k = places_in(slot_k + tl.arange(0, STEP), H, W, TILE_KH, TILE_KW)
+            place_k = places_in(slot_k + tl.arange(0, STEP), H, W, TILE_KH, TILE_KW).to(tl.int64)
             p_tile_k = k + place_k[None, :] * (k_row * ALIGN) + o_d[:, None]
             p_tile_v = v + place_k[:, None] * (v_row * ALIGN) + o_d[None, :]
             first = (visual_start + tl.load(list_row + i // STEPS)).to(tl.int64)
