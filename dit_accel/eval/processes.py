@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dit_accel.generation.processes import PATIENCE, Process
+from dit_accel.generation.processes import Process, meet
 
 
 class Processes(Process):
@@ -15,13 +15,9 @@ class Processes(Process):
         Args:
             device: as asked for; "cpu" keeps off GPUs that are there.
         """
-        from accelerate import PartialState
-
-        state = PartialState(cpu=device == "cpu", timeout=PATIENCE)
+        state = meet(device)
         return cls(state.process_index, state.num_processes, state.local_process_index)
 
     def wait(self) -> None:
         """Until all are here."""
-        from accelerate import PartialState
-
-        PartialState().wait_for_everyone()
+        meet().wait_for_everyone()

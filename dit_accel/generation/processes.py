@@ -6,9 +6,12 @@ import dataclasses
 import datetime
 import os
 from collections.abc import Sequence
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from dit_accel.errors import DitAccelError
+
+if TYPE_CHECKING:
+    from accelerate import PartialState
 
 T = TypeVar("T")
 
@@ -64,3 +67,18 @@ class Process:
 
         own_gpu = self.count > 1 and asked == "auto" and torch.cuda.is_available()
         return f"cuda:{self.local}" if own_gpu else asked
+
+
+def meet(device: str = "auto") -> PartialState:
+    """Join the other processes, if a launcher started several; the first call in a process decides.
+
+    Args:
+        device: as asked for; "cpu" keeps off GPUs that are there.
+    """
+    import torch
+    from accelerate import PartialState
+    from accelerate.utils import parse_flag_from_env
+
+    # Where no GPU is and nobody says cpu, accelerate takes each process for the only one, and all write the same files.
+    cpu = device == "cpu" or parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+    return PartialState(cpu=cpu, timeout=PATIENCE)

@@ -12,7 +12,7 @@ from dit_accel import registry
 from dit_accel.errors import DitAccelError
 from dit_accel.generation import prompts, sources
 from dit_accel.generation.call import placement
-from dit_accel.generation.processes import PATIENCE
+from dit_accel.generation.processes import meet
 from dit_accel.generation.sizes import sizes_of
 from dit_accel.train import settings as settings_module
 from dit_accel.train.data import INDEX, Dataset, write
@@ -122,9 +122,8 @@ def run(request: Request) -> list[str]:
         DitAccelError: something asked for cannot be done, or training had to stop; checkpoints stay.
     """
     import torch
-    from accelerate import PartialState
 
-    processes = PartialState(timeout=PATIENCE)  # others wait while the first prepares the data
+    processes = meet(request.device)  # others wait while the first prepares the data
     request.data.check()
     source = sources.find(request.model, request.revision)
     sizes = sizes_of(source)

@@ -6,6 +6,7 @@ import pathlib
 from typing import Any
 
 from dit_accel.errors import DitAccelError
+from dit_accel.generation.processes import meet
 from dit_accel.train.settings import TrainSettings
 
 
@@ -22,6 +23,7 @@ def join(settings: TrainSettings, output: pathlib.Path) -> Any:
     from accelerate import Accelerator, DistributedDataParallelKwargs
     from accelerate.utils import DistributedType
 
+    meet()
     # A loss on some attention outputs alone leaves the weights behind the last of them without a gradient.
     whole = {"flow", "teacher", "final", "consistency"} & settings.objectives.keys()
     hf = Accelerator(

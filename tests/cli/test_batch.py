@@ -8,6 +8,7 @@ import sys
 
 import kills
 import pytest
+from launching import TWO_PROCESSES
 
 SMALL = ("--frames", 5, "--height", 32, "--width", 48, "--steps", 2, "--method", "gna:window=0.5")
 PROMPTS = ["a red square", "a blue circle", "a green triangle", "", "ein gelber Stern ★", "a red square"]
@@ -134,12 +135,10 @@ def test_two_processes_one_of_which_is_killed(cli, wan_folder, prompts, tmp_path
 
 
 def test_accelerate_launch_shares_the_prompts(wan_folder, prompts, tmp_path, root):
-    """As several GPUs are asked for: with --cpu, accelerate starts several processes by MPI alone."""
-    launcher = "-m accelerate.commands.launch --multi_gpu --num_processes 2 --main_process_port 0"
     asked = ["generate", "--model", wan_folder, *SMALL, "--prompts", prompts, "--output", tmp_path / "shot.gif"]
     own = {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "HF_HOME": str(tmp_path / "none")}
     done = subprocess.run(
-        [sys.executable, *launcher.split(), "--main_process_ip", "127.0.0.1", "-m", "dit_accel", *map(str, asked)],
+        [sys.executable, *TWO_PROCESSES, "-m", "dit_accel", *map(str, asked)],
         check=False,
         env={**os.environ, **own},
         capture_output=True,

@@ -7,6 +7,7 @@ import sys
 
 import numpy as np
 import pytest
+from launching import TWO_PROCESSES
 
 from dit_accel.generation import output
 
@@ -21,7 +22,7 @@ def arguments(wan_folder, clip_folder, tmp_path):
     source = np.random.default_rng(0)
     for name in "abc":
         output.write_frames(tmp_path / "set" / f"{name}.gif", source.integers(0, 256, (9, 32, 32, 3), np.uint8), fps=8)
-    options = ["eval", "--model", wan_folder, "--device", "cpu", "--prompts", tmp_path / "prompts.txt"]
+    options = ["eval", "--model", wan_folder, "--prompts", tmp_path / "prompts.txt"]
     options += ["--frames", 9, "--height", 32, "--width", 32, "--steps", 1]
     options += ["--method", "gna:window=0.5", "--reference", tmp_path / "set"]
     for name in ("psnr", "ssim", *(f"{name}[{clip_folder}]" for name in ("fid", "kid", "clip_score"))):
@@ -30,10 +31,9 @@ def arguments(wan_folder, clip_folder, tmp_path):
 
 
 def launch(root, arguments) -> str:
-    """Two processes by torchrun, which is what `accelerate launch` starts for several; gives what they print."""
-    launcher = "-m torch.distributed.run --nproc_per_node=2 --standalone --local_addr=127.0.0.1 -m dit_accel"
+    """Two processes; gives what they print."""
     done = subprocess.run(
-        [sys.executable, *launcher.split(), *arguments],
+        [sys.executable, *TWO_PROCESSES, "-m", "dit_accel", *arguments],
         cwd=root,
         env={**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"},
         capture_output=True,

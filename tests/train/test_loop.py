@@ -6,6 +6,7 @@ import signal
 
 import pytest
 import torch
+from launching import TWO_PROCESSES
 
 import dit_accel
 from dit_accel import adapters
@@ -184,9 +185,7 @@ def rounding_budget(trained):
 
 def test_two_processes_are_one_with_accumulation(trained, elsewhere, tmp_path, rounding_budget):
     one = trained("one", steps=3, accumulation=2, **SLA)
-    # What `accelerate launch` starts for several processes; on a CPU it wants MPI for that, and torchrun does not.
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--local_addr=127.0.0.1", "--nproc_per_node=2")
-    process = elsewhere({"two": SLA | {"steps": 3}}, launcher, ACCELERATE_USE_CPU="true")
+    process = elsewhere({"two": SLA | {"steps": 3}}, TWO_PROCESSES)
     _, errors = process.communicate(timeout=400)
     assert process.returncode == 0, errors[-3000:]
     bound = rounding_budget(steps=3, accumulation=2, **SLA)  # the same sums in another order
