@@ -7,15 +7,16 @@ import contextlib
 import functools
 import math
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
 from dit_accel import blocks
 from dit_accel.blocks import BlockMask
 from dit_accel.errors import DitAccelError
-from dit_accel.kernels.block_sparse.api import Impl, block_sparse_attention, choose_impl
+from dit_accel.kernels.block_sparse.api import Impl, choose_impl
 from dit_accel.kernels.block_sparse.triton_configs import unsupported
+from dit_accel.listed import Listed
 from dit_accel.masks import Mask
 from dit_accel.order import TokenOrder
 from dit_accel.planner import Tile, choose_tiles
@@ -155,23 +156,21 @@ class StaticPlan(Plan):
 
     def __init__(self, method: str, config: Any, grid: TokenGrid) -> None:
         super().__init__(method, config, grid)
-        self._lists: dict[torch.device, tuple[BlockMask, torch.Tensor | None, int]] = {}
+        self._lists: dict[torch.device, Listed] = {}
 
     def tables(self) -> torch.Tensor | None:
-        """The packed tables that decide the pairs of partial blocks; None if there are no partial blocks."""
+        """The packed tables that decide the pairs of partial blocks; None if blocks are attended whole."""
         return None
 
     @functools.cached_property
     def _blocks(self) -> BlockMask:
         return self.block_mask()
 
-    def lists(self, device: torch.device) -> tuple[BlockMask, torch.Tensor | None, int]:
-        """The plan's own block mask and tables on `device`, and how many blocks the tables decide; built once."""
+    def lists(self, device: torch.device) -> Listed:
+        """The plan's own block lists on `device`, built once."""
         if device not in self._lists:
             with building():
-                decided = int(self._blocks.partial.sum())
-                tables = self.tables() if decided else None
-                self._lists[device] = self._blocks.to(device), None if tables is None else tables.to(device), decided
+                self._lists[device] = Listed.make(self._blocks, self.tables, device)
         return self._lists[device]
 
     def prepare(self, device: torch.device) -> None:
@@ -180,7 +179,7 @@ class StaticPlan(Plan):
     def choose_impl(
         self, device: torch.device, dtype: torch.dtype, head_dim: int, impl: Impl = "auto", *, learned: bool = False
     ) -> tuple[str, str]:
-        mask, _, _ = self.lists(device)
+        mask = self.lists(device).mask
         obstacle = unsupported(dtype, head_dim, mask.query_order.block, mask.key_order.block)
         return choose_impl(device.type, impl, obstacle)
 
@@ -196,8 +195,8 @@ class StaticPlan(Plan):
         impl: Impl = "auto",
         module: torch.nn.Module | None = None,
     ) -> torch.Tensor:
-        blocks = self.lists(q.device)
-        return run_blocks(q, k, v, *blocks, scale=scale, text_lens=text_lens, text_bias=text_bias, impl=impl)
+        lists = self.lists(q.device)
+        return lists.attend(q, k, v, scale=scale, text_lens=text_lens, text_bias=text_bias, impl=impl)
 
 
 class MaskPlan(StaticPlan):
@@ -329,53 +328,6 @@ def attention(
     if text_lens is not None and (text_lens.is_floating_point() or text_lens.dtype == torch.bool):
         raise DitAccelError(f"text_lens are numbers of tokens, as integers; got {text_lens.dtype}.")
     return plan.attend(q, k, v, scale=scale, text_lens=text_lens, impl=impl)
-
-
-def run_blocks(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    lists: BlockMask,
-    tables: torch.Tensor | None,
-    partial_blocks: int,
-    *,
-    scale: float | None,
-    text_lens: torch.Tensor | None,
-    text_bias: torch.Tensor | None,
-    impl: Impl,
-) -> torch.Tensor:
-    """Call the block-sparse kernel with a grid's own order of tokens."""
-    query_order, key_order = lists.query_order, lists.key_order
-    grid, batch = query_order.grid, q.shape[0]
-
-    def per_sample(start: int) -> torch.Tensor:
-        return torch.full((batch,), start, dtype=torch.int32, device=q.device)
-
-    out = block_sparse_attention(
-        q,
-        k,
-        v,
-        lists.kv_indices,
-        lists.kv_counts,
-        block_q=query_order.block,
-        block_k=key_order.block,
-        partial=None if tables is None else lists.partial,
-        tables=tables,
-        partial_blocks=partial_blocks,
-        grid=grid.shape,
-        tile_q=query_order.tile,
-        tile_k=key_order.tile,
-        reference=grid.reference,
-        text=grid.text,
-        visual_start=per_sample(grid.visual_start),
-        reference_start=per_sample(grid.reference_start),
-        text_start=per_sample(grid.text_start),
-        text_len=None if text_lens is None else text_lens.to(device=q.device, dtype=torch.int32),
-        text_bias=text_bias,
-        scale=scale,
-        impl=impl,
-    )
-    return cast(torch.Tensor, out)
 
 
 def check_token_mask(grid: TokenGrid) -> None:

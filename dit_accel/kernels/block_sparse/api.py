@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 
 from dit_accel.errors import DitAccelError
-from dit_accel.kernels.block_sparse import ops, padding
+from dit_accel.kernels.block_sparse import ops, padding, triton_lists
 from dit_accel.kernels.block_sparse import reference as reference_impl
 from dit_accel.kernels.block_sparse.geometry import Geometry, Shape, read_layouts
 from dit_accel.kernels.block_sparse.triton_configs import unsupported
@@ -37,6 +37,7 @@ def block_sparse_attention(
     partial: torch.Tensor | None = None,
     tables: torch.Tensor | None = None,
     partial_blocks: int | None = None,
+    packed: torch.Tensor | None = None,
     tile_q: Shape | None = None,
     tile_k: Shape | None = None,
     reference: int = 0,
@@ -70,6 +71,7 @@ def block_sparse_attention(
             reference token are always allowed. None: every listed block is attended whole.
         partial_blocks: how many entries `tables` decide, if known (or a number above); `triton` then makes room for the
             bit masks of as many blocks, 1 KB a block of 128x64. None: for all entries of visual blocks.
+        packed: what `pack` made of these very lists, for `triton` to read in place of them; the others need it not.
         tile_q, tile_k: 3-D tile of a visual block; its product is the block. None: raster order.
         reference, text: reference and text tokens, padding included.
         query_grid: the queries are visual tokens alone, in a grid of this size, from row 0 of `q` (Nq and Nk may then
@@ -106,7 +108,76 @@ def block_sparse_attention(
         dtype = torch.get_autocast_dtype(q.device.type)
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     _check_tensors(q, k, v)
-    geometry = Geometry(
+    geometry = _geometry(grid, query_grid, block_q, block_k, tile_q, tile_k, reference, text, partial_blocks)
+    starts = (visual_start, reference_start, text_start)
+    _check_geometry(q, k, geometry, starts, text_len)
+    _check_bias(q, text_len, text_bias)
+    _check_lists(q, kv_indices, kv_counts, partial, tables, geometry)
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    name, _ = choose_impl(q.device.type, impl, unsupported(q.dtype, q.shape[-1], block_q, block_k))
+    if name == "reference":
+        out, lse = _reference(q, k, v, kv_indices, kv_counts, partial, tables, (*starts, text_len), geometry, scale)
+    else:
+        out, lse = ops.attention_forward(
+            q, k, v, kv_indices, kv_counts, partial, tables, *starts, text_len,
+            packed if name == "triton" else None, geometry.pack(), scale, name,
+        )  # fmt: skip
+    if text_bias is not None and text:
+        behind, behind_lse = _attend_padding(q, k, v, geometry, text_start, text_len, scale, impl)
+        out, lse = padding.merge(out, lse, behind, behind_lse, text_bias)
+    return (out, lse) if return_lse else out
+
+
+def pack(
+    kv_indices: torch.Tensor,
+    kv_counts: torch.Tensor,
+    *,
+    block_q: int,
+    block_k: int,
+    grid: Shape,
+    partial: torch.Tensor | None = None,
+    tables: torch.Tensor | None = None,
+    partial_blocks: int | None = None,
+    tile_q: Shape | None = None,
+    tile_k: Shape | None = None,
+    reference: int = 0,
+    text: int = 0,
+) -> torch.Tensor:
+    """What the Triton implementation makes of lists in each call and its backward, made once: for lists that stay.
+
+    It is some twenty launches and a sort, and needs no Triton. Waits for the device.
+
+    Args:
+        kv_indices, kv_counts: without a head axis; all arguments as in `block_sparse_attention`.
+
+    Returns:
+        int32 [words] on the device of the lists, to be passed as `packed` beside the same arguments.
+
+    Raises:
+        DitAccelError: the lists have a head axis or a wrong shape, or `partial_blocks` is too small.
+    """
+    geometry = _geometry(grid, None, block_q, block_k, tile_q, tile_k, reference, text, partial_blocks)
+    want = geometry.query_order.blocks
+    if kv_indices.ndim != 2 or len(kv_indices) != want:
+        raise DitAccelError(f"Only lists [{want}, width] can be packed, got {list(kv_indices.shape)}.")
+    lists, transposed = triton_lists.pack(kv_indices, kv_counts, partial, tables, geometry)
+    if partial_blocks is not None and tables is not None and int(lists.partial_blocks()) > partial_blocks:
+        raise DitAccelError(f"{int(lists.partial_blocks())} blocks are partial, more than {partial_blocks=}.")
+    return triton_lists.join(lists, transposed)
+
+
+def _geometry(
+    grid: Shape,
+    query_grid: Shape | None,
+    block_q: int,
+    block_k: int,
+    tile_q: Shape | None,
+    tile_k: Shape | None,
+    reference: int,
+    text: int,
+    partial_blocks: int | None,
+) -> Geometry:
+    return Geometry(
         grid=_sizes(grid, "grid"),
         query_grid=_sizes(grid if query_grid is None else query_grid, "query_grid"),
         block_q=block_q,
@@ -118,22 +189,6 @@ def block_sparse_attention(
         own_queries=query_grid is not None,
         partial_blocks=partial_blocks,
     )
-    starts = (visual_start, reference_start, text_start)
-    _check_geometry(q, k, geometry, starts, text_len)
-    _check_bias(q, text_len, text_bias)
-    _check_lists(q, kv_indices, kv_counts, partial, tables, geometry)
-    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    name, _ = choose_impl(q.device.type, impl, unsupported(q.dtype, q.shape[-1], block_q, block_k))
-    if name == "reference":
-        out, lse = _reference(q, k, v, kv_indices, kv_counts, partial, tables, (*starts, text_len), geometry, scale)
-    else:
-        out, lse = ops.attention_forward(
-            q, k, v, kv_indices, kv_counts, partial, tables, *starts, text_len, geometry.pack(), scale, name
-        )
-    if text_bias is not None and text:
-        behind, behind_lse = _attend_padding(q, k, v, geometry, text_start, text_len, scale, impl)
-        out, lse = padding.merge(out, lse, behind, behind_lse, text_bias)
-    return (out, lse) if return_lse else out
 
 
 def _attend_padding(q, k, v, geometry, text_start, text_len, scale, impl):

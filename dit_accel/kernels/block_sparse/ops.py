@@ -16,6 +16,11 @@ def _implementation(name: str) -> ModuleType:
     return importlib.import_module(f"dit_accel.kernels.block_sparse.{name}")
 
 
+def _given(packed: torch.Tensor | None) -> dict[str, torch.Tensor]:
+    """Packed lists, which only one implementation reads and only its calls have."""
+    return {} if packed is None else {"packed": packed}
+
+
 def _accumulation(dtype: torch.dtype) -> torch.dtype:
     """The type of softmax statistics and LSE."""
     return torch.float64 if dtype == torch.float64 else torch.float32
@@ -34,6 +39,7 @@ def attention_forward(
     reference_start: torch.Tensor | None,
     text_start: torch.Tensor | None,
     text_len: torch.Tensor | None,
+    packed: torch.Tensor | None,
     geometry: Sequence[int],
     scale: float,
     impl: str,
@@ -41,7 +47,7 @@ def attention_forward(
     """Output [B, H, Nq, D], laid out in memory as [B, Nq, H, D], and LSE [B, H, Nq]."""
     return _implementation(impl).forward(
         q, k, v, kv_indices, kv_counts, partial, tables, visual_start, reference_start, text_start, text_len,
-        geometry, scale,
+        geometry, scale, **_given(packed),
     )  # fmt: skip
 
 
@@ -69,6 +75,7 @@ def attention_backward(
     reference_start: torch.Tensor | None,
     text_start: torch.Tensor | None,
     text_len: torch.Tensor | None,
+    packed: torch.Tensor | None,
     geometry: Sequence[int],
     scale: float,
     impl: str,
@@ -76,7 +83,7 @@ def attention_backward(
     """Gradients of q, k and v, each laid out in memory as [B, N, H, D]."""
     return _implementation(impl).backward(
         grad_out, grad_lse, q, k, v, out, lse, kv_indices, kv_counts, partial, tables,
-        visual_start, reference_start, text_start, text_len, geometry, scale,
+        visual_start, reference_start, text_start, text_len, geometry, scale, **_given(packed),
     )  # fmt: skip
 
 

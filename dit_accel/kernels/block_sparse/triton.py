@@ -35,7 +35,7 @@ from dit_accel.kernels.block_sparse.triton_configs import (
     words_warps,
 )
 from dit_accel.kernels.block_sparse.triton_forward import block_sparse_fwd_kernel
-from dit_accel.kernels.block_sparse.triton_lists import Lists, pack_lists, transpose_lists
+from dit_accel.kernels.block_sparse.triton_lists import Lists, pack, pack_lists, split
 from dit_accel.kernels.block_sparse.triton_predicate import partial_words_kernel
 
 JIT = {"forward": block_sparse_fwd_kernel, "dq": block_sparse_bwd_kernel_dq, "dkdv": block_sparse_bwd_kernel_dkdv}
@@ -59,10 +59,15 @@ def forward(
     text_len: torch.Tensor | None,
     ints: Sequence[int],
     scale: float,
+    packed: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Output [B, H, Nq, D], laid out in memory as [B, Nq, H, D], and LSE fp32 [B, H, Nq]."""
     call = _Call(q, k, v, tables, (visual_start, reference_start, text_start, text_len), Geometry.unpack(ints), scale)
-    lists = pack_lists(kv_indices, kv_counts, partial, tables, call.geometry)
+    if packed is None:
+        lists = pack_lists(kv_indices, kv_counts, partial, tables, call.geometry)
+        call.check_room(lists)
+    else:
+        lists, _ = split(packed, kv_indices, tables, call.geometry)
     out = call.gradient_of(q)
     lse = torch.full(q.shape[:3], -math.inf, dtype=torch.float32, device=q.device)
     call.launch(
@@ -91,6 +96,7 @@ def backward(
     text_len: torch.Tensor | None,
     ints: Sequence[int],
     scale: float,
+    packed: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of q, k and v, each [B, H, N, D] laid out in memory as [B, N, H, D]."""
     call = _Call(q, k, v, tables, (visual_start, reference_start, text_start, text_len), Geometry.unpack(ints), scale)
@@ -100,7 +106,10 @@ def backward(
     operands = (q, k, v, grad_out, lse, delta)
     strides = (*call.strides(q, k, v), *grad_out.stride()[:3])
 
-    lists = pack_lists(kv_indices, kv_counts, partial, tables, call.geometry)
+    if packed is None:
+        lists, transposed = pack(kv_indices, kv_counts, partial, tables, call.geometry)
+    else:
+        lists, transposed = split(packed, kv_indices, tables, call.geometry)
     masked = call.masked(lists)
     dq = call.gradient_of(q)
     call.launch(
@@ -108,8 +117,7 @@ def backward(
         (*call.sizes, q.shape[1], q.shape[2], call.query_blocks, kv_indices.shape[-1]), per_head=kv_indices.ndim == 4,
     )  # fmt: skip
 
-    numbers = None if tables is None else lists.numbers()
-    _, places, numbers, firsts = transpose_lists(lists.entries.view_as(kv_indices), kv_counts, call.geometry, numbers)
+    _, places, numbers, firsts = transposed
     numbers = places if numbers is None else numbers  # without tables no numbers are read
     dk, dv = call.gradient_of(k), call.gradient_of(v)
     call.launch(
@@ -183,6 +191,12 @@ class _Call:
             "BLOCK_K": geometry.block_k,
         }
 
+    def check_room(self, lists: Lists) -> None:
+        """See that `Geometry.partial_blocks` is not too small, without waiting for the device."""
+        room = self.geometry.partial_blocks
+        if self.tables is not None and room is not None:
+            torch._assert_async(lists.partial_blocks() <= room, f"more than partial_blocks={room} blocks are partial")
+
     def masked(self, lists: Lists) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Places and spans of the lists, and the bits of their partial blocks (see `triton_predicate`).
 
@@ -196,8 +210,6 @@ class _Call:
         if room is None:
             visual_rows = rows // self.query_blocks * self.query_order.visual_blocks
             room = visual_rows * min(width, self.key_order.visual_blocks)
-        else:
-            torch._assert_async(lists.partial_blocks() <= room, f"more than partial_blocks={room} blocks are partial")
         words = lists.spans.new_empty(room, triton.cdiv(geometry.block_k, 64), geometry.block_q, dtype=torch.int64)
         if room:
             _start(

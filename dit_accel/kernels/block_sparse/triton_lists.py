@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import functools
+import math
 from typing import NamedTuple
 
 import torch
 
 from dit_accel.blocks import valid_tokens
+from dit_accel.errors import DitAccelError
 from dit_accel.kernels.block_sparse.geometry import Geometry
 from dit_accel.order import TokenOrder
+
+ALIGN = 4  # int32 in 16 bytes, to which compilers trust pointers to be aligned
 
 
 class Lists(NamedTuple):
@@ -104,6 +108,52 @@ def transpose_lists(
     if numbers is not None:
         numbers = numbers.reshape(parts.shape).gather(-1, order).flatten()
     return Transposed(entries.flatten(), places.flatten(), numbers, firsts + start)
+
+
+def pack(
+    kv_indices: torch.Tensor,
+    kv_counts: torch.Tensor,
+    partial: torch.Tensor | None,
+    tables: torch.Tensor | None,
+    geometry: Geometry,
+) -> tuple[Lists, Transposed]:
+    """Lists for the forward and dq kernels, and for dk and dv; arguments as in `api.block_sparse_attention`."""
+    lists = pack_lists(kv_indices, kv_counts, partial, tables, geometry)
+    numbers = None if tables is None else lists.numbers()
+    return lists, transpose_lists(lists.entries.view_as(kv_indices), kv_counts, geometry, numbers)
+
+
+def join(lists: Lists, transposed: Transposed) -> torch.Tensor:
+    """Both in one tensor, which a call can be given and its backward can keep: int32 [words]."""
+    parts = (part.flatten() for part in (*lists, *transposed) if part is not None)
+    return torch.cat([torch.nn.functional.pad(part, (0, -len(part) % ALIGN)) for part in parts])
+
+
+def split(
+    joined: torch.Tensor, kv_indices: torch.Tensor, tables: torch.Tensor | None, geometry: Geometry
+) -> tuple[Lists, Transposed]:
+    """The inverse of `join` for lists without a head axis: views.
+
+    Raises:
+        DitAccelError: it was not made of lists of this shape.
+    """
+    width = kv_indices.shape[-1]
+    rows, columns = geometry.query_order.blocks, geometry.key_order.blocks
+    listed = [(rows * width,)] * (2 if tables is None else 3)
+    shapes = [(rows, width), (rows, width), (rows, 5), *listed, (1, 2 * columns + 1)]
+    sizes = [math.prod(shape) for shape in shapes]
+    words = sum(size + -size % ALIGN for size in sizes)
+    if kv_indices.ndim != 2 or joined.dtype != torch.int32 or tuple(joined.shape) != (words,):
+        raise DitAccelError(
+            f"packed must be what pack() made of these lists, int32 [{words}] and no head axis; got {joined.dtype} "
+            f"{list(joined.shape)} beside lists {list(kv_indices.shape)}."
+        )
+    parts, begin = [], 0
+    for shape, size in zip(shapes, sizes, strict=True):
+        parts.append(joined[begin : begin + size].view(shape))
+        begin += size + -size % ALIGN
+    numbers = None if tables is None else parts[5]
+    return Lists(*parts[:3]), Transposed(parts[3], parts[4], numbers, parts[-1])
 
 
 def _used(kv_indices: torch.Tensor, kv_counts: torch.Tensor) -> torch.Tensor:

@@ -16,7 +16,7 @@ def test_opcheck(make_problem, topk, dtype):
     leaves = [x.to(dtype).requires_grad_() for x in (problem.q, problem.k, problem.v)]
     options = problem.options
     starts = [options[name] for name in ("visual_start", "reference_start", "text_start", "text_len")]
-    arguments = *problem.lists, options.get("partial"), options.get("tables"), *starts
+    arguments = *problem.lists, options.get("partial"), options.get("tables"), *starts, None
     settings = problem.geometry().pack(), problem.scale, "portable"
     torch.library.opcheck(ops.attention_forward, (*leaves, *arguments, *settings))
     out, lse = ops.attention_forward(*leaves, *arguments, *settings)

@@ -3,15 +3,18 @@
 ``TRITON_INTERPRET=1`` must be set before Triton is imported, so `make test` runs this file in a process of its own.
 """
 
+import dataclasses
 import importlib.util
+import inspect
 import os
 
 import pytest
 import torch
 
+import dit_accel
 from dit_accel.errors import DitAccelError
 from dit_accel.kernels.block_sparse import reference
-from dit_accel.kernels.block_sparse.api import block_sparse_attention, choose_impl
+from dit_accel.kernels.block_sparse.api import block_sparse_attention, choose_impl, pack
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 NATIVE = torch.cuda.is_available() and not INTERPRETED
@@ -178,6 +181,55 @@ def test_room_for_words_is_what_was_said(make_problem):
             problem.call("triton", partial_blocks=blocks - 1)
 
 
+PACKED = ("65-ragged", "causal-between", "dilated-tiled", "radial-128-keys", "tile-method")
+
+
+@pytest.mark.parametrize("case", PACKED)
+def test_lists_packed_once_are_those_of_each_call(make_problem, case):
+    problem = make_problem(**CASES[case])
+    each = problem.run("triton", torch.float32)
+    here = problem.to("cuda") if NATIVE else problem
+    sizes = inspect.signature(pack).parameters.keys() & here.options.keys()
+    packed = pack(*here.lists, **{name: here.options[name] for name in sizes})
+    for tensor in here.lists:
+        tensor.zero_()  # they are not looked at again
+    problem.options["packed"] = packed.cpu()
+    once = dataclasses.replace(problem, lists=tuple(tensor.cpu() for tensor in here.lists)).run("triton", torch.float32)
+    for name, result in each.items():
+        assert torch.equal(once[name], result), name
+
+
+def test_packed_lists_must_fit(make_problem):
+    problem = make_problem(**CASES["sliding-raster"])
+    with pytest.raises(DitAccelError, match=r"packed must be what pack\(\) made of these lists, int32 \[\d+\]"):
+        problem.call("triton", packed=torch.zeros(7, dtype=torch.int32))
+    sizes = {name: problem.options[name] for name in ("grid", "block_q", "block_k", "partial", "tables")}
+    with pytest.raises(DitAccelError, match="more than partial_blocks=1"):
+        pack(*problem.lists, **sizes, partial_blocks=1)
+    heads = make_problem(**CASES["heads-text"])
+    with pytest.raises(DitAccelError, match="can be packed"):
+        pack(*heads.lists, block_q=16, block_k=16, grid=(3, 3, 5), text=5)
+
+
+@pytest.mark.parametrize("method", ["gna", "tile", "radial"])
+def test_a_plan_packs_its_lists_once(method, monkeypatch):
+    """Where Triton is what runs by default, as on a GPU."""
+    from dit_accel import listed
+
+    config = {"gna": {"window": (3, 3, 4)}, "tile": {"references": 1}, "radial": {"rule": "reference", "block": 16}}
+    grid = dit_accel.TokenGrid(3, 4, 6, text=5)
+    device = torch.device("cuda" if NATIVE else "cpu")
+    q, k, v = torch.randn(3, 1, 1, grid.tokens, 16, device=device, requires_grad=True).unbind()
+    results = []
+    for default in ("portable", "triton"):
+        monkeypatch.setattr(listed, "choose_impl", lambda *_, name=default: (name, ""))
+        plan = dit_accel.plan(method, grid, **config[method])
+        assert (plan.lists(device).packed is not None) == (default == "triton")
+        out = dit_accel.attention(q, k, v, plan, impl="triton")
+        results.append((out.detach(), *torch.autograd.grad(out.square().sum(), (q, k, v))))
+    assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
+
+
 @pytest.mark.parametrize("case", ["63-text", "heads-text"])
 def test_poison_in_padding_reaches_nothing(make_problem, case):
     problem = make_problem(**CASES[case])
@@ -235,10 +287,13 @@ def test_what_the_kernels_cannot_do_is_refused(make_problem):
             make_problem(shape=(1, 4, 4), heads=1).call("triton", torch.bfloat16)
 
 
-def test_the_op_is_registered(make_problem):
+@pytest.mark.parametrize("packed", [False, True])
+def test_the_op_is_registered(make_problem, packed):
     problem = make_problem(shape=(1, 4, 6), heads=1)
     if NATIVE:
         problem = problem.to("cuda")
+    if packed:
+        problem.options["packed"] = pack(*problem.lists, block_q=16, block_k=16, grid=(1, 4, 6))
 
     @torch.compile(fullgraph=True, backend="aot_eager")
     def attend(q, k, v):
