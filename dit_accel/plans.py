@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 Order = Literal["raster", "tile"]
 BLOCK_Q, BLOCK_K = 128, 64
 TOKEN_MASK_LIMIT = 20_000
+PICTURE_LIMIT = 16_000
 
 
 class Plan(abc.ABC):
@@ -132,10 +133,19 @@ class Plan(abc.ABC):
         """Build what `attend` needs on `device`; inside a traced call it would be too late."""
 
     def image(self) -> Image:
-        """Picture of the block mask, queries down and keys across: full blocks dark, partial ones lighter."""
+        """Picture of the block mask, queries down and keys across: full blocks dark, partial ones lighter.
+
+        Raises:
+            DitAccelError: it would have more than 16,000 blocks a side.
+        """
         from PIL import Image
 
         mask = self.block_mask()
+        if max(mask.query_order.blocks, mask.key_order.blocks) > PICTURE_LIMIT:
+            raise DitAccelError(
+                f"A picture has a pixel a block and up to {PICTURE_LIMIT:,} a side; this mask has "
+                f"{mask.query_order.blocks:,} x {mask.key_order.blocks:,} blocks. Draw a smaller grid."
+            )
         classes = mask.dense().to(torch.uint8)
         partial = torch.zeros_like(classes)
         partial.view(-1)[self._flat(mask)[mask.partial]] = 1

@@ -8,6 +8,8 @@ import torch
 
 from dit_accel.errors import DitAccelError
 
+MOST_TOKENS = 2**31 - 1  # kernels number tokens in 32 bits
+
 
 @dataclasses.dataclass(frozen=True)
 class TokenGrid:
@@ -23,7 +25,8 @@ class TokenGrid:
         reference: conditioning tokens behind the visual ones; they attend to everything and everything to them.
 
     Raises:
-        DitAccelError: a size is not an integer, an axis is shorter than one token, or a count is negative.
+        DitAccelError: a size is not an integer, an axis is shorter than one token, a count is negative, or there are
+            more tokens than 32 bits number.
     """
 
     frames: int
@@ -38,6 +41,8 @@ class TokenGrid:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise DitAccelError(f"TokenGrid needs {name} as an integer >= {least}, got {value!r}.")
+        if self.tokens > MOST_TOKENS:
+            raise DitAccelError(f"TokenGrid takes at most {MOST_TOKENS:,} tokens, got {self.tokens:,}.")
 
     @property
     def shape(self) -> tuple[int, int, int]:

@@ -96,6 +96,12 @@ def test_token_masks_stop_at_20_000_tokens():
         dit_accel.plan("radial", TokenGrid(21, 30, 52)).token_mask()
 
 
+def test_a_picture_too_large_to_look_at_is_refused():
+    plan = dit_accel.plan("gna", dit_accel.TokenGrid(16, 256, 257), window=1)
+    with pytest.raises(dit_accel.DitAccelError, match=r"16,000 a side; this mask has 8,\d+ x 16,\d+ blocks"):
+        plan.image()
+
+
 def test_the_picture_shows_every_block():
     plan = dit_accel.plan("tile", TokenGrid(8, 16, 16, text=40), references=2)
     picture = plan.image()

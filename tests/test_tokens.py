@@ -31,6 +31,11 @@ def test_bad_sizes_are_refused(sizes):
         TokenGrid(*sizes)
 
 
+def test_more_tokens_than_kernels_can_number_are_refused():
+    with pytest.raises(DitAccelError, match=r"at most 2,147,483,647 tokens, got 2,147,483,648"):
+        TokenGrid(2**11, 2**10, 2**10)
+
+
 @pytest.mark.parametrize("tile", [None, (2, 2, 2), (3, 1, 5), (4, 4, 4)])
 @pytest.mark.parametrize("text_first", [False, True])
 def test_an_order_holds_every_token_once(tile, text_first):
