@@ -14,8 +14,8 @@ import torch
 CPU_LOGITS = 1 << 20
 # And elsewhere, where they come in batches: 64 MiB.
 DEVICE_LOGITS = 1 << 24
-# Keys that are summed in one product: its fp32 error grows with its depth.
-RUN = 128
+# An fp32 product's error grows with its depth, so keys are summed in runs: of a quarter of them, within these limits.
+RUNS, SHORTEST, LONGEST = 4, 128, 512
 
 _linear = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
 
@@ -98,8 +98,9 @@ def _weights(
 
 
 def _weighted_sum(weights: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-    """weights @ values, in runs of `RUN` keys."""
-    first, *others = zip(weights.split(RUN, -1), values.split(RUN, -2), strict=True)
+    """weights @ values, in runs of keys."""
+    run = min(max(-(-values.shape[-2] // RUNS), SHORTEST), LONGEST)
+    first, *others = zip(weights.split(run, -1), values.split(run, -2), strict=True)
     total = _matmul(first[0].contiguous(), first[1])
     for part, rows in others:
         total.add_(_matmul(part.contiguous(), rows))
