@@ -47,7 +47,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     ops, shapes, dtypes, directions = (list(dict.fromkeys(row[name] for row in rows)) for name in KEYS)
     colour = {op: f"C{i}" for i, op in enumerate(ops)}
     marker = {shape: MARKERS[i % len(MARKERS)] for i, shape in enumerate(shapes)}
-    style = {dtype: STYLES[i % len(STYLES)] for i, dtype in enumerate(dtypes)}
+    style: dict[str, Any] = {dtype: STYLES[i % len(STYLES)] for i, dtype in enumerate(dtypes)}
     figure = Figure(figsize=(PANEL[0] * len(directions) + 2, PANEL[1]), layout="constrained")
     panels = figure.subplots(1, len(directions), sharex=True, sharey=True, squeeze=False)[0]
     lowest = min(row["density"] for row in rows)
