@@ -9,10 +9,11 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dit_accel.accelerator import Accelerator, accelerate, accelerated, load
+    from dit_accel.accelerator import Accelerator, accelerate, accelerated
     from dit_accel.errors import DitAccelError
     from dit_accel.plans import Plan, attention, plan
     from dit_accel.registry import list_families, list_methods
+    from dit_accel.saved import load
     from dit_accel.tokens import TokenGrid
 
 __version__ = "0.1.0"
@@ -35,7 +36,7 @@ _HOME = {
     "Accelerator": "accelerator",
     "accelerate": "accelerator",
     "accelerated": "accelerator",
-    "load": "accelerator",
+    "load": "saved",
     "DitAccelError": "errors",
     "Plan": "plans",
     "attention": "plans",

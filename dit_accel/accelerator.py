@@ -223,6 +223,10 @@ class Accelerator:
     def _write_training(self, folder: pathlib.Path) -> dict[str, Any] | None:
         return None if self.trained is None else adapters.write(folder, self.trained, self.transformers)
 
+    def take_training(self, trained: Trained, undo: Callable[[], None]) -> None:
+        """Keep what a fine-tuning is, for saving, and what takes it back out of the model, for `remove`."""
+        self.trained, self._undo_training = trained, undo
+
     def __enter__(self) -> Accelerator:
         return self
 
@@ -347,56 +351,6 @@ def accelerated(target: Any, method: str | None = None, **arguments: Any) -> Ite
         yield accel
     finally:
         accel.remove()
-
-
-def load(
-    target: Any,
-    path: str | pathlib.Path,
-    *,
-    verify: Verify | None = None,
-    keep_dense_above: float | None = None,
-    replace: bool = False,
-    any_weights: bool = False,
-) -> Accelerator:
-    """Accelerate `target` as saved by `Accelerator.save_pretrained`: learned weights, LoRA and all.
-
-    Args:
-        target: a pipeline or transformer of the class and configuration it was saved from.
-        path: the folder.
-        verify, keep_dense_above: as in `accelerate`; they are not saved.
-        replace: first remove an accelerator that is already at work.
-        any_weights: a fine-tuning is taken for the base weights it started from and no others, unless this is true.
-
-    Raises:
-        DitAccelError: the folder is missing, damaged or incomplete, or was saved for another model.
-    """
-    saved = checkpoint.read(path)
-    transformers, _ = find_transformers(target)
-    modules = {name: transformer for name, (transformer, _) in transformers.items()}
-    checkpoint.check_identity(path, saved.models, checkpoint.identify(modules))
-    layers = saved.settings["layers"]
-    accel = accelerate(
-        target,
-        saved.settings["method"],
-        schedule=None if layers is None else layerwise.from_dict(saved.settings["method"], layers),
-        impl=saved.settings["impl"],
-        allow_dense=saved.settings["allow_dense"],
-        verify=verify,
-        keep_dense_above=keep_dense_above,
-        replace=replace,
-        **saved.settings["schedule"],
-        **saved.settings["config"],
-    )
-    try:
-        checkpoint.load_weights(path, saved.weights, accel.learned_weights())
-        if saved.trained is not None:
-            accel.trained, accel._undo_training = adapters.apply(
-                pathlib.Path(path), saved.trained, modules, any_weights=any_weights
-            )
-    except BaseException:
-        accel.remove()
-        raise
-    return accel
 
 
 def _accelerator_of(transformer: nn.Module) -> Accelerator | None:

@@ -23,7 +23,7 @@ FLOORS = (
     ("registry", "plans", "listed", "block_plan", "selfcheck"),
     ("methods",),
     ("pipelines",),
-    ("accelerator", "adapters", "engine", "break_even", "checkpoint", "layerwise", "report"),
+    ("accelerator", "saved", "adapters", "engine", "break_even", "checkpoint", "layerwise", "report"),
     ("generation",),
     ("train", "eval"),
     ("cli",),

@@ -73,11 +73,11 @@ class Choice:
         Raises:
             DitAccelError: the pipeline's family is not supported, or the saved accelerator is for another model.
         """
-        from dit_accel import accelerator
+        from dit_accel import accelerator, saved
 
         check = dataclasses.asdict(self.selfcheck)
         if self.folder is not None:
-            return accelerator.load(pipe, self.folder, **check)
+            return saved.load(pipe, self.folder, **check)
         return accelerator.accelerate(pipe, self.name, **self.config, **dataclasses.asdict(self.schedule), **check)
 
     def without_schedule(self) -> Choice:

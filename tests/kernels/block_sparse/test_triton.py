@@ -108,17 +108,10 @@ def test_blocks_in_steps(make_problem, case, monkeypatch):
 
 
 # Tiles within a word, across two words and of one image row; bands and products in raster order, dilated, per head
+OF_128 = {"shape": (3, 5, 9), "tile_q": (2, 4, 8), "tile_k": (2, 8, 8), "block_q": 64, "block_k": 128, "heads": 1}
 WORDS = {name: CASES[name] for name in ("dilated-raster", "dilated-tiled", "radial-128-keys", "heads-partial")} | {
-    "tiles-of-128": {
-        "shape": (3, 5, 9),
-        "method": "gna",
-        "config": {"window": (2, 5, 4), "dilation": (1, 1, 2)},
-        "tile_q": (2, 4, 8),
-        "tile_k": (2, 8, 8),
-        "block_q": 64,
-        "block_k": 128,
-        "heads": 1,
-    },
+    "tiles-of-128": {"method": "gna", "config": {"window": (2, 5, 4), "dilation": (1, 1, 2)}, **OF_128},
+    "radial-tiles-of-128": {"method": "radial", "config": {"decay": 0.5}, **OF_128},
     "one-row-of-128": {
         "shape": (1, 2, 150),
         "method": "gna",
@@ -126,16 +119,6 @@ WORDS = {name: CASES[name] for name in ("dilated-raster", "dilated-tiled", "radi
         "tile_q": (1, 1, 16),
         "tile_k": (1, 1, 128),
         "block_q": 16,
-        "block_k": 128,
-        "heads": 1,
-    },
-    "radial-tiles-of-128": {
-        "shape": (3, 5, 9),
-        "method": "radial",
-        "config": {"decay": 0.5},
-        "tile_q": (2, 4, 8),
-        "tile_k": (2, 8, 8),
-        "block_q": 64,
         "block_k": 128,
         "heads": 1,
     },
