@@ -2,11 +2,12 @@
 
     python -m dit_accel.kernels.ahead_of_time [--arch 90 ...] [--kernel NAME ...] [--loops]
 
-One JSON line a build: kernel, arch, dtype, config, registers, spill_bytes, shared_bytes, instructions. A configuration
-that the shared-memory rule leaves out on an architecture is a line too, with ``left_out``. Exit status 1 if a forward
-kernel spills, a kernel needs more shared memory than its architecture has, or 16-bit dots did not become matrix
-instructions. The configurations are those of the table that the launcher and the autotuner read. ``--loops`` adds the
-number of machine instructions of each loop that multiplies matrices, in the order of the code.
+One JSON line a build: kernel, arch, dtype, config, registers, spill_bytes, spills_in_loops (instructions in loops that
+reach for what is spilled), shared_bytes, instructions. A configuration that the shared-memory rule leaves out on an
+architecture is a line too, with ``left_out``. Exit status 1 if a forward kernel spills, another one does so in a loop
+(more than its build says it may), a kernel needs more shared memory than its architecture has, or its 16-bit dots did
+not become matrix instructions. The configurations are those of the table that the launcher and the autotuner read.
+``--loops`` adds the number of machine instructions of each loop that multiplies matrices, in the order of the code.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ INSTRUCTIONS = re.compile(r"wgmma\.mma_async|tcgen05\.mma|mma\.sync|cp\.async\.b
 SASS_LINE = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(.*?);", re.MULTILINE)
 SASS_BRANCH = re.compile(r"\bBRA\b.* 0x([0-9a-f]+)")
 SASS_MATRIX = re.compile(r"\b(HGMMA|HMMA|UTC\w*MMA)\b")
+SASS_LOCAL = re.compile(r"\b(LDL|STL)\b")
 MATRIX = {"wgmma.mma_async", "tcgen05.mma", "mma.sync"}
 
 
@@ -47,6 +49,7 @@ class Build:
         warps, stages: launch settings.
         needs: bytes of shared memory that the launcher's rule reckons with.
         dots: whether the kernel multiplies matrices.
+        spills: bytes that it may spill in loops, because every way without is a longer loop.
     """
 
     kernel: str
@@ -57,6 +60,7 @@ class Build:
     stages: int
     needs: int
     dots: bool = True
+    spills: int = 0
 
     @property
     def config(self) -> dict[str, Any]:
@@ -65,7 +69,10 @@ class Build:
         return {**chosen, "warps": self.warps, "stages": self.stages}
 
 
-CONFIG_KEYS = ("BLOCK_Q", "BLOCK_K", "BLOCK", "D", "ROWS", "WIDTH", "TILE_QT", "TILE_KT", "STEP", "HAS_TABLES")
+CONFIG_KEYS = (
+    "BLOCK_Q", "BLOCK_K", "BLOCK", "D", "SCOPE", "ROWS", "WIDTH", "TILE_QT", "TILE_KT", "STEP",
+    "HAS_TABLES", "HAS_GRAD_LSE",
+)  # fmt: skip
 
 
 def all_builds(arch: int) -> Iterator[Build]:
@@ -75,7 +82,7 @@ def all_builds(arch: int) -> Iterator[Build]:
 
 
 def compile_build(build: Build, arch: int, dtype: str, loops: bool = False) -> dict[str, Any]:
-    """Compile and read off what the kernel uses; `loops`: see `loop_lengths`."""
+    """Compile and read off what the kernel uses; `loops`: say how long they are, see `loops_of`."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -98,17 +105,22 @@ def compile_build(build: Build, arch: int, dtype: str, loops: bool = False) -> d
         options={"num_warps": build.warps, "num_stages": build.stages, "enable_fp_fusion": True},
     )
     usage = resource_usage(compiled.asm["cubin"])
-    return {
+    row = {
         "kernel": build.kernel,
         "arch": f"sm_{arch}",
         "dtype": dtype,
         "config": build.config,
         "registers": usage["REG"],
         "spill_bytes": usage["STACK"] + usage["LOCAL"],
+        "spills_in_loops": 0,
         "shared_bytes": compiled.metadata.shared,
         "instructions": sorted(set(INSTRUCTIONS.findall(compiled.asm["ptx"]))),
-        **({"loops": loop_lengths(compiled.asm["cubin"])} if loops else {}),
     }
+    if row["spill_bytes"] or loops:
+        found = loops_of(compiled.asm["cubin"])
+        row["spills_in_loops"] = sum(reached for _, reached in found)
+        row |= {"loops": [length for length, _ in found]} if loops else {}
+    return row
 
 
 def resource_usage(cubin: bytes) -> dict[str, int]:
@@ -116,8 +128,10 @@ def resource_usage(cubin: bytes) -> dict[str, int]:
     return {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", _dump(cubin, "-res-usage"))}
 
 
-def loop_lengths(cubin: bytes) -> list[int]:
-    """Instructions of each innermost loop that multiplies matrices: what lies between a branch back and its target."""
+def loops_of(cubin: bytes) -> list[tuple[int, int]]:
+    """Each innermost loop that multiplies matrices, in the order of the code: how many instructions lie between a
+    branch back and its target, and how many of them reach for spilled registers.
+    """
     places, lines = zip(*SASS_LINE.findall(_dump(cubin, "-sass")), strict=True)
     number = {int(place, 16): i for i, place in enumerate(places)}
     found: list[tuple[int, int]] = []
@@ -127,7 +141,7 @@ def loop_lengths(cubin: bytes) -> list[int]:
         if first < last and any(map(SASS_MATRIX.search, lines[first:last])):
             found.append((first, last))
     inner = [a for a in found if not any(a != b and a[0] <= b[0] and b[1] <= a[1] for b in found)]
-    return [last - first + 1 for first, last in sorted(inner)]
+    return [(b - a + 1, sum(bool(SASS_LOCAL.search(line)) for line in lines[a : b + 1])) for a, b in sorted(inner)]
 
 
 def _dump(cubin: bytes, option: str) -> str:
@@ -144,12 +158,14 @@ def _dump(cubin: bytes, option: str) -> str:
         ).stdout
 
 
-def complaint(row: dict[str, Any], limit: int, dots: bool = True) -> str | None:
-    """Why a row fails the check, or None."""
+def complaint(row: dict[str, Any], limit: int, dots: bool = True, spills: int = 0) -> str | None:
+    """Why a row fails the check, or None; `dots` and `spills` are the build's."""
     if row["shared_bytes"] > limit:
         return f"needs {row['shared_bytes']} bytes of shared memory, {row['arch']} has {limit}"
     if row["kernel"].endswith("forward") and row["spill_bytes"]:
         return f"spills {row['spill_bytes']} bytes"
+    if row["spills_in_loops"] and row["spill_bytes"] > spills:
+        return f"spills {row['spill_bytes']} bytes, and reaches for them {row['spills_in_loops']} times in loops"
     if dots and not MATRIX & set(row["instructions"]):
         return "has no matrix instructions"
     if dots and row["arch"] == "sm_90" and "wgmma.mma_async" not in row["instructions"]:
@@ -182,7 +198,7 @@ def main(arguments: list[str] | None = None) -> int:
         rows = pool.map(compile_build, *zip(*jobs, strict=True), chunksize=4)
         for (build, arch, dtype, _), row in zip(jobs, rows, strict=True):
             print(json.dumps(row), flush=True)
-            trouble = complaint(row, SHARED_BYTES[arch], build.dots)
+            trouble = complaint(row, SHARED_BYTES[arch], build.dots, build.spills)
             if trouble:
                 failures += 1
                 print(f"{build.kernel} sm_{arch} {dtype} {build.config}: {trouble}", file=sys.stderr)

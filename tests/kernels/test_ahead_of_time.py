@@ -48,23 +48,35 @@ def test_a_row_says_what_the_compiler_made():
     build = next(b for b in ahead_of_time.all_builds(90) if b.kernel == "block_sparse_forward")
     row = ahead_of_time.compile_build(build, 90, "bf16", loops=True)
     assert set(row) == {
-        "kernel", "arch", "dtype", "config", "registers", "spill_bytes", "shared_bytes", "instructions", "loops",
+        "kernel", "arch", "dtype", "config", "registers", "spill_bytes", "spills_in_loops", "shared_bytes",
+        "instructions", "loops",
     }  # fmt: skip
     whole, partial, bounded = row["loops"]  # the kernel's three loops over key blocks
     assert 100 < whole < partial < bounded
-    assert (row["arch"], row["dtype"], row["spill_bytes"]) == ("sm_90", "bf16", 0)
+    assert (row["arch"], row["dtype"], row["spill_bytes"], row["spills_in_loops"]) == ("sm_90", "bf16", 0, 0)
     assert "wgmma.mma_async" in row["instructions"]
     assert 0 < row["shared_bytes"] <= triton_configs.SHARED_BYTES[90]
     assert ahead_of_time.complaint(row, triton_configs.SHARED_BYTES[90]) is None
     json.dumps(row)
 
 
+def test_one_build_may_spill():
+    found = [(arch, build) for arch in ahead_of_time.ARCHS for build in ahead_of_time.all_builds(arch) if build.spills]
+    ((arch, build),) = found
+    sizes = tuple(build.config[name] for name in ("block_q", "block_k", "d"))
+    assert (arch, build.kernel, sizes, build.spills) == (120, "block_sparse_dkdv", (128, 128, 128), 32)
+
+
 def test_complaints():
-    row = {"kernel": "x_forward", "arch": "sm_90", "spill_bytes": 0, "shared_bytes": 9}
+    row = {"kernel": "x_forward", "arch": "sm_90", "spill_bytes": 0, "spills_in_loops": 0, "shared_bytes": 9}
     good = row | {"instructions": ["wgmma.mma_async"]}
     assert ahead_of_time.complaint(good, 9) is None
     assert "spills 8" in ahead_of_time.complaint(good | {"spill_bytes": 8}, 9)
-    assert ahead_of_time.complaint(good | {"spill_bytes": 8, "kernel": "x_dq"}, 9) is None
+    outside = good | {"spill_bytes": 8, "kernel": "x_dq"}
+    assert ahead_of_time.complaint(outside, 9) is None
+    assert "2 times in loops" in ahead_of_time.complaint(outside | {"spills_in_loops": 2}, 9)
+    assert "spills 9" in ahead_of_time.complaint(outside | {"spill_bytes": 9, "spills_in_loops": 2}, 9, spills=8)
+    assert ahead_of_time.complaint(outside | {"spills_in_loops": 2}, 9, spills=8) is None
     assert "shared memory" in ahead_of_time.complaint(good, 8)
     assert "matrix" in ahead_of_time.complaint(row | {"instructions": ["cp.async"]}, 9)
     assert "wgmma" in ahead_of_time.complaint(row | {"instructions": ["mma.sync"]}, 9)

@@ -19,7 +19,8 @@ from dit_accel.kernels.block_sparse.geometry import Geometry
 from dit_accel.kernels.block_sparse.triton_configs import Launch
 from dit_accel.kernels.sla import triton as sla
 from dit_accel.kernels.sla import triton_configs as configs
-from dit_accel.kernels.sla.layout import Cut
+from dit_accel.kernels.sla.layout import Cut, Segments
+from dit_accel.kernels.sla.setting import LINEAR_SCOPES
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter replaces what would be compiled"
@@ -65,8 +66,7 @@ def binaries(monkeypatch):
 
     monkeypatch.setattr(block_sparse, "INTERPRETED", True)  # no device is asked for
     monkeypatch.setattr(block_sparse, "run", run)
-    for name in ("delta_kernel", "partial_words_kernel"):
-        monkeypatch.setattr(block_sparse, name, found.standing_in(getattr(block_sparse, name)))
+    monkeypatch.setattr(block_sparse, "partial_words_kernel", found.standing_in(block_sparse.partial_words_kernel))
     monkeypatch.setattr(sla, "_run", run_sla)
     return found
 
@@ -98,28 +98,28 @@ def test_block_sparse_kernels_are_compiled_once(binaries, text, tables):
         "block_sparse_fwd_kernel": 1,
         "block_sparse_bwd_kernel_dq": 1,
         "block_sparse_bwd_kernel_dkdv": 1,
-        "delta_kernel": 1,
     } | ({} if tables is None else {"partial_words_kernel": 1})
 
 
 def test_sla_kernels_are_compiled_once(binaries):
     """Up to the 16 blocks of one width of the router's row of scores."""
-    whole = table, total = torch.zeros(1, 2, DIM, DIM), torch.zeros(1, 2, DIM)
+    weight, bias, text_len = torch.zeros(DIM, DIM), torch.zeros(DIM), torch.zeros(1, dtype=torch.int32)
     for tokens in (t for t in LENGTHS if t > 2 * BLOCK or t == BLOCK):
         q, k, v, grad = tensors(tokens)
         cut = Cut((1, 1, tokens), BLOCK)
         lists = sla.Lists(*(torch.zeros(1, 2, cut.blocks, 1, dtype=torch.int32) for _ in range(2)))
         means = sla.block_means(q, cut)
         sla.select(means, means, 1, 1)
-        sla.state(k, v, cut, "softmax")
-        sla.apply(q, q, table, total, None, "softmax")
-        sla.apply_backward(grad, q, table, total, "softmax")
-        sla.state_backward(k, v, table, total, "softmax")
-        _, denominators, modes = sla.marginal(q, k, v, whole, lists, cut, "softmax")
-        modes.zero_()
-        sla.marginal_backward(grad, q, k, v, whole, lists, denominators, modes, cut, "softmax")
-    assert len(binaries.keys) == 10
-    assert {name: len(keys) for name, keys in binaries.keys.items()} == dict.fromkeys(binaries.keys, 1)
+        *whole, _ = sla.state(k, v, cut, "softmax")
+        for scope in LINEAR_SCOPES:
+            call = sla.Call(cut, Segments.of(cut.order.grid), 0.125, "softmax", scope)
+            for training in (False, True):
+                _, *saved = sla.forward(q, k, v, whole, lists, weight, bias, text_len, call, training)
+            saved[-1].zero_()  # modes, which are read
+            sla.backward(grad, q, k, v, whole, lists, weight, text_len, saved, call)
+    assert len(binaries.keys) == len(sla.JIT)
+    for name, keys in binaries.keys.items():
+        assert len(keys) == (len(LINEAR_SCOPES) if name.startswith("sparse_linear") else 1), name
 
 
 def test_tuning_knows_no_length():
@@ -136,7 +136,7 @@ def test_tuning_of_sla_knows_no_length():
         tuner = tuning.tuned(kernel, candidates, configs.TUNED_BY)
         constants = {kernel.params[i].name for i in kernel.constexprs}
         assert set(tuner.keys) <= constants - {"ALIGN", "SPLIT", "TILE_T", "TILE_H", "TILE_W"}
-        assert set(tuner.keys) & {"BLOCK_D", "WIDTH"}
+        assert set(tuner.keys) & {"BLOCK_D", "WIDTH"} or name == "places"
         assert tuner.cache_results
         steps = [{"STEP": c.step} if name != "means" else {} for c in candidates]
         assert [(c.kwargs, c.num_warps, c.num_stages) for c in tuner.configs] == [

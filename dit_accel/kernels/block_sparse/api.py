@@ -232,7 +232,7 @@ def choose_impl(device_type: str, impl: Impl = "auto", obstacle: str | None = No
         The name and the reason, a sentence fit for a report.
 
     Raises:
-        DitAccelError: the name is unknown, or "triton" is asked for and cannot run.
+        DitAccelError: the name is unknown, or "triton" is asked for and is not installed or cannot compute the call.
     """
     if impl not in _IMPLS:
         raise DitAccelError(f"impl must be one of {', '.join(_IMPLS)}, got {impl!r}.")
@@ -240,6 +240,8 @@ def choose_impl(device_type: str, impl: Impl = "auto", obstacle: str | None = No
         raise DitAccelError(
             "impl='triton' needs the package triton, which is not installed: pip install triton, or use impl='auto'."
         )
+    if impl == "triton" and obstacle is not None:
+        raise DitAccelError(f"impl='triton' cannot compute this: {obstacle}. Use impl='portable' or 'auto'.")
     if impl != "auto":
         return impl, f"impl={impl!r} was asked for"
     if device_type != "cuda":

@@ -23,7 +23,6 @@ from dit_accel.kernels.block_sparse.geometry import Geometry
 from dit_accel.kernels.block_sparse.triton_backward import (
     block_sparse_bwd_kernel_dkdv,
     block_sparse_bwd_kernel_dq,
-    delta_kernel,
 )
 from dit_accel.kernels.block_sparse.triton_configs import (
     KERNELS,
@@ -72,7 +71,7 @@ def forward(
     lse = torch.full(q.shape[:3], -math.inf, dtype=torch.float32, device=q.device)
     call.launch(
         "forward", (call.query_blocks, call.programs), (q, k, v, out, lse, *call.masked(lists), *call.starts),
-        (*call.strides(q, k, v),), (*call.sizes, q.shape[1], q.shape[2], call.query_blocks, kv_indices.shape[-1]),
+        call.strides(q, k, v), (*call.sizes, q.shape[1], q.shape[2], call.query_blocks, kv_indices.shape[-1]),
         per_head=kv_indices.ndim == 4,
     )  # fmt: skip
     return out.transpose(1, 2), lse
@@ -99,12 +98,14 @@ def backward(
     packed: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of q, k and v, each [B, H, N, D] laid out in memory as [B, N, H, D]."""
-    call = _Call(q, k, v, tables, (visual_start, reference_start, text_start, text_len), Geometry.unpack(ints), scale)
     if grad_out.stride(-1) != 1:
         grad_out = grad_out.contiguous()
-    delta = _delta(out, grad_out, grad_lse)
-    operands = (q, k, v, grad_out, lse, delta)
-    strides = (*call.strides(q, k, v), *grad_out.stride()[:3])
+    call = _Call(
+        q, k, v, tables, (visual_start, reference_start, text_start, text_len), Geometry.unpack(ints), scale,
+        grad_out, out,
+    )  # fmt: skip
+    delta = torch.empty_like(lse)
+    statistics = lse if grad_lse is None else grad_lse.contiguous(), lse, delta
 
     if packed is None:
         lists, transposed = pack(kv_indices, kv_counts, partial, tables, call.geometry)
@@ -113,8 +114,10 @@ def backward(
     masked = call.masked(lists)
     dq = call.gradient_of(q)
     call.launch(
-        "dq", (call.query_blocks, call.programs), (*operands, dq, *masked, *call.starts), strides,
+        "dq", (call.query_blocks, call.programs),
+        (q, k, v, grad_out, out, *statistics, dq, *masked, *call.starts), call.strides(q, k, v, grad_out, out),
         (*call.sizes, q.shape[1], q.shape[2], call.query_blocks, kv_indices.shape[-1]), per_head=kv_indices.ndim == 4,
+        HAS_GRAD_LSE=grad_lse is not None,
     )  # fmt: skip
 
     _, places, numbers, firsts = transposed
@@ -122,7 +125,8 @@ def backward(
     dk, dv = call.gradient_of(k), call.gradient_of(v)
     call.launch(
         "dkdv", (call.key_blocks, call.programs),
-        (*operands, dk, dv, places, numbers, firsts, masked[-1], *call.starts), strides,
+        (q, k, v, grad_out, lse, delta, dk, dv, places, numbers, firsts, masked[-1], *call.starts),
+        call.strides(q, k, v, grad_out),
         (*call.sizes, q.shape[1], q.shape[2], k.shape[2], call.key_blocks), per_head=kv_indices.ndim == 4,
     )  # fmt: skip
     return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
@@ -144,7 +148,9 @@ class _Call:
         starts: tuple[torch.Tensor | None, ...],
         geometry: Geometry,
         scale: float,
+        *others: torch.Tensor,
     ) -> None:
+        """`others`: what the kernels read beside q, k and v that is laid out as these are."""
         reason = unsupported(q.dtype, q.shape[-1], geometry.block_q, geometry.block_k)
         if reason is None and INTERPRETED and q.dtype == torch.bfloat16:
             reason = "Triton's interpreter has no bfloat16 arithmetic"
@@ -173,8 +179,9 @@ class _Call:
         self.head_dim, self.dtype = q.shape[-1], q.dtype
         # Strides are passed in units that a compiler may rely on, so that rows load 16 bytes at a time
         unit = 16 // q.element_size()
-        outer = [stride for x in (q, k, v) for stride in x.stride()[:3]]
-        aligned = all(stride % unit == 0 for stride in outer) and all(x.data_ptr() % 16 == 0 for x in (q, k, v))
+        read = (q, k, v, *others)
+        outer = [stride for x in read for stride in x.stride()[:3]]
+        aligned = all(stride % unit == 0 for stride in outer) and all(x.data_ptr() % 16 == 0 for x in read)
         self.align = unit if aligned else 1
 
     def strides(self, *tensors: torch.Tensor) -> tuple[int, ...]:
@@ -233,6 +240,7 @@ class _Call:
         strides: tuple[int, ...],
         sizes: tuple[int, ...],
         per_head: bool,
+        **flags: bool,
     ) -> None:
         constants = {
             "D": self.head_dim,
@@ -241,6 +249,7 @@ class _Call:
             **self.blocks(),
             "HAS_TABLES": self.tables is not None,
             "PRECISION": "ieee",
+            **flags,
         }
         arguments = (*tensors, *strides, self.scale, *sizes, int(per_head), self.own_queries)
         run(kernel, programs, arguments, constants, self.dtype.itemsize)
@@ -273,20 +282,6 @@ def _start(kernel: Any, programs: tuple[int, int], *arguments: Any, **constants:
     """Launch a kernel that is not tuned on the device of its first argument."""
     with contextlib.nullcontext() if INTERPRETED else torch.cuda.device(arguments[0].device):
         kernel[programs](*arguments, **constants, **FUSION)
-
-
-def _delta(out: torch.Tensor, grad_out: torch.Tensor, grad_lse: torch.Tensor | None) -> torch.Tensor:
-    """rowsum(out * grad_out) - grad_lse: fp32 [B, H, N]."""
-    batch, heads, tokens, dim = out.shape
-    delta = torch.empty(batch, heads, tokens, dtype=torch.float32, device=out.device)
-    rows = 64
-    grad = delta if grad_lse is None else grad_lse.contiguous()
-    _start(
-        delta_kernel, (triton.cdiv(tokens, rows), batch * heads),
-        out, grad_out, grad, delta, *out.stride()[:3], *grad_out.stride()[:3], heads, tokens,
-        D=dim, BLOCK_D=max(16, triton.next_power_of_2(dim)), ROWS=rows, HAS_GRAD_LSE=grad_lse is not None,
-    )  # fmt: skip
-    return delta
 
 
 assert set(JIT) == set(KERNELS)

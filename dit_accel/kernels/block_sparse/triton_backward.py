@@ -1,4 +1,7 @@
-"""The backward kernels: delta, dq over the lists, dk and dv over their transpose. Every sum has one fixed order."""
+"""The backward kernels: dq and delta over the lists, dk and dv over their transpose. Every sum has one fixed order.
+
+ds = p * (dp - delta) with delta = rowsum(out * grad_out) - grad_lse of every query.
+"""
 
 from __future__ import annotations
 
@@ -18,107 +21,60 @@ from dit_accel.kernels.block_sparse.triton_tokens import (
 LOG2E = tl.constexpr(1.4426950408889634)
 
 
-@triton.jit(do_not_specialize=["o_batch", "o_head", "o_row", "g_batch", "g_head", "g_row", "heads", "tokens"])
-def delta_kernel(
-    out, grad_out, grad_lse, delta,
-    o_batch, o_head, o_row, g_batch, g_head, g_row, heads, tokens,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, HAS_GRAD_LSE: tl.constexpr,
-):  # fmt: skip
-    """delta = rowsum(out * grad_out) - grad_lse in fp32 [B, H, N]: ds = p * (dp - delta)."""
-    i_b, i_h = tl.program_id(1) // heads, tl.program_id(1) % heads
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    o_d = tl.arange(0, BLOCK_D)
-    inside = row < tokens
-    mask = inside[:, None] & (o_d < D)
-    rows = row.to(tl.int64)[:, None]
-    p_o = out + i_b.to(tl.int64) * o_batch + i_h.to(tl.int64) * o_head + rows * o_row + o_d
-    p_g = grad_out + i_b.to(tl.int64) * g_batch + i_h.to(tl.int64) * g_head + rows * g_row + o_d
-    b_o = tl.load(p_o, mask=mask, other=0.0).to(tl.float32)
-    b_g = tl.load(p_g, mask=mask, other=0.0).to(tl.float32)
-    total = tl.sum(b_o * b_g, 1)
-    place = tl.program_id(1).to(tl.int64) * tokens + row
-    if HAS_GRAD_LSE:
-        total -= tl.load(grad_lse + place, mask=inside, other=0.0)
-    tl.store(delta + place, total, mask=inside)
+@triton.jit
+def row_lse(lse, place, valid):
+    """LSE of query rows. Rows without keys, and those not `valid` (None: all are), get weights of 0."""
+    if valid is None:
+        b_lse = tl.load(lse + place)
+    else:
+        b_lse = tl.load(lse + place, mask=valid, other=float("inf"))
+    return tl.where(b_lse == float("-inf"), float("inf"), b_lse)
 
 
 @triton.jit
 def row_statistics(lse, delta, place, valid):
-    """LSE and delta of query rows. Rows without keys, and those not `valid` (None: all are), get weights of 0."""
+    """LSE, as `row_lse` gives it, and delta of query rows."""
     if valid is None:
-        b_lse, b_delta = tl.load(lse + place), tl.load(delta + place)
+        b_delta = tl.load(delta + place)
     else:
-        b_lse = tl.load(lse + place, mask=valid, other=float("inf"))
         b_delta = tl.load(delta + place, mask=valid, other=0.0)
-    b_lse = tl.where(b_lse == float("-inf"), float("inf"), b_lse)
-    return b_lse, b_delta
+    return row_lse(lse, place, valid), b_delta
 
 
-@triton.jit(do_not_specialize=[
-    "q_batch", "q_head", "q_row", "k_batch", "k_head", "k_row", "v_batch", "v_head", "v_row",
-    "g_batch", "g_head", "g_row",
-    "T", "H", "W", "QT", "QH", "QW", "reference", "query_reference", "query_text",
-    "heads", "query_tokens", "query_blocks", "width", "per_head", "own_queries",
-])  # fmt: skip
-def block_sparse_bwd_kernel_dq(
-    q, k, v, grad_out, lse, delta, dq,
-    places, spans, words,
-    visual_starts, reference_starts, text_starts, text_lens,
-    q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row, g_batch, g_head, g_row,
-    scale,
-    T, H, W, QT, QH, QW, reference, query_reference, query_text,
-    heads, query_tokens, query_blocks, width, per_head, own_queries,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, ALIGN: tl.constexpr,
-    BLOCK_Q: tl.constexpr, TILE_QT: tl.constexpr, TILE_QH: tl.constexpr, TILE_QW: tl.constexpr,
-    BLOCK_K: tl.constexpr, TILE_KT: tl.constexpr, TILE_KH: tl.constexpr, TILE_KW: tl.constexpr,
+@triton.jit
+def of_queries(
+    b_q, b_g, b_lse, b_delta, k, v, scale, lists, words, starts, grid, reference, text_len,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, CUT: tl.constexpr,
     STEP: tl.constexpr, HAS_TABLES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dq [B, Nq, H, D] of one query block of one head. Padding keys are loaded as 0 and so add nothing.
+    """dq / scale of a query block, fp32 [BLOCK_Q, BLOCK_D]. Padding keys are loaded as 0 and so add nothing.
 
-    A key block is taken in steps of STEP rows.
+    b_g is the gradient of the output; other arguments as in `triton_forward.attend_lists`.
     """
-    i_q = query_blocks - 1 - tl.program_id(0)
-    i_bh = tl.program_id(1)
-    i_b, i_h = i_bh // heads, i_bh % heads
-    visual_start, reference_start, text_start, text_len = starts_of(
-        i_b, visual_starts, reference_starts, text_starts, text_lens
-    )  # fmt: skip
-    q = head_of(q, i_b, i_h, q_batch, q_head, ALIGN)
-    k = head_of(k, i_b, i_h, k_batch, k_head, ALIGN)
-    v = head_of(v, i_b, i_h, v_batch, v_head, ALIGN)
-    grad_out = head_of(grad_out, i_b, i_h, g_batch, g_head, 1)
-
+    BLOCK_K: tl.constexpr = CUT[0]
+    k_start, k_row = k
+    v_start, v_row = v
+    list_row, pure, clean, tabled, count, number = lists
+    visual_start, reference_start, text_start = starts
+    T, H, W = grid
     o_d = tl.arange(0, BLOCK_D)
     m_d = o_d < D
     slot_q = tl.arange(0, BLOCK_Q)
-    row_q, valid_q, _raster_q = locate(
-        i_q, slot_q, visual_start * (1 - own_queries), reference_start, text_start, QT, QH, QW,
-        query_reference, query_text, BLOCK_Q, TILE_QT, TILE_QH, TILE_QW,
-    )  # fmt: skip
-    rows_q = row_q.to(tl.int64)
-    mask_q = valid_q[:, None] & m_d
-    b_q = tl.load(q + rows_q[:, None] * (q_row * ALIGN) + o_d, mask=mask_q, other=0.0)
-    b_g = tl.load(grad_out + rows_q[:, None] * g_row + o_d, mask=mask_q, other=0.0).to(b_q.dtype)
-    b_lse, b_delta = row_statistics(lse, delta, i_bh.to(tl.int64) * query_tokens + rows_q, valid_q)
-
-    list_row, pure, clean, tabled, count, number = list_of(
-        i_bh * per_head * query_blocks + i_q, places, spans, width
-    )  # fmt: skip
     acc = tl.zeros([BLOCK_Q, BLOCK_D], dtype=tl.float32)
     STEPS: tl.constexpr = BLOCK_K // STEP
     for MASKED in tl.static_range(1 + HAS_TABLES):  # visual keys without padding slots: whole blocks, then partial ones
         for i in range(pure * STEPS * MASKED, (clean if MASKED else pure) * STEPS):
             slot_k = i % STEPS * STEP
-            place_k = places_in(slot_k + tl.arange(0, STEP), H, W, TILE_KH, TILE_KW).to(tl.int64)
-            p_tile_k = k + place_k[:, None] * (k_row * ALIGN) + o_d[None, :]
-            p_tile_v = v + place_k[None, :] * (v_row * ALIGN) + o_d[:, None]
+            place_k = places_in(slot_k + tl.arange(0, STEP), H, W, CUT[2], CUT[3]).to(tl.int64)
+            p_tile_k = k_start + place_k[:, None] * k_row + o_d[None, :]
+            p_tile_v = v_start + place_k[None, :] * v_row + o_d[:, None]
             first = (visual_start + tl.load(list_row + i // STEPS)).to(tl.int64)
             if BLOCK_D == D:
-                b_k = tl.load(p_tile_k + first * (k_row * ALIGN))  # [STEP, BLOCK_D]
-                b_v = tl.load(p_tile_v + first * (v_row * ALIGN))  # [BLOCK_D, STEP]
+                b_k = tl.load(p_tile_k + first * k_row)  # [STEP, BLOCK_D]
+                b_v = tl.load(p_tile_v + first * v_row)  # [BLOCK_D, STEP]
             else:
-                b_k = tl.load(p_tile_k + first * (k_row * ALIGN), mask=m_d[None, :], other=0.0)
-                b_v = tl.load(p_tile_v + first * (v_row * ALIGN), mask=m_d[:, None], other=0.0)
+                b_k = tl.load(p_tile_k + first * k_row, mask=m_d[None, :], other=0.0)
+                b_v = tl.load(p_tile_v + first * v_row, mask=m_d[:, None], other=0.0)
             exponent = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * scale - b_lse[:, None]
             if MASKED:
                 low, high = load_words(words, number + i // STEPS - pure, slot_q, slot_k, None, STEP, BLOCK_Q, BLOCK_K)
@@ -131,11 +87,11 @@ def block_sparse_bwd_kernel_dq(
         slot_k = i % STEPS * STEP
         row_k, valid_k, _ = locate(
             tl.load(list_row + i // STEPS), slot_k + tl.arange(0, STEP), visual_start, reference_start, text_start,
-            T, H, W, reference, text_len, BLOCK_K, TILE_KT, TILE_KH, TILE_KW,
+            T, H, W, reference, text_len, BLOCK_K, CUT[1], CUT[2], CUT[3],
         )  # fmt: skip
         rows = row_k.to(tl.int64)
-        p_k = k + rows[:, None] * (k_row * ALIGN) + o_d[None, :]
-        p_v = v + rows[None, :] * (v_row * ALIGN) + o_d[:, None]
+        p_k = k_start + rows[:, None] * k_row + o_d[None, :]
+        p_v = v_start + rows[None, :] * v_row + o_d[:, None]
         b_k = tl.load(p_k, mask=valid_k[:, None] & m_d[None, :], other=0.0)
         b_v = tl.load(p_v, mask=valid_k[None, :] & m_d[:, None], other=0.0)
         exponent = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * scale - b_lse[:, None]
@@ -148,7 +104,144 @@ def block_sparse_bwd_kernel_dq(
             exponent = tl.where(seen, exponent, float("-inf"))
         ds = tl.exp2(exponent * LOG2E) * (tl.dot(b_g, b_v, input_precision=PRECISION) - b_delta[:, None])
         acc = tl.dot(ds.to(b_k.dtype), b_k, acc, input_precision=PRECISION)
+    return acc
 
+
+@triton.jit
+def of_keys(
+    b_k, b_v, slot_k, q, grad_out, lse, delta, scale, places, numbers, p_first, words, starts, grid, reference, text,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, ROWS: tl.constexpr, CUT: tl.constexpr,
+    STEP: tl.constexpr, HAS_TABLES: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dk / scale and dv of ROWS rows of a key block, fp32 [ROWS, BLOCK_D], over the query blocks that visit it.
+
+    Args:
+        b_k, b_v: [ROWS, BLOCK_D], of `slot_k` [ROWS].
+        q, grad_out: where this head's rows begin, and the distance from row to row.
+        lse, delta: of this head.
+        places, numbers, p_first: `triton_lists.Transposed`, and where this key block's first part begins.
+        starts, grid, reference, text: of the queries.
+        CUT: BLOCK_Q and the tile of a query block, which is taken in steps of STEP rows.
+    """
+    BLOCK_Q: tl.constexpr = CUT[0]
+    q_start, q_row = q
+    g_start, g_row = grad_out
+    visual_start, reference_start, text_start = starts
+    T, H, W = grid
+    o_d = tl.arange(0, BLOCK_D)
+    m_d = o_d < D
+    b_dk = tl.zeros([ROWS, BLOCK_D], dtype=tl.float32)
+    b_dv = tl.zeros([ROWS, BLOCK_D], dtype=tl.float32)
+    STEPS: tl.constexpr = BLOCK_Q // STEP
+    for BOUNDED in tl.static_range(2):  # blocks of visual queries without padding slots, then the others
+        for i in range(tl.load(p_first + BOUNDED) * STEPS, tl.load(p_first + BOUNDED + 1) * STEPS):
+            slot_q = i % STEPS * STEP + tl.arange(0, STEP)
+            block = tl.load(places + i // STEPS)
+            if BOUNDED:
+                row_q, valid_q, _raster_q = locate(
+                    block, slot_q, visual_start, reference_start, text_start, T, H, W,
+                    reference, text, BLOCK_Q, CUT[1], CUT[2], CUT[3],
+                )  # fmt: skip
+                rows_q = row_q.to(tl.int64)
+                mask_q = valid_q[:, None] & m_d
+                b_q = tl.load(q_start + rows_q[:, None] * q_row + o_d, mask=mask_q, other=0.0)  # [STEP, BLOCK_D]
+                b_g = tl.load(g_start + rows_q[:, None] * g_row + o_d, mask=mask_q, other=0.0).to(b_q.dtype)
+                b_lse, b_delta = row_statistics(lse, delta, rows_q, valid_q)
+            else:
+                place_q = places_in(slot_q, H, W, CUT[2], CUT[3]).to(tl.int64)
+                first = (visual_start + block).to(tl.int64)
+                p_q = q_start + place_q[:, None] * q_row + o_d + first * q_row
+                p_g = g_start + place_q[:, None] * g_row + o_d + first * g_row
+                if BLOCK_D == D:
+                    b_q, b_g = tl.load(p_q), tl.load(p_g).to(b_k.dtype)
+                else:
+                    b_q = tl.load(p_q, mask=m_d[None, :], other=0.0)
+                    b_g = tl.load(p_g, mask=m_d[None, :], other=0.0).to(b_k.dtype)
+                b_lse, b_delta = row_statistics(lse, delta, first + place_q, None)
+            exponent = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION) * scale - b_lse[None, :]
+            if HAS_TABLES:
+                number = tl.load(numbers + i // STEPS)
+                low, high = load_words(words, number, slot_q, 0, number >= 0, BLOCK_K, BLOCK_Q, BLOCK_K)
+                seen = holds(low[None, :], high[None, :], slot_k[:, None], BLOCK_K)
+                exponent = tl.where(seen, exponent, float("-inf"))
+            weights = tl.exp2(exponent * LOG2E)  # [ROWS, STEP]
+            b_dv = tl.dot(weights.to(b_g.dtype), b_g, b_dv, input_precision=PRECISION)
+            ds = weights * (tl.dot(b_v, tl.trans(b_g), input_precision=PRECISION) - b_delta[None, :])
+            b_dk = tl.dot(ds.to(b_q.dtype), b_q, b_dk, input_precision=PRECISION)
+    return b_dk, b_dv
+
+
+@triton.jit(do_not_specialize=[
+    "q_batch", "q_head", "q_row", "k_batch", "k_head", "k_row", "v_batch", "v_head", "v_row",
+    "g_batch", "g_head", "g_row", "o_batch", "o_head", "o_row",
+    "T", "H", "W", "QT", "QH", "QW", "reference", "query_reference", "query_text",
+    "heads", "query_tokens", "query_blocks", "width", "per_head", "own_queries",
+])  # fmt: skip
+def block_sparse_bwd_kernel_dq(
+    q, k, v, grad_out, out, grad_lse, lse, delta, dq,
+    places, spans, words,
+    visual_starts, reference_starts, text_starts, text_lens,
+    q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
+    g_batch, g_head, g_row, o_batch, o_head, o_row,
+    scale,
+    T, H, W, QT, QH, QW, reference, query_reference, query_text,
+    heads, query_tokens, query_blocks, width, per_head, own_queries,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, ALIGN: tl.constexpr,
+    BLOCK_Q: tl.constexpr, TILE_QT: tl.constexpr, TILE_QH: tl.constexpr, TILE_QW: tl.constexpr,
+    BLOCK_K: tl.constexpr, TILE_KT: tl.constexpr, TILE_KH: tl.constexpr, TILE_KW: tl.constexpr,
+    STEP: tl.constexpr, HAS_TABLES: tl.constexpr, HAS_GRAD_LSE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dq [B, Nq, H, D] of one query block of one head. Padding keys are loaded as 0 and so add nothing.
+
+    A key block is taken in steps of STEP rows. Also writes delta [B, H, Nq], fp32, which the kernel of dk and dv reads
+    for the rows of the same blocks.
+    """
+    i_q = query_blocks - 1 - tl.program_id(0)
+    i_bh = tl.program_id(1)
+    i_b, i_h = i_bh // heads, i_bh % heads
+    visual_start, reference_start, text_start, text_len = starts_of(
+        i_b, visual_starts, reference_starts, text_starts, text_lens
+    )  # fmt: skip
+    q = head_of(q, i_b, i_h, q_batch, q_head, ALIGN)
+    k = head_of(k, i_b, i_h, k_batch, k_head, ALIGN)
+    v = head_of(v, i_b, i_h, v_batch, v_head, ALIGN)
+    grad_out = head_of(grad_out, i_b, i_h, g_batch, g_head, ALIGN)
+    out = head_of(out, i_b, i_h, o_batch, o_head, ALIGN)
+
+    o_d = tl.arange(0, BLOCK_D)
+    m_d = o_d < D
+    slot_q = tl.arange(0, BLOCK_Q)
+    row_q, valid_q, _raster_q = locate(
+        i_q, slot_q, visual_start * (1 - own_queries), reference_start, text_start, QT, QH, QW,
+        query_reference, query_text, BLOCK_Q, TILE_QT, TILE_QH, TILE_QW,
+    )  # fmt: skip
+    rows_q = row_q.to(tl.int64)
+    mask_q = valid_q[:, None] & m_d
+    b_q = tl.load(q + rows_q[:, None] * (q_row * ALIGN) + o_d, mask=mask_q, other=0.0)
+    b_g = tl.load(grad_out + rows_q[:, None] * (g_row * ALIGN) + o_d, mask=mask_q, other=0.0)
+    b_o = tl.load(out + rows_q[:, None] * (o_row * ALIGN) + o_d, mask=mask_q, other=0.0)
+    place_q = i_bh.to(tl.int64) * query_tokens + rows_q
+    b_delta = tl.sum(b_o.to(tl.float32) * b_g.to(tl.float32), 1)
+    if HAS_GRAD_LSE:
+        b_delta -= tl.load(grad_lse + place_q, mask=valid_q, other=0.0)
+    tl.store(delta + place_q, b_delta, mask=valid_q)
+    b_g = b_g.to(b_q.dtype)
+    b_lse = row_lse(lse, place_q, valid_q)
+
+    CUT: tl.constexpr = (BLOCK_K, TILE_KT, TILE_KH, TILE_KW)
+    lists = list_of(i_bh * per_head * query_blocks + i_q, places, spans, width)
+    starts = (visual_start, reference_start, text_start)
+    acc = of_queries(
+        b_q, b_g, b_lse, b_delta, (k, k_row * ALIGN), (v, v_row * ALIGN), scale, lists, words, starts, (T, H, W),
+        reference, text_len, D, BLOCK_D, BLOCK_Q, CUT, STEP, HAS_TABLES, PRECISION,
+    )  # fmt: skip
+
+    # The grid says once more which block it is, which compilers cannot know: rows held through the loops would spill
+    row_q, valid_q, _raster_q = locate(
+        tl.num_programs(0) - 1 - tl.program_id(0), slot_q, visual_start * (1 - own_queries), reference_start,
+        text_start, QT, QH, QW, query_reference, query_text, BLOCK_Q, TILE_QT, TILE_QH, TILE_QW,
+    )  # fmt: skip
+    rows_q, mask_q = row_q.to(tl.int64), valid_q[:, None] & m_d
     p_dq = dq + ((i_b.to(tl.int64) * query_tokens + rows_q[:, None]) * heads + i_h) * D + o_d
     tl.store(p_dq, (acc * scale).to(dq.dtype.element_ty), mask=mask_q)
 
@@ -186,7 +279,7 @@ def block_sparse_bwd_kernel_dkdv(
     q = head_of(q, i_b, i_h, q_batch, q_head, ALIGN)
     k = head_of(k, i_b, i_h, k_batch, k_head, ALIGN)
     v = head_of(v, i_b, i_h, v_batch, v_head, ALIGN)
-    grad_out = head_of(grad_out, i_b, i_h, g_batch, g_head, 1)
+    grad_out = head_of(grad_out, i_b, i_h, g_batch, g_head, ALIGN)
     statistics = i_bh.to(tl.int64) * query_tokens
 
     o_d = tl.arange(0, BLOCK_D)
@@ -202,46 +295,21 @@ def block_sparse_bwd_kernel_dkdv(
     b_v = tl.load(v + rows_k[:, None] * (v_row * ALIGN) + o_d, mask=mask_k, other=0.0)
 
     p_first = firsts + i_bh * per_head * (2 * key_blocks + 1) + 2 * i_k
-    visual_start *= 1 - own_queries
-    b_dk = tl.zeros([BLOCK_K, BLOCK_D], dtype=tl.float32)
-    b_dv = tl.zeros([BLOCK_K, BLOCK_D], dtype=tl.float32)
-    STEPS: tl.constexpr = BLOCK_Q // STEP
-    for BOUNDED in tl.static_range(2):  # blocks of visual queries without padding slots, then the others
-        for i in range(tl.load(p_first + BOUNDED) * STEPS, tl.load(p_first + BOUNDED + 1) * STEPS):
-            slot_q = i % STEPS * STEP + tl.arange(0, STEP)
-            block = tl.load(places + i // STEPS)
-            if BOUNDED:
-                row_q, valid_q, _raster_q = locate(
-                    block, slot_q, visual_start, reference_start, text_start, QT, QH, QW,
-                    query_reference, query_text, BLOCK_Q, TILE_QT, TILE_QH, TILE_QW,
-                )  # fmt: skip
-                rows_q = row_q.to(tl.int64)
-                mask_q = valid_q[:, None] & m_d
-                b_q = tl.load(q + rows_q[:, None] * (q_row * ALIGN) + o_d, mask=mask_q, other=0.0)  # [STEP, BLOCK_D]
-                b_g = tl.load(grad_out + rows_q[:, None] * g_row + o_d, mask=mask_q, other=0.0).to(b_q.dtype)
-                b_lse, b_delta = row_statistics(lse, delta, statistics + rows_q, valid_q)
-            else:
-                place_q = places_in(slot_q, QH, QW, TILE_QH, TILE_QW).to(tl.int64)
-                first = (visual_start + block).to(tl.int64)
-                p_q = q + place_q[:, None] * (q_row * ALIGN) + o_d + first * (q_row * ALIGN)
-                p_g = grad_out + place_q[:, None] * g_row + o_d + first * g_row
-                if BLOCK_D == D:
-                    b_q, b_g = tl.load(p_q), tl.load(p_g).to(b_k.dtype)
-                else:
-                    b_q = tl.load(p_q, mask=m_d[None, :], other=0.0)
-                    b_g = tl.load(p_g, mask=m_d[None, :], other=0.0).to(b_k.dtype)
-                b_lse, b_delta = row_statistics(lse, delta, statistics + first + place_q, None)
-            exponent = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION) * scale - b_lse[None, :]
-            if HAS_TABLES:
-                number = tl.load(numbers + i // STEPS)
-                low, high = load_words(words, number, slot_q, 0, number >= 0, BLOCK_K, BLOCK_Q, BLOCK_K)
-                seen = holds(low[None, :], high[None, :], slot_k[:, None], BLOCK_K)
-                exponent = tl.where(seen, exponent, float("-inf"))
-            weights = tl.exp2(exponent * LOG2E)  # [BLOCK_K, STEP]
-            b_dv = tl.dot(weights.to(b_g.dtype), b_g, b_dv, input_precision=PRECISION)
-            ds = weights * (tl.dot(b_v, tl.trans(b_g), input_precision=PRECISION) - b_delta[None, :])
-            b_dk = tl.dot(ds.to(b_q.dtype), b_q, b_dk, input_precision=PRECISION)
+    query_start = visual_start * (1 - own_queries)
+    CUT: tl.constexpr = (BLOCK_Q, TILE_QT, TILE_QH, TILE_QW)
+    starts = (query_start, reference_start, text_start)
+    b_dk, b_dv = of_keys(
+        b_k, b_v, slot_k, (q, q_row * ALIGN), (grad_out, g_row * ALIGN), lse + statistics, delta + statistics, scale,
+        places, numbers, p_first, words, starts, (QT, QH, QW), query_reference, query_text,
+        D, BLOCK_D, BLOCK_K, BLOCK_K, CUT, STEP, HAS_TABLES, PRECISION,
+    )  # fmt: skip
 
+    # located again, as in the kernel of dq
+    row_k, valid_k, _ = locate(
+        tl.num_programs(0) - 1 - tl.program_id(0), slot_k, visual_start, reference_start, text_start, T, H, W,
+        reference, text_len, BLOCK_K, TILE_KT, TILE_KH, TILE_KW,
+    )  # fmt: skip
+    rows_k, mask_k = row_k.to(tl.int64), valid_k[:, None] & m_d
     place = ((i_b.to(tl.int64) * key_tokens + rows_k[:, None]) * heads + i_h) * D + o_d
     tl.store(dk + place, (b_dk * scale).to(dk.dtype.element_ty), mask=mask_k)
     tl.store(dv + place, b_dv.to(dv.dtype.element_ty), mask=mask_k)

@@ -21,6 +21,9 @@ FUNCTIONS = {
     "dkdv": "triton_backward:block_sparse_bwd_kernel_dkdv",
 }
 TILES = {64: (1, 8, 8), 128: (2, 8, 8)}
+# Bytes that a build may spill, by kernel, architecture, blocks and head dimension: its loops with what they reload are
+# shorter than those that reload nothing (benchmarks/LOG.md, "Rows located again")
+SPILLS = {("dkdv", 120, 128, 128, 128): 32}
 STAGES = 3  # Triton's own, for a kernel without a pipelined loop
 DATA = ("q", "k", "v", "out", "grad_out", "dq", "dk", "dv")
 INTEGERS = ("entries", "places", "spans", "numbers", "firsts", "tables")
@@ -30,13 +33,17 @@ POINTERS = (
     *((name, "*i32") for name in (*INTEGERS, *STARTS)),
     ("words", "*i64"),
     ("lse", "*fp32"),
+    ("grad_lse", "*fp32"),
     ("delta", "*fp32"),
     ("scale", "fp32"),
 )
 
 
 def builds(arch: int) -> Iterator[Build]:
-    """Each kernel, block size, head dimension and launch; with tables in tile order, one size also in raster order."""
+    """Each kernel, block size, head dimension and launch; with tables in tile order, one size also in raster order.
+
+    That size's dq also with a gradient of the LSE.
+    """
     for block_q, block_k in BLOCKS:
         for tiled in (True, False):
             yield Build(
@@ -57,7 +64,8 @@ def builds(arch: int) -> Iterator[Build]:
                 smallest = list(launches(*sizes, capability=arch))[-1:]
                 for launch in fitting(*sizes, itemsize=2, capability=arch) or smallest:
                     # raster order differs in address arithmetic alone: one size stands for all
-                    for tiled in (True, False) if (block_q, block_k, head_dim) == (128, 64, 128) else (True,):
+                    one = (block_q, block_k, head_dim) == (128, 64, 128)
+                    for tiled, flags in _variants(kernel) if one else _variants(kernel)[:1]:
                         constants = {
                             "D": head_dim,
                             "BLOCK_D": head_dim,
@@ -66,6 +74,7 @@ def builds(arch: int) -> Iterator[Build]:
                             "HAS_TABLES": True,
                             "PRECISION": "ieee",
                             "STEP": launch.step,
+                            **flags,
                         }
                         yield Build(
                             kernel=f"block_sparse_{kernel}",
@@ -75,7 +84,15 @@ def builds(arch: int) -> Iterator[Build]:
                             warps=launch.warps,
                             stages=launch.stages,
                             needs=shared_bytes(kernel, launch, *sizes[1:], itemsize=2),
+                            spills=SPILLS.get((kernel, arch, block_q, block_k, head_dim), 0),
                         )
+
+
+def _variants(kernel: str) -> tuple[tuple[bool, dict[str, bool]], ...]:
+    """Whether blocks are tiles, and constants of this kernel alone; the usual first."""
+    if kernel == "dq":
+        return (True, {"HAS_GRAD_LSE": False}), (True, {"HAS_GRAD_LSE": True}), (False, {"HAS_GRAD_LSE": False})
+    return (True, {}), (False, {})
 
 
 def _blocks(block_q: int, block_k: int, tiled: bool) -> dict[str, int]:

@@ -45,6 +45,8 @@ def unsupported(dtype: torch.dtype, head_dim: int, block_q: int, block_k: int) -
 def launches(kernel: str, block_q: int, block_k: int, block_d: int, capability: int) -> Iterator[Launch]:
     """Candidates for a kernel on a compute capability (90 for 9.0), best first: those that spill nowhere.
 
+    One does (`triton_builds.SPILLS`).
+
     An fp32 accumulator of a block's rows x block_d lives in registers, beside the scores of a step and their weights.
     9.0 and 10.0 multiply out of shared memory, and one group of 4 warps holds 64 rows; elsewhere each warp holds the
     step's rows in registers too, so that a step is half as large, or as large with half the rows. It is smaller for

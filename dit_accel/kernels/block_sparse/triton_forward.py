@@ -33,6 +33,93 @@ def absorb(acc, peak, total, scores, scale, b_v, PRECISION: tl.constexpr):
     return acc, new_peak, total
 
 
+@triton.jit
+def attend_lists(
+    b_q, k, v, scale, lists, words, starts, grid, reference, text_len,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, CUT: tl.constexpr,
+    STEP: tl.constexpr, HAS_TABLES: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """A query block over its list: weighted sums of values, largest logit (scaled, base 2) and sum of weights per row.
+
+    Args:
+        b_q: [BLOCK_Q, BLOCK_D], 0 beyond D.
+        k, v: where this head's rows begin, and the distance from row to row.
+        scale: of the logits, above 0, in base 2.
+        lists: `triton_tokens.list_of` this query block; `words` are those of `triton_predicate`.
+        starts: of this sample's visual, reference and text tokens.
+        CUT: BLOCK_K and the tile of a key block, which is taken in steps of STEP rows.
+    """
+    BLOCK_K: tl.constexpr = CUT[0]
+    STEPS: tl.constexpr = BLOCK_K // STEP
+    k_start, k_row = k
+    v_start, v_row = v
+    list_row, pure, clean, tabled, count, number = lists
+    visual_start, reference_start, text_start = starts
+    T, H, W = grid
+    o_d = tl.arange(0, BLOCK_D)
+    m_d = o_d < D
+    slot_q = tl.arange(0, BLOCK_Q)
+    acc = tl.zeros([BLOCK_Q, BLOCK_D], dtype=tl.float32)
+    peak = tl.full([BLOCK_Q], float("-inf"), dtype=tl.float32)
+    total = tl.zeros([BLOCK_Q], dtype=tl.float32)
+    for MASKED in tl.static_range(1 + HAS_TABLES):  # visual keys without padding slots: whole blocks, then partial ones
+        for i in range(pure * STEPS * MASKED, (clean if MASKED else pure) * STEPS):
+            slot_k = i % STEPS * STEP
+            place_k = places_in(slot_k + tl.arange(0, STEP), H, W, CUT[2], CUT[3]).to(tl.int64)
+            p_tile_k = k_start + place_k[None, :] * k_row + o_d[:, None]
+            p_tile_v = v_start + place_k[:, None] * v_row + o_d[None, :]
+            first = (visual_start + tl.load(list_row + i // STEPS)).to(tl.int64)
+            if BLOCK_D == D:
+                b_k = tl.load(p_tile_k + first * k_row)  # [BLOCK_D, STEP]
+                b_v = tl.load(p_tile_v + first * v_row)  # [STEP, BLOCK_D]
+            else:
+                b_k = tl.load(p_tile_k + first * k_row, mask=m_d[:, None], other=0.0)
+                b_v = tl.load(p_tile_v + first * v_row, mask=m_d[None, :], other=0.0)
+            scores = tl.dot(b_q, b_k, input_precision=PRECISION)
+            if MASKED:
+                low, high = load_words(words, number + i // STEPS - pure, slot_q, slot_k, None, STEP, BLOCK_Q, BLOCK_K)
+                seen = holds(low[:, None], high[:, None], tl.arange(0, STEP)[None, :], STEP)
+                scores = tl.where(seen, scores, float("-inf"))
+            acc, peak, total = absorb(acc, peak, total, scores, scale, b_v, PRECISION)
+
+    for i in range(clean * STEPS, count * STEPS):
+        slot_k = i % STEPS * STEP
+        row_k, valid_k, _ = locate(
+            tl.load(list_row + i // STEPS), slot_k + tl.arange(0, STEP), visual_start, reference_start, text_start,
+            T, H, W, reference, text_len, BLOCK_K, CUT[1], CUT[2], CUT[3],
+        )  # fmt: skip
+        rows = row_k.to(tl.int64)
+        p_k = k_start + rows[None, :] * k_row + o_d[:, None]
+        p_v = v_start + rows[:, None] * v_row + o_d[None, :]
+        b_k = tl.load(p_k, mask=valid_k[None, :] & m_d[:, None], other=0.0)
+        b_v = tl.load(p_v, mask=valid_k[:, None] & m_d[None, :], other=0.0)
+        scores = tl.dot(b_q, b_k, input_precision=PRECISION)
+        scores = tl.where(valid_k[None, :], scores, float("-inf"))
+        if HAS_TABLES:
+            j = i // STEPS
+            low, high = load_words(words, number + j - pure, slot_q, slot_k, j < tabled, STEP, BLOCK_Q, BLOCK_K)
+            seen = holds(low[:, None], high[:, None], tl.arange(0, STEP)[None, :], STEP)
+            scores = tl.where(seen, scores, float("-inf"))
+        acc, peak, total = absorb(acc, peak, total, scores, scale, b_v, PRECISION)
+    return acc, peak, total
+
+
+@triton.jit
+def normalised(acc, peak, total):
+    """Output and LSE, in base e, of what `attend_lists` gives; 0 and -inf where a row has no key."""
+    empty = total == 0.0
+    acc = acc / tl.where(empty, 1.0, total)[:, None]
+    return acc, tl.where(empty, float("-inf"), (peak + tl.log2(tl.where(empty, 1.0, total))) / LOG2E)
+
+
+@triton.jit
+def positive(b_q, scale):
+    """Queries and a scale in base 2 that give the same logits; the scale is above 0, as `absorb` wants it."""
+    # the scale's sign goes into q: a scale of 0 is one of 1 on q = 0
+    sign = tl.where(scale > 0, 1.0, tl.where(scale < 0, -1.0, 0.0))
+    return b_q * sign.to(b_q.dtype), tl.where(scale == 0, 1.0, tl.abs(scale)) * LOG2E
+
+
 @triton.jit(do_not_specialize=[
     "q_batch", "q_head", "q_row", "k_batch", "k_head", "k_row", "v_batch", "v_head", "v_row",
     "T", "H", "W", "QT", "QH", "QW", "reference", "query_reference", "query_text",
@@ -76,61 +163,16 @@ def block_sparse_fwd_kernel(
     )  # fmt: skip
     p_q = q + row_q.to(tl.int64)[:, None] * (q_row * ALIGN) + o_d
     b_q = tl.load(p_q, mask=valid_q[:, None] & m_d, other=0.0)  # [BLOCK_Q, BLOCK_D]
-    # the scale's sign goes into q, so that what is left is above 0: a scale of 0 is one of 1 on q = 0
-    sign = tl.where(scale > 0, 1.0, tl.where(scale < 0, -1.0, 0.0))
-    b_q = b_q * sign.to(b_q.dtype)
-    scale = tl.where(scale == 0, 1.0, tl.abs(scale)) * LOG2E
+    b_q, scale = positive(b_q, scale)
 
-    list_row, pure, clean, tabled, count, number = list_of(
-        i_bh * per_head * query_blocks + i_q, places, spans, width
+    CUT: tl.constexpr = (BLOCK_K, TILE_KT, TILE_KH, TILE_KW)
+    lists = list_of(i_bh * per_head * query_blocks + i_q, places, spans, width)
+    starts = (visual_start, reference_start, text_start)
+    acc, peak, total = attend_lists(
+        b_q, (k, k_row * ALIGN), (v, v_row * ALIGN), scale, lists, words, starts, (T, H, W), reference, text_len,
+        D, BLOCK_D, BLOCK_Q, CUT, STEP, HAS_TABLES, PRECISION,
     )  # fmt: skip
-    acc = tl.zeros([BLOCK_Q, BLOCK_D], dtype=tl.float32)
-    peak = tl.full([BLOCK_Q], float("-inf"), dtype=tl.float32)
-    total = tl.zeros([BLOCK_Q], dtype=tl.float32)
-    STEPS: tl.constexpr = BLOCK_K // STEP
-    for MASKED in tl.static_range(1 + HAS_TABLES):  # visual keys without padding slots: whole blocks, then partial ones
-        for i in range(pure * STEPS * MASKED, (clean if MASKED else pure) * STEPS):
-            slot_k = i % STEPS * STEP
-            place_k = places_in(slot_k + tl.arange(0, STEP), H, W, TILE_KH, TILE_KW).to(tl.int64)
-            p_tile_k = k + place_k[None, :] * (k_row * ALIGN) + o_d[:, None]
-            p_tile_v = v + place_k[:, None] * (v_row * ALIGN) + o_d[None, :]
-            first = (visual_start + tl.load(list_row + i // STEPS)).to(tl.int64)
-            if BLOCK_D == D:
-                b_k = tl.load(p_tile_k + first * (k_row * ALIGN))  # [BLOCK_D, STEP]
-                b_v = tl.load(p_tile_v + first * (v_row * ALIGN))  # [STEP, BLOCK_D]
-            else:
-                b_k = tl.load(p_tile_k + first * (k_row * ALIGN), mask=m_d[:, None], other=0.0)
-                b_v = tl.load(p_tile_v + first * (v_row * ALIGN), mask=m_d[None, :], other=0.0)
-            scores = tl.dot(b_q, b_k, input_precision=PRECISION)
-            if MASKED:
-                low, high = load_words(words, number + i // STEPS - pure, slot_q, slot_k, None, STEP, BLOCK_Q, BLOCK_K)
-                seen = holds(low[:, None], high[:, None], tl.arange(0, STEP)[None, :], STEP)
-                scores = tl.where(seen, scores, float("-inf"))
-            acc, peak, total = absorb(acc, peak, total, scores, scale, b_v, PRECISION)
-
-    for i in range(clean * STEPS, count * STEPS):
-        slot_k = i % STEPS * STEP
-        row_k, valid_k, _ = locate(
-            tl.load(list_row + i // STEPS), slot_k + tl.arange(0, STEP), visual_start, reference_start, text_start,
-            T, H, W, reference, text_len, BLOCK_K, TILE_KT, TILE_KH, TILE_KW,
-        )  # fmt: skip
-        rows = row_k.to(tl.int64)
-        p_k = k + rows[None, :] * (k_row * ALIGN) + o_d[:, None]
-        p_v = v + rows[:, None] * (v_row * ALIGN) + o_d[None, :]
-        b_k = tl.load(p_k, mask=valid_k[None, :] & m_d[:, None], other=0.0)
-        b_v = tl.load(p_v, mask=valid_k[:, None] & m_d[None, :], other=0.0)
-        scores = tl.dot(b_q, b_k, input_precision=PRECISION)
-        scores = tl.where(valid_k[None, :], scores, float("-inf"))
-        if HAS_TABLES:
-            j = i // STEPS
-            low, high = load_words(words, number + j - pure, slot_q, slot_k, j < tabled, STEP, BLOCK_Q, BLOCK_K)
-            seen = holds(low[:, None], high[:, None], tl.arange(0, STEP)[None, :], STEP)
-            scores = tl.where(seen, scores, float("-inf"))
-        acc, peak, total = absorb(acc, peak, total, scores, scale, b_v, PRECISION)
-
-    empty = total == 0.0
-    acc = acc / tl.where(empty, 1.0, total)[:, None]
-    b_lse = tl.where(empty, float("-inf"), (peak + tl.log2(tl.where(empty, 1.0, total))) / LOG2E)
+    acc, b_lse = normalised(acc, peak, total)
     rows = row_q.to(tl.int64)
     p_o = out + ((i_b.to(tl.int64) * query_tokens + rows[:, None]) * heads + i_h) * D + o_d
     tl.store(p_o, acc.to(out.dtype.element_ty), mask=valid_q[:, None] & m_d)

@@ -99,7 +99,7 @@ def transpose_lists(
     key_blocks = geometry.key_order.blocks
     padded, corners = _blocks(geometry.query_order, kv_indices.device)
     parts = 2 * torch.where(_used(kv_indices, kv_counts), kv_indices, key_blocks) + padded.int()[:, None]
-    parts, order = parts.reshape(-1, query_blocks * width).sort(dim=-1, stable=True)
+    parts, order = parts.reshape(math.prod(kv_indices.shape[:-2]), query_blocks * width).sort(dim=-1, stable=True)
     bounds = torch.arange(2 * key_blocks + 1, dtype=parts.dtype, device=parts.device).expand(len(parts), -1)
     firsts = torch.searchsorted(parts, bounds.contiguous(), out_int32=True)
     start = torch.arange(len(parts), dtype=torch.int32, device=parts.device)[:, None] * (query_blocks * width)

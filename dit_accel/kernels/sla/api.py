@@ -134,8 +134,6 @@ def choose_impl(
         DitAccelError: a named implementation cannot compute the call.
     """
     obstacle = unsupported(dtype, head_dim, order.block, order.visual_blocks, linear_scope)
-    if impl == "triton" and obstacle is not None:
-        raise DitAccelError(f"impl='triton' cannot compute this: {obstacle}. Use impl='portable' or 'auto'.")
     return block_sparse.choose_impl(device_type, impl, obstacle)
 
 

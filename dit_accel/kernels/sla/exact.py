@@ -54,8 +54,9 @@ def with_others(
 
 
 def visual_of(x: torch.Tensor, order: TokenOrder) -> torch.Tensor:
-    """The visual tokens of [B, H, N, D]: a view."""
-    return x[:, :, _visual(order)]
+    """The visual tokens of [B, H, N, D]: a view, and x itself where there are no others."""
+    # the gradient of a slice, even of a whole one, is a copy into zeros
+    return x if order.grid.visual == order.grid.tokens else x[:, :, _visual(order)]
 
 
 def _visual(order: TokenOrder) -> slice:

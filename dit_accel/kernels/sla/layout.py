@@ -55,6 +55,21 @@ class Cut(NamedTuple):
         return math.prod((size + piece - 1) // piece for size, piece in zip(self.grid, self.tile, strict=True))
 
 
+class Segments(NamedTuple):
+    """Where the tokens of each kind begin in a sequence, and how many reference and text tokens there are."""
+
+    visual_start: int
+    reference_start: int
+    text_start: int
+    reference: int
+    text: int
+
+    @classmethod
+    def of(cls, grid: TokenGrid) -> Segments:
+        """Those of a grid."""
+        return cls(grid.visual_start, grid.reference_start, grid.text_start, grid.reference, grid.text)
+
+
 def to_blocks(x: torch.Tensor, order: TokenOrder) -> torch.Tensor:
     """[..., visual, D] in raster order to [..., blocks, block, D]; padding slots are 0."""
     if order.tile is not None:

@@ -11,7 +11,8 @@ from types import ModuleType
 
 import torch
 
-from dit_accel.kernels.sla.layout import Cut
+from dit_accel.errors import DitAccelError
+from dit_accel.kernels.sla.layout import Cut, Segments
 
 
 def _kernels(name: str) -> ModuleType:
@@ -72,7 +73,8 @@ def state(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """phi(k)^T v [B, H, D, D] and the sum of phi(k) over the tokens [B, H, D], both fp32; and `block_means` of k.
 
-    One pass over k serves the linear branch and the router. The means carry no gradient.
+    One pass over k serves the linear branch and the router. What comes of it carries no gradient: `attend` gives k and
+    v all of theirs.
     """
     return _kernels("triton").state(k, v, Cut.unpack(cut), feature_map)
 
@@ -84,145 +86,108 @@ def _(k, v, cut, feature_map):
     return k.new_empty(batch, heads, dim, dim, dtype=torch.float32), total, _fake_means(k, cut)
 
 
-@torch.library.custom_op("dit_accel::sla_state_backward", mutates_args=())
-def state_backward(
-    k: torch.Tensor, v: torch.Tensor, dstate: torch.Tensor, dtotal: torch.Tensor, feature_map: str
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """dk and dv, laid out in memory as [B, N, H, D]."""
-    return _kernels("triton").state_backward(k, v, dstate, dtotal, feature_map)
-
-
-@state_backward.register_fake
-def _(k, v, dstate, dtotal, feature_map):
-    return _like(k), _like(v)
-
-
-def _save_state(ctx, inputs, output) -> None:
-    k, v, _, ctx.feature_map = inputs
-    ctx.mark_non_differentiable(output[2])
-    ctx.save_for_backward(k, v)
-
-
-def _differentiate_state(ctx, dstate, dtotal, _):
-    return *state_backward(*ctx.saved_tensors, dstate, dtotal, ctx.feature_map), None, None
-
-
-state.register_autograd(_differentiate_state, setup_context=_save_state)
-
-
-@torch.library.custom_op("dit_accel::sla_apply", mutates_args=())
-def apply(
-    q: torch.Tensor,
-    exact: torch.Tensor,
-    table: torch.Tensor,
-    total: torch.Tensor,
-    bias: torch.Tensor | None,
-    feature_map: str,
-) -> torch.Tensor:
-    """exact + phi(q) table / (phi(q) . total + eps) + bias.
-
-    Args:
-        q, exact: [B, H, N, D].
-        table: fp32 [B, H, D, D], the projected state.
-        total: fp32 [B, H, D].
-        bias: fp32 [D].
-
-    Returns:
-        [B, H, N, D] in the dtype of q, laid out in memory as [B, N, H, D].
-    """
-    return _kernels("triton").apply(q, exact, table, total, bias, feature_map)
-
-
-@apply.register_fake
-def _(q, exact, table, total, bias, feature_map):
-    return _like(q)
-
-
-@torch.library.custom_op("dit_accel::sla_apply_backward", mutates_args=())
-def apply_backward(
-    gradient: torch.Tensor, q: torch.Tensor, table: torch.Tensor, total: torch.Tensor, feature_map: str
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """dq as q, laid out in memory as [B, N, H, D]; d(table), d(total) and d(bias) in fp32."""
-    return _kernels("triton").apply_backward(gradient, q, table, total, feature_map)
-
-
-@apply_backward.register_fake
-def _(gradient, q, table, total, feature_map):
-    return _like(q), torch.empty_like(table), torch.empty_like(total), total.new_empty(total.shape[-1])
-
-
-def _save_apply(ctx, inputs, output) -> None:
-    q, _, table, total, bias, ctx.feature_map = inputs
-    ctx.has_bias = bias is not None
-    ctx.save_for_backward(q, table, total)
-
-
-def _differentiate_apply(ctx, gradient):
-    dq, dtable, dtotal, dbias = apply_backward(gradient, *ctx.saved_tensors, ctx.feature_map)
-    return dq, gradient, dtable, dtotal, dbias if ctx.has_bias else None, None
-
-
-apply.register_autograd(_differentiate_apply, setup_context=_save_apply)
-
-
-@torch.library.custom_op("dit_accel::sla_marginal_triton", mutates_args=())
-def marginal(
+@torch.library.custom_op("dit_accel::sla_attend", mutates_args=())
+def attend(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    whole_state: torch.Tensor,
-    whole_total: torch.Tensor,
+    state: torch.Tensor,
+    total: torch.Tensor,
     critical: torch.Tensor,
     skipped: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    text_len: torch.Tensor,
     cut: Sequence[int],
+    segments: Sequence[int],
+    scale: float,
     feature_map: str,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """As `dit_accel.kernels.sla.linear.linear_marginal`, the output in the dtype of q, the denominators in fp32.
+    linear_scope: str,
+    training: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Both branches of sparse-linear attention for the visual queries.
 
-    `whole_state` and `whole_total` are `state` of k and v. The gradients of k and v hold what flows through them too,
-    so they get none of their own: pass them detached. Both are small and kept for the backward.
+    Args:
+        q: visual tokens, [B, H, visual, D].
+        k, v: all tokens, [B, H, N, D].
+        state, total: `state` of the visual keys. The gradients of k and v hold what flows through them too, so they get
+            none of their own.
+        critical, skipped: int32 [B, H, blocks, *], ascending. No critical blocks are allowed.
+        weight, bias: fp32 [D, D] and [D].
+        text_len: int32 [B].
+        cut, segments: `layout.Cut.pack`, and the integers of `layout.Segments`.
+        training: whether what the backward wants is kept.
 
-    Also returns int32 [B, H, blocks]: 1 for a query block that was summed one by one (see `triton_marginal`).
+    Returns:
+        The output [B, H, visual, D], laid out in memory as [B, visual, H, D]. For training the exact branch, as the
+        output, and its LSE fp32 [B, H, visual]; in scope "marginal" also the linear branch before its projection, its
+        denominators with eps fp32 [B, H, visual], and int32 [B, H, blocks]: 1 for a query block whose marginal blocks
+        were summed one by one (see `triton_marginal`). What is not wanted has no elements.
     """
     kernels = _kernels("triton")
     lists = kernels.Lists(critical.contiguous(), skipped.contiguous())
-    return kernels.marginal(q, k, v, (whole_state, whole_total), lists, Cut.unpack(cut), feature_map)
+    call = kernels.Call(Cut.unpack(cut), Segments(*segments), scale, feature_map, linear_scope)
+    return kernels.forward(q, k, v, (state, total), lists, weight, bias, text_len, call, training)
 
 
-@marginal.register_fake
-def _(q, k, v, whole_state, whole_total, critical, *rest):
-    modes = critical.new_empty(critical.shape[:-1])
-    return _like(q), q.new_empty((*q.shape[:-1], 1), dtype=torch.float32), modes
-
-
-@torch.library.custom_op("dit_accel::sla_marginal_triton_backward", mutates_args=())
-def marginal_backward(
-    gradient: torch.Tensor, saved: Sequence[torch.Tensor], cut: Sequence[int], feature_map: str
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """dq, dk and dv of `marginal`, laid out in memory as [B, N, H, D]; `saved`: its tensors, then its last outputs."""
-    q, k, v, whole_state, whole_total, critical, skipped, denominators, modes = saved
-    kernels = _kernels("triton")
-    lists = kernels.Lists(critical.contiguous(), skipped.contiguous())
-    return kernels.marginal_backward(
-        gradient, q, k, v, (whole_state, whole_total), lists, denominators, modes, Cut.unpack(cut), feature_map
+@attend.register_fake
+def _(q, k, v, state, total, critical, skipped, weight, bias, text_len, cut, segments, scale, fmap, scope, training):
+    none, marginal = q.new_empty(0), training and scope == "marginal"
+    per_row = q.new_empty(q.shape[:3], dtype=torch.float32)
+    return (
+        _like(q),
+        _like(q) if training else none,
+        per_row if training else none.float(),
+        _like(q) if marginal else none.clone(),
+        per_row.clone() if marginal else none.float().clone(),
+        critical.new_empty(critical.shape[:-1] if marginal else (0,)),
     )
 
 
-@marginal_backward.register_fake
-def _(gradient, saved, cut, feature_map):
+@torch.library.custom_op("dit_accel::sla_attend_backward", mutates_args=())
+def attend_backward(
+    gradient: torch.Tensor,
+    saved: Sequence[torch.Tensor],
+    cut: Sequence[int],
+    segments: Sequence[int],
+    scale: float,
+    feature_map: str,
+    linear_scope: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """dq, dk and dv, laid out in memory as [B, N, H, D], and d(weight) and d(bias) in fp32.
+
+    Args:
+        saved: the tensors that `attend` got, save the bias, and what it gave besides the output.
+    """
+    q, k, v, state, total, critical, skipped, weight, text_len, *outputs = saved
+    kernels = _kernels("triton")
+    lists = kernels.Lists(critical.contiguous(), skipped.contiguous())
+    call = kernels.Call(Cut.unpack(cut), Segments(*segments), scale, feature_map, linear_scope)
+    return kernels.backward(gradient, q, k, v, (state, total), lists, weight, text_len, outputs, call)
+
+
+@attend_backward.register_fake
+def _(gradient, saved, *rest):
     q, k, v, *_ = saved
-    return _like(q), _like(k), _like(v)
+    weight = saved[7]
+    return _like(q), _like(k), _like(v), torch.empty_like(weight), weight.new_empty(weight.shape[:1])
 
 
-def _save_marginal(ctx, inputs, output) -> None:
-    *tensors, ctx.cut, ctx.feature_map = inputs
-    _, denominators, modes = output
-    ctx.mark_non_differentiable(denominators, modes)
-    ctx.save_for_backward(*tensors, denominators, modes)
+def _save(ctx, inputs, output) -> None:
+    *tensors, weight, bias, text_len, ctx.cut, ctx.segments, ctx.scale, ctx.feature_map, ctx.scope, training = inputs
+    ctx.has_bias = bias is not None
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*tensors, weight, text_len, *output[1:])
+    if not training:
+        raise DitAccelError("sla_attend was called without training=True, but a gradient is wanted.")
 
 
-def _differentiate_marginal(ctx, gradient, *_):
-    return *marginal_backward(gradient, ctx.saved_tensors, ctx.cut, ctx.feature_map), *[None] * 6
+def _differentiate(ctx, gradient, *_):
+    dq, dk, dv, dweight, dbias = attend_backward(
+        gradient, ctx.saved_tensors, ctx.cut, ctx.segments, ctx.scale, ctx.feature_map, ctx.scope
+    )
+    return dq, dk, dv, *[None] * 4, dweight, dbias if ctx.has_bias else None, *[None] * 7
 
 
-marginal.register_autograd(_differentiate_marginal, setup_context=_save_marginal)
+attend.register_autograd(_differentiate, setup_context=_save)

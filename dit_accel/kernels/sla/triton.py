@@ -1,7 +1,9 @@
-"""The Triton implementation: the router and the linear branch; critical blocks go through the block-sparse engine."""
+"""The Triton implementation: the router, the state of the linear branch, and both branches in one kernel."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -11,26 +13,24 @@ from triton.runtime.interpreter import InterpretedFunction
 from dit_accel.errors import DitAccelError
 from dit_accel.kernels import tuning
 from dit_accel.kernels.block_sparse.geometry import Geometry
-from dit_accel.kernels.block_sparse.triton_lists import transpose_lists
+from dit_accel.kernels.block_sparse.triton_lists import Transposed, transpose_lists
 from dit_accel.kernels.sla import triton_configs as configs
-from dit_accel.kernels.sla.layout import Cut
-from dit_accel.kernels.sla.triton_linear import apply_kernel, state_kernel
-from dit_accel.kernels.sla.triton_linear_backward import apply_backward_kernel, state_backward_kernel, sums_kernel
-from dit_accel.kernels.sla.triton_marginal import marginal_kernel
-from dit_accel.kernels.sla.triton_marginal_backward import marginal_dkdv_kernel, marginal_dq_kernel
+from dit_accel.kernels.sla.layout import Cut, Segments
+from dit_accel.kernels.sla.triton_backward import sparse_linear_bwd_kernel_dkdv, sparse_linear_bwd_kernel_dq
+from dit_accel.kernels.sla.triton_forward import sparse_linear_fwd_kernel
+from dit_accel.kernels.sla.triton_places import places_kernel
 from dit_accel.kernels.sla.triton_router import block_means_kernel, select_kernel
+from dit_accel.kernels.sla.triton_sums import state_kernel, sums_kernel
 
 JIT = {
     "means": block_means_kernel,
     "select": select_kernel,
+    "places": places_kernel,
     "state": state_kernel,
-    "apply": apply_kernel,
-    "state_backward": state_backward_kernel,
-    "apply_backward": apply_backward_kernel,
+    "forward": sparse_linear_fwd_kernel,
+    "dq": sparse_linear_bwd_kernel_dq,
     "sums": sums_kernel,
-    "marginal": marginal_kernel,
-    "marginal_dq": marginal_dq_kernel,
-    "marginal_dkdv": marginal_dkdv_kernel,
+    "dkdv": sparse_linear_bwd_kernel_dkdv,
 }
 INTERPRETED = isinstance(block_means_kernel, InterpretedFunction)
 
@@ -42,9 +42,39 @@ class Lists(NamedTuple):
     dropped: torch.Tensor
 
     @property
-    def counts(self) -> tuple[int, int, int]:
-        """Query blocks, and how many key blocks each keeps and drops."""
-        return self.kept.shape[2], self.kept.shape[3], self.dropped.shape[3]
+    def counts(self) -> tuple[int, int]:
+        """How many key blocks each query block keeps and drops."""
+        return self.kept.shape[-1], self.dropped.shape[-1]
+
+
+class Call(NamedTuple):
+    """What both directions of a call are told besides tensors.
+
+    cut, segments: how the visual tokens are cut into blocks, and where they and the others lie among the keys.
+    """
+
+    cut: Cut
+    segments: Segments
+    scale: float
+    feature_map: str
+    linear_scope: str
+
+    @property
+    def marginal(self) -> bool:
+        return self.linear_scope == "marginal"
+
+    @property
+    def dense(self) -> int:
+        """Reference and text blocks."""
+        return sum(triton.cdiv(n, self.cut.block) for n in (self.segments.reference, self.segments.text))
+
+    def constants(self, q: torch.Tensor, align: int) -> dict[str, Any]:
+        """What the kernels of both branches are compiled for."""
+        return {
+            **_linear(q.shape[-1], align, self.feature_map),
+            **_cut(self.cut),
+            "SCOPE": self.linear_scope,
+        }
 
 
 def block_means(x: torch.Tensor, cut: Cut) -> torch.Tensor:
@@ -65,13 +95,14 @@ def select(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See `ops.select`."""
     batch, heads, dim, blocks = query_means.shape
+    width = configs.width_of(blocks)
     kept, dropped = (
         query_means.new_empty(batch, heads, blocks, n, dtype=torch.int32) for n in (critical, skipped)
     )  # fmt: skip
     _run(
         "select", _in_steps(blocks, batch * heads),
         (query_means, key_means, kept, dropped, blocks, critical, skipped),
-        {"D": dim, "WIDTH": configs.width_of(blocks), "HAS_SKIPPED": skipped > 0},
+        {"D": dim, "WIDTH": width, "STRIP": configs.strip_of(width), "HAS_SKIPPED": skipped > 0},
     )  # fmt: skip
     return kept, dropped
 
@@ -94,64 +125,122 @@ def state(
     return states.sum(2), totals.sum(2), means
 
 
-def state_backward(
-    k: torch.Tensor, v: torch.Tensor, dstate: torch.Tensor, dtotal: torch.Tensor, feature_map: str
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """See `ops.state_backward`."""
-    k, v = _rows(k), _rows(v)
-    batch, heads, tokens, dim = k.shape
-    align = _alignment(k, v)
-    dk, dv = (x.new_empty(batch, tokens, heads, dim) for x in (k, v))
-    _run(
-        "state_backward", _in_steps(tokens, batch * heads),
-        (k, v, *_table(dstate, k.dtype), dtotal.contiguous(), dk, dv, *_strides(align, k, v), heads, tokens),
-        _linear(dim, align, feature_map),
-    )  # fmt: skip
-    return dk.transpose(1, 2), dv.transpose(1, 2)
-
-
-def apply(
+def forward(
     q: torch.Tensor,
-    exact: torch.Tensor,
-    table: torch.Tensor,
-    total: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    whole: tuple[torch.Tensor, torch.Tensor],
+    lists: Lists,
+    weight: torch.Tensor,
     bias: torch.Tensor | None,
-    feature_map: str,
-) -> torch.Tensor:
-    """See `ops.apply`."""
-    q, exact, total = _rows(q), _rows(exact), total.contiguous()
-    batch, heads, tokens, dim = q.shape
-    align = _alignment(q)
-    out = q.new_empty(batch, tokens, heads, dim)
+    text_len: torch.Tensor,
+    call: Call,
+    training: bool,
+) -> tuple[torch.Tensor, ...]:
+    """See `ops.sparse_linear`; `whole`: state and total over all visual keys."""
+    q, k, v = _rows(q), _rows(k), _rows(v)
+    batch, heads, tokens, _ = q.shape
+    align, out = _alignment(q, k, v), _room_for_rows(q)
+    exact, lse, linear, denominators, modes = _room_for_saved(q, lists, call, training)
     _run(
-        "apply", _in_steps(tokens, batch * heads),
+        "forward", (call.cut.blocks, batch * heads),
         (
-            q, exact, *_table(table, q.dtype), total, total if bias is None else bias.contiguous(), out,
-            *_strides(align, q), *exact.stride()[:3], heads, tokens,
+            q, k, v, *_state_table(whole, weight, call, q.dtype), weight.to(q.dtype).contiguous(),
+            weight if bias is None else bias.float().contiguous(), *lists, *_places(lists.kept, call), text_len,
+            out, exact, lse, linear, denominators, modes, *_strides(align, q, k, v), call.scale, *call.cut.grid,
+            *call.segments[:4], heads, tokens, call.cut.blocks, call.dense, *lists.counts, int(training),
         ),
-        {**_linear(dim, align, feature_map), "HAS_BIAS": bias is not None},
+        {**call.constants(q, align), "HAS_BIAS": bias is not None},
     )  # fmt: skip
-    return out.transpose(1, 2)
+    return tuple(x.transpose(1, 2) if x.ndim == 4 else x for x in (out, exact, lse, linear, denominators, modes))
 
 
-def apply_backward(
-    gradient: torch.Tensor, q: torch.Tensor, table: torch.Tensor, total: torch.Tensor, feature_map: str
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """See `ops.apply_backward`."""
-    q, gradient, total = _rows(q), _rows(gradient), total.contiguous()
-    batch, heads, tokens, dim = q.shape
-    align = _alignment(q)
-    dq = q.new_empty(batch, tokens, heads, dim)
-    factors = _room_for_factors(q)
+def backward(
+    gradient: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    whole: tuple[torch.Tensor, torch.Tensor],
+    lists: Lists,
+    weight: torch.Tensor,
+    text_len: torch.Tensor,
+    saved: Sequence[torch.Tensor],
+    call: Call,
+) -> tuple[torch.Tensor, ...]:
+    """See `ops.sparse_linear_backward`; `saved`: what `forward` gave for training besides the output."""
+    gradient, q, k, v = (_rows(x) for x in (gradient, q, k, v))
+    batch, heads, tokens, _ = q.shape
+    exact, lse, linear, denominators, modes = saved
+    pulled = _rows(gradient @ weight.to(gradient.dtype)) if call.marginal else gradient
+    cut, align = call.cut, _alignment(q, k, v, gradient, pulled, exact)
+    strides = _strides(align, q, k, v, gradient, pulled)
+    constants = call.constants(q, align)
+    dq, dk, dv = (_room_for_rows(x) for x in (q, k, v))
+    delta, inverses, ratios = (q.new_empty(q.shape[:3], dtype=torch.float32) for _ in range(3))
     _run(
-        "apply_backward", _in_steps(tokens, batch * heads),
+        "dq", (cut.blocks, batch * heads),
         (
-            q, gradient, *_table(table, q.dtype), total, dq, *factors,
-            *_strides(align, q), *gradient.stride()[:3], heads, tokens,
+            q, k, v, gradient, pulled, exact, lse, *_state_table(whole, weight, call, q.dtype), *lists,
+            *_places(lists.kept, call), text_len, denominators, modes, dq, delta, inverses, ratios,
+            *strides, *_strides(align, exact), call.scale, *cut.grid, *call.segments[:4],
+            heads, tokens, cut.blocks, call.dense, *lists.counts,
         ),
-        _linear(dim, align, feature_map),
+        constants,
     )  # fmt: skip
-    return dq.transpose(1, 2), *_sums(q, gradient, factors, feature_map)
+    dstate, dtotal, dbias = _sums(q, pulled, (inverses, ratios), call.feature_map)
+    keeping = dropping = _transpose(lists.kept, call, call.dense)
+    singles = n_singles = modes
+    if call.marginal:
+        dweight = torch.einsum("bhnd,bhne->bhde", gradient, linear.to(gradient.dtype)).sum((0, 1), dtype=torch.float32)
+        dbias = gradient.sum((0, 1, 2), dtype=torch.float32)
+        dropping = _transpose(lists.dropped, call, 0)
+        singles, n_singles = modes.argsort(dim=-1, descending=True, stable=True).int(), modes.sum(-1, dtype=torch.int32)
+    else:
+        # the table is the state times W^T
+        dweight, dstate = (dstate.mT @ whole[0]).sum((0, 1)), dstate @ weight.float()
+    rows = configs.key_rows(constants, _capability(q.device))
+    _run(
+        "dkdv", ((cut.blocks + call.dense) * cut.block // rows, batch * heads),
+        (
+            q, k, v, gradient, pulled, lse, delta, *_table(dstate, q.dtype), dtotal, *lists, text_len,
+            keeping.entries, keeping.places, keeping.firsts, dropping.entries, dropping.firsts,
+            modes, singles, n_singles, denominators, ratios, dk, dv, *strides, call.scale, *cut.grid, *call.segments,
+            heads, tokens, k.shape[2], cut.blocks, call.dense, *lists.counts,
+        ),
+        {**constants, "ROWS": rows},
+    )  # fmt: skip
+    return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2), dweight, dbias
+
+
+def _places(kept: torch.Tensor, call: Call) -> tuple[torch.Tensor, torch.Tensor]:
+    """See `places_kernel`."""
+    rows, count = kept.shape[:-1], kept.shape[-1]
+    places, spans = kept.new_empty(*rows, count + call.dense), kept.new_empty(*rows, 5)
+    _run(
+        "places", (math.prod(rows), 1), (kept, places, spans, *call.cut.grid, call.cut.blocks, count, call.dense),
+        _cut(call.cut),
+    )  # fmt: skip
+    return places, spans
+
+
+def _transpose(lists: torch.Tensor, call: Call, dense: int) -> Transposed:
+    """The query blocks that list each key block; `dense` blocks behind the visual ones are listed by all."""
+    cut, around = call.cut, call.segments if dense else call.segments._replace(reference=0, text=0)
+    geometry = Geometry(
+        cut.grid, cut.grid, cut.block, cut.block, cut.tile, cut.tile, around.reference, around.text, own_queries=True
+    )  # fmt: skip
+    if dense:
+        behind = torch.arange(cut.blocks, cut.blocks + dense, dtype=torch.int32, device=lists.device)
+        lists = torch.cat([lists, behind.expand(*lists.shape[:-1], -1)], dim=-1)
+    return transpose_lists(lists, lists.new_full(lists.shape[:-1], lists.shape[-1]), geometry)
+
+
+def _state_table(
+    whole: tuple[torch.Tensor, torch.Tensor], weight: torch.Tensor, call: Call, dtype: torch.dtype
+) -> tuple[torch.Tensor, ...]:
+    """The state as `_table` gives it, in scope "all" with the projection applied, and the total."""
+    state, total = whole
+    return *_table(state if call.marginal else state @ weight.float().mT, dtype), total.contiguous()
 
 
 def _sums(
@@ -159,98 +248,17 @@ def _sums(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """d(state) [B, H, D, D], d(total) [B, H, D] and d(bias) [D] in fp32, from 1 / d and r; see `sums_kernel`."""
     batch, heads, tokens, dim = q.shape
-    splits, align = triton.cdiv(tokens, configs.SPLIT), _alignment(q)
+    splits, align = triton.cdiv(tokens, configs.SPLIT), _alignment(q, gradient)
     dstates = q.new_empty(batch, heads, splits, dim, dim, dtype=torch.float32)
     dtotals, dbiases = (q.new_empty(batch, heads, splits, dim, dtype=torch.float32) for _ in range(2))
     _run(
         "sums", (splits, batch * heads),
         (
-            q, gradient, *factors, dstates, dtotals, dbiases,
-            *_strides(align, q), *gradient.stride()[:3], heads, tokens,
+            q, gradient, *factors, dstates, dtotals, dbiases, *_strides(align, q, gradient), heads, tokens,
         ),
         {**_linear(dim, align, feature_map), "SPLIT": configs.SPLIT},
     )  # fmt: skip
     return dstates.sum(2), dtotals.sum(2), dbiases.sum((0, 1, 2))
-
-
-def marginal(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    whole: tuple[torch.Tensor, torch.Tensor],
-    lists: Lists,
-    cut: Cut,
-    feature_map: str,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """See `ops.marginal`; `whole`: state and total over all keys."""
-    q, k, v = _rows(q), _rows(k), _rows(v)
-    batch, heads, tokens, dim = q.shape
-    align, (table, total) = _alignment(q, k, v), whole
-    out = q.new_empty(batch, tokens, heads, dim)
-    denominators = q.new_empty(batch, heads, tokens, 1, dtype=torch.float32)
-    modes = lists.kept.new_empty(lists.kept.shape[:-1])
-    _run(
-        "marginal", (cut.blocks, batch * heads),
-        (
-            q, k, v, *_table(table, q.dtype), total.contiguous(), *lists, out, denominators, modes,
-            *_strides(align, q, k, v), *cut.grid, heads, tokens, *lists.counts,
-        ),
-        {**_linear(dim, align, feature_map), **_cut(cut)},
-    )  # fmt: skip
-    return out.transpose(1, 2), denominators, modes
-
-
-def marginal_backward(
-    gradient: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    whole: tuple[torch.Tensor, torch.Tensor],
-    lists: Lists,
-    denominators: torch.Tensor,
-    modes: torch.Tensor,
-    cut: Cut,
-    feature_map: str,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """See `ops.marginal_backward`."""
-    gradient, q, k, v = (_rows(x) for x in (gradient, q, k, v))
-    batch, heads, tokens, dim = q.shape
-    align, (table, total) = _alignment(q, k, v), whole
-    dq, dk, dv = (q.new_empty(batch, tokens, heads, dim) for _ in range(3))
-    factors = inverses, ratios = _room_for_factors(q)
-    sizes = *_strides(align, q, k, v), *gradient.stride()[:3], *cut.grid, heads, tokens, *lists.counts
-    constants = {**_linear(dim, align, feature_map), **_cut(cut)}
-    _run(
-        "marginal_dq", (cut.blocks, batch * heads),
-        (
-            q, k, v, gradient, *_table(table, q.dtype), total.contiguous(), *lists, modes, denominators,
-            dq, inverses, ratios, *sizes,
-        ),
-        constants,
-    )  # fmt: skip
-    of_state, of_total, _ = _sums(q, gradient, factors, feature_map)
-    singles = modes.argsort(dim=-1, descending=True, stable=True).int()
-    rows = configs.key_rows(cut.block, constants["BLOCK_D"], _capability(q.device))
-    _run(
-        "marginal_dkdv", (cut.blocks * cut.block // rows, batch * heads),
-        (
-            q, k, v, gradient, *_table(of_state, q.dtype), of_total, *lists, modes, *_selecting(lists, cut),
-            singles, modes.sum(-1, dtype=torch.int32), denominators, ratios, dk, dv, *sizes,
-        ),
-        {**constants, "ROWS": rows},
-    )  # fmt: skip
-    return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
-
-
-def _selecting(lists: Lists, cut: Cut) -> tuple[torch.Tensor, torch.Tensor]:
-    """The query blocks that keep or drop each key block, one behind the other, and where a key block's begin."""
-    both = torch.cat(lists, dim=-1)
-    geometry = Geometry(
-        cut.grid, cut.grid, cut.block, cut.block, cut.tile, cut.tile, reference=0, text=0, own_queries=False
-    )  # fmt: skip
-    counts = both.new_full(both.shape[:-1], both.shape[-1])
-    found = transpose_lists(both, counts, geometry)
-    return found.entries, found.firsts[:, ::2].contiguous()
 
 
 def _run(kernel: str, programs: tuning.Programs, arguments: tuple[Any, ...], constants: dict[str, Any]) -> None:
@@ -291,10 +299,22 @@ def _room_for_means(x: torch.Tensor, cut: Cut) -> torch.Tensor:
     return x.new_empty(*x.shape[:2], x.shape[-1], cut.blocks, dtype=torch.float32)
 
 
-def _room_for_factors(q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """1 / d and r of every row, fp32 [B, H, N]."""
-    inverses, ratios = (q.new_empty(q.shape[:3], dtype=torch.float32) for _ in range(2))
-    return inverses, ratios
+def _room_for_rows(x: torch.Tensor) -> torch.Tensor:
+    """A result like x in [B, N, H, D]."""
+    return x.new_empty(*(x.shape[i] for i in (0, 2, 1, 3)))
+
+
+def _room_for_saved(q: torch.Tensor, lists: Lists, call: Call, training: bool) -> tuple[torch.Tensor, ...]:
+    """What the backward of the fused kernel wants; nothing where it wants nothing."""
+    none = (0,)
+    marginal = training and call.marginal
+    return (
+        _room_for_rows(q) if training else q.new_empty(none),
+        q.new_empty(q.shape[:3] if training else none, dtype=torch.float32),
+        _room_for_rows(q) if marginal else q.new_empty(none),
+        q.new_empty(q.shape[:3] if marginal else none, dtype=torch.float32),
+        lists.kept.new_empty(lists.kept.shape[:-1] if marginal else none),
+    )
 
 
 def _linear(dim: int, align: int, feature_map: str) -> dict[str, Any]:

@@ -7,34 +7,38 @@ from typing import Any
 
 from dit_accel.kernels.ahead_of_time import Build
 from dit_accel.kernels.sla import triton_configs as configs
+from dit_accel.kernels.sla.setting import LINEAR_SCOPES
 
 FOLDER = "dit_accel.kernels.sla"
 FUNCTIONS = {
     "means": "triton_router:block_means_kernel",
     "select": "triton_router:select_kernel",
-    "state": "triton_linear:state_kernel",
-    "apply": "triton_linear:apply_kernel",
-    "state_backward": "triton_linear_backward:state_backward_kernel",
-    "apply_backward": "triton_linear_backward:apply_backward_kernel",
-    "sums": "triton_linear_backward:sums_kernel",
-    "marginal": "triton_marginal:marginal_kernel",
-    "marginal_dq": "triton_marginal_backward:marginal_dq_kernel",
-    "marginal_dkdv": "triton_marginal_backward:marginal_dkdv_kernel",
+    "places": "triton_places:places_kernel",
+    "state": "triton_sums:state_kernel",
+    "forward": "triton_forward:sparse_linear_fwd_kernel",
+    "dq": "triton_backward:sparse_linear_bwd_kernel_dq",
+    "sums": "triton_sums:sums_kernel",
+    "dkdv": "triton_backward:sparse_linear_bwd_kernel_dkdv",
 }
-FORWARD = ("means", "select", "state", "apply", "marginal")
-DOTLESS = ("means", "select")
+FORWARD = ("means", "select", "places", "state")
+DOTLESS = ("means", "select", "places")
 BLOCK = 64
 CUT = {"BLOCK": BLOCK, "TILE_T": 1, "TILE_H": 8, "TILE_W": 8}
-WIDTHS = (512, 2048)  # rows of scores at 32,760 and at 75,600 tokens
-DATA = ("q", "k", "v", "x", "exact", "grad_out", "out", "dq", "dk", "dv", "table")
+WIDTHS = (512, 1280)  # rows of scores at 32,760 and at 75,600 tokens
+DATA = ("q", "k", "v", "x", "table", "weight", "out", "exact", "linear", "grad_out", "pulled", "dq", "dk", "dv")
 FLOATS = (
-    *("means", "query_means", "key_means", "states", "totals", "peaks", "bias"),
+    *("means", "query_means", "key_means", "states", "totals", "peaks", "bias", "lse", "delta"),
     *("dstates", "dtotals", "dbias", "inverses", "ratios", "denominators"),
+)
+INTEGERS = (
+    *("kept", "dropped", "places", "spans", "modes", "singles", "n_singles", "text_lens"),
+    *("entries", "query_places", "firsts", "dropped_entries", "dropped_firsts"),
 )
 POINTERS = (
     *((name, "data") for name in DATA),
     *((name, "*fp32") for name in FLOATS),
-    *((name, "*i32") for name in ("kept", "dropped", "modes", "entries", "firsts", "singles", "n_singles")),
+    *((name, "*i32") for name in INTEGERS),
+    ("scale", "fp32"),
 )
 
 
@@ -57,23 +61,28 @@ def builds(arch: int) -> Iterator[Build]:
 
 
 def _constants(kernel: str, head_dim: int, arch: int) -> Iterator[dict[str, Any]]:
-    """The launcher's compile-time constants save STEP, once for each width of the selection."""
+    """The launcher's compile-time constants save STEP: once for each width of the selection, and for each scope."""
     if kernel == "select":
-        yield from ({"D": head_dim, "WIDTH": width, "HAS_SKIPPED": True} for width in WIDTHS)
+        for width in WIDTHS:
+            yield {"D": head_dim, "WIDTH": width, "STRIP": configs.strip_of(width), "HAS_SKIPPED": True}
+        return
+    if kernel == "places":
+        yield CUT
         return
     sizes: dict[str, Any] = {"D": head_dim, "BLOCK_D": head_dim, "ALIGN": 8}
     if kernel == "means":
         yield {**sizes, **CUT}
         return
     sizes |= {"MAP": "softmax", "PRECISION": "ieee"}
+    if kernel == "sums":
+        yield {**sizes, "SPLIT": configs.SPLIT}
+        return
+    sizes |= CUT
     if kernel == "state":
-        sizes |= {**CUT, "SPLIT": configs.SPLIT // BLOCK}
-    elif kernel == "sums":
-        sizes |= {"SPLIT": configs.SPLIT}
-    elif kernel == "apply":
-        sizes |= {"HAS_BIAS": True}
-    elif kernel.startswith("marginal"):
-        sizes |= CUT
-    if kernel == "marginal_dkdv":
-        sizes |= {"ROWS": configs.key_rows(BLOCK, head_dim, arch)}
-    yield sizes
+        yield {**sizes, "SPLIT": configs.SPLIT // BLOCK}
+        return
+    for scope in LINEAR_SCOPES:
+        extra: dict[str, Any] = {"forward": {"HAS_BIAS": True}}.get(kernel, {})
+        if kernel == "dkdv":
+            extra = {"ROWS": configs.key_rows({**sizes, "SCOPE": scope}, arch)}
+        yield {**sizes, "SCOPE": scope, **extra}

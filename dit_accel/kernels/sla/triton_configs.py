@@ -13,10 +13,11 @@ from dit_accel.kernels.block_sparse.triton_configs import SHARED_BYTES, Launch
 
 MAX_BLOCKS = 1 << 13  # a row of scores that a program holds in registers
 MARGINAL_BLOCK = 64  # tokens; accumulators of 128 x 128 beside feature maps in fp32 do not fit the registers
+FUSED = ("forward", "dq", "dkdv")  # the kernels of both branches
 SPLIT = 2048  # tokens whose state one program sums; fixed, so that the order of the sum depends on the length alone
 HEAD_DIMS = (64, 128)  # compiled ahead of time; others are padded in registers to the next power of two
 # Constants by which launches are tuned apart: no length, and no tile, which follows from it
-TUNED_BY = ("BLOCK", "BLOCK_D", "WIDTH", "HAS_SKIPPED", "MAP")
+TUNED_BY = ("BLOCK", "BLOCK_D", "WIDTH", "HAS_SKIPPED", "MAP", "SCOPE")
 
 
 def unsupported(dtype: torch.dtype, head_dim: int, block: int, blocks: int, linear_scope: str | None) -> str | None:
@@ -39,27 +40,38 @@ def unsupported(dtype: torch.dtype, head_dim: int, block: int, blocks: int, line
 
 
 def width_of(blocks: int) -> int:
-    """Width of a row of scores: the power of two, at least 16, that holds the blocks."""
-    width = 16
-    while width < blocks:
-        width *= 2
-    return width
+    """Width of a row of scores that holds the blocks: a power of two up to 256, then a whole number of strips.
+
+    So at most a fifth of a longer row is empty, and all strips but the last are full.
+    """
+    width = max(16, 1 << (blocks - 1).bit_length())
+    strip = strip_of(width)
+    return -(-blocks // strip) * strip
 
 
-def key_rows(block: int, block_d: int, capability: int) -> int:
+def strip_of(width: int) -> int:
+    """Columns of a tensor of scores: all of them up to 256, then an eighth of the power of two that holds them."""
+    return width if width <= 256 else (1 << (width - 1).bit_length()) // 8
+
+
+def key_rows(sizes: Mapping[str, Any], capability: int) -> int:
     """Rows of a key block whose dk and dv one program sums.
 
-    `mma.sync` (off 9.0 and 10.0) gives a product of 64 x 128 to warps side by side, each of which then holds all rows
-    of phi(k) and of v: 256 registers a thread. Half the rows read the queries twice and spill nothing.
+    In scope "marginal", `mma.sync` (off 9.0 and 10.0) gives a product of 64 x 128 to warps side by side, each of which
+    then holds all rows of phi(k) and of v: 256 registers a thread. Half the rows read the queries twice.
+
+    Args:
+        sizes: the kernel's compile-time constants.
     """
-    return 32 if block * block_d > 64 * 64 and capability // 10 not in (9, 10) else block
+    block, wide = sizes["BLOCK"], sizes["BLOCK"] * sizes["BLOCK_D"] > 64 * 64
+    return 32 if sizes["SCOPE"] == "marginal" and wide and capability // 10 not in (9, 10) else block
 
 
 def launches(kernel: str, sizes: Mapping[str, Any], itemsize: int, capability: int) -> tuple[Launch, ...]:
     """Candidates for a kernel on a compute capability (90 for 9.0), best first: those that spill nowhere.
 
-    One where there is nothing to choose: kernels that stream q, k or v once and are bound by memory (means and the
-    backward of scope "all"), and fp32, which only tests use. Two elsewhere.
+    One where there is nothing to choose: kernels that are bound by memory, those of both branches in scope "marginal",
+    and fp32, which only tests use. Two elsewhere; scope "all" see `fitting`.
 
     Args:
         sizes: the kernel's compile-time constants.
@@ -67,67 +79,72 @@ def launches(kernel: str, sizes: Mapping[str, Any], itemsize: int, capability: i
     """
     if kernel == "means":
         return (Launch(warps=4, stages=1, step=sizes["BLOCK"]),)
+    if kernel == "places":
+        return (Launch(warps=1, stages=1, step=64),)
     if kernel == "select":
-        return _selecting(sizes["WIDTH"], capability)
-    wide = sizes["BLOCK_D"] > 64
+        return _selecting(sizes["WIDTH"])
+    wide, generation = sizes["BLOCK_D"] > 64, capability // 10
     if itemsize == 4:
         return (Launch(warps=8 if wide else 4, stages=1, step=min(32, sizes.get("BLOCK", 32))),)
-    if kernel.startswith("marginal"):
-        found = _marginal(kernel, wide, capability // 10)
+    if kernel in FUSED:
+        found = _marginal(kernel, wide, generation)
     elif kernel == "state":
         # a table of D x D sums and a step's features: 8 warps hold both
-        found = Launch(8, 3, 64), Launch(8, 2, 64) if wide else Launch(4, 2, 64)
-    elif kernel == "sums":
-        found = (Launch(8, 2, 64),)
-    elif kernel == "apply":
-        found = (Launch(8, 1, 128), Launch(8, 1, 64)) if wide else (Launch(4, 1, 128), Launch(4, 1, 64))
-    else:
-        found = (Launch(8 if wide else 4, 1, 64),)
+        found = Launch(8, 3, 64), Launch(8, 2, 64) if wide or generation == 10 else Launch(4, 2, 64)
+    else:  # sums; features of 64 rows spill on 12.0
+        found = (Launch(8, 2, 32 if wide and generation == 12 else 64),)
     if "BLOCK" in sizes:
         found = tuple(dataclasses.replace(launch, step=min(launch.step, sizes["BLOCK"])) for launch in found)
     return tuple(dict.fromkeys(found))
 
 
-def _selecting(width: int, capability: int) -> tuple[Launch, ...]:
-    """16 or 32 scores a thread: what is computed from each takes registers. More rows a program read the keys less."""
-    if width > 2048:
-        return (Launch(16, 1, 8192 // width),)
+def _selecting(width: int) -> tuple[Launch, ...]:
+    """20 to 64 scores a thread. More rows a program read the key means less often from the level-2 cache.
+
+    40 scores a thread in 16 warps spill: 128 registers.
+    """
+    if width <= 256:
+        return Launch(4, 1, 16), Launch(4, 1, 8)
     if width <= 512:
-        return Launch(4, 1, 8), Launch(4, 1, 4)
-    warps = width // 128
-    found = Launch(warps, 1, 4), Launch(warps // 2, 1, 4)
-    return found[1:] if warps == 16 and capability == 80 else found  # 16 warps spill there
+        return Launch(4, 1, 8), Launch(8, 1, 16)
+    if width <= 1024:
+        return Launch(8, 1, 8), Launch(16, 1, 16)
+    step = 8 if width <= 2048 else 4 if width <= 4096 else 2
+    return Launch(8, 1, step), Launch(16, 1, step)
 
 
 def _marginal(kernel: str, wide: bool, generation: int) -> tuple[Launch, ...]:
-    """Accumulators of a block beside feature maps in fp32: 8 warps. 10.x has the accumulators in tensor memory."""
-    if kernel == "marginal":
-        if generation == 10 and wide:
-            return Launch(4, 2, 64), Launch(4, 2, 32)
-        return Launch(8, 2, 64), Launch(8 if wide or generation == 10 else 4, 2, 32)
-    if kernel == "marginal_dq":
-        if wide:
-            return Launch(8, 2, 64), Launch(8, 2, 16 if generation == 10 else 32)
-        return Launch(8, 2, 32), Launch(8, 2, 64 if generation in (9, 10) else 16)
-    if wide or generation in (9, 10):
-        return Launch(8, 2, 32), Launch(8, 2, 16)
-    return Launch(8, 2, 16), Launch(8, 1, 16)
+    """What spills in no loop: accumulators of 64 rows beside feature maps in fp32.
+
+    8 warps make the scores of 64 rows twice on 9.0; there and on 10.0 it is 4 where the registers allow it.
+    """
+    grouped = generation in (9, 10)
+    if kernel == "forward":
+        return (Launch(4 if grouped else 8, 2, 32 if wide else 64),)
+    if kernel == "dq":
+        return (Launch(4 if wide and grouped else 8, 2, 32),)
+    step = 64 if wide and generation == 10 else 32 if wide or grouped else 16
+    return (Launch(8, 2, step),)
 
 
 def shared_bytes(kernel: str, launch: Launch, sizes: Mapping[str, Any], itemsize: int) -> int:
     """Shared memory that a launch needs at least: what stays, and the tiles in flight."""
-    if kernel in ("means", "select"):
+    if kernel not in (*FUSED, "state", "sums"):
         return 0
-    row = sizes["BLOCK_D"] * itemsize
-    if kernel.startswith("marginal"):
-        return (sizes["BLOCK"] + 2 * launch.stages * launch.step) * row
-    if kernel in ("state", "sums"):
-        return (2 * launch.stages - 1) * launch.step * row
-    return (sizes["BLOCK_D"] + launch.step) * row
+    row, block = sizes["BLOCK_D"] * itemsize, sizes.get("BLOCK", 0)
+    if kernel in FUSED:
+        return block_sparse.shared_bytes(kernel, launch, block, block, sizes["BLOCK_D"], itemsize)
+    return (2 * launch.stages - 1) * launch.step * row
 
 
 def fitting(kernel: str, sizes: Mapping[str, Any], itemsize: int, capability: int) -> tuple[Launch, ...]:
-    """The candidates that the shared memory of a compute capability holds; empty if none does."""
+    """The candidates that the shared memory of a compute capability holds; empty if none does.
+
+    In scope "all" the loops of both branches' kernels are the block-sparse engine's, and so are their candidates.
+    """
+    if sizes.get("SCOPE") == "all":
+        block = sizes["BLOCK"]
+        return tuple(block_sparse.fitting(kernel, block, block, sizes["BLOCK_D"], itemsize, capability))
     limit = SHARED_BYTES.get(capability, min(SHARED_BYTES.values()))
     return tuple(
         launch

@@ -1,4 +1,4 @@
-"""Linear attention of every query block over its marginal key blocks, forward.
+"""Linear attention of every query block over its marginal key blocks.
 
 The state over all keys is subtracted by what the critical and skipped blocks add to it, made anew as
 phi(q) phi(k)^T v: no D x D state a block. Where less than half of a row's total is left, the difference would have lost
@@ -11,13 +11,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from dit_accel.kernels.sla.triton_features import EPS, mapped
-from dit_accel.kernels.sla.triton_rows import load_rows, load_table, load_total, rows_of, slots_of, store_rows
+from dit_accel.kernels.sla.triton_features import mapped
+from dit_accel.kernels.sla.triton_rows import load_rows, slots_of
 
 
 @triton.jit
 def with_keys(
-    acc, side, x, keys, block, first, grid,
+    acc, side, x, k, v, block, first, grid,
     D: tl.constexpr, BLOCK_D: tl.constexpr, CUT: tl.constexpr, STEP: tl.constexpr,
     MAP: tl.constexpr, BACKWARD: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -26,7 +26,6 @@ def with_keys(
     Forward, with x = phi(q): acc + (x b^T) v, and the row sums of x b^T to `side` [BLOCK], where b = phi(k). Backward,
     with x = g: acc + (x v^T) b, and the sum of b over the slots to `side` [BLOCK_D].
     """
-    k, v = keys
     rows, valid = slots_of(block, first, grid, CUT, STEP)
     b_v = load_rows(v, rows, valid, D, BLOCK_D)
     phi_k = tl.where(valid[:, None], mapped(load_rows(k, rows, valid, D, BLOCK_D), D, MAP), 0.0).to(b_v.dtype)
@@ -42,33 +41,33 @@ def with_keys(
 
 
 @triton.jit
-def lists_of(kept, dropped, blocks, n_kept, n_dropped):
-    """This program's query block among those of all heads; its lists, and how many blocks each holds."""
-    row = tl.program_id(1).to(tl.int64) * blocks + tl.program_id(0)
-    return row, (kept + row * n_kept, dropped + row * n_dropped, n_kept, n_dropped)
+def routed(kept, dropped, i_bh, i_q, blocks, n_kept, n_dropped):
+    """Where both lists of a query block begin, and how many blocks each holds."""
+    row = i_bh.to(tl.int64) * blocks + i_q
+    return kept + row * n_kept, dropped + row * n_dropped, n_kept, n_dropped
 
 
 @triton.jit
 def over_listed(
-    acc, side, x, keys, lists, grid,
+    acc, side, x, k, v, lists, grid,
     D: tl.constexpr, BLOCK_D: tl.constexpr, CUT: tl.constexpr, STEP: tl.constexpr,
     MAP: tl.constexpr, BACKWARD: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """`with_keys` over the blocks of both lists; `lists` as `lists_of` gives them."""
+    """`with_keys` over the blocks of both lists; `lists` are `routed`."""
     kept, dropped, n_kept, n_dropped = lists
     STEPS: tl.constexpr = CUT[0] // STEP
     for i in range((n_kept + n_dropped) * STEPS):
         place = i // STEPS
         block = tl.load(tl.where(place < n_kept, kept + place, dropped + (place - n_kept)))
         acc, side = with_keys(
-            acc, side, x, keys, block, i % STEPS * STEP, grid, D, BLOCK_D, CUT, STEP, MAP, BACKWARD, PRECISION
+            acc, side, x, k, v, block, i % STEPS * STEP, grid, D, BLOCK_D, CUT, STEP, MAP, BACKWARD, PRECISION
         )  # fmt: skip
     return acc, side
 
 
 @triton.jit
 def over_others(
-    acc, side, x, keys, lists, grid, blocks,
+    acc, side, x, k, v, lists, grid, blocks,
     D: tl.constexpr, BLOCK_D: tl.constexpr, CUT: tl.constexpr, STEP: tl.constexpr,
     MAP: tl.constexpr, BACKWARD: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -86,60 +85,84 @@ def over_others(
         else:
             for first in range(0, CUT[0], STEP):
                 acc, side = with_keys(
-                    acc, side, x, keys, block, first, grid, D, BLOCK_D, CUT, STEP, MAP, BACKWARD, PRECISION
+                    acc, side, x, k, v, block, first, grid, D, BLOCK_D, CUT, STEP, MAP, BACKWARD, PRECISION
                 )  # fmt: skip
     return acc, side
 
 
-@triton.jit(do_not_specialize=[
-    "q_batch", "q_head", "q_row", "k_batch", "k_head", "k_row", "v_batch", "v_head", "v_row",
-    "T", "H", "W", "heads", "tokens", "blocks", "n_kept", "n_dropped",
-])  # fmt: skip
-def marginal_kernel(
-    q, k, v, table, peaks, totals, kept, dropped, out, denominators, modes,
-    q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
-    T, H, W, heads, tokens, blocks, n_kept, n_dropped,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, ALIGN: tl.constexpr,
-    BLOCK: tl.constexpr, TILE_T: tl.constexpr, TILE_H: tl.constexpr, TILE_W: tl.constexpr,
-    STEP: tl.constexpr, MAP: tl.constexpr, PRECISION: tl.constexpr,
+@triton.jit
+def with_queries(
+    of_v, of_k, weights, phi_k, b_v, sign, q, grad_out, factors, block, first, grid,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, CUT: tl.constexpr, STEP: tl.constexpr,
+    MAP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Output [B, N, H, D] and denominators with eps fp32 [B, H, N] of one query block of one head.
+    """Add sign times what STEP slots of a query block give to (b a^T / d) g, (v g^T / d) a and -sum of a r / d."""
+    denominators, ratios = factors
+    rows, valid = slots_of(block, first, grid, CUT, STEP)
+    b_q = load_rows(q, rows, valid, D, BLOCK_D)
+    b_g = load_rows(grad_out, rows, valid, D, BLOCK_D).to(b_q.dtype)
+    denominator = tl.load(denominators + rows, mask=valid, other=1.0)
+    ratio = tl.load(ratios + rows, mask=valid, other=0.0)
+    # 1 / d is shared between both factors of each product, so that neither leaves the range of half precision
+    share = 1.0 / tl.sqrt(denominator)
+    scaled = (tl.where(valid[:, None], mapped(b_q, D, MAP), 0.0) * share[:, None]).to(b_q.dtype)
+    share = share * sign
+    products = tl.dot(phi_k, tl.trans(scaled), input_precision=PRECISION) * share[None, :]
+    of_v = tl.dot(products.to(b_g.dtype), b_g, of_v, input_precision=PRECISION)
+    products = tl.dot(b_v, tl.trans(b_g), input_precision=PRECISION) * share[None, :]
+    of_k = tl.dot(products.to(scaled.dtype), scaled, of_k, input_precision=PRECISION)
+    weights -= tl.sum(scaled.to(tl.float32) * (ratio * share)[:, None], 0)
+    return of_v, of_k, weights
 
-    modes: int32 [B, H, blocks], 1 where the marginal blocks were summed one by one.
+
+@triton.jit
+def holds_block(entries, n, block):
+    """Whether a list holds a block: 1 or 0."""
+    found = 0
+    for first in range(0, n, 64):
+        place = first + tl.arange(0, 64)
+        entry = tl.load(entries + place, mask=place < n, other=-1)
+        found = tl.maximum(found, tl.max((entry == block).to(tl.int32), 0))
+    return found
+
+
+@triton.jit
+def over_selecting(
+    of_v, of_k, weights, phi_k, b_v, i_k, q, grad_out, factors, routes, transposed, alone, grid, blocks, dense,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, CUT: tl.constexpr, STEP: tl.constexpr,
+    MAP: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """`with_queries` for a visual key block: less those that keep or drop it, plus those that were summed one by one.
+
+    Args:
+        routes: all lists, kept and dropped, and how many blocks each holds.
+        transposed: entries and firsts of both, as in `triton_lists.Transposed`; the first with `dense` blocks behind.
+        alone: whether a query block was summed one by one; those that were, first in a list; how many they are.
     """
-    CUT: tl.constexpr = (BLOCK, TILE_T, TILE_H, TILE_W)
+    STEPS: tl.constexpr = CUT[0] // STEP
+    kept, dropped, n_kept, n_dropped = routes
+    entries, firsts, dropped_entries, dropped_firsts = transposed
+    modes, singles, n_singles = alone
     i_bh = tl.program_id(1)
-    grid = (T, H, W)
-    keys = rows_of(k, (k_batch, k_head, k_row), heads, ALIGN), rows_of(v, (v_batch, v_head, v_row), heads, ALIGN)
-    list_row, lists = lists_of(kept, dropped, blocks, n_kept, n_dropped)
-
-    rows, valid = slots_of(tl.program_id(0), 0, grid, CUT, BLOCK)
-    b_q = load_rows(rows_of(q, (q_batch, q_head, q_row), heads, ALIGN), rows, valid, D, BLOCK_D)
-    phi = mapped(b_q, D, MAP)
-    # rows of phi are brought to the sum 1, so that products stay in the range of half precision
-    size = tl.sum(phi, 1)
-    size = tl.where(size > 0.0, size, 1.0)
-    phi_q = (phi / size[:, None]).to(b_q.dtype)
-    whole = tl.sum(phi_q.to(tl.float32) * load_total(totals, D, BLOCK_D)[None, :], 1)
-
-    one_by_one = 2 * (n_kept + n_dropped) > blocks
-    acc = tl.zeros([BLOCK, BLOCK_D], dtype=tl.float32)
-    seen = tl.zeros([BLOCK], dtype=tl.float32)
-    if not one_by_one:
-        acc, seen = over_listed(acc, seen, phi_q, keys, lists, grid, D, BLOCK_D, CUT, STEP, MAP, False, PRECISION)
-        lost = valid & (2.0 * seen > whole)
-        one_by_one = tl.max(lost.to(tl.int32), 0) > 0
-    if one_by_one:
-        acc = tl.zeros([BLOCK, BLOCK_D], dtype=tl.float32)
-        seen = tl.zeros([BLOCK], dtype=tl.float32)
-        acc, seen = over_others(
-            acc, seen, phi_q, keys, lists, grid, blocks, D, BLOCK_D, CUT, STEP, MAP, False, PRECISION
-        )  # fmt: skip
-    else:
-        b_t = load_table(table, D, BLOCK_D)
-        acc = tl.dot(phi_q, b_t, input_precision=PRECISION) * tl.load(peaks + i_bh) - acc
-        seen = tl.maximum(whole - seen, 0.0)
-    denominator = seen + EPS / size
-    store_rows(out, rows, valid, acc * (1.0 / denominator)[:, None], heads, tokens, D, BLOCK_D)
-    tl.store(denominators + i_bh.to(tl.int64) * tokens + rows, denominator * size, mask=valid)
-    tl.store(modes + list_row, tl.where(one_by_one, 1, 0))
+    first_list = i_bh.to(tl.int64) * blocks
+    for BY in tl.static_range(2):  # query blocks that keep this key block, and that drop it
+        selecting = dropped_entries if BY else entries
+        p_first = dropped_firsts if BY else firsts
+        p_first += i_bh.to(tl.int64) * (2 * (blocks + (0 if BY else dense)) + 1) + 2 * i_k
+        for i in range(tl.load(p_first) * STEPS, tl.load(p_first + 2) * STEPS):
+            block = tl.load(selecting + i // STEPS)
+            if tl.load(modes + first_list + block) == 0:
+                of_v, of_k, weights = with_queries(
+                    of_v, of_k, weights, phi_k, b_v, -1.0, q, grad_out, factors, block, i % STEPS * STEP, grid,
+                    D, BLOCK_D, CUT, STEP, MAP, PRECISION,
+                )  # fmt: skip
+    for i in range(tl.load(n_singles + i_bh)):
+        block = tl.load(singles + first_list + i)
+        kept_b, dropped_b, _, _ = routed(kept, dropped, i_bh, block, blocks, n_kept, n_dropped)
+        if holds_block(kept_b, n_kept, i_k) + holds_block(dropped_b, n_dropped, i_k) == 0:
+            for first in range(0, CUT[0], STEP):
+                of_v, of_k, weights = with_queries(
+                    of_v, of_k, weights, phi_k, b_v, 1.0, q, grad_out, factors, block, first, grid,
+                    D, BLOCK_D, CUT, STEP, MAP, PRECISION,
+                )  # fmt: skip
+    return of_v, of_k, weights

@@ -2,6 +2,9 @@
 
 A program holds the scores of a few query blocks in registers as integers that order as the scores do. It finds the
 threshold bit by bit and writes the lists: no blocks x blocks map in memory, no sort, no wait for the device.
+
+Its rows lie in two halves, a and b, whose counts share a number, 16 bits each. The scores of a half lie in strips of
+columns side by side, so that a row is not as wide as a power of two: `keys` is (strip 0 of a, of b, strip 1 of a, ...).
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ from dit_accel.kernels.sla.triton_rows import load_rows, rows_of, slots_of
 
 LOWEST = tl.constexpr(-(2**31))
 HIGHEST = tl.constexpr(2**31 - 1)
+LAST_RANK = tl.constexpr(-(2**13))  # the least rank of `triton_configs.MAX_BLOCKS` columns
 
 
 @triton.jit
@@ -48,85 +52,149 @@ def ordered(score):
 
 
 @triton.jit
-def count(holds):
-    """How many hold in each row: int32. Summed as floats: LLVM counts bits of predicates by way of local memory."""
-    return tl.sum(tl.where(holds, 1.0, 0.0), 1).to(tl.int32)
+def reaches(key, level, cut, first_column, last, STRIP: tl.constexpr, TIED: tl.constexpr):
+    """Whether a key [HALF, STRIP] reaches its row's level and, if TIED, of keys at the level, its rank reaches the cut.
+
+    Ranks are below 0 and fall from column to column; with `last` 1 they rise.
+    """
+    if TIED:
+        column = first_column + tl.arange(0, STRIP)[None, :]
+        rank = (column ^ (last - 1)) + LAST_RANK * last
+        return (key > level[:, None]) | ((key == level[:, None]) & (rank >= cut[:, None]))
+    else:
+        return key >= level[:, None]
 
 
 @triton.jit
-def threshold_of(keys, wanted, STEP: tl.constexpr, WIDTH: tl.constexpr):
-    """A number per row that at least `wanted` keys reach and at most `wanted` exceed.
+def marks(keys, levels, cuts, unit, last, strip: tl.constexpr, STRIP: tl.constexpr, TIED: tl.constexpr):
+    """What a column of a strip counts, [HALF, STRIP]: 1 if a's key reaches its level, and 1 << 16 if b's does.
 
-    Bisected from the highest bit on, until as many as wanted reach it in every row: a few bits beyond the exponent, but
-    for equal keys.
+    `unit` is a 1 that the compiler does not know: known ones it would count as bits of a word in local memory.
     """
-    threshold = tl.full([STEP], LOWEST, tl.int32)
-    held = tl.full([STEP], WIDTH, tl.int32)
-    bit = 31
+    in_a = reaches(keys[2 * strip], levels[0], cuts[0], strip * STRIP, last, STRIP, TIED)
+    in_b = reaches(keys[2 * strip + 1], levels[1], cuts[1], strip * STRIP, last, STRIP, TIED)
+    return tl.where(in_a, unit, 0) + tl.where(in_b, unit << 16, 0)
+
+
+@triton.jit
+def bisected(
+    keys, levels, wanted, unit, last,
+    HALF: tl.constexpr, STRIP: tl.constexpr, STRIPS: tl.constexpr, TIED: tl.constexpr,
+):  # fmt: skip
+    """For each row of a and of b a level that `wanted` keys reach; and whether equal keys let more reach one of them.
+
+    Bit by bit from the highest on, until as many as wanted reach it in every row: a few bits beyond the exponent, but
+    for equal keys. TIED: a cut for each row, given its level.
+    """
+    found_a = tl.full([HALF], LAST_RANK if TIED else LOWEST, tl.int32)
+    held_a = tl.full([HALF], STRIPS * STRIP, tl.int32)
+    found_b, held_b = found_a, held_a
+    bit = 12 if TIED else 31
     unsettled = 1
     while (bit >= 0) & (unsettled > 0):
-        higher = threshold ^ (tl.full([STEP], 1, tl.int32) << bit)
-        reached = count(keys >= higher[:, None])
-        held = tl.where(reached >= wanted, reached, held)
-        threshold = tl.where(reached >= wanted, higher, threshold)
-        unsettled = tl.max((held != wanted).to(tl.int32), 0)
+        step = tl.full([HALF], 1, tl.int32) << bit
+        next_a, next_b = found_a ^ step, found_b ^ step
+        tried = levels if TIED else (next_a, next_b)
+        total = marks(keys, tried, (next_a, next_b), unit, last, 0, STRIP, TIED)
+        for strip in tl.static_range(1, STRIPS):
+            total += marks(keys, tried, (next_a, next_b), unit, last, strip, STRIP, TIED)
+        both = tl.sum(total, 1)
+        reached_a, reached_b = both & 0xFFFF, both >> 16
+        held_a = tl.where(reached_a >= wanted, reached_a, held_a)
+        held_b = tl.where(reached_b >= wanted, reached_b, held_b)
+        found_a = tl.where(reached_a >= wanted, next_a, found_a)
+        found_b = tl.where(reached_b >= wanted, next_b, found_b)
+        unsettled = tl.max(((held_a != wanted) | (held_b != wanted)).to(tl.int32), 0)
         bit -= 1
-    return threshold
+    return found_a, found_b, unsettled
 
 
 @triton.jit
 def write_best(
-    lists, keys, wanted, columns, first_place, written,
-    STEP: tl.constexpr, WIDTH: tl.constexpr, LAST: tl.constexpr,
+    lists, keys, first_row, rows, wanted, unit, last,
+    HALF: tl.constexpr, STRIP: tl.constexpr, STRIPS: tl.constexpr,
 ):  # fmt: skip
-    """The columns of the `wanted` largest keys of each row, ascending; of equal keys the first, or the LAST."""
-    threshold = threshold_of(keys, wanted, STEP, WIDTH)
-    above = (keys > threshold[:, None]).to(tl.int32)
-    level = (keys == threshold[:, None]).to(tl.int32)
-    room = (wanted - count(keys > threshold[:, None]))[:, None]
-    # one scan counts both: how many above, and how many level, up to each column
-    counted = tl.cumsum((above << 16) | level, 1)
-    level_seen = counted & 0xFFFF
-    if LAST:
-        level_seen = tl.maximum(level_seen - (count(keys == threshold[:, None])[:, None] - room), 0)
-        chosen = above | (level & (level_seen > 0).to(tl.int32))
+    """The columns of the `wanted` largest keys of each row, ascending; of equal keys the first, or (1) the `last`."""
+    cut_a = tl.full([HALF], LOWEST, tl.int32)
+    cut_b = cut_a
+    level_a, level_b, unsettled = bisected(keys, (cut_a, cut_b), wanted, unit, last, HALF, STRIP, STRIPS, False)
+    levels = level_a, level_b
+    if unsettled > 0:
+        cut_a, cut_b, _ = bisected(keys, levels, wanted, unit, last, HALF, STRIP, STRIPS, True)
+    row = first_row + tl.arange(0, HALF)[:, None]
+    before = tl.zeros([HALF], dtype=tl.int32)
+    for strip in tl.static_range(STRIPS):
+        marked = marks(keys, levels, (cut_a, cut_b), unit, last, strip, STRIP, True)
+        place = before[:, None] + tl.cumsum(marked, 1) - marked
+        before += tl.sum(marked, 1)
+        column = strip * STRIP + tl.arange(0, STRIP)[None, :] + row * 0
+        in_a, in_b = (marked & 0xFFFF) > 0, (marked >> 16) > 0
+        tl.store(lists + row * wanted + (place & 0xFFFF), column, mask=in_a & (row < rows))
+        tl.store(lists + (row + HALF) * wanted + (place >> 16), column, mask=in_b & (row + HALF < rows))
+
+
+@triton.jit
+def load_queries(means, count, HALF: tl.constexpr, WHOLE: tl.constexpr):
+    """One dimension of HALF query means, [HALF, 1]; unless WHOLE, of the `count` that there are."""
+    rows = tl.arange(0, HALF)
+    if WHOLE:
+        found = tl.load(means + rows)
     else:
-        chosen = above | (level & (level_seen <= room).to(tl.int32))
-        level_seen = tl.minimum(level_seen, room)
-    place = (counted >> 16) + level_seen - 1
-    tl.store(lists + first_place * wanted + place, columns, mask=(chosen & written) != 0)
+        found = tl.load(means + rows, mask=rows < count, other=0.0)
+    return found[:, None]
 
 
 @triton.jit(do_not_specialize=["blocks", "critical", "skipped"])
 def select_kernel(
     query_means, key_means, kept, dropped,
     blocks, critical, skipped,
-    D: tl.constexpr, STEP: tl.constexpr, WIDTH: tl.constexpr, HAS_SKIPPED: tl.constexpr,
+    D: tl.constexpr, STEP: tl.constexpr, WIDTH: tl.constexpr, STRIP: tl.constexpr, HAS_SKIPPED: tl.constexpr,
 ):  # fmt: skip
-    """The `critical` best key blocks of STEP query blocks, and the `skipped` worst, ascending; WIDTH >= blocks."""
+    """The `critical` best key blocks of STEP query blocks, and the `skipped` worst, ascending.
+
+    WIDTH >= blocks, and where it is several strips, the blocks fill all but the last, and a program.
+    """
+    HALF: tl.constexpr = STEP // 2
+    STRIPS: tl.constexpr = WIDTH // STRIP
     i_bh = tl.program_id(1).to(tl.int64)
-    rows = tl.program_id(0) * STEP + tl.arange(0, STEP)
-    columns = tl.arange(0, WIDTH)
-    within_q, within_k = rows < blocks, columns < blocks
-    # a scalar and fixed distances: addresses are one register and constants
-    start_q = query_means + i_bh * D * blocks
+    # the last program begins early, not ends late: rows need no mask, and two programs write some of them alike
+    first_row = tl.minimum(tl.program_id(0) * STEP, tl.maximum(blocks - STEP, 0))
+    columns = tl.arange(0, STRIP)[None, :]
+    # scalars and fixed distances: an address is a register and a constant
+    start_q = query_means + i_bh * D * blocks + first_row
     start_k = key_means + i_bh * D * blocks
-    scores = tl.zeros([STEP, WIDTH], dtype=tl.float32)
-    UNROLL: tl.constexpr = 4 if WIDTH <= 2048 else 1  # loads in flight; wider rows have enough of them in one turn
-    for _ in tl.range(0, D, loop_unroll_factor=UNROLL):
-        b_q = tl.load(start_q + rows, mask=within_q, other=0.0)
-        b_k = tl.load(start_k + columns, mask=within_k, other=0.0)
-        scores += b_q[:, None] * b_k[None, :]
+    scores = ()
+    for _ in tl.static_range(2 * STRIPS):
+        scores += (tl.zeros([HALF, STRIP], dtype=tl.float32),)  # type: ignore[assignment]
+    for _ in tl.range(0, D, loop_unroll_factor=4):
+        b_a = load_queries(start_q, blocks - first_row, HALF, STRIPS > 1)
+        b_b = load_queries(start_q + HALF, blocks - first_row - HALF, HALF, STRIPS > 1)
+        summed = ()
+        for strip in tl.static_range(STRIPS):
+            if strip + 1 < STRIPS:
+                b_k = tl.load(start_k + strip * STRIP + columns)
+            else:
+                b_k = tl.load(start_k + strip * STRIP + columns, mask=strip * STRIP + columns < blocks, other=0.0)
+            summed += (scores[2 * strip] + b_a * b_k, scores[2 * strip + 1] + b_b * b_k)  # type: ignore[assignment]
+        scores = summed
         start_q += blocks
         start_k += blocks
-    keys = ordered(scores)
-    inside = columns[None, :] < blocks
-    first_place = (i_bh * blocks + rows)[:, None]
-    indices = columns[None, :] + rows[:, None] * 0
-    written = (rows < blocks).to(tl.int32)[:, None]
-    write_best(kept, tl.where(inside, keys, LOWEST), critical, indices, first_place, written, STEP, WIDTH, False)
-    if HAS_SKIPPED:
+    keys = ()
+    for part in tl.static_range(2 * STRIPS):
+        keys += (ordered(scores[part]),)  # type: ignore[assignment]
+    unit = tl.minimum(blocks, 1)
+    lists, wanted = kept, critical
+    for last in tl.range(0, 2 if HAS_SKIPPED else 1):
+        inside = ()
+        for part in tl.static_range(2 * STRIPS):
+            if part // 2 + 1 < STRIPS:
+                inside += (keys[part],)  # type: ignore[assignment]
+            else:
+                inside += (tl.where(part // 2 * STRIP + columns < blocks, keys[part], LOWEST),)  # type: ignore[assignment]
+        start = lists + i_bh * blocks * wanted
+        write_best(start, inside, first_row, blocks, wanted, unit, last, HALF, STRIP, STRIPS)
         # the worst are the best of the complements, which order the other way round
-        write_best(
-            dropped, tl.where(inside, ~keys, LOWEST), skipped, indices, first_place, written, STEP, WIDTH, True
-        )  # fmt: skip
+        keys = ()
+        for part in tl.static_range(2 * STRIPS):
+            keys += (~inside[part],)  # type: ignore[assignment]
+        lists, wanted = dropped, skipped

@@ -226,6 +226,21 @@ def test_poison_in_padding_reaches_nothing(make_problem, case):
         assert torch.equal(result, poisoned[name]), name
 
 
+@pytest.mark.parametrize("case", ["causal-between", "heads-text"])
+def test_what_no_kernel_writes_is_not_read(make_problem, case):
+    """Rows of no segment and padding text have no delta: memory made by `torch.empty` holds NaN here."""
+    problem = make_problem(**CASES[case])
+    clean = problem.run("triton", torch.float32)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        assert torch.empty(1).isnan()
+        filled = problem.run("triton", torch.float32)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for name, result in clean.items():
+        assert torch.equal(result, filled[name]), name
+
+
 def test_a_row_without_keys_is_zero(make_problem):
     problem = make_problem(shape=(1, 4, 8), topk=1, heads=1)
     problem.lists[1][..., 0] = 0
@@ -247,16 +262,23 @@ def test_ten_runs_are_bit_equal(make_problem):
 def test_strides_do_not_matter(make_problem, strided):
     """The model hands over [B, N, H, D] tensors with heads moved; rows that are no multiple of 16 bytes work too."""
     problem = make_problem(shape=(1, 4, 5), heads=2, dim=24)
-    expected = problem.call("triton") if not NATIVE else problem.to("cuda").call("triton")
     here = problem.to("cuda") if NATIVE else problem
-    for name in ("q", "k", "v"):
+
+    def results():
+        leaves = [x.detach().requires_grad_() for x in (here.q, here.k, here.v)]
+        out = block_sparse_attention(*leaves, *here.lists, impl="triton", **here.options)
+        return out, *torch.autograd.grad(out, leaves, here.grad_out)
+
+    expected = results()
+    for name in ("q", "k", "v", "grad_out"):
         tensor = getattr(here, name)
         if strided:
             moved = tensor.transpose(1, 2).contiguous().transpose(1, 2)
         else:
             moved = torch.nn.functional.pad(tensor, (1, 2))[..., 1:-2]
         setattr(here, name, moved)
-    assert torch.equal(here.call("triton"), expected)
+    for name, result, want in zip(("out", "dq", "dk", "dv"), results(), expected, strict=True):
+        assert torch.equal(result, want), name
 
 
 def test_what_the_kernels_cannot_do_is_refused(make_problem):

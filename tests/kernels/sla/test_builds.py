@@ -9,7 +9,8 @@ from dit_accel.kernels.ahead_of_time import ARCHS
 from dit_accel.kernels.block_sparse.triton_configs import SHARED_BYTES
 from dit_accel.kernels.sla import triton, triton_builds
 from dit_accel.kernels.sla import triton_configs as configs
-from dit_accel.kernels.sla.layout import Cut
+from dit_accel.kernels.sla.layout import Cut, Segments
+from dit_accel.kernels.sla.setting import LINEAR_SCOPES
 
 
 @pytest.fixture(params=ARCHS)
@@ -28,19 +29,19 @@ def launched(monkeypatch, arch):
     monkeypatch.setattr(triton, "_run", record)
     monkeypatch.setattr(triton, "_capability", lambda device: arch)
     cut = Cut((1, 1, 64 * 512), 64)
+    segments = Segments.of(cut.order.grid)
     for dim in (64, 128):
         q = torch.zeros(1, 1, 64 * 512, dim, dtype=torch.float16)
-        table, total = torch.zeros(1, 1, dim, dim), torch.zeros(1, 1, dim)
         lists = triton.Lists(*(torch.zeros(1, 1, 512, n, dtype=torch.int32) for n in (1, 2)))
         means = triton.block_means(q, cut)
         triton.select(means, means, 1, 2)
-        triton.state(q, q, cut, "softmax")
-        triton.apply(q, q, table, total, total[0, 0], "softmax")
-        triton.apply_backward(q, q, table, total, "softmax")
-        triton.state_backward(q, q, table, total, "softmax")
-        _, denominators, modes = triton.marginal(q, q, q, (table, total), lists, cut, "softmax")
-        modes.zero_()
-        triton.marginal_backward(q, q, q, q, (table, total), lists, denominators, modes, cut, "softmax")
+        *whole, _ = triton.state(q, q, cut, "softmax")
+        weight, bias, text_len = torch.zeros(dim, dim), torch.zeros(dim), torch.zeros(1, dtype=torch.int32)
+        for scope in LINEAR_SCOPES:
+            call = triton.Call(cut, segments, 0.125, "softmax", scope)
+            _, *saved = triton.forward(q, q, q, whole, lists, weight, bias, text_len, call, True)
+            saved[-1].zero_()  # modes, which are read
+            triton.backward(q, q, q, q, whole, lists, weight, text_len, saved, call)
     return found
 
 
@@ -71,8 +72,27 @@ def test_a_candidate_is_left_for_every_build(launched, arch):
             assert found and len(set(found)) == len(found), f"{kernel}, {itemsize} bytes: {found}"
 
 
-@pytest.mark.parametrize("blocks, width", [(1, 16), (16, 16), (17, 32), (512, 512), (1182, 2048), (8192, 8192)])
-def test_rows_of_scores_fit_a_program(arch, blocks, width):
+@pytest.mark.parametrize(
+    "blocks, width, strip",
+    [
+        (1, 16, 16), (16, 16, 16), (17, 32, 32), (256, 256, 256), (257, 320, 64), (320, 320, 64), (321, 384, 64),
+        (512, 512, 64), (513, 640, 128), (1024, 1024, 128), (1025, 1280, 256), (1182, 1280, 256), (1280, 1280, 256),
+        (1281, 1536, 256), (2048, 2048, 256), (2049, 2560, 512), (4097, 5120, 1024), (8192, 8192, 1024),
+    ],
+)  # fmt: skip
+def test_widths_of_rows_of_scores(blocks, width, strip):
     assert configs.width_of(blocks) == width
-    for launch in configs.fitting("select", {"D": 64, "WIDTH": width, "HAS_SKIPPED": False}, 2, arch):
-        assert launch.step * width <= 32 * 32 * launch.warps
+    assert configs.strip_of(width) == strip
+
+
+def test_rows_of_scores_fit_a_program(arch):
+    """What the kernel relies on, where it loads without a mask, and what registers hold."""
+    for blocks in range(1, configs.MAX_BLOCKS + 1):
+        width = configs.width_of(blocks)
+        strip = configs.strip_of(width)
+        assert width >= blocks and width % strip == 0
+        assert width == strip or width - strip < blocks
+        sizes = {"D": 64, "WIDTH": width, "STRIP": strip, "HAS_SKIPPED": False}
+        for launch in configs.fitting("select", sizes, 2, arch):
+            assert width == strip or launch.step <= blocks
+            assert launch.step * width <= (64 if launch.warps <= 8 else 32) * 32 * launch.warps

@@ -13,9 +13,9 @@ from dit_accel.errors import DitAccelError
 from dit_accel.kernels.block_sparse.triton_configs import Launch
 from dit_accel.kernels.sla import ops, triton_configs
 from dit_accel.kernels.sla.api import route, sparse_linear_attention
-from dit_accel.kernels.sla.layout import Cut
+from dit_accel.kernels.sla.layout import Cut, Segments
 from dit_accel.kernels.sla.linear import linear_all, linear_marginal
-from dit_accel.kernels.sla.router import route_blocks
+from dit_accel.kernels.sla.router import highest, lowest, route_blocks
 from dit_accel.order import TokenOrder
 from dit_accel.testing import assert_accurate
 from dit_accel.tokens import TokenGrid
@@ -28,6 +28,7 @@ pytestmark = [
     pytest.mark.skipif(not INTERPRETED and not NATIVE, reason="needs TRITON_INTERPRET=1 or a CUDA device"),
 ]
 DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if NATIVE else [])]
+NAMES = ("out", "dq", "dk", "dv", "dweight", "dbias")
 # grid, block, tile, kept, dropped
 LAYOUTS = {
     "one token": ((1, 1, 1), 16, None, 1, 0),
@@ -64,6 +65,37 @@ def test_lists_are_those_of_the_portable_router(layout, kind, dtype):
         assert got.dtype == torch.int32 and torch.equal(got, wanted)
 
 
+def check_selection(monkeypatch, blocks, heads, programs, step):
+    """The lists of the first `programs`, from scores that fp32 holds exactly; in every third row they are equal."""
+    generator = torch.Generator().manual_seed(blocks)
+    queries, keys = (torch.randint(-200, 201, (1, heads, 3, blocks), generator=generator).float() for _ in range(2))
+    queries[..., ::3] = 0
+    if INTERPRETED:  # on a GPU the launch table says how many rows a program has
+        monkeypatch.setattr(triton_configs, "launches", lambda *_: (Launch(4, 1, step),))
+        monkeypatch.setattr("dit_accel.kernels.sla.triton._in_steps", lambda *_: (programs, heads))
+    scores = queries.mT[:, :, : programs * step] @ keys
+    kept, dropped = max(1, blocks // 20), blocks // 10
+    got = ops.select(queries.to(DEVICE), keys.to(DEVICE), kept, dropped)
+    for found, wanted in zip(got, (highest(scores, kept), lowest(scores, dropped)), strict=True):
+        assert torch.equal(found[:, :, : programs * step].cpu(), wanted)
+
+
+@pytest.mark.parametrize("blocks, heads, step", [(15, 2, 16), (16, 1, 16), (17, 1, 16), (257, 1, 256)])
+def test_selection_of_all_rows(monkeypatch, blocks, heads, step):
+    """Fewer rows than a program has, as many, and a last program that begins early."""
+    check_selection(monkeypatch, blocks, heads, -(-blocks // step), step)
+
+
+@pytest.mark.parametrize("blocks", [255, 256, 319, 320, 321, 512, 513, 1024, 1025, 1182, 1280, 1281, 2049])
+def test_selection_at_the_bounds_of_its_widths(monkeypatch, blocks):
+    """Rows of one strip and of several, of which the last holds one block, some, all but one, and all."""
+    check_selection(monkeypatch, blocks, 1, 1, 4)
+
+
+def test_selection_from_as_many_blocks_as_there_may_be(monkeypatch):
+    check_selection(monkeypatch, triton_configs.MAX_BLOCKS, 1, 1, 2)
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 def test_lists_stay_within_bounds_for_bad_values(bad):
     q, _ = inputs("random", 64, torch.float32)
@@ -86,9 +118,22 @@ def test_text_around_the_visual_tokens_is_not_read():
         assert torch.equal(got, expected)
 
 
-def branch(q, k, v, exact, weight, bias, feature_map):
-    state, total, _ = ops.state(k, v, Cut((1, 1, k.shape[2]), 16).pack(), feature_map)
-    return ops.apply(q, exact, state @ weight.mT, total, bias, feature_map)
+def attend(q, k, v, kept, dropped, weight, bias, cut, feature_map, scope):
+    """`ops.attend` of visual tokens alone, with the state that it wants."""
+    state, total, _ = ops.state(k.detach(), v.detach(), cut, feature_map)
+    segments, text_len = Segments.of(Cut.unpack(cut).order.grid), kept.new_zeros(len(q))
+    training = any(x.requires_grad for x in (q, k, v, weight))
+    return ops.attend(
+        q, k, v, state, total, kept, dropped, weight, bias, text_len, cut, list(segments), 0.25, feature_map, scope,
+        training,
+    )  # fmt: skip
+
+
+def branch(q, k, v, weight, bias, feature_map):
+    """The linear branch of scope "all" alone: no block is critical."""
+    cut = Cut((1, 1, k.shape[2]), 16)
+    none = torch.empty(*q.shape[:2], cut.blocks, 0, dtype=torch.int32, device=q.device)
+    return attend(q, k, v, none, none, weight, bias, cut.pack(), feature_map, "all")[0]
 
 
 @pytest.mark.parametrize("feature_map", ["softmax", "elu", "relu"])
@@ -96,7 +141,7 @@ def test_linear_branch_over_several_splits(monkeypatch, feature_map):
     """Splits of 64 tokens, the last one ragged: value and all gradients against fp64."""
     monkeypatch.setattr(triton_configs, "SPLIT", 64)
     torch.manual_seed(0)
-    leaves = [torch.randn(1, 150, 1, 20).transpose(1, 2) for _ in range(4)] + [torch.randn(20, 20), torch.randn(20)]
+    leaves = [torch.randn(1, 150, 1, 20).transpose(1, 2) for _ in range(3)] + [torch.randn(20, 20), torch.randn(20)]
     gradient = torch.randn_like(leaves[0])
 
     def results(function, dtype, device):
@@ -105,13 +150,12 @@ def test_linear_branch_over_several_splits(monkeypatch, feature_map):
         gradients = torch.autograd.grad(out, tensors, gradient.to(out))
         return [x.detach().cpu() for x in (out, *gradients)]
 
-    def plain(q, k, v, exact, weight, bias):
-        return exact + linear_all(q, k, v, feature_map, weight) + bias
+    def plain(q, k, v, weight, bias):
+        return linear_all(q, k, v, feature_map, weight) + bias
 
     got = results(lambda *x: branch(*x, feature_map), torch.float32, DEVICE)
     exact = results(plain, torch.float64, "cpu")
-    names = ("out", "dq", "dk", "dv", "dexact", "dweight", "dbias")
-    for name, *values in zip(names, got, results(plain, torch.float32, "cpu"), exact, strict=True):
+    for name, *values in zip(NAMES, got, results(plain, torch.float32, "cpu"), exact, strict=True):
         # both sums have as many terms, in another order: one rounding more for the splits
         assert_accurate(name, *values, magnitude=2 * values[-1].abs())
 
@@ -134,11 +178,25 @@ def test_ops_are_registered_properly():
     cut = Cut((1, 4, 5), 16).pack()
     torch.library.opcheck(ops.block_means, (q, cut))
     torch.library.opcheck(ops.select, (ops.block_means(q, cut), ops.block_means(k, cut), 1, 1))
-    q, k, v, exact = (x.detach().requires_grad_() for x in (q, k, k.clone(), q.clone()))
-    torch.library.opcheck(ops.state, (k, v, cut, "elu"))
-    table, total, bias = (torch.rand(size, device=DEVICE) for size in ((1, 1, 16, 16), (1, 1, 16), (16,)))
-    rest = (x.requires_grad_() for x in (table, total, bias))
-    torch.library.opcheck(ops.apply, (q, exact, *rest, "elu"))
+    torch.library.opcheck(ops.state, (k, k, cut, "elu"))
+
+
+@pytest.mark.parametrize("scope", ["all", "marginal"])
+def test_the_fused_op_is_registered_properly(scope):
+    q, k, v, kept, dropped, cut, feature_map = marginal_call()
+    state, total, _ = ops.state(k, v, cut, feature_map)
+    weight, bias = (torch.randn(size, device=DEVICE) for size in ((24, 24), (24,)))
+    leaves = (x.requires_grad_() for x in (q, k, v))
+    projection = (x.requires_grad_() for x in (weight, bias))
+    lengths = kept.new_zeros(1), cut, list(Segments.of(Cut.unpack(cut).order.grid)), 0.25
+    tensors = *leaves, state, total, kept, dropped, *projection
+    torch.library.opcheck(ops.attend, (*tensors, *lengths, feature_map, scope, True))
+    with torch.no_grad():
+        out, *saved = ops.attend(*tensors, *lengths, feature_map, scope, False)
+    assert torch.equal(out, ops.attend(*tensors, *lengths, feature_map, scope, True)[0])
+    assert not any(x.numel() for x in saved)
+    with pytest.raises(DitAccelError, match="without training=True"):
+        ops.attend(*tensors, *lengths, feature_map, scope, False)
 
 
 def test_compiles_whole():
@@ -189,16 +247,24 @@ def marginal_call(hot=1.0, critical=1, skipped=1, block=16):
 
 
 def marginal(q, k, v, kept, dropped, cut, feature_map):
-    """`ops.marginal` with the state it wants."""
-    whole = [x.detach() for x in ops.state(k, v, cut, feature_map)[:2]]
-    return ops.marginal(q, k, v, *whole, kept, dropped, cut, feature_map)
+    """The linear branch of scope "marginal" alone: output, denominators [B, H, N, 1] and modes.
+
+    What is kept counts as dropped, so that nothing is critical, and the projection is the identity.
+    """
+    unit = torch.eye(q.shape[-1], device=q.device)
+    both = torch.cat([kept, dropped], dim=-1).sort(-1)[0]
+    # a projection that wants a gradient makes any call one for training
+    out, _, _, _, denominators, modes = attend(
+        q, k, v, kept[..., :0], both, unit.requires_grad_(), None, cut, feature_map, "marginal"
+    )
+    return out, denominators[..., None], modes
 
 
 @pytest.mark.parametrize("hot", [1.0, 1e6])
 def test_huge_critical_keys_do_not_cancel(hot):
     """What is left beside keys 1e6 times as large is summed by itself, not as a difference."""
     arguments = marginal_call(hot=hot)
-    out, denominators, _ = (x.cpu() for x in marginal(*arguments))
+    out, denominators, _ = (x.detach().cpu() for x in marginal(*arguments))
     tensors = [x.cpu().double() if x.is_floating_point() else x.cpu() for x in arguments[:5]]
     exact, sums = linear_marginal(*tensors, *arguments[5:])
     assert (out - exact).abs().max() < 64 * torch.finfo(torch.float32).eps * exact.abs().max()
@@ -265,10 +331,3 @@ def test_the_means_of_the_state_choose_the_same_blocks():
 def test_no_marginal_block_gives_zero():
     out, *_ = marginal(*marginal_call(critical=4, skipped=1))
     assert (out == 0).all()
-
-
-def test_the_marginal_op_is_registered_properly():
-    q, k, v, kept, dropped, cut, feature_map = marginal_call()
-    state, total, _ = ops.state(k, v, cut, feature_map)
-    leaves = (x.requires_grad_() for x in (q, k, v))
-    torch.library.opcheck(ops.marginal, (*leaves, state, total, kept, dropped, cut, feature_map))

@@ -7,6 +7,8 @@ import pytest
 import torch
 from sla_calls import INTERPRETED, MARGINAL, SHORT, Case, check
 
+from dit_accel.kernels.sla.api import sparse_linear_attention
+from dit_accel.testing import assert_accurate
 from dit_accel.tokens import TokenGrid
 
 TINY = TokenGrid(2, 3, 7)
@@ -35,3 +37,31 @@ TRITON_CASES = {
 @pytest.mark.parametrize("case", TRITON_CASES.values(), ids=TRITON_CASES)
 def test_triton_forward_and_gradients(case):
     check(case)
+
+
+@pytest.mark.skipif(not INTERPRETED and not torch.cuda.is_available(), reason="needs TRITON_INTERPRET=1 or CUDA")
+@pytest.mark.parametrize("scope", ["all", "marginal"])
+def test_text_that_is_weighed(scope):
+    """Text behind its length is a key with a bias: the exact branch is the engine's, the linear one the kernel's."""
+    device = "cpu" if INTERPRETED else "cuda"
+    torch.manual_seed(0)
+    shape, grid = (2, 1, TINY_TEXT.tokens, 16), TINY_TEXT
+    leaves = [torch.randn(shape) for _ in range(3)] + [torch.randn(16, 16) / 4, torch.randn(16)]
+    bias, lens = torch.randn(shape[0], shape[2]), torch.tensor([2, 5])
+    gradient = torch.randn(shape)
+
+    def results(impl, dtype, device):
+        tensors = [x.to(dtype).to(device).requires_grad_() for x in leaves]
+        q, k, v, weight, shift = tensors
+        out = sparse_linear_attention(
+            q, k, v, critical=1, skipped=1, block=16, grid=grid.shape, reference=grid.reference, text=grid.text,
+            text_first=grid.text_first, text_len=lens.to(device), text_bias=bias.to(device), weight=weight,
+            bias=shift, linear_scope=scope, impl=impl,
+        )  # fmt: skip
+        return [x.detach().cpu() for x in (out, *torch.autograd.grad(out, tensors, gradient.to(out)))]
+
+    got, plain = results("triton", torch.float32, device), results("reference", torch.float32, "cpu")
+    exact = results("reference", torch.float64, "cpu")
+    for name, *values in zip(("out", "dq", "dk", "dv", "dweight", "dbias"), got, plain, exact, strict=True):
+        # the two branches are rounded once each, and so is the part of the text that is weighed
+        assert_accurate(name, *values, magnitude=3 * values[-1].abs())
