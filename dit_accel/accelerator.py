@@ -196,8 +196,13 @@ class Accelerator:
             token, private, commit_message: of the upload.
 
         Raises:
-            DitAccelError: the folder cannot be written.
+            DitAccelError: the folder cannot be written, or `remove` has taken back a fine-tuning.
         """
+        if self.trained is not None and not self.active:
+            raise DitAccelError(
+                "This accelerator was removed, and the weights of its fine-tuning with it; save it before remove(), or "
+                "load it again."
+            )
         layered = isinstance(self.config, LayerSettings)
         settings = {
             "method": self.method,
@@ -260,7 +265,8 @@ def accelerate(
     processor, bit for bit. What cannot work is refused here, or at the first call before any attention has run.
     With gradient checkpointing, a call's backward pass has to come before the next call: what is computed again is
     computed as the latest call was. Another pipeline that shares the transformer has to share the scheduler too, whose
-    steps are the ones that count.
+    steps are the ones that count. One thread at a time may call an accelerated transformer: what is decided for a call
+    holds until the next one.
 
     Args:
         target: a Diffusers pipeline, or one transformer.

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from dit_accel import values
 from dit_accel.checkpoint import replace_file
 from dit_accel.errors import DitAccelError
 
@@ -40,6 +41,9 @@ class Trained:
         lora: whether there is a LoRA adapter, named `ADAPTER`.
         full: whether all weights of the transformer were trained.
         call: arguments of the pipeline's call that the training was made for, such as the number of steps.
+
+    Raises:
+        DitAccelError: a value is of the wrong kind.
     """
 
     model: str
@@ -48,6 +52,9 @@ class Trained:
     lora: bool = False
     full: bool = False
     call: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        values.check(self)
 
 
 RECORD = {field.name for field in dataclasses.fields(Trained)} | {"lora_sha256"}  # the keys of what `write` returns
@@ -69,8 +76,8 @@ def fingerprint(module: nn.Module) -> str:
                 "fine-tuned accelerator before offloading, casting or quantising the model, or pass any_weights=True."
             )
         flat = weight.detach().flatten()
-        values = flat[:: max(1, len(flat) // SAMPLED)][:SAMPLED].to(torch.bfloat16).cpu()
-        digest.update(f"{name}{tuple(weight.shape)}".encode() + values.view(torch.int16).numpy().tobytes())
+        sampled = flat[:: max(1, len(flat) // SAMPLED)][:SAMPLED].to(torch.bfloat16).cpu()
+        digest.update(f"{name}{tuple(weight.shape)}".encode() + sampled.view(torch.int16).numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -170,12 +177,16 @@ def apply(
         What was trained, and a function that takes it back.
 
     Raises:
-        DitAccelError: other base weights, an adapter of that name, PEFT is missing, or a file is missing or damaged.
+        DitAccelError: a record that was changed, other base weights, an adapter of that name, PEFT is missing, or a
+            file is missing or damaged.
     """
-    trained = Trained(**{field.name: record[field.name] for field in dataclasses.fields(Trained)})
+    try:
+        trained = Trained(**{field.name: record[field.name] for field in dataclasses.fields(Trained)})
+    except DitAccelError as error:
+        raise DitAccelError(f"{path} was changed: of its fine-tuning, {error} Save the accelerator again.") from error
     if not any_weights:
         for name, transformer in transformers.items():
-            if fingerprint(transformer) != trained.fingerprints[name]:
+            if fingerprint(transformer) != trained.fingerprints.get(name):
                 raise DitAccelError(
                     f"{path} was trained from {_base(trained)}, and this {name} has other weights of the same shape; "
                     "load it into that model, or pass any_weights=True if it should be tried on this one."

@@ -12,7 +12,7 @@ from dit_accel.blocks import BlockMask
 from dit_accel.errors import DitAccelError
 from dit_accel.order import TokenOrder
 from dit_accel.planner import Tile
-from dit_accel.plans import Order, StaticPlan, beside, check_token_mask, surround
+from dit_accel.plans import Order, StaticPlan, beside, building, check_token_mask, surround
 from dit_accel.tokens import TokenGrid
 
 
@@ -31,6 +31,7 @@ class BlockPlan(StaticPlan):
         self._mask = blocks.from_map(visited, order, order)
 
     @functools.cached_property
+    @building()
     def pairs(self) -> int:
         order = self._mask.query_order
         valid = blocks.valid_tokens(order).long()
@@ -39,6 +40,7 @@ class BlockPlan(StaticPlan):
         return int(valid @ visual @ valid) + around * (self.grid.tokens + self.grid.visual)
 
     @property
+    @building()
     def partial_blocks(self) -> int:
         return blocks.cut_blocks(self._mask.query_order)
 
@@ -64,6 +66,7 @@ class BlockPlan(StaticPlan):
             )
         return self._mask
 
+    @building()
     def token_mask(self) -> torch.Tensor:
         check_token_mask(self.grid)
         order = self._mask.query_order

@@ -6,8 +6,11 @@ import dataclasses
 
 import torch
 
+from dit_accel.errors import DitAccelError
 from dit_accel.masks import Mask
 from dit_accel.order import TokenOrder
+
+MOST_PAIRS = 2**29  # of blocks; each takes 14 to 20 bytes while a sparse mask is made: 10 GiB for all
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -61,8 +64,28 @@ class BlockMask:
         return dataclasses.replace(self, **moved)
 
 
+def check_size(query_order: TokenOrder, key_order: TokenOrder) -> None:
+    """See before a block mask is made that it fits into memory: every pair of blocks is looked at.
+
+    Raises:
+        DitAccelError: there are too many.
+    """
+    pairs = query_order.blocks * key_order.blocks
+    if pairs > MOST_PAIRS:
+        raise DitAccelError(
+            f"A block mask is made for at most {MOST_PAIRS:,} pairs of blocks; {query_order.grid} in blocks of "
+            f"{query_order.block:,} and {key_order.block:,} tokens has {pairs:,}. Take a smaller grid or larger "
+            "blocks; a plan's pairs and density need no block mask."
+        )
+
+
 def from_mask(mask: Mask, query_order: TokenOrder, key_order: TokenOrder) -> BlockMask:
-    """The block mask that covers a token mask exactly: no visited block is empty, and full ones are known."""
+    """The block mask that covers a token mask exactly: no visited block is empty, and full ones are known.
+
+    Raises:
+        DitAccelError: there are too many blocks.
+    """
+    check_size(query_order, key_order)
     counts = mask.block_pairs(query_order, key_order)
     valid = valid_tokens(query_order)[:, None] * valid_tokens(key_order)[None, :]
     return from_map(counts > 0, query_order, key_order, partial=counts < valid)

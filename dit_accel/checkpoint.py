@@ -89,6 +89,7 @@ def save(
     Raises:
         DitAccelError: the folder cannot be written.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import save as to_bytes
 
     folder = pathlib.Path(path)
@@ -110,7 +111,7 @@ def save(
         replace_file(folder / SETTINGS_FILE, (json.dumps(saved, indent=2) + "\n").encode())
         if content is None:
             (folder / WEIGHTS_FILE).unlink(missing_ok=True)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:  # a full disk is either, by who writes
         raise DitAccelError(
             f"Cannot save the accelerator to {folder}: {error}; choose a folder you can write."
         ) from error

@@ -15,7 +15,7 @@ from dit_accel import selfcheck
 from dit_accel.break_even import dense_is_faster
 from dit_accel.errors import DitAccelError
 from dit_accel.kernels.block_sparse.api import Impl
-from dit_accel.layerwise import LayerSettings, distinct
+from dit_accel.layerwise import LayerSettings
 from dit_accel.pipelines import context_parallel, processor
 from dit_accel.pipelines.family import Call, Family, Layout, Memory
 from dit_accel.pipelines.processor import LEARNED, AcceleratedAttnProcessor, CallState
@@ -71,7 +71,7 @@ class PlanCache:
 
 @dataclasses.dataclass
 class Layer:
-    """One self-attention module: its original processor and ours.
+    """One self-attention module: its own processor and ours.
 
     `config` counts where there is no `dense_reason`; `sees_text` as `Family.sees_text`.
     `measured` is what the self-check found, as in `selfcheck.Measured.sums`, on its device until it is asked for.
@@ -82,15 +82,13 @@ class Layer:
     config: Any
     dense_reason: str | None
     sees_text: bool
+    original: Any
+    ours: AcceleratedAttnProcessor
     tally: Tally = dataclasses.field(default_factory=Tally)
-    original: Any = None
-    ours: AcceleratedAttnProcessor | None = None
     learned: nn.Module | None = None
     measured: torch.Tensor | None = None
 
-    def attach(self, state: CallState, learned: nn.Module | None, family: Family) -> None:
-        self.original = self.attention.processor
-        self.ours = processor.accelerated(self.original, state, family.sparse_calls)
+    def attach(self, learned: nn.Module | None) -> None:
         if learned is not None:
             if hasattr(self.attention, LEARNED):
                 raise DitAccelError(f"{self.name} already has a module named {LEARNED!r}; remove it first.")
@@ -102,16 +100,12 @@ class Layer:
         """Undo `attach`; False if another processor was set since, which then stays."""
         if self.learned is not None and getattr(self.attention, LEARNED, None) is self.learned:
             delattr(self.attention, LEARNED)
-        if self.ours is None:
-            return True
-        if self.attention.processor is not self.ours:
-            return False
-        self.attention.processor = self.original
-        return True
+        if self.attention.processor is self.ours:
+            self.attention.processor = self.original
+        return self.attention.processor is self.original
 
     def keep_dense(self, state: CallState, reason: str) -> None:
         """Leave the layer to the model's own processor from here on, in the call under way too."""
-        assert self.ours is not None
         self.ours.state, self.dense_reason = state, reason
 
     def report(self, transformer: str) -> LayerReport:
@@ -179,23 +173,31 @@ class Engine:
         self._last: dict[Any, tuple[Plan, str, str] | str] = {}
         self._handles: list[Any] = []
         self._owner: object = None
-        self.layers = self._find_layers(settings)
         # Layers with the same settings share a state, so that a compiled model has one graph for each setting.
-        sparse = [layer.kind for layer in self.layers if layer.dense_reason is None]
-        self._states = {kind: CallState(impl, family.text_is_keys) for kind in distinct(sparse)}
+        self._states: dict[tuple[Any, bool], CallState] = {}
         self._dense_state = CallState(impl)
+        self.layers = self._find_layers(settings)
 
     def _find_layers(self, settings: Any | LayerSettings) -> list[Layer]:
+        """The layers, with our processors made and not yet set: what cannot work is refused before anything changes."""
         found = list(self._family.attentions(self._transformer))
         if not found:
             raise DitAccelError(
                 f"{type(self._transformer).__name__} has no module named {' or '.join(self._family.attention)}, where "
                 f"the family {self._family.name} keeps its self-attention; is this a changed model?"
             )
-        return [
-            Layer(name, attention, config, reason, self._family.sees_text(name))
-            for (name, attention), (config, reason) in zip(found, self._decide(settings, len(found)), strict=True)
-        ]
+        layers = []
+        for (name, attention), (config, reason) in zip(found, self._decide(settings, len(found)), strict=True):
+            sees_text, state = self._family.sees_text(name), self._dense_state
+            if reason is None:
+                fresh = CallState(self._impl, self._family.text_is_keys)
+                state = self._states.setdefault((config, sees_text), fresh)
+            own: Any = attention.processor
+            if isinstance(own, AcceleratedAttnProcessor):  # of an accelerator that this one is to replace
+                own = own.inner
+            ours = processor.accelerated(own, state, self._family.sparse_calls)
+            layers.append(Layer(name, attention, config, reason, sees_text, own, ours))
+        return layers
 
     def _decide(self, settings: Any | LayerSettings, layers: int) -> list[tuple[Any, str | None]]:
         """Settings of each layer, and why it stays dense."""
@@ -209,7 +211,7 @@ class Engine:
         return [(settings, reason if index in dense else None) for index in range(layers)]
 
     def attach(self, owner: object) -> None:
-        """Wrap the processors, add learned weights and hook the transformer, whose hooks keep `owner` alive."""
+        """Set our processors, add learned weights and hook the transformer, whose hooks keep `owner` alive."""
         self._check_sharing()
         self._owner = owner
         for layer in self.layers:
@@ -220,8 +222,7 @@ class Engine:
                     learned = self._method.module(self._family.head_dim(layer.attention), layer.config)
                     if device.type != "meta":  # as offloaded weights are between calls
                         learned.to(device)
-            state = self._dense_state if layer.dense_reason is not None else self._states[layer.kind]
-            layer.attach(state, learned, self._family)
+            layer.attach(learned)
         # Compiled transformers run their hooks outside the graph, but with Dynamo watching: the first hook is traced,
         # which tells that the transformer is compiled; the second is not.
         self._handles = [
@@ -240,7 +241,7 @@ class Engine:
     def count_last_call(self) -> None:
         """Add the layers that ran in the last call to their tallies."""
         for layer in self.layers:
-            if layer.ours is None or not layer.ours.ran:
+            if not layer.ours.ran:
                 continue
             layer.ours.ran = False
             if layer.dense_reason is not None:
@@ -284,7 +285,8 @@ class Engine:
             return None
         self._check_sharing()
         call = Call(self._signature, module, args, kwargs, self._memory)
-        layout = self._family.layout(module, call)
+        with torch.device("cpu"):  # where masks and ids are read, whatever the caller's default device
+            layout = self._family.layout(module, call)
         plans = {kind: self._plan(kind, layout, call.device) for kind in self._states}
         self.notes += [note for note in layout.notes if note not in self.notes]
         reason = self._dense_step(call)
@@ -325,7 +327,6 @@ class Engine:
         self._checking, self._unchecked = self._unchecked, False
         self._step = self._clock.now_if_told(self._family.timestep(call)) if self.watchers else None
         for layer in self.layers:
-            assert layer.ours is not None
             layer.ours.watch = functools.partial(self._attended, layer) if listening else None
 
     def _attended(

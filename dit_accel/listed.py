@@ -7,8 +7,9 @@ from typing import Any, NamedTuple, cast
 
 import torch
 
+from dit_accel.asked import Asked
 from dit_accel.blocks import BlockMask
-from dit_accel.kernels.block_sparse.api import Impl, block_sparse_attention, choose_impl, pack
+from dit_accel.kernels.block_sparse.api import block_sparse_attention, choose_impl, pack
 
 
 class Listed(NamedTuple):
@@ -36,18 +37,8 @@ class Listed(NamedTuple):
             return listed
         return listed._replace(packed=pack(listed.mask.kv_indices, listed.mask.kv_counts, **listed._sizes()))
 
-    def attend(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        *,
-        scale: float | None,
-        text_lens: torch.Tensor | None,
-        text_bias: torch.Tensor | None,
-        impl: Impl,
-    ) -> torch.Tensor:
-        """Call the kernel with the grid's own order of tokens; arguments as in `plans.Plan.attend`."""
+    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, asked: Asked) -> torch.Tensor:
+        """Call the kernel with the grid's own order of tokens."""
         grid, batch = self.mask.query_order.grid, q.shape[0]
 
         def per_sample(start: int) -> torch.Tensor:
@@ -64,10 +55,10 @@ class Listed(NamedTuple):
             visual_start=per_sample(grid.visual_start),
             reference_start=per_sample(grid.reference_start),
             text_start=per_sample(grid.text_start),
-            text_len=None if text_lens is None else text_lens.to(device=q.device, dtype=torch.int32),
-            text_bias=text_bias,
-            scale=scale,
-            impl=impl,
+            text_len=None if asked.text_lens is None else asked.text_lens.to(device=q.device, dtype=torch.int32),
+            text_bias=asked.text_bias,
+            scale=asked.scale,
+            impl=asked.impl,
         )
         return cast(torch.Tensor, out)
 

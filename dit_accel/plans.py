@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from dit_accel import blocks
+from dit_accel.asked import Asked, Kind
 from dit_accel.blocks import BlockMask
 from dit_accel.errors import DitAccelError
 from dit_accel.kernels.block_sparse.api import Impl, choose_impl
@@ -29,6 +30,16 @@ Order = Literal["raster", "tile"]
 BLOCK_Q, BLOCK_K = 128, 64
 TOKEN_MASK_LIMIT = 20_000
 PICTURE_LIMIT = 16_000
+
+
+@contextlib.contextmanager
+def building() -> Iterator[None]:
+    """What is made here outlives the call under way: ordinary tensors, which training may save, made on the CPU,
+    whatever inference mode and default device the caller has set."""
+    # a device context goes through Python at every operation, of which planning has thousands: only where it is needed
+    device = contextlib.nullcontext() if torch.get_default_device().type == "cpu" else torch.device("cpu")
+    with torch.inference_mode(False), device:
+        yield
 
 
 class Plan(abc.ABC):
@@ -92,7 +103,6 @@ class Plan(abc.ABC):
         """
         raise DitAccelError(f"{self.method} has no token mask that is known before the call: it routes by content.")
 
-    @abc.abstractmethod
     def attend(
         self,
         q: torch.Tensor,
@@ -113,8 +123,12 @@ class Plan(abc.ABC):
                 query adds to its scaled logits.
             module: a layer's learned weights.
         """
+        return self.compute(q, k, v, Asked(scale, text_lens, text_bias, impl, module))
 
     @abc.abstractmethod
+    def compute(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, asked: Asked) -> torch.Tensor:
+        """What `attend` returns."""
+
     def choose_impl(
         self, device: torch.device, dtype: torch.dtype, head_dim: int, impl: Impl = "auto", *, learned: bool = False
     ) -> tuple[str, str]:
@@ -128,10 +142,16 @@ class Plan(abc.ABC):
         Raises:
             DitAccelError: a named implementation cannot compute it.
         """
+        return self.implementation(Kind(device, dtype, head_dim, impl, learned))
+
+    @abc.abstractmethod
+    def implementation(self, kind: Kind) -> tuple[str, str]:
+        """What `choose_impl` returns."""
 
     def prepare(self, device: torch.device) -> None:  # noqa: B027 - a plan may have nothing to build
         """Build what `attend` needs on `device`; inside a traced call it would be too late."""
 
+    @building()
     def image(self) -> Image:
         """Picture of the block mask, queries down and keys across: full blocks dark, partial ones lighter.
 
@@ -186,27 +206,13 @@ class StaticPlan(Plan):
     def prepare(self, device: torch.device) -> None:
         self.lists(device)
 
-    def choose_impl(
-        self, device: torch.device, dtype: torch.dtype, head_dim: int, impl: Impl = "auto", *, learned: bool = False
-    ) -> tuple[str, str]:
-        mask = self.lists(device).mask
-        obstacle = unsupported(dtype, head_dim, mask.query_order.block, mask.key_order.block)
-        return choose_impl(device.type, impl, obstacle)
+    def implementation(self, kind: Kind) -> tuple[str, str]:
+        mask = self._blocks
+        obstacle = unsupported(kind.dtype, kind.head_dim, mask.query_order.block, mask.key_order.block)
+        return choose_impl(kind.device.type, kind.impl, obstacle)
 
-    def attend(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        *,
-        scale: float | None = None,
-        text_lens: torch.Tensor | None = None,
-        text_bias: torch.Tensor | None = None,
-        impl: Impl = "auto",
-        module: torch.nn.Module | None = None,
-    ) -> torch.Tensor:
-        lists = self.lists(q.device)
-        return lists.attend(q, k, v, scale=scale, text_lens=text_lens, text_bias=text_bias, impl=impl)
+    def compute(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, asked: Asked) -> torch.Tensor:
+        return self.lists(q.device).attend(q, k, v, asked)
 
 
 class MaskPlan(StaticPlan):
@@ -222,6 +228,7 @@ class MaskPlan(StaticPlan):
         self.mask, self.order = mask, order
 
     @functools.cached_property
+    @building()
     def pairs(self) -> int:
         around = self.grid.tokens - self.grid.visual
         return self.mask.pairs() + around * (self.grid.tokens + self.grid.visual)
@@ -237,6 +244,7 @@ class MaskPlan(StaticPlan):
         keys = torch.arange(self.grid.visual, device=queries.device)
         return beside(self.mask.allowed(queries[:, None], keys[None, :]), self.grid)
 
+    @building()
     def block_mask(
         self,
         block_q: int | None = None,
@@ -253,7 +261,8 @@ class MaskPlan(StaticPlan):
             tile_q, tile_k: tile sizes (t, h, w); without them the planner takes those with the fewest visited blocks.
 
         Raises:
-            DitAccelError: tile shapes in raster order, only one of the two, or sizes that contradict each other.
+            DitAccelError: tile shapes in raster order, only one of the two, sizes that contradict each other, or too
+                many blocks.
         """
         if (tile_q is None) != (tile_k is None):
             raise DitAccelError(f"Give both tile_q and tile_k or neither, got {tile_q} and {tile_k}.")
@@ -261,18 +270,20 @@ class MaskPlan(StaticPlan):
             order = self.order if tile_q is None else "tile"
         if order not in ("raster", "tile"):
             raise DitAccelError(f"order is 'raster', 'tile' or None, got {order!r}.")
+        defaults = (BLOCK_Q, BLOCK_K) if tile_q is None or tile_k is None else (math.prod(tile_q), math.prod(tile_k))
+        sizes = [own if asked is None else asked for asked, own in zip((block_q, block_k), defaults, strict=True)]
         if order == "raster":
             if tile_q is not None:
                 raise DitAccelError("Tile shapes were given with order='raster'; ask for order='tile'.")
-            query_order = TokenOrder(self.grid, block_q or BLOCK_Q)
-            key_order = TokenOrder(self.grid, block_k or BLOCK_K)
+            orders = [TokenOrder(self.grid, size) for size in sizes]
         else:
             if tile_q is None or tile_k is None:
-                tile_q, tile_k = choose_tiles(self.mask, self.grid, block_q or BLOCK_Q, block_k or BLOCK_K)
-            query_order = TokenOrder(self.grid, block_q or math.prod(tile_q), tile_q)
-            key_order = TokenOrder(self.grid, block_k or math.prod(tile_k), tile_k)
-        return blocks.from_mask(self.mask, query_order, key_order)
+                blocks.check_size(*(TokenOrder(self.grid, size) for size in sizes))
+                tile_q, tile_k = choose_tiles(self.mask, self.grid, *sizes)
+            orders = [TokenOrder(self.grid, size, tile) for size, tile in zip(sizes, (tile_q, tile_k), strict=True)]
+        return blocks.from_mask(self.mask, *orders)
 
+    @building()
     def token_mask(self) -> torch.Tensor:
         check_token_mask(self.grid)
         visual = torch.arange(self.grid.visual)
@@ -295,14 +306,6 @@ def plan(method: str, grid: TokenGrid, **config: Any) -> Plan:
     chosen = registry.get_method(method)
     with building():
         return chosen.plan(grid, registry.make_config(method, config))
-
-
-@contextlib.contextmanager
-def building() -> Iterator[None]:
-    """What is made here outlives the call under way: ordinary tensors, which training may save, made on the CPU,
-    whatever inference mode and default device the caller has set."""
-    with torch.inference_mode(False), torch.device("cpu"):
-        yield
 
 
 def attention(

@@ -116,16 +116,24 @@ def parse_method(text: str, settings: Iterable[str] = ()) -> tuple[str, dict[str
         ('gna', {'window': (18, 24, 24), 'stride': (16, 8, 8)})
 
     Raises:
-        DitAccelError: the method is unknown or an item is not ``key=value``.
+        DitAccelError: the method is unknown, an item is not ``key=value``, or one key comes twice in the text or in the
+            strings.
     """
     name, _, rest = text.partition(":")
     get_method(name)
-    parsed = {}
-    for item in [*(rest.split(",") if rest else []), *settings]:
-        key, equals, value = item.partition("=")
-        if not equals or not key.strip() or not value.strip():
-            raise DitAccelError(f"A setting is written key=value, such as topk=0.1 or window=18x24x24; got {item!r}.")
-        parsed[key.strip()] = parse_value(value.strip())
+    parsed: dict[str, Any] = {}
+    for items in (rest.split(",") if rest else [], settings):
+        given: dict[str, Any] = {}
+        for item in items:
+            key, equals, value = (part.strip() for part in item.partition("="))
+            if not equals or not key or not value:
+                raise DitAccelError(
+                    f"A setting is written key=value, such as topk=0.1 or window=18x24x24; got {item!r}."
+                )
+            if key in given:
+                raise DitAccelError(f"The setting {key} of {name} is given twice; give it once.")
+            given[key] = parse_value(value)
+        parsed |= given
     return name, parsed
 
 

@@ -174,5 +174,5 @@ def measure(
 def sample(total: int, count: int) -> torch.Tensor:
     """`count` of `total` indices without order in them, always the same, ascending: int64."""
     if count >= total:
-        return torch.arange(total)
-    return torch.randperm(total, generator=torch.Generator().manual_seed(0))[:count].sort().values
+        return torch.arange(total, device="cpu")
+    return torch.randperm(total, generator=torch.Generator().manual_seed(0), device="cpu")[:count].sort().values

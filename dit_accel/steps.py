@@ -23,11 +23,14 @@ class StepClock:
     """Tells the step of each call.
 
     Args:
-        pipeline: whose scheduler is read; None for a bare transformer, whose timestep values are followed instead.
+        pipeline: whose scheduler is read; None for a bare transformer, whose timestep values are followed instead. When
+            the pipeline is gone, its scheduler counts as long as somebody has it: a pipeline made `from_pipe` does.
     """
 
     def __init__(self, pipeline: Any | None = None) -> None:
         self._pipeline = None if pipeline is None else weakref.ref(pipeline)
+        scheduler = getattr(pipeline, "scheduler", None)
+        self._scheduler = None if scheduler is None else weakref.ref(scheduler)
         self._manual: Step | None = None
         self._last_value: float | None = None
         self._last_index = 0
@@ -46,7 +49,11 @@ class StepClock:
     def scheduler(self) -> Any | None:
         """The pipeline's scheduler as of now, None for a bare transformer."""
         pipeline = None if self._pipeline is None else self._pipeline()
-        return getattr(pipeline, "scheduler", None)
+        if pipeline is None:
+            return None if self._scheduler is None else self._scheduler()
+        scheduler = getattr(pipeline, "scheduler", None)
+        self._scheduler = None if scheduler is None else weakref.ref(scheduler)
+        return scheduler
 
     @property
     def reads_values(self) -> bool:

@@ -336,6 +336,17 @@ def test_unsupported_models_name_the_supported():
             dit_accel.accelerate(target, "gna", **WINDOW)
 
 
+def test_one_transformer_under_two_names_is_accelerated_once(tiny_wan, wan_inputs):
+    transformer = tiny_wan()
+    state = state_of(transformer)
+    target = type("Pipe", (), {"components": {"transformer": transformer, "transformer_2": transformer}})()
+    with dit_accel.accelerated(target, "gna", **WINDOW) as accel:
+        run(transformer, wan_inputs())
+        assert list(accel.transformers) == ["transformer"] and accel.report().sparse_calls == 2
+        assert accel.remove() == []
+    assert state_of(transformer) == state
+
+
 def test_an_unsupported_transformer_of_a_pipeline_is_not_left_dense(tiny_wan):
     components = {"transformer": tiny_wan(), "transformer_2": nn.Linear(1, 1), "vae": None}
     target = type("Pipe", (), {"components": components})()
@@ -354,6 +365,20 @@ def test_a_processor_that_cannot_be_rebuilt_leaves_nothing_half_done(tiny_wan):
     with pytest.raises(dit_accel.DitAccelError, match="Silent calls neither"):
         dit_accel.accelerate(transformer, "sla", topk=0.3, block=16)
     assert state_of(transformer) == state
+
+
+def test_what_cannot_take_its_place_does_not_cost_the_accelerator_at_work(tiny_wan, wan_inputs):
+    class Silent:
+        def __call__(self, attn, hidden_states, *args):
+            return hidden_states
+
+    transformer = tiny_wan()
+    first = dit_accel.accelerate(transformer, "gna", **WINDOW)
+    transformer.blocks[1].attn1.set_processor(Silent())
+    state = state_of(transformer)
+    with pytest.raises(dit_accel.DitAccelError, match="Silent calls neither"):
+        dit_accel.accelerate(transformer, "radial", replace=True)
+    assert first.active and state_of(transformer) == state
 
 
 def test_nothing_outlives_the_model(tiny_wan, wan_inputs):

@@ -1,5 +1,7 @@
 """Accelerated pipelines: steps from the scheduler, guidance, two transformers, image to video and image to image."""
 
+import gc
+
 import pytest
 import torch
 from diffusers import (
@@ -146,6 +148,17 @@ def test_a_replaced_scheduler_is_followed(wan_pipe):
         pipe.scheduler = UniPCMultistepScheduler.from_config(pipe.scheduler.config, flow_shift=2.0)
         generate(pipe, steps=5, guidance=1.0)
         assert reasons(accel) == (7, {"dense_steps=1": 2})
+
+
+def test_a_pipeline_made_from_another_keeps_its_steps(wan_pipe):
+    first = wan_pipe()
+    with dit_accel.accelerate(first, "gna", dense_steps=0.5, **WINDOW) as accel:
+        second = WanPipeline.from_pipe(first)
+        second.set_progress_bar_config(disable=True)
+        del first
+        gc.collect()
+        generate(second, steps=8, guidance=1.0)
+        assert reasons(accel) == (4, {"dense_steps=0.5": 4})
 
 
 def test_image_to_video_leaves_the_image_attention_alone(wan_pipe, tiny_wan, monkeypatch):

@@ -11,6 +11,8 @@ import dit_accel
 from dit_accel import checkpoint
 
 SLA = {"topk": 0.3, "block": 16}
+TRAINED = {"model": "demo", "revision": None, "fingerprints": {}, "lora": False, "full": False, "call": {}}
+TRAINED |= {"lora_sha256": None}
 
 
 def run(transformer, inputs):
@@ -58,6 +60,9 @@ def test_round_trip_with_learned_weights(saved, tiny_wan, wan_inputs):
         ({"method": ["sla"]}, "method cannot be"),
         ({"models": {"transformer": {"class": "WanTransformer3DModel"}}}, "models cannot be"),
         ({"trained": {"model": "demo"}}, "trained cannot be"),
+        ({"trained": TRAINED | {"fingerprints": []}}, "fingerprints is settings by name"),
+        ({"trained": TRAINED | {"lora": "no"}}, "lora is true or false"),
+        ({"trained": TRAINED}, "trained from demo, and this transformer has other weights"),
         ({"allow_dense": "no"}, "allow_dense cannot be"),
     ],
     ids=lambda value: "".join(value) if isinstance(value, dict) else None,

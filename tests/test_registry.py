@@ -56,6 +56,12 @@ def test_malformed_settings_are_refused(item):
         registry.parse_method("gna", [item])
 
 
+@pytest.mark.parametrize(("text", "settings"), [("gna:window=3,window=5", []), ("gna", ["window=3", "window = 5"])])
+def test_a_setting_given_twice_is_refused(text, settings):
+    with pytest.raises(DitAccelError, match="The setting window of gna is given twice"):
+        registry.parse_method(text, settings)
+
+
 def test_configs_survive_json_lists():
     config = registry.make_config("gna", {"window": [2, 3, 4], "stride": [1, 2, 1]})
     assert config.window == (2, 3, 4)

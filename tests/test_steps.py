@@ -1,7 +1,6 @@
 """Which denoising step a call belongs to."""
 
 import copy
-import types
 
 import pytest
 import torch
@@ -125,7 +124,8 @@ def test_set_refuses_what_is_no_step(step):
 
 
 def test_without_a_trajectory_the_advice_is_to_set():
-    for scheduler in (types.SimpleNamespace(timesteps=None), *(make() for make in SCHEDULERS.values())):
+    empty = type("Scheduler", (), {"timesteps": None})()
+    for scheduler in (empty, *(make() for make in SCHEDULERS.values())):
         pipe = Pipe(scheduler)
         clock = StepClock(pipe)
         with pytest.raises(DitAccelError, match="set_step"):
@@ -133,6 +133,19 @@ def test_without_a_trajectory_the_advice_is_to_set():
         assert clock.now_if_told(torch.tensor(999.0)) is None
     with pytest.raises(DitAccelError, match="set_step"):
         StepClock().now(None)
+
+
+def test_a_pipeline_made_from_one_that_is_gone_tells_the_steps():
+    """As `from_pipe` does, the new one has the other's scheduler; also one that replaced the first."""
+    pipe = Pipe(SCHEDULERS["euler"]())
+    clock = StepClock(pipe)
+    pipe.scheduler = SCHEDULERS["unipc"]()
+    run(pipe, clock, 3)
+    other = Pipe(pipe.scheduler)
+    del pipe
+    assert run(other, clock, 4, calls=1) == [Step(index, 4) for index in range(4)]
+    del other
+    assert clock.reads_values
 
 
 def test_the_clock_does_not_keep_the_pipeline():

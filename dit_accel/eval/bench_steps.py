@@ -20,6 +20,7 @@ import torch
 from torch.nn.attention import sdpa_kernel
 
 from dit_accel.accelerator import Accelerator
+from dit_accel.asked import Asked, Kind
 from dit_accel.errors import DitAccelError
 from dit_accel.eval.bench import DENSE, DENSE_BACKENDS, Bench, Outcome, make_problem, outcome_of
 from dit_accel.eval.bench_models import Model, Step
@@ -53,10 +54,10 @@ class NothingPlan(Plan):
     def kept_keys(self, queries: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
         return torch.zeros(len(queries), self.grid.tokens, dtype=torch.bool, device=queries.device)
 
-    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any) -> torch.Tensor:
+    def compute(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, asked: Asked) -> torch.Tensor:
         return v
 
-    def choose_impl(self, *tensors: Any, **options: Any) -> tuple[str, str]:
+    def implementation(self, kind: Kind) -> tuple[str, str]:
         return "nothing", "the rest of the step is measured"
 
 

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import torch
 
-from dit_accel.kernels.block_sparse.api import Impl
+from dit_accel.asked import Asked, Kind
 from dit_accel.masks import AxisTable, Mask, Product
 from dit_accel.plans import MaskPlan
 from dit_accel.registry import Method
@@ -24,28 +24,15 @@ class Config:
 class DensePlan(MaskPlan):
     """Every token sees every token. `attend` is PyTorch's own attention unless another implementation is named."""
 
-    def attend(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        *,
-        scale: float | None = None,
-        text_lens: torch.Tensor | None = None,
-        text_bias: torch.Tensor | None = None,
-        impl: Impl = "auto",
-        module: torch.nn.Module | None = None,
-    ) -> torch.Tensor:
-        if impl != "auto" or text_lens is not None:
-            return super().attend(q, k, v, scale=scale, text_lens=text_lens, text_bias=text_bias, impl=impl)
-        return torch.nn.functional.scaled_dot_product_attention(q, k, v, scale=scale)
+    def compute(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, asked: Asked) -> torch.Tensor:
+        if asked.impl != "auto" or asked.text_lens is not None:
+            return super().compute(q, k, v, asked)
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, scale=asked.scale)
 
-    def choose_impl(
-        self, device: torch.device, dtype: torch.dtype, head_dim: int, impl: Impl = "auto", *, learned: bool = False
-    ) -> tuple[str, str]:
-        if impl == "auto":
+    def implementation(self, kind: Kind) -> tuple[str, str]:
+        if kind.impl == "auto":
             return "scaled_dot_product_attention", "nothing is masked"
-        return super().choose_impl(device, dtype, head_dim, impl, learned=learned)
+        return super().implementation(kind)
 
 
 def make_plan(grid: TokenGrid, config: Config) -> DensePlan:

@@ -14,8 +14,10 @@ from typing import ClassVar, Literal, get_args
 import torch
 
 from dit_accel.block_plan import BlockPlan
+from dit_accel.blocks import check_size
 from dit_accel.errors import DitAccelError
 from dit_accel.masks import Band, Mask, prefix_sums
+from dit_accel.order import TokenOrder
 from dit_accel.plans import MaskPlan, Plan
 from dit_accel.registry import Method
 from dit_accel.tokens import TokenGrid
@@ -64,8 +66,8 @@ def paper_radius(frames: int, frame_tokens: int, decay: float, sink: bool) -> to
         if band == 0:
             return frame_tokens
         if width >= 1:
-            return min(math.floor(width), frame_tokens)
-        return int(distance % math.ceil(1 / width) == 0)
+            return math.floor(min(width, frame_tokens))
+        return int(width > 0 and 1 / width <= distance and distance % math.ceil(1 / width) == 0)
 
     return by_distance(frames, [radius(distance) for distance in range(frames)], frame_tokens, sink)
 
@@ -146,6 +148,8 @@ def make_plan(grid: TokenGrid, config: Config) -> Plan:
     if config.rule == "paper":
         radius = paper_radius(grid.frames, frame_tokens, config.decay, config.sink)
         return MaskPlan("radial", config, grid, Mask((Band(radius, grid.height, grid.width),)))
+    order = TokenOrder(grid, config.block)
+    check_size(order, order)
     radius = reference_radius(grid.frames, frame_tokens, config.decay, config.sink, config.block)
     visited = reference_blocks(radius, frame_tokens, config.block)
     if grid.visual % config.block:

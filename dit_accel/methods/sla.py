@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from dit_accel.asked import Asked, Kind
 from dit_accel.blocks import BlockMask, cut_blocks, valid_tokens
 from dit_accel.errors import DitAccelError
 from dit_accel.kernels.block_sparse.api import Impl
@@ -22,7 +23,7 @@ from dit_accel.kernels.sla.features import FEATURE_MAPS, FeatureMap
 from dit_accel.kernels.sla.setting import LINEAR_SCOPES, LinearScope
 from dit_accel.order import TokenOrder
 from dit_accel.planner import tile_shapes
-from dit_accel.plans import Plan, beside
+from dit_accel.plans import Plan, beside, building
 from dit_accel.registry import Method
 from dit_accel.tokens import TokenGrid
 
@@ -153,7 +154,7 @@ class SparseLinearAttention(nn.Module):
         grid: TokenGrid | None = None,
         text_lens: torch.Tensor | None = None,
         scale: float | None = None,
-        impl: str = "auto",
+        impl: Impl = "auto",
     ) -> torch.Tensor:
         """Attend.
 
@@ -178,9 +179,7 @@ class SparseLinearAttention(nn.Module):
             )
         order = _order(self.config, self._grid(q, grid))
         weight, bias = self.proj(q.device)
-        return _attend(
-            self.config, order, q, k, v, text_lens=text_lens, scale=scale, impl=impl, weight=weight, bias=bias
-        )  # fmt: skip
+        return _attend(self.config, order, q, k, v, Asked(scale, text_lens, impl=impl), weight, bias)
 
     @torch.no_grad()
     def route(self, q: torch.Tensor, k: torch.Tensor, grid: TokenGrid | None = None) -> Routing:
@@ -189,8 +188,16 @@ class SparseLinearAttention(nn.Module):
         Args:
             q, k: [B, H, N, D].
             grid: as for `forward`.
+
+        Raises:
+            DitAccelError: shapes do not fit the grid, or tiles are asked for without one.
         """
         order = _order(self.config, self._grid(q, grid))
+        if q.shape != k.shape or q.ndim != 4 or q.shape[2] != order.grid.tokens:
+            raise DitAccelError(
+                f"q and k must be [batch, heads, {order.grid.tokens}, head_dim], both alike, for the grid "
+                f"{order.grid}; got {tuple(q.shape)} and {tuple(k.shape)}."
+            )
         blocks = order.visual_blocks
         kept, dropped = route(q, k, order, self.config.kept(blocks), self.config.dropped(blocks))
         none = torch.zeros((*kept.shape[:2], blocks, blocks), dtype=torch.bool, device=q.device)
@@ -238,6 +245,7 @@ class SlaPlan(Plan):
         return self.order.blocks**2
 
     @property
+    @building()
     def pairs(self) -> int:
         """Pairs attended exactly, text included; the linear branch counts none.
 
@@ -252,6 +260,7 @@ class SlaPlan(Plan):
         return self.grid.visual * (keys + around) + around * self.grid.tokens
 
     @property
+    @building()
     def partial_blocks(self) -> int:
         return cut_blocks(self.order)
 
@@ -264,7 +273,9 @@ class SlaPlan(Plan):
         count = self.order.visual_blocks
         kept, _ = route(q, k, self.order, self.config.kept(count), self.config.dropped(count))
         critical = torch.zeros(count, count, dtype=torch.bool, device=q.device).scatter(-1, kept[0, 0].long(), True)
-        slots = self.order.index()[: count * self.order.block].to(q.device) - self.grid.visual_start
+        with building():
+            slots = self.order.index()[: count * self.order.block] - self.grid.visual_start
+        slots = slots.to(q.device)
         inside = slots >= 0
         block = torch.empty(self.grid.visual, dtype=torch.int64, device=q.device)
         block[slots[inside]] = inside.nonzero()[:, 0] // self.order.block
@@ -282,36 +293,28 @@ class SlaPlan(Plan):
             "SparseLinearAttention.route(q, k) gives the blocks of one call, visited, total and density their number."
         )
 
-    def attend(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        *,
-        scale: float | None = None,
-        text_lens: torch.Tensor | None = None,
-        text_bias: torch.Tensor | None = None,
-        impl: str = "auto",
-        module: nn.Module | None = None,
-    ) -> torch.Tensor:
-        """See `Plan.attend`. Without a `module` the projection is zero, and the linear branch is left out."""
+    def compute(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, asked: Asked) -> torch.Tensor:
+        """Without a module the projection is zero, and the linear branch is left out."""
+        module = asked.module
         if module is not None and not isinstance(module, SparseLinearAttention):
             raise DitAccelError(f"sla takes a SparseLinearAttention as its module, got {type(module).__name__}.")
         weight, bias = (None, None) if module is None else module.proj(q.device)
-        return _attend(
-            self.config, self.order, q, k, v,
-            text_lens=text_lens, text_bias=text_bias, scale=scale, impl=impl, weight=weight, bias=bias,
-        )  # fmt: skip
+        return _attend(self.config, self.order, q, k, v, asked, weight, bias)
 
-    def choose_impl(
-        self, device: torch.device, dtype: torch.dtype, head_dim: int, impl: Impl = "auto", *, learned: bool = False
-    ) -> tuple[str, str]:
-        scope = self.config.linear_scope if learned else None
-        return choose_impl(device.type, dtype, head_dim, self.order, scope, impl)
+    def implementation(self, kind: Kind) -> tuple[str, str]:
+        scope = self.config.linear_scope if kind.learned else None
+        return choose_impl(kind.device.type, kind.dtype, kind.head_dim, self.order, scope, kind.impl)
 
 
 def _attend(
-    config: Config, order: TokenOrder, q, k, v, *, text_lens, scale, impl, weight, bias, text_bias=None
+    config: Config,
+    order: TokenOrder,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    asked: Asked,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
 ) -> torch.Tensor:
     grid = order.grid
     return sparse_linear_attention(
@@ -326,14 +329,14 @@ def _attend(
         reference=grid.reference,
         text=grid.text,
         text_first=grid.text_first,
-        text_len=text_lens,
-        text_bias=text_bias,
-        scale=scale,
+        text_len=asked.text_lens,
+        text_bias=asked.text_bias,
+        scale=asked.scale,
         feature_map=config.feature_map,
         linear_scope=config.linear_scope,
         weight=weight,
         bias=bias,
-        impl=impl,
+        impl=asked.impl,
     )
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from dit_accel.pipelines.family import Call, Family, Layout, Preset
-from dit_accel.pipelines.reading import bias_text, image_grids, mask_text, packed_images
+from dit_accel.pipelines.reading import bias_text, mask_text, packed_images
 from dit_accel.pipelines.sizes import Config, Sizes, image_sizes, vae_pixels
 
 
@@ -24,16 +24,12 @@ def layout(transformer: nn.Module, call: Call) -> Layout:
 
     A conditioning image of the same size (Kontext) is a further frame; others attend to everything and the reverse.
     """
-    found = packed_images(call, call.tensor("encoder_hidden_states", 3).shape[1], _read_ids)
+    found = packed_images(call)
     mask = call.get("attention_mask")
     if mask is None:
         return found
     read = mask_text if mask.dtype == torch.bool else bias_text
     return dataclasses.replace(read(call, found.grid, mask), notes=found.notes, masks=("attention_mask",))
-
-
-def _read_ids(ids: torch.Tensor) -> tuple[int, int, int, int]:
-    return image_grids(ids if ids.ndim == 2 else ids[0])
 
 
 def sizes(transformer: Config, vae: Config) -> Sizes:

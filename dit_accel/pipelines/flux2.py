@@ -7,12 +7,11 @@ themselves alone, which is another attention than ours.
 
 from __future__ import annotations
 
-import torch
 from torch import nn
 
 from dit_accel.errors import DitAccelError
 from dit_accel.pipelines.family import Call, Family, Layout
-from dit_accel.pipelines.reading import image_grids, packed_images
+from dit_accel.pipelines.reading import packed_images
 from dit_accel.pipelines.sizes import Config, Sizes, image_sizes, vae_pixels
 
 
@@ -24,11 +23,7 @@ def layout(transformer: nn.Module, call: Call) -> Layout:
             "themselves and their keys come from a cache; sparse attention needs the whole sequence. Use "
             "Flux2KleinPipeline in place of Flux2KleinKVPipeline, or leave the model dense."
         )
-    return packed_images(call, call.tensor("encoder_hidden_states", 3).shape[1], _read_ids)
-
-
-def _read_ids(ids: torch.Tensor) -> tuple[int, int, int, int]:
-    return image_grids((ids if ids.ndim == 2 else ids[0])[:, :3])
+    return packed_images(call)
 
 
 def sizes(transformer: Config, vae: Config) -> Sizes:

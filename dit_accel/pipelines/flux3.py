@@ -7,18 +7,17 @@ from __future__ import annotations
 
 import dataclasses
 
-import torch
 from torch import nn
 
 from dit_accel.errors import DitAccelError
 from dit_accel.pipelines.family import Call, Family, Layout
-from dit_accel.pipelines.reading import image_grids, packed_images
+from dit_accel.pipelines.reading import packed_images
 from dit_accel.pipelines.sizes import Config, Sizes, image_sizes, vae_pixels
 
 
 def layout(transformer: nn.Module, call: Call) -> Layout:
     """Packed image [B, N, C] with ids [N, 4], text [B, T, C], and conditioning tokens [B, R, C] or None."""
-    found = packed_images(call, call.tensor("encoder_hidden_states", 3).shape[1], _read_ids)
+    found = packed_images(call)
     if found.grid.reference:
         raise DitAccelError(
             f"{call.owner} needs img_ids of one image, or of several of one size; got {found.grid}. Put conditioning "
@@ -29,10 +28,6 @@ def layout(transformer: nn.Module, call: Call) -> Layout:
     reference = call.tensor("image_cond_hidden_states", 3).shape[1]
     notes = (f"{reference} tokens of conditioning images are dense both ways",)
     return Layout(dataclasses.replace(found.grid, reference=reference), notes=notes)
-
-
-def _read_ids(ids: torch.Tensor) -> tuple[int, int, int, int]:
-    return image_grids((ids if ids.ndim == 2 else ids[0])[:, :3])
 
 
 def sizes(transformer: Config, vae: Config) -> Sizes:

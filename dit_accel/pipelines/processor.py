@@ -3,8 +3,9 @@
 A processor's projections, norms, rotary embedding and output stay the model's code: its `__call__` is rebuilt over a
 copy of its globals in which the attention function is ours. What Dynamo needs of this arrangement:
 
-* the copied globals belong to a module in `sys.modules`, where guards look them up; there is one for each processor
-  class, kept for the process, and it holds no accelerator: a compiled model would keep the first one's plan for good;
+* the copied globals belong to a module in `sys.modules`, where guards look them up; there is one for the code of each
+  processor class, kept for the process, and it holds no accelerator: a compiled model would keep the first one's plan
+  for good;
 * so the replaced function finds plan and weights through a slot, one per thread, that the wrapper fills from itself;
 * nothing is counted in traced code. `ran` is only ever set there, which adds no guard and no graph.
 
@@ -38,7 +39,7 @@ Watch = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, "float
 SparseCall = Callable[..., Any]
 
 _SERIAL = itertools.count()
-_WRAPPERS: dict[tuple[type, SparseCall | None], type[AcceleratedAttnProcessor]] = {}
+_WRAPPERS: dict[tuple[type, Callable[..., Any], SparseCall | None], type[AcceleratedAttnProcessor]] = {}
 
 
 class CallState:
@@ -162,9 +163,10 @@ def accelerated(
             f"{type(inner).__name__} holds weights of its own (an IP-Adapter, for example), which cannot be combined "
             "with accelerated attention; unload it first."
         )
-    kind = type(inner), sparse_calls.get(type(inner).__name__)
+    sparse_call = sparse_calls.get(type(inner).__name__)
+    kind = type(inner), type(inner).__call__, sparse_call  # a class's code may be patched between two accelerators
     if kind not in _WRAPPERS:
-        _WRAPPERS[kind] = _wrapper_class(*kind)
+        _WRAPPERS[kind] = _wrapper_class(type(inner), sparse_call)
     return _WRAPPERS[kind](inner, state)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 
@@ -163,26 +163,29 @@ def _is_zeros_and_ones(mask: torch.Tensor) -> bool:
     return bool(((mask == 0) | (mask == 1)).all())
 
 
-def packed_images(call: Call, text: int, read: Callable[[torch.Tensor], tuple[int, int, int, int]]) -> Layout:
-    """The layout of `text` tokens before packed images [B, N, C] that `img_ids` tell the places of.
+def packed_images(call: Call) -> Layout:
+    """The layout of text [B, T, C] before packed images [B, N, C] that `img_ids` tell the places of.
 
     Args:
-        call: with `hidden_states` and `img_ids`, [N, columns] or [B, N, columns].
-        text: text tokens.
-        read: `image_grids` for the ids as this model makes them.
+        call: with `hidden_states`, `encoder_hidden_states` and `img_ids` [N, 3 or more], image, row and column first;
+            or [B, N, 3 or more], of which the models too read the first sample's.
 
     Raises:
         DitAccelError: there are no ids for each token, or they are no raster.
     """
-    images = call.tensor("hidden_states", 3)
+    images, text = call.tensor("hidden_states", 3), call.tensor("encoder_hidden_states", 3).shape[1]
     ids = call.get("img_ids")
-    if not isinstance(ids, torch.Tensor) or ids.shape[-2] != images.shape[1]:
+    if not isinstance(ids, torch.Tensor) or ids.ndim < 2 or ids.shape[-2] != images.shape[1]:
         came = tuple(ids.shape) if isinstance(ids, torch.Tensor) else type(ids).__name__
         raise DitAccelError(f"{call.owner} needs img_ids for each of the {images.shape[1]} image tokens, got {came}.")
-    frames, height, width, reference = call.once(ids, read)
+    frames, height, width, reference = call.once(ids, _read_ids)
     return Layout(
         TokenGrid(frames, height, width, text=text, text_first=True, reference=reference), notes=beside(reference)
     )
+
+
+def _read_ids(ids: torch.Tensor) -> tuple[int, int, int, int]:
+    return image_grids((ids if ids.ndim == 2 else ids[0])[:, :3])
 
 
 def beside(reference: int) -> tuple[str, ...]:
@@ -194,8 +197,8 @@ def image_grids(ids: torch.Tensor) -> tuple[int, int, int, int]:
     """Read a packed image sequence from its position ids.
 
     Args:
-        ids: [N, 3 or more] on the CPU, of each token (..., image, row, column) in its last three columns. Tokens of one
-            image follow each other in raster order. The first image is the one that is made.
+        ids: [N, 3] on the CPU, image, row and column of each token. Tokens of one image follow each other in raster
+            order. The first image is the one that is made.
 
     Returns:
         Images in front that share the first one's size, height, width, and the number of tokens behind them.
@@ -203,8 +206,8 @@ def image_grids(ids: torch.Tensor) -> tuple[int, int, int, int]:
     Raises:
         DitAccelError: the first image is not a raster.
     """
-    bounds = torch.nonzero((ids[1:, :-2] != ids[:-1, :-2]).any(-1)).flatten() + 1
-    pieces = torch.tensor_split(ids[:, -2:], bounds)
+    bounds = torch.nonzero(ids[1:, 0] != ids[:-1, 0]).flatten() + 1
+    pieces = torch.tensor_split(ids[:, 1:], bounds)
     sizes = [_raster(piece) for piece in pieces]
     if sizes[0] is None:
         raise DitAccelError(

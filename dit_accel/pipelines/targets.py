@@ -15,6 +15,8 @@ from dit_accel.registry import family_of, list_families
 def find_transformers(target: Any) -> tuple[dict[str, tuple[nn.Module, Family]], Any | None]:
     """The transformers of a pipeline (or the one given) with their families, by component name, and the pipeline.
 
+    One under two names counts once, by the first.
+
     Raises:
         DitAccelError: there is none, or one of them is of no supported family.
     """
@@ -22,10 +24,10 @@ def find_transformers(target: Any) -> tuple[dict[str, tuple[nn.Module, Family]],
         components, pipeline = {"transformer": target}, None
     else:
         components, pipeline = getattr(target, "components", {}), target
-    found = {}
+    found: dict[str, tuple[nn.Module, Family]] = {}
     for name, component in components.items():
         module = getattr(component, "_orig_mod", component)
-        if not isinstance(module, nn.Module):
+        if not isinstance(module, nn.Module) or any(module is known for known, _ in found.values()):
             continue
         if pipeline is None or name.startswith("transformer") or family_of(_names(module)) is not None:
             found[name] = (module, _supported_family(module))

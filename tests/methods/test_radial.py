@@ -128,3 +128,13 @@ def test_a_block_plan_has_one_block_mask():
 def test_bad_settings_are_refused(settings_, words):
     with pytest.raises(DitAccelError, match=words):
         dit_accel.plan("radial", TokenGrid(2, 2, 2), **settings_)
+
+
+def test_decays_at_the_ends_of_the_numbers():
+    """All frames whole, or none but the neighbours', where width or period are no finite numbers."""
+    grid, near = TokenGrid(9, 5, 7), (torch.arange(9)[:, None] - torch.arange(9)).abs() <= 1
+    for rule in ("paper", "reference"):
+        dit_accel.plan("radial", grid, rule=rule, decay=1e308)
+    assert dit_accel.plan("radial", grid, decay=1e308, sink=False).pairs == grid.tokens**2
+    for decay in (1e-310, 5e-324):
+        assert dit_accel.plan("radial", grid, decay=decay, sink=False).pairs == int(near.sum()) * 35**2

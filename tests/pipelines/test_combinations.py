@@ -2,6 +2,7 @@
 
 import accelerate
 import pytest
+import tiny_models
 import torch
 from accelerated_runs import FIRST, accelerated, each, each_graded, plain_and_exact, train
 from diffusers.hooks import apply_group_offloading
@@ -266,3 +267,16 @@ def test_quantised_weights(tiny, method, config):
     with dit_accel.accelerated(after, method, **config) as accel:
         train(accel)
         assert_no_worse(run(quantise(after), tiny.call()), plain, exact)
+
+
+@pytest.mark.parametrize(("method", "config"), [("gna", {"window": (1, 3, 3)}), ("sla", {"topk": 0.3, "block": 16})])
+@pytest.mark.parametrize(("family", "id"), [("flux", "t2i"), ("bria", "fibo"), ("hunyuan_image", "refiner")])
+def test_the_callers_default_device(family, id, method, config):
+    """Image ids and masks are read on the CPU where a script has said `torch.set_default_device("cuda")`."""
+    tiny = tiny_models.get(family, id)
+    transformer, inputs = tiny.shared, tiny.call()
+    with dit_accel.accelerated(transformer, method, **config):
+        wanted = run(transformer, inputs)
+    with dit_accel.accelerated(transformer, method, verify="first-call", **config) as accel, torch.device("meta"):
+        assert torch.equal(run(transformer, inputs), wanted)
+        assert all(layer.relative_error > 0 for layer in accel.report().layers)

@@ -5,7 +5,7 @@ import torch
 
 from dit_accel import registry
 from dit_accel.errors import DitAccelError
-from dit_accel.pipelines import flux, wan
+from dit_accel.pipelines import flux, reading, wan
 from dit_accel.pipelines.family import Call, Memory, patch_grid
 from dit_accel.pipelines.reading import image_grids
 from dit_accel.tokens import TokenGrid
@@ -99,14 +99,14 @@ def test_flux_takes_conditioning_images_as_frames_or_reference(tiny_flux, flux_i
 
 def test_flux_refuses_ids_that_do_not_fit(tiny_flux, flux_inputs):
     inputs = flux_inputs((4, 6))
-    for wrong in (None, inputs["img_ids"][:-1]):
+    for wrong in (None, inputs["img_ids"][:-1], torch.zeros(24)):
         with pytest.raises(DitAccelError, match="img_ids for each of the 24 image tokens"):
             read(flux.FAMILY, tiny_flux(), inputs | {"img_ids": wrong})
 
 
 def test_ids_are_read_once_while_they_stay_the_same(tiny_flux, flux_inputs, monkeypatch):
     reads = []
-    monkeypatch.setattr(flux, "image_grids", lambda ids: reads.append(len(ids)) or (1, len(ids), 1, 0))
+    monkeypatch.setattr(reading, "image_grids", lambda ids: reads.append(len(ids)) or (1, len(ids), 1, 0))
     transformer, inputs, memory = tiny_flux(), flux_inputs((4, 6)), Memory()
     for _ in range(3):
         read(flux.FAMILY, transformer, inputs, memory)

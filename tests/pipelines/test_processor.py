@@ -119,6 +119,20 @@ def test_causal_attention_and_dropout_are_refused():
         accelerated(Causal(), sparse_state(6))(nn.Module(), torch.randn(1, 2, 6, 4))
 
 
+def test_a_class_that_was_patched_since_runs_its_new_code(monkeypatch):
+    class Processor:
+        def __call__(self, attn, hidden_states):
+            return F.scaled_dot_product_attention(hidden_states, hidden_states, hidden_states)
+
+    def patched(self, attn, hidden_states):
+        return 1 + F.scaled_dot_product_attention(hidden_states, hidden_states, hidden_states)
+
+    q = torch.randn(1, 2, 7, 8)
+    before = accelerated(Processor(), sparse_state(7))(nn.Identity(), q)
+    monkeypatch.setattr(Processor, "__call__", patched)
+    assert torch.equal(accelerated(Processor(), sparse_state(7))(nn.Identity(), q), before + 1)
+
+
 def test_an_error_leaves_nothing_behind():
     state = sparse_state(7)
     attention = Attention(query_dim=8, heads=2, dim_head=4).eval()

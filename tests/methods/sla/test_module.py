@@ -62,6 +62,8 @@ def test_calls_that_do_not_fit_are_refused():
         module(q[..., :8], q[..., :8], q[..., :8])
     with pytest.raises(DitAccelError, match=r"must be \[batch, heads, 135, head_dim\]"):
         module(q, q, q, grid=VIDEO)
+    with pytest.raises(DitAccelError, match=r"q and k must be \[batch, heads, 135, head_dim\], both alike"):
+        module.route(q, q, VIDEO)
     with pytest.raises(DitAccelError, match="all alike"):
         module(q, q[:, :, :10], q[:, :, :10])
     with pytest.raises(DitAccelError, match="pass grid=TokenGrid"):
