@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
 from dit_accel import __version__
-from dit_accel.cli import bench, env, generate, ls, plan, train
+from dit_accel.cli import Interrupted, bench, env, generate, ls, plan, train
 from dit_accel.cli.eval import evaluate
 from dit_accel.errors import DitAccelError
 
 USER_ERROR = 2
+INTERRUPTED = 130  # the exit status after Ctrl-C, as shells have it
 
 app = typer.Typer(
     name="dit-accel",
@@ -50,15 +52,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Args:
         arguments: what stands behind `dit-accel`; `sys.argv` if None.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # what a terminal or a log cannot show is a question mark, no error
     try:
         status = app(args=arguments, prog_name="dit-accel", standalone_mode=False)
+        if status == INTERRUPTED:  # typer's own, silent, answer to Ctrl-C
+            _end("interrupted.", INTERRUPTED)
+    except Interrupted as stop:
+        _end(str(stop), INTERRUPTED)
     except DitAccelError as error:
-        _fail(str(error))
+        _end(f"error: {error}", USER_ERROR)
     except typer.TyperException as error:
-        _fail(error.format_message() or "a verb is missing, such as generate.")
+        _end(f"error: {error.format_message() or 'a verb is missing, such as generate.'}", USER_ERROR)
     sys.exit(status if isinstance(status, int) else 0)
 
 
-def _fail(message: str) -> None:
-    print(f"dit-accel: error: {' '.join(message.split())}", file=sys.stderr)
-    sys.exit(USER_ERROR)
+def _end(message: str, status: int) -> NoReturn:
+    print(f"dit-accel: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(status)

@@ -14,7 +14,7 @@ from typing import Any
 
 import typer
 
-from dit_accel.cli import INTERRUPTED, job
+from dit_accel.cli import Interrupted, job
 from dit_accel.cli.job import Request
 from dit_accel.errors import DitAccelError
 from dit_accel.generation import prompts
@@ -94,14 +94,12 @@ class Batch:
         return entry
 
 
-def run(request: Request) -> int:
+def run(request: Request) -> None:
     """Make this process's share of the outputs that are still missing.
-
-    Returns:
-        The exit status.
 
     Raises:
         DitAccelError: the prompts cannot be read, or something asked for cannot be done.
+        Interrupted: by Ctrl-C.
     """
     process = Process.here()
     prepared = job.prepare(dataclasses.replace(request, device=process.device(request.device)))
@@ -111,20 +109,18 @@ def run(request: Request) -> int:
     batch.write_manifest()
     share = f", process {process.index} of {process.count}" if process.count > 1 else ""
     typer.echo(f"{len(pending)} of {len(batch.requests)} prompts to do{share}")
-    if pending:
-        loaded = prepared.load()
     made = 0
     try:
+        loaded = prepared.load() if pending else None
         for each in pending:
+            assert loaded is not None
             loaded.make(each)
             made += 1
             batch.write_manifest()
             typer.echo(f"{each.output}: {each.prompt}")
-    except KeyboardInterrupt:
-        typer.echo(f"dit-accel: interrupted after {made} of {len(pending)}; the same command goes on.", err=True)
-        return INTERRUPTED
+    except KeyboardInterrupt as stop:
+        raise Interrupted(f"interrupted after {made} of {len(pending)}; the same command goes on.") from stop
     typer.echo(f"manifest: {batch.manifest}")
-    return 0
 
 
 def read(request: Request, output: Path, process: Process) -> Batch:

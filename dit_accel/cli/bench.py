@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 import typer
 
-from dit_accel.cli import INTERRUPTED, options
+from dit_accel.cli import Interrupted, options
 from dit_accel.errors import DitAccelError
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ def bench(
     ] = None,
     impl: Annotated[Impl, typer.Option(help="Who computes; a named one runs or is refused.")] = "auto",
     peer: Annotated[bool, typer.Option("--peer", help="Also time FlexAttention, where it compiles.")] = False,
-    seconds: Annotated[float, typer.Option(min=0, help="Time for each row, at least five rounds.")] = 2.0,
+    seconds: Annotated[float, typer.Option(min=0, max=86_400, help="Time for each row, at least five rounds.")] = 2.0,
     device: options.Device = "auto",
     output: Annotated[
         Path | None, typer.Option(metavar="FILE.jsonl", help="Each row is added to it as soon as it is measured.")
@@ -86,9 +86,14 @@ def bench(
     """
     _check_files(output, picture, read, nothing_to_draw=list_)
     if read is not None:
+        selecting: dict[str, Any] = {"--rows": rows, "--models": models or None, "--shape": shape, "--method": method}
+        selecting |= {"--density": density, "--dtype": dtype, "--direction": direction, "--mode": mode}
+        _refuse("--read shows every row of a file", selecting | {"--peer": peer or None, "--profile": profile})
         from dit_accel.eval.bench_file import read as read_rows
 
         records = read_rows(read)
+        if picture is not None and not any("op" in record for record in records):
+            raise DitAccelError(f"--picture shows operators, and {read} has no row of one; leave it out.")
         if break_even is not None:
             _write_break_even(records, read, break_even)
         _show(records, picture, json=json)
@@ -100,11 +105,12 @@ def bench(
     chosen_device = None if list_ else _device(device)
     chosen: Sequence[Named]
     if models:
-        chosen = _steps(
-            shape, settings, density, mode, rows, chosen_device, unused=(dtype, direction, peer or None, profile)
-        )
+        of_operators = {"--dtype": dtype, "--direction": direction, "--peer": peer or None, "--profile": profile}
+        _refuse("--models measures steps, not operators", of_operators | {"--picture": picture})
+        chosen = _steps(shape, settings, density, mode, rows, chosen_device)
     else:
-        chosen = _rows(shape, settings, density, dtype, direction, rows, chosen_device, unused=mode)
+        _refuse("without --models operators are measured, not steps", {"--mode": mode})
+        chosen = _rows(shape, settings, density, dtype, direction, rows, chosen_device)
     if chosen_device is None:
         _list(chosen, json=json)
         return 0
@@ -140,6 +146,13 @@ def _profile_writer(path: Path) -> Callable[[str], None]:
     return write
 
 
+def _refuse(why: str, unused: dict[str, Any]) -> None:
+    """Options that would do nothing."""
+    given = [name for name, value in unused.items() if value is not None]
+    if given:
+        raise DitAccelError(f"{why[0].upper()}{why[1:]}; leave out {', '.join(given)}.")
+
+
 def _rows(
     shapes: list[str] | None,
     settings: list[Setting] | None,
@@ -148,16 +161,13 @@ def _rows(
     directions: list[str] | None,
     pattern: str | None,
     device: torch.device | None,
-    unused: Any,
 ) -> Sequence[Row]:
     from dit_accel.eval import bench_rows
 
-    if unused is not None:
-        raise DitAccelError("--mode is about whole models; give --models too, or leave it out.")
     if shapes is None and pattern is None and device is not None:
         on_gpu = device.type == "cuda"
         shapes = [name for name in bench_rows.SHAPES if (name != bench_rows.CPU.name) == on_gpu]
-    return bench_rows.select(shapes, settings, densities, dtypes, directions, pattern or "*")
+    return bench_rows.select(shapes, settings, densities, dtypes, directions, "*" if pattern is None else pattern)
 
 
 def _steps(
@@ -167,19 +177,14 @@ def _steps(
     modes: list[str] | None,
     pattern: str | None,
     device: torch.device | None,
-    unused: tuple[Any, ...],
 ) -> Sequence[Step]:
     from dit_accel.eval.bench_models import select_steps
 
-    if any(option is not None for option in unused):
-        raise DitAccelError(
-            "--dtype, --direction, --peer and --profile are about operators; leave them out with --models."
-        )
     if models is None and device is not None and device.type != "cuda":
         raise DitAccelError(
             "These models have up to 14 billion weights, and this machine has no GPU; name one with --shape to try."
         )
-    return select_steps(models, settings, densities, modes, pattern or "*")
+    return select_steps(models, settings, densities, modes, "*" if pattern is None else pattern)
 
 
 def _write_break_even(records: list[dict[str, Any]], source: Path, target: Path) -> None:
@@ -258,11 +263,10 @@ def _measure(found: Iterator[Outcome], count: int, output: Path | None, picture:
                 append(output, outcome.record)
             typer.echo(f"{number}/{count} {outcome.row.name}: {_remark(outcome)}", err=True)
             outcomes.append(outcome)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         measured = any(outcome.record is not None for outcome in outcomes)
         kept = f"; what was measured is in {output}" if measured and output is not None else ""
-        typer.echo(f"dit-accel: interrupted after {len(outcomes)} of {count} rows{kept}.", err=True)
-        return INTERRUPTED
+        raise Interrupted(f"interrupted after {len(outcomes)} of {count} rows{kept}.") from stop
     refused = [outcome for outcome in outcomes if outcome.status == "refused"]
     if len(refused) == len(outcomes):
         raise DitAccelError(f"No row could be measured. {refused[0].row.name}: {refused[0].reason}")

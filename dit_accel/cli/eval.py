@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dit_accel.cli import INTERRUPTED, options
+from dit_accel.cli import Interrupted, options
 from dit_accel.errors import DitAccelError
+
+MOST_SEEDS = 10_000  # each is a sample of every method and prompt
 
 if TYPE_CHECKING:
     from dit_accel.generation.choice import Choice
@@ -154,9 +156,8 @@ def evaluate(
         card.check(folder)
     try:
         outcome = quality.run(quality.Request(**asked, device=device, offload=offload, cache=cache, output=output))
-    except KeyboardInterrupt:
-        typer.echo(f"dit-accel: interrupted; the same command goes on with what is in {output}.", err=True)
-        return INTERRUPTED
+    except KeyboardInterrupt as stop:
+        raise Interrupted(f"interrupted; the same command goes on with what is in {output}.") from stop
     if outcome.summary is not None:
         _print(outcome.summary)
         if write_card:
@@ -179,13 +180,16 @@ def _write_cards(summary: dict[str, Any], methods: Sequence[Choice]) -> None:
 
 def _seeds(text: str) -> list[int]:
     """Numbers and spans of numbers with commas between them."""
-    found: list[int] = []
+    found: list[range] = []
     for part in text.split(","):
         span = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part)
         if span is None or (span[2] and int(span[2]) < int(span[1])):
             raise DitAccelError(f"--seeds are numbers and spans, such as 0,1,2 or 0-3; got {text!r}.")
-        found += range(int(span[1]), int(span[2] or span[1]) + 1)
-    return found
+        found.append(range(int(span[1]), int(span[2] or span[1]) + 1))
+    count = sum(span.stop - span.start for span in found)  # len() ends at 2**63
+    if count > MOST_SEEDS:
+        raise DitAccelError(f"--seeds {text} are {count:,} seeds, and an evaluation takes at most {MOST_SEEDS:,}.")
+    return [seed for span in found for seed in span]
 
 
 def _print(summary: dict[str, Any]) -> None:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from dit_accel.cli import INTERRUPTED, options
+from dit_accel.cli import Interrupted, options
 from dit_accel.errors import DitAccelError
 
 PROMPT = "a red circle moves right on a blue background"  # what the embedded model knows
@@ -74,7 +74,7 @@ def generate(
             "the name, and NAME.jsonl lists all of them.",
         ),
     ] = None,
-) -> int:
+) -> None:
     """Generate a video or an image with accelerated attention.
 
     Example: dit-accel generate --model demo --method radial --set decay=0.5 --compare --output circle.mp4
@@ -86,11 +86,10 @@ def generate(
         raise DitAccelError("--prompt and --prompts both say what to show; leave one of them out.")
     request = job.Request(**asked | {"prompt": PROMPT if prompt is None else prompt})
     if prompts is not None:
-        return batch.run(request)
+        batch.run(request)
+        return
     try:
         lines = job.run(request)
-    except KeyboardInterrupt:
-        typer.echo("dit-accel: interrupted; nothing was written.", err=True)
-        return INTERRUPTED
+    except KeyboardInterrupt as stop:
+        raise Interrupted("interrupted; nothing was written.") from stop
     typer.echo("\n".join(lines))
-    return 0

@@ -13,6 +13,7 @@ from dit_accel.eval.versions import machine, versions
 from dit_accel.generation import call, sources
 from dit_accel.generation import output as files
 from dit_accel.generation.choice import Choice, choose
+from dit_accel.generation.request import ModelRequest
 from dit_accel.generation.sampling import Sample, check_seeds, sample
 from dit_accel.generation.sizes import family_of, sizes_of
 from dit_accel.pipelines.sizes import Sizes
@@ -27,15 +28,12 @@ if TYPE_CHECKING:
     from dit_accel.tokens import TokenGrid
 
 
-@dataclasses.dataclass(frozen=True)
-class Request:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Request(ModelRequest):
     """What `dit-accel generate` was asked for; each field is the option of that name."""
 
-    model: str
-    revision: str | None
     prompt: str
     prompts: str | None
-    negative_prompt: str | None
     image: Path | None
     method: str | None
     settings: list[str] | None
@@ -48,19 +46,7 @@ class Request:
     verify: bool
     keep_dense_above: float | None
     compare: bool
-    steps: int | None
-    guidance: float | None
     seed: int
-    frames: int | None
-    height: int | None
-    width: int | None
-    fps: int | None
-    pipe: list[str] | None
-    dtype: str
-    device: str
-    offload: str
-    vae_tiling: bool
-    compile: bool
     output: Path | None
 
     def record(self) -> dict[str, Any]:
@@ -112,10 +98,7 @@ class Job:
         Raises:
             DitAccelError: the pipeline or a LoRA cannot be loaded.
         """
-        asked = self.request
-        pipe = sources.load(self.source, self.dtype, self.device, asked.offload)
-        call.prepare(pipe, asked.lora or (), vae_tiling=asked.vae_tiling, compile=asked.compile)
-        return Loaded(self, pipe)
+        return Loaded(self, self.request.load_pipe(self.source, self.dtype, self.device, self.request.lora or ()))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,21 +118,11 @@ class Loaded:
             DitAccelError: the pipeline's call cannot be made as asked, or the files cannot be written.
         """
         job, pipe = self.job, self.pipe
-        given = {
-            "prompt": request.prompt,
-            "negative_prompt": request.negative_prompt,
-            "image": job.picture,
-            "num_inference_steps": request.steps,
-            "guidance_scale": request.guidance,
-            "num_frames": job.shape[0] if job.video else None,
-            "height": job.shape[1],
-            "width": job.shape[2],
-        }
         own = sources.call_defaults(job.source) | job.chosen.call
-        arguments = call.call_arguments(pipe, own, given, request.pipe or ())
+        arguments = request.arguments(pipe, own, job.shape, video=job.video, prompt=request.prompt, image=job.picture)
         grid = job.grid
         if grid.text:
-            grid = dataclasses.replace(grid, text=arguments.get("max_sequence_length", grid.text))
+            grid = dataclasses.replace(grid, text=arguments.get(call.LENGTH, grid.text))
         runs, report = _run(pipe, job.chosen, arguments, request, job.device)
         path, title = request.output or job.output, job.chosen.title
         record = {
@@ -160,7 +133,7 @@ class Loaded:
             "call": {name: value for name, value in arguments.items() if name != "image"},
             "dtype": str(job.dtype).removeprefix("torch."),
             "device": str(job.device),
-            "fps": self._rate(request, arguments) if job.video else None,
+            "fps": request.rate(pipe, job.source, arguments) if job.video else None,
             "runs": {name: made.record() for name, made in runs.items()},
             "comparison": _compare(**runs) if request.compare else None,
             "report": report.as_dict(),
@@ -170,9 +143,6 @@ class Loaded:
         }
         _write(path, record, title, runs)
         return [str(report), *_summary(path, record, title)]
-
-    def _rate(self, request: Request, arguments: dict[str, Any]) -> int:
-        return request.fps or call.frame_rate(self.pipe, arguments) or sources.frames_a_second(self.job.source)
 
 
 def prepare(request: Request) -> Job:

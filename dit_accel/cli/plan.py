@@ -74,8 +74,10 @@ def _grid(
             f"{'neither came' if grid is None else 'both came'}."
         )
     if grid is not None:
-        if any(size):
-            raise DitAccelError("--frames, --height and --width belong to --model; --grid is in tokens already.")
+        if any(size) or revision is not None:
+            raise DitAccelError(
+                "--frames, --height, --width and --revision belong to --model; --grid is in tokens already."
+            )
         if not re.fullmatch(r"\d+x\d+x\d+", grid):
             raise DitAccelError(f"--grid is frames x height x width in tokens, such as 30x48x80; got {grid!r}.")
         t, h, w = (int(length) for length in grid.split("x"))

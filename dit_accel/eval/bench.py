@@ -24,6 +24,7 @@ from dit_accel.eval.bench_rows import Row
 from dit_accel.eval.bench_settings import OutOfReach, find_setting
 from dit_accel.eval.provenance import provenance
 from dit_accel.eval.timing import Call, alternate, profile, quantiles
+from dit_accel.generation.sources import first_line
 from dit_accel.kernels.block_sparse.api import Impl, choose_impl
 from dit_accel.methods.sla import SparseLinearAttention
 
@@ -268,8 +269,3 @@ def _dense(name: str) -> Attend:
             return F.scaled_dot_product_attention(q, k, v)
 
     return attend
-
-
-def first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0].strip() if lines else type(error).__name__

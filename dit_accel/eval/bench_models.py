@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from dit_accel.errors import DitAccelError
-from dit_accel.eval.bench_rows import SHAPES, Setting, get_shape
+from dit_accel.eval.bench_rows import SHAPES, Setting, check_densities, get_shape
 from dit_accel.registry import did_you_mean, get_families
 
 MODES = ("eager", "compiled")
@@ -201,8 +201,9 @@ def select_steps(
         pattern: of names, with the wildcards of a shell.
 
     Raises:
-        DitAccelError: a model or mode is unknown, or nothing is left.
+        DitAccelError: a model or mode is unknown, a density is not in (0, 1], or nothing is left.
     """
+    check_densities(densities or ())
     for name in models or ():
         if name not in MODELS:
             raise DitAccelError(f"Unknown model {name!r}.{did_you_mean(name, MODELS)} Models: {', '.join(MODELS)}.")

@@ -198,9 +198,7 @@ def select(
         for name in names or ():
             if name not in known:
                 raise DitAccelError(f"A {kind} is one of {', '.join(known)}; got {name!r}.")
-    for density in densities or ():
-        if not 0 < density <= 1:
-            raise DitAccelError(f"A density is a share of the pairs above 0 and at most 1, such as 0.1; got {density}.")
+    check_densities(densities or ())
     rows = [
         Row(shape, setting, dtype, direction)
         for shape in map(get_shape, SHAPES if shapes is None else shapes)
@@ -216,6 +214,17 @@ def select(
             "--list shows them."
         )
     return chosen
+
+
+def check_densities(densities: Sequence[float]) -> None:
+    """See that densities are shares.
+
+    Raises:
+        DitAccelError: one is not in (0, 1].
+    """
+    for density in densities:
+        if not 0 < density <= 1:
+            raise DitAccelError(f"A density is a share of the pairs above 0 and at most 1, such as 0.1; got {density}.")
 
 
 def get_shape(name: str) -> Shape:

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from dit_accel.errors import DitAccelError
+from dit_accel.generation.sources import first_line
 
 if TYPE_CHECKING:
     from transformers import CLIPModel, PreTrainedTokenizerBase
@@ -82,9 +83,8 @@ class Clip:
             tokenizer = AutoTokenizer.from_pretrained(place)
             prepare = read_preparation(place)
         except (OSError, ValueError) as error:
-            reason = str(error).strip().splitlines()[0]
             raise DitAccelError(
-                f"No CLIP could be loaded from {place}: {reason} "
+                f"No CLIP could be loaded from {place}: {first_line(error)} "
                 "Give 'demo', a folder in transformers' format, or a hub id."
             ) from error
         return cls(NAME if source == "demo" else place.rstrip("/").rpartition("/")[2], model, tokenizer, prepare)

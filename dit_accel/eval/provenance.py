@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import pathlib
-import platform
 import subprocess
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
+
+from dit_accel.eval.versions import processor, version
 
 if TYPE_CHECKING:
     import torch
@@ -28,21 +28,11 @@ def provenance(device: torch.device) -> dict[str, Any]:
         "driver": driver(device) if on_gpu else None,
         "cpu": processor(),
         "threads": torch.get_num_threads(),
-        "torch": importlib.metadata.version("torch"),
-        "triton": _version("triton"),
+        "torch": version("torch"),
+        "triton": version("triton"),
         "git": commit(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
-
-
-def processor() -> str:
-    """The processor's name; /proc/cpuinfo says more than `platform.processor`, where there is one."""
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as lines:
-            names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    except FileNotFoundError:
-        names = []
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def driver(device: torch.device) -> str | None:
@@ -56,13 +46,6 @@ def commit() -> str | None:
     if top is None or pathlib.Path(top).resolve() != ROOT:  # an installed package may lie in a checkout of another
         return None
     return _output("git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*")
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def _output(*command: str) -> str | None:

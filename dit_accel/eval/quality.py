@@ -5,8 +5,10 @@ Everything that can be refused is refused before the first weight of the model i
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,10 +24,11 @@ from dit_accel.eval.sweep import Entry, Item, Sweep, entries, folder_hash
 from dit_accel.eval.versions import machine, versions
 from dit_accel.generation import call, captioned, prompts, sources
 from dit_accel.generation.choice import Choice
+from dit_accel.generation.lock import hold
 from dit_accel.generation.output import check_folder
+from dit_accel.generation.request import ModelRequest
 from dit_accel.generation.sampling import check_seeds
 from dit_accel.generation.sizes import sizes_of
-from dit_accel.pipelines.sizes import Sizes
 
 if TYPE_CHECKING:
     import torch
@@ -36,34 +39,19 @@ if TYPE_CHECKING:
 BROKEN = 1  # the exit status where a limit does not hold
 
 
-@dataclasses.dataclass(frozen=True)
-class Request:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Request(ModelRequest):
     """What `dit-accel eval` was asked for; each field is the option of that name."""
 
     output: Path
-    model: str = "demo"
-    revision: str | None = None
     prompts: str | None = None
-    negative_prompt: str | None = None
     seeds: tuple[int, ...] = (0,)
     methods: tuple[Choice, ...] = ()
-    steps: int | None = None
-    guidance: float | None = None
-    frames: int | None = None
-    height: int | None = None
-    width: int | None = None
-    fps: int | None = None
-    pipe: tuple[str, ...] = ()
     metrics: tuple[str, ...] = ()
     reference: Path | None = None
     require: str | None = None
     attention_report: str | None = None
     pictures: int = 4
-    dtype: str = "auto"
-    device: str = "auto"
-    offload: str = "none"
-    vae_tiling: bool = False
-    compile: bool = False
     cache: Path | None = None
 
 
@@ -115,48 +103,56 @@ def run(request: Request) -> Outcome:
     gates.check_names(limits, (*FIGURES, *(metric.name for metric in metrics)))
     _check_sets(metrics, images if media else None, shape[0] * len(items), device)
 
-    pipe = sources.load(source, dtype, device, request.offload)
-    call.prepare(pipe, (), vae_tiling=request.vae_tiling, compile=request.compile)
-    pipe.set_progress_bar_config(disable=True)
-    arguments = _arguments(request, source, sizes, shape, pipe)
-    results = Results(request.output, processes.index)
-    results.read()
-    for place in results.damaged if processes.main else ():
-        print(f"{place}, is damaged; its sample is made again.", file=sys.stderr)
-    processes.wait()
-    sweep = Sweep(
-        pipe,
-        arguments,
-        _identity(source, device, dtype, request),
-        device,
-        results,
-        Store(request.output / "samples"),
-        Store(request.cache or request.output / "references"),
-        compile=request.compile,
-    )
-    attention = []
-    if maps is not None and processes.main:
-        attention = [sweep.attention(entry, items[0], maps, request.output / "attention") for entry in listed[1:]]
-    sweep.run(listed, processes.share(items))
-    processes.wait()
-    results.read()
-    evaluation = Evaluation(
-        request=request,
-        entries=listed,
-        items=items,
-        sweep=sweep,
-        metrics=metrics,
-        media=media,
-        images=images,
-        attention=attention,
-        grid=grid,
-        fps=request.fps or call.frame_rate(pipe, arguments) or sources.frames_a_second(source),
-        device=device,
-        dtype=str(dtype).removeprefix("torch."),
-        processes=processes,
-    )
-    summary = write(evaluation)
-    return Outcome(summary, [] if summary is None else gates.broken(limits, limited(summary)))
+    with hold(request.output) if processes.main else contextlib.nullcontext() as kept:
+        if kept is False:
+            print(f"{request.output} has no locks; start no other evaluation into it.", file=sys.stderr)
+        pipe = request.load_pipe(source, dtype, device)
+        pipe.set_progress_bar_config(disable=True)
+
+        def arguments(own: Mapping[str, Any]) -> dict[str, Any]:
+            defaults = sources.call_defaults(source) | dict(own)
+            made = request.arguments(pipe, defaults, shape, video=sizes.video, prompt="")
+            return {name: value for name, value in made.items() if name != "prompt"}
+
+        fps = request.rate(pipe, source, arguments({}))
+        results = Results(request.output, processes.index)
+        results.read()
+        for place in results.damaged if processes.main else ():
+            print(f"{place}, is damaged; its sample is made again.", file=sys.stderr)
+        processes.wait()
+        sweep = Sweep(
+            pipe,
+            arguments,
+            _identity(source, device, dtype, request),
+            device,
+            results,
+            Store(request.output / "samples"),
+            Store(request.cache or request.output / "references"),
+            compile=request.compile,
+        )
+        attention = []
+        if maps is not None and processes.main:
+            attention = [sweep.attention(entry, items[0], maps, request.output / "attention") for entry in listed[1:]]
+        sweep.run(listed, processes.share(items))
+        processes.wait()
+        results.read()
+        evaluation = Evaluation(
+            request=request,
+            entries=listed,
+            items=items,
+            sweep=sweep,
+            metrics=metrics,
+            media=media,
+            images=images,
+            attention=attention,
+            grid=grid,
+            fps=fps,
+            device=device,
+            dtype=str(dtype).removeprefix("torch."),
+            processes=processes,
+        )
+        summary = write(evaluation)
+        return Outcome(summary, [] if summary is None else gates.broken(limits, limited(summary)))
 
 
 def _entries(request: Request) -> list[Entry]:
@@ -207,24 +203,6 @@ def _check_sets(metrics: list[Metric], reference: int | None, generated: int, de
                 raise DitAccelError(
                     f"{metric.name} needs {least:,} images in each set, and {whose} {count:,}; add some, or leave it."
                 )
-
-
-def _arguments(
-    request: Request, source: Source, sizes: Sizes, shape: tuple[int, int, int], pipe: Any
-) -> dict[str, Any]:
-    """The arguments of the pipeline's call, without the prompt."""
-    given = {
-        "prompt": "",
-        "negative_prompt": request.negative_prompt,
-        "num_inference_steps": request.steps,
-        "guidance_scale": request.guidance,
-        "num_frames": shape[0] if sizes.video else None,
-        "height": shape[1],
-        "width": shape[2],
-    }
-    arguments = call.call_arguments(pipe, sources.call_defaults(source), given, request.pipe)
-    del arguments["prompt"]
-    return arguments
 
 
 def _identity(source: Source, device: torch.device, dtype: torch.dtype, request: Request) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from dit_accel.errors import DitAccelError
 from dit_accel.eval import lines
+from dit_accel.generation.lock import hold
 
 if TYPE_CHECKING:
     import numpy as np
@@ -59,17 +60,17 @@ class Store:
         path = self.path(row["key"])
         row = row | {"sha256": hash_of(frames)}
         temporary = path.with_suffix(f".{os.getpid()}.tmp")
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            for abandoned in self.folder.glob(f"{row['key']}.*.tmp"):  # of a run that was killed while it wrote
-                abandoned.unlink()
-            with open(temporary, "wb") as file:
-                file.write(save({"frames": frames}, metadata={"row": json.dumps(row)}))
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except OSError as error:
-            raise DitAccelError(f"{path} could not be written: {error.strerror or error}.") from error
+        with hold(self.folder, wait=True) as alone:  # evaluations may share a folder of references
+            try:
+                for abandoned in self.folder.glob("*.tmp") if alone else ():  # of a run that was killed while it wrote
+                    abandoned.unlink()
+                with open(temporary, "wb") as file:
+                    file.write(save({"frames": frames}, metadata={"row": json.dumps(row)}))
+                    file.flush()
+                    os.fsync(file.fileno())
+                os.replace(temporary, path)
+            except OSError as error:
+                raise DitAccelError(f"{path} could not be written: {error.strerror or error}.") from error
         return row
 
     def find(self, key: str) -> Row | None:

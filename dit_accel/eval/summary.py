@@ -99,7 +99,11 @@ def write(done: Evaluation) -> Summary | None:
         "title": f"{done.request.model}: quality and speed of {len(labels) - 1} settings",
         "made": _made(done),
         "metrics": [metric.about() for metric in done.metrics],
-        "rows": [_row(entry, rows[entry.label], reference, scored[entry.label][1]) for entry in done.entries],
+        "rows": [
+            _row(entry, rows[entry.label], reference, scored[entry.label][1])
+            | {"guidance": done.sweep.arguments(entry).get("guidance_scale")}
+            for entry in done.entries
+        ],
         "samples": _write_media(done, rows),
         "masks": _write_masks(done),
         "attention": list(done.attention),
@@ -139,6 +143,7 @@ def _row(entry: Entry, rows: Sequence[Row], reference: Sequence[Row], figures: M
         "reference": entry.choice is None,
         **entry.record(),
         "samples": len(rows),
+        "steps": rows[0]["steps"],
         "density": statistics.fmean(row["density"] for row in rows),
         "speedup": dense_loop["p50"] / loop["p50"],
         "attention_speedup": dense_attention["p50"] / attention["p50"] if attention and dense_attention else None,
@@ -167,7 +172,7 @@ def _quantiles(rows: Sequence[Row], name: str) -> dict[str, float] | None:
 
 def _made(done: Evaluation) -> dict[str, Any]:
     """How every figure was made."""
-    request, arguments = done.request, done.sweep.arguments
+    request, arguments = done.request, done.sweep.arguments(done.entries[0])
     frames = f"{arguments['num_frames']} frames of " if "num_frames" in arguments else ""
     return {
         "command": shlex.join(["dit-accel", *sys.argv[1:]]),

@@ -8,12 +8,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dit_accel.checkpoint import replace_file
+from dit_accel.errors import DitAccelError
 from dit_accel.eval import attention
 from dit_accel.eval.provenance import ROOT
 from dit_accel.eval.samples import Results, Row, Store, key_of
@@ -79,7 +80,7 @@ class Sweep:
 
     Args:
         pipe: ready to be called.
-        arguments: of its call, without the prompt.
+        arguments: of its call, without the prompt, from the defaults of a method (`Choice.call`).
         identity: what else decides the pixels: model, device, versions.
         device: where it runs.
         results: rows that are known, and where new ones go.
@@ -90,7 +91,7 @@ class Sweep:
     def __init__(
         self,
         pipe: DiffusionPipeline,
-        arguments: Mapping[str, Any],
+        arguments: Callable[[Mapping[str, Any]], dict[str, Any]],
         identity: Mapping[str, Any],
         device: torch.device,
         results: Results,
@@ -99,7 +100,8 @@ class Sweep:
         *,
         compile: bool,
     ) -> None:
-        self.pipe, self.arguments, self.device = pipe, dict(arguments), device
+        self.pipe, self.device = pipe, device
+        self._arguments = arguments
         self.identity, self.results = dict(identity), results
         self.samples, self.references, self.compile = samples, references, compile
         self._code = code_hash()
@@ -107,10 +109,14 @@ class Sweep:
 
     def key(self, entry: Entry, item: Item) -> str:
         """The name of a sample. Only a method's pixels depend on this package's own code."""
-        identity = {"arguments": self.arguments, "prompt": item.prompt, "seed": item.seed, **self.identity}
+        identity = {"arguments": self.arguments(entry), "prompt": item.prompt, "seed": item.seed, **self.identity}
         if entry.choice is not None:
             identity |= {"method": entry.record(), "weights": _weights(entry.choice), "code": self._code}
         return key_of(identity)
+
+    def arguments(self, entry: Entry) -> dict[str, Any]:
+        """Of the pipeline's call; a method trained for fewer steps takes these, if no others were asked for."""
+        return self._arguments({} if entry.choice is None else entry.choice.call)
 
     def store(self, entry: Entry) -> Store:
         return self.references if entry.choice is None else self.samples
@@ -128,13 +134,14 @@ class Sweep:
         """What a method does to each attention layer, measured in one more run, or as kept in `folder`.
 
         Raises:
-            DitAccelError: the model has no such layer, the run no such step, or the transformers are compiled.
+            DitAccelError: the model has no such layer, the run no such step, the transformers are compiled, or the map
+                cannot be written.
         """
         assert entry.choice is not None
         asked = {"sample": self.key(entry, item), "steps": chosen.steps, "layers": chosen.layers}
         path = folder / f"{key_of(asked)}.json"
         if not path.exists():
-            arguments, title = self.arguments | {"prompt": item.prompt}, f"attention of {entry.label}"
+            arguments, title = self.arguments(entry) | {"prompt": item.prompt}, f"attention of {entry.label}"
             with entry.choice.apply(self.pipe) as accel:
                 record = attention.record_attention(
                     accel,
@@ -142,8 +149,11 @@ class Sweep:
                     chosen.steps,
                     chosen.layers,
                 )
-            folder.mkdir(parents=True, exist_ok=True)
-            replace_file(path, json.dumps(record.as_json(), allow_nan=False).encode())
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                replace_file(path, json.dumps(record.as_json(), allow_nan=False).encode())
+            except OSError as error:
+                raise DitAccelError(f"{path} could not be written: {error.strerror or error}.") from error
         return {"row": entry.label, **read_json(path)}
 
     def _is_there(self, entry: Entry, key: str) -> bool:
@@ -160,7 +170,7 @@ class Sweep:
         return known is not None
 
     def _make(self, entry: Entry, item: Item, key: str, title: str) -> Row:
-        arguments = self.arguments | {"prompt": item.prompt}
+        arguments = self.arguments(entry) | {"prompt": item.prompt}
         self._warm_up(entry, arguments)
         accel = None if entry.choice is None else entry.choice.apply(self.pipe)
         try:

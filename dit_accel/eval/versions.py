@@ -27,11 +27,16 @@ def versions() -> dict[str, str | None]:
     """The version of this package, of Python and of each package that matters; None where one is not installed."""
     found: dict[str, str | None] = {"dit_accel": __version__, "python": platform.python_version()}
     for package in PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            found[package] = None
+        found[package] = version(package)
     return found
+
+
+def version(package: str) -> str | None:
+    """Of an installed package; None where it is not."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def machine() -> dict[str, object]:
@@ -39,8 +44,6 @@ def machine() -> dict[str, object]:
     import os
 
     import torch
-
-    from dit_accel.eval.provenance import processor
 
     gpus = []
     for i in range(torch.cuda.device_count()):
@@ -55,3 +58,13 @@ def machine() -> dict[str, object]:
         "cuda": torch.version.cuda,
         "gpus": gpus,
     }
+
+
+def processor() -> str:
+    """The processor's name; /proc/cpuinfo says more than `platform.processor`, where there is one."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as lines:
+            names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    except FileNotFoundError:
+        names = []
+    return names[0] if names else platform.processor() or platform.machine()

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import json
 import math
+import types
+import typing
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,6 +36,7 @@ OPTIONS = {
     "num_videos_per_prompt": "--seed",
     "num_images_per_prompt": "--seed",
 }
+LENGTH = "max_sequence_length"  # of the text, in tokens
 FRAME_RATES = ("frame_rate", "fps")  # what pipelines call it
 NOT_OPTIONS = {"self", "output_type", "return_dict", "callback_on_step_end", "callback_on_step_end_tensor_inputs"}
 
@@ -48,7 +52,7 @@ def placement(device: str, dtype: str, offload: str) -> tuple[torch.device, torc
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        torch.empty(0, device=device)
+        torch.zeros(1, device=device).item()  # which "meta" cannot
         chosen = torch.device(device)
     except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
         raise DitAccelError(f"--device {device} cannot be used here: {first_line(error)}") from error
@@ -146,10 +150,11 @@ def call_arguments(
         pipe: the pipeline.
         own: the model's defaults; those the pipeline does not take are left out.
         given: what options asked for, by argument; None where they did not.
-        extra: ``key=value`` for any other argument, the value in JSON, or else a plain word.
+        extra: ``key=value`` for any other argument, the value in JSON, or else plain text.
 
     Raises:
-        DitAccelError: the pipeline has no such argument, needs one that was not given, or a number is not finite.
+        DitAccelError: the pipeline has no such argument, needs one that was not given, or takes another kind of value,
+            or a number is not finite.
     """
     takes = inspect.signature(type(pipe).__call__).parameters
     asked = {name: value for name, value in given.items() if value is not None}
@@ -170,7 +175,7 @@ def call_arguments(
             raise DitAccelError(
                 f"{type(pipe).__name__} has no argument {name!r}.{did_you_mean(name, free)} It has: {', '.join(free)}."
             )
-        arguments[name] = _json_or_word(text)
+        arguments[name] = _value(pipe, takes[name], text)
     for name, parameter in takes.items():
         if parameter.default is parameter.empty and name != "self" and name not in arguments:
             raise DitAccelError(f"{type(pipe).__name__} needs {OPTIONS.get(name, f'--pipe {name}=...')}.")
@@ -184,11 +189,43 @@ def frame_rate(pipe: DiffusionPipeline, arguments: Mapping[str, Any]) -> int | N
     return next((round(rate) for rate in rates if isinstance(rate, int | float)), None)
 
 
-def _json_or_word(text: str) -> Any:
+def _value(pipe: DiffusionPipeline, parameter: inspect.Parameter, text: str) -> Any:
+    """The value that a text stands for, as JSON or as it is, whichever is of the kind that the argument takes."""
+    kind, name = _kind(pipe, parameter), parameter.name
+    found: list[Any] = [text]
+    with contextlib.suppress(json.JSONDecodeError):
+        found.insert(0, json.loads(text, parse_constant=_refuse))
+    for value in found:
+        if (value is None and parameter.default is None) or _fits(value, kind):
+            if name == LENGTH and value < 1:
+                raise DitAccelError(f"--pipe {name} is a number of tokens of at least 1, got {value}.")
+            return value
+    raise DitAccelError(
+        f"--pipe {name} of {type(pipe).__name__} is {inspect.formatannotation(kind)}, written in JSON; got {text!r}."
+    )
+
+
+def _kind(pipe: DiffusionPipeline, parameter: inspect.Parameter) -> Any:
+    """What an argument of the call is annotated with; Any where that is nothing, or names what is not installed."""
     try:
-        return json.loads(text, parse_constant=_refuse)
-    except json.JSONDecodeError:
-        return text
+        return typing.get_type_hints(type(pipe).__call__).get(parameter.name, Any)
+    except NameError:
+        return Any
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    """Whether a value from JSON is of an annotated kind."""
+    parts = typing.get_args(kind)
+    origin = typing.get_origin(kind) or kind
+    if origin in (typing.Union, types.UnionType):
+        return any(_fits(value, part) for part in parts)
+    if origin is list and parts:
+        return isinstance(value, list) and all(_fits(item, parts[0]) for item in value)
+    if kind is Any or not isinstance(origin, type):
+        return True
+    if isinstance(value, bool):
+        return origin is bool
+    return isinstance(value, (int, float) if origin is float else origin)
 
 
 def _refuse(constant: str) -> None:

@@ -111,8 +111,9 @@ def choose(
         transformers: of the pipeline.
 
     Raises:
-        DitAccelError: the method or a setting is unknown, a schedule is not one, --load comes with another method, or
-            its folder holds no saved accelerator, or nothing is recommended for the family.
+        DitAccelError: the method or a setting is unknown, a schedule is not one, settings come without a method,
+            --load comes with another method or its folder holds no saved accelerator, or nothing is recommended for
+            the family.
     """
     schedule = {
         "dense_steps": None if dense_steps is None else registry.parse_value(dense_steps),
@@ -121,6 +122,8 @@ def choose(
     }
     given = {name: value for name, value in schedule.items() if value is not None}
     if load is None:
+        if method is None and (settings or given or family is not None):
+            raise DitAccelError("--set, --preset and --dense-* belong to --method, and none came.")
         name, config = registry.parse_method("dense" if method is None else method, settings or ())
         if family is not None:
             preset = family.preset(name, transformers)
@@ -149,4 +152,9 @@ def parse_layers(text: str) -> Any:
     """The value of --dense-layers: a number or share of layers, or, with a comma, a tuple of their indices."""
     if "," not in text:
         return registry.parse_value(text)
-    return tuple(registry.parse_value(part.strip()) for part in text.split(",") if part.strip())
+    layers = tuple(registry.parse_value(part.strip()) for part in text.removesuffix(",").split(","))
+    if "" in layers:
+        raise DitAccelError(
+            f"--dense-layers takes layers with commas between them, such as 0,3 or 5, alone; got {text!r}."
+        )
+    return layers

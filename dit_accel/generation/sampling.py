@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
     from rich.progress import Progress
 
+FULL = "can't allocate memory"  # how PyTorch says it on a CPU, without an error of its own
 LARGEST_SEED = 2**64 - 1
 
 
@@ -101,7 +102,7 @@ def call(pipe: DiffusionPipeline, arguments: Mapping[str, Any], seed: int) -> An
     """The pipeline's output as numbers, its noise drawn on the CPU, so that it is the same on every device.
 
     Raises:
-        DitAccelError: the pipeline's own check refuses the arguments.
+        DitAccelError: the pipeline's own check refuses the arguments, or memory does not do.
     """
     import torch
 
@@ -112,6 +113,13 @@ def call(pipe: DiffusionPipeline, arguments: Mapping[str, Any], seed: int) -> An
         if all(frame.name != "check_inputs" for frame in traceback.extract_tb(error.__traceback__)):
             raise
         raise DitAccelError(f"{type(pipe).__name__} refuses what it was given: {first_line(error)}") from error
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and FULL not in str(error):
+            raise
+        raise DitAccelError(
+            f"{type(pipe).__name__} needs more memory than there is ({first_line(error)}): ask for fewer frames or "
+            "pixels, or give --vae-tiling, --offload model or --offload group, or --dtype bfloat16."
+        ) from error
 
 
 def sample(pipe: DiffusionPipeline, arguments: dict[str, Any], seed: int, title: str, device: torch.device) -> Sample:

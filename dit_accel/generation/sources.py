@@ -181,7 +181,10 @@ def _load(source: Source, dtype: torch.dtype) -> DiffusionPipeline:
 
 @contextlib.contextmanager
 def quietly() -> Iterator[None]:
-    """Without the progress bars and remarks of loading, so that what goes wrong stands alone; errors are raised."""
+    """Without the progress bars and remarks of loading, so that what goes wrong stands alone; errors are raised, and
+    what is said of them besides would be a second line."""
+    import logging
+
     import diffusers.utils.logging
     import transformers.utils.logging
 
@@ -189,7 +192,7 @@ def quietly() -> Iterator[None]:
     levels = [library.get_verbosity() for library in libraries]
     for library in libraries:
         library.disable_progress_bar()
-        library.set_verbosity_error()
+        library.set_verbosity(logging.CRITICAL)
     try:
         yield
     finally:

@@ -165,8 +165,10 @@ def test_picture_and_table_of_a_file(cli, tiny, tmp_path):
         (("--dtype", "int8"), "A dtype is one of float32, bfloat16, float16; got 'int8'."),
         (("--direction", "sideways"), "A direction is one of"),
         (("--rows", "none/*"), "No declared row matches 'none/*'"),
+        (("--rows", ""), "No declared row matches ''"),
         (("--impl", "fast"), "--impl"),
         (("--seconds", "-1"), "--seconds"),
+        (("--seconds", "inf"), "--seconds"),
         (("--device", "toaster"), "--device toaster cannot be used here"),
         (("--output", "rows.txt"), "should end in .jsonl"),
         (("--picture", "rows.jpg"), "should end in .png"),
@@ -179,7 +181,7 @@ def test_picture_and_table_of_a_file(cli, tiny, tmp_path):
 )
 def test_bad_input(cli, tmp_path, monkeypatch, options, message):
     monkeypatch.chdir(tmp_path)
-    outcome = cli("bench", *(() if "--shape" in options else ("--shape", "cpu")), *FAST[2:], *options)
+    outcome = cli("bench", *(() if {"--shape", "--read"} & set(options) else ("--shape", "cpu")), *FAST[2:], *options)
     assert outcome.status == 2, outcome
     assert outcome.out == ""
     line = outcome.err.splitlines()[-1]
@@ -235,6 +237,11 @@ class TestModels:
         assert "rest ms" in outcome.out
         (record,) = bench_file.read(output)
         assert f"{record['step_ms_p50']:.1f}" in cli("bench", "--read", output).out
+        pytest.importorskip("matplotlib")
+        nothing = cli("bench", "--read", output, "--picture", tmp_path / "rows.png")
+        assert nothing.status == 2 and "has no row of one; leave it out" in nothing.err
+        measured = cli(*run, "--picture", tmp_path / "rows.png")
+        assert measured.status == 2 and "leave out --picture" in measured.err
         assert "has all of these rows already" in cli(*run, "--resume").err
 
     def test_list(self, cli, wan):
@@ -244,8 +251,17 @@ class TestModels:
         ("arguments", "words"),
         [
             (("--models", "--device", "cpu"), "this machine has no GPU"),
-            (("--models", "--list", "--dtype", "float32"), "leave them out with --models"),
-            (("--mode", "eager"), "give --models too"),
+            (
+                ("--models", "--list", "--dtype", "float32", "--peer"),
+                "steps, not operators; leave out --dtype, --peer.",
+            ),
+            (("--models", "--list", "--density", "7"), "above 0 and at most 1, such as 0.1; got 7.0"),
+            (("--models", "--list", "--rows", ""), "No step of a model matches ''"),
+            (("--mode", "eager"), "operators are measured, not steps; leave out --mode."),
+            (
+                ("--read", "rows.jsonl", "--rows", "x", "--models"),
+                "shows every row of a file; leave out --rows, --models.",
+            ),
             (("--break-even", "table.json"), "give them with --read"),
         ],
     )

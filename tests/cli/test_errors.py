@@ -1,6 +1,7 @@
 """What the user can mend: one line on stderr, status 2, no traceback, and nothing written."""
 
 import json
+import os
 import pathlib
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import pytest
 from PIL import Image
 
 SIZE = ("--frames", "5", "--height", "32", "--width", "48", "--steps", "1")
+TILE = ("--method", "tile:references=1")
 
 
 @pytest.fixture
@@ -44,10 +46,30 @@ def refused(cli, tmp_path):
             ("--method", "tile", "--preset"),
             "No settings of tile are recommended for the family wan (there are some for",
         ),
-        (("--preset",), "No settings of dense are recommended"),
-        (("--dense-steps", "many"), "dense_steps"),
-        (("--dense-steps", "-1"), "dense_steps"),
-        (("--dense-layers", "0,x"), "dense_layers"),
+        (("--method", "dense", "--preset"), "No settings of dense are recommended"),
+        (("--preset",), "--set, --preset and --dense-* belong to --method, and none came"),
+        (("--dense-steps", "4"), "--set, --preset and --dense-* belong to --method, and none came"),
+        (("--set", "window=3"), "--set, --preset and --dense-* belong to --method, and none came"),
+        (
+            ("--method", "tile:references=1", "--dense-steps", "many"),
+            "dense_steps is an int >= 0 or a float in [0, 1], got 'many'",
+        ),
+        (
+            ("--method", "tile:references=1", "--dense-steps", "-1"),
+            "dense_steps is an int >= 0 or a float in [0, 1], got -1",
+        ),
+        (
+            ("--method", "tile:references=1", "--dense-layers", "0,x"),
+            "dense_layers as a tuple holds layer indices >= 0, got 'x'",
+        ),
+        (
+            ("--method", "tile:references=1", "--dense-layers", ","),
+            "--dense-layers takes layers with commas between them",
+        ),
+        (
+            ("--method", "tile:references=1", "--dense-layers", "0,,1"),
+            "--dense-layers takes layers with commas between them",
+        ),
         (("--frames", "4"), "the nearest are 3 and 5"),
         (("--height", "33"), "the nearest are 32 and 40"),
         (("--width", "8000"), "positions for 64"),
@@ -61,9 +83,16 @@ def refused(cli, tmp_path):
         (("--offload", "disk"), "--offload"),
         (("--device", "cuda:97"), "--device cuda:97 cannot be used here"),
         (("--device", "toaster"), "--device toaster cannot be used here"),
+        (("--device", "meta"), "--device meta cannot be used here"),
         (("--image", "none.png"), "--image none.png cannot be read: No such file"),
         (("--pipe", "max_sequence_lenght=3"), "Did you mean 'max_sequence_length'?"),
         (("--pipe", "max_sequence_length"), "--pipe takes key=value"),
+        (("--pipe", "max_sequence_length=many"), "is int, written in JSON; got 'many'"),
+        (("--pipe", "max_sequence_length=9.5"), "is int, written in JSON; got '9.5'"),
+        (("--pipe", "max_sequence_length=true"), "is int, written in JSON; got 'true'"),
+        (("--pipe", "max_sequence_length=0"), "a number of tokens of at least 1, got 0"),
+        (("--pipe", "latents=3"), "is torch.Tensor | None, written in JSON; got '3'"),
+        (("--pipe", "attention_kwargs=3"), "is dict[str, typing.Any] | None, written in JSON; got '3'"),
         (("--pipe", "height=64"), "use --height"),
         (("--pipe", "num_videos_per_prompt=2"), "use --seed"),
         (("--pipe", "attention_kwargs=[NaN]"), "--pipe takes finite numbers"),
@@ -91,6 +120,39 @@ def test_ctrl_c(cli, demo, tmp_path, monkeypatch):
     assert outcome.status == 130
     assert outcome.err.splitlines()[-1] == "dit-accel: interrupted; nothing was written."
     assert list(tmp_path.iterdir()) == []
+
+
+def test_ctrl_c_in_a_verb_that_has_nothing_to_say(cli, monkeypatch):
+    from dit_accel import plans
+
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(plans, "plan", interrupted)
+    outcome = cli("plan", "--method", "radial", "--grid", "4x4x4")
+    assert (outcome.status, outcome.out, outcome.err) == (130, "", "dit-accel: interrupted.\n")
+
+
+def test_ctrl_c_while_the_model_of_a_batch_is_loaded(cli, demo, tmp_path, monkeypatch):
+    from dit_accel.generation import sources
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sources, "load", interrupted)
+    outcome = cli("generate", *SIZE, "--prompts", "demo", "--output", tmp_path / "a.mp4")
+    assert outcome.status == 130
+    assert outcome.err.splitlines()[-1] == "dit-accel: interrupted after 0 of 16; the same command goes on."
+
+
+def test_a_terminal_without_the_characters_still_shows_the_rest(root):
+    """Method summaries and error messages have characters that ASCII has not."""
+    environment = os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONPATH": str(root), "COLUMNS": "200"}
+    done = subprocess.run(
+        [sys.executable, "-m", "dit_accel", "ls"], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "arXiv:2504.16922" in done.stdout
 
 
 def test_pictures(refused, demo, tmp_path):
@@ -158,10 +220,11 @@ class TestWeights:
         weights.write_bytes(content[: int(len(content) * kept)])
         assert "damaged or cut short" in run()
 
-    def test_missing_safetensors(self, generate):
+    def test_missing_safetensors(self, generate, caplog):
         model, run = generate
         next((model / "transformer").glob("*.safetensors")).unlink()
         assert f"Cannot load {model}: " in run()
+        assert caplog.messages == []  # where a library's log goes to stderr, these are further lines
 
     def test_pickles_are_not_read(self, generate):
         model, run = generate
@@ -240,6 +303,7 @@ class TestSaved:
         (("--grid", "2x2"), "--grid is frames x height x width"),
         (("--grid", "0x2x2"), "frames as an integer >= 1"),
         (("--grid", "2x2x2", "--frames", "5"), "belong to --model"),
+        (("--grid", "2x2x2", "--revision", "main"), "--revision belong to --model"),
         (("--model", "demo", "--text", "5"), "belong to --grid"),
         (("--grid", "4x4x4", "--image", "mask.jpg"), "--image mask.jpg should end in .png"),
     ],

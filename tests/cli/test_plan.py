@@ -78,3 +78,17 @@ def test_grid_of_the_demo_defaults_to_its_own_size(cli, demo):
 
     facts = json.loads(cli("plan", "--method", "radial:decay=0.5", "--model", "demo", "--json").out)
     assert facts["tokens"] == DEFAULTS.tokens
+
+
+@pytest.mark.parametrize("method", ["dense", "gna:window=8", "tile:references=2", "radial", "radial:rule=reference"])
+def test_grids_of_more_blocks_than_fit_are_refused(cli, method):
+    """Ten million tokens with text: 80,002 x 160,004 blocks of 128 and 64 tokens."""
+    outcome = cli("plan", "--method", method, "--grid", "64x400x400", "--text", "256")
+    assert (outcome.status, outcome.out, outcome.err.count("\n")) == (2, "", 1)
+    assert "at most 536,870,912 pairs of blocks; 64x400x400 + 256 text last in blocks of 128" in outcome.err
+
+
+def test_too_many_blocks_are_refused_before_tiles_are_chosen(cli):
+    outcome = cli("plan", "--method", "gna:window=8", "--grid", "1x40000x50000")
+    assert (outcome.status, outcome.err.count("\n")) == (2, 1)
+    assert "at most 536,870,912 pairs of blocks" in outcome.err

@@ -22,6 +22,7 @@ from dit_accel.eval import (
     lines,
     provenance,
     timing,
+    versions,
 )
 from dit_accel.eval.bench_rows import Row, Setting, Shape
 from dit_accel.eval.bench_settings import OutOfReach, find_setting
@@ -248,7 +249,7 @@ class TestRecords:
         assert record["speedup"] == record["baseline_ms_p50"] / record["ms_p50"]
         assert 0 < record["ms_p20"] <= record["ms_p50"] <= record["ms_p80"]
         assert (record["op"], record["impl"], record["gpu"], record["driver"]) == ("gna", "portable", None, None)
-        assert record["cpu"] == provenance.processor()
+        assert record["cpu"] == versions.processor()
 
     def test_operations_are_those_of_kept_pairs(self):
         record = outcome().record

@@ -56,6 +56,15 @@ def test_both_sides_can_be_given():
     torch.testing.assert_close(prepare(torch.full((2, 3, 40, 60), 0.75)), torch.ones(2, 3, 16, 16))
 
 
+def test_an_error_without_words_is_named(tmp_path, monkeypatch):
+    def failing(*_, **__):
+        raise OSError
+
+    monkeypatch.setattr("transformers.AutoConfig.from_pretrained", failing)
+    with pytest.raises(DitAccelError, match=r"No CLIP could be loaded from .*: OSError Give"):
+        Clip.load(tmp_path)
+
+
 def test_what_is_no_clip_is_refused(clip_folder, tmp_path):
     with pytest.raises(DitAccelError, match=r"No CLIP could be loaded from nowhere/at-all: .*Give 'demo', a folder"):
         Clip.load("nowhere/at-all")

@@ -1,12 +1,14 @@
 """`dit-accel eval` on small models of the real classes: what it writes, how it goes on, what it refuses."""
 
 import json
+import os
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from dit_accel.generation import output
+from dit_accel.generation.lock import hold
 
 SIZE = ("--frames", 5, "--height", 32, "--width", 48, "--steps", 2)
 METRICS = ("--metric", "psnr", "--metric", "ssim", "--metric", "temporal_psnr")
@@ -151,6 +153,15 @@ class TestGoingOn:
         assert after[:3] == before[:3]  # the reference with its times: its frames were whole
         assert without_times(after) == without_times(before)
 
+    def test_a_folder_takes_one_evaluation_at_a_time(self, evaluate, tmp_path):
+        with hold(tmp_path / "out"):
+            before = sorted(tmp_path.rglob("*"))
+            outcome = evaluate("--method", GNA)
+            assert (outcome.status, outcome.out, outcome.err.count("\n")) == (2, "", 1)
+            assert f"--output {tmp_path / 'out'} is in use by process {os.getpid()} on" in outcome.err
+            assert sorted(tmp_path.rglob("*")) == before
+        assert evaluate("--method", GNA).status == 0
+
     def test_dense_outputs_are_shared(self, evaluate, tmp_path):
         cache = ("--cache", tmp_path / "cache")
         evaluate("--method", GNA, *cache, folder="a")
@@ -208,6 +219,7 @@ def refused(evaluate, tmp_path):
         (("--method", GNA, "--require", "pnsr>2"), "there is no figure 'pnsr'. Did you mean 'psnr'?"),
         (("--method", GNA, "--attention-report", "step=1"), "steps=0,8-15,layers=0,1"),
         (("--method", GNA, "--seeds", "3-1"), "--seeds are numbers and spans"),
+        (("--method", GNA, "--seeds", f"3,0-{10**30}"), "an evaluation takes at most 10,000"),
         (("--method", GNA, "--prompts", "none.txt"), "--prompts none.txt: there is no such file"),
         (("--method", GNA, "--reference", "none"), "--reference none is no folder"),
         (("--method", GNA, "--frames", 4), "the nearest are 3 and 5"),
@@ -240,6 +252,14 @@ def test_folders_that_are_files(cli, demo, tmp_path, option):
     outcome = cli("eval", *SIZE, "--method", GNA, "--output", tmp_path / "out", option, tmp_path / "file")
     assert (outcome.status, outcome.err.count("\n")) == (2, 1)
     assert f"{option} {tmp_path / 'file'} is a file; give a folder" in outcome.err
+
+
+def test_a_map_that_cannot_be_written_is_one_line(evaluate, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "attention").write_text("")
+    outcome = evaluate("--method", GNA, "--attention-report", "steps=0")
+    assert outcome.status == 2
+    assert "json could not be written: File exists." in outcome.err.splitlines()[-1]
 
 
 def test_compiled(evaluate, tmp_path, monkeypatch):

@@ -5,8 +5,9 @@
               values are strings, numbers, lists, or dicts of these, and all are shown
     metrics   [{"name", "title", "unit", "better": "higher" | "lower", "about": one line}]
     rows      [{"label", "method", "config", "density", "speedup", "attention_speedup", "loop_seconds": {"p50", "p95"},
-              "attention_seconds": the same, "peak_bytes", "figures": {metric's name: {"value", "spread", "samples"} or
-              {"value": null, "missing": why}}}]; None for what was not measured; the first row is the untouched model
+              "attention_seconds": the same, "peak_bytes", "steps", "guidance", "figures": {metric's name: {"value",
+              "spread", "samples"} or {"value": null, "missing": why}}}]; None for what was not measured; the first row
+              is the untouched model
     samples   [{"row": label, "prompt", "seed", "media": path, "figures": {metric's name: number}}]
     masks     [{"row": label, "image": path}]
     attention [{"row": label, **dit_accel.eval.attention.AttentionRecord.as_json()}]
@@ -133,6 +134,17 @@ def front(rows: list[dict[str, Any]], metric: dict[str, Any]) -> list[str]:
         if not any(other[0] >= point[0] and other[1] >= point[1] and other[:2] != point[:2] for other in points)
     ]
     return [label for _, _, label in sorted(kept, key=lambda point: point[0])]
+
+
+def sampled_otherwise(summary: dict[str, Any]) -> list[str]:
+    """A sentence for each row that was made in other steps or with another guidance than the first one."""
+    steps = [(row.get("steps"), row.get("guidance")) for row in summary["rows"]]
+    return [
+        f"{row['label']} was made in {own[0]} steps with guidance {own[1]}, {summary['rows'][0]['label']} in "
+        f"{steps[0][0]} with {steps[0][1]}"
+        for row, own in zip(summary["rows"], steps, strict=True)
+        if own != steps[0]
+    ]
 
 
 def missing(summary: dict[str, Any]) -> list[str]:

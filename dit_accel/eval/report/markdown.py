@@ -10,6 +10,7 @@ from dit_accel.eval.report import fields
 def render(summary: dict[str, Any]) -> str:
     """`summary.md`, as `fields.py` describes a summary."""
     parts = [f"# {summary['title']}", table(summary)]
+    parts += [f"{remark}." for remark in fields.sampled_otherwise(summary)]
     gaps = fields.missing(summary)
     if gaps:
         parts.append("Not measured:\n\n" + "\n".join(f"* {gap}" for gap in gaps))
@@ -25,6 +26,7 @@ def excerpt(summary: dict[str, Any], label: str) -> str:
     """One method beside the reference, without headings: the table, what is missing, and how it was made."""
     rows = [row for row in summary["rows"] if row["reference"] or row["label"] == label]
     parts = [table(summary | {"rows": rows})]
+    parts += [f"{remark}." for remark in fields.sampled_otherwise(summary | {"rows": rows})]
     parts += [f"Not measured: {gap}." for gap in fields.missing(summary)]
     made = summary["made"]
     prompts, seeds = len(made["prompts"]), len(made["seeds"])
