@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from dit_accel.cli import INTERRUPTED, options
+from dit_accel.cli import Interrupted, options
 
 
 def train(
@@ -75,11 +75,12 @@ def train(
     output: Annotated[Path, typer.Option(metavar="FOLDER", help="Of the run; a run that was stopped goes on.")] = Path(
         "trained"
     ),
-) -> int:
+) -> None:
     """Fine-tune with sparse attention; several processes with `accelerate launch -m dit_accel train ...`.
 
     Example: dit-accel train --recipe sla-demo --output trained
     """
+    from dit_accel import values
     from dit_accel.generation.choice import parse_layers
     from dit_accel.registry import parse_method
     from dit_accel.train import job
@@ -116,7 +117,7 @@ def train(
     request = job.Request(
         model=model or (base.model if base else "demo"),
         revision=revision,
-        data=job.DataSettings(**source),
+        data=values.build(job.DataSettings, source, "The data"),
         train=job.merge(base.train if base else {}, given),
         output=output,
         prepare=prepare,
@@ -129,10 +130,8 @@ def train(
     )
     try:
         typer.echo("\n".join(job.run(request)))
-    except KeyboardInterrupt:
-        typer.echo(f"dit-accel: interrupted; the same command goes on from {output / 'checkpoints'}.", err=True)
-        return INTERRUPTED
-    return 0
+    except KeyboardInterrupt as stop:
+        raise Interrupted(f"interrupted; the same command goes on from {output / 'checkpoints'}.") from stop
 
 
 def _candidates(given: dict[str, Any], texts: list[str]) -> list[dict[str, Any]]:

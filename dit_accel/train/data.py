@@ -42,21 +42,26 @@ class Sample:
 
     @property
     def kind(self) -> str:
-        """Samples of one kind can be batched: their tensors have the same shapes, their other arguments are equal."""
-        shapes = {
-            name: tuple(value.shape) if isinstance(value, torch.Tensor) else value for name, value in self.call.items()
-        }
-        text = repr((tuple(self.latents.shape), sorted(shapes.items(), key=lambda item: item[0])))
-        return hashlib.sha256(text.encode()).hexdigest()
+        """Samples of one kind can be batched: tensors of a row a sample have the same shapes, all else is equal."""
+        digest = hashlib.sha256(repr(tuple(self.latents.shape)).encode())
+        for name, value in sorted(self.call.items()):
+            tensor = isinstance(value, torch.Tensor)
+            digest.update(repr((name, (tuple(value.shape), value.dtype) if tensor else value)).encode())
+            if tensor and not is_row(value):
+                digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
+
+def is_row(value: Any) -> bool:
+    """Whether it is a tensor with one row for its one sample."""
+    return isinstance(value, torch.Tensor) and value.ndim > 0 and value.shape[0] == 1
 
 
 def collate(samples: list[Sample]) -> Sample:
     """Samples of one kind as a batch. Tensors that are not one row a sample (position ids) are taken from the first."""
     first = samples[0]
     call = {
-        name: torch.cat([sample.call[name] for sample in samples])
-        if isinstance(value, torch.Tensor) and value.ndim and value.shape[0] == 1
-        else value
+        name: torch.cat([sample.call[name] for sample in samples]) if is_row(value) else value
         for name, value in first.call.items()
     }
     return Sample(torch.cat([sample.latents for sample in samples]), call, [sample.prompt for sample in samples])

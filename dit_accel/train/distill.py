@@ -8,21 +8,18 @@ from, one Euler step should take it to the same point at the segment's end. From
 2. the student, without gradient, jumps from there to the segment's end ε: y = x' + (ε − σ')·v(x', σ');
 3. the velocity that leads from x to y in one step, (y − x) / (ε − σ), is what the student should predict at σ.
 
-Where σ' = ε, step 2 is nothing and the teacher's own step is the target. Both grids are the scheduler's own, so the
-student samples with the pipeline as it is, in `segments` steps and without guidance.
+Where σ' = ε, step 2 is nothing and the teacher's own step is the target. Both grids are the pipeline's own (some give
+their scheduler levels of their choice), so the student samples with it as it is: in `segments` steps, without guidance.
 """
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
-from typing import Any
 
 import torch
 
 from dit_accel.errors import DitAccelError
 from dit_accel.train.process import Flow, Process, per_sample
-from dit_accel.train.settings import Distillation
 
 Predict = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -31,21 +28,18 @@ class Segments:
     """The grid of noise levels, and where each of them leads.
 
     Args:
-        scheduler: of the pipeline, a flow-matching one.
-        process: of the scheduler.
-        settings: how many segments and teacher steps.
-        mu: of a scheduler that shifts by length.
+        process: of the pipeline's scheduler.
+        ends: levels that the pipeline visits in as many steps as there are segments, from noise to 0: float32 [S + 1].
+        steps: the same for the teacher's steps.
 
     Raises:
         DitAccelError: the process is no flow.
     """
 
-    def __init__(self, scheduler: Any, process: Process, settings: Distillation, mu: float | None = None) -> None:
+    def __init__(self, process: Process, ends: torch.Tensor, steps: torch.Tensor) -> None:
         if not isinstance(process, Flow):
             raise DitAccelError("Consistency distillation is for flow-matching models; this one predicts otherwise.")
-        self.settings = settings
-        ends = grid(scheduler, settings.segments, mu)
-        levels = sorted({*ends.tolist(), *grid(scheduler, settings.teacher_steps, mu).tolist()}, reverse=True)
+        levels = sorted({*ends.tolist(), *steps.tolist()}, reverse=True)
         merged = [levels[0]]
         for level in levels[1:]:
             if merged[-1] - level > 1e-6:  # the same level of both grids, up to rounding
@@ -75,10 +69,3 @@ class Segments:
         onward = student(moved, self.next[index])
         landed = torch.where(there > end + 1e-6, moved + (end - there) * onward, moved)
         return (landed - noisy) / (end - here)
-
-
-def grid(scheduler: Any, steps: int, mu: float | None) -> torch.Tensor:
-    """The noise levels that the scheduler visits in so many steps, from noise to 0: float32 [steps + 1]."""
-    own = copy.deepcopy(scheduler)
-    own.set_timesteps(steps, **({} if mu is None else {"mu": mu}))
-    return own.sigmas.float().cpu()

@@ -8,7 +8,7 @@ import pathlib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from dit_accel import registry
+from dit_accel import registry, values
 from dit_accel.errors import DitAccelError
 from dit_accel.generation import prompts, sources
 from dit_accel.generation.call import placement
@@ -40,7 +40,7 @@ class DataSettings:
         count: of clips, or the first prompts to use; None is 256 clips, or all prompts.
 
     Raises:
-        DitAccelError: a value is out of range.
+        DitAccelError: a value is of the wrong kind or out of range.
     """
 
     source: str = GENERATED
@@ -53,10 +53,10 @@ class DataSettings:
     count: int | None = None
 
     def __post_init__(self) -> None:
+        values.check(self)
         for name in ("frames", "height", "width", "steps", "count"):
-            value = getattr(self, name)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-                raise DitAccelError(f"{name} of the data is a whole number of at least 1, got {value!r}.")
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise DitAccelError(f"{name} of the data is at least 1, got {getattr(self, name)}.")
 
     @property
     def prepared(self) -> bool:
@@ -125,12 +125,11 @@ def run(request: Request) -> list[str]:
 
     processes = meet(request.device)  # others wait while the first prepares the data
     request.data.check()
+    candidates = [] if request.search is None else _candidates(request)
     source = sources.find(request.model, request.revision)
     sizes = sizes_of(source)
     shape = sizes.chosen(request.data.frames, request.data.height, request.data.width)
     size = {"height": shape[1], "width": shape[2]} | ({"num_frames": shape[0]} if sizes.video else {})
-    if request.search is not None and (request.threshold is None) == (request.budget is None):
-        raise DitAccelError("A layer search needs either --threshold or --budget, not both.")
     device = processes.device if request.device == "auto" else placement(request.device, "float32", "none")[0]
     frozen = request.train.rank > 0 and request.train.precision == "bf16" and device.type == "cuda"
     pipe = sources.load(source, torch.bfloat16 if frozen else torch.float32, device)
@@ -142,7 +141,7 @@ def run(request: Request) -> list[str]:
     if request.prepare:
         return [f"training data: {folder}, {len(Dataset(folder))} samples"]
     if request.search is not None:
-        return _search(pipe, request, folder)
+        return _search(pipe, request, candidates, folder)
     from dit_accel.train.loop import train
 
     call = _call(request)
@@ -205,14 +204,28 @@ def _licence(card: pathlib.Path) -> str | None:
     return found.get("license_name") or found.get("license")
 
 
-def _search(pipe: DiffusionPipeline, request: Request, folder: pathlib.Path) -> list[str]:
+def _candidates(request: Request) -> list[dict[str, Any]]:
+    """The settings that a layer search tries, checked."""
+    if (request.threshold is None) == (request.budget is None):
+        raise DitAccelError("A layer search needs either --threshold or --budget, not both.")
+    if not request.candidates:
+        raise DitAccelError("A layer search needs settings to try: give --candidate KEY=VALUE,..., several times.")
+    method = request.train.method
+    found = [registry.parse_method(f"{method}:{text}")[1] for text in request.candidates]
+    for settings in found:
+        registry.make_config(method, settings)
+    return found
+
+
+def _search(
+    pipe: DiffusionPipeline, request: Request, candidates: list[dict[str, Any]], folder: pathlib.Path
+) -> list[str]:
     from rich.console import Console
     from rich.progress import Progress
 
     from dit_accel.train import search
 
     assert request.search is not None
-    candidates = [registry.parse_method(f"{request.train.method}:{text}")[1] for text in request.candidates]
     with Progress(console=Console(stderr=True)) as bar:
         task = bar.add_task("layers", total=None)
         table = search.measure(
@@ -265,7 +278,9 @@ def read_options(items: list[str]) -> dict[str, Any]:
             raise DitAccelError(f"--option takes KEY=VALUE, such as ema=0.99 or levels.shift=5; got {item!r}.")
         outer, dot, inner = key.partition(".")
         if dot:
-            found.setdefault(outer, {})[inner] = registry.parse_value(text)
+            if not isinstance(found.setdefault(outer, {}), dict):
+                raise DitAccelError(f"--option {item} does not go with {outer}={found[outer]!r}; give one of them.")
+            found[outer][inner] = registry.parse_value(text)
         else:
             found[outer] = tuple(text.split(",")) if outer == "targets" else registry.parse_value(text)
     return found

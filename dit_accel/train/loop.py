@@ -27,7 +27,7 @@ from dit_accel.train.distill import Segments
 from dit_accel.train.losses import LossCurve
 from dit_accel.train.networks import Networks, copy_of, expanded
 from dit_accel.train.objectives import NEEDS_TEACHER, OBJECTIVES
-from dit_accel.train.prepare import find_transformer
+from dit_accel.train.prepare import Preparer, find_transformer
 from dit_accel.train.process import process_of
 from dit_accel.train.processes import join
 from dit_accel.train.progress import Progress
@@ -68,7 +68,9 @@ def train(
 ) -> pathlib.Path:
     """Fine-tune a pipeline's transformer with a method at work in it.
 
-    Afterwards the pipeline has the trained accelerator at work. Under `accelerate launch` every process calls this.
+    Afterwards the pipeline has the trained accelerator at work, whose `remove` leaves the trained LoRA or weights where
+    they are: load the result into a fresh pipeline to have both come and go. Under `accelerate launch` every process
+    calls this.
 
     Args:
         pipe: the pipeline, on the device to train on, not accelerated.
@@ -108,17 +110,21 @@ class Trainer:
         self.pipe, self.transformer = pipe, find_transformer(pipe)
         self.hf = join(settings, output)
         self.order = Order(data.kinds(), settings.batch, settings.seed)
-        first = data[0]
-        self.process = process_of(pipe.scheduler, first.latents.shape)
-        self.segments = (
-            Segments(pipe.scheduler, self.process, settings.distillation)
-            if "consistency" in settings.objectives
-            else None
-        )
+        shape = data[0].latents.shape
+        self.process = process_of(pipe.scheduler, shape)
+        self.segments = self._find_segments(shape) if "consistency" in settings.objectives else None
         self.fingerprint = adapters.fingerprint(self.transformer)
         self._make_student()
         self.step = 0
         self._resume()
+
+    def _find_segments(self, latents: torch.Size) -> Segments:
+        size: dict[str, int] = {
+            name: self.data.about[name] for name in ("num_frames", "height", "width") if name in self.data.about
+        }
+        preparer, wanted = Preparer(self.pipe, size), self.settings.distillation
+        ends, steps = (preparer.levels(count, latents) for count in (wanted.segments, wanted.teacher_steps))
+        return Segments(self.process, ends, steps)
 
     def _make_student(self) -> None:
         """Accelerate the transformer, choose what trains, and hand it to `accelerate`."""
@@ -296,7 +302,8 @@ class Trainer:
         parts = {
             "weights": {name: state.whole(weight) for name, weight in self.weights.items()},
             "average": {name: state.whole(weight) for name, weight in self.average.items()},
-            "optimizer": state.optimizer_tensors(self.optimizer.optimizer, self.weights),
+            "optimizer": state.optimizer_tensors(self.optimizer.optimizer, self.weights)
+            | state.scaler_tensors(self.hf.scaler),
         }
         if self.hf.is_main_process:
             state.save(self.output / "checkpoints", self.step, parts, self._record())
@@ -324,6 +331,7 @@ class Trainer:
                 for name, weight in weights.items():
                     weight.copy_(state.like(parts[part][name], weight))
         state.restore_optimizer(self.optimizer.optimizer, self.weights, parts["optimizer"])
+        state.restore_scaler(self.hf.scaler, parts["optimizer"])
 
     def _swap_average(self) -> None:
         """Exchange weights and averaged weights."""
@@ -345,6 +353,7 @@ class Trainer:
 
     def export(self, call: dict[str, Any]) -> None:
         """Put the averaged weights in place and write the trained accelerator with its card."""
+        self.networks.close()
         self._swap_average()
         self.transformer.eval()
         self.model = self.hf.unwrap_model(self.model, keep_fp32_wrapper=False)

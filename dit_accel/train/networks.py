@@ -18,7 +18,7 @@ from torch import nn
 from dit_accel.accelerator import Accelerator
 from dit_accel.errors import DitAccelError
 from dit_accel.pipelines.family import Family
-from dit_accel.train.data import Call
+from dit_accel.train.data import Call, is_row
 from dit_accel.train.objectives import Outputs
 
 
@@ -35,7 +35,7 @@ class Networks:
         teacher: a copy of the dense model, where all weights train.
 
     Raises:
-        DitAccelError: the family's timesteps do not follow from the noise level.
+        DitAccelError: the family's timesteps do not follow from the noise level, or the output head is not known.
     """
 
     def __init__(
@@ -56,9 +56,15 @@ class Networks:
                 f"The timestep of {type(transformer).__name__} is not its noise level times a factor, so training does "
                 "not cover it."
             )
+        if hidden and not hasattr(transformer, "proj_out"):
+            raise DitAccelError(
+                f"The objective final watches what enters proj_out, which {type(transformer).__name__} does not have; "
+                "choose another, such as teacher."
+            )
         self._scale = family.timestep_scale
         self._teacher = transformer if teacher is None else teacher
         self._sink: Outputs | None = None
+        self._handles: list[Any] = []
         for network in {id(module): module for module in (transformer, self._teacher)}.values():
             self._watch(network, layers, hidden)
 
@@ -119,9 +125,15 @@ class Networks:
     def _watch(self, network: nn.Module, layers: tuple[int, ...], hidden: bool) -> None:
         modules = [module for _, module in self._family.attentions(network)]
         for index in layers:
-            modules[index].register_forward_hook(self._see_attention)
+            self._handles.append(modules[index].register_forward_hook(self._see_attention))
         if hidden:
-            network.proj_out.register_forward_pre_hook(self._see_hidden)  # type: ignore[union-attr]
+            head: Any = network.proj_out
+            self._handles.append(head.register_forward_pre_hook(self._see_hidden))
+
+    def close(self) -> None:
+        """Watch no longer: the model is without our hooks, and the teacher is let go."""
+        for handle in self._handles:
+            handle.remove()
 
     def _see_attention(self, module: nn.Module, args: Any, output: Any) -> None:
         if self._sink is not None:  # None while activations are recomputed
@@ -146,9 +158,4 @@ def placed(value: Any, device: torch.device, dtype: torch.dtype) -> Any:
 
 def expanded(call: Call, batch: int) -> Call:
     """A conditioning of one row for a batch: its tensors of one row are repeated."""
-    return {
-        name: value.expand(batch, *value.shape[1:])
-        if isinstance(value, torch.Tensor) and value.ndim and value.shape[0] == 1
-        else value
-        for name, value in call.items()
-    }
+    return {name: value.expand(batch, *value.shape[1:]) if is_row(value) else value for name, value in call.items()}

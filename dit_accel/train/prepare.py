@@ -44,15 +44,17 @@ def find_transformer(pipe: DiffusionPipeline) -> torch.nn.Module:
     return pipe.transformer
 
 
-def first_call(pipe: DiffusionPipeline, arguments: Mapping[str, Any]) -> tuple[Call, torch.Size]:
+def first_call(pipe: DiffusionPipeline, arguments: Mapping[str, Any], steps: int = 1) -> tuple[Call, torch.Size]:
     """The conditioning of the pipeline's first transformer call, and the shape of the latents in it.
 
     Args:
         pipe: the pipeline.
         arguments: of its call, without classifier-free guidance, so that there is one row.
+        steps: of that call.
 
     Raises:
-        DitAccelError: the pipeline calls its transformer with several rows or with a timestep for each token.
+        DitAccelError: the pipeline calls its transformer with several rows, with a timestep for each token, or under
+            other names.
     """
     transformer = find_transformer(pipe)
     signature = inspect.signature(type(transformer).forward)
@@ -66,17 +68,16 @@ def first_call(pipe: DiffusionPipeline, arguments: Mapping[str, Any]) -> tuple[C
     pipe.set_progress_bar_config(disable=True)
     try:
         with torch.no_grad():
-            pipe(**arguments, num_inference_steps=1, output_type="latent")
+            pipe(**arguments, num_inference_steps=steps, output_type="latent")
     except _Seen:
         pass
     finally:
         handle.remove()
-    timestep = seen.get("timestep")
-    if seen["hidden_states"].shape[0] != 1 or not isinstance(timestep, torch.Tensor) or timestep.ndim > 1:
+    latents, timestep = (tuple(getattr(seen.get(name), "shape", ())) for name in ("hidden_states", "timestep"))
+    if latents[:1] != (1,) or len(timestep) > 1 or not isinstance(seen.get("timestep"), torch.Tensor):
         raise DitAccelError(
-            f"{type(pipe).__name__} calls its transformer with {seen['hidden_states'].shape[0]} rows and timesteps of "
-            f"{0 if timestep is None else timestep.ndim} dimensions, where one row and one timestep are wanted; "
-            "training does not cover it."
+            f"{type(pipe).__name__} calls its transformer with hidden_states of shape {latents} and timestep of shape "
+            f"{timestep}, where one row and one timestep are wanted; training does not cover it."
         )
     call = {key: value for key, value in seen.items() if key not in NOT_CONDITIONING and key != "self"}
     return {key: value for key, value in call.items() if value is not None}, seen["hidden_states"].shape
@@ -100,10 +101,29 @@ class Preparer:
         )
         self._size = dict(size)
 
-    def conditioning(self, prompt: str) -> tuple[Call, torch.Size]:
+    def conditioning(self, prompt: str, steps: int = 1) -> tuple[Call, torch.Size]:
         """The transformer's conditioning for a prompt and the shape of its latents."""
         generator = torch.Generator("cpu").manual_seed(0)
-        return first_call(self.pipe, {"prompt": prompt, "generator": generator, **self._plain})
+        return first_call(self.pipe, {"prompt": prompt, "generator": generator, **self._plain}, steps)
+
+    def levels(self, steps: int, latents: torch.Size) -> torch.Tensor:
+        """The noise levels that the pipeline visits in so many steps, from noise to 0: float32 [steps + 1].
+
+        Args:
+            steps: of the call.
+            latents: shape that the call should have, since some pipelines shift the levels by it.
+
+        Raises:
+            DitAccelError: it has another.
+        """
+        _, shape = self.conditioning("", steps)
+        if shape != latents:
+            raise DitAccelError(
+                f"The training data have latents of shape {tuple(latents)}, but {type(self.pipe).__name__} called with "
+                f"{self._size or 'its own size'} makes {tuple(shape)}; distillation needs data of one size, of which "
+                "dataset.json says height and width, and num_frames of a video. Prepare them again."
+            )
+        return self.pipe.scheduler.sigmas.float().cpu().clone()
 
     def negative(self) -> Call:
         """The conditioning of the empty prompt."""

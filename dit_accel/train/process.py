@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from dit_accel import values
 from dit_accel.errors import DitAccelError
 
 TRAIN_STEPS = 1000
@@ -24,7 +25,7 @@ class LevelSettings:
         shift: s in s·σ / (1 + (s − 1)·σ); None takes the scheduler's.
 
     Raises:
-        DitAccelError: a value is out of range.
+        DitAccelError: a value is of the wrong kind or out of range.
     """
 
     mean: float = 0.0
@@ -33,7 +34,8 @@ class LevelSettings:
     shift: float | None = None
 
     def __post_init__(self) -> None:
-        if self.std <= 0 or not 0 <= self.uniform <= 1 or (self.shift is not None and self.shift <= 0):
+        values.check(self)
+        if not self.std > 0 or not 0 <= self.uniform <= 1 or (self.shift is not None and not self.shift > 0):
             raise DitAccelError(f"Noise levels need std > 0, uniform in [0, 1] and shift > 0; got {self}.")
 
 
@@ -153,7 +155,8 @@ def _shift(config: Any, latents: torch.Size) -> float:
     tokens = latents[1] if len(latents) == 3 else math.prod(latents[2:]) / 4
     low, high = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
     slope = (config.get("max_shift", 1.15) - config.get("base_shift", 0.5)) / (high - low)
-    return math.exp(config.get("base_shift", 0.5) + slope * (tokens - low))
+    mu = config.get("base_shift", 0.5) + slope * (tokens - low)
+    return float(mu if config.get("time_shift_type") == "linear" else math.exp(mu))
 
 
 def per_sample(level: torch.Tensor, like: torch.Tensor) -> torch.Tensor:

@@ -18,10 +18,19 @@ def join(settings: TrainSettings, output: pathlib.Path) -> Any:
         output: folder of the run, where trackers write.
 
     Raises:
-        DitAccelError: they were configured in a way that training cannot follow.
+        DitAccelError: the tracker is not there, or they were configured in a way that training cannot follow.
     """
     from accelerate import Accelerator, DistributedDataParallelKwargs
+    from accelerate.tracking import get_available_trackers
     from accelerate.utils import DistributedType
+
+    installed = [tracker.value for tracker in get_available_trackers()]
+    # Accelerate goes on without one that is not installed.
+    if settings.tracker is not None and settings.tracker not in (*installed, *(["all"] if installed else [])):
+        raise DitAccelError(
+            f"The tracker {settings.tracker!r} is not installed, or unknown to accelerate. Installed: "
+            f"{', '.join(installed) or 'none'}. Without one the losses are in losses.jsonl."
+        )
 
     meet()
     # A loss on some attention outputs alone leaves the weights behind the last of them without a gradient.

@@ -7,7 +7,7 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from dit_accel import registry
+from dit_accel import registry, values
 from dit_accel.errors import DitAccelError
 from dit_accel.kernels.block_sparse.api import Impl
 from dit_accel.registry import did_you_mean
@@ -15,7 +15,6 @@ from dit_accel.train import objectives
 from dit_accel.train.process import LevelSettings
 
 RECIPES = pathlib.Path(__file__).parent / "recipes"
-PRECISIONS = ("no", "bf16", "fp16")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +27,7 @@ class Distillation:
         guidance: the teacher's guidance scale, which the student learns to do without.
 
     Raises:
-        DitAccelError: fewer teacher steps than segments, or no segments.
+        DitAccelError: a value is of the wrong kind, fewer teacher steps than segments, or no segments.
     """
 
     segments: int = 4
@@ -36,6 +35,7 @@ class Distillation:
     guidance: float = 5.0
 
     def __post_init__(self) -> None:
+        values.check(self)
         if not 1 <= self.segments <= self.teacher_steps:
             raise DitAccelError(f"Distillation needs 1 <= segments <= teacher_steps, got {self}.")
 
@@ -71,7 +71,7 @@ class TrainSettings:
         tracker: "tensorboard", "wandb" or any name `accelerate` knows; None writes losses.jsonl alone.
 
     Raises:
-        DitAccelError: a value is out of range, or values contradict each other.
+        DitAccelError: a value is of the wrong kind or out of range, or values contradict each other.
     """
 
     method: str = "dense"
@@ -98,7 +98,7 @@ class TrainSettings:
     empty_prompts: float = 0.0
     distillation: Distillation = dataclasses.field(default_factory=Distillation)
     ema: float = 0.0
-    precision: str = "no"
+    precision: Literal["no", "bf16", "fp16"] = "no"
     checkpointing: bool = False
     seed: int = 0
     save_every: int = 500
@@ -106,22 +106,24 @@ class TrainSettings:
     tracker: str | None = None
 
     def __post_init__(self) -> None:
+        values.check(self)
         objectives.check(self.objectives)
         if self.schedule is None:
             registry.make_config(self.method, self.config)
-        for name in ("steps", "batch", "accumulation", "save_every", "attention_every"):
-            _whole(name, getattr(self, name), least=1)
-        for name in ("warmup", "rank", "validate_every", "seed"):
-            _whole(name, getattr(self, name), least=0)
-        if not self.rate > 0 or not 0 <= self.ema < 1 or not 0 <= self.empty_prompts <= 1:
+        for least, names in (
+            (1, ("steps", "batch", "accumulation", "save_every", "attention_every")),
+            (0, ("warmup", "rank", "validate_every", "seed", "clip", "weight_decay")),
+        ):
+            for name in names:
+                if not getattr(self, name) >= least:
+                    raise DitAccelError(f"{name} is at least {least}, got {getattr(self, name)!r}.")
+        for name in ("rate", "method_rate", "alpha"):
+            if getattr(self, name) is not None and not getattr(self, name) > 0:
+                raise DitAccelError(f"{name} is above 0, got {getattr(self, name)!r}.")
+        if not 0 <= self.ema < 1 or not 0 <= self.empty_prompts <= 1 or not all(0 <= beta < 1 for beta in self.betas):
             raise DitAccelError(
-                f"Training needs rate > 0, 0 <= ema < 1 and 0 <= empty_prompts <= 1; got {self.rate}, {self.ema} and "
-                f"{self.empty_prompts}."
-            )
-        if self.precision not in PRECISIONS or self.decay not in ("constant", "cosine"):
-            raise DitAccelError(
-                f"precision is one of {', '.join(PRECISIONS)} and decay constant or cosine; got {self.precision!r} and "
-                f"{self.decay!r}."
+                f"Training needs 0 <= ema < 1, 0 <= empty_prompts <= 1 and betas from 0 to below 1; got {self.ema}, "
+                f"{self.empty_prompts} and {self.betas}."
             )
         if self.method == "dense" and self.schedule is None and not {"flow", "consistency"} & self.objectives.keys():
             raise DitAccelError(
@@ -138,28 +140,25 @@ class TrainSettings:
         return dataclasses.asdict(self)
 
 
-def make(values: Mapping[str, Any]) -> TrainSettings:
+def make(plain: Mapping[str, Any]) -> TrainSettings:
     """Settings from plain values, such as a recipe's.
 
     Raises:
         DitAccelError: an unknown setting, or a value that is refused.
     """
-    fields = {field.name for field in dataclasses.fields(TrainSettings)}
-    plain = dict(values)
-    for name in plain:
-        if name not in fields:
-            raise DitAccelError(f"Training has no setting {name!r}.{did_you_mean(name, fields)}")
     nested: dict[str, Any] = {"levels": LevelSettings, "distillation": Distillation}
-    for name, kind in nested.items():
-        if isinstance(plain.get(name), Mapping):
-            try:
-                plain[name] = kind(**plain[name])
-            except TypeError as error:
-                raise DitAccelError(f"{name}: {str(error).partition(') ')[2]}.") from error
-    plain |= {name: tuple(value) for name, value in plain.items() if isinstance(value, list)}
-    if "config" in plain:
-        plain["config"] = {key: tuple(v) if isinstance(v, list) else v for key, v in plain["config"].items()}
-    return TrainSettings(**plain)
+    made = {
+        name: values.build(nested[name], value, name) if name in nested else _tupled(value)
+        for name, value in plain.items()
+    }
+    if isinstance(made.get("config"), Mapping):
+        made["config"] = {key: _tupled(value) for key, value in made["config"].items()}
+    return values.build(TrainSettings, made, "Training")
+
+
+def _tupled(value: Any) -> Any:
+    """YAML has no tuples."""
+    return tuple(value) if isinstance(value, list) else value
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,6 +172,9 @@ class Recipe:
         model: it is for.
         data: arguments of the data, as `dit-accel train` takes them.
         train: settings of the run, by name of `TrainSettings`' fields.
+
+    Raises:
+        DitAccelError: a value is of the wrong kind.
     """
 
     name: str
@@ -181,6 +183,9 @@ class Recipe:
     model: str
     data: Mapping[str, Any]
     train: Mapping[str, Any]
+
+    def __post_init__(self) -> None:
+        values.check(self)
 
     @property
     def settings(self) -> TrainSettings:
@@ -217,8 +222,3 @@ def read_recipe(name: str) -> Recipe:
     if not isinstance(content, dict) or set(content) != wanted:
         raise DitAccelError(f"The recipe {name} needs exactly the entries {', '.join(sorted(wanted))}.")
     return Recipe(path.stem, **content)
-
-
-def _whole(name: str, value: Any, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise DitAccelError(f"{name} is a whole number of at least {least}, got {value!r}.")

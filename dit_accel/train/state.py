@@ -19,6 +19,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from dit_accel.errors import DitAccelError
 
 PARTS = ("weights", "average", "optimizer")
+SCALER = "loss scale"  # beside the optimizer's state, by names that no weight has
+CHANGES = ("scale", "_growth_tracker")  # of a loss scaler, from step to step
 STATE = "state.json"
 KEPT = 2
 
@@ -42,6 +44,19 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, weights: Mapping[str, nn
         optimizer.state[weight] = {
             key: like(value, weight) if value.shape == weight.shape else value for key, value in own.items()
         }
+
+
+def scaler_tensors(scaler: torch.amp.GradScaler | None) -> Tensors:
+    """Where a loss scaler stands (fp16); nothing without one."""
+    state = {} if scaler is None else scaler.state_dict()
+    return {f"{SCALER}.{key}": torch.tensor(state[key], device="cpu") for key in CHANGES if key in state}
+
+
+def restore_scaler(scaler: torch.amp.GradScaler | None, tensors: Tensors) -> None:
+    """Give the scaler what `scaler_tensors` gave."""
+    found = {key: tensors[f"{SCALER}.{key}"].item() for key in CHANGES if f"{SCALER}.{key}" in tensors}
+    if scaler is not None and found:
+        scaler.load_state_dict(scaler.state_dict() | found)
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
@@ -69,6 +84,7 @@ def save(folder: pathlib.Path, step: int, parts: Mapping[str, Tensors], record: 
     Raises:
         DitAccelError: it cannot be written; earlier checkpoints stay.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     target = folder / f"step-{step:08d}"
@@ -83,7 +99,7 @@ def save(folder: pathlib.Path, step: int, parts: Mapping[str, Tensors], record: 
         stage.rename(target)
         for old in found(folder)[:-KEPT]:
             shutil.rmtree(old)
-    except (OSError, RuntimeError) as error:  # safetensors reports a full disk as its own error
+    except (OSError, SafetensorError) as error:  # a full disk is either, by who writes
         shutil.rmtree(stage, ignore_errors=True)
         kept = found(folder)
         raise DitAccelError(

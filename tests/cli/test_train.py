@@ -6,6 +6,7 @@ import pytest
 
 SIZE = ("--frames", "5", "--height", "32", "--width", "48")
 METHOD = ("--method", "sla:topk=0.3", "--set", "block=16")
+SEARCH = ("--search", "a.json", "--method", "sla", "--budget", ".5")
 
 
 @pytest.fixture(autouse=True)
@@ -54,6 +55,17 @@ def test_a_distilled_model_is_sampled_in_its_steps(cli, demo, tmp_path):
     assert shown.status == 0
     record = json.loads((tmp_path / "a.json").read_text())
     assert (record["call"]["num_inference_steps"], record["call"]["guidance_scale"]) == (2, 1.0)
+    (tmp_path / "prompts.txt").write_text("a blue square\n")
+    options = ("--prompts", tmp_path / "prompts.txt", *SIZE, "--metric", "psnr", "--load", tmp_path / "few")
+    for folder, asked, taken in (("own", (), [16, 2]), ("asked", ("--steps", 3), [3, 3])):
+        done = cli("eval", *options, *asked, "--output", tmp_path / folder)
+        assert done.status == 0, done.err
+        rows = json.loads((tmp_path / folder / "summary.json").read_text())["rows"]
+        assert [row["steps"] for row in rows] == taken
+        assert [row["guidance"] for row in rows] == [5.0, 1.0]
+        assert (
+            "in 2 steps with guidance 1.0, reference in 16 with 5.0." in (tmp_path / folder / "summary.md").read_text()
+        ) == (folder == "own")
 
 
 def test_generated_data_and_a_layer_search(cli, demo, tmp_path):
@@ -95,16 +107,29 @@ def refused(cli, tmp_path):
         ((*METHOD, "--data", "clips", "--objective", "flo"), "Did you mean 'flow'"),
         ((*METHOD, "--data", "clips", "--option", "emma=1"), "Did you mean 'ema'"),
         ((*METHOD, "--data", "clips", "--option", "ema"), "KEY=VALUE"),
-        ((*METHOD, "--data", "clips", "--rate", "-1"), "rate > 0"),
+        ((*METHOD, "--data", "clips", "--option", "levels=3", "--option", "levels.std=1"), "give one of them"),
+        ((*METHOD, "--data", "clips", "--rate", "-1"), "rate is above 0, got -1.0"),
         ((*METHOD, "--data", "clips", "--model", "./none"), "There is no model folder"),
         (("--data", "clips", "--method", "dense"), "its own teacher"),
         (("--recipe", "radial-wan2.1-14b-2x"), "your own captioned videos"),
         (("--data", "clips", "--search", "a.json", "--method", "gna", "--candidate", "window=3"), "--threshold"),
+        (
+            ("--data", "clips", *SIZE, "--search", "a.json", "--method", "sla", "--budget", ".5"),
+            "needs settings to try",
+        ),
+        (("--data", "clips", *SIZE, *SEARCH, "--candidate", "topk=1", "--candidate", "tpk=1"), "no setting 'tpk'"),
+        (("--data", "clips", *SIZE, *SEARCH, "--candidate", "topk=1", "--candidate", "topk=2"), "topk is the share"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )
 def test_refused(refused, demo, options, message):
     assert message in refused(*options)
+
+
+def test_a_recipe_with_a_mistake_in_its_data(refused, demo, tmp_path):
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text("{about: a, source: b, model: demo, data: {sorce: clips}, train: {method: sla}}")
+    assert "The data has no setting 'sorce'. Did you mean 'source'?" in refused("--recipe", recipe)
 
 
 def test_empty_folders_and_prompts(refused, demo, tmp_path):

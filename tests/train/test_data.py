@@ -42,6 +42,14 @@ def test_collate_repeats_what_is_shared():
     assert torch.equal(batch.call["img_ids"], sample(0).call["img_ids"])
 
 
+def test_samples_that_share_no_positions_are_not_batched():
+    """An image of 2 x 3 tokens and one of 3 x 2 have tensors of the same shapes."""
+    wide, tall = sample(0), sample(1)
+    assert wide.kind == tall.kind
+    tall.call["img_ids"] = wide.call["img_ids"].flip(0)
+    assert wide.kind != tall.kind
+
+
 def test_order_visits_every_sample_once_an_epoch_and_never_mixes_kinds():
     kinds = [sample(i, width=4 if i % 3 else 6).kind for i in range(12)]
     order = Order(kinds, batch=2, seed=1)

@@ -5,20 +5,24 @@ import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 
 from dit_accel import DitAccelError
-from dit_accel.train.distill import Segments, grid
+from dit_accel.train.distill import Segments
 from dit_accel.train.process import Flow, process_of
 from dit_accel.train.settings import Distillation
 
-SCHEDULER = FlowMatchEulerDiscreteScheduler(shift=6.0)
+
+def grid(steps):
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=6.0)
+    scheduler.set_timesteps(steps)
+    return scheduler.sigmas
 
 
 def make(segments=4, teacher_steps=16):
-    return Segments(SCHEDULER, Flow(6.0), Distillation(segments, teacher_steps))
+    return Segments(Flow(6.0), grid(segments), grid(teacher_steps))
 
 
 def test_segments_end_where_the_student_steps_to():
     made = make()
-    ends = grid(SCHEDULER, 4, None)
+    ends = grid(4)
     assert len(ends) == 5 and ends[0] == 1 and ends[-1] == 0
     assert set(made.end.tolist()) == set(ends[1:].tolist())
     assert (made.start > made.next).all() and (made.next >= made.end).all()
@@ -60,7 +64,20 @@ def test_refused():
         Distillation(8, 4)
     process = process_of(DDIMScheduler(), torch.Size((1, 4, 8, 8)))
     with pytest.raises(DitAccelError, match="flow-matching"):
-        Segments(DDIMScheduler(), process, Distillation())
+        Segments(process, grid(4), grid(16))
+
+
+@pytest.mark.parametrize("kind", ["exponential", "linear"])
+def test_levels_of_a_scheduler_that_shifts_by_length(kind):
+    """As FLUX's pipeline asks for them: even levels, shifted."""
+    from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+
+    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, time_shift_type=kind)
+    process = process_of(scheduler, torch.Size((1, 1500, 64)))
+    even = [1.0, 0.75, 0.5, 0.25]
+    scheduler.set_timesteps(sigmas=even, mu=calculate_shift(1500))
+    for share, sigma in zip(even, scheduler.sigmas, strict=False):
+        assert process.even(share).item() == pytest.approx(sigma.item())
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])

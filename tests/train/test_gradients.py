@@ -124,6 +124,16 @@ def test_recomputing_activations_changes_no_gradient(tiny_wan, wan_inputs):
         assert plain.abs().max() > 0 and torch.equal(plain, recomputed)
 
 
+def test_a_model_without_the_head_that_is_watched_is_refused():
+    import tiny_models
+
+    transformer = tiny_models.get("kandinsky5", "t2v").shared
+    family = find_transformers(transformer)[0]["transformer"][1]
+    with dit_accel.accelerated(transformer, "dense") as accel:
+        with pytest.raises(dit_accel.DitAccelError, match="which Kandinsky5Transformer3DModel does not have"):
+            Networks(transformer, family, accel, lora=False, hidden=True)
+
+
 def test_objectives_by_hand():
     student = Outputs(torch.tensor([1.0, 3.0]), [torch.tensor([2.0]), torch.tensor([0.0])], torch.tensor([1.0]))
     teacher = Outputs(torch.tensor([1.0, 1.0]), [torch.tensor([1.0]), torch.tensor([4.0])], torch.tensor([2.0]))

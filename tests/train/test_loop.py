@@ -1,6 +1,8 @@
 """A run from data to artefact: it learns, survives kills, stops where it must, and what it leaves can be loaded."""
 
+import contextlib
 import os
+import resource
 import shutil
 import signal
 
@@ -12,7 +14,9 @@ import dit_accel
 from dit_accel import adapters
 from dit_accel.train import losses, state
 from dit_accel.train.data import Dataset
+from dit_accel.train.loop import Base, train
 from dit_accel.train.networks import Networks
+from dit_accel.train.settings import make
 
 
 def curve(folder):
@@ -123,6 +127,17 @@ def test_kinds_of_runs(settings, trained):
     assert set(rows[0]) == {"step", "loss", "rate", *settings.get("objectives", {"teacher": 1})}
 
 
+def test_training_leaves_no_hook(tiny, tmp_path):
+    """A hook would keep the teacher, which is a whole copy of the model where all weights train."""
+    pipe = tiny.load()
+    settings = {"method": "gna", "config": {"window": 3}, "rank": 0, "steps": 1}
+    train(
+        pipe, make(settings | {"objectives": {"attention": 1.0, "final": 1.0}}), tiny.data, tmp_path, base=Base("tiny")
+    )
+    modules = dict(pipe.transformer.named_modules()).items()
+    assert [name for name, module in modules if module._forward_hooks or module._forward_pre_hooks] == [""]
+
+
 def test_some_batches_have_the_empty_prompt(trained, tiny, monkeypatch):
     empty, seen, student = Dataset(tiny.data).negative["encoder_hidden_states"], [], Networks.student
 
@@ -166,6 +181,25 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(trained, elsewhere, tmp
         assert all(torch.equal(ends[0][part][name], ends[1][part][name]) for name in ends[0][part])
 
 
+def test_a_run_in_fp16_goes_on_with_its_loss_scale(tiny, tmp_path, monkeypatch):
+    """A scale that doubles every step, on a scaler of the CPU, since accelerate has one on GPUs alone."""
+    from dit_accel.train import loop
+
+    scalers, join = [], loop.join
+
+    def with_scaler(*arguments):
+        hf = join(*arguments)
+        hf.scaler = torch.amp.GradScaler("cpu", init_scale=4.0, growth_interval=1)
+        scalers.append(hf.scaler)
+        return hf
+
+    monkeypatch.setattr(loop, "join", with_scaler)
+    settings = {"method": "gna", "config": {"window": 3}, "rank": 2}
+    for steps in (2, 3):
+        train(tiny.load(), make(settings | {"steps": steps}), tiny.data, tmp_path, base=Base("tiny"))
+    assert [scaler.get_scale() for scaler in scalers] == [16.0, 32.0]
+
+
 @pytest.fixture
 def rounding_budget(trained):
     """How far float32 rounding may move the losses of a run, relative to them.
@@ -204,6 +238,25 @@ def test_portable_and_triton_train_alike(elsewhere, tmp_path, rounding_budget):
     assert [row["loss"] for row in triton] == pytest.approx([row["loss"] for row in portable], rel=bound)
 
 
+@pytest.mark.parametrize("rank", [0, 4])
+def test_a_fine_tuning_that_was_taken_back_is_not_saved(rank, trained, tiny, tmp_path):
+    accel = dit_accel.load(tiny.load(), trained(rank=rank, steps=1))
+    accel.remove()
+    with pytest.raises(dit_accel.DitAccelError, match=r"save it before remove\(\)"):
+        accel.save_pretrained(tmp_path / "late")
+    assert not (tmp_path / "late").exists()
+
+
+def test_a_tracker_that_is_not_there_is_refused(trained, monkeypatch):
+    """Accelerate itself goes on without one that is known but not installed."""
+    import accelerate.tracking
+
+    monkeypatch.setattr(accelerate.tracking, "_available_trackers", [])
+    for tracker in ("wandb", "wandbb"):
+        with pytest.raises(dit_accel.DitAccelError, match=f"The tracker '{tracker}' is not installed"):
+            trained(steps=1, tracker=tracker)
+
+
 def test_another_run_in_the_same_folder_is_refused(trained):
     trained(steps=2)
     with pytest.raises(dit_accel.DitAccelError, match=r"belongs to another run: its rate was 0\.01, and is 0\.02"):
@@ -227,22 +280,53 @@ def test_a_loss_that_is_not_a_number_stops_the_run(trained, tmp_path, monkeypatc
     )
 
 
-def test_a_full_disk_keeps_the_last_checkpoint(trained, tmp_path, monkeypatch):
+@pytest.fixture
+def small_files():
+    """Inside, no file grows beyond 1,000 bytes: what a full disk is to whoever writes one."""
+
+    @contextlib.contextmanager
+    def limited():
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    return limited
+
+
+def test_a_full_disk_keeps_the_last_checkpoint(trained, tmp_path, monkeypatch, small_files):
     trained("full", steps=2)
     import safetensors.torch
 
+    write = safetensors.torch.save_file
+
     def full(*arguments, **keywords):
-        raise OSError(28, "No space left on device")
+        with small_files():
+            write(*arguments, **keywords)
 
     monkeypatch.setattr(safetensors.torch, "save_file", full)
     with pytest.raises(
-        dit_accel.DitAccelError, match=r"step 4 cannot be written .*No space left.*step-00000002"
+        dit_accel.DitAccelError, match=r"step 4 cannot be written .*File too large.*step-00000002"
     ) as error:
         trained("full", steps=4)
     assert "\n" not in str(error.value)
     assert [path.name for path in (tmp_path / "full" / "checkpoints").iterdir()] == ["step-00000002"]
     monkeypatch.undo()
     assert len(curve(trained("full", steps=4))) == 4
+
+
+def test_a_full_disk_leaves_the_saved_weights_as_they_were(trained, tiny, small_files):
+    folder, pipe = trained(rank=0, steps=1), tiny.load()
+    files = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    with dit_accel.load(pipe, folder) as accel:
+        with (
+            pytest.raises(dit_accel.DitAccelError, match=r"Cannot save the accelerator .*File too large"),
+            small_files(),
+        ):
+            accel.save_pretrained(folder)
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == files
 
 
 def test_damaged_checkpoints_are_named(trained, tmp_path):

@@ -69,3 +69,47 @@ def test_pipelines_that_cannot_be_trained(tiny):
         Preparer(pipe, SIZE)
     with pytest.raises(DitAccelError, match="has no transformer"):
         prepare.find_transformer(object())
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (
+            {"hidden_states": torch.ones(2, 4), "timestep": torch.ones(2)},
+            r"hidden_states of shape \(2, 4\)",
+        ),
+        ({"hidden_states": torch.ones(1, 4), "timestep": torch.ones(1, 4)}, r"timestep of shape \(1, 4\)"),
+        ({"x": [torch.ones(4)], "t": torch.ones(1)}, r"hidden_states of shape \(\) and"),
+    ],
+    ids=["rows", "tokens", "names"],
+)
+def test_calls_that_cannot_be_trained(call, message):
+    class Model(torch.nn.Module):
+        def forward(self, hidden_states=None, timestep=None, x=None, t=None):
+            raise AssertionError("the call is only looked at")
+
+    class Pipe:
+        transformer = Model()
+
+        def set_progress_bar_config(self, **arguments):
+            pass
+
+        def __call__(self, **arguments):
+            self.transformer(**call)
+
+    with pytest.raises(DitAccelError, match=message):
+        prepare.first_call(Pipe(), {})
+
+
+def test_levels_are_those_the_pipeline_samples_at(flux_folder):
+    """FLUX's pipeline gives its scheduler even levels and a shift by length, unlike the scheduler's own."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
+
+    pipe = FluxPipeline.from_pretrained(flux_folder)
+    pipe.scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    size = {"height": 32, "width": 48}
+    found = Preparer(pipe, size).levels(3, torch.Size((1, 96, 16)))
+    pipe("", num_inference_steps=3, output_type="latent", **size)
+    assert torch.equal(found, pipe.scheduler.sigmas) and found.shape == (4,) and found[-1] == 0
+    with pytest.raises(DitAccelError, match=r"data have latents of shape \(1, 6, 16\), but FluxPipeline called with"):
+        Preparer(pipe, size).levels(3, torch.Size((1, 6, 16)))
