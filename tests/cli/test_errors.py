@@ -109,11 +109,12 @@ def test_options(refused, demo, tmp_path, options, message):
     assert message in refused("generate", *SIZE, "--output", tmp_path / "a.mp4", *options)
 
 
+def interrupted(*_, **__):
+    raise KeyboardInterrupt
+
+
 def test_ctrl_c(cli, demo, tmp_path, monkeypatch):
     from dit_accel.generation import sampling
-
-    def interrupted(*_):
-        raise KeyboardInterrupt
 
     monkeypatch.setattr(sampling, "call", interrupted)
     outcome = cli("generate", *SIZE, "--method", "gna:window=0.5", "--output", tmp_path / "a.mp4")
@@ -125,9 +126,6 @@ def test_ctrl_c(cli, demo, tmp_path, monkeypatch):
 def test_ctrl_c_in_a_verb_that_has_nothing_to_say(cli, monkeypatch):
     from dit_accel import plans
 
-    def interrupted(*_, **__):
-        raise KeyboardInterrupt
-
     monkeypatch.setattr(plans, "plan", interrupted)
     outcome = cli("plan", "--method", "radial", "--grid", "4x4x4")
     assert (outcome.status, outcome.out, outcome.err) == (130, "", "dit-accel: interrupted.\n")
@@ -135,9 +133,6 @@ def test_ctrl_c_in_a_verb_that_has_nothing_to_say(cli, monkeypatch):
 
 def test_ctrl_c_while_the_model_of_a_batch_is_loaded(cli, demo, tmp_path, monkeypatch):
     from dit_accel.generation import sources
-
-    def interrupted(*_):
-        raise KeyboardInterrupt
 
     monkeypatch.setattr(sources, "load", interrupted)
     outcome = cli("generate", *SIZE, "--prompts", "demo", "--output", tmp_path / "a.mp4")

@@ -9,13 +9,8 @@ import triton
 import triton.language as tl
 
 from dit_accel.kernels.block_sparse.triton_predicate import holds, load_words
-from dit_accel.kernels.block_sparse.triton_tokens import (
-    head_of,
-    list_of,
-    locate,
-    places_in,
-    starts_of,
-)
+from dit_accel.kernels.block_sparse.triton_rows import load_rows, rows_of, store_rows
+from dit_accel.kernels.block_sparse.triton_tokens import list_of, locate, places_in, starts_of
 
 # Logits and LSE are subtracted in base e, where the LSE was rounded once, and only then taken to base 2
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -198,52 +193,36 @@ def block_sparse_bwd_kernel_dq(
     """
     i_q = query_blocks - 1 - tl.program_id(0)
     i_bh = tl.program_id(1)
-    i_b, i_h = i_bh // heads, i_bh % heads
-    visual_start, reference_start, text_start, text_len = starts_of(
-        i_b, visual_starts, reference_starts, text_starts, text_lens
-    )  # fmt: skip
-    q = head_of(q, i_b, i_h, q_batch, q_head, ALIGN)
-    k = head_of(k, i_b, i_h, k_batch, k_head, ALIGN)
-    v = head_of(v, i_b, i_h, v_batch, v_head, ALIGN)
-    grad_out = head_of(grad_out, i_b, i_h, g_batch, g_head, ALIGN)
-    out = head_of(out, i_b, i_h, o_batch, o_head, ALIGN)
-
-    o_d = tl.arange(0, BLOCK_D)
-    m_d = o_d < D
+    starts, text_len = starts_of(i_bh // heads, visual_starts, reference_starts, text_starts, text_lens)
+    visual_start, reference_start, text_start = starts
     slot_q = tl.arange(0, BLOCK_Q)
-    row_q, valid_q, _raster_q = locate(
+    rows, valid, _raster = locate(
         i_q, slot_q, visual_start * (1 - own_queries), reference_start, text_start, QT, QH, QW,
         query_reference, query_text, BLOCK_Q, TILE_QT, TILE_QH, TILE_QW,
     )  # fmt: skip
-    rows_q = row_q.to(tl.int64)
-    mask_q = valid_q[:, None] & m_d
-    b_q = tl.load(q + rows_q[:, None] * (q_row * ALIGN) + o_d, mask=mask_q, other=0.0)
-    b_g = tl.load(grad_out + rows_q[:, None] * (g_row * ALIGN) + o_d, mask=mask_q, other=0.0)
-    b_o = tl.load(out + rows_q[:, None] * (o_row * ALIGN) + o_d, mask=mask_q, other=0.0)
-    place_q = i_bh.to(tl.int64) * query_tokens + rows_q
+    b_q = load_rows(rows_of(q, (q_batch, q_head, q_row), heads, ALIGN), rows, valid, D, BLOCK_D)
+    b_g = load_rows(rows_of(grad_out, (g_batch, g_head, g_row), heads, ALIGN), rows, valid, D, BLOCK_D)
+    b_o = load_rows(rows_of(out, (o_batch, o_head, o_row), heads, ALIGN), rows, valid, D, BLOCK_D)
+    place = i_bh.to(tl.int64) * query_tokens + rows
     b_delta = tl.sum(b_o.to(tl.float32) * b_g.to(tl.float32), 1)
     if HAS_GRAD_LSE:
-        b_delta -= tl.load(grad_lse + place_q, mask=valid_q, other=0.0)
-    tl.store(delta + place_q, b_delta, mask=valid_q)
-    b_g = b_g.to(b_q.dtype)
-    b_lse = row_lse(lse, place_q, valid_q)
+        b_delta -= tl.load(grad_lse + place, mask=valid, other=0.0)
+    tl.store(delta + place, b_delta, mask=valid)
 
     CUT: tl.constexpr = (BLOCK_K, TILE_KT, TILE_KH, TILE_KW)
-    lists = list_of(i_bh * per_head * query_blocks + i_q, places, spans, width)
-    starts = (visual_start, reference_start, text_start)
     acc = of_queries(
-        b_q, b_g, b_lse, b_delta, (k, k_row * ALIGN), (v, v_row * ALIGN), scale, lists, words, starts, (T, H, W),
+        b_q, b_g.to(b_q.dtype), row_lse(lse, place, valid), b_delta,
+        rows_of(k, (k_batch, k_head, k_row), heads, ALIGN), rows_of(v, (v_batch, v_head, v_row), heads, ALIGN), scale,
+        list_of(i_bh * per_head * query_blocks + i_q, places, spans, width), words, starts, (T, H, W),
         reference, text_len, D, BLOCK_D, BLOCK_Q, CUT, STEP, HAS_TABLES, PRECISION,
     )  # fmt: skip
 
     # The grid says once more which block it is, which compilers cannot know: rows held through the loops would spill
-    row_q, valid_q, _raster_q = locate(
+    rows, valid, _raster = locate(
         tl.num_programs(0) - 1 - tl.program_id(0), slot_q, visual_start * (1 - own_queries), reference_start,
         text_start, QT, QH, QW, query_reference, query_text, BLOCK_Q, TILE_QT, TILE_QH, TILE_QW,
     )  # fmt: skip
-    rows_q, mask_q = row_q.to(tl.int64), valid_q[:, None] & m_d
-    p_dq = dq + ((i_b.to(tl.int64) * query_tokens + rows_q[:, None]) * heads + i_h) * D + o_d
-    tl.store(p_dq, (acc * scale).to(dq.dtype.element_ty), mask=mask_q)
+    store_rows(dq, rows, valid, acc * scale, heads, query_tokens, D, BLOCK_D)
 
 
 @triton.jit(do_not_specialize=[
@@ -272,44 +251,31 @@ def block_sparse_bwd_kernel_dkdv(
     """
     i_k = key_blocks - 1 - tl.program_id(0)
     i_bh = tl.program_id(1)
-    i_b, i_h = i_bh // heads, i_bh % heads
-    visual_start, reference_start, text_start, text_len = starts_of(
-        i_b, visual_starts, reference_starts, text_starts, text_lens
-    )  # fmt: skip
-    q = head_of(q, i_b, i_h, q_batch, q_head, ALIGN)
-    k = head_of(k, i_b, i_h, k_batch, k_head, ALIGN)
-    v = head_of(v, i_b, i_h, v_batch, v_head, ALIGN)
-    grad_out = head_of(grad_out, i_b, i_h, g_batch, g_head, ALIGN)
-    statistics = i_bh.to(tl.int64) * query_tokens
-
-    o_d = tl.arange(0, BLOCK_D)
-    m_d = o_d < D
+    starts, text_len = starts_of(i_bh // heads, visual_starts, reference_starts, text_starts, text_lens)
+    visual_start, reference_start, text_start = starts
     slot_k = tl.arange(0, BLOCK_K)
-    row_k, valid_k, _ = locate(
+    rows, valid, _raster = locate(
         i_k, slot_k, visual_start, reference_start, text_start, T, H, W,
         reference, text_len, BLOCK_K, TILE_KT, TILE_KH, TILE_KW,
     )  # fmt: skip
-    rows_k = row_k.to(tl.int64)
-    mask_k = valid_k[:, None] & m_d
-    b_k = tl.load(k + rows_k[:, None] * (k_row * ALIGN) + o_d, mask=mask_k, other=0.0)
-    b_v = tl.load(v + rows_k[:, None] * (v_row * ALIGN) + o_d, mask=mask_k, other=0.0)
+    b_k = load_rows(rows_of(k, (k_batch, k_head, k_row), heads, ALIGN), rows, valid, D, BLOCK_D)
+    b_v = load_rows(rows_of(v, (v_batch, v_head, v_row), heads, ALIGN), rows, valid, D, BLOCK_D)
 
-    p_first = firsts + i_bh * per_head * (2 * key_blocks + 1) + 2 * i_k
-    query_start = visual_start * (1 - own_queries)
     CUT: tl.constexpr = (BLOCK_Q, TILE_QT, TILE_QH, TILE_QW)
-    starts = (query_start, reference_start, text_start)
+    query_starts = (visual_start * (1 - own_queries), reference_start, text_start)
+    p_first = firsts + i_bh * per_head * (2 * key_blocks + 1) + 2 * i_k
+    first_row = i_bh.to(tl.int64) * query_tokens
     b_dk, b_dv = of_keys(
-        b_k, b_v, slot_k, (q, q_row * ALIGN), (grad_out, g_row * ALIGN), lse + statistics, delta + statistics, scale,
-        places, numbers, p_first, words, starts, (QT, QH, QW), query_reference, query_text,
+        b_k, b_v, slot_k, rows_of(q, (q_batch, q_head, q_row), heads, ALIGN),
+        rows_of(grad_out, (g_batch, g_head, g_row), heads, ALIGN), lse + first_row, delta + first_row, scale,
+        places, numbers, p_first, words, query_starts, (QT, QH, QW), query_reference, query_text,
         D, BLOCK_D, BLOCK_K, BLOCK_K, CUT, STEP, HAS_TABLES, PRECISION,
     )  # fmt: skip
 
     # located again, as in the kernel of dq
-    row_k, valid_k, _ = locate(
+    rows, valid, _raster = locate(
         tl.num_programs(0) - 1 - tl.program_id(0), slot_k, visual_start, reference_start, text_start, T, H, W,
         reference, text_len, BLOCK_K, TILE_KT, TILE_KH, TILE_KW,
     )  # fmt: skip
-    rows_k, mask_k = row_k.to(tl.int64), valid_k[:, None] & m_d
-    place = ((i_b.to(tl.int64) * key_tokens + rows_k[:, None]) * heads + i_h) * D + o_d
-    tl.store(dk + place, (b_dk * scale).to(dk.dtype.element_ty), mask=mask_k)
-    tl.store(dv + place, b_dv.to(dv.dtype.element_ty), mask=mask_k)
+    store_rows(dk, rows, valid, b_dk * scale, heads, key_tokens, D, BLOCK_D)
+    store_rows(dv, rows, valid, b_dv, heads, key_tokens, D, BLOCK_D)

@@ -6,13 +6,8 @@ import triton
 import triton.language as tl
 
 from dit_accel.kernels.block_sparse.triton_predicate import holds, load_words
-from dit_accel.kernels.block_sparse.triton_tokens import (
-    head_of,
-    list_of,
-    locate,
-    places_in,
-    starts_of,
-)
+from dit_accel.kernels.block_sparse.triton_rows import load_rows, rows_of, store_rows
+from dit_accel.kernels.block_sparse.triton_tokens import list_of, locate, places_in, starts_of
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -145,35 +140,21 @@ def block_sparse_fwd_kernel(
     # text rows, which see everything, are the last blocks: start them first
     i_q = query_blocks - 1 - tl.program_id(0)
     i_bh = tl.program_id(1)
-    i_b, i_h = i_bh // heads, i_bh % heads
-    visual_start, reference_start, text_start, text_len = starts_of(
-        i_b, visual_starts, reference_starts, text_starts, text_lens
-    )  # fmt: skip
-    q = head_of(q, i_b, i_h, q_batch, q_head, ALIGN)
-    k = head_of(k, i_b, i_h, k_batch, k_head, ALIGN)
-    v = head_of(v, i_b, i_h, v_batch, v_head, ALIGN)
-    keep = 1 - own_queries
-
-    o_d = tl.arange(0, BLOCK_D)
-    m_d = o_d < D
-    slot_q = tl.arange(0, BLOCK_Q)
-    row_q, valid_q, _raster_q = locate(
-        i_q, slot_q, visual_start * keep, reference_start, text_start, QT, QH, QW,
+    starts, text_len = starts_of(i_bh // heads, visual_starts, reference_starts, text_starts, text_lens)
+    visual_start, reference_start, text_start = starts
+    rows, valid, _raster = locate(
+        i_q, tl.arange(0, BLOCK_Q), visual_start * (1 - own_queries), reference_start, text_start, QT, QH, QW,
         query_reference, query_text, BLOCK_Q, TILE_QT, TILE_QH, TILE_QW,
     )  # fmt: skip
-    p_q = q + row_q.to(tl.int64)[:, None] * (q_row * ALIGN) + o_d
-    b_q = tl.load(p_q, mask=valid_q[:, None] & m_d, other=0.0)  # [BLOCK_Q, BLOCK_D]
+    b_q = load_rows(rows_of(q, (q_batch, q_head, q_row), heads, ALIGN), rows, valid, D, BLOCK_D)
     b_q, scale = positive(b_q, scale)
 
     CUT: tl.constexpr = (BLOCK_K, TILE_KT, TILE_KH, TILE_KW)
-    lists = list_of(i_bh * per_head * query_blocks + i_q, places, spans, width)
-    starts = (visual_start, reference_start, text_start)
     acc, peak, total = attend_lists(
-        b_q, (k, k_row * ALIGN), (v, v_row * ALIGN), scale, lists, words, starts, (T, H, W), reference, text_len,
-        D, BLOCK_D, BLOCK_Q, CUT, STEP, HAS_TABLES, PRECISION,
+        b_q, rows_of(k, (k_batch, k_head, k_row), heads, ALIGN), rows_of(v, (v_batch, v_head, v_row), heads, ALIGN),
+        scale, list_of(i_bh * per_head * query_blocks + i_q, places, spans, width), words, starts, (T, H, W),
+        reference, text_len, D, BLOCK_D, BLOCK_Q, CUT, STEP, HAS_TABLES, PRECISION,
     )  # fmt: skip
     acc, b_lse = normalised(acc, peak, total)
-    rows = row_q.to(tl.int64)
-    p_o = out + ((i_b.to(tl.int64) * query_tokens + rows[:, None]) * heads + i_h) * D + o_d
-    tl.store(p_o, acc.to(out.dtype.element_ty), mask=valid_q[:, None] & m_d)
-    tl.store(lse + i_bh.to(tl.int64) * query_tokens + rows, b_lse, mask=valid_q)
+    store_rows(out, rows, valid, acc, heads, query_tokens, D, BLOCK_D)
+    tl.store(lse + i_bh.to(tl.int64) * query_tokens + rows, b_lse, mask=valid)

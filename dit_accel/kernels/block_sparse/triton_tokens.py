@@ -11,20 +11,10 @@ import triton.language as tl
 
 
 @triton.jit
-def head_of(x, i_b, i_h, batch, head, ALIGN: tl.constexpr):
-    """Where one head of one sample begins; strides come divided by ALIGN."""
-    return x + (i_b.to(tl.int64) * batch + i_h.to(tl.int64) * head) * ALIGN
-
-
-@triton.jit
 def starts_of(i_b, visual_starts, reference_starts, text_starts, text_lens):
-    """Where one sample's segments begin, and its valid text tokens."""
-    return (
-        tl.load(visual_starts + i_b),
-        tl.load(reference_starts + i_b),
-        tl.load(text_starts + i_b),
-        tl.load(text_lens + i_b),
-    )
+    """Where one sample's visual, reference and text tokens begin, and its valid text tokens."""
+    starts = tl.load(visual_starts + i_b), tl.load(reference_starts + i_b), tl.load(text_starts + i_b)
+    return starts, tl.load(text_lens + i_b)
 
 
 @triton.jit

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from dit_accel.kernels.block_sparse.triton_backward import of_keys, of_queries, row_lse
+from dit_accel.kernels.block_sparse.triton_rows import load_rows, rows_of, rows_of_head, store_rows
 from dit_accel.kernels.block_sparse.triton_tokens import list_of
 from dit_accel.kernels.sla.triton_features import EPS, mapped, mapped_columns, pulled_back, scales_of_rows
 from dit_accel.kernels.sla.triton_marginal import over_listed, over_others, over_selecting, routed
@@ -22,14 +23,10 @@ from dit_accel.kernels.sla.triton_rows import (
     hidden_zero,
     load_columns,
     load_part,
-    load_rows,
     load_total,
     placed,
     placed_keys,
-    rows_of,
-    rows_of_head,
     slots_of,
-    store_rows,
     stored_rows,
     table_of,
     times_table,

@@ -11,8 +11,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from dit_accel.kernels.block_sparse.triton_rows import load_rows
 from dit_accel.kernels.sla.triton_features import mapped
-from dit_accel.kernels.sla.triton_rows import load_rows, slots_of
+from dit_accel.kernels.sla.triton_rows import slots_of
 
 
 @triton.jit

@@ -1,7 +1,6 @@
-"""What the kernels of the linear branch read and write: rows of a head, a head's table, sums over splits of the tokens.
+"""What the kernels of the linear branch read and write: a head's table, sums over splits of the tokens, rows anew.
 
-A program's second number is its head, counted over all samples. `x` of one head is a pair: where its rows begin, and
-the distance from row to row in elements.
+A head and its rows are as in `block_sparse.triton_rows`.
 """
 
 from __future__ import annotations
@@ -9,28 +8,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from dit_accel.kernels.block_sparse.triton_tokens import head_of, locate
-
-
-@triton.jit
-def rows_of_head(x, i_bh, strides, heads, ALIGN: tl.constexpr):
-    """One head of x [B, H, N, D], whose strides (batch, head, row) come divided by ALIGN."""
-    batch, head, row = strides
-    return head_of(x, i_bh // heads, i_bh % heads, batch, head, ALIGN), row * ALIGN
-
-
-@triton.jit
-def rows_of(x, strides, heads, ALIGN: tl.constexpr):
-    """This program's head of x."""
-    return rows_of_head(x, tl.program_id(1), strides, heads, ALIGN)
-
-
-@triton.jit
-def load_rows(x, rows, valid, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Rows of one head, [ROWS, BLOCK_D]; 0 where they are not valid, and beyond D."""
-    start, distance = x
-    o_d = tl.arange(0, BLOCK_D)
-    return tl.load(start + rows.to(tl.int64)[:, None] * distance + o_d, mask=valid[:, None] & (o_d < D), other=0.0)
+from dit_accel.kernels.block_sparse.triton_rows import rows_written
+from dit_accel.kernels.block_sparse.triton_tokens import locate
 
 
 @triton.jit
@@ -38,21 +17,6 @@ def behind(x, rows):
     """The same head from a later row on."""
     start, distance = x
     return start + rows.to(tl.int64) * distance, distance
-
-
-@triton.jit
-def rows_written(x, rows, heads, tokens, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Pointers [ROWS, BLOCK_D] to rows of this program's head of x [B, N, H, D]."""
-    i_bh = tl.program_id(1)
-    place = ((i_bh // heads).to(tl.int64) * tokens + rows[:, None]) * heads + i_bh % heads
-    return x + place * D + tl.arange(0, BLOCK_D)
-
-
-@triton.jit
-def store_rows(x, rows, valid, values, heads, tokens, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Rows of this program's head of x [B, N, H, D]."""
-    mask = valid[:, None] & (tl.arange(0, BLOCK_D) < D)
-    tl.store(rows_written(x, rows, heads, tokens, D, BLOCK_D), values.to(x.dtype.element_ty), mask=mask)
 
 
 @triton.jit
