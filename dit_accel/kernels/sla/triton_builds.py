@@ -22,8 +22,7 @@ FUNCTIONS = {
 }
 FORWARD = ("means", "select", "places", "state")
 DOTLESS = ("means", "select", "places")
-BLOCK = 64
-CUT = {"BLOCK": BLOCK, "TILE_T": 1, "TILE_H": 8, "TILE_W": 8}
+CUTS = tuple({"BLOCK": 64 * frames, "TILE_T": frames, "TILE_H": 8, "TILE_W": 8} for frames in (1, 2))
 WIDTHS = (512, 1280)  # rows of scores at 32,760 and at 75,600 tokens
 DATA = ("q", "k", "v", "x", "table", "weight", "out", "exact", "linear", "grad_out", "pulled", "dq", "dk", "dv")
 FLOATS = (
@@ -61,28 +60,32 @@ def builds(arch: int) -> Iterator[Build]:
 
 
 def _constants(kernel: str, head_dim: int, arch: int) -> Iterator[dict[str, Any]]:
-    """The launcher's compile-time constants save STEP: once for each width of the selection, and for each scope."""
+    """The launcher's compile-time constants save STEP: once for each width of the selection, block size and scope."""
+    sizes: dict[str, Any] = {"D": head_dim, "BLOCK_D": head_dim, "ALIGN": 8}
+    linear = {**sizes, "MAP": "softmax", "PRECISION": "ieee"}
     if kernel == "select":
         for width in WIDTHS:
             yield {"D": head_dim, "WIDTH": width, "STRIP": configs.strip_of(width), "HAS_SKIPPED": True}
-        return
-    if kernel == "places":
-        yield CUT
-        return
-    sizes: dict[str, Any] = {"D": head_dim, "BLOCK_D": head_dim, "ALIGN": 8}
-    if kernel == "means":
-        yield {**sizes, **CUT}
-        return
-    sizes |= {"MAP": "softmax", "PRECISION": "ieee"}
-    if kernel == "sums":
-        yield {**sizes, "SPLIT": configs.SPLIT}
-        return
-    sizes |= CUT
-    if kernel == "state":
-        yield {**sizes, "SPLIT": configs.SPLIT // BLOCK}
-        return
-    for scope in LINEAR_SCOPES:
-        extra: dict[str, Any] = {"forward": {"HAS_BIAS": True}}.get(kernel, {})
-        if kernel == "dkdv":
-            extra = {"ROWS": configs.key_rows({**sizes, "SCOPE": scope}, arch)}
-        yield {**sizes, "SCOPE": scope, **extra}
+    elif kernel == "sums":
+        yield {**linear, "SPLIT": configs.SPLIT}
+    else:
+        for cut in CUTS:
+            if kernel == "places":
+                yield cut
+            elif kernel == "means":
+                yield {**sizes, **cut}
+            elif kernel == "state":
+                yield {**linear, **cut, "SPLIT": configs.SPLIT // cut["BLOCK"]}
+            else:
+                yield from (_fused(kernel, {**linear, **cut, "SCOPE": scope}, arch) for scope in _scopes(cut["BLOCK"]))
+
+
+def _fused(kernel: str, sizes: dict[str, Any], arch: int) -> dict[str, Any]:
+    if kernel == "forward":
+        return {**sizes, "HAS_BIAS": True}
+    return {**sizes, "ROWS": configs.key_rows(sizes, arch)} if kernel == "dkdv" else sizes
+
+
+def _scopes(block: int) -> Iterator[str]:
+    """Those that have kernels for blocks of that size."""
+    return (scope for scope in LINEAR_SCOPES if scope == "all" or block <= configs.MARGINAL_BLOCK)

@@ -90,7 +90,7 @@ def launches(kernel: str, sizes: Mapping[str, Any], itemsize: int, capability: i
         found = _marginal(kernel, wide, generation)
     elif kernel == "state":
         # a table of D x D sums and a step's features: 8 warps hold both
-        found = Launch(8, 3, 64), Launch(8, 2, 64) if wide or generation == 10 else Launch(4, 2, 64)
+        found = (Launch(8, 3, 64),)
     else:  # sums; features of 64 rows spill on 12.0
         found = (Launch(8, 2, 32 if wide and generation == 12 else 64),)
     if "BLOCK" in sizes:

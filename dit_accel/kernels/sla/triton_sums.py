@@ -26,24 +26,25 @@ def state_kernel(
     k is read for the router too: the mean of each block, as `block_means_kernel` writes it.
     """
     CUT: tl.constexpr = (BLOCK, TILE_T, TILE_H, TILE_W)
+    STEPS: tl.constexpr = BLOCK // STEP
     k = rows_of(k, (k_batch, k_head, k_row), heads, ALIGN)
     v = rows_of(v, (v_batch, v_head, v_row), heads, ALIGN)
     state = tl.zeros([BLOCK_D, BLOCK_D], dtype=tl.float32)
     total = tl.zeros([BLOCK_D], dtype=tl.float32)
+    of_block = tl.zeros([BLOCK_D], dtype=tl.float32)
+    held = 0.0
     first = tl.program_id(0) * SPLIT
-    for block in range(first, tl.minimum(first + SPLIT, blocks)):
-        of_block = tl.zeros([BLOCK_D], dtype=tl.float32)
-        held = 0.0
-        for slot in tl.static_range(0, BLOCK, STEP):
-            rows, valid = slots_of(block, slot, (T, H, W), CUT, STEP)
-            b_k = load_rows(k, rows, valid, D, BLOCK_D)
-            b_v = load_rows(v, rows, valid, D, BLOCK_D)
-            of_block += tl.sum(b_k.to(tl.float32), 0)
-            held += tl.sum(valid.to(tl.float32), 0)
-            phi = tl.where(valid[:, None], mapped(b_k, D, MAP), 0.0).to(b_v.dtype)
-            state = tl.dot(tl.trans(phi), b_v, state, input_precision=PRECISION)
-            total += tl.sum(phi.to(tl.float32), 0)
-        store_mean(means, block, of_block, held, blocks, D, BLOCK_D)
+    for i in range(first * STEPS, tl.minimum(first + SPLIT, blocks) * STEPS):
+        rows, valid = slots_of(i // STEPS, i % STEPS * STEP, (T, H, W), CUT, STEP)
+        b_k = load_rows(k, rows, valid, D, BLOCK_D)
+        b_v = load_rows(v, rows, valid, D, BLOCK_D)
+        of_block = tl.sum(b_k.to(tl.float32), 0) + tl.where(i % STEPS == 0, 0.0, of_block)
+        held = tl.sum(valid.to(tl.float32), 0) + tl.where(i % STEPS == 0, 0.0, held)
+        phi = tl.where(valid[:, None], mapped(b_k, D, MAP), 0.0).to(b_v.dtype)
+        state = tl.dot(tl.trans(phi), b_v, state, input_precision=PRECISION)
+        total += tl.sum(phi.to(tl.float32), 0)
+        # the mean of the steps so far; the last one's stays
+        store_mean(means, i // STEPS, of_block, held, blocks, D, BLOCK_D)
     store_sums(states, totals, state, total, D, BLOCK_D)
 
 

@@ -1,5 +1,7 @@
 """What is compiled ahead of time is what the launcher launches."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -28,16 +30,16 @@ def launched(monkeypatch, arch):
 
     monkeypatch.setattr(triton, "_run", record)
     monkeypatch.setattr(triton, "_capability", lambda device: arch)
-    cut = Cut((1, 1, 64 * 512), 64)
-    segments = Segments.of(cut.order.grid)
-    for dim in (64, 128):
-        q = torch.zeros(1, 1, 64 * 512, dim, dtype=torch.float16)
+    for block, dim in itertools.product((64, 128), (64, 128)):
+        cut = Cut((1, 1, block * 512), block)
+        segments = Segments.of(cut.order.grid)
+        q = torch.zeros(1, 1, block * 512, dim, dtype=torch.float16)
         lists = triton.Lists(*(torch.zeros(1, 1, 512, n, dtype=torch.int32) for n in (1, 2)))
         means = triton.block_means(q, cut)
         triton.select(means, means, 1, 2)
         *whole, _ = triton.state(q, q, cut, "softmax")
         weight, bias, text_len = torch.zeros(dim, dim), torch.zeros(dim), torch.zeros(1, dtype=torch.int32)
-        for scope in LINEAR_SCOPES:
+        for scope in LINEAR_SCOPES if block <= configs.MARGINAL_BLOCK else ("all",):
             call = triton.Call(cut, segments, 0.125, "softmax", scope)
             _, *saved = triton.forward(q, q, q, whole, lists, weight, bias, text_len, call, True)
             saved[-1].zero_()  # modes, which are read
@@ -67,7 +69,7 @@ def test_every_candidate_of_every_launch_is_compiled_ahead_of_time(launched, arc
 def test_a_candidate_is_left_for_every_build(launched, arch):
     assert all(build.needs <= SHARED_BYTES[arch] for build in triton_builds.builds(arch))
     for kernel, constants in launched:
-        for itemsize in (2, 4):
+        for itemsize in (2, 4) if constants.get("BLOCK", 64) == 64 else (2,):  # 128 x 128 in fp32 does not fit all
             found = configs.fitting(kernel, constants, itemsize, arch)
             assert found and len(set(found)) == len(found), f"{kernel}, {itemsize} bytes: {found}"
 
