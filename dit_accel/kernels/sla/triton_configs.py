@@ -114,17 +114,16 @@ def _selecting(width: int) -> tuple[Launch, ...]:
 
 
 def _marginal(kernel: str, wide: bool, generation: int) -> tuple[Launch, ...]:
-    """What spills in no loop: accumulators of 64 rows beside feature maps in fp32.
+    """What the registers hold: accumulators of 64 rows beside feature maps in fp32.
 
-    8 warps make the scores of 64 rows twice on 9.0; there and on 10.0 it is 4 where the registers allow it.
+    9.0 and 10.0 take the fewest instructions a row in steps of 64 and with 4 warps: one group of 4 warps holds 64 rows,
+    and 8 make the scores twice on 9.0. 8 where 4 spill in loops, and on 10.0 where 4 leave no room for a second one.
     """
-    grouped = generation in (9, 10)
+    if generation not in (9, 10):
+        return (Launch(8, 2, 64 if kernel == "forward" else 32),)
     if kernel == "forward":
-        return (Launch(4 if grouped else 8, 2, 32 if wide else 64),)
-    if kernel == "dq":
-        return (Launch(4 if wide and grouped else 8, 2, 32),)
-    step = 64 if wide and generation == 10 else 32 if wide or grouped else 16
-    return (Launch(8, 2, step),)
+        return (Launch(4, 2, 32 if wide and generation == 9 else 64),)
+    return (Launch(8 if wide and (kernel == "dkdv" or generation == 10) else 4, 2, 64),)
 
 
 def shared_bytes(kernel: str, launch: Launch, sizes: Mapping[str, Any], itemsize: int) -> int:
