@@ -23,8 +23,6 @@ FUNCTIONS = {
 FORWARD = ("means", "select", "places", "state")
 DOTLESS = ("means", "select", "places")
 CUTS = tuple({"BLOCK": 64 * frames, "TILE_T": frames, "TILE_H": 8, "TILE_W": 8} for frames in (1, 2))
-# Bytes that a build may spill, by kernel, architecture, head dimension and scope, as in `block_sparse.triton_builds`
-SPILLS = {("dkdv", 90, 128, "marginal"): 320}
 WIDTHS = (512, 1280)  # rows of scores at 32,760 and at 75,600 tokens
 DATA = ("q", "k", "v", "x", "table", "weight", "out", "exact", "linear", "grad_out", "pulled", "dq", "dk", "dv")
 FLOATS = (
@@ -58,7 +56,6 @@ def builds(arch: int) -> Iterator[Build]:
                         stages=launch.stages,
                         needs=configs.shared_bytes(kernel, launch, sizes, itemsize=2),
                         dots=kernel not in DOTLESS,
-                        spills=SPILLS.get((kernel, arch, head_dim, sizes.get("SCOPE", "")), 0),
                     )
 
 

@@ -117,13 +117,14 @@ def _marginal(kernel: str, wide: bool, generation: int) -> tuple[Launch, ...]:
     """What the registers hold: accumulators of 64 rows beside feature maps in fp32.
 
     9.0 and 10.0 take the fewest instructions a row in steps of 64 and with 4 warps: one group of 4 warps holds 64 rows,
-    and 8 make the scores twice on 9.0. 8 where 4 spill in loops, and on 10.0 where 4 leave no room for a second one.
+    and 8 make the scores twice on 9.0. 8 where 4 spill in loops, and on 10.0 where 4 leave no room for a second one;
+    steps of 32 on 9.0 where 64 spill.
     """
     if generation not in (9, 10):
         return (Launch(8, 2, 64 if kernel == "forward" else 32),)
-    if kernel == "forward":
-        return (Launch(4, 2, 32 if wide and generation == 9 else 64),)
-    return (Launch(8 if wide and (kernel == "dkdv" or generation == 10) else 4, 2, 64),)
+    step = 32 if wide and generation == 9 and kernel != "dq" else 64
+    warps = 8 if wide and (kernel == "dkdv" or (kernel == "dq" and generation == 10)) else 4
+    return (Launch(warps, 2, step),)
 
 
 def shared_bytes(kernel: str, launch: Launch, sizes: Mapping[str, Any], itemsize: int) -> int:
