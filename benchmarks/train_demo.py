@@ -22,18 +22,18 @@ import torch
 from PIL import Image
 
 import dit_accel
-from dit_accel.adapters import fingerprint
-from dit_accel.eval.clip import Clip
-from dit_accel.eval.fid import Fid
-from dit_accel.eval.provenance import provenance
-from dit_accel.eval.psnr import psnr
+from dit_accel.checkpoint.lora import fingerprint
+from dit_accel.eval.metrics.clip import Clip
+from dit_accel.eval.metrics.fid import Fid
+from dit_accel.eval.metrics.psnr import psnr
+from dit_accel.generation.provenance import provenance
 from dit_accel.pipelines.demo import clips, load_demo
-from dit_accel.pipelines.demo.checker import read
-from dit_accel.pipelines.demo.evaluate import fixed_scenes, summarise
 from dit_accel.train import data, prepare
 from dit_accel.train.loop import Base, train
 from dit_accel.train.losses import read as read_losses
 from dit_accel.train.settings import Recipe, TrainSettings, read_recipe
+from tools.demo.checker import read
+from tools.demo.evaluate import fixed_scenes, summarise
 
 TRUE_CLIPS = 4
 RESULTS = pathlib.Path(__file__).parent / "results" / "train-demo.jsonl"

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dit_accel.accelerator import Accelerator, accelerate, accelerated
+    from dit_accel.checkpoint.load import load
     from dit_accel.errors import DitAccelError
-    from dit_accel.plans import Plan, attention, plan
-    from dit_accel.registry import list_families, list_methods
-    from dit_accel.saved import load
+    from dit_accel.plans.plan import Plan, attention
+    from dit_accel.registry import list_families, list_methods, plan
     from dit_accel.tokens import TokenGrid
 
 __version__ = "0.1.0"
@@ -36,11 +36,11 @@ _HOME = {
     "Accelerator": "accelerator",
     "accelerate": "accelerator",
     "accelerated": "accelerator",
-    "load": "saved",
+    "load": "checkpoint.load",
     "DitAccelError": "errors",
-    "Plan": "plans",
-    "attention": "plans",
-    "plan": "plans",
+    "Plan": "plans.plan",
+    "attention": "plans.plan",
+    "plan": "registry",
     "list_families": "registry",
     "list_methods": "registry",
     "TokenGrid": "tokens",

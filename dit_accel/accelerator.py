@@ -12,19 +12,21 @@ from typing import Any
 
 from torch import nn
 
-from dit_accel import adapters, checkpoint, layerwise
-from dit_accel.adapters import Trained
-from dit_accel.engine import Engine, PlanCache
+from dit_accel.checkpoint import format as checkpoint
+from dit_accel.checkpoint import lora as adapters
+from dit_accel.checkpoint.lora import Trained
 from dit_accel.errors import DitAccelError
+from dit_accel.hooks import layers as layerwise
+from dit_accel.hooks.engine import Engine, PlanCache
+from dit_accel.hooks.layers import LayerSettings
+from dit_accel.hooks.report import Report
+from dit_accel.hooks.schedule import Amount, Schedule
+from dit_accel.hooks.selfcheck import AttentionCall, SelfCheck, Verify
+from dit_accel.hooks.steps import StepClock
 from dit_accel.kernels.block_sparse.api import Impl, choose_impl
-from dit_accel.layerwise import LayerSettings
 from dit_accel.pipelines.family import Family
 from dit_accel.pipelines.targets import find_transformers
 from dit_accel.registry import Method, get_method
-from dit_accel.report import Report
-from dit_accel.schedule import Amount, Schedule
-from dit_accel.selfcheck import AttentionCall, SelfCheck, Verify
-from dit_accel.steps import StepClock
 
 _ACTIVE: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Accelerator]] = weakref.WeakKeyDictionary()
 
@@ -271,8 +273,8 @@ def accelerate(
     Args:
         target: a Diffusers pipeline, or one transformer.
         method: "dense", "gna", "radial", "sla" or "tile"; see `list_methods`. Left out where `schedule` says it.
-        schedule: a layer schedule (`dit_accel.layerwise`), such as a search wrote: the method and the settings of every
-            layer, in place of `method`, `config` and `dense_layers`.
+        schedule: a layer schedule (`dit_accel.hooks.layers`), such as a search wrote: the method and the settings of
+            every layer, in place of `method`, `config` and `dense_layers`.
         preset: take the settings and dense steps and layers that are recommended for the model's family; what is given
             besides wins. `dit-accel ls` shows them.
         dense_steps, dense_last_steps: first and last denoising steps that stay dense, as a number or a share of all.
@@ -282,8 +284,8 @@ def accelerate(
         impl: "auto" (the fastest that computes the same), "reference", "portable" or "triton"; a named one runs or
             raises.
         allow_dense: let the model's own attention run on CUDA above the density at which it is measured to be faster;
-            the report says so (`dit_accel.break_even`, where nothing is measured yet). Only with impl="auto", and never
-            for sla, whose projection is trained.
+            the report says so (`dit_accel.hooks.break_even`, where nothing is measured yet). Only with impl="auto", and
+            never for sla, whose projection is trained.
         verify: "first-call" compares each layer of the first sparse call with dense attention, on 256 queries of each
             head; the report then tells relative error and kept softmax mass. It costs about as much as the dense
             attention of those queries. A transformer has to be compiled after that call.

@@ -13,11 +13,11 @@ from dit_accel.tokens import TokenGrid
 
 @dataclasses.dataclass(frozen=True)
 class TokenOrder:
-    """Blocks of `block` tokens over a sequence: visual blocks first, then reference blocks, then text blocks.
+    """Blocks of `block` tokens over a sequence: visual blocks first, then conditioning blocks, then text blocks.
 
     Visual blocks are runs of `block` tokens in raster order, or 3-D tiles of `tile` tokens: tiles are numbered
     row-major over the grid of tiles, slots row-major inside a tile, and tiles at the far borders have padding slots.
-    Reference and text tokens are cut into runs. Each segment is padded to whole blocks by itself.
+    Conditioning and text tokens are cut into runs. Each segment is padded to whole blocks by itself.
 
     Args:
         grid: the sequence.
@@ -55,8 +55,8 @@ class TokenOrder:
         return math.prod(self.tiles)
 
     @property
-    def reference_blocks(self) -> int:
-        return math.ceil(self.grid.reference / self.block)
+    def conditioning_blocks(self) -> int:
+        return math.ceil(self.grid.conditioning / self.block)
 
     @property
     def text_blocks(self) -> int:
@@ -64,8 +64,8 @@ class TokenOrder:
 
     @property
     def dense_blocks(self) -> int:
-        """Blocks that attend to everything and that everything attends to: reference and text."""
-        return self.reference_blocks + self.text_blocks
+        """Blocks that attend to everything and that everything attends to: conditioning and text."""
+        return self.conditioning_blocks + self.text_blocks
 
     @property
     def blocks(self) -> int:
@@ -76,7 +76,7 @@ class TokenOrder:
         grid = self.grid
         segments = [
             self._visual_index(),
-            self._run(grid.reference_start, grid.reference),
+            self._run(grid.conditioning_start, grid.conditioning),
             self._run(grid.text_start, grid.text),
         ]
         return torch.cat(segments)
@@ -95,3 +95,20 @@ class TokenOrder:
     def _run(self, start: int, count: int) -> torch.Tensor:
         slots = torch.arange(math.ceil(count / self.block) * self.block)
         return torch.where(slots < count, start + slots, -1)
+
+
+def valid_tokens(order: TokenOrder) -> torch.Tensor:
+    """Tokens, not padding slots, in each visual block: int32 [visual_blocks]."""
+    if order.tile is None:
+        blocks = torch.arange(order.visual_blocks, dtype=torch.int32)
+        return (order.grid.visual - blocks * order.block).clamp_(max=order.block)
+    sizes = [
+        (length - torch.arange(count, dtype=torch.int32) * size).clamp_(max=size)
+        for length, count, size in zip(order.grid.shape, order.tiles, order.tile, strict=True)
+    ]
+    return (sizes[0][:, None, None] * sizes[1][:, None] * sizes[2]).flatten()
+
+
+def cut_blocks(order: TokenOrder) -> int:
+    """Visual blocks that the end of the grid leaves with fewer tokens than a block."""
+    return int((valid_tokens(order) < order.block).sum())

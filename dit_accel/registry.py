@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from dit_accel.pipelines.family import Family
-    from dit_accel.plans import Plan
+    from dit_accel.plans.plan import Plan
     from dit_accel.tokens import TokenGrid
 
 HERE = pathlib.Path(__file__).parent
@@ -104,6 +104,24 @@ def make_config(method: str, settings: Mapping[str, Any]) -> Any:
     if missing:
         raise DitAccelError(f"{method} needs a value for {', '.join(missing)}, for example {missing[0]}=...; got none.")
     return config(**settings)
+
+
+def plan(method: str, grid: TokenGrid, **config: Any) -> Plan:
+    """Work out what `method` with these settings does on `grid`.
+
+    Example:
+        >>> grid = TokenGrid(frames=30, height=48, width=80, text=256)
+        >>> plan("gna", grid, window=(18, 24, 24), stride=(16, 8, 8)).density
+        0.0940...
+
+    Raises:
+        DitAccelError: the method or a setting is unknown, or a setting does not fit the grid.
+    """
+    from dit_accel.plans.plan import building
+
+    chosen = get_method(method)
+    with building():
+        return chosen.plan(grid, make_config(method, config))
 
 
 def parse_method(text: str, settings: Iterable[str] = ()) -> tuple[str, dict[str, Any]]:

@@ -15,14 +15,14 @@ MOST_TOKENS = 2**31 - 1  # kernels number tokens in 32 bits
 class TokenGrid:
     """The layout of one attention sequence: a grid of visual tokens, with text and conditioning tokens around it.
 
-    Visual tokens are in raster order (frame, row, column). Model order is ``[text | visual | reference]`` if
-    `text_first`, else ``[visual | reference | text]``.
+    Visual tokens are in raster order (frame, row, column). Model order is ``[text | visual | conditioning]`` if
+    `text_first`, else ``[visual | conditioning | text]``.
 
     Args:
         frames, height, width: size of the visual grid in tokens; an image has one frame.
         text: text tokens in the sequence, padding included.
         text_first: whether text stands before the visual tokens.
-        reference: conditioning tokens behind the visual ones; they attend to everything and everything to them.
+        conditioning: conditioning tokens behind the visual ones; they attend to everything and everything to them.
 
     Raises:
         DitAccelError: a size is not an integer, an axis is shorter than one token, a count is negative, or there are
@@ -34,10 +34,10 @@ class TokenGrid:
     width: int
     text: int = 0
     text_first: bool = False
-    reference: int = 0
+    conditioning: int = 0
 
     def __post_init__(self) -> None:
-        for name, least in (("frames", 1), ("height", 1), ("width", 1), ("text", 0), ("reference", 0)):
+        for name, least in (("frames", 1), ("height", 1), ("width", 1), ("text", 0), ("conditioning", 0)):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise DitAccelError(f"TokenGrid needs {name} as an integer >= {least}, got {value!r}.")
@@ -56,19 +56,19 @@ class TokenGrid:
     @property
     def tokens(self) -> int:
         """Length of the whole sequence."""
-        return self.visual + self.reference + self.text
+        return self.visual + self.conditioning + self.text
 
     @property
     def visual_start(self) -> int:
         return self.text if self.text_first else 0
 
     @property
-    def reference_start(self) -> int:
+    def conditioning_start(self) -> int:
         return self.visual_start + self.visual
 
     @property
     def text_start(self) -> int:
-        return 0 if self.text_first else self.visual + self.reference
+        return 0 if self.text_first else self.visual + self.conditioning
 
     def coordinates(self) -> torch.Tensor:
         """Frame, row and column of every visual token in raster order: int64 [visual, 3]."""
@@ -77,8 +77,8 @@ class TokenGrid:
 
     def __str__(self) -> str:
         parts = [f"{self.frames}x{self.height}x{self.width}"]
-        if self.reference:
-            parts.append(f"{self.reference} reference")
+        if self.conditioning:
+            parts.append(f"{self.conditioning} conditioning")
         if self.text:
             parts.append(f"{self.text} text {'first' if self.text_first else 'last'}")
         return " + ".join(parts)

@@ -158,7 +158,7 @@ def demo_folder(tmp_path_factory):
     """The demo's pipeline, smaller and untrained."""
     import torch
 
-    from dit_accel.pipelines.demo.model import build_pipeline
+    from tools.demo.model import build_pipeline
 
     torch.manual_seed(0)
     pipe = build_pipeline(dim=64, layers=2, ffn_dim=64)
@@ -184,7 +184,7 @@ def wan_folder(tmp_path_factory):
     from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanPipeline, WanTransformer3DModel
     from transformers import UMT5Config, UMT5EncoderModel
 
-    from dit_accel.pipelines.demo.model import build_tokenizer
+    from tools.demo.model import build_tokenizer
 
     torch.manual_seed(0)
     tokenizer = build_tokenizer()
@@ -220,7 +220,7 @@ def flux_folder(tmp_path_factory):
     from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
     from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
-    from dit_accel.pipelines.demo.model import build_tokenizer
+    from tools.demo.model import build_tokenizer
 
     torch.manual_seed(0)
     tokenizer = build_tokenizer()

@@ -14,7 +14,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 VIDEO = TokenGrid(3, 5, 9)
 SHORT = {"topk": 0.3, "block": 16}
 MARGINAL = {**SHORT, "skip": 0.25, "linear_scope": "marginal"}
-TEXT_LAST = TokenGrid(3, 5, 9, text=21, reference=45)
+TEXT_LAST = TokenGrid(3, 5, 9, text=21, conditioning=45)
 TEXT_FIRST = TokenGrid(3, 5, 9, text=21, text_first=True)
 
 

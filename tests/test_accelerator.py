@@ -184,7 +184,7 @@ def test_two_resolutions_in_turn(tiny_wan, wan_inputs):
 
 
 def test_plans_are_made_once_a_grid_and_the_oldest_dropped(tiny_wan, wan_inputs, monkeypatch):
-    from dit_accel import engine
+    from dit_accel.hooks import engine
 
     monkeypatch.setattr(engine, "PLANS_KEPT", 2)
     transformer, built = tiny_wan(), []

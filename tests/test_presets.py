@@ -7,8 +7,8 @@ from diffusers import WanPipeline
 
 import dit_accel
 from dit_accel.generation.choice import choose
+from dit_accel.hooks.schedule import Step
 from dit_accel.registry import get_families
-from dit_accel.schedule import Step
 from dit_accel.tokens import TokenGrid
 
 
@@ -64,7 +64,7 @@ def test_what_is_given_wins(tiny_wan):
 def test_without_a_preset_the_defaults_count(tiny_wan):
     with dit_accel.accelerate(tiny_wan(), "radial") as accel:
         assert accel.config.decay == 1.0
-        assert accel.schedule == dit_accel.schedule.Schedule()
+        assert accel.schedule == dit_accel.hooks.schedule.Schedule()
 
 
 def test_no_preset_names_those_that_exist(tiny_wan):

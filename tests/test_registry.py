@@ -37,7 +37,7 @@ def test_unknown_names_come_with_a_suggestion():
         ("gna:window=0.5", ["causal=truexfalsexfalse"], {"window": 0.5, "causal": (True, False, False)}),
         ("gna", ["window=fullx0.5x3"], {"window": ("full", 0.5, 3)}),
         ("gna:window=4", ["window=8"], {"window": 8}),
-        ("radial:decay=0.2,sink=false,rule=reference", [], {"decay": 0.2, "sink": False, "rule": "reference"}),
+        ("radial:decay=0.2,sink=false,rule=released", [], {"decay": 0.2, "sink": False, "rule": "released"}),
         ("radial:decay=1e-1", [], {"decay": 0.1}),
         ("dense", [], {}),
     ],

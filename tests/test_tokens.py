@@ -9,10 +9,10 @@ from dit_accel.tokens import TokenGrid
 
 
 def test_segments_lie_in_model_order():
-    first = TokenGrid(2, 3, 4, text=5, text_first=True, reference=7)
-    last = TokenGrid(2, 3, 4, text=5, reference=7)
-    assert (first.text_start, first.visual_start, first.reference_start, first.tokens) == (0, 5, 29, 36)
-    assert (last.visual_start, last.reference_start, last.text_start, last.tokens) == (0, 24, 31, 36)
+    first = TokenGrid(2, 3, 4, text=5, text_first=True, conditioning=7)
+    last = TokenGrid(2, 3, 4, text=5, conditioning=7)
+    assert (first.text_start, first.visual_start, first.conditioning_start, first.tokens) == (0, 5, 29, 36)
+    assert (last.visual_start, last.conditioning_start, last.text_start, last.tokens) == (0, 24, 31, 36)
 
 
 def test_coordinates_are_raster():
@@ -39,7 +39,7 @@ def test_more_tokens_than_kernels_can_number_are_refused():
 @pytest.mark.parametrize("tile", [None, (2, 2, 2), (3, 1, 5), (4, 4, 4)])
 @pytest.mark.parametrize("text_first", [False, True])
 def test_an_order_holds_every_token_once(tile, text_first):
-    grid = TokenGrid(3, 5, 7, text=9, text_first=text_first, reference=4)
+    grid = TokenGrid(3, 5, 7, text=9, text_first=text_first, conditioning=4)
     block = 8 if tile is None else tile[0] * tile[1] * tile[2]
     order = TokenOrder(grid, block, tile)
     index = order.index()

@@ -15,9 +15,9 @@ from dit_accel.errors import DitAccelError
 if TYPE_CHECKING:
     import torch
 
-    from dit_accel.eval.bench import Named, Outcome
-    from dit_accel.eval.bench_models import Step
-    from dit_accel.eval.bench_rows import Row, Setting
+    from dit_accel.bench.models import Step
+    from dit_accel.bench.rows import Row, Setting
+    from dit_accel.bench.run import Named, Outcome
 
 NOT_MEASURED = 1
 ROWS_ENDING = (".jsonl",)
@@ -89,7 +89,7 @@ def bench(
         selecting: dict[str, Any] = {"--rows": rows, "--models": models or None, "--shape": shape, "--method": method}
         selecting |= {"--density": density, "--dtype": dtype, "--direction": direction, "--mode": mode}
         _refuse("--read shows every row of a file", selecting | {"--peer": peer or None, "--profile": profile})
-        from dit_accel.eval.bench_file import read as read_rows
+        from dit_accel.bench.file import read as read_rows
 
         records = read_rows(read)
         if picture is not None and not any("op" in record for record in records):
@@ -120,11 +120,11 @@ def bench(
             typer.echo(f"{output} has all of these rows already.", err=True)
             return 0
     if models:
-        from dit_accel.eval.bench_steps import StepBench
+        from dit_accel.bench.steps import StepBench
 
         found = StepBench(chosen_device, impl, seconds).run(cast("Sequence[Step]", chosen))
     else:
-        from dit_accel.eval.bench import Bench
+        from dit_accel.bench.run import Bench
 
         writer = None if profile is None else _profile_writer(profile)
         found = Bench(chosen_device, impl, seconds, peer, writer).run(cast("Sequence[Row]", chosen))
@@ -162,7 +162,7 @@ def _rows(
     pattern: str | None,
     device: torch.device | None,
 ) -> Sequence[Row]:
-    from dit_accel.eval import bench_rows
+    from dit_accel.bench import rows as bench_rows
 
     if shapes is None and pattern is None and device is not None:
         on_gpu = device.type == "cuda"
@@ -178,7 +178,7 @@ def _steps(
     pattern: str | None,
     device: torch.device | None,
 ) -> Sequence[Step]:
-    from dit_accel.eval.bench_models import select_steps
+    from dit_accel.bench.models import select_steps
 
     if models is None and device is not None and device.type != "cuda":
         raise DitAccelError(
@@ -190,8 +190,8 @@ def _steps(
 def _write_break_even(records: list[dict[str, Any]], source: Path, target: Path) -> None:
     import dataclasses
 
-    from dit_accel.break_even import from_rows
     from dit_accel.generation.output import check_output, staged
+    from dit_accel.hooks.break_even import from_rows
 
     check_output(target, (".json",), option="--break-even")
     entries = from_rows([record for record in records if "op" in record], str(source))
@@ -206,7 +206,7 @@ def _check_files(output: Path | None, picture: Path | None, read: Path | None, *
     if read is not None and (output is not None or nothing_to_draw):
         raise DitAccelError("--read measures nothing, so it goes with neither --output nor --list.")
     if picture is not None:
-        from dit_accel.eval.bench_picture import check_matplotlib
+        from dit_accel.generation.output import check_matplotlib
 
         if nothing_to_draw:
             raise DitAccelError("--list measures nothing, so there is no --picture to draw; leave one of them out.")
@@ -215,7 +215,7 @@ def _check_files(output: Path | None, picture: Path | None, read: Path | None, *
     if output is not None:
         check_output(output, ROWS_ENDING)
         if output.exists():  # rows are only ever added to a file of rows
-            from dit_accel.eval.bench_file import read as read_rows
+            from dit_accel.bench.file import read as read_rows
 
             read_rows(output)
 
@@ -223,7 +223,7 @@ def _check_files(output: Path | None, picture: Path | None, read: Path | None, *
 def _setting(text: str) -> Setting:
     """A method without settings is asked for densities; with settings it is what they make it."""
     from dit_accel import registry
-    from dit_accel.eval.bench_rows import Setting
+    from dit_accel.bench.rows import Setting
 
     name, config = registry.parse_method(text)
     if config:
@@ -239,8 +239,8 @@ def _device(device: str) -> torch.device:
 
 def _left(rows: Sequence[Named], device: torch.device, output: Path | None) -> Sequence[Named]:
     """The rows that the file does not have from this commit and machine."""
-    from dit_accel.eval.bench_file import read
-    from dit_accel.eval.provenance import provenance
+    from dit_accel.bench.file import read
+    from dit_accel.generation.provenance import provenance
 
     if output is None:
         raise DitAccelError("--resume goes on where --output FILE.jsonl ends; give both.")
@@ -254,7 +254,7 @@ def _left(rows: Sequence[Named], device: torch.device, output: Path | None) -> S
 
 def _measure(found: Iterator[Outcome], count: int, output: Path | None, picture: Path | None, *, json: bool) -> int:
     """Measure and report; the status is 1 if a row that can be had was not measured."""
-    from dit_accel.eval.lines import append
+    from dit_accel.generation.lines import append
 
     outcomes: list[Outcome] = []
     try:
@@ -288,7 +288,7 @@ def _remark(outcome: Outcome) -> str:
 def _show(records: list[dict[str, Any]], picture: Path | None, *, json: bool) -> None:
     operators, steps = ([record for record in records if ("op" in record) == wanted] for wanted in (True, False))
     if picture is not None and operators:
-        from dit_accel.eval.bench_picture import draw
+        from dit_accel.bench.picture import draw
         from dit_accel.generation.output import staged
 
         with staged(picture) as stage:

@@ -13,7 +13,7 @@ def env(json: options.Json = False) -> None:
     """Print versions and machine, ready to paste into an issue."""
     import os
 
-    from dit_accel.eval.versions import machine, versions
+    from dit_accel.generation.versions import machine, versions
 
     settings = {name: value for name, value in sorted(os.environ.items()) if _is_setting(name)}
     if json:

@@ -9,22 +9,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dit_accel.errors import DitAccelError
-from dit_accel.eval.versions import machine, versions
 from dit_accel.generation import call, sources
 from dit_accel.generation import output as files
 from dit_accel.generation.choice import Choice, choose
 from dit_accel.generation.request import ModelRequest
 from dit_accel.generation.sampling import Sample, check_seeds, sample
 from dit_accel.generation.sizes import family_of, sizes_of
+from dit_accel.generation.versions import machine, versions
+from dit_accel.hooks.selfcheck import SelfCheck
 from dit_accel.pipelines.sizes import Sizes
-from dit_accel.selfcheck import SelfCheck
 
 if TYPE_CHECKING:
     import torch
     from diffusers import DiffusionPipeline
     from PIL.Image import Image
 
-    from dit_accel.report import Report
+    from dit_accel.hooks.report import Report
     from dit_accel.tokens import TokenGrid
 
 
@@ -206,8 +206,8 @@ def _compare(dense: Sample, accelerated: Sample) -> dict[str, float | None]:
     """Speed and likeness of two runs; psnr is None where the frames are identical (it would be infinite)."""
     import torch
 
-    from dit_accel.eval.psnr import psnr
-    from dit_accel.eval.ssim import ssim
+    from dit_accel.eval.metrics.psnr import psnr
+    from dit_accel.eval.metrics.ssim import ssim
 
     frames, reference = (torch.from_numpy(made.frames).movedim(-1, 1) for made in (accelerated, dense))
     decibels = psnr(frames, reference)

@@ -13,7 +13,7 @@ from dit_accel.cli import options
 from dit_accel.errors import DitAccelError
 
 if TYPE_CHECKING:
-    from dit_accel.plans import Plan
+    from dit_accel.plans.plan import Plan
     from dit_accel.tokens import TokenGrid
 
 
@@ -39,7 +39,7 @@ def plan(
 
     Example: dit-accel plan --method gna:window=18x24x24,stride=16x8x8 --grid 30x48x80 --text 256
     """
-    from dit_accel import plans, registry
+    from dit_accel import registry
 
     if image is not None:
         from dit_accel.generation.output import IMAGE_ENDINGS, check_output
@@ -47,7 +47,7 @@ def plan(
         check_output(image, IMAGE_ENDINGS, option="--image")
     name, config = registry.parse_method(method, settings or ())
     tokens = _grid(grid, text, text_first, model, (frames, height, width), revision)
-    made = plans.plan(name, tokens, **config)
+    made = registry.plan(name, tokens, **config)
     facts = _facts(made)
     if image is not None:
         _save_image(made, image)

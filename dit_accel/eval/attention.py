@@ -4,7 +4,7 @@
         record = record_attention(accel, lambda: pipe(prompt), steps=(0, 8, 15))
     record.worst(3)  # the layers to keep dense first
 
-Both are measured by `dit_accel.selfcheck` on sampled queries of the run's own q, k and v.
+Both are measured by `dit_accel.hooks.selfcheck` on sampled queries of the run's own q, k and v.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import torch
 
     from dit_accel.accelerator import Accelerator
-    from dit_accel.selfcheck import AttentionCall
+    from dit_accel.hooks.selfcheck import AttentionCall
 
 Indices = tuple[int, ...] | None  # None: all
 QUERIES = 64  # sampled in each head of a call

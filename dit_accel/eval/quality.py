@@ -15,13 +15,12 @@ from typing import TYPE_CHECKING, Any
 from dit_accel.errors import DitAccelError
 from dit_accel.eval import gates
 from dit_accel.eval.attention import parse_choice
-from dit_accel.eval.metric import Metric
-from dit_accel.eval.metrics import choose
+from dit_accel.eval.metrics.catalogue import choose
+from dit_accel.eval.metrics.metric import Metric
 from dit_accel.eval.processes import Processes
 from dit_accel.eval.samples import Results, Store
 from dit_accel.eval.summary import FIGURES, Evaluation, Summary, limited, write
 from dit_accel.eval.sweep import Entry, Item, Sweep, entries, folder_hash
-from dit_accel.eval.versions import machine, versions
 from dit_accel.generation import call, captioned, prompts, sources
 from dit_accel.generation.choice import Choice
 from dit_accel.generation.lock import hold
@@ -29,6 +28,7 @@ from dit_accel.generation.output import check_folder
 from dit_accel.generation.request import ModelRequest
 from dit_accel.generation.sampling import check_seeds
 from dit_accel.generation.sizes import sizes_of
+from dit_accel.generation.versions import machine, versions
 
 if TYPE_CHECKING:
     import torch

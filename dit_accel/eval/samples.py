@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dit_accel.errors import DitAccelError
-from dit_accel.eval import lines
+from dit_accel.generation import lines
 from dit_accel.generation.lock import hold
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torchmetrics import CatMetric
 
-from dit_accel.eval.metric import Item, Metric, TooFew
+from dit_accel.eval.metrics.metric import Item, Metric, TooFew
 from dit_accel.generation import captioned
 from dit_accel.generation.captioned import Captioned
 from dit_accel.generation.processes import Process

@@ -12,15 +12,15 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from dit_accel.errors import DitAccelError
-from dit_accel.eval.metric import Metric
+from dit_accel.eval.metrics.metric import Metric
 from dit_accel.eval.processes import Processes
-from dit_accel.eval.provenance import commit
 from dit_accel.eval.report import write_report
 from dit_accel.eval.samples import Row
 from dit_accel.eval.scoring import Figure, plain, score
 from dit_accel.eval.sweep import Entry, Item, Sweep
-from dit_accel.eval.versions import machine, versions
 from dit_accel.generation.output import staged, write_frames
+from dit_accel.generation.provenance import commit
+from dit_accel.generation.versions import machine, versions
 
 if TYPE_CHECKING:
     import torch
@@ -245,7 +245,7 @@ def _write_media(done: Evaluation, rows: Mapping[str, Sequence[Row]]) -> list[di
 
 def _write_masks(done: Evaluation) -> list[dict[str, str]]:
     """Pictures of the masks that are known before the call."""
-    from dit_accel import plans
+    from dit_accel import registry
 
     listed = []
     with staged(done.request.output / "masks" / "all") as stage:
@@ -253,7 +253,7 @@ def _write_masks(done: Evaluation) -> list[dict[str, str]]:
             choice = entry.choice
             if choice is None or choice.name == "dense" or choice.layers is not None:
                 continue
-            plan = plans.plan(choice.name, done.grid, **choice.config)
+            plan = registry.plan(choice.name, done.grid, **choice.config)
             try:
                 picture = plan.image()
             except DitAccelError:  # a method that routes by content has no mask that is known before the call

@@ -13,23 +13,23 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dit_accel.checkpoint import replace_file
+from dit_accel.checkpoint.format import replace_file
 from dit_accel.errors import DitAccelError
 from dit_accel.eval import attention
-from dit_accel.eval.provenance import ROOT
 from dit_accel.eval.samples import Results, Row, Store, key_of
 from dit_accel.generation import call
 from dit_accel.generation.choice import Choice
+from dit_accel.generation.provenance import ROOT
 from dit_accel.generation.sampling import sample
 from dit_accel.generation.sources import read_json
 from dit_accel.generation.stopwatch import attention_time
-from dit_accel.schedule import Schedule
+from dit_accel.hooks.schedule import Schedule
 
 if TYPE_CHECKING:
     import torch
     from diffusers import DiffusionPipeline
 
-    from dit_accel.report import Report
+    from dit_accel.hooks.report import Report
 
 REFERENCE = "reference"  # the label of the untouched pipeline
 ABOVE = ("train", "eval", "cli")

@@ -6,11 +6,13 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dit_accel import checkpoint, layerwise, registry
+from dit_accel import registry
+from dit_accel.checkpoint import format as checkpoint
 from dit_accel.errors import DitAccelError
-from dit_accel.layerwise import LayerSettings
-from dit_accel.schedule import Schedule
-from dit_accel.selfcheck import SelfCheck
+from dit_accel.hooks import layers as layerwise
+from dit_accel.hooks.layers import LayerSettings
+from dit_accel.hooks.schedule import Schedule
+from dit_accel.hooks.selfcheck import SelfCheck
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -58,7 +60,7 @@ class Choice:
         """
         import torch
 
-        from dit_accel.engine import PlanCache
+        from dit_accel.hooks.engine import PlanCache
 
         if self.layers is None:
             configs = [registry.make_config(self.name, self.config)]
@@ -73,7 +75,8 @@ class Choice:
         Raises:
             DitAccelError: the pipeline's family is not supported, or the saved accelerator is for another model.
         """
-        from dit_accel import accelerator, saved
+        from dit_accel import accelerator
+        from dit_accel.checkpoint import load as saved
 
         check = dataclasses.asdict(self.selfcheck)
         if self.folder is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 import os
 import shutil
@@ -20,6 +21,16 @@ VIDEO_ENDINGS = (".mp4", ".gif")
 IMAGE_ENDINGS = (".png",)
 MARGIN = 12  # pixels between two clips side by side
 SMALLEST_SIDE = 256  # of a frame shown side by side; smaller ones are enlarged by a whole factor
+
+
+def check_matplotlib() -> None:
+    """See before the work that a picture can be drawn.
+
+    Raises:
+        DitAccelError: matplotlib is not installed; the message has the command.
+    """
+    if importlib.util.find_spec("matplotlib") is None:
+        raise DitAccelError("A picture needs matplotlib, which is not installed: pip install 'dit_accel[plot]'.")
 
 
 def check_output(output: Path, endings: tuple[str, ...], option: str = "--output") -> None:

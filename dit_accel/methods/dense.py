@@ -7,9 +7,9 @@ from typing import ClassVar
 
 import torch
 
-from dit_accel.asked import Asked, Kind
-from dit_accel.masks import AxisTable, Mask, Product
-from dit_accel.plans import MaskPlan
+from dit_accel.plans.asked import Asked, Kind
+from dit_accel.plans.masks import AxisTable, Mask, Product
+from dit_accel.plans.plan import MaskPlan
 from dit_accel.registry import Method
 from dit_accel.tokens import TokenGrid
 

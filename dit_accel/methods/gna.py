@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from dit_accel.errors import DitAccelError
-from dit_accel.masks import AxisTable, Mask, Product
-from dit_accel.plans import MaskPlan
+from dit_accel.plans.masks import AxisTable, Mask, Product
+from dit_accel.plans.plan import MaskPlan
 from dit_accel.registry import Method
 from dit_accel.tokens import TokenGrid
 

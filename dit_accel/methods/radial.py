@@ -1,7 +1,7 @@
 """Radial attention: the spatial window halves each time the distance in frames doubles.
 
 Source: Li et al., "Radial Attention: O(n log n) Sparse Attention with Energy Decay for Long Video Generation",
-arXiv:2506.19852, equation 4 (`rule="paper"`) and the block mask of the authors' released code (`rule="reference"`).
+arXiv:2506.19852, equation 4 (`rule="paper"`) and the block mask of the authors' released code (`rule="released"`).
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ from typing import ClassVar, Literal, get_args
 
 import torch
 
-from dit_accel.block_plan import BlockPlan
-from dit_accel.blocks import check_size
 from dit_accel.errors import DitAccelError
-from dit_accel.masks import Band, Mask, prefix_sums
 from dit_accel.order import TokenOrder
-from dit_accel.plans import MaskPlan, Plan
+from dit_accel.plans.block_plan import BlockPlan
+from dit_accel.plans.blocks import check_size
+from dit_accel.plans.masks import Band, Mask, prefix_sums
+from dit_accel.plans.plan import MaskPlan, Plan
 from dit_accel.registry import Method
 from dit_accel.tokens import TokenGrid
 
-Rule = Literal["paper", "reference"]
+Rule = Literal["paper", "released"]
 THINNING = 128  # the released code thins diagonals narrower than this, whatever its block size
 
 
@@ -33,8 +33,8 @@ class Config:
     Args:
         decay: factor of the window width, > 0.
         sink: whether every query also sees the first frame.
-        block: tokens a block holds under `rule="reference"`, which is defined on raster blocks; unused otherwise.
-        rule: "paper", exact to the token, or "reference", the released code's block mask number for number.
+        block: tokens a block holds under `rule="released"`, which is defined on raster blocks; unused otherwise.
+        rule: "paper", exact to the token, or "released", the authors' code's block mask number for number.
 
     Raises:
         DitAccelError: a value is of the wrong kind or out of range.
@@ -72,7 +72,7 @@ def paper_radius(frames: int, frame_tokens: int, decay: float, sink: bool) -> to
     return by_distance(frames, [radius(distance) for distance in range(frames)], frame_tokens, sink)
 
 
-def reference_radius(frames: int, frame_tokens: int, decay: float, sink: bool, block: int) -> torch.Tensor:
+def released_radius(frames: int, frame_tokens: int, decay: float, sink: bool, block: int) -> torch.Tensor:
     """Radii of the released code before its rounding to blocks: int64 [frames, frames]."""
     length = 2 ** frame_tokens.bit_length()  # the power of two strictly above the frame
 
@@ -95,7 +95,7 @@ def by_distance(frames: int, radii: list[int], frame_tokens: int, sink: bool) ->
     return radius
 
 
-def reference_blocks(radius: torch.Tensor, frame_tokens: int, block: int) -> torch.Tensor:
+def released_blocks(radius: torch.Tensor, frame_tokens: int, block: int) -> torch.Tensor:
     """The released code's block mask over ⌊N / block⌋ blocks a side: bool.
 
     Each pair of frames is laid on the block grid at its own offset and rounded by itself; the results are united. So
@@ -150,8 +150,8 @@ def make_plan(grid: TokenGrid, config: Config) -> Plan:
         return MaskPlan("radial", config, grid, Mask((Band(radius, grid.height, grid.width),)))
     order = TokenOrder(grid, config.block)
     check_size(order, order)
-    radius = reference_radius(grid.frames, frame_tokens, config.decay, config.sink, config.block)
-    visited = reference_blocks(radius, frame_tokens, config.block)
+    radius = released_radius(grid.frames, frame_tokens, config.decay, config.sink, config.block)
+    visited = released_blocks(radius, frame_tokens, config.block)
     if grid.visual % config.block:
         visited = torch.nn.functional.pad(visited, (0, 1, 0, 1), value=True)
     return BlockPlan("radial", config, grid, config.block, visited)

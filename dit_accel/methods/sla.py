@@ -14,16 +14,16 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from dit_accel.asked import Asked, Kind
-from dit_accel.blocks import BlockMask, cut_blocks, valid_tokens
 from dit_accel.errors import DitAccelError
 from dit_accel.kernels.block_sparse.api import Impl
 from dit_accel.kernels.sla.api import choose_impl, route, sparse_linear_attention
 from dit_accel.kernels.sla.features import FEATURE_MAPS, FeatureMap
 from dit_accel.kernels.sla.setting import LINEAR_SCOPES, LinearScope
-from dit_accel.order import TokenOrder
-from dit_accel.planner import tile_shapes
-from dit_accel.plans import Plan, beside, building
+from dit_accel.order import TokenOrder, cut_blocks, valid_tokens
+from dit_accel.plans.asked import Asked, Kind
+from dit_accel.plans.blocks import BlockMask
+from dit_accel.plans.plan import Plan, beside, building
+from dit_accel.plans.tiles import tile_shapes
 from dit_accel.registry import Method
 from dit_accel.tokens import TokenGrid
 
@@ -96,7 +96,7 @@ def _is_number(value: Any) -> bool:
 class Routing(NamedTuple):
     """How one call treats its blocks: three `BlockMask`s with leading dimensions [B, H].
 
-    critical: attended exactly; reference and text rows and columns are always here.
+    critical: attended exactly; conditioning and text rows and columns are always here.
     skipped: dropped; empty in scope "all".
     linear: visual blocks of the linear branch; in scope "all" every one, the critical ones too.
     """
@@ -235,7 +235,7 @@ class SlaPlan(Plan):
 
     @property
     def visited(self) -> int:
-        """Blocks attended exactly in every head of every call, reference and text blocks included."""
+        """Blocks attended exactly in every head of every call, conditioning and text blocks included."""
         rows, around = self.order.visual_blocks, self.order.dense_blocks
         return rows * (self.config.kept(rows) + around) + around * self.order.blocks
 
@@ -326,7 +326,7 @@ def _attend(
         block=order.block,
         grid=grid.shape,
         tile=order.tile,
-        reference=grid.reference,
+        conditioning=grid.conditioning,
         text=grid.text,
         text_first=grid.text_first,
         text_len=asked.text_lens,
@@ -362,7 +362,7 @@ def choose_tile(block: int, grid: TokenGrid) -> tuple[int, int, int]:
 
 
 def _block_mask(visual: torch.Tensor, order: TokenOrder, *, dense: bool) -> BlockMask:
-    """A map [B, H, visual_blocks, visual_blocks] as lists; `dense`: reference and text blocks are listed too."""
+    """A map [B, H, visual_blocks, visual_blocks] as lists; `dense`: conditioning and text blocks are listed too."""
     around = order.dense_blocks
     listed = F.pad(visual, (0, around, 0, around), value=dense)
     counts = listed.sum(-1, dtype=torch.int32)

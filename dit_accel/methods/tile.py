@@ -11,8 +11,8 @@ from typing import ClassVar
 import torch
 
 from dit_accel.errors import DitAccelError
-from dit_accel.masks import Band, Mask
-from dit_accel.plans import MaskPlan
+from dit_accel.plans.masks import Band, Mask
+from dit_accel.plans.plan import MaskPlan
 from dit_accel.registry import Method
 from dit_accel.tokens import TokenGrid
 

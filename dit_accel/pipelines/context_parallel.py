@@ -148,7 +148,7 @@ def sharing(transformer: nn.Module, grid: TokenGrid) -> Ulysses | None:
 
 def _parts(transformer: nn.Module, grid: TokenGrid) -> tuple[int, ...]:
     """Lengths of the parts of the sequence that are sharded by themselves, in model order."""
-    image = grid.visual + grid.reference
+    image = grid.visual + grid.conditioning
     if not grid.text:
         return (image,)
     plan: Any = transformer._cp_plan

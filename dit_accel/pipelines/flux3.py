@@ -18,16 +18,16 @@ from dit_accel.pipelines.sizes import Config, Sizes, image_sizes, vae_pixels
 def layout(transformer: nn.Module, call: Call) -> Layout:
     """Packed image [B, N, C] with ids [N, 4], text [B, T, C], and conditioning tokens [B, R, C] or None."""
     found = packed_images(call)
-    if found.grid.reference:
+    if found.grid.conditioning:
         raise DitAccelError(
             f"{call.owner} needs img_ids of one image, or of several of one size; got {found.grid}. Put conditioning "
             "images into image_cond_hidden_states."
         )
     if call.get("image_cond_hidden_states") is None:
         return found
-    reference = call.tensor("image_cond_hidden_states", 3).shape[1]
-    notes = (f"{reference} tokens of conditioning images are dense both ways",)
-    return Layout(dataclasses.replace(found.grid, reference=reference), notes=notes)
+    conditioning = call.tensor("image_cond_hidden_states", 3).shape[1]
+    notes = (f"{conditioning} tokens of conditioning images are dense both ways",)
+    return Layout(dataclasses.replace(found.grid, conditioning=conditioning), notes=notes)
 
 
 def sizes(transformer: Config, vae: Config) -> Sizes:

@@ -31,9 +31,9 @@ def layout(transformer: nn.Module, call: Call) -> Layout:
     t5, llama = call.tensor("encoder_hidden_states_t5", 3).shape[1], call.get("encoder_hidden_states_llama3")
     # A block sees T5, the last of Llama's chosen layers, and the layer that is its own.
     text = t5 + 2 * llama[0].shape[-2]
-    reference = tokens - image.visual
-    notes = (f"{reference} tokens that pad the image are dense both ways",) if reference else ()
-    return Layout(TokenGrid(*image.shape, text=text, reference=reference), notes=notes)
+    conditioning = tokens - image.visual
+    notes = (f"{conditioning} tokens that pad the image are dense both ways",) if conditioning else ()
+    return Layout(TokenGrid(*image.shape, text=text, conditioning=conditioning), notes=notes)
 
 
 def _packed(call: Call) -> TokenGrid:
@@ -61,7 +61,7 @@ def sizes(transformer: Config, vae: Config) -> Sizes:
             )
         return 0 if height == width else most - height * width
 
-    return image_sizes(vae_pixels(vae) * patch, text=384, reference=padding)
+    return image_sizes(vae_pixels(vae) * patch, text=384, conditioning=padding)
 
 
 FAMILY = Family(

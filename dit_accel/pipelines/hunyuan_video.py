@@ -35,7 +35,7 @@ def sizes(transformer: Config, vae: Config) -> Sizes:
 
 RECOMMENDED = {
     "radial": Preset(
-        config={"decay": 0.95, "rule": "reference", "sink": False},
+        config={"decay": 0.95, "rule": "released", "sink": False},
         schedule={"dense_steps": 0.24},
         source="Radial Attention (arXiv:2506.19852), scripts/hunyuan_t2v_inference.sh: 117 frames of 768x1280, 12 of "
         "50 steps dense",

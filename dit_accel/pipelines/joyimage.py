@@ -31,11 +31,13 @@ def layout(transformer: nn.Module, call: Call) -> Layout:
 
 def _packed(call: Call) -> Layout:
     """Patches [B, N, C, F, H, W] of images with sizes in `shape_list`; text [B, T, C] and its mask [B, T] or None."""
-    (frames, height, width), reference = images(call, call.tensor("hidden_states", 6).shape[1], "shape_list")
-    grid = TokenGrid(frames, height, width, text=call.tensor("encoder_hidden_states", 3).shape[1], reference=reference)
+    (frames, height, width), conditioning = images(call, call.tensor("hidden_states", 6).shape[1], "shape_list")
+    grid = TokenGrid(
+        frames, height, width, text=call.tensor("encoder_hidden_states", 3).shape[1], conditioning=conditioning
+    )
     mask = call.get("encoder_hidden_states_mask")
     found = Layout(grid) if mask is None else mask_text(call, grid, mask)
-    return dataclasses.replace(found, notes=beside(reference))
+    return dataclasses.replace(found, notes=beside(conditioning))
 
 
 def sizes(transformer: Config, vae: Config) -> Sizes:

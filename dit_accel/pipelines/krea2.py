@@ -21,8 +21,8 @@ def layout(transformer: nn.Module, call: Call) -> Layout:
         raise DitAccelError(
             f"{call.owner} needs position_ids for {text} text and {images} image tokens, got {len(positions)}."
         )
-    frames, height, width, reference = image_grids(positions[text:])
-    grid = TokenGrid(frames, height, width, text=text, text_first=True, reference=reference)
+    frames, height, width, conditioning = image_grids(positions[text:])
+    grid = TokenGrid(frames, height, width, text=text, text_first=True, conditioning=conditioning)
     mask = call.get("encoder_attention_mask")
     return Layout(grid) if mask is None else mask_text(call, grid, mask)
 

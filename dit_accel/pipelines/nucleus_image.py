@@ -19,11 +19,13 @@ from dit_accel.tokens import TokenGrid
 def layout(transformer: nn.Module, call: Call) -> Layout:
     """A packed image [B, N, C] with `img_shapes`, text [B, T, C] and its mask [B, T] or None."""
     tokens = call.tensor("hidden_states", 3).shape[1]
-    (frames, height, width), reference = images(call, tokens)
-    grid = TokenGrid(frames, height, width, text=call.tensor("encoder_hidden_states", 3).shape[1], reference=reference)
+    (frames, height, width), conditioning = images(call, tokens)
+    grid = TokenGrid(
+        frames, height, width, text=call.tensor("encoder_hidden_states", 3).shape[1], conditioning=conditioning
+    )
     mask = call.get("encoder_hidden_states_mask")
     found = Layout(grid) if mask is None else mask_text(call, grid, mask)
-    return dataclasses.replace(found, notes=beside(reference))
+    return dataclasses.replace(found, notes=beside(conditioning))
 
 
 def sizes(transformer: Config, vae: Config) -> Sizes:

@@ -31,7 +31,7 @@ from torch import nn
 from dit_accel.errors import DitAccelError
 from dit_accel.kernels.block_sparse.api import Impl
 from dit_accel.pipelines.context_parallel import Ulysses
-from dit_accel.plans import Plan
+from dit_accel.plans.plan import Plan
 
 LEARNED = "sparse_linear"
 Watch = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, "float | None", "CallState"], None]

@@ -21,11 +21,11 @@ def layout(transformer: nn.Module, call: Call) -> Layout:
     """Packed images [B, N, C] with `img_shapes`, text [B, T, C] and its mask [B, T] or None."""
     tokens = call.tensor("hidden_states", 3).shape[1]
     text = call.tensor("encoder_hidden_states", 3).shape[1]
-    (frames, height, width), reference = images(call, tokens)
-    grid = TokenGrid(frames, height, width, text=text, text_first=True, reference=reference)
+    (frames, height, width), conditioning = images(call, tokens)
+    grid = TokenGrid(frames, height, width, text=text, text_first=True, conditioning=conditioning)
     mask = call.get("encoder_hidden_states_mask")
     found = Layout(grid) if mask is None else mask_text(call, grid, mask)
-    return dataclasses.replace(found, notes=beside(reference))
+    return dataclasses.replace(found, notes=beside(conditioning))
 
 
 def images(call: Call, tokens: int, name: str = "img_shapes") -> tuple[tuple[int, int, int], int]:

@@ -57,7 +57,7 @@ def packed_video(call: Call) -> Layout:
             if _is_video(places[:, start:stop], shape) and (stated or stop == tokens):
                 frames, height, width = shape
                 others = tokens - (stop - start)
-                grid = TokenGrid(frames, height, width, reference=others)
+                grid = TokenGrid(frames, height, width, conditioning=others)
                 order = torch.cat((torch.arange(start, stop), torch.arange(start), torch.arange(stop, tokens)))
                 rows = order.expand(len(coordinates), -1).to(call.device) if start else None
                 note = f"{others} tokens of keyframes or reference videos are dense both ways"
@@ -178,9 +178,10 @@ def packed_images(call: Call) -> Layout:
     if not isinstance(ids, torch.Tensor) or ids.ndim < 2 or ids.shape[-2] != images.shape[1]:
         came = tuple(ids.shape) if isinstance(ids, torch.Tensor) else type(ids).__name__
         raise DitAccelError(f"{call.owner} needs img_ids for each of the {images.shape[1]} image tokens, got {came}.")
-    frames, height, width, reference = call.once(ids, _read_ids)
+    frames, height, width, conditioning = call.once(ids, _read_ids)
     return Layout(
-        TokenGrid(frames, height, width, text=text, text_first=True, reference=reference), notes=beside(reference)
+        TokenGrid(frames, height, width, text=text, text_first=True, conditioning=conditioning),
+        notes=beside(conditioning),
     )
 
 
@@ -188,9 +189,11 @@ def _read_ids(ids: torch.Tensor) -> tuple[int, int, int, int]:
     return image_grids((ids if ids.ndim == 2 else ids[0])[:, :3])
 
 
-def beside(reference: int) -> tuple[str, ...]:
+def beside(conditioning: int) -> tuple[str, ...]:
     """The note on conditioning tokens that are no further frames."""
-    return (f"{reference} tokens of conditioning images of another size are dense both ways",) if reference else ()
+    return (
+        (f"{conditioning} tokens of conditioning images of another size are dense both ways",) if conditioning else ()
+    )
 
 
 def image_grids(ids: torch.Tensor) -> tuple[int, int, int, int]:

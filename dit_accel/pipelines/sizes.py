@@ -25,7 +25,7 @@ class Sizes:
         text_first: whether they stand before the visual tokens.
         longest: most tokens along one axis, or None where there is no limit.
         frames_first: frames of the first token along time: 1 where it stands alone, 0 where it is like the others.
-        reference: tokens behind the visual ones by the number of these; None: there are none.
+        conditioning: tokens behind the visual ones by the number of these; None: there are none.
     """
 
     pixels: tuple[int, int]
@@ -37,7 +37,7 @@ class Sizes:
     text_first: bool = False
     longest: int | None = None
     frames_first: int = 1
-    reference: Callable[[Shape], int] | None = None
+    conditioning: Callable[[Shape], int] | None = None
 
     @property
     def video(self) -> bool:
@@ -78,8 +78,8 @@ class Sizes:
     def grid(self, frames: int, height: int, width: int) -> TokenGrid:
         """The token grid of a size that `chosen` accepted."""
         shape = self._tokens(frames, height, width)
-        reference = 0 if self.reference is None else self.reference(shape)
-        return TokenGrid(*shape, text=self.text, text_first=self.text_first, reference=reference)
+        conditioning = 0 if self.conditioning is None else self.conditioning(shape)
+        return TokenGrid(*shape, text=self.text, text_first=self.text_first, conditioning=conditioning)
 
     def _tokens(self, frames: int, height: int, width: int) -> Shape:
         if self.frames_step is None:

@@ -30,7 +30,7 @@ def sizes(transformer: Config, vae: Config) -> Sizes:
 
 RECOMMENDED = {
     "radial": Preset(
-        config={"decay": 0.2, "rule": "reference"},
+        config={"decay": 0.2, "rule": "released"},
         schedule={"dense_steps": 0.24, "dense_layers": 1},
         source="Radial Attention (arXiv:2506.19852), scripts/wan_t2v_inference.sh: Wan2.1-14B, 69 frames of 768x1280, "
         "12 of 50 steps dense",
@@ -45,7 +45,7 @@ RECOMMENDED = {
 # Of Wan 2.2 A14B, whose two transformers run on one trajectory.
 RECOMMENDED_PAIR = {
     "radial": Preset(
-        config={"decay": 0.8, "rule": "reference", "block": 64},
+        config={"decay": 0.8, "rule": "released", "block": 64},
         schedule={"dense_steps": 11 / 40, "dense_layers": 1},
         source="Radial Attention (arXiv:2506.19852), scripts/wan_22_t2v_inference.sh: Wan2.2-A14B, 77 frames of "
         "768x1280, 11 of 40 steps dense, blocks of 64 tokens",

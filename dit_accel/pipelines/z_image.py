@@ -38,8 +38,8 @@ def layout(transformer: nn.Module, call: Call) -> Layout:
     patch, frames_patch = (call.get(name) or default for name, default in (("patch_size", 2), ("f_patch_size", 1)))
     visual = patch_grid(sizes.pop(), (frames_patch, patch, patch))
     text = [_padded(len(caption)) for caption in captions]
-    reference = _padded(visual.visual) - visual.visual
-    grid = TokenGrid(*visual.shape, text=max(text), reference=reference)
+    conditioning = _padded(visual.visual) - visual.visual
+    grid = TokenGrid(*visual.shape, text=max(text), conditioning=conditioning)
     lens: Any = None if min(text) == max(text) else torch.tensor(text, dtype=torch.int32, device=call.device)
     return Layout(grid, text_lens=lens)
 
@@ -55,7 +55,7 @@ def sizes(transformer: Config, vae: Config) -> Sizes:
         return _padded(math.prod(shape)) - math.prod(shape)
 
     longest = min(transformer["axes_lens"][1:])
-    return image_sizes(2 * vae_pixels(vae), text=512, longest=longest, reference=padding)
+    return image_sizes(2 * vae_pixels(vae), text=512, longest=longest, conditioning=padding)
 
 
 FAMILY = Family(

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from dit_accel.checkpoint import replace_file
+from dit_accel.checkpoint.format import replace_file
 from dit_accel.errors import DitAccelError
 
 FORMAT = 1

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from dit_accel import adapters
 from dit_accel.accelerator import accelerate
+from dit_accel.checkpoint import lora as adapters
 from dit_accel.errors import DitAccelError
 from dit_accel.pipelines.targets import find_transformers
 from dit_accel.train import card, state

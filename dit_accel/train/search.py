@@ -20,11 +20,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from dit_accel import layerwise
 from dit_accel.accelerator import accelerate
-from dit_accel.checkpoint import replace_file
+from dit_accel.checkpoint.format import replace_file
 from dit_accel.errors import DitAccelError
-from dit_accel.layerwise import LayerSettings
+from dit_accel.hooks import layers as layerwise
+from dit_accel.hooks.layers import LayerSettings
 from dit_accel.pipelines.targets import find_transformers
 from dit_accel.registry import make_config
 from dit_accel.train.data import Dataset

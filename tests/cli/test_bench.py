@@ -8,8 +8,11 @@ import sys
 import pytest
 import torch
 
-from dit_accel.eval import bench_file, bench_models, bench_rows, lines
-from dit_accel.eval.bench_rows import Setting, Shape
+from dit_accel.bench import file as bench_file
+from dit_accel.bench import models as bench_models
+from dit_accel.bench import rows as bench_rows
+from dit_accel.bench.rows import Setting, Shape
+from dit_accel.generation import lines
 
 TINY = Shape(
     "cpu",
@@ -98,7 +101,7 @@ def test_what_is_refused_beside_measured_rows_fails_the_run(cli, tiny):
 
 
 def test_an_interrupted_run_keeps_its_rows(cli, tiny, tmp_path, monkeypatch):
-    from dit_accel.eval.bench import Bench
+    from dit_accel.bench.run import Bench
 
     def interrupted(bench, rows):
         yield next(right(bench, rows))

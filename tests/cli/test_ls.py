@@ -24,7 +24,7 @@ def test_json_settings_are_the_configs(cli):
 def test_recommended_settings_are_shown_with_their_source(cli):
     families = {family["name"]: family for family in json.loads(cli("ls", "--json").out)["families"]}
     radial = families["wan"]["recommended"]["radial"]
-    assert radial["config"] == {"decay": 0.2, "rule": "reference"}
+    assert radial["config"] == {"decay": 0.2, "rule": "released"}
     assert radial["schedule"] == {"dense_steps": 0.24, "dense_layers": 1}
     assert "scripts/wan_t2v_inference.sh" in radial["source"]
     pair = families["wan"]["recommended_pair"]["radial"]

@@ -70,7 +70,7 @@ def test_grid_of_a_wan_model_comes_from_its_json(cli, wan_folder, tmp_path):
 def test_grid_of_a_flux_model_has_its_text_first(cli, flux_folder):
     out = cli("plan", "--method", "gna:window=0.5", "--model", flux_folder, "--height", 32, "--width", 64, "--json").out
     grid = json.loads(out)["grid"]
-    assert grid == {"frames": 1, "height": 8, "width": 16, "text": 512, "text_first": True, "reference": 0}
+    assert grid == {"frames": 1, "height": 8, "width": 16, "text": 512, "text_first": True, "conditioning": 0}
 
 
 def test_grid_of_the_demo_defaults_to_its_own_size(cli, demo):
@@ -80,7 +80,7 @@ def test_grid_of_the_demo_defaults_to_its_own_size(cli, demo):
     assert facts["tokens"] == DEFAULTS.tokens
 
 
-@pytest.mark.parametrize("method", ["dense", "gna:window=8", "tile:references=2", "radial", "radial:rule=reference"])
+@pytest.mark.parametrize("method", ["dense", "gna:window=8", "tile:references=2", "radial", "radial:rule=released"])
 def test_grids_of_more_blocks_than_fit_are_refused(cli, method):
     """Ten million tokens with text: 80,002 x 160,004 blocks of 128 and 64 tokens."""
     outcome = cli("plan", "--method", method, "--grid", "64x400x400", "--text", "256")

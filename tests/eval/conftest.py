@@ -47,7 +47,7 @@ def clip_folder(tmp_path_factory):
     """A tiny CLIP of random weights in the format of the hub's."""
     from transformers import CLIPConfig, CLIPModel
 
-    from dit_accel.pipelines.demo.model import build_tokenizer
+    from tools.demo.model import build_tokenizer
 
     torch.manual_seed(0)
     place = tmp_path_factory.mktemp("clip") / "tiny-clip"

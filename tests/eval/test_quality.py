@@ -96,7 +96,7 @@ class TestResults:
 
     def test_too_few_images_say_so_by_default(self, evaluate, tmp_path, monkeypatch, clip_folder):
         """What was asked for by name is refused before the work; the default set says what it lacks."""
-        from dit_accel.eval import metrics
+        from dit_accel.eval.metrics import catalogue as metrics
 
         monkeypatch.setattr(metrics, "EMBEDDED", ("psnr", f"fid[{clip_folder}]"))
         outcome = evaluate("--method", GNA, metrics=())

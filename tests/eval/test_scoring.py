@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from dit_accel.eval import scoring
-from dit_accel.eval.fid import METRIC as FID
-from dit_accel.eval.frame_agreement import METRIC as AGREEMENT
-from dit_accel.eval.kid import METRIC as KID
-from dit_accel.eval.metric import Metric
-from dit_accel.eval.psnr import METRIC as PSNR
-from dit_accel.eval.ssim import METRIC as SSIM
+from dit_accel.eval.metrics.fid import METRIC as FID
+from dit_accel.eval.metrics.frame_agreement import METRIC as AGREEMENT
+from dit_accel.eval.metrics.kid import METRIC as KID
+from dit_accel.eval.metrics.metric import Metric
+from dit_accel.eval.metrics.psnr import METRIC as PSNR
+from dit_accel.eval.metrics.ssim import METRIC as SSIM
 from dit_accel.generation.processes import Process
 
 CPU = torch.device("cpu")

@@ -268,7 +268,7 @@ def test_bad_settings_are_refused(settings, words):
 
 
 def test_text_is_dense_both_ways():
-    grid = TokenGrid(1, 4, 4, text=3, text_first=True, reference=2)
+    grid = TokenGrid(1, 4, 4, text=3, text_first=True, conditioning=2)
     plan = dit_accel.plan("gna", grid, window=(1, 1, 1))
     mask = plan.token_mask()
     assert plan.pairs == int(mask.sum()) == 21**2 - 16**2 + 16

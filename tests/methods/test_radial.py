@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 import dit_accel
 from dit_accel.errors import DitAccelError
-from dit_accel.masks import Band
-from dit_accel.methods.radial import reference_radius
+from dit_accel.methods.radial import released_radius
+from dit_accel.plans.masks import Band
 from dit_accel.tokens import TokenGrid
 
 WAN768, WAN22, HUNYUAN, HUNYUAN720 = (18, 48, 80), (20, 48, 80), (30, 48, 80), (33, 45, 80)
@@ -72,7 +72,7 @@ PUBLISHED = [  # grid, decay, sink, block, blocks kept, token pairs before round
 @pytest.mark.parametrize(("shape", "decay", "sink", "block", "kept", "pairs"), PUBLISHED)
 def test_the_released_codes_blocks(shape, decay, sink, block, kept, pairs):
     grid = TokenGrid(*shape)
-    plan = dit_accel.plan("radial", grid, rule="reference", decay=decay, sink=sink, block=block)
+    plan = dit_accel.plan("radial", grid, rule="released", decay=decay, sink=sink, block=block)
     side, rest = divmod(grid.visual, block)
     found = plan.block_mask()
     assert int(found.dense()[:side, :side].sum()) == kept
@@ -80,7 +80,7 @@ def test_the_released_codes_blocks(shape, decay, sink, block, kept, pairs):
     assert found.visited == kept + (2 * side + 1 if rest else 0)
     assert found.full == found.visited
     if pairs is not None:
-        radius = reference_radius(grid.frames, grid.height * grid.width, decay, sink, block)
+        radius = released_radius(grid.frames, grid.height * grid.width, decay, sink, block)
         assert Band(radius, grid.height, grid.width).pairs() == pairs
 
 
@@ -90,14 +90,14 @@ def test_official_fractions():
         (WAN768, {"decay": 0.2}, 83728 / 291600),
         (HUNYUAN, {"decay": 0.95, "sink": False}, 222452 / 810000),
     ):
-        plan = dit_accel.plan("radial", TokenGrid(*shape), rule="reference", **settings_)
+        plan = dit_accel.plan("radial", TokenGrid(*shape), rule="released", **settings_)
         assert plan.block_mask().density == fraction
         assert plan.density == fraction
 
 
 def test_the_rest_of_the_tokens_is_dense():
     grid = TokenGrid(3, 7, 9, text=5)
-    plan = dit_accel.plan("radial", grid, rule="reference", block=16, decay=0.1, sink=False)
+    plan = dit_accel.plan("radial", grid, rule="released", block=16, decay=0.1, sink=False)
     mask = plan.token_mask()
     tail = slice(grid.visual // 16 * 16, grid.visual)
     assert mask[tail].all()
@@ -108,7 +108,7 @@ def test_the_rest_of_the_tokens_is_dense():
 
 
 def test_a_block_plan_has_one_block_mask():
-    plan = dit_accel.plan("radial", TokenGrid(3, 7, 9), rule="reference", block=16)
+    plan = dit_accel.plan("radial", TokenGrid(3, 7, 9), rule="released", block=16)
     assert plan.block_mask(16, 16, order="raster") is plan.block_mask()
     for arguments in ({"block_q": 32}, {"order": "tile"}, {"tile_q": (1, 4, 4), "tile_k": (1, 4, 4)}):
         with pytest.raises(DitAccelError, match="raster blocks of 16 x 16"):
@@ -122,7 +122,7 @@ def test_a_block_plan_has_one_block_mask():
         ({"decay": "wide"}, "decay"),
         ({"sink": 1}, "sink as true or false"),
         ({"block": 0}, "block as an integer"),
-        ({"rule": "papr"}, "paper, reference"),
+        ({"rule": "papr"}, "paper, released"),
     ],
 )
 def test_bad_settings_are_refused(settings_, words):
@@ -133,7 +133,7 @@ def test_bad_settings_are_refused(settings_, words):
 def test_decays_at_the_ends_of_the_numbers():
     """All frames whole, or none but the neighbours', where width or period are no finite numbers."""
     grid, near = TokenGrid(9, 5, 7), (torch.arange(9)[:, None] - torch.arange(9)).abs() <= 1
-    for rule in ("paper", "reference"):
+    for rule in ("paper", "released"):
         dit_accel.plan("radial", grid, rule=rule, decay=1e308)
     assert dit_accel.plan("radial", grid, decay=1e308, sink=False).pairs == grid.tokens**2
     for decay in (1e-310, 5e-324):

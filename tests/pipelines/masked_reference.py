@@ -113,7 +113,7 @@ def critical_pairs(grid: TokenGrid, config: dict[str, Any], rows: torch.Tensor |
 
     def in_order(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
         tokens = q.shape[-2]
-        own = dataclasses.replace(grid, text=0, reference=0)
+        own = dataclasses.replace(grid, text=0, conditioning=0)
         if tokens != grid.visual:
             own = dataclasses.replace(grid, text=grid.text - (grid.tokens - tokens))
         critical = SparseLinearAttention(q.shape[-1], **config).route(q, k, own).critical

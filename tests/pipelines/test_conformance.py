@@ -24,7 +24,7 @@ def static_settings(tiny):
     return [
         ("gna", {"window": (3, 5, 4)}),
         ("radial", {"decay": 0.2, "sink": False}),
-        ("radial", {"decay": 0.2, "rule": "reference", "block": 16, "sink": False}),
+        ("radial", {"decay": 0.2, "rule": "released", "block": 16, "sink": False}),
         ("tile", {"references": 1}),
     ]
 
@@ -78,7 +78,7 @@ def test_equals_masked_attention(tiny, method, config, whole, evidence):
     with dit_accel.accelerated(tiny.shared, method, **config) as accel:
         ours = run(tiny.shared, tiny.call())
     report, plan = accel.report(), dit_accel.plan(method, tiny.grid, **config)
-    visual = dit_accel.plan(method, dataclasses.replace(tiny.grid, text=0, reference=0), **config)
+    visual = dit_accel.plan(method, dataclasses.replace(tiny.grid, text=0, conditioning=0), **config)
     family = get_families()[tiny.family]
     plans = {layer.name: plan if family.sees_text(layer.name) else visual for layer in report.layers}
     assert report.grids == {str(own.grid): own.density for own in plans.values()}

@@ -13,8 +13,8 @@ from diffusers.hooks import apply_context_parallel
 from tiny_models import all_models, module, run
 
 import dit_accel
+from dit_accel.hooks.report import LayerReport, Report
 from dit_accel.pipelines.context_parallel import even_shares
-from dit_accel.report import LayerReport, Report
 
 WORKER = pathlib.Path(__file__).with_name("context_parallel_worker.py")
 WINDOW = {"window": (3, 5, 4)}

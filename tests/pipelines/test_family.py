@@ -93,7 +93,7 @@ def test_flux_takes_conditioning_images_as_frames_or_reference(tiny_flux, flux_i
     transformer = tiny_flux()
     assert read(flux.FAMILY, transformer, flux_inputs((4, 6), (4, 6))).grid.frames == 2
     layout = read(flux.FAMILY, transformer, flux_inputs((4, 6), (3, 3)))
-    assert layout.grid == TokenGrid(1, 4, 6, text=13, text_first=True, reference=9)
+    assert layout.grid == TokenGrid(1, 4, 6, text=13, text_first=True, conditioning=9)
     assert "9 tokens" in layout.notes[0]
 
 
@@ -143,7 +143,7 @@ def test_head_dim(tiny_wan, tiny_flux):
 def test_a_family_is_complete(name):
     import diffusers
 
-    from dit_accel.schedule import Schedule
+    from dit_accel.hooks.schedule import Schedule
 
     family = registry.get_families()[name]
     assert family.name == name and family.summary

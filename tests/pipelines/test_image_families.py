@@ -72,7 +72,7 @@ def test_layered_images_count_as_frames_and_others_as_conditioning():
     qwen = tiny_models.get("qwen_image", "t2i")
     shapes = [[(1, 5, 7), (2, 5, 7), (1, 4, 7), (1, 5, 7)]] * 2
     found = layout(qwen, img_shapes=shapes, hidden_states=latents(35 + 70 + 28 + 35, 8))
-    assert found.grid == TokenGrid(3, 5, 7, text=13, text_first=True, reference=63)
+    assert found.grid == TokenGrid(3, 5, 7, text=13, text_first=True, conditioning=63)
     assert "63 tokens" in found.notes[0]
 
 

@@ -14,7 +14,7 @@ from torch import nn
 
 from dit_accel.errors import DitAccelError
 from dit_accel.pipelines.processor import CallState, accelerated
-from dit_accel.plans import plan
+from dit_accel.registry import plan
 from dit_accel.tokens import TokenGrid
 
 

@@ -112,14 +112,14 @@ CASES = [
         {"axes_lens": [1536, 512, 512]},
         KL,
         (None, 720, 1008),
-        TokenGrid(1, 45, 63, text=512, reference=13),
+        TokenGrid(1, 45, 63, text=512, conditioning=13),
     ),
     (
         "HiDreamImageTransformer2DModel",
         {"patch_size": 2, "max_resolution": [128, 128]},
         KL,
         (None, 768, 1024),
-        TokenGrid(1, 48, 64, text=384, reference=1024),
+        TokenGrid(1, 48, 64, text=384, conditioning=1024),
     ),
     (
         "Lumina2Transformer2DModel",

@@ -78,7 +78,7 @@ def test_coordinates_tell_where_the_video_is():
     assert (alone.grid, alone.rows) == (TokenGrid(5, 7, 9), None)
     assert read((1, 7, 9, 8)).grid == TokenGrid(1, 7, 9)
     other = read((2, 3, 4, 8), (1, 7, 9, 30), (3, 7, 9, 0))
-    assert other.grid == TokenGrid(3, 7, 9, reference=87) and other.rows[0, :2].tolist() == [87, 88]
+    assert other.grid == TokenGrid(3, 7, 9, conditioning=87) and other.rows[0, :2].tolist() == [87, 88]
     for irregular in ([(5, 7, 9, 0), (5, 3, 4, 50)], [(1, 7, 9, 0), (1, 7, 8, 20)]):
         with pytest.raises(dit_accel.DitAccelError, match="where the video is among them"):
             read(*irregular)

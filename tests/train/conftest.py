@@ -26,8 +26,8 @@ class Tiny:
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
     """The same weights and data for every test; tests do not write to them."""
-    from dit_accel.pipelines.demo.model import build_pipeline
     from dit_accel.train import data, prepare
+    from tools.demo.model import build_pipeline
 
     torch.manual_seed(0)
     pipe = build_pipeline(dim=64, layers=2, ffn_dim=64)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import dit_accel
-from dit_accel import adapters
+from dit_accel.checkpoint import lora as adapters
 from dit_accel.pipelines.targets import find_transformers
 from dit_accel.train.networks import Networks
 from dit_accel.train.objectives import OBJECTIVES, Outputs

@@ -11,7 +11,7 @@ import torch
 from launching import TWO_PROCESSES
 
 import dit_accel
-from dit_accel import adapters
+from dit_accel.checkpoint import lora as adapters
 from dit_accel.train import losses, state
 from dit_accel.train.data import Dataset
 from dit_accel.train.loop import Base, train

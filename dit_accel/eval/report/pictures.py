@@ -10,8 +10,8 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
-from dit_accel.eval.bench_picture import check_matplotlib
 from dit_accel.eval.report import fields
+from dit_accel.generation.output import check_matplotlib
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -40,11 +40,11 @@ def block_sparse_attention(
     packed: torch.Tensor | None = None,
     tile_q: Shape | None = None,
     tile_k: Shape | None = None,
-    reference: int = 0,
+    conditioning: int = 0,
     text: int = 0,
     query_grid: Shape | None = None,
     visual_start: torch.Tensor | None = None,
-    reference_start: torch.Tensor | None = None,
+    conditioning_start: torch.Tensor | None = None,
     text_start: torch.Tensor | None = None,
     text_len: torch.Tensor | None = None,
     text_bias: torch.Tensor | None = None,
@@ -54,7 +54,7 @@ def block_sparse_attention(
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Softmax attention in which each block of queries visits only its listed blocks of keys.
 
-    Blocks are those of `order.TokenOrder`: visual blocks first (raster runs, or 3-D tiles), then reference blocks,
+    Blocks are those of `order.TokenOrder`: visual blocks first (raster runs, or 3-D tiles), then conditioning blocks,
     then text blocks, each segment padded to whole blocks by itself. Padding slots are never attended.
 
     Args:
@@ -68,16 +68,16 @@ def block_sparse_attention(
         partial: bool, shape of `kv_indices`: the listed blocks in which `tables` decides pair by pair; the other
             blocks are attended whole. None with `tables`: all of them. Needs `tables`.
         tables: int32 [words], the packed predicate over visual pairs (`masks.Mask.pack`); pairs with a text or
-            reference token are always allowed. None: every listed block is attended whole.
+            conditioning token are always allowed. None: every listed block is attended whole.
         partial_blocks: how many entries `tables` decide, if known (or a number above); `triton` then makes room for the
             bit masks of as many blocks, 1 KB a block of 128x64. None: for all entries of visual blocks.
         packed: what `pack` made of these very lists, for `triton` to read in place of them; the others need it not.
         tile_q, tile_k: 3-D tile of a visual block; its product is the block. None: raster order.
-        reference, text: reference and text tokens, padding included.
+        conditioning, text: conditioning and text tokens, padding included.
         query_grid: the queries are visual tokens alone, in a grid of this size, from row 0 of `q` (Nq and Nk may then
             differ; the tables' query axes are this grid's). None: queries and keys are the same tokens.
-        visual_start, reference_start, text_start: int32 [B], first row of each segment per sample. None for all
-            three means ``[visual | reference | text]``. Rows in no segment are never read; their output is 0.
+        visual_start, conditioning_start, text_start: int32 [B], first row of each segment per sample. None for all
+            three means ``[visual | conditioning | text]``. Rows in no segment are never read; their output is 0.
         text_len: int32 [B], valid text keys per sample, from `text_start` on; None: all of them. The remaining text
             rows are queries, and never keys but with `text_bias`.
         text_bias: floating point [B, Nq], what each query adds to the scaled logits of those remaining text rows, which
@@ -108,8 +108,8 @@ def block_sparse_attention(
         dtype = torch.get_autocast_dtype(q.device.type)
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     _check_tensors(q, k, v)
-    geometry = _geometry(grid, query_grid, block_q, block_k, tile_q, tile_k, reference, text, partial_blocks)
-    starts = (visual_start, reference_start, text_start)
+    geometry = _geometry(grid, query_grid, block_q, block_k, tile_q, tile_k, conditioning, text, partial_blocks)
+    starts = (visual_start, conditioning_start, text_start)
     _check_geometry(q, k, geometry, starts, text_len)
     _check_bias(q, text_len, text_bias)
     _check_lists(q, kv_indices, kv_counts, partial, tables, geometry)
@@ -140,7 +140,7 @@ def pack(
     partial_blocks: int | None = None,
     tile_q: Shape | None = None,
     tile_k: Shape | None = None,
-    reference: int = 0,
+    conditioning: int = 0,
     text: int = 0,
 ) -> torch.Tensor:
     """What the Triton implementation makes of lists in each call and its backward, made once: for lists that stay.
@@ -156,7 +156,7 @@ def pack(
     Raises:
         DitAccelError: the lists have a head axis or a wrong shape, or `partial_blocks` is too small.
     """
-    geometry = _geometry(grid, None, block_q, block_k, tile_q, tile_k, reference, text, partial_blocks)
+    geometry = _geometry(grid, None, block_q, block_k, tile_q, tile_k, conditioning, text, partial_blocks)
     want = geometry.query_order.blocks
     if kv_indices.ndim != 2 or len(kv_indices) != want:
         raise DitAccelError(f"Only lists [{want}, width] can be packed, got {list(kv_indices.shape)}.")
@@ -173,7 +173,7 @@ def _geometry(
     block_k: int,
     tile_q: Shape | None,
     tile_k: Shape | None,
-    reference: int,
+    conditioning: int,
     text: int,
     partial_blocks: int | None,
 ) -> Geometry:
@@ -184,7 +184,7 @@ def _geometry(
         block_k=block_k,
         tile_q=_tile(tile_q, block_q, "tile_q"),
         tile_k=_tile(tile_k, block_k, "tile_k"),
-        reference=reference,
+        conditioning=conditioning,
         text=text,
         own_queries=query_grid is not None,
         partial_blocks=partial_blocks,
@@ -194,7 +194,7 @@ def _geometry(
 def _attend_padding(q, k, v, geometry, text_start, text_len, scale, impl):
     """All queries over the text behind `text_len`: output [B, H, Nq, D] and LSE [B, H, Nq]."""
     if text_start is None:
-        text_start = torch.full_like(text_len, geometry.key_order.grid.visual + geometry.reference)
+        text_start = torch.full_like(text_len, geometry.key_order.grid.visual + geometry.conditioning)
     keys, values = (padding.from_its_end(x, text_start, geometry.text) for x in (k, v))
     rows, blocks = (-(-n // block) for n, block in ((q.shape[2], geometry.block_q), (geometry.text, geometry.block_k)))
     # Block 0 holds the row in front.
@@ -299,24 +299,24 @@ def _check_geometry(
     starts: tuple[torch.Tensor | None, ...],
     text_len: torch.Tensor | None,
 ) -> None:
-    if geometry.reference < 0 or geometry.text < 0:
-        raise DitAccelError(f"reference and text must be >= 0, got {geometry.reference} and {geometry.text}.")
+    if geometry.conditioning < 0 or geometry.text < 0:
+        raise DitAccelError(f"conditioning and text must be >= 0, got {geometry.conditioning} and {geometry.text}.")
     if geometry.partial_blocks is not None and geometry.partial_blocks < 0:
         raise DitAccelError(f"partial_blocks must be >= 0 or None, got {geometry.partial_blocks}.")
     given = [start is not None for start in starts]
     if any(given) and not all(given):
-        raise DitAccelError("Give visual_start, reference_start and text_start together, or none of them.")
+        raise DitAccelError("Give visual_start, conditioning_start and text_start together, or none of them.")
     for name, want, have in (
         ("q", geometry.query_order.grid.tokens, q.shape[2]),
         ("k and v", geometry.key_order.grid.tokens, k.shape[2]),
     ):
         if have < want or (have != want and not any(given)):
             raise DitAccelError(
-                f"grid {geometry.grid}, {geometry.reference} reference and {geometry.text} text tokens need {name} "
-                f"with {want} rows, got {have}; rows to be left out need the three starts."
+                f"grid {geometry.grid}, {geometry.conditioning} conditioning and {geometry.text} text tokens need "
+                f"{name} with {want} rows, got {have}; rows to be left out need the three starts."
             )
     for name, tensor in zip(
-        ("visual_start", "reference_start", "text_start", "text_len"), (*starts, text_len), strict=True
+        ("visual_start", "conditioning_start", "text_start", "text_len"), (*starts, text_len), strict=True
     ):
         if tensor is not None and (tensor.shape != q.shape[:1] or tensor.dtype != torch.int32):
             raise DitAccelError(

@@ -1,8 +1,8 @@
 """How block lists address tokens: plain integers that travel through the custom ops, and what they mean.
 
-A sequence holds up to three segments: visual tokens (a grid in raster order), reference tokens and text tokens. The
-kernels number tokens *canonically* as ``[visual | reference | text]``; where each segment begins in memory is said per
-sample by `Layout`, so that text before, behind or between needs no copy.
+A sequence holds up to three segments: visual tokens (a grid in raster order), conditioning tokens and text tokens. The
+kernels number tokens *canonically* as ``[visual | conditioning | text]``; where each segment begins in memory is
+said per sample by `Layout`, so that text before, behind or between needs no copy.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Geometry:
         query_grid: the same for the visual queries.
         block_q, block_k: tokens in a query block and in a key block.
         tile_q, tile_k: 3-D tile of a visual block, None for raster order.
-        reference, text: reference and text keys, padding included.
+        conditioning, text: conditioning and text keys, padding included.
         own_queries: the queries are a grid of visual tokens of their own, from row 0; else they are the keys' tokens.
         partial_blocks: list entries whose pairs the tables decide, if the caller knows: room is made for as many.
     """
@@ -40,7 +40,7 @@ class Geometry:
     block_k: int
     tile_q: Shape | None
     tile_k: Shape | None
-    reference: int
+    conditioning: int
     text: int
     own_queries: bool
     partial_blocks: int | None = None
@@ -51,7 +51,7 @@ class Geometry:
         partial_blocks = -1 if self.partial_blocks is None else self.partial_blocks
         return [
             *self.grid, *self.query_grid, self.block_q, self.block_k, *(self.tile_q or none), *(self.tile_k or none),
-            self.reference, self.text, int(self.own_queries), partial_blocks,
+            self.conditioning, self.text, int(self.own_queries), partial_blocks,
         ]  # fmt: skip
 
     @classmethod
@@ -65,14 +65,16 @@ class Geometry:
     @property
     def query_order(self) -> TokenOrder:
         """Query blocks over the canonical numbering of the queries."""
-        text, reference = (0, 0) if self.own_queries else (self.text, self.reference)
-        grid = TokenGrid(*self.query_grid, text=text, reference=reference)
+        text, conditioning = (0, 0) if self.own_queries else (self.text, self.conditioning)
+        grid = TokenGrid(*self.query_grid, text=text, conditioning=conditioning)
         return TokenOrder(grid, self.block_q, self.tile_q)
 
     @property
     def key_order(self) -> TokenOrder:
         """Key blocks over the canonical numbering of the keys."""
-        return TokenOrder(TokenGrid(*self.grid, text=self.text, reference=self.reference), self.block_k, self.tile_k)
+        return TokenOrder(
+            TokenGrid(*self.grid, text=self.text, conditioning=self.conditioning), self.block_k, self.tile_k
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,13 +82,13 @@ class Layout:
     """Where one sample's segments begin, and how many of its text keys are valid."""
 
     visual_start: int
-    reference_start: int
+    conditioning_start: int
     text_start: int
     text_len: int
 
-    def positions(self, visual: int, reference: int, text: int) -> torch.Tensor:
-        """Row in memory of every canonical token: int64 [visual + reference + text]."""
-        starts = (self.visual_start, visual), (self.reference_start, reference), (self.text_start, text)
+    def positions(self, visual: int, conditioning: int, text: int) -> torch.Tensor:
+        """Row in memory of every canonical token: int64 [visual + conditioning + text]."""
+        starts = (self.visual_start, visual), (self.conditioning_start, conditioning), (self.text_start, text)
         return torch.cat([torch.arange(start, start + count) for start, count in starts])
 
 
@@ -95,32 +97,32 @@ def read_layouts(
     batch: int,
     tokens: int,
     visual_start: torch.Tensor | None,
-    reference_start: torch.Tensor | None,
+    conditioning_start: torch.Tensor | None,
     text_start: torch.Tensor | None,
     text_len: torch.Tensor | None,
 ) -> list[Layout]:
-    """The key layout of every sample, read from the int32 [batch] tensors; None means ``[visual | reference | text]``.
+    """Key layouts of all samples, from the int32 [batch] tensors; None means ``[visual | conditioning | text]``.
 
     Raises:
         DitAccelError: a segment leaves the sequence of `tokens` keys, two segments overlap, or a text length is
             negative or above the text's size.
     """
     visual = geometry.key_order.grid.visual
-    usual = (0, visual, visual + geometry.reference, geometry.text)
-    given = (visual_start, reference_start, text_start, text_len)
+    usual = (0, visual, visual + geometry.conditioning, geometry.text)
+    given = (visual_start, conditioning_start, text_start, text_len)
     columns = [[u] * batch if t is None else t.tolist() for u, t in zip(usual, given, strict=True)]
     layouts = [Layout(*row) for row in zip(*columns, strict=True)]
     for layout in set(layouts):
         spans = [
             (layout.visual_start, visual),
-            (layout.reference_start, geometry.reference),
+            (layout.conditioning_start, geometry.conditioning),
             (layout.text_start, geometry.text),
         ]
         spans = sorted((start, start + count) for start, count in spans if count)
         if spans[0][0] < 0 or spans[-1][1] > tokens or any(a[1] > b[0] for a, b in itertools.pairwise(spans)):
             raise DitAccelError(
                 f"The segments of a sample must not overlap and must lie within its {tokens} keys; got {layout} for "
-                f"{visual} visual, {geometry.reference} reference and {geometry.text} text tokens."
+                f"{visual} visual, {geometry.conditioning} conditioning and {geometry.text} text tokens."
             )
         if not 0 <= layout.text_len <= geometry.text:
             raise DitAccelError(f"text_len must be between 0 and text={geometry.text}, got {layout.text_len}.")

@@ -36,7 +36,7 @@ def attention_forward(
     partial: torch.Tensor | None,
     tables: torch.Tensor | None,
     visual_start: torch.Tensor | None,
-    reference_start: torch.Tensor | None,
+    conditioning_start: torch.Tensor | None,
     text_start: torch.Tensor | None,
     text_len: torch.Tensor | None,
     packed: torch.Tensor | None,
@@ -46,7 +46,7 @@ def attention_forward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Output [B, H, Nq, D], laid out in memory as [B, Nq, H, D], and LSE [B, H, Nq]."""
     return _implementation(impl).forward(
-        q, k, v, kv_indices, kv_counts, partial, tables, visual_start, reference_start, text_start, text_len,
+        q, k, v, kv_indices, kv_counts, partial, tables, visual_start, conditioning_start, text_start, text_len,
         geometry, scale, **_given(packed),
     )  # fmt: skip
 
@@ -72,7 +72,7 @@ def attention_backward(
     partial: torch.Tensor | None,
     tables: torch.Tensor | None,
     visual_start: torch.Tensor | None,
-    reference_start: torch.Tensor | None,
+    conditioning_start: torch.Tensor | None,
     text_start: torch.Tensor | None,
     text_len: torch.Tensor | None,
     packed: torch.Tensor | None,
@@ -83,7 +83,7 @@ def attention_backward(
     """Gradients of q, k and v, each laid out in memory as [B, N, H, D]."""
     return _implementation(impl).backward(
         grad_out, grad_lse, q, k, v, out, lse, kv_indices, kv_counts, partial, tables,
-        visual_start, reference_start, text_start, text_len, geometry, scale, **_given(packed),
+        visual_start, conditioning_start, text_start, text_len, geometry, scale, **_given(packed),
     )  # fmt: skip
 
 

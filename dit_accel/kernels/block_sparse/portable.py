@@ -37,12 +37,12 @@ preparations = PreparationCache()
 def forward(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
     kv_indices: torch.Tensor, kv_counts: torch.Tensor, partial: torch.Tensor | None, tables: torch.Tensor | None,
-    visual_start: torch.Tensor | None, reference_start: torch.Tensor | None, text_start: torch.Tensor | None,
+    visual_start: torch.Tensor | None, conditioning_start: torch.Tensor | None, text_start: torch.Tensor | None,
     text_len: torch.Tensor | None, geometry: Sequence[int], scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """Output [B, H, Nq, D], in memory [B, Nq, H, D], and LSE [B, H, Nq]; arguments as the custom op's."""
     shape = Geometry.unpack(geometry)
-    layouts = read_layouts(shape, len(q), k.shape[2], visual_start, reference_start, text_start, text_len)
+    layouts = read_layouts(shape, len(q), k.shape[2], visual_start, conditioning_start, text_start, text_len)
     if kv_indices.ndim == 4:
         return routed.forward(q, k, v, kv_indices, kv_counts, partial, tables, shape, layouts, scale)
     out, lse = empty_output(q)
@@ -64,12 +64,12 @@ def backward(
     grad_out: torch.Tensor, grad_lse: torch.Tensor | None,
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, lse: torch.Tensor,
     kv_indices: torch.Tensor, kv_counts: torch.Tensor, partial: torch.Tensor | None, tables: torch.Tensor | None,
-    visual_start: torch.Tensor | None, reference_start: torch.Tensor | None, text_start: torch.Tensor | None,
+    visual_start: torch.Tensor | None, conditioning_start: torch.Tensor | None, text_start: torch.Tensor | None,
     text_len: torch.Tensor | None, geometry: Sequence[int], scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """Gradients of q, k and v, in memory [B, N, H, D]; arguments as the custom op's."""
     shape = Geometry.unpack(geometry)
-    layouts = read_layouts(shape, len(q), k.shape[2], visual_start, reference_start, text_start, text_len)
+    layouts = read_layouts(shape, len(q), k.shape[2], visual_start, conditioning_start, text_start, text_len)
     if kv_indices.ndim == 4:
         return routed.backward(
             grad_out, grad_lse, q, k, v, out, kv_indices, kv_counts, partial, tables, shape, layouts, scale
@@ -104,9 +104,9 @@ def _problems(
     many groups as `CHUNK_BYTES` hold, rows [G, n].
     """
     grid_q, grid_k = geometry.query_order.grid, geometry.key_order.grid
-    place_q = query_layout(geometry, layout).positions(grid_q.visual, grid_q.reference, grid_q.text)
-    place_k = layout.positions(grid_k.visual, grid_k.reference, grid_k.text)
-    valid_end = grid_k.visual + grid_k.reference + layout.text_len
+    place_q = query_layout(geometry, layout).positions(grid_q.visual, grid_q.conditioning, grid_q.text)
+    place_k = layout.positions(grid_k.visual, grid_k.conditioning, grid_k.text)
+    valid_end = grid_k.visual + grid_k.conditioning + layout.text_len
     place_q, place_k = place_q.to(queries.device), place_k.to(queries.device)
     row_bytes = queries.shape[0] * queries.shape[2] * queries.element_size()
     for batch in batches:

@@ -130,7 +130,7 @@ def build(
     equal: dict[tuple, list[tuple[torch.Tensor, torch.Tensor]]] = defaultdict(list)
     biases: dict[bytes, torch.Tensor] = {}
     left = MASK_BYTES
-    first_text = geometry.key_order.grid.visual + geometry.reference
+    first_text = geometry.key_order.grid.visual + geometry.conditioning
     batches: list[Batch] = []
     for group in group_rows(state > 0, (q_slots >= 0).sum(1), (k_slots >= 0).sum(1)):
         blocks = (state[group] > 0).any(0)

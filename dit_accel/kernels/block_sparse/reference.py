@@ -131,9 +131,9 @@ def forward(
     grid_q, grid_k = geometry.query_order.grid, geometry.key_order.grid
     outs, lses = [], []
     for b, layout in enumerate(layouts):
-        rows = query_layout(geometry, layout).positions(grid_q.visual, grid_q.reference, grid_q.text).to(q.device)
-        columns = layout.positions(grid_k.visual, grid_k.reference, grid_k.text).to(q.device)
-        valid = torch.arange(len(columns), device=q.device) < grid_k.visual + grid_k.reference + layout.text_len
+        rows = query_layout(geometry, layout).positions(grid_q.visual, grid_q.conditioning, grid_q.text).to(q.device)
+        columns = layout.positions(grid_k.visual, grid_k.conditioning, grid_k.text).to(q.device)
+        valid = torch.arange(len(columns), device=q.device) < grid_k.visual + grid_k.conditioning + layout.text_len
         allowed = (mask[b] if mask.ndim == 4 else mask) & valid
         # Keys nobody may see are never read: poison in them cannot reach the sums as 0 * nan.
         logits = (q[b][:, rows].to(high) @ k[b][:, columns[valid]].to(high).transpose(-1, -2)) * scale

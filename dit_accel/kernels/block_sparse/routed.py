@@ -113,9 +113,9 @@ def _sides(geometry: Geometry, layout: Layout, device: torch.device) -> tuple[_S
         (geometry.key_order, layout, layout.text_len),
     ):
         grid, index = order.grid, order.index()
-        valid = (index >= 0) & (index < grid.visual + grid.reference + text)
+        valid = (index >= 0) & (index < grid.visual + grid.conditioning + text)
         index = index.where(valid, -1)
-        rows = place.positions(grid.visual, grid.reference, grid.text)[index.clamp(min=0)]
+        rows = place.positions(grid.visual, grid.conditioning, grid.text)[index.clamp(min=0)]
         rows = rows.where(valid, 0)
         sides.append(_Side(order.block, index.to(device), rows.to(device), valid.to(device), bool(valid.all())))
     return sides[0], sides[1]

@@ -53,7 +53,7 @@ def forward(
     partial: torch.Tensor | None,
     tables: torch.Tensor | None,
     visual_start: torch.Tensor | None,
-    reference_start: torch.Tensor | None,
+    conditioning_start: torch.Tensor | None,
     text_start: torch.Tensor | None,
     text_len: torch.Tensor | None,
     ints: Sequence[int],
@@ -61,7 +61,9 @@ def forward(
     packed: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Output [B, H, Nq, D], laid out in memory as [B, Nq, H, D], and LSE fp32 [B, H, Nq]."""
-    call = _Call(q, k, v, tables, (visual_start, reference_start, text_start, text_len), Geometry.unpack(ints), scale)
+    call = _Call(
+        q, k, v, tables, (visual_start, conditioning_start, text_start, text_len), Geometry.unpack(ints), scale
+    )
     if packed is None:
         lists = pack_lists(kv_indices, kv_counts, partial, tables, call.geometry)
         call.check_room(lists)
@@ -90,7 +92,7 @@ def backward(
     partial: torch.Tensor | None,
     tables: torch.Tensor | None,
     visual_start: torch.Tensor | None,
-    reference_start: torch.Tensor | None,
+    conditioning_start: torch.Tensor | None,
     text_start: torch.Tensor | None,
     text_len: torch.Tensor | None,
     ints: Sequence[int],
@@ -101,7 +103,7 @@ def backward(
     if grad_out.stride(-1) != 1:
         grad_out = grad_out.contiguous()
     call = _Call(
-        q, k, v, tables, (visual_start, reference_start, text_start, text_len), Geometry.unpack(ints), scale,
+        q, k, v, tables, (visual_start, conditioning_start, text_start, text_len), Geometry.unpack(ints), scale,
         grad_out, out,
     )  # fmt: skip
     delta = torch.empty_like(lse)
@@ -163,14 +165,14 @@ class _Call:
         self.query_blocks, self.key_blocks = self.query_order.blocks, self.key_order.blocks
         self.programs = q.shape[0] * q.shape[1]
         queries = self.query_order.grid
-        self.sizes = (*geometry.grid, *geometry.query_grid, geometry.reference, queries.reference, queries.text)
+        self.sizes = (*geometry.grid, *geometry.query_grid, geometry.conditioning, queries.conditioning, queries.text)
         self.own_queries = int(geometry.own_queries)
         # Rows of no segment, and text that is no key, are not written by the kernels
         self.covered = all(start is None for start in starts) or (
             starts[3] is None and k.shape[2] == self.key_order.grid.tokens and q.shape[2] == queries.tokens
         )
         keys = self.key_order.grid
-        usual = (0, keys.visual, keys.visual + keys.reference, keys.text)
+        usual = (0, keys.visual, keys.visual + keys.conditioning, keys.text)
         self.starts = tuple(
             start if start is not None else torch.full((q.shape[0],), default, dtype=torch.int32, device=q.device)
             for start, default in zip(starts, usual, strict=True)

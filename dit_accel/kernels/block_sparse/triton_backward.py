@@ -38,7 +38,7 @@ def row_statistics(lse, delta, place, valid):
 
 @triton.jit
 def of_queries(
-    b_q, b_g, b_lse, b_delta, k, v, scale, lists, words, starts, grid, reference, text_len,
+    b_q, b_g, b_lse, b_delta, k, v, scale, lists, words, starts, grid, conditioning, text_len,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, CUT: tl.constexpr,
     STEP: tl.constexpr, HAS_TABLES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -50,7 +50,7 @@ def of_queries(
     k_start, k_row = k
     v_start, v_row = v
     list_row, pure, clean, tabled, count, number = lists
-    visual_start, reference_start, text_start = starts
+    visual_start, conditioning_start, text_start = starts
     T, H, W = grid
     o_d = tl.arange(0, BLOCK_D)
     m_d = o_d < D
@@ -81,8 +81,8 @@ def of_queries(
     for i in range(clean * STEPS, count * STEPS):
         slot_k = i % STEPS * STEP
         row_k, valid_k, _ = locate(
-            tl.load(list_row + i // STEPS), slot_k + tl.arange(0, STEP), visual_start, reference_start, text_start,
-            T, H, W, reference, text_len, BLOCK_K, CUT[1], CUT[2], CUT[3],
+            tl.load(list_row + i // STEPS), slot_k + tl.arange(0, STEP), visual_start, conditioning_start, text_start,
+            T, H, W, conditioning, text_len, BLOCK_K, CUT[1], CUT[2], CUT[3],
         )  # fmt: skip
         rows = row_k.to(tl.int64)
         p_k = k_start + rows[:, None] * k_row + o_d[None, :]
@@ -104,7 +104,7 @@ def of_queries(
 
 @triton.jit
 def of_keys(
-    b_k, b_v, slot_k, q, grad_out, lse, delta, scale, places, numbers, p_first, words, starts, grid, reference, text,
+    b_k, b_v, slot_k, q, grad_out, lse, delta, scale, places, numbers, p_first, words, starts, grid, conditioning, text,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, ROWS: tl.constexpr, CUT: tl.constexpr,
     STEP: tl.constexpr, HAS_TABLES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -115,13 +115,13 @@ def of_keys(
         q, grad_out: where this head's rows begin, and the distance from row to row.
         lse, delta: of this head.
         places, numbers, p_first: `triton_lists.Transposed`, and where this key block's first part begins.
-        starts, grid, reference, text: of the queries.
+        starts, grid, conditioning, text: of the queries.
         CUT: BLOCK_Q and the tile of a query block, which is taken in steps of STEP rows.
     """
     BLOCK_Q: tl.constexpr = CUT[0]
     q_start, q_row = q
     g_start, g_row = grad_out
-    visual_start, reference_start, text_start = starts
+    visual_start, conditioning_start, text_start = starts
     T, H, W = grid
     o_d = tl.arange(0, BLOCK_D)
     m_d = o_d < D
@@ -134,8 +134,8 @@ def of_keys(
             block = tl.load(places + i // STEPS)
             if BOUNDED:
                 row_q, valid_q, _raster_q = locate(
-                    block, slot_q, visual_start, reference_start, text_start, T, H, W,
-                    reference, text, BLOCK_Q, CUT[1], CUT[2], CUT[3],
+                    block, slot_q, visual_start, conditioning_start, text_start, T, H, W,
+                    conditioning, text, BLOCK_Q, CUT[1], CUT[2], CUT[3],
                 )  # fmt: skip
                 rows_q = row_q.to(tl.int64)
                 mask_q = valid_q[:, None] & m_d
@@ -175,11 +175,11 @@ def of_keys(
 def block_sparse_bwd_kernel_dq(
     q, k, v, grad_out, out, grad_lse, lse, delta, dq,
     places, spans, words,
-    visual_starts, reference_starts, text_starts, text_lens,
+    visual_starts, conditioning_starts, text_starts, text_lens,
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
     g_batch, g_head, g_row, o_batch, o_head, o_row,
     scale,
-    T, H, W, QT, QH, QW, reference, query_reference, query_text,
+    T, H, W, QT, QH, QW, conditioning, query_conditioning, query_text,
     heads, query_tokens, query_blocks, width, per_head, own_queries,
     D: tl.constexpr, BLOCK_D: tl.constexpr, ALIGN: tl.constexpr,
     BLOCK_Q: tl.constexpr, TILE_QT: tl.constexpr, TILE_QH: tl.constexpr, TILE_QW: tl.constexpr,
@@ -193,12 +193,12 @@ def block_sparse_bwd_kernel_dq(
     """
     i_q = query_blocks - 1 - tl.program_id(0)
     i_bh = tl.program_id(1)
-    starts, text_len = starts_of(i_bh // heads, visual_starts, reference_starts, text_starts, text_lens)
-    visual_start, reference_start, text_start = starts
+    starts, text_len = starts_of(i_bh // heads, visual_starts, conditioning_starts, text_starts, text_lens)
+    visual_start, conditioning_start, text_start = starts
     slot_q = tl.arange(0, BLOCK_Q)
     rows, valid, _raster = locate(
-        i_q, slot_q, visual_start * (1 - own_queries), reference_start, text_start, QT, QH, QW,
-        query_reference, query_text, BLOCK_Q, TILE_QT, TILE_QH, TILE_QW,
+        i_q, slot_q, visual_start * (1 - own_queries), conditioning_start, text_start, QT, QH, QW,
+        query_conditioning, query_text, BLOCK_Q, TILE_QT, TILE_QH, TILE_QW,
     )  # fmt: skip
     b_q = load_rows(rows_of(q, (q_batch, q_head, q_row), heads, ALIGN), rows, valid, D, BLOCK_D)
     b_g = load_rows(rows_of(grad_out, (g_batch, g_head, g_row), heads, ALIGN), rows, valid, D, BLOCK_D)
@@ -214,13 +214,13 @@ def block_sparse_bwd_kernel_dq(
         b_q, b_g.to(b_q.dtype), row_lse(lse, place, valid), b_delta,
         rows_of(k, (k_batch, k_head, k_row), heads, ALIGN), rows_of(v, (v_batch, v_head, v_row), heads, ALIGN), scale,
         list_of(i_bh * per_head * query_blocks + i_q, places, spans, width), words, starts, (T, H, W),
-        reference, text_len, D, BLOCK_D, BLOCK_Q, CUT, STEP, HAS_TABLES, PRECISION,
+        conditioning, text_len, D, BLOCK_D, BLOCK_Q, CUT, STEP, HAS_TABLES, PRECISION,
     )  # fmt: skip
 
     # The grid says once more which block it is, which compilers cannot know: rows held through the loops would spill
     rows, valid, _raster = locate(
-        tl.num_programs(0) - 1 - tl.program_id(0), slot_q, visual_start * (1 - own_queries), reference_start,
-        text_start, QT, QH, QW, query_reference, query_text, BLOCK_Q, TILE_QT, TILE_QH, TILE_QW,
+        tl.num_programs(0) - 1 - tl.program_id(0), slot_q, visual_start * (1 - own_queries), conditioning_start,
+        text_start, QT, QH, QW, query_conditioning, query_text, BLOCK_Q, TILE_QT, TILE_QH, TILE_QW,
     )  # fmt: skip
     store_rows(dq, rows, valid, acc * scale, heads, query_tokens, D, BLOCK_D)
 
@@ -234,10 +234,10 @@ def block_sparse_bwd_kernel_dq(
 def block_sparse_bwd_kernel_dkdv(
     q, k, v, grad_out, lse, delta, dk, dv,
     places, numbers, firsts, words,
-    visual_starts, reference_starts, text_starts, text_lens,
+    visual_starts, conditioning_starts, text_starts, text_lens,
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row, g_batch, g_head, g_row,
     scale,
-    T, H, W, QT, QH, QW, reference, query_reference, query_text,
+    T, H, W, QT, QH, QW, conditioning, query_conditioning, query_text,
     heads, query_tokens, key_tokens, key_blocks, per_head, own_queries,
     D: tl.constexpr, BLOCK_D: tl.constexpr, ALIGN: tl.constexpr,
     BLOCK_Q: tl.constexpr, TILE_QT: tl.constexpr, TILE_QH: tl.constexpr, TILE_QW: tl.constexpr,
@@ -251,31 +251,31 @@ def block_sparse_bwd_kernel_dkdv(
     """
     i_k = key_blocks - 1 - tl.program_id(0)
     i_bh = tl.program_id(1)
-    starts, text_len = starts_of(i_bh // heads, visual_starts, reference_starts, text_starts, text_lens)
-    visual_start, reference_start, text_start = starts
+    starts, text_len = starts_of(i_bh // heads, visual_starts, conditioning_starts, text_starts, text_lens)
+    visual_start, conditioning_start, text_start = starts
     slot_k = tl.arange(0, BLOCK_K)
     rows, valid, _raster = locate(
-        i_k, slot_k, visual_start, reference_start, text_start, T, H, W,
-        reference, text_len, BLOCK_K, TILE_KT, TILE_KH, TILE_KW,
+        i_k, slot_k, visual_start, conditioning_start, text_start, T, H, W,
+        conditioning, text_len, BLOCK_K, TILE_KT, TILE_KH, TILE_KW,
     )  # fmt: skip
     b_k = load_rows(rows_of(k, (k_batch, k_head, k_row), heads, ALIGN), rows, valid, D, BLOCK_D)
     b_v = load_rows(rows_of(v, (v_batch, v_head, v_row), heads, ALIGN), rows, valid, D, BLOCK_D)
 
     CUT: tl.constexpr = (BLOCK_Q, TILE_QT, TILE_QH, TILE_QW)
-    query_starts = (visual_start * (1 - own_queries), reference_start, text_start)
+    query_starts = (visual_start * (1 - own_queries), conditioning_start, text_start)
     p_first = firsts + i_bh * per_head * (2 * key_blocks + 1) + 2 * i_k
     first_row = i_bh.to(tl.int64) * query_tokens
     b_dk, b_dv = of_keys(
         b_k, b_v, slot_k, rows_of(q, (q_batch, q_head, q_row), heads, ALIGN),
         rows_of(grad_out, (g_batch, g_head, g_row), heads, ALIGN), lse + first_row, delta + first_row, scale,
-        places, numbers, p_first, words, query_starts, (QT, QH, QW), query_reference, query_text,
+        places, numbers, p_first, words, query_starts, (QT, QH, QW), query_conditioning, query_text,
         D, BLOCK_D, BLOCK_K, BLOCK_K, CUT, STEP, HAS_TABLES, PRECISION,
     )  # fmt: skip
 
     # located again, as in the kernel of dq
     rows, valid, _raster = locate(
-        tl.num_programs(0) - 1 - tl.program_id(0), slot_k, visual_start, reference_start, text_start, T, H, W,
-        reference, text_len, BLOCK_K, TILE_KT, TILE_KH, TILE_KW,
+        tl.num_programs(0) - 1 - tl.program_id(0), slot_k, visual_start, conditioning_start, text_start, T, H, W,
+        conditioning, text_len, BLOCK_K, TILE_KT, TILE_KH, TILE_KW,
     )  # fmt: skip
     store_rows(dk, rows, valid, b_dk * scale, heads, key_tokens, D, BLOCK_D)
     store_rows(dv, rows, valid, b_dv, heads, key_tokens, D, BLOCK_D)

@@ -27,7 +27,7 @@ SPILLS = {("dkdv", 120, 128, 128, 128): 32}
 STAGES = 3  # Triton's own, for a kernel without a pipelined loop
 DATA = ("q", "k", "v", "out", "grad_out", "dq", "dk", "dv")
 INTEGERS = ("entries", "places", "spans", "numbers", "firsts", "tables")
-STARTS = ("visual_starts", "reference_starts", "text_starts", "text_lens")
+STARTS = ("visual_starts", "conditioning_starts", "text_starts", "text_lens")
 POINTERS = (
     *((name, "data") for name in DATA),
     *((name, "*i32") for name in (*INTEGERS, *STARTS)),

@@ -30,7 +30,7 @@ def absorb(acc, peak, total, scores, scale, b_v, PRECISION: tl.constexpr):
 
 @triton.jit
 def attend_lists(
-    b_q, k, v, scale, lists, words, starts, grid, reference, text_len,
+    b_q, k, v, scale, lists, words, starts, grid, conditioning, text_len,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, CUT: tl.constexpr,
     STEP: tl.constexpr, HAS_TABLES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -41,7 +41,7 @@ def attend_lists(
         k, v: where this head's rows begin, and the distance from row to row.
         scale: of the logits, above 0, in base 2.
         lists: `triton_tokens.list_of` this query block; `words` are those of `triton_predicate`.
-        starts: of this sample's visual, reference and text tokens.
+        starts: of this sample's visual, conditioning and text tokens.
         CUT: BLOCK_K and the tile of a key block, which is taken in steps of STEP rows.
     """
     BLOCK_K: tl.constexpr = CUT[0]
@@ -49,7 +49,7 @@ def attend_lists(
     k_start, k_row = k
     v_start, v_row = v
     list_row, pure, clean, tabled, count, number = lists
-    visual_start, reference_start, text_start = starts
+    visual_start, conditioning_start, text_start = starts
     T, H, W = grid
     o_d = tl.arange(0, BLOCK_D)
     m_d = o_d < D
@@ -80,8 +80,8 @@ def attend_lists(
     for i in range(clean * STEPS, count * STEPS):
         slot_k = i % STEPS * STEP
         row_k, valid_k, _ = locate(
-            tl.load(list_row + i // STEPS), slot_k + tl.arange(0, STEP), visual_start, reference_start, text_start,
-            T, H, W, reference, text_len, BLOCK_K, CUT[1], CUT[2], CUT[3],
+            tl.load(list_row + i // STEPS), slot_k + tl.arange(0, STEP), visual_start, conditioning_start, text_start,
+            T, H, W, conditioning, text_len, BLOCK_K, CUT[1], CUT[2], CUT[3],
         )  # fmt: skip
         rows = row_k.to(tl.int64)
         p_k = k_start + rows[None, :] * k_row + o_d[:, None]
@@ -123,10 +123,10 @@ def positive(b_q, scale):
 def block_sparse_fwd_kernel(
     q, k, v, out, lse,
     places, spans, words,
-    visual_starts, reference_starts, text_starts, text_lens,
+    visual_starts, conditioning_starts, text_starts, text_lens,
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
     scale,
-    T, H, W, QT, QH, QW, reference, query_reference, query_text,
+    T, H, W, QT, QH, QW, conditioning, query_conditioning, query_text,
     heads, query_tokens, query_blocks, width, per_head, own_queries,
     D: tl.constexpr, BLOCK_D: tl.constexpr, ALIGN: tl.constexpr,
     BLOCK_Q: tl.constexpr, TILE_QT: tl.constexpr, TILE_QH: tl.constexpr, TILE_QW: tl.constexpr,
@@ -140,11 +140,11 @@ def block_sparse_fwd_kernel(
     # text rows, which see everything, are the last blocks: start them first
     i_q = query_blocks - 1 - tl.program_id(0)
     i_bh = tl.program_id(1)
-    starts, text_len = starts_of(i_bh // heads, visual_starts, reference_starts, text_starts, text_lens)
-    visual_start, reference_start, text_start = starts
+    starts, text_len = starts_of(i_bh // heads, visual_starts, conditioning_starts, text_starts, text_lens)
+    visual_start, conditioning_start, text_start = starts
     rows, valid, _raster = locate(
-        i_q, tl.arange(0, BLOCK_Q), visual_start * (1 - own_queries), reference_start, text_start, QT, QH, QW,
-        query_reference, query_text, BLOCK_Q, TILE_QT, TILE_QH, TILE_QW,
+        i_q, tl.arange(0, BLOCK_Q), visual_start * (1 - own_queries), conditioning_start, text_start, QT, QH, QW,
+        query_conditioning, query_text, BLOCK_Q, TILE_QT, TILE_QH, TILE_QW,
     )  # fmt: skip
     b_q = load_rows(rows_of(q, (q_batch, q_head, q_row), heads, ALIGN), rows, valid, D, BLOCK_D)
     b_q, scale = positive(b_q, scale)
@@ -153,7 +153,7 @@ def block_sparse_fwd_kernel(
     acc, peak, total = attend_lists(
         b_q, rows_of(k, (k_batch, k_head, k_row), heads, ALIGN), rows_of(v, (v_batch, v_head, v_row), heads, ALIGN),
         scale, list_of(i_bh * per_head * query_blocks + i_q, places, spans, width), words, starts, (T, H, W),
-        reference, text_len, D, BLOCK_D, BLOCK_Q, CUT, STEP, HAS_TABLES, PRECISION,
+        conditioning, text_len, D, BLOCK_D, BLOCK_Q, CUT, STEP, HAS_TABLES, PRECISION,
     )  # fmt: skip
     acc, b_lse = normalised(acc, peak, total)
     store_rows(out, rows, valid, acc, heads, query_tokens, D, BLOCK_D)

@@ -8,10 +8,9 @@ from typing import NamedTuple
 
 import torch
 
-from dit_accel.blocks import valid_tokens
 from dit_accel.errors import DitAccelError
 from dit_accel.kernels.block_sparse.geometry import Geometry
-from dit_accel.order import TokenOrder
+from dit_accel.order import TokenOrder, valid_tokens
 
 ALIGN = 4  # int32 in 16 bytes, to which compilers trust pointers to be aligned
 

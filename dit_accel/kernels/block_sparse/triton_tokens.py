@@ -11,9 +11,9 @@ import triton.language as tl
 
 
 @triton.jit
-def starts_of(i_b, visual_starts, reference_starts, text_starts, text_lens):
-    """Where one sample's visual, reference and text tokens begin, and its valid text tokens."""
-    starts = tl.load(visual_starts + i_b), tl.load(reference_starts + i_b), tl.load(text_starts + i_b)
+def starts_of(i_b, visual_starts, conditioning_starts, text_starts, text_lens):
+    """Where one sample's visual, conditioning and text tokens begin, and its valid text tokens."""
+    starts = tl.load(visual_starts + i_b), tl.load(conditioning_starts + i_b), tl.load(text_starts + i_b)
     return starts, tl.load(text_lens + i_b)
 
 
@@ -48,7 +48,7 @@ def places_in(slot, H, W, TILE_H: tl.constexpr, TILE_W: tl.constexpr):
 
 @triton.jit
 def locate(
-    block, slot, visual_start, reference_start, text_start, T, H, W, reference, text,
+    block, slot, visual_start, conditioning_start, text_start, T, H, W, conditioning, text,
     BLOCK: tl.constexpr, TILE_T: tl.constexpr, TILE_H: tl.constexpr, TILE_W: tl.constexpr,
 ):  # fmt: skip
     """Row in memory, validity and raster index of slots of any block; the index is 0 outside the visual tokens."""
@@ -62,15 +62,15 @@ def locate(
         t, h, w = tile_position(block, slot, H, W, TILE_T, TILE_H, TILE_W)
         raster = (t * H + h) * W + w
         inside = (t < T) & (h < H) & (w < W)
-    reference_blocks = tl.cdiv(reference, BLOCK)
+    conditioning_blocks = tl.cdiv(conditioning, BLOCK)
     is_visual = block < visual_blocks
-    is_reference = (block >= visual_blocks) & (block < visual_blocks + reference_blocks)
+    is_conditioning = (block >= visual_blocks) & (block < visual_blocks + conditioning_blocks)
     # one of three segments: its first row, and the slot's place in it
     behind = block - visual_blocks
-    behind = tl.where(is_reference, behind, behind - reference_blocks)
+    behind = tl.where(is_conditioning, behind, behind - conditioning_blocks)
     place = behind * BLOCK + slot
-    limit = tl.where(is_reference, reference, text)
-    start = tl.where(is_reference, reference_start, text_start)
+    limit = tl.where(is_conditioning, conditioning, text)
+    start = tl.where(is_conditioning, conditioning_start, text_start)
     row = tl.where(is_visual, visual_start + raster, start + place)
     valid = tl.where(is_visual, inside, place < limit)
     raster = tl.where(is_visual & valid, raster, 0)

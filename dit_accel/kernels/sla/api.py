@@ -35,7 +35,7 @@ def sparse_linear_attention(
     block: int = 64,
     grid: tuple[int, int, int] | None = None,
     tile: tuple[int, int, int] | None = None,
-    reference: int = 0,
+    conditioning: int = 0,
     text: int = 0,
     text_first: bool = False,
     text_len: torch.Tensor | None = None,
@@ -50,9 +50,10 @@ def sparse_linear_attention(
     """Exact attention over each query block's best key blocks, plus projected linear attention over the rest.
 
     Visual queries attend exactly, in one softmax, to the `critical` visual blocks that the router keeps for their block
-    and to every reference and text token; to that comes ``o_l @ weight.T + bias``, where o_l is linear attention over
-    visual keys: all of them, or those in blocks that are neither kept nor dropped. Reference and text queries attend
-    exactly to everything and get no linear term. Differentiable in q, k, v, weight and bias; routing has no gradient.
+    and to every conditioning and text token; to that comes ``o_l @ weight.T + bias``, where o_l is linear attention
+    over visual keys: all of them, or those in blocks that are neither kept nor dropped. Conditioning and text queries
+    attend exactly to everything and get no linear term. Differentiable in q, k, v, weight and bias; routing
+    has no gradient.
 
     Source: SLA (arXiv 2509.24006): its equations for scope "marginal", its published code (thu-ml/SLA) for "all".
 
@@ -63,7 +64,7 @@ def sparse_linear_attention(
         block: tokens a query and a key block hold.
         grid: (frames, rows, columns) of the visual tokens; None: all N tokens are visual, in one row.
         tile: (t, h, w) for blocks that are 3-D tiles, None for runs in raster order.
-        reference, text: reference and text tokens in the sequence; they stand behind the visual ones, text last.
+        conditioning, text: conditioning and text tokens in the sequence; they stand behind the visual ones, text last.
         text_first: text stands before the visual tokens.
         text_len: int [B], valid text tokens of each sample; text behind them is never a key. None: all of them.
         text_bias: floating point [B, N]: text behind `text_len` is a key after all, and this is what each query adds to
@@ -89,7 +90,7 @@ def sparse_linear_attention(
     if torch.is_autocast_enabled(q.device.type):
         q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
     frames, rows, columns = (1, 1, q.shape[-2]) if grid is None else grid
-    layout = TokenGrid(frames, rows, columns, text=text, text_first=text_first, reference=reference)
+    layout = TokenGrid(frames, rows, columns, text=text, text_first=text_first, conditioning=conditioning)
     setting = Setting(
         order=TokenOrder(layout, block, tile),
         text_len=None if text_len is None else text_len.to(device=q.device, dtype=torch.int32),

@@ -15,7 +15,7 @@ from dit_accel.order import TokenOrder
 def attend_visual(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, critical: torch.Tensor, setting: Setting, impl: Impl
 ) -> torch.Tensor:
-    """Visual queries over their critical blocks and over all reference and text tokens.
+    """Visual queries over their critical blocks and over all conditioning and text tokens.
 
     Args:
         q, k, v: the whole sequence, [B, H, N, D].
@@ -27,7 +27,7 @@ def attend_visual(
     """
     order = setting.order
     if order.dense_blocks:
-        # [B, H, visual_blocks, kept + dense]: every row also lists all reference and text blocks, which come last.
+        # [B, H, visual_blocks, kept + dense]: every row also lists all conditioning and text blocks, which come last.
         dense = torch.arange(order.visual_blocks, order.blocks, dtype=torch.int32, device=q.device)
         critical = torch.cat([critical, dense.expand(*critical.shape[:3], -1)], dim=-1)
     bias = None if setting.text_bias is None else setting.text_bias[:, _visual(order)]
@@ -37,7 +37,7 @@ def attend_visual(
 def with_others(
     visual: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, setting: Setting, impl: Impl
 ) -> torch.Tensor:
-    """The whole output [B, H, N, D]: reference and text queries attend to everything, around `visual`."""
+    """The whole output [B, H, N, D]: conditioning and text queries attend to everything, around `visual`."""
     order = setting.order
     if not order.dense_blocks:
         return visual
@@ -77,9 +77,9 @@ def _attend(
 ) -> torch.Tensor:
     """Exact attention of some queries, a grid of their own, over the listed blocks of all keys."""
     order, grid = setting.order, setting.order.grid
-    visual_start, reference_start, text_start = (
+    visual_start, conditioning_start, text_start = (
         q.new_full(q.shape[:1], start, dtype=torch.int32)
-        for start in (grid.visual_start, grid.reference_start, grid.text_start)
+        for start in (grid.visual_start, grid.conditioning_start, grid.text_start)
     )
     out = block_sparse_attention(
         q,
@@ -93,10 +93,10 @@ def _attend(
         query_grid=query_grid,
         tile_q=tile_q,
         tile_k=order.tile,
-        reference=grid.reference,
+        conditioning=grid.conditioning,
         text=grid.text,
         visual_start=visual_start,
-        reference_start=reference_start,
+        conditioning_start=conditioning_start,
         text_start=text_start,
         text_len=setting.text_len,
         text_bias=text_bias,

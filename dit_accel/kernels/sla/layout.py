@@ -56,18 +56,18 @@ class Cut(NamedTuple):
 
 
 class Segments(NamedTuple):
-    """Where the tokens of each kind begin in a sequence, and how many reference and text tokens there are."""
+    """Where the tokens of each kind begin in a sequence, and how many conditioning and text tokens there are."""
 
     visual_start: int
-    reference_start: int
+    conditioning_start: int
     text_start: int
-    reference: int
+    conditioning: int
     text: int
 
     @classmethod
     def of(cls, grid: TokenGrid) -> Segments:
         """Those of a grid."""
-        return cls(grid.visual_start, grid.reference_start, grid.text_start, grid.reference, grid.text)
+        return cls(grid.visual_start, grid.conditioning_start, grid.text_start, grid.conditioning, grid.text)
 
 
 def to_blocks(x: torch.Tensor, order: TokenOrder) -> torch.Tensor:

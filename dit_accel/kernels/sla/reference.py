@@ -72,7 +72,7 @@ def token_pairs(visual: torch.Tensor, order: TokenOrder, *, dense: bool) -> torc
     """A map of visual blocks, spread over the tokens in model order: bool [B, H, N, N].
 
     Args:
-        dense: whether reference and text tokens meet everything (True) or nothing (False).
+        dense: whether conditioning and text tokens meet everything (True) or nothing (False).
     """
     extra = order.dense_blocks
     pairs = torch.nn.functional.pad(visual, (0, extra, 0, extra), value=dense)

@@ -65,8 +65,8 @@ class Call(NamedTuple):
 
     @property
     def dense(self) -> int:
-        """Reference and text blocks."""
-        return sum(triton.cdiv(n, self.cut.block) for n in (self.segments.reference, self.segments.text))
+        """Conditioning and text blocks."""
+        return sum(triton.cdiv(n, self.cut.block) for n in (self.segments.conditioning, self.segments.text))
 
     def constants(self, q: torch.Tensor, align: int) -> dict[str, Any]:
         """What the kernels of both branches are compiled for."""
@@ -225,9 +225,9 @@ def _places(kept: torch.Tensor, call: Call) -> tuple[torch.Tensor, torch.Tensor]
 
 def _transpose(lists: torch.Tensor, call: Call, dense: int) -> Transposed:
     """The query blocks that list each key block; `dense` blocks behind the visual ones are listed by all."""
-    cut, around = call.cut, call.segments if dense else call.segments._replace(reference=0, text=0)
+    cut, around = call.cut, call.segments if dense else call.segments._replace(conditioning=0, text=0)
     geometry = Geometry(
-        cut.grid, cut.grid, cut.block, cut.block, cut.tile, cut.tile, around.reference, around.text, own_queries=True
+        cut.grid, cut.grid, cut.block, cut.block, cut.tile, cut.tile, around.conditioning, around.text, own_queries=True
     )  # fmt: skip
     if dense:
         behind = torch.arange(cut.blocks, cut.blocks + dense, dtype=torch.int32, device=lists.device)

@@ -46,7 +46,7 @@ def sparse_linear_bwd_kernel_dq(
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row, g_batch, g_head, g_row,
     p_batch, p_head, p_row, e_batch, e_head, e_row,
     scale,
-    T, H, W, visual_start, reference_start, text_start, reference,
+    T, H, W, visual_start, conditioning_start, text_start, conditioning,
     heads, tokens, blocks, dense, n_kept, n_dropped,
     D: tl.constexpr, BLOCK_D: tl.constexpr, ALIGN: tl.constexpr,
     BLOCK: tl.constexpr, TILE_T: tl.constexpr, TILE_H: tl.constexpr, TILE_W: tl.constexpr,
@@ -123,7 +123,7 @@ def sparse_linear_bwd_kernel_dq(
     acc = of_queries(
         b_q, b_g.to(b_q.dtype), row_lse(lse, place, valid), b_delta, keys, values, scale,
         list_of(i_bh * blocks + tl.program_id(0), places, spans, n_kept + dense), spans,
-        (visual_start, reference_start, text_start), grid, reference, tl.load(text_lens + i_bh // heads),
+        (visual_start, conditioning_start, text_start), grid, conditioning, tl.load(text_lens + i_bh // heads),
         D, BLOCK_D, BLOCK, CUT, STEP, False, PRECISION,
     )  # fmt: skip
     _, _, rows, valid = placed(spans, grid, CUT)
@@ -144,7 +144,7 @@ def sparse_linear_bwd_kernel_dkdv(
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row, g_batch, g_head, g_row,
     p_batch, p_head, p_row,
     scale,
-    T, H, W, visual_start, reference_start, text_start, reference, text,
+    T, H, W, visual_start, conditioning_start, text_start, conditioning, text,
     heads, tokens, key_tokens, blocks, dense, n_kept, n_dropped,
     D: tl.constexpr, BLOCK_D: tl.constexpr, ALIGN: tl.constexpr,
     BLOCK: tl.constexpr, TILE_T: tl.constexpr, TILE_H: tl.constexpr, TILE_W: tl.constexpr,
@@ -153,17 +153,17 @@ def sparse_linear_bwd_kernel_dkdv(
     """dk and dv [B, Nk, H, D] of ROWS rows of one key block. G is table * peak, -w is dtotals.
 
     The query blocks that attend to it exactly are listed as in `triton_lists.Transposed` (entries, query_places,
-    firsts). Reference and text blocks, behind the visual ones, get nothing from the linear branch. In scope "marginal"
-    those that drop it are listed alike, and the first n_singles of `singles` [B, H, blocks] are those that were summed
-    one by one. Steps take STEP rows of a query block.
+    firsts). Conditioning and text blocks, behind the visual ones, get nothing from the linear branch. In scope
+    "marginal" those that drop it are listed alike, and the first n_singles of `singles` [B, H, blocks] are those
+    that were summed one by one. Steps take STEP rows of a query block.
     """
     CUT: tl.constexpr = (BLOCK, TILE_T, TILE_H, TILE_W)
     PARTS: tl.constexpr = BLOCK // ROWS
     i_k = tl.program_id(0) // PARTS
     visual = i_k < blocks
     grid = (T, H, W)
-    starts = (visual_start, reference_start, text_start)
-    i_bh, rows, there, valid = placed_keys(firsts, text_lens, starts, grid, reference, text, heads, CUT, ROWS)
+    starts = (visual_start, conditioning_start, text_start)
+    i_bh, rows, there, valid = placed_keys(firsts, text_lens, starts, grid, conditioning, text, heads, CUT, ROWS)
     b_v = load_rows(rows_of_head(v, i_bh, (v_batch, v_head, v_row), heads, ALIGN), rows, valid, D, BLOCK_D)
     keys = rows_of_head(k, i_bh, (k_batch, k_head, k_row), heads, ALIGN)
     first_row = i_bh.to(tl.int64) * tokens
@@ -203,7 +203,9 @@ def sparse_linear_bwd_kernel_dkdv(
                 (entries, firsts, dropped_entries, dropped_firsts), (modes, singles, n_singles), grid, blocks, dense,
                 D, BLOCK_D, CUT, STEP, MAP, PRECISION,
             )  # fmt: skip
-            i_bh, rows, there, valid = placed_keys(firsts, text_lens, starts, grid, reference, text, heads, CUT, ROWS)
+            i_bh, rows, there, valid = placed_keys(
+                firsts, text_lens, starts, grid, conditioning, text, heads, CUT, ROWS
+            )
             keys = rows_of_head(k, i_bh, (k_batch, k_head, k_row), heads, ALIGN)
             peak = tl.load(peaks + i_bh)
             of_v = times_table(phi_k, table, of_v * (1.0 / peak), D, BLOCK_D, False, PRECISION) * peak
@@ -214,7 +216,7 @@ def sparse_linear_bwd_kernel_dkdv(
             dx = pulled_back(of_phi, x, mapped(x, D, MAP), MAP)
             store_rows(dk, rows, valid, dx, heads, key_tokens, D, BLOCK_D)
 
-    i_bh, rows, there, valid = placed_keys(firsts, text_lens, starts, grid, reference, text, heads, CUT, ROWS)
+    i_bh, rows, there, valid = placed_keys(firsts, text_lens, starts, grid, conditioning, text, heads, CUT, ROWS)
     b_k = load_rows(rows_of_head(k, i_bh, (k_batch, k_head, k_row), heads, ALIGN), rows, valid, D, BLOCK_D)
     b_v = load_rows(rows_of_head(v, i_bh, (v_batch, v_head, v_row), heads, ALIGN), rows, valid, D, BLOCK_D)
     first_row = i_bh.to(tl.int64) * tokens
@@ -226,7 +228,7 @@ def sparse_linear_bwd_kernel_dkdv(
         delta + first_row, scale, query_places, entries, p_first, entries, (0, 0, 0), grid, 0, 0,
         D, BLOCK_D, BLOCK, ROWS, CUT, STEP, False, PRECISION,
     )  # fmt: skip
-    i_bh, rows, there, valid = placed_keys(firsts, text_lens, starts, grid, reference, text, heads, CUT, ROWS)
+    i_bh, rows, there, valid = placed_keys(firsts, text_lens, starts, grid, conditioning, text, heads, CUT, ROWS)
     linear = valid & (tl.arange(0, ROWS) < tl.where(visual, ROWS, 0))
     b_dk = b_dk * scale + stored_rows(dk, rows, linear, heads, key_tokens, D, BLOCK_D)
     b_dv += stored_rows(dv, rows, linear, heads, key_tokens, D, BLOCK_D)

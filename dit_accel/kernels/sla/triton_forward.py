@@ -66,7 +66,7 @@ def sparse_linear_fwd_kernel(
     out, exact, lse, linear, denominators, modes,
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
     scale,
-    T, H, W, visual_start, reference_start, text_start, reference,
+    T, H, W, visual_start, conditioning_start, text_start, conditioning,
     heads, tokens, blocks, dense, n_kept, n_dropped, training,
     D: tl.constexpr, BLOCK_D: tl.constexpr, ALIGN: tl.constexpr,
     BLOCK: tl.constexpr, TILE_T: tl.constexpr, TILE_H: tl.constexpr, TILE_W: tl.constexpr,
@@ -74,9 +74,9 @@ def sparse_linear_fwd_kernel(
 ):  # fmt: skip
     """Output [B, N, H, D] of one query block of one head; for training also what the backward wants.
 
-    q holds the visual tokens alone, k and v all tokens; text and reference blocks, `dense` of them behind the `blocks`
-    visual ones, are attended exactly. The state over all keys is table * peak, [D, D] a head, in scope "all" with the
-    projection applied. Key blocks are taken in steps of STEP rows.
+    q holds the visual tokens alone, k and v all tokens; text and conditioning blocks, `dense` of them behind the
+    `blocks` visual ones, are attended exactly. The state over all keys is table * peak, [D, D] a head, in
+    scope "all" with the projection applied. Key blocks are taken in steps of STEP rows.
 
     exact [B, N, H, D] and lse fp32 [B, H, N]: of the critical blocks. In scope "marginal" linear [B, N, H, D]: the
     linear branch before its projection; denominators fp32 [B, H, N], with eps; modes int32 [B, H, blocks]: 1 where the
@@ -133,7 +133,7 @@ def sparse_linear_fwd_kernel(
     b_q, positive_scale = positive(load_rows(q_rows, rows, valid, D, BLOCK_D), scale)
     acc, peak, total = attend_lists(
         b_q, keys, values, positive_scale, list_of(i_bh * blocks + tl.program_id(0), places, spans, n_kept + dense),
-        spans, (visual_start, reference_start, text_start), grid, reference, tl.load(text_lens + i_bh // heads),
+        spans, (visual_start, conditioning_start, text_start), grid, conditioning, tl.load(text_lens + i_bh // heads),
         D, BLOCK_D, BLOCK, CUT, STEP, False, PRECISION,
     )  # fmt: skip
     acc, b_lse = normalised(acc, peak, total)

@@ -120,16 +120,16 @@ def placed(counts, grid, CUT: tl.constexpr):
 
 
 @triton.jit
-def placed_keys(counts, text_lens, starts, grid, reference, text, heads, CUT: tl.constexpr, ROWS: tl.constexpr):
+def placed_keys(counts, text_lens, starts, grid, conditioning, text, heads, CUT: tl.constexpr, ROWS: tl.constexpr):
     """This program's head and ROWS rows of its key block, worked out anew: which are tokens, and which are keys."""
     PARTS: tl.constexpr = CUT[0] // ROWS
-    visual_start, reference_start, text_start = starts
+    visual_start, conditioning_start, text_start = starts
     T, H, W = grid
     zero = hidden_zero(counts)
     program, i_bh = tl.program_id(0) + zero, tl.program_id(1) + zero
     rows, there, _raster = locate(
-        program // PARTS, program % PARTS * ROWS + tl.arange(0, ROWS), visual_start, reference_start, text_start,
-        T, H, W, reference, text, CUT[0], CUT[1], CUT[2], CUT[3],
+        program // PARTS, program % PARTS * ROWS + tl.arange(0, ROWS), visual_start, conditioning_start, text_start,
+        T, H, W, conditioning, text, CUT[0], CUT[1], CUT[2], CUT[3],
     )  # fmt: skip
     # text behind its valid length is no key
     behind_text = (rows >= text_start + tl.load(text_lens + i_bh // heads)) & (rows < text_start + text)

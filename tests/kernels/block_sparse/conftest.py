@@ -78,15 +78,15 @@ class Problem:
     def mask(self) -> torch.Tensor:
         """Token mask in memory order: bool [B, H or 1, Nq, Nk]."""
         geometry = self.geometry()
-        starts = [self.options.get(name) for name in ("visual_start", "reference_start", "text_start", "text_len")]
+        starts = [self.options.get(name) for name in ("visual_start", "conditioning_start", "text_start", "text_len")]
         layouts = read_layouts(geometry, len(self.q), self.k.shape[2], *starts)
         mask = reference.token_mask(*self.lists, self.options.get("partial"), self.options.get("tables"), geometry)
         grid_q, grid_k = geometry.query_order.grid, geometry.key_order.grid
         masks = []
         for b, layout in enumerate(layouts):
-            rows = query_layout(geometry, layout).positions(grid_q.visual, grid_q.reference, grid_q.text)
-            columns = layout.positions(grid_k.visual, grid_k.reference, grid_k.text)
-            valid = torch.arange(len(columns)) < grid_k.visual + grid_k.reference + layout.text_len
+            rows = query_layout(geometry, layout).positions(grid_q.visual, grid_q.conditioning, grid_q.text)
+            columns = layout.positions(grid_k.visual, grid_k.conditioning, grid_k.text)
+            valid = torch.arange(len(columns)) < grid_k.visual + grid_k.conditioning + layout.text_len
             sample = (mask[b] if mask.ndim == 4 else mask[None]) & valid
             full = torch.zeros(len(sample), self.q.shape[2], self.k.shape[2], dtype=torch.bool)
             full[:, rows[:, None], columns] = sample
@@ -131,9 +131,9 @@ def _starts(grid: dit_accel.TokenGrid, batch: int, between: bool, per_sample: bo
     if between:
         starts = 0, grid.visual + grid.text, grid.visual
     else:
-        starts = grid.visual_start, grid.reference_start, grid.text_start
+        starts = grid.visual_start, grid.conditioning_start, grid.text_start
     shift = torch.arange(batch, dtype=torch.int32) % (gap + 1) if per_sample else torch.zeros(batch, dtype=torch.int32)
-    names = ("visual_start", "reference_start", "text_start")
+    names = ("visual_start", "conditioning_start", "text_start")
     return {name: shift + start for name, start in zip(names, starts, strict=True)}
 
 
@@ -145,9 +145,9 @@ def make_problem() -> Callable[..., Problem]:
     """
 
     def make(
-        shape=(1, 1, 64), method=None, config=None, *, batch=1, heads=2, dim=16, text=0, text_first=False, reference=0,
-        block_q=16, block_k=16, tile_q=None, tile_k=None, topk=None, query_grid=None, text_lens=None, between=False,
-        per_sample=False, per_head=False, gap=0, size=1.0, scale=None, seed=0,
+        shape=(1, 1, 64), method=None, config=None, *, batch=1, heads=2, dim=16, text=0, text_first=False,
+        conditioning=0, block_q=16, block_k=16, tile_q=None, tile_k=None, topk=None, query_grid=None, text_lens=None,
+        between=False, per_sample=False, per_head=False, gap=0, size=1.0, scale=None, seed=0,
     ) -> Problem:  # fmt: skip
         torch.manual_seed(seed)
         grid = dit_accel.TokenGrid(*shape, text=text, text_first=text_first, reference=reference)

@@ -74,7 +74,7 @@ CASES = {
         "block_q": 32,
         "block_k": 8,
     },
-    "heads-tiles-ragged": dict(shape=(3, 5, 7), topk=3, reference=5, dim=128, size=16.0, **TILES),
+    "heads-tiles-ragged": dict(shape=(3, 5, 7), topk=3, conditioning=5, dim=128, size=16.0, **TILES),
     "queries-longer": {
         "shape": (1, 5, 8),
         "query_grid": (3, 5, 8),

@@ -197,9 +197,9 @@ def test_packed_lists_must_fit(make_problem):
 @pytest.mark.parametrize("method", ["gna", "tile", "radial"])
 def test_a_plan_packs_its_lists_once(method, monkeypatch):
     """Where Triton is what runs by default, as on a GPU."""
-    from dit_accel import listed
+    from dit_accel.plans import listed
 
-    config = {"gna": {"window": (3, 3, 4)}, "tile": {"references": 1}, "radial": {"rule": "reference", "block": 16}}
+    config = {"gna": {"window": (3, 3, 4)}, "tile": {"references": 1}, "radial": {"rule": "released", "block": 16}}
     grid = dit_accel.TokenGrid(3, 4, 6, text=5)
     device = torch.device("cuda" if NATIVE else "cpu")
     q, k, v = torch.randn(3, 1, 1, grid.tokens, 16, device=device, requires_grad=True).unbind()

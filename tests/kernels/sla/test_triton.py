@@ -108,7 +108,7 @@ def test_lists_stay_within_bounds_for_bad_values(bad):
 
 
 def test_text_around_the_visual_tokens_is_not_read():
-    order = TokenOrder(TokenGrid(1, 5, 9, text=7, text_first=True, reference=4), 16)
+    order = TokenOrder(TokenGrid(1, 5, 9, text=7, text_first=True, conditioning=4), 16)
     q, k = inputs("random", order.grid.tokens, torch.float32)
     wanted = route(q, k, order, 1, 1, "portable")
     for x in (q, k):

@@ -6,7 +6,8 @@ import torch.nn.functional as F
 from sla_calls import MARGINAL, SHORT, TEXT_FIRST, TEXT_LAST, VIDEO, Case, check, setup, token_map
 
 from dit_accel.methods.sla import SparseLinearAttention
-from dit_accel.plans import attention, plan
+from dit_accel.plans.plan import attention
+from dit_accel.registry import plan
 from dit_accel.tokens import TokenGrid
 
 CASES = {

@@ -6,7 +6,7 @@ from sla_calls import SHORT, TEXT_FIRST, TEXT_LAST, VIDEO, token_map
 
 from dit_accel.errors import DitAccelError
 from dit_accel.methods.sla import Config, SparseLinearAttention
-from dit_accel.plans import plan
+from dit_accel.registry import plan
 from dit_accel.tokens import TokenGrid
 
 
@@ -51,7 +51,7 @@ def test_plan_numbers():
     wan = plan("sla", TokenGrid(21, 30, 52))
     assert (wan.visited, wan.total) == (512 * 25, 512 * 512)
     assert wan.pairs == 32760 * 25 * 64
-    text = plan("sla", TokenGrid(2, 8, 8, text=70, reference=64), topk=0.5)
+    text = plan("sla", TokenGrid(2, 8, 8, text=70, conditioning=64), topk=0.5)
     assert (text.visited, text.total) == (2 * (1 + 3) + 3 * 5, 25)
     assert text.pairs == 128 * (64 + 134) + 134 * 262
     assert plan("sla", TokenGrid(1, 5, 5), topk=0.01).visited == 1

@@ -12,7 +12,7 @@ from dit_accel.testing import assert_accurate
 from dit_accel.tokens import TokenGrid
 
 TINY = TokenGrid(2, 3, 7)
-TINY_TEXT = TokenGrid(2, 3, 7, text=5, text_first=True, reference=3)
+TINY_TEXT = TokenGrid(2, 3, 7, text=5, text_first=True, conditioning=3)
 ONE = {"batch": 1, "heads": 1, "impl": "triton"}
 TRITON_CASES = {
     "one-token": Case(TokenGrid(1, 1, 1), {"block": 16}, dim=16, **ONE),
@@ -54,7 +54,7 @@ def test_text_that_is_weighed(scope):
         tensors = [x.to(dtype).to(device).requires_grad_() for x in leaves]
         q, k, v, weight, shift = tensors
         out = sparse_linear_attention(
-            q, k, v, critical=1, skipped=1, block=16, grid=grid.shape, reference=grid.reference, text=grid.text,
+            q, k, v, critical=1, skipped=1, block=16, grid=grid.shape, conditioning=grid.conditioning, text=grid.text,
             text_first=grid.text_first, text_len=lens.to(device), text_bias=bias.to(device), weight=weight,
             bias=shift, linear_scope=scope, impl=impl,
         )  # fmt: skip

@@ -98,7 +98,7 @@ MODELS = [
         "kontext",
         build,
         lambda batch: inputs((7, 9), (7, 9), (7, 9), (2, 5), batch=batch),
-        TokenGrid(3, 7, 9, text=13, text_first=True, reference=10),
+        TokenGrid(3, 7, 9, text=13, text_first=True, conditioning=10),
     ),
     TinyModel("flux", "chroma", chroma, lambda batch: masked(batch=batch), GRID, text_lens=(13, 6)),
     TinyModel("flux", "chroma-stock", chroma, lambda batch: added(batch=batch), GRID, text_lens=(13, 6)),

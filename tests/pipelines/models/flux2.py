@@ -47,6 +47,6 @@ MODELS = [
         "edit",
         build,
         lambda batch: inputs((7, 9), (7, 9), (7, 9), (2, 5), batch=batch),
-        TokenGrid(3, 7, 9, text=13, text_first=True, reference=10),
+        TokenGrid(3, 7, 9, text=13, text_first=True, conditioning=10),
     ),
 ]

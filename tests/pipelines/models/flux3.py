@@ -39,7 +39,7 @@ MODELS = [
         "edit",
         build,
         lambda batch: inputs((2, 5), batch=batch),
-        TokenGrid(1, 13, 11, text=13, text_first=True, reference=10),
+        TokenGrid(1, 13, 11, text=13, text_first=True, conditioning=10),
         lengths=(143, 166),
     ),
 ]

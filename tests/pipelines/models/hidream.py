@@ -34,6 +34,6 @@ MODELS = [
     ),
     # An image that is not square is padded to the 13 x 13 tokens of the largest one.
     TinyModel(
-        "hidream", "wide", build, lambda batch: inputs(18, 26, batch), TokenGrid(1, 9, 13, text=13, reference=52)
+        "hidream", "wide", build, lambda batch: inputs(18, 26, batch), TokenGrid(1, 9, 13, text=13, conditioning=52)
     ),
 ]

@@ -53,7 +53,7 @@ MODELS = [
         "edit-plus",
         plus,
         lambda batch: packed((1, 7, 9), (1, 7, 9), (1, 7, 9), (1, 3, 4), batch=batch),
-        TokenGrid(3, 7, 9, text=13, reference=12),
+        TokenGrid(3, 7, 9, text=13, conditioning=12),
         text_lens=(13, 6),
     ),
 ]

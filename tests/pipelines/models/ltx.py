@@ -52,7 +52,7 @@ MODELS = [
         "condition",
         build,
         condition_inputs,
-        TokenGrid(5, 7, 9, reference=63),
+        TokenGrid(5, 7, 9, conditioning=63),
         rows=torch.cat((torch.arange(63, 378), torch.arange(63))).repeat(2, 1),
     ),
 ]

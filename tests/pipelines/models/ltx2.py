@@ -48,5 +48,5 @@ build_gated = functools.partial(build, gated_attn=True, audio_gated_attn=True, p
 MODELS = [
     TinyModel("ltx2", "2.0", build, inputs, TokenGrid(5, 7, 9)),
     TinyModel("ltx2", "2.3", build_gated, inputs, TokenGrid(5, 7, 9)),
-    TinyModel("ltx2", "keyframe", build, keyframe_inputs, TokenGrid(5, 7, 9, reference=63)),
+    TinyModel("ltx2", "keyframe", build, keyframe_inputs, TokenGrid(5, 7, 9, conditioning=63)),
 ]

@@ -46,6 +46,6 @@ MODELS = [
         "edit",
         build,
         lambda batch: inputs((7, 9), (7, 9), (7, 9), (3, 4), batch=batch),
-        TokenGrid(3, 7, 9, text=13, text_first=True, reference=12),
+        TokenGrid(3, 7, 9, text=13, text_first=True, conditioning=12),
     ),
 ]

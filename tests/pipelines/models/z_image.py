@@ -32,7 +32,7 @@ MODELS = [
         build,
         lambda batch: inputs(batch=batch),
         # 143 tokens of image are padded to 160, and captions of 20 and 40 to 32 and 64.
-        TokenGrid(1, 13, 11, text=64, reference=17),
+        TokenGrid(1, 13, 11, text=64, conditioning=17),
         text_lens=(32, 64),
         compiles="blocks",
         lengths=(224, 224),

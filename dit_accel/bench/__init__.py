@@ -1,0 +1,1 @@
+"""Declared benchmarks of kernels and whole models."""

@@ -1,0 +1,272 @@
+"""Measuring declared rows: a numerics gate first, then the whole public call beside the best dense attention.
+
+A row that does not pass the gate has no time. Sparse, dense and peer calls take turns in one run.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from datetime import UTC, datetime
+from typing import Any, Literal, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from dit_accel import registry
+from dit_accel.bench.gate import Attend, Check, Inexact, Problem, check
+from dit_accel.bench.peer import flex_attention
+from dit_accel.bench.rows import Row
+from dit_accel.bench.settings import OutOfReach, find_setting
+from dit_accel.bench.timing import Call, alternate, profile, quantiles
+from dit_accel.errors import DitAccelError
+from dit_accel.generation.provenance import provenance
+from dit_accel.generation.sources import first_line
+from dit_accel.kernels.block_sparse.api import Impl, choose_impl
+from dit_accel.methods.sla import SparseLinearAttention
+from dit_accel.plans.plan import attention
+
+SEED = 0
+PRODUCTS = {"forward": 2, "backward": 5, "both": 7}  # matrix products of 2 * D operations a pair and head
+TRIAL_SECONDS, TRIAL_ROUNDS = 0.2, 3  # for finding the fastest dense attention
+DENSE = "scaled_dot_product_attention"
+DENSE_BACKENDS = {
+    f"{DENSE} cudnn": SDPBackend.CUDNN_ATTENTION,
+    f"{DENSE} flash": SDPBackend.FLASH_ATTENTION,
+    f"{DENSE} efficient": SDPBackend.EFFICIENT_ATTENTION,
+}
+
+
+class Named(Protocol):
+    """A declared measurement."""
+
+    @property
+    def name(self) -> str: ...
+
+    def as_dict(self) -> dict[str, Any]: ...
+
+
+Status = Literal["measured", "red", "out of reach", "refused"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What came of a declared row: its record, or the reason why there is none."""
+
+    row: Named
+    status: Status
+    record: dict[str, Any] | None = None
+    reason: str = ""
+
+
+class Bench:
+    """Measures rows on one device.
+
+    Args:
+        device: where.
+        impl: "auto", "reference", "portable" or "triton".
+        seconds: for the timing of one row.
+        peer: also time FlexAttention, where it compiles.
+        profile: gets, for each row, its name and where its time goes (`timing.profile`).
+    """
+
+    def __init__(
+        self,
+        device: torch.device,
+        impl: Impl = "auto",
+        seconds: float = 2.0,
+        peer: bool = False,
+        profile: Callable[[str], None] | None = None,
+    ) -> None:
+        self.device, self.impl, self.seconds, self.peer, self.profile = device, impl, seconds, peer, profile
+        choose_impl(device.type, impl)  # refuses a name that is unknown or not installed
+        self.provenance = provenance(device)
+        self._dense: dict[tuple[Any, ...], tuple[str, dict[str, Any]]] = {}
+
+    def run(self, rows: Sequence[Row]) -> Iterator[Outcome]:
+        """Measure the rows one by one; a row that cannot be measured does not keep the others from it."""
+        for row in rows:
+            yield outcome_of(row, functools.partial(self.measure, row))
+
+    def measure(self, row: Row) -> dict[str, Any]:
+        """One record, in the fields that every kernel benchmark of this project has.
+
+        Raises:
+            Inexact: the results are not what they should be; nothing was timed.
+            DitAccelError: the setting cannot be made or the implementation cannot run it.
+        """
+        problem = make_problem(row, self.device, self.impl)
+        attend = self._attend(problem)
+        gradients = row.direction != "forward"
+        checks = check(problem, attend, gradients=gradients)
+        dense_name, tried = self.best_dense(row, problem)
+        calls = {
+            "sparse": prepare(problem, attend, row.direction),
+            "dense": prepare(problem, _dense(dense_name), row.direction, weights=False),
+        }
+        peer = self._peer(problem, row, gradients=gradients) if self.peer else None
+        if isinstance(peer, dict) and "call" in peer:
+            calls["peer"] = peer.pop("call")
+        taken = alternate(calls, self.seconds, self.device)
+        if self.profile is not None:
+            self.profile(f"{row.name}\n{profile(calls['sparse'], self.device)}")
+        times = quantiles(taken["sparse"])
+        baseline = statistics.median(taken["dense"])
+        if peer is not None and "peer" in taken:
+            peer["ms_p50"] = statistics.median(taken["peer"])
+            peer["speedup"] = baseline / peer["ms_p50"]
+        plan, operations = problem.plan, 2 * PRODUCTS[row.direction] * row.shape.head_dim
+        implementation, reason = plan.choose_impl(
+            self.device, problem.q.dtype, row.shape.head_dim, self.impl, learned=problem.module is not None
+        )
+        return {
+            **row.as_dict(),
+            "grid": str(plan.grid),
+            "batch": 1,
+            "density_asked": row.setting.density,
+            "density": plan.density,
+            "config": dataclasses.asdict(plan.config),
+            "impl": implementation,
+            "impl_reason": reason,
+            **times,
+            "rounds": len(taken["sparse"]),
+            "tflops_kept": operations * row.shape.heads * plan.pairs / times["ms_p50"] / 1e9,
+            "baseline": dense_name,
+            "baseline_ms_p50": baseline,
+            "baselines_tried": tried,
+            "speedup": baseline / times["ms_p50"],
+            "max_error": max(found.error for found in checks.values()),
+            "checks": {name: found._asdict() for name, found in checks.items()},
+            **({} if peer is None else {"peer": peer}),
+            **self.provenance,
+            "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        }
+
+    def gate(self, row: Row) -> dict[str, Check]:
+        """Hold the forward call of a row against fp64 and time nothing; see `bench_gate.check`."""
+        problem = make_problem(row, self.device, self.impl)
+        return check(problem, self._attend(problem), gradients=False)
+
+    def _attend(self, problem: Problem) -> Attend:
+        """The public call: `attention`, or the module with its router and projection."""
+        plan, module = problem.plan, problem.module
+        plan.prepare(self.device)
+        if module is not None:
+            return lambda q, k, v: module(q, k, v, plan.grid, impl=self.impl)
+        return lambda q, k, v: attention(q, k, v, plan, impl=self.impl)
+
+    def best_dense(self, row: Row, problem: Problem) -> tuple[str, dict[str, Any]]:
+        """The fastest dense attention for these sizes, and milliseconds of (or what is wrong with) each one tried."""
+        if self.device.type != "cuda":
+            return DENSE, {}  # there is one
+        shape = row.shape
+        key = (shape.tokens, shape.heads, shape.head_dim, row.dtype, row.direction)
+        if key not in self._dense:
+            tried: dict[str, Any] = {}
+            for name in DENSE_BACKENDS:
+                try:
+                    call = prepare(problem, _dense(name), row.direction, weights=False)
+                    taken = alternate({name: call}, TRIAL_SECONDS, self.device, TRIAL_ROUNDS)
+                    tried[name] = statistics.median(taken[name])
+                except RuntimeError as error:  # what SDPA raises for a back end that does not take the call
+                    tried[name] = first_line(error)
+            timed = {name: found for name, found in tried.items() if isinstance(found, float)}
+            if not timed:
+                raise DitAccelError(f"No dense attention runs here: {tried}.")
+            self._dense[key] = min(timed, key=lambda name: timed[name]), tried
+        return self._dense[key]
+
+    def _peer(self, problem: Problem, row: Row, *, gradients: bool) -> dict[str, Any]:
+        """FlexAttention ready to be timed (`call`), or the reason why it is not."""
+        peer: dict[str, Any] = {"name": "flex_attention"}
+        try:
+            attend = flex_attention(problem.plan, self.device)
+            found: dict[str, Check] = check(problem, attend, gradients=gradients)
+            peer["call"] = prepare(problem, attend, row.direction)
+            peer["max_error"] = max(each.error for each in found.values())
+        except (RuntimeError, ValueError, Inexact) as error:  # compilers raise what they like of the first two
+            peer["reason"] = first_line(error)
+        return peer
+
+
+def outcome_of(row: Named, measure: Callable[[], dict[str, Any]]) -> Outcome:
+    """What comes of measuring a row; only defects are raised."""
+    try:
+        return Outcome(row, "measured", measure())
+    except Inexact as error:
+        return Outcome(row, "red", reason=str(error))
+    except OutOfReach as error:
+        return Outcome(row, "out of reach", reason=str(error))
+    except DitAccelError as error:
+        return Outcome(row, "refused", reason=str(error))
+    except torch.OutOfMemoryError:
+        return Outcome(row, "refused", reason="the device has too little memory for it")
+
+
+def make_problem(row: Row, device: torch.device, impl: Impl = "auto") -> Problem:
+    """Random tensors of a row's shape, laid out as models hand them over, and its plan.
+
+    Raises:
+        DitAccelError: no setting of the method comes near the row's density, or its settings do not fit the grid.
+    """
+    shape, setting = row.shape, row.setting
+    config = setting.config
+    if config is None:
+        assert setting.density is not None
+        config = find_setting(setting.method, shape.grid, setting.density)
+    plan = registry.plan(setting.method, shape.grid, **config)
+    generator = torch.Generator(device).manual_seed(SEED)
+    dtype = getattr(torch, row.dtype)
+    q, k, v, grad = (
+        torch.randn(
+            1, shape.tokens, shape.heads, shape.head_dim, generator=generator, device=device, dtype=dtype
+        ).transpose(1, 2)
+        for _ in range(4)
+    )
+    make = registry.get_method(setting.method).module
+    if make is None:
+        return Problem(q, k, v, grad, plan, impl)
+    module = make(shape.head_dim, plan.config).to(device)
+    if not isinstance(module, SparseLinearAttention):
+        raise DitAccelError(f"There is no exact result to hold {setting.method} against, so it is not timed.")
+    with torch.no_grad():  # a projection of zeros would hide what the linear branch gets wrong
+        module.proj.weight.normal_(std=shape.head_dim**-0.5, generator=generator)
+        module.proj.bias.normal_(generator=generator)
+    return Problem(q, k, v, grad, plan, impl, module)
+
+
+def prepare(problem: Problem, attend: Attend, direction: str, *, weights: bool = True) -> Call:
+    """What is timed: the call forwards, its gradients from a finished forward pass, or both.
+
+    Args:
+        weights: gradients of the module's weights belong to it too.
+    """
+    tensors = (problem.q, problem.k, problem.v)
+    if direction == "forward":
+
+        def forward() -> torch.Tensor:
+            with torch.no_grad():
+                return attend(*tensors)
+
+        return forward
+    q, k, v = (x.detach().requires_grad_() for x in tensors)
+    leaves = (q, k, v, *(problem.weights if weights else ()))
+    if direction == "both":
+        return lambda: torch.autograd.grad(attend(q, k, v), leaves, problem.grad)
+    out = attend(q, k, v)
+    return lambda: torch.autograd.grad(out, leaves, problem.grad, retain_graph=True)
+
+
+def _dense(name: str) -> Attend:
+    backend = DENSE_BACKENDS.get(name)
+
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        if backend is None:
+            return F.scaled_dot_product_attention(q, k, v)
+        with sdpa_kernel(backend):
+            return F.scaled_dot_product_attention(q, k, v)
+
+    return attend

@@ -1,0 +1,247 @@
+"""Measuring one denoising step of whole models: the transformer's call, dense and with each method.
+
+Before a method's step is timed, its attention passes the gate of `bench_gate` on the model's shape. What is not
+attention is measured by a step whose attention returns its values untouched.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import gc
+import inspect
+import itertools
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from datetime import UTC, datetime
+from typing import Any
+
+import torch
+from torch.nn.attention import sdpa_kernel
+
+from dit_accel.accelerator import Accelerator
+from dit_accel.bench.models import Model, Step
+from dit_accel.bench.rows import Row, Setting, Shape
+from dit_accel.bench.run import DENSE, DENSE_BACKENDS, Bench, Outcome, make_problem, outcome_of
+from dit_accel.bench.settings import find_setting
+from dit_accel.bench.timing import alternate, quantiles
+from dit_accel.errors import DitAccelError
+from dit_accel.hooks.report import Report
+from dit_accel.hooks.schedule import Schedule
+from dit_accel.hooks.selfcheck import SelfCheck
+from dit_accel.kernels.block_sparse.api import Impl
+from dit_accel.pipelines.family import Call as FamilyCall
+from dit_accel.pipelines.family import Memory
+from dit_accel.pipelines.targets import find_transformers
+from dit_accel.plans.asked import Asked, Kind
+from dit_accel.plans.plan import Plan
+from dit_accel.registry import Method, get_method, make_config
+
+ROUNDS = 2  # times of a step at least: one of a long video takes half a minute
+
+
+class NothingPlan(Plan):
+    """No attention at all: what a step takes besides it."""
+
+    @property
+    def pairs(self) -> int:
+        return 0
+
+    @property
+    def partial_blocks(self) -> int:
+        return 0
+
+    def kept_keys(self, queries: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+        return torch.zeros(len(queries), self.grid.tokens, dtype=torch.bool, device=queries.device)
+
+    def compute(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, asked: Asked) -> torch.Tensor:
+        return v
+
+    def implementation(self, kind: Kind) -> tuple[str, str]:
+        return "nothing", "the rest of the step is measured"
+
+
+@dataclasses.dataclass(frozen=True)
+class NothingConfig:
+    """No settings."""
+
+
+NOTHING = Method(
+    "nothing", NothingConfig, lambda grid, config: NothingPlan("nothing", config, grid), "no attention", "-"
+)
+
+
+class StepBench:
+    """Measures steps on one device.
+
+    Args:
+        device: where.
+        impl: "auto", "reference", "portable" or "triton".
+        seconds: for each timing, beyond one round that does not count and `ROUNDS`.
+        dtype: of weights and activations.
+        backend: of `torch.compile`.
+    """
+
+    def __init__(
+        self,
+        device: torch.device,
+        impl: Impl = "auto",
+        seconds: float = 2.0,
+        dtype: torch.dtype = torch.bfloat16,
+        backend: str = "inductor",
+    ) -> None:
+        self.device, self.impl, self.seconds, self.dtype, self.backend = device, impl, seconds, dtype, backend
+        self._attention = Bench(device, impl)
+
+    def run(self, steps: Sequence[Step]) -> Iterator[Outcome]:
+        """Measure the steps, a model and mode at a time; what cannot be measured does not keep the rest from it."""
+        for model, of_model in itertools.groupby(steps, key=lambda step: step.model):
+            asked = list(of_model)
+            try:
+                yield from self._run_model(model, asked)
+            except DitAccelError as error:
+                yield Outcome(asked[0], "refused", reason=f"all of {model.name}: {error}")
+            except torch.OutOfMemoryError:
+                yield Outcome(asked[0], "refused", reason=f"all of {model.name}: the device has too little memory")
+            self._forget()  # before the next model is built
+
+    def _run_model(self, model: Model, steps: list[Step]) -> Iterator[Outcome]:
+        subject = Subject(model, self.device, self.dtype)
+        for mode, of_mode in itertools.groupby(steps, key=lambda step: step.mode):
+            yield from self._run_mode(subject, mode, list(of_mode))
+
+    def _run_mode(self, subject: Subject, mode: str, steps: list[Step]) -> Iterator[Outcome]:
+        if mode == "compiled":
+            subject.compile(self.backend)
+        backends = self._dense_backends(subject)
+        dense = self._timed(subject, backends)
+        rest, _ = self._accelerated(subject, NOTHING, NothingConfig(), 0)
+        shared = {
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "dense_step_ms_p50": dense["ms_p50"],
+            "dense_attention_share": 1 - rest["ms_p50"] / dense["ms_p50"],
+            "dense_peak_memory_bytes": dense["peak"],
+            "rest_ms_p50": rest["ms_p50"],
+            "baseline": backends[0] if backends else DENSE,
+        }
+        for step in steps:
+            outcome = outcome_of(step, functools.partial(self._measure, step, subject, shared))
+            self._forget()
+            yield outcome
+
+    def _measure(self, step: Step, subject: Subject, shared: dict[str, Any]) -> dict[str, Any]:
+        setting, method = step.setting, get_method(step.setting.method)
+        given = setting.config
+        if given is None:
+            assert setting.density is not None
+            given = find_setting(setting.method, subject.grid, setting.density)
+        config = make_config(setting.method, given)
+        checks = self._attention.gate(subject.row(dataclasses.replace(setting, config=given)))
+        preset = subject.family.recommended.get(setting.method) if setting.density is None else None
+        dense_layers = 0 if preset is None else preset.schedule.get("dense_layers", 0)
+        times, report = self._accelerated(subject, method, config, dense_layers)
+        sparse = [layer for layer in report.layers if layer.sparse_calls]
+        dense, rest, own = shared["dense_step_ms_p50"], shared["rest_ms_p50"], times["ms_p50"]
+        return {
+            **step.as_dict(),
+            "config": dataclasses.asdict(config),
+            "dense_layers": dense_layers,
+            "density": sparse[0].density,
+            "impl": next(iter(sparse[0].kernels)),
+            "grid": str(subject.grid),
+            "tokens": subject.grid.tokens,
+            "batch": 1,
+            "layers": len(report.layers),
+            "sparse_layers": len(sparse),
+            "step_ms_p50": own,
+            "step_ms_p20": times["ms_p20"],
+            "step_ms_p80": times["ms_p80"],
+            "rounds": times["rounds"],
+            "speedup": dense / own,
+            "attention_share": 1 - rest / own,
+            "peak_memory_bytes": times["peak"],
+            "max_error": max(found.error for found in checks.values()),
+            **shared,
+            **self._attention.provenance,
+            "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        }
+
+    def _dense_backends(self, subject: Subject) -> list[str]:
+        """PyTorch's attentions on a GPU, the fastest at the model's sizes first; none elsewhere, where there is one."""
+        if self.device.type != "cuda":
+            return []
+        row = subject.row(Setting("dense", None, {}))
+        _, tried = self._attention.best_dense(row, make_problem(row, self.device))
+        return sorted((name for name, found in tried.items() if isinstance(found, float)), key=lambda name: tried[name])
+
+    def _accelerated(
+        self, subject: Subject, method: Method, config: Any, dense_layers: Any
+    ) -> tuple[dict[str, Any], Report]:
+        """Times with a method at work, and its report."""
+        torch.compiler.reset()  # each setting is a new graph, and after eight the compiler gives up
+        schedule = Schedule(dense_layers=dense_layers)
+        accel = Accelerator(subject.found, None, method, config, schedule, self.impl, False, SelfCheck())
+        accel.apply()
+        try:
+            return self._timed(subject, []), accel.report()
+        finally:
+            accel.remove()
+
+    def _timed(self, subject: Subject, backends: list[str]) -> dict[str, Any]:
+        """Quantiles, rounds and peak memory of the transformer's call."""
+
+        def call() -> Any:
+            with torch.no_grad(), _preferring(backends):
+                return subject.transformer(**subject.inputs)
+
+        on_gpu = self.device.type == "cuda"
+        if on_gpu:
+            torch.cuda.reset_peak_memory_stats(self.device)
+        taken = alternate({"step": call}, self.seconds, self.device, ROUNDS)["step"]
+        peak = torch.cuda.max_memory_allocated(self.device) if on_gpu else None
+        return {**quantiles(taken), "rounds": len(taken), "peak": peak}
+
+    def _forget(self) -> None:
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+class Subject:
+    """A model that is measured: the transformer, one call's inputs, and what its family says of both.
+
+    Raises:
+        DitAccelError: no family has the transformer's class, or it cannot read the call.
+    """
+
+    def __init__(self, model: Model, device: torch.device, dtype: torch.dtype) -> None:
+        self.model, self.dtype = model, str(dtype).removeprefix("torch.")
+        self.transformer = model.build(device, dtype)
+        self.inputs = model.call(self.transformer, device, dtype)
+        self.found, _ = find_transformers(self.transformer)
+        ((_, self.family),) = self.found.values()
+        signature = inspect.signature(type(self.transformer).forward)
+        call = FamilyCall(signature, self.transformer, (), self.inputs, Memory())
+        self.grid = self.family.layout(self.transformer, call).grid
+
+    def row(self, setting: Setting) -> Row:
+        """The model's attention as a row of `bench`: forward, with this setting."""
+        _, attention = next(iter(self.family.attentions(self.transformer)))
+        heads: Any = attention.heads
+        sizes = int(heads), self.family.head_dim(attention), self.grid.text, self.grid.text_first
+        return Row(Shape(self.model.name, self.grid.shape, *sizes), setting, self.dtype, "forward")
+
+    def compile(self, backend: str) -> None:
+        """Compile the repeated blocks, as Diffusers compiles large models, or else the whole."""
+        transformer: Any = self.transformer
+        if getattr(transformer, "_repeated_blocks", None):
+            transformer.compile_repeated_blocks(backend=backend)
+        else:
+            transformer.compile(backend=backend)
+
+
+def _preferring(backends: list[str]) -> AbstractContextManager[Any]:
+    """PyTorch's attentions in this order; a call that the first cannot take goes to the next."""
+    if not backends:
+        return nullcontext()
+    return sdpa_kernel([DENSE_BACKENDS[name] for name in backends], set_priority=True)

@@ -1,0 +1,241 @@
+"""Saving an accelerator: its settings as JSON, its learned weights as safetensors, and whom they belong to."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib
+import json
+import os
+import pathlib
+import tempfile
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from dit_accel.errors import DitAccelError
+from dit_accel.registry import make_config
+
+SETTINGS_FILE = "accelerator.json"
+WEIGHTS_FILE = "accelerator.safetensors"
+FORMAT = 1
+SETTINGS = ("method", "config", "layers", "schedule", "impl", "allow_dense")
+KINDS: dict[str, tuple[type, ...]] = {
+    "method": (str,),
+    "config": (dict,),
+    "layers": (dict, type(None)),
+    "schedule": (dict,),
+    "impl": (str,),
+    "allow_dense": (bool,),
+    "models": (dict,),
+    "trained": (dict, type(None)),
+    "weights_sha256": (str, type(None)),
+}
+VERSION = importlib.import_module("dit_accel").__version__
+
+Models = dict[str, dict[str, str]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Saved:
+    """A saved accelerator, read and checked.
+
+    Attributes:
+        settings: method, config, layers (None unless layers have settings of their own), schedule, impl, allow_dense.
+        trained: what `adapters.write` recorded of a fine-tuning; None without one.
+        models: class and configuration hash of each transformer, by component name.
+        weights: learned tensors by name; empty if the method has learned nothing.
+    """
+
+    settings: dict[str, Any]
+    trained: dict[str, Any] | None
+    models: Models
+    weights: dict[str, torch.Tensor]
+
+
+def identify(transformers: Mapping[str, nn.Module]) -> Models:
+    """Class and configuration hash of each transformer: what saved weights fit."""
+    return {
+        name: {"class": type(module).__name__, "config_hash": config_hash(module)}
+        for name, module in transformers.items()
+    }
+
+
+def config_hash(module: nn.Module) -> str:
+    """SHA-256 of a Diffusers model's configuration without what only names its origin and version."""
+    config: Any = getattr(module, "config", {})
+    kept = {key: value for key, value in dict(config).items() if not key.startswith("_")}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def save(
+    path: str | pathlib.Path,
+    settings: Mapping[str, Any],
+    models: Models,
+    weights: Mapping[str, torch.Tensor],
+    write_training: Callable[[pathlib.Path], dict[str, Any] | None],
+) -> None:
+    """Write an accelerator to the folder `path`; complete files replace old ones, weights first.
+
+    Args:
+        path: the folder.
+        settings: as in `Saved`.
+        models: whom the weights belong to.
+        weights: learned tensors by name.
+        write_training: writes a fine-tuning to the folder and returns what to record of it, None without one.
+
+    Raises:
+        DitAccelError: the folder cannot be written.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save as to_bytes
+
+    folder = pathlib.Path(path)
+    content = (
+        to_bytes({key: tensor.detach().cpu().contiguous() for key, tensor in weights.items()}) if weights else None
+    )
+    saved = {
+        "format": FORMAT,
+        "dit_accel_version": VERSION,
+        "models": models,
+        "weights_sha256": None if content is None else hashlib.sha256(content).hexdigest(),
+        **settings,
+    }
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        saved["trained"] = write_training(folder)
+        if content is not None:
+            replace_file(folder / WEIGHTS_FILE, content)
+        replace_file(folder / SETTINGS_FILE, (json.dumps(saved, indent=2) + "\n").encode())
+        if content is None:
+            (folder / WEIGHTS_FILE).unlink(missing_ok=True)
+    except (OSError, SafetensorError) as error:  # a full disk is either, by who writes
+        raise DitAccelError(
+            f"Cannot save the accelerator to {folder}: {error}; choose a folder you can write."
+        ) from error
+
+
+def read(path: str | pathlib.Path) -> Saved:
+    """Read what `save` wrote.
+
+    Raises:
+        DitAccelError: a file is missing, damaged, of another format, changed by hand into what cannot be, or does not
+            belong to the other.
+    """
+    file = pathlib.Path(path) / SETTINGS_FILE
+    try:
+        content = json.loads(file.read_text())
+    except OSError as error:
+        raise DitAccelError(f"{path} is no saved accelerator: {file.name} cannot be read ({error}).") from error
+    except (ValueError, RecursionError) as error:
+        raise DitAccelError(f"{file} is damaged ({error}); save the accelerator again.") from error
+    wanted = {"format", "models", "weights_sha256", "trained", *SETTINGS}
+    if not isinstance(content, dict) or not wanted <= content.keys():
+        raise DitAccelError(f"{file} is no saved accelerator: it needs the entries {', '.join(sorted(wanted))}.")
+    if content["format"] != FORMAT:
+        raise DitAccelError(
+            f"{file} has format {content['format']!r}, written by dit_accel {content.get('dit_accel_version')}; "
+            f"dit_accel {VERSION} reads format {FORMAT}. Install the version that saved it."
+        )
+    odd = [key for key, kinds in KINDS.items() if not isinstance(content[key], kinds)] or _odd_entries(content)
+    if odd:
+        raise DitAccelError(f"{file} was changed: {odd[0]} cannot be {content[odd[0]]!r}; save the accelerator again.")
+    settings = {key: content[key] for key in SETTINGS}
+    # JSON has no tuples.
+    settings["config"] = {key: tuple(v) if isinstance(v, list) else v for key, v in settings["config"].items()}
+    if settings["layers"] is None:
+        make_config(settings["method"], settings["config"])
+    digest = content["weights_sha256"]
+    weights = {} if digest is None else _read_weights(file.parent, digest)
+    return Saved(settings, content["trained"], content["models"], weights)
+
+
+def _odd_entries(content: Mapping[str, Any]) -> list[str]:
+    """The mappings whose keys are not those that `save` writes."""
+    from dit_accel.checkpoint.lora import RECORD
+    from dit_accel.hooks.schedule import Schedule
+
+    keys = {"schedule": {field.name for field in dataclasses.fields(Schedule)}, "trained": RECORD}
+    odd = [name for name, own in keys.items() if content[name] is not None and content[name].keys() != own]
+    models = content["models"].values()
+    fits = all(isinstance(model, dict) and model.keys() == {"class", "config_hash"} for model in models)
+    return odd if fits else [*odd, "models"]
+
+
+def check_identity(path: str | pathlib.Path, saved: Models, present: Models) -> None:
+    """Refuse another model than the one that was saved.
+
+    Raises:
+        DitAccelError: the names, classes or configurations of the transformers differ.
+    """
+    if saved.keys() != present.keys():
+        raise DitAccelError(
+            f"{path} was saved for {', '.join(saved)}, but this model has {', '.join(present)}; load it into the "
+            "pipeline it was made with."
+        )
+    for name, model in saved.items():
+        if model["class"] != present[name]["class"]:
+            raise DitAccelError(
+                f"{path} was saved for {name}: {model['class']}, but this model's is {present[name]['class']}; load it "
+                "into the model it was made with."
+            )
+        if model["config_hash"] != present[name]["config_hash"]:
+            raise DitAccelError(
+                f"{path} was saved for a {model['class']} of another configuration (layers, heads or the like); "
+                "load it into the model it was made with."
+            )
+
+
+def load_weights(
+    path: str | pathlib.Path, weights: Mapping[str, torch.Tensor], modules: Mapping[str, nn.Module]
+) -> None:
+    """Give each module its learned weights.
+
+    Raises:
+        DitAccelError: `weights` does not hold exactly these modules' weights.
+    """
+    wanted = {f"{name}.{key}": value.shape for name, own in modules.items() for key, value in own.state_dict().items()}
+    present = {key: tensor.shape for key, tensor in weights.items()}
+    if wanted != present:
+        odd = sorted({*wanted.items()} ^ {*present.items()})[0][0]
+        raise DitAccelError(
+            f"The learned weights in {path} do not fit the accelerated layers: {odd} is on one side only or has "
+            "another shape there; save them again from the model they belong to."
+        )
+    for name, module in modules.items():
+        module.load_state_dict({key: weights[f"{name}.{key}"] for key in module.state_dict()})
+
+
+def _read_weights(folder: pathlib.Path, digest: str) -> dict[str, torch.Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load as from_bytes
+
+    file = folder / WEIGHTS_FILE
+    try:
+        content = file.read_bytes()
+        weights = from_bytes(content)
+    except OSError as error:
+        raise DitAccelError(f"The learned weights {file} cannot be read ({error}); copy or save them again.") from error
+    except SafetensorError as error:
+        raise DitAccelError(f"{file} is truncated or damaged ({error}); copy or save it again.") from error
+    if hashlib.sha256(content).hexdigest() != digest:
+        raise DitAccelError(f"{file} does not belong to the {SETTINGS_FILE} beside it; copy or save both again.")
+    return weights
+
+
+def replace_file(file: pathlib.Path, content: bytes) -> None:
+    """Write under a temporary name in the same folder, then rename.
+
+    Raises:
+        OSError: it cannot be written; the old file stays.
+    """
+    handle, temporary = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
+    try:
+        with os.fdopen(handle, "wb") as stream:
+            stream.write(content)
+        os.replace(temporary, file)
+    except BaseException:
+        pathlib.Path(temporary).unlink(missing_ok=True)
+        raise

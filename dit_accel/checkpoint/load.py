@@ -1,0 +1,61 @@
+"""Accelerators from a folder: what `Accelerator.save_pretrained` wrote, put to work again."""
+
+from __future__ import annotations
+
+import pathlib
+from typing import Any
+
+from dit_accel.accelerator import Accelerator, accelerate
+from dit_accel.checkpoint import format as checkpoint
+from dit_accel.checkpoint import lora as adapters
+from dit_accel.hooks import layers as layerwise
+from dit_accel.hooks.selfcheck import Verify
+from dit_accel.pipelines.targets import find_transformers
+
+
+def load(
+    target: Any,
+    path: str | pathlib.Path,
+    *,
+    verify: Verify | None = None,
+    keep_dense_above: float | None = None,
+    replace: bool = False,
+    any_weights: bool = False,
+) -> Accelerator:
+    """Accelerate `target` as saved by `Accelerator.save_pretrained`: learned weights, LoRA and all.
+
+    Args:
+        target: a pipeline or transformer of the class and configuration it was saved from.
+        path: the folder.
+        verify, keep_dense_above: as in `accelerate`; they are not saved.
+        replace: first remove an accelerator that is already at work.
+        any_weights: a fine-tuning is taken for the base weights it started from and no others, unless this is true.
+
+    Raises:
+        DitAccelError: the folder is missing, damaged or incomplete, or was saved for another model.
+    """
+    saved = checkpoint.read(path)
+    transformers, _ = find_transformers(target)
+    modules = {name: transformer for name, (transformer, _) in transformers.items()}
+    checkpoint.check_identity(path, saved.models, checkpoint.identify(modules))
+    layers = saved.settings["layers"]
+    accel = accelerate(
+        target,
+        saved.settings["method"],
+        schedule=None if layers is None else layerwise.from_dict(saved.settings["method"], layers),
+        impl=saved.settings["impl"],
+        allow_dense=saved.settings["allow_dense"],
+        verify=verify,
+        keep_dense_above=keep_dense_above,
+        replace=replace,
+        **saved.settings["schedule"],
+        **saved.settings["config"],
+    )
+    try:
+        checkpoint.load_weights(path, saved.weights, accel.learned_weights())
+        if saved.trained is not None:
+            accel.take_training(*adapters.apply(pathlib.Path(path), saved.trained, modules, any_weights=any_weights))
+    except BaseException:
+        accel.remove()
+        raise
+    return accel

@@ -1,0 +1,263 @@
+"""What training adds to a model besides the method's own weights: a LoRA adapter, or new weights for all of it.
+
+Both are saved in Diffusers' own formats beside the accelerator's files: `pytorch_lora_weights.safetensors`, which
+`load_lora_weights` of any pipeline takes too, or a `transformer/` folder as `save_pretrained` writes it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import pathlib
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from dit_accel import values
+from dit_accel.checkpoint.format import replace_file
+from dit_accel.errors import DitAccelError
+
+ADAPTER = "dit_accel"
+LORA_FILE = "pytorch_lora_weights.safetensors"
+LORA_METADATA = "lora_adapter_metadata"  # where Diffusers looks for an adapter's rank and alpha
+PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+SAMPLED = 16  # values of each tensor that enter a fingerprint
+KNOWN_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """What was trained, and from what.
+
+    Args:
+        model: name of the base model: embedded, a folder or a Hub id.
+        revision: of the base model on the Hub.
+        fingerprints: of the base model's transformers, by component name; see `fingerprint`.
+        lora: whether there is a LoRA adapter, named `ADAPTER`.
+        full: whether all weights of the transformer were trained.
+        call: arguments of the pipeline's call that the training was made for, such as the number of steps.
+
+    Raises:
+        DitAccelError: a value is of the wrong kind.
+    """
+
+    model: str
+    revision: str | None
+    fingerprints: Mapping[str, str]
+    lora: bool = False
+    full: bool = False
+    call: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        values.check(self)
+
+
+RECORD = {field.name for field in dataclasses.fields(Trained)} | {"lora_sha256"}  # the keys of what `write` returns
+
+
+def fingerprint(module: nn.Module) -> str:
+    """SHA-256 over the names, shapes and 16 values, as bfloat16, of every weight; adapters do not count.
+
+    Float32 and bfloat16 copies of the same weights agree. Float16 copies of weights that bfloat16 cannot hold may not.
+
+    Raises:
+        DitAccelError: the weights are not where they can be read (meta device), or stored in another kind of number.
+    """
+    digest = hashlib.sha256()
+    for name, weight in sorted(_base_weights(module), key=lambda item: item[0]):
+        if weight.is_meta or weight.dtype not in KNOWN_DTYPES:
+            raise DitAccelError(
+                f"The base model's weights cannot be recognised: {name} is {weight.dtype} on {weight.device}. Load the "
+                "fine-tuned accelerator before offloading, casting or quantising the model, or pass any_weights=True."
+            )
+        flat = weight.detach().flatten()
+        sampled = flat[:: max(1, len(flat) // SAMPLED)][:SAMPLED].to(torch.bfloat16).cpu()
+        digest.update(f"{name}{tuple(weight.shape)}".encode() + sampled.view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _base_weights(module: nn.Module) -> Iterable[tuple[str, torch.Tensor]]:
+    from dit_accel.pipelines.processor import LEARNED
+
+    for name, weight in module.named_parameters():
+        if ".lora_" not in name and f".{LEARNED}." not in name:
+            yield name.replace(".base_layer", ""), weight
+
+
+def add_lora(transformer: nn.Module, targets: list[str], rank: int, alpha: float, dropout: float = 0.0) -> None:
+    """Give a Diffusers transformer a new LoRA adapter in float32, the only weights of it that train.
+
+    Args:
+        transformer: whose other weights are frozen.
+        targets: dotted names of linear layers.
+        rank, alpha, dropout: of PEFT's `LoraConfig`; B starts at zero, so nothing changes at first.
+
+    Raises:
+        DitAccelError: PEFT is not installed, or there is nothing to adapt.
+    """
+    try:
+        from peft import LoraConfig
+    except ImportError as error:
+        raise DitAccelError("LoRA needs PEFT, which is not installed: pip install 'dit_accel[train]'.") from error
+    if not targets:
+        raise DitAccelError("LoRA found no linear layer to adapt; name some with targets.")
+    transformer.requires_grad_(False)
+    config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets)
+    transformer.add_adapter(config, adapter_name=ADAPTER)  # type: ignore[operator]
+    for name, weight in transformer.named_parameters():
+        if ".lora_" in name:
+            weight.data = weight.data.float()
+
+
+def write(folder: pathlib.Path, trained: Trained, transformers: Mapping[str, nn.Module]) -> dict[str, Any]:
+    """Write the trained weights to `folder`; what replaces what, is complete before it does.
+
+    Returns:
+        What `apply` needs to know, in plain values.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    record = dataclasses.asdict(trained) | {"lora_sha256": None}
+    if trained.lora:
+        content = _lora_file(transformers)
+        replace_file(folder / LORA_FILE, content)
+        record["lora_sha256"] = hashlib.sha256(content).hexdigest()
+    if trained.full:
+        for name, transformer in transformers.items():
+            _write_model(folder / name, transformer)
+    return record
+
+
+def _lora_file(transformers: Mapping[str, nn.Module]) -> bytes:
+    from peft.utils import get_peft_model_state_dict
+    from safetensors.torch import save
+
+    tensors: dict[str, torch.Tensor] = {}
+    metadata: dict[str, Any] = {}
+    for name, transformer in transformers.items():
+        own = get_peft_model_state_dict(transformer, adapter_name=ADAPTER)
+        tensors |= {f"{name}.{key}": tensor.detach().cpu().contiguous() for key, tensor in own.items()}
+        settings = transformer.peft_config[ADAPTER].to_dict()  # type: ignore[union-attr, index]
+        metadata |= {f"{name}.{key}": sorted(v) if isinstance(v, set) else v for key, v in settings.items()}
+    text = json.dumps(metadata, sort_keys=True, default=str)
+    return save(tensors, metadata={"format": "pt", LORA_METADATA: text})
+
+
+def _write_model(folder: pathlib.Path, transformer: nn.Module) -> None:
+    stage = pathlib.Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        kept = {name: weight.detach() for name, weight in _base_weights(transformer)}
+        kept |= dict(transformer.named_buffers())
+        transformer.save_pretrained(stage / "new", state_dict=kept)  # type: ignore[operator]
+        if folder.exists():
+            folder.rename(stage / "old")
+        (stage / "new").rename(folder)
+    finally:
+        shutil.rmtree(stage)
+
+
+def apply(
+    path: pathlib.Path, record: Mapping[str, Any], transformers: Mapping[str, nn.Module], *, any_weights: bool
+) -> tuple[Trained, Callable[[], None]]:
+    """Give the transformers what `write` wrote.
+
+    Args:
+        path: the folder.
+        record: what `write` returned.
+        transformers: by component name.
+        any_weights: take other weights than those the training started from.
+
+    Returns:
+        What was trained, and a function that takes it back.
+
+    Raises:
+        DitAccelError: a record that was changed, other base weights, an adapter of that name, PEFT is missing, or a
+            file is missing or damaged.
+    """
+    try:
+        trained = Trained(**{field.name: record[field.name] for field in dataclasses.fields(Trained)})
+    except DitAccelError as error:
+        raise DitAccelError(f"{path} was changed: of its fine-tuning, {error} Save the accelerator again.") from error
+    if not any_weights:
+        for name, transformer in transformers.items():
+            if fingerprint(transformer) != trained.fingerprints.get(name):
+                raise DitAccelError(
+                    f"{path} was trained from {_base(trained)}, and this {name} has other weights of the same shape; "
+                    "load it into that model, or pass any_weights=True if it should be tried on this one."
+                )
+    undo: list[Callable[[], None]] = []
+    try:
+        if trained.lora:
+            undo += [_load_lora(path, record["lora_sha256"], name, module) for name, module in transformers.items()]
+        if trained.full:
+            undo += [_load_model(path / name, module) for name, module in transformers.items()]
+    except BaseException:
+        _all(undo)()
+        raise
+    return trained, _all(undo)
+
+
+def _base(trained: Trained) -> str:
+    return trained.model if trained.revision is None else f"{trained.model} ({trained.revision})"
+
+
+def _all(actions: list[Callable[[], None]]) -> Callable[[], None]:
+    def run() -> None:
+        for action in actions:
+            action()
+
+    return run
+
+
+def _load_lora(path: pathlib.Path, digest: str, name: str, transformer: nn.Module) -> Callable[[], None]:
+    from importlib.util import find_spec
+
+    if find_spec("peft") is None:
+        raise DitAccelError(f"{path} holds a LoRA, which needs PEFT: pip install 'dit_accel[train]'.")
+    file = path / LORA_FILE
+    try:
+        content = file.read_bytes()
+    except OSError as error:
+        raise DitAccelError(f"The LoRA {file} cannot be read ({error.strerror}); copy or save it again.") from error
+    if hashlib.sha256(content).hexdigest() != digest:
+        raise DitAccelError(f"{file} is damaged or does not belong to the files beside it; copy or save them again.")
+    if ADAPTER in getattr(transformer, "peft_config", {}):
+        raise DitAccelError(f"The model already has a LoRA adapter named {ADAPTER!r}; remove it first.")
+    others = bool(getattr(transformer, "peft_config", {}))
+    active = transformer.active_adapters() if others else []  # type: ignore[operator]
+    transformer.load_lora_adapter(str(path), prefix=name, weight_name=LORA_FILE, adapter_name=ADAPTER)  # type: ignore[operator]
+    if others:
+        transformer.set_adapter([*active, ADAPTER])  # type: ignore[operator]  # set_adapters would reset their scales
+
+    def unload() -> None:
+        if others:
+            transformer.delete_adapters(ADAPTER)  # type: ignore[operator]
+        elif set(getattr(transformer, "peft_config", {})) == {ADAPTER}:
+            transformer.unload_lora()  # type: ignore[operator]
+        elif ADAPTER in getattr(transformer, "peft_config", {}):
+            transformer.delete_adapters(ADAPTER)  # type: ignore[operator]
+
+    return unload
+
+
+def _load_model(folder: pathlib.Path, transformer: nn.Module) -> Callable[[], None]:
+    try:
+        trained = type(transformer).from_pretrained(folder, use_safetensors=True)  # type: ignore[attr-defined]
+    except (OSError, ValueError) as error:
+        raise DitAccelError(f"The trained weights in {folder} cannot be read ({error}); copy them again.") from error
+    new, old = trained.state_dict(), {}
+    for name, weight in _base_weights(transformer):
+        old[name] = weight.data
+        weight.data = new[name].to(weight.device, weight.dtype)
+
+    def restore() -> None:
+        for name, weight in _base_weights(transformer):
+            weight.data = old[name]
+
+    return restore

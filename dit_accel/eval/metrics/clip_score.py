@@ -1,0 +1,34 @@
+"""CLIP score: whether the frames show what the prompt says."""
+
+from __future__ import annotations
+
+import torch
+from torchmetrics.functional.regression import cosine_similarity
+
+from dit_accel.eval.metrics.metric import Kind
+
+
+def clip_score(images: torch.Tensor, text: torch.Tensor) -> float:
+    """max(100 cos(image, text), 0), averaged over frames before the maximum is taken, as torchmetrics' CLIPScore does.
+
+    Source: Hessel et al. 2021, "CLIPScore" (arXiv:2104.08718), with torchmetrics' factor of 100.
+
+    Args:
+        images: CLIP's vectors of the frames, [F, D].
+        text: CLIP's vector of the prompt, [D].
+
+    Returns:
+        From 0 to 100.
+    """
+    return max(100 * float(cosine_similarity(images, text.expand_as(images), reduction="mean")), 0.0)
+
+
+METRIC = Kind(
+    name="clip_score",
+    title="CLIP score",
+    unit="",
+    better="higher",
+    about="100 times the cosine between CLIP's vectors of each frame and of the prompt, averaged; from 0 to 100.",
+    network="clip",
+    score=lambda item, clip: clip_score(item.images(clip), clip.texts([item.prompt])[0]),
+)

@@ -1,0 +1,68 @@
+"""Fréchet distance between the features of two sets of images."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torchmetrics.image.fid import FrechetInceptionDistance
+
+from dit_accel.eval.metrics.metric import Kind, TooFew
+
+
+class Given(nn.Module):
+    """Stands where torchmetrics has its network, for features that are made already: every network sees a frame once.
+
+    Args:
+        num_features: D of the features [N, D]; torchmetrics reads it under this name.
+    """
+
+    def __init__(self, num_features: int) -> None:
+        super().__init__()
+        self.num_features = num_features
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        return features
+
+
+class Fid(FrechetInceptionDistance):
+    """Fréchet distance of two Gaussians fitted to features (Heusel et al. 2017, arXiv:1706.08500).
+
+    `update(features, real=...)` takes float [N, D], so that torchmetrics' own conversion to 8 bits (which it leaves out
+    for a network of one's own) never applies. States are summed over processes.
+
+    Args:
+        features: D.
+    """
+
+    def __init__(self, features: int) -> None:
+        super().__init__(feature=Given(features), normalize=True)
+        self.orig_dtype = torch.float32  # torchmetrics sets it in update, which a process without samples never calls
+
+    def compute(self) -> torch.Tensor:
+        """The squared distance, 0 for equal sets.
+
+        Raises:
+            TooFew: a set has no more images than features, so that its covariance is singular.
+        """
+        wanted = least(self.inception.num_features)
+        got = min(int(self.real_features_num_samples), int(self.fake_features_num_samples))
+        if got < wanted:
+            raise TooFew(f"needs {wanted:,} images in each set, got {got:,}")
+        return super().compute().clamp(min=0)  # a squared distance; equal sets round to a little below
+
+
+def least(features: int) -> int:
+    """Images a set needs: fewer leave the covariance of that many features singular."""
+    return features + 1
+
+
+METRIC = Kind(
+    name="fid",
+    title="FID",
+    unit="",
+    better="lower",
+    about="Fréchet distance between the features of all frames and those of the reference; 0 for equal sets.",
+    network="features",
+    collect=Fid,
+    least=least,
+)

@@ -1,0 +1,37 @@
+"""CLIP agreement between neighbouring frames: whether a video keeps showing the same thing."""
+
+from __future__ import annotations
+
+import torch
+from torchmetrics.functional.regression import cosine_similarity
+
+from dit_accel.eval.metrics.metric import Kind
+
+
+def frame_agreement(images: torch.Tensor) -> float:
+    """Cosine between the vectors of each frame and the next, averaged.
+
+    Args:
+        images: CLIP's vectors of the frames, [F, D], F at least 2.
+
+    Returns:
+        At most 1, which a still picture reaches.
+
+    Raises:
+        ValueError: there is one frame.
+    """
+    if len(images) < 2:
+        raise ValueError(f"Agreement between neighbouring frames needs 2 of them, got {len(images)}.")
+    return float(cosine_similarity(images[:-1], images[1:], reduction="mean"))
+
+
+METRIC = Kind(
+    name="frame_agreement",
+    title="Frame agreement",
+    unit="",
+    better="higher",
+    about="Cosine between CLIP's vectors of neighbouring frames, averaged; a still picture has 1.",
+    network="clip",
+    score=lambda item, clip: frame_agreement(item.images(clip)),
+    video=True,
+)

@@ -1,0 +1,66 @@
+"""Kernel distance between the features of two sets of images: unbiased, so the one to read for small sets."""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+from torchmetrics.image.kid import KernelInceptionDistance
+
+from dit_accel.eval.metrics.fid import Given
+from dit_accel.eval.metrics.metric import Kind, TooFew
+
+SUBSET = 1000  # images a subset, as published; smaller sets are taken whole
+SUBSETS = 100
+SEED = 0
+LEAST = 2  # the unbiased estimate divides by n (n - 1)
+
+
+class Kid(KernelInceptionDistance):
+    """Squared maximum mean discrepancy under a cubic kernel (Bińkowski et al. 2018, arXiv:1801.01401).
+
+    `update(features, real=...)` takes float [N, D]. Features are gathered from the processes in their order, and
+    subsets are drawn with a fixed seed, so the same images give the same figure on any number of processes.
+
+    Args:
+        features: D.
+    """
+
+    def __init__(self, features: int) -> None:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Metric `Kernel Inception Distance` will save all")
+            super().__init__(feature=Given(features), subsets=SUBSETS, subset_size=SUBSET, normalize=True)
+        for name in ("real_features", "fake_features"):
+            self.add_state(name, [], dist_reduce_fx="cat")
+            getattr(self, name).append(torch.zeros(0, features))  # a process without samples still takes part
+
+    def compute(self) -> torch.Tensor:
+        """The mean over subsets; about 0 for equal sets, and slightly below it by chance.
+
+        Raises:
+            TooFew: a set has a single image.
+        """
+        sizes = [sum(len(part) for part in _parts(features)) for features in (self.real_features, self.fake_features)]
+        if min(sizes) < LEAST:
+            raise TooFew(f"needs {LEAST} images in each set, got {min(sizes)}")
+        self.subset_size = min(SUBSET, *sizes)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(SEED)
+            return super().compute()[0]
+
+
+def _parts(features: torch.Tensor | list[torch.Tensor]) -> list[torch.Tensor]:
+    """What was gathered is one tensor, what was not is a list of them."""
+    return [features] if isinstance(features, torch.Tensor) else features
+
+
+METRIC = Kind(
+    name="kid",
+    title="KID",
+    unit="",
+    better="lower",
+    about="Kernel distance (cubic, unbiased, 100 subsets of up to 1,000) between all frames and the reference.",
+    network="features",
+    collect=Kid,
+    least=lambda features: LEAST,
+)

@@ -1,0 +1,62 @@
+"""LPIPS: the published perceptual distance."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from dit_accel.errors import DitAccelError
+from dit_accel.eval.metrics.metric import Kind, require_packages
+from dit_accel.generation.sources import first_line
+
+BACKBONE = "alex"  # the variant its authors recommend as a metric
+
+
+class Lpips:
+    """Learned perceptual distance (Zhang et al. 2018, arXiv:1801.03924), AlexNet variant, as torchmetrics has it.
+
+    Attributes:
+        name: "lpips".
+    """
+
+    name = "lpips"
+
+    def __init__(self, metric: Any, device: torch.device) -> None:
+        self.metric, self.device = metric, device
+
+    @classmethod
+    def load(cls, device: torch.device) -> Lpips:
+        """Load it; torchvision fetches the backbone once.
+
+        Raises:
+            DitAccelError: torchvision is missing or cannot be loaded, or the backbone cannot be fetched.
+        """
+        require_packages("lpips", ("torchvision",))
+        from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
+
+        try:
+            metric = LearnedPerceptualImagePatchSimilarity(net_type=BACKBONE, normalize=True)
+        except OSError as error:
+            raise DitAccelError(
+                f"The backbone of lpips cannot be fetched ({first_line(error)}); measure perceptual[demo-clip] instead."
+            ) from error
+        return cls(metric.to(device), device)
+
+    @torch.no_grad()
+    def __call__(self, frames: torch.Tensor, reference: torch.Tensor) -> float:
+        """The distance, averaged over frames [F, 3, H, W] in [0, 1]; 0 for equal ones."""
+        value = float(self.metric(frames.to(self.device), reference.to(self.device)))
+        self.metric.reset()
+        return value
+
+
+METRIC = Kind(
+    name="lpips",
+    title="LPIPS",
+    unit="",
+    better="lower",
+    about="Learned perceptual distance (AlexNet) to the reference of the same prompt and seed, averaged over frames.",
+    network="lpips",
+    score=lambda item, lpips: lpips(item.frames, item.reference),
+)

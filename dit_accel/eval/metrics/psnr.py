@@ -1,0 +1,36 @@
+"""Peak signal-to-noise ratio: how far the pixels are from a reference, in decibels."""
+
+from __future__ import annotations
+
+import torch
+from torchmetrics.functional.image import peak_signal_noise_ratio
+
+from dit_accel.eval.metrics.metric import Kind
+
+
+def psnr(frames: torch.Tensor, reference: torch.Tensor) -> float:
+    """PSNR over all frames, colours and pixels together: 10 log10(1 / MSE).
+
+    Args:
+        frames, reference: float [F, C, H, W] with values in [0, 1], of the same shape.
+
+    Returns:
+        Decibels, more is closer; infinity for identical frames.
+
+    Raises:
+        ValueError: the shapes differ.
+    """
+    if frames.shape != reference.shape:
+        raise ValueError(f"PSNR compares equal shapes, got {tuple(frames.shape)} and {tuple(reference.shape)}.")
+    return float(peak_signal_noise_ratio(frames.float(), reference.float(), data_range=1.0))
+
+
+METRIC = Kind(
+    name="psnr",
+    title="PSNR",
+    unit="dB",
+    better="higher",
+    about="10 log10(1 / MSE) to the reference of the same prompt and seed, over all 8-bit pixels; MSEs are averaged.",
+    score=lambda item, network: psnr(item.frames, item.reference),
+    decibels=True,
+)

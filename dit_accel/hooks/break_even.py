@@ -1,0 +1,109 @@
+"""From which density on the model's own attention is the faster one: measured, by GPU architecture.
+
+`break_even.json` holds what was measured, each entry with its source; where nothing was, nothing is replaced. Only the
+Accelerator asks, and only for `impl="auto"` on CUDA: a kernel never answers a sparse call with dense attention.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import math
+import pathlib
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+
+from dit_accel.registry import get_method
+
+TABLE = pathlib.Path(__file__).with_suffix(".json")
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """Where one method met dense attention on one architecture.
+
+    Args:
+        arch: compute capability, such as "sm_90".
+        method: registered name.
+        head_dim, tokens: of the attention that was measured.
+        density: share of all pairs at which both took equally long, forward; 0 if dense was the faster at every
+            density that was measured.
+        source: the file of benchmark rows and the commit that made them.
+    """
+
+    arch: str
+    method: str
+    head_dim: int
+    tokens: int
+    density: float
+    source: str
+
+
+@functools.cache
+def load() -> tuple[Entry, ...]:
+    """Everything that was measured."""
+    return tuple(Entry(**fields) for fields in json.loads(TABLE.read_text(encoding="utf-8")))
+
+
+def architecture(device: torch.device) -> str | None:
+    """Compute capability of a GPU, such as "sm_90"; None where there is no CUDA."""
+    if device.type != "cuda":
+        return None
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}"
+
+
+def dense_is_faster(device: torch.device, method: str, head_dim: int, tokens: int, density: float) -> str | None:
+    """Why the model's own attention is expected to be faster for such a call, or None.
+
+    The entry measured at the nearest number of tokens decides.
+    """
+    arch = architecture(device)
+    known = [entry for entry in load() if (entry.arch, entry.method, entry.head_dim) == (arch, method, head_dim)]
+    if not known:
+        return None
+    nearest = min(known, key=lambda entry: abs(math.log(tokens / entry.tokens)))
+    if density <= nearest.density:
+        return None
+    return f"density {density:.4f} is above {nearest.density:.4f}, where dense is faster on {arch} ({nearest.source})"
+
+
+def from_rows(rows: Iterable[dict[str, Any]], source: str) -> list[Entry]:
+    """Entries from rows of `dit-accel bench` on CUDA: forward, `impl="triton"`, one for each method and size.
+
+    Between the last density at which a method was faster than dense and the next, the speed-up is taken as a power of
+    the density. A size whose speed-up never falls below 1 makes no entry: nothing says where dense would win. Nor does
+    a method with learned weights, which is never replaced.
+
+    Args:
+        rows: records with the fields of `dit_accel.bench.run`.
+        source: their file.
+    """
+    sizes: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for row in rows:
+        if row.get("direction") == "forward" and row["impl"] == "triton" and get_method(row["op"]).module is None:
+            key = row["arch"], row["op"], row["head_dim"], row["tokens"]
+            sizes.setdefault(key, []).append(row)
+    entries = []
+    for key, measured in sorted(sizes.items()):
+        density = _crossing(sorted((row["density"], row["speedup"]) for row in measured))
+        if density is not None:
+            commits = ", ".join(sorted({str(row["git"]) for row in measured}))
+            entries.append(Entry(*key, density=density, source=f"{source} at {commits}"))
+    return entries
+
+
+def _crossing(points: Sequence[tuple[float, float]]) -> float | None:
+    """Where the speed-up falls to 1 for good; None if it ends above, 0 if it is below from the first point on."""
+    density, speedup = points[-1]
+    if speedup >= 1:
+        return None
+    for before, faster in reversed(points[:-1]):
+        if faster >= 1:
+            slope = math.log(density / before) / math.log(speedup / faster)
+            return round(before * math.exp(-math.log(faster) * slope), 4)
+        density, speedup = before, faster
+    return 0.0

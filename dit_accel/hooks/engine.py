@@ -1,0 +1,390 @@
+"""The working parts of an accelerator in one transformer: wrapped processors, the root hook, the count of calls."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from dit_accel.errors import DitAccelError
+from dit_accel.hooks import selfcheck
+from dit_accel.hooks.break_even import dense_is_faster
+from dit_accel.hooks.layers import LayerSettings
+from dit_accel.hooks.report import LayerReport, Tally
+from dit_accel.hooks.schedule import Schedule, Step
+from dit_accel.hooks.selfcheck import AttentionCall, SelfCheck
+from dit_accel.hooks.steps import StepClock
+from dit_accel.kernels.block_sparse.api import Impl
+from dit_accel.pipelines import context_parallel, processor
+from dit_accel.pipelines.family import Call, Family, Layout, Memory
+from dit_accel.pipelines.processor import LEARNED, AcceleratedAttnProcessor, CallState
+from dit_accel.plans.plan import Plan, building
+from dit_accel.registry import Method
+from dit_accel.tokens import TokenGrid
+
+PLANS_KEPT = 16
+
+
+class PlanCache:
+    """The plans of one setting by grid and device, the oldest dropped when there are many."""
+
+    def __init__(self, method: Method, config: Any) -> None:
+        self._method, self._config = method, config
+        self._plans: dict[tuple[TokenGrid, torch.device], Plan] = {}
+        self.densities: dict[TokenGrid, float] = {}
+        self.partial_blocks: dict[TokenGrid, int] = {}
+
+    def get(self, grid: TokenGrid, device: torch.device) -> Plan:
+        """The plan for a grid, ready to run on a device.
+
+        Raises:
+            DitAccelError: the settings do not fit the grid, or keep every pair without saying so.
+        """
+        key = grid, device
+        if key not in self._plans:
+            with building():
+                plan = self._method.plan(grid, self._config)
+                self._refuse_full(plan)
+                plan.prepare(device)
+                self.densities[grid], self.partial_blocks[grid] = plan.density, plan.partial_blocks
+            if len(self._plans) >= PLANS_KEPT:
+                self._plans.pop(next(iter(self._plans)))
+            self._plans[key] = plan
+        return self._plans[key]
+
+    def _refuse_full(self, plan: Plan) -> None:
+        # A method that routes by content says nothing of `keeps_all`: what it keeps is no property of the mask.
+        if getattr(self._config, "keeps_all", True) or plan.pairs < plan.grid.tokens**2:
+            return
+        settings = ", ".join(f"{key}={value!r}" for key, value in dataclasses.asdict(self._config).items())
+        raise DitAccelError(
+            f"{plan.method} with {settings} keeps every pair of tokens on the grid {plan.grid}, so it would be dense "
+            "attention made slower: choose tighter settings or a larger video, 'dense' to leave the model alone, or "
+            "gna with window='full' to test the kernel."
+        )
+
+
+@dataclasses.dataclass
+class Layer:
+    """One self-attention module: its own processor and ours.
+
+    `config` counts where there is no `dense_reason`; `sees_text` as `Family.sees_text`.
+    `measured` is what the self-check found, as in `selfcheck.Measured.sums`, on its device until it is asked for.
+    """
+
+    name: str
+    attention: nn.Module
+    config: Any
+    dense_reason: str | None
+    sees_text: bool
+    original: Any
+    ours: AcceleratedAttnProcessor
+    tally: Tally = dataclasses.field(default_factory=Tally)
+    learned: nn.Module | None = None
+    measured: torch.Tensor | None = None
+
+    def attach(self, learned: nn.Module | None) -> None:
+        if learned is not None:
+            if hasattr(self.attention, LEARNED):
+                raise DitAccelError(f"{self.name} already has a module named {LEARNED!r}; remove it first.")
+            self.attention.add_module(LEARNED, learned)
+            self.learned = learned
+        self.attention.processor = self.ours  # type: ignore[assignment]
+
+    def detach(self) -> bool:
+        """Undo `attach`; False if another processor was set since, which then stays."""
+        if self.learned is not None and getattr(self.attention, LEARNED, None) is self.learned:
+            delattr(self.attention, LEARNED)
+        if self.attention.processor is self.ours:
+            self.attention.processor = self.original
+        return self.attention.processor is self.original
+
+    def keep_dense(self, state: CallState, reason: str) -> None:
+        """Leave the layer to the model's own processor from here on, in the call under way too."""
+        self.ours.state, self.dense_reason = state, reason
+
+    def report(self, transformer: str) -> LayerReport:
+        error, mass = (None, None) if self.measured is None else selfcheck.whole(self.measured)
+        found = self.tally.report(transformer, self.name, self.left)
+        return dataclasses.replace(found, relative_error=error, kept_mass=mass)
+
+    @property
+    def kind(self) -> tuple[Any, bool]:
+        """What the layers that share a state have in common."""
+        return self.config, self.sees_text
+
+    @property
+    def left(self) -> str | None:
+        """Class of the processor that the user set in place of ours."""
+        current = self.attention.processor
+        return None if current is self.ours or current is self.original else type(current).__name__
+
+
+class Engine:
+    """Runs a method in one transformer.
+
+    Args:
+        name: of the transformer in its pipeline.
+        transformer, family: the model and what is known of it.
+        method, settings, schedule, impl: what to run; `settings` is one Config for all layers, or one for each.
+        clock, plans: shared by the transformers of a pipeline; `plans` by setting.
+        allow_dense: let the model's own attention run where it was measured to be faster.
+        check: compare the first sparse call with dense attention.
+
+    Attributes:
+        watchers: called with every sparse attention call.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        transformer: nn.Module,
+        family: Family,
+        method: Method,
+        settings: Any | LayerSettings,
+        schedule: Schedule,
+        clock: StepClock,
+        plans: Mapping[Any, PlanCache],
+        impl: Impl,
+        allow_dense: bool,
+        check: SelfCheck,
+    ) -> None:
+        self.name, self.calls = name, 0
+        self.paused = False
+        self.notes: list[str] = []
+        self._transformer, self._family = transformer, family
+        self._method, self._impl = method, impl
+        self._schedule, self._clock, self._plans = schedule, clock, plans
+        self._signature = inspect.signature(type(transformer).forward)
+        self._memory = Memory()
+        self._sharing: Any | None = None
+        self.watchers: list[Callable[[AttentionCall], None]] = []
+        self._check, self._unchecked, self._checking = check, check.verify is not None, False
+        self._step: Step | None = None
+        self._compiled = False
+        # A trained projection is part of the model's weights: such a method is never replaced.
+        self._may_be_dense = allow_dense and impl == "auto" and method.module is None
+        # Of the last call, by setting: plan, implementation and why that one, or why it was dense.
+        self._last: dict[Any, tuple[Plan, str, str] | str] = {}
+        self._handles: list[Any] = []
+        self._owner: object = None
+        # Layers with the same settings share a state, so that a compiled model has one graph for each setting.
+        self._states: dict[tuple[Any, bool], CallState] = {}
+        self._dense_state = CallState(impl)
+        self.layers = self._find_layers(settings)
+
+    def _find_layers(self, settings: Any | LayerSettings) -> list[Layer]:
+        """The layers, with our processors made and not yet set: what cannot work is refused before anything changes."""
+        found = list(self._family.attentions(self._transformer))
+        if not found:
+            raise DitAccelError(
+                f"{type(self._transformer).__name__} has no module named {' or '.join(self._family.attention)}, where "
+                f"the family {self._family.name} keeps its self-attention; is this a changed model?"
+            )
+        layers = []
+        for (name, attention), (config, reason) in zip(found, self._decide(settings, len(found)), strict=True):
+            sees_text, state = self._family.sees_text(name), self._dense_state
+            if reason is None:
+                fresh = CallState(self._impl, self._family.text_is_keys)
+                state = self._states.setdefault((config, sees_text), fresh)
+            own: Any = attention.processor
+            if isinstance(own, AcceleratedAttnProcessor):  # of an accelerator that this one is to replace
+                own = own.inner
+            ours = processor.accelerated(own, state, self._family.sparse_calls)
+            layers.append(Layer(name, attention, config, reason, sees_text, own, ours))
+        return layers
+
+    def _decide(self, settings: Any | LayerSettings, layers: int) -> list[tuple[Any, str | None]]:
+        """Settings of each layer, and why it stays dense."""
+        if self._method.name == "dense":
+            return [(None, "method dense")] * layers
+        if isinstance(settings, LayerSettings):
+            own = settings.of(self.name, layers)
+            return [(config, "layer schedule" if config is None else None) for config in own]
+        dense = self._schedule.layers(layers)
+        reason = f"dense_layers={self._schedule.dense_layers}"
+        return [(settings, reason if index in dense else None) for index in range(layers)]
+
+    def attach(self, owner: object) -> None:
+        """Set our processors, add learned weights and hook the transformer, whose hooks keep `owner` alive."""
+        self._check_sharing()
+        self._owner = owner
+        for layer in self.layers:
+            learned = None
+            if self._method.module is not None and layer.dense_reason is None:
+                device = next(layer.attention.parameters()).device
+                with building():
+                    learned = self._method.module(self._family.head_dim(layer.attention), layer.config)
+                    if device.type != "meta":  # as offloaded weights are between calls
+                        learned.to(device)
+            layer.attach(learned)
+        # Compiled transformers run their hooks outside the graph, but with Dynamo watching: the first hook is traced,
+        # which tells that the transformer is compiled; the second is not.
+        self._handles = [
+            self._transformer.register_forward_pre_hook(self._note_compiled),
+            self._transformer.register_forward_pre_hook(torch.compiler.disable(self._before_call), with_kwargs=True),
+        ]
+
+    def detach(self) -> list[str]:
+        """Undo `attach`; the modules left with another's processor."""
+        self.count_last_call()
+        for handle in self._handles:
+            handle.remove()
+        self._handles, self._owner = [], None
+        return [f"{self.name}.{layer.name}" for layer in self.layers if not layer.detach()]
+
+    def count_last_call(self) -> None:
+        """Add the layers that ran in the last call to their tallies."""
+        for layer in self.layers:
+            if not layer.ours.ran:
+                continue
+            layer.ours.ran = False
+            if layer.dense_reason is not None:
+                layer.tally.dense(layer.dense_reason)
+                continue
+            last = self._last.get(layer.kind, "not called yet")
+            if isinstance(last, str):
+                layer.tally.dense(last)
+            else:
+                plan, kernel, why = last
+                layer.tally.sparse(plan.density, kernel, why)
+
+    def layer_reports(self) -> list[LayerReport]:
+        return [layer.report(self.name) for layer in self.layers]
+
+    def learned_modules(self) -> Iterator[tuple[str, nn.Module]]:
+        for layer in self.layers:
+            if layer.learned is not None:
+                yield f"{self.name}.{layer.name}.{LEARNED}", layer.learned
+
+    def _note_compiled(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        self._compiled = torch.compiler.is_compiling()
+
+    def _before_call(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Decide how the layers of this call attend; the arguments to call with instead, if they change."""
+        if module is not self._transformer:
+            raise DitAccelError(
+                f"This {type(module).__name__} is a copy of an accelerated one and would follow the original's calls; "
+                "call remove() before copying, or copy first and accelerate the copy."
+            )
+        self.count_last_call()
+        self.calls += 1
+        for state in self._states.values():
+            state.sparse = False
+        if not self._states:
+            return None
+        if self.paused:
+            self._last = dict.fromkeys(self._states, "paused")
+            return None
+        self._check_sharing()
+        call = Call(self._signature, module, args, kwargs, self._memory)
+        with torch.device("cpu"):  # where masks and ids are read, whatever the caller's default device
+            layout = self._family.layout(module, call)
+        plans = {kind: self._plan(kind, layout, call.device) for kind in self._states}
+        self.notes += [note for note in layout.notes if note not in self.notes]
+        reason = self._dense_step(call)
+        if reason is not None:
+            self._last = dict.fromkeys(self._states, reason)
+            return None
+        for (config, sees_text), state in self._states.items():
+            plan = plans[config, sees_text]
+            self._last[config, sees_text] = last = self._choose(plan, call.device)
+            if not isinstance(last, str):
+                text = (layout.text_lens, layout.text_bias, layout.rows) if sees_text else (None, None, None)
+                state.set(plan, *text, ulysses=context_parallel.sharing(module, plan.grid))
+        if any(state.sparse for state in self._states.values()):
+            self._watch_layers(call)
+        if layout.masks and self._all_sparse():
+            return args, {name: None if name in layout.masks else value for name, value in kwargs.items()}
+        return None
+
+    def _all_sparse(self) -> bool:
+        """Whether no layer of this call runs a processor that reads the model's masks."""
+        if self._checking or not all(state.sparse for state in self._states.values()):
+            return False
+        return all(layer.dense_reason is None and layer.attention.processor is layer.ours for layer in self.layers)
+
+    def _plan(self, kind: tuple[Any, bool], layout: Layout, device: torch.device) -> Plan:
+        config, sees_text = kind
+        grid = layout.grid if sees_text else dataclasses.replace(layout.grid, text=0, conditioning=0)
+        return self._plans[config].get(grid, device)
+
+    def _watch_layers(self, call: Call) -> None:
+        """Let the layers of this call tell what they compute, if the self-check or somebody else listens."""
+        listening = self._unchecked or bool(self.watchers)
+        if listening and (self._compiled or any(map(_is_compiled, self._transformer.modules()))):
+            raise DitAccelError(
+                f"This {type(self._transformer).__name__} is compiled, and compiled attention calls can neither be "
+                "watched nor checked: call it once with verify='first-call' before compiling it."
+            )
+        self._checking, self._unchecked = self._unchecked, False
+        self._step = self._clock.now_if_told(self._family.timestep(call)) if self.watchers else None
+        for layer in self.layers:
+            layer.ours.watch = functools.partial(self._attended, layer) if listening else None
+
+    def _attended(
+        self,
+        layer: Layer,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        out: torch.Tensor,
+        scale: float | None,
+        state: CallState,
+    ) -> None:
+        """A layer has computed sparse attention."""
+        assert state.plan is not None
+        text = state.text_of(len(q))
+        call = AttentionCall(self.name, layer.name, self._step, state.plan, q, k, v, out, scale, *text)
+        if self._checking:
+            sums = call.measure().sums()
+            layer.measured = sums if state.ulysses is None else state.ulysses.add_up(sums)
+            if self._check.keep_dense_above is not None:
+                error, _ = selfcheck.whole(layer.measured)
+                if self._check.keeps_dense(error):
+                    limit = self._check.keep_dense_above
+                    layer.keep_dense(self._dense_state, f"keep_dense_above={limit}: relative error {error:.3g}")
+        for watcher in self.watchers:
+            watcher(call)
+
+    def _choose(self, plan: Plan, device: torch.device) -> tuple[Plan, str, str] | str:
+        """The plan, who computes it and why that one; or why the model's own attention is expected to be faster."""
+        head_dim = self._family.head_dim(self.layers[0].attention)
+        if self._may_be_dense:
+            reason = dense_is_faster(device, plan.method, head_dim, plan.grid.tokens, plan.density)
+            if reason is not None:
+                return reason
+        if torch.is_autocast_enabled(device.type):
+            dtype = torch.get_autocast_dtype(device.type)
+        else:
+            dtype = self._transformer.dtype  # type: ignore[assignment]  # a weight may be stored in float8
+        return plan, *plan.choose_impl(device, dtype, head_dim, self._impl, learned=self._method.module is not None)
+
+    def _dense_step(self, call: Call) -> str | None:
+        """Why the whole call is dense, or None."""
+        if not self._schedule.by_step:
+            return None
+        if self._compiled and self._clock.reads_values:
+            raise DitAccelError(
+                "A step schedule on a compiled transformer without its pipeline needs set_step(i, n) before each step; "
+                "reading the timestep would stop the device at every call. Or accelerate the pipeline."
+            )
+        return self._schedule.dense_step(self._clock.now(self._family.timestep(call)))
+
+    def _check_sharing(self) -> None:
+        config = context_parallel.config_of(self._transformer)
+        if config is not self._sharing:
+            heads: Any = self.layers[0].attention.heads
+            context_parallel.check(self._transformer, heads)
+            self._sharing = config
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    return getattr(module, "_compiled_call_impl", None) is not None

@@ -1,0 +1,135 @@
+"""Which denoising step a transformer call belongs to: read from the scheduler, never counted in calls.
+
+Guidance calls the transformer twice a step, caches skip calls and Wan 2.2 has two transformers on one trajectory, so
+calls say nothing. The scheduler knows: after `set_timesteps` it holds the trajectory, and `step` moves its index. Both
+are read from whatever scheduler the pipeline has at that moment. Nothing is wrapped, so a replaced scheduler is
+followed at once, a deep-copied one (LTX-2 makes one for audio) stays independent, and there is nothing to restore.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+
+from dit_accel.errors import DitAccelError
+from dit_accel.hooks.schedule import Step
+
+NOISE_RANGE = 1000.0
+
+
+class StepClock:
+    """Tells the step of each call.
+
+    Args:
+        pipeline: whose scheduler is read; None for a bare transformer, whose timestep values are followed instead. When
+            the pipeline is gone, its scheduler counts as long as somebody has it: a pipeline made `from_pipe` does.
+    """
+
+    def __init__(self, pipeline: Any | None = None) -> None:
+        self._pipeline = None if pipeline is None else weakref.ref(pipeline)
+        scheduler = getattr(pipeline, "scheduler", None)
+        self._scheduler = None if scheduler is None else weakref.ref(scheduler)
+        self._manual: Step | None = None
+        self._last_value: float | None = None
+        self._last_index = 0
+
+    def set(self, index: int | None, count: int | None = None) -> None:
+        """State the step by hand, for all calls until the next one; `None` goes back to the scheduler."""
+        if index is None:
+            self._manual = None
+            return
+        integers = [value for value in (index, count) if isinstance(value, int) and not isinstance(value, bool)]
+        if len(integers) != 2 or not 0 <= integers[0] < integers[1]:
+            raise DitAccelError(f"set_step(i, n) needs integers with 0 <= i < n, got i={index!r}, n={count!r}.")
+        self._manual = Step(*integers)
+
+    @property
+    def scheduler(self) -> Any | None:
+        """The pipeline's scheduler as of now, None for a bare transformer."""
+        pipeline = None if self._pipeline is None else self._pipeline()
+        if pipeline is None:
+            return None if self._scheduler is None else self._scheduler()
+        scheduler = getattr(pipeline, "scheduler", None)
+        self._scheduler = None if scheduler is None else weakref.ref(scheduler)
+        return scheduler
+
+    @property
+    def reads_values(self) -> bool:
+        """Whether only the timestep's value tells the step: no pipeline, and no `set`."""
+        return self._manual is None and self.scheduler is None
+
+    def now(self, timestep: torch.Tensor | None) -> Step:
+        """The step of a call.
+
+        Args:
+            timestep: the transformer's timestep in the scheduler's units (0 to 1000), any shape, or None if it is in
+                others. Per-token timesteps (Wan 2.2 TI2V) hold 0 for conditioning tokens, so the largest counts. Its
+                value is read, which waits for the device, only where the scheduler keeps no index.
+
+        Raises:
+            DitAccelError: nothing tells the step.
+        """
+        if self._manual is not None:
+            return self._manual
+        scheduler = self.scheduler
+        if scheduler is None:
+            return self._follow(_value(timestep))
+        timesteps = _trajectory(scheduler)
+        if timesteps is None:
+            raise DitAccelError(
+                f"The step schedule needs the trajectory, but {type(scheduler).__name__} has no timesteps yet: run the "
+                "accelerated pipeline (another that shares the transformer must share the scheduler too), or call "
+                "set_step(i, n) before calling the transformer directly."
+            )
+        index = getattr(scheduler, "step_index", None)
+        if index is None:
+            index = getattr(scheduler, "begin_index", None)
+        if index is None and timestep is None and hasattr(scheduler, "step_index"):
+            index = 0  # such a scheduler has an index from its first step on
+        if index is None or not 0 <= index < len(timesteps):
+            index = _nearest(timesteps, _value(timestep))
+        order = max(1, getattr(scheduler, "order", 1))
+        return Step(int(index) // order, -(-len(timesteps) // order))
+
+    def now_if_told(self, timestep: torch.Tensor | None) -> Step | None:
+        """`now`, or None where nothing tells the step."""
+        scheduler = self.scheduler
+        if self._manual is None and scheduler is None and timestep is None:
+            return None
+        if self._manual is None and scheduler is not None and _trajectory(scheduler) is None:
+            return None
+        return self.now(timestep)
+
+    def _follow(self, value: float) -> Step:
+        if self._last_value is None or value > self._last_value:
+            self._last_index = 0
+        elif value < self._last_value:
+            self._last_index += 1
+        self._last_value = value
+        return Step(self._last_index, None, progress=1 - value / NOISE_RANGE)
+
+
+def _trajectory(scheduler: Any) -> Any | None:
+    """The timesteps that `set_timesteps` chose; None before, where many schedulers hold all steps of their training."""
+    timesteps = getattr(scheduler, "timesteps", None)
+    if timesteps is None or len(timesteps) == 0:
+        return None
+    trained = getattr(getattr(scheduler, "config", None), "num_train_timesteps", None)
+    chosen = getattr(scheduler, "num_inference_steps", None) is not None or len(timesteps) != trained
+    return timesteps if chosen else None
+
+
+def _value(timestep: torch.Tensor | float | None) -> float:
+    if timestep is None:
+        raise DitAccelError(
+            "The step schedule needs to know the denoising step, and nothing in this call tells it: call "
+            "set_step(i, n) before it, or accelerate the pipeline and run that."
+        )
+    return float(timestep.max()) if isinstance(timestep, torch.Tensor) else float(timestep)
+
+
+def _nearest(timesteps: Any, value: float) -> int:
+    distances = (torch.as_tensor(timesteps, dtype=torch.float64, device="cpu") - value).abs()
+    return int(distances.argmin())

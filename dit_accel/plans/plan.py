@@ -1,0 +1,348 @@
+"""Plans: what a method does on one token grid, worked out once and then run many times."""
+
+from __future__ import annotations
+
+import abc
+import contextlib
+import functools
+import math
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+
+from dit_accel.errors import DitAccelError
+from dit_accel.kernels.block_sparse.api import Impl, choose_impl
+from dit_accel.kernels.block_sparse.triton_configs import unsupported
+from dit_accel.order import TokenOrder
+from dit_accel.plans import blocks
+from dit_accel.plans.asked import Asked, Kind
+from dit_accel.plans.blocks import BlockMask
+from dit_accel.plans.listed import Listed
+from dit_accel.plans.masks import Mask
+from dit_accel.plans.tiles import Tile, choose_tiles
+from dit_accel.tokens import TokenGrid
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+Order = Literal["raster", "tile"]
+BLOCK_Q, BLOCK_K = 128, 64
+TOKEN_MASK_LIMIT = 20_000
+PICTURE_LIMIT = 16_000
+
+
+@contextlib.contextmanager
+def building() -> Iterator[None]:
+    """What is made here outlives the call under way: ordinary tensors, which training may save, made on the CPU,
+    whatever inference mode and default device the caller has set."""
+    # a device context goes through Python at every operation, of which planning has thousands: only where it is needed
+    device = contextlib.nullcontext() if torch.get_default_device().type == "cpu" else torch.device("cpu")
+    with torch.inference_mode(False), device:
+        yield
+
+
+class Plan(abc.ABC):
+    """A method, its settings and the grid they apply to.
+
+    Args:
+        method: registered name.
+        config: the method's settings.
+        grid: the sequence that calls will have.
+    """
+
+    def __init__(self, method: str, config: Any, grid: TokenGrid) -> None:
+        self.method, self.config, self.grid = method, config, grid
+
+    @property
+    @abc.abstractmethod
+    def pairs(self) -> int:
+        """Exact number of attended (query, key) pairs, text included."""
+
+    @property
+    def density(self) -> float:
+        """`pairs` over all pairs of tokens."""
+        return self.pairs / self.grid.tokens**2
+
+    @property
+    @abc.abstractmethod
+    def partial_blocks(self) -> int:
+        """Visited blocks of which only a part is attended: token-exact methods count blocks that the mask cuts, methods
+        that attend whole blocks count those that the end of the grid cuts."""
+
+    def block_mask(
+        self,
+        block_q: int | None = None,
+        block_k: int | None = None,
+        order: Order | None = None,
+        tile_q: Tile | None = None,
+        tile_k: Tile | None = None,
+    ) -> BlockMask:
+        """The blocks a kernel visits; see `MaskPlan.block_mask`."""
+        raise DitAccelError(f"{self.method} has no block mask that is known before the call.")
+
+    @property
+    def routes(self) -> bool:
+        """Whether the keys that a query keeps depend on the call's tensors."""
+        return False
+
+    @abc.abstractmethod
+    def kept_keys(self, queries: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+        """The keys that some visual queries attend to exactly, in one head: bool [S, tokens] in model order.
+
+        Args:
+            queries: int64 [S], indices of visual tokens.
+            q, k: [1, 1, N, D], the whole sequence; only a plan that `routes` reads them.
+        """
+
+    def token_mask(self) -> torch.Tensor:
+        """Which token sees which: bool [tokens, tokens] in model order.
+
+        Raises:
+            DitAccelError: the method routes by content, or the sequence is longer than 20,000 tokens.
+        """
+        raise DitAccelError(f"{self.method} has no token mask that is known before the call: it routes by content.")
+
+    def attend(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        *,
+        scale: float | None = None,
+        text_lens: torch.Tensor | None = None,
+        text_bias: torch.Tensor | None = None,
+        impl: Impl = "auto",
+        module: torch.nn.Module | None = None,
+    ) -> torch.Tensor:
+        """The method's attention on this grid; see `attention`.
+
+        Args:
+            q, k, v, scale, text_lens, impl: as there.
+            text_bias: floating point [B, N]; with it text behind `text_lens` is a key after all, and this is what each
+                query adds to its scaled logits.
+            module: a layer's learned weights.
+        """
+        return self.compute(q, k, v, Asked(scale, text_lens, text_bias, impl, module))
+
+    @abc.abstractmethod
+    def compute(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, asked: Asked) -> torch.Tensor:
+        """What `attend` returns."""
+
+    def choose_impl(
+        self, device: torch.device, dtype: torch.dtype, head_dim: int, impl: Impl = "auto", *, learned: bool = False
+    ) -> tuple[str, str]:
+        """Who computes `attend` for such tensors, and why; a sentence fit for a report.
+
+        Args:
+            device, dtype, head_dim: of q, k and v.
+            impl: as `attend` is asked.
+            learned: `attend` gets a module with learned weights.
+
+        Raises:
+            DitAccelError: a named implementation cannot compute it.
+        """
+        return self.implementation(Kind(device, dtype, head_dim, impl, learned))
+
+    @abc.abstractmethod
+    def implementation(self, kind: Kind) -> tuple[str, str]:
+        """What `choose_impl` returns."""
+
+    def prepare(self, device: torch.device) -> None:  # noqa: B027 - a plan may have nothing to build
+        """Build what `attend` needs on `device`; inside a traced call it would be too late."""
+
+    @building()
+    def image(self) -> Image:
+        """Picture of the block mask, queries down and keys across: full blocks dark, partial ones lighter.
+
+        Raises:
+            DitAccelError: it would have more than 16,000 blocks a side.
+        """
+        from PIL import Image
+
+        mask = self.block_mask()
+        if max(mask.query_order.blocks, mask.key_order.blocks) > PICTURE_LIMIT:
+            raise DitAccelError(
+                f"A picture has a pixel a block and up to {PICTURE_LIMIT:,} a side; this mask has "
+                f"{mask.query_order.blocks:,} x {mask.key_order.blocks:,} blocks. Draw a smaller grid."
+            )
+        classes = mask.dense().to(torch.uint8)
+        partial = torch.zeros_like(classes)
+        partial.view(-1)[self._flat(mask)[mask.partial]] = 1
+        palette = torch.tensor([[250, 250, 250], [23, 63, 122], [120, 170, 220]], dtype=torch.uint8)
+        pixels = palette[(classes + partial).long()]
+        picture = Image.fromarray(pixels.numpy())
+        enlarge = max(1, 512 // max(picture.size))
+        return picture.resize((picture.width * enlarge, picture.height * enlarge), Image.Resampling.NEAREST)
+
+    @staticmethod
+    def _flat(mask: BlockMask) -> torch.Tensor:
+        rows = torch.arange(mask.query_order.blocks)[:, None] * mask.key_order.blocks
+        return rows + mask.kv_indices
+
+
+class StaticPlan(Plan):
+    """A plan whose block mask depends on the grid alone."""
+
+    def __init__(self, method: str, config: Any, grid: TokenGrid) -> None:
+        super().__init__(method, config, grid)
+        self._lists: dict[torch.device, Listed] = {}
+
+    def tables(self) -> torch.Tensor | None:
+        """The packed tables that decide the pairs of partial blocks; None if blocks are attended whole."""
+        return None
+
+    @functools.cached_property
+    def _blocks(self) -> BlockMask:
+        return self.block_mask()
+
+    def lists(self, device: torch.device) -> Listed:
+        """The plan's own block lists on `device`, built once."""
+        if device not in self._lists:
+            with building():
+                self._lists[device] = Listed.make(self._blocks, self.tables, device)
+        return self._lists[device]
+
+    def prepare(self, device: torch.device) -> None:
+        self.lists(device)
+
+    def implementation(self, kind: Kind) -> tuple[str, str]:
+        mask = self._blocks
+        obstacle = unsupported(kind.dtype, kind.head_dim, mask.query_order.block, mask.key_order.block)
+        return choose_impl(kind.device.type, kind.impl, obstacle)
+
+    def compute(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, asked: Asked) -> torch.Tensor:
+        return self.lists(q.device).attend(q, k, v, asked)
+
+
+class MaskPlan(StaticPlan):
+    """A static plan exact to the token.
+
+    Args:
+        mask: over the visual tokens; text and conditioning tokens attend to and are attended by everything.
+        order: what `block_mask` and `attend` use unless asked otherwise.
+    """
+
+    def __init__(self, method: str, config: Any, grid: TokenGrid, mask: Mask, order: Order = "raster") -> None:
+        super().__init__(method, config, grid)
+        self.mask, self.order = mask, order
+
+    @functools.cached_property
+    @building()
+    def pairs(self) -> int:
+        around = self.grid.tokens - self.grid.visual
+        return self.mask.pairs() + around * (self.grid.tokens + self.grid.visual)
+
+    @property
+    def partial_blocks(self) -> int:
+        return int(self._blocks.partial.sum())
+
+    def tables(self) -> torch.Tensor:
+        return self.mask.pack()
+
+    def kept_keys(self, queries: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+        keys = torch.arange(self.grid.visual, device=queries.device)
+        return beside(self.mask.allowed(queries[:, None], keys[None, :]), self.grid)
+
+    @building()
+    def block_mask(
+        self,
+        block_q: int | None = None,
+        block_k: int | None = None,
+        order: Order | None = None,
+        tile_q: Tile | None = None,
+        tile_k: Tile | None = None,
+    ) -> BlockMask:
+        """The blocks that hold at least one allowed pair.
+
+        Args:
+            block_q, block_k: tokens a query and a key block hold; 128 and 64, or the tiles' own sizes.
+            order: "raster", "tile", or None for the plan's choice (tiles if tile shapes are given).
+            tile_q, tile_k: tile sizes (t, h, w); without them the planner takes those with the fewest visited blocks.
+
+        Raises:
+            DitAccelError: tile shapes in raster order, only one of the two, sizes that contradict each other, or too
+                many blocks.
+        """
+        if (tile_q is None) != (tile_k is None):
+            raise DitAccelError(f"Give both tile_q and tile_k or neither, got {tile_q} and {tile_k}.")
+        if order is None:
+            order = self.order if tile_q is None else "tile"
+        if order not in ("raster", "tile"):
+            raise DitAccelError(f"order is 'raster', 'tile' or None, got {order!r}.")
+        defaults = (BLOCK_Q, BLOCK_K) if tile_q is None or tile_k is None else (math.prod(tile_q), math.prod(tile_k))
+        sizes = [own if asked is None else asked for asked, own in zip((block_q, block_k), defaults, strict=True)]
+        if order == "raster":
+            if tile_q is not None:
+                raise DitAccelError("Tile shapes were given with order='raster'; ask for order='tile'.")
+            orders = [TokenOrder(self.grid, size) for size in sizes]
+        else:
+            if tile_q is None or tile_k is None:
+                blocks.check_size(*(TokenOrder(self.grid, size) for size in sizes))
+                tile_q, tile_k = choose_tiles(self.mask, self.grid, *sizes)
+            orders = [TokenOrder(self.grid, size, tile) for size, tile in zip(sizes, (tile_q, tile_k), strict=True)]
+        return blocks.from_mask(self.mask, *orders)
+
+    @building()
+    def token_mask(self) -> torch.Tensor:
+        check_token_mask(self.grid)
+        visual = torch.arange(self.grid.visual)
+        return surround(self.mask.allowed(visual[:, None], visual[None, :]), self.grid)
+
+
+def attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    plan: Plan,
+    scale: float | None = None,
+    text_lens: torch.Tensor | None = None,
+    impl: Impl = "auto",
+) -> torch.Tensor:
+    """Attention as `plan` says, differentiable in q, k and v.
+
+    Args:
+        q, k, v: [B, H, N, D] with N = plan.grid.tokens, floating point, any strides.
+        plan: from `plan`.
+        scale: factor of the logits; D ** -0.5 if None.
+        text_lens: int [B], valid text tokens of each sample; text behind them is never a key. None: all of them.
+        impl: "auto", "reference", "portable" or "triton"; a named one runs or raises.
+
+    Returns:
+        [B, H, N, D] in the dtype of q, laid out as [B, N, H, D] in memory.
+
+    Raises:
+        DitAccelError: shapes or dtypes do not fit the plan, or `impl` cannot run here.
+    """
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        if tensor.ndim != 4 or tensor.shape[2] != plan.grid.tokens:
+            raise DitAccelError(
+                f"{name} must be [batch, heads, {plan.grid.tokens}, head_dim] for the grid {plan.grid}, "
+                f"got {tuple(tensor.shape)}."
+            )
+    if text_lens is not None and (text_lens.is_floating_point() or text_lens.dtype == torch.bool):
+        raise DitAccelError(f"text_lens are numbers of tokens, as integers; got {text_lens.dtype}.")
+    return plan.attend(q, k, v, scale=scale, text_lens=text_lens, impl=impl)
+
+
+def check_token_mask(grid: TokenGrid) -> None:
+    if grid.tokens > TOKEN_MASK_LIMIT:
+        raise DitAccelError(
+            f"A token mask is made for at most {TOKEN_MASK_LIMIT:,} tokens, this grid has {grid.tokens:,}; "
+            "use block_mask(), pairs or density."
+        )
+
+
+def surround(visual: torch.Tensor, grid: TokenGrid) -> torch.Tensor:
+    """A mask of visual tokens among text and conditioning tokens, which are dense: bool [tokens, tokens]."""
+    mask = torch.ones(grid.tokens, grid.tokens, dtype=torch.bool)
+    where = slice(grid.visual_start, grid.visual_start + grid.visual)
+    mask[where, where] = visual
+    return mask
+
+
+def beside(visual: torch.Tensor, grid: TokenGrid) -> torch.Tensor:
+    """Kept visual keys [S, visual] with text and conditioning keys, which are always kept: bool [S, tokens]."""
+    kept = torch.ones(len(visual), grid.tokens, dtype=torch.bool, device=visual.device)
+    kept[:, grid.visual_start : grid.visual_start + grid.visual] = visual
+    return kept

@@ -1,0 +1,46 @@
+"""Choosing tile shapes: which 3-D tiles leave a kernel the fewest blocks to visit."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+
+from dit_accel.plans.masks import Mask, Product, axis_pairs
+from dit_accel.tokens import TokenGrid
+
+Tile = tuple[int, int, int]
+
+
+def choose_tiles(mask: Mask, grid: TokenGrid, block_q: int, block_k: int) -> tuple[Tile, Tile]:
+    """Tile shapes of these sizes for a mask.
+
+    For a product of axes: the shapes with the fewest visited blocks, counted exactly (the static-tile analysis of GNA,
+    arXiv:2504.16922); ties go to long rows, which read memory in longer runs. Bands are narrow in raster position,
+    so their tiles lie in one frame and are as wide as it allows.
+    """
+    queries, keys = tile_shapes(block_q, grid.shape), tile_shapes(block_k, grid.shape)
+    if len(mask.terms) > 1 or not isinstance(mask.terms[0], Product):
+        widest_q, widest_k = (min(shapes, key=lambda shape: (shape[0], shape[1])) for shapes in (queries, keys))
+        return widest_q, widest_k
+    axes = mask.terms[0].axes
+
+    @functools.cache
+    def visited(axis: int, size_q: int, size_k: int) -> int:
+        return int((axis_pairs(axes[axis], size_q, size_k) > 0).sum())
+
+    def cost(pair: tuple[Tile, Tile]) -> tuple[int, ...]:
+        query, key = pair
+        count = math.prod(visited(axis, query[axis], key[axis]) for axis in range(3))
+        return count, -key[2], -query[2], -key[1], -query[1]
+
+    return min(itertools.product(queries, keys), key=cost)
+
+
+def tile_shapes(block: int, shape: Tile) -> list[Tile]:
+    """Tiles of `block` tokens, no longer along an axis of the grid than it takes to cover it, where possible."""
+    divisors = [size for size in range(1, block + 1) if block % size == 0]
+    longest = [next((size for size in divisors if size >= length), block) for length in shape]
+    heads = [(t, h) for t in divisors for h in divisors if block % (t * h) == 0]
+    shapes = [(t, h, block // (t * h)) for t, h in heads if t <= longest[0] and h <= longest[1]]
+    return [tile for tile in shapes if tile[2] <= longest[2]] or shapes

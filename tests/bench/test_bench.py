@@ -1,0 +1,389 @@
+"""Benchmarks: what is declared, settings for a density, the gate, rows, files and pictures."""
+
+import dataclasses
+import importlib
+import importlib.util
+import json
+import subprocess
+import sys
+import types
+
+import pytest
+import torch
+
+from dit_accel.bench import file as bench_file
+from dit_accel.bench import gate as bench_gate
+from dit_accel.bench import peer as bench_peer
+from dit_accel.bench import picture as bench_picture
+from dit_accel.bench import rows as bench_rows
+from dit_accel.bench import run as bench
+from dit_accel.bench import timing
+from dit_accel.bench.rows import Row, Setting, Shape
+from dit_accel.bench.settings import OutOfReach, find_setting
+from dit_accel.errors import DitAccelError
+from dit_accel.generation import lines, provenance, versions
+from dit_accel.registry import plan
+
+# The fields that every kernel row of this project has.
+FIELDS = (
+    "op shape tokens heads head_dim density dtype direction impl ms_p50 ms_p20 ms_p80 tflops_kept baseline "
+    "baseline_ms_p50 speedup max_error gpu driver torch triton git date"
+).split()
+TINY = Shape("tiny", (3, 6, 8), heads=2, head_dim=16, text=5, text_first=True)
+GNA = Setting("gna", None, {"window": (2, 3, 4), "stride": (1, 3, 2)})
+SLA = Setting("sla", None, {"topk": 0.3, "block": 16})
+MARGINAL = Setting("sla", None, {"topk": 0.3, "block": 16, "linear_scope": "marginal"})
+STATIC = (GNA, Setting("tile", None, {"references": 1}), Setting("radial", None, {"decay": 0.3}))
+CPU = torch.device("cpu")
+
+
+def row(setting=GNA, dtype="float32", direction="forward", shape=TINY):
+    return Row(shape, setting, dtype, direction)
+
+
+def outcome(setting=GNA, **options):
+    (found,) = bench.Bench(CPU, seconds=0).run([row(setting, **options)])
+    return found
+
+
+class TestDeclared:
+    def test_names_tell_rows_apart(self):
+        names = [found.name for found in bench_rows.select()]
+        assert len(set(names)) == len(names)
+
+    def test_video_models_have_every_method_at_every_density_it_reaches(self):
+        found = bench_rows.select(shapes=["wan-14b-720p"], dtypes=["bfloat16"], directions=["forward"])
+        pairs = {(each.setting.method, each.setting.density) for each in found}
+        assert {density for method, density in pairs if method == "gna"} == set(bench_rows.DENSITIES)
+        assert {density for method, density in pairs if method == "tile"} == {0.2, 0.5, 1.0}
+
+    @pytest.mark.parametrize(
+        ("shape", "tokens", "heads", "head_dim"),
+        [
+            ("wan-1.3b-480p", 32_760, 12, 128),
+            ("wan-14b-480p", 32_760, 40, 128),
+            ("wan-14b-720p", 75_600, 40, 128),
+            ("hunyuan-720p", 118_800 + 256, 24, 128),
+            ("mochi", 44_520 + 256, 24, 128),
+            ("flux-2k", 16_384 + 512, 24, 128),
+            ("flux-4k", 65_536 + 512, 24, 128),
+            ("cogvideox", 17_550 + 226, 48, 64),
+            ("cpu", 8_192, 4, 64),
+        ],
+    )
+    def test_shapes(self, shape, tokens, heads, head_dim):
+        found = bench_rows.get_shape(shape)
+        assert (found.tokens, found.heads, found.head_dim) == (tokens, heads, head_dim)
+        assert found.grid.tokens == tokens
+
+    def test_filters_narrow_what_is_declared(self):
+        found = bench_rows.select(["cpu"], [Setting("gna", None)], [1 / 8], ["float32"], ["forward"])
+        assert [each.setting.config["window"] for each in found] == [(8, 16, 8), (4, 16, 16)]
+        assert len(bench_rows.select(pattern="mochi/*/0.1/*/forward")) == 4
+
+    def test_what_is_asked_for_beyond_is_added(self):
+        (found,) = bench_rows.select(["mochi"], [Setting("gna", None)], [0.3], ["float16"], ["both"])
+        assert found.name == "mochi/gna/0.3/float16/both"
+        (found,) = bench_rows.select(["mochi"], [GNA], None, ["float16"], ["both"])
+        assert found.name == "mochi/gna:window=2x3x4,stride=1x3x2/-/float16/both"
+
+    def test_needs_no_torch(self, root):
+        program = (
+            "import sys\nfrom dit_accel.eval import bench_rows\nbench_rows.select()\nprint('torch' in sys.modules)"
+        )
+        done = subprocess.run([sys.executable, "-c", program], cwd=root, capture_output=True, text=True, check=True)
+        assert done.stdout.strip() == "False"
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"shapes": ["moshi"]}, "Did you mean 'mochi'?"),
+            ({"densities": [0.0]}, "above 0"),
+            ({"dtypes": ["int8"]}, "float32, bfloat16, float16; got 'int8'"),
+            ({"directions": ["sideways"]}, "forward, backward, both"),
+            ({"pattern": "moshi/*"}, "for example wan-"),
+        ],
+    )
+    def test_refusals(self, options, message):
+        with pytest.raises(DitAccelError, match=message.replace("?", r"\?")):
+            bench_rows.select(**options)
+
+
+class TestSettings:
+    @pytest.mark.parametrize("name", ["wan-1.3b-480p", "hunyuan-720p", "flux-4k", "cogvideox", "cpu"])
+    def test_they_reach_the_density(self, name):
+        shape = bench_rows.get_shape(name)
+        for setting in shape.declared():
+            config = setting.config or find_setting(setting.method, shape.grid, setting.density)
+            found = plan(setting.method, shape.grid, **config).density
+            # A few references are all that tile has to choose from; windows and shares of blocks are fine.
+            loose = setting.method in bench_rows.OF_FRAMES or shape.text
+            assert found == pytest.approx(setting.density, rel=bench_rows.TOLERANCE if loose else 0.06), setting
+
+    def test_windows_are_whole_blocks_where_the_grid_is(self):
+        grid = bench_rows.get_shape("hunyuan-768p").grid
+        found = plan("gna", grid, **find_setting("gna", grid, 0.1))
+        blocks = found.block_mask()
+        assert blocks.density == found.density
+        assert blocks.full == blocks.visited
+
+    def test_radial_drops_its_sink_only_where_it_must(self):
+        grid = bench_rows.get_shape("hunyuan-720p").grid
+        assert find_setting("radial", grid, 0.1)["sink"] is False
+        assert find_setting("radial", grid, 0.2)["sink"] is True
+
+    @pytest.mark.parametrize("method", ["gna", "sla", "tile", "radial", "dense"])
+    def test_everything_is_a_density_too(self, method):
+        assert plan(method, TINY.grid, **find_setting(method, TINY.grid, 1.0)).density == 1
+
+    @pytest.mark.parametrize("method", ["tile", "radial", "dense"])
+    def test_out_of_reach(self, method):
+        with pytest.raises(OutOfReach, match=r"no nearer to a density of 0.05 than"):
+            find_setting(method, bench_rows.get_shape("wan-1.3b-480p").grid, 0.05)
+
+    def test_unknown_method(self):
+        with pytest.raises(DitAccelError, match="no rule"):
+            find_setting("other", TINY.grid, 0.5)
+
+
+class TestGate:
+    @pytest.mark.parametrize("setting", [*STATIC, Setting("radial", None, {"rule": "released", "block": 16})])
+    @pytest.mark.parametrize("text_first", [True, False])
+    def test_pairs_are_those_of_the_plan(self, setting, text_first):
+        shape = Shape("tiny", (4, 6, 8), heads=1, text=5, text_first=text_first)
+        made = plan(setting.method, shape.grid, **setting.config)
+        rows = torch.tensor([0, 3, 7, 50, shape.tokens - 1])
+        assert torch.equal(bench_gate.seen_keys(made, rows), made.token_mask()[rows])
+
+    def test_sums_over_hundreds_of_keys_keep_their_digits(self):
+        """Summed in one product of all keys the error is 7.46e-7, and 7.01e-7 are allowed."""
+        shape = Shape("long", (4, 16, 16), heads=2, head_dim=32, text=20, text_first=True)
+        found = outcome(Setting("gna", 0.3), shape=shape)
+        assert found.status == "measured", found.reason
+
+    def test_long_sequences_are_sampled_with_their_ends(self):
+        grid = bench_rows.get_shape("mochi").grid
+        rows = bench_gate.sample(grid)
+        assert len(rows) < 300
+        assert {0, grid.visual - 1, grid.visual, grid.tokens - 1} <= set(rows.tolist())
+        assert len(rows.unique()) == len(rows)
+
+    @pytest.mark.parametrize("setting", [*STATIC, SLA, MARGINAL])
+    @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+    def test_right_kernels_are_green(self, setting, dtype):
+        found = outcome(setting, dtype=dtype, direction="both")
+        assert found.status == "measured", found.reason
+        names = {"out", "dq", "dk", "dv"} | ({"dweight", "dbias"} if setting.method == "sla" else set())
+        assert set(found.record["checks"]) == names
+
+    @pytest.mark.parametrize("setting", [GNA, SLA])
+    def test_text_may_stand_last(self, setting):
+        found = outcome(setting, direction="both", shape=dataclasses.replace(TINY, text_first=False))
+        assert found.status == "measured", found.reason
+
+    def test_sampled_gradients_are_those_of_the_sampled_queries(self, monkeypatch):
+        monkeypatch.setattr(bench_gate, "PAIRS", 20 * TINY.tokens)
+        found = outcome(SLA, direction="both")
+        assert found.status == "measured", found.reason
+
+    @pytest.mark.parametrize("setting", [GNA, SLA])
+    def test_a_wrong_output_is_red(self, monkeypatch, setting):
+        break_kernel(monkeypatch, "forward", lambda out, lse: (out * 1.001, lse))
+        found = outcome(setting)
+        assert (found.status, found.record) == ("red", None)
+        assert found.reason.startswith("out: error")
+
+    def test_a_nan_is_red(self, monkeypatch):
+        def poisoned(out, lse):
+            out = out.clone()
+            out[0, 0, 7, 3] = torch.nan
+            return out, lse
+
+        break_kernel(monkeypatch, "forward", poisoned)
+        assert outcome().status == "red"
+
+    @pytest.mark.parametrize("wrong", range(3))
+    def test_a_wrong_gradient_is_red(self, monkeypatch, wrong):
+        def scaled(*grads):
+            return tuple(grad * (1.001 if i == wrong else 1) for i, grad in enumerate(grads))
+
+        break_kernel(monkeypatch, "backward", scaled)
+        assert outcome().status == "measured"
+        assert outcome(direction="backward").reason.startswith(("dq", "dk", "dv")[wrong])
+
+    def test_a_wrong_linear_branch_is_red(self, monkeypatch):
+        from dit_accel.kernels.sla import portable
+
+        right = portable.linear_all
+        monkeypatch.setattr(portable, "linear_all", lambda *arguments: right(*arguments) * 1.001)
+        assert outcome(SLA).status == "red"
+
+    def test_a_wrong_router_is_red(self, monkeypatch):
+        """Lists that are not the best ones, whoever attends to them."""
+        right = bench_gate.route
+        monkeypatch.setattr(bench_gate, "route", lambda q, *rest: right(-q, *rest))
+        found = outcome(SLA)
+        assert found.status == "red"
+        assert found.reason.startswith("router")
+
+
+def break_kernel(monkeypatch, name, change):
+    from dit_accel.kernels.block_sparse import portable
+
+    right = getattr(portable, name)
+    monkeypatch.setattr(portable, name, lambda *arguments: change(*right(*arguments)))
+
+
+class TestRecords:
+    @pytest.mark.parametrize("direction", bench_rows.DIRECTIONS)
+    def test_every_field_is_there(self, direction):
+        record = outcome(direction=direction).record
+        assert [name for name in FIELDS if name not in record] == []
+        assert json.loads(json.dumps(record)) is not None
+        assert record["density"] == plan("gna", TINY.grid, **GNA.config).density
+        assert record["tokens"] == TINY.grid.tokens
+        assert record["speedup"] == record["baseline_ms_p50"] / record["ms_p50"]
+        assert 0 < record["ms_p20"] <= record["ms_p50"] <= record["ms_p80"]
+        assert (record["op"], record["impl"], record["gpu"], record["driver"]) == ("gna", "portable", None, None)
+        assert record["cpu"] == versions.processor()
+
+    def test_operations_are_those_of_kept_pairs(self):
+        record = outcome().record
+        operations = 4 * TINY.heads * TINY.head_dim * plan("gna", TINY.grid, **GNA.config).pairs
+        assert record["tflops_kept"] == pytest.approx(operations / record["ms_p50"] / 1e9)
+
+    def test_a_density_out_of_reach_is_said_and_not_measured(self):
+        found = outcome(Setting("tile", 0.05))
+        assert (found.status, found.record) == ("out of reach", None)
+
+    def test_a_setting_that_does_not_fit_is_refused_and_the_rest_goes_on(self):
+        wrong = Setting("gna", None, {"window": (4, 3, 4)})
+        first, second = bench.Bench(CPU, seconds=0).run([row(wrong), row()])
+        assert (first.status, second.status) == ("refused", "measured")
+        assert "window" in first.reason
+
+    def test_the_peer_is_timed_or_has_a_reason(self, monkeypatch):
+        def flex(plan, device):
+            return lambda q, k, v: torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+        def broken(plan, device):
+            raise RuntimeError("no compiler\nfurther lines")
+
+        mask = plan("gna", TINY.grid, **GNA.config).token_mask()
+        monkeypatch.setattr(bench, "flex_attention", flex)
+        record = bench.Bench(CPU, seconds=0, peer=True).measure(row(direction="both"))
+        assert record["peer"]["speedup"] == record["baseline_ms_p50"] / record["peer"]["ms_p50"]
+        mask = torch.ones_like(mask)
+        assert "out: error" in bench.Bench(CPU, seconds=0, peer=True).measure(row())["peer"]["reason"]
+        monkeypatch.setattr(bench, "flex_attention", broken)
+        record = bench.Bench(CPU, seconds=0, peer=True).measure(row())
+        assert record["peer"] == {"name": "flex_attention", "reason": "no compiler"}
+
+    @pytest.mark.parametrize("setting", STATIC)
+    @pytest.mark.parametrize("text_first", [True, False])
+    def test_the_peers_mask_is_the_plans(self, setting, text_first):
+        shape = dataclasses.replace(TINY, text_first=text_first)
+        made = plan(setting.method, shape.grid, **setting.config)
+        tokens = torch.arange(shape.tokens)
+        assert torch.equal(bench_peer.mask_rule(made, CPU)(tokens[:, None], tokens), made.token_mask())
+
+    def test_flex_attention_has_no_mask_of_sla(self):
+        record = bench.Bench(CPU, seconds=0, peer=True).measure(row(SLA))
+        assert "sla has none" in record["peer"]["reason"]
+
+    def test_unknown_implementation(self):
+        with pytest.raises(DitAccelError, match="impl must be one of"):
+            bench.Bench(CPU, impl="fast")
+
+    def test_commit_is_that_of_this_checkout_or_nothing(self, root, monkeypatch, tmp_path):
+        if (root / ".git").exists():
+            assert len(provenance.commit().removesuffix("-dirty")) == 12
+        monkeypatch.setattr(provenance, "ROOT", tmp_path)
+        assert provenance.commit() is None
+
+
+class TestTiming:
+    def test_calls_take_turns(self):
+        made = []
+        calls = {"a": lambda: made.append("a"), "b": lambda: made.append("b")}
+        taken = timing.alternate(calls, 0, CPU, least=3)
+        assert "".join(made) == "ab" * 4  # the first round does not count
+        assert [len(times) for times in taken.values()] == [3, 3]
+
+    def test_time_is_the_calls(self, monkeypatch):
+        """By a clock that stands still but for the calls: 5 ms and 20 ms a round, for at least 100 ms."""
+        now = [0.0]
+
+        def takes(seconds):
+            now[0] += seconds
+
+        monkeypatch.setattr(timing, "time", types.SimpleNamespace(perf_counter=lambda: now[0]))
+        taken = timing.alternate({"a": lambda: takes(0.005), "b": lambda: takes(0.020)}, 0.1, CPU, least=3)
+        assert taken == {"a": pytest.approx([5] * 4), "b": pytest.approx([20] * 4)}
+
+    def test_quantiles(self):
+        assert timing.quantiles([5, 1, 2, 4, 3, 6]) == {"ms_p50": 3.5, "ms_p20": 2, "ms_p80": 5}
+
+
+RECORD = {"op": "gna", "shape": "a", "dtype": "float32", "direction": "forward", "impl": "portable", "gpu": None}
+RECORD |= {"cpu": "a processor", "density": 0.1, "speedup": 7.0}
+
+
+class TestFile:
+    def test_rows_are_added(self, tmp_path):
+        for speedup in (1, 2):
+            lines.append(tmp_path / "new" / "rows.jsonl", RECORD | {"speedup": speedup})
+        assert [found["speedup"] for found in bench_file.read(tmp_path / "new" / "rows.jsonl")] == [1, 2]
+
+    def test_what_a_cut_run_left_of_a_line_does_not_count(self, tmp_path):
+        path = tmp_path / "rows.jsonl"
+        lines.append(path, RECORD)
+        whole = path.read_bytes()
+        path.write_bytes(whole + whole[: len(whole) // 2])
+        assert bench_file.read(path) == [RECORD]
+        lines.append(path, RECORD)
+        assert path.read_bytes() == 2 * whole
+
+    def test_a_cut_first_line(self, tmp_path):
+        path = tmp_path / "rows.jsonl"
+        path.write_text('{"op": ')
+        assert bench_file.read(path) == []
+        lines.append(path, RECORD)
+        assert bench_file.read(path) == [RECORD]
+
+    @pytest.mark.parametrize("line", ["{broken}", "[1]", '{"other": 1}'])
+    def test_other_files_are_refused(self, tmp_path, line):
+        path = tmp_path / "rows.jsonl"
+        path.write_text(line + "\n")
+        with pytest.raises(DitAccelError, match="line 1"):
+            bench_file.read(path)
+
+    def test_missing_file(self, tmp_path):
+        with pytest.raises(DitAccelError, match="cannot be read"):
+            bench_file.read(tmp_path / "none.jsonl")
+
+
+class TestPicture:
+    def test_it_is_drawn(self, tmp_path):
+        pytest.importorskip("matplotlib")
+        from PIL import Image
+
+        bench_picture.draw([RECORD, RECORD | {"density": 0.5, "speedup": 1.5}], tmp_path / "rows.png")
+        with Image.open(tmp_path / "rows.png") as picture:
+            assert picture.format == "PNG"
+            assert picture.width > 500
+
+    def test_one_row_that_keeps_everything(self, tmp_path):
+        pytest.importorskip("matplotlib")
+        bench_picture.draw([RECORD | {"density": 1.0}], tmp_path / "rows.png")
+        assert (tmp_path / "rows.png").exists()
+
+    def test_without_matplotlib_the_error_says_what_to_install(self, monkeypatch, tmp_path):
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+        with pytest.raises(DitAccelError, match=r"pip install 'dit_accel\[plot\]'"):
+            bench_picture.draw([RECORD], tmp_path / "rows.png")
+
+    def test_without_rows(self, tmp_path):
+        pytest.importorskip("matplotlib")
+        with pytest.raises(DitAccelError, match="no rows"):
+            bench_picture.draw([], tmp_path / "rows.png")

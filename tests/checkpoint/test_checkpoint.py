@@ -1,0 +1,228 @@
+"""Saving an accelerator and loading it into the model it belongs to, and into nothing else."""
+
+import json
+import os
+
+import pytest
+import torch
+from torch import nn
+
+import dit_accel
+from dit_accel.checkpoint import format as checkpoint
+
+SLA = {"topk": 0.3, "block": 16}
+TRAINED = {"model": "demo", "revision": None, "fingerprints": {}, "lora": False, "full": False, "call": {}}
+TRAINED |= {"lora_sha256": None}
+
+
+def run(transformer, inputs):
+    with torch.no_grad():
+        return transformer(**inputs, return_dict=False)[0]
+
+
+def train(accel):
+    for module in accel.learned_weights().values():
+        nn.init.normal_(module.proj.weight)
+
+
+@pytest.fixture
+def saved(tiny_wan, wan_inputs, tmp_path):
+    """A folder with trained SLA weights, and what the model gave with them."""
+    transformer = tiny_wan()
+    folder = tmp_path / "sla"
+    with dit_accel.accelerated(transformer, "sla", dense_steps=1, dense_layers=(1,), impl="reference", **SLA) as accel:
+        train(accel)
+        accel.save_pretrained(folder)
+        accel.set_step(1, 2)
+        return folder, run(transformer, wan_inputs())
+
+
+def test_round_trip_with_learned_weights(saved, tiny_wan, wan_inputs):
+    folder, wanted = saved
+    assert sorted(os.listdir(folder)) == [checkpoint.SETTINGS_FILE, checkpoint.WEIGHTS_FILE]
+    transformer = tiny_wan()
+    accel = dit_accel.load(transformer, folder)
+    accel.set_step(1, 2)
+    assert torch.equal(run(transformer, wan_inputs()), wanted)
+    assert accel.config.topk == 0.3 and accel.schedule.dense_layers == (1,) and accel.impl == "reference"
+    for name, module in accel.learned_weights().items():
+        assert name.endswith("attn1.sparse_linear") and module.proj.weight.dtype == torch.float32
+    accel.remove()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"config": [1]}, "config cannot be"),
+        ({"config": {"topk": 0.3, "verify": "first-call"}}, "no setting 'verify'"),
+        ({"config": {"topk": "many"}}, "topk is the share"),
+        ({"schedule": {"dense_steps": 1, "dense_stps": 2}}, "schedule cannot be"),
+        ({"method": ["sla"]}, "method cannot be"),
+        ({"models": {"transformer": {"class": "WanTransformer3DModel"}}}, "models cannot be"),
+        ({"trained": {"model": "demo"}}, "trained cannot be"),
+        ({"trained": TRAINED | {"fingerprints": []}}, "fingerprints is settings by name"),
+        ({"trained": TRAINED | {"lora": "no"}}, "lora is true or false"),
+        ({"trained": TRAINED}, "trained from demo, and this transformer has other weights"),
+        ({"allow_dense": "no"}, "allow_dense cannot be"),
+    ],
+    ids=lambda value: "".join(value) if isinstance(value, dict) else None,
+)
+def test_what_was_changed_by_hand_is_refused(saved, tiny_wan, change, message):
+    folder, _ = saved
+    content = json.loads((folder / checkpoint.SETTINGS_FILE).read_text())
+    (folder / checkpoint.SETTINGS_FILE).write_text(json.dumps(content | change))
+    transformer = tiny_wan()
+    with pytest.raises(dit_accel.DitAccelError, match=message):
+        dit_accel.load(transformer, folder)
+    assert all(type(module.processor).__name__ == "WanAttnProcessor" for module in attentions(transformer))
+
+
+def attentions(transformer):
+    return [block.attn1 for block in transformer.blocks]
+
+
+@pytest.mark.parametrize(
+    ("method", "config"), [("gna", {"window": (3, "full", 0.5), "causal": (True, False, False)}), ("dense", {})]
+)
+def test_round_trip_of_settings_alone(method, config, tiny_wan, tmp_path):
+    transformer = tiny_wan()
+    with dit_accel.accelerated(transformer, method, dense_last_steps=0.1, **config) as accel:
+        accel.save_pretrained(tmp_path)
+    assert os.listdir(tmp_path) == [checkpoint.SETTINGS_FILE]
+    with dit_accel.load(transformer, tmp_path) as loaded:
+        assert loaded.config == accel.config and loaded.schedule == accel.schedule
+
+
+def test_the_version_and_the_model_are_stamped(saved):
+    content = json.loads((saved[0] / checkpoint.SETTINGS_FILE).read_text())
+    assert content["dit_accel_version"] == dit_accel.__version__
+    assert content["models"]["transformer"]["class"] == "WanTransformer3DModel"
+
+
+def test_saving_again_replaces_and_drops_old_weights(saved, tiny_wan):
+    folder, _ = saved
+    with dit_accel.accelerated(tiny_wan(), "gna", window=3) as accel:
+        accel.save_pretrained(folder)
+    assert os.listdir(folder) == [checkpoint.SETTINGS_FILE]
+
+
+def test_an_origin_in_the_configuration_does_not_matter(saved, tiny_wan):
+    transformer = tiny_wan()
+    transformer.register_to_config(_name_or_path="somewhere/else")
+    dit_accel.load(transformer, saved[0]).remove()
+
+
+def refused(target, folder, message):
+    processors = dict(target.attn_processors)
+    with pytest.raises(dit_accel.DitAccelError, match=message) as caught:
+        dit_accel.load(target, folder)
+    assert "\n" not in str(caught.value)
+    assert target.attn_processors == processors
+
+
+def test_another_model_is_refused(saved, tiny_wan, tiny_flux):
+    folder, _ = saved
+    refused(
+        tiny_flux(), folder, "saved for transformer: WanTransformer3DModel, but this model's is FluxTransformer2DModel"
+    )
+    refused(tiny_wan(3), folder, "another configuration")
+
+
+def test_other_components_are_refused(saved, tiny_wan):
+    pipe = type("Pipe", (), {"components": {"transformer": tiny_wan(), "transformer_2": tiny_wan()}})()
+    with pytest.raises(
+        dit_accel.DitAccelError, match="saved for transformer, but this model has transformer, transformer_2"
+    ):
+        dit_accel.load(pipe, saved[0])
+
+
+@pytest.mark.parametrize("size", [0, 7, 100, -1])
+def test_truncated_weights_are_refused(size, saved, tiny_wan):
+    file = saved[0] / checkpoint.WEIGHTS_FILE
+    file.write_bytes(file.read_bytes()[:size])
+    refused(tiny_wan(), saved[0], "truncated or damaged")
+
+
+def test_changed_weights_are_refused(saved, tiny_wan):
+    file = saved[0] / checkpoint.WEIGHTS_FILE
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    refused(tiny_wan(), saved[0], "does not belong to")
+
+
+def test_missing_weights_are_refused(saved, tiny_wan):
+    (saved[0] / checkpoint.WEIGHTS_FILE).unlink()
+    refused(tiny_wan(), saved[0], "cannot be read")
+
+
+@pytest.mark.parametrize("dense_layers", [0, 1, 2])
+def test_weights_for_other_layers_are_refused(dense_layers, saved, tiny_wan):
+    file = saved[0] / checkpoint.SETTINGS_FILE
+    content = json.loads(file.read_text())
+    content["schedule"]["dense_layers"] = dense_layers
+    file.write_text(json.dumps(content))
+    refused(tiny_wan(), saved[0], "do not fit the accelerated layers")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "damaged"),
+        ("[]", "no saved accelerator"),
+        ('{"format": 1}', "no saved accelerator"),
+        (None, "no saved accelerator"),
+    ],
+)
+def test_other_files_are_refused(content, message, tiny_wan, tmp_path):
+    if content is not None:
+        (tmp_path / checkpoint.SETTINGS_FILE).write_text(content)
+    refused(tiny_wan(), tmp_path, message)
+
+
+def test_a_newer_format_is_refused(saved, tiny_wan):
+    file = saved[0] / checkpoint.SETTINGS_FILE
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"format": 99, "dit_accel_version": "9.9"}))
+    refused(tiny_wan(), saved[0], "format 99, written by dit_accel 9.9")
+
+
+def test_loading_over_an_accelerator_needs_replace(saved, tiny_wan):
+    transformer = tiny_wan()
+    first = dit_accel.accelerate(transformer, "gna", window=3)
+    with pytest.raises(dit_accel.DitAccelError, match="already accelerated"):
+        dit_accel.load(transformer, saved[0])
+    assert first.active
+    dit_accel.load(transformer, saved[0], replace=True).remove()
+    assert not first.active
+
+
+def test_a_damaged_folder_does_not_cost_the_accelerator_at_work(saved, tiny_wan):
+    transformer = tiny_wan()
+    first = dit_accel.accelerate(transformer, "gna", window=3)
+    (saved[0] / checkpoint.WEIGHTS_FILE).write_bytes(b"")
+    with pytest.raises(dit_accel.DitAccelError, match="truncated"):
+        dit_accel.load(transformer, saved[0], replace=True)
+    assert first.active
+
+
+def test_a_folder_that_cannot_be_written_is_refused(tiny_wan, tmp_path):
+    (tmp_path / "file").write_text("")
+    with dit_accel.accelerated(tiny_wan(), "dense") as accel:
+        with pytest.raises(dit_accel.DitAccelError, match="Cannot save the accelerator"):
+            accel.save_pretrained(tmp_path / "file")
+
+
+def test_nothing_half_written(saved, tiny_wan, monkeypatch):
+    """A full disk in the middle leaves the old files and no temporary ones."""
+    folder, _ = saved
+    before = {name: (folder / name).read_bytes() for name in os.listdir(folder)}
+
+    def full(source, target):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", full)
+    with dit_accel.accelerated(tiny_wan(), "sla", **SLA) as accel:
+        train(accel)
+        with pytest.raises(dit_accel.DitAccelError, match="No space left"):
+            accel.save_pretrained(folder)
+    assert {name: (folder / name).read_bytes() for name in os.listdir(folder)} == before

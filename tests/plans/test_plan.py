@@ -1,0 +1,189 @@
+"""Plans: public figures, block masks in any tile, planning time, and `attention` against masked softmax."""
+
+import math
+
+import pytest
+import torch
+from yardstick import within
+
+import dit_accel
+from dit_accel.errors import DitAccelError
+from dit_accel.plans.tiles import choose_tiles, tile_shapes
+from dit_accel.tokens import TokenGrid
+
+STATIC = [
+    ("gna", {"window": (18, 24, 24), "stride": (16, 8, 8)}),
+    ("gna", {"window": 0.5}),
+    ("tile", {"references": 3}),
+    ("radial", {"decay": 0.2}),
+    ("radial", {"decay": 0.95, "rule": "released"}),
+]
+IDS = [f"{method}-{len(config)}-{index}" for index, (method, config) in enumerate(STATIC)]
+
+
+@pytest.mark.parametrize(("method", "config"), STATIC, ids=IDS)
+def test_density_is_of_the_token_mask(method, config):
+    if config.get("window") == (18, 24, 24):
+        config = {"window": (4, 3, 4), "stride": (2, 3, 2)}
+    grid = TokenGrid(5, 6, 7, text=11, text_first=method == "gna")
+    plan = dit_accel.plan(method, grid, **config)
+    mask = plan.token_mask()
+    assert mask.shape == (grid.tokens, grid.tokens)
+    assert plan.pairs == int(mask.sum())
+    assert plan.density == plan.pairs / grid.tokens**2
+    assert 0 < plan.density < 1
+
+
+@pytest.mark.timing
+@pytest.mark.parametrize(("method", "config"), STATIC, ids=IDS)
+def test_planning_120_000_tokens_takes_under_50_ms(method, config):
+    """In process time, so that what else the machine does counts little."""
+    grid = TokenGrid(31, 48, 81, text=256)
+
+    def planned():
+        plan = dit_accel.plan(method, grid, **config)
+        assert plan.pairs > 0
+        plan.block_mask()
+
+    assert within(0.05, planned)
+
+
+def test_the_plan_has_the_last_word_on_order():
+    plan = dit_accel.plan("gna", TokenGrid(4, 8, 8), window=(2, 4, 4), stride=(2, 4, 4))
+    chosen = plan.block_mask(block_q=32, block_k=32)
+    assert chosen.query_order.tile == (2, 4, 4)
+    assert chosen.visited == chosen.full == 8
+    assert plan.block_mask(32, 32, order="raster").query_order.tile is None
+    assert plan.block_mask(tile_q=(1, 4, 8), tile_k=(1, 4, 4)).key_order.block == 16
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"tile_q": (1, 4, 4)}, "both tile_q and tile_k"),
+        ({"order": "hilbert"}, "'raster', 'tile' or None"),
+        ({"order": "raster", "tile_q": (1, 4, 4), "tile_k": (1, 4, 4)}, "order='tile'"),
+        ({"block_q": 0}, "at least one token, got block=0"),
+        ({"block_k": -4, "order": "tile"}, "at least one token"),
+        ({"tile_q": (1, 0, 4), "tile_k": (1, 4, 4)}, "at least one token"),
+        ({"block_q": 8, "tile_q": (1, 4, 4), "tile_k": (1, 4, 4)}, "product"),
+    ],
+)
+def test_contradictions_are_refused(arguments, words):
+    plan = dit_accel.plan("gna", TokenGrid(4, 8, 8), window=2)
+    with pytest.raises(DitAccelError, match=words):
+        plan.block_mask(**arguments)
+
+
+def test_the_planner_finds_the_fewest_blocks():
+    grid = TokenGrid(6, 10, 13)
+    plan = dit_accel.plan("gna", grid, window=(3, 5, 4), stride=(1, 2, 2))
+    best = plan.block_mask(16, 8, order="tile")
+    for tile_q in tile_shapes(16, grid.shape):
+        for tile_k in tile_shapes(8, grid.shape):
+            assert best.visited <= plan.block_mask(tile_q=tile_q, tile_k=tile_k).visited
+    assert choose_tiles(plan.mask, grid, 16, 8) == (best.query_order.tile, best.key_order.tile)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 5), (1, 3, 200), (300, 1, 1), (2, 2, 2)])
+def test_tile_shapes_do_not_reach_past_the_grid_for_nothing(shape):
+    shapes = tile_shapes(64, shape)
+    assert shapes
+    assert all(math.prod(tile) == 64 for tile in shapes)
+    assert all(size < 2 * length for tile in shapes for size, length in zip(tile[:2], shape[:2], strict=True))
+
+
+def test_token_masks_stop_at_20_000_tokens():
+    with pytest.raises(DitAccelError, match="at most 20,000 tokens"):
+        dit_accel.plan("radial", TokenGrid(21, 30, 52)).token_mask()
+
+
+def test_a_picture_too_large_to_look_at_is_refused():
+    plan = dit_accel.plan("gna", dit_accel.TokenGrid(16, 256, 257), window=1)
+    with pytest.raises(dit_accel.DitAccelError, match=r"16,000 a side; this mask has 8,\d+ x 16,\d+ blocks"):
+        plan.image()
+
+
+def test_the_picture_shows_every_block():
+    plan = dit_accel.plan("tile", TokenGrid(8, 16, 16, text=40), references=2)
+    picture = plan.image()
+    mask = plan.block_mask()
+    assert picture.width % mask.key_order.blocks == 0
+    assert picture.height % mask.query_order.blocks == 0
+    assert len(picture.getcolors()) >= 2
+
+
+@pytest.mark.parametrize("impl", ["auto", "reference", "portable"])
+@pytest.mark.parametrize(("method", "config"), [*STATIC[1:], ("dense", {}), ("gna", {"window": (2, 3, 3)})])
+def test_attention_is_masked_softmax(method, config, impl):
+    """In fp64, where the exact result and ours may differ by rounding alone."""
+    torch.manual_seed(0)
+    grid = TokenGrid(5, 4, 7, text=9, text_first=config.get("window") == (2, 3, 3))
+    plan = dit_accel.plan(method, grid, **config)
+    q, k, v = (torch.randn(2, 3, grid.tokens, 8, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    mask = plan.token_mask().expand(2, 1, -1, -1).clone()
+    text_lens = torch.tensor([4, 9])
+    for sample, length in enumerate(text_lens.tolist()):
+        mask[sample, :, :, grid.text_start + length : grid.text_start + grid.text] = False
+    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    found = dit_accel.attention(q, k, v, plan, text_lens=text_lens, impl=impl)
+    assert found.shape == q.shape
+    assert found.transpose(1, 2).is_contiguous()
+    seed = torch.randn_like(expected)
+    for name, ours, exact in zip(
+        ("output", "dq", "dk", "dv"),
+        (found, *torch.autograd.grad(found, (q, k, v), seed)),
+        (expected, *torch.autograd.grad(expected, (q, k, v), seed)),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, exact, rtol=1e-11, atol=1e-12, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_attention_wants_the_grids_tokens():
+    plan = dit_accel.plan("gna", TokenGrid(1, 4, 4), window=2)
+    with pytest.raises(DitAccelError, match=r"k must be \[batch, heads, 16, head_dim\]"):
+        dit_accel.attention(torch.zeros(1, 1, 16, 8), torch.zeros(1, 1, 15, 8), torch.zeros(1, 1, 16, 8), plan)
+
+
+@pytest.mark.parametrize(
+    ("method", "config"), [("gna", {"window": (2, 3, 4)}), ("radial", {"rule": "released", "block": 16})]
+)
+def test_the_callers_default_device_and_inference_mode_do_not_matter(method, config):
+    grid = dit_accel.TokenGrid(3, 5, 7, text=9)
+    wanted, *_ = dit_accel.plan(method, grid, **config).lists(torch.device("cpu"))
+    with torch.device("meta"), torch.inference_mode():
+        plan = dit_accel.plan(method, grid, **config)
+        assert plan.choose_impl(torch.device("cpu"), torch.float32, 8)[0] == "portable"
+        found, *_ = plan.lists(torch.device("cpu"))
+    assert torch.equal(found.kv_indices, wanted.kv_indices) and not found.kv_indices.is_inference()
+
+
+@pytest.mark.parametrize(("method", "config"), [*STATIC[1:], ("dense", {}), ("sla", {"block": 16, "topk": 0.3})])
+def test_figures_and_masks_do_not_depend_on_the_callers_default_device(method, config):
+    """A meta tensor among those on the CPU is an error, as one on a GPU is."""
+
+    def look():
+        plan = dit_accel.plan(method, TokenGrid(5, 4, 7, text=9), **config)
+        figures = [plan.pairs, plan.density, plan.partial_blocks]
+        if method == "sla":
+            return figures
+        return [*figures, plan.block_mask().visited, plan.image().tobytes(), plan.token_mask().tolist()]
+
+    wanted = look()
+    with torch.device("meta"), torch.inference_mode():
+        assert look() == wanted
+
+
+@pytest.mark.parametrize("lens", [torch.tensor([3.0]), torch.tensor([True])])
+def test_text_lens_are_integers(lens):
+    plan = dit_accel.plan("gna", dit_accel.TokenGrid(1, 3, 4, text=5), window=1)
+    q = torch.zeros(1, 1, 17, 8)
+    with pytest.raises(dit_accel.DitAccelError, match="text_lens are numbers of tokens"):
+        dit_accel.attention(q, q, q, plan, text_lens=lens)
+
+
+@pytest.mark.parametrize(("method", "config"), [("gna", {"window": 3}), ("sla", {"block": 16})])
+def test_who_computes_is_refused_as_the_call_is(method, config):
+    plan = dit_accel.plan(method, TokenGrid(5, 4, 7), **config)
+    with pytest.raises(DitAccelError, match=r"impl='triton' cannot compute this: .* not float64"):
+        plan.choose_impl(torch.device("cpu"), torch.float64, 64, "triton")

@@ -1,0 +1,1 @@
+"""What trains and grades the embedded models; not part of the wheel."""

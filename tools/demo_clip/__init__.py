@@ -1,0 +1,1 @@
+"""Trains and grades the embedded CLIP."""
