@@ -124,8 +124,9 @@ def test_ctrl_c(cli, demo, tmp_path, monkeypatch):
 
 
 def test_ctrl_c_in_a_verb_that_has_nothing_to_say(cli, monkeypatch):
+    from dit_accel import registry
 
-    monkeypatch.setattr(dit_accel.registry, "plan", interrupted)
+    monkeypatch.setattr(registry, "plan", interrupted)
     outcome = cli("plan", "--method", "radial", "--grid", "4x4x4")
     assert (outcome.status, outcome.out, outcome.err) == (130, "", "dit-accel: interrupted.\n")
 
