@@ -122,6 +122,12 @@ def test_sla_kernels_are_compiled_once(binaries):
         assert len(keys) == (len(LINEAR_SCOPES) if name.startswith("sparse_linear") else 1), name
 
 
+@pytest.mark.parametrize("kernel", [*block_sparse.JIT.values(), *sla.JIT.values()], ids=lambda kernel: kernel.__name__)
+def test_unspecialized_arguments_exist(kernel):
+    """Triton ignores names that the kernel does not have, and would specialize the argument that was meant."""
+    assert set(kernel.do_not_specialize or ()) <= set(kernel.arg_names)
+
+
 def test_tuning_knows_no_length():
     """The tuner's key: block sizes, head dimension and tables, to which Triton adds the tensors' dtypes."""
     for kernel in block_sparse.JIT.values():

@@ -169,7 +169,7 @@ def of_keys(
 @triton.jit(do_not_specialize=[
     "q_batch", "q_head", "q_row", "k_batch", "k_head", "k_row", "v_batch", "v_head", "v_row",
     "g_batch", "g_head", "g_row", "o_batch", "o_head", "o_row",
-    "T", "H", "W", "QT", "QH", "QW", "reference", "query_reference", "query_text",
+    "T", "H", "W", "QT", "QH", "QW", "conditioning", "query_conditioning", "query_text",
     "heads", "query_tokens", "query_blocks", "width", "per_head", "own_queries",
 ])  # fmt: skip
 def block_sparse_bwd_kernel_dq(
@@ -228,7 +228,7 @@ def block_sparse_bwd_kernel_dq(
 @triton.jit(do_not_specialize=[
     "q_batch", "q_head", "q_row", "k_batch", "k_head", "k_row", "v_batch", "v_head", "v_row",
     "g_batch", "g_head", "g_row",
-    "T", "H", "W", "QT", "QH", "QW", "reference", "query_reference", "query_text",
+    "T", "H", "W", "QT", "QH", "QW", "conditioning", "query_conditioning", "query_text",
     "heads", "query_tokens", "key_tokens", "key_blocks", "per_head", "own_queries",
 ])  # fmt: skip
 def block_sparse_bwd_kernel_dkdv(

@@ -117,7 +117,7 @@ def positive(b_q, scale):
 
 @triton.jit(do_not_specialize=[
     "q_batch", "q_head", "q_row", "k_batch", "k_head", "k_row", "v_batch", "v_head", "v_row",
-    "T", "H", "W", "QT", "QH", "QW", "reference", "query_reference", "query_text",
+    "T", "H", "W", "QT", "QH", "QW", "conditioning", "query_conditioning", "query_text",
     "heads", "query_tokens", "query_blocks", "width", "per_head", "own_queries",
 ])  # fmt: skip
 def block_sparse_fwd_kernel(

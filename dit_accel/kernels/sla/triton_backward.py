@@ -37,7 +37,7 @@ from dit_accel.kernels.sla.triton_through import store_through, sums_through
 @triton.jit(do_not_specialize=[
     "q_batch", "q_head", "q_row", "k_batch", "k_head", "k_row", "v_batch", "v_head", "v_row",
     "g_batch", "g_head", "g_row", "p_batch", "p_head", "p_row", "e_batch", "e_head", "e_row",
-    "T", "H", "W", "visual_start", "reference_start", "text_start", "reference",
+    "T", "H", "W", "visual_start", "conditioning_start", "text_start", "conditioning",
     "heads", "tokens", "blocks", "dense", "n_kept", "n_dropped",
 ])  # fmt: skip
 def sparse_linear_bwd_kernel_dq(
@@ -134,7 +134,7 @@ def sparse_linear_bwd_kernel_dq(
 @triton.jit(do_not_specialize=[
     "q_batch", "q_head", "q_row", "k_batch", "k_head", "k_row", "v_batch", "v_head", "v_row",
     "g_batch", "g_head", "g_row", "p_batch", "p_head", "p_row",
-    "T", "H", "W", "visual_start", "reference_start", "text_start", "reference", "text",
+    "T", "H", "W", "visual_start", "conditioning_start", "text_start", "conditioning", "text",
     "heads", "tokens", "key_tokens", "blocks", "dense", "n_kept", "n_dropped",
 ])  # fmt: skip
 def sparse_linear_bwd_kernel_dkdv(

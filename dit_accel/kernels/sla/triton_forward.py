@@ -58,7 +58,7 @@ def unit_rows(b_q, D: tl.constexpr, MAP: tl.constexpr):
 
 @triton.jit(do_not_specialize=[
     "q_batch", "q_head", "q_row", "k_batch", "k_head", "k_row", "v_batch", "v_head", "v_row",
-    "T", "H", "W", "visual_start", "reference_start", "text_start", "reference",
+    "T", "H", "W", "visual_start", "conditioning_start", "text_start", "conditioning",
     "heads", "tokens", "blocks", "dense", "n_kept", "n_dropped", "training",
 ])  # fmt: skip
 def sparse_linear_fwd_kernel(
