@@ -88,9 +88,7 @@ class TestDeclared:
         assert found.name == "mochi/gna:window=2x3x4,stride=1x3x2/-/float16/both"
 
     def test_needs_no_torch(self, root):
-        program = (
-            "import sys\nfrom dit_accel.eval import bench_rows\nbench_rows.select()\nprint('torch' in sys.modules)"
-        )
+        program = "import sys\nfrom dit_accel.bench import rows\nrows.select()\nprint('torch' in sys.modules)"
         done = subprocess.run([sys.executable, "-c", program], cwd=root, capture_output=True, text=True, check=True)
         assert done.stdout.strip() == "False"
 

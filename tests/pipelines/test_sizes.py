@@ -176,7 +176,7 @@ def test_a_video_in_which_no_frame_stands_alone():
 def test_an_image_that_hidream_has_no_room_for():
     name, transformer, vae, *_ = next(case for case in CASES if case[0].startswith("HiDream"))
     sizes = family_of([name]).sizes(transformer, vae)
-    assert sizes.grid(1, 2048, 2048).reference == 0
+    assert sizes.grid(1, 2048, 2048).conditioning == 0
     with pytest.raises(DitAccelError, match=r"64 x 96 tokens cannot be made: .* at most 4096 tokens"):
         sizes.grid(1, 1024, 1536)
 

@@ -70,7 +70,7 @@ def test_counts_equal_brute_force(data):
 @given(st.data())
 def test_classes_equal_brute_force(data):
     mask = data.draw(masks())
-    around = {"text": data.draw(st.integers(0, 9)), "reference": data.draw(st.integers(0, 5))}
+    around = {"text": data.draw(st.integers(0, 9)), "conditioning": data.draw(st.integers(0, 5))}
     grid = TokenGrid(*mask.shape, text_first=data.draw(st.booleans()), **around)
     query_order, key_order = data.draw(orders(grid))
     found = blocks.from_mask(mask, query_order, key_order)

@@ -150,10 +150,10 @@ def make_problem() -> Callable[..., Problem]:
         between=False, per_sample=False, per_head=False, gap=0, size=1.0, scale=None, seed=0,
     ) -> Problem:  # fmt: skip
         torch.manual_seed(seed)
-        grid = dit_accel.TokenGrid(*shape, text=text, text_first=text_first, reference=reference)
+        grid = dit_accel.TokenGrid(*shape, text=text, text_first=text_first, conditioning=conditioning)
         key_order = TokenOrder(grid, block_k, tile_k)
         options = {"grid": shape, "block_q": block_q, "block_k": block_k, "tile_q": tile_q, "tile_k": tile_k}
-        options |= {"text": text, "reference": reference, "query_grid": query_grid, "scale": scale}
+        options |= {"text": text, "conditioning": conditioning, "query_grid": query_grid, "scale": scale}
         options |= _starts(grid, batch, between, per_sample, gap)
         if text_lens is not None:
             options["text_len"] = torch.tensor(text_lens, dtype=torch.int32)

@@ -42,7 +42,7 @@ CASES = {
         "method": "gna",
         "config": {"window": (2, 3, 3), "causal": (True, False, True)},
         "text": 5,
-        "reference": 3,
+        "conditioning": 3,
         "between": True,
         "per_sample": True,
         "gap": 2,
@@ -71,7 +71,7 @@ CASES = {
     "radial-tiled": dict(
         shape=(4, 4, 3), method="radial", config={"decay": 0.5}, text=4, text_lens=[1], heads=1, **TILES
     ),
-    "tile-method": {"shape": (4, 3, 5), "method": "tile", "config": {"references": 1}, "reference": 4, "heads": 1},
+    "tile-method": {"shape": (4, 3, 5), "method": "tile", "config": {"references": 1}, "conditioning": 4, "heads": 1},
     "heads-text": {"shape": (3, 3, 5), "topk": 2, "text": 5, "text_lens": [3, 5], "batch": 2, "heads": 2, "dim": 40},
     "heads-tiles-ragged": dict(shape=(3, 5, 3), topk=2, heads=2, dim=64, size=16.0, **TILES),
     "heads-partial": {
