@@ -32,7 +32,8 @@ def run(command, cwd, **environment) -> str:
 def wheel(tmp_path_factory):
     """The wheel, built from a copy of what it is made from, so that the checkout stays clean."""
     source = tmp_path_factory.mktemp("source")
-    shutil.copytree(ROOT / "dit_accel", source / "dit_accel", ignore=shutil.ignore_patterns("__pycache__"))
+    for folder in ("dit_accel", "tools"):
+        shutil.copytree(ROOT / folder, source / folder, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
     for door in ("kernels", "pipelines", "eval"):

@@ -1,4 +1,4 @@
-"""What fine-tuning wins back on the embedded demo: `python benchmarks/train_demo.py RUN --work FOLDER`.
+"""What fine-tuning wins back on the embedded demo: `python -m tools.demo.finetuning RUN --work FOLDER`.
 
 A run is a recipe of that name. It prepares the demo's own clips, trains, and generates the same prompts and noise
 densely, with the method untuned, and with the trained artefact, loaded as a user does. A row with the likeness to the
@@ -36,7 +36,7 @@ from tools.demo.checker import read
 from tools.demo.evaluate import fixed_scenes, summarise
 
 TRUE_CLIPS = 4
-RESULTS = pathlib.Path(__file__).parent / "results" / "train-demo.jsonl"
+RESULTS = pathlib.Path(__file__).parents[2] / "benchmarks" / "results" / "train-demo.jsonl"
 KINDS = ("dense", "untuned", "tuned", "dense tuned")
 
 
@@ -177,7 +177,7 @@ def trained(recipe: Recipe, settings: TrainSettings, size: Size, work: pathlib.P
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", choices=[*RUNS, "table"], help="table: measure nothing, print the rows as Markdown")
     parser.add_argument("--work", type=pathlib.Path, default=pathlib.Path("outputs/train-demo"))
     parser.add_argument("--output", type=pathlib.Path, default=RESULTS)
@@ -199,13 +199,16 @@ def main() -> None:
     if run.dense_tuned:
         alike = dataclasses.replace(settings, method="dense", config={})
         folders["dense tuned"] = trained(recipe, alike, size, work, "dense-trained")
-    ways = {kind: functools.partial(dit_accel.load, path=folder) for kind, folder in folders.items()}
+    ways: dict[str, Callable[[Any], Any]] = {
+        "untuned": untuned,
+        **{kind: functools.partial(dit_accel.load, path=folder) for kind, folder in folders.items()},
+    }
 
     def made(file: pathlib.Path, sampling: tuple[int, float], way: Callable[[Any], Any]) -> np.ndarray:
         return cached(file, lambda: generate(size, run.prompts, sampling, way))
 
     videos = {"dense": made(cache / f"dense-{size}-{run.prompts}.npy", run.dense, lambda pipe: None)}
-    for kind, way in {"untuned": untuned, **ways}.items():
+    for kind, way in ways.items():
         videos[kind] = made(work / f"{kind.replace(' ', '-')}-{run.prompts}.npy", run.tuned, way)
     write_sheet(work / "sheet.png", list(videos.values()))
     losses = [row["loss"] for row in read_losses(folders["tuned"] / "losses.jsonl")]
