@@ -23,6 +23,19 @@ HERE = pathlib.Path(__file__).parent
 
 
 @dataclasses.dataclass(frozen=True)
+class LearnedModule:
+    """The learned weights that a method adds to every accelerated attention module.
+
+    Args:
+        attribute: the name under which they live on the attention module, and so in state dicts and checkpoints.
+        make: makes them for a head dimension and the method's settings.
+    """
+
+    attribute: str
+    make: Callable[[int, Any], nn.Module]
+
+
+@dataclasses.dataclass(frozen=True)
 class Method:
     """What the rest of the library knows of an attention method.
 
@@ -32,7 +45,7 @@ class Method:
         plan: makes the plan for a grid and settings.
         summary: one line for people.
         source: where it was published.
-        module: makes a layer's learned weights for a head dimension and settings; None if it has none.
+        module: the learned weights of a layer; None if the method has none.
     """
 
     name: str
@@ -40,13 +53,18 @@ class Method:
     plan: Callable[[TokenGrid, Any], Plan]
     summary: str
     source: str
-    module: Callable[[int, Any], nn.Module] | None = None
+    module: LearnedModule | None = None
 
 
 @functools.cache
 def get_methods() -> Mapping[str, Method]:
     """Every method by name, sorted."""
     return {found.name: found for found in _declared("methods", "METHOD")}
+
+
+def learned_attributes() -> frozenset[str]:
+    """Names under which learned weights of any method live on attention modules."""
+    return frozenset(method.module.attribute for method in get_methods().values() if method.module is not None)
 
 
 @functools.cache

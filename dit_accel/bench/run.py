@@ -226,10 +226,10 @@ def make_problem(row: Row, device: torch.device, impl: Impl = "auto") -> Problem
         ).transpose(1, 2)
         for _ in range(4)
     )
-    make = registry.get_method(setting.method).module
-    if make is None:
+    learned = registry.get_method(setting.method).module
+    if learned is None:
         return Problem(q, k, v, grad, plan, impl)
-    module = make(shape.head_dim, plan.config).to(device)
+    module = learned.make(shape.head_dim, plan.config).to(device)
     if not isinstance(module, SparseLinearAttention):
         raise DitAccelError(f"There is no exact result to hold {setting.method} against, so it is not timed.")
     with torch.no_grad():  # a projection of zeros would hide what the linear branch gets wrong

@@ -21,6 +21,7 @@ from torch import nn
 from dit_accel import values
 from dit_accel.checkpoint.format import replace_file
 from dit_accel.errors import DitAccelError
+from dit_accel.registry import learned_attributes
 
 ADAPTER = "dit_accel"
 LORA_FILE = "pytorch_lora_weights.safetensors"
@@ -82,10 +83,9 @@ def fingerprint(module: nn.Module) -> str:
 
 
 def _base_weights(module: nn.Module) -> Iterable[tuple[str, torch.Tensor]]:
-    from dit_accel.pipelines.processor import LEARNED
-
+    learned = learned_attributes()
     for name, weight in module.named_parameters():
-        if ".lora_" not in name and f".{LEARNED}." not in name:
+        if ".lora_" not in name and learned.isdisjoint(name.split(".")):
             yield name.replace(".base_layer", ""), weight
 
 

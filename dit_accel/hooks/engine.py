@@ -22,7 +22,7 @@ from dit_accel.hooks.steps import StepClock
 from dit_accel.kernels.block_sparse.api import Impl
 from dit_accel.pipelines import context_parallel, processor
 from dit_accel.pipelines.family import Call, Family, Layout, Memory
-from dit_accel.pipelines.processor import LEARNED, AcceleratedAttnProcessor, CallState
+from dit_accel.pipelines.processor import AcceleratedAttnProcessor, CallState
 from dit_accel.plans.plan import Plan, building
 from dit_accel.registry import Method
 from dit_accel.tokens import TokenGrid
@@ -73,7 +73,7 @@ class PlanCache:
 class Layer:
     """One self-attention module: its own processor and ours.
 
-    `config` counts where there is no `dense_reason`; `sees_text` as `Family.sees_text`.
+    `config` counts where there is no `dense_reason`; `sees_text` as `Family.sees_text`. `learned` lives at `attribute`.
     `measured` is what the self-check found, as in `selfcheck.Measured.sums`, on its device until it is asked for.
     """
 
@@ -85,21 +85,23 @@ class Layer:
     original: Any
     ours: AcceleratedAttnProcessor
     tally: Tally = dataclasses.field(default_factory=Tally)
+    attribute: str | None = None
     learned: nn.Module | None = None
     measured: torch.Tensor | None = None
 
-    def attach(self, learned: nn.Module | None) -> None:
-        if learned is not None:
-            if hasattr(self.attention, LEARNED):
-                raise DitAccelError(f"{self.name} already has a module named {LEARNED!r}; remove it first.")
-            self.attention.add_module(LEARNED, learned)
-            self.learned = learned
+    def attach(self, attribute: str | None = None, learned: nn.Module | None = None) -> None:
+        """Set our processor and, if there are any, learned weights as an attribute of the attention module."""
+        if attribute is not None:
+            if hasattr(self.attention, attribute):
+                raise DitAccelError(f"{self.name} already has a module named {attribute!r}; remove it first.")
+            self.attention.add_module(attribute, learned)
+            self.attribute, self.learned = attribute, learned
         self.attention.processor = self.ours  # type: ignore[assignment]
 
     def detach(self) -> bool:
         """Undo `attach`; False if another processor was set since, which then stays."""
-        if self.learned is not None and getattr(self.attention, LEARNED, None) is self.learned:
-            delattr(self.attention, LEARNED)
+        if self.attribute is not None and getattr(self.attention, self.attribute, None) is self.learned:
+            delattr(self.attention, self.attribute)
         if self.attention.processor is self.ours:
             self.attention.processor = self.original
         return self.attention.processor is self.original
@@ -190,7 +192,8 @@ class Engine:
         for (name, attention), (config, reason) in zip(found, self._decide(settings, len(found)), strict=True):
             sees_text, state = self._family.sees_text(name), self._dense_state
             if reason is None:
-                fresh = CallState(self._impl, self._family.text_is_keys)
+                learned = None if self._method.module is None else self._method.module.attribute
+                fresh = CallState(self._impl, self._family.text_is_keys, learned)
                 state = self._states.setdefault((config, sees_text), fresh)
             own: Any = attention.processor
             if isinstance(own, AcceleratedAttnProcessor):  # of an accelerator that this one is to replace
@@ -215,14 +218,16 @@ class Engine:
         self._check_sharing()
         self._owner = owner
         for layer in self.layers:
-            learned = None
-            if self._method.module is not None and layer.dense_reason is None:
-                device = next(layer.attention.parameters()).device
-                with building():
-                    learned = self._method.module(self._family.head_dim(layer.attention), layer.config)
-                    if device.type != "meta":  # as offloaded weights are between calls
-                        learned.to(device)
-            layer.attach(learned)
+            module = self._method.module
+            if module is None or layer.dense_reason is not None:
+                layer.attach()
+                continue
+            device = next(layer.attention.parameters()).device
+            with building():
+                learned = module.make(self._family.head_dim(layer.attention), layer.config)
+                if device.type != "meta":  # as offloaded weights are between calls
+                    learned.to(device)
+            layer.attach(module.attribute, learned)
         # Compiled transformers run their hooks outside the graph, but with Dynamo watching: the first hook is traced,
         # which tells that the transformer is compiled; the second is not.
         self._handles = [
@@ -260,7 +265,7 @@ class Engine:
     def learned_modules(self) -> Iterator[tuple[str, nn.Module]]:
         for layer in self.layers:
             if layer.learned is not None:
-                yield f"{self.name}.{layer.name}.{LEARNED}", layer.learned
+                yield f"{self.name}.{layer.name}.{layer.attribute}", layer.learned
 
     def _note_compiled(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         self._compiled = torch.compiler.is_compiling()

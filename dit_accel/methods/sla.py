@@ -24,7 +24,7 @@ from dit_accel.plans.asked import Asked, Kind
 from dit_accel.plans.blocks import BlockMask
 from dit_accel.plans.plan import Plan, beside, building
 from dit_accel.plans.tiles import tile_shapes
-from dit_accel.registry import Method
+from dit_accel.registry import LearnedModule, Method
 from dit_accel.tokens import TokenGrid
 
 # Shares such as 0.7 + 0.3 do not always add up to 1 in binary.
@@ -377,7 +377,10 @@ METHOD = Method(
     name="sla",
     config=Config,
     plan=lambda grid, config: SlaPlan(config, grid),
-    module=lambda head_dim, config: SparseLinearAttention(head_dim, **dataclasses.asdict(config)),
+    module=LearnedModule(
+        attribute="sparse_linear",
+        make=lambda head_dim, config: SparseLinearAttention(head_dim, **dataclasses.asdict(config)),
+    ),
     summary="top-k key blocks exactly, a learned linear branch for the rest (needs fine-tuning)",
     source="SLA, arXiv 2509.24006; github.com/thu-ml/SLA",
 )

@@ -33,7 +33,6 @@ from dit_accel.kernels.block_sparse.api import Impl
 from dit_accel.pipelines.context_parallel import Ulysses
 from dit_accel.plans.plan import Plan
 
-LEARNED = "sparse_linear"
 Watch = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, "float | None", "CallState"], None]
 # Called with a processor and then as the processor is: computes what it does, with its attention through `attend`.
 SparseCall = Callable[..., Any]
@@ -54,10 +53,11 @@ class CallState:
         ulysses: how several processes share the call's sequence; None if this one holds it all.
         impl: as in `plans.attention`.
         text_is_keys: as in `family.Family`.
+        learned: attribute of the attention modules that holds the method's learned weights; None if it has none.
     """
 
-    def __init__(self, impl: Impl = "auto", text_is_keys: bool = False) -> None:
-        self.sparse, self.text_is_keys = False, text_is_keys
+    def __init__(self, impl: Impl = "auto", text_is_keys: bool = False, learned: str | None = None) -> None:
+        self.sparse, self.text_is_keys, self.learned = False, text_is_keys, learned
         self.plan: Plan | None = None
         self.text_lens: torch.Tensor | None = None
         self.text_bias: torch.Tensor | None = None
@@ -179,7 +179,9 @@ def _wrapper_class(inner_type: type, sparse_call: SparseCall | None) -> type[Acc
         if not self.state.sparse:
             self.ran = True
             return self.inner(attn, *args, **kwargs)
-        _SLOT.state, _SLOT.learned, _SLOT.watch = self.state, getattr(attn, LEARNED, None), self.watch
+        learned = self.state.learned
+        _SLOT.learned = None if learned is None else getattr(attn, learned)
+        _SLOT.state, _SLOT.watch = self.state, self.watch
         _SLOT.replaced = _SLOT.others = 0
         try:
             result = sparse(self.inner, attn, *args, **kwargs)
