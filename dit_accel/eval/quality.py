@@ -15,8 +15,7 @@ from typing import TYPE_CHECKING, Any
 from dit_accel.errors import DitAccelError
 from dit_accel.eval import gates
 from dit_accel.eval.attention import parse_choice
-from dit_accel.eval.metrics.catalogue import choose
-from dit_accel.eval.metrics.metric import Metric
+from dit_accel.eval.metric import ChosenMetric, choose
 from dit_accel.eval.processes import Processes
 from dit_accel.eval.samples import Results, Store
 from dit_accel.eval.summary import FIGURES, Evaluation, Summary, limited, write
@@ -190,14 +189,14 @@ def _count_images(media: tuple[Captioned, ...]) -> int:
     return count
 
 
-def _check_sets(metrics: list[Metric], reference: int | None, generated: int, device: torch.device) -> None:
+def _check_sets(metrics: list[ChosenMetric], reference: int | None, generated: int, device: torch.device) -> None:
     """Refuse what was asked for by name and would have no figure."""
     from dit_accel.eval.scoring import features_of
 
     for metric in metrics:
-        if metric.kind.collect is None or not metric.asked:
+        if metric.declared.collect is None or not metric.asked:
             continue
-        least = metric.kind.least(features_of(metric, device))
+        least = metric.declared.least(features_of(metric, device))
         for whose, count in (("the reference set has", reference), ("this run generates", generated)):
             if count is not None and count < least:
                 raise DitAccelError(

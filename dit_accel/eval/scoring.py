@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torchmetrics import CatMetric
 
-from dit_accel.eval.metrics.metric import Item, Metric, TooFew
+from dit_accel.eval.metric import ChosenMetric, Scored, TooFew
 from dit_accel.generation import captioned
 from dit_accel.generation.captioned import Captioned
 from dit_accel.generation.processes import Process
 
 if TYPE_CHECKING:
     import numpy as np
-    from torchmetrics import Metric as Collected
+    import torchmetrics
 
 Figure = dict[str, Any]
 
@@ -33,53 +33,53 @@ class Scorer:
         device: where networks and sums are.
     """
 
-    def __init__(self, metrics: Sequence[Metric], labels: Sequence[str], device: torch.device) -> None:
+    def __init__(self, metrics: Sequence[ChosenMetric], labels: Sequence[str], device: torch.device) -> None:
         self.metrics, self.labels, self.device = metrics, labels, device
         self._values: dict[tuple[str, str], CatMetric] = {}
-        self._sets: dict[tuple[str, str], Collected] = {}
+        self._sets: dict[tuple[str, str], torchmetrics.Metric] = {}
         for metric in metrics:
             for label in labels:
-                if metric.kind.score is not None:
+                if metric.declared.score is not None:
                     values = CatMetric(nan_strategy="error").set_dtype(torch.float64)
                     self._values[metric.name, label] = values.to(device)
                 else:
-                    assert metric.kind.collect is not None
-                    collected = metric.kind.collect(features_of(metric, device))
+                    assert metric.declared.collect is not None
+                    collected = metric.declared.collect(features_of(metric, device))
                     self._sets[metric.name, label] = collected.to(device)
 
-    def add(self, prompt: str, frames: Mapping[str, np.ndarray], reference: np.ndarray, *, compare_sets: bool) -> None:
+    def add(self, prompt: str, frames: Mapping[str, np.ndarray], baseline: np.ndarray, *, compare_sets: bool) -> None:
         """Score one prompt and seed.
 
         Args:
             prompt: what was asked for.
             frames: of each method, uint8 [F, H, W, 3].
-            reference: of the same prompt and seed.
-            compare_sets: whether the reference's frames are the reference set too.
+            baseline: frames of the same prompt and seed.
+            compare_sets: whether the baseline's frames are the real set too.
         """
-        goal = as_tensor(reference, self.device)
-        real = Item(goal, goal, prompt)
+        goal = as_tensor(baseline, self.device)
+        real = Scored(goal, goal, prompt)
         for label in self.labels:
-            item = Item(as_tensor(frames[label], self.device), goal, prompt)
+            sample = Scored(as_tensor(frames[label], self.device), goal, prompt)
             for metric in self.metrics:
-                if metric.kind.score is not None:
-                    value = metric.kind.score(item, metric.network)
+                if metric.declared.score is not None:
+                    value = metric.declared.score(sample, metric.network)
                     # In a row: torchmetrics gathers a lone scalar in another shape than several.
                     self._values[metric.name, label].update(torch.tensor([value], dtype=torch.float64))
                     continue
                 collected = self._sets[metric.name, label]
-                collected.update(item.features(metric.network), real=False)
+                collected.update(sample.features(metric.network), real=False)
                 if compare_sets:
                     collected.update(real.features(metric.network), real=True)
 
-    def add_reference_set(self, media: Iterable[Captioned]) -> None:
+    def add_real_set(self, media: Iterable[Captioned]) -> None:
         """Make images and videos the set that distributions are compared with."""
-        sets = [metric for metric in self.metrics if metric.kind.collect is not None]
+        sets = [metric for metric in self.metrics if metric.declared.collect is not None]
         for found in media if sets else ():
             frames = as_tensor(captioned.read_frames(found.path), self.device)
-            item = Item(frames, frames, found.caption or "")
+            sample = Scored(frames, frames, found.caption or "")
             for metric in sets:
                 for label in self.labels:
-                    self._sets[metric.name, label].update(item.features(metric.network), real=True)
+                    self._sets[metric.name, label].update(sample.features(metric.network), real=True)
 
     def values(self, label: str) -> dict[str, list[float]]:
         """The value of each sample, by metric, in the order of the samples; all processes call this together."""
@@ -94,7 +94,7 @@ class Scorer:
         figures = {}
         for metric in self.metrics:
             if metric.name in values:
-                figures[metric.name] = summary(values[metric.name], decibels=metric.kind.decibels)
+                figures[metric.name] = summary(values[metric.name], decibels=metric.declared.decibels)
                 continue
             try:
                 figures[metric.name] = {"value": float(self._sets[metric.name, label].compute()), "spread": None}
@@ -130,7 +130,7 @@ def as_tensor(frames: np.ndarray, device: torch.device) -> torch.Tensor:
     return torch.from_numpy(frames).to(device).movedim(-1, 1).float() / 255
 
 
-def features_of(metric: Metric, device: torch.device) -> int:
+def features_of(metric: ChosenMetric, device: torch.device) -> int:
     """How many features the network of a metric gives for an image."""
     return int(metric.network.features(torch.zeros(1, 3, 64, 64, device=device)).shape[1])
 
@@ -139,7 +139,7 @@ Frames = Callable[[str], "np.ndarray"]
 
 
 def score(
-    metrics: Sequence[Metric],
+    metrics: Sequence[ChosenMetric],
     labels: Sequence[str],
     samples: Sequence[tuple[str, Frames]],
     media: Sequence[Captioned],
@@ -150,9 +150,9 @@ def score(
 
     Args:
         metrics: to score.
-        labels: of the methods, the reference first.
+        labels: of the methods, the baseline first.
         samples: of all prompts and seeds: the prompt, and what reads the frames of a label.
-        media: the reference set; if empty, the reference's own frames are it.
+        media: the real set; if empty, the baseline's own frames are it.
         process: whose share of the work is done here; torchmetrics adds up those of all.
         device: where the networks run.
 
@@ -163,7 +163,7 @@ def score(
     for prompt, read in process.share(samples):
         frames = {label: read(label) for label in labels}
         scorer.add(prompt, frames, frames[labels[0]], compare_sets=not media)
-    scorer.add_reference_set(process.share(media))
+    scorer.add_real_set(process.share(media))
     found = {}
     for label in labels:
         values = scorer.values(label)

@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from dit_accel.errors import DitAccelError
-from dit_accel.eval.metrics.metric import Metric
+from dit_accel.eval.metric import ChosenMetric
 from dit_accel.eval.processes import Processes
 from dit_accel.eval.report import write_report
 from dit_accel.eval.samples import Row
@@ -58,7 +58,7 @@ class Evaluation:
     entries: Sequence[Entry]
     items: Sequence[Item]
     sweep: Sweep
-    metrics: Sequence[Metric]
+    metrics: Sequence[ChosenMetric]
     media: Sequence[Captioned]
     images: int
     attention: Sequence[dict[str, Any]]

@@ -96,9 +96,10 @@ class TestResults:
 
     def test_too_few_images_say_so_by_default(self, evaluate, tmp_path, monkeypatch, clip_folder):
         """What was asked for by name is refused before the work; the default set says what it lacks."""
-        from dit_accel.eval.metrics import catalogue as metrics
+        from dit_accel.eval import metric
 
-        monkeypatch.setattr(metrics, "EMBEDDED", ("psnr", f"fid[{clip_folder}]"))
+        usual = [(metric.get("psnr"), None), (metric.get("fid"), str(clip_folder))]
+        monkeypatch.setattr(metric, "defaults", lambda embedded: usual)
         outcome = evaluate("--method", GNA, metrics=())
         assert outcome.status == 0, outcome.err
         figure = json.loads((tmp_path / "out" / "summary.json").read_text())["rows"][1]["figures"]["fid[tiny-clip]"]

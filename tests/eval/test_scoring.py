@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from dit_accel.eval import scoring
+from dit_accel.eval.metric import ChosenMetric
 from dit_accel.eval.metrics.fid import METRIC as FID
 from dit_accel.eval.metrics.frame_agreement import METRIC as AGREEMENT
 from dit_accel.eval.metrics.kid import METRIC as KID
-from dit_accel.eval.metrics.metric import Metric
 from dit_accel.eval.metrics.psnr import METRIC as PSNR
 from dit_accel.eval.metrics.ssim import METRIC as SSIM
 from dit_accel.generation.processes import Process
@@ -19,8 +19,8 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def chosen(pooled):
-    kinds = ((PSNR, None), (SSIM, None), (FID, pooled), (KID, pooled), (AGREEMENT, pooled))
-    return [Metric(kind.name, kind, network, asked=True) for kind, network in kinds]
+    declared = ((PSNR, None), (SSIM, None), (FID, pooled), (KID, pooled), (AGREEMENT, pooled))
+    return [ChosenMetric(metric.name, metric, network, asked=True) for metric, network in declared]
 
 
 def scored(chosen, references, others, media=()):

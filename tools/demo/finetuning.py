@@ -23,9 +23,9 @@ from PIL import Image
 
 import dit_accel
 from dit_accel.checkpoint.lora import fingerprint
-from dit_accel.eval.metrics.clip import Clip
 from dit_accel.eval.metrics.fid import Fid
 from dit_accel.eval.metrics.psnr import psnr
+from dit_accel.eval.networks import Clip
 from dit_accel.generation.provenance import provenance
 from dit_accel.pipelines.demo import clips, load_demo
 from dit_accel.train import data, prepare
@@ -123,7 +123,7 @@ def figures(videos: np.ndarray, dense: np.ndarray, true: np.ndarray) -> dict[str
 
 def distance(videos: np.ndarray, reference: np.ndarray) -> float:
     """FID of all frames' features."""
-    clip = Clip.load("demo")
+    clip = Clip.load("demo-clip")
     real, own = (
         torch.cat([clip.features(torch.from_numpy(video).movedim(-1, 1)) for video in some])
         for some in (reference, videos)

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dit_accel.eval.metrics.clip import Clip
+from dit_accel.eval.networks import Clip
 from dit_accel.pipelines.demo import clips
 from dit_accel.pipelines.demo.codec import SlopeCodec
 from tools.demo_clip.frames import VISIBLE, blur, difference, draw, never_shown, variants
@@ -69,7 +69,7 @@ def told(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--clip", default="demo", help="'demo', or a folder that train.py wrote")
+    parser.add_argument("--clip", default="demo-clip", help="'demo-clip', or a folder that train.py wrote")
     parser.add_argument("--times", type=int, default=4, help="clips drawn of each held-out scene")
     parser.add_argument("--size", default="128x128", help="height x width of the frames")
     parser.add_argument("--output", type=Path, help="write the figures as JSON here too")

@@ -22,7 +22,7 @@ from torch.nn import functional
 from transformers import CLIPConfig, CLIPModel
 
 from dit_accel.eval.demo_clip import FOLDER, NAME
-from dit_accel.eval.metrics.clip import Clip, Preparation
+from dit_accel.eval.networks import Clip, Preparation
 from dit_accel.pipelines.demo import clips
 from dit_accel.pipelines.demo.clips import Scene
 from tools.demo.model import build_tokenizer

@@ -1,6 +1,6 @@
 """The embedded CLIP: a small `transformers` CLIP trained on the demo's captioned clips, for machines without network.
 
-`FOLDER` holds it in transformers' format, and `dit_accel.eval.metrics.clip.Clip.load("demo")` loads it. `README.md`
+`FOLDER` holds it in transformers' format, and `dit_accel.eval.networks.Clip.load("demo-clip")` loads it. `README.md`
 beside this file is the model card; `tools/demo_clip` makes the weights and the card's figures.
 """
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torchmetrics.functional.regression import cosine_similarity
 
-from dit_accel.eval.metrics.metric import Kind
+from dit_accel.eval.metric import Metric
+from dit_accel.eval.networks import Networks
 
 
 def clip_score(images: torch.Tensor, text: torch.Tensor) -> float:
@@ -23,12 +24,13 @@ def clip_score(images: torch.Tensor, text: torch.Tensor) -> float:
     return max(100 * float(cosine_similarity(images, text.expand_as(images), reduction="mean")), 0.0)
 
 
-METRIC = Kind(
+METRIC = Metric(
     name="clip_score",
     title="CLIP score",
     unit="",
     better="higher",
     about="100 times the cosine between CLIP's vectors of each frame and of the prompt, averaged; from 0 to 100.",
-    network="clip",
-    score=lambda item, clip: clip_score(item.images(clip), clip.texts([item.prompt])[0]),
+    order=8,
+    network=Networks.clip,
+    score=lambda sample, clip: clip_score(sample.images(clip), clip.texts([sample.prompt])[0]),
 )

@@ -6,7 +6,8 @@ import torch
 from torch import nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 
-from dit_accel.eval.metrics.metric import Kind, TooFew
+from dit_accel.eval.metric import Metric, TooFew
+from dit_accel.eval.networks import INCEPTION, Networks
 
 
 class Given(nn.Module):
@@ -56,13 +57,16 @@ def least(features: int) -> int:
     return features + 1
 
 
-METRIC = Kind(
+METRIC = Metric(
     name="fid",
     title="FID",
     unit="",
     better="lower",
-    about="Fréchet distance between the features of all frames and those of the reference; 0 for equal sets.",
-    network="features",
+    about="Fréchet distance between the features of all frames and those of the real set; 0 for equal sets.",
+    order=6,
+    network=Networks.features,
+    published=INCEPTION,
+    packages=("torch_fidelity",),
     collect=Fid,
     least=least,
 )

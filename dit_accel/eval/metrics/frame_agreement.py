@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torchmetrics.functional.regression import cosine_similarity
 
-from dit_accel.eval.metrics.metric import Kind
+from dit_accel.eval.metric import Metric
+from dit_accel.eval.networks import Networks
 
 
 def frame_agreement(images: torch.Tensor) -> float:
@@ -25,13 +26,14 @@ def frame_agreement(images: torch.Tensor) -> float:
     return float(cosine_similarity(images[:-1], images[1:], reduction="mean"))
 
 
-METRIC = Kind(
+METRIC = Metric(
     name="frame_agreement",
     title="Frame agreement",
     unit="",
     better="higher",
     about="Cosine between CLIP's vectors of neighbouring frames, averaged; a still picture has 1.",
-    network="clip",
-    score=lambda item, clip: frame_agreement(item.images(clip)),
+    order=9,
+    network=Networks.clip,
+    score=lambda sample, clip: frame_agreement(sample.images(clip)),
     video=True,
 )

@@ -7,8 +7,9 @@ import warnings
 import torch
 from torchmetrics.image.kid import KernelInceptionDistance
 
+from dit_accel.eval.metric import Metric, TooFew
 from dit_accel.eval.metrics.fid import Given
-from dit_accel.eval.metrics.metric import Kind, TooFew
+from dit_accel.eval.networks import INCEPTION, Networks
 
 SUBSET = 1000  # images a subset, as published; smaller sets are taken whole
 SUBSETS = 100
@@ -54,13 +55,16 @@ def _parts(features: torch.Tensor | list[torch.Tensor]) -> list[torch.Tensor]:
     return [features] if isinstance(features, torch.Tensor) else features
 
 
-METRIC = Kind(
+METRIC = Metric(
     name="kid",
     title="KID",
     unit="",
     better="lower",
-    about="Kernel distance (cubic, unbiased, 100 subsets of up to 1,000) between all frames and the reference.",
-    network="features",
+    about="Kernel distance (cubic, unbiased, 100 subsets of up to 1,000) between all frames and the real set.",
+    order=7,
+    network=Networks.features,
+    published=INCEPTION,
+    packages=("torch_fidelity",),
     collect=Kid,
     least=lambda features: LEAST,
 )

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 
 from dit_accel.errors import DitAccelError
-from dit_accel.eval.metrics.metric import Kind, require_packages
+from dit_accel.eval.metric import Metric
+from dit_accel.eval.networks import Networks, require_package
 from dit_accel.generation.sources import first_line
 
 BACKBONE = "alex"  # the variant its authors recommend as a metric
@@ -32,7 +33,7 @@ class Lpips:
         Raises:
             DitAccelError: torchvision is missing or cannot be loaded, or the backbone cannot be fetched.
         """
-        require_packages("lpips", ("torchvision",))
+        require_package("lpips", "torchvision")
         from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
 
         try:
@@ -44,19 +45,37 @@ class Lpips:
         return cls(metric.to(device), device)
 
     @torch.no_grad()
-    def __call__(self, frames: torch.Tensor, reference: torch.Tensor) -> float:
+    def __call__(self, frames: torch.Tensor, baseline: torch.Tensor) -> float:
         """The distance, averaged over frames [F, 3, H, W] in [0, 1]; 0 for equal ones."""
-        value = float(self.metric(frames.to(self.device), reference.to(self.device)))
+        value = float(self.metric(frames.to(self.device), baseline.to(self.device)))
         self.metric.reset()
         return value
 
 
-METRIC = Kind(
+def load(networks: Networks, source: str | None) -> Lpips:
+    """The published network, which has no other source.
+
+    Raises:
+        DitAccelError: one was asked for, or see `Lpips.load`.
+    """
+    if source is not None:
+        raise DitAccelError(
+            f"lpips is the published one and takes no network; perceptual[{source}] is its formula on another."
+        )
+    network: Lpips = networks.once(Lpips.name, lambda: Lpips.load(networks.device))
+    return network
+
+
+METRIC = Metric(
     name="lpips",
     title="LPIPS",
     unit="",
     better="lower",
-    about="Learned perceptual distance (AlexNet) to the reference of the same prompt and seed, averaged over frames.",
-    network="lpips",
-    score=lambda item, lpips: lpips(item.frames, item.reference),
+    about="Learned perceptual distance (AlexNet) to the baseline of the same prompt and seed, averaged over frames.",
+    order=4,
+    network=load,
+    published=Lpips.name,
+    packages=("torchvision",),
+    default="published",
+    score=lambda sample, lpips: lpips(sample.frames, sample.baseline),
 )

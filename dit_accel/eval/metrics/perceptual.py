@@ -1,4 +1,4 @@
-"""Perceptual distance: how far frames are from a reference for a network that looks at them."""
+"""Perceptual distance: how far frames are from a baseline for a network that looks at them."""
 
 from __future__ import annotations
 
@@ -8,16 +8,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from dit_accel.eval.metrics.metric import Kind
+from dit_accel.eval.metric import Metric
+from dit_accel.eval.networks import Networks
 
 
 class Layered(Protocol):
-    """What gives activations for frames, as `dit_accel.eval.metrics.clip.Clip` does."""
+    """What gives activations for frames, as `dit_accel.eval.networks.Clip` does."""
 
     def layers(self, frames: Tensor) -> list[Tensor]: ...
 
 
-def perceptual(frames: Tensor, reference: Tensor, network: Layered) -> Tensor:
+def perceptual(frames: Tensor, baseline: Tensor, network: Layered) -> Tensor:
     """LPIPS's distance (Zhang et al. 2018, equation 1) with all weights one, on the layers of any network.
 
     Per layer: activations scaled to unit length over channels, squared differences summed over channels and averaged
@@ -25,7 +26,7 @@ def perceptual(frames: Tensor, reference: Tensor, network: Layered) -> Tensor:
     network.
 
     Args:
-        frames, reference: float [N, 3, H, W] in [0, 1], of the same shape.
+        frames, baseline: float [N, 3, H, W] in [0, 1], of the same shape.
         network: its `layers` give [N, C, h, w] each.
 
     Returns:
@@ -34,9 +35,9 @@ def perceptual(frames: Tensor, reference: Tensor, network: Layered) -> Tensor:
     Raises:
         ValueError: the shapes differ.
     """
-    if frames.shape != reference.shape:
-        raise ValueError(f"Perceptual distance: equal shapes, got {tuple(frames.shape)} and {tuple(reference.shape)}.")
-    pairs = zip(network.layers(frames), network.layers(reference), strict=True)
+    if frames.shape != baseline.shape:
+        raise ValueError(f"Perceptual distance: equal shapes, got {tuple(frames.shape)} and {tuple(baseline.shape)}.")
+    pairs = zip(network.layers(frames), network.layers(baseline), strict=True)
     return torch.stack([_distance(ours, theirs) for ours, theirs in pairs]).sum(0)
 
 
@@ -45,12 +46,14 @@ def _distance(ours: Tensor, theirs: Tensor) -> Tensor:
     return difference.square().sum(1).mean((1, 2))
 
 
-METRIC = Kind(
+METRIC = Metric(
     name="perceptual",
     title="Perceptual distance",
     unit="",
     better="lower",
-    about="LPIPS's formula, unweighted, on CLIP's image layers: distance to the reference, averaged over frames.",
-    network="clip",
-    score=lambda item, clip: float(perceptual(item.frames, item.reference, clip).mean()),
+    about="LPIPS's formula, unweighted, on CLIP's image layers: distance to the baseline, averaged over frames.",
+    order=5,
+    network=Networks.clip,
+    default="embedded",
+    score=lambda sample, clip: float(perceptual(sample.frames, sample.baseline, clip).mean()),
 )

@@ -1,18 +1,18 @@
-"""Peak signal-to-noise ratio: how far the pixels are from a reference, in decibels."""
+"""Peak signal-to-noise ratio: how far the pixels are from a baseline, in decibels."""
 
 from __future__ import annotations
 
 import torch
 from torchmetrics.functional.image import peak_signal_noise_ratio
 
-from dit_accel.eval.metrics.metric import Kind
+from dit_accel.eval.metric import Metric
 
 
-def psnr(frames: torch.Tensor, reference: torch.Tensor) -> float:
+def psnr(frames: torch.Tensor, baseline: torch.Tensor) -> float:
     """PSNR over all frames, colours and pixels together: 10 log10(1 / MSE).
 
     Args:
-        frames, reference: float [F, C, H, W] with values in [0, 1], of the same shape.
+        frames, baseline: float [F, C, H, W] with values in [0, 1], of the same shape.
 
     Returns:
         Decibels, more is closer; infinity for identical frames.
@@ -20,17 +20,18 @@ def psnr(frames: torch.Tensor, reference: torch.Tensor) -> float:
     Raises:
         ValueError: the shapes differ.
     """
-    if frames.shape != reference.shape:
-        raise ValueError(f"PSNR compares equal shapes, got {tuple(frames.shape)} and {tuple(reference.shape)}.")
-    return float(peak_signal_noise_ratio(frames.float(), reference.float(), data_range=1.0))
+    if frames.shape != baseline.shape:
+        raise ValueError(f"PSNR compares equal shapes, got {tuple(frames.shape)} and {tuple(baseline.shape)}.")
+    return float(peak_signal_noise_ratio(frames.float(), baseline.float(), data_range=1.0))
 
 
-METRIC = Kind(
+METRIC = Metric(
     name="psnr",
     title="PSNR",
     unit="dB",
     better="higher",
-    about="10 log10(1 / MSE) to the reference of the same prompt and seed, over all 8-bit pixels; MSEs are averaged.",
-    score=lambda item, network: psnr(item.frames, item.reference),
+    about="10 log10(1 / MSE) to the baseline of the same prompt and seed, over all 8-bit pixels; MSEs are averaged.",
+    order=1,
+    score=lambda sample, network: psnr(sample.frames, sample.baseline),
     decibels=True,
 )

@@ -11,12 +11,13 @@ from torchmetrics.image.kid import KernelInceptionDistance
 from torchmetrics.multimodal.clip_score import CLIPScore
 
 from dit_accel.errors import DitAccelError
-from dit_accel.eval.metrics import catalogue as metrics
+from dit_accel.eval import metric as machinery
+from dit_accel.eval import metrics
+from dit_accel.eval.metric import Scored, TooFew, choose
 from dit_accel.eval.metrics.clip_score import clip_score
 from dit_accel.eval.metrics.fid import Fid
 from dit_accel.eval.metrics.frame_agreement import frame_agreement
 from dit_accel.eval.metrics.kid import Kid
-from dit_accel.eval.metrics.metric import Item, TooFew
 from dit_accel.eval.metrics.temporal_psnr import temporal_psnr
 
 CPU = torch.device("cpu")
@@ -165,12 +166,43 @@ class TestTemporal:
 class TestNames:
     """What can be asked for."""
 
-    @pytest.mark.parametrize("name", metrics.NAMES)
-    def test_each_has_a_file(self, name):
-        kind = importlib.import_module(f"dit_accel.eval.metrics.{name}").METRIC
-        assert kind.name == name
-        assert (kind.score is None) != (kind.collect is None)
-        assert kind.about.endswith(".")
+    @pytest.mark.parametrize("name", machinery.names())
+    def test_each_is_declared_under_its_files_name(self, name):
+        metric = machinery.get(name)
+        assert metric.name == name
+        assert (metric.score is None) != (metric.collect is None)
+        assert metric.about.endswith(".")
+
+    def test_defaults(self, monkeypatch):
+        """With the published networks where their packages are; else, and for the embedded model, with its CLIP."""
+
+        def listed(embedded):
+            return [
+                metric.name if source is None else f"{metric.name}[{source}]" for metric, source in defaults(embedded)
+            ]
+
+        defaults = machinery.defaults
+        own = ["psnr", "ssim", "temporal_psnr"]
+        clip = [f"{name}[demo-clip]" for name in ("perceptual", "fid", "kid", "clip_score", "frame_agreement")]
+        monkeypatch.setattr(machinery, "installed", lambda packages: True)
+        assert listed(embedded=False) == [*own, "lpips", "fid", "kid", "clip_score", "frame_agreement"]
+        assert listed(embedded=True) == own + clip
+        monkeypatch.setattr(machinery, "installed", lambda packages: "torchvision" not in packages)
+        assert listed(embedded=False) == own + clip
+
+    def test_one_file_makes_a_metric(self, tmp_path, monkeypatch):
+        """Elsewhere, too: nothing of the package lists it."""
+        (tmp_path / "brightness.py").write_text(
+            "from dit_accel.eval.metric import Metric\n"
+            "METRIC = Metric(name='brightness', title='Brightness', unit='', better='higher', about='Mean of all.',\n"
+            "                order=0, score=lambda sample, network: float(sample.frames.mean()))\n"
+        )
+        monkeypatch.setattr(metrics, "__path__", [*metrics.__path__, str(tmp_path)])
+        monkeypatch.delitem(sys.modules, "dit_accel.eval.metrics.brightness", raising=False)
+        (asked,) = choose(["brightness"], embedded=True, frames=1, device=CPU)
+        frames = torch.full((1, 3, 4, 4), 0.25)
+        assert asked.declared.score(Scored(frames, frames, ""), asked.network) == 0.25
+        assert choose([], embedded=True, frames=1, device=CPU)[0].name == "brightness"
 
     @pytest.mark.parametrize(
         ("asked", "message"),
@@ -187,18 +219,18 @@ class TestNames:
     )
     def test_refused(self, asked, message):
         with pytest.raises(DitAccelError) as error:
-            metrics.choose(asked, embedded=True, frames=5, device=CPU)
+            choose(asked, embedded=True, frames=5, device=CPU)
         assert message in str(error.value)
 
     def test_images_have_no_neighbours(self):
         with pytest.raises(DitAccelError, match="temporal_psnr compares neighbouring frames"):
-            metrics.choose(["temporal_psnr"], embedded=True, frames=1, device=CPU)
+            choose(["temporal_psnr"], embedded=True, frames=1, device=CPU)
 
     @pytest.mark.parametrize(("metric", "package"), [("fid", "torch_fidelity"), ("lpips", "torchvision")])
     def test_extra_that_is_absent_or_does_not_load(self, metric, package, tmp_path, monkeypatch):
         def refused() -> str:
             with pytest.raises(DitAccelError) as error:
-                metrics.choose([metric], embedded=False, frames=5, device=CPU)
+                choose([metric], embedded=False, frames=5, device=CPU)
             return str(error.value)
 
         if importlib.util.find_spec(package) is None:
@@ -212,6 +244,6 @@ class TestNames:
 def test_a_network_sees_a_frame_once(pooled, monkeypatch):
     calls = []
     monkeypatch.setattr(pooled, "features", lambda frames: calls.append(1) or frames.flatten(1))
-    item = Item(torch.zeros(2, 3, 4, 4), torch.zeros(2, 3, 4, 4), "")
-    assert item.features(pooled) is item.features(pooled)
+    sample = Scored(torch.zeros(2, 3, 4, 4), torch.zeros(2, 3, 4, 4), "")
+    assert sample.features(pooled) is sample.features(pooled)
     assert calls == [1]

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from dit_accel.eval.metrics.clip import Clip
 from dit_accel.eval.metrics.perceptual import perceptual
+from dit_accel.eval.networks import Clip
 from dit_accel.pipelines.demo import clips
 from tools.demo_clip.frames import blur, draw
 
@@ -29,7 +29,7 @@ def test_formula_by_hand():
 
 def test_identity_is_zero_and_blur_counts():
     """On the embedded network: more blur is farther, frame by frame on average."""
-    clip = Clip.load("demo")
+    clip = Clip.load("demo-clip")
     generator = torch.Generator().manual_seed(0)
     frames = draw(list(clips.scenes(held_out=True))[::4], (128, 128), generator)
     assert perceptual(frames, frames, clip).tolist() == [0.0] * len(frames)

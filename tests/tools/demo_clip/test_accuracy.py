@@ -3,7 +3,7 @@
 import torch
 
 from dit_accel.eval.demo_clip import FOLDER
-from dit_accel.eval.metrics.clip import Clip
+from dit_accel.eval.networks import Clip
 from dit_accel.pipelines.demo import clips
 from tools.demo_clip import accuracy, frames
 
@@ -30,7 +30,7 @@ def test_weights_are_small():
 
 
 def test_it_tells_nine_pairs_in_ten_of_held_out_clips():
-    clip = Clip.load("demo")
+    clip = Clip.load("demo-clip")
     for name, spoil in accuracy.CONDITIONS.items():
         shares = accuracy.told(clip, HELD_OUT, spoil)
         assert shares["pairs"] > 600

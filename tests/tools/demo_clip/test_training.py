@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional
 from transformers import CLIPModel
 
-from dit_accel.eval.metrics.clip import Clip
+from dit_accel.eval.networks import Clip
 from dit_accel.pipelines.demo import clips
 from dit_accel.pipelines.demo.clips import Scene
 from tools.demo_clip import frames, train

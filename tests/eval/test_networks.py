@@ -7,7 +7,7 @@ import torch
 from transformers import UMT5Config
 
 from dit_accel.errors import DitAccelError
-from dit_accel.eval.metrics.clip import Clip, Preparation, read_preparation
+from dit_accel.eval.networks import Clip, Preparation, read_preparation
 
 
 def test_towers_of_a_folder(clip_folder):
@@ -66,7 +66,7 @@ def test_an_error_without_words_is_named(tmp_path, monkeypatch):
 
 
 def test_what_is_no_clip_is_refused(clip_folder, tmp_path):
-    with pytest.raises(DitAccelError, match=r"No CLIP could be loaded from nowhere/at-all: .*Give 'demo', a folder"):
+    with pytest.raises(DitAccelError, match=r"No CLIP could be loaded from nowhere/at-all: .*Give demo-clip, a folder"):
         Clip.load("nowhere/at-all")
     UMT5Config().save_pretrained(tmp_path / "other")
     with pytest.raises(DitAccelError, match="holds a model of type 'umt5'; give one of type 'clip'"):

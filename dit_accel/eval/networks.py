@@ -1,8 +1,11 @@
-"""CLIP (Radford et al. 2021): images and texts in one space, and the image tower's features for other metrics."""
+"""The networks that metrics see frames through: CLIP (Radford et al. 2021), and FID's own Inception."""
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import math
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,12 +15,91 @@ from torch import Tensor
 from torch.nn import functional
 
 from dit_accel.errors import DitAccelError
-from dit_accel.generation.sources import first_line
+from dit_accel.eval.demo_clip import FOLDER
+from dit_accel.eval.demo_clip import NAME as DEMO_CLIP
+from dit_accel.generation.sources import first_line, quietly
 
 if TYPE_CHECKING:
     from transformers import CLIPModel, PreTrainedTokenizerBase
 
-BATCH = 64  # frames in the image tower at once
+INCEPTION = "inception"
+HUB_CLIP = "openai/clip-vit-base-patch16"
+INCEPTION_FEATURES = 2048
+BATCH = 64  # frames in a network at once
+
+
+class Networks:
+    """Loads each network once.
+
+    Args:
+        device: where they run.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._loaded: dict[str, Any] = {}
+
+    def features(self, source: str | None) -> Any:
+        """A network with `features`: "inception" (if None), a file of its weights, or a CLIP as in `clip`."""
+        source = source or INCEPTION
+        if not _is_inception(source):
+            return self.clip(source)
+        weights = None if source == INCEPTION else Path(source)
+        return self.once(source, lambda: Inception.load(self.device, weights))
+
+    def clip(self, source: str | None) -> Any:
+        """A CLIP: "demo-clip", a folder, or a Hub id.
+
+        Raises:
+            DitAccelError: the source is Inception, which reads no texts, or cannot be loaded.
+        """
+        source = source or HUB_CLIP
+        if _is_inception(source):
+            raise DitAccelError(
+                f"This metric needs a network that reads texts, and {source} does not: give {DEMO_CLIP}, a folder or "
+                "a Hub id."
+            )
+
+        def load() -> Clip:
+            with quietly():
+                return Clip.load(source, device=self.device)
+
+        return self.once(source, load)
+
+    def once(self, source: str, load: Callable[[], Any]) -> Any:
+        """What `load` gives, called once for a source."""
+        if source not in self._loaded:
+            self._loaded[source] = load()
+        return self._loaded[source]
+
+
+def _is_inception(source: str) -> bool:
+    return source == INCEPTION or source.endswith(".pth")
+
+
+def require_package(metric: str, package: str) -> None:
+    """Check that a package is installed and can be loaded.
+
+    Raises:
+        DitAccelError: it is missing, with the command that installs it, or its import fails.
+    """
+    if not installed((package,)):
+        raise DitAccelError(
+            f"{metric} needs {package.replace('_', '-')}, which is not installed: "
+            f"pip install 'dit_accel[eval-reference]'. Or measure with the embedded {DEMO_CLIP}."
+        )
+    try:
+        importlib.import_module(package)
+    except (ImportError, OSError, RuntimeError) as error:  # a build for another torch raises any of these
+        raise DitAccelError(
+            f"{metric} needs {package.replace('_', '-')}, which is installed but cannot be loaded "
+            f"({first_line(error)}); install the build that belongs to this torch."
+        ) from error
+
+
+def installed(packages: Iterable[str]) -> bool:
+    """Whether all of them are; none is imported."""
+    return all(importlib.util.find_spec(package) is not None for package in packages)
 
 
 @dataclass(frozen=True)
@@ -63,18 +145,16 @@ class Clip:
 
     @classmethod
     def load(
-        cls, source: str | Path = "demo", device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+        cls, source: str | Path = DEMO_CLIP, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
     ) -> Clip:
-        """Load "demo" (the embedded one), a folder that `save_pretrained` wrote, or a hub id.
+        """Load "demo-clip" (the embedded one), a folder that `save_pretrained` wrote, or a Hub id.
 
         Raises:
             DitAccelError: the source holds no CLIP, or cannot be reached.
         """
         from transformers import AutoConfig, AutoTokenizer, CLIPModel
 
-        from dit_accel.eval.demo_clip import FOLDER, NAME
-
-        place = str(FOLDER) if source == "demo" else str(source)
+        place = str(FOLDER) if source == DEMO_CLIP else str(source)
         try:
             config = AutoConfig.from_pretrained(place)
             if config.model_type != "clip":
@@ -85,9 +165,9 @@ class Clip:
         except (OSError, ValueError) as error:
             raise DitAccelError(
                 f"No CLIP could be loaded from {place}: {first_line(error)} "
-                "Give 'demo', a folder in transformers' format, or a hub id."
+                f"Give {DEMO_CLIP}, a folder in transformers' format, or a Hub id."
             ) from error
-        return cls(NAME if source == "demo" else place.rstrip("/").rpartition("/")[2], model, tokenizer, prepare)
+        return cls(str(source).rstrip("/").rpartition("/")[2], model, tokenizer, prepare)
 
     @property
     def device(self) -> torch.device:
@@ -151,3 +231,50 @@ def read_preparation(source: str) -> Preparation:
         mean=tuple(config["image_mean"]),
         std=tuple(config["image_std"]),
     )
+
+
+class Inception:
+    """torch-fidelity's port of the Inception v3 that FID was defined with, as torchmetrics runs it.
+
+    Attributes:
+        name: "inception".
+    """
+
+    name = INCEPTION
+
+    def __init__(self, network: Any, device: torch.device) -> None:
+        self.network, self.device = network, device
+
+    @classmethod
+    def load(cls, device: torch.device, weights: Path | None = None) -> Inception:
+        """Load it.
+
+        Args:
+            device: where it runs.
+            weights: a local file; if None, torch-fidelity fetches them once.
+
+        Raises:
+            DitAccelError: torch-fidelity is missing or cannot be loaded, or the weights cannot be read or fetched.
+        """
+        require_package("fid and kid on Inception's features", "torch_fidelity")
+        if weights is not None and not weights.is_file():
+            raise DitAccelError(f"There is no file {weights} with Inception's weights.")
+        from torchmetrics.image.fid import NoTrainInceptionV3
+
+        path = None if weights is None else str(weights)
+        try:
+            network = NoTrainInceptionV3(
+                "inception-v3-compat", [str(INCEPTION_FEATURES)], feature_extractor_weights_path=path
+            )
+        except (OSError, RuntimeError) as error:  # RuntimeError: a state dict of another model
+            raise DitAccelError(
+                f"Inception's weights cannot be {'fetched' if weights is None else f'read from {weights}'} "
+                f"({first_line(error)}). Give a local file as fid[FILE.pth], or measure fid[demo-clip]."
+            ) from error
+        return cls(network.to(device), device)
+
+    @torch.no_grad()
+    def features(self, frames: torch.Tensor) -> torch.Tensor:
+        """Float32 [N, 2048] of images [N, 3, H, W] in [0, 1]; the network takes them in 8 bits."""
+        pixels = (frames * 255).round().to(torch.uint8)
+        return torch.cat([self.network(part.to(self.device)).float() for part in pixels.split(BATCH)])
