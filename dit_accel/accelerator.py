@@ -154,8 +154,7 @@ class Accelerator:
             schedule=dataclasses.asdict(self.schedule),
             impl=self.impl,
             calls={engine.name: engine.calls for engine in self._engines},
-            grids=self._by_grid("densities", statistics.mean),
-            partial_blocks=self._by_grid("partial_blocks", min),
+            grids=self._densities(),
             layers=[layer for engine in self._engines for layer in engine.layer_reports()],
             notes=list(dict.fromkeys((*self._notes, *(note for engine in self._engines for note in engine.notes)))),
         )
@@ -165,13 +164,13 @@ class Accelerator:
             return {"layers": self.config.as_dict()}
         return dataclasses.asdict(self.config)
 
-    def _by_grid(self, figure: str, merge: Callable[[list[Any]], Any]) -> dict[str, Any]:
-        """A figure of the plans by grid; where layers have settings of their own, merged over the sparse layers."""
-        seen: dict[str, list[Any]] = {}
+    def _densities(self) -> dict[str, float]:
+        """The density on each grid; where layers have settings of their own, the mean over the sparse layers."""
+        seen: dict[str, list[float]] = {}
         for layer in (layer for engine in self._engines for layer in engine.layers if layer.dense_reason is None):
-            for grid, value in getattr(self._plans[layer.config], figure).items():
-                seen.setdefault(str(grid), []).append(value)
-        return {grid: merge(values) for grid, values in seen.items()}
+            for grid, density in self._plans[layer.config].densities.items():
+                seen.setdefault(str(grid), []).append(density)
+        return {grid: statistics.mean(densities) for grid, densities in seen.items()}
 
     def learned_weights(self) -> dict[str, nn.Module]:
         """The method's learned modules, by the dotted path of their attention module in the pipeline."""
@@ -249,7 +248,7 @@ def accelerate(
     target: Any,
     method: str | None = None,
     *,
-    schedule: str | pathlib.Path | LayerSettings | None = None,
+    layer_schedule: str | pathlib.Path | LayerSettings | None = None,
     preset: bool = False,
     dense_steps: Amount | None = None,
     dense_last_steps: Amount | None = None,
@@ -272,9 +271,9 @@ def accelerate(
 
     Args:
         target: a Diffusers pipeline, or one transformer.
-        method: "dense", "gna", "radial", "sla" or "tile"; see `list_methods`. Left out where `schedule` says it.
-        schedule: a layer schedule (`dit_accel.hooks.layers`), such as a search wrote: the method and the settings of
-            every layer, in place of `method`, `config` and `dense_layers`.
+        method: "dense", "gna", "radial", "sla" or "tile"; see `list_methods`. Left out where `layer_schedule` says it.
+        layer_schedule: the method and the settings of every layer, in place of `method`, `config` and `dense_layers`;
+            a JSON file (format: `dit_accel.hooks.layers`) or `LayerSettings`.
         preset: take the settings and dense steps and layers that are recommended for the model's family; what is given
             besides wins. `dit-accel ls` shows them.
         dense_steps, dense_last_steps: first and last denoising steps that stay dense, as a number or a share of all.
@@ -310,9 +309,9 @@ def accelerate(
     given: dict[str, Any] = {name: amount for name, amount in amounts.items() if amount is not None}
     notes: tuple[str, ...] = ()
     if preset:
-        config, given, source = _with_preset(target, method, schedule, config, given)
+        config, given, source = _with_preset(target, method, layer_schedule, config, given)
         notes = (f"settings not given are those recommended: {source}",)
-    settings = layerwise.chosen(method, schedule, config, given.get("dense_layers", 0))
+    settings = layerwise.chosen(method, layer_schedule, config, given.get("dense_layers", 0))
     chosen = get_method(settings.method if isinstance(settings, LayerSettings) else str(method))
     dense, check = Schedule(**given), SelfCheck(verify, keep_dense_above)
     if impl != "auto":
@@ -332,13 +331,13 @@ def accelerate(
 
 
 def _with_preset(
-    target: Any, method: str | None, schedule: Any, config: dict[str, Any], given: dict[str, Any]
+    target: Any, method: str | None, layer_schedule: Any, config: dict[str, Any], given: dict[str, Any]
 ) -> tuple[dict[str, Any], dict[str, Any], str]:
     """Settings, and dense steps and layers, recommended for the target's family save those given; and their source."""
-    if method is None or schedule is not None:
+    if method is None or layer_schedule is not None:
         raise DitAccelError(
             "preset=True takes the recommended settings of one method, such as 'radial': name it, and leave out "
-            f"schedule= (got method {method!r}, schedule {schedule!r})."
+            f"layer_schedule= (got method {method!r}, layer_schedule {layer_schedule!r})."
         )
     get_method(method)
     transformers = list(find_transformers(target)[0].values())

@@ -56,7 +56,6 @@ def evidence(request):
         sparse = [layer for layer in report.layers if layer.sparse_calls]
         assert sparse, "no attention call was sparse"
         assert max(layer.density for layer in sparse) < 0.9, "nearly dense"
-        assert min(report.partial_blocks.values()) > 0, "no block was partial"
         request.node.stash[EVIDENCE] = True
 
     return take

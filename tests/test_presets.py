@@ -78,5 +78,5 @@ def test_no_preset_names_those_that_exist(tiny_wan):
 def test_a_preset_is_of_one_method(tiny_wan):
     with pytest.raises(dit_accel.DitAccelError, match="preset=True takes the recommended settings of one method"):
         dit_accel.accelerate(tiny_wan(), preset=True)
-    with pytest.raises(dit_accel.DitAccelError, match="leave out schedule="):
-        dit_accel.accelerate(tiny_wan(), "radial", preset=True, schedule="layers.json")
+    with pytest.raises(dit_accel.DitAccelError, match="leave out layer_schedule="):
+        dit_accel.accelerate(tiny_wan(), "radial", preset=True, layer_schedule="layers.json")

@@ -30,8 +30,7 @@ from dit_accel.hooks.report import Report
 from dit_accel.hooks.schedule import Schedule
 from dit_accel.hooks.selfcheck import SelfCheck
 from dit_accel.kernels.block_sparse.api import Impl
-from dit_accel.pipelines.family import Call as FamilyCall
-from dit_accel.pipelines.family import Memory
+from dit_accel.pipelines.family import Memory, ModelCall
 from dit_accel.pipelines.targets import find_transformers
 from dit_accel.plans.asked import Asked, Kind
 from dit_accel.plans.plan import Plan
@@ -221,7 +220,7 @@ class Subject:
         self.found, _ = find_transformers(self.transformer)
         ((_, self.family),) = self.found.values()
         signature = inspect.signature(type(self.transformer).forward)
-        call = FamilyCall(signature, self.transformer, (), self.inputs, Memory())
+        call = ModelCall(signature, self.transformer, (), self.inputs, Memory())
         self.grid = self.family.layout(self.transformer, call).grid
 
     def row(self, setting: Setting) -> Row:

@@ -6,9 +6,7 @@ import dataclasses
 import hashlib
 import importlib
 import json
-import os
 import pathlib
-import tempfile
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -16,6 +14,7 @@ import torch
 from torch import nn
 
 from dit_accel.errors import DitAccelError
+from dit_accel.files import replace_file
 from dit_accel.registry import make_config
 
 SETTINGS_FILE = "accelerator.json"
@@ -223,19 +222,3 @@ def _read_weights(folder: pathlib.Path, digest: str) -> dict[str, torch.Tensor]:
     if hashlib.sha256(content).hexdigest() != digest:
         raise DitAccelError(f"{file} does not belong to the {SETTINGS_FILE} beside it; copy or save both again.")
     return weights
-
-
-def replace_file(file: pathlib.Path, content: bytes) -> None:
-    """Write under a temporary name in the same folder, then rename.
-
-    Raises:
-        OSError: it cannot be written; the old file stays.
-    """
-    handle, temporary = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
-    try:
-        with os.fdopen(handle, "wb") as stream:
-            stream.write(content)
-        os.replace(temporary, file)
-    except BaseException:
-        pathlib.Path(temporary).unlink(missing_ok=True)
-        raise

@@ -42,7 +42,7 @@ def load(
     accel = accelerate(
         target,
         saved.settings["method"],
-        schedule=None if layers is None else layerwise.from_dict(saved.settings["method"], layers),
+        layer_schedule=None if layers is None else layerwise.from_dict(saved.settings["method"], layers),
         impl=saved.settings["impl"],
         allow_dense=saved.settings["allow_dense"],
         verify=verify,

@@ -19,8 +19,8 @@ import torch
 from torch import nn
 
 from dit_accel import values
-from dit_accel.checkpoint.format import replace_file
 from dit_accel.errors import DitAccelError
+from dit_accel.files import replace_file
 from dit_accel.registry import learned_attributes
 
 ADAPTER = "dit_accel"

@@ -19,7 +19,7 @@ def train(
     ] = None,
     method: options.Method = None,
     settings: options.Settings = None,
-    schedule: Annotated[
+    layer_schedule: Annotated[
         Path | None, typer.Option(metavar="FILE.json", help="A layer schedule, in place of --method.")
     ] = None,
     dense_layers: options.DenseLayers = None,
@@ -93,7 +93,7 @@ def train(
             method or (base.train["method"] if base else "dense"), settings or ()
         )
     named = {
-        "schedule": None if schedule is None else str(schedule),
+        "layer_schedule": None if layer_schedule is None else str(layer_schedule),
         "dense_layers": None if dense_layers is None else parse_layers(dense_layers),
         "objectives": job.read_objectives(objective) if objective else None,
         "steps": steps,

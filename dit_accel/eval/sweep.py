@@ -13,10 +13,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dit_accel.checkpoint.format import replace_file
 from dit_accel.errors import DitAccelError
 from dit_accel.eval import attention
 from dit_accel.eval.samples import Results, Row, Store, key_of
+from dit_accel.files import replace_file
 from dit_accel.generation import call
 from dit_accel.generation.choice import Choice
 from dit_accel.generation.provenance import ROOT

@@ -1,7 +1,8 @@
-"""From which density on the model's own attention is the faster one: measured, by GPU architecture.
+"""The density above which the model's own attention is faster: measured, by GPU architecture.
 
-`break_even.json` holds what was measured, each entry with its source; where nothing was, nothing is replaced. Only the
-Accelerator asks, and only for `impl="auto"` on CUDA: a kernel never answers a sparse call with dense attention.
+`dit-accel bench --break-even break_even.json` writes the measured table; placed beside this file, it takes effect.
+Without a table no call is replaced. Only the Accelerator asks, and only for `impl="auto"` on CUDA: a kernel never
+answers a sparse call with dense attention.
 """
 
 from __future__ import annotations
@@ -22,15 +23,15 @@ TABLE = pathlib.Path(__file__).with_suffix(".json")
 
 
 @dataclasses.dataclass(frozen=True)
-class Entry:
-    """Where one method met dense attention on one architecture.
+class BreakEven:
+    """The break-even density of one method on one architecture.
 
     Args:
         arch: compute capability, such as "sm_90".
         method: registered name.
-        head_dim, tokens: of the attention that was measured.
-        density: share of all pairs at which both took equally long, forward; 0 if dense was the faster at every
-            density that was measured.
+        head_dim, tokens: of the measured attention.
+        density: share of all pairs at which both took equally long, forward; 0 if dense was faster at every measured
+            density.
         source: the file of benchmark rows and the commit that made them.
     """
 
@@ -43,9 +44,11 @@ class Entry:
 
 
 @functools.cache
-def load() -> tuple[Entry, ...]:
-    """Everything that was measured."""
-    return tuple(Entry(**fields) for fields in json.loads(TABLE.read_text(encoding="utf-8")))
+def load() -> tuple[BreakEven, ...]:
+    """The measured table; empty without a file."""
+    if not TABLE.exists():
+        return ()
+    return tuple(BreakEven(**fields) for fields in json.loads(TABLE.read_text(encoding="utf-8")))
 
 
 def architecture(device: torch.device) -> str | None:
@@ -59,7 +62,7 @@ def architecture(device: torch.device) -> str | None:
 def dense_is_faster(device: torch.device, method: str, head_dim: int, tokens: int, density: float) -> str | None:
     """Why the model's own attention is expected to be faster for such a call, or None.
 
-    The entry measured at the nearest number of tokens decides.
+    The entry with the nearest number of tokens decides.
     """
     arch = architecture(device)
     known = [entry for entry in load() if (entry.arch, entry.method, entry.head_dim) == (arch, method, head_dim)]
@@ -71,12 +74,12 @@ def dense_is_faster(device: torch.device, method: str, head_dim: int, tokens: in
     return f"density {density:.4f} is above {nearest.density:.4f}, where dense is faster on {arch} ({nearest.source})"
 
 
-def from_rows(rows: Iterable[dict[str, Any]], source: str) -> list[Entry]:
-    """Entries from rows of `dit-accel bench` on CUDA: forward, `impl="triton"`, one for each method and size.
+def from_rows(rows: Iterable[dict[str, Any]], source: str) -> list[BreakEven]:
+    """The table from rows of `dit-accel bench` on CUDA: forward, `impl="triton"`, one entry a method and size.
 
-    Between the last density at which a method was faster than dense and the next, the speed-up is taken as a power of
-    the density. A size whose speed-up never falls below 1 makes no entry: nothing says where dense would win. Nor does
-    a method with learned weights, which is never replaced.
+    The speed-up is interpolated as a power of the density, between the last density at which the method was faster
+    and the next. A size whose speed-up never falls below 1 makes no entry, and neither does a method with learned
+    weights, which is never replaced.
 
     Args:
         rows: records with the fields of `dit_accel.bench.run`.
@@ -92,12 +95,12 @@ def from_rows(rows: Iterable[dict[str, Any]], source: str) -> list[Entry]:
         density = _crossing(sorted((row["density"], row["speedup"]) for row in measured))
         if density is not None:
             commits = ", ".join(sorted({str(row["git"]) for row in measured}))
-            entries.append(Entry(*key, density=density, source=f"{source} at {commits}"))
+            entries.append(BreakEven(*key, density=density, source=f"{source} at {commits}"))
     return entries
 
 
 def _crossing(points: Sequence[tuple[float, float]]) -> float | None:
-    """Where the speed-up falls to 1 for good; None if it ends above, 0 if it is below from the first point on."""
+    """The density above which the speed-up stays below 1; None if the last one is above, 0 if all are below."""
     density, speedup = points[-1]
     if speedup >= 1:
         return None

@@ -21,7 +21,7 @@ from dit_accel.hooks.selfcheck import AttentionCall, SelfCheck
 from dit_accel.hooks.steps import StepClock
 from dit_accel.kernels.block_sparse.api import Impl
 from dit_accel.pipelines import context_parallel, processor
-from dit_accel.pipelines.family import Call, Family, Layout, Memory
+from dit_accel.pipelines.family import CallLayout, Family, Memory, ModelCall
 from dit_accel.pipelines.processor import AcceleratedAttnProcessor, CallState
 from dit_accel.plans.plan import Plan, building
 from dit_accel.registry import Method
@@ -37,7 +37,6 @@ class PlanCache:
         self._method, self._config = method, config
         self._plans: dict[tuple[TokenGrid, torch.device], Plan] = {}
         self.densities: dict[TokenGrid, float] = {}
-        self.partial_blocks: dict[TokenGrid, int] = {}
 
     def get(self, grid: TokenGrid, device: torch.device) -> Plan:
         """The plan for a grid, ready to run on a device.
@@ -51,7 +50,7 @@ class PlanCache:
                 plan = self._method.plan(grid, self._config)
                 self._refuse_full(plan)
                 plan.prepare(device)
-                self.densities[grid], self.partial_blocks[grid] = plan.density, plan.partial_blocks
+                self.densities[grid] = plan.density
             if len(self._plans) >= PLANS_KEPT:
                 self._plans.pop(next(iter(self._plans)))
             self._plans[key] = plan
@@ -198,7 +197,7 @@ class Engine:
             own: Any = attention.processor
             if isinstance(own, AcceleratedAttnProcessor):  # of an accelerator that this one is to replace
                 own = own.inner
-            ours = processor.accelerated(own, state, self._family.sparse_calls)
+            ours = processor.wrap_processor(own, state, self._family.sparse_calls)
             layers.append(Layer(name, attention, config, reason, sees_text, own, ours))
         return layers
 
@@ -289,7 +288,7 @@ class Engine:
             self._last = dict.fromkeys(self._states, "paused")
             return None
         self._check_sharing()
-        call = Call(self._signature, module, args, kwargs, self._memory)
+        call = ModelCall(self._signature, module, args, kwargs, self._memory)
         with torch.device("cpu"):  # where masks and ids are read, whatever the caller's default device
             layout = self._family.layout(module, call)
         plans = {kind: self._plan(kind, layout, call.device) for kind in self._states}
@@ -316,12 +315,12 @@ class Engine:
             return False
         return all(layer.dense_reason is None and layer.attention.processor is layer.ours for layer in self.layers)
 
-    def _plan(self, kind: tuple[Any, bool], layout: Layout, device: torch.device) -> Plan:
+    def _plan(self, kind: tuple[Any, bool], layout: CallLayout, device: torch.device) -> Plan:
         config, sees_text = kind
         grid = layout.grid if sees_text else dataclasses.replace(layout.grid, text=0, conditioning=0)
         return self._plans[config].get(grid, device)
 
-    def _watch_layers(self, call: Call) -> None:
+    def _watch_layers(self, call: ModelCall) -> None:
         """Let the layers of this call tell what they compute, if the self-check or somebody else listens."""
         listening = self._unchecked or bool(self.watchers)
         if listening and (self._compiled or any(map(_is_compiled, self._transformer.modules()))):
@@ -372,7 +371,7 @@ class Engine:
             dtype = self._transformer.dtype  # type: ignore[assignment]  # a weight may be stored in float8
         return plan, *plan.choose_impl(device, dtype, head_dim, self._impl, learned=self._method.module is not None)
 
-    def _dense_step(self, call: Call) -> str | None:
+    def _dense_step(self, call: ModelCall) -> str | None:
         """Why the whole call is dense, or None."""
         if not self._schedule.by_step:
             return None

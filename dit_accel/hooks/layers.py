@@ -114,7 +114,7 @@ def distinct(configs: Sequence[Any | None]) -> list[Any]:
 
 def chosen(
     method: str | None,
-    schedule: str | pathlib.Path | LayerSettings | None,
+    layer_schedule: str | pathlib.Path | LayerSettings | None,
     config: dict[str, Any],
     dense_layers: object,
 ) -> Any | LayerSettings:
@@ -123,11 +123,11 @@ def chosen(
     Raises:
         DitAccelError: neither a method nor a layer schedule came, or a schedule with what it says itself.
     """
-    if schedule is None:
+    if layer_schedule is None:
         if method is None:
-            raise DitAccelError("accelerate needs a method, such as 'radial', or schedule=, a layer schedule.")
+            raise DitAccelError("accelerate needs a method, such as 'radial', or layer_schedule=.")
         return make_config(method, config)
-    settings = schedule if isinstance(schedule, LayerSettings) else read(schedule)
+    settings = layer_schedule if isinstance(layer_schedule, LayerSettings) else read(layer_schedule)
     if method not in (None, settings.method) or config or dense_layers:
         raise DitAccelError(
             f"A layer schedule says method ({settings.method}), settings and dense layers itself; leave out the "

@@ -63,7 +63,6 @@ class Report:
         impl: the implementation asked for.
         calls: calls of each transformer.
         grids: densities of the grids seen, by their description; the mean over sparse layers.
-        partial_blocks: visited blocks of which only a part is attended, by grid; the fewest of any layer.
         layers: in the order they run.
         notes: what else is worth knowing.
     """
@@ -74,7 +73,6 @@ class Report:
     impl: str
     calls: dict[str, int]
     grids: dict[str, float]
-    partial_blocks: dict[str, int]
     layers: list[LayerReport]
     notes: list[str] = dataclasses.field(default_factory=list)
 

@@ -11,12 +11,12 @@ from typing import Any
 from torch import nn
 
 from dit_accel.errors import DitAccelError
-from dit_accel.pipelines.family import Call, Family, Layout
+from dit_accel.pipelines.family import CallLayout, Family, ModelCall
 from dit_accel.pipelines.reading import video_of
 from dit_accel.pipelines.sizes import Config, Sizes, vae_frames, vae_pixels, video_sizes
 
 
-def layout(transformer: nn.Module, call: Call) -> Layout:
+def layout(transformer: nn.Module, call: ModelCall) -> CallLayout:
     """The latent [B, C, F, H, W], cut into patches."""
     if call.get("attention_mask") is not None:
         raise DitAccelError(
@@ -24,7 +24,7 @@ def layout(transformer: nn.Module, call: Call) -> Layout:
             "honour; call it without, as its pipeline does, or run it dense."
         )
     config: Any = transformer.config
-    return Layout(video_of(call, (config.patch_size_t, config.patch_size, config.patch_size)))
+    return CallLayout(video_of(call, (config.patch_size_t, config.patch_size, config.patch_size)))
 
 
 def sizes(transformer: Config, vae: Config) -> Sizes:

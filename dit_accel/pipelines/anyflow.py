@@ -7,14 +7,14 @@ from typing import Any
 from torch import nn
 
 from dit_accel.pipelines import wan
-from dit_accel.pipelines.family import Call, Family, Layout, patch_grid
+from dit_accel.pipelines.family import CallLayout, Family, ModelCall, patch_grid
 
 
-def layout(transformer: nn.Module, call: Call) -> Layout:
+def layout(transformer: nn.Module, call: ModelCall) -> CallLayout:
     """The latent [B, F, C, H, W], cut into patches."""
     config: Any = transformer.config
     _, frames, _, height, width = call.tensor("hidden_states", 5).shape
-    return Layout(patch_grid((frames, height, width), config.patch_size))
+    return CallLayout(patch_grid((frames, height, width), config.patch_size))
 
 
 FAMILY = Family(

@@ -11,12 +11,12 @@ import torch
 from torch import nn
 
 from dit_accel.pipelines import flux
-from dit_accel.pipelines.family import Call, Family, Layout
+from dit_accel.pipelines.family import CallLayout, Family, ModelCall
 from dit_accel.pipelines.reading import mask_text
 from dit_accel.pipelines.sizes import Config, Sizes, image_sizes, vae_pixels
 
 
-def layout(transformer: nn.Module, call: Call) -> Layout:
+def layout(transformer: nn.Module, call: ModelCall) -> CallLayout:
     """As FLUX.1, with FIBO's mask bool [B, 1, 1, tokens] in `joint_attention_kwargs`."""
     found = flux.layout(transformer, call)
     mask = (call.get("joint_attention_kwargs") or {}).get("attention_mask")

@@ -12,18 +12,18 @@ from typing import Any
 
 from torch import nn
 
-from dit_accel.pipelines.family import Call, Family, Layout, patch_grid
+from dit_accel.pipelines.family import CallLayout, Family, ModelCall, patch_grid
 from dit_accel.pipelines.sizes import Config, Sizes, vae_pixels, video_sizes
 
 
-def layout(transformer: nn.Module, call: Call) -> Layout:
+def layout(transformer: nn.Module, call: ModelCall) -> CallLayout:
     """The latent [B, F, C, H, W], cut into patches, and before it text [B, T, C]."""
     config: Any = transformer.config
     latent = call.tensor("hidden_states", 5)
     sizes = latent.shape[1], latent.shape[3], latent.shape[4]
     grid = patch_grid(sizes, (config.get("patch_size_t") or 1, config.patch_size, config.patch_size))
     text = call.tensor("encoder_hidden_states", 3).shape[1]
-    return Layout(dataclasses.replace(grid, text=text, text_first=True))
+    return CallLayout(dataclasses.replace(grid, text=text, text_first=True))
 
 
 def sizes(transformer: Config, vae: Config) -> Sizes:

@@ -10,19 +10,19 @@ from typing import Any
 
 from torch import nn
 
-from dit_accel.pipelines.family import Call, Family, Layout
+from dit_accel.pipelines.family import CallLayout, Family, ModelCall
 from dit_accel.pipelines.reading import bias_text, image_of
 from dit_accel.pipelines.sizes import Config, Sizes, image_sizes, vae_pixels
 
 
-def layout(transformer: nn.Module, call: Call) -> Layout:
+def layout(transformer: nn.Module, call: ModelCall) -> CallLayout:
     """The latent [B, C, H, W] in patches, and text [B, T, C]."""
     config: Any = transformer.config
     text = call.tensor("encoder_hidden_states", 3).shape[1]
     grid = dataclasses.replace(image_of(call, config.patch_size), text=text, text_first=True)
     mask = call.get("attention_mask")
     if mask is None:
-        return Layout(grid)
+        return CallLayout(grid)
     return dataclasses.replace(bias_text(call, grid, mask), masks=("attention_mask",))
 
 

@@ -11,15 +11,15 @@ from typing import Any
 
 from torch import nn
 
-from dit_accel.pipelines.family import Call, Family, Layout, Preset
+from dit_accel.pipelines.family import CallLayout, Family, ModelCall, Preset
 from dit_accel.pipelines.reading import video_of
 from dit_accel.pipelines.sizes import Config, Sizes, vae_frames, video_sizes
 
 
-def layout(transformer: nn.Module, call: Call) -> Layout:
+def layout(transformer: nn.Module, call: ModelCall) -> CallLayout:
     """The latent [B, C, F, H, W], cut into patches."""
     config: Any = transformer.config
-    return Layout(video_of(call, config.patch_size))
+    return CallLayout(video_of(call, config.patch_size))
 
 
 def sizes(transformer: Config, vae: Config) -> Sizes:

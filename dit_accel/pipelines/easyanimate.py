@@ -11,19 +11,19 @@ from typing import Any
 
 from torch import nn
 
-from dit_accel.pipelines.family import Call, Family, Layout
+from dit_accel.pipelines.family import CallLayout, Family, ModelCall
 from dit_accel.pipelines.reading import video_of
 from dit_accel.pipelines.sizes import Config, Sizes, video_sizes
 
 
-def layout(transformer: nn.Module, call: Call) -> Layout:
+def layout(transformer: nn.Module, call: ModelCall) -> CallLayout:
     """The latent [B, C, F, H, W], cut into patches within frames, and before it text [B, T, C]."""
     config: Any = transformer.config
     grid = video_of(call, (1, config.patch_size, config.patch_size))
     text = call.tensor("encoder_hidden_states", 3).shape[1]
     if call.get("encoder_hidden_states_t5") is not None:
         text += call.tensor("encoder_hidden_states_t5", 3).shape[1]
-    return Layout(dataclasses.replace(grid, text=text, text_first=True))
+    return CallLayout(dataclasses.replace(grid, text=text, text_first=True))
 
 
 def sizes(transformer: Config, vae: Config) -> Sizes:

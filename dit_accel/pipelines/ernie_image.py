@@ -8,16 +8,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from dit_accel.pipelines.family import Call, Family, Layout
+from dit_accel.pipelines.family import CallLayout, Family, ModelCall
 from dit_accel.pipelines.reading import image_of
 from dit_accel.pipelines.sizes import Config, Sizes, image_sizes, vae_pixels
 
 
-def layout(transformer: nn.Module, call: Call) -> Layout:
+def layout(transformer: nn.Module, call: ModelCall) -> CallLayout:
     """The latent [B, C, H, W] in patches, text [B, T, C] and its lengths [B]."""
     config: Any = transformer.config
     grid = dataclasses.replace(image_of(call, config.patch_size), text=call.tensor("text_bth", 3).shape[1])
-    return Layout(grid, text_lens=call.tensor("text_lens", 1).to(torch.int32))
+    return CallLayout(grid, text_lens=call.tensor("text_lens", 1).to(torch.int32))
 
 
 def sizes(transformer: Config, vae: Config) -> Sizes:

@@ -17,7 +17,7 @@ from dit_accel.tokens import TokenGrid
 
 
 @dataclasses.dataclass(frozen=True)
-class Layout:
+class CallLayout:
     """Where the tokens of one transformer call lie.
 
     Args:
@@ -57,7 +57,7 @@ class Preset:
     source: str
 
 
-class Call:
+class ModelCall:
     """One call of a transformer: its arguments by name, and a memory for what was read from small tensors.
 
     Args:
@@ -175,7 +175,7 @@ class Family:
     name: str
     transformers: tuple[str, ...]
     attention: tuple[str, ...]
-    layout: Callable[[nn.Module, Call], Layout]
+    layout: Callable[[nn.Module, ModelCall], CallLayout]
     sizes: Callable[[Config, Config], Sizes]
     summary: str
     timestep_name: str = "timestep"
@@ -218,7 +218,7 @@ class Family:
             else self.recommended[method]
         )
 
-    def timestep(self, call: Call) -> torch.Tensor | None:
+    def timestep(self, call: ModelCall) -> torch.Tensor | None:
         """The call's timestep in the scheduler's units; None if that is not known."""
         value = call.get(self.timestep_name)
         if value is None or self.timestep_scale is None:

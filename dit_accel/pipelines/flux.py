@@ -14,12 +14,12 @@ import dataclasses
 import torch
 from torch import nn
 
-from dit_accel.pipelines.family import Call, Family, Layout, Preset
+from dit_accel.pipelines.family import CallLayout, Family, ModelCall, Preset
 from dit_accel.pipelines.reading import bias_text, mask_text, packed_images
 from dit_accel.pipelines.sizes import Config, Sizes, image_sizes, vae_pixels
 
 
-def layout(transformer: nn.Module, call: Call) -> Layout:
+def layout(transformer: nn.Module, call: ModelCall) -> CallLayout:
     """Packed image [B, N, C], text [B, T, C] and image ids [N, 3], or [B, N, 3] as older code passes them.
 
     A conditioning image of the same size (Kontext) is a further frame; others attend to everything and the reverse.

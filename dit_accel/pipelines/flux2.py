@@ -10,12 +10,12 @@ from __future__ import annotations
 from torch import nn
 
 from dit_accel.errors import DitAccelError
-from dit_accel.pipelines.family import Call, Family, Layout
+from dit_accel.pipelines.family import CallLayout, Family, ModelCall
 from dit_accel.pipelines.reading import packed_images
 from dit_accel.pipelines.sizes import Config, Sizes, image_sizes, vae_pixels
 
 
-def layout(transformer: nn.Module, call: Call) -> Layout:
+def layout(transformer: nn.Module, call: ModelCall) -> CallLayout:
     """Packed images [B, N, C], text [B, T, C] and image ids [B, N, 4] or [N, 4]: time, row, column, layer."""
     if call.get("kv_cache_mode") is not None:
         raise DitAccelError(

@@ -10,12 +10,12 @@ import dataclasses
 from torch import nn
 
 from dit_accel.errors import DitAccelError
-from dit_accel.pipelines.family import Call, Family, Layout
+from dit_accel.pipelines.family import CallLayout, Family, ModelCall
 from dit_accel.pipelines.reading import packed_images
 from dit_accel.pipelines.sizes import Config, Sizes, image_sizes, vae_pixels
 
 
-def layout(transformer: nn.Module, call: Call) -> Layout:
+def layout(transformer: nn.Module, call: ModelCall) -> CallLayout:
     """Packed image [B, N, C] with ids [N, 4], text [B, T, C], and conditioning tokens [B, R, C] or None."""
     found = packed_images(call)
     if found.grid.conditioning:
@@ -27,7 +27,7 @@ def layout(transformer: nn.Module, call: Call) -> Layout:
         return found
     conditioning = call.tensor("image_cond_hidden_states", 3).shape[1]
     notes = (f"{conditioning} tokens of conditioning images are dense both ways",)
-    return Layout(dataclasses.replace(found.grid, conditioning=conditioning), notes=notes)
+    return CallLayout(dataclasses.replace(found.grid, conditioning=conditioning), notes=notes)
 
 
 def sizes(transformer: Config, vae: Config) -> Sizes:

@@ -12,13 +12,13 @@ import torch
 from torch import nn
 
 from dit_accel.errors import DitAccelError
-from dit_accel.pipelines.family import Call, Family, Layout, patch_grid
+from dit_accel.pipelines.family import CallLayout, Family, ModelCall, patch_grid
 from dit_accel.pipelines.reading import image_of
 from dit_accel.pipelines.sizes import Config, Shape, Sizes, image_sizes, vae_pixels
 from dit_accel.tokens import TokenGrid
 
 
-def layout(transformer: nn.Module, call: Call) -> Layout:
+def layout(transformer: nn.Module, call: ModelCall) -> CallLayout:
     """The latent [B, C, H, W]; or its patches [B, N, C] with `img_sizes` and `hidden_states_masks`."""
     model: Any = transformer
     if call.get("hidden_states_masks") is None:
@@ -33,10 +33,10 @@ def layout(transformer: nn.Module, call: Call) -> Layout:
     text = t5 + 2 * llama[0].shape[-2]
     conditioning = tokens - image.visual
     notes = (f"{conditioning} tokens that pad the image are dense both ways",) if conditioning else ()
-    return Layout(TokenGrid(*image.shape, text=text, conditioning=conditioning), notes=notes)
+    return CallLayout(TokenGrid(*image.shape, text=text, conditioning=conditioning), notes=notes)
 
 
-def _packed(call: Call) -> TokenGrid:
+def _packed(call: ModelCall) -> TokenGrid:
     sizes = call.get("img_sizes")
     if isinstance(sizes, torch.Tensor):
         sizes = call.once(sizes, torch.Tensor.tolist)

@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from dit_accel.pipelines.family import Call, Family, Layout, patch_grid
+from dit_accel.pipelines.family import CallLayout, Family, ModelCall, patch_grid
 from dit_accel.pipelines.reading import mask_text
 from dit_accel.pipelines.sizes import Config, Sizes, image_sizes, vae_pixels
 
 
-def layout(transformer: nn.Module, call: Call) -> Layout:
+def layout(transformer: nn.Module, call: ModelCall) -> CallLayout:
     """The latent [B, C, H, W] or [B, C, F, H, W] in patches; text [B, T, C] and its mask; glyph text and its mask."""
     model: Any = transformer
     patch = model.config.patch_size
@@ -29,7 +29,7 @@ def layout(transformer: nn.Module, call: Call) -> Layout:
     if glyphs is None or model.context_embedder_2 is None:
         return mask_text(call, dataclasses.replace(visual, text=mask.shape[1]), mask)
     valid = torch.cat((mask, call.tensor("encoder_attention_mask_2", 2)), 1) != 0
-    return Layout(dataclasses.replace(visual, text=valid.shape[1]), text_lens=valid.sum(1, dtype=torch.int32))
+    return CallLayout(dataclasses.replace(visual, text=valid.shape[1]), text_lens=valid.sum(1, dtype=torch.int32))
 
 
 def sizes(transformer: Config, vae: Config) -> Sizes:

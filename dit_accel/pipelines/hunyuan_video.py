@@ -13,18 +13,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from dit_accel.pipelines.family import Call, Family, Layout, Preset
+from dit_accel.pipelines.family import CallLayout, Family, ModelCall, Preset
 from dit_accel.pipelines.reading import video_of
 from dit_accel.pipelines.sizes import Config, Sizes, video_sizes
 
 
-def layout(transformer: nn.Module, call: Call) -> Layout:
+def layout(transformer: nn.Module, call: ModelCall) -> CallLayout:
     """The latent [B, C, F, H, W], cut into patches, and behind it text [B, T, C] with its mask [B, T]."""
     config: Any = transformer.config
     grid = video_of(call, (config.patch_size_t, config.patch_size, config.patch_size))
     text = call.tensor("encoder_hidden_states", 3).shape[1]
     valid = call.tensor("encoder_attention_mask", 2).sum(1, dtype=torch.int32)
-    return Layout(dataclasses.replace(grid, text=text), text_lens=valid)
+    return CallLayout(dataclasses.replace(grid, text=text), text_lens=valid)
 
 
 def sizes(transformer: Config, vae: Config) -> Sizes:

@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from dit_accel.pipelines.family import Call, Family, Layout
+from dit_accel.pipelines.family import CallLayout, Family, ModelCall
 from dit_accel.pipelines.processor import attend
 from dit_accel.pipelines.reading import video_of
 from dit_accel.pipelines.sizes import Config, Sizes, video_sizes
 
 
-def layout(transformer: nn.Module, call: Call) -> Layout:
+def layout(transformer: nn.Module, call: ModelCall) -> CallLayout:
     """The latent [B, C, F, H, W], cut into patches, and behind it image, byT5 and text tokens, each [B, T, C].
 
     In text to video the image tokens are all zero, which the model takes for padding.
@@ -30,7 +30,7 @@ def layout(transformer: nn.Module, call: Call) -> Layout:
     masks = [call.tensor(name, 2) for name in ("encoder_attention_mask", "encoder_attention_mask_2")]
     text = image.shape[1] + sum(mask.shape[1] for mask in masks)
     valid = sum((mask.bool().sum(1) for mask in masks), (image != 0).any() * image.shape[1])
-    return Layout(dataclasses.replace(grid, text=text), text_lens=valid.to(torch.int32))
+    return CallLayout(dataclasses.replace(grid, text=text), text_lens=valid.to(torch.int32))
 
 
 def attend_video_and_text(

@@ -7,11 +7,11 @@ from typing import Any
 from torch import nn
 
 from dit_accel.errors import DitAccelError
-from dit_accel.pipelines.family import Call, Family, Layout, patch_grid
+from dit_accel.pipelines.family import CallLayout, Family, ModelCall, patch_grid
 from dit_accel.pipelines.sizes import Config, Sizes, video_sizes
 
 
-def layout(transformer: nn.Module, call: Call) -> Layout:
+def layout(transformer: nn.Module, call: ModelCall) -> CallLayout:
     """The latent [B, F, H, W, C], cut into patches."""
     if call.get("sparse_params") is not None:
         raise DitAccelError(
@@ -19,7 +19,7 @@ def layout(transformer: nn.Module, call: Call) -> Layout:
             "attention to replace; use a checkpoint with attention_type='regular', or leave the model as it is."
         )
     config: Any = transformer.config
-    return Layout(patch_grid(call.tensor("hidden_states", 5).shape[1:4], config.patch_size))
+    return CallLayout(patch_grid(call.tensor("hidden_states", 5).shape[1:4], config.patch_size))
 
 
 def sizes(transformer: Config, vae: Config) -> Sizes:

@@ -6,13 +6,13 @@ import torch
 from torch import nn
 
 from dit_accel.errors import DitAccelError
-from dit_accel.pipelines.family import Call, Family, Layout
+from dit_accel.pipelines.family import CallLayout, Family, ModelCall
 from dit_accel.pipelines.reading import image_grids, mask_text
 from dit_accel.pipelines.sizes import Config, Sizes, image_sizes, vae_pixels
 from dit_accel.tokens import TokenGrid
 
 
-def layout(transformer: nn.Module, call: Call) -> Layout:
+def layout(transformer: nn.Module, call: ModelCall) -> CallLayout:
     """Packed image [B, N, C], text [B, T, layers, C] with its mask [B, T] or None, positions [T + N, 3]."""
     images = call.tensor("hidden_states", 3).shape[1]
     text = call.tensor("encoder_hidden_states", 4).shape[1]
@@ -24,7 +24,7 @@ def layout(transformer: nn.Module, call: Call) -> Layout:
     frames, height, width, conditioning = image_grids(positions[text:])
     grid = TokenGrid(frames, height, width, text=text, text_first=True, conditioning=conditioning)
     mask = call.get("encoder_attention_mask")
-    return Layout(grid) if mask is None else mask_text(call, grid, mask)
+    return CallLayout(grid) if mask is None else mask_text(call, grid, mask)
 
 
 def sizes(transformer: Config, vae: Config) -> Sizes:

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from torch import nn
 
-from dit_accel.pipelines.family import Call, Family, Layout
+from dit_accel.pipelines.family import CallLayout, Family, ModelCall
 from dit_accel.pipelines.reading import packed_video
 from dit_accel.pipelines.sizes import Config, Sizes, video_sizes
 
 
-def layout(transformer: nn.Module, call: Call) -> Layout:
+def layout(transformer: nn.Module, call: ModelCall) -> CallLayout:
     """The packed video [B, N, C] and its sizes in tokens or its coordinates."""
     return packed_video(call)
 

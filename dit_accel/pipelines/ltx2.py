@@ -10,12 +10,12 @@ from __future__ import annotations
 from torch import nn
 
 from dit_accel.errors import DitAccelError
-from dit_accel.pipelines.family import Call, Family, Layout, Preset
+from dit_accel.pipelines.family import CallLayout, Family, ModelCall, Preset
 from dit_accel.pipelines.reading import packed_video
 from dit_accel.pipelines.sizes import Config, Sizes, video_sizes
 
 
-def layout(transformer: nn.Module, call: Call) -> Layout:
+def layout(transformer: nn.Module, call: ModelCall) -> CallLayout:
     """The packed video [B, N, C] and its sizes in tokens, or its coordinates."""
     if call.get("video_self_attention_mask") is not None:
         raise DitAccelError(

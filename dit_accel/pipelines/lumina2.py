@@ -12,20 +12,20 @@ from typing import Any
 import torch
 from torch import nn
 
-from dit_accel.pipelines.family import Call, Family, Layout
+from dit_accel.pipelines.family import CallLayout, Family, ModelCall
 from dit_accel.pipelines.reading import image_of
 from dit_accel.pipelines.sizes import Config, Sizes, image_sizes, vae_pixels
 from dit_accel.tokens import TokenGrid
 
 
-def layout(transformer: nn.Module, call: Call) -> Layout:
+def layout(transformer: nn.Module, call: ModelCall) -> CallLayout:
     """The latent [B, C, H, W] in patches, and the caption's mask [B, T], valid tokens first."""
     config: Any = transformer.config
     lens = call.once(call.tensor("encoder_attention_mask", 2), _lengths)
     grid = dataclasses.replace(image_of(call, config.patch_size), text=int(lens.max()), text_first=True)
     if bool((lens == grid.text).all()):
-        return Layout(grid)
-    return Layout(grid, text_lens=lens.to(call.device), rows=pack(grid, lens).to(call.device))
+        return CallLayout(grid)
+    return CallLayout(grid, text_lens=lens.to(call.device), rows=pack(grid, lens).to(call.device))
 
 
 def _lengths(mask: torch.Tensor) -> torch.Tensor:

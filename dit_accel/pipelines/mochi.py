@@ -16,13 +16,13 @@ import torch
 from torch import nn
 
 from dit_accel.errors import DitAccelError
-from dit_accel.pipelines.family import Call, Family, Layout
+from dit_accel.pipelines.family import CallLayout, Family, ModelCall
 from dit_accel.pipelines.processor import attend
 from dit_accel.pipelines.reading import mask_text, video_of
 from dit_accel.pipelines.sizes import Config, Sizes, video_sizes
 
 
-def layout(transformer: nn.Module, call: Call) -> Layout:
+def layout(transformer: nn.Module, call: ModelCall) -> CallLayout:
     """The latent [B, C, F, H, W], cut into patches within frames, and behind it text [B, T, C] with its mask [B, T]."""
     config: Any = transformer.config
     mask = call.tensor("encoder_attention_mask", 2)

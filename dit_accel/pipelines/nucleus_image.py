@@ -9,14 +9,14 @@ import dataclasses
 
 from torch import nn
 
-from dit_accel.pipelines.family import Call, Family, Layout
+from dit_accel.pipelines.family import CallLayout, Family, ModelCall
 from dit_accel.pipelines.qwen_image import images
-from dit_accel.pipelines.reading import beside, mask_text
+from dit_accel.pipelines.reading import conditioning_notes, mask_text
 from dit_accel.pipelines.sizes import Config, Sizes, image_sizes, vae_pixels
 from dit_accel.tokens import TokenGrid
 
 
-def layout(transformer: nn.Module, call: Call) -> Layout:
+def layout(transformer: nn.Module, call: ModelCall) -> CallLayout:
     """A packed image [B, N, C] with `img_shapes`, text [B, T, C] and its mask [B, T] or None."""
     tokens = call.tensor("hidden_states", 3).shape[1]
     (frames, height, width), conditioning = images(call, tokens)
@@ -24,8 +24,8 @@ def layout(transformer: nn.Module, call: Call) -> Layout:
         frames, height, width, text=call.tensor("encoder_hidden_states", 3).shape[1], conditioning=conditioning
     )
     mask = call.get("encoder_hidden_states_mask")
-    found = Layout(grid) if mask is None else mask_text(call, grid, mask)
-    return dataclasses.replace(found, notes=beside(conditioning))
+    found = CallLayout(grid) if mask is None else mask_text(call, grid, mask)
+    return dataclasses.replace(found, notes=conditioning_notes(conditioning))
 
 
 def sizes(transformer: Config, vae: Config) -> Sizes:

@@ -6,15 +6,15 @@ from typing import Any
 
 from torch import nn
 
-from dit_accel.pipelines.family import Call, Family, Layout
+from dit_accel.pipelines.family import CallLayout, Family, ModelCall
 from dit_accel.pipelines.reading import image_of
 from dit_accel.pipelines.sizes import Config, Sizes, image_sizes, vae_pixels
 
 
-def layout(transformer: nn.Module, call: Call) -> Layout:
+def layout(transformer: nn.Module, call: ModelCall) -> CallLayout:
     """The latent [B, C, H, W] in patches."""
     config: Any = transformer.config
-    return Layout(image_of(call, config.patch_size))
+    return CallLayout(image_of(call, config.patch_size))
 
 
 def sizes(transformer: Config, vae: Config) -> Sizes:

@@ -47,7 +47,7 @@ class CallState:
     Attributes:
         sparse: whether `plan` computes this call; otherwise the model's own processor does.
         plan: of the call's grid.
-        text_lens, text_bias: as in `family.Layout`.
+        text_lens, text_bias: as in `family.CallLayout`.
         rows: int64 [B, tokens], where in the sequence each token of the grid lies, and the reverse; or None, where the
             sequence is in the grid's order.
         ulysses: how several processes share the call's sequence; None if this one holds it all.
@@ -73,7 +73,7 @@ class CallState:
         rows: torch.Tensor | None = None,
         ulysses: Ulysses | None = None,
     ) -> None:
-        """Let `plan` compute the call under way; lengths, bias and rows as in `family.Layout`."""
+        """Let `plan` compute the call under way; lengths, bias and rows as in `family.CallLayout`."""
         self.plan, self.text_lens, self.text_bias, self.ulysses = plan, text_lens, text_bias, ulysses
         self.sparse = True
         self.rows = None if rows is None else (rows, rows.argsort(-1))
@@ -100,7 +100,7 @@ class CallState:
 
 
 class AcceleratedAttnProcessor:
-    """The processor of an accelerated attention module; see `accelerated`.
+    """The processor of an accelerated attention module; see `wrap_processor`.
 
     Attributes:
         inner: the model's own processor.
@@ -145,7 +145,7 @@ class _Slot(threading.local):
 _SLOT = _Slot()
 
 
-def accelerated(
+def wrap_processor(
     inner: Any, state: CallState, sparse_calls: Mapping[str, SparseCall] = MappingProxyType({})
 ) -> AcceleratedAttnProcessor:
     """A processor that does as `inner` does, with sparse attention whenever `state` says so.
@@ -278,7 +278,7 @@ def _functional(original: types.ModuleType) -> types.ModuleType:
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     """The plan's attention in a family's own sparse call: [B, H, N, D] in and out, N the tokens of the grid.
 
-    Padded text is never a key (`Layout.text_lens`), so there is no mask to pass.
+    Padded text is never a key (`CallLayout.text_lens`), so there is no mask to pass.
 
     Raises:
         DitAccelError: q and k are no self-attention over the grid.

@@ -7,18 +7,18 @@ from typing import Any
 
 from torch import nn
 
-from dit_accel.pipelines.family import Call, Family, Layout
+from dit_accel.pipelines.family import CallLayout, Family, ModelCall
 from dit_accel.pipelines.reading import image_of, mask_text
 from dit_accel.pipelines.sizes import Config, Sizes, image_sizes, vae_pixels
 
 
-def layout(transformer: nn.Module, call: Call) -> Layout:
+def layout(transformer: nn.Module, call: ModelCall) -> CallLayout:
     """The latent [B, C, H, W] in patches, text [B, T, C] and its mask [B, T] or None."""
     config: Any = transformer.config
     text = call.tensor("encoder_hidden_states", 3).shape[1]
     grid = dataclasses.replace(image_of(call, config.patch_size), text=text, text_first=True)
     mask = call.get("attention_mask")
-    return Layout(grid) if mask is None else mask_text(call, grid, mask)
+    return CallLayout(grid) if mask is None else mask_text(call, grid, mask)
 
 
 def sizes(transformer: Config, vae: Config) -> Sizes:

@@ -9,11 +9,11 @@ from collections.abc import Sequence
 import torch
 
 from dit_accel.errors import DitAccelError
-from dit_accel.pipelines.family import Call, Layout, patch_grid
+from dit_accel.pipelines.family import CallLayout, ModelCall, patch_grid
 from dit_accel.tokens import TokenGrid
 
 
-def image_of(call: Call, patch: int, name: str = "hidden_states") -> TokenGrid:
+def image_of(call: ModelCall, patch: int, name: str = "hidden_states") -> TokenGrid:
     """The grid of the latent image [B, C, H, W] that a call has under that name, cut into patches.
 
     Raises:
@@ -23,7 +23,7 @@ def image_of(call: Call, patch: int, name: str = "hidden_states") -> TokenGrid:
     return patch_grid((1, height, width), (1, patch, patch))
 
 
-def video_of(call: Call, patch: Sequence[int]) -> TokenGrid:
+def video_of(call: ModelCall, patch: Sequence[int]) -> TokenGrid:
     """The grid of the latent video [B, C, F, H, W] in hidden_states, cut into patches (frames, height, width).
 
     Raises:
@@ -32,7 +32,7 @@ def video_of(call: Call, patch: Sequence[int]) -> TokenGrid:
     return patch_grid(call.tensor("hidden_states", 5).shape[2:], patch)
 
 
-def packed_video(call: Call) -> Layout:
+def packed_video(call: ModelCall) -> CallLayout:
     """The layout of a packed video [B, N, C] with num_frames, height and width in tokens, or video_coords.
 
     Where both come and there are more tokens than the sizes say, the others stand behind the video. Where coordinates
@@ -46,7 +46,7 @@ def packed_video(call: Call) -> Layout:
     sizes = tuple(call.get(name) for name in ("num_frames", "height", "width"))
     stated = all(isinstance(size, int) for size in sizes)
     if stated and math.prod(sizes) == tokens:
-        return Layout(TokenGrid(*sizes))
+        return CallLayout(TokenGrid(*sizes))
     came = "none"
     if isinstance(coordinates, torch.Tensor):
         came = str(tuple(coordinates.shape))
@@ -61,7 +61,7 @@ def packed_video(call: Call) -> Layout:
                 order = torch.cat((torch.arange(start, stop), torch.arange(start), torch.arange(stop, tokens)))
                 rows = order.expand(len(coordinates), -1).to(call.device) if start else None
                 note = f"{others} tokens of keyframes or reference videos are dense both ways"
-                return Layout(grid, rows=rows, notes=(note,) if others else ())
+                return CallLayout(grid, rows=rows, notes=(note,) if others else ())
     raise DitAccelError(
         f"A packed video needs num_frames, height and width that make up its {tokens} tokens, or video_coords that "
         f"show where the video is among them, got {' x '.join(map(str, sizes))} and coordinates of shape {came}; run "
@@ -97,7 +97,7 @@ def _is_video(places: torch.Tensor, shape: tuple[int, int, int]) -> bool:
     return torch.equal(grid, raster) and all(bool((axis[1:] > axis[:-1]).all()) for axis in axes)
 
 
-def mask_text(call: Call, grid: TokenGrid, mask: torch.Tensor) -> Layout:
+def mask_text(call: ModelCall, grid: TokenGrid, mask: torch.Tensor) -> CallLayout:
     """The layout of a grid of which the model masks some text tokens.
 
     Args:
@@ -127,14 +127,14 @@ def mask_text(call: Call, grid: TokenGrid, mask: torch.Tensor) -> Layout:
         rows = torch.arange(grid.tokens).repeat(len(valid), 1)
         rows[:, text] = grid.text_start + (~valid).long().argsort(dim=1, stable=True)
         rows = rows.to(call.device)
-    return Layout(grid, text_lens=lens.to(call.device), rows=rows)
+    return CallLayout(grid, text_lens=lens.to(call.device), rows=rows)
 
 
 def _is_valid(mask: torch.Tensor) -> torch.Tensor:
     return (mask != 0).flatten(1)
 
 
-def bias_text(call: Call, grid: TokenGrid, mask: torch.Tensor) -> Layout:
+def bias_text(call: ModelCall, grid: TokenGrid, mask: torch.Tensor) -> CallLayout:
     """The layout where the model adds a mask's products, m_i m_j of query and key, to the logits.
 
     With ones and zeros this masks nothing. A softmax does not see what all logits of a query have in common, so valid
@@ -163,7 +163,7 @@ def _is_zeros_and_ones(mask: torch.Tensor) -> bool:
     return bool(((mask == 0) | (mask == 1)).all())
 
 
-def packed_images(call: Call) -> Layout:
+def packed_images(call: ModelCall) -> CallLayout:
     """The layout of text [B, T, C] before packed images [B, N, C] that `img_ids` tell the places of.
 
     Args:
@@ -179,9 +179,9 @@ def packed_images(call: Call) -> Layout:
         came = tuple(ids.shape) if isinstance(ids, torch.Tensor) else type(ids).__name__
         raise DitAccelError(f"{call.owner} needs img_ids for each of the {images.shape[1]} image tokens, got {came}.")
     frames, height, width, conditioning = call.once(ids, _read_ids)
-    return Layout(
+    return CallLayout(
         TokenGrid(frames, height, width, text=text, text_first=True, conditioning=conditioning),
-        notes=beside(conditioning),
+        notes=conditioning_notes(conditioning),
     )
 
 
@@ -189,7 +189,7 @@ def _read_ids(ids: torch.Tensor) -> tuple[int, int, int, int]:
     return image_grids((ids if ids.ndim == 2 else ids[0])[:, :3])
 
 
-def beside(conditioning: int) -> tuple[str, ...]:
+def conditioning_notes(conditioning: int) -> tuple[str, ...]:
     """The note on conditioning tokens that are no further frames."""
     return (
         (f"{conditioning} tokens of conditioning images of another size are dense both ways",) if conditioning else ()

@@ -11,12 +11,12 @@ from typing import Any
 from torch import nn
 
 from dit_accel.errors import DitAccelError
-from dit_accel.pipelines.family import Call, Family, Layout
+from dit_accel.pipelines.family import CallLayout, Family, ModelCall
 from dit_accel.pipelines.reading import video_of
 from dit_accel.pipelines.sizes import Config, Sizes, video_sizes
 
 
-def layout(transformer: nn.Module, call: Call) -> Layout:
+def layout(transformer: nn.Module, call: ModelCall) -> CallLayout:
     """The latent [B, C, F, H, W], cut into patches."""
     config: Any = transformer.config
     if call.get("enable_diffusion_forcing") or config.num_frame_per_block > 1:
@@ -24,7 +24,7 @@ def layout(transformer: nn.Module, call: Call) -> Layout:
             "SkyReels V2 is called with diffusion forcing, where frames are at different denoising steps and may not "
             "see later ones; accelerate its text-to-video or image-to-video pipeline, or run this one dense."
         )
-    return Layout(video_of(call, config.patch_size))
+    return CallLayout(video_of(call, config.patch_size))
 
 
 def sizes(transformer: Config, vae: Config) -> Sizes:

@@ -14,14 +14,14 @@ import torch
 from torch import nn
 
 from dit_accel.errors import DitAccelError
-from dit_accel.pipelines.family import Call, Family, Layout, patch_grid
+from dit_accel.pipelines.family import CallLayout, Family, ModelCall, patch_grid
 from dit_accel.pipelines.sizes import Config, Shape, Sizes, image_sizes, vae_pixels
 from dit_accel.tokens import TokenGrid
 
 MULTIPLE = 32
 
 
-def layout(transformer: nn.Module, call: Call) -> Layout:
+def layout(transformer: nn.Module, call: ModelCall) -> CallLayout:
     """Latents, a list of [C, F, H, W], and captions, a list of [T, C]."""
     images, captions = call.get("x"), call.get("cap_feats")
     if not images or not isinstance(images[0], torch.Tensor):
@@ -41,7 +41,7 @@ def layout(transformer: nn.Module, call: Call) -> Layout:
     conditioning = _padded(visual.visual) - visual.visual
     grid = TokenGrid(*visual.shape, text=max(text), conditioning=conditioning)
     lens: Any = None if min(text) == max(text) else torch.tensor(text, dtype=torch.int32, device=call.device)
-    return Layout(grid, text_lens=lens)
+    return CallLayout(grid, text_lens=lens)
 
 
 def _padded(tokens: int) -> int:

@@ -6,8 +6,8 @@ import json
 import pathlib
 from typing import TYPE_CHECKING, Any
 
-from dit_accel.checkpoint.format import replace_file
 from dit_accel.errors import DitAccelError
+from dit_accel.files import replace_file
 
 if TYPE_CHECKING:
     from dit_accel.accelerator import Accelerator

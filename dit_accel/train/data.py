@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 
-from dit_accel.checkpoint.format import replace_file
 from dit_accel.errors import DitAccelError
+from dit_accel.files import replace_file
 
 FORMAT = 1
 INDEX = "dataset.json"

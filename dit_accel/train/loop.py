@@ -135,8 +135,8 @@ class Trainer:
         needs_teacher = {*NEEDS_TEACHER, "consistency"} & settings.objectives.keys()
         teacher = copy_of(self.transformer) if needs_teacher and not lora else None
         method = (
-            {"schedule": settings.schedule}
-            if settings.schedule is not None
+            {"layer_schedule": settings.layer_schedule}
+            if settings.layer_schedule is not None
             else {"method": settings.method, "dense_layers": settings.dense_layers, **settings.config}
         )
         self.accel = accelerate(self.pipe, impl=settings.impl, allow_dense=False, **method)

@@ -6,7 +6,7 @@ import json
 import pathlib
 from typing import Any
 
-from dit_accel.checkpoint.format import replace_file
+from dit_accel.files import replace_file
 
 
 class LossCurve:

@@ -1,4 +1,4 @@
-"""Layer search: how sparse each layer can be. The result is a layer schedule that `accelerate(schedule=...)` takes.
+"""Layer search: how sparse each layer can be. It makes a layer schedule for `accelerate(layer_schedule=...)`.
 
 Each layer by itself, every other one dense, runs every candidate setting; its loss is the squared error of the model's
 prediction against the dense model's, over the mean square of that, averaged over noisy samples of the training data.
@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from dit_accel.accelerator import accelerate
-from dit_accel.checkpoint.format import replace_file
 from dit_accel.errors import DitAccelError
+from dit_accel.files import replace_file
 from dit_accel.hooks import layers as layerwise
 from dit_accel.hooks.layers import LayerSettings
 from dit_accel.pipelines.targets import find_transformers
@@ -104,8 +104,8 @@ def measure(
 
     @torch.no_grad()
     def predictions(settings: LayerSettings | None) -> tuple[list[torch.Tensor], float]:
-        name, schedule = ("dense", None) if settings is None else (None, settings)
-        with accelerate(pipe, name, schedule=schedule, allow_dense=False) as accel:
+        name, layer_schedule = ("dense", None) if settings is None else (None, settings)
+        with accelerate(pipe, name, layer_schedule=layer_schedule, allow_dense=False) as accel:
             networks = Networks(transformer, family, accel, lora=False)
             made = [networks.student(transformer, *call).prediction for call in calls]
             densities = list(accel.report().grids.values())

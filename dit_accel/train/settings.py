@@ -45,7 +45,7 @@ class TrainSettings:
     """One training run.
 
     Args:
-        method, config, dense_layers, schedule, impl: as `accelerate` takes them; "dense" trains the model as it is.
+        method, config, dense_layers, layer_schedule, impl: as in `accelerate`; "dense" trains the model as it is.
         objectives: weight of each objective of `objectives.py`.
         attention_every: the attention objective watches every n-th self-attention layer, the last one of each n.
         steps: optimizer steps.
@@ -77,7 +77,7 @@ class TrainSettings:
     method: str = "dense"
     config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     dense_layers: int | float | tuple[int, ...] = 0
-    schedule: str | None = None
+    layer_schedule: str | None = None
     impl: Impl = "auto"
     objectives: Mapping[str, float] = dataclasses.field(default_factory=lambda: {"teacher": 1.0})
     attention_every: int = 1
@@ -108,7 +108,7 @@ class TrainSettings:
     def __post_init__(self) -> None:
         values.check(self)
         objectives.check(self.objectives)
-        if self.schedule is None:
+        if self.layer_schedule is None:
             registry.make_config(self.method, self.config)
         for least, names in (
             (1, ("steps", "batch", "accumulation", "save_every", "attention_every")),
@@ -125,7 +125,11 @@ class TrainSettings:
                 f"Training needs 0 <= ema < 1, 0 <= empty_prompts <= 1 and betas from 0 to below 1; got {self.ema}, "
                 f"{self.empty_prompts} and {self.betas}."
             )
-        if self.method == "dense" and self.schedule is None and not {"flow", "consistency"} & self.objectives.keys():
+        if (
+            self.method == "dense"
+            and self.layer_schedule is None
+            and not {"flow", "consistency"} & self.objectives.keys()
+        ):
             raise DitAccelError(
                 "The dense method is its own teacher, so there is nothing to learn from it: choose a sparse method, or "
                 "an objective among flow and consistency."

@@ -1,11 +1,14 @@
 """Where dense attention is faster: the table, what it is made from, and the accelerator that asks it."""
 
+import dataclasses
+import json
+
 import pytest
 import torch
 
 import dit_accel
 from dit_accel.hooks import break_even
-from dit_accel.hooks.break_even import Entry, dense_is_faster, from_rows
+from dit_accel.hooks.break_even import BreakEven, dense_is_faster, from_rows
 
 CPU = torch.device("cpu")
 CONFIG = {"window": (3, 5, 4)}
@@ -28,11 +31,14 @@ def measured(monkeypatch):
 
 
 def entry(density=0.1, arch="sm_90", method="gna", head_dim=12, tokens=300):
-    return Entry(arch, method, head_dim, tokens, density, "rows.jsonl at c")
+    return BreakEven(arch, method, head_dim, tokens, density, "rows.jsonl at c")
 
 
-def test_the_table_that_is_shipped_names_its_sources():
-    assert all(0 <= found.density < 1 and found.source for found in break_even.load())
+def test_a_table_beside_the_module_takes_effect(tmp_path, monkeypatch):
+    monkeypatch.setattr(break_even, "TABLE", tmp_path / "break_even.json")
+    assert break_even.load.__wrapped__() == ()
+    break_even.TABLE.write_text(json.dumps([dataclasses.asdict(entry())]))
+    assert break_even.load.__wrapped__() == (entry(),)
 
 
 def test_nothing_is_expected_of_what_was_not_measured(measured):

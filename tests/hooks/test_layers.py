@@ -28,7 +28,7 @@ def schedule(tmp_path):
 def test_each_layer_runs_its_own_setting(schedule, tiny_wan, wan_inputs):
     transformer, inputs = tiny_wan(3), wan_inputs()
     grid = dit_accel.TokenGrid(5, 7, 9)
-    with dit_accel.accelerated(transformer, schedule=schedule) as accel:
+    with dit_accel.accelerated(transformer, layer_schedule=schedule) as accel:
         ours, report = run(transformer, inputs), accel.report()
     densities = [dit_accel.plan("tile", grid, references=count).density for count in (1, 2)]
     assert [layer.density for layer in report.layers] == [densities[0], None, densities[1]]
@@ -52,7 +52,7 @@ def test_each_layer_runs_its_own_setting(schedule, tiny_wan, wan_inputs):
 
 def test_saved_and_loaded(schedule, tiny_wan, wan_inputs, tmp_path):
     transformer, inputs = tiny_wan(3), wan_inputs()
-    with dit_accel.accelerate(transformer, schedule=schedule) as accel:
+    with dit_accel.accelerate(transformer, layer_schedule=schedule) as accel:
         wanted = run(transformer, inputs)
         accel.save_pretrained(tmp_path / "saved")
     with dit_accel.load(transformer, tmp_path / "saved") as accel:
@@ -62,7 +62,7 @@ def test_saved_and_loaded(schedule, tiny_wan, wan_inputs, tmp_path):
 
 def test_learned_weights_take_their_layers_settings(tiny_wan):
     layers = {"transformer": [{"topk": 0.3, "block": 16}, {"topk": 0.5, "block": 16}]}
-    with dit_accel.accelerate(tiny_wan(), schedule=layerwise.from_dict("sla", layers)) as accel:
+    with dit_accel.accelerate(tiny_wan(), layer_schedule=layerwise.from_dict("sla", layers)) as accel:
         assert [module.config.topk for module in accel.learned_weights().values()] == [0.3, 0.5]
 
 
@@ -78,7 +78,7 @@ def test_pausing_in_a_pause_does_not_end_it(tiny_wan, wan_inputs):
 def test_pausing_runs_the_models_own_attention(schedule, tiny_wan, wan_inputs):
     transformer, inputs = tiny_wan(3), wan_inputs()
     dense = run(transformer, inputs)
-    with dit_accel.accelerate(transformer, schedule=schedule) as accel:
+    with dit_accel.accelerate(transformer, layer_schedule=schedule) as accel:
         with accel.paused():
             assert torch.equal(run(transformer, inputs), dense)
         assert not torch.equal(run(transformer, inputs), dense)
@@ -104,13 +104,13 @@ def test_other_files_are_refused(content, message, tiny_wan, tmp_path):
     if content is not None:
         (tmp_path / "schedule.json").write_text(content)
     with pytest.raises(dit_accel.DitAccelError, match=message) as caught:
-        dit_accel.accelerate(tiny_wan(3), schedule=tmp_path / "schedule.json")
+        dit_accel.accelerate(tiny_wan(3), layer_schedule=tmp_path / "schedule.json")
     assert "\n" not in str(caught.value)
 
 
 def test_a_schedule_says_everything(schedule, tiny_wan):
     for arguments in ({"method": "gna"}, {"references": 1}, {"dense_layers": 1}):
         with pytest.raises(dit_accel.DitAccelError, match="leave out the method"):
-            dit_accel.accelerate(tiny_wan(3), schedule=schedule, **arguments)
+            dit_accel.accelerate(tiny_wan(3), layer_schedule=schedule, **arguments)
     with pytest.raises(dit_accel.DitAccelError, match="needs a method"):
         dit_accel.accelerate(tiny_wan())

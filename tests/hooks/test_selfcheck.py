@@ -115,7 +115,7 @@ def test_nothing_to_compare_with():
     assert selfcheck.whole(torch.tensor([0.0, 0.0, 3.0, 4.0])) == (0.0, 0.75)
     assert selfcheck.whole(torch.tensor([1.0, 0.0, 3.0, 4.0])) == (math.inf, 0.75)
     layer = LayerReport("transformer", "attn", relative_error=math.inf, kept_mass=math.nan)
-    report = Report("gna", {}, {}, "auto", {}, {}, {}, [layer])
+    report = Report("gna", {}, {}, "auto", {}, {}, [layer])
     (record,) = json.loads(json.dumps(report.as_dict(), allow_nan=False))["layers"]
     assert (record["relative_error"], record["kept_mass"]) == ("inf", "nan")
 

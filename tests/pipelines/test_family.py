@@ -6,7 +6,7 @@ import torch
 from dit_accel import registry
 from dit_accel.errors import DitAccelError
 from dit_accel.pipelines import flux, reading, wan
-from dit_accel.pipelines.family import Call, Memory, patch_grid
+from dit_accel.pipelines.family import Memory, ModelCall, patch_grid
 from dit_accel.pipelines.reading import image_grids
 from dit_accel.tokens import TokenGrid
 
@@ -15,7 +15,7 @@ def read(family, transformer, inputs, memory=None):
     import inspect
 
     signature = inspect.signature(type(transformer).forward)
-    return family.layout(transformer, Call(signature, transformer, (), inputs, memory or Memory()))
+    return family.layout(transformer, ModelCall(signature, transformer, (), inputs, memory or Memory()))
 
 
 def ids(*images, dtype=torch.float32, start=(0, 0)):

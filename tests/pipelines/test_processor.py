@@ -13,7 +13,7 @@ from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from torch import nn
 
 from dit_accel.errors import DitAccelError
-from dit_accel.pipelines.processor import CallState, accelerated
+from dit_accel.pipelines.processor import CallState, wrap_processor
 from dit_accel.registry import plan
 from dit_accel.tokens import TokenGrid
 
@@ -39,12 +39,12 @@ def sparse_state(tokens, text_lens=None):
 
 @pytest.mark.parametrize("kind", [WanAttnProcessor, FluxAttnProcessor, AttnProcessor2_0])
 def test_the_signature_is_the_models(kind):
-    ours = accelerated(kind(), CallState())
+    ours = wrap_processor(kind(), CallState())
     assert inspect.signature(ours.__call__) == inspect.signature(kind().__call__)
 
 
 def test_each_class_has_one_rebuilt_module_for_good():
-    first, second = (accelerated(WanAttnProcessor(), CallState()) for _ in range(2))
+    first, second = (wrap_processor(WanAttnProcessor(), CallState()) for _ in range(2))
     assert type(first) is type(second)
     own = f"dit_accel._rebuilt.{WanAttnProcessor.__module__}.WanAttnProcessor."
     rebuilt = [name for name in sys.modules if name.startswith(own)]
@@ -54,7 +54,7 @@ def test_each_class_has_one_rebuilt_module_for_good():
 
 def test_the_models_module_is_not_touched():
     before = dict(vars(sys.modules[WanAttnProcessor.__module__]))
-    accelerated(WanAttnProcessor(), CallState())
+    wrap_processor(WanAttnProcessor(), CallState())
     assert dict(vars(sys.modules[WanAttnProcessor.__module__])) == before
 
 
@@ -63,7 +63,7 @@ def test_a_legacy_processor_keeps_its_code_around_our_attention():
     torch.manual_seed(0)
     attention, hidden = Attention(query_dim=8, heads=2, dim_head=4).eval(), torch.randn(2, 6, 8)
     state = sparse_state(6)
-    attention.processor = accelerated(AttnProcessor2_0(), state)
+    attention.processor = wrap_processor(AttnProcessor2_0(), state)
     wanted = attention.to_out[0](attention.to_v(hidden).mean(1, keepdim=True).expand(2, 6, 8))
     torch.testing.assert_close(attention(hidden), wanted)
     assert state.plan.calls == [((2, 2, 6, 4), None, "portable", None)]
@@ -74,7 +74,7 @@ def test_a_legacy_processor_compiles():
     state = sparse_state(6)
     state.plan = plan("gna", state.plan.grid, window=(1, 1, 3))
     state.plan.prepare(hidden.device)
-    attention.processor = accelerated(AttnProcessor2_0(), state)
+    attention.processor = wrap_processor(AttnProcessor2_0(), state)
     eager = attention(hidden)
     torch.testing.assert_close(torch.compile(attention, backend="aot_eager", fullgraph=True)(hidden), eager)
 
@@ -88,14 +88,14 @@ def test_other_attention_in_the_same_module_stays_dense():
             return F.scaled_dot_product_attention(hidden_states, hidden_states, hidden_states), prompt
 
     hidden = torch.randn(1, 2, 6, 4)
-    own, prompt = accelerated(TwoCalls(), sparse_state(6))(nn.Module(), hidden)
+    own, prompt = wrap_processor(TwoCalls(), sparse_state(6))(nn.Module(), hidden)
     assert torch.equal(own, hidden.mean(2, keepdim=True).expand_as(hidden))
     assert torch.equal(prompt, TwoCalls()(None, hidden)[1])
 
 
 def test_a_call_of_another_length_is_refused():
     attention = Attention(query_dim=8, heads=2, dim_head=4).eval()
-    attention.processor = accelerated(AttnProcessor2_0(), sparse_state(7))
+    attention.processor = wrap_processor(AttnProcessor2_0(), sparse_state(7))
     with pytest.raises(DitAccelError, match="0 attention calls"):
         attention(torch.randn(2, 6, 8))
 
@@ -103,10 +103,10 @@ def test_a_call_of_another_length_is_refused():
 def test_a_mask_is_refused_unless_the_family_reads_it():
     attention = Attention(query_dim=8, heads=2, dim_head=4).eval()
     mask = torch.zeros(2, 1, 6)
-    attention.processor = accelerated(AttnProcessor2_0(), sparse_state(6))
+    attention.processor = wrap_processor(AttnProcessor2_0(), sparse_state(6))
     with pytest.raises(DitAccelError, match="attention mask"):
         attention(torch.randn(2, 6, 8), attention_mask=mask)
-    attention.processor = accelerated(AttnProcessor2_0(), sparse_state(6, text_lens=torch.tensor([0, 0])))
+    attention.processor = wrap_processor(AttnProcessor2_0(), sparse_state(6, text_lens=torch.tensor([0, 0])))
     attention(torch.randn(2, 6, 8), attention_mask=mask)
 
 
@@ -116,7 +116,7 @@ def test_causal_attention_and_dropout_are_refused():
             return F.scaled_dot_product_attention(hidden_states, hidden_states, hidden_states, is_causal=True)
 
     with pytest.raises(DitAccelError, match="is_causal=True"):
-        accelerated(Causal(), sparse_state(6))(nn.Module(), torch.randn(1, 2, 6, 4))
+        wrap_processor(Causal(), sparse_state(6))(nn.Module(), torch.randn(1, 2, 6, 4))
 
 
 def test_a_class_that_was_patched_since_runs_its_new_code(monkeypatch):
@@ -128,15 +128,15 @@ def test_a_class_that_was_patched_since_runs_its_new_code(monkeypatch):
         return 1 + F.scaled_dot_product_attention(hidden_states, hidden_states, hidden_states)
 
     q = torch.randn(1, 2, 7, 8)
-    before = accelerated(Processor(), sparse_state(7))(nn.Identity(), q)
+    before = wrap_processor(Processor(), sparse_state(7))(nn.Identity(), q)
     monkeypatch.setattr(Processor, "__call__", patched)
-    assert torch.equal(accelerated(Processor(), sparse_state(7))(nn.Identity(), q), before + 1)
+    assert torch.equal(wrap_processor(Processor(), sparse_state(7))(nn.Identity(), q), before + 1)
 
 
 def test_an_error_leaves_nothing_behind():
     state = sparse_state(7)
     attention = Attention(query_dim=8, heads=2, dim_head=4).eval()
-    attention.processor = accelerated(AttnProcessor2_0(), state)
+    attention.processor = wrap_processor(AttnProcessor2_0(), state)
     with pytest.raises(DitAccelError):
         attention(torch.randn(2, 6, 8))
     attention(torch.randn(2, 7, 8))
@@ -159,7 +159,7 @@ def test_threads_do_not_see_each_others_plan():
     def run(tokens):
         state = sparse_state(tokens)
         state.plan = Waiting(state.plan.grid)
-        results[tokens] = accelerated(Plain(), state)(nn.Module(), torch.zeros(1, 2, tokens, 4))
+        results[tokens] = wrap_processor(Plain(), state)(nn.Module(), torch.zeros(1, 2, tokens, 4))
 
     threads = [threading.Thread(target=run, args=(tokens,)) for tokens in (6, 7)]
     for thread in threads:
@@ -176,15 +176,15 @@ def test_what_cannot_be_rebuilt_is_refused():
 
     for processor, reason in ((Silent(), "calls neither"), (len, "not a processor written in Python")):
         with pytest.raises(DitAccelError, match=reason):
-            accelerated(processor, CallState())
+            wrap_processor(processor, CallState())
     with pytest.raises(DitAccelError, match="holds weights"):
-        accelerated(FluxIPAdapterAttnProcessor(8, 8), CallState())
+        wrap_processor(FluxIPAdapterAttnProcessor(8, 8), CallState())
 
 
 def test_back_end_and_parallel_settings_reach_the_model():
     inner = WanAttnProcessor()
-    ours = accelerated(inner, CallState())
+    ours = wrap_processor(inner, CallState())
     ours._attention_backend, ours._parallel_config = "native", "config"
     assert (inner._attention_backend, inner._parallel_config) == ("native", "config")
-    bare = accelerated(AttnProcessor2_0(), CallState())
+    bare = wrap_processor(AttnProcessor2_0(), CallState())
     assert not hasattr(bare, "_attention_backend")

@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from torch import nn
 
 import dit_accel
-from dit_accel.pipelines.family import Call, Memory
+from dit_accel.pipelines.family import Memory, ModelCall
 from dit_accel.pipelines.lumina2 import pack
-from dit_accel.pipelines.processor import CallState, accelerated
+from dit_accel.pipelines.processor import CallState, wrap_processor
 from dit_accel.pipelines.reading import bias_text, mask_text
 from dit_accel.testing import assert_accurate, plain_attention
 
@@ -74,7 +74,7 @@ def test_packed_samples_are_as_if_alone(impl):
         packed[:, index, :, :n] = part
         packed[3, index, :, n:] = 0  # nobody asks for the output of padding
     qkv = packed[:3].to(device).requires_grad_()
-    ours = accelerated(Processor(), state(impl, pack(GRID, LENS).to(device), LENS.to(device)))(nn.Module(), qkv)
+    ours = wrap_processor(Processor(), state(impl, pack(GRID, LENS).to(device), LENS.to(device)))(nn.Module(), qkv)
     (grads,) = torch.autograd.grad(ours, qkv, packed[3].to(device))
     results = torch.cat((ours[None], grads)).detach().cpu()
     for index, (part, n) in enumerate(zip(parts, counted, strict=True)):
@@ -111,14 +111,14 @@ def test_padding_that_is_weighed_and_not_masked(method, config, impl):
     """A mask of ones and zeros that the model adds, its padding in any place, in one sample none."""
     device = "cuda" if impl == "triton" and torch.cuda.is_available() else "cpu"
     valid = torch.tensor([[1, 1, 1, 1, 1, 1], [1, 0, 1, 1, 0, 1], [1, 0, 0, 0, 0, 0]]).float()
-    call = Call(inspect.signature(lambda self, mask: None), nn.Module(), (valid,), {}, Memory())
+    call = ModelCall(inspect.signature(lambda self, mask: None), nn.Module(), (valid,), {}, Memory())
     layout = bias_text(call, GRID, valid)
     made, plan = CallState(impl), dit_accel.plan(method, GRID, **config)
     made.set(plan, *(x.to(device) for x in (layout.text_lens, layout.text_bias, layout.rows)))
     torch.manual_seed(2)
     tensors = torch.randn(4, 3, HEADS, GRID.tokens, DIM)
     qkv = tensors[:3].to(device).requires_grad_()
-    ours = accelerated(Processor(), made)(nn.Module(), qkv)
+    ours = wrap_processor(Processor(), made)(nn.Module(), qkv)
     (grads,) = torch.autograd.grad(ours, qkv, tensors[3].to(device))
     mask = plan.token_mask() if method == "gna" else torch.ones(GRID.tokens, GRID.tokens, dtype=torch.bool)
     every = torch.cat((valid, torch.ones(3, GRID.visual)), 1)
@@ -131,12 +131,12 @@ def test_padding_that_is_weighed_and_not_masked(method, config, impl):
 
 def test_text_masked_in_any_pattern_is_never_a_key():
     valid = torch.tensor([[1, 0, 1, 1, 0, 1], [1, 1, 0, 0, 0, 0], [0, 0, 1, 0, 0, 0]])
-    call = Call(inspect.signature(lambda self, mask: None), nn.Module(), (valid,), {}, Memory())
+    call = ModelCall(inspect.signature(lambda self, mask: None), nn.Module(), (valid,), {}, Memory())
     layout = mask_text(call, GRID, valid)
     assert layout.text_lens.tolist() == [4, 2, 1]
     torch.manual_seed(1)
     qkv = torch.randn(3, 3, HEADS, GRID.tokens, DIM)
-    ours = accelerated(Processor(), state("reference", layout.rows, layout.text_lens))(nn.Module(), qkv)
+    ours = wrap_processor(Processor(), state("reference", layout.rows, layout.text_lens))(nn.Module(), qkv)
     mask = dit_accel.plan("gna", GRID, **CONFIG).token_mask()
     keys = torch.cat((valid.bool(), torch.ones(3, GRID.visual, dtype=torch.bool)), 1)
     mask = mask & keys[:, None, None, :]

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import dit_accel
 from dit_accel.pipelines import hunyuan_video_15
-from dit_accel.pipelines.family import Call, Memory
+from dit_accel.pipelines.family import Memory, ModelCall
 from dit_accel.registry import get_families
 from dit_accel.tokens import TokenGrid
 
@@ -21,7 +21,7 @@ def layout(tiny, **changes):
     import inspect
 
     transformer = tiny.shared
-    call = Call(inspect.signature(type(transformer).forward), transformer, (), tiny.call() | changes, Memory())
+    call = ModelCall(inspect.signature(type(transformer).forward), transformer, (), tiny.call() | changes, Memory())
     return get_families()[tiny.family].layout(transformer, call)
 
 

@@ -34,7 +34,7 @@ class TinyModel:
         text_lens: valid text tokens of two samples; None if the model attends to all its text.
         compiles: "whole" if the stock model compiles as one graph; "blocks" if only `compile_repeated_blocks` does;
             "no" if neither does.
-        rows: int64 [2, tokens], as `Layout.rows`.
+        rows: int64 [2, tokens], as `CallLayout.rows`.
         coarsest: what the stock model rounds to inside, whatever its dtype, so that it does not run in float64;
             `shared_double` is in float32 then, and the attention that it is given is exact alone.
         lengths: tokens of a call of self-attention, the fewest and the most; from `visual` to `tokens` of the grid if
