@@ -34,7 +34,7 @@ def test_gna_presets_are_the_published_windows():
 
 def test_a_preset_sets_the_method_and_what_stays_dense(tiny_wan):
     with dit_accel.accelerate(tiny_wan(), "radial", preset=True) as accel:
-        assert (accel.config.decay, accel.config.rule, accel.config.sink) == (0.2, "reference", True)
+        assert (accel.config.decay, accel.config.rule, accel.config.sink) == (0.2, "released", True)
         assert (accel.schedule.dense_steps, accel.schedule.dense_layers) == (0.24, 1)
         assert "scripts/wan_t2v_inference.sh" in accel.report().notes[0]
 
@@ -57,7 +57,7 @@ def test_two_transformers_have_settings_of_their_own(wan_folder):
 def test_what_is_given_wins(tiny_wan):
     arguments = {"preset": True, "decay": 0.5, "dense_steps": 3, "dense_layers": 0}
     with dit_accel.accelerate(tiny_wan(), "radial", **arguments) as accel:
-        assert (accel.config.decay, accel.config.rule) == (0.5, "reference")
+        assert (accel.config.decay, accel.config.rule) == (0.5, "released")
         assert (accel.schedule.dense_steps, accel.schedule.dense_layers) == (3, 0)
 
 

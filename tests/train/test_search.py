@@ -56,7 +56,7 @@ def test_on_a_model(tiny, tmp_path):
     path = tmp_path / "schedule.json"
     search.write(path, table, chosen, threshold=1e-12)
     assert json.loads(path.read_text())["search"]["density"] == table.cost(chosen)
-    with dit_accel.accelerate(pipe, schedule=path) as accel:
+    with dit_accel.accelerate(pipe, layer_schedule=path) as accel:
         assert accel.config.layers["transformer"] == (None, table.candidates[1])
     with pytest.raises(DitAccelError, match="needs candidate settings"):
         search.measure(pipe, "gna", [], data)
