@@ -71,7 +71,7 @@ class Problem:
         options = self.options
         return Geometry(
             options["grid"], options.get("query_grid") or options["grid"], options["block_q"], options["block_k"],
-            options.get("tile_q"), options.get("tile_k"), options.get("reference", 0), options.get("text", 0),
+            options.get("tile_q"), options.get("tile_k"), options.get("conditioning", 0), options.get("text", 0),
             options.get("query_grid") is not None,
         )  # fmt: skip
 
@@ -127,7 +127,7 @@ class Problem:
 
 
 def _starts(grid: dit_accel.TokenGrid, batch: int, between: bool, per_sample: bool, gap: int) -> dict:
-    """Where segments begin: in model order, or visual, text, reference; shifted from sample to sample into `gap`."""
+    """Where segments begin: in model order, or visual, text, conditioning; shifted from sample to sample into `gap`."""
     if between:
         starts = 0, grid.visual + grid.text, grid.visual
     else:

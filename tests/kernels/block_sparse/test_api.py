@@ -83,7 +83,7 @@ def _int(*values):
         ({"grid": (2, 4, 0)}, "each at least 1"),
         ({"grid": (2, 4, 6)}, "need q with 48 rows, got 40"),
         ({"text": 3}, "need q with 43 rows, got 40"),
-        ({"text": -1}, "reference and text must be >= 0"),
+        ({"text": -1}, "conditioning and text must be >= 0"),
         ({"block_q": 0}, "at least one token, got 0"),
         ({"tile_q": (1, 4, 5)}, "holds 20 tokens but the block is 16"),
         ({"text_start": None}, "together, or none"),
