@@ -32,7 +32,6 @@ from dit_accel.hooks.selfcheck import SelfCheck
 from dit_accel.kernels.block_sparse.api import Impl
 from dit_accel.pipelines.family import Memory, ModelCall
 from dit_accel.pipelines.targets import find_transformers
-from dit_accel.plans.asked import Asked, Kind
 from dit_accel.plans.plan import Plan
 from dit_accel.registry import Method, get_method, make_config
 
@@ -53,10 +52,10 @@ class NothingPlan(Plan):
     def kept_keys(self, queries: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
         return torch.zeros(len(queries), self.grid.tokens, dtype=torch.bool, device=queries.device)
 
-    def compute(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, asked: Asked) -> torch.Tensor:
+    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **call: Any) -> torch.Tensor:
         return v
 
-    def implementation(self, kind: Kind) -> tuple[str, str]:
+    def choose_impl(self, *call: Any, **more: Any) -> tuple[str, str]:
         return "nothing", "the rest of the step is measured"
 
 

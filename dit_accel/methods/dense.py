@@ -6,8 +6,9 @@ import dataclasses
 from typing import ClassVar
 
 import torch
+from torch import nn
 
-from dit_accel.plans.asked import Asked, Kind
+from dit_accel.kernels.block_sparse.api import Impl
 from dit_accel.plans.masks import AxisTable, Mask, Product
 from dit_accel.plans.plan import MaskPlan
 from dit_accel.registry import Method
@@ -24,15 +25,28 @@ class Config:
 class DensePlan(MaskPlan):
     """Every token sees every token. `attend` is PyTorch's own attention unless another implementation is named."""
 
-    def compute(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, asked: Asked) -> torch.Tensor:
-        if asked.impl != "auto" or asked.text_lens is not None:
-            return super().compute(q, k, v, asked)
-        return torch.nn.functional.scaled_dot_product_attention(q, k, v, scale=asked.scale)
+    def attend(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        *,
+        scale: float | None = None,
+        text_lens: torch.Tensor | None = None,
+        text_bias: torch.Tensor | None = None,
+        impl: Impl = "auto",
+        module: nn.Module | None = None,
+    ) -> torch.Tensor:
+        if impl != "auto" or text_lens is not None:
+            return super().attend(q, k, v, scale=scale, text_lens=text_lens, text_bias=text_bias, impl=impl)
+        return nn.functional.scaled_dot_product_attention(q, k, v, scale=scale)
 
-    def implementation(self, kind: Kind) -> tuple[str, str]:
-        if kind.impl == "auto":
+    def choose_impl(
+        self, device: torch.device, dtype: torch.dtype, head_dim: int, impl: Impl = "auto", *, learned: bool = False
+    ) -> tuple[str, str]:
+        if impl == "auto":
             return "scaled_dot_product_attention", "nothing is masked"
-        return super().implementation(kind)
+        return super().choose_impl(device, dtype, head_dim, impl)
 
 
 def make_plan(grid: TokenGrid, config: Config) -> DensePlan:

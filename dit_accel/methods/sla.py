@@ -20,9 +20,8 @@ from dit_accel.kernels.sla.api import choose_impl, route, sparse_linear_attentio
 from dit_accel.kernels.sla.features import FEATURE_MAPS, FeatureMap
 from dit_accel.kernels.sla.setting import LINEAR_SCOPES, LinearScope
 from dit_accel.order import TokenOrder, cut_blocks, valid_tokens
-from dit_accel.plans.asked import Asked, Kind
 from dit_accel.plans.blocks import BlockMask
-from dit_accel.plans.plan import Plan, beside, building
+from dit_accel.plans.plan import Plan, among_others, building
 from dit_accel.plans.tiles import tile_shapes
 from dit_accel.registry import LearnedModule, Method
 from dit_accel.tokens import TokenGrid
@@ -179,7 +178,7 @@ class SparseLinearAttention(nn.Module):
             )
         order = _order(self.config, self._grid(q, grid))
         weight, bias = self.proj(q.device)
-        return _attend(self.config, order, q, k, v, Asked(scale, text_lens, impl=impl), weight, bias)
+        return _attend(self.config, order, q, k, v, weight, bias, scale=scale, text_len=text_lens, impl=impl)
 
     @torch.no_grad()
     def route(self, q: torch.Tensor, k: torch.Tensor, grid: TokenGrid | None = None) -> Routing:
@@ -279,7 +278,7 @@ class SlaPlan(Plan):
         inside = slots >= 0
         block = torch.empty(self.grid.visual, dtype=torch.int64, device=q.device)
         block[slots[inside]] = inside.nonzero()[:, 0] // self.order.block
-        return beside(critical[block[queries]][:, block], self.grid)
+        return among_others(critical[block[queries]][:, block], self.grid)
 
     def token_mask(self) -> torch.Tensor:
         raise DitAccelError(
@@ -293,17 +292,30 @@ class SlaPlan(Plan):
             "SparseLinearAttention.route(q, k) gives the blocks of one call, visited, total and density their number."
         )
 
-    def compute(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, asked: Asked) -> torch.Tensor:
+    def attend(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        *,
+        scale: float | None = None,
+        text_lens: torch.Tensor | None = None,
+        text_bias: torch.Tensor | None = None,
+        impl: Impl = "auto",
+        module: nn.Module | None = None,
+    ) -> torch.Tensor:
         """Without a module the projection is zero, and the linear branch is left out."""
-        module = asked.module
         if module is not None and not isinstance(module, SparseLinearAttention):
             raise DitAccelError(f"sla takes a SparseLinearAttention as its module, got {type(module).__name__}.")
         weight, bias = (None, None) if module is None else module.proj(q.device)
-        return _attend(self.config, self.order, q, k, v, asked, weight, bias)
+        call = {"scale": scale, "text_len": text_lens, "text_bias": text_bias, "impl": impl}
+        return _attend(self.config, self.order, q, k, v, weight, bias, **call)
 
-    def implementation(self, kind: Kind) -> tuple[str, str]:
-        scope = self.config.linear_scope if kind.learned else None
-        return choose_impl(kind.device.type, kind.dtype, kind.head_dim, self.order, scope, kind.impl)
+    def choose_impl(
+        self, device: torch.device, dtype: torch.dtype, head_dim: int, impl: Impl = "auto", *, learned: bool = False
+    ) -> tuple[str, str]:
+        scope = self.config.linear_scope if learned else None
+        return choose_impl(device.type, dtype, head_dim, self.order, scope, impl)
 
 
 def _attend(
@@ -312,9 +324,9 @@ def _attend(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    asked: Asked,
     weight: torch.Tensor | None,
     bias: torch.Tensor | None,
+    **call: Any,
 ) -> torch.Tensor:
     grid = order.grid
     return sparse_linear_attention(
@@ -329,14 +341,11 @@ def _attend(
         conditioning=grid.conditioning,
         text=grid.text,
         text_first=grid.text_first,
-        text_len=asked.text_lens,
-        text_bias=asked.text_bias,
-        scale=asked.scale,
         feature_map=config.feature_map,
         linear_scope=config.linear_scope,
         weight=weight,
         bias=bias,
-        impl=asked.impl,
+        **call,
     )
 
 

@@ -11,7 +11,7 @@ from dit_accel.errors import DitAccelError
 from dit_accel.order import TokenOrder, cut_blocks, valid_tokens
 from dit_accel.plans import blocks
 from dit_accel.plans.blocks import BlockMask
-from dit_accel.plans.plan import Order, StaticPlan, beside, building, check_token_mask, surround
+from dit_accel.plans.plan import Order, StaticPlan, among_others, building, check_token_mask, surround
 from dit_accel.plans.tiles import Tile
 from dit_accel.tokens import TokenGrid
 
@@ -48,7 +48,7 @@ class BlockPlan(StaticPlan):
         order = self._mask.query_order
         visited = self._mask.dense()[: order.visual_blocks, : order.visual_blocks].to(queries.device)
         keys = torch.arange(self.grid.visual, device=queries.device)
-        return beside(visited[queries // self.block][:, keys // self.block], self.grid)
+        return among_others(visited[queries // self.block][:, keys // self.block], self.grid)
 
     def block_mask(
         self,

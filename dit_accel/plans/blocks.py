@@ -7,6 +7,7 @@ import dataclasses
 import torch
 
 from dit_accel.errors import DitAccelError
+from dit_accel.kernels.block_sparse.geometry import BlockLists, Geometry
 from dit_accel.order import TokenOrder, valid_tokens
 from dit_accel.plans.masks import Mask
 
@@ -59,9 +60,14 @@ class BlockMask:
         seen = torch.zeros(shape, dtype=torch.bool, device=self.kv_counts.device)
         return seen.scatter_(-1, slots, True)[..., :-1]
 
-    def to(self, device: torch.device | str) -> BlockMask:
-        moved = {name: getattr(self, name).to(device) for name in ("kv_indices", "kv_counts", "partial")}
-        return dataclasses.replace(self, **moved)
+    def lists(self, tables: torch.Tensor | None = None) -> BlockLists:
+        """The lists as kernels take them, with the packed predicate of the partial blocks."""
+        return BlockLists(self.kv_indices, self.kv_counts, None if tables is None else self.partial, tables)
+
+    @property
+    def geometry(self) -> Geometry:
+        """Where the blocks' tokens lie."""
+        return Geometry.of(self.query_order, self.key_order, partial_blocks=int(self.partial.sum()))
 
 
 def check_size(query_order: TokenOrder, key_order: TokenOrder) -> None:

@@ -10,15 +10,15 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from torch import nn
 
 from dit_accel.errors import DitAccelError
-from dit_accel.kernels.block_sparse.api import Impl, choose_impl
+from dit_accel.kernels.block_sparse.api import Impl, attend_blocks, choose_impl, pack
+from dit_accel.kernels.block_sparse.geometry import BlockLists, Geometry, Segments
 from dit_accel.kernels.block_sparse.triton_configs import unsupported
 from dit_accel.order import TokenOrder
 from dit_accel.plans import blocks
-from dit_accel.plans.asked import Asked, Kind
 from dit_accel.plans.blocks import BlockMask
-from dit_accel.plans.listed import Listed
 from dit_accel.plans.masks import Mask
 from dit_accel.plans.tiles import Tile, choose_tiles
 from dit_accel.tokens import TokenGrid
@@ -103,6 +103,7 @@ class Plan(abc.ABC):
         """
         raise DitAccelError(f"{self.method} has no token mask that is known before the call: it routes by content.")
 
+    @abc.abstractmethod
     def attend(
         self,
         q: torch.Tensor,
@@ -113,7 +114,7 @@ class Plan(abc.ABC):
         text_lens: torch.Tensor | None = None,
         text_bias: torch.Tensor | None = None,
         impl: Impl = "auto",
-        module: torch.nn.Module | None = None,
+        module: nn.Module | None = None,
     ) -> torch.Tensor:
         """The method's attention on this grid; see `attention`.
 
@@ -123,12 +124,8 @@ class Plan(abc.ABC):
                 query adds to its scaled logits.
             module: a layer's learned weights.
         """
-        return self.compute(q, k, v, Asked(scale, text_lens, text_bias, impl, module))
 
     @abc.abstractmethod
-    def compute(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, asked: Asked) -> torch.Tensor:
-        """What `attend` returns."""
-
     def choose_impl(
         self, device: torch.device, dtype: torch.dtype, head_dim: int, impl: Impl = "auto", *, learned: bool = False
     ) -> tuple[str, str]:
@@ -142,11 +139,6 @@ class Plan(abc.ABC):
         Raises:
             DitAccelError: a named implementation cannot compute it.
         """
-        return self.implementation(Kind(device, dtype, head_dim, impl, learned))
-
-    @abc.abstractmethod
-    def implementation(self, kind: Kind) -> tuple[str, str]:
-        """What `choose_impl` returns."""
 
     def prepare(self, device: torch.device) -> None:  # noqa: B027 - a plan may have nothing to build
         """Build what `attend` needs on `device`; inside a traced call it would be too late."""
@@ -186,7 +178,7 @@ class StaticPlan(Plan):
 
     def __init__(self, method: str, config: Any, grid: TokenGrid) -> None:
         super().__init__(method, config, grid)
-        self._lists: dict[torch.device, Listed] = {}
+        self._lists: dict[torch.device, BlockLists] = {}
 
     def tables(self) -> torch.Tensor | None:
         """The packed tables that decide the pairs of partial blocks; None if blocks are attended whole."""
@@ -196,23 +188,45 @@ class StaticPlan(Plan):
     def _blocks(self) -> BlockMask:
         return self.block_mask()
 
-    def lists(self, device: torch.device) -> Listed:
+    @functools.cached_property
+    def geometry(self) -> Geometry:
+        """Where the tokens of the plan's own blocks lie."""
+        return self._blocks.geometry
+
+    def lists(self, device: torch.device) -> BlockLists:
         """The plan's own block lists on `device`, built once."""
         if device not in self._lists:
             with building():
-                self._lists[device] = Listed.make(self._blocks, self.tables, device)
+                lists = self._blocks.lists(self.tables() if self.geometry.partial_blocks else None).to(device)
+                if choose_impl(device.type)[0] == "triton":
+                    lists = lists._replace(packed=pack(lists, self.geometry))
+                self._lists[device] = lists
         return self._lists[device]
 
     def prepare(self, device: torch.device) -> None:
         self.lists(device)
 
-    def implementation(self, kind: Kind) -> tuple[str, str]:
-        mask = self._blocks
-        obstacle = unsupported(kind.dtype, kind.head_dim, mask.query_order.block, mask.key_order.block)
-        return choose_impl(kind.device.type, kind.impl, obstacle)
+    def choose_impl(
+        self, device: torch.device, dtype: torch.dtype, head_dim: int, impl: Impl = "auto", *, learned: bool = False
+    ) -> tuple[str, str]:
+        obstacle = unsupported(dtype, head_dim, self.geometry.block_q, self.geometry.block_k)
+        return choose_impl(device.type, impl, obstacle)
 
-    def compute(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, asked: Asked) -> torch.Tensor:
-        return self.lists(q.device).attend(q, k, v, asked)
+    def attend(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        *,
+        scale: float | None = None,
+        text_lens: torch.Tensor | None = None,
+        text_bias: torch.Tensor | None = None,
+        impl: Impl = "auto",
+        module: nn.Module | None = None,
+    ) -> torch.Tensor:
+        lists, segments = self.lists(q.device), Segments.of(self.grid, q, text_lens)
+        out, _ = attend_blocks(q, k, v, lists, self.geometry, segments, text_bias=text_bias, scale=scale, impl=impl)
+        return out
 
 
 class MaskPlan(StaticPlan):
@@ -242,7 +256,7 @@ class MaskPlan(StaticPlan):
 
     def kept_keys(self, queries: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
         keys = torch.arange(self.grid.visual, device=queries.device)
-        return beside(self.mask.allowed(queries[:, None], keys[None, :]), self.grid)
+        return among_others(self.mask.allowed(queries[:, None], keys[None, :]), self.grid)
 
     @building()
     def block_mask(
@@ -341,7 +355,7 @@ def surround(visual: torch.Tensor, grid: TokenGrid) -> torch.Tensor:
     return mask
 
 
-def beside(visual: torch.Tensor, grid: TokenGrid) -> torch.Tensor:
+def among_others(visual: torch.Tensor, grid: TokenGrid) -> torch.Tensor:
     """Kept visual keys [S, visual] with text and conditioning keys, which are always kept: bool [S, tokens]."""
     kept = torch.ones(len(visual), grid.tokens, dtype=torch.bool, device=visual.device)
     kept[:, grid.visual_start : grid.visual_start + grid.visual] = visual

@@ -13,9 +13,9 @@ from triton.compiler import make_backend
 from triton.runtime.jit import create_function_from_signature
 
 from dit_accel.kernels import tuning
+from dit_accel.kernels.block_sparse import geometry
 from dit_accel.kernels.block_sparse import triton as block_sparse
 from dit_accel.kernels.block_sparse.api import block_sparse_attention
-from dit_accel.kernels.block_sparse.geometry import Geometry
 from dit_accel.kernels.block_sparse.triton_configs import Launch
 from dit_accel.kernels.sla import triton as sla
 from dit_accel.kernels.sla import triton_configs as configs
@@ -90,8 +90,8 @@ def test_block_sparse_kernels_are_compiled_once(binaries, text, tables):
         blocks = lists.shape[-1] + (text > 0)
         lists = torch.nn.functional.pad(lists, (0, blocks - len(lists), 0, blocks - len(lists)))
         counts = torch.nn.functional.pad(counts, (0, blocks - len(counts)))
-        ints = Geometry((1, 1, tokens), (1, 1, tokens), BLOCK, BLOCK, None, None, 0, text, False).pack()
-        arguments = (lists, counts, None, tables, None, None, None, None, ints, 0.125)
+        sizes = geometry.Geometry((1, 1, tokens), (1, 1, tokens), BLOCK, BLOCK, None, None, 0, text, own_queries=False)
+        arguments = geometry.BlockLists(lists, counts, tables=tables), geometry.Segments(), sizes, 0.125
         out, lse = block_sparse.forward(q, k, v, *arguments)
         block_sparse.backward(grad, lse, q, k, v, out, lse, *arguments)
     assert {name: len(keys) for name, keys in binaries.keys.items()} == {

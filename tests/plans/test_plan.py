@@ -150,12 +150,12 @@ def test_attention_wants_the_grids_tokens():
 )
 def test_the_callers_default_device_and_inference_mode_do_not_matter(method, config):
     grid = dit_accel.TokenGrid(3, 5, 7, text=9)
-    wanted, *_ = dit_accel.plan(method, grid, **config).lists(torch.device("cpu"))
+    wanted = dit_accel.plan(method, grid, **config).lists(torch.device("cpu"))
     with torch.device("meta"), torch.inference_mode():
         plan = dit_accel.plan(method, grid, **config)
         assert plan.choose_impl(torch.device("cpu"), torch.float32, 8)[0] == "portable"
-        found, *_ = plan.lists(torch.device("cpu"))
-    assert torch.equal(found.kv_indices, wanted.kv_indices) and not found.kv_indices.is_inference()
+        found = plan.lists(torch.device("cpu"))
+    assert torch.equal(found.indices, wanted.indices) and not found.indices.is_inference()
 
 
 @pytest.mark.parametrize(("method", "config"), [*STATIC[1:], ("dense", {}), ("sla", {"block": 16, "topk": 0.3})])

@@ -6,7 +6,6 @@ Plain tensors and integers come in; which implementation computes is a separate 
 from __future__ import annotations
 
 import importlib.util
-import math
 from typing import Literal
 
 import torch
@@ -14,13 +13,13 @@ import torch
 from dit_accel.errors import DitAccelError
 from dit_accel.kernels.block_sparse import ops, padding, triton_lists
 from dit_accel.kernels.block_sparse import reference as reference_impl
-from dit_accel.kernels.block_sparse.geometry import Geometry, Shape, read_layouts
+from dit_accel.kernels.block_sparse.geometry import BlockLists, Geometry, Segments, Shape, check_call
 from dit_accel.kernels.block_sparse.triton_configs import unsupported
 
 Impl = Literal["auto", "reference", "portable", "triton"]
 
 _IMPLS = ("auto", "reference", "portable", "triton")
-_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+WHOLE = Segments()
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
@@ -104,116 +103,103 @@ def block_sparse_attention(
         >>> block_sparse_attention(q, q, q, lists, counts, block_q=64, block_k=64, grid=(1, 1, 256)).shape
         torch.Size([1, 2, 256, 64])
     """
-    if torch.is_autocast_enabled(q.device.type):
-        dtype = torch.get_autocast_dtype(q.device.type)
-        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
-    _check_tensors(q, k, v)
-    geometry = _geometry(grid, query_grid, block_q, block_k, tile_q, tile_k, conditioning, text, partial_blocks)
-    starts = (visual_start, conditioning_start, text_start)
-    _check_geometry(q, k, geometry, starts, text_len)
-    _check_bias(q, text_len, text_bias)
-    _check_lists(q, kv_indices, kv_counts, partial, tables, geometry)
-    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    name, _ = choose_impl(q.device.type, impl, unsupported(q.dtype, q.shape[-1], block_q, block_k))
-    if name == "reference":
-        out, lse = _reference(q, k, v, kv_indices, kv_counts, partial, tables, (*starts, text_len), geometry, scale)
-    else:
-        out, lse = ops.attention_forward(
-            q, k, v, kv_indices, kv_counts, partial, tables, *starts, text_len,
-            packed if name == "triton" else None, geometry.pack(), scale, name,
-        )  # fmt: skip
-    if text_bias is not None and text:
-        behind, behind_lse = _attend_padding(q, k, v, geometry, text_start, text_len, scale, impl)
-        out, lse = padding.merge(out, lse, behind, behind_lse, text_bias)
+    own_queries = query_grid is not None
+    geometry = Geometry(
+        grid, grid if query_grid is None else query_grid, block_q, block_k, tile_q, tile_k, conditioning, text,
+        own_queries, partial_blocks,
+    )  # fmt: skip
+    lists = BlockLists(kv_indices, kv_counts, partial, tables, packed)
+    segments = Segments(visual_start, conditioning_start, text_start, text_len)
+    out, lse = attend_blocks(q, k, v, lists, geometry, segments, text_bias=text_bias, scale=scale, impl=impl)
     return (out, lse) if return_lse else out
 
 
-def pack(
-    kv_indices: torch.Tensor,
-    kv_counts: torch.Tensor,
+def attend_blocks(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    lists: BlockLists,
+    geometry: Geometry,
+    segments: Segments = WHOLE,
     *,
-    block_q: int,
-    block_k: int,
-    grid: Shape,
-    partial: torch.Tensor | None = None,
-    tables: torch.Tensor | None = None,
-    partial_blocks: int | None = None,
-    tile_q: Shape | None = None,
-    tile_k: Shape | None = None,
-    conditioning: int = 0,
-    text: int = 0,
-) -> torch.Tensor:
-    """What the Triton implementation makes of lists in each call and its backward, made once: for lists that stay.
+    text_bias: torch.Tensor | None = None,
+    scale: float | None = None,
+    impl: Impl = "auto",
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`block_sparse_attention` in records, which is how the package calls it.
+
+    Returns:
+        Output and LSE.
+
+    Raises:
+        DitAccelError: an argument has the wrong shape, dtype or device, or `impl` cannot run here.
+    """
+    if torch.is_autocast_enabled(q.device.type):
+        dtype = torch.get_autocast_dtype(q.device.type)
+        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+    check_call(q, k, v, lists, geometry, segments)
+    _check_bias(q, segments.text_len, text_bias)
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    name, _ = choose_impl(q.device.type, impl, unsupported(q.dtype, q.shape[-1], geometry.block_q, geometry.block_k))
+    if name == "reference":
+        out, lse = reference_impl.forward(q, k, v, lists, segments, geometry, scale)
+    else:
+        lists = lists if name == "triton" else lists._replace(packed=None)
+        out, lse = ops.attention_forward(q, k, v, *lists, *segments, geometry.pack(), scale, name)
+    if text_bias is not None and geometry.text:
+        behind, behind_lse = _attend_padding(q, k, v, geometry, segments, scale, impl)
+        out, lse = padding.merge(out, lse, behind, behind_lse, text_bias)
+    return out, lse
+
+
+def pack(lists: BlockLists, geometry: Geometry) -> torch.Tensor:
+    """Prepare lists that stay, once, for the Triton implementation, which would do so in each call and its backward.
 
     It is some twenty launches and a sort, and needs no Triton. Waits for the device.
 
     Args:
-        kv_indices, kv_counts: without a head axis; all arguments as in `block_sparse_attention`.
+        lists: without a head axis.
 
     Returns:
-        int32 [words] on the device of the lists, to be passed as `packed` beside the same arguments.
+        int32 [words] on the device of the lists, for `BlockLists.packed` beside the same lists.
 
     Raises:
-        DitAccelError: the lists have a head axis or a wrong shape, or `partial_blocks` is too small.
+        DitAccelError: the lists have a head axis or a wrong shape, or `geometry.partial_blocks` is too small.
     """
-    geometry = _geometry(grid, None, block_q, block_k, tile_q, tile_k, conditioning, text, partial_blocks)
-    want = geometry.query_order.blocks
-    if kv_indices.ndim != 2 or len(kv_indices) != want:
-        raise DitAccelError(f"Only lists [{want}, width] can be packed, got {list(kv_indices.shape)}.")
-    lists, transposed = triton_lists.pack(kv_indices, kv_counts, partial, tables, geometry)
-    if partial_blocks is not None and tables is not None and int(lists.partial_blocks()) > partial_blocks:
-        raise DitAccelError(f"{int(lists.partial_blocks())} blocks are partial, more than {partial_blocks=}.")
-    return triton_lists.join(lists, transposed)
+    want, most = geometry.query_order.blocks, geometry.partial_blocks
+    if lists.indices.ndim != 2 or len(lists.indices) != want:
+        raise DitAccelError(f"Only lists [{want}, width] can be packed, got {list(lists.indices.shape)}.")
+    ordered, transposed = triton_lists.both_ways(lists, geometry)
+    if most is not None and lists.tables is not None and int(ordered.partial_blocks()) > most:
+        raise DitAccelError(f"{int(ordered.partial_blocks())} blocks are partial, more than partial_blocks={most}.")
+    return triton_lists.join(ordered, transposed)
 
 
-def _geometry(
-    grid: Shape,
-    query_grid: Shape | None,
-    block_q: int,
-    block_k: int,
-    tile_q: Shape | None,
-    tile_k: Shape | None,
-    conditioning: int,
-    text: int,
-    partial_blocks: int | None,
-) -> Geometry:
-    return Geometry(
-        grid=_sizes(grid, "grid"),
-        query_grid=_sizes(grid if query_grid is None else query_grid, "query_grid"),
-        block_q=block_q,
-        block_k=block_k,
-        tile_q=_tile(tile_q, block_q, "tile_q"),
-        tile_k=_tile(tile_k, block_k, "tile_k"),
-        conditioning=conditioning,
-        text=text,
-        own_queries=query_grid is not None,
-        partial_blocks=partial_blocks,
-    )
-
-
-def _attend_padding(q, k, v, geometry, text_start, text_len, scale, impl):
+def _attend_padding(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    geometry: Geometry,
+    segments: Segments,
+    scale: float,
+    impl: Impl,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """All queries over the text behind `text_len`: output [B, H, Nq, D] and LSE [B, H, Nq]."""
+    text_start, text_len = segments.text_start, segments.text_len
+    assert text_len is not None
     if text_start is None:
         text_start = torch.full_like(text_len, geometry.key_order.grid.visual + geometry.conditioning)
     keys, values = (padding.from_its_end(x, text_start, geometry.text) for x in (k, v))
     rows, blocks = (-(-n // block) for n, block in ((q.shape[2], geometry.block_q), (geometry.text, geometry.block_k)))
     # Block 0 holds the row in front.
-    lists = torch.arange(1, 1 + blocks, dtype=torch.int32, device=q.device).repeat(rows, 1)
-    return block_sparse_attention(
-        q,
-        keys,
-        values,
-        lists,
-        lists.new_full((rows,), blocks),
-        block_q=geometry.block_q,
-        block_k=geometry.block_k,
-        grid=(1, 1, 1),
-        query_grid=(1, 1, q.shape[2]),
-        text=geometry.text,
-        text_len=geometry.text - text_len,
-        scale=scale,
-        return_lse=True,
-        impl=impl,
+    indices = torch.arange(1, 1 + blocks, dtype=torch.int32, device=q.device).repeat(rows, 1)
+    alone = Geometry(
+        (1, 1, 1), (1, 1, q.shape[2]), geometry.block_q, geometry.block_k, None, None, 0, geometry.text,
+        own_queries=True,
+    )  # fmt: skip
+    lists = BlockLists(indices, indices.new_full((rows,), blocks))
+    return attend_blocks(
+        q, keys, values, lists, alone, Segments(text_len=geometry.text - text_len), scale=scale, impl=impl
     )
 
 
@@ -253,77 +239,6 @@ def choose_impl(device_type: str, impl: Impl = "auto", obstacle: str | None = No
     return "triton", "Triton is the fastest on CUDA"
 
 
-def _reference(q, k, v, kv_indices, kv_counts, partial, tables, starts, geometry, scale):
-    layouts = read_layouts(geometry, len(q), k.shape[2], *starts)
-    out, lse = reference_impl.forward(q, k, v, kv_indices, kv_counts, partial, tables, geometry, layouts, scale)
-    return out.transpose(1, 2).contiguous().transpose(1, 2), lse
-
-
-def _sizes(sizes: Shape, name: str) -> Shape:
-    if len(sizes) != 3 or any(size < 1 for size in sizes):
-        raise DitAccelError(f"{name} needs (frames, rows, columns), each at least 1, got {tuple(sizes)}.")
-    frames, rows, columns = sizes
-    return frames, rows, columns
-
-
-def _tile(tile: Shape | None, block: int, name: str) -> Shape | None:
-    if block < 1:
-        raise DitAccelError(f"Blocks hold at least one token, got {block}.")
-    if tile is None:
-        return None
-    tile = _sizes(tile, name)
-    if math.prod(tile) != block:
-        raise DitAccelError(f"{name}={tile} holds {math.prod(tile)} tokens but the block is {block}; they must agree.")
-    return tile
-
-
-def _check_tensors(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
-    if q.ndim != 4 or k.shape != v.shape or k.ndim != 4 or q.shape[:2] != k.shape[:2] or q.shape[3] != k.shape[3]:
-        raise DitAccelError(
-            "Attention needs q [B, H, Nq, D] and k, v [B, H, Nk, D] with the same B, H and D, got "
-            f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}."
-        )
-    if q.dtype not in _DTYPES or not q.dtype == k.dtype == v.dtype:
-        raise DitAccelError(
-            "Attention needs q, k and v of one dtype among bfloat16, float16, float32 and float64, got "
-            f"{q.dtype}, {k.dtype} and {v.dtype}; cast them first."
-        )
-    if not q.device == k.device == v.device:
-        raise DitAccelError(f"q, k and v must be on one device, got {q.device}, {k.device} and {v.device}.")
-
-
-def _check_geometry(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    geometry: Geometry,
-    starts: tuple[torch.Tensor | None, ...],
-    text_len: torch.Tensor | None,
-) -> None:
-    if geometry.conditioning < 0 or geometry.text < 0:
-        raise DitAccelError(f"conditioning and text must be >= 0, got {geometry.conditioning} and {geometry.text}.")
-    if geometry.partial_blocks is not None and geometry.partial_blocks < 0:
-        raise DitAccelError(f"partial_blocks must be >= 0 or None, got {geometry.partial_blocks}.")
-    given = [start is not None for start in starts]
-    if any(given) and not all(given):
-        raise DitAccelError("Give visual_start, conditioning_start and text_start together, or none of them.")
-    for name, want, have in (
-        ("q", geometry.query_order.grid.tokens, q.shape[2]),
-        ("k and v", geometry.key_order.grid.tokens, k.shape[2]),
-    ):
-        if have < want or (have != want and not any(given)):
-            raise DitAccelError(
-                f"grid {geometry.grid}, {geometry.conditioning} conditioning and {geometry.text} text tokens need "
-                f"{name} with {want} rows, got {have}; rows to be left out need the three starts."
-            )
-    for name, tensor in zip(
-        ("visual_start", "conditioning_start", "text_start", "text_len"), (*starts, text_len), strict=True
-    ):
-        if tensor is not None and (tensor.shape != q.shape[:1] or tensor.dtype != torch.int32):
-            raise DitAccelError(
-                f"{name} must be int32 [{q.shape[0]}], one per sample, got {tensor.dtype} {tuple(tensor.shape)}."
-            )
-
-
 def _check_bias(q: torch.Tensor, text_len: torch.Tensor | None, text_bias: torch.Tensor | None) -> None:
     if text_bias is None:
         return
@@ -333,40 +248,3 @@ def _check_bias(q: torch.Tensor, text_len: torch.Tensor | None, text_bias: torch
             f"text_bias must be floating point {list(want)}, one for each query, and come with text_len; got "
             f"{text_bias.dtype} {tuple(text_bias.shape)}{'' if text_len is not None else ' without text_len'}."
         )
-
-
-def _check_lists(
-    q: torch.Tensor,
-    kv_indices: torch.Tensor,
-    kv_counts: torch.Tensor,
-    partial: torch.Tensor | None,
-    tables: torch.Tensor | None,
-    geometry: Geometry,
-) -> None:
-    blocks = geometry.query_order.blocks
-    rows = tuple(kv_indices.shape[:-1])
-    if rows not in ((blocks,), (q.shape[0], q.shape[1], blocks)):
-        raise DitAccelError(
-            f"kv_indices must be [{blocks}, width] or [{q.shape[0]}, {q.shape[1]}, {blocks}, width] for {blocks} query "
-            f"blocks of {geometry.block_q}, got {tuple(kv_indices.shape)}."
-        )
-    if tuple(kv_counts.shape) != rows:
-        raise DitAccelError(f"kv_counts must be {list(rows)}, as kv_indices, got {tuple(kv_counts.shape)}.")
-    if kv_indices.dtype != torch.int32 or kv_counts.dtype != torch.int32:
-        raise DitAccelError(f"Block lists must be int32, got {kv_indices.dtype} and {kv_counts.dtype}.")
-    if partial is not None and (partial.shape != kv_indices.shape or partial.dtype != torch.bool):
-        raise DitAccelError(
-            f"partial must be bool {tuple(kv_indices.shape)}, got {partial.dtype} {tuple(partial.shape)}."
-        )
-    if partial is not None and tables is None:
-        raise DitAccelError("partial marks blocks that the tables decide, but tables is None; give both or neither.")
-    if tables is not None and (tables.ndim != 1 or tables.dtype != torch.int32):
-        raise DitAccelError(f"tables must be int32 [words], got {tables.dtype} {tuple(tables.shape)}.")
-    for name, tensor in (
-        ("kv_indices", kv_indices),
-        ("kv_counts", kv_counts),
-        ("partial", partial),
-        ("tables", tables),
-    ):
-        if tensor is not None and tensor.device != q.device:
-            raise DitAccelError(f"{name} must be on {q.device} as q is, got {tensor.device}; move the plan there.")

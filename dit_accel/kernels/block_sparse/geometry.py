@@ -1,15 +1,17 @@
-"""How block lists address tokens: plain integers that travel through the custom ops, and what they mean.
+"""The records of a block-sparse call: block lists, where a sequence's segments start, and the sizes of both sides.
 
 A sequence holds up to three segments: visual tokens (a grid in raster order), conditioning tokens and text tokens. The
-kernels number tokens *canonically* as ``[visual | conditioning | text]``; where each segment begins in memory is
-said per sample by `Layout`, so that text before, behind or between needs no copy.
+kernels number tokens *canonically* as ``[visual | conditioning | text]``. `Segments` says per sample where each
+segment starts in memory, so text before, behind or between the others needs no copy.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 
@@ -20,9 +22,60 @@ from dit_accel.tokens import TokenGrid
 Shape = tuple[int, int, int]
 
 
+class BlockLists(NamedTuple):
+    """The key blocks that each query block visits.
+
+    Attributes:
+        indices: int32 [q_blocks, width], or [B, H, q_blocks, width] for lists per head. Each key block at most once;
+            entries behind a row's count are not read.
+        counts: int32, shape of `indices` without the last dimension: how many entries of a row count.
+        partial: bool, shape of `indices`: the listed blocks in which `tables` decide pair by pair; the other blocks
+            are attended whole. None with `tables`: all of them. Needs `tables`.
+        tables: int32 [words], the packed predicate over visual pairs (`masks.Mask.pack`). Pairs with a text or
+            conditioning token are always allowed. None: every listed block is attended whole.
+        packed: what `api.pack` made of these lists, for an implementation that reads them in its own form.
+    """
+
+    indices: torch.Tensor
+    counts: torch.Tensor
+    partial: torch.Tensor | None = None
+    tables: torch.Tensor | None = None
+    packed: torch.Tensor | None = None
+
+    def to(self, device: torch.device) -> BlockLists:
+        return BlockLists(*(None if x is None else x.to(device) for x in self))  # type: ignore[arg-type]
+
+
+class Segments(NamedTuple):
+    """Where each sample's segments start in memory, and how much of its text is valid.
+
+    Rows in no segment are never read, and their output is 0.
+
+    Attributes:
+        visual_start, conditioning_start, text_start: int32 [B], first row of the segment. None for all three:
+            ``[visual | conditioning | text]``.
+        text_len: int32 [B], valid text keys from `text_start` on; None: all. The other text rows are queries only.
+    """
+
+    visual_start: torch.Tensor | None = None
+    conditioning_start: torch.Tensor | None = None
+    text_start: torch.Tensor | None = None
+    text_len: torch.Tensor | None = None
+
+    @classmethod
+    def of(cls, grid: TokenGrid, like: torch.Tensor, text_lens: torch.Tensor | None = None) -> Segments:
+        """Segments in the order of `grid` for the samples of `like` [B, ...], on its device."""
+        visual, conditioning, text = (
+            like.new_full(like.shape[:1], start, dtype=torch.int32)
+            for start in (grid.visual_start, grid.conditioning_start, grid.text_start)
+        )
+        valid = None if text_lens is None else text_lens.to(device=like.device, dtype=torch.int32)
+        return cls(visual, conditioning, text, valid)
+
+
 @dataclasses.dataclass(frozen=True)
 class Geometry:
-    """Sizes of both sides of the attention.
+    """Sizes of both sides of the attention; plain integers, which the custom ops carry.
 
     Args:
         grid: frames, rows, columns of the visual keys; the packed tables speak of these axes.
@@ -30,8 +83,9 @@ class Geometry:
         block_q, block_k: tokens in a query block and in a key block.
         tile_q, tile_k: 3-D tile of a visual block, None for raster order.
         conditioning, text: conditioning and text keys, padding included.
-        own_queries: the queries are a grid of visual tokens of their own, from row 0; else they are the keys' tokens.
-        partial_blocks: list entries whose pairs the tables decide, if the caller knows: room is made for as many.
+        own_queries: the queries are visual tokens in a grid of their own, from row 0; else they are the keys' tokens.
+        partial_blocks: upper bound of the listed blocks that the tables decide, if the caller knows one; some
+            implementations allocate memory for as many.
     """
 
     grid: Shape
@@ -44,6 +98,15 @@ class Geometry:
     text: int
     own_queries: bool
     partial_blocks: int | None = None
+
+    @classmethod
+    def of(cls, query_order: TokenOrder, key_order: TokenOrder, partial_blocks: int | None = None) -> Geometry:
+        """Queries and keys of one grid, each in an order of its own."""
+        grid = key_order.grid
+        return cls(
+            grid.shape, grid.shape, query_order.block, key_order.block, query_order.tile, key_order.tile,
+            grid.conditioning, grid.text, own_queries=False, partial_blocks=partial_blocks,
+        )  # fmt: skip
 
     def pack(self) -> list[int]:
         """The integers in the order in which the custom ops carry them."""
@@ -78,8 +141,8 @@ class Geometry:
 
 
 @dataclasses.dataclass(frozen=True)
-class Layout:
-    """Where one sample's segments begin, and how many of its text keys are valid."""
+class Placement:
+    """The `Segments` of one sample, read on the host."""
 
     visual_start: int
     conditioning_start: int
@@ -92,43 +155,132 @@ class Layout:
         return torch.cat([torch.arange(start, start + count) for start, count in starts])
 
 
-def read_layouts(
-    geometry: Geometry,
-    batch: int,
-    tokens: int,
-    visual_start: torch.Tensor | None,
-    conditioning_start: torch.Tensor | None,
-    text_start: torch.Tensor | None,
-    text_len: torch.Tensor | None,
-) -> list[Layout]:
-    """Key layouts of all samples, from the int32 [batch] tensors; None means ``[visual | conditioning | text]``.
+def read_placements(geometry: Geometry, batch: int, tokens: int, segments: Segments) -> list[Placement]:
+    """Where the keys of each sample lie; waits for the device.
+
+    Args:
+        batch, tokens: samples, and rows of keys in each.
 
     Raises:
-        DitAccelError: a segment leaves the sequence of `tokens` keys, two segments overlap, or a text length is
-            negative or above the text's size.
+        DitAccelError: a segment leaves the sequence, two segments overlap, or a text length is out of range.
     """
     visual = geometry.key_order.grid.visual
     usual = (0, visual, visual + geometry.conditioning, geometry.text)
-    given = (visual_start, conditioning_start, text_start, text_len)
-    columns = [[u] * batch if t is None else t.tolist() for u, t in zip(usual, given, strict=True)]
-    layouts = [Layout(*row) for row in zip(*columns, strict=True)]
-    for layout in set(layouts):
+    columns = [[u] * batch if t is None else t.tolist() for u, t in zip(usual, segments, strict=True)]
+    placements = [Placement(*row) for row in zip(*columns, strict=True)]
+    for place in set(placements):
         spans = [
-            (layout.visual_start, visual),
-            (layout.conditioning_start, geometry.conditioning),
-            (layout.text_start, geometry.text),
+            (place.visual_start, visual),
+            (place.conditioning_start, geometry.conditioning),
+            (place.text_start, geometry.text),
         ]
         spans = sorted((start, start + count) for start, count in spans if count)
         if spans[0][0] < 0 or spans[-1][1] > tokens or any(a[1] > b[0] for a, b in itertools.pairwise(spans)):
             raise DitAccelError(
-                f"The segments of a sample must not overlap and must lie within its {tokens} keys; got {layout} for "
+                f"The segments of a sample must not overlap and must lie within its {tokens} keys; got {place} for "
                 f"{visual} visual, {geometry.conditioning} conditioning and {geometry.text} text tokens."
             )
-        if not 0 <= layout.text_len <= geometry.text:
-            raise DitAccelError(f"text_len must be between 0 and text={geometry.text}, got {layout.text_len}.")
-    return layouts
+        if not 0 <= place.text_len <= geometry.text:
+            raise DitAccelError(f"text_len must be between 0 and text={geometry.text}, got {place.text_len}.")
+    return placements
 
 
-def query_layout(geometry: Geometry, layout: Layout) -> Layout:
+def query_placement(geometry: Geometry, place: Placement) -> Placement:
     """Where a sample's queries lie: as its keys do, or from row 0 if they are a grid of their own."""
-    return Layout(0, 0, 0, 0) if geometry.own_queries else layout
+    return Placement(0, 0, 0, 0) if geometry.own_queries else place
+
+
+def check_call(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lists: BlockLists, geometry: Geometry, segments: Segments
+) -> None:
+    """Check what can be checked without waiting for the device.
+
+    Raises:
+        DitAccelError: a shape, dtype or device does not fit.
+    """
+    _check_tensors(q, k, v)
+    _check_geometry(geometry)
+    _check_segments(q, k, geometry, segments)
+    _check_lists(q, lists, geometry)
+
+
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+
+def _check_tensors(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+    if q.ndim != 4 or k.shape != v.shape or k.ndim != 4 or q.shape[:2] != k.shape[:2] or q.shape[3] != k.shape[3]:
+        raise DitAccelError(
+            "Attention needs q [B, H, Nq, D] and k, v [B, H, Nk, D] with the same B, H and D, got "
+            f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}."
+        )
+    if q.dtype not in _DTYPES or not q.dtype == k.dtype == v.dtype:
+        raise DitAccelError(
+            "Attention needs q, k and v of one dtype among bfloat16, float16, float32 and float64, got "
+            f"{q.dtype}, {k.dtype} and {v.dtype}; cast them first."
+        )
+    if not q.device == k.device == v.device:
+        raise DitAccelError(f"q, k and v must be on one device, got {q.device}, {k.device} and {v.device}.")
+
+
+def _check_geometry(geometry: Geometry) -> None:
+    for name in ("grid", "query_grid", "tile_q", "tile_k"):
+        sizes = getattr(geometry, name)
+        if sizes is not None and (len(sizes) != 3 or any(size < 1 for size in sizes)):
+            raise DitAccelError(f"{name} needs (frames, rows, columns), each at least 1, got {tuple(sizes)}.")
+    for side in ("q", "k"):
+        block, tile = getattr(geometry, f"block_{side}"), getattr(geometry, f"tile_{side}")
+        if block < 1:
+            raise DitAccelError(f"Blocks hold at least one token, got {block}.")
+        if tile is not None and math.prod(tile) != block:
+            raise DitAccelError(
+                f"tile_{side}={tile} holds {math.prod(tile)} tokens but the block is {block}; they must agree."
+            )
+    if geometry.conditioning < 0 or geometry.text < 0:
+        raise DitAccelError(f"conditioning and text must be >= 0, got {geometry.conditioning} and {geometry.text}.")
+    if geometry.partial_blocks is not None and geometry.partial_blocks < 0:
+        raise DitAccelError(f"partial_blocks must be >= 0 or None, got {geometry.partial_blocks}.")
+
+
+def _check_segments(q: torch.Tensor, k: torch.Tensor, geometry: Geometry, segments: Segments) -> None:
+    given = [start is not None for start in segments[:3]]
+    if any(given) and not all(given):
+        raise DitAccelError("Give visual_start, conditioning_start and text_start together, or none of them.")
+    for name, want, have in (
+        ("q", geometry.query_order.grid.tokens, q.shape[2]),
+        ("k and v", geometry.key_order.grid.tokens, k.shape[2]),
+    ):
+        if have < want or (have != want and not any(given)):
+            raise DitAccelError(
+                f"grid {geometry.grid}, {geometry.conditioning} conditioning and {geometry.text} text tokens need "
+                f"{name} with {want} rows, got {have}; rows to be left out need the three starts."
+            )
+    for name, tensor in zip(segments._fields, segments, strict=True):
+        if tensor is not None and (tensor.shape != q.shape[:1] or tensor.dtype != torch.int32):
+            raise DitAccelError(
+                f"{name} must be int32 [{q.shape[0]}], one per sample, got {tensor.dtype} {tuple(tensor.shape)}."
+            )
+
+
+def _check_lists(q: torch.Tensor, lists: BlockLists, geometry: Geometry) -> None:
+    blocks, rows = geometry.query_order.blocks, tuple(lists.indices.shape[:-1])
+    if rows not in ((blocks,), (q.shape[0], q.shape[1], blocks)):
+        raise DitAccelError(
+            f"kv_indices must be [{blocks}, width] or [{q.shape[0]}, {q.shape[1]}, {blocks}, width] for {blocks} query "
+            f"blocks of {geometry.block_q}, got {tuple(lists.indices.shape)}."
+        )
+    if tuple(lists.counts.shape) != rows:
+        raise DitAccelError(f"kv_counts must be {list(rows)}, as kv_indices, got {tuple(lists.counts.shape)}.")
+    if lists.indices.dtype != torch.int32 or lists.counts.dtype != torch.int32:
+        raise DitAccelError(f"Block lists must be int32, got {lists.indices.dtype} and {lists.counts.dtype}.")
+    partial, tables = lists.partial, lists.tables
+    if partial is not None and (partial.shape != lists.indices.shape or partial.dtype != torch.bool):
+        raise DitAccelError(
+            f"partial must be bool {tuple(lists.indices.shape)}, got {partial.dtype} {tuple(partial.shape)}."
+        )
+    if partial is not None and tables is None:
+        raise DitAccelError("partial marks blocks that the tables decide, but tables is None; give both or neither.")
+    if tables is not None and (tables.ndim != 1 or tables.dtype != torch.int32):
+        raise DitAccelError(f"tables must be int32 [words], got {tables.dtype} {tuple(tables.shape)}.")
+    for name, tensor in zip(("kv_indices", "kv_counts", "partial", "tables"), lists[:4], strict=True):
+        if tensor is not None and tensor.device != q.device:
+            raise DitAccelError(f"{name} must be on {q.device} as q is, got {tensor.device}; move the plan there.")

@@ -1,6 +1,7 @@
-"""The custom ops behind `api`: opaque to `torch.compile`, with shapes for tracing and the backward registered here.
+"""The custom ops behind `api`: opaque to `torch.compile`, with fake kernels for tracing and the backward.
 
-Only torch is imported; the implementation that a call names is imported when the op runs.
+Their signatures are flat; everything else passes the records of `geometry`. Only torch is imported here. The module of
+an implementation is imported when an op runs.
 """
 
 from __future__ import annotations
@@ -11,14 +12,11 @@ from types import ModuleType
 
 import torch
 
+from dit_accel.kernels.block_sparse.geometry import BlockLists, Geometry, Segments
+
 
 def _implementation(name: str) -> ModuleType:
     return importlib.import_module(f"dit_accel.kernels.block_sparse.{name}")
-
-
-def _given(packed: torch.Tensor | None) -> dict[str, torch.Tensor]:
-    """Packed lists, which only one implementation reads and only its calls have."""
-    return {} if packed is None else {"packed": packed}
 
 
 def _accumulation(dtype: torch.dtype) -> torch.dtype:
@@ -31,28 +29,27 @@ def attention_forward(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    kv_indices: torch.Tensor,
-    kv_counts: torch.Tensor,
+    indices: torch.Tensor,
+    counts: torch.Tensor,
     partial: torch.Tensor | None,
     tables: torch.Tensor | None,
+    packed: torch.Tensor | None,
     visual_start: torch.Tensor | None,
     conditioning_start: torch.Tensor | None,
     text_start: torch.Tensor | None,
     text_len: torch.Tensor | None,
-    packed: torch.Tensor | None,
     geometry: Sequence[int],
     scale: float,
     impl: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Output [B, H, Nq, D], laid out in memory as [B, Nq, H, D], and LSE [B, H, Nq]."""
-    return _implementation(impl).forward(
-        q, k, v, kv_indices, kv_counts, partial, tables, visual_start, conditioning_start, text_start, text_len,
-        geometry, scale, **_given(packed),
-    )  # fmt: skip
+    lists = BlockLists(indices, counts, partial, tables, packed)
+    segments = Segments(visual_start, conditioning_start, text_start, text_len)
+    return _implementation(impl).forward(q, k, v, lists, segments, Geometry.unpack(geometry), scale)
 
 
 @attention_forward.register_fake
-def _(q, k, v, kv_indices, *rest):
+def _(q, k, v, *rest):
     batch, heads, tokens, dim = q.shape
     out = q.new_empty(batch, tokens, heads, dim).transpose(1, 2)
     return out, q.new_empty(batch, heads, tokens, dtype=_accumulation(q.dtype))
@@ -67,24 +64,25 @@ def attention_backward(
     v: torch.Tensor,
     out: torch.Tensor,
     lse: torch.Tensor,
-    kv_indices: torch.Tensor,
-    kv_counts: torch.Tensor,
+    indices: torch.Tensor,
+    counts: torch.Tensor,
     partial: torch.Tensor | None,
     tables: torch.Tensor | None,
+    packed: torch.Tensor | None,
     visual_start: torch.Tensor | None,
     conditioning_start: torch.Tensor | None,
     text_start: torch.Tensor | None,
     text_len: torch.Tensor | None,
-    packed: torch.Tensor | None,
     geometry: Sequence[int],
     scale: float,
     impl: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of q, k and v, each laid out in memory as [B, N, H, D]."""
+    lists = BlockLists(indices, counts, partial, tables, packed)
+    segments = Segments(visual_start, conditioning_start, text_start, text_len)
     return _implementation(impl).backward(
-        grad_out, grad_lse, q, k, v, out, lse, kv_indices, kv_counts, partial, tables,
-        visual_start, conditioning_start, text_start, text_len, geometry, scale, **_given(packed),
-    )  # fmt: skip
+        grad_out, grad_lse, q, k, v, out, lse, lists, segments, Geometry.unpack(geometry), scale
+    )
 
 
 @attention_backward.register_fake
@@ -95,18 +93,18 @@ def _(grad_out, grad_lse, q, k, v, *rest):
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    q, k, v, *lists, geometry, scale, impl = inputs
-    ctx.save_for_backward(q, k, v, *output, *lists)
+    q, k, v, *records, geometry, scale, impl = inputs
+    ctx.save_for_backward(q, k, v, *output, *records)
     ctx.set_materialize_grads(False)
     ctx.geometry, ctx.scale, ctx.impl = geometry, scale, impl
 
 
 def _backward(ctx, grad_out, grad_lse):
-    q, k, v, out, lse, *lists = ctx.saved_tensors
+    q, k, v, out, lse, *records = ctx.saved_tensors
     if grad_out is None:
         grad_out = torch.zeros_like(out)
-    grads = attention_backward(grad_out, grad_lse, q, k, v, out, lse, *lists, ctx.geometry, ctx.scale, ctx.impl)
-    return *grads, *(None,) * (len(lists) + 3)
+    grads = attention_backward(grad_out, grad_lse, q, k, v, out, lse, *records, ctx.geometry, ctx.scale, ctx.impl)
+    return *grads, *(None,) * (len(records) + 3)
 
 
 attention_forward.register_autograd(_backward, setup_context=_setup_context)

@@ -12,12 +12,19 @@ Memory beyond inputs and outputs: one sample's q, k, v and results in fp32, `CHU
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import torch
 
 from dit_accel.kernels.block_sparse import dense, routed
-from dit_accel.kernels.block_sparse.geometry import Geometry, Layout, query_layout, read_layouts
+from dit_accel.kernels.block_sparse.geometry import (
+    BlockLists,
+    Geometry,
+    Placement,
+    Segments,
+    query_placement,
+    read_placements,
+)
 from dit_accel.kernels.block_sparse.prepare import Batch, PreparationCache
 from dit_accel.kernels.block_sparse.rows import (
     add_rows,
@@ -35,22 +42,24 @@ preparations = PreparationCache()
 
 
 def forward(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
-    kv_indices: torch.Tensor, kv_counts: torch.Tensor, partial: torch.Tensor | None, tables: torch.Tensor | None,
-    visual_start: torch.Tensor | None, conditioning_start: torch.Tensor | None, text_start: torch.Tensor | None,
-    text_len: torch.Tensor | None, geometry: Sequence[int], scale: float,
-) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    """Output [B, H, Nq, D], in memory [B, Nq, H, D], and LSE [B, H, Nq]; arguments as the custom op's."""
-    shape = Geometry.unpack(geometry)
-    layouts = read_layouts(shape, len(q), k.shape[2], visual_start, conditioning_start, text_start, text_len)
-    if kv_indices.ndim == 4:
-        return routed.forward(q, k, v, kv_indices, kv_counts, partial, tables, shape, layouts, scale)
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    lists: BlockLists,
+    segments: Segments,
+    geometry: Geometry,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Output [B, H, Nq, D], in memory [B, Nq, H, D], and LSE [B, H, Nq]."""
+    places = read_placements(geometry, len(q), k.shape[2], segments)
+    if lists.indices.ndim == 4:
+        return routed.forward(q, k, v, lists, geometry, places, scale)
     out, lse = empty_output(q)
-    batches = preparations.get(kv_indices, kv_counts, partial, tables, shape, q.device)
-    for b, layout in enumerate(layouts):
+    batches = preparations.get(lists, geometry, q.device)
+    for b, place in enumerate(places):
         queries, keys, values = (heads_first(x[b]) for x in (q, k, v))
         outs, lses = torch.zeros_like(queries), lse[b]
-        for at, rows_q, rows_k, bias in _problems(batches, shape, layout, queries):
+        for at, rows_q, rows_k, bias in _problems(batches, geometry, place, queries):
             part, sums = dense.forward(
                 gather(queries[at], rows_q), gather(keys[at], rows_k), gather(values[at], rows_k), bias, scale
             )
@@ -61,28 +70,31 @@ def forward(
 
 
 def backward(
-    grad_out: torch.Tensor, grad_lse: torch.Tensor | None,
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, lse: torch.Tensor,
-    kv_indices: torch.Tensor, kv_counts: torch.Tensor, partial: torch.Tensor | None, tables: torch.Tensor | None,
-    visual_start: torch.Tensor | None, conditioning_start: torch.Tensor | None, text_start: torch.Tensor | None,
-    text_len: torch.Tensor | None, geometry: Sequence[int], scale: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-    """Gradients of q, k and v, in memory [B, N, H, D]; arguments as the custom op's."""
-    shape = Geometry.unpack(geometry)
-    layouts = read_layouts(shape, len(q), k.shape[2], visual_start, conditioning_start, text_start, text_len)
-    if kv_indices.ndim == 4:
-        return routed.backward(
-            grad_out, grad_lse, q, k, v, out, kv_indices, kv_counts, partial, tables, shape, layouts, scale
-        )
+    grad_out: torch.Tensor,
+    grad_lse: torch.Tensor | None,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    lists: BlockLists,
+    segments: Segments,
+    geometry: Geometry,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of q, k and v, in memory [B, N, H, D]."""
+    places = read_placements(geometry, len(q), k.shape[2], segments)
+    if lists.indices.ndim == 4:
+        return routed.backward(grad_out, grad_lse, q, k, v, out, lists, geometry, places, scale)
     grads = zeros_spread(q), zeros_spread(k), zeros_spread(v)
-    batches = preparations.get(kv_indices, kv_counts, partial, tables, shape, q.device)
-    for b, layout in enumerate(layouts):
+    batches = preparations.get(lists, geometry, q.device)
+    for b, place in enumerate(places):
         upstream, queries, keys, values = (heads_first(x[b]) for x in (grad_out, q, k, v))
         delta = (upstream * heads_first(out[b])).sum(-1)
         if grad_lse is not None:
             delta -= grad_lse[b]
         sums = torch.zeros_like(queries), torch.zeros_like(keys), torch.zeros_like(values)
-        for at, rows_q, rows_k, bias in _problems(batches, shape, layout, queries):
+        for at, rows_q, rows_k, bias in _problems(batches, geometry, place, queries):
             dq, dk, dv = dense.backward(
                 gather(upstream[at], rows_q), gather(delta[at], rows_q), gather(queries[at], rows_q),
                 gather(keys[at], rows_k), gather(values[at], rows_k), bias, scale,
@@ -96,7 +108,7 @@ def backward(
 
 
 def _problems(
-    batches: list[Batch], geometry: Geometry, layout: Layout, queries: torch.Tensor
+    batches: list[Batch], geometry: Geometry, place: Placement, queries: torch.Tensor
 ) -> Iterator[tuple[int | slice, torch.Tensor, torch.Tensor, torch.Tensor | None]]:
     """A sample's dense problems: heads, query rows, key rows, bias [nq, nk] or None.
 
@@ -104,14 +116,14 @@ def _problems(
     many groups as `CHUNK_BYTES` hold, rows [G, n].
     """
     grid_q, grid_k = geometry.query_order.grid, geometry.key_order.grid
-    place_q = query_layout(geometry, layout).positions(grid_q.visual, grid_q.conditioning, grid_q.text)
-    place_k = layout.positions(grid_k.visual, grid_k.conditioning, grid_k.text)
-    valid_end = grid_k.visual + grid_k.conditioning + layout.text_len
+    place_q = query_placement(geometry, place).positions(grid_q.visual, grid_q.conditioning, grid_q.text)
+    place_k = place.positions(grid_k.visual, grid_k.conditioning, grid_k.text)
+    valid_end = grid_k.visual + grid_k.conditioning + place.text_len
     place_q, place_k = place_q.to(queries.device), place_k.to(queries.device)
     row_bytes = queries.shape[0] * queries.shape[2] * queries.element_size()
     for batch in batches:
         keys, bias = batch.k, batch.mask()
-        if layout.text_len < geometry.text:
+        if place.text_len < geometry.text:
             valid = int((keys[0] < valid_end).sum())
             keys, bias = keys[:, :valid], None if bias is None else bias[:, :valid]
             if not valid:

@@ -12,7 +12,7 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from dit_accel.errors import DitAccelError
-from dit_accel.kernels.block_sparse.geometry import Geometry
+from dit_accel.kernels.block_sparse.geometry import BlockLists, Geometry
 from dit_accel.kernels.block_sparse.grouping import MAX_PAIRS, group_rows
 from dit_accel.kernels.block_sparse.predicate import Predicate
 
@@ -80,12 +80,13 @@ def block_of_token(index: torch.Tensor, block: int) -> torch.Tensor:
     return torch.empty_like(slots).index_copy_(0, index[slots], slots // block)
 
 
-def check_lists(kv_indices: torch.Tensor, kv_counts: torch.Tensor, key_blocks: int) -> torch.Tensor:
-    """Which entries of the lists count: bool, shape of `kv_indices`.
+def check_lists(lists: BlockLists, key_blocks: int) -> torch.Tensor:
+    """Which entries of the lists count: bool, shape of `lists.indices`.
 
     Raises:
         DitAccelError: a count is not within the width of the list, or an index not within the key blocks.
     """
+    kv_indices, kv_counts = lists.indices, lists.counts
     width = kv_indices.shape[-1]
     if kv_counts.numel() and not 0 <= int(kv_counts.min()) <= int(kv_counts.max()) <= width:
         raise DitAccelError(
@@ -113,20 +114,13 @@ def block_state(
     return state.scatter_(-1, torch.where(used, kv_indices.long(), blocks), value)[:, :blocks]
 
 
-def build(
-    kv_indices: torch.Tensor,
-    kv_counts: torch.Tensor,
-    partial: torch.Tensor | None,
-    tables: torch.Tensor | None,
-    geometry: Geometry,
-    device: torch.device,
-) -> list[Batch]:
+def build(lists: BlockLists, geometry: Geometry, device: torch.device) -> list[Batch]:
     """Batches that together hold every allowed pair of the lists exactly once; the tensors are on a CPU."""
     q_slots = geometry.query_order.index().view(-1, geometry.block_q)
     k_slots = geometry.key_order.index().view(-1, geometry.block_k)
-    used = check_lists(kv_indices, kv_counts, len(k_slots))
-    state = block_state(kv_indices, used, partial, tables, len(k_slots))
-    masks = _Masks(state, geometry, tables)
+    used = check_lists(lists, len(k_slots))
+    state = block_state(lists.indices, used, lists.partial, lists.tables, len(k_slots))
+    masks = _Masks(state, geometry, lists.tables)
     equal: dict[tuple, list[tuple[torch.Tensor, torch.Tensor]]] = defaultdict(list)
     biases: dict[bytes, torch.Tensor] = {}
     left = MASK_BYTES
@@ -197,17 +191,9 @@ class PreparationCache:
         self.entries: list[_Entry] = []
         self._lock = threading.Lock()
 
-    def get(
-        self,
-        kv_indices: torch.Tensor,
-        kv_counts: torch.Tensor,
-        partial: torch.Tensor | None,
-        tables: torch.Tensor | None,
-        geometry: Geometry,
-        device: torch.device,
-    ) -> list[Batch]:
+    def get(self, block_lists: BlockLists, geometry: Geometry, device: torch.device) -> list[Batch]:
         """The batches of these lists, built if they are new; their tensors are on `device`."""
-        lists = (kv_indices, kv_counts, partial, tables)
+        lists = block_lists[:4]
         key = (geometry, device, *(None if t is None else (t.shape, t.device) for t in lists))
         with self._lock:
             self.entries = [entry for entry in self.entries if not entry.owner.expired()]
@@ -216,10 +202,9 @@ class PreparationCache:
                     self.entries.remove(entry)
                     self.entries.append(entry)
                     return entry.batches
-            flags, words = (None if t is None else t.cpu() for t in (partial, tables))
             with torch.device("cpu"):  # whatever default device the caller has set
-                batches = build(kv_indices.cpu(), kv_counts.cpu(), flags, words, geometry, device)
+                batches = build(BlockLists(*lists).to(torch.device("cpu")), geometry, device)
             copies = tuple(None if t is None else t.clone() for t in lists)
-            self.entries.append(_Entry(key, copies, StorageWeakRef(kv_indices.untyped_storage()), batches))
+            self.entries.append(_Entry(key, copies, StorageWeakRef(block_lists.indices.untyped_storage()), batches))
             del self.entries[:-MAX_ENTRIES]
             return batches

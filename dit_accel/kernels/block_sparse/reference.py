@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from dit_accel.errors import DitAccelError
-from dit_accel.kernels.block_sparse.geometry import Geometry, Layout, query_layout
+from dit_accel.kernels.block_sparse.geometry import BlockLists, Geometry, Segments, query_placement, read_placements
 
 MAX_TOKENS = 20_000
 _KIND_BAND = 1
@@ -54,14 +54,9 @@ def _coordinates(shape: tuple[int, int, int], device: torch.device) -> torch.Ten
     return torch.cartesian_prod(*(torch.arange(n, device=device) for n in shape)).reshape(-1, 3).T
 
 
-def token_mask(
-    kv_indices: torch.Tensor,
-    kv_counts: torch.Tensor,
-    partial: torch.Tensor | None,
-    tables: torch.Tensor | None,
-    geometry: Geometry,
-) -> torch.Tensor:
+def token_mask(lists: BlockLists, geometry: Geometry) -> torch.Tensor:
     """Which canonical keys each canonical query sees: bool [..., queries, keys], leading dims as the lists'."""
+    kv_indices, kv_counts, partial, tables, _ = lists
     device = kv_indices.device
     block_of_q = _block_of_token(geometry.query_order.index(), geometry.block_q).to(device)
     block_of_k = _block_of_token(geometry.key_order.index(), geometry.block_k).to(device)
@@ -97,12 +92,9 @@ def forward(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    kv_indices: torch.Tensor,
-    kv_counts: torch.Tensor,
-    partial: torch.Tensor | None,
-    tables: torch.Tensor | None,
+    lists: BlockLists,
+    segments: Segments,
     geometry: Geometry,
-    layouts: list[Layout],
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Masked dense attention by plain autograd, in fp64 for fp64 inputs and in fp32 otherwise.
@@ -110,12 +102,11 @@ def forward(
     Args:
         q: [B, H, Nq, D].
         k, v: [B, H, Nk, D].
-        kv_indices, kv_counts, partial, tables, geometry: see `api.block_sparse_attention`.
-        layouts: one per sample.
         scale: factor on the logits.
 
     Returns:
-        The output [B, H, Nq, D] in q's dtype and the natural-log LSE [B, H, Nq] in the dtype of the computation.
+        The output [B, H, Nq, D] in q's dtype, laid out in memory as [B, Nq, H, D], and the natural-log LSE [B, H, Nq]
+        in the dtype of the computation.
 
     Raises:
         DitAccelError: more than 20,000 queries or keys.
@@ -126,14 +117,14 @@ def forward(
             f"impl='reference' builds a dense mask and takes at most {MAX_TOKENS} tokens, got {longest}; "
             "use impl='portable' or 'auto'."
         )
-    mask = token_mask(kv_indices, kv_counts, partial, tables, geometry)
+    mask = token_mask(lists, geometry)
     high = torch.float64 if q.dtype == torch.float64 else torch.float32
     grid_q, grid_k = geometry.query_order.grid, geometry.key_order.grid
     outs, lses = [], []
-    for b, layout in enumerate(layouts):
-        rows = query_layout(geometry, layout).positions(grid_q.visual, grid_q.conditioning, grid_q.text).to(q.device)
-        columns = layout.positions(grid_k.visual, grid_k.conditioning, grid_k.text).to(q.device)
-        valid = torch.arange(len(columns), device=q.device) < grid_k.visual + grid_k.conditioning + layout.text_len
+    for b, place in enumerate(read_placements(geometry, len(q), k.shape[2], segments)):
+        rows = query_placement(geometry, place).positions(grid_q.visual, grid_q.conditioning, grid_q.text).to(q.device)
+        columns = place.positions(grid_k.visual, grid_k.conditioning, grid_k.text).to(q.device)
+        valid = torch.arange(len(columns), device=q.device) < grid_k.visual + grid_k.conditioning + place.text_len
         allowed = (mask[b] if mask.ndim == 4 else mask) & valid
         # Keys nobody may see are never read: poison in them cannot reach the sums as 0 * nan.
         logits = (q[b][:, rows].to(high) @ k[b][:, columns[valid]].to(high).transpose(-1, -2)) * scale
@@ -143,4 +134,4 @@ def forward(
         out = weights @ v[b][:, columns[valid]].to(high)
         outs.append(q.new_zeros(q.shape[1:]).index_copy(1, rows, out.to(q.dtype)))
         lses.append(lse.new_full(lse.shape[:1] + q.shape[2:3], float("-inf")).index_copy(1, rows, lse))
-    return torch.stack(outs), torch.stack(lses)
+    return torch.stack(outs).transpose(1, 2).contiguous().transpose(1, 2), torch.stack(lses)

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import torch
 
 from dit_accel.kernels.block_sparse import dense
-from dit_accel.kernels.block_sparse.geometry import Geometry, Layout, query_layout
+from dit_accel.kernels.block_sparse.geometry import BlockLists, Geometry, Placement, query_placement
 from dit_accel.kernels.block_sparse.predicate import Predicate
 from dit_accel.kernels.block_sparse.prepare import check_lists
 from dit_accel.kernels.block_sparse.rows import add_rows, empty_output, parts, zeros_spread
@@ -23,18 +23,16 @@ CHUNK_BYTES = 8 << 20
 
 def forward(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
-    kv_indices: torch.Tensor, kv_counts: torch.Tensor, partial: torch.Tensor | None, tables: torch.Tensor | None,
-    geometry: Geometry, layouts: list[Layout], scale: float,
+    lists: BlockLists, geometry: Geometry, places: list[Placement], scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """As `portable.forward`, with lists [B, H, q_blocks, width]."""
     out, lse = empty_output(q)
-    used = check_lists(kv_indices, kv_counts, geometry.key_order.blocks)
-    for b, layout in enumerate(layouts):
-        side_q, side_k = _sides(geometry, layout, q.device)
+    used = check_lists(lists, geometry.key_order.blocks)
+    for b, place in enumerate(places):
+        side_q, side_k = _sides(geometry, place, q.device)
         queries, keys, values = side_q.blocks(q[b]), side_k.blocks(k[b]), side_k.blocks(v[b])
         outs, lses = torch.zeros_like(queries), lse.new_full(queries.shape[:2], float("-inf"))
-        lists = kv_indices[b], used[b], kv_counts[b], None if partial is None else partial[b], tables
-        for rows, listed, bias in _problems(lists, geometry, side_q, side_k, queries):
+        for rows, listed, bias in _problems(_of_sample(lists, b), used[b], geometry, side_q, side_k, queries):
             gq, gk, gv = queries[rows], _pick(keys, listed), _pick(values, listed)
             part, sums = torch.empty_like(gq), lses.new_empty(gq.shape[:2])
             for (at,) in parts(gq, 1):
@@ -48,22 +46,20 @@ def forward(
 def backward(
     grad_out: torch.Tensor, grad_lse: torch.Tensor | None,
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor,
-    kv_indices: torch.Tensor, kv_counts: torch.Tensor, partial: torch.Tensor | None, tables: torch.Tensor | None,
-    geometry: Geometry, layouts: list[Layout], scale: float,
+    lists: BlockLists, geometry: Geometry, places: list[Placement], scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """As `portable.backward`, with lists [B, H, q_blocks, width]."""
     grads = zeros_spread(q), zeros_spread(k), zeros_spread(v)
-    used = check_lists(kv_indices, kv_counts, geometry.key_order.blocks)
-    for b, layout in enumerate(layouts):
-        side_q, side_k = _sides(geometry, layout, q.device)
+    used = check_lists(lists, geometry.key_order.blocks)
+    for b, place in enumerate(places):
+        side_q, side_k = _sides(geometry, place, q.device)
         queries, keys, values = side_q.blocks(q[b]), side_k.blocks(k[b]), side_k.blocks(v[b])
         upstream = side_q.blocks(grad_out[b])
         delta = (upstream * side_q.blocks(out[b])).sum(-1)
         if grad_lse is not None:
             delta -= side_q.blocks(grad_lse[b])
         sums = torch.zeros_like(queries), torch.zeros_like(keys), torch.zeros_like(values)
-        lists = kv_indices[b], used[b], kv_counts[b], None if partial is None else partial[b], tables
-        for rows, listed, bias in _problems(lists, geometry, side_q, side_k, queries):
+        for rows, listed, bias in _problems(_of_sample(lists, b), used[b], geometry, side_q, side_k, queries):
             go, gd, gq = upstream[rows], delta[rows], queries[rows]
             gk, gv = _pick(keys, listed), _pick(values, listed)
             results = torch.empty_like(gq), torch.empty_like(gk), torch.empty_like(gv)
@@ -106,29 +102,34 @@ class _Side:
             x.index_copy_(1, self.rows[self.valid], slots[:, self.valid])
 
 
-def _sides(geometry: Geometry, layout: Layout, device: torch.device) -> tuple[_Side, _Side]:
+def _sides(geometry: Geometry, place: Placement, device: torch.device) -> tuple[_Side, _Side]:
     sides = []
-    for order, place, text in (
-        (geometry.query_order, query_layout(geometry, layout), geometry.query_order.grid.text),
-        (geometry.key_order, layout, layout.text_len),
+    for order, where, text in (
+        (geometry.query_order, query_placement(geometry, place), geometry.query_order.grid.text),
+        (geometry.key_order, place, place.text_len),
     ):
         grid, index = order.grid, order.index()
         valid = (index >= 0) & (index < grid.visual + grid.conditioning + text)
         index = index.where(valid, -1)
-        rows = place.positions(grid.visual, grid.conditioning, grid.text)[index.clamp(min=0)]
+        rows = where.positions(grid.visual, grid.conditioning, grid.text)[index.clamp(min=0)]
         rows = rows.where(valid, 0)
         sides.append(_Side(order.block, index.to(device), rows.to(device), valid.to(device), bool(valid.all())))
     return sides[0], sides[1]
 
 
+def _of_sample(lists: BlockLists, b: int) -> BlockLists:
+    partial = None if lists.partial is None else lists.partial[b]
+    return BlockLists(lists.indices[b], lists.counts[b], partial, lists.tables)
+
+
 def _problems(
-    lists: tuple, geometry: Geometry, side_q: _Side, side_k: _Side, queries: torch.Tensor
+    lists: BlockLists, used: torch.Tensor, geometry: Geometry, side_q: _Side, side_k: _Side, queries: torch.Tensor
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]]:
     """Dense problems of a sample: query blocks [R], key blocks [R, count], bias [R, block_q, count * block_k] or None.
 
     Blocks of queries and keys are numbered over all heads.
     """
-    kv_indices, used, counts, partial, tables = lists
+    kv_indices, counts, partial, tables, _ = lists
     heads, _, width = kv_indices.shape
     shift = torch.arange(heads, device=kv_indices.device)[:, None, None] * geometry.key_order.blocks
     listed, counts = (kv_indices.long() + shift).reshape(-1, width), counts.flatten()

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ from triton.runtime.interpreter import InterpretedFunction
 
 from dit_accel.errors import DitAccelError
 from dit_accel.kernels import tuning
-from dit_accel.kernels.block_sparse.geometry import Geometry
+from dit_accel.kernels.block_sparse.geometry import BlockLists, Geometry, Segments
 from dit_accel.kernels.block_sparse.triton_backward import (
     block_sparse_bwd_kernel_dkdv,
     block_sparse_bwd_kernel_dq,
@@ -34,7 +33,7 @@ from dit_accel.kernels.block_sparse.triton_configs import (
     words_warps,
 )
 from dit_accel.kernels.block_sparse.triton_forward import block_sparse_fwd_kernel
-from dit_accel.kernels.block_sparse.triton_lists import Lists, pack, pack_lists, split
+from dit_accel.kernels.block_sparse.triton_lists import OrderedLists, both_ways, order_lists, split
 from dit_accel.kernels.block_sparse.triton_predicate import partial_words_kernel
 
 JIT = {"forward": block_sparse_fwd_kernel, "dq": block_sparse_bwd_kernel_dq, "dkdv": block_sparse_bwd_kernel_dkdv}
@@ -48,33 +47,24 @@ def forward(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    kv_indices: torch.Tensor,
-    kv_counts: torch.Tensor,
-    partial: torch.Tensor | None,
-    tables: torch.Tensor | None,
-    visual_start: torch.Tensor | None,
-    conditioning_start: torch.Tensor | None,
-    text_start: torch.Tensor | None,
-    text_len: torch.Tensor | None,
-    ints: Sequence[int],
+    lists: BlockLists,
+    segments: Segments,
+    geometry: Geometry,
     scale: float,
-    packed: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Output [B, H, Nq, D], laid out in memory as [B, Nq, H, D], and LSE fp32 [B, H, Nq]."""
-    call = _Call(
-        q, k, v, tables, (visual_start, conditioning_start, text_start, text_len), Geometry.unpack(ints), scale
-    )
-    if packed is None:
-        lists = pack_lists(kv_indices, kv_counts, partial, tables, call.geometry)
-        call.check_room(lists)
+    call = _Call(q, k, v, lists.tables, segments, geometry, scale)
+    if lists.packed is None:
+        ordered = order_lists(lists, geometry)
+        call.check_room(ordered)
     else:
-        lists, _ = split(packed, kv_indices, tables, call.geometry)
+        ordered, _ = split(lists, geometry)
     out = call.gradient_of(q)
     lse = torch.full(q.shape[:3], -math.inf, dtype=torch.float32, device=q.device)
     call.launch(
-        "forward", (call.query_blocks, call.programs), (q, k, v, out, lse, *call.masked(lists), *call.starts),
-        call.strides(q, k, v), (*call.sizes, q.shape[1], q.shape[2], call.query_blocks, kv_indices.shape[-1]),
-        per_head=kv_indices.ndim == 4,
+        "forward", (call.query_blocks, call.programs), (q, k, v, out, lse, *call.masked(ordered), *call.segments),
+        call.strides(q, k, v), (*call.sizes, q.shape[1], q.shape[2], call.query_blocks, lists.indices.shape[-1]),
+        per_head=lists.indices.ndim == 4,
     )  # fmt: skip
     return out.transpose(1, 2), lse
 
@@ -87,38 +77,25 @@ def backward(
     v: torch.Tensor,
     out: torch.Tensor,
     lse: torch.Tensor,
-    kv_indices: torch.Tensor,
-    kv_counts: torch.Tensor,
-    partial: torch.Tensor | None,
-    tables: torch.Tensor | None,
-    visual_start: torch.Tensor | None,
-    conditioning_start: torch.Tensor | None,
-    text_start: torch.Tensor | None,
-    text_len: torch.Tensor | None,
-    ints: Sequence[int],
+    lists: BlockLists,
+    segments: Segments,
+    geometry: Geometry,
     scale: float,
-    packed: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of q, k and v, each [B, H, N, D] laid out in memory as [B, N, H, D]."""
     if grad_out.stride(-1) != 1:
         grad_out = grad_out.contiguous()
-    call = _Call(
-        q, k, v, tables, (visual_start, conditioning_start, text_start, text_len), Geometry.unpack(ints), scale,
-        grad_out, out,
-    )  # fmt: skip
+    call = _Call(q, k, v, lists.tables, segments, geometry, scale, grad_out, out)
     delta = torch.empty_like(lse)
     statistics = lse if grad_lse is None else grad_lse.contiguous(), lse, delta
 
-    if packed is None:
-        lists, transposed = pack(kv_indices, kv_counts, partial, tables, call.geometry)
-    else:
-        lists, transposed = split(packed, kv_indices, tables, call.geometry)
-    masked = call.masked(lists)
+    ordered, transposed = (both_ways if lists.packed is None else split)(lists, geometry)
+    masked, per_head = call.masked(ordered), lists.indices.ndim == 4
     dq = call.gradient_of(q)
     call.launch(
         "dq", (call.query_blocks, call.programs),
-        (q, k, v, grad_out, out, *statistics, dq, *masked, *call.starts), call.strides(q, k, v, grad_out, out),
-        (*call.sizes, q.shape[1], q.shape[2], call.query_blocks, kv_indices.shape[-1]), per_head=kv_indices.ndim == 4,
+        (q, k, v, grad_out, out, *statistics, dq, *masked, *call.segments), call.strides(q, k, v, grad_out, out),
+        (*call.sizes, q.shape[1], q.shape[2], call.query_blocks, lists.indices.shape[-1]), per_head=per_head,
         HAS_GRAD_LSE=grad_lse is not None,
     )  # fmt: skip
 
@@ -127,9 +104,9 @@ def backward(
     dk, dv = call.gradient_of(k), call.gradient_of(v)
     call.launch(
         "dkdv", (call.key_blocks, call.programs),
-        (q, k, v, grad_out, lse, delta, dk, dv, places, numbers, firsts, masked[-1], *call.starts),
+        (q, k, v, grad_out, lse, delta, dk, dv, places, numbers, firsts, masked[-1], *call.segments),
         call.strides(q, k, v, grad_out),
-        (*call.sizes, q.shape[1], q.shape[2], k.shape[2], call.key_blocks), per_head=kv_indices.ndim == 4,
+        (*call.sizes, q.shape[1], q.shape[2], k.shape[2], call.key_blocks), per_head=per_head,
     )  # fmt: skip
     return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
 
@@ -147,7 +124,7 @@ class _Call:
         k: torch.Tensor,
         v: torch.Tensor,
         tables: torch.Tensor | None,
-        starts: tuple[torch.Tensor | None, ...],
+        segments: Segments,
         geometry: Geometry,
         scale: float,
         *others: torch.Tensor,
@@ -168,14 +145,14 @@ class _Call:
         self.sizes = (*geometry.grid, *geometry.query_grid, geometry.conditioning, queries.conditioning, queries.text)
         self.own_queries = int(geometry.own_queries)
         # Rows of no segment, and text that is no key, are not written by the kernels
-        self.covered = all(start is None for start in starts) or (
-            starts[3] is None and k.shape[2] == self.key_order.grid.tokens and q.shape[2] == queries.tokens
+        self.covered = all(start is None for start in segments) or (
+            segments.text_len is None and k.shape[2] == self.key_order.grid.tokens and q.shape[2] == queries.tokens
         )
         keys = self.key_order.grid
         usual = (0, keys.visual, keys.visual + keys.conditioning, keys.text)
-        self.starts = tuple(
+        self.segments = tuple(
             start if start is not None else torch.full((q.shape[0],), default, dtype=torch.int32, device=q.device)
-            for start, default in zip(starts, usual, strict=True)
+            for start, default in zip(segments, usual, strict=True)
         )
         self.tables = tables
         self.head_dim, self.dtype = q.shape[-1], q.dtype
@@ -200,20 +177,20 @@ class _Call:
             "BLOCK_K": geometry.block_k,
         }
 
-    def check_room(self, lists: Lists) -> None:
+    def check_room(self, lists: OrderedLists) -> None:
         """See that `Geometry.partial_blocks` is not too small, without waiting for the device."""
         room = self.geometry.partial_blocks
         if self.tables is not None and room is not None:
             torch._assert_async(lists.partial_blocks() <= room, f"more than partial_blocks={room} blocks are partial")
 
-    def masked(self, lists: Lists) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def masked(self, lists: OrderedLists) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Places and spans of the lists, and the bits of their partial blocks (see `triton_predicate`).
 
         Room for the bits follows from shapes, or from `Geometry.partial_blocks`: nothing waits for the device.
         """
         geometry = self.geometry
         if self.tables is None:
-            return lists.places, lists.spans, self.starts[0]  # no words are read
+            return lists.places, lists.spans, self.segments[0]  # no words are read
         rows, width = lists.entries.shape
         room = geometry.partial_blocks
         if room is None:

@@ -9,13 +9,13 @@ from typing import NamedTuple
 import torch
 
 from dit_accel.errors import DitAccelError
-from dit_accel.kernels.block_sparse.geometry import Geometry
+from dit_accel.kernels.block_sparse.geometry import BlockLists, Geometry
 from dit_accel.order import TokenOrder, valid_tokens
 
 ALIGN = 4  # int32 in 16 bytes, to which compilers trust pointers to be aligned
 
 
-class Lists(NamedTuple):
+class OrderedLists(NamedTuple):
     """Lists per query block, each in four parts: whole blocks of visual keys, which need no mask; partial blocks
     without padding slots; partial blocks with some; and blocks that need bounds alone.
 
@@ -60,14 +60,9 @@ class Transposed(NamedTuple):
     firsts: torch.Tensor
 
 
-def pack_lists(
-    kv_indices: torch.Tensor,
-    kv_counts: torch.Tensor,
-    partial: torch.Tensor | None,
-    tables: torch.Tensor | None,
-    geometry: Geometry,
-) -> Lists:
-    """Order each list for the kernels; arguments as in `api.block_sparse_attention`."""
+def order_lists(lists: BlockLists, geometry: Geometry) -> OrderedLists:
+    """Order each list for the kernels."""
+    kv_indices, kv_counts, partial, tables, _ = lists
     width = kv_indices.shape[-1]
     entries = kv_indices.reshape(-1, width)
     used = _used(kv_indices, kv_counts).reshape(-1, width)
@@ -82,7 +77,7 @@ def pack_lists(
     first = tabled.cumsum(0, dtype=torch.int32) - tabled
     entries = torch.where(used, entries, 0).gather(1, order)
     places = torch.where(parts < 2, corners[entries], entries)
-    return Lists(entries, places, torch.cat([ends, first[:, None]], 1))
+    return OrderedLists(entries, places, torch.cat([ends, first[:, None]], 1))
 
 
 def transpose_lists(
@@ -109,33 +104,27 @@ def transpose_lists(
     return Transposed(entries.flatten(), places.flatten(), numbers, firsts + start)
 
 
-def pack(
-    kv_indices: torch.Tensor,
-    kv_counts: torch.Tensor,
-    partial: torch.Tensor | None,
-    tables: torch.Tensor | None,
-    geometry: Geometry,
-) -> tuple[Lists, Transposed]:
-    """Lists for the forward and dq kernels, and for dk and dv; arguments as in `api.block_sparse_attention`."""
-    lists = pack_lists(kv_indices, kv_counts, partial, tables, geometry)
-    numbers = None if tables is None else lists.numbers()
-    return lists, transpose_lists(lists.entries.view_as(kv_indices), kv_counts, geometry, numbers)
+def both_ways(lists: BlockLists, geometry: Geometry) -> tuple[OrderedLists, Transposed]:
+    """Lists for the forward and dq kernels, and for dk and dv."""
+    ordered = order_lists(lists, geometry)
+    numbers = None if lists.tables is None else ordered.numbers()
+    return ordered, transpose_lists(ordered.entries.view_as(lists.indices), lists.counts, geometry, numbers)
 
 
-def join(lists: Lists, transposed: Transposed) -> torch.Tensor:
+def join(lists: OrderedLists, transposed: Transposed) -> torch.Tensor:
     """Both in one tensor, which a call can be given and its backward can keep: int32 [words]."""
     parts = (part.flatten() for part in (*lists, *transposed) if part is not None)
     return torch.cat([torch.nn.functional.pad(part, (0, -len(part) % ALIGN)) for part in parts])
 
 
-def split(
-    joined: torch.Tensor, kv_indices: torch.Tensor, tables: torch.Tensor | None, geometry: Geometry
-) -> tuple[Lists, Transposed]:
-    """The inverse of `join` for lists without a head axis: views.
+def split(lists: BlockLists, geometry: Geometry) -> tuple[OrderedLists, Transposed]:
+    """The inverse of `join` for lists without a head axis: views of `lists.packed`.
 
     Raises:
         DitAccelError: it was not made of lists of this shape.
     """
+    kv_indices, _, _, tables, joined = lists
+    assert joined is not None
     width = kv_indices.shape[-1]
     rows, columns = geometry.query_order.blocks, geometry.key_order.blocks
     listed = [(rows * width,)] * (2 if tables is None else 3)
@@ -152,7 +141,7 @@ def split(
         parts.append(joined[begin : begin + size].view(shape))
         begin += size + -size % ALIGN
     numbers = None if tables is None else parts[5]
-    return Lists(*parts[:3]), Transposed(parts[3], parts[4], numbers, parts[-1])
+    return OrderedLists(*parts[:3]), Transposed(parts[3], parts[4], numbers, parts[-1])
 
 
 def _used(kv_indices: torch.Tensor, kv_counts: torch.Tensor) -> torch.Tensor:

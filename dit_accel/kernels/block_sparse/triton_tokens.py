@@ -19,7 +19,7 @@ def starts_of(i_b, visual_starts, conditioning_starts, text_starts, text_lens):
 
 @triton.jit
 def list_of(row, entries, spans, width):
-    """Where a list begins, where its parts end, and the number of its first partial block (`triton_lists.Lists`)."""
+    """Where a list and its parts end, and the number of its first partial block; see `triton_lists.OrderedLists`."""
     p_span = spans + row.to(tl.int64) * 5
     pure, clean, tabled, count = tl.load(p_span), tl.load(p_span + 1), tl.load(p_span + 2), tl.load(p_span + 3)
     return entries + row.to(tl.int64) * width, pure, clean, tabled, count, tl.load(p_span + 4)

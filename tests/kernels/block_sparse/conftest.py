@@ -9,7 +9,13 @@ import torch
 import dit_accel
 from dit_accel.kernels.block_sparse import reference
 from dit_accel.kernels.block_sparse.api import block_sparse_attention
-from dit_accel.kernels.block_sparse.geometry import Geometry, query_layout, read_layouts
+from dit_accel.kernels.block_sparse.geometry import (
+    BlockLists,
+    Geometry,
+    Segments,
+    query_placement,
+    read_placements,
+)
 from dit_accel.order import TokenOrder
 from dit_accel.testing import assert_accurate, plain_attention
 
@@ -72,21 +78,26 @@ class Problem:
         return Geometry(
             options["grid"], options.get("query_grid") or options["grid"], options["block_q"], options["block_k"],
             options.get("tile_q"), options.get("tile_k"), options.get("conditioning", 0), options.get("text", 0),
-            options.get("query_grid") is not None,
+            options.get("query_grid") is not None, options.get("partial_blocks"),
         )  # fmt: skip
+
+    def block_lists(self) -> BlockLists:
+        return BlockLists(*self.lists, self.options.get("partial"), self.options.get("tables"))
+
+    def segments(self) -> Segments:
+        return Segments(*map(self.options.get, Segments._fields))
 
     def mask(self) -> torch.Tensor:
         """Token mask in memory order: bool [B, H or 1, Nq, Nk]."""
         geometry = self.geometry()
-        starts = [self.options.get(name) for name in ("visual_start", "conditioning_start", "text_start", "text_len")]
-        layouts = read_layouts(geometry, len(self.q), self.k.shape[2], *starts)
-        mask = reference.token_mask(*self.lists, self.options.get("partial"), self.options.get("tables"), geometry)
+        places = read_placements(geometry, len(self.q), self.k.shape[2], self.segments())
+        mask = reference.token_mask(self.block_lists(), geometry)
         grid_q, grid_k = geometry.query_order.grid, geometry.key_order.grid
         masks = []
-        for b, layout in enumerate(layouts):
-            rows = query_layout(geometry, layout).positions(grid_q.visual, grid_q.conditioning, grid_q.text)
-            columns = layout.positions(grid_k.visual, grid_k.conditioning, grid_k.text)
-            valid = torch.arange(len(columns)) < grid_k.visual + grid_k.conditioning + layout.text_len
+        for b, place in enumerate(places):
+            rows = query_placement(geometry, place).positions(grid_q.visual, grid_q.conditioning, grid_q.text)
+            columns = place.positions(grid_k.visual, grid_k.conditioning, grid_k.text)
+            valid = torch.arange(len(columns)) < grid_k.visual + grid_k.conditioning + place.text_len
             sample = (mask[b] if mask.ndim == 4 else mask[None]) & valid
             full = torch.zeros(len(sample), self.q.shape[2], self.k.shape[2], dtype=torch.bool)
             full[:, rows[:, None], columns] = sample

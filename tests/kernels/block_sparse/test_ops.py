@@ -14,9 +14,7 @@ def test_opcheck(make_problem, topk, dtype):
     method = {} if topk else {"method": "gna", "config": {"window": (1, 3, 3)}}
     problem = make_problem((2, 4, 5), text=5, text_lens=[2, 5], batch=2, topk=topk, **method)
     leaves = [x.to(dtype).requires_grad_() for x in (problem.q, problem.k, problem.v)]
-    options = problem.options
-    starts = [options[name] for name in ("visual_start", "conditioning_start", "text_start", "text_len")]
-    arguments = *problem.lists, options.get("partial"), options.get("tables"), *starts, None
+    arguments = *problem.block_lists(), *problem.segments()
     settings = problem.geometry().pack(), problem.scale, "portable"
     torch.library.opcheck(ops.attention_forward, (*leaves, *arguments, *settings))
     out, lse = ops.attention_forward(*leaves, *arguments, *settings)

@@ -19,8 +19,7 @@ def _empty_cache():
 
 
 def _prepared(problem):
-    lists = *problem.lists, problem.options.get("partial"), problem.options.get("tables")
-    return portable.preparations.get(*lists, problem.geometry(), torch.device("cpu"))
+    return portable.preparations.get(problem.block_lists(), problem.geometry(), torch.device("cpu"))
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,6 @@
 
 import dataclasses
 import importlib.util
-import inspect
 import os
 
 import pytest
@@ -15,6 +14,7 @@ import dit_accel
 from dit_accel.errors import DitAccelError
 from dit_accel.kernels.block_sparse import reference
 from dit_accel.kernels.block_sparse.api import block_sparse_attention, choose_impl, pack
+from dit_accel.kernels.block_sparse.geometry import Segments
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 NATIVE = torch.cuda.is_available() and not INTERPRETED
@@ -132,9 +132,8 @@ def test_words_are_the_predicate_bit_by_bit(make_problem, case):
     problem = make_problem(**WORDS[case])
     geometry, options = problem.geometry(), problem.options
     here = problem.to("cuda") if NATIVE else problem
-    partial, tables = here.options["partial"], here.options["tables"]
-    lists = triton_lists.pack_lists(*here.lists, partial, tables, geometry)
-    call = triton._Call(here.q, here.k, here.v, tables, (None,) * 4, geometry, 1.0)
+    lists = triton_lists.order_lists(here.block_lists(), geometry)
+    call = triton._Call(here.q, here.k, here.v, here.options["tables"], Segments(), geometry, 1.0)
     words = call.masked(lists)[-1].cpu()
     bits = (words[..., None] >> torch.arange(64)) & 1  # [blocks, words, BLOCK_Q, 64]
     bits = bits.transpose(1, 2).flatten(2)[..., : geometry.block_k].bool()
@@ -172,8 +171,7 @@ def test_lists_packed_once_are_those_of_each_call(make_problem, case):
     problem = make_problem(**CASES[case])
     each = problem.run("triton", torch.float32)
     here = problem.to("cuda") if NATIVE else problem
-    sizes = inspect.signature(pack).parameters.keys() & here.options.keys()
-    packed = pack(*here.lists, **{name: here.options[name] for name in sizes})
+    packed = pack(here.block_lists(), here.geometry())
     for tensor in here.lists:
         tensor.zero_()  # they are not looked at again
     problem.options["packed"] = packed.cpu()
@@ -186,18 +184,17 @@ def test_packed_lists_must_fit(make_problem):
     problem = make_problem(**CASES["sliding-raster"])
     with pytest.raises(DitAccelError, match=r"packed must be what pack\(\) made of these lists, int32 \[\d+\]"):
         problem.call("triton", packed=torch.zeros(7, dtype=torch.int32))
-    sizes = {name: problem.options[name] for name in ("grid", "block_q", "block_k", "partial", "tables")}
     with pytest.raises(DitAccelError, match="more than partial_blocks=1"):
-        pack(*problem.lists, **sizes, partial_blocks=1)
+        pack(problem.block_lists(), dataclasses.replace(problem.geometry(), partial_blocks=1))
     heads = make_problem(**CASES["heads-text"])
     with pytest.raises(DitAccelError, match="can be packed"):
-        pack(*heads.lists, block_q=16, block_k=16, grid=(3, 3, 5), text=5)
+        pack(heads.block_lists(), heads.geometry())
 
 
 @pytest.mark.parametrize("method", ["gna", "tile", "radial"])
 def test_a_plan_packs_its_lists_once(method, monkeypatch):
     """Where Triton is what runs by default, as on a GPU."""
-    from dit_accel.plans import listed
+    from dit_accel.plans import plan as plans
 
     config = {"gna": {"window": (3, 3, 4)}, "tile": {"references": 1}, "radial": {"rule": "released", "block": 16}}
     grid = dit_accel.TokenGrid(3, 4, 6, text=5)
@@ -205,7 +202,7 @@ def test_a_plan_packs_its_lists_once(method, monkeypatch):
     q, k, v = torch.randn(3, 1, 1, grid.tokens, 16, device=device, requires_grad=True).unbind()
     results = []
     for default in ("portable", "triton"):
-        monkeypatch.setattr(listed, "choose_impl", lambda *_, name=default: (name, ""))
+        monkeypatch.setattr(plans, "choose_impl", lambda *_, name=default: (name, ""))
         plan = dit_accel.plan(method, grid, **config[method])
         assert (plan.lists(device).packed is not None) == (default == "triton")
         out = dit_accel.attention(q, k, v, plan, impl="triton")
@@ -298,7 +295,7 @@ def test_the_op_is_registered(make_problem, packed):
     if NATIVE:
         problem = problem.to("cuda")
     if packed:
-        problem.options["packed"] = pack(*problem.lists, block_q=16, block_k=16, grid=(1, 4, 6))
+        problem.options["packed"] = pack(problem.block_lists(), problem.geometry())
 
     @torch.compile(fullgraph=True, backend="aot_eager")
     def attend(q, k, v):
