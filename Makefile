@@ -3,7 +3,7 @@
 # make kernels  every Triton kernel compiled for five architectures, no GPU needed, as JSON rows
 # make support  the table of what is tested together (dit_accel/pipelines/SUPPORT.md), from the tests' results
 # make bench  the attention methods against dense attention on this machine, as JSON rows
-# make eval   quality and speed of all methods on the embedded model: a report, and the README's table and picture
+# make eval   quality and speed of all methods on the embedded model: a report, and the table and picture of docs/results.md
 # make        this list
 # Every target installs what it needs into .venv first, at the versions of constraints.txt.
 
@@ -70,7 +70,7 @@ bench: $(INSTALLED)
 
 eval: $(INSTALLED)
 	$(BIN)/dit-accel eval --suite demo --output $(OUTPUT)/eval
-	$(BIN)/python -m dit_accel.eval.report.readme $(OUTPUT)/eval
+	$(BIN)/python -m dit_accel.eval.report.results_page $(OUTPUT)/eval
 
 clean:
 	rm -rf $(VENV) $(VENV)-bootstrap build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache

@@ -1,6 +1,7 @@
-"""What README and CONTRIBUTING tell people to type exists and is accepted."""
+"""What the documents tell people to type exists and is accepted, and figures are those of the rows they link to."""
 
 import ast
+import json
 import pathlib
 import re
 import shlex
@@ -13,71 +14,145 @@ from dit_accel.cli.app import app
 ROOT = pathlib.Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+PAGES = {
+    path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8")
+    for path in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/**/*.md"))
+}
+PAGES |= {
+    path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in (ROOT / "dit_accel").rglob("*.md")
+}
+LAUNCHED = "accelerate launch -m dit_accel "
 
 
 def blocks(text: str, language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL)
 
 
-COMMANDS = [line for block in blocks(README, "sh") for line in block.splitlines() if line.startswith("dit-accel ")]
+def each_page(pages=tuple(PAGES)):
+    return pytest.mark.parametrize("page", pages)
+
+
+def commands(text: str) -> list[str]:
+    """Command lines of a page's shell blocks; a backslash at the end of a line joins it with the next."""
+    lines = "\n".join(blocks(text, "sh")).replace("\\\n", " ").splitlines()
+    return [line for line in lines if line and not line.startswith("#")]
+
+
+TYPED = [
+    (page, line.replace(LAUNCHED, "dit-accel "))
+    for page, text in PAGES.items()
+    for line in commands(text)
+    if line.startswith(("dit-accel ", LAUNCHED))
+]
 
 
 def test_there_are_commands():
-    assert len(COMMANDS) >= 5
+    assert {page for page, _ in TYPED} >= {"README.md", "docs/usage.md", "docs/evaluation.md", "docs/fine-tuning.md"}
+    verbs = {shlex.split(line)[1] for _, line in TYPED}
+    assert verbs == set(typer.main.get_command(app).commands)
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_commands_parse(command):
+@pytest.mark.parametrize(("page", "command"), TYPED)
+def test_commands_parse(page, command):
     """Options and their values are accepted, the method with its settings too; nothing is run."""
     from dit_accel import registry
 
-    _, verb, *arguments = shlex.split(command)
+    _, verb, *arguments = shlex.split(command, comments=True)
     group = typer.main.get_command(app)
     context = group.commands[verb].make_context(verb, arguments, resilient_parsing=False)
     methods = context.params.get("method") or ()
     for method in [methods] if isinstance(methods, str) else methods:
         name, settings = registry.parse_method(method, context.params.get("settings") or ())
-        registry.make_config(name, settings)
+        if context.params.get("candidate") is None:  # a layer search takes its settings from the candidates
+            registry.make_config(name, settings)
 
 
-@pytest.mark.parametrize("block", blocks(README, "python"))
-def test_python_parses_and_its_names_exist(block):
+@pytest.mark.parametrize(
+    ("page", "block"), [(page, block) for page, text in PAGES.items() for block in blocks(text, "python")]
+)
+def test_python_parses_and_its_names_exist(page, block):
+    """Names of `dit_accel` and what is imported from it exist."""
+    import importlib
+
     import dit_accel
 
     for node in ast.walk(ast.parse(block)):
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "dit_accel":
             assert hasattr(dit_accel, node.attr)
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("dit_accel"):
+            module = importlib.import_module(node.module)
+            assert all(hasattr(module, alias.name) for alias in node.names)
 
 
-@pytest.mark.parametrize("text", [README, CONTRIBUTING], ids=["README", "CONTRIBUTING"])
-def test_make_targets_exist(text):
+@each_page()
+def test_make_targets_exist(page):
     targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE))
-    assert (
-        set(re.findall(r"\bmake ([a-z]+)", "\n".join([*blocks(text, "sh"), *re.findall(r"`[^`\n]+`", text)])))
-        <= targets
-    )
+    text = PAGES[page]
+    typed = "\n".join([*blocks(text, "sh"), *re.findall(r"`[^`\n]+`", text)])
+    assert set(re.findall(r"\bmake ([a-z]+)", typed)) <= targets
 
 
-@pytest.mark.parametrize("text", [README, CONTRIBUTING], ids=["README", "CONTRIBUTING"])
-def test_links_lead_somewhere(text):
-    for target in re.findall(r"\]\(([^)#]+)\)", text):
+@each_page()
+def test_links_lead_somewhere(page):
+    folder = (ROOT / page).parent
+    for target in re.findall(r"\]\(([^)#]+)\)", PAGES[page]):
         if not target.startswith("http"):
-            assert (ROOT / target).exists(), target
+            assert (folder / target).exists(), target
 
 
-def test_every_method_is_listed():
+@each_page()
+def test_files_that_are_named_exist(page):
+    """Paths in backquotes that start at a folder of the checkout."""
+    if page == "CHANGELOG.md" or page == "benchmarks/LOG.md":  # these speak of the past too
+        return
+    for target in re.findall(r"`((?:dit_accel|tests|tools|docs|benchmarks)/[\w./-]*\w/?)`", PAGES[page]):
+        assert "NAME" in target or (ROOT / target).exists(), target
+
+
+def test_the_readme_starts_with_demo_and_test():
+    first, second = commands(README)[:2]
+    assert first.startswith("make demo") and second.startswith("make test")
+
+
+def test_the_readme_shows_python_and_a_command_on_its_first_page():
+    """Six lines of Python, `pip install .` and one command within 30 lines; at most 900 words before the results."""
+    page = "\n".join(README.splitlines()[:30])
+    (program,) = blocks(page, "python")
+    assert len([line for line in program.splitlines() if line]) == 6
+    assert any(line.startswith("dit-accel ") for line in commands(page))
+    assert "pip install ." in page
+    assert len(README.partition("\n## Results\n")[0].split()) <= 900
+
+
+def test_every_method_is_listed_with_its_mask():
     import dit_accel
 
     for name in dit_accel.list_methods():
-        assert f"| `{name}` |" in README
+        (row,) = (line for line in README.splitlines() if line.startswith(f"|`{name}`|"))
+        assert f"docs/pictures/mask-{name}.png" in row
 
 
-def test_every_family_is_named():
-    from dit_accel.registry import get_families
+def operators(rows: pathlib.Path) -> str:
+    """The README's table of operators, from the forward rows in float32."""
+    lines = ["|method|density|dense, ms|sparse, ms|speed-up|", "|---|---:|---:|---:|---:|"]
+    for row in map(json.loads, rows.read_text(encoding="utf-8").splitlines()):
+        if (row["dtype"], row["direction"]) == ("float32", "forward"):
+            _, method, *_ = row["row"].split("/")
+            config = method if ":" in method else ",".join([method, *_settings(row["config"])]).replace(",", ":", 1)
+            figures = f"{row['density']:.4f}|{row['baseline_ms_p50']:.0f}|{row['ms_p50']:.1f}|{row['speedup']:.2f}"
+            lines.append(f"|`{config}`|{figures}|")
+    return "\n".join(lines)
 
-    names = {name: re.split("[:;,(]", family.summary)[0].strip() for name, family in get_families().items()}
-    words = " ".join(README.split())
-    assert {name for name, first in names.items() if first not in words} == set()
+
+def _settings(config):
+    return [f"{name}={value}" for name, value in config.items() if name in ("topk", "decay", "references")]
+
+
+def test_the_operators_in_the_readme_are_the_rows():
+    shown = re.search(r"<!-- operators: begin -->\n(.*?)\n<!-- operators: end -->", README, flags=re.DOTALL)
+    rows = re.search(r"\((benchmarks/results/cpu-[\w-]+\.jsonl)\)", README)
+    assert shown is not None and rows is not None
+    assert shown[1] == operators(ROOT / rows[1])
 
 
 @pytest.mark.parametrize(
@@ -88,3 +163,9 @@ def test_the_family_shown_is_the_one_there_is(starts, file):
     """The example of CONTRIBUTING is what the files of that family say, to their ends."""
     shown = next(block for block in blocks(CONTRIBUTING, "python") if block.startswith(starts))
     assert (ROOT / file).read_text(encoding="utf-8").strip().endswith(shown.strip())
+
+
+def test_the_floors_shown_are_those_of_the_layout_test():
+    from test_layout import FLOORS
+
+    assert "\n".join(" | ".join(floor) for floor in reversed(FLOORS)) in CONTRIBUTING

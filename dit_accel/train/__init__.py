@@ -1,4 +1,4 @@
-"""Fine-tuning that wins back the quality which sparse attention costs; `README.md` beside this file says how.
+"""Fine-tuning that wins back the quality which sparse attention costs; `docs/fine-tuning.md` says how.
 
 from dit_accel.train.settings import TrainSettings
 from dit_accel.train.loop import train

@@ -34,7 +34,7 @@ def every_setting():
         for method, config in static_settings(tiny):
             # The published code of radial attends whole blocks: none of them is partial.
             whole = config.get("rule") == "released"
-            check = pytest.mark.check("equals masked reference in whole blocks" if whole else "equals masked reference")
+            check = pytest.mark.check("exact in whole blocks" if whole else "exact")
             last = list(config.values())[1] if len(config) > 1 else next(iter(config.values()))
             name = f"{tiny}-{method}-{last}".replace(" ", "")
             yield pytest.param(tiny, method, config, whole, id=name, marks=check)
@@ -93,7 +93,7 @@ def test_equals_masked_attention(tiny, method, config, whole, evidence):
     assert (ours - tiny.dense).abs().max() > 100 * (ours - plain).abs().max(), "the mask makes no difference here"
 
 
-@pytest.mark.check("equals masked reference", method="sla")
+@pytest.mark.check("exact", method="sla")
 @each_model()
 def test_untrained_sla_equals_masked_attention_on_its_critical_blocks(tiny, evidence):
     with dit_accel.accelerated(tiny.shared, "sla", **SLA) as accel:

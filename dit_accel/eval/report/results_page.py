@@ -1,7 +1,8 @@
-"""Put an evaluation's table and Pareto picture into the README: `python -m dit_accel.eval.report.readme outputs/eval`.
+"""Put an evaluation's table and Pareto picture into docs/results.md.
 
-`make eval` runs it behind the evaluation. What lies between the two marks is replaced; the summary it came from goes to
-`benchmarks/results`, the picture to `docs/pictures`. A test holds the README against that summary.
+`make eval` runs `python -m dit_accel.eval.report.results_page outputs/eval` after the evaluation. The text between the
+two marks is replaced. The summary behind it goes to `benchmarks/results`, the picture to `docs/pictures`. A test
+compares the page with that summary.
 """
 
 from __future__ import annotations
@@ -17,57 +18,61 @@ from dit_accel.errors import DitAccelError
 from dit_accel.eval.report import fields, markdown
 
 BEGIN, END = "<!-- eval: begin -->", "<!-- eval: end -->"
+PAGE = Path("docs/results.md")
 SUMMARY = Path("benchmarks/results/eval_demo.json")
 PICTURE = Path("docs/pictures/eval_demo.png")
-ORIGIN = ("hardware", "git", "date")  # of `made`, said under the table where they are known
+ORIGIN = ("hardware", "git", "date")  # entries of `made` that the line under the table gives where they are known
 
 
 def section(summary: dict[str, Any]) -> str:
-    """What stands between the marks: table, what is missing, picture, and what it was made with."""
+    """Returns what stands between the marks: table, missing figures, picture and origin."""
     parts = [markdown.table(summary, costs=False)]
     gaps = fields.missing(summary)
     if gaps:
         parts.append("Not measured: " + "; ".join(gaps) + ".")
-    parts.append(f"![Speed-up against each figure, with the Pareto front]({PICTURE.as_posix()})")
+    parts.append(f"![Speed-up against each figure, with the Pareto front]({_link(PICTURE)})")
     made = summary["made"]
     origin = "; ".join(markdown.plain(made[name]) for name in ORIGIN if made.get(name))
-    parts.append(
-        f"Made by `{markdown.plain(made['command'])}`: {origin}. Rows: [`{SUMMARY.name}`]({SUMMARY.as_posix()})."
-    )
+    parts.append(f"Made by `{markdown.plain(made['command'])}`: {origin}. Rows: [`{SUMMARY.name}`]({_link(SUMMARY)}).")
     return "\n\n".join(parts)
 
 
+def _link(path: Path) -> str:
+    """Returns a path of the checkout as the page links to it."""
+    return Path(os.path.relpath(path, PAGE.parent)).as_posix()
+
+
 def between(text: str) -> str:
-    """What a README has between the marks.
+    """Returns what a page has between the marks.
 
     Raises:
-        DitAccelError: it does not have both marks, once each and in order.
+        DitAccelError: it lacks a mark, has one twice, or has them in the wrong order.
     """
     if not text.count(BEGIN) == text.count(END) == 1 or text.index(BEGIN) > text.index(END):
-        raise DitAccelError(f"The README needs the marks {BEGIN} and {END}, once each and in this order.")
+        raise DitAccelError(f"{PAGE.name} needs the marks {BEGIN} and {END}, once each and in this order.")
     return text.partition(BEGIN)[2].partition(END)[0].strip()
 
 
 def update(results: Path, root: Path) -> None:
-    """Write README, summary and picture of a checkout from a folder that the evaluation wrote.
+    """Write page, summary and picture of a checkout from a folder that the evaluation wrote.
 
     Raises:
-        DitAccelError: the folder holds no report, or the README no marks.
+        DitAccelError: the folder holds no report, or the page no marks.
     """
     missing = [name for name in ("summary.json", "pareto.png") if not (results / name).is_file()]
     if missing:
         raise DitAccelError(f"{results} lacks {' and '.join(missing)}; run make eval first.")
-    readme = root / "README.md"
-    text = readme.read_text(encoding="utf-8")
+    page = root / PAGE
+    text = page.read_text(encoding="utf-8")
     between(text)
     summary = json.loads((results / "summary.json").read_text(encoding="utf-8"))
     before, after = text.partition(BEGIN)[0], text.partition(END)[2]
     for source, target in (("summary.json", SUMMARY), ("pareto.png", PICTURE)):
         (root / target).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(results / source, root / target)
-    part = readme.with_suffix(".part")
+    part = page.with_suffix(".part")
     part.write_text(f"{before}{BEGIN}\n{section(summary)}\n{END}{after}", encoding="utf-8")
-    os.replace(part, readme)
+    os.replace(part, page)
 
 
 def main() -> None:

@@ -1,0 +1,99 @@
+"""Draw the mask of every method into docs/pictures: `python -m tools.mask_pictures`.
+
+Static masks are exact: 6 frames of 6 x 6 tokens and 12 text tokens. SLA's blocks depend on q and k: its picture
+shows one head of the embedded model's middle layer, at the second of four steps.
+"""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import dit_accel
+from dit_accel.methods.sla import SparseLinearAttention
+
+FOLDER = Path(__file__).parent.parent / "docs" / "pictures"
+GRID = dit_accel.TokenGrid(frames=6, height=6, width=6, text=12)
+STATIC: dict[str, dict[str, Any]] = {
+    "dense": {},
+    "gna": {"window": 3},
+    "tile": {"references": 2},
+    "radial": {"decay": 1.0},
+}
+SLA: dict[str, Any] = {"topk": 0.2, "block": 64}
+LAYER, HEAD = "blocks.2.attn1", 0
+COLOURS = ("#f2f2f2", "#9ec5e8", "#173f7a")
+
+
+def routed() -> torch.Tensor:
+    """Returns SLA's classes of blocks in one call: 2 critical, 1 linear; shape [query blocks, key blocks]."""
+    from dit_accel.pipelines.demo import DEFAULTS, load_demo
+
+    pipe = load_demo()
+    found = []
+
+    def keep(call):
+        if call.layer.endswith(LAYER) and call.step is not None and call.step.index == 1:
+            found.append((call.q, call.k))
+
+    accel = dit_accel.accelerate(pipe, "sla", **SLA)
+    with accel.watch(keep):
+        pipe("a red circle moves right on a blue background", **DEFAULTS.call() | {"num_inference_steps": 4})
+    accel.remove()
+    q, k = found[0]
+    routing = SparseLinearAttention(q.shape[-1], **SLA).route(q, k)
+    return routing.critical.dense()[0, HEAD].int() + 1
+
+
+def draw(path: Path, classes: torch.Tensor, unit: str, legend: dict[int, str], ticks: dict[str, float]) -> None:
+    """Write one picture: queries down, keys across.
+
+    Args:
+        classes: int [queries, keys], indices into `COLOURS`.
+        unit: what a row and a column stand for.
+        legend: the meaning of each class.
+        ticks: labels and where they stand.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    from matplotlib.colors import ListedColormap
+    from matplotlib.patches import Patch
+
+    figure = pyplot.figure(figsize=(2.4, 2.7), dpi=110)
+    axes = figure.add_axes((0.2, 0.15, 0.77, 0.77 * 2.4 / 2.7))
+    axes.imshow(classes, cmap=ListedColormap(COLOURS), vmin=0, vmax=2, interpolation="nearest")
+    axes.set_xlabel(f"key {unit}", fontsize=8)
+    axes.set_ylabel(f"query {unit}", fontsize=8)
+    places, names = list(ticks.values()), list(ticks)
+    axes.set_xticks(places, names, fontsize=7)
+    axes.set_yticks(places, names, fontsize=7)
+    axes.tick_params(length=0)
+    patches = [Patch(facecolor=COLOURS[kind], edgecolor="#888888", label=name) for kind, name in legend.items()]
+    axes.legend(
+        handles=patches, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, fontsize=7, frameon=False,
+        handlelength=1, columnspacing=1,
+    )  # fmt: skip
+    figure.savefig(path)
+    pyplot.close(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=FOLDER, help="folder for mask-METHOD.png")
+    folder = parser.parse_args().output
+    folder.mkdir(parents=True, exist_ok=True)
+    frame = GRID.height * GRID.width
+    ticks = {str(i): (i + 0.5) * frame - 0.5 for i in range(GRID.frames)} | {"text": GRID.visual + GRID.text / 2 - 0.5}
+    for method, config in STATIC.items():
+        mask = dit_accel.plan(method, GRID, **config).token_mask()
+        draw(folder / f"mask-{method}.png", mask.int() * 2, "frame", {2: "attended", 0: "left out"}, ticks)
+    classes = routed()
+    places = {str(i): float(i) for i in range(0, len(classes), 8)}
+    draw(folder / "mask-sla.png", classes, "block", {2: "exact", 1: "linear"}, places)
+
+
+if __name__ == "__main__":
+    main()
