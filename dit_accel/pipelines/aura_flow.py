@@ -1,26 +1,21 @@
-"""AuraFlow: learned registers and the text stand before the image, and all are attended."""
+"""AuraFlow: learned registers and text precede the image; every token is attended."""
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from typing import Any
-
-from torch import nn
 
 from dit_accel.pipelines.family import CallLayout, Family, ModelCall
 from dit_accel.pipelines.reading import image_of
 from dit_accel.pipelines.sizes import Config, Sizes, image_sizes, vae_pixels
 
-
-def layout(transformer: nn.Module, call: ModelCall) -> CallLayout:
-    """The latent [B, C, H, W] in patches, and text [B, T, C]."""
-    model: Any = transformer
-    text = model.register_tokens.shape[1] + call.tensor("encoder_hidden_states", 3).shape[1]
-    return CallLayout(dataclasses.replace(image_of(call, model.config.patch_size), text=text, text_first=True))
-
-
 REGISTERS = 8
+
+
+def layout(transformer: Any, call: ModelCall) -> CallLayout:
+    """The latent [B, C, H, W] in patches, and text [B, T, C]."""
+    text = transformer.register_tokens.shape[1] + call.length("encoder_hidden_states")
+    return CallLayout(image_of(call, transformer.config.patch_size, text, text_first=True))
 
 
 def sizes(transformer: Config, vae: Config) -> Sizes:

@@ -1,11 +1,9 @@
 """Bria 3.2 and Bria FIBO: blocks, text and image ids as in FLUX.1, but the timestep in the scheduler's own units.
 
-FIBO's pipelines mask padded text, among the arguments that go through to the processors.
+FIBO's pipelines mask padded text through `joint_attention_kwargs`.
 """
 
 from __future__ import annotations
-
-import dataclasses
 
 import torch
 from torch import nn
@@ -22,11 +20,11 @@ def layout(transformer: nn.Module, call: ModelCall) -> CallLayout:
     mask = (call.get("joint_attention_kwargs") or {}).get("attention_mask")
     if mask is None or mask.dtype != torch.bool:
         return found
-    return dataclasses.replace(mask_text(call, found.grid, mask), notes=found.notes)
+    return mask_text(call, found.grid, mask, found.notes)
 
 
 def sizes(transformer: Config, vae: Config) -> Sizes:
-    """2 x 2 latents a token; FIBO's text, of the prompt's own length, has up to 3,000 tokens and one latent a token."""
+    """A token is 2 x 2 latents, in FIBO one latent; FIBO's text is as long as the prompt, at most 3,000 tokens."""
     if transformer.get("_class_name") == "BriaFiboTransformer2DModel":
         return image_sizes(vae_pixels(vae), text=3000, text_first=True)
     return image_sizes(2 * vae_pixels(vae), text=128, text_first=True)

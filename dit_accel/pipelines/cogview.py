@@ -1,6 +1,6 @@
-"""CogView3-Plus and CogView4: text stands before the image, and its padding is attended, as the models were trained.
+"""CogView3-Plus and CogView4: text precedes the image; its padding is attended, as in training.
 
-A mask that CogView4 is given, which its pipelines do not, it adds to the logits.
+CogView4 adds an `attention_mask` to the logits; its pipelines pass none.
 """
 
 from __future__ import annotations
@@ -8,26 +8,22 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from torch import nn
-
 from dit_accel.pipelines.family import CallLayout, Family, ModelCall
 from dit_accel.pipelines.reading import bias_text, image_of
 from dit_accel.pipelines.sizes import Config, Sizes, image_sizes, vae_pixels
 
 
-def layout(transformer: nn.Module, call: ModelCall) -> CallLayout:
+def layout(transformer: Any, call: ModelCall) -> CallLayout:
     """The latent [B, C, H, W] in patches, and text [B, T, C]."""
-    config: Any = transformer.config
-    text = call.tensor("encoder_hidden_states", 3).shape[1]
-    grid = dataclasses.replace(image_of(call, config.patch_size), text=text, text_first=True)
-    mask = call.get("attention_mask")
+    text = call.length("encoder_hidden_states")
+    grid, mask = image_of(call, transformer.config.patch_size, text, text_first=True), call.get("attention_mask")
     if mask is None:
         return CallLayout(grid)
     return dataclasses.replace(bias_text(call, grid, mask), masks=("attention_mask",))
 
 
 def sizes(transformer: Config, vae: Config) -> Sizes:
-    """CogView3-Plus has 224 tokens of text; those of CogView4 are the prompt's, padded to 16."""
+    """CogView3-Plus has 224 text tokens; CogView4 as many as the prompt, padded to a multiple of 16."""
     pixels, longest = vae_pixels(vae), transformer["pos_embed_max_size"]
     text = 224 if transformer.get("_class_name") == "CogView3PlusTransformer2DModel" else 1024
     side = transformer["sample_size"] * pixels

@@ -1,29 +1,18 @@
 """Cosmos 1, Predict 2 and 2.5: worlds from text, images and video, and images from text.
 
 Self-attention (`attn1`) sees the video tokens alone; text and image features enter through cross-attention. The
-timestep is a function of sigma that differs between the generations, so a bare transformer's step is told by
-`set_step`.
+timestep is a function of sigma that differs between the generations, so a bare transformer needs `set_step`.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
-from torch import nn
-
-from dit_accel.pipelines.family import CallLayout, Family, ModelCall, Preset
-from dit_accel.pipelines.reading import video_of
+from dit_accel.pipelines.family import Family, Preset
+from dit_accel.pipelines.reading import video_alone
 from dit_accel.pipelines.sizes import Config, Sizes, vae_frames, video_sizes
 
 
-def layout(transformer: nn.Module, call: ModelCall) -> CallLayout:
-    """The latent [B, C, F, H, W], cut into patches."""
-    config: Any = transformer.config
-    return CallLayout(video_of(call, config.patch_size))
-
-
 def sizes(transformer: Config, vae: Config) -> Sizes:
-    """Cosmos 1 has a VAE of 8 frames a latent and makes 121 frames, Predict 2 one of 4 and makes 93."""
+    """Cosmos 1 makes 121 frames, 8 a latent; Predict 2 makes 93, 4 a latent."""
     return video_sizes(vae, transformer["patch_size"], 121 if vae_frames(vae) == 8 else 93, 704, 1280)
 
 
@@ -39,7 +28,7 @@ FAMILY = Family(
     name="cosmos",
     transformers=("CosmosTransformer3DModel",),
     attention=("transformer_blocks.*.attn1",),
-    layout=layout,
+    layout=video_alone,
     sizes=sizes,
     summary="Cosmos 1, Predict 2 and 2.5: text, image and video to world, text to image",
     timestep_scale=None,

@@ -1,36 +1,30 @@
 """EasyAnimate: text, image and video to video, and control.
 
-Text stands before the video in every block and its padding is attended, as the model was trained. Text of a second
-encoder follows the first's. Inpainting and control latents are further channels of the same grid.
+Text precedes the video in every block. Its padding is attended, as in training. Text of a second encoder follows the
+first's. Inpainting and control latents are further channels of the same grid.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
-
-from torch import nn
 
 from dit_accel.pipelines.family import CallLayout, Family, ModelCall
 from dit_accel.pipelines.reading import video_of
-from dit_accel.pipelines.sizes import Config, Sizes, video_sizes
+from dit_accel.pipelines.sizes import Config, Sizes, patch_of, video_sizes
 
 
-def layout(transformer: nn.Module, call: ModelCall) -> CallLayout:
-    """The latent [B, C, F, H, W], cut into patches within frames, and before it text [B, T, C]."""
-    config: Any = transformer.config
-    grid = video_of(call, (1, config.patch_size, config.patch_size))
-    text = call.tensor("encoder_hidden_states", 3).shape[1]
+def layout(transformer: Any, call: ModelCall) -> CallLayout:
+    """The latent [B, C, F, H, W], cut into patches within frames, behind text [B, T, C]."""
+    text = call.length("encoder_hidden_states")
     if call.get("encoder_hidden_states_t5") is not None:
-        text += call.tensor("encoder_hidden_states_t5", 3).shape[1]
-    return CallLayout(dataclasses.replace(grid, text=text, text_first=True))
+        text += call.length("encoder_hidden_states_t5")
+    return CallLayout(video_of(call, patch_of(transformer.config), text, text_first=True))
 
 
 def sizes(transformer: Config, vae: Config) -> Sizes:
-    """Its VAE has a stride along time in all stages but two."""
+    """All but two stages of the VAE have a stride along time."""
     strides = dict(vae) | {"temporal_compression_ratio": 2 ** (len(vae["block_out_channels"]) - 2)}
-    patch = 1, transformer["patch_size"], transformer["patch_size"]
-    return video_sizes(strides, patch, 49, 512, 512, text=256, text_first=True)
+    return video_sizes(strides, patch_of(transformer), 49, 512, 512, text=256, text_first=True)
 
 
 FAMILY = Family(

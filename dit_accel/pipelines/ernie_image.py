@@ -1,22 +1,19 @@
-"""ERNIE-Image: text stands behind the image, and its padding is masked."""
+"""ERNIE-Image: text follows the image; its padding is masked."""
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import torch
-from torch import nn
 
 from dit_accel.pipelines.family import CallLayout, Family, ModelCall
 from dit_accel.pipelines.reading import image_of
 from dit_accel.pipelines.sizes import Config, Sizes, image_sizes, vae_pixels
 
 
-def layout(transformer: nn.Module, call: ModelCall) -> CallLayout:
+def layout(transformer: Any, call: ModelCall) -> CallLayout:
     """The latent [B, C, H, W] in patches, text [B, T, C] and its lengths [B]."""
-    config: Any = transformer.config
-    grid = dataclasses.replace(image_of(call, config.patch_size), text=call.tensor("text_bth", 3).shape[1])
+    grid = image_of(call, transformer.config.patch_size, call.length("text_bth"))
     return CallLayout(grid, text_lens=call.tensor("text_lens", 1).to(torch.int32))
 
 

@@ -1,4 +1,4 @@
-"""What the library has to know of a model family: where its self-attention is, and where the tokens lie in a call."""
+"""A model family: which modules are its self-attention, and where the tokens of a call lie."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ class CallLayout:
 
     Args:
         grid: the sequence that self-attention sees.
-        text_lens: int [B], valid text tokens of each sample, where the model masks the others; the attention mask that
-            the model passes is then taken to say the same. None: the model passes no mask.
-        text_bias: floating point [B, tokens], for a model that does not mask the others: what each query, in the grid's
-            order, adds to their scaled logits.
-        rows: int64 [B, tokens], where in the call's sequence each token of the grid lies; every row of the sequence
-            once. Attention then copies q, k, v and its output. None: where the grid says, in all samples.
-        notes: what a reader of the report should know, such as tokens that stay dense.
-        masks: arguments of the call that say no more than `text_lens` and `text_bias`. A call in which every layer is
-            sparse goes without them, so that the model does not make masks of N x N of them.
+        text_lens: int [B], valid text tokens of each sample; the model masks the others, and its attention mask is
+            taken to say the same. None: the model passes no mask.
+        text_bias: floating point [B, tokens], for a model that does not mask padded text: each query adds this value to
+            the scaled logits of padded text. Queries are in the grid's order.
+        rows: int64 [B, tokens], a permutation: the row of the call's sequence where each token of the grid lies.
+            Attention then copies q, k, v and its output. None: the grid's order, in all samples.
+        notes: for the report, such as tokens that stay dense.
+        masks: arguments of the call that say the same as `text_lens` and `text_bias`. A call in which every layer is
+            sparse omits them, so that the model builds no N x N mask.
     """
 
     grid: TokenGrid
@@ -58,12 +58,12 @@ class Preset:
 
 
 class ModelCall:
-    """One call of a transformer: its arguments by name, and a memory for what was read from small tensors.
+    """One call of a transformer: its arguments by name, and a cache of values read from small tensors.
 
     Args:
         signature: of the class's `forward`, with `self`.
         module, args, kwargs: as a forward pre-hook gets them.
-        memory: kept by the caller from call to call.
+        memory: kept by the caller between calls.
 
     Attributes:
         owner: the transformer's class.
@@ -97,15 +97,19 @@ class ModelCall:
             raise DitAccelError(f"{self.owner} needs {name} as a tensor of {dims} dimensions, got {came}.")
         return value
 
+    def length(self, name: str, dims: int = 3) -> int:
+        """Size of the second axis of that argument, a tensor of so many dimensions; errors as in `tensor`."""
+        return self.tensor(name, dims).shape[1]
+
     @property
     def device(self) -> torch.device:
-        """Where the call's first tensor lies."""
+        """Device of the call's first tensor."""
         return next(_tensors(self._arguments.values())).device
 
     def once(self, tensor: torch.Tensor, read: Callable[[torch.Tensor], Any]) -> Any:
-        """`read(tensor)` on a CPU copy, worked out once for a tensor that comes again in every step.
+        """`read(tensor)` on a CPU copy; cached while the same unmodified tensor is passed in every step.
 
-        Copying to the CPU waits for the device, so it happens when the tensor is new or was written to.
+        The copy waits for the device, so it is made only for a new or modified tensor.
         """
         return self._memory.recall(tensor, read)
 
@@ -119,9 +123,9 @@ def _tensors(values: Iterable[Any]) -> Iterator[torch.Tensor]:
 
 
 class Memory:
-    """Results of reading tensors, kept while the same tensor objects, unmodified, come again.
+    """Results of reading tensors, cached by tensor object and version.
 
-    Guidance calls the transformer with two masks in turn, so the last few of each kind are kept.
+    Guidance alternates between two masks, so the last few results of each kind are kept.
     """
 
     KEPT = 4
@@ -130,7 +134,7 @@ class Memory:
         self._known: dict[Callable[[torch.Tensor], Any], list[tuple[weakref.ref[torch.Tensor], int, Any]]] = {}
 
     def recall(self, tensor: torch.Tensor, read: Callable[[torch.Tensor], Any]) -> Any:
-        if tensor.is_inference():  # has no version, so nobody knows whether it was written to
+        if tensor.is_inference():  # has no version, so a modification would go unseen
             return read(tensor.cpu())
         known = self._known.get(read, [])
         for reference, version, result in known:
@@ -153,29 +157,29 @@ class Family:
     Args:
         name: lower case, the name of its file.
         transformers: class names.
-        attention: dotted paths of the self-attention modules in the order they run; ``*`` stands for one name, ``a|b``
-            for either.
-        layout: tells where the tokens of a call lie.
-        sizes: tells what sizes a model makes, from the configurations of its transformer and its VAE.
+        attention: dotted paths of the self-attention modules in the order they run; ``*`` matches one name, ``a|b``
+            either.
+        layout: where the tokens of a call lie.
+        sizes: the sizes a model makes, from the configurations of its transformer and its VAE.
         summary: one line for people.
         timestep_name: the argument that holds the transformer's timestep.
-        timestep_scale: what it is multiplied by to be in the scheduler's units, 0 to 1000; None if it is in units of
-            its own, so that only the scheduler's index, or `set_step`, tells the step.
-        timestep_rises: whether it is 1 for the finished image, and not for noise.
+        timestep_scale: factor that turns it into the scheduler's units, 0 to 1000; None if there is no such factor.
+            Then only the scheduler's index, or `set_step`, tells the step.
+        timestep_rises: whether the timestep is 1 for the finished image and 0 for noise.
         recommended: settings by method.
-        recommended_pair: the same for pipelines with two transformers on one trajectory, where they differ.
-        visual_attention: paths among `attention` whose modules see the visual tokens alone, without text and
-            conditioning tokens.
-        text_is_keys: whether text stands among the keys alone, so that queries are the other tokens. Accelerated
-            attention is then called with text among the queries too, and that part of its output is dropped.
-        sparse_calls: by processor class, what runs in its place in sparse calls; see `processor`.
+        recommended_pair: settings that differ for pipelines with two transformers on one trajectory.
+        visual_attention: paths among `attention` whose modules see visual tokens alone.
+        text_is_keys: whether text tokens are keys but not queries. Accelerated attention then pads the queries with
+            text rows and drops their output.
+        sparse_calls: by processor class, a function that replaces the processor's `__call__` in sparse calls; it takes
+            the processor first and calls `processor.attend`.
         head_dim: channels of one head of an attention module.
     """
 
     name: str
     transformers: tuple[str, ...]
     attention: tuple[str, ...]
-    layout: Callable[[nn.Module, ModelCall], CallLayout]
+    layout: Callable[[Any, ModelCall], CallLayout]
     sizes: Callable[[Config, Config], Sizes]
     summary: str
     timestep_name: str = "timestep"
@@ -186,7 +190,7 @@ class Family:
     visual_attention: tuple[str, ...] = ()
     text_is_keys: bool = False
     sparse_calls: Mapping[str, Callable[..., Any]] = dataclasses.field(default_factory=dict)
-    head_dim: Callable[[nn.Module], int] = _head_dim
+    head_dim: Callable[[Any], int] = _head_dim
 
     def attentions(self, transformer: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         """Self-attention modules by name, in the order they run."""
@@ -201,7 +205,7 @@ class Family:
         return not any(_fits(path, name) for path in self.visual_attention)
 
     def preset(self, method: str, transformers: int = 1) -> Preset:
-        """The recommended settings of a method in a pipeline with so many transformers.
+        """The recommended settings of a method in a pipeline with that many transformers.
 
         Raises:
             DitAccelError: there are none; the message names the methods that have some.
@@ -219,7 +223,7 @@ class Family:
         )
 
     def timestep(self, call: ModelCall) -> torch.Tensor | None:
-        """The call's timestep in the scheduler's units; None if that is not known."""
+        """The call's timestep in the scheduler's units; None if it is unknown."""
         value = call.get(self.timestep_name)
         if value is None or self.timestep_scale is None:
             return None
@@ -232,8 +236,8 @@ def _fits(path: str, name: str) -> bool:
     return len(parts) == len(wanted) and all(w == "*" or p in w.split("|") for w, p in zip(wanted, parts, strict=True))
 
 
-def patch_grid(sizes: Sequence[int], patch: Sequence[int]) -> TokenGrid:
-    """The grid of a latent video of these sizes (frames, height, width), cut into patches; remainders are cut off.
+def patch_grid(sizes: Sequence[int], patch: Sequence[int], text: int = 0, text_first: bool = False) -> TokenGrid:
+    """The grid of a latent of `sizes` (frames, height, width) cut into patches; remainders are dropped.
 
     Raises:
         DitAccelError: the latent is smaller than a patch.
@@ -241,4 +245,4 @@ def patch_grid(sizes: Sequence[int], patch: Sequence[int]) -> TokenGrid:
     frames, height, width = (size // step for size, step in zip(sizes, patch, strict=True))
     if min(frames, height, width) < 1:
         raise DitAccelError(f"A latent of {sizes} (frames, height, width) is smaller than the model's patch {patch}.")
-    return TokenGrid(frames, height, width)
+    return TokenGrid(frames, height, width, text=text, text_first=text_first)

@@ -1,9 +1,10 @@
 """FLUX.1 (dev, schnell, Fill, Control, Kontext) and the models built on its blocks: Chroma, LongCat-Image, Ovis-Image.
 
-Text stands before the image, in dual blocks and single blocks alike, and its padding is attended, as the model was
-trained. Single blocks get the joined sequence without a word on where the text ends, and the image is packed, so the
-root call is the only place that knows both: text from `encoder_hidden_states`, rows and columns from `img_ids`.
-A boolean mask masks Chroma's text; its pipelines make one of ones and zeros in the model's dtype, which is added to the
+Text precedes the image in dual and single blocks. Its padding is attended, as in training. Single blocks get the joined
+sequence without the text's length, and the image is packed. Only the transformer's call has both: text in
+`encoder_hidden_states`, rows and columns in `img_ids`.
+
+A boolean mask masks Chroma's text. Its pipelines pass ones and zeros in the model's dtype, which the model adds to the
 logits.
 """
 
@@ -20,9 +21,9 @@ from dit_accel.pipelines.sizes import Config, Sizes, image_sizes, vae_pixels
 
 
 def layout(transformer: nn.Module, call: ModelCall) -> CallLayout:
-    """Packed image [B, N, C], text [B, T, C] and image ids [N, 3], or [B, N, 3] as older code passes them.
+    """Packed image [B, N, C], text [B, T, C] and image ids [N, 3], or [B, N, 3] as in older code.
 
-    A conditioning image of the same size (Kontext) is a further frame; others attend to everything and the reverse.
+    A conditioning image of the same size (Kontext) is a further frame; others are dense both ways.
     """
     found = packed_images(call)
     mask = call.get("attention_mask")

@@ -1,8 +1,7 @@
 """FLUX.2: dev and Klein.
 
-Text stands before the images in dual and single blocks; a single block makes q, k, v and its MLP with one projection.
-Conditioning images stand behind the made one. The key-value cache of Klein KV puts them in front and lets them see
-themselves alone, which is another attention than ours.
+Text precedes the images in dual and single blocks; conditioning images follow the generated one. The key-value cache
+of Klein KV puts conditioning images first and lets them see only themselves; such calls are refused.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ from torch import nn
 from dit_accel.errors import DitAccelError
 from dit_accel.pipelines.family import CallLayout, Family, ModelCall
 from dit_accel.pipelines.reading import packed_images
-from dit_accel.pipelines.sizes import Config, Sizes, image_sizes, vae_pixels
+from dit_accel.pipelines.sizes import packed_sizes
 
 
 def layout(transformer: nn.Module, call: ModelCall) -> CallLayout:
@@ -26,17 +25,12 @@ def layout(transformer: nn.Module, call: ModelCall) -> CallLayout:
     return packed_images(call)
 
 
-def sizes(transformer: Config, vae: Config) -> Sizes:
-    """2 x 2 latents a token."""
-    return image_sizes(2 * vae_pixels(vae), text=512, text_first=True)
-
-
 FAMILY = Family(
     name="flux2",
     transformers=("Flux2Transformer2DModel",),
     attention=("transformer_blocks.*.attn", "single_transformer_blocks.*.attn"),
     layout=layout,
-    sizes=sizes,
+    sizes=packed_sizes(text=512),
     summary="FLUX.2: dev, Klein (without its key-value cache)",
     timestep_scale=1000.0,
 )

@@ -1,6 +1,6 @@
-"""FLUX.3: the first blocks attend within text, image and conditioning images each; then come joint single blocks.
+"""FLUX.3: the first blocks attend within the text, the image and the conditioning images; joint single blocks follow.
 
-Joint sequences are [text | image | conditioning]. Of the first blocks only the image's are accelerated.
+Joint sequences are [text | image | conditioning]. Among the first blocks only the image's are accelerated.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from torch import nn
 from dit_accel.errors import DitAccelError
 from dit_accel.pipelines.family import CallLayout, Family, ModelCall
 from dit_accel.pipelines.reading import packed_images
-from dit_accel.pipelines.sizes import Config, Sizes, image_sizes, vae_pixels
+from dit_accel.pipelines.sizes import packed_sizes
 
 
 def layout(transformer: nn.Module, call: ModelCall) -> CallLayout:
@@ -25,14 +25,9 @@ def layout(transformer: nn.Module, call: ModelCall) -> CallLayout:
         )
     if call.get("image_cond_hidden_states") is None:
         return found
-    conditioning = call.tensor("image_cond_hidden_states", 3).shape[1]
+    conditioning = call.length("image_cond_hidden_states")
     notes = (f"{conditioning} tokens of conditioning images are dense both ways",)
     return CallLayout(dataclasses.replace(found.grid, conditioning=conditioning), notes=notes)
-
-
-def sizes(transformer: Config, vae: Config) -> Sizes:
-    """2 x 2 latents a token."""
-    return image_sizes(2 * vae_pixels(vae), text=512, text_first=True)
 
 
 FAMILY = Family(
@@ -41,7 +36,7 @@ FAMILY = Family(
     attention=("mode_blocks.image.*.attn", "single_transformer_blocks.*.attn"),
     visual_attention=("mode_blocks.*.*.attn",),
     layout=layout,
-    sizes=sizes,
+    sizes=packed_sizes(text=512),
     summary="FLUX.3",
     timestep_scale=1000.0,
 )

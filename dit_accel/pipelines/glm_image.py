@@ -1,14 +1,11 @@
-"""GLM-Image: glyph text stands before the image, and all of it is attended.
+"""GLM-Image: glyph text precedes the image; all of it is attended.
 
-Editing keeps the keys of conditioning images in a cache, which then are keys without queries.
+Editing caches the keys of conditioning images, which then have no queries; such calls are refused.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
-
-from torch import nn
 
 from dit_accel.errors import DitAccelError
 from dit_accel.pipelines.family import CallLayout, Family, ModelCall
@@ -16,12 +13,12 @@ from dit_accel.pipelines.reading import image_of
 from dit_accel.pipelines.sizes import Config, Sizes, image_sizes, vae_pixels
 
 
-def layout(transformer: nn.Module, call: ModelCall) -> CallLayout:
+def layout(transformer: Any, call: ModelCall) -> CallLayout:
     """The latent [B, C, H, W] in patches, and text [B, T, C]."""
     if call.get("attention_mask") is not None:
         raise DitAccelError(
-            f"{call.owner} adds its attention_mask to the logits, so that its zeros mask nothing; sparse attention "
-            "takes masks that mask. Call it without one, as its pipeline does, or leave the model dense."
+            f"{call.owner} adds its attention_mask to the logits, where zeros mask nothing; sparse attention cannot "
+            "honour it. Call it without one, as its pipeline does, or leave the model dense."
         )
     caches = call.get("kv_caches")
     if caches is not None and caches[0].mode == "read":
@@ -29,13 +26,12 @@ def layout(transformer: nn.Module, call: ModelCall) -> CallLayout:
             f"{call.owner} takes the keys of conditioning images from a cache, and sparse attention needs queries and "
             "keys of one sequence: make images from text alone, or leave the model dense."
         )
-    config: Any = transformer.config
-    text = call.tensor("encoder_hidden_states", 3).shape[1]
-    return CallLayout(dataclasses.replace(image_of(call, config.patch_size), text=text, text_first=True))
+    text = call.length("encoder_hidden_states")
+    return CallLayout(image_of(call, transformer.config.patch_size, text, text_first=True))
 
 
 def sizes(transformer: Config, vae: Config) -> Sizes:
-    """The text is what the prompt asks to be written in the image."""
+    """Text: the words that the prompt asks to be written in the image."""
     return image_sizes(vae_pixels(vae) * transformer["patch_size"], text=2048, text_first=True)
 
 

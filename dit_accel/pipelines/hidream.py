@@ -1,7 +1,8 @@
-"""HiDream-I1 and E1: T5, Llama and the block's own Llama tokens stand behind the image, and all are attended.
+"""HiDream-I1 and E1: T5 tokens, Llama tokens and the block's own Llama tokens follow the image; all are attended.
 
-Images that are not square are padded to the largest sequence the model knows. Padded keys are multiplied by zero, not
-masked, so they still weigh in the softmax; they count as conditioning tokens, which keeps the model's numbers.
+Images that are not square are padded to the model's longest sequence. Padded keys are multiplied by zero, not masked,
+so they still weigh in the softmax. They are conditioning tokens of the grid, dense both ways, which keeps the model's
+result.
 """
 
 from __future__ import annotations
@@ -9,7 +10,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
 
 from dit_accel.errors import DitAccelError
 from dit_accel.pipelines.family import CallLayout, Family, ModelCall, patch_grid
@@ -18,18 +18,17 @@ from dit_accel.pipelines.sizes import Config, Shape, Sizes, image_sizes, vae_pix
 from dit_accel.tokens import TokenGrid
 
 
-def layout(transformer: nn.Module, call: ModelCall) -> CallLayout:
+def layout(transformer: Any, call: ModelCall) -> CallLayout:
     """The latent [B, C, H, W]; or its patches [B, N, C] with `img_sizes` and `hidden_states_masks`."""
-    model: Any = transformer
     if call.get("hidden_states_masks") is None:
-        image = image_of(call, model.config.patch_size)
+        image = image_of(call, transformer.config.patch_size)
         height, width = call.tensor("hidden_states", 4).shape[2:]
-        tokens = image.visual if height == width else model.max_seq
+        tokens = image.visual if height == width else transformer.max_seq
     else:
         image = _packed(call)
-        tokens = call.tensor("hidden_states", 3).shape[1]
-    t5, llama = call.tensor("encoder_hidden_states_t5", 3).shape[1], call.get("encoder_hidden_states_llama3")
-    # A block sees T5, the last of Llama's chosen layers, and the layer that is its own.
+        tokens = call.length("hidden_states")
+    t5, llama = call.length("encoder_hidden_states_t5"), call.get("encoder_hidden_states_llama3")
+    # A block sees T5, the last of Llama's chosen layers, and its own layer of Llama.
     text = t5 + 2 * llama[0].shape[-2]
     conditioning = tokens - image.visual
     notes = (f"{conditioning} tokens that pad the image are dense both ways",) if conditioning else ()

@@ -1,36 +1,26 @@
 """HunyuanVideo: text to video, and image to video by latent concatenation or token replacement.
 
-Text stands behind the video in dual and single blocks alike, and its padding is masked per sample. The model takes the
-number of valid text tokens, wherever its mask has them, and so do we. A replaced first frame (image to video) has its
-own modulation and lies in the grid like any other. The text refiner's attention stays the model's own.
+Text follows the video in dual and single blocks; its padding is masked per sample. Only the number of valid tokens in
+the mask counts, as in the model. A replaced first frame (image to video) has its own modulation and is an ordinary
+frame of the grid. The text refiner's attention stays the model's own.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import torch
-from torch import nn
 
 from dit_accel.pipelines.family import CallLayout, Family, ModelCall, Preset
 from dit_accel.pipelines.reading import video_of
-from dit_accel.pipelines.sizes import Config, Sizes, video_sizes
+from dit_accel.pipelines.sizes import patch_of, video_sizes
 
 
-def layout(transformer: nn.Module, call: ModelCall) -> CallLayout:
-    """The latent [B, C, F, H, W], cut into patches, and behind it text [B, T, C] with its mask [B, T]."""
-    config: Any = transformer.config
-    grid = video_of(call, (config.patch_size_t, config.patch_size, config.patch_size))
-    text = call.tensor("encoder_hidden_states", 3).shape[1]
+def layout(transformer: Any, call: ModelCall) -> CallLayout:
+    """The latent [B, C, F, H, W], cut into patches, before text [B, T, C] with its mask [B, T]."""
+    grid = video_of(call, patch_of(transformer.config), call.length("encoder_hidden_states"))
     valid = call.tensor("encoder_attention_mask", 2).sum(1, dtype=torch.int32)
-    return CallLayout(dataclasses.replace(grid, text=text), text_lens=valid)
-
-
-def sizes(transformer: Config, vae: Config) -> Sizes:
-    """From the patch and the VAE's strides."""
-    patch = transformer["patch_size_t"], transformer["patch_size"], transformer["patch_size"]
-    return video_sizes(vae, patch, 129, 720, 1280, text=256)
+    return CallLayout(grid, text_lens=valid)
 
 
 RECOMMENDED = {
@@ -52,7 +42,7 @@ FAMILY = Family(
     transformers=("HunyuanVideoTransformer3DModel",),
     attention=("transformer_blocks.*.attn", "single_transformer_blocks.*.attn"),
     layout=layout,
-    sizes=sizes,
+    sizes=lambda transformer, vae: video_sizes(vae, patch_of(transformer), 129, 720, 1280, text=256),
     summary="HunyuanVideo: text to video, image to video",
     recommended=RECOMMENDED,
 )

@@ -1,36 +1,32 @@
 """HunyuanVideo 1.5: text to video and image to video.
 
-Behind the video stand image, byT5 and text tokens, sorted by the model so that each sample's valid ones come first. The
-model's processor masks the rest with a tensor of tokens x tokens, 13 GB for 121 frames at 720p; in sparse calls
-`attend_video_and_text` takes its place, in which their number says the same.
+Image, byT5 and text tokens follow the video; the model reorders them so that each sample's valid ones come first. Its
+processor masks the rest with an N x N tensor, 13 GB for 121 frames at 720p. In sparse calls `attend_video_and_text`
+replaces it and needs only the number of valid tokens.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import torch
-from torch import nn
 
 from dit_accel.pipelines.family import CallLayout, Family, ModelCall
 from dit_accel.pipelines.processor import attend
 from dit_accel.pipelines.reading import video_of
-from dit_accel.pipelines.sizes import Config, Sizes, video_sizes
+from dit_accel.pipelines.sizes import Config, Sizes, patch_of, video_sizes
 
 
-def layout(transformer: nn.Module, call: ModelCall) -> CallLayout:
-    """The latent [B, C, F, H, W], cut into patches, and behind it image, byT5 and text tokens, each [B, T, C].
+def layout(transformer: Any, call: ModelCall) -> CallLayout:
+    """The latent [B, C, F, H, W], cut into patches, before image, byT5 and text tokens, each [B, T, C].
 
-    In text to video the image tokens are all zero, which the model takes for padding.
+    In text to video the image tokens are all zero, and the model treats them as padding.
     """
-    config: Any = transformer.config
-    grid = video_of(call, (config.patch_size_t, config.patch_size, config.patch_size))
     image = call.tensor("image_embeds", 3)
     masks = [call.tensor(name, 2) for name in ("encoder_attention_mask", "encoder_attention_mask_2")]
     text = image.shape[1] + sum(mask.shape[1] for mask in masks)
     valid = sum((mask.bool().sum(1) for mask in masks), (image != 0).any() * image.shape[1])
-    return CallLayout(dataclasses.replace(grid, text=text), text_lens=valid.to(torch.int32))
+    return CallLayout(video_of(call, patch_of(transformer.config), text), text_lens=valid.to(torch.int32))
 
 
 def attend_video_and_text(
@@ -43,7 +39,7 @@ def attend_video_and_text(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`HunyuanVideo15AttnProcessor2_0` without its mask: video [B, N, C] and text [B, T, C] in and out.
 
-    Padded text gets some output of its own, which nobody reads; with the mask it gets zeros.
+    The output of padded text is arbitrary and never read; with the mask it is zero.
     """
     from diffusers.models.embeddings import apply_rotary_emb
 
@@ -68,10 +64,9 @@ def attend_video_and_text(
 
 
 def sizes(transformer: Config, vae: Config) -> Sizes:
-    """Text: 1,000 tokens, 256 of glyphs and 729 of an image; the pipeline's own size follows `target_size`."""
-    patch = transformer["patch_size_t"], transformer["patch_size"], transformer["patch_size"]
+    """Text: 1,000 tokens, 256 of glyphs and 729 of an image; the default size follows `target_size`."""
     height, width = (720, 1280) if transformer["target_size"] >= 960 else (480, 848)
-    return video_sizes(vae, patch, 121, height, width, text=1985)
+    return video_sizes(vae, patch_of(transformer), 121, height, width, text=1985)
 
 
 FAMILY = Family(

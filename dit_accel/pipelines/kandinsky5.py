@@ -4,31 +4,19 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
-
 from dit_accel.errors import DitAccelError
 from dit_accel.pipelines.family import CallLayout, Family, ModelCall, patch_grid
-from dit_accel.pipelines.sizes import Config, Sizes, video_sizes
+from dit_accel.pipelines.sizes import patch_of, video_sizes
 
 
-def layout(transformer: nn.Module, call: ModelCall) -> CallLayout:
+def layout(transformer: Any, call: ModelCall) -> CallLayout:
     """The latent [B, F, H, W, C], cut into patches."""
     if call.get("sparse_params") is not None:
         raise DitAccelError(
             f"{call.owner} runs its own sparse attention (NABLA) with tokens in another order, so there is no dense "
             "attention to replace; use a checkpoint with attention_type='regular', or leave the model as it is."
         )
-    config: Any = transformer.config
-    return CallLayout(patch_grid(call.tensor("hidden_states", 5).shape[1:4], config.patch_size))
-
-
-def sizes(transformer: Config, vae: Config) -> Sizes:
-    """From the patch and the VAE's strides."""
-    return video_sizes(vae, transformer["patch_size"], 121, 512, 768)
-
-
-def _head_dim(attention: Any) -> int:
-    return int(attention.query_norm.normalized_shape[0])
+    return CallLayout(patch_grid(call.tensor("hidden_states", 5).shape[1:4], transformer.config.patch_size))
 
 
 FAMILY = Family(
@@ -36,7 +24,7 @@ FAMILY = Family(
     transformers=("Kandinsky5Transformer3DModel",),
     attention=("visual_transformer_blocks.*.self_attention",),
     layout=layout,
-    sizes=sizes,
+    sizes=lambda transformer, vae: video_sizes(vae, patch_of(transformer), 121, 512, 768),
     summary="Kandinsky 5 (without its own sparse attention)",
-    head_dim=_head_dim,
+    head_dim=lambda attention: int(attention.query_norm.normalized_shape[0]),
 )

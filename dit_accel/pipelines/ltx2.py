@@ -1,8 +1,8 @@
 """LTX-2: the video's self-attention.
 
-Audio has a stream of its own; its self-attention and the attention between the streams are left alone. A layer whose
-attention the model skips (spatio-temporal guidance) stays skipped. Keyframes and reference videos behind the video are
-dense both ways; a mask over pairs of video tokens (IC-LoRA below full strength) is refused.
+The audio stream's self-attention and the attention between the streams stay untouched. A layer whose attention the
+model skips (spatio-temporal guidance) stays skipped. Keyframes and conditioning videos behind the video are dense both
+ways. A mask over pairs of video tokens (IC-LoRA below full strength) is refused.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from torch import nn
 from dit_accel.errors import DitAccelError
 from dit_accel.pipelines.family import CallLayout, Family, ModelCall, Preset
 from dit_accel.pipelines.reading import packed_video
-from dit_accel.pipelines.sizes import Config, Sizes, video_sizes
+from dit_accel.pipelines.sizes import patch_of, video_sizes
 
 
 def layout(transformer: nn.Module, call: ModelCall) -> CallLayout:
@@ -22,13 +22,7 @@ def layout(transformer: nn.Module, call: ModelCall) -> CallLayout:
             "LTX-2 is called with a video_self_attention_mask, which weighs pairs of tokens in ways that accelerated "
             "attention cannot; call it without, or run it dense."
         )
-    return packed_video(call)
-
-
-def sizes(transformer: Config, vae: Config) -> Sizes:
-    """From the patch and the VAE's strides."""
-    patch = transformer["patch_size_t"], transformer["patch_size"], transformer["patch_size"]
-    return video_sizes(vae, patch, 121, 512, 768)
+    return packed_video(transformer, call)
 
 
 RECOMMENDED = {
@@ -44,7 +38,7 @@ FAMILY = Family(
     transformers=("LTX2VideoTransformer3DModel",),
     attention=("transformer_blocks.*.attn1",),
     layout=layout,
-    sizes=sizes,
-    summary="LTX-2: video with audio, keyframes, reference videos; the video's self-attention",
+    sizes=lambda transformer, vae: video_sizes(vae, patch_of(transformer), 121, 512, 768),
+    summary="LTX-2: video with audio, keyframes, conditioning videos; the video's self-attention",
     recommended=RECOMMENDED,
 )

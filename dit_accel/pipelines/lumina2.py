@@ -1,16 +1,14 @@
 """Lumina-Image 2.0.
 
-Each sample is packed as [caption | image], its caption without padding; where captions differ in length, the image
-starts at another row in each sample, and the rows behind it are masked. The refiners are left alone.
+Each sample is packed as [caption | image], its caption without padding. Captions of different lengths therefore move
+the image's first row from sample to sample; the rows behind the image are masked. The refiners stay untouched.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import torch
-from torch import nn
 
 from dit_accel.pipelines.family import CallLayout, Family, ModelCall
 from dit_accel.pipelines.reading import image_of
@@ -18,11 +16,10 @@ from dit_accel.pipelines.sizes import Config, Sizes, image_sizes, vae_pixels
 from dit_accel.tokens import TokenGrid
 
 
-def layout(transformer: nn.Module, call: ModelCall) -> CallLayout:
+def layout(transformer: Any, call: ModelCall) -> CallLayout:
     """The latent [B, C, H, W] in patches, and the caption's mask [B, T], valid tokens first."""
-    config: Any = transformer.config
     lens = call.once(call.tensor("encoder_attention_mask", 2), _lengths)
-    grid = dataclasses.replace(image_of(call, config.patch_size), text=int(lens.max()), text_first=True)
+    grid = image_of(call, transformer.config.patch_size, int(lens.max()), text_first=True)
     if bool((lens == grid.text).all()):
         return CallLayout(grid)
     return CallLayout(grid, text_lens=lens.to(call.device), rows=pack(grid, lens).to(call.device))
@@ -33,7 +30,7 @@ def _lengths(mask: torch.Tensor) -> torch.Tensor:
 
 
 def pack(grid: TokenGrid, lens: torch.Tensor) -> torch.Tensor:
-    """Rows of samples that are packed as [valid text | image | padding], int64 [B, tokens], for lengths [B]."""
+    """`CallLayout.rows` of samples packed as [valid text | image | padding], int64 [B, tokens], from lengths [B]."""
     text = torch.arange(grid.text).expand(len(lens), -1)
     lens = lens[:, None].long()
     text = torch.where(text < lens, text, text + grid.visual)
@@ -41,7 +38,7 @@ def pack(grid: TokenGrid, lens: torch.Tensor) -> torch.Tensor:
 
 
 def sizes(transformer: Config, vae: Config) -> Sizes:
-    """From the patch; the caption has as many tokens as the prompt."""
+    """The caption is as long as the prompt."""
     pixels = vae_pixels(vae)
     side, longest = transformer["sample_size"] * pixels, min(transformer["axes_lens"][1:])
     return image_sizes(pixels * transformer["patch_size"], side, text=256, text_first=True, longest=longest)

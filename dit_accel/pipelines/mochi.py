@@ -1,33 +1,29 @@
 """Mochi 1.
 
-Text stands behind the video. The model's processor cuts each sample's padding off and calls attention once per sample;
-in sparse calls `attend_video_and_text` takes its place, one call for the batch in which the padding is no key. In the
-last block text has no output of its own.
+Text follows the video. The model's processor cuts off each sample's padding and calls attention once per sample. In
+sparse calls `attend_video_and_text` replaces it: one call for the batch, where padding is never a key. The last block
+has no text output.
 
-The timestep rises from 0 to 1000 while the noise falls, so a bare transformer's step is told by `set_step`.
+The timestep rises from 0 to 1000 while the noise falls, so a bare transformer needs `set_step`.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import torch
-from torch import nn
 
 from dit_accel.errors import DitAccelError
 from dit_accel.pipelines.family import CallLayout, Family, ModelCall
 from dit_accel.pipelines.processor import attend
 from dit_accel.pipelines.reading import mask_text, video_of
-from dit_accel.pipelines.sizes import Config, Sizes, video_sizes
+from dit_accel.pipelines.sizes import Config, Sizes, patch_of, video_sizes
 
 
-def layout(transformer: nn.Module, call: ModelCall) -> CallLayout:
-    """The latent [B, C, F, H, W], cut into patches within frames, and behind it text [B, T, C] with its mask [B, T]."""
-    config: Any = transformer.config
+def layout(transformer: Any, call: ModelCall) -> CallLayout:
+    """The latent [B, C, F, H, W], cut into patches within frames, before text [B, T, C] with its mask [B, T]."""
     mask = call.tensor("encoder_attention_mask", 2)
-    grid = video_of(call, (1, config.patch_size, config.patch_size))
-    found = mask_text(call, dataclasses.replace(grid, text=mask.shape[1]), mask)
+    found = mask_text(call, video_of(call, patch_of(transformer.config), mask.shape[1]), mask)
     if found.rows is not None:
         raise DitAccelError(
             "Mochi's encoder_attention_mask has valid tokens behind padding. The model itself then adds the attention "
@@ -46,7 +42,7 @@ def attend_video_and_text(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`MochiAttnProcessor2_0` in one call for the batch: video [B, N, C] and text [B, T, C] in and out.
 
-    Padded text gets some output of its own, which nobody reads; the model's processor gives it zeros.
+    The output of padded text is arbitrary and never read; the model's processor makes it zero.
     """
 
     def split(projected: torch.Tensor) -> torch.Tensor:
@@ -63,21 +59,20 @@ def attend_video_and_text(
     q, k, v = (torch.cat(pair, 1).transpose(1, 2) for pair in pairs)
     joined = attend(q, k, v).transpose(1, 2).flatten(2)
     video, text = joined.split((hidden_states.shape[1], encoder_hidden_states.shape[1]), 1)
-    # The last block's text goes nowhere: it has no projection.
+    # The last block has no projection of text.
     return attn.to_out[1](attn.to_out[0](video)), attn.to_add_out(text) if hasattr(attn, "to_add_out") else text
 
 
 def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotary embedding of neighbouring channels of x [B, N, H, D] by angles [N, H, D / 2], each head its own."""
+    """Rotary embedding of adjacent channels of x [B, N, H, D] by angles [N, H, D / 2], one set a head."""
     even, odd = x[..., 0::2].float(), x[..., 1::2].float()
     return torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1).flatten(-2).to(x.dtype)
 
 
 def sizes(transformer: Config, vae: Config) -> Sizes:
-    """The pipeline knows its VAE's strides: 6 frames and 8 pixels."""
+    """The pipeline fixes the VAE's strides at 6 frames and 8 pixels."""
     strides = {"temporal_compression_ratio": 6, "spatial_compression_ratio": 8}
-    patch = 1, transformer["patch_size"], transformer["patch_size"]
-    return video_sizes(strides, patch, 19, 480, 848, text=256)
+    return video_sizes(strides, patch_of(transformer), 19, 480, 848, text=256)
 
 
 FAMILY = Family(

@@ -2,23 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from torch import nn
-
-from dit_accel.pipelines.family import CallLayout, Family, ModelCall
+from dit_accel.pipelines.family import CallLayout, Family
 from dit_accel.pipelines.reading import image_of
 from dit_accel.pipelines.sizes import Config, Sizes, image_sizes, vae_pixels
 
 
-def layout(transformer: nn.Module, call: ModelCall) -> CallLayout:
-    """The latent [B, C, H, W] in patches."""
-    config: Any = transformer.config
-    return CallLayout(image_of(call, config.patch_size))
-
-
 def sizes(transformer: Config, vae: Config) -> Sizes:
-    """From the patch."""
+    """The default image is `sample_size` latents a side."""
     pixels = vae_pixels(vae)
     return image_sizes(pixels * transformer["patch_size"], transformer["sample_size"] * pixels)
 
@@ -27,7 +17,7 @@ FAMILY = Family(
     name="pixart",
     transformers=("PixArtTransformer2DModel",),
     attention=("transformer_blocks.*.attn1",),
-    layout=layout,
+    layout=lambda transformer, call: CallLayout(image_of(call, transformer.config.patch_size)),
     sizes=sizes,
     summary="PixArt-alpha, PixArt-sigma",
 )

@@ -1,43 +1,50 @@
-"""Reading the grid and the text of a call: what several families have in common."""
+"""Readers of a call's grid and text that several families share."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
 from dit_accel.errors import DitAccelError
 from dit_accel.pipelines.family import CallLayout, ModelCall, patch_grid
+from dit_accel.pipelines.sizes import patch_of
 from dit_accel.tokens import TokenGrid
 
 
-def image_of(call: ModelCall, patch: int, name: str = "hidden_states") -> TokenGrid:
-    """The grid of the latent image [B, C, H, W] that a call has under that name, cut into patches.
+def image_of(call: ModelCall, patch: int, text: int = 0, text_first: bool = False) -> TokenGrid:
+    """The grid of the latent image [B, C, H, W] in hidden_states, cut into patches, with text tokens.
 
     Raises:
         DitAccelError: the argument is no such tensor, or smaller than a patch.
     """
-    height, width = call.tensor(name, 4).shape[2:]
-    return patch_grid((1, height, width), (1, patch, patch))
+    height, width = call.tensor("hidden_states", 4).shape[2:]
+    return patch_grid((1, height, width), (1, patch, patch), text, text_first)
 
 
-def video_of(call: ModelCall, patch: Sequence[int]) -> TokenGrid:
-    """The grid of the latent video [B, C, F, H, W] in hidden_states, cut into patches (frames, height, width).
+def video_of(call: ModelCall, patch: Sequence[int], text: int = 0, text_first: bool = False) -> TokenGrid:
+    """The grid of the latent video [B, C, F, H, W] in hidden_states, cut into patches, with text tokens.
 
     Raises:
         DitAccelError: the argument is no such tensor, or smaller than a patch.
     """
-    return patch_grid(call.tensor("hidden_states", 5).shape[2:], patch)
+    return patch_grid(call.tensor("hidden_states", 5).shape[2:], patch, text, text_first)
 
 
-def packed_video(call: ModelCall) -> CallLayout:
-    """The layout of a packed video [B, N, C] with num_frames, height and width in tokens, or video_coords.
+def video_alone(transformer: Any, call: ModelCall) -> CallLayout:
+    """`Family.layout` where self-attention sees the video tokens alone: the latent [B, C, F, H, W] in patches."""
+    return CallLayout(video_of(call, patch_of(transformer.config)))
 
-    Where both come and there are more tokens than the sizes say, the others stand behind the video. Where coordinates
-    [B, 3, N] or [B, 3, N, bounds] come alone, the video is last: it starts where time goes back. The other tokens
-    (keyframes, reference videos) are dense both ways.
+
+def packed_video(transformer: Any, call: ModelCall) -> CallLayout:
+    """`Family.layout` of a packed video [B, N, C] with num_frames, height and width in tokens, or video_coords.
+
+    With both, tokens beyond the sizes follow the video. With coordinates [B, 3, N] or [B, 3, N, bounds] alone, the
+    video comes last: it starts where time decreases. The other tokens (keyframes, conditioning videos) are dense both
+    ways.
 
     Raises:
         DitAccelError: neither tells which tokens are the video's, or these are no raster.
@@ -60,11 +67,11 @@ def packed_video(call: ModelCall) -> CallLayout:
                 grid = TokenGrid(frames, height, width, conditioning=others)
                 order = torch.cat((torch.arange(start, stop), torch.arange(start), torch.arange(stop, tokens)))
                 rows = order.expand(len(coordinates), -1).to(call.device) if start else None
-                note = f"{others} tokens of keyframes or reference videos are dense both ways"
+                note = f"{others} tokens of keyframes or conditioning videos are dense both ways"
                 return CallLayout(grid, rows=rows, notes=(note,) if others else ())
     raise DitAccelError(
         f"A packed video needs num_frames, height and width that make up its {tokens} tokens, or video_coords that "
-        f"show where the video is among them, got {' x '.join(map(str, sizes))} and coordinates of shape {came}; run "
+        f"show where the video is among them; got {' x '.join(map(str, sizes))} and coordinates of shape {came}; run "
         "it dense."
     )
 
@@ -78,7 +85,7 @@ def _places(coordinates: torch.Tensor) -> torch.Tensor | None:
 
 
 def _last_video(places: torch.Tensor) -> tuple[int, tuple[int, int, int]]:
-    """Where the last video among tokens at `places` [3, N] starts, and what its sizes are if it is one."""
+    """Start of the last video among tokens at `places` [3, N], and its sizes if it is a raster."""
     back = torch.nonzero(places[0, 1:] < places[0, :-1]).flatten()
     start = int(back[-1]) + 1 if len(back) else 0
     times, rows, _ = places[:, start:]
@@ -97,18 +104,21 @@ def _is_video(places: torch.Tensor, shape: tuple[int, int, int]) -> bool:
     return torch.equal(grid, raster) and all(bool((axis[1:] > axis[:-1]).all()) for axis in axes)
 
 
-def mask_text(call: ModelCall, grid: TokenGrid, mask: torch.Tensor) -> CallLayout:
-    """The layout of a grid of which the model masks some text tokens.
+def mask_text(call: ModelCall, grid: TokenGrid, mask: torch.Tensor | None, notes: tuple[str, ...] = ()) -> CallLayout:
+    """The layout of a grid with a mask over its text tokens.
 
     Args:
         call: the call.
         grid: with the masked tokens.
-        mask: [B, text], or [B, tokens] in the sequence's order, with further axes of 1 or without; not 0 for valid
-            tokens, in any pattern.
+        mask: [B, text], or [B, tokens] in the sequence's order, with or without further axes of length 1; nonzero for
+            valid tokens, in any pattern. None: all are valid.
+        notes: of the layout.
 
     Raises:
         DitAccelError: the mask is shaped otherwise, or masks more than text.
     """
+    if mask is None:
+        return CallLayout(grid, notes=notes)
     text = slice(grid.text_start, grid.text_start + grid.text)
     valid = call.once(mask, _is_valid)
     if valid.ndim == 2 and valid.shape[1] == grid.tokens:
@@ -127,7 +137,7 @@ def mask_text(call: ModelCall, grid: TokenGrid, mask: torch.Tensor) -> CallLayou
         rows = torch.arange(grid.tokens).repeat(len(valid), 1)
         rows[:, text] = grid.text_start + (~valid).long().argsort(dim=1, stable=True)
         rows = rows.to(call.device)
-    return CallLayout(grid, text_lens=lens.to(call.device), rows=rows)
+    return CallLayout(grid, text_lens=lens.to(call.device), rows=rows, notes=notes)
 
 
 def _is_valid(mask: torch.Tensor) -> torch.Tensor:
@@ -135,17 +145,17 @@ def _is_valid(mask: torch.Tensor) -> torch.Tensor:
 
 
 def bias_text(call: ModelCall, grid: TokenGrid, mask: torch.Tensor) -> CallLayout:
-    """The layout where the model adds a mask's products, m_i m_j of query and key, to the logits.
+    """The layout where the model adds the products m_i m_j of a mask over queries i and keys j to the logits.
 
-    With ones and zeros this masks nothing. A softmax does not see what all logits of a query have in common, so valid
-    queries lower the logits of padded text by 1, and padded queries leave all as they are.
+    A mask of ones and zeros therefore masks nothing. Softmax ignores a constant added to all logits of a query, so
+    valid queries lower the logits of padded text by 1, and padded queries change nothing.
 
     Args:
         call, grid: as for `mask_text`.
         mask: as there.
 
     Raises:
-        DitAccelError: it has values besides 0 and 1, or as for `mask_text`.
+        DitAccelError: the mask has values besides 0 and 1, or as for `mask_text`.
     """
     if not call.once(mask, _is_zeros_and_ones):
         raise DitAccelError(
@@ -164,20 +174,20 @@ def _is_zeros_and_ones(mask: torch.Tensor) -> bool:
 
 
 def packed_images(call: ModelCall) -> CallLayout:
-    """The layout of text [B, T, C] before packed images [B, N, C] that `img_ids` tell the places of.
+    """The layout of text [B, T, C] before packed images [B, N, C] with positions in `img_ids`.
 
     Args:
-        call: with `hidden_states`, `encoder_hidden_states` and `img_ids` [N, 3 or more], image, row and column first;
-            or [B, N, 3 or more], of which the models too read the first sample's.
+        call: with `hidden_states`, `encoder_hidden_states` and `img_ids` [N, 3 or more]: image, row, column. Of ids
+            [B, N, 3 or more] the first sample's are read, as the models do.
 
     Raises:
         DitAccelError: there are no ids for each token, or they are no raster.
     """
-    images, text = call.tensor("hidden_states", 3), call.tensor("encoder_hidden_states", 3).shape[1]
+    images, text = call.length("hidden_states"), call.length("encoder_hidden_states")
     ids = call.get("img_ids")
-    if not isinstance(ids, torch.Tensor) or ids.ndim < 2 or ids.shape[-2] != images.shape[1]:
+    if not isinstance(ids, torch.Tensor) or ids.ndim < 2 or ids.shape[-2] != images:
         came = tuple(ids.shape) if isinstance(ids, torch.Tensor) else type(ids).__name__
-        raise DitAccelError(f"{call.owner} needs img_ids for each of the {images.shape[1]} image tokens, got {came}.")
+        raise DitAccelError(f"{call.owner} needs img_ids for each of the {images} image tokens, got {came}.")
     frames, height, width, conditioning = call.once(ids, _read_ids)
     return CallLayout(
         TokenGrid(frames, height, width, text=text, text_first=True, conditioning=conditioning),
@@ -190,21 +200,20 @@ def _read_ids(ids: torch.Tensor) -> tuple[int, int, int, int]:
 
 
 def conditioning_notes(conditioning: int) -> tuple[str, ...]:
-    """The note on conditioning tokens that are no further frames."""
-    return (
-        (f"{conditioning} tokens of conditioning images of another size are dense both ways",) if conditioning else ()
-    )
+    """The note on conditioning tokens, which are no further frames."""
+    note = f"{conditioning} tokens of conditioning images of another size are dense both ways"
+    return (note,) if conditioning else ()
 
 
 def image_grids(ids: torch.Tensor) -> tuple[int, int, int, int]:
     """Read a packed image sequence from its position ids.
 
     Args:
-        ids: [N, 3] on the CPU, image, row and column of each token. Tokens of one image follow each other in raster
-            order. The first image is the one that is made.
+        ids: [N, 3] on the CPU, image, row and column of each token. Tokens of one image are adjacent, in raster order.
+            The first image is the generated one.
 
     Returns:
-        Images in front that share the first one's size, height, width, and the number of tokens behind them.
+        Number of leading images of the first one's size, height, width, and number of tokens behind them.
 
     Raises:
         DitAccelError: the first image is not a raster.
@@ -214,8 +223,8 @@ def image_grids(ids: torch.Tensor) -> tuple[int, int, int, int]:
     sizes = [_raster(piece) for piece in pieces]
     if sizes[0] is None:
         raise DitAccelError(
-            f"The first {len(pieces[0])} image ids are not a full grid of rows and columns in raster order, so nobody "
-            "knows which tokens are neighbours; pass img_ids as the pipeline makes them."
+            f"The first {len(pieces[0])} image ids are not a full grid of rows and columns in raster order, so "
+            "neighbours are unknown; pass img_ids as the pipeline makes them."
         )
     frames = 0
     while frames < len(sizes) and sizes[frames] == sizes[0]:

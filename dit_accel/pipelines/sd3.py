@@ -1,26 +1,21 @@
 """Stable Diffusion 3 and 3.5.
 
-Text stands behind the image; its padding is attended, as the model was trained. In the first blocks of 3.5 medium a
-second attention, `attn2`, sees the image alone; it shares its processor object with `attn`.
+Text follows the image; its padding is attended, as in training. The first blocks of 3.5 medium have a second attention,
+`attn2`, over the image alone; it shares its processor object with `attn`.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
-
-from torch import nn
 
 from dit_accel.pipelines.family import CallLayout, Family, ModelCall
 from dit_accel.pipelines.reading import image_of
 from dit_accel.pipelines.sizes import Config, Sizes, image_sizes, vae_pixels
 
 
-def layout(transformer: nn.Module, call: ModelCall) -> CallLayout:
+def layout(transformer: Any, call: ModelCall) -> CallLayout:
     """The latent [B, C, H, W] in patches, and text [B, T, C]."""
-    config: Any = transformer.config
-    text = call.tensor("encoder_hidden_states", 3).shape[1]
-    return CallLayout(dataclasses.replace(image_of(call, config.patch_size), text=text))
+    return CallLayout(image_of(call, transformer.config.patch_size, call.length("encoder_hidden_states")))
 
 
 def sizes(transformer: Config, vae: Config) -> Sizes:

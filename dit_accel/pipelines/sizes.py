@@ -21,11 +21,12 @@ class Sizes:
         pixels: height and width of a token in pixels; sides are multiples of these.
         frames_step: frames per token; None for a model of images.
         height, width, frames: what the model makes when not asked otherwise.
-        text: text tokens in the sequence of self-attention; the most that the pipeline makes, where the prompt decides.
-        text_first: whether they stand before the visual tokens.
-        longest: most tokens along one axis, or None where there is no limit.
-        frames_first: frames of the first token along time: 1 where it stands alone, 0 where it is like the others.
-        conditioning: tokens behind the visual ones by the number of these; None: there are none.
+        text: text tokens in the sequence of self-attention; the maximum, where the prompt decides.
+        text_first: whether text precedes the visual tokens.
+        longest: most tokens along one axis; None: no limit.
+        frames_first: frames of the first token along time: 1 where a single frame comes first, 0 where every token
+            holds `frames_step` frames.
+        conditioning: number of conditioning tokens for a grid shape; None: there are none.
     """
 
     pixels: tuple[int, int]
@@ -44,7 +45,7 @@ class Sizes:
         return self.frames_step is not None
 
     def chosen(self, frames: int | None, height: int | None, width: int | None) -> tuple[int, int, int]:
-        """Frames, height and width as asked, or the model's own where not asked.
+        """Frames, height and width; the model's own value replaces None.
 
         Raises:
             DitAccelError: the pipeline cannot make that size (Diffusers would round it silently).
@@ -96,7 +97,7 @@ def _nearest(value: int, step: int, first: int = 0) -> str:
 
 
 def vae_pixels(vae: Config) -> int:
-    """Pixels along a side that one latent stands for, from whichever of these settings the VAE has."""
+    """Pixels a side of one latent, from whichever of these settings the VAE has."""
     for key in ("scale_factor_spatial", "spatial_compression_ratio"):
         if vae.get(key):
             return int(vae[key])
@@ -109,7 +110,7 @@ def vae_pixels(vae: Config) -> int:
 
 
 def vae_frames(vae: Config) -> int:
-    """Frames that one latent stands for, from whichever of these settings the VAE has."""
+    """Frames of one latent, from whichever of these settings the VAE has."""
     for key in ("scale_factor_temporal", "temporal_compression_ratio"):
         if vae.get(key):
             return int(vae[key])
@@ -118,13 +119,24 @@ def vae_frames(vae: Config) -> int:
     return int(2 ** sum(vae["temperal_downsample"]))
 
 
+def patch_of(config: Config) -> Shape:
+    """Latent frames, rows and columns of one token, from a transformer's configuration."""
+    patch = config["patch_size"]
+    return (config.get("patch_size_t") or 1, patch, patch) if isinstance(patch, int) else tuple(patch)
+
+
 def image_sizes(pixels: int, side: int = 1024, **rest: Any) -> Sizes:
-    """Sizes of a model of images whose tokens are squares of so many pixels, and whose own size is a square."""
+    """Sizes of an image model: a token is a square of `pixels` pixels a side, the default image one of `side`."""
     return Sizes(pixels=(pixels, pixels), frames_step=None, height=side, width=side, **rest)
 
 
 def video_sizes(vae: Config, patch: Sequence[int], frames: int, height: int, width: int, **rest: Any) -> Sizes:
-    """Sizes of a model of videos, from its VAE's strides, its patch (frames, height, width) and its own size."""
+    """Sizes of a video model, from its VAE's strides, its patch (frames, height, width) and its default size."""
     pixels = vae_pixels(vae)
     step = vae_frames(vae) * patch[0]
     return Sizes((pixels * patch[1], pixels * patch[2]), step, height, width, frames, **rest)
+
+
+def packed_sizes(text: int, text_first: bool = True) -> Callable[[Config, Config], Sizes]:
+    """`Family.sizes` of an image model that packs 2 x 2 latents into one token."""
+    return lambda transformer, vae: image_sizes(2 * vae_pixels(vae), text=text, text_first=text_first)

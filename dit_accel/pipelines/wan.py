@@ -1,30 +1,20 @@
-"""Wan 2.1 and 2.2: text and image to video, VACE, Animate; and ChronoEdit, which is built like them.
+"""Wan 2.1 and 2.2: text and image to video, VACE, Animate; and ChronoEdit, which has the same blocks.
 
 Self-attention (`attn1`) sees the video tokens alone; text and, in image-to-video of Wan 2.1, image tokens enter through
-cross-attention, which is left alone. Wan 2.2 A14B has two transformers on one trajectory, and TI2V-5B one timestep per
-token. VACE's control blocks attend over as many tokens as the video has, on the same grid. Animate's reference image is
-the first frame of its latent; its face adapters are cross-attention.
+cross-attention, which stays untouched. Wan 2.2 A14B has two transformers on one trajectory, TI2V-5B one timestep per
+token. VACE's control blocks attend over the same grid as the video. Animate's conditioning image is the first frame of
+its latent; its face adapters are cross-attention.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
-from torch import nn
-
-from dit_accel.pipelines.family import CallLayout, Family, ModelCall, Preset
-from dit_accel.pipelines.reading import video_of
+from dit_accel.pipelines.family import Family, Preset
+from dit_accel.pipelines.reading import video_alone
 from dit_accel.pipelines.sizes import Config, Sizes, video_sizes
 
 
-def layout(transformer: nn.Module, call: ModelCall) -> CallLayout:
-    """The latent [B, C, F, H, W], cut into patches."""
-    config: Any = transformer.config
-    return CallLayout(video_of(call, config.patch_size))
-
-
 def sizes(transformer: Config, vae: Config) -> Sizes:
-    """From the patch and the VAE's strides."""
+    """Rotary positions limit each axis."""
     return video_sizes(vae, transformer["patch_size"], 81, 480, 832, longest=transformer["rope_max_seq_len"])
 
 
@@ -61,7 +51,7 @@ FAMILY = Family(
         "ChronoEditTransformer3DModel",
     ),
     attention=("vace_blocks.*.attn1", "blocks.*.attn1"),
-    layout=layout,
+    layout=video_alone,
     sizes=sizes,
     summary="Wan 2.1 and 2.2: text to video, image to video, VACE, Animate; ChronoEdit",
     recommended=RECOMMENDED,

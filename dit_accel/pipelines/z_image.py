@@ -1,8 +1,8 @@
 """Z-Image: base and Turbo.
 
-A sample is [image | padding | caption | padding], image and caption each padded to a multiple of 32 with learned tokens
-that everything attends to; behind it lies padding to the batch's longest sample, which is masked. So the padding of the
-image counts as conditioning tokens, and that of the caption as text.
+A sample is [image | padding | caption | padding]. Image and caption are each padded to a multiple of 32 with learned
+tokens, which are attended. The image's padding counts as conditioning tokens, the caption's as text. Padding to the
+batch's longest sample follows, and is masked.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def layout(transformer: nn.Module, call: ModelCall) -> CallLayout:
     if not images or not isinstance(images[0], torch.Tensor):
         raise DitAccelError(
             "Z-Image was called with several images a sample (Omni), where captions and images alternate; sparse "
-            "attention knows one image and one caption. Leave the model dense."
+            "attention takes one image and one caption. Leave the model dense."
         )
     sizes = {tuple(image.shape[1:]) for image in images}
     if len(sizes) > 1:

@@ -47,7 +47,7 @@ REFUSED = [
     ("flux2", "t2i", {"kv_cache_mode": "extract"}, "kv_cache_mode='extract'.*Flux2KleinPipeline"),
     ("flux3", "t2i", {"img_ids": torch.cartesian_prod(*map(torch.arange, (1, 13, 11, 1)))[:-1]}, "each of the 143"),
     ("qwen_image", "t2i", {"img_shapes": None}, "needs img_shapes"),
-    ("qwen_image", "t2i", {"img_shapes": [[(1, 13, 12)]] * 2}, "stand for 156 image tokens, but the call has 143"),
+    ("qwen_image", "t2i", {"img_shapes": [[(1, 13, 12)]] * 2}, "make 156 image tokens, but the call has 143"),
     ("qwen_image", "t2i", {"img_shapes": [[(1, 13, 11)], [(1, 11, 13)]]}, "images of the same sizes"),
     ("joyimage", "edit-plus", {"shape_list": [[(1, 7, 9)], [(1, 9, 7)]]}, "the same sizes, got shape_list"),
     ("z_image", "t2i", {"x": [[latents(4, 1, 8, 8)]] * 2}, "several images a sample"),
