@@ -1,9 +1,9 @@
-"""Several processes for one sequence: Diffusers' context parallelism (Ulysses) around an accelerated attention call.
+"""Context parallelism (Diffusers' Ulysses) around an accelerated attention call.
 
-Diffusers gives each process a share of the sequence. Before attention the processes trade: each gets the whole sequence
-for a share of the heads, and the reverse afterwards. Text and image are shared out separately, so that process r holds
-``[text_r | image_r]``; what comes together is put into model order on the way in and into each process's order on the
-way back. Lengths and heads that the number of processes does not divide are shared out as evenly as they go.
+Diffusers gives each process a share of the sequence. An all-to-all before attention gives each process the whole
+sequence for a share of the heads; a second one undoes it. Text and image are sharded separately: process r holds
+``[text_r | image_r]``. The gathered sequence is put into model order, and the output back into each process's order.
+Lengths and heads that do not divide by the number of processes are shared as evenly as possible.
 
 Source: DeepSpeed Ulysses, arXiv:2309.14509; the sharding is that of ``diffusers/hooks/context_parallel.py``.
 """
@@ -26,12 +26,12 @@ Shares = tuple[int, ...]
 
 @dataclasses.dataclass(frozen=True)
 class Ulysses:
-    """How the sequence of one call is shared out.
+    """How one call's sequence is sharded.
 
     Args:
         group: the processes.
-        rank: this one's place in the group.
-        parts: for each part of the sequence that is sharded by itself, in model order, the tokens each process holds.
+        rank: of this process in the group.
+        parts: for each separately sharded part of the sequence, in model order, the tokens of each process.
     """
 
     group: Any
@@ -40,7 +40,7 @@ class Ulysses:
 
     @property
     def tokens(self) -> Shares:
-        """Tokens each process holds."""
+        """Tokens of each process."""
         return tuple(sum(shares) for shares in zip(*self.parts, strict=True))
 
     def gather(
@@ -68,13 +68,13 @@ class Ulysses:
         return torch.cat([piece.transpose(1, 2) for piece in self._trade(sent, shapes)], dim=2).transpose(1, 2)
 
     def add_up(self, values: torch.Tensor) -> torch.Tensor:
-        """The sum of `values` over all processes, so that they come to one decision."""
+        """The sum of `values` over all processes, so that all take the same decision."""
         total = values.clone()
         torch.distributed.all_reduce(total, group=self.group)
         return total
 
     def _trade(self, sent: Any, shapes: Sequence[tuple[int, ...]]) -> list[torch.Tensor]:
-        """Send the r-th tensor to process r, and get one of the r-th shape from it. Differentiable, and traceable."""
+        """Send the r-th tensor to process r, receive one of the r-th shape from it; differentiable and traceable."""
         from torch.distributed import _functional_collectives as collectives
 
         sizes = [torch.Size(shape).numel() for shape in shapes]
@@ -84,21 +84,21 @@ class Ulysses:
 
 
 def even_shares(total: int, ranks: int) -> Shares:
-    """Shares as `torch.tensor_split` makes them: the first ones are one larger where it does not come out even."""
+    """Shares as in `torch.tensor_split`: the first `total % ranks` shares are larger by one."""
     share, rest = divmod(total, ranks)
     return tuple(share + (rank < rest) for rank in range(ranks))
 
 
 def config_of(transformer: nn.Module) -> Any | None:
-    """The transformer's context parallel settings, if it has been given some."""
+    """The transformer's context parallel settings, or None."""
     return getattr(getattr(transformer, "_parallel_config", None), "context_parallel_config", None)
 
 
 def check(transformer: nn.Module, heads: int) -> None:
-    """Refuse what cannot work whatever the call.
+    """Refuse settings that no call can run with.
 
     Raises:
-        DitAccelError: the model shares its sequence out in a way we do not know, in a ring, or has too few heads.
+        DitAccelError: the model is sharded by an unknown plan or in a ring, or has too few heads.
     """
     config, name = config_of(transformer), type(transformer).__name__
     if config is None:
@@ -106,13 +106,13 @@ def check(transformer: nn.Module, heads: int) -> None:
     if config.ring_degree > 1:
         ranks = config.ring_degree * config.ulysses_degree
         raise DitAccelError(
-            f"{name} runs with ring_degree={config.ring_degree}: a process in a ring never holds all the keys that a "
-            f"method chooses from. Use ContextParallelConfig(ulysses_degree={ranks}) instead, or leave the model dense."
+            f"{name} runs with ring_degree={config.ring_degree}: a process in a ring never holds all the keys, from "
+            f"which a method selects. Use ContextParallelConfig(ulysses_degree={ranks}), or leave the model dense."
         )
     if not _shares_as_declared(transformer):
         raise DitAccelError(
-            f"{name} runs with context parallelism, but not by a _cp_plan of its class, so nobody knows which tokens a "
-            "process holds. Classes that declare a _cp_plan work, without the argument cp_plan of enable_parallelism; "
+            f"{name} runs with context parallelism, but not by a _cp_plan of its class, so the tokens of a process "
+            "are unknown. Classes that declare a _cp_plan work, without the argument cp_plan of enable_parallelism; "
             "leave this one dense, or use one process."
         )
     ranks = config.ulysses_degree
@@ -126,10 +126,10 @@ def check(transformer: nn.Module, heads: int) -> None:
 
 
 def sharing(transformer: nn.Module, grid: TokenGrid) -> Ulysses | None:
-    """How a call's sequence is shared out; None if one process holds it all.
+    """How a call's sequence is sharded; None if one process holds it all.
 
     Raises:
-        DitAccelError: the length does not divide by the number of processes where Diffusers asks for that.
+        DitAccelError: the length does not divide by the number of processes, where Diffusers requires it.
     """
     config = config_of(transformer)
     if config is None:
@@ -140,14 +140,14 @@ def sharing(transformer: nn.Module, grid: TokenGrid) -> Ulysses | None:
         if length < ranks or (length % ranks and not config.ulysses_anything):
             raise DitAccelError(
                 f"{type(transformer).__name__} with {grid} shares {length} tokens among {ranks} processes, which does "
-                "not come out even: pass ulysses_anything=True to ContextParallelConfig, or choose another size."
+                "not divide evenly: pass ulysses_anything=True to ContextParallelConfig, or choose another size."
             )
     mesh = config._ulysses_mesh
     return Ulysses(mesh.get_group(), mesh.get_local_rank(), tuple(even_shares(length, ranks) for length in lengths))
 
 
 def _parts(transformer: nn.Module, grid: TokenGrid) -> tuple[int, ...]:
-    """Lengths of the parts of the sequence that are sharded by themselves, in model order."""
+    """Lengths of the separately sharded parts of the sequence, in model order."""
     image = grid.visual + grid.conditioning
     if not grid.text:
         return (image,)
@@ -159,7 +159,7 @@ def _parts(transformer: nn.Module, grid: TokenGrid) -> tuple[int, ...]:
 
 
 def _shares_as_declared(transformer: nn.Module) -> bool:
-    """Whether the sharding hooks on the model are those of its class's own plan."""
+    """Whether the model's sharding hooks are those of its class's `_cp_plan`."""
     hooked = set()
     for module in transformer.modules():
         for hook in getattr(getattr(module, "_diffusers_hook", None), "hooks", {}):

@@ -1,4 +1,4 @@
-"""Transformers of Diffusers that no family covers, each with its reason."""
+"""Transformers of Diffusers that are refused, each with its reason."""
 
 from __future__ import annotations
 
@@ -9,27 +9,27 @@ from dit_accel import registry
 _UNET = "it is a part of a U-Net, whose attention is spread over several resolutions"
 _AUDIO = "it makes audio, whose tokens have no rows and columns"
 _LINEAR = "its self-attention is linear already"
-_BLOCK_CAUSAL = "its self-attention is causal from block to block, which its own mask says"
-_CACHE = "a part of its keys comes from a cache"
+_BLOCK_CAUSAL = "its self-attention is causal between blocks, by a mask of its own"
+_CACHE = "part of its keys comes from a cache"
 
-# By class. A class that is neither here nor in a family came with a later Diffusers.
+# By class. A class in neither this table nor a family is newer than the table.
 REFUSED = {
     "AceStepTransformer1DModel": _AUDIO,
     "AnyFlowFARTransformer3DModel": _BLOCK_CAUSAL,
-    "BriaFibo2Transformer2DModel": "its sequence is made of gist, image and context, as the prompts decide",
+    "BriaFibo2Transformer2DModel": "its sequence mixes gist, image and context tokens in an order set by the prompts",
     "Cosmos3OmniTransformer": "samples share one sequence, causal in its text, with fewer key heads than query heads",
-    "DiTTransformer2DModel": "its images have 1,024 tokens at most, too few to gain",
+    "DiTTransformer2DModel": "its images have 1,024 tokens at most, too few to be faster",
     "DreamLiteTransformer2DModel": _UNET,
-    "HeliosTransformer3DModel": "history of several resolutions stands before the video, and its keys are scaled",
-    "HunyuanVideoFramepackTransformer3DModel": "history of several resolutions stands before the video",
-    "Ideogram4Transformer2DModel": "samples share one sequence, which a mask of N x N divides into segments",
+    "HeliosTransformer3DModel": "history of several resolutions precedes the video, and its keys are scaled",
+    "HunyuanVideoFramepackTransformer3DModel": "history of several resolutions precedes the video",
+    "Ideogram4Transformer2DModel": "samples share one sequence, which an N x N mask divides into segments",
     "Kandinsky6SRTransformer3DModel": "its self-attention is sparse already (NABLA)",
     "Kandinsky6Transformer3DModel": "one block holds the attention of video and of audio",
-    "LatteTransformer3DModel": "a layer sees one frame, or one place in all frames, which is short already",
+    "LatteTransformer3DModel": "a layer sees one frame, or one position in all frames: short sequences already",
     "MiniMaxH3Transformer3DModel": "index tensors say where text, conditioning, audio and video lie in its sequence",
     "MiniMaxMusic3Transformer1DModel": _AUDIO,
     "MotifVideoTransformer3DModel": "its last layers attend to two copies of the video at once",
-    "OmniGenTransformer2DModel": "its text is causal and its images are not, which a mask of N x N says",
+    "OmniGenTransformer2DModel": "an N x N mask makes its text causal and its images not",
     "QwenImage21Transformer2DModel": _BLOCK_CAUSAL,
     "SanaTransformer2DModel": _LINEAR,
     "SanaVideoTransformer3DModel": _LINEAR,

@@ -1,4 +1,4 @@
-"""What of a target is accelerated: its diffusion transformers, each with its family."""
+"""The diffusion transformers of a target, each with its family."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from dit_accel.registry import family_of, list_families
 
 
 def find_transformers(target: Any) -> tuple[dict[str, tuple[nn.Module, Family]], Any | None]:
-    """The transformers of a pipeline (or the one given) with their families, by component name, and the pipeline.
+    """The transformers of `target` with their families, by component name; and the pipeline, None for a transformer.
 
-    One under two names counts once, by the first.
+    A transformer under two names counts once, under the first.
 
     Raises:
         DitAccelError: there is none, or one of them is of no supported family.
