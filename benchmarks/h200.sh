@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# Everything that is measured on one NVIDIA H200, in one call of less than nine minutes:
+# Measures everything on one NVIDIA H200, in one call of less than nine minutes:
 #
 #     benchmarks/h200.sh [FOLDER]        (benchmarks/results/h200 if not given)
 #
 # 1. the kernels' tests, natively; 2. the declared rows of the operators, the most telling first; 3. steps of whole
 # models; 4. a profile; 5. one page: the tables of all rows, the picture, and the break-even densities made from them.
-# Every row is written when it is measured: a run cut short keeps what it has, and another call goes on from there.
-# Needs an installed checkout (make install).
-# It has not been run on an H200 yet: no row of one is committed, and the time limits below are guesses.
+# Every row is written as soon as it is measured: a run that is cut short keeps its rows, and the next call continues.
+# It needs an installed checkout (make install).
+# It has not run on an H200 yet: no row of one is committed, and the time limits below are guesses.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 FOLDER=${1:-benchmarks/results/h200}
@@ -58,7 +58,11 @@ tail -n 3 "$FOLDER/tests.txt"
 
 METHODS=(--method gna --method sla --method radial --method tile)
 say "all models at 10 %, forward"
-bench 70 "${METHODS[@]}" --density 0.1 --direction forward
+SHAPES=()
+for shape in wan-1.3b-480p wan-14b-480p wan-14b-720p hunyuan-720p hunyuan-768p mochi flux-2k flux-4k cogvideox; do
+    SHAPES+=(--shape "$shape")
+done
+bench 70 "${SHAPES[@]}" "${METHODS[@]}" --density 0.1 --direction forward
 say "forward plus backward at 10 %"
 bench 40 "${METHODS[@]}" --shape hunyuan-768p --shape wan-14b-480p --shape wan-14b-720p --density 0.1 --direction both
 

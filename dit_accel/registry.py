@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from dit_accel.pipelines.family import Family
+    from dit_accel.plans.definition import Definition
     from dit_accel.plans.plan import Plan
     from dit_accel.tokens import TokenGrid
 
@@ -46,6 +47,11 @@ class Method:
         summary: one line for people.
         source: where it was published.
         module: the learned weights of a layer; None if the method has none.
+        at_density: settings that keep about a given share of all pairs of a grid, text included; None if the method has
+            no rule for that. Benchmarks compare methods at one density.
+        sparsest: the share of the visual pairs that every setting keeps on a grid; 1 where nothing can be left out.
+        definition: the method's result for some queries, which benchmarks check before they time; None: softmax over
+            the keys that the plan keeps.
     """
 
     name: str
@@ -54,6 +60,9 @@ class Method:
     summary: str
     source: str
     module: LearnedModule | None = None
+    at_density: Callable[[TokenGrid, float], dict[str, Any]] | None = None
+    sparsest: Callable[[TokenGrid], float] = lambda grid: 0.0
+    definition: type[Definition] | None = None
 
 
 @functools.cache

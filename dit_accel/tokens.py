@@ -70,6 +70,11 @@ class TokenGrid:
     def text_start(self) -> int:
         return 0 if self.text_first else self.visual + self.conditioning
 
+    def visual_share(self, density: float) -> float:
+        """The share of the visual pairs that, with all pairs of text and conditioning tokens, is `density` of all."""
+        around = self.tokens**2 - self.visual**2
+        return (density * self.tokens**2 - around) / self.visual**2
+
     def coordinates(self) -> torch.Tensor:
         """Frame, row and column of every visual token in raster order: int64 [visual, 3]."""
         axes = [torch.arange(length) for length in self.shape]

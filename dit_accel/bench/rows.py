@@ -1,31 +1,43 @@
-"""The declared benchmarks: which operator is timed on which shape, at which density, in which dtype and direction.
+"""The declared measurements: operators on the shapes of models, and denoising steps of whole models.
 
-Nothing here runs or needs torch, so listing what is declared costs nothing.
+Shapes are found in `dit_accel.bench.shapes`, methods in the registry: each says in its own file how it reaches a
+density and which densities it cannot reach.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import fnmatch
+import importlib
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+import pkgutil
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Protocol, TypeVar
 
+import torch
+from torch import nn
+
+from dit_accel.bench import shapes as shape_files
 from dit_accel.errors import DitAccelError
-
-if TYPE_CHECKING:
-    from dit_accel.tokens import TokenGrid
+from dit_accel.registry import Method, did_you_mean, family_of, get_method, get_methods, plan
+from dit_accel.tokens import TokenGrid
 
 DIRECTIONS = ("forward", "backward", "both")
 DTYPES = ("float32", "bfloat16", "float16")
-METHODS = ("radial", "tile", "gna", "sla")
+MODES = ("eager", "compiled")
 DENSITIES = (0.05, 0.1, 0.2, 0.5, 1.0)
+STEP_DENSITY = 0.1  # what steps of whole models ask of every method beside its published setting
 TOLERANCE = 0.2  # how far, relatively, a row's density may be from what was asked
-OF_FRAMES = ("radial", "tile")  # methods that sparsify over time and keep all of a single frame
+
+Axes = tuple[int, int, int]
+
+
+class OutOfReach(DitAccelError):
+    """The method cannot keep so small a share of the pairs on this grid."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Setting:
+class MethodSetting:
     """What a method is asked for.
 
     Args:
@@ -44,6 +56,61 @@ class Setting:
         settings = ",".join(f"{name}={_typed(value)}" for name, value in (self.config or {}).items())
         return f"{self.method}:{settings}" if settings else self.method
 
+    def config_on(self, grid: TokenGrid) -> Mapping[str, Any]:
+        """The settings; found for the density where none are given.
+
+        Raises:
+            OutOfReach: the nearest density on the grid is off by more than a fifth.
+            DitAccelError: the method has no rule that finds settings for a density.
+        """
+        if self.config is not None:
+            return self.config
+        assert self.density is not None
+        find = get_method(self.method).at_density
+        if find is None:
+            raise DitAccelError(
+                f"{self.method} has no rule that finds settings for a density; give the settings themselves, as in "
+                f"--method {self.method}:KEY=VALUE."
+            )
+        config = find(grid, self.density)
+        found = plan(self.method, grid, **config).density
+        if abs(found - self.density) > TOLERANCE * self.density:
+            raise OutOfReach(
+                f"{self.method} on {grid} comes no nearer to a density of {self.density:g} than {found:.3f}"
+            )
+        return config
+
+
+@dataclasses.dataclass(frozen=True)
+class Transformer:
+    """A model's transformer, which is built with random weights: how long a step takes does not depend on them.
+
+    Args:
+        name: class in Diffusers.
+        inputs: makes one call's keywords, of batch 1, from (config, axes, text tokens, dtype).
+        config: its architecture, as its published ``config.json`` has it where that is not the class's default.
+        text: text tokens of the call where the sequence has none.
+    """
+
+    name: str
+    inputs: Callable[[Any, Axes, int, torch.dtype], dict[str, Any]]
+    config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    text: int = 0
+
+    def build(self, device: torch.device, dtype: torch.dtype) -> nn.Module:
+        """The transformer, made where it runs and in its own dtype, as `from_pretrained` makes it."""
+        import diffusers
+
+        usual = torch.get_default_dtype()
+        torch.set_default_dtype(dtype)
+        try:
+            with device:
+                torch.manual_seed(0)
+                made: nn.Module = getattr(diffusers, self.name)(**self.config)
+                return made.eval().requires_grad_(False)
+        finally:
+            torch.set_default_dtype(usual)
+
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
@@ -57,61 +124,73 @@ class Shape:
         text_first: whether they stand before the visual ones.
         settings, dtypes, directions: what is declared for this shape; no settings: every method that has something to
             leave out on it, at every density of `DENSITIES`.
+        devices: types of the devices on which it is measured unless it is asked for by name.
+        transformer: the whole model, where its steps are measured too.
     """
 
     name: str
-    axes: tuple[int, int, int]
+    axes: Axes
     heads: int
     head_dim: int = 128
     text: int = 0
     text_first: bool = False
-    settings: tuple[Setting, ...] = ()
+    settings: tuple[MethodSetting, ...] = ()
     dtypes: tuple[str, ...] = ("bfloat16",)
     directions: tuple[str, ...] = DIRECTIONS
-
-    @property
-    def visual(self) -> int:
-        return self.axes[0] * self.axes[1] * self.axes[2]
-
-    @property
-    def tokens(self) -> int:
-        return self.visual + self.text
+    devices: tuple[str, ...] = ("cuda",)
+    transformer: Transformer | None = None
 
     @property
     def grid(self) -> TokenGrid:
-        from dit_accel.tokens import TokenGrid
-
         return TokenGrid(*self.axes, text=self.text, text_first=self.text_first)
 
-    def declared(self) -> tuple[Setting, ...]:
+    @property
+    def tokens(self) -> int:
+        return self.grid.tokens
+
+    def methods(self) -> list[Method]:
+        """The methods that find settings for a density and have something to leave out here."""
+        return [
+            method
+            for method in get_methods().values()
+            if method.at_density is not None and method.sparsest(self.grid) < 1
+        ]
+
+    def declared(self) -> tuple[MethodSetting, ...]:
         """The settings that are measured when none are asked for."""
-        if self.settings:
-            return self.settings
-        methods = [method for method in METHODS if self.axes[0] > 1 or method not in OF_FRAMES]
-        return tuple(
-            Setting(method, density)
-            for method, density in itertools.product(methods, DENSITIES)
-            if density * (1 + TOLERANCE) >= self.sparsest(method)
+        return self.settings or tuple(
+            MethodSetting(method.name, density)
+            for method, density in itertools.product(self.methods(), DENSITIES)
+            if self.grid.visual_share(density * (1 + TOLERANCE)) >= method.sparsest(self.grid)
         )
 
-    def sparsest(self, method: str) -> float:
-        """A density that no setting of the method goes below here.
+    def published(self) -> list[MethodSetting]:
+        """The settings that the model's family recommends."""
+        assert self.transformer is not None
+        family = family_of([self.transformer.name])
+        known = {} if family is None else family.recommended
+        return [
+            MethodSetting(method.name, None, known[method.name].config)
+            for method in self.methods()
+            if method.name in known
+        ]
 
-        Text meets everything. Tile with one reference frame keeps 3T - 2 of T * T pairs of frames, and so does radial,
-        whose neighbouring frames see each other whole.
-        """
-        frames = self.axes[0]
-        kept = (3 * frames - 2) / frames**2 if method in OF_FRAMES else 0.0
-        visual = (self.visual / self.tokens) ** 2
-        return 1 - visual * (1 - kept)
+
+class Declared(Protocol):
+    """A declared measurement."""
+
+    @property
+    def name(self) -> str: ...
+
+    def as_dict(self) -> dict[str, Any]: ...
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One declared measurement."""
+    """One measurement of an operator."""
 
     shape: Shape
-    setting: Setting
+    setting: MethodSetting
     dtype: str
     direction: str
 
@@ -138,93 +217,42 @@ class Row:
         }
 
 
-# Small enough for a processor. Its windows are whole blocks; the last gna slides.
-CPU = Shape(
-    "cpu",
-    (8, 32, 32),
-    heads=4,
-    head_dim=64,
-    settings=(
-        Setting("gna", 1 / 4, {"window": (8, 16, 16), "stride": (8, 16, 16)}),
-        Setting("gna", 1 / 8, {"window": (8, 16, 8), "stride": (8, 16, 8)}),
-        Setting("gna", 1 / 16, {"window": (8, 8, 8), "stride": (8, 8, 8)}),
-        Setting("gna", 1 / 8, {"window": (4, 16, 16), "stride": 1}),
-        *(Setting("sla", density) for density in (1 / 4, 1 / 8, 1 / 16)),
-        *(Setting(method, 1 / 2) for method in OF_FRAMES),
-    ),
-    dtypes=("float32", "bfloat16"),
-    directions=("forward", "both"),
-)
+@dataclasses.dataclass(frozen=True)
+class ModelStep:
+    """One measurement of a whole model's step: a shape with a transformer, a method's setting, eager or compiled."""
 
-# Latents in tokens: frames are compressed 4 times (Mochi 6) after the first one, pixels 8 times and then in 2 x 2.
-SHAPES: dict[str, Shape] = {
-    shape.name: shape
-    for shape in (
-        Shape("wan-1.3b-480p", (21, 30, 52), heads=12),
-        Shape("wan-14b-480p", (21, 30, 52), heads=40),
-        Shape("wan-14b-720p", (21, 45, 80), heads=40),
-        Shape("hunyuan-720p", (33, 45, 80), heads=24, text=256),
-        Shape("hunyuan-768p", (30, 48, 80), heads=24),  # without text, as GNA's paper measures it (arXiv:2504.16922)
-        Shape("mochi", (28, 30, 53), heads=24, text=256),
-        Shape("flux-2k", (1, 128, 128), heads=24, text=512, text_first=True),
-        Shape("flux-4k", (1, 256, 256), heads=24, text=512, text_first=True),
-        Shape("cogvideox", (13, 30, 45), heads=48, head_dim=64, text=226, text_first=True),
-        CPU,
-    )
-}
+    shape: Shape
+    setting: MethodSetting
+    mode: str
+
+    @property
+    def asked(self) -> str:
+        """The density asked for, or that the setting is a published one."""
+        return "published" if self.setting.density is None else f"{self.setting.density:g}"
+
+    @property
+    def name(self) -> str:
+        """``MODEL/METHOD/DENSITY/MODE``."""
+        return "/".join((self.shape.name, self.setting.title, self.asked, self.mode))
+
+    def as_dict(self) -> dict[str, Any]:
+        """The declaration as plain values."""
+        config = self.setting.config
+        return {
+            "row": self.name,
+            "model": self.shape.name,
+            "method": self.setting.method,
+            "setting": self.asked,
+            "config": None if config is None else dict(config),
+            "mode": self.mode,
+        }
 
 
-def select(
-    shapes: Sequence[str] | None = None,
-    settings: Sequence[Setting] | None = None,
-    densities: Sequence[float] | None = None,
-    dtypes: Sequence[str] | None = None,
-    directions: Sequence[str] | None = None,
-    pattern: str = "*",
-) -> list[Row]:
-    """Declared rows, narrowed down; what is asked for beyond the declared (a density, a dtype, settings) is added.
-
-    Args:
-        shapes: names; None: all.
-        settings: methods, with settings of their own or without; None: those declared for the shape.
-        densities: None: those declared for the shape.
-        dtypes, directions: None: those declared for the shape.
-        pattern: of row names, with the wildcards of a shell.
-
-    Raises:
-        DitAccelError: a shape, dtype or direction is unknown, a density is not in (0, 1], or no row is left.
-    """
-    for kind, names, known in (("dtype", dtypes, DTYPES), ("direction", directions, DIRECTIONS)):
-        for name in names or ():
-            if name not in known:
-                raise DitAccelError(f"A {kind} is one of {', '.join(known)}; got {name!r}.")
-    check_densities(densities or ())
-    rows = [
-        Row(shape, setting, dtype, direction)
-        for shape in map(get_shape, SHAPES if shapes is None else shapes)
-        for setting in _settings(shape, settings, densities)
-        for dtype in dtypes or shape.dtypes
-        for direction in directions or shape.directions
-    ]
-    chosen = [row for row in rows if fnmatch.fnmatchcase(row.name, pattern)]
-    if not chosen:
-        example = f", for example {rows[0].name}" if rows else ""
-        raise DitAccelError(
-            f"No declared row matches {pattern!r}. Rows are named SHAPE/METHOD/DENSITY/DTYPE/DIRECTION{example}; "
-            "--list shows them."
-        )
-    return chosen
-
-
-def check_densities(densities: Sequence[float]) -> None:
-    """See that densities are shares.
-
-    Raises:
-        DitAccelError: one is not in (0, 1].
-    """
-    for density in densities:
-        if not 0 < density <= 1:
-            raise DitAccelError(f"A density is a share of the pairs above 0 and at most 1, such as 0.1; got {density}.")
+def get_shapes() -> dict[str, Shape]:
+    """Every declared shape by name, file by file."""
+    files = sorted(module.name for module in pkgutil.iter_modules(shape_files.__path__))
+    declared = [importlib.import_module(f"{shape_files.__name__}.{file}").SHAPES for file in files]
+    return {shape.name: shape for shape in itertools.chain(*declared)}
 
 
 def get_shape(name: str) -> Shape:
@@ -233,23 +261,128 @@ def get_shape(name: str) -> Shape:
     Raises:
         DitAccelError: there is none; the message suggests the nearest name.
     """
-    if name not in SHAPES:
-        from dit_accel.registry import did_you_mean
-
-        raise DitAccelError(f"Unknown shape {name!r}.{did_you_mean(name, SHAPES)} Shapes: {', '.join(SHAPES)}.")
-    return SHAPES[name]
+    return _named("shape", get_shapes(), name)
 
 
-def _settings(shape: Shape, settings: Sequence[Setting] | None, densities: Sequence[float] | None) -> Iterator[Setting]:
+def select(
+    shapes: Sequence[str] | None = None,
+    settings: Sequence[MethodSetting] | None = None,
+    densities: Sequence[float] | None = None,
+    dtypes: Sequence[str] | None = None,
+    directions: Sequence[str] | None = None,
+    pattern: str = "*",
+    device: str | None = None,
+) -> list[Row]:
+    """Declared rows of operators, narrowed down; what is asked for beyond the declared ones is added.
+
+    Args:
+        shapes: names; None: all.
+        settings: methods, with settings of their own or without; None: those declared for the shape.
+        densities: None: those declared for the shape.
+        dtypes, directions: None: those declared for the shape.
+        pattern: of row names, with the wildcards of a shell.
+        device: type of the device; leaves out shapes that are declared for others. None: keeps them.
+
+    Raises:
+        DitAccelError: a shape, dtype or direction is unknown, a density is not in (0, 1], or no row is left.
+    """
+    _check_known("dtype", dtypes, DTYPES)
+    _check_known("direction", directions, DIRECTIONS)
+    _check_densities(densities)
+    chosen = get_shapes().values() if shapes is None else map(get_shape, shapes)
+    rows = [
+        Row(shape, setting, dtype, direction)
+        for shape in chosen
+        if device is None or device in shape.devices
+        for setting in _settings(shape, settings, densities)
+        for dtype in dtypes or shape.dtypes
+        for direction in directions or shape.directions
+    ]
+    return _matching(rows, pattern, "SHAPE/METHOD/DENSITY/DTYPE/DIRECTION")
+
+
+def select_steps(
+    models: Sequence[str] | None = None,
+    settings: Sequence[MethodSetting] | None = None,
+    densities: Sequence[float] | None = None,
+    modes: Sequence[str] | None = None,
+    pattern: str = "*",
+) -> list[ModelStep]:
+    """Declared steps of whole models, narrowed down: model by model and mode by mode, so that each is built once.
+
+    Args:
+        models: names of shapes that have a transformer; None: all.
+        settings: methods with settings of their own, or without: then those declared for the model.
+        densities: of the methods without settings; None: the published setting and `STEP_DENSITY`.
+        modes: "eager", "compiled"; None: both.
+        pattern: of names, with the wildcards of a shell.
+
+    Raises:
+        DitAccelError: a model or mode is unknown, a density is not in (0, 1], or nothing is left.
+    """
+    _check_known("mode", modes, MODES)
+    _check_densities(densities)
+    known = {name: shape for name, shape in get_shapes().items() if shape.transformer is not None}
+    chosen = known.values() if models is None else [_named("model", known, name) for name in models]
+    free = None if settings is None else {setting.method for setting in settings if setting.config is None}
+    steps = []
+    for shape, mode in itertools.product(chosen, modes or MODES):
+        own = [] if densities else shape.published()
+        own += [MethodSetting(each.name, share) for each in shape.methods() for share in densities or (STEP_DENSITY,)]
+        own = [setting for setting in own if free is None or setting.method in free]
+        own += [setting for setting in settings or () if setting.config is not None]
+        steps += [ModelStep(shape, setting, mode) for setting in own]
+    return _matching(steps, pattern, "MODEL/METHOD/DENSITY/MODE")
+
+
+def _settings(
+    shape: Shape, settings: Sequence[MethodSetting] | None, densities: Sequence[float] | None
+) -> Iterator[MethodSetting]:
     declared = shape.declared()
     asked = declared if settings is None else [setting for setting in settings if setting.config is None]
     for method in dict.fromkeys(setting.method for setting in asked):
         own = dict.fromkeys(setting.density for setting in declared if setting.method == method)
         for density in densities or own or DENSITIES:
             matching = [setting for setting in declared if (setting.method, setting.density) == (method, density)]
-            yield from matching or [Setting(method, density)]
+            yield from matching or [MethodSetting(method, density)]
     yield from (setting for setting in settings or () if setting.config is not None)
+
+
+Selected = TypeVar("Selected", bound=Declared)
+
+
+def _matching(rows: list[Selected], pattern: str, form: str) -> list[Selected]:
+    chosen = [row for row in rows if fnmatch.fnmatchcase(row.name, pattern)]
+    if not chosen:
+        example = f", for example {rows[0].name}" if rows else ""
+        raise DitAccelError(f"No declared row matches {pattern!r}. Rows are named {form}{example}; --list shows them.")
+    return chosen
+
+
+def _named(kind: str, known: Mapping[str, Shape], name: str) -> Shape:
+    if name not in known:
+        raise DitAccelError(
+            f"Unknown {kind} {name!r}.{did_you_mean(name, known)} {kind.capitalize()}s: {', '.join(known)}."
+        )
+    return known[name]
+
+
+def _check_known(kind: str, names: Iterable[str] | None, known: Sequence[str]) -> None:
+    for name in names or ():
+        if name not in known:
+            raise DitAccelError(f"A {kind} is one of {', '.join(known)}; got {name!r}.")
+
+
+def _check_densities(densities: Iterable[float] | None) -> None:
+    for density in densities or ():
+        if not 0 < density <= 1:
+            raise DitAccelError(f"A density is a share of the pairs above 0 and at most 1, such as 0.1; got {density}.")
 
 
 def _typed(value: Any) -> str:
     return "x".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def latent(axes: Sequence[int], patch: Sequence[int]) -> tuple[int, ...]:
+    """Sides of the latent that a patch cuts into so many tokens, axis by axis."""
+    return tuple(size * step for size, step in zip(axes, patch, strict=True))

@@ -10,24 +10,21 @@ import functools
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dit_accel import registry
-from dit_accel.bench.gate import Attend, Check, Inexact, Problem, check
+from dit_accel.bench.gate import Attend, ErrorCheck, Inexact, Problem, check
 from dit_accel.bench.peer import flex_attention
-from dit_accel.bench.rows import Row
-from dit_accel.bench.settings import OutOfReach, find_setting
+from dit_accel.bench.rows import Declared, OutOfReach, Row
 from dit_accel.bench.timing import Call, alternate, profile, quantiles
 from dit_accel.errors import DitAccelError
 from dit_accel.generation.provenance import provenance
 from dit_accel.generation.sources import first_line
 from dit_accel.kernels.block_sparse.api import Impl, choose_impl
-from dit_accel.methods.sla import SparseLinearAttention
-from dit_accel.plans.plan import attention
 
 SEED = 0
 PRODUCTS = {"forward": 2, "backward": 5, "both": 7}  # matrix products of 2 * D operations a pair and head
@@ -40,23 +37,14 @@ DENSE_BACKENDS = {
 }
 
 
-class Named(Protocol):
-    """A declared measurement."""
-
-    @property
-    def name(self) -> str: ...
-
-    def as_dict(self) -> dict[str, Any]: ...
-
-
 Status = Literal["measured", "red", "out of reach", "refused"]
 
 
 @dataclasses.dataclass(frozen=True)
-class Outcome:
+class RowOutcome:
     """What came of a declared row: its record, or the reason why there is none."""
 
-    row: Named
+    row: Declared
     status: Status
     record: dict[str, Any] | None = None
     reason: str = ""
@@ -86,7 +74,7 @@ class Bench:
         self.provenance = provenance(device)
         self._dense: dict[tuple[Any, ...], tuple[str, dict[str, Any]]] = {}
 
-    def run(self, rows: Sequence[Row]) -> Iterator[Outcome]:
+    def run(self, rows: Sequence[Row]) -> Iterator[RowOutcome]:
         """Measure the rows one by one; a row that cannot be measured does not keep the others from it."""
         for row in rows:
             yield outcome_of(row, functools.partial(self.measure, row))
@@ -99,12 +87,11 @@ class Bench:
             DitAccelError: the setting cannot be made or the implementation cannot run it.
         """
         problem = make_problem(row, self.device, self.impl)
-        attend = self._attend(problem)
         gradients = row.direction != "forward"
-        checks = check(problem, attend, gradients=gradients)
+        checks = check(problem, problem.attend, gradients=gradients)
         dense_name, tried = self.best_dense(row, problem)
         calls = {
-            "sparse": prepare(problem, attend, row.direction),
+            "sparse": prepare(problem, problem.attend, row.direction),
             "dense": prepare(problem, _dense(dense_name), row.direction, weights=False),
         }
         peer = self._peer(problem, row, gradients=gradients) if self.peer else None
@@ -145,18 +132,10 @@ class Bench:
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
         }
 
-    def gate(self, row: Row) -> dict[str, Check]:
-        """Hold the forward call of a row against fp64 and time nothing; see `bench_gate.check`."""
+    def gate(self, row: Row) -> dict[str, ErrorCheck]:
+        """Hold the forward call of a row against fp64 and time nothing; see `gate.check`."""
         problem = make_problem(row, self.device, self.impl)
-        return check(problem, self._attend(problem), gradients=False)
-
-    def _attend(self, problem: Problem) -> Attend:
-        """The public call: `attention`, or the module with its router and projection."""
-        plan, module = problem.plan, problem.module
-        plan.prepare(self.device)
-        if module is not None:
-            return lambda q, k, v: module(q, k, v, plan.grid, impl=self.impl)
-        return lambda q, k, v: attention(q, k, v, plan, impl=self.impl)
+        return check(problem, problem.attend, gradients=False)
 
     def best_dense(self, row: Row, problem: Problem) -> tuple[str, dict[str, Any]]:
         """The fastest dense attention for these sizes, and milliseconds of (or what is wrong with) each one tried."""
@@ -184,7 +163,7 @@ class Bench:
         peer: dict[str, Any] = {"name": "flex_attention"}
         try:
             attend = flex_attention(problem.plan, self.device)
-            found: dict[str, Check] = check(problem, attend, gradients=gradients)
+            found: dict[str, ErrorCheck] = check(problem, attend, gradients=gradients)
             peer["call"] = prepare(problem, attend, row.direction)
             peer["max_error"] = max(each.error for each in found.values())
         except (RuntimeError, ValueError, Inexact) as error:  # compilers raise what they like of the first two
@@ -192,18 +171,18 @@ class Bench:
         return peer
 
 
-def outcome_of(row: Named, measure: Callable[[], dict[str, Any]]) -> Outcome:
+def outcome_of(row: Declared, measure: Callable[[], dict[str, Any]]) -> RowOutcome:
     """What comes of measuring a row; only defects are raised."""
     try:
-        return Outcome(row, "measured", measure())
+        return RowOutcome(row, "measured", measure())
     except Inexact as error:
-        return Outcome(row, "red", reason=str(error))
+        return RowOutcome(row, "red", reason=str(error))
     except OutOfReach as error:
-        return Outcome(row, "out of reach", reason=str(error))
+        return RowOutcome(row, "out of reach", reason=str(error))
     except DitAccelError as error:
-        return Outcome(row, "refused", reason=str(error))
+        return RowOutcome(row, "refused", reason=str(error))
     except torch.OutOfMemoryError:
-        return Outcome(row, "refused", reason="the device has too little memory for it")
+        return RowOutcome(row, "refused", reason="the device has too little memory for it")
 
 
 def make_problem(row: Row, device: torch.device, impl: Impl = "auto") -> Problem:
@@ -212,12 +191,9 @@ def make_problem(row: Row, device: torch.device, impl: Impl = "auto") -> Problem
     Raises:
         DitAccelError: no setting of the method comes near the row's density, or its settings do not fit the grid.
     """
-    shape, setting = row.shape, row.setting
-    config = setting.config
-    if config is None:
-        assert setting.density is not None
-        config = find_setting(setting.method, shape.grid, setting.density)
-    plan = registry.plan(setting.method, shape.grid, **config)
+    shape, method = row.shape, registry.get_method(row.setting.method)
+    plan = registry.plan(method.name, shape.grid, **row.setting.config_on(shape.grid))
+    plan.prepare(device)
     generator = torch.Generator(device).manual_seed(SEED)
     dtype = getattr(torch, row.dtype)
     q, k, v, grad = (
@@ -226,15 +202,13 @@ def make_problem(row: Row, device: torch.device, impl: Impl = "auto") -> Problem
         ).transpose(1, 2)
         for _ in range(4)
     )
-    learned = registry.get_method(setting.method).module
-    if learned is None:
+    if method.module is None:
         return Problem(q, k, v, grad, plan, impl)
-    module = learned.make(shape.head_dim, plan.config).to(device)
-    if not isinstance(module, SparseLinearAttention):
-        raise DitAccelError(f"There is no exact result to hold {setting.method} against, so it is not timed.")
-    with torch.no_grad():  # a projection of zeros would hide what the linear branch gets wrong
-        module.proj.weight.normal_(std=shape.head_dim**-0.5, generator=generator)
-        module.proj.bias.normal_(generator=generator)
+    module = method.module.make(shape.head_dim, plan.config).to(device)
+    with torch.no_grad():  # weights that start at zero would hide what they are multiplied with
+        for parameter in module.parameters():
+            std = shape.head_dim**-0.5 if parameter.ndim > 1 else 1.0
+            parameter.normal_(std=std, generator=generator)
     return Problem(q, k, v, grad, plan, impl, module)
 
 
@@ -253,7 +227,7 @@ def prepare(problem: Problem, attend: Attend, direction: str, *, weights: bool =
 
         return forward
     q, k, v = (x.detach().requires_grad_() for x in tensors)
-    leaves = (q, k, v, *(problem.weights if weights else ()))
+    leaves = (q, k, v, *(problem.weights.values() if weights else ()))
     if direction == "both":
         return lambda: torch.autograd.grad(attend(q, k, v), leaves, problem.grad)
     out = attend(q, k, v)

@@ -1,7 +1,7 @@
 """Measuring one denoising step of whole models: the transformer's call, dense and with each method.
 
-Before a method's step is timed, its attention passes the gate of `bench_gate` on the model's shape. What is not
-attention is measured by a step whose attention returns its values untouched.
+Before a method's step is timed, its attention passes the gate (`dit_accel.bench.gate`) on the model's shape. What is
+not attention is measured by a step whose attention returns its values untouched.
 """
 
 from __future__ import annotations
@@ -20,10 +20,8 @@ import torch
 from torch.nn.attention import sdpa_kernel
 
 from dit_accel.accelerator import Accelerator
-from dit_accel.bench.models import Model, Step
-from dit_accel.bench.rows import Row, Setting, Shape
-from dit_accel.bench.run import DENSE, DENSE_BACKENDS, Bench, Outcome, make_problem, outcome_of
-from dit_accel.bench.settings import find_setting
+from dit_accel.bench.rows import MethodSetting, ModelStep, Row, Shape
+from dit_accel.bench.run import DENSE, DENSE_BACKENDS, Bench, RowOutcome, make_problem, outcome_of
 from dit_accel.bench.timing import alternate, quantiles
 from dit_accel.errors import DitAccelError
 from dit_accel.hooks.report import Report
@@ -91,24 +89,24 @@ class StepBench:
         self.device, self.impl, self.seconds, self.dtype, self.backend = device, impl, seconds, dtype, backend
         self._attention = Bench(device, impl)
 
-    def run(self, steps: Sequence[Step]) -> Iterator[Outcome]:
+    def run(self, steps: Sequence[ModelStep]) -> Iterator[RowOutcome]:
         """Measure the steps, a model and mode at a time; what cannot be measured does not keep the rest from it."""
-        for model, of_model in itertools.groupby(steps, key=lambda step: step.model):
+        for shape, of_model in itertools.groupby(steps, key=lambda step: step.shape):
             asked = list(of_model)
             try:
-                yield from self._run_model(model, asked)
+                yield from self._run_model(shape, asked)
             except DitAccelError as error:
-                yield Outcome(asked[0], "refused", reason=f"all of {model.name}: {error}")
+                yield RowOutcome(asked[0], "refused", reason=f"all of {shape.name}: {error}")
             except torch.OutOfMemoryError:
-                yield Outcome(asked[0], "refused", reason=f"all of {model.name}: the device has too little memory")
+                yield RowOutcome(asked[0], "refused", reason=f"all of {shape.name}: the device has too little memory")
             self._forget()  # before the next model is built
 
-    def _run_model(self, model: Model, steps: list[Step]) -> Iterator[Outcome]:
-        subject = Subject(model, self.device, self.dtype)
+    def _run_model(self, shape: Shape, steps: list[ModelStep]) -> Iterator[RowOutcome]:
+        subject = Subject(shape, self.device, self.dtype)
         for mode, of_mode in itertools.groupby(steps, key=lambda step: step.mode):
             yield from self._run_mode(subject, mode, list(of_mode))
 
-    def _run_mode(self, subject: Subject, mode: str, steps: list[Step]) -> Iterator[Outcome]:
+    def _run_mode(self, subject: Subject, mode: str, steps: list[ModelStep]) -> Iterator[RowOutcome]:
         if mode == "compiled":
             subject.compile(self.backend)
         backends = self._dense_backends(subject)
@@ -127,12 +125,9 @@ class StepBench:
             self._forget()
             yield outcome
 
-    def _measure(self, step: Step, subject: Subject, shared: dict[str, Any]) -> dict[str, Any]:
+    def _measure(self, step: ModelStep, subject: Subject, shared: dict[str, Any]) -> dict[str, Any]:
         setting, method = step.setting, get_method(step.setting.method)
-        given = setting.config
-        if given is None:
-            assert setting.density is not None
-            given = find_setting(setting.method, subject.grid, setting.density)
+        given = setting.config_on(subject.grid)
         config = make_config(setting.method, given)
         checks = self._attention.gate(subject.row(dataclasses.replace(setting, config=given)))
         preset = subject.family.recommended.get(setting.method) if setting.density is None else None
@@ -168,7 +163,7 @@ class StepBench:
         """PyTorch's attentions on a GPU, the fastest at the model's sizes first; none elsewhere, where there is one."""
         if self.device.type != "cuda":
             return []
-        row = subject.row(Setting("dense", None, {}))
+        row = subject.row(MethodSetting("dense", None, {}))
         _, tried = self._attention.best_dense(row, make_problem(row, self.device))
         return sorted((name for name, found in tried.items() if isinstance(found, float)), key=lambda name: tried[name])
 
@@ -208,26 +203,34 @@ class StepBench:
 class Subject:
     """A model that is measured: the transformer, one call's inputs, and what its family says of both.
 
+    Args:
+        shape: has a transformer; the call gets always the same numbers.
+
     Raises:
         DitAccelError: no family has the transformer's class, or it cannot read the call.
     """
 
-    def __init__(self, model: Model, device: torch.device, dtype: torch.dtype) -> None:
-        self.model, self.dtype = model, str(dtype).removeprefix("torch.")
+    def __init__(self, shape: Shape, device: torch.device, dtype: torch.dtype) -> None:
+        model = shape.transformer
+        assert model is not None
+        self.shape, self.dtype = shape, str(dtype).removeprefix("torch.")
         self.transformer = model.build(device, dtype)
-        self.inputs = model.call(self.transformer, device, dtype)
+        config: Any = self.transformer.config
+        torch.manual_seed(1)
+        with device:
+            self.inputs = model.inputs(config, shape.axes, shape.text or model.text, dtype) | {"return_dict": False}
         self.found, _ = find_transformers(self.transformer)
         ((_, self.family),) = self.found.values()
         signature = inspect.signature(type(self.transformer).forward)
         call = ModelCall(signature, self.transformer, (), self.inputs, Memory())
         self.grid = self.family.layout(self.transformer, call).grid
 
-    def row(self, setting: Setting) -> Row:
+    def row(self, setting: MethodSetting) -> Row:
         """The model's attention as a row of `bench`: forward, with this setting."""
         _, attention = next(iter(self.family.attentions(self.transformer)))
         heads: Any = attention.heads
         sizes = int(heads), self.family.head_dim(attention), self.grid.text, self.grid.text_first
-        return Row(Shape(self.model.name, self.grid.shape, *sizes), setting, self.dtype, "forward")
+        return Row(Shape(self.shape.name, self.grid.shape, *sizes), setting, self.dtype, "forward")
 
     def compile(self, backend: str) -> None:
         """Compile the repeated blocks, as Diffusers compiles large models, or else the whole."""

@@ -15,9 +15,8 @@ from dit_accel.errors import DitAccelError
 if TYPE_CHECKING:
     import torch
 
-    from dit_accel.bench.models import Step
-    from dit_accel.bench.rows import Row, Setting
-    from dit_accel.bench.run import Named, Outcome
+    from dit_accel.bench.rows import Declared, MethodSetting, ModelStep, Row
+    from dit_accel.bench.run import RowOutcome
 
 NOT_MEASURED = 1
 ROWS_ENDING = (".jsonl",)
@@ -89,7 +88,7 @@ def bench(
         selecting: dict[str, Any] = {"--rows": rows, "--models": models or None, "--shape": shape, "--method": method}
         selecting |= {"--density": density, "--dtype": dtype, "--direction": direction, "--mode": mode}
         _refuse("--read shows every row of a file", selecting | {"--peer": peer or None, "--profile": profile})
-        from dit_accel.bench.file import read as read_rows
+        from dit_accel.bench.results import read as read_rows
 
         records = read_rows(read)
         if picture is not None and not any("op" in record for record in records):
@@ -103,7 +102,7 @@ def bench(
 
     settings = None if method is None else [_setting(text) for text in method]
     chosen_device = None if list_ else _device(device)
-    chosen: Sequence[Named]
+    chosen: Sequence[Declared]
     if models:
         of_operators = {"--dtype": dtype, "--direction": direction, "--peer": peer or None, "--profile": profile}
         _refuse("--models measures steps, not operators", of_operators | {"--picture": picture})
@@ -122,7 +121,7 @@ def bench(
     if models:
         from dit_accel.bench.steps import StepBench
 
-        found = StepBench(chosen_device, impl, seconds).run(cast("Sequence[Step]", chosen))
+        found = StepBench(chosen_device, impl, seconds).run(cast("Sequence[ModelStep]", chosen))
     else:
         from dit_accel.bench.run import Bench
 
@@ -155,30 +154,28 @@ def _refuse(why: str, unused: dict[str, Any]) -> None:
 
 def _rows(
     shapes: list[str] | None,
-    settings: list[Setting] | None,
+    settings: list[MethodSetting] | None,
     densities: list[float] | None,
     dtypes: list[str] | None,
     directions: list[str] | None,
     pattern: str | None,
     device: torch.device | None,
 ) -> Sequence[Row]:
-    from dit_accel.bench import rows as bench_rows
+    from dit_accel.bench.rows import select
 
-    if shapes is None and pattern is None and device is not None:
-        on_gpu = device.type == "cuda"
-        shapes = [name for name in bench_rows.SHAPES if (name != bench_rows.CPU.name) == on_gpu]
-    return bench_rows.select(shapes, settings, densities, dtypes, directions, "*" if pattern is None else pattern)
+    here = None if shapes is not None or pattern is not None or device is None else device.type
+    return select(shapes, settings, densities, dtypes, directions, "*" if pattern is None else pattern, here)
 
 
 def _steps(
     models: list[str] | None,
-    settings: list[Setting] | None,
+    settings: list[MethodSetting] | None,
     densities: list[float] | None,
     modes: list[str] | None,
     pattern: str | None,
     device: torch.device | None,
-) -> Sequence[Step]:
-    from dit_accel.bench.models import select_steps
+) -> Sequence[ModelStep]:
+    from dit_accel.bench.rows import select_steps
 
     if models is None and device is not None and device.type != "cuda":
         raise DitAccelError(
@@ -215,20 +212,20 @@ def _check_files(output: Path | None, picture: Path | None, read: Path | None, *
     if output is not None:
         check_output(output, ROWS_ENDING)
         if output.exists():  # rows are only ever added to a file of rows
-            from dit_accel.bench.file import read as read_rows
+            from dit_accel.bench.results import read as read_rows
 
             read_rows(output)
 
 
-def _setting(text: str) -> Setting:
+def _setting(text: str) -> MethodSetting:
     """A method without settings is asked for densities; with settings it is what they make it."""
     from dit_accel import registry
-    from dit_accel.bench.rows import Setting
+    from dit_accel.bench.rows import MethodSetting
 
     name, config = registry.parse_method(text)
     if config:
         registry.make_config(name, config)
-    return Setting(name, None, config or None)
+    return MethodSetting(name, None, config or None)
 
 
 def _device(device: str) -> torch.device:
@@ -237,9 +234,9 @@ def _device(device: str) -> torch.device:
     return placement(device, "float32", "none")[0]
 
 
-def _left(rows: Sequence[Named], device: torch.device, output: Path | None) -> Sequence[Named]:
+def _left(rows: Sequence[Declared], device: torch.device, output: Path | None) -> Sequence[Declared]:
     """The rows that the file does not have from this commit and machine."""
-    from dit_accel.bench.file import read
+    from dit_accel.bench.results import read
     from dit_accel.generation.provenance import provenance
 
     if output is None:
@@ -252,11 +249,11 @@ def _left(rows: Sequence[Named], device: torch.device, output: Path | None) -> S
     return [row for row in rows if row.name not in have]
 
 
-def _measure(found: Iterator[Outcome], count: int, output: Path | None, picture: Path | None, *, json: bool) -> int:
+def _measure(found: Iterator[RowOutcome], count: int, output: Path | None, picture: Path | None, *, json: bool) -> int:
     """Measure and report; the status is 1 if a row that can be had was not measured."""
     from dit_accel.generation.lines import append
 
-    outcomes: list[Outcome] = []
+    outcomes: list[RowOutcome] = []
     try:
         for number, outcome in enumerate(found, 1):
             if outcome.record is not None and output is not None:
@@ -277,7 +274,7 @@ def _measure(found: Iterator[Outcome], count: int, output: Path | None, picture:
     return NOT_MEASURED if red or refused else 0
 
 
-def _remark(outcome: Outcome) -> str:
+def _remark(outcome: RowOutcome) -> str:
     record = outcome.record
     if record is None:
         return f"{outcome.status}: {outcome.reason}"
@@ -288,7 +285,7 @@ def _remark(outcome: Outcome) -> str:
 def _show(records: list[dict[str, Any]], picture: Path | None, *, json: bool) -> None:
     operators, steps = ([record for record in records if ("op" in record) == wanted] for wanted in (True, False))
     if picture is not None and operators:
-        from dit_accel.bench.picture import draw
+        from dit_accel.bench.results import draw
         from dit_accel.generation.output import staged
 
         with staged(picture) as stage:
@@ -302,7 +299,7 @@ def _show(records: list[dict[str, Any]], picture: Path | None, *, json: bool) ->
         _print_steps(steps)
 
 
-def _list(rows: Sequence[Named], *, json: bool) -> None:
+def _list(rows: Sequence[Declared], *, json: bool) -> None:
     if json:
         typer.echo("\n".join(json_module.dumps(row.as_dict()) for row in rows))
     else:

@@ -54,4 +54,12 @@ def make_plan(grid: TokenGrid, config: Config) -> DensePlan:
     return DensePlan("dense", config, grid, Mask((Product(t, h, w),)))
 
 
-METHOD = Method("dense", Config, make_plan, "the model's own attention", source="-")
+METHOD = Method(
+    "dense",
+    Config,
+    make_plan,
+    "the model's own attention",
+    source="-",
+    at_density=lambda grid, density: {},
+    sparsest=lambda grid: 1.0,
+)

@@ -7,13 +7,15 @@ Attention Transformer", arXiv:2209.15001.
 from __future__ import annotations
 
 import dataclasses
+import functools
+import itertools
 import math
 from typing import Any
 
 import torch
 
 from dit_accel.errors import DitAccelError
-from dit_accel.plans.masks import AxisTable, Mask, Product
+from dit_accel.plans.masks import AxisTable, Mask, Product, axis_pairs
 from dit_accel.plans.plan import MaskPlan
 from dit_accel.registry import Method
 from dit_accel.tokens import TokenGrid
@@ -21,6 +23,12 @@ from dit_accel.tokens import TokenGrid
 AXES = ("frames", "height", "width")
 Window = int | float | str
 PerAxis = tuple[Any, Any, Any]
+
+# For `at_density`: 128 queries and 64 keys, what the kernels take at a time, in a video and in an image.
+VIDEO_TILES = (2, 8, 8), (1, 8, 8)
+IMAGE_TILES = (1, 8, 16), (1, 8, 8)
+NEAR = 0.03  # relative; windows that come this near to the wanted share are equally good
+FULL = 1 - 1e-9
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,10 +154,57 @@ def make_plan(grid: TokenGrid, config: Config) -> MaskPlan:
     return MaskPlan("gna", config, grid, Mask((Product(t, h, w),)), order="tile")
 
 
+def at_density(grid: TokenGrid, density: float) -> dict[str, Any]:
+    """Windows and strides in whole tiles, so that away from the borders every visited block is full.
+
+    A window of stride + 2 m key tiles begins and ends on a key tile when queries move in whole query tiles. Of the
+    windows that hold about the wanted share of the keys, those stay whose blocks waste least, and of these the one
+    that covers the most even part of all axes.
+    """
+    share = grid.visual_share(density)
+    if share >= FULL:
+        return {"window": "full"}
+    tiles = IMAGE_TILES if grid.frames == 1 else VIDEO_TILES
+
+    def part(choice: tuple[tuple[int, int], ...]) -> float:
+        return math.prod(window for window, _ in choice) / grid.visual
+
+    def error(choice: tuple[tuple[int, int], ...]) -> float:
+        return abs(part(choice) - share)
+
+    @functools.cache
+    def visited(axis: int, window: int, stride: int) -> int:
+        table = axis_table(grid.shape[axis], window, stride)
+        return int((axis_pairs(table, tiles[0][axis], tiles[1][axis]) > 0).sum())
+
+    def waste(choice: tuple[tuple[int, int], ...]) -> float:
+        return math.prod(visited(axis, *pair) for axis, pair in enumerate(choice)) / part(choice)
+
+    def unevenness(choice: tuple[tuple[int, int], ...]) -> float:
+        parts = [window / length for (window, _), length in zip(choice, grid.shape, strict=True) if length > 1]
+        return max(parts) / min(parts)
+
+    choices = list(itertools.product(*map(axis_choices, grid.shape, *tiles)))
+    limit = max(NEAR * share, min(map(error, choices)))
+    near = [choice for choice in choices if error(choice) <= limit]
+    least = min(map(waste, near))
+    best = min((choice for choice in near if waste(choice) <= 1.05 * least), key=unevenness)
+    return {"window": tuple(window for window, _ in best), "stride": tuple(stride for _, stride in best)}
+
+
+def axis_choices(length: int, query: int, key: int) -> list[tuple[int, int]]:
+    """Windows and strides of one axis that keep to tiles of `query` and `key` positions; the whole axis is one."""
+    choices = [(length, length)]
+    for stride in (query, 2 * query):
+        choices += [(window, stride) for window in range(stride, length, 2 * key)]
+    return choices
+
+
 METHOD = Method(
     "gna",
     Config,
     make_plan,
     "generalized neighborhood attention: sliding, strided, blocked, dilated, causal windows per axis",
     source="arXiv:2504.16922",
+    at_density=at_density,
 )

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from typing import ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 
@@ -19,7 +19,7 @@ from dit_accel.plans.block_plan import BlockPlan
 from dit_accel.plans.blocks import check_size
 from dit_accel.plans.masks import Band, Mask, prefix_sums
 from dit_accel.plans.plan import MaskPlan, Plan
-from dit_accel.registry import Method
+from dit_accel.registry import Method, plan
 from dit_accel.tokens import TokenGrid
 
 Rule = Literal["paper", "released"]
@@ -157,10 +157,29 @@ def make_plan(grid: TokenGrid, config: Config) -> Plan:
     return BlockPlan("radial", config, grid, config.block, visited)
 
 
+def at_density(grid: TokenGrid, density: float) -> dict[str, Any]:
+    """The decay, by bisection of its logarithm; without the sink only where any decay with it is a fifth too dense."""
+    config: dict[str, Any] = {}
+    for sink in (True, False):
+        low, high = -24.0, math.log2(max(2, grid.frames))  # from single diagonals to every pair
+        for _ in range(24):
+            middle = (low + high) / 2
+            if plan("radial", grid, decay=2**middle, sink=sink).density < density:
+                low = middle
+            else:
+                high = middle
+        config = {"decay": float(f"{2**high:.4g}"), "sink": sink}
+        if abs(plan("radial", grid, **config).density - density) <= 0.2 * density:
+            break
+    return config
+
+
 METHOD = Method(
     "radial",
     Config,
     make_plan,
     "radial attention: a spatial window that halves as the distance in frames doubles",
     source="arXiv:2506.19852",
+    at_density=at_density,
+    sparsest=lambda grid: (3 * grid.frames - 2) / grid.frames**2,  # neighbouring frames see each other whole
 )

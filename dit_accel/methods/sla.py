@@ -17,10 +17,12 @@ from torch import nn
 from dit_accel.errors import DitAccelError
 from dit_accel.kernels.block_sparse.api import Impl
 from dit_accel.kernels.sla.api import choose_impl, route, sparse_linear_attention
-from dit_accel.kernels.sla.features import FEATURE_MAPS, FeatureMap
+from dit_accel.kernels.sla.features import EPSILON, FEATURE_MAPS, FeatureMap, apply_map
+from dit_accel.kernels.sla.reference import block_map
 from dit_accel.kernels.sla.setting import LINEAR_SCOPES, LinearScope
 from dit_accel.order import TokenOrder, cut_blocks, valid_tokens
 from dit_accel.plans.blocks import BlockMask
+from dit_accel.plans.definition import Definition, masked_attention
 from dit_accel.plans.plan import Plan, among_others, building
 from dit_accel.plans.tiles import tile_shapes
 from dit_accel.registry import LearnedModule, Method
@@ -382,6 +384,81 @@ def _block_mask(visual: torch.Tensor, order: TokenOrder, *, dense: bool) -> Bloc
     return BlockMask(indices, counts, torch.zeros_like(indices, dtype=torch.bool), order, order)
 
 
+class SlaDefinition(Definition):
+    """SLA for some queries: softmax over their critical blocks plus the projected linear branch over the linear ones.
+
+    Which blocks these are is what the router says of this call; `flaw` checks it by itself.
+    """
+
+    plan: SlaPlan
+
+    def __init__(self, plan: SlaPlan, rows: torch.Tensor, q: torch.Tensor, k: torch.Tensor, impl: Impl) -> None:
+        super().__init__(plan, rows, q, k, impl)
+        order, config = plan.order, plan.config
+        self.blocks = order.visual_blocks
+        lists = route(q, k, order, config.kept(self.blocks), config.dropped(self.blocks), impl)
+        self.critical, self.skipped = (block_map(part, order)[0] for part in lists)  # [H, blocks, blocks]
+        tokens = order.index()
+        slots = (tokens >= 0).nonzero().squeeze(1)
+        block_of = torch.empty(order.grid.tokens, dtype=torch.int64)
+        block_of[tokens[slots]] = slots // order.block
+        self.block_of = block_of.to(q.device)
+        self.block = self.block_of[rows].clamp(max=self.blocks - 1)
+        self.visual = (self.block_of[rows] < self.blocks)[:, None]
+
+    def flaw(self) -> str | None:
+        """A kept block with a lower score than one left out, by fp64 means and products, for some blocks of queries."""
+        order = self.plan.order
+        some = torch.linspace(0, self.blocks - 1, min(16, self.blocks)).long().to(self.q.device)
+        index = order.index()[: self.blocks * order.block].to(self.q.device)
+        held = (index >= 0).view(self.blocks, order.block, 1)
+
+        def means(x: torch.Tensor) -> torch.Tensor:
+            sums = (x.double()[index.clamp(min=0)].view(self.blocks, order.block, -1) * held).sum(1)
+            return sums / held.sum(1)
+
+        depth = order.block + self.q.shape[-1]  # terms of a mean and of a product
+        for head, critical in enumerate(self.critical):
+            query, key = means(self.q[0, head])[some], means(self.k[0, head])
+            scores, kept = query @ key.T, critical[some]
+            slack = depth * torch.finfo(torch.float32).eps * (query.abs() @ key.abs().T).amax(-1)
+            worst = scores.masked_fill(~kept, torch.inf).amin(-1)
+            best = scores.masked_fill(kept, -torch.inf).amax(-1)
+            if not bool((worst >= best - slack).all()):
+                return f"router: head {head} kept a block although a better one was left out"
+        return None
+
+    def seen(self, head: int) -> torch.Tensor:
+        critical = F.pad(self.critical[head, self.block], (0, self.plan.order.dense_blocks), value=True)
+        return critical[:, self.block_of] | ~self.visual
+
+    def attend(
+        self,
+        head: int,
+        seen: torch.Tensor,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        *weights: torch.Tensor,
+    ) -> torch.Tensor:
+        out = masked_attention(q, k, v, seen)
+        if not weights:
+            return out
+        config = self.plan.config
+        linear = ~(self.critical | self.skipped)[head, self.block]
+        if config.linear_scope == "all":
+            linear = torch.ones_like(linear)
+        pairs = F.pad(linear, (0, self.plan.order.dense_blocks), value=False)[:, self.block_of]
+        affinity = apply_map(q, config.feature_map) @ apply_map(k, config.feature_map).T * pairs
+        branch = (affinity @ v) / (affinity.sum(-1, keepdim=True) + EPSILON)
+        return torch.where(self.visual, out + F.linear(branch, *weights), out)
+
+
+def at_density(grid: TokenGrid, density: float) -> dict[str, Any]:
+    """The share of visual blocks, to six digits."""
+    return {"topk": min(1.0, max(1e-6, float(f"{grid.visual_share(density):.6g}")))}
+
+
 METHOD = Method(
     name="sla",
     config=Config,
@@ -392,4 +469,6 @@ METHOD = Method(
     ),
     summary="top-k key blocks exactly, a learned linear branch for the rest (needs fine-tuning)",
     source="SLA, arXiv 2509.24006; github.com/thu-ml/SLA",
+    at_density=at_density,
+    definition=SlaDefinition,
 )

@@ -6,14 +6,14 @@ Source: Ding et al., "Efficient-vDiT: Efficient Video Diffusion Transformers wit
 from __future__ import annotations
 
 import dataclasses
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
 from dit_accel.errors import DitAccelError
 from dit_accel.plans.masks import Band, Mask
 from dit_accel.plans.plan import MaskPlan
-from dit_accel.registry import Method
+from dit_accel.registry import Method, plan
 from dit_accel.tokens import TokenGrid
 
 
@@ -54,10 +54,21 @@ def make_plan(grid: TokenGrid, config: Config) -> MaskPlan:
     return MaskPlan("tile", config, grid, Mask((band,)))
 
 
+def at_density(grid: TokenGrid, density: float) -> dict[str, Any]:
+    """The number of reference frames whose density is nearest to the wanted one."""
+
+    def error(references: int) -> float:
+        return abs(plan("tile", grid, references=references).density - density)
+
+    return {"references": min(range(1, grid.frames + 1), key=error)}
+
+
 METHOD = Method(
     "tile",
     Config,
     make_plan,
     "attention tile: same frame, plus a few reference frames both ways",
     source="arXiv:2502.06155",
+    at_density=at_density,
+    sparsest=lambda grid: (3 * grid.frames - 2) / grid.frames**2,  # with one reference frame
 )

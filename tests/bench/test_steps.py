@@ -8,10 +8,8 @@ import torch
 
 from dit_accel.bench import gate as bench_gate
 from dit_accel.bench import steps as bench_steps
-from dit_accel.bench.models import MODELS, Step, select_steps
-from dit_accel.bench.rows import SHAPES, Setting
+from dit_accel.bench.rows import MethodSetting, ModelStep, get_shape, select_steps
 from dit_accel.errors import DitAccelError
-from dit_accel.tokens import TokenGrid
 
 CPU = torch.device("cpu")
 # The fields that every row of a whole model has.
@@ -36,23 +34,20 @@ SMALL = {
         "use_rotary_positional_embeddings": True,
     },
 }  # fmt: skip
-SLA = Setting("sla", None, {"topk": 0.5, "block": 16})
-GNA = Setting("gna", None, {"window": (1, 3, 4)})
+SLA = MethodSetting("sla", None, {"topk": 0.5, "block": 16})
+GNA = MethodSetting("gna", None, {"window": (1, 3, 4)})
 
 
 def small(name):
     """The declared model with a small architecture at a small size."""
+    shape = get_shape(name)
+    transformer = dataclasses.replace(shape.transformer, config=SMALL[name], text=shape.transformer.text and 7)
     axes = (1, 8, 9) if name == "flux-4k" else (4, 6, 8)
-    return dataclasses.replace(MODELS[name], config=SMALL[name], axes=axes, text=7)
+    return dataclasses.replace(shape, axes=axes, text=shape.text and 7, transformer=transformer)
 
 
 def measure(*steps, **options):
     return list(bench_steps.StepBench(CPU, seconds=0, dtype=torch.float32, **options).run(steps))
-
-
-def test_the_shapes_are_those_of_the_operators_rows():
-    for name, model in MODELS.items():
-        assert (model.axes, model.name) == (SHAPES[name].axes, name)
 
 
 @pytest.mark.parametrize(
@@ -67,20 +62,19 @@ def test_the_shapes_are_those_of_the_operators_rows():
 )
 def test_models_have_the_published_size(name, parameters):
     """Counted without memory; published: 1.3, 14, 13, 12 and 5 billion, to the digits of their cards."""
-    model = MODELS[name].build(torch.device("meta"), torch.bfloat16)
+    model = get_shape(name).transformer.build(torch.device("meta"), torch.bfloat16)
     assert sum(p.numel() for p in model.parameters()) == pytest.approx(parameters, rel=0.02)
 
 
 @pytest.mark.parametrize("name", SMALL)
 def test_a_row_of_each_class(name):
     model = small(name)
-    (outcome,) = measure(Step(model, GNA, "eager"))
+    (outcome,) = measure(ModelStep(model, GNA, "eager"))
     assert outcome.status == "measured", outcome.reason
     record = outcome.record
     assert set(FIELDS) <= set(record)
     json.dumps(record)
-    grid = TokenGrid(*model.axes, text=SHAPES[name].text and 7, text_first=SHAPES[name].text_first)
-    assert record["grid"] == str(grid)
+    assert record["grid"] == str(model.grid)
     assert record["row"] == f"{name}/gna:window=1x3x4/published/eager"
     assert record["sparse_layers"] == record["layers"] >= 1
     assert record["speedup"] == pytest.approx(record["dense_step_ms_p50"] / record["step_ms_p50"])
@@ -89,15 +83,15 @@ def test_a_row_of_each_class(name):
 
 def test_compiled_blocks_and_methods_in_turn():
     model = small("wan-14b-480p")
-    steps = [Step(model, setting, mode) for mode in ("eager", "compiled") for setting in (GNA, SLA)]
+    steps = [ModelStep(model, setting, mode) for mode in ("eager", "compiled") for setting in (GNA, SLA)]
     outcomes = measure(*steps, backend="eager")
     assert [outcome.status for outcome in outcomes] == ["measured"] * 4, [outcome.reason for outcome in outcomes]
     assert [outcome.record["mode"] for outcome in outcomes] == ["eager", "eager", "compiled", "compiled"]
 
 
 def test_published_settings_keep_their_dense_layers():
-    (step,) = select_steps(["wan-14b-480p"], [Setting("radial", None)], modes=["eager"], pattern="*/published/*")
-    (outcome,) = measure(dataclasses.replace(step, model=dataclasses.replace(small("wan-14b-480p"), axes=(12, 12, 16))))
+    (step,) = select_steps(["wan-14b-480p"], [MethodSetting("radial", None)], modes=["eager"], pattern="*/published/*")
+    (outcome,) = measure(dataclasses.replace(step, shape=dataclasses.replace(small("wan-14b-480p"), axes=(12, 12, 16))))
     assert outcome.status == "measured", outcome.reason
     assert (outcome.record["layers"], outcome.record["sparse_layers"]) == (2, 1)
 
@@ -107,16 +101,16 @@ def test_what_is_not_exact_is_not_timed(monkeypatch):
         raise bench_gate.Inexact("out: error 1, at most 0 allowed")
 
     monkeypatch.setattr("dit_accel.bench.run.check", inexact)
-    (outcome,) = measure(Step(small("wan-14b-480p"), GNA, "eager"))
+    (outcome,) = measure(ModelStep(small("wan-14b-480p"), GNA, "eager"))
     assert (outcome.status, outcome.record) == ("red", None)
 
 
 def test_what_cannot_be_measured_keeps_nothing_else_from_it():
     model = small("wan-14b-480p")
     broken = dataclasses.replace(model, axes=(0, 6, 8))
-    outcomes = measure(
-        Step(broken, GNA, "eager"), Step(model, Setting("gna", None, {"window": 9}), "eager"), Step(model, GNA, "eager")
-    )
+    too_large = MethodSetting("gna", None, {"window": 9})
+    steps = [ModelStep(broken, GNA, "eager"), ModelStep(model, too_large, "eager"), ModelStep(model, GNA, "eager")]
+    outcomes = measure(*steps)
     assert [outcome.status for outcome in outcomes] == ["refused", "refused", "measured"]
 
 
@@ -138,7 +132,7 @@ class TestDeclared:
         [
             ({"models": ["wan-14b-720"]}, "Did you mean 'wan-14b-720p'"),
             ({"modes": ["fast"]}, "eager, compiled; got 'fast'"),
-            ({"pattern": "nothing"}, "No step of a model matches"),
+            ({"pattern": "nothing"}, "No declared row matches"),
         ],
     )
     def test_what_is_unknown_is_refused(self, arguments, words):

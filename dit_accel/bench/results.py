@@ -1,17 +1,41 @@
-"""The picture of a benchmark: speed-up against density, beside the line of what could be reached."""
+"""Files of measured rows: read back, and drawn as speed-up against density."""
 
 from __future__ import annotations
 
+import json
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
 from dit_accel.errors import DitAccelError
+from dit_accel.generation.lines import whole
 from dit_accel.generation.output import check_matplotlib
 
 PANEL = (4.5, 4.5)  # inches
 KEYS = ("op", "shape", "dtype", "direction")
 MARKERS, STYLES = "osD^vP*Xph<>", ("-", "--", ":")
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """All whole rows of a file; a last line that was cut short is left out.
+
+    Raises:
+        DitAccelError: the file cannot be read, or a whole line of it is not a row.
+    """
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise DitAccelError(f"{path} cannot be read: {error.strerror or error}.") from error
+    rows = []
+    for number, line in enumerate(content[: whole(content)].splitlines(), 1):
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise DitAccelError(f"{path}, line {number}, is not JSON ({error}); rows are never edited.") from error
+        if not isinstance(row, dict) or "speedup" not in row:
+            raise DitAccelError(f"{path}, line {number}, is not a row that `dit-accel bench` wrote.")
+        rows.append(row)
+    return rows
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
@@ -21,7 +45,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     cost what it costs the dense baseline.
 
     Args:
-        rows: as `bench.measure` makes them.
+        rows: of operators, as `Bench.measure` makes them.
         path: where to.
 
     Raises:
