@@ -1,23 +1,265 @@
-"""Files that are complete or not there: written under another name, then renamed."""
+"""Writing files: complete or not there, one writer to a folder, and refused before the work where it cannot succeed.
+
+Files are written in a hidden folder beside their place and then renamed. A killed process leaves such a folder behind;
+the next writer of the same file removes it. Locks belong to the operating system, so a killed process holds none.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import datetime
+import errno
+import json
 import os
-import pathlib
+import platform
+import shutil
 import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from dit_accel.errors import DitAccelError
+
+try:
+    import fcntl
+except ImportError:  # Windows has no flock
+    fcntl = None  # type: ignore[assignment]
+
+LOCK = ".dit-accel.lock"
+NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EBADF)  # some network file systems
 
 
-def replace_file(file: pathlib.Path, content: bytes) -> None:
-    """Write under a temporary name in the same folder, then rename.
+def replace_file(file: Path, content: bytes) -> None:
+    """Write one file, in place of the old one if there is one.
 
     Raises:
-        OSError: it cannot be written; the old file stays.
+        DitAccelError: it cannot be written, for instance on a full disk; the old file stays.
     """
-    handle, temporary = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
+    with staged(file) as stage:
+        (stage / file.name).write_bytes(content)
+
+
+@contextlib.contextmanager
+def staged(output: Path) -> Iterator[Path]:
+    """A folder for what belongs together; all of it moves to the folder of `output` when the block ends well.
+
+    JSON files move last, so a record implies that the files it describes are complete. Several processes may write
+    the same output; the last one to finish wins.
+
+    Args:
+        output: one of the files; error messages name it.
+
+    Raises:
+        DitAccelError: writing failed, for instance on a full disk; nothing is left behind.
+    """
+    prefix = _stage_prefix(output)
     try:
-        with os.fdopen(handle, "wb") as stream:
-            stream.write(content)
-        os.replace(temporary, file)
-    except BaseException:
-        pathlib.Path(temporary).unlink(missing_ok=True)
-        raise
+        output.parent.mkdir(parents=True, exist_ok=True)
+        for left in [path for path in output.parent.iterdir() if path.name.startswith(prefix)]:
+            _remove_abandoned(left)
+        stage, lock = _make_stage(output.parent, prefix)
+        try:
+            yield stage
+            for path in sorted(stage.iterdir(), key=lambda path: (path.suffix == ".json", path.name)):
+                _move(path, output.parent / path.name)
+        finally:
+            shutil.rmtree(stage)
+            lock.close()
+    except OSError as error:
+        raise DitAccelError(f"{output} could not be written: {error.strerror or error}.") from error
+
+
+def _move(source: Path, target: Path) -> None:
+    """Put a file or a folder in its place."""
+    for path in (source, *source.rglob("*")):
+        if path.is_file():
+            with open(path, "rb") as written:
+                os.fsync(written.fileno())  # or a power cut leaves an empty file under the final name
+    if target.is_dir():  # only an empty folder could be replaced
+        os.replace(target, source.with_name(f"{source.name}.old"))
+    os.replace(source, target)
+
+
+def _stage_prefix(output: Path) -> str:
+    """How the names of `staged` folders for this output begin, and for no other."""
+    return f".dit-accel-{output.name}."
+
+
+def _make_stage(folder: Path, prefix: str) -> tuple[Path, contextlib.ExitStack]:
+    """A new folder and its lock."""
+    while True:
+        stage = Path(tempfile.mkdtemp(prefix=prefix, dir=folder))
+        with contextlib.suppress(FileNotFoundError):
+            lock, _ = _lock_folder(stage, wait=True)
+            if stage.exists():
+                return stage, lock
+            lock.close()  # another process locked it first, and took it for abandoned
+
+
+def _remove_abandoned(stage: Path) -> None:
+    """Remove the folder of a killed process, which is one that nobody has locked."""
+    with contextlib.suppress(BlockingIOError, FileNotFoundError):
+        lock, kept = _lock_folder(stage, wait=False)
+        with lock:
+            if kept:
+                shutil.rmtree(stage)
+
+
+def _lock_folder(folder: Path, *, wait: bool) -> tuple[contextlib.ExitStack, bool]:
+    """What unlocks the folder when closed, and whether there are locks; see `_lock`."""
+    with contextlib.ExitStack() as stack:
+        if fcntl is None:
+            return stack.pop_all(), False
+        handle = os.open(folder, os.O_RDONLY)
+        stack.callback(os.close, handle)
+        kept = _lock(handle, wait=wait)
+        return stack.pop_all(), kept
+
+
+def append(path: Path, row: dict[str, Any]) -> None:
+    """Add one JSON object as one line; it is on disk when this returns.
+
+    An incomplete last line, left by a killed process, is removed first.
+
+    Raises:
+        DitAccelError: the file cannot be written.
+    """
+    line = (json.dumps(row, allow_nan=False) + "\n").encode()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "ab+") as file:
+            file.seek(0)
+            file.truncate(whole(file.read()))
+            file.write(line)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise DitAccelError(f"{path} could not be written: {error.strerror or error}.") from error
+
+
+def whole(content: bytes) -> int:
+    """Number of bytes up to the end of the last complete line."""
+    return content.rfind(b"\n") + 1
+
+
+def check_file(output: Path, endings: tuple[str, ...], option: str = "--output") -> None:
+    """See before the work that a file can be written.
+
+    Raises:
+        DitAccelError: another ending is wanted, `output` is a folder, or its folder cannot be written to.
+    """
+    if output.suffix.lower() not in endings:
+        raise DitAccelError(f"{option} {output} should end in {' or '.join(endings)}.")
+    if os.path.isdir(output):
+        raise DitAccelError(f"{option} {output} is a folder; give a file name in it.")
+    _check_writable(output, output.absolute().parent, option)
+
+
+def check_folder(output: Path, option: str = "--output") -> None:
+    """See before the work that files can be written to a folder, which need not exist yet.
+
+    Raises:
+        DitAccelError: it is a file, or it cannot be written to.
+    """
+    if os.path.exists(output) and not os.path.isdir(output):
+        raise DitAccelError(f"{option} {output} is a file; give a folder.")
+    _check_writable(output, output.absolute(), option)
+
+
+def _check_writable(output: Path, folder: Path, option: str) -> None:
+    while not os.path.exists(folder):
+        folder = folder.parent
+    try:
+        with tempfile.TemporaryDirectory(prefix=_stage_prefix(output), dir=folder, ignore_cleanup_errors=True):
+            pass
+    except OSError as error:
+        raise DitAccelError(f"{option} {output} cannot be written: {folder}: {error.strerror}.") from error
+
+
+@contextlib.contextmanager
+def hold(folder: Path, option: str = "--output") -> Iterator[bool]:
+    """Keep a folder to this process for the length of the block.
+
+    The folder is made if it does not exist, and removed again if the block leaves nothing in it. A lock file names
+    the holder, for people.
+
+    Args:
+        folder: to keep.
+        option: the option that names the folder, for the error.
+
+    Yields:
+        Whether it is kept; False where the system or the file system has no locks.
+
+    Raises:
+        DitAccelError: another process has it, or it cannot be written to.
+    """
+    made = [each for each in (folder, *folder.parents) if not each.exists()]
+    path = folder / LOCK
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file, kept = (None, False) if fcntl is None else _open_lock(path)
+    except BlockingIOError as error:
+        raise DitAccelError(
+            f"{option} {folder} is in use by {_holder(path)}; wait until it is done, stop it, or choose another "
+            f"{option}."
+        ) from error
+    except OSError as error:
+        raise DitAccelError(f"{folder} could not be written: {error.strerror or error}.") from error
+    try:
+        yield kept
+    finally:
+        if file is not None:
+            path.unlink(missing_ok=True)
+            file.close()
+        for each in made:
+            if any(each.iterdir()):
+                break
+            each.rmdir()
+
+
+def _open_lock(path: Path) -> tuple[IO[str], bool]:
+    """The lock file, locked and with this process's name in it, and whether the file system has locks."""
+    while True:
+        file = open(path, "a+", encoding="utf-8")  # keeps the present holder's name
+        try:
+            kept = _lock(file.fileno(), wait=False)
+            if _is_at(file, path):
+                now = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
+                file.truncate(0)
+                file.write(f"process {os.getpid()} on {platform.node()}, at work since {now}")
+                file.flush()
+                return file, kept
+        except BaseException:
+            file.close()
+            raise
+        file.close()  # its holder removed it between our open and our lock
+
+
+def _lock(handle: int, *, wait: bool) -> bool:
+    """Lock an open file or folder; False where the file system has no locks.
+
+    Raises:
+        BlockingIOError: another process has it, and this one is not to wait.
+    """
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        return False
+    return True
+
+
+def _is_at(file: IO[str], path: Path) -> bool:
+    """Whether an open file is still the one of that name."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
+    except FileNotFoundError:
+        return False
+
+
+def _holder(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8") or "another process"
+    except FileNotFoundError:  # it has let go since
+        return "another process"

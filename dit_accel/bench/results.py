@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dit_accel.errors import DitAccelError
-from dit_accel.generation.lines import whole
+from dit_accel.files import whole
 from dit_accel.generation.output import check_matplotlib
 
 PANEL = (4.5, 4.5)  # inches

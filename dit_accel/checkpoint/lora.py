@@ -10,8 +10,6 @@ import dataclasses
 import hashlib
 import json
 import pathlib
-import shutil
-import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -20,7 +18,7 @@ from torch import nn
 
 from dit_accel import values
 from dit_accel.errors import DitAccelError
-from dit_accel.files import replace_file
+from dit_accel.files import replace_file, staged
 from dit_accel.registry import learned_attributes
 
 ADAPTER = "dit_accel"
@@ -150,16 +148,9 @@ def _lora_file(transformers: Mapping[str, nn.Module]) -> bytes:
 
 
 def _write_model(folder: pathlib.Path, transformer: nn.Module) -> None:
-    stage = pathlib.Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
-        kept = {name: weight.detach() for name, weight in _base_weights(transformer)}
-        kept |= dict(transformer.named_buffers())
-        transformer.save_pretrained(stage / "new", state_dict=kept)  # type: ignore[operator]
-        if folder.exists():
-            folder.rename(stage / "old")
-        (stage / "new").rename(folder)
-    finally:
-        shutil.rmtree(stage)
+    kept = {name: weight.detach() for name, weight in _base_weights(transformer)} | dict(transformer.named_buffers())
+    with staged(folder) as stage:
+        transformer.save_pretrained(stage / folder.name, state_dict=kept)  # type: ignore[operator]
 
 
 def apply(

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ import typer
 from dit_accel.cli import Interrupted, job
 from dit_accel.cli.job import Request
 from dit_accel.errors import DitAccelError
+from dit_accel.files import replace_file
 from dit_accel.generation import prompts
 from dit_accel.generation.processes import Process
 
@@ -67,21 +67,15 @@ class Batch:
         """List every prompt with what was made for it, from the records.
 
         Another process may finish an output between reading and writing; whoever renames last has read everything
-        that was there, because all go on until nothing is new. Each has a temporary name of its own, which it takes
-        again after a kill.
+        that was there, because all go on until nothing is new.
 
         Raises:
             DitAccelError: it cannot be written.
         """
-        temporary = self.manifest.with_name(f".{self.manifest.name}.{self.process.index}")
         written = None
         while written != (found := [record_of(request).exists() for request in self.requests]):
             lines = [json.dumps(self._entry(i, done)) for i, done in enumerate(found)]
-            try:
-                temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
-                os.replace(temporary, self.manifest)
-            except OSError as error:
-                raise DitAccelError(f"{self.manifest} could not be written: {error.strerror or error}.") from error
+            replace_file(self.manifest, ("\n".join(lines) + "\n").encode())
             written = found
 
     def _entry(self, index: int, done: bool) -> dict[str, Any]:

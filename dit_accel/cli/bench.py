@@ -132,9 +132,9 @@ def bench(
 
 def _profile_writer(path: Path) -> Callable[[str], None]:
     """Adds to a file that begins empty."""
-    from dit_accel.generation.output import check_output
+    from dit_accel.files import check_file
 
-    check_output(path, (".txt",), option="--profile")
+    check_file(path, (".txt",), option="--profile")
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("", encoding="utf-8")
 
@@ -187,30 +187,28 @@ def _steps(
 def _write_break_even(records: list[dict[str, Any]], source: Path, target: Path) -> None:
     import dataclasses
 
-    from dit_accel.generation.output import check_output, staged
+    from dit_accel.files import check_file, replace_file
     from dit_accel.hooks.break_even import from_rows
 
-    check_output(target, (".json",), option="--break-even")
+    check_file(target, (".json",), option="--break-even")
     entries = from_rows([record for record in records if "op" in record], str(source))
-    with staged(target) as stage:
-        content = json_module.dumps([dataclasses.asdict(entry) for entry in entries], indent=1)
-        (stage / target.name).write_text(content + "\n", encoding="utf-8")
+    content = json_module.dumps([dataclasses.asdict(entry) for entry in entries], indent=1)
+    replace_file(target, f"{content}\n".encode())
 
 
 def _check_files(output: Path | None, picture: Path | None, read: Path | None, *, nothing_to_draw: bool) -> None:
-    from dit_accel.generation.output import IMAGE_ENDINGS, check_output
+    from dit_accel.files import check_file
+    from dit_accel.generation.output import IMAGE_ENDINGS, check_matplotlib
 
     if read is not None and (output is not None or nothing_to_draw):
         raise DitAccelError("--read measures nothing, so it goes with neither --output nor --list.")
     if picture is not None:
-        from dit_accel.generation.output import check_matplotlib
-
         if nothing_to_draw:
             raise DitAccelError("--list measures nothing, so there is no --picture to draw; leave one of them out.")
-        check_output(picture, IMAGE_ENDINGS, option="--picture")
+        check_file(picture, IMAGE_ENDINGS, option="--picture")
         check_matplotlib()
     if output is not None:
-        check_output(output, ROWS_ENDING)
+        check_file(output, ROWS_ENDING)
         if output.exists():  # rows are only ever added to a file of rows
             from dit_accel.bench.results import read as read_rows
 
@@ -251,7 +249,7 @@ def _left(rows: Sequence[Declared], device: torch.device, output: Path | None) -
 
 def _measure(found: Iterator[RowOutcome], count: int, output: Path | None, picture: Path | None, *, json: bool) -> int:
     """Measure and report; the status is 1 if a row that can be had was not measured."""
-    from dit_accel.generation.lines import append
+    from dit_accel.files import append
 
     outcomes: list[RowOutcome] = []
     try:
@@ -286,7 +284,7 @@ def _show(records: list[dict[str, Any]], picture: Path | None, *, json: bool) ->
     operators, steps = ([record for record in records if ("op" in record) == wanted] for wanted in (True, False))
     if picture is not None and operators:
         from dit_accel.bench.results import draw
-        from dit_accel.generation.output import staged
+        from dit_accel.files import staged
 
         with staged(picture) as stage:
             draw(operators, stage / picture.name)

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dit_accel.errors import DitAccelError
+from dit_accel.files import check_file, staged
 from dit_accel.generation import call, sources
-from dit_accel.generation import output as files
+from dit_accel.generation import output as media
 from dit_accel.generation.choice import Choice, choose
 from dit_accel.generation.request import ModelRequest
 from dit_accel.generation.sampling import Sample, check_seeds, sample
@@ -171,7 +172,7 @@ def prepare(request: Request) -> Job:
     sizes = sizes_of(source)
     shape = sizes.chosen(request.frames, request.height, request.width)
     path = request.output or Path("output.mp4" if sizes.video else "output.png")
-    files.check_output(path, _endings(sizes, shape[0]))
+    check_file(path, _endings(sizes, shape[0]))
     grid = sizes.grid(*shape)
     chosen.check(grid)
     call.check_loras(request.lora or ())
@@ -182,8 +183,8 @@ def prepare(request: Request) -> Job:
 
 def _endings(sizes: Sizes, frames: int) -> tuple[str, ...]:
     if not sizes.video:
-        return files.IMAGE_ENDINGS
-    return files.VIDEO_ENDINGS + (files.IMAGE_ENDINGS if frames == 1 else ())
+        return media.IMAGE_ENDINGS
+    return media.VIDEO_ENDINGS + (media.IMAGE_ENDINGS if frames == 1 else ())
 
 
 def _run(
@@ -223,15 +224,15 @@ def _write(path: Path, record: dict[str, Any], title: str, runs: dict[str, Sampl
     """All files of a run, or none of them."""
     fps = record["fps"] or 1
     pixels = {name: (made.frames * 255).round().astype("uint8") for name, made in runs.items()}
-    with files.staged(path) as stage:
-        files.write_frames(stage / path.name, pixels["accelerated"], fps)
-        files.write_json(stage / f"{path.stem}.json", record)
+    with staged(path) as stage:
+        media.write_frames(stage / path.name, pixels["accelerated"], fps)
+        media.write_json(stage / f"{path.stem}.json", record)
         if "dense" in runs:
             dense, made = runs["dense"], runs["accelerated"]
             captions = (f"dense: {dense.seconds:.1f} s", f"{title}: {made.seconds:.1f} s")
-            both = files.side_by_side(pixels["dense"], pixels["accelerated"], captions, likeness(record["comparison"]))
-            files.write_frames(stage / files.sibling(path, "dense"), pixels["dense"], fps)
-            files.write_frames(stage / files.sibling(path, "compare"), both, fps)
+            both = media.side_by_side(pixels["dense"], pixels["accelerated"], captions, likeness(record["comparison"]))
+            media.write_frames(stage / media.sibling(path, "dense"), pixels["dense"], fps)
+            media.write_frames(stage / media.sibling(path, "compare"), both, fps)
 
 
 def _summary(path: Path, record: dict[str, Any], title: str) -> list[str]:
@@ -241,8 +242,8 @@ def _summary(path: Path, record: dict[str, Any], title: str) -> list[str]:
         lines.append(f"{label}: {run['seconds']:.2f} s, of which {run['denoising_seconds']:.2f} s denoising")
     if record["comparison"]:
         lines.append(likeness(record["comparison"]))
-        lines.append(f"side by side: {path.with_name(files.sibling(path, 'compare'))}")
-        lines.append(f"dense:        {path.with_name(files.sibling(path, 'dense'))}")
+        lines.append(f"side by side: {path.with_name(media.sibling(path, 'compare'))}")
+        lines.append(f"dense:        {path.with_name(media.sibling(path, 'dense'))}")
     return [*lines, f"output:       {path}", f"record:       {path.with_suffix('.json')}"]
 
 

@@ -42,9 +42,10 @@ def plan(
     from dit_accel import registry
 
     if image is not None:
-        from dit_accel.generation.output import IMAGE_ENDINGS, check_output
+        from dit_accel.files import check_file
+        from dit_accel.generation.output import IMAGE_ENDINGS
 
-        check_output(image, IMAGE_ENDINGS, option="--image")
+        check_file(image, IMAGE_ENDINGS, option="--image")
     name, config = registry.parse_method(method, settings or ())
     tokens = _grid(grid, text, text_first, model, (frames, height, width), revision)
     made = registry.plan(name, tokens, **config)
@@ -132,7 +133,7 @@ def _blocks(plan: Plan) -> dict[str, Any]:
 
 
 def _save_image(plan: Plan, path: Path) -> None:
-    from dit_accel.generation.output import staged
+    from dit_accel.files import staged
 
     with staged(path) as stage:
         plan.image().save(stage / path.name)

@@ -20,10 +20,9 @@ from dit_accel.eval.processes import Processes
 from dit_accel.eval.samples import Results, Store
 from dit_accel.eval.summary import FIGURES, Evaluation, Summary, limited, write
 from dit_accel.eval.sweep import Entry, Item, Sweep, entries, folder_hash
+from dit_accel.files import check_folder, hold
 from dit_accel.generation import call, captioned, prompts, sources
 from dit_accel.generation.choice import Choice
-from dit_accel.generation.lock import hold
-from dit_accel.generation.output import check_folder
 from dit_accel.generation.request import ModelRequest
 from dit_accel.generation.sampling import check_seeds
 from dit_accel.generation.sizes import sizes_of

@@ -8,14 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dit_accel.errors import DitAccelError
-from dit_accel.generation import lines
-from dit_accel.generation.lock import hold
+from dit_accel.files import append, replace_file
 
 if TYPE_CHECKING:
     import numpy as np
@@ -45,7 +43,7 @@ class Store:
         return self.folder / f"{key}.safetensors"
 
     def write(self, frames: np.ndarray, row: Row) -> Row:
-        """Write frames, uint8 [F, H, W, 3] with any strides, under a temporary name, then rename.
+        """Write frames, uint8 [F, H, W, 3] with any strides; several evaluations may share the folder.
 
         Returns:
             The row with a hash of the frames in it.
@@ -59,18 +57,7 @@ class Store:
         frames = np.ascontiguousarray(frames)  # safetensors writes the memory as it lies
         path = self.path(row["key"])
         row = row | {"sha256": hash_of(frames)}
-        temporary = path.with_suffix(f".{os.getpid()}.tmp")
-        with hold(self.folder, wait=True) as alone:  # evaluations may share a folder of references
-            try:
-                for abandoned in self.folder.glob("*.tmp") if alone else ():  # of a run that was killed while it wrote
-                    abandoned.unlink()
-                with open(temporary, "wb") as file:
-                    file.write(save({"frames": frames}, metadata={"row": json.dumps(row)}))
-                    file.flush()
-                    os.fsync(file.fileno())
-                os.replace(temporary, path)
-            except OSError as error:
-                raise DitAccelError(f"{path} could not be written: {error.strerror or error}.") from error
+        replace_file(path, save({"frames": frames}, metadata={"row": json.dumps(row)}))
         return row
 
     def find(self, key: str) -> Row | None:
@@ -136,7 +123,7 @@ class Results:
 
     def add(self, row: Row) -> None:
         """Keep a row, on disk when this returns."""
-        lines.append(self._own, row)
+        append(self._own, row)
         self.rows[row["key"]] = row
 
     def rewrite(self, rows: Iterable[Row]) -> None:
@@ -148,17 +135,9 @@ class Results:
         ordered = {row["key"]: row for row in rows}
         ordered |= {key: row for key, row in self.rows.items() if key not in ordered}
         path = self.folder / RESULTS
-        temporary = path.with_suffix(".tmp")
-        try:
-            with open(temporary, "w", encoding="utf-8") as file:
-                file.writelines(json.dumps(row, allow_nan=False) + "\n" for row in ordered.values())
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-            for other in self.folder.glob("results-*.jsonl"):
-                other.unlink()
-        except OSError as error:
-            raise DitAccelError(f"{path} could not be written: {error.strerror or error}.") from error
+        replace_file(path, "".join(json.dumps(row, allow_nan=False) + "\n" for row in ordered.values()).encode())
+        for other in self.folder.glob("results-*.jsonl"):
+            other.unlink()
 
 
 def _row(line: bytes) -> Row | None:

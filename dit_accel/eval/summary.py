@@ -18,7 +18,8 @@ from dit_accel.eval.report import write_report
 from dit_accel.eval.samples import Row
 from dit_accel.eval.scoring import Figure, plain, score
 from dit_accel.eval.sweep import Entry, Item, Sweep
-from dit_accel.generation.output import staged, write_frames
+from dit_accel.files import staged
+from dit_accel.generation.output import write_frames
 from dit_accel.generation.provenance import commit
 from dit_accel.generation.versions import machine, versions
 

@@ -13,7 +13,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dit_accel.errors import DitAccelError
 from dit_accel.eval import attention
 from dit_accel.eval.samples import Results, Row, Store, key_of
 from dit_accel.files import replace_file
@@ -149,11 +148,7 @@ class Sweep:
                     chosen.steps,
                     chosen.layers,
                 )
-            try:
-                folder.mkdir(parents=True, exist_ok=True)
-                replace_file(path, json.dumps(record.as_json(), allow_nan=False).encode())
-            except OSError as error:
-                raise DitAccelError(f"{path} could not be written: {error.strerror or error}.") from error
+            replace_file(path, json.dumps(record.as_json(), allow_nan=False).encode())
         return {"row": entry.label, **read_json(path)}
 
     def _is_there(self, entry: Entry, key: str) -> bool:

@@ -1,14 +1,9 @@
-"""Writing results: checked before the work, written under temporary names, then renamed."""
+"""What generations are written as: videos, images, two clips side by side, and JSON records."""
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 import json
-import os
-import shutil
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,71 +26,6 @@ def check_matplotlib() -> None:
     """
     if importlib.util.find_spec("matplotlib") is None:
         raise DitAccelError("A picture needs matplotlib, which is not installed: pip install 'dit_accel[plot]'.")
-
-
-def check_output(output: Path, endings: tuple[str, ...], option: str = "--output") -> None:
-    """See now, not after the work, that `output` can be written.
-
-    Raises:
-        DitAccelError: another ending is wanted, `output` is a folder, or its folder cannot be written to.
-    """
-    if output.suffix.lower() not in endings:
-        raise DitAccelError(f"{option} {output} should end in {' or '.join(endings)}.")
-    if os.path.isdir(output):
-        raise DitAccelError(f"{option} {output} is a folder; give a file name in it.")
-    _check_writable(output, output.absolute().parent, option)
-
-
-def check_folder(output: Path, option: str = "--output") -> None:
-    """See now, not after the work, that files can be written to the folder `output`, which need not exist yet.
-
-    Raises:
-        DitAccelError: it is a file, or it cannot be written to.
-    """
-    if os.path.exists(output) and not os.path.isdir(output):
-        raise DitAccelError(f"{option} {output} is a file; give a folder.")
-    _check_writable(output, output.absolute(), option)
-
-
-def _check_writable(output: Path, folder: Path, option: str) -> None:
-    while not os.path.exists(folder):
-        folder = folder.parent
-    try:
-        with tempfile.TemporaryDirectory(prefix=_stage_prefix(output), dir=folder, ignore_cleanup_errors=True):
-            pass
-    except OSError as error:
-        raise DitAccelError(f"{option} {output} cannot be written: {folder}: {error.strerror}.") from error
-
-
-@contextlib.contextmanager
-def staged(output: Path) -> Iterator[Path]:
-    """A folder beside `output` for its files; they move to their places together when the block ends well.
-
-    JSON records move last: where there is one, the files that it is about are complete. One process at a time writes an
-    output: folders that a killed one left are removed.
-
-    Raises:
-        DitAccelError: writing failed, for instance on a full disk; nothing is left behind.
-    """
-    prefix = _stage_prefix(output)
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        for left in [path for path in output.parent.iterdir() if path.name.startswith(prefix)]:
-            shutil.rmtree(left)
-        stage = Path(tempfile.mkdtemp(prefix=prefix, dir=output.parent))
-        try:
-            yield stage
-            for path in sorted(stage.iterdir(), key=lambda path: (path.suffix == ".json", path.name)):
-                os.replace(path, output.parent / path.name)
-        finally:
-            shutil.rmtree(stage)
-    except OSError as error:
-        raise DitAccelError(f"{output} could not be written: {error.strerror or error}.") from error
-
-
-def _stage_prefix(output: Path) -> str:
-    """How the names of `staged` folders for this output begin, and for no other."""
-    return f".dit-accel-{output.name}."
 
 
 def sibling(output: Path, tag: str) -> str:

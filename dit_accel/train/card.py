@@ -34,11 +34,7 @@ def write(
     Raises:
         DitAccelError: the file cannot be written.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        replace_file(folder / CARD, text(base, accel, settings, data, steps).encode())
-    except OSError as error:
-        raise DitAccelError(f"The model card cannot be written to {folder}: {error.strerror}.") from error
+    replace_file(folder / CARD, text(base, accel, settings, data, steps).encode())
 
 
 def check(folder: pathlib.Path) -> None:
@@ -61,10 +57,7 @@ def write_quality(folder: pathlib.Path, measured: str) -> None:
         DitAccelError: the folder has no model card with a section for the quality, or it cannot be written.
     """
     before, after = _parts(folder)
-    try:
-        replace_file(folder / CARD, f"{before}{QUALITY}{measured}{LIMITS}{after}".encode())
-    except OSError as error:
-        raise DitAccelError(f"The model card cannot be written to {folder}: {error.strerror}.") from error
+    replace_file(folder / CARD, f"{before}{QUALITY}{measured}{LIMITS}{after}".encode())
 
 
 def _parts(folder: pathlib.Path) -> tuple[str, str]:

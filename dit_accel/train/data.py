@@ -85,28 +85,22 @@ def write(folder: pathlib.Path, samples: Iterable[Sample], negative: Call, about
     rows: list[dict[str, Any]] = []
     tensors: dict[str, torch.Tensor] = {}
     shards = 0
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for sample in samples:
-            own, constants = _split(sample.call)
-            key = str(len(rows))
-            tensors |= {f"{key}.latents": sample.latents} | {f"{key}.{name}": value for name, value in own.items()}
-            rows.append({"shard": shards, "kind": sample.kind, "prompt": sample.prompt, "constants": constants})
-            if sum(tensor.nbytes for tensor in tensors.values()) >= SHARD_BYTES:
-                _write_shard(folder, shards, tensors)
-                tensors, shards = {}, shards + 1
-        if not rows:
-            raise DitAccelError(
-                "There is no training data: the source has no samples. Give captioned files or prompts."
-            )
-        if tensors:
+    for sample in samples:
+        own, constants = _split(sample.call)
+        key = str(len(rows))
+        tensors |= {f"{key}.latents": sample.latents} | {f"{key}.{name}": value for name, value in own.items()}
+        rows.append({"shard": shards, "kind": sample.kind, "prompt": sample.prompt, "constants": constants})
+        if sum(tensor.nbytes for tensor in tensors.values()) >= SHARD_BYTES:
             _write_shard(folder, shards, tensors)
-        own, constants = _split(negative)
-        _write_tensors(folder / "negative.safetensors", own)
-        index = {"format": FORMAT, "about": dict(about), "negative": constants, "samples": rows}
-        replace_file(folder / INDEX, (json.dumps(index, indent=1) + "\n").encode())
-    except OSError as error:
-        raise DitAccelError(f"The training data cannot be written to {folder}: {error.strerror or error}.") from error
+            tensors, shards = {}, shards + 1
+    if not rows:
+        raise DitAccelError("There is no training data: the source has no samples. Give captioned files or prompts.")
+    if tensors:
+        _write_shard(folder, shards, tensors)
+    own, constants = _split(negative)
+    _write_tensors(folder / "negative.safetensors", own)
+    index = {"format": FORMAT, "about": dict(about), "negative": constants, "samples": rows}
+    replace_file(folder / INDEX, (json.dumps(index, indent=1) + "\n").encode())
     return len(rows)
 
 

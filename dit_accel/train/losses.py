@@ -19,7 +19,6 @@ class LossCurve:
 
     def __init__(self, path: pathlib.Path, step: int) -> None:
         kept = [row for row in read(path) if row["step"] <= step] if path.exists() else []
-        path.parent.mkdir(parents=True, exist_ok=True)
         replace_file(path, "".join(json.dumps(row) + "\n" for row in kept).encode())
         self._file = path.open("a", encoding="utf-8")
 

@@ -195,9 +195,5 @@ def write(path: pathlib.Path, table: Table, chosen: Sequence[int | None], **rema
     """
     settings = table.schedule(chosen)
     found = {"density": table.cost(chosen), "loss": table.loss(chosen), "costs": table.costs, "losses": table.losses}
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        replace_file(path, layerwise.to_json(settings, search={**remarks, **found}).encode())
-    except OSError as error:
-        raise DitAccelError(f"The layer schedule cannot be written to {path}: {error.strerror}.") from error
+    replace_file(path, layerwise.to_json(settings, search={**remarks, **found}).encode())
     return settings

@@ -17,6 +17,8 @@ from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from dit_accel.errors import DitAccelError
+from dit_accel.files import staged
+from dit_accel.generation.sources import first_line
 
 PARTS = ("weights", "average", "optimizer")
 SCALER = "loss scale"  # beside the optimizer's state, by names that no weight has
@@ -88,22 +90,19 @@ def save(folder: pathlib.Path, step: int, parts: Mapping[str, Tensors], record: 
     from safetensors.torch import save_file
 
     target = folder / f"step-{step:08d}"
-    stage = folder / f".{target.name}"
     try:
-        shutil.rmtree(stage, ignore_errors=True)
-        stage.mkdir(parents=True)
-        for name in PARTS:
-            save_file(parts[name], stage / f"{name}.safetensors")
-        (stage / STATE).write_text(json.dumps({"step": step, "record": record}, indent=1) + "\n", encoding="utf-8")
-        shutil.rmtree(target, ignore_errors=True)
-        stage.rename(target)
+        with staged(target) as stage:
+            (stage / target.name).mkdir()
+            for name in PARTS:
+                save_file(parts[name], stage / target.name / f"{name}.safetensors")
+            state = json.dumps({"step": step, "record": record}, indent=1) + "\n"
+            (stage / target.name / STATE).write_text(state, encoding="utf-8")
         for old in found(folder)[:-KEPT]:
             shutil.rmtree(old)
-    except (OSError, SafetensorError) as error:  # a full disk is either, by who writes
-        shutil.rmtree(stage, ignore_errors=True)
+    except (DitAccelError, OSError, SafetensorError) as error:  # a full disk, by who writes
         kept = found(folder)
         raise DitAccelError(
-            f"The checkpoint of step {step} cannot be written to {folder}: {str(error).splitlines()[0]}. "
+            f"The checkpoint of step {step} cannot be written to {folder} ({first_line(error)}). "
             f"{f'The last good one is {kept[-1]}' if kept else 'There is no earlier one'}; make room and run the same "
             "command again to go on."
         ) from error

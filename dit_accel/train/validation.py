@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from dit_accel.generation import output as files
+from dit_accel.files import staged
+from dit_accel.generation.output import write_frames
 
 if TYPE_CHECKING:
     import numpy as np
@@ -48,5 +49,5 @@ class Validation:
         """
         for index, frames in enumerate(made):
             path = folder / f"{index:02d}{'.mp4' if len(frames) > 1 else '.png'}"
-            with files.staged(path) as stage:
-                files.write_frames(stage / path.name, (frames * 255).round().astype("uint8"), self.fps)
+            with staged(path) as stage:
+                write_frames(stage / path.name, (frames * 255).round().astype("uint8"), self.fps)

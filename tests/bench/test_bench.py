@@ -17,7 +17,8 @@ from dit_accel.bench import rows as bench_rows
 from dit_accel.bench import run as bench
 from dit_accel.bench.rows import MethodSetting, OutOfReach, Row, Shape
 from dit_accel.errors import DitAccelError
-from dit_accel.generation import lines, provenance, versions
+from dit_accel.files import append
+from dit_accel.generation import provenance, versions
 from dit_accel.plans.definition import Definition
 from dit_accel.registry import get_methods, plan
 
@@ -338,23 +339,23 @@ RECORD |= {"cpu": "a processor", "density": 0.1, "speedup": 7.0}
 class TestFile:
     def test_rows_are_added(self, tmp_path):
         for speedup in (1, 2):
-            lines.append(tmp_path / "new" / "rows.jsonl", RECORD | {"speedup": speedup})
+            append(tmp_path / "new" / "rows.jsonl", RECORD | {"speedup": speedup})
         assert [found["speedup"] for found in results.read(tmp_path / "new" / "rows.jsonl")] == [1, 2]
 
     def test_what_a_cut_run_left_of_a_line_does_not_count(self, tmp_path):
         path = tmp_path / "rows.jsonl"
-        lines.append(path, RECORD)
+        append(path, RECORD)
         whole = path.read_bytes()
         path.write_bytes(whole + whole[: len(whole) // 2])
         assert results.read(path) == [RECORD]
-        lines.append(path, RECORD)
+        append(path, RECORD)
         assert path.read_bytes() == 2 * whole
 
     def test_a_cut_first_line(self, tmp_path):
         path = tmp_path / "rows.jsonl"
         path.write_text('{"op": ')
         assert results.read(path) == []
-        lines.append(path, RECORD)
+        append(path, RECORD)
         assert results.read(path) == [RECORD]
 
     @pytest.mark.parametrize("line", ["{broken}", "[1]", '{"other": 1}'])

@@ -119,7 +119,9 @@ def test_two_processes_one_of_which_is_killed(cli, wan_folder, prompts, tmp_path
     assert [entry["done"] for entry in manifest(tmp_path)] == [True, False, True, True, True]
     before = outputs(tmp_path)
 
-    first = start(0, kills.cli(tmp_path, "shot.jsonl", 2, asked))  # one manifest at the start, one after the output
+    first = start(
+        0, kills.cli(tmp_path, "shot.jsonl", 4, asked)
+    )  # each is written and moved: at the start, and after the output
     printed, error = first.communicate()
     assert first.returncode == -signal.SIGKILL, error
     assert "1 of 5 prompts to do, process 0 of 2" in printed

@@ -9,7 +9,7 @@ import torch
 from dit_accel.bench import results
 from dit_accel.bench import rows as bench_rows
 from dit_accel.bench.rows import MethodSetting, Shape, get_shape
-from dit_accel.generation import lines
+from dit_accel.files import append
 
 TINY = Shape(
     "cpu",
@@ -270,7 +270,7 @@ class TestModels:
         (record,) = results.read(tmp_path / "measured.jsonl")
         on_gpu = {"impl": "triton", "arch": "sm_90", "git": "c", "tokens": 9}
         for density, speedup in ((0.2, 2.0), (0.8, 0.5)):
-            lines.append(rows, record | on_gpu | {"density": density, "speedup": speedup})
+            append(rows, record | on_gpu | {"density": density, "speedup": speedup})
         assert cli("bench", "--read", rows, "--break-even", table).status == 0
         (entry,) = json.loads(table.read_text())
         assert (entry["density"], entry["method"], entry["source"]) == (0.4, "gna", f"{rows} at c")

@@ -47,7 +47,7 @@ def starter():
 
 
 def test_kills_lose_nothing(starter, wan_folder, tmp_path):
-    """Every sample is four writes: its folder's lock, its frames, their rename, its line. Before the first comes the
+    """Every sample is three writes: its frames, their rename, its line. Before the first comes the
     evaluation's lock, after the last the report."""
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a red circle\na blue square\n")
@@ -64,7 +64,7 @@ def test_kills_lose_nothing(starter, wan_folder, tmp_path):
 
     chance, output, done = random.Random(0), tmp_path / "killed", [0]
     moments = [(1, "results.jsonl")]  # the frames of the first reference are there, their line is not
-    moments += [(chance.randint(2, 18),) for _ in range(KILLS - 1)]
+    moments += [(chance.randint(2, 16),) for _ in range(KILLS - 1)]
     for moment in moments:
         assert run(output, *moment) == -signal.SIGKILL
         done.append(lines(output))

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dit_accel.files import hold
 from dit_accel.generation import output
-from dit_accel.generation.lock import hold
 
 SIZE = ("--frames", 5, "--height", 32, "--width", 48, "--steps", 2)
 METRICS = ("--metric", "psnr", "--metric", "ssim", "--metric", "temporal_psnr")

@@ -1,14 +1,12 @@
 """Samples on disk: whole or not there."""
 
 import json
-import os
 
 import numpy as np
 import pytest
 
 from dit_accel.errors import DitAccelError
 from dit_accel.eval.samples import RESULTS, Results, Store, key_of
-from dit_accel.generation.lock import hold
 
 ROW = {"key": "a", "label": "gna", "prompt": "p", "seed": 0, "sha256": "0", "seconds": 1.0, "denoising_seconds": 0.5}
 ROW |= {"density": 0.5}
@@ -51,22 +49,6 @@ class TestStore:
         path = store.path("a")
         path.write_bytes(damage(path.read_bytes()))
         assert store.find("a") is None
-
-    def test_one_writes_at_a_time(self, tmp_path, frames, monkeypatch):
-        """Evaluations that share their dense outputs neither mix nor remove what another one is writing."""
-        replace, tried = os.replace, []
-
-        def meanwhile(*paths):
-            with pytest.raises(DitAccelError, match="is in use by process"), hold(tmp_path):
-                pass
-            tried.append(paths)
-            replace(*paths)
-
-        monkeypatch.setattr(os, "replace", meanwhile)
-        (tmp_path / "b.1.tmp").write_text("what a killed run left")
-        Store(tmp_path).write(frames, ROW)
-        assert tried
-        assert [path.name for path in tmp_path.iterdir()] == ["a.safetensors"]
 
     def test_folder_that_cannot_be_made(self, tmp_path, frames):
         (tmp_path / "file").write_text("")

@@ -1,83 +1,16 @@
-"""Files: checked before the work, complete or absent after it."""
+"""Videos, images and two clips side by side."""
 
 import imageio.v2
 import numpy as np
 import pytest
 from PIL import Image
 
-from dit_accel.errors import DitAccelError
 from dit_accel.generation import output
 
 
 def clip(frames=3, height=16, width=24):
     ramp = np.linspace(0, 255, frames * height * width * 3).astype("uint8")
     return ramp.reshape(frames, height, width, 3)
-
-
-def test_staged_files_appear_together(tmp_path):
-    with output.staged(tmp_path / "new" / "a.txt") as stage:
-        (stage / "a.txt").write_text("a")
-        (stage / "b.txt").write_text("b")
-        assert list((tmp_path / "new").glob("*.txt")) == []
-    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["a.txt", "b.txt"]
-
-
-def test_nothing_is_left_when_writing_fails(tmp_path):
-    (tmp_path / "a.txt").write_text("old")
-    with pytest.raises(ZeroDivisionError), output.staged(tmp_path / "a.txt") as stage:
-        (stage / "a.txt").write_text("new")
-        raise ZeroDivisionError
-    assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
-    assert (tmp_path / "a.txt").read_text() == "old"
-
-
-def test_what_a_killed_process_left_is_removed(tmp_path):
-    others = (".dit-accel-a.b.txt.x1", ".dit-accel-a.gif.x1", ".dit-accel-b.txt.x1")
-    for name in (".dit-accel-a.txt.x1", *others):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "a.txt").write_text("half")
-    with output.staged(tmp_path / "a.txt") as stage:
-        (stage / "a.txt").write_text("a")
-    assert sorted(path.name for path in tmp_path.iterdir()) == [*others, "a.txt"]
-
-
-def test_a_full_disk_is_one_line(tmp_path):
-    with (
-        pytest.raises(DitAccelError, match="could not be written: No space left"),
-        output.staged(tmp_path / "a") as stage,
-    ):
-        (stage / "a").write_text("x")
-        raise OSError(28, "No space left on device")
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_name_that_is_too_long_is_refused_before_the_work(tmp_path):
-    with pytest.raises(DitAccelError, match="cannot be written"):
-        output.check_output(tmp_path / f"{'a' * 250}.mp4", (".mp4",))
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize("name", ["a.mov", "a", "a.mp4.txt"])
-def test_endings(tmp_path, name):
-    with pytest.raises(DitAccelError, match=r"should end in \.mp4 or \.gif"):
-        output.check_output(tmp_path / name, output.VIDEO_ENDINGS)
-
-
-def test_a_folder_is_no_output(tmp_path):
-    (tmp_path / "a.mp4").mkdir()
-    with pytest.raises(DitAccelError, match="is a folder"):
-        output.check_output(tmp_path / "a.mp4", output.VIDEO_ENDINGS)
-
-
-def test_an_unwritable_folder_is_found_before_the_work(tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(DitAccelError, match="cannot be written"):
-        output.check_output(tmp_path / "file" / "a.mp4", output.VIDEO_ENDINGS)
-
-
-def test_a_folder_that_is_not_there_yet_is_fine_and_not_made(tmp_path):
-    output.check_output(tmp_path / "x" / "y" / "a.mp4", output.VIDEO_ENDINGS)
-    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("sides", [(16, 24), (15, 23)])

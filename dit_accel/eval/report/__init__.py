@@ -27,7 +27,7 @@ def write_report(summary: dict[str, Any], folder: Path) -> None:
     import json
 
     from dit_accel.eval.report import fields, markdown, page, pictures
-    from dit_accel.generation.output import staged
+    from dit_accel.files import staged
 
     fields.check(summary)
     with staged(folder / "report.html") as part:

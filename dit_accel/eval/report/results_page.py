@@ -16,6 +16,7 @@ from typing import Any
 
 from dit_accel.errors import DitAccelError
 from dit_accel.eval.report import fields, markdown
+from dit_accel.files import replace_file
 
 BEGIN, END = "<!-- eval: begin -->", "<!-- eval: end -->"
 PAGE = Path("docs/results.md")
@@ -70,9 +71,7 @@ def update(results: Path, root: Path) -> None:
     for source, target in (("summary.json", SUMMARY), ("pareto.png", PICTURE)):
         (root / target).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(results / source, root / target)
-    part = page.with_suffix(".part")
-    part.write_text(f"{before}{BEGIN}\n{section(summary)}\n{END}{after}", encoding="utf-8")
-    os.replace(part, page)
+    replace_file(page, f"{before}{BEGIN}\n{section(summary)}\n{END}{after}".encode())
 
 
 def main() -> None:
