@@ -34,7 +34,7 @@ SUITE_KEYS: dict[str, type] = {
     "fps": int,
     "pipe": str,
     "metrics": str,
-    "reference": Path,
+    "real": Path,
     "require": str,
     "attention_report": str,
     "pictures": int,
@@ -79,9 +79,12 @@ def evaluate(
         list[str] | None,
         typer.Option(metavar="NAME[[NETWORK]]", help="Such as psnr or fid[demo-clip], repeatable; all if not."),
     ] = None,
-    reference: Annotated[
+    real: Annotated[
         Path | None,
-        typer.Option(metavar="FOLDER", help="Images or videos to hold FID and KID against; else the dense outputs."),
+        typer.Option(
+            metavar="FOLDER",
+            help="Real images or videos that FID and KID compare with; the dense outputs if not given.",
+        ),
     ] = None,
     require: Annotated[
         str | None, typer.Option(metavar="LIMITS", help="Such as 'psnr>=25,speedup>=1.5'; status 1 if one breaks.")
@@ -136,7 +139,7 @@ def evaluate(
         "fps": fps,
         "pipe": pipe or None,
         "metrics": metric or None,
-        "reference": reference,
+        "real": real,
         "require": require,
         "attention_report": attention_report,
         "pictures": pictures,

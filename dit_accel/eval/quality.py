@@ -46,7 +46,7 @@ class Request(ModelRequest):
     seeds: tuple[int, ...] = (0,)
     methods: tuple[Choice, ...] = ()
     metrics: tuple[str, ...] = ()
-    reference: Path | None = None
+    real: Path | None = None
     require: str | None = None
     attention_report: str | None = None
     pictures: int = 4
@@ -95,7 +95,7 @@ def run(request: Request) -> Outcome:
         check_folder(request.cache, "--cache")
     processes = Processes.join(request.device)
     device, dtype = call.placement(processes.device(request.device), request.dtype, request.offload)
-    media = asked.media if request.reference is None else _reference_set(request.reference)
+    media = asked.media if request.real is None else _real_set(request.real)
     images = _count_images(media)
     metrics = choose(request.metrics, source.kind == "embedded", shape[0], device)
     gates.check_names(limits, (*FIGURES, *(metric.name for metric in metrics)))
@@ -164,14 +164,14 @@ def _entries(request: Request) -> list[Entry]:
     return listed
 
 
-def _reference_set(folder: Path) -> tuple[Captioned, ...]:
+def _real_set(folder: Path) -> tuple[Captioned, ...]:
     if not folder.is_dir():
-        raise DitAccelError(f"--reference {folder} is no folder; give one of images or videos.")
+        raise DitAccelError(f"--real {folder} is no folder; give one of images or videos.")
     return tuple(captioned.find(folder))
 
 
 def _count_images(media: tuple[Captioned, ...]) -> int:
-    """Frames of a reference set, all of it read once, so that a damaged file shows now and not after the work.
+    """Frames of a set of real media, all of it read once, so that a damaged file shows now and not after the work.
 
     Raises:
         DitAccelError: a file cannot be read, or they are not of one size.
@@ -184,7 +184,7 @@ def _count_images(media: tuple[Captioned, ...]) -> int:
         first = first or (found.path, size)
         if size != first[1]:
             (one, other) = (f"{path.name} is {h}x{w}" for path, (h, w) in (first, (found.path, size)))
-            raise DitAccelError(f"A reference set has one size, and {one}, {other}; bring them to the same.")
+            raise DitAccelError(f"The files of --real have one size, and {one}, {other}; bring them to the same.")
     return count
 
 
@@ -196,7 +196,7 @@ def _check_sets(metrics: list[ChosenMetric], reference: int | None, generated: i
         if metric.declared.collect is None or not metric.asked:
             continue
         least = metric.declared.least(features_of(metric, device))
-        for whose, count in (("the reference set has", reference), ("this run generates", generated)):
+        for whose, count in (("the set of --real has", reference), ("this run generates", generated)):
             if count is not None and count < least:
                 raise DitAccelError(
                     f"{metric.name} needs {least:,} images in each set, and {whose} {count:,}; add some, or leave it."

@@ -76,6 +76,6 @@ def _caption(found: Captioned) -> str:
     if found.caption is None:
         raise DitAccelError(
             f"{found.path} has no caption; write it to {found.path.with_suffix('.txt').name} beside it, or give the "
-            "folder as --reference, which needs no captions."
+            "folder as --real, which needs no captions."
         )
     return found.caption

@@ -16,7 +16,7 @@ TIMES = {"seconds", "denoising_seconds", "seconds_per_step", "attention_seconds"
 
 @pytest.fixture
 def arguments(wan_folder, clip_folder, tmp_path):
-    """An evaluation of three samples against a reference set of three clips: not as many for each of two processes."""
+    """An evaluation of three samples against a real set of three clips: not as many for each of two processes."""
     (tmp_path / "prompts.txt").write_text("a red circle\na blue square\na white triangle\n")
     (tmp_path / "set").mkdir()
     source = np.random.default_rng(0)
@@ -24,7 +24,7 @@ def arguments(wan_folder, clip_folder, tmp_path):
         output.write_frames(tmp_path / "set" / f"{name}.gif", source.integers(0, 256, (9, 32, 32, 3), np.uint8), fps=8)
     options = ["eval", "--model", wan_folder, "--prompts", tmp_path / "prompts.txt"]
     options += ["--frames", 9, "--height", 32, "--width", 32, "--steps", 1]
-    options += ["--method", "gna:window=0.5", "--reference", tmp_path / "set"]
+    options += ["--method", "gna:window=0.5", "--real", tmp_path / "set"]
     for name in ("psnr", "ssim", *(f"{name}[{clip_folder}]" for name in ("fid", "kid", "clip_score"))):
         options += ["--metric", name]
     return [str(option) for option in options]

@@ -111,7 +111,7 @@ class TestResults:
         (tmp_path / "set").mkdir()
         frames = np.random.default_rng(0).integers(0, 256, (30, 32, 48, 3), dtype=np.uint8)
         output.write_frames(tmp_path / "set" / "a.gif", frames, fps=8)
-        options = ("--reference", tmp_path / "set", "--seeds", "0-2", "--method", GNA)
+        options = ("--real", tmp_path / "set", "--seeds", "0-2", "--method", GNA)
         outcome = evaluate(*options, metrics=("--metric", f"fid[{clip_folder}]"))
         assert outcome.status == 0, outcome.err
         summary = json.loads((tmp_path / "out" / "summary.json").read_text())
@@ -222,7 +222,7 @@ def refused(evaluate, tmp_path):
         (("--method", GNA, "--seeds", "3-1"), "--seeds are numbers and spans"),
         (("--method", GNA, "--seeds", f"3,0-{10**30}"), "an evaluation takes at most 10,000"),
         (("--method", GNA, "--prompts", "none.txt"), "--prompts none.txt: there is no such file"),
-        (("--method", GNA, "--reference", "none"), "--reference none is no folder"),
+        (("--method", GNA, "--real", "none"), "--real none is no folder"),
         (("--method", GNA, "--frames", 4), "the nearest are 3 and 5"),
         (("--suite", "none.yaml"), "--suite none.yaml: there is no such file"),
         (("--load", "none"), "--load none: there is no such folder"),
@@ -234,15 +234,15 @@ def test_refused(refused, options, message):
     assert message in refused(*options)
 
 
-def test_reference_sets_that_do_not_do(refused, tmp_path, clip_folder):
+def test_real_sets_that_do_not_do(refused, tmp_path, clip_folder):
     folder = tmp_path / "set"
     folder.mkdir()
     Image.new("RGB", (16, 16)).save(folder / "a.png")
-    options = ("--method", GNA, "--reference", folder)
+    options = ("--method", GNA, "--real", folder)
     line = refused(*options, "--seeds", "0-2", metrics=("--metric", f"fid[{clip_folder}]"))
-    assert line.startswith("fid[tiny-clip] needs 25 images in each set, and the reference set has 1")
+    assert line.startswith("fid[tiny-clip] needs 25 images in each set, and the set of --real has 1")
     Image.new("RGB", (16, 24)).save(folder / "b.png")
-    assert "A reference set has one size, and a.png is 16x16, b.png is 24x16" in refused(*options)
+    assert "The files of --real have one size, and a.png is 16x16, b.png is 24x16" in refused(*options)
     (folder / "b.png").write_bytes(b"no picture")
     assert "b.png cannot be read as an image or video" in refused(*options)
 

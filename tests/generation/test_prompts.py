@@ -1,4 +1,4 @@
-"""Where prompts and reference sets come from."""
+"""Where prompts and captioned media come from."""
 
 import numpy as np
 import pytest
