@@ -23,7 +23,8 @@ from dit_accel.hooks.report import Report
 from dit_accel.hooks.schedule import Amount, Schedule
 from dit_accel.hooks.selfcheck import AttentionCall, SelfCheck, Verify
 from dit_accel.hooks.steps import StepClock
-from dit_accel.kernels.block_sparse.api import Impl, choose_impl
+from dit_accel.kernels import impls
+from dit_accel.kernels.impls import Impl
 from dit_accel.pipelines.family import Family
 from dit_accel.pipelines.targets import find_transformers
 from dit_accel.registry import Method, get_method
@@ -314,8 +315,7 @@ def accelerate(
     settings = layerwise.chosen(method, layer_schedule, config, given.get("dense_layers", 0))
     chosen = get_method(settings.method if isinstance(settings, LayerSettings) else str(method))
     dense, check = Schedule(**given), SelfCheck(verify, keep_dense_above)
-    if impl != "auto":
-        choose_impl("cpu", impl)
+    impls.check(impl)
     transformers, pipeline = find_transformers(target)
     present = {accel for module, _ in transformers.values() if (accel := _accelerator_of(module)) is not None}
     if present and not replace:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 
-from dit_accel.kernels.block_sparse.api import Impl
+from dit_accel.kernels.impls import Impl
 from dit_accel.plans.definition import Definition
 from dit_accel.plans.plan import Plan
 from dit_accel.registry import get_method

@@ -24,7 +24,8 @@ from dit_accel.bench.timing import Call, alternate, profile, quantiles
 from dit_accel.errors import DitAccelError
 from dit_accel.generation.provenance import provenance
 from dit_accel.generation.sources import first_line
-from dit_accel.kernels.block_sparse.api import Impl, choose_impl
+from dit_accel.kernels import impls
+from dit_accel.kernels.impls import Impl
 
 SEED = 0
 PRODUCTS = {"forward": 2, "backward": 5, "both": 7}  # matrix products of 2 * D operations a pair and head
@@ -70,7 +71,7 @@ class Bench:
         profile: Callable[[str], None] | None = None,
     ) -> None:
         self.device, self.impl, self.seconds, self.peer, self.profile = device, impl, seconds, peer, profile
-        choose_impl(device.type, impl)  # refuses a name that is unknown or not installed
+        impls.check(impl)
         self.provenance = provenance(device)
         self._dense: dict[tuple[Any, ...], tuple[str, dict[str, Any]]] = {}
 
@@ -106,7 +107,7 @@ class Bench:
             peer["ms_p50"] = statistics.median(taken["peer"])
             peer["speedup"] = baseline / peer["ms_p50"]
         plan, operations = problem.plan, 2 * PRODUCTS[row.direction] * row.shape.head_dim
-        implementation, reason = plan.choose_impl(
+        implementation, reason = plan.prepare(
             self.device, problem.q.dtype, row.shape.head_dim, self.impl, learned=problem.module is not None
         )
         return {
@@ -193,9 +194,9 @@ def make_problem(row: Row, device: torch.device, impl: Impl = "auto") -> Problem
     """
     shape, method = row.shape, registry.get_method(row.setting.method)
     plan = registry.plan(method.name, shape.grid, **row.setting.config_on(shape.grid))
-    plan.prepare(device)
     generator = torch.Generator(device).manual_seed(SEED)
     dtype = getattr(torch, row.dtype)
+    plan.prepare(device, dtype, shape.head_dim, impl, learned=method.module is not None)
     q, k, v, grad = (
         torch.randn(
             1, shape.tokens, shape.heads, shape.head_dim, generator=generator, device=device, dtype=dtype

@@ -27,7 +27,7 @@ from dit_accel.errors import DitAccelError
 from dit_accel.hooks.report import Report
 from dit_accel.hooks.schedule import Schedule
 from dit_accel.hooks.selfcheck import SelfCheck
-from dit_accel.kernels.block_sparse.api import Impl
+from dit_accel.kernels.impls import Impl
 from dit_accel.pipelines.family import Memory, ModelCall
 from dit_accel.pipelines.targets import find_transformers
 from dit_accel.plans.plan import Plan
@@ -53,7 +53,7 @@ class NothingPlan(Plan):
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **call: Any) -> torch.Tensor:
         return v
 
-    def choose_impl(self, *call: Any, **more: Any) -> tuple[str, str]:
+    def prepare(self, *call: Any, **more: Any) -> tuple[str, str]:
         return "nothing", "the rest of the step is measured"
 
 

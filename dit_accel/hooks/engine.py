@@ -19,7 +19,7 @@ from dit_accel.hooks.report import LayerReport, Tally
 from dit_accel.hooks.schedule import Schedule, Step
 from dit_accel.hooks.selfcheck import AttentionCall, SelfCheck
 from dit_accel.hooks.steps import StepClock
-from dit_accel.kernels.block_sparse.api import Impl
+from dit_accel.kernels.impls import Impl
 from dit_accel.pipelines import context_parallel, processor
 from dit_accel.pipelines.family import CallLayout, Family, Memory, ModelCall
 from dit_accel.pipelines.processor import AcceleratedAttnProcessor, CallState
@@ -49,7 +49,6 @@ class PlanCache:
             with building():
                 plan = self._method.plan(grid, self._config)
                 self._refuse_full(plan)
-                plan.prepare(device)
                 self.densities[grid] = plan.density
             if len(self._plans) >= PLANS_KEPT:
                 self._plans.pop(next(iter(self._plans)))
@@ -303,6 +302,7 @@ class Engine:
             if not isinstance(last, str):
                 text = (layout.text_lens, layout.text_bias, layout.rows) if sees_text else (None, None, None)
                 state.set(plan, *text, ulysses=context_parallel.sharing(module, plan.grid))
+                _, state.impl, _ = last
         if any(state.sparse for state in self._states.values()):
             self._watch_layers(call)
         if layout.masks and self._all_sparse():
@@ -369,7 +369,7 @@ class Engine:
             dtype = torch.get_autocast_dtype(device.type)
         else:
             dtype = self._transformer.dtype  # type: ignore[assignment]  # a weight may be stored in float8
-        return plan, *plan.choose_impl(device, dtype, head_dim, self._impl, learned=self._method.module is not None)
+        return plan, *plan.prepare(device, dtype, head_dim, self._impl, learned=self._method.module is not None)
 
     def _dense_step(self, call: ModelCall) -> str | None:
         """Why the whole call is dense, or None."""

@@ -8,11 +8,13 @@ from typing import ClassVar
 import torch
 from torch import nn
 
-from dit_accel.kernels.block_sparse.api import Impl
+from dit_accel.kernels.impls import AUTO, Impl
 from dit_accel.plans.masks import AxisTable, Mask, Product
 from dit_accel.plans.plan import MaskPlan
 from dit_accel.registry import Method
 from dit_accel.tokens import TokenGrid
+
+SDPA = "scaled_dot_product_attention"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,16 +39,17 @@ class DensePlan(MaskPlan):
         impl: Impl = "auto",
         module: nn.Module | None = None,
     ) -> torch.Tensor:
-        if impl != "auto" or text_lens is not None:
+        if impl not in (AUTO, SDPA) or text_lens is not None:
+            impl = AUTO if impl == SDPA else impl
             return super().attend(q, k, v, scale=scale, text_lens=text_lens, text_bias=text_bias, impl=impl)
         return nn.functional.scaled_dot_product_attention(q, k, v, scale=scale)
 
-    def choose_impl(
+    def prepare(
         self, device: torch.device, dtype: torch.dtype, head_dim: int, impl: Impl = "auto", *, learned: bool = False
     ) -> tuple[str, str]:
-        if impl == "auto":
-            return "scaled_dot_product_attention", "nothing is masked"
-        return super().choose_impl(device, dtype, head_dim, impl)
+        if impl == AUTO:
+            return SDPA, "nothing is masked"
+        return super().prepare(device, dtype, head_dim, impl)
 
 
 def make_plan(grid: TokenGrid, config: Config) -> DensePlan:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from dit_accel.errors import DitAccelError
-from dit_accel.kernels.block_sparse.api import Impl
+from dit_accel.kernels.impls import Impl
 from dit_accel.kernels.sla.api import choose_impl, route, sparse_linear_attention
 from dit_accel.kernels.sla.features import EPSILON, FEATURE_MAPS, FeatureMap, apply_map
 from dit_accel.kernels.sla.reference import block_map
@@ -313,11 +313,12 @@ class SlaPlan(Plan):
         call = {"scale": scale, "text_len": text_lens, "text_bias": text_bias, "impl": impl}
         return _attend(self.config, self.order, q, k, v, weight, bias, **call)
 
-    def choose_impl(
+    def prepare(
         self, device: torch.device, dtype: torch.dtype, head_dim: int, impl: Impl = "auto", *, learned: bool = False
     ) -> tuple[str, str]:
         scope = self.config.linear_scope if learned else None
-        return choose_impl(device.type, dtype, head_dim, self.order, scope, impl)
+        chosen, why = choose_impl(device, dtype, head_dim, self.order, scope, impl)
+        return chosen.name, why
 
 
 def _attend(

@@ -29,7 +29,7 @@ import torch
 from torch import nn
 
 from dit_accel.errors import DitAccelError
-from dit_accel.kernels.block_sparse.api import Impl
+from dit_accel.kernels.impls import Impl
 from dit_accel.pipelines.context_parallel import Ulysses
 from dit_accel.plans.plan import Plan
 
@@ -51,7 +51,7 @@ class CallState:
         rows: int64 [B, tokens], where in the sequence each token of the grid lies, and the reverse; or None, where the
             sequence is in the grid's order.
         ulysses: how several processes share the call's sequence; None if this one holds it all.
-        impl: as in `plans.attention`.
+        impl: the implementation that computes the call; as in `plans.attention`.
         text_is_keys: as in `family.Family`.
         learned: attribute of the attention modules that holds the method's learned weights; None if it has none.
     """

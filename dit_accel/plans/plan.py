@@ -13,9 +13,10 @@ import torch
 from torch import nn
 
 from dit_accel.errors import DitAccelError
-from dit_accel.kernels.block_sparse.api import Impl, attend_blocks, choose_impl, pack
+from dit_accel.kernels import impls
+from dit_accel.kernels.block_sparse.api import attend_blocks, pack
 from dit_accel.kernels.block_sparse.geometry import BlockLists, Geometry, Segments
-from dit_accel.kernels.block_sparse.triton_configs import unsupported
+from dit_accel.kernels.impls import AUTO, Facts, Impl
 from dit_accel.order import TokenOrder
 from dit_accel.plans import blocks
 from dit_accel.plans.blocks import BlockMask
@@ -113,7 +114,7 @@ class Plan(abc.ABC):
         scale: float | None = None,
         text_lens: torch.Tensor | None = None,
         text_bias: torch.Tensor | None = None,
-        impl: Impl = "auto",
+        impl: Impl = AUTO,
         module: nn.Module | None = None,
     ) -> torch.Tensor:
         """The method's attention on this grid; see `attention`.
@@ -126,22 +127,22 @@ class Plan(abc.ABC):
         """
 
     @abc.abstractmethod
-    def choose_impl(
-        self, device: torch.device, dtype: torch.dtype, head_dim: int, impl: Impl = "auto", *, learned: bool = False
+    def prepare(
+        self, device: torch.device, dtype: torch.dtype, head_dim: int, impl: Impl = AUTO, *, learned: bool = False
     ) -> tuple[str, str]:
-        """Who computes `attend` for such tensors, and why; a sentence fit for a report.
+        """Choose who computes `attend` for such tensors, and build what it needs: inside a traced call it is too late.
 
         Args:
             device, dtype, head_dim: of q, k and v.
-            impl: as `attend` is asked.
-            learned: `attend` gets a module with learned weights.
+            impl: "auto", or the implementation that is wanted.
+            learned: `attend` will get a module with learned weights.
+
+        Returns:
+            The implementation's name, which `attend` then gets as `impl`, and the reason, fit for a report.
 
         Raises:
             DitAccelError: a named implementation cannot compute it.
         """
-
-    def prepare(self, device: torch.device) -> None:  # noqa: B027 - a plan may have nothing to build
-        """Build what `attend` needs on `device`; inside a traced call it would be too late."""
 
     @building()
     def image(self) -> Image:
@@ -178,7 +179,7 @@ class StaticPlan(Plan):
 
     def __init__(self, method: str, config: Any, grid: TokenGrid) -> None:
         super().__init__(method, config, grid)
-        self._lists: dict[torch.device, BlockLists] = {}
+        self._lists: dict[tuple[torch.device, str | None], BlockLists] = {}
 
     def tables(self) -> torch.Tensor | None:
         """The packed tables that decide the pairs of partial blocks; None if blocks are attended whole."""
@@ -193,24 +194,24 @@ class StaticPlan(Plan):
         """Where the tokens of the plan's own blocks lie."""
         return self._blocks.geometry
 
-    def lists(self, device: torch.device) -> BlockLists:
-        """The plan's own block lists on `device`, built once."""
-        if device not in self._lists:
+    def lists(self, device: torch.device, packing: str | None = None) -> BlockLists:
+        """The plan's own block lists on `device`, built once, and packed as an implementation wants them."""
+        key = device, packing
+        if key not in self._lists:
             with building():
                 lists = self._blocks.lists(self.tables() if self.geometry.partial_blocks else None).to(device)
-                if choose_impl(device.type)[0] == "triton":
-                    lists = lists._replace(packed=pack(lists, self.geometry))
-                self._lists[device] = lists
-        return self._lists[device]
+                if packing is not None:
+                    lists = lists._replace(packed=pack(lists, self.geometry, packing))
+                self._lists[key] = lists
+        return self._lists[key]
 
-    def prepare(self, device: torch.device) -> None:
-        self.lists(device)
-
-    def choose_impl(
-        self, device: torch.device, dtype: torch.dtype, head_dim: int, impl: Impl = "auto", *, learned: bool = False
+    def prepare(
+        self, device: torch.device, dtype: torch.dtype, head_dim: int, impl: Impl = AUTO, *, learned: bool = False
     ) -> tuple[str, str]:
-        obstacle = unsupported(dtype, head_dim, self.geometry.block_q, self.geometry.block_k)
-        return choose_impl(device.type, impl, obstacle)
+        facts = Facts(device, dtype, head_dim, self.geometry.block_q, self.geometry.block_k)
+        chosen, why = impls.choose(facts, impl)
+        self.lists(device, chosen.packing)
+        return chosen.name, why
 
     def attend(
         self,
@@ -221,10 +222,11 @@ class StaticPlan(Plan):
         scale: float | None = None,
         text_lens: torch.Tensor | None = None,
         text_bias: torch.Tensor | None = None,
-        impl: Impl = "auto",
+        impl: Impl = AUTO,
         module: nn.Module | None = None,
     ) -> torch.Tensor:
-        lists, segments = self.lists(q.device), Segments.of(self.grid, q, text_lens)
+        impl, _ = StaticPlan.prepare(self, q.device, q.dtype, q.shape[-1], impl)
+        lists, segments = self.lists(q.device, impls.named(impl).packing), Segments.of(self.grid, q, text_lens)
         out, _ = attend_blocks(q, k, v, lists, self.geometry, segments, text_bias=text_bias, scale=scale, impl=impl)
         return out
 
@@ -311,7 +313,7 @@ def attention(
     plan: Plan,
     scale: float | None = None,
     text_lens: torch.Tensor | None = None,
-    impl: Impl = "auto",
+    impl: Impl = AUTO,
 ) -> torch.Tensor:
     """Attention as `plan` says, differentiable in q, k and v.
 
@@ -320,7 +322,7 @@ def attention(
         plan: from `plan`.
         scale: factor of the logits; D ** -0.5 if None.
         text_lens: int [B], valid text tokens of each sample; text behind them is never a key. None: all of them.
-        impl: "auto", "reference", "portable" or "triton"; a named one runs or raises.
+        impl: "auto", or the name of an implementation, which runs or raises.
 
     Returns:
         [B, H, N, D] in the dtype of q, laid out as [B, N, H, D] in memory.

@@ -9,7 +9,8 @@ from typing import Any, Literal
 
 from dit_accel import registry, values
 from dit_accel.errors import DitAccelError
-from dit_accel.kernels.block_sparse.api import Impl
+from dit_accel.kernels import impls
+from dit_accel.kernels.impls import Impl
 from dit_accel.registry import did_you_mean
 from dit_accel.train import objectives
 from dit_accel.train.process import LevelSettings
@@ -108,6 +109,7 @@ class TrainSettings:
     def __post_init__(self) -> None:
         values.check(self)
         objectives.check(self.objectives)
+        impls.check(self.impl)
         if self.layer_schedule is None:
             registry.make_config(self.method, self.config)
         for least, names in (

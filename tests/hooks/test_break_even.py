@@ -118,8 +118,8 @@ class TestAccelerator:
         config = {"topk": 0.4, "skip": 0.1, "block": 128, "linear_scope": "marginal"}
         plan = dit_accel.plan("sla", dit_accel.TokenGrid(5, 7, 9), **config)
         cuda = torch.device("cuda")
-        name, why = plan.choose_impl(cuda, torch.float16, 64, learned=True)
+        name, why = plan.prepare(cuda, torch.float16, 64, learned=True)
         assert (name, why) == ("portable", "the kernels over marginal blocks take blocks of up to 64 tokens, not 128")
-        assert plan.choose_impl(cuda, torch.float16, 64)[0] == "triton"
+        assert plan.prepare(cuda, torch.float16, 64)[0] == "triton"
         layers, _ = self.layers(tiny_wan, wan_inputs, "sla", config)
-        assert [layer.kernels for layer in layers] == [{"portable": "the device is cpu"}] * 2
+        assert [layer.kernels for layer in layers] == [{"portable": "the fastest on cpu"}] * 2

@@ -8,7 +8,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from dit_accel.kernels import ahead_of_time
+from dit_accel.kernels import ahead_of_time, impls
 from dit_accel.kernels.block_sparse import triton_configs
 
 native = pytest.mark.skipif(
@@ -93,5 +93,5 @@ def test_complaints():
     ],
 )
 def test_limits_are_said(dtype, dim, blocks, words):
-    reason = triton_configs.unsupported(dtype, dim, *blocks)
+    reason = impls.named("triton").obstacle(impls.Facts(torch.device("cuda"), dtype, dim, *blocks))
     assert reason is None if words is None else words in reason

@@ -73,7 +73,7 @@ def test_a_legacy_processor_compiles():
     attention, hidden = Attention(query_dim=8, heads=2, dim_head=4).eval(), torch.randn(2, 6, 8)
     state = sparse_state(6)
     state.plan = plan("gna", state.plan.grid, window=(1, 1, 3))
-    state.plan.prepare(hidden.device)
+    state.plan.prepare(hidden.device, hidden.dtype, head_dim=4)
     attention.processor = wrap_processor(AttnProcessor2_0(), state)
     eager = attention(hidden)
     torch.testing.assert_close(torch.compile(attention, backend="aot_eager", fullgraph=True)(hidden), eager)

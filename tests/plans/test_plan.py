@@ -153,7 +153,7 @@ def test_the_callers_default_device_and_inference_mode_do_not_matter(method, con
     wanted = dit_accel.plan(method, grid, **config).lists(torch.device("cpu"))
     with torch.device("meta"), torch.inference_mode():
         plan = dit_accel.plan(method, grid, **config)
-        assert plan.choose_impl(torch.device("cpu"), torch.float32, 8)[0] == "portable"
+        assert plan.prepare(torch.device("cpu"), torch.float32, 8)[0] == "portable"
         found = plan.lists(torch.device("cpu"))
     assert torch.equal(found.indices, wanted.indices) and not found.indices.is_inference()
 
@@ -186,4 +186,4 @@ def test_text_lens_are_integers(lens):
 def test_who_computes_is_refused_as_the_call_is(method, config):
     plan = dit_accel.plan(method, TokenGrid(5, 4, 7), **config)
     with pytest.raises(DitAccelError, match=r"impl='triton' cannot compute this: .* not float64"):
-        plan.choose_impl(torch.device("cpu"), torch.float64, 64, "triton")
+        plan.prepare(torch.device("cpu"), torch.float64, 64, "triton")

@@ -50,7 +50,7 @@ def test_given_settings_win_over_a_recipe():
         ({"warmup": 1.5}, "warmup is a whole number"),
         ({"batch": True}, "batch is a whole number, got True"),
         ({"checkpointing": "maybe"}, "checkpointing is true or false"),
-        ({"impl": "fast"}, "impl is one of auto, reference, portable, triton"),
+        ({"impl": "fast"}, "impl must be one of auto, reference, portable, triton"),
         ({"targets": "to_q"}, "targets is a list, each text or none"),
         ({"config": 3}, "config is settings by name"),
         ({"config": {"window": {}}, "method": "gna"}, "gna needs window as"),

@@ -1,26 +1,20 @@
 """Block-sparse attention: the one door to the engine behind every static method and the critical part of SLA.
 
-Plain tensors and integers come in; which implementation computes is a separate choice (`choose_impl`).
+Plain tensors and integers come in; which implementation computes is a separate choice (`impls.choose`).
 """
 
 from __future__ import annotations
 
-import importlib.util
-from typing import Literal
+import importlib
 
 import torch
 
 from dit_accel.errors import DitAccelError
-from dit_accel.kernels.block_sparse import ops, padding, triton_lists
-from dit_accel.kernels.block_sparse import reference as reference_impl
+from dit_accel.kernels.block_sparse import ops, padding
 from dit_accel.kernels.block_sparse.geometry import BlockLists, Geometry, Segments, Shape, check_call
-from dit_accel.kernels.block_sparse.triton_configs import unsupported
+from dit_accel.kernels.impls import AUTO, Facts, Impl, choose
 
-Impl = Literal["auto", "reference", "portable", "triton"]
-
-_IMPLS = ("auto", "reference", "portable", "triton")
 WHOLE = Segments()
-_HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 def block_sparse_attention(
@@ -49,7 +43,7 @@ def block_sparse_attention(
     text_bias: torch.Tensor | None = None,
     scale: float | None = None,
     return_lse: bool = False,
-    impl: Impl = "auto",
+    impl: Impl = AUTO,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Softmax attention in which each block of queries visits only its listed blocks of keys.
 
@@ -83,7 +77,7 @@ def block_sparse_attention(
             are keys of every query then. Needs `text_len`.
         scale: factor on the logits; None: D ** -0.5.
         return_lse: also return the natural logarithm of each row's sum of exponentials. Its gradient flows.
-        impl: "auto" (see `choose_impl`), or one of "reference", "portable" and "triton", which run or raise.
+        impl: "auto", or the name of an implementation (`impls.ROWS`), which runs or raises.
 
     Returns:
         The output [B, H, Nq, D] in q's dtype, whose memory is [B, Nq, H, D] contiguous; with `return_lse` also the
@@ -110,8 +104,13 @@ def block_sparse_attention(
     )  # fmt: skip
     lists = BlockLists(kv_indices, kv_counts, partial, tables, packed)
     segments = Segments(visual_start, conditioning_start, text_start, text_len)
-    out, lse = attend_blocks(q, k, v, lists, geometry, segments, text_bias=text_bias, scale=scale, impl=impl)
-    return (out, lse) if return_lse else out
+    out, lse = attend_blocks(
+        q, k, v, lists, geometry, segments, text_bias=text_bias, scale=scale, lse=return_lse, impl=impl
+    )
+    if not return_lse:
+        return out
+    assert lse is not None
+    return out, lse
 
 
 def attend_blocks(
@@ -124,12 +123,16 @@ def attend_blocks(
     *,
     text_bias: torch.Tensor | None = None,
     scale: float | None = None,
-    impl: Impl = "auto",
-) -> tuple[torch.Tensor, torch.Tensor]:
+    lse: bool = False,
+    impl: Impl = AUTO,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """`block_sparse_attention` in records, which is how the package calls it.
 
+    Args:
+        lse: the LSE is wanted.
+
     Returns:
-        Output and LSE.
+        Output and LSE; the latter may be None if it is not wanted.
 
     Raises:
         DitAccelError: an argument has the wrong shape, dtype or device, or `impl` cannot run here.
@@ -140,25 +143,32 @@ def attend_blocks(
     check_call(q, k, v, lists, geometry, segments)
     _check_bias(q, segments.text_len, text_bias)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    name, _ = choose_impl(q.device.type, impl, unsupported(q.dtype, q.shape[-1], geometry.block_q, geometry.block_k))
-    if name == "reference":
-        out, lse = reference_impl.forward(q, k, v, lists, segments, geometry, scale)
+    gradients = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    chosen, _ = choose(
+        Facts(
+            q.device, q.dtype, q.shape[-1], geometry.block_q, geometry.block_k, gradients, lse or text_bias is not None
+        ),
+        impl,
+    )
+    if chosen.packing is None:
+        lists = lists._replace(packed=None)
+    if chosen.autograd:
+        out, sums = chosen.load().forward(q, k, v, lists, segments, geometry, scale)
     else:
-        lists = lists if name == "triton" else lists._replace(packed=None)
-        out, lse = ops.attention_forward(q, k, v, *lists, *segments, geometry.pack(), scale, name)
+        out, sums = ops.attention_forward(q, k, v, *lists, *segments, geometry.pack(), scale, chosen.name)
     if text_bias is not None and geometry.text:
-        behind, behind_lse = _attend_padding(q, k, v, geometry, segments, scale, impl)
-        out, lse = padding.merge(out, lse, behind, behind_lse, text_bias)
-    return out, lse
+        assert sums is not None
+        behind, behind_sums = _attend_padding(q, k, v, geometry, segments, scale, chosen.name)
+        out, sums = padding.merge(out, sums, behind, behind_sums, text_bias)
+    return out, sums
 
 
-def pack(lists: BlockLists, geometry: Geometry) -> torch.Tensor:
-    """Prepare lists that stay, once, for the Triton implementation, which would do so in each call and its backward.
-
-    It is some twenty launches and a sort, and needs no Triton. Waits for the device.
+def pack(lists: BlockLists, geometry: Geometry, packing: str) -> torch.Tensor:
+    """Prepare lists that stay, once, for implementations that would do so in each call. Waits for the device.
 
     Args:
         lists: without a head axis.
+        packing: `impls.Implementation.packing` of those implementations.
 
     Returns:
         int32 [words] on the device of the lists, for `BlockLists.packed` beside the same lists.
@@ -166,13 +176,10 @@ def pack(lists: BlockLists, geometry: Geometry) -> torch.Tensor:
     Raises:
         DitAccelError: the lists have a head axis or a wrong shape, or `geometry.partial_blocks` is too small.
     """
-    want, most = geometry.query_order.blocks, geometry.partial_blocks
+    want = geometry.query_order.blocks
     if lists.indices.ndim != 2 or len(lists.indices) != want:
         raise DitAccelError(f"Only lists [{want}, width] can be packed, got {list(lists.indices.shape)}.")
-    ordered, transposed = triton_lists.both_ways(lists, geometry)
-    if most is not None and lists.tables is not None and int(ordered.partial_blocks()) > most:
-        raise DitAccelError(f"{int(ordered.partial_blocks())} blocks are partial, more than partial_blocks={most}.")
-    return triton_lists.join(ordered, transposed)
+    return importlib.import_module(packing).pack(lists, geometry)
 
 
 def _attend_padding(
@@ -198,45 +205,11 @@ def _attend_padding(
         own_queries=True,
     )  # fmt: skip
     lists = BlockLists(indices, indices.new_full((rows,), blocks))
-    return attend_blocks(
-        q, keys, values, lists, alone, Segments(text_len=geometry.text - text_len), scale=scale, impl=impl
+    out, lse = attend_blocks(
+        q, keys, values, lists, alone, Segments(text_len=geometry.text - text_len), scale=scale, lse=True, impl=impl
     )
-
-
-def choose_impl(device_type: str, impl: Impl = "auto", obstacle: str | None = None) -> tuple[str, str]:
-    """The implementation that a call on this kind of device gets, and why.
-
-    Every implementation computes the same masked result, so "auto" looks only for speed: Triton on CUDA, the portable
-    one elsewhere. A named implementation is never replaced by another.
-
-    Args:
-        device_type: "cpu", "cuda", ...
-        impl: "auto" or a name.
-        obstacle: why the Triton kernels cannot compute the call at hand (`triton_configs.unsupported`), or None.
-
-    Returns:
-        The name and the reason, a sentence fit for a report.
-
-    Raises:
-        DitAccelError: the name is unknown, or "triton" is asked for and is not installed or cannot compute the call.
-    """
-    if impl not in _IMPLS:
-        raise DitAccelError(f"impl must be one of {', '.join(_IMPLS)}, got {impl!r}.")
-    if impl == "triton" and not _HAS_TRITON:
-        raise DitAccelError(
-            "impl='triton' needs the package triton, which is not installed: pip install triton, or use impl='auto'."
-        )
-    if impl == "triton" and obstacle is not None:
-        raise DitAccelError(f"impl='triton' cannot compute this: {obstacle}. Use impl='portable' or 'auto'.")
-    if impl != "auto":
-        return impl, f"impl={impl!r} was asked for"
-    if device_type != "cuda":
-        return "portable", f"the device is {device_type}"
-    if not _HAS_TRITON:
-        return "portable", "Triton is not installed"
-    if obstacle is not None:
-        return "portable", obstacle
-    return "triton", "Triton is the fastest on CUDA"
+    assert lse is not None
+    return out, lse
 
 
 def _check_bias(q: torch.Tensor, text_len: torch.Tensor | None, text_bias: torch.Tensor | None) -> None:

@@ -6,17 +6,12 @@ an implementation is imported when an op runs.
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Sequence
-from types import ModuleType
 
 import torch
 
+from dit_accel.kernels import impls
 from dit_accel.kernels.block_sparse.geometry import BlockLists, Geometry, Segments
-
-
-def _implementation(name: str) -> ModuleType:
-    return importlib.import_module(f"dit_accel.kernels.block_sparse.{name}")
 
 
 def _accumulation(dtype: torch.dtype) -> torch.dtype:
@@ -45,7 +40,7 @@ def attention_forward(
     """Output [B, H, Nq, D], laid out in memory as [B, Nq, H, D], and LSE [B, H, Nq]."""
     lists = BlockLists(indices, counts, partial, tables, packed)
     segments = Segments(visual_start, conditioning_start, text_start, text_len)
-    return _implementation(impl).forward(q, k, v, lists, segments, Geometry.unpack(geometry), scale)
+    return impls.named(impl).load().forward(q, k, v, lists, segments, Geometry.unpack(geometry), scale)
 
 
 @attention_forward.register_fake
@@ -80,8 +75,10 @@ def attention_backward(
     """Gradients of q, k and v, each laid out in memory as [B, N, H, D]."""
     lists = BlockLists(indices, counts, partial, tables, packed)
     segments = Segments(visual_start, conditioning_start, text_start, text_len)
-    return _implementation(impl).backward(
-        grad_out, grad_lse, q, k, v, out, lse, lists, segments, Geometry.unpack(geometry), scale
+    return (
+        impls.named(impl)
+        .load()
+        .backward(grad_out, grad_lse, q, k, v, out, lse, lists, segments, Geometry.unpack(geometry), scale)
     )
 
 

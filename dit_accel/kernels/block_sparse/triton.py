@@ -29,7 +29,6 @@ from dit_accel.kernels.block_sparse.triton_configs import (
     Launch,
     fitting,
     launches,
-    unsupported,
     words_warps,
 )
 from dit_accel.kernels.block_sparse.triton_forward import block_sparse_fwd_kernel
@@ -112,11 +111,7 @@ def backward(
 
 
 class _Call:
-    """What the kernels of one call share: sizes, starts per sample, compile-time constants.
-
-    Raises:
-        DitAccelError: the kernels cannot compute it.
-    """
+    """What the kernels of one call share: sizes, starts per sample, compile-time constants."""
 
     def __init__(
         self,
@@ -130,13 +125,6 @@ class _Call:
         *others: torch.Tensor,
     ) -> None:
         """`others`: what the kernels read beside q, k and v that is laid out as these are."""
-        reason = unsupported(q.dtype, q.shape[-1], geometry.block_q, geometry.block_k)
-        if reason is None and INTERPRETED and q.dtype == torch.bfloat16:
-            reason = "Triton's interpreter has no bfloat16 arithmetic"
-        if reason is None and not (INTERPRETED or q.is_cuda):
-            reason = f"the tensors are on {q.device}; Triton needs a CUDA device or TRITON_INTERPRET=1"
-        if reason is not None:
-            raise DitAccelError(f"impl='triton' cannot compute this: {reason}. Use impl='portable' or 'auto'.")
         self.geometry, self.scale = geometry, scale
         self.query_order, self.key_order = geometry.query_order, geometry.key_order
         self.query_blocks, self.key_blocks = self.query_order.blocks, self.key_order.blocks

@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 
-import torch
-
 # Shared memory that one program may use, by compute capability (CUDA C++ Programming Guide, table of capabilities).
 SHARED_BYTES = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
 BIG = (80, 90, 100, 103)  # data-center chips
@@ -28,18 +26,6 @@ class Launch:
     warps: int
     stages: int
     step: int
-
-
-def unsupported(dtype: torch.dtype, head_dim: int, block_q: int, block_k: int) -> str | None:
-    """Why the kernels cannot compute such a call, or None if they can. Needs no Triton."""
-    if dtype not in (torch.float16, torch.bfloat16, torch.float32):
-        return f"the kernels take float16, bfloat16 and float32, not {str(dtype).removeprefix('torch.')}"
-    if head_dim > 256:
-        return f"the kernels take head dimensions up to 256, not {head_dim}"
-    for name, block in (("query", block_q), ("key", block_k)):
-        if not 16 <= block <= 128 or block & (block - 1):
-            return f"the kernels take {name} blocks of 16, 32, 64 or 128 tokens, not {block}"
-    return None
 
 
 def launches(kernel: str, block_q: int, block_k: int, block_d: int, capability: int) -> Iterator[Launch]:

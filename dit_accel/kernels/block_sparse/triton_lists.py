@@ -111,8 +111,21 @@ def both_ways(lists: BlockLists, geometry: Geometry) -> tuple[OrderedLists, Tran
     return ordered, transpose_lists(ordered.entries.view_as(lists.indices), lists.counts, geometry, numbers)
 
 
+def pack(lists: BlockLists, geometry: Geometry) -> torch.Tensor:
+    """What `both_ways` gives, in one tensor that a call can be given and its backward can keep: int32 [words].
+
+    Raises:
+        DitAccelError: `geometry.partial_blocks` is too small.
+    """
+    ordered, transposed = both_ways(lists, geometry)
+    most = geometry.partial_blocks
+    if most is not None and lists.tables is not None and int(ordered.partial_blocks()) > most:
+        raise DitAccelError(f"{int(ordered.partial_blocks())} blocks are partial, more than partial_blocks={most}.")
+    return join(ordered, transposed)
+
+
 def join(lists: OrderedLists, transposed: Transposed) -> torch.Tensor:
-    """Both in one tensor, which a call can be given and its backward can keep: int32 [words]."""
+    """Both in one tensor."""
     parts = (part.flatten() for part in (*lists, *transposed) if part is not None)
     return torch.cat([torch.nn.functional.pad(part, (0, -len(part) % ALIGN)) for part in parts])
 

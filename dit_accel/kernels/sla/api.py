@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from typing import get_args
-
 import torch
 
 from dit_accel.errors import DitAccelError
-from dit_accel.kernels.block_sparse import api as block_sparse
-from dit_accel.kernels.block_sparse.api import Impl
+from dit_accel.kernels import impls
+from dit_accel.kernels.impls import Facts, Impl, Implementation
 from dit_accel.kernels.sla import ops
 from dit_accel.kernels.sla.exact import visual_of
 from dit_accel.kernels.sla.features import FEATURE_MAPS, FeatureMap
@@ -18,11 +16,8 @@ from dit_accel.kernels.sla.portable import sparse_linear_portable
 from dit_accel.kernels.sla.reference import sparse_linear_reference
 from dit_accel.kernels.sla.router import route_blocks
 from dit_accel.kernels.sla.setting import LINEAR_SCOPES, LinearScope, Setting
-from dit_accel.kernels.sla.triton_configs import unsupported
 from dit_accel.order import TokenOrder
 from dit_accel.tokens import TokenGrid
-
-IMPLS: tuple[str, ...] = get_args(Impl)
 
 
 def sparse_linear_attention(
@@ -104,7 +99,8 @@ def sparse_linear_attention(
     _check(q, k, v, critical, skipped, setting, impl)
     skipped = skipped if linear_scope == "marginal" else 0
     scope = None if weight is None else linear_scope
-    name, _ = choose_impl(q.device.type, q.dtype, q.shape[-1], setting.order, scope, impl)
+    chosen, _ = choose_impl(q.device, q.dtype, q.shape[-1], setting.order, scope, impl)
+    name = chosen.name
     # Scores and linear sums are fp32 whatever autocast says.
     with torch.autocast(q.device.type, enabled=False):
         if name == "triton":
@@ -116,17 +112,17 @@ def sparse_linear_attention(
 
 
 def choose_impl(
-    device_type: str,
+    device: torch.device,
     dtype: torch.dtype,
     head_dim: int,
     order: TokenOrder,
     linear_scope: LinearScope | None,
     impl: Impl = "auto",
-) -> tuple[str, str]:
-    """The implementation that a call gets, and why; as `dit_accel.kernels.block_sparse.api.choose_impl`.
+) -> tuple[Implementation, str]:
+    """The implementation that a call gets, and why; as `impls.choose`.
 
     Args:
-        device_type, dtype, head_dim: of the call's queries.
+        device, dtype, head_dim: of the call's queries.
         order: its sequence and blocks.
         linear_scope: None for a call without linear branch, and for the router alone.
         impl: "auto" or a name.
@@ -134,8 +130,10 @@ def choose_impl(
     Raises:
         DitAccelError: a named implementation cannot compute the call.
     """
-    obstacle = unsupported(dtype, head_dim, order.block, order.visual_blocks, linear_scope)
-    return block_sparse.choose_impl(device_type, impl, obstacle)
+    facts = Facts(
+        device, dtype, head_dim, order.block, order.block, visual_blocks=order.visual_blocks, linear_scope=linear_scope
+    )
+    return impls.choose(facts, impl, impls.SLA)
 
 
 def route(
@@ -147,8 +145,8 @@ def route(
         q, k: the whole sequence, [B, H, N, D].
     """
     cut = Cut.of(order).pack()
-    name, _ = choose_impl(q.device.type, q.dtype, q.shape[-1], order, None, impl)
-    routing = ops.route if name == "triton" else route_blocks
+    chosen, _ = choose_impl(q.device, q.dtype, q.shape[-1], order, None, impl)
+    routing = ops.route if chosen.name == "triton" else route_blocks
     return routing(visual_of(q, order).detach(), visual_of(k, order).detach(), cut, critical, skipped)
 
 
@@ -177,7 +175,7 @@ def _check(
     for name, value, known in (
         ("feature_map", setting.feature_map, FEATURE_MAPS),
         ("linear_scope", setting.linear_scope, LINEAR_SCOPES),
-        ("impl", impl, IMPLS),
+        ("impl", impl, impls.names(impls.SLA)),
     ):
         if value not in known:
             raise DitAccelError(f"{name} must be one of {', '.join(known)}; got {value!r}.")

@@ -6,8 +6,9 @@ import math
 
 import torch
 
-from dit_accel.kernels.block_sparse.api import Impl, block_sparse_attention
+from dit_accel.kernels.block_sparse.api import block_sparse_attention
 from dit_accel.kernels.block_sparse.geometry import Shape
+from dit_accel.kernels.impls import Impl
 from dit_accel.kernels.sla.setting import Setting
 from dit_accel.order import TokenOrder
 

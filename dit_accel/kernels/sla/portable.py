@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from dit_accel.kernels.block_sparse.api import Impl
+from dit_accel.kernels.impls import Impl
 from dit_accel.kernels.sla.exact import attend_visual, visual_of, with_others
 from dit_accel.kernels.sla.layout import Cut
 from dit_accel.kernels.sla.linear import linear_all, linear_marginal

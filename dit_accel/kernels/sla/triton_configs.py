@@ -6,8 +6,6 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-
 from dit_accel.kernels.block_sparse import triton_configs as block_sparse
 from dit_accel.kernels.block_sparse.triton_configs import SHARED_BYTES, Launch
 
@@ -20,16 +18,13 @@ HEAD_DIMS = (64, 128)  # compiled ahead of time; others are padded in registers 
 TUNED_BY = ("BLOCK", "BLOCK_D", "WIDTH", "HAS_SKIPPED", "MAP", "SCOPE")
 
 
-def unsupported(dtype: torch.dtype, head_dim: int, block: int, blocks: int, linear_scope: str | None) -> str | None:
+def unsupported(head_dim: int, block: int, blocks: int, linear_scope: str | None) -> str | None:
     """Why the kernels cannot compute such a call, or None if they can. Needs no Triton.
 
     Args:
         blocks: visual blocks.
         linear_scope: None for a call without linear branch.
     """
-    obstacle = block_sparse.unsupported(dtype, head_dim, block, block)
-    if obstacle is not None:
-        return obstacle
     if blocks > MAX_BLOCKS:
         return f"the router's kernel takes at most {MAX_BLOCKS} visual blocks, not {blocks}"
     if linear_scope == "marginal" and block > MARGINAL_BLOCK:

@@ -4,8 +4,7 @@ import pytest
 import torch
 
 import dit_accel
-from dit_accel.kernels.block_sparse import api
-from dit_accel.kernels.block_sparse.api import block_sparse_attention, choose_impl
+from dit_accel.kernels.block_sparse.api import block_sparse_attention
 
 IMPLS = ["reference", "portable"]
 
@@ -55,18 +54,6 @@ def test_autocast_casts_as_sdpa_does(make_problem):
     assert torch.equal(out, problem.call("portable", torch.bfloat16))
 
 
-def test_choice_names_its_reason(monkeypatch):
-    assert choose_impl("cpu") == ("portable", "the device is cpu")
-    assert choose_impl("cuda", "reference") == ("reference", "impl='reference' was asked for")
-    monkeypatch.setattr(api, "_HAS_TRITON", True)
-    assert choose_impl("cuda")[0] == "triton"
-    assert choose_impl("cuda", obstacle="blocks of 24 tokens") == ("portable", "blocks of 24 tokens")
-    monkeypatch.setattr(api, "_HAS_TRITON", False)
-    assert choose_impl("cuda") == ("portable", "Triton is not installed")
-    with pytest.raises(dit_accel.DitAccelError, match="'triton' needs"):
-        choose_impl("cuda", "triton")
-
-
 def _int(*values):
     return torch.tensor(values, dtype=torch.int32)
 
@@ -74,7 +61,7 @@ def _int(*values):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"impl": "fast"}, "impl must be one of auto, reference, portable, triton, got 'fast'"),
+        ({"impl": "fast"}, "impl must be one of auto, reference, portable, triton, .*got 'fast'"),
         ({"q": torch.zeros(1, 2, 40)}, r"got q \(1, 2, 40\)"),
         ({"q": torch.zeros(1, 2, 40, 8)}, "the same B, H and D"),
         ({"k": torch.zeros(1, 2, 40, 16).bfloat16()}, "one dtype among"),

@@ -12,10 +12,13 @@ import torch
 
 import dit_accel
 from dit_accel.errors import DitAccelError
+from dit_accel.kernels import impls
 from dit_accel.kernels.block_sparse import reference
-from dit_accel.kernels.block_sparse.api import block_sparse_attention, choose_impl, pack
+from dit_accel.kernels.block_sparse.api import block_sparse_attention, pack
 from dit_accel.kernels.block_sparse.geometry import Segments
 
+TRITON = impls.named("triton")
+PACKING = TRITON.packing
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 NATIVE = torch.cuda.is_available() and not INTERPRETED
 pytestmark = [
@@ -171,7 +174,7 @@ def test_lists_packed_once_are_those_of_each_call(make_problem, case):
     problem = make_problem(**CASES[case])
     each = problem.run("triton", torch.float32)
     here = problem.to("cuda") if NATIVE else problem
-    packed = pack(here.block_lists(), here.geometry())
+    packed = pack(here.block_lists(), here.geometry(), PACKING)
     for tensor in here.lists:
         tensor.zero_()  # they are not looked at again
     problem.options["packed"] = packed.cpu()
@@ -185,26 +188,25 @@ def test_packed_lists_must_fit(make_problem):
     with pytest.raises(DitAccelError, match=r"packed must be what pack\(\) made of these lists, int32 \[\d+\]"):
         problem.call("triton", packed=torch.zeros(7, dtype=torch.int32))
     with pytest.raises(DitAccelError, match="more than partial_blocks=1"):
-        pack(problem.block_lists(), dataclasses.replace(problem.geometry(), partial_blocks=1))
+        pack(problem.block_lists(), dataclasses.replace(problem.geometry(), partial_blocks=1), PACKING)
     heads = make_problem(**CASES["heads-text"])
     with pytest.raises(DitAccelError, match="can be packed"):
-        pack(heads.block_lists(), heads.geometry())
+        pack(heads.block_lists(), heads.geometry(), PACKING)
 
 
 @pytest.mark.parametrize("method", ["gna", "tile", "radial"])
 def test_a_plan_packs_its_lists_once(method, monkeypatch):
-    """Where Triton is what runs by default, as on a GPU."""
-    from dit_accel.plans import plan as plans
-
+    """Before the first call; packed or not, the results are the same bits."""
     config = {"gna": {"window": (3, 3, 4)}, "tile": {"references": 1}, "radial": {"rule": "released", "block": 16}}
     grid = dit_accel.TokenGrid(3, 4, 6, text=5)
     device = torch.device("cuda" if NATIVE else "cpu")
     q, k, v = torch.randn(3, 1, 1, grid.tokens, 16, device=device, requires_grad=True).unbind()
     results = []
-    for default in ("portable", "triton"):
-        monkeypatch.setattr(plans, "choose_impl", lambda *_, name=default: (name, ""))
+    for packing in (None, PACKING):
+        monkeypatch.setitem(impls._TABLE, (impls.BLOCK_SPARSE, "triton"), dataclasses.replace(TRITON, packing=packing))
         plan = dit_accel.plan(method, grid, **config[method])
-        assert (plan.lists(device).packed is not None) == (default == "triton")
+        plan.prepare(device, torch.float32, 16, "triton")
+        assert (plan.lists(device, packing).packed is not None) == (packing is not None)
         out = dit_accel.attention(q, k, v, plan, impl="triton")
         results.append((out.detach(), *torch.autograd.grad(out.square().sum(), (q, k, v))))
     assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
@@ -295,7 +297,7 @@ def test_the_op_is_registered(make_problem, packed):
     if NATIVE:
         problem = problem.to("cuda")
     if packed:
-        problem.options["packed"] = pack(problem.block_lists(), problem.geometry())
+        problem.options["packed"] = pack(problem.block_lists(), problem.geometry(), PACKING)
 
     @torch.compile(fullgraph=True, backend="aot_eager")
     def attend(q, k, v):
@@ -306,4 +308,5 @@ def test_the_op_is_registered(make_problem, packed):
 
 @pytest.mark.gpu
 def test_auto_is_triton_on_cuda():
-    assert choose_impl("cuda")[0] == "triton"
+    facts = impls.Facts(torch.device("cuda"), torch.bfloat16, 128, 128, 64)
+    assert impls.choose(facts)[0].name == "triton"
