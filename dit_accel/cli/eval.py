@@ -81,10 +81,7 @@ def evaluate(
     ] = None,
     real: Annotated[
         Path | None,
-        typer.Option(
-            metavar="FOLDER",
-            help="Real images or videos that FID and KID compare with; the dense outputs if not given.",
-        ),
+        typer.Option(metavar="FOLDER", help="Real images or videos for FID and KID; the dense outputs if not given."),
     ] = None,
     require: Annotated[
         str | None, typer.Option(metavar="LIMITS", help="Such as 'psnr>=25,speedup>=1.5'; status 1 if one breaks.")
@@ -158,7 +155,7 @@ def evaluate(
     for folder in folders:
         card.check(folder)
     try:
-        outcome = quality.run(quality.Request(**asked, device=device, offload=offload, cache=cache, output=output))
+        outcome = quality.run(quality.EvalRequest(**asked, device=device, offload=offload, cache=cache, output=output))
     except KeyboardInterrupt as stop:
         raise Interrupted(f"interrupted; the same command goes on with what is in {output}.") from stop
     if outcome.summary is not None:
@@ -206,22 +203,22 @@ def _print(summary: dict[str, Any]) -> None:
     table.add_column("", no_wrap=True)
     for column in ("density", "loop s", "speed-up", *(metric["name"].replace("[", "\n[") for metric in metrics)):
         table.add_column(Text(column), justify="right", no_wrap=True)
-    missing: dict[str, str] = {}
     for row in summary["rows"]:
         cells = []
         for metric in metrics:
-            figure = row["figures"][metric["name"]]
-            if figure["value"] is None:
-                missing[metric["name"]] = figure["missing"]
-            cells.append(_number(figure["value"]))
+            cells.append(_number(row["figures"][metric["name"]]["value"]))
         speed = (f"{row['density']:.3f}", f"{row['loop_seconds']['p50']:.2f}", f"{row['speedup']:.2f}")
         table.add_row(row["label"], *speed, *cells)
     console = Console()
     console.width = max(console.width, console.measure(table).maximum)  # whole figures, even where lines wrap
     console.print(table)
-    for name, reason in missing.items():
-        console.print(f"{name} {reason}.", highlight=False, markup=False)
+    for remark in summary["made"]["left_out"]:
+        console.print(f"{remark}.", highlight=False, markup=False)
+    for line in summary["verdict"]:
+        console.print(line["text"], highlight=False, markup=False)
+        if line.get("command"):
+            console.print(f"  {line['command']}", highlight=False, markup=False, soft_wrap=True)
 
 
-def _number(value: float | str | None) -> str:
-    return "-" if value is None else str(value) if isinstance(value, str) else f"{value:.4g}"
+def _number(value: float | str) -> str:
+    return value if isinstance(value, str) else f"{value:.4g}"

@@ -28,7 +28,7 @@ QUERIES = 64  # sampled in each head of a call
 
 
 @dataclass(frozen=True)
-class Choice:
+class MapChoice:
     """Which denoising steps and which layers to measure; None means all."""
 
     steps: Indices = None
@@ -153,7 +153,7 @@ def _chosen_layers(accel: Accelerator, layers: Indices) -> list[str]:
     return names
 
 
-def parse_choice(text: str) -> Choice:
+def parse_choice(text: str) -> MapChoice:
     """Read what the command line says: ``steps=0,8-15,layers=0,1``; a part left out, or ``all``, means all.
 
     Raises:
@@ -164,7 +164,7 @@ def parse_choice(text: str) -> Choice:
     chosen = {part[1]: _indices(part[2]) for part in parts if part}
     if not all(parts) or len(chosen) < len(parts):
         raise DitAccelError(f"Steps and layers are written steps=0,8-15,layers=0,1 or layers=all, got {text!r}.")
-    return Choice(**chosen)
+    return MapChoice(**chosen)
 
 
 def _indices(text: str) -> Indices:

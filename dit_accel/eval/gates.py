@@ -6,6 +6,7 @@ import dataclasses
 import operator
 import re
 from collections.abc import Collection, Mapping
+from typing import Any
 
 from dit_accel.errors import DitAccelError
 from dit_accel.registry import did_you_mean
@@ -13,6 +14,9 @@ from dit_accel.registry import did_you_mean
 COMPARE = {">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt}
 NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
 LIMIT = re.compile(rf"\s*(?P<figure>[^<>=]+?)\s*(?P<sign>>=|<=|>|<)\s*(?P<bound>{NUMBER})\s*")
+
+# Figures beside the metrics, by which a method can be held to a limit.
+FIGURES = ("speedup", "attention_speedup", "density", "loop_seconds", "attention_seconds", "peak_bytes")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,9 +35,6 @@ class Limit:
 
     def __str__(self) -> str:
         return f"{self.figure}{self.sign}{self.bound:g}"
-
-    def holds(self, value: float) -> bool:
-        return bool(COMPARE[self.sign](value, self.bound))
 
 
 def parse(text: str) -> list[Limit]:
@@ -54,7 +55,7 @@ def parse(text: str) -> list[Limit]:
 
 
 def check_names(limits: Collection[Limit], known: Collection[str]) -> None:
-    """See before the work that every figure will be there.
+    """Check before the work that every limit's figure will be there.
 
     Raises:
         DitAccelError: one will not; the message suggests the nearest.
@@ -67,8 +68,16 @@ def check_names(limits: Collection[Limit], known: Collection[str]) -> None:
             )
 
 
+def figures_of(row: Mapping[str, Any]) -> dict[str, float | None]:
+    """The figures of a summary's row, metrics and `FIGURES`, by name; None where one was not measured."""
+    found = {name: figure["value"] for name, figure in row["figures"].items()}
+    for name in FIGURES:
+        found[name] = row[name]["p50"] if isinstance(row[name], dict) else row[name]
+    return {name: None if value is None else float(value) for name, value in found.items()}
+
+
 def broken(limits: Collection[Limit], figures: Mapping[str, Mapping[str, float | None]]) -> list[str]:
-    """What does not hold, a line each; a figure that is missing does not hold.
+    """The limits that do not hold, a line each; a figure that is missing breaks its limits.
 
     Args:
         limits: to be kept by every method.
@@ -79,7 +88,7 @@ def broken(limits: Collection[Limit], figures: Mapping[str, Mapping[str, float |
         for limit in limits:
             value = own[limit.figure]
             if value is None:
-                remarks.append(f"{label}: {limit} was asked for, and there is no figure")
-            elif not limit.holds(value):
-                remarks.append(f"{label}: {limit} was asked for, it is {value:.4g}")
+                remarks.append(f"{label}: {limit} was asked for, and this run has no such figure")
+            elif not COMPARE[limit.sign](value, limit.bound):
+                remarks.append(f"{label}: {limit} was asked for, and it is {value:.4g}")
     return remarks

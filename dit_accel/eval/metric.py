@@ -74,7 +74,8 @@ class Metric:
         score: the value of one sample, from the sample and the network; None for a metric of whole sets.
         collect: for a metric of whole sets, a torchmetrics metric for that many features. Its `update(features, real)`
             takes [N, D]; its `compute` raises `TooFew` where there are too few images for a number.
-        least: images a set needs for that many features.
+        least: images a set needs for that many features; with fewer there is no number.
+        enough: images a set needs for a number that means something; with fewer it is measured only if asked for.
         network: loads the network of a source, or the usual one for None; None if the metric needs no network.
         published: name of the network that the metric's plain name stands for; None if its printed name always says it.
         packages: what the usual network needs.
@@ -93,6 +94,7 @@ class Metric:
     score: Callable[[Scored, Any], float] | None = None
     collect: Callable[[int], torchmetrics.Metric] | None = None
     least: Callable[[int], int] = lambda features: 1
+    enough: Callable[[int], int] = lambda features: 1
     network: Callable[[Networks, str | None], Any] | None = None
     published: str | None = None
     packages: tuple[str, ...] = ()
@@ -101,7 +103,7 @@ class Metric:
     decibels: bool = False
 
 
-class TooFew(Exception):
+class TooFew(DitAccelError):
     """A set has too few images for a number; the message says how many are needed."""
 
 

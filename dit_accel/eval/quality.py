@@ -1,6 +1,6 @@
-"""Quality versus speed of a model's methods: checked, generated, scored, written.
+"""An evaluation of methods: checked, generated, scored, written.
 
-Everything that can be refused is refused before the first weight of the model is loaded.
+Whatever can be refused is refused before the model's weights are loaded.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,13 +16,14 @@ from dit_accel.errors import DitAccelError
 from dit_accel.eval import gates
 from dit_accel.eval.attention import parse_choice
 from dit_accel.eval.metric import ChosenMetric, choose
-from dit_accel.eval.processes import Processes
 from dit_accel.eval.samples import Results, Store
-from dit_accel.eval.summary import FIGURES, Evaluation, Summary, limited, write
-from dit_accel.eval.sweep import Entry, Item, Sweep, entries, folder_hash
+from dit_accel.eval.scoring import features_of
+from dit_accel.eval.summary import Evaluation, Summary, write
+from dit_accel.eval.sweep import BASELINE, Candidate, PromptSeed, Sweep, folder_hash, label
 from dit_accel.files import check_folder, hold
 from dit_accel.generation import call, captioned, prompts, sources
 from dit_accel.generation.choice import Choice
+from dit_accel.generation.processes import Process
 from dit_accel.generation.request import ModelRequest
 from dit_accel.generation.sampling import check_seeds
 from dit_accel.generation.sizes import sizes_of
@@ -38,7 +39,7 @@ BROKEN = 1  # the exit status where a limit does not hold
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Request(ModelRequest):
+class EvalRequest(ModelRequest):
     """What `dit-accel eval` was asked for; each field is the option of that name."""
 
     output: Path
@@ -54,8 +55,8 @@ class Request(ModelRequest):
 
 
 @dataclasses.dataclass(frozen=True)
-class Outcome:
-    """What came of an evaluation.
+class EvalOutcome:
+    """The result of an evaluation.
 
     Args:
         summary: as in summary.json; None on all processes but the first.
@@ -71,37 +72,37 @@ class Outcome:
         return BROKEN if self.broken else 0
 
 
-def run(request: Request) -> Outcome:
+def run(request: EvalRequest) -> EvalOutcome:
     """Evaluate.
 
     Raises:
-        DitAccelError: something asked for cannot be done. What was finished before stays, and is not done again.
+        DitAccelError: something asked for cannot be done. Finished samples stay, and the next run uses them.
     """
-    listed = _entries(request)
+    candidates = _candidates(request.methods)
     maps = None if request.attention_report is None else parse_choice(request.attention_report)
     limits = [] if request.require is None else gates.parse(request.require)
     source = sources.find(request.model, request.revision)
     check_seeds(request.seeds)
     asked = prompts.read(request.prompts or ("demo" if source.kind == "embedded" else "general"))
-    items = [Item(text, seed) for text in dict.fromkeys(asked.texts) for seed in request.seeds]
+    items = [PromptSeed(text, seed) for text in dict.fromkeys(asked.texts) for seed in request.seeds]
     sizes = sizes_of(source)
     shape = sizes.chosen(request.frames, request.height, request.width)
     grid = sizes.grid(*shape)
-    for entry in listed:
-        if entry.choice is not None:
-            entry.choice.check(grid)
+    for candidate in candidates:
+        if candidate.choice is not None:
+            candidate.choice.check(grid)
     check_folder(request.output)
     if request.cache is not None:
         check_folder(request.cache, "--cache")
-    processes = Processes.join(request.device)
-    device, dtype = call.placement(processes.device(request.device), request.dtype, request.offload)
+    process = Process.join(request.device)
+    device, dtype = call.placement(process.device(request.device), request.dtype, request.offload)
     media = asked.media if request.real is None else _real_set(request.real)
     images = _count_images(media)
-    metrics = choose(request.metrics, source.kind == "embedded", shape[0], device)
-    gates.check_names(limits, (*FIGURES, *(metric.name for metric in metrics)))
-    _check_sets(metrics, images if media else None, shape[0] * len(items), device)
+    chosen = choose(request.metrics, source.kind == "embedded", shape[0], device)
+    metrics, left_out = _fitting(chosen, images if media else None, shape[0] * len(items), device)
+    gates.check_names(limits, (*gates.FIGURES, *(metric.name for metric in metrics)))
 
-    with hold(request.output) if processes.main else contextlib.nullcontext() as kept:
+    with hold(request.output) if process.main else contextlib.nullcontext() as kept:
         if kept is False:
             print(f"{request.output} has no locks; start no other evaluation into it.", file=sys.stderr)
         pipe = request.load_pipe(source, dtype, device)
@@ -113,11 +114,11 @@ def run(request: Request) -> Outcome:
             return {name: value for name, value in made.items() if name != "prompt"}
 
         fps = request.rate(pipe, source, arguments({}))
-        results = Results(request.output, processes.index)
+        results = Results(request.output, process.index)
         results.read()
-        for place in results.damaged if processes.main else ():
+        for place in results.damaged if process.main else ():
             print(f"{place}, is damaged; its sample is made again.", file=sys.stderr)
-        processes.wait()
+        process.wait()
         sweep = Sweep(
             pipe,
             arguments,
@@ -125,21 +126,24 @@ def run(request: Request) -> Outcome:
             device,
             results,
             Store(request.output / "samples"),
-            Store(request.cache or request.output / "references"),
+            Store(request.cache or request.output / "baseline"),
             compile=request.compile,
         )
         attention = []
-        if maps is not None and processes.main:
-            attention = [sweep.attention(entry, items[0], maps, request.output / "attention") for entry in listed[1:]]
-        sweep.run(listed, processes.share(items))
-        processes.wait()
+        if maps is not None and process.main:
+            folder = request.output / "attention"
+            attention = [sweep.attention(candidate, items[0], maps, folder) for candidate in candidates[1:]]
+        sweep.run(candidates, process.share(items))
+        process.wait()
         results.read()
         evaluation = Evaluation(
             request=request,
-            entries=listed,
+            limits=limits,
+            candidates=candidates,
             items=items,
             sweep=sweep,
             metrics=metrics,
+            left_out=left_out,
             media=media,
             images=images,
             attention=attention,
@@ -147,20 +151,24 @@ def run(request: Request) -> Outcome:
             fps=fps,
             device=device,
             dtype=str(dtype).removeprefix("torch."),
-            processes=processes,
+            process=process,
         )
         summary = write(evaluation)
-        return Outcome(summary, [] if summary is None else gates.broken(limits, limited(summary)))
+    if summary is None:
+        return EvalOutcome(None, [])
+    figures = {row["label"]: gates.figures_of(row) for row in summary["rows"][1:]}
+    return EvalOutcome(summary, gates.broken(limits, figures))
 
 
-def _entries(request: Request) -> list[Entry]:
-    listed = entries(request.methods)
-    labels = [entry.label for entry in listed]
-    if len(listed) == 1:
+def _candidates(choices: Sequence[Choice]) -> list[Candidate]:
+    """The baseline, then the choices under their labels."""
+    if not choices:
         raise DitAccelError("Nothing to evaluate: give --method METHOD[:KEY=VALUE,...], repeatable, or --suite FILE.")
-    for label in labels:
-        if labels.count(label) > 1:
-            raise DitAccelError(f"{label} is listed twice; leave one out.")
+    listed = [Candidate(BASELINE), *(Candidate(label(choice), choice) for choice in choices)]
+    labels = [candidate.label for candidate in listed]
+    for each in labels:
+        if labels.count(each) > 1:
+            raise DitAccelError(f"{each} is listed twice; leave one out.")
     return listed
 
 
@@ -171,10 +179,10 @@ def _real_set(folder: Path) -> tuple[Captioned, ...]:
 
 
 def _count_images(media: tuple[Captioned, ...]) -> int:
-    """Frames of a set of real media, all of it read once, so that a damaged file shows now and not after the work.
+    """Frames of a real set. All of it is read once, so that a damaged file shows before the work.
 
     Raises:
-        DitAccelError: a file cannot be read, or they are not of one size.
+        DitAccelError: a file cannot be read, or the sizes differ.
     """
     count, first = 0, None
     for found in media:
@@ -184,27 +192,44 @@ def _count_images(media: tuple[Captioned, ...]) -> int:
         first = first or (found.path, size)
         if size != first[1]:
             (one, other) = (f"{path.name} is {h}x{w}" for path, (h, w) in (first, (found.path, size)))
-            raise DitAccelError(f"The files of --real have one size, and {one}, {other}; bring them to the same.")
+            raise DitAccelError(f"A real set has one size, and {one}, {other}; bring them to the same.")
     return count
 
 
-def _check_sets(metrics: list[ChosenMetric], reference: int | None, generated: int, device: torch.device) -> None:
-    """Refuse what was asked for by name and would have no figure."""
-    from dit_accel.eval.scoring import features_of
+def _fitting(
+    metrics: Sequence[ChosenMetric], real: int | None, generated: int, device: torch.device
+) -> tuple[list[ChosenMetric], list[str]]:
+    """The metrics for which the sets are large enough, and why the others are left out.
 
+    Args:
+        metrics: chosen; one that was asked for by name stays if it has a number at all.
+        real: images of the real set; None if it is the baseline's.
+        generated: images of each method.
+        device: where the networks run.
+
+    Raises:
+        DitAccelError: a metric that was asked for by name would have no number.
+    """
+    fitting, left_out = [], []
     for metric in metrics:
-        if metric.declared.collect is None or not metric.asked:
+        own = metric.declared
+        features = 0 if own.collect is None else features_of(metric, device)
+        wanted = own.least(features) if metric.asked else own.enough(features)
+        whose, count = "this run generates", generated
+        if real is not None and real < generated:
+            whose, count = "the real set has", real
+        if count >= wanted:
+            fitting.append(metric)
             continue
-        least = metric.declared.least(features_of(metric, device))
-        for whose, count in (("the set of --real has", reference), ("this run generates", generated)):
-            if count is not None and count < least:
-                raise DitAccelError(
-                    f"{metric.name} needs {least:,} images in each set, and {whose} {count:,}; add some, or leave it."
-                )
+        remark = f"{metric.name} needs {wanted:,} images in each set, and {whose} {count:,}"
+        if metric.asked:
+            raise DitAccelError(f"{remark}; add some, or leave it.")
+        left_out.append(remark)
+    return fitting, left_out
 
 
-def _identity(source: Source, device: torch.device, dtype: torch.dtype, request: Request) -> dict[str, Any]:
-    """What decides the pixels beside the call: the model, where it runs, in what, with which versions."""
+def _identity(source: Source, device: torch.device, dtype: torch.dtype, request: EvalRequest) -> dict[str, Any]:
+    """What decides the pixels beside the call: the model, the device, the dtype, and the versions."""
     return {
         # A snapshot of the Hub lies in a folder named after its commit, which also decides its weights.
         "model": source.folder.name if source.kind == "hub" else folder_hash(source.folder),

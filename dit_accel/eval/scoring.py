@@ -6,26 +6,28 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torchmetrics import CatMetric
 
-from dit_accel.eval.metric import ChosenMetric, Scored, TooFew
+from dit_accel.eval.metric import ChosenMetric, Scored
 from dit_accel.generation import captioned
 from dit_accel.generation.captioned import Captioned
 from dit_accel.generation.processes import Process
 
 if TYPE_CHECKING:
-    import numpy as np
     import torchmetrics
 
-Figure = dict[str, Any]
+Figure = dict[str, Any]  # "value"; "interval" and "samples" where it is an average over samples
+RESAMPLES = 2000  # of the bootstrap
+CHUNK = 1 << 22  # numbers held at once
 
 
 class Scorer:
     """Accumulates the metrics of several methods.
 
-    A value per sample is kept by torchmetrics' `CatMetric`; a metric of whole sets is its own. Both are brought
-    together from all processes by torchmetrics, in the order of the processes.
+    A value per sample is kept by torchmetrics' `CatMetric`; a metric of whole sets is its own. Torchmetrics gathers
+    both from all processes, in the order of the processes.
 
     Args:
         metrics: to score.
@@ -39,11 +41,10 @@ class Scorer:
         self._sets: dict[tuple[str, str], torchmetrics.Metric] = {}
         for metric in metrics:
             for label in labels:
-                if metric.declared.score is not None:
+                if metric.declared.collect is None:
                     values = CatMetric(nan_strategy="error").set_dtype(torch.float64)
                     self._values[metric.name, label] = values.to(device)
                 else:
-                    assert metric.declared.collect is not None
                     collected = metric.declared.collect(features_of(metric, device))
                     self._sets[metric.name, label] = collected.to(device)
 
@@ -51,9 +52,9 @@ class Scorer:
         """Score one prompt and seed.
 
         Args:
-            prompt: what was asked for.
+            prompt: what the samples should show.
             frames: of each method, uint8 [F, H, W, 3].
-            baseline: frames of the same prompt and seed.
+            baseline: the untouched pipeline's frames of the same prompt and seed.
             compare_sets: whether the baseline's frames are the real set too.
         """
         goal = as_tensor(baseline, self.device)
@@ -83,45 +84,69 @@ class Scorer:
 
     def values(self, label: str) -> dict[str, list[float]]:
         """The value of each sample, by metric, in the order of the samples; all processes call this together."""
-        found = {}
-        for metric in self.metrics:
-            if (metric.name, label) in self._values:
-                found[metric.name] = torch.as_tensor(self._values[metric.name, label].compute()).reshape(-1).tolist()
-        return found
+        return {
+            metric.name: torch.as_tensor(self._values[metric.name, label].compute()).reshape(-1).tolist()
+            for metric in self.metrics
+            if (metric.name, label) in self._values
+        }
 
-    def figures(self, label: str, values: Mapping[str, Sequence[float]]) -> dict[str, Figure]:
+    def figures(self, label: str, values: Mapping[str, Sequence[float]], prompts: int) -> dict[str, Figure]:
         """The figure of each metric, from what `values` gave; all processes call this together."""
-        figures = {}
-        for metric in self.metrics:
-            if metric.name in values:
-                figures[metric.name] = summary(values[metric.name], decibels=metric.declared.decibels)
-                continue
-            try:
-                figures[metric.name] = {"value": float(self._sets[metric.name, label].compute()), "spread": None}
-            except TooFew as error:
-                figures[metric.name] = {"value": None, "missing": str(error)}
-        return figures
+        return {
+            metric.name: average(values[metric.name], prompts, decibels=metric.declared.decibels)
+            if metric.name in values
+            else {"value": float(self._sets[metric.name, label].compute())}
+            for metric in self.metrics
+        }
 
 
-def summary(values: Sequence[float], *, decibels: bool) -> Figure:
-    """Mean, standard deviation (None for one value, or where one is infinite) and number of samples.
+def average(values: Sequence[float], prompts: int, *, decibels: bool) -> Figure:
+    """Mean, its 95 % interval (None for one prompt) and the number of samples.
 
     Args:
-        values: one for each sample.
+        values: one for each sample, prompt by prompt, as many of each.
+        prompts: how many there are.
         decibels: the mean is that of the mean squared errors, as if all samples were one.
     """
+    single = [10 ** (-value / 10) for value in values] if decibels else values
+    mean = math.fsum(single) / len(values)
+    interval = bootstrap(lambda drawn: drawn.mean((-1, -2)), prompts, single)
     if decibels:
-        error = math.fsum(10 ** (-value / 10) for value in values) / len(values)
-        mean = -10 * math.log10(error) if error > 0 else math.inf
-    else:
-        mean = math.fsum(values) / len(values)
-    finite = len(values) > 1 and all(map(math.isfinite, values))
-    spread = torch.tensor(values, dtype=torch.float64).std().item() if finite else None
-    return {"value": mean, "spread": spread, "samples": len(values)}
+        mean = _decibels(mean)
+        interval = interval and (_decibels(interval[1]), _decibels(interval[0]))
+    return {"value": mean, "interval": interval, "samples": len(values)}
 
 
-def plain(value: float) -> float | str:
+def _decibels(error: float) -> float:
+    return -10 * math.log10(error) if error > 0 else math.inf
+
+
+def bootstrap(
+    statistic: Callable[..., np.ndarray], prompts: int, *values: Sequence[float] | np.ndarray
+) -> tuple[float, float] | None:
+    """The percentile interval of 95 % of a statistic when the prompts are drawn again, always the same way.
+
+    Samples of one prompt stay together, because they are not independent (Efron and Tibshirani 1993, chapter 13).
+
+    Args:
+        statistic: from arrays [draws, prompts, samples of each] to [draws].
+        prompts: how many there are; one has no interval.
+        values: for each argument of the statistic, one number a sample, prompt by prompt.
+    """
+    if prompts < 2:
+        return None
+    arrays = [np.asarray(each, dtype=np.float64).reshape(prompts, -1) for each in values]
+    draws = np.random.default_rng(0).integers(0, prompts, (RESAMPLES, prompts))
+    parts = np.array_split(draws, -(-RESAMPLES * arrays[0].size // CHUNK))
+    found = np.concatenate([statistic(*(array[part] for array in arrays)) for part in parts])
+    low, high = np.quantile(found, (0.025, 0.975), method="nearest")  # no average of a number and infinity
+    return float(low), float(high)
+
+
+def plain(value: Any) -> Any:
     """A value for JSON, which knows no infinity: that is the word "inf"."""
+    if isinstance(value, (dict, list, tuple)):
+        return {name: plain(item) for name, item in value.items()} if isinstance(value, dict) else [*map(plain, value)]
     return "inf" if value == math.inf else value
 
 
@@ -135,13 +160,10 @@ def features_of(metric: ChosenMetric, device: torch.device) -> int:
     return int(metric.network.features(torch.zeros(1, 3, 64, 64, device=device)).shape[1])
 
 
-Frames = Callable[[str], "np.ndarray"]
-
-
 def score(
     metrics: Sequence[ChosenMetric],
     labels: Sequence[str],
-    samples: Sequence[tuple[str, Frames]],
+    samples: Sequence[tuple[str, Callable[[str], np.ndarray]]],
     media: Sequence[Captioned],
     process: Process,
     device: torch.device,
@@ -151,8 +173,8 @@ def score(
     Args:
         metrics: to score.
         labels: of the methods, the baseline first.
-        samples: of all prompts and seeds: the prompt, and what reads the frames of a label.
-        media: the real set; if empty, the baseline's own frames are it.
+        samples: the prompt of each, and what reads the frames of a label; prompt by prompt, with as many seeds each.
+        media: the real set; if empty, it is the baseline's frames.
         process: whose share of the work is done here; torchmetrics adds up those of all.
         device: where the networks run.
 
@@ -164,8 +186,9 @@ def score(
         frames = {label: read(label) for label in labels}
         scorer.add(prompt, frames, frames[labels[0]], compare_sets=not media)
     scorer.add_real_set(process.share(media))
+    prompts = len({prompt for prompt, _ in samples})
     found = {}
     for label in labels:
         values = scorer.values(label)
-        found[label] = values, scorer.figures(label, values)
+        found[label] = values, scorer.figures(label, values, prompts)
     return found

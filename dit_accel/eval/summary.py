@@ -1,4 +1,4 @@
-"""What a finished evaluation says: rows with figures, pictures to look at, and how all of it was made."""
+"""The summary of an evaluation: rows with figures, the verdict, samples to look at, and how all of it was made."""
 
 from __future__ import annotations
 
@@ -11,29 +11,32 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
-from dit_accel.errors import DitAccelError
+import numpy as np
+
+from dit_accel.eval import verdict
+from dit_accel.eval.gates import Limit
 from dit_accel.eval.metric import ChosenMetric
-from dit_accel.eval.processes import Processes
 from dit_accel.eval.report import write_report
 from dit_accel.eval.samples import Row
-from dit_accel.eval.scoring import Figure, plain, score
-from dit_accel.eval.sweep import Entry, Item, Sweep
+from dit_accel.eval.scoring import Figure, bootstrap, plain, score
+from dit_accel.eval.sweep import Candidate, PromptSeed, Sweep
 from dit_accel.files import staged
 from dit_accel.generation.output import write_frames
+from dit_accel.generation.processes import Process
 from dit_accel.generation.provenance import commit
+from dit_accel.generation.request import ModelRequest
 from dit_accel.generation.versions import machine, versions
+from dit_accel.hooks.schedule import Schedule
 
 if TYPE_CHECKING:
     import torch
 
-    from dit_accel.eval.quality import Request
+    from dit_accel.eval.quality import EvalRequest
     from dit_accel.generation.captioned import Captioned
     from dit_accel.tokens import TokenGrid
 
 Summary = dict[str, Any]
 
-# Figures beside the metrics, by which a method can be held to a limit.
-FIGURES = ("speedup", "attention_speedup", "density", "loop_seconds", "attention_seconds", "peak_bytes")
 DENSE_OUTPUTS = "the dense outputs"
 
 
@@ -43,23 +46,27 @@ class Evaluation:
 
     Args:
         request: what was asked for.
-        entries: the reference and the methods.
+        limits: its limits.
+        candidates: the baseline and the methods.
         items: prompts and seeds.
         sweep: knows where the samples lie.
         metrics: to score.
-        media, images: the reference set and how many images it has; none: the reference's own frames.
+        left_out: why metrics are left out that are usually measured.
+        media, images: the real set and how many images it has; none: the baseline's own frames.
         attention: what `Sweep.attention` gave for each method; empty where it was not asked for.
         grid: of the tokens.
         fps: of the videos.
         device, dtype: where and in what the model ran.
-        processes: who shares the work.
+        process: this one among those that share the work.
     """
 
-    request: Request
-    entries: Sequence[Entry]
-    items: Sequence[Item]
+    request: EvalRequest
+    limits: Sequence[Limit]
+    candidates: Sequence[Candidate]
+    items: Sequence[PromptSeed]
     sweep: Sweep
     metrics: Sequence[ChosenMetric]
+    left_out: Sequence[str]
     media: Sequence[Captioned]
     images: int
     attention: Sequence[dict[str, Any]]
@@ -67,16 +74,16 @@ class Evaluation:
     fps: int
     device: torch.device
     dtype: str
-    processes: Processes
+    process: Process
 
-    def rows(self, entry: Entry) -> list[Row]:
+    def rows(self, candidate: Candidate) -> list[Row]:
         """The rows of a method's samples, in the order of the items."""
-        return [self.sweep.results.rows[self.sweep.key(entry, item)] for item in self.items]
+        return [self.sweep.results.rows[self.sweep.key(candidate, item)] for item in self.items]
 
-    def frames(self, label: str, item: Item) -> Any:
+    def frames(self, label: str, item: PromptSeed) -> np.ndarray:
         """Of a sample: uint8 [F, H, W, 3]."""
-        entry = next(entry for entry in self.entries if entry.label == label)
-        return self.sweep.store(entry).frames(self.sweep.key(entry, item))
+        candidate = next(each for each in self.candidates if each.label == label)
+        return self.sweep.store(candidate).frames(self.sweep.key(candidate, item))
 
 
 def write(done: Evaluation) -> Summary | None:
@@ -89,22 +96,21 @@ def write(done: Evaluation) -> Summary | None:
         DitAccelError: something cannot be written.
     """
     readers = [(item.prompt, lambda label, item=item: done.frames(label, item)) for item in done.items]
-    labels = [entry.label for entry in done.entries]
-    scored = score(done.metrics, labels, readers, done.media, done.processes, done.device)
-    if not done.processes.main:
+    labels = [candidate.label for candidate in done.candidates]
+    scored = score(done.metrics, labels, readers, done.media, done.process, done.device)
+    if not done.process.main:
         return None
-    rows = {entry.label: _with_scores(done.rows(entry), scored[entry.label][0]) for entry in done.entries}
+    rows = {each.label: _with_scores(done.rows(each), scored[each.label][0]) for each in done.candidates}
     done.sweep.results.rewrite(own[index] for index in range(len(done.items)) for own in rows.values())
-    reference = rows[labels[0]]
+    made = _made(done)
+    listed = [_row(done, candidate, rows, scored[candidate.label][1]) for candidate in done.candidates]
+    metrics = [metric.about() for metric in done.metrics]
     summary = {
         "title": f"{done.request.model}: quality and speed of {len(labels) - 1} settings",
-        "made": _made(done),
-        "metrics": [metric.about() for metric in done.metrics],
-        "rows": [
-            _row(entry, rows[entry.label], reference, scored[entry.label][1])
-            | {"guidance": done.sweep.arguments(entry).get("guidance_scale")}
-            for entry in done.entries
-        ],
+        "made": made,
+        "metrics": metrics,
+        "rows": listed,
+        "verdict": verdict.decide(listed, metrics, done.limits, done.grid.tokens),
         "samples": _write_media(done, rows),
         "masks": _write_masks(done),
         "attention": list(done.attention),
@@ -113,51 +119,70 @@ def write(done: Evaluation) -> Summary | None:
     return summary
 
 
-def limited(summary: Summary) -> dict[str, dict[str, float | None]]:
-    """The figures of every method but the reference, for limits: by label and name, None where there is none."""
-    found = {}
-    for row in summary["rows"]:
-        if row["reference"]:
-            continue
-        figures = {name: figure["value"] for name, figure in row["figures"].items()}
-        figures |= {name: row[name] for name in ("speedup", "attention_speedup", "density", "peak_bytes")}
-        for name in ("loop_seconds", "attention_seconds"):
-            figures[name] = None if row[name] is None else row[name]["p50"]
-        found[row["label"]] = {name: None if value is None else float(value) for name, value in figures.items()}
-    return found
-
-
 def _with_scores(rows: Sequence[Row], values: Mapping[str, Sequence[float]]) -> list[Row]:
     return [
         row | {"scores": {name: plain(own[index]) for name, own in values.items()}} for index, row in enumerate(rows)
     ]
 
 
-def _row(entry: Entry, rows: Sequence[Row], reference: Sequence[Row], figures: Mapping[str, Figure]) -> dict[str, Any]:
+def _row(
+    done: Evaluation, candidate: Candidate, rows: Mapping[str, Sequence[Row]], figures: Mapping[str, Figure]
+) -> dict[str, Any]:
     """One method's line of the table."""
-    loop, dense_loop = (_quantiles(own, "denoising_seconds") for own in (rows, reference))
-    attention, dense_attention = (_quantiles(own, "attention_seconds") for own in (rows, reference))
+    own, base = rows[candidate.label], rows[done.candidates[0].label]
+    loop, dense_loop = (_quantiles(each, "denoising_seconds") for each in (own, base))
+    attention, dense_attention = (_quantiles(each, "attention_seconds") for each in (own, base))
     assert loop is not None and dense_loop is not None
-    peaks = [row["peak_memory"] for row in rows if row["peak_memory"] is not None]
+    peaks = [row["peak_memory"] for row in own if row["peak_memory"] is not None]
+    prompts = len({item.prompt for item in done.items})
+    times = ([row["denoising_seconds"] for row in each] for each in (base, own))
     return {
-        "label": entry.label,
-        "reference": entry.choice is None,
-        **entry.record(),
-        "samples": len(rows),
-        "steps": rows[0]["steps"],
-        "density": statistics.fmean(row["density"] for row in rows),
+        "label": candidate.label,
+        **candidate.record(),
+        "command": shlex.join(_command(done, candidate)),
+        "samples": len(own),
+        "steps": own[0]["steps"],
+        "guidance": done.sweep.arguments(candidate).get("guidance_scale"),
+        "density": statistics.fmean(row["density"] for row in own),
         "speedup": dense_loop["p50"] / loop["p50"],
+        "speedup_interval": bootstrap(_ratio_of_medians, prompts, *times),
         "attention_speedup": dense_attention["p50"] / attention["p50"] if attention and dense_attention else None,
         "loop_seconds": loop,
         "attention_seconds": attention,
         "peak_bytes": max(peaks, default=None),
-        "cached": sum(row["cached"] for row in rows),
-        "kernels": sorted({kernel for row in rows for kernel in row.get("kernels", ())}),
-        "figures": {
-            name: figure if figure["value"] is None else figure | {"value": plain(figure["value"])}
-            for name, figure in figures.items()
-        },
+        "cached": sum(row["cached"] for row in own),
+        "kernels": sorted({kernel for row in own for kernel in row.get("kernels", ())}),
+        "figures": plain(figures),
     }
+
+
+def _ratio_of_medians(base: np.ndarray, own: np.ndarray) -> np.ndarray:
+    medians = (np.median(times.reshape(len(times), -1), axis=1) for times in (base, own))
+    return next(medians) / next(medians)
+
+
+def _command(done: Evaluation, candidate: Candidate) -> list[str]:
+    """The command that generates the first sample of a method."""
+    request, choice, item = done.request, candidate.choice, done.items[0]
+    usual = {field.name: field.default for field in dataclasses.fields(ModelRequest)}
+    given: dict[str, Any] = {"model": request.model, "prompt": item.prompt, "seed": item.seed}
+    given |= {name: getattr(request, name) for name in usual if getattr(request, name) != usual[name]}
+    if choice is not None and choice.folder is not None:
+        given["load"] = choice.folder
+    elif choice is not None:
+        schedule = dataclasses.asdict(choice.schedule)
+        schedule = {name: value for name, value in schedule.items() if value != getattr(Schedule(), name)}
+        given |= {"method": choice.title} | schedule
+    command = ["dit-accel", "generate"]
+    for name, value in given.items():
+        option = f"--{name.replace('_', '-')}"
+        if name == "pipe":
+            command += [part for item in value for part in (option, item)]
+        elif isinstance(value, tuple):
+            command += [option, "".join(f"{layer}," for layer in value)]
+        else:
+            command += [option] if value is True else [option, str(value)]
+    return [*command, "--output", "out.mp4" if done.grid.frames > 1 else "out.png"]
 
 
 def _quantiles(rows: Sequence[Row], name: str) -> dict[str, float] | None:
@@ -173,7 +198,7 @@ def _quantiles(rows: Sequence[Row], name: str) -> dict[str, float] | None:
 
 def _made(done: Evaluation) -> dict[str, Any]:
     """How every figure was made."""
-    request, arguments = done.request, done.sweep.arguments(done.entries[0])
+    request, arguments = done.request, done.sweep.arguments(done.candidates[0])
     frames = f"{arguments['num_frames']} frames of " if "num_frames" in arguments else ""
     return {
         "command": shlex.join(["dit-accel", *sys.argv[1:]]),
@@ -184,18 +209,19 @@ def _made(done: Evaluation) -> dict[str, Any]:
         "size": f"{frames}{arguments['height']}x{arguments['width']} pixels",
         "grid": str(done.grid),
         "tokens": done.grid.tokens,
-        "steps": done.sweep.results.rows[done.sweep.key(done.entries[0], done.items[0])]["steps"],
+        "steps": done.sweep.results.rows[done.sweep.key(done.candidates[0], done.items[0])]["steps"],
         "guidance": arguments.get("guidance_scale"),
         "seeds": list(request.seeds),
         "prompts": list(dict.fromkeys(item.prompt for item in done.items)),
-        "reference": f"{DENSE_OUTPUTS} of the same prompt and seed",
-        "distribution": _distribution(done),
+        "baseline": f"{DENSE_OUTPUTS} of the same prompt and seed",
+        "real_set": f"{done.media[0].path.parent}, {done.images} images" if done.media else DENSE_OUTPUTS,
+        "left_out": list(done.left_out),
         "times": (
-            "Of the denoising loop, and in it of the self-attention modules with their projections; after a warm-up of "
-            "each method, methods in turn within a prompt; speed-ups are ratios of medians."
+            "Of the denoising loop, and in it of the self-attention modules with their projections. Each method is "
+            "warmed up, and methods take turns within a prompt. Speed-ups are ratios of medians."
         ),
         "compiled": request.compile,
-        "processes": done.processes.count,
+        "processes": done.process.count,
         "dtype": done.dtype,
         "device": str(done.device),
         "hardware": _hardware(done.device),
@@ -203,12 +229,6 @@ def _made(done: Evaluation) -> dict[str, Any]:
         "git": commit(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
-
-
-def _distribution(done: Evaluation) -> str:
-    if not done.media:
-        return DENSE_OUTPUTS
-    return f"{done.media[0].path.parent}, {done.images} images"
 
 
 def _hardware(device: torch.device) -> str:
@@ -227,20 +247,12 @@ def _write_media(done: Evaluation, rows: Mapping[str, Sequence[Row]]) -> list[di
         return []
     with staged(folder / "all") as stage:
         for index, item in shown:
-            for entry in done.entries:
-                frames = done.frames(entry.label, item)
-                name = f"{index + 1:03d}-{slug(entry.label)}{'.png' if len(frames) == 1 else '.mp4'}"
+            for label, own in rows.items():
+                frames = done.frames(label, item)
+                name = f"{index + 1:03d}-{slug(label)}{'.png' if len(frames) == 1 else '.mp4'}"
                 write_frames(stage / name, frames, done.fps)
-                row = rows[entry.label][index]
-                listed.append(
-                    {
-                        "row": entry.label,
-                        "prompt": item.prompt,
-                        "seed": item.seed,
-                        "media": f"media/{name}",
-                        "figures": row["scores"],
-                    }
-                )
+                shows = {"row": label, "prompt": item.prompt, "seed": item.seed, "media": f"media/{name}"}
+                listed.append(shows | {"figures": own[index]["scores"]})
     return listed
 
 
@@ -250,18 +262,16 @@ def _write_masks(done: Evaluation) -> list[dict[str, str]]:
 
     listed = []
     with staged(done.request.output / "masks" / "all") as stage:
-        for entry in done.entries:
-            choice = entry.choice
-            if choice is None or choice.name == "dense" or choice.layers is not None:
+        for candidate in done.candidates:
+            choice = candidate.choice
+            if choice is None or choice.layers is not None:
                 continue
             plan = registry.plan(choice.name, done.grid, **choice.config)
-            try:
-                picture = plan.image()
-            except DitAccelError:  # a method that routes by content has no mask that is known before the call
+            if plan.routes or plan.density == 1:
                 continue
-            name = f"{slug(entry.label)}.png"
-            picture.save(stage / name)
-            listed.append({"row": entry.label, "image": f"masks/{name}"})
+            name = f"{slug(candidate.label)}.png"
+            plan.image().save(stage / name)
+            listed.append({"row": candidate.label, "image": f"masks/{name}"})
     return listed
 
 

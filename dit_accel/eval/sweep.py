@@ -1,6 +1,6 @@
-"""The samples of an evaluation: the dense reference and every method in turn, for each prompt and seed.
+"""The samples of an evaluation: the untouched pipeline and every method in turn, for each prompt and seed.
 
-Methods take turns within a prompt, so that whatever else the machine does meets all of them.
+Methods take turns within a prompt, so that other load of the machine slows all of them alike.
 """
 
 from __future__ import annotations
@@ -30,17 +30,17 @@ if TYPE_CHECKING:
 
     from dit_accel.hooks.report import Report
 
-REFERENCE = "reference"  # the label of the untouched pipeline
-ABOVE = ("train", "eval", "cli")
+BASELINE = "baseline"  # the label of the untouched pipeline
+ABOVE = ("train", "eval", "bench", "cli")
 
 
 @dataclasses.dataclass(frozen=True)
-class Entry:
+class Candidate:
     """One row of the comparison.
 
     Args:
         label: unlike any other's.
-        choice: the method; None for the reference, which is the pipeline untouched.
+        choice: the method; None for the baseline, which is the untouched pipeline.
     """
 
     label: str
@@ -55,16 +55,11 @@ class Entry:
 
 
 @dataclasses.dataclass(frozen=True)
-class Item:
+class PromptSeed:
     """A prompt and a seed."""
 
     prompt: str
     seed: int
-
-
-def entries(choices: Sequence[Choice]) -> list[Entry]:
-    """The reference first, then the choices under their labels."""
-    return [Entry(REFERENCE), *(Entry(label(choice), choice) for choice in choices)]
 
 
 def label(choice: Choice) -> str:
@@ -79,11 +74,11 @@ class Sweep:
 
     Args:
         pipe: ready to be called.
-        arguments: of its call, without the prompt, from the defaults of a method (`Choice.call`).
+        arguments: makes those of its call, without the prompt, from the defaults of a method (`Choice.call`).
         identity: what else decides the pixels: model, device, versions.
         device: where it runs.
-        results: rows that are known, and where new ones go.
-        samples, references: where the frames of methods and of the reference lie.
+        results: the known rows; new ones are added to them.
+        samples, baselines: where the frames of methods and of the baseline lie.
         compile: whether the transformers are compiled, so that a warm-up takes a whole loop.
     """
 
@@ -95,53 +90,55 @@ class Sweep:
         device: torch.device,
         results: Results,
         samples: Store,
-        references: Store,
+        baselines: Store,
         *,
         compile: bool,
     ) -> None:
         self.pipe, self.device = pipe, device
         self._arguments = arguments
         self.identity, self.results = dict(identity), results
-        self.samples, self.references, self.compile = samples, references, compile
+        self.samples, self.baselines, self.compile = samples, baselines, compile
         self._code = code_hash()
         self._warm: set[str] = set()
 
-    def key(self, entry: Entry, item: Item) -> str:
+    def key(self, candidate: Candidate, item: PromptSeed) -> str:
         """The name of a sample. Only a method's pixels depend on this package's own code."""
-        identity = {"arguments": self.arguments(entry), "prompt": item.prompt, "seed": item.seed, **self.identity}
-        if entry.choice is not None:
-            identity |= {"method": entry.record(), "weights": _weights(entry.choice), "code": self._code}
+        identity = {"arguments": self.arguments(candidate), "prompt": item.prompt, "seed": item.seed, **self.identity}
+        if candidate.choice is not None:
+            identity |= {"method": candidate.record(), "weights": _weights(candidate.choice), "code": self._code}
         return key_of(identity)
 
-    def arguments(self, entry: Entry) -> dict[str, Any]:
+    def arguments(self, candidate: Candidate) -> dict[str, Any]:
         """Of the pipeline's call; a method trained for fewer steps takes these, if no others were asked for."""
-        return self._arguments({} if entry.choice is None else entry.choice.call)
+        return self._arguments({} if candidate.choice is None else candidate.choice.call)
 
-    def store(self, entry: Entry) -> Store:
-        return self.references if entry.choice is None else self.samples
+    def store(self, candidate: Candidate) -> Store:
+        return self.baselines if candidate.choice is None else self.samples
 
-    def run(self, listed: Sequence[Entry], items: Sequence[Item]) -> None:
+    def run(self, candidates: Sequence[Candidate], items: Sequence[PromptSeed]) -> None:
         """Make every sample that is not there, one line on stderr for each."""
-        total = len(listed) * len(items)
-        for number, (item, entry) in enumerate(_turns(listed, items), 1):
-            key = self.key(entry, item)
-            if not self._is_there(entry, key):
-                title = f"{number}/{total} {entry.label}"
-                self.results.add(self._make(entry, item, key, title))
+        total = len(candidates) * len(items)
+        for number, (item, candidate) in enumerate(_turns(candidates, items), 1):
+            key = self.key(candidate, item)
+            if not self._is_there(candidate, key):
+                title = f"{number}/{total} {candidate.label}"
+                self.results.add(self._make(candidate, item, key, title))
 
-    def attention(self, entry: Entry, item: Item, chosen: attention.Choice, folder: Path) -> dict[str, Any]:
+    def attention(
+        self, candidate: Candidate, item: PromptSeed, chosen: attention.MapChoice, folder: Path
+    ) -> dict[str, Any]:
         """What a method does to each attention layer, measured in one more run, or as kept in `folder`.
 
         Raises:
             DitAccelError: the model has no such layer, the run no such step, the transformers are compiled, or the map
                 cannot be written.
         """
-        assert entry.choice is not None
-        asked = {"sample": self.key(entry, item), "steps": chosen.steps, "layers": chosen.layers}
+        assert candidate.choice is not None
+        asked = {"sample": self.key(candidate, item), "steps": chosen.steps, "layers": chosen.layers}
         path = folder / f"{key_of(asked)}.json"
         if not path.exists():
-            arguments, title = self.arguments(entry) | {"prompt": item.prompt}, f"attention of {entry.label}"
-            with entry.choice.apply(self.pipe) as accel:
+            arguments, title = self.arguments(candidate) | {"prompt": item.prompt}, f"attention of {candidate.label}"
+            with candidate.choice.apply(self.pipe) as accel:
                 record = attention.record_attention(
                     accel,
                     lambda: sample(self.pipe, arguments, item.seed, title, self.device),
@@ -149,25 +146,27 @@ class Sweep:
                     chosen.layers,
                 )
             replace_file(path, json.dumps(record.as_json(), allow_nan=False).encode())
-        return {"row": entry.label, **read_json(path)}
+        return {"row": candidate.label, **read_json(path)}
 
-    def _is_there(self, entry: Entry, key: str) -> bool:
+    def _is_there(self, candidate: Candidate, key: str) -> bool:
         """Whether a sample needs no work: its row is known and its frames are whole, or the cache has both."""
-        found = self.store(entry).find(key)
+        found = self.store(candidate).find(key)
         known = self.results.rows.get(key)
         if known is not None and (found is None or found["sha256"] != known["sha256"]):
-            print(f"{self.store(entry).path(key)} is missing or damaged; its sample is made again.", file=sys.stderr)
+            print(
+                f"{self.store(candidate).path(key)} is missing or damaged; its sample is made again.", file=sys.stderr
+            )
             return False
-        if known is None and found is not None and entry.choice is None:
+        if known is None and found is not None and candidate.choice is None:
             # A kill may have come before its line was written: then its times are those of this evaluation too.
-            self.results.add(found | {"cached": not self.references.folder.is_relative_to(self.results.folder)})
+            self.results.add(found | {"cached": not self.baselines.folder.is_relative_to(self.results.folder)})
             return True
         return known is not None
 
-    def _make(self, entry: Entry, item: Item, key: str, title: str) -> Row:
-        arguments = self.arguments(entry) | {"prompt": item.prompt}
-        self._warm_up(entry, arguments)
-        accel = None if entry.choice is None else entry.choice.apply(self.pipe)
+    def _make(self, candidate: Candidate, item: PromptSeed, key: str, title: str) -> Row:
+        arguments = self.arguments(candidate) | {"prompt": item.prompt}
+        self._warm_up(candidate, arguments)
+        accel = None if candidate.choice is None else candidate.choice.apply(self.pipe)
         try:
             if self.compile:
                 made, attention = sample(self.pipe, arguments, item.seed, title, self.device), None
@@ -180,8 +179,8 @@ class Sweep:
                 accel.remove()
         row = {
             "key": key,
-            "label": entry.label,
-            **entry.record(),
+            "label": candidate.label,
+            **candidate.record(),
             "prompt": item.prompt,
             "seed": item.seed,
             **made.record(),
@@ -190,22 +189,22 @@ class Sweep:
             "cached": False,
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
         }
-        return self.store(entry).write((made.frames * 255).round().astype("uint8"), row)
+        return self.store(candidate).write((made.frames * 255).round().astype("uint8"), row)
 
-    def _warm_up(self, entry: Entry, arguments: dict[str, Any]) -> None:
-        """Once for each entry. One step would all be dense by schedule; a whole loop also compiles what that needs."""
-        if entry.label in self._warm:
+    def _warm_up(self, candidate: Candidate, arguments: dict[str, Any]) -> None:
+        """Once for each candidate: one step without the schedule, or, if compiled, a whole loop with all its graphs."""
+        if candidate.label in self._warm:
             return
-        self._warm.add(entry.label)
-        if entry.choice is None:
+        self._warm.add(candidate.label)
+        if candidate.choice is None:
             call.warm_up(self.pipe, arguments, whole=self.compile)
             return
-        with (entry.choice if self.compile else entry.choice.without_schedule()).apply(self.pipe):
+        with (candidate.choice if self.compile else candidate.choice.without_schedule()).apply(self.pipe):
             call.warm_up(self.pipe, arguments, whole=self.compile)
 
 
-def _turns(listed: Sequence[Entry], items: Sequence[Item]) -> Iterator[tuple[Item, Entry]]:
-    return ((item, entry) for item in items for entry in listed)
+def _turns(candidates: Sequence[Candidate], items: Sequence[PromptSeed]) -> Iterator[tuple[PromptSeed, Candidate]]:
+    return ((item, candidate) for item in items for candidate in candidates)
 
 
 def _density(report: Report) -> dict[str, Any]:

@@ -51,6 +51,20 @@ class Process:
             raise DitAccelError(f"RANK counts from 0 to WORLD_SIZE - 1, got RANK={index} and WORLD_SIZE={count}.")
         return cls(index, count, local)
 
+    @classmethod
+    def join(cls, device: str) -> Process:
+        """This process after it has met the others, if a launcher started several; torchmetrics then adds up over all.
+
+        Args:
+            device: as asked for; "cpu" keeps off GPUs that are there.
+        """
+        state = meet(device)
+        return cls(state.process_index, state.num_processes, state.local_process_index)
+
+    def wait(self) -> None:
+        """Wait until all processes are here."""
+        meet().wait_for_everyone()
+
     @property
     def main(self) -> bool:
         """Whether this is the one that writes what all have in common."""

@@ -6,7 +6,7 @@ from torch.nn import functional
 
 from dit_accel import accelerated
 from dit_accel.errors import DitAccelError
-from dit_accel.eval.attention import AttentionRecord, Choice, parse_choice, record_attention
+from dit_accel.eval.attention import AttentionRecord, MapChoice, parse_choice, record_attention
 
 LAYERS = ["transformer.blocks.0.attn1", "transformer.blocks.1.attn1", "transformer.blocks.2.attn1"]
 
@@ -84,10 +84,10 @@ def test_the_worst_layers_come_first():
 @pytest.mark.parametrize(
     ("text", "choice"),
     [
-        ("steps=0,8-10,layers=1,0", Choice((0, 8, 9, 10), (0, 1))),
-        ("steps=3", Choice((3,), None)),
-        ("layers=2-3,steps=4,1", Choice((1, 4), (2, 3))),
-        ("steps=all, layers=0", Choice(None, (0,))),
+        ("steps=0,8-10,layers=1,0", MapChoice((0, 8, 9, 10), (0, 1))),
+        ("steps=3", MapChoice((3,), None)),
+        ("layers=2-3,steps=4,1", MapChoice((1, 4), (2, 3))),
+        ("steps=all, layers=0", MapChoice(None, (0,))),
     ],
 )
 def test_choices_are_read(text, choice):

@@ -22,7 +22,7 @@ def sweep(model, prompts, output, *moment) -> None:
     if moment:
         kills.die_before(output, *moment)
     chosen = tuple(methods(METHODS))
-    quality.run(quality.Request(output=output, model=str(model), prompts=str(prompts), methods=chosen, **SWEEP))
+    quality.run(quality.EvalRequest(output=output, model=str(model), prompts=str(prompts), methods=chosen, **SWEEP))
 
 
 def lines(output) -> int:
@@ -63,7 +63,7 @@ def test_kills_lose_nothing(starter, wan_folder, tmp_path):
     assert len(expected[0]) == 2 * 4 * 4
 
     chance, output, done = random.Random(0), tmp_path / "killed", [0]
-    moments = [(1, "results.jsonl")]  # the frames of the first reference are there, their line is not
+    moments = [(1, "results.jsonl")]  # the frames of the first baseline are there, their line is not
     moments += [(chance.randint(2, 16),) for _ in range(KILLS - 1)]
     for moment in moments:
         assert run(output, *moment) == -signal.SIGKILL

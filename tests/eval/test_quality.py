@@ -49,7 +49,7 @@ class TestResults:
         for name in ("report.html", "summary.json", "summary.md", "results.jsonl"):
             assert (out / name).stat().st_size > 0
         summary = json.loads((out / "summary.json").read_text())
-        assert [row["label"] for row in summary["rows"]] == ["reference", "dense", GNA]
+        assert [row["label"] for row in summary["rows"]] == ["baseline", "dense", GNA]
         perfect, dense, gna = summary["rows"]
         for row in (perfect, dense):  # `accelerate(pipe, "dense")` is the untouched pipeline, bit for bit
             assert row["figures"]["psnr"]["value"] == row["figures"]["temporal_psnr"]["value"] == "inf"
@@ -63,7 +63,7 @@ class TestResults:
         assert 0 < gna["density"] < 1
         for row in summary["rows"]:
             assert 0 < row["attention_seconds"]["p50"] < row["loop_seconds"]["p50"] <= row["loop_seconds"]["p95"]
-        assert summary["made"]["distribution"] == "the dense outputs"
+        assert summary["made"]["real_set"] == "the dense outputs"
         assert summary["made"]["seeds"] == [0, 1, 2]
         assert {sample["prompt"] for sample in summary["samples"]} == {"a red circle"}
         assert all((out / sample["media"]).exists() for sample in summary["samples"])
@@ -72,7 +72,7 @@ class TestResults:
         assert maps[GNA]["steps"] == [1] and len(maps[GNA]["layers"]) == 2
         assert all(0 < mass < 1 for mass in maps[GNA]["mass"][0][0])
         rows = results(out)
-        assert [row["label"] for row in rows] == ["reference", "dense", GNA] * 6
+        assert [row["label"] for row in rows] == ["baseline", "dense", GNA] * 6
         assert rows[1]["scores"]["psnr"] == "inf"
         assert rows[1]["sha256"] == rows[0]["sha256"] != rows[2]["sha256"]
         assert rows[2]["sparse_calls"] == 8  # 2 layers, 2 steps, with and without the prompt
@@ -91,23 +91,24 @@ class TestResults:
         outcome = evaluate("--method", GNA, "--require", "psnr>=90,density<=0.9")
         assert outcome.status == 1
         (line,) = [line for line in outcome.err.splitlines() if "was asked for" in line]
-        assert line.startswith(f"dit-accel: {GNA}: psnr>=90 was asked for, it is ")
+        assert line.startswith(f"dit-accel: {GNA}: psnr>=90 was asked for, and it is ")
         assert evaluate("--method", GNA, "--require", "psnr>=1,density<=0.9").status == 0
 
-    def test_too_few_images_say_so_by_default(self, evaluate, tmp_path, monkeypatch, clip_folder):
-        """What was asked for by name is refused before the work; the default set says what it lacks."""
+    def test_too_few_images_leave_a_metric_out(self, evaluate, tmp_path, monkeypatch, clip_folder):
+        """A metric that was asked for by name is refused before the work."""
         from dit_accel.eval import metric
 
         usual = [(metric.get("psnr"), None), (metric.get("fid"), str(clip_folder))]
         monkeypatch.setattr(metric, "defaults", lambda embedded: usual)
         outcome = evaluate("--method", GNA, metrics=())
         assert outcome.status == 0, outcome.err
-        figure = json.loads((tmp_path / "out" / "summary.json").read_text())["rows"][1]["figures"]["fid[tiny-clip]"]
-        assert figure == {"value": None, "missing": "needs 25 images in each set, got 10"}
-        assert "fid[tiny-clip] needs 25 images" in " ".join(outcome.out.split())
+        summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+        assert [metric["name"] for metric in summary["metrics"]] == ["psnr"]
+        remark = "fid[tiny-clip] needs 120 images in each set, and this run generates 10"
+        assert summary["made"]["left_out"] == [remark] and remark in " ".join(outcome.out.split())
         assert evaluate("--method", GNA, metrics=("--metric", f"fid[{clip_folder}]"), folder="b").status == 2
 
-    def test_reference_set(self, evaluate, tmp_path, clip_folder):
+    def test_real_set(self, evaluate, tmp_path, clip_folder):
         (tmp_path / "set").mkdir()
         frames = np.random.default_rng(0).integers(0, 256, (30, 32, 48, 3), dtype=np.uint8)
         output.write_frames(tmp_path / "set" / "a.gif", frames, fps=8)
@@ -115,8 +116,8 @@ class TestResults:
         outcome = evaluate(*options, metrics=("--metric", f"fid[{clip_folder}]"))
         assert outcome.status == 0, outcome.err
         summary = json.loads((tmp_path / "out" / "summary.json").read_text())
-        assert summary["made"]["distribution"] == f"{tmp_path / 'set'}, 30 images"
-        assert summary["rows"][0]["figures"]["fid[tiny-clip]"]["value"] > 0.01  # the reference is not the set
+        assert summary["made"]["real_set"] == f"{tmp_path / 'set'}, 30 images"
+        assert summary["rows"][0]["figures"]["fid[tiny-clip]"]["value"] > 0.01  # the baseline is not the set
 
 
 class TestGoingOn:
@@ -135,7 +136,7 @@ class TestGoingOn:
         before = results(out)
         lines = (out / "results.jsonl").read_text().splitlines(keepends=True)
         (out / "results.jsonl").write_text(lines[0] + lines[1][:40] + "\n" + "".join(lines[2:]) + '{"key": "cut')
-        frames = out / "references" / f"{before[2]['key']}.safetensors"
+        frames = out / "baseline" / f"{before[2]['key']}.safetensors"
         frames.write_bytes(frames.read_bytes()[:-9])
         outcome = evaluate("--method", GNA)
         assert "results.jsonl, line 2, is damaged; its sample is made again." in outcome.err
@@ -147,11 +148,11 @@ class TestGoingOn:
         evaluate("--method", GNA)
         out = tmp_path / "out"
         before = results(out)
-        assert before[2]["label"] == "reference"
+        assert before[2]["label"] == "baseline"
         (out / "results.jsonl").write_text("".join((out / "results.jsonl").read_text().splitlines(keepends=True)[:2]))
         evaluate("--method", GNA)
         after = results(out)
-        assert after[:3] == before[:3]  # the reference with its times: its frames were whole
+        assert after[:3] == before[:3]  # the baseline with its times: its frames were whole
         assert without_times(after) == without_times(before)
 
     def test_a_folder_takes_one_evaluation_at_a_time(self, evaluate, tmp_path):
@@ -240,9 +241,9 @@ def test_real_sets_that_do_not_do(refused, tmp_path, clip_folder):
     Image.new("RGB", (16, 16)).save(folder / "a.png")
     options = ("--method", GNA, "--real", folder)
     line = refused(*options, "--seeds", "0-2", metrics=("--metric", f"fid[{clip_folder}]"))
-    assert line.startswith("fid[tiny-clip] needs 25 images in each set, and the set of --real has 1")
+    assert line.startswith("fid[tiny-clip] needs 25 images in each set, and the real set has 1")
     Image.new("RGB", (16, 24)).save(folder / "b.png")
-    assert "The files of --real have one size, and a.png is 16x16, b.png is 24x16" in refused(*options)
+    assert "A real set has one size, and a.png is 16x16, b.png is 24x16" in refused(*options)
     (folder / "b.png").write_bytes(b"no picture")
     assert "b.png cannot be read as an image or video" in refused(*options)
 

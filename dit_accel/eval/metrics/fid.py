@@ -69,4 +69,5 @@ METRIC = Metric(
     packages=("torch_fidelity",),
     collect=Fid,
     least=least,
+    enough=lambda features: 5 * features,  # its authors ask for 10,000 images with 2,048 features
 )

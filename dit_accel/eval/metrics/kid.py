@@ -1,4 +1,4 @@
-"""Kernel distance between the features of two sets of images: unbiased, so the one to read for small sets."""
+"""Kernel distance between the features of two sets of images: unlike FID unbiased, so it suits smaller sets."""
 
 from __future__ import annotations
 
@@ -67,4 +67,5 @@ METRIC = Metric(
     packages=("torch_fidelity",),
     collect=Kid,
     least=lambda features: LEAST,
+    enough=lambda features: SUBSET,
 )

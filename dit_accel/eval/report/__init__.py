@@ -34,5 +34,5 @@ def write_report(summary: dict[str, Any], folder: Path) -> None:
         text = json.dumps(summary, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
         (part / "summary.json").write_text(text, encoding="utf-8")
         (part / "summary.md").write_text(markdown.render(summary), encoding="utf-8")
-        (part / "pareto.png").write_bytes(pictures.pareto(summary, "png"))
+        (part / "pareto.png").write_bytes(pictures.pareto(summary))
         (part / "report.html").write_text(page.render(summary, folder), encoding="utf-8")

@@ -2,22 +2,25 @@
 
     title     str
     made      how it was made: {"command": str, "model": str, "seeds": [..], "prompts": [..], "hardware": str, ...};
-              values are strings, numbers, lists, or dicts of these, and all are shown
+              values are strings, numbers, lists, or dicts of these, and the report shows all of them
     metrics   [{"name", "title", "unit", "better": "higher" | "lower", "about": one line}]
-    rows      [{"label", "method", "config", "density", "speedup", "attention_speedup", "loop_seconds": {"p50", "p95"},
-              "attention_seconds": the same, "peak_bytes", "steps", "guidance", "figures": {metric's name: {"value",
-              "spread", "samples"} or {"value": null, "missing": why}}}]; None for what was not measured; the first row
-              is the untouched model
+    rows      [{"label", "method", "config", "command", "density", "speedup", "speedup_interval": [low, high],
+              "attention_speedup", "loop_seconds": {"p50", "p95"}, "attention_seconds": the same, "peak_bytes", "steps",
+              "guidance", "figures": {metric's name: {"value", "interval": [low, high], "samples"}}}]; None for what was
+              not measured; the first row is the untouched pipeline
+    verdict   [{"text", "row": label, "command"}]; the last two where the text names a setting
     samples   [{"row": label, "prompt", "seed", "media": path, "figures": {metric's name: number}}]
     masks     [{"row": label, "image": path}]
     attention [{"row": label, **dit_accel.eval.attention.AttentionRecord.as_json()}]
 
-JSON knows no infinity: a perfect PSNR is the string "inf". Paths are relative to the report's folder.
+Intervals hold 95 % of the bootstrap over prompts. JSON knows no infinity: a perfect PSNR is the string "inf". Paths are
+relative to the report's folder.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from dit_accel.errors import DitAccelError
@@ -70,12 +73,10 @@ def written(value: float | str | None, unit: str = "", digits: int = 4) -> str:
     return f"{text} {unit}".rstrip()
 
 
-def spread(figure: dict[str, Any]) -> str:
-    """A figure's standard deviation, nothing where there is none beyond rounding."""
-    deviation, value = figure.get("spread"), number(figure.get("value"))
-    if deviation is None or value is None or deviation <= 1e-6 * abs(value):
-        return ""
-    return f"± {written(deviation, digits=2)}"
+def interval(ends: Sequence[float | str] | None, form: str = " (95 %: {} to {})") -> str:
+    """An interval for people; nothing where there is none, or none beyond rounding."""
+    low, high = ("", "") if ends is None else (written(end, digits=3) for end in ends)
+    return "" if low == high else form.format(low, high)
 
 
 def seconds(times: dict[str, float] | None) -> str:
@@ -144,19 +145,4 @@ def sampled_otherwise(summary: dict[str, Any]) -> list[str]:
         f"{steps[0][0]} with {steps[0][1]}"
         for row, own in zip(summary["rows"], steps, strict=True)
         if own != steps[0]
-    ]
-
-
-def missing(summary: dict[str, Any]) -> list[str]:
-    """Why figures are missing: a sentence for each reason, with the rows it holds for."""
-    reasons: dict[tuple[str, str], list[str]] = {}
-    for row in summary["rows"]:
-        for metric in summary["metrics"]:
-            figure = row["figures"].get(metric["name"], {})
-            if figure.get("value") is None and figure.get("missing"):
-                reasons.setdefault((metric["title"], figure["missing"]), []).append(row["label"])
-    everywhere = len(summary["rows"])
-    return [
-        f"{title}: {why}" + ("" if len(labels) == everywhere else f" ({', '.join(labels)})")
-        for (title, why), labels in reasons.items()
     ]

@@ -1,4 +1,4 @@
-"""The summary as Markdown: the table, what is missing, and how it was made."""
+"""The summary as Markdown: the verdict, the table, and how it was made."""
 
 from __future__ import annotations
 
@@ -6,28 +6,32 @@ from typing import Any
 
 from dit_accel.eval.report import fields
 
+LEGEND = "↑ more is better, ↓ less is better. Intervals hold 95 % of the bootstrap over prompts."
+
 
 def render(summary: dict[str, Any]) -> str:
     """`summary.md`, as `fields.py` describes a summary."""
-    parts = [f"# {summary['title']}", table(summary)]
+    parts = [f"# {summary['title']}"]
+    if summary.get("verdict"):
+        parts.append("## What to use\n\n" + "\n".join(map(_advice, summary["verdict"])))
+    parts += ["## Figures", table(summary), LEGEND]
     parts += [f"{remark}." for remark in fields.sampled_otherwise(summary)]
-    gaps = fields.missing(summary)
-    if gaps:
-        parts.append("Not measured:\n\n" + "\n".join(f"* {gap}" for gap in gaps))
     parts.append("![Pareto fronts](pareto.png)")
-    about = "\n".join(f"* {fields.heading(metric)}: {metric['about']}" for metric in summary["metrics"])
-    parts.append(f"## Figures\n\n{about}")
+    parts.append("\n".join(f"* {fields.heading(metric)}: {metric['about']}" for metric in summary["metrics"]))
     made = "\n".join(f"* {name}: {plain(value)}" for name, value in summary["made"].items())
     parts.append(f"## How it was made\n\n{made}")
     return "\n\n".join(parts) + "\n"
 
 
+def _advice(line: dict[str, Any]) -> str:
+    return f"* {line['text']}" + (f"\n  `{line['command']}`" if line.get("command") else "")
+
+
 def excerpt(summary: dict[str, Any], label: str) -> str:
-    """One method beside the reference, without headings: the table, what is missing, and how it was made."""
-    rows = [row for row in summary["rows"] if row["reference"] or row["label"] == label]
+    """One method beside the baseline, without headings: the table, and how it was made."""
+    rows = [row for index, row in enumerate(summary["rows"]) if index == 0 or row["label"] == label]
     parts = [table(summary | {"rows": rows})]
     parts += [f"{remark}." for remark in fields.sampled_otherwise(summary | {"rows": rows})]
-    parts += [f"Not measured: {gap}." for gap in fields.missing(summary)]
     made = summary["made"]
     prompts, seeds = len(made["prompts"]), len(made["seeds"])
     parts.append(
@@ -38,18 +42,28 @@ def excerpt(summary: dict[str, Any], label: str) -> str:
 
 
 def table(summary: dict[str, Any], costs: bool = True) -> str:
-    """All rows with density, speed-up and every metric; `costs` adds times and memory."""
+    """All rows, numbered as in the pictures, with density, speed-up and every metric.
+
+    Args:
+        summary: its rows and metrics.
+        costs: also give times, memory, and intervals.
+    """
     metrics = summary["metrics"]
-    head = ["method", "density", "speed-up"]
+    head = ["", "method", "density", "speed-up"]
     head += ["loop p50 / p95 (s)", "attention p50 / p95 (s)", "memory"] if costs else []
     head += [fields.heading(metric) for metric in metrics]
-    lines = [head, ["---", *["---:"] * (len(head) - 1)]]
-    for row in summary["rows"]:
-        cells = [f"`{row['label']}`", fields.share(row["density"]), fields.times(row["speedup"])]
+    lines = [head, ["---:", "---", *["---:"] * (len(head) - 2)]]
+    span = " ({} to {})" if costs else ""
+    for number, row in enumerate(summary["rows"], 1):
+        speed = fields.times(row["speedup"]) + fields.interval(row.get("speedup_interval"), span)
+        cells = [str(number), f"`{row['label']}`", fields.share(row["density"]), speed]
         if costs:
             cells += [fields.seconds(row.get("loop_seconds")), fields.seconds(row.get("attention_seconds"))]
             cells += [fields.memory(row.get("peak_bytes"))]
-        lines.append(cells + [fields.written(fields.value_of(row, metric)) for metric in metrics])
+        for metric in metrics:
+            figure = row["figures"].get(metric["name"], {})
+            cells.append(fields.written(figure.get("value")) + fields.interval(figure.get("interval"), span))
+        lines.append(cells)
     return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
 
 

@@ -1,6 +1,6 @@
 "use strict";
-// Two samples of one prompt over each other with a movable border; all videos of the prompt run on one clock. Without
-// scripts the grid of samples is all there is, each with its own controls.
+// Shows two samples of one prompt over each other with a movable border, and runs all videos of a prompt on one clock.
+// Without scripts the page shows the grid of samples, each with its own controls.
 
 const DRIFT = 0.08; // seconds two videos may be apart
 
@@ -14,7 +14,7 @@ function compare(article) {
 
   for (const [side, choice] of choices.entries()) {
     for (const [index, sample] of samples.entries()) choice.add(new Option(sample.dataset.row, index));
-    choice.value = side && Math.max(1, samples.findIndex((sample, index) => index && sample.dataset.row !== "dense"));
+    choice.value = side && Math.max(1, samples.findIndex((sample) => "chosen" in sample.dataset));
     stage.append(shown(samples[choice.value]));
     choice.addEventListener("change", () => {
       const old = stage.children[side];

@@ -9,7 +9,7 @@ from typing import Any
 
 from dit_accel.errors import DitAccelError
 from dit_accel.eval.report import fields, pictures
-from dit_accel.eval.report.markdown import plain
+from dit_accel.eval.report.markdown import LEGEND, plain
 
 HERE = Path(__file__).parent
 KINDS = {".mp4": "video/mp4", ".webm": "video/webm", ".png": "image/png", ".jpg": "image/jpeg", ".gif": "image/gif"}
@@ -31,13 +31,17 @@ def render(summary: dict[str, Any], folder: Path) -> str:
     environment = Environment(
         loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.globals.update(fields=fields, plain=plain)
+    environment.globals.update(fields=fields, plain=plain, legend_text=LEGEND)
     environment.filters["breakable"] = lambda label: escape(label).replace(",", Markup(",<wbr>"))
     return environment.get_template("page.html.j2").render(
         summary=summary,
         style=Markup((HERE / "page.css").read_text(encoding="utf-8")),
         script=Markup((HERE / "page.js").read_text(encoding="utf-8")),
         fronts={metric["name"]: fields.front(summary["rows"], metric) for metric in summary["metrics"]},
+        legend=[
+            (method, colour, pictures.MARKERS[mark]) for method, (colour, mark) in pictures.legend(summary).items()
+        ],
+        chosen=next((line["row"] for line in summary.get("verdict", []) if "row" in line), None),
         panels=[(metric, Markup(pictures.panel(summary, metric).decode())) for metric in pictures.drawable(summary)],
         prompts=_by_prompt(summary.get("samples", []), folder),
         masks=[(mask["row"], embedded(folder / mask["image"])) for mask in summary.get("masks", [])],

@@ -1,6 +1,7 @@
 """Pictures of the report, drawn by matplotlib: Pareto fronts and heat maps of the attention's error.
 
 As SVG they take the page's text colour, so they suit its light and its dark theme; as PNG they are black on white.
+Points carry the numbers of the table's rows.
 """
 
 from __future__ import annotations
@@ -18,9 +19,10 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 INK = "#010203"  # stands for the page's text colour, which an SVG calls currentColor
-MARKERS = "osD^vP*X"
+MARKERS = {"o": "●", "s": "■", "D": "◆", "^": "▲", "v": "▼", "P": "✚", "*": "★", "X": "✖"}
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c6d31", "#7f7f7f")  # Okabe and Ito
 PANEL = (3.6, 2.9)  # inches: legible when a phone shows it at full width
+FAR = 3  # quartile ranges beyond the quartiles; what lies farther is "far out" (Tukey 1977, section 2D)
 STYLE: Any = {
     "svg.fonttype": "none",  # letters stay letters
     "svg.hashsalt": "dit_accel",  # equal summaries make equal files
@@ -35,16 +37,54 @@ STYLE: Any = {
     "ytick.color": INK,
 }
 
-Kind = Literal["svg", "png"]
+ImageFormat = Literal["svg", "png"]
 
 
 def drawable(summary: dict[str, Any]) -> list[dict[str, Any]]:
-    """The metrics of which at least one row beside the reference has a finite figure and a speed-up."""
+    """The metrics of which at least one row beside the baseline has a finite figure and a speed-up."""
     return [metric for metric in summary["metrics"] if len(_points(summary, metric)) > 1]
 
 
-def pareto(summary: dict[str, Any], kind: Kind) -> bytes:
-    """Speed-up against each metric, a panel each; a line joins the rows on the front.
+def legend(summary: dict[str, Any]) -> dict[str, tuple[str, str]]:
+    """Colour and marker of each method, in the order of the rows."""
+    methods = dict.fromkeys(row["method"] for row in summary["rows"])
+    markers = list(MARKERS)
+    return {
+        method: (COLOURS[index % len(COLOURS)], markers[index % len(markers)]) for index, method in enumerate(methods)
+    }
+
+
+def pareto(summary: dict[str, Any]) -> bytes:
+    """Speed-up against each metric as PNG, a panel each, with one legend; a line joins the rows on the front.
+
+    Raises:
+        DitAccelError: matplotlib is not installed.
+    """
+    check_matplotlib()
+    import matplotlib
+    from matplotlib.lines import Line2D
+
+    metrics = drawable(summary)
+    columns = min(3, max(1, len(metrics)))
+    rows = max(1, -(-len(metrics) // columns))
+    with matplotlib.rc_context(STYLE):
+        figure = _figure(PANEL[0] * columns, PANEL[1] * rows + 0.3)
+        axes = list(figure.subplots(rows, columns, squeeze=False).flat)
+        for axis, metric in zip(axes, metrics, strict=False):
+            _front_panel(axis, summary, metric)
+        for axis in axes[len(metrics) :]:
+            axis.set_axis_off()
+        handles = [
+            Line2D([], [], linestyle="", color=colour, marker=marker, label=method)
+            for method, (colour, marker) in legend(summary).items()
+        ]
+        handles.append(Line2D([], [], color=INK, linewidth=1, alpha=0.5, label="Pareto front"))
+        figure.legend(handles=handles, loc="outside lower center", ncols=3 * columns, frameon=False)
+        return _bytes(figure, "png")
+
+
+def panel(summary: dict[str, Any], metric: dict[str, Any]) -> bytes:
+    """One metric's Pareto front alone, as SVG without a legend.
 
     Raises:
         DitAccelError: matplotlib is not installed.
@@ -52,34 +92,10 @@ def pareto(summary: dict[str, Any], kind: Kind) -> bytes:
     check_matplotlib()
     import matplotlib
 
-    metrics = drawable(summary)
-    methods = list(dict.fromkeys(row["method"] for row in summary["rows"]))
-    columns = 1 if kind == "svg" else min(3, max(1, len(metrics)))
-    rows = max(1, -(-len(metrics) // columns))
     with matplotlib.rc_context(STYLE):
-        figure = _figure(PANEL[0] * columns, PANEL[1] * rows + 0.3)
-        axes = list(figure.subplots(rows, columns, squeeze=False).flat)
-        for axis, metric in zip(axes, metrics, strict=False):
-            _front_panel(axis, summary, metric, methods)
-        for axis in axes[len(metrics) :]:
-            axis.set_axis_off()
-        handles = {
-            label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
-        }
-        if handles:
-            figure.legend(
-                handles.values(), handles.keys(), loc="outside lower center", ncols=3 * columns, frameon=False
-            )
-        return _bytes(figure, kind)
-
-
-def panel(summary: dict[str, Any], metric: dict[str, Any]) -> bytes:
-    """One metric's Pareto front alone, as SVG.
-
-    Raises:
-        DitAccelError: matplotlib is not installed.
-    """
-    return pareto({**summary, "metrics": [metric]}, "svg")
+        figure = _figure(*PANEL)
+        _front_panel(figure.subplots(), summary, metric)
+        return _bytes(figure, "svg")
 
 
 def heat_maps(record: dict[str, Any]) -> bytes:
@@ -148,30 +164,56 @@ def _short(name: str) -> str:
     return ".".join(parts[max(0, last - 1) : last + 1])
 
 
-def _points(summary: dict[str, Any], metric: dict[str, Any]) -> list[tuple[float, float, dict[str, Any]]]:
-    """(speed-up, value, row) of all rows that can be drawn: infinities are not."""
-    found = ((row["speedup"], fields.value_of(row, metric), row) for row in summary["rows"])
+def _points(summary: dict[str, Any], metric: dict[str, Any]) -> list[tuple[float, float, int, dict[str, Any]]]:
+    """(speed-up, value, number, row) of all rows that can be drawn: infinities cannot."""
     return [
-        (speed, value, row)
-        for speed, value, row in found
-        if speed is not None and value is not None and math.isfinite(value)
+        (row["speedup"], value, number, row)
+        for number, row in enumerate(summary["rows"], 1)
+        if row["speedup"] is not None and (value := fields.value_of(row, metric)) is not None and math.isfinite(value)
     ]
 
 
-def _front_panel(axes: Axes, summary: dict[str, Any], metric: dict[str, Any], methods: list[str]) -> None:
+def _front_panel(axes: Axes, summary: dict[str, Any], metric: dict[str, Any]) -> None:
     points = _points(summary, metric)
+    across, up = _limits([point[0] for point in points] + [1.0]), _limits([point[1] for point in points])
     on_front = set(fields.front(summary["rows"], metric))
-    line = sorted((speed, value) for speed, value, row in points if row["label"] in on_front)
-    if line:
-        axes.plot(*zip(*line, strict=True), color=INK, linewidth=1, alpha=0.5, zorder=1, label="Pareto front")
-    for index, method in enumerate(methods):
-        own = [(speed, value) for speed, value, row in points if row["method"] == method]
-        if own:
-            colour, marker = COLOURS[index % len(COLOURS)], MARKERS[index % len(MARKERS)]
-            axes.plot(*zip(*own, strict=True), linestyle="", color=colour, marker=marker, label=method, zorder=2)
+    line = sorted((speed, value) for speed, value, _, row in points if row["label"] in on_front)
+    axes.plot([speed for speed, _ in line], [value for _, value in line], color=INK, linewidth=1, alpha=0.5, zorder=1)
+    marks, texts = legend(summary), dict[tuple[float, float], list[str]]()
+    for speed, value, number, row in points:
+        colour, marker = marks[row["method"]]
+        x, y = min(max(speed, across[0]), across[1]), min(max(value, up[0]), up[1])
+        far = [fields.times(speed)] if x != speed else []
+        far += [fields.written(value, digits=3)] if y != value else []  # drawn on the edge, hollow, with its figure
+        fill = "none" if far else colour
+        axes.plot(x, y, linestyle="", color=colour, marker=marker, markerfacecolor=fill, zorder=2, clip_on=False)
+        near = next((at for at in texts if _beside(at[0], x, across) and _beside(at[1], y, up)), (x, y))
+        texts.setdefault(near, []).append(": ".join([str(number), *far]))
+    for (x, y), own in texts.items():
+        below, left = y > up[1] - 0.05 * (up[1] - up[0]), x > across[1] - 0.1 * (across[1] - across[0])
+        side: dict[str, Any] = {"xytext": (-4 if left else 4, -8 if below else 2), "ha": "right" if left else "left"}
+        axes.annotate(", ".join(own), (x, y), textcoords="offset points", fontsize=7, zorder=3, **side)
     axes.axvline(1, color=INK, linewidth=0.6, linestyle=":", zorder=0)
-    axes.set(xlabel="speed-up of the denoising loop", ylabel=_scale(metric), title=metric["title"])
+    axes.set(
+        xlim=across, ylim=up, xlabel="speed-up of the denoising loop", ylabel=_scale(metric), title=metric["title"]
+    )
     axes.spines[["top", "right"]].set_visible(False)
+
+
+def _beside(one: float, other: float, ends: tuple[float, float]) -> bool:
+    """Whether two places on an axis are so close that their points share a label."""
+    return abs(one - other) < 0.02 * (ends[1] - ends[0])
+
+
+def _limits(values: list[float]) -> tuple[float, float]:
+    """Ends of an axis with a margin, without what is far out from the rest."""
+    import numpy as np
+
+    low, high = np.quantile(values, (0.25, 0.75))
+    reach = FAR * (high - low)
+    near = [value for value in values if low - reach <= value <= high + reach]
+    margin = 0.08 * (max(near) - min(near)) or 0.05 * abs(near[0]) or 0.05
+    return min(near) - margin, max(near) + margin
 
 
 def _scale(metric: dict[str, Any]) -> str:
@@ -188,7 +230,7 @@ def _figure(width: float, height: float) -> Figure:
     return figure
 
 
-def _bytes(figure: Figure, kind: Kind) -> bytes:
+def _bytes(figure: Figure, kind: ImageFormat) -> bytes:
     file = io.BytesIO()
     if kind == "png":
         figure.savefig(file, format="png", dpi=120)

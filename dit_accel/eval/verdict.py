@@ -1,0 +1,132 @@
+"""What to use, from the rows of an evaluation: the best setting under each limit, with the command that runs it.
+
+A setting is a candidate if it attends to fewer pairs than dense attention and is surely faster than the baseline: the
+95 % interval of its speed-up lies above 1. Without limits the verdict names the fastest candidate within 1 dB of the
+best, and the best one that is at least 1.5 times as fast.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from dit_accel.eval import gates
+from dit_accel.eval.gates import Limit
+from dit_accel.eval.report import fields
+
+WITHIN = 1.0  # dB
+SPEED = 1.5
+Row = dict[str, Any]
+Line = dict[str, Any]  # "text", and "row" and "command" of the setting that it names, if it names one
+
+
+def decide(rows: Sequence[Row], metrics: Sequence[dict[str, Any]], limits: Sequence[Limit], tokens: int) -> list[Line]:
+    """The verdict, a line for each question.
+
+    Args:
+        rows: of the summary, the baseline first.
+        metrics: of the summary; the first one measured in dB, or else the first one, says which setting is better.
+        limits: to choose under; if there are none, the questions are those of this module's first paragraph.
+        tokens: of the attention's sequence, for a run in which nothing gains.
+    """
+    main = next((metric for metric in metrics if metric["unit"] == "dB"), metrics[0] if metrics else None)
+    gaining = [row for row in rows[1:] if _gains(row)]
+    if not gaining:
+        return [{"text": _nothing_gains(rows, tokens)}]
+    if limits:
+        asked = [*([limit] for limit in limits), *([list(limits)] if len(limits) > 1 else [])]
+        return [_under(chosen, gaining, main) for chosen in asked]
+    if main is None:
+        return [_line("The fastest", _fastest(gaining), None)]
+    lines = []
+    if main["unit"] == "dB":
+        best = max(_goodness(row, main) for row in gaining)
+        near = [row for row in gaining if _goodness(row, main) >= best - WITHIN]
+        lines.append(_line(f"The fastest within {WITHIN:g} dB of the best", _fastest(near), main))
+    return [*lines, _under([Limit("speedup", ">=", SPEED)], gaining, main)]
+
+
+def _gains(row: Row) -> bool:
+    interval = row.get("speedup_interval")
+    return bool(row["density"] < 1 and (row["speedup"] if interval is None else interval[0]) > 1)
+
+
+def _under(limits: Sequence[Limit], gaining: Sequence[Row], main: dict[str, Any] | None) -> Line:
+    """The best row that holds the limits: the fastest, or by the main metric if they ask for speed alone."""
+    said = " and ".join(map(str, limits))
+    holding = [row for row in gaining if not gates.broken(limits, {"": gates.figures_of(row)})]
+    if not holding:
+        return {"text": f"No setting that gains holds {said}; the fastest is {_figures(_fastest(gaining), main)}."}
+    if main is not None and all(limit.figure in gates.FIGURES for limit in limits):
+        return _line(
+            f"The best with {said}", max(holding, key=lambda row: (_goodness(row, main), row["speedup"])), main
+        )
+    return _line(f"The fastest with {said}", _fastest(holding), main)
+
+
+def _fastest(rows: Sequence[Row]) -> Row:
+    return max(rows, key=lambda row: row["speedup"])
+
+
+def _goodness(row: Row, metric: dict[str, Any]) -> float:
+    """A figure of which more is better; a missing one is the worst."""
+    value = fields.value_of(row, metric)
+    return -math.inf if value is None else value if metric["better"] == "higher" else -value
+
+
+def _line(question: str, row: Row, main: dict[str, Any] | None) -> Line:
+    return {"text": f"{question}: {_figures(row, main)}.", "row": row["label"], "command": row.get("command")}
+
+
+def _figures(row: Row, main: dict[str, Any] | None) -> str:
+    """The label with speed-up and main figure, each with its interval."""
+    parts = [f"{row['speedup']:.2f} times as fast{fields.interval(row.get('speedup_interval'))}"]
+    if main is not None:
+        figure = row["figures"][main["name"]]
+        value = fields.written(figure["value"], main["unit"])
+        parts.append(f"{main['title']} {value}{fields.interval(figure.get('interval'))}")
+    return f"{row['label']}, {', '.join(parts)}"
+
+
+def _nothing_gains(rows: Sequence[Row], tokens: int) -> str:
+    """That nothing gains, and from how many tokens on something would.
+
+    Where a method's attention takes A' seconds and the rest of its loop R', and the baseline's A and R, s times the
+    tokens make that A' s² + R' s and A s² + R s: the method gains from s = (R' - R) / (A - A') on.
+    """
+    sparse = [row for row in rows[1:] if row["density"] < 1]
+    if not sparse:
+        return "No setting attends to fewer pairs than dense attention."
+    fastest, base = _fastest(sparse), rows[0]
+    said = f"Nothing gains for sure at {tokens:,} tokens: the fastest is {_figures(fastest, None)}."
+    if base["attention_seconds"] is None:
+        return f"{said} A run without --compile also tells from which length on one would."
+    attention, rest = (
+        {row["label"]: _seconds(row)[part] for row in (base, *sparse) if row["attention_seconds"]} for part in (0, 1)
+    )
+    lengths = {
+        label: (rest[label] - rest[base["label"]]) / (attention[base["label"]] - own)
+        for label, own in attention.items()
+        if own < attention[base["label"]]
+    }
+    if not lengths:
+        return (
+            f"{said} No setting's attention is faster than dense attention here; try a longer video or more sparsity."
+        )
+    label = min(lengths, key=lambda name: lengths[name])
+    if lengths[label] <= 1:
+        return f"{said} The difference is within this run's noise; take more prompts or a longer video."
+    return f"{said} By these times {label} would gain from about {_round(lengths[label] * tokens):,} tokens on."
+
+
+def _seconds(row: Row) -> tuple[float, float]:
+    """Medians of attention and of the rest of the loop."""
+    attention = row["attention_seconds"]["p50"]
+    return attention, row["loop_seconds"]["p50"] - attention
+
+
+def _round(count: float) -> int:
+    """To two digits."""
+    digits = max(0, math.floor(math.log10(count)) - 1)
+    return round(count / 10**digits) * 10**digits
