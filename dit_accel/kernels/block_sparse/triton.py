@@ -33,7 +33,7 @@ from dit_accel.kernels.block_sparse.triton_configs import (
 )
 from dit_accel.kernels.block_sparse.triton_forward import block_sparse_fwd_kernel
 from dit_accel.kernels.block_sparse.triton_lists import OrderedLists, both_ways, order_lists, split
-from dit_accel.kernels.block_sparse.triton_predicate import partial_words_kernel
+from dit_accel.kernels.block_sparse.triton_tokens import partial_words_kernel
 
 JIT = {"forward": block_sparse_fwd_kernel, "dq": block_sparse_bwd_kernel_dq, "dkdv": block_sparse_bwd_kernel_dkdv}
 INTERPRETED = isinstance(block_sparse_fwd_kernel, InterpretedFunction)
@@ -172,7 +172,7 @@ class _Call:
             torch._assert_async(lists.partial_blocks() <= room, f"more than partial_blocks={room} blocks are partial")
 
     def masked(self, lists: OrderedLists) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Places and spans of the lists, and the bits of their partial blocks (see `triton_predicate`).
+        """Places and spans of the lists, and the bits of their partial blocks (see `triton_tokens`).
 
         Room for the bits follows from shapes, or from `Geometry.partial_blocks`: nothing waits for the device.
         """

@@ -8,9 +8,17 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from dit_accel.kernels.block_sparse.triton_predicate import holds, load_words
-from dit_accel.kernels.block_sparse.triton_rows import load_rows, rows_of, store_rows
-from dit_accel.kernels.block_sparse.triton_tokens import list_of, locate, places_in, starts_of
+from dit_accel.kernels.block_sparse.triton_tokens import (
+    holds,
+    list_of,
+    load_rows,
+    load_words,
+    locate,
+    places_in,
+    rows_of,
+    starts_of,
+    store_rows,
+)
 
 # Logits and LSE are subtracted in base e, where the LSE was rounded once, and only then taken to base 2
 LOG2E = tl.constexpr(1.4426950408889634)

@@ -48,7 +48,7 @@ def builds(arch: int) -> Iterator[Build]:
         for tiled in (True, False):
             yield Build(
                 kernel="block_sparse_words_forward",
-                function="dit_accel.kernels.block_sparse.triton_predicate:partial_words_kernel",
+                function="dit_accel.kernels.block_sparse.triton_tokens:partial_words_kernel",
                 constants=tuple(_blocks(block_q, block_k, tiled).items()),
                 pointers=POINTERS,
                 warps=words_warps(block_q),

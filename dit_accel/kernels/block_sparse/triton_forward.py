@@ -5,9 +5,17 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from dit_accel.kernels.block_sparse.triton_predicate import holds, load_words
-from dit_accel.kernels.block_sparse.triton_rows import load_rows, rows_of, store_rows
-from dit_accel.kernels.block_sparse.triton_tokens import list_of, locate, places_in, starts_of
+from dit_accel.kernels.block_sparse.triton_tokens import (
+    holds,
+    list_of,
+    load_rows,
+    load_words,
+    locate,
+    places_in,
+    rows_of,
+    starts_of,
+    store_rows,
+)
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -40,7 +48,7 @@ def attend_lists(
         b_q: [BLOCK_Q, BLOCK_D], 0 beyond D.
         k, v: where this head's rows begin, and the distance from row to row.
         scale: of the logits, above 0, in base 2.
-        lists: `triton_tokens.list_of` this query block; `words` are those of `triton_predicate`.
+        lists: `triton_tokens.list_of` this query block; `words` are those of `triton_tokens`.
         starts: of this sample's visual, conditioning and text tokens.
         CUT: BLOCK_K and the tile of a key block, which is taken in steps of STEP rows.
     """
@@ -135,7 +143,7 @@ def block_sparse_fwd_kernel(
 ):  # fmt: skip
     """Output [B, Nq, H, D] and LSE [B, H, Nq] of one query block of one head; strides come divided by ALIGN.
 
-    A key block is taken in steps of STEP rows. `words` are those of `triton_predicate`.
+    A key block is taken in steps of STEP rows. `words` are those of `triton_tokens`.
     """
     # text rows, which see everything, are the last blocks: start them first
     i_q = query_blocks - 1 - tl.program_id(0)

@@ -14,8 +14,7 @@ import triton
 import triton.language as tl
 
 from dit_accel.kernels.block_sparse.triton_backward import of_keys, of_queries, row_lse
-from dit_accel.kernels.block_sparse.triton_rows import load_rows, rows_of, rows_of_head, store_rows
-from dit_accel.kernels.block_sparse.triton_tokens import list_of
+from dit_accel.kernels.block_sparse.triton_tokens import list_of, load_rows, rows_of, rows_of_head, store_rows
 from dit_accel.kernels.sla.triton_features import EPS, mapped, mapped_columns, pulled_back, scales_of_rows
 from dit_accel.kernels.sla.triton_marginal import over_listed, over_others, over_selecting, routed
 from dit_accel.kernels.sla.triton_rows import (

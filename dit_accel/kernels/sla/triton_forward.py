@@ -6,8 +6,7 @@ import triton
 import triton.language as tl
 
 from dit_accel.kernels.block_sparse.triton_forward import attend_lists, normalised, positive
-from dit_accel.kernels.block_sparse.triton_rows import load_rows, rows_of_head, store_rows
-from dit_accel.kernels.block_sparse.triton_tokens import list_of
+from dit_accel.kernels.block_sparse.triton_tokens import list_of, load_rows, rows_of_head, store_rows
 from dit_accel.kernels.sla.triton_features import EPS, mapped, mapped_columns, scales_of_rows
 from dit_accel.kernels.sla.triton_marginal import over_listed, over_others, routed
 from dit_accel.kernels.sla.triton_rows import behind, load_columns, load_part, placed, stored_rows, times_table

@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from dit_accel.kernels.block_sparse.triton_rows import load_rows
+from dit_accel.kernels.block_sparse.triton_tokens import load_rows
 from dit_accel.kernels.sla.triton_features import mapped
 from dit_accel.kernels.sla.triton_rows import slots_of
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from dit_accel.kernels.block_sparse.triton_rows import load_rows, rows_of
+from dit_accel.kernels.block_sparse.triton_tokens import load_rows, rows_of
 from dit_accel.kernels.sla.triton_rows import slots_of
 
 LOWEST = tl.constexpr(-(2**31))

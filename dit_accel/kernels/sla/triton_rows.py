@@ -1,6 +1,6 @@
 """What the kernels of the linear branch read and write: a head's table, sums over splits of the tokens, rows anew.
 
-A head and its rows are as in `block_sparse.triton_rows`.
+A head and its rows are as in `block_sparse.triton_tokens`.
 """
 
 from __future__ import annotations
@@ -8,8 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from dit_accel.kernels.block_sparse.triton_rows import rows_written
-from dit_accel.kernels.block_sparse.triton_tokens import locate
+from dit_accel.kernels.block_sparse.triton_tokens import locate, rows_written
 
 
 @triton.jit
