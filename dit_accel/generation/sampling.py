@@ -10,6 +10,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from dit_accel.errors import DitAccelError
+from dit_accel.generation.finite import find_place
 from dit_accel.generation.sources import first_line
 from dit_accel.generation.stopwatch import Stopwatch
 
@@ -131,7 +132,11 @@ def sample(pipe: DiffusionPipeline, arguments: dict[str, Any], seed: int, title:
         seed: of the noise.
         title: for the progress bar.
         device: where the work runs.
+
+    Raises:
+        DitAccelError: as `call`, or the frames have values that are NaN or infinite; the message says where from.
     """
+    import numpy as np
     import torch
 
     on_gpu = device.type == "cuda"
@@ -144,6 +149,12 @@ def sample(pipe: DiffusionPipeline, arguments: dict[str, Any], seed: int, title:
         seconds = time.perf_counter() - began
     frames = result.frames[0] if hasattr(result, "frames") else result.images[:1]
     memory = torch.cuda.max_memory_allocated(device) if on_gpu else None
+    if not np.isfinite(frames).all():
+        place = find_place(pipe, lambda **more: call(pipe, {**arguments, **more}, seed))
+        raise DitAccelError(
+            f"{type(pipe).__name__} made values that are NaN or infinite, first in {place}: lower --guidance, or try "
+            "--dtype float32 or another method."
+        )
     return Sample(frames, seconds, steps.watch.seconds, steps.steps, memory)
 
 

@@ -94,6 +94,13 @@ class TestResults:
         assert line.startswith(f"dit-accel: {GNA}: psnr>=90 was asked for, and it is ")
         assert evaluate("--method", GNA, "--require", "psnr>=1,density<=0.9").status == 0
 
+    def test_frames_that_are_not_finite_are_no_perfect_score(self, evaluate, tmp_path):
+        outcome = evaluate("--method", GNA, "--guidance", 1e38, "--require", "psnr>=20")
+        assert outcome.status == 2
+        line = outcome.err.splitlines()[-1]
+        assert "WanPipeline made values that are NaN or infinite, first in step 1, transformer.blocks.0." in line
+        assert not list((tmp_path / "out").rglob("*.safetensors")) and not (tmp_path / "out" / "summary.json").exists()
+
     def test_too_few_images_leave_a_metric_out(self, evaluate, tmp_path, monkeypatch, clip_folder):
         """A metric that was asked for by name is refused before the work."""
         from dit_accel.eval import metric

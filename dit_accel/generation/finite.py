@@ -1,0 +1,81 @@
+"""Finds the place where a generation stops being finite: the denoising step, and the layer where one can be told."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+    from diffusers import DiffusionPipeline
+
+
+class _Place(Exception):
+    """Ends the search; the message is the place."""
+
+
+def find_place(pipe: DiffusionPipeline, run: Callable[..., Any]) -> str:
+    """Run once more, watched, until something is NaN or infinite.
+
+    Args:
+        pipe: whose output has such values.
+        run: calls the pipeline as before; takes further keywords of its call.
+
+    Returns:
+        The place in words, such as ``step 3, transformer.blocks.0.attn1``. Steps count from 0. A step without a layer
+        means that the layers' outputs are finite, and the latents that guidance and scheduler make of them are not.
+    """
+    import torch
+
+    step = 0
+
+    def after_step(pipe: Any, index: int, timestep: Any, tensors: Mapping[str, Any]) -> dict[str, Any]:
+        nonlocal step
+        step = index + 1
+        if not _is_finite(tensors["latents"]):
+            raise _Place(f"step {index}, the latents after guidance and scheduler")
+        return {}
+
+    def watch(name: str) -> Callable[..., None]:
+        def after_layer(module: torch.nn.Module, arguments: Any, output: Any) -> None:
+            if not all(map(_is_finite, _tensors(output))):
+                raise _Place(f"{place()}{name}")
+
+        return after_layer
+
+    def place() -> str:
+        return f"step {step}, " if steps_known else ""
+
+    steps_known = "callback_on_step_end" in inspect.signature(type(pipe).__call__).parameters
+    more = {"callback_on_step_end": after_step} if steps_known else {}
+    hooks = [
+        module.register_forward_hook(watch(f"{part}.{name}" if name else part))
+        for part, model in pipe.components.items()
+        if isinstance(model, torch.nn.Module)
+        for name, module in model.named_modules()
+    ]
+    try:
+        run(**more)
+    except _Place as found:
+        return str(found)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return "the decoding of the latents"
+
+
+def _is_finite(tensor: torch.Tensor) -> bool:
+    return bool(tensor.isfinite().all()) if tensor.is_floating_point() else True
+
+
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    import torch
+
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        yield from _tensors(tuple(value.values()))
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _tensors(item)
