@@ -133,6 +133,16 @@ def _triton(facts: Facts) -> str | None:
     return _triton_device(facts)
 
 
+def _gluon(facts: Facts) -> str | None:
+    if facts.block_q != 128 or facts.block_k not in (64, 128):
+        return f"the kernel takes blocks of 128 queries and 64 or 128 keys, not {facts.block_q} and {facts.block_k}"
+    if facts.head_dim not in (64, 128):
+        return f"the kernel takes head dimensions 64 and 128, not {facts.head_dim}"
+    if facts.device.type != "cuda" or torch.cuda.get_device_capability(facts.device) != (9, 0):
+        return f"the tensors are on {facts.device}; the kernel needs a GPU of compute capability 9.0"
+    return None
+
+
 def _sla_triton(facts: Facts) -> str | None:
     from dit_accel.kernels.sla.triton_configs import unsupported
 
@@ -152,6 +162,17 @@ ROWS = (
         dtypes=_SINGLE,
         head_dims=256,
         cannot=_triton,
+        package="triton",
+        packing=f"{_FOLDER}.block_sparse.triton_lists",
+    ),
+    # No GPU has run it yet. Once a row of benchmarks/results shows it faster than triton, rank={"cuda": 30} lets "auto"
+    # take it where it can run. Its backward is Triton's, on the same lists.
+    Implementation(
+        "gluon",
+        BLOCK_SPARSE,
+        f"{_FOLDER}.block_sparse.gluon",
+        dtypes=HALF,
+        cannot=_gluon,
         package="triton",
         packing=f"{_FOLDER}.block_sparse.triton_lists",
     ),

@@ -52,7 +52,7 @@ def forward(
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Output [B, H, Nq, D], laid out in memory as [B, Nq, H, D], and LSE fp32 [B, H, Nq]."""
-    call = _Call(q, k, v, lists.tables, segments, geometry, scale)
+    call = TritonCall(q, k, v, lists.tables, segments, geometry, scale)
     if lists.packed is None:
         ordered = order_lists(lists, geometry)
         call.check_room(ordered)
@@ -84,7 +84,7 @@ def backward(
     """Gradients of q, k and v, each [B, H, N, D] laid out in memory as [B, N, H, D]."""
     if grad_out.stride(-1) != 1:
         grad_out = grad_out.contiguous()
-    call = _Call(q, k, v, lists.tables, segments, geometry, scale, grad_out, out)
+    call = TritonCall(q, k, v, lists.tables, segments, geometry, scale, grad_out, out)
     delta = torch.empty_like(lse)
     statistics = lse if grad_lse is None else grad_lse.contiguous(), lse, delta
 
@@ -110,7 +110,7 @@ def backward(
     return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
 
 
-class _Call:
+class TritonCall:
     """What the kernels of one call share: sizes, starts per sample, compile-time constants."""
 
     def __init__(

@@ -62,8 +62,8 @@ class Problem:
         return dataclasses.replace(self, lists=tuple(map(moved, self.lists)), options=options, **tensors)
 
     def run(self, impl: str, dtype: torch.dtype, lse_gradient: bool = True) -> dict[str, torch.Tensor]:
-        """Results of an implementation, on the CPU; Triton runs on a GPU where there is one."""
-        here = self.to("cuda") if impl == "triton" and torch.cuda.is_available() else self
+        """Results of an implementation, on the CPU; the kernels run on a GPU where there is one."""
+        here = self.to("cuda") if impl in ("triton", "gluon") and torch.cuda.is_available() else self
 
         def attend(q, k, v):
             return block_sparse_attention(q, k, v, *here.lists, impl=impl, return_lse=True, **here.options)

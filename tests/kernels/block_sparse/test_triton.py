@@ -136,7 +136,7 @@ def test_words_are_the_predicate_bit_by_bit(make_problem, case):
     geometry, options = problem.geometry(), problem.options
     here = problem.to("cuda") if NATIVE else problem
     lists = triton_lists.order_lists(here.block_lists(), geometry)
-    call = triton._Call(here.q, here.k, here.v, here.options["tables"], Segments(), geometry, 1.0)
+    call = triton.TritonCall(here.q, here.k, here.v, here.options["tables"], Segments(), geometry, 1.0)
     words = call.masked(lists)[-1].cpu()
     bits = (words[..., None] >> torch.arange(64)) & 1  # [blocks, words, BLOCK_Q, 64]
     bits = bits.transpose(1, 2).flatten(2)[..., : geometry.block_k].bool()

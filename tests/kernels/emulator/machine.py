@@ -155,6 +155,7 @@ class Machine:
                 name = "the program" if who is None else who.name
                 raise KernelError(f"shared memory written by {name} is read by an engine without fence_async_shared")
 
+    @torch.no_grad()  # which is each thread's own
     def _live(self, partition):
         partition.turn.acquire()
         try:

@@ -1,0 +1,148 @@
+"""The Gluon implementation, for compute capability 9.0: a forward kernel of its own, and Triton's backward.
+
+Both read the same lists and the same bits of partial blocks, and the backward reads the forward's LSE. Query blocks
+have 128 tokens and key blocks 64 or 128, in raster order or in tiles of any shape.
+
+No GPU has run the kernel yet: the emulator of the tests runs its source, and it compiles for sm_90 without spills.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from typing import Any
+
+import torch
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from dit_accel.kernels.block_sparse.geometry import BlockLists, Geometry, Segments, Shape
+from dit_accel.kernels.block_sparse.gluon_forward import block_sparse_gluon_fwd_kernel
+from dit_accel.kernels.block_sparse.triton import TritonCall, backward
+from dit_accel.kernels.block_sparse.triton_lists import order_lists, split
+
+__all__ = ["backward", "forward"]
+
+LOG2E = math.log2(math.e)
+ROWS = 64  # of a consumer
+RASTER = (0, 0, 0)  # the tile of raster order
+ENDLESS = 0x7FFF0000  # an axis of a descriptor that bounds nothing
+KEYS_IN_FLIGHT = 384  # slots of key and of value tiles in shared memory, as many as it holds with D = 128
+LAUNCH = {"num_warps": 4, "maxnreg": 168, "enable_fp_fusion": True}  # 12 warps in all; the kernel shares registers out
+
+
+def forward(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    lists: BlockLists,
+    segments: Segments,
+    geometry: Geometry,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Output [B, H, Nq, D], laid out in memory as [B, Nq, H, D], and LSE fp32 [B, H, Nq].
+
+    A tensor that the copy engine cannot address is copied, and so is q if the scale is not above 0.
+    """
+    call = TritonCall(q, k, v, lists.tables, segments, geometry, scale)
+    if lists.packed is None:
+        ordered = order_lists(lists, geometry)
+        call.check_room(ordered)
+    else:
+        ordered, _ = split(lists, geometry)
+    if scale <= 0:
+        q, scale = q * math.copysign(1.0, scale) if scale else torch.zeros_like(q), -scale or 1.0
+    batch, heads, tokens, dim = q.shape
+    out = call.gradient_of(q)
+    lse = torch.full(q.shape[:3], -math.inf, dtype=torch.float32, device=q.device)
+    tile_q, tile_k = geometry.tile_q or RASTER, geometry.tile_k or RASTER
+    half = half_of(tile_q)
+    sides = (q, geometry.query_grid, half, ROWS), *((x, geometry.grid, tile_k, geometry.block_k) for x in (k, v))
+    descriptors, distances = zip(*(describe(*side) for side in sides), strict=True)
+    (written, _) = describe(out.transpose(1, 2), geometry.query_grid, half, ROWS)
+    _, spans, words = call.masked(ordered)
+    with torch.cuda.device(q.device) if q.is_cuda else contextlib.nullcontext():
+        block_sparse_gluon_fwd_kernel[call.query_blocks, heads, batch](
+            *(descriptor for pair in (*descriptors, written) for descriptor in pair),
+            lse, ordered.entries, spans, words, *call.segments,
+            *(distance for three in distances for distance in three), abs(scale) * LOG2E,
+            *_sizes(call.key_order), *_sizes(call.query_order), call.query_order.grid.text,
+            heads, tokens, call.query_blocks, lists.indices.shape[-1], int(lists.indices.ndim == 4),
+            1 - call.own_queries,
+            **constants(dim, geometry.block_k, tile_q, tile_k), **LAUNCH,
+        )  # fmt: skip
+    return out.transpose(1, 2), lse
+
+
+def constants(head_dim: int, block_k: int, tile_q: Shape, tile_k: Shape) -> dict[str, Any]:
+    """The kernel's compile-time constants; (0, 0, 0) is the tile of raster order."""
+    return {
+        "D": head_dim,
+        "BLOCK_K": block_k,
+        "TILE_Q": tile_q,
+        "HALF": half_of(tile_q),
+        "TILE_K": tile_k,
+        "STAGES": KEYS_IN_FLIGHT // block_k,
+    }
+
+
+def half_of(tile: Shape) -> Shape:
+    """The part of a query tile that one consumer has: the first half of its slots."""
+    axis = next((i for i, size in enumerate(tile) if size > 1), 0)
+    return tuple(size // 2 if i == axis else size for i, size in enumerate(tile))  # type: ignore[return-value]
+
+
+def describe(
+    x: torch.Tensor, grid: Shape, tile: Shape, rows: int
+) -> tuple[tuple[TensorDescriptor, TensorDescriptor], tuple[int, int, int]]:
+    """How the copy engine finds rows of x [B, H, N, D], see `gluon_forward`.
+
+    Args:
+        grid: of the visual tokens.
+        tile: what one copy brings of it; (0, 0, 0) for raster order, where runs bring everything.
+        rows: that one copy brings.
+
+    Returns:
+        The descriptors of tiles and of runs; and the distance from sample to sample in rows, and from head to head in
+        rows and in columns.
+    """
+    distances = _distances(x)
+    if distances is None:
+        x = x.transpose(1, 2).contiguous().transpose(1, 2)
+        distances = _distances(x)
+        assert distances is not None
+    row, by_batch, by_head, column = distances
+    columns = (x.shape[1] - 1) * column + x.shape[3]
+    _, height, width = grid
+    run = [ENDLESS, ENDLESS, 1 << 30, columns], [(1 << 34) - row, row, row, 1], [1, 1, rows, x.shape[3]]
+    tiled = [ENDLESS, *grid, columns], [row, height * width * row, width * row, row, 1], [1, *tile, x.shape[3]]
+    made = [
+        TensorDescriptor(x, shape, strides, box, gl.NVMMASharedLayout(128, 16, rank=len(box)))
+        for shape, strides, box in ((run if tile == RASTER else tiled), run)
+    ]
+    return (made[0], made[1]), (by_batch, by_head, column)
+
+
+def _distances(x: torch.Tensor) -> tuple[int, int, int, int] | None:
+    """Elements from row to row; rows from sample to sample and from head to head; elements from head to head.
+
+    None if the copy engine cannot have it so.
+    """
+    batch, heads, tokens, dim = x.shape
+    by_batch, by_head, row, element = x.stride()
+    row = dim if tokens == 1 else row
+    by_batch, by_head = by_batch if batch > 1 else 0, by_head if heads > 1 else 0
+    if element != 1 or row < dim or row % 8 or x.data_ptr() % 16 or by_batch % row:
+        return None
+    if by_head % row == 0:
+        return row, by_batch // row, by_head // row, 0
+    return None if by_head % 8 else (row, by_batch // row, 0, by_head)
+
+
+def _sizes(order: Any) -> tuple[int, ...]:
+    """What the kernel is told of one side, a `TokenOrder`."""
+    grid = order.grid
+    _, tiles_h, tiles_w = order.tiles
+    return (
+        *grid.shape, tiles_h, tiles_w, grid.visual, order.visual_blocks, grid.conditioning, order.conditioning_blocks
+    )  # fmt: skip

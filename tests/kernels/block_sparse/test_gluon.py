@@ -1,0 +1,322 @@
+"""The Gluon forward against the reference in fp64: natively on compute capability 9.0, else under the emulator.
+
+The bits of partial blocks and the backward are Triton's, so that ``TRITON_INTERPRET=1`` must be set before Triton is
+imported; `make test` runs this file in a process of its own.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import importlib.util
+import os
+import pathlib
+import sys
+
+import pytest
+import torch
+
+from dit_accel.errors import DitAccelError
+from dit_accel.kernels import impls
+from dit_accel.kernels.block_sparse.api import block_sparse_attention
+from dit_accel.kernels.block_sparse.predicate import Predicate
+from dit_accel.order import TokenOrder
+from dit_accel.testing import assert_accurate, plain_attention
+from dit_accel.tokens import TokenGrid
+
+gluon_forward = pytest.importorskip("dit_accel.kernels.block_sparse.gluon_forward")
+gluon = pytest.importorskip("dit_accel.kernels.block_sparse.gluon")
+triton = pytest.importorskip("dit_accel.kernels.block_sparse.triton")
+emulator = pytest.importorskip("emulator")
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+NATIVE = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9 and not INTERPRETED
+pytestmark = pytest.mark.skipif(
+    not INTERPRETED and not NATIVE, reason="needs TRITON_INTERPRET=1 or a GPU of compute capability 9.0"
+)
+DTYPES = [torch.float16, torch.bfloat16]
+KERNEL = gluon_forward.block_sparse_gluon_fwd_kernel
+
+
+class Emulated:
+    """A kernel that is launched as a jitted one is, under the emulator."""
+
+    def __init__(self, kernel, **options):
+        self.kernel, self.options = kernel, options
+
+    def __getitem__(self, grid):
+        return functools.partial(emulator.launch, self.kernel, grid, **self.options)
+
+
+@pytest.fixture(autouse=True)
+def emulate(monkeypatch):
+    """Runs "gluon" under the emulator, where no GPU runs it; a test may ask for an order of events or a kernel."""
+
+    def use(kernel=KERNEL, **options):
+        monkeypatch.setattr(gluon, "block_sparse_gluon_fwd_kernel", Emulated(kernel, **options))
+
+    def write_words(kernel, programs, words, entries, spans, tables, *sizes, **constants):
+        """What `partial_words_kernel` writes (test_triton.py holds it bit by bit), faster than interpreted."""
+        grid, query_grid, query_blocks = sizes[:3], sizes[3:6], sizes[6]
+        orders = []
+        for side, size in (("Q", query_grid), ("K", grid)):
+            tile = tuple(constants[f"TILE_{side}{axis}"] for axis in "THW")
+            orders.append(TokenOrder(TokenGrid(*size), constants[f"BLOCK_{side}"], tile if all(tile) else None))
+        slots_q, slots_k = (order.index().view(-1, order.block) for order in orders)
+        predicate = Predicate(tables, query_grid, grid)
+        bit = 1 << torch.arange(64)
+        for row, (pure, _, tabled, _, first) in enumerate(spans.tolist()):
+            for i in range(pure, tabled):
+                q, k = slots_q[row % query_blocks], slots_k[entries[row, i]]
+                seen = predicate.allowed(q.clamp(min=0)[None], k.clamp(min=0)[None])[0] & (k >= 0)
+                words[first + i - pure] = (seen.unflatten(1, (-1, 64)) * bit).sum(-1).T
+
+    if not NATIVE:
+        row = impls.named("gluon")
+        key = row.kernel, row.name
+        monkeypatch.setitem(impls._TABLE, key, dataclasses.replace(row, cannot=impls.nothing))
+        monkeypatch.setattr(triton, "_start", write_words)
+        use()
+    return use
+
+
+# Pairwise over: length, products and bands, raster and tiles of several shapes, padding at borders, text and
+# conditioning and where they lie with a length per sample, lists per head, empty lists, lists longer than the buffers,
+# queries of their own, head size, key block, input size and scale
+SMALL = {"block_q": 128, "block_k": 64, "dim": 64, "heads": 1}
+WIDE = {"block_q": 128, "block_k": 128, "dim": 128, "heads": 1}
+FRAMES = {"tile_q": (2, 8, 8), "tile_k": (1, 8, 8)}
+CASES = {
+    "one-token": {"shape": (1, 1, 1)} | SMALL,
+    "one-whole-block": {"shape": (1, 1, 128), "size": 4.0} | WIDE,
+    "text": {"shape": (1, 7, 29), "text": 70, "text_lens": [3, 70], "batch": 2} | SMALL,
+    "text-first": {"shape": (2, 9, 15), "text": 129, "text_first": True, "text_lens": [128]} | WIDE | FRAMES
+    | {"tile_k": (2, 8, 8)},
+    "no-valid-text": {"shape": (2, 8, 8), "text": 65, "text_lens": [0]} | SMALL | FRAMES,
+    "between": {
+        "shape": (2, 9, 10), "method": "gna", "config": {"window": (2, 5, 5), "causal": (True, False, True)},
+        "text": 5, "conditioning": 67, "between": True, "per_sample": True, "gap": 2, "text_lens": [0, 3], "batch": 2,
+        "size": 16.0,
+    } | SMALL,
+    "whole-tiles": {"shape": (4, 16, 16), "topk": 6, "heads": 2} | SMALL | FRAMES,
+    "ragged-tiles": {"shape": (3, 10, 12), "method": "gna", "config": {"window": (3, 7, 9)}, "text": 70} | SMALL
+    | FRAMES,
+    "ragged-wide-tiles": {"shape": (3, 10, 12), "method": "gna", "config": {"window": (3, 7, 9)}} | WIDE | FRAMES
+    | {"tile_k": (2, 8, 8)},
+    "bands": {"shape": (4, 5, 37), "method": "radial", "config": {"decay": 0.4}} | WIDE | {"dim": 64},
+    "banded-tiles": {"shape": (4, 6, 20), "method": "radial", "config": {"decay": 0.5}, "text": 4, "text_lens": [1]}
+    | SMALL | {"tile_q": (4, 4, 8), "tile_k": (4, 1, 16)},
+    "flat-tiles": {"shape": (1, 3, 150), "method": "gna", "config": {"window": (1, 2, 70)}} | WIDE
+    | {"tile_q": (1, 1, 128), "tile_k": (1, 1, 128)},
+    "square-tiles": {"shape": (1, 20, 20), "method": "gna", "config": {"window": (1, 9, 7), "dilation": (1, 2, 1)}}
+    | SMALL | {"tile_q": (1, 8, 16), "tile_k": (1, 16, 4)},
+    "upright-tiles": {"shape": (2, 40, 3)} | WIDE | {"tile_q": (2, 64, 1), "tile_k": (2, 32, 2)},
+    "heads": {"shape": (3, 9, 15), "topk": 3, "text": 5, "text_lens": [3, 5], "batch": 2, "heads": 2} | SMALL,
+    "heads-partial": {
+        "shape": (3, 9, 12), "method": "gna", "config": {"window": (1, 7, 7)}, "per_head": True, "text": 3,
+    } | SMALL | {"heads": 2},
+    "tile-method": {"shape": (4, 6, 11), "method": "tile", "config": {"references": 1}, "conditioning": 66} | SMALL,
+    "long": {"shape": (1, 8, 200), "size": 16.0} | SMALL,
+    "queries-longer": {"shape": (1, 5, 24), "query_grid": (2, 5, 24), "topk": 1, "heads": 2} | SMALL,
+    "scale-below-0": {"shape": (1, 10, 20), "scale": -0.3} | SMALL,
+    "scale-0": {"shape": (1, 10, 20), "scale": 0.0, "size": 16.0} | SMALL,
+}  # fmt: skip
+
+
+def rounded(problem, dtype):
+    tensors = {name: getattr(problem, name).to(dtype) for name in ("q", "k", "v", "grad_out", "grad_lse")}
+    return dataclasses.replace(problem, **tensors)
+
+
+def forward(problem, impl="gluon", dtype=None):
+    """Output, and LSE as 0 in rows without keys, on the CPU."""
+    here = problem.to("cuda") if NATIVE and impl == "gluon" else problem
+    out, lse = here.call(impl, dtype, return_lse=True)
+    return {"out": out.cpu(), "lse": lse.masked_fill(lse == float("-inf"), 0.0).cpu()}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES)
+def test_the_forward_is_within_the_budget(make_problem, case, dtype):
+    problem = rounded(make_problem(**CASES[case]), dtype)
+    exact = forward(problem, "reference", torch.float64)
+    out, lse = plain_attention(problem.q, problem.k, problem.v, problem.mask(), problem.scale)
+    plain = {"out": out, "lse": lse.masked_fill(lse == float("-inf"), 0.0)}
+    for name, result in forward(problem).items():
+        assert_accurate(name, result, plain[name], exact[name])
+
+
+@pytest.mark.parametrize("case", ["text", "partial"])
+def test_gradients_come_from_the_triton_backward(make_problem, case):
+    partial = {"shape": (1, 9, 10), "method": "gna", "config": {"window": (1, 5, 5)}, "text": 3} | SMALL
+    make_problem(**CASES.get(case, partial)).check("gluon", torch.float16, from_lse=True)
+
+
+@pytest.mark.skipif(NATIVE, reason="a GPU has its own order of events")
+@pytest.mark.parametrize("case", ["long", "ragged-wide-tiles"])
+def test_every_order_of_events_gives_the_same_bits(make_problem, emulate, case):
+    problem = rounded(make_problem(**CASES[case]), torch.float16)
+    want = forward(problem)
+    for seed, order in enumerate((*emulator.ORDERS, "random")):
+        emulate(seed=seed, order=order)
+        for name, result in forward(problem).items():
+            assert torch.equal(result, want[name]), (name, order)
+
+
+@contextlib.contextmanager
+def changed(tmp_path, *changes):
+    """The kernel from its source with texts replaced."""
+    text = pathlib.Path(gluon_forward.__file__).read_text()
+    for old, new in changes:
+        assert text.count(old) == 1, old
+        text = text.replace(old, new)
+    path = tmp_path / "changed_forward.py"
+    path.write_text(text)
+    spec = importlib.util.spec_from_file_location("changed_forward", path)
+    module = sys.modules["changed_forward"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    yield module.block_sparse_gluon_fwd_kernel
+    del sys.modules["changed_forward"]
+
+
+WAIT_K = "mbarrier.wait(buffers.k_empty.index(stage), phase ^ 1)"
+RELEASE_K = "            mbarrier.arrive(buffers.k_empty.index(stage), count=1)\n"
+RELEASE_V = "            mbarrier.arrive(buffers.v_empty.index(before), count=1)\n"
+WAIT_S = "            scores = warpgroup_mma_wait(1, deps=(scores,))\n"
+WAIT_V = "            mbarrier.wait(buffers.v_full.index(before), (i - 1) // STAGES & 1)\n"
+FAULTS = {
+    "phase of k_empty": ([(WAIT_K, WAIT_K.replace("phase ^ 1", "phase"))], "nothing can go on"),
+    "phase of v_full": ([("(i - 1) // STAGES & 1)", "i // STAGES & 1)")], "nothing can go on"),
+    "k never released": ([(RELEASE_K, "")], "nothing can go on"),
+    "scores not waited for": ([(WAIT_S, WAIT_S.replace("wait(1", "wait(2"))], "leaves in flight"),
+    "output not fenced": ([("    fence_async_shared()\n    put(", "    put(")], "without fence_async_shared"),
+}
+
+
+@pytest.mark.skipif(NATIVE, reason="what hangs here would hang a GPU")
+@pytest.mark.parametrize("fault", FAULTS)
+def test_the_emulator_finds_what_is_wrong_in_the_kernel(make_problem, emulate, tmp_path, fault):
+    changes, words = FAULTS[fault]
+    problem = rounded(make_problem(**CASES["long"]), torch.float16)
+    with changed(tmp_path, *changes) as kernel:
+        emulate(kernel)
+        with pytest.raises(emulator.KernelError, match=words):
+            forward(problem)
+
+
+@pytest.mark.skipif(NATIVE, reason="what is read here is the memory of another tile")
+@pytest.mark.parametrize(
+    ("changes", "signs"),
+    [
+        pytest.param([(RELEASE_V, ""), (WAIT_V, WAIT_V + RELEASE_V)], {"nan"}, id="v released early"),
+        pytest.param([(WAIT_V, "")], {"nan", "error"}, id="v not waited for"),
+    ],
+)
+def test_values_of_another_tile_show(make_problem, emulate, tmp_path, changes, signs):
+    """In some order of events: a buffer that is released before its product is waited for, and one not waited for."""
+    problem, seen = rounded(make_problem(**CASES["long"]), torch.float16), set()
+    with changed(tmp_path, *changes) as kernel:
+        for seed in range(4):
+            emulate(kernel, seed=seed, order="lazy")
+            try:
+                seen |= {"nan"} if forward(problem)["out"].isnan().any() else set()
+            except emulator.KernelError:
+                seen.add("error")
+            if seen & signs:
+                return
+    pytest.fail("no order of events showed it")
+
+
+@pytest.mark.parametrize("case", ["text", "heads"])
+def test_poison_in_padding_reaches_nothing(make_problem, case):
+    problem = rounded(make_problem(**CASES[case]), torch.float16)
+    clean = forward(problem)
+    first = problem.options["text_start"][0] + problem.options["text_len"][0]
+    last = problem.options["text_start"][0] + problem.options["text"]
+    for tensor in (problem.k, problem.v):
+        tensor[0, :, first:last] = float("nan")
+    for name, result in forward(problem).items():
+        assert torch.equal(result, clean[name]), name
+
+
+def test_a_row_without_keys_is_zero(make_problem):
+    problem = rounded(make_problem(**CASES["whole-tiles"]), torch.float16)
+    problem.lists[1][..., 1] = 0
+    _, lse = problem.call("gluon", return_lse=True) if not NATIVE else problem.to("cuda").call("gluon", return_lse=True)
+    order = problem.geometry().query_order.index().view(-1, 128)
+    assert not forward(problem)["out"][:, :, order[1]].any()
+    assert (lse[:, :, order[1]] == float("-inf")).all()
+    assert lse[:, :, order[0]].isfinite().all()
+
+
+LAYOUTS = {
+    "heads outside": lambda x: x.contiguous(),
+    "heads inside": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
+    "fused projection": lambda x: torch.stack([x.transpose(1, 2)] * 3, 2)[:, :, 1].transpose(1, 2),
+    "copied: odd rows": lambda x: torch.nn.functional.pad(x, (1, 2))[..., 1:-2],
+    "copied: odd samples": lambda x: torch.nn.functional.pad(x.flatten(1), (8, 0))[:, 8:].view(x.shape),
+    "copied: elements apart": lambda x: torch.stack([x, x], -1)[..., 0],
+    "copied: one row": lambda x: x,
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_strides_do_not_matter(make_problem, layout):
+    problem = make_problem(shape=(1, 10, 13), topk=2, **SMALL | {"heads": 2, "batch": 2})
+    problem = rounded(problem, torch.float16)
+    if layout == "copied: one row":
+        problem = dataclasses.replace(problem, k=problem.k[:, :, :1].expand_as(problem.k).contiguous())
+    want = forward(problem)
+    moved = {name: LAYOUTS[layout](getattr(problem, name)) for name in ("q", "k", "v")}
+    if layout == "copied: one row":
+        moved["k"] = problem.k[:, :, :1].expand_as(problem.k)
+    for name, result in forward(dataclasses.replace(problem, **moved)).items():
+        assert torch.equal(result, want[name]), name
+
+
+def test_packed_lists_are_those_of_each_call(make_problem):
+    from dit_accel.kernels.block_sparse.triton_lists import pack
+
+    problem = rounded(make_problem(**CASES["ragged-tiles"]), torch.float16)
+    want = forward(problem)
+    problem.options["packed"] = pack(problem.block_lists(), problem.geometry())
+    problem.lists[0].zero_()
+    for name, result in forward(problem).items():
+        assert torch.equal(result, want[name]), name
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"block_q": 64}, "blocks of 128 queries and 64 or 128 keys, not 64 and 64"),
+        ({"block_k": 32}, "blocks of 128 queries and 64 or 128 keys, not 128 and 32"),
+        ({"dim": 72}, "head dimensions 64 and 128, not 72"),
+        ({"dtype": torch.float32}, "float16, bfloat16, not float32"),
+    ],
+)
+def test_what_the_kernel_cannot_do_is_refused(make_problem, monkeypatch, change, words):
+    monkeypatch.undo()
+    dtype = change.pop("dtype", torch.float16)
+    problem = make_problem(shape=(1, 10, 13), **SMALL | change)
+    with pytest.raises(DitAccelError, match=words):
+        problem.call("gluon", dtype)
+
+
+@pytest.mark.skipif(NATIVE, reason="here is such a GPU")
+def test_other_devices_are_refused(make_problem, monkeypatch):
+    monkeypatch.undo()
+    with pytest.raises(DitAccelError, match=r"compute capability 9\.0"):
+        make_problem(shape=(1, 10, 13), **SMALL).call("gluon", torch.float16)
+
+
+def test_auto_does_not_take_it_before_a_measurement():
+    assert not impls.named("gluon").rank
+
+
+def test_it_runs_in_a_compiled_function(make_problem):
+    problem = rounded(make_problem(**CASES["one-token"]), torch.float16)
+    problem = problem.to("cuda") if NATIVE else problem
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def attend(q, k, v):
+        return block_sparse_attention(q, k, v, *problem.lists, impl="gluon", **problem.options)
+
+    assert torch.equal(attend(problem.q, problem.k, problem.v), problem.call("gluon"))
