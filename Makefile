@@ -70,7 +70,7 @@ bench: $(INSTALLED)
 
 eval: $(INSTALLED)
 	$(BIN)/dit-accel eval --suite demo --output $(OUTPUT)/eval
-	$(BIN)/python -m dit_accel.eval.report.results_page $(OUTPUT)/eval
+	$(BIN)/python -m tools.results_page $(OUTPUT)/eval
 
 clean:
 	rm -rf $(VENV) $(VENV)-bootstrap build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache

@@ -15,13 +15,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from dit_accel.errors import DitAccelError
 
 if TYPE_CHECKING:
-    import torch
-
     from dit_accel.accelerator import Accelerator
-    from dit_accel.hooks.selfcheck import AttentionCall
+    from dit_accel.hooks.selfcheck import AttentionCall, Measured
 
 Indices = tuple[int, ...] | None  # None: all
 QUERIES = 64  # sampled in each head of a call
@@ -72,26 +72,6 @@ class AttentionRecord:
         }
 
 
-class _Sums:
-    """What a layer's calls of one step add up to, by head."""
-
-    def __init__(self) -> None:
-        self.difference: torch.Tensor | float = 0.0
-        self.size: torch.Tensor | float = 0.0
-        self.mass: torch.Tensor | float = 0.0
-        self.samples = 0
-
-    def add(self, call: AttentionCall, queries: int) -> None:
-        found = call.measure(queries)
-        self.difference = self.difference + found.difference.sum(0)
-        self.size = self.size + found.size.sum(0)
-        self.mass = self.mass + found.mass.sum(0)
-        self.samples += len(found.mass)
-
-    def error(self) -> list[float]:
-        return (self.difference / self.size).sqrt().tolist()  # type: ignore[union-attr]
-
-
 def record_attention(
     accel: Accelerator,
     run: Callable[[], Any],
@@ -112,7 +92,7 @@ def record_attention(
         DitAccelError: the run has no such step or the model no such layer, or nothing tells the steps.
     """
     names = _chosen_layers(accel, layers)
-    sums: dict[tuple[str, int], _Sums] = defaultdict(_Sums)
+    measured: dict[tuple[str, int], list[Measured]] = defaultdict(list)
     seen: set[int] = set()
 
     def note(call: AttentionCall) -> None:
@@ -123,7 +103,7 @@ def record_attention(
             seen.update(range(call.step.count))
         name = f"{call.transformer}.{call.layer}"
         if name in names and (steps is None or call.step.index in steps):
-            sums[name, call.step.index].add(call, queries)
+            measured[name, call.step.index].append(call.measure(queries))
 
     with accel.watch(note):
         run()
@@ -134,9 +114,17 @@ def record_attention(
         steps=sorted(seen) if steps is None else list(steps),
         layers=names,
         queries=queries,
-        error={key: found.error() for key, found in sums.items()},
-        mass={key: (found.mass / found.samples).tolist() for key, found in sums.items()},  # type: ignore[union-attr]
+        error={
+            key: (_total(calls, "difference").sum(0) / _total(calls, "size").sum(0)).sqrt().tolist()
+            for key, calls in measured.items()
+        },
+        mass={key: _total(calls, "mass").mean(0).tolist() for key, calls in measured.items()},
     )
+
+
+def _total(calls: list[Measured], name: str) -> torch.Tensor:
+    """One figure of all samples of some calls: float64 [samples, heads]."""
+    return torch.cat([getattr(call, name) for call in calls])
 
 
 def _chosen_layers(accel: Accelerator, layers: Indices) -> list[str]:

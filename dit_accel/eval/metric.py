@@ -11,7 +11,7 @@ import dataclasses
 import importlib
 import pkgutil
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal
 
 from dit_accel.errors import DitAccelError
 from dit_accel.eval import metrics
@@ -21,16 +21,6 @@ from dit_accel.registry import did_you_mean
 if TYPE_CHECKING:
     import torch
     import torchmetrics
-
-
-class FeatureExtractor(Protocol):
-    """A network that turns images into vectors, whose distributions are compared."""
-
-    name: str
-
-    def features(self, frames: torch.Tensor) -> torch.Tensor:
-        """Float32 [N, D] of images [N, 3, H, W] in [0, 1]."""
-        ...
 
 
 class Scored:
@@ -46,19 +36,16 @@ class Scored:
         self.frames, self.baseline, self.prompt = frames, baseline, prompt
         self._seen: dict[tuple[int, str], torch.Tensor] = {}
 
-    def features(self, network: FeatureExtractor) -> torch.Tensor:
-        """The frames' features, [F, D]."""
-        return self._once(network, "features")
-
-    def images(self, clip: Any) -> torch.Tensor:
-        """The frames in the space that CLIP shares with texts, [F, D]."""
-        return self._once(clip, "images")
-
-    def _once(self, network: Any, tower: str) -> torch.Tensor:
+    def features(self, network: Any, tower: str = "features") -> torch.Tensor:
+        """The frames' vectors by a method of the network, [F, D]."""
         key = id(network), tower
         if key not in self._seen:
             self._seen[key] = getattr(network, tower)(self.frames)
         return self._seen[key]
+
+    def images(self, clip: Any) -> torch.Tensor:
+        """The frames in the space that CLIP shares with texts, [F, D]."""
+        return self.features(clip, "images")
 
 
 @dataclasses.dataclass(frozen=True)

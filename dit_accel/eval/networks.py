@@ -15,13 +15,14 @@ from torch import Tensor
 from torch.nn import functional
 
 from dit_accel.errors import DitAccelError
-from dit_accel.eval.demo_clip import FOLDER
-from dit_accel.eval.demo_clip import NAME as DEMO_CLIP
 from dit_accel.generation.sources import first_line, quietly
 
 if TYPE_CHECKING:
     from transformers import CLIPModel, PreTrainedTokenizerBase
 
+# A small `transformers` CLIP trained on the demo's captioned clips, for machines without network: see its README.md.
+DEMO_CLIP = "demo-clip"
+DEMO_CLIP_FOLDER = Path(__file__).parent / "demo_clip" / "weights"
 INCEPTION = "inception"
 HUB_CLIP = "openai/clip-vit-base-patch16"
 INCEPTION_FEATURES = 2048
@@ -154,7 +155,7 @@ class Clip:
         """
         from transformers import AutoConfig, AutoTokenizer, CLIPModel
 
-        place = str(FOLDER) if source == DEMO_CLIP else str(source)
+        place = str(DEMO_CLIP_FOLDER) if source == DEMO_CLIP else str(source)
         try:
             config = AutoConfig.from_pretrained(place)
             if config.model_type != "clip":

@@ -35,8 +35,6 @@ if TYPE_CHECKING:
     from dit_accel.generation.captioned import Captioned
     from dit_accel.generation.sources import Source
 
-BROKEN = 1  # the exit status where a limit does not hold
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EvalRequest(ModelRequest):
@@ -54,26 +52,11 @@ class EvalRequest(ModelRequest):
     cache: Path | None = None
 
 
-@dataclasses.dataclass(frozen=True)
-class EvalOutcome:
-    """The result of an evaluation.
-
-    Args:
-        summary: as in summary.json; None on all processes but the first.
-        broken: the limits that do not hold, a line each.
-    """
-
-    summary: Summary | None
-    broken: list[str]
-
-    @property
-    def status(self) -> int:
-        """The exit status: 0, or 1 where a limit does not hold."""
-        return BROKEN if self.broken else 0
-
-
-def run(request: EvalRequest) -> EvalOutcome:
+def run(request: EvalRequest) -> tuple[Summary | None, list[str]]:
     """Evaluate.
+
+    Returns:
+        What summary.json holds (None on all processes but the first), and the limits that do not hold, a line each.
 
     Raises:
         DitAccelError: something asked for cannot be done. Finished samples stay, and the next run uses them.
@@ -155,9 +138,9 @@ def run(request: EvalRequest) -> EvalOutcome:
         )
         summary = write(evaluation)
     if summary is None:
-        return EvalOutcome(None, [])
+        return None, []
     figures = {row["label"]: gates.figures_of(row) for row in summary["rows"][1:]}
-    return EvalOutcome(summary, gates.broken(limits, figures))
+    return summary, gates.broken(limits, figures)
 
 
 def _candidates(choices: Sequence[Choice]) -> list[Candidate]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,83 +21,6 @@ if TYPE_CHECKING:
 Figure = dict[str, Any]  # "value"; "interval" and "samples" where it is an average over samples
 RESAMPLES = 2000  # of the bootstrap
 CHUNK = 1 << 22  # numbers held at once
-
-
-class Scorer:
-    """Accumulates the metrics of several methods.
-
-    A value per sample is kept by torchmetrics' `CatMetric`; a metric of whole sets is its own. Torchmetrics gathers
-    both from all processes, in the order of the processes.
-
-    Args:
-        metrics: to score.
-        labels: of the methods.
-        device: where networks and sums are.
-    """
-
-    def __init__(self, metrics: Sequence[ChosenMetric], labels: Sequence[str], device: torch.device) -> None:
-        self.metrics, self.labels, self.device = metrics, labels, device
-        self._values: dict[tuple[str, str], CatMetric] = {}
-        self._sets: dict[tuple[str, str], torchmetrics.Metric] = {}
-        for metric in metrics:
-            for label in labels:
-                if metric.declared.collect is None:
-                    values = CatMetric(nan_strategy="error").set_dtype(torch.float64)
-                    self._values[metric.name, label] = values.to(device)
-                else:
-                    collected = metric.declared.collect(features_of(metric, device))
-                    self._sets[metric.name, label] = collected.to(device)
-
-    def add(self, prompt: str, frames: Mapping[str, np.ndarray], baseline: np.ndarray, *, compare_sets: bool) -> None:
-        """Score one prompt and seed.
-
-        Args:
-            prompt: what the samples should show.
-            frames: of each method, uint8 [F, H, W, 3].
-            baseline: the untouched pipeline's frames of the same prompt and seed.
-            compare_sets: whether the baseline's frames are the real set too.
-        """
-        goal = as_tensor(baseline, self.device)
-        real = Scored(goal, goal, prompt)
-        for label in self.labels:
-            sample = Scored(as_tensor(frames[label], self.device), goal, prompt)
-            for metric in self.metrics:
-                if metric.declared.score is not None:
-                    value = metric.declared.score(sample, metric.network)
-                    # In a row: torchmetrics gathers a lone scalar in another shape than several.
-                    self._values[metric.name, label].update(torch.tensor([value], dtype=torch.float64))
-                    continue
-                collected = self._sets[metric.name, label]
-                collected.update(sample.features(metric.network), real=False)
-                if compare_sets:
-                    collected.update(real.features(metric.network), real=True)
-
-    def add_real_set(self, media: Iterable[Captioned]) -> None:
-        """Make images and videos the set that distributions are compared with."""
-        sets = [metric for metric in self.metrics if metric.declared.collect is not None]
-        for found in media if sets else ():
-            frames = as_tensor(captioned.read_frames(found.path), self.device)
-            sample = Scored(frames, frames, found.caption or "")
-            for metric in sets:
-                for label in self.labels:
-                    self._sets[metric.name, label].update(sample.features(metric.network), real=True)
-
-    def values(self, label: str) -> dict[str, list[float]]:
-        """The value of each sample, by metric, in the order of the samples; all processes call this together."""
-        return {
-            metric.name: torch.as_tensor(self._values[metric.name, label].compute()).reshape(-1).tolist()
-            for metric in self.metrics
-            if (metric.name, label) in self._values
-        }
-
-    def figures(self, label: str, values: Mapping[str, Sequence[float]], prompts: int) -> dict[str, Figure]:
-        """The figure of each metric, from what `values` gave; all processes call this together."""
-        return {
-            metric.name: average(values[metric.name], prompts, decibels=metric.declared.decibels)
-            if metric.name in values
-            else {"value": float(self._sets[metric.name, label].compute())}
-            for metric in self.metrics
-        }
 
 
 def average(values: Sequence[float], prompts: int, *, decibels: bool) -> Figure:
@@ -170,25 +93,64 @@ def score(
 ) -> dict[str, tuple[dict[str, list[float]], dict[str, Figure]]]:
     """Score all methods.
 
+    Torchmetrics brings together what the processes have, in the order of the processes: a value per sample is kept by
+    its `CatMetric`, a metric of whole sets is one of its own.
+
     Args:
         metrics: to score.
         labels: of the methods, the baseline first.
-        samples: the prompt of each, and what reads the frames of a label; prompt by prompt, with as many seeds each.
+        samples: the prompt of each, and what reads the frames of a label: uint8 [F, H, W, 3]. They come prompt by
+            prompt, with as many seeds each.
         media: the real set; if empty, it is the baseline's frames.
-        process: whose share of the work is done here; torchmetrics adds up those of all.
-        device: where the networks run.
+        process: whose share of the work is done here; all processes call this together.
+        device: where the networks and sums are.
 
     Returns:
         By label: the values of each sample by metric, and the figures.
     """
-    scorer = Scorer(metrics, labels, device)
+    collected: dict[tuple[str, str], torchmetrics.Metric] = {}
+    for metric in metrics:
+        features = 0 if metric.declared.collect is None else features_of(metric, device)
+        for label in labels:
+            made = (metric.declared.collect or _values)(features)
+            collected[label, metric.name] = made.to(device)
+    sets = [metric for metric in metrics if metric.declared.collect is not None]
     for prompt, read in process.share(samples):
-        frames = {label: read(label) for label in labels}
-        scorer.add(prompt, frames, frames[labels[0]], compare_sets=not media)
-    scorer.add_real_set(process.share(media))
+        baseline = as_tensor(read(labels[0]), device)
+        real = Scored(baseline, baseline, prompt)
+        for label in labels:
+            sample = Scored(as_tensor(read(label), device), baseline, prompt)
+            for metric in metrics:
+                if metric.declared.score is not None:
+                    value = metric.declared.score(sample, metric.network)
+                    # In a row: torchmetrics gathers a lone scalar in another shape than several.
+                    collected[label, metric.name].update(torch.tensor([value], dtype=torch.float64))
+                    continue
+                collected[label, metric.name].update(sample.features(metric.network), real=False)
+                if not media:
+                    collected[label, metric.name].update(real.features(metric.network), real=True)
+    for found in process.share(media) if sets else ():
+        frames = as_tensor(captioned.read_frames(found.path), device)
+        sample = Scored(frames, frames, found.caption or "")
+        for metric in sets:
+            for label in labels:
+                collected[label, metric.name].update(sample.features(metric.network), real=True)
+
     prompts = len({prompt for prompt, _ in samples})
-    found = {}
+    scored = {}
     for label in labels:
-        values = scorer.values(label)
-        found[label] = values, scorer.figures(label, values, prompts)
-    return found
+        values: dict[str, list[float]] = {}
+        figures: dict[str, Figure] = {}
+        for metric in metrics:
+            result = torch.as_tensor(collected[label, metric.name].compute())
+            if metric in sets:
+                figures[metric.name] = {"value": float(result)}
+                continue
+            values[metric.name] = result.reshape(-1).tolist()
+            figures[metric.name] = average(values[metric.name], prompts, decibels=metric.declared.decibels)
+        scored[label] = values, figures
+    return scored
+
+
+def _values(features: int) -> torchmetrics.Metric:
+    return CatMetric(nan_strategy="error").set_dtype(torch.float64)

@@ -6,9 +6,10 @@ Methods take turns within a prompt, so that other load of the machine slows all 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -105,7 +106,8 @@ class Sweep:
         """The name of a sample. Only a method's pixels depend on this package's own code."""
         identity = {"arguments": self.arguments(candidate), "prompt": item.prompt, "seed": item.seed, **self.identity}
         if candidate.choice is not None:
-            identity |= {"method": candidate.record(), "weights": _weights(candidate.choice), "code": self._code}
+            weights = None if candidate.choice.folder is None else folder_hash(candidate.choice.folder)
+            identity |= {"method": candidate.record(), "weights": weights, "code": self._code}
         return key_of(identity)
 
     def arguments(self, candidate: Candidate) -> dict[str, Any]:
@@ -118,7 +120,7 @@ class Sweep:
     def run(self, candidates: Sequence[Candidate], items: Sequence[PromptSeed]) -> None:
         """Make every sample that is not there, one line on stderr for each."""
         total = len(candidates) * len(items)
-        for number, (item, candidate) in enumerate(_turns(candidates, items), 1):
+        for number, (item, candidate) in enumerate(itertools.product(items, candidates), 1):
             key = self.key(candidate, item)
             if not self._is_there(candidate, key):
                 title = f"{number}/{total} {candidate.label}"
@@ -203,10 +205,6 @@ class Sweep:
             call.warm_up(self.pipe, arguments, whole=self.compile)
 
 
-def _turns(candidates: Sequence[Candidate], items: Sequence[PromptSeed]) -> Iterator[tuple[PromptSeed, Candidate]]:
-    return ((item, candidate) for item in items for candidate in candidates)
-
-
 def _density(report: Report) -> dict[str, Any]:
     """Share of pairs attended over all self-attention calls, dense ones counted as 1, and what computed them."""
     calls = report.sparse_calls + report.dense_calls
@@ -217,11 +215,6 @@ def _density(report: Report) -> dict[str, Any]:
         "dense_calls": report.dense_calls,
         "kernels": sorted({kernel for layer in report.layers for kernel in layer.kernels}),
     }
-
-
-def _weights(choice: Choice) -> str | None:
-    """A hash of a saved accelerator's files."""
-    return None if choice.folder is None else folder_hash(choice.folder)
 
 
 def folder_hash(folder: Path) -> str:

@@ -21,8 +21,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import CLIPConfig, CLIPModel
 
-from dit_accel.eval.demo_clip import FOLDER, NAME
-from dit_accel.eval.networks import Clip, Preparation
+from dit_accel.eval.networks import DEMO_CLIP, DEMO_CLIP_FOLDER, Clip, Preparation
 from dit_accel.pipelines.demo import clips
 from dit_accel.pipelines.demo.clips import Scene
 from tools.demo.model import build_tokenizer
@@ -67,7 +66,7 @@ def build_clip() -> Clip:
     }
     config = CLIPConfig(text_config=text, vision_config=vision, projection_dim=64, logit_scale_init_value=math.log(10))
     prepare = Preparation(shortest_edge=None, size=(SIDE, SIDE), crop=None, mean=MEAN, std=STD)
-    return Clip(NAME, CLIPModel(config), tokenizer, prepare)
+    return Clip(DEMO_CLIP, CLIPModel(config), tokenizer, prepare)
 
 
 def sample_batch(groups: int, generator: torch.Generator) -> list[Scene]:
@@ -173,7 +172,7 @@ def _draw(count: int, generator: torch.Generator) -> int:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--export", type=Path, default=FOLDER, help="where the trained model goes")
+    parser.add_argument("--export", type=Path, default=DEMO_CLIP_FOLDER, help="where the trained model goes")
     parser.add_argument("--steps", type=int, default=1600)
     parser.add_argument("--groups", type=int, default=16, help="groups of four frames in a batch")
     parser.add_argument("--rate", type=float, default=1.5e-3, help="the highest learning rate")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,13 +12,7 @@ from dit_accel.eval.metric import Metric
 from dit_accel.eval.networks import Networks
 
 
-class Layered(Protocol):
-    """What gives activations for frames, as `dit_accel.eval.networks.Clip` does."""
-
-    def layers(self, frames: Tensor) -> list[Tensor]: ...
-
-
-def perceptual(frames: Tensor, baseline: Tensor, network: Layered) -> Tensor:
+def perceptual(frames: Tensor, baseline: Tensor, network: Any) -> Tensor:
     """LPIPS's distance (Zhang et al. 2018, equation 1) with all weights one, on the layers of any network.
 
     Per layer: activations scaled to unit length over channels, squared differences summed over channels and averaged
@@ -27,7 +21,7 @@ def perceptual(frames: Tensor, baseline: Tensor, network: Layered) -> Tensor:
 
     Args:
         frames, baseline: float [N, 3, H, W] in [0, 1], of the same shape.
-        network: its `layers` give [N, C, h, w] each.
+        network: its `layers(frames)` are [N, C, h, w] each, as those of `dit_accel.eval.networks.Clip`.
 
     Returns:
         Float32 [N], 0 for equal frames, at most 4 for each layer.

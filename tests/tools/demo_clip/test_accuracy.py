@@ -2,8 +2,7 @@
 
 import torch
 
-from dit_accel.eval.demo_clip import FOLDER
-from dit_accel.eval.networks import Clip
+from dit_accel.eval.networks import DEMO_CLIP_FOLDER, Clip
 from dit_accel.pipelines.demo import clips
 from tools.demo_clip import accuracy, frames
 
@@ -26,7 +25,7 @@ class Guess:
 
 
 def test_weights_are_small():
-    assert sum(path.stat().st_size for path in FOLDER.iterdir()) <= 4 * 2**20
+    assert sum(path.stat().st_size for path in DEMO_CLIP_FOLDER.iterdir()) <= 4 * 2**20
 
 
 def test_it_tells_nine_pairs_in_ten_of_held_out_clips():

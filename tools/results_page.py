@@ -1,6 +1,6 @@
 """Put an evaluation's table and Pareto picture into docs/results.md.
 
-`make eval` runs `python -m dit_accel.eval.report.results_page outputs/eval` after the evaluation. The text between the
+`make eval` runs `python -m tools.results_page outputs/eval` after the evaluation. The text between the
 two marks is replaced. The summary behind it goes to `benchmarks/results`, the picture to `docs/pictures`. A test
 compares the page with that summary.
 """
