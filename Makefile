@@ -15,7 +15,8 @@ DEMO_SETTINGS ?= --frames 17 --height 160 --width 192 --dense-steps 4
 PYTEST_FLAGS ?=
 # Triton reads its interpreter's switch when it is imported, so these tests have a process of their own.
 INTERPRETED := tests/kernels/block_sparse/test_triton.py tests/kernels/block_sparse/test_gluon.py \
-	tests/kernels/sla/test_triton.py tests/methods/sla/test_triton.py tests/pipelines/test_rows.py
+	tests/kernels/sla/test_triton.py tests/methods/sla/test_triton.py tests/pipelines/test_rows.py \
+	tests/test_architecture.py
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 

@@ -1,0 +1,70 @@
+"""docs/architecture.md lists the files that q passes from the processor to the kernel; real calls pass the same."""
+
+import os
+import pathlib
+import re
+import sys
+
+import pytest
+import torch
+
+import dit_accel
+from dit_accel.kernels import impls
+
+ROOT = pathlib.Path(__file__).parent.parent
+PACKAGE = ROOT / "dit_accel"
+MOST = 10  # files from the processor to the kernel
+METHODS = {"gna": {"window": 3}, "sla": {"topk": 0.3, "block": 16}}
+ROW = re.compile(r"^\|`(?P<method>\w+)`\|`(?P<impl>\w+)`\|(?P<files>.*)\|$", flags=re.MULTILINE)
+PAGE = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+SHOWN = {(row["method"], row["impl"]): re.findall(r"`([\w/]+\.py)`", row["files"]) for row in ROW.finditer(PAGE)}
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def test_the_page_shows_static_and_routed_plans():
+    assert set(SHOWN) == {("gna", "portable"), ("gna", "triton"), ("sla", "triton")}
+    assert max(map(len, SHOWN.values())) <= MOST
+
+
+def test_the_page_shows_every_implementation():
+    rows = re.findall(r"^\| `(\w+)` \| [^|]*\| [^|]*\|$", PAGE, flags=re.MULTILINE)
+    assert rows == [name for name in impls.names() if name != impls.AUTO]
+
+
+def passed(run, monkeypatch) -> list[str]:
+    """Files of the package in whose functions q is an argument while `run` runs, in the order of their first calls.
+
+    Kernels are not computed: it is enough that they are launched.
+    """
+    files, inside = [], f"{PACKAGE}{os.sep}"
+
+    def note(code, names):
+        if code.co_filename.startswith(inside) and ("q" in names or "query" in names):
+            files.append(code.co_filename.removeprefix(inside))
+
+    def watch(frame, event, _):
+        code = frame.f_code
+        if event == "call":
+            note(code, code.co_varnames[: code.co_argcount + code.co_kwonlyargcount])
+
+    if INTERPRETED:
+        from triton.runtime.interpreter import GridExecutor
+
+        monkeypatch.setattr(GridExecutor, "__call__", lambda self, *_, **__: note(self.fn.__code__, self.arg_names))
+    before = sys.getprofile()
+    sys.setprofile(watch)
+    try:
+        run()
+    finally:
+        sys.setprofile(before)
+    return list(dict.fromkeys(files))
+
+
+@pytest.mark.parametrize(("method", "impl"), sorted(SHOWN))
+def test_q_passes_the_files_shown(method, impl, tiny_wan, wan_inputs, monkeypatch):
+    if impl == "triton" and not INTERPRETED:
+        pytest.skip("needs TRITON_INTERPRET=1, under which kernels are Python too")
+    transformer, inputs = tiny_wan(), wan_inputs(1)
+    with dit_accel.accelerated(transformer, method, impl=impl, **METHODS[method]), torch.no_grad():
+        transformer(**inputs)  # plans are built, which is not part of the way
+        assert passed(lambda: transformer(**inputs), monkeypatch) == SHOWN[method, impl]
