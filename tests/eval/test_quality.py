@@ -77,6 +77,17 @@ class TestResults:
         assert rows[1]["sha256"] == rows[0]["sha256"] != rows[2]["sha256"]
         assert rows[2]["sparse_calls"] == 8  # 2 layers, 2 steps, with and without the prompt
 
+    def test_the_terminal_shows_whole_figures_and_the_verdict(self, evaluate, tmp_path, monkeypatch):
+        monkeypatch.setenv("COLUMNS", "80")
+        outcome = evaluate("--method", GNA, "--method", "radial:decay=0.123456789,rule=released,block=32,sink=false")
+        assert outcome.status == 0, outcome.err
+        summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+        assert max(map(len, outcome.out.partition("report:")[0].splitlines())) <= 80
+        assert "…" not in outcome.out
+        for row in summary["rows"][1:]:
+            assert f"{row['speedup']:.2f}" in outcome.out and f"{row['figures']['psnr']['value']:.4g}" in outcome.out
+        assert summary["verdict"][0]["text"] in " ".join(outcome.out.split())
+
     def test_images(self, cli, flux_folder, tmp_path):
         options = ("--model", flux_folder, "--height", 32, "--width", 48, "--steps", 2, "--metric", "psnr")
         prompts = tmp_path / "p.txt"
