@@ -21,15 +21,14 @@ def write_report(summary: dict[str, Any], folder: Path) -> None:
         folder: where to; paths in the summary are relative to it.
 
     Raises:
-        DitAccelError: matplotlib is not installed, the summary is incomplete, a picture or video in it is missing, or
+        DitAccelError: matplotlib is not installed, a picture or video in it is missing, or
             the folder cannot be written to.
     """
     import json
 
-    from dit_accel.eval.report import fields, markdown, page, pictures
+    from dit_accel.eval.report import markdown, page, pictures
     from dit_accel.files import staged
 
-    fields.check(summary)
     with staged(folder / "report.html") as part:
         text = json.dumps(summary, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
         (part / "summary.json").write_text(text, encoding="utf-8")

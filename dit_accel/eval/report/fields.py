@@ -23,40 +23,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from dit_accel.errors import DitAccelError
-
 NONE = "–"
-WANTED = {
-    "": ("title", "made", "metrics", "rows"),
-    "metrics": ("name", "title", "unit", "better", "about"),
-    "rows": ("label", "method", "density", "speedup", "figures"),
-    "samples": ("row", "prompt", "seed", "media"),
-    "masks": ("row", "image"),
-    "attention": ("row", "steps", "layers", "error", "mass"),
-}
-
-
-def check(summary: dict[str, Any]) -> None:
-    """See that a summary has what the report reads.
-
-    Raises:
-        DitAccelError: a field is missing, or a sample, mask or map names a row that is not there.
-    """
-    _has(summary, WANTED[""], "the summary")
-    labels = {row["label"] for row in summary["rows"]}
-    for part in ("metrics", "rows", "samples", "masks", "attention"):
-        for index, item in enumerate(summary.get(part, [])):
-            _has(item, WANTED[part], f"{part}[{index}]")
-            if "row" in WANTED[part] and item["row"] not in labels:
-                raise DitAccelError(f"{part}[{index}] belongs to {item['row']!r}, and no row has this label.")
-    if not summary["rows"]:
-        raise DitAccelError("There is nothing to report: the summary has no rows.")
-
-
-def _has(item: dict[str, Any], wanted: tuple[str, ...], where: str) -> None:
-    missing = [name for name in wanted if name not in item]
-    if missing:
-        raise DitAccelError(f"{where} lacks {', '.join(missing)}; see dit_accel/eval/report/fields.py.")
 
 
 def number(value: float | str | None) -> float | None:

@@ -149,12 +149,10 @@ def _some(names: Sequence[Any], most: int) -> tuple[list[int], list[Any]]:
 
 
 def _mean(values: Any, axis: int) -> Any:
-    """Mean over an axis of what is there; NaN where nothing is."""
+    """Mean over an axis without NaN; NaN where there is nothing else."""
     import numpy as np
 
-    there = ~np.isnan(values)
-    count = there.sum(axis)
-    return np.where(count > 0, np.where(there, values, 0).sum(axis) / np.maximum(count, 1), math.nan)
+    return np.ma.masked_invalid(values).mean(axis).filled(math.nan)
 
 
 def _short(name: str) -> str:

@@ -84,15 +84,7 @@ def test_files_are_written_together_and_the_page_holds_everything(summary, media
     assert {path.name for path in tmp_path.iterdir()} == {*NAMES, "media"}
 
 
-def test_what_is_incomplete_is_refused(summary, tmp_path):
-    with pytest.raises(DitAccelError, match=r"rows\[1\] lacks density"):
-        rows = [summary["rows"][0], {**summary["rows"][1]}]
-        del rows[1]["density"]
-        fields.check({**summary, "rows": rows})
-    with pytest.raises(DitAccelError, match=r"masks\[0\] belongs to 'slow'"):
-        fields.check({**summary, "masks": [{"row": "slow", "image": "x.png"}]})
-    with pytest.raises(DitAccelError, match="no rows"):
-        fields.check({**summary, "rows": [], "samples": [], "masks": [], "attention": []})
+def test_what_cannot_be_shown_is_refused(summary, tmp_path):
     with pytest.raises(DitAccelError, match=r"and not .*sample\.avi"):
         page.embedded(tmp_path / "sample.avi")
     with pytest.raises(ValueError, match="not JSON compliant"):
