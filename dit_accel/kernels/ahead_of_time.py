@@ -7,7 +7,8 @@ reach for what is spilled), shared_bytes, instructions. A configuration that the
 architecture is a line too, with ``left_out``. Exit status 1 if a forward kernel spills, another one does so in a loop
 (more than its build says it may), a kernel needs more shared memory than its architecture has, or its 16-bit dots did
 not become matrix instructions. The configurations are those of the table that the launcher and the autotuner read.
-``--loops`` adds the number of machine instructions of each loop that multiplies matrices, in the order of the code.
+``--loops`` adds for each loop that multiplies matrices, in the order of the code, the number of machine instructions,
+and how many products each wait for `wgmma` leaves in flight.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 ARCHS = (80, 89, 90, 100, 120)
 DTYPES = ("fp16", "bf16")
@@ -33,6 +34,7 @@ INSTRUCTIONS = re.compile(r"wgmma\.mma_async|tcgen05\.mma|mma\.sync|cp\.async\.b
 SASS_LINE = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(.*?);", re.MULTILINE)
 SASS_BRANCH = re.compile(r"\bBRA\b.* 0x([0-9a-f]+)")
 SASS_MATRIX = re.compile(r"\b(HGMMA|HMMA|UTC\w*MMA)\b")
+SASS_WAIT = re.compile(r"\bWARPGROUP\.DEPBAR\.LE gsb0, 0x(\d+)")
 SASS_LOCAL = re.compile(r"\b(LDL|STL)\b")
 MATRIX = {"wgmma.mma_async", "tcgen05.mma", "mma.sync"}
 
@@ -45,11 +47,13 @@ class Build:
         kernel: name in reports.
         function: ``module:attribute`` of the jitted function.
         constants: its compile-time constants.
-        pointers: types of arguments that are not "i32"; "data" stands for a pointer to the dtype.
+        pointers: types of arguments that are not "i32"; "data" stands for a pointer to the dtype, and within the type
+            of a descriptor for the dtype.
         warps, stages: launch settings.
         needs: bytes of shared memory that the launcher's rule reckons with.
         dots: whether the kernel multiplies matrices.
         spills: bytes that it may spill in loops, because every way without is a longer loop.
+        registers: most that a thread gets at the launch; None: the compiler decides.
     """
 
     kernel: str
@@ -61,6 +65,7 @@ class Build:
     needs: int
     dots: bool = True
     spills: int = 0
+    registers: int | None = None
 
     @property
     def config(self) -> dict[str, Any]:
@@ -70,15 +75,15 @@ class Build:
 
 
 CONFIG_KEYS = (
-    "BLOCK_Q", "BLOCK_K", "BLOCK", "D", "SCOPE", "ROWS", "WIDTH", "TILE_QT", "TILE_KT", "STEP",
+    "BLOCK_Q", "BLOCK_K", "BLOCK", "D", "SCOPE", "ROWS", "WIDTH", "TILE_QT", "TILE_KT", "TILE_Q", "TILE_K", "STEP",
     "HAS_TABLES", "HAS_GRAD_LSE",
 )  # fmt: skip
 
 
 def all_builds(arch: int) -> Iterator[Build]:
     """What each kernel folder with Triton kernels would launch on an architecture, such as 90."""
-    for folder in sorted(pathlib.Path(__file__).parent.glob("*/triton_builds.py")):
-        yield from importlib.import_module(f"dit_accel.kernels.{folder.parent.name}.triton_builds").builds(arch)
+    for file in sorted(pathlib.Path(__file__).parent.glob("*/*_builds.py")):
+        yield from importlib.import_module(f"dit_accel.kernels.{file.parent.name}.{file.stem}").builds(arch)
 
 
 def compile_build(build: Build, arch: int, dtype: str, loops: bool = False) -> dict[str, Any]:
@@ -86,6 +91,7 @@ def compile_build(build: Build, arch: int, dtype: str, loops: bool = False) -> d
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
+    from triton.experimental.gluon._runtime import GluonASTSource
 
     module, attribute = build.function.split(":")
     function = getattr(importlib.import_module(module), attribute)
@@ -96,13 +102,17 @@ def compile_build(build: Build, arch: int, dtype: str, loops: bool = False) -> d
             signature[name], values[name] = "constexpr", constants[name]
             continue
         kind = pointers.get(name, "i32")
-        signature[name] = POINTERS[dtype] if kind == "data" else kind
+        signature[name] = POINTERS[dtype] if kind == "data" else kind.replace("<data[", f"<{dtype}[")
         if signature[name].startswith("*"):
             attributes[(index,)] = [["tt.divisibility", 16]]
+    options = {"num_warps": build.warps, "num_stages": build.stages, "enable_fp_fusion": True}
+    if build.registers is not None:
+        options["maxnreg"] = build.registers
+    source = GluonASTSource if function.is_gluon() else ASTSource
     compiled = triton.compile(
-        ASTSource(function, signature, constexprs=values, attrs=attributes),
+        source(function, signature, constexprs=values, attrs=attributes),
         target=GPUTarget("cuda", arch, 32),
-        options={"num_warps": build.warps, "num_stages": build.stages, "enable_fp_fusion": True},
+        options=options,
     )
     usage = resource_usage(compiled.asm["cubin"])
     row = {
@@ -118,9 +128,20 @@ def compile_build(build: Build, arch: int, dtype: str, loops: bool = False) -> d
     }
     if row["spill_bytes"] or loops:
         found = loops_of(compiled.asm["cubin"])
-        row["spills_in_loops"] = sum(reached for _, reached in found)
-        row |= {"loops": [length for length, _ in found]} if loops else {}
+        row["spills_in_loops"] = sum(loop.spills for loop in found)
+        if loops:
+            row |= {"loops": [loop.instructions for loop in found], "waits": [loop.waits for loop in found]}
     return row
+
+
+class LoopFacts(NamedTuple):
+    """A loop in machine code: its instructions, those that reach for spilled registers, and what each wait for
+    products leaves in flight.
+    """
+
+    instructions: int
+    spills: int
+    waits: list[int]
 
 
 def resource_usage(cubin: bytes) -> dict[str, int]:
@@ -128,20 +149,27 @@ def resource_usage(cubin: bytes) -> dict[str, int]:
     return {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", _dump(cubin, "-res-usage"))}
 
 
-def loops_of(cubin: bytes) -> list[tuple[int, int]]:
-    """Each innermost loop that multiplies matrices, in the order of the code: how many instructions lie between a
-    branch back and its target, and how many of them reach for spilled registers.
+def loops_of(cubin: bytes) -> list[LoopFacts]:
+    """Each innermost loop that multiplies matrices, in the order of the code.
+
+    A loop lies between a conditional branch back and its target. Waits for barriers spin behind the kernel's code and
+    branch back without a condition.
     """
     places, lines = zip(*SASS_LINE.findall(_dump(cubin, "-sass")), strict=True)
     number = {int(place, 16): i for i, place in enumerate(places)}
     found: list[tuple[int, int]] = []
     for last, line in enumerate(lines):
-        branch = SASS_BRANCH.search(line)
+        branch = SASS_BRANCH.search(line) if line.startswith("@") else None
         first = number.get(int(branch[1], 16), last) if branch else last
         if first < last and any(map(SASS_MATRIX.search, lines[first:last])):
             found.append((first, last))
     inner = [a for a in found if not any(a != b and a[0] <= b[0] and b[1] <= a[1] for b in found)]
-    return [(b - a + 1, sum(bool(SASS_LOCAL.search(line)) for line in lines[a : b + 1])) for a, b in sorted(inner)]
+    return [_facts(lines[first : last + 1]) for first, last in sorted(inner)]
+
+
+def _facts(lines: Sequence[str]) -> LoopFacts:
+    waits = [int(wait[1]) for wait in map(SASS_WAIT.search, lines) if wait]
+    return LoopFacts(len(lines), sum(bool(SASS_LOCAL.search(line)) for line in lines), waits)
 
 
 def _dump(cubin: bytes, option: str) -> str:

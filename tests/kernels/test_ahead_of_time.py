@@ -1,7 +1,9 @@
 """Ahead-of-time compilation: the declared builds are the launcher's, and a row says what the compiler made."""
 
+import importlib
 import json
 import os
+import re
 
 import pytest
 import torch
@@ -49,7 +51,7 @@ def test_a_row_says_what_the_compiler_made():
     row = ahead_of_time.compile_build(build, 90, "bf16", loops=True)
     assert set(row) == {
         "kernel", "arch", "dtype", "config", "registers", "spill_bytes", "spills_in_loops", "shared_bytes",
-        "instructions", "loops",
+        "instructions", "loops", "waits",
     }  # fmt: skip
     whole, partial, bounded = row["loops"]  # the kernel's three loops over key blocks
     assert 100 < whole < partial < bounded
@@ -58,6 +60,32 @@ def test_a_row_says_what_the_compiler_made():
     assert 0 < row["shared_bytes"] <= triton_configs.SHARED_BYTES[90]
     assert ahead_of_time.complaint(row, triton_configs.SHARED_BYTES[90]) is None
     json.dumps(row)
+
+
+@native
+def test_the_gluon_kernel_overlaps_weights_with_the_sum():
+    """Each consumer's loop waits for the scores with the sum in flight, and computes the weights before it waits again.
+
+    The assembler moves them behind that wait unless a branch keeps it from that (benchmarks/LOG.md).
+    """
+    pytest.importorskip("triton.experimental.gluon")
+    build = next(b for b in ahead_of_time.all_builds(90) if b.kernel == "gluon_forward")
+    module, name = build.function.split(":")
+    assert getattr(importlib.import_module(module), name).is_gluon()
+    cubins = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            ahead_of_time, "loops_of", lambda cubin, read=ahead_of_time.loops_of: cubins.append(cubin) or read(cubin)
+        )
+        row = ahead_of_time.compile_build(build, 90, "bf16", loops=True)
+    assert row["spill_bytes"] == 0
+    assert row["waits"] == [[1, 0], [1, 0]]  # two consumers
+    _, lines = zip(*ahead_of_time.SASS_LINE.findall(ahead_of_time._dump(cubins[0], "-sass")), strict=True)
+    events = [e for line in lines for e in re.findall(r"MUFU\.EX2|DEPBAR\.LE gsb0, 0x[01]", line)]
+    at = [i for i, event in enumerate(events) if event.endswith("0x1")]
+    for first in at:
+        behind = events[first + 1 :]
+        assert behind[: behind.index("DEPBAR.LE gsb0, 0x0")].count("MUFU.EX2") >= build.config["block_k"] // 2
 
 
 def test_one_build_may_spill():
