@@ -1,62 +1,165 @@
-"""Dataclasses from plain values, such as a recipe's, the command line's or a saved file's: names and kinds are checked.
+"""Settings as dataclasses: a field states its kind, range and help once, for Python, YAML and the command line.
 
-What a field may hold is its annotation; ranges are the business of each dataclass.
+The annotation of a field says what it may hold. `option` adds what an annotation cannot say. A dataclass calls `check`
+in its `__post_init__`; rules that concern several fields follow there.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from dit_accel.errors import DitAccelError
 from dit_accel.registry import did_you_mean
 
-WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text", type(None): "none"}
+WORDS = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    Path: "a path",
+    type(None): "none",
+}
 
 
-def build(kind: type, values: Any, what: str) -> Any:
-    """A dataclass from values by name.
+@dataclasses.dataclass(frozen=True)
+class Option:
+    """What a field says of itself beside its annotation and default.
+
+    Args:
+        help: one sentence for people.
+        flag: the command line's name for it; made from the field's name if None.
+        metavar: what stands for the value in the command line's help.
+        least, above, most, below: limits of a number; `above` and `below` are exclusive.
+        parse: makes the value from the command line's text, or from all of its texts where the option is `repeatable`.
+        repeatable: whether the command line takes the option several times.
+        typed: whether the command line has the option; YAML has it always.
+    """
+
+    help: str
+    flag: str | None = None
+    metavar: str | None = None
+    least: float | None = None
+    above: float | None = None
+    most: float | None = None
+    below: float | None = None
+    parse: Callable[[Any], Any] | None = None
+    repeatable: bool = False
+    typed: bool = True
+
+
+def option(default: Any, help: str, **more: Any) -> Any:
+    """A dataclass field with help and limits.
+
+    Args:
+        default: of the field; a mapping is copied for every instance, a class makes one; MISSING: there is none.
+        help: one sentence for people.
+        more: further arguments of `Option`.
+    """
+    metadata = {"option": Option(help, **more)}
+    if isinstance(default, type):
+        return dataclasses.field(default_factory=default, metadata=metadata)
+    if isinstance(default, Mapping):
+        return dataclasses.field(default_factory=lambda: dict(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def flag(field: dataclasses.Field[Any]) -> str:
+    """A field's name on the command line, such as ``--dense-steps``."""
+    own = field.metadata["option"].flag if "option" in field.metadata else None
+    return own or f"--{field.name.replace('_', '-')}"
+
+
+def build(kind: type, plain: Any, what: str) -> Any:
+    """A dataclass from plain values, such as YAML's.
+
+    Lists become tuples, text becomes paths, mappings become dataclasses, and one value stands for a tuple of one.
 
     Args:
         kind: the dataclass.
-        values: of its fields.
-        what: they are settings of, for an error.
+        plain: values by field.
+        what: the subject of an error.
 
     Raises:
         DitAccelError: they are no mapping, a name is unknown, or the dataclass refuses a value.
     """
-    if not isinstance(values, Mapping):
-        raise DitAccelError(f"{what} takes settings by name, got {values!r}.")
+    if not isinstance(plain, Mapping):
+        raise DitAccelError(f"{what} takes settings by name, got {plain!r}.")
     names = [field.name for field in dataclasses.fields(kind)]
-    for name in values:
+    hints = typing.get_type_hints(kind)
+    for name in plain:
         if name not in names:
             raise DitAccelError(
                 f"{what} has no setting {name!r}.{did_you_mean(str(name), names)} It has: {', '.join(names)}."
             )
-    return kind(**values)
+    return kind(**{name: _converted(value, hints[name], name) for name, value in plain.items()})
+
+
+def _converted(value: Any, hint: Any, name: str) -> Any:
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint) and not isinstance(value, hint):
+        return build(hint, value, name)
+    kinds = (hint, *typing.get_args(hint))
+    if isinstance(value, str) and Path in kinds:
+        return Path(value)
+    if type(value) is int and float in kinds and int not in kinds:
+        return float(value)
+    value = _frozen(value)
+    return (value,) if not _fits(value, hint) and _fits((value,), hint) else value
+
+
+def _frozen(value: Any) -> Any:
+    """The value with tuples for lists, inside of mappings too; YAML has no tuples."""
+    if isinstance(value, Mapping):
+        return {key: _frozen(own) for key, own in value.items()}
+    return tuple(map(_frozen, value)) if isinstance(value, list) else value
+
+
+def record(settings: Any) -> dict[str, Any]:
+    """A dataclass as plain values for JSON."""
+    return {name: str(value) if isinstance(value, Path) else value for name, value in vars(settings).items()}
 
 
 def check(settings: Any) -> None:
-    """See that every field of a dataclass holds what its annotation says.
+    """See that every field of a dataclass holds what its annotation and its limits say.
 
     Raises:
         DitAccelError: one does not.
     """
     hints = typing.get_type_hints(type(settings))
     for field in dataclasses.fields(settings):
-        value = getattr(settings, field.name)
-        if not _fits(value, hints[field.name]):
-            raise DitAccelError(f"{field.name} is {_words(hints[field.name])}, got {value!r}.")
+        value, hint = getattr(settings, field.name), hints[field.name]
+        if isinstance(value, float) and not math.isfinite(value):
+            raise DitAccelError(f"{field.name} is finite, got {value}.")
+        if not _fits(value, hint):
+            raise DitAccelError(f"{field.name} is {_words(hint)}, got {value!r}.")
+        if "option" in field.metadata:
+            _check_limits(field.name, field.metadata["option"], value)
+
+
+def _check_limits(name: str, limits: Option, value: Any) -> None:
+    for number in value if isinstance(value, tuple) else (value,):
+        if isinstance(number, bool) or not isinstance(number, (int, float)):
+            continue
+        if limits.least is not None and number < limits.least:
+            raise DitAccelError(f"{name} is at least {limits.least}, got {value!r}.")
+        if limits.above is not None and number <= limits.above:
+            raise DitAccelError(f"{name} is above {limits.above}, got {value!r}.")
+        if limits.most is not None and number > limits.most:
+            raise DitAccelError(f"{name} is at most {limits.most}, got {value!r}.")
+        if limits.below is not None and number >= limits.below:
+            raise DitAccelError(f"{name} is below {limits.below}, got {value!r}.")
 
 
 def _fits(value: Any, hint: Any) -> bool:
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
     if hint is Any:
         return True
-    if origin is types.UnionType:
+    if origin in (types.UnionType, typing.Union):
         return any(_fits(value, each) for each in inner)
     if origin is typing.Literal:
         return value in inner
@@ -75,7 +178,7 @@ def _fits(value: Any, hint: Any) -> bool:
 
 def _words(hint: Any) -> str:
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
-    if origin is types.UnionType:
+    if origin in (types.UnionType, typing.Union):
         return " or ".join(map(_words, inner))
     if origin is typing.Literal:
         return f"one of {', '.join(map(str, inner))}"

@@ -7,6 +7,7 @@ from diffusers import WanPipeline
 
 import dit_accel
 from dit_accel.generation.choice import choose
+from dit_accel.generation.request import MethodOptions
 from dit_accel.hooks.schedule import Step
 from dit_accel.registry import get_families
 from dit_accel.tokens import TokenGrid
@@ -50,7 +51,7 @@ def test_two_transformers_have_settings_of_their_own(wan_folder):
         assert dense == [True] * 11 + [False] * 29
     with dit_accel.accelerate(pipe, "sla", preset=True) as accel:
         assert accel.config.topk == 0.1
-    chosen = choose("radial", None, None, None, None, None, get_families()["wan"], 2)
+    chosen = choose(MethodOptions(method="radial"), get_families()["wan"], 2)
     assert (chosen.config["decay"], chosen.schedule.dense_steps) == (0.8, 11 / 40)
 
 

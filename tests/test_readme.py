@@ -62,8 +62,10 @@ def test_commands_parse(page, command):
     context = group.commands[verb].make_context(verb, arguments, resilient_parsing=False)
     methods = context.params.get("method") or ()
     for method in [methods] if isinstance(methods, str) else methods:
-        name, settings = registry.parse_method(method, context.params.get("settings") or ())
-        if context.params.get("candidate") is None:  # a layer search takes its settings from the candidates
+        name, settings = registry.parse_method(
+            method, context.params.get("settings") or context.params.get("config") or ()
+        )
+        if not context.params.get("candidates"):  # a layer search takes its settings from the candidates
             registry.make_config(name, settings)
 
 

@@ -13,18 +13,19 @@ from typing import Any
 
 import typer
 
+from dit_accel import values
 from dit_accel.cli import Interrupted, job
-from dit_accel.cli.job import Request
 from dit_accel.errors import DitAccelError
 from dit_accel.files import replace_file
 from dit_accel.generation import prompts
 from dit_accel.generation.processes import Process
+from dit_accel.generation.request import GenerateRequest
 
 DIGITS = 4
 
 
 @dataclasses.dataclass(frozen=True)
-class Batch:
+class PromptBatch:
     """The requests of many prompts, in their order.
 
     Args:
@@ -33,11 +34,11 @@ class Batch:
         process: which of the processes this is.
     """
 
-    requests: list[Request]
+    requests: list[GenerateRequest]
     manifest: Path
     process: Process
 
-    def pending(self) -> list[Request]:
+    def pending(self) -> list[GenerateRequest]:
         """What is left of this process's share.
 
         Raises:
@@ -45,7 +46,7 @@ class Batch:
         """
         return [each for each in self.process.share(self.requests) if not self.is_done(each)]
 
-    def is_done(self, request: Request) -> bool:
+    def is_done(self, request: GenerateRequest) -> bool:
         """Whether a request's record lies there.
 
         Raises:
@@ -54,12 +55,13 @@ class Batch:
         path = record_of(request)
         if not path.exists():
             return False
-        made, asked = _read(path).get("request", {}), request.record()
-        for name in asked:
-            if made.get(name) != asked[name]:
+        made, asked = _read(path).get("request", {}), json.loads(json.dumps(values.record(request)))
+        for field in dataclasses.fields(request):
+            was, now = made.get(field.name), asked[field.name]
+            if was != now:
                 raise DitAccelError(
-                    f"{path} was made with {_option(name)} {made.get(name)}, not {asked[name]}: choose another "
-                    "--output, or delete what was made."
+                    f"{path} was made with {values.flag(field)} {was}, not {now}: choose another --output, or delete "
+                    "what was made."
                 )
         return True
 
@@ -88,7 +90,7 @@ class Batch:
         return entry
 
 
-def run(request: Request) -> None:
+def run(request: GenerateRequest) -> None:
     """Make this process's share of the outputs that are still missing.
 
     Raises:
@@ -117,7 +119,7 @@ def run(request: Request) -> None:
     typer.echo(f"manifest: {batch.manifest}")
 
 
-def read(request: Request, output: Path, process: Process) -> Batch:
+def read(request: GenerateRequest, output: Path, process: Process) -> PromptBatch:
     """The requests of `--prompts`.
 
     Raises:
@@ -130,10 +132,10 @@ def read(request: Request, output: Path, process: Process) -> Batch:
         dataclasses.replace(request, prompts=None, prompt=text, output=path)
         for text, path in zip(texts, paths, strict=True)
     ]
-    return Batch(requests, output.with_suffix(".jsonl"), process)
+    return PromptBatch(requests, output.with_suffix(".jsonl"), process)
 
 
-def record_of(request: Request) -> Path:
+def record_of(request: GenerateRequest) -> Path:
     """Where the record of a request's output lies."""
     assert request.output is not None
     return request.output.with_suffix(".json")
@@ -147,7 +149,3 @@ def _read(path: Path) -> dict[str, Any]:
     if not isinstance(record, dict):
         raise DitAccelError(f"{path} should be the record of an output, and is not; choose another --output.")
     return record
-
-
-def _option(name: str) -> str:
-    return "--" + name.replace("_", "-")

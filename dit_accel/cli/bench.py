@@ -2,138 +2,132 @@
 
 from __future__ import annotations
 
-import json as json_module
+import dataclasses
+import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import typer
 
-from dit_accel.cli import Interrupted, options
+from dit_accel import registry, values
+from dit_accel.cli import Interrupted
+from dit_accel.cli.options import JsonOptions, command
 from dit_accel.errors import DitAccelError
+from dit_accel.files import append, check_file, replace_file, staged
+from dit_accel.generation.request import METHOD_FORM, DeviceOptions
+from dit_accel.values import option
 
 if TYPE_CHECKING:
     import torch
 
-    from dit_accel.bench.rows import Declared, MethodSetting, ModelStep, Row
+    from dit_accel.bench.rows import Declared, ModelStep, Row
     from dit_accel.bench.run import RowOutcome
 
 NOT_MEASURED = 1
-ROWS_ENDING = (".jsonl",)
-
-Impl = Literal["auto", "reference", "portable", "triton"]
 
 
-def bench(
-    rows: Annotated[
-        str | None, typer.Option(metavar="GLOB", help="Only rows whose name matches, such as '*/gna/0.1/*'.")
-    ] = None,
-    models: Annotated[
-        bool, typer.Option("--models", help="Steps of whole models with random weights, not the operators alone.")
-    ] = False,
-    shape: Annotated[
-        list[str] | None,
-        typer.Option(metavar="NAME", help="Model and size, repeatable. Not given: cpu on a CPU, all others on a GPU."),
-    ] = None,
-    method: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="METHOD[:KEY=VALUE,...]", help="Repeatable; without settings, those for the densities are found."
-        ),
-    ] = None,
-    density: Annotated[list[float] | None, typer.Option(help="Share of pairs kept, repeatable, such as 0.1.")] = None,
-    dtype: Annotated[
-        list[str] | None, typer.Option(metavar="NAME", help="float32, bfloat16 or float16, repeatable.")
-    ] = None,
-    direction: Annotated[
-        list[str] | None, typer.Option(metavar="NAME", help="forward, backward or both, repeatable.")
-    ] = None,
-    mode: Annotated[
-        list[str] | None, typer.Option(metavar="NAME", help="With --models: eager or compiled, repeatable.")
-    ] = None,
-    impl: Annotated[Impl, typer.Option(help="Who computes; a named one runs or is refused.")] = "auto",
-    peer: Annotated[bool, typer.Option("--peer", help="Also time FlexAttention, where it compiles.")] = False,
-    seconds: Annotated[float, typer.Option(min=0, max=86_400, help="Time for each row, at least five rounds.")] = 2.0,
-    device: options.Device = "auto",
-    output: Annotated[
-        Path | None, typer.Option(metavar="FILE.jsonl", help="Each row is added to it as soon as it is measured.")
-    ] = None,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Leave out rows that --output has from this commit and machine.")
-    ] = False,
-    profile: Annotated[
-        Path | None, typer.Option(metavar="FILE.txt", help="Where each row's time goes, kernel by kernel.")
-    ] = None,
-    picture: Annotated[
-        Path | None, typer.Option(metavar="FILE.png", help="Speed-up against density with the ideal line.")
-    ] = None,
-    read: Annotated[
-        Path | None, typer.Option(metavar="FILE.jsonl", help="Measure nothing: show the rows of this file.")
-    ] = None,
-    break_even: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE.json", help="With --read: the densities above which dense attention was faster."),
-    ] = None,
-    list_: Annotated[bool, typer.Option("--list", help="Measure nothing: list the declared rows.")] = False,
-    json: options.Json = False,
-) -> int:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BenchOptions(JsonOptions, DeviceOptions):
+    """What `dit-accel bench` is asked."""
+
+    rows: str | None = option(None, "Only rows whose name matches, such as '*/gna/0.1/*'.", metavar="GLOB")
+    models: bool = option(False, "Steps of whole models with random weights, not the operators alone.")
+    shape: tuple[str, ...] = option(
+        (),
+        "Model and size, repeatable. Not given: cpu on a CPU, all others on a GPU.",
+        metavar="NAME",
+        repeatable=True,
+    )
+    method: tuple[str, ...] = option(
+        (),
+        "Repeatable; without settings, those for the densities are found.",
+        metavar=METHOD_FORM,
+        repeatable=True,
+    )
+    density: tuple[float, ...] = option((), "Share of pairs kept, repeatable, such as 0.1.", repeatable=True)
+    dtype: tuple[str, ...] = option((), "float32, bfloat16 or float16, repeatable.", metavar="NAME", repeatable=True)
+    direction: tuple[str, ...] = option((), "forward, backward or both, repeatable.", metavar="NAME", repeatable=True)
+    mode: tuple[str, ...] = option((), "With --models: eager or compiled, repeatable.", metavar="NAME", repeatable=True)
+    impl: str = option("auto", "The implementation; a named one runs or is refused.", metavar="NAME")
+    peer: bool = option(False, "Also time FlexAttention, where it compiles.")
+    seconds: float = option(2.0, "Time for each row, at least five rounds.", least=0, most=86_400)
+    output: Path | None = option(None, "Each row is added to it as soon as it is measured.", metavar="FILE.jsonl")
+    resume: bool = option(False, "Leave out rows that --output has from this commit and machine.")
+    profile: Path | None = option(None, "Where each row's time goes, kernel by kernel.", metavar="FILE.txt")
+    picture: Path | None = option(None, "Speed-up against density with the ideal line.", metavar="FILE.png")
+    read: Path | None = option(None, "Measure nothing: show the rows of this file.", metavar="FILE.jsonl")
+    break_even: Path | None = option(
+        None, "With --read: the densities above which dense attention was faster.", metavar="FILE.json"
+    )
+    list: bool = option(False, "Measure nothing: list the declared rows.")
+
+    def __post_init__(self) -> None:
+        values.check(self)
+
+
+@command(BenchOptions)
+def bench(given: dict[str, Any]) -> int:
     """Time the attention methods against the best dense attention of this machine, after checking their results.
 
     A row whose results are further from fp64 than plain PyTorch in its dtype explains has no time, and the status is 1.
 
     Example: dit-accel bench --shape wan-14b-720p --density 0.1 --output rows.jsonl --picture rows.png
     """
-    _check_files(output, picture, read, nothing_to_draw=list_)
-    if read is not None:
-        selecting: dict[str, Any] = {"--rows": rows, "--models": models or None, "--shape": shape, "--method": method}
-        selecting |= {"--density": density, "--dtype": dtype, "--direction": direction, "--mode": mode}
-        _refuse("--read shows every row of a file", selecting | {"--peer": peer or None, "--profile": profile})
-        from dit_accel.bench.results import read as read_rows
-
-        records = read_rows(read)
-        if picture is not None and not any("op" in record for record in records):
-            raise DitAccelError(f"--picture shows operators, and {read} has no row of one; leave it out.")
-        if break_even is not None:
-            _write_break_even(records, read, break_even)
-        _show(records, picture, json=json)
+    options = BenchOptions(**given)
+    _check_files(options)
+    if options.read is not None:
+        selecting = ("rows", "models", "shape", "method", "density", "dtype", "direction", "mode", "peer", "profile")
+        _refuse("--read shows every row of a file", given, selecting)
+        _show_file(options, options.read)
         return 0
-    if break_even is not None:
+    if options.break_even is not None:
         raise DitAccelError("--break-even is made from measured rows: give them with --read FILE.jsonl.")
-
-    settings = None if method is None else [_setting(text) for text in method]
-    chosen_device = None if list_ else _device(device)
-    chosen: Sequence[Declared]
-    if models:
-        of_operators = {"--dtype": dtype, "--direction": direction, "--peer": peer or None, "--profile": profile}
-        _refuse("--models measures steps, not operators", of_operators | {"--picture": picture})
-        chosen = _steps(shape, settings, density, mode, rows, chosen_device)
+    if options.models:
+        _refuse("--models measures steps, not operators", given, ("dtype", "direction", "peer", "profile", "picture"))
     else:
-        _refuse("without --models operators are measured, not steps", {"--mode": mode})
-        chosen = _rows(shape, settings, density, dtype, direction, rows, chosen_device)
-    if chosen_device is None:
-        _list(chosen, json=json)
+        _refuse("without --models operators are measured, not steps", given, ("mode",))
+    if options.list:
+        rows = _chosen(options, None)
+        typer.echo("\n".join(json.dumps(row.as_dict()) if options.json else row.name for row in rows))
         return 0
-    if resume:
-        chosen = _left(chosen, chosen_device, output)
-        if not chosen:
-            typer.echo(f"{output} has all of these rows already.", err=True)
+
+    from dit_accel.generation.call import placement
+    from dit_accel.kernels import impls
+
+    impls.check(options.impl)
+    device = placement(options.device, "float32", "none")[0]
+    rows = _chosen(options, device)
+    if options.resume:
+        rows = _left(rows, device, options.output)
+        if not rows:
+            typer.echo(f"{options.output} has all of these rows already.", err=True)
             return 0
-    if models:
+    if options.models:
         from dit_accel.bench.steps import StepBench
 
-        found = StepBench(chosen_device, impl, seconds).run(cast("Sequence[ModelStep]", chosen))
+        found = StepBench(device, options.impl, options.seconds).run(cast("Sequence[ModelStep]", rows))
     else:
         from dit_accel.bench.run import Bench
 
-        writer = None if profile is None else _profile_writer(profile)
-        found = Bench(chosen_device, impl, seconds, peer, writer).run(cast("Sequence[Row]", chosen))
-    return _measure(found, len(chosen), output, picture, json=json)
+        writer = None if options.profile is None else _profile_writer(options.profile)
+        found = Bench(device, options.impl, options.seconds, options.peer, writer).run(cast("Sequence[Row]", rows))
+    return _measure(found, len(rows), options)
+
+
+def _show_file(options: BenchOptions, path: Path) -> None:
+    from dit_accel.bench.results import read
+
+    records = read(path)
+    if options.picture is not None and not any("op" in record for record in records):
+        raise DitAccelError(f"--picture shows operators, and {path} has no row of one; leave it out.")
+    if options.break_even is not None:
+        _write_break_even(records, path, options.break_even)
+    _show(records, options)
 
 
 def _profile_writer(path: Path) -> Callable[[str], None]:
     """Adds to a file that begins empty."""
-    from dit_accel.files import check_file
-
     check_file(path, (".txt",), option="--profile")
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("", encoding="utf-8")
@@ -145,91 +139,60 @@ def _profile_writer(path: Path) -> Callable[[str], None]:
     return write
 
 
-def _refuse(why: str, unused: dict[str, Any]) -> None:
+def _refuse(why: str, given: dict[str, Any], unused: Sequence[str]) -> None:
     """Options that would do nothing."""
-    given = [name for name, value in unused.items() if value is not None]
-    if given:
-        raise DitAccelError(f"{why[0].upper()}{why[1:]}; leave out {', '.join(given)}.")
+    found = [f"--{name}" for name in unused if name in given]
+    if found:
+        raise DitAccelError(f"{why[0].upper()}{why[1:]}; leave out {', '.join(found)}.")
 
 
-def _rows(
-    shapes: list[str] | None,
-    settings: list[MethodSetting] | None,
-    densities: list[float] | None,
-    dtypes: list[str] | None,
-    directions: list[str] | None,
-    pattern: str | None,
-    device: torch.device | None,
-) -> Sequence[Row]:
-    from dit_accel.bench.rows import select
+def _chosen(options: BenchOptions, device: torch.device | None) -> Sequence[Declared]:
+    """The declared rows that are asked for; without a device those of all machines."""
+    from dit_accel.bench.rows import MethodSetting, select, select_steps
 
-    here = None if shapes is not None or pattern is not None or device is None else device.type
-    return select(shapes, settings, densities, dtypes, directions, "*" if pattern is None else pattern, here)
-
-
-def _steps(
-    models: list[str] | None,
-    settings: list[MethodSetting] | None,
-    densities: list[float] | None,
-    modes: list[str] | None,
-    pattern: str | None,
-    device: torch.device | None,
-) -> Sequence[ModelStep]:
-    from dit_accel.bench.rows import select_steps
-
-    if models is None and device is not None and device.type != "cuda":
+    settings = []
+    for text in options.method:
+        name, config = registry.parse_method(text)
+        if config:
+            registry.make_config(name, config)
+        settings.append(MethodSetting(name, None, config or None))
+    asked = (options.shape or None, settings or None, options.density or None)
+    pattern = "*" if options.rows is None else options.rows
+    if not options.models:
+        here = None if options.shape or options.rows is not None or device is None else device.type
+        return select(*asked, options.dtype or None, options.direction or None, pattern, here)
+    if not options.shape and device is not None and device.type != "cuda":
         raise DitAccelError(
             "These models have up to 14 billion weights, and this machine has no GPU; name one with --shape to try."
         )
-    return select_steps(models, settings, densities, modes, "*" if pattern is None else pattern)
+    return select_steps(*asked, options.mode or None, pattern)
 
 
 def _write_break_even(records: list[dict[str, Any]], source: Path, target: Path) -> None:
-    import dataclasses
-
-    from dit_accel.files import check_file, replace_file
     from dit_accel.hooks.break_even import from_rows
 
     check_file(target, (".json",), option="--break-even")
     entries = from_rows([record for record in records if "op" in record], str(source))
-    content = json_module.dumps([dataclasses.asdict(entry) for entry in entries], indent=1)
+    content = json.dumps([dataclasses.asdict(entry) for entry in entries], indent=1)
     replace_file(target, f"{content}\n".encode())
 
 
-def _check_files(output: Path | None, picture: Path | None, read: Path | None, *, nothing_to_draw: bool) -> None:
-    from dit_accel.files import check_file
+def _check_files(options: BenchOptions) -> None:
     from dit_accel.generation.output import IMAGE_ENDINGS, check_matplotlib
 
-    if read is not None and (output is not None or nothing_to_draw):
+    if options.read is not None and (options.output is not None or options.list):
         raise DitAccelError("--read measures nothing, so it goes with neither --output nor --list.")
-    if picture is not None:
-        if nothing_to_draw:
+    if options.picture is not None:
+        if options.list:
             raise DitAccelError("--list measures nothing, so there is no --picture to draw; leave one of them out.")
-        check_file(picture, IMAGE_ENDINGS, option="--picture")
+        check_file(options.picture, IMAGE_ENDINGS, option="--picture")
         check_matplotlib()
-    if output is not None:
-        check_file(output, ROWS_ENDING)
-        if output.exists():  # rows are only ever added to a file of rows
-            from dit_accel.bench.results import read as read_rows
+    if options.output is not None:
+        check_file(options.output, (".jsonl",))
+        if options.output.exists():  # rows are only ever added to a file of rows
+            from dit_accel.bench.results import read
 
-            read_rows(output)
-
-
-def _setting(text: str) -> MethodSetting:
-    """A method without settings is asked for densities; with settings it is what they make it."""
-    from dit_accel import registry
-    from dit_accel.bench.rows import MethodSetting
-
-    name, config = registry.parse_method(text)
-    if config:
-        registry.make_config(name, config)
-    return MethodSetting(name, None, config or None)
-
-
-def _device(device: str) -> torch.device:
-    from dit_accel.generation.call import placement
-
-    return placement(device, "float32", "none")[0]
+            read(options.output)
 
 
 def _left(rows: Sequence[Declared], device: torch.device, output: Path | None) -> Sequence[Declared]:
@@ -247,10 +210,9 @@ def _left(rows: Sequence[Declared], device: torch.device, output: Path | None) -
     return [row for row in rows if row.name not in have]
 
 
-def _measure(found: Iterator[RowOutcome], count: int, output: Path | None, picture: Path | None, *, json: bool) -> int:
+def _measure(found: Iterator[RowOutcome], count: int, options: BenchOptions) -> int:
     """Measure and report; the status is 1 if a row that can be had was not measured."""
-    from dit_accel.files import append
-
+    output = options.output
     outcomes: list[RowOutcome] = []
     try:
         for number, outcome in enumerate(found, 1):
@@ -265,7 +227,7 @@ def _measure(found: Iterator[RowOutcome], count: int, output: Path | None, pictu
     refused = [outcome for outcome in outcomes if outcome.status == "refused"]
     if len(refused) == len(outcomes):
         raise DitAccelError(f"No row could be measured. {refused[0].row.name}: {refused[0].reason}")
-    _show([outcome.record for outcome in outcomes if outcome.record is not None], picture, json=json)
+    _show([outcome.record for outcome in outcomes if outcome.record is not None], options)
     red = [outcome for outcome in outcomes if outcome.status == "red"]
     if red:
         typer.echo(f"{len(red)} of {count} rows were not timed, because their results are not exact.", err=True)
@@ -280,28 +242,20 @@ def _remark(outcome: RowOutcome) -> str:
     return f"{took:.3f} ms, {record['speedup']:.2f} times as fast as {record['baseline']}"
 
 
-def _show(records: list[dict[str, Any]], picture: Path | None, *, json: bool) -> None:
+def _show(records: list[dict[str, Any]], options: BenchOptions) -> None:
     operators, steps = ([record for record in records if ("op" in record) == wanted] for wanted in (True, False))
-    if picture is not None and operators:
+    if options.picture is not None and operators:
         from dit_accel.bench.results import draw
-        from dit_accel.files import staged
 
-        with staged(picture) as stage:
-            draw(operators, stage / picture.name)
-    if json:
-        typer.echo("\n".join(json_module.dumps(record) for record in records))
+        with staged(options.picture) as stage:
+            draw(operators, stage / options.picture.name)
+    if options.json:
+        typer.echo("\n".join(json.dumps(record) for record in records))
         return
     if operators:
         _print_operators(operators)
     if steps:
         _print_steps(steps)
-
-
-def _list(rows: Sequence[Declared], *, json: bool) -> None:
-    if json:
-        typer.echo("\n".join(json_module.dumps(row.as_dict()) for row in rows))
-    else:
-        typer.echo("\n".join(row.name for row in rows))
 
 
 def _print_operators(records: list[dict[str, Any]]) -> None:

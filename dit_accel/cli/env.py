@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-import json as json_module
+import json
+from typing import Any
 
 import typer
 
-from dit_accel.cli import options
+from dit_accel.cli.options import JsonOptions, command
 
 
-def env(json: options.Json = False) -> None:
+@command(JsonOptions)
+def env(given: dict[str, Any]) -> None:
     """Print versions and machine, ready to paste into an issue."""
     import os
 
     from dit_accel.generation.versions import machine, versions
 
     settings = {name: value for name, value in sorted(os.environ.items()) if _is_setting(name)}
-    if json:
+    if JsonOptions(**given).json:
         report = {"versions": versions(), "machine": machine(), "environment": settings}
-        typer.echo(json_module.dumps(report, indent=2))
+        typer.echo(json.dumps(report, indent=2))
         return
     lines = [f"- {name}: {version or 'not installed'}" for name, version in versions().items()]
     for name, value in machine().items():

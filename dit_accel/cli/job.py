@@ -8,12 +8,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dit_accel import values
 from dit_accel.errors import DitAccelError
 from dit_accel.files import check_file, staged
 from dit_accel.generation import call, sources
 from dit_accel.generation import output as media
-from dit_accel.generation.choice import Choice, choose
-from dit_accel.generation.request import ModelRequest
+from dit_accel.generation.choice import MethodChoice, choose
+from dit_accel.generation.request import GenerateRequest
 from dit_accel.generation.sampling import Sample, check_seeds, sample
 from dit_accel.generation.sizes import family_of, sizes_of
 from dit_accel.generation.versions import machine, versions
@@ -29,33 +30,7 @@ if TYPE_CHECKING:
     from dit_accel.tokens import TokenGrid
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Request(ModelRequest):
-    """What `dit-accel generate` was asked for; each field is the option of that name."""
-
-    prompt: str
-    prompts: str | None
-    image: Path | None
-    method: str | None
-    settings: list[str] | None
-    dense_steps: str | None
-    dense_last_steps: str | None
-    dense_layers: str | None
-    preset: bool
-    load: Path | None
-    lora: list[str] | None
-    verify: bool
-    keep_dense_above: float | None
-    compare: bool
-    seed: int
-    output: Path | None
-
-    def record(self) -> dict[str, Any]:
-        """As plain values for JSON."""
-        return {name: str(value) if isinstance(value, Path) else value for name, value in vars(self).items()}
-
-
-def run(request: Request) -> list[str]:
+def run(request: GenerateRequest) -> list[str]:
     """Generate, write the files and say what was done.
 
     Returns:
@@ -82,8 +57,8 @@ class Job:
         device, dtype, picture: as asked for.
     """
 
-    request: Request
-    chosen: Choice
+    request: GenerateRequest
+    chosen: MethodChoice
     source: sources.Source
     shape: tuple[int, int, int]
     video: bool
@@ -99,7 +74,7 @@ class Job:
         Raises:
             DitAccelError: the pipeline or a LoRA cannot be loaded.
         """
-        return Loaded(self, self.request.load_pipe(self.source, self.dtype, self.device, self.request.lora or ()))
+        return Loaded(self, self.request.load_pipe(self.source, self.dtype, self.device, self.request.lora))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,7 +84,7 @@ class Loaded:
     job: Job
     pipe: DiffusionPipeline
 
-    def make(self, request: Request) -> list[str]:
+    def make(self, request: GenerateRequest) -> list[str]:
         """Generate one output and write its files; `request` differs from the job's in prompt and output alone.
 
         Returns:
@@ -127,7 +102,7 @@ class Loaded:
         runs, report = _run(pipe, job.chosen, arguments, request, job.device)
         path, title = request.output or job.output, job.chosen.title
         record = {
-            "request": request.record(),
+            "request": values.record(request),
             "pipeline": type(pipe).__name__,
             "method": job.chosen.record(),
             "grid": dataclasses.asdict(grid),
@@ -146,23 +121,15 @@ class Loaded:
         return [str(report), *_summary(path, record, title)]
 
 
-def prepare(request: Request) -> Job:
+def prepare(request: GenerateRequest) -> Job:
     """Check everything that can be checked without weights.
 
     Raises:
         DitAccelError: something asked for cannot be done.
     """
     source = sources.find(request.model, request.revision)
-    chosen = choose(
-        request.method,
-        request.settings,
-        request.load,
-        request.dense_steps,
-        request.dense_last_steps,
-        request.dense_layers,
-        family_of(source) if request.preset else None,
-        1 if source.component_class("transformer_2") is None else 2,
-    )
+    family = family_of(source) if request.preset else None
+    chosen = choose(request, family, 1 if source.component_class("transformer_2") is None else 2)
     verify = request.verify or request.keep_dense_above is not None
     if verify and request.compile:
         raise DitAccelError("--verify cannot look into compiled attention; leave out --compile for that run.")
@@ -175,7 +142,7 @@ def prepare(request: Request) -> Job:
     check_file(path, _endings(sizes, shape[0]))
     grid = sizes.grid(*shape)
     chosen.check(grid)
-    call.check_loras(request.lora or ())
+    call.check_loras(request.lora)
     device, dtype = call.placement(request.device, request.dtype, request.offload)
     picture = call.open_image(request.image)
     return Job(request, chosen, source, shape, sizes.video, grid, path, device, dtype, picture)
@@ -188,7 +155,11 @@ def _endings(sizes: Sizes, frames: int) -> tuple[str, ...]:
 
 
 def _run(
-    pipe: DiffusionPipeline, chosen: Choice, arguments: dict[str, Any], request: Request, device: torch.device
+    pipe: DiffusionPipeline,
+    chosen: MethodChoice,
+    arguments: dict[str, Any],
+    request: GenerateRequest,
+    device: torch.device,
 ) -> tuple[dict[str, Sample], Report]:
     """The timed calls, dense first. What is to be compared is warmed up, which also shows what will not work."""
     runs = {}

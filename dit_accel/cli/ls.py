@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-import json as json_module
+import json
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import typer
 
-from dit_accel.cli import options
+from dit_accel.cli.options import JsonOptions, command
 
 if TYPE_CHECKING:
     from dit_accel.pipelines.family import Family, Preset
     from dit_accel.registry import Method
 
 
-def ls(json: options.Json = False) -> None:
+@command(JsonOptions)
+def ls(given: dict[str, Any]) -> None:
     """List the methods with their settings and sources, the model families, and which models are refused, and why."""
     from dit_accel import registry
     from dit_accel.generation.sources import EMBEDDED
@@ -24,9 +25,9 @@ def ls(json: options.Json = False) -> None:
 
     methods = [_method(found) for found in registry.get_methods().values()]
     families = [_family(found) for found in registry.get_families().values()]
-    if json:
+    if JsonOptions(**given).json:
         listed = {"methods": methods, "families": families, "refused": REFUSED, "embedded": list(EMBEDDED)}
-        typer.echo(json_module.dumps(listed, indent=2))
+        typer.echo(json.dumps(listed, indent=2))
     else:
         _print_tables(methods, families, REFUSED, EMBEDDED)
 

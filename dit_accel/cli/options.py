@@ -1,45 +1,124 @@
-"""Options that several verbs share, so that they read and behave the same everywhere."""
+"""Command line options from dataclasses: one field is one option, with the field's help, default and limits."""
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+import dataclasses
+import inspect
+import typing
+from collections.abc import Callable
+from typing import Annotated, Any
 
 import typer
 
-Method = Annotated[
-    str | None,
-    typer.Option(metavar="METHOD[:KEY=VALUE,...]", help="How attention is computed; `dit-accel ls` lists methods."),
-]
-Settings = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="A setting of the method, repeatable; per axis as 18x24x24."),
-]
-DenseSteps = Annotated[
-    str | None, typer.Option(metavar="N|SHARE", help="First denoising steps that stay dense, as 12 or 0.25.")
-]
-DenseLastSteps = Annotated[str | None, typer.Option(metavar="N|SHARE", help="Last denoising steps that stay dense.")]
-DenseLayers = Annotated[
-    str | None, typer.Option(metavar="N|SHARE|I,J", help="First layers that stay dense, or a list of layers.")
-]
-Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a model on the Hub.")]
-Frames = Annotated[int | None, typer.Option(min=1, help="Frames of the video; the model's own number if not given.")]
-Height = Annotated[int | None, typer.Option(min=1, help="Height in pixels; the model's own if not given.")]
-Width = Annotated[int | None, typer.Option(min=1, help="Width in pixels; the model's own if not given.")]
-Fps = Annotated[int | None, typer.Option(min=1, max=100, help="Frames a second of videos.")]
-Steps = Annotated[int | None, typer.Option(min=1, help="Denoising steps; the model's own number if not given.")]
-Guidance = Annotated[float | None, typer.Option(help="Guidance scale; the model's own if not given.")]
-NegativePrompt = Annotated[str | None, typer.Option(help="What not to show.")]
-PipeArguments = Annotated[
-    list[str] | None,
-    typer.Option(metavar="KEY=VALUE", help="Any other argument of the pipeline's call, repeatable; JSON values."),
-]
-Dtype = Annotated[
-    Literal["auto", "float32", "bfloat16", "float16"], typer.Option(help="auto: bfloat16 on a GPU, else float32.")
-]
-Device = Annotated[str, typer.Option(help="cuda, cuda:1, cpu, ...; auto: a GPU if there is one.")]
-Offload = Annotated[
-    Literal["none", "model", "group"], typer.Option(help="Keep weights in main memory and move models or layers.")
-]
-VaeTiling = Annotated[bool, typer.Option("--vae-tiling", help="Decode in tiles: less memory.")]
-Compile = Annotated[bool, typer.Option("--compile", help="torch.compile the transformer's blocks.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+from dit_accel import values
+
+Verb = Callable[..., int | None]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class JsonOptions:
+    """How a verb prints what it found."""
+
+    json: bool = values.option(False, "Print JSON instead of a table.")
+
+
+def command(*groups: type) -> Callable[[Verb], Verb]:
+    """Give a verb the options of dataclasses.
+
+    The verb is called with one dictionary a dataclass: the values that stand on the command line, by field. Values that
+    do not stand there are the dataclass's own defaults, or come from a recipe or a suite.
+
+    Args:
+        groups: dataclasses whose fields are made with `dit_accel.values.option`. A class attribute `PANEL` is the
+            title above its own options in the help.
+    """
+    listed = [(group, field) for group in groups for field in _typed(group)]
+    hints = {group: typing.get_type_hints(group) for group in groups}
+
+    def decorate(function: Verb) -> Verb:
+        def verb(context: typer.Context, **typed: Any) -> int | None:
+            given: dict[type, dict[str, Any]] = {group: {} for group in groups}
+            for group, field in listed:
+                source = context.get_parameter_source(field.name)
+                if source is not None and source.name == "COMMANDLINE":
+                    given[group][field.name] = _value(field.metadata["option"], typed[field.name])
+            return function(*given.values())
+
+        kind = inspect.Parameter.KEYWORD_ONLY
+        parameters = [inspect.Parameter("context", kind, annotation=typer.Context)]
+        parameters += [
+            inspect.Parameter(
+                field.name,
+                kind,
+                default=_default(field),
+                annotation=_annotation(group, field, hints[group][field.name]),
+            )
+            for group, field in listed
+        ]
+        verb.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        verb.__annotations__ = {}
+        verb.__name__, verb.__doc__ = function.__name__, function.__doc__
+        return verb
+
+    return decorate
+
+
+def _typed(group: type) -> list[dataclasses.Field[Any]]:
+    """The options of a dataclass: its own, then those of its bases in their order."""
+    marked = [field for field in dataclasses.fields(group) if "option" in field.metadata]
+    typed = [field for field in marked if field.metadata["option"].typed]
+    return sorted(typed, key=lambda field: group.__mro__.index(_owner(group, field.name)))
+
+
+def _owner(group: type, name: str) -> type:
+    """The dataclass that declares a field."""
+    return next(kind for kind in group.__mro__ if name in vars(kind).get("__annotations__", ()))
+
+
+def _value(option: values.Option, typed: Any) -> Any:
+    if option.parse is not None:
+        return option.parse(typed)
+    return tuple(typed) if isinstance(typed, list) else typed
+
+
+def _default(field: dataclasses.Field[Any]) -> Any:
+    """For the help alone; see `command`."""
+    if field.default is dataclasses.MISSING:
+        return None if field.default_factory is not dataclasses.MISSING else inspect.Parameter.empty
+    return None if _is_text(field) else field.default
+
+
+def _is_text(field: dataclasses.Field[Any]) -> bool:
+    """Whether the command line takes text, which the field's value is made of."""
+    option = field.metadata["option"]
+    return option.parse is not None or option.repeatable
+
+
+def _annotation(group: type, field: dataclasses.Field[Any], hint: Any) -> Any:
+    option: values.Option = field.metadata["option"]
+    if option.parse is not None:
+        hint = list[str] if option.repeatable else str
+    elif typing.get_origin(hint) is tuple:
+        hint = list[typing.get_args(hint)[0]]  # type: ignore[misc]
+    if _is_text(field):
+        hint = hint | None
+    shown = _shown(field.default) if _is_text(field) else True
+    return Annotated[
+        hint,
+        typer.Option(
+            values.flag(field),
+            help=option.help.replace("[", r"\["),  # no markup
+            metavar=option.metavar,
+            min=None if _is_text(field) else option.least,
+            max=None if _is_text(field) else option.most,
+            show_default=shown,
+            rich_help_panel=vars(_owner(group, field.name)).get("PANEL"),
+        ),
+    ]
+
+
+def _shown(default: Any) -> str | bool:
+    """How the help shows the default of an option that is made of text."""
+    if default is dataclasses.MISSING or default is None or default == ():
+        return False
+    return ",".join(map(str, default)) if isinstance(default, tuple) else str(default)

@@ -2,102 +2,101 @@
 
 from __future__ import annotations
 
-import json as json_module
+import dataclasses
+import json
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
-from dit_accel.cli import options
+from dit_accel import registry, values
+from dit_accel.cli.options import JsonOptions, command
 from dit_accel.errors import DitAccelError
+from dit_accel.files import check_file, staged
+from dit_accel.generation.request import METHOD_FORM, SettingsOptions, SizeOptions, SourceOptions
+from dit_accel.values import option
 
 if TYPE_CHECKING:
     from dit_accel.plans.plan import Plan
     from dit_accel.tokens import TokenGrid
 
 
-def plan(
-    method: Annotated[str, typer.Option(metavar="METHOD[:KEY=VALUE,...]", help="How attention is computed.")],
-    settings: options.Settings = None,
-    grid: Annotated[
-        str | None, typer.Option(metavar="FxHxW", help="Tokens: frames, height and width, such as 30x48x80.")
-    ] = None,
-    text: Annotated[int | None, typer.Option(min=0, help="Text tokens in the sequence.")] = None,
-    text_first: Annotated[bool, typer.Option("--text-first", help="The text stands before the visual tokens.")] = False,
-    model: Annotated[
-        str | None, typer.Option(help="Instead of --grid: demo, a folder or a Hub id; only its JSON files are read.")
-    ] = None,
-    frames: options.Frames = None,
-    height: options.Height = None,
-    width: options.Width = None,
-    revision: options.Revision = None,
-    image: Annotated[Path | None, typer.Option(metavar="FILE.png", help="Save a picture of the block mask.")] = None,
-    json: options.Json = False,
-) -> None:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PlanOptions(JsonOptions, SizeOptions, SourceOptions, SettingsOptions):
+    """What `dit-accel plan` is asked."""
+
+    method: str = option(dataclasses.MISSING, "How attention is computed.", metavar=METHOD_FORM)
+    grid: str | None = option(None, "Tokens: frames, height and width, such as 30x48x80.", metavar="FxHxW")
+    text: int | None = option(None, "Text tokens in the sequence.", least=0)
+    text_first: bool = option(False, "The text stands before the visual tokens.")
+    model: str | None = option(  # type: ignore[assignment]
+        None, "Instead of --grid: demo, a folder or a Hub id; only its JSON files are read."
+    )
+    image: Path | None = option(None, "Save a picture of the block mask.", metavar="FILE.png")
+
+    def __post_init__(self) -> None:
+        values.check(self)
+
+    def tokens(self) -> TokenGrid:
+        """The grid as given, or as a model makes it of a size in frames and pixels.
+
+        Raises:
+            DitAccelError: neither or both were given, or one is refused.
+        """
+        if (self.grid is None) == (self.model is None):
+            raise DitAccelError(
+                "Give either --grid FxHxW, or --model with --frames, --height and --width; "
+                f"{'neither came' if self.grid is None else 'both came'}."
+            )
+        from dit_accel.tokens import TokenGrid
+
+        size = (self.frames, self.height, self.width)
+        if self.grid is not None:
+            if any(size) or self.revision is not None:
+                raise DitAccelError(
+                    "--frames, --height, --width and --revision belong to --model; --grid is in tokens already."
+                )
+            if not re.fullmatch(r"\d+x\d+x\d+", self.grid):
+                raise DitAccelError(
+                    f"--grid is frames x height x width in tokens, such as 30x48x80; got {self.grid!r}."
+                )
+            t, h, w = (int(length) for length in self.grid.split("x"))
+            return TokenGrid(t, h, w, text=self.text or 0, text_first=self.text_first)
+        if self.text is not None or self.text_first:
+            raise DitAccelError("--text and --text-first belong to --grid; a model says itself where its text stands.")
+
+        from dit_accel.generation.sizes import sizes_of
+        from dit_accel.generation.sources import find
+
+        assert self.model is not None
+        sizes = sizes_of(find(self.model, self.revision))
+        return sizes.grid(*sizes.chosen(*size))
+
+
+@command(PlanOptions)
+def plan(given: dict[str, Any]) -> None:
     """Show density, exact pairs, visited blocks and ideal speed-up of a method.
 
     Example: dit-accel plan --method gna:window=18x24x24,stride=16x8x8 --grid 30x48x80 --text 256
     """
-    from dit_accel import registry
-
-    if image is not None:
-        from dit_accel.files import check_file
-        from dit_accel.generation.output import IMAGE_ENDINGS
-
-        check_file(image, IMAGE_ENDINGS, option="--image")
-    name, config = registry.parse_method(method, settings or ())
-    tokens = _grid(grid, text, text_first, model, (frames, height, width), revision)
-    made = registry.plan(name, tokens, **config)
+    options = PlanOptions(**given)
+    if options.image is not None:
+        check_file(options.image, (".png",), option="--image")
+    name, config = registry.parse_method(options.method, options.settings)
+    made = registry.plan(name, options.tokens(), **config)
     facts = _facts(made)
-    if image is not None:
-        _save_image(made, image)
-    if json:
-        typer.echo(json_module.dumps(facts, indent=2))
+    if options.image is not None:
+        with staged(options.image) as stage:
+            made.image().save(stage / options.image.name)
+    if options.json:
+        typer.echo(json.dumps(facts, indent=2))
     else:
         _print_table(facts)
 
 
-def _grid(
-    grid: str | None,
-    text: int | None,
-    text_first: bool,
-    model: str | None,
-    size: tuple[int | None, int | None, int | None],
-    revision: str | None,
-) -> TokenGrid:
-    """The grid as given, or as a model makes it of a size in frames and pixels."""
-    from dit_accel.tokens import TokenGrid
-
-    if (grid is None) == (model is None):
-        raise DitAccelError(
-            "Give either --grid FxHxW, or --model with --frames, --height and --width; "
-            f"{'neither came' if grid is None else 'both came'}."
-        )
-    if grid is not None:
-        if any(size) or revision is not None:
-            raise DitAccelError(
-                "--frames, --height, --width and --revision belong to --model; --grid is in tokens already."
-            )
-        if not re.fullmatch(r"\d+x\d+x\d+", grid):
-            raise DitAccelError(f"--grid is frames x height x width in tokens, such as 30x48x80; got {grid!r}.")
-        t, h, w = (int(length) for length in grid.split("x"))
-        return TokenGrid(t, h, w, text=text or 0, text_first=text_first)
-    if text is not None or text_first:
-        raise DitAccelError("--text and --text-first belong to --grid; a model says itself where its text stands.")
-
-    from dit_accel.generation.sizes import sizes_of
-    from dit_accel.generation.sources import find
-
-    assert model is not None
-    sizes = sizes_of(find(model, revision))
-    return sizes.grid(*sizes.chosen(*size))
-
-
 def _facts(plan: Plan) -> dict[str, Any]:
     """What is known of a plan before it runs."""
-    import dataclasses
-
     return {
         "method": plan.method,
         "config": dataclasses.asdict(plan.config),
@@ -130,13 +129,6 @@ def _blocks(plan: Plan) -> dict[str, Any]:
         # Dense attention has no padding slots, so they count against the method.
         "ideal_speedup": plan.grid.tokens**2 / (visited * queries.block * keys.block),
     }
-
-
-def _save_image(plan: Plan, path: Path) -> None:
-    from dit_accel.files import staged
-
-    with staged(path) as stage:
-        plan.image().save(stage / path.name)
 
 
 def _print_table(facts: dict[str, Any]) -> None:

@@ -6,7 +6,6 @@ Whatever can be refused is refused before the model's weights are loaded.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,15 +15,15 @@ from dit_accel.errors import DitAccelError
 from dit_accel.eval import gates
 from dit_accel.eval.attention import parse_choice
 from dit_accel.eval.metric import ChosenMetric, choose
+from dit_accel.eval.request import EvalRequest
 from dit_accel.eval.samples import Results, Store
 from dit_accel.eval.scoring import features_of
 from dit_accel.eval.summary import Evaluation, Summary, write
 from dit_accel.eval.sweep import BASELINE, Candidate, PromptSeed, Sweep, folder_hash, label
 from dit_accel.files import check_folder, hold
 from dit_accel.generation import call, captioned, prompts, sources
-from dit_accel.generation.choice import Choice
+from dit_accel.generation.choice import MethodChoice
 from dit_accel.generation.processes import Process
-from dit_accel.generation.request import ModelRequest
 from dit_accel.generation.sampling import check_seeds
 from dit_accel.generation.sizes import sizes_of
 from dit_accel.generation.versions import machine, versions
@@ -34,22 +33,6 @@ if TYPE_CHECKING:
 
     from dit_accel.generation.captioned import Captioned
     from dit_accel.generation.sources import Source
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class EvalRequest(ModelRequest):
-    """What `dit-accel eval` was asked for; each field is the option of that name."""
-
-    output: Path
-    prompts: str | None = None
-    seeds: tuple[int, ...] = (0,)
-    methods: tuple[Choice, ...] = ()
-    metrics: tuple[str, ...] = ()
-    real: Path | None = None
-    require: str | None = None
-    attention_report: str | None = None
-    pictures: int = 4
-    cache: Path | None = None
 
 
 def run(request: EvalRequest) -> tuple[Summary | None, list[str]]:
@@ -143,7 +126,7 @@ def run(request: EvalRequest) -> tuple[Summary | None, list[str]]:
     return summary, gates.broken(limits, figures)
 
 
-def _candidates(choices: Sequence[Choice]) -> list[Candidate]:
+def _candidates(choices: Sequence[MethodChoice]) -> list[Candidate]:
     """The baseline, then the choices under their labels."""
     if not choices:
         raise DitAccelError("Nothing to evaluate: give --method METHOD[:KEY=VALUE,...], repeatable, or --suite FILE.")

@@ -16,18 +16,20 @@ The keys are the options of `dit-accel eval`; an option on the command line wins
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from dit_accel import values
 from dit_accel.errors import DitAccelError
-from dit_accel.generation.choice import Choice, choose
+from dit_accel.eval.request import EvalRequest
+from dit_accel.generation.choice import MethodChoice, choose
+from dit_accel.generation.request import MethodOptions
 from dit_accel.generation.sources import first_line
 from dit_accel.registry import did_you_mean
 
 SUITES = Path(__file__).parent / "suites"
 METHOD_KEYS = ("method", "load", "dense_steps", "dense_last_steps", "dense_layers")
-LISTS = ("seeds", "methods", "metrics", "pipe")
 
 
 def built_in() -> list[str]:
@@ -35,15 +37,14 @@ def built_in() -> list[str]:
     return sorted(path.stem for path in SUITES.glob("*.yaml"))
 
 
-def read(source: str, options: Mapping[str, type]) -> dict[str, Any]:
+def read(source: str) -> dict[str, Any]:
     """Read a suite.
 
     Args:
         source: a YAML file, or the name of a built-in suite.
-        options: what a suite may say, and the type of each value; a list holds values of that type.
 
     Returns:
-        The values by option; methods are ready to use.
+        The values by field of `EvalRequest`; methods are ready to use.
 
     Raises:
         DitAccelError: there is no such suite, it is not YAML, a key is unknown, or a value is of another type.
@@ -64,34 +65,18 @@ def read(source: str, options: Mapping[str, type]) -> dict[str, Any]:
         raise DitAccelError(f"--suite {source} is not YAML: {' '.join(str(error).split())}.") from error
     if not isinstance(said, dict):
         raise DitAccelError(f"--suite {source} should hold keys and values, such as model: demo; it holds {said!r}.")
-    return {key: _value(source, key, value, options) for key, value in said.items()}
+    if isinstance(said.get("methods"), str | dict):
+        said["methods"] = [said["methods"]]
+    try:
+        if "methods" in said:
+            said["methods"] = methods(said["methods"])
+        request = values.build(EvalRequest, said, "An evaluation")
+    except DitAccelError as error:
+        raise DitAccelError(f"--suite {source}: {error}") from error
+    return {name: getattr(request, name) for name in said}
 
 
-def _value(source: str, key: str, value: Any, options: Mapping[str, type]) -> Any:
-    if key not in options:
-        raise DitAccelError(
-            f"--suite {source}: unknown key {key!r}.{did_you_mean(str(key), options)} Keys: {', '.join(options)}."
-        )
-    if key in LISTS:
-        value = value if isinstance(value, list) else [value]
-        return methods(value) if key == "methods" else [_typed(source, key, item, options[key]) for item in value]
-    return _typed(source, key, value, options[key])
-
-
-def _typed(source: str, key: str, value: Any, kind: type) -> Any:
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if kind is Path and isinstance(value, str):
-        return Path(value)
-    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-        raise DitAccelError(f"--suite {source}: {key} should be of type {kind.__name__}, got {value!r}.")
-    least = 0 if key in ("seeds", "pictures") else 1
-    if kind is int and isinstance(value, int) and value < least:
-        raise DitAccelError(f"--suite {source}: {key} should be at least {least}, got {value}.")
-    return value
-
-
-def methods(listed: Iterable[Any]) -> list[Choice]:
+def methods(listed: Iterable[Any]) -> list[MethodChoice]:
     """Methods from their entries in a suite: text, or a mapping with a schedule or a saved accelerator.
 
     Raises:
@@ -105,13 +90,7 @@ def methods(listed: Iterable[Any]) -> list[Choice]:
                 f"A method of a suite is text, or has method or load among the keys {', '.join(METHOD_KEYS)}; got "
                 f"{entry!r}."
             )
-        texts = {key: _text(value) for key, value in said.items()}
-        load = Path(texts["load"]) if "load" in texts else None
-        first, last, layers = (texts.get(key) for key in METHOD_KEYS[2:])
-        found.append(choose(texts.get("method"), None, load, first, last, layers))
+        asked = values.build(MethodOptions, said, "A method of a suite")
+        values.check(asked)
+        found.append(choose(asked))
     return found
-
-
-def _text(value: Any) -> str:
-    """As it is typed on the command line; each layer has a comma behind it, so that one is no number of layers."""
-    return "".join(f"{item}," for item in value) if isinstance(value, list) else str(value)

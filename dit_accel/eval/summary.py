@@ -31,7 +31,7 @@ from dit_accel.hooks.schedule import Schedule
 if TYPE_CHECKING:
     import torch
 
-    from dit_accel.eval.quality import EvalRequest
+    from dit_accel.eval.request import EvalRequest
     from dit_accel.generation.captioned import Captioned
     from dit_accel.tokens import TokenGrid
 

@@ -18,7 +18,7 @@ from dit_accel.eval import attention
 from dit_accel.eval.samples import Results, Row, Store, key_of
 from dit_accel.files import replace_file
 from dit_accel.generation import call
-from dit_accel.generation.choice import Choice
+from dit_accel.generation.choice import MethodChoice
 from dit_accel.generation.provenance import ROOT
 from dit_accel.generation.sampling import sample
 from dit_accel.generation.sources import read_json
@@ -45,7 +45,7 @@ class Candidate:
     """
 
     label: str
-    choice: Choice | None = None
+    choice: MethodChoice | None = None
 
     def record(self) -> dict[str, Any]:
         """Method, settings and schedule as plain values."""
@@ -63,7 +63,7 @@ class PromptSeed:
     seed: int
 
 
-def label(choice: Choice) -> str:
+def label(choice: MethodChoice) -> str:
     """The choice the way it is typed, with its schedule and the folder it was loaded from."""
     schedule, default = dataclasses.asdict(choice.schedule), dataclasses.asdict(Schedule())
     parts = [choice.title, *(f"{name}={value}" for name, value in schedule.items() if value != default[name])]
@@ -75,7 +75,7 @@ class Sweep:
 
     Args:
         pipe: ready to be called.
-        arguments: makes those of its call, without the prompt, from the defaults of a method (`Choice.call`).
+        arguments: makes those of its call, without the prompt, from the defaults of a method (`MethodChoice.call`).
         identity: what else decides the pixels: model, device, versions.
         device: where it runs.
         results: the known rows; new ones are added to them.

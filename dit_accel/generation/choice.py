@@ -18,12 +18,13 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
     from dit_accel.accelerator import Accelerator
+    from dit_accel.generation.request import MethodOptions
     from dit_accel.pipelines.family import Family
     from dit_accel.tokens import TokenGrid
 
 
 @dataclasses.dataclass(frozen=True)
-class Choice:
+class MethodChoice:
     """A method with its settings and schedule, typed or saved.
 
     Args:
@@ -83,7 +84,7 @@ class Choice:
             return saved.load(pipe, self.folder, **check)
         return accelerator.accelerate(pipe, self.name, **self.config, **dataclasses.asdict(self.schedule), **check)
 
-    def without_schedule(self) -> Choice:
+    def without_schedule(self) -> MethodChoice:
         """The same with no step or layer dense by schedule, so that a single step runs the method, and unchecked."""
         return dataclasses.replace(self, schedule=Schedule(), selfcheck=SelfCheck())
 
@@ -96,68 +97,44 @@ class Choice:
         return {"name": self.name, "config": config, "schedule": dataclasses.asdict(self.schedule)}
 
 
-def choose(
-    method: str | None,
-    settings: list[str] | None,
-    load: Path | None,
-    dense_steps: str | None,
-    dense_last_steps: str | None,
-    dense_layers: str | None,
-    family: Family | None = None,
-    transformers: int = 1,
-) -> Choice:
+def choose(asked: MethodOptions, family: Family | None = None, transformers: int = 1) -> MethodChoice:
     """Read a choice from options; dense if there are none.
 
     Args:
-        method, settings, load, dense_steps, dense_last_steps, dense_layers: the options' texts.
+        asked: the options.
         family: whose recommended settings count where none are given; None: the methods' defaults do.
         transformers: of the pipeline.
 
     Raises:
-        DitAccelError: the method or a setting is unknown, a schedule is not one, settings come without a method,
+        DitAccelError: the method or a setting is unknown, a schedule is refused, settings come without a method,
             --load comes with another method or its folder holds no saved accelerator, or nothing is recommended for
             the family.
     """
-    schedule = {
-        "dense_steps": None if dense_steps is None else registry.parse_value(dense_steps),
-        "dense_last_steps": None if dense_last_steps is None else registry.parse_value(dense_last_steps),
-        "dense_layers": None if dense_layers is None else parse_layers(dense_layers),
-    }
-    given = {name: value for name, value in schedule.items() if value is not None}
-    if load is None:
-        if method is None and (settings or given or family is not None):
+    given = asked.schedule
+    if asked.load is None:
+        if asked.method is None and (asked.settings or given or family is not None):
             raise DitAccelError("--set, --preset and --dense-* belong to --method, and none came.")
-        name, config = registry.parse_method("dense" if method is None else method, settings or ())
+        name, config = registry.parse_method("dense" if asked.method is None else asked.method, asked.settings)
         if family is not None:
             preset = family.preset(name, transformers)
             config, given = {**preset.config, **config}, {**preset.schedule, **given}
         registry.make_config(name, config)
-        return Choice(name, config, Schedule(**given))
-    if method or settings or given or family is not None:
+        return MethodChoice(name, config, Schedule(**given))
+    if asked.method or asked.settings or given or family is not None:
         raise DitAccelError(
             "--load brings the method, settings and schedule that were saved; leave out --method, --set, --preset and "
             "--dense-*."
         )
-    if not load.is_dir():
-        raise DitAccelError(f"--load {load}: there is no such folder; give one that Accelerator.save_pretrained wrote.")
-    found = checkpoint.read(load)
+    if not asked.load.is_dir():
+        raise DitAccelError(
+            f"--load {asked.load}: there is no such folder; give one that Accelerator.save_pretrained wrote."
+        )
+    found = checkpoint.read(asked.load)
     saved, call = found.settings, {} if found.trained is None else found.trained["call"]
     layers = None if saved["layers"] is None else layerwise.from_dict(saved["method"], saved["layers"])
-    return Choice(saved["method"], saved["config"], Schedule(**saved["schedule"]), load, layers, call=call)
+    return MethodChoice(saved["method"], saved["config"], Schedule(**saved["schedule"]), asked.load, layers, call=call)
 
 
 def value_text(value: object) -> str:
     """A setting's value the way it is typed: ``18x24x24``."""
     return "x".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
-
-
-def parse_layers(text: str) -> Any:
-    """The value of --dense-layers: a number or share of layers, or, with a comma, a tuple of their indices."""
-    if "," not in text:
-        return registry.parse_value(text)
-    layers = tuple(registry.parse_value(part.strip()) for part in text.removesuffix(",").split(","))
-    if "" in layers:
-        raise DitAccelError(
-            f"--dense-layers takes layers with commas between them, such as 0,3 or 5, alone; got {text!r}."
-        )
-    return layers

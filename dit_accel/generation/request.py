@@ -1,13 +1,17 @@
-"""What generating and evaluating are asked alike: the model, where it runs, and the arguments of its call."""
+"""What generating, evaluating, training and planning are asked; each field is the command line option of that name."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+from dit_accel import values
 from dit_accel.errors import DitAccelError
 from dit_accel.generation import call, sources
+from dit_accel.registry import parse_value
+from dit_accel.values import option
 
 if TYPE_CHECKING:
     import torch
@@ -15,39 +19,148 @@ if TYPE_CHECKING:
 
     from dit_accel.generation.sources import Source
 
-DTYPES = ("auto", "float32", "bfloat16", "float16")
-MOST_FPS = 100  # a gif counts in hundredths of a second
+PROMPT = "a red circle moves right on a blue background"  # shows what the embedded model can draw
+METHOD_FORM = "METHOD[:KEY=VALUE,...]"
+PROMPTS_FORM = "FILE|LIST|FOLDER"
+
+
+def parse_layers(text: str) -> Any:
+    """The value of --dense-layers: a number or share of layers, or, with a comma, a tuple of their indices.
+
+    Raises:
+        DitAccelError: nothing stands beside a comma.
+    """
+    if "," not in text:
+        return parse_value(text)
+    layers = tuple(parse_value(part.strip()) for part in text.removesuffix(",").split(","))
+    if "" in layers:
+        raise DitAccelError(
+            f"--dense-layers takes layers with commas between them, such as 0,3 or 5, alone; got {text!r}."
+        )
+    return layers
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ModelRequest:
-    """How a model is asked for, wherever that is written; each field is the option of that name.
+class SourceOptions:
+    """Which model."""
+
+    PANEL: ClassVar[str] = "Model"
+
+    model: str = option("demo", "demo, a folder in Diffusers' format, or an id on the Hugging Face Hub.")
+    revision: str | None = option(None, "Branch, tag or commit of a model on the Hub.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DeviceOptions:
+    """Where it runs."""
+
+    PANEL: ClassVar[str] = "Device and memory"
+
+    device: str = option("auto", "cuda, cuda:1, cpu, ...; auto: a GPU if there is one.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MemoryOptions(DeviceOptions):
+    """How much memory it takes, and how fast it is."""
+
+    PANEL: ClassVar[str] = "Device and memory"
+
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = option("auto", "auto: bfloat16 on a GPU, else float32.")
+    offload: Literal["none", "model", "group"] = option(
+        "none", "Keep weights in main memory; move whole models or single layers to the GPU when they run."
+    )
+    vae_tiling: bool = option(False, "Decode in tiles, which takes less memory.")
+    compile: bool = option(False, "Compile the transformer's blocks with torch.compile.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SizeOptions:
+    """What size the output has."""
+
+    PANEL: ClassVar[str] = "Size"
+
+    frames: int | None = option(None, "Frames of the video; the model's own number if not given.", least=1)
+    height: int | None = option(None, "Height in pixels; the model's own if not given.", least=1)
+    width: int | None = option(None, "Width in pixels; the model's own if not given.", least=1)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SamplingOptions(SizeOptions):
+    """How the pipeline is called."""
+
+    PANEL: ClassVar[str] = "Sampling"
+
+    negative_prompt: str | None = option(None, "What not to show.")
+    steps: int | None = option(None, "Denoising steps; the model's own number if not given.", least=1)
+    guidance: float | None = option(None, "Guidance scale; the model's own if not given.")
+    fps: int | None = option(None, "Frames a second of videos.", least=1, most=100)  # gif counts in 1/100 s
+    pipe: tuple[str, ...] = option(
+        (),
+        "Any other argument of the pipeline's call, repeatable; JSON values.",
+        metavar="KEY=VALUE",
+        repeatable=True,
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ScheduleOptions:
+    """What stays dense; `hooks.schedule.Schedule` checks it."""
+
+    PANEL: ClassVar[str] = "Method"
+
+    dense_steps: Any = option(
+        None, "First denoising steps that stay dense, as 12 or 0.25.", metavar="N|SHARE", parse=parse_value
+    )
+    dense_last_steps: Any = option(None, "Last denoising steps that stay dense.", metavar="N|SHARE", parse=parse_value)
+    dense_layers: Any = option(
+        None, "First layers that stay dense, or a list of layers.", metavar="N|SHARE|I,J", parse=parse_layers
+    )
+
+    @property
+    def schedule(self) -> dict[str, Any]:
+        """What was given of the three."""
+        names = [field.name for field in dataclasses.fields(ScheduleOptions)]
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SettingsOptions:
+    """Settings beside those that stand behind a method's name."""
+
+    PANEL: ClassVar[str] = "Method"
+
+    settings: tuple[str, ...] = option(
+        (),
+        "A setting of the method, repeatable; per axis as 18x24x24.",
+        flag="--set",
+        metavar="KEY=VALUE",
+        repeatable=True,
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MethodOptions(ScheduleOptions, SettingsOptions):
+    """How attention is computed."""
+
+    PANEL: ClassVar[str] = "Method"
+
+    method: str | None = option(None, "How attention is computed; `dit-accel ls` lists methods.", metavar=METHOD_FORM)
+    preset: bool = option(False, "Use the method's recommended settings for this model; given ones win.")
+    load: Path | None = option(
+        None, "A saved accelerator, in place of --method: method, settings and weights.", metavar="FOLDER"
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelRequest(SourceOptions, SamplingOptions, MemoryOptions):
+    """A model and how it is called.
 
     Raises:
-        DitAccelError: a dtype or a frame rate is none.
+        DitAccelError: a value is of the wrong kind or out of range.
     """
 
-    model: str = "demo"
-    revision: str | None = None
-    negative_prompt: str | None = None
-    steps: int | None = None
-    guidance: float | None = None
-    frames: int | None = None
-    height: int | None = None
-    width: int | None = None
-    fps: int | None = None
-    pipe: Sequence[str] | None = None
-    dtype: str = "auto"
-    device: str = "auto"
-    offload: str = "none"
-    vae_tiling: bool = False
-    compile: bool = False
-
     def __post_init__(self) -> None:
-        if self.dtype not in DTYPES:
-            raise DitAccelError(f"A dtype is one of {', '.join(DTYPES)}; got {self.dtype!r}.")
-        if self.fps is not None and not 1 <= self.fps <= MOST_FPS:
-            raise DitAccelError(f"Videos have 1 to {MOST_FPS} frames a second; got {self.fps}.")
+        values.check(self)
 
     def load_pipe(
         self, source: Source, dtype: torch.dtype, device: torch.device, loras: Sequence[str] = ()
@@ -91,8 +204,35 @@ class ModelRequest:
             "height": shape[1],
             "width": shape[2],
         }
-        return call.call_arguments(pipe, own, asked, self.pipe or ())
+        return call.call_arguments(pipe, own, asked, self.pipe)
 
     def rate(self, pipe: DiffusionPipeline, source: Source, arguments: Mapping[str, Any]) -> int:
         """Frames a second of its videos."""
         return self.fps or call.frame_rate(pipe, arguments) or sources.frames_a_second(source)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GenerateRequest(MethodOptions, ModelRequest):
+    """What `dit-accel generate` is asked."""
+
+    prompt: str = option(PROMPT, "What to show.")
+    prompts: str | None = option(
+        None,
+        "One a line; demo, general; captioned images or videos. An output for each, shared out among the processes of "
+        "`accelerate launch`. Given again, the command goes on where it was stopped.",
+        metavar=PROMPTS_FORM,
+    )
+    image: Path | None = option(None, "First frame, for image-to-video models.", metavar="FILE")
+    seed: int = option(0, "Of the noise; the same noise on every device.", least=0)
+    lora: tuple[str, ...] = option((), "A LoRA for the transformer, repeatable.", metavar="PATH|ID", repeatable=True)
+    verify: bool = option(False, "Compare each layer's first sparse call with dense attention.")
+    keep_dense_above: float | None = option(
+        None, "Verify, and keep layers dense whose relative error is above this.", metavar="ERROR", above=0
+    )
+    compare: bool = option(False, "Also generate densely; show both side by side with times, PSNR and SSIM.")
+    output: Path | None = option(
+        None,
+        "mp4, gif or png by its ending; a JSON record lies beside it. With --prompts a number follows the name, and "
+        "NAME.jsonl lists all outputs.",
+        metavar="FILE",
+    )

@@ -18,9 +18,9 @@ import torch
 
 from dit_accel.errors import DitAccelError
 from dit_accel.files import replace_file
+from dit_accel.train.request import INDEX
 
 FORMAT = 1
-INDEX = "dataset.json"
 SHARD_BYTES = 512 * 2**20
 
 Call = dict[str, Any]

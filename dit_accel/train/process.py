@@ -3,40 +3,15 @@
 from __future__ import annotations
 
 import abc
-import dataclasses
 import math
 from typing import Any
 
 import torch
 
-from dit_accel import values
 from dit_accel.errors import DitAccelError
+from dit_accel.train.settings import LevelSettings
 
 TRAIN_STEPS = 1000
-
-
-@dataclasses.dataclass(frozen=True)
-class LevelSettings:
-    """How noise levels are drawn for flow models: sigmoid of a normal, or uniform, then shifted towards noise.
-
-    Args:
-        mean, std: of the normal. Source of the logit-normal: Esser et al., arXiv:2403.03206, section 3.1.
-        uniform: share of levels drawn uniformly instead.
-        shift: s in s·σ / (1 + (s − 1)·σ); None takes the scheduler's.
-
-    Raises:
-        DitAccelError: a value is of the wrong kind or out of range.
-    """
-
-    mean: float = 0.0
-    std: float = 1.0
-    uniform: float = 0.0
-    shift: float | None = None
-
-    def __post_init__(self) -> None:
-        values.check(self)
-        if not self.std > 0 or not 0 <= self.uniform <= 1 or (self.shift is not None and not self.shift > 0):
-            raise DitAccelError(f"Noise levels need std > 0, uniform in [0, 1] and shift > 0; got {self}.")
 
 
 class Process(abc.ABC):

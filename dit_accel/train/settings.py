@@ -1,137 +1,156 @@
-"""All that says how a training run goes, in one frozen dataclass, from YAML recipes and from the command line."""
+"""How a training run goes, in one frozen dataclass, from YAML recipes and from the command line."""
 
 from __future__ import annotations
 
 import dataclasses
 import pathlib
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from dit_accel import registry, values
 from dit_accel.errors import DitAccelError
-from dit_accel.kernels import impls
-from dit_accel.kernels.impls import Impl
+from dit_accel.generation.request import METHOD_FORM, parse_layers
 from dit_accel.registry import did_you_mean
-from dit_accel.train import objectives
-from dit_accel.train.process import LevelSettings
+from dit_accel.values import option
 
 RECIPES = pathlib.Path(__file__).parent / "recipes"
+
+
+def parse_objectives(items: list[str]) -> dict[str, float]:
+    """Objectives written NAME=WEIGHT, or NAME for a weight of 1.
+
+    Raises:
+        DitAccelError: a weight is no number.
+    """
+    found = {}
+    for item in items:
+        name, equals, weight = item.partition("=")
+        value = registry.parse_value(weight) if equals else 1.0
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise DitAccelError(f"An objective is written NAME=WEIGHT, such as teacher=1.0; got {item!r}.")
+        found[name] = float(value)
+    return found
+
+
+@dataclasses.dataclass(frozen=True)
+class LevelSettings:
+    """How noise levels are drawn for flow models: sigmoid of a normal, or uniform, then shifted towards noise.
+
+    Source of the logit-normal: Esser et al., arXiv:2403.03206, section 3.1.
+
+    Raises:
+        DitAccelError: a value is of the wrong kind or out of range.
+    """
+
+    mean: float = option(0.0, "Mean of the normal.")
+    std: float = option(1.0, "Standard deviation of the normal.", above=0)
+    uniform: float = option(0.0, "Share of levels drawn uniformly instead.", least=0, most=1)
+    shift: float | None = option(None, "s in s·σ / (1 + (s − 1)·σ); the scheduler's if not given.", above=0)
+
+    def __post_init__(self) -> None:
+        values.check(self)
 
 
 @dataclasses.dataclass(frozen=True)
 class Distillation:
     """Multi-step consistency distillation; see `distill.py`.
 
-    Args:
-        segments: steps that the student is to need.
-        teacher_steps: steps of the teacher's trajectory, a multiple of `segments` or more.
-        guidance: the teacher's guidance scale, which the student learns to do without.
-
     Raises:
-        DitAccelError: a value is of the wrong kind, fewer teacher steps than segments, or no segments.
+        DitAccelError: a value is of the wrong kind or out of range, or there are fewer teacher steps than segments.
     """
 
-    segments: int = 4
-    teacher_steps: int = 16
-    guidance: float = 5.0
+    segments: int = option(4, "Steps that the student will need.", least=1)
+    teacher_steps: int = option(16, "Steps of the teacher's trajectory, a multiple of `segments` or more.", least=1)
+    guidance: float = option(5.0, "The teacher's guidance scale; the student samples without guidance.")
 
     def __post_init__(self) -> None:
         values.check(self)
-        if not 1 <= self.segments <= self.teacher_steps:
+        if self.segments > self.teacher_steps:
             raise DitAccelError(f"Distillation needs 1 <= segments <= teacher_steps, got {self}.")
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainSettings:
-    """One training run.
-
-    Args:
-        method, config, dense_layers, layer_schedule, impl: as in `accelerate`; "dense" trains the model as it is.
-        objectives: weight of each objective of `objectives.py`.
-        attention_every: the attention objective watches every n-th self-attention layer, the last one of each n.
-        steps: optimizer steps.
-        batch: samples in a micro-batch of one process.
-        accumulation: micro-batches of one process in an optimizer step.
-        rate: learning rate of LoRA or full weights.
-        method_rate: of the method's own weights (SLA's projection); None is `rate`.
-        warmup: first steps, over which the rate rises from 0.
-        decay: "constant" or "cosine" (to a tenth).
-        weight_decay, betas, clip: of AdamW and of the gradient's norm; a clip of 0 does not clip.
-        rank: of the LoRA; 0 trains all weights of the transformer.
-        alpha: of the LoRA; None is `rank`.
-        targets: names of the linear layers to adapt, as they end; None is q, k, v and output of self-attention.
-        levels: how noise levels are drawn.
-        empty_prompts: share of the micro-batches that train on the empty prompt, which guidance needs.
-        distillation: for the objective "consistency".
-        ema: decay of the averaged weights, which are what is saved; 0 keeps none.
-        precision: "no" (float32), "bf16" or "fp16", as in `accelerate`.
-        checkpointing: recompute activations in the backward pass.
-        seed: of data order and noise.
-        save_every: steps between checkpoints.
-        validate_every: steps between validation samples; 0 makes none.
-        tracker: "tensorboard", "wandb" or any name `accelerate` knows; None writes losses.jsonl alone.
+    """One training run. The command line takes fields without an option of their own as `--option FIELD=VALUE`.
 
     Raises:
         DitAccelError: a value is of the wrong kind or out of range, or values contradict each other.
     """
 
-    method: str = "dense"
-    config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    dense_layers: int | float | tuple[int, ...] = 0
-    layer_schedule: str | None = None
-    impl: Impl = "auto"
-    objectives: Mapping[str, float] = dataclasses.field(default_factory=lambda: {"teacher": 1.0})
-    attention_every: int = 1
-    steps: int = 1000
-    batch: int = 1
-    accumulation: int = 1
-    rate: float = 1e-4
-    method_rate: float | None = None
-    warmup: int = 0
-    decay: Literal["constant", "cosine"] = "constant"
-    weight_decay: float = 0.01
-    betas: tuple[float, float] = (0.9, 0.999)
-    clip: float = 1.0
-    rank: int = 64
-    alpha: float | None = None
-    targets: tuple[str, ...] | None = None
-    levels: LevelSettings = dataclasses.field(default_factory=LevelSettings)
-    empty_prompts: float = 0.0
-    distillation: Distillation = dataclasses.field(default_factory=Distillation)
-    ema: float = 0.0
-    precision: Literal["no", "bf16", "fp16"] = "no"
-    checkpointing: bool = False
-    seed: int = 0
-    save_every: int = 500
-    validate_every: int = 0
-    tracker: str | None = None
+    PANEL: ClassVar[str] = "Training"
+
+    method: str = option("dense", "How attention is computed; dense trains the model as it is.", metavar=METHOD_FORM)
+    config: Mapping[str, Any] = option(
+        {},
+        "A setting of the method, repeatable; per axis as 18x24x24.",
+        flag="--set",
+        metavar="KEY=VALUE",
+        repeatable=True,
+        parse=tuple,
+    )
+    dense_layers: int | float | tuple[int, ...] = option(
+        0, "First layers that stay dense, or a list of layers.", metavar="N|SHARE|I,J", parse=parse_layers
+    )
+    layer_schedule: str | None = option(None, "A layer schedule, in place of --method.", metavar="FILE.json")
+    impl: str = option("auto", "The implementation of the kernels, as `accelerate` takes it.", typed=False)
+    objectives: Mapping[str, float] = option(
+        {"teacher": 1.0},
+        "flow, teacher, attention, final or consistency; repeatable, they add up.",
+        flag="--objective",
+        metavar="NAME=WEIGHT",
+        repeatable=True,
+        parse=parse_objectives,
+    )
+    attention_every: int = option(
+        1, "The attention objective watches the last of every n self-attention layers.", least=1, typed=False
+    )
+    steps: int = option(1000, "Optimizer steps.", least=1)
+    batch: int = option(1, "Samples in a micro-batch of one process.", least=1)
+    accumulation: int = option(1, "Micro-batches of one process in an optimizer step.", least=1)
+    rate: float = option(1e-4, "Learning rate.", above=0)
+    method_rate: float | None = option(
+        None, "Learning rate of the method's own weights (SLA's projection); `rate` if not given.", above=0, typed=False
+    )
+    warmup: int = option(0, "First steps, over which the rate rises from 0.", least=0, typed=False)
+    decay: Literal["constant", "cosine"] = option("constant", "Of the rate; cosine ends at a tenth.", typed=False)
+    weight_decay: float = option(0.01, "Of AdamW.", least=0, typed=False)
+    betas: tuple[float, float] = option((0.9, 0.999), "Of AdamW, from 0 to below 1.", least=0, below=1, typed=False)
+    clip: float = option(1.0, "Largest norm of the gradient; 0 does not clip.", least=0, typed=False)
+    rank: int = option(64, "Of the LoRA; 0 trains all weights of the transformer.", least=0)
+    alpha: float | None = option(None, "Of the LoRA; `rank` if not given.", above=0, typed=False)
+    targets: tuple[str, ...] | None = option(
+        None,
+        "Ends of the names of the linear layers to adapt; q, k, v and output of self-attention if not given.",
+        typed=False,
+    )
+    levels: LevelSettings = option(LevelSettings, "How noise levels are drawn.", typed=False)
+    empty_prompts: float = option(
+        0.0, "Share of the micro-batches on the empty prompt, which guidance needs.", least=0, most=1, typed=False
+    )
+    distillation: Distillation = option(Distillation, "For the objective consistency.", typed=False)
+    ema: float = option(
+        0.0, "Decay of the averaged weights, which are what is saved; 0 keeps none.", least=0, below=1, typed=False
+    )
+    precision: Literal["no", "bf16", "fp16"] = option("no", "Mixed precision; no is float32.")
+    checkpointing: bool = option(False, "Recompute activations in the backward pass.", typed=False)
+    seed: int = option(0, "Of data order and noise.", least=0)
+    save_every: int = option(500, "Steps between checkpoints.", least=1)
+    validate_every: int = option(0, "Steps between samples of --prompt; 0 makes none.", least=0)
+    tracker: str | None = option(
+        None, "tensorboard, wandb, ..., as accelerate knows them; losses.jsonl is always written."
+    )
 
     def __post_init__(self) -> None:
+        from dit_accel.kernels import impls
+        from dit_accel.train import objectives
+
         values.check(self)
         objectives.check(self.objectives)
         impls.check(self.impl)
-        if self.layer_schedule is None:
-            registry.make_config(self.method, self.config)
-        for least, names in (
-            (1, ("steps", "batch", "accumulation", "save_every", "attention_every")),
-            (0, ("warmup", "rank", "validate_every", "seed", "clip", "weight_decay")),
-        ):
-            for name in names:
-                if not getattr(self, name) >= least:
-                    raise DitAccelError(f"{name} is at least {least}, got {getattr(self, name)!r}.")
-        for name in ("rate", "method_rate", "alpha"):
-            if getattr(self, name) is not None and not getattr(self, name) > 0:
-                raise DitAccelError(f"{name} is above 0, got {getattr(self, name)!r}.")
-        if not 0 <= self.ema < 1 or not 0 <= self.empty_prompts <= 1 or not all(0 <= beta < 1 for beta in self.betas):
-            raise DitAccelError(
-                f"Training needs 0 <= ema < 1, 0 <= empty_prompts <= 1 and betas from 0 to below 1; got {self.ema}, "
-                f"{self.empty_prompts} and {self.betas}."
-            )
-        if (
-            self.method == "dense"
-            and self.layer_schedule is None
-            and not {"flow", "consistency"} & self.objectives.keys()
-        ):
+        if self.layer_schedule is not None:
+            return
+        registry.make_config(self.method, self.config)
+        if self.method == "dense" and not {"flow", "consistency"} & self.objectives.keys():
             raise DitAccelError(
                 "The dense method is its own teacher, so there is nothing to learn from it: choose a sparse method, or "
                 "an objective among flow and consistency."
@@ -152,19 +171,8 @@ def make(plain: Mapping[str, Any]) -> TrainSettings:
     Raises:
         DitAccelError: an unknown setting, or a value that is refused.
     """
-    nested: dict[str, Any] = {"levels": LevelSettings, "distillation": Distillation}
-    made = {
-        name: values.build(nested[name], value, name) if name in nested else _tupled(value)
-        for name, value in plain.items()
-    }
-    if isinstance(made.get("config"), Mapping):
-        made["config"] = {key: _tupled(value) for key, value in made["config"].items()}
-    return values.build(TrainSettings, made, "Training")
-
-
-def _tupled(value: Any) -> Any:
-    """YAML has no tuples."""
-    return tuple(value) if isinstance(value, list) else value
+    settings: TrainSettings = values.build(TrainSettings, plain, "Training")
+    return settings
 
 
 @dataclasses.dataclass(frozen=True)

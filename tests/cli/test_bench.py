@@ -158,7 +158,7 @@ def test_picture_and_table_of_a_file(cli, tiny, tmp_path):
         (("--direction", "sideways"), "A direction is one of"),
         (("--rows", "none/*"), "No declared row matches 'none/*'"),
         (("--rows", ""), "No declared row matches ''"),
-        (("--impl", "fast"), "--impl"),
+        (("--impl", "fast"), "impl must be one of auto"),
         (("--seconds", "-1"), "--seconds"),
         (("--seconds", "inf"), "--seconds"),
         (("--device", "toaster"), "--device toaster cannot be used here"),

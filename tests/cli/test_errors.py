@@ -76,7 +76,7 @@ def refused(cli, tmp_path):
         (("--steps", "0"), "--steps"),
         (("--seed", "-1"), "--seed"),
         (("--seed", str(2**64)), "from 0 to 2**64 - 1"),
-        (("--guidance", "nan"), "--guidance is a finite number"),
+        (("--guidance", "nan"), "guidance is finite, got nan"),
         (("--method", ""), "Unknown method ''"),
         (("--dtype", "int8"), "--dtype"),
         (("--offload", "model"), "on a CPU leave it out"),

@@ -40,7 +40,7 @@ def test_prepare_train_and_generate(cli, demo, tmp_path):
         done = cli("eval", *options, "--load", folder, "--write-card", "--output", tmp_path / turn)
         assert done.status == 0, done.err
     measured = (folder / "README.md").read_text()
-    assert measured.count("`reference`") == measured.count("from trained`") == 1 and "5 frames of 32x48" in measured
+    assert measured.count("`baseline`") == measured.count("from trained`") == 1 and "5 frames of 32x48" in measured
     assert "Not measured" not in measured
     before, after = card.split("Not measured yet", 1)
     assert measured.startswith(before) and measured.endswith(after[after.index("\n\n## Limits") :])
@@ -64,7 +64,7 @@ def test_a_distilled_model_is_sampled_in_its_steps(cli, demo, tmp_path):
         assert [row["steps"] for row in rows] == taken
         assert [row["guidance"] for row in rows] == [5.0, 1.0]
         assert (
-            "in 2 steps with guidance 1.0, reference in 16 with 5.0." in (tmp_path / folder / "summary.md").read_text()
+            "in 2 steps with guidance 1.0, baseline in 16 with 5.0." in (tmp_path / folder / "summary.md").read_text()
         ) == (folder == "own")
 
 

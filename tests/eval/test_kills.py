@@ -9,6 +9,7 @@ import kills
 import pytest
 
 from dit_accel.eval import quality
+from dit_accel.eval.request import EvalRequest
 from dit_accel.eval.suite import methods
 
 KILLS = 20
@@ -22,7 +23,7 @@ def sweep(model, prompts, output, *moment) -> None:
     if moment:
         kills.die_before(output, *moment)
     chosen = tuple(methods(METHODS))
-    quality.run(quality.EvalRequest(output=output, model=str(model), prompts=str(prompts), methods=chosen, **SWEEP))
+    quality.run(EvalRequest(output=output, model=str(model), prompts=str(prompts), methods=chosen, **SWEEP))
 
 
 def lines(output) -> int:

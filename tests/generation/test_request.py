@@ -9,9 +9,9 @@ from dit_accel.generation.request import ModelRequest
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"dtype": "int8"}, "A dtype is one of auto, float32, bfloat16, float16; got 'int8'"),
-        ({"fps": 0}, "1 to 100 frames a second; got 0"),
-        ({"fps": 101}, "1 to 100 frames a second; got 101"),
+        ({"dtype": "int8"}, "dtype is one of auto, float32, bfloat16, float16, got 'int8'"),
+        ({"fps": 0}, "fps is at least 1, got 0"),
+        ({"fps": 101}, "fps is at most 100, got 101"),
     ],
 )
 def test_what_no_option_would_take_is_refused(wrong, message):

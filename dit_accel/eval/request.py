@@ -1,0 +1,76 @@
+"""What an evaluation is asked; each field is an option of `dit-accel eval` and a key of a suite."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from pathlib import Path
+from typing import Any
+
+from dit_accel.errors import DitAccelError
+from dit_accel.generation.request import PROMPTS_FORM, ModelRequest
+from dit_accel.values import option
+
+MOST_SEEDS = 10_000  # each is a sample of every method and prompt
+
+
+def parse_seeds(text: str) -> tuple[int, ...]:
+    """Numbers and spans of numbers with commas between them.
+
+    Raises:
+        DitAccelError: the text is not that, or they are too many.
+    """
+    found: list[range] = []
+    for part in text.split(","):
+        span = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part)
+        if span is None or (span[2] and int(span[2]) < int(span[1])):
+            raise DitAccelError(f"--seeds are numbers and spans, such as 0,1,2 or 0-3; got {text!r}.")
+        found.append(range(int(span[1]), int(span[2] or span[1]) + 1))
+    count = sum(span.stop - span.start for span in found)  # len() ends at 2**63
+    if count > MOST_SEEDS:
+        raise DitAccelError(f"--seeds {text} are {count:,} seeds, and an evaluation takes at most {MOST_SEEDS:,}.")
+    return tuple(seed for span in found for seed in span)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvalRequest(ModelRequest):
+    """What `dit-accel eval` is asked.
+
+    Args:
+        methods: each a `MethodChoice`; the command line has --method and --load for them.
+    """
+
+    prompts: str | None = option(None, "One a line; demo, general; captioned images or videos.", metavar=PROMPTS_FORM)
+    seeds: tuple[int, ...] = option(
+        (0,), "Of the noise, such as 0,1,2 or 0-3.", metavar="N,N|N-N", parse=parse_seeds, least=0
+    )
+    methods: tuple[Any, ...] = ()
+    metrics: tuple[str, ...] = option(
+        (),
+        "Such as psnr or fid[demo-clip], repeatable; all if not given.",
+        flag="--metric",
+        metavar="NAME[[NETWORK]]",
+        repeatable=True,
+    )
+    real: Path | None = option(
+        None,
+        "Real images or videos that FID and KID compare with; the dense outputs if not given.",
+        metavar="FOLDER",
+    )
+    require: str | None = option(
+        None, "Such as 'psnr>=25,speedup>=1.5'; the exit status is 1 if one does not hold.", metavar="LIMITS"
+    )
+    attention_report: str | None = option(
+        None, "Also map each layer's error and kept mass at these steps.", metavar="steps=0,8,layers=all"
+    )
+    pictures: int = option(4, "Prompts to show in the report.", least=0)
+    cache: Path | None = option(
+        None, "Dense outputs to share between evaluations; a folder in OUTPUT if not given.", metavar="FOLDER"
+    )
+    output: Path = option(
+        Path("evaluation"), "For report.html, results.jsonl, summary.json and summary.md.", metavar="FOLDER"
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "seeds", tuple(dict.fromkeys(self.seeds)))

@@ -1,0 +1,194 @@
+"""What `dit-accel train` is asked: a run, its data and its settings, some of them from a recipe."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+from dit_accel import registry, values
+from dit_accel.errors import DitAccelError
+from dit_accel.generation import prompts
+from dit_accel.generation.request import PROMPTS_FORM, DeviceOptions, SizeOptions, SourceOptions
+from dit_accel.train.settings import TrainSettings, make, read_recipe
+from dit_accel.values import option
+
+GENERATED, CLIPS, FOLDER = "generated", "clips", "folder"
+INDEX = "dataset.json"  # of a prepared folder
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunOptions(SourceOptions, DeviceOptions):
+    """Which model, what to do with it, and where the result goes."""
+
+    recipe: str | None = option(None, "Settings to start from; other options win over it.", metavar="NAME|FILE")
+    samples: tuple[str, ...] = option(
+        (), "Generated on the way, every --validate-every steps; repeatable.", flag="--prompt", repeatable=True
+    )
+    prepare: bool = option(False, "Make the training data in OUTPUT/data, and stop.")
+    search: Path | None = option(None, "Train nothing: search a layer schedule.", metavar="FILE.json")
+    candidates: tuple[str, ...] = option(
+        (),
+        "Settings to try in every layer, repeatable.",
+        flag="--candidate",
+        metavar="KEY=VALUE,...",
+        repeatable=True,
+    )
+    threshold: float | None = option(None, "Largest loss a layer may add, in a search.", least=0)
+    budget: float | None = option(None, "Mean density to reach, in a search.", least=0, most=1)
+    others: tuple[str, ...] = option(
+        (),
+        "Any other setting of TrainSettings, as ema=0.99 or levels.shift=5.",
+        flag="--option",
+        metavar="KEY=VALUE",
+        repeatable=True,
+    )
+    output: Path = option(Path("trained"), "Of the run; a run that was stopped goes on.", metavar="FOLDER")
+
+    def __post_init__(self) -> None:
+        values.check(self)
+
+    def candidate_settings(self, method: str) -> list[dict[str, Any]]:
+        """The settings that a layer search tries, checked.
+
+        Raises:
+            DitAccelError: there are none, one is refused, or there is not one limit.
+        """
+        if (self.threshold is None) == (self.budget is None):
+            raise DitAccelError("A layer search needs either --threshold or --budget, not both.")
+        if not self.candidates:
+            raise DitAccelError("A layer search needs settings to try: give --candidate KEY=VALUE,..., several times.")
+        found = [registry.parse_method(f"{method}:{text}")[1] for text in self.candidates]
+        for settings in found:
+            registry.make_config(method, settings)
+        return found
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataSettings(SizeOptions):
+    """Where training data come from.
+
+    Raises:
+        DitAccelError: a value is of the wrong kind or out of range.
+    """
+
+    PANEL: ClassVar[str] = "Data"
+
+    source: str = option(
+        GENERATED,
+        "A folder (prepared, or captioned media), 'generated' by the dense model, or 'clips' (the demo's own).",
+        flag="--data",
+        metavar="SOURCE",
+    )
+    prompts: str | None = option(None, "For generated data; files have one a line.", metavar=PROMPTS_FORM)
+    count: int | None = option(None, "Samples to make or take; 256 clips, or all prompts, if not given.", least=1)
+    steps: int | None = option(None, "Of generated samples; the model's own if not given.", least=1, typed=False)
+    guidance: float | None = option(None, "Of generated samples; the model's own if not given.", typed=False)
+
+    def __post_init__(self) -> None:
+        values.check(self)
+
+    @property
+    def prepared(self) -> bool:
+        """Whether the source is a data folder already."""
+        return (Path(self.source) / INDEX).is_file()
+
+    def check(self) -> None:
+        """See now that the source is there.
+
+        Raises:
+            DitAccelError: it is not, or prompts are missing.
+        """
+        if self.source == FOLDER:
+            raise DitAccelError("This recipe is for your own captioned videos: give their folder with --data FOLDER.")
+        if self.source == GENERATED:
+            self.read_prompts()
+        elif self.source != CLIPS and not Path(self.source).is_dir():
+            raise DitAccelError(
+                f"There is no training data {self.source}: give a folder (prepared, or captioned media), {GENERATED!r} "
+                f"with --prompts FILE, or {CLIPS!r} for the demo's own clips."
+            )
+        elif self.source != CLIPS and not self.prepared:
+            from dit_accel.train.prepare import find_captioned
+
+            find_captioned(Path(self.source))
+
+    def read_prompts(self) -> list[str]:
+        """The prompts; see `dit_accel.generation.prompts`.
+
+        Raises:
+            DitAccelError: there are none, or they cannot be read.
+        """
+        if self.prompts is None:
+            raise DitAccelError(
+                "Samples that the model makes itself need prompts: give --prompts FILE, one a line, or the name of a "
+                "list or a captioned folder."
+            )
+        return list(prompts.read(self.prompts).texts[: self.count])
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainRequest:
+    """All that `dit-accel train` is asked."""
+
+    run: RunOptions
+    data: DataSettings
+    train: TrainSettings
+
+    @classmethod
+    def of(cls, run: Mapping[str, Any], data: Mapping[str, Any], train: Mapping[str, Any]) -> TrainRequest:
+        """The request that options stand for, with what a recipe says of the rest.
+
+        Args:
+            run, data, train: fields of `RunOptions`, `DataSettings` and `TrainSettings` from the command line.
+
+        Raises:
+            DitAccelError: the recipe cannot be read, or a value is refused.
+        """
+        asked = RunOptions(**run)
+        base = None if asked.recipe is None else read_recipe(asked.recipe)
+        given = {**read_options(asked.others), **train}
+        if {"method", "config"} & train.keys():
+            method = train.get("method", base.train["method"] if base else "dense")
+            given["method"], given["config"] = registry.parse_method(method, train.get("config", ()))
+        if asked.search is not None:
+            given.setdefault("objectives", {"flow": 1.0})
+            method = given.get("method", "dense")
+            tried = [registry.parse_method(f"{method}:{text}")[1] for text in asked.candidates]
+            given["config"] = given.get("config") or next(iter(tried), {})
+        if base is not None:
+            asked = dataclasses.replace(asked, model=run.get("model", base.model))
+        sources = {**(base.data if base else {}), **data}
+        return cls(asked, values.build(DataSettings, sources, "The data"), merge(base.train if base else {}, given))
+
+
+def read_options(items: tuple[str, ...]) -> dict[str, Any]:
+    """Further settings of the training, KEY=VALUE; those of `levels` and `distillation` as levels.shift=5.
+
+    Raises:
+        DitAccelError: an item is not KEY=VALUE.
+    """
+    found: dict[str, Any] = {}
+    for item in items:
+        key, equals, text = item.partition("=")
+        if not equals or not text:
+            raise DitAccelError(f"--option takes KEY=VALUE, such as ema=0.99 or levels.shift=5; got {item!r}.")
+        outer, dot, inner = key.partition(".")
+        value = tuple(map(registry.parse_value, text.split(","))) if "," in text else registry.parse_value(text)
+        if not dot:
+            found[outer] = value
+            continue
+        if not isinstance(found.setdefault(outer, {}), dict):
+            raise DitAccelError(f"--option {item} does not go with {outer}={found[outer]!r}; give one of them.")
+        found[outer][inner] = value
+    return found
+
+
+def merge(recipe: Mapping[str, Any], given: Mapping[str, Any]) -> TrainSettings:
+    """A recipe's settings with those that were given, which win; nested ones are merged."""
+    merged = dict(recipe)
+    for name, value in given.items():
+        nested = name in ("levels", "distillation") and isinstance(merged.get(name), Mapping)
+        merged[name] = {**merged[name], **value} if nested else value
+    return make(merged)
