@@ -32,6 +32,7 @@ AUTO: Impl = "auto"
 BLOCK_SPARSE, SLA = "block_sparse", "sla"
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton reads it when it is imported
 HALF = (torch.float16, torch.bfloat16)
+_LOADED: dict[str, ModuleType] = {}
 ELSEWHERE = ""  # the key of `Implementation.rank` for every other type of device
 
 
@@ -110,8 +111,10 @@ class Implementation:
         return self.cannot(facts)
 
     def load(self) -> ModuleType:
-        """Its module."""
-        return importlib.import_module(self.module)
+        """Its module. A traced call can only take one that is loaded."""
+        if self.module not in _LOADED:
+            _LOADED[self.module] = importlib.import_module(self.module)
+        return _LOADED[self.module]
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -140,6 +143,20 @@ def _gluon(facts: Facts) -> str | None:
         return f"the kernel takes head dimensions 64 and 128, not {facts.head_dim}"
     if facts.device.type != "cuda" or torch.cuda.get_device_capability(facts.device) != (9, 0):
         return f"the tensors are on {facts.device}; the kernel needs a GPU of compute capability 9.0"
+    return None
+
+
+def _flex(facts: Facts) -> str | None:
+    kind = facts.device.type
+    for block in (facts.block_q, facts.block_k):
+        if 128 % block and block % 128:
+            return f"PyTorch's FlexAttention takes blocks that divide 128 or are a multiple of it, not {block}"
+    if kind not in ("cuda", "cpu", "xpu", "hpu", "mps"):
+        return f"PyTorch's FlexAttention does not run on {kind}"
+    if kind in ("cpu", "mps") and (facts.gradients or facts.lse):
+        return f"PyTorch's FlexAttention has no {'gradients' if facts.gradients else 'log-sum-exp'} on {kind}"
+    if kind == "cpu" and torch.compiler.is_compiling():
+        return "PyTorch's FlexAttention does not compile inside a compiled model on a CPU; it compiles by itself"
     return None
 
 
@@ -175,6 +192,16 @@ ROWS = (
         cannot=_gluon,
         package="triton",
         packing=f"{_FOLDER}.block_sparse.triton_lists",
+    ),
+    Implementation(
+        "flex",
+        BLOCK_SPARSE,
+        f"{_FOLDER}.block_sparse.flex",
+        rank={ELSEWHERE: 5},
+        dtypes=_SINGLE,
+        cannot=_flex,
+        packing=f"{_FOLDER}.block_sparse.flex",
+        autograd=True,
     ),
     Implementation("reference", SLA, f"{_FOLDER}.sla.reference"),
     Implementation("portable", SLA, f"{_FOLDER}.sla.portable", rank={ELSEWHERE: 10}),

@@ -210,6 +210,7 @@ class StaticPlan(Plan):
     ) -> tuple[str, str]:
         facts = Facts(device, dtype, head_dim, self.geometry.block_q, self.geometry.block_k)
         chosen, why = impls.choose(facts, impl)
+        chosen.load()
         self.lists(device, chosen.packing)
         return chosen.name, why
 
