@@ -1,7 +1,7 @@
-"""The check before any timing: some queries of the full shape, computed exactly, against what the kernel made of them.
+"""The check before any timing: a kernel's result for some queries of the full shape against the exact one.
 
-Every method is held against its definition in fp64 (`dit_accel.plans.definition`). Gradients need no smaller shape: of
-a loss over the sampled queries alone, dk and dv are exact sums over these queries, and every key takes part in them.
+A method's definition in fp64 (`dit_accel.plans.definition`) gives the exact result. Gradients use the full shape too:
+of a loss over the sampled queries alone, dk and dv are sums over these queries, and every key takes part in them.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from dit_accel.registry import get_method
 from dit_accel.tokens import TokenGrid
 
 # Pairs of a head that are computed exactly: a few hundred queries of a long video, 1,024 of 8,192 tokens. The largest
-# of few errors says little: over 128 queries plain PyTorch's own varied by a factor of three from sample to sample.
+# error over fewer queries varies: over 128 that of plain PyTorch varied by a factor of three between samples.
 PAIRS = 1 << 23
 OTHERS = 8  # one query in so many is a text or conditioning token, if there are that many
 
@@ -28,11 +28,11 @@ Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 class Inexact(Exception):
-    """A result is further from the truth than it may be, so no time of it counts."""
+    """A result is too far from the exact one, so it is not timed."""
 
 
 class ErrorCheck(NamedTuple):
-    """Largest error of a tensor against fp64, and the largest that it may be."""
+    """Largest error of a tensor against fp64, and its limit."""
 
     error: float
     budget: float
@@ -66,7 +66,7 @@ class Problem:
 
 
 def check(problem: Problem, attend: Attend, *, gradients: bool) -> dict[str, ErrorCheck]:
-    """Hold `attend` against fp64 on sampled queries, all heads.
+    """Compare `attend` with fp64 on sampled queries, all heads.
 
     An error may be at most twice that of plain PyTorch in the same dtype, plus one rounding of the largest term: the
     rule of `testing.error_budget`, with the largest errors taken over heads.
@@ -80,7 +80,7 @@ def check(problem: Problem, attend: Attend, *, gradients: bool) -> dict[str, Err
         A check for each tensor by name.
 
     Raises:
-        Inexact: one of them is red, or the plan has not kept the pairs that it should; the message says which.
+        Inexact: an error is above its limit, or the plan kept pairs that it should not; the message says which.
     """
     rows = sample(problem.plan.grid).to(problem.q.device)
     got = _results(problem, attend, rows, gradients=gradients)
@@ -122,7 +122,7 @@ def check(problem: Problem, attend: Attend, *, gradients: bool) -> dict[str, Err
 
 
 def sample(grid: TokenGrid) -> torch.Tensor:
-    """Queries to look at, in model order: spread over the visual tokens and over the others, with the ends of both."""
+    """Queries to compare, in model order: spread over the visual tokens and over the others, with the ends of both."""
     count = min(grid.tokens, max(OTHERS, PAIRS // grid.tokens))
     tokens = torch.arange(grid.tokens)
     visual = (tokens >= grid.visual_start) & (tokens < grid.visual_start + grid.visual)
@@ -138,7 +138,7 @@ def _spaced(tokens: torch.Tensor, count: int) -> torch.Tensor:
 
 
 def _results(problem: Problem, attend: Attend, rows: torch.Tensor, *, gradients: bool) -> dict[str, torch.Tensor]:
-    """What the call makes: the rows [H, S, D] of the output, and gradients, those of q for the rows."""
+    """The call's results: rows [H, S, D] of the output and of dq, and the other gradients whole."""
     if not gradients:
         with torch.no_grad():
             return {"out": attend(problem.q, problem.k, problem.v)[0, :, rows]}
@@ -167,7 +167,7 @@ def _head(
 
 
 def _magnitudes(problem: Problem, head: int, rows: torch.Tensor, seen: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Size of the terms of dq and dk, which cancel: p * (abs(dp) + abs(delta)) times abs(k) or abs(q)."""
+    """The size of the terms of dq and dk before they cancel: p (|dp| + |delta|) times |k| or |q|."""
     q, k, v = (x[0, head].double() for x in (problem.q, problem.k, problem.v))
     q, gradient, scale = q[rows], problem.grad[0, head, rows].double(), problem.q.shape[-1] ** -0.5
     weights = (q @ k.T * scale).masked_fill(~seen, -torch.inf).softmax(-1)
@@ -177,6 +177,6 @@ def _magnitudes(problem: Problem, head: int, rows: torch.Tensor, seen: torch.Ten
 
 
 def _worst(so_far: float, values: torch.Tensor) -> float:
-    """The largest magnitude up to now; NaN stays."""
+    """The largest magnitude so far; NaN stays."""
     new = values.abs().max().item()
     return new if math.isnan(new) or new > so_far else so_far

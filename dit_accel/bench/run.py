@@ -1,4 +1,4 @@
-"""Measuring declared rows: a numerics gate first, then the whole public call beside the best dense attention.
+"""Measures declared rows: first the numerics, then the time of the whole call beside the fastest dense attention.
 
 A row that does not pass the gate has no time. Sparse, dense and peer calls take turns in one run.
 """
@@ -43,7 +43,7 @@ Status = Literal["measured", "red", "out of reach", "refused"]
 
 @dataclasses.dataclass(frozen=True)
 class RowOutcome:
-    """What came of a declared row: its record, or the reason why there is none."""
+    """The result of a declared row: its record, or the reason why there is none."""
 
     row: Declared
     status: Status
@@ -76,7 +76,7 @@ class Bench:
         self._dense: dict[tuple[Any, ...], tuple[str, dict[str, Any]]] = {}
 
     def run(self, rows: Sequence[Row]) -> Iterator[RowOutcome]:
-        """Measure the rows one by one; a row that cannot be measured does not keep the others from it."""
+        """Measure the rows one by one; a row that cannot be measured does not stop the others."""
         for row in rows:
             yield outcome_of(row, functools.partial(self.measure, row))
 
@@ -134,14 +134,14 @@ class Bench:
         }
 
     def gate(self, row: Row) -> dict[str, ErrorCheck]:
-        """Hold the forward call of a row against fp64 and time nothing; see `gate.check`."""
+        """Compare the forward call of a row with fp64, without timing it; see `gate.check`."""
         problem = make_problem(row, self.device, self.impl)
         return check(problem, problem.attend, gradients=False)
 
     def best_dense(self, row: Row, problem: Problem) -> tuple[str, dict[str, Any]]:
-        """The fastest dense attention for these sizes, and milliseconds of (or what is wrong with) each one tried."""
+        """The fastest dense attention for these sizes, and of each one tried its milliseconds or its error."""
         if self.device.type != "cuda":
-            return DENSE, {}  # there is one
+            return DENSE, {}  # the only one
         shape = row.shape
         key = (shape.tokens, shape.heads, shape.head_dim, row.dtype, row.direction)
         if key not in self._dense:
@@ -151,7 +151,7 @@ class Bench:
                     call = prepare(problem, _dense(name), row.direction, weights=False)
                     taken = alternate({name: call}, TRIAL_SECONDS, self.device, TRIAL_ROUNDS)
                     tried[name] = statistics.median(taken[name])
-                except RuntimeError as error:  # what SDPA raises for a back end that does not take the call
+                except RuntimeError as error:  # SDPA's error where a back end does not take the call
                     tried[name] = first_line(error)
             timed = {name: found for name, found in tried.items() if isinstance(found, float)}
             if not timed:
@@ -173,7 +173,7 @@ class Bench:
 
 
 def outcome_of(row: Declared, measure: Callable[[], dict[str, Any]]) -> RowOutcome:
-    """What comes of measuring a row; only defects are raised."""
+    """The outcome of measuring a row; expected errors become its reason."""
     try:
         return RowOutcome(row, "measured", measure())
     except Inexact as error:
@@ -187,7 +187,7 @@ def outcome_of(row: Declared, measure: Callable[[], dict[str, Any]]) -> RowOutco
 
 
 def make_problem(row: Row, device: torch.device, impl: Impl = "auto") -> Problem:
-    """Random tensors of a row's shape, laid out as models hand them over, and its plan.
+    """Random tensors of a row's shape, laid out as models pass them, and its plan.
 
     Raises:
         DitAccelError: no setting of the method comes near the row's density, or its settings do not fit the grid.
@@ -214,7 +214,7 @@ def make_problem(row: Row, device: torch.device, impl: Impl = "auto") -> Problem
 
 
 def prepare(problem: Problem, attend: Attend, direction: str, *, weights: bool = True) -> Call:
-    """What is timed: the call forwards, its gradients from a finished forward pass, or both.
+    """The call to time: forward, the gradients after a forward pass, or both.
 
     Args:
         weights: gradients of the module's weights belong to it too.

@@ -1,7 +1,7 @@
-"""Measuring one denoising step of whole models: the transformer's call, dense and with each method.
+"""Measures one denoising step of whole models: the transformer's call, dense and with each method.
 
-Before a method's step is timed, its attention passes the gate (`dit_accel.bench.gate`) on the model's shape. What is
-not attention is measured by a step whose attention returns its values untouched.
+Before a method's step is timed, its attention is checked on the model's shape (`dit_accel.bench.gate`). A step whose
+attention returns v gives the time of everything else.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ from dit_accel.pipelines.targets import find_transformers
 from dit_accel.plans.plan import Plan
 from dit_accel.registry import Method, get_method, make_config
 
-ROUNDS = 2  # times of a step at least: one of a long video takes half a minute
+ROUNDS = 2  # steps to time at least: one of a long video takes half a minute
 
 
 class NothingPlan(Plan):
-    """No attention at all: what a step takes besides it."""
+    """No attention at all, for the time of the rest of a step."""
 
     @property
     def pairs(self) -> int:
@@ -90,7 +90,7 @@ class StepBench:
         self._attention = Bench(device, impl)
 
     def run(self, steps: Sequence[ModelStep]) -> Iterator[RowOutcome]:
-        """Measure the steps, a model and mode at a time; what cannot be measured does not keep the rest from it."""
+        """Measure the steps, a model and mode at a time; a step that cannot be measured does not stop the others."""
         for shape, of_model in itertools.groupby(steps, key=lambda step: step.shape):
             asked = list(of_model)
             try:
@@ -160,7 +160,7 @@ class StepBench:
         }
 
     def _dense_backends(self, subject: Subject) -> list[str]:
-        """PyTorch's attentions on a GPU, the fastest at the model's sizes first; none elsewhere, where there is one."""
+        """On a GPU PyTorch's attentions, the fastest at the model's sizes first; elsewhere there is no choice."""
         if self.device.type != "cuda":
             return []
         row = subject.row(MethodSetting("dense", None, {}))
@@ -171,7 +171,7 @@ class StepBench:
         self, subject: Subject, method: Method, config: Any, dense_layers: Any
     ) -> tuple[dict[str, Any], Report]:
         """Times with a method at work, and its report."""
-        torch.compiler.reset()  # each setting is a new graph, and after eight the compiler gives up
+        torch.compiler.reset()  # each setting is a new graph, and the compiler stops after eight
         schedule = Schedule(dense_layers=dense_layers)
         accel = Accelerator(subject.found, None, method, config, schedule, self.impl, False, SelfCheck())
         accel.apply()
@@ -201,7 +201,7 @@ class StepBench:
 
 
 class Subject:
-    """A model that is measured: the transformer, one call's inputs, and what its family says of both.
+    """A model to measure: the transformer, one call's inputs, and its family.
 
     Args:
         shape: has a transformer; the call gets always the same numbers.
@@ -242,7 +242,7 @@ class Subject:
 
 
 def _preferring(backends: list[str]) -> AbstractContextManager[Any]:
-    """PyTorch's attentions in this order; a call that the first cannot take goes to the next."""
+    """Prefer PyTorch's attentions in this order; a call goes to the first that takes it."""
     if not backends:
         return nullcontext()
     return sdpa_kernel([DENSE_BACKENDS[name] for name in backends], set_priority=True)

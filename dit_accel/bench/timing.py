@@ -1,4 +1,4 @@
-"""Times of calls that are compared: taken in turn, so that whatever else the machine does meets all of them."""
+"""Times of calls that are compared: the calls take turns, so that other load of the machine slows all of them alike."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ Call = Callable[[], object]
 def alternate(
     calls: Mapping[str, Call], seconds: float, device: torch.device, least: int = LEAST
 ) -> dict[str, list[float]]:
-    """Milliseconds of each call, in turn until `seconds` have passed, after one round that does not count.
+    """Milliseconds of each call. The calls take turns until `seconds` have passed; a first round does not count.
 
-    On a GPU the work is timed by events, between which the caches are emptied; elsewhere by the clock.
+    On a GPU events time the work, and the caches are emptied before each call; elsewhere the clock does.
 
     Args:
         calls: by name.
-        seconds: for all of them together, the first round not included.
+        seconds: for all of them together, without the first round.
         device: where they run.
-        least: rounds, even if they take longer.
+        least: rounds to make, even if they take longer.
     """
     once = _gpu_clock(device) if device.type == "cuda" else _clock
     taken: dict[str, list[float]] = {name: [] for name in calls}

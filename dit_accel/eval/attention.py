@@ -1,10 +1,10 @@
-"""What a method does to each attention layer at each step: error against dense attention, and softmax mass kept.
+"""Measures a method's attention, layer by layer and step by step: error against dense attention, softmax mass kept.
 
     with accelerated(pipe, "gna", window=0.5) as accel:
         record = record_attention(accel, lambda: pipe(prompt), steps=(0, 8, 15))
     record.worst(3)  # the layers to keep dense first
 
-Both are measured by `dit_accel.hooks.selfcheck` on sampled queries of the run's own q, k and v.
+`dit_accel.hooks.selfcheck` measures both on sampled queries of the run's own q, k and v.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Generated samples on disk: one file for the frames of each, one line for what is known of it.
+"""Generated samples on disk: a file with the frames of each, and a line with its record.
 
 A sample is named by a hash of everything that decides its pixels. Its frames are written first and its line second, so
-a run that is killed at any point loses at most the sample it was making.
+a run that is killed loses at most the sample it was making.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Store:
         import numpy as np
         from safetensors.numpy import save
 
-        frames = np.ascontiguousarray(frames)  # safetensors writes the memory as it lies
+        frames = np.ascontiguousarray(frames)  # safetensors writes memory in its order
         path = self.path(row["key"])
         row = row | {"sha256": hash_of(frames)}
         replace_file(path, save({"frames": frames}, metadata={"row": json.dumps(row)}))

@@ -64,14 +64,14 @@ class PromptSeed:
 
 
 def label(choice: MethodChoice) -> str:
-    """The choice the way it is typed, with its schedule and the folder it was loaded from."""
+    """The choice as a user types it, with its schedule and the folder it was loaded from."""
     schedule, default = dataclasses.asdict(choice.schedule), dataclasses.asdict(Schedule())
     parts = [choice.title, *(f"{name}={value}" for name, value in schedule.items() if value != default[name])]
     return " ".join(parts if choice.folder is None else [*parts, f"from {choice.folder.name}"])
 
 
 class Sweep:
-    """Generates what is not there yet.
+    """Generates the samples that are not there yet.
 
     Args:
         pipe: ready to be called.
@@ -111,7 +111,7 @@ class Sweep:
         return key_of(identity)
 
     def arguments(self, candidate: Candidate) -> dict[str, Any]:
-        """Of the pipeline's call; a method trained for fewer steps takes these, if no others were asked for."""
+        """The arguments of the pipeline's call; a method's own defaults, such as steps, win over the model's."""
         return self._arguments({} if candidate.choice is None else candidate.choice.call)
 
     def store(self, candidate: Candidate) -> Store:
@@ -129,7 +129,7 @@ class Sweep:
     def attention(
         self, candidate: Candidate, item: PromptSeed, chosen: attention.MapChoice, folder: Path
     ) -> dict[str, Any]:
-        """What a method does to each attention layer, measured in one more run, or as kept in `folder`.
+        """A method's attention, layer by layer, measured in one more run or read from `folder`.
 
         Raises:
             DitAccelError: the model has no such layer, the run no such step, the transformers are compiled, or the map
@@ -160,7 +160,7 @@ class Sweep:
             )
             return False
         if known is None and found is not None and candidate.choice is None:
-            # A kill may have come before its line was written: then its times are those of this evaluation too.
+            # If a kill came before its line was written, its times are those of this evaluation too.
             self.results.add(found | {"cached": not self.baselines.folder.is_relative_to(self.results.folder)})
             return True
         return known is not None
@@ -206,7 +206,7 @@ class Sweep:
 
 
 def _density(report: Report) -> dict[str, Any]:
-    """Share of pairs attended over all self-attention calls, dense ones counted as 1, and what computed them."""
+    """Share of pairs attended over all self-attention calls (dense ones: 1), and the implementations that ran."""
     calls = report.sparse_calls + report.dense_calls
     sparse = sum(layer.sparse_calls * (layer.density or 0.0) for layer in report.layers)
     return {
@@ -218,7 +218,7 @@ def _density(report: Report) -> dict[str, Any]:
 
 
 def folder_hash(folder: Path) -> str:
-    """A hash of a model's folder: the JSON files' text; of weights, which may be large, name, size and date."""
+    """A hash of a model's folder: the text of JSON files, and name, size and date of weights, which may be large."""
     parts: dict[str, Any] = {}
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
@@ -231,7 +231,7 @@ def folder_hash(folder: Path) -> str:
 
 
 def code_hash() -> str:
-    """A hash of this package's code that decides pixels: all but the floors above generation."""
+    """A hash of the package's code that decides pixels: all but the folders above generation."""
     package = ROOT / "dit_accel"
     files = (path for path in sorted(package.rglob("*.py")) if path.relative_to(package).parts[0] not in ABOVE)
     return key_of({path.relative_to(package).as_posix(): path.read_text(encoding="utf-8") for path in files})

@@ -2,7 +2,7 @@
 
     write_report(summary, folder)
 
-`fields.py` says what a summary holds; the page is self-contained: pictures and videos are in it, it asks no network.
+`fields.py` describes a summary. The page holds its pictures and videos, so it needs no other file and no network.
 """
 
 from __future__ import annotations
@@ -14,15 +14,14 @@ NAMES = ("summary.json", "summary.md", "pareto.png", "report.html")
 
 
 def write_report(summary: dict[str, Any], folder: Path) -> None:
-    """Write `NAMES` into a folder that exists; old ones are replaced together, once all new ones are whole.
+    """Write `NAMES` into a folder that exists. Old files are replaced together, once all new ones are complete.
 
     Args:
         summary: as `fields.py` describes it.
         folder: where to; paths in the summary are relative to it.
 
     Raises:
-        DitAccelError: matplotlib is not installed, a picture or video in it is missing, or
-            the folder cannot be written to.
+        DitAccelError: matplotlib is not installed, a picture or video is missing, or the folder cannot be written to.
     """
     import json
 
