@@ -1,10 +1,15 @@
 """Accelerated transformers under `torch.compile(fullgraph=True)`, with the graphs counted."""
 
+import accelerated_runs
 import pytest
+import tiny_models
 import torch
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import dit_accel
+from dit_accel.pipelines import attention
 
 CASES = {
     "wan": [
@@ -173,3 +178,136 @@ def test_inductor(tiny_wan, wan_inputs):
         eager = run(transformer, inputs)
         compiled = torch.compile(transformer, fullgraph=True)
         torch.testing.assert_close(run(compiled, inputs), eager, rtol=1e-4, atol=1e-5)
+
+
+SIZES = [(5, 14, 18), (3, 14, 18), (5, 10, 22), (4, 12, 12), (6, 8, 20), (3, 20, 10)]
+SIZES += [(4, 18, 14), (5, 16, 14), (7, 10, 10), (4, 14, 22), (6, 12, 16)]
+IMAGES = [(13, 11), (11, 13), (9, 16), (16, 9), (12, 12), (10, 14), (8, 19), (17, 7), (15, 10), (14, 9), (12, 15)]
+PART = {"window": (0.5, 0.7, 0.5)}
+MANY_SIZES = [
+    # family, method, settings, what compiles, backend, dynamic, gradients
+    ("wan", "radial", {"decay": 0.2, "sink": False}, "blocks", "aot_eager", None, False),
+    ("wan", "tile", {"references": 1}, "blocks", "aot_eager", True, False),
+    ("wan", "sla", {"topk": 0.3, "block": 16}, "whole", "aot_eager", True, True),
+    ("wan", "sla", {"topk": 0.3, "block": 16}, "blocks", "inductor", True, True),
+    ("wan", "gna", PART, "whole", "inductor", None, False),
+    ("flux", "gna", {"window": (1, 0.4, 0.4)}, "whole", "aot_eager", True, False),
+    ("hunyuan_video", "sla", {"topk": 0.3, "block": 16}, "whole", "aot_eager", True, False),
+]
+
+
+def calls_of_many_sizes(family):
+    module = tiny_models.module(family)
+    if family == "flux":
+        return module.build(num_layers=1, num_single_layers=1), [module.inputs(size) for size in IMAGES]
+    transformer = module.build()
+    call = module.inputs()
+    batch, channels = call["hidden_states"].shape[:2]
+    return transformer, [call | {"hidden_states": tiny_models.numbers()(batch, channels, *size)} for size in SIZES]
+
+
+def outcome(call, transformer, inputs, gradients):
+    """The output, or the gradients of all weights, learned ones too."""
+    if not gradients:
+        return run(call, inputs)
+    transformer.zero_grad()
+    call(**inputs, return_dict=False)[0].square().mean().backward()
+    found = {name: weight.grad for name, weight in transformer.named_parameters() if weight.grad is not None}
+    assert any("to_q" in name for name in found)
+    return found
+
+
+@pytest.mark.parametrize(("family", "method", "config", "part", "backend", "dynamic", "gradients"), MANY_SIZES)
+def test_eleven_sizes_share_their_graphs(family, method, config, part, backend, dynamic, gradients):
+    """As many graphs as the untouched model has; that is, three at most for each of its parts."""
+    transformer, calls = calls_of_many_sizes(family)
+    counter = CompileCounterWithBackend(backend)
+    with dit_accel.accelerated(transformer, method, **config) as accel:
+        accelerated_runs.train(accel)
+        wanted = [outcome(transformer, transformer, inputs, gradients) for inputs in calls]
+        compiled = transformer
+        if part == "whole":
+            compiled = torch.compile(transformer, backend=counter, fullgraph=True, dynamic=dynamic)
+        else:
+            transformer.compile_repeated_blocks(backend=counter, fullgraph=True, dynamic=dynamic)
+        for inputs, eager in zip(calls, wanted, strict=True):
+            found = outcome(compiled, transformer, inputs, gradients)
+            torch.testing.assert_close(found, eager, rtol=1e-4, atol=1e-5)
+        layers = accel.report().layers
+    assert counter.frame_count <= 3
+    assert {(layer.sparse_calls, layer.dense_calls) for layer in layers} == {(2 * len(calls), 0)}
+    if method == "sla" and gradients:
+        assert any("sparse_linear" in name for name in eager)
+
+
+def test_lora_adapters_are_swapped_without_a_new_graph(tiny_wan, wan_inputs):
+    """As Diffusers' hot-swapping does it; both sizes of both adapters run in the graphs of the first."""
+    counter, target = CompileCounterWithBackend("aot_eager"), ["to_q", "to_v"]
+    states = []
+    for seed in (0, 1):
+        adapted = tiny_wan(layers=1)
+        adapted.add_adapter(LoraConfig(r=4, lora_alpha=4, target_modules=target), adapter_name="first")
+        with torch.no_grad():
+            for name, weight in adapted.named_parameters():
+                if "lora_B" in name:
+                    weight.copy_(torch.randn(weight.shape, generator=torch.Generator().manual_seed(seed)))
+        states.append({k: v.clone() for k, v in get_peft_model_state_dict(adapted, adapter_name="first").items()})
+    transformer = tiny_wan(layers=1)
+    calls = [wan_inputs(), wan_inputs(3, 10, 22)]
+    with dit_accel.accelerated(transformer, "gna", **PART):
+        transformer.enable_lora_hotswap(target_rank=4)
+        transformer.load_lora_adapter(states[0], prefix=None, adapter_name="first")
+        compiled = torch.compile(transformer, backend=counter, fullgraph=True, dynamic=True)
+        seen = [run(compiled, inputs) for inputs in calls]
+        graphs = counter.frame_count
+        transformer.load_lora_adapter(states[1], prefix=None, adapter_name="first", hotswap=True)
+        swapped = [run(compiled, inputs) for inputs in calls]
+        assert counter.frame_count == graphs <= 3
+        for before, after, inputs in zip(seen, swapped, calls, strict=True):
+            assert (before - after).abs().max() > 1e-3
+            torch.testing.assert_close(after, run(transformer, inputs))
+
+
+def test_a_backward_pass_after_another_forward(model):
+    """Each forward keeps a record of its own; records go with the graphs that they belong to."""
+    transformer, inputs = model("wan")
+    other = {name: value + 1 if name == "hidden_states" else value for name, value in inputs.items()}
+
+    def gradients(call):
+        transformer.zero_grad()
+        first, second = (call(**each, return_dict=False)[0].square().mean() for each in (inputs, other))
+        first.backward(retain_graph=True)
+        first.backward()
+        (second * 2).backward()
+        return transformer.blocks[0].attn1.to_q.weight.grad.clone()
+
+    with dit_accel.accelerated(transformer, "gna", **PART):
+        compiled = torch.compile(transformer, backend="aot_eager", fullgraph=True)
+        torch.testing.assert_close(gradients(compiled), gradients(transformer))
+        assert not attention._RECORDS
+        output = compiled(**inputs, return_dict=False)[0]
+        assert len(attention._RECORDS) == 2
+        del output
+        assert not attention._RECORDS
+
+
+def test_the_operator_passes_opcheck():
+    grid = dit_accel.TokenGrid(3, 4, 5)
+    state = attention.CallState("portable")
+    state.set(dit_accel.plan("gna", grid, window=3))
+    layer = attention.LayerAttention(state)
+    for gradients in (False, True):
+        q, k, v = (torch.randn(2, 60, 3, 8, requires_grad=gradients).transpose(1, 2) for _ in range(3))
+        tests = ("test_schema", "test_faketensor", "test_autograd_registration")
+        torch.library.opcheck(
+            attention.planned_attention, (q, k, v, layer.key, [], None, False, gradients), test_utils=tests
+        )
+
+
+def test_a_compiled_model_whose_accelerator_is_gone():
+    layer = attention.LayerAttention(attention.CallState())
+    key = layer.key
+    del layer
+    q = torch.randn(1, 2, 3, 4)
+    with pytest.raises(dit_accel.DitAccelError, match="its accelerator is gone"):
+        attention.planned_attention(q, q, q, key, [], None, False, False)

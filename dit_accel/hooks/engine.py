@@ -21,8 +21,9 @@ from dit_accel.hooks.selfcheck import AttentionCall, SelfCheck
 from dit_accel.hooks.steps import StepClock
 from dit_accel.kernels.impls import Impl
 from dit_accel.pipelines import context_parallel, processor
+from dit_accel.pipelines.attention import CallState
 from dit_accel.pipelines.family import CallLayout, Family, Memory, ModelCall
-from dit_accel.pipelines.processor import AcceleratedAttnProcessor, CallState
+from dit_accel.pipelines.processor import AcceleratedAttnProcessor
 from dit_accel.plans.plan import Plan, building
 from dit_accel.registry import Method
 from dit_accel.tokens import TokenGrid
@@ -94,6 +95,7 @@ class Layer:
                 raise DitAccelError(f"{self.name} already has a module named {attribute!r}; remove it first.")
             self.attention.add_module(attribute, learned)
             self.attribute, self.learned = attribute, learned
+        self.ours.learned = learned
         self.attention.processor = self.ours  # type: ignore[assignment]
 
     def detach(self) -> bool:
@@ -190,8 +192,7 @@ class Engine:
         for (name, attention), (config, reason) in zip(found, self._decide(settings, len(found)), strict=True):
             sees_text, state = self._family.sees_text(name), self._dense_state
             if reason is None:
-                learned = None if self._method.module is None else self._method.module.attribute
-                fresh = CallState(self._impl, self._family.text_is_keys, learned)
+                fresh = CallState(self._impl, self._family.text_is_keys)
                 state = self._states.setdefault((config, sees_text), fresh)
             own: Any = attention.processor
             if isinstance(own, AcceleratedAttnProcessor):  # of an accelerator that this one is to replace
@@ -247,6 +248,10 @@ class Engine:
             if not layer.ours.ran:
                 continue
             layer.ours.ran = False
+            if layer.ours.intercepted:
+                layer.ours.intercepted = False
+                layer.tally.dense("attention replaced by a function mode")
+                continue
             if layer.dense_reason is not None:
                 layer.tally.dense(layer.dense_reason)
                 continue

@@ -1,16 +1,15 @@
-"""Run a model's own attention processor with only its attention call replaced.
+"""Run a model's own attention processor with its attention call replaced.
 
 A processor's projections, norms, rotary embedding and output stay the model's code: its `__call__` is rebuilt over a
-copy of its globals in which the attention function is ours. What Dynamo needs of this arrangement:
+copy of its globals in which the attention function is ours. Dynamo requires three things of this arrangement:
 
-* the copied globals belong to a module in `sys.modules`, where guards look them up; there is one for the code of each
-  processor class, kept for the process, and it holds no accelerator: a compiled model would keep the first one's plan
-  for good;
-* so the replaced function finds plan and weights through a slot, one per thread, that the wrapper fills from itself;
-* nothing is counted in traced code. `ran` is only ever set there, which adds no guard and no graph.
+* The copied globals belong to a module in `sys.modules`, where guards look them up. There is one module for the code of
+  each processor class. It is kept for the process and holds no accelerator: a compiled model would keep the first one.
+* The replaced function finds its layer through a slot, one per thread, which the wrapper sets from `self`.
+* Traced code counts nothing. It only sets `ran`, which adds no guard and no graph.
 
-Where a model's processor itself wastes memory or time on masks, its family's file has a function that computes the same
-without, for sparse calls only (`Family.sparse_calls`); it ends in `attend`.
+Where a model's processor wastes memory or time on masks, its family's file has a function that computes the same
+without masks, for sparse calls only (`Family.sparse_calls`); it calls `attend`.
 """
 
 from __future__ import annotations
@@ -29,91 +28,30 @@ import torch
 from torch import nn
 
 from dit_accel.errors import DitAccelError
-from dit_accel.kernels.impls import Impl
-from dit_accel.pipelines.context_parallel import Ulysses
-from dit_accel.plans.plan import Plan
+from dit_accel.pipelines.attention import CallState, LayerAttention
 
-Watch = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, "float | None", "CallState"], None]
-# Called with a processor and then as the processor is: computes what it does, with its attention through `attend`.
+# Replaces a processor's `__call__` in sparse calls; takes the processor first, and calls `attend`.
 SparseCall = Callable[..., Any]
 
 _SERIAL = itertools.count()
 _WRAPPERS: dict[tuple[type, Callable[..., Any], SparseCall | None], type[AcceleratedAttnProcessor]] = {}
 
 
-class CallState:
-    """What the root hook decided for the call under way. One per transformer; traced code only reads it.
-
-    Attributes:
-        sparse: whether `plan` computes this call; otherwise the model's own processor does.
-        plan: of the call's grid.
-        text_lens, text_bias: as in `family.CallLayout`.
-        rows: int64 [B, tokens], where in the sequence each token of the grid lies, and the reverse; or None, where the
-            sequence is in the grid's order.
-        ulysses: how several processes share the call's sequence; None if this one holds it all.
-        impl: the implementation that computes the call; as in `plans.attention`.
-        text_is_keys: as in `family.Family`.
-        learned: attribute of the attention modules that holds the method's learned weights; None if it has none.
-    """
-
-    def __init__(self, impl: Impl = "auto", text_is_keys: bool = False, learned: str | None = None) -> None:
-        self.sparse, self.text_is_keys, self.learned = False, text_is_keys, learned
-        self.plan: Plan | None = None
-        self.text_lens: torch.Tensor | None = None
-        self.text_bias: torch.Tensor | None = None
-        self.rows: tuple[torch.Tensor, torch.Tensor] | None = None
-        self.ulysses: Ulysses | None = None
-        self.impl = impl
-
-    def set(
-        self,
-        plan: Plan,
-        text_lens: torch.Tensor | None = None,
-        text_bias: torch.Tensor | None = None,
-        rows: torch.Tensor | None = None,
-        ulysses: Ulysses | None = None,
-    ) -> None:
-        """Let `plan` compute the call under way; lengths, bias and rows as in `family.CallLayout`."""
-        self.plan, self.text_lens, self.text_bias, self.ulysses = plan, text_lens, text_bias, ulysses
-        self.sparse = True
-        self.rows = None if rows is None else (rows, rows.argsort(-1))
-
-    def text_of(self, samples: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """Lengths and bias for an attention call of so many samples.
-
-        FasterCache leaves out the first half of a batch, behind the hook that reads the transformer's call.
-        """
-        lens, bias = self.text_lens, self.text_bias
-        return None if lens is None else _of_last(lens, samples), None if bias is None else _of_last(bias, samples)
-
-    @property
-    def tokens(self) -> int:
-        """Tokens that an attention call has in this process."""
-        if self.ulysses is not None:
-            return self.ulysses.tokens[self.ulysses.rank]
-        return 0 if self.plan is None else self.plan.grid.tokens
-
-    @property
-    def missing(self) -> int:
-        """Tokens that are no queries."""
-        return self.plan.grid.text if self.text_is_keys and self.plan is not None else 0
-
-
-class AcceleratedAttnProcessor:
+class AcceleratedAttnProcessor(LayerAttention):
     """The processor of an accelerated attention module; see `wrap_processor`.
 
     Attributes:
         inner: the model's own processor.
-        state: shared by the layers of a transformer.
         ran: set by every call; whoever counts resets it.
-        watch: called with q, k, v, out (the whole sequence), scale and state after sparse attention, before the call is
-            over: when it gives the layer a dense state, the layer's call is computed densely instead. Never traced.
+        intercepted: set by a call whose attention a function mode replaced (perturbed-attention guidance).
+
+    When `watch` gives the layer a dense state, the call under way is computed again densely.
     """
 
     def __init__(self, inner: Any, state: CallState) -> None:
-        self.inner, self.state = inner, state
-        self.ran = False
-        self.watch: Watch | None = None
+        super().__init__(state)
+        self.inner = inner
+        self.ran = self.intercepted = False
 
     # Diffusers finds processors by these two names: without them it would skip ours when it sets a back end, and
     # shard the sequence without telling us. A processor that lacks one makes ours lack it too.
@@ -135,11 +73,11 @@ class AcceleratedAttnProcessor:
 
 
 class _Slot(threading.local):
+    """The layer whose processor runs, and its attention calls: over the grid, computed by the plan, and others."""
+
     def __init__(self) -> None:
-        self.state: CallState | None = None
-        self.learned: nn.Module | None = None
-        self.watch: Watch | None = None
-        self.replaced = self.others = 0
+        self.layer: AcceleratedAttnProcessor | None = None
+        self.replaced = self.planned = self.others = 0
 
 
 _SLOT = _Slot()
@@ -148,15 +86,16 @@ _SLOT = _Slot()
 def wrap_processor(
     inner: Any, state: CallState, sparse_calls: Mapping[str, SparseCall] = MappingProxyType({})
 ) -> AcceleratedAttnProcessor:
-    """A processor that does as `inner` does, with sparse attention whenever `state` says so.
+    """A processor that runs `inner`, with sparse attention whenever `state` is sparse.
 
     Args:
         inner: the model's own processor.
         state: of the transformer's calls.
-        sparse_calls: by processor class, what runs in its place in sparse calls; the others' own code is rebuilt.
+        sparse_calls: by processor class, a function that replaces its `__call__` in sparse calls; the code of other
+            classes is rebuilt.
 
     Raises:
-        DitAccelError: `inner` cannot be rebuilt: it is no Python code, holds weights, or calls no attention we know.
+        DitAccelError: `inner` cannot be rebuilt: it is no Python code, holds weights, or calls no known attention.
     """
     if isinstance(inner, nn.Module):
         raise DitAccelError(
@@ -167,7 +106,19 @@ def wrap_processor(
     kind = type(inner), type(inner).__call__, sparse_call  # a class's code may be patched between two accelerators
     if kind not in _WRAPPERS:
         _WRAPPERS[kind] = _wrapper_class(type(inner), sparse_call)
+    _register(_WRAPPERS[kind], type(inner))
     return _WRAPPERS[kind](inner, state)
+
+
+def _register(ours: type, inner: type) -> None:
+    """Enter our class in Diffusers' registry as the inner class is: layer skipping and guiders look there."""
+    from diffusers.hooks._helpers import AttentionProcessorRegistry
+
+    try:
+        metadata = AttentionProcessorRegistry.get(inner)
+    except ValueError:  # the model itself cannot skip attention
+        return
+    AttentionProcessorRegistry.register(ours, metadata)
 
 
 def _wrapper_class(inner_type: type, sparse_call: SparseCall | None) -> type[AcceleratedAttnProcessor]:
@@ -179,19 +130,17 @@ def _wrapper_class(inner_type: type, sparse_call: SparseCall | None) -> type[Acc
         if not self.state.sparse:
             self.ran = True
             return self.inner(attn, *args, **kwargs)
-        learned = self.state.learned
-        _SLOT.learned = None if learned is None else getattr(attn, learned)
-        _SLOT.state, _SLOT.watch = self.state, self.watch
-        _SLOT.replaced = _SLOT.others = 0
+        _SLOT.layer = self
+        _SLOT.replaced = _SLOT.planned = _SLOT.others = 0
         try:
             result = sparse(self.inner, attn, *args, **kwargs)
-            # No attention at all is the model's own doing: LTX-2's perturbed layers take the values instead.
+            # A model may skip attention itself: LTX-2's perturbed layers use the values instead.
             if _SLOT.replaced + _SLOT.others > 0:
-                self.ran = True
+                self.ran, self.intercepted = True, _SLOT.planned == 0
                 if _SLOT.replaced != 1:
-                    raise _sequence_error(self.state, _SLOT.replaced)
+                    raise self.state.sequence_error(_SLOT.replaced)
         finally:
-            _SLOT.state = _SLOT.learned = _SLOT.watch = None
+            _SLOT.layer = None
         if not self.state.sparse:
             return self.inner(attn, *args, **kwargs)
         return result
@@ -283,17 +232,17 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     Raises:
         DitAccelError: q and k are no self-attention over the grid.
     """
-    state = _SLOT.state
-    assert state is not None
+    layer = _SLOT.layer
+    assert layer is not None
     if not _is_ours(q.shape[2], k.shape[2]):
-        raise _sequence_error(state, 0)
+        raise layer.state.sequence_error(0)
     return _attend(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None)
 
 
 def _is_ours(queries: int, keys: int) -> bool:
-    """Whether a call is self-attention over the grid, and not over image prompts or other tokens."""
-    state = _SLOT.state
-    if state is not None and keys == state.tokens and queries == keys - state.missing:
+    """Whether a call is self-attention over the grid, rather than over image prompts or other tokens."""
+    layer = _SLOT.layer
+    if layer is not None and layer.state.covers(queries, keys):
         return True
     _SLOT.others += 1
     return False
@@ -308,55 +257,44 @@ def _attend(
     is_causal: bool,
     scale: float | None,
 ) -> torch.Tensor:
-    """The plan's attention, [B, H, N, D]."""
-    state = _SLOT.state
-    assert state is not None and state.plan is not None
-    if attn_mask is not None and state.text_lens is None:
-        raise DitAccelError(
-            f"The model passed an attention mask {tuple(attn_mask.shape)}, which {state.plan.method} cannot honour "
-            "here; call it without one, or run it dense."
-        )
-    if is_causal or dropout_p or q.shape[1] != k.shape[1]:
+    """The plan's attention, [B, H, N, D], below the function modes that are active."""
+    _SLOT.replaced += 1
+    if torch._C._len_torch_function_stack() == 0:
+        return _planned(q, k, v, attn_mask, dropout_p, is_causal, scale)
+    query = q.as_subclass(_Query)
+    return nn.functional.scaled_dot_product_attention(query, k, v, attn_mask, dropout_p, is_causal, scale=scale)
+
+
+class _Query(torch.Tensor):
+    """A query whose `F.scaled_dot_product_attention` is the plan's.
+
+    Function modes see the call first, as they see a dense one: Diffusers' layer skipping and perturbed-attention
+    guidance replace its result. The call that a mode passes on arrives here.
+    """
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not nn.functional.scaled_dot_product_attention:
+            return super().__torch_function__(func, types, args, kwargs or {})
+        with torch._C.DisableTorchFunctionSubclass():
+            return _planned(*args, **(kwargs or {}))
+
+
+def _planned(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+) -> torch.Tensor:
+    if is_causal or dropout_p or query.shape[1] != key.shape[1]:
         raise DitAccelError(
             "Accelerated attention is neither causal nor with dropout, and has as many key heads as query heads; got "
-            f"is_causal={is_causal}, dropout_p={dropout_p}, {q.shape[1]} and {k.shape[1]} heads."
+            f"is_causal={is_causal}, dropout_p={dropout_p}, {query.shape[1]} and {key.shape[1]} heads."
         )
-    _SLOT.replaced += 1
-    queries = slice(None)
-    if state.missing:
-        grid = state.plan.grid
-        queries = slice(grid.text, None) if grid.text_first else slice(grid.tokens - grid.text)
-        q = nn.functional.pad(q, (0, 0, grid.text, 0) if grid.text_first else (0, 0, 0, grid.text))
-    heads, ulysses = q.shape[1], state.ulysses
-    rows = None if state.rows is None else tuple(_of_last(each, len(q)) for each in state.rows)
-    if ulysses is not None:
-        q, k, v = ulysses.gather(q, k, v)
-    if rows is not None:
-        q, k, v = (_take(x, rows[0]) for x in (q, k, v))
-    text_lens, text_bias = state.text_of(len(q))
-    out = state.plan.attend(
-        q, k, v, scale=scale, text_lens=text_lens, text_bias=text_bias, impl=state.impl, module=_SLOT.learned
-    )
-    if _SLOT.watch is not None:
-        _SLOT.watch(q, k, v, out, scale, state)
-    if rows is not None:
-        out = _take(out, rows[1])
-    return (out if ulysses is None else ulysses.scatter(out, heads))[:, :, queries]
-
-
-def _of_last(x: torch.Tensor, samples: int) -> torch.Tensor:
-    return x[samples:] if len(x) == 2 * samples else x
-
-
-def _take(x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """Tokens in another order: row `rows[b, n]` of sample b as its row n; x [B, H, N, D], rows [B, N]."""
-    return x.take_along_dim(rows[:, None, :, None], 2)
-
-
-def _sequence_error(state: CallState, calls: int) -> DitAccelError:
-    where = "" if state.ulysses is None else f", {state.tokens} tokens of it in this process"
-    return DitAccelError(
-        f"The grid of this transformer call is {None if state.plan is None else state.plan.grid}{where}, and {calls} "
-        "attention calls of one layer had that many tokens instead of 1; run the whole transformer, or leave this "
-        "layer dense."
-    )
+    layer = _SLOT.layer
+    assert layer is not None
+    _SLOT.planned += 1
+    return layer.attend(query, key, value, scale, attn_mask is not None)

@@ -13,7 +13,8 @@ from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from torch import nn
 
 from dit_accel.errors import DitAccelError
-from dit_accel.pipelines.processor import CallState, wrap_processor
+from dit_accel.pipelines.attention import CallState
+from dit_accel.pipelines.processor import wrap_processor
 from dit_accel.registry import plan
 from dit_accel.tokens import TokenGrid
 

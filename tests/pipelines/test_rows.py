@@ -13,9 +13,10 @@ import torch.nn.functional as F
 from torch import nn
 
 import dit_accel
+from dit_accel.pipelines.attention import CallState
 from dit_accel.pipelines.family import Memory, ModelCall
 from dit_accel.pipelines.lumina2 import pack
-from dit_accel.pipelines.processor import CallState, wrap_processor
+from dit_accel.pipelines.processor import wrap_processor
 from dit_accel.pipelines.reading import bias_text, mask_text
 from dit_accel.testing import assert_accurate, plain_attention
 

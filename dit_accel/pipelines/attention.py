@@ -1,0 +1,295 @@
+"""Attention as a plan computes it: the decision for the call under way, and its computation in one layer.
+
+A compiled model sees one opaque operator, `dit_accel::planned_attention`. Traced code passes q, k, v, the layer's
+learned weights and the layer's key, a tensor whose value no guard reads. The operator finds plan, text lengths and
+processes by that key. One graph therefore serves every grid and every setting; the sizes in it are symbolic.
+
+The operator's backward needs the tensors that the plan's own kernels save, whose number and shapes depend on the plan.
+So the forward records an autograd graph of its own and returns a ticket for it. The record lives as long as the
+ticket's memory, which the compiled backward keeps.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from dit_accel.errors import DitAccelError
+from dit_accel.kernels.impls import Impl
+from dit_accel.pipelines.context_parallel import Ulysses
+from dit_accel.plans.plan import Plan, building
+
+Watch = Callable[[Tensor, Tensor, Tensor, Tensor, "float | None", "CallState"], None]
+
+_NUMBERS = itertools.count(1)
+_LAYERS: weakref.WeakValueDictionary[int, LayerAttention] = weakref.WeakValueDictionary()
+_RECORDS: dict[int, tuple[Tensor, list[Tensor]]] = {}  # by ticket: an output with its graph, and its inputs
+
+
+class CallState:
+    """The decision for the transformer call under way, shared by layers with the same settings.
+
+    Attributes:
+        sparse: whether `plan` computes this call; otherwise the model's own processor does.
+        plan: of the call's grid.
+        text_lens, text_bias: as in `family.CallLayout`.
+        rows: `family.CallLayout.rows` and its inverse permutation; None if the sequence is in the grid's order.
+        ulysses: how the sequence is sharded; None if this process holds all of it.
+        impl: the implementation that computes the call; as in `plans.attention`.
+        text_is_keys: as in `family.Family`.
+    """
+
+    def __init__(self, impl: Impl = "auto", text_is_keys: bool = False) -> None:
+        self.sparse, self.text_is_keys = False, text_is_keys
+        self.plan: Plan | None = None
+        self.text_lens: Tensor | None = None
+        self.text_bias: Tensor | None = None
+        self.rows: tuple[Tensor, Tensor] | None = None
+        self.ulysses: Ulysses | None = None
+        self.impl = impl
+
+    def set(
+        self,
+        plan: Plan,
+        text_lens: Tensor | None = None,
+        text_bias: Tensor | None = None,
+        rows: Tensor | None = None,
+        ulysses: Ulysses | None = None,
+    ) -> None:
+        """Let `plan` compute the call under way; lengths, bias and rows as in `family.CallLayout`."""
+        self.plan, self.text_lens, self.text_bias, self.ulysses = plan, text_lens, text_bias, ulysses
+        self.sparse = True
+        self.rows = None if rows is None else (rows, rows.argsort(-1))
+
+    def text_of(self, samples: int) -> tuple[Tensor | None, Tensor | None]:
+        """Lengths and bias for an attention call of that many samples.
+
+        FasterCache drops the first half of a batch after the hook has read the transformer's call.
+        """
+        lens, bias = self.text_lens, self.text_bias
+        return None if lens is None else _of_last(lens, samples), None if bias is None else _of_last(bias, samples)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of an attention call in this process."""
+        if self.ulysses is not None:
+            return self.ulysses.tokens[self.ulysses.rank]
+        return 0 if self.plan is None else self.plan.grid.tokens
+
+    @property
+    def missing(self) -> int:
+        """Tokens that are keys but not queries."""
+        return self.plan.grid.text if self.text_is_keys and self.plan is not None else 0
+
+    def covers(self, queries: int, keys: int) -> bool:
+        """Whether a call of these lengths is self-attention over the grid.
+
+        Traced code must not read the grid, so that any self-attention passes there; `sequence_error` follows at run
+        time if it is not over the grid.
+        """
+        if torch.compiler.is_compiling():
+            return queries <= keys if self.text_is_keys else queries == keys
+        return keys == self.tokens and queries == keys - self.missing
+
+    def sequence_error(self, calls: int) -> DitAccelError:
+        """The error about a layer with `calls` attention calls over the grid, which is not one."""
+        where = "" if self.ulysses is None else f", {self.tokens} tokens of it in this process"
+        return DitAccelError(
+            f"The grid of this transformer call is {None if self.plan is None else self.plan.grid}{where}, and {calls} "
+            "attention calls of one layer had that many tokens instead of 1; run the whole transformer, or leave this "
+            "layer dense."
+        )
+
+
+class LayerAttention:
+    """The attention of one layer.
+
+    Attributes:
+        state: decides the call under way.
+        learned: the layer's learned weights; None without any.
+        watch: called with q, k, v, out (the whole sequence), scale and state after sparse attention; never traced.
+        key: int64 scalar on the CPU, by which `planned_attention` finds this object.
+    """
+
+    def __init__(self, state: CallState) -> None:
+        self.state = state
+        self.learned: nn.Module | None = None
+        self.watch: Watch | None = None
+        number = next(_NUMBERS)
+        with building():
+            self.key = torch.tensor(number)
+        _LAYERS[number] = self
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None, masked: bool) -> Tensor:
+        """The plan's attention: q [B, H, Nq, D], k and v [B, H, Nk, D] in the sequence's order; output as q.
+
+        Args:
+            q, k, v: Nq = Nk, or without text where text tokens are keys only.
+            scale: factor of the logits; D ** -0.5 if None.
+            masked: whether the model passed an attention mask.
+
+        Raises:
+            DitAccelError: the call is not over the grid, or has a mask that no text lengths stand for.
+        """
+        if not torch.compiler.is_compiling():
+            return self.compute(q, k, v, scale, masked)
+        if torch.is_autocast_enabled(q.device.type):
+            dtype = torch.get_autocast_dtype(q.device.type)
+            q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+        learned = [] if self.learned is None else list(self.learned.parameters())
+        record = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, *learned))
+        out, _ = planned_attention(q, k, v, self.key, learned, scale, masked, record)
+        return out
+
+    def compute(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None, masked: bool) -> Tensor:
+        """`attend`, never traced."""
+        state = self.state
+        assert state.plan is not None
+        grid, missing = state.plan.grid, state.missing
+        if k.shape[2] != state.tokens or q.shape[2] != state.tokens - missing:
+            raise state.sequence_error(0)
+        if masked and state.text_lens is None:
+            raise DitAccelError(
+                f"The model passed an attention mask, which {state.plan.method} cannot honour here; call it without "
+                "one, or run it dense."
+            )
+        queries = slice(None)
+        if missing:
+            queries = slice(missing, None) if grid.text_first else slice(grid.tokens - missing)
+            q = nn.functional.pad(q, (0, 0, missing, 0) if grid.text_first else (0, 0, 0, missing))
+        heads, ulysses = q.shape[1], state.ulysses
+        rows = None if state.rows is None else tuple(_of_last(each, len(q)) for each in state.rows)
+        if ulysses is not None:
+            q, k, v = ulysses.gather(q, k, v)
+        if rows is not None:
+            q, k, v = (_take(x, rows[0]) for x in (q, k, v))
+        text_lens, text_bias = state.text_of(len(q))
+        out = state.plan.attend(
+            q, k, v, scale=scale, text_lens=text_lens, text_bias=text_bias, impl=state.impl, module=self.learned
+        )
+        if self.watch is not None:
+            self.watch(q, k, v, out, scale, state)
+        if rows is not None:
+            out = _take(out, rows[1])
+        return (out if ulysses is None else ulysses.scatter(out, heads))[:, :, queries]
+
+
+def _of_last(x: Tensor, samples: int) -> Tensor:
+    return x[samples:] if len(x) == 2 * samples else x
+
+
+def _take(x: Tensor, rows: Tensor) -> Tensor:
+    """Row `rows[b, n]` of sample b as its row n; x [B, H, N, D], rows [B, N]."""
+    return x.take_along_dim(rows[:, None, :, None], 2)
+
+
+@torch.library.custom_op("dit_accel::planned_attention", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
+def planned_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key: Tensor,
+    learned: list[Tensor],
+    scale: float | None,
+    masked: bool,
+    record: bool,
+) -> tuple[Tensor, Tensor]:
+    """`LayerAttention.compute` of the layer with that key, as one operator.
+
+    Args:
+        q, k, v, scale, masked: as there.
+        key: `LayerAttention.key`.
+        learned: the parameters of the layer's learned weights; their gradients are returned for these inputs.
+        record: whether a backward pass may follow.
+
+    Returns:
+        The output [B, H, Nq, D], whose memory is [B, Nq, H, D]; and the ticket for the backward pass, int64 [1].
+
+    Raises:
+        DitAccelError: as there, or the accelerator was removed.
+    """
+    layer = _LAYERS.get(int(key))
+    if layer is None:
+        raise DitAccelError("This compiled model was accelerated, and its accelerator is gone; compile it again.")
+    if not record:
+        return _laid_out(layer.compute(q, k, v, scale, masked)), torch.zeros(1, dtype=torch.int64, device="cpu")
+    # Clones: the compiled graph may reuse the memory of its own tensors before the backward pass.
+    q, k, v = (x.detach().clone().requires_grad_() for x in (q, k, v))
+    with _autograd(), torch.enable_grad():
+        out = layer.compute(q, k, v, scale, masked)
+    weights = [] if layer.learned is None else [x for x in layer.learned.parameters() if x.requires_grad]
+    number = next(_NUMBERS)
+    ticket = np.array([number])
+    _RECORDS[number] = out, [q, k, v, *weights]
+    weakref.finalize(ticket, _RECORDS.pop, number)
+    return _laid_out(out.detach().clone()), torch.from_numpy(ticket)
+
+
+@planned_attention.register_fake
+def _(
+    q: Tensor, k: Tensor, v: Tensor, key: Tensor, learned: list[Tensor], scale: float | None, masked: bool, record: bool
+) -> tuple[Tensor, Tensor]:
+    batch, heads, tokens, dim = q.shape
+    return q.new_empty(batch, tokens, heads, dim).transpose(1, 2), torch.empty(1, dtype=torch.int64, device="cpu")
+
+
+@torch.library.custom_op("dit_accel::planned_attention_backward", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
+def planned_attention_backward(grad: Tensor, ticket: Tensor, learned: list[Tensor], keys: int) -> list[Tensor]:
+    """Gradients of `planned_attention` for q, k, v and `learned`.
+
+    Args:
+        grad: of the output, [B, H, Nq, D].
+        ticket: that `planned_attention` returned.
+        learned: as there.
+        keys: Nk.
+    """
+    out, inputs = _RECORDS[int(ticket)]
+    found = torch.autograd.grad(out, inputs, grad, retain_graph=True, allow_unused=True)
+    grads = iter(torch.zeros_like(x) if g is None else g.to(x.dtype) for x, g in zip(inputs, found, strict=True))
+    qkv = [_laid_out(next(grads)) for _ in range(3)]
+    return [*qkv, *(next(grads).contiguous() if x.requires_grad else torch.zeros_like(x) for x in learned)]
+
+
+@planned_attention_backward.register_fake
+def _(grad: Tensor, ticket: Tensor, learned: list[Tensor], keys: int) -> list[Tensor]:
+    batch, heads, queries, dim = grad.shape
+    qkv = [grad.new_empty(batch, tokens, heads, dim).transpose(1, 2) for tokens in (queries, keys, keys)]
+    return [*qkv, *(x.new_empty(x.shape) for x in learned)]
+
+
+def _save(ctx: Any, inputs: Any, output: Any) -> None:
+    _, k, _, _, learned, *_ = inputs
+    ctx.save_for_backward(output[1], *learned)
+    ctx.keys = k.shape[2]
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(ctx: Any, grad: Tensor, _: Any) -> tuple[Any, ...]:
+    ticket, *learned = ctx.saved_tensors
+    q, k, v, *weights = planned_attention_backward(grad, ticket, learned, ctx.keys)
+    return q, k, v, None, weights, None, None, None
+
+
+planned_attention.register_autograd(_differentiate, setup_context=_save)
+
+
+@contextlib.contextmanager
+def _autograd() -> Iterator[None]:
+    """Autograd inside an operator, below which the dispatcher excludes it."""
+    keys = torch._C.DispatchKey
+    with contextlib.ExitStack() as stack:
+        for key in (keys.AutogradFunctionality, keys.AutogradOther, keys.AutogradNestedTensor):
+            stack.enter_context(torch._C._SetExcludeDispatchKeyGuard(key, False))
+        yield
+
+
+def _laid_out(x: Tensor) -> Tensor:
+    """x [B, H, N, D] with memory [B, N, H, D], as models reshape it for free."""
+    return x.transpose(1, 2).contiguous().transpose(1, 2)
