@@ -165,13 +165,14 @@ class Accelerator:
             return {"layers": self.config.as_dict()}
         return dataclasses.asdict(self.config)
 
-    def _densities(self) -> dict[str, float]:
-        """The density on each grid; where layers have settings of their own, the mean over the sparse layers."""
-        seen: dict[str, list[float]] = {}
+    def _densities(self) -> dict[str, float | None]:
+        """The plans' density on each grid, the mean over sparse layers; None if it is known from calls only."""
+        seen: dict[str, list[float | None]] = {}
         for layer in (layer for engine in self._engines for layer in engine.layers if layer.dense_reason is None):
             for grid, density in self._plans[layer.config].densities.items():
                 seen.setdefault(str(grid), []).append(density)
-        return {grid: statistics.mean(densities) for grid, densities in seen.items()}
+        known = {grid: [each for each in found if each is not None] for grid, found in seen.items()}
+        return {grid: statistics.mean(densities) if densities else None for grid, densities in known.items()}
 
     def learned_weights(self) -> dict[str, nn.Module]:
         """The method's learned modules, by the dotted path of their attention module in the pipeline."""

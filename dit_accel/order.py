@@ -107,8 +107,3 @@ def valid_tokens(order: TokenOrder) -> torch.Tensor:
         for length, count, size in zip(order.grid.shape, order.tiles, order.tile, strict=True)
     ]
     return (sizes[0][:, None, None] * sizes[1][:, None] * sizes[2]).flatten()
-
-
-def cut_blocks(order: TokenOrder) -> int:
-    """Visual blocks that the end of the grid leaves with fewer tokens than a block."""
-    return int((valid_tokens(order) < order.block).sum())

@@ -6,7 +6,7 @@ import os
 import torch
 import torch.nn.functional as F
 
-from dit_accel.kernels.sla.features import EPSILON, apply_map
+from dit_accel.kernels.sla.call import EPSILON, apply_map
 from dit_accel.methods.sla import SparseLinearAttention
 from dit_accel.tokens import TokenGrid
 
@@ -29,6 +29,16 @@ def token_map(mask):
     return mask.dense()[..., block_of(mask.query_order), :][..., block_of(mask.key_order)]
 
 
+def linear_map(routing, config):
+    """The pairs of the linear branch over tokens in model order: bool [B, H, N, N]."""
+    if config.linear_scope == "marginal":
+        return token_map(routing.marginal)
+    order = routing.critical.query_order
+    visual = torch.zeros(order.grid.tokens, dtype=torch.bool)
+    visual[order.grid.visual_start : order.grid.visual_start + order.grid.visual] = True
+    return visual[:, None] & visual
+
+
 def padding_text(grid, text_lens):
     """Text tokens that are never keys: bool [B, N]."""
     position = torch.arange(grid.tokens) - grid.text_start
@@ -41,7 +51,7 @@ def formula(q, k, v, weight, bias, *, routing, grid, config, hidden, scale=None)
     k, v = (x.masked_fill(hidden[:, None, :, None], 0) for x in (k, v))
     seen = token_map(routing.critical) & ~hidden[:, None, None, :]
     out = (q @ k.mT * scale).masked_fill(~seen, -torch.inf).softmax(-1) @ v
-    weights = apply_map(q, config.feature_map) @ apply_map(k, config.feature_map).mT * token_map(routing.linear)
+    weights = apply_map(q, config.feature_map) @ apply_map(k, config.feature_map).mT * linear_map(routing, config)
     rest = (weights @ v) / (weights.sum(-1, keepdim=True) + EPSILON)
     visual = torch.zeros(grid.tokens, 1, dtype=torch.bool)
     visual[grid.visual_start : grid.visual_start + grid.visual] = True
@@ -65,11 +75,11 @@ def magnitudes(q, k, v, weight, gradient, *, dtype, routing, grid, config, hidde
     ds = rounded * (gradient.abs() @ v.abs().mT + (gradient * (p @ v)).abs().sum(-1, keepdim=True)) * scale
 
     phi_q, phi_k = apply_map(q, config.feature_map), apply_map(k, config.feature_map)
-    products = (phi_q @ phi_k.mT) * token_map(routing.linear)
+    products = (phi_q @ phi_k.mT) * linear_map(routing, config)
     sums = products.sum(-1, keepdim=True) + EPSILON
     pulled = gradient @ weight
     through_quotient = pulled.abs() @ v.abs().mT + (pulled * (products @ v / sums)).abs().sum(-1, keepdim=True)
-    dw = token_map(routing.linear) * through_quotient / sums
+    dw = linear_map(routing, config) * through_quotient / sums
 
     def through_map(x, of_phi):
         phi = apply_map(x, config.feature_map)

@@ -74,7 +74,7 @@ class MethodSetting:
             )
         config = find(grid, self.density)
         found = plan(self.method, grid, **config).density
-        if abs(found - self.density) > TOLERANCE * self.density:
+        if found is not None and abs(found - self.density) > TOLERANCE * self.density:
             raise OutOfReach(
                 f"{self.method} on {grid} comes no nearer to a density of {self.density:g} than {found:.3f}"
             )

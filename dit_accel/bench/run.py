@@ -106,7 +106,8 @@ class Bench:
         if peer is not None and "peer" in taken:
             peer["ms_p50"] = statistics.median(taken["peer"])
             peer["speedup"] = baseline / peer["ms_p50"]
-        plan, operations = problem.plan, 2 * PRODUCTS[row.direction] * row.shape.head_dim
+        plan, density = problem.plan, _density(problem)
+        operations = 2 * PRODUCTS[row.direction] * row.shape.head_dim * density * plan.grid.tokens**2
         implementation, reason = plan.prepare(
             self.device, problem.q.dtype, row.shape.head_dim, self.impl, learned=problem.module is not None
         )
@@ -115,13 +116,13 @@ class Bench:
             "grid": str(plan.grid),
             "batch": 1,
             "density_asked": row.setting.density,
-            "density": plan.density,
+            "density": density,
             "config": dataclasses.asdict(plan.config),
             "impl": implementation,
             "impl_reason": reason,
             **times,
             "rounds": len(taken["sparse"]),
-            "tflops_kept": operations * row.shape.heads * plan.pairs / times["ms_p50"] / 1e9,
+            "tflops_kept": operations * row.shape.heads / times["ms_p50"] / 1e9,
             "baseline": dense_name,
             "baseline_ms_p50": baseline,
             "baselines_tried": tried,
@@ -170,6 +171,19 @@ class Bench:
         except (RuntimeError, ValueError, Inexact) as error:  # compilers raise what they like of the first two
             peer["reason"] = first_line(error)
         return peer
+
+
+def _density(problem: Problem) -> float:
+    """The attended share of all pairs: the plan's own, or measured in one call where it depends on the call."""
+    if problem.plan.density is not None:
+        return problem.plan.density
+    total = torch.zeros(2, device=problem.q.device)
+    with torch.no_grad():
+        problem.plan.attend(
+            problem.q, problem.k, problem.v, impl=problem.impl, module=problem.module, density_sum=total
+        )
+    density, calls = total.tolist()
+    return density / calls
 
 
 def outcome_of(row: Declared, measure: Callable[[], dict[str, Any]]) -> RowOutcome:

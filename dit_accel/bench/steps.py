@@ -43,10 +43,6 @@ class NothingPlan(Plan):
     def pairs(self) -> int:
         return 0
 
-    @property
-    def partial_blocks(self) -> int:
-        return 0
-
     def kept_keys(self, queries: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
         return torch.zeros(len(queries), self.grid.tokens, dtype=torch.bool, device=queries.device)
 

@@ -259,6 +259,7 @@ def _write_media(done: Evaluation, rows: Mapping[str, Sequence[Row]]) -> list[di
 def _write_masks(done: Evaluation) -> list[dict[str, str]]:
     """Pictures of the masks that are known before the call."""
     from dit_accel import registry
+    from dit_accel.plans.routed import RoutedPlan
 
     listed = []
     with staged(done.request.output / "masks" / "all") as stage:
@@ -267,7 +268,7 @@ def _write_masks(done: Evaluation) -> list[dict[str, str]]:
             if choice is None or choice.layers is not None:
                 continue
             plan = registry.plan(choice.name, done.grid, **choice.config)
-            if plan.routes or plan.density == 1:
+            if isinstance(plan, RoutedPlan) or plan.density == 1:
                 continue
             name = f"{slug(candidate.label)}.png"
             plan.image().save(stage / name)

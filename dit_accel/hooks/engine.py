@@ -25,6 +25,7 @@ from dit_accel.pipelines.attention import CallState
 from dit_accel.pipelines.family import CallLayout, Family, Memory, ModelCall
 from dit_accel.pipelines.processor import AcceleratedAttnProcessor
 from dit_accel.plans.plan import Plan, building
+from dit_accel.plans.routed import RoutedPlan
 from dit_accel.registry import Method
 from dit_accel.tokens import TokenGrid
 
@@ -37,7 +38,7 @@ class PlanCache:
     def __init__(self, method: Method, config: Any) -> None:
         self._method, self._config = method, config
         self._plans: dict[tuple[TokenGrid, torch.device], Plan] = {}
-        self.densities: dict[TokenGrid, float] = {}
+        self.densities: dict[TokenGrid, float | None] = {}
 
     def get(self, grid: TokenGrid, device: torch.device) -> Plan:
         """The plan for a grid, ready to run on a device.
@@ -57,8 +58,8 @@ class PlanCache:
         return self._plans[key]
 
     def _refuse_full(self, plan: Plan) -> None:
-        # A method that routes by content says nothing of `keeps_all`: what it keeps is no property of the mask.
-        if getattr(self._config, "keeps_all", True) or plan.pairs < plan.grid.tokens**2:
+        # Settings of a method that routes have no `keeps_all`: the attended pairs follow from each call.
+        if getattr(self._config, "keeps_all", True) or plan.pairs is None or plan.pairs < plan.grid.tokens**2:
             return
         settings = ", ".join(f"{key}={value!r}" for key, value in dataclasses.asdict(self._config).items())
         raise DitAccelError(
@@ -261,6 +262,8 @@ class Engine:
             else:
                 plan, kernel, why = last
                 layer.tally.sparse(plan.density, kernel, why)
+                if layer.ours.density_sum is not None:
+                    layer.tally.measure(None if self._step is None else self._step.index, layer.ours.density_sum)
 
     def layer_reports(self) -> list[LayerReport]:
         return [layer.report(self.name) for layer in self.layers]
@@ -301,10 +304,12 @@ class Engine:
         if reason is not None:
             self._last = dict.fromkeys(self._states, reason)
             return None
+        self._step = self._clock.now_if_told(self._family.timestep(call))
         for (config, sees_text), state in self._states.items():
             plan = plans[config, sees_text]
             self._last[config, sees_text] = last = self._choose(plan, call.device)
             if not isinstance(last, str):
+                self._measure_densities(plan, (config, sees_text), call.device)
                 text = (layout.text_lens, layout.text_bias, layout.rows) if sees_text else (None, None, None)
                 state.set(plan, *text, ulysses=context_parallel.sharing(module, plan.grid))
                 _, state.impl, _ = last
@@ -325,6 +330,19 @@ class Engine:
         grid = layout.grid if sees_text else dataclasses.replace(layout.grid, text=0, conditioning=0)
         return self._plans[config].get(grid, device)
 
+    def _measure_densities(self, plan: Plan, kind: tuple[Any, bool], device: torch.device) -> None:
+        """Give the layers of a kind a sum on the device, to which a routed plan adds each call's density."""
+        routed = isinstance(plan, RoutedPlan)
+        if isinstance(plan, RoutedPlan):
+            plan.block_sizes(device)
+        for layer in (each for each in self.layers if each.kind == kind):
+            own = layer.ours.density_sum
+            if not routed:
+                layer.ours.density_sum = None
+            elif own is None or own.device != device:
+                with torch.inference_mode(False):
+                    layer.ours.density_sum = torch.zeros(2, device=device)
+
     def _watch_layers(self, call: ModelCall) -> None:
         """Let the layers of this call tell what they compute, if the self-check or somebody else listens."""
         listening = self._unchecked or bool(self.watchers)
@@ -334,7 +352,6 @@ class Engine:
                 "watched nor checked: call it once with verify='first-call' before compiling it."
             )
         self._checking, self._unchecked = self._unchecked, False
-        self._step = self._clock.now_if_told(self._family.timestep(call)) if self.watchers else None
         for layer in self.layers:
             layer.ours.watch = functools.partial(self._attended, layer) if listening else None
 
@@ -366,7 +383,7 @@ class Engine:
     def _choose(self, plan: Plan, device: torch.device) -> tuple[Plan, str, str] | str:
         """The plan, who computes it and why that one; or why the model's own attention is expected to be faster."""
         head_dim = self._family.head_dim(self.layers[0].attention)
-        if self._may_be_dense:
+        if self._may_be_dense and plan.density is not None:
             reason = dense_is_faster(device, plan.method, head_dim, plan.grid.tokens, plan.density)
             if reason is not None:
                 return reason

@@ -8,6 +8,8 @@ import math
 from collections import Counter
 from typing import Any
 
+import torch
+
 
 @dataclasses.dataclass
 class LayerReport:
@@ -17,7 +19,10 @@ class LayerReport:
         transformer: name of the pipeline's component.
         name: dotted path of the attention module.
         sparse_calls, dense_calls: how often it ran either way.
-        density: attended share of all pairs, averaged over the sparse calls; None without any.
+        density: attended share of all pairs, averaged over the sparse calls; None without any. Measured on the device
+            for methods that route.
+        step_density: the measured density by denoising step, counted from 0; empty for methods that do not route, and
+            where nothing tells the step.
         kernels: implementations that computed the sparse calls, and why each was chosen.
         dense_reasons: why calls were dense, and how many.
         left: class of the processor that the user set since, which is not ours; its calls are not counted.
@@ -31,6 +36,7 @@ class LayerReport:
     sparse_calls: int = 0
     dense_calls: int = 0
     density: float | None = None
+    step_density: dict[int, float] = dataclasses.field(default_factory=dict)
     kernels: dict[str, str] = dataclasses.field(default_factory=dict)
     dense_reasons: dict[str, int] = dataclasses.field(default_factory=dict)
     left: str | None = None
@@ -62,7 +68,8 @@ class Report:
         schedule: dense steps and layers.
         impl: the implementation asked for.
         calls: calls of each transformer.
-        grids: densities of the grids seen, by their description; the mean over sparse layers.
+        grids: the plans' densities on the grids seen, by their description; the mean over sparse layers. None for a
+            method whose density is only known from its calls.
         layers: in the order they run.
         notes: what else is worth knowing.
     """
@@ -72,7 +79,7 @@ class Report:
     schedule: dict[str, Any]
     impl: str
     calls: dict[str, int]
-    grids: dict[str, float]
+    grids: dict[str, float | None]
     layers: list[LayerReport]
     notes: list[str] = dataclasses.field(default_factory=list)
 
@@ -98,7 +105,8 @@ class Report:
         layered = "layers" in self.config
         settings = "layer by layer" if layered else ", ".join(f"{key}={value}" for key, value in self.config.items())
         lines = [f"{self.method}({settings}): {self.sparse_calls} sparse and {self.dense_calls} dense attention calls"]
-        lines += [f"  grid {grid}: density {density:.4f}" for grid, density in self.grids.items()]
+        known = {grid: "from calls" if each is None else f"{each:.4f}" for grid, each in self.grids.items()}
+        lines += [f"  grid {grid}: density {density}" for grid, density in known.items()]
         for transformer, count in self.calls.items():
             own = [layer for layer in self.layers if layer.transformer == transformer]
             lines.append(f"  {transformer}: {len(own)} layers, {count} calls")
@@ -114,25 +122,47 @@ class Tally:
     """Counts the calls of one layer."""
 
     def __init__(self) -> None:
-        self._sparse: Counter[float] = Counter()
+        self._sparse: Counter[float | None] = Counter()
+        self._measured: dict[int | None, torch.Tensor] = {}
         self._kernels: dict[str, str] = {}
         self._dense: Counter[str] = Counter()
 
-    def sparse(self, density: float, kernel: str, why: str) -> None:
+    def sparse(self, density: float | None, kernel: str, why: str) -> None:
         self._sparse[density] += 1
         self._kernels[kernel] = why
+
+    def measure(self, step: int | None, density_sum: torch.Tensor) -> None:
+        """Move densities that calls have summed on the device to a step's account, without waiting for the device.
+
+        Args:
+            step: of the calls; None if nothing tells it.
+            density_sum: as `plans.Plan.attend` takes it; it is 0 afterwards.
+        """
+        with torch.inference_mode(False):
+            if step in self._measured:
+                self._measured[step] += density_sum
+            else:
+                self._measured[step] = density_sum.clone()
+            density_sum.zero_()
 
     def dense(self, reason: str) -> None:
         self._dense[reason] += 1
 
     def report(self, transformer: str, name: str, left: str | None) -> LayerReport:
         calls = self._sparse.total()
+        measured: dict[int | None, tuple[float, float]]
+        measured = {step: tuple(found.tolist()) for step, found in self._measured.items()}
+        found = list(measured.values()) or [
+            (density * count, count) for density, count in self._sparse.items() if density is not None
+        ]
+        density = sum(total for total, _ in found) / sum(count for _, count in found) if found else None
         return LayerReport(
             transformer,
             name,
             sparse_calls=calls,
             dense_calls=self._dense.total(),
-            density=sum(density * count for density, count in self._sparse.items()) / calls if calls else None,
+            density=density,
+            step_density={step: total / count for step, (total, count) in measured.items() if step is not None},
             kernels=dict(self._kernels),
             dense_reasons=dict(self._dense),
             left=left,

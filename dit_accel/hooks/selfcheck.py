@@ -11,6 +11,7 @@ import torch
 from dit_accel.errors import DitAccelError
 from dit_accel.hooks.schedule import Step
 from dit_accel.plans.plan import Plan
+from dit_accel.plans.routed import RoutedPlan
 
 Verify = Literal["first-call"]
 ROWS = 256  # queries measured of each head
@@ -156,7 +157,7 @@ def measure(
             valid = (position < text_lens[b].to(q.device)) | (position >= grid.text) | (position < 0)
         for h in range(heads):
             one = slice(b, b + 1), slice(h, h + 1)
-            if kept is None or plan.routes:
+            if kept is None or isinstance(plan, RoutedPlan):
                 kept = plan.kept_keys(queries, q[one], k[one])
             key, value = k[b, h].to(wide), v[b, h].to(wide)
             for chunk in torch.arange(len(queries), device=q.device).split(max(1, CHUNK // tokens)):

@@ -12,6 +12,14 @@ q [B, H, Nq, D] and k, v [B, H, Nk, D] have any strides; `grad_lse` may be None.
 `lse` [B, H, Nq] is the natural logarithm, fp32 (fp64 for fp64); a row without keys has output 0 and LSE -inf. They run
 in a custom op and must not return an input or a view of one. With `autograd` there is no `backward`: `forward` is
 PyTorch code that PyTorch differentiates, and runs outside the op; where it cannot give an LSE, that is None.
+
+A module of kernel "sla" has these functions, on the records of `sla.call`, both for the visual queries::
+
+    route(q, k, cut, topk, skip) -> critical, negligible
+    forward(q, k, v, topk, skip, call) -> out, critical
+
+`forward` is differentiable in q, k, v and the projection. Its q, k and v are the whole sequence, those of `route` the
+visual tokens.
 """
 
 from __future__ import annotations
@@ -208,7 +216,7 @@ ROWS = (
     Implementation(
         "triton",
         SLA,
-        f"{_FOLDER}.sla.fused",
+        f"{_FOLDER}.sla.ops",
         rank={"cuda": 20},
         dtypes=_SINGLE,
         head_dims=256,

@@ -38,6 +38,7 @@ class DensePlan(MaskPlan):
         text_bias: torch.Tensor | None = None,
         impl: Impl = "auto",
         module: nn.Module | None = None,
+        density_sum: torch.Tensor | None = None,
     ) -> torch.Tensor:
         if impl not in (AUTO, SDPA) or text_lens is not None:
             impl = AUTO if impl == SDPA else impl

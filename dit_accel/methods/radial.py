@@ -18,8 +18,8 @@ from dit_accel.order import TokenOrder
 from dit_accel.plans.block_plan import BlockPlan
 from dit_accel.plans.blocks import check_size
 from dit_accel.plans.masks import Band, Mask, prefix_sums
-from dit_accel.plans.plan import MaskPlan, Plan
-from dit_accel.registry import Method, plan
+from dit_accel.plans.plan import MaskPlan, StaticPlan
+from dit_accel.registry import Method
 from dit_accel.tokens import TokenGrid
 
 Rule = Literal["paper", "released"]
@@ -143,7 +143,7 @@ def round_band(frame_tokens: int, block: int, radius: int, offset_q: int, offset
     return (5 * dense > 3 * nonempty).transpose(0, 1)
 
 
-def make_plan(grid: TokenGrid, config: Config) -> Plan:
+def make_plan(grid: TokenGrid, config: Config) -> StaticPlan:
     frame_tokens = grid.height * grid.width
     if config.rule == "paper":
         radius = paper_radius(grid.frames, frame_tokens, config.decay, config.sink)
@@ -164,12 +164,12 @@ def at_density(grid: TokenGrid, density: float) -> dict[str, Any]:
         low, high = -24.0, math.log2(max(2, grid.frames))  # from single diagonals to every pair
         for _ in range(24):
             middle = (low + high) / 2
-            if plan("radial", grid, decay=2**middle, sink=sink).density < density:
+            if make_plan(grid, Config(decay=2**middle, sink=sink)).density < density:
                 low = middle
             else:
                 high = middle
         config = {"decay": float(f"{2**high:.4g}"), "sink": sink}
-        if abs(plan("radial", grid, **config).density - density) <= 0.2 * density:
+        if abs(make_plan(grid, Config(**config)).density - density) <= 0.2 * density:
             break
     return config
 

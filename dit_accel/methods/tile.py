@@ -13,7 +13,7 @@ import torch
 from dit_accel.errors import DitAccelError
 from dit_accel.plans.masks import Band, Mask
 from dit_accel.plans.plan import MaskPlan
-from dit_accel.registry import Method, plan
+from dit_accel.registry import Method
 from dit_accel.tokens import TokenGrid
 
 
@@ -58,7 +58,7 @@ def at_density(grid: TokenGrid, density: float) -> dict[str, Any]:
     """The number of reference frames whose density is nearest to the wanted one."""
 
     def error(references: int) -> float:
-        return abs(plan("tile", grid, references=references).density - density)
+        return abs(make_plan(grid, Config(references)).density - density)
 
     return {"references": min(range(1, grid.frames + 1), key=error)}
 

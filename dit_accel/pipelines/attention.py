@@ -114,6 +114,7 @@ class LayerAttention:
     Attributes:
         state: decides the call under way.
         learned: the layer's learned weights; None without any.
+        density_sum: as in `plans.Plan.attend`; None if the plan is static.
         watch: called with q, k, v, out (the whole sequence), scale and state after sparse attention; never traced.
         key: int64 scalar on the CPU, by which `planned_attention` finds this object.
     """
@@ -121,6 +122,7 @@ class LayerAttention:
     def __init__(self, state: CallState) -> None:
         self.state = state
         self.learned: nn.Module | None = None
+        self.density_sum: Tensor | None = None
         self.watch: Watch | None = None
         number = next(_NUMBERS)
         with building():
@@ -172,8 +174,9 @@ class LayerAttention:
             q, k, v = (_take(x, rows[0]) for x in (q, k, v))
         text_lens, text_bias = state.text_of(len(q))
         out = state.plan.attend(
-            q, k, v, scale=scale, text_lens=text_lens, text_bias=text_bias, impl=state.impl, module=self.learned
-        )
+            q, k, v, scale=scale, text_lens=text_lens, text_bias=text_bias, impl=state.impl, module=self.learned,
+            density_sum=self.density_sum,
+        )  # fmt: skip
         if self.watch is not None:
             self.watch(q, k, v, out, scale, state)
         if rows is not None:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from dit_accel.errors import DitAccelError
-from dit_accel.order import TokenOrder, cut_blocks, valid_tokens
+from dit_accel.order import TokenOrder, valid_tokens
 from dit_accel.plans import blocks
 from dit_accel.plans.blocks import BlockMask
 from dit_accel.plans.plan import Order, StaticPlan, among_others, building, check_token_mask, surround
@@ -38,11 +38,6 @@ class BlockPlan(StaticPlan):
         visual = self._mask.dense()[: order.visual_blocks, : order.visual_blocks].long()
         around = self.grid.tokens - self.grid.visual
         return int(valid @ visual @ valid) + around * (self.grid.tokens + self.grid.visual)
-
-    @property
-    @building()
-    def partial_blocks(self) -> int:
-        return cut_blocks(self._mask.query_order)
 
     def kept_keys(self, queries: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
         order = self._mask.query_order

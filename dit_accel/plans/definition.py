@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from dit_accel.plans.plan import Impl, Plan
+from dit_accel.plans.routed import RoutedPlan
 
 # Keys of one product. MKL's fp32 errs half as much in products with 8,192 columns as in those with 512 (3.4e-7 and
 # 7.0e-7 on gna's windows of 512 tokens), and a kernel that skips blocks has only the shorter ones.
@@ -40,7 +41,7 @@ class Definition:
         visual = (query >= 0) & (query < grid.visual)
         seen = torch.ones(len(query), grid.tokens, dtype=torch.bool, device=query.device)
         seen[visual] = self.plan.kept_keys(query[visual], self.q[:, one], self.k[:, one])
-        if not self.plan.routes:
+        if not isinstance(self.plan, RoutedPlan):
             self._static = seen
         return seen
 

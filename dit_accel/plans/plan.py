@@ -57,19 +57,14 @@ class Plan(abc.ABC):
 
     @property
     @abc.abstractmethod
-    def pairs(self) -> int:
-        """Exact number of attended (query, key) pairs, text included."""
+    def pairs(self) -> int | None:
+        """Number of attended (query, key) pairs, text included. A routed plan has an upper bound or None."""
 
     @property
-    def density(self) -> float:
-        """`pairs` over all pairs of tokens."""
-        return self.pairs / self.grid.tokens**2
-
-    @property
-    @abc.abstractmethod
-    def partial_blocks(self) -> int:
-        """Visited blocks of which only a part is attended: token-exact methods count blocks that the mask cuts, methods
-        that attend whole blocks count those that the end of the grid cuts."""
+    def density(self) -> float | None:
+        """`pairs` over all pairs of tokens; None without `pairs`."""
+        pairs = self.pairs
+        return None if pairs is None else pairs / self.grid.tokens**2
 
     def block_mask(
         self,
@@ -82,18 +77,13 @@ class Plan(abc.ABC):
         """The blocks a kernel visits; see `MaskPlan.block_mask`."""
         raise DitAccelError(f"{self.method} has no block mask that is known before the call.")
 
-    @property
-    def routes(self) -> bool:
-        """Whether the keys that a query keeps depend on the call's tensors."""
-        return False
-
     @abc.abstractmethod
     def kept_keys(self, queries: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
         """The keys that some visual queries attend to exactly, in one head: bool [S, tokens] in model order.
 
         Args:
             queries: int64 [S], indices of visual tokens.
-            q, k: [1, 1, N, D], the whole sequence; only a plan that `routes` reads them.
+            q, k: [1, 1, N, D], the whole sequence; only a routed plan reads them.
         """
 
     def token_mask(self) -> torch.Tensor:
@@ -116,6 +106,7 @@ class Plan(abc.ABC):
         text_bias: torch.Tensor | None = None,
         impl: Impl = AUTO,
         module: nn.Module | None = None,
+        density_sum: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """The method's attention on this grid; see `attention`.
 
@@ -124,6 +115,8 @@ class Plan(abc.ABC):
             text_bias: floating point [B, N]; with it text behind `text_lens` is a key after all, and this is what each
                 query adds to its scaled logits.
             module: a layer's learned weights.
+            density_sum: float32 [2] on the device of q, for routed plans. The call adds its density and 1 to it,
+                without waiting for the device.
         """
 
     @abc.abstractmethod
@@ -181,6 +174,15 @@ class StaticPlan(Plan):
         super().__init__(method, config, grid)
         self._lists: dict[tuple[torch.device, str | None], BlockLists] = {}
 
+    @property
+    @abc.abstractmethod
+    def pairs(self) -> int:
+        """Exact number of attended (query, key) pairs, text included."""
+
+    @property
+    def density(self) -> float:
+        return self.pairs / self.grid.tokens**2
+
     def tables(self) -> torch.Tensor | None:
         """The packed tables that decide the pairs of partial blocks; None if blocks are attended whole."""
         return None
@@ -225,6 +227,7 @@ class StaticPlan(Plan):
         text_bias: torch.Tensor | None = None,
         impl: Impl = AUTO,
         module: nn.Module | None = None,
+        density_sum: torch.Tensor | None = None,
     ) -> torch.Tensor:
         impl, _ = StaticPlan.prepare(self, q.device, q.dtype, q.shape[-1], impl)
         lists, segments = self.lists(q.device, impls.named(impl).packing), Segments.of(self.grid, q, text_lens)
@@ -249,10 +252,6 @@ class MaskPlan(StaticPlan):
     def pairs(self) -> int:
         around = self.grid.tokens - self.grid.visual
         return self.mask.pairs() + around * (self.grid.tokens + self.grid.visual)
-
-    @property
-    def partial_blocks(self) -> int:
-        return int(self._blocks.partial.sum())
 
     def tables(self) -> torch.Tensor:
         return self.mask.pack()

@@ -108,7 +108,7 @@ def measure(
         with accelerate(pipe, name, layer_schedule=layer_schedule, allow_dense=False) as accel:
             networks = Networks(transformer, family, accel, lora=False)
             made = [networks.student(transformer, *call).prediction for call in calls]
-            densities = list(accel.report().grids.values())
+            densities = [layer.density for layer in accel.report().layers if layer.density is not None]
         return made, sum(densities) / len(densities) if densities else 1.0
 
     dense, _ = predictions(None)

@@ -19,8 +19,7 @@ from dit_accel.kernels.block_sparse.api import block_sparse_attention
 from dit_accel.kernels.block_sparse.triton_configs import Launch
 from dit_accel.kernels.sla import triton as sla
 from dit_accel.kernels.sla import triton_configs as configs
-from dit_accel.kernels.sla.layout import Cut, Segments
-from dit_accel.kernels.sla.setting import LINEAR_SCOPES
+from dit_accel.kernels.sla.call import LINEAR_SCOPES, Cut, KeySegments
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter replaces what would be compiled"
@@ -107,12 +106,12 @@ def test_sla_kernels_are_compiled_once(binaries):
     for tokens in (t for t in LENGTHS if t > 2 * BLOCK or t == BLOCK):
         q, k, v, grad = tensors(tokens)
         cut = Cut((1, 1, tokens), BLOCK)
-        lists = sla.Lists(*(torch.zeros(1, 2, cut.blocks, 1, dtype=torch.int32) for _ in range(2)))
+        lists = sla.RoutedBlocks(*(torch.zeros(1, 2, cut.blocks, 1, dtype=torch.int32) for _ in range(2)))
         means = sla.block_means(q, cut)
         sla.select(means, means, 1, 1)
         *whole, _ = sla.state(k, v, cut, "softmax")
         for scope in LINEAR_SCOPES:
-            call = sla.Call(cut, Segments.of(cut.order.grid), 0.125, "softmax", scope)
+            call = sla.FusedCall(cut, KeySegments.of(cut.order.grid), 0.125, "softmax", scope)
             for training in (False, True):
                 _, *saved = sla.forward(q, k, v, whole, lists, weight, bias, text_len, call, training)
             saved[-1].zero_()  # modes, which are read

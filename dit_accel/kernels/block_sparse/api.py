@@ -5,6 +5,7 @@ Plain tensors and integers come in; which implementation computes is a separate 
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 
 import torch
@@ -13,6 +14,7 @@ from dit_accel.errors import DitAccelError
 from dit_accel.kernels.block_sparse import ops, padding
 from dit_accel.kernels.block_sparse.geometry import BlockLists, Geometry, Segments, Shape, check_call
 from dit_accel.kernels.impls import AUTO, Facts, Impl, choose
+from dit_accel.order import TokenOrder
 
 WHOLE = Segments()
 
@@ -161,6 +163,50 @@ def attend_blocks(
         behind, behind_sums = _attend_padding(q, k, v, geometry, segments, scale, chosen.name)
         out, sums = padding.merge(out, sums, behind, behind_sums, text_bias)
     return out, sums
+
+
+def attend_visual(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    lists: BlockLists,
+    query_order: TokenOrder,
+    key_order: TokenOrder,
+    *,
+    text_lens: torch.Tensor | None = None,
+    text_bias: torch.Tensor | None = None,
+    scale: float | None = None,
+    lse: bool = False,
+    impl: Impl = AUTO,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The visual queries of a sequence over listed visual blocks and over all conditioning and text keys.
+
+    Args:
+        q, k, v: the whole sequence, [B, H, N, D].
+        lists: visual key blocks of each visual query block, [B, H, query blocks, width], without tables.
+        query_order, key_order: how both sides are cut; of one grid.
+        text_lens: int [B], valid text keys of each sample; None: all.
+        text_bias: [B, N], see `block_sparse_attention`.
+        lse: the LSE is wanted.
+
+    Returns:
+        Output [B, H, visual, D], laid out in memory as [B, visual, H, D], and LSE [B, H, visual]; the
+        latter may be None if it is not wanted.
+    """
+    grid, dense = key_order.grid, key_order.dense_blocks
+    if dense:
+        around = torch.arange(key_order.visual_blocks, key_order.blocks, dtype=torch.int32, device=q.device)
+        slots = lists.counts[..., None] + torch.arange(dense, device=q.device)
+        indices = torch.nn.functional.pad(lists.indices, (0, dense))
+        indices = indices.scatter(-1, slots.long(), around.expand(slots.shape))
+        lists = BlockLists(indices, lists.counts + dense)
+    geometry = dataclasses.replace(Geometry.of(query_order, key_order), own_queries=True)
+    visual = slice(grid.visual_start, grid.visual_start + grid.visual)
+    # autograd copies the gradient of a slice into zeros, even if the slice is the whole tensor
+    queries = q if grid.visual == grid.tokens else q[:, :, visual]
+    bias = None if text_bias is None else text_bias[:, visual]
+    segments = Segments.of(grid, q, text_lens)
+    return attend_blocks(queries, k, v, lists, geometry, segments, text_bias=bias, scale=scale, lse=lse, impl=impl)
 
 
 def pack(lists: BlockLists, geometry: Geometry, packing: str) -> torch.Tensor:

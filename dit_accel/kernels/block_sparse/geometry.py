@@ -42,6 +42,11 @@ class BlockLists(NamedTuple):
     tables: torch.Tensor | None = None
     packed: torch.Tensor | None = None
 
+    @classmethod
+    def full(cls, indices: torch.Tensor) -> BlockLists:
+        """Lists in which every entry counts."""
+        return cls(indices, indices.new_full(indices.shape[:-1], indices.shape[-1]))
+
     def to(self, device: torch.device) -> BlockLists:
         return BlockLists(*(None if x is None else x.to(device) for x in self))  # type: ignore[arg-type]
 

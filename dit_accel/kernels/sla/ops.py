@@ -1,6 +1,6 @@
-"""The custom ops of the Triton implementation: opaque to `torch.compile`, shapes for tracing, backward.
+"""Calls of the Triton implementation and its custom ops, which are opaque to `torch.compile`.
 
-Only torch is imported here; the kernels are imported when an op runs.
+Only torch is imported here; an op imports the kernels when it runs.
 """
 
 from __future__ import annotations
@@ -12,7 +12,65 @@ from types import ModuleType
 import torch
 
 from dit_accel.errors import DitAccelError
-from dit_accel.kernels.sla.layout import Cut, Segments
+from dit_accel.kernels.block_sparse.api import attend_visual
+from dit_accel.kernels.block_sparse.geometry import BlockLists
+from dit_accel.kernels.sla.call import Cut, KeySegments, SlaCall, visual_of
+from dit_accel.tokens import TokenGrid
+
+
+def forward(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, topk: int, skip: int, call: SlaCall
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """See `dit_accel.kernels.sla.api.sparse_linear_attention`; returns the output and the critical blocks.
+
+    The pass over k that sums the state of the linear branch also makes the block means for the router. One kernel then
+    computes both branches of the visual queries.
+
+    Args:
+        topk, skip: critical and negligible key blocks of each query block.
+    """
+    grid, cut = call.order.grid, Cut.of(call.order).pack()
+    queries, keys, values = (visual_of(x, grid) for x in (q, k, v))
+    keys_state, total, key_means = state(keys.detach(), values.detach(), cut, call.feature_map)
+    critical, negligible = select(block_means(queries.detach(), cut), key_means, topk, skip)
+    whole = keys_state, total
+    if call.text_bias is None:
+        return _both_branches(queries, k, v, whole, critical, negligible, call, grid), critical
+    # Text with a bias joins the exact branch by its log-sum-exp, so the engine computes that branch. The fused kernel
+    # computes the linear branch alone: nothing is critical, and critical blocks count as negligible.
+    rest = torch.cat([critical, negligible], dim=-1) if call.linear_scope == "marginal" else negligible
+    exact, _ = attend_visual(
+        q, k, v, BlockLists.full(critical), call.order, call.order,
+        text_lens=call.text_len, text_bias=call.text_bias, scale=call.scale, impl="triton",
+    )  # fmt: skip
+    linear = _both_branches(
+        queries, keys, values, whole, critical[..., :0], rest.sort(-1)[0], call, TokenGrid(*grid.shape)
+    )
+    return exact + linear, critical
+
+
+def _both_branches(
+    queries: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    whole: tuple[torch.Tensor, torch.Tensor],
+    critical: torch.Tensor,
+    negligible: torch.Tensor,
+    call: SlaCall,
+    grid: TokenGrid,
+) -> torch.Tensor:
+    """The fused kernel's output for visual queries. The keys lie as in `grid`; `whole` is their state and total."""
+    weight, bias, text_len = call.weight, call.bias, call.text_len
+    if text_len is None or not grid.text:
+        text_len = torch.full(queries.shape[:1], grid.text, dtype=torch.int32, device=queries.device)
+    differentiable = (queries, k, v, weight, *([] if bias is None else [bias]))
+    training = torch.is_grad_enabled() and any(x.requires_grad for x in differentiable)
+    out, *_ = attend(
+        queries, k, v, *whole, critical, negligible, weight.float(), None if bias is None else bias.float(), text_len,
+        Cut.of(call.order).pack(), list(KeySegments.of(grid)), call.scale, call.feature_map, call.linear_scope,
+        training,
+    )  # fmt: skip
+    return out
 
 
 def _kernels(name: str) -> ModuleType:
@@ -31,7 +89,7 @@ def block_means(x: torch.Tensor, cut: Sequence[int]) -> torch.Tensor:
 
     Args:
         x: visual tokens in raster order, [B, H, visual, D], any strides.
-        cut: `layout.Cut.pack`.
+        cut: as `call.Cut.pack` returns it.
 
     Returns:
         [B, H, D, blocks]: a row for each dimension, so that neighbouring threads read neighbouring blocks.
@@ -48,23 +106,23 @@ block_means.register_fake(_fake_means)
 
 @torch.library.custom_op("dit_accel::sla_select", mutates_args=())
 def select(
-    query_means: torch.Tensor, key_means: torch.Tensor, critical: int, skipped: int
+    query_means: torch.Tensor, key_means: torch.Tensor, topk: int, skip: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The best and the worst key blocks of every query block, by `block_means` of both; see `router.route_blocks`."""
-    return _kernels("triton").select(query_means, key_means, critical, skipped)
+    """Critical and negligible key blocks of every query block, by `block_means`; see `portable.route`."""
+    return _kernels("triton").select(query_means, key_means, topk, skip)
 
 
 @select.register_fake
-def _(query_means, key_means, critical, skipped):
+def _(query_means, key_means, topk, skip):
     rows = *query_means.shape[:2], query_means.shape[3]
-    return tuple(query_means.new_empty((*rows, n), dtype=torch.int32) for n in (critical, skipped))
+    return tuple(query_means.new_empty((*rows, n), dtype=torch.int32) for n in (topk, skip))
 
 
 def route(
-    q: torch.Tensor, k: torch.Tensor, cut: Sequence[int], critical: int, skipped: int
+    q: torch.Tensor, k: torch.Tensor, cut: Sequence[int], topk: int, skip: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """See `dit_accel.kernels.sla.router.route_blocks`."""
-    return select(block_means(q, cut), block_means(k, cut), critical, skipped)
+    """See `dit_accel.kernels.sla.portable.route`."""
+    return select(block_means(q, cut), block_means(k, cut), topk, skip)
 
 
 @torch.library.custom_op("dit_accel::sla_state", mutates_args=())
@@ -73,8 +131,8 @@ def state(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """phi(k)^T v [B, H, D, D] and the sum of phi(k) over the tokens [B, H, D], both fp32; and `block_means` of k.
 
-    One pass over k serves the linear branch and the router. What comes of it carries no gradient: `attend` gives k and
-    v all of theirs.
+    One pass over k serves the linear branch and the router. The results carry no gradient: `attend` returns the whole
+    gradients of k and v.
     """
     return _kernels("triton").state(k, v, Cut.unpack(cut), feature_map)
 
@@ -94,7 +152,7 @@ def attend(
     state: torch.Tensor,
     total: torch.Tensor,
     critical: torch.Tensor,
-    skipped: torch.Tensor,
+    negligible: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
     text_len: torch.Tensor,
@@ -110,28 +168,28 @@ def attend(
     Args:
         q: visual tokens, [B, H, visual, D].
         k, v: all tokens, [B, H, N, D].
-        state, total: `state` of the visual keys. The gradients of k and v hold what flows through them too, so they get
-            none of their own.
-        critical, skipped: int32 [B, H, blocks, *], ascending. No critical blocks are allowed.
+        state, total: `state` of the visual keys. They get no gradient of their own: the gradients of k and v include
+            it.
+        critical, negligible: int32 [B, H, blocks, *], ascending. There may be no critical blocks.
         weight, bias: fp32 [D, D] and [D].
         text_len: int32 [B].
-        cut, segments: `layout.Cut.pack`, and the integers of `layout.Segments`.
-        training: whether what the backward wants is kept.
+        cut, segments: as `call.Cut.pack` returns it, and the integers of `call.KeySegments`.
+        training: whether to return what the backward reads.
 
     Returns:
-        The output [B, H, visual, D], laid out in memory as [B, visual, H, D]. For training the exact branch, as the
-        output, and its LSE fp32 [B, H, visual]; in scope "marginal" also the linear branch before its projection, its
-        denominators with eps fp32 [B, H, visual], and int32 [B, H, blocks]: 1 for a query block whose marginal blocks
-        were summed one by one (see `triton_marginal`). What is not wanted has no elements.
+        The output [B, H, visual, D], laid out in memory as [B, visual, H, D]. For training also the exact branch, like
+        the output, and its LSE fp32 [B, H, visual]. In scope "marginal" also the linear branch before its projection,
+        its denominators with eps fp32 [B, H, visual], and int32 [B, H, blocks]: 1 for a query block that summed its
+        marginal blocks one by one. Tensors that are not needed have no elements.
     """
     kernels = _kernels("triton")
-    lists = kernels.Lists(critical.contiguous(), skipped.contiguous())
-    call = kernels.Call(Cut.unpack(cut), Segments(*segments), scale, feature_map, linear_scope)
+    lists = kernels.RoutedBlocks(critical.contiguous(), negligible.contiguous())
+    call = kernels.FusedCall(Cut.unpack(cut), KeySegments(*segments), scale, feature_map, linear_scope)
     return kernels.forward(q, k, v, (state, total), lists, weight, bias, text_len, call, training)
 
 
 @attend.register_fake
-def _(q, k, v, state, total, critical, skipped, weight, bias, text_len, cut, segments, scale, fmap, scope, training):
+def _(q, k, v, state, total, critical, negligible, weight, bias, text_len, cut, segments, scale, fmap, scope, training):
     none, marginal = q.new_empty(0), training and scope == "marginal"
     per_row = q.new_empty(q.shape[:3], dtype=torch.float32)
     return (
@@ -157,12 +215,12 @@ def attend_backward(
     """dq, dk and dv, laid out in memory as [B, N, H, D], and d(weight) and d(bias) in fp32.
 
     Args:
-        saved: the tensors that `attend` got, save the bias, and what it gave besides the output.
+        saved: the tensors that `attend` took, without the bias, and what it returned besides the output.
     """
-    q, k, v, state, total, critical, skipped, weight, text_len, *outputs = saved
+    q, k, v, state, total, critical, negligible, weight, text_len, *outputs = saved
     kernels = _kernels("triton")
-    lists = kernels.Lists(critical.contiguous(), skipped.contiguous())
-    call = kernels.Call(Cut.unpack(cut), Segments(*segments), scale, feature_map, linear_scope)
+    lists = kernels.RoutedBlocks(critical.contiguous(), negligible.contiguous())
+    call = kernels.FusedCall(Cut.unpack(cut), KeySegments(*segments), scale, feature_map, linear_scope)
     return kernels.backward(gradient, q, k, v, (state, total), lists, weight, text_len, outputs, call)
 
 
@@ -180,7 +238,7 @@ def _save(ctx, inputs, output) -> None:
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*tensors, weight, text_len, *output[1:])
     if not training:
-        raise DitAccelError("sla_attend was called without training=True, but a gradient is wanted.")
+        raise DitAccelError("sla_attend was called without training=True, but a gradient is needed.")
 
 
 def _differentiate(ctx, gradient, *_):

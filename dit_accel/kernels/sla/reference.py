@@ -1,68 +1,63 @@
-"""Sparse-linear attention as it is defined: masked dense attention plus the linear formula, in fp32 (fp64 for fp64)."""
+"""The definition of sparse-linear attention: masked dense attention plus the linear formula, in fp32 or fp64."""
 
 from __future__ import annotations
 
 import torch
 
 from dit_accel.errors import DitAccelError
-from dit_accel.kernels.sla.features import EPSILON, apply_map
-from dit_accel.kernels.sla.setting import Setting
+from dit_accel.kernels.sla.call import EPSILON, Cut, SlaCall, apply_map, visual_of, visual_slice
+from dit_accel.kernels.sla.portable import route
 from dit_accel.order import TokenOrder
 
 MAX_TOKENS = 20_000
 
 
-def sparse_linear_reference(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    critical: torch.Tensor,
-    skipped: torch.Tensor,
-    setting: Setting,
-) -> torch.Tensor:
+def forward(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, topk: int, skip: int, call: SlaCall
+) -> tuple[torch.Tensor, torch.Tensor]:
     """See `dit_accel.kernels.sla.api.sparse_linear_attention`; memory grows with the square of the tokens.
 
-    Args:
-        critical, skipped: block lists of the router, int32 [B, H, visual_blocks, *].
+    Returns:
+        The output and the critical blocks.
 
     Raises:
         DitAccelError: more than 20,000 tokens.
     """
-    order, weight, bias = setting.order, setting.weight, setting.bias
+    order, weight, bias = call.order, call.weight, call.bias
     if order.grid.tokens > MAX_TOKENS:
         raise DitAccelError(
             f"impl='reference' builds a dense mask and takes at most {MAX_TOKENS} tokens, got {order.grid.tokens}; "
             "use impl='portable' or 'auto'."
         )
+    visual_tokens = (visual_of(x, order.grid).detach() for x in (q, k))
+    critical, negligible = route(*visual_tokens, Cut.of(order).pack(), topk, skip)
     wide = torch.promote_types(q.dtype, torch.float32)
-    keys = valid_keys(order, setting.text_len, q.device)  # [B or 1, 1, N, 1]
-    queries = q.to(wide)
-    exact = token_pairs(block_map(critical, order), order, dense=True)  # [B, H, N, N]
-    if setting.text_bias is None:
+    keys = valid_keys(order, call.text_len, q.device)  # [B or 1, 1, N, 1]
+    visual = visual_slice(order.grid)
+    queries = q[:, :, visual].to(wide)
+    exact = token_pairs(block_map(critical, order), order, dense=True)[:, :, visual]  # [B, H, visual, N]
+    if call.text_bias is None:
         k, v = (torch.where(keys, x, 0) for x in (k, v))
         exact = exact & keys.mT
     k, v = k.to(wide), v.to(wide)
-    logits = (queries @ k.mT) * setting.scale
-    if setting.text_bias is not None:
-        logits = logits + torch.where(keys.mT, 0, setting.text_bias[:, None, :, None])
+    logits = (queries @ k.mT) * call.scale
+    if call.text_bias is not None:
+        logits = logits + torch.where(keys.mT, 0, call.text_bias[:, None, visual, None])
     out = logits.masked_fill(~exact, -torch.inf).softmax(-1) @ v
-    if weight is None:
-        return out.to(q.dtype)
 
     rest = torch.ones_like(block_map(critical, order))
-    if setting.linear_scope == "marginal":
-        rest = ~block_map(critical, order) & ~block_map(skipped, order)
-    affinity = apply_map(queries, setting.feature_map) @ apply_map(k, setting.feature_map).mT
-    affinity = affinity * token_pairs(rest, order, dense=False)
+    if call.linear_scope == "marginal":
+        rest = ~block_map(critical, order) & ~block_map(negligible, order)
+    affinity = apply_map(queries, call.feature_map) @ apply_map(k, call.feature_map).mT
+    affinity = affinity * token_pairs(rest, order, dense=False)[:, :, visual]
     linear = (affinity @ v) / (affinity.sum(-1, keepdim=True) + EPSILON)
-    visual = torch.zeros(order.grid.tokens, 1, dtype=torch.bool, device=q.device)
-    visual[order.grid.visual_start : order.grid.visual_start + order.grid.visual] = True
-    projected = linear @ weight.to(wide).mT + (0 if bias is None else bias.to(wide))
-    return (out + projected * visual).to(q.dtype)
+    out = out + linear @ weight.to(wide).mT + (0 if bias is None else bias.to(wide))
+    # laid out in memory as [B, visual, H, D], as the other implementations' results are
+    return out.to(q.dtype).transpose(1, 2).contiguous().transpose(1, 2), critical
 
 
 def block_map(lists: torch.Tensor, order: TokenOrder) -> torch.Tensor:
-    """Block lists int32 [B, H, visual_blocks, n] as a map: bool [B, H, visual_blocks, visual_blocks]."""
+    """Block lists, int32 [B, H, visual_blocks, n], as a map, bool [B, H, visual_blocks, visual_blocks]."""
     blocks = order.visual_blocks
     empty = torch.zeros((*lists.shape[:3], blocks), dtype=torch.bool, device=lists.device)
     return empty.scatter_(-1, lists.long(), True)

@@ -1,4 +1,4 @@
-"""The Triton implementation: the router, the state of the linear branch, and both branches in one kernel."""
+"""Launches of the Triton kernels: the router, the state of the linear branch, both directions of the fused kernel."""
 
 from __future__ import annotations
 
@@ -8,19 +8,20 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
-from triton.runtime.interpreter import InterpretedFunction
 
 from dit_accel.errors import DitAccelError
 from dit_accel.kernels import tuning
 from dit_accel.kernels.block_sparse.geometry import Geometry
 from dit_accel.kernels.block_sparse.triton_lists import Transposed, transpose_lists
 from dit_accel.kernels.sla import triton_configs as configs
-from dit_accel.kernels.sla.layout import Cut, Segments
-from dit_accel.kernels.sla.triton_backward import sparse_linear_bwd_kernel_dkdv, sparse_linear_bwd_kernel_dq
-from dit_accel.kernels.sla.triton_forward import sparse_linear_fwd_kernel
-from dit_accel.kernels.sla.triton_places import places_kernel
-from dit_accel.kernels.sla.triton_router import block_means_kernel, select_kernel
-from dit_accel.kernels.sla.triton_sums import state_kernel, sums_kernel
+from dit_accel.kernels.sla.call import Cut, KeySegments
+from dit_accel.kernels.sla.triton_backward import (
+    sparse_linear_bwd_kernel_dkdv,
+    sparse_linear_bwd_kernel_dq,
+    sums_kernel,
+)
+from dit_accel.kernels.sla.triton_forward import sparse_linear_fwd_kernel, state_kernel
+from dit_accel.kernels.sla.triton_router import block_means_kernel, places_kernel, select_kernel
 
 JIT = {
     "means": block_means_kernel,
@@ -32,29 +33,29 @@ JIT = {
     "sums": sums_kernel,
     "dkdv": sparse_linear_bwd_kernel_dkdv,
 }
-INTERPRETED = isinstance(block_means_kernel, InterpretedFunction)
 
 
-class Lists(NamedTuple):
-    """What the router kept and dropped: int32 [B, H, blocks, *] each, ascending."""
+class RoutedBlocks(NamedTuple):
+    """The router's lists, int32 [B, H, blocks, *] each, ascending."""
 
-    kept: torch.Tensor
-    dropped: torch.Tensor
+    critical: torch.Tensor
+    negligible: torch.Tensor
 
     @property
     def counts(self) -> tuple[int, int]:
-        """How many key blocks each query block keeps and drops."""
-        return self.kept.shape[-1], self.dropped.shape[-1]
+        """Numbers of critical and negligible key blocks of every query block."""
+        return self.critical.shape[-1], self.negligible.shape[-1]
 
 
-class Call(NamedTuple):
-    """What both directions of a call are told besides tensors.
+class FusedCall(NamedTuple):
+    """Settings of a call that both directions read besides tensors.
 
-    cut, segments: how the visual tokens are cut into blocks, and where they and the others lie among the keys.
+    cut: how visual tokens are cut into blocks.
+    segments: where visual, conditioning and text tokens lie among the keys.
     """
 
     cut: Cut
-    segments: Segments
+    segments: KeySegments
     scale: float
     feature_map: str
     linear_scope: str
@@ -65,11 +66,11 @@ class Call(NamedTuple):
 
     @property
     def dense(self) -> int:
-        """Conditioning and text blocks."""
+        """Number of conditioning and text blocks."""
         return sum(triton.cdiv(n, self.cut.block) for n in (self.segments.conditioning, self.segments.text))
 
     def constants(self, q: torch.Tensor, align: int) -> dict[str, Any]:
-        """What the kernels of both branches are compiled for."""
+        """Compile-time constants of the kernels of both branches."""
         return {
             **_linear(q.shape[-1], align, self.feature_map),
             **_cut(self.cut),
@@ -91,20 +92,20 @@ def block_means(x: torch.Tensor, cut: Cut) -> torch.Tensor:
 
 
 def select(
-    query_means: torch.Tensor, key_means: torch.Tensor, critical: int, skipped: int
+    query_means: torch.Tensor, key_means: torch.Tensor, topk: int, skip: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See `ops.select`."""
     batch, heads, dim, blocks = query_means.shape
     width = configs.width_of(blocks)
-    kept, dropped = (
-        query_means.new_empty(batch, heads, blocks, n, dtype=torch.int32) for n in (critical, skipped)
+    critical, negligible = (
+        query_means.new_empty(batch, heads, blocks, n, dtype=torch.int32) for n in (topk, skip)
     )  # fmt: skip
     _run(
         "select", _in_steps(blocks, batch * heads),
-        (query_means, key_means, kept, dropped, blocks, critical, skipped),
-        {"D": dim, "WIDTH": width, "STRIP": configs.strip_of(width), "HAS_SKIPPED": skipped > 0},
+        (query_means, key_means, critical, negligible, blocks, topk, skip),
+        {"D": dim, "WIDTH": width, "STRIP": configs.strip_of(width), "HAS_SKIP": skip > 0},
     )  # fmt: skip
-    return kept, dropped
+    return critical, negligible
 
 
 def state(
@@ -130,14 +131,14 @@ def forward(
     k: torch.Tensor,
     v: torch.Tensor,
     whole: tuple[torch.Tensor, torch.Tensor],
-    lists: Lists,
+    lists: RoutedBlocks,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
     text_len: torch.Tensor,
-    call: Call,
+    call: FusedCall,
     training: bool,
 ) -> tuple[torch.Tensor, ...]:
-    """See `ops.sparse_linear`; `whole`: state and total over all visual keys."""
+    """See `ops.attend`; `whole`: state and total over all visual keys."""
     q, k, v = _rows(q), _rows(k), _rows(v)
     batch, heads, tokens, _ = q.shape
     align, out = _alignment(q, k, v), _room_for_rows(q)
@@ -146,7 +147,7 @@ def forward(
         "forward", (call.cut.blocks, batch * heads),
         (
             q, k, v, *_state_table(whole, weight, call, q.dtype), weight.to(q.dtype).contiguous(),
-            weight if bias is None else bias.float().contiguous(), *lists, *_places(lists.kept, call), text_len,
+            weight if bias is None else bias.float().contiguous(), *lists, *_places(lists.critical, call), text_len,
             out, exact, lse, linear, denominators, modes, *_strides(align, q, k, v), call.scale, *call.cut.grid,
             *call.segments[:4], heads, tokens, call.cut.blocks, call.dense, *lists.counts, int(training),
         ),
@@ -161,13 +162,13 @@ def backward(
     k: torch.Tensor,
     v: torch.Tensor,
     whole: tuple[torch.Tensor, torch.Tensor],
-    lists: Lists,
+    lists: RoutedBlocks,
     weight: torch.Tensor,
     text_len: torch.Tensor,
     saved: Sequence[torch.Tensor],
-    call: Call,
+    call: FusedCall,
 ) -> tuple[torch.Tensor, ...]:
-    """See `ops.sparse_linear_backward`; `saved`: what `forward` gave for training besides the output."""
+    """See `ops.attend_backward`; `saved`: what `forward` returned for training besides the output."""
     gradient, q, k, v = (_rows(x) for x in (gradient, q, k, v))
     batch, heads, tokens, _ = q.shape
     exact, lse, linear, denominators, modes = saved
@@ -181,22 +182,22 @@ def backward(
         "dq", (cut.blocks, batch * heads),
         (
             q, k, v, gradient, pulled, exact, lse, *_state_table(whole, weight, call, q.dtype), *lists,
-            *_places(lists.kept, call), text_len, denominators, modes, dq, delta, inverses, ratios,
+            *_places(lists.critical, call), text_len, denominators, modes, dq, delta, inverses, ratios,
             *strides, *_strides(align, exact), call.scale, *cut.grid, *call.segments[:4],
             heads, tokens, cut.blocks, call.dense, *lists.counts,
         ),
         constants,
     )  # fmt: skip
     dstate, dtotal, dbias = _sums(q, pulled, (inverses, ratios), call.feature_map)
-    keeping = dropping = _transpose(lists.kept, call, call.dense)
+    keeping = dropping = _transpose(lists.critical, call, call.dense)
     singles = n_singles = modes
     if call.marginal:
         dweight = torch.einsum("bhnd,bhne->bhde", gradient, linear.to(gradient.dtype)).sum((0, 1), dtype=torch.float32)
         dbias = gradient.sum((0, 1, 2), dtype=torch.float32)
-        dropping = _transpose(lists.dropped, call, 0)
+        dropping = _transpose(lists.negligible, call, 0)
         singles, n_singles = modes.argsort(dim=-1, descending=True, stable=True).int(), modes.sum(-1, dtype=torch.int32)
     else:
-        # the table is the state times W^T
+        # the table is the state times W^T, so the gradient of the table is turned into those of both factors
         dweight, dstate = (dstate.mT @ whole[0]).sum((0, 1)), dstate @ weight.float()
     rows = configs.key_rows(constants, _capability(q.device))
     _run(
@@ -212,19 +213,19 @@ def backward(
     return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2), dweight, dbias
 
 
-def _places(kept: torch.Tensor, call: Call) -> tuple[torch.Tensor, torch.Tensor]:
+def _places(critical: torch.Tensor, call: FusedCall) -> tuple[torch.Tensor, torch.Tensor]:
     """See `places_kernel`."""
-    rows, count = kept.shape[:-1], kept.shape[-1]
-    places, spans = kept.new_empty(*rows, count + call.dense), kept.new_empty(*rows, 5)
+    rows, count = critical.shape[:-1], critical.shape[-1]
+    places, spans = critical.new_empty(*rows, count + call.dense), critical.new_empty(*rows, 5)
     _run(
-        "places", (math.prod(rows), 1), (kept, places, spans, *call.cut.grid, call.cut.blocks, count, call.dense),
+        "places", (math.prod(rows), 1), (critical, places, spans, *call.cut.grid, call.cut.blocks, count, call.dense),
         _cut(call.cut),
     )  # fmt: skip
     return places, spans
 
 
-def _transpose(lists: torch.Tensor, call: Call, dense: int) -> Transposed:
-    """The query blocks that list each key block; `dense` blocks behind the visual ones are listed by all."""
+def _transpose(lists: torch.Tensor, call: FusedCall, dense: int) -> Transposed:
+    """The query blocks that list each key block; all query blocks list the `dense` blocks behind the visual ones."""
     cut, around = call.cut, call.segments if dense else call.segments._replace(conditioning=0, text=0)
     geometry = Geometry(
         cut.grid, cut.grid, cut.block, cut.block, cut.tile, cut.tile, around.conditioning, around.text, own_queries=True
@@ -236,9 +237,9 @@ def _transpose(lists: torch.Tensor, call: Call, dense: int) -> Transposed:
 
 
 def _state_table(
-    whole: tuple[torch.Tensor, torch.Tensor], weight: torch.Tensor, call: Call, dtype: torch.dtype
+    whole: tuple[torch.Tensor, torch.Tensor], weight: torch.Tensor, call: FusedCall, dtype: torch.dtype
 ) -> tuple[torch.Tensor, ...]:
-    """The state as `_table` gives it, in scope "all" with the projection applied, and the total."""
+    """The state as `_table` returns it, with the projection applied in scope "all", and the total."""
     state, total = whole
     return *_table(state if call.marginal else state @ weight.float().mT, dtype), total.contiguous()
 
@@ -263,16 +264,6 @@ def _sums(
 
 def _run(kernel: str, programs: tuning.Programs, arguments: tuple[Any, ...], constants: dict[str, Any]) -> None:
     first = arguments[0]
-    if INTERPRETED and first.dtype == torch.bfloat16:
-        raise DitAccelError(
-            "impl='triton' cannot compute this: Triton's interpreter has no bfloat16 arithmetic. "
-            "Use impl='portable' or 'auto'."
-        )
-    if not INTERPRETED and not first.is_cuda:
-        raise DitAccelError(
-            f"impl='triton' cannot compute this: the tensors are on {first.device}; Triton needs a CUDA device or "
-            "TRITON_INTERPRET=1. Use impl='portable' or 'auto'."
-        )
     capability = _capability(first.device)
     candidates = configs.fitting(kernel, constants, first.element_size(), capability)
     if not candidates:
@@ -285,13 +276,13 @@ def _run(kernel: str, programs: tuning.Programs, arguments: tuple[Any, ...], con
 
 def _capability(device: torch.device) -> int:
     if device.type != "cuda":
-        return 90  # interpreted: any launch will do
+        return 90  # interpreted: every launch runs
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor
 
 
 def _in_steps(rows: int, heads: int) -> tuning.Programs:
-    """Programs that take STEP rows each."""
+    """A launch grid whose programs process STEP rows each."""
     return lambda meta: (triton.cdiv(rows, meta["STEP"]), heads)
 
 
@@ -300,12 +291,12 @@ def _room_for_means(x: torch.Tensor, cut: Cut) -> torch.Tensor:
 
 
 def _room_for_rows(x: torch.Tensor) -> torch.Tensor:
-    """A result like x in [B, N, H, D]."""
+    """An empty result for x [B, H, N, D], as [B, N, H, D]."""
     return x.new_empty(*(x.shape[i] for i in (0, 2, 1, 3)))
 
 
-def _room_for_saved(q: torch.Tensor, lists: Lists, call: Call, training: bool) -> tuple[torch.Tensor, ...]:
-    """What the backward of the fused kernel wants; nothing where it wants nothing."""
+def _room_for_saved(q: torch.Tensor, lists: RoutedBlocks, call: FusedCall, training: bool) -> tuple[torch.Tensor, ...]:
+    """Empty tensors for what the backward reads; those that it does not read have no elements."""
     none = (0,)
     marginal = training and call.marginal
     return (
@@ -313,7 +304,7 @@ def _room_for_saved(q: torch.Tensor, lists: Lists, call: Call, training: bool) -
         q.new_empty(q.shape[:3] if training else none, dtype=torch.float32),
         _room_for_rows(q) if marginal else q.new_empty(none),
         q.new_empty(q.shape[:3] if marginal else none, dtype=torch.float32),
-        lists.kept.new_empty(lists.kept.shape[:-1] if marginal else none),
+        lists.critical.new_empty(lists.critical.shape[:-1] if marginal else none),
     )
 
 
@@ -330,12 +321,12 @@ def _cut(cut: Cut) -> dict[str, int]:
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:
-    """x with rows of contiguous elements, which is what a model hands over."""
+    """x with contiguous rows; models pass such tensors already."""
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _alignment(*tensors: torch.Tensor) -> int:
-    """Elements that all strides are multiples of: 16 bytes' worth, or 1."""
+    """Number of elements that divides all strides: 16 bytes of them, or 1."""
     unit = 16 // tensors[0].element_size()
     aligned = all(s % unit == 0 for x in tensors for s in x.stride()[:3]) and all(
         x.data_ptr() % 16 == 0 for x in tensors
@@ -348,7 +339,7 @@ def _strides(align: int, *tensors: torch.Tensor) -> list[int]:
 
 
 def _table(state: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """A state [B, H, D, D] as factors in `dtype` and fp32 [B, H]: half precision has no room for its range."""
+    """A state [B, H, D, D] as a table in `dtype` times a factor fp32 [B, H], because fp16 lacks the range."""
     peaks = state.new_ones(state.shape[:2])
     if dtype == torch.float16:
         _, exponents = torch.frexp(state.abs().amax((-2, -1)))

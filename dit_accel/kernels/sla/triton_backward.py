@@ -1,11 +1,9 @@
-"""The fused backward kernels: dq over a query block's lists, dk and dv over the query blocks that list a key block.
+"""The backward kernels: dq over lists, the gradient of the state, dk and dv over transposed lists.
 
-Critical blocks, as in the engine: ds = p (dp - delta). Linear branch, with a = phi(q), b = phi(k), H and z the sums of
-b^T v and b over its key blocks, d = a . z + eps and g the gradient of its output: U = g H^T, r = a . U / d,
-da = (U - r z) / d; and dv = b G, db = v G^T - w with G = sum of a^T g / d, w = sum of a r / d over the query blocks
-that see a key block. In scope "all" the projection is part of H, and g that of the whole output. In scope "marginal"
-sums over all blocks are subtracted by what critical and skipped ones add to them; query blocks that were summed one by
-one in the forward pass (see `triton_marginal`) are left out of the totals and added one by one here too.
+README.md in this folder has the equations. In scope "all" the table includes the projection, and g is the gradient of
+the whole output. In scope "marginal" g is the gradient behind the projection; critical and negligible blocks are
+subtracted from the sums over all blocks. Query blocks that the forward summed one by one have no part in the totals;
+their terms are added one by one here too.
 """
 
 from __future__ import annotations
@@ -15,46 +13,117 @@ import triton.language as tl
 
 from dit_accel.kernels.block_sparse.triton_backward import of_keys, of_queries, row_lse
 from dit_accel.kernels.block_sparse.triton_tokens import list_of, load_rows, rows_of, rows_of_head, store_rows
-from dit_accel.kernels.sla.triton_features import EPS, mapped, mapped_columns, pulled_back, scales_of_rows
-from dit_accel.kernels.sla.triton_marginal import over_listed, over_others, over_selecting, routed
-from dit_accel.kernels.sla.triton_rows import (
+from dit_accel.kernels.sla.triton_linear import (
+    EPS,
     behind,
     hidden_zero,
     load_columns,
     load_part,
     load_total,
+    mapped,
+    mapped_columns,
+    over_listed,
+    over_marginal,
+    over_selecting,
     placed,
     placed_keys,
+    pulled_back,
+    pulled_columns,
+    routed,
+    scales_of_rows,
     slots_of,
+    store_sums,
     stored_rows,
     table_of,
     times_table,
 )
-from dit_accel.kernels.sla.triton_through import store_through, sums_through
+
+
+@triton.jit
+def columns_of(
+    x, rows, valid, shift, size, b_g, table, peak, totals, first,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, COLUMNS: tl.constexpr, MAP: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """x, phi(x), U = g T^T and z of COLUMNS columns from `first` on; T is table * peak."""
+    o_c = first + tl.arange(0, COLUMNS)
+    o_d = tl.arange(0, BLOCK_D)
+    b_x = load_columns(x, rows, valid, first, 0.0, D, COLUMNS).to(tl.float32)
+    phi = mapped_columns(b_x, shift, size, (o_c < D)[None, :], MAP)
+    # T^T [BLOCK_D, COLUMNS]
+    b_t = tl.load(table + o_c[None, :] * D + o_d[:, None], mask=(o_d < D)[:, None] & (o_c < D)[None, :], other=0.0)
+    b_u = tl.dot(b_g, b_t, input_precision=PRECISION) * peak
+    return b_x, phi, b_u, tl.load(totals + o_c, mask=o_c < D, other=0.0)
+
+
+@triton.jit
+def sums_through(
+    x, rows, valid, shift, size, b_g, table, peak, totals, width,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    MAP: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """phi . U and phi . z of each row, and both for phi rounded to the table's dtype: fp32 [ROWS] each.
+
+    This and `store_through` walk the columns and read x each time: whole rows do not fit the registers. `width` equals
+    BLOCK_D, but the compiler cannot see it: otherwise it unrolls the loops and keeps all columns in registers.
+    """
+    with_u = tl.zeros([ROWS], dtype=tl.float32)
+    with_z = tl.zeros([ROWS], dtype=tl.float32)
+    rounded_with_u = tl.zeros([ROWS], dtype=tl.float32)
+    rounded_with_z = tl.zeros([ROWS], dtype=tl.float32)
+    for first in tl.range(0, width, COLUMNS, num_stages=1):
+        _, phi, b_u, b_z = columns_of(
+            x, rows, valid, shift, size, b_g, table, peak, totals, first, D, BLOCK_D, COLUMNS, MAP, PRECISION
+        )  # fmt: skip
+        rounded = phi.to(table.dtype.element_ty).to(tl.float32)
+        with_u += tl.sum(phi * b_u, 1)
+        with_z += tl.sum(phi * b_z[None, :], 1)
+        rounded_with_u += tl.sum(rounded * b_u, 1)
+        rounded_with_z += tl.sum(rounded * b_z[None, :], 1)
+    return with_u, with_z, rounded_with_u, rounded_with_z
+
+
+@triton.jit
+def store_through(
+    out, x, rows, valid, shift, size, b_g, table, peak, totals, sums, a, c, width, heads, tokens,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, COLUMNS: tl.constexpr, MAP: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Store dx to `out` [B, N, H, D], where dphi = (U + a z) c for numbers a and c a row; sums: phi . U and phi . z."""
+    i_bh = tl.program_id(1)
+    with_u, with_z = sums
+    of_row = (with_u + a * with_z) * c
+    place = (((i_bh // heads).to(tl.int64) * tokens + rows) * heads + i_bh % heads) * D
+    for first in tl.range(0, width, COLUMNS, num_stages=1):
+        b_x, phi, b_u, b_z = columns_of(
+            x, rows, valid, shift, size, b_g, table, peak, totals, first, D, BLOCK_D, COLUMNS, MAP, PRECISION
+        )  # fmt: skip
+        of_phi = (b_u + a[:, None] * b_z[None, :]) * c[:, None]
+        o_c = first + tl.arange(0, COLUMNS)
+        value = pulled_columns(of_phi, b_x, phi, of_row, MAP).to(out.dtype.element_ty)
+        tl.store(out + place[:, None] + o_c, value, mask=valid[:, None] & (o_c < D))
 
 
 @triton.jit(do_not_specialize=[
     "q_batch", "q_head", "q_row", "k_batch", "k_head", "k_row", "v_batch", "v_head", "v_row",
     "g_batch", "g_head", "g_row", "p_batch", "p_head", "p_row", "e_batch", "e_head", "e_row",
     "T", "H", "W", "visual_start", "conditioning_start", "text_start", "conditioning",
-    "heads", "tokens", "blocks", "dense", "n_kept", "n_dropped",
+    "heads", "tokens", "blocks", "dense", "topk", "skip",
 ])  # fmt: skip
 def sparse_linear_bwd_kernel_dq(
-    q, k, v, grad_out, pulled, exact, lse, table, peaks, totals, kept, dropped, places, spans, text_lens,
+    q, k, v, grad_out, pulled, exact, lse, table, peaks, totals, critical, negligible, places, spans, text_lens,
     denominators, modes, dq, delta, inverses, ratios,
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row, g_batch, g_head, g_row,
     p_batch, p_head, p_row, e_batch, e_head, e_row,
     scale,
     T, H, W, visual_start, conditioning_start, text_start, conditioning,
-    heads, tokens, blocks, dense, n_kept, n_dropped,
+    heads, tokens, blocks, dense, topk, skip,
     D: tl.constexpr, BLOCK_D: tl.constexpr, ALIGN: tl.constexpr,
     BLOCK: tl.constexpr, TILE_T: tl.constexpr, TILE_H: tl.constexpr, TILE_W: tl.constexpr,
     STEP: tl.constexpr, MAP: tl.constexpr, SCOPE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dq [B, N, H, D] of one query block of one head; arguments as in the forward kernel.
 
-    For dk and dv, fp32 [B, H, N]: delta = rowsum(exact * grad_out), r, and 1 / d, 0 where the totals leave a row out.
-    pulled [B, H, N, D]: the gradient behind the projection, grad_out W, in scope "marginal".
+    Also stores, for dk and dv, fp32 [B, H, N]: delta = rowsum(exact * grad_out), r, and 1 / d, which is 0 for rows that
+    have no part in the totals. pulled [B, H, N, D]: in scope "marginal" the gradient behind the projection, grad_out W.
     """
     CUT: tl.constexpr = (BLOCK, TILE_T, TILE_H, TILE_W)
     i_bh = tl.program_id(1)
@@ -67,7 +136,7 @@ def sparse_linear_bwd_kernel_dq(
     gradients = rows_of(grad_out, (g_batch, g_head, g_row), heads, ALIGN)
     table = table_of(table, D)
     peak = tl.load(peaks + i_bh)
-    # what comes through the linear branch waits in dq: beside the exact one there are no registers for it
+    # the linear branch's part waits in dq: its registers are needed for the exact branch
     if SCOPE == "all":
         totals += i_bh.to(tl.int64) * D
         width = BLOCK_D + hidden_zero(spans)
@@ -87,13 +156,13 @@ def sparse_linear_bwd_kernel_dq(
     else:
         b_q = load_rows(q, rows, valid, D, BLOCK_D)
         b_g = load_rows(rows_of(pulled, (p_batch, p_head, p_row), heads, ALIGN), rows, valid, D, BLOCK_D).to(b_q.dtype)
-        lists = routed(kept, dropped, i_bh, tl.program_id(0), blocks, n_kept, n_dropped)
+        lists = routed(critical, negligible, i_bh, tl.program_id(0), blocks, topk, skip)
         k_visual, v_visual = behind(keys, visual_start), behind(values, visual_start)
         one_by_one = tl.load(modes + i_bh * blocks + tl.program_id(0)) != 0
         of_phi = tl.zeros([BLOCK, BLOCK_D], dtype=tl.float32)
         total = tl.zeros([BLOCK_D], dtype=tl.float32)
         if one_by_one:
-            of_phi, total = over_others(
+            of_phi, total = over_marginal(
                 of_phi, total, b_g, k_visual, v_visual, lists, grid, blocks,
                 D, BLOCK_D, CUT, STEP, MAP, True, PRECISION,
             )  # fmt: skip
@@ -121,7 +190,7 @@ def sparse_linear_bwd_kernel_dq(
     tl.store(delta + place, b_delta, mask=valid)
     acc = of_queries(
         b_q, b_g.to(b_q.dtype), row_lse(lse, place, valid), b_delta, keys, values, scale,
-        list_of(i_bh * blocks + tl.program_id(0), places, spans, n_kept + dense), spans,
+        list_of(i_bh * blocks + tl.program_id(0), places, spans, topk + dense), spans,
         (visual_start, conditioning_start, text_start), grid, conditioning, tl.load(text_lens + i_bh // heads),
         D, BLOCK_D, BLOCK, CUT, STEP, False, PRECISION,
     )  # fmt: skip
@@ -134,27 +203,27 @@ def sparse_linear_bwd_kernel_dq(
     "q_batch", "q_head", "q_row", "k_batch", "k_head", "k_row", "v_batch", "v_head", "v_row",
     "g_batch", "g_head", "g_row", "p_batch", "p_head", "p_row",
     "T", "H", "W", "visual_start", "conditioning_start", "text_start", "conditioning", "text",
-    "heads", "tokens", "key_tokens", "blocks", "dense", "n_kept", "n_dropped",
+    "heads", "tokens", "key_tokens", "blocks", "dense", "topk", "skip",
 ])  # fmt: skip
 def sparse_linear_bwd_kernel_dkdv(
-    q, k, v, grad_out, pulled, lse, delta, table, peaks, dtotals, kept, dropped, text_lens,
-    entries, query_places, firsts, dropped_entries, dropped_firsts,
+    q, k, v, grad_out, pulled, lse, delta, table, peaks, dtotals, critical, negligible, text_lens,
+    entries, query_places, firsts, negligible_entries, negligible_firsts,
     modes, singles, n_singles, denominators, ratios, dk, dv,
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row, g_batch, g_head, g_row,
     p_batch, p_head, p_row,
     scale,
     T, H, W, visual_start, conditioning_start, text_start, conditioning, text,
-    heads, tokens, key_tokens, blocks, dense, n_kept, n_dropped,
+    heads, tokens, key_tokens, blocks, dense, topk, skip,
     D: tl.constexpr, BLOCK_D: tl.constexpr, ALIGN: tl.constexpr,
     BLOCK: tl.constexpr, TILE_T: tl.constexpr, TILE_H: tl.constexpr, TILE_W: tl.constexpr,
     ROWS: tl.constexpr, STEP: tl.constexpr, MAP: tl.constexpr, SCOPE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dk and dv [B, Nk, H, D] of ROWS rows of one key block. G is table * peak, -w is dtotals.
 
-    The query blocks that attend to it exactly are listed as in `triton_lists.Transposed` (entries, query_places,
-    firsts). Conditioning and text blocks, behind the visual ones, get nothing from the linear branch. In scope
-    "marginal" those that drop it are listed alike, and the first n_singles of `singles` [B, H, blocks] are those
-    that were summed one by one. Steps take STEP rows of a query block.
+    The query blocks that attend to the key block exactly are listed as in `triton_lists.Transposed` (entries,
+    query_places, firsts). In scope "marginal" the query blocks for which it is negligible are listed alike, and the
+    first n_singles of `singles` [B, H, blocks] are the query blocks that were summed one by one. Conditioning and text
+    blocks get nothing from the linear branch. Query blocks are processed in steps of STEP rows.
     """
     CUT: tl.constexpr = (BLOCK, TILE_T, TILE_H, TILE_W)
     PARTS: tl.constexpr = BLOCK // ROWS
@@ -166,7 +235,7 @@ def sparse_linear_bwd_kernel_dkdv(
     b_v = load_rows(rows_of_head(v, i_bh, (v_batch, v_head, v_row), heads, ALIGN), rows, valid, D, BLOCK_D)
     keys = rows_of_head(k, i_bh, (k_batch, k_head, k_row), heads, ALIGN)
     first_row = i_bh.to(tl.int64) * tokens
-    # what comes through the linear branch waits in dk and dv: beside the exact one there are no registers for it
+    # the linear branch's part waits in dk and dv: its registers are needed for the exact branch
     if visual:
         table = table_of(table, D)
         peak = tl.load(peaks + i_bh)
@@ -198,9 +267,9 @@ def sparse_linear_bwd_kernel_dkdv(
             of_v, of_phi, total = over_selecting(
                 of_v, of_phi, total, phi_k, b_v, i_k, rows_of(q, (q_batch, q_head, q_row), heads, ALIGN),
                 rows_of(pulled, (p_batch, p_head, p_row), heads, ALIGN),
-                (denominators + first_row, ratios + first_row), (kept, dropped, n_kept, n_dropped),
-                (entries, firsts, dropped_entries, dropped_firsts), (modes, singles, n_singles), grid, blocks, dense,
-                D, BLOCK_D, CUT, STEP, MAP, PRECISION,
+                (denominators + first_row, ratios + first_row), (critical, negligible, topk, skip),
+                (entries, firsts, negligible_entries, negligible_firsts), (modes, singles, n_singles), grid, blocks,
+                dense, D, BLOCK_D, CUT, STEP, MAP, PRECISION,
             )  # fmt: skip
             i_bh, rows, there, valid = placed_keys(
                 firsts, text_lens, starts, grid, conditioning, text, heads, CUT, ROWS
@@ -210,7 +279,7 @@ def sparse_linear_bwd_kernel_dkdv(
             of_v = times_table(phi_k, table, of_v * (1.0 / peak), D, BLOCK_D, False, PRECISION) * peak
             store_rows(dv, rows, valid, of_v, heads, key_tokens, D, BLOCK_D)
             of_phi = times_table(b_v, table, of_phi * (1.0 / peak), D, BLOCK_D, True, PRECISION) * peak + total[None, :]
-            # k is read again: held all the while, it would be registers that are not there
+            # k is loaded again to shorten its live range; otherwise the kernel spills
             x = load_rows(keys, rows, valid, D, BLOCK_D).to(tl.float32)
             dx = pulled_back(of_phi, x, mapped(x, D, MAP), MAP)
             store_rows(dk, rows, valid, dx, heads, key_tokens, D, BLOCK_D)
@@ -233,3 +302,45 @@ def sparse_linear_bwd_kernel_dkdv(
     b_dv += stored_rows(dv, rows, linear, heads, key_tokens, D, BLOCK_D)
     store_rows(dk, rows, there, tl.where(valid[:, None], b_dk, 0.0), heads, key_tokens, D, BLOCK_D)
     store_rows(dv, rows, there, tl.where(valid[:, None], b_dv, 0.0), heads, key_tokens, D, BLOCK_D)
+
+
+@triton.jit(do_not_specialize=[
+    "q_batch", "q_head", "q_row", "g_batch", "g_head", "g_row", "heads", "tokens",
+])  # fmt: skip
+def sums_kernel(
+    q, grad_out, inverses, ratios, dstates, dtotals, dbias,
+    q_batch, q_head, q_row, g_batch, g_head, g_row, heads, tokens,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, ALIGN: tl.constexpr, SPLIT: tl.constexpr, STEP: tl.constexpr,
+    MAP: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Sums over SPLIT tokens in fp32: a^T g / d [.., D, D], -a r / d [.., D] and g [.., D]."""
+    q = rows_of(q, (q_batch, q_head, q_row), heads, ALIGN)
+    grad_out = rows_of(grad_out, (g_batch, g_head, g_row), heads, ALIGN)
+    first_place = tl.program_id(1).to(tl.int64) * tokens
+    dstate = tl.zeros([BLOCK_D, BLOCK_D], dtype=tl.float32)
+    dtotal = tl.zeros([BLOCK_D], dtype=tl.float32)
+    b_dbias = tl.zeros([BLOCK_D], dtype=tl.float32)
+    first = tl.program_id(0) * SPLIT
+    for start in range(first, tl.minimum(first + SPLIT, tokens), STEP):
+        rows = start + tl.arange(0, STEP)
+        valid = rows < tokens
+        b_q = load_rows(q, rows, valid, D, BLOCK_D)
+        b_g = load_rows(grad_out, rows, valid, D, BLOCK_D).to(tl.float32)
+        inverse = tl.load(inverses + first_place + rows, mask=valid, other=0.0)
+        ratio = tl.load(ratios + first_place + rows, mask=valid, other=0.0)
+        phi = mapped(b_q, D, MAP).to(b_q.dtype)
+        dtotal -= tl.sum(phi.to(tl.float32) * (ratio * inverse)[:, None], 0)
+        b_dbias += tl.sum(b_g, 0)
+        shares = b_g * inverse[:, None]
+        if b_q.dtype == tl.float16:
+            # g / d may exceed the range of half precision: scale by the tile's largest value
+            largest = tl.max(tl.max(tl.abs(shares), 1), 0)
+            largest = tl.where(largest > 0.0, largest, 1.0)
+            shares = (shares * (1.0 / largest)).to(b_q.dtype)
+            dstate += tl.dot(tl.trans(phi), shares, input_precision=PRECISION) * largest
+        else:
+            dstate = tl.dot(tl.trans(phi), shares.to(b_q.dtype), dstate, input_precision=PRECISION)
+    store_sums(dstates, dtotals, dstate, dtotal, D, BLOCK_D)
+    o_d = tl.arange(0, BLOCK_D)
+    place = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
+    tl.store(dbias + place * D + o_d, b_dbias, mask=o_d < D)

@@ -7,17 +7,17 @@ from typing import Any
 
 from dit_accel.kernels.ahead_of_time import Build
 from dit_accel.kernels.sla import triton_configs as configs
-from dit_accel.kernels.sla.setting import LINEAR_SCOPES
+from dit_accel.kernels.sla.call import LINEAR_SCOPES
 
 FOLDER = "dit_accel.kernels.sla"
 FUNCTIONS = {
     "means": "triton_router:block_means_kernel",
     "select": "triton_router:select_kernel",
-    "places": "triton_places:places_kernel",
-    "state": "triton_sums:state_kernel",
+    "places": "triton_router:places_kernel",
+    "state": "triton_forward:state_kernel",
     "forward": "triton_forward:sparse_linear_fwd_kernel",
     "dq": "triton_backward:sparse_linear_bwd_kernel_dq",
-    "sums": "triton_sums:sums_kernel",
+    "sums": "triton_backward:sums_kernel",
     "dkdv": "triton_backward:sparse_linear_bwd_kernel_dkdv",
 }
 FORWARD = ("means", "select", "places", "state")
@@ -30,8 +30,8 @@ FLOATS = (
     *("dstates", "dtotals", "dbias", "inverses", "ratios", "denominators"),
 )
 INTEGERS = (
-    *("kept", "dropped", "places", "spans", "modes", "singles", "n_singles", "text_lens"),
-    *("entries", "query_places", "firsts", "dropped_entries", "dropped_firsts"),
+    *("critical", "negligible", "places", "spans", "modes", "singles", "n_singles", "text_lens"),
+    *("entries", "query_places", "firsts", "negligible_entries", "negligible_firsts"),
 )
 POINTERS = (
     *((name, "data") for name in DATA),
@@ -65,7 +65,7 @@ def _constants(kernel: str, head_dim: int, arch: int) -> Iterator[dict[str, Any]
     linear = {**sizes, "MAP": "softmax", "PRECISION": "ieee"}
     if kernel == "select":
         for width in WIDTHS:
-            yield {"D": head_dim, "WIDTH": width, "STRIP": configs.strip_of(width), "HAS_SKIPPED": True}
+            yield {"D": head_dim, "WIDTH": width, "STRIP": configs.strip_of(width), "HAS_SKIP": True}
     elif kernel == "sums":
         yield {**linear, "SPLIT": configs.SPLIT}
     else:

@@ -15,7 +15,7 @@ FUSED = ("forward", "dq", "dkdv")  # the kernels of both branches
 SPLIT = 2048  # tokens whose state one program sums; fixed, so that the order of the sum depends on the length alone
 HEAD_DIMS = (64, 128)  # compiled ahead of time; others are padded in registers to the next power of two
 # Constants by which launches are tuned apart: no length, and no tile, which follows from it
-TUNED_BY = ("BLOCK", "BLOCK_D", "WIDTH", "HAS_SKIPPED", "MAP", "SCOPE")
+TUNED_BY = ("BLOCK", "BLOCK_D", "WIDTH", "HAS_SKIP", "MAP", "SCOPE")
 
 
 def unsupported(head_dim: int, block: int, blocks: int, linear_scope: str | None) -> str | None:

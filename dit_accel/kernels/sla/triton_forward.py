@@ -1,4 +1,7 @@
-"""The fused forward kernel: a query block's critical blocks in one softmax and its linear branch, in one program."""
+"""The forward kernels: the state of the linear branch, then both branches of a query block in one program.
+
+README.md in this folder has the equations.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +9,62 @@ import triton
 import triton.language as tl
 
 from dit_accel.kernels.block_sparse.triton_forward import attend_lists, normalised, positive
-from dit_accel.kernels.block_sparse.triton_tokens import list_of, load_rows, rows_of_head, store_rows
-from dit_accel.kernels.sla.triton_features import EPS, mapped, mapped_columns, scales_of_rows
-from dit_accel.kernels.sla.triton_marginal import over_listed, over_others, routed
-from dit_accel.kernels.sla.triton_rows import behind, load_columns, load_part, placed, stored_rows, times_table
+from dit_accel.kernels.block_sparse.triton_tokens import list_of, load_rows, rows_of, rows_of_head, store_rows
+from dit_accel.kernels.sla.triton_linear import (
+    EPS,
+    behind,
+    load_columns,
+    load_part,
+    mapped,
+    mapped_columns,
+    over_listed,
+    over_marginal,
+    placed,
+    routed,
+    scales_of_rows,
+    slots_of,
+    store_sums,
+    stored_rows,
+    times_table,
+)
+from dit_accel.kernels.sla.triton_router import store_mean
+
+
+@triton.jit(do_not_specialize=[
+    "k_batch", "k_head", "k_row", "v_batch", "v_head", "v_row", "T", "H", "W", "heads", "blocks",
+])  # fmt: skip
+def state_kernel(
+    k, v, states, totals, means,
+    k_batch, k_head, k_row, v_batch, v_head, v_row, T, H, W, heads, blocks,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, ALIGN: tl.constexpr,
+    BLOCK: tl.constexpr, TILE_T: tl.constexpr, TILE_H: tl.constexpr, TILE_W: tl.constexpr,
+    SPLIT: tl.constexpr, STEP: tl.constexpr, MAP: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """phi(k)^T v, fp32 [B, H, splits, D, D], and the sum of phi(k), fp32 [B, H, splits, D], over SPLIT blocks each.
+
+    The same pass over k stores the block means for the router, as `block_means_kernel` does.
+    """
+    CUT: tl.constexpr = (BLOCK, TILE_T, TILE_H, TILE_W)
+    STEPS: tl.constexpr = BLOCK // STEP
+    k = rows_of(k, (k_batch, k_head, k_row), heads, ALIGN)
+    v = rows_of(v, (v_batch, v_head, v_row), heads, ALIGN)
+    state = tl.zeros([BLOCK_D, BLOCK_D], dtype=tl.float32)
+    total = tl.zeros([BLOCK_D], dtype=tl.float32)
+    of_block = tl.zeros([BLOCK_D], dtype=tl.float32)
+    held = 0.0
+    first = tl.program_id(0) * SPLIT
+    for i in range(first * STEPS, tl.minimum(first + SPLIT, blocks) * STEPS):
+        rows, valid = slots_of(i // STEPS, i % STEPS * STEP, (T, H, W), CUT, STEP)
+        b_k = load_rows(k, rows, valid, D, BLOCK_D)
+        b_v = load_rows(v, rows, valid, D, BLOCK_D)
+        of_block = tl.sum(b_k.to(tl.float32), 0) + tl.where(i % STEPS == 0, 0.0, of_block)
+        held = tl.sum(valid.to(tl.float32), 0) + tl.where(i % STEPS == 0, 0.0, held)
+        phi = tl.where(valid[:, None], mapped(b_k, D, MAP), 0.0).to(b_v.dtype)
+        state = tl.dot(tl.trans(phi), b_v, state, input_precision=PRECISION)
+        total += tl.sum(phi.to(tl.float32), 0)
+        # the mean of the block's steps up to here; the last step's remains
+        store_mean(means, i // STEPS, of_block, held, blocks, D, BLOCK_D)
+    store_sums(states, totals, state, total, D, BLOCK_D)
 
 
 @triton.jit
@@ -18,12 +73,12 @@ def with_state(
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr, MAP: tl.constexpr, UNIT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """acc + phi(q) T of a query block, fp32 [BLOCK, BLOCK_D], for a table T [D, D]; phi(q) . z for z [D] in `totals`.
+    """acc + phi(q) T, fp32 [BLOCK, BLOCK_D], for a table T [D, D]; phi(q) . z for z [D] in `totals`; divisors of rows.
 
-    If UNIT, rows of phi are brought to the sum 1, and what they were divided by comes last.
+    If UNIT, each row of phi is divided by its sum. The divisors are 0 otherwise.
 
-    q is read some columns at a time, and again for each sum: whole rows would be registers that are not there. `width`
-    is BLOCK_D, unknown to the compiler, which would unroll the loops and hold the columns all the same.
+    q is read a few columns at a time, and again for each sum: whole rows do not fit the registers. `width` equals
+    BLOCK_D, but the compiler cannot see it: otherwise it unrolls the loops and keeps all columns in registers.
     """
     COLUMNS: tl.constexpr = min(BLOCK_D, 32)
     shift, size = scales_of_rows(q, rows, valid, width, D, BLOCK, COLUMNS, MAP)
@@ -49,7 +104,7 @@ def with_state(
 
 @triton.jit
 def unit_rows(b_q, D: tl.constexpr, MAP: tl.constexpr):
-    """phi(q), rows brought to the sum 1, so that products stay in the range of half precision; in the dtype of q."""
+    """phi(q) in the dtype of q, each row divided by its sum, so that products stay in the range of half precision."""
     phi = mapped(b_q, D, MAP)
     size = tl.sum(phi, 1)
     return (phi * (1.0 / tl.where(size > 0.0, size, 1.0))[:, None]).to(b_q.dtype)
@@ -58,28 +113,28 @@ def unit_rows(b_q, D: tl.constexpr, MAP: tl.constexpr):
 @triton.jit(do_not_specialize=[
     "q_batch", "q_head", "q_row", "k_batch", "k_head", "k_row", "v_batch", "v_head", "v_row",
     "T", "H", "W", "visual_start", "conditioning_start", "text_start", "conditioning",
-    "heads", "tokens", "blocks", "dense", "n_kept", "n_dropped", "training",
+    "heads", "tokens", "blocks", "dense", "topk", "skip", "training",
 ])  # fmt: skip
 def sparse_linear_fwd_kernel(
-    q, k, v, table, peaks, totals, weight, bias, kept, dropped, places, spans, text_lens,
+    q, k, v, table, peaks, totals, weight, bias, critical, negligible, places, spans, text_lens,
     out, exact, lse, linear, denominators, modes,
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
     scale,
     T, H, W, visual_start, conditioning_start, text_start, conditioning,
-    heads, tokens, blocks, dense, n_kept, n_dropped, training,
+    heads, tokens, blocks, dense, topk, skip, training,
     D: tl.constexpr, BLOCK_D: tl.constexpr, ALIGN: tl.constexpr,
     BLOCK: tl.constexpr, TILE_T: tl.constexpr, TILE_H: tl.constexpr, TILE_W: tl.constexpr,
     STEP: tl.constexpr, MAP: tl.constexpr, SCOPE: tl.constexpr, HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Output [B, N, H, D] of one query block of one head; for training also what the backward wants.
+    """Output [B, N, H, D] of one query block of one head; for training also what the backward reads.
 
-    q holds the visual tokens alone, k and v all tokens; text and conditioning blocks, `dense` of them behind the
-    `blocks` visual ones, are attended exactly. The state over all keys is table * peak, [D, D] a head, in
-    scope "all" with the projection applied. Key blocks are taken in steps of STEP rows.
+    q holds the visual tokens only, k and v all tokens. The `dense` conditioning and text blocks, numbered behind the
+    `blocks` visual ones, are attended exactly. The state over all keys is table * peak, [D, D] a head; in scope "all"
+    it includes the projection. Key blocks are processed in steps of STEP rows.
 
-    exact [B, N, H, D] and lse fp32 [B, H, N]: of the critical blocks. In scope "marginal" linear [B, N, H, D]: the
-    linear branch before its projection; denominators fp32 [B, H, N], with eps; modes int32 [B, H, blocks]: 1 where the
-    marginal blocks were summed one by one.
+    For training: exact [B, N, H, D] and lse fp32 [B, H, N] of the exact branch. In scope "marginal" also linear
+    [B, N, H, D], the linear branch before its projection; denominators fp32 [B, H, N], with eps; and modes int32
+    [B, H, blocks], 1 where the marginal blocks were summed one by one.
     """
     CUT: tl.constexpr = (BLOCK, TILE_T, TILE_H, TILE_W)
     grid = (T, H, W)
@@ -88,7 +143,7 @@ def sparse_linear_fwd_kernel(
         q_rows = rows_of_head(q, i_bh, (q_batch, q_head, q_row), heads, ALIGN)
         keys = behind(rows_of_head(k, i_bh, (k_batch, k_head, k_row), heads, ALIGN), visual_start)
         values = behind(rows_of_head(v, i_bh, (v_batch, v_head, v_row), heads, ALIGN), visual_start)
-        lists = routed(kept, dropped, i_bh, tl.program_id(0) + zero, blocks, n_kept, n_dropped)
+        lists = routed(critical, negligible, i_bh, tl.program_id(0) + zero, blocks, topk, skip)
         phi = unit_rows(load_rows(q_rows, rows, valid, D, BLOCK_D), D, MAP)
         acc = tl.zeros([BLOCK, BLOCK_D], dtype=tl.float32)
         left = tl.zeros([BLOCK], dtype=tl.float32)
@@ -107,11 +162,11 @@ def sparse_linear_fwd_kernel(
         if one_by_one:
             keys = behind(rows_of_head(k, i_bh, (k_batch, k_head, k_row), heads, ALIGN), visual_start)
             values = behind(rows_of_head(v, i_bh, (v_batch, v_head, v_row), heads, ALIGN), visual_start)
-            lists = routed(kept, dropped, i_bh, tl.program_id(0) + zero, blocks, n_kept, n_dropped)
+            lists = routed(critical, negligible, i_bh, tl.program_id(0) + zero, blocks, topk, skip)
             phi = unit_rows(load_rows(q_rows, rows, valid, D, BLOCK_D), D, MAP)
             acc = tl.zeros([BLOCK, BLOCK_D], dtype=tl.float32)
             left = tl.zeros([BLOCK], dtype=tl.float32)
-            acc, left = over_others(
+            acc, left = over_marginal(
                 acc, left, phi, keys, values, lists, grid, blocks, D, BLOCK_D, CUT, STEP, MAP, False, PRECISION
             )  # fmt: skip
         denominator = left + EPS / size
@@ -120,7 +175,7 @@ def sparse_linear_fwd_kernel(
             store_rows(linear, rows, valid, b_l, heads, tokens, D, BLOCK_D)
             tl.store(denominators + i_bh.to(tl.int64) * tokens + rows, denominator * size, mask=valid)
             tl.store(modes + i_bh * blocks + tl.program_id(0), tl.where(one_by_one, 1, 0))
-        # beside the sums of the exact branch there are no registers for the linear one: it waits in the output
+        # the linear branch waits in the output: its registers are needed for the exact branch
         acc = tl.zeros([BLOCK, BLOCK_D], dtype=tl.float32)
         acc = times_table(b_l, weight, acc, D, BLOCK_D, True, PRECISION)
         store_rows(out, rows, valid, acc, heads, tokens, D, BLOCK_D)
@@ -131,7 +186,7 @@ def sparse_linear_fwd_kernel(
     q_rows = rows_of_head(q, i_bh, (q_batch, q_head, q_row), heads, ALIGN)
     b_q, positive_scale = positive(load_rows(q_rows, rows, valid, D, BLOCK_D), scale)
     acc, peak, total = attend_lists(
-        b_q, keys, values, positive_scale, list_of(i_bh * blocks + tl.program_id(0), places, spans, n_kept + dense),
+        b_q, keys, values, positive_scale, list_of(i_bh * blocks + tl.program_id(0), places, spans, topk + dense),
         spans, (visual_start, conditioning_start, text_start), grid, conditioning, tl.load(text_lens + i_bh // heads),
         D, BLOCK_D, BLOCK, CUT, STEP, False, PRECISION,
     )  # fmt: skip

@@ -1,10 +1,12 @@
-"""The router's kernels: block means in one pass over q and over k, then a selection by bisection, row by row.
+"""The router's kernels: block means, selection of critical and negligible blocks, and lists as the engine reads them.
 
-A program holds the scores of a few query blocks in registers as integers that order as the scores do. It finds the
-threshold bit by bit and writes the lists: no blocks x blocks map in memory, no sort, no wait for the device.
+A selection program holds the scores of a few query blocks in registers, as integers in the order of the scores. It
+finds each row's threshold bit by bit and writes the lists. No blocks x blocks map is in memory, nothing is sorted, and
+nothing waits for the device.
 
-Its rows lie in two halves, a and b, whose counts share a number, 16 bits each. The scores of a half lie in strips of
-columns side by side, so that a row is not as wide as a power of two: `keys` is (strip 0 of a, of b, strip 1 of a, ...).
+The rows of a program are two halves, a and b. Their counts share one integer, 16 bits each. The scores of a half are
+several strips of columns, so a row's width need not be a power of two: `keys` is (strip 0 of a, strip 0 of b, strip 1
+of a, ...).
 """
 
 from __future__ import annotations
@@ -12,8 +14,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from dit_accel.kernels.block_sparse.triton_tokens import load_rows, rows_of
-from dit_accel.kernels.sla.triton_rows import slots_of
+from dit_accel.kernels.block_sparse.triton_tokens import load_rows, rows_of, tile_position
+from dit_accel.kernels.sla.triton_linear import slots_of
 
 LOWEST = tl.constexpr(-(2**31))
 HIGHEST = tl.constexpr(2**31 - 1)
@@ -22,7 +24,7 @@ LAST_RANK = tl.constexpr(-(2**13))  # the least rank of `triton_configs.MAX_BLOC
 
 @triton.jit
 def store_mean(means, block, total, held, blocks, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """total [BLOCK_D] / held, into column `block` of this program's head of means: fp32 [B, H, D, blocks]."""
+    """Store total [BLOCK_D] / held as column `block` of this head's means, fp32 [B, H, D, blocks]."""
     o_d = tl.arange(0, BLOCK_D)
     place = (tl.program_id(1).to(tl.int64) * D + o_d) * blocks + block
     tl.store(means + place, tl.div_rn(total, total * 0.0 + held), mask=o_d < D)
@@ -35,7 +37,7 @@ def block_means_kernel(
     D: tl.constexpr, BLOCK_D: tl.constexpr, ALIGN: tl.constexpr,
     BLOCK: tl.constexpr, TILE_T: tl.constexpr, TILE_H: tl.constexpr, TILE_W: tl.constexpr,
 ):  # fmt: skip
-    """Mean of the tokens of one block; see `store_mean`."""
+    """Store the mean of one block's tokens; see `store_mean`."""
     block = tl.program_id(0)
     rows, valid = slots_of(block, 0, (T, H, W), (BLOCK, TILE_T, TILE_H, TILE_W), BLOCK)
     b_x = load_rows(rows_of(x, (x_batch, x_head, x_row), heads, ALIGN), rows, valid, D, BLOCK_D)
@@ -45,7 +47,7 @@ def block_means_kernel(
 
 @triton.jit
 def ordered(score):
-    """An integer for every score that orders as the scores do; NaN counts as -inf, -0 as 0."""
+    """Scores as integers in the same order; NaN counts as -inf, -0 as 0."""
     score = tl.where(score == 0.0, 0.0, score)
     score = tl.where(score == score, score, float("-inf"))
     bits = score.to(tl.int32, bitcast=True)
@@ -54,9 +56,9 @@ def ordered(score):
 
 @triton.jit
 def reaches(key, level, cut, first_column, last, STRIP: tl.constexpr, TIED: tl.constexpr):
-    """Whether a key [HALF, STRIP] reaches its row's level and, if TIED, of keys at the level, its rank reaches the cut.
+    """Whether keys [HALF, STRIP] reach their row's level. If TIED, a key at the level must also reach the cut by rank.
 
-    Ranks are below 0 and fall from column to column; with `last` 1 they rise.
+    Ranks are negative and fall from column to column; they rise if `last` is 1.
     """
     if TIED:
         column = first_column + tl.arange(0, STRIP)[None, :]
@@ -68,9 +70,9 @@ def reaches(key, level, cut, first_column, last, STRIP: tl.constexpr, TIED: tl.c
 
 @triton.jit
 def marks(keys, levels, cuts, unit, last, strip: tl.constexpr, STRIP: tl.constexpr, TIED: tl.constexpr):
-    """What a column of a strip counts, [HALF, STRIP]: 1 if a's key reaches its level, and 1 << 16 if b's does.
+    """Marks of a strip's columns, [HALF, STRIP]: 1 if a's key reaches its level, plus 1 << 16 if b's does.
 
-    `unit` is a 1 that the compiler does not know: known ones it would count as bits of a word in local memory.
+    `unit` is a 1 that the compiler cannot see. A visible 1 becomes a bit of a word in local memory.
     """
     in_a = reaches(keys[2 * strip], levels[0], cuts[0], strip * STRIP, last, STRIP, TIED)
     in_b = reaches(keys[2 * strip + 1], levels[1], cuts[1], strip * STRIP, last, STRIP, TIED)
@@ -82,10 +84,10 @@ def bisected(
     keys, levels, wanted, unit, last,
     HALF: tl.constexpr, STRIP: tl.constexpr, STRIPS: tl.constexpr, TIED: tl.constexpr,
 ):  # fmt: skip
-    """For each row of a and of b a level that `wanted` keys reach; and whether equal keys let more reach one of them.
+    """For each row of a and b a level that `wanted` keys reach, and whether more keys than wanted reach any of them.
 
-    Bit by bit from the highest on, until as many as wanted reach it in every row: a few bits beyond the exponent, but
-    for equal keys. TIED: a cut for each row, given its level.
+    The level is found bit by bit from the highest, until exactly `wanted` keys reach it in every row. Without equal
+    keys this takes a few bits beyond the exponent. TIED: finds the cut of each row at its given level.
     """
     found_a = tl.full([HALF], LAST_RANK if TIED else LOWEST, tl.int32)
     held_a = tl.full([HALF], STRIPS * STRIP, tl.int32)
@@ -115,7 +117,8 @@ def write_best(
     lists, keys, first_row, rows, wanted, unit, last,
     HALF: tl.constexpr, STRIP: tl.constexpr, STRIPS: tl.constexpr,
 ):  # fmt: skip
-    """The columns of the `wanted` largest keys of each row, ascending; of equal keys the first, or (1) the `last`."""
+    """Store the columns of each row's `wanted` largest keys, ascending. Of equal keys the first count; the last if
+    `last` is 1."""
     cut_a = tl.full([HALF], LOWEST, tl.int32)
     cut_b = cut_a
     level_a, level_b, unsettled = bisected(keys, (cut_a, cut_b), wanted, unit, last, HALF, STRIP, STRIPS, False)
@@ -136,7 +139,7 @@ def write_best(
 
 @triton.jit
 def load_queries(means, count, HALF: tl.constexpr, WHOLE: tl.constexpr):
-    """One dimension of HALF query means, [HALF, 1]; unless WHOLE, of the `count` that there are."""
+    """One dimension of HALF query means, [HALF, 1]; 0 beyond the first `count` unless WHOLE."""
     rows = tl.arange(0, HALF)
     if WHOLE:
         found = tl.load(means + rows)
@@ -145,23 +148,24 @@ def load_queries(means, count, HALF: tl.constexpr, WHOLE: tl.constexpr):
     return found[:, None]
 
 
-@triton.jit(do_not_specialize=["blocks", "critical", "skipped"])
+@triton.jit(do_not_specialize=["blocks", "topk", "skip"])
 def select_kernel(
-    query_means, key_means, kept, dropped,
-    blocks, critical, skipped,
-    D: tl.constexpr, STEP: tl.constexpr, WIDTH: tl.constexpr, STRIP: tl.constexpr, HAS_SKIPPED: tl.constexpr,
+    query_means, key_means, critical, negligible,
+    blocks, topk, skip,
+    D: tl.constexpr, STEP: tl.constexpr, WIDTH: tl.constexpr, STRIP: tl.constexpr, HAS_SKIP: tl.constexpr,
 ):  # fmt: skip
-    """The `critical` best key blocks of STEP query blocks, and the `skipped` worst, ascending.
+    """The `topk` best key blocks of STEP query blocks and the `skip` worst, ascending.
 
-    WIDTH >= blocks, and where it is several strips, the blocks fill all but the last, and a program.
+    WIDTH >= blocks. If it is several strips, the blocks fill all but the last, and there are at least STEP of them.
     """
     HALF: tl.constexpr = STEP // 2
     STRIPS: tl.constexpr = WIDTH // STRIP
     i_bh = tl.program_id(1).to(tl.int64)
-    # the last program begins early, not ends late: rows need no mask, and two programs write some of them alike
+    # the last program starts early instead of ending late: its rows need no mask, and the rows that two programs
+    # write get the same values
     first_row = tl.minimum(tl.program_id(0) * STEP, tl.maximum(blocks - STEP, 0))
     columns = tl.arange(0, STRIP)[None, :]
-    # scalars and fixed distances: an address is a register and a constant
+    # scalar bases with constant offsets: an address is one register and an immediate
     start_q = query_means + i_bh * D * blocks + first_row
     start_k = key_means + i_bh * D * blocks
     scores = ()
@@ -184,8 +188,8 @@ def select_kernel(
     for part in tl.static_range(2 * STRIPS):
         keys += (ordered(scores[part]),)  # type: ignore[assignment]
     unit = tl.minimum(blocks, 1)
-    lists, wanted = kept, critical
-    for last in tl.range(0, 2 if HAS_SKIPPED else 1):
+    lists, wanted = critical, topk
+    for last in tl.range(0, 2 if HAS_SKIP else 1):
         inside = ()
         for part in tl.static_range(2 * STRIPS):
             if part // 2 + 1 < STRIPS:
@@ -194,8 +198,50 @@ def select_kernel(
                 inside += (tl.where(part // 2 * STRIP + columns < blocks, keys[part], LOWEST),)  # type: ignore[assignment]
         start = lists + i_bh * blocks * wanted
         write_best(start, inside, first_row, blocks, wanted, unit, last, HALF, STRIP, STRIPS)
-        # the worst are the best of the complements, which order the other way round
+        # the worst blocks are the best by complemented keys, whose order is reversed
         keys = ()
         for part in tl.static_range(2 * STRIPS):
             keys += (~inside[part],)  # type: ignore[assignment]
-        lists, wanted = dropped, skipped
+        lists, wanted = negligible, skip
+
+
+@triton.jit(do_not_specialize=["T", "H", "W", "blocks", "topk", "dense"])
+def places_kernel(
+    critical, places, spans, T, H, W, blocks, topk, dense,
+    BLOCK: tl.constexpr, TILE_T: tl.constexpr, TILE_H: tl.constexpr, TILE_W: tl.constexpr, STEP: tl.constexpr,
+):  # fmt: skip
+    """Places [B, H, blocks, topk + dense] and spans [B, H, blocks, 5] of a list of critical blocks.
+
+    They are those of `block_sparse.triton_lists.Lists` without tables, made in one launch. Whole blocks come first, in
+    order; then blocks with padding slots, in reverse order; then the `dense` blocks that every query block attends to.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    critical += row * topk
+    places += row * (topk + dense)
+    whole_seen = 0
+    cut_seen = 0
+    for first in range(0, topk, STEP):
+        place = first + tl.arange(0, STEP)
+        inside = place < topk
+        block = tl.load(critical + place, mask=inside, other=0)
+        if TILE_H == 0:
+            corner = block * BLOCK
+            whole = corner + BLOCK <= T * H * W
+        else:
+            t, h, w = tile_position(block, 0, H, W, TILE_T, TILE_H, TILE_W)
+            corner = (t * H + h) * W + w
+            whole = (t + TILE_T <= T) & (h + TILE_H <= H) & (w + TILE_W <= W)
+        is_whole = (inside & whole).to(tl.int32)
+        is_cut = inside.to(tl.int32) - is_whole
+        whole_before = whole_seen + tl.cumsum(is_whole, 0) - is_whole
+        cut_before = cut_seen + tl.cumsum(is_cut, 0) - is_cut
+        place = tl.where(whole, whole_before, topk - 1 - cut_before)
+        tl.store(places + place, tl.where(whole, corner, block), mask=inside)
+        whole_seen += tl.sum(is_whole, 0)
+        cut_seen += tl.sum(is_cut, 0)
+    for first in range(0, dense, STEP):
+        place = first + tl.arange(0, STEP)
+        tl.store(places + topk + place, blocks + place, mask=place < dense)
+    part = tl.arange(0, 8)
+    ends = tl.where(part < 3, whole_seen, tl.where(part == 3, topk + dense, 0))
+    tl.store(spans + row * 5 + part, ends, mask=part < 5)

@@ -14,40 +14,40 @@ def make(tokens=100, dim=16):
 @pytest.mark.parametrize(
     "settings, message",
     [
-        ({"critical": 0}, "critical must be at least 1.*the 7 visual blocks; got 0 and 0"),
-        ({"critical": 8}, "both together at most the 7 visual blocks; got 8 and 0"),
-        ({"critical": 4, "skipped": 4}, "got 4 and 4"),
-        ({"critical": 4, "skipped": -1}, "got 4 and -1"),
-        ({"critical": 1, "weight": torch.zeros(16, 8)}, r"weight must be \[16, 16\].*got \(16, 8\), None"),
-        ({"critical": 1, "bias": torch.zeros(8)}, r"bias \[16\] .*got None, \(8,\)"),
-        ({"critical": 1, "feature_map": "gelu"}, "feature_map must be one of softmax, elu, relu; got 'gelu'"),
-        ({"critical": 1, "linear_scope": "some"}, "linear_scope must be one of all, marginal; got 'some'"),
-        ({"critical": 1, "grid": (1, 9, 11)}, r"must be \[batch, heads, 99, head_dim\]"),
-        ({"critical": 1, "impl": "triton"}, "cpu; Triton needs a CUDA device"),
-        ({"critical": 1, "tile": (1, 4, 8)}, "block of 16 tokens, got"),
+        ({"topk": 0}, "topk must be at least 1.*the 7 visual blocks; got 0 and 0"),
+        ({"topk": 8}, "both together at most the 7 visual blocks; got 8 and 0"),
+        ({"topk": 4, "skip": 4}, "got 4 and 4"),
+        ({"topk": 4, "skip": -1}, "got 4 and -1"),
+        ({"topk": 1, "weight": torch.zeros(16, 8)}, r"weight must be \[16, 16\].*got \(16, 8\), None"),
+        ({"topk": 1, "bias": torch.zeros(8)}, r"bias \[16\] .*got \(16, 16\), \(8,\)"),
+        ({"topk": 1, "feature_map": "gelu"}, "feature_map must be one of softmax, elu, relu; got 'gelu'"),
+        ({"topk": 1, "linear_scope": "some"}, "linear_scope must be one of all, marginal; got 'some'"),
+        ({"topk": 1, "grid": (1, 9, 11)}, r"must be \[batch, heads, 99, head_dim\]"),
+        ({"topk": 1, "impl": "triton"}, "cpu; Triton needs a CUDA device"),
+        ({"topk": 1, "tile": (1, 4, 8)}, "block of 16 tokens, got"),
     ],
 )
 def test_what_does_not_fit_is_refused(settings, message):
     with pytest.raises(DitAccelError, match=message):
-        sparse_linear_attention(*make(), block=16, **settings)
+        sparse_linear_attention(*make(), **({"weight": torch.zeros(16, 16), "block": 16} | settings))
 
 
 def test_mixed_dtypes_are_refused():
     q, k, v = make()
     with pytest.raises(DitAccelError, match=r"share one floating dtype, got torch\.float32, torch\.bfloat16"):
-        sparse_linear_attention(q, k.bfloat16(), v, critical=1)
+        sparse_linear_attention(q, k.bfloat16(), v, torch.zeros(16, 16), topk=1)
 
 
 def test_reference_refuses_what_would_not_fit_in_memory():
     q = torch.randn(1, 1, 20_001, 1)
     with pytest.raises(DitAccelError, match=r"at most 20000 tokens, got 20001; use impl='portable'"):
-        sparse_linear_attention(q, q, q, critical=1, impl="reference")
+        sparse_linear_attention(q, q, q, torch.zeros(1, 1), topk=1, impl="reference")
 
 
 def test_named_implementations_agree():
     q, k, v = (x.double() for x in make(300))
     weight = torch.randn(16, 16, dtype=torch.float64)
-    arguments = {"critical": 2, "skipped": 3, "block": 32, "text": 20, "linear_scope": "marginal", "weight": weight}
+    arguments = {"topk": 2, "skip": 3, "block": 32, "text": 20, "linear_scope": "marginal", "weight": weight}
     results = [
         sparse_linear_attention(q, k, v, grid=(1, 14, 20), text_len=torch.tensor([7]), impl=impl, **arguments)
         for impl in ("auto", "portable", "reference")
@@ -59,6 +59,6 @@ def test_named_implementations_agree():
 @pytest.mark.parametrize("impl", ["reference", "portable"])
 def test_an_empty_batch_is_empty(impl):
     q = torch.randn(0, 2, 100, 16, requires_grad=True)
-    out = sparse_linear_attention(q, q, q, critical=1, block=16, weight=torch.zeros(16, 16), impl=impl)
+    out = sparse_linear_attention(q, q, q, topk=1, block=16, weight=torch.zeros(16, 16), impl=impl)
     out.sum().backward()
     assert out.shape == q.grad.shape == (0, 2, 100, 16)

@@ -11,8 +11,7 @@ from dit_accel.kernels.ahead_of_time import ARCHS
 from dit_accel.kernels.block_sparse.triton_configs import SHARED_BYTES
 from dit_accel.kernels.sla import triton, triton_builds
 from dit_accel.kernels.sla import triton_configs as configs
-from dit_accel.kernels.sla.layout import Cut, Segments
-from dit_accel.kernels.sla.setting import LINEAR_SCOPES
+from dit_accel.kernels.sla.call import LINEAR_SCOPES, Cut, KeySegments
 
 
 @pytest.fixture(params=ARCHS)
@@ -32,15 +31,15 @@ def launched(monkeypatch, arch):
     monkeypatch.setattr(triton, "_capability", lambda device: arch)
     for block, dim in itertools.product((64, 128), (64, 128)):
         cut = Cut((1, 1, block * 512), block)
-        segments = Segments.of(cut.order.grid)
+        segments = KeySegments.of(cut.order.grid)
         q = torch.zeros(1, 1, block * 512, dim, dtype=torch.float16)
-        lists = triton.Lists(*(torch.zeros(1, 1, 512, n, dtype=torch.int32) for n in (1, 2)))
+        lists = triton.RoutedBlocks(*(torch.zeros(1, 1, 512, n, dtype=torch.int32) for n in (1, 2)))
         means = triton.block_means(q, cut)
         triton.select(means, means, 1, 2)
         *whole, _ = triton.state(q, q, cut, "softmax")
         weight, bias, text_len = torch.zeros(dim, dim), torch.zeros(dim), torch.zeros(1, dtype=torch.int32)
         for scope in LINEAR_SCOPES if block <= configs.MARGINAL_BLOCK else ("all",):
-            call = triton.Call(cut, segments, 0.125, "softmax", scope)
+            call = triton.FusedCall(cut, segments, 0.125, "softmax", scope)
             _, *saved = triton.forward(q, q, q, whole, lists, weight, bias, text_len, call, True)
             saved[-1].zero_()  # modes, which are read
             triton.backward(q, q, q, q, whole, lists, weight, text_len, saved, call)

@@ -3,23 +3,21 @@
 import pytest
 import torch
 
-from dit_accel.kernels.sla import linear
-from dit_accel.kernels.sla.features import EPSILON, FEATURE_MAPS, apply_map
-from dit_accel.kernels.sla.layout import Cut
-from dit_accel.kernels.sla.linear import linear_all, linear_marginal
-from dit_accel.kernels.sla.router import route_blocks
+from dit_accel.kernels.sla import portable
+from dit_accel.kernels.sla.call import EPSILON, FEATURE_MAPS, Cut, apply_map
+from dit_accel.kernels.sla.portable import linear_all, linear_marginal, route
 
 LAYOUTS = {"ragged": ((1, 5, 7), 8, None), "cut tiles": ((2, 3, 5), 8, (1, 2, 4)), "one block": ((1, 1, 5), 8, None)}
 
 
-def make(grid, block, tile, critical, skipped, dtype=torch.float64, heads=2, dim=5):
+def make(grid, block, tile, topk, skip, dtype=torch.float64, heads=2, dim=5):
     torch.manual_seed(0)
     tokens = Cut(grid, block, tile).order.grid.visual
     q, k, v = (torch.randn(2, heads, tokens, dim, dtype=dtype) for _ in range(3))
-    return q, k, v, *route_blocks(q, k, Cut(grid, block, tile).pack(), critical, skipped)
+    return q, k, v, *route(q, k, Cut(grid, block, tile).pack(), topk, skip)
 
 
-def by_hand(q, k, v, critical, skipped, order, feature_map):
+def by_hand(q, k, v, critical, negligible, order, feature_map):
     """One query block at a time, over the tokens of its marginal blocks."""
     out = torch.zeros_like(v)
     slots = order.index().reshape(order.visual_blocks, order.block)
@@ -27,7 +25,7 @@ def by_hand(q, k, v, critical, skipped, order, feature_map):
     for sample in range(len(q)):
         for head in range(q.shape[1]):
             for row, tokens in enumerate(slots):
-                seen = {*critical[sample, head, row].tolist(), *skipped[sample, head, row].tolist()}
+                seen = {*critical[sample, head, row].tolist(), *negligible[sample, head, row].tolist()}
                 keys = torch.cat([slots[j] for j in range(len(slots)) if j not in seen] or [slots[0][:0]])
                 keys, queries = keys[keys >= 0], tokens[tokens >= 0]
                 weights = a[sample, head, queries] @ b[sample, head, keys].mT
@@ -39,10 +37,10 @@ def by_hand(q, k, v, critical, skipped, order, feature_map):
 @pytest.mark.parametrize("grid, block, tile", LAYOUTS.values(), ids=LAYOUTS)
 def test_marginal_against_sums_by_hand(grid, block, tile, feature_map):
     order = Cut(grid, block, tile).order
-    for critical, skipped in ((1, 0), (1, min(1, order.visual_blocks - 1)), (order.visual_blocks, 0)):
-        q, k, v, kept, dropped = make(grid, block, tile, critical, skipped)
-        out, _ = linear_marginal(q, k, v, kept, dropped, Cut(grid, block, tile).pack(), feature_map)
-        torch.testing.assert_close(out, by_hand(q, k, v, kept, dropped, order, feature_map), rtol=1e-12, atol=1e-13)
+    for topk, skip in ((1, 0), (1, min(1, order.visual_blocks - 1)), (order.visual_blocks, 0)):
+        q, k, v, *lists = make(grid, block, tile, topk, skip)
+        out, _ = linear_marginal(q, k, v, *lists, Cut(grid, block, tile).pack(), feature_map)
+        torch.testing.assert_close(out, by_hand(q, k, v, *lists, order, feature_map), rtol=1e-12, atol=1e-13)
 
 
 @pytest.mark.parametrize("feature_map", FEATURE_MAPS)
@@ -88,11 +86,11 @@ def test_huge_critical_keys_do_not_cancel():
     q, k, v, *_ = make((1, 1, 64), 8, None, 1, 0, dtype=torch.float32)
     q, k = q.abs(), k.abs()
     k[:, :, :8] *= 1e8
-    kept, dropped = route_blocks(q, k, Cut((1, 1, 64), 8, None).pack(), 1, 0)
-    assert (kept == 0).all()
+    critical, negligible = route(q, k, Cut((1, 1, 64), 8, None).pack(), 1, 0)
+    assert (critical == 0).all()
     order = Cut((1, 1, 64), 8, None).order
-    out, _ = linear_marginal(q, k, v, kept, dropped, Cut((1, 1, 64), 8, None).pack(), "relu")
-    exact = by_hand(q.double(), k.double(), v.double(), kept, dropped, order, "relu")
+    out, _ = linear_marginal(q, k, v, critical, negligible, Cut((1, 1, 64), 8, None).pack(), "relu")
+    exact = by_hand(q.double(), k.double(), v.double(), critical, negligible, order, "relu")
     assert (out - exact).abs().max() < 64 * torch.finfo(torch.float32).eps * exact.abs().max()
 
 
@@ -109,7 +107,7 @@ def test_small_budget_gives_the_same(monkeypatch, tile):
         return out, *torch.autograd.grad(out, inputs, gradient)
 
     whole = run()
-    monkeypatch.setattr(linear, "_STATE_BYTES", 1)
+    monkeypatch.setattr(portable, "_STATE_BYTES", 1)
     for a, b in zip(whole, run(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
 
@@ -119,7 +117,7 @@ def test_saves_no_states_for_the_backward():
     tokens, dim = 4096, 64
     cut = Cut((1, 1, tokens), 16).pack()
     q, k, v = (torch.randn(1, 1, tokens, dim, requires_grad=True) for _ in range(3))
-    lists = route_blocks(q.detach(), k.detach(), cut, 12, 25)
+    lists = route(q.detach(), k.detach(), cut, 12, 25)
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x.numel()) or x, lambda x: x):
         linear_marginal(q, k, v, *lists, cut, "softmax")

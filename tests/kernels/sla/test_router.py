@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from dit_accel.kernels.sla import router
-from dit_accel.kernels.sla.layout import Cut, from_blocks, to_blocks
-from dit_accel.kernels.sla.router import highest, lowest, route_blocks
+from dit_accel.kernels.sla import portable
+from dit_accel.kernels.sla.call import Cut, from_blocks, to_blocks
+from dit_accel.kernels.sla.portable import highest, lowest, route
 
 # grid, block, tile: one block, whole blocks, ragged tails, tiles with and without cut-off borders
 LAYOUTS = {
@@ -32,33 +32,33 @@ def rank_by_hand(q, k, order):
 
 @pytest.mark.parametrize("grid, block, tile", LAYOUTS.values(), ids=LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-def test_keeps_the_best_and_drops_the_worst(grid, block, tile, dtype):
+def test_critical_are_the_best_and_negligible_the_worst(grid, block, tile, dtype):
     torch.manual_seed(0)
     order = Cut(grid, block, tile).order
     q, k = (torch.randn(2, order.grid.visual, 3, 40, dtype=dtype).transpose(1, 2) for _ in range(2))
     blocks = order.visual_blocks
     best = rank_by_hand(q, k, order)
-    for critical, skipped in {(1, 0), (max(1, blocks // 3), blocks // 4), (blocks, 0), (1, blocks - 1)}:
-        kept, dropped = route_blocks(q, k, Cut(grid, block, tile).pack(), critical, skipped)
-        assert kept.dtype == dropped.dtype == torch.int32
-        assert torch.equal(kept.long(), best[..., :critical].sort(-1).values)
-        assert torch.equal(dropped.long(), best[..., blocks - skipped :].sort(-1).values)
+    for topk, skip in {(1, 0), (max(1, blocks // 3), blocks // 4), (blocks, 0), (1, blocks - 1)}:
+        critical, negligible = route(q, k, Cut(grid, block, tile).pack(), topk, skip)
+        assert critical.dtype == negligible.dtype == torch.int32
+        assert torch.equal(critical.long(), best[..., :topk].sort(-1).values)
+        assert torch.equal(negligible.long(), best[..., blocks - skip :].sort(-1).values)
 
 
 def test_scores_are_fp32_for_bf16():
     """Means that differ by less than bf16 can say: 1 and 1 + 2**-10 are the same number there."""
     k = torch.ones(1, 1, 2 * 8, 1, dtype=torch.bfloat16)
     k[:, :, 8] += 2**-7
-    kept, _ = route_blocks(torch.ones_like(k), k, Cut((1, 1, 16), 8, None).pack(), 1, 0)
-    assert kept.flatten().tolist() == [1, 1]
+    critical, _ = route(torch.ones_like(k), k, Cut((1, 1, 16), 8, None).pack(), 1, 0)
+    assert critical.flatten().tolist() == [1, 1]
 
 
 @pytest.mark.parametrize("tile", [None, (1, 2, 4)])
 def test_ties_go_to_the_first_blocks(tile):
     q = torch.ones(1, 2, 4 * 16, 8)
-    kept, dropped = route_blocks(q, q, Cut((1, 4, 16), 8, tile).pack(), 3, 2)
-    assert (kept == torch.tensor([0, 1, 2])).all()
-    assert (dropped == torch.tensor([6, 7])).all()
+    critical, negligible = route(q, q, Cut((1, 4, 16), 8, tile).pack(), 3, 2)
+    assert (critical == torch.tensor([0, 1, 2])).all()
+    assert (negligible == torch.tensor([6, 7])).all()
 
 
 def test_partial_ties():
@@ -68,14 +68,14 @@ def test_partial_ties():
 
 
 def test_random_ties_partition_exactly():
-    """Kept, dropped and the rest cover every block once, whatever the ties."""
+    """Critical, negligible and marginal blocks cover every block once, whatever the ties."""
     generator = torch.Generator().manual_seed(1)
     scores = torch.randint(0, 4, (500, 13), generator=generator).float()
     best = scores.argsort(dim=-1, descending=True, stable=True)
-    for critical, skipped in ((1, 0), (5, 8), (4, 3), (13, 0)):
-        kept, dropped = highest(scores, critical).long(), lowest(scores, skipped).long()
-        assert torch.equal(kept, best[:, :critical].sort(-1).values)
-        assert torch.equal(dropped, best[:, 13 - skipped :].sort(-1).values)
+    for topk, skip in ((1, 0), (5, 8), (4, 3), (13, 0)):
+        critical, negligible = highest(scores, topk).long(), lowest(scores, skip).long()
+        assert torch.equal(critical, best[:, :topk].sort(-1).values)
+        assert torch.equal(negligible, best[:, 13 - skip :].sort(-1).values)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
@@ -84,33 +84,33 @@ def test_lists_stay_within_bounds_for_bad_values(bad):
     q = torch.randn(1, 2, 64, 8)
     for place in (q[0, 0, 5], q[0, 1]):
         place.fill_(bad)
-        kept, dropped = route_blocks(q, q, Cut((1, 1, 64), 8, None).pack(), 3, 2)
-        lists = torch.cat([kept, dropped], dim=-1)
+        critical, negligible = route(q, q, Cut((1, 1, 64), 8, None).pack(), 3, 2)
+        lists = torch.cat([critical, negligible], dim=-1)
         assert lists.min() >= 0 and lists.max() < 8
         assert all(len(set(row)) == 5 for row in lists.flatten(0, 2).tolist())
 
 
 def test_runs_and_layouts_agree():
     q, k = torch.randn(2, 1, 3, 200, 16)
-    first = route_blocks(q, k, Cut((1, 1, 200), 16, None).pack(), 4, 3)
+    first = route(q, k, Cut((1, 1, 200), 16, None).pack(), 4, 3)
     strided = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k)]
     for _ in range(10):
-        again = route_blocks(*strided, Cut((1, 1, 200), 16, None).pack(), 4, 3)
+        again = route(*strided, Cut((1, 1, 200), 16, None).pack(), 4, 3)
         assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
 
 
 def test_rows_at_once_do_not_matter(monkeypatch):
     q, k = torch.randn(2, 2, 3, 200, 16)
-    whole = route_blocks(q, k, Cut((1, 1, 200), 16, None).pack(), 4, 3)
-    monkeypatch.setattr(router, "_SCORES_AT_ONCE", 200)
-    parts = route_blocks(q, k, Cut((1, 1, 200), 16, None).pack(), 4, 3)
+    whole = route(q, k, Cut((1, 1, 200), 16, None).pack(), 4, 3)
+    monkeypatch.setattr(portable, "_SCORES_AT_ONCE", 200)
+    parts = route(q, k, Cut((1, 1, 200), 16, None).pack(), 4, 3)
     assert all(torch.equal(a, b) for a, b in zip(whole, parts, strict=True))
 
 
 @pytest.mark.parametrize("tile", [None, (1, 2, 4)])
 def test_op_is_registered_properly(tile):
     q = torch.randn(1, 2, 30, 8)
-    torch.library.opcheck(route_blocks, (q, q.clone(), Cut((1, 5, 6), 8, tile).pack(), 2, 1))
+    torch.library.opcheck(route, (q, q.clone(), Cut((1, 5, 6), 8, tile).pack(), 2, 1))
 
 
 @pytest.mark.parametrize("grid, block, tile", LAYOUTS.values(), ids=LAYOUTS)

@@ -11,11 +11,10 @@ import torch
 
 from dit_accel.errors import DitAccelError
 from dit_accel.kernels.block_sparse.triton_configs import Launch
-from dit_accel.kernels.sla import ops, triton_configs
+from dit_accel.kernels.sla import ops, portable, triton_configs
 from dit_accel.kernels.sla.api import route, sparse_linear_attention
-from dit_accel.kernels.sla.layout import Cut, Segments
-from dit_accel.kernels.sla.linear import linear_all, linear_marginal
-from dit_accel.kernels.sla.router import highest, lowest, route_blocks
+from dit_accel.kernels.sla.call import Cut, KeySegments
+from dit_accel.kernels.sla.portable import highest, linear_all, linear_marginal, lowest
 from dit_accel.order import TokenOrder
 from dit_accel.testing import assert_accurate
 from dit_accel.tokens import TokenGrid
@@ -29,7 +28,7 @@ pytestmark = [
 ]
 DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if NATIVE else [])]
 NAMES = ("out", "dq", "dk", "dv", "dweight", "dbias")
-# grid, block, tile, kept, dropped
+# grid, block, tile, topk, skip
 LAYOUTS = {
     "one token": ((1, 1, 1), 16, None, 1, 0),
     "one token over": ((1, 1, 17), 16, None, 1, 1),
@@ -56,12 +55,12 @@ def inputs(kind, tokens, dtype, heads=2, dim=24):
 @pytest.mark.parametrize("kind", ["random", "equal", "few values"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_lists_are_those_of_the_portable_router(layout, kind, dtype):
-    grid, block, tile, kept, dropped = LAYOUTS[layout]
+    grid, block, tile, topk, skip = LAYOUTS[layout]
     if dtype != torch.float32 and INTERPRETED and layout != "ragged":
         pytest.skip("half precision is interpreted on one layout: the sums are fp32 all the same")
     cut = Cut(grid, block, tile)
-    arguments = *inputs(kind, cut.order.grid.visual, dtype), cut.pack(), kept, dropped
-    for got, wanted in zip(ops.route(*arguments), route_blocks(*arguments), strict=True):
+    arguments = *inputs(kind, cut.order.grid.visual, dtype), cut.pack(), topk, skip
+    for got, wanted in zip(ops.route(*arguments), portable.route(*arguments), strict=True):
         assert got.dtype == torch.int32 and torch.equal(got, wanted)
 
 
@@ -74,9 +73,9 @@ def check_selection(monkeypatch, blocks, heads, programs, step):
         monkeypatch.setattr(triton_configs, "launches", lambda *_: (Launch(4, 1, step),))
         monkeypatch.setattr("dit_accel.kernels.sla.triton._in_steps", lambda *_: (programs, heads))
     scores = queries.mT[:, :, : programs * step] @ keys
-    kept, dropped = max(1, blocks // 20), blocks // 10
-    got = ops.select(queries.to(DEVICE), keys.to(DEVICE), kept, dropped)
-    for found, wanted in zip(got, (highest(scores, kept), lowest(scores, dropped)), strict=True):
+    topk, skip = max(1, blocks // 20), blocks // 10
+    got = ops.select(queries.to(DEVICE), keys.to(DEVICE), topk, skip)
+    for found, wanted in zip(got, (highest(scores, topk), lowest(scores, skip)), strict=True):
         assert torch.equal(found[:, :, : programs * step].cpu(), wanted)
 
 
@@ -101,8 +100,8 @@ def test_lists_stay_within_bounds_for_bad_values(bad):
     q, _ = inputs("random", 64, torch.float32)
     q[0, 0, 5] = bad
     q[0, 1] = bad
-    kept, dropped = ops.route(q, q, Cut((1, 1, 64), 16, None).pack(), 2, 1)
-    lists = torch.cat([kept, dropped], dim=-1)
+    critical, negligible = ops.route(q, q, Cut((1, 1, 64), 16, None).pack(), 2, 1)
+    lists = torch.cat([critical, negligible], dim=-1)
     assert lists.min() >= 0 and lists.max() < 4
     assert all(len(set(row)) == 3 for row in lists.flatten(0, 2).tolist())
 
@@ -118,14 +117,14 @@ def test_text_around_the_visual_tokens_is_not_read():
         assert torch.equal(got, expected)
 
 
-def attend(q, k, v, kept, dropped, weight, bias, cut, feature_map, scope):
+def attend(q, k, v, critical, negligible, weight, bias, cut, feature_map, scope):
     """`ops.attend` of visual tokens alone, with the state that it wants."""
     state, total, _ = ops.state(k.detach(), v.detach(), cut, feature_map)
-    segments, text_len = Segments.of(Cut.unpack(cut).order.grid), kept.new_zeros(len(q))
+    segments, text_len = KeySegments.of(Cut.unpack(cut).order.grid), critical.new_zeros(len(q))
     training = any(x.requires_grad for x in (q, k, v, weight))
     return ops.attend(
-        q, k, v, state, total, kept, dropped, weight, bias, text_len, cut, list(segments), 0.25, feature_map, scope,
-        training,
+        q, k, v, state, total, critical, negligible, weight, bias, text_len, cut, list(segments), 0.25, feature_map,
+        scope, training,
     )  # fmt: skip
 
 
@@ -162,7 +161,7 @@ def test_linear_branch_over_several_splits(monkeypatch, feature_map):
 
 def test_ten_runs_are_bit_equal():
     q, k = inputs("random", 70, torch.float32)
-    arguments = {"critical": 1, "block": 16, "weight": torch.randn(24, 24, device=DEVICE), "impl": "triton"}
+    arguments = {"topk": 1, "block": 16, "weight": torch.randn(24, 24, device=DEVICE), "impl": "triton"}
     leaves = [x.requires_grad_() for x in (q, k, k.clone().detach())]
     first = None
     for _ in range(10 if NATIVE else 2):
@@ -183,13 +182,13 @@ def test_ops_are_registered_properly():
 
 @pytest.mark.parametrize("scope", ["all", "marginal"])
 def test_the_fused_op_is_registered_properly(scope):
-    q, k, v, kept, dropped, cut, feature_map = marginal_call()
+    q, k, v, critical, negligible, cut, feature_map = marginal_call()
     state, total, _ = ops.state(k, v, cut, feature_map)
     weight, bias = (torch.randn(size, device=DEVICE) for size in ((24, 24), (24,)))
     leaves = (x.requires_grad_() for x in (q, k, v))
     projection = (x.requires_grad_() for x in (weight, bias))
-    lengths = kept.new_zeros(1), cut, list(Segments.of(Cut.unpack(cut).order.grid)), 0.25
-    tensors = *leaves, state, total, kept, dropped, *projection
+    lengths = critical.new_zeros(1), cut, list(KeySegments.of(Cut.unpack(cut).order.grid)), 0.25
+    tensors = *leaves, state, total, critical, negligible, *projection
     torch.library.opcheck(ops.attend, (*tensors, *lengths, feature_map, scope, True))
     with torch.no_grad():
         out, *saved = ops.attend(*tensors, *lengths, feature_map, scope, False)
@@ -204,7 +203,7 @@ def test_compiles_whole():
     weight = torch.randn(16, 16, device=DEVICE)
 
     def attend(q, k):
-        return sparse_linear_attention(q, k, k, critical=1, block=16, weight=weight, impl="triton")
+        return sparse_linear_attention(q, k, k, topk=1, block=16, weight=weight, impl="triton")
 
     compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(q, k), attend(q, k))
@@ -225,37 +224,37 @@ def test_what_the_kernels_cannot_do_is_refused(settings, message):
     q = torch.zeros(1, 1, 48, dim, dtype=dtype, device=DEVICE)
     weight = torch.zeros(dim, dim, device=DEVICE)
     with pytest.raises(DitAccelError, match=message):
-        sparse_linear_attention(q, q, q, critical=1, weight=weight, impl="triton", **settings)
+        sparse_linear_attention(q, q, q, topk=1, weight=weight, impl="triton", **settings)
 
 
 @pytest.mark.skipif(NATIVE, reason="bfloat16 is native")
 def test_the_interpreter_refuses_bfloat16():
     q = torch.zeros(1, 1, 16, 16, dtype=torch.bfloat16)
     with pytest.raises(DitAccelError, match="no bfloat16"):
-        sparse_linear_attention(q, q, q, critical=1, block=16, impl="triton")
+        sparse_linear_attention(q, q, q, torch.zeros(16, 16), topk=1, block=16, impl="triton")
 
 
-def marginal_call(hot=1.0, critical=1, skipped=1, block=16):
+def marginal_call(hot=1.0, topk=1, skip=1, block=16):
     """Arguments of `marginal` over 70 tokens, the first 16 of which have keys `hot` times as large."""
     torch.manual_seed(0)
     q, k, v = (torch.randn(1, 2, 70, 24) for _ in range(3))
     q, k = q.abs(), k.abs()
     k[:, :, :16] *= hot
     cut = Cut((1, 1, 70), block).pack()
-    lists = route_blocks(q, k, cut, critical, skipped)
+    lists = portable.route(q, k, cut, topk, skip)
     return *(x.to(DEVICE) for x in (q, k, v, *lists)), cut, "relu"
 
 
-def marginal(q, k, v, kept, dropped, cut, feature_map):
+def marginal(q, k, v, critical, negligible, cut, feature_map):
     """The linear branch of scope "marginal" alone: output, denominators [B, H, N, 1] and modes.
 
-    What is kept counts as dropped, so that nothing is critical, and the projection is the identity.
+    Critical blocks count as negligible, so that nothing is critical, and the projection is the identity.
     """
     unit = torch.eye(q.shape[-1], device=q.device)
-    both = torch.cat([kept, dropped], dim=-1).sort(-1)[0]
+    both = torch.cat([critical, negligible], dim=-1).sort(-1)[0]
     # a projection that wants a gradient makes any call one for training
     out, _, _, _, denominators, modes = attend(
-        q, k, v, kept[..., :0], both, unit.requires_grad_(), None, cut, feature_map, "marginal"
+        q, k, v, critical[..., :0], both, unit.requires_grad_(), None, cut, feature_map, "marginal"
     )
     return out, denominators[..., None], modes
 
@@ -271,13 +270,13 @@ def test_huge_critical_keys_do_not_cancel(hot):
     torch.testing.assert_close(denominators.double(), sums, rtol=64 * torch.finfo(torch.float32).eps, atol=0)
 
 
-def check_marginal_gradients(q, k, v, kept, dropped, *rest):
+def check_marginal_gradients(q, k, v, critical, negligible, *rest):
     """dq, dk and dv of `marginal` against fp64."""
     gradient = torch.randn(q.shape)
 
     def results(function, dtype, device):
         tensors = [x.detach().to(dtype).to(device).requires_grad_() for x in (q, k, v)]
-        lists = [x.to(device) for x in (kept, dropped)]
+        lists = [x.to(device) for x in (critical, negligible)]
         out, *_ = function(*tensors, *lists, *rest)
         return [x.cpu() for x in torch.autograd.grad(out, tensors, gradient.to(tensors[0]))]
 
@@ -306,12 +305,12 @@ def test_blocks_in_steps(monkeypatch, hot):
     """Blocks of 32 tokens in steps of 16, dk and dv of half a block a program: the same mathematics."""
     monkeypatch.setattr(triton_configs, "launches", lambda *_: (Launch(4, 1, 16),))
     monkeypatch.setattr(triton_configs, "key_rows", lambda *_: 16)
-    q, k, v, kept, dropped, *rest = marginal_call(hot=hot, skipped=0, block=32)
-    assert marginal(q, k, v, kept, dropped, *rest)[2].bool().all() == (hot > 1)
-    check_marginal_gradients(q, k, v, kept, dropped, *rest)
-    exact, _ = linear_marginal(*(x.double() for x in (q, k, v)), kept, dropped, *rest)
-    plain, _ = linear_marginal(q, k, v, kept, dropped, *rest)
-    out, *_ = marginal(q, k, v, kept, dropped, *rest)
+    q, k, v, critical, negligible, *rest = marginal_call(hot=hot, skip=0, block=32)
+    assert marginal(q, k, v, critical, negligible, *rest)[2].bool().all() == (hot > 1)
+    check_marginal_gradients(q, k, v, critical, negligible, *rest)
+    exact, _ = linear_marginal(*(x.double() for x in (q, k, v)), critical, negligible, *rest)
+    plain, _ = linear_marginal(q, k, v, critical, negligible, *rest)
+    out, *_ = marginal(q, k, v, critical, negligible, *rest)
     assert_accurate("out", out, plain, exact, magnitude=4 * exact.abs())
     means = [means(k) for means in (lambda x: ops.state(x, v, *rest)[2], lambda x: ops.block_means(x, rest[0]))]
     torch.testing.assert_close(*means, rtol=1e-6, atol=1e-7)
@@ -329,5 +328,5 @@ def test_the_means_of_the_state_choose_the_same_blocks():
 
 
 def test_no_marginal_block_gives_zero():
-    out, *_ = marginal(*marginal_call(critical=4, skipped=1))
+    out, *_ = marginal(*marginal_call(topk=4, skip=1))
     assert (out == 0).all()

@@ -37,7 +37,7 @@ def test_compiles_whole_on_the_first_call(grid, settings):
 
 @pytest.mark.parametrize("scope", ["all", "marginal"])
 def test_lengths_share_one_dynamic_graph(scope):
-    """One graph for the first length, one for all others; more blocks kept and dropped make no new one."""
+    """One graph for the first length, one for all others; more critical and negligible blocks make no new one."""
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
     module = SparseLinearAttention(16, topk=0.1, block=16, linear_scope=scope)
@@ -60,11 +60,11 @@ def test_calls_that_do_not_fit_are_refused():
     q = torch.randn(1, 2, 20, 16)
     with pytest.raises(DitAccelError, match="built for head_dim 16, the call has 8"):
         module(q[..., :8], q[..., :8], q[..., :8])
-    with pytest.raises(DitAccelError, match=r"must be \[batch, heads, 135, head_dim\]"):
+    with pytest.raises(DitAccelError, match=r"must all be \[batch, heads, 135, head_dim\]"):
         module(q, q, q, grid=VIDEO)
     with pytest.raises(DitAccelError, match=r"q and k must be \[batch, heads, 135, head_dim\], both alike"):
         module.route(q, q, VIDEO)
-    with pytest.raises(DitAccelError, match="all alike"):
+    with pytest.raises(DitAccelError, match="must all be"):
         module(q, q[:, :, :10], q[:, :, :10])
     with pytest.raises(DitAccelError, match="pass grid=TokenGrid"):
         SparseLinearAttention(16, order="tile")(q, q, q)

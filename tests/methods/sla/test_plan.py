@@ -1,4 +1,4 @@
-"""Which blocks SLA keeps, drops and treats linearly, and what its plan says of them before a call."""
+"""The critical, marginal and negligible blocks of SLA, and what its plan says of them before a call."""
 
 import pytest
 import torch
@@ -17,21 +17,20 @@ def test_route_partitions_the_visual_blocks(grid, order):
     q, k = torch.randn(2, 2, 3, grid.tokens, 16)
     routing = module.route(q, k, grid)
     visual, blocks = routing.critical.query_order.visual_blocks, routing.critical.query_order.blocks
-    critical, skipped, linear = (mask.dense().int() for mask in routing)
-    assert (critical + skipped + linear == 1).all()
+    critical, marginal, negligible = (mask.dense().int() for mask in routing)
+    assert (critical + marginal + negligible == 1).all()
     assert (critical[..., visual:, :] == 1).all() and (critical[..., visual:] == 1).all()
-    inside = [m[..., :visual, :visual].sum(-1) for m in (critical, skipped, linear)]
-    kept, dropped = int(0.3 * visual), int(0.25 * visual)
-    assert all((m == n).all() for m, n in zip(inside, (kept, dropped, visual - kept - dropped), strict=True))
+    inside = [m[..., :visual, :visual].sum(-1) for m in (critical, marginal, negligible)]
+    topk, skip = int(0.3 * visual), int(0.25 * visual)
+    assert all((m == n).all() for m, n in zip(inside, (topk, visual - topk - skip, skip), strict=True))
     for mask in routing:
         assert mask.kv_counts.shape == (2, 3, blocks) and mask.kv_indices.dtype == torch.int32
         assert not mask.partial.any()
 
     everything = SparseLinearAttention(16, topk=0.3, block=16, order=order).route(q, k, grid)
     assert torch.equal(everything.critical.dense(), routing.critical.dense())
-    assert everything.skipped.visited == 0
-    assert everything.linear.dense()[..., :visual, :visual].all()
-    assert everything.linear.visited == 6 * visual**2
+    assert everything.negligible.visited == 0
+    assert everything.marginal.visited == 6 * visual * (visual - topk)
 
 
 def test_routing_ignores_text_and_carries_no_gradient():
@@ -80,17 +79,17 @@ def test_tiles_are_compact_and_pad_little():
 
 def test_shares_become_blocks():
     config = Config(topk=0.05, skip=0.10, linear_scope="marginal")
-    assert [config.kept(n) for n in (1, 19, 20, 39, 512)] == [1, 1, 1, 1, 25]
-    assert [config.dropped(n) for n in (1, 9, 10, 512)] == [0, 0, 1, 51]
-    assert Config(topk=0.7, skip=0.3, linear_scope="marginal").kept(10) == 7
-    assert Config(topk=1.0).kept(3) == 3 and Config().dropped(100) == 0
-    assert Config(topk=0.1, skip=0.9, linear_scope="marginal").dropped(1) == 0
+    assert [config.counts(n).topk for n in (1, 19, 20, 39, 512)] == [1, 1, 1, 1, 25]
+    assert [config.counts(n).skip for n in (1, 9, 10, 512)] == [0, 0, 1, 51]
+    assert Config(topk=0.7, skip=0.3, linear_scope="marginal").counts(10).topk == 7
+    assert Config(topk=1.0).counts(3).topk == 3 and Config().counts(100).skip == 0
+    assert Config(topk=0.1, skip=0.9, linear_scope="marginal").counts(1).skip == 0
 
 
 def test_what_a_plan_cannot_give_is_refused():
     settings = plan("sla", VIDEO)
     for ask in (settings.token_mask, settings.block_mask, settings.image):
-        with pytest.raises(DitAccelError, match=r"routes by content.*SparseLinearAttention\.route"):
+        with pytest.raises(DitAccelError, match=r"routes by content.*route\(q, k\)"):
             ask()
     with pytest.raises(DitAccelError, match="SparseLinearAttention as its module, got Linear"):
         settings.attend(*torch.randn(3, 1, 1, VIDEO.tokens, 8), module=torch.nn.Linear(2, 2))

@@ -7,7 +7,8 @@ import pytest
 import torch
 from sla_calls import INTERPRETED, MARGINAL, SHORT, Case, check
 
-from dit_accel.kernels.sla.api import sparse_linear_attention
+from dit_accel.methods.sla import SparseLinearAttention
+from dit_accel.registry import plan
 from dit_accel.testing import assert_accurate
 from dit_accel.tokens import TokenGrid
 
@@ -51,13 +52,12 @@ def test_text_that_is_weighed(scope):
     gradient = torch.randn(shape)
 
     def results(impl, dtype, device):
-        tensors = [x.to(dtype).to(device).requires_grad_() for x in leaves]
-        q, k, v, weight, shift = tensors
-        out = sparse_linear_attention(
-            q, k, v, critical=1, skipped=1, block=16, grid=grid.shape, conditioning=grid.conditioning, text=grid.text,
-            text_first=grid.text_first, text_len=lens.to(device), text_bias=bias.to(device), weight=weight,
-            bias=shift, linear_scope=scope, impl=impl,
-        )  # fmt: skip
+        module = SparseLinearAttention(16, topk=0.4, skip=0.4, block=16, linear_scope=scope).to(device, dtype)
+        module.load_state_dict({"proj.weight": leaves[3], "proj.bias": leaves[4]})
+        q, k, v = (x.to(dtype).to(device).requires_grad_() for x in leaves[:3])
+        lengths = {"text_lens": lens.to(device), "text_bias": bias.to(device)}
+        out = plan("sla", grid, **vars(module.config)).attend(q, k, v, **lengths, impl=impl, module=module)
+        tensors = [q, k, v, *module.parameters()]
         return [x.detach().cpu() for x in (out, *torch.autograd.grad(out, tensors, gradient.to(out)))]
 
     got, plain = results("triton", torch.float32, device), results("reference", torch.float32, "cpu")

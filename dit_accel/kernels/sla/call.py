@@ -1,0 +1,156 @@
+"""What every implementation of sparse-linear attention shares: a call's settings, its blocks, the feature maps."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import Literal, NamedTuple, get_args
+
+import torch
+import torch.nn.functional as F
+
+from dit_accel.kernels.block_sparse.geometry import Shape
+from dit_accel.order import TokenOrder
+from dit_accel.tokens import TokenGrid
+
+FeatureMap = Literal["softmax", "elu", "relu"]
+LinearScope = Literal["all", "marginal"]
+FEATURE_MAPS: tuple[str, ...] = get_args(FeatureMap)
+LINEAR_SCOPES: tuple[str, ...] = get_args(LinearScope)
+
+# Added to the denominator of the linear branch, as published (thu-ml/SLA, sparse_linear_attention/core.py).
+EPSILON = 1e-5
+
+
+class SlaCall(NamedTuple):
+    """Arguments of a call besides q, k, v and the block lists; see `dit_accel.kernels.sla.api`.
+
+    order: the sequence and its blocks.
+    text_len, text_bias: int32 [B] and [B, N] on the device of q, or None.
+    """
+
+    order: TokenOrder
+    text_len: torch.Tensor | None
+    text_bias: torch.Tensor | None
+    scale: float
+    feature_map: FeatureMap
+    linear_scope: LinearScope
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+
+
+class Cut(NamedTuple):
+    """How visual tokens are cut into blocks. Custom ops carry it as seven integers, which are symbols when traced.
+
+    grid: frames, rows and columns of the visual tokens.
+    block: tokens in a block.
+    tile: (t, h, w) of blocks that are 3-D tiles; None for runs in raster order.
+    """
+
+    grid: Shape
+    block: int
+    tile: Shape | None = None
+
+    @classmethod
+    def of(cls, order: TokenOrder) -> Cut:
+        return cls(order.grid.shape, order.block, order.tile)
+
+    def pack(self) -> list[int]:
+        """The integers, in the order of the custom ops' arguments."""
+        return [*self.grid, self.block, *(self.tile or (0, 0, 0))]
+
+    @classmethod
+    def unpack(cls, ints: Sequence[int]) -> Cut:
+        """The inverse of `pack`."""
+        frames, rows, columns, block, *tile = ints
+        return cls((frames, rows, columns), block, (tile[0], tile[1], tile[2]) if tile[1] else None)
+
+    @property
+    def order(self) -> TokenOrder:
+        """The order of the visual tokens alone."""
+        return TokenOrder(TokenGrid(*self.grid), self.block, self.tile)
+
+    @property
+    def blocks(self) -> int:
+        """``order.visual_blocks``; also works for symbols."""
+        if self.tile is None:
+            return (math.prod(self.grid) + self.block - 1) // self.block
+        return math.prod((size + piece - 1) // piece for size, piece in zip(self.grid, self.tile, strict=True))
+
+
+class KeySegments(NamedTuple):
+    """The first row of each segment of the keys, and the numbers of conditioning and text tokens."""
+
+    visual_start: int
+    conditioning_start: int
+    text_start: int
+    conditioning: int
+    text: int
+
+    @classmethod
+    def of(cls, grid: TokenGrid) -> KeySegments:
+        return cls(grid.visual_start, grid.conditioning_start, grid.text_start, grid.conditioning, grid.text)
+
+
+def visual_slice(grid: TokenGrid) -> slice:
+    """The rows of the visual tokens."""
+    return slice(grid.visual_start, grid.visual_start + grid.visual)
+
+
+def visual_of(x: torch.Tensor, grid: TokenGrid) -> torch.Tensor:
+    """The visual tokens of [B, H, N, D]: a view, or x itself if all tokens are visual."""
+    # autograd copies the gradient of a slice into zeros, even if the slice is the whole tensor
+    return x if grid.visual == grid.tokens else x[:, :, visual_slice(grid)]
+
+
+def to_blocks(x: torch.Tensor, order: TokenOrder) -> torch.Tensor:
+    """[..., visual, D] in raster order to [..., blocks, block, D]; padding slots are 0."""
+    if order.tile is not None:
+        tokens, _ = _permutation(order, x.device)
+        # Padding slots read the added row of zeros.
+        x = F.pad(x, (0, 0, 0, 1)).index_select(-2, tokens)
+    elif padding := order.visual_blocks * order.block - order.grid.visual:
+        x = F.pad(x, (0, 0, 0, padding))
+    return x.unflatten(-2, (order.visual_blocks, order.block))
+
+
+def from_blocks(x: torch.Tensor, order: TokenOrder) -> torch.Tensor:
+    """[..., blocks, block, D] to [..., visual, D] in raster order, without padding slots."""
+    x = x.flatten(-3, -2)
+    if order.tile is None:
+        return x[..., : order.grid.visual, :]
+    _, slots = _permutation(order, x.device)
+    return x.index_select(-2, slots)
+
+
+@functools.lru_cache(maxsize=16)
+def _permutation(order: TokenOrder, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """The token of every slot (`visual` for padding) and the slot of every token: int64."""
+    tokens = order.index()
+    slots = torch.empty(order.grid.visual, dtype=torch.int64)
+    filled = (tokens >= 0).nonzero().squeeze(1)
+    slots[tokens[filled]] = filled
+    tokens = torch.where(tokens < 0, order.grid.visual, tokens)
+    return tokens.to(device), slots.to(device)
+
+
+def apply_map(x: torch.Tensor, feature_map: str) -> torch.Tensor:
+    """phi(x), never negative: softmax over the head dimension, ``elu(x) + 1``, or ``relu(x)``.
+
+    Args:
+        x: [..., D], fp32 or wider. There is no factor 1/sqrt(D), as published.
+        feature_map: one of `FEATURE_MAPS`.
+    """
+    if feature_map == "softmax":
+        return x.softmax(-1)
+    return F.elu(x) + 1 if feature_map == "elu" else x.relu()
+
+
+def pull_back(gradient: torch.Tensor, x: torch.Tensor, mapped: torch.Tensor, feature_map: str) -> torch.Tensor:
+    """dL/dx from ``gradient = dL/dphi`` and ``mapped = phi(x)``; all [..., D]."""
+    if feature_map == "softmax":
+        return mapped * (gradient - (mapped * gradient).sum(-1, keepdim=True))
+    if feature_map == "elu":
+        return gradient * mapped.clamp(max=1.0)
+    return gradient * (x > 0)

@@ -1,0 +1,358 @@
+"""Parts of the linear branch that the forward and backward kernels share: rows, feature maps, marginal blocks.
+
+A head and its rows are as in `block_sparse.triton_tokens`. The README of this folder has the equations.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from dit_accel.kernels.block_sparse.triton_tokens import load_rows, locate, rows_written
+from dit_accel.kernels.sla.call import EPSILON
+
+EPS = tl.constexpr(EPSILON)
+LOG2E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def behind(x, rows):
+    """A head without its first `rows` rows."""
+    start, distance = x
+    return start + rows.to(tl.int64) * distance, distance
+
+
+@triton.jit
+def stored_rows(x, rows, valid, heads, tokens, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Rows that this program wrote to x by `store_rows`, fp32."""
+    tl.debug_barrier()  # other threads load what a thread stored
+    mask = valid[:, None] & (tl.arange(0, BLOCK_D) < D)
+    return tl.load(rows_written(x, rows, heads, tokens, D, BLOCK_D), mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def load_columns(x, rows, valid, first, other, D: tl.constexpr, PART: tl.constexpr):
+    """Columns `first` to `first + PART` of rows of one head, [ROWS, PART]; `other` in invalid rows and beyond D."""
+    start, distance = x
+    o_d = first + tl.arange(0, PART)
+    mask = valid[:, None] & (o_d < D)
+    return tl.load(start + rows.to(tl.int64)[:, None] * distance + o_d, mask=mask, other=other)
+
+
+@triton.jit
+def table_of(table, D: tl.constexpr):
+    """The table of this program's head, from tables [B, H, D, D]."""
+    return table + tl.program_id(1).to(tl.int64) * (D * D)
+
+
+@triton.jit
+def load_part(table, first, D: tl.constexpr, BLOCK_D: tl.constexpr, PART: tl.constexpr, TURNED: tl.constexpr):
+    """Rows `first` to `first + PART` of a table [D, D], or of its transpose if TURNED: [PART, BLOCK_D], 0 beyond D."""
+    row = first + tl.arange(0, PART)[:, None]
+    column = tl.arange(0, BLOCK_D)[None, :]
+    place = column * D + row if TURNED else row * D + column
+    return tl.load(table + place, mask=(row < D) & (column < D), other=0.0)
+
+
+@triton.jit
+def halves(x):
+    """The left and right half of the columns."""
+    ROWS: tl.constexpr = x.shape[0]
+    HALF: tl.constexpr = x.shape[1] // 2
+    return tl.split(tl.permute(tl.reshape(x, [ROWS, 2, HALF]), [0, 2, 1]))
+
+
+@triton.jit
+def times_table(x, table, acc, D: tl.constexpr, BLOCK_D: tl.constexpr, TURNED: tl.constexpr, PRECISION: tl.constexpr):
+    """acc + x T [ROWS, BLOCK_D] for a table T [D, D]; acc + x T^T if TURNED.
+
+    The product is made in two halves: with `mma.sync` a warp holds the table's part in registers.
+    """
+    HALF: tl.constexpr = BLOCK_D // 2
+    if HALF < 16:
+        acc = tl.dot(x, load_part(table, 0, D, BLOCK_D, BLOCK_D, TURNED), acc, input_precision=PRECISION)
+    else:
+        left, right = halves(x)
+        acc = tl.dot(left, load_part(table, 0, D, BLOCK_D, HALF, TURNED), acc, input_precision=PRECISION)
+        acc = tl.dot(right, load_part(table, HALF, D, BLOCK_D, HALF, TURNED), acc, input_precision=PRECISION)
+    return acc
+
+
+@triton.jit
+def load_total(totals, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """This program's head of totals [B, H, D] as [BLOCK_D], 0 beyond D."""
+    o_d = tl.arange(0, BLOCK_D)
+    return tl.load(totals + tl.program_id(1).to(tl.int64) * D + o_d, mask=o_d < D, other=0.0)
+
+
+@triton.jit
+def store_sums(tables, totals, table, total, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Store the sums over this program's split, to fp32 [B, H, splits, D, D] and [B, H, splits, D]."""
+    o_d = tl.arange(0, BLOCK_D)
+    place = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
+    p_table = tables + place * (D * D) + o_d[:, None] * D + o_d[None, :]
+    tl.store(p_table, table, mask=(o_d < D)[:, None] & (o_d < D)[None, :])
+    tl.store(totals + place * D + o_d, total, mask=o_d < D)
+
+
+@triton.jit
+def slots_of(block, first, grid, CUT: tl.constexpr, STEP: tl.constexpr):
+    """Row and validity of STEP slots of a block, from slot `first` on. CUT: block and tile, as in `call.Cut.pack`."""
+    T, H, W = grid
+    row, valid, _ = locate(
+        block, first + tl.arange(0, STEP), 0, 0, 0, T, H, W, 0, 0, CUT[0], CUT[1], CUT[2], CUT[3]
+    )  # fmt: skip
+    return row, valid
+
+
+@triton.jit
+def hidden_zero(counts):
+    """A zero that the compiler cannot see; counts: a pointer to a number that is not negative.
+
+    Values computed from it are recomputed, which shortens their live range. Otherwise the kernels spill.
+    """
+    return tl.minimum(tl.load(counts, volatile=True), 0)
+
+
+@triton.jit
+def placed(counts, grid, CUT: tl.constexpr):
+    """A `hidden_zero`, this program's head, and the rows of its query block with their validity, all recomputed."""
+    zero = hidden_zero(counts)
+    rows, valid = slots_of(tl.program_id(0) + zero, 0, grid, CUT, CUT[0])
+    return zero, tl.program_id(1) + zero, rows, valid
+
+
+@triton.jit
+def placed_keys(counts, text_lens, starts, grid, conditioning, text, heads, CUT: tl.constexpr, ROWS: tl.constexpr):
+    """This program's head and ROWS rows of its key block, recomputed; whether each is a token, and a valid key."""
+    PARTS: tl.constexpr = CUT[0] // ROWS
+    visual_start, conditioning_start, text_start = starts
+    T, H, W = grid
+    zero = hidden_zero(counts)
+    program, i_bh = tl.program_id(0) + zero, tl.program_id(1) + zero
+    rows, there, _raster = locate(
+        program // PARTS, program % PARTS * ROWS + tl.arange(0, ROWS), visual_start, conditioning_start, text_start,
+        T, H, W, conditioning, text, CUT[0], CUT[1], CUT[2], CUT[3],
+    )  # fmt: skip
+    # text behind its valid length is not a key
+    behind_text = (rows >= text_start + tl.load(text_lens + i_bh // heads)) & (rows < text_start + text)
+    return i_bh, rows, there, there & (behind_text == 0)
+
+
+@triton.jit
+def scales_of_rows(
+    x, rows, valid, width, D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, MAP: tl.constexpr
+):  # fmt: skip
+    """Statistics of whole rows that `mapped_columns` needs: the row's shift and size, fp32 [ROWS] each."""
+    shift = tl.full([ROWS], float("-inf"), dtype=tl.float32)
+    size = tl.zeros([ROWS], dtype=tl.float32)
+    if MAP == "softmax":
+        for first in tl.range(0, width, COLUMNS, num_stages=1):
+            part = load_columns(x, rows, valid, first, float("-inf"), D, COLUMNS).to(tl.float32)
+            shift = tl.maximum(shift, tl.max(part, 1))
+        shift = tl.where(valid, shift, 0.0)
+        for first in tl.range(0, width, COLUMNS, num_stages=1):
+            part = load_columns(x, rows, valid, first, float("-inf"), D, COLUMNS).to(tl.float32)
+            size += tl.sum(tl.exp2(part * LOG2E - (shift * LOG2E)[:, None]), 1)
+    return shift, tl.where(valid, size, 1.0)
+
+
+@triton.jit
+def mapped_columns(x, shift, size, inside, MAP: tl.constexpr):
+    """phi of some columns of rows, fp32; 0 in columns that are not `inside`."""
+    x = x.to(tl.float32)
+    if MAP == "softmax":
+        x = tl.where(inside, x, float("-inf"))
+        x = tl.exp2(x * LOG2E - (shift * LOG2E)[:, None]) * (1.0 / size)[:, None]
+    elif MAP == "elu":
+        x = tl.where(x > 0.0, x + 1.0, tl.exp(tl.minimum(x, 0.0)))
+        x = tl.where(inside, x, 0.0)
+    else:
+        x = tl.maximum(x, 0.0)
+    return x
+
+
+@triton.jit
+def mapped(x, D: tl.constexpr, MAP: tl.constexpr):
+    """phi of rows [ROWS, BLOCK_D], fp32; 0 in columns beyond D."""
+    x = x.to(tl.float32)
+    inside = tl.arange(0, x.shape[1])[None, :] < D
+    shift = tl.max(tl.where(inside, x, float("-inf")), 1)
+    size = shift  # read only with softmax
+    if MAP == "softmax":
+        size = tl.sum(tl.where(inside, tl.exp2(x * LOG2E - (shift * LOG2E)[:, None]), 0.0), 1)
+    return mapped_columns(x, shift, size, inside, MAP)
+
+
+@triton.jit
+def pulled_columns(gradient, x, phi, of_row, MAP: tl.constexpr):
+    """dL/dx of some columns from their dL/dphi; of_row: the sum of phi * dL/dphi over the whole row."""
+    if MAP == "softmax":
+        result = phi * (gradient - of_row[:, None])
+    elif MAP == "elu":
+        result = gradient * tl.minimum(phi, 1.0)
+    else:
+        result = tl.where(x > 0.0, gradient, 0.0)
+    return result
+
+
+@triton.jit
+def pulled_back(gradient, x, phi, MAP: tl.constexpr):
+    """dL/dx from dL/dphi, fp32 [ROWS, BLOCK_D]."""
+    return pulled_columns(gradient, x, phi, tl.sum(phi * gradient, 1), MAP)
+
+
+@triton.jit
+def with_keys(
+    acc, side, x, k, v, block, first, grid,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, CUT: tl.constexpr, STEP: tl.constexpr,
+    MAP: tl.constexpr, BACKWARD: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Add the terms of STEP slots of a key block to the sums of a query block; b = phi(k).
+
+    Forward, x = phi(q): adds (x b^T) v to acc, and the row sums of x b^T to `side` [BLOCK]. Backward, x = g: adds
+    (x v^T) b to acc, and the sum of b over the slots to `side` [BLOCK_D].
+    """
+    rows, valid = slots_of(block, first, grid, CUT, STEP)
+    b_v = load_rows(v, rows, valid, D, BLOCK_D)
+    phi_k = tl.where(valid[:, None], mapped(load_rows(k, rows, valid, D, BLOCK_D), D, MAP), 0.0).to(b_v.dtype)
+    if BACKWARD:
+        products = tl.dot(x, tl.trans(b_v), input_precision=PRECISION).to(b_v.dtype)
+        acc = tl.dot(products, phi_k, acc, input_precision=PRECISION)
+        side += tl.sum(phi_k.to(tl.float32), 0)
+    else:
+        products = tl.dot(x, tl.trans(phi_k), input_precision=PRECISION).to(b_v.dtype)
+        acc = tl.dot(products, b_v, acc, input_precision=PRECISION)
+        side += tl.sum(products.to(tl.float32), 1)
+    return acc, side
+
+
+@triton.jit
+def routed(critical, negligible, i_bh, i_q, blocks, topk, skip):
+    """Pointers to the critical and negligible blocks of a query block, and their numbers."""
+    row = i_bh.to(tl.int64) * blocks + i_q
+    return critical + row * topk, negligible + row * skip, topk, skip
+
+
+@triton.jit
+def over_listed(
+    acc, side, x, k, v, lists, grid,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, CUT: tl.constexpr, STEP: tl.constexpr,
+    MAP: tl.constexpr, BACKWARD: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """`with_keys` over the critical and negligible blocks; `lists` as `routed` returns them."""
+    critical, negligible, topk, skip = lists
+    STEPS: tl.constexpr = CUT[0] // STEP
+    for i in range((topk + skip) * STEPS):
+        place = i // STEPS
+        block = tl.load(tl.where(place < topk, critical + place, negligible + (place - topk)))
+        acc, side = with_keys(
+            acc, side, x, k, v, block, i % STEPS * STEP, grid, D, BLOCK_D, CUT, STEP, MAP, BACKWARD, PRECISION
+        )  # fmt: skip
+    return acc, side
+
+
+@triton.jit
+def over_marginal(
+    acc, side, x, k, v, lists, grid, blocks,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, CUT: tl.constexpr, STEP: tl.constexpr,
+    MAP: tl.constexpr, BACKWARD: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """`with_keys` over the marginal blocks: those in neither list. Both lists ascend and are walked in one pass."""
+    critical, negligible, topk, skip = lists
+    i_critical = 0
+    i_negligible = 0
+    for block in range(blocks):
+        next_critical = tl.load(critical + i_critical, mask=i_critical < topk, other=-1)
+        next_negligible = tl.load(negligible + i_negligible, mask=i_negligible < skip, other=-1)
+        if next_critical == block:
+            i_critical += 1
+        elif next_negligible == block:
+            i_negligible += 1
+        else:
+            for first in range(0, CUT[0], STEP):
+                acc, side = with_keys(
+                    acc, side, x, k, v, block, first, grid, D, BLOCK_D, CUT, STEP, MAP, BACKWARD, PRECISION
+                )  # fmt: skip
+    return acc, side
+
+
+@triton.jit
+def with_queries(
+    of_v, of_k, weights, phi_k, b_v, sign, q, grad_out, factors, block, first, grid,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, CUT: tl.constexpr, STEP: tl.constexpr,
+    MAP: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Add sign times the terms of STEP slots of a query block to (b a^T / d) g, (v g^T / d) a and -sum of a r / d."""
+    denominators, ratios = factors
+    rows, valid = slots_of(block, first, grid, CUT, STEP)
+    b_q = load_rows(q, rows, valid, D, BLOCK_D)
+    b_g = load_rows(grad_out, rows, valid, D, BLOCK_D).to(b_q.dtype)
+    denominator = tl.load(denominators + rows, mask=valid, other=1.0)
+    ratio = tl.load(ratios + rows, mask=valid, other=0.0)
+    # each factor of a product gets sqrt(1 / d), so that neither leaves the range of half precision
+    share = 1.0 / tl.sqrt(denominator)
+    scaled = (tl.where(valid[:, None], mapped(b_q, D, MAP), 0.0) * share[:, None]).to(b_q.dtype)
+    share = share * sign
+    products = tl.dot(phi_k, tl.trans(scaled), input_precision=PRECISION) * share[None, :]
+    of_v = tl.dot(products.to(b_g.dtype), b_g, of_v, input_precision=PRECISION)
+    products = tl.dot(b_v, tl.trans(b_g), input_precision=PRECISION) * share[None, :]
+    of_k = tl.dot(products.to(scaled.dtype), scaled, of_k, input_precision=PRECISION)
+    weights -= tl.sum(scaled.to(tl.float32) * (ratio * share)[:, None], 0)
+    return of_v, of_k, weights
+
+
+@triton.jit
+def holds_block(entries, n, block):
+    """1 if a list holds the block, else 0."""
+    found = 0
+    for first in range(0, n, 64):
+        place = first + tl.arange(0, 64)
+        entry = tl.load(entries + place, mask=place < n, other=-1)
+        found = tl.maximum(found, tl.max((entry == block).to(tl.int32), 0))
+    return found
+
+
+@triton.jit
+def over_selecting(
+    of_v, of_k, weights, phi_k, b_v, i_k, q, grad_out, factors, routes, transposed, alone, grid, blocks, dense,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, CUT: tl.constexpr, STEP: tl.constexpr,
+    MAP: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """`with_queries` for a visual key block i_k.
+
+    Subtracts the query blocks whose totals hold i_k although it is critical or negligible for them, and adds the query
+    blocks that sum their marginal blocks one by one and have i_k among them.
+
+    Args:
+        routes: critical and negligible lists, and the number of blocks in each.
+        transposed: entries and firsts of both, as in `triton_lists.Transposed`; the first with `dense` blocks behind.
+        alone: whether a query block sums one by one; a list that starts with those that do; their number.
+    """
+    STEPS: tl.constexpr = CUT[0] // STEP
+    critical, negligible, topk, skip = routes
+    entries, firsts, negligible_entries, negligible_firsts = transposed
+    modes, singles, n_singles = alone
+    i_bh = tl.program_id(1)
+    first_list = i_bh.to(tl.int64) * blocks
+    for BY in tl.static_range(2):  # query blocks for which this key block is critical, then negligible
+        selecting = negligible_entries if BY else entries
+        p_first = negligible_firsts if BY else firsts
+        p_first += i_bh.to(tl.int64) * (2 * (blocks + (0 if BY else dense)) + 1) + 2 * i_k
+        for i in range(tl.load(p_first) * STEPS, tl.load(p_first + 2) * STEPS):
+            block = tl.load(selecting + i // STEPS)
+            if tl.load(modes + first_list + block) == 0:
+                of_v, of_k, weights = with_queries(
+                    of_v, of_k, weights, phi_k, b_v, -1.0, q, grad_out, factors, block, i % STEPS * STEP, grid,
+                    D, BLOCK_D, CUT, STEP, MAP, PRECISION,
+                )  # fmt: skip
+    for i in range(tl.load(n_singles + i_bh)):
+        block = tl.load(singles + first_list + i)
+        b_critical, b_negligible, _, _ = routed(critical, negligible, i_bh, block, blocks, topk, skip)
+        if holds_block(b_critical, topk, i_k) + holds_block(b_negligible, skip, i_k) == 0:
+            for first in range(0, CUT[0], STEP):
+                of_v, of_k, weights = with_queries(
+                    of_v, of_k, weights, phi_k, b_v, 1.0, q, grad_out, factors, block, first, grid,
+                    D, BLOCK_D, CUT, STEP, MAP, PRECISION,
+                )  # fmt: skip
+    return of_v, of_k, weights
