@@ -6,3 +6,9 @@ class DitAccelError(ValueError):
 
     The command line prints the message as one line and exits with status 2.
     """
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error's message, or the error's name where it has none."""
+    lines = str(error).strip().splitlines()
+    return lines[0].strip() if lines else type(error).__name__

@@ -109,7 +109,7 @@ def _converted(value: Any, hint: Any, name: str) -> Any:
     if type(value) is int and float in kinds and int not in kinds:
         return float(value)
     value = _frozen(value)
-    return (value,) if not _fits(value, hint) and _fits((value,), hint) else value
+    return (value,) if not fits(value, hint) and fits((value,), hint) else value
 
 
 def _frozen(value: Any) -> Any:
@@ -135,7 +135,7 @@ def check(settings: Any) -> None:
         value, hint = getattr(settings, field.name), hints[field.name]
         if isinstance(value, float) and not math.isfinite(value):
             raise DitAccelError(f"{field.name} is finite, got {value}.")
-        if not _fits(value, hint):
+        if not fits(value, hint):
             raise DitAccelError(f"{field.name} is {_words(hint)}, got {value!r}.")
         if "option" in field.metadata:
             _check_limits(field.name, field.metadata["option"], value)
@@ -155,25 +155,25 @@ def _check_limits(name: str, limits: Option, value: Any) -> None:
             raise DitAccelError(f"{name} is below {limits.below}, got {value!r}.")
 
 
-def _fits(value: Any, hint: Any) -> bool:
+def fits(value: Any, hint: Any) -> bool:
+    """Whether a value is of an annotated kind; a bool is no number, and an int is a float."""
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
-    if hint is Any:
-        return True
+    kind: Any = origin or hint
     if origin in (types.UnionType, typing.Union):
-        return any(_fits(value, each) for each in inner)
+        return any(fits(value, each) for each in inner)
     if origin is typing.Literal:
         return value in inner
-    if origin is tuple:
-        if not isinstance(value, tuple):
-            return False
+    if hint is Any or not isinstance(kind, type):
+        return True
+    of_kind = isinstance(value, (int, float) if kind is float else kind)
+    if not of_kind or isinstance(value, bool):
+        return of_kind and kind is bool
+    if kind is tuple and inner:
         wanted = inner[:1] * len(value) if inner[-1] is ... else inner
-        return len(value) == len(wanted) and all(map(_fits, value, wanted))
-    if origin is not None:  # a mapping
-        pairs = value.items() if isinstance(value, Mapping) else ()
-        return isinstance(value, origin) and all(_fits(key, inner[0]) and _fits(own, inner[1]) for key, own in pairs)
-    if hint in (int, float):
-        return isinstance(value, (int, hint)) and not isinstance(value, bool)
-    return isinstance(value, hint)
+        return len(value) == len(wanted) and all(map(fits, value, wanted))
+    if isinstance(value, Mapping) and inner:
+        return all(fits(key, inner[0]) and fits(own, inner[1]) for key, own in value.items())
+    return kind is not list or not inner or all(fits(item, inner[0]) for item in value)
 
 
 def _words(hint: Any) -> str:

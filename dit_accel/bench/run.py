@@ -21,9 +21,8 @@ from dit_accel.bench.gate import Attend, ErrorCheck, Inexact, Problem, check
 from dit_accel.bench.peer import flex_attention
 from dit_accel.bench.rows import Declared, OutOfReach, Row
 from dit_accel.bench.timing import Call, alternate, profile, quantiles
-from dit_accel.errors import DitAccelError
+from dit_accel.errors import DitAccelError, first_line
 from dit_accel.generation.provenance import provenance
-from dit_accel.generation.sources import first_line
 from dit_accel.kernels import impls
 from dit_accel.kernels.impls import Impl
 

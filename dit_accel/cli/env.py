@@ -15,7 +15,7 @@ def env(given: dict[str, Any]) -> None:
     """Print versions and machine, ready to paste into an issue."""
     import os
 
-    from dit_accel.generation.versions import machine, versions
+    from dit_accel.generation.provenance import machine, versions
 
     settings = {name: value for name, value in sorted(os.environ.items()) if _is_setting(name)}
     if JsonOptions(**given).json:

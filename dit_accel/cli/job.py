@@ -14,10 +14,9 @@ from dit_accel.files import check_file, staged
 from dit_accel.generation import call, sources
 from dit_accel.generation import output as media
 from dit_accel.generation.choice import MethodChoice, choose
+from dit_accel.generation.provenance import machine, versions
 from dit_accel.generation.request import GenerateRequest
 from dit_accel.generation.sampling import Sample, check_seeds, sample
-from dit_accel.generation.sizes import family_of, sizes_of
-from dit_accel.generation.versions import machine, versions
 from dit_accel.hooks.selfcheck import SelfCheck
 from dit_accel.pipelines.sizes import Sizes
 
@@ -94,7 +93,7 @@ class Loaded:
             DitAccelError: the pipeline's call cannot be made as asked, or the files cannot be written.
         """
         job, pipe = self.job, self.pipe
-        own = sources.call_defaults(job.source) | job.chosen.call
+        own = job.source.call_defaults() | job.chosen.call
         arguments = request.arguments(pipe, own, job.shape, video=job.video, prompt=request.prompt, image=job.picture)
         grid = job.grid
         if grid.text:
@@ -128,7 +127,7 @@ def prepare(request: GenerateRequest) -> Job:
         DitAccelError: something asked for cannot be done.
     """
     source = sources.find(request.model, request.revision)
-    family = family_of(source) if request.preset else None
+    family = source.family() if request.preset else None
     chosen = choose(request, family, 1 if source.component_class("transformer_2") is None else 2)
     verify = request.verify or request.keep_dense_above is not None
     if verify and request.compile:
@@ -136,7 +135,7 @@ def prepare(request: GenerateRequest) -> Job:
     check = SelfCheck("first-call" if verify else None, request.keep_dense_above)
     chosen = dataclasses.replace(chosen, selfcheck=check)
     check_seeds([request.seed])
-    sizes = sizes_of(source)
+    sizes = source.sizes()
     shape = sizes.chosen(request.frames, request.height, request.width)
     path = request.output or Path("output.mp4" if sizes.video else "output.png")
     check_file(path, _endings(sizes, shape[0]))

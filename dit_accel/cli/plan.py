@@ -66,11 +66,10 @@ class PlanOptions(JsonOptions, SizeOptions, SourceOptions, SettingsOptions):
         if self.text is not None or self.text_first:
             raise DitAccelError("--text and --text-first belong to --grid; a model says itself where its text stands.")
 
-        from dit_accel.generation.sizes import sizes_of
         from dit_accel.generation.sources import find
 
         assert self.model is not None
-        sizes = sizes_of(find(self.model, self.revision))
+        sizes = find(self.model, self.revision).sizes()
         return sizes.grid(*sizes.chosen(*size))
 
 

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from dit_accel.errors import DitAccelError
-from dit_accel.generation.sources import first_line, quietly
+from dit_accel.errors import DitAccelError, first_line
+from dit_accel.generation.sources import quietly
 
 if TYPE_CHECKING:
     from transformers import CLIPModel, PreTrainedTokenizerBase

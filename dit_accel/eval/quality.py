@@ -24,9 +24,8 @@ from dit_accel.files import check_folder, hold
 from dit_accel.generation import call, captioned, prompts, sources
 from dit_accel.generation.choice import MethodChoice
 from dit_accel.generation.processes import Process
+from dit_accel.generation.provenance import machine, versions
 from dit_accel.generation.sampling import check_seeds
-from dit_accel.generation.sizes import sizes_of
-from dit_accel.generation.versions import machine, versions
 
 if TYPE_CHECKING:
     import torch
@@ -51,7 +50,7 @@ def run(request: EvalRequest) -> tuple[Summary | None, list[str]]:
     check_seeds(request.seeds)
     asked = prompts.read(request.prompts or ("demo" if source.kind == "embedded" else "general"))
     items = [PromptSeed(text, seed) for text in dict.fromkeys(asked.texts) for seed in request.seeds]
-    sizes = sizes_of(source)
+    sizes = source.sizes()
     shape = sizes.chosen(request.frames, request.height, request.width)
     grid = sizes.grid(*shape)
     for candidate in candidates:
@@ -75,7 +74,7 @@ def run(request: EvalRequest) -> tuple[Summary | None, list[str]]:
         pipe.set_progress_bar_config(disable=True)
 
         def arguments(own: Mapping[str, Any]) -> dict[str, Any]:
-            defaults = sources.call_defaults(source) | dict(own)
+            defaults = source.call_defaults() | dict(own)
             made = request.arguments(pipe, defaults, shape, video=sizes.video, prompt="")
             return {name: value for name, value in made.items() if name != "prompt"}
 

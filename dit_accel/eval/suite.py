@@ -21,11 +21,10 @@ from pathlib import Path
 from typing import Any
 
 from dit_accel import values
-from dit_accel.errors import DitAccelError
+from dit_accel.errors import DitAccelError, first_line
 from dit_accel.eval.request import EvalRequest
 from dit_accel.generation.choice import MethodChoice, choose
 from dit_accel.generation.request import MethodOptions
-from dit_accel.generation.sources import first_line
 from dit_accel.registry import did_you_mean
 
 SUITES = Path(__file__).parent / "suites"

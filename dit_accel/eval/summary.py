@@ -23,9 +23,8 @@ from dit_accel.eval.sweep import Candidate, PromptSeed, Sweep
 from dit_accel.files import staged
 from dit_accel.generation.output import write_frames
 from dit_accel.generation.processes import Process
-from dit_accel.generation.provenance import commit
+from dit_accel.generation.provenance import commit, machine, versions
 from dit_accel.generation.request import ModelRequest
-from dit_accel.generation.versions import machine, versions
 from dit_accel.hooks.schedule import Schedule
 
 if TYPE_CHECKING:

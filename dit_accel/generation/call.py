@@ -1,20 +1,19 @@
-"""A loaded pipeline made ready for one generation: device, adapters, memory options, call arguments, warm-up."""
+"""Prepares a loaded pipeline for a generation: device, LoRAs, memory options, arguments of the call, warm-up."""
 
 from __future__ import annotations
 
 import contextlib
 import inspect
 import json
-import math
-import types
 import typing
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dit_accel.errors import DitAccelError
+from dit_accel import values
+from dit_accel.errors import DitAccelError, first_line
 from dit_accel.generation import sampling
-from dit_accel.generation.sources import first_line, is_hub_id
+from dit_accel.generation.sources import is_hub_id
 from dit_accel.registry import did_you_mean
 
 if TYPE_CHECKING:
@@ -42,7 +41,7 @@ NOT_OPTIONS = {"self", "output_type", "return_dict", "callback_on_step_end", "ca
 
 
 def placement(device: str, dtype: str, offload: str) -> tuple[torch.device, torch.dtype]:
-    """The device and dtype that "auto" or a name stand for.
+    """The device and dtype of these names; "auto" chooses.
 
     Raises:
         DitAccelError: there is no such device here, or offloading was asked for without a GPU.
@@ -83,7 +82,7 @@ def open_image(path: Path | None) -> Image | None:
 
 
 def prepare(pipe: DiffusionPipeline, loras: Iterable[str], *, vae_tiling: bool, compile: bool) -> None:
-    """Load LoRAs, switch on tiling and compile the transformers' blocks, as asked.
+    """Load LoRAs, enable tiling and compile the transformers' blocks, as asked.
 
     Raises:
         DitAccelError: the pipeline cannot, or a LoRA cannot be loaded.
@@ -109,10 +108,10 @@ def transformers(pipe: DiffusionPipeline) -> list[Any]:
 
 
 def check_loras(loras: Iterable[str]) -> None:
-    """See before a weight is loaded that LoRAs can be: PEFT is there, and each may be a file, a folder or on the Hub.
+    """See before a weight is loaded that PEFT is installed and that each LoRA may exist.
 
     Raises:
-        DitAccelError: it is not, or none of these has such a name.
+        DitAccelError: PEFT is missing, or a name is neither a file, nor a folder, nor an id on the Hub.
     """
     import importlib.util
 
@@ -149,20 +148,17 @@ def call_arguments(
     Args:
         pipe: the pipeline.
         own: the model's defaults; those the pipeline does not take are left out.
-        given: what options asked for, by argument; None where they did not.
-        extra: ``key=value`` for any other argument, the value in JSON, or else plain text.
+        given: values of options, by argument; None where an option was not given.
+        extra: ``key=value`` for any other argument; the value is JSON, or else plain text.
 
     Raises:
-        DitAccelError: the pipeline has no such argument, needs one that was not given, or takes another kind of value,
-            or a number is not finite.
+        DitAccelError: the pipeline has no such argument, needs one that was not given, or takes another kind of value.
     """
     takes = inspect.signature(type(pipe).__call__).parameters
     asked = {name: value for name, value in given.items() if value is not None}
-    for name, value in asked.items():
+    for name in asked:
         if name not in takes:
             raise DitAccelError(f"{type(pipe).__name__} takes no {OPTIONS[name]}; leave it out.")
-        if isinstance(value, float) and not math.isfinite(value):
-            raise DitAccelError(f"{OPTIONS[name]} is a finite number, got {value}.")
     arguments = {name: value for name, value in own.items() if name in takes} | asked
     free = sorted(set(takes) - NOT_OPTIONS - set(OPTIONS))
     for item in extra:
@@ -183,20 +179,20 @@ def call_arguments(
 
 
 def frame_rate(pipe: DiffusionPipeline, arguments: Mapping[str, Any]) -> int | None:
-    """The frames a second that a call is told, by an argument or its default; None if the pipeline asks for none."""
+    """Frames a second, from an argument of the call or its default; None if the pipeline has no such argument."""
     takes = inspect.signature(type(pipe).__call__).parameters
     rates = [arguments.get(name, takes[name].default) for name in FRAME_RATES if name in takes]
     return next((round(rate) for rate in rates if isinstance(rate, int | float)), None)
 
 
 def _value(pipe: DiffusionPipeline, parameter: inspect.Parameter, text: str) -> Any:
-    """The value that a text stands for, as JSON or as it is, whichever is of the kind that the argument takes."""
+    """The value of a text: as JSON or as plain text, whichever is of the kind that the argument takes."""
     kind, name = _kind(pipe, parameter), parameter.name
     found: list[Any] = [text]
     with contextlib.suppress(json.JSONDecodeError):
         found.insert(0, json.loads(text, parse_constant=_refuse))
     for value in found:
-        if (value is None and parameter.default is None) or _fits(value, kind):
+        if (value is None and parameter.default is None) or values.fits(value, kind):
             if name == LENGTH and value < 1:
                 raise DitAccelError(f"--pipe {name} is a number of tokens of at least 1, got {value}.")
             return value
@@ -206,26 +202,11 @@ def _value(pipe: DiffusionPipeline, parameter: inspect.Parameter, text: str) -> 
 
 
 def _kind(pipe: DiffusionPipeline, parameter: inspect.Parameter) -> Any:
-    """What an argument of the call is annotated with; Any where that is nothing, or names what is not installed."""
+    """The annotation of an argument; Any where there is none, or where it names a package that is not installed."""
     try:
         return typing.get_type_hints(type(pipe).__call__).get(parameter.name, Any)
     except NameError:
         return Any
-
-
-def _fits(value: Any, kind: Any) -> bool:
-    """Whether a value from JSON is of an annotated kind."""
-    parts = typing.get_args(kind)
-    origin = typing.get_origin(kind) or kind
-    if origin in (typing.Union, types.UnionType):
-        return any(_fits(value, part) for part in parts)
-    if origin is list and parts:
-        return isinstance(value, list) and all(_fits(item, parts[0]) for item in value)
-    if kind is Any or not isinstance(origin, type):
-        return True
-    if isinstance(value, bool):
-        return origin is bool
-    return isinstance(value, (int, float) if origin is float else origin)
 
 
 def _refuse(constant: str) -> None:
@@ -233,7 +214,7 @@ def _refuse(constant: str) -> None:
 
 
 def warm_up(pipe: DiffusionPipeline, arguments: Mapping[str, Any], *, whole: bool) -> None:
-    """Let lazy set-up happen before anything is timed: one denoising step, or the `whole` loop where it compiles."""
+    """Run one denoising step, or the `whole` loop where it compiles, so that lazy set-up is not timed."""
     steps = {} if whole else {"num_inference_steps": 1}
     pipe.set_progress_bar_config(disable=True)
     sampling.call(pipe, {**arguments, **steps}, seed=0)

@@ -6,8 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dit_accel.errors import DitAccelError
-from dit_accel.generation.sources import first_line
+from dit_accel.errors import DitAccelError, first_line
 
 if TYPE_CHECKING:
     import numpy as np

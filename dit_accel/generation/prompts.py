@@ -6,10 +6,9 @@ import dataclasses
 import json
 from pathlib import Path
 
-from dit_accel.errors import DitAccelError
+from dit_accel.errors import DitAccelError, first_line
 from dit_accel.generation import captioned
 from dit_accel.generation.captioned import Captioned
-from dit_accel.generation.sources import first_line
 from dit_accel.registry import did_you_mean
 
 LISTS = Path(__file__).parent / "prompt_lists"

@@ -1,22 +1,75 @@
-"""With what and on what a result was made: the fields that every row has."""
+"""What ran, and on what: versions, machine and commit, for reports, rows and the JSON beside every output."""
 
 from __future__ import annotations
 
+import importlib.metadata
+import os
 import pathlib
+import platform
 import subprocess
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
-from dit_accel.generation.versions import processor, version
+from dit_accel import __version__
 
 if TYPE_CHECKING:
     import torch
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
+PACKAGES = (
+    *("torch", "triton", "diffusers", "transformers", "accelerate", "peft", "safetensors", "huggingface_hub"),
+    *("torchmetrics", "imageio-ffmpeg", "numpy", "pillow"),
+)
+
+
+def versions() -> dict[str, str | None]:
+    """The versions of this package, of Python and of each package in `PACKAGES`; None where one is not installed."""
+    found: dict[str, str | None] = {"dit_accel": __version__, "python": platform.python_version()}
+    return found | {package: version(package) for package in PACKAGES}
+
+
+def version(package: str) -> str | None:
+    """The version of a package; None where it is not installed."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def machine() -> dict[str, object]:
+    """Platform, processor and GPUs (each with memory in bytes and compute capability)."""
+    import torch
+
+    gpus = []
+    for i in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(i)
+        capability = f"{properties.major}.{properties.minor}"
+        gpus.append({"name": properties.name, "memory": properties.total_memory, "capability": capability})
+    return {
+        "platform": platform.platform(),
+        "processor": processor(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "torch_threads": torch.get_num_threads(),
+        "cuda": torch.version.cuda,
+        "gpus": gpus,
+    }
+
+
+def processor() -> str:
+    """The processor's name; /proc/cpuinfo says more than `platform.processor`, where there is one."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as lines:
+            names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    except FileNotFoundError:
+        names = []
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 def provenance(device: torch.device) -> dict[str, Any]:
-    """GPU and its architecture (None where none was used), driver, processor, threads, versions, commit and date."""
+    """The fields of every row of results: GPU, driver, processor, threads, versions, commit and date.
+
+    The GPU, its architecture and its driver are None where none was used.
+    """
     import torch
 
     from dit_accel.hooks.break_even import architecture
@@ -36,20 +89,20 @@ def provenance(device: torch.device) -> dict[str, Any]:
 
 
 def driver(device: torch.device) -> str | None:
-    """Version of NVIDIA's driver; None where its tool is not installed."""
+    """The version of NVIDIA's driver; None where nvidia-smi is not installed."""
     return _output("nvidia-smi", f"--id={device.index or 0}", "--query-gpu=driver_version", "--format=csv,noheader")
 
 
 def commit() -> str | None:
     """The commit this package runs from, with ``-dirty`` behind it if files were changed; None outside a checkout."""
     top = _output("git", "-C", str(ROOT), "rev-parse", "--show-toplevel")
-    if top is None or pathlib.Path(top).resolve() != ROOT:  # an installed package may lie in a checkout of another
+    if top is None or pathlib.Path(top).resolve() != ROOT:  # an installed package may lie in another checkout
         return None
     return _output("git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*")
 
 
 def _output(*command: str) -> str | None:
-    """The first line a program prints, or None if it is not there or fails."""
+    """The first line that a program prints; None if it is not there or fails."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):

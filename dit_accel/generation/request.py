@@ -208,7 +208,7 @@ class ModelRequest(SourceOptions, SamplingOptions, MemoryOptions):
 
     def rate(self, pipe: DiffusionPipeline, source: Source, arguments: Mapping[str, Any]) -> int:
         """Frames a second of its videos."""
-        return self.fps or call.frame_rate(pipe, arguments) or sources.frames_a_second(source)
+        return self.fps or call.frame_rate(pipe, arguments) or source.fps
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -9,9 +9,8 @@ import traceback
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from dit_accel.errors import DitAccelError
+from dit_accel.errors import DitAccelError, first_line
 from dit_accel.generation.finite import find_place
-from dit_accel.generation.sources import first_line
 from dit_accel.generation.stopwatch import Stopwatch
 
 if TYPE_CHECKING:

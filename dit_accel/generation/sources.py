@@ -9,16 +9,21 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from dit_accel.errors import DitAccelError
+from dit_accel import registry
+from dit_accel.errors import DitAccelError, first_line
+from dit_accel.pipelines.refused import refusal
 
 if TYPE_CHECKING:
     import torch
     from diffusers import DiffusionPipeline
 
+    from dit_accel.pipelines.family import Family
+    from dit_accel.pipelines.sizes import Sizes
+
 EMBEDDED = ("demo",)
 INDEX = "model_index.json"
-WAN_FPS = 16  # what Wan was trained on
-FLOAT32_CODECS = ("AutoencoderKLWan",)  # its published recipe: bands and blotches appear in 16 bits
+WAN_FPS = 16  # frames a second of Wan's training videos
+FLOAT32_CODECS = ("AutoencoderKLWan",)  # its published recipe: 16 bits cause bands and blotches
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,13 +48,59 @@ class Source:
         return read_json(self.folder / INDEX)
 
     def component_class(self, component: str) -> str | None:
-        """The name of a component's class, or None where the pipeline has no such component."""
+        """The name of a component's class; None where the pipeline has no such component."""
         entry = self.index.get(component)
         return entry[1] if isinstance(entry, list) and len(entry) == 2 else None
 
     def config(self, component: str) -> dict[str, Any]:
         """The component's own settings, from its `config.json`."""
         return read_json(self.folder / component / "config.json")
+
+    def family(self) -> Family:
+        """The family of the transformer.
+
+        Raises:
+            DitAccelError: the pipeline has no transformer, or one of no supported family.
+        """
+        name = self.component_class("transformer")
+        if name is None:
+            raise DitAccelError(f"{self.model} has no transformer; only diffusion transformers can be accelerated.")
+        family = registry.family_of([name])
+        if family is None:
+            raise DitAccelError(f"{self.model} has a {name}, which is not supported: {refusal([name])}")
+        return family
+
+    def sizes(self) -> Sizes:
+        """The sizes that the model can make.
+
+        Raises:
+            DitAccelError: the transformer's family is not supported, or a configuration file is missing or incomplete.
+        """
+        try:
+            sizes = self.family().sizes(self.config("transformer"), self.config("vae"))
+        except KeyError as missing:
+            raise DitAccelError(
+                f"The configuration of {self.model} lacks {missing}, which decides the size of a token; save the "
+                "pipeline again with save_pretrained, or use --grid where there is one."
+            ) from missing
+        if self.kind == "embedded":
+            from dit_accel.pipelines.demo import DEFAULTS
+
+            return dataclasses.replace(sizes, frames=DEFAULTS.num_frames, height=DEFAULTS.height, width=DEFAULTS.width)
+        return sizes
+
+    def call_defaults(self) -> dict[str, Any]:
+        """Arguments of the pipeline's call whose defaults the model changes."""
+        from dit_accel.pipelines.demo import DEFAULTS
+
+        return DEFAULTS.call() if self.kind == "embedded" else {}
+
+    @property
+    def fps(self) -> int:
+        """Frames a second where the pipeline asks for none: the embedded model's own, Wan's for all others."""
+        from dit_accel.pipelines.demo import DEFAULTS
+
+        return DEFAULTS.fps if self.kind == "embedded" else WAN_FPS
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -70,18 +121,18 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def find(model: str, revision: str | None = None) -> Source:
-    """Find a model and have its JSON files at hand; of a model on the Hub only these are fetched.
+    """Find a model and its JSON files; of a model on the Hub only these are fetched.
 
     Raises:
         DitAccelError: there is no such model, or it is not a pipeline in Diffusers' format.
     """
-    if revision is not None and (model in EMBEDDED or Path(model).expanduser().is_dir()):
+    folder = Path(model).expanduser()
+    if revision is not None and (model in EMBEDDED or folder.is_dir()):
         raise DitAccelError(f"--revision is for models on the Hub, and {model} is on this machine; leave it out.")
     if model in EMBEDDED:
         from dit_accel.pipelines import demo
 
         return Source(model, "embedded", demo.WEIGHTS)
-    folder = Path(model).expanduser()
     if folder.is_dir():
         source = Source(model, "folder", folder)
     elif folder.exists():
@@ -102,7 +153,7 @@ def find(model: str, revision: str | None = None) -> Source:
 
 
 def is_hub_id(model: str) -> bool:
-    """Whether a name has the form owner/name, so that it may be one on the Hugging Face Hub."""
+    """Whether a name has the form owner/name of the Hugging Face Hub."""
     return model.count("/") == 1 and not model.startswith((".", "/", "~")) and not model.endswith("/")
 
 
@@ -120,13 +171,13 @@ def _fetch_json(model: str, revision: str | None) -> Path:
 
 
 def load(source: Source, dtype: torch.dtype, device: torch.device, offload: str = "none") -> DiffusionPipeline:
-    """Load the pipeline; weights come from safetensors only, and no code that comes with a model is run.
+    """Load the pipeline. Weights come from safetensors only, and no code that comes with a model is run.
 
     Args:
         source: from `find`.
         dtype: of the weights; Wan's codec stays in float32.
-        device: where it is to run.
-        offload: "none" keeps it there whole; "model" and "group" move components or layers there when they run.
+        device: where it will run.
+        offload: "none" keeps the pipeline there; "model" and "group" move components or layers there when they run.
 
     Raises:
         DitAccelError: weights are missing, damaged or in another format, or the device has too little memory.
@@ -136,22 +187,29 @@ def load(source: Source, dtype: torch.dtype, device: torch.device, offload: str 
 
     if source.kind != "hub":
         _check_weights(source.folder)
-    staging = device if offload == "none" else torch.device("cpu")
     try:
         with quietly():
-            pipe = _load(source, dtype).to(staging)
+            pipe = _load(source, dtype).to(device if offload == "none" else "cpu")
     except torch.OutOfMemoryError as error:
         raise DitAccelError(
             f"{source.model} does not fit on {device}; try --offload model or --offload group."
         ) from error
-    except (OSError, ValueError, SafetensorError) as error:  # ValueError: what Diffusers finds wrong with a model
+    except (OSError, ValueError, SafetensorError) as error:  # Diffusers raises ValueError for a faulty model
         raise DitAccelError(f"Cannot load {source.model}: {first_line(error)}") from error
-    _offload(pipe, device, offload)
+    if offload == "model":
+        pipe.enable_model_cpu_offload(device=device)
+    elif offload == "group":
+        pipe.enable_group_offload(
+            onload_device=device,
+            offload_device=torch.device("cpu"),
+            offload_type="leaf_level",
+            use_stream=device.type == "cuda",
+        )
     return pipe
 
 
 def _check_weights(folder: Path) -> None:
-    """Read the header of every weight file, which tells how long the file should be."""
+    """Read the header of every weight file, which states the file's length."""
     from safetensors import SafetensorError, safe_open
 
     for path in sorted(folder.glob("*/*.safetensors")):
@@ -181,8 +239,7 @@ def _load(source: Source, dtype: torch.dtype) -> DiffusionPipeline:
 
 @contextlib.contextmanager
 def quietly() -> Iterator[None]:
-    """Without the progress bars and remarks of loading, so that what goes wrong stands alone; errors are raised, and
-    what is said of them besides would be a second line."""
+    """Silences the progress bars and log lines of Diffusers and Transformers; errors are still raised."""
     import logging
 
     import diffusers.utils.logging
@@ -199,41 +256,3 @@ def quietly() -> Iterator[None]:
         for library, level in zip(libraries, levels, strict=True):
             library.enable_progress_bar()
             library.set_verbosity(level)
-
-
-def _offload(pipe: DiffusionPipeline, device: torch.device, offload: str) -> None:
-    import torch
-
-    if offload == "model":
-        pipe.enable_model_cpu_offload(device=device)
-    elif offload == "group":
-        pipe.enable_group_offload(
-            onload_device=device,
-            offload_device=torch.device("cpu"),
-            offload_type="leaf_level",
-            use_stream=device.type == "cuda",
-        )
-
-
-def call_defaults(source: Source) -> dict[str, Any]:
-    """The model's own arguments of the pipeline's call, where it has some that differ from the pipeline's."""
-    if source.kind != "embedded":
-        return {}
-    from dit_accel.pipelines import demo
-
-    return demo.DEFAULTS.call()
-
-
-def frames_a_second(source: Source) -> int:
-    """The frame rate where the pipeline asks for none: the embedded model's own, Wan's for all others."""
-    if source.kind != "embedded":
-        return WAN_FPS
-    from dit_accel.pipelines import demo
-
-    return demo.DEFAULTS.fps
-
-
-def first_line(error: Exception) -> str:
-    """The first line of an error's message, or the error's name where it has none."""
-    lines = str(error).strip().splitlines()
-    return lines[0].strip() if lines else type(error).__name__

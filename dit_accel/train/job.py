@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 from dit_accel.generation import sources
 from dit_accel.generation.call import placement
 from dit_accel.generation.processes import meet
-from dit_accel.generation.sizes import sizes_of
 from dit_accel.train.data import Dataset, write
 from dit_accel.train.request import CLIPS, GENERATED, INDEX, TrainRequest
 
@@ -35,7 +34,7 @@ def run(request: TrainRequest) -> list[str]:
     request.data.check()
     candidates = [] if run.search is None else run.candidate_settings(request.train.method)
     source = sources.find(run.model, run.revision)
-    sizes = sizes_of(source)
+    sizes = source.sizes()
     shape = sizes.chosen(request.data.frames, request.data.height, request.data.width)
     size = {"height": shape[1], "width": shape[2]} | ({"num_frames": shape[0]} if sizes.video else {})
     device = processes.device if run.device == "auto" else placement(run.device, "float32", "none")[0]
@@ -45,7 +44,7 @@ def run(request: TrainRequest) -> list[str]:
     folder = pathlib.Path(request.data.source) if request.data.prepared else run.output / "data"
     with processes.main_process_first():
         if processes.is_main_process and not (folder / INDEX).is_file():
-            _prepare(pipe, request, size, sources.call_defaults(source), folder)
+            _prepare(pipe, request, size, source.call_defaults(), folder)
     if run.prepare:
         return [f"training data: {folder}, {len(Dataset(folder))} samples"]
     if run.search is not None:
@@ -53,7 +52,7 @@ def run(request: TrainRequest) -> list[str]:
     from dit_accel.train.loop import train
 
     call = _call(request)
-    validation = _validation(request, sources.call_defaults(source) | size | call, sources.frames_a_second(source))
+    validation = _validation(request, source.call_defaults() | size | call, source.fps)
     train(pipe, request.train, folder, run.output, base=_base(source), validation=validation, call=call)
     load = f"dit-accel generate --model {run.model} --load {run.output}"
     return [f"trained: {run.output}", f"try it: {load}"] if processes.is_main_process else []

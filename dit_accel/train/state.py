@@ -16,9 +16,8 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from dit_accel.errors import DitAccelError
+from dit_accel.errors import DitAccelError, first_line
 from dit_accel.files import staged
-from dit_accel.generation.sources import first_line
 
 PARTS = ("weights", "average", "optimizer")
 SCALER = "loss scale"  # beside the optimizer's state, by names that no weight has

@@ -18,7 +18,7 @@ from dit_accel.bench import run as bench
 from dit_accel.bench.rows import MethodSetting, OutOfReach, Row, Shape
 from dit_accel.errors import DitAccelError
 from dit_accel.files import append
-from dit_accel.generation import provenance, versions
+from dit_accel.generation import provenance
 from dit_accel.plans.definition import Definition
 from dit_accel.registry import get_methods, plan
 
@@ -252,7 +252,7 @@ class TestRecords:
         assert record["speedup"] == record["baseline_ms_p50"] / record["ms_p50"]
         assert 0 < record["ms_p20"] <= record["ms_p50"] <= record["ms_p80"]
         assert (record["op"], record["impl"], record["gpu"], record["driver"]) == ("gna", "portable", None, None)
-        assert record["cpu"] == versions.processor()
+        assert record["cpu"] == provenance.processor()
 
     def test_operations_are_those_of_kept_pairs(self):
         record = outcome().record

@@ -6,10 +6,9 @@ from typing import Any
 
 import torch
 
-from dit_accel.errors import DitAccelError
+from dit_accel.errors import DitAccelError, first_line
 from dit_accel.eval.metric import Metric
 from dit_accel.eval.networks import Networks, require_package
-from dit_accel.generation.sources import first_line
 
 BACKBONE = "alex"  # the variant its authors recommend as a metric
 
