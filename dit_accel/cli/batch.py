@@ -18,7 +18,7 @@ from dit_accel.cli import Interrupted, job
 from dit_accel.errors import DitAccelError
 from dit_accel.files import replace_file
 from dit_accel.generation import prompts
-from dit_accel.generation.processes import Process
+from dit_accel.generation.processes import ProcessRank
 from dit_accel.generation.request import GenerateRequest
 
 DIGITS = 4
@@ -36,7 +36,7 @@ class PromptBatch:
 
     requests: list[GenerateRequest]
     manifest: Path
-    process: Process
+    process: ProcessRank
 
     def pending(self) -> list[GenerateRequest]:
         """What is left of this process's share.
@@ -97,7 +97,7 @@ def run(request: GenerateRequest) -> None:
         DitAccelError: the prompts cannot be read, or something asked for cannot be done.
         Interrupted: by Ctrl-C.
     """
-    process = Process.here()
+    process = ProcessRank.here()
     prepared = job.prepare(dataclasses.replace(request, device=process.device(request.device)))
     batch = read(request, prepared.output, process)
     batch.manifest.parent.mkdir(parents=True, exist_ok=True)
@@ -119,7 +119,7 @@ def run(request: GenerateRequest) -> None:
     typer.echo(f"manifest: {batch.manifest}")
 
 
-def read(request: GenerateRequest, output: Path, process: Process) -> PromptBatch:
+def read(request: GenerateRequest, output: Path, process: ProcessRank) -> PromptBatch:
     """The requests of `--prompts`.
 
     Raises:

@@ -16,7 +16,7 @@ from dit_accel.generation import output as media
 from dit_accel.generation.choice import MethodChoice, choose
 from dit_accel.generation.provenance import machine, versions
 from dit_accel.generation.request import GenerateRequest
-from dit_accel.generation.sampling import Sample, check_seeds, sample
+from dit_accel.generation.sampling import TimedOutput, check_seeds, sample
 from dit_accel.hooks.selfcheck import SelfCheck
 from dit_accel.pipelines.sizes import Sizes
 
@@ -159,7 +159,7 @@ def _run(
     arguments: dict[str, Any],
     request: GenerateRequest,
     device: torch.device,
-) -> tuple[dict[str, Sample], Report]:
+) -> tuple[dict[str, TimedOutput], Report]:
     """The timed calls, dense first. What is to be compared is warmed up, which also shows what will not work."""
     runs = {}
     if request.compare:
@@ -173,7 +173,7 @@ def _run(
     return runs, accel.report()
 
 
-def _compare(dense: Sample, accelerated: Sample) -> dict[str, float | None]:
+def _compare(dense: TimedOutput, accelerated: TimedOutput) -> dict[str, float | None]:
     """Speed and likeness of two runs; psnr is None where the frames are identical (it would be infinite)."""
     import torch
 
@@ -190,7 +190,7 @@ def _compare(dense: Sample, accelerated: Sample) -> dict[str, float | None]:
     }
 
 
-def _write(path: Path, record: dict[str, Any], title: str, runs: dict[str, Sample]) -> None:
+def _write(path: Path, record: dict[str, Any], title: str, runs: dict[str, TimedOutput]) -> None:
     """All files of a run, or none of them."""
     fps = record["fps"] or 1
     pixels = {name: (made.frames * 255).round().astype("uint8") for name, made in runs.items()}

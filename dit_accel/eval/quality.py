@@ -23,7 +23,7 @@ from dit_accel.eval.sweep import BASELINE, Candidate, PromptSeed, Sweep, folder_
 from dit_accel.files import check_folder, hold
 from dit_accel.generation import call, captioned, prompts, sources
 from dit_accel.generation.choice import MethodChoice
-from dit_accel.generation.processes import Process
+from dit_accel.generation.processes import ProcessRank
 from dit_accel.generation.provenance import machine, versions
 from dit_accel.generation.sampling import check_seeds
 
@@ -59,7 +59,7 @@ def run(request: EvalRequest) -> tuple[Summary | None, list[str]]:
     check_folder(request.output)
     if request.cache is not None:
         check_folder(request.cache, "--cache")
-    process = Process.join(request.device)
+    process = ProcessRank.join(request.device)
     device, dtype = call.placement(process.device(request.device), request.dtype, request.offload)
     media = asked.media if request.real is None else _real_set(request.real)
     images = _count_images(media)

@@ -13,7 +13,7 @@ from torchmetrics import CatMetric
 from dit_accel.eval.metric import ChosenMetric, Scored
 from dit_accel.generation import captioned
 from dit_accel.generation.captioned import Captioned
-from dit_accel.generation.processes import Process
+from dit_accel.generation.processes import ProcessRank
 
 if TYPE_CHECKING:
     import torchmetrics
@@ -88,7 +88,7 @@ def score(
     labels: Sequence[str],
     samples: Sequence[tuple[str, Callable[[str], np.ndarray]]],
     media: Sequence[Captioned],
-    process: Process,
+    process: ProcessRank,
     device: torch.device,
 ) -> dict[str, tuple[dict[str, list[float]], dict[str, Figure]]]:
     """Score all methods.

@@ -22,7 +22,7 @@ from dit_accel.eval.scoring import Figure, bootstrap, plain, score
 from dit_accel.eval.sweep import Candidate, PromptSeed, Sweep
 from dit_accel.files import staged
 from dit_accel.generation.output import write_frames
-from dit_accel.generation.processes import Process
+from dit_accel.generation.processes import ProcessRank
 from dit_accel.generation.provenance import commit, machine, versions
 from dit_accel.generation.request import ModelRequest
 from dit_accel.hooks.schedule import Schedule
@@ -73,7 +73,7 @@ class Evaluation:
     fps: int
     device: torch.device
     dtype: str
-    process: Process
+    process: ProcessRank
 
     def rows(self, candidate: Candidate) -> list[Row]:
         """The rows of a method's samples, in the order of the items."""

@@ -20,7 +20,7 @@ PATIENCE = datetime.timedelta(days=7)  # with another that has more left to do; 
 
 
 @dataclasses.dataclass(frozen=True)
-class Process:
+class ProcessRank:
     """The place of a process among others, with which it need not talk.
 
     Args:
@@ -33,7 +33,7 @@ class Process:
     local: int = 0
 
     @classmethod
-    def here(cls) -> Process:
+    def here(cls) -> ProcessRank:
         """This process, as the launcher's environment variables say; alone without them.
 
         Raises:
@@ -52,7 +52,7 @@ class Process:
         return cls(index, count, local)
 
     @classmethod
-    def join(cls, device: str) -> Process:
+    def join(cls, device: str) -> ProcessRank:
         """This process after it has met the others, if a launcher started several; torchmetrics then adds up over all.
 
         Args:

@@ -24,7 +24,7 @@ LARGEST_SEED = 2**64 - 1
 
 
 @dataclasses.dataclass(frozen=True)
-class Sample:
+class TimedOutput:
     """What one call made, and what it took.
 
     Args:
@@ -122,7 +122,9 @@ def call(pipe: DiffusionPipeline, arguments: Mapping[str, Any], seed: int) -> An
         ) from error
 
 
-def sample(pipe: DiffusionPipeline, arguments: dict[str, Any], seed: int, title: str, device: torch.device) -> Sample:
+def sample(
+    pipe: DiffusionPipeline, arguments: dict[str, Any], seed: int, title: str, device: torch.device
+) -> TimedOutput:
     """Call the pipeline once.
 
     Args:
@@ -154,7 +156,7 @@ def sample(pipe: DiffusionPipeline, arguments: dict[str, Any], seed: int, title:
             f"{type(pipe).__name__} made values that are NaN or infinite, first in {place}: lower --guidance, or try "
             "--dtype float32 or another method."
         )
-    return Sample(frames, seconds, steps.watch.seconds, steps.steps, memory)
+    return TimedOutput(frames, seconds, steps.watch.seconds, steps.steps, memory)
 
 
 @contextlib.contextmanager

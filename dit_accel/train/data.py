@@ -27,7 +27,7 @@ Call = dict[str, Any]
 
 
 @dataclasses.dataclass
-class Sample:
+class TrainingSample:
     """One sample, or a batch of them.
 
     Args:
@@ -57,17 +57,19 @@ def is_row(value: Any) -> bool:
     return isinstance(value, torch.Tensor) and value.ndim > 0 and value.shape[0] == 1
 
 
-def collate(samples: list[Sample]) -> Sample:
+def collate(samples: list[TrainingSample]) -> TrainingSample:
     """Samples of one kind as a batch. Tensors that are not one row a sample (position ids) are taken from the first."""
     first = samples[0]
     call = {
         name: torch.cat([sample.call[name] for sample in samples]) if is_row(value) else value
         for name, value in first.call.items()
     }
-    return Sample(torch.cat([sample.latents for sample in samples]), call, [sample.prompt for sample in samples])
+    return TrainingSample(
+        torch.cat([sample.latents for sample in samples]), call, [sample.prompt for sample in samples]
+    )
 
 
-def write(folder: pathlib.Path, samples: Iterable[Sample], negative: Call, about: Mapping[str, Any]) -> int:
+def write(folder: pathlib.Path, samples: Iterable[TrainingSample], negative: Call, about: Mapping[str, Any]) -> int:
     """Write a data folder; `dataset.json` comes last, so that a folder that has it is whole.
 
     Args:
@@ -135,14 +137,14 @@ class Dataset:
     def __len__(self) -> int:
         return len(self._rows)
 
-    def __getitem__(self, index: int) -> Sample:
+    def __getitem__(self, index: int) -> TrainingSample:
         row = self._rows[index]
         tensors = self._tensors(_shard_name(row["shard"]), f"{index}.")
         latents = tensors.pop("latents").float()
-        return Sample(latents, row["constants"] | tensors, row["prompt"])
+        return TrainingSample(latents, row["constants"] | tensors, row["prompt"])
 
     def kinds(self) -> list[str]:
-        """Of all samples, in order; see `Sample.kind`."""
+        """Of all samples, in order; see `TrainingSample.kind`."""
         return [row["kind"] for row in self._rows]
 
     def _tensors(self, name: str, prefix: str) -> dict[str, torch.Tensor]:

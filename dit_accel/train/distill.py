@@ -19,12 +19,12 @@ from collections.abc import Callable
 import torch
 
 from dit_accel.errors import DitAccelError
-from dit_accel.train.process import Flow, Process, per_sample
+from dit_accel.train.process import Flow, NoiseProcess, per_sample
 
 Predict = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
-class Segments:
+class LevelSegments:
     """The grid of noise levels, and where each of them leads.
 
     Args:
@@ -36,7 +36,7 @@ class Segments:
         DitAccelError: the process is no flow.
     """
 
-    def __init__(self, process: Process, ends: torch.Tensor, steps: torch.Tensor) -> None:
+    def __init__(self, process: NoiseProcess, ends: torch.Tensor, steps: torch.Tensor) -> None:
         if not isinstance(process, Flow):
             raise DitAccelError("Consistency distillation is for flow-matching models; this one predicts otherwise.")
         levels = sorted({*ends.tolist(), *steps.tolist()}, reverse=True)

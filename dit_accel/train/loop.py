@@ -22,10 +22,10 @@ from dit_accel.checkpoint import lora as adapters
 from dit_accel.errors import DitAccelError
 from dit_accel.pipelines.targets import find_transformers
 from dit_accel.train import card, state
-from dit_accel.train.data import Dataset, Order, Sample, collate
-from dit_accel.train.distill import Segments
+from dit_accel.train.data import Dataset, Order, TrainingSample, collate
+from dit_accel.train.distill import LevelSegments
 from dit_accel.train.losses import LossCurve
-from dit_accel.train.networks import Networks, copy_of, expanded
+from dit_accel.train.networks import TrainingNetworks, copy_of, expanded
 from dit_accel.train.objectives import NEEDS_TEACHER, OBJECTIVES
 from dit_accel.train.prepare import Preparer, find_transformer
 from dit_accel.train.process import process_of
@@ -118,13 +118,13 @@ class Trainer:
         self.step = 0
         self._resume()
 
-    def _find_segments(self, latents: torch.Size) -> Segments:
+    def _find_segments(self, latents: torch.Size) -> LevelSegments:
         size: dict[str, int] = {
             name: self.data.about[name] for name in ("num_frames", "height", "width") if name in self.data.about
         }
         preparer, wanted = Preparer(self.pipe, size), self.settings.distillation
         ends, steps = (preparer.levels(count, latents) for count in (wanted.segments, wanted.teacher_steps))
-        return Segments(self.process, ends, steps)
+        return LevelSegments(self.process, ends, steps)
 
     def _make_student(self) -> None:
         """Accelerate the transformer, choose what trains, and hand it to `accelerate`."""
@@ -150,7 +150,7 @@ class Trainer:
             self.transformer.enable_gradient_checkpointing()  # type: ignore[operator]
         count = sum(1 for _ in family.attentions(self.transformer))
         layers = tuple(range(settings.attention_every - 1, count, settings.attention_every))
-        self.networks = Networks(
+        self.networks = TrainingNetworks(
             self.transformer,
             family,
             self.accel,
@@ -240,7 +240,7 @@ class Trainer:
             "rate": settings.rate * factor,
         }
 
-    def _losses(self, batch: Sample, position: int) -> dict[str, torch.Tensor]:
+    def _losses(self, batch: TrainingSample, position: int) -> dict[str, torch.Tensor]:
         """Each objective's loss on a micro-batch. The student's call comes last; see `networks.py`."""
         generator = torch.Generator().manual_seed((self.settings.seed << 40) + position)
         clean, call = batch.latents.to(self.hf.device), batch.call
@@ -271,7 +271,7 @@ class Trainer:
         student = self.networks.student(self.model, noisy, timestep, call)
         return {name: OBJECTIVES[name](student, teacher, target) for name in self.settings.objectives}
 
-    def _batch(self, position: int) -> Sample:
+    def _batch(self, position: int) -> TrainingSample:
         return collate([self.data[i] for i in self.order[position]])
 
     def _check(self, loss: float) -> None:

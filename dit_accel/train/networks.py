@@ -22,7 +22,7 @@ from dit_accel.train.data import Call, is_row
 from dit_accel.train.objectives import Outputs
 
 
-class Networks:
+class TrainingNetworks:
     """Calls the student and the teacher.
 
     Args:

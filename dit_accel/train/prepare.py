@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from dit_accel.errors import DitAccelError
-from dit_accel.train.data import Call, Sample
+from dit_accel.train.data import Call, TrainingSample
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -130,7 +130,7 @@ class Preparer:
         return self.conditioning("")[0]
 
     @torch.no_grad()
-    def generated(self, prompts: list[str], arguments: Mapping[str, Any], seed: int) -> Iterator[Sample]:
+    def generated(self, prompts: list[str], arguments: Mapping[str, Any], seed: int) -> Iterator[TrainingSample]:
         """Samples that the pipeline makes itself; the i-th prompt's noise has seed `seed` + i."""
         for index, prompt in enumerate(prompts):
             call, shape = self.conditioning(prompt)
@@ -138,16 +138,16 @@ class Preparer:
             made = self.pipe(prompt, generator=generator, output_type="latent", **{**dict(arguments), **self._size})
             latents = made.frames if hasattr(made, "frames") else made.images
             self._check(latents.shape, shape)
-            yield Sample(latents.float().cpu(), call, prompt)
+            yield TrainingSample(latents.float().cpu(), call, prompt)
 
     @torch.no_grad()
-    def encoded(self, videos: Iterator[tuple[torch.Tensor, str]]) -> Iterator[Sample]:
+    def encoded(self, videos: Iterator[tuple[torch.Tensor, str]]) -> Iterator[TrainingSample]:
         """Samples of captioned videos, float32 [3, F, H, W] in [-1, 1] and of the size asked for."""
         for video, caption in videos:
             call, shape = self.conditioning(caption)
             latents = encode(self.pipe, video[None], shape)
             self._check(latents.shape, shape)
-            yield Sample(latents.float().cpu(), call, caption)
+            yield TrainingSample(latents.float().cpu(), call, caption)
 
     def _check(self, latents: torch.Size, wanted: torch.Size) -> None:
         if latents != wanted:

@@ -14,7 +14,7 @@ from dit_accel.train.settings import LevelSettings
 TRAIN_STEPS = 1000
 
 
-class Process(abc.ABC):
+class NoiseProcess(abc.ABC):
     """How samples get noisy and what the model predicts of them. A level is [B], in the process's own unit."""
 
     @abc.abstractmethod
@@ -38,7 +38,7 @@ class Process(abc.ABC):
         """The timestep in the scheduler's units (0 to 1000)."""
 
 
-class Flow(Process):
+class Flow(NoiseProcess):
     """Rectified flow: x = (1 − σ)·clean + σ·noise, and the model predicts noise − clean. A level is σ in [0, 1]."""
 
     def __init__(self, shift: float) -> None:
@@ -64,7 +64,7 @@ class Flow(Process):
         return level * TRAIN_STEPS
 
 
-class Diffusion(Process):
+class Diffusion(NoiseProcess):
     """Discrete diffusion (DDPM): x = √ᾱ·clean + √(1 − ᾱ)·noise. A level is a step of the training schedule.
 
     Args:
@@ -103,7 +103,7 @@ def _shifted(level: torch.Tensor, shift: float) -> torch.Tensor:
     return shift * level / (1 + (shift - 1) * level)
 
 
-def process_of(scheduler: Any, latents: torch.Size) -> Process:
+def process_of(scheduler: Any, latents: torch.Size) -> NoiseProcess:
     """The process a pipeline's scheduler belongs to.
 
     Args:

@@ -28,7 +28,7 @@ from dit_accel.hooks.layers import LayerSettings
 from dit_accel.pipelines.targets import find_transformers
 from dit_accel.registry import make_config
 from dit_accel.train.data import Dataset
-from dit_accel.train.networks import Networks
+from dit_accel.train.networks import TrainingNetworks
 from dit_accel.train.prepare import find_transformer
 from dit_accel.train.process import process_of
 
@@ -106,7 +106,7 @@ def measure(
     def predictions(settings: LayerSettings | None) -> tuple[list[torch.Tensor], float]:
         name, layer_schedule = ("dense", None) if settings is None else (None, settings)
         with accelerate(pipe, name, layer_schedule=layer_schedule, allow_dense=False) as accel:
-            networks = Networks(transformer, family, accel, lora=False)
+            networks = TrainingNetworks(transformer, family, accel, lora=False)
             made = [networks.student(transformer, *call).prediction for call in calls]
             densities = [layer.density for layer in accel.report().layers if layer.density is not None]
         return made, sum(densities) / len(densities) if densities else 1.0

@@ -13,7 +13,7 @@ from dit_accel.eval.metrics.frame_agreement import METRIC as AGREEMENT
 from dit_accel.eval.metrics.kid import METRIC as KID
 from dit_accel.eval.metrics.psnr import METRIC as PSNR
 from dit_accel.eval.metrics.ssim import METRIC as SSIM
-from dit_accel.generation.processes import Process
+from dit_accel.generation.processes import ProcessRank
 
 CPU = torch.device("cpu")
 
@@ -28,7 +28,7 @@ def scored(chosen, baselines, others, media=()):
     """Of the baseline and of one other method, each clip under a prompt of its own."""
     pairs = enumerate(zip(baselines, others, strict=True))
     samples = [(str(number), lambda label, pair=pair: pair[label == "other"]) for number, pair in pairs]
-    return scoring.score(chosen, ["baseline", "other"], samples, media, Process(), CPU)
+    return scoring.score(chosen, ["baseline", "other"], samples, media, ProcessRank(), CPU)
 
 
 def test_identity_is_perfect_and_noise_is_not(chosen, clips):
@@ -99,6 +99,6 @@ def test_infinity_in_json():
 @pytest.mark.parametrize("count", [1, 2, 3, 7])
 def test_shares_are_neighbours_and_cover_all(count):
     items = list(range(5))
-    parts = [Process(index, count).share(items) for index in range(count)]
+    parts = [ProcessRank(index, count).share(items) for index in range(count)]
     assert [item for part in parts for item in part] == items
     assert max(map(len, parts)) - min(map(len, parts)) <= 1

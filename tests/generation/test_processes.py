@@ -3,7 +3,7 @@
 import pytest
 
 from dit_accel.errors import DitAccelError
-from dit_accel.generation.processes import VARIABLES, Process
+from dit_accel.generation.processes import VARIABLES, ProcessRank
 
 
 @pytest.fixture
@@ -22,9 +22,9 @@ def environment(monkeypatch):
 
 def test_as_the_launcher_says(environment):
     environment(None, None, None)
-    assert Process.here() == Process(0, 1) and Process.here().main
+    assert ProcessRank.here() == ProcessRank(0, 1) and ProcessRank.here().main
     environment("3", "4", "1")
-    assert Process.here() == Process(3, 4, 1) and not Process.here().main
+    assert ProcessRank.here() == ProcessRank(3, 4, 1) and not ProcessRank.here().main
 
 
 @pytest.mark.parametrize(
@@ -38,20 +38,20 @@ def test_as_the_launcher_says(environment):
 def test_what_does_not_fit_is_refused(environment, values, message):
     environment(*values)
     with pytest.raises(DitAccelError, match=message):
-        Process.here()
+        ProcessRank.here()
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 7])
 def test_shares_are_all_of_it_in_order(count):
-    parts = [Process(index, count).share(range(5)) for index in range(count)]
+    parts = [ProcessRank(index, count).share(range(5)) for index in range(count)]
     assert [item for part in parts for item in part] == list(range(5))
     assert max(map(len, parts)) - min(map(len, parts)) <= 1
 
 
 def test_each_has_a_gpu_of_its_own(monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    assert Process(5, 8, 1).device("auto") == "cuda:1"
-    assert Process(5, 8, 1).device("cpu") == "cpu"
-    assert Process().device("auto") == "auto"
+    assert ProcessRank(5, 8, 1).device("auto") == "cuda:1"
+    assert ProcessRank(5, 8, 1).device("cpu") == "cpu"
+    assert ProcessRank().device("auto") == "auto"
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    assert Process(5, 8, 1).device("auto") == "auto"
+    assert ProcessRank(5, 8, 1).device("auto") == "auto"

@@ -7,17 +7,17 @@ import torch
 
 from dit_accel import DitAccelError
 from dit_accel.train import data
-from dit_accel.train.data import Dataset, Order, Sample, collate
+from dit_accel.train.data import Dataset, Order, TrainingSample, collate
 
 
-def sample(index: int, width: int = 4) -> Sample:
+def sample(index: int, width: int = 4) -> TrainingSample:
     generator = torch.Generator().manual_seed(index)
     call = {
         "encoder_hidden_states": torch.randn(1, 3, 5, generator=generator),
         "img_ids": torch.arange(6).view(2, 3),
         "img_shapes": [[1, 2, width]],
     }
-    return Sample(torch.randn(1, 2, width, generator=generator), call, f"prompt {index}")
+    return TrainingSample(torch.randn(1, 2, width, generator=generator), call, f"prompt {index}")
 
 
 def test_round_trip_over_several_shards(tmp_path, monkeypatch):

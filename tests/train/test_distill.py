@@ -5,7 +5,7 @@ import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 
 from dit_accel import DitAccelError
-from dit_accel.train.distill import Segments
+from dit_accel.train.distill import LevelSegments
 from dit_accel.train.process import Flow, process_of
 from dit_accel.train.settings import Distillation
 
@@ -17,7 +17,7 @@ def grid(steps):
 
 
 def make(segments=4, teacher_steps=16):
-    return Segments(Flow(6.0), grid(segments), grid(teacher_steps))
+    return LevelSegments(Flow(6.0), grid(segments), grid(teacher_steps))
 
 
 def test_segments_end_where_the_student_steps_to():
@@ -64,7 +64,7 @@ def test_refused():
         Distillation(8, 4)
     process = process_of(DDIMScheduler(), torch.Size((1, 4, 8, 8)))
     with pytest.raises(DitAccelError, match="flow-matching"):
-        Segments(process, grid(4), grid(16))
+        LevelSegments(process, grid(4), grid(16))
 
 
 @pytest.mark.parametrize("kind", ["exponential", "linear"])

@@ -8,7 +8,7 @@ import torch
 import dit_accel
 from dit_accel.checkpoint import lora as adapters
 from dit_accel.pipelines.targets import find_transformers
-from dit_accel.train.networks import Networks
+from dit_accel.train.networks import TrainingNetworks
 from dit_accel.train.objectives import OBJECTIVES, Outputs
 
 METHODS = {
@@ -90,7 +90,7 @@ def test_the_teacher_is_the_untouched_model(lora, tiny_wan, wan_inputs):
     if lora:
         adapters.add_lora(transformer, ["blocks.0.attn1.to_q"], rank=2, alpha=2)
     teacher = None if lora else untouched
-    networks = Networks(transformer, family, accel, lora=lora, layers=(1,), hidden=True, teacher=teacher)
+    networks = TrainingNetworks(transformer, family, accel, lora=lora, layers=(1,), hidden=True, teacher=teacher)
     with torch.no_grad():
         for weight in transformer.parameters():
             if weight.requires_grad:
@@ -114,7 +114,7 @@ def test_recomputing_activations_changes_no_gradient(tiny_wan, wan_inputs):
         family = find_transformers(transformer)[0]["transformer"][1]
         if checkpointing:
             transformer.enable_gradient_checkpointing()
-        networks = Networks(transformer, family, accel, lora=False, layers=(0, 1))
+        networks = TrainingNetworks(transformer, family, accel, lora=False, layers=(0, 1))
         call = {"encoder_hidden_states": inputs["encoder_hidden_states"]}
         wanted = networks.teacher(inputs["hidden_states"], inputs["timestep"], call)
         student = networks.student(transformer, inputs["hidden_states"], inputs["timestep"], call)
@@ -131,7 +131,7 @@ def test_a_model_without_the_head_that_is_watched_is_refused():
     family = find_transformers(transformer)[0]["transformer"][1]
     with dit_accel.accelerated(transformer, "dense") as accel:
         with pytest.raises(dit_accel.DitAccelError, match="which Kandinsky5Transformer3DModel does not have"):
-            Networks(transformer, family, accel, lora=False, hidden=True)
+            TrainingNetworks(transformer, family, accel, lora=False, hidden=True)
 
 
 def test_objectives_by_hand():

@@ -15,7 +15,7 @@ from dit_accel.checkpoint import lora as adapters
 from dit_accel.train import losses, state
 from dit_accel.train.data import Dataset
 from dit_accel.train.loop import Base, train
-from dit_accel.train.networks import Networks
+from dit_accel.train.networks import TrainingNetworks
 from dit_accel.train.settings import make
 
 
@@ -139,14 +139,14 @@ def test_training_leaves_no_hook(tiny, tmp_path):
 
 
 def test_some_batches_have_the_empty_prompt(trained, tiny, monkeypatch):
-    empty, seen, student = Dataset(tiny.data).negative["encoder_hidden_states"], [], Networks.student
+    empty, seen, student = Dataset(tiny.data).negative["encoder_hidden_states"], [], TrainingNetworks.student
 
     def look(self, model, noisy, timestep, call):
         text = call["encoder_hidden_states"]
         seen.append(torch.equal(text, empty.expand_as(text)))
         return student(self, model, noisy, timestep, call)
 
-    monkeypatch.setattr(Networks, "student", look)
+    monkeypatch.setattr(TrainingNetworks, "student", look)
     trained(steps=8, empty_prompts=0.5)
     assert len(seen) == 8 and {*seen} == {True, False}
 
