@@ -157,6 +157,14 @@ def test_the_operators_in_the_readme_are_the_rows():
     assert shown[1] == operators(ROOT / rows[1])
 
 
+def test_the_demos_figures_are_those_of_its_record():
+    record = json.loads((ROOT / "benchmarks" / "results" / "demo.json").read_text(encoding="utf-8"))
+    dense, fast = (record["runs"][name]["seconds"] for name in ("dense", "accelerated"))
+    assert f"| dense: {dense:.1f} s | accelerated: {fast:.1f} s, {dense / fast:.2f} times as fast |" in README
+    likeness = f"a PSNR of {record['comparison']['psnr']:.1f} dB and an SSIM of {record['comparison']['ssim']:.3f}"
+    assert likeness in " ".join(README.split())
+
+
 @pytest.mark.parametrize(
     ("starts", "file"),
     [("def layout", "dit_accel/pipelines/allegro.py"), ("GRID = ", "tests/pipelines/models/allegro.py")],
