@@ -1,6 +1,9 @@
 """Compile every Triton kernel for GPUs that need not be here, and say what came out.
 
-    python -m dit_accel.kernels.ahead_of_time [--arch 90 ...] [--kernel NAME ...] [--loops]
+    python -m dit_accel.kernels.ahead_of_time [--arch 90 ...] [--kernel NAME ...] [--all] [--loops]
+
+Of each kernel and architecture as many builds are compiled as it takes for every pair of settings to occur in one of
+them: two block sizes and a head dimension, a dtype and a flag, and so on. ``--all`` compiles every combination.
 
 One JSON line a build: kernel, arch, dtype, config, registers, spill_bytes, spills_in_loops (instructions in loops that
 reach for what is spilled), shared_bytes, instructions. A configuration that the shared-memory rule leaves out on an
@@ -17,6 +20,7 @@ import argparse
 import concurrent.futures
 import dataclasses
 import importlib
+import itertools
 import json
 import os
 import pathlib
@@ -73,17 +77,49 @@ class Build:
         chosen = {name.lower(): value for name, value in self.constants if name in CONFIG_KEYS}
         return {**chosen, "warps": self.warps, "stages": self.stages}
 
+    def load(self) -> Any:
+        """The jitted function."""
+        module, attribute = self.function.split(":")
+        return getattr(importlib.import_module(module), attribute)
+
+    def reads_data(self) -> bool:
+        """Whether an argument's type depends on the dtype."""
+        data = {name for name, kind in self.pointers if "data" in kind}
+        return not data.isdisjoint(self.load().arg_names)
+
 
 CONFIG_KEYS = (
     "BLOCK_Q", "BLOCK_K", "BLOCK", "D", "SCOPE", "ROWS", "WIDTH", "TILE_QT", "TILE_KT", "TILE_Q", "TILE_K", "STEP",
     "HAS_TABLES", "HAS_GRAD_LSE",
 )  # fmt: skip
+DERIVED = ("step", "warps", "rows", "tile_kt")  # these follow from the architecture, the blocks and the head dimension
 
 
 def all_builds(arch: int) -> Iterator[Build]:
     """What each kernel folder with Triton kernels would launch on an architecture, such as 90."""
     for file in sorted(pathlib.Path(__file__).parent.glob("*/*_builds.py")):
         yield from importlib.import_module(f"dit_accel.kernels.{file.parent.name}.{file.stem}").builds(arch)
+
+
+def covering(jobs: Sequence[tuple[Build, str]]) -> list[tuple[Build, str]]:
+    """Some of the builds and dtypes of one kernel, in which every pair of settings occurs that occurs in all of them.
+
+    Greedy: the next one holds the most pairs that are still missing, the first of those.
+    """
+
+    def pairs(job: tuple[Build, str]) -> set[tuple[Any, ...]]:
+        build, dtype = job
+        free = {name: value for name, value in build.config.items() if name not in DERIVED}
+        return set(itertools.combinations(sorted({**free, "dtype": dtype}.items()), 2))
+
+    held = {job: pairs(job) for job in jobs}
+    missing = set().union(*held.values())
+    chosen = []
+    while missing:
+        best = max(jobs, key=lambda job: len(held[job] & missing))
+        chosen.append(best)
+        missing -= held[best]
+    return chosen
 
 
 def compile_build(build: Build, arch: int, dtype: str, loops: bool = False) -> dict[str, Any]:
@@ -93,8 +129,7 @@ def compile_build(build: Build, arch: int, dtype: str, loops: bool = False) -> d
     from triton.compiler import ASTSource
     from triton.experimental.gluon._runtime import GluonASTSource
 
-    module, attribute = build.function.split(":")
-    function = getattr(importlib.import_module(module), attribute)
+    function = build.load()
     constants, pointers = dict(build.constants), dict(build.pointers)
     signature, attributes, values = {}, {}, {}
     for index, name in enumerate(function.arg_names):
@@ -209,10 +244,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--arch", type=int, nargs="+", default=ARCHS, help="compute capabilities, such as 90")
     parser.add_argument("--kernel", nargs="+", help="only kernels of these names")
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=DTYPES)
+    parser.add_argument("--all", action="store_true", help="every combination of settings")
     parser.add_argument("--loops", action="store_true", help="count the instructions of loops, too")
     options = parser.parse_args(arguments)
-    jobs, failures = [], 0
+    jobs: list[tuple[Build, int, str, bool]] = []
+    failures = 0
     for arch in options.arch:
+        kernels: dict[str, list[tuple[Build, str]]] = {}
         for build in all_builds(arch):
             if options.kernel and build.kernel not in options.kernel:
                 continue
@@ -221,7 +259,11 @@ def main(arguments: list[str] | None = None) -> int:
                 row = {"kernel": build.kernel, "arch": f"sm_{arch}", "config": build.config, "left_out": reason}
                 print(json.dumps(row))
                 continue
-            jobs += [(build, arch, dtype, options.loops) for dtype in options.dtype]
+            dtypes = options.dtype if build.reads_data() else options.dtype[:1]
+            kernels.setdefault(build.kernel, []).extend((build, dtype) for dtype in dtypes)
+        for candidates in kernels.values():
+            chosen = candidates if options.all else covering(candidates)
+            jobs += [(build, arch, dtype, options.loops) for build, dtype in chosen]
     with concurrent.futures.ProcessPoolExecutor(os.cpu_count()) as pool:
         rows = pool.map(compile_build, *zip(*jobs, strict=True), chunksize=4)
         for (build, arch, dtype, _), row in zip(jobs, rows, strict=True):

@@ -1,6 +1,7 @@
 """Ahead-of-time compilation: the declared builds are the launcher's, and a row says what the compiler made."""
 
 import importlib
+import itertools
 import json
 import os
 import re
@@ -43,6 +44,26 @@ def test_default_blocks_fit_everywhere(capability):
         for blocks in ((64, 64), (128, 64)):
             for dim in triton_configs.HEAD_DIMS:
                 assert triton_configs.fitting(kernel, *blocks, dim, 2, capability)
+
+
+@pytest.mark.parametrize("arch", ahead_of_time.ARCHS)
+def test_every_pair_of_settings_is_compiled(arch):
+    kernels = {}
+    for build in ahead_of_time.all_builds(arch):
+        kernels.setdefault(build.kernel, []).extend((build, dtype) for dtype in ahead_of_time.DTYPES)
+
+    def pairs(jobs):
+        free = [
+            {name: value for name, value in build.config.items() if name not in ahead_of_time.DERIVED}
+            for build, _ in jobs
+        ]
+        settings = [sorted({**own, "dtype": dtype}.items()) for own, (_, dtype) in zip(free, jobs, strict=True)]
+        return {pair for items in settings for pair in itertools.combinations(items, 2)}
+
+    chosen = {name: ahead_of_time.covering(candidates) for name, candidates in kernels.items()}
+    assert sum(map(len, chosen.values())) < 0.6 * sum(map(len, kernels.values()))
+    for name, candidates in kernels.items():
+        assert pairs(chosen[name]) == pairs(candidates) and set(chosen[name]) <= set(candidates)
 
 
 @native
