@@ -96,9 +96,11 @@ DERIVED = ("step", "warps", "rows", "tile_kt")  # these follow from the architec
 
 
 def all_builds(arch: int) -> Iterator[Build]:
-    """What each kernel folder with Triton kernels would launch on an architecture, such as 90."""
-    for file in sorted(pathlib.Path(__file__).parent.glob("*/*_builds.py")):
-        yield from importlib.import_module(f"dit_accel.kernels.{file.parent.name}.{file.stem}").builds(arch)
+    """What the modules of the kernel folders that have `builds` would launch on an architecture, such as 90."""
+    for file in sorted(pathlib.Path(__file__).parent.glob("*/*.py")):
+        module = importlib.import_module(f"dit_accel.kernels.{file.parent.name}.{file.stem}")
+        if hasattr(module, "builds"):
+            yield from module.builds(arch)
 
 
 def covering(jobs: Sequence[tuple[Build, str]]) -> list[tuple[Build, str]]:

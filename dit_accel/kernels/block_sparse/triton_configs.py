@@ -1,9 +1,11 @@
-"""Launch settings of the Triton kernels: the one table that launcher, autotuner and ahead-of-time checks read."""
+"""Launch settings of the Triton kernels, and what `kernels.ahead_of_time` compiles of them."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
+
+from dit_accel.kernels.ahead_of_time import Build
 
 # Shared memory that one program may use, by compute capability (CUDA C++ Programming Guide, table of capabilities).
 SHARED_BYTES = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
@@ -31,7 +33,7 @@ class Launch:
 def launches(kernel: str, block_q: int, block_k: int, block_d: int, capability: int) -> Iterator[Launch]:
     """Candidates for a kernel on a compute capability (90 for 9.0), best first: those that spill nowhere.
 
-    One does (`triton_builds.SPILLS`).
+    One does (`SPILLS`).
 
     An fp32 accumulator of a block's rows x block_d lives in registers, beside the scores of a step and their weights.
     9.0 and 10.0 multiply out of shared memory, and one group of 4 warps holds 64 rows; elsewhere each warp holds the
@@ -83,3 +85,89 @@ def fitting(kernel: str, block_q: int, block_k: int, block_d: int, itemsize: int
         if shared_bytes(kernel, launch, block_q, block_k, block_d, itemsize) <= limit
     ]
     return fit[: 2 if kernel == "forward" else 1]
+
+
+FUNCTIONS = {
+    "forward": "triton_forward:block_sparse_fwd_kernel",
+    "dq": "triton_backward:block_sparse_bwd_kernel_dq",
+    "dkdv": "triton_backward:block_sparse_bwd_kernel_dkdv",
+}
+TILES = {64: (1, 8, 8), 128: (2, 8, 8)}
+# Bytes that a build may spill, by kernel, architecture, blocks and head dimension: its loops with what they reload are
+# shorter than those that reload nothing (benchmarks/LOG.md, "Rows located again")
+SPILLS = {("dkdv", 120, 128, 128, 128): 32}
+STAGES = 3  # Triton's own, for a kernel without a pipelined loop
+DATA = ("q", "k", "v", "out", "grad_out", "dq", "dk", "dv")
+INTEGERS = ("entries", "places", "spans", "numbers", "firsts", "tables")
+STARTS = ("visual_starts", "conditioning_starts", "text_starts", "text_lens")
+POINTERS = (
+    *((name, "data") for name in DATA),
+    *((name, "*i32") for name in (*INTEGERS, *STARTS)),
+    ("words", "*i64"),
+    ("lse", "*fp32"),
+    ("grad_lse", "*fp32"),
+    ("delta", "*fp32"),
+    ("scale", "fp32"),
+)
+
+
+def builds(arch: int) -> Iterator[Build]:
+    """Each kernel, block size, head dimension and launch; with tables in tile order, one size also in raster order.
+
+    That size's dq also with a gradient of the LSE.
+    """
+    for block_q, block_k in BLOCKS:
+        for tiled in (True, False):
+            yield Build(
+                kernel="block_sparse_words_forward",
+                function="dit_accel.kernels.block_sparse.triton_tokens:partial_words_kernel",
+                constants=tuple(_blocks(block_q, block_k, tiled).items()),
+                pointers=POINTERS,
+                warps=words_warps(block_q),
+                stages=STAGES,
+                needs=0,
+                dots=False,
+            )
+    for kernel in KERNELS:
+        for block_q, block_k in BLOCKS:
+            for head_dim in HEAD_DIMS:
+                sizes = (kernel, block_q, block_k, head_dim)
+                # shown as left out where not even the smallest fits
+                smallest = list(launches(*sizes, capability=arch))[-1:]
+                for launch in fitting(*sizes, itemsize=2, capability=arch) or smallest:
+                    # raster order differs in address arithmetic alone: one size stands for all
+                    one = (block_q, block_k, head_dim) == (128, 64, 128)
+                    for tiled, flags in _variants(kernel) if one else _variants(kernel)[:1]:
+                        constants = {
+                            "D": head_dim,
+                            "BLOCK_D": head_dim,
+                            "ALIGN": 8,
+                            **_blocks(block_q, block_k, tiled),
+                            "HAS_TABLES": True,
+                            "PRECISION": "ieee",
+                            "STEP": launch.step,
+                            **flags,
+                        }
+                        yield Build(
+                            kernel=f"block_sparse_{kernel}",
+                            function=f"dit_accel.kernels.block_sparse.{FUNCTIONS[kernel]}",
+                            constants=tuple(constants.items()),
+                            pointers=POINTERS,
+                            warps=launch.warps,
+                            stages=launch.stages,
+                            needs=shared_bytes(kernel, launch, *sizes[1:], itemsize=2),
+                            spills=SPILLS.get((kernel, arch, block_q, block_k, head_dim), 0),
+                        )
+
+
+def _variants(kernel: str) -> tuple[tuple[bool, dict[str, bool]], ...]:
+    """Whether blocks are tiles, and constants of this kernel alone; the usual first."""
+    if kernel == "dq":
+        return (True, {"HAS_GRAD_LSE": False}), (True, {"HAS_GRAD_LSE": True}), (False, {"HAS_GRAD_LSE": False})
+    return (True, {}), (False, {})
+
+
+def _blocks(block_q: int, block_k: int, tiled: bool) -> dict[str, int]:
+    names = ("TILE_QT", "TILE_QH", "TILE_QW", "TILE_KT", "TILE_KH", "TILE_KW")
+    tiles = (*TILES[block_q], *TILES[block_k]) if tiled else (0,) * 6
+    return {"BLOCK_Q": block_q, "BLOCK_K": block_k, **dict(zip(names, tiles, strict=True))}
