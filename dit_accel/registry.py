@@ -6,7 +6,7 @@ import dataclasses
 import difflib
 import functools
 import importlib
-import pathlib
+import pkgutil
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     from dit_accel.plans.definition import Definition
     from dit_accel.plans.plan import Plan
     from dit_accel.tokens import TokenGrid
-
-HERE = pathlib.Path(__file__).parent
 
 
 @dataclasses.dataclass(frozen=True)
@@ -208,6 +206,8 @@ def _is_axis(text: str) -> bool:
 
 
 def _declared(folder: str, attribute: str) -> list[Any]:
-    names = sorted(path.stem for path in (HERE / folder).glob("*.py") if path.stem != "__init__")
+    """The attribute of that name of each module on the package's path, in the order of the modules' names."""
+    path = importlib.import_module(f"dit_accel.{folder}").__path__
+    names = sorted(found.name for found in pkgutil.iter_modules(path) if not found.ispkg)
     modules = [importlib.import_module(f"dit_accel.{folder}.{name}") for name in names]
     return [getattr(module, attribute) for module in modules if hasattr(module, attribute)]

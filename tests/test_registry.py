@@ -1,8 +1,10 @@
 """Methods and settings by name."""
 
 import dataclasses
+import sys
 
 import pytest
+import torch
 
 import dit_accel
 from dit_accel import registry
@@ -74,3 +76,52 @@ def test_configs_are_frozen(name):
     config = registry.make_config(name, settings)
     with pytest.raises(dataclasses.FrozenInstanceError):
         config.anything = 1
+
+
+OUTSIDE = '''
+"""Every token sees its own frame."""
+
+import dataclasses
+from typing import ClassVar
+
+import torch
+
+from dit_accel.plans.masks import AxisTable, Mask, Product
+from dit_accel.plans.plan import MaskPlan
+from dit_accel.registry import Method
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    keeps_all: ClassVar[bool] = False
+
+
+def make_plan(grid, config):
+    own = torch.arange(grid.frames)
+    frames = AxisTable(own, own + 1)
+    height, width = (AxisTable.full(length) for length in (grid.height, grid.width))
+    return MaskPlan("own_frame", config, grid, Mask((Product(frames, height, width),)))
+
+
+METHOD = Method("own_frame", Config, make_plan, "each frame by itself", source="-")
+'''
+
+
+def test_a_static_method_is_added_by_one_file(tmp_path, monkeypatch):
+    """A file on the path of the package `methods` is enough to plan, attend and accelerate."""
+    from dit_accel import methods
+
+    (tmp_path / "own_frame.py").write_text(OUTSIDE)
+    monkeypatch.setattr(methods, "__path__", [*methods.__path__, str(tmp_path)])
+    registry.get_methods.cache_clear()
+    try:
+        assert "own_frame" in dit_accel.list_methods()
+        plan = dit_accel.plan("own_frame", TokenGrid(3, 2, 4))
+        assert plan.pairs == 3 * 8**2
+        q, k, v = torch.randn(3, 1, 2, 24, 8).unbind()
+        frames = [x.unflatten(2, (3, 8)) for x in (q, k, v)]
+        alone = torch.nn.functional.scaled_dot_product_attention(*frames).flatten(2, 3)
+        torch.testing.assert_close(dit_accel.attention(q, k, v, plan), alone)
+    finally:
+        registry.get_methods.cache_clear()
+        sys.modules.pop("dit_accel.methods.own_frame", None)
