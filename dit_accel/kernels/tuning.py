@@ -1,4 +1,4 @@
-"""How a Triton kernel is launched: with the fastest of its candidates on a device, with the first when interpreted."""
+"""Launches a Triton kernel with the fastest of its candidates; with the first under the interpreter."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ def launch(
         arguments: what is known at run time; the first is a tensor.
         constants: compile-time constants save STEP.
         candidates: at least one, best first; a single one is not timed.
-        key: constants that tell apart what is tuned apart, where the kernel has them, beside the tensors' dtypes.
+        key: constants by which launches are tuned separately, if the kernel has them. The dtypes always count.
     """
     if isinstance(kernel, InterpretedFunction):
         kernel[programs](*arguments, **constants, **_step(kernel, candidates[0]))
         return
     with torch.cuda.device(arguments[0].device):
-        # The compiler's default for fusion is about to change; contraction of a * b + c is what fp32 sums want.
+        # Triton 3.10 changes the default of fusion. fp32 sums are more exact with a * b + c contracted.
         tuned(kernel, candidates, key)[programs](*arguments, **constants, enable_fp_fusion=True)
 
 

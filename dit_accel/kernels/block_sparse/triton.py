@@ -1,9 +1,8 @@
-"""The Triton implementation: forward and backward over block lists, with no copy of q, k or v and no host wait.
+"""Host side of the Triton kernels: forward and backward over block lists, without copying q, k or v or waiting.
 
-Memory beyond inputs and outputs: the lists, LSE and delta, and for masks that cut blocks the bits of those blocks, 1 KB
-each at 128x64: for `partial_blocks`, or for as many as the lists have room for. The bits are made in each call, and
-again in its backward. That is little beside the work of the heads that share them; kept for the backward, they would be
-held once for each layer.
+Memory beyond inputs and outputs: the lists, LSE and delta, and the bits of partial blocks, 1 KB each at 128x64. The
+bits have room for `partial_blocks`, or for all entries of the lists. Each call computes them, and its backward computes
+them again: all heads share them, and kept for the backward they would be stored once a layer.
 """
 
 from __future__ import annotations
@@ -37,8 +36,8 @@ from dit_accel.kernels.block_sparse.triton_tokens import partial_words_kernel
 
 JIT = {"forward": block_sparse_fwd_kernel, "dq": block_sparse_bwd_kernel_dq, "dkdv": block_sparse_bwd_kernel_dkdv}
 INTERPRETED = isinstance(block_sparse_fwd_kernel, InterpretedFunction)
-WORD_PROGRAMS = 16  # programs among which a list's partial blocks are dealt out
-# The compiler's default for this is about to change; contraction of a * b + c is what fp32 softmax wants.
+WORD_PROGRAMS = 16  # programs that share a list's partial blocks
+# Triton 3.10 changes the default. The fp32 softmax is more exact with a * b + c contracted.
 FUSION = {} if INTERPRETED else {"enable_fp_fusion": True}
 
 
@@ -124,7 +123,7 @@ class TritonCall:
         scale: float,
         *others: torch.Tensor,
     ) -> None:
-        """`others`: what the kernels read beside q, k and v that is laid out as these are."""
+        """`others`: further tensors [B, H, N, D] that the kernels read."""
         self.geometry, self.scale = geometry, scale
         self.query_order, self.key_order = geometry.query_order, geometry.key_order
         self.query_blocks, self.key_blocks = self.query_order.blocks, self.key_order.blocks
@@ -132,7 +131,7 @@ class TritonCall:
         queries = self.query_order.grid
         self.sizes = (*geometry.grid, *geometry.query_grid, geometry.conditioning, queries.conditioning, queries.text)
         self.own_queries = int(geometry.own_queries)
-        # Rows of no segment, and text that is no key, are not written by the kernels
+        # The kernels do not write rows of no segment, nor gradients of text that is no key.
         self.covered = all(start is None for start in segments) or (
             segments.text_len is None and k.shape[2] == self.key_order.grid.tokens and q.shape[2] == queries.tokens
         )
@@ -144,7 +143,7 @@ class TritonCall:
         )
         self.tables = tables
         self.head_dim, self.dtype = q.shape[-1], q.dtype
-        # Strides are passed in units that a compiler may rely on, so that rows load 16 bytes at a time
+        # In these units the compiler knows that rows are aligned, and loads 16 bytes at a time.
         unit = 16 // q.element_size()
         read = (q, k, v, *others)
         outer = [stride for x in read for stride in x.stride()[:3]]
@@ -166,7 +165,7 @@ class TritonCall:
         }
 
     def check_room(self, lists: OrderedLists) -> None:
-        """See that `Geometry.partial_blocks` is not too small, without waiting for the device."""
+        """Assert that `Geometry.partial_blocks` is large enough, without waiting for the device."""
         room = self.geometry.partial_blocks
         if self.tables is not None and room is not None:
             torch._assert_async(lists.partial_blocks() <= room, f"more than partial_blocks={room} blocks are partial")
@@ -174,7 +173,7 @@ class TritonCall:
     def masked(self, lists: OrderedLists) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Places and spans of the lists, and the bits of their partial blocks (see `triton_tokens`).
 
-        Room for the bits follows from shapes, or from `Geometry.partial_blocks`: nothing waits for the device.
+        The size of the bits follows from shapes or `Geometry.partial_blocks`, so nothing waits for the device.
         """
         geometry = self.geometry
         if self.tables is None:
@@ -194,7 +193,7 @@ class TritonCall:
         return lists.places, lists.spans, words
 
     def gradient_of(self, x: torch.Tensor) -> torch.Tensor:
-        """Room for a result like x in [B, N, H, D], zero where no kernel writes."""
+        """An output for x, [B, N, H, D], zero where no kernel writes."""
         batch, heads, tokens, dim = x.shape
         make = x.new_empty if self.covered else x.new_zeros
         return make(batch, tokens, heads, dim)

@@ -20,7 +20,7 @@ from dit_accel.kernels.block_sparse.triton_tokens import (
     store_rows,
 )
 
-# Logits and LSE are subtracted in base e, where the LSE was rounded once, and only then taken to base 2
+# The LSE was rounded in base e, so logits and LSE are subtracted in base e. The difference is then taken to base 2.
 LOG2E = tl.constexpr(1.4426950408889634)
 
 
@@ -98,7 +98,7 @@ def of_queries(
         b_k = tl.load(p_k, mask=valid_k[:, None] & m_d[None, :], other=0.0)
         b_v = tl.load(p_v, mask=valid_k[None, :] & m_d[:, None], other=0.0)
         exponent = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * scale - b_lse[:, None]
-        # a padding key's logit of 0 may be far above the LSE: its weight must not become infinite
+        # A padding key has logit 0, which may exceed the LSE so far that its weight becomes infinite.
         exponent = tl.where(valid_k[None, :], exponent, float("-inf"))
         if HAS_TABLES:
             j = i // STEPS
@@ -225,7 +225,7 @@ def block_sparse_bwd_kernel_dq(
         conditioning, text_len, D, BLOCK_D, BLOCK_Q, CUT, STEP, HAS_TABLES, PRECISION,
     )  # fmt: skip
 
-    # The grid says once more which block it is, which compilers cannot know: rows held through the loops would spill
+    # Recomputed from the grid to shorten the live range of `rows`; otherwise they spill.
     rows, valid, _raster = locate(
         tl.num_programs(0) - 1 - tl.program_id(0), slot_q, visual_start * (1 - own_queries), conditioning_start,
         text_start, QT, QH, QW, query_conditioning, query_text, BLOCK_Q, TILE_QT, TILE_QH, TILE_QW,
@@ -254,8 +254,8 @@ def block_sparse_bwd_kernel_dkdv(
 ):  # fmt: skip
     """dk and dv [B, Nk, H, D] of one key block of one head, over the query blocks that visit it.
 
-    They and their words are listed in `places` and `numbers` (`triton_lists.Transposed`); a query block is taken in
-    steps of STEP rows. Padding keys need no mask: each has a row of its own in every product, which is not stored.
+    `places` and `numbers` list them and their words (`triton_lists.Transposed`). A query block is taken in steps of
+    STEP rows. Padding keys need no mask: their rows of dk and dv are not stored.
     """
     i_k = key_blocks - 1 - tl.program_id(0)
     i_bh = tl.program_id(1)
@@ -280,7 +280,7 @@ def block_sparse_bwd_kernel_dkdv(
         D, BLOCK_D, BLOCK_K, BLOCK_K, CUT, STEP, HAS_TABLES, PRECISION,
     )  # fmt: skip
 
-    # located again, as in the kernel of dq
+    # Recomputed, as in the dq kernel.
     rows, valid, _raster = locate(
         tl.num_programs(0) - 1 - tl.program_id(0), slot_k, visual_start, conditioning_start, text_start, T, H, W,
         conditioning, text_len, BLOCK_K, TILE_KT, TILE_KH, TILE_KW,

@@ -31,15 +31,13 @@ class Launch:
 
 
 def launches(kernel: str, block_q: int, block_k: int, block_d: int, capability: int) -> Iterator[Launch]:
-    """Candidates for a kernel on a compute capability (90 for 9.0), best first: those that spill nowhere.
+    """Candidates for a kernel on a compute capability (90 for 9.0), best first. None spills in a loop but `SPILLS`.
 
-    One does (`SPILLS`).
-
-    An fp32 accumulator of a block's rows x block_d lives in registers, beside the scores of a step and their weights.
-    9.0 and 10.0 multiply out of shared memory, and one group of 4 warps holds 64 rows; elsewhere each warp holds the
-    step's rows in registers too, so that a step is half as large, or as large with half the rows. It is smaller for
-    dq, which holds a second product, and for the two accumulators of dk and dv. A loop hides a tile's latency behind
-    as many in flight as shared memory holds. Off the data-center chips 4 warps spill even at 64 x 64.
+    Registers hold an fp32 accumulator of a block's rows x block_d, the scores of a step and their weights. 9.0 and
+    10.0 multiply out of shared memory, and a group of 4 warps holds 64 rows. Elsewhere each warp also holds the step's
+    rows in registers, so a step or the rows are half as many. The step is smaller for dq, which holds a second
+    product, and for dk and dv, which have two accumulators. More stages hide more of the latency of loads; shared
+    memory limits them. Off the data-center chips 4 warps spill even at 64 x 64.
     """
     own, listed = (block_k, block_q) if kernel == "dkdv" else (block_q, block_k)
     generation, small = capability // 10, own * block_d <= 64 * 64
@@ -63,7 +61,7 @@ def words_warps(block_q: int) -> int:
 
 
 def shared_bytes(kernel: str, launch: Launch, block_q: int, block_k: int, block_d: int, itemsize: int) -> int:
-    """Shared memory that a launch needs at least: operands that stay, and the tiles in flight."""
+    """Least shared memory of a launch in bytes: the operands that stay, and the tiles being loaded."""
     tile = block_d * itemsize
     if kernel == "dkdv":
         stay = 2 * block_k * tile
@@ -73,10 +71,9 @@ def shared_bytes(kernel: str, launch: Launch, block_q: int, block_k: int, block_
 
 
 def fitting(kernel: str, block_q: int, block_k: int, block_d: int, itemsize: int, capability: int) -> list[Launch]:
-    """The candidates that are tried on a compute capability (90 for 9.0): the best that its shared memory holds.
+    """The best candidates that fit the shared memory of a compute capability (90 for 9.0); empty if none fits.
 
-    Two for the forward kernel and one for the others, so that tuning and ahead-of-time compilation stay short. Empty if
-    none fits.
+    Two for the forward kernel and one for the others, so that tuning and ahead-of-time compilation stay short.
     """
     limit = SHARED_BYTES.get(capability, min(SHARED_BYTES.values()))
     fit = [
@@ -93,8 +90,8 @@ FUNCTIONS = {
     "dkdv": "triton_backward:block_sparse_bwd_kernel_dkdv",
 }
 TILES = {64: (1, 8, 8), 128: (2, 8, 8)}
-# Bytes that a build may spill, by kernel, architecture, blocks and head dimension: its loops with what they reload are
-# shorter than those that reload nothing (benchmarks/LOG.md, "Rows located again")
+# Bytes that a build may spill, by kernel, architecture, blocks and head dimension. Its loops are shorter than those of
+# a build without spills (benchmarks/LOG.md, "Rows located again").
 SPILLS = {("dkdv", 120, 128, 128, 128): 32}
 STAGES = 3  # Triton's own, for a kernel without a pipelined loop
 DATA = ("q", "k", "v", "out", "grad_out", "dq", "dk", "dv")

@@ -24,10 +24,10 @@ LOG2E = tl.constexpr(1.4426950408889634)
 def absorb(acc, peak, total, scores, scale, b_v, PRECISION: tl.constexpr):
     """One step of the online softmax in base 2; `scores` are -inf where a pair is not allowed, `peak` is scaled.
 
-    With a scale above 0 the maximum is taken before scaling, and scaling is part of the exponent's subtraction.
+    The scale is above 0, so the maximum is taken before scaling, and one multiply-add scales and subtracts.
     """
     new_peak = tl.maximum(peak, tl.max(scores, 1) * scale)
-    # a row that has seen no key yet has peak -inf; any finite number keeps its weights at exp2(-inf) = 0
+    # A row without keys so far has peak -inf. Any finite value here keeps its weights at exp2(-inf) = 0.
     safe = tl.where(new_peak == float("-inf"), 0.0, new_peak)
     shrink = tl.exp2(peak - safe)
     weights = tl.exp2(scores * scale - safe[:, None])
@@ -117,8 +117,8 @@ def normalised(acc, peak, total):
 
 @triton.jit
 def positive(b_q, scale):
-    """Queries and a scale in base 2 that give the same logits; the scale is above 0, as `absorb` wants it."""
-    # the scale's sign goes into q: a scale of 0 is one of 1 on q = 0
+    """Queries and a scale in base 2 that give the same logits; `absorb` needs a scale above 0."""
+    # The scale's sign is moved into q. A scale of 0 becomes 1, with q = 0.
     sign = tl.where(scale > 0, 1.0, tl.where(scale < 0, -1.0, 0.0))
     return b_q * sign.to(b_q.dtype), tl.where(scale == 0, 1.0, tl.abs(scale)) * LOG2E
 
@@ -145,7 +145,7 @@ def block_sparse_fwd_kernel(
 
     A key block is taken in steps of STEP rows. `words` are those of `triton_tokens`.
     """
-    # text rows, which see everything, are the last blocks: start them first
+    # The last blocks are text rows, whose lists are the longest: start them first.
     i_q = query_blocks - 1 - tl.program_id(0)
     i_bh = tl.program_id(1)
     starts, text_len = starts_of(i_bh // heads, visual_starts, conditioning_starts, text_starts, text_lens)

@@ -70,7 +70,7 @@ def locate(
     conditioning_blocks = tl.cdiv(conditioning, BLOCK)
     is_visual = block < visual_blocks
     is_conditioning = (block >= visual_blocks) & (block < visual_blocks + conditioning_blocks)
-    # one of three segments: its first row, and the slot's place in it
+    # The block's segment: its first row, and the slot's place in it.
     behind = block - visual_blocks
     behind = tl.where(is_conditioning, behind, behind - conditioning_blocks)
     place = behind * BLOCK + slot
@@ -240,7 +240,7 @@ def partial_words_kernel(
     BLOCK_Q: tl.constexpr, TILE_QT: tl.constexpr, TILE_QH: tl.constexpr, TILE_QW: tl.constexpr,
     BLOCK_K: tl.constexpr, TILE_KT: tl.constexpr, TILE_KH: tl.constexpr, TILE_KW: tl.constexpr,
 ):  # fmt: skip
-    """The words of the partial blocks of one list; a list's blocks are dealt out to the programs of the second axis."""
+    """The words of the partial blocks of one list; the programs of the second axis share its blocks."""
     row = tl.program_id(0)
     list_row, pure, _, tabled, _, number = list_of(row, entries, spans, width)
     slot_q = tl.arange(0, BLOCK_Q)
@@ -283,8 +283,8 @@ def load_words(
 def holds(low, high, slot, SLOTS: tl.constexpr):
     """Whether the words hold a slot: bool, for words and slots that broadcast.
 
-    A slot's bit is reached by a shift of 0 to 7 and a test of bit 0, 8, 16 or 24: in a matrix unit's layout the first
-    depends on the thread alone and is shared by its slots, the second is known when compiling.
+    A shift by 0 to 7 and a test of bit 0, 8, 16 or 24 read a slot's bit. In the layout of a matrix product the shift
+    depends on the thread alone, so its slots share it; the tested bit is known when compiling.
     """
     if SLOTS > 64:
         low = tl.where(slot < 64, low, high)
