@@ -18,7 +18,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dit_accel import registry
 from dit_accel.bench.gate import Attend, ErrorCheck, Inexact, Problem, check
-from dit_accel.bench.peer import flex_attention
 from dit_accel.bench.rows import Declared, OutOfReach, Row
 from dit_accel.bench.timing import Call, alternate, profile, quantiles
 from dit_accel.errors import DitAccelError, first_line
@@ -55,7 +54,7 @@ class Bench:
 
     Args:
         device: where.
-        impl: "auto", "reference", "portable" or "triton".
+        impl: "auto", or the name of an implementation in `kernels.impls`.
         seconds: for the timing of one row.
         peer: also time FlexAttention, where it compiles.
         profile: gets, for each row, its name and where its time goes (`timing.profile`).
@@ -162,12 +161,12 @@ class Bench:
     def _peer(self, problem: Problem, row: Row, *, gradients: bool) -> dict[str, Any]:
         """FlexAttention ready to be timed (`call`), or the reason why it is not."""
         peer: dict[str, Any] = {"name": "flex_attention"}
+        other = dataclasses.replace(problem, impl="flex")
         try:
-            attend = flex_attention(problem.plan, self.device)
-            found: dict[str, ErrorCheck] = check(problem, attend, gradients=gradients)
-            peer["call"] = prepare(problem, attend, row.direction)
+            found = check(other, other.attend, gradients=gradients)
+            peer["call"] = prepare(other, other.attend, row.direction)
             peer["max_error"] = max(each.error for each in found.values())
-        except (RuntimeError, ValueError, Inexact) as error:  # compilers raise what they like of the first two
+        except (RuntimeError, ValueError, Inexact) as error:  # compilers raise either of the first two
             peer["reason"] = first_line(error)
         return peer
 

@@ -68,7 +68,7 @@ class StepBench:
 
     Args:
         device: where.
-        impl: "auto", "reference", "portable" or "triton".
+        impl: "auto", or the name of an implementation in `kernels.impls`.
         seconds: for each timing, beyond one round that does not count and `ROUNDS`.
         dtype: of weights and activations.
         backend: of `torch.compile`.
