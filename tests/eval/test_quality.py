@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 
 import numpy as np
 import pytest
@@ -87,6 +88,25 @@ class TestResults:
         for row in summary["rows"][1:]:
             assert f"{row['speedup']:.2f}" in outcome.out and f"{row['figures']['psnr']['value']:.4g}" in outcome.out
         assert summary["verdict"][0]["text"] in " ".join(outcome.out.split())
+
+    def test_the_command_of_a_row_generates_its_sample(self, evaluate, cli, tmp_path, monkeypatch):
+        from dit_accel.generation import captioned
+
+        methods = "seeds: [3]\nmethods:\n  - {method: '" + GNA + "', dense_layers: [1], dense_steps: 1}\n"
+        (tmp_path / "suite.yaml").write_text(methods)
+        outcome = evaluate("--suite", tmp_path / "suite.yaml", "--guidance", 2, "--pictures", 1)
+        assert outcome.status == 0, outcome.err
+        summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+        command = shlex.split(summary["rows"][1]["command"])
+        assert command[:2] == ["dit-accel", "generate"] and "--dense-layers" in command and "1," in command
+        monkeypatch.chdir(tmp_path)
+        outcome = cli(*command[1:])
+        assert outcome.status == 0, outcome.err
+        (shown,) = [sample for sample in summary["samples"] if sample["row"] == summary["rows"][1]["label"]]
+        again, before = (
+            captioned.read_frames(path) for path in (tmp_path / "out.mp4", tmp_path / "out" / shown["media"])
+        )
+        assert np.array_equal(again, before)
 
     def test_images(self, cli, flux_folder, tmp_path):
         options = ("--model", flux_folder, "--height", 32, "--width", 48, "--steps", 2, "--metric", "psnr")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from dit_accel.errors import DitAccelError, first_line
@@ -16,23 +14,17 @@ BACKBONE = "alex"  # the variant its authors recommend as a metric
 class Lpips:
     """Learned perceptual distance (Zhang et al. 2018, arXiv:1801.03924), AlexNet variant, as torchmetrics has it.
 
-    Attributes:
-        name: "lpips".
+    Args:
+        device: where it runs.
+
+    Raises:
+        DitAccelError: torchvision is missing or cannot be loaded, or it cannot fetch the backbone.
     """
 
     name = "lpips"
 
-    def __init__(self, metric: Any, device: torch.device) -> None:
-        self.metric, self.device = metric, device
-
-    @classmethod
-    def load(cls, device: torch.device) -> Lpips:
-        """Load it; torchvision fetches the backbone once.
-
-        Raises:
-            DitAccelError: torchvision is missing or cannot be loaded, or the backbone cannot be fetched.
-        """
-        require_package("lpips", "torchvision")
+    def __init__(self, device: torch.device) -> None:
+        require_package(self.name, "torchvision")
         from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
 
         try:
@@ -41,7 +33,7 @@ class Lpips:
             raise DitAccelError(
                 f"The backbone of lpips cannot be fetched ({first_line(error)}); measure perceptual[demo-clip] instead."
             ) from error
-        return cls(metric.to(device), device)
+        self.metric, self.device = metric.to(device), device
 
     @torch.no_grad()
     def __call__(self, frames: torch.Tensor, baseline: torch.Tensor) -> float:
@@ -52,17 +44,16 @@ class Lpips:
 
 
 def load(networks: Networks, source: str | None) -> Lpips:
-    """The published network, which has no other source.
+    """The published network; there is no other source.
 
     Raises:
-        DitAccelError: one was asked for, or see `Lpips.load`.
+        DitAccelError: one was asked for, or as `Lpips`.
     """
     if source is not None:
         raise DitAccelError(
             f"lpips is the published one and takes no network; perceptual[{source}] is its formula on another."
         )
-    network: Lpips = networks.once(Lpips.name, lambda: Lpips.load(networks.device))
-    return network
+    return Lpips(networks.device)
 
 
 METRIC = Metric(
