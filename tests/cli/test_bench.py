@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -42,6 +43,14 @@ def wrong(monkeypatch):
         return out * 1.01, lse
 
     monkeypatch.setattr(portable, "forward", forward)
+
+
+def test_table_of_cpu_rows_fits_80_columns(cli, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    (rows,) = Path("benchmarks/results").glob("cpu-amd-epyc.jsonl")
+    lines = cli("bench", "--read", rows).out.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert sum("=" in line and line.split()[-1].replace(".", "").isdigit() for line in lines) >= 16
 
 
 def test_rows_and_table(cli, tiny, tmp_path):

@@ -1,124 +1,204 @@
-"""Dense attention of one gathered problem, forward and backward: the arithmetic under `portable`.
+"""Dense attention of gathered problems, forward and backward: the arithmetic under `portable`.
 
-Everything is in fp32 (fp64 for fp64) whatever the inputs' dtype. On a CPU the products go through oneDNN, which PyTorch
-carries for its compiled linear layers: measured on AMD Zen 5 in fp32, 1 thread, 256 x 1100 x 64, it reaches 210 GFLOP/s
-where `torch.matmul` (MKL) reaches 95; with the softmax between two products that is 145 against 80 for the fused kernel
-of scaled_dot_product_attention.
+A CPU runs the fused kernel behind PyTorch's `scaled_dot_product_attention`, in the dtype of the inputs. Other devices
+run matrix products in fp32 (fp64 for fp64), and so do AMD processors, with the products of oneDNN: the fused kernel
+calls MKL, which is slow there. Measured on Zen 5 in fp32, 1 thread, 256 x 1100 x 64: 145 GFLOP/s against 80.
 """
 
 from __future__ import annotations
 
-import torch
+import itertools
+import platform
+from collections.abc import Iterator
+from pathlib import Path
 
-# Logits held at a time on a CPU, where problems come one by one: 4 MiB in fp32, so that they stay in cache.
-CPU_LOGITS = 1 << 20
-# And elsewhere, where they come in batches: 64 MiB.
-DEVICE_LOGITS = 1 << 24
+import torch
+import torch.nn.functional as F
+
+# Bytes of queries, keys and values in one call: a thread's cache on a CPU, where the kernel packs 16-bit keys of the
+# whole call first; elsewhere enough to fill a device.
+BYTES_PER_THREAD, BYTES_ELSEWHERE = 1 << 20, 1 << 26
+# Logits in memory at a time where they are: 4 MiB in fp32 on a CPU, so that they stay in cache, and 64 MiB elsewhere.
+CPU_LOGITS, DEVICE_LOGITS = 1 << 20, 1 << 24
 # An fp32 product's error grows with its depth, so keys are summed in runs: of a quarter of them, within these limits.
 RUNS, SHORTEST, LONGEST = 4, 128, 512
 
+_aten = torch.ops.aten
 _linear = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
 
 
-def high_precision(dtype: torch.dtype) -> torch.dtype:
-    """The type that the arithmetic is done in."""
+def _is_amd() -> bool:
+    info = Path("/proc/cpuinfo")
+    return "AuthenticAMD" in (info.read_text(errors="replace") if info.exists() else platform.processor())
+
+
+FUSED = _linear is None or not torch.backends.mkl.is_available() or not _is_amd()  # on a CPU
+
+
+def bytes_per_call(device: torch.device) -> int:
+    """How many bytes of queries, keys and values to compute at a time."""
+    return BYTES_PER_THREAD * torch.get_num_threads() if device.type == "cpu" else BYTES_ELSEWHERE
+
+
+def accumulation(dtype: torch.dtype) -> torch.dtype:
+    """The type of softmax statistics, LSE and sums of gradients."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def forward(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor | None, scale: float
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    bias: torch.Tensor | None,
+    blind: torch.Tensor | None,
+    scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Output [..., nq, D] and natural-log LSE [..., nq] of q [..., nq, D] over k, v [..., nk, D].
+    """Attention of G problems with H heads each.
 
     Args:
-        q, k, v: high precision, each matrix contiguous; leading dimensions only off the CPU.
-        bias: [..., nq, nk], 0 or -inf; a row that it forbids wholly has output 0 and LSE -inf.
+        q: [G, H, nq, D], any strides but 1 in the last dimension.
+        k, v: [G, H, nk, D], likewise.
+        bias: fp32 [nq, nk] or [G, 1, nq, nk], 0 or -inf.
+        blind: bool [nq] or [G, 1, nq], the rows that `bias` forbids wholly; None if there are none.
         scale: factor on the logits.
+
+    Returns:
+        Output [G, H, nq, D] in q's dtype, laid out as [G, nq, H, D], and natural-log LSE [G, H, nq] in fp32 (fp64 for
+        fp64). A blind row has output 0 and LSE -inf.
     """
-    outs, lses = [], []
-    for rows in _row_chunks(q, k):
-        weights, top = _weights(q[..., rows, :], k, bias, scale, rows)
-        # The largest weight is exp(top - lse).
-        lse = top - weights.amax(-1).log_()
-        out = _weighted_sum(weights, v)
-        if bias is not None:
-            blind = top == float("-inf")
-            out.masked_fill_(blind[..., None], 0.0)
-            lse.masked_fill_(blind, float("-inf"))
-        outs.append(out)
-        lses.append(lse)
-    return (outs[0], lses[0]) if len(outs) == 1 else (torch.cat(outs, -2), torch.cat(lses, -1))
+    wide = accumulation(q.dtype)
+    if bias is not None:
+        bias = bias.to(wide)
+    if _fused(q):
+        out, lse = _aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=bias, scale=scale)
+    else:
+        out = q.new_empty(q.shape[0], q.shape[2], q.shape[1], q.shape[3]).transpose(1, 2)
+        lse = q.new_empty(q.shape[:3], dtype=wide)
+        for at in _problems(q):
+            keys, values = (x[at].to(wide).contiguous() for x in (k, v))
+            for rows in _row_chunks(q[at], k):
+                weights = _logits(q[at][..., rows, :].to(wide), keys, _of(bias, at, rows), scale)
+                top = weights.amax(-1)
+                torch.softmax(weights, -1, out=weights)
+                lse[at][..., rows] = top - weights.amax(-1).log_()  # the largest weight is exp(top - lse)
+                out[at][..., rows, :] = _weighted_sum(weights, values)
+    if blind is None:
+        return out, lse
+    return out.masked_fill(blind[..., None], 0.0), lse.masked_fill(blind, float("-inf"))
 
 
 def backward(
     grad_out: torch.Tensor,
-    delta: torch.Tensor,
+    grad_lse: torch.Tensor | None,
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
     bias: torch.Tensor | None,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of q, k and v.
 
-    ds = p * (dp - delta) with dp = dO v' and, per row, delta = sum(dO * O) - dLSE: FlashAttention (arXiv:2205.14135),
-    Algorithm 4, with the derivative of the log-sum-exp added. A problem holds all keys of its queries, so that p is
-    the softmax itself and the LSE is not needed.
+    ds = p * (dp - delta) with p = exp(logits - lse), dp = dO v' and, per row, delta = sum(dO * O) - dLSE:
+    FlashAttention (arXiv:2205.14135), Algorithm 4, with the derivative of the log-sum-exp added. `out` and `lse` may
+    come from more keys than the problem has: the gradients are then this problem's share.
 
     Args:
-        grad_out: [..., nq, D].
-        delta: [..., nq].
+        grad_out, out: [G, H, nq, D].
+        grad_lse: [G, H, nq] or None.
+        lse: [G, H, nq]; -inf where a query sees no key at all.
         q, k, v, bias, scale: as in `forward`.
     """
-    grads_q: list[torch.Tensor] = []
-    grad_k, grad_v = (torch.zeros_like(x).mT.contiguous() for x in (k, v))  # [..., D, nk], as the products come
-    for rows in _row_chunks(q, k):
-        queries, upstream = q[..., rows, :], grad_out[..., rows, :]
-        weights, top = _weights(queries, k, bias, scale, rows)
-        if bias is not None:
-            weights.masked_fill_((top == float("-inf"))[..., None], 0.0)
-        grad_logits = _matmul(upstream, v.mT).sub_(delta[..., rows, None]).mul_(weights)
-        grads_q.append(_matmul(grad_logits, k).mul_(scale))
-        grad_k += _matmul(queries.mT.contiguous(), grad_logits).mul_(scale)
-        grad_v += _matmul(upstream.mT.contiguous(), weights)
-    return torch.cat(grads_q, -2), grad_k.mT, grad_v.mT
-
-
-def _weights(
-    q: torch.Tensor, k: torch.Tensor, bias: torch.Tensor | None, scale: float, rows: slice
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Softmax weights [..., nq, nk] and each row's largest logit [..., nq]; rows without keys are nan and -inf."""
-    logits = _matmul(q, k.mT)
-    if scale != 1.0:
-        logits.mul_(scale)
+    lse = lse.masked_fill(lse.isneginf(), float("inf"))  # such a query has weights of 0, also where the bias is -inf
     if bias is not None:
-        logits.add_(bias[..., rows, :])
-    top = logits.amax(-1)
-    return torch.softmax(logits, -1, out=logits), top
+        bias = bias.to(accumulation(q.dtype))
+    if not _fused(q):
+        return _backward_by_products(grad_out, grad_lse, q, k, v, out, lse, bias, scale)
+    dim = q.shape[-1]
+    if grad_lse is not None:
+        # The kernel computes delta from dO and O. Two more columns of v, of ones, add dLSE to dp: as a number in the
+        # inputs' dtype and what its rounding leaves.
+        near = grad_lse.to(q.dtype)
+        grad_out = torch.cat([grad_out, torch.stack([near, (grad_lse - near).to(q.dtype)], -1)], -1)
+        q, k, out, v = F.pad(q, (0, 2)), F.pad(k, (0, 2)), F.pad(out, (0, 2)), F.pad(v, (0, 2), value=1.0)
+    grads = _aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        grad_out, q, k, v, out, lse, 0.0, False, attn_mask=bias, scale=scale
+    )
+    return tuple(grad[..., :dim] for grad in grads)
+
+
+def merge(
+    out: torch.Tensor, lse: torch.Tensor, part: torch.Tensor, part_lse: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One softmax over two sets of keys, from the softmax over each: outputs [..., D], LSE [...]."""
+    total = torch.logaddexp(lse, part_lse)
+    share = torch.exp(part_lse - total.masked_fill(total.isneginf(), 0.0))[..., None]
+    return torch.lerp(out.to(lse.dtype), part.to(lse.dtype), share).to(out.dtype), total
+
+
+def _backward_by_products(grad_out, grad_lse, q, k, v, out, lse, bias, scale):
+    wide = accumulation(q.dtype)
+    grads = tuple(torch.empty_like(x, dtype=wide) for x in (q, k, v))
+    for at in _problems(q):
+        keys, values = (x[at].to(wide).contiguous() for x in (k, v))
+        grad_k, grad_v = (torch.zeros_like(x).mT.contiguous() for x in (keys, values))  # as the products come
+        for rows in _row_chunks(q[at], k):
+            queries, upstream, result = (x[at][..., rows, :].to(wide) for x in (q, grad_out, out))
+            delta = (upstream * result).sum(-1)
+            if grad_lse is not None:
+                delta -= grad_lse[at][..., rows]
+            weights = _logits(queries, keys, _of(bias, at, rows), scale)
+            weights.sub_(lse[at][..., rows, None]).exp_()
+            grad_logits = _product(upstream, values.mT).sub_(delta[..., None]).mul_(weights)
+            grads[0][at][..., rows, :] = _product(grad_logits, keys).mul_(scale)
+            grad_k += _product(queries.mT, grad_logits).mul_(scale)
+            grad_v += _product(upstream.mT, weights)
+        grads[1][at], grads[2][at] = grad_k.mT, grad_v.mT
+    return grads
+
+
+def _fused(x: torch.Tensor) -> bool:
+    return FUSED and x.device.type == "cpu"
+
+
+def _problems(q: torch.Tensor) -> Iterator[tuple]:
+    """How to index [G, H, ...]: one problem at a time on a CPU, so that it stays in cache; all at once elsewhere."""
+    return itertools.product(range(q.shape[0]), range(q.shape[1])) if q.device.type == "cpu" else iter([()])
+
+
+def _of(bias: torch.Tensor | None, at: tuple, rows: slice) -> torch.Tensor | None:
+    if bias is not None and bias.ndim == 4 and at:
+        bias = bias[at[0], 0]
+    return None if bias is None else bias[..., rows, :]
+
+
+def _logits(q: torch.Tensor, k: torch.Tensor, bias: torch.Tensor | None, scale: float) -> torch.Tensor:
+    logits = _product(q, k.mT).mul_(scale)
+    return logits if bias is None else logits.add_(bias)
 
 
 def _weighted_sum(weights: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
     """weights @ values, in runs of keys."""
     run = min(max(-(-values.shape[-2] // RUNS), SHORTEST), LONGEST)
     first, *others = zip(weights.split(run, -1), values.split(run, -2), strict=True)
-    total = _matmul(first[0].contiguous(), first[1])
-    for part, rows in others:
-        total.add_(_matmul(part.contiguous(), rows))
+    total = _product(*first)
+    for part in others:
+        total.add_(_product(*part))
     return total
 
 
-def _matmul(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """a @ b, where a is contiguous and b is contiguous or the transpose of a contiguous matrix.
+def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """a @ b, where b is contiguous or the transpose of a contiguous matrix.
 
     oneDNN falls back to a loop a thousand times slower for any other strides.
     """
-    if _linear is None or a.device.type != "cpu" or a.dtype != torch.float32 or a.ndim != 2:
+    if _linear is None or a.device.type != "cpu" or a.dtype != torch.float32:
         return a @ b
-    return _linear(a, b.mT, None, "none", [], "")
+    return _linear(a.contiguous(), b.mT, None, "none", [], "")
 
 
 def _row_chunks(q: torch.Tensor, k: torch.Tensor) -> list[slice]:
-    problems = q[..., 0, 0].numel()
     limit = CPU_LOGITS if q.device.type == "cpu" else DEVICE_LOGITS
-    step = max(1, limit // (problems * k.shape[-2]))
+    step = max(1, limit // (q[..., 0, 0].numel() * k.shape[2]))
     return [slice(start, start + step) for start in range(0, q.shape[-2], step)]

@@ -1,17 +1,16 @@
 """Block-sparse attention in PyTorch alone, on any device: listed blocks are gathered and computed, the rest skipped.
 
-Lists shared by all heads: query blocks with equal or similar lists are grouped once per plan (`prepare`), the keys of a
-group are gathered once per call, and the group is one dense problem, masked only where a pair inside it is forbidden.
-Lists per head: `routed`. Every query is in one group, so that nothing needs merging afterwards.
+Lists shared by all heads: query blocks with equal or similar lists are grouped once per plan (`prepare`). The groups of
+one size are batched into dense problems, masked only where a pair inside is forbidden. A problem whose rows are
+consecutive in memory is a view; others are gathered. Lists per head: `routed`.
 
-Memory beyond inputs and outputs: one sample's q, k, v and results in fp32, `CHUNK_BYTES` of gathered rows,
-`dense.CPU_LOGITS` or `dense.DEVICE_LOGITS` logits, one batch's mask of at most `grouping.MAX_PAIRS` pairs; and what
-`prepare` keeps.
+Memory beyond inputs and outputs: a copy of one sample's inputs where they are not [B, N, H, D] in memory, the sample's
+gradients in fp32, `GROUP_BYTES` of gathered rows (at least one head of one group), one batch's mask of at most
+`grouping.MAX_PAIRS` pairs, and what `prepare` keeps.
 """
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator
 
 import torch
@@ -22,21 +21,13 @@ from dit_accel.kernels.block_sparse.geometry import (
     Geometry,
     Placement,
     Segments,
-    query_placement,
     read_placements,
 )
 from dit_accel.kernels.block_sparse.prepare import Batch, PreparationCache
-from dit_accel.kernels.block_sparse.rows import (
-    add_rows,
-    empty_output,
-    gather,
-    heads_first,
-    one_by_one,
-    write_rows,
-    zeros_spread,
-)
+from dit_accel.kernels.block_sparse.rows import Rows, empty_output, rows_first, zeros_spread
 
-CHUNK_BYTES = 64 << 20
+# Bytes of queries, keys and values of one group, above which its heads are computed in turn.
+GROUP_BYTES = 32 << 20
 
 preparations = PreparationCache()
 
@@ -57,15 +48,16 @@ def forward(
     out, lse = empty_output(q)
     batches = preparations.get(lists, geometry, q.device)
     for b, place in enumerate(places):
-        queries, keys, values = (heads_first(x[b]) for x in (q, k, v))
-        outs, lses = torch.zeros_like(queries), lse[b]
-        for at, rows_q, rows_k, bias in _problems(batches, geometry, place, queries):
-            part, sums = dense.forward(
-                gather(queries[at], rows_q), gather(keys[at], rows_k), gather(values[at], rows_k), bias, scale
-            )
-            write_rows(outs[at], rows_q, part)
-            write_rows(lses[at], rows_q, sums)
-        out[b] = outs
+        queries, keys, values = (rows_first(x[b]) for x in (q, k, v))
+        outs, lses = out[b], rows_first(lse[b])
+        for heads, rows_q, rows_k, (bias, blind), merged in _problems(batches, geometry, place, q):
+            inputs = rows_q.of(queries[heads]), rows_k.of(keys[heads]), rows_k.of(values[heads])
+            part, sums = dense.forward(*inputs, bias, blind, scale)
+            if merged:
+                part, sums = dense.merge(rows_q.of(outs[heads]), rows_q.of(lses[heads]), part, sums)
+            rows_q.write(outs[heads], part)
+            rows_q.write(lses[heads], sums)
+        lse[b] = lses
     return out, lse
 
 
@@ -85,54 +77,43 @@ def backward(
     """Gradients of q, k and v, in memory [B, N, H, D]."""
     places = read_placements(geometry, len(q), k.shape[2], segments)
     if lists.indices.ndim == 4:
-        return routed.backward(grad_out, grad_lse, q, k, v, out, lists, geometry, places, scale)
+        return routed.backward(grad_out, grad_lse, q, k, v, out, lse, lists, geometry, places, scale)
     grads = zeros_spread(q), zeros_spread(k), zeros_spread(v)
     batches = preparations.get(lists, geometry, q.device)
     for b, place in enumerate(places):
-        upstream, queries, keys, values = (heads_first(x[b]) for x in (grad_out, q, k, v))
-        delta = (upstream * heads_first(out[b])).sum(-1)
-        if grad_lse is not None:
-            delta -= grad_lse[b]
-        sums = torch.zeros_like(queries), torch.zeros_like(keys), torch.zeros_like(values)
-        for at, rows_q, rows_k, bias in _problems(batches, geometry, place, queries):
-            dq, dk, dv = dense.backward(
-                gather(upstream[at], rows_q), gather(delta[at], rows_q), gather(queries[at], rows_q),
-                gather(keys[at], rows_k), gather(values[at], rows_k), bias, scale,
+        upstream, queries, keys, values, outs, lses = (rows_first(x[b]) for x in (grad_out, q, k, v, out, lse))
+        upstream_lse = None if grad_lse is None else rows_first(grad_lse[b])
+        sums = [torch.zeros_like(x[b], dtype=dense.accumulation(x.dtype)) for x in grads]
+        for heads, rows_q, rows_k, (bias, _), _ in _problems(batches, geometry, place, q):
+            parts = dense.backward(
+                rows_q.of(upstream[heads]), None if upstream_lse is None else rows_q.of(upstream_lse[heads]),
+                rows_q.of(queries[heads]), rows_k.of(keys[heads]), rows_k.of(values[heads]),
+                rows_q.of(outs[heads]), rows_q.of(lses[heads]), bias, scale,
             )  # fmt: skip
-            write_rows(sums[0][at], rows_q, dq)
-            add_rows(sums[1][at], rows_k, dk)
-            add_rows(sums[2][at], rows_k, dv)
+            for rows, total, part in zip((rows_q, rows_k, rows_k), sums, parts, strict=True):
+                rows.add(total[heads], part)
         for grad, total in zip(grads, sums, strict=True):
             grad[b] = total
     return grads
 
 
 def _problems(
-    batches: list[Batch], geometry: Geometry, place: Placement, queries: torch.Tensor
-) -> Iterator[tuple[int | slice, torch.Tensor, torch.Tensor, torch.Tensor | None]]:
-    """A sample's dense problems: heads, query rows, key rows, bias [nq, nk] or None.
+    batches: list[Batch], geometry: Geometry, place: Placement, q: torch.Tensor
+) -> Iterator[tuple[slice, Rows, Rows, tuple[torch.Tensor | None, torch.Tensor | None], bool]]:
+    """A sample's dense problems: heads, rows of queries and keys, bias and blind rows, and `Batch.merged`.
 
-    On a CPU one head and one group at a time, rows [n], so that a problem stays in cache; elsewhere all heads and as
-    many groups as `CHUNK_BYTES` hold, rows [G, n].
+    A call holds as many groups as `dense.bytes_per_call` says, and fewer heads where one group is above `GROUP_BYTES`.
     """
-    grid_q, grid_k = geometry.query_order.grid, geometry.key_order.grid
-    place_q = query_placement(geometry, place).positions(grid_q.visual, grid_q.conditioning, grid_q.text)
-    place_k = place.positions(grid_k.visual, grid_k.conditioning, grid_k.text)
-    valid_end = grid_k.visual + grid_k.conditioning + place.text_len
-    place_q, place_k = place_q.to(queries.device), place_k.to(queries.device)
-    row_bytes = queries.shape[0] * queries.shape[2] * queries.element_size()
+    heads = q.shape[1]
     for batch in batches:
-        keys, bias = batch.k, batch.mask()
-        if place.text_len < geometry.text:
-            valid = int((keys[0] < valid_end).sum())
-            keys, bias = keys[:, :valid], None if bias is None else bias[:, :valid]
-            if not valid:
-                continue
-        rows_q, rows_k = place_q[batch.q], place_k[keys]
-        if one_by_one(queries):
-            for group, head in itertools.product(range(len(rows_q)), range(len(queries))):
-                yield head, rows_q[group], rows_k[group], bias
-        else:
-            groups = max(1, CHUNK_BYTES // (row_bytes * (rows_q.shape[1] + 2 * rows_k.shape[1])))
-            for some_q, some_k in zip(rows_q.split(groups), rows_k.split(groups), strict=True):
-                yield slice(None), some_q, some_k, bias
+        found = batch.placed(geometry, place)
+        if found is None:
+            continue
+        rows_q, rows_k, mask = found
+        head_bytes = (rows_q.shape[1] + 2 * rows_k.shape[1]) * q.shape[3] * q.element_size()
+        groups = max(1, dense.bytes_per_call(q.device) // (head_bytes * heads))
+        some_heads = max(1, min(heads, GROUP_BYTES // head_bytes))
+        for first in range(0, rows_q.shape[0], groups):
+            chunk = slice(first, first + groups)
+            for head in range(0, heads, some_heads):
+                yield slice(head, head + some_heads), rows_q[chunk], rows_k[chunk], mask, batch.merged

@@ -12,34 +12,67 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from dit_accel.errors import DitAccelError
-from dit_accel.kernels.block_sparse.geometry import BlockLists, Geometry
+from dit_accel.kernels.block_sparse.geometry import BlockLists, Geometry, Placement, query_placement
 from dit_accel.kernels.block_sparse.grouping import MAX_PAIRS, group_rows
 from dit_accel.kernels.block_sparse.predicate import Predicate
+from dit_accel.kernels.block_sparse.rows import Rows
 
 # Bytes of masks that a preparation keeps; those beyond are evaluated anew in each call, one batch at a time.
-MASK_BYTES = 64 << 20
+MASK_BYTES = 96 << 20
 # Preparations kept at most; those whose block lists have been freed go first.
 MAX_ENTRIES = 8
 
 _EMPTY, _PARTIAL, _FULL = 0, 1, 2
 
 
+Mask = tuple[torch.Tensor | None, torch.Tensor | None]  # bias [nq, nk] and the rows that it forbids wholly, bool [nq]
+
+
 @dataclasses.dataclass
 class Batch:
     """Equal problems: G groups of nq queries over nk keys, by canonical token index.
 
-    `bias` is fp32 [nq, nk], 0 or -inf, shared by the groups; None if nothing is masked, or if `evaluate` gives
-    it. Indices ascend along each row, so that text keys are the last ones.
+    Indices ascend along each row, so that text keys are the last ones.
+
+    Args:
+        q, k: int64 [G, nq], [G, nk].
+        bias: fp32 [nq, nk], 0 or -inf, shared by the groups; None if nothing is masked, or if `evaluate` gives it.
+        merged: an earlier batch may hold the same queries over other keys.
     """
 
-    q: torch.Tensor  # int64 [G, nq]
-    k: torch.Tensor  # int64 [G, nk]
+    q: torch.Tensor
+    k: torch.Tensor
     bias: torch.Tensor | None
+    merged: bool
     evaluate: Callable[[], torch.Tensor] | None = None
 
-    def mask(self) -> torch.Tensor | None:
-        """The bias, from memory or evaluated."""
-        return self.bias if self.evaluate is None else self.evaluate()
+    def __post_init__(self) -> None:
+        self._blind = None if self.bias is None else _blind(self.bias)
+        self._placed: tuple[tuple, Rows, Rows] | None = None
+
+    def placed(self, geometry: Geometry, place: Placement) -> tuple[Rows, Rows, Mask] | None:
+        """Rows in memory of one sample's queries and keys, and the mask; None if no key is valid."""
+        found = self._placed  # read once: other threads may place other samples
+        if found is None or found[0] != (geometry, place):
+            grid_q, grid_k = geometry.query_order.grid, geometry.key_order.grid
+            valid = int((self.k[0] < grid_k.tokens - grid_k.text + place.text_len).sum())
+            if not valid:
+                return None
+            at_q = query_placement(geometry, place).positions(grid_q.visual, grid_q.conditioning, grid_q.text)
+            at_k = place.positions(grid_k.visual, grid_k.conditioning, grid_k.text)
+            places = Rows(at_q.to(self.q.device)[self.q]), Rows(at_k.to(self.k.device)[self.k[:, :valid]])
+            self._placed = found = (geometry, place), *places
+        _, rows_q, rows_k = found
+        bias, blind = (self.evaluate(), None) if self.evaluate else (self.bias, self._blind)
+        if bias is not None and (self.evaluate or rows_k.shape[1] < self.k.shape[1]):
+            bias = bias[:, : rows_k.shape[1]]
+            blind = _blind(bias)
+        return rows_q, rows_k, (bias, blind)
+
+
+def _blind(bias: torch.Tensor) -> torch.Tensor | None:
+    blind = bias.isneginf().all(-1)
+    return blind if bool(blind.any()) else None
 
 
 class _Masks:
@@ -67,11 +100,10 @@ class _Masks:
             allowed[:nq, :nk] |= pairs & (state[:nq, :nk] == _PARTIAL)
         return allowed
 
-    def bias(self, q: torch.Tensor, k: torch.Tensor, device: torch.device) -> torch.Tensor:
-        """The same as fp32 [nq, nk]: 0 or -inf."""
-        allowed = self.allowed(q, k)
-        bias = torch.zeros(len(q), len(k), dtype=torch.float32)
-        return (bias if allowed is None else bias.masked_fill_(~allowed, float("-inf"))).to(device)
+
+def as_bias(allowed: torch.Tensor) -> torch.Tensor:
+    """A mask as a term of the logits: fp32, 0 or -inf."""
+    return torch.zeros(allowed.shape, dtype=torch.float32, device=allowed.device).masked_fill_(~allowed, float("-inf"))
 
 
 def block_of_token(index: torch.Tensor, block: int) -> torch.Tensor:
@@ -115,25 +147,28 @@ def block_state(
 
 
 def build(lists: BlockLists, geometry: Geometry, device: torch.device) -> list[Batch]:
-    """Batches that together hold every allowed pair of the lists exactly once; the tensors are on a CPU."""
+    """Batches that together hold every allowed pair of the lists exactly once; the lists are on a CPU."""
     q_slots = geometry.query_order.index().view(-1, geometry.block_q)
     k_slots = geometry.key_order.index().view(-1, geometry.block_k)
     used = check_lists(lists, len(k_slots))
     state = block_state(lists.indices, used, lists.partial, lists.tables, len(k_slots))
-    masks = _Masks(state, geometry, lists.tables)
+    left_state = state.clone()  # without what groups that are not merged hold
+    masks, left_masks = (_Masks(each, geometry, lists.tables) for each in (state, left_state))
     equal: dict[tuple, list[tuple[torch.Tensor, torch.Tensor]]] = defaultdict(list)
     biases: dict[bytes, torch.Tensor] = {}
-    left = MASK_BYTES
+    free = MASK_BYTES
     first_text = geometry.key_order.grid.visual + geometry.conditioning
     batches: list[Batch] = []
-    for group in group_rows(state > 0, (q_slots >= 0).sum(1), (k_slots >= 0).sum(1)):
-        blocks = (state[group] > 0).any(0)
-        keys = k_slots[blocks].flatten()
-        queries, keys = q_slots[group].flatten().sort().values, keys.sort().values
+    sizes = (q_slots >= 0).sum(1), (k_slots >= 0).sum(1)
+    for group, blocks, merged in group_rows(state > 0, state == _FULL, *sizes):
+        queries, keys = (slots.flatten().sort().values for slots in (q_slots[group], k_slots[blocks]))
         queries, keys = queries[queries >= 0], keys[keys >= 0]
-        whole = bool((state[group][:, blocks] == _FULL).all())
+        here = left_masks if merged else masks
+        whole = bool((here.state[group][:, blocks] == _FULL).all())
+        if not merged:
+            left_state[torch.tensor(group)[:, None], blocks.nonzero().squeeze(1)] = _EMPTY
         for q in (queries,) if whole else queries.split(max(1, MAX_PAIRS // len(keys))):
-            allowed, k = None if whole else masks.allowed(q, keys), keys
+            allowed, k = None if whole else here.allowed(q, keys), keys
             if allowed is not None:
                 seen = allowed.any(0)
                 allowed, k = allowed[:, seen], keys[seen]
@@ -145,26 +180,35 @@ def build(lists: BlockLists, geometry: Geometry, device: torch.device) -> list[B
             # Text keys are cut off by their number, which must be the same in all groups of a batch.
             kind = texts if texts in (0, geometry.text) else (len(batches), len(equal))
             if allowed is None:
-                equal[len(q), len(k), kind, b""].append((q, k))
+                equal[merged, len(q), len(k), kind, b""].append((q, k))
                 continue
             digest = hashlib.blake2b(allowed.numpy().tobytes(), digest_size=16).digest()
-            if digest not in biases and left >= 4 * allowed.numel():
-                left -= 4 * allowed.numel()
-                bias = torch.zeros(allowed.shape, dtype=torch.float32).masked_fill_(~allowed, float("-inf"))
-                biases[digest] = bias.to(device)
+            if digest not in biases and free >= 4 * allowed.numel():
+                free -= 4 * allowed.numel()
+                biases[digest] = as_bias(allowed).to(device)
             if digest in biases:
-                equal[len(q), len(k), kind, digest].append((q, k))
+                equal[merged, len(q), len(k), kind, digest].append((q, k))
             else:
-                evaluate = _evaluation(masks, q, k, device)
-                batches.append(Batch(q[None].to(device), k[None].to(device), None, evaluate))
-    for (*_, digest), members in equal.items():
-        q, k = (torch.stack(side).to(device) for side in zip(*members, strict=True))
-        batches.append(Batch(q, k, biases.get(digest)))
-    return batches
+                evaluate = _evaluation(here, q, k, device)
+                batches.append(Batch(q[None].to(device), k[None].to(device), None, merged, evaluate))
+    for (merged, *_, digest), members in equal.items():
+        q, k = (torch.stack(side).to(device) for side in zip(*sorted(members, key=_first), strict=True))
+        batches.append(Batch(q, k, biases.get(digest), merged))
+    return sorted(batches, key=lambda batch: batch.merged)
+
+
+def _first(member: tuple[torch.Tensor, torch.Tensor]) -> tuple[int, int]:
+    q, k = member
+    return int(q[0]), int(k[0])
 
 
 def _evaluation(masks: _Masks, q: torch.Tensor, k: torch.Tensor, device: torch.device) -> Callable[[], torch.Tensor]:
-    return lambda: masks.bias(q, k, device)
+    def evaluate() -> torch.Tensor:
+        allowed = masks.allowed(q, k)
+        assert allowed is not None  # only masked problems are evaluated
+        return as_bias(allowed).to(device)
+
+    return evaluate
 
 
 @dataclasses.dataclass(eq=False)

@@ -14,11 +14,8 @@ import torch
 from dit_accel.kernels.block_sparse import dense
 from dit_accel.kernels.block_sparse.geometry import BlockLists, Geometry, Placement, query_placement
 from dit_accel.kernels.block_sparse.predicate import Predicate
-from dit_accel.kernels.block_sparse.prepare import check_lists
-from dit_accel.kernels.block_sparse.rows import add_rows, empty_output, parts, zeros_spread
-
-# Bytes of gathered keys and values at a time: they stay in a last-level cache.
-CHUNK_BYTES = 8 << 20
+from dit_accel.kernels.block_sparse.prepare import as_bias, check_lists
+from dit_accel.kernels.block_sparse.rows import Rows, empty_output, zeros_spread
 
 
 def forward(
@@ -32,12 +29,10 @@ def forward(
         side_q, side_k = _sides(geometry, place, q.device)
         queries, keys, values = side_q.blocks(q[b]), side_k.blocks(k[b]), side_k.blocks(v[b])
         outs, lses = torch.zeros_like(queries), lse.new_full(queries.shape[:2], float("-inf"))
-        for rows, listed, bias in _problems(_of_sample(lists, b), used[b], geometry, side_q, side_k, queries):
+        for rows, listed, bias, blind in _problems(_of_sample(lists, b), used[b], geometry, side_q, side_k, queries):
             gq, gk, gv = queries[rows], _pick(keys, listed), _pick(values, listed)
-            part, sums = torch.empty_like(gq), lses.new_empty(gq.shape[:2])
-            for (at,) in parts(gq, 1):
-                part[at], sums[at] = dense.forward(gq[at], gk[at], gv[at], None if bias is None else bias[at], scale)
-            outs[rows], lses[rows] = part, sums
+            part, sums = dense.forward(gq[:, None], gk, gv, bias, blind, scale)
+            outs[rows], lses[rows] = part[:, 0], sums[:, 0]
         side_q.write(out[b], outs)
         side_q.write(lse[b], lses)
     return out, lse
@@ -45,7 +40,7 @@ def forward(
 
 def backward(
     grad_out: torch.Tensor, grad_lse: torch.Tensor | None,
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor,
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, lse: torch.Tensor,
     lists: BlockLists, geometry: Geometry, places: list[Placement], scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """As `portable.backward`, with lists [B, H, q_blocks, width]."""
@@ -53,24 +48,20 @@ def backward(
     used = check_lists(lists, geometry.key_order.blocks)
     for b, place in enumerate(places):
         side_q, side_k = _sides(geometry, place, q.device)
-        queries, keys, values = side_q.blocks(q[b]), side_k.blocks(k[b]), side_k.blocks(v[b])
-        upstream = side_q.blocks(grad_out[b])
-        delta = (upstream * side_q.blocks(out[b])).sum(-1)
-        if grad_lse is not None:
-            delta -= side_q.blocks(grad_lse[b])
-        sums = torch.zeros_like(queries), torch.zeros_like(keys), torch.zeros_like(values)
-        for rows, listed, bias in _problems(_of_sample(lists, b), used[b], geometry, side_q, side_k, queries):
-            go, gd, gq = upstream[rows], delta[rows], queries[rows]
-            gk, gv = _pick(keys, listed), _pick(values, listed)
-            results = torch.empty_like(gq), torch.empty_like(gk), torch.empty_like(gv)
-            for (at,) in parts(gq, 1):
-                mask = None if bias is None else bias[at]
-                gradients = dense.backward(go[at], gd[at], gq[at], gk[at], gv[at], mask, scale)
-                for result, gradient in zip(results, gradients, strict=True):
-                    result[at] = gradient
-            sums[0][rows] = results[0]
-            for total, result in zip(sums[1:], results[1:], strict=True):
-                add_rows(total[None], listed, result.view(1, *listed.shape, *total.shape[1:]))
+        upstream, queries, outs, lses = (side_q.blocks(x[b]) for x in (grad_out, q, out, lse))
+        upstream_lse = None if grad_lse is None else side_q.blocks(grad_lse[b])
+        keys, values = side_k.blocks(k[b]), side_k.blocks(v[b])
+        sums = [torch.zeros_like(x, dtype=dense.accumulation(q.dtype)) for x in (queries, keys, values)]
+        for rows, listed, bias, _ in _problems(_of_sample(lists, b), used[b], geometry, side_q, side_k, queries):
+            dlse = None if upstream_lse is None else upstream_lse[rows][:, None]
+            dq, dk, dv = dense.backward(
+                upstream[rows][:, None], dlse, queries[rows][:, None], _pick(keys, listed), _pick(values, listed),
+                outs[rows][:, None], lses[rows][:, None], bias, scale,
+            )  # fmt: skip
+            sums[0][rows] = dq[:, 0].to(sums[0].dtype)
+            into = Rows(listed.flatten()[None])
+            for total, part in zip(sums[1:], (dk, dv), strict=True):
+                into.add(total[None], part.reshape(1, 1, -1, *total.shape[1:]))
         for side, grad, total in zip((side_q, side_k, side_k), grads, sums, strict=True):
             side.write(grad[b], total)
     return grads
@@ -85,17 +76,24 @@ class _Side:
     rows: torch.Tensor  # row in memory of every slot, 0 for those
     valid: torch.Tensor  # bool, slots that hold a token
     whole: bool  # all slots do
+    run: slice | None  # all slots do, and the rows are consecutive
 
     def blocks(self, x: torch.Tensor) -> torch.Tensor:
-        """x [H, N, D] or [H, N] in high precision as [H * blocks, block, ...], zero where no token is."""
-        slots = x.to(dense.high_precision(x.dtype)).index_select(1, self.rows)
+        """x [H, N, D] or [H, N] as [H * blocks, block, ...], zero where no token is."""
+        if self.run is not None:
+            return x[:, self.run].contiguous().view(-1, self.block, *x.shape[2:])
+        slots = x.contiguous().index_select(1, self.rows)
         if not self.whole:
             slots.masked_fill_(~self.valid if x.ndim == 2 else ~self.valid[:, None], 0)
         return slots.view(-1, self.block, *x.shape[2:])
 
     def write(self, x: torch.Tensor, blocks: torch.Tensor) -> None:
         """The inverse of `blocks`: write the tokens' rows into x."""
-        slots = blocks.reshape(x.shape[0], -1, *x.shape[2:]).to(x.dtype)
+        slots = blocks.view(x.shape[0], -1, *x.shape[2:])
+        if self.run is not None:
+            x[:, self.run] = slots
+            return
+        slots = slots.to(x.dtype)
         if self.whole:
             x.index_copy_(1, self.rows, slots)
         else:
@@ -113,7 +111,10 @@ def _sides(geometry: Geometry, place: Placement, device: torch.device) -> tuple[
         index = index.where(valid, -1)
         rows = where.positions(grid.visual, grid.conditioning, grid.text)[index.clamp(min=0)]
         rows = rows.where(valid, 0)
-        sides.append(_Side(order.block, index.to(device), rows.to(device), valid.to(device), bool(valid.all())))
+        whole, first = bool(valid.all()), int(rows[0])
+        straight = whole and torch.equal(rows, torch.arange(first, first + len(rows)))
+        run = slice(first, first + len(rows)) if straight else None
+        sides.append(_Side(order.block, index.to(device), rows.to(device), valid.to(device), whole, run))
     return sides[0], sides[1]
 
 
@@ -124,8 +125,8 @@ def _of_sample(lists: BlockLists, b: int) -> BlockLists:
 
 def _problems(
     lists: BlockLists, used: torch.Tensor, geometry: Geometry, side_q: _Side, side_k: _Side, queries: torch.Tensor
-) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]]:
-    """Dense problems of a sample: query blocks [R], key blocks [R, count], bias [R, block_q, count * block_k] or None.
+) -> Iterator[tuple[torch.Tensor | slice, torch.Tensor, torch.Tensor | None, torch.Tensor | None]]:
+    """Dense problems of a sample: R query blocks, key blocks [R, count], bias and blind rows as `dense.forward` wants.
 
     Blocks of queries and keys are numbered over all heads.
     """
@@ -143,12 +144,13 @@ def _problems(
     for count in counts.unique().tolist():
         if not count:
             continue
-        step = max(1, CHUNK_BYTES // (2 * count * geometry.block_k * queries.shape[2] * queries.element_size()))
+        head_bytes = (geometry.block_q + 2 * count * geometry.block_k) * queries.shape[2] * queries.element_size()
+        step = max(1, 4 * dense.bytes_per_call(queries.device) // head_bytes)
         for with_mask in (False, True):
             for rows in ((counts == count) & (masked == with_mask)).nonzero().squeeze(1).split(step):
                 if not len(rows):
                     continue
-                keys, bias = listed[rows, :count], None
+                keys, bias, blind = listed[rows, :count], None, None
                 if with_mask:
                     allowed = side_k.valid.view(-1, geometry.block_k)[keys % geometry.key_order.blocks].flatten(1)[
                         :, None
@@ -158,9 +160,10 @@ def _problems(
                         allowed = allowed & (
                             pairs | ~check[rows, :count].repeat_interleave(geometry.block_k, 1)[:, None]
                         )
-                    zeros = torch.zeros(allowed.shape, dtype=torch.float32, device=allowed.device)
-                    bias = zeros.masked_fill_(~allowed, float("-inf")).expand(-1, geometry.block_q, -1)
-                yield rows, keys, bias
+                    bias = as_bias(allowed).expand(-1, geometry.block_q, -1)[:, None]
+                    blind = ~allowed.any(-1)[:, None]
+                first, last = int(rows[0]), int(rows[-1])
+                yield slice(first, last + 1) if last - first == len(rows) - 1 else rows, keys, bias, blind
 
 
 def _pairs(
@@ -176,5 +179,5 @@ def _pairs(
 
 
 def _pick(blocks: torch.Tensor, listed: torch.Tensor) -> torch.Tensor:
-    """Listed blocks [R, count] of blocks [n, block, D] as [R, count * block, D]."""
-    return blocks.index_select(0, listed.flatten()).view(len(listed), -1, blocks.shape[2])
+    """Listed blocks [R, count] of blocks [n, block, D] as [R, 1, count * block, D]."""
+    return blocks.index_select(0, listed.flatten()).view(len(listed), 1, -1, blocks.shape[2])

@@ -33,7 +33,7 @@ def test_batches_hold_every_allowed_pair_once(make_problem, method, config, tile
     counts = torch.zeros(tokens, tokens, dtype=torch.int64)
     for batch in _prepared(problem):
         for q, k in zip(batch.q, batch.k, strict=True):
-            bias = batch.mask()
+            bias = batch.evaluate() if batch.evaluate else batch.bias
             counts[q[:, None], k] += 1 if bias is None else bias.isfinite().long()
     assert torch.equal(counts, problem.mask()[0, 0].long())
 
@@ -45,20 +45,35 @@ def test_a_blocked_window_is_one_unmasked_batch(make_problem, monkeypatch):
     tiles = {"tile_q": (1, 2, 2), "tile_k": (1, 2, 2), "block_q": 4, "block_k": 4}
     blocked = {"window": (2, 4, 4), "stride": (2, 4, 4)}
     (batch,) = _prepared(make_problem((4, 8, 8), "gna", blocked, **tiles))
-    assert batch.q.shape == batch.k.shape == (8, 32) and batch.mask() is None
+    assert batch.q.shape == batch.k.shape == (8, 32) and batch.bias is None and batch.evaluate is None
 
 
 def test_groups_partition_the_rows():
     listed = torch.zeros(6, 6, dtype=torch.bool)
     listed[:3, :2] = listed[4, 3:] = listed[5, :1] = True
-    groups = group_rows(listed, torch.tensor([16, 16, 16, 16, 16, 0]), torch.full((6,), 16))
-    assert sorted(block for group in groups for block in group) == [0, 1, 2, 4]  # 3 lists nothing, 5 has no tokens
-    assert any({0, 1, 2} <= set(group) for group in groups)
+    groups = group_rows(listed, listed, torch.tensor([16, 16, 16, 16, 16, 0]), torch.full((6,), 16))
+    assert sorted(block for group in groups for block in group.queries) == [0, 1, 2, 4]  # 3: no keys, 5: no tokens
+    assert any({0, 1, 2} <= set(group.queries) for group in groups)
 
 
 def test_dissimilar_large_rows_stay_apart():
-    groups = group_rows(torch.eye(4, dtype=torch.bool), torch.full((4,), 1024), torch.full((4,), 1024))
-    assert sorted(groups) == [[0], [1], [2], [3]]
+    eye = torch.eye(4, dtype=torch.bool)
+    groups = group_rows(eye, eye, torch.full((4,), 1024), torch.full((4,), 1024))
+    assert sorted(group.queries for group in groups) == [[0], [1], [2], [3]]
+
+
+def test_keys_that_many_queries_see_whole_are_a_group_without_mask():
+    """Two frames of 8 blocks: each sees its own frame whole, and of the other a narrow band."""
+    block = torch.arange(16)
+    whole = block[:, None] // 8 == block // 8
+    listed = whole | (block[:, None] % 8 == block % 8)
+    groups = group_rows(listed, whole, torch.full((16,), 512), torch.full((16,), 512))
+    first = [group for group in groups if not group.merged]
+    assert sorted(group.queries for group in first) == [[*range(8)], [*range(8, 16)]]
+    held = torch.zeros(16, 16, dtype=torch.int64)
+    for group in groups:
+        held[torch.tensor(group.queries)[:, None], group.keys.nonzero().squeeze(1)] += 1
+    assert torch.equal(held, listed.long())
 
 
 def test_second_call_prepares_nothing(make_problem, monkeypatch):
