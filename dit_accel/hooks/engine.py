@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -13,9 +14,10 @@ from torch import nn
 
 from dit_accel.errors import DitAccelError
 from dit_accel.hooks import selfcheck
+from dit_accel.hooks.accelerated_layer import AcceleratedLayer
 from dit_accel.hooks.break_even import dense_is_faster
 from dit_accel.hooks.layers import LayerSettings
-from dit_accel.hooks.report import LayerReport, Tally
+from dit_accel.hooks.report import LayerReport
 from dit_accel.hooks.schedule import Schedule, Step
 from dit_accel.hooks.selfcheck import AttentionCall, SelfCheck
 from dit_accel.hooks.steps import StepClock
@@ -69,65 +71,6 @@ class PlanCache:
         )
 
 
-@dataclasses.dataclass
-class Layer:
-    """One self-attention module: its own processor and ours.
-
-    `config` counts where there is no `dense_reason`; `sees_text` as `Family.sees_text`. `learned` lives at `attribute`.
-    `measured` is what the self-check found, as in `selfcheck.Measured.sums`, on its device until it is asked for.
-    """
-
-    name: str
-    attention: nn.Module
-    config: Any
-    dense_reason: str | None
-    sees_text: bool
-    original: Any
-    ours: AcceleratedAttnProcessor
-    tally: Tally = dataclasses.field(default_factory=Tally)
-    attribute: str | None = None
-    learned: nn.Module | None = None
-    measured: torch.Tensor | None = None
-
-    def attach(self, attribute: str | None = None, learned: nn.Module | None = None) -> None:
-        """Set our processor and, if there are any, learned weights as an attribute of the attention module."""
-        if attribute is not None:
-            if hasattr(self.attention, attribute):
-                raise DitAccelError(f"{self.name} already has a module named {attribute!r}; remove it first.")
-            self.attention.add_module(attribute, learned)
-            self.attribute, self.learned = attribute, learned
-        self.ours.learned = learned
-        self.attention.processor = self.ours  # type: ignore[assignment]
-
-    def detach(self) -> bool:
-        """Undo `attach`; False if another processor was set since, which then stays."""
-        if self.attribute is not None and getattr(self.attention, self.attribute, None) is self.learned:
-            delattr(self.attention, self.attribute)
-        if self.attention.processor is self.ours:
-            self.attention.processor = self.original
-        return self.attention.processor is self.original
-
-    def keep_dense(self, state: CallState, reason: str) -> None:
-        """Leave the layer to the model's own processor from here on, in the call under way too."""
-        self.ours.state, self.dense_reason = state, reason
-
-    def report(self, transformer: str) -> LayerReport:
-        error, mass = (None, None) if self.measured is None else selfcheck.whole(self.measured)
-        found = self.tally.report(transformer, self.name, self.left)
-        return dataclasses.replace(found, relative_error=error, kept_mass=mass)
-
-    @property
-    def kind(self) -> tuple[Any, bool]:
-        """What the layers that share a state have in common."""
-        return self.config, self.sees_text
-
-    @property
-    def left(self) -> str | None:
-        """Class of the processor that the user set in place of ours."""
-        current = self.attention.processor
-        return None if current is self.ours or current is self.original else type(current).__name__
-
-
 class Engine:
     """Runs a method in one transformer.
 
@@ -169,7 +112,7 @@ class Engine:
         self.watchers: list[Callable[[AttentionCall], None]] = []
         self._check, self._unchecked, self._checking = check, check.verify is not None, False
         self._step: Step | None = None
-        self._compiled = False
+        self._compiled = self._warned = False
         # A trained projection is part of the model's weights: such a method is never replaced.
         self._may_be_dense = allow_dense and impl == "auto" and method.module is None
         # Of the last call, by setting: plan, implementation and why that one, or why it was dense.
@@ -181,7 +124,7 @@ class Engine:
         self._dense_state = CallState(impl)
         self.layers = self._find_layers(settings)
 
-    def _find_layers(self, settings: Any | LayerSettings) -> list[Layer]:
+    def _find_layers(self, settings: Any | LayerSettings) -> list[AcceleratedLayer]:
         """The layers, with our processors made and not yet set: what cannot work is refused before anything changes."""
         found = list(self._family.attentions(self._transformer))
         if not found:
@@ -197,9 +140,10 @@ class Engine:
                 state = self._states.setdefault((config, sees_text), fresh)
             own: Any = attention.processor
             if isinstance(own, AcceleratedAttnProcessor):  # of an accelerator that this one is to replace
+                own.settle()
                 own = own.inner
             ours = processor.wrap_processor(own, state, self._family.sparse_calls)
-            layers.append(Layer(name, attention, config, reason, sees_text, own, ours))
+            layers.append(AcceleratedLayer(name, attention, config, reason, sees_text, own, ours))
         return layers
 
     def _decide(self, settings: Any | LayerSettings, layers: int) -> list[tuple[Any, str | None]]:
@@ -273,6 +217,20 @@ class Engine:
             if layer.learned is not None:
                 yield f"{self.name}.{layer.name}.{layer.attribute}", layer.learned
 
+    def _look_for_dropped(self) -> None:
+        """Warn once about layers whose processor was replaced since `attach`: they run without acceleration."""
+        for layer in self.layers:
+            layer.adopt()
+        dropped = [layer.left for layer in self.layers if layer.left is not None]
+        if dropped and not self._warned and self._states:
+            warnings.warn(
+                f"{len(dropped)} of {len(self.layers)} accelerated layers of {type(self._transformer).__name__} run "
+                f"{', '.join(sorted(set(dropped)))}, which was set after accelerate(): they are dense. Call "
+                "accelerate(..., replace=True) to accelerate them again, or remove() to go without.",
+                stacklevel=2,
+            )
+        self._warned = bool(dropped)
+
     def _note_compiled(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         self._compiled = torch.compiler.is_compiling()
 
@@ -287,6 +245,7 @@ class Engine:
             )
         self.count_last_call()
         self.calls += 1
+        self._look_for_dropped()
         for state in self._states.values():
             state.sparse = False
         if not self._states:
@@ -357,7 +316,7 @@ class Engine:
 
     def _attended(
         self,
-        layer: Layer,
+        layer: AcceleratedLayer,
         q: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,

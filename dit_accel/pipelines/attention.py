@@ -129,6 +129,10 @@ class LayerAttention:
             self.key = torch.tensor(number)
         _LAYERS[number] = self
 
+    def take_learned(self, learned: nn.Module | None) -> None:
+        """Set `learned`; not as a submodule where a subclass is an `nn.Module`."""
+        vars(self)["learned"] = learned
+
     def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None, masked: bool) -> Tensor:
         """The plan's attention: q [B, H, Nq, D], k and v [B, H, Nk, D] in the sequence's order; output as q.
 

@@ -44,14 +44,29 @@ class AcceleratedAttnProcessor(LayerAttention):
         inner: the model's own processor.
         ran: set by every call; whoever counts resets it.
         intercepted: set by a call whose attention a function mode replaced (perturbed-attention guidance).
+        unbound: made without arguments, as Diffusers does from a processor's class; it stays dense.
+
+    A processor with weights (an IP-Adapter's) is a module. Then ours is one too, of a subclass: it shares the weights,
+    so that state dicts and devices stay as they are, and has its settings until `settle`.
 
     When `watch` gives the layer a dense state, the call under way is computed again densely.
     """
 
-    def __init__(self, inner: Any, state: CallState) -> None:
-        super().__init__(state)
-        self.inner = inner
+    inner: Any
+    inner_type: type
+
+    def __init__(self, inner: Any = None, state: CallState | None = None) -> None:
+        own = vars(inner) if isinstance(inner, nn.Module) else {}
+        vars(self).update(own)
+        LayerAttention.__init__(self, CallState() if state is None else state)
+        self.unbound = inner is None
+        vars(self)["inner"] = self.inner_type() if inner is None else inner
         self.ran = self.intercepted = False
+
+    def settle(self) -> None:
+        """Give the settings of a processor with weights back to the model's own."""
+        if isinstance(self.inner, nn.Module):
+            vars(self.inner).update({name: vars(self)[name] for name in vars(self.inner)})
 
     # Diffusers finds processors by these two names: without them it would skip ours when it sets a back end, and
     # shard the sequence without telling us. A processor that lacks one makes ours lack it too.
@@ -95,13 +110,8 @@ def wrap_processor(
             classes is rebuilt.
 
     Raises:
-        DitAccelError: `inner` cannot be rebuilt: it is no Python code, holds weights, or calls no known attention.
+        DitAccelError: `inner` cannot be rebuilt: it is no Python code, or calls no known attention.
     """
-    if isinstance(inner, nn.Module):
-        raise DitAccelError(
-            f"{type(inner).__name__} holds weights of its own (an IP-Adapter, for example), which cannot be combined "
-            "with accelerated attention; unload it first."
-        )
     sparse_call = sparse_calls.get(type(inner).__name__)
     kind = type(inner), type(inner).__call__, sparse_call  # a class's code may be patched between two accelerators
     if kind not in _WRAPPERS:
@@ -123,17 +133,22 @@ def _register(ours: type, inner: type) -> None:
 
 def _wrapper_class(inner_type: type, sparse_call: SparseCall | None) -> type[AcceleratedAttnProcessor]:
     sparse = sparse_call or _rebuild(inner_type)
+    with_weights = issubclass(inner_type, nn.Module)
+
+    def runs(ours: AcceleratedAttnProcessor) -> Any:
+        """Whose settings and weights count."""
+        return ours if with_weights else ours.inner
 
     # Legacy `Attention.forward` passes only the keywords that the signature names, so it is carried over.
     @functools.wraps(inner_type.__call__)
     def __call__(self: AcceleratedAttnProcessor, attn: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if not self.state.sparse:
             self.ran = True
-            return self.inner(attn, *args, **kwargs)
+            return inner_type.__call__(runs(self), attn, *args, **kwargs)
         _SLOT.layer = self
         _SLOT.replaced = _SLOT.planned = _SLOT.others = 0
         try:
-            result = sparse(self.inner, attn, *args, **kwargs)
+            result = sparse(runs(self), attn, *args, **kwargs)
             # A model may skip attention itself: LTX-2's perturbed layers use the values instead.
             if _SLOT.replaced + _SLOT.others > 0:
                 self.ran, self.intercepted = True, _SLOT.planned == 0
@@ -142,10 +157,11 @@ def _wrapper_class(inner_type: type, sparse_call: SparseCall | None) -> type[Acc
         finally:
             _SLOT.layer = None
         if not self.state.sparse:
-            return self.inner(attn, *args, **kwargs)
+            return inner_type.__call__(runs(self), attn, *args, **kwargs)
         return result
 
-    return type(f"Accelerated{inner_type.__name__}", (AcceleratedAttnProcessor,), {"__call__": __call__})
+    bases = (AcceleratedAttnProcessor, inner_type) if with_weights else (AcceleratedAttnProcessor,)
+    return type(f"Accelerated{inner_type.__name__}", bases, {"__call__": __call__, "inner_type": inner_type})
 
 
 def _rebuild(inner_type: type) -> Callable[..., Any]:

@@ -1,0 +1,96 @@
+"""One accelerated self-attention layer: its processors, its learned weights and its part of the report."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import nn
+
+from dit_accel.errors import DitAccelError
+from dit_accel.hooks import selfcheck
+from dit_accel.hooks.report import LayerReport, Tally
+from dit_accel.pipelines.attention import CallState
+from dit_accel.pipelines.processor import AcceleratedAttnProcessor
+
+
+@dataclasses.dataclass
+class AcceleratedLayer:
+    """One self-attention module.
+
+    Attributes:
+        name: dotted path of `attention` in its transformer.
+        config: the method's settings; unused where there is a `dense_reason`.
+        dense_reason: why the layer always stays dense, or None.
+        sees_text: as in `Family.sees_text`.
+        original, ours: the model's own processor, and ours around it.
+        attribute: name of the learned weights on `attention`.
+        measured: what the self-check found, as in `selfcheck.Measured.sums`, on its device until the report reads it.
+    """
+
+    name: str
+    attention: nn.Module
+    config: Any
+    dense_reason: str | None
+    sees_text: bool
+    original: Any
+    ours: AcceleratedAttnProcessor
+    tally: Tally = dataclasses.field(default_factory=Tally)
+    attribute: str | None = None
+    learned: nn.Module | None = None
+    measured: torch.Tensor | None = None
+    attached: bool = False
+
+    def attach(self, attribute: str | None = None, learned: nn.Module | None = None) -> None:
+        """Set our processor and, if there are any, learned weights as an attribute of the attention module."""
+        if attribute is not None:
+            if hasattr(self.attention, attribute):
+                raise DitAccelError(f"{self.name} already has a module named {attribute!r}; remove it first.")
+            self.attention.add_module(attribute, learned)
+            self.attribute, self.learned = attribute, learned
+        self.ours.take_learned(learned)
+        self.attention.processor = self.ours  # type: ignore[assignment]
+        self.attached = True
+
+    def detach(self) -> bool:
+        """Undo `attach`; False if another processor was set since, which then stays."""
+        self.adopt()
+        if self.attribute is not None and getattr(self.attention, self.attribute, None) is self.learned:
+            delattr(self.attention, self.attribute)
+        if self.attention.processor is self.ours:
+            self.ours.settle()
+            self.attention.processor = self.original
+        self.attached = False
+        return self.attention.processor is self.original
+
+    def adopt(self) -> None:
+        """Put our processor back where Diffusers has set another object of its class, made without arguments.
+
+        Loading an IP-Adapter calls `processor.__class__()` for the layers that carry none.
+        """
+        current: Any = self.attention.processor
+        if current is not self.ours and isinstance(current, type(self.ours)) and current.unbound:
+            self.attention.processor = self.ours  # type: ignore[assignment]
+
+    def keep_dense(self, state: CallState, reason: str) -> None:
+        """Leave the layer to the model's own processor from here on, in the call under way too."""
+        self.ours.state, self.dense_reason = state, reason
+
+    def report(self, transformer: str) -> LayerReport:
+        error, mass = (None, None) if self.measured is None else selfcheck.whole(self.measured)
+        found = self.tally.report(transformer, self.name, self.left)
+        return dataclasses.replace(found, relative_error=error, kept_mass=mass)
+
+    @property
+    def kind(self) -> tuple[Any, bool]:
+        """What the layers that share a state have in common."""
+        return self.config, self.sees_text
+
+    @property
+    def left(self) -> str | None:
+        """Class of the processor that was set in place of ours."""
+        current = self.attention.processor
+        if current is self.ours or (current is self.original and not self.attached):
+            return None
+        return type(current).__name__
