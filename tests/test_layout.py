@@ -1,6 +1,8 @@
 """The shape of the checkout: doors, packages, floors, what an import costs, what is packaged."""
 
 import ast
+import collections
+import graphlib
 import itertools
 import os
 import pathlib
@@ -15,7 +17,8 @@ import pytest
 ROOT = pathlib.Path(__file__).parent.parent
 PACKAGE = ROOT / "dit_accel"
 DOORS = ("kernels", "pipelines", "eval")
-SOFT_LIMIT, HARD_LIMIT = 400, 800
+SOFT_LIMIT, HARD_LIMIT = 400, 500
+TOP_LIMIT = 12  # modules of the package's own
 
 # From the bottom up. A module imports from its own floor and from floors below; KEPT_APART lists what may not meet.
 FLOORS = (
@@ -121,6 +124,44 @@ def test_floors_import_only_from_below():
             if FLOOR_OF[imported] > FLOOR_OF[importer] or (importer, imported) in KEPT_APART:
                 wrong.append(f"{path.relative_to(ROOT)} imports {name}")
     assert not wrong, "\n".join(wrong)
+
+
+def test_no_modules_import_each_other_in_a_circle():
+    """Imports in functions count, too."""
+    names = {dotted(path).removesuffix(".__init__"): path for path in modules()}
+    graph = {name: (imports(path) & set(names)) - {name} for name, path in names.items()}
+    try:
+        graphlib.TopologicalSorter(graph).prepare()
+    except graphlib.CycleError as error:
+        pytest.fail(" -> ".join(error.args[1]))
+
+
+def test_class_names_are_unique():
+    """But for `Config`, which each method has."""
+    found = collections.defaultdict(list)
+    for path in modules():
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.ClassDef):
+                found[node.name].append(dotted(path))
+    assert {name: places for name, places in found.items() if len(places) > 1 and name != "Config"} == {}
+
+
+def test_few_modules_stand_at_the_top():
+    assert len(list(PACKAGE.glob("*.py"))) <= TOP_LIMIT
+
+
+def test_only_the_table_of_implementations_compares_their_names():
+    from dit_accel.kernels import impls
+
+    known = {row.name for row in impls.ROWS}
+    wrong = []
+    for path in modules():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Compare):
+                sides = [part for side in (node.left, *node.comparators) for part in getattr(side, "elts", [side])]
+                if any(isinstance(side, ast.Constant) and side.value in known for side in sides):
+                    wrong.append(f"{dotted(path)}:{node.lineno}: {ast.unparse(node)}")
+    assert wrong == []
 
 
 def test_every_part_has_a_floor():

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from dit_accel.kernels import impls
 from dit_accel.registry import get_method
 
 TABLE = pathlib.Path(__file__).with_suffix(".json")
@@ -75,7 +76,7 @@ def dense_is_faster(device: torch.device, method: str, head_dim: int, tokens: in
 
 
 def from_rows(rows: Iterable[dict[str, Any]], source: str) -> list[BreakEven]:
-    """The table from rows of `dit-accel bench` on CUDA: forward, `impl="triton"`, one entry a method and size.
+    """The table from forward rows of `dit-accel bench` by what "auto" prefers on CUDA; one entry a method and size.
 
     The speed-up is interpolated as a power of the density, between the last density at which the method was faster
     and the next. A size whose speed-up never falls below 1 makes no entry, and neither does a method with learned
@@ -85,9 +86,10 @@ def from_rows(rows: Iterable[dict[str, Any]], source: str) -> list[BreakEven]:
         rows: records with the fields of `dit_accel.bench.run`.
         source: their file.
     """
+    fastest = impls.ranked("cuda")[0].name
     sizes: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for row in rows:
-        if row.get("direction") == "forward" and row["impl"] == "triton" and get_method(row["op"]).module is None:
+        if row.get("direction") == "forward" and row["impl"] == fastest and get_method(row["op"]).module is None:
             key = row["arch"], row["op"], row["head_dim"], row["tokens"]
             sizes.setdefault(key, []).append(row)
     entries = []

@@ -31,6 +31,8 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
+# Shared memory that one program may use, by compute capability (CUDA C++ Programming Guide, table of capabilities).
+SHARED_BYTES = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
 ARCHS = (80, 89, 90, 100, 120)
 DTYPES = ("fp16", "bf16")
 POINTERS = {"fp16": "*fp16", "bf16": "*bf16"}
@@ -240,8 +242,6 @@ def complaint(row: dict[str, Any], limit: int, dots: bool = True, spills: int = 
 
 def main(arguments: list[str] | None = None) -> int:
     """Print a row for each build; see the module."""
-    from dit_accel.kernels.block_sparse.triton_configs import SHARED_BYTES
-
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
     parser.add_argument("--arch", type=int, nargs="+", default=ARCHS, help="compute capabilities, such as 90")
     parser.add_argument("--kernel", nargs="+", help="only kernels of these names")

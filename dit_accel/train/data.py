@@ -18,7 +18,7 @@ import torch
 
 from dit_accel.errors import DitAccelError
 from dit_accel.files import replace_file
-from dit_accel.train.request import INDEX
+from dit_accel.train.settings import INDEX
 
 FORMAT = 1
 SHARD_BYTES = 512 * 2**20

@@ -12,7 +12,8 @@ from dit_accel.generation import sources
 from dit_accel.generation.call import placement
 from dit_accel.generation.processes import meet
 from dit_accel.train.data import Dataset, write
-from dit_accel.train.request import CLIPS, GENERATED, INDEX, TrainRequest
+from dit_accel.train.request import CLIPS, GENERATED, TrainRequest
+from dit_accel.train.settings import INDEX
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline

@@ -11,11 +11,10 @@ from dit_accel import registry, values
 from dit_accel.errors import DitAccelError
 from dit_accel.generation import prompts
 from dit_accel.generation.request import PROMPTS_FORM, DeviceOptions, SizeOptions, SourceOptions
-from dit_accel.train.settings import TrainSettings, make, read_recipe
+from dit_accel.train.settings import INDEX, TrainSettings, make, read_recipe
 from dit_accel.values import option
 
 GENERATED, CLIPS, FOLDER = "generated", "clips", "folder"
-INDEX = "dataset.json"  # of a prepared folder
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

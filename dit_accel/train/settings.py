@@ -13,6 +13,7 @@ from dit_accel.generation.request import METHOD_FORM, parse_layers
 from dit_accel.registry import did_you_mean
 from dit_accel.values import option
 
+INDEX = "dataset.json"  # of a folder with prepared data
 RECIPES = pathlib.Path(__file__).parent / "recipes"
 
 

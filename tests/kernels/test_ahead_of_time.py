@@ -21,7 +21,7 @@ native = pytest.mark.skipif(
 
 @pytest.mark.parametrize("arch", ahead_of_time.ARCHS)
 def test_the_builds_are_the_launchers_own_table(arch):
-    limit = triton_configs.SHARED_BYTES[arch]
+    limit = ahead_of_time.SHARED_BYTES[arch]
     names = ("BLOCK_Q", "BLOCK_K", "D", "STEP")
     declared = {
         (build.kernel, *(dict(build.constants)[name] for name in names), build.warps, build.stages)
@@ -78,8 +78,8 @@ def test_a_row_says_what_the_compiler_made():
     assert 100 < whole < partial < bounded
     assert (row["arch"], row["dtype"], row["spill_bytes"], row["spills_in_loops"]) == ("sm_90", "bf16", 0, 0)
     assert "wgmma.mma_async" in row["instructions"]
-    assert 0 < row["shared_bytes"] <= triton_configs.SHARED_BYTES[90]
-    assert ahead_of_time.complaint(row, triton_configs.SHARED_BYTES[90]) is None
+    assert 0 < row["shared_bytes"] <= ahead_of_time.SHARED_BYTES[90]
+    assert ahead_of_time.complaint(row, ahead_of_time.SHARED_BYTES[90]) is None
     json.dumps(row)
 
 

@@ -6,8 +6,9 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from dit_accel.kernels.ahead_of_time import SHARED_BYTES
 from dit_accel.kernels.block_sparse import triton_configs as block_sparse
-from dit_accel.kernels.block_sparse.triton_configs import SHARED_BYTES, Launch
+from dit_accel.kernels.block_sparse.triton_configs import Launch
 
 MAX_BLOCKS = 1 << 13  # a row of scores that a program holds in registers
 MARGINAL_BLOCK = 64  # tokens; accumulators of 128 x 128 beside feature maps in fp32 do not fit the registers

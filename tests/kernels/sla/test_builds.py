@@ -7,8 +7,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from dit_accel.kernels.ahead_of_time import ARCHS
-from dit_accel.kernels.block_sparse.triton_configs import SHARED_BYTES
+from dit_accel.kernels.ahead_of_time import ARCHS, SHARED_BYTES
 from dit_accel.kernels.sla import triton, triton_builds
 from dit_accel.kernels.sla import triton_configs as configs
 from dit_accel.kernels.sla.call import LINEAR_SCOPES, Cut, KeySegments
