@@ -108,26 +108,30 @@ def _facts(plan: Plan) -> dict[str, Any]:
 
 
 def _blocks(plan: Plan) -> dict[str, Any]:
-    """Block counts, and what a block holds. Where content decides, only the number of blocks is known."""
-    from dit_accel.methods.sla import SlaPlan
+    """Block counts, and the sizes of blocks. A routed plan knows at most a bound of the visited blocks."""
+    from dit_accel.plans.routed import RoutedPlan
 
-    if isinstance(plan, SlaPlan):
-        queries = keys = plan.order
+    visited: int | None
+    full: int | None
+    if isinstance(plan, RoutedPlan):
+        queries, keys = plan.query_order, plan.key_order
         visited, total, full = plan.visited, plan.total, None
     else:
         blocks = plan.block_mask()
         queries, keys = blocks.query_order, blocks.key_order
         visited, total, full = blocks.visited, blocks.total, blocks.full
-    return {
+    facts: dict[str, Any] = {
         "query_block": {"tokens": queries.block, "tile": queries.tile},
         "key_block": {"tokens": keys.block, "tile": keys.tile},
         "blocks_visited": visited,
         "blocks_full": full,
         "blocks_total": total,
-        "block_density": visited / total,
-        # Dense attention has no padding slots, so they count against the method.
-        "ideal_speedup": plan.grid.tokens**2 / (visited * queries.block * keys.block),
     }
+    if visited is not None:
+        facts["block_density"] = visited / total
+        # Dense attention has no padding slots, so they count against the method.
+        facts["ideal_speedup"] = plan.grid.tokens**2 / (visited * queries.block * keys.block)
+    return facts
 
 
 def _print_table(facts: dict[str, Any]) -> None:
@@ -143,15 +147,19 @@ def _print_table(facts: dict[str, Any]) -> None:
     table = Table(show_header=False, box=None)
     table.add_row("method", f"{facts['method']} ({settings})" if settings else facts["method"])
     table.add_row("tokens", f"{facts['tokens']:,} ({sides}{text})")
-    table.add_row("pairs", f"{facts['pairs']:,} of {facts['tokens'] ** 2:,}")
-    table.add_row("density", f"{facts['density']:.4f}")
+    known = facts["pairs"] is not None
+    table.add_row("pairs", f"{facts['pairs']:,} of {facts['tokens'] ** 2:,}" if known else "known from calls only")
+    if known:
+        table.add_row("density", f"{facts['density']:.4f}")
     table.add_row("blocks", _block_text(facts))
-    table.add_row("visited", f"{facts['blocks_visited']:,} of {facts['blocks_total']:,} ({facts['block_density']:.4f})")
+    if facts["blocks_visited"] is not None:
+        share = f"({facts['block_density']:.4f})"
+        table.add_row("visited", f"{facts['blocks_visited']:,} of {facts['blocks_total']:,} {share}")
     if facts["blocks_full"] is not None:
         table.add_row("full", f"{facts['blocks_full']:,}")
-    table.add_row(
-        "ideal speed-up", f"{facts['ideal_speedup']:.2f} times dense attention, if every visited block costs the same"
-    )
+    if "ideal_speedup" in facts:
+        speedup = f"{facts['ideal_speedup']:.2f} times dense attention"
+        table.add_row("ideal speed-up", f"{speedup}, if every visited block costs the same")
     Console().print(table)
 
 
