@@ -35,7 +35,9 @@ def launches(kernel: str, block_q: int, block_k: int, block_d: int, capability: 
     10.0 multiply out of shared memory, and a group of 4 warps holds 64 rows. Elsewhere each warp also holds the step's
     rows in registers, so a step or the rows are half as many. The step is smaller for dq, which holds a second
     product, and for dk and dv, which have two accumulators. More stages hide more of the latency of loads; shared
-    memory limits them. Off the data-center chips 4 warps spill even at 64 x 64.
+    memory limits them. A list entry has a stage of its own before its tile, so on 9.0 loops keep tiles in flight from
+    5 stages on, and those of dk and dv from 3. At 128x128 and D=128, 5 stages spill; at 64x64 they leave one program
+    an SM. Off the data-center chips 4 warps spill even at 64 x 64.
     """
     own, listed = (block_k, block_q) if kernel == "dkdv" else (block_q, block_k)
     generation, small = capability // 10, own * block_d <= 64 * 64
@@ -49,7 +51,8 @@ def launches(kernel: str, block_q: int, block_k: int, block_d: int, capability: 
         step = (64 * 128 if generation in (9, 10) or own * block_d <= 64 * 128 else 64 * 64) // block_d
     longest = 128 if generation == 9 and kernel == "forward" else 64
     step = min(listed, longest, max(16, step))
-    most = 4 if kernel == "forward" else 2
+    deep = generation == 9 and (kernel == "dkdv" or (kernel == "forward" and own > 64 and listed * block_d <= 64 * 128))
+    most = (4 if kernel == "forward" else 2) + deep
     yield from (Launch(warps, stages, step) for stages in range(most, 0, -1))
 
 
@@ -59,12 +62,14 @@ def words_warps(block_q: int) -> int:
 
 
 def shared_bytes(kernel: str, launch: Launch, block_q: int, block_k: int, block_d: int, itemsize: int) -> int:
-    """Least shared memory of a launch in bytes: the operands that stay, and the tiles being loaded."""
+    """Least shared memory of a launch in bytes: the operands that stay, and the tiles and words being loaded."""
     tile = block_d * itemsize
     if kernel == "dkdv":
         stay = 2 * block_k * tile
+    elif kernel == "dq":
+        stay = 2 * block_q * tile
     else:
-        stay = block_q * tile * (2 if kernel == "dq" else 1)
+        stay = block_q * (tile + 8 * (launch.stages - 1))
     return stay + launch.stages * 2 * launch.step * tile
 
 
