@@ -1,7 +1,8 @@
 """SkyReels V2: text to video and image to video, with the blocks of Wan.
 
-Diffusion forcing is refused: its frames are at different denoising steps in one call, and with causal blocks
-(`num_frame_per_block` above 1) the model masks later frames.
+In diffusion forcing the frames of one call are at different denoising steps. The schedule follows the largest timestep,
+that of the frame furthest behind. With causal blocks (`num_frame_per_block` above 1) the model masks later frames; such
+a model is refused.
 """
 
 from __future__ import annotations
@@ -16,10 +17,11 @@ from dit_accel.pipelines.sizes import Config, Sizes, video_sizes
 
 def layout(transformer: Any, call: ModelCall) -> CallLayout:
     """The latent [B, C, F, H, W], cut into patches."""
-    if call.get("enable_diffusion_forcing") or transformer.config.num_frame_per_block > 1:
+    block = transformer.config.num_frame_per_block
+    if block > 1:
         raise DitAccelError(
-            "SkyReels V2 is called with diffusion forcing, where frames are at different denoising steps and may not "
-            "see later ones; accelerate its text-to-video or image-to-video pipeline, or run this one dense."
+            f"This SkyReels V2 has num_frame_per_block={block}: its frames may not see later blocks, which "
+            "sparse attention cannot honour. Use one frame a block (causal_block_size=1), or run it dense."
         )
     return video_alone(transformer, call)
 
@@ -35,5 +37,5 @@ FAMILY = Family(
     attention=("blocks.*.attn1",),
     layout=layout,
     sizes=sizes,
-    summary="SkyReels V2: text to video, image to video (no diffusion forcing)",
+    summary="SkyReels V2: text to video, image to video, diffusion forcing (without causal blocks)",
 )

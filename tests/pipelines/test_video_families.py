@@ -1,6 +1,7 @@
 """What video families do besides the conformance checks: modes they refuse, and sparse calls of their own."""
 
 import dataclasses
+import types
 
 import pytest
 import tiny_models
@@ -95,12 +96,44 @@ def test_coordinates_that_are_no_raster_are_refused():
 
 
 def test_modes_with_masks_of_their_own_are_refused():
-    forcing = tiny_models.get("skyreels_v2", "t2v")
-    refused(forcing, "diffusion forcing", enable_diffusion_forcing=True, timestep=torch.full((2, 5), 500))
     refused(tiny_models.get("allegro", "t2v"), "attention_mask", attention_mask=torch.ones(2, 5, 14, 18))
     tokens = TokenGrid(5, 7, 9).visual
     mask = torch.ones(2, tokens, tokens)
     refused(tiny_models.get("ltx2", "2.0"), "video_self_attention_mask", video_self_attention_mask=mask)
+
+
+@pytest.mark.parametrize("config", [{"window": "full"}, {"window": (3, 5, 4)}], ids=["all pairs", "window"])
+def test_diffusion_forcing_with_one_frame_a_block(config):
+    """Each frame has its own timestep; the model masks nothing."""
+    tiny = tiny_models.get("skyreels_v2", "t2v")
+    call = tiny.call() | {"enable_diffusion_forcing": True, "timestep": torch.tensor([[900, 800, 700, 600, 500]] * 2)}
+    wanted = run(tiny.shared, call)
+    assert (wanted - tiny.dense).abs().max() > 1e-3
+    with dit_accel.accelerated(tiny.shared, "gna", **config) as accel:
+        ours = run(tiny.shared, call)
+        assert {layer.sparse_calls for layer in accel.report().layers} == {1}
+    if config["window"] == "full":
+        torch.testing.assert_close(ours, wanted, rtol=1e-4, atol=1e-4)
+    else:
+        assert (ours - wanted).abs().max() > 1e-3
+
+
+def test_forcing_counts_steps_by_the_frame_furthest_behind():
+    """The pipeline steps copies of its scheduler, one a frame, so that only the timesteps tell the step."""
+    from diffusers import UniPCMultistepScheduler
+
+    tiny = tiny_models.get("skyreels_v2", "t2v")
+    scheduler = UniPCMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=8.0)
+    scheduler.set_timesteps(4)
+    first, second, third, _ = scheduler.timesteps.tolist()
+
+    pipe = types.SimpleNamespace(components={"transformer": tiny.shared}, scheduler=scheduler)
+    dense = {0: [first] * 5, 1: [0, second, first, first, first], 2: [0, third, third, second, second]}
+    with dit_accel.accelerated(pipe, "gna", window=(3, 5, 4), dense_steps=1) as accel:
+        for timesteps in dense.values():
+            call = {"enable_diffusion_forcing": True, "timestep": torch.tensor([timesteps] * 2)}
+            run(tiny.shared, tiny.call() | call)
+        assert {(layer.dense_calls, layer.sparse_calls) for layer in accel.report().layers} == {(2, 1)}
 
 
 def test_causal_blocks_are_refused():
@@ -109,7 +142,7 @@ def test_causal_blocks_are_refused():
     transformer.register_to_config(num_frame_per_block=5)
     with (
         dit_accel.accelerated(transformer, "gna", window=1),
-        pytest.raises(dit_accel.DitAccelError, match="diffusion forcing"),
+        pytest.raises(dit_accel.DitAccelError, match="num_frame_per_block=5"),
     ):
         run(transformer, tiny.call())
 
@@ -158,7 +191,7 @@ def test_hunyuan_15_makes_no_mask_of_all_pairs(monkeypatch):
 
 
 class AttentionCalls(TorchFunctionMode):
-    """Counts calls of dense attention."""
+    """Counts attention calls, dense or replaced."""
 
     count = 0
 
@@ -168,14 +201,14 @@ class AttentionCalls(TorchFunctionMode):
 
 
 def test_mochi_does_not_loop_over_samples():
-    """In sparse calls dense attention is left to the text's pooling, which calls it once for the batch."""
+    """Sparse calls attend once a layer for the whole batch; the text's pooling calls dense attention once."""
     tiny = tiny_models.get("mochi", "t2v")
     inputs = tiny.call(batch=5)
     with AttentionCalls() as dense:
         run(tiny.shared, inputs)
     with dit_accel.accelerated(tiny.shared, "gna", window=1) as accel, AttentionCalls() as sparse:
         run(tiny.shared, inputs)
-    assert (dense.count, sparse.count) == (1 + 2 * 5, 1)
+    assert (dense.count, sparse.count) == (1 + 2 * 5, 1 + 2)
     assert [layer.sparse_calls for layer in accel.report().layers] == [1, 1]
 
 
