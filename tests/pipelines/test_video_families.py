@@ -127,7 +127,10 @@ def test_forcing_counts_steps_by_the_frame_furthest_behind():
     scheduler.set_timesteps(4)
     first, second, third, _ = scheduler.timesteps.tolist()
 
-    pipe = types.SimpleNamespace(components={"transformer": tiny.shared}, scheduler=scheduler)
+    class Pipeline(types.SimpleNamespace):
+        pass
+
+    pipe = Pipeline(components={"transformer": tiny.shared}, scheduler=scheduler)
     dense = {0: [first] * 5, 1: [0, second, first, first, first], 2: [0, third, third, second, second]}
     with dit_accel.accelerated(pipe, "gna", window=(3, 5, 4), dense_steps=1) as accel:
         for timesteps in dense.values():
