@@ -1,7 +1,7 @@
 """Measures one denoising step of whole models: the transformer's call, dense and with each method.
 
 Before a method's step is timed, its attention is checked on the model's shape (`dit_accel.bench.gate`). A step whose
-attention returns v gives the time of everything else.
+attention copies v gives the time of everything else.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class NothingPlan(Plan):
         return torch.zeros(len(queries), self.grid.tokens, dtype=torch.bool, device=queries.device)
 
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **call: Any) -> torch.Tensor:
-        return v
+        return v.clone()  # a compiled model's operator must not return its input
 
     def prepare(self, *call: Any, **more: Any) -> tuple[str, str]:
         return "nothing", "the rest of the step is measured"
