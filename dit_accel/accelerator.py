@@ -272,7 +272,7 @@ def accelerate(
     holds until the next one.
 
     Args:
-        target: a Diffusers pipeline, or one transformer.
+        target: a Diffusers pipeline, modular or not; an object with a `transformer`; or one transformer.
         method: "dense", "gna", "radial", "sla" or "tile"; see `list_methods`. Left out where `layer_schedule` says it.
         layer_schedule: the method and the settings of every layer, in place of `method`, `config` and `dense_layers`;
             a JSON file (format: `dit_accel.hooks.layers`) or `LayerSettings`.

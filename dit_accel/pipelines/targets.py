@@ -23,7 +23,10 @@ def find_transformers(target: Any) -> tuple[dict[str, tuple[nn.Module, Family]],
     if isinstance(target, nn.Module):
         components, pipeline = {"transformer": target}, None
     else:
-        components, pipeline = getattr(target, "components", {}), target
+        components, pipeline = getattr(target, "components", None), target
+        if components is None:  # no pipeline of Diffusers: its transformers are attributes
+            names = [name for name in dir(target) if name.startswith("transformer")]
+            components = {name: getattr(target, name) for name in names}
     found: dict[str, tuple[nn.Module, Family]] = {}
     for name, component in components.items():
         module = getattr(component, "_orig_mod", component)
@@ -33,8 +36,8 @@ def find_transformers(target: Any) -> tuple[dict[str, tuple[nn.Module, Family]],
             found[name] = (module, _supported_family(module))
     if not found:
         raise DitAccelError(
-            f"{type(target).__name__} has no diffusion transformer; pass a Diffusers pipeline or transformer of a "
-            f"supported family: {', '.join(list_families())}."
+            f"{type(target).__name__} has no diffusion transformer; pass a Diffusers pipeline, an object with a "
+            f"transformer, or a transformer of a supported family: {', '.join(list_families())}."
         )
     return found, pipeline
 
