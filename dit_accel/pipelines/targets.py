@@ -20,6 +20,7 @@ def find_transformers(target: Any) -> tuple[dict[str, tuple[nn.Module, Family]],
     Raises:
         DitAccelError: there is none, or one of them is of no supported family.
     """
+    components: dict[str, Any] | None
     if isinstance(target, nn.Module):
         components, pipeline = {"transformer": target}, None
     else:
