@@ -11,7 +11,7 @@ import importlib
 import torch
 
 from dit_accel.errors import DitAccelError
-from dit_accel.kernels.block_sparse import ops, padding
+from dit_accel.kernels.block_sparse import ops
 from dit_accel.kernels.block_sparse.geometry import BlockLists, Geometry, Segments, Shape, check_call
 from dit_accel.kernels.impls import AUTO, Facts, Impl, choose
 from dit_accel.order import TokenOrder
@@ -161,7 +161,7 @@ def attend_blocks(
     if text_bias is not None and geometry.text:
         assert sums is not None
         behind, behind_sums = _attend_padding(q, k, v, geometry, segments, scale, chosen.name)
-        out, sums = padding.merge(out, sums, behind, behind_sums, text_bias)
+        out, sums = _merge_padding(out, sums, behind, behind_sums, text_bias)
     return out, sums
 
 
@@ -242,7 +242,7 @@ def _attend_padding(
     assert text_len is not None
     if text_start is None:
         text_start = torch.full_like(text_len, geometry.key_order.grid.visual + geometry.conditioning)
-    keys, values = (padding.from_its_end(x, text_start, geometry.text) for x in (k, v))
+    keys, values = (_text_from_its_end(x, text_start, geometry.text) for x in (k, v))
     rows, blocks = (-(-n // block) for n, block in ((q.shape[2], geometry.block_q), (geometry.text, geometry.block_k)))
     # Block 0 holds the row in front.
     indices = torch.arange(1, 1 + blocks, dtype=torch.int32, device=q.device).repeat(rows, 1)
@@ -267,3 +267,38 @@ def _check_bias(q: torch.Tensor, text_len: torch.Tensor | None, text_bias: torch
             f"text_bias must be floating point {list(want)}, one for each query, and come with text_len; got "
             f"{text_bias.dtype} {tuple(text_bias.shape)}{'' if text_len is not None else ' without text_len'}."
         )
+
+
+def _text_from_its_end(x: torch.Tensor, text_start: torch.Tensor, text: int) -> torch.Tensor:
+    """The text rows of keys or values, the last one first, so that padding is in front.
+
+    Args:
+        x: [B, H, N, D].
+        text_start: int32 [B], first text row of each sample.
+        text: text rows.
+
+    Returns:
+        [B, H, 1 + text, D]; the row in front is one that no list names, since the engine's grids are not empty.
+    """
+    rows = torch.arange(text, -1, -1, device=x.device).clamp(max=text - 1) + text_start[:, None]
+    return x.take_along_dim(rows[:, None, :, None], 2)
+
+
+def _merge_padding(
+    out: torch.Tensor, lse: torch.Tensor, padding: torch.Tensor, padding_lse: torch.Tensor, bias: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One softmax over two sets of keys, from the softmax over each.
+
+    Args:
+        out, padding: results over the two sets, [B, H, N, D].
+        lse, padding_lse: their log-sum-exp, [B, H, N].
+        bias: [B, N], what a query adds to the logits of the second set.
+
+    Returns:
+        Result and log-sum-exp over both, dtypes and layout as `out` and `lse`.
+    """
+    biased = padding_lse + bias[:, None].to(lse.dtype)
+    empty = padding_lse == -torch.inf  # where the first set may be empty too
+    share = (biased - lse).masked_fill(empty, -torch.inf).sigmoid()[..., None]
+    merged = torch.lerp(out.to(lse.dtype), padding.to(lse.dtype), share).to(out.dtype)
+    return merged, torch.where(empty, lse, torch.logaddexp(lse, biased.masked_fill(empty, 0.0)))

@@ -18,7 +18,7 @@ import torch
 from dit_accel.errors import DitAccelError
 from dit_accel.kernels import impls
 from dit_accel.kernels.block_sparse.api import block_sparse_attention
-from dit_accel.kernels.block_sparse.predicate import Predicate
+from dit_accel.kernels.block_sparse.geometry import Predicate
 from dit_accel.order import TokenOrder
 from dit_accel.testing import assert_accurate, plain_attention
 from dit_accel.tokens import TokenGrid
