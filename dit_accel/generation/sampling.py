@@ -19,20 +19,20 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
     from rich.progress import Progress
 
-FULL = "can't allocate memory"  # how PyTorch says it on a CPU, without an error of its own
+FULL = "can't allocate memory"  # PyTorch's message on a CPU, where it has no error class for it
 LARGEST_SEED = 2**64 - 1
 
 
 @dataclasses.dataclass(frozen=True)
 class TimedOutput:
-    """What one call made, and what it took.
+    """The output of one call, its times and its memory.
 
     Args:
         frames: float32 [F, H, W, 3] in [0, 1]; an image has one frame.
-        seconds: the whole call, from prompt to pixels.
-        denoising_seconds: its denoising loop alone.
-        steps: denoising steps taken.
-        peak_memory: most bytes allocated on the GPU during the call; None on a CPU.
+        seconds: of the whole call, from prompt to pixels.
+        denoising_seconds: of its denoising loop.
+        steps: number of denoising steps.
+        peak_memory: largest number of bytes allocated on the GPU during the call; None on a CPU.
     """
 
     frames: np.ndarray
@@ -49,11 +49,11 @@ class TimedOutput:
 
 
 class Steps:
-    """Stands in for a pipeline's progress bar: shows the loop and takes its time.
+    """Replaces a pipeline's progress bar: shows the denoising loop and times it.
 
     Args:
         progress: where to show it.
-        title: what is running.
+        title: of the run.
         device: where the work runs.
     """
 
@@ -99,10 +99,10 @@ def check_seeds(seeds: Collection[int]) -> None:
 
 
 def call(pipe: DiffusionPipeline, arguments: Mapping[str, Any], seed: int) -> Any:
-    """The pipeline's output as numbers, its noise drawn on the CPU, so that it is the same on every device.
+    """The pipeline's output as numbers; the noise is drawn on the CPU, so that it is the same on every device.
 
     Raises:
-        DitAccelError: the pipeline's own check refuses the arguments, or memory does not do.
+        DitAccelError: the pipeline's own check refuses the arguments, or memory runs out.
     """
     import torch
 
@@ -117,7 +117,7 @@ def call(pipe: DiffusionPipeline, arguments: Mapping[str, Any], seed: int) -> An
         if not isinstance(error, torch.OutOfMemoryError) and FULL not in str(error):
             raise
         raise DitAccelError(
-            f"{type(pipe).__name__} needs more memory than there is ({first_line(error)}): ask for fewer frames or "
+            f"{type(pipe).__name__} ran out of memory ({first_line(error)}): ask for fewer frames or "
             "pixels, or give --vae-tiling, --offload model or --offload group, or --dtype bfloat16."
         ) from error
 
@@ -159,20 +159,23 @@ def sample(
     return TimedOutput(frames, seconds, steps.watch.seconds, steps.steps, memory)
 
 
+def progress_bar(text: str = "{task.description}", *, show: bool = True) -> Progress:
+    """A bar on stderr with a text, counts and times.
+
+    Args:
+        text: in front of the bar, as rich formats it.
+        show: whether this process shows it.
+    """
+    from rich import progress as rich
+    from rich.console import Console
+
+    columns = (rich.TextColumn(text), rich.BarColumn(), rich.MofNCompleteColumn(), rich.TimeElapsedColumn())
+    return rich.Progress(*columns, rich.TimeRemainingColumn(), console=Console(stderr=True), disable=not show)
+
+
 @contextlib.contextmanager
 def _steps(pipe: DiffusionPipeline, title: str, device: torch.device) -> Iterator[Steps]:
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as progress:
+    with progress_bar() as progress:
         steps = Steps(progress, title, device)
         pipe.progress_bar = steps
         try:

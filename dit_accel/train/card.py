@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import pathlib
 from typing import TYPE_CHECKING, Any
@@ -11,8 +12,8 @@ from dit_accel.files import replace_file
 
 if TYPE_CHECKING:
     from dit_accel.accelerator import Accelerator
+    from dit_accel.generation.sources import Source
     from dit_accel.train.data import Dataset
-    from dit_accel.train.loop import Base
     from dit_accel.train.settings import TrainSettings
 
 # Base models whose licence forbids commercial use of what is derived from them.
@@ -24,6 +25,32 @@ NON_COMMERCIAL = {
 
 CARD = "README.md"
 QUALITY, LIMITS = "\n## Quality\n\n", "\n\n## Limits\n\n"
+
+
+@dataclasses.dataclass(frozen=True)
+class Base:
+    """The model that is trained.
+
+    Args:
+        model: embedded name, folder or Hub id.
+        revision: on the Hub.
+        licence: of its weights; None if it is not known.
+    """
+
+    model: str
+    revision: str | None = None
+    licence: str | None = None
+
+    @classmethod
+    def of(cls, source: Source) -> Base:
+        """The model of a source; the licence comes from the header of the model card beside it."""
+        if source.kind == "embedded":
+            return cls(source.model, licence="apache-2.0")
+        path = source.folder / CARD
+        parts = path.read_text(encoding="utf-8", errors="replace").split("---") if path.is_file() else []
+        lines = parts[1].splitlines() if len(parts) > 2 else []
+        found = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+        return cls(source.model, source.revision, found.get("license_name") or found.get("license"))
 
 
 def write(

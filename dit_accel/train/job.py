@@ -18,9 +18,6 @@ from dit_accel.train.settings import INDEX
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-    from dit_accel.train.loop import Base
-    from dit_accel.train.validation import Validation
-
 
 def run(request: TrainRequest) -> list[str]:
     """Prepare data, train or search, and say what was done.
@@ -50,11 +47,15 @@ def run(request: TrainRequest) -> list[str]:
         return [f"training data: {folder}, {len(Dataset(folder))} samples"]
     if run.search is not None:
         return _search(pipe, request, candidates, folder)
+    from dit_accel.train.card import Base
     from dit_accel.train.loop import train
+    from dit_accel.train.validation import Validation
 
-    call = _call(request)
-    validation = _validation(request, source.call_defaults() | size | call, source.fps)
-    train(pipe, request.train, folder, run.output, base=_base(source), validation=validation, call=call)
+    call: dict[str, Any] = {}
+    if "consistency" in request.train.objectives:
+        call = {"num_inference_steps": request.train.distillation.segments, "guidance_scale": 1.0}
+    validation = Validation(run.samples, source.call_defaults() | size | call, source.fps) if run.samples else None
+    train(pipe, request.train, folder, run.output, base=Base.of(source), validation=validation, call=call)
     load = f"dit-accel generate --model {run.model} --load {run.output}"
     return [f"trained: {run.output}", f"try it: {load}"] if processes.is_main_process else []
 
@@ -82,46 +83,14 @@ def _prepare(
     write(folder, samples, preparer.negative(), {"model": request.run.model, **dataclasses.asdict(data), **size})
 
 
-def _call(request: TrainRequest) -> dict[str, Any]:
-    """Arguments of the pipeline's call that the result is for."""
-    if "consistency" not in request.train.objectives:
-        return {}
-    return {"num_inference_steps": request.train.distillation.segments, "guidance_scale": 1.0}
-
-
-def _validation(request: TrainRequest, arguments: Mapping[str, Any], fps: int) -> Validation | None:
-    from dit_accel.train.validation import Validation
-
-    return Validation(request.run.samples, arguments, fps) if request.run.samples else None
-
-
-def _base(source: sources.Source) -> Base:
-    from dit_accel.train.loop import Base
-
-    licence = "apache-2.0" if source.kind == "embedded" else _licence(source.folder / "README.md")
-    return Base(source.model, source.revision, licence)
-
-
-def _licence(card: pathlib.Path) -> str | None:
-    """The licence in the header of a model card that lies beside the model."""
-    if not card.is_file():
-        return None
-    header = card.read_text(encoding="utf-8", errors="replace").split("---")
-    lines = header[1].splitlines() if len(header) > 2 else []
-    found = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
-    return found.get("license_name") or found.get("license")
-
-
 def _search(
     pipe: DiffusionPipeline, request: TrainRequest, candidates: list[dict[str, Any]], folder: pathlib.Path
 ) -> list[str]:
-    from rich.console import Console
-    from rich.progress import Progress
-
+    from dit_accel.generation.sampling import progress_bar
     from dit_accel.train import search
 
     assert request.run.search is not None
-    with Progress(console=Console(stderr=True)) as bar:
+    with progress_bar() as bar:
         task = bar.add_task("layers", total=None)
         table = search.measure(
             pipe,

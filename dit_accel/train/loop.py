@@ -1,12 +1,11 @@
 """The training loop, on Hugging Face accelerate: any number of processes, mixed precision, accumulation, FSDP.
 
-A run writes to one folder: `losses.jsonl` as it goes, `checkpoints/`, `validation/` samples, and at the end the trained
-accelerator, which `dit_accel.load` takes. Started again with the same settings, it goes on from its last checkpoint.
+A run writes to one folder: `losses.jsonl`, `checkpoints/`, `validation/`, and at the end the trained accelerator, which
+`dit_accel.load` takes. A run that is started again with the same settings resumes from its last checkpoint.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import pathlib
@@ -20,40 +19,25 @@ from torch import nn
 from dit_accel.accelerator import accelerate
 from dit_accel.checkpoint import lora as adapters
 from dit_accel.errors import DitAccelError
+from dit_accel.generation.sampling import progress_bar
 from dit_accel.pipelines.targets import find_transformers
 from dit_accel.train import card, state
+from dit_accel.train.card import Base
 from dit_accel.train.data import Dataset, Order, TrainingSample, collate
 from dit_accel.train.distill import LevelSegments
-from dit_accel.train.losses import LossCurve
 from dit_accel.train.networks import TrainingNetworks, copy_of, expanded
 from dit_accel.train.objectives import NEEDS_TEACHER, OBJECTIVES
 from dit_accel.train.prepare import Preparer, find_transformer
 from dit_accel.train.process import process_of
 from dit_accel.train.processes import join
-from dit_accel.train.progress import Progress
 from dit_accel.train.settings import TrainSettings
 from dit_accel.train.validation import Validation
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-MAY_CHANGE = ("steps", "save_every", "validate_every", "tracker")  # when a run goes on
-FLOOR = 0.1  # of the rate, where a cosine ends
-
-
-@dataclasses.dataclass(frozen=True)
-class Base:
-    """The model that is trained, for the record.
-
-    Args:
-        model: embedded name, folder or Hub id.
-        revision: on the Hub.
-        licence: of its weights; None if nobody said.
-    """
-
-    model: str
-    revision: str | None = None
-    licence: str | None = None
+MAY_CHANGE = ("steps", "save_every", "validate_every", "tracker")  # settings that a resumed run may change
+FLOOR = 0.1  # share of the rate at the end of a cosine
 
 
 def train(
@@ -66,10 +50,10 @@ def train(
     validation: Validation | None = None,
     call: Mapping[str, Any] | None = None,
 ) -> pathlib.Path:
-    """Fine-tune a pipeline's transformer with a method at work in it.
+    """Fine-tune a pipeline's transformer while a method computes its attention.
 
-    Afterwards the pipeline has the trained accelerator at work, whose `remove` leaves the trained LoRA or weights where
-    they are: load the result into a fresh pipeline to have both come and go. Under `accelerate launch` every process
+    Afterwards the trained accelerator is active in the pipeline. Its `remove` leaves the trained LoRA or weights in
+    place; load the result into a fresh pipeline to be able to remove both. Under `accelerate launch` every process
     calls this.
 
     Args:
@@ -77,16 +61,16 @@ def train(
         settings: of the run.
         data: folder that `prepare.py` made.
         output: folder of the run; see the module.
-        base: what the pipeline was loaded from.
-        validation: what to generate on the way.
-        call: arguments of the pipeline's call that the result is for, saved with it.
+        base: the model that the pipeline was loaded from.
+        validation: what to generate during the run.
+        call: arguments of the pipeline's call that the result is for; saved with it.
 
     Returns:
         `output`.
 
     Raises:
         DitAccelError: the data, the model or the settings do not fit; the loss is not a number; or the disk is full.
-            Checkpoints written before stay.
+            Earlier checkpoints stay.
     """
     trainer = Trainer(pipe, settings, Dataset(pathlib.Path(data)), pathlib.Path(output), base, validation)
     trainer.run()
@@ -127,7 +111,7 @@ class Trainer:
         return LevelSegments(self.process, ends, steps)
 
     def _make_student(self) -> None:
-        """Accelerate the transformer, choose what trains, and hand it to `accelerate`."""
+        """Accelerate the transformer, choose the weights to train, and prepare both with Hugging Face accelerate."""
         settings = self.settings
         torch.manual_seed(settings.seed)  # LoRA's A matrices
         family = find_transformers(self.pipe)[0]["transformer"][1]
@@ -177,7 +161,7 @@ class Trainer:
         return [name for name in linear if f".{name}".endswith(ends)]
 
     def _groups(self) -> list[dict[str, Any]]:
-        """Weights by learning rate; `rate` in a group is the rate before warm-up and decay."""
+        """Weights by learning rate; `rate` of a group is the rate without warm-up and decay."""
         method = {id(weight) for module in self.accel.learned_weights().values() for weight in module.parameters()}
         trained = [weight for weight in self.transformer.parameters() if weight.requires_grad]
         rates = (self.settings.rate, self.settings.method_rate or self.settings.rate)
@@ -193,26 +177,26 @@ class Trainer:
             DitAccelError: the loss is not a number, or a checkpoint cannot be written.
         """
         main = self.hf.is_main_process
-        curve = LossCurve(self.output / "losses.jsonl", self.step) if main else None
-        began, first = time.monotonic(), self.step
-        with Progress(self.settings.steps, self.step, show=main) as progress:
-            while self.step < self.settings.steps:
+        curve = state.LossCurve(self.output / "losses.jsonl", self.step) if main else None
+        began, first, settings = time.monotonic(), self.step, self.settings
+        with progress_bar("training: loss {task.fields[loss]}, {task.fields[pace]} steps/s", show=main) as bar:
+            task = bar.add_task("", total=settings.steps, completed=first, loss="-", pace="-")
+            while self.step < settings.steps:
                 figures = self._train_step()
-                pace = (self.step - first) / (time.monotonic() - began)
                 if curve is not None:
                     curve.add({"step": self.step, **figures})
                 self.hf.log(figures, step=self.step)
-                progress.advance(figures["loss"], pace)
-                last = self.step == self.settings.steps
-                if self.step % self.settings.save_every == 0 or last:
+                pace = (self.step - first) / (time.monotonic() - began)
+                bar.update(task, advance=1, loss=f"{figures['loss']:.4g}", pace=f"{pace:.2f}")
+                if self.step % settings.save_every == 0 or self.step == settings.steps:
                     self._save()
-                if self.validation and self.settings.validate_every and self.step % self.settings.validate_every == 0:
+                if self.validation and settings.validate_every and self.step % settings.validate_every == 0:
                     self._validate()
         if curve is not None:
             curve.close()
 
     def _train_step(self) -> dict[str, float]:
-        """One optimizer step: its losses and rate, averaged over micro-batches and processes."""
+        """One optimizer step; returns its rate and its losses, averaged over micro-batches and processes."""
         settings = self.settings
         factor = self._rate_factor()
         for group in self.optimizer.param_groups:
@@ -280,8 +264,8 @@ class Trainer:
         checkpoints = state.found(self.output / "checkpoints")
         kept = f"the last good checkpoint is {checkpoints[-1]}" if checkpoints else "there is no checkpoint yet"
         raise DitAccelError(
-            f"The loss is {loss} at step {self.step + 1}, before which all was finite; {kept}. Lower the learning rate "
-            f"({self.settings.rate}) or the gradient clip ({self.settings.clip}), or check the data, and start anew."
+            f"The loss is {loss} at step {self.step + 1}, and was finite before; {kept}. Lower the learning rate "
+            f"({self.settings.rate}) or the gradient clip ({self.settings.clip}), or check the data, and start again."
         )
 
     def _rate_factor(self) -> float:
@@ -310,7 +294,7 @@ class Trainer:
         self.hf.wait_for_everyone()
 
     def _record(self) -> dict[str, Any]:
-        """What a run must share with the checkpoint it goes on from."""
+        """What a resumed run must have in common with its checkpoint."""
         settings = {name: value for name, value in self.settings.as_dict().items() if name not in MAY_CHANGE}
         return {
             "settings": settings,
@@ -384,5 +368,5 @@ def _same_run(checkpoint: pathlib.Path, saved: Mapping[str, Any], present: Mappi
         if was != now:
             raise DitAccelError(
                 f"{checkpoint} belongs to another run: its {name} was {was}, and is {now} now. Give another --output, "
-                "or delete that folder to start anew."
+                "or delete that folder to start again."
             )

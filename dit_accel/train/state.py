@@ -1,7 +1,7 @@
-"""Checkpoints of a training run: weights, their average and the optimizer's state, in safetensors.
+"""What a training run keeps: checkpoints (weights, their average, the optimizer's state) and the loss curve.
 
-Data order and noise follow from seed and step, so a checkpoint needs no random state, and a run that goes on from one
-is the same, bit for bit, as one that was never stopped. A checkpoint is a folder that is renamed when it is complete.
+Data order and noise follow from seed and step, so a checkpoint holds no random state. A run that is resumed gives the
+same bits as one that was never stopped. A checkpoint is a folder that is renamed when it is complete.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from dit_accel.errors import DitAccelError, first_line
-from dit_accel.files import staged
+from dit_accel.files import replace_file, staged
 
 PARTS = ("weights", "average", "optimizer")
 SCALER = "loss scale"  # beside the optimizer's state, by names that no weight has
@@ -130,3 +130,31 @@ def load(checkpoint: pathlib.Path) -> tuple[int, dict[str, Tensors], dict[str, A
             f"The checkpoint {checkpoint} is damaged ({error}); delete it to go on from the one before."
         ) from error
     return content["step"], parts, content["record"]
+
+
+class LossCurve:
+    """Adds rows to `losses.jsonl`.
+
+    Args:
+        path: of the file.
+        step: of the checkpoint the run resumes from; rows of later steps are dropped, and will be written again.
+    """
+
+    def __init__(self, path: pathlib.Path, step: int) -> None:
+        kept = [row for row in read_losses(path) if row["step"] <= step] if path.exists() else []
+        replace_file(path, "".join(json.dumps(row) + "\n" for row in kept).encode())
+        self._file = path.open("a", encoding="utf-8")
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Write a row; it is in the file when this returns."""
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read_losses(path: pathlib.Path) -> list[dict[str, Any]]:
+    """The complete rows of a loss curve; an incomplete last line, left by a killed process, is left out."""
+    lines = path.read_text(encoding="utf-8").split("\n")
+    return [json.loads(line) for line in lines[:-1]]

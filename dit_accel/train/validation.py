@@ -1,4 +1,4 @@
-"""Samples on the way: the same prompts and noise every time, so that one sees what training changes."""
+"""Samples of a model in training: the same prompts and noise every time, so that they show what training changes."""
 
 from __future__ import annotations
 
@@ -7,9 +7,8 @@ import pathlib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from dit_accel.files import staged
+from dit_accel.generation import sampling
 from dit_accel.generation.output import write_frames
 
 if TYPE_CHECKING:
@@ -36,8 +35,7 @@ class Validation:
         pipe.set_progress_bar_config(disable=True)
         made = []
         for seed, prompt in enumerate(self.prompts):
-            generator = torch.Generator("cpu").manual_seed(seed)
-            result = pipe(prompt, generator=generator, output_type="np", **self.arguments)
+            result = sampling.call(pipe, {"prompt": prompt, **self.arguments}, seed)
             made.append(result.frames[0] if hasattr(result, "frames") else result.images[:1])
         return made
 

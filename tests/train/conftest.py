@@ -64,8 +64,9 @@ def trained(tiny, tmp_path):
 
     `moved`, a seed, moves every weight at the start to one of its two neighbours in float32.
     """
+    from dit_accel.train.card import Base
     from dit_accel.train.data import Dataset
-    from dit_accel.train.loop import Base, Trainer
+    from dit_accel.train.loop import Trainer
     from dit_accel.train.settings import make
 
     def run(name="run", call=None, validation=None, moved=None, **settings):

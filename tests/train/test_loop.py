@@ -12,15 +12,16 @@ from launching import TWO_PROCESSES
 
 import dit_accel
 from dit_accel.checkpoint import lora as adapters
-from dit_accel.train import losses, state
+from dit_accel.train import state
+from dit_accel.train.card import Base
 from dit_accel.train.data import Dataset
-from dit_accel.train.loop import Base, train
+from dit_accel.train.loop import train
 from dit_accel.train.networks import TrainingNetworks
 from dit_accel.train.settings import make
 
 
 def curve(folder):
-    return [{k: v for k, v in row.items() if k != "rate"} for row in losses.read(folder / "losses.jsonl")]
+    return [{k: v for k, v in row.items() if k != "rate"} for row in state.read_losses(folder / "losses.jsonl")]
 
 
 def call_of(data):
@@ -38,7 +39,7 @@ def test_it_learns_and_the_artefact_brings_it_back(trained, tiny):
     setting = {"method": "sla", "config": {"topk": 0.2, "block": 8}}
     plain = {"steps": 30, "rate": 1e-3, "ema": 0.5, "warmup": 2, "decay": "cosine", "save_every": 30}
     folder = trained(call={"num_inference_steps": 3}, **plain, **setting)
-    rows = losses.read(folder / "losses.jsonl")
+    rows = state.read_losses(folder / "losses.jsonl")
     assert [row["step"] for row in rows] == list(range(1, 31))
     files = {path.name for path in folder.iterdir()}
     assert files == {
@@ -122,7 +123,7 @@ def test_full_weights(trained, tiny):
     ids=["objectives", "consistency", "bf16"],
 )  # fmt: skip
 def test_kinds_of_runs(settings, trained):
-    rows = losses.read(trained(steps=2, **settings) / "losses.jsonl")
+    rows = state.read_losses(trained(steps=2, **settings) / "losses.jsonl")
     assert len(rows) == 2 and all(0 < row["loss"] < 100 for row in rows)
     assert set(rows[0]) == {"step", "loss", "rate", *settings.get("objectives", {"teacher": 1})}
 

@@ -7,8 +7,9 @@ import sys
 import kills
 
 from dit_accel.pipelines.demo import load_demo
+from dit_accel.train.card import Base
 from dit_accel.train.data import Dataset
-from dit_accel.train.loop import Base, Trainer
+from dit_accel.train.loop import Trainer
 from dit_accel.train.settings import make
 
 
