@@ -1,7 +1,7 @@
-"""`dit-accel generate --prompts`: an output for each prompt, shared out among processes, going on where it stopped.
+"""`dit-accel generate --prompts`: an output for each prompt, shared out among processes and resumable.
 
-The record beside an output says that it is done: it is moved into place last. So nothing is made twice or lost,
-whichever process was killed when. Processes do not talk to each other: each has a run of neighbouring prompts.
+An output is done when its record exists, which is moved into place last. So a kill loses at most the output in
+progress, and nothing is made twice. Processes do not communicate: each has a run of neighbouring prompts.
 """
 
 from __future__ import annotations
@@ -21,77 +21,62 @@ from dit_accel.generation import prompts
 from dit_accel.generation.processes import ProcessRank
 from dit_accel.generation.request import GenerateRequest
 
-DIGITS = 4
+DIGITS = 4  # of the number behind the name of an output
 
 
 @dataclasses.dataclass(frozen=True)
-class PromptBatch:
-    """The requests of many prompts, in their order.
+class NumberedOutput:
+    """One prompt of many, with its output.
 
     Args:
-        requests: one for each prompt; each is what `generate --prompt` would have been asked for.
-        manifest: the file that lists them.
-        process: which of the processes this is.
+        request: as `generate --prompt` would have made it.
+        path: of the output.
     """
 
-    requests: list[GenerateRequest]
-    manifest: Path
-    process: ProcessRank
+    request: GenerateRequest
+    path: Path
 
-    def pending(self) -> list[GenerateRequest]:
-        """What is left of this process's share.
+    @property
+    def record(self) -> Path:
+        return self.path.with_suffix(".json")
 
-        Raises:
-            DitAccelError: something was made with other options.
-        """
-        return [each for each in self.process.share(self.requests) if not self.is_done(each)]
-
-    def is_done(self, request: GenerateRequest) -> bool:
-        """Whether a request's record lies there.
+    def is_done(self) -> bool:
+        """Whether the output and its record exist.
 
         Raises:
-            DitAccelError: it was made with other options.
+            DitAccelError: they were made with other options.
         """
-        path = record_of(request)
-        if not path.exists():
+        if not self.record.exists() or not self.path.exists() or self.path.stat().st_size == 0:
             return False
-        made, asked = _read(path).get("request", {}), json.loads(json.dumps(values.record(request)))
-        for field in dataclasses.fields(request):
+        made, asked = self.read_record().get("request", {}), json.loads(json.dumps(values.record(self.request)))
+        for field in dataclasses.fields(self.request):
             was, now = made.get(field.name), asked[field.name]
             if was != now:
                 raise DitAccelError(
-                    f"{path} was made with {values.flag(field)} {was}, not {now}: choose another --output, or delete "
-                    "what was made."
+                    f"{self.record} was made with {values.flag(field)} {was}, not {now}: choose another --output, or "
+                    "delete the old outputs."
                 )
         return True
 
-    def write_manifest(self) -> None:
-        """List every prompt with what was made for it, from the records.
-
-        Another process may finish an output between reading and writing; whoever renames last has read everything
-        that was there, because all go on until nothing is new.
+    def read_record(self) -> dict[str, Any]:
+        """The record of the output.
 
         Raises:
-            DitAccelError: it cannot be written.
+            DitAccelError: it cannot be read, or is another file.
         """
-        written = None
-        while written != (found := [record_of(request).exists() for request in self.requests]):
-            lines = [json.dumps(self._entry(i, done)) for i, done in enumerate(found)]
-            replace_file(self.manifest, ("\n".join(lines) + "\n").encode())
-            written = found
-
-    def _entry(self, index: int, done: bool) -> dict[str, Any]:
-        request = self.requests[index]
-        assert request.output is not None
-        entry = {"index": index, "prompt": request.prompt, "output": request.output.name, "done": done}
-        if done:
-            run = _read(record_of(request))["runs"]["accelerated"]
-            entry |= {"record": record_of(request).name, "seconds": run["seconds"]}
-        return entry
+        try:
+            record = json.loads(self.record.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise DitAccelError(
+                f"{self.record} should be the record of an output, and cannot be read ({error})."
+            ) from error
+        if not isinstance(record, dict):
+            raise DitAccelError(f"{self.record} is not the record of an output; choose another --output.")
+        return record
 
 
 def run(request: GenerateRequest) -> None:
-    """Make this process's share of the outputs that are still missing.
+    """Make this process's share of the outputs that are missing.
 
     Raises:
         DitAccelError: the prompts cannot be read, or something asked for cannot be done.
@@ -99,53 +84,48 @@ def run(request: GenerateRequest) -> None:
     """
     process = ProcessRank.here()
     prepared = job.prepare(dataclasses.replace(request, device=process.device(request.device)))
-    batch = read(request, prepared.output, process)
-    batch.manifest.parent.mkdir(parents=True, exist_ok=True)
-    pending = batch.pending()
-    batch.write_manifest()
+    outputs = _outputs(request, prepared.output)
+    manifest = prepared.output.with_suffix(".jsonl")
+    pending = [each for each in process.share(outputs) if not each.is_done()]
+    _write_manifest(manifest, outputs)
     share = f", process {process.index} of {process.count}" if process.count > 1 else ""
-    typer.echo(f"{len(pending)} of {len(batch.requests)} prompts to do{share}")
+    typer.echo(f"{len(pending)} of {len(outputs)} prompts to do{share}")
     made = 0
     try:
-        loaded = prepared.load() if pending else None
+        pipe = prepared.load() if pending else None
         for each in pending:
-            assert loaded is not None
-            loaded.make(each)
+            assert pipe is not None
+            prepared.make(pipe, each.request)
             made += 1
-            batch.write_manifest()
-            typer.echo(f"{each.output}: {each.prompt}")
+            _write_manifest(manifest, outputs)
+            typer.echo(f"{each.path}: {each.request.prompt}")
     except KeyboardInterrupt as stop:
         raise Interrupted(f"interrupted after {made} of {len(pending)}; the same command goes on.") from stop
-    typer.echo(f"manifest: {batch.manifest}")
+    typer.echo(f"manifest: {manifest}")
 
 
-def read(request: GenerateRequest, output: Path, process: ProcessRank) -> PromptBatch:
-    """The requests of `--prompts`.
-
-    Raises:
-        DitAccelError: the prompts cannot be read, or there are none.
-    """
+def _outputs(request: GenerateRequest, output: Path) -> list[NumberedOutput]:
     assert request.prompts is not None
-    texts = prompts.read(request.prompts).texts
-    paths = [output.with_name(f"{output.stem}-{i:0{DIGITS}d}{output.suffix}") for i in range(len(texts))]
-    requests = [
-        dataclasses.replace(request, prompts=None, prompt=text, output=path)
-        for text, path in zip(texts, paths, strict=True)
-    ]
-    return PromptBatch(requests, output.with_suffix(".jsonl"), process)
+    found = []
+    for index, text in enumerate(prompts.read(request.prompts).texts):
+        path = output.with_name(f"{output.stem}-{index:0{DIGITS}d}{output.suffix}")
+        found.append(NumberedOutput(dataclasses.replace(request, prompts=None, prompt=text, output=path), path))
+    return found
 
 
-def record_of(request: GenerateRequest) -> Path:
-    """Where the record of a request's output lies."""
-    assert request.output is not None
-    return request.output.with_suffix(".json")
+def _write_manifest(path: Path, outputs: list[NumberedOutput]) -> None:
+    """List every prompt with its output, from the records.
 
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DitAccelError(f"{path} should be the record of an output, and cannot be read ({error}).") from error
-    if not isinstance(record, dict):
-        raise DitAccelError(f"{path} should be the record of an output, and is not; choose another --output.")
-    return record
+    Another process may finish an output while this one writes, so each writes until nothing is new. The last one to
+    write then has listed everything.
+    """
+    written = None
+    while written != (found := [each.record.exists() for each in outputs]):
+        lines = []
+        for index, (each, done) in enumerate(zip(outputs, found, strict=True)):
+            entry = {"index": index, "prompt": each.request.prompt, "output": each.path.name, "done": done}
+            if done:
+                entry |= {"record": each.record.name, "seconds": each.read_record()["runs"]["accelerated"]["seconds"]}
+            lines.append(json.dumps(entry) + "\n")
+        replace_file(path, "".join(lines).encode())
+        written = found

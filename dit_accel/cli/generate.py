@@ -27,7 +27,8 @@ def generate(given: dict[str, Any]) -> None:
         batch.run(request)
         return
     try:
-        lines = job.run(request)
+        prepared = job.prepare(request)
+        lines = prepared.make(prepared.load(), request)
     except KeyboardInterrupt as stop:
         raise Interrupted("interrupted; nothing was written.") from stop
     typer.echo("\n".join(lines))

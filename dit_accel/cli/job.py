@@ -29,24 +29,12 @@ if TYPE_CHECKING:
     from dit_accel.tokens import TokenGrid
 
 
-def run(request: GenerateRequest) -> list[str]:
-    """Generate, write the files and say what was done.
-
-    Returns:
-        Lines for people: the files, times and likeness.
-
-    Raises:
-        DitAccelError: something asked for cannot be done; nothing was written.
-    """
-    return prepare(request).load().make(request)
-
-
 @dataclasses.dataclass(frozen=True)
-class Job:
-    """What was asked for, found to fit together; no weights are loaded yet.
+class GenerateJob:
+    """A request whose parts fit together; no weights are loaded yet.
 
     Args:
-        request: whose options these are.
+        request: the options.
         chosen: method and settings.
         source: where the model comes from.
         shape: frames, height and width in pixels.
@@ -67,48 +55,45 @@ class Job:
     dtype: torch.dtype
     picture: Image | None
 
-    def load(self) -> Loaded:
-        """Load the pipeline.
+    def load(self) -> DiffusionPipeline:
+        """The pipeline.
 
         Raises:
-            DitAccelError: the pipeline or a LoRA cannot be loaded.
+            DitAccelError: it or a LoRA cannot be loaded.
         """
-        return Loaded(self, self.request.load_pipe(self.source, self.dtype, self.device, self.request.lora))
+        return self.request.load_pipe(self.source, self.dtype, self.device, self.request.lora)
 
+    def make(self, pipe: DiffusionPipeline, request: GenerateRequest) -> list[str]:
+        """Generate one output and write its files, all or none.
 
-@dataclasses.dataclass(frozen=True)
-class Loaded:
-    """A job with its pipeline, which can make an output for any prompt."""
-
-    job: Job
-    pipe: DiffusionPipeline
-
-    def make(self, request: GenerateRequest) -> list[str]:
-        """Generate one output and write its files; `request` differs from the job's in prompt and output alone.
+        Args:
+            pipe: from `load`.
+            request: differs from the job's only in prompt and output.
 
         Returns:
-            Lines for people.
+            Lines for people: the files, times and likeness.
 
         Raises:
-            DitAccelError: the pipeline's call cannot be made as asked, or the files cannot be written.
+            DitAccelError: the pipeline refuses the call, or the files cannot be written.
         """
-        job, pipe = self.job, self.pipe
-        own = job.source.call_defaults() | job.chosen.call
-        arguments = request.arguments(pipe, own, job.shape, video=job.video, prompt=request.prompt, image=job.picture)
-        grid = job.grid
+        own = self.source.call_defaults() | self.chosen.call
+        arguments = request.arguments(
+            pipe, own, self.shape, video=self.video, prompt=request.prompt, image=self.picture
+        )
+        grid = self.grid
         if grid.text:
             grid = dataclasses.replace(grid, text=arguments.get(call.LENGTH, grid.text))
-        runs, report = _run(pipe, job.chosen, arguments, request, job.device)
-        path, title = request.output or job.output, job.chosen.title
+        runs, report = _run(pipe, self.chosen, arguments, request, self.device)
+        path, title = request.output or self.output, self.chosen.title
         record = {
             "request": values.record(request),
             "pipeline": type(pipe).__name__,
-            "method": job.chosen.record(),
+            "method": self.chosen.record(),
             "grid": dataclasses.asdict(grid),
             "call": {name: value for name, value in arguments.items() if name != "image"},
-            "dtype": str(job.dtype).removeprefix("torch."),
-            "device": str(job.device),
-            "fps": request.rate(pipe, job.source, arguments) if job.video else None,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "device": str(self.device),
+            "fps": request.rate(pipe, self.source, arguments) if self.video else None,
             "runs": {name: made.record() for name, made in runs.items()},
             "comparison": _compare(**runs) if request.compare else None,
             "report": report.as_dict(),
@@ -120,7 +105,7 @@ class Loaded:
         return [str(report), *_summary(path, record, title)]
 
 
-def prepare(request: GenerateRequest) -> Job:
+def prepare(request: GenerateRequest) -> GenerateJob:
     """Check everything that can be checked without weights.
 
     Raises:
@@ -144,7 +129,7 @@ def prepare(request: GenerateRequest) -> Job:
     call.check_loras(request.lora)
     device, dtype = call.placement(request.device, request.dtype, request.offload)
     picture = call.open_image(request.image)
-    return Job(request, chosen, source, shape, sizes.video, grid, path, device, dtype, picture)
+    return GenerateJob(request, chosen, source, shape, sizes.video, grid, path, device, dtype, picture)
 
 
 def _endings(sizes: Sizes, frames: int) -> tuple[str, ...]:
@@ -160,10 +145,10 @@ def _run(
     request: GenerateRequest,
     device: torch.device,
 ) -> tuple[dict[str, TimedOutput], Report]:
-    """The timed calls, dense first. What is to be compared is warmed up, which also shows what will not work."""
+    """The timed calls, dense first. A comparison is warmed up first, so that lazy set-up is not timed."""
     runs = {}
     if request.compare:
-        # One step would all be dense by schedule; a whole loop also compiles what the schedule needs.
+        # One step could be dense by schedule; with --compile a whole loop compiles both kinds of steps.
         with (chosen if request.compile else chosen.without_schedule()).apply(pipe):
             call.warm_up(pipe, arguments, whole=request.compile)
         call.warm_up(pipe, arguments, whole=request.compile)
@@ -180,13 +165,13 @@ def _compare(dense: TimedOutput, accelerated: TimedOutput) -> dict[str, float | 
     from dit_accel.eval.metrics.psnr import psnr
     from dit_accel.eval.metrics.ssim import ssim
 
-    frames, reference = (torch.from_numpy(made.frames).movedim(-1, 1) for made in (accelerated, dense))
-    decibels = psnr(frames, reference)
+    frames, wanted = (torch.from_numpy(made.frames).movedim(-1, 1) for made in (accelerated, dense))
+    decibels = psnr(frames, wanted)
     return {
         "speedup": dense.seconds / accelerated.seconds,
         "denoising_speedup": dense.denoising_seconds / accelerated.denoising_seconds,
         "psnr": decibels if math.isfinite(decibels) else None,
-        "ssim": ssim(frames, reference),
+        "ssim": ssim(frames, wanted),
     }
 
 

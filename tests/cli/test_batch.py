@@ -59,15 +59,17 @@ def test_again_makes_only_what_is_missing(cli, demo, prompts, tmp_path):
     (tmp_path / "shot-0001.json").unlink()
     (tmp_path / "shot-0002.json").unlink()
     (tmp_path / "shot-0002.gif").unlink()
+    (tmp_path / "shot-0003.gif").write_bytes(b"")  # a file that a full disk cut off
     (tmp_path / ".dit-accel-shot-0002.gif.abc").mkdir()
     (tmp_path / "shot.jsonl").unlink()
     outcome = cli(*asked)
-    assert "2 of 5 prompts to do" in outcome.out
+    assert "3 of 5 prompts to do" in outcome.out
     after = outputs(tmp_path)
     assert {name: content for name, (_, content) in after.items()} == {
         name: content for name, (_, content) in before.items()
     }
-    assert {name for name in before if before[name][0] != after[name][0]} == {"shot-0001.gif", "shot-0002.gif"}
+    made_again = {name for name in before if before[name][0] != after[name][0]}
+    assert made_again == {f"shot-000{i}.gif" for i in (1, 2, 3)}
     assert all(entry["done"] for entry in manifest(tmp_path))
     assert not list(tmp_path.glob(".dit-accel-*"))
     assert "0 of 5 prompts to do" in cli(*asked).out
