@@ -311,3 +311,13 @@ def test_a_compiled_model_whose_accelerator_is_gone():
     q = torch.randn(1, 2, 3, 4)
     with pytest.raises(dit_accel.DitAccelError, match="its accelerator is gone"):
         attention.planned_attention(q, q, q, key, [], None, False, False)
+
+
+def test_non_strict_export(model):
+    transformer, inputs = model("wan")
+    inputs = inputs | {"return_dict": False}
+    with torch.no_grad(), dit_accel.accelerated(transformer, "gna", **PART):
+        exported = torch.export.export(transformer, (), inputs, strict=False)
+        torch.testing.assert_close(exported.module()(**inputs)[0], transformer(**inputs)[0])
+    operators = {str(node.target) for node in exported.graph.nodes}
+    assert "dit_accel.planned_attention.default" in operators

@@ -263,7 +263,9 @@ class Engine:
         if reason is not None:
             self._last = dict.fromkeys(self._states, reason)
             return None
-        self._step = self._clock.now_if_told(self._family.timestep(call))
+        # Without a scheduler only the timestep's value tells the step, and reading it waits for the device.
+        told = bool(self.watchers) or not self._clock.reads_values
+        self._step = self._clock.now_if_told(self._family.timestep(call)) if told else None
         for (config, sees_text), state in self._states.items():
             plan = plans[config, sees_text]
             self._last[config, sees_text] = last = self._choose(plan, call.device)

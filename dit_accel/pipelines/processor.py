@@ -275,7 +275,8 @@ def _attend(
 ) -> torch.Tensor:
     """The plan's attention, [B, H, N, D], below the function modes that are active."""
     _SLOT.replaced += 1
-    if torch._C._len_torch_function_stack() == 0:
+    # Non-strict export runs below a function mode of its own, with tensors that cannot be made a subclass.
+    if torch._C._len_torch_function_stack() == 0 or torch.compiler.is_exporting():
         return _planned(q, k, v, attn_mask, dropout_p, is_causal, scale)
     query = q.as_subclass(_Query)
     return nn.functional.scaled_dot_product_attention(query, k, v, attn_mask, dropout_p, is_causal, scale=scale)
