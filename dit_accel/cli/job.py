@@ -23,7 +23,6 @@ from dit_accel.pipelines.sizes import Sizes
 if TYPE_CHECKING:
     import torch
     from diffusers import DiffusionPipeline
-    from PIL.Image import Image
 
     from dit_accel.hooks.report import Report
     from dit_accel.tokens import TokenGrid
@@ -37,23 +36,22 @@ class GenerateJob:
         request: the options.
         chosen: method and settings.
         source: where the model comes from.
-        shape: frames, height and width in pixels.
-        video: whether the model makes videos.
+        arguments: of the pipeline's call.
+        fps: frames a second; None for a model of images.
         grid: the tokens of that size.
         output: the file to write.
-        device, dtype, picture: as asked for.
+        device, dtype: as asked for.
     """
 
     request: GenerateRequest
     chosen: MethodChoice
     source: sources.Source
-    shape: tuple[int, int, int]
-    video: bool
+    arguments: dict[str, Any]
+    fps: int | None
     grid: TokenGrid
     output: Path
     device: torch.device
     dtype: torch.dtype
-    picture: Image | None
 
     def load(self) -> DiffusionPipeline:
         """The pipeline.
@@ -76,24 +74,18 @@ class GenerateJob:
         Raises:
             DitAccelError: the pipeline refuses the call, or the files cannot be written.
         """
-        own = self.source.call_defaults() | self.chosen.call
-        arguments = request.arguments(
-            pipe, own, self.shape, video=self.video, prompt=request.prompt, image=self.picture
-        )
-        grid = self.grid
-        if grid.text:
-            grid = dataclasses.replace(grid, text=arguments.get(call.LENGTH, grid.text))
+        arguments = self.arguments | {"prompt": request.prompt}
         runs, report = _run(pipe, self.chosen, arguments, request, self.device)
         path, title = request.output or self.output, self.chosen.title
         record = {
             "request": values.record(request),
             "pipeline": type(pipe).__name__,
             "method": self.chosen.record(),
-            "grid": dataclasses.asdict(grid),
+            "grid": dataclasses.asdict(self.grid),
             "call": {name: value for name, value in arguments.items() if name != "image"},
             "dtype": str(self.dtype).removeprefix("torch."),
             "device": str(self.device),
-            "fps": request.rate(pipe, self.source, arguments) if self.video else None,
+            "fps": self.fps,
             "runs": {name: made.record() for name, made in runs.items()},
             "comparison": _compare(**runs) if request.compare else None,
             "report": report.as_dict(),
@@ -128,8 +120,13 @@ def prepare(request: GenerateRequest) -> GenerateJob:
     chosen.check(grid)
     call.check_loras(request.lora)
     device, dtype = call.placement(request.device, request.dtype, request.offload)
-    picture = call.open_image(request.image)
-    return GenerateJob(request, chosen, source, shape, sizes.video, grid, path, device, dtype, picture)
+    kind, own = source.pipeline_class(), source.call_defaults() | chosen.call
+    image = call.open_image(request.image)
+    arguments = request.arguments(kind, own, shape, video=sizes.video, prompt=request.prompt, image=image)
+    fps = request.rate(kind, source, arguments) if sizes.video else None
+    if grid.text:
+        grid = dataclasses.replace(grid, text=arguments.get(call.LENGTH, grid.text))
+    return GenerateJob(request, chosen, source, arguments, fps, grid, path, device, dtype)
 
 
 def _endings(sizes: Sizes, frames: int) -> tuple[str, ...]:

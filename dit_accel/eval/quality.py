@@ -67,18 +67,23 @@ def run(request: EvalRequest) -> tuple[Summary | None, list[str]]:
     metrics, left_out = _fitting(chosen, images if media else None, shape[0] * len(items), device)
     gates.check_names(limits, (*gates.FIGURES, *(metric.name for metric in metrics)))
 
+    kind = source.pipeline_class()
+
+    def arguments(own: Mapping[str, Any]) -> dict[str, Any]:
+        defaults = source.call_defaults() | dict(own)
+        made = request.arguments(kind, defaults, shape, video=sizes.video, prompt="")
+        return {name: value for name, value in made.items() if name != "prompt"}
+
+    fps = request.rate(kind, source, arguments({}))
+    steps = call.default_of(kind, arguments({}), "num_inference_steps")
+    if maps is not None and maps.steps is not None and isinstance(steps, int) and max(maps.steps) >= steps:
+        raise DitAccelError(f"--attention-report names step {max(maps.steps)}, and there are steps 0 to {steps - 1}.")
+
     with hold(request.output) if process.main else contextlib.nullcontext() as kept:
         if kept is False:
             print(f"{request.output} has no locks; start no other evaluation into it.", file=sys.stderr)
         pipe = request.load_pipe(source, dtype, device)
         pipe.set_progress_bar_config(disable=True)
-
-        def arguments(own: Mapping[str, Any]) -> dict[str, Any]:
-            defaults = source.call_defaults() | dict(own)
-            made = request.arguments(pipe, defaults, shape, video=sizes.video, prompt="")
-            return {name: value for name, value in made.items() if name != "prompt"}
-
-        fps = request.rate(pipe, source, arguments({}))
         results = Results(request.output, process.index)
         results.read()
         for place in results.damaged if process.main else ():

@@ -36,7 +36,6 @@ OPTIONS = {
     "num_images_per_prompt": "--seed",
 }
 LENGTH = "max_sequence_length"  # of the text, in tokens
-FRAME_RATES = ("frame_rate", "fps")  # what pipelines call it
 NOT_OPTIONS = {"self", "output_type", "return_dict", "callback_on_step_end", "callback_on_step_end_tensor_inputs"}
 
 
@@ -141,12 +140,12 @@ def _load_lora(pipe: DiffusionPipeline, lora: str, name: str) -> None:
 
 
 def call_arguments(
-    pipe: DiffusionPipeline, own: Mapping[str, Any], given: Mapping[str, Any], extra: Iterable[str]
+    kind: type, own: Mapping[str, Any], given: Mapping[str, Any], extra: Iterable[str]
 ) -> dict[str, Any]:
-    """The keyword arguments of the pipeline's call.
+    """The keyword arguments of a pipeline's call.
 
     Args:
-        pipe: the pipeline.
+        kind: the pipeline's class.
         own: the model's defaults; those the pipeline does not take are left out.
         given: values of options, by argument; None where an option was not given.
         extra: ``key=value`` for any other argument; the value is JSON, or else plain text.
@@ -154,11 +153,11 @@ def call_arguments(
     Raises:
         DitAccelError: the pipeline has no such argument, needs one that was not given, or takes another kind of value.
     """
-    takes = inspect.signature(type(pipe).__call__).parameters
+    takes = inspect.signature(kind.__call__).parameters
     asked = {name: value for name, value in given.items() if value is not None}
     for name in asked:
         if name not in takes:
-            raise DitAccelError(f"{type(pipe).__name__} takes no {OPTIONS[name]}; leave it out.")
+            raise DitAccelError(f"{kind.__name__} takes no {OPTIONS[name]}; leave it out.")
     arguments = {name: value for name, value in own.items() if name in takes} | asked
     free = sorted(set(takes) - NOT_OPTIONS - set(OPTIONS))
     for item in extra:
@@ -169,44 +168,37 @@ def call_arguments(
             raise DitAccelError(f"--pipe {name}: use {OPTIONS[name]}.")
         if name not in free:
             raise DitAccelError(
-                f"{type(pipe).__name__} has no argument {name!r}.{did_you_mean(name, free)} It has: {', '.join(free)}."
+                f"{kind.__name__} has no argument {name!r}.{did_you_mean(name, free)} It has: {', '.join(free)}."
             )
-        arguments[name] = _value(pipe, takes[name], text)
+        arguments[name] = _value(kind, takes[name], text)
     for name, parameter in takes.items():
         if parameter.default is parameter.empty and name != "self" and name not in arguments:
-            raise DitAccelError(f"{type(pipe).__name__} needs {OPTIONS.get(name, f'--pipe {name}=...')}.")
+            raise DitAccelError(f"{kind.__name__} needs {OPTIONS.get(name, f'--pipe {name}=...')}.")
     return arguments
 
 
-def frame_rate(pipe: DiffusionPipeline, arguments: Mapping[str, Any]) -> int | None:
-    """Frames a second, from an argument of the call or its default; None if the pipeline has no such argument."""
-    takes = inspect.signature(type(pipe).__call__).parameters
-    rates = [arguments.get(name, takes[name].default) for name in FRAME_RATES if name in takes]
-    return next((round(rate) for rate in rates if isinstance(rate, int | float)), None)
+def default_of(kind: type, arguments: Mapping[str, Any], *names: str) -> Any:
+    """The value of the first of these arguments that a call has, given or by default; None without any."""
+    takes = inspect.signature(kind.__call__).parameters
+    return next((arguments.get(name, takes[name].default) for name in names if name in takes), None)
 
 
-def _value(pipe: DiffusionPipeline, parameter: inspect.Parameter, text: str) -> Any:
+def _value(kind: type, parameter: inspect.Parameter, text: str) -> Any:
     """The value of a text: as JSON or as plain text, whichever is of the kind that the argument takes."""
-    kind, name = _kind(pipe, parameter), parameter.name
+    name, hint = parameter.name, Any
+    with contextlib.suppress(NameError):  # an annotation may name a package that is not installed
+        hint = typing.get_type_hints(kind.__call__).get(name, Any)
     found: list[Any] = [text]
     with contextlib.suppress(json.JSONDecodeError):
         found.insert(0, json.loads(text, parse_constant=_refuse))
     for value in found:
-        if (value is None and parameter.default is None) or values.fits(value, kind):
+        if (value is None and parameter.default is None) or values.fits(value, hint):
             if name == LENGTH and value < 1:
                 raise DitAccelError(f"--pipe {name} is a number of tokens of at least 1, got {value}.")
             return value
     raise DitAccelError(
-        f"--pipe {name} of {type(pipe).__name__} is {inspect.formatannotation(kind)}, written in JSON; got {text!r}."
+        f"--pipe {name} of {kind.__name__} is {inspect.formatannotation(hint)}, written in JSON; got {text!r}."
     )
-
-
-def _kind(pipe: DiffusionPipeline, parameter: inspect.Parameter) -> Any:
-    """The annotation of an argument; Any where there is none, or where it names a package that is not installed."""
-    try:
-        return typing.get_type_hints(type(pipe).__call__).get(parameter.name, Any)
-    except NameError:
-        return Any
 
 
 def _refuse(constant: str) -> None:

@@ -176,7 +176,7 @@ class ModelRequest(SourceOptions, SamplingOptions, MemoryOptions):
 
     def arguments(
         self,
-        pipe: DiffusionPipeline,
+        kind: type,
         own: Mapping[str, Any],
         shape: tuple[int, int, int],
         *,
@@ -186,7 +186,7 @@ class ModelRequest(SourceOptions, SamplingOptions, MemoryOptions):
         """The arguments of the pipeline's call.
 
         Args:
-            pipe: the pipeline.
+            kind: the pipeline's class.
             own: the model's defaults.
             shape: frames, height and width in pixels.
             video: whether the call takes frames.
@@ -204,11 +204,12 @@ class ModelRequest(SourceOptions, SamplingOptions, MemoryOptions):
             "height": shape[1],
             "width": shape[2],
         }
-        return call.call_arguments(pipe, own, asked, self.pipe)
+        return call.call_arguments(kind, own, asked, self.pipe)
 
-    def rate(self, pipe: DiffusionPipeline, source: Source, arguments: Mapping[str, Any]) -> int:
-        """Frames a second of its videos."""
-        return self.fps or call.frame_rate(pipe, arguments) or source.fps
+    def rate(self, kind: type, source: Source, arguments: Mapping[str, Any]) -> int:
+        """Frames a second of the videos: as asked for, as the call is told, or the model's own."""
+        told = call.default_of(kind, arguments, "frame_rate", "fps")
+        return self.fps or (round(told) if isinstance(told, int | float) else source.fps)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

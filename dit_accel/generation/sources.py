@@ -56,6 +56,20 @@ class Source:
         """The component's own settings, from its `config.json`."""
         return read_json(self.folder / component / "config.json")
 
+    def pipeline_class(self) -> type:
+        """The pipeline's class in Diffusers.
+
+        Raises:
+            DitAccelError: this version of Diffusers has no such class.
+        """
+        import diffusers
+
+        name = self.index.get("_class_name")
+        found = getattr(diffusers, name, None) if isinstance(name, str) else None
+        if not isinstance(found, type):
+            raise DitAccelError(f"{self.model} is a {name}, which diffusers {diffusers.__version__} does not have.")
+        return found
+
     def family(self) -> Family:
         """The family of the transformer.
 

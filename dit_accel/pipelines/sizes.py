@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -26,6 +27,7 @@ class Sizes:
         longest: most tokens along one axis; None: no limit.
         frames_first: frames of the first token along time: 1 where a single frame comes first, 0 where every token
             holds `frames_step` frames.
+        multiple: the pipeline also wants height and width to be multiples of this.
         conditioning: number of conditioning tokens for a grid shape; None: there are none.
     """
 
@@ -38,6 +40,7 @@ class Sizes:
     text_first: bool = False
     longest: int | None = None
     frames_first: int = 1
+    multiple: int = 1
     conditioning: Callable[[Shape], int] | None = None
 
     @property
@@ -53,7 +56,8 @@ class Sizes:
         frames = self.frames if frames is None else frames
         height = self.height if height is None else height
         width = self.width if width is None else width
-        for option, value, multiple in (("height", height, self.pixels[0]), ("width", width, self.pixels[1])):
+        for option, value, pixels in (("height", height, self.pixels[0]), ("width", width, self.pixels[1])):
+            multiple = math.lcm(pixels, self.multiple)
             if value % multiple:
                 raise DitAccelError(
                     f"{option} {value} cannot be made: this model makes multiples of {multiple}; "

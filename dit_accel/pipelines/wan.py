@@ -14,8 +14,9 @@ from dit_accel.pipelines.sizes import Config, Sizes, video_sizes
 
 
 def sizes(transformer: Config, vae: Config) -> Sizes:
-    """Rotary positions limit each axis."""
-    return video_sizes(vae, transformer["patch_size"], 81, 480, 832, longest=transformer["rope_max_seq_len"])
+    """Rotary positions limit each axis; `WanPipeline.check_inputs` wants multiples of 16."""
+    longest = transformer["rope_max_seq_len"]
+    return video_sizes(vae, transformer["patch_size"], 81, 480, 832, longest=longest, multiple=16)
 
 
 RECOMMENDED = {

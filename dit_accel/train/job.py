@@ -12,6 +12,7 @@ from dit_accel.generation import sources
 from dit_accel.generation.call import placement
 from dit_accel.generation.processes import meet
 from dit_accel.train.data import Dataset, write
+from dit_accel.train.processes import check_tracker
 from dit_accel.train.request import CLIPS, GENERATED, TrainRequest
 from dit_accel.train.settings import INDEX
 
@@ -28,6 +29,7 @@ def run(request: TrainRequest) -> list[str]:
     import torch
 
     run = request.run
+    check_tracker(request.train.tracker)
     processes = meet(run.device)  # others wait while the first prepares the data
     request.data.check()
     candidates = [] if run.search is None else run.candidate_settings(request.train.method)
@@ -98,6 +100,7 @@ def _search(
             candidates,
             Dataset(folder),
             seed=request.train.seed,
+            budget=1.0 if request.run.budget is None else request.run.budget,
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )
     if request.run.threshold is not None:

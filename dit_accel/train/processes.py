@@ -10,30 +10,38 @@ from dit_accel.generation.processes import meet
 from dit_accel.train.settings import TrainSettings
 
 
-def join(settings: TrainSettings, output: pathlib.Path) -> Any:
-    """Hugging Face's `Accelerator` for a run: it knows the other processes, and how they were configured.
-
-    Args:
-        settings: precision, accumulation and tracker are its business.
-        output: folder of the run, where trackers write.
+def check_tracker(name: str | None) -> None:
+    """See that a tracker is installed; accelerate itself goes on without one.
 
     Raises:
-        DitAccelError: the tracker is not there, or they were configured in a way that training cannot follow.
+        DitAccelError: it is not.
     """
-    from accelerate import Accelerator, DistributedDataParallelKwargs
     from accelerate.tracking import get_available_trackers
-    from accelerate.utils import DistributedType
 
     installed = [tracker.value for tracker in get_available_trackers()]
-    # Accelerate goes on without one that is not installed.
-    if settings.tracker is not None and settings.tracker not in (*installed, *(["all"] if installed else [])):
+    if name is not None and name not in (*installed, *(["all"] if installed else [])):
         raise DitAccelError(
-            f"The tracker {settings.tracker!r} is not installed, or unknown to accelerate. Installed: "
+            f"The tracker {name!r} is not installed, or unknown to accelerate. Installed: "
             f"{', '.join(installed) or 'none'}. Without one the losses are in losses.jsonl."
         )
 
+
+def join(settings: TrainSettings, output: pathlib.Path) -> Any:
+    """Hugging Face's `Accelerator` for a run.
+
+    Args:
+        settings: with precision, accumulation and tracker.
+        output: folder of the run, where trackers write.
+
+    Raises:
+        DitAccelError: the tracker is not installed, or the processes use DeepSpeed or FSDP 1.
+    """
+    from accelerate import Accelerator, DistributedDataParallelKwargs
+    from accelerate.utils import DistributedType
+
+    check_tracker(settings.tracker)
     meet()
-    # A loss on some attention outputs alone leaves the weights behind the last of them without a gradient.
+    # A loss on attention outputs alone gives the weights behind the last watched layer no gradient.
     whole = {"flow", "teacher", "final", "consistency"} & settings.objectives.keys()
     hf = Accelerator(
         mixed_precision=settings.precision,

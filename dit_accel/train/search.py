@@ -76,6 +76,7 @@ def measure(
     *,
     samples: int = 8,
     seed: int = 0,
+    budget: float = 1.0,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Table:
     """Run every candidate in every layer alone.
@@ -87,10 +88,12 @@ def measure(
         data: latents and conditioning; the first ones are used, each at a noise level of its own.
         samples: how many.
         seed: of noise and levels.
+        budget: mean density to reach; checked as soon as the candidates' densities are known.
         progress: called with layers done and in all.
 
     Raises:
-        DitAccelError: no candidates, a setting is refused, or the data do not fit the model.
+        DitAccelError: no candidates, a setting is refused, the data do not fit the model, or no candidate is as
+            sparse as the budget.
     """
     if not candidates:
         raise DitAccelError("A layer search needs candidate settings, such as references=1 and references=2; got none.")
@@ -118,6 +121,7 @@ def measure(
             made, costs[index] = predictions(LayerSettings(method, {"transformer": own}))
             errors = [(a - b).square().mean() / b.square().mean() for a, b in zip(made, dense, strict=True)]
             losses[layer][index] = float(torch.stack(errors).mean())
+        _check_budget(costs, budget)
         progress(layer + 1, count)
     return Table(method, configs, tuple(costs), tuple(map(tuple, losses)))
 
@@ -154,8 +158,9 @@ def budgeted(table: Table, budget: float) -> list[int | None]:
     Raises:
         DitAccelError: even the cheapest candidates are above the budget.
     """
+    _check_budget(table.costs, budget)
     layers = len(table.losses)
-    options = [(RESOLUTION, None), *((-int(-cost * RESOLUTION // 1), i) for i, cost in enumerate(table.costs))]
+    options = [(RESOLUTION, None), *((_parts(cost), i) for i, cost in enumerate(table.costs))]
     room = int(budget * RESOLUTION * layers + 1e-6)
     least = torch.full(
         (room + 1,), float("inf"), dtype=torch.float64
@@ -174,17 +179,24 @@ def budgeted(table: Table, budget: float) -> list[int | None]:
         least = best
         taken.append(pick)
     place = int(least.argmin())
-    if not torch.isfinite(least[place]):
-        raise DitAccelError(
-            f"A mean density of {budget} cannot be had: the sparsest candidate has {min(table.costs):.4f}. Add sparser "
-            "candidates or raise the budget."
-        )
     chosen: list[int | None] = []
     for pick in reversed(taken):
         cost, index = options[int(pick[place])]
         chosen.append(index)
         place -= cost
     return chosen[::-1]
+
+
+def _check_budget(costs: Sequence[float], budget: float) -> None:
+    if _parts(min(costs)) > budget * RESOLUTION + 1e-6:
+        raise DitAccelError(
+            f"A mean density of {budget} is out of reach: the sparsest candidate has {min(costs):.4f}. Add sparser "
+            "candidates or raise the budget."
+        )
+
+
+def _parts(density: float) -> int:
+    return -int(-density * RESOLUTION // 1)
 
 
 def write(path: pathlib.Path, table: Table, chosen: Sequence[int | None], **remarks: Any) -> LayerSettings:

@@ -71,7 +71,7 @@ def refused(cli, tmp_path):
             "--dense-layers takes layers with commas between them",
         ),
         (("--frames", "4"), "the nearest are 3 and 5"),
-        (("--height", "33"), "the nearest are 32 and 40"),
+        (("--height", "33"), "the nearest are 32 and 48"),
         (("--width", "8000"), "positions for 64"),
         (("--steps", "0"), "--steps"),
         (("--seed", "-1"), "--seed"),
@@ -107,6 +107,36 @@ def refused(cli, tmp_path):
 )
 def test_options(refused, demo, tmp_path, options, message):
     assert message in refused("generate", *SIZE, "--output", tmp_path / "a.mp4", *options)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("generate", "--pipe", "foo=1"), "has no argument 'foo'"),
+        (("generate", "--guidance", "nan"), "guidance is finite"),
+        (("generate", "--negative-prompt", "x", "--pipe", "height=1"), "use --height"),
+        (("eval", "--method", "gna:window=0.5", "--pipe", "foo=1"), "has no argument 'foo'"),
+        (
+            ("eval", "--method", "gna:window=0.5", "--attention-report", "steps=0,99"),
+            "step 99, and there are steps 0 to",
+        ),
+        (("train", "--recipe", "gna-demo", "--tracker", "banana"), "The tracker 'banana' is not installed"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+)
+def test_what_needs_no_weights_is_refused_before_they_are_loaded(
+    refused, demo, tmp_path, monkeypatch, arguments, message
+):
+    from dit_accel.generation import sources
+
+    def load(*_, **__):
+        raise AssertionError("weights are loaded")
+
+    monkeypatch.setattr(sources, "load", load)
+    size = () if arguments[0] == "train" else SIZE
+    verb, *options = arguments
+    output = tmp_path / ("a.mp4" if verb == "generate" else "out")
+    assert message in refused(verb, *size, "--output", output, *options)
 
 
 def interrupted(*_, **__):
@@ -325,6 +355,13 @@ def test_a_defect_of_ours_is_not_hidden(cli, demo, monkeypatch):
     def broken(request):
         raise ZeroDivisionError("a defect")
 
-    monkeypatch.setattr(job, "run", broken)
+    monkeypatch.setattr(job, "prepare", broken)
     with pytest.raises(ZeroDivisionError):
         cli("generate")
+
+
+@pytest.mark.parametrize("verb", ["plan", "generate"])
+def test_a_size_that_the_pipeline_would_refuse_is_refused_by_both(refused, demo, tmp_path, verb):
+    output = ("--output", tmp_path / "a.mp4") if verb == "generate" else ()
+    line = refused(verb, "--method", "radial:decay=0.2", "--model", "demo", "--height", "136", *output)
+    assert "height 136 cannot be made: this model makes multiples of 16" in line

@@ -102,7 +102,7 @@ def refused(cli, tmp_path):
         ((*METHOD, "--prompts", "generl"), "Did you mean 'general'?"),
         ((*METHOD, "--data", "nowhere"), "There is no training data nowhere"),
         ((*METHOD, "--data", "clips", "--frames", "4"), "the nearest are 3 and 5"),
-        ((*METHOD, "--data", "clips", "--height", "33"), "the nearest are 32 and 40"),
+        ((*METHOD, "--data", "clips", "--height", "33"), "the nearest are 32 and 48"),
         ((*METHOD, "--data", "clips", "--objective", "flow=x"), "NAME=WEIGHT"),
         ((*METHOD, "--data", "clips", "--objective", "flo"), "Did you mean 'flow'"),
         ((*METHOD, "--data", "clips", "--option", "emma=1"), "Did you mean 'ema'"),

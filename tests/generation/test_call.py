@@ -40,17 +40,17 @@ class Optional:
 
 
 @pytest.mark.parametrize(
-    ("pipe", "arguments", "rate"),
+    ("kind", "arguments", "rate"),
     [
-        (Plain(), {}, None),
-        (Rated(), {}, 24),
-        (Rated(), {"frame_rate": 30}, 30),
-        (Optional(), {}, None),
-        (Optional(), {"fps": 8}, 8),
+        (Plain, {}, None),
+        (Rated, {}, 24),
+        (Rated, {"frame_rate": 30}, 30),
+        (Optional, {}, None),
+        (Optional, {"fps": 8}, 8),
     ],
 )
-def test_frames_a_second_are_those_the_call_is_told(pipe, arguments, rate):
-    assert call.frame_rate(pipe, arguments) == rate
+def test_frames_a_second_are_those_the_call_is_told(kind, arguments, rate):
+    assert call.default_of(kind, arguments, "frame_rate", "fps") == rate
 
 
 @pytest.mark.parametrize(
@@ -70,7 +70,7 @@ def test_frames_a_second_are_those_the_call_is_told(pipe, arguments, rate):
     ],
 )
 def test_values_are_of_the_kind_that_the_call_takes(text, value):
-    found = call.call_arguments(Many(), {}, {"prompt": "p"}, [text])
+    found = call.call_arguments(Many, {}, {"prompt": "p"}, [text])
     name = text.partition("=")[0]
     assert found == {"prompt": "p", name: value} and type(found[name]) is type(value)
 
@@ -78,11 +78,11 @@ def test_values_are_of_the_kind_that_the_call_takes(text, value):
 @pytest.mark.parametrize("text", ["sigmas=[a]", "sigmas=[true]", "timesteps=[0.5]", "eta=none", "clean=1", "extra=[]"])
 def test_values_of_another_kind_are_refused(text):
     with pytest.raises(DitAccelError, match=f"--pipe {text.partition('=')[0]} of Many is .*, written in JSON; got"):
-        call.call_arguments(Many(), {}, {"prompt": "p"}, [text])
+        call.call_arguments(Many, {}, {"prompt": "p"}, [text])
 
 
 def test_what_an_annotation_names_need_not_be_installed():
-    assert call.call_arguments(Unresolved(), {}, {"prompt": "p"}, ["other=1"])["other"] == 1
+    assert call.call_arguments(Unresolved, {}, {"prompt": "p"}, ["other=1"])["other"] == 1
 
 
 @pytest.mark.parametrize(
@@ -92,7 +92,7 @@ def test_too_little_memory_is_one_line(error):
     def pipe(**arguments):
         raise error
 
-    with pytest.raises(DitAccelError, match=r"needs more memory than there is \(.*memory.*--vae-tiling"):
+    with pytest.raises(DitAccelError, match=r"ran out of memory \(.*memory.*--vae-tiling"):
         sampling.call(pipe, {}, seed=0)
 
 

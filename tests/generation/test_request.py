@@ -26,7 +26,7 @@ def test_arguments_are_those_asked_for_over_the_models_own():
 
     asked = ModelRequest(steps=3, pipe=("eta=0.5",))
     own = {"num_inference_steps": 16, "guidance_scale": 4.0, "num_frames": 17}
-    found = asked.arguments(Pipe(), own, (1, 32, 48), video=False, prompt="a fox")
+    found = asked.arguments(Pipe, own, (1, 32, 48), video=False, prompt="a fox")
     assert found == {
         "prompt": "a fox",
         "height": 32,
