@@ -32,7 +32,6 @@ from dit_accel.registry import Method
 from dit_accel.tokens import TokenGrid
 
 PLANS_KEPT = 16
-NOT_TRACED = "an accelerated transformer decides outside the graph; export it with strict=False, after one call"
 
 
 class PlanCache:
@@ -177,9 +176,7 @@ class Engine:
         # which tells that the transformer is compiled; the second is not.
         self._handles = [
             self._transformer.register_forward_pre_hook(self._note_compiled),
-            self._transformer.register_forward_pre_hook(
-                torch.compiler.disable(self._before_call, reason=NOT_TRACED), with_kwargs=True
-            ),
+            self._transformer.register_forward_pre_hook(torch.compiler.disable(self._before_call), with_kwargs=True),
         ]
 
     def detach(self) -> list[str]:

@@ -91,8 +91,8 @@ class Build:
 
 
 CONFIG_KEYS = (
-    "BLOCK_Q", "BLOCK_K", "BLOCK", "D", "SCOPE", "ROWS", "WIDTH", "TILE_QT", "TILE_KT", "TILE_Q", "TILE_K", "STEP",
-    "HAS_TABLES", "HAS_GRAD_LSE",
+    "BLOCK_Q", "BLOCK_K", "BLOCK", "D", "SCOPE", "MAP", "ROWS", "WIDTH", "TILE_QT", "TILE_KT", "TILE_Q", "TILE_K",
+    "STEP", "HAS_TABLES", "HAS_GRAD_LSE",
 )  # fmt: skip
 DERIVED = ("step", "warps", "rows", "tile_kt")  # these follow from the architecture, the blocks and the head dimension
 
