@@ -1,4 +1,4 @@
-"""Launch settings of the Triton kernels: the table that launcher, autotuner, tests and ahead-of-time checks read."""
+"""Launch settings of the Triton kernels, for the launcher, the autotuner, the tests and the ahead-of-time checks."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from dit_accel.kernels.ahead_of_time import SHARED_BYTES
 from dit_accel.kernels.block_sparse import triton_configs as block_sparse
 from dit_accel.kernels.block_sparse.triton_configs import Launch
 
-MAX_BLOCKS = 1 << 13  # a row of scores that a program holds in registers
-MARGINAL_BLOCK = 64  # tokens; accumulators of 128 x 128 beside feature maps in fp32 do not fit the registers
+MAX_BLOCKS = 1 << 13  # the longest row of scores that a program holds in registers
+MARGINAL_BLOCK = 64  # tokens; sums of 128 x 128 and feature maps in fp32 do not fit the registers together
 FUSED = ("forward", "dq", "dkdv")  # the kernels of both branches
-SPLIT = 2048  # tokens whose state one program sums; fixed, so that the order of the sum depends on the length alone
+SPLIT = 2048  # tokens that one program sums; fixed, so that the order of sums depends on the length alone
 HEAD_DIMS = (64, 128)  # compiled ahead of time; others are padded in registers to the next power of two
-# Constants by which launches are tuned apart: no length, and no tile, which follows from it
+# Launches are tuned separately for these constants: no length, and no tile, which follows from the grid
 TUNED_BY = ("BLOCK", "BLOCK_D", "WIDTH", "HAS_SKIP", "MAP", "SCOPE")
 
 
 def unsupported(head_dim: int, block: int, blocks: int, linear_scope: str | None) -> str | None:
-    """Why the kernels cannot compute such a call, or None if they can. Needs no Triton.
+    """The reason why the kernels cannot compute such a call, or None. Needs no Triton.
 
     Args:
         blocks: visual blocks.
@@ -36,9 +36,9 @@ def unsupported(head_dim: int, block: int, blocks: int, linear_scope: str | None
 
 
 def width_of(blocks: int) -> int:
-    """Width of a row of scores that holds the blocks: a power of two up to 256, then a whole number of strips.
+    """Width of a row of scores for that many blocks: a power of two up to 256, then a whole number of strips.
 
-    So at most a fifth of a longer row is empty, and all strips but the last are full.
+    At most a fifth of a longer row is empty, and all strips but the last are full.
     """
     width = max(16, 1 << (blocks - 1).bit_length())
     strip = strip_of(width)
@@ -46,15 +46,15 @@ def width_of(blocks: int) -> int:
 
 
 def strip_of(width: int) -> int:
-    """Columns of a tensor of scores: all of them up to 256, then an eighth of the power of two that holds them."""
+    """Columns of one strip of scores: the whole row up to 256, then an eighth of the next power of two."""
     return width if width <= 256 else (1 << (width - 1).bit_length()) // 8
 
 
 def key_rows(sizes: Mapping[str, Any], capability: int) -> int:
-    """Rows of a key block whose dk and dv one program sums.
+    """Rows of a key block for which one program sums dk and dv.
 
-    In scope "marginal", `mma.sync` (off 9.0 and 10.0) gives a product of 64 x 128 to warps side by side, each of which
-    then holds all rows of phi(k) and of v: 256 registers a thread. Half the rows read the queries twice.
+    In scope "marginal" on architectures with `mma.sync` (all but 9.0 and 10.0), warps share a product of 64 x 128 by
+    columns. Each then holds all rows of phi(k) and v, 256 registers a thread. 32 rows fit, and queries are read twice.
 
     Args:
         sizes: the kernel's compile-time constants.
@@ -64,10 +64,10 @@ def key_rows(sizes: Mapping[str, Any], capability: int) -> int:
 
 
 def launches(kernel: str, sizes: Mapping[str, Any], itemsize: int, capability: int) -> tuple[Launch, ...]:
-    """Candidates for a kernel on a compute capability (90 for 9.0), best first: those that spill nowhere.
+    """Candidates for a kernel on a compute capability (90 for 9.0), best first, without any that spills.
 
-    One where there is nothing to choose: kernels that are bound by memory, those of both branches in scope "marginal",
-    and fp32, which only tests use. Two elsewhere; scope "all" see `fitting`.
+    Kernels bound by memory, both branches in scope "marginal", and fp32, which only tests use, have one candidate.
+    Others have two; for scope "all" see `fitting`.
 
     Args:
         sizes: the kernel's compile-time constants.
@@ -85,7 +85,7 @@ def launches(kernel: str, sizes: Mapping[str, Any], itemsize: int, capability: i
     if kernel in FUSED:
         found = _marginal(kernel, wide, generation)
     elif kernel == "state":
-        # a table of D x D sums and a step's features: 8 warps hold both
+        # 8 warps hold a table of D x D sums and a step's features
         found = (Launch(8, 3, 64),)
     else:  # sums; features of 64 rows spill on 12.0
         found = (Launch(8, 2, 32 if wide and generation == 12 else 64),)
@@ -95,9 +95,9 @@ def launches(kernel: str, sizes: Mapping[str, Any], itemsize: int, capability: i
 
 
 def _selecting(width: int) -> tuple[Launch, ...]:
-    """20 to 64 scores a thread. More rows a program read the key means less often from the level-2 cache.
+    """20 to 64 scores a thread. Programs with more rows read the key means from the level-2 cache less often.
 
-    40 scores a thread in 16 warps spill: 128 registers.
+    16 warps have 128 registers a thread, where 40 scores spill.
     """
     if width <= 256:
         return Launch(4, 1, 16), Launch(4, 1, 8)
@@ -110,11 +110,11 @@ def _selecting(width: int) -> tuple[Launch, ...]:
 
 
 def _marginal(kernel: str, wide: bool, generation: int) -> tuple[Launch, ...]:
-    """What the registers hold: accumulators of 64 rows beside feature maps in fp32.
+    """The candidate whose registers hold sums of 64 rows and feature maps in fp32.
 
-    9.0 and 10.0 take the fewest instructions a row in steps of 64 and with 4 warps: one group of 4 warps holds 64 rows,
-    and 8 make the scores twice on 9.0. 8 where 4 spill in loops, and on 10.0 where 4 leave no room for a second one;
-    steps of 32 on 9.0 where 64 spill.
+    On 9.0 and 10.0, steps of 64 with 4 warps take the fewest instructions a row: a group of 4 warps holds 64 rows, and
+    8 warps on 9.0 compute the scores twice. 8 warps are used where 4 spill in loops, and on 10.0 where 4 leave no room
+    for a second program. Steps of 32 are used on 9.0 where 64 spill.
     """
     if generation not in (9, 10):
         return (Launch(8, 2, 64 if kernel == "forward" else 32),)
@@ -124,7 +124,7 @@ def _marginal(kernel: str, wide: bool, generation: int) -> tuple[Launch, ...]:
 
 
 def shared_bytes(kernel: str, launch: Launch, sizes: Mapping[str, Any], itemsize: int) -> int:
-    """Shared memory that a launch needs at least: what stays, and the tiles in flight."""
+    """Least shared memory of a launch in bytes: what stays, and the tiles in flight."""
     if kernel not in (*FUSED, "state", "sums"):
         return 0
     row, block = sizes["BLOCK_D"] * itemsize, sizes.get("BLOCK", 0)
@@ -134,9 +134,9 @@ def shared_bytes(kernel: str, launch: Launch, sizes: Mapping[str, Any], itemsize
 
 
 def fitting(kernel: str, sizes: Mapping[str, Any], itemsize: int, capability: int) -> tuple[Launch, ...]:
-    """The candidates that the shared memory of a compute capability holds; empty if none does.
+    """The candidates that fit the shared memory of a compute capability; empty if none does.
 
-    In scope "all" the loops of both branches' kernels are the block-sparse engine's, and so are their candidates.
+    In scope "all" the fused kernels run the block-sparse engine's loops and have the engine's candidates.
     """
     if sizes.get("SCOPE") == "all":
         block = sizes["BLOCK"]
