@@ -66,7 +66,9 @@ class AcceleratedAttnProcessor(LayerAttention):
     def settle(self) -> None:
         """Give the settings of a processor with weights back to the model's own."""
         if isinstance(self.inner, nn.Module):
-            vars(self.inner).update({name: vars(self)[name] for name in vars(self.inner)})
+            # What is a property here was set on the model's own processor already.
+            settings = [name for name in vars(self.inner) if name in vars(self)]
+            vars(self.inner).update({name: vars(self)[name] for name in settings})
 
     # Diffusers finds processors by these two names: without them it would skip ours when it sets a back end, and
     # shard the sequence without telling us. A processor that lacks one makes ours lack it too.

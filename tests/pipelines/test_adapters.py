@@ -7,6 +7,7 @@ import pytest
 import tiny_models
 import torch
 from diffusers.loaders import FluxIPAdapterMixin
+from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
 from tiny_models import run
 
@@ -72,6 +73,19 @@ def test_layers_with_an_adapter_are_sparse(tiny):
         assert (run(transformer, call(tiny)) - wanted).abs().max() > 1e-3
     assert list(transformer.state_dict()) == names
     torch.testing.assert_close(run(transformer, call(tiny)), wanted)
+
+
+def test_a_back_end_set_beside_an_adapter_stays(tiny, monkeypatch):
+    monkeypatch.setattr(_AttentionBackendRegistry, "_active_backend", _AttentionBackendRegistry._active_backend)
+    transformer = tiny.build()
+    load(transformer)
+    own = [processor for processor in transformer.attn_processors.values() if isinstance(processor, torch.nn.Module)]
+    wanted = run(transformer, call(tiny))
+    with dit_accel.accelerated(transformer, "gna", **WINDOW):
+        transformer.set_attention_backend("_native_math")
+        run(transformer, call(tiny))
+    assert own and all(processor._attention_backend.value == "_native_math" for processor in own)
+    torch.testing.assert_close(run(transformer, call(tiny)), wanted, **CLOSE)
 
 
 def test_an_adapters_scale_is_set_and_kept(tiny):
