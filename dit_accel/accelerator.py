@@ -57,6 +57,7 @@ class Accelerator:
         impl: Impl,
         allow_dense: bool,
         check: SelfCheck,
+        dense_backend: str | None = None,
         notes: tuple[str, ...] = (),
     ) -> None:
         self.method, self.config, self.schedule = method.name, config, schedule
@@ -68,7 +69,18 @@ class Accelerator:
         self._plans = {own: PlanCache(method, own) for own in layerwise.distinct(configs)}
         self._engines = [
             Engine(
-                name, transformer, family, method, config, schedule, self._clock, self._plans, impl, allow_dense, check
+                name,
+                transformer,
+                family,
+                method,
+                config,
+                schedule,
+                self._clock,
+                self._plans,
+                impl,
+                allow_dense,
+                check,
+                dense_backend,
             )
             for name, (transformer, family) in transformers.items()
         ]
@@ -259,6 +271,7 @@ def accelerate(
     allow_dense: bool = True,
     verify: Verify | None = None,
     keep_dense_above: float | None = None,
+    dense_backend: str | None = None,
     replace: bool = False,
     **config: Any,
 ) -> Accelerator:
@@ -291,6 +304,8 @@ def accelerate(
             head; the report then tells relative error and kept softmax mass. It costs about as much as the dense
             attention of those queries. A transformer has to be compiled after that call.
         keep_dense_above: with `verify`, layers whose relative error is above this stay dense, in that call already.
+        dense_backend: back end of dense steps and layers, a name of Diffusers' dispatcher, or "auto" for the fastest
+            here that computes the same; the report names it. None: the model's own, bit for bit.
         replace: first remove an accelerator that is already at work.
         config: settings of the method.
 
@@ -324,7 +339,7 @@ def accelerate(
             f"{type(target).__name__} is already accelerated with {next(iter(present)).method}; call remove() on that "
             "accelerator first, or pass replace=True."
         )
-    accel = Accelerator(transformers, pipeline, chosen, settings, dense, impl, allow_dense, check, notes)
+    accel = Accelerator(transformers, pipeline, chosen, settings, dense, impl, allow_dense, check, dense_backend, notes)
     for old in present:  # only now, when the new one is known to fit
         old.remove()
     accel.apply()

@@ -16,6 +16,8 @@ from dit_accel.errors import DitAccelError
 from dit_accel.hooks import selfcheck
 from dit_accel.hooks.accelerated_layer import AcceleratedLayer
 from dit_accel.hooks.break_even import dense_is_faster
+from dit_accel.hooks.dense_backend import DenseBackend
+from dit_accel.hooks.dense_backend import choose as choose_backend
 from dit_accel.hooks.layers import LayerSettings
 from dit_accel.hooks.report import LayerReport
 from dit_accel.hooks.schedule import Schedule, Step
@@ -81,6 +83,7 @@ class Engine:
         clock, plans: shared by the transformers of a pipeline; `plans` by setting.
         allow_dense: let the model's own attention run where it was measured to be faster.
         check: compare the first sparse call with dense attention.
+        dense_backend: as in `accelerate`.
 
     Attributes:
         watchers: called with every sparse attention call.
@@ -99,6 +102,7 @@ class Engine:
         impl: Impl,
         allow_dense: bool,
         check: SelfCheck,
+        dense_backend: str | None = None,
     ) -> None:
         self.name, self.calls = name, 0
         self.paused = False
@@ -123,6 +127,10 @@ class Engine:
         self._states: dict[tuple[Any, bool], CallState] = {}
         self._dense_state = CallState(impl)
         self.layers = self._find_layers(settings)
+        self._dense_backend = dense_backend
+        self._backend_set: DenseBackend | None = None
+        if dense_backend is not None:
+            choose_backend(dense_backend, self._device)
 
     def _find_layers(self, settings: Any | LayerSettings) -> list[AcceleratedLayer]:
         """The layers, with our processors made and not yet set: what cannot work is refused before anything changes."""
@@ -157,10 +165,19 @@ class Engine:
         reason = f"dense_layers={self._schedule.dense_layers}"
         return [(settings, reason if index in dense else None) for index in range(layers)]
 
+    @property
+    def _device(self) -> torch.device:
+        return next(self._transformer.parameters()).device
+
     def attach(self, owner: object) -> None:
         """Set our processors, add learned weights and hook the transformer, whose hooks keep `owner` alive."""
         self._check_sharing()
         self._owner = owner
+        if self._dense_backend is not None:
+            own = [layer.original for layer in self.layers]
+            self._backend_set = DenseBackend(self._dense_backend, self._device, own)
+            self._backend_set.set()
+            self.notes.append(self._backend_set.note)
         for layer in self.layers:
             module = self._method.module
             if module is None or layer.dense_reason is not None:
@@ -185,6 +202,8 @@ class Engine:
         for handle in self._handles:
             handle.remove()
         self._handles, self._owner = [], None
+        if self._backend_set is not None:
+            self._backend_set.undo()
         return [f"{self.name}.{layer.name}" for layer in self.layers if not layer.detach()]
 
     def count_last_call(self) -> None:

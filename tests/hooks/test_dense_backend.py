@@ -1,0 +1,96 @@
+"""Dense steps and layers on a back end of Diffusers' dispatcher."""
+
+import pytest
+import tiny_models
+import torch
+from diffusers.models import attention_dispatch
+from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
+from tiny_models import run
+
+import dit_accel
+from dit_accel.hooks import dense_backend
+
+WINDOW = {"window": (3, 5, 4)}
+
+
+@pytest.fixture
+def math_calls(monkeypatch):
+    """Calls of the back end `_native_math`."""
+    calls, own = [], _AttentionBackendRegistry._backends[AttentionBackendName._NATIVE_MATH]
+    monkeypatch.setitem(
+        _AttentionBackendRegistry._backends,
+        AttentionBackendName._NATIVE_MATH,
+        lambda **arguments: calls.append(arguments["query"].shape[1]) or own(**arguments),
+    )
+    return calls
+
+
+def backends(transformer):
+    return {name: processor._attention_backend for name, processor in transformer.attn_processors.items()}
+
+
+def test_dense_layers_run_on_the_named_back_end(math_calls):
+    """Sparse layers do not, and neither does cross-attention, whose processors are not ours."""
+    tiny = tiny_models.get("wan", "t2v")
+    transformer = tiny.build()
+    with dit_accel.accelerated(
+        transformer, "gna", dense_layers=1, dense_backend="_native_math", window="full"
+    ) as accel:
+        torch.testing.assert_close(run(transformer, tiny.call()), tiny.dense, rtol=1e-4, atol=1e-4)
+        assert math_calls == [tiny.grid.tokens]
+        assert "dense attention runs on _native_math: asked for" in accel.report().notes
+        assert [layer.dense_calls for layer in accel.report().layers] == [1, 0]
+    assert set(backends(transformer).values()) == {None}
+    assert torch.equal(run(transformer, tiny.call()), tiny.dense)
+
+
+def test_auto_is_the_models_own_on_a_cpu():
+    tiny = tiny_models.get("wan", "t2v")
+    with dit_accel.accelerated(tiny.shared, "dense", dense_backend="auto") as accel:
+        assert torch.equal(run(tiny.shared, tiny.call()), tiny.dense)
+    assert accel.report().notes[0].startswith("dense attention runs on the model's own: ")
+
+
+@pytest.mark.parametrize(
+    ("capability", "chosen"), [((8, 0), None), ((9, 0), "_native_cudnn"), ((12, 0), "_native_cudnn")]
+)
+def test_auto_on_cuda_goes_by_the_architecture(monkeypatch, capability, chosen):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    name, why = dense_backend.choose("auto", torch.device("cuda", 0))
+    assert name == chosen and why
+
+
+def test_a_back_end_that_is_set_already_stays():
+    tiny = tiny_models.get("wan", "t2v")
+    transformer = tiny.build()
+    transformer.set_attention_backend("native")
+    with dit_accel.accelerated(transformer, "dense", dense_backend="_native_math") as accel:
+        assert set(backends(transformer).values()) == {AttentionBackendName.NATIVE}
+        assert "2 have a back end set already" in accel.report().notes[0]
+
+
+def test_processors_without_the_dispatcher_are_counted():
+    tiny = tiny_models.get("cogvideox", "1.0")
+    with dit_accel.accelerated(tiny.shared, "dense", dense_backend="_native_math") as accel:
+        assert torch.equal(run(tiny.shared, tiny.call()), tiny.dense)
+        assert "2 of 2 processors do not use Diffusers' dispatcher" in accel.report().notes[0]
+
+
+def test_replacing_an_accelerator_keeps_the_back_end():
+    tiny = tiny_models.get("wan", "t2v")
+    transformer = tiny.build()
+    dit_accel.accelerate(transformer, "dense", dense_backend="_native_math")
+    accel = dit_accel.accelerate(transformer, "dense", dense_backend="_native_math", replace=True)
+    assert "_native_math" in backends(transformer).values()
+    accel.remove()
+    assert set(backends(transformer).values()) == {None}
+
+
+@pytest.mark.parametrize(("name", "message"), [("fast", "one of flash"), ("flash", "cannot run here")])
+def test_what_cannot_run_is_refused_before_anything_changes(name, message, monkeypatch):
+    monkeypatch.setattr(attention_dispatch, "_CAN_USE_FLASH_ATTN", False)
+    transformer = tiny_models.get("wan", "t2v").build()
+    before = dict(transformer.attn_processors)
+    with pytest.raises(dit_accel.DitAccelError, match=message):
+        dit_accel.accelerate(transformer, "gna", dense_backend=name, **WINDOW)
+    assert dict(transformer.attn_processors) == before
