@@ -72,7 +72,8 @@ def fingerprint(module: nn.Module) -> str:
         if weight.is_meta or weight.dtype not in KNOWN_DTYPES:
             raise DitAccelError(
                 f"The base model's weights cannot be recognised: {name} is {weight.dtype} on {weight.device}. Load the "
-                "fine-tuned accelerator before offloading, casting or quantising the model, or pass any_weights=True."
+                "fine-tuned accelerator before offloading, casting or quantising the model, or pass any_weights=True "
+                "(--any-weights)."
             )
         flat = weight.detach().flatten()
         sampled = flat[:: max(1, len(flat) // SAMPLED)][:SAMPLED].to(torch.bfloat16).cpu()
@@ -180,7 +181,7 @@ def apply(
             if fingerprint(transformer) != trained.fingerprints.get(name):
                 raise DitAccelError(
                     f"{path} was trained from {_base(trained)}, and this {name} has other weights of the same shape; "
-                    "load it into that model, or pass any_weights=True if it should be tried on this one."
+                    "load it into that model, or pass any_weights=True (--any-weights) to try it on this one."
                 )
     undo: list[Callable[[], None]] = []
     try:

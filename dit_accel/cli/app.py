@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import io
+import os
+import signal
 import sys
+import threading
 from collections.abc import Sequence
 from typing import Annotated, NoReturn
 
@@ -15,7 +19,9 @@ from dit_accel.cli.eval import evaluate
 from dit_accel.errors import DitAccelError
 
 USER_ERROR = 2
-INTERRUPTED = 130  # the exit status after Ctrl-C, as shells have it
+INTERRUPTED, TERMINATED = 130, 143  # the exit statuses after Ctrl-C and SIGTERM, as shells have them
+
+_terminated: list[int] = []  # the signal, once it has come
 
 app = typer.Typer(
     name="dit-accel",
@@ -46,26 +52,43 @@ def options(
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line and exit: 0 if all went well, 2 after one line on what the user can mend,
-    130 after Ctrl-C.
+    """Run the command line and exit.
+
+    The status is 0 if all went well, 2 after one line on what the user can mend, 130 after Ctrl-C, and 143 after
+    SIGTERM.
 
     Args:
         arguments: what stands behind `dit-accel`; `sys.argv` if None.
     """
+    _terminated.clear()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # what a terminal or a log cannot show is a question mark, no error
+            stream.reconfigure(errors="replace")  # a question mark for what a terminal or a log cannot show
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _terminate)
     try:
         status = app(args=arguments, prog_name="dit-accel", standalone_mode=False)
+        sys.stdout.flush()
         if status == INTERRUPTED:  # typer's own, silent, answer to Ctrl-C
-            _end("interrupted.", INTERRUPTED)
+            _end("interrupted.", TERMINATED if _terminated else INTERRUPTED)
     except Interrupted as stop:
-        _end(str(stop), INTERRUPTED)
+        _end(str(stop), TERMINATED if _terminated else INTERRUPTED)
     except DitAccelError as error:
         _end(f"error: {error}", USER_ERROR)
     except typer.TyperException as error:
         _end(f"error: {error.format_message() or 'a verb is missing, such as generate.'}", USER_ERROR)
+    except OSError as error:
+        if error.filename is not None or error.errno not in (errno.ENOSPC, errno.EPIPE):
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes it once more at exit
+        _end(f"error: the output could not be written: {error.strerror}.", USER_ERROR)
     sys.exit(status if isinstance(status, int) else 0)
+
+
+def _terminate(number: int, frame: object) -> NoReturn:
+    """Let SIGTERM end a verb as Ctrl-C does, so that it says what it has finished."""
+    _terminated.append(number)
+    raise KeyboardInterrupt
 
 
 def _end(message: str, status: int) -> NoReturn:

@@ -119,6 +119,8 @@ def _show_file(options: BenchOptions, path: Path) -> None:
     from dit_accel.bench.results import read
 
     records = read(path)
+    if not records:
+        raise DitAccelError(f"{path} has no rows; `dit-accel bench --output {path}` adds them.")
     if options.picture is not None and not any("op" in record for record in records):
         raise DitAccelError(f"--picture shows operators, and {path} has no row of one; leave it out.")
     if options.break_even is not None:

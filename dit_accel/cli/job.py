@@ -87,6 +87,7 @@ class GenerateJob:
             "device": str(self.device),
             "fps": self.fps,
             "runs": {name: made.record() for name, made in runs.items()},
+            "compilation_timed": request.compile and not request.compare,
             "comparison": _compare(**runs) if request.compare else None,
             "report": report.as_dict(),
             "versions": versions(),
@@ -107,6 +108,8 @@ def prepare(request: GenerateRequest) -> GenerateJob:
     family = source.family() if request.preset else None
     chosen = choose(request, family, 1 if source.component_class("transformer_2") is None else 2)
     verify = request.verify or request.keep_dense_above is not None
+    if verify and request.method is None and request.load is None:
+        raise DitAccelError("--verify compares a method with dense attention; give --method or --load.")
     if verify and request.compile:
         raise DitAccelError("--verify cannot look into compiled attention; leave out --compile for that run.")
     check = SelfCheck("first-call" if verify else None, request.keep_dense_above)
@@ -191,7 +194,8 @@ def _summary(path: Path, record: dict[str, Any], title: str) -> list[str]:
     lines = []
     for name, run in record["runs"].items():
         label = "dense" if name == "dense" else title
-        lines.append(f"{label}: {run['seconds']:.2f} s, of which {run['denoising_seconds']:.2f} s denoising")
+        times = f"{run['seconds']:.2f} s, of which {run['denoising_seconds']:.2f} s denoising"
+        lines.append(f"{label}: {times}{', with compilation' if record['compilation_timed'] else ''}")
     if record["comparison"]:
         lines.append(likeness(record["comparison"]))
         lines.append(f"side by side: {path.with_name(media.sibling(path, 'compare'))}")

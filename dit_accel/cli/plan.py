@@ -84,10 +84,11 @@ def plan(given: dict[str, Any]) -> None:
         check_file(options.image, (".png",), option="--image")
     name, config = registry.parse_method(options.method, options.settings)
     made = registry.plan(name, options.tokens(), **config)
+    picture = None if options.image is None else made.image()
     facts = _facts(made)
-    if options.image is not None:
+    if picture is not None and options.image is not None:
         with staged(options.image) as stage:
-            made.image().save(stage / options.image.name)
+            picture.save(stage / options.image.name)
     if options.json:
         typer.echo(json.dumps(facts, indent=2))
     else:

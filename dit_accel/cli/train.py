@@ -24,5 +24,8 @@ def train(run: dict[str, Any], data: dict[str, Any], settings: dict[str, Any]) -
     try:
         typer.echo("\n".join(job.run(request)))
     except KeyboardInterrupt as stop:
-        checkpoints = request.run.output / "checkpoints"
-        raise Interrupted(f"interrupted; the same command goes on from {checkpoints}.") from stop
+        from dit_accel.train.state import found
+
+        kept = found(request.run.output / "checkpoints")
+        then = f"goes on from {kept[-1]}" if kept else "starts again, since there is no checkpoint yet"
+        raise Interrupted(f"interrupted; the same command {then}.") from stop

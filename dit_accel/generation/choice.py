@@ -34,6 +34,7 @@ class MethodChoice:
         folder: of the saved accelerator that all this was read from; None if it was typed.
         layers: the settings of each layer, where a saved accelerator has them; `config` is then empty.
         selfcheck: compare the first sparse call with dense attention.
+        any_weights: load it onto other base weights than it was trained for.
         call: arguments of the pipeline's call that a fine-tuning was made for, such as fewer steps.
     """
 
@@ -42,6 +43,7 @@ class MethodChoice:
     schedule: Schedule
     folder: Path | None = None
     layers: LayerSettings | None = None
+    any_weights: bool = False
     selfcheck: SelfCheck = dataclasses.field(default_factory=SelfCheck)
     call: dict[str, Any] = dataclasses.field(default_factory=dict)
 
@@ -81,7 +83,7 @@ class MethodChoice:
 
         check = dataclasses.asdict(self.selfcheck)
         if self.folder is not None:
-            return saved.load(pipe, self.folder, **check)
+            return saved.load(pipe, self.folder, any_weights=self.any_weights, **check)
         return accelerator.accelerate(pipe, self.name, **self.config, **dataclasses.asdict(self.schedule), **check)
 
     def without_schedule(self) -> MethodChoice:
@@ -112,6 +114,8 @@ def choose(asked: MethodOptions, family: Family | None = None, transformers: int
     """
     given = asked.schedule
     if asked.load is None:
+        if asked.any_weights:
+            raise DitAccelError("--any-weights belongs to --load, and none came.")
         if asked.method is None and (asked.settings or given or family is not None):
             raise DitAccelError("--set, --preset and --dense-* belong to --method, and none came.")
         name, config = registry.parse_method("dense" if asked.method is None else asked.method, asked.settings)
@@ -132,7 +136,15 @@ def choose(asked: MethodOptions, family: Family | None = None, transformers: int
     found = checkpoint.read(asked.load)
     saved, call = found.settings, {} if found.trained is None else found.trained["call"]
     layers = None if saved["layers"] is None else layerwise.from_dict(saved["method"], saved["layers"])
-    return MethodChoice(saved["method"], saved["config"], Schedule(**saved["schedule"]), asked.load, layers, call=call)
+    return MethodChoice(
+        saved["method"],
+        saved["config"],
+        Schedule(**saved["schedule"]),
+        asked.load,
+        layers,
+        asked.any_weights,
+        call=call,
+    )
 
 
 def value_text(value: object) -> str:

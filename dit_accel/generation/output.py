@@ -40,16 +40,45 @@ def write_frames(path: Path, frames: np.ndarray, fps: int) -> None:
         path: where to.
         frames: uint8 [F, H, W, 3]; a png takes F = 1.
         fps: frames a second.
+
+    Raises:
+        OSError: the file cannot be written, or does not hold these frames afterwards; ffmpeg is silent on a full disk.
     """
+    from PIL import Image
+
     ending = path.suffix.lower()
     if ending == ".mp4":
         _write_mp4(path, frames, fps)
     elif ending == ".gif":
         _write_gif(path, frames, fps)
     else:
-        from PIL import Image
-
         Image.fromarray(frames[0]).save(path)
+    if (found := _count_frames(path, fps)) != len(frames):
+        raise OSError(f"{found} of {len(frames)} frames can be read back; is the disk full?")
+
+
+def _count_frames(path: Path, fps: int) -> int:
+    """Frames of a written file; 0 where it cannot be read."""
+    import imageio.v2
+    from PIL import Image, ImageSequence
+
+    try:
+        if path.suffix.lower() == ".mp4":
+            with imageio.v2.get_reader(path, format="FFMPEG") as reader:
+                return int(reader.count_frames())
+        with Image.open(path) as picture:
+            if path.suffix.lower() not in VIDEO_ENDINGS:
+                picture.load()
+                return 1
+            shown = sum(frame.info["duration"] for frame in ImageSequence.Iterator(picture))  # equal ones are merged
+            return round(shown / _duration(fps))
+    except (OSError, RuntimeError, SyntaxError, ValueError):  # what Pillow and ffmpeg raise for damaged files
+        return 0
+
+
+def _duration(fps: int) -> int:
+    """Milliseconds of a frame of a gif, which counts in hundredths of a second."""
+    return max(20, round(100 / fps) * 10)
 
 
 def _write_mp4(path: Path, frames: np.ndarray, fps: int) -> None:
@@ -67,12 +96,11 @@ def _write_mp4(path: Path, frames: np.ndarray, fps: int) -> None:
 
 
 def _write_gif(path: Path, frames: np.ndarray, fps: int) -> None:
-    """One palette per frame; a gif counts in hundredths of a second."""
+    """One palette per frame."""
     from PIL import Image
 
     pictures = [Image.fromarray(frame) for frame in frames]
-    duration = max(20, round(100 / fps) * 10)
-    pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=duration, loop=0)
+    pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=_duration(fps), loop=0)
 
 
 def side_by_side(left: np.ndarray, right: np.ndarray, captions: tuple[str, str], footer: str) -> np.ndarray:

@@ -149,6 +149,7 @@ class MethodOptions(ScheduleOptions, SettingsOptions):
     load: Path | None = option(
         None, "A saved accelerator, in place of --method: method, settings and weights.", metavar="FOLDER"
     )
+    any_weights: bool = option(False, "With --load: try it on other base weights than it was trained for.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -242,6 +242,8 @@ def _load(source: Source, dtype: torch.dtype) -> DiffusionPipeline:
         from dit_accel.pipelines import demo
 
         return demo.load_demo(dtype=dtype, folder=source.folder)
+    if source.index.get("vae", [None])[0] == "dit_accel.pipelines.demo.codec":  # a saved copy of the embedded model
+        from dit_accel.pipelines.demo import codec  # noqa: F401  Diffusers wants it imported
     dtypes = {"default": dtype}
     if source.component_class("vae") in FLOAT32_CODECS:
         dtypes["vae"] = torch.float32

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from dit_accel.errors import DitAccelError
 from dit_accel.files import replace_file
+from dit_accel.generation.sources import EMBEDDED
 
 if TYPE_CHECKING:
     from dit_accel.accelerator import Accelerator
@@ -122,6 +123,9 @@ def text(base: Base, accel: Accelerator, settings: TrainSettings, data: Dataset,
     rows = "\n".join(f"| {key} | {_plain(value)} |" for key, value in settings.as_dict().items())
     about = "\n".join(f"| {key} | {_plain(value)} |" for key, value in data.about.items())
     revision = "" if base.revision is None else f", revision {base.revision}"
+    loading = f"from diffusers import DiffusionPipeline\n\npipe = DiffusionPipeline.from_pretrained({base.model!r})"
+    if base.model in EMBEDDED:
+        loading = "from dit_accel.pipelines.demo import load_demo\n\npipe = load_demo()"
     header = {"base_model": base.model, "library_name": "diffusers", "license": licence or "other"}
     front = "\n".join(f"{key}: {value}" for key, value in header.items())
     return f"""---
@@ -137,9 +141,7 @@ tags:
 
 ```python
 import dit_accel
-from diffusers import DiffusionPipeline
-
-pipe = DiffusionPipeline.from_pretrained({base.model!r})
+{loading}
 accel = dit_accel.load(pipe, "this folder")
 ```
 {sampling}

@@ -29,7 +29,7 @@ from dit_accel.train.networks import TrainingNetworks, copy_of, expanded
 from dit_accel.train.objectives import NEEDS_TEACHER, OBJECTIVES
 from dit_accel.train.prepare import Preparer, find_transformer
 from dit_accel.train.process import process_of
-from dit_accel.train.processes import join
+from dit_accel.train.processes import StopSignal, join
 from dit_accel.train.settings import TrainSettings
 from dit_accel.train.validation import Validation
 
@@ -178,8 +178,9 @@ class Trainer:
         """
         main = self.hf.is_main_process
         curve = state.LossCurve(self.output / "losses.jsonl", self.step) if main else None
+        stop = StopSignal(hold=self.hf.num_processes == 1)  # other processes would not know of the checkpoint
         began, first, settings = time.monotonic(), self.step, self.settings
-        with progress_bar("training: loss {task.fields[loss]}, {task.fields[pace]} steps/s", show=main) as bar:
+        with progress_bar("training: loss {task.fields[loss]}, {task.fields[pace]} steps/s", show=main) as bar, stop:
             task = bar.add_task("", total=settings.steps, completed=first, loss="-", pace="-")
             while self.step < settings.steps:
                 figures = self._train_step()
@@ -188,8 +189,9 @@ class Trainer:
                 self.hf.log(figures, step=self.step)
                 pace = (self.step - first) / (time.monotonic() - began)
                 bar.update(task, advance=1, loss=f"{figures['loss']:.4g}", pace=f"{pace:.2f}")
-                if self.step % settings.save_every == 0 or self.step == settings.steps:
+                if self.step % settings.save_every == 0 or self.step == settings.steps or stop.asked:
                     self._save()
+                stop.follow()
                 if self.validation and settings.validate_every and self.step % settings.validate_every == 0:
                     self._validate()
         if curve is not None:

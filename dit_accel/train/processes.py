@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pathlib
+import signal
+import threading
 from typing import Any
 
 from dit_accel.errors import DitAccelError
@@ -60,3 +62,45 @@ def join(settings: TrainSettings, output: pathlib.Path) -> Any:
     if settings.tracker is not None:
         hf.init_trackers("dit_accel", {key: str(value) for key, value in settings.as_dict().items()})
     return hf
+
+
+class StopSignal:
+    """Holds back SIGINT and SIGTERM during a with block, so that a training step ends before they take effect.
+
+    Args:
+        hold: whether to hold them back at all.
+    """
+
+    def __init__(self, *, hold: bool) -> None:
+        self._hold = hold and threading.current_thread() is threading.main_thread()
+        self._before: dict[int, Any] = {}
+        self._number: int | None = None
+
+    @property
+    def asked(self) -> bool:
+        """Whether a signal has come."""
+        return self._number is not None
+
+    def follow(self) -> None:
+        """Let the signal take effect, if one has come.
+
+        Raises:
+            KeyboardInterrupt: one has.
+        """
+        if self._number is not None:
+            if callable(handler := self._before[self._number]):
+                handler(self._number, None)
+            raise KeyboardInterrupt
+
+    def __enter__(self) -> None:
+        for number in (signal.SIGINT, signal.SIGTERM) if self._hold else ():
+            self._before[number] = signal.signal(number, self._note)
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: object) -> None:
+        if self.asked:  # the second one does not wait
+            raise KeyboardInterrupt
+        self._number = number

@@ -283,3 +283,9 @@ class TestModels:
         assert cli("bench", "--read", rows, "--break-even", table).status == 0
         (entry,) = json.loads(table.read_text())
         assert (entry["density"], entry["method"], entry["source"]) == (0.4, "gna", f"{rows} at c")
+
+
+def test_a_file_without_rows_is_refused(cli, tmp_path):
+    (tmp_path / "rows.jsonl").write_text("")
+    outcome = cli("bench", "--read", tmp_path / "rows.jsonl")
+    assert (outcome.status, "has no rows" in outcome.err) == (2, True)

@@ -102,6 +102,8 @@ def refused(cli, tmp_path):
         (("--load", "none"), "--load none: there is no such folder"),
         (("--revision", "main"), "--revision is for models on the Hub"),
         (("--promt", "a"), "--promt"),
+        (("--verify",), "--verify compares a method with dense attention; give --method or --load"),
+        (("--any-weights",), "--any-weights belongs to --load"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )
@@ -365,3 +367,26 @@ def test_a_size_that_the_pipeline_would_refuse_is_refused_by_both(refused, demo,
     output = ("--output", tmp_path / "a.mp4") if verb == "generate" else ()
     line = refused(verb, "--method", "radial:decay=0.2", "--model", "demo", "--height", "136", *output)
     assert "height 136 cannot be made: this model makes multiples of 16" in line
+
+
+@pytest.mark.parametrize("verb", [("ls",), ("env",), ("plan", "--method", "radial", "--grid", "4x4x4", "--json")])
+def test_a_full_standard_output_is_one_line(root, verb):
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-m", "dit_accel", *verb]
+        done = subprocess.run(command, cwd=root, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1] == "dit-accel: error: the output could not be written: No space left on device."
+
+
+def test_sigterm_is_one_line(root, demo_folder, tmp_path):
+    """The signal comes in the middle of the denoising loop."""
+    program = (
+        "import os, signal, sys; from dit_accel.cli.app import main; from dit_accel.generation import sampling; "
+        "sampling.call = lambda *_: os.kill(os.getpid(), signal.SIGTERM); main(sys.argv[1:])"
+    )
+    options = ("generate", "--model", demo_folder, *SIZE, "--output", tmp_path / "a.mp4")
+    command = [sys.executable, "-c", program, *map(str, options)]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
+    assert done.returncode == 143, done.stderr
+    assert done.stderr.splitlines()[-1] == "dit-accel: interrupted; nothing was written."
+    assert list(tmp_path.iterdir()) == []

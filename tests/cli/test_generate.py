@@ -1,6 +1,8 @@
 """`dit-accel generate` on small models of the real classes."""
 
 import json
+import subprocess
+import sys
 
 import imageio.v2
 import pytest
@@ -178,3 +180,15 @@ def test_verify_reports_how_far_each_layer_is_from_dense(cli, demo, tmp_path):
     report = json.loads((tmp_path / "a.json").read_text())["report"]
     assert report["sparse_calls"] == report["dense_calls"] == 4
     assert "leave out --compile" in cli("generate", *SMALL, *options, "--verify", "--compile").err
+
+
+def test_a_saved_copy_of_the_embedded_model_is_a_model(root, tmp_path):
+    """In a process that has not imported the embedded model's codec."""
+    from dit_accel.pipelines.demo import load_demo
+
+    load_demo().save_pretrained(tmp_path / "copy")
+    options = (*SMALL, "--model", tmp_path / "copy", "--output", tmp_path / "a.gif")
+    command = [sys.executable, "-m", "dit_accel", "generate", *map(str, options)]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "a.gif").exists()

@@ -1,5 +1,7 @@
 """Videos, images and two clips side by side."""
 
+import resource
+
 import imageio.v2
 import numpy as np
 import pytest
@@ -46,3 +48,20 @@ def test_side_by_side_holds_both_clips():
     assert np.array_equal(inside[:, :, :width:factor], left)
     assert np.array_equal(inside[:, :, width + output.MARGIN :: factor], right)
     assert (shown[:, :rows] < 128).any(), "no caption is drawn"
+
+
+@pytest.mark.parametrize("ending", ["mp4", "gif", "png"])
+def test_a_file_that_the_disk_cut_off_is_an_error(tmp_path, ending):
+    """ffmpeg says nothing of a full disk, here a limit on the size of files."""
+    noise = np.random.default_rng(0).integers(0, 256, (1 if ending == "png" else 9, 64, 64, 3), np.uint8)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, before[1]))
+    try:
+        with pytest.raises(OSError, match=r"frames can be read back|File too large"):
+            output.write_frames(tmp_path / f"a.{ending}", noise, fps=8)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_equal_frames_of_a_gif_count(tmp_path):
+    output.write_frames(tmp_path / "a.gif", np.repeat(clip(1), 5, axis=0), fps=8)

@@ -362,3 +362,24 @@ def test_push_to_hub(trained, tiny, monkeypatch):
         accel.save_pretrained(folder.parent / "up", push_to_hub=True, repo_id="mine", token="secret")
     assert seen[:2] == ["secret", ("mine", None, True)]
     assert seen[2] == ("me/mine", ["accelerator.json", "pytorch_lora_weights.safetensors"])
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stopped_run_ends_its_step_and_keeps_it(trained, tmp_path, monkeypatch, number):
+    """The signal comes in the middle of step 2; the run then goes on as one that was never stopped."""
+    from dit_accel.train.loop import Trainer
+
+    losses_of, calls = Trainer._losses, []
+
+    def stop(self, *arguments):
+        calls.append(0)
+        if len(calls) == 2:
+            os.kill(os.getpid(), number)
+        return losses_of(self, *arguments)
+
+    monkeypatch.setattr(Trainer, "_losses", stop)
+    with pytest.raises(KeyboardInterrupt):
+        trained("stopped", steps=4, **SLA)
+    monkeypatch.undo()
+    assert [path.name for path in state.found(tmp_path / "stopped" / "checkpoints")] == ["step-00000002"]
+    assert curve(trained("stopped", steps=4, **SLA)) == curve(trained("whole", steps=4, **SLA))
