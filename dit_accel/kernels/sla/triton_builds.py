@@ -1,14 +1,13 @@
-"""The builds of this folder for `kernels.ahead_of_time`: the launches of `triton_configs`."""
+"""What `kernels.ahead_of_time` compiles of this folder: the launches of `triton_configs`."""
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator
 from typing import Any
 
 from dit_accel.kernels.ahead_of_time import Build
 from dit_accel.kernels.sla import triton_configs as configs
-from dit_accel.kernels.sla.call import FEATURE_MAPS, LINEAR_SCOPES
+from dit_accel.kernels.sla.call import LINEAR_SCOPES
 
 FOLDER = "dit_accel.kernels.sla"
 FUNCTIONS = {
@@ -43,7 +42,7 @@ POINTERS = (
 
 
 def builds(arch: int) -> Iterator[Build]:
-    """Every candidate of every kernel, for each head dimension, block size, scope and feature map."""
+    """Every candidate of every kernel for each head dimension; the linear branch with its default map."""
     for head_dim in configs.HEAD_DIMS:
         for kernel, function in FUNCTIONS.items():
             for sizes in _constants(kernel, head_dim, arch):
@@ -61,24 +60,24 @@ def builds(arch: int) -> Iterator[Build]:
 
 
 def _constants(kernel: str, head_dim: int, arch: int) -> Iterator[dict[str, Any]]:
-    """The launcher's compile-time constants except STEP, in every combination that can be launched."""
+    """The launcher's compile-time constants save STEP: once for each width of the selection, block size and scope."""
     sizes: dict[str, Any] = {"D": head_dim, "BLOCK_D": head_dim, "ALIGN": 8}
+    linear = {**sizes, "MAP": "softmax", "PRECISION": "ieee"}
     if kernel == "select":
         for width in WIDTHS:
             yield {"D": head_dim, "WIDTH": width, "STRIP": configs.strip_of(width), "HAS_SKIP": True}
-    elif kernel == "places":
-        yield from CUTS
-    elif kernel == "means":
-        yield from ({**sizes, **cut} for cut in CUTS)
+    elif kernel == "sums":
+        yield {**linear, "SPLIT": configs.SPLIT}
     else:
-        for feature_map in FEATURE_MAPS:
-            linear = {**sizes, "MAP": feature_map, "PRECISION": "ieee"}
-            if kernel == "sums":
-                yield {**linear, "SPLIT": configs.SPLIT}
+        for cut in CUTS:
+            if kernel == "places":
+                yield cut
+            elif kernel == "means":
+                yield {**sizes, **cut}
             elif kernel == "state":
-                yield from ({**linear, **cut, "SPLIT": configs.SPLIT // cut["BLOCK"]} for cut in CUTS)
+                yield {**linear, **cut, "SPLIT": configs.SPLIT // cut["BLOCK"]}
             else:
-                yield from (_fused(kernel, {**linear, **cut, "SCOPE": scope}, arch) for cut, scope in _scopes())
+                yield from (_fused(kernel, {**linear, **cut, "SCOPE": scope}, arch) for scope in _scopes(cut["BLOCK"]))
 
 
 def _fused(kernel: str, sizes: dict[str, Any], arch: int) -> dict[str, Any]:
@@ -87,7 +86,6 @@ def _fused(kernel: str, sizes: dict[str, Any], arch: int) -> dict[str, Any]:
     return {**sizes, "ROWS": configs.key_rows(sizes, arch)} if kernel == "dkdv" else sizes
 
 
-def _scopes() -> Iterator[tuple[dict[str, int], str]]:
-    """Blocks, and the scopes that have kernels for them."""
-    pairs = itertools.product(CUTS, LINEAR_SCOPES)
-    return ((cut, scope) for cut, scope in pairs if scope == "all" or cut["BLOCK"] <= configs.MARGINAL_BLOCK)
+def _scopes(block: int) -> Iterator[str]:
+    """Those that have kernels for blocks of that size."""
+    return (scope for scope in LINEAR_SCOPES if scope == "all" or block <= configs.MARGINAL_BLOCK)

@@ -7,12 +7,10 @@ import torch
 
 pytest.importorskip("triton")
 
-from dit_accel.kernels.ahead_of_time import ARCHS, SHARED_BYTES, covering
+from dit_accel.kernels.ahead_of_time import ARCHS, SHARED_BYTES
 from dit_accel.kernels.sla import triton, triton_builds
 from dit_accel.kernels.sla import triton_configs as configs
-from dit_accel.kernels.sla.call import FEATURE_MAPS, LINEAR_SCOPES, Cut, KeySegments
-
-SETTINGS = ("SCOPE", "D", "MAP", "BLOCK")
+from dit_accel.kernels.sla.call import LINEAR_SCOPES, Cut, KeySegments
 
 
 @pytest.fixture(params=ARCHS)
@@ -22,7 +20,7 @@ def arch(request):
 
 @pytest.fixture
 def launched(monkeypatch, arch):
-    """Every launch of a forward and backward pass with each map and scope: kernel name and constants. Nothing runs."""
+    """Every launch of a forward and backward pass in both scopes: kernel name and constants. Nothing runs."""
     found = []
 
     def record(kernel, programs, arguments, constants):
@@ -37,11 +35,10 @@ def launched(monkeypatch, arch):
         lists = triton.RoutedBlocks(*(torch.zeros(1, 1, 512, n, dtype=torch.int32) for n in (1, 2)))
         means = triton.block_means(q, cut)
         triton.select(means, means, 1, 2)
+        *whole, _ = triton.state(q, q, cut, "softmax")
         weight, bias, text_len = torch.zeros(dim, dim), torch.zeros(dim), torch.zeros(1, dtype=torch.int32)
-        scopes = LINEAR_SCOPES if block <= configs.MARGINAL_BLOCK else ("all",)
-        for feature_map, scope in itertools.product(FEATURE_MAPS, scopes):
-            *whole, _ = triton.state(q, q, cut, feature_map)
-            call = triton.FusedCall(cut, segments, 0.125, feature_map, scope)
+        for scope in LINEAR_SCOPES if block <= configs.MARGINAL_BLOCK else ("all",):
+            call = triton.FusedCall(cut, segments, 0.125, "softmax", scope)
             _, *saved = triton.forward(q, q, q, whole, lists, weight, bias, text_len, call, True)
             saved[-1].zero_()  # modes, which are read
             triton.backward(q, q, q, q, whole, lists, weight, text_len, saved, call)
@@ -65,29 +62,6 @@ def test_every_candidate_of_every_launch_is_compiled_ahead_of_time(launched, arc
         for launch in configs.fitting(kernel, constants, 2, arch):
             entry = function, launch.warps, launch.stages, sizes({**constants, "STEP": launch.step})
             assert entry in compiled, f"{kernel} with {launch} and {constants} is not compiled ahead of time"
-
-
-def test_make_kernels_covers_pairs_of_settings(arch):
-    """Every pair of kernel settings is compiled: scope, head dimension, feature map, block and dtype."""
-    jobs = {}
-    for build in triton_builds.builds(arch):
-        jobs.setdefault(build.kernel, []).extend((build, dtype) for dtype in ("fp16", "bf16"))
-    for kernel, candidates in jobs.items():
-        wanted, found = (
-            {
-                pair
-                for build, dtype in some
-                for pair in itertools.combinations(
-                    sorted(
-                        {**{name: value for name, value in build.constants if name in SETTINGS}, "dtype": dtype}.items()
-                    ),
-                    2,
-                )
-            }
-            for some in (candidates, covering(candidates))
-        )
-        assert found == wanted, kernel
-    assert set(jobs) == {build.kernel for build in triton_builds.builds(90)}
 
 
 def test_a_candidate_is_left_for_every_build(launched, arch):
