@@ -1,7 +1,7 @@
 """Draw the mask of every method into docs/pictures: `python -m tools.mask_pictures`.
 
-Static masks are exact: 6 frames of 6 x 6 tokens and 12 text tokens. SLA's blocks depend on q and k: its picture
-shows one head of the embedded model's middle layer, at the second of four steps.
+Static masks are exact: 6 frames of 6 x 6 tokens and 12 text tokens. Routed methods choose blocks by q and k: their
+pictures show one head of the embedded model's middle layer, at the second of four steps.
 """
 
 import argparse
@@ -11,7 +11,6 @@ from typing import Any
 import torch
 
 import dit_accel
-from dit_accel.methods.sla import SparseLinearAttention
 
 FOLDER = Path(__file__).parent.parent / "docs" / "pictures"
 GRID = dit_accel.TokenGrid(frames=6, height=6, width=6, text=12)
@@ -21,13 +20,18 @@ STATIC: dict[str, dict[str, Any]] = {
     "tile": {"references": 2},
     "radial": {"decay": 1.0},
 }
-SLA: dict[str, Any] = {"topk": 0.2, "block": 64}
+ROUTED: dict[str, dict[str, Any]] = {
+    "sla": {"topk": 0.2, "block": 64},
+    "sol": {},
+    "rectified": {"gate": False},
+    "sparge": {"topk": 0.1, "topp": 0.3, "block_q": 64},
+}
 LAYER, HEAD = "blocks.2.attn1", 0
 COLOURS = ("#f2f2f2", "#9ec5e8", "#173f7a")
 
 
-def routed() -> torch.Tensor:
-    """Returns SLA's classes of blocks in one call: 2 critical, 1 linear; shape [query blocks, key blocks]."""
+def routed(method: str) -> torch.Tensor:
+    """The blocks that a call attends exactly: bool [query blocks, key blocks]."""
     from dit_accel.pipelines.demo import DEFAULTS, load_demo
 
     pipe = load_demo()
@@ -35,15 +39,19 @@ def routed() -> torch.Tensor:
 
     def keep(call):
         if call.layer.endswith(LAYER) and call.step is not None and call.step.index == 1:
-            found.append((call.q, call.k))
+            found.append((call.plan, call.q, call.k))
 
-    accel = dit_accel.accelerate(pipe, "sla", **SLA)
+    accel = dit_accel.accelerate(pipe, method, **ROUTED[method])
     with accel.watch(keep):
         pipe("a red circle moves right on a blue background", **DEFAULTS.call() | {"num_inference_steps": 4})
     accel.remove()
-    q, k = found[0]
-    routing = SparseLinearAttention(q.shape[-1], **SLA).route(q, k)
-    return routing.critical.dense()[0, HEAD].int() + 1
+    plan, q, k = found[0]
+    lists = plan.route(q, k)
+    rows = torch.arange(lists.indices.shape[2])[:, None]
+    listed = torch.arange(lists.indices.shape[3]) < lists.counts[0, HEAD, :, None]
+    chosen = torch.zeros(len(rows), plan.key_order.visual_blocks, dtype=torch.bool)
+    chosen[rows.expand_as(listed)[listed], lists.indices[0, HEAD][listed].long()] = True
+    return chosen
 
 
 def draw(path: Path, classes: torch.Tensor, unit: str, legend: dict[int, str], ticks: dict[str, float]) -> None:
@@ -51,9 +59,9 @@ def draw(path: Path, classes: torch.Tensor, unit: str, legend: dict[int, str], t
 
     Args:
         classes: int [queries, keys], indices into `COLOURS`.
-        unit: what a row and a column stand for.
+        unit: of rows and columns, such as "frame".
         legend: the meaning of each class.
-        ticks: labels and where they stand.
+        ticks: labels and their places.
     """
     import matplotlib
 
@@ -90,9 +98,12 @@ def main() -> None:
     for method, config in STATIC.items():
         mask = dit_accel.plan(method, GRID, **config).token_mask()
         draw(folder / f"mask-{method}.png", mask.int() * 2, "frame", {2: "attended", 0: "left out"}, ticks)
-    classes = routed()
-    places = {str(i): float(i) for i in range(0, len(classes), 8)}
-    draw(folder / "mask-sla.png", classes, "block", {2: "exact", 1: "linear"}, places)
+    for method in ROUTED:
+        chosen = routed(method)
+        others = {"sla": {1: "linear"}, "sol": {1: "tail"}, "rectified": {1: "mean"}}.get(method, {0: "left out"})
+        places = {str(i): float(i) for i in range(0, len(chosen), 8)}
+        classes = torch.where(chosen, 2, next(iter(others)))
+        draw(folder / f"mask-{method}.png", classes, "block", {2: "exact", **others}, places)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,7 @@
 """Put an evaluation's table and Pareto picture into docs/results.md.
 
-`make eval` runs `python -m tools.results_page outputs/eval` after the evaluation. The text between the
-two marks is replaced. The summary behind it goes to `benchmarks/results`, the picture to `docs/pictures`. A test
-compares the page with that summary.
+`make eval` runs `python -m tools.results_page outputs/eval` after the evaluation. It replaces the text between the two
+marks. The summary goes to `benchmarks/results`, the picture to `docs/pictures`. A test compares page and summary.
 """
 
 from __future__ import annotations
@@ -22,11 +21,11 @@ BEGIN, END = "<!-- eval: begin -->", "<!-- eval: end -->"
 PAGE = Path("docs/results.md")
 SUMMARY = Path("benchmarks/results/eval_demo.json")
 PICTURE = Path("docs/pictures/eval_demo.png")
-ORIGIN = ("hardware", "git", "date")  # entries of `made` that the line under the table gives where they are known
+ORIGIN = ("hardware", "git", "date")  # entries of `made` in the line under the table
 
 
 def section(summary: dict[str, Any]) -> str:
-    """Returns what stands between the marks: table, picture and origin."""
+    """The text between the marks: table, picture and origin."""
     parts = [markdown.table(summary, costs=False)]
     parts.append(
         f"![Speed-up against each figure, with the Pareto front; the numbers are those of the table]({_link(PICTURE)})"
@@ -38,30 +37,22 @@ def section(summary: dict[str, Any]) -> str:
 
 
 def _link(path: Path) -> str:
-    """Returns a path of the checkout as the page links to it."""
+    """A path of the checkout as a link of the page."""
     return Path(os.path.relpath(path, PAGE.parent)).as_posix()
 
 
 def between(text: str) -> str:
-    """Returns what a page has between the marks.
-
-    Raises:
-        DitAccelError: it lacks a mark, has one twice, or has them in the wrong order.
-    """
+    """The text of a page between the marks; missing, repeated or reversed marks are refused."""
     if not text.count(BEGIN) == text.count(END) == 1 or text.index(BEGIN) > text.index(END):
         raise DitAccelError(f"{PAGE.name} needs the marks {BEGIN} and {END}, once each and in this order.")
     return text.partition(BEGIN)[2].partition(END)[0].strip()
 
 
 def update(results: Path, root: Path) -> None:
-    """Write page, summary and picture of a checkout from a folder that the evaluation wrote.
-
-    Raises:
-        DitAccelError: the folder holds no report, or the page no marks.
-    """
+    """Write page, summary and picture of a checkout from an evaluation's folder."""
     missing = [name for name in ("summary.json", "pareto.png") if not (results / name).is_file()]
     if missing:
-        raise DitAccelError(f"{results} lacks {' and '.join(missing)}; run make eval first.")
+        raise DitAccelError(f"{results} lacks {' and '.join(missing)}. Run make eval first.")
     page = root / PAGE
     text = page.read_text(encoding="utf-8")
     between(text)

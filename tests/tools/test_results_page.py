@@ -52,7 +52,7 @@ def test_nothing_is_touched_where_something_is_missing(results, tmp_path):
         with pytest.raises(DitAccelError, match="needs the marks"):
             page.update(results, tmp_path)
         assert file.read_text() == text and not (tmp_path / page.SUMMARY).exists()
-    with pytest.raises(DitAccelError, match=r"lacks summary\.json and pareto\.png; run make eval first"):
+    with pytest.raises(DitAccelError, match=r"lacks summary\.json and pareto\.png\. Run make eval first"):
         page.update(tmp_path, tmp_path)
 
 

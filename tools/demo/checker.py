@@ -2,7 +2,8 @@
 
 Simple on purpose. The background is the median colour of the whole video. What differs from it by more than a fixed
 distance is the object; its median colour is compared with the palette. Its centre is followed through the frames, and a
-straight line through the centres gives the direction. How full its bounding box is gives the shape.
+straight line through the centres gives the direction. How full its bounding box is gives the shape. Its pieces are
+counted in every frame: a video whose object falls apart, or that shows a second one, is not whole.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ DIFFERENT = 0.22  # RGB distance from the background that makes a pixel part of 
 SMALLEST = 24  # pixels of the object in a frame, below which that frame shows none
 TRAVEL = 5.0  # pixels from the first frame to the last that count as motion
 STRAIGHT = 2.0  # how many times further along the main axis than across it
+PIECE = 0.03  # of the largest piece's pixels, below which another one does not count
 FILLS = {"circle": 0.785, "square": 1.0, "triangle": 0.53}  # share of the bounding box that each shape fills
 
 ATTRIBUTES = ("colour", "direction", "background", "shape")
@@ -30,10 +32,11 @@ class Reading:
     shape: str | None
     direction: str | None
     background: str
+    objects: int  # most pieces in any frame
 
     def agrees(self, scene: Scene) -> dict[str, bool]:
-        """For each of `ATTRIBUTES`, whether the video shows what `scene` says."""
-        return {name: getattr(self, name) == getattr(scene, name) for name in ATTRIBUTES}
+        """For each of `ATTRIBUTES`, whether the video shows what `scene` says; `whole`: one object in one piece."""
+        return {name: getattr(self, name) == getattr(scene, name) for name in ATTRIBUTES} | {"whole": self.objects == 1}
 
 
 def read(video: np.ndarray) -> Reading:
@@ -53,12 +56,12 @@ def read(video: np.ndarray) -> Reading:
     mask = distance > DIFFERENT
     shown = mask.sum((1, 2)) >= SMALLEST
     if shown.sum() < max(2, len(video) // 2):
-        return Reading(None, None, None, background)
+        return Reading(None, None, None, background, 0)
 
     solid = distance > 0.7 * np.quantile(distance[mask], 0.9)
     colour = _nearest(np.median(video[solid], axis=0), [name for name in COLOURS if name != background])
     shape = _shape([frame for frame, there in zip(mask, shown, strict=True) if there])
-    return Reading(colour, shape, _direction(mask, shown), background)
+    return Reading(colour, shape, _direction(mask, shown), background, max(map(count_pieces, mask)))
 
 
 def _nearest(colour: np.ndarray, names: tuple[str, ...] | list[str]) -> str:
@@ -90,3 +93,31 @@ def _fill(mask: np.ndarray) -> float:
     rows, columns = np.flatnonzero(rows > 0.1 * rows.max()), np.flatnonzero(columns > 0.1 * columns.max())
     box = mask[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
     return float(box.mean())
+
+
+def count_pieces(mask: np.ndarray) -> int:
+    """Connected pieces of a frame's mask [H, W], corners touching included, but for specks (`PIECE`)."""
+    parents: list[int] = []  # of every run of pixels in a row, up to the piece's first run
+    pixels: list[int] = []
+
+    def root(run: int) -> int:
+        while parents[run] != run:
+            run = parents[run]
+        return run
+
+    above: list[tuple[int, int, int]] = []  # first, end and number of the runs in the row above
+    padded = np.pad(mask, ((0, 0), (1, 1))).astype(np.int8)
+    for row in np.diff(padded, axis=1):
+        runs = []
+        for first, end in zip(np.flatnonzero(row == 1).tolist(), np.flatnonzero(row == -1).tolist(), strict=True):
+            parents.append(len(parents))
+            pixels.append(end - first)
+            runs.append((first, end, parents[-1]))
+            for other_first, other_end, other in above:
+                if other_first <= end and first <= other_end:
+                    parents[root(parents[-1])] = root(other)
+        above = runs
+    sizes = np.zeros(len(parents), int)
+    for run, count in enumerate(pixels):
+        sizes[root(run)] += count
+    return int((sizes > PIECE * sizes.max()).sum()) if len(sizes) else 0

@@ -51,8 +51,8 @@ class Run:
         dense_tuned: train the dense model in the same way too, and show what it makes.
     """
 
-    dense: tuple[int, float] = (16, 5.0)
-    tuned: tuple[int, float] = (16, 5.0)
+    dense: tuple[int, float] = (12, 1.0)
+    tuned: tuple[int, float] = (12, 1.0)
     prompts: int = 24
     dense_tuned: bool = False
 

@@ -5,15 +5,15 @@ from __future__ import annotations
 import re
 
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline, WanTransformer3DModel
+from diffusers import UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
 from dit_accel.pipelines.demo import clips
-from dit_accel.pipelines.demo.codec import SlopeCodec
+from dit_accel.pipelines.demo.codec import BlockCodec
 
 TEXT_DIM = 128
-SHIFT = 6.0  # of the flow's noise schedule: what a clip shows is settled at noise levels above 0.8
+SHIFT = 16.0  # of the flow's noise schedule: what a clip shows is settled at noise levels above 0.9
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
@@ -39,13 +39,14 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def build_pipeline(dim: int = 256, layers: int = 5, ffn_dim: int = 768) -> WanPipeline:
+def build_pipeline(dim: int = 256, layers: int = 6, ffn_dim: int = 768, shift: float = SHIFT) -> WanPipeline:
     """A stock `WanPipeline` with random weights; draw after `torch.manual_seed` for the same weights again.
 
     Args:
         dim: width of the transformer, a multiple of 64 (a head).
         layers: number of transformer blocks.
         ffn_dim: width of their feed-forward layers.
+        shift: of the scheduler's noise levels.
     """
     if dim % 64:
         raise ValueError(f"dim must be a multiple of the head size 64, got {dim}")
@@ -65,7 +66,7 @@ def build_pipeline(dim: int = 256, layers: int = 5, ffn_dim: int = 768) -> WanPi
             eos_token_id=tokenizer.eos_token_id,
         )
     )
-    codec = SlopeCodec()
+    codec = BlockCodec()
     transformer = WanTransformer3DModel(
         num_attention_heads=dim // 64,
         attention_head_dim=64,
@@ -82,6 +83,6 @@ def build_pipeline(dim: int = 256, layers: int = 5, ffn_dim: int = 768) -> WanPi
         tokenizer=tokenizer,
         text_encoder=text_encoder,
         vae=codec,
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=SHIFT),
+        scheduler=UniPCMultistepScheduler(prediction_type="sample", use_flow_sigmas=True, flow_shift=shift),
         transformer=transformer,
     )

@@ -1,227 +1,171 @@
-"""Train the demo pipeline from nothing: `python -m tools.demo.train --work RUN_FOLDER --workers 2`.
+"""Train the demo pipeline from nothing: `python -m tools.demo.train --config NAME --output FOLDER --device cuda`.
 
-Flow matching on clips drawn on the fly (`clips.py`), by the stages in `STAGES`. Training stops and resumes anywhere: a
-checkpoint holds weights, their moving average and the optimizers' state, and the random numbers of a step follow from
-seed and step, so a resumed run gives the same weights bit for bit. `--export FOLDER` writes the averaged weights as a
-Diffusers folder in bfloat16.
-
-The weights in this package come from one such run, steered on its way: AdamW alone until step 1,860, slower clips until
-step 2,680, equal weights for all channels and a smaller shift on small grids until step 3,120, shapes of any size
-anywhere in the frame until step 4,400. The stages are what was run; with today's settings from the start they have not
-been run again.
+Flow matching on clips that are drawn on the training device (`clips.py`), by the stages of a recipe (`recipes.py`).
+FOLDER gets the averaged weights as a Diffusers folder
+in bfloat16 (`pipeline`) and a line of JSON every 50 steps (`log.jsonl`).
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import math
-import os
-import tempfile
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
+import torch._dynamo
+import torch.fx.experimental._config
+import torch.nn.functional as F
 from diffusers import WanPipeline
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from dit_accel.pipelines.demo import clips
-from tools.demo.fast_attention import TEXT_SLOTS, use_fast_attention
-from tools.demo.model import SHIFT, build_pipeline
+from tools.demo.forward import TEXT_SLOTS, predict, use_training_attention
+from tools.demo.model import TEXT_DIM
+from tools.demo.muon import BatchedMuon
+from tools.demo.recipes import RECIPES, Grid, Recipe, Stage
 
 FILLERS = ("a", "moves", "on", "background")  # words that training sometimes replaces by <unk>
-
-
 MUON_RATE = 3.0  # Muon's learning rate over AdamW's
-MEAN_WEIGHT = 4.0  # of a block's mean in the loss; its slopes weigh 1, and where the shape is shows in the means
-
-
-@dataclass(frozen=True)
-class Stage:
-    """A part of the curriculum: `steps` optimizer steps, each on a grid drawn from `grids`.
-
-    A grid is (frames, height, width, batch) in pixels and clips. The learning rate goes from `start` to `end` along a
-    half cosine.
-    """
-
-    name: str
-    steps: int
-    start: float
-    end: float
-    grids: tuple[tuple[int, int, int, int], ...]
-
-
-STAGES = (
-    Stage("small", 2300, 1.2e-3, 8e-4, ((9, 64, 64, 16), (9, 48, 80, 16), (9, 80, 48, 16), (17, 64, 64, 10))),
-    Stage(
-        "middle",
-        350,
-        8e-4,
-        5e-4,
-        (
-            *((17, 64, 64, 10), (9, 96, 96, 8), (17, 96, 96, 4), (9, 48, 224, 6), (17, 128, 128, 4)),
-            *((17, 64, 64, 10), (9, 80, 80, 10), (17, 96, 96, 4), (9, 192, 48, 6), (17, 128, 128, 4)),
-        ),
-    ),
-    Stage(
-        "motion", 450, 1e-3, 6e-4, ((9, 64, 64, 16), (17, 64, 64, 10), (9, 96, 96, 8), (17, 64, 96, 6), (17, 96, 64, 6))
-    ),
-    Stage("default", 240, 6e-4, 1.5e-4, ((17, 128, 128, 4), (17, 80, 80, 6), (17, 112, 144, 4))),
-    Stage(
-        "again",
-        940,
-        1e-3,
-        6.5e-4,
-        ((9, 64, 64, 16), (17, 64, 64, 10), (9, 64, 64, 16), (9, 80, 80, 10), (17, 96, 96, 4)),
-    ),
-    Stage("full", 120, 5.5e-4, 5e-5, ((17, 128, 128, 4), (17, 96, 96, 6), (17, 192, 224, 2), (17, 112, 144, 4))),
-    Stage(
-        "centred",
-        520,
-        1.2e-3,
-        6e-4,
-        ((9, 64, 64, 16), (17, 64, 64, 10), (9, 80, 80, 10), (9, 64, 64, 16), (17, 96, 96, 4)),
-    ),
-    Stage("centred default", 260, 6e-4, 1e-4, ((17, 128, 128, 4), (17, 112, 144, 4), (17, 96, 96, 6))),
-    Stage("centred large", 70, 1.5e-4, 2e-5, ((17, 192, 224, 2), (17, 128, 128, 4))),
-    Stage(
-        "last",
-        330,
-        6e-4,
-        4e-5,
-        ((17, 128, 128, 4), (17, 112, 144, 4), (17, 128, 128, 4), (17, 96, 96, 6), (17, 192, 224, 2)),
-    ),
-    Stage(
-        "wide",
-        900,
-        6e-4,
-        3e-5,
-        (
-            *((17, 160, 192, 2), (17, 128, 128, 4), (17, 160, 192, 2)),
-            *((17, 112, 144, 4), (17, 160, 160, 2), (17, 96, 96, 6)),
-        ),
-    ),
-)
+WATCHED = 1  # the block after which position and words are asked for
+QUESTION_WEIGHT = 0.1  # of each of these questions in the loss
+FULL = 9 * 24 * 24  # tokens of the grid whose noise schedule is shifted by the recipe's `shift`
+WORDS = (len(clips.COLOURS), len(clips.SHAPES), len(clips.DIRECTIONS), len(clips.BACKGROUNDS))
+LOG_EVERY = 50  # steps
 
 
 class Trainer:
-    """Model, moving average, optimizer and random state of one run.
+    """Model, moving average, optimizers and random state of one run.
 
     Args:
         pipe: what `build_pipeline` returned; its transformer gets training-only attention processors.
-        stages: the curriculum.
+        recipe: the stages and what is learned.
+        device: where everything runs.
         seed: of the data, the noise and the dropped prompts.
-
-    With `torch.distributed` initialised, each process takes an equal part of every batch; all must start alike.
+        compile: compile the transformer's blocks; a graph break or too many recompilations is an error.
     """
 
-    def __init__(self, pipe: WanPipeline, stages: tuple[Stage, ...] = STAGES, seed: int = 0):
-        self.pipe, self.stages, self.seed, self.step = pipe, stages, seed, 0
-        self.rank, self.workers = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-        use_fast_attention(pipe.transformer)
-        self.generator = torch.Generator()
-        self.importance = torch.tensor([MEAN_WEIGHT, 1.0, 1.0, 1.0] * 3)  # [12] per latent channel
+    def __init__(self, pipe: WanPipeline, recipe: Recipe, device: str = "cpu", seed: int = 0, compile: bool = False):
+        self.pipe, self.recipe, self.device, self.seed, self.step = pipe.to(device), recipe, device, seed, 0
+        self.generator = torch.Generator(device)
+        use_training_attention(pipe.transformer)
+        dim = pipe.transformer.patch_embedding.out_channels
+        # Asked for in training alone: each token's place, and the scene's words from the prompt and from all tokens.
+        self.questions = torch.nn.ModuleDict(
+            {"position": torch.nn.Linear(dim, 3), "words": torch.nn.Linear(dim, sum(WORDS))}
+            | {"prompt": torch.nn.Linear(TEXT_DIM, sum(WORDS))}
+        ).to(device)
         self.modules = torch.nn.ModuleDict({"transformer": pipe.transformer, "text_encoder": pipe.text_encoder})
         self.modules.train()
         self.weights = dict(self.modules.named_parameters())
         self.average = {name: weight.detach().clone() for name, weight in self.weights.items()}
         # Muon for the matrices inside the blocks, AdamW for all else.
         inner = [name for name, weight in self.weights.items() if ".blocks." in name and weight.ndim == 2]
-        outer = [name for name in self.weights if name not in set(inner)]
-        self.optimizers = {
-            "muon": torch.optim.Muon([self.weights[name] for name in inner], 0.0, 0.01, adjust_lr_fn="match_rms_adamw"),
-            "adamw": torch.optim.AdamW(
-                [self.weights[name] for name in outer], 0.0, (0.9, 0.98), weight_decay=0.01, fused=True
-            ),
-        }
+        outer = [weight for name, weight in self.weights.items() if name not in set(inner)]
+        self.muon = BatchedMuon(self.weights[name] for name in inner)
+        self.adamw = torch.optim.AdamW(
+            [*outer, *self.questions.parameters()], 0.0, (0.9, 0.98), weight_decay=0.01, fused=True
+        )
+        codec = pipe.vae.config
+        self.mean = torch.tensor(codec.latents_mean, device=device).view(1, -1, 1, 1, 1)
+        self.std = torch.tensor(codec.latents_std, device=device).view(1, -1, 1, 1, 1)
+        self._read_prompts()
+        if compile:
+            torch._dynamo.config.recompile_limit = 4
+            torch._dynamo.config.fail_on_recompile_limit_hit = True
+            torch.fx.experimental._config.use_duck_shape = False  # sizes that are equal by chance are not one size
+            pipe.transformer.compile_repeated_blocks(fullgraph=True, dynamic=True)
 
-    @property
-    def total_steps(self) -> int:
-        return sum(stage.steps for stage in self.stages)
+    def _read_prompts(self) -> None:
+        """Words of all training scenes, [S, 4], and tokens of all their prompts, [S, templates, TEXT_SLOTS]."""
+        scenes = clips.scenes(held_out=False)
+        self.scenes = clips.describe(list(scenes)).to(self.device)
+        templates = (clips.CAPTION, *clips.PARAPHRASES)
+        prompts = [scene.phrase(template) for scene in scenes for template in templates]
+        self.prompts = self._tokens(prompts).unflatten(0, (len(scenes), len(templates)))
+        self.empty = self._tokens([""])
+        tokenizer = self.pipe.tokenizer
+        self.unknown = tokenizer.unk_token_id
+        self.fillers = torch.tensor(tokenizer.convert_tokens_to_ids(list(FILLERS)), device=self.device)
 
-    def train_step(self) -> float:
-        """One optimizer step on freshly drawn clips; returns the loss."""
+    def _tokens(self, prompts: list[str]) -> Tensor:
+        """Token numbers [B, TEXT_SLOTS] on the device."""
+        ids = self.pipe.tokenizer(prompts, padding="max_length", max_length=TEXT_SLOTS, return_tensors="pt")
+        if not (ids.attention_mask[:, -1] == 0).all():
+            raise ValueError(f"captions must leave one of the {TEXT_SLOTS} text slots free; raise TEXT_SLOTS")
+        return ids.input_ids.to(self.device)
+
+    def train_step(self) -> Tensor:
+        """One optimizer step on freshly drawn clips; returns the losses [4] of `loss`."""
         stage, rate = self.schedule()
-        self.optimizers["adamw"].param_groups[0]["lr"] = rate
-        self.optimizers["muon"].param_groups[0]["lr"] = MUON_RATE * rate
-        self.generator.manual_seed((self.seed << 40) + (self.step << 8) + self.rank)
-        frames, height, width, batch = stage.grids[self.step % len(stage.grids)]
-        loss = self.loss(frames, height, width, batch // self.workers)
-        loss.backward()
-        if self.workers > 1:
-            self._share_gradients()
+        losses = self.backward(stage.grids[self.step % len(stage.grids)])
         torch.nn.utils.clip_grad_norm_(self.weights.values(), 1.0, foreach=True)
-        for optimizer in self.optimizers.values():
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+        self.adamw.param_groups[0]["lr"] = rate
+        self.adamw.step()
+        self.muon.step(MUON_RATE * rate)
+        self.adamw.zero_grad(set_to_none=True)
         self.step += 1
-        decay = min(0.995, (1 + self.step) / (10 + self.step))
+        decay = min(self.recipe.averaging, (1 + self.step) / (10 + self.step))
         with torch.no_grad():
             torch._foreach_lerp_(list(self.average.values()), list(self.weights.values()), 1 - decay)
-        return loss.item()
+        return losses
+
+    def backward(self, grid: Grid) -> Tensor:
+        """Gradients of one batch; the batch follows from the seed and the step."""
+        self.generator.manual_seed(self.seed * 1_000_003 + self.step)  # a CPU's generator keeps 32 bits
+        losses = self.loss(*grid)
+        (losses[0] + QUESTION_WEIGHT * losses[1:].sum()).backward()
+        return losses.detach()
 
     def loss(self, frames: int, height: int, width: int, batch: int) -> Tensor:
-        """Mean squared error of the predicted velocity, noise - clip, on `batch` fresh clips."""
-        shown = clips.sample_scenes(batch, self.generator)
+        """Losses on `batch` fresh clips, [4]: of the prediction, and of the questions position, words and prompt.
+
+        Rotary positions are relative: all tokens of pure noise are alike but for the noise, and a model learns late to
+        find the frame's borders in it. Asking each token for its place teaches that at once. Asking for the scene's
+        words teaches which colour is the object's.
+        """
+        which = self._draw(batch, high=len(self.scenes))
+        words = self.scenes[which]
         with torch.no_grad():
-            latents = self._encode(clips.render(shown, frames, height, width, self.generator))
-            tokens = latents[0, 0].numel() // 4
-            sigma = self._noise_levels(batch, shift=SHIFT * max(1.0, math.sqrt(tokens / 2304)))
-            noise = torch.randn(latents.shape, generator=self.generator)
-            mix = sigma.view(-1, 1, 1, 1, 1)
-            noisy = (1 - mix) * latents + mix * noise
-        text = self.embed([self.prompt(scene) for scene in shown])
-        with torch.autocast("cpu", torch.bfloat16):
-            velocity = self.pipe.transformer(noisy, sigma * 1000, text, return_dict=False)[0]
-        errors = (velocity.float() - (noise - latents)).square().mean((0, 2, 3, 4))
-        return (errors * self.importance).mean()
+            paths = clips.sample_paths(words, frames, height, width, self.generator)
+            video = clips.paint(words, paths, frames, height, width)
+            latents = (self.pipe.vae.encode(video).latent_dist.mode() - self.mean) / self.std
+            level, sigma = self._noise_levels(batch, latents[0, 0].numel() // 4)
+            noise = torch.randn(latents.shape, generator=self.generator, device=self.device)
+            noisy = torch.lerp(latents, noise, sigma.view(-1, 1, 1, 1, 1))
+        tokens = self._sample_prompts(which)
+        text = self.embed(tokens)
+        timestep = (sigma * 1000).floor()  # as the scheduler rounds
+        with torch.autocast(torch.device(self.device).type, torch.bfloat16):
+            out, seen = predict(self.pipe.transformer, noisy, timestep, text, WATCHED)
+        errors = (out.float() - latents).square().mean((1, 2, 3, 4)) / level.clamp(min=0.2).square()
+        seen = F.layer_norm(seen.float(), seen.shape[-1:])
+        _, _, t, h, w = latents.shape
+        axes = [torch.linspace(-1, 1, size, device=self.device) for size in (t, h // 2, w // 2)]
+        place = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).flatten(0, 2)  # [N, 3]
+        position = (self.questions["position"](seen) - place).square().mean()
+        told = (tokens != self.empty).any(1).float()  # [B] 0 for an empty prompt
+        shown = self._asked(self.questions["words"](seen.mean(1)), words, told)
+        read = self._asked(self.questions["prompt"](text.sum(1) / (text != 0).any(2).sum(1, keepdim=True)), words, told)
+        return torch.stack([errors.mean(), position, shown, read])
 
-    def save(self, path: Path) -> None:
-        """Write everything that a resumed run needs to one safetensors file; the old file lives until it is done."""
-        tensors = {f"weights.{name}": weight.detach() for name, weight in self.weights.items()}
-        tensors |= {f"average.{name}": weight for name, weight in self.average.items()}
-        for kind, optimizer in self.optimizers.items():
-            for index, state in optimizer.state_dict()["state"].items():
-                tensors |= {f"{kind}.{index}.{name}": value for name, value in state.items()}
-        temporary = path.with_suffix(".part")
-        save_file(tensors, temporary, metadata={"step": str(self.step)})
-        os.replace(temporary, path)
+    def _asked(self, answers: Tensor, words: Tensor, told: Tensor) -> Tensor:
+        """Mean cross-entropy of answers [B, all words] for scenes [B, 4], over clips whose prompt was told [B]."""
+        columns = zip(answers.split(WORDS, dim=1), words.unbind(1), strict=True)
+        losses = torch.stack([F.cross_entropy(answer, word, reduction="none") for answer, word in columns])
+        return (losses.mean(0) * told).sum() / told.sum().clamp(min=1)
 
-    def load(self, path: Path) -> None:
-        """Go on from a file that `save` wrote for the same model."""
-        with safe_open(path, "pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
-            self.step = int(file.metadata()["step"])
-        with torch.no_grad():
-            for name, weight in self.weights.items():
-                weight.copy_(tensors[f"weights.{name}"])
-                self.average[name].copy_(tensors[f"average.{name}"])
-        for kind, optimizer in self.optimizers.items():
-            state: dict[int, dict[str, Tensor]] = {}
-            for name, value in tensors.items():
-                if name.startswith(f"{kind}."):
-                    _, index, field = name.split(".")
-                    state.setdefault(int(index), {})[field] = value
-            optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
-
-    def _share_gradients(self) -> None:
-        """Replace every gradient by its mean over the processes."""
-        gradients = [weight.grad for weight in self.weights.values() if weight.grad is not None]
-        flat = torch.cat([gradient.flatten() for gradient in gradients])
-        dist.all_reduce(flat)
-        flat /= self.workers
-        for gradient, mean in zip(gradients, flat.split([gradient.numel() for gradient in gradients]), strict=True):
-            gradient.copy_(mean.view_as(gradient))
+    def _draw(self, count: int, high: int | None = None) -> Tensor:
+        """`count` whole numbers below `high`, or uniform numbers in [0, 1)."""
+        if high is None:
+            return torch.rand(count, generator=self.generator, device=self.device)
+        return torch.randint(high, (count,), generator=self.generator, device=self.device)
 
     def schedule(self) -> tuple[Stage, float]:
         """The stage that the next step belongs to, and its learning rate; the first 100 steps warm up."""
         done = self.step
-        for stage in self.stages:
+        for stage in self.recipe.stages:
             if done < stage.steps:
                 break
             done -= stage.steps
@@ -229,96 +173,96 @@ class Trainer:
         rate = stage.end + (stage.start - stage.end) * fall
         return stage, rate * min(1.0, (self.step + 1) / 100)
 
-    def _encode(self, video: Tensor) -> Tensor:
-        """Normalised latents, as the pipeline's loop sees them."""
-        codec = self.pipe.vae
-        mean = torch.tensor(codec.config.latents_mean).view(1, -1, 1, 1, 1)
-        std = torch.tensor(codec.config.latents_std).view(1, -1, 1, 1, 1)
-        return (codec.encode(video).latent_dist.mode() - mean) / std
+    def _noise_levels(self, batch: int, tokens: int) -> tuple[Tensor, Tensor]:
+        """[batch] levels, three in four logit-normal and the rest uniform, and [batch] sigmas: shifted levels."""
+        normal = torch.randn(batch, generator=self.generator, device=self.device)
+        level = torch.where(self._draw(batch) < 0.25, self._draw(batch), torch.sigmoid(normal))
+        shift = max(1.0, self.recipe.shift * math.sqrt(tokens / FULL))
+        return level, shift * level / (1 + (shift - 1) * level)
 
-    def _noise_levels(self, batch: int, shift: float) -> Tensor:
-        """[batch] noise levels: five in six logit-normal, the rest uniform, all shifted towards pure noise."""
-        levels = torch.sigmoid(torch.randn(batch, generator=self.generator))
-        uniform, choice = torch.rand(2, batch, generator=self.generator)
-        levels = torch.where(choice < 1 / 6, uniform, levels)
-        return shift * levels / (1 + (shift - 1) * levels)
+    def _sample_prompts(self, which: Tensor) -> Tensor:
+        """Tokens of prompts for these scenes: 10 % empty, 20 % paraphrased, now and then with an unknown word."""
+        batch, templates = len(which), self.prompts.shape[1]
+        other = torch.where(self._draw(batch) < 0.2, 1 + self._draw(batch, high=templates - 1), 0)
+        tokens = self.prompts[which, other]
+        strange = self._draw(batch * len(FILLERS)).view(batch, 1, -1) < 0.04
+        tokens = torch.where(((tokens[..., None] == self.fillers) & strange).any(-1), self.unknown, tokens)
+        return torch.where((self._draw(batch) < 0.1)[:, None], self.empty, tokens)
 
-    def prompt(self, scene: clips.Scene) -> str:
-        """The scene's caption: 10 % empty, 20 % paraphrased, now and then with an unknown word."""
-        drop, other, which, *unknown = torch.rand(3 + len(FILLERS), generator=self.generator).tolist()
-        if drop < 0.1:
-            return ""
-        template = clips.PARAPHRASES[int(which * len(clips.PARAPHRASES))] if other < 0.2 else clips.CAPTION
-        words = scene.phrase(template).split()
-        strange = {word for word, chance in zip(FILLERS, unknown, strict=True) if chance < 0.04}
-        return " ".join("<unk>" if word in strange else word for word in words)
-
-    def embed(self, prompts: list[str]) -> Tensor:
+    def embed(self, tokens: Tensor) -> Tensor:
         """Text embeddings with zeros behind each prompt, [B, TEXT_SLOTS, text_dim], as the pipeline makes them."""
-        ids = self.pipe.tokenizer(prompts, padding="max_length", max_length=TEXT_SLOTS, return_tensors="pt")
-        if not (ids.attention_mask[:, -1] == 0).all():
-            raise ValueError(f"captions must leave one of the {TEXT_SLOTS} text slots free; raise TEXT_SLOTS")
-        hidden = self.pipe.text_encoder(ids.input_ids, ids.attention_mask).last_hidden_state
-        return hidden * ids.attention_mask[..., None]
+        mask = (tokens != self.pipe.tokenizer.pad_token_id).long()
+        return self.pipe.text_encoder(tokens, mask).last_hidden_state * mask[..., None]
+
+
+def rehearse(trainer: Trainer) -> None:
+    """A batch of every grid without an update: compiles what is to be compiled."""
+    for grid in dict.fromkeys(grid for stage in trainer.recipe.stages for grid in stage.grids):
+        for _ in range(2):
+            began = time.perf_counter()
+            trainer.backward(grid)[0].item()
+            seconds = time.perf_counter() - began
+        print(f"grid {grid}: {1000 * seconds:.1f} ms, {grid[3] / seconds:.0f} clips/s", flush=True)
+    for weight in (*trainer.weights.values(), *trainer.questions.parameters()):
+        weight.grad = None
 
 
 def export(trainer: Trainer, folder: Path) -> None:
     """Write the averaged weights as a Diffusers pipeline folder, in bfloat16."""
-    modules = copy.deepcopy(trainer.modules)
+    pipe = trainer.recipe.build()
+    modules = torch.nn.ModuleDict({"transformer": pipe.transformer, "text_encoder": pipe.text_encoder})
     with torch.no_grad():
         for name, weight in modules.named_parameters():
             weight.copy_(trainer.average[name])
     modules.to(torch.bfloat16)
-    WanPipeline(**(trainer.pipe.components | dict(modules.items()))).save_pretrained(folder)
+    pipe.save_pretrained(folder)
 
 
-def run(rank: int, options: argparse.Namespace) -> None:
-    """One of `options.workers` training processes; the first one logs and saves."""
-    if options.workers > 1:
-        torch.set_num_threads(max(1, torch.get_num_threads() // options.workers))
-        meeting = f"file://{options.meeting}"
-        dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=options.workers)
-    torch.manual_seed(options.seed)
-    trainer = Trainer(build_pipeline(), seed=options.seed)
-    checkpoint = options.work / "checkpoint.safetensors"
-    if checkpoint.exists():
-        trainer.load(checkpoint)
-    first = rank == 0
-    saved, losses, began = time.monotonic(), [], time.monotonic()
-    while trainer.step < trainer.total_steps:
-        stage, rate = trainer.schedule()
-        losses.append(trainer.train_step())
-        if first and trainer.step % 60 == 0:
-            pace = len(losses) / (time.monotonic() - began)
-            row = {"step": trainer.step, "stage": stage.name, "rate": rate, "pace": pace}
-            print(json.dumps(row | {"loss": sum(losses) / len(losses)}), flush=True)
-            losses, began = [], time.monotonic()
-        if first and time.monotonic() - saved > options.save_every:
-            trainer.save(checkpoint)
-            saved = time.monotonic()
-    if first:
-        trainer.save(checkpoint)
+def run(trainer: Trainer, log: Path) -> None:
+    """All steps of the recipe; a line of the log every `LOG_EVERY` steps and at the end."""
+    total = sum(stage.steps for stage in trainer.recipe.stages)
+    began, last, drawn = time.perf_counter(), time.perf_counter(), 0
+    sums: list[Tensor] = []
+    with log.open("w") as file:
+        while trainer.step < total:
+            stage, rate = trainer.schedule()
+            drawn += stage.grids[trainer.step % len(stage.grids)][3]
+            sums.append(trainer.train_step())
+            if trainer.step % LOG_EVERY and trainer.step < total:
+                continue
+            losses = torch.stack(sums).mean(0).tolist()  # waits for the device
+            now = time.perf_counter()
+            row = {"step": trainer.step, "stage": stage.name, "rate": round(rate, 8), "loss": round(losses[0], 6)}
+            row |= {
+                name: round(loss, 6) for name, loss in zip(("position", "words", "prompt"), losses[1:], strict=True)
+            }
+            row |= {"seconds": round(now - began, 1), "clips_a_second": round(drawn / (now - last), 1)}
+            print(json.dumps(row), file=file, flush=True)
+            if trainer.step % (10 * LOG_EVERY) == 0:
+                print(json.dumps(row), flush=True)
+            if not all(map(math.isfinite, losses)):
+                raise FloatingPointError(f"the loss is not finite at step {trainer.step}; lower the learning rate")
+            last, drawn, sums = now, 0, []
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, required=True, help="folder of the run: its checkpoint")
-    parser.add_argument("--export", type=Path, help="write the averaged weights of the checkpoint here, and stop")
-    parser.add_argument("--workers", type=int, default=1, help="processes that share each batch and the threads")
+    parser.add_argument("--config", choices=RECIPES, default="demo", help="the recipe")
+    parser.add_argument("--output", type=Path, required=True, help="folder for weights and log")
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--save-every", type=float, default=60, help="seconds between checkpoints")
+    parser.add_argument("--compile", action="store_true", help="compile the transformer's blocks")
     options = parser.parse_args(argv)
-    options.work.mkdir(parents=True, exist_ok=True)
-    if options.export:
-        trainer = Trainer(build_pipeline())
-        trainer.load(options.work / "checkpoint.safetensors")
-        export(trainer, options.export)
-    elif options.workers == 1:
-        run(0, options)
-    else:
-        with tempfile.TemporaryDirectory() as folder:
-            options.meeting = Path(folder) / "meeting"
-            torch.multiprocessing.spawn(run, (options,), nprocs=options.workers)
+    options.output.mkdir(parents=True, exist_ok=True)
+
+    torch.manual_seed(options.seed)
+    torch.set_float32_matmul_precision("high")  # TF32 where the device has it
+    recipe = RECIPES[options.config]
+    pipe = recipe.build()
+    trainer = Trainer(pipe, recipe, options.device, options.seed, options.compile)
+    rehearse(trainer)
+    run(trainer, options.output / "log.jsonl")
+    export(trainer, options.output / "pipeline")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """How well the embedded CLIP tells captions apart: `python -m tools.demo_clip.accuracy`.
 
-A pair is a frame with its caption and a caption in which exactly one visible attribute is wrong; it is told if the
-right caption is the more similar one. All pairs of all held-out scenes are tried, on clean and on spoilt frames.
+A pair is a frame with its caption and a caption with exactly one wrong visible attribute. It counts as right if the
+right caption is more similar. All pairs of all held-out scenes are tried, on clean and on spoilt frames.
 """
 
 from __future__ import annotations
@@ -16,17 +16,9 @@ from torch import Tensor
 
 from dit_accel.eval.networks import Clip
 from dit_accel.pipelines.demo import clips
-from dit_accel.pipelines.demo.codec import SlopeCodec
 from tools.demo_clip.frames import VISIBLE, blur, difference, draw, never_shown, variants
 
 Spoil = Callable[[Tensor, torch.Generator], Tensor]
-
-
-def through_codec(frames: Tensor) -> Tensor:
-    """Frames as the demo's codec keeps them, each as a still clip of one frame."""
-    codec = SlopeCodec()
-    latents = codec.encode(frames[:, :, None] * 2 - 1).latent_dist.mode()
-    return (codec.decode(latents).sample[:, :, 0] / 2 + 0.5).clamp(0, 1)
 
 
 def noisy(frames: Tensor, generator: torch.Generator) -> Tensor:
@@ -36,7 +28,6 @@ def noisy(frames: Tensor, generator: torch.Generator) -> Tensor:
 
 CONDITIONS: dict[str, Spoil] = {
     "clean": lambda frames, _: frames,
-    "codec": lambda frames, _: through_codec(frames),
     "blur 2 px": lambda frames, _: blur(frames, torch.full((len(frames),), 2.0)),
     "noise 0.1": noisy,
 }

@@ -1,8 +1,8 @@
 """Train the embedded CLIP on frames of the demo's clips: `python -m tools.demo_clip.train --export FOLDER`.
 
-Contrastive learning (Radford et al. 2021) with hard negatives: a batch is made of groups of four scenes, of which three
-differ from the first in exactly one attribute each. What shows the same counts as right wherever it stands in the
-batch. Frames are drawn on the fly and spoilt; no clip is stored, and what `frames.never_shown` names is never drawn.
+Contrastive learning (Radford et al. 2021) with hard negatives. A batch has groups of four scenes: three of them differ
+from the first in exactly one attribute each. Equal scenes count as right anywhere in the batch. Frames are drawn on the
+fly and spoilt. No clip is stored, and the scenes of `frames.never_shown` are never drawn.
 """
 
 from __future__ import annotations

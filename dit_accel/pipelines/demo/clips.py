@@ -7,6 +7,7 @@ direction and background in five is held out of training by `Scene.held_out`, a 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 
@@ -35,7 +36,7 @@ PARAPHRASES = (
     "a {colour} {shape} moves to the {direction} over a {background} background",
     "{colour} {shape} moving {direction}, {background} background",
 )
-EDGE = 4.0  # pixels over which a shape's edge fades: one block of the codec
+EDGE = 1.5  # pixels over which a shape's edge fades
 MARGIN = 2.0  # pixels that stay free between the shape and the frame's border
 SMALLEST, LARGEST = 1 / 6, 2 / 9  # radius, of the frame's shorter side
 OFF_CENTRE = 0.2  # how much of the free space around the middle a path may stray
@@ -93,7 +94,7 @@ def render(shown: list[Scene], frames: int, height: int, width: int, generator: 
     Args:
         shown: B scenes.
         frames, height, width: size of every clip, in frames and pixels; height and width at least 32.
-        generator: source of size, speed and start.
+        generator: source of size, speed and start; the clips are drawn on its device.
 
     Returns:
         Float32 [B, 3, frames, height, width] in [-1, 1].
@@ -101,46 +102,81 @@ def render(shown: list[Scene], frames: int, height: int, width: int, generator: 
     Raises:
         ValueError: the frame is too small for a shape to move in.
     """
+    words = describe(shown).to(generator.device)
+    return paint(words, sample_paths(words, frames, height, width, generator), frames, height, width)
+
+
+def describe(shown: list[Scene]) -> Tensor:
+    """The scenes' words as indices, int64 [B, 4]: colour, shape, direction, background."""
+    lists = (COLOURS, SHAPES, tuple(DIRECTIONS), BACKGROUNDS)
+    rows = [(scene.colour, scene.shape, scene.direction, scene.background) for scene in shown]
+    return torch.tensor([[names.index(word) for names, word in zip(lists, row, strict=True)] for row in rows])
+
+
+def sample_paths(words: Tensor, frames: int, height: int, width: int, generator: torch.Generator) -> Tensor:
+    """Random paths for scenes [B, 4]: float32 [B, 4], x and y at half time, speed and radius, all in pixels.
+
+    Raises:
+        ValueError: the frame is too small for a shape to move in.
+    """
     if min(height, width) < 32:
         raise ValueError(f"clips need a height and width of 32 pixels or more, got {height}x{width}; ask for more")
-    count = len(shown)
-    heading = torch.tensor([DIRECTIONS[scene.direction] for scene in shown])  # [B, 2] as (x, y)
-    size = torch.tensor([width, height], dtype=torch.float32)
+    heading = _table(DIRECTIONS.values(), words)[words[:, 2]]  # [B, 2] as (x, y)
+    size = torch.tensor([width, height], dtype=torch.float32, device=words.device)
     along = (heading.abs() * size).sum(1)  # [B] extent of the frame along the motion
 
     steps = max(frames - 1, 1)
-    uniform = torch.rand(4, count, generator=generator)
+    uniform = torch.rand(4, len(words), generator=generator, device=words.device)
     radius = min(height, width) * (SMALLEST + (LARGEST - SMALLEST) * uniform[0])
     room = along - 2 * (radius + MARGIN)  # what the centre may travel
     speed = torch.clamp(room * (LEAST_TRAVEL + (1 - LEAST_TRAVEL) * uniform[1]) / steps, max=MAX_SPEED)
 
-    middle = size / 2
     free = size - 2 * (radius + MARGIN)[:, None] - heading.abs() * (speed * steps)[:, None]  # [B, 2]
-    halfway = middle + OFF_CENTRE * (uniform[2:].T - 0.5) * free.clamp(min=0)
-    offset = torch.arange(frames) - steps / 2  # [F]
-    centre = halfway[:, None] + heading[:, None] * (speed[:, None] * offset)[..., None]  # [B, F, 2]
-
-    x = (torch.arange(width) + 0.5).view(1, 1, 1, width) - centre[..., 0, None, None]
-    y = (torch.arange(height) + 0.5).view(1, 1, height, 1) - centre[..., 1, None, None]
-    alpha = torch.empty(count, frames, height, width)
-    for shape in SHAPES:
-        picked = [i for i, scene in enumerate(shown) if scene.shape == shape]
-        if picked:
-            distance = _distance(shape, x[picked], y[picked], radius[picked].view(-1, 1, 1, 1))
-            alpha[picked] = torch.clamp(0.5 - distance / EDGE, 0, 1)
-
-    ink = torch.tensor([PALETTE[scene.colour] for scene in shown]).view(count, 3, 1, 1, 1) * 2 - 1
-    paper = torch.tensor([PALETTE[scene.background] for scene in shown]).view(count, 3, 1, 1, 1) * 2 - 1
-    return paper + (ink - paper) * alpha[:, None]
+    halfway = size / 2 + OFF_CENTRE * (uniform[2:].T - 0.5) * free.clamp(min=0)
+    return torch.cat([halfway, speed[:, None], radius[:, None]], dim=1)
 
 
-def _distance(shape: str, x: Tensor, y: Tensor, radius: Tensor) -> Tensor:
-    """Signed distance in pixels from the outline, negative inside; x [B, F, 1, W], y [B, F, H, 1] from the centre."""
-    if shape == "circle":
-        return torch.sqrt(x * x + y * y) - radius
-    if shape == "square":
-        return torch.maximum(x.abs(), y.abs()) - 0.88 * radius
+def paint(words: Tensor, paths: Tensor, frames: int, height: int, width: int, edge: float = EDGE) -> Tensor:
+    """Clips of scenes [B, 4] along paths [B, 4]; differentiable in the paths.
+
+    Args:
+        words: what `describe` returned.
+        paths: what `sample_paths` returned.
+        frames, height, width: size of every clip, in frames and pixels.
+        edge: pixels over which a shape's edge fades.
+
+    Returns:
+        Float32 [B, 3, frames, height, width] in [-1, 1].
+    """
+    colour, shape, direction, background = words.unbind(1)
+    heading = _table(DIRECTIONS.values(), words)[direction]
+    x, y, speed, radius = (value[:, None] for value in paths.unbind(1))  # [B, 1] each
+    travelled = speed * (torch.arange(frames, device=words.device) - max(frames - 1, 1) / 2)  # [B, F]
+    x = (x + heading[:, :1] * travelled)[..., None, None]
+    y = (y + heading[:, 1:] * travelled)[..., None, None]
+    x = (torch.arange(width, device=words.device) + 0.5).view(1, 1, 1, width) - x
+    y = (torch.arange(height, device=words.device) + 0.5).view(1, 1, height, 1) - y
+    outlines = _distances(x, y, radius[..., None, None])
+    distance = outlines[0]
+    for index in range(1, len(SHAPES)):
+        distance = torch.where((shape == index).view(-1, 1, 1, 1), outlines[index], distance)
+    alpha = torch.clamp(0.5 - distance / edge, 0, 1)[:, None]
+    ink, paper = (
+        (_table([PALETTE[name] for name in names], words) * 2 - 1)[which].view(-1, 3, 1, 1, 1)
+        for names, which in ((COLOURS, colour), (BACKGROUNDS, background))
+    )
+    return paper + (ink - paper) * alpha
+
+
+def _table(rows: Iterable[tuple[float, ...]], like: Tensor) -> Tensor:
+    return torch.tensor(list(rows), device=like.device)
+
+
+def _distances(x: Tensor, y: Tensor, radius: Tensor) -> list[Tensor]:
+    """Signed distances in pixels from `SHAPES`, negative inside; x [B, F, 1, W] and y [B, F, H, 1] from the centre."""
+    circle = torch.sqrt(x * x + y * y + 1e-6) - radius
+    square = torch.maximum(x.abs(), y.abs()) - 0.88 * radius
     # Pointing up: base at 0.8 radius below the centre, apex 1 radius above it, half base 1 radius.
     slope = 1 / 1.8  # half base over height
     side = (x.abs() - (y + radius) * slope) / (1 + slope * slope) ** 0.5
-    return torch.maximum(side, y - 0.8 * radius)
+    return [circle, square, torch.maximum(side, y - 0.8 * radius)]

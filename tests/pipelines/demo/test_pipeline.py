@@ -9,7 +9,7 @@ import torch
 
 from dit_accel.pipelines.demo import DEFAULTS, LARGE, WEIGHTS, load_demo
 
-LIMIT = 12_000_000  # bytes of all weights together
+LIMIT = 16_000_000  # bytes of all weights together
 
 
 @pytest.fixture(scope="module")
@@ -32,9 +32,8 @@ def test_it_is_a_stock_wan_pipeline():
 
 
 def test_the_sizes_give_something_to_skip():
-    assert DEFAULTS.tokens >= 2000
-    assert DEFAULTS.num_frames >= 17
-    assert LARGE.tokens >= 4000
+    assert (DEFAULTS.num_frames, DEFAULTS.height, DEFAULTS.width) == (17, 192, 192)
+    assert LARGE.tokens >= 8000
     for size in (DEFAULTS, LARGE):
         assert size.height % 16 == size.width % 16 == 0
 
