@@ -10,7 +10,7 @@ from torch import nn
 
 from dit_accel.kernels.impls import AUTO, Impl
 from dit_accel.plans.masks import AxisTable, Mask, Product
-from dit_accel.plans.plan import MaskPlan
+from dit_accel.plans.plan import MaskPlan, PlanCall
 from dit_accel.registry import Method
 from dit_accel.tokens import TokenGrid
 
@@ -27,23 +27,10 @@ class Config:
 class DensePlan(MaskPlan):
     """Every token sees every token. `attend` is PyTorch's own attention unless another implementation is named."""
 
-    def attend(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        *,
-        scale: float | None = None,
-        text_lens: torch.Tensor | None = None,
-        text_bias: torch.Tensor | None = None,
-        impl: Impl = "auto",
-        module: nn.Module | None = None,
-        density_sum: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        if impl not in (AUTO, SDPA) or text_lens is not None:
-            impl = AUTO if impl == SDPA else impl
-            return super().attend(q, k, v, scale=scale, text_lens=text_lens, text_bias=text_bias, impl=impl)
-        return nn.functional.scaled_dot_product_attention(q, k, v, scale=scale)
+    def run(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: PlanCall) -> torch.Tensor:
+        if call.impl not in (AUTO, SDPA) or call.text_lens is not None:
+            return super().run(q, k, v, call._replace(impl=AUTO) if call.impl == SDPA else call)
+        return nn.functional.scaled_dot_product_attention(q, k, v, scale=call.scale)
 
     def prepare(
         self, device: torch.device, dtype: torch.dtype, head_dim: int, impl: Impl = "auto", *, learned: bool = False

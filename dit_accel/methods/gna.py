@@ -24,10 +24,10 @@ AXES = ("frames", "height", "width")
 Window = int | float | str
 PerAxis = tuple[Any, Any, Any]
 
-# For `at_density`: 128 queries and 64 keys, what the kernels take at a time, in a video and in an image.
+# of `at_density`: 128 queries and 64 keys, a kernel's blocks, in a video and in an image
 VIDEO_TILES = (2, 8, 8), (1, 8, 8)
 IMAGE_TILES = (1, 8, 16), (1, 8, 8)
-NEAR = 0.03  # relative; windows that come this near to the wanted share are equally good
+NEAR = 0.03  # windows within this relative distance of the wanted share are equally good
 FULL = 1 - 1e-9
 
 
@@ -41,8 +41,7 @@ class Config:
         dilation: distance of neighbouring keys, window * dilation <= axis.
         causal: whether a query sees only keys up to itself.
 
-    On an axis of one token all of this is moot. One stride or dilation for all axes is clamped where an axis is
-    shorter.
+    An axis of one token ignores all of them. A single stride or dilation for all axes is clamped on shorter axes.
 
     Raises:
         DitAccelError: a value is of the wrong kind or out of range.
@@ -81,7 +80,7 @@ class Config:
 
     @property
     def keeps_all(self) -> bool:
-        """Whether the settings say in so many words that every pair is kept."""
+        """Whether the settings keep every pair on any grid."""
         return set(per_axis(self.window)) <= {"full", 1.0} and not any(per_axis(self.causal))
 
 
@@ -90,7 +89,7 @@ def per_axis(value: Any) -> PerAxis:
 
 
 def window_tokens(window: Window, length: int, dilation: int) -> int:
-    """Tokens of a window on an axis; a fraction is of the ⌊length / dilation⌋ tokens that one residue surely has."""
+    """Tokens of a window on an axis; a fraction refers to ⌊length / dilation⌋, the least that one residue has."""
     if window == "full":
         return length
     if isinstance(window, float):
@@ -101,9 +100,9 @@ def window_tokens(window: Window, length: int, dilation: int) -> int:
 def axis_table(length: int, window: int, stride: int = 1, dilation: int = 1, causal: bool = False) -> AxisTable:
     """Which keys each query of one axis sees.
 
-    Queries and keys of one residue modulo `dilation` form a group of their own. Inside it, queries share the window of
-    their leader, the middle of each run of `stride` queries (its last one if causal); a window has `window` keys, one
-    more to the left if even, and shifts inward at the borders. A causal window ends with the query itself.
+    Queries and keys of one residue modulo `dilation` form a group. In it, each run of `stride` queries shares the
+    window of its leader: the middle query, or the last one if causal. A window has `window` keys, one more to the left
+    if even, and shifts inward at the borders. A causal window ends with the query itself.
     """
     position = torch.arange(length)
     residue, query = position % dilation, position // dilation
@@ -139,8 +138,8 @@ def fit_axis(axis: int, length: int, config: Config) -> AxisTable:
     if window * dilation > length:
         times = f" at dilation {dilation}" if dilation > 1 else ""
         raise DitAccelError(
-            f"gna's window of {window} tokens{times} is larger than the {AXES[axis]} axis of {length}; "
-            f'ask for at most {max(1, length // dilation)}, a fraction such as 0.5, or "full".'
+            f"gna's window of {window} tokens{times} is larger than the {AXES[axis]} axis of {length}. Ask for at "
+            f'most {max(1, length // dilation)}, a fraction such as 0.5, or "full".'
         )
     if stride > window:
         raise DitAccelError(
@@ -157,9 +156,9 @@ def make_plan(grid: TokenGrid, config: Config) -> MaskPlan:
 def at_density(grid: TokenGrid, density: float) -> dict[str, Any]:
     """Windows and strides in whole tiles, so that away from the borders every visited block is full.
 
-    A window of stride + 2 m key tiles begins and ends on a key tile when queries move in whole query tiles. Of the
-    windows that hold about the wanted share of the keys, those stay whose blocks waste least, and of these the one
-    that covers the most even part of all axes.
+    A window of stride + 2 m key tiles begins and ends on a key tile if queries move in whole query tiles. Candidates
+    have about the wanted share of the keys. Those with the least wasted pairs in visited blocks stay, and of these the
+    window with the most even share of all axes is taken.
     """
     share = grid.visual_share(density)
     if share >= FULL:
@@ -193,7 +192,7 @@ def at_density(grid: TokenGrid, density: float) -> dict[str, Any]:
 
 
 def axis_choices(length: int, query: int, key: int) -> list[tuple[int, int]]:
-    """Windows and strides of one axis that keep to tiles of `query` and `key` positions; the whole axis is one."""
+    """Windows and strides of one axis in whole tiles of `query` and `key` positions, and the whole axis."""
     choices = [(length, length)]
     for stride in (query, 2 * query):
         choices += [(window, stride) for window in range(stride, length, 2 * key)]

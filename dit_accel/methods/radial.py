@@ -1,7 +1,7 @@
 """Radial attention: the spatial window halves each time the distance in frames doubles.
 
 Source: Li et al., "Radial Attention: O(n log n) Sparse Attention with Energy Decay for Long Video Generation",
-arXiv:2506.19852, equation 4 (`rule="paper"`) and the block mask of the authors' released code (`rule="released"`).
+arXiv:2506.19852. `rule="paper"` is equation 4, `rule="released"` the block mask of the authors' code.
 """
 
 from __future__ import annotations
@@ -12,12 +12,13 @@ import math
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
+from torch import Tensor
 
 from dit_accel.errors import DitAccelError
 from dit_accel.order import TokenOrder
 from dit_accel.plans.block_plan import BlockPlan
 from dit_accel.plans.blocks import check_size
-from dit_accel.plans.masks import Band, Mask, prefix_sums
+from dit_accel.plans.masks import Band, Mask, check_frames, prefix_sums
 from dit_accel.plans.plan import MaskPlan, StaticPlan
 from dit_accel.registry import Method
 from dit_accel.tokens import TokenGrid
@@ -33,8 +34,8 @@ class Config:
     Args:
         decay: factor of the window width, > 0.
         sink: whether every query also sees the first frame.
-        block: tokens a block holds under `rule="released"`, which is defined on raster blocks; unused otherwise.
-        rule: "paper", exact to the token, or "released", the authors' code's block mask number for number.
+        block: tokens of a raster block under `rule="released"`; unused otherwise.
+        rule: "paper", exact to the token, or "released", the block mask of the authors' code.
 
     Raises:
         DitAccelError: a value is of the wrong kind or out of range.
@@ -57,7 +58,7 @@ class Config:
             raise DitAccelError(f"radial needs rule as one of {', '.join(get_args(Rule))}, got {self.rule!r}.")
 
 
-def paper_radius(frames: int, frame_tokens: int, decay: float, sink: bool) -> torch.Tensor:
+def paper_radius(frames: int, frame_tokens: int, decay: float, sink: bool) -> Tensor:
     """Radii of the paper's mask, |p - p'| < radius[t, t']: int64 [frames, frames]."""
 
     def radius(distance: int) -> int:
@@ -72,7 +73,7 @@ def paper_radius(frames: int, frame_tokens: int, decay: float, sink: bool) -> to
     return by_distance(frames, [radius(distance) for distance in range(frames)], frame_tokens, sink)
 
 
-def released_radius(frames: int, frame_tokens: int, decay: float, sink: bool, block: int) -> torch.Tensor:
+def released_radius(frames: int, frame_tokens: int, decay: float, sink: bool, block: int) -> Tensor:
     """Radii of the released code before its rounding to blocks: int64 [frames, frames]."""
     length = 2 ** frame_tokens.bit_length()  # the power of two strictly above the frame
 
@@ -87,7 +88,7 @@ def released_radius(frames: int, frame_tokens: int, decay: float, sink: bool, bl
     return by_distance(frames, [radius(distance) for distance in range(frames)], frame_tokens, sink)
 
 
-def by_distance(frames: int, radii: list[int], frame_tokens: int, sink: bool) -> torch.Tensor:
+def by_distance(frames: int, radii: list[int], frame_tokens: int, sink: bool) -> Tensor:
     position = torch.arange(frames)
     radius = torch.tensor(radii)[(position[:, None] - position).abs()]
     if sink:
@@ -95,11 +96,11 @@ def by_distance(frames: int, radii: list[int], frame_tokens: int, sink: bool) ->
     return radius
 
 
-def released_blocks(radius: torch.Tensor, frame_tokens: int, block: int) -> torch.Tensor:
+def released_blocks(radius: Tensor, frame_tokens: int, block: int) -> Tensor:
     """The released code's block mask over ⌊N / block⌋ blocks a side: bool.
 
-    Each pair of frames is laid on the block grid at its own offset and rounded by itself; the results are united. So
-    a block may miss allowed pairs and hold others.
+    Each pair of frames is rounded to blocks at its own offset, and the results are united. So a block may miss allowed
+    pairs and hold others.
     """
     frames = len(radius)
     side = frames * frame_tokens // block
@@ -108,7 +109,7 @@ def released_blocks(radius: torch.Tensor, frame_tokens: int, block: int) -> torc
     offsets = sorted({offset for _, offset in starts})
 
     @functools.cache
-    def rounded(width: int, offset_q: int) -> dict[int, torch.Tensor]:
+    def rounded(width: int, offset_q: int) -> dict[int, Tensor]:
         kept = round_band(frame_tokens, block, width, offset_q, offsets)
         return dict(zip(offsets, kept, strict=True))
 
@@ -121,12 +122,12 @@ def released_blocks(radius: torch.Tensor, frame_tokens: int, block: int) -> torc
     return visited[:side, :side]
 
 
-def round_band(frame_tokens: int, block: int, radius: int, offset_q: int, offsets_k: list[int]) -> torch.Tensor:
-    """Which blocks of a pair of frames the rounding keeps, for each offset of the keys: bool [offsets, side, side].
+def round_band(frame_tokens: int, block: int, radius: int, offset_q: int, offsets_k: list[int]) -> Tensor:
+    """The blocks of a pair of frames that the rounding keeps, for each offset of the keys: bool [offsets, side, side].
 
     A block stays if more than 0.6 of its nonempty key columns are allowed for more than a third of the block's rows.
-    A frame has ⌈frame_tokens / block⌉ blocks a side wherever it starts; what its offset pushes past them is dropped,
-    as in the released code.
+    A frame has ⌈frame_tokens / block⌉ blocks a side, wherever it starts. Tokens that its offset moves behind them are
+    dropped, as in the released code.
     """
     side = math.ceil(frame_tokens / block)
     row = torch.arange(side, dtype=torch.int32)[:, None] * block - offset_q
@@ -134,9 +135,8 @@ def round_band(frame_tokens: int, block: int, radius: int, offset_q: int, offset
     low = torch.maximum(row.clamp(min=0), key - (radius - 1))
     high = torch.minimum((row + block).clamp_(max=frame_tokens), key + radius)
     column = high - low  # [side, keys]: allowed queries of each key in each block of rows
-    dense, nonempty = (
-        prefix_sums((column > least).to(torch.int32), 1) for least in (block // 3, 0)
-    )  # column > block / 3 in whole numbers
+    # column > block / 3 in whole numbers
+    dense, nonempty = (prefix_sums((column > least).to(torch.int32), 1) for least in (block // 3, 0))
     edges = torch.arange(side + 1) * block - torch.tensor(offsets_k)[:, None]
     edges.clamp_(min=0, max=frame_tokens)
     dense, nonempty = (sums[:, edges].diff(dim=-1) for sums in (dense, nonempty))  # [side, offsets, side]
@@ -144,6 +144,7 @@ def round_band(frame_tokens: int, block: int, radius: int, offset_q: int, offset
 
 
 def make_plan(grid: TokenGrid, config: Config) -> StaticPlan:
+    check_frames(grid.frames)
     frame_tokens = grid.height * grid.width
     if config.rule == "paper":
         radius = paper_radius(grid.frames, frame_tokens, config.decay, config.sink)
@@ -158,7 +159,7 @@ def make_plan(grid: TokenGrid, config: Config) -> StaticPlan:
 
 
 def at_density(grid: TokenGrid, density: float) -> dict[str, Any]:
-    """The decay, by bisection of its logarithm; without the sink only where any decay with it is a fifth too dense."""
+    """The decay, by bisection of its logarithm; without the sink only if every decay with it is a fifth too dense."""
     config: dict[str, Any] = {}
     for sink in (True, False):
         low, high = -24.0, math.log2(max(2, grid.frames))  # from single diagonals to every pair

@@ -19,13 +19,12 @@ from dit_accel.kernels.block_sparse.geometry import BlockLists
 from dit_accel.kernels.impls import AUTO, Impl
 from dit_accel.kernels.sla.api import choose_impl, route, sparse_linear_attention
 from dit_accel.kernels.sla.call import EPSILON, FEATURE_MAPS, LINEAR_SCOPES, FeatureMap, LinearScope, apply_map
-from dit_accel.kernels.sla.reference import block_map
+from dit_accel.kernels.sla.reference import block_map, block_of
 from dit_accel.order import TokenOrder, valid_tokens
 from dit_accel.plans.blocks import BlockMask
 from dit_accel.plans.definition import Definition, masked_attention
-from dit_accel.plans.plan import building
-from dit_accel.plans.routed import RoutedCall, RoutedPlan
-from dit_accel.plans.tiles import tile_shapes
+from dit_accel.plans.plan import PlanCall, building
+from dit_accel.plans.routed import RoutedPlan, cut
 from dit_accel.registry import LearnedModule, Method
 from dit_accel.tokens import TokenGrid
 
@@ -44,7 +43,9 @@ class Config:
         skip: share that is negligible, in [0, 1): ``int(skip * K)`` blocks. Scope "all" has no negligible blocks.
         feature_map: of the linear branch: "softmax" over the head dimension, "elu" plus one, or "relu".
         linear_scope: "all": linear attention over all visual keys; "marginal": over those in marginal blocks.
-        block: tokens a query block and a key block hold, at most 1024.
+        block: tokens a key block holds, at most 1024.
+        block_q: tokens a query block holds, at most 1024; None: as many as a key block. TurboDiffusion routes with 128
+            beside a `block` of 64.
         order: "raster": blocks are runs of tokens; "tile": 3-D tiles, chosen per grid.
 
     Raises:
@@ -57,6 +58,7 @@ class Config:
     feature_map: FeatureMap = "softmax"
     linear_scope: LinearScope = "all"
     block: int = 64
+    block_q: int | None = None
     order: Literal["raster", "tile"] = "raster"
 
     def __post_init__(self) -> None:
@@ -73,8 +75,9 @@ class Config:
         ):
             if getattr(self, name) not in known:
                 raise DitAccelError(f"{name} must be one of {', '.join(known)}; got {getattr(self, name)!r}.")
-        if not isinstance(self.block, int) or isinstance(self.block, bool) or not 1 <= self.block <= LARGEST_BLOCK:
-            raise DitAccelError(f"block is a number of tokens from 1 to {LARGEST_BLOCK}; got {self.block!r}.")
+        for name, block in (("block", self.block), ("block_q", self.block if self.block_q is None else self.block_q)):
+            if not isinstance(block, int) or isinstance(block, bool) or not 1 <= block <= LARGEST_BLOCK:
+                raise DitAccelError(f"{name} is a number of tokens from 1 to {LARGEST_BLOCK}; got {block!r}.")
         default = type(self).__dataclass_fields__["skip"].default
         if self.topk + self.skip > 1 + _ROUNDING and (self.linear_scope == "marginal" or self.skip != default):
             raise DitAccelError(
@@ -198,18 +201,17 @@ class SparseLinearAttention(nn.Module):
             DitAccelError: shapes do not fit the grid, or tiles are asked for without one.
         """
         plan = SlaPlan(self.config, self._grid(q, grid))
-        order, blocks = plan.order, plan.order.visual_blocks
-        if q.shape != k.shape or q.ndim != 4 or q.shape[2] != order.grid.tokens:
+        orders, sequence = (plan.query_order, plan.key_order), plan.grid
+        if q.shape != k.shape or q.ndim != 4 or q.shape[2] != sequence.tokens:
             raise DitAccelError(
-                f"q and k must be [batch, heads, {order.grid.tokens}, head_dim], both alike, for the grid "
-                f"{order.grid}; got {tuple(q.shape)} and {tuple(k.shape)}."
+                f"q and k must be [batch, heads, {sequence.tokens}, head_dim], both alike, for the grid "
+                f"{sequence}; got {tuple(q.shape)} and {tuple(k.shape)}."
             )
-        none = torch.zeros((*q.shape[:2], blocks, blocks), dtype=torch.bool, device=q.device)
-        critical, negligible = (none.scatter(-1, lists.long(), True) for lists in plan.classify(q, k))
+        critical, negligible = (block_map(lists, plan.key_order) for lists in plan.classify(q, k))
         return Routing(
-            critical=_block_mask(critical, order, dense=True),
-            marginal=_block_mask(~(critical | negligible), order, dense=False),
-            negligible=_block_mask(negligible, order, dense=False),
+            critical=_block_mask(critical, *orders, dense=True),
+            marginal=_block_mask(~(critical | negligible), *orders, dense=False),
+            negligible=_block_mask(negligible, *orders, dense=False),
         )
 
     def _grid(self, q: torch.Tensor, grid: TokenGrid | None) -> TokenGrid:
@@ -229,14 +231,14 @@ class SlaPlan(RoutedPlan):
     config: Config
 
     def __init__(self, config: Config, grid: TokenGrid) -> None:
-        self.order = _order(config, grid)
-        super().__init__("sla", config, grid, self.order, self.order)
+        super().__init__("sla", config, grid, *cut(config.order, grid, config.block_q or config.block, config.block))
 
     @property
     def visited(self) -> int:
         """Blocks attended exactly in every head of every call, conditioning and text blocks included."""
-        rows, around = self.order.visual_blocks, self.order.dense_blocks
-        return rows * (self.config.counts(rows).topk + around) + around * self.order.blocks
+        queries, keys = self.query_order, self.key_order
+        listed = self.config.counts(keys.visual_blocks).topk + keys.dense_blocks
+        return queries.visual_blocks * listed + queries.dense_blocks * keys.blocks
 
     @property
     @building()
@@ -246,31 +248,29 @@ class SlaPlan(RoutedPlan):
         It is the exact number in every head of every call if all visual blocks hold equally many tokens. Otherwise it
         counts the fullest blocks, and a query with a smaller critical block attends fewer.
         """
-        sizes = valid_tokens(self.order).sort(descending=True).values
-        keys = int(sizes[: self.config.counts(self.order.visual_blocks).topk].sum())
+        sizes = valid_tokens(self.key_order).sort(descending=True).values
+        keys = int(sizes[: self.config.counts(len(sizes)).topk].sum())
         around = self.grid.tokens - self.grid.visual
         return self.grid.visual * (keys + around) + around * self.grid.tokens
 
     def classify(self, q: torch.Tensor, k: torch.Tensor, impl: Impl = AUTO) -> tuple[torch.Tensor, torch.Tensor]:
         """Critical and negligible blocks of every visual query block: int32 [B, H, blocks, *], ascending."""
-        topk, skip = self.config.counts(self.order.visual_blocks)
-        return route(q, k, self.order, topk, skip, impl)
+        topk, skip = self.config.counts(self.key_order.visual_blocks)
+        return route(q, k, self.query_order, self.key_order, topk, skip, impl)
 
-    def route(self, q: torch.Tensor, k: torch.Tensor) -> BlockLists:
-        return BlockLists.full(self.classify(q, k)[0])
+    def choose(self, q: torch.Tensor, k: torch.Tensor, call: PlanCall) -> BlockLists:
+        return BlockLists.full(self.classify(q, k, call.impl)[0])
 
     def attend_visual(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: RoutedCall
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: PlanCall
     ) -> tuple[torch.Tensor, BlockLists]:
         """Without a module the projection counts as zero: the linear branch is left out."""
         module, config, grid = call.module, self.config, self.grid
         if module is None:
-            with torch.no_grad():
-                lists = BlockLists.full(self.classify(q, k, call.impl)[0])
-            return self.attend_listed(q, k, v, lists, call)[0], lists
+            return super().attend_visual(q, k, v, call)
         if not isinstance(module, SparseLinearAttention):
             raise DitAccelError(f"sla takes a SparseLinearAttention as its module, got {type(module).__name__}.")
-        topk, skip = config.counts(self.order.visual_blocks)
+        topk, skip = config.counts(self.key_order.visual_blocks)
         out, critical = sparse_linear_attention(
             q,
             k,
@@ -279,8 +279,10 @@ class SlaPlan(RoutedPlan):
             topk=topk,
             skip=skip,
             block=config.block,
+            block_q=config.block_q,
             grid=grid.shape,
-            tile=self.order.tile,
+            tile=self.key_order.tile,
+            tile_q=self.query_order.tile,
             conditioning=grid.conditioning,
             text=grid.text,
             text_first=grid.text_first,
@@ -298,41 +300,19 @@ class SlaPlan(RoutedPlan):
         self, device: torch.device, dtype: torch.dtype, head_dim: int, impl: Impl = AUTO, *, learned: bool = False
     ) -> tuple[str, str]:
         scope = self.config.linear_scope if learned else None
-        chosen, why = choose_impl(device, dtype, head_dim, self.order, scope, impl)
+        chosen, why = choose_impl(device, dtype, head_dim, self.query_order, self.key_order, scope, impl)
         return chosen.name, why
 
 
-def _order(config: Config, grid: TokenGrid) -> TokenOrder:
-    tile = choose_tile(config.block, grid) if config.order == "tile" else None
-    return TokenOrder(grid, config.block, tile)
-
-
-def choose_tile(block: int, grid: TokenGrid) -> tuple[int, int, int]:
-    """The most compact tile of `block` tokens that adds little padding.
-
-    Routing works on block means, so the tokens of a tile should be near each other. Among the shapes with at most an
-    eighth more blocks than the fewest, this is the one with the smallest sum of sides; longer rows win ties.
-    """
-
-    def blocks(tile: tuple[int, int, int]) -> int:
-        return TokenOrder(grid, block, tile).visual_blocks
-
-    shapes = tile_shapes(block, grid.shape)
-    fewest = min(blocks(tile) for tile in shapes)
-    near = [tile for tile in shapes if 8 * blocks(tile) <= 9 * fewest]
-    return min(near, key=lambda tile: (sum(tile), -tile[2], -tile[1]))
-
-
-def _block_mask(visual: torch.Tensor, order: TokenOrder, *, dense: bool) -> BlockMask:
-    """A map [B, H, visual_blocks, visual_blocks] as a block mask; `dense`: with conditioning and text blocks."""
-    around = order.dense_blocks
-    listed = F.pad(visual, (0, around, 0, around), value=dense)
+def _block_mask(visual: torch.Tensor, query_order: TokenOrder, key_order: TokenOrder, *, dense: bool) -> BlockMask:
+    """A map of visual blocks, [B, H, queries, keys], as a block mask; `dense`: with conditioning and text blocks."""
+    listed = F.pad(visual, (0, key_order.dense_blocks, 0, query_order.dense_blocks), value=dense)
     counts = listed.sum(-1, dtype=torch.int32)
     width = max(int(counts.max()), 1)
-    positions = torch.arange(order.blocks, dtype=torch.int32, device=visual.device)
-    indices = torch.where(listed, positions, order.blocks).sort(dim=-1).values[..., :width]
-    indices = torch.where(indices < order.blocks, indices, 0)
-    return BlockMask(indices, counts, torch.zeros_like(indices, dtype=torch.bool), order, order)
+    positions = torch.arange(key_order.blocks, dtype=torch.int32, device=visual.device)
+    indices = torch.where(listed, positions, key_order.blocks).sort(dim=-1).values[..., :width]
+    indices = torch.where(indices < key_order.blocks, indices, 0)
+    return BlockMask(indices, counts, torch.zeros_like(indices, dtype=torch.bool), query_order, key_order)
 
 
 class SlaDefinition(Definition):
@@ -345,32 +325,21 @@ class SlaDefinition(Definition):
 
     def __init__(self, plan: SlaPlan, rows: torch.Tensor, q: torch.Tensor, k: torch.Tensor, impl: Impl) -> None:
         super().__init__(plan, rows, q, k, impl)
-        order = plan.order
-        self.blocks = order.visual_blocks
         lists = plan.classify(q, k, impl)
-        self.critical, self.negligible = (block_map(part, order)[0] for part in lists)  # [H, blocks, blocks]
-        tokens = order.index()
-        slots = (tokens >= 0).nonzero().squeeze(1)
-        block_of = torch.empty(order.grid.tokens, dtype=torch.int64)
-        block_of[tokens[slots]] = slots // order.block
-        self.block_of = block_of.to(q.device)
-        self.block = self.block_of[rows].clamp(max=self.blocks - 1)
-        self.visual = (self.block_of[rows] < self.blocks)[:, None]
+        self.critical, self.negligible = (block_map(part, plan.key_order)[0] for part in lists)  # [H, queries, keys]
+        self.key_block = block_of(plan.key_order).to(q.device)
+        blocks, block = plan.query_order.visual_blocks, block_of(plan.query_order).to(q.device)[rows]
+        self.block, self.visual = block.clamp(max=blocks - 1), (block < blocks)[:, None]
 
     def flaw(self) -> str | None:
         """A critical block with a lower score than another block, in fp64, among some blocks of queries."""
-        order = self.plan.order
-        some = torch.linspace(0, self.blocks - 1, min(16, self.blocks)).long().to(self.q.device)
-        index = order.index()[: self.blocks * order.block].to(self.q.device)
-        held = (index >= 0).view(self.blocks, order.block, 1)
-
-        def means(x: torch.Tensor) -> torch.Tensor:
-            sums = (x.double()[index.clamp(min=0)].view(self.blocks, order.block, -1) * held).sum(1)
-            return sums / held.sum(1)
-
-        depth = order.block + self.q.shape[-1]  # terms of a mean and of a product
+        queries, keys = self.plan.query_order, self.plan.key_order
+        blocks = queries.visual_blocks
+        some = torch.linspace(0, blocks - 1, min(16, blocks)).long().to(self.q.device)
+        # terms of a mean and of a product
+        depth = max(queries.block, keys.block) + self.q.shape[-1]
         for head, critical in enumerate(self.critical):
-            query, key = means(self.q[0, head])[some], means(self.k[0, head])
+            query, key = _means(self.q[0, head], queries)[some], _means(self.k[0, head], keys)
             scores, chosen = query @ key.T, critical[some]
             slack = depth * torch.finfo(torch.float32).eps * (query.abs() @ key.abs().T).amax(-1)
             worst = scores.masked_fill(~chosen, torch.inf).amin(-1)
@@ -380,8 +349,8 @@ class SlaDefinition(Definition):
         return None
 
     def seen(self, head: int) -> torch.Tensor:
-        critical = F.pad(self.critical[head, self.block], (0, self.plan.order.dense_blocks), value=True)
-        return critical[:, self.block_of] | ~self.visual
+        critical = F.pad(self.critical[head, self.block], (0, self.plan.key_order.dense_blocks), value=True)
+        return critical[:, self.key_block] | ~self.visual
 
     def attend(
         self,
@@ -399,10 +368,17 @@ class SlaDefinition(Definition):
         linear = ~(self.critical | self.negligible)[head, self.block]
         if config.linear_scope == "all":
             linear = torch.ones_like(linear)
-        pairs = F.pad(linear, (0, self.plan.order.dense_blocks), value=False)[:, self.block_of]
+        pairs = F.pad(linear, (0, self.plan.key_order.dense_blocks), value=False)[:, self.key_block]
         affinity = apply_map(q, config.feature_map) @ apply_map(k, config.feature_map).T * pairs
         branch = (affinity @ v) / (affinity.sum(-1, keepdim=True) + EPSILON)
         return torch.where(self.visual, out + F.linear(branch, *weights), out)
+
+
+def _means(x: torch.Tensor, order: TokenOrder) -> torch.Tensor:
+    """The mean of every visual block's tokens in fp64, [blocks, D]; x: [N, D]."""
+    index = order.index()[: order.visual_blocks * order.block].to(x.device)
+    held = (index >= 0).view(order.visual_blocks, order.block, 1)
+    return (x.double()[index.clamp(min=0)].view(*held.shape[:2], -1) * held).sum(1) / held.sum(1)
 
 
 def at_density(grid: TokenGrid, density: float) -> dict[str, Any]:

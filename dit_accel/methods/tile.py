@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 
 from dit_accel.errors import DitAccelError
-from dit_accel.plans.masks import Band, Mask
+from dit_accel.plans.masks import Band, Mask, check_frames
 from dit_accel.plans.plan import MaskPlan
 from dit_accel.registry import Method
 from dit_accel.tokens import TokenGrid
@@ -44,9 +44,10 @@ def reference_frames(frames: int, references: int) -> torch.Tensor:
 def make_plan(grid: TokenGrid, config: Config) -> MaskPlan:
     if config.references > grid.frames:
         raise DitAccelError(
-            f"tile needs references <= the video's {grid.frames} token frames, got {config.references}; "
-            "ask for fewer references or more frames."
+            f"tile needs references <= the video's {grid.frames} token frames, got {config.references}. Ask for fewer "
+            "references or more frames."
         )
+    check_frames(grid.frames)
     frames = torch.arange(grid.frames)
     reference = torch.isin(frames, reference_frames(grid.frames, config.references))
     seen = (frames[:, None] == frames) | reference[:, None] | reference

@@ -6,8 +6,10 @@ import functools
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from dit_accel.errors import DitAccelError
+from dit_accel.kernels.block_sparse.geometry import BlockLists
 from dit_accel.order import TokenOrder, valid_tokens
 from dit_accel.plans import blocks
 from dit_accel.plans.blocks import BlockMask
@@ -24,24 +26,20 @@ class BlockPlan(StaticPlan):
         visited: bool [visual_blocks, visual_blocks].
     """
 
-    def __init__(self, method: str, config: Any, grid: TokenGrid, block: int, visited: torch.Tensor) -> None:
+    def __init__(self, method: str, config: Any, grid: TokenGrid, block: int, visited: Tensor) -> None:
         super().__init__(method, config, grid)
         self.block = block
         order = TokenOrder(grid, block)
-        self._mask = blocks.from_map(visited, order, order)
+        self._visited, self._mask = visited, blocks.from_map(visited, order, order)
 
     @functools.cached_property
     @building()
     def pairs(self) -> int:
-        order = self._mask.query_order
-        valid = valid_tokens(order).long()
-        visual = self._mask.dense()[: order.visual_blocks, : order.visual_blocks].long()
-        around = self.grid.tokens - self.grid.visual
-        return int(valid @ visual @ valid) + around * (self.grid.tokens + self.grid.visual)
+        valid = valid_tokens(self._mask.query_order).long()
+        return int(valid @ self._visited.long() @ valid) + self.grid.dense_pairs
 
-    def kept_keys(self, queries: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
-        order = self._mask.query_order
-        visited = self._mask.dense()[: order.visual_blocks, : order.visual_blocks].to(queries.device)
+    def kept_keys(self, queries: Tensor, lists: BlockLists | None = None, head: int = 0) -> Tensor:
+        visited = self._visited.to(queries.device)
         keys = torch.arange(self.grid.visual, device=queries.device)
         return among_others(visited[queries // self.block][:, keys // self.block], self.grid)
 
@@ -57,14 +55,12 @@ class BlockPlan(StaticPlan):
         if {block_q, block_k} - {None, self.block} or order not in (None, "raster") or tile_q or tile_k:
             raise DitAccelError(
                 f"This {self.method} plan is defined on raster blocks of {self.block} x {self.block} tokens and has no "
-                "other block mask; leave the arguments out, or plan another block size."
+                "other block mask. Leave the arguments out, or plan another block size."
             )
         return self._mask
 
     @building()
-    def token_mask(self) -> torch.Tensor:
+    def token_mask(self) -> Tensor:
         check_token_mask(self.grid)
-        order = self._mask.query_order
-        visual = self._mask.dense()[: order.visual_blocks, : order.visual_blocks]
-        tokens = visual.repeat_interleave(self.block, 0).repeat_interleave(self.block, 1)
+        tokens = self._visited.repeat_interleave(self.block, 0).repeat_interleave(self.block, 1)
         return surround(tokens[: self.grid.visual, : self.grid.visual], self.grid)

@@ -5,32 +5,33 @@ from __future__ import annotations
 import dataclasses
 
 import torch
+from torch import Tensor
 
 from dit_accel.errors import DitAccelError
 from dit_accel.kernels.block_sparse.geometry import BlockLists, Geometry
 from dit_accel.order import TokenOrder, valid_tokens
 from dit_accel.plans.masks import Mask
 
-MOST_PAIRS = 2**29  # of blocks; each takes 14 to 20 bytes while a sparse mask is made: 10 GiB for all
+MOST_PAIRS = 2**25  # of blocks; a mask in the making takes up to 50 bytes a pair, so under 2 GB
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class BlockMask:
     """The visited blocks, as lists of key blocks per query block.
 
-    A block is empty (not listed), full (every pair of a valid query and a valid key is allowed) or partial. Leading
-    dimensions are absent for a static mask and [B, H] for a routed one.
+    A block is empty (not listed), full (every pair of its tokens is allowed) or partial. Routed masks have the leading
+    dimensions [B, H], static ones none.
 
     Args:
-        kv_indices: int32 [..., query_blocks, width], ascending; entries past the count are 0.
+        kv_indices: int32 [..., query_blocks, width], ascending; entries behind the count are 0.
         kv_counts: int32 [..., query_blocks].
-        partial: bool, like `kv_indices`; False past the count.
-        query_order, key_order: what the blocks hold.
+        partial: bool, like `kv_indices`; False behind the count.
+        query_order, key_order: the tokens of the blocks.
     """
 
-    kv_indices: torch.Tensor
-    kv_counts: torch.Tensor
-    partial: torch.Tensor
+    kv_indices: Tensor
+    kv_counts: Tensor
+    partial: Tensor
     query_order: TokenOrder
     key_order: TokenOrder
 
@@ -52,15 +53,12 @@ class BlockMask:
     def density(self) -> float:
         return self.visited / self.total
 
-    def dense(self) -> torch.Tensor:
+    def dense(self) -> Tensor:
         """Visited blocks as a map: bool [..., query_blocks, key_blocks]."""
-        shape = (*self.kv_counts.shape, self.key_order.blocks + 1)
-        listed = torch.arange(self.kv_indices.shape[-1], device=self.kv_counts.device) < self.kv_counts[..., None]
-        slots = torch.where(listed, self.kv_indices, self.key_order.blocks).long()
-        seen = torch.zeros(shape, dtype=torch.bool, device=self.kv_counts.device)
-        return seen.scatter_(-1, slots, True)[..., :-1]
+        lists = self.lists()
+        return lists.map(lists.used, self.key_order.blocks)
 
-    def lists(self, tables: torch.Tensor | None = None) -> BlockLists:
+    def lists(self, tables: Tensor | None = None) -> BlockLists:
         """The lists as kernels take them, with the packed predicate of the partial blocks."""
         return BlockLists(self.kv_indices, self.kv_counts, None if tables is None else self.partial, tables)
 
@@ -71,26 +69,18 @@ class BlockMask:
 
 
 def check_size(query_order: TokenOrder, key_order: TokenOrder) -> None:
-    """See before a block mask is made that it fits into memory: every pair of blocks is looked at.
-
-    Raises:
-        DitAccelError: there are too many.
-    """
+    """Refuse a block mask with too many pairs of blocks for memory."""
     pairs = query_order.blocks * key_order.blocks
     if pairs > MOST_PAIRS:
         raise DitAccelError(
             f"A block mask is made for at most {MOST_PAIRS:,} pairs of blocks; {query_order.grid} in blocks of "
-            f"{query_order.block:,} and {key_order.block:,} tokens has {pairs:,}. Take a smaller grid or larger "
-            "blocks; a plan's pairs and density need no block mask."
+            f"{query_order.block:,} and {key_order.block:,} tokens has {pairs:,}. Use a smaller grid. In Python, "
+            "larger blocks help too, and plan(...).pairs and .density need no block mask."
         )
 
 
 def from_mask(mask: Mask, query_order: TokenOrder, key_order: TokenOrder) -> BlockMask:
-    """The block mask that covers a token mask exactly: no visited block is empty, and full ones are known.
-
-    Raises:
-        DitAccelError: there are too many blocks.
-    """
+    """The block mask of a token mask, without empty blocks; errors as in `check_size`."""
     check_size(query_order, key_order)
     counts = mask.block_pairs(query_order, key_order)
     valid = valid_tokens(query_order)[:, None] * valid_tokens(key_order)[None, :]
@@ -98,7 +88,7 @@ def from_mask(mask: Mask, query_order: TokenOrder, key_order: TokenOrder) -> Blo
 
 
 def from_map(
-    visited: torch.Tensor, query_order: TokenOrder, key_order: TokenOrder, partial: torch.Tensor | None = None
+    visited: Tensor, query_order: TokenOrder, key_order: TokenOrder, partial: Tensor | None = None
 ) -> BlockMask:
     """A block mask from a map of the visual blocks; conditioning and text rows and columns are full.
 

@@ -1,7 +1,7 @@
 """The mask algebra: static masks as unions of disjoint terms, each a few small per-axis tables.
 
-A term never holds anything of the size tokens x tokens, yet it answers exactly how many (query, key) pairs any box or
-run of tokens holds, and so which blocks are empty, full or partial.
+A term never holds a tensor of the size tokens x tokens. It counts exactly the (query, key) pairs of any box or run of
+tokens. So it tells which blocks are empty, full or partial.
 """
 
 from __future__ import annotations
@@ -12,29 +12,31 @@ import itertools
 import math
 
 import torch
+from torch import Tensor
 
 from dit_accel.errors import DitAccelError
 from dit_accel.order import TokenOrder
 
-HEADER = 8  # words a term takes at the head of the packed tables
-ROWS = 4096  # queries whose key counts are held at once
-DENSE_AXIS = 1024  # an axis up to this long keeps its table of prefix counts
-CORNER_ROWS = 64  # query blocks whose pairs are counted together
+HEADER = 8  # words of a term's header in the packed tables
+
+ROWS = 4096  # queries counted at once
+MOST_FRAMES = 2048  # of a `Band`, whose table of all pairs of frames takes 32 MiB then
+DENSE_AXIS = 1024  # longest axis that keeps its table of prefix counts
+CORNER_ROWS = 64  # query blocks counted at once
+
 FLOAT32_INTEGERS = 2**24  # float32 holds every integer up to here
-SMALL_FRAME = 2**15  # the pairs of two frames of fewer tokens are counted in 32 bits
+SMALL_FRAME = 2**15  # pairs of two frames with fewer tokens are counted in 32 bits
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class AxisTable:
     """A relation between the positions of one axis: query i sees the keys start[i], start[i] + step, ... < stop[i].
 
-    Args:
-        start, stop: int64 [L].
-        step: distance of neighbouring keys, the dilation.
+    `start` and `stop` are int64 [L]; `step` is the dilation.
     """
 
-    start: torch.Tensor
-    stop: torch.Tensor
+    start: Tensor
+    stop: Tensor
     step: int = 1
 
     @classmethod
@@ -46,22 +48,22 @@ class AxisTable:
     def length(self) -> int:
         return self.start.numel()
 
-    def allowed(self, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+    def allowed(self, query: Tensor, key: Tensor) -> Tensor:
         start, stop = self.start.to(query.device)[query], self.stop.to(query.device)[query]
         return (key >= start) & (key < stop) & ((key - start) % self.step == 0)
 
-    def prefix(self, queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+    def prefix(self, queries: Tensor, keys: Tensor) -> Tensor:
         """Pairs with query < queries[i] and key < keys[j]: int64 [len(queries), len(keys)], for any edges in [0, L]."""
         if self.length <= DENSE_AXIS:
             return self._prefix[queries][:, keys]
         return self._count(queries, keys)
 
     @functools.cached_property
-    def _prefix(self) -> torch.Tensor:
+    def _prefix(self) -> Tensor:
         edges = torch.arange(self.length + 1)
         return self._count(edges, edges)
 
-    def _count(self, queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+    def _count(self, queries: Tensor, keys: Tensor) -> Tensor:
         edges, inverse = torch.unique(queries, return_inverse=True)
         counts = torch.zeros(len(edges) + 1, len(keys), dtype=torch.int64)
         for first in range(0, self.length, ROWS):
@@ -103,13 +105,13 @@ class Product:
         ends = [torch.tensor([axis.length]) for axis in self.axes]
         return math.prod(int(axis.prefix(end, end)) for axis, end in zip(self.axes, ends, strict=True))
 
-    def allowed(self, query: torch.Tensor, key: torch.Tensor, shape: tuple[int, int, int]) -> torch.Tensor:
+    def allowed(self, query: Tensor, key: Tensor, shape: tuple[int, int, int]) -> Tensor:
         seen = [
             axis.allowed(q, k) for axis, q, k in zip(self.axes, unravel(query, shape), unravel(key, shape), strict=True)
         ]
         return seen[0] & seen[1] & seen[2]
 
-    def tile_pairs(self, query: TokenOrder, key: TokenOrder) -> torch.Tensor:
+    def tile_pairs(self, query: TokenOrder, key: TokenOrder) -> Tensor:
         assert query.tile is not None and key.tile is not None
         t, h, w = (
             axis_pairs(axis, tile_q, tile_k).to(torch.int32)
@@ -119,15 +121,15 @@ class Product:
         counts = t[:, None, None, :, None, None] * rows[None, :, :, None]
         return counts.reshape(query.visual_blocks, key.visual_blocks)
 
-    def frame_prefix(self, t: torch.Tensor, x: torch.Tensor, s: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    def frame_prefix(self, t: Tensor, x: Tensor, s: Tensor, y: Tensor) -> Tensor:
         """Pairs of frame t[i] and frame s[j] whose raster positions are < x[i] and < y[j]."""
         x_values, x_at = torch.unique(x, return_inverse=True)
         y_values, y_at = torch.unique(y, return_inverse=True)
         spatial = self._spatial_prefix(x_values, y_values)
         return spatial[x_at][:, y_at] * single(self.t, t, s)
 
-    def _spatial_prefix(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        # whole rows below both + the cut query row + the cut key row + where the two cut rows meet
+    def _spatial_prefix(self, x: Tensor, y: Tensor) -> Tensor:
+        # whole rows below both + the cut query row + the cut key row + the pairs of both cut rows
         width = self.w.length
         (row_x, col_x), (row_y, col_y) = (divmod_(x, width), divmod_(y, width))
         end = torch.tensor([width])
@@ -142,10 +144,23 @@ class Product:
             + single(self.h, row_x, row_y) * self.w.prefix(col_x, col_y)
         )
 
-    def pack(self, offset: int) -> tuple[list[int], torch.Tensor]:
+    def pack(self, offset: int) -> tuple[list[int], Tensor]:
         tables = [torch.stack((axis.start, axis.stop), 1).flatten() for axis in self.axes]
         offsets = list(itertools.accumulate((len(table) for table in tables[:2]), initial=offset))
         return [0, *offsets, *(axis.step for axis in self.axes), 0], torch.cat(tables)
+
+
+def check_frames(frames: int) -> None:
+    """See before a table of all pairs of frames is made that it fits into memory.
+
+    Raises:
+        DitAccelError: there are too many.
+    """
+    if frames > MOST_FRAMES:
+        raise DitAccelError(
+            f"A mask that differs by pairs of frames is made for at most {MOST_FRAMES:,} frames of tokens, got "
+            f"{frames:,}. Take fewer frames, or gna, whose window needs no such table."
+        )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -157,7 +172,7 @@ class Band:
         height, width: size of a frame.
     """
 
-    radius: torch.Tensor
+    radius: Tensor
     height: int
     width: int
 
@@ -170,13 +185,14 @@ class Band:
         return self.height * self.width
 
     def pairs(self) -> int:
-        return int(self._frame_pairs().sum())
+        n = torch.full_like(self.radius, self.frame_tokens)
+        return int(band_pairs(self.radius, n, n).sum())
 
-    def allowed(self, query: torch.Tensor, key: torch.Tensor, shape: tuple[int, int, int]) -> torch.Tensor:
+    def allowed(self, query: Tensor, key: Tensor, shape: tuple[int, int, int]) -> Tensor:
         (t, p), (s, r) = divmod_(query, self.frame_tokens), divmod_(key, self.frame_tokens)
         return (p - r).abs() < self.radius.to(query.device)[t, s]
 
-    def tile_pairs(self, query: TokenOrder, key: TokenOrder) -> torch.Tensor:
+    def tile_pairs(self, query: TokenOrder, key: TokenOrder) -> Tensor:
         assert query.tile is not None and key.tile is not None
         (tq, hq, wq), (tk, hk, wk) = query.tile, key.tile
         radii, kind = torch.unique(self.radius, return_inverse=True)
@@ -187,9 +203,9 @@ class Band:
         counts = torch.einsum("rab,rxy->axby", frames.to(exact), areas.to(exact))
         return counts.to(torch.int32).reshape(query.visual_blocks, key.visual_blocks)
 
-    def _area_pairs(self, radius: int, query: tuple[int, int], key: tuple[int, int]) -> torch.Tensor:
+    def _area_pairs(self, radius: int, query: tuple[int, int], key: tuple[int, int]) -> Tensor:
         """Pairs of two tiles of one frame: int64 [tiles_q, tiles_k]."""
-        # |dh * W + dw| < radius depends on the row and column distances alone: count those, then sum over them
+        # |dh * W + dw| < radius depends on row and column distances alone: count their pairs, then sum
         rows = distance_pairs(self.height, query[0], key[0])  # [2H-1, h_q, h_k]
         columns = distance_pairs(self.width, query[1], key[1])  # [2W-1, w_q, w_k]
         dh = torch.arange(1 - self.height, self.height)[:, None]
@@ -201,17 +217,13 @@ class Band:
         n_q, n_k = rows.shape[1] * columns.shape[1], rows.shape[2] * columns.shape[2]
         return counts.reshape(n_q, n_k).round().long()
 
-    def frame_prefix(self, t: torch.Tensor, x: torch.Tensor, s: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        """Pairs of frame t[i] and frame s[j] whose raster positions are < x[i] and < y[j]."""
+    def frame_prefix(self, t: Tensor, x: Tensor, s: Tensor, y: Tensor) -> Tensor:
+        """As `Product.frame_prefix`."""
         kind = torch.int32 if self.frame_tokens < SMALL_FRAME else torch.int64
         radius = torch.nn.functional.pad(self.radius, (0, 1, 0, 1)).to(kind)[t][:, s]
         return band_pairs(radius, x.to(kind)[:, None], y.to(kind)[None, :])
 
-    def _frame_pairs(self) -> torch.Tensor:
-        n = torch.full_like(self.radius, self.frame_tokens)
-        return band_pairs(self.radius, n, n)
-
-    def pack(self, offset: int) -> tuple[list[int], torch.Tensor]:
+    def pack(self, offset: int) -> tuple[list[int], Tensor]:
         return [1, offset, 0, 0, 0, 0, 0, 0], self.radius.flatten()
 
 
@@ -234,7 +246,7 @@ class Mask:
             if overlap(first, second):
                 raise DitAccelError(
                     f"The terms of a mask must be disjoint, but {type(first).__name__} and {type(second).__name__} "
-                    "share (or cannot be shown not to share) pairs; split them by frames."
+                    "may share pairs. Split them by frames."
                 )
 
     @property
@@ -245,11 +257,11 @@ class Mask:
         """Exact number of allowed (query, key) pairs of visual tokens."""
         return sum(term.pairs() for term in self.terms)
 
-    def allowed(self, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+    def allowed(self, query: Tensor, key: Tensor) -> Tensor:
         """Whether visual token `query` sees visual token `key`: bool, for broadcasting int64 raster indices."""
         return functools.reduce(torch.logical_or, (term.allowed(query, key, self.shape) for term in self.terms))
 
-    def block_pairs(self, query: TokenOrder, key: TokenOrder) -> torch.Tensor:
+    def block_pairs(self, query: TokenOrder, key: TokenOrder) -> Tensor:
         """Allowed pairs in every pair of visual blocks: int32 [query.visual_blocks, key.visual_blocks].
 
         Raises:
@@ -260,13 +272,8 @@ class Mask:
         count = raster_pairs if query.tile is None else lambda term, q, k: term.tile_pairs(q, k)
         return functools.reduce(torch.add, (count(term, query, key) for term in self.terms))
 
-    def pack(self) -> torch.Tensor:
-        """The tables as the kernels read them: int32 [words].
-
-        Word 0 is the number of terms. A header of 8 words a term follows: kind, offsets of the t, h and w tables,
-        steps of the three axes, 0. Kind 0 (Product) has tables of (start, stop) pairs, kind 1 (Band) one table of
-        T * T radii at the first offset. Offsets count words from the start of the tensor.
-        """
+    def pack(self) -> Tensor:
+        """The tables for the kernels: int32 [words]; `kernels.block_sparse.reference.allowed_pairs` has the format."""
         headers, tables, offset = [], [], 1 + HEADER * len(self.terms)
         for term in self.terms:
             header, table = term.pack(offset)
@@ -276,42 +283,42 @@ class Mask:
         return torch.cat([torch.tensor([len(self.terms), *headers]), *tables]).to(torch.int32)
 
 
-def unravel(index: torch.Tensor, shape: tuple[int, int, int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def unravel(index: Tensor, shape: tuple[int, int, int]) -> tuple[Tensor, Tensor, Tensor]:
     """Frame, row and column of raster indices."""
     rest, column = divmod_(index, shape[2])
     frame, row = divmod_(rest, shape[1])
     return frame, row, column
 
 
-def divmod_(value: torch.Tensor, divisor: int) -> tuple[torch.Tensor, torch.Tensor]:
+def divmod_(value: Tensor, divisor: int) -> tuple[Tensor, Tensor]:
     return value // divisor, value % divisor
 
 
-def single(axis: AxisTable, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-    """Whether position query[i] sees position key[j]; positions past the end see nothing: int64 [i, j]."""
+def single(axis: AxisTable, query: Tensor, key: Tensor) -> Tensor:
+    """Whether position query[i] sees position key[j]: int64 [i, j]; positions behind the end see nothing."""
     last = axis.length - 1
     inside = (query <= last)[:, None] & (key <= last)[None, :]
     seen = axis.allowed(query.clamp(max=last)[:, None], key.clamp(max=last)[None, :])
     return (seen & inside).long()
 
 
-def edges_of(length: int, size: int) -> torch.Tensor:
+def edges_of(length: int, size: int) -> Tensor:
     """Borders of the runs of `size` that cover an axis: 0, size, ..., length."""
     return torch.cat([torch.arange(0, length, size), torch.tensor([length])])
 
 
-def axis_pairs(axis: AxisTable, query: int, key: int) -> torch.Tensor:
+def axis_pairs(axis: AxisTable, query: int, key: int) -> Tensor:
     """Pairs in every pair of runs of `query` and `key` positions: int64 [runs_q, runs_k]."""
     prefix = axis.prefix(edges_of(axis.length, query), edges_of(axis.length, key))
     return prefix.diff(dim=0).diff(dim=1)
 
 
-def block_sum(values: torch.Tensor, dim: int, size: int) -> torch.Tensor:
-    """Sums over runs of `size` along `dim`, the last run shorter."""
+def block_sum(values: Tensor, dim: int, size: int) -> Tensor:
+    """Sums over runs of `size` along `dim`; the last run may be shorter."""
     return prefix_sums(values, dim).index_select(dim, edges_of(values.shape[dim], size)).diff(dim=dim)
 
 
-def distance_pairs(length: int, query: int, key: int) -> torch.Tensor:
+def distance_pairs(length: int, query: int, key: int) -> Tensor:
     """Pairs (i, j) of two runs at each distance i - j from 1 - length to length - 1: float64 [2 length - 1, q, k]."""
     low_q, low_k = edges_of(length, query)[:-1, None], edges_of(length, key)[None, :-1]
     high_q, high_k = edges_of(length, query)[1:, None], edges_of(length, key)[None, 1:]
@@ -320,30 +327,29 @@ def distance_pairs(length: int, query: int, key: int) -> torch.Tensor:
     return common.clamp(min=0).double()
 
 
-def band_pairs(radius: torch.Tensor, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+def band_pairs(radius: Tensor, x: Tensor, y: Tensor) -> Tensor:
     """Pairs p < x, p' < y with |p - p'| < radius (broadcasting integers of one dtype)."""
     pairs = x * y
-    for near, far in ((x, y), (y, x)):  # take away those with far position >= near position + radius
+    for near, far in ((x, y), (y, x)):  # minus pairs with far position >= near position + radius
         reach = far - radius
         rows = torch.minimum(near, reach).clamp_(min=0)
         pairs = pairs - reach.mul_(2).add_(1).sub_(rows).mul_(rows).div_(2, rounding_mode="trunc")
     return pairs * (radius > 0)
 
 
-def raster_pairs(term: Product | Band, query: TokenOrder, key: TokenOrder) -> torch.Tensor:
+def raster_pairs(term: Product | Band, query: TokenOrder, key: TokenOrder) -> Tensor:
     """Pairs in every pair of raster blocks, from counts of pairs below both ends: int32 [blocks_q, blocks_k].
 
-    A block may start and end anywhere in a frame. F(X, Y), the pairs with query < X and key < Y, splits into pairs of
-    whole frames, the cut query frame with whole key frames, whole query frames with the cut key frame, and the two
-    cut frames. The first three change only where a block crosses into another frame, so most blocks need the last one
-    alone.
+    A block may start and end anywhere in a frame. The pairs with query < X and key < Y are the sum of four parts, by
+    whole and cut frames of queries and keys. The part of both cut frames changes with every block. The other three
+    change only at blocks that cross into another frame.
     """
     frames, height, width = term.shape
     n = height * width
     every, whole = torch.arange(frames), torch.full((frames,), n)
     total = prefix_sums(prefix_sums(term.frame_prefix(every, whole, every, whole).long(), 0), 1)  # [T+1, T+1]
     (t, x), (s, y) = (divmod_(edges_of(frames * n, order.block), n) for order in (query, key))
-    # a few rows at a time, which stay in the processor's cache
+    # a few rows at a time, to stay in the processor's cache
     chunks = zip(t.split(CORNER_ROWS), x.split(CORNER_ROWS), strict=True)
     corners = torch.cat([term.frame_prefix(*chunk, s, y).to(torch.int32) for chunk in chunks])
     counts = corners.diff(dim=0).diff(dim=1)
@@ -358,12 +364,12 @@ def raster_pairs(term: Product | Band, query: TokenOrder, key: TokenOrder) -> to
     return counts
 
 
-def prefix_sums(values: torch.Tensor, dim: int) -> torch.Tensor:
+def prefix_sums(values: Tensor, dim: int) -> Tensor:
     return torch.cat([torch.zeros_like(values.narrow(dim, 0, 1)), values.cumsum(dim)], dim)
 
 
 def overlap(first: Product | Band, second: Product | Band) -> bool:
-    """Whether two terms share a pair; a product and a band are only compared frame by frame."""
+    """Whether two terms may share a pair; a product and a band are compared by frames alone."""
     if isinstance(first, Product) and isinstance(second, Product):
         return all(a.meets(b) for a, b in zip(first.axes, second.axes, strict=True))
     frames = torch.arange(first.shape[0])

@@ -7,7 +7,7 @@ import contextlib
 import functools
 import math
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import nn
@@ -20,6 +20,7 @@ from dit_accel.kernels.impls import AUTO, Facts, Impl
 from dit_accel.order import TokenOrder
 from dit_accel.plans import blocks
 from dit_accel.plans.blocks import BlockMask
+from dit_accel.plans.kept import ListMemory
 from dit_accel.plans.masks import Mask
 from dit_accel.plans.tiles import Tile, choose_tiles
 from dit_accel.tokens import TokenGrid
@@ -30,17 +31,37 @@ if TYPE_CHECKING:
 Order = Literal["raster", "tile"]
 BLOCK_Q, BLOCK_K = 128, 64
 TOKEN_MASK_LIMIT = 20_000
-PICTURE_LIMIT = 16_000
+PICTURE_LIMIT = 256_000  # of tokens: 4,000 blocks of 64 keys
 
 
 @contextlib.contextmanager
 def building() -> Iterator[None]:
-    """What is made here outlives the call under way: ordinary tensors, which training may save, made on the CPU,
-    whatever inference mode and default device the caller has set."""
-    # a device context goes through Python at every operation, of which planning has thousands: only where it is needed
+    """Makes ordinary CPU tensors, which training may save, whatever inference mode and default device are set."""
+    # a device context costs a Python call at every operation, and planning has thousands: only where it is needed
     device = contextlib.nullcontext() if torch.get_default_device().type == "cpu" else torch.device("cpu")
     with torch.inference_mode(False), device:
         yield
+
+
+class PlanCall(NamedTuple):
+    """Arguments of `Plan.attend` besides q, k and v.
+
+    scale, text_lens, impl: as in `attention`.
+    text_bias: floating point [B, N], added to every query's scaled logits. Text behind `text_lens` then stays a key.
+    module: a layer's learned weights.
+    density_sum: float32 [2] on the device of q. A routed plan adds its density and 1 without waiting for the device.
+    heads: which head of its layer q starts with, and how many the layer has; None: q holds all.
+    memory: what the layer's calls share between denoising steps; None outside of a model.
+    """
+
+    scale: float | None = None
+    text_lens: torch.Tensor | None = None
+    text_bias: torch.Tensor | None = None
+    impl: Impl = AUTO
+    module: nn.Module | None = None
+    density_sum: torch.Tensor | None = None
+    heads: tuple[int, int] | None = None
+    memory: ListMemory | None = None
 
 
 class Plan(abc.ABC):
@@ -66,24 +87,24 @@ class Plan(abc.ABC):
         pairs = self.pairs
         return None if pairs is None else pairs / self.grid.tokens**2
 
-    def block_mask(
-        self,
-        block_q: int | None = None,
-        block_k: int | None = None,
-        order: Order | None = None,
-        tile_q: Tile | None = None,
-        tile_k: Tile | None = None,
-    ) -> BlockMask:
+    def block_mask(self, *args: Any, **kwargs: Any) -> BlockMask:
         """The blocks a kernel visits; see `MaskPlan.block_mask`."""
-        raise DitAccelError(f"{self.method} has no block mask that is known before the call.")
+        raise self._routes("block mask")
+
+    def _routes(self, mask: str) -> DitAccelError:
+        return DitAccelError(
+            f"{self.method} has no {mask} that is known before the call: it routes by content. route(q, k) returns the "
+            "blocks of one call."
+        )
 
     @abc.abstractmethod
-    def kept_keys(self, queries: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+    def kept_keys(self, queries: torch.Tensor, lists: BlockLists | None = None, head: int = 0) -> torch.Tensor:
         """The keys that some visual queries attend to exactly, in one head: bool [S, tokens] in model order.
 
         Args:
             queries: int64 [S], indices of visual tokens.
-            q, k: [1, 1, N, D], the whole sequence; only a routed plan reads them.
+            lists: of a routed plan, what it listed for one sample, [1, H, query blocks, width].
+            head: which head of the lists.
         """
 
     def token_mask(self) -> torch.Tensor:
@@ -92,42 +113,24 @@ class Plan(abc.ABC):
         Raises:
             DitAccelError: the method routes by content, or the sequence is longer than 20,000 tokens.
         """
-        raise DitAccelError(f"{self.method} has no token mask that is known before the call: it routes by content.")
+        raise self._routes("token mask")
+
+    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **call: Any) -> torch.Tensor:
+        """The method's attention on this grid: `attention` without its checks; `call` holds fields of `PlanCall`."""
+        return self.run(q, k, v, PlanCall(**call))
 
     @abc.abstractmethod
-    def attend(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        *,
-        scale: float | None = None,
-        text_lens: torch.Tensor | None = None,
-        text_bias: torch.Tensor | None = None,
-        impl: Impl = AUTO,
-        module: nn.Module | None = None,
-        density_sum: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """The method's attention on this grid; see `attention`.
-
-        Args:
-            q, k, v, scale, text_lens, impl: as there.
-            text_bias: floating point [B, N]; with it text behind `text_lens` is a key after all, and this is what each
-                query adds to its scaled logits.
-            module: a layer's learned weights.
-            density_sum: float32 [2] on the device of q, for routed plans. The call adds its density and 1 to it,
-                without waiting for the device.
-        """
+    def run(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: PlanCall) -> torch.Tensor:
+        """What a method implements: q, k, v and the output as in `attention`."""
 
     @abc.abstractmethod
     def prepare(
         self, device: torch.device, dtype: torch.dtype, head_dim: int, impl: Impl = AUTO, *, learned: bool = False
     ) -> tuple[str, str]:
-        """Choose who computes `attend` for such tensors, and build what it needs: inside a traced call it is too late.
+        """Choose who computes `attend` for such tensors, and build what it needs. A traced call cannot do this.
 
         Args:
             device, dtype, head_dim: of q, k and v.
-            impl: "auto", or the implementation that is wanted.
             learned: `attend` will get a module with learned weights.
 
         Returns:
@@ -142,29 +145,25 @@ class Plan(abc.ABC):
         """Picture of the block mask, queries down and keys across: full blocks dark, partial ones lighter.
 
         Raises:
-            DitAccelError: it would have more than 16,000 blocks a side.
+            DitAccelError: the grid has more than 256,000 tokens.
         """
         from PIL import Image
 
-        mask = self.block_mask()
-        if max(mask.query_order.blocks, mask.key_order.blocks) > PICTURE_LIMIT:
+        if self.grid.tokens > PICTURE_LIMIT:
             raise DitAccelError(
-                f"A picture has a pixel a block and up to {PICTURE_LIMIT:,} a side; this mask has "
-                f"{mask.query_order.blocks:,} x {mask.key_order.blocks:,} blocks. Draw a smaller grid."
+                f"A picture has a pixel a block and is drawn for at most {PICTURE_LIMIT:,} tokens, got "
+                f"{self.grid.tokens:,}. Draw a smaller grid."
             )
+        mask = self.block_mask()
         classes = mask.dense().to(torch.uint8)
         partial = torch.zeros_like(classes)
-        partial.view(-1)[self._flat(mask)[mask.partial]] = 1
+        rows = torch.arange(mask.query_order.blocks)[:, None] * mask.key_order.blocks
+        partial.view(-1)[(rows + mask.kv_indices)[mask.partial]] = 1
         palette = torch.tensor([[250, 250, 250], [23, 63, 122], [120, 170, 220]], dtype=torch.uint8)
         pixels = palette[(classes + partial).long()]
         picture = Image.fromarray(pixels.numpy())
         enlarge = max(1, 512 // max(picture.size))
         return picture.resize((picture.width * enlarge, picture.height * enlarge), Image.Resampling.NEAREST)
-
-    @staticmethod
-    def _flat(mask: BlockMask) -> torch.Tensor:
-        rows = torch.arange(mask.query_order.blocks)[:, None] * mask.key_order.blocks
-        return rows + mask.kv_indices
 
 
 class StaticPlan(Plan):
@@ -216,23 +215,11 @@ class StaticPlan(Plan):
         self.lists(device, chosen.packing)
         return chosen.name, why
 
-    def attend(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        *,
-        scale: float | None = None,
-        text_lens: torch.Tensor | None = None,
-        text_bias: torch.Tensor | None = None,
-        impl: Impl = AUTO,
-        module: nn.Module | None = None,
-        density_sum: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        impl, _ = StaticPlan.prepare(self, q.device, q.dtype, q.shape[-1], impl)
-        lists, segments = self.lists(q.device, impls.named(impl).packing), Segments.of(self.grid, q, text_lens)
-        out, _ = attend_blocks(q, k, v, lists, self.geometry, segments, text_bias=text_bias, scale=scale, impl=impl)
-        return out
+    def run(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: PlanCall) -> torch.Tensor:
+        impl, _ = StaticPlan.prepare(self, q.device, q.dtype, q.shape[-1], call.impl)
+        lists, segments = self.lists(q.device, impls.named(impl).packing), Segments.of(q, call.text_lens)
+        bias, scale = call.text_bias, call.scale
+        return attend_blocks(q, k, v, lists, self.geometry, segments, text_bias=bias, scale=scale, impl=impl)[0]
 
 
 class MaskPlan(StaticPlan):
@@ -250,13 +237,12 @@ class MaskPlan(StaticPlan):
     @functools.cached_property
     @building()
     def pairs(self) -> int:
-        around = self.grid.tokens - self.grid.visual
-        return self.mask.pairs() + around * (self.grid.tokens + self.grid.visual)
+        return self.mask.pairs() + self.grid.dense_pairs
 
     def tables(self) -> torch.Tensor:
         return self.mask.pack()
 
-    def kept_keys(self, queries: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+    def kept_keys(self, queries: torch.Tensor, lists: BlockLists | None = None, head: int = 0) -> torch.Tensor:
         keys = torch.arange(self.grid.visual, device=queries.device)
         return among_others(self.mask.allowed(queries[:, None], keys[None, :]), self.grid)
 

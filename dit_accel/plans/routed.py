@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import abc
 import math
-from typing import Any, NamedTuple
+from typing import Any, Literal, get_args
 
 import torch
-from torch import nn
 
 from dit_accel.errors import DitAccelError
 from dit_accel.kernels import impls
@@ -16,64 +15,97 @@ from dit_accel.kernels.block_sparse.geometry import BlockLists, Geometry, Segmen
 from dit_accel.kernels.impls import AUTO, Facts, Impl
 from dit_accel.order import TokenOrder, valid_tokens
 from dit_accel.plans.blocks import BlockMask
-from dit_accel.plans.plan import Plan, among_others, building
+from dit_accel.plans.curves import Curve, along
+from dit_accel.plans.plan import Plan, PlanCall, among_others, building
+from dit_accel.plans.tiles import choose_tile
 from dit_accel.tokens import TokenGrid
-
-
-class RoutedCall(NamedTuple):
-    """Arguments of `Plan.attend` besides q, k and v."""
-
-    scale: float | None = None
-    text_lens: torch.Tensor | None = None
-    text_bias: torch.Tensor | None = None
-    impl: Impl = AUTO
-    module: nn.Module | None = None
 
 
 class RoutedPlan(Plan):
     """A plan that chooses the key blocks of every query block in each call, by content.
 
-    A method implements `route`. Visual queries attend to the visual blocks that it lists, and to all conditioning and
-    text keys. Conditioning and text queries attend to everything. A method that computes more than the listed blocks,
-    such as a second part merged by its log-sum-exp, overrides `attend_visual` and calls `attend_listed` in it.
+    A method implements `choose`. Visual queries attend to the visual blocks that it lists, and to all conditioning and
+    text keys. Conditioning and text queries attend to everything. A method may compute more than the listed blocks,
+    such as a second part merged by its log-sum-exp. It overrides `attend_visual` and calls `attend_listed` in it.
 
     Args:
         method, config, grid: as for `Plan`.
         query_order, key_order: how the visual queries and the visual keys are cut into blocks; both of `grid`.
+        curve: the visual tokens are put along this curve before they are cut into blocks, and the output is put back,
+            once a call. The orders are raster orders then.
     """
 
     def __init__(
-        self, method: str, config: Any, grid: TokenGrid, query_order: TokenOrder, key_order: TokenOrder
+        self,
+        method: str,
+        config: Any,
+        grid: TokenGrid,
+        query_order: TokenOrder,
+        key_order: TokenOrder,
+        curve: Curve | None = None,
     ) -> None:
         super().__init__(method, config, grid)
-        self.query_order, self.key_order = query_order, key_order
+        self.query_order, self.key_order, self.curve = query_order, key_order, curve
+        self._rows: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = {}
         self._sizes: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = {}
 
     @abc.abstractmethod
-    def route(self, q: torch.Tensor, k: torch.Tensor) -> BlockLists:
+    def choose(self, q: torch.Tensor, k: torch.Tensor, call: PlanCall) -> BlockLists:
         """The visual key blocks that every visual query block attends to.
 
         Made on the device of q without waiting for it. Carries no gradient. Runs with autocast off.
 
         Args:
-            q, k: the whole sequence, [B, H, N, D].
+            q, k: the whole sequence, [B, H, N, D], along the plan's curve if it has one.
+            call: the other arguments of `attend`.
 
         Returns:
             Lists without tables: indices int32 [B, H, query blocks, width], counts int32 [B, H, query blocks]. Every
             row lists at least one block, each at most once; the counts of rows may differ.
         """
 
+    @torch.no_grad()
+    def route(self, q: torch.Tensor, k: torch.Tensor, **call: Any) -> BlockLists:
+        """The blocks of a call with these queries and keys, [B, H, N, D] in model order, as `choose` lists them.
+
+        `call` holds fields of `PlanCall`. With a curve, block i holds the tokens that `block_of` says.
+        """
+        return self.choose(self.arrange(q), self.arrange(k), PlanCall(**call))
+
+    def arrange(self, x: torch.Tensor) -> torch.Tensor:
+        """[B, H, N, D] in model order with the visual tokens along the plan's curve; x itself without one."""
+        return x if self.curve is None else _take_rows(x, self._rows_on(x.device)[0])
+
+    def block_of(self, order: TokenOrder) -> torch.Tensor:
+        """The block of every visual token, in raster order: int64 [visual].
+
+        Args:
+            order: the plan's order of queries or of keys.
+        """
+        blocks = _block_of_visual(order)
+        return blocks if self.curve is None else blocks[along(self.curve, self.grid.shape).argsort()]
+
+    def _rows_on(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """The token at each place of the arranged sequence, and each token's place: int64 [N] on a device."""
+        assert self.curve is not None
+        if device not in self._rows:
+            with building():
+                rows, start = torch.arange(self.grid.tokens), self.grid.visual_start
+                rows[start : start + self.grid.visual] = start + along(self.curve, self.grid.shape)
+                self._rows[device] = rows.to(device), rows.argsort().to(device)
+        return self._rows[device]
+
     def attend_visual(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: RoutedCall
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: PlanCall
     ) -> tuple[torch.Tensor, BlockLists]:
         """The visual queries' output [B, H, visual, D], and the lists that it followed.
 
         Args:
-            q, k, v: the whole sequence, [B, H, N, D].
+            q, k, v: the whole sequence, [B, H, N, D], along the plan's curve if it has one.
             call: the other arguments of `attend`.
         """
         with torch.no_grad():
-            lists = self.route(q, k)
+            lists = self.choose(q, k, call)
         return self.attend_listed(q, k, v, lists, call)[0], lists
 
     def attend_listed(
@@ -82,7 +114,7 @@ class RoutedPlan(Plan):
         k: torch.Tensor,
         v: torch.Tensor,
         lists: BlockLists,
-        call: RoutedCall,
+        call: PlanCall,
         *,
         lse: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -100,19 +132,7 @@ class RoutedPlan(Plan):
             text_lens=call.text_lens, text_bias=call.text_bias, scale=call.scale, lse=lse, impl=call.impl,
         )  # fmt: skip
 
-    def attend(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        *,
-        scale: float | None = None,
-        text_lens: torch.Tensor | None = None,
-        text_bias: torch.Tensor | None = None,
-        impl: Impl = AUTO,
-        module: nn.Module | None = None,
-        density_sum: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+    def run(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: PlanCall) -> torch.Tensor:
         if not q.shape == k.shape == v.shape or q.ndim != 4 or q.shape[2] != self.grid.tokens:
             raise DitAccelError(
                 f"q, k and v must all be [batch, heads, {self.grid.tokens}, head_dim] for the grid {self.grid}; got "
@@ -121,12 +141,16 @@ class RoutedPlan(Plan):
         kind = q.device.type
         if torch.is_autocast_enabled(kind):
             q, k, v = (x.to(torch.get_autocast_dtype(kind)) for x in (q, k, v))
-        call = RoutedCall(scale, text_lens, text_bias, impl, module)
         with torch.autocast(kind, enabled=False):
+            if self.curve is not None:
+                q, k, v = (self.arrange(x) for x in (q, k, v))
+                if call.text_bias is not None:
+                    call = call._replace(text_bias=call.text_bias[:, self._rows_on(q.device)[0]])
             visual, lists = self.attend_visual(q, k, v, call)
-            if density_sum is not None:
-                self.add_density(lists, density_sum)
-            return self._with_others(visual, q, k, v, call)
+            if call.density_sum is not None:
+                self.add_density(lists, call.density_sum)
+            out = self._with_others(visual, q, k, v, call)
+            return out if self.curve is None else _take_rows(out, self._rows_on(q.device)[1])
 
     @torch.no_grad()
     def add_density(self, lists: BlockLists, density_sum: torch.Tensor) -> None:
@@ -138,24 +162,24 @@ class RoutedPlan(Plan):
                 mean over samples and heads.
         """
         queries, keys = self.block_sizes(lists.indices.device)
-        listed = torch.arange(lists.indices.shape[-1], device=lists.indices.device) < lists.counts[..., None]
         # entries behind a row's count may be any number
-        held = torch.where(listed, keys[lists.indices.clamp(0, len(keys) - 1)], 0).sum(-1, dtype=torch.float32)
-        tokens, visual = self.grid.tokens, self.grid.visual
-        around = (tokens - visual) * (tokens + visual)
-        share = ((held * queries).sum(-1).mean() + around) / tokens**2
+        held = torch.where(lists.used, keys[lists.indices.clamp(0, len(keys) - 1)], 0).sum(-1, dtype=torch.float32)
+        share = ((held * queries).sum(-1).mean() + self.grid.dense_pairs) / self.grid.tokens**2
         density_sum += torch.stack([share, torch.ones_like(share)])
 
     def prepare(
         self, device: torch.device, dtype: torch.dtype, head_dim: int, impl: Impl = AUTO, *, learned: bool = False
     ) -> tuple[str, str]:
+        if self.curve is not None:
+            self._rows_on(device)
         chosen, why = impls.choose(Facts(device, dtype, head_dim, self.query_order.block, self.key_order.block), impl)
         return chosen.name, why
 
-    def kept_keys(self, queries: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+    def kept_keys(self, queries: torch.Tensor, lists: BlockLists | None = None, head: int = 0) -> torch.Tensor:
         """The keys in listed blocks."""
-        listed = self._mask(self.route(q, k)).dense()[0, 0]
-        rows, columns = (_block_of_visual(order).to(q.device) for order in (self.query_order, self.key_order))
+        assert lists is not None, "a routed plan keeps what a call lists"
+        listed = self._mask(BlockLists(lists.indices[0, head], lists.counts[0, head])).dense()
+        rows, columns = (self.block_of(order).to(queries.device) for order in (self.query_order, self.key_order))
         return among_others(listed[rows[queries]][:, columns], self.grid)
 
     @property
@@ -173,23 +197,11 @@ class RoutedPlan(Plan):
         """Blocks that dense attention visits."""
         return self.query_order.blocks * self.key_order.blocks
 
-    def token_mask(self) -> torch.Tensor:
-        raise DitAccelError(
-            f"{self.method} has no token mask that is known before the call: it routes by content. route(q, k) returns "
-            "the blocks of one call."
-        )
-
-    def block_mask(self, *args: Any, **kwargs: Any) -> BlockMask:
-        raise DitAccelError(
-            f"{self.method} has no block mask that is known before the call: it routes by content. route(q, k) returns "
-            "the blocks of one call."
-        )
-
     def _with_others(
-        self, visual: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: RoutedCall
+        self, visual: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: PlanCall
     ) -> torch.Tensor:
-        """The whole output [B, H, N, D]: conditioning and text queries attend to everything, around `visual`."""
-        order, grid = self.key_order, self.grid
+        """The whole output [B, H, N, D]: `visual` and the other queries, which attend to everything."""
+        order, grid, block_q = self.key_order, self.grid, self.query_order.block
         if not order.dense_blocks:
             return visual
         front, back = grid.visual_start, grid.visual_start + grid.visual
@@ -198,14 +210,14 @@ class RoutedPlan(Plan):
         if bias is not None:
             bias = torch.cat([bias[:, :front], bias[:, back:]], dim=1)
         count = others.shape[2]
-        rows = math.ceil(count / order.block)
+        rows = math.ceil(count / block_q)
         geometry = Geometry(
-            grid.shape, (1, 1, count), order.block, order.block, None, order.tile, grid.conditioning, grid.text,
-            own_queries=True,
+            grid.shape, (1, 1, count), block_q, order.block, None, order.tile, grid.conditioning, grid.text,
+            own_queries=True, text_first=grid.text_first,
         )  # fmt: skip
         every = torch.arange(order.blocks, dtype=torch.int32, device=q.device).expand(rows, -1).contiguous()
         around, _ = attend_blocks(
-            others, k, v, BlockLists.full(every), geometry, Segments.of(grid, q, call.text_lens),
+            others, k, v, BlockLists.full(every), geometry, Segments.of(q, call.text_lens),
             text_bias=bias, scale=call.scale, impl=call.impl,
         )  # fmt: skip
         pieces = [around[:, :, :front], visual, around[:, :, front:]]
@@ -237,3 +249,22 @@ def _block_of_visual(order: TokenOrder) -> torch.Tensor:
         block = torch.empty(order.grid.visual, dtype=torch.int64)
         block[slots[inside]] = inside // order.block
         return block
+
+
+def _take_rows(x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """Rows of [B, H, N, D] in another order; the result lies in memory as [B, N, H, D]."""
+    return x.transpose(1, 2).index_select(1, rows).transpose(1, 2)
+
+
+Ordering = Literal["raster", "tile", "morton", "hilbert"]
+ORDERINGS: tuple[str, ...] = get_args(Ordering)
+
+
+def cut(order: Ordering, grid: TokenGrid, block_q: int, block_k: int) -> tuple[TokenOrder, TokenOrder, Curve | None]:
+    """The orders of queries and keys, and the curve, that an ordering of tokens means for a `RoutedPlan`.
+
+    "raster": runs of tokens, row by row; "tile": 3-D tiles, chosen per grid; "morton", "hilbert": runs along a curve.
+    """
+    tiles = (choose_tile(block, grid) if order == "tile" else None for block in (block_q, block_k))
+    query_order, key_order = (TokenOrder(grid, *each) for each in zip((block_q, block_k), tiles, strict=True))
+    return query_order, key_order, order if order == "morton" or order == "hilbert" else None

@@ -1,4 +1,4 @@
-"""Choosing tile shapes: which 3-D tiles leave a kernel the fewest blocks to visit."""
+"""Choosing tile shapes: which 3-D tiles leave a kernel the fewest blocks to visit, and which hold near tokens."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import functools
 import itertools
 import math
 
+from dit_accel.order import TokenOrder
 from dit_accel.plans.masks import Mask, Product, axis_pairs
 from dit_accel.tokens import TokenGrid
 
@@ -15,9 +16,9 @@ Tile = tuple[int, int, int]
 def choose_tiles(mask: Mask, grid: TokenGrid, block_q: int, block_k: int) -> tuple[Tile, Tile]:
     """Tile shapes of these sizes for a mask.
 
-    For a product of axes: the shapes with the fewest visited blocks, counted exactly (the static-tile analysis of GNA,
-    arXiv:2504.16922); ties go to long rows, which read memory in longer runs. Bands are narrow in raster position,
-    so their tiles lie in one frame and are as wide as it allows.
+    A product of axes gets the shapes with the fewest visited blocks, counted exactly (the static-tile analysis of GNA,
+    arXiv:2504.16922). Ties go to long rows, which read memory in longer runs. Bands are narrow in raster position, so
+    their tiles lie in one frame and are as wide as it allows.
     """
     queries, keys = tile_shapes(block_q, grid.shape), tile_shapes(block_k, grid.shape)
     if len(mask.terms) > 1 or not isinstance(mask.terms[0], Product):
@@ -38,9 +39,25 @@ def choose_tiles(mask: Mask, grid: TokenGrid, block_q: int, block_k: int) -> tup
 
 
 def tile_shapes(block: int, shape: Tile) -> list[Tile]:
-    """Tiles of `block` tokens, no longer along an axis of the grid than it takes to cover it, where possible."""
+    """Tiles of `block` tokens, if possible not longer than it takes to cover each axis of the grid."""
     divisors = [size for size in range(1, block + 1) if block % size == 0]
     longest = [next((size for size in divisors if size >= length), block) for length in shape]
     heads = [(t, h) for t in divisors for h in divisors if block % (t * h) == 0]
     shapes = [(t, h, block // (t * h)) for t, h in heads if t <= longest[0] and h <= longest[1]]
     return [tile for tile in shapes if tile[2] <= longest[2]] or shapes
+
+
+def choose_tile(block: int, grid: TokenGrid) -> Tile:
+    """The most compact tile of `block` tokens that adds little padding.
+
+    Routing works on block means, so the tokens of a tile should be near each other. Among the shapes with at most an
+    eighth more blocks than the fewest, this is the one with the smallest sum of sides; longer rows win ties.
+    """
+
+    def blocks(tile: Tile) -> int:
+        return TokenOrder(grid, block, tile).visual_blocks
+
+    shapes = tile_shapes(block, grid.shape)
+    fewest = min(blocks(tile) for tile in shapes)
+    near = [tile for tile in shapes if 8 * blocks(tile) <= 9 * fewest]
+    return min(near, key=lambda tile: (sum(tile), -tile[2], -tile[1]))

@@ -109,7 +109,7 @@ def test_kept_keys_are_the_mask():
     grid = CASES["text last"][0]
     q, k, *_ = inputs(grid)
     plan, queries = dit_accel.plan("nearest", grid, **SETTINGS), torch.arange(grid.visual)
-    assert torch.equal(plan.kept_keys(queries, q[:1, :1], k[:1, :1]), seen(q, grid)[0, 0, : grid.visual])
+    assert torch.equal(plan.kept_keys(queries, plan.route(q[:1], k[:1])), seen(q, grid)[0, 0, : grid.visual])
 
 
 def test_compiles_whole():

@@ -24,7 +24,7 @@ class NearestPlan(RoutedPlan):
         orders = (TokenOrder(grid, block) for block in (config.block_q, config.block_k))
         super().__init__("nearest", config, grid, *orders)
 
-    def route(self, q, k):
+    def choose(self, q, k, call):
         order, config, grid = self.query_order, self.config, self.grid
         visual = q[:, :, grid.visual_start : grid.visual_start + grid.visual].mean(-1)
         padded = torch.nn.functional.pad(visual, (0, order.visual_blocks * order.block - grid.visual))

@@ -68,5 +68,5 @@ def test_calls_that_do_not_fit_are_refused():
         module(q, q[:, :, :10], q[:, :, :10])
     with pytest.raises(DitAccelError, match="pass grid=TokenGrid"):
         SparseLinearAttention(16, order="tile")(q, q, q)
-    with pytest.raises(DitAccelError, match="impl must be one of auto, reference, portable, triton; got 'cuda'"):
+    with pytest.raises(DitAccelError, match="impl must be one of auto, reference, portable, triton, gluon; got 'cuda'"):
         module(q, q, q, impl="cuda")

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from sla_calls import MARGINAL, SHORT, TEXT_FIRST, TEXT_LAST, VIDEO, Case, check, setup, token_map
+from sla_calls import MARGINAL, SHORT, TEXT_FIRST, TEXT_LAST, VIDEO, WIDE, Case, check, setup, token_map
 
 from dit_accel.methods.sla import SparseLinearAttention
 from dit_accel.plans.plan import attention
@@ -28,6 +28,11 @@ CASES = {
     "relu-marginal": Case(VIDEO, {**MARGINAL, "feature_map": "relu"}, size=4.0),
     "tiles": Case(VIDEO, {**SHORT, "order": "tile"}),
     "tiles-marginal": Case(VIDEO, {**MARGINAL, "order": "tile"}, size=4.0),
+    "wide": Case(VIDEO, SHORT | WIDE),
+    "wide-marginal-x4": Case(VIDEO, MARGINAL | WIDE, size=4.0),
+    "wide-text-tiles": Case(TEXT_LAST, SHORT | WIDE | {"order": "tile"}, text_lens=(21, 3)),
+    "narrow-text-marginal": Case(TEXT_FIRST, MARGINAL | {"block_q": 8}, text_lens=(5, 21)),
+    "wide-one-block": Case(TokenGrid(1, 5, 13), {"topk": 0.5, "block_q": 128}, dtype=torch.bfloat16),
     "text-last": Case(TEXT_LAST, SHORT, text_lens=(21, 3)),
     "text-last-marginal": Case(TEXT_LAST, MARGINAL, text_lens=(0, 17), size=4.0),
     "text-first": Case(TEXT_FIRST, MARGINAL, text_lens=(5, 21)),
@@ -39,6 +44,7 @@ CASES = {
     "fp16-elu": Case(VIDEO, {**MARGINAL, "feature_map": "elu"}, dtype=torch.float16),
     "reference-all": Case(TEXT_LAST, SHORT, text_lens=(21, 3), impl="reference"),
     "reference-marginal-tiles": Case(TEXT_FIRST, {**MARGINAL, "order": "tile"}, text_lens=(9, 2), impl="reference"),
+    "reference-wide": Case(TEXT_FIRST, MARGINAL | WIDE, text_lens=(9, 2), impl="reference"),
     "reference-bf16": Case(VIDEO, MARGINAL, dtype=torch.bfloat16, impl="reference"),
 }
 

@@ -12,25 +12,32 @@ from dit_accel.tokens import TokenGrid
 
 @pytest.mark.parametrize("grid", [VIDEO, TEXT_LAST, TEXT_FIRST], ids=str)
 @pytest.mark.parametrize("order", ["raster", "tile"])
-def test_route_partitions_the_visual_blocks(grid, order):
-    module = SparseLinearAttention(16, topk=0.3, skip=0.25, linear_scope="marginal", block=16, order=order)
+@pytest.mark.parametrize("block_q", [None, 32, 8])
+def test_route_partitions_the_visual_blocks(grid, order, block_q):
+    settings = {"topk": 0.3, "block": 16, "block_q": block_q, "order": order}
+    module = SparseLinearAttention(16, skip=0.25, linear_scope="marginal", **settings)
     q, k = torch.randn(2, 2, 3, grid.tokens, 16)
     routing = module.route(q, k, grid)
-    visual, blocks = routing.critical.query_order.visual_blocks, routing.critical.query_order.blocks
+    assert (routing.critical.query_order.block, routing.critical.key_order.block) == (block_q or 16, 16)
+    rows, visual, blocks = (
+        routing.critical.query_order.visual_blocks,
+        routing.critical.key_order.visual_blocks,
+        routing.critical.query_order.blocks,
+    )
     critical, marginal, negligible = (mask.dense().int() for mask in routing)
     assert (critical + marginal + negligible == 1).all()
-    assert (critical[..., visual:, :] == 1).all() and (critical[..., visual:] == 1).all()
-    inside = [m[..., :visual, :visual].sum(-1) for m in (critical, marginal, negligible)]
+    assert (critical[..., rows:, :] == 1).all() and (critical[..., visual:] == 1).all()
+    inside = [m[..., :rows, :visual].sum(-1) for m in (critical, marginal, negligible)]
     topk, skip = int(0.3 * visual), int(0.25 * visual)
     assert all((m == n).all() for m, n in zip(inside, (topk, visual - topk - skip, skip), strict=True))
     for mask in routing:
         assert mask.kv_counts.shape == (2, 3, blocks) and mask.kv_indices.dtype == torch.int32
         assert not mask.partial.any()
 
-    everything = SparseLinearAttention(16, topk=0.3, block=16, order=order).route(q, k, grid)
+    everything = SparseLinearAttention(16, **settings).route(q, k, grid)
     assert torch.equal(everything.critical.dense(), routing.critical.dense())
     assert everything.negligible.visited == 0
-    assert everything.marginal.visited == 6 * visual * (visual - topk)
+    assert everything.marginal.visited == 6 * rows * (visual - topk)
 
 
 def test_routing_ignores_text_and_carries_no_gradient():
@@ -54,14 +61,18 @@ def test_plan_numbers():
     assert (text.visited, text.total) == (2 * (1 + 3) + 3 * 5, 25)
     assert text.pairs == 128 * (64 + 134) + 134 * 262
     assert plan("sla", TokenGrid(1, 5, 5), topk=0.01).visited == 1
+    wide = plan("sla", TokenGrid(2, 8, 9, text=70, conditioning=64), topk=0.5, block_q=128)
+    assert (wide.visited, wide.total) == (2 * (1 + 3) + 2 * 6, 4 * 6)
+    assert wide.pairs == 144 * (64 + 134) + 134 * 278
 
 
+@pytest.mark.parametrize("block_q", [None, 32])
 @pytest.mark.parametrize("order", ["raster", "tile"])
-def test_pairs_bound_the_routed_pairs_tightly(order):
+def test_pairs_bound_the_routed_pairs_tightly(order, block_q):
     """Exact where all blocks are whole; where some are not, no call attends more and a call with the largest does."""
     for grid, exact in ((TokenGrid(2, 8, 8, text=5), True), (TokenGrid(3, 5, 9), False)):
-        settings = plan("sla", grid, topk=0.3, block=16, order=order)
-        module = SparseLinearAttention(8, topk=0.3, block=16, order=order)
+        settings = plan("sla", grid, topk=0.3, block=16, block_q=block_q, order=order)
+        module = SparseLinearAttention(8, topk=0.3, block=16, block_q=block_q, order=order)
         q, k = torch.randn(2, 1, 8, grid.tokens, 8)
         pairs = token_map(module.route(q, k, grid).critical).sum((-1, -2))
         assert (pairs == settings.pairs).all() if exact else (pairs <= settings.pairs).all()
@@ -72,9 +83,9 @@ def test_pairs_bound_the_routed_pairs_tightly(order):
 
 
 def test_tiles_are_compact_and_pad_little():
-    assert plan("sla", TokenGrid(21, 45, 80), order="tile").order.tile == (2, 4, 8)
-    assert plan("sla", TokenGrid(16, 32, 32), order="tile").order.tile == (4, 4, 4)
-    assert plan("sla", TokenGrid(1, 64, 64), order="tile").order.tile == (1, 8, 8)
+    assert plan("sla", TokenGrid(21, 45, 80), order="tile").key_order.tile == (2, 4, 8)
+    assert plan("sla", TokenGrid(16, 32, 32), order="tile").key_order.tile == (4, 4, 4)
+    assert plan("sla", TokenGrid(1, 64, 64), order="tile").key_order.tile == (1, 8, 8)
 
 
 def test_shares_become_blocks():
@@ -109,6 +120,8 @@ def test_what_a_plan_cannot_give_is_refused():
         ({"block": 0}, "block .* from 1 to 1024; got 0"),
         ({"block": 1025}, "block .* from 1 to 1024; got 1025"),
         ({"block": 64.0}, "block .* got 64.0"),
+        ({"block_q": 0}, "block_q .* from 1 to 1024; got 0"),
+        ({"block_q": True}, "block_q .* got True"),
         ({"topk": "much"}, "topk .* got 'much'"),
     ],
 )

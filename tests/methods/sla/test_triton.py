@@ -5,7 +5,7 @@
 
 import pytest
 import torch
-from sla_calls import INTERPRETED, MARGINAL, SHORT, Case, check
+from sla_calls import INTERPRETED, MARGINAL, SHORT, WIDE, Case, check
 
 from dit_accel.methods.sla import SparseLinearAttention
 from dit_accel.registry import plan
@@ -28,6 +28,20 @@ TRITON_CASES = {
     "marginal-x16": Case(TokenGrid(1, 7, 15), {**MARGINAL, "topk": 0.2}, size=16.0, dim=16, **ONE),
     "marginal-text": Case(TINY_TEXT, MARGINAL, dim=16, text_lens=(2, 5), size=4.0, impl="triton"),
     "marginal-tiles-relu": Case(TINY, {**MARGINAL, "order": "tile", "feature_map": "relu"}, dim=16, **ONE),
+    "wide": Case(TokenGrid(1, 7, 15), SHORT | WIDE, dim=16, **ONE),
+    "wide-tiles-text": Case(
+        TokenGrid(2, 3, 15, text=5, conditioning=17),
+        {**SHORT, **WIDE, "order": "tile"},
+        dim=16,
+        text_lens=(2, 5),
+        size=4.0,
+        impl="triton",
+    ),
+    "wide-marginal-x4": Case(TokenGrid(1, 7, 15), MARGINAL | WIDE, size=4.0, dim=16, **ONE),
+    "narrow-marginal-tiles": Case(
+        TINY_TEXT, {**MARGINAL, "block": 32, "block_q": 16, "order": "tile"}, dim=16, text_lens=(3,), **ONE
+    ),
+    "fp16-wide-marginal": Case(TokenGrid(1, 7, 15), MARGINAL | WIDE, dtype=torch.float16, dim=24, **ONE),
     "fp16-marginal": Case(TINY, MARGINAL, dtype=torch.float16, dim=16, **ONE),
     "fp16-marginal-elu-x4": Case(TINY, MARGINAL | {"feature_map": "elu"}, dtype=torch.float16, size=4.0, dim=24, **ONE),
     "fp16-text-x4": Case(TINY_TEXT, SHORT, dtype=torch.float16, size=4.0, dim=16, text_lens=(0,), **ONE),

@@ -1,0 +1,1 @@
+"""The router: which key blocks each query block attends to, by content."""

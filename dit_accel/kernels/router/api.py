@@ -1,0 +1,122 @@
+"""The router's public function: checks, and the choice of the implementation. README.md has the rules."""
+
+from __future__ import annotations
+
+import torch
+
+from dit_accel.errors import DitAccelError
+from dit_accel.kernels import impls
+from dit_accel.kernels.block_sparse.geometry import BlockLists
+from dit_accel.kernels.impls import AUTO, Facts, Impl, Implementation
+from dit_accel.kernels.router import ops
+from dit_accel.kernels.router.call import Rule
+from dit_accel.kernels.sla.call import Cut, visual_of
+from dit_accel.order import TokenOrder
+
+
+@torch.no_grad()
+def route(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    query_order: TokenOrder,
+    key_order: TokenOrder,
+    rule: Rule,
+    *,
+    scale: float | None = None,
+    impl: Impl = AUTO,
+) -> BlockLists:
+    """The visual key blocks that every visual query block lists, by `rule`.
+
+    Scores are products of the means of the tokens that exist, in fp32 (fp64 for fp64 input). Nothing waits for the
+    device, and no gradient flows through the choice. The same input gives the same lists on every run.
+
+    Args:
+        q, k: the whole sequence in model order, [B, H, N, D], any strides; text and conditioning are not read.
+        query_order, key_order: how both are cut into blocks; of one grid. Their blocks may differ in size.
+        rule: what is listed.
+        scale: factor of the logits; D ** -0.5 if None.
+        impl: "auto", or an implementation of attention: the router's of that name, if there is one that can route such
+            a call, else as "auto". All of them list the same blocks, save for rounding.
+
+    Returns:
+        Lists without tables: indices int32 [B, H, query blocks, width], ascending, 0 behind a row's count; counts int32
+        [B, H, query blocks], at least 1. They differ from row to row.
+
+    Raises:
+        DitAccelError: shapes, dtypes or the rule do not fit.
+
+    Example:
+        >>> q = k = torch.randn(1, 4, 8192, 64)
+        >>> order = TokenOrder(TokenGrid(8, 32, 32), 64)
+        >>> route(q, k, order, order, Rule(topk=6)).indices.shape
+        torch.Size([1, 4, 128, 6])
+    """
+    _check(q, k, query_order, key_order, rule)
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    if not scale > 0:
+        raise DitAccelError(f"The router ranks logits, whose scale is above 0; got {scale}.")
+    chosen, _ = choose_impl(q.device, q.dtype, q.shape[-1], query_order, key_order, impl)
+    rows = q.shape[0], q.shape[1], query_order.visual_blocks
+    indices, counts = ops.route_blocks(
+        *(visual_of(x.detach(), query_order.grid) for x in (q, k)),
+        [*Cut.of(query_order).pack(), *Cut.of(key_order).pack()],
+        _per_row("topk", rule.topk, torch.int32, rows, q.device),
+        _per_row("topp", rule.topp, torch.float32, rows, q.device),
+        rule.forced, rule.tau, rule.variance == "exact", rule.cells, rule.similarity, scale,
+        rule.width(key_order.visual_blocks), chosen.name,
+    )  # fmt: skip
+    return BlockLists(indices, counts)
+
+
+def choose_impl(
+    device: torch.device,
+    dtype: torch.dtype,
+    head_dim: int,
+    query_order: TokenOrder,
+    key_order: TokenOrder,
+    impl: Impl = AUTO,
+) -> tuple[Implementation, str]:
+    """The implementation that a call gets, and why; `impl` as in `route`."""
+    facts = Facts(
+        device, dtype, head_dim, query_order.block, key_order.block, visual_blocks=key_order.visual_blocks
+    )  # fmt: skip
+    if impl not in impls.names(impls.ROUTER) or (impl != AUTO and impls.named(impl, impls.ROUTER).obstacle(facts)):
+        impl = AUTO
+    return impls.choose(facts, impl, impls.ROUTER)
+
+
+def _per_row(
+    name: str, value: float | torch.Tensor, dtype: torch.dtype, rows: tuple[int, ...], device: torch.device
+) -> torch.Tensor | None:
+    """A part of a rule as a tensor of three dimensions, each 1 or that of `rows`; None if it lists nothing."""
+    if isinstance(value, torch.Tensor):
+        sizes = (1,) * (3 - value.ndim) + tuple(value.shape)
+        if value.dtype != dtype or len(sizes) != 3 or any(n not in (1, m) for n, m in zip(sizes, rows, strict=True)):
+            raise DitAccelError(
+                f"{name} is a number or {dtype} that broadcasts to {list(rows)}; got {value.dtype} {list(value.shape)}."
+            )
+        return value.to(device).view(sizes)
+    return torch.full((1, 1, 1), value, dtype=dtype, device=device) if value else None
+
+
+def _check(q: torch.Tensor, k: torch.Tensor, query_order: TokenOrder, key_order: TokenOrder, rule: Rule) -> None:
+    grid = key_order.grid
+    if query_order.grid != grid:
+        raise DitAccelError(f"Queries and keys are of one grid; got {query_order.grid} and {grid}.")
+    if q.shape != k.shape or q.ndim != 4 or q.shape[2] != grid.tokens:
+        raise DitAccelError(
+            f"q and k must be [batch, heads, {grid.tokens}, head_dim], both alike, for the grid {grid}; got "
+            f"{tuple(q.shape)} and {tuple(k.shape)}."
+        )
+    if q.dtype != k.dtype or not q.is_floating_point():
+        raise DitAccelError(f"q and k must share one floating dtype, got {q.dtype} and {k.dtype}.")
+    for order in (query_order, key_order):
+        if order.block % rule.cells:
+            raise DitAccelError(f"A block of {order.block} tokens is not cut into {rule.cells} equal cells.")
+    want = query_order.visual_blocks, key_order.visual_blocks
+    forced = rule.forced
+    if forced is not None and (tuple(forced.shape) != want or forced.dtype != torch.bool or forced.device != q.device):
+        raise DitAccelError(
+            f"forced must be bool {list(want)} on {q.device}, got {forced.dtype} {list(forced.shape)} on "
+            f"{forced.device}."
+        )

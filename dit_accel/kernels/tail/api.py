@@ -1,0 +1,206 @@
+"""The tail: key blocks that are not attended exactly are a pseudo-key each. README.md has the equations."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from dit_accel.errors import DitAccelError
+from dit_accel.kernels import impls
+from dit_accel.kernels.block_sparse.geometry import BlockLists, Geometry
+from dit_accel.kernels.impls import AUTO, Facts, Impl, Implementation
+from dit_accel.kernels.sla.call import visual_of
+from dit_accel.kernels.tail.first_order import correction
+from dit_accel.order import TokenOrder
+
+# A traced call can only take modules that are loaded.
+for _row in impls.ROWS:
+    if _row.kernel == impls.TAIL and _row.package is None:
+        _row.load()
+
+
+def with_tail(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    exact: Tensor,
+    exact_lse: Tensor,
+    lists: BlockLists,
+    query_order: TokenOrder,
+    key_order: TokenOrder,
+    *,
+    dropped: Tensor | None = None,
+    first_order: bool = False,
+    scale: float | None = None,
+    impl: Impl = AUTO,
+) -> tuple[Tensor, Tensor]:
+    """Attention of the visual queries over listed blocks, with the tail of all other visual blocks merged into it.
+
+    A block of n keys in the tail counts as one key, the mean of its keys, with weight n and the mean of its values. The
+    mass is conserved: equal values come out unchanged. Differentiable in q, k, v, `exact` and `exact_lse`.
+
+    Source: Sol-Attn (arXiv 2607.24027), its zeroth-order tail with a weight per query; PISA (arXiv 2602.01077) for
+    `first_order`.
+
+    Args:
+        q, k, v: [B, H, N, D] in model order, any strides; the whole sequence.
+        exact, exact_lse: attention of the visual queries over the listed blocks, conditioning and text:
+            [B, H, visual, D], and its natural log-sum-exp [B, H, visual].
+        lists: the visual key blocks that `exact` attended, int32 [B, H, query blocks, width].
+        query_order, key_order: how both sides are cut into blocks; of one grid.
+        dropped: bool [B, H, query blocks, key blocks], blocks that are in the tail of no query of that block although
+            they are not listed. None: no block is dropped.
+        first_order: add PISA's first-order term, one D x D matrix a head.
+        scale: factor of the logits; D ** -0.5 if None.
+        impl: "auto", or the name of an implementation, which runs or raises.
+
+    Returns:
+        The output [B, H, visual, D] in the dtype of q, laid out as [B, visual, H, D] in memory, and its natural
+        log-sum-exp [B, H, visual].
+
+    Raises:
+        DitAccelError: a shape does not fit, or `impl` cannot run here.
+    """
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    q, k, v = (visual_of(x, key_order.grid) for x in (q, k, v))
+    geometry = dataclasses.replace(
+        Geometry.of(query_order, key_order), conditioning=0, text=0, own_queries=True, partial_blocks=None
+    )
+    _check(q, k, v, exact, exact_lse, lists, dropped, geometry)
+    chosen, _ = choose_impl(q.device, q.dtype, q.shape[-1], query_order, key_order, impl)
+    if chosen.autograd:
+        out, lse = chosen.load().forward(q, k, v, exact, exact_lse, lists, dropped, geometry, scale)
+    else:
+        out, lse = tail_forward(
+            q, k, v, exact, exact_lse, lists.indices, lists.counts, dropped, geometry.pack(), scale, chosen.name
+        )
+    if first_order:
+        share = -torch.expm1(exact_lse - lse)[..., None]
+        out = out + (share * correction(q, k, v, geometry.key_order, scale)).to(out.dtype)
+    return out, lse
+
+
+def choose_impl(
+    device: torch.device,
+    dtype: torch.dtype,
+    head_dim: int,
+    query_order: TokenOrder,
+    key_order: TokenOrder,
+    impl: Impl = AUTO,
+) -> tuple[Implementation, str]:
+    """The implementation that a call gets, and why; as `impls.choose`.
+
+    Raises:
+        DitAccelError: a named implementation cannot compute the call.
+    """
+    return impls.choose(Facts(device, dtype, head_dim, query_order.block, key_order.block), impl, impls.TAIL)
+
+
+def _check(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    exact: Tensor,
+    exact_lse: Tensor,
+    lists: BlockLists,
+    dropped: Tensor | None,
+    geometry: Geometry,
+) -> None:
+    visual, blocks = geometry.key_order.grid.visual, (geometry.query_order.blocks, geometry.key_order.blocks)
+    if not q.shape == k.shape == v.shape == exact.shape or q.ndim != 4 or q.shape[2] != visual:
+        raise DitAccelError(
+            f"The tail needs q, k and v with {visual} visual tokens and the exact output [B, H, {visual}, D]; got "
+            f"visual parts {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)} and the output {tuple(exact.shape)}."
+        )
+    if exact_lse.shape != q.shape[:3]:
+        raise DitAccelError(f"exact_lse must be {list(q.shape[:3])}, got {tuple(exact_lse.shape)}.")
+    rows = (*q.shape[:2], blocks[0])
+    if tuple(lists.indices.shape[:-1]) != rows or tuple(lists.counts.shape) != rows:
+        raise DitAccelError(
+            f"The tail needs lists {[*rows, 'width']} and counts {list(rows)}, got {tuple(lists.indices.shape)} and "
+            f"{tuple(lists.counts.shape)}."
+        )
+    if dropped is not None and (dropped.shape != (*q.shape[:2], *blocks) or dropped.dtype != torch.bool):
+        raise DitAccelError(
+            f"dropped must be bool {[*q.shape[:2], *blocks]}, got {dropped.dtype} {tuple(dropped.shape)}."
+        )
+
+
+@torch.library.custom_op("dit_accel::tail", mutates_args=())
+def tail_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    exact: Tensor,
+    exact_lse: Tensor,
+    indices: Tensor,
+    counts: Tensor,
+    dropped: Tensor | None,
+    geometry: Sequence[int],
+    scale: float,
+    impl: str,
+) -> tuple[Tensor, Tensor]:
+    """Output [B, H, visual, D], laid out in memory as [B, visual, H, D], and LSE [B, H, visual]; see `with_tail`."""
+    module = impls.named(impl, impls.TAIL).load()
+    lists = BlockLists(indices, counts)
+    return module.forward(q, k, v, exact, exact_lse, lists, dropped, Geometry.unpack(geometry), scale)
+
+
+def _like(x: Tensor) -> Tensor:
+    """An empty [B, H, N, D] laid out in memory as [B, N, H, D]."""
+    return torch.empty_like(x.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
+
+
+@tail_forward.register_fake
+def _(q, k, v, exact, exact_lse, *rest):
+    return _like(exact), torch.empty_like(exact_lse, memory_format=torch.contiguous_format)
+
+
+@torch.library.custom_op("dit_accel::tail_backward", mutates_args=())
+def tail_backward(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    exact: Tensor,
+    exact_lse: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    indices: Tensor,
+    counts: Tensor,
+    dropped: Tensor | None,
+    geometry: Sequence[int],
+    scale: float,
+    impl: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v and `exact`, each laid out in memory as [B, visual, H, D], and of `exact_lse`."""
+    module = impls.named(impl, impls.TAIL).load()
+    lists = BlockLists(indices, counts)
+    return module.backward(
+        grad_out, grad_lse, q, k, v, exact, exact_lse, out, lse, lists, dropped, Geometry.unpack(geometry), scale
+    )
+
+
+@tail_backward.register_fake
+def _(grad_out, grad_lse, q, k, v, exact, exact_lse, *rest):
+    return _like(q), _like(k), _like(v), _like(exact), torch.empty_like(exact_lse)
+
+
+def _save(ctx, inputs, output) -> None:
+    *tensors, indices, counts, dropped, ctx.geometry, ctx.scale, ctx.impl = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*tensors, *output, indices, counts, dropped)
+
+
+def _differentiate(ctx, grad_out, grad_lse):
+    if grad_out is None:
+        grad_out = torch.zeros_like(ctx.saved_tensors[5])
+    grads = tail_backward(grad_out, grad_lse, *ctx.saved_tensors, ctx.geometry, ctx.scale, ctx.impl)
+    return *grads, *[None] * 6
+
+
+tail_forward.register_autograd(_differentiate, setup_context=_save)

@@ -1,0 +1,63 @@
+"""Compensation by pooled probabilities, as the published code of Rectified SpaAttn has it; plain PyTorch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dit_accel.kernels.block_sparse.geometry import BlockLists
+from dit_accel.kernels.sla.call import Cut, visual_of
+from dit_accel.kernels.sla.portable import block_means
+from dit_accel.kernels.tail.portable import spread
+from dit_accel.kernels.tail.reference import in_tail
+from dit_accel.order import TokenOrder, valid_tokens
+
+
+def compensated(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    exact: Tensor,
+    lists: BlockLists,
+    dropped: Tensor | None,
+    query_order: TokenOrder,
+    key_order: TokenOrder,
+    text_lens: Tensor | None,
+    scale: float,
+) -> Tensor:
+    """``R_i * exact + sum over the tail of p_ij * mean(V_j)``, one R and one sum for all rows of query block i.
+
+    p_i is the softmax of the mean query of block i over the mean keys, each with the weight of its block's tokens, and
+    over every conditioning and text key (isolated pooling). R_i is the part of p_i outside the tail. Differentiable.
+
+    Source: Rectified SpaAttn (arXiv 2511.19835).
+
+    Args:
+        q, k, v: the whole sequence [B, H, N, D] in model order.
+        exact: attention of the visual queries over listed blocks, conditioning and text, [B, H, visual, D].
+        lists, dropped, query_order, key_order: as in `api.with_tail`.
+        text_lens: int [B], valid text tokens; None: all.
+        scale: factor of the logits.
+
+    Returns:
+        [B, H, visual, D], in the dtype of q.
+    """
+    grid = key_order.grid
+    rows, columns = Cut.of(query_order).order, Cut.of(key_order).order
+    queries, keys = (block_means(visual_of(x, grid), cut) for x, cut in ((q, rows), (k, columns)))
+    sizes = valid_tokens(columns).to(q.device, keys.dtype)
+    logits = queries @ keys.mT * scale + sizes.log()
+    place = torch.arange(grid.tokens, device=q.device)
+    around = (place < grid.visual_start) | (place >= grid.visual_start + grid.visual)
+    hidden = torch.zeros(1, grid.tokens, dtype=torch.bool, device=q.device)
+    if text_lens is not None:
+        text = place - grid.text_start
+        hidden = (text >= text_lens.to(q.device)[:, None]) & (text < grid.text)
+    others = k.masked_fill(hidden[:, None, :, None], 0)[:, :, around].to(keys.dtype)
+    text_logits = (queries @ others.mT * scale).masked_fill(hidden[:, None, None, around], -torch.inf)
+    shares = torch.cat([logits, text_logits], -1).softmax(-1)[..., : keys.shape[2]]
+    shares = shares * in_tail(lists, dropped, columns.blocks)
+    ratio = 1 - shares.sum(-1, keepdim=True)
+    values = block_means(visual_of(v, grid), columns)
+    ratio, rest = (spread(x, rows) for x in (ratio, shares @ values))
+    return (ratio * exact + rest).to(q.dtype)

@@ -1,0 +1,61 @@
+"""What `kernels.ahead_of_time` compiles of the tail: the launches of the engine, with pseudo-keys as its keys."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from dit_accel.kernels.ahead_of_time import Build
+from dit_accel.kernels.block_sparse.triton_configs import HEAD_DIMS, TILES, Launch, fitting, shared_bytes
+
+GROUP = 64  # pseudo-keys for which one program sums gradients, and most that a step takes
+OUTSIDE = Launch(warps=1, stages=1, step=64)  # entries of a list that are marked at a time
+MEANS = Launch(warps=4, stages=1, step=64)
+FOLDER = "dit_accel.kernels.tail.triton_kernels"
+FUNCTIONS = {"forward": "tail_fwd_kernel", "dq": "tail_bwd_kernel_dq", "dkdv": "tail_bwd_kernel_dkdv"}
+DATA = ("q", "k", "v", "exact", "keys", "values", "out", "grad_out", "dq", "dexact")
+FLOATS = ("exact_lse", "lse", "grad_lse", "dexact_lse", "delta", "logs", "of_keys", "of_values")
+POINTERS = (
+    *((name, "data") for name in DATA),
+    *((name, "*fp32") for name in FLOATS),
+    *((name, "*i32") for name in ("indices", "counts")),
+    ("outside", "*u8"),
+    ("scale", "fp32"),
+)
+
+
+def builds(arch: int) -> Iterator[Build]:
+    """Every kernel for both sizes of query blocks and every head dimension, in tile order."""
+    yield _build("outside_forward", "outside_kernel", {"STEP": OUTSIDE.step}, OUTSIDE)
+    for head_dim in HEAD_DIMS:
+        sizes = {"D": head_dim, "BLOCK_D": head_dim, "ALIGN": 8}
+        yield _build("pseudo_forward", "pseudo_keys_kernel", {**sizes, **_cut("K", 64)}, MEANS)
+        for kernel, function in FUNCTIONS.items():
+            for block in TILES:
+                for launch in fitting(kernel, block, GROUP, head_dim, 2, arch):
+                    constants = {
+                        **sizes,
+                        **_cut("Q", block),
+                        "BLOCK_K": GROUP,
+                        "STEP": launch.step,
+                        "PRECISION": "ieee",
+                    }
+                    needs = shared_bytes(kernel, launch, block, GROUP, head_dim, 2)
+                    yield _build(kernel, function, constants, launch, needs)
+
+
+def _build(kernel: str, function: str, constants: dict[str, object], launch: Launch, needs: int = 0) -> Build:
+    return Build(
+        kernel=f"tail_{kernel}",
+        function=f"{FOLDER}:{function}",
+        constants=tuple(constants.items()),
+        pointers=POINTERS,
+        warps=launch.warps,
+        stages=launch.stages,
+        needs=needs,
+        dots=needs > 0,
+    )
+
+
+def _cut(side: str, block: int) -> dict[str, int]:
+    names = f"BLOCK_{side}", *(f"TILE_{side}{axis}" for axis in "THW")
+    return dict(zip(names, (block, *TILES[block]), strict=True))

@@ -1,0 +1,177 @@
+"""Rectified SpaAttn: the best key blocks exactly, and others by their means where a mean may stand for its tokens.
+
+A query block ranks the visual key blocks by the softmax of its mean query over their mean keys. It attends exactly to
+the best ``1 - drop`` of them, to as many as hold `topp` of the softmax, and to the blocks around its own tokens. Of the
+others those are compensated whose score exceeds what the deviations of their tokens could change
+(`kernels.tail.trust`). The rest is left out. Text and conditioning are exact.
+
+Compensation "exact" puts blocks into the softmax as pseudo-keys, as in `sol`. "published" scales the exact part by the
+pooled share of what is not compensated, and adds the pooled shares times the mean values.
+
+Source: "Rectified SpaAttn", arXiv 2511.19835, and its code. Tokens lie along a generalised Hilbert curve there, in
+blocks of 128. ``drop`` is 0.8 for HunyuanVideo, 0.75 for Wan 2.1, 0.85 for Wan 2.2 and 0.9 for FLUX in 4096 x 4096.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from dit_accel.errors import DitAccelError
+from dit_accel.kernels.block_sparse.geometry import BlockLists
+from dit_accel.kernels.router.api import route
+from dit_accel.kernels.router.call import Rule
+from dit_accel.kernels.tail.pooled import compensated
+from dit_accel.kernels.tail.trust import trusted
+from dit_accel.plans.plan import PlanCall, building
+from dit_accel.plans.routed import ORDERINGS, Ordering, cut
+from dit_accel.plans.tailed import TailDefinition, TailedPlan, check_block, is_number
+from dit_accel.registry import Method
+from dit_accel.tokens import TokenGrid
+
+Compensation = Literal["exact", "published"]
+# Shares such as 1 - 0.8 lie a little below their decimal value in binary.
+_ROUNDING = 1e-9
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Settings of Rectified SpaAttn.
+
+    Args:
+        drop: share of the visual key blocks that are not among the best, in [0, 1]: of K blocks ``int((1 - drop) * K)``
+            are kept by number.
+        topp: share of the softmax over a row's block scores that kept blocks hold at least, in [0, 1].
+        gate: compensate only blocks that are trusted; False: all.
+        compensation: "exact": by the log-sum-exp of every row; "published": by pooled shares, one a query block.
+        block: tokens a key block holds, at most 1024.
+        block_q: tokens a query block holds, at most 1024; None: as many as a key block.
+        order: "raster": blocks are runs of tokens; "tile": 3-D tiles, chosen per grid; "morton" or "hilbert": runs
+            along a curve.
+
+    Raises:
+        DitAccelError: a value is out of range.
+    """
+
+    drop: float = 0.8
+    topp: float = 0.3
+    gate: bool = True
+    compensation: Compensation = "exact"
+    block: int = 64
+    block_q: int | None = None
+    order: Ordering = "hilbert"
+
+    def __post_init__(self) -> None:
+        for name in ("drop", "topp"):
+            value = getattr(self, name)
+            if not is_number(value) or not 0 <= value <= 1:
+                raise DitAccelError(f"{name} is a share, at least 0 and at most 1; got {value!r}.")
+        if not isinstance(self.gate, bool):
+            raise DitAccelError(f"gate is true or false; got {self.gate!r}.")
+        for name, known in (("compensation", get_args(Compensation)), ("order", ORDERINGS)):
+            if getattr(self, name) not in known:
+                raise DitAccelError(f"{name} must be one of {', '.join(known)}; got {getattr(self, name)!r}.")
+        check_block("block", self.block)
+        check_block("block_q", self.block if self.block_q is None else self.block_q)
+
+    def counts(self, blocks: int) -> int:
+        """Blocks that every row keeps by number, of `blocks` visual key blocks."""
+        return int((1 - self.drop) * blocks + _ROUNDING)
+
+
+class RectifiedPlan(TailedPlan):
+    """Rectified SpaAttn on one grid."""
+
+    config: Config
+
+    def __init__(self, config: Config, grid: TokenGrid) -> None:
+        cuts = cut(config.order, grid, config.block_q or config.block, config.block)
+        super().__init__("rectified", config, grid, *cuts)
+        self._around: dict[torch.device, Tensor] = {}
+
+    def around(self, device: torch.device) -> Tensor:
+        """Key blocks with a token of a query block or one of the 26 around it: bool [query blocks, key blocks]."""
+        if device not in self._around:
+            with building():
+                orders = self.query_order, self.key_order
+                queries, keys = (self.block_of(order).view(self.grid.shape) for order in orders)
+                found = torch.zeros(*(order.visual_blocks for order in orders), dtype=torch.bool)
+                for steps in itertools.product((-1, 0, 1), repeat=3):
+                    here, there = (
+                        tuple(slice(max(0, sign * n), min(0, sign * n) or None) for n in steps) for sign in (-1, 1)
+                    )
+                    found[queries[here].flatten(), keys[there].flatten()] = True
+                self._around[device] = found.to(device)
+        return self._around[device]
+
+    def choose(self, q: Tensor, k: Tensor, call: PlanCall) -> BlockLists:
+        config, blocks = self.config, self.key_order.visual_blocks
+        rule = Rule(topk=config.counts(blocks), topp=float(config.topp), forced=self.around(q.device))
+        return route(q, k, self.query_order, self.key_order, rule, scale=call.scale, impl=call.impl)
+
+    def attend_visual(self, q: Tensor, k: Tensor, v: Tensor, call: PlanCall) -> tuple[Tensor, BlockLists]:
+        orders = self.query_order, self.key_order
+        with torch.no_grad():
+            lists = self.choose(q, k, call)
+            dropped = ~trusted(q, k, *orders) if self.config.gate else None
+        if self.config.compensation == "exact":
+            return self.attend_with_tail(q, k, v, lists, call, dropped=dropped), lists
+        if call.text_bias is not None:
+            raise DitAccelError(
+                "compensation='published' takes text that is a key or is none; this model weighs its text. Use "
+                "compensation='exact'."
+            )
+        exact, _ = self.attend_listed(q, k, v, lists, call)
+        scale = q.shape[-1] ** -0.5 if call.scale is None else call.scale
+        return compensated(q, k, v, exact, lists, dropped, *orders, call.text_lens, scale), lists
+
+    @property
+    def has_tail(self) -> bool:
+        return self.config.compensation == "exact"
+
+
+class RectifiedDefinition(TailDefinition):
+    """Rectified SpaAttn for some queries."""
+
+    plan: RectifiedPlan
+
+    def in_tail(self, head: int) -> Tensor:
+        tail = super().in_tail(head)
+        if not self.plan.config.gate:
+            return tail
+        q, k = (self.plan.arrange(x[:, head : head + 1]) for x in (self.q, self.k))
+        return tail & trusted(q, k, self.plan.query_order, self.plan.key_order)[0, 0][self.blocks]
+
+    def attend(self, head: int, seen: Tensor, q: Tensor, k: Tensor, v: Tensor, *weights: Tensor) -> Tensor:
+        out = super().attend(head, seen, q, k, v)
+        if self.plan.has_tail:
+            return out
+        # pooled shares come from all queries of a block, so the gradient of q reaches the sampled ones alone
+        scale, queries = q.shape[-1] ** -0.5, self.q[0, head].to(q.dtype).index_copy(0, self.rows, q)
+        means, _ = self.pooled(queries, self.plan.query_order)
+        keys, sizes = self.pooled(k, self.plan.key_order)
+        values, _ = self.pooled(v, self.plan.key_order)
+        others = torch.cat([k[: self.visual.start], k[self.visual.stop :]])
+        logits = torch.cat([means @ keys.T * scale + sizes.log(), means @ others.T * scale], -1)
+        shares = logits.softmax(-1)[self.blocks, : len(keys)] * self.in_tail(head)
+        return torch.where(self.are_visual, (1 - shares.sum(-1, keepdim=True)) * out + shares @ values, out)
+
+
+def at_density(grid: TokenGrid, density: float) -> dict[str, Any]:
+    """The share of visual blocks by number alone, to six digits; neighbours besides."""
+    return {"drop": float(f"{1 - min(1.0, grid.visual_share(density)):.6g}"), "topp": 0.0}
+
+
+METHOD = Method(
+    name="rectified",
+    config=Config,
+    plan=lambda grid, config: RectifiedPlan(config, grid),
+    summary="the best key blocks exactly, others by their means where that is safe",
+    source="Rectified SpaAttn, arXiv 2511.19835",
+    at_density=at_density,
+    definition=RectifiedDefinition,
+)

@@ -1,0 +1,139 @@
+"""Sol-Attn: key blocks whose score stands out of their row are attended exactly, all others as one pseudo-key each.
+
+A query block i and a key block j with means q_i and k_j have the score s q_i . k_j, where s is the scale of the logits.
+Block j is exact for i if its score exceeds the row's mean score by `tau` standard deviations, if it is next to the
+query block, or if it is a sink. Every other block is in the tail: its mean key, with the weight of its true number of
+tokens, and the sum of its values stand in the same softmax (`kernels/tail/README.md`). Text and conditioning are exact.
+
+Sources: "Sol-Attn", arXiv 2607.24027; NVlabs/Sana, branch sol-engine. Tail "hybrid": PISA, arXiv 2602.01077.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from dit_accel.errors import DitAccelError
+from dit_accel.kernels.block_sparse.geometry import BlockLists
+from dit_accel.kernels.router.api import route
+from dit_accel.kernels.router.call import VARIANCES, Rule, Variance
+from dit_accel.plans.plan import PlanCall, building
+from dit_accel.plans.routed import ORDERINGS, Ordering, cut
+from dit_accel.plans.tailed import TailDefinition, TailedPlan, check_block, is_number
+from dit_accel.registry import Method
+from dit_accel.tokens import TokenGrid
+
+Tail = Literal["mean", "hybrid", "none"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Settings of Sol-Attn; the defaults are the published ones.
+
+    Args:
+        tau: standard deviations above a row's mean score from which a key block is exact. Scores that are normally
+            distributed keep a share of 1 - Phi(tau): 0.159 at 1, 0.067 at 1.5, 0.023 at 2.
+        variance: of a row's scores: "diagonal" neglects the covariances of the coordinates of the mean keys, as
+            published; "exact" does not.
+        tail: what becomes of the other blocks. "mean": the tail; "hybrid": the tail with PISA's first-order term;
+            "none": they are left out.
+        sink: visual tokens from the start whose key blocks are exact for all queries; at least 0.
+        block: tokens a key block holds, at most 1024.
+        block_q: tokens a query block holds, at most 1024; None: as many as a key block. 128 beside a `block` of 64 is
+            faster and keeps more blocks.
+        order: "raster": blocks are runs of tokens; "tile": 3-D tiles, chosen per grid; "morton" or "hilbert": runs
+            along a curve.
+
+    Raises:
+        DitAccelError: a value is out of range.
+    """
+
+    tau: float = 1.0
+    variance: Variance = "diagonal"
+    tail: Tail = "mean"
+    sink: int = 0
+    block: int = 64
+    block_q: int | None = None
+    order: Ordering = "raster"
+
+    def __post_init__(self) -> None:
+        if not is_number(self.tau) or self.tau != self.tau:
+            raise DitAccelError(f"tau is a number of standard deviations, such as 1.0; got {self.tau!r}.")
+        for name, known in (("variance", VARIANCES), ("tail", get_args(Tail)), ("order", ORDERINGS)):
+            if getattr(self, name) not in known:
+                raise DitAccelError(f"{name} must be one of {', '.join(known)}; got {getattr(self, name)!r}.")
+        if not isinstance(self.sink, int) or isinstance(self.sink, bool) or self.sink < 0:
+            raise DitAccelError(f"sink is a number of tokens, at least 0; got {self.sink!r}.")
+        check_block("block", self.block)
+        check_block("block_q", self.block if self.block_q is None else self.block_q)
+
+
+class SolPlan(TailedPlan):
+    """Sol-Attn on one grid."""
+
+    config: Config
+
+    def __init__(self, config: Config, grid: TokenGrid) -> None:
+        cuts = cut(config.order, grid, config.block_q or config.block, config.block)
+        super().__init__("sol", config, grid, *cuts)
+        self._forced: dict[torch.device, Tensor] = {}
+
+    @property
+    def has_tail(self) -> bool:
+        return self.config.tail != "none"
+
+    def forced(self, device: torch.device) -> Tensor:
+        """The blocks that are exact whatever their score: bool [query blocks, key blocks].
+
+        Blocks next to a query block are those that hold one of its tokens, and those before and after each of them.
+        """
+        if device not in self._forced:
+            with building():
+                keys = self.block_of(self.key_order)
+                found = self.neighbours()
+                found[:, keys[: self.config.sink]] = True
+                self._forced[device] = found.to(device)
+        return self._forced[device]
+
+    def choose(self, q: Tensor, k: Tensor, call: PlanCall) -> BlockLists:
+        rule = Rule(tau=float(self.config.tau), variance=self.config.variance, forced=self.forced(q.device))
+        return route(q, k, self.query_order, self.key_order, rule, scale=call.scale, impl=call.impl)
+
+    def attend_visual(self, q: Tensor, k: Tensor, v: Tensor, call: PlanCall) -> tuple[Tensor, BlockLists]:
+        if not self.has_tail:
+            return super().attend_visual(q, k, v, call)
+        with torch.no_grad():
+            lists = self.choose(q, k, call)
+        return self.attend_with_tail(q, k, v, lists, call, first_order=self.config.tail == "hybrid"), lists
+
+
+class SolDefinition(TailDefinition):
+    """Sol-Attn for some queries."""
+
+    plan: SolPlan
+
+    @property
+    def first_order(self) -> bool:  # type: ignore[override]
+        return self.plan.config.tail == "hybrid"
+
+
+def at_density(grid: TokenGrid, density: float) -> dict[str, Any]:
+    """The tau at which normally distributed scores keep that share of the visual blocks, neighbours included."""
+    forced = SolPlan(Config(), grid).forced(torch.device("cpu")).double().mean().item()
+    share = min(max((grid.visual_share(density) - forced) / (1 - forced), 1e-9), 1 - 1e-9) if forced < 1 else 1 - 1e-9
+    return {"tau": float(f"{statistics.NormalDist().inv_cdf(1 - share):.6g}")}
+
+
+METHOD = Method(
+    name="sol",
+    config=Config,
+    plan=lambda grid, config: SolPlan(config, grid),
+    summary="key blocks that stand out exactly, all others as one pseudo-key each",
+    source="Sol-Attn, arXiv 2607.24027; PISA, arXiv 2602.01077",
+    at_density=at_density,
+    definition=SolDefinition,
+)

@@ -1,0 +1,202 @@
+"""Block-sparse attention that chooses key blocks by pooled scores: the best few, and as many as hold a given mass.
+
+A query block i and a key block j with means q_i and k_j have the score s q_i . k_j, where s is the scale of the logits.
+Score "subblock" cuts each block into `cells` runs of tokens; it is the logarithm of the sum of exp(s mean . mean) over
+all pairs of cells. A row keeps its `topk` best blocks, and the fewest best blocks that hold `topp` of the softmax over
+its scores. Kept blocks are attended exactly; the others are left out, or in the tail (`kernels/tail/README.md`).
+
+Sources: "SpargeAttention2: Trainable Sparse Attention via Hybrid Top-k+Top-p Masking and Distillation Fine-Tuning",
+arXiv 2602.13515, for the union and the default settings. "SpargeAttn: Accurate Sparse Attention Accelerating Any Model
+Inference", arXiv 2502.18137, for the guard; its settings are ``topk=0, topp=0.98, similarity=0.6`` by mass and
+``topk=0.5, topp=0, similarity=-0.1`` by number. SGLang's subblock_sparse, for that score.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any, Literal, get_args
+
+import torch
+
+from dit_accel.errors import DitAccelError
+from dit_accel.kernels.block_sparse.geometry import BlockLists
+from dit_accel.kernels.router.api import route
+from dit_accel.kernels.router.call import Rule
+from dit_accel.order import valid_tokens
+from dit_accel.plans.kept import kept_or_new
+from dit_accel.plans.plan import PlanCall, building
+from dit_accel.plans.routed import ORDERINGS, Ordering, cut
+from dit_accel.plans.tailed import TailDefinition, TailedPlan, check_block, is_number
+from dit_accel.registry import Method
+from dit_accel.tokens import TokenGrid
+
+Score = Literal["mean", "subblock"]
+Tail = Literal["none", "mean"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Settings of sparge; the defaults are SpargeAttention2's for Wan 2.1 1.3B.
+
+    Args:
+        topk: share of the visual key blocks that every query block keeps, in [0, 1]. Of K blocks these are
+            ``int(topk * K)``.
+        topp: share of the softmax over a row's scores that the kept blocks hold at least, in [0, 1]; 1 keeps all. Every
+            row keeps at least one block.
+        score: "mean": of block means; "subblock": of all pairs of cell means.
+        cells: runs of tokens that a block is cut into, with score "subblock".
+        similarity: the guard of SpargeAttn: a block whose tokens are less similar to each other, by the mean of the
+            Gram matrix of normalised tokens, is not judged by its mean. Such a key block is kept by all queries, such a
+            query block keeps all keys. None: no guard.
+        tail: what becomes of the other blocks. "none": they are left out; "mean": each is one pseudo-key, as in sol.
+        budgets: "equal", or a share of the key blocks for each head of the layer, each in (0, 1], in place of `topk`.
+            Heads of different layers differ, so a layer schedule gives them.
+        refresh: denoising steps for which a layer keeps the lists of a guidance branch; 1: it routes in each call.
+        block_q, block: tokens a query block and a key block hold, at most 1024.
+        order: "raster": blocks are runs of tokens; "tile": 3-D tiles, chosen per grid; "morton" or "hilbert": runs
+            along a curve.
+
+    Raises:
+        DitAccelError: a value is out of range.
+    """
+
+    topk: float = 0.03
+    topp: float = 0.2
+    score: Score = "mean"
+    cells: int = 4
+    similarity: float | None = None
+    tail: Tail = "none"
+    budgets: Literal["equal"] | tuple[float, ...] = "equal"
+    refresh: int = 1
+    block_q: int = 128
+    block: int = 64
+    order: Ordering = "raster"
+
+    def __post_init__(self) -> None:
+        for name in ("topk", "topp"):
+            value = getattr(self, name)
+            if not is_number(value) or not 0 <= value <= 1:
+                raise DitAccelError(f"{name} is a share, at least 0 and at most 1; got {value!r}.")
+        if not self.topk and not self.topp:
+            raise DitAccelError("sparge keeps blocks by topk or topp; both are 0. Set one of them above 0.")
+        for name, known in (("score", get_args(Score)), ("tail", get_args(Tail)), ("order", ORDERINGS)):
+            if getattr(self, name) not in known:
+                raise DitAccelError(f"{name} must be one of {', '.join(known)}; got {getattr(self, name)!r}.")
+        if self.similarity is not None and (not is_number(self.similarity) or not -1 <= self.similarity <= 1):
+            raise DitAccelError(f"similarity is a cosine from -1 to 1, or None; got {self.similarity!r}.")
+        if self.budgets != "equal" and not _are_shares(self.budgets):
+            raise DitAccelError(
+                f"budgets is 'equal' or a share above 0 and at most 1 for each head of a layer; got {self.budgets!r}."
+            )
+        check_block("block_q", self.block_q)
+        check_block("block", self.block)
+        for name in ("cells", "refresh"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise DitAccelError(f"{name} is a number, at least 1; got {value!r}.")
+        for name in ("block_q", "block") if self.score == "subblock" else ():
+            if getattr(self, name) % self.cells:
+                raise DitAccelError(f"{name} must divide into cells={self.cells}; got {getattr(self, name)}.")
+
+    def counts(self, blocks: int) -> int:
+        """Blocks that every row keeps by number, of `blocks` visual key blocks."""
+        return int(self.topk * blocks)
+
+
+def _are_shares(value: Any) -> bool:
+    return isinstance(value, tuple) and bool(value) and all(is_number(share) and 0 < share <= 1 for share in value)
+
+
+class SpargePlan(TailedPlan):
+    """sparge on one grid."""
+
+    config: Config
+
+    def __init__(self, config: Config, grid: TokenGrid) -> None:
+        super().__init__("sparge", config, grid, *cut(config.order, grid, config.block_q, config.block))
+        self._counts: dict[torch.device, torch.Tensor] = {}
+
+    @property
+    def has_tail(self) -> bool:
+        return self.config.tail != "none"
+
+    @property
+    def pairs(self) -> int | None:
+        """Upper bound of the attended pairs if blocks are kept by number alone, text included; else None.
+
+        It counts the fullest blocks, and is exact if all visual blocks hold equally many tokens.
+        """
+        config, blocks = self.config, self.key_order.visual_blocks
+        if config.topp or config.similarity is not None:
+            return None
+        return self.bound(max(1, max(self.budgets()) if config.budgets != "equal" else config.counts(blocks)))
+
+    @building()
+    def bound(self, blocks: int) -> int:
+        """The most pairs that rows of `blocks` listed visual blocks attend, text included."""
+        sizes = valid_tokens(self.key_order).sort(descending=True).values
+        return self.grid.visual * int(sizes[:blocks].sum()) + self.grid.dense_pairs
+
+    def budgets(self) -> list[int]:
+        """Blocks that a row of each head keeps by number: the least that hold the head's share of them."""
+        assert self.config.budgets != "equal"
+        return [math.ceil(share * self.key_order.visual_blocks) for share in self.config.budgets]
+
+    def counts_of(self, call: PlanCall, heads: int, device: torch.device) -> int | torch.Tensor:
+        """Blocks that rows keep by number: an int, or int32 [heads, 1].
+
+        Raises:
+            DitAccelError: there are budgets for another number of heads.
+        """
+        if self.config.budgets == "equal":
+            return self.config.counts(self.key_order.visual_blocks)
+        if device not in self._counts:
+            with building():
+                self._counts[device] = torch.tensor(self.budgets(), dtype=torch.int32)[:, None].to(device)
+        first, every = (0, heads) if call.heads is None else call.heads
+        if every != len(self.config.budgets):
+            raise DitAccelError(
+                f"budgets has shares for {len(self.config.budgets)} heads, the layer has {every}; give one for each."
+            )
+        return self._counts[device][first : first + heads]
+
+    def choose(self, q: torch.Tensor, k: torch.Tensor, call: PlanCall) -> BlockLists:
+        config = self.config
+        rule = Rule(
+            topk=self.counts_of(call, q.shape[1], q.device),
+            topp=float(config.topp),
+            cells=config.cells if config.score == "subblock" else 1,
+            similarity=config.similarity,
+        )
+
+        def routed() -> BlockLists:
+            return route(q, k, self.query_order, self.key_order, rule, scale=call.scale, impl=call.impl)
+
+        shape = *q.shape[:2], self.query_order.visual_blocks, self.key_order.visual_blocks
+        return kept_or_new(call.memory, config.refresh, self, shape, routed)
+
+    def attend_visual(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: PlanCall
+    ) -> tuple[torch.Tensor, BlockLists]:
+        if not self.has_tail:
+            return super().attend_visual(q, k, v, call)
+        with torch.no_grad():
+            lists = self.choose(q, k, call)
+        return self.attend_with_tail(q, k, v, lists, call), lists
+
+
+def at_density(grid: TokenGrid, density: float) -> dict[str, Any]:
+    """The share of visual blocks by number alone, to six digits."""
+    return {"topk": min(1.0, max(1e-6, float(f"{grid.visual_share(density):.6g}"))), "topp": 0.0}
+
+
+METHOD = Method(
+    name="sparge",
+    config=Config,
+    plan=lambda grid, config: SpargePlan(config, grid),
+    summary="the key blocks with the highest pooled scores, by number and by mass",
+    source="SpargeAttention2, arXiv 2602.13515; SpargeAttn, arXiv 2502.18137",
+    at_density=at_density,
+    definition=TailDefinition,
+)

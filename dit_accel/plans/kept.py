@@ -1,0 +1,72 @@
+"""Block lists that a layer keeps from one denoising step to the next."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+
+from dit_accel.kernels.block_sparse.geometry import BlockLists
+from dit_accel.kernels.router.portable import lists_of
+
+
+class KeptLists(NamedTuple):
+    """Lists as one bit for each pair of a query block and a key block.
+
+    owner: the plan that listed them.
+    step: denoising step at which they were listed.
+    bits: uint8 [B, H, query blocks, key blocks / 8, rounded up].
+    width: of the lists.
+    """
+
+    owner: Any
+    step: int
+    bits: torch.Tensor
+    width: int
+
+
+class ListMemory(NamedTuple):
+    """What the calls of one layer share between denoising steps.
+
+    step: of the call.
+    number: of the call within the step: guidance in two calls has 0 and 1.
+    kept: by that number.
+    """
+
+    step: int
+    number: int
+    kept: dict[int, KeptLists]
+
+
+def kept_or_new(
+    memory: ListMemory | None,
+    refresh: int,
+    owner: Any,
+    shape: tuple[int, int, int, int],
+    choose: Callable[[], BlockLists],
+) -> BlockLists:
+    """The lists kept for this call if they are younger than `refresh` steps, else those that `choose` makes.
+
+    Args:
+        memory: of the layer; None: nothing is kept.
+        owner: the plan of the call; lists of another are not used.
+        shape: (B, H, query blocks, key blocks) of the call; lists of another shape are not used.
+    """
+    if memory is None or refresh == 1:
+        return choose()
+    blocks, found = shape[3], memory.kept.get(memory.number)
+    powers = 1 << torch.arange(8, device="cpu")
+    if (
+        found is not None
+        and found.owner is owner
+        and tuple(found.bits.shape[:3]) == shape[:3]
+        and 0 <= memory.step - found.step < refresh
+    ):
+        marked = (found.bits[..., None] & powers.to(found.bits)) != 0
+        return BlockLists(*lists_of(marked.flatten(-2)[..., :blocks], found.width))
+    lists = choose()
+    marked = torch.nn.functional.pad(lists.map(lists.used, blocks), (0, -blocks % 8)).unflatten(-1, (-1, 8))
+    bits = (marked * powers.to(marked.device)).sum(-1).to(torch.uint8)
+    memory.kept[memory.number] = KeptLists(owner, memory.step, bits, lists.indices.shape[-1])
+    return lists

@@ -1,0 +1,139 @@
+"""Routed plans whose other blocks are not left out: each is one pseudo-key in the same softmax."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dit_accel.errors import DitAccelError
+from dit_accel.kernels import impls
+from dit_accel.kernels.block_sparse.geometry import BlockLists
+from dit_accel.kernels.impls import AUTO, Facts, Impl
+from dit_accel.kernels.tail.api import choose_impl, with_tail
+from dit_accel.order import TokenOrder, valid_tokens
+from dit_accel.plans.definition import Definition, masked_attention
+from dit_accel.plans.plan import PlanCall, building
+from dit_accel.plans.routed import RoutedPlan
+
+LARGEST_BLOCK = 1024  # every block is computed whole, padding included
+
+
+class TailedPlan(RoutedPlan):
+    """A routed plan that attends to listed blocks exactly and to others by `kernels.tail`."""
+
+    @property
+    def has_tail(self) -> bool:
+        """Whether these settings have a tail."""
+        return True
+
+    def attend_with_tail(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        lists: BlockLists,
+        call: PlanCall,
+        *,
+        dropped: Tensor | None = None,
+        first_order: bool = False,
+    ) -> Tensor:
+        """The visual queries' output [B, H, visual, D]; arguments as of `attend_visual` and `with_tail`."""
+        exact, lse = self.attend_listed(q, k, v, lists, call, lse=True)
+        assert lse is not None
+        out, _ = with_tail(
+            q, k, v, exact, lse, lists, self.query_order, self.key_order, dropped=dropped, first_order=first_order,
+            scale=call.scale, impl=call.impl,
+        )  # fmt: skip
+        return out
+
+    def prepare(
+        self, device: torch.device, dtype: torch.dtype, head_dim: int, impl: Impl = AUTO, *, learned: bool = False
+    ) -> tuple[str, str]:
+        super().prepare(device, dtype, head_dim, impl, learned=learned)
+        facts = Facts(device, dtype, head_dim, self.query_order.block, self.key_order.block, lse=self.has_tail)
+        chosen, why = impls.choose(facts, impl)
+        if self.has_tail:
+            choose_impl(device, dtype, head_dim, self.query_order, self.key_order, impl)[0].load()
+        return chosen.name, why
+
+    @building()
+    def neighbours(self) -> Tensor:
+        """Key blocks that hold a token of a query block, and those before and after each: bool [queries, keys]."""
+        queries, keys = self.block_of(self.query_order), self.block_of(self.key_order)
+        own = torch.zeros(self.query_order.visual_blocks, self.key_order.visual_blocks, dtype=torch.bool)
+        own[queries, keys] = True
+        found = own.clone()
+        found[:, 1:] |= own[:, :-1]
+        found[:, :-1] |= own[:, 1:]
+        return found
+
+
+class TailDefinition(Definition):
+    """Listed blocks, conditioning and text exactly, and every other block as one more key, with a bias."""
+
+    plan: TailedPlan
+    first_order = False
+
+    @property
+    def visual(self) -> slice:
+        """The rows of the visual tokens."""
+        grid = self.plan.grid
+        return slice(grid.visual_start, grid.visual_start + grid.visual)
+
+    @property
+    def are_visual(self) -> Tensor:
+        """Which of the queries are visual tokens: bool [S, 1]."""
+        return ((self.rows >= self.visual.start) & (self.rows < self.visual.stop))[:, None]
+
+    @property
+    def blocks(self) -> Tensor:
+        """The query block of each query, any for one that is not visual: int64 [S]."""
+        place = (self.rows - self.visual.start).clamp(0, self.plan.grid.visual - 1)
+        return self.plan.block_of(self.plan.query_order).to(place.device)[place]
+
+    def in_tail(self, head: int) -> Tensor:
+        """Whether a key block is in the tail of a query: bool [S, key blocks]."""
+        assert self._lists is not None, "seen comes first"
+        lists = BlockLists(self._lists.indices[0, head], self._lists.counts[0, head])
+        listed = lists.map(lists.used, self.plan.key_order.visual_blocks)
+        return ~listed[self.blocks] & self.are_visual
+
+    def pooled(self, x: Tensor, order: TokenOrder) -> tuple[Tensor, Tensor]:
+        """Mean visual token of every block, and its tokens: [N, D] to [blocks, D], and [blocks] in the dtype of x."""
+        wide, sizes = torch.promote_types(x.dtype, torch.float32), valid_tokens(order).to(x.device)
+        block = self.plan.block_of(order).to(x.device)
+        sums = x.new_zeros(len(sizes), x.shape[1], dtype=wide).index_add(0, block, x[self.visual].to(wide))
+        return (sums / sizes[:, None]).to(x.dtype), sizes.to(x.dtype)
+
+    def attend(self, head: int, seen: Tensor, q: Tensor, k: Tensor, v: Tensor, *weights: Tensor) -> Tensor:
+        if not self.plan.has_tail:
+            return masked_attention(q, k, v, seen)
+        keys, sizes = self.pooled(k, self.plan.key_order)
+        values, _ = self.pooled(v, self.plan.key_order)
+        bias = torch.cat([q.new_zeros(len(k)), sizes.log()])
+        every, pairs = torch.cat([k, keys]), torch.cat([seen, self.in_tail(head)], -1)
+        out = masked_attention(q, every, torch.cat([v, values]), pairs, bias)
+        if self.first_order:
+            of_tail = torch.cat([torch.zeros_like(v[:, :1]), torch.ones_like(values[:, :1])])
+            block = self.plan.block_of(self.plan.key_order).to(k.device)
+            matrix = (k[self.visual] - keys[block]).T @ v[self.visual]
+            factor = q.shape[-1] ** -0.5 / self.plan.grid.visual
+            out = out + masked_attention(q, every, of_tail, pairs, bias) * (q @ matrix) * factor
+        return out
+
+
+def is_number(value: Any) -> bool:
+    """An int or a float, and not a bool."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def check_block(name: str, value: Any) -> None:
+    """Refuse what is no size of a block.
+
+    Raises:
+        DitAccelError: it is so.
+    """
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= LARGEST_BLOCK:
+        raise DitAccelError(f"{name} is a number of tokens from 1 to {LARGEST_BLOCK}; got {value!r}.")

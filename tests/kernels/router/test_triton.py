@@ -1,0 +1,101 @@
+"""The Triton kernels of the router, on a GPU or under Triton's interpreter.
+
+``TRITON_INTERPRET=1`` must be set before Triton is imported, so this file runs in a process of its own.
+"""
+
+import importlib.util
+import os
+
+import pytest
+import torch
+from router_calls import GRIDS, RULES, dense, inputs
+
+from dit_accel.kernels.block_sparse.geometry import BlockLists
+from dit_accel.kernels.router.api import choose_impl, route
+from dit_accel.kernels.router.call import Rule
+from dit_accel.order import TokenOrder
+from dit_accel.tokens import TokenGrid
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+NATIVE = torch.cuda.is_available() and not INTERPRETED
+DEVICE = "cuda" if NATIVE else "cpu"
+pytestmark = [
+    pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed"),
+    pytest.mark.skipif(not INTERPRETED and not NATIVE, reason="needs TRITON_INTERPRET=1 or a CUDA device"),
+]
+DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if NATIVE else [])]
+SIZES = [(16, 16, None, None), (64, 16, None, None), (16, 32, (1, 4, 4), (2, 2, 8))]
+# Pairwise: every rule with every grid, cuts and dtypes in turn
+CASES = [
+    pytest.param(grid, SIZES[(i + j) % len(SIZES)], rule, DTYPES[(i + j) % len(DTYPES)], id=f"{rule}-{grid}")
+    for i, rule in enumerate(RULES)
+    for j, grid in enumerate(GRIDS)
+]
+
+
+def lists(q, k, orders, rule, impl):
+    """On the CPU."""
+    device = DEVICE if impl == "triton" else "cpu"
+    moved = {name: x.to(device) for name, x in vars(rule).items() if isinstance(x, torch.Tensor)}
+    found = route(q.to(device), k.to(device), *orders, Rule(**{**vars(rule), **moved}), impl=impl)
+    return BlockLists(found.indices.cpu(), found.counts.cpu())
+
+
+@pytest.mark.parametrize(("grid", "sizes", "rule", "dtype"), CASES)
+def test_lists_what_the_definition_lists(grid, sizes, rule, dtype):
+    """The scores of these rows differ by more than their rounding."""
+    q, k = inputs(grid, dtype)
+    orders = TokenOrder(grid, sizes[0], sizes[2]), TokenOrder(grid, sizes[1], sizes[3])
+    rule = RULES[rule](*(order.visual_blocks for order in orders))
+    wanted, actual = (lists(q, k, orders, rule, impl) for impl in ("reference", "triton"))
+    dense(actual, orders[1].visual_blocks)  # ascending, 0 behind
+    assert torch.equal(actual.counts, wanted.counts) and torch.equal(actual.indices, wanted.indices)
+
+
+def one_row(scores, rule):
+    """What a rule lists in a row of blocks with these logits; a block is 16 equal tokens."""
+    scores = torch.as_tensor(scores, dtype=torch.float32)
+    q = torch.zeros(1, 1, 16 * len(scores), 1, device=DEVICE)
+    q[..., 0] = 1
+    k = scores.repeat_interleave(16).view(1, 1, -1, 1).to(DEVICE)
+    order = TokenOrder(TokenGrid(1, 1, q.shape[2]), 16)
+    found = route(q, k, order, order, rule, scale=1.0, impl="triton")
+    return found.indices[0, 0, 0, : found.counts[0, 0, 0]].tolist()
+
+
+def test_equal_scores_and_what_is_no_number():
+    nan = float("nan")
+    assert one_row([0.0] * 20, Rule(topk=3)) == [0, 1, 2]
+    assert one_row([0.0] * 20, Rule(topp=0.24)) == [0, 1, 2, 3, 4]
+    assert one_row([-0.0, 0.0, nan], Rule(topk=1)) == [0]
+    assert one_row([nan, -float("inf"), -3.0], Rule(topk=1)) == [2]
+    assert one_row([1.0, 5.0, 2.0, 5.0], Rule(tau=50.0)) == [1]
+    assert one_row([nan] * 3, Rule(tau=1.0)) == [0]
+    for rule in (Rule(topk=9), Rule(topp=1.0), Rule(tau=-float("inf")), Rule(similarity=2.0)):
+        assert one_row([0.0, -500.0, 80.0, 3.0], rule) == [0, 1, 2, 3]
+
+
+def test_rows_of_more_than_a_warp_holds():
+    """1,100 blocks: two warps on a GPU."""
+    grid = TokenGrid(1, 1, 1100 * 16)
+    q, k = torch.zeros(2, 1, 1, grid.tokens, 4)
+    q[..., :128, :], k[:] = torch.randn(4), torch.randn(1100, 4).repeat_interleave(16, 0)
+    orders = TokenOrder(grid, 128), TokenOrder(grid, 16)
+    for rule in (Rule(topk=20, topp=0.1), Rule(tau=1.0)):
+        wanted, actual = (lists(q, k, orders, rule, impl) for impl in ("portable", "triton"))
+        assert torch.equal(actual.counts, wanted.counts) and torch.equal(actual.indices, wanted.indices)
+
+
+def test_runs_are_equal():
+    q, k = inputs(GRIDS[0], torch.float32)
+    orders = (TokenOrder(GRIDS[0], 16),) * 2
+    found = [lists(q, k, orders, Rule(topk=2, topp=0.4, cells=2), "triton") for _ in range(2 if INTERPRETED else 10)]
+    assert all(torch.equal(each.indices, found[0].indices) for each in found)
+
+
+def test_what_it_cannot_route_is_routed_by_another():
+    orders = (TokenOrder(TokenGrid(1, 1, 90), 24),) * 2
+    for order, name in ((orders[0], "portable"), (TokenOrder(TokenGrid(1, 1, 90), 16), "triton")):
+        assert choose_impl(torch.device(DEVICE), torch.float32, 8, order, order, "triton")[0].name == name
+    long = TokenOrder(TokenGrid(1, 512, 512), 16)
+    assert choose_impl(torch.device(DEVICE), torch.float32, 8, long, long, "triton")[0].name == "portable"

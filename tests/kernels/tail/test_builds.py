@@ -1,0 +1,58 @@
+"""What is compiled ahead of time of the tail is what the launcher launches."""
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from dit_accel.kernels.ahead_of_time import ARCHS
+from dit_accel.kernels.block_sparse.geometry import BlockLists, Geometry
+from dit_accel.kernels.block_sparse.triton_configs import HEAD_DIMS, TILES, fitting
+from dit_accel.kernels.tail import triton, triton_configs
+from dit_accel.order import TokenOrder
+from dit_accel.tokens import TokenGrid
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """Every launch of a forward and a backward pass: kernel, constants. Nothing runs."""
+    found = []
+    for module, name in ((triton.tuning, "launch"), (triton, "run")):
+        monkeypatch.setattr(module, name, lambda kernel, _, __, constants, *rest: found.append((kernel, constants)))
+    grid = TokenGrid(4, 8, 16)
+    for block in TILES:
+        for dim in HEAD_DIMS:
+            orders = TokenOrder(grid, block, TILES[block]), TokenOrder(grid, 64, TILES[64])
+            q = torch.zeros(1, 1, grid.tokens, dim, dtype=torch.float16)
+            lse = torch.zeros(q.shape[:3])
+            rows = 1, 1, orders[0].blocks
+            lists = BlockLists(torch.zeros(*rows, 3, dtype=torch.int32), torch.ones(rows, dtype=torch.int32))
+            call = lists, None, Geometry.of(*orders), 0.1
+            triton.forward(q, q, q, q, lse, *call)
+            triton.backward(q, lse, q, q, q, q, lse, q, lse, *call)
+    return found
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_every_launch_is_compiled_ahead_of_time(launched, arch):
+    compiled = {}
+    for build in triton_configs.builds(arch):
+        constants = frozenset(pair for pair in build.constants if not pair[0].startswith("TILE"))
+        compiled.setdefault(build.function.rpartition(":")[2], set()).add((constants, build.warps, build.stages))
+    assert set(compiled) == {*triton_configs.FUNCTIONS.values(), "outside_kernel", "pseudo_keys_kernel"}
+    assert set(triton.JIT) == set(triton_configs.FUNCTIONS)
+    for kernel, constants in launched:
+        given = {name: value for name, value in constants.items() if not name.startswith("TILE")}
+        if kernel in triton.JIT:
+            sizes = kernel, given["BLOCK_Q"], given["BLOCK_K"], given["BLOCK_D"]
+            launches = fitting(*sizes, 2, arch)
+            want = [(frozenset({**given, "STEP": each.step}.items()), each.warps, each.stages) for each in launches]
+            name = triton_configs.FUNCTIONS[kernel]
+        else:
+            name, launch = kernel.__name__, triton_configs.OUTSIDE
+            if name == "outside_kernel":
+                given["STEP"] = launch.step
+            else:
+                launch = triton_configs.MEANS
+            want = [(frozenset(given.items()), launch.warps, launch.stages)]
+        assert want and compiled[name].issuperset(want), name

@@ -1,0 +1,99 @@
+"""sparge in a transformer: lists kept for some steps, budgets of heads, and settings of layers."""
+
+import pytest
+import torch
+
+import dit_accel
+from dit_accel.errors import DitAccelError
+from dit_accel.hooks import layers as layerwise
+from dit_accel.methods import sparge
+from dit_accel.tokens import TokenGrid
+
+SMALL = {"topk": 0.3, "topp": 0.2, "block_q": 16, "block": 16}
+
+
+@pytest.fixture
+def routed(monkeypatch):
+    """Counts how often a call is routed."""
+    calls = []
+    route = sparge.route
+    monkeypatch.setattr(sparge, "route", lambda *args, **more: calls.append(1) or route(*args, **more))
+    return calls
+
+
+def test_lists_are_kept_for_some_steps_and_each_guidance_branch(tiny_wan, wan_inputs, routed):
+    """Two layers. Steps 0, 1, 2, 4, then a new run; two calls a step with different inputs."""
+    model, inputs = tiny_wan(), [wan_inputs(3, 6, 8, batch=1) for _ in range(2)]
+    inputs[1] = {**inputs[1], "hidden_states": inputs[1]["hidden_states"].flip(-1)}
+    layers = len(model.blocks)
+    with dit_accel.accelerated(model, "sparge", **SMALL, refresh=2) as accel, torch.no_grad():
+        found, outputs = [], {}
+        for step in (0, 1, 2, 4, 0):
+            accel.set_step(step, 6)
+            for branch in (0, 1):
+                routed.clear()
+                outputs[len(found)] = model(**inputs[branch], return_dict=False)[0]
+                found.append(len(routed))
+    assert found == [n * layers for n in (1, 1, 0, 0, 1, 1, 1, 1, 1, 1)]
+    # the same inputs in both steps: kept lists are those of the first, of each branch
+    assert torch.equal(outputs[0], outputs[2]) and torch.equal(outputs[1], outputs[3])
+    with dit_accel.accelerated(model, "sparge", **SMALL), torch.no_grad():
+        assert all(torch.equal(outputs[i], model(**inputs[i], return_dict=False)[0]) for i in (0, 1))
+
+
+def test_kept_lists_are_those_of_the_earlier_step(tiny_wan, wan_inputs):
+    """Other queries at the next step: the blocks stay."""
+    model, inputs = tiny_wan(), wan_inputs(3, 6, 8, batch=1)
+    seen = []
+    with dit_accel.accelerated(model, "sparge", **SMALL, refresh=3) as accel, torch.no_grad():
+        for layer in accel._engines[0].layers:
+            layer.ours.density_sum = torch.zeros(2)
+        for step in (0, 1):
+            accel.set_step(step, 3)
+            model(**{**inputs, "hidden_states": inputs["hidden_states"] * (1 - 2 * step)}, return_dict=False)
+            seen.append([kept.bits.clone() for layer in accel._engines[0].layers for kept in layer.ours.kept.values()])
+        densities = [layer.step_density for layer in accel.report().layers]
+    assert all(torch.equal(a, b) for a, b in zip(*seen, strict=True))
+    assert all(found[0] == pytest.approx(found[1]) for found in densities)
+
+
+def test_refresh_needs_the_step(tiny_wan, wan_inputs):
+    model, inputs = tiny_wan(), wan_inputs(3, 6, 8, batch=1)
+    compiled = torch.compile(model, backend="eager")
+    with (
+        dit_accel.accelerated(model, "sparge", **SMALL, refresh=2),
+        pytest.raises(DitAccelError, match=r"refresh .* set_step"),
+    ):
+        compiled(**inputs)
+
+
+def test_budgets_are_numbers_of_blocks_for_each_head():
+    grid = TokenGrid(2, 8, 16)
+    plan = dit_accel.plan("sparge", grid, **{**SMALL, "topp": 0.0}, budgets=(0.25, 0.5, 0.07))
+    q, k = torch.randn(2, 2, 3, grid.tokens, 8)
+    counts = plan.route(q, k).counts
+    assert (counts == torch.tensor([4, 8, 2])[:, None]).all()  # of 16, rounded up
+    assert (plan.route(q[:, 1:], k[:, 1:], heads=(1, 3)).counts == torch.tensor([8, 2])[:, None]).all()
+    assert plan.pairs == 256 * 8 * 16
+    together = dit_accel.plan("sparge", grid, **SMALL, budgets=(0.25, 0.5, 0.07)).route(q, k)
+    assert (together.counts >= counts).all()
+    with pytest.raises(DitAccelError, match="budgets has shares for 3 heads, the layer has 2"):
+        plan.route(q[:, :2], k[:, :2])
+
+
+@pytest.mark.parametrize("budgets", [(), (0.5, 0.0), (0.5, 1.5), "calibrated", 0.5])
+def test_budgets_are_checked(budgets):
+    with pytest.raises(DitAccelError, match="budgets is 'equal' or a share"):
+        sparge.Config(budgets=budgets)
+
+
+def test_a_layer_schedule_gives_each_layer_its_budgets(tiny_wan, wan_inputs):
+    model, inputs = tiny_wan(), wan_inputs(3, 6, 8, batch=1)
+    heads = model.config.num_attention_heads
+    own = [{**SMALL, "topp": 0.0, "budgets": [share] * heads} for share in (0.2, 0.9)]
+    own += [None] * (len(model.blocks) - 2)
+    settings = layerwise.from_dict("sparge", {"transformer": own})
+    with dit_accel.accelerated(model, layer_schedule=settings) as accel, torch.no_grad():
+        model(**inputs)
+    first, second, *_ = accel.report().layers
+    assert first.density < 0.5 < 0.8 < second.density

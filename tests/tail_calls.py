@@ -1,0 +1,197 @@
+"""Exact attention with the tail, against the sums that it means over single tokens, in fp64."""
+
+import dataclasses
+import os
+
+import torch
+
+from dit_accel.kernels.block_sparse.api import attend_visual
+from dit_accel.kernels.block_sparse.geometry import BlockLists
+from dit_accel.kernels.tail.api import with_tail
+from dit_accel.order import TokenOrder
+from dit_accel.plans.plan import attention
+from dit_accel.testing import assert_accurate
+from dit_accel.tokens import TokenGrid
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+TEXT = {"text": 11, "conditioning": 7}
+VIDEO = TokenGrid(3, 5, 9)
+NAMES = ("out", "lse", "dq", "dk", "dv")
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One call. `listed` is the chance of a block to be listed, `dropped` that of another one to be in no tail."""
+
+    grid: TokenGrid = VIDEO
+    block_q: int = 16
+    block_k: int = 16
+    tile_q: tuple | None = None
+    tile_k: tuple | None = None
+    listed: float = 0.3
+    dropped: float | None = None
+    first_order: bool = False
+    text_lens: tuple | None = None
+    dim: int = 24
+    dtype: torch.dtype = torch.float32
+    size: float = 1.0
+    scale: float | None = None
+    batch: int = 2
+    heads: int = 2
+    impl: str = "portable"
+
+    @property
+    def orders(self):
+        return TokenOrder(self.grid, self.block_q, self.tile_q), TokenOrder(self.grid, self.block_k, self.tile_k)
+
+    @property
+    def device(self):
+        return "cuda" if self.impl == "triton" and not INTERPRETED else "cpu"
+
+
+def setup(case):
+    """q, k, v, upstream gradients of output and LSE, and maps of listed and dropped blocks."""
+    torch.manual_seed(0)
+    shape = case.batch, case.grid.tokens, case.heads, case.dim
+    tensors = [(case.size * torch.randn(shape).transpose(1, 2)).to(case.dtype) for _ in range(3)]
+    upstream = torch.randn(case.batch, case.grid.visual, case.heads, case.dim).transpose(1, 2).to(case.dtype)
+    maps = case.batch, case.heads, *(order.visual_blocks for order in case.orders)
+    listed = torch.rand(maps) < case.listed
+    listed[..., 0] |= ~listed.any(-1)
+    dropped = None if case.dropped is None else torch.rand(maps) < case.dropped
+    return tensors, (upstream, torch.randn(upstream.shape[:3])), listed, dropped
+
+
+def lists_of(listed):
+    """A map of blocks as lists in any order, with numbers behind the counts that must not be read."""
+    keys = torch.where(listed, torch.rand(listed.shape), 2.0).argsort(-1)
+    counts = listed.sum(-1)
+    indices = torch.where(torch.arange(listed.shape[-1]) < counts[..., None], keys, 10**6)
+    return BlockLists(indices.int(), counts.int())
+
+
+def block_of(order):
+    """The block of every visual token in raster order."""
+    index = order.index()[: order.visual_blocks * order.block] - order.grid.visual_start
+    blocks = torch.empty(order.grid.visual, dtype=torch.long)
+    slots = (index >= 0).nonzero().squeeze(1)
+    blocks[index[slots]] = slots // order.block
+    return blocks
+
+
+def formula(q, k, v, case, listed, dropped, dtype):
+    """Output and LSE, by sums of exponentials over tokens and over pseudo-keys; magnitudes of what cancels if asked."""
+    grid, (query_order, key_order) = case.grid, case.orders
+    q, k, v = (x.to(dtype) for x in (q, k, v))
+    scale = case.dim**-0.5 if case.scale is None else case.scale
+    visual = torch.arange(grid.visual_start, grid.visual_start + grid.visual)
+    rows, columns = block_of(query_order), block_of(key_order)
+    member = torch.nn.functional.one_hot(columns, key_order.visual_blocks).to(dtype).T  # [blocks, visual]
+    sizes = member.sum(-1)
+    keys, sums = (member @ k[:, :, visual]) / sizes[:, None], member @ v[:, :, visual]
+    seen = torch.zeros(case.batch, case.heads, grid.visual, grid.tokens, dtype=torch.bool)
+    seen[..., visual] = listed[:, :, rows][..., columns]
+    around = torch.ones(case.batch, grid.tokens, dtype=torch.bool)
+    around[:, visual] = False
+    if case.text_lens is not None:
+        place = torch.arange(grid.tokens) - grid.text_start
+        around &= ~((place >= torch.tensor(case.text_lens)[:, None]) & (place < grid.text))
+    seen |= around[:, None, None]
+    tail = ~(listed if dropped is None else listed | dropped)[:, :, rows]
+    queries = q[:, :, visual]
+    values = torch.where(seen.any(-2)[..., None], v, 0)  # text that is not valid is poisoned
+    logits = (queries @ torch.where(seen.any(-2)[..., None], k, 0).mT * scale).masked_fill(~seen, -torch.inf)
+    pseudo = (queries @ keys.mT * scale).masked_fill(~tail, -torch.inf)
+    top = torch.maximum(logits.amax(-1), pseudo.amax(-1)).detach()[..., None]
+    p, p_tail = torch.exp(logits - top), torch.exp(pseudo - top)
+    mass = (p_tail * sizes).sum(-1, keepdim=True)
+    total = p.sum(-1, keepdim=True) + mass
+    numerator = p @ values + p_tail @ sums
+    if case.first_order:
+        matrix = (k[:, :, visual] - keys[:, :, columns]).mT @ v[:, :, visual]
+        numerator = numerator + scale * (queries @ matrix) * mass / grid.visual
+    return numerator / total, (total.log() + top)[..., 0]
+
+
+def magnitudes(q, k, v, case, listed, dropped, upstream):
+    """Sums of magnitudes on the way to gradients that are made of differences: p (|dp| + |delta| + |dlse|).
+
+    The gradient of a logit through output and LSE is p (dp - delta + dlse). Probabilities come from logits that are
+    computed again, and from an LSE kept in fp32.
+    """
+    grid, scale = case.grid, case.dim**-0.5 if case.scale is None else case.scale
+    q, k, v = (x.double() for x in (q, k, v))
+    out, lse = formula(q, k, v, case, listed, dropped, torch.float64)
+    grad, grad_lse = (x.double() for x in upstream)
+    visual = slice(grid.visual_start, grid.visual_start + grid.visual)
+    queries = q[:, :, visual]
+    delta = (grad * out).abs().sum(-1, keepdim=True) + grad_lse.abs()[..., None]
+    logits = queries @ k.mT * scale
+    weights = torch.exp(torch.minimum(logits - lse[..., None], torch.zeros(())))
+    exponent = lse.abs()[..., None] + queries.abs() @ k.abs().mT * scale
+    weights = weights * (1 + exponent * torch.finfo(torch.float32).eps / torch.finfo(case.dtype).eps)
+    of_logits = weights * (grad.abs() @ v.abs().mT + delta) * scale
+    return {
+        "dq": (of_logits @ k.abs()).max(),
+        "dk": (of_logits.mT @ queries.abs()).max(),
+        "dv": (weights.mT @ grad.abs()).max(),
+    }
+
+
+def check(case):
+    """Output, LSE and every gradient of a call, against fp64 and plain PyTorch in the same dtype."""
+    tensors, upstream, listed, dropped = setup(case)
+    padding = torch.zeros(case.batch, 1, case.grid.tokens, 1, dtype=torch.bool)
+    if case.text_lens is not None:
+        place = torch.arange(case.grid.tokens) - case.grid.text_start
+        hidden = (place >= torch.tensor(case.text_lens)[:, None]) & (place < case.grid.text)
+        padding |= hidden[:, None, :, None]
+
+    def call(q, k, v):
+        k, v = (x.masked_fill(padding, torch.nan) for x in (k, v))  # must not be read
+        q, k, v = (x.to(case.device) for x in (q, k, v))
+        lists = BlockLists(*(x.to(case.device) for x in lists_of(listed)[:2]))
+        lens = None if case.text_lens is None else torch.tensor(case.text_lens, device=case.device)
+        drop = None if dropped is None else dropped.to(case.device)
+        exact, lse = attend_visual(
+            q, k, v, lists, *case.orders, text_lens=lens, scale=case.scale, lse=True, impl=case.impl
+        )
+        out, lse = with_tail(
+            q, k, v, exact, lse, lists, *case.orders, dropped=drop, first_order=case.first_order, scale=case.scale,
+            impl=case.impl,
+        )  # fmt: skip
+        return out.cpu(), lse.cpu()
+
+    def run(function, dtype):
+        leaves = [x.detach().clone().to(dtype).requires_grad_() for x in tensors]
+        results = function(*leaves)
+        gradients = [u.to(r) for u, r in zip(upstream, results, strict=True)]
+        return *results, *torch.autograd.grad(results, leaves, gradients)
+
+    got = run(call, case.dtype)
+    plain = run(lambda *x: formula(*x, case, listed, dropped, case.dtype), case.dtype)
+    exact = run(lambda *x: formula(*x, case, listed, dropped, torch.float64), torch.float64)
+    assert got[0].dtype == case.dtype and got[1].dtype == torch.promote_types(case.dtype, torch.float32)
+    sums = magnitudes(*tensors, case, listed, dropped, upstream)
+    for name, mine, simple, truth in zip(NAMES, got, plain, exact, strict=True):
+        # each of the two parts is rounded, and so is their sum; the LSE is fp32 and its logits are
+        size = 3 * truth.abs() if name == "out" else truth.abs().clamp(min=1)
+        assert_accurate(name, mine, simple.nan_to_num(0.0), truth, magnitude=3 * sums[name] if name in sums else size)
+
+
+def check_calls(chosen, definition, tensors, upstream, dtype):
+    """Output and gradients of a call of one head, by name, against a method's definition in fp64."""
+
+    def results(function, dtype):
+        leaves = [x.detach().to(dtype).requires_grad_() for x in tensors]
+        out = function(*leaves)
+        return out, *torch.autograd.grad(out, leaves, upstream.to(dtype))
+
+    def defined(q, k, v):
+        return definition.attend(0, definition.seen(0), q[0, 0], k[0, 0], v[0, 0])[None, None]
+
+    got = results(lambda *x: attention(*x, chosen), dtype)
+    plain, exact = results(defined, dtype), results(defined, torch.float64)
+    for name, mine, simple, truth in zip(("out", "dq", "dk", "dv"), got, plain, exact, strict=True):
+        # both parts and their sum are rounded, and the terms of dq and dk cancel to a part of their size
+        assert_accurate(name, mine, simple, truth, magnitude=4 * truth.abs())
