@@ -1,17 +1,20 @@
-"""Compile every Triton kernel for GPUs that need not be here, and say what came out.
+"""Compile every Triton kernel for GPUs that need not be present, and print the resources of each build.
 
     python -m dit_accel.kernels.ahead_of_time [--arch 90 ...] [--kernel NAME ...] [--all] [--loops]
 
-Of each kernel and architecture as many builds are compiled as it takes for every pair of settings to occur in one of
-them: two block sizes and a head dimension, a dtype and a flag, and so on. ``--all`` compiles every combination.
+For each kernel and architecture, builds are chosen until every pair of settings occurs in one of them. ``--all``
+compiles every combination. The configurations are those of the table that the launcher and the autotuner read.
 
 One JSON line a build: kernel, arch, dtype, config, registers, spill_bytes, spills_in_loops (instructions in loops that
-reach for what is spilled), shared_bytes, instructions. A configuration that the shared-memory rule leaves out on an
-architecture is a line too, with ``left_out``. Exit status 1 if a forward kernel spills, another one does so in a loop
-(more than its build says it may), a kernel needs more shared memory than its architecture has, or its 16-bit dots did
-not become matrix instructions. The configurations are those of the table that the launcher and the autotuner read.
-``--loops`` adds for each loop that multiplies matrices, in the order of the code, the number of machine instructions,
-and how many products each wait for `wgmma` leaves in flight.
+access spilled registers), shared_bytes, instructions. A configuration that the shared-memory rule leaves out on an
+architecture has ``left_out``. ``--loops`` adds facts on each loop that multiplies matrices: its machine instructions,
+and the products that each wait for `wgmma` leaves in flight.
+
+The exit status is 1 if
+
+* a forward kernel spills in a loop, or more outside than its build allows; another one spills more in a loop than that;
+* a kernel needs more shared memory than its architecture has;
+* 16-bit dots did not become matrix instructions.
 """
 
 from __future__ import annotations
@@ -53,13 +56,13 @@ class Build:
         kernel: name in reports.
         function: ``module:attribute`` of the jitted function.
         constants: its compile-time constants.
-        pointers: types of arguments that are not "i32"; "data" stands for a pointer to the dtype, and within the type
-            of a descriptor for the dtype.
+        pointers: types of arguments other than "i32". "data" is a pointer to the dtype, or the dtype within the type of
+            a descriptor.
         warps, stages: launch settings.
-        needs: bytes of shared memory that the launcher's rule reckons with.
+        needs: bytes of shared memory in the launcher's rule.
         dots: whether the kernel multiplies matrices.
-        spills: bytes that it may spill in loops, because every way without is a longer loop.
-        registers: most that a thread gets at the launch; None: the compiler decides.
+        spills: bytes that it may spill: a forward kernel outside its loops, others inside.
+        registers: most registers of a thread; None: the compiler decides.
     """
 
     kernel: str
@@ -75,7 +78,7 @@ class Build:
 
     @property
     def config(self) -> dict[str, Any]:
-        """What tells this build from the kernel's others."""
+        """The settings that distinguish the kernel's builds."""
         chosen = {name.lower(): value for name, value in self.constants if name in CONFIG_KEYS}
         return {**chosen, "warps": self.warps, "stages": self.stages}
 
@@ -84,21 +87,17 @@ class Build:
         module, attribute = self.function.split(":")
         return getattr(importlib.import_module(module), attribute)
 
-    def reads_data(self) -> bool:
-        """Whether an argument's type depends on the dtype."""
-        data = {name for name, kind in self.pointers if "data" in kind}
-        return not data.isdisjoint(self.load().arg_names)
-
 
 CONFIG_KEYS = (
     "BLOCK_Q", "BLOCK_K", "BLOCK", "D", "SCOPE", "MAP", "ROWS", "WIDTH", "TILE_QT", "TILE_KT", "TILE_Q", "TILE_K",
-    "STEP", "HAS_TABLES", "HAS_GRAD_LSE",
+    "STEP", "HAS_TABLES", "HAS_GRAD_LSE", "CELLS", "UNIT", "HAS_THRESHOLD", "HAS_COUNT", "HAS_SHARE", "HAS_GUARD",
+    "HAS_FORCED",
 )  # fmt: skip
 DERIVED = ("step", "warps", "rows", "tile_kt")  # these follow from the architecture, the blocks and the head dimension
 
 
 def all_builds(arch: int) -> Iterator[Build]:
-    """What the modules of the kernel folders that have `builds` would launch on an architecture, such as 90."""
+    """The builds of all kernel folders for an architecture, such as 90: modules with `builds` declare them."""
     for file in sorted(pathlib.Path(__file__).parent.glob("*/*.py")):
         module = importlib.import_module(f"dit_accel.kernels.{file.parent.name}.{file.stem}")
         if hasattr(module, "builds"):
@@ -106,9 +105,9 @@ def all_builds(arch: int) -> Iterator[Build]:
 
 
 def covering(jobs: Sequence[tuple[Build, str]]) -> list[tuple[Build, str]]:
-    """Some of the builds and dtypes of one kernel, in which every pair of settings occurs that occurs in all of them.
+    """Some builds and dtypes of one kernel that hold every pair of settings of all of them.
 
-    Greedy: the next one holds the most pairs that are still missing, the first of those.
+    Greedy: the next one is the first with the most missing pairs.
     """
 
     def pairs(job: tuple[Build, str]) -> set[tuple[Any, ...]]:
@@ -127,7 +126,7 @@ def covering(jobs: Sequence[tuple[Build, str]]) -> list[tuple[Build, str]]:
 
 
 def compile_build(build: Build, arch: int, dtype: str, loops: bool = False) -> dict[str, Any]:
-    """Compile and read off what the kernel uses; `loops`: say how long they are, see `loops_of`."""
+    """Compile a build and read its resources, with `loops` those of its loops too; see `loops_of`."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -153,7 +152,8 @@ def compile_build(build: Build, arch: int, dtype: str, loops: bool = False) -> d
         target=GPUTarget("cuda", arch, 32),
         options=options,
     )
-    usage = resource_usage(compiled.asm["cubin"])
+    found = re.findall(r"(REG|STACK|LOCAL):(\d+)", _dump(compiled.asm["cubin"], "-res-usage"))
+    usage = {name: int(value) for name, value in found}
     row = {
         "kernel": build.kernel,
         "arch": f"sm_{arch}",
@@ -166,33 +166,26 @@ def compile_build(build: Build, arch: int, dtype: str, loops: bool = False) -> d
         "instructions": sorted(set(INSTRUCTIONS.findall(compiled.asm["ptx"]))),
     }
     if row["spill_bytes"] or loops:
-        found = loops_of(compiled.asm["cubin"])
-        row["spills_in_loops"] = sum(loop.spills for loop in found)
+        loop_facts = loops_of(compiled.asm["cubin"])
+        row["spills_in_loops"] = sum(loop.spills for loop in loop_facts)
         if loops:
-            row |= {"loops": [loop.instructions for loop in found], "waits": [loop.waits for loop in found]}
+            row |= {"loops": [loop.instructions for loop in loop_facts], "waits": [loop.waits for loop in loop_facts]}
     return row
 
 
 class LoopFacts(NamedTuple):
-    """A loop in machine code: its instructions, those that reach for spilled registers, and what each wait for
-    products leaves in flight.
-    """
+    """A loop's machine instructions, those that access spills, and the products that each wait leaves in flight."""
 
     instructions: int
     spills: int
     waits: list[int]
 
 
-def resource_usage(cubin: bytes) -> dict[str, int]:
-    """Registers, stack and local memory of a binary."""
-    return {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", _dump(cubin, "-res-usage"))}
-
-
 def loops_of(cubin: bytes) -> list[LoopFacts]:
     """Each innermost loop that multiplies matrices, in the order of the code.
 
-    A loop lies between a conditional branch back and its target. Waits for barriers spin behind the kernel's code and
-    branch back without a condition.
+    A loop ends with a conditional branch back to its start. Waits for barriers spin behind the kernel's code and branch
+    back without a condition.
     """
     places, lines = zip(*SASS_LINE.findall(_dump(cubin, "-sass")), strict=True)
     number = {int(place, 16): i for i, place in enumerate(places)}
@@ -212,7 +205,7 @@ def _facts(lines: Sequence[str]) -> LoopFacts:
 
 
 def _dump(cubin: bytes, option: str) -> str:
-    """What the `cuobjdump` that comes with Triton says of a binary; it finds the disassembler beside it."""
+    """The output of Triton's `cuobjdump` for a binary; it finds the disassembler beside it."""
     import triton
 
     tools = pathlib.Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -229,10 +222,10 @@ def complaint(row: dict[str, Any], limit: int, dots: bool = True, spills: int = 
     """Why a row fails the check, or None; `dots` and `spills` are the build's."""
     if row["shared_bytes"] > limit:
         return f"needs {row['shared_bytes']} bytes of shared memory, {row['arch']} has {limit}"
-    if row["kernel"].endswith("forward") and row["spill_bytes"]:
+    if row["kernel"].endswith("forward") and (row["spill_bytes"] > spills or row["spills_in_loops"]):
         return f"spills {row['spill_bytes']} bytes"
     if row["spills_in_loops"] and row["spill_bytes"] > spills:
-        return f"spills {row['spill_bytes']} bytes, and reaches for them {row['spills_in_loops']} times in loops"
+        return f"spills {row['spill_bytes']} bytes, and accesses them {row['spills_in_loops']} times in loops"
     if dots and not MATRIX & set(row["instructions"]):
         return "has no matrix instructions"
     if dots and row["arch"] == "sm_90" and "wgmma.mma_async" not in row["instructions"]:
@@ -261,7 +254,8 @@ def main(arguments: list[str] | None = None) -> int:
                 row = {"kernel": build.kernel, "arch": f"sm_{arch}", "config": build.config, "left_out": reason}
                 print(json.dumps(row))
                 continue
-            dtypes = options.dtype if build.reads_data() else options.dtype[:1]
+            typed = {name for name, kind in build.pointers if "data" in kind} & set(build.load().arg_names)
+            dtypes = options.dtype if typed else options.dtype[:1]
             kernels.setdefault(build.kernel, []).extend((build, dtype) for dtype in dtypes)
         for candidates in kernels.values():
             chosen = candidates if options.all else covering(candidates)

@@ -1,25 +1,35 @@
-"""The implementations of the kernels as data: what each can do, where its code is, and which one a call gets.
+"""The implementations of the kernels as data, and the choice among them for a call.
 
-A new back end is one module and one row of `ROWS`; code outside the package calls `add`. Nothing else in the package
-compares the name of an implementation: `choose` decides once per call, and its row is handed down.
+A new back end is one module and one row of `ROWS`; code outside the package calls `add`. No other code compares the
+name of an implementation: `choose` decides once per call, and passes its row on.
 
 A module of kernel "block_sparse" has these functions, on the records of `block_sparse.geometry`::
 
     forward(q, k, v, lists, segments, geometry, scale) -> out, lse
     backward(grad_out, grad_lse, q, k, v, out, lse, lists, segments, geometry, scale) -> dq, dk, dv
 
-q [B, H, Nq, D] and k, v [B, H, Nk, D] have any strides; `grad_lse` may be None. Results lie in memory as [B, N, H, D].
-`lse` [B, H, Nq] is the natural logarithm, fp32 (fp64 for fp64); a row without keys has output 0 and LSE -inf. They run
-in a custom op and must not return an input or a view of one. With `autograd` there is no `backward`: `forward` is
-PyTorch code that PyTorch differentiates, and runs outside the op; where it cannot give an LSE, that is None.
+q [B, H, Nq, D] and k, v [B, H, Nk, D] have any strides; `grad_lse` may be None. Results are [B, N, H, D] in memory.
+`lse` [B, H, Nq] is the natural logarithm, fp32 (fp64 for fp64); a row without keys has output 0 and LSE -inf. Both run
+in a custom op and must not return an input or a view of one. With `autograd` there is no `backward`: `forward` is code
+that PyTorch differentiates, outside the op, and its LSE may be None.
+
+A module of kernel "router" has this function, on the records of `router.call`::
+
+    route(q, k, call) -> indices, counts
 
 A module of kernel "sla" has these functions, on the records of `sla.call`, both for the visual queries::
 
-    route(q, k, cut, topk, skip) -> critical, negligible
+    route(q, k, cuts, topk, skip) -> critical, negligible
     forward(q, k, v, topk, skip, call) -> out, critical
 
 `forward` is differentiable in q, k, v and the projection. Its q, k and v are the whole sequence, those of `route` the
 visual tokens.
+
+A module of kernel "tail" has these functions, on visual tokens; see `tail.api.with_tail`::
+
+    forward(q, k, v, exact, exact_lse, lists, dropped, geometry, scale) -> out, lse
+    backward(grad_out, grad_lse, q, k, v, exact, exact_lse, out, lse, lists, dropped, geometry, scale)
+        -> dq, dk, dv, dexact, dexact_lse
 """
 
 from __future__ import annotations
@@ -37,7 +47,7 @@ from dit_accel.errors import DitAccelError
 
 Impl = str  # "auto" or the name of an implementation
 AUTO: Impl = "auto"
-BLOCK_SPARSE, SLA = "block_sparse", "sla"
+BLOCK_SPARSE, ROUTER, SLA, TAIL = "block_sparse", "router", "sla", "tail"
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton reads it when it is imported
 HALF = (torch.float16, torch.bfloat16)
 _LOADED: dict[str, ModuleType] = {}
@@ -46,15 +56,15 @@ ELSEWHERE = ""  # the key of `Implementation.rank` for every other type of devic
 
 @dataclasses.dataclass(frozen=True)
 class Facts:
-    """What is known of a call before it runs.
+    """The facts of a call that are known before it runs.
 
     Args:
         device, dtype, head_dim: of q, k and v.
         block_q, block_k: tokens in a query block and in a key block.
-        gradients: whether gradients of q, k or v will be wanted.
-        lse: whether the log-sum-exp is wanted.
-        visual_blocks: of kernel "sla": query blocks of visual tokens.
-        linear_scope: of kernel "sla": which blocks its linear branch covers; None for a call without one.
+        gradients: gradients of q, k or v follow.
+        lse: the log-sum-exp is wanted.
+        visual_blocks: of kernels "sla" and "router": key blocks of visual tokens.
+        linear_scope: of kernel "sla": the blocks of its linear branch; None without one.
     """
 
     device: torch.device
@@ -78,16 +88,16 @@ class Implementation:
     """One implementation of one kernel.
 
     Args:
-        name: what `impl=` says.
-        kernel: what it implements.
-        module: where its functions are; imported when it first runs.
-        rank: how "auto" ranks it on a type of device, or `ELSEWHERE`; the highest that can run the call is taken.
-            Without a rank it runs only if it is named.
+        name: the value of `impl=`.
+        kernel: the kernel that it implements.
+        module: of its functions; imported when it first runs.
+        rank: its rank for "auto" by type of device or `ELSEWHERE`; the highest that can run the call is taken. Without
+            a rank it runs only by name.
         dtypes: of q, k and v.
         head_dims: the largest head dimension.
         cannot: why it cannot run a call, or None if it can. Asked after packages, dtypes and head dimensions.
-        package: what must be installed.
-        packing: the module whose `pack(lists, geometry)` prepares lists that stay, for `BlockLists.packed`.
+        package: a package that it needs.
+        packing: the module whose `pack(lists, geometry)` makes `BlockLists.packed`.
         autograd: PyTorch differentiates `forward`; see the module.
     """
 
@@ -112,21 +122,17 @@ class Implementation:
         if not self.installed:
             return f"the package {self.package} is not installed"
         if facts.dtype not in self.dtypes:
-            known = ", ".join(_name(dtype) for dtype in self.dtypes)
-            return f"{self.name} takes {known}, not {_name(facts.dtype)}"
+            known, came = ", ".join(map(str, self.dtypes)), str(facts.dtype)
+            return f"{self.name} takes {known}, not {came}".replace("torch.", "")
         if self.head_dims is not None and facts.head_dim > self.head_dims:
             return f"{self.name} takes head dimensions up to {self.head_dims}, not {facts.head_dim}"
         return self.cannot(facts)
 
     def load(self) -> ModuleType:
-        """Its module. A traced call can only take one that is loaded."""
+        """Its module. A traced call needs it loaded already."""
         if self.module not in _LOADED:
             _LOADED[self.module] = importlib.import_module(self.module)
         return _LOADED[self.module]
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _triton_device(facts: Facts) -> str | None:
@@ -149,8 +155,9 @@ def _gluon(facts: Facts) -> str | None:
         return f"the kernel takes blocks of 128 queries and 64 or 128 keys, not {facts.block_q} and {facts.block_k}"
     if facts.head_dim not in (64, 128):
         return f"the kernel takes head dimensions 64 and 128, not {facts.head_dim}"
-    if facts.device.type != "cuda" or torch.cuda.get_device_capability(facts.device) != (9, 0):
-        return f"the tensors are on {facts.device}; the kernel needs a GPU of compute capability 9.0"
+    there = facts.device.type == "cuda" and torch.cuda.is_available()
+    if not there or torch.cuda.get_device_capability(facts.device) != (9, 0):
+        return f"gluon needs a GPU of compute capability 9.0, and the tensors are on {facts.device}"
     return None
 
 
@@ -171,7 +178,21 @@ def _flex(facts: Facts) -> str | None:
 def _sla_triton(facts: Facts) -> str | None:
     from dit_accel.kernels.sla.triton_configs import unsupported
 
-    return unsupported(facts.head_dim, facts.block_k, facts.visual_blocks, facts.linear_scope) or _triton(facts)
+    return unsupported(
+        facts.head_dim, facts.block_q, facts.block_k, facts.visual_blocks, facts.linear_scope
+    ) or _triton(facts)
+
+
+def _router_triton(facts: Facts) -> str | None:
+    from dit_accel.kernels.router.triton_configs import unsupported
+
+    return unsupported(facts.head_dim, facts.visual_blocks) or _triton(facts)
+
+
+def _sla_gluon(facts: Facts) -> str | None:
+    if facts.linear_scope == "marginal":
+        return "the kernel computes linear_scope 'all', not 'marginal'"
+    return _sla_triton(facts) or _gluon(facts)
 
 
 _FOLDER = "dit_accel.kernels"
@@ -190,12 +211,12 @@ ROWS = (
         package="triton",
         packing=f"{_FOLDER}.block_sparse.triton_lists",
     ),
-    # No GPU has run it yet. Once a row of benchmarks/results shows it faster than triton, rank={"cuda": 30} lets "auto"
-    # take it where it can run. Its backward is Triton's, on the same lists.
+    # Faster than triton in the five settings of an H200 that have both (benchmarks/LOG.md). Its backward is Triton's.
     Implementation(
         "gluon",
         BLOCK_SPARSE,
         f"{_FOLDER}.block_sparse.gluon",
+        rank={"cuda": 30},
         dtypes=HALF,
         cannot=_gluon,
         package="triton",
@@ -211,6 +232,17 @@ ROWS = (
         packing=f"{_FOLDER}.block_sparse.flex",
         autograd=True,
     ),
+    Implementation("reference", ROUTER, f"{_FOLDER}.router.reference"),
+    Implementation("portable", ROUTER, f"{_FOLDER}.router.portable", rank={ELSEWHERE: 10}),
+    Implementation(
+        "triton",
+        ROUTER,
+        f"{_FOLDER}.router.triton",
+        rank={"cuda": 20},
+        dtypes=_SINGLE,
+        cannot=_router_triton,
+        package="triton",
+    ),
     Implementation("reference", SLA, f"{_FOLDER}.sla.reference"),
     Implementation("portable", SLA, f"{_FOLDER}.sla.portable", rank={ELSEWHERE: 10}),
     Implementation(
@@ -223,23 +255,38 @@ ROWS = (
         cannot=_sla_triton,
         package="triton",
     ),
+    # No GPU has run it yet; see "gluon" above.
+    Implementation("gluon", SLA, f"{_FOLDER}.sla.ops", dtypes=HALF, head_dims=128, cannot=_sla_gluon, package="triton"),
+    Implementation("reference", TAIL, f"{_FOLDER}.tail.reference", autograd=True),
+    Implementation("portable", TAIL, f"{_FOLDER}.tail.portable", rank={ELSEWHERE: 10}),
+    Implementation(
+        "triton",
+        TAIL,
+        f"{_FOLDER}.tail.triton",
+        rank={"cuda": 20},
+        dtypes=_SINGLE,
+        head_dims=256,
+        cannot=_triton,
+        package="triton",
+    ),
 )
 _TABLE: dict[tuple[str, str], Implementation] = {(row.kernel, row.name): row for row in ROWS}
 
 
 def add(row: Implementation) -> None:
-    """Make an implementation known, so that `impl=` and "auto" find it.
-
-    Raises:
-        DitAccelError: the kernel has one of that name, or the name is "auto".
-    """
+    """Add an implementation for `impl=` and "auto", under a new name."""
     if row.name == AUTO or (row.kernel, row.name) in _TABLE:
-        raise DitAccelError(f"Kernel {row.kernel} has an implementation {row.name!r} already; choose another name.")
+        raise DitAccelError(f"Kernel {row.kernel} has an implementation {row.name!r} already. Choose another name.")
     _TABLE[row.kernel, row.name] = row
 
 
+def rows() -> tuple[Implementation, ...]:
+    """Every implementation of every kernel."""
+    return tuple(_TABLE.values())
+
+
 def names(kernel: str = BLOCK_SPARSE) -> tuple[str, ...]:
-    """What `impl=` may be."""
+    """The values of `impl=`."""
     return AUTO, *(row.name for row in _TABLE.values() if row.kernel == kernel)
 
 
@@ -261,23 +308,16 @@ def named(name: str, kernel: str = BLOCK_SPARSE) -> Implementation:
 
 
 def check(impl: Impl) -> None:
-    """Refuse a name that no implementation has, or one whose package is not installed.
-
-    Raises:
-        DitAccelError: it is so.
-    """
+    """Refuse an unknown name, and one whose package is not installed."""
     if impl != AUTO:
         named(impl)
 
 
 def choose(facts: Facts, impl: Impl = AUTO, kernel: str = BLOCK_SPARSE) -> tuple[Implementation, str]:
-    """The implementation that runs a call, and why.
+    """The implementation that runs a call, and the reason, for a report.
 
     All implementations of a kernel compute the same masked result, so "auto" looks only for speed. A named one is
     never replaced by another.
-
-    Returns:
-        The row, and the reason as a sentence fit for a report.
 
     Raises:
         DitAccelError: the name is unknown, or the named implementation cannot run the call.
@@ -292,16 +332,15 @@ def choose(facts: Facts, impl: Impl = AUTO, kernel: str = BLOCK_SPARSE) -> tuple
     for row in ranked(facts.device.type, kernel):
         obstacle = row.obstacle(facts)
         if obstacle is None:
-            return row, obstacles[0] if obstacles else f"the fastest on {facts.device.type}"
+            return row, obstacles[-1] if obstacles else f"the fastest on {facts.device.type}"
         obstacles.append(obstacle)
     raise DitAccelError(f"No implementation can compute this on {facts.device}: {'; '.join(obstacles)}.")
 
 
 def ranked(device_type: str, kernel: str = BLOCK_SPARSE) -> list[Implementation]:
-    """What "auto" may take on a type of device, best first."""
-    found: list[tuple[int, int, Implementation]] = []
-    for row in _TABLE.values():
-        rank = row.rank.get(device_type, row.rank.get(ELSEWHERE))
-        if row.kernel == kernel and rank is not None:
-            found.append((-rank, len(found), row))
-    return [row for _, _, row in sorted(found, key=lambda item: item[:2])]
+    """The implementations that "auto" may take on a type of device, best first."""
+    ranks = [
+        (row, row.rank.get(device_type, row.rank.get(ELSEWHERE))) for row in _TABLE.values() if row.kernel == kernel
+    ]
+    found = [(row, rank) for row, rank in ranks if rank is not None]
+    return [row for row, _ in sorted(found, key=lambda item: -item[1])]

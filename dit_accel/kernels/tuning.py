@@ -1,4 +1,8 @@
-"""Launches a Triton kernel with the fastest of its candidates; with the first under the interpreter."""
+"""Launches a Triton kernel with the fastest of its candidates; with the first under the interpreter.
+
+Triton binds the arguments of every launch anew. That costs as much time as all else that a call does on the host, so a
+launch like an earlier one runs that one's binary.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +12,13 @@ from typing import Any
 
 import torch
 import triton
-from triton.runtime.interpreter import InterpretedFunction
+from triton.runtime.jit import JITFunction
 
 from dit_accel.kernels.block_sparse.triton_configs import Launch
 
-Programs = tuple[int, int] | Callable[[dict[str, Any]], tuple[int, int]]
+Programs = tuple[int, ...] | Callable[[dict[str, Any]], tuple[int, ...]]
+LARGEST = 2**31  # of a 32-bit number; others have a binary of their own
+_launched: dict[tuple[Any, ...], tuple[Any, dict[str, Any]]] = {}  # binaries, and the constants in the kernel's order
 
 
 def launch(
@@ -26,28 +32,60 @@ def launch(
     """Run a kernel. Tuning runs it several times, so it must write its results, never add to what is there.
 
     Args:
-        kernel: a jitted function; one with a constant STEP gets the candidate's.
-        programs: the grid, or a function of all named arguments that gives it.
+        kernel: a jitted function whose constants come last; one with a constant STEP gets the candidate's.
+        programs: the grid, or a function of the compile-time constants that gives it.
         arguments: what is known at run time; the first is a tensor.
         constants: compile-time constants save STEP.
-        candidates: at least one, best first; a single one is not timed.
+        candidates: at least one, best first; a single one is not timed. They follow from the other arguments.
         key: constants by which launches are tuned separately, if the kernel has them. The dtypes always count.
     """
-    if isinstance(kernel, InterpretedFunction):
+    if not isinstance(kernel, JITFunction):  # interpreted
         kernel[programs](*arguments, **constants, **_step(kernel, candidates[0]))
         return
-    with torch.cuda.device(arguments[0].device):
-        # Triton 3.10 changes the default of fusion. fp32 sums are more exact with a * b + c contracted.
-        tuned(kernel, candidates, key)[programs](*arguments, **constants, enable_fp_fusion=True)
+    device = arguments[0].device
+    like = (id(kernel), device, *constants.items(), *_facts(_specialised(kernel), arguments))
+    with torch.cuda.device(device):
+        found = _launched.get(like)
+        if found is None:
+            # Triton 3.10 changes the default of fusion. fp32 sums are more exact with a * b + c contracted.
+            tuner = tuned(kernel, candidates, key)
+            binary = tuner[programs](*arguments, **constants, enable_fp_fusion=True)
+            chosen = {**constants, **tuner.best_config.kwargs}
+            _launched[like] = binary, {name: chosen[name] for name in kernel.arg_names[len(arguments) :]}
+            return
+        binary, chosen = found
+        grid = programs(chosen) if callable(programs) else programs
+        binary[(*grid, 1, 1)[:3]](*arguments, *chosen.values())
+
+
+@functools.cache
+def _specialised(kernel: JITFunction[Any]) -> tuple[bool, ...]:
+    """Of each argument, whether Triton compiles a binary for its value."""
+    return tuple(not p.do_not_specialize for p in kernel.params)
+
+
+def _facts(specialised: tuple[bool, ...], arguments: tuple[Any, ...]) -> list[Any]:
+    """What Triton's binaries depend on beside constants: dtypes and alignments, and the width of integers."""
+    found: list[Any] = []
+    for x, by_value in zip(arguments, specialised, strict=False):
+        if isinstance(x, int):
+            found.append(x if by_value else -LARGEST <= x < LARGEST)
+        elif isinstance(x, torch.Tensor):
+            found += (x.dtype, x.data_ptr() % 16 == 0)
+        elif not isinstance(x, float):  # a descriptor
+            found += (x.base.dtype, *x.block_shape)
+    return found
 
 
 @functools.cache
 def tuned(kernel: Any, candidates: tuple[Launch, ...], key: tuple[str, ...]) -> Any:
     """The kernel under Triton's autotuner, whose choice is kept on disk with the binaries."""
-    configs = [triton.Config(_step(kernel, c), num_warps=c.warps, num_stages=c.stages) for c in candidates]
+    configs = [
+        triton.Config(_step(kernel, c), num_warps=c.warps, num_stages=c.stages, maxnreg=c.registers) for c in candidates
+    ]
     key = tuple(name for name in key if name in kernel.arg_names)
     return triton.autotune(configs, key=list(key), cache_results=True)(kernel)
 
 
 def _step(kernel: Any, candidate: Launch) -> dict[str, int]:
-    return {"STEP": candidate.step} if "STEP" in kernel.arg_names else {}
+    return {"STEP": candidate.step} if "STEP" in getattr(kernel, "arg_names", ()) else {}

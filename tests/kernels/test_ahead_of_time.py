@@ -109,11 +109,13 @@ def test_the_gluon_kernel_overlaps_weights_with_the_sum():
         assert behind[: behind.index("DEPBAR.LE gsb0, 0x0")].count("MUFU.EX2") >= build.config["block_k"] // 2
 
 
-def test_one_build_may_spill():
+def test_the_builds_that_may_spill():
     found = [(arch, build) for arch in ahead_of_time.ARCHS for build in ahead_of_time.all_builds(arch) if build.spills]
-    ((arch, build),) = found
+    (arch, build), *tiled = sorted(found, key=lambda each: each[1].kernel)
     sizes = tuple(build.config[name] for name in ("block_q", "block_k", "d"))
     assert (arch, build.kernel, sizes, build.spills) == (120, "block_sparse_dkdv", (128, 128, 128), 32)
+    assert {(arch, build.kernel, build.spills) for arch, build in tiled} == {(90, "sla_gluon_forward", 48)}
+    assert all(any(build.config["tile_k"]) for _, build in tiled)
 
 
 def test_complaints():
@@ -121,6 +123,8 @@ def test_complaints():
     good = row | {"instructions": ["wgmma.mma_async"]}
     assert ahead_of_time.complaint(good, 9) is None
     assert "spills 8" in ahead_of_time.complaint(good | {"spill_bytes": 8}, 9)
+    assert ahead_of_time.complaint(good | {"spill_bytes": 8}, 9, spills=8) is None
+    assert "spills 8" in ahead_of_time.complaint(good | {"spill_bytes": 8, "spills_in_loops": 1}, 9, spills=8)
     outside = good | {"spill_bytes": 8, "kernel": "x_dq"}
     assert ahead_of_time.complaint(outside, 9) is None
     assert "2 times in loops" in ahead_of_time.complaint(outside | {"spills_in_loops": 2}, 9)

@@ -19,7 +19,7 @@ from dit_accel.kernels.block_sparse.api import block_sparse_attention
 from dit_accel.kernels.block_sparse.triton_configs import Launch
 from dit_accel.kernels.sla import triton as sla
 from dit_accel.kernels.sla import triton_configs as configs
-from dit_accel.kernels.sla.call import LINEAR_SCOPES, Cut, KeySegments
+from dit_accel.kernels.sla.call import LINEAR_SCOPES, Cut, Cuts, KeySegments
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter replaces what would be compiled"
@@ -111,7 +111,7 @@ def test_sla_kernels_are_compiled_once(binaries):
         sla.select(means, means, 1, 1)
         *whole, _ = sla.state(k, v, cut, "softmax")
         for scope in LINEAR_SCOPES:
-            call = sla.FusedCall(cut, KeySegments.of(cut.order.grid), 0.125, "softmax", scope)
+            call = sla.FusedCall(Cuts(cut, cut), KeySegments.of(cut.order.grid), 0.125, "softmax", scope)
             for training in (False, True):
                 _, *saved = sla.forward(q, k, v, whole, lists, weight, bias, text_len, call, training)
             saved[-1].zero_()  # modes, which are read

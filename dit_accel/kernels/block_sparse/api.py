@@ -1,6 +1,6 @@
-"""Block-sparse attention: the one door to the engine behind every static method and the critical part of SLA.
+"""Block-sparse attention: the function behind every static method and the exact part of every routed one.
 
-Plain tensors and integers come in; which implementation computes is a separate choice (`impls.choose`).
+It takes plain tensors and integers. `impls.choose` chooses the implementation.
 """
 
 from __future__ import annotations
@@ -49,48 +49,38 @@ def block_sparse_attention(
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Softmax attention in which each block of queries visits only its listed blocks of keys.
 
-    Blocks are those of `order.TokenOrder`: visual blocks first (raster runs, or 3-D tiles), then conditioning blocks,
-    then text blocks, each segment padded to whole blocks by itself. Padding slots are never attended.
+    Blocks are those of `order.TokenOrder`: visual blocks (raster runs or 3-D tiles), conditioning blocks, text blocks.
+    Each segment is padded to whole blocks. Padding slots are never attended.
 
     Args:
         q: queries [B, H, Nq, D], any strides; bfloat16, float16, float32 or float64.
         k, v: keys and values [B, H, Nk, D], any strides; dtype and device as q.
-        kv_indices: int32 [q_blocks, width], or [B, H, q_blocks, width] for lists per head: the key blocks that a
-            query block visits, each at most once; entries behind its count are not read.
-        kv_counts: int32, shape of `kv_indices` without the last: how many entries count.
+        kv_indices, kv_counts, partial, tables, packed: as in `BlockLists`.
         block_q, block_k: tokens in a block.
         grid: frames, rows and columns of the visual tokens.
-        partial: bool, shape of `kv_indices`: the listed blocks in which `tables` decides pair by pair; the other
-            blocks are attended whole. None with `tables`: all of them. Needs `tables`.
-        tables: int32 [words], the packed predicate over visual pairs (`masks.Mask.pack`); pairs with a text or
-            conditioning token are always allowed. None: every listed block is attended whole.
-        partial_blocks: how many entries `tables` decide, if known (or a number above); `triton` then makes room for the
-            bit masks of as many blocks, 1 KB a block of 128x64. None: for all entries of visual blocks.
-        packed: what `pack` made of these very lists, for `triton` to read in place of them; the others need it not.
+        partial_blocks: upper bound of the entries that `tables` decide. `triton` reserves 1 KB for each, at blocks of
+            128 x 64. None: it reserves for all entries of visual blocks.
         tile_q, tile_k: 3-D tile of a visual block; its product is the block. None: raster order.
         conditioning, text: conditioning and text tokens, padding included.
-        query_grid: the queries are visual tokens alone, in a grid of this size, from row 0 of `q` (Nq and Nk may then
-            differ; the tables' query axes are this grid's). None: queries and keys are the same tokens.
-        visual_start, conditioning_start, text_start: int32 [B], first row of each segment per sample. None for all
-            three means ``[visual | conditioning | text]``. Rows in no segment are never read; their output is 0.
-        text_len: int32 [B], valid text keys per sample, from `text_start` on; None: all of them. The remaining text
-            rows are queries, and never keys but with `text_bias`.
-        text_bias: floating point [B, Nq], what each query adds to the scaled logits of those remaining text rows, which
-            are keys of every query then. Needs `text_len`.
+        query_grid: size of the queries' own grid. The queries are then visual tokens alone, from row 0 of `q`, and the
+            tables' query axes are those of this grid. None: queries and keys are the same tokens.
+        visual_start, conditioning_start, text_start, text_len: as in `Segments`.
+        text_bias: floating point [B, Nq], added to each query's scaled logits of the text behind `text_len`, which
+            then stays a key of every query. Needs `text_len`.
         scale: factor on the logits; None: D ** -0.5.
         return_lse: also return the natural logarithm of each row's sum of exponentials. Its gradient flows.
         impl: "auto", or the name of an implementation (`impls.ROWS`), which runs or raises.
 
     Returns:
-        The output [B, H, Nq, D] in q's dtype, whose memory is [B, Nq, H, D] contiguous; with `return_lse` also the
-        LSE [B, H, Nq], float32 (float64 for float64 inputs). A query that sees no key has output 0 and LSE -inf.
+        The output [B, H, Nq, D] in q's dtype, contiguous as [B, Nq, H, D]. With `return_lse` also the LSE [B, H, Nq] in
+        float32 (float64 for float64). A query that sees no key has output 0 and LSE -inf.
 
     Raises:
         DitAccelError: an argument has the wrong shape, dtype or device, or `impl` cannot run here.
 
     Source:
-        Online softmax with a log-sum-exp per row: Dao et al., FlashAttention (arXiv:2205.14135), Algorithms 1 and 4;
-        the gradient of the LSE adds its incoming gradient to dP before delta is subtracted.
+        Online softmax with a log-sum-exp per row: Dao et al., FlashAttention (arXiv:2205.14135), Algorithms 1 and 4.
+        The incoming gradient of the LSE is added to dP before delta is subtracted.
 
     Example:
         >>> q = torch.randn(1, 2, 256, 64)
@@ -128,17 +118,7 @@ def attend_blocks(
     lse: bool = False,
     impl: Impl = AUTO,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """`block_sparse_attention` in records, which is how the package calls it.
-
-    Args:
-        lse: the LSE is wanted.
-
-    Returns:
-        Output and LSE; the latter may be None if it is not wanted.
-
-    Raises:
-        DitAccelError: an argument has the wrong shape, dtype or device, or `impl` cannot run here.
-    """
+    """`block_sparse_attention` on records: output and LSE, which may be None without `lse`."""
     if torch.is_autocast_enabled(q.device.type):
         dtype = torch.get_autocast_dtype(q.device.type)
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
@@ -146,12 +126,9 @@ def attend_blocks(
     _check_bias(q, segments.text_len, text_bias)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     gradients = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    chosen, _ = choose(
-        Facts(
-            q.device, q.dtype, q.shape[-1], geometry.block_q, geometry.block_k, gradients, lse or text_bias is not None
-        ),
-        impl,
-    )
+    wanted = lse or text_bias is not None
+    facts = Facts(q.device, q.dtype, q.shape[-1], geometry.block_q, geometry.block_k, gradients, wanted)
+    chosen, _ = choose(facts, impl)
     if chosen.packing is None:
         lists = lists._replace(packed=None)
     if chosen.autograd:
@@ -184,14 +161,12 @@ def attend_visual(
     Args:
         q, k, v: the whole sequence, [B, H, N, D].
         lists: visual key blocks of each visual query block, [B, H, query blocks, width], without tables.
-        query_order, key_order: how both sides are cut; of one grid.
+        query_order, key_order: blocks of both sides, on one grid.
         text_lens: int [B], valid text keys of each sample; None: all.
         text_bias: [B, N], see `block_sparse_attention`.
-        lse: the LSE is wanted.
 
     Returns:
-        Output [B, H, visual, D], laid out in memory as [B, visual, H, D], and LSE [B, H, visual]; the
-        latter may be None if it is not wanted.
+        Output [B, H, visual, D], in memory [B, visual, H, D], and LSE [B, H, visual], which may be None without `lse`.
     """
     grid, dense = key_order.grid, key_order.dense_blocks
     if dense:
@@ -205,19 +180,17 @@ def attend_visual(
     # autograd copies the gradient of a slice into zeros, even if the slice is the whole tensor
     queries = q if grid.visual == grid.tokens else q[:, :, visual]
     bias = None if text_bias is None else text_bias[:, visual]
-    segments = Segments.of(grid, q, text_lens)
+    segments = Segments.of(q, text_lens)
     return attend_blocks(queries, k, v, lists, geometry, segments, text_bias=bias, scale=scale, lse=lse, impl=impl)
 
 
 def pack(lists: BlockLists, geometry: Geometry, packing: str) -> torch.Tensor:
-    """Prepare lists that stay, once, for implementations that would do so in each call. Waits for the device.
+    """Prepare lists without head axis once, rather than in each call: `BlockLists.packed`, int32 [words].
+
+    Waits for the device.
 
     Args:
-        lists: without a head axis.
-        packing: `impls.Implementation.packing` of those implementations.
-
-    Returns:
-        int32 [words] on the device of the lists, for `BlockLists.packed` beside the same lists.
+        packing: `impls.Implementation.packing` of the implementation.
 
     Raises:
         DitAccelError: the lists have a head axis or a wrong shape, or `geometry.partial_blocks` is too small.
@@ -241,7 +214,7 @@ def _attend_padding(
     text_start, text_len = segments.text_start, segments.text_len
     assert text_len is not None
     if text_start is None:
-        text_start = torch.full_like(text_len, geometry.key_order.grid.visual + geometry.conditioning)
+        text_start = torch.full_like(text_len, geometry.usual[2])
     keys, values = (_text_from_its_end(x, text_start, geometry.text) for x in (k, v))
     rows, blocks = (-(-n // block) for n, block in ((q.shape[2], geometry.block_q), (geometry.text, geometry.block_k)))
     # Block 0 holds the row in front.
@@ -287,18 +260,13 @@ def _text_from_its_end(x: torch.Tensor, text_start: torch.Tensor, text: int) -> 
 def _merge_padding(
     out: torch.Tensor, lse: torch.Tensor, padding: torch.Tensor, padding_lse: torch.Tensor, bias: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """One softmax over two sets of keys, from the softmax over each.
+    """One softmax over two sets of keys, from outputs [B, H, N, D] and LSE [B, H, N] over each.
 
     Args:
-        out, padding: results over the two sets, [B, H, N, D].
-        lse, padding_lse: their log-sum-exp, [B, H, N].
-        bias: [B, N], what a query adds to the logits of the second set.
-
-    Returns:
-        Result and log-sum-exp over both, dtypes and layout as `out` and `lse`.
+        bias: [B, N], added to a query's logits of the second set.
     """
     biased = padding_lse + bias[:, None].to(lse.dtype)
-    empty = padding_lse == -torch.inf  # where the first set may be empty too
+    empty = padding_lse == -torch.inf  # the first set may be empty too
     share = (biased - lse).masked_fill(empty, -torch.inf).sigmoid()[..., None]
     merged = torch.lerp(out.to(lse.dtype), padding.to(lse.dtype), share).to(out.dtype)
     return merged, torch.where(empty, lse, torch.logaddexp(lse, biased.masked_fill(empty, 0.0)))

@@ -1,9 +1,8 @@
 """Dense attention of gathered problems, forward and backward: the arithmetic under `portable`.
 
 A CPU runs the fused kernel behind PyTorch's `scaled_dot_product_attention`, in the dtype of the inputs. Other devices
-run matrix products in fp32 (fp64 for fp64), and so do AMD processors, with the products of oneDNN: the fused kernel
-calls MKL, which is slow there. Measured on Zen 5 in fp32, 1 thread, 256 x 1100 x 64: 145 GFLOP/s against 80.
-
+run matrix products in fp32 (fp64 for fp64). AMD processors do so with oneDNN, because the fused kernel calls MKL, which
+is slow there. Measured on Zen 5 in fp32, 1 thread, 256 x 1100 x 64: 145 GFLOP/s against 80.
 
 `Rows` moves rows between tensors [H, N, ...] and the batched problems [G, H, n, ...]. The tensors lie in memory as
 [N, H, ...], so that all heads of a row move at once.
@@ -18,13 +17,14 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
-# Bytes of queries, keys and values in one call: a thread's cache on a CPU, where the kernel packs 16-bit keys of the
-# whole call first; elsewhere enough to fill a device.
+# Bytes of queries, keys and values in one call. A CPU's kernel packs 16-bit keys of the whole call first, so a thread's
+# cache bounds them; other devices need enough to be busy.
 BYTES_PER_THREAD, BYTES_ELSEWHERE = 1 << 20, 1 << 26
-# Logits in memory at a time where they are: 4 MiB in fp32 on a CPU, so that they stay in cache, and 64 MiB elsewhere.
+# Logits in memory at a time: 4 MiB in fp32 on a CPU, to stay in cache, and 64 MiB elsewhere.
 CPU_LOGITS, DEVICE_LOGITS = 1 << 20, 1 << 24
-# An fp32 product's error grows with its depth, so keys are summed in runs: of a quarter of them, within these limits.
+# An fp32 product's error grows with its depth, so keys are summed in runs of a quarter of them, within these limits.
 RUNS, SHORTEST, LONGEST = 4, 128, 512
 
 _aten = torch.ops.aten
@@ -40,8 +40,13 @@ FUSED = _linear is None or not torch.backends.mkl.is_available() or not _is_amd(
 
 
 def bytes_per_call(device: torch.device) -> int:
-    """How many bytes of queries, keys and values to compute at a time."""
+    """Bytes of queries, keys and values to compute at a time."""
     return BYTES_PER_THREAD * torch.get_num_threads() if device.type == "cpu" else BYTES_ELSEWHERE
+
+
+def logits_at_once(device: torch.device) -> int:
+    """How many logits to hold in memory at a time, where they are."""
+    return CPU_LOGITS if device.type == "cpu" else DEVICE_LOGITS
 
 
 def accumulation(dtype: torch.dtype) -> torch.dtype:
@@ -50,25 +55,20 @@ def accumulation(dtype: torch.dtype) -> torch.dtype:
 
 
 def forward(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    bias: torch.Tensor | None,
-    blind: torch.Tensor | None,
-    scale: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, blind: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
     """Attention of G problems with H heads each.
 
     Args:
-        q: [G, H, nq, D], any strides but 1 in the last dimension.
+        q: [G, H, nq, D], contiguous in the last dimension.
         k, v: [G, H, nk, D], likewise.
         bias: fp32 [nq, nk] or [G, 1, nq, nk], 0 or -inf.
-        blind: bool [nq] or [G, 1, nq], the rows that `bias` forbids wholly; None if there are none.
-        scale: factor on the logits.
+        blind: bool [nq] or [G, 1, nq], rows without an allowed key; None if there are none.
+        scale: factor of the logits.
 
     Returns:
-        Output [G, H, nq, D] in q's dtype, laid out as [G, nq, H, D], and natural-log LSE [G, H, nq] in fp32 (fp64 for
-        fp64). A blind row has output 0 and LSE -inf.
+        Output [G, H, nq, D] in q's dtype, in memory [G, nq, H, D]. Natural-log LSE [G, H, nq] in fp32 (fp64 for fp64).
+        A blind row has output 0 and LSE -inf.
     """
     wide = accumulation(q.dtype)
     if bias is not None:
@@ -92,21 +92,21 @@ def forward(
 
 
 def backward(
-    grad_out: torch.Tensor,
-    grad_lse: torch.Tensor | None,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    bias: torch.Tensor | None,
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    bias: Tensor | None,
     scale: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v.
 
-    ds = p * (dp - delta) with p = exp(logits - lse), dp = dO v' and, per row, delta = sum(dO * O) - dLSE:
-    FlashAttention (arXiv:2205.14135), Algorithm 4, with the derivative of the log-sum-exp added. `out` and `lse` may
-    come from more keys than the problem has: the gradients are then this problem's share.
+    ds = p * (dp - delta) with p = exp(logits - lse), dp = dO v' and, per row, delta = sum(dO * O) - dLSE. This is
+    FlashAttention's Algorithm 4 (arXiv:2205.14135), with the derivative of the log-sum-exp added. `out` and `lse` may
+    come from more keys than the problem has; the gradients are then this problem's share.
 
     Args:
         grad_out, out: [G, H, nq, D].
@@ -114,15 +114,15 @@ def backward(
         lse: [G, H, nq]; -inf where a query sees no key at all.
         q, k, v, bias, scale: as in `forward`.
     """
-    lse = lse.masked_fill(lse.isneginf(), float("inf"))  # such a query has weights of 0, also where the bias is -inf
+    lse = lse.masked_fill(lse.isneginf(), float("inf"))  # weights of 0, also under a bias of -inf
     if bias is not None:
         bias = bias.to(accumulation(q.dtype))
     if not _fused(q):
         return _backward_by_products(grad_out, grad_lse, q, k, v, out, lse, bias, scale)
     dim = q.shape[-1]
     if grad_lse is not None:
-        # The kernel computes delta from dO and O. Two more columns of v, of ones, add dLSE to dp: as a number in the
-        # inputs' dtype and what its rounding leaves.
+        # The kernel computes delta from dO and O. Two more columns of v, of ones, add dLSE to dp: dLSE in the inputs'
+        # dtype, and its rounding error.
         near = grad_lse.to(q.dtype)
         grad_out = torch.cat([grad_out, torch.stack([near, (grad_lse - near).to(q.dtype)], -1)], -1)
         q, k, out, v = F.pad(q, (0, 2)), F.pad(k, (0, 2)), F.pad(out, (0, 2)), F.pad(v, (0, 2), value=1.0)
@@ -132,9 +132,7 @@ def backward(
     return tuple(grad[..., :dim] for grad in grads)
 
 
-def merge(
-    out: torch.Tensor, lse: torch.Tensor, part: torch.Tensor, part_lse: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+def merge(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> tuple[Tensor, Tensor]:
     """One softmax over two sets of keys, from the softmax over each: outputs [..., D], LSE [...]."""
     total = torch.logaddexp(lse, part_lse)
     share = torch.exp(part_lse - total.masked_fill(total.isneginf(), 0.0))[..., None]
@@ -146,7 +144,7 @@ def _backward_by_products(grad_out, grad_lse, q, k, v, out, lse, bias, scale):
     grads = tuple(torch.empty_like(x, dtype=wide) for x in (q, k, v))
     for at in _problems(q):
         keys, values = (x[at].to(wide).contiguous() for x in (k, v))
-        grad_k, grad_v = (torch.zeros_like(x).mT.contiguous() for x in (keys, values))  # as the products come
+        grad_k, grad_v = (torch.zeros_like(x).mT.contiguous() for x in (keys, values))  # the layout of the products
         for rows in _row_chunks(q[at], k):
             queries, upstream, result = (x[at][..., rows, :].to(wide) for x in (q, grad_out, out))
             delta = (upstream * result).sum(-1)
@@ -154,45 +152,45 @@ def _backward_by_products(grad_out, grad_lse, q, k, v, out, lse, bias, scale):
                 delta -= grad_lse[at][..., rows]
             weights = _logits(queries, keys, _of(bias, at, rows), scale)
             weights.sub_(lse[at][..., rows, None]).exp_()
-            grad_logits = _product(upstream, values.mT).sub_(delta[..., None]).mul_(weights)
-            grads[0][at][..., rows, :] = _product(grad_logits, keys).mul_(scale)
-            grad_k += _product(queries.mT, grad_logits).mul_(scale)
-            grad_v += _product(upstream.mT, weights)
+            grad_logits = product(upstream, values.mT).sub_(delta[..., None]).mul_(weights)
+            grads[0][at][..., rows, :] = product(grad_logits, keys).mul_(scale)
+            grad_k += product(queries.mT, grad_logits).mul_(scale)
+            grad_v += product(upstream.mT, weights)
         grads[1][at], grads[2][at] = grad_k.mT, grad_v.mT
     return grads
 
 
-def _fused(x: torch.Tensor) -> bool:
+def _fused(x: Tensor) -> bool:
     return FUSED and x.device.type == "cpu"
 
 
-def _problems(q: torch.Tensor) -> Iterator[tuple]:
-    """How to index [G, H, ...]: one problem at a time on a CPU, so that it stays in cache; all at once elsewhere."""
+def _problems(q: Tensor) -> Iterator[tuple]:
+    """Indices into [G, H, ...]: one problem at a time on a CPU, to stay in cache; all at once elsewhere."""
     return itertools.product(range(q.shape[0]), range(q.shape[1])) if q.device.type == "cpu" else iter([()])
 
 
-def _of(bias: torch.Tensor | None, at: tuple, rows: slice) -> torch.Tensor | None:
+def _of(bias: Tensor | None, at: tuple, rows: slice) -> Tensor | None:
     if bias is not None and bias.ndim == 4 and at:
         bias = bias[at[0], 0]
     return None if bias is None else bias[..., rows, :]
 
 
-def _logits(q: torch.Tensor, k: torch.Tensor, bias: torch.Tensor | None, scale: float) -> torch.Tensor:
-    logits = _product(q, k.mT).mul_(scale)
+def _logits(q: Tensor, k: Tensor, bias: Tensor | None, scale: float) -> Tensor:
+    logits = product(q, k.mT).mul_(scale)
     return logits if bias is None else logits.add_(bias)
 
 
-def _weighted_sum(weights: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+def _weighted_sum(weights: Tensor, values: Tensor) -> Tensor:
     """weights @ values, in runs of keys."""
     run = min(max(-(-values.shape[-2] // RUNS), SHORTEST), LONGEST)
     first, *others = zip(weights.split(run, -1), values.split(run, -2), strict=True)
-    total = _product(*first)
+    total = product(*first)
     for part in others:
-        total.add_(_product(*part))
+        total.add_(product(*part))
     return total
 
 
-def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+def product(a: Tensor, b: Tensor) -> Tensor:
     """a @ b, where b is contiguous or the transpose of a contiguous matrix.
 
     oneDNN falls back to a loop a thousand times slower for any other strides.
@@ -202,26 +200,15 @@ def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return _linear(a.contiguous(), b.mT, None, "none", [], "")
 
 
-def _row_chunks(q: torch.Tensor, k: torch.Tensor) -> list[slice]:
-    limit = CPU_LOGITS if q.device.type == "cpu" else DEVICE_LOGITS
-    step = max(1, limit // (q[..., 0, 0].numel() * k.shape[2]))
+def _row_chunks(q: Tensor, k: Tensor) -> list[slice]:
+    step = max(1, logits_at_once(q.device) // (q[..., 0, 0].numel() * k.shape[2]))
     return [slice(start, start + step) for start in range(0, q.shape[-2], step)]
 
 
-# Where index_add_ is not atomic, in any order.
-ADDS_IN_ORDER = ("cpu",)
-
-
 class Rows:
-    """Rows of G problems, n each.
+    """Rows of G problems, n each: `index` int64 [G, n]. Consecutive rows of equally distant problems are views."""
 
-    Where the rows of every problem are consecutive, and the problems equally far apart, problems are views.
-
-    Args:
-        index: int64 [G, n].
-    """
-
-    def __init__(self, index: torch.Tensor) -> None:
+    def __init__(self, index: Tensor) -> None:
         self.index, self.shape = index, index.shape
         first = index[:, 0]
         self.start, self.step = int(first[0]), int(first[1] - first[0]) if len(index) > 1 else 0
@@ -236,18 +223,18 @@ class Rows:
         some.shape, some.start = some.index.shape, self.start + self.step * (groups.start or 0)
         return some
 
-    def _view(self, x: torch.Tensor) -> torch.Tensor:
+    def _view(self, x: Tensor) -> Tensor:
         head, row, *rest = x.stride()
         shape, offset = (self.shape[0], len(x), self.shape[1], *x.shape[2:]), self.start * row
         return x.as_strided(shape, (self.step * row, head, row, *rest), x.storage_offset() + offset)
 
-    def of(self, x: torch.Tensor) -> torch.Tensor:
+    def of(self, x: Tensor) -> Tensor:
         """Rows of x [H, N, ...] as [G, H, n, ...]."""
         if self.consecutive:
             return self._view(x)
         return x.transpose(0, 1).index_select(0, self.index.flatten()).unflatten(0, self.shape).transpose(1, 2)
 
-    def write(self, x: torch.Tensor, values: torch.Tensor) -> None:
+    def write(self, x: Tensor, values: Tensor) -> None:
         """The inverse of `of`; no row may come twice."""
         if self.consecutive:
             self._view(x).copy_(values)
@@ -255,37 +242,36 @@ class Rows:
             target, values = _words(x.transpose(0, 1)), _words(values.transpose(1, 2).flatten(0, 1))
             target.index_copy_(0, self.index.flatten(), values)
 
-    def add(self, x: torch.Tensor, values: torch.Tensor) -> None:
-        """Add values [G, H, n, ...] to their rows; a row may come more than once, and the order is fixed."""
+    def add(self, x: Tensor, values: Tensor) -> None:
+        """Add values [G, H, n, ...] to their rows in a fixed order; a row may come more than once."""
         if self.consecutive:
             for group, part in enumerate(values):
                 self[slice(group, group + 1)]._view(x)[0].add_(part)
             return
         target, values = x.transpose(0, 1), values.transpose(1, 2).flatten(0, 1).to(x.dtype)
-        if x.device.type in ADDS_IN_ORDER:
+        if x.device.type == "cpu":  # elsewhere index_add_ is atomic, in any order
             target.index_add_(0, self.index.flatten(), values)
         else:  # an accumulating index_put_ sorts
             target.index_put_((self.index.flatten(),), values, accumulate=True)
 
 
-def _words(x: torch.Tensor) -> torch.Tensor:
-    """x in words of 16 bytes, where it divides into them: PyTorch copies by words, half to three times as fast."""
-    wide = (
-        x.ndim == 3 and x.stride(2) == 1 and all(n * x.element_size() % 16 == 0 for n in (x.shape[2], *x.stride()[:2]))
-    )
-    return x.view(torch.complex128) if wide and x.storage_offset() * x.element_size() % 16 == 0 else x
+def _words(x: Tensor) -> Tensor:
+    """x in words of 16 bytes, if it divides into them: PyTorch copies words 1.5 to 3 times as fast."""
+    parts = (x.shape[-1], *x.stride()[:2], x.storage_offset())
+    wide = x.ndim == 3 and x.stride(2) == 1 and all(n * x.element_size() % 16 == 0 for n in parts)
+    return x.view(torch.complex128) if wide else x
 
 
-def rows_first(x: torch.Tensor) -> torch.Tensor:
-    """x [H, N, ...], laid out as [N, H, ...]; no copy of what is."""
+def rows_first(x: Tensor) -> Tensor:
+    """x [H, N, ...] in memory [N, H, ...], copied only if it is not."""
     return x.transpose(0, 1).contiguous().transpose(0, 1)
 
 
-def empty_output(q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """What a query that sees no key gets: output 0 [B, H, N, D], in memory [B, N, H, D], and LSE -inf [B, H, N]."""
+def empty_output(q: Tensor) -> tuple[Tensor, Tensor]:
+    """Results of queries without key: output 0 [B, H, N, D], in memory [B, N, H, D], and LSE -inf [B, H, N]."""
     return zeros_spread(q), q.new_full(q.shape[:3], float("-inf"), dtype=accumulation(q.dtype))
 
 
-def zeros_spread(x: torch.Tensor) -> torch.Tensor:
+def zeros_spread(x: Tensor) -> Tensor:
     """Zeros of the shape of x [B, H, N, D], in memory [B, N, H, D]."""
     return torch.zeros_like(x.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)

@@ -20,7 +20,7 @@ from __future__ import annotations
 import functools
 import math
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -153,20 +153,20 @@ def _compiled(key: tuple[Any, ...]) -> Callable[..., tuple[torch.Tensor, torch.T
 
 def read_codes(lists: BlockLists, geometry: Geometry) -> Codes:
     """Waits for the device if there are tables."""
-    query, key = geometry.query_order, geometry.key_order
-    indices, counts, partial, tables, _ = lists
-    if indices.ndim == 2:
-        indices, counts = indices[None, None], counts[None, None]
-        partial = None if partial is None else partial[None, None]
-    used = torch.arange(indices.shape[-1], device=indices.device) < counts[..., None]
-    codes = torch.where(_map(indices, used, key.blocks), WHOLE, ABSENT).to(torch.int32)
-    if tables is None:
+    query, key, used = geometry.query_order, geometry.key_order, lists.used
+
+    def as_map(entries: torch.Tensor) -> torch.Tensor:
+        found = lists.map(entries, key.blocks)
+        return found if found.ndim == 4 else found[None, None]
+
+    codes = torch.where(as_map(used), WHOLE, ABSENT).to(torch.int32)
+    if lists.tables is None:
         return Codes(codes, None)
-    decided = _map(indices, used if partial is None else used & partial, key.blocks)
+    decided = as_map(used if lists.partial is None else used & lists.partial)
     decided[..., query.visual_blocks :, :] = False
     decided[..., key.visual_blocks :] = False
     numbers = decided.flatten().cumsum(0, dtype=torch.int32).view_as(codes) - 1
-    return Codes(torch.where(decided, numbers, codes), _words(decided, tables, geometry))
+    return Codes(torch.where(decided, numbers, codes), _words(decided, lists.tables, geometry))
 
 
 def pack(lists: BlockLists, geometry: Geometry) -> torch.Tensor:
@@ -183,12 +183,6 @@ def split(packed: torch.Tensor, geometry: Geometry) -> Codes:
         return Codes(blocks, None)
     width = -(-geometry.block_k // WORD)
     return Codes(blocks, words.clone().view(torch.int64).view(-1, width, geometry.block_q))
-
-
-def _map(indices: torch.Tensor, used: torch.Tensor, blocks: int) -> torch.Tensor:
-    """Which blocks the used entries list: bool [..., q_blocks, blocks]; unused entries fall into a spare column."""
-    found = torch.zeros(*indices.shape[:-1], blocks + 1, dtype=torch.bool, device=indices.device)
-    return found.scatter_(-1, torch.where(used, indices.long(), blocks), True)[..., :blocks]
 
 
 @functools.lru_cache(maxsize=64)
@@ -228,12 +222,12 @@ def _words(decided: torch.Tensor, tables: torch.Tensor, geometry: Geometry) -> t
 
 def query_rows(geometry: Geometry, segments: Segments, q: torch.Tensor) -> torch.Tensor | None:
     """Row in memory of every slot of the queries: int64 [B, slots], any row for padding; None if rows are slots."""
-    order = geometry.query_order
+    order, usual = geometry.query_order, geometry.usual
     if geometry.own_queries:
-        segments = Segments()
-    if segments.visual_start is None and q.shape[2] == order.grid.tokens and _in_rows(order):
+        segments, usual = Segments(), (0, 0, 0, 0)
+    if segments.visual_start is None and q.shape[2] == order.grid.tokens and _in_rows(order, usual):
         return None
-    return _rows(order, segments, q)
+    return _rows(order, usual, segments, q)
 
 
 def key_rows(
@@ -241,9 +235,9 @@ def key_rows(
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """Rows as `query_rows`, a valid token's for slots that are no key; and which slots are keys: bool [B, slots]."""
     order, text_len = geometry.key_order, segments.text_len
-    if segments.visual_start is None and text_len is None and _in_rows(order):
+    if segments.visual_start is None and text_len is None and _in_rows(order, geometry.usual):
         return None, None
-    rows, index, grid = _rows(order, segments, k), _slots(order, k.device), order.grid
+    rows, index, grid = _rows(order, geometry.usual, segments, k), _slots(order, k.device), order.grid
     valid = (index >= 0).expand(len(k), -1)
     if text_len is not None:
         valid = valid & (index < grid.visual + grid.conditioning + text_len[:, None])
@@ -251,23 +245,22 @@ def key_rows(
     return torch.where(valid, rows, rows[:, :1]), valid
 
 
-def _in_rows(order: TokenOrder) -> bool:
-    """Whether slots are rows in memory where segments lie ``[visual | conditioning | text]``: padding is last."""
+def _in_rows(order: TokenOrder, usual: Sequence[int]) -> bool:
+    """Whether slots are rows in memory where segments begin as usual: the visual one first, and padding last."""
     grid, block = order.grid, order.block
     ends = [count for count in (grid.visual, grid.conditioning, grid.text) if count][:-1]
-    return order.tile is None and all(count % block == 0 for count in ends)
+    return order.tile is None and usual[0] == 0 and all(count % block == 0 for count in ends)
 
 
-def _rows(order: TokenOrder, segments: Segments, x: torch.Tensor) -> torch.Tensor:
-    """Rows [B, slots] of x [B, H, N, D]; the first visual one for padding."""
+def _rows(order: TokenOrder, usual: Sequence[int], segments: Segments, x: torch.Tensor) -> torch.Tensor:
+    """Rows [B, slots] of x [B, H, N, D], whose segments begin as usual if not told; for padding, the first visual."""
     grid, index = order.grid, _slots(order, x.device)
-    usual = 0, grid.visual, grid.visual + grid.conditioning
     starts = [
         x.new_full((len(x), 1), first, dtype=torch.int64) if start is None else start[:, None].long()
-        for first, start in zip(usual, segments[:3], strict=True)
+        for first, start in zip(usual[:3], segments[:3], strict=True)
     ]
     rows = starts[0] + index.clamp(min=0)
-    for first, start in zip(usual[1:], starts[1:], strict=True):
+    for first, start in zip((grid.visual, grid.visual + grid.conditioning), starts[1:], strict=True):
         rows = torch.where(index >= first, start + index - first, rows)
     return rows
 

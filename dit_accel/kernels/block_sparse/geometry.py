@@ -1,13 +1,14 @@
-"""The records of a block-sparse call: block lists, where a sequence's segments start, and the sizes of both sides.
+"""The records of a block-sparse call: block lists, the places of a sequence's segments, and the sizes of both sides.
 
 A sequence holds up to three segments: visual tokens (a grid in raster order), conditioning tokens and text tokens. The
-kernels number tokens *canonically* as ``[visual | conditioning | text]``. `Segments` says per sample where each
-segment starts in memory, so text before, behind or between the others needs no copy.
+kernels number tokens *canonically* as ``[visual | conditioning | text]``. `Segments` holds each sample's place of each
+segment in memory, so no order needs a copy.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import math
 from collections.abc import Sequence
@@ -26,14 +27,13 @@ class BlockLists(NamedTuple):
     """The key blocks that each query block visits.
 
     Attributes:
-        indices: int32 [q_blocks, width], or [B, H, q_blocks, width] for lists per head. Each key block at most once;
-            entries behind a row's count are not read.
-        counts: int32, shape of `indices` without the last dimension: how many entries of a row count.
-        partial: bool, shape of `indices`: the listed blocks in which `tables` decide pair by pair; the other blocks
-            are attended whole. None with `tables`: all of them. Needs `tables`.
+        indices: int32 [q_blocks, width], or [B, H, q_blocks, width] for lists per head: each key block at most once.
+        counts: int32, shape of `indices` without the last dimension: entries of a row that are read.
+        partial: bool, shape of `indices`: blocks in which `tables` decide pair by pair; other listed blocks are
+            attended whole. None: all, if there are tables.
         tables: int32 [words], the packed predicate over visual pairs (`masks.Mask.pack`). Pairs with a text or
             conditioning token are always allowed. None: every listed block is attended whole.
-        packed: what `api.pack` made of these lists, for an implementation that reads them in its own form.
+        packed: these lists as `api.pack` made them for an implementation.
     """
 
     indices: torch.Tensor
@@ -47,6 +47,16 @@ class BlockLists(NamedTuple):
         """Lists in which every entry counts."""
         return cls(indices, indices.new_full(indices.shape[:-1], indices.shape[-1]))
 
+    @property
+    def used(self) -> torch.Tensor:
+        """The entries that count: bool, shape of `indices`."""
+        return torch.arange(self.indices.shape[-1], device=self.indices.device) < self.counts[..., None]
+
+    def map(self, entries: torch.Tensor, blocks: int) -> torch.Tensor:
+        """The blocks that marked entries list: bool [..., q_blocks, blocks]. Other entries fall into a spare column."""
+        found = torch.zeros(*self.counts.shape, blocks + 1, dtype=torch.bool, device=self.indices.device)
+        return found.scatter_(-1, torch.where(entries, self.indices.long(), blocks), True)[..., :blocks]
+
     def to(self, device: torch.device) -> BlockLists:
         return BlockLists(*(None if x is None else x.to(device) for x in self))  # type: ignore[arg-type]
 
@@ -57,8 +67,8 @@ class Segments(NamedTuple):
     Rows in no segment are never read, and their output is 0.
 
     Attributes:
-        visual_start, conditioning_start, text_start: int32 [B], first row of the segment. None for all three:
-            ``[visual | conditioning | text]``.
+        visual_start, conditioning_start, text_start: int32 [B], first row of the segment. None for all three: where
+            `Geometry.usual` says.
         text_len: int32 [B], valid text keys from `text_start` on; None: all. The other text rows are queries only.
     """
 
@@ -68,14 +78,9 @@ class Segments(NamedTuple):
     text_len: torch.Tensor | None = None
 
     @classmethod
-    def of(cls, grid: TokenGrid, like: torch.Tensor, text_lens: torch.Tensor | None = None) -> Segments:
-        """Segments in the order of `grid` for the samples of `like` [B, ...], on its device."""
-        visual, conditioning, text = (
-            like.new_full(like.shape[:1], start, dtype=torch.int32)
-            for start in (grid.visual_start, grid.conditioning_start, grid.text_start)
-        )
-        valid = None if text_lens is None else text_lens.to(device=like.device, dtype=torch.int32)
-        return cls(visual, conditioning, text, valid)
+    def of(cls, like: torch.Tensor, text_lens: torch.Tensor | None) -> Segments:
+        """Segments of samples that all lie as `Geometry` says, with lengths of text on the device of `like`."""
+        return cls(text_len=None if text_lens is None else text_lens.to(device=like.device, dtype=torch.int32))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,6 +96,7 @@ class Geometry:
         own_queries: the queries are visual tokens in a grid of their own, from row 0; else they are the keys' tokens.
         partial_blocks: upper bound of the listed blocks that the tables decide, if the caller knows one; some
             implementations allocate memory for as many.
+        text_first: text rows lie before the others in memory, where `Segments` does not say where they lie.
     """
 
     grid: Shape
@@ -103,6 +109,7 @@ class Geometry:
     text: int
     own_queries: bool
     partial_blocks: int | None = None
+    text_first: bool = False
 
     @classmethod
     def of(cls, query_order: TokenOrder, key_order: TokenOrder, partial_blocks: int | None = None) -> Geometry:
@@ -110,7 +117,7 @@ class Geometry:
         grid = key_order.grid
         return cls(
             grid.shape, grid.shape, query_order.block, key_order.block, query_order.tile, key_order.tile,
-            grid.conditioning, grid.text, own_queries=False, partial_blocks=partial_blocks,
+            grid.conditioning, grid.text, own_queries=False, partial_blocks=partial_blocks, text_first=grid.text_first,
         )  # fmt: skip
 
     def pack(self) -> list[int]:
@@ -119,30 +126,54 @@ class Geometry:
         partial_blocks = -1 if self.partial_blocks is None else self.partial_blocks
         return [
             *self.grid, *self.query_grid, self.block_q, self.block_k, *(self.tile_q or none), *(self.tile_k or none),
-            self.conditioning, self.text, int(self.own_queries), partial_blocks,
+            self.conditioning, self.text, int(self.own_queries), partial_blocks, int(self.text_first),
         ]  # fmt: skip
 
     @classmethod
     def unpack(cls, ints: Sequence[int]) -> Geometry:
         """The inverse of `pack`."""
-        v = [int(i) for i in ints]
+        return cls._unpack(tuple(map(int, ints)))
+
+    @classmethod
+    @functools.lru_cache(maxsize=256)
+    def _unpack(cls, v: tuple[int, ...]) -> Geometry:
         grid, query_grid, tile_q, tile_k = ((v[at], v[at + 1], v[at + 2]) for at in (0, 3, 8, 11))
         tiles = tile_q if any(tile_q) else None, tile_k if any(tile_k) else None
-        return cls(grid, query_grid, v[6], v[7], *tiles, v[14], v[15], bool(v[16]), None if v[17] < 0 else v[17])
+        partial_blocks = None if v[17] < 0 else v[17]
+        return cls(grid, query_grid, v[6], v[7], *tiles, v[14], v[15], bool(v[16]), partial_blocks, bool(v[18]))
+
+    @property
+    def usual(self) -> tuple[int, int, int, int]:
+        """The first visual, conditioning and text row and the length of the text, where `Segments` does not say."""
+        keys = self.key_order.grid
+        first = self.text if self.text_first else 0
+        return first, first + keys.visual, 0 if first else keys.visual + keys.conditioning, keys.text
 
     @property
     def query_order(self) -> TokenOrder:
         """Query blocks over the canonical numbering of the queries."""
-        text, conditioning = (0, 0) if self.own_queries else (self.text, self.conditioning)
-        grid = TokenGrid(*self.query_grid, text=text, conditioning=conditioning)
-        return TokenOrder(grid, self.block_q, self.tile_q)
+        return _orders(self)[0]
 
     @property
     def key_order(self) -> TokenOrder:
         """Key blocks over the canonical numbering of the keys."""
-        return TokenOrder(
-            TokenGrid(*self.grid, text=self.text, conditioning=self.conditioning), self.block_k, self.tile_k
-        )
+        return _orders(self)[1]
+
+
+def _make_orders(geometry: Geometry) -> tuple[TokenOrder, TokenOrder]:
+    text, conditioning = geometry.text, geometry.conditioning
+    keys = TokenGrid(*geometry.grid, text=text, conditioning=conditioning)
+    if geometry.own_queries:
+        text = conditioning = 0
+    queries = TokenGrid(*geometry.query_grid, text=text, conditioning=conditioning)
+    return TokenOrder(queries, geometry.block_q, geometry.tile_q), TokenOrder(keys, geometry.block_k, geometry.tile_k)
+
+
+_kept_orders = functools.lru_cache(maxsize=256)(_make_orders)
+
+
+def _orders(geometry: Geometry) -> tuple[TokenOrder, TokenOrder]:
+    return _make_orders(geometry) if torch.compiler.is_compiling() else _kept_orders(geometry)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,8 +201,7 @@ def read_placements(geometry: Geometry, batch: int, tokens: int, segments: Segme
         DitAccelError: a segment leaves the sequence, two segments overlap, or a text length is out of range.
     """
     visual = geometry.key_order.grid.visual
-    usual = (0, visual, visual + geometry.conditioning, geometry.text)
-    columns = [[u] * batch if t is None else t.tolist() for u, t in zip(usual, segments, strict=True)]
+    columns = [[u] * batch if t is None else t.tolist() for u, t in zip(geometry.usual, segments, strict=True)]
     placements = [Placement(*row) for row in zip(*columns, strict=True)]
     for place in set(placements):
         spans = [
@@ -182,8 +212,8 @@ def read_placements(geometry: Geometry, batch: int, tokens: int, segments: Segme
         spans = sorted((start, start + count) for start, count in spans if count)
         if spans[0][0] < 0 or spans[-1][1] > tokens or any(a[1] > b[0] for a, b in itertools.pairwise(spans)):
             raise DitAccelError(
-                f"The segments of a sample must not overlap and must lie within its {tokens} keys; got {place} for "
-                f"{visual} visual, {geometry.conditioning} conditioning and {geometry.text} text tokens."
+                f"A sample's segments must lie apart and within its {tokens} keys; got {place} for {visual} visual, "
+                f"{geometry.conditioning} conditioning and {geometry.text} text tokens."
             )
         if not 0 <= place.text_len <= geometry.text:
             raise DitAccelError(f"text_len must be between 0 and text={geometry.text}, got {place.text_len}.")
@@ -191,18 +221,14 @@ def read_placements(geometry: Geometry, batch: int, tokens: int, segments: Segme
 
 
 def query_placement(geometry: Geometry, place: Placement) -> Placement:
-    """Where a sample's queries lie: as its keys do, or from row 0 if they are a grid of their own."""
+    """The place of a sample's queries: that of its keys, or row 0 if they have their own grid."""
     return Placement(0, 0, 0, 0) if geometry.own_queries else place
 
 
 def check_call(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lists: BlockLists, geometry: Geometry, segments: Segments
 ) -> None:
-    """Check what can be checked without waiting for the device.
-
-    Raises:
-        DitAccelError: a shape, dtype or device does not fit.
-    """
+    """Refuse wrong shapes, dtypes and devices, without waiting for the device."""
     _check_tensors(q, k, v)
     _check_geometry(geometry)
     _check_segments(q, k, geometry, segments)
@@ -221,7 +247,7 @@ def _check_tensors(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
     if q.dtype not in _DTYPES or not q.dtype == k.dtype == v.dtype:
         raise DitAccelError(
             "Attention needs q, k and v of one dtype among bfloat16, float16, float32 and float64, got "
-            f"{q.dtype}, {k.dtype} and {v.dtype}; cast them first."
+            f"{q.dtype}, {k.dtype} and {v.dtype}. Cast them first."
         )
     if not q.device == k.device == v.device:
         raise DitAccelError(f"q, k and v must be on one device, got {q.device}, {k.device} and {v.device}.")
@@ -238,7 +264,7 @@ def _check_geometry(geometry: Geometry) -> None:
             raise DitAccelError(f"Blocks hold at least one token, got {block}.")
         if tile is not None and math.prod(tile) != block:
             raise DitAccelError(
-                f"tile_{side}={tile} holds {math.prod(tile)} tokens but the block is {block}; they must agree."
+                f"tile_{side}={tile} holds {math.prod(tile)} tokens, but the block {block}. Make them equal."
             )
     if geometry.conditioning < 0 or geometry.text < 0:
         raise DitAccelError(f"conditioning and text must be >= 0, got {geometry.conditioning} and {geometry.text}.")
@@ -257,7 +283,7 @@ def _check_segments(q: torch.Tensor, k: torch.Tensor, geometry: Geometry, segmen
         if have < want or (have != want and not any(given)):
             raise DitAccelError(
                 f"grid {geometry.grid}, {geometry.conditioning} conditioning and {geometry.text} text tokens need "
-                f"{name} with {want} rows, got {have}; rows to be left out need the three starts."
+                f"{name} with {want} rows, got {have}. To leave rows out, give the three starts."
             )
     for name, tensor in zip(segments._fields, segments, strict=True):
         if tensor is not None and (tensor.shape != q.shape[:1] or tensor.dtype != torch.int32):
@@ -283,12 +309,12 @@ def _check_lists(q: torch.Tensor, lists: BlockLists, geometry: Geometry) -> None
             f"partial must be bool {tuple(lists.indices.shape)}, got {partial.dtype} {tuple(partial.shape)}."
         )
     if partial is not None and tables is None:
-        raise DitAccelError("partial marks blocks that the tables decide, but tables is None; give both or neither.")
+        raise DitAccelError("partial marks blocks that the tables decide, but tables is None. Give both or neither.")
     if tables is not None and (tables.ndim != 1 or tables.dtype != torch.int32):
         raise DitAccelError(f"tables must be int32 [words], got {tables.dtype} {tuple(tables.shape)}.")
     for name, tensor in zip(("kv_indices", "kv_counts", "partial", "tables"), lists[:4], strict=True):
         if tensor is not None and tensor.device != q.device:
-            raise DitAccelError(f"{name} must be on {q.device} as q is, got {tensor.device}; move the plan there.")
+            raise DitAccelError(f"{name} must be on {q.device} as q is, got {tensor.device}. Move the plan there.")
 
 
 _KIND_BAND = 1
@@ -313,12 +339,7 @@ class _Axis:
 
 
 class Predicate:
-    """Decides visual pairs from the packed tables (format: `reference.allowed_pairs`).
-
-    Args:
-        tables: int32 [words].
-        query_grid, grid: the visual grids of queries and keys.
-    """
+    """Decides visual pairs of two grids from packed tables, int32 [words] (format: `reference.allowed_pairs`)."""
 
     def __init__(self, tables: torch.Tensor, query_grid: Shape, grid: Shape) -> None:
         self.query_grid, self.grid = query_grid, grid
@@ -336,7 +357,7 @@ class Predicate:
             self.terms.append(tuple(axes))
 
     def allowed(self, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
-        """Which pairs of visual tokens are allowed: bool [G, nq, nk] for int64 raster indices q [G, nq], k [G, nk]."""
+        """The allowed pairs of visual tokens: bool [G, nq, nk] for int64 raster indices q [G, nq], k [G, nk]."""
         q_axes, k_axes = _coordinates(q, self.query_grid), _coordinates(k, self.grid)
         union = None
         for term in self.terms:

@@ -2,13 +2,11 @@
 
 Both read the same lists and the same bits of partial blocks, and the backward reads the forward's LSE. Query blocks
 have 128 tokens and key blocks 64 or 128, in raster order or in tiles of any shape.
-
-No GPU has run the kernel yet: the emulator of the tests runs its source, and it compiles for sm_90 without spills.
 """
 
 from __future__ import annotations
 
-import contextlib
+import functools
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -17,21 +15,21 @@ import torch
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from dit_accel.kernels import tuning
 from dit_accel.kernels.ahead_of_time import Build
 from dit_accel.kernels.block_sparse.geometry import BlockLists, Geometry, Segments, Shape
+from dit_accel.kernels.block_sparse.gluon_copies import KEYS
 from dit_accel.kernels.block_sparse.gluon_forward import block_sparse_gluon_fwd_kernel
-from dit_accel.kernels.block_sparse.triton import TritonCall, backward
-from dit_accel.kernels.block_sparse.triton_configs import POINTERS, TILES
-from dit_accel.kernels.block_sparse.triton_lists import order_lists, split
+from dit_accel.kernels.block_sparse.triton import RASTER, TritonCall, backward
+from dit_accel.kernels.block_sparse.triton_configs import POINTERS, TILES, Launch
 
 __all__ = ["backward", "forward"]
 
 LOG2E = math.log2(math.e)
 ROWS = 64  # of a consumer
-RASTER = (0, 0, 0)  # the tile of raster order
 ENDLESS = 0x7FFF0000  # an axis of a descriptor that bounds nothing
-KEYS_IN_FLIGHT = 384  # slots of key and of value tiles in shared memory, as many as it holds with D = 128
-LAUNCH = {"num_warps": 4, "maxnreg": 168, "enable_fp_fusion": True}  # 12 warps in all; the kernel shares registers out
+STAGES = 3  # steps of 128 keys and values in shared memory, as many as it holds with D = 128
+LAUNCH = Launch(4, STAGES, KEYS.value, registers=168)  # 12 warps in all; the kernel shares registers out
 
 
 def forward(
@@ -47,33 +45,29 @@ def forward(
 
     A tensor that the copy engine cannot address is copied, and so is q if the scale is not above 0.
     """
-    call = TritonCall(q, k, v, lists.tables, segments, geometry, scale)
-    if lists.packed is None:
-        ordered = order_lists(lists, geometry)
-        call.check_room(ordered)
-    else:
-        ordered, _ = split(lists, geometry)
+    call = TritonCall(q, k, v, lists, segments, geometry, scale)
+    ordered, (out, lse) = call.ordered(), call.room(q)
     if scale <= 0:
         q, scale = q * math.copysign(1.0, scale) if scale else torch.zeros_like(q), -scale or 1.0
     batch, heads, tokens, dim = q.shape
-    out = call.gradient_of(q)
-    lse = torch.full(q.shape[:3], -math.inf, dtype=torch.float32, device=q.device)
     tile_q, tile_k = geometry.tile_q or RASTER, geometry.tile_k or RASTER
     half = half_of(tile_q)
     sides = (q, geometry.query_grid, half, ROWS), *((x, geometry.grid, tile_k, geometry.block_k) for x in (k, v))
     descriptors, distances = zip(*(describe(*side) for side in sides), strict=True)
     (written, _) = describe(out.transpose(1, 2), geometry.query_grid, half, ROWS)
-    _, spans, words = call.masked(ordered)
-    with torch.cuda.device(q.device) if q.is_cuda else contextlib.nullcontext():
-        block_sparse_gluon_fwd_kernel[call.query_blocks, heads, batch](
-            *(descriptor for pair in (*descriptors, written) for descriptor in pair),
-            lse, ordered.entries, spans, words, *call.segments,
-            *(distance for three in distances for distance in three), abs(scale) * LOG2E,
-            *_sizes(call.key_order), *_sizes(call.query_order), call.query_order.grid.text,
+    places, spans, words = call.masked(ordered)
+    tuning.launch(
+        block_sparse_gluon_fwd_kernel, (call.query_blocks, heads, batch),
+        (
+            lse, *(descriptor for pair in (*descriptors, written) for descriptor in pair),
+            places, spans, words, *call.segments,
+            *(distance for three in distances for distance in three), scale * LOG2E,
+            *sizes(geometry.key_order), *sizes(geometry.query_order), geometry.query_order.grid.text,
             heads, tokens, call.query_blocks, lists.indices.shape[-1], int(lists.indices.ndim == 4),
             1 - call.own_queries,
-            **constants(dim, geometry.block_k, tile_q, tile_k), **LAUNCH,
-        )  # fmt: skip
+        ),
+        constants(dim, geometry.block_k, tile_q, tile_k), (LAUNCH,), (),
+    )  # fmt: skip
     return out.transpose(1, 2), lse
 
 
@@ -85,7 +79,7 @@ def constants(head_dim: int, block_k: int, tile_q: Shape, tile_k: Shape) -> dict
         "TILE_Q": tile_q,
         "HALF": half_of(tile_q),
         "TILE_K": tile_k,
-        "STAGES": KEYS_IN_FLIGHT // block_k,
+        "STAGES": STAGES,
     }
 
 
@@ -116,14 +110,21 @@ def describe(
         assert distances is not None
     row, by_batch, by_head, column = distances
     columns = (x.shape[1] - 1) * column + x.shape[3]
+    tiled, run = (TensorDescriptor(x, *box) for box in _boxes_in_rows(grid, tile, rows, x.shape[3], row, columns))
+    return (tiled, run), (by_batch, by_head, column)
+
+
+@functools.lru_cache(maxsize=256)
+def _boxes_in_rows(
+    grid: Shape, tile: Shape, rows: int, dim: int, row: int, columns: int
+) -> tuple[tuple[Any, ...], ...]:
+    """Shape, strides, box and layout of both descriptors of a tensor with rows of `columns`, `row` elements apart."""
     _, height, width = grid
-    run = [ENDLESS, ENDLESS, 1 << 30, columns], [(1 << 34) - row, row, row, 1], [1, 1, rows, x.shape[3]]
-    tiled = [ENDLESS, *grid, columns], [row, height * width * row, width * row, row, 1], [1, *tile, x.shape[3]]
-    made = [
-        TensorDescriptor(x, shape, strides, box, gl.NVMMASharedLayout(128, 16, rank=len(box)))
-        for shape, strides, box in ((run if tile == RASTER else tiled), run)
-    ]
-    return (made[0], made[1]), (by_batch, by_head, column)
+    run = [ENDLESS, ENDLESS, 1 << 30, columns], [(1 << 34) - row, row, row, 1], [1, 1, rows, dim]
+    tiled = [ENDLESS, *grid, columns], [row, height * width * row, width * row, row, 1], [1, *tile, dim]
+    return tuple(
+        (*box, gl.NVMMASharedLayout(128, 16, rank=len(box[0]))) for box in ((run if tile == RASTER else tiled), run)
+    )
 
 
 def _distances(x: torch.Tensor) -> tuple[int, int, int, int] | None:
@@ -142,7 +143,8 @@ def _distances(x: torch.Tensor) -> tuple[int, int, int, int] | None:
     return None if by_head % 8 else (row, by_batch // row, 0, by_head)
 
 
-def _sizes(order: Any) -> tuple[int, ...]:
+@functools.cache
+def sizes(order: Any) -> tuple[int, ...]:
     """What the kernel is told of one side, a `TokenOrder`."""
     grid = order.grid
     _, tiles_h, tiles_w = order.tiles
@@ -173,10 +175,10 @@ def builds(arch: int) -> Iterator[Build]:
                 *((f"{x}_{kind}", box) for x in ("q", "out") for kind, box in _boxes(half, ROWS, head_dim)),
                 *((f"{x}_{kind}", box) for x in ("k", "v") for kind, box in _boxes(tile_k, block_k, head_dim)),
             ),
-            warps=LAUNCH["num_warps"],
+            warps=LAUNCH.warps,
             stages=stages,
-            needs=2 * head_dim * (2 * ROWS + 2 * stages * block_k),
-            registers=LAUNCH["maxnreg"],
+            needs=2 * head_dim * (2 * ROWS + 2 * stages * KEYS.value),
+            registers=LAUNCH.registers,
         )
 
 

@@ -28,82 +28,24 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from dit_accel.kernels.block_sparse.triton_tokens import list_of, starts_of
+from dit_accel.kernels.block_sparse.gluon_copies import (
+    KEYS,
+    ROWS,
+    Addressed,
+    Launched,
+    Side,
+    fetch,
+    fetch_listed,
+    own_list,
+    own_query,
+    part_of,
+    place_at,
+    put,
+    steps_of,
+    whereabouts,
+)
 
-# Triton 3.9 has new names for the copies
-copy_in = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
-copy_out = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
-
-ROWS = gl.constexpr(64)  # of a consumer: what one matrix instruction of a warpgroup takes
-RUN = gl.constexpr(1 << 30)  # rows of a run's third axis
 LOG2E = gl.constexpr(1.4426950408889634)
-
-
-class Side(NamedTuple):
-    """Queries or keys: the grid, its tiles down and across, its tokens and blocks, and the conditioning tokens."""
-
-    T: Any
-    H: Any
-    W: Any
-    tiles_h: Any
-    tiles_w: Any
-    visual: Any
-    visual_blocks: Any
-    conditioning: Any
-    conditioning_blocks: Any
-
-
-class Where(NamedTuple):
-    """Where slots lie: at a corner of the grid, and as a run in a segment of `size` tokens whose first row is given."""
-
-    is_visual: Any
-    t: Any
-    h: Any
-    w: Any
-    first: Any
-    size: Any
-    place: Any
-
-
-class Addressed(NamedTuple):
-    """One head of a tensor: its descriptors, and its offset in rows and in columns."""
-
-    tile: Any
-    run: Any
-    offset: Any
-    column: Any
-
-
-class Launched(NamedTuple):
-    """What all programs are given, beside tensors."""
-
-    entries: Any
-    spans: Any
-    words: Any
-    visual_starts: Any
-    conditioning_starts: Any
-    text_starts: Any
-    text_lens: Any
-    queries: Any  # Side
-    keys: Any  # Side
-    query_text: Any
-    heads: Any
-    query_blocks: Any
-    width: Any
-    per_head: Any
-    shared_rows: Any
-
-
-class Walk(NamedTuple):
-    """A program's list (`triton_lists.OrderedLists`), and where its sample's keys begin and its text ends."""
-
-    entries: Any
-    pure: Any
-    tabled: Any
-    count: Any
-    number: Any
-    starts: Any
-    text_len: Any
 
 
 class Buffers(NamedTuple):
@@ -120,90 +62,6 @@ class Buffers(NamedTuple):
 
 
 @gluon.jit
-def whereabouts(block, starts, text, side, BLOCK: gl.constexpr, TILE: gl.constexpr):
-    """Where a block lies."""
-    visual_start, conditioning_start, text_start = starts
-    t, h, w = block, block, block
-    if TILE[1] > 0:
-        row = block // side.tiles_w
-        t, h, w = row // side.tiles_h * TILE[0], row % side.tiles_h * TILE[1], block % side.tiles_w * TILE[2]
-    behind = block - side.visual_blocks
-    is_visual = behind < 0
-    is_text = behind >= side.conditioning_blocks
-    first = gl.where(is_visual, visual_start, gl.where(is_text, text_start, conditioning_start))
-    size = gl.where(is_visual, side.visual, gl.where(is_text, text, side.conditioning))
-    place = gl.where(is_visual, block, gl.where(is_text, behind - side.conditioning_blocks, behind)) * BLOCK
-    return Where(is_visual, t, h, w, first, size, place)
-
-
-@gluon.jit
-def part_of(where, PART: gl.constexpr, TILE: gl.constexpr):
-    """Where the rows of a consumer lie: the PART-th half, in the order of slots, of a query block."""
-    t, h, w = where.t, where.h, where.w
-    if TILE[0] > 1:
-        t += PART * (TILE[0] // 2)
-    elif TILE[1] > 1:
-        h += PART * (TILE[1] // 2)
-    else:
-        w += PART * (TILE[2] // 2)
-    return Where(where.is_visual, t, h, w, where.first, where.size, where.place + PART * ROWS)
-
-
-@gluon.jit
-def fetch(x, where, bar, buffer, SLOTS: gl.constexpr, TILE: gl.constexpr, D: gl.constexpr):
-    """Start the copy of SLOTS rows of one head into a buffer [SLOTS, D]; `bar` completes when they have come."""
-    first = x.offset + where.first
-    run = (RUN, first + where.size, RUN - where.size + where.place, x.column)
-    mbarrier.expect(bar, SLOTS * D * 2)
-    if TILE[1] == 0:
-        copy_in(x.run, run, bar, buffer.reshape([1, 1, SLOTS, D]))
-    elif where.is_visual:
-        tile = (first, where.t, where.h, where.w, x.column)
-        copy_in(x.tile, tile, bar, buffer.reshape([1, TILE[0], TILE[1], TILE[2], D]))
-    else:
-        copy_in(x.run, run, bar, buffer.reshape([1, 1, SLOTS, D]))
-
-
-@gluon.jit
-def put(x, where, buffer, TILE: gl.constexpr, D: gl.constexpr):
-    """Start the copy of a consumer's buffer [ROWS, D] to its rows in memory."""
-    first = x.offset + where.first
-    run = (RUN, first + where.size, RUN - where.size + where.place, x.column)
-    if TILE[1] == 0:
-        copy_out(x.run, run, buffer.reshape([1, 1, ROWS, D]))
-    elif where.is_visual:
-        tile = (first, where.t, where.h, where.w, x.column)
-        copy_out(x.tile, tile, buffer.reshape([1, TILE[0], TILE[1], TILE[2], D]))
-    else:
-        copy_out(x.run, run, buffer.reshape([1, 1, ROWS, D]))
-
-
-@gluon.jit
-def own_query(call, TILE_Q: gl.constexpr):
-    """Where this program's query block lies."""
-    starts, _text_len = starts_of(
-        gl.program_id(2), call.visual_starts, call.conditioning_starts, call.text_starts, call.text_lens
-    )
-    visual_start, conditioning_start, text_start = starts
-    starts = (visual_start * call.shared_rows, conditioning_start, text_start)
-    # text rows, which see everything, are the last blocks: start them first
-    block = call.query_blocks - 1 - gl.program_id(0)
-    return whereabouts(block, starts, call.query_text, call.queries, 2 * ROWS, TILE_Q)
-
-
-@gluon.jit
-def own_list(call):
-    """This program's list."""
-    starts, text_len = starts_of(
-        gl.program_id(2), call.visual_starts, call.conditioning_starts, call.text_starts, call.text_lens
-    )
-    row = (gl.program_id(2) * call.heads + gl.program_id(1)) * call.per_head * call.query_blocks
-    row += call.query_blocks - 1 - gl.program_id(0)
-    entries, pure, _clean, tabled, count, number = list_of(row, call.entries, call.spans, call.width)
-    return Walk(entries, pure, tabled, count, number, starts, text_len)
-
-
-@gluon.jit
 def produce(
     q, k, v, call, buffers,
     D: gl.constexpr, BLOCK_K: gl.constexpr, TILE_Q: gl.constexpr, HALF: gl.constexpr, TILE_K: gl.constexpr,
@@ -213,16 +71,30 @@ def produce(
     where_q = own_query(call, TILE_Q)
     for part in gl.static_range(2):
         where = part_of(where_q, part, TILE_Q)
-        fetch(q, where, buffers.q_full.index(part), buffers.q.index(part), ROWS, HALF, D)
+        mbarrier.expect(buffers.q_full.index(part), ROWS * D * 2)
+        fetch(q, where, buffers.q_full.index(part), buffers.q.index(part), 0, 1, ROWS, HALF, D)
     walk = own_list(call)
-    for i in range(walk.count):
+    near = place_at(0, 0, walk, BLOCK_K)
+    far = place_at(0, KEYS // BLOCK_K - 1, walk, BLOCK_K)
+    for i in range(steps_of(walk, BLOCK_K)):
         stage = i % STAGES
         phase = i // STAGES & 1
-        where = whereabouts(gl.load(walk.entries + i), walk.starts, walk.text_len, call.keys, BLOCK_K, TILE_K)
+        next_near = place_at(i + 1, 0, walk, BLOCK_K)  # it takes longer to come than all that follows takes
+        next_far = place_at(i + 1, KEYS // BLOCK_K - 1, walk, BLOCK_K)
         mbarrier.wait(buffers.k_empty.index(stage), phase ^ 1)
-        fetch(k, where, buffers.k_full.index(stage), buffers.k.index(stage), BLOCK_K, TILE_K, D)
+        mbarrier.expect(buffers.k_full.index(stage), KEYS * D * 2)
+        for part in gl.static_range(KEYS // BLOCK_K):
+            place = near if part == 0 else far
+            buffer = buffers.k.index(stage)
+            fetch_listed(k, i, place, walk, call, buffers.k_full.index(stage), buffer, part, BLOCK_K, TILE_K, D)
         mbarrier.wait(buffers.v_empty.index(stage), phase ^ 1)
-        fetch(v, where, buffers.v_full.index(stage), buffers.v.index(stage), BLOCK_K, TILE_K, D)
+        mbarrier.expect(buffers.v_full.index(stage), KEYS * D * 2)
+        for part in gl.static_range(KEYS // BLOCK_K):
+            place = near if part == 0 else far
+            buffer = buffers.v.index(stage)
+            fetch_listed(v, i, place, walk, call, buffers.v_full.index(stage), buffer, part, BLOCK_K, TILE_K, D)
+        near = next_near
+        far = next_far
 
 
 @gluon.constexpr_function
@@ -254,37 +126,40 @@ def held(where, side, FIRST: gl.constexpr, TILE: gl.constexpr):
 
 
 @gluon.jit
-def masked(
-    scores, i, walk, call,
-    PART: gl.constexpr, BLOCK_K: gl.constexpr, TILE_K: gl.constexpr, LAYOUT: gl.constexpr,
+def words_of(
+    i, walk, call,
+    PART: gl.constexpr, HALF: gl.constexpr, BLOCK_K: gl.constexpr, TILE_K: gl.constexpr, LAYOUT: gl.constexpr,
 ):  # fmt: skip
-    """Scores [ROWS, BLOCK_K] of the list's i-th block, -inf where a pair is not allowed or a slot holds no token.
+    """Which slots of the HALF-th 64 of a step each row sees, as words: int64 [ROWS].
 
     Partial blocks have the words of `triton_predicate`, one for 64 slots of a row; others a word for all rows.
     """
-    if i >= walk.pure:
-        rows = ROWS * PART + gl.arange(0, ROWS, gl.SliceLayout(1, LAYOUT))
-        slots = gl.arange(0, BLOCK_K, gl.SliceLayout(0, LAYOUT))[None, :]
-        if i < walk.tabled:
-            number = (walk.number + i - walk.pure).to(gl.int64)
-            p_words = call.words + number * (BLOCK_K // 64 * (2 * ROWS)) + rows
-            low = gl.load(p_words)
-            high = low
-            if BLOCK_K > 64:
-                high = gl.load(p_words + 2 * ROWS)
+    SPLIT: gl.constexpr = BLOCK_K // 64  # words of a block
+    part: gl.constexpr = HALF // SPLIT
+    j = i * (KEYS // BLOCK_K) + part
+    words = gl.full([ROWS], -1, gl.int64, gl.SliceLayout(1, LAYOUT))
+    if j >= walk.pure:
+        if j < walk.tabled:
+            number = ((walk.number + j - walk.pure) * SPLIT + HALF % SPLIT).to(gl.int64)
+            rows = ROWS * PART + gl.arange(0, ROWS, gl.SliceLayout(1, LAYOUT))
+            words = gl.load(call.words + number * (2 * ROWS) + rows)
         else:
-            where = whereabouts(gl.load(walk.entries + i), walk.starts, walk.text_len, call.keys, BLOCK_K, TILE_K)
-            none = gl.zeros([ROWS], gl.int64, gl.SliceLayout(1, LAYOUT))
-            low = none + held(where, call.keys, 0, TILE_K)
-            high = low
-            if BLOCK_K > 64:
-                high = none + held(where, call.keys, 64, TILE_K)
-        word = gl.where(slots < 64, low[:, None], high[:, None])
-        half = gl.where(slots % 64 < 32, word.to(gl.int32), (word >> 32).to(gl.int32))
-        # the shift depends on the thread alone, the bit tested on the register alone
-        seen = ((half >> (slots % 8)) & (1 << (slots % 32 // 8 * 8))) != 0
-        scores = gl.where(seen, scores, float("-inf"))
-    return scores
+            block = place_at(i, part, walk, BLOCK_K)
+            where = whereabouts(block, walk.starts, walk.text_len, call.keys, BLOCK_K, TILE_K)
+            word = held(where, call.keys, HALF % SPLIT * 64, TILE_K)
+            words = gl.full([ROWS], 0, gl.int64, gl.SliceLayout(1, LAYOUT)) + gl.where(j < walk.count, word, 0)
+    return words
+
+
+@gluon.jit
+def masked(scores, low, high, LAYOUT: gl.constexpr):
+    """Scores [ROWS, KEYS], -inf where the bits of two words a row, int64 [ROWS] each, are 0."""
+    slots = gl.arange(0, KEYS, gl.SliceLayout(0, LAYOUT))[None, :]
+    word = gl.where(slots < 64, low[:, None], high[:, None])
+    half = gl.where(slots % 64 < 32, word.to(gl.int32), (word >> 32).to(gl.int32))
+    # the shift depends on the thread alone, the bit tested on the register alone
+    seen = ((half >> (slots % 8)) & (1 << (slots % 32 // 8 * 8))) != 0
+    return gl.where(seen, scores, float("-inf"))
 
 
 @gluon.jit
@@ -314,35 +189,38 @@ def rows_of_part(where, side, HALF: gl.constexpr, LAYOUT: gl.constexpr):
 
 
 @gluon.jit
-def consume(
-    out, lse, scale, call, buffers,
-    PART: gl.constexpr, D: gl.constexpr, BLOCK_K: gl.constexpr, TILE_Q: gl.constexpr, HALF: gl.constexpr,
-    TILE_K: gl.constexpr, STAGES: gl.constexpr,
+def weighted(
+    walk, scale, call, buffers,
+    PART: gl.constexpr, D: gl.constexpr, BLOCK_K: gl.constexpr, TILE_K: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """A consumer warpgroup: 64 query rows over the whole list, then their output and LSE.
+    """A consumer's 64 query rows over the whole list: output [ROWS, D] and LSE [ROWS], 0 and -inf without keys.
 
-    A block's scores are multiplied while the block before is still being summed.
+    A step's scores are multiplied while the step before is still being summed.
     """
-    S: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK_K, 16])
+    S: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, KEYS, 16])
     A: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, D, 16])
     P: gl.constexpr = gl.DotOperandLayout(0, A, 2)
-    walk = own_list(call)
+    PER_STEP: gl.constexpr = KEYS // BLOCK_K
+    steps = steps_of(walk, BLOCK_K)
     q = buffers.q.index(PART)
     acc = gl.zeros([ROWS, D], gl.float32, A)
-    zero = gl.zeros([ROWS, BLOCK_K], gl.float32, S)
+    zero = gl.zeros([ROWS, KEYS], gl.float32, S)
     peak = gl.full([ROWS], float("-inf"), gl.float32, gl.SliceLayout(1, S))
     total = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, S))
     mbarrier.wait(buffers.q_full.index(PART), 0)
-    if walk.count > 0:
+    if steps > 0:
         mbarrier.wait(buffers.k_full.index(0), 0)
         scores = warpgroup_mma(q, buffers.k.index(0).permute((1, 0)), zero, use_acc=False, is_async=True)
         scores = warpgroup_mma_wait(0, deps=(scores,))
         mbarrier.arrive(buffers.k_empty.index(0), count=1)
-        scores = masked(scores, 0, walk, call, PART, BLOCK_K, TILE_K, S)
+        if PER_STEP > walk.pure:
+            low = words_of(0, walk, call, PART, 0, BLOCK_K, TILE_K, S)
+            high = words_of(0, walk, call, PART, 1, BLOCK_K, TILE_K, S)
+            scores = masked(scores, low, high, S)
         weights, peak, total, shrink = weigh(scores, peak, total, scale)
         operand = gl.convert_layout(weights.to(q.dtype), P)
-        mbarrier.wait(buffers.k_full.index(1 % STAGES), 1 // STAGES & 1, pred=walk.count > 1)
-        for i in range(1, walk.count):
+        mbarrier.wait(buffers.k_full.index(1 % STAGES), 1 // STAGES & 1, pred=steps > 1)
+        for i in range(1, steps):
             stage = i % STAGES
             before = (i - 1) % STAGES
             after = (i + 1) % STAGES
@@ -351,28 +229,69 @@ def consume(
             summed = warpgroup_mma(operand, buffers.v.index(before), acc, is_async=True)
             scores = warpgroup_mma_wait(1, deps=(scores,))
             mbarrier.arrive(buffers.k_empty.index(stage), count=1)
-            scores = masked(scores, i, walk, call, PART, BLOCK_K, TILE_K, S)
+            if (i + 1) * PER_STEP > walk.pure:
+                low = words_of(i, walk, call, PART, 0, BLOCK_K, TILE_K, S)
+                high = words_of(i, walk, call, PART, 1, BLOCK_K, TILE_K, S)
+                scores = masked(scores, low, high, S)
             weights, peak, total, shrink = weigh(scores, peak, total, scale)
             # The branch in this wait keeps the assembler from moving the weights behind the wait for the sum
-            mbarrier.wait(buffers.k_full.index(after), (i + 1) // STAGES & 1, pred=i + 1 < walk.count)
+            mbarrier.wait(buffers.k_full.index(after), (i + 1) // STAGES & 1, pred=i + 1 < steps)
             acc, weights, total = warpgroup_mma_wait(0, deps=(summed, weights, total))
             mbarrier.arrive(buffers.v_empty.index(before), count=1)
             operand = gl.convert_layout(weights.to(q.dtype), P)
             acc = acc * gl.convert_layout(shrink, gl.SliceLayout(1, A))[:, None]
-        last = (walk.count - 1) % STAGES
-        mbarrier.wait(buffers.v_full.index(last), (walk.count - 1) // STAGES & 1)
+        last = (steps - 1) % STAGES
+        mbarrier.wait(buffers.v_full.index(last), (steps - 1) // STAGES & 1)
         summed = warpgroup_mma(operand, buffers.v.index(last), acc, is_async=True)
         acc = warpgroup_mma_wait(0, deps=(summed,))
     empty = total == 0.0
     safe = gl.where(empty, 1.0, total)
     acc = acc / gl.convert_layout(safe, gl.SliceLayout(1, A))[:, None]
+    return acc, gl.where(empty, float("-inf"), (peak + gl.log2(safe)) / LOG2E)
+
+
+@gluon.jit
+def consume(
+    out, lse, scale, call, buffers,
+    PART: gl.constexpr, D: gl.constexpr, BLOCK_K: gl.constexpr, TILE_Q: gl.constexpr, HALF: gl.constexpr,
+    TILE_K: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """A consumer warpgroup: 64 query rows over the whole list, then their output and LSE."""
+    S: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, KEYS, 16])
+    acc, row_lse = weighted(own_list(call), scale, call, buffers, PART, D, BLOCK_K, TILE_K, STAGES)
     where = part_of(own_query(call, TILE_Q), PART, TILE_Q)
     rows, valid = rows_of_part(where, call.queries, HALF, S)
-    gl.store(lse + rows, gl.where(empty, float("-inf"), (peak + gl.log2(safe)) / LOG2E), mask=valid)
+    gl.store(lse + rows, row_lse, mask=valid)
+    q = buffers.q.index(PART)
     q.store(acc.to(q.dtype))
     fence_async_shared()
     put(out, where, q, HALF, D)
     tma.store_wait(0)
+
+
+@gluon.jit
+def allocated(DTYPE: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr):
+    """The buffers of a program, their barriers ready."""
+    SHARED: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+    buffers = Buffers(
+        gl.allocate_shared_memory(DTYPE, [2, ROWS, D], SHARED),
+        gl.allocate_shared_memory(DTYPE, [STAGES, KEYS, D], SHARED),
+        gl.allocate_shared_memory(DTYPE, [STAGES, KEYS, D], SHARED),
+        gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout()),
+        gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout()),
+        gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout()),
+        gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout()),
+        gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout()),
+    )
+    for part in gl.static_range(2):
+        mbarrier.init(buffers.q_full.index(part), count=1)
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(buffers.k_full.index(stage), count=1)
+        mbarrier.init(buffers.v_full.index(stage), count=1)
+        mbarrier.init(buffers.k_empty.index(stage), count=2)
+        mbarrier.init(buffers.v_empty.index(stage), count=2)
+    fence_async_shared()
+    return buffers
 
 
 @gluon.jit(do_not_specialize=[
@@ -381,11 +300,13 @@ def consume(
     "QT", "QH", "QW", "query_tiles_h", "query_tiles_w", "query_visual", "query_visual_blocks",
     "query_conditioning", "query_conditioning_blocks",
     "query_text", "heads", "query_tokens", "query_blocks", "width", "per_head", "shared_rows",
+    "usual_visual", "usual_conditioning", "usual_text", "usual_length", "given",
 ])  # fmt: skip
 def block_sparse_gluon_fwd_kernel(
-    q_tile, q_run, k_tile, k_run, v_tile, v_run, out_tile, out_run, lse,
-    entries, spans, words,
+    lse, q_tile, q_run, k_tile, k_run, v_tile, v_run, out_tile, out_run,
+    places, spans, words,
     visual_starts, conditioning_starts, text_starts, text_lens,
+    usual_visual, usual_conditioning, usual_text, usual_length, given,
     q_batch, q_head, q_column, k_batch, k_head, k_column, v_batch, v_head, v_column,
     scale,
     T, H, W, tiles_h, tiles_w, visual, visual_blocks, conditioning, conditioning_blocks,
@@ -412,7 +333,8 @@ def block_sparse_gluon_fwd_kernel(
         query_conditioning_blocks,
     )  # fmt: skip
     call = Launched(
-        entries, spans, words, visual_starts, conditioning_starts, text_starts, text_lens, queries, keys,
+        places, spans, words, visual_starts, conditioning_starts, text_starts, text_lens,
+        (usual_visual, usual_conditioning, usual_text, usual_length), given, queries, keys,
         query_text, heads, query_blocks, width, per_head, shared_rows,
     )  # fmt: skip
     q = Addressed(q_tile, q_run, i_b * q_batch + i_h * q_head, i_h * q_column)
@@ -420,25 +342,7 @@ def block_sparse_gluon_fwd_kernel(
     v = Addressed(v_tile, v_run, i_b * v_batch + i_h * v_head, i_h * v_column)
     out = Addressed(out_tile, out_run, i_b * query_tokens, i_h * D)
     lse += (i_b * heads + i_h).to(gl.int64) * query_tokens
-    SHARED: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
-    buffers = Buffers(
-        gl.allocate_shared_memory(q_run.dtype, [2, ROWS, D], SHARED),
-        gl.allocate_shared_memory(q_run.dtype, [STAGES, BLOCK_K, D], SHARED),
-        gl.allocate_shared_memory(q_run.dtype, [STAGES, BLOCK_K, D], SHARED),
-        gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout()),
-        gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout()),
-        gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout()),
-        gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout()),
-        gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout()),
-    )
-    for part in gl.static_range(2):
-        mbarrier.init(buffers.q_full.index(part), count=1)
-    for stage in gl.static_range(STAGES):
-        mbarrier.init(buffers.k_full.index(stage), count=1)
-        mbarrier.init(buffers.v_full.index(stage), count=1)
-        mbarrier.init(buffers.k_empty.index(stage), count=2)
-        mbarrier.init(buffers.v_empty.index(stage), count=2)
-    fence_async_shared()
+    buffers = allocated(q_run.dtype, D, STAGES)
     gl.warp_specialize(
         [
             (consume, (out, lse, scale, call, buffers, 0, D, BLOCK_K, TILE_Q, HALF, TILE_K, STAGES)),

@@ -1,7 +1,7 @@
 """The custom ops behind `api`: opaque to `torch.compile`, with fake kernels for tracing and the backward.
 
-Their signatures are flat; everything else passes the records of `geometry`. Only torch is imported here. The module of
-an implementation is imported when an op runs.
+Their signatures are flat; all other code passes the records of `geometry`. An implementation's module is imported when
+an op runs.
 """
 
 from __future__ import annotations
@@ -9,34 +9,30 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from dit_accel.kernels import impls
 from dit_accel.kernels.block_sparse.geometry import BlockLists, Geometry, Segments
 
 
-def _accumulation(dtype: torch.dtype) -> torch.dtype:
-    """The type of softmax statistics and LSE."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 @torch.library.custom_op("dit_accel::block_sparse_attention", mutates_args=())
 def attention_forward(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    indices: torch.Tensor,
-    counts: torch.Tensor,
-    partial: torch.Tensor | None,
-    tables: torch.Tensor | None,
-    packed: torch.Tensor | None,
-    visual_start: torch.Tensor | None,
-    conditioning_start: torch.Tensor | None,
-    text_start: torch.Tensor | None,
-    text_len: torch.Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    indices: Tensor,
+    counts: Tensor,
+    partial: Tensor | None,
+    tables: Tensor | None,
+    packed: Tensor | None,
+    visual_start: Tensor | None,
+    conditioning_start: Tensor | None,
+    text_start: Tensor | None,
+    text_len: Tensor | None,
     geometry: Sequence[int],
     scale: float,
     impl: str,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[Tensor, Tensor]:
     """Output [B, H, Nq, D], laid out in memory as [B, Nq, H, D], and LSE [B, H, Nq]."""
     lists = BlockLists(indices, counts, partial, tables, packed)
     segments = Segments(visual_start, conditioning_start, text_start, text_len)
@@ -47,39 +43,36 @@ def attention_forward(
 def _(q, k, v, *rest):
     batch, heads, tokens, dim = q.shape
     out = q.new_empty(batch, tokens, heads, dim).transpose(1, 2)
-    return out, q.new_empty(batch, heads, tokens, dtype=_accumulation(q.dtype))
+    return out, q.new_empty(batch, heads, tokens, dtype=torch.promote_types(q.dtype, torch.float32))
 
 
 @torch.library.custom_op("dit_accel::block_sparse_attention_backward", mutates_args=())
 def attention_backward(
-    grad_out: torch.Tensor,
-    grad_lse: torch.Tensor | None,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    indices: torch.Tensor,
-    counts: torch.Tensor,
-    partial: torch.Tensor | None,
-    tables: torch.Tensor | None,
-    packed: torch.Tensor | None,
-    visual_start: torch.Tensor | None,
-    conditioning_start: torch.Tensor | None,
-    text_start: torch.Tensor | None,
-    text_len: torch.Tensor | None,
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    indices: Tensor,
+    counts: Tensor,
+    partial: Tensor | None,
+    tables: Tensor | None,
+    packed: Tensor | None,
+    visual_start: Tensor | None,
+    conditioning_start: Tensor | None,
+    text_start: Tensor | None,
+    text_len: Tensor | None,
     geometry: Sequence[int],
     scale: float,
     impl: str,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v, each laid out in memory as [B, N, H, D]."""
     lists = BlockLists(indices, counts, partial, tables, packed)
     segments = Segments(visual_start, conditioning_start, text_start, text_len)
-    return (
-        impls.named(impl)
-        .load()
-        .backward(grad_out, grad_lse, q, k, v, out, lse, lists, segments, Geometry.unpack(geometry), scale)
-    )
+    backward = impls.named(impl).load().backward
+    return backward(grad_out, grad_lse, q, k, v, out, lse, lists, segments, Geometry.unpack(geometry), scale)
 
 
 @attention_backward.register_fake

@@ -1,16 +1,18 @@
 """Block-sparse attention in PyTorch alone, on any device: listed blocks are gathered and computed, the rest skipped.
 
-Lists shared by all heads: query blocks with equal or similar lists are grouped once per plan (`prepare`). The groups of
-one size are batched into dense problems, masked only where a pair inside is forbidden. A problem whose rows are
-consecutive in memory is a view; others are gathered.
+Lists shared by all heads: query blocks with equal or similar lists are grouped once per plan (`prepare`). Groups of one
+size are batched into dense problems, masked only if they hold a forbidden pair. A problem whose rows are consecutive in
+memory is a view; others are gathered.
 
-Lists per head differ from call to call, so nothing of them is prepared or kept. Query blocks with equally long lists
-are computed in batches. Queries, keys and values are laid out once in block order, so that a listed block is one
-contiguous piece of memory. Padding slots and text that is not valid are masked, and never read.
+Lists per head differ from call to call, so nothing of them is kept. Query blocks with equally long lists are computed
+in batches. Queries, keys and values are copied once into block order, so a listed block is contiguous. Padding slots
+and invalid text are masked and never read.
 
-Memory beyond inputs and outputs: a copy of one sample's inputs where they are not [B, N, H, D] in memory, the sample's
-gradients in fp32, `GROUP_BYTES` of gathered rows (at least one head of one group), one batch's mask of at most
-`prepare.MAX_PAIRS` pairs, and what `prepare` keeps.
+Memory beyond inputs and outputs:
+
+* a copy of one sample's inputs that are not [B, N, H, D] in memory, and the sample's gradients in fp32;
+* `GROUP_BYTES` of gathered rows, or one head of one group;
+* one batch's mask of at most `prepare.MAX_PAIRS` pairs, and the masks that `prepare` keeps.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import dataclasses
 from collections.abc import Iterator
 
 import torch
+from torch import Tensor
 
 from dit_accel.kernels.block_sparse import dense
 from dit_accel.kernels.block_sparse.dense import Rows, empty_output, rows_first, zeros_spread
@@ -33,21 +36,14 @@ from dit_accel.kernels.block_sparse.geometry import (
 )
 from dit_accel.kernels.block_sparse.prepare import Batch, PreparationCache, as_bias, check_lists
 
-# Bytes of queries, keys and values of one group, above which its heads are computed in turn.
-GROUP_BYTES = 32 << 20
+GROUP_BYTES = 32 << 20  # of queries, keys and values of a group; above, its heads are computed in turn
 
 preparations = PreparationCache()
 
 
 def forward(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    lists: BlockLists,
-    segments: Segments,
-    geometry: Geometry,
-    scale: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    q: Tensor, k: Tensor, v: Tensor, lists: BlockLists, segments: Segments, geometry: Geometry, scale: float
+) -> tuple[Tensor, Tensor]:
     """Output [B, H, Nq, D], in memory [B, Nq, H, D], and LSE [B, H, Nq]."""
     places = read_placements(geometry, len(q), k.shape[2], segments)
     if lists.indices.ndim == 4:
@@ -69,18 +65,18 @@ def forward(
 
 
 def backward(
-    grad_out: torch.Tensor,
-    grad_lse: torch.Tensor | None,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
     lists: BlockLists,
     segments: Segments,
     geometry: Geometry,
     scale: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v, in memory [B, N, H, D]."""
     places = read_placements(geometry, len(q), k.shape[2], segments)
     if lists.indices.ndim == 4:
@@ -105,11 +101,11 @@ def backward(
 
 
 def _problems(
-    batches: list[Batch], geometry: Geometry, place: Placement, q: torch.Tensor
-) -> Iterator[tuple[slice, Rows, Rows, tuple[torch.Tensor | None, torch.Tensor | None], bool]]:
+    batches: list[Batch], geometry: Geometry, place: Placement, q: Tensor
+) -> Iterator[tuple[slice, Rows, Rows, tuple[Tensor | None, Tensor | None], bool]]:
     """A sample's dense problems: heads, rows of queries and keys, bias and blind rows, and `Batch.merged`.
 
-    A call holds as many groups as `dense.bytes_per_call` says, and fewer heads where one group is above `GROUP_BYTES`.
+    A problem holds groups of `dense.bytes_per_call` bytes, and fewer heads if one group is above `GROUP_BYTES`.
     """
     heads = q.shape[1]
     for batch in batches:
@@ -127,9 +123,9 @@ def _problems(
 
 
 def _forward_by_head(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
+    q: Tensor, k: Tensor, v: Tensor,
     lists: BlockLists, geometry: Geometry, places: list[Placement], scale: float,
-) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """As `forward`, with lists [B, H, q_blocks, width]."""
     out, lse = empty_output(q)
     used = check_lists(lists, geometry.key_order.blocks)
@@ -149,10 +145,10 @@ def _forward_by_head(
 
 
 def _backward_by_head(
-    grad_out: torch.Tensor, grad_lse: torch.Tensor | None,
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, lse: torch.Tensor,
+    grad_out: Tensor, grad_lse: Tensor | None,
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
     lists: BlockLists, geometry: Geometry, places: list[Placement], scale: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """As `backward`, with lists [B, H, q_blocks, width]."""
     grads = zeros_spread(q), zeros_spread(k), zeros_spread(v)
     used = check_lists(lists, geometry.key_order.blocks)
@@ -184,14 +180,14 @@ class _Side:
     """Queries or keys of one sample in block order."""
 
     block: int
-    index: torch.Tensor  # canonical token of every slot, -1 for padding and for text that is not valid
-    rows: torch.Tensor  # row in memory of every slot, 0 for those
-    valid: torch.Tensor  # bool, slots that hold a token
-    whole: bool  # all slots do
-    run: slice | None  # all slots do, and the rows are consecutive
+    index: Tensor  # canonical token of every slot; -1: padding or invalid text
+    rows: Tensor  # row in memory of every slot; 0: padding or invalid text
+    valid: Tensor  # bool, slots with a token
+    whole: bool  # whether all slots have one
+    run: slice | None  # the rows, if all slots have a token and the rows are consecutive
 
-    def blocks(self, x: torch.Tensor) -> torch.Tensor:
-        """x [H, N, D] or [H, N] as [H * blocks, block, ...], zero where no token is."""
+    def blocks(self, x: Tensor) -> Tensor:
+        """x [H, N, D] or [H, N] as [H * blocks, block, ...], zero without a token."""
         if self.run is not None:
             return x[:, self.run].contiguous().view(-1, self.block, *x.shape[2:])
         slots = x.contiguous().index_select(1, self.rows)
@@ -199,7 +195,7 @@ class _Side:
             slots.masked_fill_(~self.valid if x.ndim == 2 else ~self.valid[:, None], 0)
         return slots.view(-1, self.block, *x.shape[2:])
 
-    def write(self, x: torch.Tensor, blocks: torch.Tensor) -> None:
+    def write(self, x: Tensor, blocks: Tensor) -> None:
         """The inverse of `blocks`: write the tokens' rows into x."""
         slots = blocks.view(x.shape[0], -1, *x.shape[2:])
         if self.run is not None:
@@ -236,11 +232,11 @@ def _of_sample(lists: BlockLists, b: int) -> BlockLists:
 
 
 def _problems_by_head(
-    lists: BlockLists, used: torch.Tensor, geometry: Geometry, side_q: _Side, side_k: _Side, queries: torch.Tensor
-) -> Iterator[tuple[torch.Tensor | slice, torch.Tensor, torch.Tensor | None, torch.Tensor | None]]:
-    """Dense problems of a sample: R query blocks, key blocks [R, count], bias and blind rows as `dense.forward` wants.
+    lists: BlockLists, used: Tensor, geometry: Geometry, side_q: _Side, side_k: _Side, queries: Tensor
+) -> Iterator[tuple[Tensor | slice, Tensor, Tensor | None, Tensor | None]]:
+    """Dense problems of a sample: R query blocks, key blocks [R, count], bias and blind rows for `dense.forward`.
 
-    Blocks of queries and keys are numbered over all heads.
+    Blocks are numbered over all heads.
     """
     kv_indices, counts, partial, tables, _ = lists
     heads, _, width = kv_indices.shape
@@ -264,14 +260,11 @@ def _problems_by_head(
                     continue
                 keys, bias, blind = listed[rows, :count], None, None
                 if with_mask:
-                    allowed = side_k.valid.view(-1, geometry.block_k)[keys % geometry.key_order.blocks].flatten(1)[
-                        :, None
-                    ]
+                    valid = side_k.valid.view(-1, geometry.block_k)[keys % geometry.key_order.blocks]
+                    allowed = valid.flatten(1)[:, None]
                     if check is not None:
-                        pairs = _pairs(predicate, geometry, side_q, side_k, rows, keys)
-                        allowed = allowed & (
-                            pairs | ~check[rows, :count].repeat_interleave(geometry.block_k, 1)[:, None]
-                        )
+                        decided = check[rows, :count].repeat_interleave(geometry.block_k, 1)[:, None]
+                        allowed = allowed & (_pairs(predicate, geometry, side_q, side_k, rows, keys) | ~decided)
                     bias = as_bias(allowed).expand(-1, geometry.block_q, -1)[:, None]
                     blind = ~allowed.any(-1)[:, None]
                 first, last = int(rows[0]), int(rows[-1])
@@ -279,9 +272,9 @@ def _problems_by_head(
 
 
 def _pairs(
-    predicate: Predicate, geometry: Geometry, side_q: _Side, side_k: _Side, rows: torch.Tensor, keys: torch.Tensor
-) -> torch.Tensor:
-    """What the tables say of each pair, true where one of the two is not visual: bool [R, block_q, count * block_k]."""
+    predicate: Predicate, geometry: Geometry, side_q: _Side, side_k: _Side, rows: Tensor, keys: Tensor
+) -> Tensor:
+    """The pairs that the tables allow, and pairs with another token: bool [R, block_q, count * block_k]."""
     q = side_q.index.view(-1, geometry.block_q)[rows % geometry.query_order.blocks]
     k = side_k.index.view(-1, geometry.block_k)[keys % geometry.key_order.blocks].flatten(1)
     visual_q = (q >= 0) & (q < geometry.query_order.grid.visual)
@@ -290,6 +283,6 @@ def _pairs(
     return allowed | ~visual_q[:, :, None] | ~visual_k[:, None]
 
 
-def _pick(blocks: torch.Tensor, listed: torch.Tensor) -> torch.Tensor:
+def _pick(blocks: Tensor, listed: Tensor) -> Tensor:
     """Listed blocks [R, count] of blocks [n, block, D] as [R, 1, count * block, D]."""
     return blocks.index_select(0, listed.flatten()).view(len(listed), 1, -1, blocks.shape[2])

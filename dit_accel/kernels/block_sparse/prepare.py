@@ -1,4 +1,4 @@
-"""What depends on the block lists alone, worked out once per plan: which tokens meet which, in which batches."""
+"""Preparation of block lists, once per plan: batches of dense problems."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from dit_accel.errors import DitAccelError
@@ -17,42 +18,32 @@ from dit_accel.kernels.block_sparse.dense import Rows
 from dit_accel.kernels.block_sparse.geometry import BlockLists, Geometry, Placement, Predicate, query_placement
 
 # Costs in units of one (query, key) pair, measured with PyTorch's fused CPU kernel on 4 heads of 64, AVX-512 and AMX.
-# Packing and gathering a key cost as much as some 80 pairs in fp32 and 190 in 16 bits, but larger masks cost too: the
-# optimum over sliding windows and bands is flat between 24 and 96.
+# Packing and gathering a key costs some 80 pairs in fp32 and 190 in 16 bits. Larger masks cost too, so the optimum over
+# sliding windows and bands is flat between 24 and 96.
 KEY_COST = 64
-# Starting a problem.
-GROUP_COST = 32_768
-# What a mask adds to a pair.
-MASK_COST = 0.15
-# Merging a query's results over two sets of keys.
-MERGE_COST = 256
-# Queries of a masked problem, roughly: what a key costs that leaves a problem of more queries.
-MASKED_QUERIES = 256
-# Pairs a masked group may hold: its mask is then at most 8 MiB as fp32.
-MAX_PAIRS = 1 << 21
-# Beyond this many distinct rows the matrix of overlaps is not worth its memory, and rows are only grouped if equal.
-MAX_ROWS = 4096
+GROUP_COST = 32_768  # of starting a problem
+MASK_COST = 0.15  # of a mask, per pair
+MERGE_COST = 256  # of merging a query's results over two sets of keys
+MASKED_QUERIES = 256  # queries of a masked problem, roughly
+MAX_PAIRS = 1 << 21  # of a masked group: its mask takes at most 8 MiB in fp32
+MAX_ROWS = 4096  # with more distinct rows only equal ones are grouped: the matrix of overlaps would be too large
 
 
 class Group(NamedTuple):
     """A dense problem: query blocks over key blocks, in ascending order."""
 
     queries: list[int]
-    keys: torch.Tensor  # bool [k_blocks]
+    keys: Tensor  # bool [k_blocks]
     merged: bool  # an earlier group may hold the same queries over other keys
 
 
-def group_rows(
-    listed: torch.Tensor, whole: torch.Tensor, query_sizes: torch.Tensor, key_sizes: torch.Tensor
-) -> list[Group]:
-    """Groups that together hold each listed pair of blocks once.
+def group_rows(listed: Tensor, whole: Tensor, query_sizes: Tensor, key_sizes: Tensor) -> list[Group]:
+    """Groups that together hold each listed pair of blocks once, in the cheaper of two ways:
 
-    There are two ways, and the one with the lower estimated cost is taken:
-
-    * one group a query, over the union of its blocks' keys. Neighbours in a sliding window share most of their keys,
-      and one larger problem is cheaper than two small ones although some pairs are masked.
-    * first the keys that many queries see whole, without a mask, then the remaining keys in smaller groups: a band in
-      each of many frames beside a few whole frames.
+    * One group a query, over the union of its blocks' keys. Neighbours in a sliding window share most keys, so one
+      larger problem with a mask is cheaper than two small ones.
+    * First the keys that many queries see whole, without a mask; then the remaining keys in smaller groups. This suits
+      a few whole frames beside a band in each of many frames.
 
     Args:
         listed: bool [q_blocks, k_blocks].
@@ -60,7 +51,7 @@ def group_rows(
         query_sizes, key_sizes: valid tokens in each block, int64 [q_blocks], [k_blocks].
 
     Returns:
-        The groups; blocks without keys or tokens are in none.
+        The groups, without blocks that have no keys or tokens.
     """
     cluster = _Clustering(query_sizes.float(), key_sizes.float())
     listed = listed & (query_sizes > 0)[:, None]
@@ -77,10 +68,10 @@ def group_rows(
 class _Clustering:
     """Merges query blocks pairwise, best pairs first, as long as the estimated cost falls."""
 
-    sizes: torch.Tensor  # tokens of the query blocks
-    weights: torch.Tensor  # and of the key blocks
+    sizes: Tensor  # tokens of the query blocks
+    weights: Tensor  # and of the key blocks
 
-    def cost(self, groups: list[Group], whole: torch.Tensor) -> float:
+    def cost(self, groups: list[Group], whole: Tensor) -> float:
         total = 0.0
         for group in groups:
             keys, queries = float(self.weights[group.keys].sum()), float(self.sizes[group.queries].sum())
@@ -94,7 +85,7 @@ class _Clustering:
         keys, queries = float(self.weights[group.keys].sum()), float(self.sizes[group.queries].sum())
         return keys * queries * MASK_COST > GROUP_COST + MERGE_COST * queries
 
-    def groups(self, rows: torch.Tensor, *, common: bool) -> list[Group]:
+    def groups(self, rows: Tensor, *, common: bool) -> list[Group]:
         """Groups of query blocks whose keys are bool [q_blocks, k_blocks].
 
         Equal rows are always one group: a blocked or strided window has few distinct lists. The keys of a group are
@@ -119,12 +110,12 @@ class _Clustering:
                 sizes[one] += sizes[other]
                 kept[other] = False
 
-    def _matching(self, rows: torch.Tensor, sizes: torch.Tensor, common: bool) -> list[tuple[int, int]]:
+    def _matching(self, rows: Tensor, sizes: Tensor, common: bool) -> list[tuple[int, int]]:
         """Disjoint pairs of groups that are cheaper together, greedily from the best."""
         keys = rows @ self.weights
         shared = (rows * self.weights) @ rows.T
         if common:
-            # Keys that only one of the two sees leave the group, to be masked among fewer queries.
+            # keys that only one of the two sees leave the group, and are masked among fewer queries
             lost = (MASK_COST + KEY_COST / MASKED_QUERIES) * sizes
             gain = GROUP_COST + KEY_COST * shared - lost[:, None] * (keys[:, None] - shared) - lost * (keys - shared)
             gain[shared == 0] = 0
@@ -147,15 +138,12 @@ class _Clustering:
         return pairs
 
 
-# Bytes of masks that a preparation keeps; those beyond are evaluated anew in each call, one batch at a time.
-MASK_BYTES = 96 << 20
-# Preparations kept at most; those whose block lists have been freed go first.
-MAX_ENTRIES = 8
+MASK_BYTES = 96 << 20  # of masks that a preparation keeps; each call evaluates further ones, a batch at a time
+MAX_ENTRIES = 8  # preparations kept
 
 _EMPTY, _PARTIAL, _FULL = 0, 1, 2
 
-
-Mask = tuple[torch.Tensor | None, torch.Tensor | None]  # bias [nq, nk] and the rows that it forbids wholly, bool [nq]
+Mask = tuple[Tensor | None, Tensor | None]  # bias [nq, nk] and the rows that it forbids wholly, bool [nq]
 
 
 @dataclasses.dataclass
@@ -166,15 +154,15 @@ class Batch:
 
     Args:
         q, k: int64 [G, nq], [G, nk].
-        bias: fp32 [nq, nk], 0 or -inf, shared by the groups; None if nothing is masked, or if `evaluate` gives it.
+        bias: fp32 [nq, nk], 0 or -inf, shared by the groups; None without mask or with `evaluate`, which returns it.
         merged: an earlier batch may hold the same queries over other keys.
     """
 
-    q: torch.Tensor
-    k: torch.Tensor
-    bias: torch.Tensor | None
+    q: Tensor
+    k: Tensor
+    bias: Tensor | None
     merged: bool
-    evaluate: Callable[[], torch.Tensor] | None = None
+    evaluate: Callable[[], Tensor] | None = None
 
     def __post_init__(self) -> None:
         self._blind = None if self.bias is None else _blind(self.bias)
@@ -200,22 +188,22 @@ class Batch:
         return rows_q, rows_k, (bias, blind)
 
 
-def _blind(bias: torch.Tensor) -> torch.Tensor | None:
+def _blind(bias: Tensor) -> Tensor | None:
     blind = bias.isneginf().all(-1)
     return blind if bool(blind.any()) else None
 
 
 class _Masks:
-    """The token mask of any set of queries and keys: block by block from the lists, pair by pair from the tables."""
+    """The token mask of any set of queries and keys, from the map of blocks and the tables."""
 
-    def __init__(self, state: torch.Tensor, geometry: Geometry, tables: torch.Tensor | None) -> None:
+    def __init__(self, state: Tensor, geometry: Geometry, tables: Tensor | None) -> None:
         self.state = state  # uint8 [q_blocks, k_blocks]
         self.visual_q, self.visual_k = geometry.query_order.grid.visual, geometry.key_order.grid.visual
         self.block_of_q = block_of_token(geometry.query_order.index(), geometry.block_q)
         self.block_of_k = block_of_token(geometry.key_order.index(), geometry.block_k)
         self.predicate = None if tables is None else Predicate(tables, geometry.query_grid, geometry.grid)
 
-    def allowed(self, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor | None:
+    def allowed(self, q: Tensor, k: Tensor) -> Tensor | None:
         """Bool [nq, nk] for ascending canonical indices q [nq], k [nk]; None if all pairs are allowed."""
         blocks_q, inverse_q = self.block_of_q[q].unique(return_inverse=True)
         blocks_k, inverse_k = self.block_of_k[k].unique(return_inverse=True)
@@ -231,31 +219,30 @@ class _Masks:
         return allowed
 
 
-def as_bias(allowed: torch.Tensor) -> torch.Tensor:
+def as_bias(allowed: Tensor) -> Tensor:
     """A mask as a term of the logits: fp32, 0 or -inf."""
     return torch.zeros(allowed.shape, dtype=torch.float32, device=allowed.device).masked_fill_(~allowed, float("-inf"))
 
 
-def block_of_token(index: torch.Tensor, block: int) -> torch.Tensor:
+def block_of_token(index: Tensor, block: int) -> Tensor:
     """Block of every canonical token, int64, from the token of every slot (-1: padding)."""
     slots = (index >= 0).nonzero().squeeze(1)
     return torch.empty_like(slots).index_copy_(0, index[slots], slots // block)
 
 
-def check_lists(lists: BlockLists, key_blocks: int) -> torch.Tensor:
-    """Which entries of the lists count: bool, shape of `lists.indices`.
+def check_lists(lists: BlockLists, key_blocks: int) -> Tensor:
+    """`lists.used`, checked.
 
     Raises:
-        DitAccelError: a count is not within the width of the list, or an index not within the key blocks.
+        DitAccelError: a count is above the width of the lists, or an index not below `key_blocks`.
     """
-    kv_indices, kv_counts = lists.indices, lists.counts
+    kv_indices, kv_counts, used = lists.indices, lists.counts, lists.used
     width = kv_indices.shape[-1]
     if kv_counts.numel() and not 0 <= int(kv_counts.min()) <= int(kv_counts.max()) <= width:
         raise DitAccelError(
             f"kv_counts must be between 0 and the width {width} of kv_indices, got {int(kv_counts.min())} to "
             f"{int(kv_counts.max())}."
         )
-    used = torch.arange(width, device=kv_indices.device) < kv_counts[..., None]
     listed = kv_indices[used]
     if listed.numel() and not 0 <= int(listed.min()) <= int(listed.max()) < key_blocks:
         raise DitAccelError(
@@ -264,28 +251,24 @@ def check_lists(lists: BlockLists, key_blocks: int) -> torch.Tensor:
     return used
 
 
-def block_state(
-    kv_indices: torch.Tensor, used: torch.Tensor, partial: torch.Tensor | None, tables: torch.Tensor | None, blocks: int
-) -> torch.Tensor:
+def block_state(lists: BlockLists, used: Tensor, blocks: int) -> Tensor:
     """Lists as a map: uint8 [q_blocks, k_blocks], 0 not listed, 1 decided by the tables, 2 attended whole."""
-    value = torch.full(kv_indices.shape, _FULL if tables is None else _PARTIAL, dtype=torch.uint8)
-    if partial is not None:
-        value = torch.where(partial, _PARTIAL, _FULL).to(torch.uint8)
-    # Unused entries fall into a spare column.
-    state = torch.zeros(len(kv_indices), blocks + 1, dtype=torch.uint8)
-    return state.scatter_(-1, torch.where(used, kv_indices.long(), blocks), value)[:, :blocks]
+    state = lists.map(used, blocks).to(torch.uint8) * _FULL
+    if lists.tables is not None:
+        state -= lists.map(used if lists.partial is None else used & lists.partial, blocks).to(torch.uint8)
+    return state
 
 
 def build(lists: BlockLists, geometry: Geometry, device: torch.device) -> list[Batch]:
-    """Batches that together hold every allowed pair of the lists exactly once; the lists are on a CPU."""
+    """Batches that together hold every allowed pair of lists on a CPU exactly once."""
     q_slots = geometry.query_order.index().view(-1, geometry.block_q)
     k_slots = geometry.key_order.index().view(-1, geometry.block_k)
     used = check_lists(lists, len(k_slots))
-    state = block_state(lists.indices, used, lists.partial, lists.tables, len(k_slots))
-    left_state = state.clone()  # without what groups that are not merged hold
+    state = block_state(lists, used, len(k_slots))
+    left_state = state.clone()  # without the blocks of groups that are not merged
     masks, left_masks = (_Masks(each, geometry, lists.tables) for each in (state, left_state))
-    equal: dict[tuple, list[tuple[torch.Tensor, torch.Tensor]]] = defaultdict(list)
-    biases: dict[bytes, torch.Tensor] = {}
+    equal: dict[tuple, list[tuple[Tensor, Tensor]]] = defaultdict(list)
+    biases: dict[bytes, Tensor] = {}
     free = MASK_BYTES
     first_text = geometry.key_order.grid.visual + geometry.conditioning
     batches: list[Batch] = []
@@ -307,7 +290,7 @@ def build(lists: BlockLists, geometry: Geometry, device: torch.device) -> list[B
                 if bool(allowed.all()):
                     allowed = None
             texts = int((k >= first_text).sum())
-            # Text keys are cut off by their number, which must be the same in all groups of a batch.
+            # text keys are cut off by their number, which must be equal in all groups of a batch
             kind = texts if texts in (0, geometry.text) else (len(batches), len(equal))
             if allowed is None:
                 equal[merged, len(q), len(k), kind, b""].append((q, k))
@@ -322,18 +305,14 @@ def build(lists: BlockLists, geometry: Geometry, device: torch.device) -> list[B
                 evaluate = _evaluation(here, q, k, device)
                 batches.append(Batch(q[None].to(device), k[None].to(device), None, merged, evaluate))
     for (merged, *_, digest), members in equal.items():
-        q, k = (torch.stack(side).to(device) for side in zip(*sorted(members, key=_first), strict=True))
+        members.sort(key=lambda member: (int(member[0][0]), int(member[1][0])))
+        q, k = (torch.stack(side).to(device) for side in zip(*members, strict=True))
         batches.append(Batch(q, k, biases.get(digest), merged))
     return sorted(batches, key=lambda batch: batch.merged)
 
 
-def _first(member: tuple[torch.Tensor, torch.Tensor]) -> tuple[int, int]:
-    q, k = member
-    return int(q[0]), int(k[0])
-
-
-def _evaluation(masks: _Masks, q: torch.Tensor, k: torch.Tensor, device: torch.device) -> Callable[[], torch.Tensor]:
-    def evaluate() -> torch.Tensor:
+def _evaluation(masks: _Masks, q: Tensor, k: Tensor, device: torch.device) -> Callable[[], Tensor]:
+    def evaluate() -> Tensor:
         allowed = masks.allowed(q, k)
         assert allowed is not None  # only masked problems are evaluated
         return as_bias(allowed).to(device)
@@ -344,21 +323,21 @@ def _evaluation(masks: _Masks, q: torch.Tensor, k: torch.Tensor, device: torch.d
 @dataclasses.dataclass(eq=False)
 class _Entry:
     key: tuple
-    lists: tuple[torch.Tensor | None, ...]  # copies, on the lists' device
+    lists: tuple[Tensor | None, ...]  # copies, on the lists' device
     owner: StorageWeakRef
     batches: list[Batch]
 
 
-def _same(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
+def _same(a: Tensor | None, b: Tensor | None) -> bool:
     return a is None if b is None else a is not None and torch.equal(a, b)
 
 
 class PreparationCache:
     """Preparations by the content of the lists.
 
-    An entry is found by comparing the lists themselves, in tens of microseconds: a list changed in place or a new list
-    at a freed one's address cannot hit a stale entry, and the copies that `torch.compile` may pass do not miss theirs.
-    Entries go when the lists that they were built from are freed, and the oldest when there are too many.
+    Lists are compared by value, in tens of microseconds. So a list changed in place, or a new one at a freed one's
+    address, finds no stale entry. A copy that `torch.compile` passes finds its own. An entry is dropped when its lists
+    are freed, and the oldest one when there are too many.
     """
 
     def __init__(self) -> None:
@@ -376,7 +355,7 @@ class PreparationCache:
                     self.entries.remove(entry)
                     self.entries.append(entry)
                     return entry.batches
-            with torch.device("cpu"):  # whatever default device the caller has set
+            with torch.device("cpu"):  # whatever the caller's default device
                 batches = build(BlockLists(*lists).to(torch.device("cpu")), geometry, device)
             copies = tuple(None if t is None else t.clone() for t in lists)
             self.entries.append(_Entry(key, copies, StorageWeakRef(block_lists.indices.untyped_storage()), batches))

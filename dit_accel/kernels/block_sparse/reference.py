@@ -1,8 +1,9 @@
-"""Block-sparse attention written down as what it means: build the token mask, then softmax. This file defines right."""
+"""The definition of block-sparse attention: build the token mask, then softmax."""
 
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from dit_accel.errors import DitAccelError
 from dit_accel.kernels.block_sparse.geometry import BlockLists, Geometry, Segments, query_placement, read_placements
@@ -12,14 +13,17 @@ _KIND_BAND = 1
 _HEADER_WORDS = 8
 
 
-def allowed_pairs(tables: torch.Tensor, geometry: Geometry) -> torch.Tensor:
+def allowed_pairs(tables: Tensor, geometry: Geometry) -> Tensor:
     """The packed predicate over all visual pairs: bool [visual queries, visual keys].
 
-    `tables` is int32 [words]: word 0 holds the number of terms n, then come n headers of eight words ``[kind, off_t,
-    off_h, off_w, step_t, step_h, step_w, 0]``. Kind 0 is a product of three axis tables, each stored at its offset as
-    one (start, stop) pair per query coordinate: query i sees key j iff start <= j < stop and (j - start) % step == 0.
-    Kind 1 is a band: off_t is the offset of a radius table [query frames, key frames], and a pair is allowed iff the
-    raster positions h * W + w of the two tokens differ by less than the radius of their frames.
+    `tables` is int32 [words]. Word 0 is the number n of terms. n headers of eight words follow: ``[kind, off_t, off_h,
+    off_w, step_t, step_h, step_w, 0]``.
+
+    Kind 0 is a product of three axis tables. A table has a (start, stop) pair for each query coordinate. On an axis,
+    query i sees key j iff start <= j < stop and (j - start) % step == 0.
+
+    Kind 1 is a band. off_t is the offset of a table of radii [query frames, key frames]. A pair is allowed iff its
+    raster positions h * W + w differ by less than the radius of its frames.
     """
     words = tables.long()
     axes_q, axes_k = _coordinates(geometry.query_grid, words.device), _coordinates(geometry.grid, words.device)
@@ -39,9 +43,7 @@ def allowed_pairs(tables: torch.Tensor, geometry: Geometry) -> torch.Tensor:
     return allowed
 
 
-def _band(
-    words: torch.Tensor, offset: int, axes_q: torch.Tensor, axes_k: torch.Tensor, geometry: Geometry
-) -> torch.Tensor:
+def _band(words: Tensor, offset: int, axes_q: Tensor, axes_k: Tensor, geometry: Geometry) -> Tensor:
     frames_q, frames_k = geometry.query_grid[0], geometry.grid[0]
     radius = words[offset : offset + frames_q * frames_k].reshape(frames_q, frames_k)
     place_q = axes_q[1] * geometry.query_grid[2] + axes_q[2]
@@ -49,24 +51,21 @@ def _band(
     return (place_q[:, None] - place_k).abs() < radius[axes_q[0][:, None], axes_k[0]]
 
 
-def _coordinates(shape: tuple[int, int, int], device: torch.device) -> torch.Tensor:
+def _coordinates(shape: tuple[int, int, int], device: torch.device) -> Tensor:
     """Frame, row and column of every visual token: int64 [3, visual]."""
     return torch.cartesian_prod(*(torch.arange(n, device=device) for n in shape)).reshape(-1, 3).T
 
 
-def token_mask(lists: BlockLists, geometry: Geometry) -> torch.Tensor:
-    """Which canonical keys each canonical query sees: bool [..., queries, keys], leading dims as the lists'."""
-    kv_indices, kv_counts, partial, tables, _ = lists
-    device = kv_indices.device
-    block_of_q = _block_of_token(geometry.query_order.index(), geometry.block_q).to(device)
-    block_of_k = _block_of_token(geometry.key_order.index(), geometry.block_k).to(device)
+def token_mask(lists: BlockLists, geometry: Geometry) -> Tensor:
+    """The canonical keys that each canonical query sees: bool [..., queries, keys], leading dimensions of the lists."""
+    device, tables, used = lists.indices.device, lists.tables, lists.used
+    block_of_q = block_of_token(geometry.query_order.index(), geometry.block_q).to(device)
+    block_of_k = block_of_token(geometry.key_order.index(), geometry.block_k).to(device)
     key_blocks = geometry.key_order.blocks
-    used = torch.arange(kv_indices.shape[-1], device=device) < kv_counts[..., None]
-    listed = _mark(kv_indices, used, key_blocks)
-    mask = listed[..., block_of_q, :][..., block_of_k]
+    mask = lists.map(used, key_blocks)[..., block_of_q, :][..., block_of_k]
     if tables is not None:
-        check = used if partial is None else used & partial
-        checked = _mark(kv_indices, check, key_blocks)[..., block_of_q, :][..., block_of_k]
+        check = used if lists.partial is None else used & lists.partial
+        checked = lists.map(check, key_blocks)[..., block_of_q, :][..., block_of_k]
         allowed = torch.ones(mask.shape[-2:], dtype=torch.bool, device=device)
         pairs = allowed_pairs(tables, geometry)
         allowed[: pairs.shape[0], : pairs.shape[1]] = pairs
@@ -74,13 +73,7 @@ def token_mask(lists: BlockLists, geometry: Geometry) -> torch.Tensor:
     return mask
 
 
-def _mark(kv_indices: torch.Tensor, used: torch.Tensor, key_blocks: int) -> torch.Tensor:
-    """A list of blocks as a bitmap: bool [..., query blocks, key blocks]; unused entries fall into a spare column."""
-    bitmap = torch.zeros(*kv_indices.shape[:-1], key_blocks + 1, dtype=torch.bool, device=kv_indices.device)
-    return bitmap.scatter_(-1, torch.where(used, kv_indices.long(), key_blocks), True)[..., :key_blocks]
-
-
-def _block_of_token(index: torch.Tensor, block: int) -> torch.Tensor:
+def block_of_token(index: Tensor, block: int) -> Tensor:
     """Block number of every canonical token, from the token of every slot."""
     slots = (index >= 0).nonzero().squeeze(1)
     blocks = torch.empty(len(slots), dtype=torch.int64)
@@ -89,33 +82,27 @@ def _block_of_token(index: torch.Tensor, block: int) -> torch.Tensor:
 
 
 def forward(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    lists: BlockLists,
-    segments: Segments,
-    geometry: Geometry,
-    scale: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    q: Tensor, k: Tensor, v: Tensor, lists: BlockLists, segments: Segments, geometry: Geometry, scale: float
+) -> tuple[Tensor, Tensor]:
     """Masked dense attention by plain autograd, in fp64 for fp64 inputs and in fp32 otherwise.
 
     Args:
         q: [B, H, Nq, D].
         k, v: [B, H, Nk, D].
-        scale: factor on the logits.
+        scale: factor of the logits.
 
     Returns:
-        The output [B, H, Nq, D] in q's dtype, laid out in memory as [B, Nq, H, D], and the natural-log LSE [B, H, Nq]
-        in the dtype of the computation.
+        The output [B, H, Nq, D] in q's dtype, in memory [B, Nq, H, D]. The natural-log LSE [B, H, Nq] in the dtype of
+        the computation.
 
     Raises:
-        DitAccelError: more than 20,000 queries or keys.
+        DitAccelError: there are more than 20,000 queries or keys.
     """
     longest = max(q.shape[2], k.shape[2])
     if longest > MAX_TOKENS:
         raise DitAccelError(
-            f"impl='reference' builds a dense mask and takes at most {MAX_TOKENS} tokens, got {longest}; "
-            "use impl='portable' or 'auto'."
+            f"impl='reference' builds a dense mask and takes at most {MAX_TOKENS} tokens, got {longest}. Use "
+            "impl='portable' or 'auto'."
         )
     mask = token_mask(lists, geometry)
     high = torch.float64 if q.dtype == torch.float64 else torch.float32
@@ -126,7 +113,7 @@ def forward(
         columns = place.positions(grid_k.visual, grid_k.conditioning, grid_k.text).to(q.device)
         valid = torch.arange(len(columns), device=q.device) < grid_k.visual + grid_k.conditioning + place.text_len
         allowed = (mask[b] if mask.ndim == 4 else mask) & valid
-        # Keys nobody may see are never read: poison in them cannot reach the sums as 0 * nan.
+        # forbidden keys are never read: a NaN in them would reach the sums as 0 * nan
         logits = (q[b][:, rows].to(high) @ k[b][:, columns[valid]].to(high).transpose(-1, -2)) * scale
         logits = logits.masked_fill(~allowed[..., valid], float("-inf"))
         lse = torch.logsumexp(logits, dim=-1)

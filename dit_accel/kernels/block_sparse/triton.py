@@ -7,9 +7,10 @@ them again: all heads share them, and kept for the backward they would be stored
 
 from __future__ import annotations
 
-import contextlib
+import functools
 import math
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -28,7 +29,7 @@ from dit_accel.kernels.block_sparse.triton_configs import (
     Launch,
     fitting,
     launches,
-    words_warps,
+    words_launch,
 )
 from dit_accel.kernels.block_sparse.triton_forward import block_sparse_fwd_kernel
 from dit_accel.kernels.block_sparse.triton_lists import OrderedLists, both_ways, order_lists, split
@@ -36,9 +37,8 @@ from dit_accel.kernels.block_sparse.triton_tokens import partial_words_kernel
 
 JIT = {"forward": block_sparse_fwd_kernel, "dq": block_sparse_bwd_kernel_dq, "dkdv": block_sparse_bwd_kernel_dkdv}
 INTERPRETED = isinstance(block_sparse_fwd_kernel, InterpretedFunction)
+RASTER = (0, 0, 0)  # the tile of raster order
 WORD_PROGRAMS = 16  # programs that share a list's partial blocks
-# Triton 3.10 changes the default. The fp32 softmax is more exact with a * b + c contracted.
-FUSION = {} if INTERPRETED else {"enable_fp_fusion": True}
 
 
 def forward(
@@ -51,14 +51,8 @@ def forward(
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Output [B, H, Nq, D], laid out in memory as [B, Nq, H, D], and LSE fp32 [B, H, Nq]."""
-    call = TritonCall(q, k, v, lists.tables, segments, geometry, scale)
-    if lists.packed is None:
-        ordered = order_lists(lists, geometry)
-        call.check_room(ordered)
-    else:
-        ordered, _ = split(lists, geometry)
-    out = call.gradient_of(q)
-    lse = torch.full(q.shape[:3], -math.inf, dtype=torch.float32, device=q.device)
+    call = TritonCall(q, k, v, lists, segments, geometry, scale)
+    ordered, (out, lse) = call.ordered(), call.room(q)
     call.launch(
         "forward", (call.query_blocks, call.programs), (q, k, v, out, lse, *call.masked(ordered), *call.segments),
         call.strides(q, k, v), (*call.sizes, q.shape[1], q.shape[2], call.query_blocks, lists.indices.shape[-1]),
@@ -83,13 +77,13 @@ def backward(
     """Gradients of q, k and v, each [B, H, N, D] laid out in memory as [B, N, H, D]."""
     if grad_out.stride(-1) != 1:
         grad_out = grad_out.contiguous()
-    call = TritonCall(q, k, v, lists.tables, segments, geometry, scale, grad_out, out)
+    call = TritonCall(q, k, v, lists, segments, geometry, scale, grad_out, out)
     delta = torch.empty_like(lse)
     statistics = lse if grad_lse is None else grad_lse.contiguous(), lse, delta
 
     ordered, transposed = (both_ways if lists.packed is None else split)(lists, geometry)
     masked, per_head = call.masked(ordered), lists.indices.ndim == 4
-    dq = call.gradient_of(q)
+    dq = call.room_for(q)
     call.launch(
         "dq", (call.query_blocks, call.programs),
         (q, k, v, grad_out, out, *statistics, dq, *masked, *call.segments), call.strides(q, k, v, grad_out, out),
@@ -99,7 +93,7 @@ def backward(
 
     _, places, numbers, firsts = transposed
     numbers = places if numbers is None else numbers  # without tables no numbers are read
-    dk, dv = call.gradient_of(k), call.gradient_of(v)
+    dk, dv = call.room_for(k), call.room_for(v)
     call.launch(
         "dkdv", (call.key_blocks, call.programs),
         (q, k, v, grad_out, lse, delta, dk, dv, places, numbers, firsts, masked[-1], *call.segments),
@@ -107,6 +101,36 @@ def backward(
         (*call.sizes, q.shape[1], q.shape[2], k.shape[2], call.key_blocks), per_head=per_head,
     )  # fmt: skip
     return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
+
+
+class Fixed(NamedTuple):
+    """What the launches of a geometry share."""
+
+    query_blocks: int
+    key_blocks: int
+    query_tokens: int
+    key_tokens: int
+    sizes: tuple[int, ...]
+    blocks: dict[str, int]
+
+    @classmethod
+    @functools.lru_cache(maxsize=256)
+    def of(cls, geometry: Geometry) -> Fixed:
+        query_order, key_order = geometry.query_order, geometry.key_order
+        queries = query_order.grid
+        tiles = zip(
+            ("TILE_QT", "TILE_QH", "TILE_QW", "TILE_KT", "TILE_KH", "TILE_KW"),
+            (*(geometry.tile_q or RASTER), *(geometry.tile_k or RASTER)),
+            strict=True,
+        )
+        return cls(
+            query_order.blocks,
+            key_order.blocks,
+            queries.tokens,
+            key_order.grid.tokens,
+            (*geometry.grid, *geometry.query_grid, geometry.conditioning, queries.conditioning, queries.text),
+            {**dict(tiles), "BLOCK_Q": geometry.block_q, "BLOCK_K": geometry.block_k},
+        )
 
 
 class TritonCall:
@@ -117,31 +141,22 @@ class TritonCall:
         q: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
-        tables: torch.Tensor | None,
+        lists: BlockLists,
         segments: Segments,
         geometry: Geometry,
         scale: float,
         *others: torch.Tensor,
     ) -> None:
         """`others`: further tensors [B, H, N, D] that the kernels read."""
-        self.geometry, self.scale = geometry, scale
-        self.query_order, self.key_order = geometry.query_order, geometry.key_order
-        self.query_blocks, self.key_blocks = self.query_order.blocks, self.key_order.blocks
+        self.lists, self.geometry, self.scale = lists, geometry, scale
+        self.fixed = Fixed.of(geometry)
+        self.query_blocks, self.key_blocks, *_ = self.fixed
         self.programs = q.shape[0] * q.shape[1]
-        queries = self.query_order.grid
-        self.sizes = (*geometry.grid, *geometry.query_grid, geometry.conditioning, queries.conditioning, queries.text)
+        self.sizes = self.fixed.sizes
         self.own_queries = int(geometry.own_queries)
-        # The kernels do not write rows of no segment, nor gradients of text that is no key.
-        self.covered = all(start is None for start in segments) or (
-            segments.text_len is None and k.shape[2] == self.key_order.grid.tokens and q.shape[2] == queries.tokens
-        )
-        keys = self.key_order.grid
-        usual = (0, keys.visual, keys.visual + keys.conditioning, keys.text)
-        self.segments = tuple(
-            start if start is not None else torch.full((q.shape[0],), default, dtype=torch.int32, device=q.device)
-            for start, default in zip(segments, usual, strict=True)
-        )
-        self.tables = tables
+        given = (segments.visual_start is not None) + 2 * (segments.text_len is not None)
+        starts = (lists.counts if start is None else start for start in segments)  # what is not given is not read
+        self.segments: tuple[Any, ...] = (*starts, *geometry.usual, given)
         self.head_dim, self.dtype = q.shape[-1], q.dtype
         # In these units the compiler knows that rows are aligned, and loads 16 bytes at a time.
         unit = 16 // q.element_size()
@@ -154,21 +169,17 @@ class TritonCall:
         """Batch, head and row strides of each tensor in units of `align`."""
         return tuple(stride // self.align for x in tensors for stride in x.stride()[:3])
 
-    def blocks(self) -> dict[str, int]:
-        """The kernels' constants for block sizes and tiles."""
-        geometry = self.geometry
-        return {
-            **dict(zip(("TILE_QT", "TILE_QH", "TILE_QW"), geometry.tile_q or (0, 0, 0), strict=True)),
-            **dict(zip(("TILE_KT", "TILE_KH", "TILE_KW"), geometry.tile_k or (0, 0, 0), strict=True)),
-            "BLOCK_Q": geometry.block_q,
-            "BLOCK_K": geometry.block_k,
-        }
+    def ordered(self) -> OrderedLists:
+        """The lists in the forward's order, after an assertion that `Geometry.partial_blocks` is large enough.
 
-    def check_room(self, lists: OrderedLists) -> None:
-        """Assert that `Geometry.partial_blocks` is large enough, without waiting for the device."""
-        room = self.geometry.partial_blocks
-        if self.tables is not None and room is not None:
-            torch._assert_async(lists.partial_blocks() <= room, f"more than partial_blocks={room} blocks are partial")
+        Nothing waits for the device.
+        """
+        if self.lists.packed is not None:
+            return split(self.lists, self.geometry)[0]
+        ordered, room = order_lists(self.lists, self.geometry), self.geometry.partial_blocks
+        if self.lists.tables is not None and room is not None:
+            torch._assert_async(ordered.partial_blocks() <= room, f"more than partial_blocks={room} blocks are partial")
+        return ordered
 
     def masked(self, lists: OrderedLists) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Places and spans of the lists, and the bits of their partial blocks (see `triton_tokens`).
@@ -176,27 +187,32 @@ class TritonCall:
         The size of the bits follows from shapes or `Geometry.partial_blocks`, so nothing waits for the device.
         """
         geometry = self.geometry
-        if self.tables is None:
-            return lists.places, lists.spans, self.segments[0]  # no words are read
+        if self.lists.tables is None:
+            return lists.places, lists.spans, lists.spans.new_empty(0, dtype=torch.int64)  # no words are read
         rows, width = lists.entries.shape
         room = geometry.partial_blocks
         if room is None:
-            visual_rows = rows // self.query_blocks * self.query_order.visual_blocks
-            room = visual_rows * min(width, self.key_order.visual_blocks)
+            visual_rows = rows // self.query_blocks * geometry.query_order.visual_blocks
+            room = visual_rows * min(width, geometry.key_order.visual_blocks)
         words = lists.spans.new_empty(room, triton.cdiv(geometry.block_k, 64), geometry.block_q, dtype=torch.int64)
         if room:
-            _start(
+            tuning.launch(
                 partial_words_kernel, (rows, min(width, WORD_PROGRAMS)),
-                words, lists.entries, lists.spans, self.tables, *geometry.grid, *geometry.query_grid,
-                self.query_blocks, width, **self.blocks(), num_warps=words_warps(geometry.block_q),
+                (words, lists.entries, lists.spans, self.lists.tables, *self.sizes[:6], self.query_blocks, width),
+                self.fixed.blocks, (words_launch(geometry.block_q),), (),
             )  # fmt: skip
         return lists.places, lists.spans, words
 
-    def gradient_of(self, x: torch.Tensor) -> torch.Tensor:
-        """An output for x, [B, N, H, D], zero where no kernel writes."""
+    def room(self, q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Output [B, N, H, D] and LSE [B, H, N] for q, 0 and -inf in rows of no segment, which no kernel writes."""
+        lse = q.new_empty(q.shape[:3], dtype=torch.float32)
+        return self.room_for(q), lse if q.shape[2] == self.fixed.query_tokens else lse.fill_(-math.inf)
+
+    def room_for(self, x: torch.Tensor) -> torch.Tensor:
+        """An output for queries or keys x, [B, N, H, D], 0 in rows of no segment."""
         batch, heads, tokens, dim = x.shape
-        make = x.new_empty if self.covered else x.new_zeros
-        return make(batch, tokens, heads, dim)
+        covered = tokens == (self.fixed.query_tokens if self.geometry.own_queries else self.fixed.key_tokens)
+        return (x.new_empty if covered else x.new_zeros)(batch, tokens, heads, dim)
 
     def launch(
         self,
@@ -212,8 +228,8 @@ class TritonCall:
             "D": self.head_dim,
             "BLOCK_D": max(16, triton.next_power_of_2(self.head_dim)),
             "ALIGN": self.align,
-            **self.blocks(),
-            "HAS_TABLES": self.tables is not None,
+            **self.fixed.blocks,
+            "HAS_TABLES": self.lists.tables is not None,
             "PRECISION": "ieee",
             **flags,
         }
@@ -222,9 +238,17 @@ class TritonCall:
 
 
 def run(
-    kernel: str, programs: tuple[int, int], arguments: tuple[Any, ...], constants: dict[str, Any], itemsize: int
+    kernel: str,
+    programs: tuple[int, int],
+    arguments: tuple[Any, ...],
+    constants: dict[str, Any],
+    itemsize: int,
+    functions: Mapping[str, Any] = JIT,
 ) -> None:
     """Launch a kernel: tuned on a device, with its first candidate under the interpreter.
+
+    Args:
+        functions: the jitted functions by the kernel's names; all have the same launches.
 
     Raises:
         DitAccelError: no candidate fits the device's shared memory.
@@ -233,21 +257,22 @@ def run(
     if INTERPRETED:
         candidates: tuple[Launch, ...] = (next(launches(*sizes, 90)),)
     else:
-        major, minor = torch.cuda.get_device_capability(arguments[0].device)
-        candidates = tuple(fitting(*sizes, itemsize, 10 * major + minor))
+        candidates = _candidates(*sizes, itemsize, arguments[0].device)
         if not candidates:
             raise DitAccelError(
                 f"The {kernel} kernel for blocks of {sizes[1]} x {sizes[2]} and head dimension {constants['D']} needs "
-                f"more shared memory than compute capability {major}.{minor} has; plan smaller blocks, or use "
-                "impl='portable'."
+                f"more shared memory than {torch.cuda.get_device_name(arguments[0].device)} has; plan smaller blocks, "
+                "or use impl='portable'."
             )
-    tuning.launch(JIT[kernel], programs, arguments, constants, candidates, TUNED_BY)
+    tuning.launch(functions[kernel], programs, arguments, constants, candidates, TUNED_BY)
 
 
-def _start(kernel: Any, programs: tuple[int, int], *arguments: Any, **constants: Any) -> None:
-    """Launch a kernel that is not tuned on the device of its first argument."""
-    with contextlib.nullcontext() if INTERPRETED else torch.cuda.device(arguments[0].device):
-        kernel[programs](*arguments, **constants, **FUSION)
+@functools.cache
+def _candidates(
+    kernel: str, block_q: int, block_k: int, block_d: int, itemsize: int, device: torch.device
+) -> tuple[Launch, ...]:
+    major, minor = torch.cuda.get_device_capability(device)
+    return tuple(fitting(kernel, block_q, block_k, block_d, itemsize, 10 * major + minor))
 
 
 assert set(JIT) == set(KERNELS)

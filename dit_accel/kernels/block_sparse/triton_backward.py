@@ -9,12 +9,15 @@ import triton
 import triton.language as tl
 
 from dit_accel.kernels.block_sparse.triton_tokens import (
+    block_at,
+    held_at,
     holds,
     list_of,
     load_rows,
     load_words,
     locate,
     places_in,
+    rows_at,
     rows_of,
     starts_of,
     store_rows,
@@ -57,27 +60,33 @@ def of_queries(
     BLOCK_K: tl.constexpr = CUT[0]
     k_start, k_row = k
     v_start, v_row = v
-    list_row, pure, clean, tabled, count, number = lists
-    visual_start, conditioning_start, text_start = starts
+    list_row, pure, _clean, tabled, count, number = lists
+    visual_start = starts[0]
     T, H, W = grid
     o_d = tl.arange(0, BLOCK_D)
     m_d = o_d < D
     slot_q = tl.arange(0, BLOCK_Q)
     acc = tl.zeros([BLOCK_Q, BLOCK_D], dtype=tl.float32)
     STEPS: tl.constexpr = BLOCK_K // STEP
-    for MASKED in tl.static_range(1 + HAS_TABLES):  # visual keys without padding slots: whole blocks, then partial ones
-        for i in range(pure * STEPS * MASKED, (clean if MASKED else pure) * STEPS):
+    # Visual blocks: whole ones, then partial ones, whose padding slots have the row of another token.
+    for MASKED in tl.static_range(1 + HAS_TABLES):
+        for i in range(pure * STEPS * MASKED, (tabled if MASKED else pure) * STEPS):
             slot_k = i % STEPS * STEP
-            place_k = places_in(slot_k + tl.arange(0, STEP), H, W, CUT[2], CUT[3]).to(tl.int64)
-            p_tile_k = k_start + place_k[:, None] * k_row + o_d[None, :]
-            p_tile_v = v_start + place_k[None, :] * v_row + o_d[:, None]
-            first = (visual_start + tl.load(list_row + i // STEPS)).to(tl.int64)
-            if BLOCK_D == D:
-                b_k = tl.load(p_tile_k + first * k_row)  # [STEP, BLOCK_D]
-                b_v = tl.load(p_tile_v + first * v_row)  # [BLOCK_D, STEP]
+            place_k = places_in(slot_k + tl.arange(0, STEP), H, W, CUT[2], CUT[3])
+            first = visual_start + tl.load(list_row + i // STEPS)
+            if MASKED:
+                rows = tl.minimum(first + place_k, visual_start + T * H * W - 1).to(tl.int64)
+                p_k = k_start + rows[:, None] * k_row + o_d[None, :]
+                p_v = v_start + rows[None, :] * v_row + o_d[:, None]
             else:
-                b_k = tl.load(p_tile_k + first * k_row, mask=m_d[None, :], other=0.0)
-                b_v = tl.load(p_tile_v + first * v_row, mask=m_d[:, None], other=0.0)
+                p_k = k_start + place_k.to(tl.int64)[:, None] * k_row + o_d[None, :] + first.to(tl.int64) * k_row
+                p_v = v_start + place_k.to(tl.int64)[None, :] * v_row + o_d[:, None] + first.to(tl.int64) * v_row
+            if BLOCK_D == D:
+                b_k = tl.load(p_k)  # [STEP, BLOCK_D]
+                b_v = tl.load(p_v)  # [BLOCK_D, STEP]
+            else:
+                b_k = tl.load(p_k, mask=m_d[None, :], other=0.0)
+                b_v = tl.load(p_v, mask=m_d[:, None], other=0.0)
             exponent = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * scale - b_lse[:, None]
             if MASKED:
                 low, high = load_words(words, number + i // STEPS - pure, slot_q, slot_k, None, STEP, BLOCK_Q, BLOCK_K)
@@ -86,25 +95,25 @@ def of_queries(
             ds = tl.exp2(exponent * LOG2E) * (tl.dot(b_g, b_v, input_precision=PRECISION) - b_delta[:, None])
             acc = tl.dot(ds.to(b_k.dtype), b_k, acc, input_precision=PRECISION)
 
-    for i in range(clean * STEPS, count * STEPS):
+    for i in range(tabled * STEPS, count * STEPS):
         slot_k = i % STEPS * STEP
-        row_k, valid_k, _ = locate(
-            tl.load(list_row + i // STEPS), slot_k + tl.arange(0, STEP), visual_start, conditioning_start, text_start,
-            T, H, W, conditioning, text_len, BLOCK_K, CUT[1], CUT[2], CUT[3],
+        where = block_at(
+            tl.load(list_row + i // STEPS), starts, T, H, W, conditioning, text_len, BLOCK_K, CUT[1], CUT[2], CUT[3]
         )  # fmt: skip
-        rows = row_k.to(tl.int64)
+        rows = rows_at(where, visual_start, slot_k + tl.arange(0, STEP), H, W, CUT[2], CUT[3])
         p_k = k_start + rows[:, None] * k_row + o_d[None, :]
         p_v = v_start + rows[None, :] * v_row + o_d[:, None]
-        b_k = tl.load(p_k, mask=valid_k[:, None] & m_d[None, :], other=0.0)
-        b_v = tl.load(p_v, mask=valid_k[None, :] & m_d[:, None], other=0.0)
+        if BLOCK_D == D:
+            b_k = tl.load(p_k)
+            b_v = tl.load(p_v)
+        else:
+            b_k = tl.load(p_k, mask=m_d[None, :], other=0.0)
+            b_v = tl.load(p_v, mask=m_d[:, None], other=0.0)
+        low = held_at(where, slot_k, T, H, W, CUT[1], CUT[2], CUT[3])
+        high = held_at(where, slot_k + 64, T, H, W, CUT[1], CUT[2], CUT[3]) if STEP > 64 else low
+        seen = holds(low, high, tl.arange(0, STEP)[None, :], STEP)
         exponent = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * scale - b_lse[:, None]
-        # A padding key has logit 0, which may exceed the LSE so far that its weight becomes infinite.
-        exponent = tl.where(valid_k[None, :], exponent, float("-inf"))
-        if HAS_TABLES:
-            j = i // STEPS
-            low, high = load_words(words, number + j - pure, slot_q, slot_k, j < tabled, STEP, BLOCK_Q, BLOCK_K)
-            seen = holds(low[:, None], high[:, None], tl.arange(0, STEP)[None, :], STEP)
-            exponent = tl.where(seen, exponent, float("-inf"))
+        exponent = tl.where(seen, exponent, float("-inf"))
         ds = tl.exp2(exponent * LOG2E) * (tl.dot(b_g, b_v, input_precision=PRECISION) - b_delta[:, None])
         acc = tl.dot(ds.to(b_k.dtype), b_k, acc, input_precision=PRECISION)
     return acc
@@ -129,7 +138,7 @@ def of_keys(
     BLOCK_Q: tl.constexpr = CUT[0]
     q_start, q_row = q
     g_start, g_row = grad_out
-    visual_start, conditioning_start, text_start = starts
+    visual_start = starts[0]
     T, H, W = grid
     o_d = tl.arange(0, BLOCK_D)
     m_d = o_d < D
@@ -141,26 +150,27 @@ def of_keys(
             slot_q = i % STEPS * STEP + tl.arange(0, STEP)
             block = tl.load(places + i // STEPS)
             if BOUNDED:
-                row_q, valid_q, _raster_q = locate(
-                    block, slot_q, visual_start, conditioning_start, text_start, T, H, W,
-                    conditioning, text, BLOCK_Q, CUT[1], CUT[2], CUT[3],
-                )  # fmt: skip
-                rows_q = row_q.to(tl.int64)
-                mask_q = valid_q[:, None] & m_d
-                b_q = tl.load(q_start + rows_q[:, None] * q_row + o_d, mask=mask_q, other=0.0)  # [STEP, BLOCK_D]
-                b_g = tl.load(g_start + rows_q[:, None] * g_row + o_d, mask=mask_q, other=0.0).to(b_q.dtype)
-                b_lse, b_delta = row_statistics(lse, delta, rows_q, valid_q)
+                where = block_at(block, starts, T, H, W, conditioning, text, BLOCK_Q, CUT[1], CUT[2], CUT[3])
+                rows_q = rows_at(where, visual_start, slot_q, H, W, CUT[2], CUT[3])
+                p_q = q_start + rows_q[:, None] * q_row + o_d
+                p_g = g_start + rows_q[:, None] * g_row + o_d
             else:
                 place_q = places_in(slot_q, H, W, CUT[2], CUT[3]).to(tl.int64)
                 first = (visual_start + block).to(tl.int64)
+                rows_q = first + place_q
                 p_q = q_start + place_q[:, None] * q_row + o_d + first * q_row
                 p_g = g_start + place_q[:, None] * g_row + o_d + first * g_row
-                if BLOCK_D == D:
-                    b_q, b_g = tl.load(p_q), tl.load(p_g).to(b_k.dtype)
-                else:
-                    b_q = tl.load(p_q, mask=m_d[None, :], other=0.0)
-                    b_g = tl.load(p_g, mask=m_d[None, :], other=0.0).to(b_k.dtype)
-                b_lse, b_delta = row_statistics(lse, delta, first + place_q, None)
+            if BLOCK_D == D:
+                b_q, b_g = tl.load(p_q), tl.load(p_g).to(b_k.dtype)  # [STEP, BLOCK_D]
+            else:
+                b_q = tl.load(p_q, mask=m_d[None, :], other=0.0)
+                b_g = tl.load(p_g, mask=m_d[None, :], other=0.0).to(b_k.dtype)
+            b_lse, b_delta = row_statistics(lse, delta, rows_q, None)
+            if BOUNDED:  # padding slots get weights of 0
+                step = i % STEPS * STEP
+                low = held_at(where, step, T, H, W, CUT[1], CUT[2], CUT[3])
+                high = held_at(where, step + 64, T, H, W, CUT[1], CUT[2], CUT[3]) if STEP > 64 else low
+                b_lse = tl.where(holds(low, high, tl.arange(0, STEP), STEP), b_lse, float("inf"))
             exponent = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION) * scale - b_lse[None, :]
             if HAS_TABLES:
                 number = tl.load(numbers + i // STEPS)
@@ -175,6 +185,7 @@ def of_keys(
 
 
 @triton.jit(do_not_specialize=[
+    "usual_visual", "usual_conditioning", "usual_text", "usual_length", "given",
     "q_batch", "q_head", "q_row", "k_batch", "k_head", "k_row", "v_batch", "v_head", "v_row",
     "g_batch", "g_head", "g_row", "o_batch", "o_head", "o_row",
     "T", "H", "W", "QT", "QH", "QW", "conditioning", "query_conditioning", "query_text",
@@ -184,6 +195,7 @@ def block_sparse_bwd_kernel_dq(
     q, k, v, grad_out, out, grad_lse, lse, delta, dq,
     places, spans, words,
     visual_starts, conditioning_starts, text_starts, text_lens,
+    usual_visual, usual_conditioning, usual_text, usual_length, given,
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
     g_batch, g_head, g_row, o_batch, o_head, o_row,
     scale,
@@ -201,7 +213,10 @@ def block_sparse_bwd_kernel_dq(
     """
     i_q = query_blocks - 1 - tl.program_id(0)
     i_bh = tl.program_id(1)
-    starts, text_len = starts_of(i_bh // heads, visual_starts, conditioning_starts, text_starts, text_lens)
+    starts, text_len = starts_of(
+        i_bh // heads, visual_starts, conditioning_starts, text_starts, text_lens,
+        (usual_visual, usual_conditioning, usual_text, usual_length), given,
+    )  # fmt: skip
     visual_start, conditioning_start, text_start = starts
     slot_q = tl.arange(0, BLOCK_Q)
     rows, valid, _raster = locate(
@@ -234,6 +249,7 @@ def block_sparse_bwd_kernel_dq(
 
 
 @triton.jit(do_not_specialize=[
+    "usual_visual", "usual_conditioning", "usual_text", "usual_length", "given",
     "q_batch", "q_head", "q_row", "k_batch", "k_head", "k_row", "v_batch", "v_head", "v_row",
     "g_batch", "g_head", "g_row",
     "T", "H", "W", "QT", "QH", "QW", "conditioning", "query_conditioning", "query_text",
@@ -243,6 +259,7 @@ def block_sparse_bwd_kernel_dkdv(
     q, k, v, grad_out, lse, delta, dk, dv,
     places, numbers, firsts, words,
     visual_starts, conditioning_starts, text_starts, text_lens,
+    usual_visual, usual_conditioning, usual_text, usual_length, given,
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row, g_batch, g_head, g_row,
     scale,
     T, H, W, QT, QH, QW, conditioning, query_conditioning, query_text,
@@ -259,7 +276,10 @@ def block_sparse_bwd_kernel_dkdv(
     """
     i_k = key_blocks - 1 - tl.program_id(0)
     i_bh = tl.program_id(1)
-    starts, text_len = starts_of(i_bh // heads, visual_starts, conditioning_starts, text_starts, text_lens)
+    starts, text_len = starts_of(
+        i_bh // heads, visual_starts, conditioning_starts, text_starts, text_lens,
+        (usual_visual, usual_conditioning, usual_text, usual_length), given,
+    )  # fmt: skip
     visual_start, conditioning_start, text_start = starts
     slot_k = tl.arange(0, BLOCK_K)
     rows, valid, _raster = locate(
@@ -280,10 +300,11 @@ def block_sparse_bwd_kernel_dkdv(
         D, BLOCK_D, BLOCK_K, BLOCK_K, CUT, STEP, HAS_TABLES, PRECISION,
     )  # fmt: skip
 
-    # Recomputed, as in the dq kernel.
-    rows, valid, _raster = locate(
+    # Recomputed, as in the dq kernel. Text that is no key has gradients of 0.
+    rows, there, _raster = locate(
         tl.num_programs(0) - 1 - tl.program_id(0), slot_k, visual_start, conditioning_start, text_start, T, H, W,
-        conditioning, text_len, BLOCK_K, TILE_KT, TILE_KH, TILE_KW,
+        conditioning, usual_length, BLOCK_K, TILE_KT, TILE_KH, TILE_KW,
     )  # fmt: skip
-    store_rows(dk, rows, valid, b_dk * scale, heads, key_tokens, D, BLOCK_D)
-    store_rows(dv, rows, valid, b_dv, heads, key_tokens, D, BLOCK_D)
+    valid = there & ((rows < text_start + text_len) | (rows >= text_start + usual_length))
+    store_rows(dk, rows, there, tl.where(valid[:, None], b_dk * scale, 0.0), heads, key_tokens, D, BLOCK_D)
+    store_rows(dv, rows, there, tl.where(valid[:, None], b_dv, 0.0), heads, key_tokens, D, BLOCK_D)

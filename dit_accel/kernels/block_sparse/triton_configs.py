@@ -21,11 +21,16 @@ class Launch:
     Args:
         warps, stages: warps of a program, and tiles in flight in its loop.
         step: rows of a listed block that are taken at a time: keys, and query rows for dk and dv.
+        registers: most that a thread gets at the launch; None: the compiler decides.
     """
 
     warps: int
     stages: int
     step: int
+    registers: int | None = None
+
+
+STAGES = 3  # Triton's own, for a kernel without a pipelined loop
 
 
 def launches(kernel: str, block_q: int, block_k: int, block_d: int, capability: int) -> Iterator[Launch]:
@@ -56,9 +61,9 @@ def launches(kernel: str, block_q: int, block_k: int, block_d: int, capability: 
     yield from (Launch(warps, stages, step) for stages in range(most, 0, -1))
 
 
-def words_warps(block_q: int) -> int:
-    """Warps of the kernel that writes the bits of partial blocks: a thread for each query."""
-    return max(1, block_q // 32)
+def words_launch(block_q: int) -> Launch:
+    """Of the kernel that writes the bits of partial blocks: a thread for each query."""
+    return Launch(max(1, block_q // 32), STAGES, block_q)
 
 
 def shared_bytes(kernel: str, launch: Launch, block_q: int, block_k: int, block_d: int, itemsize: int) -> int:
@@ -96,7 +101,6 @@ TILES = {64: (1, 8, 8), 128: (2, 8, 8)}
 # Bytes that a build may spill, by kernel, architecture, blocks and head dimension. Its loops are shorter than those of
 # a build without spills (benchmarks/LOG.md, "Rows located again").
 SPILLS = {("dkdv", 120, 128, 128, 128): 32}
-STAGES = 3  # Triton's own, for a kernel without a pipelined loop
 DATA = ("q", "k", "v", "out", "grad_out", "dq", "dk", "dv")
 INTEGERS = ("entries", "places", "spans", "numbers", "firsts", "tables")
 STARTS = ("visual_starts", "conditioning_starts", "text_starts", "text_lens")
@@ -123,7 +127,7 @@ def builds(arch: int) -> Iterator[Build]:
                 function="dit_accel.kernels.block_sparse.triton_tokens:partial_words_kernel",
                 constants=tuple(_blocks(block_q, block_k, tiled).items()),
                 pointers=POINTERS,
-                warps=words_warps(block_q),
+                warps=words_launch(block_q).warps,
                 stages=STAGES,
                 needs=0,
                 dots=False,

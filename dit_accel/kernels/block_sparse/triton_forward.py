@@ -6,12 +6,15 @@ import triton
 import triton.language as tl
 
 from dit_accel.kernels.block_sparse.triton_tokens import (
+    block_at,
+    held_at,
     holds,
     list_of,
     load_rows,
     load_words,
     locate,
     places_in,
+    rows_at,
     rows_of,
     starts_of,
     store_rows,
@@ -56,8 +59,8 @@ def attend_lists(
     STEPS: tl.constexpr = BLOCK_K // STEP
     k_start, k_row = k
     v_start, v_row = v
-    list_row, pure, clean, tabled, count, number = lists
-    visual_start, conditioning_start, text_start = starts
+    list_row, pure, _clean, tabled, count, number = lists
+    visual_start = starts[0]
     T, H, W = grid
     o_d = tl.arange(0, BLOCK_D)
     m_d = o_d < D
@@ -65,19 +68,25 @@ def attend_lists(
     acc = tl.zeros([BLOCK_Q, BLOCK_D], dtype=tl.float32)
     peak = tl.full([BLOCK_Q], float("-inf"), dtype=tl.float32)
     total = tl.zeros([BLOCK_Q], dtype=tl.float32)
-    for MASKED in tl.static_range(1 + HAS_TABLES):  # visual keys without padding slots: whole blocks, then partial ones
-        for i in range(pure * STEPS * MASKED, (clean if MASKED else pure) * STEPS):
+    # Visual blocks: whole ones, then partial ones, whose padding slots have the row of another token.
+    for MASKED in tl.static_range(1 + HAS_TABLES):
+        for i in range(pure * STEPS * MASKED, (tabled if MASKED else pure) * STEPS):
             slot_k = i % STEPS * STEP
-            place_k = places_in(slot_k + tl.arange(0, STEP), H, W, CUT[2], CUT[3]).to(tl.int64)
-            p_tile_k = k_start + place_k[None, :] * k_row + o_d[:, None]
-            p_tile_v = v_start + place_k[:, None] * v_row + o_d[None, :]
-            first = (visual_start + tl.load(list_row + i // STEPS)).to(tl.int64)
-            if BLOCK_D == D:
-                b_k = tl.load(p_tile_k + first * k_row)  # [BLOCK_D, STEP]
-                b_v = tl.load(p_tile_v + first * v_row)  # [STEP, BLOCK_D]
+            place_k = places_in(slot_k + tl.arange(0, STEP), H, W, CUT[2], CUT[3])
+            first = visual_start + tl.load(list_row + i // STEPS)
+            if MASKED:
+                rows = tl.minimum(first + place_k, visual_start + T * H * W - 1).to(tl.int64)
+                p_k = k_start + rows[None, :] * k_row + o_d[:, None]
+                p_v = v_start + rows[:, None] * v_row + o_d[None, :]
             else:
-                b_k = tl.load(p_tile_k + first * k_row, mask=m_d[:, None], other=0.0)
-                b_v = tl.load(p_tile_v + first * v_row, mask=m_d[None, :], other=0.0)
+                p_k = k_start + place_k.to(tl.int64)[None, :] * k_row + o_d[:, None] + first.to(tl.int64) * k_row
+                p_v = v_start + place_k.to(tl.int64)[:, None] * v_row + o_d[None, :] + first.to(tl.int64) * v_row
+            if BLOCK_D == D:
+                b_k = tl.load(p_k)  # [BLOCK_D, STEP]
+                b_v = tl.load(p_v)  # [STEP, BLOCK_D]
+            else:
+                b_k = tl.load(p_k, mask=m_d[:, None], other=0.0)
+                b_v = tl.load(p_v, mask=m_d[None, :], other=0.0)
             scores = tl.dot(b_q, b_k, input_precision=PRECISION)
             if MASKED:
                 low, high = load_words(words, number + i // STEPS - pure, slot_q, slot_k, None, STEP, BLOCK_Q, BLOCK_K)
@@ -85,24 +94,24 @@ def attend_lists(
                 scores = tl.where(seen, scores, float("-inf"))
             acc, peak, total = absorb(acc, peak, total, scores, scale, b_v, PRECISION)
 
-    for i in range(clean * STEPS, count * STEPS):
+    for i in range(tabled * STEPS, count * STEPS):
         slot_k = i % STEPS * STEP
-        row_k, valid_k, _ = locate(
-            tl.load(list_row + i // STEPS), slot_k + tl.arange(0, STEP), visual_start, conditioning_start, text_start,
-            T, H, W, conditioning, text_len, BLOCK_K, CUT[1], CUT[2], CUT[3],
+        where = block_at(
+            tl.load(list_row + i // STEPS), starts, T, H, W, conditioning, text_len, BLOCK_K, CUT[1], CUT[2], CUT[3]
         )  # fmt: skip
-        rows = row_k.to(tl.int64)
+        rows = rows_at(where, visual_start, slot_k + tl.arange(0, STEP), H, W, CUT[2], CUT[3])
         p_k = k_start + rows[None, :] * k_row + o_d[:, None]
         p_v = v_start + rows[:, None] * v_row + o_d[None, :]
-        b_k = tl.load(p_k, mask=valid_k[None, :] & m_d[:, None], other=0.0)
-        b_v = tl.load(p_v, mask=valid_k[:, None] & m_d[None, :], other=0.0)
-        scores = tl.dot(b_q, b_k, input_precision=PRECISION)
-        scores = tl.where(valid_k[None, :], scores, float("-inf"))
-        if HAS_TABLES:
-            j = i // STEPS
-            low, high = load_words(words, number + j - pure, slot_q, slot_k, j < tabled, STEP, BLOCK_Q, BLOCK_K)
-            seen = holds(low[:, None], high[:, None], tl.arange(0, STEP)[None, :], STEP)
-            scores = tl.where(seen, scores, float("-inf"))
+        if BLOCK_D == D:
+            b_k = tl.load(p_k)
+            b_v = tl.load(p_v)
+        else:
+            b_k = tl.load(p_k, mask=m_d[:, None], other=0.0)
+            b_v = tl.load(p_v, mask=m_d[None, :], other=0.0)
+        low = held_at(where, slot_k, T, H, W, CUT[1], CUT[2], CUT[3])
+        high = held_at(where, slot_k + 64, T, H, W, CUT[1], CUT[2], CUT[3]) if STEP > 64 else low
+        seen = holds(low, high, tl.arange(0, STEP)[None, :], STEP)
+        scores = tl.where(seen, tl.dot(b_q, b_k, input_precision=PRECISION), float("-inf"))
         acc, peak, total = absorb(acc, peak, total, scores, scale, b_v, PRECISION)
     return acc, peak, total
 
@@ -124,6 +133,7 @@ def positive(b_q, scale):
 
 
 @triton.jit(do_not_specialize=[
+    "usual_visual", "usual_conditioning", "usual_text", "usual_length", "given",
     "q_batch", "q_head", "q_row", "k_batch", "k_head", "k_row", "v_batch", "v_head", "v_row",
     "T", "H", "W", "QT", "QH", "QW", "conditioning", "query_conditioning", "query_text",
     "heads", "query_tokens", "query_blocks", "width", "per_head", "own_queries",
@@ -132,6 +142,7 @@ def block_sparse_fwd_kernel(
     q, k, v, out, lse,
     places, spans, words,
     visual_starts, conditioning_starts, text_starts, text_lens,
+    usual_visual, usual_conditioning, usual_text, usual_length, given,
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
     scale,
     T, H, W, QT, QH, QW, conditioning, query_conditioning, query_text,
@@ -148,7 +159,10 @@ def block_sparse_fwd_kernel(
     # The last blocks are text rows, whose lists are the longest: start them first.
     i_q = query_blocks - 1 - tl.program_id(0)
     i_bh = tl.program_id(1)
-    starts, text_len = starts_of(i_bh // heads, visual_starts, conditioning_starts, text_starts, text_lens)
+    starts, text_len = starts_of(
+        i_bh // heads, visual_starts, conditioning_starts, text_starts, text_lens,
+        (usual_visual, usual_conditioning, usual_text, usual_length), given,
+    )  # fmt: skip
     visual_start, conditioning_start, text_start = starts
     rows, valid, _raster = locate(
         i_q, tl.arange(0, BLOCK_Q), visual_start * (1 - own_queries), conditioning_start, text_start, QT, QH, QW,
@@ -164,5 +178,10 @@ def block_sparse_fwd_kernel(
         conditioning, text_len, D, BLOCK_D, BLOCK_Q, CUT, STEP, HAS_TABLES, PRECISION,
     )  # fmt: skip
     acc, b_lse = normalised(acc, peak, total)
+    # Recomputed from the grid to shorten the live range of `rows`; otherwise they spill.
+    rows, valid, _raster = locate(
+        tl.num_programs(0) - 1 - tl.program_id(0), tl.arange(0, BLOCK_Q), visual_start * (1 - own_queries),
+        conditioning_start, text_start, QT, QH, QW, query_conditioning, query_text, BLOCK_Q, TILE_QT, TILE_QH, TILE_QW,
+    )  # fmt: skip
     store_rows(out, rows, valid, acc, heads, query_tokens, D, BLOCK_D)
     tl.store(lse + i_bh.to(tl.int64) * query_tokens + rows, b_lse, mask=valid)

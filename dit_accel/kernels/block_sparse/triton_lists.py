@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from dit_accel.errors import DitAccelError
 from dit_accel.kernels.block_sparse.geometry import BlockLists, Geometry
-from dit_accel.order import TokenOrder, valid_tokens
+from dit_accel.order import TokenOrder
 
 ALIGN = 4  # int32 in 16 bytes, to which compilers trust pointers to be aligned
 
@@ -21,8 +21,8 @@ class OrderedLists(NamedTuple):
 
     Args:
         entries: int32 [rows, width], block numbers.
-        places: int32 [rows, width], where a block lies: the raster index of its first token in the first two parts,
-            which saves the kernels two divisions a step, and the block's number in the others.
+        places: int32 [rows, width], where a block lies: the raster index of its first token in the first three
+            parts, which saves the kernels two divisions a step, and the block's number in the fourth.
         spans: int32 [rows, 5], where each part ends (the last at the count), and the number of the row's first partial
             block: they are counted through all rows, in the order of the lists.
     """
@@ -76,7 +76,7 @@ def order_lists(lists: BlockLists, geometry: Geometry) -> OrderedLists:
     tabled = ends[:, 2] - ends[:, 0]
     first = tabled.cumsum(0, dtype=torch.int32) - tabled
     entries = torch.where(used, entries, 0).gather(1, order)
-    places = torch.where(parts < 2, corners[entries], entries)
+    places = torch.where(parts < 3, corners[entries], entries)
     return OrderedLists(entries, places, torch.cat([ends, first[:, None]], 1))
 
 
@@ -138,23 +138,27 @@ def split(lists: BlockLists, geometry: Geometry) -> tuple[OrderedLists, Transpos
     """
     kv_indices, _, _, tables, joined = lists
     assert joined is not None
-    width = kv_indices.shape[-1]
-    rows, columns = geometry.query_order.blocks, geometry.key_order.blocks
-    listed = [(rows * width,)] * (2 if tables is None else 3)
-    shapes = [(rows, width), (rows, width), (rows, 5), *listed, (1, 2 * columns + 1)]
-    sizes = [math.prod(shape) for shape in shapes]
-    words = sum(size + -size % ALIGN for size in sizes)
+    parts, words = _parts(geometry, kv_indices.shape[-1], tables is not None)
     if kv_indices.ndim != 2 or joined.dtype != torch.int32 or tuple(joined.shape) != (words,):
         raise DitAccelError(
             f"packed must be what pack() made of these lists, int32 [{words}] and no head axis; got {joined.dtype} "
             f"{list(joined.shape)} beside lists {list(kv_indices.shape)}."
         )
+    views = [joined.as_strided(*part) for part in parts]
+    numbers = None if tables is None else views[5]
+    return OrderedLists(*views[:3]), Transposed(views[3], views[4], numbers, views[-1])
+
+
+@functools.lru_cache(maxsize=256)
+def _parts(geometry: Geometry, width: int, numbered: bool) -> tuple[list[tuple[Any, ...]], int]:
+    """Shape, strides and beginning of what `join` puts behind each other, and the whole length."""
+    rows, columns = geometry.query_order.blocks, geometry.key_order.blocks
+    listed = [(rows * width,)] * (2 + numbered)
     parts, begin = [], 0
-    for shape, size in zip(shapes, sizes, strict=True):
-        parts.append(joined[begin : begin + size].view(shape))
-        begin += size + -size % ALIGN
-    numbers = None if tables is None else parts[5]
-    return OrderedLists(*parts[:3]), Transposed(parts[3], parts[4], numbers, parts[-1])
+    for shape in ((rows, width), (rows, width), (rows, 5), *listed, (1, 2 * columns + 1)):
+        parts.append((shape, (*shape[1:], 1), begin))
+        begin += math.prod(shape) + -math.prod(shape) % ALIGN
+    return parts, begin
 
 
 def _used(kv_indices: torch.Tensor, kv_counts: torch.Tensor) -> torch.Tensor:
@@ -171,13 +175,20 @@ def _needs_tables(
     return visual if partial is None else visual & partial
 
 
-@functools.lru_cache(maxsize=64)
 def _blocks(order: TokenOrder, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of each block, whether its slots need a check (bool), and the index of its first token (int32).
+    """Of each block, whether its slots need a check (bool), and for visual ones the index of the first token (int32).
 
-    Text blocks always need one, for text lengths vary.
+    Text blocks always need one, for text lengths vary. Made on the device in each call: a tensor that is kept may lie
+    in the memory of a CUDA graph.
     """
-    padded = torch.ones(order.blocks, dtype=torch.bool)
-    padded[: order.visual_blocks] = valid_tokens(order) < order.block
-    corners = order.index().view(-1, order.block)[:, 0].to(torch.int32)
-    return padded.to(device), corners.to(device)
+    _, height, width = order.grid.shape
+    tile, lengths = (order.tile, order.grid.shape) if order.tile else ((1, 1, order.block), (1, 1, order.grid.visual))
+    firsts = [
+        torch.arange(n, dtype=torch.int32, device=device) * size for n, size in zip(order.tiles, tile, strict=True)
+    ]
+    cut = [first + size > length for first, size, length in zip(firsts, tile, lengths, strict=True)]
+    corners = (firsts[0][:, None, None] * height + firsts[1][:, None]) * width + firsts[2]
+    corners = corners.flatten()
+    padded = (cut[0][:, None, None] | cut[1][:, None] | cut[2]).flatten()
+    pad = torch.nn.functional.pad
+    return pad(padded, (0, order.dense_blocks), value=True), pad(corners, (0, order.dense_blocks))

@@ -16,10 +16,19 @@ import triton.language as tl
 
 
 @triton.jit
-def starts_of(i_b, visual_starts, conditioning_starts, text_starts, text_lens):
-    """Where one sample's visual, conditioning and text tokens begin, and its valid text tokens."""
-    starts = tl.load(visual_starts + i_b), tl.load(conditioning_starts + i_b), tl.load(text_starts + i_b)
-    return starts, tl.load(text_lens + i_b)
+def starts_of(i_b, visual_starts, conditioning_starts, text_starts, text_lens, usual, given):
+    """Where one sample's visual, conditioning and text tokens begin, and its valid text tokens.
+
+    They are the four numbers of `usual` unless `given`: its bit 0 says that the starts are read, bit 1 the length.
+    """
+    visual, conditioning, text, length = usual
+    placed = (given & 1) != 0
+    starts = (
+        tl.load(visual_starts + i_b, mask=placed, other=visual),
+        tl.load(conditioning_starts + i_b, mask=placed, other=conditioning),
+        tl.load(text_starts + i_b, mask=placed, other=text),
+    )
+    return starts, tl.load(text_lens + i_b, mask=(given & 2) != 0, other=length)
 
 
 @triton.jit
@@ -43,7 +52,7 @@ def tile_position(block, slot, H, W, TILE_T: tl.constexpr, TILE_H: tl.constexpr,
 
 @triton.jit
 def places_in(slot, H, W, TILE_H: tl.constexpr, TILE_W: tl.constexpr):
-    """Raster distance of slots of a visual block without padding slots from its first slot."""
+    """Raster distance of slots of a visual block from its first slot; beyond the grid it is another token's."""
     if TILE_H == 0:
         place = slot
     else:
@@ -80,6 +89,73 @@ def locate(
     valid = tl.where(is_visual, inside, place < limit)
     raster = tl.where(is_visual & valid, raster, 0)
     return row, valid, raster
+
+
+@triton.jit
+def first_slots(count):
+    """The slots 0, ..., count - 1 of a word, for any count: int64."""
+    one = tl.minimum(tl.maximum(count, 0), 64).to(tl.int64) * 0 + 1
+    return tl.where(count > 63, -one, (one << tl.minimum(tl.maximum(count, 0), 63)) - one)
+
+
+@triton.constexpr_function
+def repeated(distance):
+    """A word, as a signed number, with a bit at each multiple of `distance` slots, a power of two."""
+    word = sum(1 << slot for slot in range(0, 64, distance))
+    return word - (word >> 63 << 64)
+
+
+@triton.jit
+def block_at(
+    block, starts, T, H, W, conditioning, text, BLOCK: tl.constexpr, TILE_T: tl.constexpr, TILE_H: tl.constexpr,
+    TILE_W: tl.constexpr,
+):  # fmt: skip
+    """Where any block lies, for `rows_at` and `held_at`: numbers alone, no slots."""
+    visual_start, conditioning_start, text_start = starts
+    visual = T * H * W
+    if TILE_H == 0:
+        visual_blocks = tl.cdiv(visual, BLOCK)
+        t, h, w = block, block, block
+        corner = block * BLOCK
+    else:
+        tiles_h, tiles_w = tl.cdiv(H, TILE_H), tl.cdiv(W, TILE_W)
+        visual_blocks = tl.cdiv(T, TILE_T) * tiles_h * tiles_w
+        line = block // tiles_w
+        t, h, w = line // tiles_h * TILE_T, line % tiles_h * TILE_H, block % tiles_w * TILE_W
+        corner = (t * H + h) * W + w
+    behind = block - visual_blocks
+    is_text = behind >= tl.cdiv(conditioning, BLOCK)
+    is_visual = behind < 0
+    behind = tl.where(is_text, behind - tl.cdiv(conditioning, BLOCK), behind)
+    first = tl.where(is_visual, visual_start, tl.where(is_text, text_start, conditioning_start))
+    size = tl.where(is_visual, visual, tl.where(is_text, text, conditioning))
+    return is_visual, first, size, tl.where(is_visual, corner, behind * BLOCK), t, h, w
+
+
+@triton.jit
+def rows_at(where, visual_start, slot, H, W, TILE_H: tl.constexpr, TILE_W: tl.constexpr):
+    """A row in memory for every slot, some token's for padding slots: int64. It is not read past its segment.
+
+    A segment without tokens has the first visual row.
+    """
+    is_visual, first, size, place, _, _, _ = where
+    if TILE_H > 0:
+        slot = tl.where(is_visual, places_in(slot, H, W, TILE_H, TILE_W), slot)
+    first = tl.where(size > 0, first, visual_start)
+    return (first + tl.minimum(place + slot, tl.maximum(size, 1) - 1)).to(tl.int64)
+
+
+@triton.jit
+def held_at(where, first, T, H, W, TILE_T: tl.constexpr, TILE_H: tl.constexpr, TILE_W: tl.constexpr):
+    """Which of the 64 slots from `first` on hold a token, as a word: int64."""
+    is_visual, _, size, place, t, h, w = where
+    word = first_slots(size - place - first)
+    if TILE_H > 0:
+        columns = first_slots(tl.minimum(W - w, TILE_W) - first % TILE_W) * repeated(TILE_W)
+        rows = first_slots(tl.minimum(H - h, TILE_H) * TILE_W - first % (TILE_H * TILE_W)) * repeated(TILE_H * TILE_W)
+        frames = first_slots((T - t) * (TILE_H * TILE_W) - first)
+        word = tl.where(is_visual, frames & rows & columns, word)
+    return word
 
 
 @triton.jit

@@ -7,7 +7,7 @@ import torch
 from dit_accel.errors import DitAccelError
 from dit_accel.kernels import impls
 from dit_accel.kernels.impls import AUTO, Facts, Impl, Implementation
-from dit_accel.kernels.sla.call import FEATURE_MAPS, LINEAR_SCOPES, Cut, FeatureMap, LinearScope, SlaCall, visual_of
+from dit_accel.kernels.sla.call import FEATURE_MAPS, LINEAR_SCOPES, Cuts, FeatureMap, LinearScope, SlaCall, visual_of
 from dit_accel.order import TokenOrder
 from dit_accel.tokens import TokenGrid
 
@@ -27,8 +27,10 @@ def sparse_linear_attention(
     topk: int,
     skip: int = 0,
     block: int = 64,
+    block_q: int | None = None,
     grid: tuple[int, int, int] | None = None,
     tile: tuple[int, int, int] | None = None,
+    tile_q: tuple[int, int, int] | None = None,
     conditioning: int = 0,
     text: int = 0,
     text_first: bool = False,
@@ -53,9 +55,11 @@ def sparse_linear_attention(
         weight, bias: projection of the linear branch, [D, D] and [D], cast to the dtype of q.
         topk: critical key blocks of every query block.
         skip: negligible key blocks of every query block in scope "marginal"; scope "all" has none.
-        block: tokens in a query block and in a key block.
+        block: tokens in a key block.
+        block_q: tokens in a query block; None: as in a key block.
         grid: (frames, rows, columns) of the visual tokens; None: all N tokens are visual, in one row.
-        tile: (t, h, w) of blocks that are 3-D tiles; None for runs in raster order.
+        tile: (t, h, w) of key blocks that are 3-D tiles; None for runs in raster order.
+        tile_q: the same for query blocks; None: as for key blocks.
         conditioning, text: conditioning and text tokens in the sequence, behind the visual ones, text last.
         text_first: text stands before the visual tokens.
         text_len: int [B], valid text tokens of each sample; text behind them is never a key. None: all of them.
@@ -69,7 +73,7 @@ def sparse_linear_attention(
 
     Returns:
         The output [B, H, visual, D] in the dtype of q, laid out as [B, visual, H, D] in memory; with `return_critical`
-        also int32 [B, H, visual_blocks, topk], ascending.
+        also int32 [B, H, query blocks, topk], ascending.
 
     Raises:
         DitAccelError: shapes, counts or names do not fit, or `impl` cannot run here.
@@ -82,7 +86,8 @@ def sparse_linear_attention(
     frames, rows, columns = (1, 1, q.shape[-2]) if grid is None else grid
     sequence = TokenGrid(frames, rows, columns, text=text, text_first=text_first, conditioning=conditioning)
     call = SlaCall(
-        order=TokenOrder(sequence, block, tile),
+        query_order=TokenOrder(sequence, block if block_q is None else block_q, tile if tile_q is None else tile_q),
+        key_order=TokenOrder(sequence, block, tile),
         text_len=None if text_len is None else text_len.to(device=q.device, dtype=torch.int32),
         text_bias=None if text_bias is None else text_bias.to(q.device),
         scale=q.shape[-1] ** -0.5 if scale is None else scale,
@@ -90,11 +95,12 @@ def sparse_linear_attention(
         linear_scope=linear_scope,
         weight=weight,
         bias=bias,
+        impl=impl,
     )
-    _check(q, k, v, topk, skip, call, impl)
+    _check(q, k, v, topk, skip, call)
     skip = skip if linear_scope == "marginal" else 0
-    chosen, _ = choose_impl(q.device, q.dtype, q.shape[-1], call.order, linear_scope, impl)
-    out, critical = chosen.load().forward(q, k, v, topk, skip, call)
+    chosen, _ = choose_impl(q.device, q.dtype, q.shape[-1], call.query_order, call.key_order, linear_scope, impl)
+    out, critical = chosen.load().forward(q, k, v, topk, skip, call._replace(impl=chosen.name))
     return (out, critical) if return_critical else out
 
 
@@ -102,7 +108,8 @@ def choose_impl(
     device: torch.device,
     dtype: torch.dtype,
     head_dim: int,
-    order: TokenOrder,
+    query_order: TokenOrder,
+    key_order: TokenOrder,
     linear_scope: LinearScope | None,
     impl: Impl = AUTO,
 ) -> tuple[Implementation, str]:
@@ -110,7 +117,7 @@ def choose_impl(
 
     Args:
         device, dtype, head_dim: of the call's queries.
-        order: its sequence and blocks.
+        query_order, key_order: its sequence, cut into blocks of queries and blocks of keys.
         linear_scope: None for the router alone.
         impl: "auto" or a name.
 
@@ -118,29 +125,36 @@ def choose_impl(
         DitAccelError: a named implementation cannot compute the call.
     """
     facts = Facts(
-        device, dtype, head_dim, order.block, order.block, visual_blocks=order.visual_blocks, linear_scope=linear_scope
-    )
+        device, dtype, head_dim, query_order.block, key_order.block, visual_blocks=key_order.visual_blocks,
+        linear_scope=linear_scope,
+    )  # fmt: skip
     return impls.choose(facts, impl, impls.SLA)
 
 
 def route(
-    q: torch.Tensor, k: torch.Tensor, order: TokenOrder, topk: int, skip: int, impl: Impl = AUTO
+    q: torch.Tensor,
+    k: torch.Tensor,
+    query_order: TokenOrder,
+    key_order: TokenOrder,
+    topk: int,
+    skip: int,
+    impl: Impl = AUTO,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The router's lists for a call; see `dit_accel.kernels.sla.portable.route`.
 
     Args:
         q, k: the whole sequence, [B, H, N, D].
     """
-    chosen, _ = choose_impl(q.device, q.dtype, q.shape[-1], order, None, impl)
-    queries, keys = (visual_of(x, order.grid).detach() for x in (q, k))
-    return chosen.load().route(queries, keys, Cut.of(order).pack(), topk, skip)
+    chosen, _ = choose_impl(q.device, q.dtype, q.shape[-1], query_order, key_order, None, impl)
+    queries, keys = (visual_of(x, key_order.grid).detach() for x in (q, k))
+    return chosen.load().route(queries, keys, Cuts.of(query_order, key_order).pack(), topk, skip)
 
 
-def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, topk: int, skip: int, call: SlaCall, impl: str) -> None:
-    order, dim = call.order, q.shape[-1]
-    if not q.shape == k.shape == v.shape or q.ndim != 4 or q.shape[2] != order.grid.tokens:
+def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, topk: int, skip: int, call: SlaCall) -> None:
+    grid, blocks, dim = call.grid, call.key_order.visual_blocks, q.shape[-1]
+    if not q.shape == k.shape == v.shape or q.ndim != 4 or q.shape[2] != grid.tokens:
         raise DitAccelError(
-            f"q, k and v must be [batch, heads, {order.grid.tokens}, head_dim], all alike, for the grid {order.grid}; "
+            f"q, k and v must be [batch, heads, {grid.tokens}, head_dim], all alike, for the grid {grid}; "
             f"got {tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)}."
         )
     if not q.dtype == k.dtype == v.dtype or not q.is_floating_point():
@@ -150,15 +164,15 @@ def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, topk: int, skip: i
         raise DitAccelError(
             f"weight must be [{dim}, {dim}] and bias [{dim}] for this head_dim, got {got[0]}, {got[1]}."
         )
-    if topk < 1 or skip < 0 or topk + skip > order.visual_blocks:
+    if topk < 1 or skip < 0 or topk + skip > blocks:
         raise DitAccelError(
-            f"topk must be at least 1, skip at least 0, and both together at most the {order.visual_blocks} visual "
+            f"topk must be at least 1, skip at least 0, and both together at most the {blocks} visual "
             f"blocks; got {topk} and {skip}."
         )
     for name, value, known in (
         ("feature_map", call.feature_map, FEATURE_MAPS),
         ("linear_scope", call.linear_scope, LINEAR_SCOPES),
-        ("impl", impl, impls.names(impls.SLA)),
+        ("impl", call.impl, impls.names(impls.SLA)),
     ):
         if value not in known:
             raise DitAccelError(f"{name} must be one of {', '.join(known)}; got {value!r}.")

@@ -26,11 +26,13 @@ EPSILON = 1e-5
 class SlaCall(NamedTuple):
     """Arguments of a call besides q, k, v and the block lists; see `dit_accel.kernels.sla.api`.
 
-    order: the sequence and its blocks.
+    query_order, key_order: the sequence, cut into blocks of queries and blocks of keys.
+    impl: the name of the implementation that runs.
     text_len, text_bias: int32 [B] and [B, N] on the device of q, or None.
     """
 
-    order: TokenOrder
+    query_order: TokenOrder
+    key_order: TokenOrder
     text_len: torch.Tensor | None
     text_bias: torch.Tensor | None
     scale: float
@@ -38,6 +40,15 @@ class SlaCall(NamedTuple):
     linear_scope: LinearScope
     weight: torch.Tensor
     bias: torch.Tensor | None
+    impl: str
+
+    @property
+    def grid(self) -> TokenGrid:
+        return self.key_order.grid
+
+    @property
+    def cuts(self) -> Cuts:
+        return Cuts.of(self.query_order, self.key_order)
 
 
 class Cut(NamedTuple):
@@ -77,6 +88,27 @@ class Cut(NamedTuple):
         if self.tile is None:
             return (math.prod(self.grid) + self.block - 1) // self.block
         return math.prod((size + piece - 1) // piece for size, piece in zip(self.grid, self.tile, strict=True))
+
+
+class Cuts(NamedTuple):
+    """How visual tokens are cut into blocks of queries and into blocks of keys; both of one grid."""
+
+    queries: Cut
+    keys: Cut
+
+    @classmethod
+    def of(cls, query_order: TokenOrder, key_order: TokenOrder) -> Cuts:
+        return cls(Cut.of(query_order), Cut.of(key_order))
+
+    def pack(self) -> list[int]:
+        """The integers of both, in the order of the custom ops' arguments."""
+        return [*self.queries.pack(), *self.keys.pack()]
+
+    @classmethod
+    def unpack(cls, ints: Sequence[int]) -> Cuts:
+        """The inverse of `pack`."""
+        half = len(ints) // 2
+        return cls(Cut.unpack(ints[:half]), Cut.unpack(ints[half:]))
 
 
 class KeySegments(NamedTuple):

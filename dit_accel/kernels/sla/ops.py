@@ -14,7 +14,7 @@ import torch
 from dit_accel.errors import DitAccelError
 from dit_accel.kernels.block_sparse.api import attend_visual
 from dit_accel.kernels.block_sparse.geometry import BlockLists
-from dit_accel.kernels.sla.call import Cut, KeySegments, SlaCall, visual_of
+from dit_accel.kernels.sla.call import Cut, Cuts, KeySegments, SlaCall, visual_of
 from dit_accel.tokens import TokenGrid
 
 
@@ -29,10 +29,11 @@ def forward(
     Args:
         topk, skip: critical and negligible key blocks of each query block.
     """
-    grid, cut = call.order.grid, Cut.of(call.order).pack()
+    grid, cuts = call.grid, call.cuts
     queries, keys, values = (visual_of(x, grid) for x in (q, k, v))
-    keys_state, total, key_means = state(keys.detach(), values.detach(), cut, call.feature_map)
-    critical, negligible = select(block_means(queries.detach(), cut), key_means, topk, skip)
+    keys_state, total, key_means = state(keys.detach(), values.detach(), cuts.keys.pack(), call.feature_map)
+    query_means = block_means(queries.detach(), cuts.queries.pack())
+    critical, negligible = select(query_means, key_means, topk, skip)
     whole = keys_state, total
     if call.text_bias is None:
         return _both_branches(queries, k, v, whole, critical, negligible, call, grid), critical
@@ -40,11 +41,18 @@ def forward(
     # computes the linear branch alone: nothing is critical, and critical blocks count as negligible.
     rest = torch.cat([critical, negligible], dim=-1) if call.linear_scope == "marginal" else negligible
     exact, _ = attend_visual(
-        q, k, v, BlockLists.full(critical), call.order, call.order,
-        text_lens=call.text_len, text_bias=call.text_bias, scale=call.scale, impl="triton",
+        q, k, v, BlockLists.full(critical), call.query_order, call.key_order,
+        text_lens=call.text_len, text_bias=call.text_bias, scale=call.scale, impl=call.impl,
     )  # fmt: skip
     linear = _both_branches(
-        queries, keys, values, whole, critical[..., :0], rest.sort(-1)[0], call, TokenGrid(*grid.shape)
+        queries,
+        keys,
+        values,
+        whole,
+        critical[..., :0],
+        rest.sort(-1)[0],
+        call._replace(impl="triton"),
+        TokenGrid(*grid.shape),
     )
     return exact + linear, critical
 
@@ -67,8 +75,8 @@ def _both_branches(
     training = torch.is_grad_enabled() and any(x.requires_grad for x in differentiable)
     out, *_ = attend(
         queries, k, v, *whole, critical, negligible, weight.float(), None if bias is None else bias.float(), text_len,
-        Cut.of(call.order).pack(), list(KeySegments.of(grid)), call.scale, call.feature_map, call.linear_scope,
-        training,
+        call.cuts.pack(), list(KeySegments.of(grid)), call.scale, call.feature_map, call.linear_scope,
+        training, call.impl,
     )  # fmt: skip
     return out
 
@@ -119,10 +127,11 @@ def _(query_means, key_means, topk, skip):
 
 
 def route(
-    q: torch.Tensor, k: torch.Tensor, cut: Sequence[int], topk: int, skip: int
+    q: torch.Tensor, k: torch.Tensor, cuts: Sequence[int], topk: int, skip: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See `dit_accel.kernels.sla.portable.route`."""
-    return select(block_means(q, cut), block_means(k, cut), topk, skip)
+    queries, keys = Cuts.unpack(cuts)
+    return select(block_means(q, queries.pack()), block_means(k, keys.pack()), topk, skip)
 
 
 @torch.library.custom_op("dit_accel::sla_state", mutates_args=())
@@ -156,12 +165,13 @@ def attend(
     weight: torch.Tensor,
     bias: torch.Tensor | None,
     text_len: torch.Tensor,
-    cut: Sequence[int],
+    cuts: Sequence[int],
     segments: Sequence[int],
     scale: float,
     feature_map: str,
     linear_scope: str,
     training: bool,
+    impl: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Both branches of sparse-linear attention for the visual queries.
 
@@ -170,26 +180,45 @@ def attend(
         k, v: all tokens, [B, H, N, D].
         state, total: `state` of the visual keys. They get no gradient of their own: the gradients of k and v include
             it.
-        critical, negligible: int32 [B, H, blocks, *], ascending. There may be no critical blocks.
+        critical, negligible: int32 [B, H, query blocks, *], ascending. There may be no critical blocks.
         weight, bias: fp32 [D, D] and [D].
         text_len: int32 [B].
-        cut, segments: as `call.Cut.pack` returns it, and the integers of `call.KeySegments`.
+        cuts, segments: as `call.Cuts.pack` returns it, and the integers of `call.KeySegments`.
         training: whether to return what the backward reads.
+        impl: the module whose `forward` runs, "triton" or "gluon".
 
     Returns:
         The output [B, H, visual, D], laid out in memory as [B, visual, H, D]. For training also the exact branch, like
         the output, and its LSE fp32 [B, H, visual]. In scope "marginal" also the linear branch before its projection,
-        its denominators with eps fp32 [B, H, visual], and int32 [B, H, blocks]: 1 for a query block that summed its
+        its denominators with eps fp32 [B, H, visual], and int32 [B, H, query blocks]: 1 for one that summed its
         marginal blocks one by one. Tensors that are not needed have no elements.
     """
     kernels = _kernels("triton")
     lists = kernels.RoutedBlocks(critical.contiguous(), negligible.contiguous())
-    call = kernels.FusedCall(Cut.unpack(cut), KeySegments(*segments), scale, feature_map, linear_scope)
-    return kernels.forward(q, k, v, (state, total), lists, weight, bias, text_len, call, training)
+    call = kernels.FusedCall(Cuts.unpack(cuts), KeySegments(*segments), scale, feature_map, linear_scope)
+    return _kernels(impl).forward(q, k, v, (state, total), lists, weight, bias, text_len, call, training)
 
 
 @attend.register_fake
-def _(q, k, v, state, total, critical, negligible, weight, bias, text_len, cut, segments, scale, fmap, scope, training):
+def _(
+    q,
+    k,
+    v,
+    state,
+    total,
+    critical,
+    negligible,
+    weight,
+    bias,
+    text_len,
+    cuts,
+    segments,
+    scale,
+    fmap,
+    scope,
+    training,
+    impl,
+):
     none, marginal = q.new_empty(0), training and scope == "marginal"
     per_row = q.new_empty(q.shape[:3], dtype=torch.float32)
     return (
@@ -206,7 +235,7 @@ def _(q, k, v, state, total, critical, negligible, weight, bias, text_len, cut, 
 def attend_backward(
     gradient: torch.Tensor,
     saved: Sequence[torch.Tensor],
-    cut: Sequence[int],
+    cuts: Sequence[int],
     segments: Sequence[int],
     scale: float,
     feature_map: str,
@@ -220,7 +249,7 @@ def attend_backward(
     q, k, v, state, total, critical, negligible, weight, text_len, *outputs = saved
     kernels = _kernels("triton")
     lists = kernels.RoutedBlocks(critical.contiguous(), negligible.contiguous())
-    call = kernels.FusedCall(Cut.unpack(cut), KeySegments(*segments), scale, feature_map, linear_scope)
+    call = kernels.FusedCall(Cuts.unpack(cuts), KeySegments(*segments), scale, feature_map, linear_scope)
     return kernels.backward(gradient, q, k, v, (state, total), lists, weight, text_len, outputs, call)
 
 
@@ -232,7 +261,9 @@ def _(gradient, saved, *rest):
 
 
 def _save(ctx, inputs, output) -> None:
-    *tensors, weight, bias, text_len, ctx.cut, ctx.segments, ctx.scale, ctx.feature_map, ctx.scope, training = inputs
+    *tensors, weight, bias, text_len, ctx.cuts, ctx.segments, ctx.scale, ctx.feature_map, ctx.scope, training, _ = (
+        inputs
+    )
     ctx.has_bias = bias is not None
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
@@ -243,9 +274,9 @@ def _save(ctx, inputs, output) -> None:
 
 def _differentiate(ctx, gradient, *_):
     dq, dk, dv, dweight, dbias = attend_backward(
-        gradient, ctx.saved_tensors, ctx.cut, ctx.segments, ctx.scale, ctx.feature_map, ctx.scope
+        gradient, ctx.saved_tensors, ctx.cuts, ctx.segments, ctx.scale, ctx.feature_map, ctx.scope
     )
-    return dq, dk, dv, *[None] * 4, dweight, dbias if ctx.has_bias else None, *[None] * 7
+    return dq, dk, dv, *[None] * 4, dweight, dbias if ctx.has_bias else None, *[None] * 8
 
 
 attend.register_autograd(_differentiate, setup_context=_save)

@@ -14,7 +14,7 @@ from dit_accel.kernels.block_sparse.api import attend_visual
 from dit_accel.kernels.block_sparse.geometry import BlockLists
 from dit_accel.kernels.sla.call import (
     EPSILON,
-    Cut,
+    Cuts,
     FeatureMap,
     SlaCall,
     apply_map,
@@ -35,17 +35,17 @@ def forward(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, topk: int, skip: int, call: SlaCall
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See `dit_accel.kernels.sla.api.sparse_linear_attention`; returns the output and the critical blocks."""
-    order, weight, cut = call.order, call.weight, Cut.of(call.order).pack()
-    queries, keys, values = (visual_of(x, order.grid) for x in (q, k, v))
-    critical, negligible = route(queries.detach(), keys.detach(), cut, topk, skip)
+    weight, cuts = call.weight, call.cuts.pack()
+    queries, keys, values = (visual_of(x, call.grid) for x in (q, k, v))
+    critical, negligible = route(queries.detach(), keys.detach(), cuts, topk, skip)
     exact, _ = attend_visual(
-        q, k, v, BlockLists.full(critical), order, order,
+        q, k, v, BlockLists.full(critical), call.query_order, call.key_order,
         text_lens=call.text_len, text_bias=call.text_bias, scale=call.scale, impl="portable",
     )  # fmt: skip
     if call.linear_scope == "all":
         projected = linear_all(queries, keys, values, call.feature_map, weight)
     else:
-        linear, _ = linear_marginal(queries, keys, values, critical, negligible, Cut.of(order).pack(), call.feature_map)
+        linear, _ = linear_marginal(queries, keys, values, critical, negligible, cuts, call.feature_map)
         projected = F.linear(linear, weight.to(linear.dtype))
     if call.bias is not None:
         projected = projected + call.bias
@@ -55,7 +55,7 @@ def forward(
 
 @torch.library.custom_op("dit_accel::sla_route", mutates_args=())
 def route(
-    q: torch.Tensor, k: torch.Tensor, cut: Sequence[int], topk: int, skip: int
+    q: torch.Tensor, k: torch.Tensor, cuts: Sequence[int], topk: int, skip: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Critical and negligible key blocks of every query block. No gradient flows through the choice.
 
@@ -68,15 +68,15 @@ def route(
 
     Args:
         q, k: visual tokens in raster order, [B, H, visual, D], any strides.
-        cut: how they are cut into blocks, as `call.Cut.pack` returns it.
+        cuts: how they are cut into blocks, as `call.Cuts.pack` returns it.
         topk, skip: critical and negligible blocks in every row; at least 1 and 0, together at most all blocks.
 
     Returns:
-        Both lists, ascending: int32 [B, H, blocks, topk] and int32 [B, H, blocks, skip].
+        Both lists, ascending: int32 [B, H, query blocks, topk] and int32 [B, H, query blocks, skip].
     """
-    order = Cut.unpack(cut).order
-    queries, keys = block_means(q, order), block_means(k, order)
-    batch, heads, blocks, _ = queries.shape
+    cut_q, cut_k = Cuts.unpack(cuts)
+    queries, keys = block_means(q, cut_q.order), block_means(k, cut_k.order)
+    batch, heads, blocks, _ = keys.shape
     rows = max(1, _SCORES_AT_ONCE // max(1, batch * heads * blocks))
     critical, negligible = [], []
     for part in queries.split(rows, dim=2):
@@ -87,8 +87,8 @@ def route(
 
 
 @route.register_fake
-def _(q, k, cut, topk, skip):
-    rows = *q.shape[:2], Cut.unpack(cut).blocks
+def _(q, k, cuts, topk, skip):
+    rows = *q.shape[:2], Cuts.unpack(cuts).queries.blocks
     return tuple(q.new_empty((*rows, n), dtype=torch.int32) for n in (topk, skip))
 
 
@@ -146,7 +146,7 @@ def linear_marginal(
     v: torch.Tensor,
     critical: torch.Tensor,
     negligible: torch.Tensor,
-    cut: Sequence[int],
+    cuts: Sequence[int],
     feature_map: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Linear attention of every query block over its marginal key blocks.
@@ -157,31 +157,32 @@ def linear_marginal(
 
     Args:
         q, k, v: visual tokens in raster order, [B, H, visual, D], any strides.
-        critical, negligible: the router's lists, int32 [B, H, blocks, *].
-        cut: as for `route`.
+        critical, negligible: the router's lists, int32 [B, H, query blocks, *].
+        cuts: as for `route`.
         feature_map: as for `call.apply_map`.
 
     Returns:
         The output [B, H, visual, D], 0 for a row without marginal blocks, and its denominators with eps
         [B, H, visual, 1], both fp32 (fp64 for fp64 input). The denominators carry no gradient.
     """
-    order = Cut.unpack(cut).order
+    query_order, key_order = (cut.order for cut in Cuts.unpack(cuts))
     wide = torch.promote_types(q.dtype, torch.float32)
     out = torch.empty(v.shape, dtype=wide, device=v.device)
     denominator = torch.empty((*v.shape[:-1], 1), dtype=wide, device=v.device)
-    for at in _head_groups(q, v, order):
-        a, b = (to_blocks(apply_map(x[at].to(wide), feature_map), order) for x in (q, k))
-        values = to_blocks(_with_ones(v[at].to(wide)), order)
-        mixing = _marginal_blocks(critical[at], negligible[at], wide)
-        parts = [a @ _mix(mixing, b.mT @ columns) for columns in _column_groups(values, order)]
-        numerator = from_blocks(torch.cat(parts, dim=-1), order)
+    for at in _head_groups(v, query_order, key_order):
+        a = to_blocks(apply_map(q[at].to(wide), feature_map), query_order)
+        b = to_blocks(apply_map(k[at].to(wide), feature_map), key_order)
+        values = to_blocks(_with_ones(v[at].to(wide)), key_order)
+        mixing = _marginal_blocks(critical[at], negligible[at], key_order, wide)
+        columns = values.split(_columns_at_once(values, mixing), dim=-1)
+        numerator = from_blocks(torch.cat([a @ _mix(mixing, b.mT @ part) for part in columns], dim=-1), query_order)
         denominator[at] = numerator[..., -1:] + EPSILON
         out[at] = numerator[..., :-1] / denominator[at]
     return out, denominator
 
 
 @linear_marginal.register_fake
-def _(q, k, v, critical, negligible, cut, feature_map):
+def _(q, k, v, critical, negligible, cuts, feature_map):
     wide = torch.promote_types(q.dtype, torch.float32)
     return v.new_empty(v.shape, dtype=wide), v.new_empty((*v.shape[:-1], 1), dtype=wide)
 
@@ -196,38 +197,38 @@ def linear_marginal_backward(
     negligible: torch.Tensor,
     out: torch.Tensor,
     denominator: torch.Tensor,
-    cut: Sequence[int],
+    cuts: Sequence[int],
     feature_map: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """dq, dk and dv of `linear_marginal`, with the dtypes and shapes of q, k and v."""
-    order = Cut.unpack(cut).order
+    query_order, key_order = (cut.order for cut in Cuts.unpack(cuts))
     wide = out.dtype
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
-    for at in _head_groups(q, v, order):
+    for at in _head_groups(v, query_order, key_order):
         query, key = q[at].to(wide), k[at].to(wide)
         phi_q, phi_k = apply_map(query, feature_map), apply_map(key, feature_map)
-        a, b = to_blocks(phi_q, order), to_blocks(phi_k, order)
-        values = to_blocks(_with_ones(v[at].to(wide)), order)
+        a, b = to_blocks(phi_q, query_order), to_blocks(phi_k, key_order)
+        values = to_blocks(_with_ones(v[at].to(wide)), key_order)
         scaled = gradient[at].to(wide) / denominator[at]
         # gradient of the quotient: g / d for the columns of v, -(g . o) / d for the column of ones
         of_numerator = torch.cat([scaled, -(scaled * out[at]).sum(-1, keepdim=True)], dim=-1)
-        of_numerator = to_blocks(of_numerator, order)
-        mixing = _marginal_blocks(critical[at], negligible[at], wide)
+        of_numerator = to_blocks(of_numerator, query_order)
+        mixing = _marginal_blocks(critical[at], negligible[at], key_order, wide)
         da, db, dvalues = torch.zeros_like(a), torch.zeros_like(b), []
-        groups = zip(_column_groups(values, order), _column_groups(of_numerator, order), strict=True)
-        for columns, of_columns in groups:
+        step = _columns_at_once(values, mixing)
+        for columns, of_columns in zip(values.split(step, dim=-1), of_numerator.split(step, dim=-1), strict=True):
             da += of_columns @ _mix(mixing, b.mT @ columns).mT
             of_state = _mix(mixing.mT, a.mT @ of_columns)
             db += columns @ of_state.mT
             dvalues.append(b @ of_state)
-        dq[at] = pull_back(from_blocks(da, order), query, phi_q, feature_map).to(q.dtype)
-        dk[at] = pull_back(from_blocks(db, order), key, phi_k, feature_map).to(k.dtype)
-        dv[at] = from_blocks(torch.cat(dvalues, dim=-1), order)[..., :-1].to(v.dtype)
+        dq[at] = pull_back(from_blocks(da, query_order), query, phi_q, feature_map).to(q.dtype)
+        dk[at] = pull_back(from_blocks(db, key_order), key, phi_k, feature_map).to(k.dtype)
+        dv[at] = from_blocks(torch.cat(dvalues, dim=-1), key_order)[..., :-1].to(v.dtype)
     return dq, dk, dv
 
 
 @linear_marginal_backward.register_fake
-def _(gradient, q, k, v, critical, negligible, out, denominator, cut, feature_map):
+def _(gradient, q, k, v, critical, negligible, out, denominator, cuts, feature_map):
     return tuple(x.new_empty(x.shape) for x in (q, k, v))
 
 
@@ -249,9 +250,11 @@ def _with_ones(v: torch.Tensor) -> torch.Tensor:
     return torch.cat([v, v.new_ones((*v.shape[:-1], 1))], dim=-1)
 
 
-def _marginal_blocks(critical: torch.Tensor, negligible: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """1 where a key block is marginal, 0 elsewhere: [heads, blocks, blocks]."""
-    mixing = torch.ones((*critical.shape[:2], critical.shape[1]), dtype=dtype, device=critical.device)
+def _marginal_blocks(
+    critical: torch.Tensor, negligible: torch.Tensor, key_order: TokenOrder, dtype: torch.dtype
+) -> torch.Tensor:
+    """1 where a key block is marginal, 0 elsewhere: [heads, query blocks, key blocks]."""
+    mixing = torch.ones((*critical.shape[:2], key_order.visual_blocks), dtype=dtype, device=critical.device)
     return mixing.scatter_(-1, torch.cat([critical, negligible], dim=-1).long(), 0)
 
 
@@ -260,16 +263,16 @@ def _mix(mixing: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
     return (mixing @ states.flatten(2)).unflatten(2, states.shape[2:])
 
 
-def _head_groups(q: torch.Tensor, v: torch.Tensor, order: TokenOrder) -> Iterator[tuple[int, slice]]:
+def _head_groups(v: torch.Tensor, query_order: TokenOrder, key_order: TokenOrder) -> Iterator[tuple[int, slice]]:
     """(sample, heads) whose states fit the memory limit, at least one head at a time."""
-    head_bytes = 2 * order.visual_blocks * q.shape[-1] * (v.shape[-1] + 1) * 4
-    step = max(1, _STATE_BYTES // head_bytes)
-    for sample in range(q.shape[0]):
-        for first in range(0, q.shape[1], step):
+    states = query_order.visual_blocks + key_order.visual_blocks
+    step = max(1, _STATE_BYTES // (states * v.shape[-1] * (v.shape[-1] + 1) * 4))
+    for sample in range(v.shape[0]):
+        for first in range(0, v.shape[1], step):
             yield sample, slice(first, first + step)
 
 
-def _column_groups(values: torch.Tensor, order: TokenOrder) -> tuple[torch.Tensor, ...]:
-    """The columns of [heads, blocks, block, E] in groups whose states fit the memory limit."""
-    column_bytes = 2 * values.shape[0] * order.visual_blocks * values.shape[-1] * 4
-    return values.split(max(1, _STATE_BYTES // column_bytes), dim=-1)
+def _columns_at_once(values: torch.Tensor, mixing: torch.Tensor) -> int:
+    """How many columns of [heads, key blocks, block, E] have states that fit the memory limit, at least one."""
+    heads, queries, keys = mixing.shape
+    return max(1, _STATE_BYTES // (heads * (queries + keys) * values.shape[-1] * 4))

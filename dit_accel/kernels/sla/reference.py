@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 
 from dit_accel.errors import DitAccelError
-from dit_accel.kernels.sla.call import EPSILON, Cut, SlaCall, apply_map, visual_of, visual_slice
+from dit_accel.kernels.sla.call import EPSILON, SlaCall, apply_map, visual_of, visual_slice
 from dit_accel.kernels.sla.portable import route
 from dit_accel.order import TokenOrder
+from dit_accel.tokens import TokenGrid
 
 MAX_TOKENS = 20_000
 
@@ -23,19 +24,21 @@ def forward(
     Raises:
         DitAccelError: more than 20,000 tokens.
     """
-    order, weight, bias = call.order, call.weight, call.bias
-    if order.grid.tokens > MAX_TOKENS:
+    grid, weight, bias = call.grid, call.weight, call.bias
+    if grid.tokens > MAX_TOKENS:
         raise DitAccelError(
-            f"impl='reference' builds a dense mask and takes at most {MAX_TOKENS} tokens, got {order.grid.tokens}; "
+            f"impl='reference' builds a dense mask and takes at most {MAX_TOKENS} tokens, got {grid.tokens}; "
             "use impl='portable' or 'auto'."
         )
-    visual_tokens = (visual_of(x, order.grid).detach() for x in (q, k))
-    critical, negligible = route(*visual_tokens, Cut.of(order).pack(), topk, skip)
+    visual_tokens = (visual_of(x, grid).detach() for x in (q, k))
+    critical, negligible = route(*visual_tokens, call.cuts.pack(), topk, skip)
     wide = torch.promote_types(q.dtype, torch.float32)
-    keys = valid_keys(order, call.text_len, q.device)  # [B or 1, 1, N, 1]
-    visual = visual_slice(order.grid)
+    keys = valid_keys(grid, call.text_len, q.device)  # [B or 1, 1, N, 1]
+    visual = visual_slice(grid)
     queries = q[:, :, visual].to(wide)
-    exact = token_pairs(block_map(critical, order), order, dense=True)[:, :, visual]  # [B, H, visual, N]
+    orders = call.query_order, call.key_order
+    critical_map, negligible_map = (block_map(lists, call.key_order) for lists in (critical, negligible))
+    exact = token_pairs(critical_map, *orders, dense=True)[:, :, visual]  # [B, H, visual, N]
     if call.text_bias is None:
         k, v = (torch.where(keys, x, 0) for x in (k, v))
         exact = exact & keys.mT
@@ -45,44 +48,47 @@ def forward(
         logits = logits + torch.where(keys.mT, 0, call.text_bias[:, None, visual, None])
     out = logits.masked_fill(~exact, -torch.inf).softmax(-1) @ v
 
-    rest = torch.ones_like(block_map(critical, order))
+    rest = torch.ones_like(critical_map)
     if call.linear_scope == "marginal":
-        rest = ~block_map(critical, order) & ~block_map(negligible, order)
+        rest = ~critical_map & ~negligible_map
     affinity = apply_map(queries, call.feature_map) @ apply_map(k, call.feature_map).mT
-    affinity = affinity * token_pairs(rest, order, dense=False)[:, :, visual]
+    affinity = affinity * token_pairs(rest, *orders, dense=False)[:, :, visual]
     linear = (affinity @ v) / (affinity.sum(-1, keepdim=True) + EPSILON)
     out = out + linear @ weight.to(wide).mT + (0 if bias is None else bias.to(wide))
     # laid out in memory as [B, visual, H, D], as the other implementations' results are
     return out.to(q.dtype).transpose(1, 2).contiguous().transpose(1, 2), critical
 
 
-def block_map(lists: torch.Tensor, order: TokenOrder) -> torch.Tensor:
-    """Block lists, int32 [B, H, visual_blocks, n], as a map, bool [B, H, visual_blocks, visual_blocks]."""
-    blocks = order.visual_blocks
-    empty = torch.zeros((*lists.shape[:3], blocks), dtype=torch.bool, device=lists.device)
+def block_map(lists: torch.Tensor, key_order: TokenOrder) -> torch.Tensor:
+    """Block lists, int32 [B, H, query blocks, n], as a map, bool [B, H, query blocks, key blocks]; visual blocks."""
+    empty = torch.zeros((*lists.shape[:3], key_order.visual_blocks), dtype=torch.bool, device=lists.device)
     return empty.scatter_(-1, lists.long(), True)
 
 
-def token_pairs(visual: torch.Tensor, order: TokenOrder, *, dense: bool) -> torch.Tensor:
+def token_pairs(visual: torch.Tensor, query_order: TokenOrder, key_order: TokenOrder, *, dense: bool) -> torch.Tensor:
     """A map of visual blocks, spread over the tokens in model order: bool [B, H, N, N].
 
     Args:
         dense: whether conditioning and text tokens meet everything (True) or nothing (False).
     """
-    extra = order.dense_blocks
-    pairs = torch.nn.functional.pad(visual, (0, extra, 0, extra), value=dense)
+    pairs = torch.nn.functional.pad(visual, (0, key_order.dense_blocks, 0, query_order.dense_blocks), value=dense)
+    rows, columns = (block_of(order).to(visual.device) for order in (query_order, key_order))
+    return pairs[..., rows, :][..., columns]
+
+
+def block_of(order: TokenOrder) -> torch.Tensor:
+    """The block of every token, in model order: int64 [N]."""
     tokens = order.index()
     slots = (tokens >= 0).nonzero().squeeze(1)
-    block_of = torch.empty(order.grid.tokens, dtype=torch.int64)
-    block_of[tokens[slots]] = slots // order.block
-    block_of = block_of.to(visual.device)
-    return pairs[..., block_of, :][..., block_of]
+    block = torch.empty(order.grid.tokens, dtype=torch.int64)
+    block[tokens[slots]] = slots // order.block
+    return block
 
 
-def valid_keys(order: TokenOrder, text_len: torch.Tensor | None, device: torch.device) -> torch.Tensor:
+def valid_keys(grid: TokenGrid, text_len: torch.Tensor | None, device: torch.device) -> torch.Tensor:
     """Tokens that are not padding text: bool [B, 1, N, 1], or [1, 1, N, 1] without `text_len`."""
-    position = torch.arange(order.grid.tokens, device=device) - order.grid.text_start
+    position = torch.arange(grid.tokens, device=device) - grid.text_start
     if text_len is None:
         return torch.ones_like(position, dtype=torch.bool)[None, None, :, None]
-    padding = (position >= text_len.to(device)[:, None]) & (position < order.grid.text)
+    padding = (position >= text_len.to(device)[:, None]) & (position < grid.text)
     return ~padding[:, None, :, None]

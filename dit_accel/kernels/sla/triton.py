@@ -14,7 +14,7 @@ from dit_accel.kernels import tuning
 from dit_accel.kernels.block_sparse.geometry import Geometry
 from dit_accel.kernels.block_sparse.triton_lists import Transposed, transpose_lists
 from dit_accel.kernels.sla import triton_configs as configs
-from dit_accel.kernels.sla.call import Cut, KeySegments
+from dit_accel.kernels.sla.call import Cut, Cuts, KeySegments
 from dit_accel.kernels.sla.triton_backward import (
     sparse_linear_bwd_kernel_dkdv,
     sparse_linear_bwd_kernel_dq,
@@ -36,7 +36,7 @@ JIT = {
 
 
 class RoutedBlocks(NamedTuple):
-    """The router's lists, int32 [B, H, blocks, *] each, ascending."""
+    """The router's lists, int32 [B, H, query blocks, *] each, ascending."""
 
     critical: torch.Tensor
     negligible: torch.Tensor
@@ -50,11 +50,11 @@ class RoutedBlocks(NamedTuple):
 class FusedCall(NamedTuple):
     """Settings of a call that both directions read besides tensors.
 
-    cut: how visual tokens are cut into blocks.
+    cuts: how visual tokens are cut into blocks.
     segments: where visual, conditioning and text tokens lie among the keys.
     """
 
-    cut: Cut
+    cuts: Cuts
     segments: KeySegments
     scale: float
     feature_map: str
@@ -65,15 +65,21 @@ class FusedCall(NamedTuple):
         return self.linear_scope == "marginal"
 
     @property
+    def blocks(self) -> tuple[int, int, int]:
+        """Numbers of visual query blocks, of visual key blocks, and of the key blocks behind them."""
+        return self.cuts.queries.blocks, self.cuts.keys.blocks, self.dense
+
+    @property
     def dense(self) -> int:
         """Number of conditioning and text blocks."""
-        return sum(triton.cdiv(n, self.cut.block) for n in (self.segments.conditioning, self.segments.text))
+        return sum(triton.cdiv(n, self.cuts.keys.block) for n in (self.segments.conditioning, self.segments.text))
 
     def constants(self, q: torch.Tensor, align: int) -> dict[str, Any]:
         """Compile-time constants of the kernels of both branches."""
         return {
             **_linear(q.shape[-1], align, self.feature_map),
-            **_cut(self.cut),
+            **_cut(self.cuts.queries, "_Q", "Q"),
+            **_cut(self.cuts.keys, "_K", "K"),
             "SCOPE": self.linear_scope,
         }
 
@@ -95,15 +101,16 @@ def select(
     query_means: torch.Tensor, key_means: torch.Tensor, topk: int, skip: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See `ops.select`."""
-    batch, heads, dim, blocks = query_means.shape
+    batch, heads, dim, rows = query_means.shape
+    blocks = key_means.shape[3]
     width = configs.width_of(blocks)
-    critical, negligible = (
-        query_means.new_empty(batch, heads, blocks, n, dtype=torch.int32) for n in (topk, skip)
-    )  # fmt: skip
+    strip = configs.strip_of(width)
+    critical, negligible = (query_means.new_empty(batch, heads, rows, n, dtype=torch.int32) for n in (topk, skip))
+    constants = {"WIDTH": width, "STRIP": strip, "WHOLE": strip < width and rows >= configs.MOST_ROWS}
     _run(
-        "select", _in_steps(blocks, batch * heads),
-        (query_means, key_means, critical, negligible, blocks, topk, skip),
-        {"D": dim, "WIDTH": width, "STRIP": configs.strip_of(width), "HAS_SKIP": skip > 0},
+        "select", _in_steps(rows, batch * heads),
+        (query_means, key_means, critical, negligible, rows, blocks, topk, skip),
+        {"D": dim, **constants, "HAS_SKIP": skip > 0},
     )  # fmt: skip
     return critical, negligible
 
@@ -141,15 +148,15 @@ def forward(
     """See `ops.attend`; `whole`: state and total over all visual keys."""
     q, k, v = _rows(q), _rows(k), _rows(v)
     batch, heads, tokens, _ = q.shape
-    align, out = _alignment(q, k, v), _room_for_rows(q)
-    exact, lse, linear, denominators, modes = _room_for_saved(q, lists, call, training)
+    align, out = _alignment(q, k, v), room_for_rows(q)
+    exact, lse, linear, denominators, modes = room_for_saved(q, lists, call, training)
     _run(
-        "forward", (call.cut.blocks, batch * heads),
+        "forward", (call.cuts.queries.blocks, batch * heads),
         (
-            q, k, v, *_state_table(whole, weight, call, q.dtype), weight.to(q.dtype).contiguous(),
-            weight if bias is None else bias.float().contiguous(), *lists, *_places(lists.critical, call), text_len,
-            out, exact, lse, linear, denominators, modes, *_strides(align, q, k, v), call.scale, *call.cut.grid,
-            *call.segments[:4], heads, tokens, call.cut.blocks, call.dense, *lists.counts, int(training),
+            q, k, v, *table_of_state(whole, weight, call, q.dtype), weight.to(q.dtype).contiguous(),
+            weight if bias is None else bias.float().contiguous(), *lists, *listed_blocks(lists.critical, call),
+            text_len, out, exact, lse, linear, denominators, modes, *_strides(align, q, k, v), call.scale,
+            *call.cuts.keys.grid, *call.segments[:4], heads, tokens, *call.blocks, *lists.counts, int(training),
         ),
         {**call.constants(q, align), "HAS_BIAS": bias is not None},
     )  # fmt: skip
@@ -173,18 +180,18 @@ def backward(
     batch, heads, tokens, _ = q.shape
     exact, lse, linear, denominators, modes = saved
     pulled = _rows(gradient @ weight.to(gradient.dtype)) if call.marginal else gradient
-    cut, align = call.cut, _alignment(q, k, v, gradient, pulled, exact)
+    grid, align = call.cuts.keys.grid, _alignment(q, k, v, gradient, pulled, exact)
     strides = _strides(align, q, k, v, gradient, pulled)
     constants = call.constants(q, align)
-    dq, dk, dv = (_room_for_rows(x) for x in (q, k, v))
+    dq, dk, dv = (room_for_rows(x) for x in (q, k, v))
     delta, inverses, ratios = (q.new_empty(q.shape[:3], dtype=torch.float32) for _ in range(3))
     _run(
-        "dq", (cut.blocks, batch * heads),
+        "dq", (call.cuts.queries.blocks, batch * heads),
         (
-            q, k, v, gradient, pulled, exact, lse, *_state_table(whole, weight, call, q.dtype), *lists,
-            *_places(lists.critical, call), text_len, denominators, modes, dq, delta, inverses, ratios,
-            *strides, *_strides(align, exact), call.scale, *cut.grid, *call.segments[:4],
-            heads, tokens, cut.blocks, call.dense, *lists.counts,
+            q, k, v, gradient, pulled, exact, lse, *table_of_state(whole, weight, call, q.dtype), *lists,
+            *listed_blocks(lists.critical, call), text_len, denominators, modes, dq, delta, inverses, ratios,
+            *strides, *_strides(align, exact), call.scale, *grid, *call.segments[:4],
+            heads, tokens, *call.blocks, *lists.counts,
         ),
         constants,
     )  # fmt: skip
@@ -201,42 +208,42 @@ def backward(
         dweight, dstate = (dstate.mT @ whole[0]).sum((0, 1)), dstate @ weight.float()
     rows = configs.key_rows(constants, _capability(q.device))
     _run(
-        "dkdv", ((cut.blocks + call.dense) * cut.block // rows, batch * heads),
+        "dkdv", (sum(call.blocks[1:]) * call.cuts.keys.block // rows, batch * heads),
         (
             q, k, v, gradient, pulled, lse, delta, *_table(dstate, q.dtype), dtotal, *lists, text_len,
             keeping.entries, keeping.places, keeping.firsts, dropping.entries, dropping.firsts,
-            modes, singles, n_singles, denominators, ratios, dk, dv, *strides, call.scale, *cut.grid, *call.segments,
-            heads, tokens, k.shape[2], cut.blocks, call.dense, *lists.counts,
+            modes, singles, n_singles, denominators, ratios, dk, dv, *strides, call.scale, *grid, *call.segments,
+            heads, tokens, k.shape[2], *call.blocks, *lists.counts,
         ),
         {**constants, "ROWS": rows},
     )  # fmt: skip
     return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2), dweight, dbias
 
 
-def _places(critical: torch.Tensor, call: FusedCall) -> tuple[torch.Tensor, torch.Tensor]:
-    """See `places_kernel`."""
-    rows, count = critical.shape[:-1], critical.shape[-1]
+def listed_blocks(critical: torch.Tensor, call: FusedCall) -> tuple[torch.Tensor, torch.Tensor]:
+    """Places and spans of a list of critical blocks, see `places_kernel`."""
+    rows, count, cut = critical.shape[:-1], critical.shape[-1], call.cuts.keys
     places, spans = critical.new_empty(*rows, count + call.dense), critical.new_empty(*rows, 5)
     _run(
-        "places", (math.prod(rows), 1), (critical, places, spans, *call.cut.grid, call.cut.blocks, count, call.dense),
-        _cut(call.cut),
+        "places", (math.prod(rows), 1), (critical, places, spans, *cut.grid, cut.blocks, count, call.dense), _cut(cut),
     )  # fmt: skip
     return places, spans
 
 
 def _transpose(lists: torch.Tensor, call: FusedCall, dense: int) -> Transposed:
     """The query blocks that list each key block; all query blocks list the `dense` blocks behind the visual ones."""
-    cut, around = call.cut, call.segments if dense else call.segments._replace(conditioning=0, text=0)
+    (queries, keys), around = call.cuts, call.segments if dense else call.segments._replace(conditioning=0, text=0)
     geometry = Geometry(
-        cut.grid, cut.grid, cut.block, cut.block, cut.tile, cut.tile, around.conditioning, around.text, own_queries=True
+        keys.grid, queries.grid, queries.block, keys.block, queries.tile, keys.tile, around.conditioning, around.text,
+        own_queries=True,
     )  # fmt: skip
     if dense:
-        behind = torch.arange(cut.blocks, cut.blocks + dense, dtype=torch.int32, device=lists.device)
+        behind = torch.arange(keys.blocks, keys.blocks + dense, dtype=torch.int32, device=lists.device)
         lists = torch.cat([lists, behind.expand(*lists.shape[:-1], -1)], dim=-1)
     return transpose_lists(lists, lists.new_full(lists.shape[:-1], lists.shape[-1]), geometry)
 
 
-def _state_table(
+def table_of_state(
     whole: tuple[torch.Tensor, torch.Tensor], weight: torch.Tensor, call: FusedCall, dtype: torch.dtype
 ) -> tuple[torch.Tensor, ...]:
     """The state as `_table` returns it, with the projection applied in scope "all", and the total."""
@@ -290,19 +297,19 @@ def _room_for_means(x: torch.Tensor, cut: Cut) -> torch.Tensor:
     return x.new_empty(*x.shape[:2], x.shape[-1], cut.blocks, dtype=torch.float32)
 
 
-def _room_for_rows(x: torch.Tensor) -> torch.Tensor:
+def room_for_rows(x: torch.Tensor) -> torch.Tensor:
     """An empty result for x [B, H, N, D], as [B, N, H, D]."""
     return x.new_empty(*(x.shape[i] for i in (0, 2, 1, 3)))
 
 
-def _room_for_saved(q: torch.Tensor, lists: RoutedBlocks, call: FusedCall, training: bool) -> tuple[torch.Tensor, ...]:
+def room_for_saved(q: torch.Tensor, lists: RoutedBlocks, call: FusedCall, training: bool) -> tuple[torch.Tensor, ...]:
     """Empty tensors for what the backward reads; those that it does not read have no elements."""
     none = (0,)
     marginal = training and call.marginal
     return (
-        _room_for_rows(q) if training else q.new_empty(none),
+        room_for_rows(q) if training else q.new_empty(none),
         q.new_empty(q.shape[:3] if training else none, dtype=torch.float32),
-        _room_for_rows(q) if marginal else q.new_empty(none),
+        room_for_rows(q) if marginal else q.new_empty(none),
         q.new_empty(q.shape[:3] if marginal else none, dtype=torch.float32),
         lists.critical.new_empty(lists.critical.shape[:-1] if marginal else none),
     )
@@ -316,8 +323,10 @@ def _head_dim(dim: int) -> dict[str, int]:
     return {"D": dim, "BLOCK_D": max(16, triton.next_power_of_2(dim))}
 
 
-def _cut(cut: Cut) -> dict[str, int]:
-    return dict(zip(("BLOCK", "TILE_T", "TILE_H", "TILE_W"), cut.pack()[3:], strict=True))
+def _cut(cut: Cut, block: str = "", tile: str = "") -> dict[str, int]:
+    """The kernels' constants for one cut; the two strings tell queries from keys."""
+    names = (f"BLOCK{block}", *(f"TILE_{tile}{axis}" for axis in "THW"))
+    return dict(zip(names, cut.pack()[3:], strict=True))
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:

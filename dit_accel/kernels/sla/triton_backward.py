@@ -106,7 +106,7 @@ def store_through(
     "q_batch", "q_head", "q_row", "k_batch", "k_head", "k_row", "v_batch", "v_head", "v_row",
     "g_batch", "g_head", "g_row", "p_batch", "p_head", "p_row", "e_batch", "e_head", "e_row",
     "T", "H", "W", "visual_start", "conditioning_start", "text_start", "conditioning",
-    "heads", "tokens", "blocks", "dense", "topk", "skip",
+    "heads", "tokens", "query_blocks", "blocks", "dense", "topk", "skip",
 ])  # fmt: skip
 def sparse_linear_bwd_kernel_dq(
     q, k, v, grad_out, pulled, exact, lse, table, peaks, totals, critical, negligible, places, spans, text_lens,
@@ -115,9 +115,10 @@ def sparse_linear_bwd_kernel_dq(
     p_batch, p_head, p_row, e_batch, e_head, e_row,
     scale,
     T, H, W, visual_start, conditioning_start, text_start, conditioning,
-    heads, tokens, blocks, dense, topk, skip,
+    heads, tokens, query_blocks, blocks, dense, topk, skip,
     D: tl.constexpr, BLOCK_D: tl.constexpr, ALIGN: tl.constexpr,
-    BLOCK: tl.constexpr, TILE_T: tl.constexpr, TILE_H: tl.constexpr, TILE_W: tl.constexpr,
+    BLOCK_Q: tl.constexpr, TILE_QT: tl.constexpr, TILE_QH: tl.constexpr, TILE_QW: tl.constexpr,
+    BLOCK_K: tl.constexpr, TILE_KT: tl.constexpr, TILE_KH: tl.constexpr, TILE_KW: tl.constexpr,
     STEP: tl.constexpr, MAP: tl.constexpr, SCOPE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dq [B, N, H, D] of one query block of one head; arguments as in the forward kernel.
@@ -125,13 +126,14 @@ def sparse_linear_bwd_kernel_dq(
     Also stores, for dk and dv, fp32 [B, H, N]: delta = rowsum(exact * grad_out), r, and 1 / d, which is 0 for rows that
     have no part in the totals. pulled [B, H, N, D]: in scope "marginal" the gradient behind the projection, grad_out W.
     """
-    CUT: tl.constexpr = (BLOCK, TILE_T, TILE_H, TILE_W)
+    CUT_Q: tl.constexpr = (BLOCK_Q, TILE_QT, TILE_QH, TILE_QW)
+    CUT: tl.constexpr = (BLOCK_K, TILE_KT, TILE_KH, TILE_KW)
     i_bh = tl.program_id(1)
     grid = (T, H, W)
     q = rows_of(q, (q_batch, q_head, q_row), heads, ALIGN)
     keys = rows_of(k, (k_batch, k_head, k_row), heads, ALIGN)
     values = rows_of(v, (v_batch, v_head, v_row), heads, ALIGN)
-    rows, valid = slots_of(tl.program_id(0), 0, grid, CUT, BLOCK)
+    rows, valid = slots_of(tl.program_id(0), 0, grid, CUT_Q, BLOCK_Q)
     place = i_bh.to(tl.int64) * tokens + rows
     gradients = rows_of(grad_out, (g_batch, g_head, g_row), heads, ALIGN)
     table = table_of(table, D)
@@ -142,9 +144,9 @@ def sparse_linear_bwd_kernel_dq(
         width = BLOCK_D + hidden_zero(spans)
         COLUMNS: tl.constexpr = min(BLOCK_D, 32)
         b_g = load_rows(gradients, rows, valid, D, BLOCK_D).to(table.dtype.element_ty)
-        shift, size = scales_of_rows(q, rows, valid, width, D, BLOCK, COLUMNS, MAP)
+        shift, size = scales_of_rows(q, rows, valid, width, D, BLOCK_Q, COLUMNS, MAP)
         with_u, with_z, ratio, denominator = sums_through(
-            q, rows, valid, shift, size, b_g, table, peak, totals, width, D, BLOCK_D, BLOCK, COLUMNS, MAP, PRECISION
+            q, rows, valid, shift, size, b_g, table, peak, totals, width, D, BLOCK_D, BLOCK_Q, COLUMNS, MAP, PRECISION
         )  # fmt: skip
         inverse = 1.0 / (denominator + EPS)
         ratio *= inverse
@@ -156,10 +158,10 @@ def sparse_linear_bwd_kernel_dq(
     else:
         b_q = load_rows(q, rows, valid, D, BLOCK_D)
         b_g = load_rows(rows_of(pulled, (p_batch, p_head, p_row), heads, ALIGN), rows, valid, D, BLOCK_D).to(b_q.dtype)
-        lists = routed(critical, negligible, i_bh, tl.program_id(0), blocks, topk, skip)
+        lists = routed(critical, negligible, i_bh, tl.program_id(0), query_blocks, topk, skip)
         k_visual, v_visual = behind(keys, visual_start), behind(values, visual_start)
-        one_by_one = tl.load(modes + i_bh * blocks + tl.program_id(0)) != 0
-        of_phi = tl.zeros([BLOCK, BLOCK_D], dtype=tl.float32)
+        one_by_one = tl.load(modes + i_bh * query_blocks + tl.program_id(0)) != 0
+        of_phi = tl.zeros([BLOCK_Q, BLOCK_D], dtype=tl.float32)
         total = tl.zeros([BLOCK_D], dtype=tl.float32)
         if one_by_one:
             of_phi, total = over_marginal(
@@ -181,7 +183,7 @@ def sparse_linear_bwd_kernel_dq(
         store_rows(dq, rows, valid, pulled_back(of_phi, x, phi, MAP), heads, tokens, D, BLOCK_D)
     tl.store(ratios + place, ratio, mask=valid)
 
-    _, i_bh, rows, valid = placed(spans, grid, CUT)
+    _, i_bh, rows, valid = placed(spans, grid, CUT_Q)
     place = i_bh.to(tl.int64) * tokens + rows
     b_q = load_rows(q, rows, valid, D, BLOCK_D)
     b_g = load_rows(gradients, rows, valid, D, BLOCK_D)
@@ -190,11 +192,11 @@ def sparse_linear_bwd_kernel_dq(
     tl.store(delta + place, b_delta, mask=valid)
     acc = of_queries(
         b_q, b_g.to(b_q.dtype), row_lse(lse, place, valid), b_delta, keys, values, scale,
-        list_of(i_bh * blocks + tl.program_id(0), places, spans, topk + dense), spans,
+        list_of(i_bh * query_blocks + tl.program_id(0), places, spans, topk + dense), spans,
         (visual_start, conditioning_start, text_start), grid, conditioning, tl.load(text_lens + i_bh // heads),
-        D, BLOCK_D, BLOCK, CUT, STEP, False, PRECISION,
+        D, BLOCK_D, BLOCK_Q, CUT, STEP, False, PRECISION,
     )  # fmt: skip
-    _, _, rows, valid = placed(spans, grid, CUT)
+    _, _, rows, valid = placed(spans, grid, CUT_Q)
     acc = acc * scale + stored_rows(dq, rows, valid, heads, tokens, D, BLOCK_D)
     store_rows(dq, rows, valid, acc, heads, tokens, D, BLOCK_D)
 
@@ -203,7 +205,7 @@ def sparse_linear_bwd_kernel_dq(
     "q_batch", "q_head", "q_row", "k_batch", "k_head", "k_row", "v_batch", "v_head", "v_row",
     "g_batch", "g_head", "g_row", "p_batch", "p_head", "p_row",
     "T", "H", "W", "visual_start", "conditioning_start", "text_start", "conditioning", "text",
-    "heads", "tokens", "key_tokens", "blocks", "dense", "topk", "skip",
+    "heads", "tokens", "key_tokens", "query_blocks", "blocks", "dense", "topk", "skip",
 ])  # fmt: skip
 def sparse_linear_bwd_kernel_dkdv(
     q, k, v, grad_out, pulled, lse, delta, table, peaks, dtotals, critical, negligible, text_lens,
@@ -213,20 +215,22 @@ def sparse_linear_bwd_kernel_dkdv(
     p_batch, p_head, p_row,
     scale,
     T, H, W, visual_start, conditioning_start, text_start, conditioning, text,
-    heads, tokens, key_tokens, blocks, dense, topk, skip,
+    heads, tokens, key_tokens, query_blocks, blocks, dense, topk, skip,
     D: tl.constexpr, BLOCK_D: tl.constexpr, ALIGN: tl.constexpr,
-    BLOCK: tl.constexpr, TILE_T: tl.constexpr, TILE_H: tl.constexpr, TILE_W: tl.constexpr,
+    BLOCK_Q: tl.constexpr, TILE_QT: tl.constexpr, TILE_QH: tl.constexpr, TILE_QW: tl.constexpr,
+    BLOCK_K: tl.constexpr, TILE_KT: tl.constexpr, TILE_KH: tl.constexpr, TILE_KW: tl.constexpr,
     ROWS: tl.constexpr, STEP: tl.constexpr, MAP: tl.constexpr, SCOPE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dk and dv [B, Nk, H, D] of ROWS rows of one key block. G is table * peak, -w is dtotals.
 
     The query blocks that attend to the key block exactly are listed as in `triton_lists.Transposed` (entries,
     query_places, firsts). In scope "marginal" the query blocks for which it is negligible are listed alike, and the
-    first n_singles of `singles` [B, H, blocks] are the query blocks that were summed one by one. Conditioning and text
-    blocks get nothing from the linear branch. Query blocks are processed in steps of STEP rows.
+    first n_singles of `singles` [B, H, query_blocks] are the query blocks that were summed one by one. Conditioning and
+    text blocks get nothing from the linear branch. Query blocks are processed in steps of STEP rows.
     """
-    CUT: tl.constexpr = (BLOCK, TILE_T, TILE_H, TILE_W)
-    PARTS: tl.constexpr = BLOCK // ROWS
+    CUT_Q: tl.constexpr = (BLOCK_Q, TILE_QT, TILE_QH, TILE_QW)
+    CUT: tl.constexpr = (BLOCK_K, TILE_KT, TILE_KH, TILE_KW)
+    PARTS: tl.constexpr = BLOCK_K // ROWS
     i_k = tl.program_id(0) // PARTS
     visual = i_k < blocks
     grid = (T, H, W)
@@ -268,8 +272,8 @@ def sparse_linear_bwd_kernel_dkdv(
                 of_v, of_phi, total, phi_k, b_v, i_k, rows_of(q, (q_batch, q_head, q_row), heads, ALIGN),
                 rows_of(pulled, (p_batch, p_head, p_row), heads, ALIGN),
                 (denominators + first_row, ratios + first_row), (critical, negligible, topk, skip),
-                (entries, firsts, negligible_entries, negligible_firsts), (modes, singles, n_singles), grid, blocks,
-                dense, D, BLOCK_D, CUT, STEP, MAP, PRECISION,
+                (entries, firsts, negligible_entries, negligible_firsts), (modes, singles, n_singles), grid,
+                query_blocks, (blocks, dense), D, BLOCK_D, CUT_Q, STEP, MAP, PRECISION,
             )  # fmt: skip
             i_bh, rows, there, valid = placed_keys(
                 firsts, text_lens, starts, grid, conditioning, text, heads, CUT, ROWS
@@ -294,7 +298,7 @@ def sparse_linear_bwd_kernel_dkdv(
     b_dk, b_dv = of_keys(
         b_k, b_v, slot_k, q, rows_of_head(grad_out, i_bh, (g_batch, g_head, g_row), heads, ALIGN), lse + first_row,
         delta + first_row, scale, query_places, entries, p_first, entries, (0, 0, 0), grid, 0, 0,
-        D, BLOCK_D, BLOCK, ROWS, CUT, STEP, False, PRECISION,
+        D, BLOCK_D, BLOCK_K, ROWS, CUT_Q, STEP, False, PRECISION,
     )  # fmt: skip
     i_bh, rows, there, valid = placed_keys(firsts, text_lens, starts, grid, conditioning, text, heads, CUT, ROWS)
     linear = valid & (tl.arange(0, ROWS) < tl.where(visual, ROWS, 0))

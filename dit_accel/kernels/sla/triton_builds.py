@@ -22,7 +22,8 @@ FUNCTIONS = {
 }
 FORWARD = ("means", "select", "places", "state")
 DOTLESS = ("means", "select", "places")
-CUTS = tuple({"BLOCK": 64 * frames, "TILE_T": frames, "TILE_H": 8, "TILE_W": 8} for frames in (1, 2))
+CUTS = {64: (1, 8, 8), 128: (2, 8, 8)}  # tokens of a block, and its tile
+BLOCKS = ((64, 64), (128, 64), (128, 128))  # queries x keys
 WIDTHS = (512, 1280)  # rows of scores at 32,760 and at 75,600 tokens
 DATA = ("q", "k", "v", "x", "table", "weight", "out", "exact", "linear", "grad_out", "pulled", "dq", "dk", "dv")
 FLOATS = (
@@ -65,19 +66,29 @@ def _constants(kernel: str, head_dim: int, arch: int) -> Iterator[dict[str, Any]
     linear = {**sizes, "MAP": "softmax", "PRECISION": "ieee"}
     if kernel == "select":
         for width in WIDTHS:
-            yield {"D": head_dim, "WIDTH": width, "STRIP": configs.strip_of(width), "HAS_SKIP": True}
+            yield {
+                "D": head_dim, "WIDTH": width, "STRIP": configs.strip_of(width), "WHOLE": True, "HAS_SKIP": True,
+            }  # fmt: skip
     elif kernel == "sums":
         yield {**linear, "SPLIT": configs.SPLIT}
+    elif kernel in configs.FUSED:
+        for queries, keys in BLOCKS:
+            cuts = _cut(queries, "_Q", "Q") | _cut(keys, "_K", "K")
+            yield from (
+                _fused(kernel, {**linear, **cuts, "SCOPE": scope}, arch) for scope in _scopes(max(queries, keys))
+            )
     else:
-        for cut in CUTS:
+        for block in CUTS:
             if kernel == "places":
-                yield cut
+                yield _cut(block)
             elif kernel == "means":
-                yield {**sizes, **cut}
-            elif kernel == "state":
-                yield {**linear, **cut, "SPLIT": configs.SPLIT // cut["BLOCK"]}
+                yield {**sizes, **_cut(block)}
             else:
-                yield from (_fused(kernel, {**linear, **cut, "SCOPE": scope}, arch) for scope in _scopes(cut["BLOCK"]))
+                yield {**linear, **_cut(block), "SPLIT": configs.SPLIT // block}
+
+
+def _cut(block: int, side: str = "", tile: str = "") -> dict[str, int]:
+    return dict(zip((f"BLOCK{side}", *(f"TILE_{tile}{axis}" for axis in "THW")), (block, *CUTS[block]), strict=True))
 
 
 def _fused(kernel: str, sizes: dict[str, Any], arch: int) -> dict[str, Any]:

@@ -13,23 +13,27 @@ from dit_accel.kernels.block_sparse.triton_configs import Launch
 MAX_BLOCKS = 1 << 13  # the longest row of scores that a program holds in registers
 MARGINAL_BLOCK = 64  # tokens; sums of 128 x 128 and feature maps in fp32 do not fit the registers together
 FUSED = ("forward", "dq", "dkdv")  # the kernels of both branches
+MOST_ROWS = 16  # that a selection program has
 SPLIT = 2048  # tokens that one program sums; fixed, so that the order of sums depends on the length alone
 HEAD_DIMS = (64, 128)  # compiled ahead of time; others are padded in registers to the next power of two
 # Launches are tuned separately for these constants: no length, and no tile, which follows from the grid
-TUNED_BY = ("BLOCK", "BLOCK_D", "WIDTH", "HAS_SKIP", "MAP", "SCOPE")
+TUNED_BY = ("BLOCK", "BLOCK_Q", "BLOCK_K", "BLOCK_D", "WIDTH", "HAS_SKIP", "MAP", "SCOPE")
 
 
-def unsupported(head_dim: int, block: int, blocks: int, linear_scope: str | None) -> str | None:
+def unsupported(head_dim: int, block_q: int, block_k: int, blocks: int, linear_scope: str | None) -> str | None:
     """The reason why the kernels cannot compute such a call, or None. Needs no Triton.
 
     Args:
-        blocks: visual blocks.
+        blocks: visual key blocks.
         linear_scope: None for a call without linear branch.
     """
     if blocks > MAX_BLOCKS:
         return f"the router's kernel takes at most {MAX_BLOCKS} visual blocks, not {blocks}"
-    if linear_scope == "marginal" and block > MARGINAL_BLOCK:
-        return f"the kernels over marginal blocks take blocks of up to {MARGINAL_BLOCK} tokens, not {block}"
+    if linear_scope == "marginal" and max(block_q, block_k) > MARGINAL_BLOCK:
+        return (
+            f"the kernels over marginal blocks take blocks of up to {MARGINAL_BLOCK} tokens, not {block_q} queries and "
+            f"{block_k} keys"
+        )
     if linear_scope is not None and head_dim > HEAD_DIMS[-1]:
         return f"the kernels of the linear branch take head dimensions up to {HEAD_DIMS[-1]}, not {head_dim}"
     return None
@@ -59,7 +63,7 @@ def key_rows(sizes: Mapping[str, Any], capability: int) -> int:
     Args:
         sizes: the kernel's compile-time constants.
     """
-    block, wide = sizes["BLOCK"], sizes["BLOCK"] * sizes["BLOCK_D"] > 64 * 64
+    block, wide = sizes["BLOCK_K"], sizes["BLOCK_K"] * sizes["BLOCK_D"] > 64 * 64
     return 32 if sizes["SCOPE"] == "marginal" and wide and capability // 10 not in (9, 10) else block
 
 
@@ -80,8 +84,10 @@ def launches(kernel: str, sizes: Mapping[str, Any], itemsize: int, capability: i
     if kernel == "select":
         return _selecting(sizes["WIDTH"])
     wide, generation = sizes["BLOCK_D"] > 64, capability // 10
+    # the block whose rows are taken in steps
+    taken = sizes.get("BLOCK", sizes.get("BLOCK_Q" if kernel == "dkdv" else "BLOCK_K", 64))
     if itemsize == 4:
-        return (Launch(warps=8 if wide else 4, stages=1, step=min(32, sizes.get("BLOCK", 32))),)
+        return (Launch(warps=8 if wide else 4, stages=1, step=min(32, taken)),)
     if kernel in FUSED:
         found = _marginal(kernel, wide, generation)
     elif kernel == "state":
@@ -89,9 +95,7 @@ def launches(kernel: str, sizes: Mapping[str, Any], itemsize: int, capability: i
         found = (Launch(8, 3, 64),)
     else:  # sums; features of 64 rows spill on 12.0
         found = (Launch(8, 2, 32 if wide and generation == 12 else 64),)
-    if "BLOCK" in sizes:
-        found = tuple(dataclasses.replace(launch, step=min(launch.step, sizes["BLOCK"])) for launch in found)
-    return tuple(dict.fromkeys(found))
+    return tuple(dict.fromkeys(dataclasses.replace(launch, step=min(launch.step, taken)) for launch in found))
 
 
 def _selecting(width: int) -> tuple[Launch, ...]:
@@ -127,10 +131,9 @@ def shared_bytes(kernel: str, launch: Launch, sizes: Mapping[str, Any], itemsize
     """Least shared memory of a launch in bytes: what stays, and the tiles in flight."""
     if kernel not in (*FUSED, "state", "sums"):
         return 0
-    row, block = sizes["BLOCK_D"] * itemsize, sizes.get("BLOCK", 0)
     if kernel in FUSED:
-        return block_sparse.shared_bytes(kernel, launch, block, block, sizes["BLOCK_D"], itemsize)
-    return (2 * launch.stages - 1) * launch.step * row
+        return block_sparse.shared_bytes(kernel, launch, sizes["BLOCK_Q"], sizes["BLOCK_K"], sizes["BLOCK_D"], itemsize)
+    return (2 * launch.stages - 1) * launch.step * sizes["BLOCK_D"] * itemsize
 
 
 def fitting(kernel: str, sizes: Mapping[str, Any], itemsize: int, capability: int) -> tuple[Launch, ...]:
@@ -139,8 +142,8 @@ def fitting(kernel: str, sizes: Mapping[str, Any], itemsize: int, capability: in
     In scope "all" the fused kernels run the block-sparse engine's loops and have the engine's candidates.
     """
     if sizes.get("SCOPE") == "all":
-        block = sizes["BLOCK"]
-        return tuple(block_sparse.fitting(kernel, block, block, sizes["BLOCK_D"], itemsize, capability))
+        blocks = sizes["BLOCK_Q"], sizes["BLOCK_K"], sizes["BLOCK_D"]
+        return tuple(block_sparse.fitting(kernel, *blocks, itemsize, capability))
     limit = SHARED_BYTES.get(capability, min(SHARED_BYTES.values()))
     return tuple(
         launch

@@ -113,7 +113,7 @@ def unit_rows(b_q, D: tl.constexpr, MAP: tl.constexpr):
 @triton.jit(do_not_specialize=[
     "q_batch", "q_head", "q_row", "k_batch", "k_head", "k_row", "v_batch", "v_head", "v_row",
     "T", "H", "W", "visual_start", "conditioning_start", "text_start", "conditioning",
-    "heads", "tokens", "blocks", "dense", "topk", "skip", "training",
+    "heads", "tokens", "query_blocks", "blocks", "dense", "topk", "skip", "training",
 ])  # fmt: skip
 def sparse_linear_fwd_kernel(
     q, k, v, table, peaks, totals, weight, bias, critical, negligible, places, spans, text_lens,
@@ -121,9 +121,10 @@ def sparse_linear_fwd_kernel(
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
     scale,
     T, H, W, visual_start, conditioning_start, text_start, conditioning,
-    heads, tokens, blocks, dense, topk, skip, training,
+    heads, tokens, query_blocks, blocks, dense, topk, skip, training,
     D: tl.constexpr, BLOCK_D: tl.constexpr, ALIGN: tl.constexpr,
-    BLOCK: tl.constexpr, TILE_T: tl.constexpr, TILE_H: tl.constexpr, TILE_W: tl.constexpr,
+    BLOCK_Q: tl.constexpr, TILE_QT: tl.constexpr, TILE_QH: tl.constexpr, TILE_QW: tl.constexpr,
+    BLOCK_K: tl.constexpr, TILE_KT: tl.constexpr, TILE_KH: tl.constexpr, TILE_KW: tl.constexpr,
     STEP: tl.constexpr, MAP: tl.constexpr, SCOPE: tl.constexpr, HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Output [B, N, H, D] of one query block of one head; for training also what the backward reads.
@@ -134,26 +135,27 @@ def sparse_linear_fwd_kernel(
 
     For training: exact [B, N, H, D] and lse fp32 [B, H, N] of the exact branch. In scope "marginal" also linear
     [B, N, H, D], the linear branch before its projection; denominators fp32 [B, H, N], with eps; and modes int32
-    [B, H, blocks], 1 where the marginal blocks were summed one by one.
+    [B, H, query_blocks], 1 where the marginal blocks were summed one by one.
     """
-    CUT: tl.constexpr = (BLOCK, TILE_T, TILE_H, TILE_W)
+    CUT_Q: tl.constexpr = (BLOCK_Q, TILE_QT, TILE_QH, TILE_QW)
+    CUT: tl.constexpr = (BLOCK_K, TILE_KT, TILE_KH, TILE_KW)
     grid = (T, H, W)
     if SCOPE == "marginal":
-        zero, i_bh, rows, valid = placed(spans, grid, CUT)
+        zero, i_bh, rows, valid = placed(spans, grid, CUT_Q)
         q_rows = rows_of_head(q, i_bh, (q_batch, q_head, q_row), heads, ALIGN)
         keys = behind(rows_of_head(k, i_bh, (k_batch, k_head, k_row), heads, ALIGN), visual_start)
         values = behind(rows_of_head(v, i_bh, (v_batch, v_head, v_row), heads, ALIGN), visual_start)
-        lists = routed(critical, negligible, i_bh, tl.program_id(0) + zero, blocks, topk, skip)
+        lists = routed(critical, negligible, i_bh, tl.program_id(0) + zero, query_blocks, topk, skip)
         phi = unit_rows(load_rows(q_rows, rows, valid, D, BLOCK_D), D, MAP)
-        acc = tl.zeros([BLOCK, BLOCK_D], dtype=tl.float32)
-        left = tl.zeros([BLOCK], dtype=tl.float32)
+        acc = tl.zeros([BLOCK_Q, BLOCK_D], dtype=tl.float32)
+        left = tl.zeros([BLOCK_Q], dtype=tl.float32)
         acc, left = over_listed(acc, left, phi, keys, values, lists, grid, D, BLOCK_D, CUT, STEP, MAP, False, PRECISION)
-        zero, i_bh, rows, valid = placed(spans, grid, CUT)
+        zero, i_bh, rows, valid = placed(spans, grid, CUT_Q)
         q_rows = rows_of_head(q, i_bh, (q_batch, q_head, q_row), heads, ALIGN)
         peak = tl.load(peaks + i_bh)
         acc, of_all, size = with_state(
             acc * (-1.0 / peak), q_rows, rows, valid, table + i_bh.to(tl.int64) * (D * D),
-            totals + i_bh.to(tl.int64) * D, BLOCK_D + zero, D, BLOCK_D, BLOCK, MAP, True, PRECISION,
+            totals + i_bh.to(tl.int64) * D, BLOCK_D + zero, D, BLOCK_D, BLOCK_Q, MAP, True, PRECISION,
         )  # fmt: skip
         acc *= peak
         lost = valid & (2.0 * left > of_all)
@@ -162,10 +164,10 @@ def sparse_linear_fwd_kernel(
         if one_by_one:
             keys = behind(rows_of_head(k, i_bh, (k_batch, k_head, k_row), heads, ALIGN), visual_start)
             values = behind(rows_of_head(v, i_bh, (v_batch, v_head, v_row), heads, ALIGN), visual_start)
-            lists = routed(critical, negligible, i_bh, tl.program_id(0) + zero, blocks, topk, skip)
+            lists = routed(critical, negligible, i_bh, tl.program_id(0) + zero, query_blocks, topk, skip)
             phi = unit_rows(load_rows(q_rows, rows, valid, D, BLOCK_D), D, MAP)
-            acc = tl.zeros([BLOCK, BLOCK_D], dtype=tl.float32)
-            left = tl.zeros([BLOCK], dtype=tl.float32)
+            acc = tl.zeros([BLOCK_Q, BLOCK_D], dtype=tl.float32)
+            left = tl.zeros([BLOCK_Q], dtype=tl.float32)
             acc, left = over_marginal(
                 acc, left, phi, keys, values, lists, grid, blocks, D, BLOCK_D, CUT, STEP, MAP, False, PRECISION
             )  # fmt: skip
@@ -174,24 +176,24 @@ def sparse_linear_fwd_kernel(
         if training:
             store_rows(linear, rows, valid, b_l, heads, tokens, D, BLOCK_D)
             tl.store(denominators + i_bh.to(tl.int64) * tokens + rows, denominator * size, mask=valid)
-            tl.store(modes + i_bh * blocks + tl.program_id(0), tl.where(one_by_one, 1, 0))
+            tl.store(modes + i_bh * query_blocks + tl.program_id(0), tl.where(one_by_one, 1, 0))
         # the linear branch waits in the output: its registers are needed for the exact branch
-        acc = tl.zeros([BLOCK, BLOCK_D], dtype=tl.float32)
+        acc = tl.zeros([BLOCK_Q, BLOCK_D], dtype=tl.float32)
         acc = times_table(b_l, weight, acc, D, BLOCK_D, True, PRECISION)
         store_rows(out, rows, valid, acc, heads, tokens, D, BLOCK_D)
 
-    _, i_bh, rows, valid = placed(spans, grid, CUT)
+    _, i_bh, rows, valid = placed(spans, grid, CUT_Q)
     keys = rows_of_head(k, i_bh, (k_batch, k_head, k_row), heads, ALIGN)
     values = rows_of_head(v, i_bh, (v_batch, v_head, v_row), heads, ALIGN)
     q_rows = rows_of_head(q, i_bh, (q_batch, q_head, q_row), heads, ALIGN)
     b_q, positive_scale = positive(load_rows(q_rows, rows, valid, D, BLOCK_D), scale)
     acc, peak, total = attend_lists(
-        b_q, keys, values, positive_scale, list_of(i_bh * blocks + tl.program_id(0), places, spans, topk + dense),
+        b_q, keys, values, positive_scale, list_of(i_bh * query_blocks + tl.program_id(0), places, spans, topk + dense),
         spans, (visual_start, conditioning_start, text_start), grid, conditioning, tl.load(text_lens + i_bh // heads),
-        D, BLOCK_D, BLOCK, CUT, STEP, False, PRECISION,
+        D, BLOCK_D, BLOCK_Q, CUT, STEP, False, PRECISION,
     )  # fmt: skip
     acc, b_lse = normalised(acc, peak, total)
-    zero, i_bh, rows, valid = placed(spans, grid, CUT)
+    zero, i_bh, rows, valid = placed(spans, grid, CUT_Q)
     if training:
         store_rows(exact, rows, valid, acc, heads, tokens, D, BLOCK_D)
         tl.store(lse + i_bh.to(tl.int64) * tokens + rows, b_lse, mask=valid)
@@ -199,10 +201,10 @@ def sparse_linear_fwd_kernel(
         acc += stored_rows(out, rows, valid, heads, tokens, D, BLOCK_D)
     else:
         q_rows = rows_of_head(q, i_bh, (q_batch, q_head, q_row), heads, ALIGN)
-        acc_l = tl.zeros([BLOCK, BLOCK_D], dtype=tl.float32)
+        acc_l = tl.zeros([BLOCK_Q, BLOCK_D], dtype=tl.float32)
         acc_l, of_total, _ = with_state(
             acc_l, q_rows, rows, valid, table + i_bh.to(tl.int64) * (D * D), totals + i_bh.to(tl.int64) * D,
-            BLOCK_D + zero, D, BLOCK_D, BLOCK, MAP, False, PRECISION,
+            BLOCK_D + zero, D, BLOCK_D, BLOCK_Q, MAP, False, PRECISION,
         )  # fmt: skip
         acc += acc_l * (tl.load(peaks + i_bh) / (of_total + EPS))[:, None]
     if HAS_BIAS:

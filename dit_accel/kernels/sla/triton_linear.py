@@ -116,7 +116,10 @@ def hidden_zero(counts):
 
 @triton.jit
 def placed(counts, grid, CUT: tl.constexpr):
-    """A `hidden_zero`, this program's head, and the rows of its query block with their validity, all recomputed."""
+    """A `hidden_zero`, this program's head, and the rows of its query block with their validity, all recomputed.
+
+    CUT: of query blocks.
+    """
     zero = hidden_zero(counts)
     rows, valid = slots_of(tl.program_id(0) + zero, 0, grid, CUT, CUT[0])
     return zero, tl.program_id(1) + zero, rows, valid
@@ -228,9 +231,9 @@ def with_keys(
 
 
 @triton.jit
-def routed(critical, negligible, i_bh, i_q, blocks, topk, skip):
-    """Pointers to the critical and negligible blocks of a query block, and their numbers."""
-    row = i_bh.to(tl.int64) * blocks + i_q
+def routed(critical, negligible, i_bh, i_q, rows, topk, skip):
+    """Pointers to the critical and negligible blocks of one of `rows` query blocks, and their numbers."""
+    row = i_bh.to(tl.int64) * rows + i_q
     return critical + row * topk, negligible + row * skip, topk, skip
 
 
@@ -258,7 +261,10 @@ def over_marginal(
     D: tl.constexpr, BLOCK_D: tl.constexpr, CUT: tl.constexpr, STEP: tl.constexpr,
     MAP: tl.constexpr, BACKWARD: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """`with_keys` over the marginal blocks: those in neither list. Both lists ascend and are walked in one pass."""
+    """`with_keys` over the marginal of `blocks` key blocks: those in neither list.
+
+    Both lists ascend and are walked in one pass.
+    """
     critical, negligible, topk, skip = lists
     i_critical = 0
     i_negligible = 0
@@ -315,7 +321,7 @@ def holds_block(entries, n, block):
 
 @triton.jit
 def over_selecting(
-    of_v, of_k, weights, phi_k, b_v, i_k, q, grad_out, factors, routes, transposed, alone, grid, blocks, dense,
+    of_v, of_k, weights, phi_k, b_v, i_k, q, grad_out, factors, routes, transposed, alone, grid, rows, keys,
     D: tl.constexpr, BLOCK_D: tl.constexpr, CUT: tl.constexpr, STEP: tl.constexpr,
     MAP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -328,13 +334,16 @@ def over_selecting(
         routes: critical and negligible lists, and the number of blocks in each.
         transposed: entries and firsts of both, as in `triton_lists.Transposed`; the first with `dense` blocks behind.
         alone: whether a query block sums one by one; a list that starts with those that do; their number.
+        rows, keys: query blocks; visual key blocks, and those behind them.
+        CUT: of query blocks.
     """
     STEPS: tl.constexpr = CUT[0] // STEP
     critical, negligible, topk, skip = routes
     entries, firsts, negligible_entries, negligible_firsts = transposed
     modes, singles, n_singles = alone
+    blocks, dense = keys
     i_bh = tl.program_id(1)
-    first_list = i_bh.to(tl.int64) * blocks
+    first_list = i_bh.to(tl.int64) * rows
     for BY in tl.static_range(2):  # query blocks for which this key block is critical, then negligible
         selecting = negligible_entries if BY else entries
         p_first = negligible_firsts if BY else firsts
@@ -348,7 +357,7 @@ def over_selecting(
                 )  # fmt: skip
     for i in range(tl.load(n_singles + i_bh)):
         block = tl.load(singles + first_list + i)
-        b_critical, b_negligible, _, _ = routed(critical, negligible, i_bh, block, blocks, topk, skip)
+        b_critical, b_negligible, _, _ = routed(critical, negligible, i_bh, block, rows, topk, skip)
         if holds_block(b_critical, topk, i_k) + holds_block(b_negligible, skip, i_k) == 0:
             for first in range(0, CUT[0], STEP):
                 of_v, of_k, weights = with_queries(

@@ -148,32 +148,33 @@ def load_queries(means, count, HALF: tl.constexpr, WHOLE: tl.constexpr):
     return found[:, None]
 
 
-@triton.jit(do_not_specialize=["blocks", "topk", "skip"])
+@triton.jit(do_not_specialize=["rows", "blocks", "topk", "skip"])
 def select_kernel(
     query_means, key_means, critical, negligible,
-    blocks, topk, skip,
-    D: tl.constexpr, STEP: tl.constexpr, WIDTH: tl.constexpr, STRIP: tl.constexpr, HAS_SKIP: tl.constexpr,
+    rows, blocks, topk, skip,
+    D: tl.constexpr, STEP: tl.constexpr, WIDTH: tl.constexpr, STRIP: tl.constexpr, WHOLE: tl.constexpr,
+    HAS_SKIP: tl.constexpr,
 ):  # fmt: skip
-    """The `topk` best key blocks of STEP query blocks and the `skip` worst, ascending.
+    """The `topk` best of `blocks` key blocks for STEP of `rows` query blocks, and the `skip` worst, ascending.
 
-    WIDTH >= blocks. If it is several strips, the blocks fill all but the last, and there are at least STEP of them.
+    WIDTH >= blocks. If it is several strips, the blocks fill all but the last. WHOLE: there are at least STEP rows.
     """
     HALF: tl.constexpr = STEP // 2
     STRIPS: tl.constexpr = WIDTH // STRIP
     i_bh = tl.program_id(1).to(tl.int64)
     # the last program starts early instead of ending late: its rows need no mask, and the rows that two programs
     # write get the same values
-    first_row = tl.minimum(tl.program_id(0) * STEP, tl.maximum(blocks - STEP, 0))
+    first_row = tl.minimum(tl.program_id(0) * STEP, tl.maximum(rows - STEP, 0))
     columns = tl.arange(0, STRIP)[None, :]
     # scalar bases with constant offsets: an address is one register and an immediate
-    start_q = query_means + i_bh * D * blocks + first_row
+    start_q = query_means + i_bh * D * rows + first_row
     start_k = key_means + i_bh * D * blocks
     scores = ()
     for _ in tl.static_range(2 * STRIPS):
         scores += (tl.zeros([HALF, STRIP], dtype=tl.float32),)  # type: ignore[assignment]
     for _ in tl.range(0, D, loop_unroll_factor=4):
-        b_a = load_queries(start_q, blocks - first_row, HALF, STRIPS > 1)
-        b_b = load_queries(start_q + HALF, blocks - first_row - HALF, HALF, STRIPS > 1)
+        b_a = load_queries(start_q, rows - first_row, HALF, WHOLE)
+        b_b = load_queries(start_q + HALF, rows - first_row - HALF, HALF, WHOLE)
         summed = ()
         for strip in tl.static_range(STRIPS):
             if strip + 1 < STRIPS:
@@ -182,7 +183,7 @@ def select_kernel(
                 b_k = tl.load(start_k + strip * STRIP + columns, mask=strip * STRIP + columns < blocks, other=0.0)
             summed += (scores[2 * strip] + b_a * b_k, scores[2 * strip + 1] + b_b * b_k)  # type: ignore[assignment]
         scores = summed
-        start_q += blocks
+        start_q += rows
         start_k += blocks
     keys = ()
     for part in tl.static_range(2 * STRIPS):
@@ -196,8 +197,8 @@ def select_kernel(
                 inside += (keys[part],)  # type: ignore[assignment]
             else:
                 inside += (tl.where(part // 2 * STRIP + columns < blocks, keys[part], LOWEST),)  # type: ignore[assignment]
-        start = lists + i_bh * blocks * wanted
-        write_best(start, inside, first_row, blocks, wanted, unit, last, HALF, STRIP, STRIPS)
+        start = lists + i_bh * rows * wanted
+        write_best(start, inside, first_row, rows, wanted, unit, last, HALF, STRIP, STRIPS)
         # the worst blocks are the best by complemented keys, whose order is reversed
         keys = ()
         for part in tl.static_range(2 * STRIPS):
@@ -210,10 +211,11 @@ def places_kernel(
     critical, places, spans, T, H, W, blocks, topk, dense,
     BLOCK: tl.constexpr, TILE_T: tl.constexpr, TILE_H: tl.constexpr, TILE_W: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
-    """Places [B, H, blocks, topk + dense] and spans [B, H, blocks, 5] of a list of critical blocks.
+    """Places [B, H, rows, topk + dense] and spans [B, H, rows, 5] of lists of critical blocks, a program each.
 
-    They are those of `block_sparse.triton_lists.Lists` without tables, made in one launch. Whole blocks come first, in
-    order; then blocks with padding slots, in reverse order; then the `dense` blocks that every query block attends to.
+    They are those of `block_sparse.triton_lists.OrderedLists` without tables, made in one launch. Whole blocks come
+    first, in order; then blocks with padding slots, in reverse order; then the `dense` blocks that every query block
+    attends to.
     """
     row = tl.program_id(0).to(tl.int64)
     critical += row * topk

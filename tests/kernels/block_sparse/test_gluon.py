@@ -4,6 +4,7 @@ The bits of partial blocks and the backward are Triton's, so that ``TRITON_INTER
 imported; `make test` runs this file in a process of its own.
 """
 
+import collections
 import contextlib
 import dataclasses
 import functools
@@ -53,7 +54,7 @@ def emulate(monkeypatch):
     def use(kernel=KERNEL, **options):
         monkeypatch.setattr(gluon, "block_sparse_gluon_fwd_kernel", Emulated(kernel, **options))
 
-    def write_words(kernel, programs, words, entries, spans, tables, *sizes, **constants):
+    def write_words(words, entries, spans, tables, *sizes, **constants):
         """What `partial_words_kernel` writes (test_triton.py holds it bit by bit), faster than interpreted."""
         grid, query_grid, query_blocks = sizes[:3], sizes[3:6], sizes[6]
         orders = []
@@ -73,7 +74,7 @@ def emulate(monkeypatch):
         row = impls.named("gluon")
         key = row.kernel, row.name
         monkeypatch.setitem(impls._TABLE, key, dataclasses.replace(row, cannot=impls.nothing))
-        monkeypatch.setattr(triton, "_start", write_words)
+        monkeypatch.setattr(triton, "partial_words_kernel", collections.defaultdict(lambda: write_words))
         use()
     return use
 
@@ -307,8 +308,18 @@ def test_other_devices_are_refused(make_problem, monkeypatch):
         make_problem(shape=(1, 10, 13), **SMALL).call("gluon", torch.float16)
 
 
-def test_auto_does_not_take_it_before_a_measurement():
-    assert not impls.named("gluon").rank
+def test_auto_takes_it_for_what_it_can_compute(make_problem, monkeypatch):
+    """On a GPU of compute capability 9.0; other head dimensions and dtypes are Triton's."""
+    monkeypatch.undo()
+    monkeypatch.setattr(impls, "INTERPRETED", False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    facts = impls.Facts(torch.device("cuda"), torch.bfloat16, 128, 128, 64)
+    assert impls.choose(facts)[0].name == "gluon"
+    for other in ({"head_dim": 72}, {"block_q": 64}):
+        assert impls.choose(dataclasses.replace(facts, **other))[0].name == "triton", other
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    assert impls.choose(facts)[0].name == "triton"
 
 
 def test_it_runs_in_a_compiled_function(make_problem):

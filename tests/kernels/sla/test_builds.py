@@ -10,7 +10,7 @@ pytest.importorskip("triton")
 from dit_accel.kernels.ahead_of_time import ARCHS, SHARED_BYTES
 from dit_accel.kernels.sla import triton, triton_builds
 from dit_accel.kernels.sla import triton_configs as configs
-from dit_accel.kernels.sla.call import LINEAR_SCOPES, Cut, KeySegments
+from dit_accel.kernels.sla.call import LINEAR_SCOPES, Cut, Cuts, KeySegments
 
 
 @pytest.fixture(params=ARCHS)
@@ -28,17 +28,17 @@ def launched(monkeypatch, arch):
 
     monkeypatch.setattr(triton, "_run", record)
     monkeypatch.setattr(triton, "_capability", lambda device: arch)
-    for block, dim in itertools.product((64, 128), (64, 128)):
-        cut = Cut((1, 1, block * 512), block)
-        segments = KeySegments.of(cut.order.grid)
-        q = torch.zeros(1, 1, block * 512, dim, dtype=torch.float16)
-        lists = triton.RoutedBlocks(*(torch.zeros(1, 1, 512, n, dtype=torch.int32) for n in (1, 2)))
-        means = triton.block_means(q, cut)
-        triton.select(means, means, 1, 2)
-        *whole, _ = triton.state(q, q, cut, "softmax")
+    for (block_q, block), dim in itertools.product(((64, 64), (128, 64), (128, 128)), (64, 128)):
+        tokens = block * 512
+        cuts = Cuts(Cut((1, 1, tokens), block_q), Cut((1, 1, tokens), block))
+        segments = KeySegments.of(cuts.keys.order.grid)
+        q = torch.zeros(1, 1, tokens, dim, dtype=torch.float16)
+        lists = triton.RoutedBlocks(*(torch.zeros(1, 1, cuts.queries.blocks, n, dtype=torch.int32) for n in (1, 2)))
+        triton.select(triton.block_means(q, cuts.queries), triton.block_means(q, cuts.keys), 1, 2)
+        *whole, _ = triton.state(q, q, cuts.keys, "softmax")
         weight, bias, text_len = torch.zeros(dim, dim), torch.zeros(dim), torch.zeros(1, dtype=torch.int32)
-        for scope in LINEAR_SCOPES if block <= configs.MARGINAL_BLOCK else ("all",):
-            call = triton.FusedCall(cut, segments, 0.125, "softmax", scope)
+        for scope in LINEAR_SCOPES if max(block_q, block) <= configs.MARGINAL_BLOCK else ("all",):
+            call = triton.FusedCall(cuts, segments, 0.125, "softmax", scope)
             _, *saved = triton.forward(q, q, q, whole, lists, weight, bias, text_len, call, True)
             saved[-1].zero_()  # modes, which are read
             triton.backward(q, q, q, q, whole, lists, weight, text_len, saved, call)
@@ -47,7 +47,7 @@ def launched(monkeypatch, arch):
 
 def test_every_candidate_of_every_launch_is_compiled_ahead_of_time(launched, arch):
     # only the tile is another: one stands for all
-    tile = ("TILE_T", "TILE_H", "TILE_W")
+    tile = tuple(f"TILE_{side}{axis}" for side in ("", "Q", "K") for axis in "THW")
 
     def sizes(constants):
         return frozenset((name, value) for name, value in dict(constants).items() if name not in tile)
@@ -67,7 +67,9 @@ def test_every_candidate_of_every_launch_is_compiled_ahead_of_time(launched, arc
 def test_a_candidate_is_left_for_every_build(launched, arch):
     assert all(build.needs <= SHARED_BYTES[arch] for build in triton_builds.builds(arch))
     for kernel, constants in launched:
-        for itemsize in (2, 4) if constants.get("BLOCK", 64) == 64 else (2,):  # 128 x 128 in fp32 does not fit all
+        # 128 rows in fp32 do not fit all
+        wide = max(constants.get(name, 64) for name in ("BLOCK", "BLOCK_Q", "BLOCK_K")) > 64
+        for itemsize in (2,) if wide else (2, 4):
             found = configs.fitting(kernel, constants, itemsize, arch)
             assert found and len(set(found)) == len(found), f"{kernel}, {itemsize} bytes: {found}"
 

@@ -8,12 +8,13 @@ import os
 
 import pytest
 import torch
+from sla_calls import cuts_of
 
 from dit_accel.errors import DitAccelError
 from dit_accel.kernels.block_sparse.triton_configs import Launch
 from dit_accel.kernels.sla import ops, portable, triton_configs
 from dit_accel.kernels.sla.api import route, sparse_linear_attention
-from dit_accel.kernels.sla.call import Cut, KeySegments
+from dit_accel.kernels.sla.call import Cuts, KeySegments
 from dit_accel.kernels.sla.portable import highest, linear_all, linear_marginal, lowest
 from dit_accel.order import TokenOrder
 from dit_accel.testing import assert_accurate
@@ -28,13 +29,16 @@ pytestmark = [
 ]
 DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if NATIVE else [])]
 NAMES = ("out", "dq", "dk", "dv", "dweight", "dbias")
-# grid, block, tile, topk, skip
+# topk, skip, and what `cuts_of` takes
 LAYOUTS = {
-    "one token": ((1, 1, 1), 16, None, 1, 0),
-    "one token over": ((1, 1, 17), 16, None, 1, 1),
-    "ragged": ((3, 5, 7), 16, None, 2, 3),
-    "cut tiles": ((3, 3, 5), 16, (2, 2, 4), 3, 2),
-    "everything": ((1, 4, 9), 16, None, 3, 0),
+    "one token": (1, 0, (1, 1, 1), 16),
+    "one token over": (1, 1, (1, 1, 17), 16),
+    "ragged": (2, 3, (3, 5, 7), 16),
+    "cut tiles": (3, 2, (3, 3, 5), 16, (2, 2, 4)),
+    "everything": (3, 0, (1, 4, 9), 16),
+    "wide queries": (2, 3, (3, 5, 7), 16, None, 64),
+    "narrow queries": (1, 1, (3, 5, 7), 64, None, 16),
+    "wide tiles": (3, 2, (3, 3, 5), 16, (2, 2, 4), 32, (2, 4, 4)),
 }
 
 
@@ -55,11 +59,11 @@ def inputs(kind, tokens, dtype, heads=2, dim=24):
 @pytest.mark.parametrize("kind", ["random", "equal", "few values"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_lists_are_those_of_the_portable_router(layout, kind, dtype):
-    grid, block, tile, topk, skip = LAYOUTS[layout]
+    topk, skip, *cut = LAYOUTS[layout]
     if dtype != torch.float32 and INTERPRETED and layout != "ragged":
         pytest.skip("half precision is interpreted on one layout: the sums are fp32 all the same")
-    cut = Cut(grid, block, tile)
-    arguments = *inputs(kind, cut.order.grid.visual, dtype), cut.pack(), topk, skip
+    cuts = cuts_of(*cut)
+    arguments = *inputs(kind, cuts.keys.order.grid.visual, dtype), cuts.pack(), topk, skip
     for got, wanted in zip(ops.route(*arguments), portable.route(*arguments), strict=True):
         assert got.dtype == torch.int32 and torch.equal(got, wanted)
 
@@ -100,7 +104,7 @@ def test_lists_stay_within_bounds_for_bad_values(bad):
     q, _ = inputs("random", 64, torch.float32)
     q[0, 0, 5] = bad
     q[0, 1] = bad
-    critical, negligible = ops.route(q, q, Cut((1, 1, 64), 16, None).pack(), 2, 1)
+    critical, negligible = ops.route(q, q, cuts_of((1, 1, 64), 16).pack(), 2, 1)
     lists = torch.cat([critical, negligible], dim=-1)
     assert lists.min() >= 0 and lists.max() < 4
     assert all(len(set(row)) == 3 for row in lists.flatten(0, 2).tolist())
@@ -109,30 +113,31 @@ def test_lists_stay_within_bounds_for_bad_values(bad):
 def test_text_around_the_visual_tokens_is_not_read():
     order = TokenOrder(TokenGrid(1, 5, 9, text=7, text_first=True, conditioning=4), 16)
     q, k = inputs("random", order.grid.tokens, torch.float32)
-    wanted = route(q, k, order, 1, 1, "portable")
+    wanted = route(q, k, order, order, 1, 1, "portable")
     for x in (q, k):
         x[:, :, :7] = torch.nan
         x[:, :, 7 + 45 :] = torch.nan
-    for got, expected in zip(route(q, k, order, 1, 1, "triton"), wanted, strict=True):
+    for got, expected in zip(route(q, k, order, order, 1, 1, "triton"), wanted, strict=True):
         assert torch.equal(got, expected)
 
 
-def attend(q, k, v, critical, negligible, weight, bias, cut, feature_map, scope):
+def attend(q, k, v, critical, negligible, weight, bias, cuts, feature_map, scope):
     """`ops.attend` of visual tokens alone, with the state that it wants."""
-    state, total, _ = ops.state(k.detach(), v.detach(), cut, feature_map)
-    segments, text_len = KeySegments.of(Cut.unpack(cut).order.grid), critical.new_zeros(len(q))
+    keys = Cuts.unpack(cuts).keys
+    state, total, _ = ops.state(k.detach(), v.detach(), keys.pack(), feature_map)
+    segments, text_len = KeySegments.of(keys.order.grid), critical.new_zeros(len(q))
     training = any(x.requires_grad for x in (q, k, v, weight))
     return ops.attend(
-        q, k, v, state, total, critical, negligible, weight, bias, text_len, cut, list(segments), 0.25, feature_map,
-        scope, training,
+        q, k, v, state, total, critical, negligible, weight, bias, text_len, cuts, list(segments), 0.25, feature_map,
+        scope, training, "triton",
     )  # fmt: skip
 
 
 def branch(q, k, v, weight, bias, feature_map):
     """The linear branch of scope "all" alone: no block is critical."""
-    cut = Cut((1, 1, k.shape[2]), 16)
-    none = torch.empty(*q.shape[:2], cut.blocks, 0, dtype=torch.int32, device=q.device)
-    return attend(q, k, v, none, none, weight, bias, cut.pack(), feature_map, "all")[0]
+    cuts = cuts_of((1, 1, k.shape[2]), 16)
+    none = torch.empty(*q.shape[:2], cuts.queries.blocks, 0, dtype=torch.int32, device=q.device)
+    return attend(q, k, v, none, none, weight, bias, cuts.pack(), feature_map, "all")[0]
 
 
 @pytest.mark.parametrize("feature_map", ["softmax", "elu", "relu"])
@@ -174,7 +179,7 @@ def test_ten_runs_are_bit_equal():
 
 def test_ops_are_registered_properly():
     q, k = inputs("random", 20, torch.float32, heads=1, dim=16)
-    cut = Cut((1, 4, 5), 16).pack()
+    cut = cuts_of((1, 4, 5), 16).keys.pack()
     torch.library.opcheck(ops.block_means, (q, cut))
     torch.library.opcheck(ops.select, (ops.block_means(q, cut), ops.block_means(k, cut), 1, 1))
     torch.library.opcheck(ops.state, (k, k, cut, "elu"))
@@ -182,20 +187,21 @@ def test_ops_are_registered_properly():
 
 @pytest.mark.parametrize("scope", ["all", "marginal"])
 def test_the_fused_op_is_registered_properly(scope):
-    q, k, v, critical, negligible, cut, feature_map = marginal_call()
-    state, total, _ = ops.state(k, v, cut, feature_map)
+    q, k, v, critical, negligible, cuts, feature_map = marginal_call()
+    keys = Cuts.unpack(cuts).keys
+    state, total, _ = ops.state(k, v, keys.pack(), feature_map)
     weight, bias = (torch.randn(size, device=DEVICE) for size in ((24, 24), (24,)))
     leaves = (x.requires_grad_() for x in (q, k, v))
     projection = (x.requires_grad_() for x in (weight, bias))
-    lengths = critical.new_zeros(1), cut, list(KeySegments.of(Cut.unpack(cut).order.grid)), 0.25
+    lengths = critical.new_zeros(1), cuts, list(KeySegments.of(keys.order.grid)), 0.25
     tensors = *leaves, state, total, critical, negligible, *projection
-    torch.library.opcheck(ops.attend, (*tensors, *lengths, feature_map, scope, True))
+    torch.library.opcheck(ops.attend, (*tensors, *lengths, feature_map, scope, True, "triton"))
     with torch.no_grad():
-        out, *saved = ops.attend(*tensors, *lengths, feature_map, scope, False)
-    assert torch.equal(out, ops.attend(*tensors, *lengths, feature_map, scope, True)[0])
+        out, *saved = ops.attend(*tensors, *lengths, feature_map, scope, False, "triton")
+    assert torch.equal(out, ops.attend(*tensors, *lengths, feature_map, scope, True, "triton")[0])
     assert not any(x.numel() for x in saved)
     with pytest.raises(DitAccelError, match="without training=True"):
-        ops.attend(*tensors, *lengths, feature_map, scope, False)
+        ops.attend(*tensors, *lengths, feature_map, scope, False, "triton")
 
 
 def test_compiles_whole():
@@ -215,7 +221,8 @@ def test_compiles_whole():
         ({"block": 24}, "blocks of 16, 32, 64 or 128 tokens, not 24"),
         ({"dim": 160}, "head dimensions up to 128, not 160"),
         ({"dtype": torch.float64}, "not float64"),
-        ({"block": 128, "linear_scope": "marginal"}, "marginal blocks take blocks of up to 64 tokens, not 128"),
+        ({"block": 128, "linear_scope": "marginal"}, "blocks of up to 64 tokens, not 128 queries and 128 keys"),
+        ({"block": 64, "block_q": 128, "linear_scope": "marginal"}, "not 128 queries and 64 keys"),
     ],
 )
 def test_what_the_kernels_cannot_do_is_refused(settings, message):
@@ -234,18 +241,18 @@ def test_the_interpreter_refuses_bfloat16():
         sparse_linear_attention(q, q, q, torch.zeros(16, 16), topk=1, block=16, impl="triton")
 
 
-def marginal_call(hot=1.0, topk=1, skip=1, block=16):
+def marginal_call(hot=1.0, topk=1, skip=1, block=16, block_q=None):
     """Arguments of `marginal` over 70 tokens, the first 16 of which have keys `hot` times as large."""
     torch.manual_seed(0)
     q, k, v = (torch.randn(1, 2, 70, 24) for _ in range(3))
     q, k = q.abs(), k.abs()
     k[:, :, :16] *= hot
-    cut = Cut((1, 1, 70), block).pack()
-    lists = portable.route(q, k, cut, topk, skip)
-    return *(x.to(DEVICE) for x in (q, k, v, *lists)), cut, "relu"
+    cuts = cuts_of((1, 1, 70), block, block_q=block_q).pack()
+    lists = portable.route(q, k, cuts, topk, skip)
+    return *(x.to(DEVICE) for x in (q, k, v, *lists)), cuts, "relu"
 
 
-def marginal(q, k, v, critical, negligible, cut, feature_map):
+def marginal(q, k, v, critical, negligible, cuts, feature_map):
     """The linear branch of scope "marginal" alone: output, denominators [B, H, N, 1] and modes.
 
     Critical blocks count as negligible, so that nothing is critical, and the projection is the identity.
@@ -254,7 +261,7 @@ def marginal(q, k, v, critical, negligible, cut, feature_map):
     both = torch.cat([critical, negligible], dim=-1).sort(-1)[0]
     # a projection that wants a gradient makes any call one for training
     out, _, _, _, denominators, modes = attend(
-        q, k, v, critical[..., :0], both, unit.requires_grad_(), None, cut, feature_map, "marginal"
+        q, k, v, critical[..., :0], both, unit.requires_grad_(), None, cuts, feature_map, "marginal"
     )
     return out, denominators[..., None], modes
 
@@ -289,9 +296,10 @@ def check_marginal_gradients(q, k, v, critical, negligible, *rest):
 
 
 @pytest.mark.parametrize("hot, alone", [(1.0, False), (4.0, None), (1e3, True)], ids=["totals", "both", "one by one"])
-def test_marginal_gradients(hot, alone):
+@pytest.mark.parametrize("block_q", [None, 32])
+def test_marginal_gradients(hot, alone, block_q):
     """Query blocks by totals, one by one, and both in one call."""
-    q, k, v, *rest = marginal_call(hot=hot)
+    q, k, v, *rest = marginal_call(hot=hot, block_q=block_q)
     q[:, :, 32:, ::2] *= 0.01  # some queries see less of the large keys
     k[:, :, :16, 1::2] *= 0.01 if alone is None else 1.0
     modes = marginal(q, k, v, *rest)[2].bool()
@@ -312,18 +320,16 @@ def test_blocks_in_steps(monkeypatch, hot):
     plain, _ = linear_marginal(q, k, v, critical, negligible, *rest)
     out, *_ = marginal(q, k, v, critical, negligible, *rest)
     assert_accurate("out", out, plain, exact, magnitude=4 * exact.abs())
-    means = [means(k) for means in (lambda x: ops.state(x, v, *rest)[2], lambda x: ops.block_means(x, rest[0]))]
-    torch.testing.assert_close(*means, rtol=1e-6, atol=1e-7)
+    cut = Cuts.unpack(rest[0]).keys.pack()
+    torch.testing.assert_close(ops.state(k, v, cut, "relu")[2], ops.block_means(k, cut), rtol=1e-6, atol=1e-7)
 
 
 def test_the_means_of_the_state_choose_the_same_blocks():
     """What a call routes by is what `route` reports."""
-    cut = Cut((3, 3, 5), 16, (2, 2, 4)).pack()
+    cuts = cuts_of((3, 3, 5), 16, (2, 2, 4), 32, (2, 4, 4))
     q, k = inputs("random", 45, torch.float32)
-    key_means = ops.state(k, k, cut, "softmax")[2]
-    for got, wanted in zip(
-        ops.select(ops.block_means(q, cut), key_means, 3, 2), ops.route(q, k, cut, 3, 2), strict=True
-    ):
+    means = ops.block_means(q, cuts.queries.pack()), ops.state(k, k, cuts.keys.pack(), "softmax")[2]
+    for got, wanted in zip(ops.select(*means, 3, 2), ops.route(q, k, cuts.pack(), 3, 2), strict=True):
         assert torch.equal(got, wanted)
 
 

@@ -1,0 +1,176 @@
+"""The forward kernel of the Gluon implementation, for compute capability 9.0: both branches of a query block.
+
+Producer and consumers are those of `block_sparse.gluon_forward`. The linear branch comes last: behind the listed keys
+the producer brings the table of the head into a buffer of keys, and each consumer multiplies it with phi of its rows.
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from dit_accel.kernels.block_sparse.gluon_copies import (
+    KEYS,
+    ROWS,
+    Addressed,
+    Launched,
+    Side,
+    copy_in,
+    own_list,
+    own_query,
+    part_of,
+    put,
+    steps_of,
+)
+from dit_accel.kernels.block_sparse.gluon_forward import LOG2E, allocated, produce, rows_of_part, weighted
+from dit_accel.kernels.sla.call import EPSILON
+
+EPS = gl.constexpr(EPSILON)
+
+
+@gluon.jit
+def own_head(call):
+    """This program's head, counted over all samples."""
+    return gl.program_id(2) * call.heads + gl.program_id(1)
+
+
+@gluon.jit
+def table_in(buffers, steps, D: gl.constexpr, STAGES: gl.constexpr):
+    """The buffer [D, D] of the table, which is the step of keys behind the last."""
+    buffer = buffers.k.index(steps % STAGES)
+    if D < KEYS:
+        buffer = buffer.slice(0, D, 0)
+    return buffer
+
+
+@gluon.jit
+def produce_both(
+    q, k, v, table, call, buffers,
+    D: gl.constexpr, BLOCK_K: gl.constexpr, TILE_Q: gl.constexpr, HALF: gl.constexpr, TILE_K: gl.constexpr,
+    STAGES: gl.constexpr,
+):  # fmt: skip
+    """The producer warp: queries, keys and values, then the table."""
+    produce(q, k, v, call, buffers, D, BLOCK_K, TILE_Q, HALF, TILE_K, STAGES)
+    steps = steps_of(own_list(call), BLOCK_K)
+    full = buffers.k_full.index(steps % STAGES)
+    mbarrier.wait(buffers.k_empty.index(steps % STAGES), (steps // STAGES & 1) ^ 1)
+    mbarrier.expect(full, D * D * 2)
+    copy_in(table, (own_head(call) * D, 0), full, table_in(buffers, steps, D, STAGES))
+
+
+@gluon.jit
+def features(x, MAP: gl.constexpr):
+    """phi of whole rows [ROWS, D], fp32."""
+    x = x.to(gl.float32)
+    if MAP == "softmax":
+        x = gl.exp2((x - gl.max(x, 1)[:, None]) * LOG2E)
+        x = x * (1.0 / gl.sum(x, 1))[:, None]
+    elif MAP == "elu":
+        x = gl.where(x > 0.0, x + 1.0, gl.exp2(gl.minimum(x, 0.0) * LOG2E))
+    else:
+        x = gl.maximum(x, 0.0)
+    return x
+
+
+@gluon.jit
+def consume_both(
+    out, exact, lse, sums, scale, call, buffers, training,
+    PART: gl.constexpr, D: gl.constexpr, BLOCK_K: gl.constexpr, TILE_Q: gl.constexpr, HALF: gl.constexpr,
+    TILE_K: gl.constexpr, STAGES: gl.constexpr, MAP: gl.constexpr,
+):  # fmt: skip
+    """A consumer warpgroup: both branches of 64 query rows; for training the exact one and its LSE by themselves."""
+    S: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, KEYS, 16])
+    A: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, D, 16])
+    P: gl.constexpr = gl.DotOperandLayout(0, A, 2)
+    walk = own_list(call)
+    steps = steps_of(walk, BLOCK_K)
+    acc, row_lse = weighted(walk, scale, call, buffers, PART, D, BLOCK_K, TILE_K, STAGES)
+    q = buffers.q.index(PART)
+    x = q.load(A)
+    if training != 0:
+        where = part_of(own_query(call, TILE_Q), PART, TILE_Q)
+        rows, valid = rows_of_part(where, call.queries, HALF, S)
+        gl.store(lse + rows, row_lse, mask=valid)
+        q.store(acc.to(q.dtype))
+        fence_async_shared()
+        put(exact, where, q, HALF, D)
+    phi = features(x, MAP).to(q.dtype)
+    columns = gl.arange(0, D, gl.SliceLayout(0, A))
+    sums += own_head(call) * (2 * D + 1)
+    divisor = gl.sum(phi.to(gl.float32) * gl.load(sums + columns)[None, :], 1) + EPS
+    mbarrier.wait(buffers.k_full.index(steps % STAGES), steps // STAGES & 1)
+    zero = gl.zeros([ROWS, D], gl.float32, A)
+    table = table_in(buffers, steps, D, STAGES)
+    branch = warpgroup_mma(gl.convert_layout(phi, P), table, zero, use_acc=False, is_async=True)
+    branch = warpgroup_mma_wait(0, deps=(branch,))
+    acc += branch * (gl.load(sums + 2 * D) / divisor)[:, None] + gl.load(sums + D + columns)[None, :]
+    if training != 0:
+        tma.store_wait(0)
+    q.store(acc.to(q.dtype))
+    fence_async_shared()
+    put(out, part_of(own_query(call, TILE_Q), PART, TILE_Q), q, HALF, D)
+    tma.store_wait(0)
+
+
+@gluon.jit(do_not_specialize=[
+    "q_batch", "q_head", "q_column", "k_batch", "k_head", "k_column", "v_batch", "v_head", "v_column",
+    "T", "H", "W", "tiles_h", "tiles_w", "visual", "visual_blocks", "conditioning", "conditioning_blocks",
+    "query_tiles_h", "query_tiles_w", "visual_start", "conditioning_start", "text_start", "given", "heads",
+    "query_blocks", "width", "training",
+])  # fmt: skip
+def sparse_linear_gluon_fwd_kernel(
+    lse, q_tile, q_run, k_tile, k_run, v_tile, v_run, out_tile, out_run, exact_tile, exact_run, table,
+    sums, places, spans, words, text_lens,
+    q_batch, q_head, q_column, k_batch, k_head, k_column, v_batch, v_head, v_column,
+    scale,
+    T, H, W, tiles_h, tiles_w, visual, visual_blocks, conditioning, conditioning_blocks,
+    query_tiles_h, query_tiles_w, visual_start, conditioning_start, text_start, given, heads, query_blocks, width,
+    training,
+    D: gl.constexpr, BLOCK_K: gl.constexpr, TILE_Q: gl.constexpr, HALF: gl.constexpr, TILE_K: gl.constexpr,
+    STAGES: gl.constexpr, MAP: gl.constexpr,
+):  # fmt: skip
+    """Output [B, N, H, D] of one query block of one head in scope "all"; for training also what the backward reads.
+
+    Arguments as in `block_sparse_gluon_fwd_kernel` and `triton_forward.sparse_linear_fwd_kernel`. q holds the visual
+    tokens only. The table is [B * H * D, D]. sums, fp32 [B, H, 2 D + 1], hold the sum of phi(k), the bias, and what the
+    table is multiplied by. No words are read.
+    """
+    i_h = gl.program_id(1)
+    i_b = gl.program_id(2)
+    keys = Side(T, H, W, tiles_h, tiles_w, visual, visual_blocks, conditioning, conditioning_blocks)
+    # no query block lies behind the visual ones
+    queries = Side(T, H, W, query_tiles_h, query_tiles_w, visual, query_blocks, conditioning, conditioning_blocks)
+    call = Launched(
+        places, spans, words, text_lens, text_lens, text_lens, text_lens,
+        (visual_start, conditioning_start, text_start, 0), given, queries, keys,
+        0, heads, query_blocks, width, 1, 0,
+    )  # fmt: skip
+    q = Addressed(q_tile, q_run, i_b * q_batch + i_h * q_head, i_h * q_column)
+    k = Addressed(k_tile, k_run, i_b * k_batch + i_h * k_head, i_h * k_column)
+    v = Addressed(v_tile, v_run, i_b * v_batch + i_h * v_head, i_h * v_column)
+    out = Addressed(out_tile, out_run, i_b * visual, i_h * D)
+    exact = Addressed(exact_tile, exact_run, i_b * visual, i_h * D)
+    lse += (i_b * heads + i_h).to(gl.int64) * visual
+    buffers = allocated(q_run.dtype, D, STAGES)
+    gl.warp_specialize(
+        [
+            (consume_both, (
+                out, exact, lse, sums, scale, call, buffers, training,
+                0, D, BLOCK_K, TILE_Q, HALF, TILE_K, STAGES, MAP,
+            )),
+            (consume_both, (
+                out, exact, lse, sums, scale, call, buffers, training,
+                1, D, BLOCK_K, TILE_Q, HALF, TILE_K, STAGES, MAP,
+            )),
+            (produce_both, (q, k, v, table, call, buffers, D, BLOCK_K, TILE_Q, HALF, TILE_K, STAGES)),
+        ],
+        [4, 1],
+        [232, 40],
+    )  # fmt: skip
