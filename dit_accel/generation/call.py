@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from dit_accel import values
 from dit_accel.errors import DitAccelError, first_line
-from dit_accel.generation import sampling
+from dit_accel.generation import modular, sampling
 from dit_accel.generation.sources import is_hub_id
 from dit_accel.registry import did_you_mean
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
     from PIL.Image import Image
 
-# Arguments of pipeline calls that have an option of their own.
+# arguments of pipeline calls with their own option
 OPTIONS = {
     "prompt": "--prompt",
     "negative_prompt": "--negative-prompt",
@@ -43,19 +43,19 @@ def placement(device: str, dtype: str, offload: str) -> tuple[torch.device, torc
     """The device and dtype of these names; "auto" chooses.
 
     Raises:
-        DitAccelError: there is no such device here, or offloading was asked for without a GPU.
+        DitAccelError: the device is missing, or offloading is asked for without a GPU.
     """
     import torch
 
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        torch.zeros(1, device=device).item()  # which "meta" cannot
+        torch.zeros(1, device=device).item()  # fails on "meta"
         chosen = torch.device(device)
     except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
         raise DitAccelError(f"--device {device} cannot be used here: {first_line(error)}") from error
     if offload != "none" and chosen.type == "cpu":
-        raise DitAccelError(f"--offload {offload} moves weights between main memory and a GPU; on a CPU leave it out.")
+        raise DitAccelError(f"--offload {offload} moves weights between main memory and a GPU. Leave it out on a CPU.")
     if dtype == "auto":
         dtype = "bfloat16" if chosen.type == "cuda" else "float32"
     return chosen, getattr(torch, dtype)
@@ -97,21 +97,14 @@ def prepare(pipe: DiffusionPipeline, loras: Iterable[str], *, vae_tiling: bool, 
             raise DitAccelError(f"--vae-tiling: the codec of this {type(pipe).__name__} has no tiling; leave it out.")
         pipe.vae.enable_tiling()
     if compile:
-        for transformer in transformers(pipe):
-            transformer.compile_repeated_blocks(fullgraph=True)
+        from dit_accel.pipelines.targets import find_transformers
 
-
-def transformers(pipe: DiffusionPipeline) -> list[Any]:
-    """The pipeline's diffusion transformers; Wan2.2 has two."""
-    return [pipe.components[name] for name in ("transformer", "transformer_2") if pipe.components.get(name) is not None]
+        for transformer, _ in find_transformers(pipe)[0].values():
+            transformer.compile_repeated_blocks(fullgraph=True)  # type: ignore[operator]
 
 
 def check_loras(loras: Iterable[str]) -> None:
-    """See before a weight is loaded that PEFT is installed and that each LoRA may exist.
-
-    Raises:
-        DitAccelError: PEFT is missing, or a name is neither a file, nor a folder, nor an id on the Hub.
-    """
+    """Refuse LoRAs without PEFT, and names that are neither a file, nor a folder, nor an id on the Hub."""
     import importlib.util
 
     for lora in loras:
@@ -146,15 +139,15 @@ def call_arguments(
 
     Args:
         kind: the pipeline's class.
-        own: the model's defaults; those the pipeline does not take are left out.
-        given: values of options, by argument; None where an option was not given.
-        extra: ``key=value`` for any other argument; the value is JSON, or else plain text.
+        own: the model's defaults; arguments that the pipeline lacks are left out.
+        given: values of options, by argument; None if not given.
+        extra: ``key=value`` for any other argument; the value is JSON or plain text.
 
     Raises:
-        DitAccelError: the pipeline has no such argument, needs one that was not given, or takes another kind of value.
+        DitAccelError: the pipeline has no such argument, needs another one, or takes another kind of value.
     """
-    takes = inspect.signature(kind.__call__).parameters
     asked = {name: value for name, value in given.items() if value is not None}
+    takes = parameters(kind, asked)
     for name in asked:
         if name not in takes:
             raise DitAccelError(f"{kind.__name__} takes no {OPTIONS[name]}; leave it out.")
@@ -177,19 +170,33 @@ def call_arguments(
     return arguments
 
 
+def parameters(kind: type, given: Iterable[str]) -> Mapping[str, inspect.Parameter]:
+    """The arguments of a pipeline's call, annotated with types.
+
+    Args:
+        kind: the pipeline's class.
+        given: arguments that the call has; of a modular pipeline they decide which blocks run.
+    """
+    if modular.is_modular(kind):
+        return modular.parameters(kind, given)
+    hints: dict[str, Any] = {}
+    with contextlib.suppress(NameError):  # an annotation may name a package that is not installed
+        hints = typing.get_type_hints(kind.__call__)
+    takes = inspect.signature(kind.__call__).parameters.items()
+    return {name: parameter.replace(annotation=hints.get(name, Any)) for name, parameter in takes}
+
+
 def default_of(kind: type, arguments: Mapping[str, Any], *names: str) -> Any:
-    """The value of the first of these arguments that a call has, given or by default; None without any."""
-    takes = inspect.signature(kind.__call__).parameters
+    """The value of the first of these arguments that a call takes, given or default; None without any."""
+    takes = parameters(kind, arguments)
     return next((arguments.get(name, takes[name].default) for name in names if name in takes), None)
 
 
 def _value(kind: type, parameter: inspect.Parameter, text: str) -> Any:
-    """The value of a text: as JSON or as plain text, whichever is of the kind that the argument takes."""
-    name, hint = parameter.name, Any
-    with contextlib.suppress(NameError):  # an annotation may name a package that is not installed
-        hint = typing.get_type_hints(kind.__call__).get(name, Any)
+    """The value of a text: JSON or plain text, by the argument's type."""
+    name, hint = parameter.name, parameter.annotation
     found: list[Any] = [text]
-    with contextlib.suppress(json.JSONDecodeError):
+    with contextlib.suppress(json.JSONDecodeError, RecursionError):
         found.insert(0, json.loads(text, parse_constant=_refuse))
     for value in found:
         if (value is None and parameter.default is None) or values.fits(value, hint):
@@ -206,7 +213,7 @@ def _refuse(constant: str) -> None:
 
 
 def warm_up(pipe: DiffusionPipeline, arguments: Mapping[str, Any], *, whole: bool) -> None:
-    """Run one denoising step, or the `whole` loop where it compiles, so that lazy set-up is not timed."""
+    """Run one denoising step, or the `whole` loop to compile it, so that set-up is not timed."""
     steps = {} if whole else {"num_inference_steps": 1}
-    pipe.set_progress_bar_config(disable=True)
+    sampling.hide_bars(pipe)
     sampling.call(pipe, {**arguments, **steps}, seed=0)

@@ -17,12 +17,7 @@ PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 
 @dataclasses.dataclass(frozen=True)
 class Captioned:
-    """An image or video and what it shows.
-
-    Args:
-        path: of the image or video.
-        caption: the text beside it; None where there is none.
-    """
+    """An image or video, and the caption beside it; None without one."""
 
     path: Path
     caption: str | None
@@ -41,7 +36,7 @@ def find(folder: Path) -> list[Captioned]:
     for path in paths:
         other = named.setdefault(path.stem, path)
         if other is not path:
-            raise DitAccelError(f"{other.name} and {path.name} in {folder} share one caption; rename one of them.")
+            raise DitAccelError(f"{other.name} and {path.name} in {folder} share one caption. Rename one of them.")
     return [Captioned(path, _caption(path.with_suffix(".txt"))) for path in paths]
 
 
@@ -53,7 +48,7 @@ def _caption(path: Path) -> str | None:
     except (OSError, UnicodeDecodeError) as error:
         raise DitAccelError(f"The caption {path} cannot be read: {first_line(error)}.") from error
     if not text:
-        raise DitAccelError(f"The caption {path} is empty; write what the picture shows, or remove the file.")
+        raise DitAccelError(f"The caption {path} is empty. Write a caption into it, or remove the file.")
     return text
 
 
@@ -67,10 +62,10 @@ def read_frames(path: Path) -> np.ndarray:
 
     try:
         frames = _read_video(path) if path.suffix.lower() == ".mp4" else _read_pictures(path)
-    except (OSError, RuntimeError, SyntaxError, ValueError) as error:  # what Pillow and ffmpeg raise for damaged files
+    except (OSError, RuntimeError, SyntaxError, ValueError) as error:  # Pillow and ffmpeg raise them for damaged files
         raise DitAccelError(f"{path} cannot be read as an image or video ({first_line(error)}).") from error
     if not frames:
-        raise DitAccelError(f"{path} holds no frame; remove it or make it again.")
+        raise DitAccelError(f"{path} holds no frame. Remove it or make it again.")
     return np.stack(frames)
 
 

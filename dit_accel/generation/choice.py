@@ -1,4 +1,4 @@
-"""What a run accelerates with: a method and its settings, or a saved accelerator."""
+"""The method of a run: typed with its settings, or from a saved accelerator."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from dit_accel import registry
 from dit_accel.checkpoint import format as checkpoint
 from dit_accel.errors import DitAccelError
+from dit_accel.hooks import dense_backend
 from dit_accel.hooks import layers as layerwise
 from dit_accel.hooks.layers import LayerSettings
 from dit_accel.hooks.schedule import Schedule
@@ -29,13 +30,12 @@ class MethodChoice:
 
     Args:
         name: of the method.
-        config: the settings that were given.
-        schedule: what stays dense.
-        folder: of the saved accelerator that all this was read from; None if it was typed.
-        layers: the settings of each layer, where a saved accelerator has them; `config` is then empty.
-        selfcheck: compare the first sparse call with dense attention.
-        any_weights: load it onto other base weights than it was trained for.
-        call: arguments of the pipeline's call that a fine-tuning was made for, such as fewer steps.
+        config: the given settings; empty with `layers`.
+        schedule: dense steps and layers.
+        folder: of the saved accelerator; None if typed.
+        layers: the settings of each layer, if a saved accelerator has them.
+        selfcheck, any_weights, dense_backend: as in `checkpoint.load`.
+        call: arguments of the pipeline's calls after a fine-tuning, such as fewer steps.
     """
 
     name: str
@@ -45,22 +45,19 @@ class MethodChoice:
     layers: LayerSettings | None = None
     any_weights: bool = False
     selfcheck: SelfCheck = dataclasses.field(default_factory=SelfCheck)
+    dense_backend: str | None = None
     call: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def title(self) -> str:
-        """The choice the way it is typed: ``gna:window=18x24x24,stride=4``."""
+        """The choice as typed: ``gna:window=18x24x24,stride=4``."""
         settings = ",".join(f"{key}={value_text(value)}" for key, value in self.config.items())
         if self.layers is not None:
             return f"{self.name} layer by layer"
         return f"{self.name}:{settings}" if settings else self.name
 
     def check(self, grid: TokenGrid) -> None:
-        """Refuse now what would be refused at the first denoising step, after minutes of loading.
-
-        Raises:
-            DitAccelError: a setting does not fit this grid, or keeps every pair of its tokens.
-        """
+        """Refuse settings that do not fit this grid, or keep every pair of its tokens, before weights are loaded."""
         import torch
 
         from dit_accel.hooks.engine import PlanCache
@@ -81,22 +78,23 @@ class MethodChoice:
         from dit_accel import accelerator
         from dit_accel.checkpoint import load as saved
 
-        check = dataclasses.asdict(self.selfcheck)
+        how = {**dataclasses.asdict(self.selfcheck), "dense_backend": self.dense_backend}
         if self.folder is not None:
-            return saved.load(pipe, self.folder, any_weights=self.any_weights, **check)
-        return accelerator.accelerate(pipe, self.name, **self.config, **dataclasses.asdict(self.schedule), **check)
+            return saved.load(pipe, self.folder, any_weights=self.any_weights, **how)
+        return accelerator.accelerate(pipe, self.name, **self.config, **dataclasses.asdict(self.schedule), **how)
 
     def without_schedule(self) -> MethodChoice:
-        """The same with no step or layer dense by schedule, so that a single step runs the method, and unchecked."""
+        """The same without schedule and self-check, so that a single step runs the method."""
         return dataclasses.replace(self, schedule=Schedule(), selfcheck=SelfCheck())
 
     def record(self) -> dict[str, Any]:
-        """As plain values for JSON, with the settings that were left at their defaults."""
+        """Plain values for JSON, default settings included."""
         if self.layers is None:
             config = dataclasses.asdict(registry.make_config(self.name, self.config))
         else:
             config = {"layers": self.layers.as_dict()}
-        return {"name": self.name, "config": config, "schedule": dataclasses.asdict(self.schedule)}
+        backend = {} if self.dense_backend is None else {"dense_backend": self.dense_backend}
+        return {"name": self.name, "config": config, "schedule": dataclasses.asdict(self.schedule) | backend}
 
 
 def choose(asked: MethodOptions, family: Family | None = None, transformers: int = 1) -> MethodChoice:
@@ -104,15 +102,18 @@ def choose(asked: MethodOptions, family: Family | None = None, transformers: int
 
     Args:
         asked: the options.
-        family: whose recommended settings count where none are given; None: the methods' defaults do.
+        family: its recommended settings replace the methods' defaults; None: the defaults count.
         transformers: of the pipeline.
 
     Raises:
-        DitAccelError: the method or a setting is unknown, a schedule is refused, settings come without a method,
-            --load comes with another method or its folder holds no saved accelerator, or nothing is recommended for
-            the family.
+        DitAccelError: method, settings, schedule or back end are refused or contradict --load, the folder holds no
+            saved accelerator, or nothing is recommended for the family.
     """
     given = asked.schedule
+    if asked.dense_backend is not None:
+        import torch
+
+        dense_backend.choose(asked.dense_backend, torch.device("cpu"))
     if asked.load is None:
         if asked.any_weights:
             raise DitAccelError("--any-weights belongs to --load, and none came.")
@@ -123,16 +124,13 @@ def choose(asked: MethodOptions, family: Family | None = None, transformers: int
             preset = family.preset(name, transformers)
             config, given = {**preset.config, **config}, {**preset.schedule, **given}
         registry.make_config(name, config)
-        return MethodChoice(name, config, Schedule(**given))
+        return MethodChoice(name, config, Schedule(**given), dense_backend=asked.dense_backend)
     if asked.method or asked.settings or given or family is not None:
         raise DitAccelError(
-            "--load brings the method, settings and schedule that were saved; leave out --method, --set, --preset and "
-            "--dense-*."
+            "--load brings the saved method, settings and schedule. Leave out --method, --set, --preset and --dense-*."
         )
     if not asked.load.is_dir():
-        raise DitAccelError(
-            f"--load {asked.load}: there is no such folder; give one that Accelerator.save_pretrained wrote."
-        )
+        raise DitAccelError(f"--load {asked.load} is no folder. Give one that Accelerator.save_pretrained wrote.")
     found = checkpoint.read(asked.load)
     saved, call = found.settings, {} if found.trained is None else found.trained["call"]
     layers = None if saved["layers"] is None else layerwise.from_dict(saved["method"], saved["layers"])
@@ -143,10 +141,11 @@ def choose(asked: MethodOptions, family: Family | None = None, transformers: int
         asked.load,
         layers,
         asked.any_weights,
+        dense_backend=asked.dense_backend,
         call=call,
     )
 
 
 def value_text(value: object) -> str:
-    """A setting's value the way it is typed: ``18x24x24``."""
+    """A setting's value as typed: ``18x24x24``."""
     return "x".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)

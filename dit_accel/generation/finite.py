@@ -1,4 +1,4 @@
-"""Finds the place where a generation stops being finite: the denoising step, and the layer where one can be told."""
+"""Finds the denoising step and the layer at which a generation stops being finite."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ def find_place(pipe: DiffusionPipeline, run: Callable[..., Any]) -> str:
 
     Args:
         pipe: whose output has such values.
-        run: calls the pipeline as before; takes further keywords of its call.
+        run: calls the pipeline again, with further keywords.
 
     Returns:
-        The place in words, such as ``step 3, transformer.blocks.0.attn1``. Steps count from 0. A step without a layer
-        means that the layers' outputs are finite, and the latents that guidance and scheduler make of them are not.
+        The place, such as ``step 3, transformer.blocks.0.attn1``. Steps count from 0. A step without a layer means that
+        only the latents after guidance and scheduler are not finite.
     """
     import torch
 

@@ -1,4 +1,4 @@
-"""What generations are written as: videos, images, two clips side by side, and JSON records."""
+"""Writing of videos, images, two clips side by side, and JSON records."""
 
 from __future__ import annotations
 
@@ -19,11 +19,7 @@ SMALLEST_SIDE = 256  # of a frame shown side by side; smaller ones are enlarged 
 
 
 def check_matplotlib() -> None:
-    """See before the work that a picture can be drawn.
-
-    Raises:
-        DitAccelError: matplotlib is not installed; the message has the command.
-    """
+    """Refuse to draw a picture if matplotlib is not installed; the message has the command."""
     if importlib.util.find_spec("matplotlib") is None:
         raise DitAccelError("A picture needs matplotlib, which is not installed: pip install 'dit_accel[plot]'.")
 
@@ -34,15 +30,10 @@ def sibling(output: Path, tag: str) -> str:
 
 
 def write_frames(path: Path, frames: np.ndarray, fps: int) -> None:
-    """Write mp4, gif or png by the path's ending.
-
-    Args:
-        path: where to.
-        frames: uint8 [F, H, W, 3]; a png takes F = 1.
-        fps: frames a second.
+    """Write frames, uint8 [F, H, W, 3], as mp4, gif or png (F = 1) by the path's ending, at `fps` frames a second.
 
     Raises:
-        OSError: the file cannot be written, or does not hold these frames afterwards; ffmpeg is silent on a full disk.
+        OSError: the file cannot be written, or lacks frames afterwards; ffmpeg is silent on a full disk.
     """
     from PIL import Image
 
@@ -58,7 +49,7 @@ def write_frames(path: Path, frames: np.ndarray, fps: int) -> None:
 
 
 def _count_frames(path: Path, fps: int) -> int:
-    """Frames of a written file; 0 where it cannot be read."""
+    """Frames of a written file; 0 if it cannot be read."""
     import imageio.v2
     from PIL import Image, ImageSequence
 
@@ -72,7 +63,7 @@ def _count_frames(path: Path, fps: int) -> int:
                 return 1
             shown = sum(frame.info["duration"] for frame in ImageSequence.Iterator(picture))  # equal ones are merged
             return round(shown / _duration(fps))
-    except (OSError, RuntimeError, SyntaxError, ValueError):  # what Pillow and ffmpeg raise for damaged files
+    except (OSError, RuntimeError, SyntaxError, ValueError):  # Pillow and ffmpeg raise them for damaged files
         return 0
 
 
@@ -82,7 +73,7 @@ def _duration(fps: int) -> int:
 
 
 def _write_mp4(path: Path, frames: np.ndarray, fps: int) -> None:
-    """H.264 in yuv420p, which every browser plays; it needs even sides, so an odd one repeats its last row."""
+    """H.264 in yuv420p, which every browser plays. It needs even sides, so an odd one repeats its last row."""
     import imageio.v2
     import numpy as np
 
@@ -104,16 +95,7 @@ def _write_gif(path: Path, frames: np.ndarray, fps: int) -> None:
 
 
 def side_by_side(left: np.ndarray, right: np.ndarray, captions: tuple[str, str], footer: str) -> np.ndarray:
-    """Two clips beside each other with a caption over each and one line under both.
-
-    Args:
-        left, right: uint8 [F, H, W, 3], of the same shape.
-        captions: one for each.
-        footer: the line below.
-
-    Returns:
-        uint8 [F, H', W', 3].
-    """
+    """Two clips of one shape side by side, with a caption over each and a footer: uint8 [F, H, W, 3]."""
     import numpy as np
     from PIL import Image, ImageDraw, ImageFont
 
@@ -140,5 +122,5 @@ def side_by_side(left: np.ndarray, right: np.ndarray, captions: tuple[str, str],
 
 
 def write_json(path: Path, record: dict[str, Any]) -> None:
-    """Write a record of a run, readable by people and by any JSON reader."""
+    """Write a record of a run as strict JSON."""
     path.write_text(json.dumps(record, indent=2, allow_nan=False) + "\n", encoding="utf-8")

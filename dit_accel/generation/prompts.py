@@ -16,12 +16,12 @@ LISTS = Path(__file__).parent / "prompt_lists"
 
 @dataclasses.dataclass(frozen=True)
 class Prompts:
-    """What to generate.
+    """The prompts of a source, in order.
 
     Args:
-        source: as asked for.
-        texts: the prompts, in order.
-        media: the captioned images or videos they come from; empty where they come from text.
+        source: a name or path, as given.
+        texts: the prompts.
+        media: the captioned images or videos with these captions; empty for other sources.
     """
 
     source: str
@@ -38,8 +38,8 @@ def read(source: str) -> Prompts:
     """Read prompts.
 
     Args:
-        source: a text file with one prompt a line (empty lines do not count), the name of a built-in list, or a folder
-            of images or videos with a caption beside each.
+        source: a text file with one prompt a line, the name of a built-in list, or a folder of captioned images or
+            videos.
 
     Raises:
         DitAccelError: there is no such source, it cannot be read or holds no prompt, or an image has no caption.
@@ -55,11 +55,11 @@ def read(source: str) -> Prompts:
         texts = _lines(path)
     else:
         raise DitAccelError(
-            f"--prompts {source}: there is no such file or folder, and no built-in list of that name."
+            f"--prompts {source} is no file, folder or built-in list."
             f"{did_you_mean(source, built_in())} Built-in lists: {', '.join(built_in())}."
         )
     if not texts:
-        raise DitAccelError(f"--prompts {source} holds no prompt; write one a line.")
+        raise DitAccelError(f"--prompts {source} holds no prompt. Write one a line.")
     return Prompts(source, tuple(texts), media)
 
 
@@ -74,7 +74,7 @@ def _lines(path: Path) -> list[str]:
 def _caption(found: Captioned) -> str:
     if found.caption is None:
         raise DitAccelError(
-            f"{found.path} has no caption; write it to {found.path.with_suffix('.txt').name} beside it, or give the "
+            f"{found.path} has no caption. Write it to {found.path.with_suffix('.txt').name} beside it, or give the "
             "folder as --real, which needs no captions."
         )
     return found.caption

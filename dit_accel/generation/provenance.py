@@ -1,4 +1,4 @@
-"""What ran, and on what: versions, machine and commit, for reports, rows and the JSON beside every output."""
+"""Versions, machine and commit of a run, for reports, rows and the JSON beside every output."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ PACKAGES = (
 
 
 def versions() -> dict[str, str | None]:
-    """The versions of this package, of Python and of each package in `PACKAGES`; None where one is not installed."""
+    """The versions of this package, of Python and of each package in `PACKAGES`; None if not installed."""
     found: dict[str, str | None] = {"dit_accel": __version__, "python": platform.python_version()}
     return found | {package: version(package) for package in PACKAGES}
 
 
 def version(package: str) -> str | None:
-    """The version of a package; None where it is not installed."""
+    """The version of a package; None if not installed."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -56,7 +56,7 @@ def machine() -> dict[str, object]:
 
 
 def processor() -> str:
-    """The processor's name; /proc/cpuinfo says more than `platform.processor`, where there is one."""
+    """The processor's name, from /proc/cpuinfo if there is one: `platform.processor` says less."""
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as lines:
             names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
@@ -66,10 +66,7 @@ def processor() -> str:
 
 
 def provenance(device: torch.device) -> dict[str, Any]:
-    """The fields of every row of results: GPU, driver, processor, threads, versions, commit and date.
-
-    The GPU, its architecture and its driver are None where none was used.
-    """
+    """Fields of every row of results: GPU with architecture and driver (or None), processor, versions, commit, date."""
     import torch
 
     from dit_accel.hooks.break_even import architecture
@@ -89,7 +86,7 @@ def provenance(device: torch.device) -> dict[str, Any]:
 
 
 def driver(device: torch.device) -> str | None:
-    """The version of NVIDIA's driver; None where nvidia-smi is not installed."""
+    """The version of NVIDIA's driver; None without nvidia-smi."""
     return _output("nvidia-smi", f"--id={device.index or 0}", "--query-gpu=driver_version", "--format=csv,noheader")
 
 
@@ -102,7 +99,7 @@ def commit() -> str | None:
 
 
 def _output(*command: str) -> str | None:
-    """The first line that a program prints; None if it is not there or fails."""
+    """The first line that a program prints; None if it is missing or fails."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):

@@ -1,4 +1,4 @@
-"""What generating, evaluating, training and planning are asked; each field is the command line option of that name."""
+"""Options that generating, evaluating, training and planning share; a field is the option of that name."""
 
 from __future__ import annotations
 
@@ -25,24 +25,18 @@ PROMPTS_FORM = "FILE|LIST|FOLDER"
 
 
 def parse_layers(text: str) -> Any:
-    """The value of --dense-layers: a number or share of layers, or, with a comma, a tuple of their indices.
-
-    Raises:
-        DitAccelError: nothing stands beside a comma.
-    """
+    """The value of --dense-layers: a number or share of layers, or, with a comma, a tuple of their indices."""
     if "," not in text:
         return parse_value(text)
     layers = tuple(parse_value(part.strip()) for part in text.removesuffix(",").split(","))
     if "" in layers:
-        raise DitAccelError(
-            f"--dense-layers takes layers with commas between them, such as 0,3 or 5, alone; got {text!r}."
-        )
+        raise DitAccelError(f"--dense-layers takes layers with commas, such as 0,3 or a single 5,; got {text!r}.")
     return layers
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SourceOptions:
-    """Which model."""
+    """The model."""
 
     PANEL: ClassVar[str] = "Model"
 
@@ -52,7 +46,7 @@ class SourceOptions:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DeviceOptions:
-    """Where it runs."""
+    """The device."""
 
     PANEL: ClassVar[str] = "Device and memory"
 
@@ -61,7 +55,7 @@ class DeviceOptions:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MemoryOptions(DeviceOptions):
-    """How much memory it takes, and how fast it is."""
+    """The device, and what trades memory for speed."""
 
     PANEL: ClassVar[str] = "Device and memory"
 
@@ -75,7 +69,7 @@ class MemoryOptions(DeviceOptions):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SizeOptions:
-    """What size the output has."""
+    """The size of the output."""
 
     PANEL: ClassVar[str] = "Size"
 
@@ -86,7 +80,7 @@ class SizeOptions:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SamplingOptions(SizeOptions):
-    """How the pipeline is called."""
+    """Arguments of the pipeline's call."""
 
     PANEL: ClassVar[str] = "Sampling"
 
@@ -104,7 +98,7 @@ class SamplingOptions(SizeOptions):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ScheduleOptions:
-    """What stays dense; `hooks.schedule.Schedule` checks it."""
+    """Dense steps and layers, which `hooks.schedule.Schedule` checks, and their back end."""
 
     PANEL: ClassVar[str] = "Method"
 
@@ -115,17 +109,20 @@ class ScheduleOptions:
     dense_layers: Any = option(
         None, "First layers that stay dense, or a list of layers.", metavar="N|SHARE|I,J", parse=parse_layers
     )
+    dense_backend: str | None = option(
+        None, "Diffusers' attention back end for what stays dense; auto: the fastest that computes the same."
+    )
 
     @property
     def schedule(self) -> dict[str, Any]:
-        """What was given of the three."""
-        names = [field.name for field in dataclasses.fields(ScheduleOptions)]
+        """Those of the steps and layers that were given."""
+        names = ("dense_steps", "dense_last_steps", "dense_layers")
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SettingsOptions:
-    """Settings beside those that stand behind a method's name."""
+    """Settings besides those behind a method's name."""
 
     PANEL: ClassVar[str] = "Method"
 
@@ -140,7 +137,7 @@ class SettingsOptions:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MethodOptions(ScheduleOptions, SettingsOptions):
-    """How attention is computed."""
+    """The method and its settings."""
 
     PANEL: ClassVar[str] = "Method"
 
@@ -154,47 +151,33 @@ class MethodOptions(ScheduleOptions, SettingsOptions):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelRequest(SourceOptions, SamplingOptions, MemoryOptions):
-    """A model and how it is called.
-
-    Raises:
-        DitAccelError: a value is of the wrong kind or out of range.
-    """
+    """A model and the arguments of its call."""
 
     def __post_init__(self) -> None:
         values.check(self)
 
     def load_pipe(
-        self, source: Source, dtype: torch.dtype, device: torch.device, loras: Sequence[str] = ()
+        self,
+        source: Source,
+        dtype: torch.dtype,
+        device: torch.device,
+        arguments: Mapping[str, Any],
+        loras: Sequence[str] = (),
     ) -> DiffusionPipeline:
-        """The pipeline with its weights, tiled and compiled as asked.
-
-        Raises:
-            DitAccelError: it or a LoRA cannot be loaded.
-        """
-        pipe = sources.load(source, dtype, device, self.offload)
+        """The pipeline with the weights that these arguments need and LoRAs, tiled and compiled as asked."""
+        pipe = sources.load(source, dtype, device, self.offload, arguments)
         call.prepare(pipe, loras, vae_tiling=self.vae_tiling, compile=self.compile)
         return pipe
 
     def arguments(
-        self,
-        kind: type,
-        own: Mapping[str, Any],
-        shape: tuple[int, int, int],
-        *,
-        video: bool,
-        **given: Any,
+        self, kind: type, own: Mapping[str, Any], shape: tuple[int, int, int], *, video: bool, **given: Any
     ) -> dict[str, Any]:
-        """The arguments of the pipeline's call.
+        """The arguments of the pipeline's call; `kind`, `own` and errors as in `call.call_arguments`.
 
         Args:
-            kind: the pipeline's class.
-            own: the model's defaults.
             shape: frames, height and width in pixels.
             video: whether the call takes frames.
             given: further arguments.
-
-        Raises:
-            DitAccelError: as `call.call_arguments` says.
         """
         asked = {
             **given,
@@ -208,14 +191,14 @@ class ModelRequest(SourceOptions, SamplingOptions, MemoryOptions):
         return call.call_arguments(kind, own, asked, self.pipe)
 
     def rate(self, kind: type, source: Source, arguments: Mapping[str, Any]) -> int:
-        """Frames a second of the videos: as asked for, as the call is told, or the model's own."""
+        """Frames a second of the videos: from --fps, the call's argument, or the model."""
         told = call.default_of(kind, arguments, "frame_rate", "fps")
         return self.fps or (round(told) if isinstance(told, int | float) else source.fps)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GenerateRequest(MethodOptions, ModelRequest):
-    """What `dit-accel generate` is asked."""
+    """The options of `dit-accel generate`."""
 
     prompt: str = option(PROMPT, "What to show.")
     prompts: str | None = option(

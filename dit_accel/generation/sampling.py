@@ -7,9 +7,11 @@ import dataclasses
 import time
 import traceback
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dit_accel.errors import DitAccelError, first_line
+from dit_accel.generation import modular, sources
 from dit_accel.generation.finite import find_place
 from dit_accel.generation.stopwatch import Stopwatch
 
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
 
 FULL = "can't allocate memory"  # PyTorch's message on a CPU, where it has no error class for it
 LARGEST_SEED = 2**64 - 1
+BAR_WIDTH, TIMES_WIDTH = 16, 36  # columns of the terminal for a progress bar, and for counts and times
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,13 +52,7 @@ class TimedOutput:
 
 
 class Steps:
-    """Replaces a pipeline's progress bar: shows the denoising loop and times it.
-
-    Args:
-        progress: where to show it.
-        title: of the run.
-        device: where the work runs.
-    """
+    """Replaces a pipeline's progress bar: shows the denoising loop in `progress` and times it."""
 
     def __init__(self, progress: Progress, title: str, device: torch.device) -> None:
         self.progress, self.title = progress, title
@@ -82,24 +79,20 @@ class Steps:
                 self.update()
 
     def update(self, count: int = 1) -> None:
-        """A step is done."""
+        """Count finished steps."""
         self.steps += count
         self.progress.update(self._task, advance=count)
 
 
 def check_seeds(seeds: Collection[int]) -> None:
-    """See before the work that PyTorch's generator takes these seeds.
-
-    Raises:
-        DitAccelError: there are none, or one is below 0 or above 2**64 - 1.
-    """
+    """Refuse an empty list of seeds, and seeds that PyTorch's generator does not take."""
     odd = [seed for seed in seeds if not 0 <= seed <= LARGEST_SEED]
     if odd or not seeds:
         raise DitAccelError(f"A seed is a number from 0 to 2**64 - 1; got {odd[0] if odd else 'none'}.")
 
 
 def call(pipe: DiffusionPipeline, arguments: Mapping[str, Any], seed: int) -> Any:
-    """The pipeline's output as numbers; the noise is drawn on the CPU, so that it is the same on every device.
+    """The pipeline's output as arrays; the noise is drawn on the CPU, so every device has the same.
 
     Raises:
         DitAccelError: the pipeline's own check refuses the arguments, or memory runs out.
@@ -107,35 +100,52 @@ def call(pipe: DiffusionPipeline, arguments: Mapping[str, Any], seed: int) -> An
     import torch
 
     generator = torch.Generator("cpu").manual_seed(seed)
+    # A modular pipeline logs the traceback of every error that it raises.
+    quiet = sources.quietly() if modular.is_modular(type(pipe)) else contextlib.nullcontext()
     try:
-        return pipe(**arguments, generator=generator, output_type="np")
+        with quiet:
+            return pipe(**arguments, generator=generator, output_type="np")
     except ValueError as error:
-        if all(frame.name != "check_inputs" for frame in traceback.extract_tb(error.__traceback__)):
+        if not any(map(_checks_arguments, traceback.extract_tb(error.__traceback__))):
             raise
-        raise DitAccelError(f"{type(pipe).__name__} refuses what it was given: {first_line(error)}") from error
+        raise DitAccelError(f"{type(pipe).__name__} refuses its arguments: {first_line(error)}") from error
     except RuntimeError as error:
         if not isinstance(error, torch.OutOfMemoryError) and FULL not in str(error):
             raise
         raise DitAccelError(
-            f"{type(pipe).__name__} ran out of memory ({first_line(error)}): ask for fewer frames or "
+            f"{type(pipe).__name__} ran out of memory ({first_line(error)}). Ask for fewer frames or "
             "pixels, or give --vae-tiling, --offload model or --offload group, or --dtype bfloat16."
         ) from error
 
 
-def sample(
-    pipe: DiffusionPipeline, arguments: dict[str, Any], seed: int, title: str, device: torch.device
-) -> TimedOutput:
-    """Call the pipeline once.
+def _checks_arguments(frame: traceback.FrameSummary) -> bool:
+    """Whether a pipeline looks at its arguments there: the blocks of a modular one do so where they use them."""
+    return frame.name == "check_inputs" or "modular_pipelines" in Path(frame.filename).parts
 
-    Args:
-        pipe: the pipeline.
-        arguments: of its call.
-        seed: of the noise.
-        title: for the progress bar.
-        device: where the work runs.
+
+def hide_bars(pipe: Any) -> None:
+    """Let the pipeline show no progress bars of its own."""
+    for owner in _bar_owners(pipe):
+        owner.set_progress_bar_config(disable=True)
+
+
+def _bar_owners(pipe: Any) -> list[Any]:
+    """What has the progress bars of a pipeline: itself, or the loops among its blocks."""
+    return list(modular.loops(pipe._blocks)) if modular.is_modular(type(pipe)) else [pipe]
+
+
+def sample(
+    pipe: DiffusionPipeline,
+    arguments: dict[str, Any],
+    seed: int,
+    title: str,
+    device: torch.device,
+    progress: Progress | None = None,
+) -> TimedOutput:
+    """Call the pipeline once on `device`, with `title` on a progress bar of its own, or in `progress` while it runs.
 
     Raises:
-        DitAccelError: as `call`, or the frames have values that are NaN or infinite; the message says where from.
+        DitAccelError: as `call`, or the frames have NaN or infinite values; the message has their origin.
     """
     import numpy as np
     import torch
@@ -143,49 +153,56 @@ def sample(
     on_gpu = device.type == "cuda"
     if on_gpu:
         torch.cuda.reset_peak_memory_stats(device)
-    with _steps(pipe, title, device) as steps:
+    with _steps(pipe, title, device, progress) as steps:
         began = time.perf_counter()
         result = call(pipe, arguments, seed)
         synchronize(device)
         seconds = time.perf_counter() - began
-    frames = result.frames[0] if hasattr(result, "frames") else result.images[:1]
+    name = next(name for name in ("frames", "videos", "images") if hasattr(result, name))
+    frames = result.images[:1] if name == "images" else getattr(result, name)[0]
     memory = torch.cuda.max_memory_allocated(device) if on_gpu else None
     if not np.isfinite(frames).all():
         place = find_place(pipe, lambda **more: call(pipe, {**arguments, **more}, seed))
         raise DitAccelError(
-            f"{type(pipe).__name__} made values that are NaN or infinite, first in {place}: lower --guidance, or try "
-            "--dtype float32 or another method."
+            f"{type(pipe).__name__} made NaN or infinite values, first in {place}. Lower --guidance, or try --dtype "
+            "float32 or another method."
         )
     return TimedOutput(frames, seconds, steps.watch.seconds, steps.steps, memory)
 
 
 def progress_bar(text: str = "{task.description}", *, show: bool = True) -> Progress:
-    """A bar on stderr with a text, counts and times.
-
-    Args:
-        text: in front of the bar, as rich formats it.
-        show: whether this process shows it.
-    """
+    """A bar on stderr with counts and times, behind a text that rich formats; invisible unless `show`."""
     from rich import progress as rich
     from rich.console import Console
+    from rich.table import Column
 
-    columns = (rich.TextColumn(text), rich.BarColumn(), rich.MofNCompleteColumn(), rich.TimeElapsedColumn())
-    return rich.Progress(*columns, rich.TimeRemainingColumn(), console=Console(stderr=True), disable=not show)
+    console = Console(stderr=True)
+    # In a narrow terminal the text is cut, and the times stay.
+    text_column = Column(no_wrap=True, overflow="ellipsis", max_width=max(8, console.width - BAR_WIDTH - TIMES_WIDTH))
+    columns = (rich.TextColumn(text, table_column=text_column), rich.BarColumn(BAR_WIDTH), rich.MofNCompleteColumn())
+    times = (rich.TimeElapsedColumn(), rich.TimeRemainingColumn())
+    return rich.Progress(*columns, *times, console=console, disable=not show)
 
 
 @contextlib.contextmanager
-def _steps(pipe: DiffusionPipeline, title: str, device: torch.device) -> Iterator[Steps]:
-    with progress_bar() as progress:
-        steps = Steps(progress, title, device)
-        pipe.progress_bar = steps
+def _steps(pipe: DiffusionPipeline, title: str, device: torch.device, progress: Progress | None) -> Iterator[Steps]:
+    with progress_bar() if progress is None else contextlib.nullcontext(progress) as bar:
+        shown = list(bar.task_ids)
+        steps = Steps(bar, title, device)
+        owners = _bar_owners(pipe)
+        for owner in owners:
+            owner.progress_bar = steps
         try:
             yield steps
         finally:
-            del pipe.progress_bar
+            for owner in owners:
+                del owner.progress_bar
+            for task in set(bar.task_ids) - set(shown) if progress is not None else ():
+                bar.remove_task(task)
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until the device has done what was asked of it."""
+    """Wait for the device's work."""
     import torch
 
     if device.type == "cuda":

@@ -1,16 +1,18 @@
-"""Where a model comes from: embedded, a folder or the Hub; its JSON files are read before any weight is."""
+"""Sources of models: embedded, a folder or the Hub. Their JSON files are read before any weight."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from dit_accel import registry
 from dit_accel.errors import DitAccelError, first_line
+from dit_accel.generation import modular
 from dit_accel.pipelines.refused import refusal
 
 if TYPE_CHECKING:
@@ -28,12 +30,11 @@ FLOAT32_CODECS = ("AutoencoderKLWan",)  # its published recipe: 16 bits cause ba
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """A pipeline in Diffusers' format.
+    """A pipeline in Diffusers' format, modular or not.
 
     Args:
-        model: what the user called it.
-        kind: whether it is embedded, a local folder or on the Hub.
-        folder: holds at least the pipeline's JSON files.
+        model: the user's name for it.
+        folder: with the pipeline's JSON files at least.
         revision: of a model on the Hub.
     """
 
@@ -44,17 +45,29 @@ class Source:
 
     @property
     def index(self) -> dict[str, Any]:
-        """What `model_index.json` says: the pipeline's class, and library and class of each component."""
-        return read_json(self.folder / INDEX)
+        """The index: the pipeline's class, and library and class of each component."""
+        return read_json(self.folder / (modular.INDEX if self.modular else INDEX))
+
+    @property
+    def modular(self) -> bool:
+        """Whether it is a modular pipeline, and no other."""
+        return not (self.folder / INDEX).is_file()
 
     def component_class(self, component: str) -> str | None:
-        """The name of a component's class; None where the pipeline has no such component."""
+        """The name of a component's class; None without such a component."""
         entry = self.index.get(component)
-        return entry[1] if isinstance(entry, list) and len(entry) == 2 else None
+        return entry[1] if isinstance(entry, list) and len(entry) in (2, 3) else None
 
     def config(self, component: str) -> dict[str, Any]:
-        """The component's own settings, from its `config.json`."""
-        return read_json(self.folder / component / "config.json")
+        """The component's own settings, from its `config.json`; a modular pipeline may name another repository."""
+        path = self.folder / component / "config.json"
+        entry = self.index.get(component)
+        if not path.is_file() and isinstance(entry, list) and len(entry) == 3:
+            place = entry[2]
+            elsewhere = place.get("pretrained_model_name_or_path") or ""
+            if is_hub_id(elsewhere):
+                path = _fetch_json(elsewhere, place.get("revision")) / (place.get("subfolder") or "") / "config.json"
+        return read_json(path)
 
     def pipeline_class(self) -> type:
         """The pipeline's class in Diffusers.
@@ -78,7 +91,7 @@ class Source:
         """
         name = self.component_class("transformer")
         if name is None:
-            raise DitAccelError(f"{self.model} has no transformer; only diffusion transformers can be accelerated.")
+            raise DitAccelError(f"{self.model} has no transformer. Only diffusion transformers can be accelerated.")
         family = registry.family_of([name])
         if family is None:
             raise DitAccelError(f"{self.model} has a {name}, which is not supported: {refusal([name])}")
@@ -94,8 +107,8 @@ class Source:
             sizes = self.family().sizes(self.config("transformer"), self.config("vae"))
         except KeyError as missing:
             raise DitAccelError(
-                f"The configuration of {self.model} lacks {missing}, which decides the size of a token; save the "
-                "pipeline again with save_pretrained, or use --grid where there is one."
+                f"The configuration of {self.model} lacks {missing}, which decides the size of a token. Save the "
+                "pipeline again with save_pretrained, or use --grid if the command has it."
             ) from missing
         if self.kind == "embedded":
             from dit_accel.pipelines.demo import DEFAULTS
@@ -104,14 +117,14 @@ class Source:
         return sizes
 
     def call_defaults(self) -> dict[str, Any]:
-        """Arguments of the pipeline's call whose defaults the model changes."""
+        """The model's own defaults of the pipeline's call."""
         from dit_accel.pipelines.demo import DEFAULTS
 
         return DEFAULTS.call() if self.kind == "embedded" else {}
 
     @property
     def fps(self) -> int:
-        """Frames a second where the pipeline asks for none: the embedded model's own, Wan's for all others."""
+        """Frames a second by default: the embedded model's own, Wan's for all others."""
         from dit_accel.pipelines.demo import DEFAULTS
 
         return DEFAULTS.fps if self.kind == "embedded" else WAN_FPS
@@ -127,22 +140,22 @@ def read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise DitAccelError(f"Cannot read {path}: {error.strerror or error}.") from error
-    except ValueError as error:
-        raise DitAccelError(f"{path} is not valid JSON ({error}); fetch the file again.") from error
+    except (ValueError, RecursionError) as error:
+        raise DitAccelError(f"{path} is not valid JSON ({error}). Fetch the file again.") from error
     if not isinstance(value, dict):
         raise DitAccelError(f"{path} should hold a JSON object, it holds a {type(value).__name__}.")
     return value
 
 
 def find(model: str, revision: str | None = None) -> Source:
-    """Find a model and its JSON files; of a model on the Hub only these are fetched.
+    """Find a model and its JSON files, and fetch only these from the Hub.
 
     Raises:
         DitAccelError: there is no such model, or it is not a pipeline in Diffusers' format.
     """
     folder = Path(model).expanduser()
     if revision is not None and (model in EMBEDDED or folder.is_dir()):
-        raise DitAccelError(f"--revision is for models on the Hub, and {model} is on this machine; leave it out.")
+        raise DitAccelError(f"--revision is for models on the Hub, and {model} is on this machine. Leave it out.")
     if model in EMBEDDED:
         from dit_accel.pipelines import demo
 
@@ -158,10 +171,10 @@ def find(model: str, revision: str | None = None) -> Source:
         )
     else:
         source = Source(model, "hub", _fetch_json(model, revision), revision)
-    if not (source.folder / INDEX).is_file():
+    if not any((source.folder / index).is_file() for index in (INDEX, modular.INDEX)):
         raise DitAccelError(
-            f"{model} holds no {INDEX}, so it is not a pipeline in Diffusers' format. Single-file checkpoints and "
-            "bare transformers have to be converted first (save_pretrained of the whole pipeline)."
+            f"{model} holds no {INDEX} (nor {modular.INDEX}), so it is not a pipeline in Diffusers' format. "
+            "Convert single-file checkpoints and bare transformers first (save_pretrained of the whole pipeline)."
         )
     return source
 
@@ -184,14 +197,21 @@ def _fetch_json(model: str, revision: str | None) -> Path:
         ) from error
 
 
-def load(source: Source, dtype: torch.dtype, device: torch.device, offload: str = "none") -> DiffusionPipeline:
-    """Load the pipeline. Weights come from safetensors only, and no code that comes with a model is run.
+def load(
+    source: Source,
+    dtype: torch.dtype,
+    device: torch.device,
+    offload: str = "none",
+    given: Iterable[str] = ("prompt",),
+) -> DiffusionPipeline:
+    """Load the pipeline from safetensors only, and run no code of the model.
 
     Args:
         source: from `find`.
         dtype: of the weights; Wan's codec stays in float32.
         device: where it will run.
         offload: "none" keeps the pipeline there; "model" and "group" move components or layers there when they run.
+        given: arguments of the calls to come; of a modular pipeline, the components that they need are loaded.
 
     Raises:
         DitAccelError: weights are missing, damaged or in another format, or the device has too little memory.
@@ -203,22 +223,27 @@ def load(source: Source, dtype: torch.dtype, device: torch.device, offload: str 
         _check_weights(source.folder)
     try:
         with quietly():
-            pipe = _load(source, dtype).to(device if offload == "none" else "cpu")
+            pipe = _load(source, dtype, given, device if offload == "model" else None)
+            if offload != "model" or not source.modular:
+                pipe.to(device if offload == "none" else "cpu")
     except torch.OutOfMemoryError as error:
-        raise DitAccelError(
-            f"{source.model} does not fit on {device}; try --offload model or --offload group."
-        ) from error
+        hint = "Try --offload model or --offload group."
+        raise DitAccelError(f"{source.model} does not fit on {device}. {hint}") from error
     except (OSError, ValueError, SafetensorError) as error:  # Diffusers raises ValueError for a faulty model
         raise DitAccelError(f"Cannot load {source.model}: {first_line(error)}") from error
-    if offload == "model":
+    if offload == "model" and not source.modular:
         pipe.enable_model_cpu_offload(device=device)
     elif offload == "group":
-        pipe.enable_group_offload(
-            onload_device=device,
-            offload_device=torch.device("cpu"),
-            offload_type="leaf_level",
-            use_stream=device.type == "cuda",
-        )
+        from diffusers.hooks import apply_group_offloading
+
+        if source.modular:  # which has no method for it
+            models = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
+            enable = [functools.partial(apply_group_offloading, model) for model in models]
+        else:
+            enable = [pipe.enable_group_offload]
+        where = {"onload_device": device, "offload_device": torch.device("cpu")}
+        for start in enable:
+            start(**where, offload_type="leaf_level", use_stream=device.type == "cuda")
     return pipe
 
 
@@ -231,10 +256,12 @@ def _check_weights(folder: Path) -> None:
             with safe_open(path, "pt"):
                 pass
         except SafetensorError as error:
-            raise DitAccelError(f"{path} is damaged or cut short ({first_line(error)}); fetch it again.") from error
+            raise DitAccelError(f"{path} is damaged or cut short ({first_line(error)}). Fetch it again.") from error
 
 
-def _load(source: Source, dtype: torch.dtype) -> DiffusionPipeline:
+def _load(
+    source: Source, dtype: torch.dtype, given: Iterable[str], offload_to: torch.device | None
+) -> DiffusionPipeline:
     import torch
     from diffusers import DiffusionPipeline
 
@@ -248,6 +275,8 @@ def _load(source: Source, dtype: torch.dtype) -> DiffusionPipeline:
     if source.component_class("vae") in FLOAT32_CODECS:
         dtypes["vae"] = torch.float32
     where = source.model if source.kind == "hub" else str(source.folder)
+    if source.modular:
+        return modular.load(where, source.revision, dtypes, given, offload_to)
     return DiffusionPipeline.from_pretrained(
         where, revision=source.revision, dtype=dtypes, use_safetensors=True, trust_remote_code=False
     )
@@ -255,7 +284,7 @@ def _load(source: Source, dtype: torch.dtype) -> DiffusionPipeline:
 
 @contextlib.contextmanager
 def quietly() -> Iterator[None]:
-    """Silences the progress bars and log lines of Diffusers and Transformers; errors are still raised."""
+    """Silences the progress bars and log lines of Diffusers and Transformers, but no exception."""
     import logging
 
     import diffusers.utils.logging

@@ -1,4 +1,4 @@
-"""Time of work on a device: by the clock on a CPU, by events in the stream on a GPU."""
+"""Time of work on a device: from the clock on a CPU, from events in the stream on a GPU."""
 
 from __future__ import annotations
 
@@ -12,11 +12,7 @@ if TYPE_CHECKING:
 
 
 class Stopwatch:
-    """Adds up the time between each `start` and `stop`, without making a GPU wait.
-
-    Args:
-        device: where the work runs.
-    """
+    """Adds up the time of work on `device` between each `start` and `stop`, without making a GPU wait."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -25,11 +21,11 @@ class Stopwatch:
         self._events: list[tuple[Any, Any]] = []
 
     def start(self) -> None:
-        """What comes now counts."""
+        """Begin a time span."""
         self._began = self._mark()
 
     def stop(self) -> None:
-        """What came since `start` is added."""
+        """Add the time since `start`."""
         ended = self._mark()
         if self._device.type == "cuda":
             self._events.append((self._began, ended))
@@ -38,7 +34,7 @@ class Stopwatch:
 
     @property
     def seconds(self) -> float:
-        """All of it; waits for the GPU."""
+        """The sum; waits for the GPU."""
         if self._events:
             self._events[-1][1].synchronize()
         return self._clocked + sum(began.elapsed_time(ended) for began, ended in self._events) / 1000
@@ -55,11 +51,9 @@ class Stopwatch:
 
 @contextlib.contextmanager
 def attention_time(pipe: Any, device: torch.device) -> Iterator[Stopwatch]:
-    """Time a pipeline's self-attention modules (projections, attention and output) for the length of a with block.
+    """Time a pipeline's self-attention modules (projections, attention and output) inside a with block.
 
-    Args:
-        pipe: a pipeline whose transformers are not compiled; hooks inside a compiled block would break its graph.
-        device: where they run.
+    The transformers must not be compiled: hooks inside a compiled block break its graph.
     """
     from dit_accel.pipelines.targets import find_transformers
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from torch import nn
 
 from dit_accel.errors import DitAccelError
-from dit_accel.pipelines.family import CallLayout, Family, ModelCall
+from dit_accel.pipelines.family import TRAINING_FREE, CallLayout, Family, ModelCall
 from dit_accel.pipelines.reading import video_alone
 from dit_accel.pipelines.sizes import Config, Sizes, patch_of, vae_frames, vae_pixels, video_sizes
 
@@ -18,7 +18,7 @@ def layout(transformer: nn.Module, call: ModelCall) -> CallLayout:
     if call.get("attention_mask") is not None:
         raise DitAccelError(
             "Allegro is called with an attention_mask over its video tokens, which accelerated attention cannot "
-            "honour; call it without, as its pipeline does, or run it dense."
+            "honour. Call it without, as its pipeline does, or run it dense."
         )
     return video_alone(transformer, call)
 
@@ -38,4 +38,5 @@ FAMILY = Family(
     layout=layout,
     sizes=sizes,
     summary="Allegro: text to video",
+    recommended=TRAINING_FREE,
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from dit_accel.pipelines import wan
-from dit_accel.pipelines.family import CallLayout, Family, ModelCall, patch_grid
+from dit_accel.pipelines.family import TRAINING_FREE, CallLayout, Family, ModelCall, patch_grid
 
 
 def layout(transformer: Any, call: ModelCall) -> CallLayout:
@@ -21,4 +21,5 @@ FAMILY = Family(
     layout=layout,
     sizes=wan.sizes,
     summary="AnyFlow, bidirectional",
+    recommended=TRAINING_FREE,
 )

@@ -12,6 +12,7 @@ ticket's memory, which the compiled backward keeps.
 from __future__ import annotations
 
 import contextlib
+import copy
 import itertools
 import weakref
 from collections.abc import Callable, Iterator
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 from dit_accel.errors import DitAccelError
 from dit_accel.kernels.impls import Impl
 from dit_accel.pipelines.context_parallel import Ulysses
+from dit_accel.plans.kept import KeptLists, ListMemory
 from dit_accel.plans.plan import Plan, building
 
 Watch = Callable[[Tensor, Tensor, Tensor, Tensor, "float | None", "CallState"], None]
@@ -43,6 +45,7 @@ class CallState:
         rows: `family.CallLayout.rows` and its inverse permutation; None if the sequence is in the grid's order.
         ulysses: how the sequence is sharded; None if this process holds all of it.
         impl: the implementation that computes the call; as in `plans.attention`.
+        step: denoising step and the number of the call within it, for methods that keep lists; else None.
         text_is_keys: as in `family.Family`.
     """
 
@@ -53,6 +56,7 @@ class CallState:
         self.text_bias: Tensor | None = None
         self.rows: tuple[Tensor, Tensor] | None = None
         self.ulysses: Ulysses | None = None
+        self.step: tuple[int, int] | None = None
         self.impl = impl
 
     def set(
@@ -91,8 +95,8 @@ class CallState:
     def covers(self, queries: int, keys: int) -> bool:
         """Whether a call of these lengths is self-attention over the grid.
 
-        Traced code must not read the grid, so that any self-attention passes there; `sequence_error` follows at run
-        time if it is not over the grid.
+        Traced code must not read the grid, so any self-attention passes there. At run time a call that is not over the
+        grid raises `sequence_error`.
         """
         if torch.compiler.is_compiling():
             return queries <= keys if self.text_is_keys else queries == keys
@@ -108,13 +112,29 @@ class CallState:
         )
 
 
-class LayerAttention:
+class AtWork:
+    """A part of an accelerator: copied with its transformer, and never pickled."""
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise DitAccelError(
+            "An accelerated transformer cannot be pickled (torch.save): call remove() first, save its state_dict(), or "
+            "use save_pretrained() of the model and of the accelerator."
+        )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        memo[id(self)] = made = type(self).__new__(type(self))
+        vars(made).update(copy.deepcopy(vars(self), memo))
+        return made
+
+
+class LayerAttention(AtWork):
     """The attention of one layer.
 
     Attributes:
         state: decides the call under way.
         learned: the layer's learned weights; None without any.
-        density_sum: as in `plans.Plan.attend`; None if the plan is static.
+        density_sum: as in `PlanCall`; None if the plan is static.
+        kept: lists that the layer keeps between steps, see `plans.kept`.
         watch: called with q, k, v, out (the whole sequence), scale and state after sparse attention; never traced.
         key: int64 scalar on the CPU, by which `planned_attention` finds this object.
     """
@@ -123,6 +143,7 @@ class LayerAttention:
         self.state = state
         self.learned: nn.Module | None = None
         self.density_sum: Tensor | None = None
+        self.kept: dict[int, KeptLists] = {}
         self.watch: Watch | None = None
         number = next(_NUMBERS)
         with building():
@@ -177,9 +198,11 @@ class LayerAttention:
         if rows is not None:
             q, k, v = (_take(x, rows[0]) for x in (q, k, v))
         text_lens, text_bias = state.text_of(len(q))
+        held = None if ulysses is None else (ulysses.first_head(heads), heads)
+        memory = None if state.step is None else ListMemory(*state.step, self.kept)
         out = state.plan.attend(
             q, k, v, scale=scale, text_lens=text_lens, text_bias=text_bias, impl=state.impl, module=self.learned,
-            density_sum=self.density_sum,
+            density_sum=self.density_sum, heads=held, memory=memory,
         )  # fmt: skip
         if self.watch is not None:
             self.watch(q, k, v, out, scale, state)
@@ -199,14 +222,7 @@ def _take(x: Tensor, rows: Tensor) -> Tensor:
 
 @torch.library.custom_op("dit_accel::planned_attention", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
 def planned_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    key: Tensor,
-    learned: list[Tensor],
-    scale: float | None,
-    masked: bool,
-    record: bool,
+    q: Tensor, k: Tensor, v: Tensor, key: Tensor, learned: list[Tensor], scale: float | None, masked: bool, record: bool
 ) -> tuple[Tensor, Tensor]:
     """`LayerAttention.compute` of the layer with that key, as one operator.
 

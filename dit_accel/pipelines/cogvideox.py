@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from dit_accel.pipelines.family import CallLayout, Family, ModelCall, patch_grid
+from dit_accel.pipelines.family import TRAINING_FREE, CallLayout, Family, ModelCall, patch_grid
 from dit_accel.pipelines.sizes import Config, Sizes, patch_of, vae_pixels, video_sizes
 
 
@@ -33,4 +33,5 @@ FAMILY = Family(
     layout=layout,
     sizes=sizes,
     summary="CogVideoX 1.0 and 1.5: text, image and video to video, control; ConsisID",
+    recommended=TRAINING_FREE,
 )

@@ -43,6 +43,10 @@ class Ulysses:
         """Tokens of each process."""
         return tuple(sum(shares) for shares in zip(*self.parts, strict=True))
 
+    def first_head(self, heads: int) -> int:
+        """The first of a layer's `heads` that this process computes."""
+        return sum(even_shares(heads, len(self.tokens))[: self.rank])
+
     def gather(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

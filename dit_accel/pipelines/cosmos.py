@@ -6,7 +6,7 @@ timestep is a function of sigma that differs between the generations, so a bare 
 
 from __future__ import annotations
 
-from dit_accel.pipelines.family import Family, Preset
+from dit_accel.pipelines.family import TRAINING_FREE, Family, Preset
 from dit_accel.pipelines.reading import video_alone
 from dit_accel.pipelines.sizes import Config, Sizes, vae_frames, video_sizes
 
@@ -32,5 +32,5 @@ FAMILY = Family(
     sizes=sizes,
     summary="Cosmos 1, Predict 2 and 2.5: text, image and video to world, text to image",
     timestep_scale=None,
-    recommended=RECOMMENDED,
+    recommended=TRAINING_FREE | RECOMMENDED,
 )

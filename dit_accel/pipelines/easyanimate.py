@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from dit_accel.pipelines.family import CallLayout, Family, ModelCall
+from dit_accel.pipelines.family import TRAINING_FREE, CallLayout, Family, ModelCall
 from dit_accel.pipelines.reading import video_of
 from dit_accel.pipelines.sizes import Config, Sizes, patch_of, video_sizes
 
@@ -34,4 +34,5 @@ FAMILY = Family(
     layout=layout,
     sizes=sizes,
     summary="EasyAnimate: text, image and video to video, control",
+    recommended=TRAINING_FREE,
 )

@@ -18,14 +18,14 @@ from dit_accel.tokens import TokenGrid
 
 @dataclasses.dataclass(frozen=True)
 class CallLayout:
-    """Where the tokens of one transformer call lie.
+    """The places of the tokens of one transformer call.
 
     Args:
         grid: the sequence that self-attention sees.
         text_lens: int [B], valid text tokens of each sample; the model masks the others, and its attention mask is
             taken to say the same. None: the model passes no mask.
-        text_bias: floating point [B, tokens], for a model that does not mask padded text: each query adds this value to
-            the scaled logits of padded text. Queries are in the grid's order.
+        text_bias: floating point [B, tokens], queries in the grid's order. A model that does not mask padded text adds
+            it to the scaled logits of padded text.
         rows: int64 [B, tokens], a permutation: the row of the call's sequence where each token of the grid lies.
             Attention then copies q, k, v and its output. None: the grid's order, in all samples.
         notes: for the report, such as tokens that stay dense.
@@ -55,6 +55,29 @@ class Preset:
     config: Mapping[str, Any]
     schedule: Mapping[str, Any]
     source: str
+
+
+# Of every video family: steps and layers that stay dense for methods that need no fine-tuning.
+TRAINING_FREE = {
+    "sol": Preset(
+        config={},
+        schedule={"dense_steps": 0.2, "dense_layers": 1},
+        source="Sol-Attn (arXiv 2607.24027): Wan2.1-14B and HunyuanVideo, the first 20 % of the steps and layer 0 "
+        "dense; not published for other models",
+    ),
+    "sparge": Preset(
+        config={"topk": 0.25, "topp": 0.0, "score": "subblock", "block_q": 64},
+        schedule={"dense_steps": 0.2, "dense_layers": 1},
+        source="SGLang's SubBlock router without fine-tuning: sparsity 0.75, blocks of 64, cells of 16 tokens, the "
+        "first 10 steps dense; the layer as for Sol-Attn (arXiv 2607.24027)",
+    ),
+    "rectified": Preset(
+        config={},
+        schedule={"dense_steps": 0.2, "dense_layers": 1},
+        source="Rectified SpaAttn (arXiv 2511.19835): drop 0.8 for HunyuanVideo; dense steps and layer as for Sol-Attn "
+        "(arXiv 2607.24027); not published for other models",
+    ),
+}
 
 
 class ModelCall:
@@ -216,11 +239,8 @@ class Family:
                 f"No settings of {method} are recommended for the family {self.name} ({known}); give the settings, "
                 "and no preset."
             )
-        return (
-            self.recommended_pair.get(method, self.recommended[method])
-            if transformers > 1
-            else self.recommended[method]
-        )
+        own = self.recommended[method]
+        return self.recommended_pair.get(method, own) if transformers > 1 else own
 
     def timestep(self, call: ModelCall) -> torch.Tensor | None:
         """The call's timestep in the scheduler's units; None if it is unknown."""

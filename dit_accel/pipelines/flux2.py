@@ -18,9 +18,9 @@ def layout(transformer: nn.Module, call: ModelCall) -> CallLayout:
     """Packed images [B, N, C], text [B, T, C] and image ids [B, N, 4] or [N, 4]: time, row, column, layer."""
     if call.get("kv_cache_mode") is not None:
         raise DitAccelError(
-            f"FLUX.2 was called with kv_cache_mode={call.get('kv_cache_mode')!r}, where conditioning tokens see only "
-            "themselves and their keys come from a cache; sparse attention needs the whole sequence. Use "
-            "Flux2KleinPipeline in place of Flux2KleinKVPipeline, or leave the model dense."
+            f"FLUX.2 has kv_cache_mode={call.get('kv_cache_mode')!r}, which takes keys from a cache. Sparse "
+            "attention needs the whole sequence: use Flux2KleinPipeline in place of Flux2KleinKVPipeline, or leave "
+            "the model dense."
         )
     return packed_images(call)
 

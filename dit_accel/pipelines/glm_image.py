@@ -24,7 +24,7 @@ def layout(transformer: Any, call: ModelCall) -> CallLayout:
     if caches is not None and caches[0].mode == "read":
         raise DitAccelError(
             f"{call.owner} takes the keys of conditioning images from a cache, and sparse attention needs queries and "
-            "keys of one sequence: make images from text alone, or leave the model dense."
+            "keys of one sequence. Make images from text alone, or leave the model dense."
         )
     text = call.length("encoder_hidden_states")
     return CallLayout(image_of(call, transformer.config.patch_size, text, text_first=True))

@@ -17,7 +17,7 @@ from dit_accel.pipelines.sizes import Config, Sizes, image_sizes, vae_pixels
 
 
 def layout(transformer: Any, call: ModelCall) -> CallLayout:
-    """The latent [B, C, H, W] or [B, C, F, H, W] in patches; text [B, T, C] and its mask; glyph text and its mask."""
+    """The latent [B, C, H, W] or [B, C, F, H, W] in patches; text [B, T, C], glyph text, and the mask of each."""
     patch = transformer.config.patch_size
     sizes = call.tensor("hidden_states", len(patch) + 2).shape[2:]
     image = [1] * (3 - len(patch))

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from dit_accel.pipelines.family import CallLayout, Family, ModelCall, Preset
+from dit_accel.pipelines.family import TRAINING_FREE, CallLayout, Family, ModelCall, Preset
 from dit_accel.pipelines.reading import video_of
 from dit_accel.pipelines.sizes import patch_of, video_sizes
 
@@ -44,5 +44,5 @@ FAMILY = Family(
     layout=layout,
     sizes=lambda transformer, vae: video_sizes(vae, patch_of(transformer), 129, 720, 1280, text=256),
     summary="HunyuanVideo: text to video, image to video",
-    recommended=RECOMMENDED,
+    recommended=TRAINING_FREE | RECOMMENDED,
 )

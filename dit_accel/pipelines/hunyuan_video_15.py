@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from dit_accel.pipelines.family import CallLayout, Family, ModelCall
-from dit_accel.pipelines.processor import attend
+from dit_accel.pipelines.family import TRAINING_FREE, CallLayout, Family, ModelCall
+from dit_accel.pipelines.processor import attend_joint
 from dit_accel.pipelines.reading import video_of
 from dit_accel.pipelines.sizes import Config, Sizes, patch_of, video_sizes
 
@@ -43,24 +43,9 @@ def attend_video_and_text(
     """
     from diffusers.models.embeddings import apply_rotary_emb
 
-    def split(projected: torch.Tensor) -> torch.Tensor:
-        return projected.unflatten(2, (attn.heads, -1))  # [B, N, H, D]
-
-    video_q, video_k = attn.norm_q(split(attn.to_q(hidden_states))), attn.norm_k(split(attn.to_k(hidden_states)))
-    if image_rotary_emb is not None:
-        video_q, video_k = (apply_rotary_emb(x, image_rotary_emb, sequence_dim=1) for x in (video_q, video_k))
-    text_q, text_k = split(attn.add_q_proj(encoder_hidden_states)), split(attn.add_k_proj(encoder_hidden_states))
-    if attn.norm_added_q is not None:
-        text_q = attn.norm_added_q(text_q)
-    if attn.norm_added_k is not None:
-        text_k = attn.norm_added_k(text_k)
-    video_v, text_v = split(attn.to_v(hidden_states)), split(attn.add_v_proj(encoder_hidden_states))
-
-    pairs = ((video_q, text_q), (video_k, text_k), (video_v, text_v))
-    q, k, v = (torch.cat(pair, 1).transpose(1, 2) for pair in pairs)
-    joined = attend(q, k, v).transpose(1, 2).flatten(2).to(q.dtype)
-    video, text = joined.split((hidden_states.shape[1], encoder_hidden_states.shape[1]), 1)
-    return attn.to_out[1](attn.to_out[0](video)), attn.to_add_out(text)
+    rotary = image_rotary_emb
+    rotate = None if rotary is None else lambda x: apply_rotary_emb(x, rotary, sequence_dim=1)
+    return attend_joint(attn, hidden_states, encoder_hidden_states, rotate)
 
 
 def sizes(transformer: Config, vae: Config) -> Sizes:
@@ -77,4 +62,5 @@ FAMILY = Family(
     sizes=sizes,
     summary="HunyuanVideo 1.5: text to video, image to video",
     sparse_calls={"HunyuanVideo15AttnProcessor2_0": attend_video_and_text},
+    recommended=TRAINING_FREE,
 )

@@ -5,7 +5,7 @@ The call has the video's sizes, or the coordinates of all tokens.
 
 from __future__ import annotations
 
-from dit_accel.pipelines.family import Family
+from dit_accel.pipelines.family import TRAINING_FREE, Family
 from dit_accel.pipelines.reading import packed_video
 from dit_accel.pipelines.sizes import patch_of, video_sizes
 
@@ -16,4 +16,5 @@ FAMILY = Family(
     layout=packed_video,
     sizes=lambda transformer, vae: video_sizes(vae, patch_of(transformer), 161, 512, 704),
     summary="LTX-Video: text and image to video, keyframes",
+    recommended=TRAINING_FREE,
 )

@@ -10,7 +10,7 @@ from __future__ import annotations
 from torch import nn
 
 from dit_accel.errors import DitAccelError
-from dit_accel.pipelines.family import CallLayout, Family, ModelCall, Preset
+from dit_accel.pipelines.family import TRAINING_FREE, CallLayout, Family, ModelCall, Preset
 from dit_accel.pipelines.reading import packed_video
 from dit_accel.pipelines.sizes import patch_of, video_sizes
 
@@ -40,5 +40,5 @@ FAMILY = Family(
     layout=layout,
     sizes=lambda transformer, vae: video_sizes(vae, patch_of(transformer), 121, 512, 768),
     summary="LTX-2: video with audio, keyframes, conditioning videos; the video's self-attention",
-    recommended=RECOMMENDED,
+    recommended=TRAINING_FREE | RECOMMENDED,
 )

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 from dit_accel.errors import DitAccelError
-from dit_accel.pipelines.family import CallLayout, Family, ModelCall
-from dit_accel.pipelines.processor import attend
+from dit_accel.pipelines.family import TRAINING_FREE, CallLayout, Family, ModelCall
+from dit_accel.pipelines.processor import attend_joint
 from dit_accel.pipelines.reading import mask_text, video_of
 from dit_accel.pipelines.sizes import Config, Sizes, patch_of, video_sizes
 
@@ -44,23 +44,9 @@ def attend_video_and_text(
 
     The output of padded text is arbitrary and never read; the model's processor makes it zero.
     """
-
-    def split(projected: torch.Tensor) -> torch.Tensor:
-        return projected.unflatten(2, (attn.heads, -1))  # [B, N, H, D]
-
-    video_q, video_k = attn.norm_q(split(attn.to_q(hidden_states))), attn.norm_k(split(attn.to_k(hidden_states)))
-    if image_rotary_emb is not None:
-        video_q, video_k = (_rotate(x, *image_rotary_emb) for x in (video_q, video_k))
-    text_q = attn.norm_added_q(split(attn.add_q_proj(encoder_hidden_states)))
-    text_k = attn.norm_added_k(split(attn.add_k_proj(encoder_hidden_states)))
-    video_v, text_v = split(attn.to_v(hidden_states)), split(attn.add_v_proj(encoder_hidden_states))
-
-    pairs = ((video_q, text_q), (video_k, text_k), (video_v, text_v))
-    q, k, v = (torch.cat(pair, 1).transpose(1, 2) for pair in pairs)
-    joined = attend(q, k, v).transpose(1, 2).flatten(2)
-    video, text = joined.split((hidden_states.shape[1], encoder_hidden_states.shape[1]), 1)
-    # The last block has no projection of text.
-    return attn.to_out[1](attn.to_out[0](video)), attn.to_add_out(text) if hasattr(attn, "to_add_out") else text
+    rotary = image_rotary_emb
+    rotate = None if rotary is None else lambda x: _rotate(x, *rotary)
+    return attend_joint(attn, hidden_states, encoder_hidden_states, rotate)
 
 
 def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -84,4 +70,5 @@ FAMILY = Family(
     summary="Mochi 1: text to video",
     timestep_scale=None,
     sparse_calls={"MochiAttnProcessor2_0": attend_video_and_text},
+    recommended=TRAINING_FREE,
 )

@@ -1,15 +1,15 @@
 """Run a model's own attention processor with its attention call replaced.
 
-A processor's projections, norms, rotary embedding and output stay the model's code: its `__call__` is rebuilt over a
-copy of its globals in which the attention function is ours. Dynamo requires three things of this arrangement:
+A processor's projections, norms, rotary embedding and output stay the model's code. Its `__call__` is rebuilt over a
+copy of its globals, in which the attention function is ours. Dynamo requires three things:
 
 * The copied globals belong to a module in `sys.modules`, where guards look them up. There is one module for the code of
   each processor class. It is kept for the process and holds no accelerator: a compiled model would keep the first one.
 * The replaced function finds its layer through a slot, one per thread, which the wrapper sets from `self`.
 * Traced code counts nothing. It only sets `ran`, which adds no guard and no graph.
 
-Where a model's processor wastes memory or time on masks, its family's file has a function that computes the same
-without masks, for sparse calls only (`Family.sparse_calls`); it calls `attend`.
+A model's processor may waste memory or time on masks. Its family then has a function that replaces it in sparse calls
+(`Family.sparse_calls`) and computes the same without masks. It calls `attend`, or `attend_joint` for the whole layer.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ class AcceleratedAttnProcessor(LayerAttention):
         intercepted: set by a call whose attention a function mode replaced (perturbed-attention guidance).
         unbound: made without arguments, as Diffusers does from a processor's class; it stays dense.
 
-    A processor with weights (an IP-Adapter's) is a module. Then ours is one too, of a subclass: it shares the weights,
-    so that state dicts and devices stay as they are, and has its settings until `settle`.
+    A processor with weights (an IP-Adapter's) is a module. Then ours is one too, of a subclass. It shares the weights,
+    so state dicts and devices stay the same. It has the processor's settings until `settle`.
 
     When `watch` gives the layer a dense state, the call under way is computed again densely.
     """
@@ -66,12 +66,12 @@ class AcceleratedAttnProcessor(LayerAttention):
     def settle(self) -> None:
         """Give the settings of a processor with weights back to the model's own."""
         if isinstance(self.inner, nn.Module):
-            # What is a property here was set on the model's own processor already.
+            # properties of ours were set on the model's own processor already
             settings = [name for name in vars(self.inner) if name in vars(self)]
             vars(self.inner).update({name: vars(self)[name] for name in settings})
 
-    # Diffusers finds processors by these two names: without them it would skip ours when it sets a back end, and
-    # shard the sequence without telling us. A processor that lacks one makes ours lack it too.
+    # Diffusers finds processors by these two names, to set a back end and to shard the sequence. Ours lacks a name if
+    # the model's processor lacks it.
     @property
     def _attention_backend(self) -> Any:
         return self.inner._attention_backend
@@ -138,7 +138,7 @@ def _wrapper_class(inner_type: type, sparse_call: SparseCall | None) -> type[Acc
     with_weights = issubclass(inner_type, nn.Module)
 
     def runs(ours: AcceleratedAttnProcessor) -> Any:
-        """Whose settings and weights count."""
+        """The object with the processor's settings and weights."""
         return ours if with_weights else ours.inner
 
     # Legacy `Attention.forward` passes only the keywords that the signature names, so it is carried over.
@@ -173,13 +173,16 @@ def _rebuild(inner_type: type) -> Callable[..., Any]:
         raise DitAccelError(f"{inner_type.__name__} is not a processor written in Python, so it cannot be accelerated.")
     replaced: dict[str, Any] = {}
     if "dispatch_attention_fn" in call.__code__.co_names:
-        replaced["dispatch_attention_fn"] = _dispatcher(call.__globals__["dispatch_attention_fn"])
+        replaced["dispatch_attention_fn"] = _replaced(call.__globals__["dispatch_attention_fn"], 1)
     if "scaled_dot_product_attention" in call.__code__.co_names and "F" in call.__globals__:
-        replaced["F"] = _functional(call.__globals__["F"])
+        functional = call.__globals__["F"]
+        name = f"dit_accel._rebuilt.functional.{next(_SERIAL)}"
+        ours = {"scaled_dot_product_attention": _replaced(functional.scaled_dot_product_attention, 2)}
+        replaced["F"] = _module(name, vars(functional), ours)
     if not replaced:
         raise DitAccelError(
             f"{inner_type.__name__} calls neither dispatch_attention_fn nor F.scaled_dot_product_attention, so there "
-            "is no attention to replace; set a processor that does, or remove it."
+            "is no attention to replace. Set a processor that calls one of them, or remove this one."
         )
     name = f"dit_accel._rebuilt.{inner_type.__module__}.{inner_type.__qualname__}.{next(_SERIAL)}"
     module = _module(name, call.__globals__, replaced)
@@ -196,11 +199,11 @@ def _module(name: str, contents: dict[str, Any], replaced: dict[str, Any]) -> ty
     return module
 
 
-def _dispatcher(original: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    """Ours in place of Diffusers' `dispatch_attention_fn`: tensors are [B, N, H, D]."""
+def _replaced(original: Callable[..., torch.Tensor], axis: int) -> Callable[..., torch.Tensor]:
+    """Ours in place of an attention function with tokens in `axis`: 1 for [B, N, H, D], 2 for [B, H, N, D]."""
 
     @functools.wraps(original)
-    def dispatch_attention_fn(
+    def attention(
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
@@ -208,53 +211,59 @@ def _dispatcher(original: Callable[..., torch.Tensor]) -> Callable[..., torch.Te
         dropout_p: float = 0.0,
         is_causal: bool = False,
         scale: float | None = None,
-        *args: Any,
         **kwargs: Any,
     ) -> torch.Tensor:
-        if not _is_ours(query.shape[1], key.shape[1]):
-            return original(query, key, value, attn_mask, dropout_p, is_causal, scale, *args, **kwargs)
+        options = {"attn_mask": attn_mask, "dropout_p": dropout_p, "is_causal": is_causal, "scale": scale}
+        if not _is_ours(query.shape[axis], key.shape[axis]):
+            return original(query, key, value, **options, **kwargs)
+        if axis == 2:
+            return _attend(query, key, value, **options)
         q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
-        return _attend(q, k, v, attn_mask, dropout_p, is_causal, scale).transpose(1, 2)
+        return _attend(q, k, v, **options).transpose(1, 2)
 
-    return dispatch_attention_fn
-
-
-def _functional(original: types.ModuleType) -> types.ModuleType:
-    """A copy of `torch.nn.functional` with our attention: tensors are [B, H, N, D]."""
-
-    @functools.wraps(original.scaled_dot_product_attention)
-    def scaled_dot_product_attention(
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        attn_mask: torch.Tensor | None = None,
-        dropout_p: float = 0.0,
-        is_causal: bool = False,
-        scale: float | None = None,
-        **kwargs: Any,
-    ) -> torch.Tensor:
-        if not _is_ours(query.shape[2], key.shape[2]):
-            dense = original.scaled_dot_product_attention
-            return dense(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, **kwargs)
-        return _attend(query, key, value, attn_mask, dropout_p, is_causal, scale)
-
-    name = f"dit_accel._rebuilt.functional.{next(_SERIAL)}"
-    return _module(name, vars(original), {"scaled_dot_product_attention": scaled_dot_product_attention})
+    return attention
 
 
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     """The plan's attention in a family's own sparse call: [B, H, N, D] in and out, N the tokens of the grid.
 
     Padded text is never a key (`CallLayout.text_lens`), so there is no mask to pass.
-
-    Raises:
-        DitAccelError: q and k are no self-attention over the grid.
     """
     layer = _SLOT.layer
     assert layer is not None
     if not _is_ours(q.shape[2], k.shape[2]):
         raise layer.state.sequence_error(0)
-    return _attend(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None)
+    return _attend(q, k, v)
+
+
+def attend_joint(
+    attn: Any, video: torch.Tensor, text: torch.Tensor, rotate: Callable[[torch.Tensor], torch.Tensor] | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A joint layer with the plan's attention over [video | text]: video [B, N, C] and text [B, T, C] in and out.
+
+    Args:
+        attn: the layer, with added projections for text.
+        rotate: rotary embedding of the video's queries and keys [B, N, H, D]; None without one.
+    """
+
+    def split(projected: torch.Tensor) -> torch.Tensor:
+        return projected.unflatten(2, (attn.heads, -1))  # [B, N, H, D]
+
+    queries, keys = attn.norm_q(split(attn.to_q(video))), attn.norm_k(split(attn.to_k(video)))
+    if rotate is not None:
+        queries, keys = rotate(queries), rotate(keys)
+    text_queries, text_keys = split(attn.add_q_proj(text)), split(attn.add_k_proj(text))
+    if attn.norm_added_q is not None:
+        text_queries = attn.norm_added_q(text_queries)
+    if attn.norm_added_k is not None:
+        text_keys = attn.norm_added_k(text_keys)
+    values, text_values = split(attn.to_v(video)), split(attn.add_v_proj(text))
+    pairs = ((queries, text_queries), (keys, text_keys), (values, text_values))
+    q, k, v = (torch.cat(pair, 1).transpose(1, 2) for pair in pairs)
+    joined = attend(q, k, v).transpose(1, 2).flatten(2).to(q.dtype)
+    video, text = joined.split((video.shape[1], text.shape[1]), 1)
+    # Mochi's last block has no projection of text
+    return attn.to_out[1](attn.to_out[0](video)), attn.to_add_out(text) if hasattr(attn, "to_add_out") else text
 
 
 def _is_ours(queries: int, keys: int) -> bool:
@@ -266,22 +275,13 @@ def _is_ours(queries: int, keys: int) -> bool:
     return False
 
 
-def _attend(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    attn_mask: torch.Tensor | None,
-    dropout_p: float,
-    is_causal: bool,
-    scale: float | None,
-) -> torch.Tensor:
-    """The plan's attention, [B, H, N, D], below the function modes that are active."""
+def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any) -> torch.Tensor:
+    """The plan's attention, [B, H, N, D], below the active function modes; options as for `_planned`."""
     _SLOT.replaced += 1
-    # Non-strict export runs below a function mode of its own, with tensors that cannot be made a subclass.
+    # non-strict export runs below a function mode of its own, with tensors that cannot become a subclass
     if torch._C._len_torch_function_stack() == 0 or torch.compiler.is_exporting():
-        return _planned(q, k, v, attn_mask, dropout_p, is_causal, scale)
-    query = q.as_subclass(_Query)
-    return nn.functional.scaled_dot_product_attention(query, k, v, attn_mask, dropout_p, is_causal, scale=scale)
+        return _planned(q, k, v, **options)
+    return nn.functional.scaled_dot_product_attention(q.as_subclass(_Query), k, v, **options)
 
 
 class _Query(torch.Tensor):
@@ -310,7 +310,7 @@ def _planned(
 ) -> torch.Tensor:
     if is_causal or dropout_p or query.shape[1] != key.shape[1]:
         raise DitAccelError(
-            "Accelerated attention is neither causal nor with dropout, and has as many key heads as query heads; got "
+            "Accelerated attention takes no causal mask, no dropout, and as many key heads as query heads. It got "
             f"is_causal={is_causal}, dropout_p={dropout_p}, {query.shape[1]} and {key.shape[1]} heads."
         )
     layer = _SLOT.layer

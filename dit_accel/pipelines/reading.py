@@ -16,21 +16,13 @@ from dit_accel.tokens import TokenGrid
 
 
 def image_of(call: ModelCall, patch: int, text: int = 0, text_first: bool = False) -> TokenGrid:
-    """The grid of the latent image [B, C, H, W] in hidden_states, cut into patches, with text tokens.
-
-    Raises:
-        DitAccelError: the argument is no such tensor, or smaller than a patch.
-    """
+    """The grid of the latent image [B, C, H, W] in hidden_states, cut into patches, with text tokens."""
     height, width = call.tensor("hidden_states", 4).shape[2:]
     return patch_grid((1, height, width), (1, patch, patch), text, text_first)
 
 
 def video_of(call: ModelCall, patch: Sequence[int], text: int = 0, text_first: bool = False) -> TokenGrid:
-    """The grid of the latent video [B, C, F, H, W] in hidden_states, cut into patches, with text tokens.
-
-    Raises:
-        DitAccelError: the argument is no such tensor, or smaller than a patch.
-    """
+    """The grid of the latent video [B, C, F, H, W] in hidden_states, cut into patches, with text tokens."""
     return patch_grid(call.tensor("hidden_states", 5).shape[2:], patch, text, text_first)
 
 
@@ -59,9 +51,9 @@ def packed_video(transformer: Any, call: ModelCall) -> CallLayout:
         came = str(tuple(coordinates.shape))
         places = call.once(coordinates, _places)
         if places is not None and places.shape[1] == tokens:
-            start, shape = (0, sizes) if stated else _last_video(places)
+            start, shape = (0, sizes) if stated else last_raster(places)
             stop = start + math.prod(shape)
-            if _is_video(places[:, start:stop], shape) and (stated or stop == tokens):
+            if is_raster(places[:, start:stop], shape) and (stated or stop == tokens):
                 frames, height, width = shape
                 others = tokens - (stop - start)
                 grid = TokenGrid(frames, height, width, conditioning=others)
@@ -70,9 +62,8 @@ def packed_video(transformer: Any, call: ModelCall) -> CallLayout:
                 note = f"{others} tokens of keyframes or conditioning videos are dense both ways"
                 return CallLayout(grid, rows=rows, notes=(note,) if others else ())
     raise DitAccelError(
-        f"A packed video needs num_frames, height and width that make up its {tokens} tokens, or video_coords that "
-        f"show where the video is among them; got {' x '.join(map(str, sizes))} and coordinates of shape {came}; run "
-        "it dense."
+        f"A packed video needs num_frames, height and width of its {tokens} tokens, or video_coords that show its "
+        f"place; got {' x '.join(map(str, sizes))} and coordinates of shape {came}. Pass either, or run it dense."
     )
 
 
@@ -84,17 +75,23 @@ def _places(coordinates: torch.Tensor) -> torch.Tensor | None:
     return starts[0]
 
 
-def _last_video(places: torch.Tensor) -> tuple[int, tuple[int, int, int]]:
-    """Start of the last video among tokens at `places` [3, N], and its sizes if it is a raster."""
-    back = torch.nonzero(places[0, 1:] < places[0, :-1]).flatten()
-    start = int(back[-1]) + 1 if len(back) else 0
+def last_raster(places: torch.Tensor) -> tuple[int, tuple[int, int, int]]:
+    """Start of the last raster among tokens at `places` [3, N], and its sizes if `is_raster` agrees.
+
+    It starts where the order of time, row and column goes back.
+    """
+    back = torch.zeros(places.shape[1] - 1, dtype=torch.bool)
+    for axis in places.flip(0):  # from columns to time, which counts most
+        back = (axis[1:] < axis[:-1]) | ((axis[1:] == axis[:-1]) & back)
+    starts = torch.nonzero(back).flatten()
+    start = int(starts[-1]) + 1 if len(starts) else 0
     times, rows, _ = places[:, start:]
     frame = int((times == times[0]).sum())
     width = int((rows[:frame] == rows[0]).sum())
     return start, (len(times) // frame, frame // width, width)
 
 
-def _is_video(places: torch.Tensor, shape: tuple[int, int, int]) -> bool:
+def is_raster(places: torch.Tensor, shape: tuple[int, int, int]) -> bool:
     """Whether tokens at `places` [3, n] are a raster of that shape, each axis rising."""
     if places.shape[1] != math.prod(shape) or min(shape) < 1:
         return False
@@ -147,7 +144,7 @@ def _is_valid(mask: torch.Tensor) -> torch.Tensor:
 def bias_text(call: ModelCall, grid: TokenGrid, mask: torch.Tensor) -> CallLayout:
     """The layout where the model adds the products m_i m_j of a mask over queries i and keys j to the logits.
 
-    A mask of ones and zeros therefore masks nothing. Softmax ignores a constant added to all logits of a query, so
+    A mask of ones and zeros therefore masks nothing. Softmax ignores a constant added to all logits of a query. So
     valid queries lower the logits of padded text by 1, and padded queries change nothing.
 
     Args:
@@ -200,8 +197,8 @@ def _read_ids(ids: torch.Tensor) -> tuple[int, int, int, int]:
 
 
 def conditioning_notes(conditioning: int) -> tuple[str, ...]:
-    """The note on conditioning tokens, which are no further frames."""
-    note = f"{conditioning} tokens of conditioning images of another size are dense both ways"
+    """The note on conditioning tokens that are no further frames."""
+    note = f"{conditioning} tokens of conditioning images are dense both ways"
     return (note,) if conditioning else ()
 
 
@@ -224,7 +221,7 @@ def image_grids(ids: torch.Tensor) -> tuple[int, int, int, int]:
     if sizes[0] is None:
         raise DitAccelError(
             f"The first {len(pieces[0])} image ids are not a full grid of rows and columns in raster order, so "
-            "neighbours are unknown; pass img_ids as the pipeline makes them."
+            "neighbours are unknown. Pass img_ids as the pipeline makes them."
         )
     frames = 0
     while frames < len(sizes) and sizes[frames] == sizes[0]:

@@ -22,11 +22,13 @@ class Sizes:
         pixels: height and width of a token in pixels; sides are multiples of these.
         frames_step: frames per token; None for a model of images.
         height, width, frames: what the model makes when not asked otherwise.
-        text: text tokens in the sequence of self-attention; the maximum, where the prompt decides.
+        text: text tokens in the sequence of self-attention; the maximum, where the prompt decides. A function of the
+            grid's shape where that decides.
         text_first: whether text precedes the visual tokens.
         longest: most tokens along one axis; None: no limit.
         frames_first: frames of the first token along time: 1 where a single frame comes first, 0 where every token
             holds `frames_step` frames.
+        tokens_step, tokens_first: tokens along time of `frames_step` frames and of `frames_first` frames.
         multiple: the pipeline also wants height and width to be multiples of this.
         conditioning: number of conditioning tokens for a grid shape; None: there are none.
     """
@@ -36,10 +38,12 @@ class Sizes:
     height: int
     width: int
     frames: int = 1
-    text: int = 0
+    text: int | Callable[[Shape], int] = 0
     text_first: bool = False
     longest: int | None = None
     frames_first: int = 1
+    tokens_step: int = 1
+    tokens_first: int = 1
     multiple: int = 1
     conditioning: Callable[[Shape], int] | None = None
 
@@ -67,7 +71,8 @@ class Sizes:
             if frames != 1:
                 raise DitAccelError(f"frames {frames} cannot be made: this model makes images, so leave frames out.")
         elif (frames - self.frames_first) % self.frames_step:
-            first = f"{self.frames_first} frame and then " if self.frames_first else ""
+            frame = "frame" if self.frames_first == 1 else "frames"
+            first = f"{self.frames_first} {frame} and then " if self.frames_first else ""
             raise DitAccelError(
                 f"frames {frames} cannot be made: this model makes {first}steps of {self.frames_step}; "
                 f"the nearest {_nearest(frames, self.frames_step, first=self.frames_first)}."
@@ -84,13 +89,15 @@ class Sizes:
         """The token grid of a size that `chosen` accepted."""
         shape = self._tokens(frames, height, width)
         conditioning = 0 if self.conditioning is None else self.conditioning(shape)
-        return TokenGrid(*shape, text=self.text, text_first=self.text_first, conditioning=conditioning)
+        text = self.text if isinstance(self.text, int) else self.text(shape)
+        return TokenGrid(*shape, text=text, text_first=self.text_first, conditioning=conditioning)
 
     def _tokens(self, frames: int, height: int, width: int) -> Shape:
         if self.frames_step is None:
             steps = 1
         else:
-            steps = (frames - self.frames_first) // self.frames_step + (self.frames_first > 0)
+            first = self.tokens_first if self.frames_first else 0
+            steps = (frames - self.frames_first) // self.frames_step * self.tokens_step + first
         return steps, height // self.pixels[0], width // self.pixels[1]
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 from dit_accel.errors import DitAccelError
-from dit_accel.pipelines.family import CallLayout, Family, ModelCall
+from dit_accel.pipelines.family import TRAINING_FREE, CallLayout, Family, ModelCall
 from dit_accel.pipelines.reading import video_alone
 from dit_accel.pipelines.sizes import Config, Sizes, video_sizes
 
@@ -38,4 +38,5 @@ FAMILY = Family(
     layout=layout,
     sizes=sizes,
     summary="SkyReels V2: text to video, image to video, diffusion forcing (without causal blocks)",
+    recommended=TRAINING_FREE,
 )

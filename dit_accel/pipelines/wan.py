@@ -1,14 +1,14 @@
 """Wan 2.1 and 2.2: text and image to video, VACE, Animate; and ChronoEdit, which has the same blocks.
 
-Self-attention (`attn1`) sees the video tokens alone; text and, in image-to-video of Wan 2.1, image tokens enter through
-cross-attention, which stays untouched. Wan 2.2 A14B has two transformers on one trajectory, TI2V-5B one timestep per
-token. VACE's control blocks attend over the same grid as the video. Animate's conditioning image is the first frame of
-its latent; its face adapters are cross-attention.
+Self-attention (`attn1`) sees the video tokens alone. Text enters through cross-attention, which stays untouched, as do
+the image tokens of Wan 2.1's image-to-video. Wan 2.2 A14B has two transformers on one trajectory, TI2V-5B one timestep
+per token. VACE's control blocks attend over the same grid as the video. Animate's conditioning image is the first frame
+of its latent; its face adapters are cross-attention.
 """
 
 from __future__ import annotations
 
-from dit_accel.pipelines.family import Family, Preset
+from dit_accel.pipelines.family import TRAINING_FREE, Family, Preset
 from dit_accel.pipelines.reading import video_alone
 from dit_accel.pipelines.sizes import Config, Sizes, video_sizes
 
@@ -27,9 +27,16 @@ RECOMMENDED = {
         "12 of 50 steps dense",
     ),
     "sla": Preset(
-        config={"topk": 0.1},
+        config={"topk": 0.1, "block_q": 128},
         schedule={},
-        source="TurboDiffusion: --sla_topk 0.1 for its fine-tuned Wan2.1 and Wan2.2; needs fine-tuned weights",
+        source="TurboDiffusion: --sla_topk 0.1 for its fine-tuned Wan2.1 and Wan2.2, 128 queries and 64 keys a block "
+        "(turbodiffusion/inference/modify_model.py); needs fine-tuned weights",
+    ),
+    "rectified": Preset(
+        config={"drop": 0.75},
+        schedule={"dense_steps": 0.2, "dense_layers": 2},
+        source="Rectified SpaAttn (arXiv 2511.19835): Wan2.1 with drop 0.75 and layers 0 and 1 dense; dense steps as "
+        "for Sol-Attn (arXiv 2607.24027)",
     ),
 }
 
@@ -40,6 +47,12 @@ RECOMMENDED_PAIR = {
         schedule={"dense_steps": 11 / 40, "dense_layers": 1},
         source="Radial Attention (arXiv:2506.19852), scripts/wan_22_t2v_inference.sh: Wan2.2-A14B, 77 frames of "
         "768x1280, 11 of 40 steps dense, blocks of 64 tokens",
+    ),
+    "rectified": Preset(
+        config={"drop": 0.85},
+        schedule={"dense_steps": 0.2, "dense_layers": 2},
+        source="Rectified SpaAttn (arXiv 2511.19835): Wan2.2-A14B with drop 0.85 and layers 0 and 1 of both dense; "
+        "dense steps as for Sol-Attn (arXiv 2607.24027)",
     ),
 }
 
@@ -55,6 +68,6 @@ FAMILY = Family(
     layout=video_alone,
     sizes=sizes,
     summary="Wan 2.1 and 2.2: text to video, image to video, VACE, Animate; ChronoEdit",
-    recommended=RECOMMENDED,
+    recommended=TRAINING_FREE | RECOMMENDED,
     recommended_pair=RECOMMENDED_PAIR,
 )

@@ -31,8 +31,8 @@ def test_as_the_launcher_says(environment):
     ("values", "message"),
     [
         (("3", "3", "0"), "RANK counts from 0"),
-        ((None, "3", "0"), "unset them or set all three"),
-        (("one", "3", "0"), "unset them or set all three"),
+        ((None, "3", "0"), "Unset them or set all three"),
+        (("one", "3", "0"), "Unset them or set all three"),
     ],
 )
 def test_what_does_not_fit_is_refused(environment, values, message):

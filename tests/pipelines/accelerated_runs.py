@@ -9,6 +9,11 @@ from tiny_models import all_models, run
 import dit_accel
 
 SLA = ("sla", {"topk": 0.35, "block": 16})
+ROUTED = (
+    ("sparge", {"topk": 0.3, "topp": 0.1, "block_q": 16, "block": 16, "order": "hilbert"}),
+    ("sol", {"block": 8}),
+    ("rectified", {"block": 8, "topp": 0.0}),
+)
 VIDEO = (("gna", {"window": (3, 5, 4)}), ("radial", {"decay": 0.2, "sink": False}), ("tile", {"references": 1}), SLA)
 IMAGE = (("gna", {"window": (1, 5, 4)}), SLA)
 FIRST = list({tiny.family: tiny for tiny in reversed(all_models())}.values())[::-1]
@@ -16,7 +21,7 @@ GRADED = ("wan:t2v", "flux:t2i", "qwen_image:t2i", "hunyuan_video:t2v")
 
 
 def settings(tiny):
-    return VIDEO if tiny.video else IMAGE
+    return (*(VIDEO if tiny.video else IMAGE), *(ROUTED if str(tiny) in GRADED else ()))
 
 
 def each(models=FIRST):

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from tiny_models import TinyModel, run
 from torch.overrides import TorchFunctionMode
 
-from dit_accel.methods.sla import SparseLinearAttention
+import dit_accel
+from dit_accel.plans.routed import RoutedPlan
 from dit_accel.tokens import TokenGrid
 
 # Gets q, k, v [B, H, N, D] and returns which pairs attend, bool, broadcastable to [B, H, N, N].
@@ -101,8 +102,8 @@ def static_pairs(mask: torch.Tensor, rows: torch.Tensor | None = None, visual: t
     return pairs
 
 
-def critical_pairs(grid: TokenGrid, config: dict[str, Any], rows: torch.Tensor | None = None) -> Pairs:
-    """The pairs in SLA's critical blocks, which depend on q and k; text and reference tokens attend to everything."""
+def listed_pairs(method: str, grid: TokenGrid, config: dict[str, Any], rows: torch.Tensor | None = None) -> Pairs:
+    """The pairs in the blocks that a routed method lists; text and reference tokens attend to everything."""
 
     def pairs(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         if rows is not None:
@@ -116,11 +117,13 @@ def critical_pairs(grid: TokenGrid, config: dict[str, Any], rows: torch.Tensor |
         own = dataclasses.replace(grid, text=0, conditioning=0)
         if tokens != grid.visual:
             own = dataclasses.replace(grid, text=grid.text - (grid.tokens - tokens))
-        critical = SparseLinearAttention(q.shape[-1], **config).route(q, k, own).critical
-        rows, columns = (order.index() for order in (critical.query_order, critical.key_order))
-        blocks = critical.dense().repeat_interleave(config["block"], -2).repeat_interleave(config["block"], -1)
-        mask = torch.zeros(*blocks.shape[:2], tokens, tokens, dtype=torch.bool)
-        mask[:, :, rows[rows >= 0][:, None], columns[columns >= 0]] = blocks[:, :, rows >= 0][..., columns >= 0]
+        plan, queries = dit_accel.plan(method, own, **config), torch.arange(grid.visual)
+        assert isinstance(plan, RoutedPlan)
+        mask = torch.ones(*q.shape[:2], tokens, tokens, dtype=torch.bool)
+        for sample in range(len(q)):
+            lists = plan.route(q[sample : sample + 1], k[sample : sample + 1])
+            for head in range(q.shape[1]):
+                mask[sample, head, queries + own.visual_start] = plan.kept_keys(queries, lists, head)
         return mask
 
     return pairs

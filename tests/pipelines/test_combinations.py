@@ -42,7 +42,7 @@ def test_dense_steps_and_layers_are_the_models_own_code(tiny, method, config, ev
 
 
 # Their first class takes no adapter in Diffusers; built here, to be found when that changes.
-WITHOUT_ADAPTERS = ("allegro", "cogview", "easyanimate", "joyimage", "pixart", "prx")
+WITHOUT_ADAPTERS = ("allegro", "cogview", "easyanimate", "hunyuan_dit", "joyimage", "lumina_next", "pixart", "prx")
 
 
 def test_the_classes_without_adapters_have_none():
@@ -99,8 +99,12 @@ def test_adapters(tiny, method, config, evidence):
     assert any("lora_A" in name for name, _ in transformer.named_parameters()), "the adapter stays"
 
 
+# Diffusers' own model fails with its weights on the meta device: it reads a parameter outside of its module's forward.
+NOT_ON_META = ("hunyuan_dit",)
+
+
 @pytest.mark.check("offload")
-@each()
+@each([tiny for tiny in FIRST if tiny.family not in NOT_ON_META])
 def test_offloaded_weights(tiny, method, config, tmp_path, evidence):
     """Weights on the meta device or on disk between the calls of their modules; switched on before and after."""
     wanted, report = accelerated(tiny.build(), tiny.call(), method, config)

@@ -5,8 +5,8 @@ import functools
 
 import pytest
 import torch
-from accelerated_runs import FIRST, each, train
-from masked_reference import assert_no_worse, critical_pairs, plain_and_exact, static_pairs
+from accelerated_runs import FIRST, GRADED, each, train
+from masked_reference import assert_no_worse, listed_pairs, plain_and_exact, static_pairs
 from tiny_models import all_models, run
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -15,6 +15,14 @@ from dit_accel.registry import get_families, get_methods
 
 MODELS = all_models()
 SLA = {"topk": 0.35, "block": 16}
+# Methods that attend to what they list and to nothing else, untrained
+ROUTED = {
+    "sla": SLA,
+    "sol": {"tail": "none", "tau": 0.5, "block": 8},
+    "sparge": {"topk": 0.3, "topp": 0.1, "block_q": 16, "block": 16},
+}
+# Methods with a tail besides
+TAILED = {"sol": {"block": 8, "tail": "hybrid"}, "rectified": {"block": 8, "topp": 0.0}}
 
 
 def static_settings(tiny):
@@ -59,7 +67,7 @@ def state_of(transformer):
 def test_every_family_and_method_is_checked():
     assert {tiny.family for tiny in MODELS} == set(get_families())
     tested = {method for tiny in MODELS for method, _ in static_settings(tiny)}
-    assert tested | {"sla", "dense"} == set(get_methods())
+    assert tested | {*ROUTED, *TAILED, "dense"} == set(get_methods())
     assert len({str(tiny) for tiny in MODELS}) == len(MODELS)
 
 
@@ -93,16 +101,33 @@ def test_equals_masked_attention(tiny, method, config, whole, evidence):
     assert (ours - tiny.dense).abs().max() > 100 * (ours - plain).abs().max(), "the mask makes no difference here"
 
 
-@pytest.mark.check("exact", method="sla")
+@pytest.mark.check("exact")
+@pytest.mark.parametrize(("method", "config"), ROUTED.items(), ids=ROUTED)
 @each_model()
-def test_untrained_sla_equals_masked_attention_on_its_critical_blocks(tiny, evidence):
-    with dit_accel.accelerated(tiny.shared, "sla", **SLA) as accel:
+def test_untrained_routed_methods_equal_masked_attention_on_their_lists(tiny, method, config, evidence):
+    with dit_accel.accelerated(tiny.shared, method, **config) as accel:
         ours = run(tiny.shared, tiny.call())
     assert {layer.sparse_calls for layer in accel.report().layers} == {1}
     evidence(accel.report())
-    plain, exact = plain_and_exact(tiny, critical_pairs(tiny.grid, SLA, tiny.rows))
+    plain, exact = plain_and_exact(tiny, listed_pairs(method, tiny.grid, config, tiny.rows))
     assert_no_worse(ours, plain, exact, tiny.coarsest)
     assert (ours - tiny.dense).abs().max() > 100 * (ours - plain).abs().max(), "the routing makes no difference here"
+
+
+@pytest.mark.check("exact")
+@pytest.mark.parametrize(("method", "config"), TAILED.items(), ids=TAILED)
+@each_model([tiny for tiny in MODELS if str(tiny) in GRADED])
+def test_methods_with_a_tail_equal_their_definition(tiny, method, config, evidence):
+    """The reference implementations in fp64 and, as plain PyTorch, in fp32."""
+    with dit_accel.accelerated(tiny.shared, method, **config) as accel:
+        ours = run(tiny.shared, tiny.call())
+    evidence(accel.report())
+    with dit_accel.accelerated(tiny.shared, method, impl="reference", **config):
+        plain = run(tiny.shared, tiny.call())
+    with dit_accel.accelerated(tiny.shared_double, method, impl="reference", **config):
+        exact = run(tiny.shared_double, tiny.double_call())
+    assert_no_worse(ours, plain, exact, tiny.coarsest)
+    assert (ours - tiny.dense).abs().max() > 100 * (ours - plain).abs().max(), "the tail makes no difference here"
 
 
 @pytest.mark.check("keeping every pair equals dense")

@@ -3,7 +3,7 @@
 import pytest
 import tiny_models
 import torch
-from masked_reference import MaskedAttention, assert_no_worse, critical_pairs, plain_and_exact, static_pairs
+from masked_reference import MaskedAttention, assert_no_worse, listed_pairs, plain_and_exact, static_pairs
 from tiny_models import run
 
 import dit_accel
@@ -32,7 +32,7 @@ def test_untrained_sla_in_tiles_equals_masked_attention_on_its_critical_blocks(t
     masks = []
 
     def record(q, k, v):
-        masks.append(critical_pairs(tiny.grid, config)(q, k, v))
+        masks.append(listed_pairs("sla", tiny.grid, config)(q, k, v))
         return masks[-1]
 
     assert_no_worse(ours, *plain_and_exact(tiny, record))

@@ -15,6 +15,7 @@ from torch import nn
 from dit_accel.errors import DitAccelError
 from dit_accel.pipelines.attention import CallState
 from dit_accel.pipelines.processor import wrap_processor
+from dit_accel.plans.plan import PlanCall
 from dit_accel.registry import plan
 from dit_accel.tokens import TokenGrid
 
@@ -27,8 +28,9 @@ class MeanPlan:
     def __init__(self, grid):
         self.grid, self.calls = grid, []
 
-    def attend(self, q, k, v, *, scale, text_lens, text_bias, impl, module, density_sum):
-        self.calls.append((tuple(q.shape), scale, impl, module))
+    def attend(self, q, k, v, **call):
+        call = PlanCall(**call)
+        self.calls.append((tuple(q.shape), call.scale, call.impl, call.module))
         return v.mean(2, keepdim=True).expand_as(v)
 
 

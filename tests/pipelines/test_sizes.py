@@ -1,5 +1,7 @@
 """Sizes of published models, as their papers and cards count tokens."""
 
+import importlib
+
 import pytest
 
 from dit_accel.errors import DitAccelError
@@ -12,6 +14,8 @@ WAN_VAE = {"temperal_downsample": [False, True, True]}
 WAN_22_VAE = WAN_VAE | {"scale_factor_spatial": 16, "scale_factor_temporal": 4}
 HUNYUAN_VAE = {"spatial_compression_ratio": 8, "temporal_compression_ratio": 4}
 LTX_VAE = {"patch_size": 4, "patch_size_t": 1, "spatio_temporal_scaling": [True, True, True, False]}
+H3_VAE = {"spatial_downsample_factors": [2, 2, 2, 2, 1, 1], "temporal_downsample_factors": [1, 2, 2, 1, 1, 1]}
+H3_VAE |= {"clip_length": 17, "token_drop": 3}
 PATCHES = {"patch_size_t": 1, "patch_size": 2}
 ROPE = {"rope_max_seq_len": 1024}
 
@@ -49,6 +53,13 @@ CASES = [
     ("LTXVideoTransformer3DModel", PATCHES | {"patch_size": 1}, LTX_VAE, None, TokenGrid(21, 16, 22)),
     ("LTX2VideoTransformer3DModel", PATCHES | {"patch_size": 1}, LTX_VAE, None, TokenGrid(16, 16, 24)),
     (
+        "MiniMaxH3Transformer3DModel",
+        {"patch_size": [1, 2, 2]},
+        H3_VAE,
+        None,
+        TokenGrid(37, 24, 42, text=512 + 2 * 207, text_first=True),
+    ),
+    (
         "CosmosTransformer3DModel",
         {"patch_size": [1, 2, 2]},
         {"spatial_compression_ratio": 8, "temporal_compression_ratio": 8},
@@ -65,6 +76,7 @@ CASES = [
     ),
     ("EasyAnimateTransformer3DModel", {"patch_size": 2}, KL, None, TokenGrid(13, 32, 32, text=256, text_first=True)),
     ("Kandinsky5Transformer3DModel", {"patch_size": [1, 2, 2]}, HUNYUAN_VAE, None, TokenGrid(31, 32, 48)),
+    ("Kandinsky6Transformer3DModel", {"patch_size": [1, 2, 2]}, HUNYUAN_VAE, None, TokenGrid(31, 32, 48)),
     ("FluxTransformer2DModel", {}, KL, (None, 4096, 4096), TokenGrid(1, 256, 256, text=512, text_first=True)),
     (
         "OvisImageTransformer2DModel",
@@ -128,6 +140,15 @@ CASES = [
         None,
         TokenGrid(1, 64, 64, text=256, text_first=True),
     ),
+    ("HunyuanDiT2DModel", {"patch_size": 2, "sample_size": 128}, KL, None, TokenGrid(1, 64, 64)),
+    ("LuminaNextDiT2DModel", {"patch_size": 2, "sample_size": 128}, KL, None, TokenGrid(1, 64, 64)),
+    (
+        "HunyuanVideoFramepackTransformer3DModel",
+        PATCHES,
+        HUNYUAN_VAE,
+        None,
+        TokenGrid(9, 45, 80, text=985, conditioning=2 * 45 * 80 + 23 * 40 + 4 * 12 * 20),
+    ),
     ("PixArtTransformer2DModel", {"patch_size": 2, "sample_size": 128}, KL, None, TokenGrid(1, 64, 64)),
     (
         "CogView3PlusTransformer2DModel",
@@ -163,14 +184,35 @@ def test_grid_of_a_published_model(name, transformer, vae, asked, grid):
     assert sizes.video == (grid.frames > 1)
 
 
+@pytest.mark.parametrize(("name", "transformer", "vae"), [case[:3] for case in CASES], ids=[case[0] for case in CASES])
+def test_video_families_recommend_what_stays_dense_without_fine_tuning(name, transformer, vae):
+    """A fifth of the steps and the first layer, for methods that choose blocks by content."""
+    family = family_of([name])
+    for method in ("sol", "sparge", "rectified") if family.sizes(transformer, vae).video else ():
+        schedule = family.preset(method).schedule
+        assert schedule["dense_steps"] == 0.2 and schedule["dense_layers"] >= 1
+
+
 def test_every_family_has_a_case():
     assert {family_of([case[0]]).name for case in CASES} == set(get_families())
 
 
 def test_a_video_in_which_no_frame_stands_alone():
-    sizes = family_of(["AllegroTransformer3DModel"]).sizes(*CASES[14][1:3])
+    sizes = next(family_of([case[0]]).sizes(*case[1:3]) for case in CASES if case[0].startswith("Allegro"))
     with pytest.raises(DitAccelError, match=r"frames 81 cannot be made.*makes steps of 4; the nearest are 80 and 84"):
         sizes.chosen(81, None, None)
+
+
+def test_minimax_h3_counts_frames_and_sound_as_its_pipeline_does():
+    pipeline = importlib.import_module("diffusers.modular_pipelines.minimax_h3.modular_pipeline")
+    sizes = family_of(["MiniMaxH3Transformer3DModel"]).sizes({"patch_size": [1, 2, 2]}, H3_VAE)
+    for frames in range(124, 346, 17):
+        assert pipeline.align_num_frames(frames, 17, 5) == frames
+        sound = 2 * pipeline.audio_latent_num_frames(frames)
+        grid = sizes.grid(*sizes.chosen(frames, None, None))
+        assert (grid.frames, grid.text) == (pipeline.video_latent_num_frames(frames, 17, 5), 512 + sound)
+    with pytest.raises(DitAccelError, match=r"frames 121 .*makes 5 frames and then steps of 17; .* are 107 and 124"):
+        sizes.chosen(121, None, None)
 
 
 def test_an_image_that_hidream_has_no_room_for():

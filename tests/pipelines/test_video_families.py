@@ -11,7 +11,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import dit_accel
-from dit_accel.pipelines import hunyuan_video_15
+from dit_accel.pipelines import hunyuan_video_15, processor
 from dit_accel.pipelines.family import Memory, ModelCall
 from dit_accel.registry import get_families
 from dit_accel.tokens import TokenGrid
@@ -61,7 +61,7 @@ def test_cogvideox_15_is_cut_along_time():
 @pytest.mark.parametrize("tiny", [tiny_models.get("ltx", "t2v"), tiny_models.get("ltx2", "2.0")], ids=str)
 @pytest.mark.parametrize("changes", [{"num_frames": None}, {"width": 8}, {"num_frames": 5.0}, {"height": 8}])
 def test_packed_video_without_its_sizes_is_refused(tiny, changes):
-    with pytest.raises(dit_accel.DitAccelError, match=r"make up its 315 tokens.*coordinates of shape none"):
+    with pytest.raises(dit_accel.DitAccelError, match=r"of its 315 tokens.*coordinates of shape none"):
         layout(tiny, **changes)
 
 
@@ -81,7 +81,7 @@ def test_coordinates_tell_where_the_video_is():
     other = read((2, 3, 4, 8), (1, 7, 9, 30), (3, 7, 9, 0))
     assert other.grid == TokenGrid(3, 7, 9, conditioning=87) and other.rows[0, :2].tolist() == [87, 88]
     for irregular in ([(5, 7, 9, 0), (5, 3, 4, 50)], [(1, 7, 9, 0), (1, 7, 8, 20)]):
-        with pytest.raises(dit_accel.DitAccelError, match="where the video is among them"):
+        with pytest.raises(dit_accel.DitAccelError, match="show its place"):
             read(*irregular)
 
 
@@ -91,8 +91,32 @@ def test_coordinates_that_are_no_raster_are_refused():
     order = torch.randperm(378, generator=torch.Generator().manual_seed(0))
     differing = torch.stack((coordinates[0], coordinates[1] + 1))
     for wrong in (coordinates[:, :, order], differing, coordinates[:, :, :-1], coordinates[:, :2]):
-        with pytest.raises(dit_accel.DitAccelError, match="make up its 378 tokens"):
+        with pytest.raises(dit_accel.DitAccelError, match="of its 378 tokens"):
             layout(tiny, video_coords=wrong)
+
+
+def test_minimax_h3_without_sound_keeps_conditions_dense():
+    """A keyframe of the first frame's time right before the video, which starts where its places start again."""
+    tiny = tiny_models.get("minimax_h3", "t2va")
+    places, _, _, sound, *_ = tiny_models.module("minimax_h3").layout(("first",))
+    before, after = places[: sound[0]], places[sound[-1] + 1 :]
+    found = layout(tiny, position_ids=torch.cat((before, after)), video_indices=torch.arange(7, 7 + 6 * 63))
+    assert found.grid == TokenGrid(5, 7, 9, text=7 + 63, text_first=True)
+    assert found.notes == ("70 tokens of text, conditions and sound are dense both ways",)
+
+
+def test_minimax_h3_that_does_not_end_with_a_video_is_refused():
+    tiny = tiny_models.get("minimax_h3", "t2va")
+    places, video = (tiny.call()[name] for name in ("position_ids", "video_indices"))
+    behind = torch.cat((places, places[:1]))
+    for changes in (
+        {"video_indices": video[:-1]},
+        {"video_indices": video[:0]},
+        {"position_ids": behind},
+        {"position_ids": places[:-1], "video_indices": video[:-1]},
+    ):
+        with pytest.raises(dit_accel.DitAccelError, match="a sequence that ends with the target video"):
+            layout(tiny, **changes)
 
 
 def test_modes_with_masks_of_their_own_are_refused():
@@ -186,7 +210,7 @@ def test_hunyuan_15_makes_no_mask_of_all_pairs(monkeypatch):
     with LargestTensor() as stock:
         attn(video, text, attention_mask=mask)
     assert stock.elements >= tokens**2
-    monkeypatch.setattr(hunyuan_video_15, "attend", lambda q, k, v: v)
+    monkeypatch.setattr(processor, "attend", lambda q, k, v: v)
     with LargestTensor() as ours:
         own = hunyuan_video_15.attend_video_and_text(attn.processor, attn, video, text, mask)
     assert ours.elements < tokens**2 / 4

@@ -1,0 +1,91 @@
+"""Modular pipelines of Diffusers: their arguments, progress bars and components are those of the blocks that run."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import torch
+    from diffusers import ModularPipeline
+
+INDEX = "modular_model_index.json"
+
+
+def is_modular(kind: type) -> bool:
+    """Whether a pipeline's class is a modular one."""
+    from diffusers import ModularPipeline
+
+    return issubclass(kind, ModularPipeline)
+
+
+def parameters(kind: type, given: Iterable[str]) -> dict[str, inspect.Parameter]:
+    """The arguments of a call, by name.
+
+    Args:
+        kind: the pipeline's class.
+        given: arguments that the call has; they decide which blocks run.
+    """
+    import diffusers
+
+    blocks = getattr(diffusers, kind.default_blocks_name)()  # type: ignore[attr-defined]
+    found = {}
+    for taken in blocks.get_execution_blocks(**dict.fromkeys(given, True)).inputs:
+        if taken.name is not None:
+            default = inspect.Parameter.empty if taken.required and taken.default is None else taken.default
+            hint = taken.type_hint or (Any if taken.default is None else type(taken.default))
+            found[taken.name] = inspect.Parameter(
+                taken.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=hint
+            )
+    return found
+
+
+def loops(blocks: Any) -> Iterator[Any]:
+    """The blocks that have a progress bar, among these and those inside them."""
+    if hasattr(blocks, "progress_bar"):
+        yield blocks
+    for block in blocks.sub_blocks.values():
+        yield from loops(block)
+
+
+def load(
+    where: str | Path,
+    revision: str | None,
+    dtypes: dict[str, torch.dtype],
+    given: Iterable[str],
+    offload_to: torch.device | None,
+) -> ModularPipeline:
+    """Load a modular pipeline with the components of the blocks that run, from safetensors.
+
+    Args:
+        where: a folder, or an id on the Hub.
+        revision: of the latter.
+        dtypes: of the weights by component, and of others under "default".
+        given: arguments of the calls to come; they decide which blocks run.
+        offload_to: the device to which whole models move when they run; None: they stay where they are put.
+
+    Raises:
+        OSError, ValueError: a component is missing or damaged.
+    """
+    from diffusers import ComponentsManager, ModelMixin, ModularPipeline
+    from transformers import PreTrainedModel
+
+    manager = None if offload_to is None else ComponentsManager()
+    pipe = ModularPipeline.from_pretrained(
+        str(where), revision=revision, trust_remote_code=False, components_manager=manager
+    )
+    blocks = pipe.blocks.get_execution_blocks(**dict.fromkeys(given, True))
+    for name in (spec.name for spec in blocks.expected_components):
+        spec = pipe.get_component_spec(name)
+        if spec.default_creation_method != "from_pretrained":
+            continue
+        safe = {}
+        if isinstance(spec.type_hint, type) and issubclass(spec.type_hint, ModelMixin | PreTrainedModel):
+            safe = {"dtype": dtypes.get(name, dtypes["default"]), "use_safetensors": True}
+        pipe.register_components(**{name: spec.load(**safe)})
+    if manager is not None:
+        manager.enable_auto_cpu_offload(device=offload_to)
+    return pipe

@@ -1,0 +1,78 @@
+"""MiniMax-H3: video with sound, in one packed sequence of text, conditions, sound and, always last, the video.
+
+All tokens before the video attend to everything and everything to them: users report that speech falls apart where
+the sound is sparse. Diffusers has this model as a modular pipeline only. Samples share one layout, which index tensors
+describe. The token refiner's attention stays the model's own.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+
+from dit_accel.errors import DitAccelError
+from dit_accel.pipelines.family import TRAINING_FREE, CallLayout, Family, ModelCall
+from dit_accel.pipelines.reading import is_raster, last_raster
+from dit_accel.pipelines.sizes import Config, Shape, Sizes, patch_of, video_sizes
+from dit_accel.tokens import TokenGrid
+
+PROMPT_TOKENS = 512  # the pipeline sets no limit; longer than the prompts of its documentation
+FRAME_RATE, SOUND_RATE, CHANNELS = 24, 40, 2  # frames and sound tokens a second, stereo
+
+
+def layout(transformer: nn.Module, call: ModelCall) -> CallLayout:
+    """Places [N, 3] of all tokens and indices [V] of the video's, the conditions' first."""
+    places = call.once(call.tensor("position_ids", 2), torch.t)
+    run, stop = call.once(call.tensor("video_indices", 1), _last_run)
+    tokens = places.shape[1]
+    if run < stop == tokens:
+        start, shape = last_raster(places[:, run:])
+        start += run
+        if is_raster(places[:, start:], shape):
+            note = f"{start} tokens of text, conditions and sound are dense both ways"
+            return CallLayout(TokenGrid(*shape, text=start, text_first=True), notes=(note,))
+    raise DitAccelError(
+        f"{call.owner} needs a sequence that ends with the target video, a raster of frames, rows and columns by "
+        f"position_ids; among {tokens} tokens the last of video_indices are {run} to {stop - 1}. Pass what the "
+        "pipeline makes, or run it dense."
+    )
+
+
+def _last_run(indices: torch.Tensor) -> tuple[int, int]:
+    """First and one past the last of the indices that follow one another at the end; (0, 0) if there are none."""
+    if not len(indices):
+        return 0, 0
+    gaps = torch.nonzero(indices[1:] != indices[:-1] + 1).flatten()
+    return int(indices[int(gaps[-1]) + 1 if len(gaps) else 0]), int(indices[-1]) + 1
+
+
+def sizes(transformer: Config, vae: Config) -> Sizes:
+    """Chunks of 17 frames make 5 tokens along time, after 5 frames that make 2; 124 frames of 768 x 1344."""
+    strides = {
+        "scale_factor_spatial": math.prod(vae["spatial_downsample_factors"]),
+        "scale_factor_temporal": vae["clip_length"],
+    }
+    chunk = math.ceil(vae["clip_length"] / math.prod(vae["temporal_downsample_factors"]))
+    first = -vae["token_drop"] % chunk
+
+    def before_the_video(shape: Shape) -> int:
+        frames = (shape[0] - first) // chunk * vae["clip_length"] + chunk
+        return PROMPT_TOKENS + CHANNELS * round(frames / FRAME_RATE * SOUND_RATE)
+
+    rest = {"frames_first": chunk, "tokens_step": chunk, "tokens_first": first}
+    size = (124, 768, 1344)
+    return video_sizes(strides, patch_of(transformer), *size, text=before_the_video, text_first=True, **rest)
+
+
+FAMILY = Family(
+    name="minimax_h3",
+    transformers=("MiniMaxH3Transformer3DModel",),
+    attention=("transformer_blocks.*.attn",),
+    layout=layout,
+    sizes=sizes,
+    summary="MiniMax-H3: text, keyframes and references to video with sound; the video's tokens",
+    timestep_scale=None,  # a call has one for each noise level in the sequence
+    recommended=TRAINING_FREE,
+)
