@@ -14,8 +14,9 @@ from typing import Annotated, NoReturn
 import typer
 
 from dit_accel import __version__
-from dit_accel.cli import Interrupted, bench, env, generate, ls, plan, train
+from dit_accel.cli import Interrupted, bench, doctor, env, generate, ls, plan, train
 from dit_accel.cli.eval import evaluate
+from dit_accel.cli.quiet import quiet_libraries
 from dit_accel.errors import DitAccelError
 
 USER_ERROR = 2
@@ -31,7 +32,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for verb in (generate.generate, train.train, bench.bench, plan.plan, ls.ls, env.env):
+for verb in (generate.generate, train.train, bench.bench, plan.plan, ls.ls, doctor.doctor, env.env):
     app.command()(verb)
 app.command("eval")(evaluate)
 
@@ -54,20 +55,20 @@ def options(
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and exit.
 
-    The status is 0 if all went well, 2 after one line on what the user can mend, 130 after Ctrl-C, and 143 after
-    SIGTERM.
+    The status is 0 for success, 2 after a user's error, 130 after Ctrl-C, and 143 after SIGTERM.
 
     Args:
-        arguments: what stands behind `dit-accel`; `sys.argv` if None.
+        arguments: those behind `dit-accel`; `sys.argv` if None.
     """
     _terminated.clear()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # a question mark for what a terminal or a log cannot show
+            stream.reconfigure(errors="replace")  # a question mark for characters that the stream cannot show
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, _terminate)
     try:
-        status = app(args=arguments, prog_name="dit-accel", standalone_mode=False)
+        with quiet_libraries():
+            status = app(args=arguments, prog_name="dit-accel", standalone_mode=False)
         sys.stdout.flush()
         if status == INTERRUPTED:  # typer's own, silent, answer to Ctrl-C
             _end("interrupted.", TERMINATED if _terminated else INTERRUPTED)
@@ -86,7 +87,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _terminate(number: int, frame: object) -> NoReturn:
-    """Let SIGTERM end a verb as Ctrl-C does, so that it says what it has finished."""
+    """Let SIGTERM end a verb as Ctrl-C does, with a line on finished work."""
     _terminated.append(number)
     raise KeyboardInterrupt
 

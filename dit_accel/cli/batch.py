@@ -1,7 +1,7 @@
 """`dit-accel generate --prompts`: an output for each prompt, shared out among processes and resumable.
 
-An output is done when its record exists, which is moved into place last. So a kill loses at most the output in
-progress, and nothing is made twice. Processes do not communicate: each has a run of neighbouring prompts.
+An output is done when its record exists, which moves into place last. So a kill loses at most the output in progress,
+and nothing is made twice. Processes do not communicate; each has neighbouring prompts.
 """
 
 from __future__ import annotations
@@ -26,12 +26,7 @@ DIGITS = 4  # of the number behind the name of an output
 
 @dataclasses.dataclass(frozen=True)
 class NumberedOutput:
-    """One prompt of many, with its output.
-
-    Args:
-        request: as `generate --prompt` would have made it.
-        path: of the output.
-    """
+    """The output of one prompt of many; `request` is that of `generate --prompt`."""
 
     request: GenerateRequest
     path: Path
@@ -53,38 +48,36 @@ class NumberedOutput:
             was, now = made.get(field.name), asked[field.name]
             if was != now:
                 raise DitAccelError(
-                    f"{self.record} was made with {values.flag(field)} {was}, not {now}: choose another --output, or "
+                    f"{self.record} was made with {values.flag(field)} {was}, not {now}. Choose another --output, or "
                     "delete the old outputs."
                 )
         return True
 
     def read_record(self) -> dict[str, Any]:
-        """The record of the output.
-
-        Raises:
-            DitAccelError: it cannot be read, or is another file.
-        """
+        """The record of the output; a damaged or other file is refused."""
         try:
             record = json.loads(self.record.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            raise DitAccelError(
-                f"{self.record} should be the record of an output, and cannot be read ({error})."
-            ) from error
+            raise DitAccelError(f"The record {self.record} cannot be read ({error}). Remove it.") from error
         if not isinstance(record, dict):
-            raise DitAccelError(f"{self.record} is not the record of an output; choose another --output.")
+            raise DitAccelError(f"{self.record} is not the record of an output. Choose another --output.")
         return record
 
 
 def run(request: GenerateRequest) -> None:
-    """Make this process's share of the outputs that are missing.
+    """Make this process's share of the missing outputs.
 
     Raises:
-        DitAccelError: the prompts cannot be read, or something asked for cannot be done.
+        DitAccelError: the prompts cannot be read, or the request cannot be carried out.
         Interrupted: by Ctrl-C.
     """
     process = ProcessRank.here()
     prepared = job.prepare(dataclasses.replace(request, device=process.device(request.device)))
-    outputs = _outputs(request, prepared.output)
+    assert request.prompts is not None
+    outputs = []
+    for index, text in enumerate(prompts.read(request.prompts).texts):
+        path = prepared.output.with_name(f"{prepared.output.stem}-{index:0{DIGITS}d}{prepared.output.suffix}")
+        outputs.append(NumberedOutput(dataclasses.replace(request, prompts=None, prompt=text, output=path), path))
     manifest = prepared.output.with_suffix(".jsonl")
     pending = [each for each in process.share(outputs) if not each.is_done()]
     _write_manifest(manifest, outputs)
@@ -95,6 +88,8 @@ def run(request: GenerateRequest) -> None:
         pipe = prepared.load() if pending else None
         for each in pending:
             assert pipe is not None
+            if warning := prepared.warning(each.request.prompt):
+                typer.echo(f"{each.path}: {warning}", err=True)
             prepared.make(pipe, each.request)
             made += 1
             _write_manifest(manifest, outputs)
@@ -104,20 +99,11 @@ def run(request: GenerateRequest) -> None:
     typer.echo(f"manifest: {manifest}")
 
 
-def _outputs(request: GenerateRequest, output: Path) -> list[NumberedOutput]:
-    assert request.prompts is not None
-    found = []
-    for index, text in enumerate(prompts.read(request.prompts).texts):
-        path = output.with_name(f"{output.stem}-{index:0{DIGITS}d}{output.suffix}")
-        found.append(NumberedOutput(dataclasses.replace(request, prompts=None, prompt=text, output=path), path))
-    return found
-
-
 def _write_manifest(path: Path, outputs: list[NumberedOutput]) -> None:
     """List every prompt with its output, from the records.
 
-    Another process may finish an output while this one writes, so each writes until nothing is new. The last one to
-    write then has listed everything.
+    Another process may finish an output meanwhile, so each process writes until nothing is new. The last one to write
+    then has listed everything.
     """
     written = None
     while written != (found := [each.record.exists() for each in outputs]):

@@ -29,21 +29,15 @@ NOT_MEASURED = 1
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BenchOptions(JsonOptions, DeviceOptions):
-    """What `dit-accel bench` is asked."""
+    """The options of `dit-accel bench`."""
 
     rows: str | None = option(None, "Only rows whose name matches, such as '*/gna/0.1/*'.", metavar="GLOB")
     models: bool = option(False, "Steps of whole models with random weights, not the operators alone.")
     shape: tuple[str, ...] = option(
-        (),
-        "Model and size, repeatable. Not given: cpu on a CPU, all others on a GPU.",
-        metavar="NAME",
-        repeatable=True,
+        (), "Model and size, repeatable. Not given: cpu on a CPU, all others on a GPU.", metavar="NAME", repeatable=True
     )
     method: tuple[str, ...] = option(
-        (),
-        "Repeatable; without settings, those for the densities are found.",
-        metavar=METHOD_FORM,
-        repeatable=True,
+        (), "Repeatable; without settings, those for the densities are found.", metavar=METHOD_FORM, repeatable=True
     )
     density: tuple[float, ...] = option((), "Share of pairs kept, repeatable, such as 0.1.", repeatable=True)
     dtype: tuple[str, ...] = option((), "float32, bfloat16 or float16, repeatable.", metavar="NAME", repeatable=True)
@@ -82,7 +76,7 @@ def bench(given: dict[str, Any]) -> int:
         _show_file(options, options.read)
         return 0
     if options.break_even is not None:
-        raise DitAccelError("--break-even is made from measured rows: give them with --read FILE.jsonl.")
+        raise DitAccelError("--break-even is made from measured rows. Give them with --read FILE.jsonl.")
     if options.models:
         _refuse("--models measures steps, not operators", given, ("dtype", "direction", "peer", "profile", "picture"))
     else:
@@ -122,14 +116,19 @@ def _show_file(options: BenchOptions, path: Path) -> None:
     if not records:
         raise DitAccelError(f"{path} has no rows; `dit-accel bench --output {path}` adds them.")
     if options.picture is not None and not any("op" in record for record in records):
-        raise DitAccelError(f"--picture shows operators, and {path} has no row of one; leave it out.")
+        raise DitAccelError(f"--picture shows operators, and {path} has no row of one. Leave it out.")
     if options.break_even is not None:
-        _write_break_even(records, path, options.break_even)
+        from dit_accel.hooks.break_even import from_rows
+
+        check_file(options.break_even, (".json",), option="--break-even")
+        entries = from_rows([record for record in records if "op" in record], str(path))
+        content = json.dumps([dataclasses.asdict(entry) for entry in entries], indent=1)
+        replace_file(options.break_even, f"{content}\n".encode())
     _show(records, options)
 
 
 def _profile_writer(path: Path) -> Callable[[str], None]:
-    """Adds to a file that begins empty."""
+    """A function that adds text to a file, which begins empty."""
     check_file(path, (".txt",), option="--profile")
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("", encoding="utf-8")
@@ -142,14 +141,14 @@ def _profile_writer(path: Path) -> Callable[[str], None]:
 
 
 def _refuse(why: str, given: dict[str, Any], unused: Sequence[str]) -> None:
-    """Options that would do nothing."""
+    """Refuse options without effect."""
     found = [f"--{name}" for name in unused if name in given]
     if found:
         raise DitAccelError(f"{why[0].upper()}{why[1:]}; leave out {', '.join(found)}.")
 
 
 def _chosen(options: BenchOptions, device: torch.device | None) -> Sequence[Declared]:
-    """The declared rows that are asked for; without a device those of all machines."""
+    """The selected rows; without a device those of all machines."""
     from dit_accel.bench.rows import MethodSetting, select, select_steps
 
     settings = []
@@ -165,18 +164,9 @@ def _chosen(options: BenchOptions, device: torch.device | None) -> Sequence[Decl
         return select(*asked, options.dtype or None, options.direction or None, pattern, here)
     if not options.shape and device is not None and device.type != "cuda":
         raise DitAccelError(
-            "These models have up to 14 billion weights, and this machine has no GPU; name one with --shape to try."
+            "These models have up to 14 billion weights, and this machine has no GPU. Name one with --shape to try."
         )
     return select_steps(*asked, options.mode or None, pattern)
-
-
-def _write_break_even(records: list[dict[str, Any]], source: Path, target: Path) -> None:
-    from dit_accel.hooks.break_even import from_rows
-
-    check_file(target, (".json",), option="--break-even")
-    entries = from_rows([record for record in records if "op" in record], str(source))
-    content = json.dumps([dataclasses.asdict(entry) for entry in entries], indent=1)
-    replace_file(target, f"{content}\n".encode())
 
 
 def _check_files(options: BenchOptions) -> None:
@@ -186,24 +176,24 @@ def _check_files(options: BenchOptions) -> None:
         raise DitAccelError("--read measures nothing, so it goes with neither --output nor --list.")
     if options.picture is not None:
         if options.list:
-            raise DitAccelError("--list measures nothing, so there is no --picture to draw; leave one of them out.")
+            raise DitAccelError("--list measures nothing, so there is no --picture to draw. Leave one of them out.")
         check_file(options.picture, IMAGE_ENDINGS, option="--picture")
         check_matplotlib()
     if options.output is not None:
         check_file(options.output, (".jsonl",))
-        if options.output.exists():  # rows are only ever added to a file of rows
+        if options.output.exists():  # rows are added to files of rows alone
             from dit_accel.bench.results import read
 
             read(options.output)
 
 
 def _left(rows: Sequence[Declared], device: torch.device, output: Path | None) -> Sequence[Declared]:
-    """The rows that the file does not have from this commit and machine."""
+    """The rows that the file lacks from this commit and machine."""
     from dit_accel.bench.results import read
     from dit_accel.generation.provenance import provenance
 
     if output is None:
-        raise DitAccelError("--resume goes on where --output FILE.jsonl ends; give both.")
+        raise DitAccelError("--resume continues --output FILE.jsonl. Give both.")
     if not output.exists():
         return rows
     fields = ("git", "gpu", "cpu")
@@ -213,7 +203,7 @@ def _left(rows: Sequence[Declared], device: torch.device, output: Path | None) -
 
 
 def _measure(found: Iterator[RowOutcome], count: int, options: BenchOptions) -> int:
-    """Measure and report; the status is 1 if a row that can be had was not measured."""
+    """Measure and report; the status is 1 if a reachable row was not measured."""
     output = options.output
     outcomes: list[RowOutcome] = []
     try:
@@ -301,7 +291,7 @@ def _print_steps(records: list[dict[str, Any]]) -> None:
 def _print_table(
     records: list[dict[str, Any]], columns: tuple[str, ...], rows: Sequence[tuple[str, ...]], caption: str
 ) -> None:
-    """A row for each record, under the names of their machines; the first column holds names, the others numbers."""
+    """A row for each record, under the names of their machines; the first column has names, the others numbers."""
     from rich import box
     from rich.console import Console
     from rich.table import Table

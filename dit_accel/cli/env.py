@@ -24,22 +24,15 @@ def env(given: dict[str, Any]) -> None:
         return
     lines = [f"- {name}: {version or 'not installed'}" for name, version in versions().items()]
     for name, value in machine().items():
-        lines.append(f"- {name}: {_gpus_text(value) if isinstance(value, list) else value}")
+        if isinstance(value, list):
+            parts = ((gpu["name"], gpu["memory"] / 2**30, gpu["capability"].replace(".", "")) for gpu in value)
+            value = ", ".join(f"{gpu} ({memory:.0f} GiB, sm_{arch})" for gpu, memory, arch in parts) or "none"
+        lines.append(f"- {name}: {value}")
     lines += [f"- {name}={value}" for name, value in settings.items()]
     typer.echo("\n".join(lines))
 
 
-def _gpus_text(gpus: list[dict]) -> str:
-    named = [
-        f"{gpu['name']} ({gpu['memory'] / 2**30:.0f} GiB, sm_{gpu['capability'].replace('.', '')})" for gpu in gpus
-    ]
-    return ", ".join(named) or "none"
-
-
 def _is_setting(name: str) -> bool:
-    """Variables that change what runs; none that may hold a secret, such as HF_TOKEN."""
-    return name.startswith(("TRITON_", "TORCHINDUCTOR_", "TORCHDYNAMO_", "PYTORCH_CUDA_")) or name in (
-        "CUDA_VISIBLE_DEVICES",
-        "HF_HUB_OFFLINE",
-        "OMP_NUM_THREADS",
-    )
+    """Variables that change what runs, without secrets such as HF_TOKEN."""
+    prefixes = ("TRITON_", "TORCHINDUCTOR_", "TORCHDYNAMO_", "PYTORCH_CUDA_")
+    return name.startswith(prefixes) or name in ("CUDA_VISIBLE_DEVICES", "HF_HUB_OFFLINE", "OMP_NUM_THREADS")

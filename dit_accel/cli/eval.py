@@ -52,8 +52,12 @@ class ComparedMethods(ScheduleOptions):
 
         if self.schedule and not self.method:
             raise DitAccelError("--dense-* belong to --method, and none came.")
-        typed = [MethodOptions(method=text, **self.schedule) for text in self.method]
-        return tuple(map(choose, [*typed, *(MethodOptions(load=folder) for folder in self.load)]))
+        if self.dense_backend and not self.method and not self.load:
+            raise DitAccelError("--dense-backend belongs to --method and --load, and neither came.")
+        backend = self.dense_backend
+        typed = [MethodOptions(method=text, dense_backend=backend, **self.schedule) for text in self.method]
+        saved = [MethodOptions(load=folder, dense_backend=backend) for folder in self.load]
+        return tuple(map(choose, [*typed, *saved]))
 
 
 @command(ComparedMethods, EvalRequest)

@@ -28,6 +28,8 @@ def generate(given: dict[str, Any]) -> None:
         return
     try:
         prepared = job.prepare(request)
+        if warning := prepared.warning(request.prompt):
+            typer.echo(warning, err=True)
         lines = prepared.make(prepared.load(), request)
     except KeyboardInterrupt as stop:
         raise Interrupted("interrupted; nothing was written.") from stop

@@ -59,7 +59,17 @@ class GenerateJob:
         Raises:
             DitAccelError: it or a LoRA cannot be loaded.
         """
-        return self.request.load_pipe(self.source, self.dtype, self.device, self.request.lora)
+        return self.request.load_pipe(self.source, self.dtype, self.device, self.arguments, self.request.lora)
+
+    def warning(self, prompt: str) -> str | None:
+        """A warning where the embedded model does not know words of the prompt."""
+        from dit_accel.pipelines.demo import clips, unknown_words
+
+        if self.source.kind != "embedded" or not (unknown := unknown_words(prompt)):
+            return None
+        known = ("colours", clips.COLOURS), ("shapes", clips.SHAPES), ("directions", clips.DIRECTIONS)
+        lists = "; ".join(f"{name} {', '.join(words)}" for name, words in (*known, ("backgrounds", clips.BACKGROUNDS)))
+        return f"warning: the demo does not know {', '.join(unknown)}, and draws something else. It knows: {lists}."
 
     def make(self, pipe: DiffusionPipeline, request: GenerateRequest) -> list[str]:
         """Generate one output and write its files, all or none.

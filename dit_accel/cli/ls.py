@@ -1,4 +1,4 @@
-"""`dit-accel ls`: what there is to choose from."""
+"""`dit-accel ls`: lists methods, model families and refused models."""
 
 from __future__ import annotations
 
@@ -10,26 +10,61 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from dit_accel.cli.options import JsonOptions, command
+from dit_accel.errors import DitAccelError
+from dit_accel.registry import did_you_mean
+from dit_accel.values import option
 
 if TYPE_CHECKING:
     from dit_accel.pipelines.family import Family, Preset
     from dit_accel.registry import Method
 
 
-@command(JsonOptions)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LsOptions(JsonOptions):
+    """The options of `dit-accel ls`."""
+
+    name: str | None = option(None, "All about one method, family or transformer's class.", positional=True)
+
+
+@command(LsOptions)
 def ls(given: dict[str, Any]) -> None:
-    """List the methods with their settings and sources, the model families, and which models are refused, and why."""
+    """List methods, model families and refused transformers; with a name, all about one of them.
+
+    Example: dit-accel ls wan
+    """
     from dit_accel import registry
     from dit_accel.generation.sources import EMBEDDED
     from dit_accel.pipelines.refused import REFUSED
 
-    methods = [_method(found) for found in registry.get_methods().values()]
-    families = [_family(found) for found in registry.get_families().values()]
-    if JsonOptions(**given).json:
-        listed = {"methods": methods, "families": families, "refused": REFUSED, "embedded": list(EMBEDDED)}
-        typer.echo(json.dumps(listed, indent=2))
+    options = LsOptions(**given)
+    methods = {name: _method(found) for name, found in registry.get_methods().items()}
+    families = {name: _family(found) for name, found in registry.get_families().items()}
+    if options.name is not None:
+        found = _find(options.name, methods, families, REFUSED)
+        typer.echo(json.dumps(found, indent=2) if options.json else "\n".join(_describe(found)))
+    elif options.json:
+        lists = {"methods": list(methods.values()), "families": list(families.values())}
+        typer.echo(json.dumps(lists | {"refused": REFUSED, "embedded": list(EMBEDDED)}, indent=2))
     else:
-        _print_tables(methods, families, REFUSED, EMBEDDED)
+        _print_lists(methods, families, REFUSED, EMBEDDED)
+
+
+def _find(
+    name: str, methods: Mapping[str, Any], families: Mapping[str, Any], refused: Mapping[str, str]
+) -> dict[str, Any]:
+    """The method, the family (by its own name or that of one of its transformers) or the refused transformer.
+
+    Raises:
+        DitAccelError: there is none; the message suggests the nearest name.
+    """
+    classes = {kind: family for family in families.values() for kind in family["transformers"]}
+    for known in (methods, families, classes):
+        if name in known:
+            return dict(known[name])
+    if name in refused:
+        return {"name": name, "refused": refused[name]}
+    near = did_you_mean(name, [*methods, *families, *classes, *refused])
+    raise DitAccelError(f"There is no method, family or transformer {name!r}.{near} `dit-accel ls` lists them.")
 
 
 def _method(method: Method) -> dict[str, Any]:
@@ -65,44 +100,46 @@ def _family(family: Family) -> dict[str, Any]:
     }
 
 
-def _print_tables(
-    methods: list[dict[str, Any]],
-    families: list[dict[str, Any]],
-    refused: Mapping[str, str],
-    embedded: tuple[str, ...],
-) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
+def _describe(found: Mapping[str, Any]) -> list[str]:
+    """All about one entry, in lines."""
     from dit_accel.generation.choice import value_text
 
+    if "refused" in found:
+        return [f"{found['name']} is refused: {found['refused']}."]
+    lines = [f"{found['name']}: {found['summary']}"]
+    if "settings" in found:
+        lines += [f"source: {found['source']}"] if found["source"] else []
+        for setting in found["settings"]:
+            default = "required" if setting["required"] else f"{value_text(setting['default'])} by default"
+            lines.append(f"  {setting['name']}: {default}")
+        return [*lines, "It learns weights: see `dit-accel train`."] if found["learns"] else lines
+    lines.append(f"transformers: {', '.join(found['transformers'])}")
+    pair = {f"{name}, two transformers": preset for name, preset in found["recommended_pair"].items()}
+    for name, preset in (found["recommended"] | pair).items():
+        settings = {**preset["config"], **preset["schedule"]}.items()
+        lines.append(f"preset of {name}: {', '.join(f'{key}={value_text(value)}' for key, value in settings)}")
+        lines.append(f"  {preset['source']}")
+    return lines
+
+
+def _print_lists(
+    methods: Mapping[str, Any], families: Mapping[str, Any], refused: Mapping[str, str], embedded: tuple[str, ...]
+) -> None:
+    """A line each, cut at the terminal's width."""
+    from rich.console import Console
+
     console = Console()
-    table = Table("method", "what it does", "settings", "source", title="Methods", show_lines=True)
-    for method in methods:
-        settings = [
-            f"{setting['name']}" + (" (required)" if setting["required"] else f"={value_text(setting['default'])}")
-            for setting in method["settings"]
-        ]
-        table.add_row(method["name"], method["summary"], "\n".join(settings) or "-", method["source"])
-    console.print(table)
-
-    table = Table(title="Model families", show_lines=True)
-    for column in ("family", "what it covers", "transformers", "recommended"):
-        table.add_column(column, overflow="fold")
-    for family in families:
-        recommended = []
-        pair = {f"{name}, two transformers": preset for name, preset in family["recommended_pair"].items()}
-        for name, preset in (family["recommended"] | pair).items():
-            pairs = {**preset["config"], **preset["schedule"]}.items()
-            lines = [f"{name}:", *(f"{key}={value_text(value)}" for key, value in pairs), f"({preset['source']})"]
-            recommended.append("\n".join(lines))
-        table.add_row(
-            family["name"], family["summary"], "\n".join(family["transformers"]), "\n".join(recommended) or "-"
-        )
-    console.print(table)
-
-    table = Table("transformer", "why it is refused", title="Refused")
-    for name, reason in refused.items():
-        table.add_row(name, reason)
-    console.print(table)
-    console.print(f"Embedded models: {', '.join(embedded)}")
+    for title, entries in (("Methods", methods), ("Model families", families)):
+        console.print(f"{title}:", highlight=False)
+        width = max(map(len, entries))
+        for name, entry in entries.items():
+            presets = ", ".join(sorted(entry.get("recommended", ())))
+            text = f"  {name:{width}}  {entry['summary']}{f' (presets: {presets})' if presets else ''}"
+            cut = text if len(text) <= console.width else f"{text[: console.width - 1]}…"
+            console.print(cut, highlight=False, markup=False)
+    lines = (
+        f"Refused: {len(refused)} transformers, each with its reason",
+        f"Embedded models: {', '.join(embedded)}",
+        "All about one: dit-accel ls NAME, of a method, a family or a transformer's class",
+    )
+    console.print("\n".join(lines), highlight=False, markup=False)

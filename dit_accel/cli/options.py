@@ -17,7 +17,7 @@ Verb = Callable[..., int | None]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class JsonOptions:
-    """How a verb prints what it found."""
+    """The format of a verb's output."""
 
     json: bool = values.option(False, "Print JSON instead of a table.")
 
@@ -25,8 +25,8 @@ class JsonOptions:
 def command(*groups: type) -> Callable[[Verb], Verb]:
     """Give a verb the options of dataclasses.
 
-    The verb is called with one dictionary a dataclass: the values that stand on the command line, by field. Values that
-    do not stand there are the dataclass's own defaults, or come from a recipe or a suite.
+    The verb is called with one dictionary a dataclass: the values on the command line, by field. Other values are the
+    dataclass's defaults, or come from a recipe or a suite.
 
     Args:
         groups: dataclasses whose fields are made with `dit_accel.values.option`. A class attribute `PANEL` is the
@@ -46,15 +46,9 @@ def command(*groups: type) -> Callable[[Verb], Verb]:
 
         kind = inspect.Parameter.KEYWORD_ONLY
         parameters = [inspect.Parameter("context", kind, annotation=typer.Context)]
-        parameters += [
-            inspect.Parameter(
-                field.name,
-                kind,
-                default=_default(field),
-                annotation=_annotation(group, field, hints[group][field.name]),
-            )
-            for group, field in listed
-        ]
+        for group, field in listed:
+            annotation = _annotation(group, field, hints[group][field.name])
+            parameters.append(inspect.Parameter(field.name, kind, default=_default(field), annotation=annotation))
         verb.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         verb.__annotations__ = {}
         verb.__name__, verb.__doc__ = function.__name__, function.__doc__
@@ -89,7 +83,7 @@ def _default(field: dataclasses.Field[Any]) -> Any:
 
 
 def _is_text(field: dataclasses.Field[Any]) -> bool:
-    """Whether the command line takes text, which the field's value is made of."""
+    """Whether the field's value is made from the command line's text."""
     option = field.metadata["option"]
     return option.parse is not None or option.repeatable
 
@@ -103,22 +97,19 @@ def _annotation(group: type, field: dataclasses.Field[Any], hint: Any) -> Any:
     if _is_text(field):
         hint = hint | None
     shown = _shown(field.default) if _is_text(field) else True
-    return Annotated[
-        hint,
-        typer.Option(
-            values.flag(field),
-            help=option.help.replace("[", r"\["),  # no markup
-            metavar=option.metavar,
-            min=None if _is_text(field) else option.least,
-            max=None if _is_text(field) else option.most,
-            show_default=shown,
-            rich_help_panel=vars(_owner(group, field.name)).get("PANEL"),
-        ),
-    ]
+    about: dict[str, Any] = {
+        "help": option.help.replace("[", r"\["),  # no markup
+        "metavar": option.metavar,
+        "min": None if _is_text(field) else option.least,
+        "max": None if _is_text(field) else option.most,
+        "show_default": shown,
+        "rich_help_panel": vars(_owner(group, field.name)).get("PANEL"),
+    }
+    return Annotated[hint, typer.Argument(**about) if option.positional else typer.Option(values.flag(field), **about)]
 
 
 def _shown(default: Any) -> str | bool:
-    """How the help shows the default of an option that is made of text."""
+    """The default of an option made from text, as the help shows it."""
     if default is dataclasses.MISSING or default is None or default == ():
         return False
     return ",".join(map(str, default)) if isinstance(default, tuple) else str(default)

@@ -1,4 +1,4 @@
-"""`dit-accel plan`: what a method would do on a grid, without running a model."""
+"""`dit-accel plan`: the plan of a method on a grid, without running a model."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PlanOptions(JsonOptions, SizeOptions, SourceOptions, SettingsOptions):
-    """What `dit-accel plan` is asked."""
+    """The options of `dit-accel plan`."""
 
     method: str = option(dataclasses.MISSING, "How attention is computed.", metavar=METHOD_FORM)
     grid: str | None = option(None, "Tokens: frames, height and width, such as 30x48x80.", metavar="FxHxW")
@@ -39,11 +39,7 @@ class PlanOptions(JsonOptions, SizeOptions, SourceOptions, SettingsOptions):
         values.check(self)
 
     def tokens(self) -> TokenGrid:
-        """The grid as given, or as a model makes it of a size in frames and pixels.
-
-        Raises:
-            DitAccelError: neither or both were given, or one is refused.
-        """
+        """The grid as given, or that of a model for a size in frames and pixels."""
         if (self.grid is None) == (self.model is None):
             raise DitAccelError(
                 "Give either --grid FxHxW, or --model with --frames, --height and --width; "
@@ -55,16 +51,14 @@ class PlanOptions(JsonOptions, SizeOptions, SourceOptions, SettingsOptions):
         if self.grid is not None:
             if any(size) or self.revision is not None:
                 raise DitAccelError(
-                    "--frames, --height, --width and --revision belong to --model; --grid is in tokens already."
+                    "--frames, --height, --width and --revision belong to --model; --grid is in tokens."
                 )
             if not re.fullmatch(r"\d+x\d+x\d+", self.grid):
-                raise DitAccelError(
-                    f"--grid is frames x height x width in tokens, such as 30x48x80; got {self.grid!r}."
-                )
+                raise DitAccelError(f"--grid is frames x height x width in tokens, as 30x48x80; got {self.grid!r}.")
             t, h, w = (int(length) for length in self.grid.split("x"))
             return TokenGrid(t, h, w, text=self.text or 0, text_first=self.text_first)
         if self.text is not None or self.text_first:
-            raise DitAccelError("--text and --text-first belong to --grid; a model says itself where its text stands.")
+            raise DitAccelError("--text and --text-first belong to --grid; a model has its own text.")
 
         from dit_accel.generation.sources import find
 
@@ -96,7 +90,7 @@ def plan(given: dict[str, Any]) -> None:
 
 
 def _facts(plan: Plan) -> dict[str, Any]:
-    """What is known of a plan before it runs."""
+    """The facts of a plan that are known before it runs."""
     return {
         "method": plan.method,
         "config": dataclasses.asdict(plan.config),
@@ -130,7 +124,7 @@ def _blocks(plan: Plan) -> dict[str, Any]:
     }
     if visited is not None:
         facts["block_density"] = visited / total
-        # Dense attention has no padding slots, so they count against the method.
+        # dense attention has no padding slots, so they count against the method
         facts["ideal_speedup"] = plan.grid.tokens**2 / (visited * queries.block * keys.block)
     return facts
 

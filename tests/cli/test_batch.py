@@ -49,7 +49,7 @@ def test_each_prompt_is_made_as_alone(cli, demo, prompts, tmp_path):
     assert (tmp_path / "alone.gif").read_bytes() == (folder / "shot-0003.gif").read_bytes()
     record = json.loads((folder / "shot-0003.json").read_text())
     assert record["call"]["prompt"] == ASKED[3]
-    assert (record["report"]["sparse_calls"], record["report"]["dense_calls"]) == (8, 0)
+    assert (record["report"]["sparse_calls"], record["report"]["dense_calls"]) == (4, 0)
 
 
 def test_again_makes_only_what_is_missing(cli, demo, prompts, tmp_path):
@@ -87,11 +87,11 @@ def test_other_options_are_refused(cli, demo, prompts, tmp_path):
 
 def test_bad_prompts_are_refused(cli, demo, tmp_path):
     file = tmp_path / "prompts.txt"
-    for content, message in ((b" \n\n", "holds no prompt;"), (b"\xff\xfe", "cannot be read as text")):
+    for content, message in ((b" \n\n", "holds no prompt."), (b"\xff\xfe", "cannot be read as text")):
         file.write_bytes(content)
         outcome = cli("generate", *SMALL, "--prompts", file, "--output", tmp_path / "shot.gif")
         assert (outcome.status, message in outcome.err) == (2, True), outcome.err
-    assert "there is no such file or folder" in cli("generate", "--prompts", tmp_path / "none.txt").err
+    assert "is no file, folder or built-in list" in cli("generate", "--prompts", tmp_path / "none.txt").err
     assert "leave one of them out" in cli("generate", "--prompts", file, "--prompt", "x").err
     assert [path.name for path in tmp_path.iterdir()] == ["prompts.txt"]
 

@@ -176,7 +176,7 @@ def test_picture_and_table_of_a_file(cli, tiny, tmp_path):
         (("--read", "none.jsonl"), "none.jsonl cannot be read: No such file"),
         (("--read", "a.jsonl", "--list"), "--read measures nothing"),
         (("--list", "--picture", "a.png"), "--list measures nothing"),
-        (("--resume",), "give both"),
+        (("--resume",), "Give both"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )
@@ -242,7 +242,7 @@ class TestModels:
         assert f"{record['step_ms_p50']:.1f}" in cli("bench", "--read", output).out
         pytest.importorskip("matplotlib")
         nothing = cli("bench", "--read", output, "--picture", tmp_path / "rows.png")
-        assert nothing.status == 2 and "has no row of one; leave it out" in nothing.err
+        assert nothing.status == 2 and "has no row of one. Leave it out" in nothing.err
         measured = cli(*run, "--picture", tmp_path / "rows.png")
         assert measured.status == 2 and "leave out --picture" in measured.err
         assert "has all of these rows already" in cli(*run, "--resume").err
@@ -265,7 +265,7 @@ class TestModels:
                 ("--read", "rows.jsonl", "--rows", "x", "--models"),
                 "shows every row of a file; leave out --rows, --models.",
             ),
-            (("--break-even", "table.json"), "give them with --read"),
+            (("--break-even", "table.json"), "Give them with --read"),
         ],
     )
     def test_options_that_do_not_go_together(self, cli, wan, arguments, words):

@@ -25,8 +25,8 @@ def test_compare(cli, demo, tmp_path, method):
     assert record["runs"]["dense"]["steps"] == record["runs"]["accelerated"]["steps"] == 2
     assert record["comparison"]["psnr"] > 10
     assert 0 < record["comparison"]["ssim"] <= 1
-    # 2 layers, 2 steps, with and without the prompt
-    assert (record["report"]["sparse_calls"], record["report"]["dense_calls"]) == (8, 0)
+    # 2 layers, 2 steps
+    assert (record["report"]["sparse_calls"], record["report"]["dense_calls"]) == (4, 0)
     for line in ("side by side:", "PSNR", "times as fast"):
         assert line in outcome.out
 
@@ -74,6 +74,15 @@ def test_seed_decides_the_noise(cli, demo, tmp_path):
     assert a == b != c
 
 
+def test_words_that_the_demo_does_not_know_are_named(cli, demo, tmp_path):
+    options = (*SMALL, "--output", tmp_path / "a.gif")
+    outcome = cli("generate", *options, "--prompt", "A red dog moves right, on a blue Cloud.")
+    assert outcome.status == 0
+    assert "warning: the demo does not know dog, cloud, and draws something else." in outcome.err
+    assert "shapes circle, square, triangle" in outcome.err
+    assert "warning" not in cli("generate", *options, "--prompt", "A red circle moves right, on a blue background!").err
+
+
 def test_rate_and_frames(cli, demo, tmp_path):
     assert cli("generate", *SMALL, "--fps", 5, "--output", tmp_path / "a.mp4").status == 0
     with imageio.v2.get_reader(tmp_path / "a.mp4") as reader:
@@ -119,7 +128,7 @@ def test_saved_accelerator(cli, demo, tmp_path):
     assert outcome.status == 0, outcome.err
     report = json.loads((tmp_path / "a.json").read_text())["report"]
     assert (report["method"], report["config"]["references"]) == ("tile", 1)
-    assert report["sparse_calls"] == report["dense_calls"] == 4
+    assert report["sparse_calls"] == report["dense_calls"] == 2
 
 
 def test_loras_add_up(cli, demo, tmp_path):
@@ -165,7 +174,7 @@ def test_compiled(cli, demo, tmp_path, monkeypatch):
     assert outcome.status == 0, outcome.err
     assert compiled == [True]
     report = json.loads((tmp_path / "a.json").read_text())["report"]
-    assert report["sparse_calls"] == report["dense_calls"] == 4
+    assert report["sparse_calls"] == report["dense_calls"] == 2
 
 
 def test_verify_reports_how_far_each_layer_is_from_dense(cli, demo, tmp_path):
@@ -178,7 +187,7 @@ def test_verify_reports_how_far_each_layer_is_from_dense(cli, demo, tmp_path):
     limit = sum(layer["relative_error"] for layer in layers) / len(layers)
     assert cli("generate", *SMALL, *options, "--keep-dense-above", limit).status == 0
     report = json.loads((tmp_path / "a.json").read_text())["report"]
-    assert report["sparse_calls"] == report["dense_calls"] == 4
+    assert report["sparse_calls"] == report["dense_calls"] == 2
     assert "leave out --compile" in cli("generate", *SMALL, *options, "--verify", "--compile").err
 
 

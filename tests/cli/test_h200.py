@@ -44,7 +44,14 @@ def test_every_command_selects_rows(commands, cli):
 
 def test_it_tests_measures_and_sums_up(commands):
     said = [" ".join(command) for command in commands]
-    for part in ("pytest -q -x tests/kernels", "--models", "--profile", "--direction both", "--read", "--break-even"):
+    for part in (
+        "pytest -q -n auto tests/kernels",
+        "--models",
+        "--profile",
+        "--direction both",
+        "--read",
+        "--break-even",
+    ):
         assert any(part in command for command in said), part
     for model in ("wan-1.3b-480p", "wan-14b-480p", "wan-14b-720p", "hunyuan-720p", "flux-4k", "cogvideox"):
         for mode in ("eager", "compiled"):

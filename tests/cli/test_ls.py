@@ -2,6 +2,8 @@
 
 import json
 
+import pytest
+
 import dit_accel
 
 
@@ -31,8 +33,34 @@ def test_recommended_settings_are_shown_with_their_source(cli):
     assert (pair["config"]["decay"], pair["schedule"]["dense_steps"]) == (0.8, 11 / 40)
 
 
-def test_table_says_where_methods_come_from(cli):
-    out = cli("ls").out
-    assert "arXiv:2504.16922" in out
-    assert "demo" in out
-    assert "SanaTransformer2DModel" in out
+def test_the_list_is_short_and_fits_80_columns(cli):
+    """A line a method and a family."""
+    lines = cli("ls").out.splitlines()
+    assert len(lines) <= len(dit_accel.list_methods()) + len(dit_accel.list_families()) + 8
+    assert max(map(len, lines)) <= 80
+    assert {*dit_accel.list_methods(), *dit_accel.list_families()} <= {
+        line.split()[0] for line in lines if line.strip()
+    }
+    assert any("Embedded models: demo" in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("name", "wanted"),
+    [
+        ("gna", ["source: arXiv:2504.16922", "window: required", "stride: 1 by default"]),
+        ("sla", ["topk: 0.05 by default", "learns weights"]),
+        ("wan", ["WanVACETransformer3DModel", "preset of radial: decay=0.2", "scripts/wan_t2v_inference.sh"]),
+        ("ChromaTransformer2DModel", ["flux: ", "preset of gna"]),
+        ("SanaTransformer2DModel", ["SanaTransformer2DModel is refused: its self-attention is linear already."]),
+    ],
+)
+def test_all_about_one(cli, name, wanted):
+    out = cli("ls", name).out
+    assert all(text in out for text in wanted), out
+    assert json.loads(cli("ls", name, "--json").out)["name"] in out
+
+
+def test_an_unknown_name_suggests_the_nearest(cli):
+    outcome = cli("ls", "fluks")
+    assert (outcome.status, outcome.out) == (2, "")
+    assert "There is no method, family or transformer 'fluks'. Did you mean 'flux'?" in outcome.err

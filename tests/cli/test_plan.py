@@ -85,10 +85,18 @@ def test_grids_of_more_blocks_than_fit_are_refused(cli, method):
     """Ten million tokens with text: 80,002 x 160,004 blocks of 128 and 64 tokens."""
     outcome = cli("plan", "--method", method, "--grid", "64x400x400", "--text", "256")
     assert (outcome.status, outcome.out, outcome.err.count("\n")) == (2, "", 1)
-    assert "at most 536,870,912 pairs of blocks; 64x400x400 + 256 text last in blocks of 128" in outcome.err
+    assert "at most 33,554,432 pairs of blocks; 64x400x400 + 256 text last in blocks of 128" in outcome.err
 
 
 def test_too_many_blocks_are_refused_before_tiles_are_chosen(cli):
     outcome = cli("plan", "--method", "gna:window=8", "--grid", "1x40000x50000")
     assert (outcome.status, outcome.err.count("\n")) == (2, 1)
-    assert "at most 536,870,912 pairs of blocks" in outcome.err
+    assert "at most 33,554,432 pairs of blocks" in outcome.err
+
+
+@pytest.mark.parametrize("method", ["tile:references=3", "radial"])
+def test_tables_of_frame_pairs_have_a_limit(cli, method):
+    """A hundred thousand frames have 10^10 pairs of frames."""
+    outcome = cli("plan", "--method", method, "--grid", "100000x10x10")
+    assert (outcome.status, outcome.out, outcome.err.count("\n")) == (2, "", 1)
+    assert "at most 2,048 frames of tokens, got 100,000" in outcome.err

@@ -57,14 +57,14 @@ def test_a_distilled_model_is_sampled_in_its_steps(cli, demo, tmp_path):
     assert (record["call"]["num_inference_steps"], record["call"]["guidance_scale"]) == (2, 1.0)
     (tmp_path / "prompts.txt").write_text("a blue square\n")
     options = ("--prompts", tmp_path / "prompts.txt", *SIZE, "--metric", "psnr", "--load", tmp_path / "few")
-    for folder, asked, taken in (("own", (), [16, 2]), ("asked", ("--steps", 3), [3, 3])):
+    for folder, asked, taken in (("own", (), [12, 2]), ("asked", ("--steps", 3), [3, 3])):
         done = cli("eval", *options, *asked, "--output", tmp_path / folder)
         assert done.status == 0, done.err
         rows = json.loads((tmp_path / folder / "summary.json").read_text())["rows"]
         assert [row["steps"] for row in rows] == taken
-        assert [row["guidance"] for row in rows] == [5.0, 1.0]
+        assert [row["guidance"] for row in rows] == [1.0, 1.0]
         assert (
-            "in 2 steps with guidance 1.0, baseline in 16 with 5.0." in (tmp_path / folder / "summary.md").read_text()
+            "in 2 steps with guidance 1.0, baseline in 12 with 1.0." in (tmp_path / folder / "summary.md").read_text()
         ) == (folder == "own")
 
 
@@ -107,7 +107,7 @@ def refused(cli, tmp_path):
         ((*METHOD, "--data", "clips", "--objective", "flo"), "Did you mean 'flow'"),
         ((*METHOD, "--data", "clips", "--option", "emma=1"), "Did you mean 'ema'"),
         ((*METHOD, "--data", "clips", "--option", "ema"), "KEY=VALUE"),
-        ((*METHOD, "--data", "clips", "--option", "levels=3", "--option", "levels.std=1"), "give one of them"),
+        ((*METHOD, "--data", "clips", "--option", "levels=3", "--option", "levels.std=1"), "Give one of them"),
         ((*METHOD, "--data", "clips", "--rate", "-1"), "rate is above 0, got -1.0"),
         ((*METHOD, "--data", "clips", "--model", "./none"), "There is no model folder"),
         (("--data", "clips", "--method", "dense"), "its own teacher"),

@@ -1,0 +1,139 @@
+"""`dit-accel doctor`: what would run here, and what is missing, with the command that installs it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+import sys
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from dit_accel import values
+from dit_accel.cli.options import JsonOptions, command
+from dit_accel.generation.request import DeviceOptions, SourceOptions
+from dit_accel.values import option
+
+if TYPE_CHECKING:
+    import torch
+
+OK, MISSING = "yes", "no"
+HEAD_DIM, BLOCK_Q, BLOCK_K = 128, 128, 64  # of the calls that are asked about: most models' heads, the usual blocks
+# A module, what it is for, and how pip gets it.
+PACKAGES = (
+    ("triton", "Triton kernels on CUDA", "'triton; sys_platform == \"linux\"'"),
+    ("peft", "--lora, training", "'dit_accel[lora]'"),
+    ("yaml", "suites and recipes", "'dit_accel[train]'"),
+    ("torchmetrics", "metrics of eval", "torchmetrics"),
+    ("imageio_ffmpeg", "mp4 files", "imageio-ffmpeg"),
+    ("matplotlib", "pictures of benchmarks", "'dit_accel[plot]'"),
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DoctorOptions(JsonOptions, SourceOptions, DeviceOptions):
+    """What `dit-accel doctor` is asked."""
+
+    model: str | None = option(  # type: ignore[assignment]
+        None, "Also say how much memory it takes: demo, a folder or a Hub id; only its JSON files are read."
+    )
+
+    def __post_init__(self) -> None:
+        values.check(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class Finding:
+    """One thing that was looked at.
+
+    Args:
+        subject: what it is.
+        works: whether it would run here.
+        detail: which one, or why not.
+        remedy: the command that mends it; None where there is none.
+    """
+
+    subject: str
+    works: bool
+    detail: str
+    remedy: str | None = None
+
+
+@command(DoctorOptions)
+def doctor(given: dict[str, Any]) -> int:
+    """Say what would run here, what is missing, and the command that installs it.
+
+    Example: dit-accel doctor --model Wan-AI/Wan2.1-T2V-1.3B-Diffusers
+    """
+    from dit_accel.generation.call import placement
+
+    options = DoctorOptions(**given)
+    device, dtype = placement(options.device, "auto", "none")
+    found = [*_kernels(device, dtype), _compiler(device), *map(_package, *zip(*PACKAGES, strict=True))]
+    if options.model is not None:
+        found.append(_memory(options.model, options.revision, device, dtype))
+    if options.json:
+        typer.echo(json.dumps([dataclasses.asdict(finding) for finding in found], indent=2))
+    else:
+        typer.echo(f"{device}, {str(dtype).removeprefix('torch.')}")
+        for finding in found:
+            typer.echo(f"  {OK if finding.works else MISSING:4}{finding.subject}: {finding.detail}")
+            if finding.remedy is not None:
+                typer.echo(f"      {finding.remedy}")
+    return 0
+
+
+def _kernels(device: torch.device, dtype: torch.dtype) -> list[Finding]:
+    """Every implementation of every kernel, and which one "auto" takes for each."""
+    from dit_accel.kernels import impls
+
+    facts = impls.Facts(device, dtype, HEAD_DIM, BLOCK_Q, BLOCK_K, visual_blocks=64)
+    found = []
+    for row in impls.rows():
+        chosen, _ = impls.choose(facts, kernel=row.kernel)
+        obstacle = row.obstacle(facts)
+        detail = obstacle or ('what "auto" takes' if row is chosen else "runs if it is named")
+        found.append(Finding(f"{row.kernel}, {row.name}", obstacle is None, detail))
+    return found
+
+
+def _compiler(device: torch.device) -> Finding:
+    """What torch.compile needs: Triton on CUDA, a C++ compiler elsewhere."""
+    import importlib.util
+
+    if device.type == "cuda":
+        works = importlib.util.find_spec("triton") is not None
+        return Finding("torch.compile", works, "by Triton", None if works else "pip install triton")
+    compiler = next(filter(None, map(shutil.which, ("g++", "clang++", "c++"))), None)
+    if compiler is not None:
+        return Finding("torch.compile", True, f"by {compiler}")
+    remedy = "xcode-select --install" if sys.platform == "darwin" else "apt-get install g++"
+    return Finding("torch.compile", False, "needs a C++ compiler", remedy)
+
+
+def _package(module: str, purpose: str, wanted: str) -> Finding:
+    import importlib.util
+
+    works = importlib.util.find_spec(module) is not None
+    return Finding(f"package {module}", works, f"for {purpose}", None if works else f"pip install {wanted}")
+
+
+def _memory(model: str, revision: str | None, device: torch.device, dtype: torch.dtype) -> Finding:
+    """The weights' size against the memory that is free; nothing but JSON files is read."""
+    from dit_accel.generation import sources
+    from dit_accel.generation.weights import free_memory, weight_bytes
+
+    sizes = weight_bytes(sources.find(model, revision), dtype)
+    total, free = sum(sizes.values()), free_memory(device)
+    parts = ", ".join(f"{name} {_gigabytes(size)}" for name, size in sorted(sizes.items(), key=lambda each: -each[1]))
+    detail = f"its weights take {_gigabytes(total)} ({parts}), and {_gigabytes(free)} are free on {device}"
+    if total < free:
+        return Finding(model, True, detail)
+    if device.type == "cpu":
+        return Finding(model, False, detail, "--dtype bfloat16")
+    return Finding(model, False, detail, "--offload model" if max(sizes.values()) < free else "--offload group")
+
+
+def _gigabytes(size: int) -> str:
+    return f"{size / 1e9:.2f} GB"

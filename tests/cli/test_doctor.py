@@ -1,0 +1,47 @@
+"""`dit-accel doctor`."""
+
+import importlib.util
+import json
+import shutil
+
+import torch
+
+from dit_accel.generation import sources, weights
+from dit_accel.kernels import impls
+from dit_accel.pipelines import demo
+
+
+def findings(cli, *arguments):
+    return {found["subject"]: found for found in json.loads(cli("doctor", "--device", "cpu", "--json", *arguments).out)}
+
+
+def test_every_implementation_and_what_auto_takes(cli):
+    found = findings(cli)
+    assert {f"{row.kernel}, {row.name}" for row in impls.rows()} <= found.keys()
+    assert found["block_sparse, portable"]["detail"] == 'what "auto" takes'
+    assert found["block_sparse, reference"]["detail"] == "runs if it is named"
+    assert not found["block_sparse, gluon"]["works"] and "gluon takes" in found["block_sparse, gluon"]["detail"]
+    lines = cli("doctor", "--device", "cpu").out.splitlines()
+    assert lines[0] == "cpu, float32"
+    assert len(lines) == 1 + len(found) + sum(each["remedy"] is not None for each in found.values())
+
+
+def test_what_is_missing_has_a_command(cli, monkeypatch):
+    own = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: None if name == "peft" else own(name, *more))
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    found = findings(cli)
+    assert (found["package peft"]["works"], found["package peft"]["remedy"]) == (False, "pip install 'dit_accel[lora]'")
+    assert not found["torch.compile"]["works"] and found["torch.compile"]["remedy"]
+
+
+def test_memory_of_a_model_from_its_settings_alone(cli, monkeypatch):
+    pipe = demo.load_demo()
+    parts = {name: part for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)}
+    wanted = {name: 4 * sum(weight.numel() for weight in part.parameters()) for name, part in parts.items()}
+    assert weights.weight_bytes(sources.find("demo"), torch.float32) == wanted
+    monkeypatch.setattr(weights, "free_memory", lambda device: 2 * sum(wanted.values()))
+    assert findings(cli, "--model", "demo")["demo"]["works"]
+    monkeypatch.setattr(weights, "free_memory", lambda device: sum(wanted.values()) - 1)
+    short = findings(cli, "--model", "demo")["demo"]
+    assert (short["works"], short["remedy"]) == (False, "--dtype bfloat16")
