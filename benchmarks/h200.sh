@@ -3,11 +3,10 @@
 #
 #     benchmarks/h200.sh [FOLDER]        (benchmarks/results/h200 if not given)
 #
-# 1. the kernels' tests, natively; 2. the declared rows of the operators, the most telling first; 3. steps of whole
-# models; 4. a profile; 5. one page: the tables of all rows, the picture, and the break-even densities made from them.
+# 1. the declared rows of the operators, the most telling first; 2. steps of whole models; 3. a profile; 4. the kernels'
+# tests, natively; 5. one page: the tables of all rows, the picture, and the break-even densities made from them.
 # Every row is written as soon as it is measured: a run that is cut short keeps its rows, and the next call continues.
-# It needs an installed checkout (make install).
-# It has not run on an H200 yet: no row of one is committed, and the time limits below are guesses.
+# It needs an installed checkout (make install). PARTS=rows or PARTS=steps measures those alone.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 FOLDER=${1:-benchmarks/results/h200}
@@ -52,32 +51,44 @@ steps() {
 }
 mkdir -p "$FOLDER"
 
-say "tests of the kernels"
-run 100 "$PYTHON" -m pytest -q -x tests/kernels >"$FOLDER/tests.txt" 2>&1
-tail -n 3 "$FOLDER/tests.txt"
+wants() { [[ " ${PARTS:-rows steps rest} " == *" $1 "* ]]; }
 
 METHODS=(--method gna --method sla --method radial --method tile)
-say "all models at 10 %, forward"
-SHAPES=()
-for shape in wan-1.3b-480p wan-14b-480p wan-14b-720p hunyuan-720p hunyuan-768p mochi flux-2k flux-4k cogvideox; do
-    SHAPES+=(--shape "$shape")
-done
-bench 70 "${SHAPES[@]}" "${METHODS[@]}" --density 0.1 --direction forward
-say "forward plus backward at 10 %"
-bench 40 "${METHODS[@]}" --shape hunyuan-768p --shape wan-14b-480p --shape wan-14b-720p --density 0.1 --direction both
-
-steps 40 wan-1.3b-480p eager
-steps 40 wan-14b-480p eager
-steps 60 wan-14b-720p eager
-steps 40 flux-4k eager
-steps 30 cogvideox eager
-steps 40 wan-1.3b-480p compiled
-steps 90 hunyuan-720p eager
+LARGE=(--shape hunyuan-768p --shape flux-4k --shape wan-14b-720p --shape wan-14b-480p)
+SLA=(--method sla:topk=0.05,block_q=128 --method sla:topk=0.05)
+if wants rows; then
+    say "the large models at 10 %, forward"
+    bench 150 "${LARGE[@]}" "${METHODS[@]}" --density 0.1 --direction forward
+    say "SLA at 5 %"
+    bench 40 --shape wan-14b-720p --shape hunyuan-768p "${SLA[@]}" --direction forward
+    say "forward plus backward"
+    bench 90 --shape hunyuan-768p --shape wan-14b-720p --method gna --method radial --density 0.1 --direction both
+    bench 40 --shape wan-14b-720p "${SLA[@]}" --direction both
+fi
+if wants steps; then
+    steps 60 wan-1.3b-480p eager
+    steps 120 wan-14b-720p eager --method radial --method gna --method sla
+    steps 120 hunyuan-720p eager --method gna
+    steps 60 flux-4k eager
+    steps 40 wan-14b-480p eager
+    steps 40 cogvideox eager
+    steps 60 wan-1.3b-480p compiled
+fi
+if wants rest; then
 
 say "profile"
 run 20 "$PYTHON" -m dit_accel bench --device "$DEVICE" --shape wan-14b-480p --density 0.1 --dtype bfloat16 \
     --direction forward "${METHODS[@]}" --seconds 0.1 --profile "$FOLDER/profile.txt" >/dev/null
 
+say "tests of the kernels"
+run 240 "$PYTHON" -m pytest -q -n auto tests/kernels >"$FOLDER/tests.txt" 2>&1
+tail -n 3 "$FOLDER/tests.txt"
+say "the other models at 10 %, forward"
+SHAPES=()
+for shape in wan-1.3b-480p hunyuan-720p mochi flux-2k cogvideox; do
+    SHAPES+=(--shape "$shape")
+done
+bench 100 "${SHAPES[@]}" "${METHODS[@]}" --density 0.1 --direction forward
 say "FlexAttention beside gna"
 bench 30 --shape wan-1.3b-480p --method gna --density 0.1 --direction forward --dtype bfloat16 --peer
 for direction in forward backward; do
@@ -89,6 +100,8 @@ done
 for model in wan-14b-480p wan-14b-720p flux-4k cogvideox hunyuan-720p; do
     steps 120 "$model" compiled
 done
+
+fi
 
 say "summary"
 {

@@ -1,7 +1,7 @@
 """The check before any timing: a kernel's result for some queries of the full shape against the exact one.
 
-A method's definition in fp64 (`dit_accel.plans.definition`) gives the exact result. Gradients use the full shape too:
-of a loss over the sampled queries alone, dk and dv are sums over these queries, and every key takes part in them.
+A method's definition in fp64 (`dit_accel.plans.definition`) gives the exact result. Gradients are those of a loss over
+the sampled queries. So dk and dv are sums over these queries, and every key takes part.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from dit_accel.plans.plan import Plan
 from dit_accel.registry import get_method
 from dit_accel.tokens import TokenGrid
 
-# Pairs of a head that are computed exactly: a few hundred queries of a long video, 1,024 of 8,192 tokens. The largest
-# error over fewer queries varies: over 128 that of plain PyTorch varied by a factor of three between samples.
+# Exactly computed pairs of a head: a few hundred queries of a long video, 1,024 of 8,192 tokens. Over fewer queries the
+# largest error varies: over 128, plain PyTorch's varied by a factor of three between samples.
 PAIRS = 1 << 23
-OTHERS = 8  # one query in so many is a text or conditioning token, if there are that many
+OTHERS = 8  # one query in so many is a text or conditioning token
 
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -39,12 +39,12 @@ class ErrorCheck(NamedTuple):
 
     @property
     def green(self) -> bool:
-        return self.error <= self.budget  # not so if the error is NaN
+        return self.error <= self.budget  # False for NaN
 
 
 @dataclasses.dataclass
 class Problem:
-    """One call: tensors [1, H, N, D] as a model hands them over, the plan, who computes, and the learned weights."""
+    """One call: tensors [1, H, N, D] as a model passes them, plan, implementation and learned weights."""
 
     q: torch.Tensor
     k: torch.Tensor
@@ -61,26 +61,22 @@ class Problem:
         return {f"d{name.rpartition('.')[2]}": parameter for name, parameter in named}
 
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        """The whole call: routing, attention, and what is learned."""
+        """The whole call: routing, attention, and learned parts."""
         return self.plan.attend(q, k, v, impl=self.impl, module=self.module)
 
 
 def check(problem: Problem, attend: Attend, *, gradients: bool) -> dict[str, ErrorCheck]:
-    """Compare `attend` with fp64 on sampled queries, all heads.
+    """Compare `attend` with fp64 on sampled queries, all heads: a check for each tensor by name.
 
-    An error may be at most twice that of plain PyTorch in the same dtype, plus one rounding of the largest term: the
-    rule of `testing.error_budget`, with the largest errors taken over heads.
+    The limit is that of `testing.error_budget`, with the largest errors over heads.
 
     Args:
         problem: the call.
-        attend: what is to be timed, (q, k, v) to the output.
+        attend: the function to be timed, (q, k, v) to the output.
         gradients: also check the gradients of q, k, v and of the module's weights.
 
-    Returns:
-        A check for each tensor by name.
-
     Raises:
-        Inexact: an error is above its limit, or the plan kept pairs that it should not; the message says which.
+        Inexact: an error is above its limit, or the plan kept wrong pairs.
     """
     rows = sample(problem.plan.grid).to(problem.q.device)
     got = _results(problem, attend, rows, gradients=gradients)
@@ -122,7 +118,7 @@ def check(problem: Problem, attend: Attend, *, gradients: bool) -> dict[str, Err
 
 
 def sample(grid: TokenGrid) -> torch.Tensor:
-    """Queries to compare, in model order: spread over the visual tokens and over the others, with the ends of both."""
+    """Queries to compare, in model order: spread over visual and over other tokens, with the ends of both."""
     count = min(grid.tokens, max(OTHERS, PAIRS // grid.tokens))
     tokens = torch.arange(grid.tokens)
     visual = (tokens >= grid.visual_start) & (tokens < grid.visual_start + grid.visual)
@@ -132,13 +128,12 @@ def sample(grid: TokenGrid) -> torch.Tensor:
 
 def _spaced(tokens: torch.Tensor, count: int) -> torch.Tensor:
     count = min(count, len(tokens))
-    return (
-        tokens[torch.linspace(0, len(tokens) - 1, count, dtype=torch.float64).round().long()] if count else tokens[:0]
-    )
+    places = torch.linspace(0, max(len(tokens) - 1, 0), count, dtype=torch.float64)
+    return tokens[places.round().long()]
 
 
 def _results(problem: Problem, attend: Attend, rows: torch.Tensor, *, gradients: bool) -> dict[str, torch.Tensor]:
-    """The call's results: rows [H, S, D] of the output and of dq, and the other gradients whole."""
+    """The call's results: rows [H, S, D] of output and dq, and the other gradients whole."""
     if not gradients:
         with torch.no_grad():
             return {"out": attend(problem.q, problem.k, problem.v)[0, :, rows]}

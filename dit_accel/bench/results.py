@@ -1,4 +1,4 @@
-"""Files of measured rows: read back, and drawn as speed-up against density."""
+"""Reading files of measured rows, and drawing speed-up against density."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ MARKERS, STYLES = "osD^vP*Xph<>", ("-", "--", ":")
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """All whole rows of a file; a last line that was cut short is left out.
+    """All rows of a file, without an incomplete last line.
 
     Raises:
-        DitAccelError: the file cannot be read, or a whole line of it is not a row.
+        DitAccelError: the file cannot be read, or a line is not a row.
     """
     try:
         content = path.read_bytes()
@@ -31,7 +31,7 @@ def read(path: Path) -> list[dict[str, Any]]:
         try:
             row = json.loads(line)
         except ValueError as error:
-            raise DitAccelError(f"{path}, line {number}, is not JSON ({error}); rows are never edited.") from error
+            raise DitAccelError(f"{path}, line {number}, is not JSON ({error}). Restore the line.") from error
         if not isinstance(row, dict) or "speedup" not in row:
             raise DitAccelError(f"{path}, line {number}, is not a row that `dit-accel bench` wrote.")
         rows.append(row)
@@ -39,17 +39,10 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
-    """Write a PNG of the rows' speed-ups: a panel a direction; colours are operators, markers shapes, lines dtypes.
+    """Write a PNG of operators' speed-ups: a panel a direction; colours are operators, markers shapes, lines dtypes.
 
-    A line goes through the fastest row at each density. The ideal line is 1 / density, the speed-up if every kept pair
-    cost what it costs the dense baseline.
-
-    Args:
-        rows: of operators, as `Bench.measure` makes them.
-        path: where to.
-
-    Raises:
-        DitAccelError: matplotlib is not installed, or there are no rows.
+    A line connects the fastest rows at each density. The ideal line is 1 / density, the speed-up at the dense
+    baseline's cost of a pair.
     """
     check_matplotlib()
     if not rows:

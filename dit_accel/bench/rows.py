@@ -1,7 +1,7 @@
 """The declared measurements: operators on the shapes of models, and denoising steps of whole models.
 
-Shapes are found in `dit_accel.bench.shapes`, methods in the registry: each says in its own file how it reaches a
-density and which densities it cannot reach.
+Shapes are found in `dit_accel.bench.shapes`, methods in the registry. A method's own file declares how it reaches a
+density, and which densities it cannot reach.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch import nn
 
 from dit_accel.bench import shapes as shape_files
 from dit_accel.errors import DitAccelError
+from dit_accel.generation.choice import value_text
 from dit_accel.registry import Method, did_you_mean, family_of, get_method, get_methods, plan
 from dit_accel.tokens import TokenGrid
 
@@ -26,8 +27,8 @@ DIRECTIONS = ("forward", "backward", "both")
 DTYPES = ("float32", "bfloat16", "float16")
 MODES = ("eager", "compiled")
 DENSITIES = (0.05, 0.1, 0.2, 0.5, 1.0)
-STEP_DENSITY = 0.1  # what steps of whole models ask of every method beside its published setting
-TOLERANCE = 0.2  # how far, relatively, a row's density may be from what was asked
+STEP_DENSITY = 0.1  # of every method in steps of whole models, besides its published setting
+TOLERANCE = 0.2  # relative distance of a row's density from the wanted one
 
 Axes = tuple[int, int, int]
 
@@ -38,12 +39,12 @@ class OutOfReach(DitAccelError):
 
 @dataclasses.dataclass(frozen=True)
 class MethodSetting:
-    """What a method is asked for.
+    """A method with its settings or density.
 
     Args:
         method: its name.
-        density: share of the pairs to keep; None if `config` alone says it.
-        config: settings by name; None: those that come nearest to `density` are found.
+        density: share of the pairs to keep; None if only `config` is given.
+        config: settings by name; None: those nearest to `density`.
     """
 
     method: str
@@ -52,12 +53,12 @@ class MethodSetting:
 
     @property
     def title(self) -> str:
-        """The way it is typed: ``gna:window=8x16x16,stride=1``."""
-        settings = ",".join(f"{name}={_typed(value)}" for name, value in (self.config or {}).items())
+        """The setting as typed: ``gna:window=8x16x16,stride=1``."""
+        settings = ",".join(f"{name}={value_text(value)}" for name, value in (self.config or {}).items())
         return f"{self.method}:{settings}" if settings else self.method
 
     def config_on(self, grid: TokenGrid) -> Mapping[str, Any]:
-        """The settings; found for the density where none are given.
+        """The given settings, or those for the density.
 
         Raises:
             OutOfReach: the nearest density on the grid is off by more than a fifth.
@@ -69,8 +70,8 @@ class MethodSetting:
         find = get_method(self.method).at_density
         if find is None:
             raise DitAccelError(
-                f"{self.method} has no rule that finds settings for a density; give the settings themselves, as in "
-                f"--method {self.method}:KEY=VALUE."
+                f"{self.method} has no rule that finds settings for a density. Give settings, as in --method "
+                f"{self.method}:KEY=VALUE."
             )
         config = find(grid, self.density)
         found = plan(self.method, grid, **config).density
@@ -83,13 +84,13 @@ class MethodSetting:
 
 @dataclasses.dataclass(frozen=True)
 class Transformer:
-    """A model's transformer, which is built with random weights: how long a step takes does not depend on them.
+    """A model's transformer with random weights, which do not change the time of a step.
 
     Args:
         name: class in Diffusers.
         inputs: makes one call's keywords, of batch 1, from (config, axes, text tokens, dtype).
-        config: its architecture, as its published ``config.json`` has it where that is not the class's default.
-        text: text tokens of the call where the sequence has none.
+        config: the values of its published ``config.json`` that differ from the class's defaults.
+        text: text tokens of the call, if the sequence has none.
     """
 
     name: str
@@ -98,7 +99,7 @@ class Transformer:
     text: int = 0
 
     def build(self, device: torch.device, dtype: torch.dtype) -> nn.Module:
-        """The transformer, made where it runs and in its own dtype, as `from_pretrained` makes it."""
+        """The transformer, made on its device and in its dtype, as `from_pretrained` makes it."""
         import diffusers
 
         usual = torch.get_default_dtype()
@@ -117,15 +118,14 @@ class Shape:
     """The attention of one model at one size.
 
     Args:
-        name: what rows call it.
+        name: in rows.
         axes: frames, rows and columns of the visual tokens.
         heads, head_dim: of the model.
-        text: text tokens in the sequence.
-        text_first: whether they stand before the visual ones.
-        settings, dtypes, directions: what is declared for this shape; no settings: every method that has something to
-            leave out on it, at every density of `DENSITIES`.
-        devices: types of the devices on which it is measured unless it is asked for by name.
-        transformer: the whole model, where its steps are measured too.
+        text, text_first: text tokens in the sequence, and whether they precede the visual ones.
+        settings, dtypes, directions: declared for this shape. Without settings: every method that leaves something out
+            on it, at every density of `DENSITIES`.
+        devices: types of devices on which it is measured without being named.
+        transformer: the whole model, if its steps are measured.
     """
 
     name: str
@@ -149,15 +149,12 @@ class Shape:
         return self.grid.tokens
 
     def methods(self) -> list[Method]:
-        """The methods that find settings for a density and have something to leave out here."""
-        return [
-            method
-            for method in get_methods().values()
-            if method.at_density is not None and method.sparsest(self.grid) < 1
-        ]
+        """The methods that find settings for a density and leave something out here."""
+        rules = [method for method in get_methods().values() if method.at_density is not None]
+        return [method for method in rules if method.sparsest(self.grid) < 1]
 
     def declared(self) -> tuple[MethodSetting, ...]:
-        """The settings that are measured when none are asked for."""
+        """The settings that are measured if none are given."""
         return self.settings or tuple(
             MethodSetting(method.name, density)
             for method, density in itertools.product(self.methods(), DENSITIES)
@@ -169,11 +166,8 @@ class Shape:
         assert self.transformer is not None
         family = family_of([self.transformer.name])
         known = {} if family is None else family.recommended
-        return [
-            MethodSetting(method.name, None, known[method.name].config)
-            for method in self.methods()
-            if method.name in known
-        ]
+        names = [method.name for method in self.methods() if method.name in known]
+        return [MethodSetting(name, None, known[name].config) for name in names]
 
 
 class Declared(Protocol):
@@ -196,7 +190,7 @@ class Row:
 
     @property
     def name(self) -> str:
-        """``SHAPE/METHOD/DENSITY/DTYPE/DIRECTION``, with ``-`` where the settings alone say the density."""
+        """``SHAPE/METHOD/DENSITY/DTYPE/DIRECTION``, with ``-`` for settings without density."""
         density = "-" if self.setting.density is None else f"{self.setting.density:g}"
         return "/".join((self.shape.name, self.setting.title, density, self.dtype, self.direction))
 
@@ -227,7 +221,7 @@ class ModelStep:
 
     @property
     def asked(self) -> str:
-        """The density asked for, or that the setting is a published one."""
+        """The density, or "published" for a published setting."""
         return "published" if self.setting.density is None else f"{self.setting.density:g}"
 
     @property
@@ -256,11 +250,7 @@ def get_shapes() -> dict[str, Shape]:
 
 
 def get_shape(name: str) -> Shape:
-    """The declared shape of that name.
-
-    Raises:
-        DitAccelError: there is none; the message suggests the nearest name.
-    """
+    """The declared shape of that name; an error suggests the nearest one."""
     return _named("shape", get_shapes(), name)
 
 
@@ -273,15 +263,14 @@ def select(
     pattern: str = "*",
     device: str | None = None,
 ) -> list[Row]:
-    """Declared rows of operators, narrowed down; what is asked for beyond the declared ones is added.
+    """Selected rows of operators, declared or new.
 
     Args:
         shapes: names; None: all.
-        settings: methods, with settings of their own or without; None: those declared for the shape.
-        densities: None: those declared for the shape.
-        dtypes, directions: None: those declared for the shape.
+        settings: methods with or without settings; None, as for the next three: those declared for the shape.
+        densities, dtypes, directions: of the rows.
         pattern: of row names, with the wildcards of a shell.
-        device: type of the device; leaves out shapes that are declared for others. None: keeps them.
+        device: type of the device; shapes declared for others are left out. None: keeps them.
 
     Raises:
         DitAccelError: a shape, dtype or direction is unknown, a density is not in (0, 1], or no row is left.
@@ -308,17 +297,14 @@ def select_steps(
     modes: Sequence[str] | None = None,
     pattern: str = "*",
 ) -> list[ModelStep]:
-    """Declared steps of whole models, narrowed down: model by model and mode by mode, so that each is built once.
+    """Selected steps of whole models, by model and mode, so that each is built once.
 
     Args:
         models: names of shapes that have a transformer; None: all.
-        settings: methods with settings of their own, or without: then those declared for the model.
-        densities: of the methods without settings; None: the published setting and `STEP_DENSITY`.
+        settings: methods with settings, or without: those declared for the model.
+        densities: of methods without settings; None: the published setting and `STEP_DENSITY`.
         modes: "eager", "compiled"; None: both.
         pattern: of names, with the wildcards of a shell.
-
-    Raises:
-        DitAccelError: a model or mode is unknown, a density is not in (0, 1], or nothing is left.
     """
     _check_known("mode", modes, MODES)
     _check_densities(densities)
@@ -379,10 +365,6 @@ def _check_densities(densities: Iterable[float] | None) -> None:
             raise DitAccelError(f"A density is a share of the pairs above 0 and at most 1, such as 0.1; got {density}.")
 
 
-def _typed(value: Any) -> str:
-    return "x".join(map(str, value)) if isinstance(value, tuple) else str(value)
-
-
 def latent(axes: Sequence[int], patch: Sequence[int]) -> tuple[int, ...]:
-    """Sides of the latent that a patch cuts into so many tokens, axis by axis."""
+    """Sides of the latent that a patch cuts into that many tokens, by axis."""
     return tuple(size * step for size, step in zip(axes, patch, strict=True))

@@ -1,7 +1,7 @@
 """Measures one denoising step of whole models: the transformer's call, dense and with each method.
 
-Before a method's step is timed, its attention is checked on the model's shape (`dit_accel.bench.gate`). A step whose
-attention copies v gives the time of everything else.
+A method's attention is checked on the model's shape before its step is timed (`dit_accel.bench.gate`). A step whose
+attention copies v gives the time of all other work.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import gc
 import inspect
 import itertools
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from datetime import UTC, datetime
 from typing import Any
 
@@ -27,26 +27,27 @@ from dit_accel.errors import DitAccelError
 from dit_accel.hooks.report import Report
 from dit_accel.hooks.schedule import Schedule
 from dit_accel.hooks.selfcheck import SelfCheck
+from dit_accel.kernels.block_sparse.geometry import BlockLists
 from dit_accel.kernels.impls import Impl
 from dit_accel.pipelines.family import Memory, ModelCall
 from dit_accel.pipelines.targets import find_transformers
-from dit_accel.plans.plan import Plan
+from dit_accel.plans.plan import Plan, PlanCall
 from dit_accel.registry import Method, get_method, make_config
 
-ROUNDS = 2  # steps to time at least: one of a long video takes half a minute
+ROUNDS = 2  # least number of timed steps: one of a long video takes half a minute
 
 
 class NothingPlan(Plan):
-    """No attention at all, for the time of the rest of a step."""
+    """No attention, for the time of the rest of a step."""
 
     @property
     def pairs(self) -> int:
         return 0
 
-    def kept_keys(self, queries: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+    def kept_keys(self, queries: torch.Tensor, lists: BlockLists | None = None, head: int = 0) -> torch.Tensor:
         return torch.zeros(len(queries), self.grid.tokens, dtype=torch.bool, device=queries.device)
 
-    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **call: Any) -> torch.Tensor:
+    def run(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: PlanCall) -> torch.Tensor:
         return v.clone()  # a compiled model's operator must not return its input
 
     def prepare(self, *call: Any, **more: Any) -> tuple[str, str]:
@@ -67,9 +68,8 @@ class StepBench:
     """Measures steps on one device.
 
     Args:
-        device: where.
         impl: "auto", or the name of an implementation in `kernels.impls`.
-        seconds: for each timing, beyond one round that does not count and `ROUNDS`.
+        seconds: for each timing, after a warm-up round; at least `ROUNDS` rounds.
         dtype: of weights and activations.
         backend: of `torch.compile`.
     """
@@ -86,21 +86,19 @@ class StepBench:
         self._attention = Bench(device, impl)
 
     def run(self, steps: Sequence[ModelStep]) -> Iterator[RowOutcome]:
-        """Measure the steps, a model and mode at a time; a step that cannot be measured does not stop the others."""
+        """Measure the steps by model and mode; a failing step does not stop the others."""
         for shape, of_model in itertools.groupby(steps, key=lambda step: step.shape):
             asked = list(of_model)
             try:
-                yield from self._run_model(shape, asked)
+                subject = Subject(shape, self.device, self.dtype)
+                for mode, of_mode in itertools.groupby(asked, key=lambda step: step.mode):
+                    yield from self._run_mode(subject, mode, list(of_mode))
             except DitAccelError as error:
                 yield RowOutcome(asked[0], "refused", reason=f"all of {shape.name}: {error}")
             except torch.OutOfMemoryError:
                 yield RowOutcome(asked[0], "refused", reason=f"all of {shape.name}: the device has too little memory")
-            self._forget()  # before the next model is built
-
-    def _run_model(self, shape: Shape, steps: list[ModelStep]) -> Iterator[RowOutcome]:
-        subject = Subject(shape, self.device, self.dtype)
-        for mode, of_mode in itertools.groupby(steps, key=lambda step: step.mode):
-            yield from self._run_mode(subject, mode, list(of_mode))
+            subject = None  # type: ignore[assignment]  # freed before the next model is built
+            self._forget()
 
     def _run_mode(self, subject: Subject, mode: str, steps: list[ModelStep]) -> Iterator[RowOutcome]:
         if mode == "compiled":
@@ -156,7 +154,7 @@ class StepBench:
         }
 
     def _dense_backends(self, subject: Subject) -> list[str]:
-        """On a GPU PyTorch's attentions, the fastest at the model's sizes first; elsewhere there is no choice."""
+        """On a GPU PyTorch's attentions, the fastest at the model's sizes first; none elsewhere."""
         if self.device.type != "cuda":
             return []
         row = subject.row(MethodSetting("dense", None, {}))
@@ -167,7 +165,7 @@ class StepBench:
         self, subject: Subject, method: Method, config: Any, dense_layers: Any
     ) -> tuple[dict[str, Any], Report]:
         """Times with a method at work, and its report."""
-        torch.compiler.reset()  # each setting is a new graph, and the compiler stops after eight
+        torch.compiler.reset()  # each setting is a new graph, and the compiler allows eight
         schedule = Schedule(dense_layers=dense_layers)
         accel = Accelerator(subject.found, None, method, config, schedule, self.impl, False, SelfCheck())
         accel.apply()
@@ -180,7 +178,9 @@ class StepBench:
         """Quantiles, rounds and peak memory of the transformer's call."""
 
         def call() -> Any:
-            with torch.no_grad(), _preferring(backends):
+            # a call goes to the first of the attentions that takes it
+            chosen = [DENSE_BACKENDS[name] for name in backends]
+            with torch.no_grad(), sdpa_kernel(chosen, set_priority=True) if chosen else nullcontext():
                 return subject.transformer(**subject.inputs)
 
         on_gpu = self.device.type == "cuda"
@@ -197,10 +197,7 @@ class StepBench:
 
 
 class Subject:
-    """A model to measure: the transformer, one call's inputs, and its family.
-
-    Args:
-        shape: has a transformer; the call gets always the same numbers.
+    """A model to measure: the shape's transformer, fixed random inputs of one call, and its family.
 
     Raises:
         DitAccelError: no family has the transformer's class, or it cannot read the call.
@@ -229,16 +226,9 @@ class Subject:
         return Row(Shape(self.shape.name, self.grid.shape, *sizes), setting, self.dtype, "forward")
 
     def compile(self, backend: str) -> None:
-        """Compile the repeated blocks, as Diffusers compiles large models, or else the whole."""
+        """Compile the repeated blocks, as Diffusers does, or else the whole transformer."""
         transformer: Any = self.transformer
         if getattr(transformer, "_repeated_blocks", None):
             transformer.compile_repeated_blocks(backend=backend)
         else:
             transformer.compile(backend=backend)
-
-
-def _preferring(backends: list[str]) -> AbstractContextManager[Any]:
-    """Prefer PyTorch's attentions in this order; a call goes to the first that takes it."""
-    if not backends:
-        return nullcontext()
-    return sdpa_kernel([DENSE_BACKENDS[name] for name in backends], set_priority=True)

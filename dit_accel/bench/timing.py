@@ -1,4 +1,4 @@
-"""Times of calls that are compared: the calls take turns, so that other load of the machine slows all of them alike."""
+"""Times of compared calls, which take turns, so that other load slows all of them alike."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from collections.abc import Callable, Mapping
 
 import torch
 
-LEAST = 5  # times of each call, whatever the budget
-LEVEL_2 = 256 << 20  # bytes written between calls on a GPU, more than any of its caches holds
+LEAST = 5  # rounds, whatever the budget
+LEVEL_2 = 256 << 20  # bytes written between calls on a GPU, larger than its caches
 
 Call = Callable[[], object]
 
@@ -17,15 +17,14 @@ Call = Callable[[], object]
 def alternate(
     calls: Mapping[str, Call], seconds: float, device: torch.device, least: int = LEAST
 ) -> dict[str, list[float]]:
-    """Milliseconds of each call. The calls take turns until `seconds` have passed; a first round does not count.
+    """Milliseconds of each call, by name. A first round does not count.
 
     On a GPU events time the work, and the caches are emptied before each call; elsewhere the clock does.
 
     Args:
         calls: by name.
-        seconds: for all of them together, without the first round.
-        device: where they run.
-        least: rounds to make, even if they take longer.
+        seconds: for all rounds together.
+        least: number of rounds, even if they take longer.
     """
     once = _gpu_clock(device) if device.type == "cuda" else _clock
     taken: dict[str, list[float]] = {name: [] for name in calls}
@@ -41,7 +40,7 @@ def alternate(
 
 
 def profile(call: Call, device: torch.device, calls: int = 3, rows: int = 12) -> str:
-    """Where the time of a call goes, by kernel: PyTorch's profiler's table of the longest."""
+    """The time of a call by kernel: the profiler's table of the longest."""
     from torch.profiler import ProfilerActivity
 
     on_gpu = device.type == "cuda"
