@@ -1,4 +1,4 @@
-"""Saving an accelerator: its settings as JSON, its learned weights as safetensors, and whom they belong to."""
+"""A saved accelerator: settings as JSON, learned weights as safetensors, and the models that they fit."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import importlib
 import json
+import os
 import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -43,8 +44,8 @@ class Saved:
 
     Attributes:
         settings: method, config, layers (None unless layers have settings of their own), schedule, impl, allow_dense.
-        trained: what `adapters.write` recorded of a fine-tuning; None without one.
-        models: class and configuration hash of each transformer, by component name.
+        trained: what `lora.write` recorded of a fine-tuning; None without one.
+        models: as in `identify`.
         weights: learned tensors by name; empty if the method has learned nothing.
     """
 
@@ -55,7 +56,7 @@ class Saved:
 
 
 def identify(transformers: Mapping[str, nn.Module]) -> Models:
-    """Class and configuration hash of each transformer: what saved weights fit."""
+    """Class and configuration hash of each transformer, by component name. Saved weights fit only these."""
     return {
         name: {"class": type(module).__name__, "config_hash": config_hash(module)}
         for name, module in transformers.items()
@@ -63,7 +64,7 @@ def identify(transformers: Mapping[str, nn.Module]) -> Models:
 
 
 def config_hash(module: nn.Module) -> str:
-    """SHA-256 of a Diffusers model's configuration without what only names its origin and version."""
+    """SHA-256 of a Diffusers model's configuration, without its origin and version."""
     config: Any = getattr(module, "config", {})
     kept = {key: value for key, value in dict(config).items() if not key.startswith("_")}
     return hashlib.sha256(json.dumps(kept, sort_keys=True, default=str).encode()).hexdigest()
@@ -76,25 +77,18 @@ def save(
     weights: Mapping[str, torch.Tensor],
     write_training: Callable[[pathlib.Path], dict[str, Any] | None],
 ) -> None:
-    """Write an accelerator to the folder `path`; complete files replace old ones, weights first.
+    """Write an accelerator to the folder `path`. Complete files replace old ones, weights first.
 
     Args:
-        path: the folder.
-        settings: as in `Saved`.
-        models: whom the weights belong to.
-        weights: learned tensors by name.
-        write_training: writes a fine-tuning to the folder and returns what to record of it, None without one.
-
-    Raises:
-        DitAccelError: the folder cannot be written.
+        settings, models, weights: as in `Saved`.
+        write_training: writes a fine-tuning to the folder and returns its record, or None without one.
     """
     from safetensors import SafetensorError
     from safetensors.torch import save as to_bytes
 
     folder = pathlib.Path(path)
-    content = (
-        to_bytes({key: tensor.detach().cpu().contiguous() for key, tensor in weights.items()}) if weights else None
-    )
+    own = {key: tensor.detach().cpu().contiguous() for key, tensor in weights.items()}
+    content = to_bytes(own) if own else None
     saved = {
         "format": FORMAT,
         "dit_accel_version": VERSION,
@@ -110,19 +104,19 @@ def save(
         replace_file(folder / SETTINGS_FILE, (json.dumps(saved, indent=2) + "\n").encode())
         if content is None:
             (folder / WEIGHTS_FILE).unlink(missing_ok=True)
-    except (OSError, SafetensorError) as error:  # a full disk is either, by who writes
-        raise DitAccelError(
-            f"Cannot save the accelerator to {folder}: {error}; choose a folder you can write."
-        ) from error
+    except (OSError, SafetensorError) as error:  # a full disk raises one or the other
+        raise DitAccelError(f"Cannot save the accelerator to {folder}: {error}. Choose a writable folder.") from error
 
 
 def read(path: str | pathlib.Path) -> Saved:
     """Read what `save` wrote.
 
     Raises:
-        DitAccelError: a file is missing, damaged, of another format, changed by hand into what cannot be, or does not
-            belong to the other.
+        DitAccelError: `path` is no path, or a file is missing, damaged, of another format or edited, or the two do not
+            belong together.
     """
+    if not isinstance(path, (str, os.PathLike)):
+        raise DitAccelError(f"load takes the folder that Accelerator.save_pretrained wrote; got {path!r}.")
     file = pathlib.Path(path) / SETTINGS_FILE
     try:
         content = json.loads(file.read_text())
@@ -142,8 +136,6 @@ def read(path: str | pathlib.Path) -> Saved:
     if odd:
         raise DitAccelError(f"{file} was changed: {odd[0]} cannot be {content[odd[0]]!r}; save the accelerator again.")
     settings = {key: content[key] for key in SETTINGS}
-    # JSON has no tuples.
-    settings["config"] = {key: tuple(v) if isinstance(v, list) else v for key, v in settings["config"].items()}
     if settings["layers"] is None:
         make_config(settings["method"], settings["config"])
     digest = content["weights_sha256"]
@@ -152,7 +144,7 @@ def read(path: str | pathlib.Path) -> Saved:
 
 
 def _odd_entries(content: Mapping[str, Any]) -> list[str]:
-    """The mappings whose keys are not those that `save` writes."""
+    """The entries whose keys are not those that `save` writes."""
     from dit_accel.checkpoint.lora import RECORD
     from dit_accel.hooks.schedule import Schedule
 
@@ -164,44 +156,36 @@ def _odd_entries(content: Mapping[str, Any]) -> list[str]:
 
 
 def check_identity(path: str | pathlib.Path, saved: Models, present: Models) -> None:
-    """Refuse another model than the one that was saved.
-
-    Raises:
-        DitAccelError: the names, classes or configurations of the transformers differ.
-    """
+    """Refuse another model than the one that was saved."""
     if saved.keys() != present.keys():
         raise DitAccelError(
-            f"{path} was saved for {', '.join(saved)}, but this model has {', '.join(present)}; load it into the "
-            "pipeline it was made with."
+            f"{path} was saved for {', '.join(saved)}, but this model has {', '.join(present)}. Load it into the "
+            "pipeline that it was saved from."
         )
     for name, model in saved.items():
         if model["class"] != present[name]["class"]:
             raise DitAccelError(
-                f"{path} was saved for {name}: {model['class']}, but this model's is {present[name]['class']}; load it "
-                "into the model it was made with."
+                f"{path} was saved for {name}: {model['class']}, but this model's is {present[name]['class']}. Load it "
+                "into the model that it was saved from."
             )
         if model["config_hash"] != present[name]["config_hash"]:
             raise DitAccelError(
-                f"{path} was saved for a {model['class']} of another configuration (layers, heads or the like); "
-                "load it into the model it was made with."
+                f"{path} was saved for a {model['class']} with another configuration, such as its number of layers. "
+                "Load it into the model that it was saved from."
             )
 
 
 def load_weights(
     path: str | pathlib.Path, weights: Mapping[str, torch.Tensor], modules: Mapping[str, nn.Module]
 ) -> None:
-    """Give each module its learned weights.
-
-    Raises:
-        DitAccelError: `weights` does not hold exactly these modules' weights.
-    """
+    """Give each module its learned weights."""
     wanted = {f"{name}.{key}": value.shape for name, own in modules.items() for key, value in own.state_dict().items()}
     present = {key: tensor.shape for key, tensor in weights.items()}
     if wanted != present:
         odd = sorted({*wanted.items()} ^ {*present.items()})[0][0]
         raise DitAccelError(
-            f"The learned weights in {path} do not fit the accelerated layers: {odd} is on one side only or has "
-            "another shape there; save them again from the model they belong to."
+            f"The learned weights in {path} do not fit the accelerated layers: {odd} is missing on one side or has "
+            "another shape. Save them again from the model that they belong to."
         )
     for name, module in modules.items():
         module.load_state_dict({key: weights[f"{name}.{key}"] for key in module.state_dict()})
@@ -216,9 +200,9 @@ def _read_weights(folder: pathlib.Path, digest: str) -> dict[str, torch.Tensor]:
         content = file.read_bytes()
         weights = from_bytes(content)
     except OSError as error:
-        raise DitAccelError(f"The learned weights {file} cannot be read ({error}); copy or save them again.") from error
+        raise DitAccelError(f"The learned weights {file} cannot be read ({error}). Copy or save them again.") from error
     except SafetensorError as error:
-        raise DitAccelError(f"{file} is truncated or damaged ({error}); copy or save it again.") from error
+        raise DitAccelError(f"{file} is truncated or damaged ({error}). Copy or save it again.") from error
     if hashlib.sha256(content).hexdigest() != digest:
-        raise DitAccelError(f"{file} does not belong to the {SETTINGS_FILE} beside it; copy or save both again.")
+        raise DitAccelError(f"{file} does not belong to the {SETTINGS_FILE} beside it. Copy or save both again.")
     return weights

@@ -1,4 +1,4 @@
-"""Accelerators from a folder: what `Accelerator.save_pretrained` wrote, put to work again."""
+"""Loading what `Accelerator.save_pretrained` wrote."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ def load(
     *,
     verify: Verify | None = None,
     keep_dense_above: float | None = None,
+    dense_backend: str | None = None,
     replace: bool = False,
     any_weights: bool = False,
 ) -> Accelerator:
-    """Accelerate `target` as saved by `Accelerator.save_pretrained`: learned weights, LoRA and all.
+    """Accelerate `target` as `Accelerator.save_pretrained` saved it, with learned weights and fine-tuning.
 
     Args:
         target: a pipeline or transformer of the class and configuration it was saved from.
         path: the folder.
-        verify, keep_dense_above: as in `accelerate`; they are not saved.
-        replace: first remove an accelerator that is already at work.
-        any_weights: a fine-tuning is taken for the base weights it started from and no others, unless this is true.
+        verify, keep_dense_above, dense_backend, replace: as in `accelerate`.
+        any_weights: load a fine-tuning into other base weights than those it started from.
 
     Raises:
         DitAccelError: the folder is missing, damaged or incomplete, or was saved for another model.
@@ -47,6 +47,7 @@ def load(
         allow_dense=saved.settings["allow_dense"],
         verify=verify,
         keep_dense_above=keep_dense_above,
+        dense_backend=dense_backend,
         replace=replace,
         **saved.settings["schedule"],
         **saved.settings["config"],

@@ -1,7 +1,7 @@
-"""What training adds to a model besides the method's own weights: a LoRA adapter, or new weights for all of it.
+"""What training adds to a model besides the method's own weights: a LoRA adapter, or new weights for the whole model.
 
-Both are saved in Diffusers' own formats beside the accelerator's files: `pytorch_lora_weights.safetensors`, which
-`load_lora_weights` of any pipeline takes too, or a `transformer/` folder as `save_pretrained` writes it.
+Both stand beside the accelerator's files in Diffusers' formats: `pytorch_lora_weights.safetensors`, as
+`load_lora_weights` takes it, or a `transformer/` folder, as `save_pretrained` writes it.
 """
 
 from __future__ import annotations
@@ -39,10 +39,7 @@ class Trained:
         fingerprints: of the base model's transformers, by component name; see `fingerprint`.
         lora: whether there is a LoRA adapter, named `ADAPTER`.
         full: whether all weights of the transformer were trained.
-        call: arguments of the pipeline's call that the training was made for, such as the number of steps.
-
-    Raises:
-        DitAccelError: a value is of the wrong kind.
+        call: arguments of the pipeline's calls after training, such as the number of steps.
     """
 
     model: str
@@ -60,18 +57,18 @@ RECORD = {field.name for field in dataclasses.fields(Trained)} | {"lora_sha256"}
 
 
 def fingerprint(module: nn.Module) -> str:
-    """SHA-256 over the names, shapes and 16 values, as bfloat16, of every weight; adapters do not count.
+    """SHA-256 over the name, shape and 16 values, as bfloat16, of every weight except adapters.
 
-    Float32 and bfloat16 copies of the same weights agree. Float16 copies of weights that bfloat16 cannot hold may not.
+    Float32 and bfloat16 copies of the same weights agree. A float16 copy may differ.
 
     Raises:
-        DitAccelError: the weights are not where they can be read (meta device), or stored in another kind of number.
+        DitAccelError: the weights are on the meta device or quantised.
     """
     digest = hashlib.sha256()
     for name, weight in sorted(_base_weights(module), key=lambda item: item[0]):
         if weight.is_meta or weight.dtype not in KNOWN_DTYPES:
             raise DitAccelError(
-                f"The base model's weights cannot be recognised: {name} is {weight.dtype} on {weight.device}. Load the "
+                f"The base model's weights cannot be compared: {name} is {weight.dtype} on {weight.device}. Load the "
                 "fine-tuned accelerator before offloading, casting or quantising the model, or pass any_weights=True "
                 "(--any-weights)."
             )
@@ -89,10 +86,9 @@ def _base_weights(module: nn.Module) -> Iterable[tuple[str, torch.Tensor]]:
 
 
 def add_lora(transformer: nn.Module, targets: list[str], rank: int, alpha: float, dropout: float = 0.0) -> None:
-    """Give a Diffusers transformer a new LoRA adapter in float32, the only weights of it that train.
+    """Give a Diffusers transformer a new LoRA adapter in float32, and freeze its other weights.
 
     Args:
-        transformer: whose other weights are frozen.
         targets: dotted names of linear layers.
         rank, alpha, dropout: of PEFT's `LoraConfig`; B starts at zero, so nothing changes at first.
 
@@ -114,22 +110,20 @@ def add_lora(transformer: nn.Module, targets: list[str], rank: int, alpha: float
 
 
 def write(folder: pathlib.Path, trained: Trained, transformers: Mapping[str, nn.Module]) -> dict[str, Any]:
-    """Write the trained weights to `folder`; what replaces what, is complete before it does.
+    """Write the trained weights to `folder`. Complete files replace old ones.
 
     Returns:
-        What `apply` needs to know, in plain values.
-
-    Raises:
-        OSError: the folder cannot be written.
+        The record that `apply` reads, in plain values.
     """
     record = dataclasses.asdict(trained) | {"lora_sha256": None}
     if trained.lora:
         content = _lora_file(transformers)
         replace_file(folder / LORA_FILE, content)
         record["lora_sha256"] = hashlib.sha256(content).hexdigest()
-    if trained.full:
-        for name, transformer in transformers.items():
-            _write_model(folder / name, transformer)
+    for name, transformer in transformers.items() if trained.full else ():
+        kept = {key: weight.detach() for key, weight in _base_weights(transformer)} | dict(transformer.named_buffers())
+        with staged(folder / name) as stage:
+            transformer.save_pretrained(stage / name, state_dict=kept)  # type: ignore[operator]
     return record
 
 
@@ -145,44 +139,48 @@ def _lora_file(transformers: Mapping[str, nn.Module]) -> bytes:
         settings = transformer.peft_config[ADAPTER].to_dict()  # type: ignore[union-attr, index]
         metadata |= {f"{name}.{key}": sorted(v) if isinstance(v, set) else v for key, v in settings.items()}
     text = json.dumps(metadata, sort_keys=True, default=str)
-    return save(tensors, metadata={"format": "pt", LORA_METADATA: text})
+    return _in_order(save(tensors, metadata={"format": "pt", LORA_METADATA: text}))
 
 
-def _write_model(folder: pathlib.Path, transformer: nn.Module) -> None:
-    kept = {name: weight.detach() for name, weight in _base_weights(transformer)} | dict(transformer.named_buffers())
-    with staged(folder) as stage:
-        transformer.save_pretrained(stage / folder.name, state_dict=kept)  # type: ignore[operator]
+def _in_order(content: bytes) -> bytes:
+    """A safetensors file with its metadata in order, which the library shuffles: equal weights make equal bytes."""
+    start = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:start])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text = text.ljust(-(-len(text) // 8) * 8)  # the format aligns the data
+    return len(text).to_bytes(8, "little") + text + content[start:]
 
 
 def apply(
     path: pathlib.Path, record: Mapping[str, Any], transformers: Mapping[str, nn.Module], *, any_weights: bool
 ) -> tuple[Trained, Callable[[], None]]:
-    """Give the transformers what `write` wrote.
+    """Load what `write` wrote into the transformers.
 
     Args:
         path: the folder.
         record: what `write` returned.
         transformers: by component name.
-        any_weights: take other weights than those the training started from.
+        any_weights: accept other weights than those the training started from.
 
     Returns:
-        What was trained, and a function that takes it back.
+        What was trained, and a function that undoes the loading.
 
     Raises:
-        DitAccelError: a record that was changed, other base weights, an adapter of that name, PEFT is missing, or a
-            file is missing or damaged.
+        DitAccelError: the record was edited, the base weights differ, the adapter's name is taken, or PEFT or a file is
+            missing or damaged.
     """
     try:
         trained = Trained(**{field.name: record[field.name] for field in dataclasses.fields(Trained)})
     except DitAccelError as error:
         raise DitAccelError(f"{path} was changed: of its fine-tuning, {error} Save the accelerator again.") from error
-    if not any_weights:
-        for name, transformer in transformers.items():
-            if fingerprint(transformer) != trained.fingerprints.get(name):
-                raise DitAccelError(
-                    f"{path} was trained from {_base(trained)}, and this {name} has other weights of the same shape; "
-                    "load it into that model, or pass any_weights=True (--any-weights) to try it on this one."
-                )
+    for name, transformer in () if any_weights else transformers.items():
+        if fingerprint(transformer) != trained.fingerprints.get(name):
+            base = trained.model if trained.revision is None else f"{trained.model} ({trained.revision})"
+            raise DitAccelError(
+                f"{path} was trained from {base}, and this {name} has other weights of the same shape. Load it into "
+                "that model, or pass any_weights=True (--any-weights) to try it on this one."
+            )
     undo: list[Callable[[], None]] = []
     try:
         if trained.lora:
@@ -193,10 +191,6 @@ def apply(
         _all(undo)()
         raise
     return trained, _all(undo)
-
-
-def _base(trained: Trained) -> str:
-    return trained.model if trained.revision is None else f"{trained.model} ({trained.revision})"
 
 
 def _all(actions: list[Callable[[], None]]) -> Callable[[], None]:
@@ -216,23 +210,22 @@ def _load_lora(path: pathlib.Path, digest: str, name: str, transformer: nn.Modul
     try:
         content = file.read_bytes()
     except OSError as error:
-        raise DitAccelError(f"The LoRA {file} cannot be read ({error.strerror}); copy or save it again.") from error
+        raise DitAccelError(f"The LoRA {file} cannot be read ({error.strerror}). Copy or save it again.") from error
     if hashlib.sha256(content).hexdigest() != digest:
-        raise DitAccelError(f"{file} is damaged or does not belong to the files beside it; copy or save them again.")
-    if ADAPTER in getattr(transformer, "peft_config", {}):
-        raise DitAccelError(f"The model already has a LoRA adapter named {ADAPTER!r}; remove it first.")
-    others = bool(getattr(transformer, "peft_config", {}))
+        raise DitAccelError(f"{file} is damaged or does not belong to the files beside it. Copy or save them again.")
+    others = bool(present := getattr(transformer, "peft_config", {}))
+    if ADAPTER in present:
+        raise DitAccelError(f"The model already has a LoRA adapter named {ADAPTER!r}. Remove it first.")
     active = transformer.active_adapters() if others else []  # type: ignore[operator]
     transformer.load_lora_adapter(str(path), prefix=name, weight_name=LORA_FILE, adapter_name=ADAPTER)  # type: ignore[operator]
     if others:
         transformer.set_adapter([*active, ADAPTER])  # type: ignore[operator]  # set_adapters would reset their scales
 
     def unload() -> None:
-        if others:
-            transformer.delete_adapters(ADAPTER)  # type: ignore[operator]
-        elif set(getattr(transformer, "peft_config", {})) == {ADAPTER}:
+        present = getattr(transformer, "peft_config", {})
+        if not others and set(present) == {ADAPTER}:
             transformer.unload_lora()  # type: ignore[operator]
-        elif ADAPTER in getattr(transformer, "peft_config", {}):
+        elif others or ADAPTER in present:
             transformer.delete_adapters(ADAPTER)  # type: ignore[operator]
 
     return unload
@@ -242,7 +235,7 @@ def _load_model(folder: pathlib.Path, transformer: nn.Module) -> Callable[[], No
     try:
         trained = type(transformer).from_pretrained(folder, use_safetensors=True)  # type: ignore[attr-defined]
     except (OSError, ValueError) as error:
-        raise DitAccelError(f"The trained weights in {folder} cannot be read ({error}); copy them again.") from error
+        raise DitAccelError(f"The trained weights in {folder} cannot be read ({error}). Copy them again.") from error
     new, old = trained.state_dict(), {}
     for name, weight in _base_weights(transformer):
         old[name] = weight.data

@@ -1,4 +1,4 @@
-"""Measures a method's attention, layer by layer and step by step: error against dense attention, softmax mass kept.
+"""Measures a method's error against dense attention and its kept softmax mass, by layer and step.
 
     with accelerated(pipe, "gna", window=0.5) as accel:
         record = record_attention(accel, lambda: pipe(prompt), steps=(0, 8, 15))
@@ -29,7 +29,7 @@ QUERIES = 64  # sampled in each head of a call
 
 @dataclass(frozen=True)
 class MapChoice:
-    """Which denoising steps and which layers to measure; None means all."""
+    """The denoising steps and layers to measure; None: all."""
 
     steps: Indices = None
     layers: Indices = None
@@ -41,11 +41,11 @@ class AttentionRecord:
 
     Attributes:
         steps: the denoising steps, in order.
-        layers: names as in `Accelerator.report()`, with the transformer's in front, in the order they run.
+        layers: names of transformer and layer as in `Accelerator.report()`, in the order they run.
         queries: sampled in each head of a call.
         error: by (layer, step), for each head: norm of sparse minus dense over the norm of dense, over all samples and
-            calls of the step. Where a layer ran dense there is no entry.
-        mass: likewise the share of dense attention's softmax weight on the pairs that were kept.
+            calls of the step. A dense layer has no entry.
+        mass: likewise the share of dense attention's softmax weight on kept pairs.
     """
 
     steps: list[int]
@@ -62,7 +62,7 @@ class AttentionRecord:
         return sorted(errors, key=lambda layer: sum(errors[layer]) / len(errors[layer]), reverse=True)[:count]
 
     def as_json(self) -> dict[str, Any]:
-        """Plain lists: `error[layer][step][head]` and `mass` alike; None in place of the heads where it was dense."""
+        """Plain lists: `error[layer][step][head]` and `mass` alike; None in place of the heads of a dense layer."""
         return {
             "steps": self.steps,
             "layers": self.layers,
@@ -73,23 +73,19 @@ class AttentionRecord:
 
 
 def record_attention(
-    accel: Accelerator,
-    run: Callable[[], Any],
-    steps: Indices = None,
-    layers: Indices = None,
-    queries: int = QUERIES,
+    accel: Accelerator, run: Callable[[], Any], steps: Indices = None, layers: Indices = None, queries: int = QUERIES
 ) -> AttentionRecord:
     """Measure the sparse attention calls of one run.
 
     Args:
         accel: at work in the pipeline.
-        run: calls the pipeline once, with the transformers not compiled.
+        run: calls the pipeline once; its transformers are not compiled.
         steps: denoising steps to measure; None: all.
-        layers: layers to measure, counted in each transformer in the order they run; None: all.
+        layers: indices of layers in each transformer, in the order they run; None: all.
         queries: to sample in each head of a call.
 
     Raises:
-        DitAccelError: the run has no such step or the model no such layer, or nothing tells the steps.
+        DitAccelError: the run has no such step or the model no such layer, or the steps are unknown.
     """
     names = _chosen_layers(accel, layers)
     measured: dict[tuple[str, int], list[Measured]] = defaultdict(list)
@@ -97,7 +93,7 @@ def record_attention(
 
     def note(call: AttentionCall) -> None:
         if call.step is None:
-            raise DitAccelError("Nothing tells the denoising step of this call; accelerate the pipeline, or set_step.")
+            raise DitAccelError("The step of this call is unknown. Accelerate the pipeline, or call set_step.")
         seen.add(call.step.index)
         if call.step.count is not None:
             seen.update(range(call.step.count))
@@ -142,11 +138,7 @@ def _chosen_layers(accel: Accelerator, layers: Indices) -> list[str]:
 
 
 def parse_choice(text: str) -> MapChoice:
-    """Read what the command line says: ``steps=0,8-15,layers=0,1``; a part left out, or ``all``, means all.
-
-    Raises:
-        DitAccelError: it reads otherwise.
-    """
+    """Read ``steps=0,8-15,layers=0,1``; a missing part, or ``all``, means all."""
     form = r"(steps|layers)=(all|\d+(?:-\d+)?(?:,\d+(?:-\d+)?)*)"
     parts = [re.fullmatch(form, part) for part in re.split(r",(?=[a-z])", text.replace(" ", ""))]
     chosen = {part[1]: _indices(part[2]) for part in parts if part}
@@ -163,6 +155,6 @@ def _indices(text: str) -> Indices:
         first, _, last = part.partition("-")
         span = range(int(first), int(last or first) + 1)
         if not span:
-            raise DitAccelError(f"{part} counts down; write the smaller one first.")
+            raise DitAccelError(f"{part} counts down. Write the smaller number first.")
         chosen.update(span)
     return tuple(sorted(chosen))

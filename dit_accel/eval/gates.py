@@ -1,4 +1,4 @@
-"""Limits that a method has to keep, so that CI can hold a line: ``psnr>=25,speedup>=1.5``."""
+"""Limits on a method's figures, for CI: ``psnr>=25,speedup>=1.5``."""
 
 from __future__ import annotations
 
@@ -15,19 +15,13 @@ COMPARE = {">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator
 NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
 LIMIT = re.compile(rf"\s*(?P<figure>[^<>=]+?)\s*(?P<sign>>=|<=|>|<)\s*(?P<bound>{NUMBER})\s*")
 
-# Figures beside the metrics, by which a method can be held to a limit.
+# figures besides the metrics that can have limits
 FIGURES = ("speedup", "attention_speedup", "density", "loop_seconds", "attention_seconds", "peak_bytes")
 
 
 @dataclasses.dataclass(frozen=True)
 class Limit:
-    """What one figure has to be.
-
-    Args:
-        figure: its name.
-        sign: one of `COMPARE`.
-        bound: the number it is compared with.
-    """
+    """A limit on the figure of that name: `sign` is one of `COMPARE`."""
 
     figure: str
     sign: str
@@ -38,11 +32,7 @@ class Limit:
 
 
 def parse(text: str) -> list[Limit]:
-    """Read limits with commas between them.
-
-    Raises:
-        DitAccelError: one is not written as figure, sign and number.
-    """
+    """Read limits with commas between them."""
     limits = []
     for part in text.split(","):
         found = LIMIT.fullmatch(part)
@@ -55,11 +45,7 @@ def parse(text: str) -> list[Limit]:
 
 
 def check_names(limits: Collection[Limit], known: Collection[str]) -> None:
-    """Check before the work that every limit's figure will be there.
-
-    Raises:
-        DitAccelError: one will not; the message suggests the nearest.
-    """
+    """Refuse limits on figures that the run will not have; the message suggests the nearest."""
     for limit in limits:
         if limit.figure not in known:
             raise DitAccelError(
@@ -69,7 +55,7 @@ def check_names(limits: Collection[Limit], known: Collection[str]) -> None:
 
 
 def figures_of(row: Mapping[str, Any]) -> dict[str, float | None]:
-    """The figures of a summary's row, metrics and `FIGURES`, by name; None where one was not measured."""
+    """The figures of a summary's row, metrics and `FIGURES`, by name; None if not measured."""
     found = {name: figure["value"] for name, figure in row["figures"].items()}
     for name in FIGURES:
         found[name] = row[name]["p50"] if isinstance(row[name], dict) else row[name]
@@ -77,12 +63,7 @@ def figures_of(row: Mapping[str, Any]) -> dict[str, float | None]:
 
 
 def broken(limits: Collection[Limit], figures: Mapping[str, Mapping[str, float | None]]) -> list[str]:
-    """The limits that do not hold, a line each; a figure that is missing breaks its limits.
-
-    Args:
-        limits: to be kept by every method.
-        figures: by the method's label and the figure's name.
-    """
+    """The broken limits, a line each; a missing figure breaks its limits. Figures are by method's label and name."""
     remarks = []
     for label, own in figures.items():
         for limit in limits:

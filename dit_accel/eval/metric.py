@@ -1,8 +1,7 @@
-"""What a metric is, and how metrics are found and asked for.
+"""Metrics: their declaration, and the choice among them by name.
 
-Each file of `dit_accel.eval.metrics` declares one metric under the name `METRIC`; nothing else lists them. A metric is
-asked for as ``psnr`` or, where a network decides its value, as ``fid[demo-clip]``. Its printed name says the network,
-save for the network that the metric was published with.
+Each file of `dit_accel.eval.metrics` declares one metric as `METRIC`; nothing else lists them. A metric's name is
+``psnr`` or, with a network, ``fid[demo-clip]``. The printed name omits the network that the metric was published with.
 """
 
 from __future__ import annotations
@@ -24,12 +23,12 @@ if TYPE_CHECKING:
 
 
 class Scored:
-    """What one sample is scored on; each network sees it once.
+    """A sample to score; each network sees it once.
 
     Args:
         frames: float32 [F, 3, H, W] in [0, 1].
         baseline: the untouched pipeline's frames of the same prompt and seed, of the same shape.
-        prompt: what the sample should show.
+        prompt: of the sample.
     """
 
     def __init__(self, frames: torch.Tensor, baseline: torch.Tensor, prompt: str) -> None:
@@ -37,15 +36,26 @@ class Scored:
         self._seen: dict[tuple[int, str], torch.Tensor] = {}
 
     def features(self, network: Any, tower: str = "features") -> torch.Tensor:
-        """The frames' vectors by a method of the network, [F, D]."""
+        """The frames' vectors by the network's method `tower`, [F, D]."""
         key = id(network), tower
         if key not in self._seen:
             self._seen[key] = getattr(network, tower)(self.frames)
         return self._seen[key]
 
     def images(self, clip: Any) -> torch.Tensor:
-        """The frames in the space that CLIP shares with texts, [F, D]."""
+        """The frames in CLIP's joint space with texts, [F, D]."""
         return self.features(clip, "images")
+
+
+def paired(name: str, frames: torch.Tensor, baseline: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Frames and baseline in float32 for a metric of that name.
+
+    Raises:
+        ValueError: the shapes differ.
+    """
+    if frames.shape != baseline.shape:
+        raise ValueError(f"{name} compares equal shapes, got {tuple(frames.shape)} and {tuple(baseline.shape)}.")
+    return frames.float(), baseline.float()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,30 +64,30 @@ class Metric:
 
     Args:
         name: the name of its file.
-        title, unit: for people.
-        better: which values are good.
-        about: how it is made, in one line.
-        order: its place in tables; metrics with the same one stand by name.
+        title, unit: as printed.
+        better: the direction of good values.
+        about: its definition in one line.
+        order: its place in tables, then by name.
         score: the value of one sample, from the sample and the network; None for a metric of whole sets.
         collect: for a metric of whole sets, a torchmetrics metric for that many features. Its `update(features, real)`
-            takes [N, D]; its `compute` raises `TooFew` where there are too few images for a number.
-        least: images a set needs for that many features; with fewer there is no number.
-        enough: images a set needs for a number that means something; with fewer it is measured only if asked for.
-        network: loads the network of a source, or the usual one for None; None if the metric needs no network.
-        published: name of the network that the metric's plain name stands for; None if its printed name always says it.
-        packages: what the usual network needs.
-        default: when it is measured although nobody asked: "always"; "published", only with all usual networks;
-            "embedded", only with the embedded CLIP; "never".
-        video: it compares neighbouring frames, so a single image has none.
-        decibels: averaged as mean squared errors, not as decibels.
+            takes [N, D]; its `compute` raises `TooFew` for sets that are too small.
+        least: images that a set of that many features needs for a number.
+        enough: images that it needs for a meaningful number; with fewer the metric is measured only by name.
+        network: loads the network of a source, or the usual one for None; None without a network.
+        published: the network that the metric's plain name means; None: the printed name always has the network.
+        packages: of the usual network.
+        default: whether it is measured without being named: "always"; "published", with all usual networks; "embedded",
+            with the embedded CLIP; "never".
+        video: it compares neighbouring frames, so an image has no value.
+        decibels: mean squared errors are averaged, not decibels.
     """
 
     name: str
     title: str
-    unit: str
     better: Literal["higher", "lower"]
     about: str
     order: int
+    unit: str = ""
     score: Callable[[Scored, Any], float] | None = None
     collect: Callable[[int], torchmetrics.Metric] | None = None
     least: Callable[[int], int] = lambda features: 1
@@ -91,7 +101,7 @@ class Metric:
 
 
 class TooFew(DitAccelError):
-    """A set has too few images for a number; the message says how many are needed."""
+    """A set has too few images for a number; the message has the number needed."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,10 +109,9 @@ class ChosenMetric:
     """A metric with its network, ready to score.
 
     Args:
-        name: the one to print.
-        declared: what it is.
+        name: as printed.
         network: loaded, or None.
-        asked: whether somebody asked for it by name, so that leaving it out would be wrong.
+        asked: it was named, so it must not be left out.
     """
 
     name: str
@@ -111,29 +120,25 @@ class ChosenMetric:
     asked: bool
 
     def about(self) -> dict[str, str]:
-        """For a report."""
+        """Its entry in a report."""
         own = self.declared
         title = own.title if self.name == own.name else f"{own.title} [{self.network.name}]"
         return {"name": self.name, "title": title, "unit": own.unit, "better": own.better, "about": own.about}
 
 
 def names() -> list[str]:
-    """Names of all metrics: their files', sorted; none is imported."""
+    """Names of all metrics, sorted; none is imported."""
     return sorted(module.name for module in pkgutil.iter_modules(metrics.__path__))
 
 
 def get(name: str) -> Metric:
-    """The metric of that name, which is one of `names`."""
+    """The metric of a name among `names`."""
     found: Metric = importlib.import_module(f"{metrics.__name__}.{name}").METRIC
     return found
 
 
 def parse(text: str) -> tuple[str, str | None]:
-    """Read ``name`` or ``name[network]``.
-
-    Raises:
-        DitAccelError: there is no such metric; the message suggests the nearest.
-    """
+    """Read ``name`` or ``name[network]``."""
     name, bracket, rest = text.partition("[")
     known = names()
     if name not in known:
@@ -146,11 +151,9 @@ def parse(text: str) -> tuple[str, str | None]:
 
 
 def defaults(embedded: bool) -> list[tuple[Metric, str | None]]:
-    """The metrics to measure when none is asked for, each with its network's source, in order.
+    """The metrics to measure if none is named, each with its network's source, in order.
 
-    Args:
-        embedded: whether the model is. Its metrics look through the embedded CLIP, as they do where a package of the
-            usual networks is missing.
+    They use the embedded CLIP if the model is embedded or a package of the usual networks is missing.
     """
     known = sorted(map(get, names()), key=lambda metric: (metric.order, metric.name))
     published = [metric for metric in known if metric.default in ("always", "published")]
@@ -164,16 +167,16 @@ def defaults(embedded: bool) -> list[tuple[Metric, str | None]]:
 
 
 def choose(asked: Iterable[str], embedded: bool, frames: int, device: torch.device) -> list[ChosenMetric]:
-    """The metrics that were asked for, or the `defaults`, with their networks loaded.
+    """The named metrics, or the `defaults`, with their networks loaded.
 
     Args:
         asked: as typed; empty for the defaults.
         embedded: whether the model is.
-        frames: of each sample; 1 leaves out what compares neighbouring frames.
-        device: where the networks run.
+        frames: of each sample; 1 leaves out metrics of neighbouring frames.
+        device: of the networks.
 
     Raises:
-        DitAccelError: a metric is unknown or asked for twice, its packages are missing, or its network cannot load.
+        DitAccelError: a metric is unknown or named twice, its packages are missing, or its network cannot load.
     """
     named = [parse(text) for text in asked]
     networks = Networks(device)
@@ -181,12 +184,10 @@ def choose(asked: Iterable[str], embedded: bool, frames: int, device: torch.devi
     for metric, source in [(get(name), source) for name, source in named] or defaults(embedded):
         if metric.video and frames == 1:
             if named:
-                raise DitAccelError(
-                    f"{metric.name} compares neighbouring frames, and this model makes images; leave it out."
-                )
+                raise DitAccelError(f"{metric.name} compares neighbouring frames; leave it out for a model of images.")
             continue
         if metric.network is None and source is not None:
-            raise DitAccelError(f"{metric.name} looks through no network; write it without [{source}].")
+            raise DitAccelError(f"{metric.name} has no network; write it without [{source}].")
         network: Any = None if metric.network is None else metric.network(networks, source)
         plain = metric.network is None or network.name == metric.published
         printed = metric.name if plain else f"{metric.name}[{network.name}]"

@@ -1,4 +1,4 @@
-"""The networks that metrics see frames through: CLIP (Radford et al. 2021), and FID's own Inception."""
+"""The networks of metrics: CLIP (Radford et al. 2021), and FID's own Inception."""
 
 from __future__ import annotations
 
@@ -30,11 +30,7 @@ BATCH = 64  # frames in a network at once
 
 
 class Networks:
-    """Loads each network once.
-
-    Args:
-        device: where they run.
-    """
+    """Loads each network once, on one device."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -49,15 +45,11 @@ class Networks:
         return self.once(source, lambda: Inception.load(self.device, weights))
 
     def clip(self, source: str | None) -> Any:
-        """A CLIP: "demo-clip", a folder, or a Hub id.
-
-        Raises:
-            DitAccelError: the source is Inception, which reads no texts, or cannot be loaded.
-        """
+        """A CLIP: "demo-clip", a folder, or a Hub id; Inception, which reads no texts, is refused."""
         source = source or HUB_CLIP
         if _is_inception(source):
             raise DitAccelError(
-                f"This metric needs a network that reads texts, and {source} does not: give {DEMO_CLIP}, a folder or "
+                f"This metric needs a network that reads texts, and {source} does not. Give {DEMO_CLIP}, a folder or "
                 "a Hub id."
             )
 
@@ -68,7 +60,7 @@ class Networks:
         return self.once(source, load)
 
     def once(self, source: str, load: Callable[[], Any]) -> Any:
-        """What `load` gives, called once for a source."""
+        """The result of `load`, called once for a source."""
         if source not in self._loaded:
             self._loaded[source] = load()
         return self._loaded[source]
@@ -79,11 +71,7 @@ def _is_inception(source: str) -> bool:
 
 
 def require_package(metric: str, package: str) -> None:
-    """Check that a package is installed and can be loaded.
-
-    Raises:
-        DitAccelError: it is missing, with the command that installs it, or its import fails.
-    """
+    """Refuse a package that is missing, with the command that installs it, or that cannot be imported."""
     if not installed((package,)):
         raise DitAccelError(
             f"{metric} needs {package.replace('_', '-')}, which is not installed: "
@@ -94,22 +82,22 @@ def require_package(metric: str, package: str) -> None:
     except (ImportError, OSError, RuntimeError) as error:  # a build for another torch raises any of these
         raise DitAccelError(
             f"{metric} needs {package.replace('_', '-')}, which is installed but cannot be loaded "
-            f"({first_line(error)}); install the build that belongs to this torch."
+            f"({first_line(error)}). Install its build for this torch."
         ) from error
 
 
 def installed(packages: Iterable[str]) -> bool:
-    """Whether all of them are; none is imported."""
+    """Whether all of them are installed; none is imported."""
     return all(importlib.util.find_spec(package) is not None for package in packages)
 
 
 @dataclass(frozen=True)
 class Preparation:
-    """How frames become the image tower's input; the words of a ``preprocessor_config.json``."""
+    """The image tower's preprocessing, in the words of a ``preprocessor_config.json``."""
 
-    shortest_edge: int | None  # scale the shorter side to this, or
-    size: tuple[int, int] | None  # both sides, height and width, to these
-    crop: tuple[int, int] | None  # then cut this much out of the middle
+    shortest_edge: int | None  # length of the shorter side, or
+    size: tuple[int, int] | None  # height and width
+    crop: tuple[int, int] | None  # size of the middle that is then cut out
     mean: tuple[float, ...]
     std: tuple[float, ...]
 
@@ -159,7 +147,7 @@ class Clip:
         try:
             config = AutoConfig.from_pretrained(place)
             if config.model_type != "clip":
-                raise DitAccelError(f"{place} holds a model of type {config.model_type!r}; give one of type 'clip'.")
+                raise DitAccelError(f"{place} holds a model of type {config.model_type!r}. Give one of type 'clip'.")
             model = CLIPModel.from_pretrained(place, dtype=dtype, use_safetensors=True).to(device)
             tokenizer = AutoTokenizer.from_pretrained(place)
             prepare = read_preparation(place)
@@ -182,7 +170,7 @@ class Clip:
 
     @torch.no_grad()
     def texts(self, texts: list[str]) -> Tensor:
-        """Unit vectors, float32 [N, D]; what is longer than the model's context is cut off."""
+        """Unit vectors, float32 [N, D]; texts are cut off at the model's context."""
         limit = self.model.config.text_config.max_position_embeddings
         tokens = self.tokenizer(texts, padding=True, truncation=True, max_length=limit, return_tensors="pt")
         out = self.model.text_model(**tokens.to(self.device))
@@ -190,14 +178,16 @@ class Clip:
 
     @torch.no_grad()
     def features(self, frames: Tensor) -> Tensor:
-        """What the image tower pools before its projection, float32 [N, F]; for FID and KID."""
+        """The image tower's pooled output before its projection, float32 [N, F]; for FID and KID."""
         return torch.cat([out.pooler_output for out in self._tower(frames)]).float()
 
     @torch.no_grad()
     def layers(self, frames: Tensor) -> list[Tensor]:
-        """The image tower's activations after each of its layers, float32 [N, C, h, w], a place for each patch."""
+        """The image tower's activations behind each of its layers, float32 [N, C, h, w], a place for each patch."""
         batches = [out.hidden_states[1:] for out in self._tower(frames, output_hidden_states=True)]
-        return [_as_picture(torch.cat(layer).float()) for layer in zip(*batches, strict=True)]
+        layers = [torch.cat(layer).float()[:, 1:] for layer in zip(*batches, strict=True)]  # without the class token
+        side = math.isqrt(layers[0].shape[1])  # CLIP's pictures are square
+        return [layer.transpose(1, 2).unflatten(2, (side, side)) for layer in layers]
 
     def _tower(self, frames: Tensor, **options: Any) -> list[Any]:
         if frames.ndim != 4 or frames.shape[1] != 3:
@@ -206,17 +196,8 @@ class Clip:
         return [self.model.vision_model(pixel_values=part, **options) for part in pixels]
 
 
-def _as_picture(hidden: Tensor) -> Tensor:
-    """[N, 1 + h·w, C] with the class token first to [N, C, h, w]; CLIP's pictures are square."""
-    side = math.isqrt(hidden.shape[1] - 1)
-    return hidden[:, 1:].transpose(1, 2).unflatten(2, (side, side))
-
-
 def read_preparation(source: str) -> Preparation:
-    """The preparation that a folder's or hub id's ``preprocessor_config.json`` describes.
-
-    Its rescaling by 1/255 falls away: our frames are in [0, 1].
-    """
+    """The preparation in a folder's or hub id's ``preprocessor_config.json``, without its rescaling by 1/255."""
     from transformers.image_processing_utils import ImageProcessingMixin
 
     config, _ = ImageProcessingMixin.get_image_processor_dict(source)
@@ -235,11 +216,7 @@ def read_preparation(source: str) -> Preparation:
 
 
 class Inception:
-    """torch-fidelity's port of the Inception v3 that FID was defined with, as torchmetrics runs it.
-
-    Attributes:
-        name: "inception".
-    """
+    """torch-fidelity's port of FID's Inception v3, from torchmetrics."""
 
     name = INCEPTION
 
@@ -248,11 +225,7 @@ class Inception:
 
     @classmethod
     def load(cls, device: torch.device, weights: Path | None = None) -> Inception:
-        """Load it.
-
-        Args:
-            device: where it runs.
-            weights: a local file; if None, torch-fidelity fetches them once.
+        """Load it with weights from a local file; if None, torch-fidelity fetches them once.
 
         Raises:
             DitAccelError: torch-fidelity is missing or cannot be loaded, or the weights cannot be read or fetched.

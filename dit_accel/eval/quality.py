@@ -25,7 +25,7 @@ from dit_accel.generation import call, captioned, prompts, sources
 from dit_accel.generation.choice import MethodChoice
 from dit_accel.generation.processes import ProcessRank
 from dit_accel.generation.provenance import machine, versions
-from dit_accel.generation.sampling import check_seeds
+from dit_accel.generation.sampling import check_seeds, hide_bars
 
 if TYPE_CHECKING:
     import torch
@@ -82,8 +82,8 @@ def run(request: EvalRequest) -> tuple[Summary | None, list[str]]:
     with hold(request.output) if process.main else contextlib.nullcontext() as kept:
         if kept is False:
             print(f"{request.output} has no locks; start no other evaluation into it.", file=sys.stderr)
-        pipe = request.load_pipe(source, dtype, device)
-        pipe.set_progress_bar_config(disable=True)
+        pipe = request.load_pipe(source, dtype, device, {"prompt": "", **arguments({})})
+        hide_bars(pipe)
         results = Results(request.output, process.index)
         results.read()
         for place in results.damaged if process.main else ():

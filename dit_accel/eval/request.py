@@ -15,11 +15,7 @@ MOST_SEEDS = 10_000  # each is a sample of every method and prompt
 
 
 def parse_seeds(text: str) -> tuple[int, ...]:
-    """Numbers and spans of numbers with commas between them.
-
-    Raises:
-        DitAccelError: the text is not that, or they are too many.
-    """
+    """Numbers and spans of numbers with commas between them."""
     found: list[range] = []
     for part in text.split(","):
         span = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part)

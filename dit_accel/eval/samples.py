@@ -102,11 +102,7 @@ class Results:
         self.damaged: list[str] = []
 
     def read(self) -> None:
-        """Read what is there; `damaged` names the lines that are no rows, whose samples will be made again.
-
-        Raises:
-            DitAccelError: a file cannot be read.
-        """
+        """Read what is there; `damaged` names the lines that are no rows, whose samples will be made again."""
         for path in sorted(self.folder.glob("results*.jsonl")):
             try:
                 content = path.read_bytes()
@@ -127,11 +123,7 @@ class Results:
         self.rows[row["key"]] = row
 
     def rewrite(self, rows: Iterable[Row]) -> None:
-        """Put these rows first, in this order, and whatever else is known behind them, into one file.
-
-        Raises:
-            DitAccelError: it cannot be written.
-        """
+        """Put these rows first, in this order, and whatever else is known behind them, into one file."""
         ordered = {row["key"]: row for row in rows}
         ordered |= {key: row for key, row in self.rows.items() if key not in ordered}
         path = self.folder / RESULTS

@@ -1,4 +1,4 @@
-"""From samples to figures: every metric of every method, by torchmetrics, on one process or on several."""
+"""Scores samples: every metric of every method, by torchmetrics, on one or several processes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from dit_accel.generation.processes import ProcessRank
 if TYPE_CHECKING:
     import torchmetrics
 
-Figure = dict[str, Any]  # "value"; "interval" and "samples" where it is an average over samples
+Figure = dict[str, Any]  # "value"; an average over samples also has "interval" and "samples"
 RESAMPLES = 2000  # of the bootstrap
 CHUNK = 1 << 22  # numbers held at once
 
@@ -27,9 +27,9 @@ def average(values: Sequence[float], prompts: int, *, decibels: bool) -> Figure:
     """Mean, its 95 % interval (None for one prompt) and the number of samples.
 
     Args:
-        values: one for each sample, prompt by prompt, as many of each.
-        prompts: how many there are.
-        decibels: the mean is that of the mean squared errors, as if all samples were one.
+        values: one for each sample, prompt by prompt, equally many of each.
+        prompts: their number.
+        decibels: average mean squared errors, as if all samples were one.
     """
     single = [10 ** (-value / 10) for value in values] if decibels else values
     mean = math.fsum(single) / len(values)
@@ -47,13 +47,13 @@ def _decibels(error: float) -> float:
 def bootstrap(
     statistic: Callable[..., np.ndarray], prompts: int, *values: Sequence[float] | np.ndarray
 ) -> tuple[float, float] | None:
-    """The percentile interval of 95 % of a statistic when the prompts are drawn again, always the same way.
+    """The 95 % percentile interval of a statistic over resampled prompts, with fixed draws; None for one prompt.
 
     Samples of one prompt stay together, because they are not independent (Efron and Tibshirani 1993, chapter 13).
 
     Args:
         statistic: from arrays [draws, prompts, samples of each] to [draws].
-        prompts: how many there are; one has no interval.
+        prompts: their number.
         values: for each argument of the statistic, one number a sample, prompt by prompt.
     """
     if prompts < 2:
@@ -67,7 +67,7 @@ def bootstrap(
 
 
 def plain(value: Any) -> Any:
-    """A value for JSON, which knows no infinity: that is the word "inf"."""
+    """A value for JSON, with "inf" for infinity."""
     if isinstance(value, (dict, list, tuple)):
         return {name: plain(item) for name, item in value.items()} if isinstance(value, dict) else [*map(plain, value)]
     return "inf" if value == math.inf else value
@@ -79,7 +79,7 @@ def as_tensor(frames: np.ndarray, device: torch.device) -> torch.Tensor:
 
 
 def features_of(metric: ChosenMetric, device: torch.device) -> int:
-    """How many features the network of a metric gives for an image."""
+    """The number of features of a metric's network for an image."""
     return int(metric.network.features(torch.zeros(1, 3, 64, 64, device=device)).shape[1])
 
 
@@ -91,28 +91,26 @@ def score(
     process: ProcessRank,
     device: torch.device,
 ) -> dict[str, tuple[dict[str, list[float]], dict[str, Figure]]]:
-    """Score all methods.
+    """Score all methods: by label, the values of each sample by metric, and the figures.
 
-    Torchmetrics brings together what the processes have, in the order of the processes: a value per sample is kept by
-    its `CatMetric`, a metric of whole sets is one of its own.
+    Torchmetrics gathers the processes' values in their order: its `CatMetric` a value per sample, its own metrics those
+    of whole sets.
 
     Args:
         metrics: to score.
         labels: of the methods, the baseline first.
-        samples: the prompt of each, and what reads the frames of a label: uint8 [F, H, W, 3]. They come prompt by
-            prompt, with as many seeds each.
+        samples: the prompt of each, and a function that reads a label's frames, uint8 [F, H, W, 3]. They come prompt by
+            prompt, with equally many seeds.
         media: the real set; if empty, it is the baseline's frames.
-        process: whose share of the work is done here; all processes call this together.
-        device: where the networks and sums are.
-
-    Returns:
-        By label: the values of each sample by metric, and the figures.
+        process: does its share of the work; all processes call this together.
+        device: of networks and sums.
     """
     collected: dict[tuple[str, str], torchmetrics.Metric] = {}
     for metric in metrics:
         features = 0 if metric.declared.collect is None else features_of(metric, device)
         for label in labels:
-            made = (metric.declared.collect or _values)(features)
+            collect = metric.declared.collect
+            made = CatMetric(nan_strategy="error").set_dtype(torch.float64) if collect is None else collect(features)
             collected[label, metric.name] = made.to(device)
     sets = [metric for metric in metrics if metric.declared.collect is not None]
     for prompt, read in process.share(samples):
@@ -123,7 +121,7 @@ def score(
             for metric in metrics:
                 if metric.declared.score is not None:
                     value = metric.declared.score(sample, metric.network)
-                    # In a row: torchmetrics gathers a lone scalar in another shape than several.
+                    # as a row: torchmetrics gathers a lone scalar in another shape than several
                     collected[label, metric.name].update(torch.tensor([value], dtype=torch.float64))
                     continue
                 collected[label, metric.name].update(sample.features(metric.network), real=False)
@@ -150,7 +148,3 @@ def score(
             figures[metric.name] = average(values[metric.name], prompts, decibels=metric.declared.decibels)
         scored[label] = values, figures
     return scored
-
-
-def _values(features: int) -> torchmetrics.Metric:
-    return CatMetric(nan_strategy="error").set_dtype(torch.float64)

@@ -28,7 +28,7 @@ from dit_accel.generation.request import MethodOptions
 from dit_accel.registry import did_you_mean
 
 SUITES = Path(__file__).parent / "suites"
-METHOD_KEYS = ("method", "load", "dense_steps", "dense_last_steps", "dense_layers")
+METHOD_KEYS = ("method", "load", "dense_steps", "dense_last_steps", "dense_layers", "dense_backend")
 
 
 def built_in() -> list[str]:

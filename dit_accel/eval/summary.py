@@ -172,6 +172,8 @@ def _command(done: Evaluation, candidate: Candidate) -> list[str]:
         schedule = dataclasses.asdict(choice.schedule)
         schedule = {name: value for name, value in schedule.items() if value != getattr(Schedule(), name)}
         given |= {"method": choice.title} | schedule
+    if choice is not None and choice.dense_backend is not None:
+        given["dense_backend"] = choice.dense_backend
     command = ["dit-accel", "generate"]
     for name, value in given.items():
         option = f"--{name.replace('_', '-')}"

@@ -20,7 +20,7 @@ from dit_accel.files import replace_file
 from dit_accel.generation import call
 from dit_accel.generation.choice import MethodChoice
 from dit_accel.generation.provenance import ROOT
-from dit_accel.generation.sampling import sample
+from dit_accel.generation.sampling import progress_bar, sample
 from dit_accel.generation.sources import read_json
 from dit_accel.generation.stopwatch import attention_time
 from dit_accel.hooks.schedule import Schedule
@@ -28,6 +28,7 @@ from dit_accel.hooks.schedule import Schedule
 if TYPE_CHECKING:
     import torch
     from diffusers import DiffusionPipeline
+    from rich.progress import Progress
 
     from dit_accel.hooks.report import Report
 
@@ -67,6 +68,8 @@ def label(choice: MethodChoice) -> str:
     """The choice as a user types it, with its schedule and the folder it was loaded from."""
     schedule, default = dataclasses.asdict(choice.schedule), dataclasses.asdict(Schedule())
     parts = [choice.title, *(f"{name}={value}" for name, value in schedule.items() if value != default[name])]
+    if choice.dense_backend is not None:
+        parts.append(f"dense_backend={choice.dense_backend}")
     return " ".join(parts if choice.folder is None else [*parts, f"from {choice.folder.name}"])
 
 
@@ -118,13 +121,18 @@ class Sweep:
         return self.baselines if candidate.choice is None else self.samples
 
     def run(self, candidates: Sequence[Candidate], items: Sequence[PromptSeed]) -> None:
-        """Make every sample that is not there, one line on stderr for each."""
-        total = len(candidates) * len(items)
+        """Make every sample that is not there, under one progress bar on stderr."""
+        total, missing = len(candidates) * len(items), []
         for number, (item, candidate) in enumerate(itertools.product(items, candidates), 1):
             key = self.key(candidate, item)
             if not self._is_there(candidate, key):
-                title = f"{number}/{total} {candidate.label}"
-                self.results.add(self._make(candidate, item, key, title))
+                missing.append((candidate, item, key, f"{number}/{total} {candidate.label}"))
+        if missing:
+            with progress_bar() as progress:
+                done = progress.add_task("all samples", total=len(missing))
+                for candidate, item, key, title in missing:
+                    self.results.add(self._make(candidate, item, key, title, progress))
+                    progress.advance(done)
 
     def attention(
         self, candidate: Candidate, item: PromptSeed, chosen: attention.MapChoice, folder: Path
@@ -165,16 +173,16 @@ class Sweep:
             return True
         return known is not None
 
-    def _make(self, candidate: Candidate, item: PromptSeed, key: str, title: str) -> Row:
+    def _make(self, candidate: Candidate, item: PromptSeed, key: str, title: str, progress: Progress) -> Row:
         arguments = self.arguments(candidate) | {"prompt": item.prompt}
         self._warm_up(candidate, arguments)
         accel = None if candidate.choice is None else candidate.choice.apply(self.pipe)
         try:
             if self.compile:
-                made, attention = sample(self.pipe, arguments, item.seed, title, self.device), None
+                made, attention = sample(self.pipe, arguments, item.seed, title, self.device, progress), None
             else:
                 with attention_time(self.pipe, self.device) as watch:
-                    made = sample(self.pipe, arguments, item.seed, title, self.device)
+                    made = sample(self.pipe, arguments, item.seed, title, self.device, progress)
                 attention = watch.seconds
         finally:
             if accel is not None:

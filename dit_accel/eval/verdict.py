@@ -1,8 +1,8 @@
-"""What to use, from the rows of an evaluation: the best setting under each limit, with the command that runs it.
+"""The verdict of an evaluation: the best setting under each limit, with its command.
 
-A setting is a candidate if it attends to fewer pairs than dense attention and is surely faster than the baseline: the
-95 % interval of its speed-up lies above 1. Without limits the verdict names the fastest candidate within 1 dB of the
-best, and the best one that is at least 1.5 times as fast.
+A setting is a candidate if it attends to fewer pairs than dense attention, and the 95 % interval of its speed-up lies
+above 1. Without limits the verdict has two answers: the fastest candidate within 1 dB of the best, and the best one at
+least 1.5 times as fast.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from dit_accel.eval.report import fields
 WITHIN = 1.0  # dB
 SPEED = 1.5
 Row = dict[str, Any]
-Line = dict[str, Any]  # "text", and "row" and "command" of the setting that it names, if it names one
+Line = dict[str, Any]  # "text"; if it names a setting, also its "row" and "command"
 
 
 def decide(rows: Sequence[Row], metrics: Sequence[dict[str, Any]], limits: Sequence[Limit], tokens: int) -> list[Line]:
@@ -26,12 +26,13 @@ def decide(rows: Sequence[Row], metrics: Sequence[dict[str, Any]], limits: Seque
 
     Args:
         rows: of the summary, the baseline first.
-        metrics: of the summary; the first one measured in dB, or else the first one, says which setting is better.
-        limits: to choose under; if there are none, the questions are those of this module's first paragraph.
-        tokens: of the attention's sequence, for a run in which nothing gains.
+        metrics: of the summary; the first one in dB, or else the first one, decides which setting is better.
+        limits: to choose under.
+        tokens: of the attention's sequence.
     """
     main = next((metric for metric in metrics if metric["unit"] == "dB"), metrics[0] if metrics else None)
-    gaining = [row for row in rows[1:] if _gains(row)]
+    sure = {row["label"]: (row.get("speedup_interval") or [row["speedup"]])[0] for row in rows}
+    gaining = [row for row in rows[1:] if row["density"] < 1 and sure[row["label"]] > 1]
     if not gaining:
         return [{"text": _nothing_gains(rows, tokens)}]
     if limits:
@@ -47,11 +48,6 @@ def decide(rows: Sequence[Row], metrics: Sequence[dict[str, Any]], limits: Seque
     return [*lines, _under([Limit("speedup", ">=", SPEED)], gaining, main)]
 
 
-def _gains(row: Row) -> bool:
-    interval = row.get("speedup_interval")
-    return bool(row["density"] < 1 and (row["speedup"] if interval is None else interval[0]) > 1)
-
-
 def _under(limits: Sequence[Limit], gaining: Sequence[Row], main: dict[str, Any] | None) -> Line:
     """The best row that holds the limits: the fastest, or by the main metric if they ask for speed alone."""
     said = " and ".join(map(str, limits))
@@ -59,9 +55,8 @@ def _under(limits: Sequence[Limit], gaining: Sequence[Row], main: dict[str, Any]
     if not holding:
         return {"text": f"No setting that gains holds {said}; the fastest is {_figures(_fastest(gaining), main)}."}
     if main is not None and all(limit.figure in gates.FIGURES for limit in limits):
-        return _line(
-            f"The best with {said}", max(holding, key=lambda row: (_goodness(row, main), row["speedup"])), main
-        )
+        best = max(holding, key=lambda row: (_goodness(row, main), row["speedup"]))
+        return _line(f"The best with {said}", best, main)
     return _line(f"The fastest with {said}", _fastest(holding), main)
 
 
@@ -70,7 +65,7 @@ def _fastest(rows: Sequence[Row]) -> Row:
 
 
 def _goodness(row: Row, metric: dict[str, Any]) -> float:
-    """A figure of which more is better; a missing one is the worst."""
+    """A figure with the sign that makes more better; a missing one is the worst."""
     value = fields.value_of(row, metric)
     return -math.inf if value is None else value if metric["better"] == "higher" else -value
 
@@ -90,10 +85,10 @@ def _figures(row: Row, main: dict[str, Any] | None) -> str:
 
 
 def _nothing_gains(rows: Sequence[Row], tokens: int) -> str:
-    """That nothing gains, and from how many tokens on something would.
+    """That nothing gains, and the number of tokens from which something would.
 
-    Where a method's attention takes A' seconds and the rest of its loop R', and the baseline's A and R, s times the
-    tokens make that A' s² + R' s and A s² + R s: the method gains from s = (R' - R) / (A - A') on.
+    Let a method's attention take A' seconds and the rest of its loop R', the baseline's A and R. With s times the
+    tokens they take A' s² + R' s and A s² + R s. So the method gains from s = (R' - R) / (A - A').
     """
     sparse = [row for row in rows[1:] if row["density"] < 1]
     if not sparse:
@@ -102,31 +97,18 @@ def _nothing_gains(rows: Sequence[Row], tokens: int) -> str:
     said = f"Nothing gains for sure at {tokens:,} tokens: the fastest is {_figures(fastest, None)}."
     if base["attention_seconds"] is None:
         return f"{said} A run without --compile also tells from which length on one would."
-    attention, rest = (
-        {row["label"]: _seconds(row)[part] for row in (base, *sparse) if row["attention_seconds"]} for part in (0, 1)
-    )
+    timed = [row for row in (base, *sparse) if row["attention_seconds"]]
+    attention = {row["label"]: row["attention_seconds"]["p50"] for row in timed}
+    rest = {row["label"]: row["loop_seconds"]["p50"] - attention[row["label"]] for row in timed}
     lengths = {
         label: (rest[label] - rest[base["label"]]) / (attention[base["label"]] - own)
         for label, own in attention.items()
         if own < attention[base["label"]]
     }
     if not lengths:
-        return (
-            f"{said} No setting's attention is faster than dense attention here; try a longer video or more sparsity."
-        )
+        return f"{said} No setting's attention is faster than dense attention; try a longer video or more sparsity."
     label = min(lengths, key=lambda name: lengths[name])
     if lengths[label] <= 1:
         return f"{said} The difference is within this run's noise; take more prompts or a longer video."
-    return f"{said} By these times {label} would gain from about {_round(lengths[label] * tokens):,} tokens on."
-
-
-def _seconds(row: Row) -> tuple[float, float]:
-    """Medians of attention and of the rest of the loop."""
-    attention = row["attention_seconds"]["p50"]
-    return attention, row["loop_seconds"]["p50"] - attention
-
-
-def _round(count: float) -> int:
-    """To two digits."""
-    digits = max(0, math.floor(math.log10(count)) - 1)
-    return round(count / 10**digits) * 10**digits
+    count = float(f"{lengths[label] * tokens:.1e}")  # two digits
+    return f"{said} By these times {label} would gain from about {count:,.0f} tokens on."

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from dit_accel.train.data import Dataset
     from dit_accel.train.settings import TrainSettings
 
-# Base models whose licence forbids commercial use of what is derived from them.
+# base models whose licence forbids commercial use of derived models
 NON_COMMERCIAL = {
     "black-forest-labs/FLUX.1-dev": "flux-1-dev-non-commercial-license",
     "black-forest-labs/FLUX.1-Kontext-dev": "flux-1-dev-non-commercial-license",
@@ -30,12 +30,12 @@ QUALITY, LIMITS = "\n## Quality\n\n", "\n\n## Limits\n\n"
 
 @dataclasses.dataclass(frozen=True)
 class Base:
-    """The model that is trained.
+    """The base model.
 
     Args:
         model: embedded name, folder or Hub id.
         revision: on the Hub.
-        licence: of its weights; None if it is not known.
+        licence: of its weights; None if unknown.
     """
 
     model: str
@@ -44,7 +44,7 @@ class Base:
 
     @classmethod
     def of(cls, source: Source) -> Base:
-        """The model of a source; the licence comes from the header of the model card beside it."""
+        """The model of a source, with the licence from its model card's header."""
         if source.kind == "embedded":
             return cls(source.model, licence="apache-2.0")
         path = source.folder / CARD
@@ -57,50 +57,34 @@ class Base:
 def write(
     folder: pathlib.Path, base: Base, accel: Accelerator, settings: TrainSettings, data: Dataset, steps: int
 ) -> None:
-    """Write `README.md`: what was trained, from what and on what, how to use it, and its limits.
-
-    Raises:
-        DitAccelError: the file cannot be written.
-    """
+    """Write `README.md`: base model, data, training, use and limits."""
     replace_file(folder / CARD, text(base, accel, settings, data, steps).encode())
 
 
 def check(folder: pathlib.Path) -> None:
-    """See that `write_quality` could do its work.
-
-    Raises:
-        DitAccelError: the folder has no model card with a section for the quality.
-    """
+    """Refuse a folder without a model card that has a section for the quality."""
     _parts(folder)
 
 
 def write_quality(folder: pathlib.Path, measured: str) -> None:
-    """Put the measured quality into a model card; what was measured before is replaced.
-
-    Args:
-        folder: of a trained accelerator.
-        measured: Markdown without headings.
-
-    Raises:
-        DitAccelError: the folder has no model card with a section for the quality, or it cannot be written.
-    """
+    """Write the measured quality, Markdown without headings, into a model card, in place of an earlier one."""
     before, after = _parts(folder)
     replace_file(folder / CARD, f"{before}{QUALITY}{measured}{LIMITS}{after}".encode())
 
 
 def _parts(folder: pathlib.Path) -> tuple[str, str]:
-    """What stands before and after the measured quality."""
+    """The card's text before and after the measured quality."""
     try:
         before, found, rest = (folder / CARD).read_text(encoding="utf-8").partition(QUALITY)
     except OSError as error:
         raise DitAccelError(
-            f"{folder} has no model card to write into ({CARD}: {error.strerror}); `dit-accel train` makes one."
+            f"{folder} has no model card to write into ({CARD}: {error.strerror}). `dit-accel train` makes one."
         ) from error
     _, limits, after = rest.partition(LIMITS)
     if not found or not limits:
         raise DitAccelError(
-            f"{folder / CARD} lacks the headings {QUALITY.strip()!r} and {LIMITS.strip()!r}, between which the "
-            "measured quality goes; put them in."
+            f"{folder / CARD} lacks the headings {QUALITY.strip()!r} and {LIMITS.strip()!r}. The measured quality goes "
+            "between them; add them."
         )
     return before, after
 
@@ -109,11 +93,7 @@ def text(base: Base, accel: Accelerator, settings: TrainSettings, data: Dataset,
     """The card as Markdown with the Hub's header."""
     licence = NON_COMMERCIAL.get(base.model) or base.licence
     restricted = licence is not None and "non-commercial" in licence.lower()
-    warning = (
-        f"> **Not for commercial use.** The base model's licence ({licence}) covers weights derived from it.\n\n"
-        if restricted
-        else ""
-    )
+    warning = f"> **Not for commercial use.** The base model's licence ({licence}) covers weights derived from it.\n\n"
     kind = f"a LoRA of rank {settings.rank}" if settings.rank else "all weights of the transformer"
     learned = len(accel.learned_weights())
     extra = f", and {accel.method}'s own weights in {learned} layers" if learned else ""
@@ -137,7 +117,7 @@ tags:
 
 # {base.model} with {accel.method} attention
 
-{warning}Fine-tuned for `{accel.config}` by dit_accel: {kind}{extra}; {steps} steps.
+{warning if restricted else ""}Fine-tuned for `{accel.config}` by dit_accel: {kind}{extra}; {steps} steps.
 
 ```python
 import dit_accel

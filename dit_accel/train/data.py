@@ -1,8 +1,8 @@
-"""Training data: latents as a transformer takes them, and the rest of its call, in safetensors shards.
+"""Training data: latents and the other arguments of a transformer's call, in safetensors shards.
 
-A data folder holds `dataset.json` and shards. A sample is its clean latents and the conditioning of the transformer
-call (prompt embeddings, position ids, guidance), both exactly as the pipeline passes them, so training needs neither
-codec nor text encoder and knows no model family. `prepare.py` makes such folders.
+A data folder holds `dataset.json` and shards; `prepare.py` makes it. A sample is its clean latents and the conditioning
+of the transformer call (prompt embeddings, position ids, guidance), exactly as the pipeline passes them. So training
+needs neither codec nor text encoder, and nothing depends on the model family.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ class TrainingSample:
 
     Args:
         latents: float32 [1, ...] (a batch: [B, ...]), noise-free, as the transformer takes them.
-        call: the other arguments of the transformer's call. Tensors of one row a sample have that many rows.
-        prompt: what it shows; of a batch, the prompts.
+        call: the other arguments of the transformer's call; some tensors have one row a sample.
+        prompt: the caption; of a batch, all captions.
     """
 
     latents: torch.Tensor
@@ -42,7 +42,7 @@ class TrainingSample:
 
     @property
     def kind(self) -> str:
-        """Samples of one kind can be batched: tensors of a row a sample have the same shapes, all else is equal."""
+        """Samples of one kind can be batched: tensors with a row a sample agree in shape, and all else is equal."""
         digest = hashlib.sha256(repr(tuple(self.latents.shape)).encode())
         for name, value in sorted(self.call.items()):
             tensor = isinstance(value, torch.Tensor)
@@ -53,33 +53,29 @@ class TrainingSample:
 
 
 def is_row(value: Any) -> bool:
-    """Whether it is a tensor with one row for its one sample."""
+    """Whether a value of one sample's call is a tensor with one row."""
     return isinstance(value, torch.Tensor) and value.ndim > 0 and value.shape[0] == 1
 
 
 def collate(samples: list[TrainingSample]) -> TrainingSample:
-    """Samples of one kind as a batch. Tensors that are not one row a sample (position ids) are taken from the first."""
+    """Samples of one kind as a batch; what has no row a sample, such as position ids, comes from the first."""
     first = samples[0]
     call = {
         name: torch.cat([sample.call[name] for sample in samples]) if is_row(value) else value
         for name, value in first.call.items()
     }
-    return TrainingSample(
-        torch.cat([sample.latents for sample in samples]), call, [sample.prompt for sample in samples]
-    )
+    latents = torch.cat([sample.latents for sample in samples])
+    return TrainingSample(latents, call, [sample.prompt for sample in samples])
 
 
 def write(folder: pathlib.Path, samples: Iterable[TrainingSample], negative: Call, about: Mapping[str, Any]) -> int:
-    """Write a data folder; `dataset.json` comes last, so that a folder that has it is whole.
+    """Write a data folder and return the number of samples. `dataset.json` comes last, so a folder with it is complete.
 
     Args:
-        folder: where to; made if missing.
+        folder: made if missing.
         samples: of one row each.
         negative: conditioning of the empty prompt, for distillation with guidance.
-        about: how the data was made, for people and the model card.
-
-    Returns:
-        The number of samples.
+        about: how the data was made, for the model card.
 
     Raises:
         DitAccelError: there are no samples, or the folder cannot be written.
@@ -93,12 +89,12 @@ def write(folder: pathlib.Path, samples: Iterable[TrainingSample], negative: Cal
         tensors |= {f"{key}.latents": sample.latents} | {f"{key}.{name}": value for name, value in own.items()}
         rows.append({"shard": shards, "kind": sample.kind, "prompt": sample.prompt, "constants": constants})
         if sum(tensor.nbytes for tensor in tensors.values()) >= SHARD_BYTES:
-            _write_shard(folder, shards, tensors)
+            _write_tensors(folder / _shard_name(shards), tensors)
             tensors, shards = {}, shards + 1
     if not rows:
         raise DitAccelError("There is no training data: the source has no samples. Give captioned files or prompts.")
     if tensors:
-        _write_shard(folder, shards, tensors)
+        _write_tensors(folder / _shard_name(shards), tensors)
     own, constants = _split(negative)
     _write_tensors(folder / "negative.safetensors", own)
     index = {"format": FORMAT, "about": dict(about), "negative": constants, "samples": rows}
@@ -114,7 +110,7 @@ class Dataset:
         negative: conditioning of the empty prompt.
 
     Raises:
-        DitAccelError: the folder holds no whole data set.
+        DitAccelError: the folder holds no complete data set.
     """
 
     def __init__(self, folder: pathlib.Path) -> None:
@@ -123,13 +119,13 @@ class Dataset:
             index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
         except OSError as error:
             raise DitAccelError(
-                f"{folder} holds no prepared training data ({INDEX}: {error.strerror}); make it with "
+                f"{folder} holds no prepared training data ({INDEX}: {error.strerror}). Make it with "
                 "`dit-accel train --prepare`."
             ) from error
         except ValueError as error:
-            raise DitAccelError(f"{folder / INDEX} is damaged ({error}); prepare the data again.") from error
+            raise DitAccelError(f"{folder / INDEX} is damaged ({error}). Prepare the data again.") from error
         if not isinstance(index, dict) or index.get("format") != FORMAT or not index.get("samples"):
-            raise DitAccelError(f"{folder / INDEX} is no data set of format {FORMAT} with samples; prepare it again.")
+            raise DitAccelError(f"{folder / INDEX} is no data set of format {FORMAT} with samples. Prepare it again.")
         self.about: dict[str, Any] = index["about"]
         self._rows: list[dict[str, Any]] = index["samples"]
         self.negative: Call = index["negative"] | self._tensors("negative.safetensors", "")
@@ -140,11 +136,10 @@ class Dataset:
     def __getitem__(self, index: int) -> TrainingSample:
         row = self._rows[index]
         tensors = self._tensors(_shard_name(row["shard"]), f"{index}.")
-        latents = tensors.pop("latents").float()
-        return TrainingSample(latents, row["constants"] | tensors, row["prompt"])
+        return TrainingSample(tensors.pop("latents").float(), row["constants"] | tensors, row["prompt"])
 
     def kinds(self) -> list[str]:
-        """Of all samples, in order; see `TrainingSample.kind`."""
+        """`TrainingSample.kind` of all samples, in order."""
         return [row["kind"] for row in self._rows]
 
     def _tensors(self, name: str, prefix: str) -> dict[str, torch.Tensor]:
@@ -154,16 +149,15 @@ class Dataset:
             with safe_open(self.folder / name, "pt") as file:
                 return {key.removeprefix(prefix): file.get_tensor(key) for key in file.keys() if key.startswith(prefix)}
         except (OSError, SafetensorError) as error:
-            raise DitAccelError(
-                f"{self.folder / name} is missing or damaged ({error}); prepare the data again."
-            ) from error
+            file = self.folder / name
+            raise DitAccelError(f"{file} is missing or damaged ({error}). Prepare the data again.") from error
 
 
 class Order:
-    """Which samples each micro-batch holds: a function of seed and position alone, so that any run can go on anywhere.
+    """The samples of each micro-batch: a function of seed and position alone, so a run can resume anywhere.
 
-    Every epoch is a new permutation; samples of one kind are cut into batches, and what is left over of a kind waits
-    for the next epoch's permutation. A kind with fewer samples than a batch is repeated to fill one.
+    Every epoch is a new permutation, in which the samples of each kind are cut into batches. An epoch leaves out the
+    rest of a kind. A kind with fewer samples than a batch is repeated to fill one.
 
     Args:
         kinds: of each sample.
@@ -198,9 +192,8 @@ class Order:
 
 def _split(call: Call) -> tuple[dict[str, torch.Tensor], Call]:
     """The tensors of a call, and its other arguments, which must be plain JSON values."""
-    tensors = {
-        name: value.detach().cpu().contiguous() for name, value in call.items() if isinstance(value, torch.Tensor)
-    }
+    given = {name: value for name, value in call.items() if isinstance(value, torch.Tensor)}
+    tensors = {name: value.detach().cpu().contiguous() for name, value in given.items()}
     constants = {name: value for name, value in call.items() if name not in tensors}
     try:
         plain = json.loads(json.dumps(constants))
@@ -213,11 +206,7 @@ def _shard_name(index: int) -> str:
     return f"{index:05d}.safetensors"
 
 
-def _write_shard(folder: pathlib.Path, index: int, tensors: dict[str, torch.Tensor]) -> None:
-    _write_tensors(folder / _shard_name(index), {name: value.contiguous() for name, value in tensors.items()})
-
-
 def _write_tensors(file: pathlib.Path, tensors: dict[str, torch.Tensor]) -> None:
     from safetensors.torch import save
 
-    replace_file(file, save(tensors))
+    replace_file(file, save({name: value.contiguous() for name, value in tensors.items()}))

@@ -1,4 +1,4 @@
-"""A training from its options to its folder: what can be refused is refused before the first weight is loaded."""
+"""A training run from its options to its folder; errors in the request come before any weight is loaded."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import pathlib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from dit_accel.errors import DitAccelError
 from dit_accel.generation import sources
 from dit_accel.generation.call import placement
 from dit_accel.generation.processes import meet
@@ -21,10 +22,10 @@ if TYPE_CHECKING:
 
 
 def run(request: TrainRequest) -> list[str]:
-    """Prepare data, train or search, and say what was done.
+    """Prepare data, train or search, and return lines that state the results.
 
     Raises:
-        DitAccelError: something asked for cannot be done, or training had to stop; checkpoints stay.
+        DitAccelError: the request cannot be carried out, or training had to stop; checkpoints stay.
     """
     import torch
 
@@ -34,6 +35,11 @@ def run(request: TrainRequest) -> list[str]:
     request.data.check()
     candidates = [] if run.search is None else run.candidate_settings(request.train.method)
     source = sources.find(run.model, run.revision)
+    if source.modular:
+        raise DitAccelError(
+            f"{run.model} is a modular pipeline, which generate and eval take and train does not; give a pipeline with "
+            f"a {sources.INDEX}."
+        )
     sizes = source.sizes()
     shape = sizes.chosen(request.data.frames, request.data.height, request.data.width)
     size = {"height": shape[1], "width": shape[2]} | ({"num_frames": shape[0]} if sizes.video else {})

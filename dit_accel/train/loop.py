@@ -6,6 +6,7 @@ A run writes to one folder: `losses.jsonl`, `checkpoints/`, `validation/`, and a
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import pathlib
@@ -25,7 +26,7 @@ from dit_accel.train import card, state
 from dit_accel.train.card import Base
 from dit_accel.train.data import Dataset, Order, TrainingSample, collate
 from dit_accel.train.distill import LevelSegments
-from dit_accel.train.networks import TrainingNetworks, copy_of, expanded
+from dit_accel.train.networks import TrainingNetworks, expanded
 from dit_accel.train.objectives import NEEDS_TEACHER, OBJECTIVES
 from dit_accel.train.prepare import Preparer, find_transformer
 from dit_accel.train.process import process_of
@@ -52,25 +53,21 @@ def train(
 ) -> pathlib.Path:
     """Fine-tune a pipeline's transformer while a method computes its attention.
 
-    Afterwards the trained accelerator is active in the pipeline. Its `remove` leaves the trained LoRA or weights in
-    place; load the result into a fresh pipeline to be able to remove both. Under `accelerate launch` every process
-    calls this.
+    The trained accelerator is active afterwards. Its `remove` leaves the trained LoRA or weights in place; a fresh
+    pipeline that loads the result can remove both. Under `accelerate launch` every process calls this.
 
     Args:
-        pipe: the pipeline, on the device to train on, not accelerated.
+        pipe: the dense pipeline, on the device to train on.
         settings: of the run.
         data: folder that `prepare.py` made.
-        output: folder of the run; see the module.
+        output: folder of the run, which is returned; see the module.
         base: the model that the pipeline was loaded from.
-        validation: what to generate during the run.
-        call: arguments of the pipeline's call that the result is for; saved with it.
-
-    Returns:
-        `output`.
+        validation: samples to generate during the run.
+        call: arguments of the pipeline's calls after training; saved with the result.
 
     Raises:
-        DitAccelError: the data, the model or the settings do not fit; the loss is not a number; or the disk is full.
-            Earlier checkpoints stay.
+        DitAccelError: data, model and settings do not fit, the loss is not finite, or the disk is full. Earlier
+            checkpoints stay.
     """
     trainer = Trainer(pipe, settings, Dataset(pathlib.Path(data)), pathlib.Path(output), base, validation)
     trainer.run()
@@ -117,7 +114,8 @@ class Trainer:
         family = find_transformers(self.pipe)[0]["transformer"][1]
         lora = settings.rank > 0
         needs_teacher = {*NEEDS_TEACHER, "consistency"} & settings.objectives.keys()
-        teacher = copy_of(self.transformer) if needs_teacher and not lora else None
+        copied = needs_teacher and not lora
+        teacher = copy.deepcopy(self.transformer).requires_grad_(False).eval() if copied else None
         method = (
             {"layer_schedule": settings.layer_schedule}
             if settings.layer_schedule is not None
@@ -171,14 +169,10 @@ class Trainer:
         ]
 
     def run(self) -> None:
-        """Train to the last step.
-
-        Raises:
-            DitAccelError: the loss is not a number, or a checkpoint cannot be written.
-        """
+        """Train to the last step."""
         main = self.hf.is_main_process
         curve = state.LossCurve(self.output / "losses.jsonl", self.step) if main else None
-        stop = StopSignal(hold=self.hf.num_processes == 1)  # other processes would not know of the checkpoint
+        stop = StopSignal(hold=self.hf.num_processes == 1)  # a checkpoint needs all processes
         began, first, settings = time.monotonic(), self.step, self.settings
         with progress_bar("training: loss {task.fields[loss]}, {task.fields[pace]} steps/s", show=main) as bar, stop:
             task = bar.add_task("", total=settings.steps, completed=first, loss="-", pace="-")
@@ -198,7 +192,7 @@ class Trainer:
             curve.close()
 
     def _train_step(self) -> dict[str, float]:
-        """One optimizer step; returns its rate and its losses, averaged over micro-batches and processes."""
+        """Take an optimizer step; return its rate and its losses, averaged over micro-batches and processes."""
         settings = self.settings
         factor = self._rate_factor()
         for group in self.optimizer.param_groups:
@@ -207,7 +201,8 @@ class Trainer:
         for micro in range(settings.accumulation):
             position = (self.step * settings.accumulation + micro) * self.hf.num_processes + self.hf.process_index
             with self.hf.accumulate(self.model):
-                losses = self._losses(self._batch(position), position)
+                batch = collate([self.data[i] for i in self.order[position]])
+                losses = self._losses(batch, position)
                 loss = torch.stack([weight * losses[name] for name, weight in settings.objectives.items()]).sum()
                 self.hf.backward(loss)
                 total += torch.stack([loss, *losses.values()]).detach() / settings.accumulation
@@ -220,11 +215,8 @@ class Trainer:
                 self.optimizer.zero_grad()
         self.step += 1
         self._average()
-        return {
-            "loss": figures[0],
-            **dict(zip(settings.objectives, figures[1:], strict=True)),
-            "rate": settings.rate * factor,
-        }
+        parts = dict(zip(settings.objectives, figures[1:], strict=True))
+        return {"loss": figures[0], **parts, "rate": settings.rate * factor}
 
     def _losses(self, batch: TrainingSample, position: int) -> dict[str, torch.Tensor]:
         """Each objective's loss on a micro-batch. The student's call comes last; see `networks.py`."""
@@ -250,24 +242,21 @@ class Trainer:
                 noisy,
                 index,
                 lambda x, at: self.networks.guided(x, self.process.timestep(at), call, negative, scale),
-                lambda x, at: self.networks.student(self.model, x, self.process.timestep(at), call).prediction,
+                lambda x, at: self.networks.outputs(self.model, x, self.process.timestep(at), call).prediction,
             )
         needs_teacher = set(NEEDS_TEACHER) & self.settings.objectives.keys()
         teacher = self.networks.teacher(noisy, timestep, call) if needs_teacher else None
-        student = self.networks.student(self.model, noisy, timestep, call)
+        student = self.networks.outputs(self.model, noisy, timestep, call)
         return {name: OBJECTIVES[name](student, teacher, target) for name in self.settings.objectives}
-
-    def _batch(self, position: int) -> TrainingSample:
-        return collate([self.data[i] for i in self.order[position]])
 
     def _check(self, loss: float) -> None:
         if math.isfinite(loss):
             return
         checkpoints = state.found(self.output / "checkpoints")
-        kept = f"the last good checkpoint is {checkpoints[-1]}" if checkpoints else "there is no checkpoint yet"
+        kept = f"The last good checkpoint is {checkpoints[-1]}" if checkpoints else "There is no checkpoint yet"
         raise DitAccelError(
-            f"The loss is {loss} at step {self.step + 1}, and was finite before; {kept}. Lower the learning rate "
-            f"({self.settings.rate}) or the gradient clip ({self.settings.clip}), or check the data, and start again."
+            f"The loss is {loss} at step {self.step + 1}. {kept}. Lower the learning rate ({self.settings.rate}) or "
+            f"the gradient clip ({self.settings.clip}), or check the data, and start again."
         )
 
     def _rate_factor(self) -> float:
@@ -296,7 +285,7 @@ class Trainer:
         self.hf.wait_for_everyone()
 
     def _record(self) -> dict[str, Any]:
-        """What a resumed run must have in common with its checkpoint."""
+        """The values that a resumed run and its checkpoint share."""
         settings = {name: value for name, value in self.settings.as_dict().items() if name not in MAY_CHANGE}
         return {
             "settings": settings,
@@ -364,11 +353,11 @@ class Trainer:
 
 def _same_run(checkpoint: pathlib.Path, saved: Mapping[str, Any], present: Mapping[str, Any]) -> None:
     plain = json.loads(json.dumps(present))
-    rows = {**{k: (v, plain[k]) for k, v in saved.items() if k != "settings"}}
+    rows = {k: (v, plain[k]) for k, v in saved.items() if k != "settings"}
     rows |= {name: (value, plain["settings"].get(name)) for name, value in saved["settings"].items()}
     for name, (was, now) in rows.items():
         if was != now:
             raise DitAccelError(
-                f"{checkpoint} belongs to another run: its {name} was {was}, and is {now} now. Give another --output, "
+                f"{checkpoint} belongs to another run: its {name} was {was} and is {now} now. Give another --output, "
                 "or delete that folder to start again."
             )

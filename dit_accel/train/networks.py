@@ -1,15 +1,13 @@
-"""The student and its dense teacher: two ways of calling one transformer, and what is watched inside it.
+"""The student and its dense teacher: two ways of calling one transformer, and the activations recorded in it.
 
-The teacher is the same transformer with its LoRA off and the accelerator paused; where all weights are trained, it is a
-copy from before. A call that is to be differentiated comes last: activations that are recomputed in the backward pass
-run as the accelerator was last told to.
+The teacher is the same transformer with its LoRA off and the accelerator paused. If all weights train, it is a copy of
+the untrained model. The student's call comes last: recomputation in the backward pass follows the accelerator's last
+call.
 """
 
 from __future__ import annotations
 
 import contextlib
-import copy
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -29,13 +27,13 @@ class TrainingNetworks:
         transformer: the student, accelerated by `accel`, with a LoRA if `lora`.
         family: of the transformer.
         accel: the accelerator at work in it.
-        lora: whether adapters are to be off while the transformer is its own teacher.
-        layers: indices of the self-attention modules to watch.
-        hidden: whether to watch what enters the output head.
-        teacher: a copy of the dense model, where all weights train.
+        lora: turn adapters off while the transformer is its own teacher.
+        layers: indices of the self-attention modules whose output is recorded.
+        hidden: record the input of the output head.
+        teacher: a copy of the dense model, if all weights train.
 
     Raises:
-        DitAccelError: the family's timesteps do not follow from the noise level, or the output head is not known.
+        DitAccelError: the family's timesteps do not follow from the noise level, or the output head is unknown.
     """
 
     def __init__(
@@ -49,41 +47,39 @@ class TrainingNetworks:
         hidden: bool = False,
         teacher: nn.Module | None = None,
     ) -> None:
-        self._transformer, self._family, self._accel, self._lora = transformer, family, accel, lora
-        # Where time rises the model predicts the other way round.
+        self._transformer, self._accel, self._lora = transformer, accel, lora
+        # with rising time the model predicts the opposite direction
         if family.timestep_scale is None or family.timestep_rises:
             raise DitAccelError(
                 f"The timestep of {type(transformer).__name__} is not its noise level times a factor, so training does "
-                "not cover it."
+                "not cover it. Train another model."
             )
         if hidden and not hasattr(transformer, "proj_out"):
             raise DitAccelError(
-                f"The objective final watches what enters proj_out, which {type(transformer).__name__} does not have; "
-                "choose another, such as teacher."
+                f"The objective final needs the input of proj_out, which {type(transformer).__name__} does not have. "
+                "Choose another, such as teacher."
             )
         self._scale = family.timestep_scale
         self._teacher = transformer if teacher is None else teacher
         self._sink: Outputs | None = None
         self._handles: list[Any] = []
         for network in {id(module): module for module in (transformer, self._teacher)}.values():
-            self._watch(network, layers, hidden)
-
-    def student(self, model: nn.Module, noisy: torch.Tensor, timestep: torch.Tensor, call: Call) -> Outputs:
-        """The accelerated transformer's outputs.
-
-        Args:
-            model: the transformer as `accelerate` prepared it for several processes.
-            noisy: [B, ...] latents.
-            timestep: [B], in the scheduler's units.
-            call: the other arguments.
-        """
-        return self._run(model, noisy, timestep, call)
+            modules = [module for _, module in family.attentions(network)]
+            self._handles += [modules[index].register_forward_hook(self._see_attention) for index in layers]
+            if hidden:
+                head: Any = network.proj_out
+                self._handles.append(head.register_forward_pre_hook(self._see_hidden))
 
     @torch.no_grad()
     def teacher(self, noisy: torch.Tensor, timestep: torch.Tensor, call: Call) -> Outputs:
-        """The dense base model's outputs, without gradient."""
-        with self._as_teacher():
-            return self._run(self._teacher, noisy, timestep, call)
+        """The dense base model's outputs, without gradient; arguments as for `outputs`."""
+        with contextlib.ExitStack() as stack:
+            if self._teacher is self._transformer:
+                stack.enter_context(self._accel.paused())
+                if self._lora:
+                    self._transformer.disable_adapters()  # type: ignore[operator]
+                    stack.callback(self._transformer.enable_adapters)  # type: ignore[arg-type]
+            return self.outputs(self._teacher, noisy, timestep, call)
 
     def guided(
         self, noisy: torch.Tensor, timestep: torch.Tensor, call: Call, negative: Call, scale: float
@@ -95,17 +91,15 @@ class TrainingNetworks:
         empty = self.teacher(noisy, timestep, negative).prediction
         return empty + scale * (positive - empty)
 
-    @contextlib.contextmanager
-    def _as_teacher(self) -> Iterator[None]:
-        with contextlib.ExitStack() as stack:
-            if self._teacher is self._transformer:
-                stack.enter_context(self._accel.paused())
-                if self._lora:
-                    self._transformer.disable_adapters()  # type: ignore[operator]
-                    stack.callback(self._transformer.enable_adapters)  # type: ignore[arg-type]
-            yield
+    def outputs(self, model: nn.Module, noisy: torch.Tensor, timestep: torch.Tensor, call: Call) -> Outputs:
+        """The outputs of a transformer, such as the accelerated student.
 
-    def _run(self, model: nn.Module, noisy: torch.Tensor, timestep: torch.Tensor, call: Call) -> Outputs:
+        Args:
+            model: the transformer, as Hugging Face accelerate prepared it.
+            noisy: [B, ...] latents.
+            timestep: [B], in the scheduler's units.
+            call: the other arguments.
+        """
         dtype: torch.dtype = self._transformer.dtype  # type: ignore[assignment]
         arguments = {name: placed(value, noisy.device, dtype) for name, value in call.items()}
         self._sink = Outputs(noisy)
@@ -122,16 +116,8 @@ class TrainingNetworks:
         outputs.prediction = prediction.float()
         return outputs
 
-    def _watch(self, network: nn.Module, layers: tuple[int, ...], hidden: bool) -> None:
-        modules = [module for _, module in self._family.attentions(network)]
-        for index in layers:
-            self._handles.append(modules[index].register_forward_hook(self._see_attention))
-        if hidden:
-            head: Any = network.proj_out
-            self._handles.append(head.register_forward_pre_hook(self._see_hidden))
-
     def close(self) -> None:
-        """Watch no longer: the model is without our hooks, and the teacher is let go."""
+        """Remove the hooks from the model."""
         for handle in self._handles:
             handle.remove()
 
@@ -144,18 +130,13 @@ class TrainingNetworks:
             self._sink.hidden = args[0]
 
 
-def copy_of(transformer: nn.Module) -> nn.Module:
-    """A frozen copy, to be the teacher of a student whose weights all change."""
-    return copy.deepcopy(transformer).requires_grad_(False).eval()
-
-
 def placed(value: Any, device: torch.device, dtype: torch.dtype) -> Any:
-    """A tensor on the device, in the dtype if it is a floating one; anything else as it is."""
+    """A tensor on the device, in the dtype if it is floating point; any other value unchanged."""
     if not isinstance(value, torch.Tensor):
         return value
     return value.to(device, dtype if value.is_floating_point() else value.dtype)
 
 
 def expanded(call: Call, batch: int) -> Call:
-    """A conditioning of one row for a batch: its tensors of one row are repeated."""
+    """The conditioning of one sample repeated for a batch."""
     return {name: value.expand(batch, *value.shape[1:]) if is_row(value) else value for name, value in call.items()}

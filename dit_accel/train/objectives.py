@@ -1,7 +1,7 @@
-"""What training minimises: one small function each, combined by weights.
+"""Training objectives, combined by weights.
 
-Every objective takes what the student and the dense teacher gave for the same noisy sample, and returns a float32
-scalar. The student's and teacher's `Outputs` hold what `NEEDS` says an objective looks at.
+An objective takes the outputs of the student and of the dense teacher for the same noisy sample, and the target of the
+noise process. It returns a float32 scalar.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from dit_accel.registry import did_you_mean
 
 @dataclasses.dataclass
 class Outputs:
-    """What one transformer call gave.
+    """The outputs of one transformer call.
 
     Args:
         prediction: float32, in the shape of the latents.
-        attention: output of each watched self-attention module, [B, N, C]; joint ones also give their text's.
-        hidden: what enters the output head, [B, N, C]; None if not watched.
+        attention: outputs of the recorded self-attention modules, [B, N, C]; joint ones have a second one for text.
+        hidden: input of the output head, [B, N, C]; None if not recorded.
     """
 
     prediction: torch.Tensor
@@ -51,8 +51,7 @@ def teacher(student: Outputs, teacher: Outputs | None, target: torch.Tensor) -> 
 def attention(student: Outputs, teacher: Outputs | None, target: torch.Tensor) -> torch.Tensor:
     """Squared error of the attention outputs over the teacher's mean square, averaged over the watched layers.
 
-    Source: CLEAR (arXiv:2412.16112) and STA use the plain squared error; relative to each layer's size, layers count
-    alike.
+    Source: CLEAR (arXiv:2412.16112) and STA use the plain squared error. Dividing it gives all layers the same weight.
     """
     assert teacher is not None
     pairs = zip(student.attention, teacher.attention, strict=True)
@@ -60,7 +59,7 @@ def attention(student: Outputs, teacher: Outputs | None, target: torch.Tensor) -
 
 
 def final(student: Outputs, teacher: Outputs | None, target: torch.Tensor) -> torch.Tensor:
-    """Squared error of the hidden state that enters the output head, over the teacher's mean square.
+    """Squared error of the output head's input, over the teacher's mean square.
 
     Source: Efficient-vDiT (arXiv:2502.06155) matches attention outputs and the final output layer by layer.
     """
@@ -69,7 +68,7 @@ def final(student: Outputs, teacher: Outputs | None, target: torch.Tensor) -> to
 
 
 def consistency(student: Outputs, teacher: Outputs | None, target: torch.Tensor) -> torch.Tensor:
-    """Mean squared error against the velocity that leads to the segment's end; `target` comes from `distill.py`."""
+    """Mean squared error against the velocity to the segment's end, the `target` of `distill.py`."""
     return F.mse_loss(student.prediction, target)
 
 
@@ -84,10 +83,10 @@ NEEDS_TEACHER = ("teacher", "attention", "final")
 
 
 def check(weights: Mapping[str, float]) -> None:
-    """See that objectives exist and can be combined.
+    """Refuse objectives that do not exist or cannot be combined.
 
     Raises:
-        DitAccelError: an unknown name, a weight that is not above 0, none at all, or consistency with flow.
+        DitAccelError: a name is unknown, a weight is not above 0, there are none, or consistency comes with flow.
     """
     if not weights:
         raise DitAccelError(f"Training needs an objective, such as teacher=1. Objectives: {', '.join(OBJECTIVES)}.")
@@ -99,7 +98,7 @@ def check(weights: Mapping[str, float]) -> None:
         if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not weight > 0:
             raise DitAccelError(f"The weight of objective {name} is a number above 0, got {weight!r}.")
     if "consistency" in weights and "flow" in weights:
-        raise DitAccelError("consistency and flow want different predictions of one sample; choose one of them.")
+        raise DitAccelError("consistency and flow need different predictions of one sample. Choose one of them.")
 
 
 def _relative(own: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:

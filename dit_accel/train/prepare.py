@@ -1,8 +1,8 @@
 """Makes training data (`data.py`) from captioned media, from the dense model's own samples, or from the demo's clips.
 
-The pipeline itself is asked: its first transformer call of a prompt shows the conditioning, its latent output the clean
-latents. So every text-to-image and text-to-video pipeline works whose loop hands its latents to the transformer as they
-are; those that join other channels to them (image to video) are refused.
+The conditioning of a prompt is read from the pipeline's first transformer call, clean latents from its latent output.
+This works for text-to-image and text-to-video pipelines that pass their latents unchanged to the transformer. Pipelines
+that add other channels (image to video) are refused.
 """
 
 from __future__ import annotations
@@ -26,35 +26,30 @@ NOT_CONDITIONING = ("hidden_states", "timestep", "return_dict")
 
 
 class _Seen(Exception):
-    """Stops a pipeline once its first transformer call was seen."""
+    """Stops a pipeline at its first transformer call."""
 
 
 def find_transformer(pipe: DiffusionPipeline) -> torch.nn.Module:
-    """The pipeline's one transformer.
-
-    Raises:
-        DitAccelError: it has none, or two that share a trajectory (Wan 2.2 A14B).
-    """
+    """The pipeline's one transformer."""
     if getattr(pipe, "transformer", None) is None:
         raise DitAccelError(f"{type(pipe).__name__} has no transformer to train.")
     if getattr(pipe, "transformer_2", None) is not None:
         raise DitAccelError(
-            f"{type(pipe).__name__} has two transformers on one trajectory; training covers pipelines with one."
+            f"{type(pipe).__name__} has two transformers on one trajectory. Training needs a pipeline with one."
         )
     return pipe.transformer
 
 
 def first_call(pipe: DiffusionPipeline, arguments: Mapping[str, Any], steps: int = 1) -> tuple[Call, torch.Size]:
-    """The conditioning of the pipeline's first transformer call, and the shape of the latents in it.
+    """The conditioning of the pipeline's first transformer call, and the shape of its latents.
 
     Args:
-        pipe: the pipeline.
-        arguments: of its call, without classifier-free guidance, so that there is one row.
+        arguments: of the pipeline's call, without classifier-free guidance, so that there is one row.
         steps: of that call.
 
     Raises:
-        DitAccelError: the pipeline calls its transformer with several rows, with a timestep for each token, or under
-            other names.
+        DitAccelError: the pipeline calls its transformer with several rows, a timestep for each token, or other
+            names of arguments.
     """
     transformer = find_transformer(pipe)
     signature = inspect.signature(type(transformer).forward)
@@ -77,7 +72,7 @@ def first_call(pipe: DiffusionPipeline, arguments: Mapping[str, Any], steps: int
     if latents[:1] != (1,) or len(timestep) > 1 or not isinstance(seen.get("timestep"), torch.Tensor):
         raise DitAccelError(
             f"{type(pipe).__name__} calls its transformer with hidden_states of shape {latents} and timestep of shape "
-            f"{timestep}, where one row and one timestep are wanted; training does not cover it."
+            f"{timestep}. Training needs a pipeline that passes one row and one timestep."
         )
     call = {key: value for key, value in seen.items() if key not in NOT_CONDITIONING and key != "self"}
     return {key: value for key, value in call.items() if value is not None}, seen["hidden_states"].shape
@@ -88,18 +83,17 @@ class Preparer:
 
     Args:
         pipe: the pipeline, dense.
-        size: arguments of its call that say what to make: height, width and, of a video, num_frames.
-        guidance: of a model that takes guidance as a number (FLUX dev); others are conditioned without any.
+        size: height, width and, for a video, num_frames of its call.
+        guidance: for models that take guidance as a number (FLUX dev); others are conditioned without guidance.
     """
 
     def __init__(self, pipe: DiffusionPipeline, size: Mapping[str, int], guidance: float = 3.5) -> None:
         self.pipe = pipe
         takes = inspect.signature(type(pipe).__call__).parameters
         embedded = getattr(find_transformer(pipe).config, "guidance_embeds", False)
-        self._plain = dict(size) | (
-            {"guidance_scale": guidance if embedded else 1.0} if "guidance_scale" in takes else {}
-        )
-        self._size = dict(size)
+        self._size, self._plain = dict(size), dict[str, float](size)
+        if "guidance_scale" in takes:
+            self._plain["guidance_scale"] = guidance if embedded else 1.0
 
     def conditioning(self, prompt: str, steps: int = 1) -> tuple[Call, torch.Size]:
         """The transformer's conditioning for a prompt and the shape of its latents."""
@@ -107,21 +101,18 @@ class Preparer:
         return first_call(self.pipe, {"prompt": prompt, "generator": generator, **self._plain}, steps)
 
     def levels(self, steps: int, latents: torch.Size) -> torch.Tensor:
-        """The noise levels that the pipeline visits in so many steps, from noise to 0: float32 [steps + 1].
+        """The noise levels that the pipeline visits in `steps` steps, from noise to 0: float32 [steps + 1].
 
         Args:
             steps: of the call.
-            latents: shape that the call should have, since some pipelines shift the levels by it.
-
-        Raises:
-            DitAccelError: it has another.
+            latents: expected shape, by which some pipelines shift the levels.
         """
         _, shape = self.conditioning("", steps)
         if shape != latents:
             raise DitAccelError(
                 f"The training data have latents of shape {tuple(latents)}, but {type(self.pipe).__name__} called with "
-                f"{self._size or 'its own size'} makes {tuple(shape)}; distillation needs data of one size, of which "
-                "dataset.json says height and width, and num_frames of a video. Prepare them again."
+                f"{self._size or 'its own size'} makes {tuple(shape)}. Distillation needs data of one size, with "
+                "height, width and, for a video, num_frames in dataset.json. Prepare them again."
             )
         return self.pipe.scheduler.sigmas.float().cpu().clone()
 
@@ -131,7 +122,7 @@ class Preparer:
 
     @torch.no_grad()
     def generated(self, prompts: list[str], arguments: Mapping[str, Any], seed: int) -> Iterator[TrainingSample]:
-        """Samples that the pipeline makes itself; the i-th prompt's noise has seed `seed` + i."""
+        """The pipeline's own samples; the noise of the i-th prompt has seed `seed` + i."""
         for index, prompt in enumerate(prompts):
             call, shape = self.conditioning(prompt)
             generator = torch.Generator("cpu").manual_seed(seed + index)
@@ -142,7 +133,7 @@ class Preparer:
 
     @torch.no_grad()
     def encoded(self, videos: Iterator[tuple[torch.Tensor, str]]) -> Iterator[TrainingSample]:
-        """Samples of captioned videos, float32 [3, F, H, W] in [-1, 1] and of the size asked for."""
+        """Samples of captioned videos, float32 [3, F, H, W] in [-1, 1], of the Preparer's size."""
         for video, caption in videos:
             call, shape = self.conditioning(caption)
             latents = encode(self.pipe, video[None], shape)
@@ -152,8 +143,8 @@ class Preparer:
     def _check(self, latents: torch.Size, wanted: torch.Size) -> None:
         if latents != wanted:
             raise DitAccelError(
-                f"{type(self.pipe).__name__} makes latents of shape {tuple(latents)} and hands its transformer "
-                f"{tuple(wanted)}; training covers pipelines that hand them over as they are."
+                f"{type(self.pipe).__name__} makes latents of shape {tuple(latents)} and passes {tuple(wanted)} to its "
+                "transformer. Training needs a pipeline that passes them unchanged."
             )
 
 
@@ -161,16 +152,15 @@ def encode(pipe: DiffusionPipeline, video: torch.Tensor, shape: torch.Size) -> t
     """Latents of a video as the transformer takes them.
 
     Args:
-        pipe: whose codec encodes. Its configuration says how latents are scaled: by `latents_mean` and `latents_std`,
-            or by `shift_factor` and `scaling_factor`.
+        pipe: its codec's configuration scales the latents: by `latents_mean` and `latents_std`, or by `shift_factor`
+            and `scaling_factor`.
         video: float32 [1, 3, F, H, W] in [-1, 1].
-        shape: of the transformer's latents; [1, N, C] asks for packing by the pipeline's own function.
+        shape: of the transformer's latents; [1, N, C] means packing by the pipeline's own function.
 
     Raises:
-        DitAccelError: the codec says nothing of its scale.
+        DitAccelError: the codec's configuration has no scale.
     """
-    vae = pipe.vae
-    config = vae.config
+    vae, config = pipe.vae, pipe.vae.config
     pixels = video.to(vae.device, vae.dtype)
     is_image = vae.config.get("_class_name", type(vae).__name__) == "AutoencoderKL"
     posterior = vae.encode(pixels[:, :, 0] if is_image else pixels).latent_dist
@@ -185,7 +175,7 @@ def encode(pipe: DiffusionPipeline, video: torch.Tensor, shape: torch.Size) -> t
         latents = (latents - (config.get("shift_factor") or 0.0)) * config["scaling_factor"]
     else:
         raise DitAccelError(
-            f"{type(vae).__name__} does not say how its latents are scaled; train on samples the model makes itself."
+            f"{type(vae).__name__} does not state the scale of its latents. Train on the model's own samples."
         )
     if len(shape) == 3 and hasattr(pipe, "_pack_latents"):
         latents = pipe._pack_latents(latents, *latents.shape)
@@ -193,30 +183,26 @@ def encode(pipe: DiffusionPipeline, video: torch.Tensor, shape: torch.Size) -> t
 
 
 def find_captioned(folder: pathlib.Path) -> list[Captioned]:
-    """The captioned media of a folder.
-
-    Raises:
-        DitAccelError: there are none, or a file has no caption.
-    """
+    """The captioned media of a folder."""
     from dit_accel.generation.captioned import find
 
     items = find(folder)
     bare = [item.path.name for item in items if item.caption is None]
     if bare:
         raise DitAccelError(
-            f"{len(bare)} of {len(items)} files in {folder} have no caption, such as {bare[0]}: write what it shows "
-            f"into {items[0].path.with_name(bare[0]).with_suffix('.txt').name} beside it, or leave it out."
+            f"{len(bare)} of {len(items)} files in {folder} have no caption, such as {bare[0]}. Write its caption to "
+            f"{items[0].path.with_name(bare[0]).with_suffix('.txt').name} beside it, or remove it."
         )
     return items
 
 
 def captioned(folder: pathlib.Path, size: Mapping[str, int]) -> Iterator[tuple[torch.Tensor, str]]:
-    """Captioned media of a folder as float32 [3, F, H, W] in [-1, 1], scaled to cover the size and cut to its middle.
+    """Captioned media of a folder as float32 [3, F, H, W] in [-1, 1], scaled to cover the size and cropped to it.
 
-    Videos with more frames are cut at the end.
+    Longer videos are cut at their end.
 
     Raises:
-        DitAccelError: the folder holds no media, a file has no caption or fewer frames than are wanted.
+        DitAccelError: the folder holds no media, or a file has no caption or too few frames.
     """
     from dit_accel.generation.captioned import read_frames
 
@@ -225,7 +211,7 @@ def captioned(folder: pathlib.Path, size: Mapping[str, int]) -> Iterator[tuple[t
         pixels = torch.from_numpy(read_frames(item.path)).permute(0, 3, 1, 2).float() / 127.5 - 1  # [F, 3, H, W]
         if len(pixels) < frames:
             raise DitAccelError(
-                f"{item.path} has {len(pixels)} frames, and {frames} are wanted; ask for fewer, or leave it out."
+                f"{item.path} has {len(pixels)} frames, and {frames} are wanted. Ask for fewer, or remove it."
             )
         pixels = pixels[:frames]
         scale = max(height / pixels.shape[2], width / pixels.shape[3])
@@ -238,7 +224,7 @@ def captioned(folder: pathlib.Path, size: Mapping[str, int]) -> Iterator[tuple[t
 
 
 def demo_clips(count: int, size: Mapping[str, int], seed: int) -> Iterator[tuple[torch.Tensor, str]]:
-    """The embedded demo's own captioned clips, from scenes that are not held out: float32 [3, F, H, W] in [-1, 1]."""
+    """Captioned clips of the embedded demo, from scenes outside its test set: float32 [3, F, H, W] in [-1, 1]."""
     from dit_accel.pipelines.demo import clips
 
     generator = torch.Generator().manual_seed(seed)

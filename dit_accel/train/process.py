@@ -15,7 +15,7 @@ TRAIN_STEPS = 1000
 
 
 class NoiseProcess(abc.ABC):
-    """How samples get noisy and what the model predicts of them. A level is [B], in the process's own unit."""
+    """How samples get noisy, and the model's target. A level is [B], in the process's own unit."""
 
     @abc.abstractmethod
     def draw(self, batch: int, settings: LevelSettings, generator: torch.Generator) -> torch.Tensor:
@@ -39,10 +39,15 @@ class NoiseProcess(abc.ABC):
 
 
 class Flow(NoiseProcess):
-    """Rectified flow: x = (1 − σ)·clean + σ·noise, and the model predicts noise − clean. A level is σ in [0, 1]."""
+    """Rectified flow: x = (1 − σ)·clean + σ·noise. A level is σ in [0, 1].
 
-    def __init__(self, shift: float) -> None:
-        self.shift = shift
+    Args:
+        shift: of the scheduler's levels.
+        sample: whether the model predicts the clean sample; otherwise the velocity, noise − clean.
+    """
+
+    def __init__(self, shift: float, sample: bool = False) -> None:
+        self.shift, self.sample = shift, sample
 
     def draw(self, batch: int, settings: LevelSettings, generator: torch.Generator) -> torch.Tensor:
         normal = torch.randn(batch, generator=generator)
@@ -58,10 +63,18 @@ class Flow(NoiseProcess):
         return (1 - sigma) * clean + sigma * noise
 
     def target(self, clean: torch.Tensor, noise: torch.Tensor, level: torch.Tensor) -> torch.Tensor:
-        return noise - clean
+        return clean if self.sample else noise - clean
 
     def timestep(self, level: torch.Tensor) -> torch.Tensor:
         return level * TRAIN_STEPS
+
+    def velocity(self, prediction: torch.Tensor, noisy: torch.Tensor, level: torch.Tensor) -> torch.Tensor:
+        """The velocity that a prediction at levels above 0 means, in its shape."""
+        return (noisy - prediction) / per_sample(level, noisy) if self.sample else prediction
+
+    def prediction(self, velocity: torch.Tensor, noisy: torch.Tensor, level: torch.Tensor) -> torch.Tensor:
+        """The prediction that means a velocity; the inverse of `velocity`."""
+        return noisy - per_sample(level, noisy) * velocity if self.sample else velocity
 
 
 class Diffusion(NoiseProcess):
@@ -104,23 +117,24 @@ def _shifted(level: torch.Tensor, shift: float) -> torch.Tensor:
 
 
 def process_of(scheduler: Any, latents: torch.Size) -> NoiseProcess:
-    """The process a pipeline's scheduler belongs to.
+    """The noising process of a pipeline's scheduler.
 
     Args:
         scheduler: of the pipeline.
         latents: shape of one sample; a scheduler that shifts by length (FLUX) reads it.
-
-    Raises:
-        DitAccelError: the scheduler is of neither kind.
     """
     config = scheduler.config
+    flow_sigmas = config.get("use_flow_sigmas", False)  # of a scheduler that knows both processes, such as UniPC
     if config.get("prediction_type") == "flow_prediction" or type(scheduler).__name__.startswith("FlowMatch"):
         return Flow(_shift(config, latents))
-    if config.get("prediction_type") in ("epsilon", "v_prediction", "sample") and hasattr(scheduler, "alphas_cumprod"):
+    if flow_sigmas and config.get("prediction_type") == "sample":
+        return Flow(_shift(config, latents), sample=True)
+    known = config.get("prediction_type") in ("epsilon", "v_prediction", "sample") and not flow_sigmas
+    if known and hasattr(scheduler, "alphas_cumprod"):
         return Diffusion(scheduler.alphas_cumprod, config["prediction_type"])
     raise DitAccelError(
-        f"{type(scheduler).__name__} is neither a flow-matching nor a DDPM scheduler, so nobody knows how to train "
-        "for it; set pipe.scheduler to one of these."
+        f"{type(scheduler).__name__} is neither a flow-matching nor a DDPM scheduler, so its targets are unknown. Set "
+        "pipe.scheduler to one of these."
     )
 
 

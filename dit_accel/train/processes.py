@@ -13,18 +13,14 @@ from dit_accel.train.settings import TrainSettings
 
 
 def check_tracker(name: str | None) -> None:
-    """See that a tracker is installed; accelerate itself goes on without one.
-
-    Raises:
-        DitAccelError: it is not.
-    """
+    """Refuse a tracker that is not installed; accelerate would train without it."""
     from accelerate.tracking import get_available_trackers
 
     installed = [tracker.value for tracker in get_available_trackers()]
     if name is not None and name not in (*installed, *(["all"] if installed else [])):
         raise DitAccelError(
             f"The tracker {name!r} is not installed, or unknown to accelerate. Installed: "
-            f"{', '.join(installed) or 'none'}. Without one the losses are in losses.jsonl."
+            f"{', '.join(installed) or 'none'}. Choose one of them, or none: losses.jsonl has the losses."
         )
 
 
@@ -43,7 +39,7 @@ def join(settings: TrainSettings, output: pathlib.Path) -> Any:
 
     check_tracker(settings.tracker)
     meet()
-    # A loss on attention outputs alone gives the weights behind the last watched layer no gradient.
+    # a loss on attention outputs alone gives weights behind the last recorded layer no gradient
     whole = {"flow", "teacher", "final", "consistency"} & settings.objectives.keys()
     hf = Accelerator(
         mixed_precision=settings.precision,
@@ -54,22 +50,18 @@ def join(settings: TrainSettings, output: pathlib.Path) -> Any:
     )
     if hf.distributed_type == DistributedType.DEEPSPEED:
         raise DitAccelError(
-            "DeepSpeed keeps its optimizer's state in a form that these checkpoints cannot hold; configure FSDP 2 "
-            "(fsdp_version: 2) or plain data parallelism with `accelerate config`."
+            "The checkpoints cannot hold DeepSpeed's optimizer state. Configure FSDP 2 (fsdp_version: 2) or plain data "
+            "parallelism with `accelerate config`."
         )
     if hf.distributed_type == DistributedType.FSDP and not hf.is_fsdp2:
-        raise DitAccelError("FSDP 1 flattens weights, which LoRA and checkpoints need by name; set fsdp_version: 2.")
+        raise DitAccelError("FSDP 1 flattens weights, which LoRA and checkpoints need by name. Set fsdp_version: 2.")
     if settings.tracker is not None:
         hf.init_trackers("dit_accel", {key: str(value) for key, value in settings.as_dict().items()})
     return hf
 
 
 class StopSignal:
-    """Holds back SIGINT and SIGTERM during a with block, so that a training step ends before they take effect.
-
-    Args:
-        hold: whether to hold them back at all.
-    """
+    """With `hold`, delays SIGINT and SIGTERM during a with block, so a training step ends before they take effect."""
 
     def __init__(self, *, hold: bool) -> None:
         self._hold = hold and threading.current_thread() is threading.main_thread()
@@ -82,11 +74,7 @@ class StopSignal:
         return self._number is not None
 
     def follow(self) -> None:
-        """Let the signal take effect, if one has come.
-
-        Raises:
-            KeyboardInterrupt: one has.
-        """
+        """Let a signal that has come take effect, and raise KeyboardInterrupt."""
         if self._number is not None:
             if callable(handler := self._before[self._number]):
                 handler(self._number, None)

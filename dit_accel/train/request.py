@@ -1,4 +1,4 @@
-"""What `dit-accel train` is asked: a run, its data and its settings, some of them from a recipe."""
+"""The request to `dit-accel train`: a run, its data and its settings, some of them from a recipe."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ GENERATED, CLIPS, FOLDER = "generated", "clips", "folder"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunOptions(SourceOptions, DeviceOptions):
-    """Which model, what to do with it, and where the result goes."""
+    """The model, the task and the output folder."""
 
     recipe: str | None = option(None, "Settings to start from; other options win over it.", metavar="NAME|FILE")
     samples: tuple[str, ...] = option(
@@ -28,11 +28,7 @@ class RunOptions(SourceOptions, DeviceOptions):
     prepare: bool = option(False, "Make the training data in OUTPUT/data, and stop.")
     search: Path | None = option(None, "Train nothing: search a layer schedule.", metavar="FILE.json")
     candidates: tuple[str, ...] = option(
-        (),
-        "Settings to try in every layer, repeatable.",
-        flag="--candidate",
-        metavar="KEY=VALUE,...",
-        repeatable=True,
+        (), "Settings to try in every layer, repeatable.", flag="--candidate", metavar="KEY=VALUE,...", repeatable=True
     )
     threshold: float | None = option(None, "Largest loss a layer may add, in a search.", least=0)
     budget: float | None = option(None, "Mean density to reach, in a search.", least=0, most=1)
@@ -49,15 +45,15 @@ class RunOptions(SourceOptions, DeviceOptions):
         values.check(self)
 
     def candidate_settings(self, method: str) -> list[dict[str, Any]]:
-        """The settings that a layer search tries, checked.
+        """The candidate settings of a layer search.
 
         Raises:
-            DitAccelError: there are none, one is refused, or there is not one limit.
+            DitAccelError: there are none, one is refused, or not exactly one of threshold and budget is given.
         """
         if (self.threshold is None) == (self.budget is None):
             raise DitAccelError("A layer search needs either --threshold or --budget, not both.")
         if not self.candidates:
-            raise DitAccelError("A layer search needs settings to try: give --candidate KEY=VALUE,..., several times.")
+            raise DitAccelError("A layer search needs settings to try. Give --candidate KEY=VALUE,..., several times.")
         found = [registry.parse_method(f"{method}:{text}")[1] for text in self.candidates]
         for settings in found:
             registry.make_config(method, settings)
@@ -66,11 +62,7 @@ class RunOptions(SourceOptions, DeviceOptions):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataSettings(SizeOptions):
-    """Where training data come from.
-
-    Raises:
-        DitAccelError: a value is of the wrong kind or out of range.
-    """
+    """The source of the training data."""
 
     PANEL: ClassVar[str] = "Data"
 
@@ -90,22 +82,18 @@ class DataSettings(SizeOptions):
 
     @property
     def prepared(self) -> bool:
-        """Whether the source is a data folder already."""
+        """Whether the source is a data folder."""
         return (Path(self.source) / INDEX).is_file()
 
     def check(self) -> None:
-        """See now that the source is there.
-
-        Raises:
-            DitAccelError: it is not, or prompts are missing.
-        """
+        """Refuse a source that is missing or has no prompts or captions."""
         if self.source == FOLDER:
-            raise DitAccelError("This recipe is for your own captioned videos: give their folder with --data FOLDER.")
+            raise DitAccelError("This recipe is for your own captioned videos. Give their folder with --data FOLDER.")
         if self.source == GENERATED:
             self.read_prompts()
         elif self.source != CLIPS and not Path(self.source).is_dir():
             raise DitAccelError(
-                f"There is no training data {self.source}: give a folder (prepared, or captioned media), {GENERATED!r} "
+                f"There is no training data {self.source}. Give a folder (prepared, or captioned media), {GENERATED!r} "
                 f"with --prompts FILE, or {CLIPS!r} for the demo's own clips."
             )
         elif self.source != CLIPS and not self.prepared:
@@ -114,22 +102,18 @@ class DataSettings(SizeOptions):
             find_captioned(Path(self.source))
 
     def read_prompts(self) -> list[str]:
-        """The prompts; see `dit_accel.generation.prompts`.
-
-        Raises:
-            DitAccelError: there are none, or they cannot be read.
-        """
+        """The prompts, as `dit_accel.generation.prompts` reads them."""
         if self.prompts is None:
             raise DitAccelError(
-                "Samples that the model makes itself need prompts: give --prompts FILE, one a line, or the name of a "
-                "list or a captioned folder."
+                "The model's own samples need prompts. Give --prompts FILE, one a line, or the name of a list or a "
+                "captioned folder."
             )
         return list(prompts.read(self.prompts).texts[: self.count])
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainRequest:
-    """All that `dit-accel train` is asked."""
+    """All options of `dit-accel train`."""
 
     run: RunOptions
     data: DataSettings
@@ -137,7 +121,7 @@ class TrainRequest:
 
     @classmethod
     def of(cls, run: Mapping[str, Any], data: Mapping[str, Any], train: Mapping[str, Any]) -> TrainRequest:
-        """The request that options stand for, with what a recipe says of the rest.
+        """The request that options and their recipe make.
 
         Args:
             run, data, train: fields of `RunOptions`, `DataSettings` and `TrainSettings` from the command line.
@@ -163,11 +147,7 @@ class TrainRequest:
 
 
 def read_options(items: tuple[str, ...]) -> dict[str, Any]:
-    """Further settings of the training, KEY=VALUE; those of `levels` and `distillation` as levels.shift=5.
-
-    Raises:
-        DitAccelError: an item is not KEY=VALUE.
-    """
+    """Further settings of the training, KEY=VALUE; those of `levels` and `distillation` as levels.shift=5."""
     found: dict[str, Any] = {}
     for item in items:
         key, equals, text = item.partition("=")
@@ -179,13 +159,13 @@ def read_options(items: tuple[str, ...]) -> dict[str, Any]:
             found[outer] = value
             continue
         if not isinstance(found.setdefault(outer, {}), dict):
-            raise DitAccelError(f"--option {item} does not go with {outer}={found[outer]!r}; give one of them.")
+            raise DitAccelError(f"--option {item} contradicts {outer}={found[outer]!r}. Give one of them.")
         found[outer][inner] = value
     return found
 
 
 def merge(recipe: Mapping[str, Any], given: Mapping[str, Any]) -> TrainSettings:
-    """A recipe's settings with those that were given, which win; nested ones are merged."""
+    """A recipe's settings, replaced by given ones; nested ones are merged."""
     merged = dict(recipe)
     for name, value in given.items():
         nested = name in ("levels", "distillation") and isinstance(merged.get(name), Mapping)

@@ -1,14 +1,12 @@
-"""Layer search: how sparse each layer can be. It makes a layer schedule for `accelerate(layer_schedule=...)`.
+"""Layer search: makes a layer schedule for `accelerate(layer_schedule=...)`.
 
-Each layer by itself, every other one dense, runs every candidate setting; its loss is the squared error of the model's
-prediction against the dense model's, over the mean square of that, averaged over noisy samples of the training data.
-From this table two schedules can be had:
+Every candidate setting runs in each layer alone, with the other layers dense. Its loss is the squared error of the
+prediction over the mean square of the dense model's, averaged over noisy training samples. Two schedules follow:
 
-* `greedy`: per layer the cheapest setting whose loss stays under a threshold, as Efficient-vDiT does
-  (arXiv:2502.06155);
-* `budgeted`: the least total loss for a given mean density, exactly, by dynamic programming over layers.
+* `greedy`: per layer the cheapest setting with a loss under a threshold, as in Efficient-vDiT (arXiv:2502.06155);
+* `budgeted`: the least total loss at a given mean density, exactly, by dynamic programming over layers.
 
-Both take losses of layers to add up, which is true for small ones.
+Both add up the losses of layers, which holds for small losses.
 """
 
 from __future__ import annotations
@@ -35,12 +33,12 @@ from dit_accel.train.process import process_of
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-RESOLUTION = 1000  # parts of a dense layer in which costs are counted
+RESOLUTION = 1000  # costs are counted in parts of a dense layer
 
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """What was measured.
+    """The measured losses.
 
     Args:
         method: name.
@@ -82,18 +80,17 @@ def measure(
     """Run every candidate in every layer alone.
 
     Args:
-        pipe: the dense pipeline; it is as before afterwards.
+        pipe: the dense pipeline, which stays dense.
         method: name.
         candidates: settings of the method.
-        data: latents and conditioning; the first ones are used, each at a noise level of its own.
-        samples: how many.
-        seed: of noise and levels.
-        budget: mean density to reach; checked as soon as the candidates' densities are known.
-        progress: called with layers done and in all.
+        data: its first `samples` samples are used, each at its own noise level.
+        seed: of the noise.
+        budget: mean density to reach, checked after the first layer.
+        progress: called with the layers done and the number of layers.
 
     Raises:
-        DitAccelError: no candidates, a setting is refused, the data do not fit the model, or no candidate is as
-            sparse as the budget.
+        DitAccelError: there are no candidates, a setting is refused, the data do not fit the model, or no candidate
+            is as sparse as the budget.
     """
     if not candidates:
         raise DitAccelError("A layer search needs candidate settings, such as references=1 and references=2; got none.")
@@ -110,7 +107,7 @@ def measure(
         name, layer_schedule = ("dense", None) if settings is None else (None, settings)
         with accelerate(pipe, name, layer_schedule=layer_schedule, allow_dense=False) as accel:
             networks = TrainingNetworks(transformer, family, accel, lora=False)
-            made = [networks.student(transformer, *call).prediction for call in calls]
+            made = [networks.outputs(transformer, *call).prediction for call in calls]
             densities = [layer.density for layer in accel.report().layers if layer.density is not None]
         return made, sum(densities) / len(densities) if densities else 1.0
 
@@ -127,9 +124,8 @@ def measure(
 
 
 def _noisy_calls(pipe: DiffusionPipeline, data: Dataset, count: int, seed: int) -> list[tuple[Any, ...]]:
-    """Noisy latents, timestep and conditioning; the levels lie evenly between the middles of `count` equal parts."""
-    transformer = find_transformer(pipe)
-    device = next(transformer.parameters()).device
+    """Noisy latents, timestep and conditioning; the levels are the middles of `count` equal parts."""
+    device = next(find_transformer(pipe).parameters()).device
     calls = []
     for index in range(count):
         sample = data[index]
@@ -142,7 +138,7 @@ def _noisy_calls(pipe: DiffusionPipeline, data: Dataset, count: int, seed: int) 
 
 
 def greedy(table: Table, threshold: float) -> list[int | None]:
-    """For each layer the cheapest candidate whose loss is at most `threshold`; None (dense) where there is none."""
+    """For each layer the cheapest candidate with a loss of at most `threshold`; None (dense) without one."""
     chosen: list[int | None] = []
     for row in table.losses:
         fits = [index for index, loss in enumerate(row) if loss <= threshold and table.costs[index] < 1]
@@ -151,20 +147,15 @@ def greedy(table: Table, threshold: float) -> list[int | None]:
 
 
 def budgeted(table: Table, budget: float) -> list[int | None]:
-    """The choice with the least total loss whose mean density is at most `budget`.
+    """The choice with the least total loss at a mean density of at most `budget`.
 
-    Densities are counted in thousandths, rounded up, so that the budget holds.
-
-    Raises:
-        DitAccelError: even the cheapest candidates are above the budget.
+    Densities are rounded up to thousandths, so the budget holds.
     """
     _check_budget(table.costs, budget)
     layers = len(table.losses)
     options = [(RESOLUTION, None), *((_parts(cost), i) for i, cost in enumerate(table.costs))]
     room = int(budget * RESOLUTION * layers + 1e-6)
-    least = torch.full(
-        (room + 1,), float("inf"), dtype=torch.float64
-    )  # least[c]: least loss of layers so far at cost c
+    least = torch.full((room + 1,), float("inf"), dtype=torch.float64)  # least loss of the layers so far, by cost
     least[0] = 0
     taken: list[torch.Tensor] = []
     for row in table.losses:
@@ -200,11 +191,7 @@ def _parts(density: float) -> int:
 
 
 def write(path: pathlib.Path, table: Table, chosen: Sequence[int | None], **remarks: Any) -> LayerSettings:
-    """Write the layer schedule with what it was chosen from.
-
-    Raises:
-        DitAccelError: the file cannot be written.
-    """
+    """Write the layer schedule with the table that it was chosen from."""
     settings = table.schedule(chosen)
     found = {"density": table.cost(chosen), "loss": table.loss(chosen), "costs": table.costs, "losses": table.losses}
     replace_file(path, layerwise.to_json(settings, search={**remarks, **found}).encode())

@@ -1,4 +1,4 @@
-"""How a training run goes, in one frozen dataclass, from YAML recipes and from the command line."""
+"""The settings of a training run in one frozen dataclass, from YAML recipes and from the command line."""
 
 from __future__ import annotations
 
@@ -18,11 +18,7 @@ RECIPES = pathlib.Path(__file__).parent / "recipes"
 
 
 def parse_objectives(items: list[str]) -> dict[str, float]:
-    """Objectives written NAME=WEIGHT, or NAME for a weight of 1.
-
-    Raises:
-        DitAccelError: a weight is no number.
-    """
+    """Objectives written NAME=WEIGHT, or NAME for a weight of 1."""
     found = {}
     for item in items:
         name, equals, weight = item.partition("=")
@@ -38,9 +34,6 @@ class LevelSettings:
     """How noise levels are drawn for flow models: sigmoid of a normal, or uniform, then shifted towards noise.
 
     Source of the logit-normal: Esser et al., arXiv:2403.03206, section 3.1.
-
-    Raises:
-        DitAccelError: a value is of the wrong kind or out of range.
     """
 
     mean: float = option(0.0, "Mean of the normal.")
@@ -72,11 +65,7 @@ class Distillation:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainSettings:
-    """One training run. The command line takes fields without an option of their own as `--option FIELD=VALUE`.
-
-    Raises:
-        DitAccelError: a value is of the wrong kind or out of range, or values contradict each other.
-    """
+    """One training run. The command line takes fields without an option of their own as `--option FIELD=VALUE`."""
 
     PANEL: ClassVar[str] = "Training"
 
@@ -153,8 +142,8 @@ class TrainSettings:
         registry.make_config(self.method, self.config)
         if self.method == "dense" and not {"flow", "consistency"} & self.objectives.keys():
             raise DitAccelError(
-                "The dense method is its own teacher, so there is nothing to learn from it: choose a sparse method, or "
-                "an objective among flow and consistency."
+                "The dense method is its own teacher, so there is nothing to learn. Choose a sparse method, or the "
+                "objective flow or consistency."
             )
 
     @property
@@ -167,11 +156,7 @@ class TrainSettings:
 
 
 def make(plain: Mapping[str, Any]) -> TrainSettings:
-    """Settings from plain values, such as a recipe's.
-
-    Raises:
-        DitAccelError: an unknown setting, or a value that is refused.
-    """
+    """Settings from plain values, such as a recipe's; see `values.build`."""
     settings: TrainSettings = values.build(TrainSettings, plain, "Training")
     return settings
 
@@ -187,9 +172,6 @@ class Recipe:
         model: it is for.
         data: arguments of the data, as `dit-accel train` takes them.
         train: settings of the run, by name of `TrainSettings`' fields.
-
-    Raises:
-        DitAccelError: a value is of the wrong kind.
     """
 
     name: str
@@ -216,7 +198,7 @@ def read_recipe(name: str) -> Recipe:
     """A recipe by the name of one that comes with the package, or by path.
 
     Raises:
-        DitAccelError: there is none, or it is not one.
+        DitAccelError: the file is missing or no recipe.
     """
     try:
         import yaml

@@ -1,7 +1,7 @@
-"""What a training run keeps: checkpoints (weights, their average, the optimizer's state) and the loss curve.
+"""Checkpoints of a training run (weights, their average, the optimizer's state) and its loss curve.
 
-Data order and noise follow from seed and step, so a checkpoint holds no random state. A run that is resumed gives the
-same bits as one that was never stopped. A checkpoint is a folder that is renamed when it is complete.
+Data order and noise follow from seed and step, so a checkpoint holds no random state. A resumed run gives the same bits
+as an uninterrupted one. A checkpoint is a folder that gets its name when it is complete.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from dit_accel.errors import DitAccelError, first_line
 from dit_accel.files import replace_file, staged
 
 PARTS = ("weights", "average", "optimizer")
-SCALER = "loss scale"  # beside the optimizer's state, by names that no weight has
-CHANGES = ("scale", "_growth_tracker")  # of a loss scaler, from step to step
+SCALER = "loss scale"  # stored with the optimizer's state; no weight has this name
+CHANGES = ("scale", "_growth_tracker")  # state of a loss scaler that changes from step to step
 STATE = "state.json"
 KEPT = 2
 
@@ -29,7 +29,7 @@ Tensors = dict[str, torch.Tensor]
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, weights: Mapping[str, nn.Parameter]) -> Tensors:
-    """The optimizer's state as whole tensors, by weight and by name of the state."""
+    """The optimizer's state as whole tensors, by names of weight and state."""
     return {
         f"{name}.{key}": whole(value)
         for name, weight in weights.items()
@@ -38,7 +38,7 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, weights: Mapping[str, nn
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, weights: Mapping[str, nn.Parameter], tensors: Tensors) -> None:
-    """Give the optimizer what `optimizer_tensors` gave."""
+    """Load what `optimizer_tensors` returned into the optimizer."""
     for name, weight in weights.items():
         prefix = f"{name}."
         own = {key.removeprefix(prefix): value for key, value in tensors.items() if key.rpartition(".")[0] == name}
@@ -48,39 +48,39 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, weights: Mapping[str, nn
 
 
 def scaler_tensors(scaler: torch.amp.GradScaler | None) -> Tensors:
-    """Where a loss scaler stands (fp16); nothing without one."""
+    """The state of a loss scaler (fp16); empty without one."""
     state = {} if scaler is None else scaler.state_dict()
     return {f"{SCALER}.{key}": torch.tensor(state[key], device="cpu") for key in CHANGES if key in state}
 
 
 def restore_scaler(scaler: torch.amp.GradScaler | None, tensors: Tensors) -> None:
-    """Give the scaler what `scaler_tensors` gave."""
+    """Load what `scaler_tensors` returned into the scaler."""
     found = {key: tensors[f"{SCALER}.{key}"].item() for key in CHANGES if f"{SCALER}.{key}" in tensors}
     if scaler is not None and found:
         scaler.load_state_dict(scaler.state_dict() | found)
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """All of a tensor on the CPU, gathered where processes hold parts of it; all of them must call this."""
+    """A copy of a whole tensor on the CPU. Parts in several processes are gathered, so all processes must call this."""
     own = tensor.detach()
     return (own.full_tensor() if isinstance(own, DTensor) else own).cpu().clone().contiguous()
 
 
 def like(tensor: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """A whole tensor placed as a weight is: on its device, cut up among processes if it is."""
+    """A whole tensor on a weight's device, sharded over processes as the weight is."""
     if isinstance(weight, DTensor):
         return distribute_tensor(tensor.to(weight.device), weight.device_mesh, weight.placements)
     return tensor.to(weight.device)
 
 
 def save(folder: pathlib.Path, step: int, parts: Mapping[str, Tensors], record: Mapping[str, Any]) -> pathlib.Path:
-    """Write a checkpoint and drop those older than the last `KEPT`.
+    """Write a checkpoint, and delete all but the last `KEPT`.
 
     Args:
         folder: of the checkpoints.
         step: optimizer steps done.
         parts: tensors by part, of `PARTS`.
-        record: what has to be the same when the run goes on, in plain values.
+        record: values that a resumed run must share.
 
     Raises:
         DitAccelError: it cannot be written; earlier checkpoints stay.
@@ -98,12 +98,12 @@ def save(folder: pathlib.Path, step: int, parts: Mapping[str, Tensors], record: 
             (stage / target.name / STATE).write_text(state, encoding="utf-8")
         for old in found(folder)[:-KEPT]:
             shutil.rmtree(old)
-    except (DitAccelError, OSError, SafetensorError) as error:  # a full disk, by who writes
+    except (DitAccelError, OSError, SafetensorError) as error:  # a full disk raises any of them
         kept = found(folder)
         raise DitAccelError(
             f"The checkpoint of step {step} cannot be written to {folder} ({first_line(error)}). "
-            f"{f'The last good one is {kept[-1]}' if kept else 'There is no earlier one'}; make room and run the same "
-            "command again to go on."
+            f"{f'The last good one is {kept[-1]}' if kept else 'There is no earlier one'}. Make room and run the same "
+            "command again to resume."
         ) from error
     return target
 
@@ -114,11 +114,7 @@ def found(folder: pathlib.Path) -> list[pathlib.Path]:
 
 
 def load(checkpoint: pathlib.Path) -> tuple[int, dict[str, Tensors], dict[str, Any]]:
-    """Steps done, tensors by part and the record of a checkpoint.
-
-    Raises:
-        DitAccelError: a file is missing or damaged.
-    """
+    """Steps done, tensors by part and the record of a checkpoint."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -127,7 +123,7 @@ def load(checkpoint: pathlib.Path) -> tuple[int, dict[str, Tensors], dict[str, A
         parts = {name: load_file(checkpoint / f"{name}.safetensors") for name in PARTS}
     except (OSError, ValueError, SafetensorError) as error:
         raise DitAccelError(
-            f"The checkpoint {checkpoint} is damaged ({error}); delete it to go on from the one before."
+            f"The checkpoint {checkpoint} is damaged ({error}). Delete it to resume from the one before."
         ) from error
     return content["step"], parts, content["record"]
 
@@ -137,7 +133,7 @@ class LossCurve:
 
     Args:
         path: of the file.
-        step: of the checkpoint the run resumes from; rows of later steps are dropped, and will be written again.
+        step: of the checkpoint that the run resumes from; rows of later steps are dropped.
     """
 
     def __init__(self, path: pathlib.Path, step: int) -> None:
@@ -155,6 +151,6 @@ class LossCurve:
 
 
 def read_losses(path: pathlib.Path) -> list[dict[str, Any]]:
-    """The complete rows of a loss curve; an incomplete last line, left by a killed process, is left out."""
+    """The complete rows of a loss curve, without the incomplete last line that a killed process leaves."""
     lines = path.read_text(encoding="utf-8").split("\n")
     return [json.loads(line) for line in lines[:-1]]

@@ -1,4 +1,4 @@
-"""Samples of a model in training: the same prompts and noise every time, so that they show what training changes."""
+"""Samples of a model in training, always with the same prompts and noise, to show what training changes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Validation:
-    """What to generate.
+    """The samples to generate.
 
     Args:
         prompts: one sample each; the i-th has the noise of seed i.
@@ -40,11 +40,7 @@ class Validation:
         return made
 
     def write(self, folder: pathlib.Path, made: list[np.ndarray]) -> None:
-        """Write the samples as mp4 or png.
-
-        Raises:
-            DitAccelError: the folder cannot be written.
-        """
+        """Write the samples as mp4 or png."""
         for index, frames in enumerate(made):
             path = folder / f"{index:02d}{'.mp4' if len(frames) > 1 else '.png'}"
             with staged(path) as stage:

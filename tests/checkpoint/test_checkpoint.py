@@ -4,11 +4,13 @@ import json
 import os
 
 import pytest
+import safetensors
 import torch
 from torch import nn
 
 import dit_accel
 from dit_accel.checkpoint import format as checkpoint
+from dit_accel.checkpoint import lora as adapters
 
 SLA = {"topk": 0.3, "block": 16}
 TRAINED = {"model": "demo", "revision": None, "fingerprints": {}, "lora": False, "full": False, "call": {}}
@@ -226,3 +228,19 @@ def test_nothing_half_written(saved, tiny_wan, monkeypatch):
         with pytest.raises(dit_accel.DitAccelError, match="No space left"):
             accel.save_pretrained(folder)
     assert {name: (folder / name).read_bytes() for name in os.listdir(folder)} == before
+
+
+def test_an_adapters_file_has_the_same_bytes_every_time(tiny_wan, tmp_path):
+    """The library that writes it shuffles the entries of its metadata."""
+    transformer = tiny_wan()
+    adapters.add_lora(transformer, ["blocks.0.attn1.to_q"], rank=2, alpha=2)
+    (content,) = {adapters._lora_file({"transformer": transformer}) for _ in range(20)}
+    path = tmp_path / adapters.LORA_FILE
+    path.write_bytes(content)
+    with safetensors.safe_open(path, "pt") as file:
+        assert sorted(file.metadata()) == ["format", adapters.LORA_METADATA]
+        weights = {key: file.get_tensor(key) for key in file.keys()}
+    own = {f"transformer.{name}": weight for name, weight in transformer.named_parameters() if "lora_" in name}
+    assert len(weights) == 2
+    for name, weight in own.items():
+        assert torch.equal(weights[name.replace(f".{adapters.ADAPTER}", "")], weight)

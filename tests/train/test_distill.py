@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 
 from dit_accel import DitAccelError
 from dit_accel.train.distill import LevelSegments
@@ -39,6 +39,13 @@ def test_on_straight_trajectories_the_target_is_their_velocity():
     index = torch.arange(len(made.start))
     target = made.target(noisy, index, lambda x, at: velocity, lambda x, at: velocity)
     assert torch.allclose(target, velocity, atol=1e-4)
+
+
+def test_where_teacher_and_student_predict_one_clean_sample_the_target_is_that_sample():
+    made = LevelSegments(Flow(6.0, sample=True), grid(4), grid(16))
+    noisy, clean = torch.randn(2, len(made.start), 2, 3, generator=torch.Generator().manual_seed(0))
+    target = made.target(noisy, torch.arange(len(made.start)), lambda x, at: clean, lambda x, at: clean)
+    assert torch.allclose(target, clean, atol=1e-4)
 
 
 def test_the_target_by_hand():
@@ -78,6 +85,22 @@ def test_levels_of_a_scheduler_that_shifts_by_length(kind):
     scheduler.set_timesteps(sigmas=even, mu=calculate_shift(1500))
     for share, sigma in zip(even, scheduler.sigmas, strict=False):
         assert process.even(share).item() == pytest.approx(sigma.item())
+
+
+@pytest.mark.parametrize("prediction", ["flow_prediction", "sample"])
+def test_flows_of_a_scheduler_that_knows_both_processes(prediction):
+    """A step to level 0 from a sample whose prediction is right leads to the clean sample."""
+    scheduler = UniPCMultistepScheduler(prediction_type=prediction, use_flow_sigmas=True, flow_shift=6.0)
+    process = process_of(scheduler, torch.Size((1, 2, 3)))
+    assert isinstance(process, Flow)
+    scheduler.set_timesteps(1)
+    clean, noise, level = torch.randn(1, 2, 3), torch.randn(1, 2, 3), scheduler.sigmas[:1]
+    noisy, target = process.noisy(clean, noise, level), process.target(clean, noise, level)
+    stepped = scheduler.step(target, scheduler.timesteps[0], noisy, return_dict=False)[0]
+    assert torch.allclose(stepped, clean, atol=1e-5)
+    velocity = process.velocity(target, noisy, level)
+    assert torch.allclose(velocity, noise - clean, atol=1e-4)
+    assert torch.allclose(process.prediction(velocity, noisy, level), target, atol=1e-5)
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])

@@ -16,6 +16,9 @@ METHODS = {
     "tile": {"references": 1},
     "radial": {"decay": 0.2},
     "sla": {"topk": 0.3, "block": 16},
+    "sol": {"block": 8, "tail": "hybrid"},
+    "sparge": {"topk": 0.3, "topp": 0.1, "block_q": 16, "block": 16},
+    "rectified": {"block": 8, "topp": 0.0},
 }
 
 
@@ -99,7 +102,7 @@ def test_the_teacher_is_the_untouched_model(lora, tiny_wan, wan_inputs):
     with torch.no_grad():
         wanted = untouched(**inputs, return_dict=False)[0]
         made = networks.teacher(inputs["hidden_states"], inputs["timestep"], call)
-        student = networks.student(transformer, inputs["hidden_states"], inputs["timestep"], call)
+        student = networks.outputs(transformer, inputs["hidden_states"], inputs["timestep"], call)
     assert torch.equal(made.prediction, wanted) and not torch.equal(student.prediction, wanted)
     assert len(made.attention) == len(student.attention) == 1 and made.hidden is not None
     assert accel.report().layers[0].sparse_calls == 1
@@ -117,7 +120,7 @@ def test_recomputing_activations_changes_no_gradient(tiny_wan, wan_inputs):
         networks = TrainingNetworks(transformer, family, accel, lora=False, layers=(0, 1))
         call = {"encoder_hidden_states": inputs["encoder_hidden_states"]}
         wanted = networks.teacher(inputs["hidden_states"], inputs["timestep"], call)
-        student = networks.student(transformer, inputs["hidden_states"], inputs["timestep"], call)
+        student = networks.outputs(transformer, inputs["hidden_states"], inputs["timestep"], call)
         loss = sum(OBJECTIVES[name](student, wanted, wanted.prediction) for name in ("teacher", "attention"))
         found.append(torch.autograd.grad(loss, list(transformer.blocks[0].attn1.to_q.parameters())))
     for plain, recomputed in zip(*found, strict=True):

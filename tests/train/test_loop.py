@@ -97,7 +97,7 @@ def test_the_fingerprint_is_the_same_in_bfloat16(tiny):
     pipe = tiny.load()
     mark = adapters.fingerprint(pipe.transformer)
     assert adapters.fingerprint(pipe.transformer.to(torch.bfloat16)) == mark
-    with pytest.raises(dit_accel.DitAccelError, match="cannot be recognised"):
+    with pytest.raises(dit_accel.DitAccelError, match="cannot be compared"):
         adapters.fingerprint(pipe.transformer.to(torch.float8_e4m3fn))
 
 
@@ -140,14 +140,15 @@ def test_training_leaves_no_hook(tiny, tmp_path):
 
 
 def test_some_batches_have_the_empty_prompt(trained, tiny, monkeypatch):
-    empty, seen, student = Dataset(tiny.data).negative["encoder_hidden_states"], [], TrainingNetworks.student
+    empty, seen, outputs = Dataset(tiny.data).negative["encoder_hidden_states"], [], TrainingNetworks.outputs
 
     def look(self, model, noisy, timestep, call):
         text = call["encoder_hidden_states"]
-        seen.append(torch.equal(text, empty.expand_as(text)))
-        return student(self, model, noisy, timestep, call)
+        if torch.is_grad_enabled():  # the student's call, not the teacher's
+            seen.append(torch.equal(text, empty.expand_as(text)))
+        return outputs(self, model, noisy, timestep, call)
 
-    monkeypatch.setattr(TrainingNetworks, "student", look)
+    monkeypatch.setattr(TrainingNetworks, "outputs", look)
     trained(steps=8, empty_prompts=0.5)
     assert len(seen) == 8 and {*seen} == {True, False}
 
@@ -243,7 +244,7 @@ def test_portable_and_triton_train_alike(elsewhere, tmp_path, rounding_budget):
 def test_a_fine_tuning_that_was_taken_back_is_not_saved(rank, trained, tiny, tmp_path):
     accel = dit_accel.load(tiny.load(), trained(rank=rank, steps=1))
     accel.remove()
-    with pytest.raises(dit_accel.DitAccelError, match=r"save it before remove\(\)"):
+    with pytest.raises(dit_accel.DitAccelError, match=r"before remove\(\)"):
         accel.save_pretrained(tmp_path / "late")
     assert not (tmp_path / "late").exists()
 
@@ -260,7 +261,7 @@ def test_a_tracker_that_is_not_there_is_refused(trained, monkeypatch):
 
 def test_another_run_in_the_same_folder_is_refused(trained):
     trained(steps=2)
-    with pytest.raises(dit_accel.DitAccelError, match=r"belongs to another run: its rate was 0\.01, and is 0\.02"):
+    with pytest.raises(dit_accel.DitAccelError, match=r"belongs to another run: its rate was 0\.01 and is 0\.02"):
         trained(steps=2, rate=2e-2)
     trained(steps=3)
 

@@ -19,7 +19,7 @@ def test_conditioning_is_the_pipelines_own(tiny):
         embeds, _ = pipe.encode_prompt(
             "a red circle moves up on a black background", do_classifier_free_guidance=False, max_sequence_length=512
         )
-    assert torch.equal(call["encoder_hidden_states"], embeds) and shape == (1, 12, 3, 8, 12)
+    assert torch.equal(call["encoder_hidden_states"], embeds) and shape == (1, 96, 3, 8, 12)
     assert not pipe.transformer._forward_pre_hooks
 
 

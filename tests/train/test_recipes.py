@@ -64,7 +64,7 @@ def test_given_settings_win_over_a_recipe():
         ({"objectives": {}}, "needs an objective"),
         ({"objectives": {"teachr": 1}}, "Did you mean 'teacher'"),
         ({"objectives": {"flow": -1}}, "above 0"),
-        ({"objectives": {"flow": 1, "consistency": 1}}, "choose one"),
+        ({"objectives": {"flow": 1, "consistency": 1}}, "Choose one"),
         ({"method": "dense"}, "its own teacher"),
         ({"precision": "int8", "method": "sla"}, "precision is one of"),
         ({"levels": {"sigma": 1}, "method": "sla"}, "levels has no setting 'sigma'"),

@@ -1,4 +1,4 @@
-"""CLIP score: whether the frames show what the prompt says."""
+"""CLIP score: the agreement of frames and prompt."""
 
 from __future__ import annotations
 
@@ -10,16 +10,9 @@ from dit_accel.eval.networks import Networks
 
 
 def clip_score(images: torch.Tensor, text: torch.Tensor) -> float:
-    """max(100 cos(image, text), 0), averaged over frames before the maximum is taken, as torchmetrics' CLIPScore does.
+    """max(100 cos(image, text), 0) of CLIP's vectors [F, D] and [D], averaged over frames before the maximum is taken.
 
-    Source: Hessel et al. 2021, "CLIPScore" (arXiv:2104.08718), with torchmetrics' factor of 100.
-
-    Args:
-        images: CLIP's vectors of the frames, [F, D].
-        text: CLIP's vector of the prompt, [D].
-
-    Returns:
-        From 0 to 100.
+    Source: Hessel et al. 2021, "CLIPScore" (arXiv:2104.08718), as torchmetrics computes it.
     """
     return max(100 * float(cosine_similarity(images, text.expand_as(images), reduction="mean")), 0.0)
 
@@ -27,7 +20,6 @@ def clip_score(images: torch.Tensor, text: torch.Tensor) -> float:
 METRIC = Metric(
     name="clip_score",
     title="CLIP score",
-    unit="",
     better="higher",
     about="100 times the cosine between CLIP's vectors of each frame and of the prompt, averaged; from 0 to 100.",
     order=8,

@@ -11,11 +11,7 @@ from dit_accel.eval.networks import INCEPTION, Networks
 
 
 class Given(nn.Module):
-    """Stands where torchmetrics has its network, for features that are made already: every network sees a frame once.
-
-    Args:
-        num_features: D of the features [N, D]; torchmetrics reads it under this name.
-    """
+    """Takes the place of torchmetrics' network for given features [N, num_features]: a network sees a frame once."""
 
     def __init__(self, num_features: int) -> None:
         super().__init__()
@@ -28,11 +24,7 @@ class Given(nn.Module):
 class Fid(FrechetInceptionDistance):
     """Fréchet distance of two Gaussians fitted to features (Heusel et al. 2017, arXiv:1706.08500).
 
-    `update(features, real=...)` takes float [N, D], so that torchmetrics' own conversion to 8 bits (which it leaves out
-    for a network of one's own) never applies. States are summed over processes.
-
-    Args:
-        features: D.
+    `update(features, real=...)` takes float [N, D] with D = `features`. States are summed over processes.
     """
 
     def __init__(self, features: int) -> None:
@@ -43,7 +35,7 @@ class Fid(FrechetInceptionDistance):
         """The squared distance, 0 for equal sets.
 
         Raises:
-            TooFew: a set has no more images than features, so that its covariance is singular.
+            TooFew: a set has no more images than features, so its covariance is singular.
         """
         wanted = least(self.inception.num_features)
         got = min(int(self.real_features_num_samples), int(self.fake_features_num_samples))
@@ -53,14 +45,13 @@ class Fid(FrechetInceptionDistance):
 
 
 def least(features: int) -> int:
-    """Images a set needs: fewer leave the covariance of that many features singular."""
+    """Images for a regular covariance of that many features."""
     return features + 1
 
 
 METRIC = Metric(
     name="fid",
     title="FID",
-    unit="",
     better="lower",
     about="Fréchet distance between the features of all frames and those of the real set; 0 for equal sets.",
     order=6,

@@ -1,4 +1,4 @@
-"""CLIP agreement between neighbouring frames: whether a video keeps showing the same thing."""
+"""CLIP agreement between neighbouring frames: the constancy of a video's content."""
 
 from __future__ import annotations
 
@@ -10,17 +10,7 @@ from dit_accel.eval.networks import Networks
 
 
 def frame_agreement(images: torch.Tensor) -> float:
-    """Cosine between the vectors of each frame and the next, averaged.
-
-    Args:
-        images: CLIP's vectors of the frames, [F, D], F at least 2.
-
-    Returns:
-        At most 1, which a still picture reaches.
-
-    Raises:
-        ValueError: there is one frame.
-    """
+    """Cosine between CLIP's vectors [F, D] of each frame and the next, averaged: at most 1, for a still picture."""
     if len(images) < 2:
         raise ValueError(f"Agreement between neighbouring frames needs 2 of them, got {len(images)}.")
     return float(cosine_similarity(images[:-1], images[1:], reduction="mean"))
@@ -29,7 +19,6 @@ def frame_agreement(images: torch.Tensor) -> float:
 METRIC = Metric(
     name="frame_agreement",
     title="Frame agreement",
-    unit="",
     better="higher",
     about="Cosine between CLIP's vectors of neighbouring frames, averaged; a still picture has 1.",
     order=9,

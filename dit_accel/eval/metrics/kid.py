@@ -20,11 +20,8 @@ LEAST = 2  # the unbiased estimate divides by n (n - 1)
 class Kid(KernelInceptionDistance):
     """Squared maximum mean discrepancy under a cubic kernel (Bińkowski et al. 2018, arXiv:1801.01401).
 
-    `update(features, real=...)` takes float [N, D]. Features are gathered from the processes in their order, and
-    subsets are drawn with a fixed seed, so the same images give the same figure on any number of processes.
-
-    Args:
-        features: D.
+    `update(features, real=...)` takes float [N, D] with D = `features`. Features are gathered in the processes' order,
+    and subsets have a fixed seed. So the same images give the same value on any number of processes.
     """
 
     def __init__(self, features: int) -> None:
@@ -36,12 +33,14 @@ class Kid(KernelInceptionDistance):
             getattr(self, name).append(torch.zeros(0, features))  # a process without samples still takes part
 
     def compute(self) -> torch.Tensor:
-        """The mean over subsets; about 0 for equal sets, and slightly below it by chance.
+        """The mean over subsets; about 0 for equal sets, at random slightly below.
 
         Raises:
             TooFew: a set has a single image.
         """
-        sizes = [sum(len(part) for part in _parts(features)) for features in (self.real_features, self.fake_features)]
+        # gathered features are one tensor, others a list of them
+        both = ([x] if isinstance(x, torch.Tensor) else x for x in (self.real_features, self.fake_features))
+        sizes = [sum(map(len, parts)) for parts in both]
         if min(sizes) < LEAST:
             raise TooFew(f"needs {LEAST} images in each set, got {min(sizes)}")
         self.subset_size = min(SUBSET, *sizes)
@@ -50,15 +49,9 @@ class Kid(KernelInceptionDistance):
             return super().compute()[0]
 
 
-def _parts(features: torch.Tensor | list[torch.Tensor]) -> list[torch.Tensor]:
-    """What was gathered is one tensor, what was not is a list of them."""
-    return [features] if isinstance(features, torch.Tensor) else features
-
-
 METRIC = Metric(
     name="kid",
     title="KID",
-    unit="",
     better="lower",
     about="Kernel distance (cubic, unbiased, 100 subsets of up to 1,000) between all frames and the real set.",
     order=7,

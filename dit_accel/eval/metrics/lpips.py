@@ -12,10 +12,7 @@ BACKBONE = "alex"  # the variant its authors recommend as a metric
 
 
 class Lpips:
-    """Learned perceptual distance (Zhang et al. 2018, arXiv:1801.03924), AlexNet variant, as torchmetrics has it.
-
-    Args:
-        device: where it runs.
+    """Learned perceptual distance (Zhang et al. 2018, arXiv:1801.03924), AlexNet variant, from torchmetrics.
 
     Raises:
         DitAccelError: torchvision is missing or cannot be loaded, or it cannot fetch the backbone.
@@ -31,7 +28,7 @@ class Lpips:
             metric = LearnedPerceptualImagePatchSimilarity(net_type=BACKBONE, normalize=True)
         except OSError as error:
             raise DitAccelError(
-                f"The backbone of lpips cannot be fetched ({first_line(error)}); measure perceptual[demo-clip] instead."
+                f"The backbone of lpips cannot be fetched ({first_line(error)}). Measure perceptual[demo-clip] instead."
             ) from error
         self.metric, self.device = metric.to(device), device
 
@@ -44,22 +41,15 @@ class Lpips:
 
 
 def load(networks: Networks, source: str | None) -> Lpips:
-    """The published network; there is no other source.
-
-    Raises:
-        DitAccelError: one was asked for, or as `Lpips`.
-    """
+    """The published network; another source is refused."""
     if source is not None:
-        raise DitAccelError(
-            f"lpips is the published one and takes no network; perceptual[{source}] is its formula on another."
-        )
+        raise DitAccelError(f"lpips takes no other network; perceptual[{source}] is its formula on that one.")
     return Lpips(networks.device)
 
 
 METRIC = Metric(
     name="lpips",
     title="LPIPS",
-    unit="",
     better="lower",
     about="Learned perceptual distance (AlexNet) to the baseline of the same prompt and seed, averaged over frames.",
     order=4,

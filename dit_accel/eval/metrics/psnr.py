@@ -1,28 +1,20 @@
-"""Peak signal-to-noise ratio: how far the pixels are from a baseline, in decibels."""
+"""Peak signal-to-noise ratio against a baseline, in decibels."""
 
 from __future__ import annotations
 
 import torch
 from torchmetrics.functional.image import peak_signal_noise_ratio
 
-from dit_accel.eval.metric import Metric
+from dit_accel.eval.metric import Metric, paired
 
 
 def psnr(frames: torch.Tensor, baseline: torch.Tensor) -> float:
-    """PSNR over all frames, colours and pixels together: 10 log10(1 / MSE).
+    """PSNR over all frames, colours and pixels together: 10 log10(1 / MSE), infinity for identical frames.
 
     Args:
-        frames, baseline: float [F, C, H, W] with values in [0, 1], of the same shape.
-
-    Returns:
-        Decibels, more is closer; infinity for identical frames.
-
-    Raises:
-        ValueError: the shapes differ.
+        frames, baseline: float [F, C, H, W] in [0, 1], of one shape.
     """
-    if frames.shape != baseline.shape:
-        raise ValueError(f"PSNR compares equal shapes, got {tuple(frames.shape)} and {tuple(baseline.shape)}.")
-    return float(peak_signal_noise_ratio(frames.float(), baseline.float(), data_range=1.0))
+    return float(peak_signal_noise_ratio(*paired("PSNR", frames, baseline), data_range=1.0))
 
 
 METRIC = Metric(

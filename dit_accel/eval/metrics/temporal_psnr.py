@@ -1,4 +1,4 @@
-"""PSNR of the differences between neighbouring frames: whether the same things move the same way."""
+"""PSNR of the differences between neighbouring frames: the likeness of motion."""
 
 from __future__ import annotations
 
@@ -14,13 +14,7 @@ def temporal_psnr(frames: torch.Tensor, baseline: torch.Tensor) -> float:
     A constant error of all frames, such as a shift in brightness, does not count; flicker counts twice.
 
     Args:
-        frames, baseline: float [F, C, H, W] with values in [0, 1], of the same shape, F at least 2.
-
-    Returns:
-        Decibels, more is closer; infinity for the same motion.
-
-    Raises:
-        ValueError: the shapes differ, or there is one frame.
+        frames, baseline: float [F, C, H, W] in [0, 1], of one shape, F at least 2.
     """
     if len(frames) < 2:
         raise ValueError(f"Temporal PSNR compares neighbouring frames and needs 2 of them, got {len(frames)}.")

@@ -1,7 +1,7 @@
-"""What a summary holds, and how its numbers are written.
+"""The fields of a summary, and the formatting of its numbers.
 
     title     str
-    made      how it was made: {"command": str, "model": str, "seeds": [..], "prompts": [..], "hardware": str, ...};
+    made      its origin: {"command": str, "model": str, "seeds": [..], "prompts": [..], "hardware": str, ...};
               values are strings, numbers, lists, or dicts of these, and the report shows all of them
     metrics   [{"name", "title", "unit", "better": "higher" | "lower", "about": one line}]
     rows      [{"label", "method", "config", "command", "density", "speedup", "speedup_interval": [low, high],
@@ -32,7 +32,7 @@ def number(value: float | str | None) -> float | None:
 
 
 def written(value: float | str | None, unit: str = "", digits: int = 4) -> str:
-    """A figure for people: four significant digits, ∞ for infinity, a dash for none."""
+    """A figure as text: four significant digits, ∞ for infinity, a dash for none."""
     value = number(value)
     if value is None:
         return NONE
@@ -41,7 +41,7 @@ def written(value: float | str | None, unit: str = "", digits: int = 4) -> str:
 
 
 def interval(ends: Sequence[float | str] | None, form: str = " (95 %: {} to {})") -> str:
-    """An interval for people; nothing where there is none, or none beyond rounding."""
+    """An interval as text; empty without one, or with equal ends."""
     low, high = ("", "") if ends is None else (written(end, digits=3) for end in ends)
     return "" if low == high else form.format(low, high)
 
@@ -74,7 +74,7 @@ def value_of(row: dict[str, Any], metric: dict[str, Any]) -> float | None:
 
 
 def arrow(metric: dict[str, Any]) -> str:
-    """Which way is better."""
+    """The direction of better values."""
     return "↑" if metric["better"] == "higher" else "↓"
 
 
@@ -87,8 +87,8 @@ def heading(metric: dict[str, Any]) -> str:
 def front(rows: list[dict[str, Any]], metric: dict[str, Any]) -> list[str]:
     """Labels on the Pareto front of speed-up and a metric, fastest last.
 
-    A row is on the front if no other is at least as good in both and better in one; rows without a figure or a speed-up
-    are left out.
+    A row is on the front if no other is at least as good in both and better in one. Rows without a figure or a
+    speed-up are left out.
     """
     sign = 1 if metric["better"] == "higher" else -1
     points = [
@@ -105,7 +105,7 @@ def front(rows: list[dict[str, Any]], metric: dict[str, Any]) -> list[str]:
 
 
 def sampled_otherwise(summary: dict[str, Any]) -> list[str]:
-    """A sentence for each row that was made in other steps or with another guidance than the first one."""
+    """A sentence for each row whose steps or guidance differ from the first one's."""
     steps = [(row.get("steps"), row.get("guidance")) for row in summary["rows"]]
     return [
         f"{row['label']} was made in {own[0]} steps with guidance {own[1]}, {summary['rows'][0]['label']} in "

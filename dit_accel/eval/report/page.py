@@ -50,11 +50,7 @@ def render(summary: dict[str, Any], folder: Path) -> str:
 
 
 def embedded(path: Path) -> str:
-    """A picture or video as a data URL.
-
-    Raises:
-        DitAccelError: it is missing, or its ending is none of `KINDS`.
-    """
+    """A picture or video as a data URL."""
     kind = KINDS.get(path.suffix.lower())
     if kind is None:
         raise DitAccelError(f"The report shows {', '.join(KINDS)}, and not {path}.")

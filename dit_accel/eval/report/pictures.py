@@ -55,11 +55,7 @@ def legend(summary: dict[str, Any]) -> dict[str, tuple[str, str]]:
 
 
 def pareto(summary: dict[str, Any]) -> bytes:
-    """Speed-up against each metric as PNG, a panel each, with one legend; a line joins the rows on the front.
-
-    Raises:
-        DitAccelError: matplotlib is not installed.
-    """
+    """Speed-up against each metric as PNG, a panel each, with one legend; a line joins the rows on the front."""
     check_matplotlib()
     import matplotlib
     from matplotlib.lines import Line2D
@@ -84,11 +80,7 @@ def pareto(summary: dict[str, Any]) -> bytes:
 
 
 def panel(summary: dict[str, Any], metric: dict[str, Any]) -> bytes:
-    """One metric's Pareto front alone, as SVG without a legend.
-
-    Raises:
-        DitAccelError: matplotlib is not installed.
-    """
+    """One metric's Pareto front alone, as SVG without a legend."""
     check_matplotlib()
     import matplotlib
 
@@ -103,9 +95,6 @@ def heat_maps(record: dict[str, Any]) -> bytes:
 
     Args:
         record: an entry of the summary's `attention`.
-
-    Raises:
-        DitAccelError: matplotlib is not installed.
     """
     check_matplotlib()
     import matplotlib

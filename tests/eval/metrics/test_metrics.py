@@ -209,7 +209,7 @@ class TestNames:
         [
             (["pnsr"], "Unknown metric 'pnsr'. Did you mean 'psnr'?"),
             (["fid[demo-clip"], "is written name or name"),
-            (["psnr[demo-clip]"], "looks through no network"),
+            (["psnr[demo-clip]"], "has no network"),
             (["psnr", "psnr"], "asked for twice"),
             (["clip_score[inception]"], "needs a network that reads texts"),
             (["lpips[demo-clip]"], "perceptual[demo-clip] is its formula"),
