@@ -13,9 +13,11 @@ OUTPUT ?= outputs
 DEMO_METHOD ?= gna:window=3xfullxfull
 DEMO_SETTINGS ?= --frames 17 --height 160 --width 192 --dense-steps 4
 PYTEST_FLAGS ?=
+KERNELS_FLAGS ?=
 # Triton reads its interpreter's switch when it is imported, so these tests have a process of their own.
 INTERPRETED := tests/kernels/block_sparse/test_triton.py tests/kernels/block_sparse/test_gluon.py \
-	tests/kernels/sla/test_triton.py tests/methods/sla/test_triton.py tests/pipelines/test_rows.py \
+	tests/kernels/router/test_triton.py tests/kernels/sla/test_triton.py tests/kernels/sla/test_gluon.py \
+	tests/kernels/tail/test_triton.py tests/methods/sla/test_triton.py tests/pipelines/test_rows.py \
 	tests/test_architecture.py
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
@@ -58,7 +60,7 @@ support: $(INSTALLED)
 	$(BIN)/python tests/support_table.py $(OUTPUT)/support.xml
 
 kernels: $(INSTALLED)
-	$(BIN)/python -m dit_accel.kernels.ahead_of_time
+	$(BIN)/python -m dit_accel.kernels.ahead_of_time $(KERNELS_FLAGS)
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -1,4 +1,4 @@
-"""The door for users of the library: accelerate a pipeline, see what was done, take it back."""
+"""The library's public functions: accelerate a pipeline, report what ran, undo it."""
 
 from __future__ import annotations
 
@@ -27,24 +27,20 @@ from dit_accel.kernels import impls
 from dit_accel.kernels.impls import Impl
 from dit_accel.pipelines.family import Family
 from dit_accel.pipelines.targets import find_transformers
-from dit_accel.registry import Method, get_method
+from dit_accel.registry import Method, get_method, plain
 
 _ACTIVE: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Accelerator]] = weakref.WeakKeyDictionary()
 
 
 class Accelerator:
-    """A method at work in the transformers of a pipeline; made by `accelerate`, undone by `remove`.
-
-    Usable in a with statement, which removes it at the end.
+    """A method at work in the transformers of a pipeline; `accelerate` makes it, `remove` or a with block undoes it.
 
     Attributes:
         method: name.
         config: the method's settings, a frozen dataclass; `LayerSettings` where every layer has its own.
-        schedule: which steps and layers stay dense.
-        impl: "auto", "reference", "portable" or "triton".
-        allow_dense: whether the model's own attention may run where it is measured to be faster.
+        schedule, impl, allow_dense: as `accelerate` was asked for.
         transformers: by component name.
-        trained: the fine-tuning that is at work besides the method's own weights; None without one.
+        trained: the fine-tuning at work besides the method's own weights; None without one.
     """
 
     def __init__(
@@ -67,30 +63,15 @@ class Accelerator:
         layered = isinstance(config, LayerSettings)
         configs = [own for row in config.layers.values() for own in row] if layered else [config]
         self._plans = {own: PlanCache(method, own) for own in layerwise.distinct(configs)}
-        self._engines = [
-            Engine(
-                name,
-                transformer,
-                family,
-                method,
-                config,
-                schedule,
-                self._clock,
-                self._plans,
-                impl,
-                allow_dense,
-                check,
-                dense_backend,
-            )
-            for name, (transformer, family) in transformers.items()
-        ]
+        shared = method, config, schedule, self._clock, self._plans, impl, allow_dense, check, dense_backend
+        self._engines = [Engine(name, module, family, *shared) for name, (module, family) in transformers.items()]
         self._notes = notes
         self.active = False
         self.trained: Trained | None = None
         self._undo_training: Callable[[], None] | None = None
 
     def apply(self) -> None:
-        """Put the method to work; on an error everything is as before."""
+        """Put the method to work. An error undoes everything."""
         try:
             for engine in self._engines:
                 engine.attach(self)
@@ -103,10 +84,10 @@ class Accelerator:
             _ACTIVE[transformer] = weakref.ref(self)
 
     def remove(self) -> list[str]:
-        """Take everything back: processors, hooks, learned weights, what `load` loaded. A second call does nothing.
+        """Undo processors, hooks, learned weights and what `load` loaded. A second call does nothing.
 
         Returns:
-            Attention modules that were left as they are, because another processor was set on them since.
+            Attention modules that keep a processor which was set on them since.
         """
         if not self.active:
             return []
@@ -119,7 +100,7 @@ class Accelerator:
         return left
 
     def set_step(self, index: int | None, count: int | None = None) -> None:
-        """State the denoising step by hand: `index` of `count`, until the next call; None goes back to the scheduler.
+        """Set the denoising step: `index` of `count`, until the next `set_step`. None reads the scheduler again.
 
         Raises:
             DitAccelError: not 0 <= index < count.
@@ -128,7 +109,7 @@ class Accelerator:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Inside the block the model runs its own attention; the method and its learned weights stay in place."""
+        """Run the model's own attention inside the block. The method and its learned weights stay in place."""
         before = [engine.paused for engine in self._engines]
         for engine in self._engines:
             engine.paused = True
@@ -140,10 +121,10 @@ class Accelerator:
 
     @contextlib.contextmanager
     def watch(self, watcher: Callable[[AttentionCall], None]) -> Iterator[None]:
-        """Inside the block `watcher` is called with every sparse attention call of every layer.
+        """Call `watcher` inside the block with every sparse attention call of every layer.
 
-        What it measures is its own choice: `AttentionCall.measure` compares with dense attention on sampled queries. A
-        compiled transformer cannot be watched.
+        `AttentionCall.measure` compares a call with dense attention on sampled queries. A compiled transformer cannot
+        be watched.
 
         Example:
             >>> with accel.watch(lambda call: print(call.layer, call.step, call.measure().error)):
@@ -158,7 +139,7 @@ class Accelerator:
                 engine.watchers.remove(watcher)
 
     def report(self) -> Report:
-        """What was done so far. It stays readable after `remove`."""
+        """What ran so far. It works after `remove` too."""
         for engine in self._engines:
             engine.count_last_call()
         return Report(
@@ -168,7 +149,7 @@ class Accelerator:
             impl=self.impl,
             calls={engine.name: engine.calls for engine in self._engines},
             grids=self._densities(),
-            layers=[layer for engine in self._engines for layer in engine.layer_reports()],
+            layers=[layer.report(engine.name) for engine in self._engines for layer in engine.layers],
             notes=list(dict.fromkeys((*self._notes, *(note for engine in self._engines for note in engine.notes)))),
         )
 
@@ -178,7 +159,7 @@ class Accelerator:
         return dataclasses.asdict(self.config)
 
     def _densities(self) -> dict[str, float | None]:
-        """The plans' density on each grid, the mean over sparse layers; None if it is known from calls only."""
+        """Density of the plans on each grid, the mean over sparse layers; None if only calls tell it."""
         seen: dict[str, list[float | None]] = {}
         for layer in (layer for engine in self._engines for layer in engine.layers if layer.dense_reason is None):
             for grid, density in self._plans[layer.config].densities.items():
@@ -202,21 +183,20 @@ class Accelerator:
     ) -> None:
         """Write settings (JSON), learned weights and a fine-tuning (safetensors) to the folder `path`.
 
-        Files are written under temporary names and renamed when complete.
+        Complete files replace old ones.
 
         Args:
-            path: the folder.
             push_to_hub: also upload the folder to the Hugging Face Hub, as Diffusers' models do.
-            repo_id: where to; the folder's name if not given.
+            repo_id: the repository there; the folder's name if None.
             token, private, commit_message: of the upload.
 
         Raises:
-            DitAccelError: the folder cannot be written, or `remove` has taken back a fine-tuning.
+            DitAccelError: the folder cannot be written, or `remove` has undone the fine-tuning.
         """
         if self.trained is not None and not self.active:
             raise DitAccelError(
-                "This accelerator was removed, and the weights of its fine-tuning with it; save it before remove(), or "
-                "load it again."
+                "remove() has taken the fine-tuning's weights out of the model. Save the accelerator before remove(), "
+                "or load it again."
             )
         layered = isinstance(self.config, LayerSettings)
         settings = {
@@ -244,7 +224,7 @@ class Accelerator:
         return None if self.trained is None else adapters.write(folder, self.trained, self.transformers)
 
     def take_training(self, trained: Trained, undo: Callable[[], None]) -> None:
-        """Keep what a fine-tuning is, for saving, and what takes it back out of the model, for `remove`."""
+        """Record a fine-tuning: `save_pretrained` writes it, and `remove` calls `undo`."""
         self.trained, self._undo_training = trained, undo
 
     def __enter__(self) -> Accelerator:
@@ -275,46 +255,39 @@ def accelerate(
     replace: bool = False,
     **config: Any,
 ) -> Accelerator:
-    """Swap the self-attention of a pipeline's transformers for `method`.
+    """Replace the self-attention of a pipeline's transformers by `method`.
 
-    Cross-attention, weights and everything else stay the model's own. A dense step or layer runs the model's own
-    processor, bit for bit. What cannot work is refused here, or at the first call before any attention has run.
-    With gradient checkpointing, a call's backward pass has to come before the next call: what is computed again is
-    computed as the latest call was. Another pipeline that shares the transformer has to share the scheduler too, whose
-    steps are the ones that count. One thread at a time may call an accelerated transformer: what is decided for a call
-    holds until the next one.
+    Everything else stays the model's own; a dense step or layer runs the model's own processor, bit for bit. Settings
+    that cannot work are refused here, or at the first call before any attention has run.
+
+    - With gradient checkpointing, run a call's backward pass before the next call. Recomputation follows the last call.
+    - Another pipeline that shares the transformer must share the scheduler, whose steps count.
+    - One thread at a time may call an accelerated transformer.
 
     Args:
         target: a Diffusers pipeline, modular or not; an object with a `transformer`; or one transformer.
-        method: "dense", "gna", "radial", "sla" or "tile"; see `list_methods`. Left out where `layer_schedule` says it.
-        layer_schedule: the method and the settings of every layer, in place of `method`, `config` and `dense_layers`;
-            a JSON file (format: `dit_accel.hooks.layers`) or `LayerSettings`.
-        preset: take the settings and dense steps and layers that are recommended for the model's family; what is given
+        method: a name from `list_methods`; None with `layer_schedule`.
+        layer_schedule: method and settings of every layer, in place of `method`, `config` and `dense_layers`: a JSON
+            file (format: `dit_accel.hooks.layers`) or `LayerSettings`.
+        preset: take the settings, dense steps and dense layers recommended for the model's family. What is given
             besides wins. `dit-accel ls` shows them.
-        dense_steps, dense_last_steps: first and last denoising steps that stay dense, as a number or a share of all.
-            A step is a position on the scheduler's trajectory: image-to-image that starts halfway starts halfway.
-            None: none, or as the preset says.
+        dense_steps, dense_last_steps: first and last denoising steps that stay dense, as a number or a share of the
+            scheduler's trajectory. Image-to-image may start in its middle. None: none, or the preset's.
         dense_layers: first layers that stay dense, as a number or a share, or a tuple of indices; None as above.
-        impl: "auto" (the fastest that computes the same), "reference", "portable" or "triton"; a named one runs or
-            raises.
-        allow_dense: let the model's own attention run on CUDA above the density at which it is measured to be faster;
-            the report says so (`dit_accel.hooks.break_even`, where nothing is measured yet). Only with impl="auto", and
-            never for sla, whose projection is trained.
+        impl: "auto" (the fastest that computes the same) or an implementation's name, which runs or raises.
+        allow_dense: on CUDA, run the model's own attention above the density at which it is measured to be faster
+            (`dit_accel.hooks.break_even`; nothing is measured yet). Only with impl="auto", and never for sla.
         verify: "first-call" compares each layer of the first sparse call with dense attention, on 256 queries of each
-            head; the report then tells relative error and kept softmax mass. It costs about as much as the dense
-            attention of those queries. A transformer has to be compiled after that call.
-        keep_dense_above: with `verify`, layers whose relative error is above this stay dense, in that call already.
-        dense_backend: back end of dense steps and layers, a name of Diffusers' dispatcher, or "auto" for the fastest
-            here that computes the same; the report names it. None: the model's own, bit for bit.
+            head. The report then holds relative error and kept softmax mass. Compile the transformer after that call.
+        keep_dense_above: with `verify`, layers with a larger relative error stay dense, from that call on.
+        dense_backend: back end of dense steps and layers: a name of Diffusers' dispatcher, or "auto" for the fastest
+            that computes the same. None: the model's own, bit for bit.
         replace: first remove an accelerator that is already at work.
         config: settings of the method.
 
-    Returns:
-        The accelerator, at work.
-
     Raises:
-        DitAccelError: unknown method or setting, no recommended settings where a preset is asked for, a model that is
-            not supported, or one that is accelerated already.
+        DitAccelError: the method or a setting is unknown, the family has no preset, or the model is not supported or
+            already accelerated.
 
     Example:
         >>> accel = accelerate(pipe, "radial", decay=0.2, dense_steps=12, dense_layers=1)
@@ -323,7 +296,7 @@ def accelerate(
         >>> accel.remove()
     """
     amounts = {"dense_steps": dense_steps, "dense_last_steps": dense_last_steps, "dense_layers": dense_layers}
-    given: dict[str, Any] = {name: amount for name, amount in amounts.items() if amount is not None}
+    given: dict[str, Any] = {name: plain(amount) for name, amount in amounts.items() if amount is not None}
     notes: tuple[str, ...] = ()
     if preset:
         config, given, source = _with_preset(target, method, layer_schedule, config, given)
@@ -333,10 +306,11 @@ def accelerate(
     dense, check = Schedule(**given), SelfCheck(verify, keep_dense_above)
     impls.check(impl)
     transformers, pipeline = find_transformers(target)
-    present = {accel for module, _ in transformers.values() if (accel := _accelerator_of(module)) is not None}
+    known = (_ACTIVE.get(transformer) for transformer, _ in transformers.values())
+    present = {accel for reference in known if reference is not None and (accel := reference()) is not None}
     if present and not replace:
         raise DitAccelError(
-            f"{type(target).__name__} is already accelerated with {next(iter(present)).method}; call remove() on that "
+            f"{type(target).__name__} is already accelerated with {next(iter(present)).method}. Call remove() on that "
             "accelerator first, or pass replace=True."
         )
     accel = Accelerator(transformers, pipeline, chosen, settings, dense, impl, allow_dense, check, dense_backend, notes)
@@ -349,11 +323,11 @@ def accelerate(
 def _with_preset(
     target: Any, method: str | None, layer_schedule: Any, config: dict[str, Any], given: dict[str, Any]
 ) -> tuple[dict[str, Any], dict[str, Any], str]:
-    """Settings, and dense steps and layers, recommended for the target's family save those given; and their source."""
+    """Settings, schedule and source of the family's preset; what is given replaces its values."""
     if method is None or layer_schedule is not None:
         raise DitAccelError(
-            "preset=True takes the recommended settings of one method, such as 'radial': name it, and leave out "
-            f"layer_schedule= (got method {method!r}, layer_schedule {layer_schedule!r})."
+            "preset=True takes the recommended settings of one method. Name the method, such as 'radial', and leave "
+            f"out layer_schedule= (got method {method!r}, layer_schedule {layer_schedule!r})."
         )
     get_method(method)
     transformers = list(find_transformers(target)[0].values())
@@ -363,7 +337,7 @@ def _with_preset(
 
 @contextlib.contextmanager
 def accelerated(target: Any, method: str | None = None, **arguments: Any) -> Iterator[Accelerator]:
-    """`accelerate` for the length of a with block.
+    """Accelerate inside a with block; the arguments are those of `accelerate`.
 
     Example:
         >>> with accelerated(pipe, "gna", window=(18, 24, 24), stride=(16, 8, 8)) as accel:
@@ -374,8 +348,3 @@ def accelerated(target: Any, method: str | None = None, **arguments: Any) -> Ite
         yield accel
     finally:
         accel.remove()
-
-
-def _accelerator_of(transformer: nn.Module) -> Accelerator | None:
-    reference = _ACTIVE.get(transformer)
-    return None if reference is None else reference()

@@ -8,6 +8,10 @@ class DitAccelError(ValueError):
     """
 
 
+class DitAccelWarning(UserWarning):
+    """Something that is not as the user may think; the message says what to do."""
+
+
 def first_line(error: Exception) -> str:
     """The first line of an error's message, or the error's name where it has none."""
     lines = str(error).strip().splitlines()

@@ -1,7 +1,7 @@
-"""Writing files: complete or not there, one writer to a folder, and refused before the work where it cannot succeed.
+"""Writing files: complete or absent, with one writer to a folder, and checked before the work.
 
-Files are written in a hidden folder beside their place and then renamed. A killed process leaves such a folder behind;
-the next writer of the same file removes it. Locks belong to the operating system, so a killed process holds none.
+Files are written in a hidden folder beside their place and then renamed. A killed process leaves such a folder behind,
+which the next writer of the same file removes. Locks are the operating system's, so a killed process holds none.
 """
 
 from __future__ import annotations
@@ -30,21 +30,17 @@ NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EBADF)  # some n
 
 
 def replace_file(file: Path, content: bytes) -> None:
-    """Write one file, in place of the old one if there is one.
-
-    Raises:
-        DitAccelError: it cannot be written, for instance on a full disk; the old file stays.
-    """
+    """Write one file in place of an old one, which stays if an error is raised; errors as in `staged`."""
     with staged(file) as stage:
         (stage / file.name).write_bytes(content)
 
 
 @contextlib.contextmanager
 def staged(output: Path) -> Iterator[Path]:
-    """A folder for what belongs together; all of it moves to the folder of `output` when the block ends well.
+    """A folder for files that belong together. They move to the folder of `output` when the block succeeds.
 
-    JSON files move last, so a record implies that the files it describes are complete. Several processes may write
-    the same output; the last one to finish wins.
+    JSON files move last, so the files that a record describes are complete. Several processes may write the same
+    output; the last one to finish wins.
 
     Args:
         output: one of the files; error messages name it.
@@ -70,7 +66,7 @@ def staged(output: Path) -> Iterator[Path]:
 
 
 def _move(source: Path, target: Path) -> None:
-    """Put a file or a folder in its place."""
+    """Move a file or a folder into its place."""
     for path in (source, *source.rglob("*")):
         if path.is_file():
             with open(path, "rb") as written:
@@ -81,7 +77,7 @@ def _move(source: Path, target: Path) -> None:
 
 
 def _stage_prefix(output: Path) -> str:
-    """How the names of `staged` folders for this output begin, and for no other."""
+    """The beginning of the names of this output's `staged` folders, and of no others."""
     return f".dit-accel-{output.name}."
 
 
@@ -93,11 +89,11 @@ def _make_stage(folder: Path, prefix: str) -> tuple[Path, contextlib.ExitStack]:
             lock, _ = _lock_folder(stage, wait=True)
             if stage.exists():
                 return stage, lock
-            lock.close()  # another process locked it first, and took it for abandoned
+            lock.close()  # another process locked it first and removed it as abandoned
 
 
 def _remove_abandoned(stage: Path) -> None:
-    """Remove the folder of a killed process, which is one that nobody has locked."""
+    """Remove the folder of a killed process: one without lock."""
     with contextlib.suppress(BlockingIOError, FileNotFoundError):
         lock, kept = _lock_folder(stage, wait=False)
         with lock:
@@ -106,7 +102,7 @@ def _remove_abandoned(stage: Path) -> None:
 
 
 def _lock_folder(folder: Path, *, wait: bool) -> tuple[contextlib.ExitStack, bool]:
-    """What unlocks the folder when closed, and whether there are locks; see `_lock`."""
+    """A stack that unlocks the folder when closed, and whether there are locks; see `_lock`."""
     with contextlib.ExitStack() as stack:
         if fcntl is None:
             return stack.pop_all(), False
@@ -120,9 +116,6 @@ def append(path: Path, row: dict[str, Any]) -> None:
     """Add one JSON object as one line; it is on disk when this returns.
 
     An incomplete last line, left by a killed process, is removed first.
-
-    Raises:
-        DitAccelError: the file cannot be written.
     """
     line = (json.dumps(row, allow_nan=False) + "\n").encode()
     try:
@@ -143,26 +136,18 @@ def whole(content: bytes) -> int:
 
 
 def check_file(output: Path, endings: tuple[str, ...], option: str = "--output") -> None:
-    """See before the work that a file can be written.
-
-    Raises:
-        DitAccelError: another ending is wanted, `output` is a folder, or its folder cannot be written to.
-    """
+    """Refuse an output with another ending, that is a folder, or whose folder cannot be written to."""
     if output.suffix.lower() not in endings:
         raise DitAccelError(f"{option} {output} should end in {' or '.join(endings)}.")
     if os.path.isdir(output):
-        raise DitAccelError(f"{option} {output} is a folder; give a file name in it.")
+        raise DitAccelError(f"{option} {output} is a folder. Give a file name in it.")
     _check_writable(output, output.absolute().parent, option)
 
 
 def check_folder(output: Path, option: str = "--output") -> None:
-    """See before the work that files can be written to a folder, which need not exist yet.
-
-    Raises:
-        DitAccelError: it is a file, or it cannot be written to.
-    """
+    """Refuse a folder that is a file or cannot be written to; it need not exist."""
     if os.path.exists(output) and not os.path.isdir(output):
-        raise DitAccelError(f"{option} {output} is a file; give a folder.")
+        raise DitAccelError(f"{option} {output} is a file. Give a folder.")
     _check_writable(output, output.absolute(), option)
 
 
@@ -178,17 +163,16 @@ def _check_writable(output: Path, folder: Path, option: str) -> None:
 
 @contextlib.contextmanager
 def hold(folder: Path, option: str = "--output") -> Iterator[bool]:
-    """Keep a folder to this process for the length of the block.
+    """Reserve a folder for this process during the block.
 
-    The folder is made if it does not exist, and removed again if the block leaves nothing in it. A lock file names
-    the holder, for people.
+    The folder is made if it does not exist, and removed if the block leaves it empty. A lock file names the holder.
 
     Args:
-        folder: to keep.
+        folder: to reserve.
         option: the option that names the folder, for the error.
 
     Yields:
-        Whether it is kept; False where the system or the file system has no locks.
+        Whether it is reserved; False if the system or the file system has no locks.
 
     Raises:
         DitAccelError: another process has it, or it cannot be written to.
@@ -200,7 +184,7 @@ def hold(folder: Path, option: str = "--output") -> Iterator[bool]:
         file, kept = (None, False) if fcntl is None else _open_lock(path)
     except BlockingIOError as error:
         raise DitAccelError(
-            f"{option} {folder} is in use by {_holder(path)}; wait until it is done, stop it, or choose another "
+            f"{option} {folder} is in use by {_holder(path)}. Wait until it is done, stop it, or choose another "
             f"{option}."
         ) from error
     except OSError as error:
@@ -218,7 +202,7 @@ def hold(folder: Path, option: str = "--output") -> Iterator[bool]:
 
 
 def _open_lock(path: Path) -> tuple[IO[str], bool]:
-    """The lock file, locked and with this process's name in it, and whether the file system has locks."""
+    """The lock file, locked, with this process's name, and whether the file system has locks."""
     while True:
         file = open(path, "a+", encoding="utf-8")  # keeps the present holder's name
         try:
@@ -236,10 +220,10 @@ def _open_lock(path: Path) -> tuple[IO[str], bool]:
 
 
 def _lock(handle: int, *, wait: bool) -> bool:
-    """Lock an open file or folder; False where the file system has no locks.
+    """Lock an open file or folder; False if the file system has no locks.
 
     Raises:
-        BlockingIOError: another process has it, and this one is not to wait.
+        BlockingIOError: another process has it, without `wait`.
     """
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
@@ -251,7 +235,7 @@ def _lock(handle: int, *, wait: bool) -> bool:
 
 
 def _is_at(file: IO[str], path: Path) -> bool:
-    """Whether an open file is still the one of that name."""
+    """Whether an open file is still at that path."""
     try:
         return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
     except FileNotFoundError:
@@ -261,5 +245,5 @@ def _is_at(file: IO[str], path: Path) -> bool:
 def _holder(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8") or "another process"
-    except FileNotFoundError:  # it has let go since
+    except FileNotFoundError:  # released meanwhile
         return "another process"

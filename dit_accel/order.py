@@ -1,4 +1,4 @@
-"""Token orders: how one side of the attention, queries or keys, is cut into blocks."""
+"""Token orders: the blocks of one side of the attention, queries or keys."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from dit_accel.tokens import TokenGrid
 class TokenOrder:
     """Blocks of `block` tokens over a sequence: visual blocks first, then conditioning blocks, then text blocks.
 
-    Visual blocks are runs of `block` tokens in raster order, or 3-D tiles of `tile` tokens: tiles are numbered
-    row-major over the grid of tiles, slots row-major inside a tile, and tiles at the far borders have padding slots.
-    Conditioning and text tokens are cut into runs. Each segment is padded to whole blocks by itself.
+    Visual blocks are runs of `block` tokens in raster order, or 3-D tiles of `tile` tokens. Tiles are numbered
+    row-major over the grid of tiles, slots row-major inside a tile. Tiles at the far borders have padding slots.
+    Conditioning and text tokens are cut into runs. Each segment is padded to whole blocks.
 
     Args:
         grid: the sequence.
@@ -42,7 +42,7 @@ class TokenOrder:
 
     @property
     def tiles(self) -> tuple[int, int, int]:
-        """Number of tiles along each axis; raster order has none to speak of and gives (1, 1, visual_blocks)."""
+        """Number of tiles along each axis; (1, 1, visual_blocks) in raster order."""
         if self.tile is None:
             return 1, 1, self.visual_blocks
         frames, rows, columns = (math.ceil(n / size) for n, size in zip(self.grid.shape, self.tile, strict=True))
@@ -64,7 +64,7 @@ class TokenOrder:
 
     @property
     def dense_blocks(self) -> int:
-        """Blocks that attend to everything and that everything attends to: conditioning and text."""
+        """Conditioning and text blocks, which attend to everything and which everything attends to."""
         return self.conditioning_blocks + self.text_blocks
 
     @property
@@ -74,12 +74,8 @@ class TokenOrder:
     def index(self) -> torch.Tensor:
         """The token, in model order, of every slot: int64 [blocks * block], -1 for padding slots."""
         grid = self.grid
-        segments = [
-            self._visual_index(),
-            self._run(grid.conditioning_start, grid.conditioning),
-            self._run(grid.text_start, grid.text),
-        ]
-        return torch.cat(segments)
+        others = self._run(grid.conditioning_start, grid.conditioning), self._run(grid.text_start, grid.text)
+        return torch.cat([self._visual_index(), *others])
 
     def _visual_index(self) -> torch.Tensor:
         start = self.grid.visual_start

@@ -26,7 +26,7 @@ class LearnedModule:
     """The learned weights that a method adds to every accelerated attention module.
 
     Args:
-        attribute: the name under which they live on the attention module, and so in state dicts and checkpoints.
+        attribute: their name on the attention module, in state dicts and checkpoints.
         make: makes them for a head dimension and the method's settings.
     """
 
@@ -36,20 +36,19 @@ class LearnedModule:
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-    """What the rest of the library knows of an attention method.
+    """The declaration of an attention method.
 
     Args:
         name: lower case, the name of its file.
         config: frozen dataclass of its settings; the only place with defaults.
         plan: makes the plan for a grid and settings.
-        summary: one line for people.
-        source: where it was published.
-        module: the learned weights of a layer; None if the method has none.
-        at_density: settings that keep about a given share of all pairs of a grid, text included; None if the method has
-            no rule for that. Benchmarks compare methods at one density.
-        sparsest: the share of the visual pairs that every setting keeps on a grid; 1 where nothing can be left out.
-        definition: the method's result for some queries, which benchmarks check before they time; None: softmax over
-            the keys that the plan keeps.
+        summary: one line.
+        source: its publication.
+        module: the learned weights of a layer; None without any.
+        at_density: settings that keep about a given share of all pairs of a grid, text included, for benchmarks; None
+            without such a rule.
+        sparsest: the share of the visual pairs that every setting keeps on a grid; 1: all of them.
+        definition: the method's result for some queries, which benchmarks check; None: softmax over the kept keys.
     """
 
     name: str
@@ -70,7 +69,7 @@ def get_methods() -> Mapping[str, Method]:
 
 
 def learned_attributes() -> frozenset[str]:
-    """Names under which learned weights of any method live on attention modules."""
+    """Names of any method's learned weights on attention modules."""
     return frozenset(method.module.attribute for method in get_methods().values() if method.module is not None)
 
 
@@ -91,16 +90,12 @@ def list_families() -> list[str]:
 
 
 def family_of(names: Iterable[str]) -> Family | None:
-    """The family of a transformer's class, given its name and those of its bases, nearest first."""
+    """The family of a transformer, from the names of its class and bases, nearest first."""
     return next((family for name in names for family in get_families().values() if name in family.transformers), None)
 
 
 def get_method(name: str) -> Method:
-    """The method of that name.
-
-    Raises:
-        DitAccelError: there is none; the message suggests the nearest name.
-    """
+    """The method of that name; an error suggests the nearest one."""
     methods = get_methods()
     if not isinstance(name, str) or name not in methods:
         raise DitAccelError(
@@ -110,7 +105,7 @@ def get_method(name: str) -> Method:
 
 
 def make_config(method: str, settings: Mapping[str, Any]) -> Any:
-    """The method's Config with these settings, checked.
+    """The method's Config. Numbers of NumPy and PyTorch become Python's, lists tuples.
 
     Raises:
         DitAccelError: a setting is unknown or missing, or its value is refused.
@@ -121,18 +116,21 @@ def make_config(method: str, settings: Mapping[str, Any]) -> Any:
         if name not in fields:
             has = f"It has: {', '.join(fields)}." if fields else "It has no settings."
             raise DitAccelError(f"{method} has no setting {name!r}.{did_you_mean(name, fields)} {has}")
-    missing = [
-        name
-        for name, field in fields.items()
-        if name not in settings and field.default is field.default_factory is dataclasses.MISSING
-    ]
-    if missing:
+    needed = [name for name, field in fields.items() if field.default is field.default_factory is dataclasses.MISSING]
+    if missing := [name for name in needed if name not in settings]:
         raise DitAccelError(f"{method} needs a value for {', '.join(missing)}, for example {missing[0]}=...; got none.")
-    return config(**settings)
+    return config(**{name: plain(value) for name, value in settings.items()})
+
+
+def plain(value: Any) -> Any:
+    """Python's number for one of NumPy or PyTorch, a tuple for a tuple or list; any other value unchanged."""
+    if isinstance(value, (tuple, list)):
+        return tuple(map(plain, value))
+    return value.item() if getattr(value, "ndim", None) == 0 and hasattr(value, "item") else value
 
 
 def plan(method: str, grid: TokenGrid, **config: Any) -> Plan:
-    """Work out what `method` with these settings does on `grid`.
+    """The plan of `method` with these settings on `grid`.
 
     Example:
         >>> grid = TokenGrid(frames=30, height=48, width=80, text=256)
@@ -140,10 +138,13 @@ def plan(method: str, grid: TokenGrid, **config: Any) -> Plan:
         0.0940...
 
     Raises:
-        DitAccelError: the method or a setting is unknown, or a setting does not fit the grid.
+        DitAccelError: the method or a setting is unknown, a setting does not fit the grid, or it is no `TokenGrid`.
     """
     from dit_accel.plans.plan import building
+    from dit_accel.tokens import TokenGrid
 
+    if not isinstance(grid, TokenGrid):
+        raise DitAccelError(f"plan takes a grid such as TokenGrid(frames=4, height=8, width=8); got {grid!r}.")
     chosen = get_method(method)
     with building():
         return chosen.plan(grid, make_config(method, config))
@@ -174,7 +175,7 @@ def parse_method(text: str, settings: Iterable[str] = ()) -> tuple[str, dict[str
                     f"A setting is written key=value, such as topk=0.1 or window=18x24x24; got {item!r}."
                 )
             if key in given:
-                raise DitAccelError(f"The setting {key} of {name} is given twice; give it once.")
+                raise DitAccelError(f"The setting {key} of {name} is given twice. Give it once.")
             given[key] = parse_value(value)
         parsed |= given
     return name, parsed
@@ -183,8 +184,8 @@ def parse_method(text: str, settings: Iterable[str] = ()) -> tuple[str, dict[str
 def parse_value(text: str) -> Any:
     """A setting's value from its text; see `parse_method`."""
     axes = text.split("x")
-    if len(axes) > 1 and all(_is_axis(axis) for axis in axes):
-        return tuple(parse_value(axis) for axis in axes)
+    if len(axes) > 1 and all(axis == "full" or not isinstance(parse_value(axis), str) for axis in axes):
+        return tuple(map(parse_value, axes))
     if text.lower() in ("true", "false"):
         return text.lower() == "true"
     for kind in (int, float):
@@ -201,12 +202,8 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     return f" Did you mean {near[0]!r}?" if near else ""
 
 
-def _is_axis(text: str) -> bool:
-    return text == "full" or not isinstance(parse_value(text), str)
-
-
 def _declared(folder: str, attribute: str) -> list[Any]:
-    """The attribute of that name of each module on the package's path, in the order of the modules' names."""
+    """That attribute of each module in a folder of the package, in the order of the modules' names."""
     path = importlib.import_module(f"dit_accel.{folder}").__path__
     names = sorted(found.name for found in pkgutil.iter_modules(path) if not found.ispkg)
     modules = [importlib.import_module(f"dit_accel.{folder}.{name}") for name in names]

@@ -11,8 +11,8 @@ def error_budget(plain: torch.Tensor, exact: torch.Tensor, magnitude: torch.Tens
     Args:
         plain: the result of plain PyTorch in the dtype under test.
         exact: the same in float64.
-        magnitude: size of the terms that were summed, where they cancel in the result (dq and dk: the sum of
-            p * (abs(dp) + abs(delta)) times abs(k) or abs(q)); None: the result's own size.
+        magnitude: size of summed terms that cancel in the result; None: the result's own size. For dq and dk it is the
+            sum of p * (abs(dp) + abs(delta)) times abs(k) or abs(q).
 
     Source: the rule of attention-gym (``attn_gym/testing/kda.py``) and of flash-attention's tests.
     """
@@ -24,11 +24,7 @@ def error_budget(plain: torch.Tensor, exact: torch.Tensor, magnitude: torch.Tens
 def assert_accurate(
     name: str, got: torch.Tensor, plain: torch.Tensor, exact: torch.Tensor, magnitude: torch.Tensor | None = None
 ) -> None:
-    """Check `got` against `exact` within `error_budget`.
-
-    Raises:
-        AssertionError: naming the tensor, if it has another shape, is not finite, or errs by more than the budget.
-    """
+    """Check `got` against `exact` within `error_budget`."""
     assert got.shape == exact.shape, f"{name}: shape {tuple(got.shape)}, want {tuple(exact.shape)}"
     assert bool(got.isfinite().all()), f"{name}: not finite"
     error, budget = _largest(got.double() - exact.double()), error_budget(plain, exact, magnitude)

@@ -1,4 +1,4 @@
-"""Where the tokens of one transformer call lie: the record that all methods share."""
+"""The token grid of one transformer call, which all methods read."""
 
 from __future__ import annotations
 
@@ -25,8 +25,7 @@ class TokenGrid:
         conditioning: conditioning tokens behind the visual ones; they attend to everything and everything to them.
 
     Raises:
-        DitAccelError: a size is not an integer, an axis is shorter than one token, a count is negative, or there are
-            more tokens than 32 bits number.
+        DitAccelError: a size is no integer, an axis is empty, a count is negative, or the tokens exceed 32 bits.
     """
 
     frames: int
@@ -70,10 +69,14 @@ class TokenGrid:
     def text_start(self) -> int:
         return 0 if self.text_first else self.visual + self.conditioning
 
+    @property
+    def dense_pairs(self) -> int:
+        """Pairs with a text or conditioning token, which every method attends."""
+        return self.tokens**2 - self.visual**2
+
     def visual_share(self, density: float) -> float:
-        """The share of the visual pairs that, with all pairs of text and conditioning tokens, is `density` of all."""
-        around = self.tokens**2 - self.visual**2
-        return (density * self.tokens**2 - around) / self.visual**2
+        """The share of visual pairs that a mask keeps if its density over all pairs is `density`."""
+        return (density * self.tokens**2 - self.dense_pairs) / self.visual**2
 
     def coordinates(self) -> torch.Tensor:
         """Frame, row and column of every visual token in raster order: int64 [visual, 3]."""

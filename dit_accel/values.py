@@ -1,13 +1,14 @@
-"""Settings as dataclasses: a field states its kind, range and help once, for Python, YAML and the command line.
+"""Settings as dataclasses: a field states its type, range and help once, for Python, YAML and the command line.
 
-The annotation of a field says what it may hold. `option` adds what an annotation cannot say. A dataclass calls `check`
-in its `__post_init__`; rules that concern several fields follow there.
+`option` adds help and limits to a field's annotation. A dataclass calls `check` in its `__post_init__`; rules about
+several fields follow there.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
+import operator
 import types
 import typing
 from collections.abc import Callable, Mapping
@@ -17,28 +18,23 @@ from typing import Any
 from dit_accel.errors import DitAccelError
 from dit_accel.registry import did_you_mean
 
-WORDS = {
-    bool: "true or false",
-    int: "a whole number",
-    float: "a number",
-    str: "text",
-    Path: "a path",
-    type(None): "none",
-}
+WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text", Path: "a path"}
+WORDS[type(None)] = "none"
 
 
 @dataclasses.dataclass(frozen=True)
 class Option:
-    """What a field says of itself beside its annotation and default.
+    """A field's metadata besides its annotation and default.
 
     Args:
-        help: one sentence for people.
-        flag: the command line's name for it; made from the field's name if None.
-        metavar: what stands for the value in the command line's help.
+        help: one sentence.
+        flag: its name on the command line; None: from the field's name.
+        metavar: the placeholder of its value in the command line's help.
         least, above, most, below: limits of a number; `above` and `below` are exclusive.
-        parse: makes the value from the command line's text, or from all of its texts where the option is `repeatable`.
-        repeatable: whether the command line takes the option several times.
-        typed: whether the command line has the option; YAML has it always.
+        parse: makes the value from the command line's text, or from all texts of a `repeatable` option.
+        repeatable: the command line takes the option several times.
+        typed: the command line has the option; YAML always has it.
+        positional: the command line takes it by its place, without a name.
     """
 
     help: str
@@ -51,14 +47,15 @@ class Option:
     parse: Callable[[Any], Any] | None = None
     repeatable: bool = False
     typed: bool = True
+    positional: bool = False
 
 
 def option(default: Any, help: str, **more: Any) -> Any:
     """A dataclass field with help and limits.
 
     Args:
-        default: of the field; a mapping is copied for every instance, a class makes one; MISSING: there is none.
-        help: one sentence for people.
+        default: of the field; a mapping is copied, a class called for every instance; MISSING: none.
+        help: one sentence.
         more: further arguments of `Option`.
     """
     metadata = {"option": Option(help, **more)}
@@ -78,7 +75,7 @@ def flag(field: dataclasses.Field[Any]) -> str:
 def build(kind: type, plain: Any, what: str) -> Any:
     """A dataclass from plain values, such as YAML's.
 
-    Lists become tuples, text becomes paths, mappings become dataclasses, and one value stands for a tuple of one.
+    Lists become tuples, text becomes paths, mappings become dataclasses, and one value becomes a tuple of one.
 
     Args:
         kind: the dataclass.
@@ -86,7 +83,7 @@ def build(kind: type, plain: Any, what: str) -> Any:
         what: the subject of an error.
 
     Raises:
-        DitAccelError: they are no mapping, a name is unknown, or the dataclass refuses a value.
+        DitAccelError: `plain` is no mapping, a name is unknown, or the dataclass refuses a value.
     """
     if not isinstance(plain, Mapping):
         raise DitAccelError(f"{what} takes settings by name, got {plain!r}.")
@@ -113,7 +110,7 @@ def _converted(value: Any, hint: Any, name: str) -> Any:
 
 
 def _frozen(value: Any) -> Any:
-    """The value with tuples for lists, inside of mappings too; YAML has no tuples."""
+    """The value with tuples for lists, in mappings too; YAML has no tuples."""
     if isinstance(value, Mapping):
         return {key: _frozen(own) for key, own in value.items()}
     return tuple(map(_frozen, value)) if isinstance(value, list) else value
@@ -125,11 +122,7 @@ def record(settings: Any) -> dict[str, Any]:
 
 
 def check(settings: Any) -> None:
-    """See that every field of a dataclass holds what its annotation and its limits say.
-
-    Raises:
-        DitAccelError: one does not.
-    """
+    """Refuse a dataclass with a field whose value does not fit its annotation and limits."""
     hints = typing.get_type_hints(type(settings))
     for field in dataclasses.fields(settings):
         value, hint = getattr(settings, field.name), hints[field.name]
@@ -145,18 +138,18 @@ def _check_limits(name: str, limits: Option, value: Any) -> None:
     for number in value if isinstance(value, tuple) else (value,):
         if isinstance(number, bool) or not isinstance(number, (int, float)):
             continue
-        if limits.least is not None and number < limits.least:
-            raise DitAccelError(f"{name} is at least {limits.least}, got {value!r}.")
-        if limits.above is not None and number <= limits.above:
-            raise DitAccelError(f"{name} is above {limits.above}, got {value!r}.")
-        if limits.most is not None and number > limits.most:
-            raise DitAccelError(f"{name} is at most {limits.most}, got {value!r}.")
-        if limits.below is not None and number >= limits.below:
-            raise DitAccelError(f"{name} is below {limits.below}, got {value!r}.")
+        for words, holds, limit in (
+            ("at least", operator.ge, limits.least),
+            ("above", operator.gt, limits.above),
+            ("at most", operator.le, limits.most),
+            ("below", operator.lt, limits.below),
+        ):
+            if limit is not None and not holds(number, limit):
+                raise DitAccelError(f"{name} is {words} {limit}, got {value!r}.")
 
 
 def fits(value: Any, hint: Any) -> bool:
-    """Whether a value is of an annotated kind; a bool is no number, and an int is a float."""
+    """Whether a value fits an annotation; a bool is no number, and an int is a float."""
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
     kind: Any = origin or hint
     if origin in (types.UnionType, typing.Union):

@@ -6,7 +6,7 @@ import os
 import torch
 import torch.nn.functional as F
 
-from dit_accel.kernels.sla.call import EPSILON, apply_map
+from dit_accel.kernels.sla.call import EPSILON, Cut, Cuts, apply_map
 from dit_accel.methods.sla import SparseLinearAttention
 from dit_accel.tokens import TokenGrid
 
@@ -14,8 +14,14 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 VIDEO = TokenGrid(3, 5, 9)
 SHORT = {"topk": 0.3, "block": 16}
 MARGINAL = {**SHORT, "skip": 0.25, "linear_scope": "marginal"}
+WIDE = {"block_q": 32}  # beside either of them
 TEXT_LAST = TokenGrid(3, 5, 9, text=21, conditioning=45)
 TEXT_FIRST = TokenGrid(3, 5, 9, text=21, text_first=True)
+
+
+def cuts_of(grid, block, tile=None, block_q=None, tile_q=None):
+    """How both sides are cut; queries as keys unless said otherwise."""
+    return Cuts(Cut(grid, block_q or block, tile_q or tile), Cut(grid, block, tile))
 
 
 def token_map(mask):

@@ -2,10 +2,13 @@
 
 import copy
 import gc
+import inspect
 import json
 import weakref
 
+import numpy as np
 import pytest
+import safetensors
 import torch
 from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
@@ -156,7 +159,7 @@ def test_accelerating_twice_is_refused_unless_replaced(tiny_wan, wan_inputs):
     transformer, inputs = tiny_wan(), wan_inputs()
     state = state_of(transformer)
     first = dit_accel.accelerate(transformer, "radial", decay=0.2)
-    with pytest.raises(dit_accel.DitAccelError, match=r"already accelerated with radial; call remove\(\)"):
+    with pytest.raises(dit_accel.DitAccelError, match=r"already accelerated with radial. Call remove\(\)"):
         dit_accel.accelerate(transformer, "gna", **WINDOW)
     with pytest.raises(dit_accel.DitAccelError, match="layers 0 to 1"):
         dit_accel.accelerate(transformer, "gna", replace=True, dense_layers=(9,), **WINDOW)
@@ -286,6 +289,51 @@ def test_a_bare_transformer_follows_the_timesteps(tiny_wan, wan_inputs):
         for timestep in (1000, 1000, 700, 300, 900):
             run(transformer, wan_inputs(timestep=timestep))
         assert accel.report().layers[0].dense_reasons == {"dense_steps=2": 4}
+
+
+def test_pickling_is_refused_and_what_is_saved_is_the_models_own(tiny_wan, wan_inputs, tmp_path):
+    """`save_pretrained` of the model leaves out the learned weights, which the accelerator's own has."""
+    transformer = tiny_wan()
+    own = set(transformer.state_dict())
+    with dit_accel.accelerated(transformer, "sla", topk=0.3, block=16) as accel:
+        for part in (transformer, transformer.blocks[0], accel):
+            with pytest.raises(dit_accel.DitAccelError, match=r"cannot be pickled .*remove\(\) first"):
+                torch.save(part, tmp_path / "model.pt")
+        transformer.save_pretrained(tmp_path / "model")
+        assert {"safe_serialization", "variant"} <= inspect.signature(transformer.save_pretrained).parameters.keys()
+        assert len(accel.learned_weights()) == 2 and set(transformer.state_dict()) > own
+        run(transformer, wan_inputs())
+    with safetensors.safe_open(tmp_path / "model" / "diffusion_pytorch_model.safetensors", "pt") as file:
+        assert set(file.keys()) == own
+    assert "save_pretrained" not in vars(transformer)
+
+
+def test_numbers_of_numpy_are_numbers(tiny_wan):
+    grid = dit_accel.TokenGrid(4, 8, 8)
+    made = dit_accel.plan("gna", grid, window=(np.int64(3), 3, np.float64(0.5)), causal=np.bool_(True))
+    assert made.config == dit_accel.plan("gna", grid, window=(3, 3, 0.5), causal=True).config
+    assert dit_accel.plan("tile", grid, references=torch.tensor(2)).config.references == 2
+    with dit_accel.accelerated(tiny_wan(), "gna", window=np.int64(3), dense_steps=np.int64(2)) as accel:
+        assert accel.schedule.dense_steps == 2
+
+
+def test_what_is_no_grid_no_folder_and_no_schedule_is_refused(tiny_wan, tmp_path):
+    deep = tmp_path / "deep.json"
+    deep.write_text("[" * 100_000)
+    for message, call in {
+        "plan takes a grid such as TokenGrid": lambda: dit_accel.plan("gna", "4x8x8", window=3),
+        "load takes the folder .* got None": lambda: dit_accel.load(tiny_wan(), None),
+        "layer_schedule is a file or LayerSettings, got {}": lambda: dit_accel.accelerate(
+            tiny_wan(), layer_schedule={}
+        ),
+        "is not valid JSON": lambda: dit_accel.accelerate(tiny_wan(), layer_schedule=deep),
+    }.items():
+        with pytest.raises(dit_accel.DitAccelError, match=message):
+            call()
+
+
+def test_dir_shows_the_public_names_alone():
+    assert {name for name in dir(dit_accel) if not name.startswith("__")} == set(dit_accel.__all__)
 
 
 def test_a_copy_of_an_accelerated_transformer_is_refused(tiny_wan, wan_inputs):

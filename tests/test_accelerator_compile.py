@@ -192,6 +192,7 @@ MANY_SIZES = [
     ("wan", "sla", {"topk": 0.3, "block": 16}, "blocks", "inductor", True, True),
     ("wan", "gna", PART, "whole", "inductor", None, False),
     ("flux", "gna", {"window": (1, 0.4, 0.4)}, "whole", "aot_eager", True, False),
+    ("minimax_h3", "gna", PART, "whole", "aot_eager", True, False),
     ("hunyuan_video", "sla", {"topk": 0.3, "block": 16}, "whole", "aot_eager", True, False),
 ]
 
@@ -201,6 +202,8 @@ def calls_of_many_sizes(family):
     if family == "flux":
         return module.build(num_layers=1, num_single_layers=1), [module.inputs(size) for size in IMAGES]
     transformer = module.build()
+    if family == "minimax_h3":
+        return transformer, [module.inputs(module.layout(latent=size)) for size in SIZES]
     call = module.inputs()
     batch, channels = call["hidden_states"].shape[:2]
     return transformer, [call | {"hidden_states": tiny_models.numbers()(batch, channels, *size)} for size in SIZES]
@@ -322,3 +325,11 @@ def test_non_strict_export(model):
         torch.testing.assert_close(exported.module()(**inputs)[0], eager)
     operators = {str(node.target) for node in exported.graph.nodes}
     assert "dit_accel.planned_attention.default" in operators
+
+
+def test_strict_export_is_refused(model):
+    transformer, inputs = model("wan")
+    with torch.no_grad(), dit_accel.accelerated(transformer, "gna", **PART):
+        transformer(**inputs)
+        with pytest.raises(dit_accel.DitAccelError, match=r"pass strict=False to torch\.export\.export, after one"):
+            torch.export.export(transformer, (), inputs, strict=True)

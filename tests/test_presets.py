@@ -50,7 +50,7 @@ def test_two_transformers_have_settings_of_their_own(wan_folder):
         dense = [accel.schedule.dense_step(Step(index, 40)) is not None for index in range(40)]
         assert dense == [True] * 11 + [False] * 29
     with dit_accel.accelerate(pipe, "sla", preset=True) as accel:
-        assert accel.config.topk == 0.1
+        assert (accel.config.topk, accel.config.block_q, accel.config.block) == (0.1, 128, 64)
     chosen = choose(MethodOptions(method="radial"), get_families()["wan"], 2)
     assert (chosen.config["decay"], chosen.schedule.dense_steps) == (0.8, 11 / 40)
 
@@ -69,11 +69,14 @@ def test_without_a_preset_the_defaults_count(tiny_wan):
 
 
 def test_no_preset_names_those_that_exist(tiny_wan):
-    message = r"No settings of tile are recommended for the family wan \(there are some for radial, sla\)"
+    message = (
+        r"No settings of tile are recommended for the family wan "
+        r"\(there are some for sol, sparge, rectified, radial, sla\)"
+    )
     with pytest.raises(dit_accel.DitAccelError, match=message):
         dit_accel.accelerate(tiny_wan(), "tile", preset=True, references=1)
     with pytest.raises(dit_accel.DitAccelError, match="there are none at all"):
-        get_families()["allegro"].preset("radial")
+        get_families()["pixart"].preset("radial")
 
 
 def test_a_preset_is_of_one_method(tiny_wan):

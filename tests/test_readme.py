@@ -178,3 +178,15 @@ def test_the_floors_shown_are_those_of_the_layout_test():
     from test_layout import FLOORS
 
     assert "\n".join(" | ".join(floor) for floor in reversed(FLOORS)) in CONTRIBUTING
+
+
+def test_the_first_command_has_the_settings_of_make_demo():
+    """Whose video has a record: its object stays in one piece."""
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    method, settings = (
+        re.search(rf"^{name} \?= (.+)$", makefile, re.M)[1] for name in ("DEMO_METHOD", "DEMO_SETTINGS")
+    )
+    steps = re.search(r"--dense-steps \S+|$", settings)[0]
+    for text in (README, (ROOT / "docs" / "usage.md").read_text(encoding="utf-8")):
+        command = next(line for line in text.splitlines() if line.startswith("dit-accel generate"))
+        assert f"--method {method} {steps}".strip() in command

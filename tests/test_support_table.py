@@ -59,7 +59,7 @@ def test_the_readme_has_the_table_that_is_made_now():
 def test_the_readmes_table_says_what_the_registry_and_the_results_say():
     rows = {row.split("|")[1]: row for row in write_summary([("wan", "gna", "LoRA")]).splitlines()}
     assert rows["`wan`"].startswith("|`wan`|Wan 2.1 and 2.2")
-    assert rows["`wan`"].endswith("|video|radial, sla||✓||")
+    assert rows["`wan`"].endswith("|video|radial, rectified, sla, sol, sparge||✓||")
     assert rows["`flux`"].endswith("|image|gna||||")
     assert rows["family"].endswith(f"|{'|'.join(SUMMARISED)}|")
 

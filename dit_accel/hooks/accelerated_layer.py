@@ -11,7 +11,6 @@ from torch import nn
 from dit_accel.errors import DitAccelError
 from dit_accel.hooks import selfcheck
 from dit_accel.hooks.report import LayerReport, Tally
-from dit_accel.pipelines.attention import CallState
 from dit_accel.pipelines.processor import AcceleratedAttnProcessor
 
 
@@ -21,8 +20,8 @@ class AcceleratedLayer:
 
     Attributes:
         name: dotted path of `attention` in its transformer.
-        config: the method's settings; unused where there is a `dense_reason`.
-        dense_reason: why the layer always stays dense, or None.
+        config: the method's settings; unused with a `dense_reason`.
+        dense_reason: why the layer stays dense in every call, or None.
         sees_text: as in `Family.sees_text`.
         original, ours: the model's own processor, and ours around it.
         attribute: name of the learned weights on `attention`.
@@ -43,7 +42,7 @@ class AcceleratedLayer:
     attached: bool = False
 
     def attach(self, attribute: str | None = None, learned: nn.Module | None = None) -> None:
-        """Set our processor and, if there are any, learned weights as an attribute of the attention module."""
+        """Set our processor, and learned weights as an attribute of the attention module."""
         if attribute is not None:
             if hasattr(self.attention, attribute):
                 raise DitAccelError(f"{self.name} already has a module named {attribute!r}; remove it first.")
@@ -54,7 +53,7 @@ class AcceleratedLayer:
         self.attached = True
 
     def detach(self) -> bool:
-        """Undo `attach`; False if another processor was set since, which then stays."""
+        """Undo `attach`; False if another processor was set since, which stays."""
         self.adopt()
         if self.attribute is not None and getattr(self.attention, self.attribute, None) is self.learned:
             delattr(self.attention, self.attribute)
@@ -73,10 +72,6 @@ class AcceleratedLayer:
         if current is not self.ours and isinstance(current, type(self.ours)) and current.unbound:
             self.attention.processor = self.ours  # type: ignore[assignment]
 
-    def keep_dense(self, state: CallState, reason: str) -> None:
-        """Leave the layer to the model's own processor from here on, in the call under way too."""
-        self.ours.state, self.dense_reason = state, reason
-
     def report(self, transformer: str) -> LayerReport:
         error, mass = (None, None) if self.measured is None else selfcheck.whole(self.measured)
         found = self.tally.report(transformer, self.name, self.left)
@@ -84,12 +79,12 @@ class AcceleratedLayer:
 
     @property
     def kind(self) -> tuple[Any, bool]:
-        """What the layers that share a state have in common."""
+        """Layers of one kind share a `CallState`."""
         return self.config, self.sees_text
 
     @property
     def left(self) -> str | None:
-        """Class of the processor that was set in place of ours."""
+        """Class of the processor that replaced ours, or None."""
         current = self.attention.processor
         if current is self.ours or (current is self.original and not self.attached):
             return None

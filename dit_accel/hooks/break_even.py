@@ -1,8 +1,8 @@
-"""The density above which the model's own attention is faster: measured, by GPU architecture.
+"""The density above which the model's own attention is faster, measured by GPU architecture.
 
-`dit-accel bench --break-even break_even.json` writes the measured table; placed beside this file, it takes effect.
-Without a table no call is replaced. Only the Accelerator asks, and only for `impl="auto"` on CUDA: a kernel never
-answers a sparse call with dense attention.
+`dit-accel bench --break-even break_even.json` writes the measured table, which takes effect beside this file. Without
+a table no call is replaced. Only an accelerator with `impl="auto"` on CUDA reads it; a kernel never computes dense
+attention in place of a sparse call.
 """
 
 from __future__ import annotations
@@ -31,8 +31,7 @@ class BreakEven:
         arch: compute capability, such as "sm_90".
         method: registered name.
         head_dim, tokens: of the measured attention.
-        density: share of all pairs at which both took equally long, forward; 0 if dense was faster at every measured
-            density.
+        density: share of all pairs at which both forward passes take equally long; 0 if dense was always faster.
         source: the file of benchmark rows and the commit that made them.
     """
 
@@ -61,10 +60,7 @@ def architecture(device: torch.device) -> str | None:
 
 
 def dense_is_faster(device: torch.device, method: str, head_dim: int, tokens: int, density: float) -> str | None:
-    """Why the model's own attention is expected to be faster for such a call, or None.
-
-    The entry with the nearest number of tokens decides.
-    """
+    """Why the model's own attention should be faster, by the entry with the nearest number of tokens; or None."""
     arch = architecture(device)
     known = [entry for entry in load() if (entry.arch, entry.method, entry.head_dim) == (arch, method, head_dim)]
     if not known:
@@ -76,24 +72,26 @@ def dense_is_faster(device: torch.device, method: str, head_dim: int, tokens: in
 
 
 def from_rows(rows: Iterable[dict[str, Any]], source: str) -> list[BreakEven]:
-    """The table from forward rows of `dit-accel bench` by what "auto" prefers on CUDA; one entry a method and size.
+    """The table from forward rows of `dit-accel bench`, of the measured implementation that "auto" prefers on CUDA.
 
-    The speed-up is interpolated as a power of the density, between the last density at which the method was faster
-    and the next. A size whose speed-up never falls below 1 makes no entry, and neither does a method with learned
-    weights, which is never replaced.
+    There is one entry a method and size. The speed-up is interpolated as a power of the density, between the last
+    density at which the method was faster and the next. A size whose speed-up never falls below 1 has no entry. Methods
+    with learned weights have none either: they are never replaced.
 
     Args:
         rows: records with the fields of `dit_accel.bench.run`.
         source: their file.
     """
-    fastest = impls.ranked("cuda")[0].name
+    preference = [row.name for row in impls.ranked("cuda") if "cuda" in row.rank]
     sizes: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for row in rows:
-        if row.get("direction") == "forward" and row["impl"] == fastest and get_method(row["op"]).module is None:
+        if row.get("direction") == "forward" and row["impl"] in preference and get_method(row["op"]).module is None:
             key = row["arch"], row["op"], row["head_dim"], row["tokens"]
             sizes.setdefault(key, []).append(row)
     entries = []
-    for key, measured in sorted(sizes.items()):
+    for key, every in sorted(sizes.items()):
+        best = min((row["impl"] for row in every), key=preference.index)
+        measured = [row for row in every if row["impl"] == best]
         density = _crossing(sorted((row["density"], row["speedup"]) for row in measured))
         if density is not None:
             commits = ", ".join(sorted({str(row["git"]) for row in measured}))

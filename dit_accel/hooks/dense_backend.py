@@ -14,15 +14,13 @@ HOPPER = (9, 0)
 
 
 def choose(name: str, device: torch.device) -> tuple[str | None, str]:
-    """The back end for dense calls, None for the model's own, and why.
+    """The back end for dense calls, None for the model's own, and the reason.
 
-    "auto" takes only back ends that compute the same result, masks included, so neither quantised ones nor
-    FlashAttention 3. On Hopper and later that is cuDNN: PyTorch's own choice there is FlashAttention 2. Elsewhere
-    PyTorch's own choice is the fastest of them.
+    "auto" takes back ends that compute the same result, masks included: neither quantised ones nor FlashAttention 3.
+    That is cuDNN on Hopper and later, where PyTorch chooses FlashAttention 2. Elsewhere PyTorch chooses the fastest.
 
     Args:
-        name: "auto" or a name of the dispatcher.
-        device: of the transformer.
+        name: "auto" or a name of Diffusers' dispatcher.
 
     Raises:
         DitAccelError: the name is unknown, or the back end cannot run here.
@@ -44,18 +42,14 @@ def choose(name: str, device: torch.device) -> tuple[str | None, str]:
 
 
 class DenseBackend:
-    """Sets a back end on the model's own processors, and takes it back.
+    """Sets a back end on the model's own processors, and undoes it.
 
     Args:
-        name: as for `choose`.
-        device: of the transformer.
+        name, device: as for `choose`, whose errors it raises.
         processors: the model's own, of the accelerated layers.
 
     Attributes:
         note: for the report.
-
-    Raises:
-        DitAccelError: as `choose`.
     """
 
     def __init__(self, name: str, device: torch.device, processors: Iterable[Any]) -> None:
@@ -76,7 +70,7 @@ class DenseBackend:
             processor._attention_backend = self._name
 
     def undo(self) -> None:
-        """Take the back end away where it is still ours."""
+        """Remove the back end from processors that still have ours."""
         for processor in self._processors:
             if processor._attention_backend == self._name:
                 processor._attention_backend = None

@@ -1,10 +1,11 @@
-"""The working parts of an accelerator in one transformer: wrapped processors, the root hook, the count of calls."""
+"""A method at work in one transformer: its processors, the hook before each call, and the count of calls."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
 import inspect
+import types
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -12,21 +13,21 @@ from typing import Any
 import torch
 from torch import nn
 
-from dit_accel.errors import DitAccelError
+from dit_accel import registry
+from dit_accel.errors import DitAccelError, DitAccelWarning
 from dit_accel.hooks import selfcheck
 from dit_accel.hooks.accelerated_layer import AcceleratedLayer
 from dit_accel.hooks.break_even import dense_is_faster
 from dit_accel.hooks.dense_backend import DenseBackend
 from dit_accel.hooks.dense_backend import choose as choose_backend
 from dit_accel.hooks.layers import LayerSettings
-from dit_accel.hooks.report import LayerReport
 from dit_accel.hooks.schedule import Schedule, Step
 from dit_accel.hooks.selfcheck import AttentionCall, SelfCheck
 from dit_accel.hooks.steps import StepClock
 from dit_accel.kernels.impls import Impl
 from dit_accel.pipelines import context_parallel, processor
-from dit_accel.pipelines.attention import CallState
-from dit_accel.pipelines.family import CallLayout, Family, Memory, ModelCall
+from dit_accel.pipelines.attention import AtWork, CallState
+from dit_accel.pipelines.family import Family, Memory, ModelCall
 from dit_accel.pipelines.processor import AcceleratedAttnProcessor
 from dit_accel.plans.plan import Plan, building
 from dit_accel.plans.routed import RoutedPlan
@@ -37,7 +38,7 @@ PLANS_KEPT = 16
 
 
 class PlanCache:
-    """The plans of one setting by grid and device, the oldest dropped when there are many."""
+    """The plans of one setting by grid and device; beyond 16 the oldest is dropped."""
 
     def __init__(self, method: Method, config: Any) -> None:
         self._method, self._config = method, config
@@ -62,31 +63,28 @@ class PlanCache:
         return self._plans[key]
 
     def _refuse_full(self, plan: Plan) -> None:
-        # Settings of a method that routes have no `keeps_all`: the attended pairs follow from each call.
+        # settings of a routed method have no `keeps_all`
         if getattr(self._config, "keeps_all", True) or plan.pairs is None or plan.pairs < plan.grid.tokens**2:
             return
         settings = ", ".join(f"{key}={value!r}" for key, value in dataclasses.asdict(self._config).items())
         raise DitAccelError(
-            f"{plan.method} with {settings} keeps every pair of tokens on the grid {plan.grid}, so it would be dense "
-            "attention made slower: choose tighter settings or a larger video, 'dense' to leave the model alone, or "
+            f"{plan.method} with {settings} keeps every pair of tokens on the grid {plan.grid}, which is dense "
+            "attention made slower. Choose tighter settings, a larger video, 'dense' to leave the model as it is, or "
             "gna with window='full' to test the kernel."
         )
 
 
-class Engine:
+class Engine(AtWork):
     """Runs a method in one transformer.
 
     Args:
         name: of the transformer in its pipeline.
-        transformer, family: the model and what is known of it.
-        method, settings, schedule, impl: what to run; `settings` is one Config for all layers, or one for each.
+        settings: one Config for all layers, or one for each.
         clock, plans: shared by the transformers of a pipeline; `plans` by setting.
-        allow_dense: let the model's own attention run where it was measured to be faster.
-        check: compare the first sparse call with dense attention.
-        dense_backend: as in `accelerate`.
+        schedule, impl, allow_dense, check, dense_backend: as in `accelerate`.
 
     Attributes:
-        watchers: called with every sparse attention call.
+        watchers: functions called with every sparse attention call.
     """
 
     def __init__(
@@ -116,14 +114,15 @@ class Engine:
         self.watchers: list[Callable[[AttentionCall], None]] = []
         self._check, self._unchecked, self._checking = check, check.verify is not None, False
         self._step: Step | None = None
+        self._number = 0  # of the call within its step
         self._compiled = self._warned = False
-        # A trained projection is part of the model's weights: such a method is never replaced.
+        # a trained projection is part of the model's weights, so such a method is never replaced
         self._may_be_dense = allow_dense and impl == "auto" and method.module is None
-        # Of the last call, by setting: plan, implementation and why that one, or why it was dense.
+        # of the last call, by setting: plan, implementation and the reason for it, or why the call was dense
         self._last: dict[Any, tuple[Plan, str, str] | str] = {}
         self._handles: list[Any] = []
         self._owner: object = None
-        # Layers with the same settings share a state, so that a compiled model has one graph for each setting.
+        # layers with the same settings share a state, so a compiled model has one graph for each setting
         self._states: dict[tuple[Any, bool], CallState] = {}
         self._dense_state = CallState(impl)
         self.layers = self._find_layers(settings)
@@ -133,12 +132,12 @@ class Engine:
             choose_backend(dense_backend, self._device)
 
     def _find_layers(self, settings: Any | LayerSettings) -> list[AcceleratedLayer]:
-        """The layers, with our processors made and not yet set: what cannot work is refused before anything changes."""
+        """The layers with our processors, not yet set: an error leaves the model unchanged."""
         found = list(self._family.attentions(self._transformer))
         if not found:
             raise DitAccelError(
                 f"{type(self._transformer).__name__} has no module named {' or '.join(self._family.attention)}, where "
-                f"the family {self._family.name} keeps its self-attention; is this a changed model?"
+                f"the family {self._family.name} has its self-attention. Use an unmodified model of the family."
             )
         layers = []
         for (name, attention), (config, reason) in zip(found, self._decide(settings, len(found)), strict=True):
@@ -147,7 +146,7 @@ class Engine:
                 fresh = CallState(self._impl, self._family.text_is_keys)
                 state = self._states.setdefault((config, sees_text), fresh)
             own: Any = attention.processor
-            if isinstance(own, AcceleratedAttnProcessor):  # of an accelerator that this one is to replace
+            if isinstance(own, AcceleratedAttnProcessor):  # set by an accelerator that this one replaces
                 own.settle()
                 own = own.inner
             ours = processor.wrap_processor(own, state, self._family.sparse_calls)
@@ -155,7 +154,7 @@ class Engine:
         return layers
 
     def _decide(self, settings: Any | LayerSettings, layers: int) -> list[tuple[Any, str | None]]:
-        """Settings of each layer, and why it stays dense."""
+        """Settings of each layer, and the reason if it stays dense."""
         if self._method.name == "dense":
             return [(None, "method dense")] * layers
         if isinstance(settings, LayerSettings):
@@ -170,7 +169,7 @@ class Engine:
         return next(self._transformer.parameters()).device
 
     def attach(self, owner: object) -> None:
-        """Set our processors, add learned weights and hook the transformer, whose hooks keep `owner` alive."""
+        """Set our processors, add learned weights and hook the transformer. The hooks keep `owner` alive."""
         self._check_sharing()
         self._owner = owner
         if self._dense_backend is not None:
@@ -186,24 +185,28 @@ class Engine:
             device = next(layer.attention.parameters()).device
             with building():
                 learned = module.make(self._family.head_dim(layer.attention), layer.config)
-                if device.type != "meta":  # as offloaded weights are between calls
+                if device.type != "meta":  # where offloaded weights are between calls
                     learned.to(device)
             layer.attach(module.attribute, learned)
-        # Compiled transformers run their hooks outside the graph, but with Dynamo watching: the first hook is traced,
-        # which tells that the transformer is compiled; the second is not.
+        if self._method.module is not None and hasattr(self._transformer, "save_pretrained"):
+            kind: Any = type(self._transformer)
+            save = types.MethodType(_without_learned(kind.save_pretrained), self._transformer)
+            self._transformer.save_pretrained = save  # type: ignore[assignment]
+        # Dynamo traces the first hook of a compiled transformer, which shows that it is compiled, and not the second.
         self._handles = [
             self._transformer.register_forward_pre_hook(self._note_compiled),
             self._transformer.register_forward_pre_hook(torch.compiler.disable(self._before_call), with_kwargs=True),
         ]
 
     def detach(self) -> list[str]:
-        """Undo `attach`; the modules left with another's processor."""
+        """Undo `attach`; return the modules that keep another processor."""
         self.count_last_call()
         for handle in self._handles:
             handle.remove()
         self._handles, self._owner = [], None
         if self._backend_set is not None:
             self._backend_set.undo()
+        vars(self._transformer).pop("save_pretrained", None)
         return [f"{self.name}.{layer.name}" for layer in self.layers if not layer.detach()]
 
     def count_last_call(self) -> None:
@@ -211,25 +214,17 @@ class Engine:
         for layer in self.layers:
             if not layer.ours.ran:
                 continue
-            layer.ours.ran = False
+            last = layer.dense_reason or self._last.get(layer.kind, "not called yet")
             if layer.ours.intercepted:
-                layer.ours.intercepted = False
-                layer.tally.dense("attention replaced by a function mode")
-                continue
-            if layer.dense_reason is not None:
-                layer.tally.dense(layer.dense_reason)
-                continue
-            last = self._last.get(layer.kind, "not called yet")
+                last = "attention replaced by a function mode"
+            layer.ours.ran = layer.ours.intercepted = False
             if isinstance(last, str):
                 layer.tally.dense(last)
-            else:
-                plan, kernel, why = last
-                layer.tally.sparse(plan.density, kernel, why)
-                if layer.ours.density_sum is not None:
-                    layer.tally.measure(None if self._step is None else self._step.index, layer.ours.density_sum)
-
-    def layer_reports(self) -> list[LayerReport]:
-        return [layer.report(self.name) for layer in self.layers]
+                continue
+            plan, kernel, why = last
+            layer.tally.sparse(plan.density, kernel, why)
+            if layer.ours.density_sum is not None:
+                layer.tally.measure(None if self._step is None else self._step.index, layer.ours.density_sum)
 
     def learned_modules(self) -> Iterator[tuple[str, nn.Module]]:
         for layer in self.layers:
@@ -237,30 +232,33 @@ class Engine:
                 yield f"{self.name}.{layer.name}.{layer.attribute}", layer.learned
 
     def _look_for_dropped(self) -> None:
-        """Warn once about layers whose processor was replaced since `attach`: they run without acceleration."""
+        """Warn once about layers whose processor was replaced since `attach`: they run dense."""
         for layer in self.layers:
             layer.adopt()
         dropped = [layer.left for layer in self.layers if layer.left is not None]
         if dropped and not self._warned and self._states:
             warnings.warn(
                 f"{len(dropped)} of {len(self.layers)} accelerated layers of {type(self._transformer).__name__} run "
-                f"{', '.join(sorted(set(dropped)))}, which was set after accelerate(): they are dense. Call "
-                "accelerate(..., replace=True) to accelerate them again, or remove() to go without.",
+                f"{', '.join(sorted(set(dropped)))}, set after accelerate(), and are dense. Call accelerate(..., "
+                "replace=True) to accelerate them again, or remove() to accept that.",
+                DitAccelWarning,
                 stacklevel=2,
             )
         self._warned = bool(dropped)
 
     def _note_compiled(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        if torch.compiler.is_exporting() and torch.compiler.is_dynamo_compiling():
+            _refuse_strict_export()
         self._compiled = torch.compiler.is_compiling()
 
     def _before_call(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        """Decide how the layers of this call attend; the arguments to call with instead, if they change."""
+        """Decide how the layers of this call attend; return its arguments if they change."""
         if module is not self._transformer:
             raise DitAccelError(
-                f"This {type(module).__name__} is a copy of an accelerated one and would follow the original's calls; "
-                "call remove() before copying, or copy first and accelerate the copy."
+                f"This {type(module).__name__} is a copy of an accelerated one and would follow the original's calls. "
+                "Call remove() before copying, or copy first and accelerate the copy."
             )
         self.count_last_call()
         self.calls += 1
@@ -274,17 +272,23 @@ class Engine:
             return None
         self._check_sharing()
         call = ModelCall(self._signature, module, args, kwargs, self._memory)
-        with torch.device("cpu"):  # where masks and ids are read, whatever the caller's default device
+        with torch.device("cpu"):  # masks and ids are read there, whatever the caller's default device
             layout = self._family.layout(module, call)
-        plans = {kind: self._plan(kind, layout, call.device) for kind in self._states}
+        alone = dataclasses.replace(layout.grid, text=0, conditioning=0)
+        plans = {
+            (config, sees_text): self._plans[config].get(layout.grid if sees_text else alone, call.device)
+            for config, sees_text in self._states
+        }
         self.notes += [note for note in layout.notes if note not in self.notes]
         reason = self._dense_step(call)
         if reason is not None:
             self._last = dict.fromkeys(self._states, reason)
             return None
-        # Without a scheduler only the timestep's value tells the step, and reading it waits for the device.
+        # without a scheduler only the timestep's value tells the step, and reading it waits for the device
         told = bool(self.watchers) or not self._clock.reads_values
-        self._step = self._clock.now_if_told(self._family.timestep(call)) if told else None
+        before, self._step = self._step, self._clock.now_if_told(self._family.timestep(call)) if told else None
+        if any(getattr(config, "refresh", 1) > 1 for config, _ in self._states):
+            self._count_in_step(call, before)
         for (config, sees_text), state in self._states.items():
             plan = plans[config, sees_text]
             self._last[config, sees_text] = last = self._choose(plan, call.device)
@@ -295,41 +299,32 @@ class Engine:
                 _, state.impl, _ = last
         if any(state.sparse for state in self._states.values()):
             self._watch_layers(call)
-        if layout.masks and self._all_sparse():
+        ours = all(layer.dense_reason is None and layer.attention.processor is layer.ours for layer in self.layers)
+        if layout.masks and ours and not self._checking and all(state.sparse for state in self._states.values()):
+            # no processor of this call reads the model's masks
             return args, {name: None if name in layout.masks else value for name, value in kwargs.items()}
         return None
 
-    def _all_sparse(self) -> bool:
-        """Whether no layer of this call runs a processor that reads the model's masks."""
-        if self._checking or not all(state.sparse for state in self._states.values()):
-            return False
-        return all(layer.dense_reason is None and layer.attention.processor is layer.ours for layer in self.layers)
-
-    def _plan(self, kind: tuple[Any, bool], layout: CallLayout, device: torch.device) -> Plan:
-        config, sees_text = kind
-        grid = layout.grid if sees_text else dataclasses.replace(layout.grid, text=0, conditioning=0)
-        return self._plans[config].get(grid, device)
-
     def _measure_densities(self, plan: Plan, kind: tuple[Any, bool], device: torch.device) -> None:
         """Give the layers of a kind a sum on the device, to which a routed plan adds each call's density."""
-        routed = isinstance(plan, RoutedPlan)
         if isinstance(plan, RoutedPlan):
             plan.block_sizes(device)
         for layer in (each for each in self.layers if each.kind == kind):
             own = layer.ours.density_sum
-            if not routed:
+            if not isinstance(plan, RoutedPlan):
                 layer.ours.density_sum = None
             elif own is None or own.device != device:
                 with torch.inference_mode(False):
                     layer.ours.density_sum = torch.zeros(2, device=device)
 
     def _watch_layers(self, call: ModelCall) -> None:
-        """Let the layers of this call tell what they compute, if the self-check or somebody else listens."""
+        """Have the layers of this call report what they compute to the self-check and the watchers, if any."""
         listening = self._unchecked or bool(self.watchers)
-        if listening and (self._compiled or any(map(_is_compiled, self._transformer.modules()))):
+        parts = (getattr(module, "_compiled_call_impl", None) for module in self._transformer.modules())
+        if listening and (self._compiled or any(parts)):
             raise DitAccelError(
                 f"This {type(self._transformer).__name__} is compiled, and compiled attention calls can neither be "
-                "watched nor checked: call it once with verify='first-call' before compiling it."
+                "watched nor checked. Call it once with verify='first-call' before compiling it."
             )
         self._checking, self._unchecked = self._unchecked, False
         for layer in self.layers:
@@ -345,23 +340,22 @@ class Engine:
         scale: float | None,
         state: CallState,
     ) -> None:
-        """A layer has computed sparse attention."""
+        """Check a layer's sparse attention if asked for, and show it to the watchers."""
         assert state.plan is not None
         text = state.text_of(len(q))
         call = AttentionCall(self.name, layer.name, self._step, state.plan, q, k, v, out, scale, *text)
         if self._checking:
             sums = call.measure().sums()
             layer.measured = sums if state.ulysses is None else state.ulysses.add_up(sums)
-            if self._check.keep_dense_above is not None:
-                error, _ = selfcheck.whole(layer.measured)
-                if self._check.keeps_dense(error):
-                    limit = self._check.keep_dense_above
-                    layer.keep_dense(self._dense_state, f"keep_dense_above={limit}: relative error {error:.3g}")
+            limit = self._check.keep_dense_above
+            if limit is not None and not (error := selfcheck.whole(layer.measured)[0]) <= limit:  # nan stays dense
+                layer.dense_reason = f"keep_dense_above={limit}: relative error {error:.3g}"
+                layer.ours.state = self._dense_state  # in this call already
         for watcher in self.watchers:
             watcher(call)
 
     def _choose(self, plan: Plan, device: torch.device) -> tuple[Plan, str, str] | str:
-        """The plan, who computes it and why that one; or why the model's own attention is expected to be faster."""
+        """The plan, its implementation and the reason for it; or why the model's own attention should be faster."""
         head_dim = self._family.head_dim(self.layers[0].attention)
         if self._may_be_dense and plan.density is not None:
             reason = dense_is_faster(device, plan.method, head_dim, plan.grid.tokens, plan.density)
@@ -377,12 +371,25 @@ class Engine:
         """Why the whole call is dense, or None."""
         if not self._schedule.by_step:
             return None
+        return self._schedule.dense_step(self._now(call, "A step schedule"))
+
+    def _now(self, call: ModelCall, what: str) -> Step:
         if self._compiled and self._clock.reads_values:
             raise DitAccelError(
-                "A step schedule on a compiled transformer without its pipeline needs set_step(i, n) before each step; "
-                "reading the timestep would stop the device at every call. Or accelerate the pipeline."
+                f"{what} on a compiled transformer without its pipeline needs set_step(i, n) before each step. "
+                "Reading the timestep would stop the device at every call. Call it, or accelerate the pipeline."
             )
-        return self._schedule.dense_step(self._clock.now(self._family.timestep(call)))
+        return self._clock.now(self._family.timestep(call))
+
+    def _count_in_step(self, call: ModelCall, before: Step | None) -> None:
+        """Tell the layers the step and the number of the call within it; another run's lists are forgotten."""
+        self._step = step = self._now(call, "refresh")
+        if before is None or before.count != step.count or before.index > step.index:
+            for layer in self.layers:
+                layer.ours.kept.clear()
+        self._number = self._number + 1 if before is not None and before.index == step.index else 0
+        for state in self._states.values():
+            state.step = step.index, self._number
 
     def _check_sharing(self) -> None:
         config = context_parallel.config_of(self._transformer)
@@ -392,5 +399,27 @@ class Engine:
             self._sharing = config
 
 
-def _is_compiled(module: nn.Module) -> bool:
-    return getattr(module, "_compiled_call_impl", None) is not None
+def _without_learned(save: Callable[..., Any]) -> Callable[..., Any]:
+    """A model's `save_pretrained` that writes the model's own weights: the accelerator saves the learned ones."""
+
+    @functools.wraps(save)
+    def save_pretrained(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        learned = registry.learned_attributes()
+        parts = [(module, name) for module in self.modules() for name in learned if name in module._modules]
+        kept = [(module, name, module._modules.pop(name)) for module, name in parts]
+        try:
+            return save(self, *args, **kwargs)
+        finally:
+            for module, name, part in kept:
+                module._modules[name] = part
+
+    return save_pretrained
+
+
+@torch.compiler.assume_constant_result
+def _refuse_strict_export() -> None:
+    """Dynamo calls such a function, and lets its error out as it is, instead of tracing it."""
+    raise DitAccelError(
+        "Strict export traces all of a call, and an accelerated transformer decides outside the graph: pass "
+        "strict=False to torch.export.export, after one call."
+    )

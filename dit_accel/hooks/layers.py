@@ -1,6 +1,6 @@
-"""Settings layer by layer: which setting of a method each self-attention layer has, and which layers stay dense.
+"""Layer schedules: a method's settings for each self-attention layer.
 
-A layer schedule is a JSON file, made by a search (`dit_accel.train.search`) or by hand, that `accelerate` takes:
+A layer schedule is a JSON file that `accelerate` takes. A search (`dit_accel.train.search`) or a person writes it:
 
     {"format": 1, "method": "tile", "layers": {"transformer": [{"references": 1}, null, {"references": 2}]}}
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -34,20 +35,16 @@ class LayerSettings:
     layers: Mapping[str, tuple[Any | None, ...]]
 
     def of(self, transformer: str, count: int) -> tuple[Any | None, ...]:
-        """The settings of a transformer's `count` layers.
-
-        Raises:
-            DitAccelError: there are none for that transformer, or for another number of layers.
-        """
+        """The settings of a transformer's `count` layers."""
         if transformer not in self.layers:
             raise DitAccelError(
-                f"The layer schedule is for {', '.join(self.layers)}, but this model has {transformer}; use it with "
+                f"The layer schedule is for {', '.join(self.layers)}, but this model has {transformer}. Use it with "
                 "the model it was made for."
             )
         own = self.layers[transformer]
         if len(own) != count:
             raise DitAccelError(
-                f"The layer schedule has settings for {len(own)} layers of {transformer}, which has {count}; use it "
+                f"The layer schedule has settings for {len(own)} layers of {transformer}, which has {count}. Use it "
                 "with the model it was made for."
             )
         return own
@@ -61,10 +58,10 @@ class LayerSettings:
 
 
 def from_dict(method: str, layers: Any) -> LayerSettings:
-    """What `LayerSettings.as_dict` gave, checked.
+    """The inverse of `LayerSettings.as_dict`.
 
     Raises:
-        DitAccelError: it is no such thing, or a setting is refused.
+        DitAccelError: `layers` has another form, or a setting is refused.
     """
     if not isinstance(layers, dict) or not layers or not all(isinstance(own, list) for own in layers.values()):
         raise DitAccelError('A layer schedule has "layers" as {"transformer": [settings or null, ...]}, one per layer.')
@@ -76,8 +73,7 @@ def _config(method: str, settings: Any) -> Any | None:
         return None
     if not isinstance(settings, dict):
         raise DitAccelError(f"A layer's settings are an object of {method}'s settings, or null; got {settings!r}.")
-    # JSON has no tuples.
-    return make_config(method, {key: tuple(v) if isinstance(v, list) else v for key, v in settings.items()})
+    return make_config(method, settings)
 
 
 def read(path: str | pathlib.Path) -> LayerSettings:
@@ -90,7 +86,7 @@ def read(path: str | pathlib.Path) -> LayerSettings:
         content = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise DitAccelError(f"The layer schedule {path} cannot be read: {error.strerror or error}.") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DitAccelError(f"The layer schedule {path} is not valid JSON ({error}).") from error
     if not isinstance(content, dict) or not {"format", "method", "layers"} <= content.keys():
         raise DitAccelError(f"{path} is no layer schedule: it needs the entries format, method and layers.")
@@ -102,7 +98,7 @@ def read(path: str | pathlib.Path) -> LayerSettings:
 
 
 def to_json(settings: LayerSettings, **remarks: Any) -> str:
-    """The text of a layer schedule; `remarks` are kept in it for people."""
+    """The text of a layer schedule; `remarks` are further entries for readers."""
     content = {"format": FORMAT, "method": settings.method, "layers": settings.as_dict(), **remarks}
     return json.dumps(content, indent=2) + "\n"
 
@@ -118,19 +114,24 @@ def chosen(
     config: dict[str, Any],
     dense_layers: object,
 ) -> Any | LayerSettings:
-    """What `accelerate` was asked for: one Config for all layers, or the settings of each.
+    """The settings that `accelerate` was asked for: one Config for all layers, or one for each.
 
     Raises:
-        DitAccelError: neither a method nor a layer schedule came, or a schedule with what it says itself.
+        DitAccelError: there is neither method nor layer schedule, the latter is neither a file nor settings, or there
+            are settings besides.
     """
     if layer_schedule is None:
         if method is None:
             raise DitAccelError("accelerate needs a method, such as 'radial', or layer_schedule=.")
         return make_config(method, config)
+    if not isinstance(layer_schedule, (str, os.PathLike, LayerSettings)):
+        raise DitAccelError(
+            f"layer_schedule is a file or LayerSettings, got {layer_schedule!r}; a layer search writes such a file."
+        )
     settings = layer_schedule if isinstance(layer_schedule, LayerSettings) else read(layer_schedule)
     if method not in (None, settings.method) or config or dense_layers:
         raise DitAccelError(
-            f"A layer schedule says method ({settings.method}), settings and dense layers itself; leave out the "
-            f"method, its settings and dense_layers (got {method}, {config}, {dense_layers})."
+            f"A layer schedule holds method ({settings.method}), settings and dense layers. Leave out the method, its "
+            f"settings and dense_layers (got {method}, {config}, {dense_layers})."
         )
     return settings

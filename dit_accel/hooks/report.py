@@ -18,17 +18,16 @@ class LayerReport:
     Attributes:
         transformer: name of the pipeline's component.
         name: dotted path of the attention module.
-        sparse_calls, dense_calls: how often it ran either way.
-        density: attended share of all pairs, averaged over the sparse calls; None without any. Measured on the device
-            for methods that route.
-        step_density: the measured density by denoising step, counted from 0; empty for methods that do not route, and
-            where nothing tells the step.
+        sparse_calls, dense_calls: number of each.
+        density: attended share of all pairs, averaged over the sparse calls; None without any. Routed methods measure
+            it on the device.
+        step_density: measured density by denoising step, counted from 0; for routed methods if the step is known.
         kernels: implementations that computed the sparse calls, and why each was chosen.
-        dense_reasons: why calls were dense, and how many.
-        left: class of the processor that the user set since, which is not ours; its calls are not counted.
+        dense_reasons: dense calls by reason.
+        left: class of a processor that the user set since; its calls are not counted.
         relative_error: norm of sparse minus dense attention over the norm of dense, over sampled queries of the first
-            sparse call; None unless verified. At a layer kept dense: of the result that was thrown away.
-        kept_mass: share of dense attention's softmax weight that lies on the kept keys, from the same queries.
+            sparse call; None unless verified. A layer kept dense has the error of its discarded sparse result.
+        kept_mass: share of dense attention's softmax weight on the kept keys, over the same queries.
     """
 
     transformer: str
@@ -50,9 +49,8 @@ class LayerReport:
             parts.append(f"{self.sparse_calls} sparse at density {self.density:.4f} ({kernels})")
         parts += [f"{count} dense ({reason})" for reason, count in self.dense_reasons.items()]
         if self.relative_error is not None:
-            parts.append(
-                f"first call: relative error {self.relative_error:.3g}, softmax mass kept {self.kept_mass:.3f}"
-            )
+            error, mass = f"relative error {self.relative_error:.3g}", f"softmax mass kept {self.kept_mass:.3f}"
+            parts.append(f"first call: {error}, {mass}")
         if self.left is not None:
             parts.append(f"no longer accelerated: {self.left} was set since")
         return ", ".join(parts) or "not called"
@@ -68,10 +66,9 @@ class Report:
         schedule: dense steps and layers.
         impl: the implementation asked for.
         calls: calls of each transformer.
-        grids: the plans' densities on the grids seen, by their description; the mean over sparse layers. None for a
-            method whose density is only known from its calls.
+        grids: the plans' densities by grid, the mean over sparse layers; None if only calls tell the density.
         layers: in the order they run.
-        notes: what else is worth knowing.
+        notes: further remarks.
     """
 
     method: str
@@ -92,7 +89,7 @@ class Report:
         return sum(layer.dense_calls for layer in self.layers)
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain dicts, lists, strings and numbers; an error that is no finite number is the word for it."""
+        """Plain dicts, lists, strings and numbers. An infinite or undefined number is a string."""
         totals = {"sparse_calls": self.sparse_calls, "dense_calls": self.dense_calls}
         record = dataclasses.asdict(self) | totals
         for layer in record["layers"]:
@@ -132,11 +129,11 @@ class Tally:
         self._kernels[kernel] = why
 
     def measure(self, step: int | None, density_sum: torch.Tensor) -> None:
-        """Move densities that calls have summed on the device to a step's account, without waiting for the device.
+        """Add densities summed on the device to a step's sum, without waiting for the device.
 
         Args:
-            step: of the calls; None if nothing tells it.
-            density_sum: as `plans.Plan.attend` takes it; it is 0 afterwards.
+            step: of the calls; None if unknown.
+            density_sum: as in `PlanCall`; it is 0 afterwards.
         """
         with torch.inference_mode(False):
             if step in self._measured:

@@ -12,12 +12,12 @@ Amount = int | float
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """Where a transformer call stands on the denoising trajectory.
+    """The position of a transformer call on the denoising trajectory.
 
     Args:
         index: step, counted from 0.
         count: steps of the whole trajectory; None if only timestep values are known.
-        progress: share of the noise range that lies behind, 0 at pure noise; used for fractions while count is None.
+        progress: share of the noise range already covered, 0 at pure noise; shares refer to it if count is None.
     """
 
     index: int
@@ -30,15 +30,12 @@ class Schedule:
     """The dense part of a run; everything is sparse by default.
 
     Args:
-        dense_steps: first denoising steps that stay dense; an int, or a float in [0, 1]: that share of all steps.
-        dense_last_steps: the same for the last steps.
-        dense_layers: first layers that stay dense; an int, a float in [0, 1], or a tuple of layer indices.
-            A model with two kinds of blocks counts them in the order they run.
-
-    A share above 0 is rounded half up and means at least one.
+        dense_steps, dense_last_steps: first and last denoising steps that stay dense: a number (int), or a share of
+            all steps (float in [0, 1]). A share above 0 is rounded half up and means at least one.
+        dense_layers: first layers that stay dense, in the order they run: a number, a share, or a tuple of indices.
 
     Raises:
-        DitAccelError: a value is neither.
+        DitAccelError: a value is none of these.
     """
 
     dense_steps: Amount = 0
@@ -63,11 +60,7 @@ class Schedule:
         return bool(self.dense_steps or self.dense_last_steps)
 
     def layers(self, total: int) -> frozenset[int]:
-        """Indices of the dense layers among `total`.
-
-        Raises:
-            DitAccelError: the model has fewer layers.
-        """
+        """Indices of the dense layers among `total`."""
         if isinstance(self.dense_layers, tuple):
             beyond = [index for index in self.dense_layers if index >= total]
             if beyond:
@@ -81,20 +74,19 @@ class Schedule:
         """Why this step is dense, or None if it is not.
 
         Raises:
-            DitAccelError: `dense_last_steps` is a number of steps and nobody knows how many there are.
+            DitAccelError: `dense_last_steps` is a number of steps and the trajectory's length is unknown.
         """
-        if self._is_first(step):
+        if step.count is not None:
+            first = step.index < _amount_of(self.dense_steps, step.count)
+        elif isinstance(self.dense_steps, int):
+            first = step.index < self.dense_steps
+        else:
+            first = step.progress is not None and step.progress < self.dense_steps
+        if first:
             return f"dense_steps={self.dense_steps}"
         if self._is_last(step):
             return f"dense_last_steps={self.dense_last_steps}"
         return None
-
-    def _is_first(self, step: Step) -> bool:
-        if step.count is not None:
-            return step.index < _amount_of(self.dense_steps, step.count)
-        if isinstance(self.dense_steps, int):
-            return step.index < self.dense_steps
-        return step.progress is not None and step.progress < self.dense_steps
 
     def _is_last(self, step: Step) -> bool:
         if not self.dense_last_steps:
@@ -104,17 +96,15 @@ class Schedule:
         if isinstance(self.dense_last_steps, int):
             raise DitAccelError(
                 f"dense_last_steps={self.dense_last_steps} needs the number of steps, which a transformer alone does "
-                "not know: call set_step(i, n) before each step, give a share such as 0.1, or accelerate the pipeline."
+                "not have. Call set_step(i, n) before each step, give a share such as 0.1, or accelerate the pipeline."
             )
         return step.progress is not None and step.progress >= 1 - self.dense_last_steps
 
 
 def _check_amount(name: str, value: object, wanted: str) -> None:
-    if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
-        return
-    if isinstance(value, float) and 0 <= value <= 1:
-        return
-    raise DitAccelError(f"{name} is {wanted}, got {value!r}.")
+    count = isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    if not count and not (isinstance(value, float) and 0 <= value <= 1):
+        raise DitAccelError(f"{name} is {wanted}, got {value!r}.")
 
 
 def _amount_of(value: Amount, total: int) -> int:

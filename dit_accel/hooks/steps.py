@@ -1,9 +1,8 @@
 """Which denoising step a transformer call belongs to: read from the scheduler, never counted in calls.
 
-Guidance calls the transformer twice a step, caches skip calls and Wan 2.2 has two transformers on one trajectory, so
-calls say nothing. The scheduler knows: after `set_timesteps` it holds the trajectory, and `step` moves its index. Both
-are read from whatever scheduler the pipeline has at that moment. Nothing is wrapped, so a replaced scheduler is
-followed at once, a deep-copied one (LTX-2 makes one for audio) stays independent, and there is nothing to restore.
+Counting calls is wrong: guidance calls the transformer twice a step, caches skip calls, and Wan 2.2 has two
+transformers on one trajectory. The scheduler holds the trajectory after `set_timesteps`, and `step` moves its index.
+Each call reads the pipeline's scheduler of that moment. Nothing is wrapped, so nothing has to be restored.
 """
 
 from __future__ import annotations
@@ -23,8 +22,8 @@ class StepClock:
     """Tells the step of each call.
 
     Args:
-        pipeline: whose scheduler is read; None for a bare transformer, whose timestep values are followed instead. When
-            the pipeline is gone, its scheduler counts as long as somebody has it: a pipeline made `from_pipe` does.
+        pipeline: its scheduler is read, after the pipeline's deletion too: a pipeline made `from_pipe` may share it.
+            None for a bare transformer, whose timestep values are followed.
     """
 
     def __init__(self, pipeline: Any | None = None) -> None:
@@ -36,7 +35,7 @@ class StepClock:
         self._last_index = 0
 
     def set(self, index: int | None, count: int | None = None) -> None:
-        """State the step by hand, for all calls until the next one; `None` goes back to the scheduler."""
+        """Set the step of all calls until the next `set`; None reads the scheduler again."""
         if index is None:
             self._manual = None
             return
@@ -47,7 +46,7 @@ class StepClock:
 
     @property
     def scheduler(self) -> Any | None:
-        """The pipeline's scheduler as of now, None for a bare transformer."""
+        """The pipeline's present scheduler; None for a bare transformer."""
         pipeline = None if self._pipeline is None else self._pipeline()
         if pipeline is None:
             return None if self._scheduler is None else self._scheduler()
@@ -57,19 +56,16 @@ class StepClock:
 
     @property
     def reads_values(self) -> bool:
-        """Whether only the timestep's value tells the step: no pipeline, and no `set`."""
+        """Whether only the timestep's value tells the step: without pipeline and `set`."""
         return self._manual is None and self.scheduler is None
 
     def now(self, timestep: torch.Tensor | None) -> Step:
         """The step of a call.
 
         Args:
-            timestep: the transformer's timestep in the scheduler's units (0 to 1000), any shape, or None if it is in
-                others. Per-token timesteps (Wan 2.2 TI2V) hold 0 for conditioning tokens, so the largest counts. Its
-                value is read, which waits for the device, only where the scheduler keeps no index.
-
-        Raises:
-            DitAccelError: nothing tells the step.
+            timestep: the transformer's timestep in the scheduler's units (0 to 1000), any shape; None if in others.
+                The largest counts: per-token timesteps (Wan 2.2 TI2V) hold 0 for conditioning tokens. Reading it
+                waits for the device, so it is read only if the scheduler keeps no index.
         """
         if self._manual is not None:
             return self._manual
@@ -79,7 +75,7 @@ class StepClock:
         timesteps = _trajectory(scheduler)
         if timesteps is None:
             raise DitAccelError(
-                f"The step schedule needs the trajectory, but {type(scheduler).__name__} has no timesteps yet: run the "
+                f"The step schedule needs the trajectory, but {type(scheduler).__name__} has no timesteps yet. Run the "
                 "accelerated pipeline (another that shares the transformer must share the scheduler too), or call "
                 "set_step(i, n) before calling the transformer directly."
             )
@@ -87,14 +83,14 @@ class StepClock:
         if index is None:
             index = getattr(scheduler, "begin_index", None)
         if index is None and timestep is None and hasattr(scheduler, "step_index"):
-            index = 0  # such a scheduler has an index from its first step on
+            index = 0  # the scheduler sets its index in its first step
         if index is None or not 0 <= index < len(timesteps):
             index = _nearest(timesteps, _value(timestep))
         order = max(1, getattr(scheduler, "order", 1))
         return Step(int(index) // order, -(-len(timesteps) // order))
 
     def now_if_told(self, timestep: torch.Tensor | None) -> Step | None:
-        """`now`, or None where nothing tells the step."""
+        """`now`, or None if nothing tells the step."""
         scheduler = self.scheduler
         if self._manual is None and scheduler is None and timestep is None:
             return None
@@ -112,7 +108,7 @@ class StepClock:
 
 
 def _trajectory(scheduler: Any) -> Any | None:
-    """The timesteps that `set_timesteps` chose; None before, where many schedulers hold all steps of their training."""
+    """The timesteps that `set_timesteps` chose. None before: many schedulers then hold all training steps."""
     timesteps = getattr(scheduler, "timesteps", None)
     if timesteps is None or len(timesteps) == 0:
         return None
@@ -124,8 +120,8 @@ def _trajectory(scheduler: Any) -> Any | None:
 def _value(timestep: torch.Tensor | float | None) -> float:
     if timestep is None:
         raise DitAccelError(
-            "The step schedule needs to know the denoising step, and nothing in this call tells it: call "
-            "set_step(i, n) before it, or accelerate the pipeline and run that."
+            "The step schedule needs the denoising step, and nothing in this call tells it. Call set_step(i, n) before "
+            "the call, or accelerate the pipeline and run that."
         )
     return float(timestep.max()) if isinstance(timestep, torch.Tensor) else float(timestep)
 

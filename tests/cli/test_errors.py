@@ -172,7 +172,9 @@ def test_ctrl_c_while_the_model_of_a_batch_is_loaded(cli, demo, tmp_path, monkey
     assert outcome.err.splitlines()[-1] == "dit-accel: interrupted after 0 of 16; the same command goes on."
 
 
-@pytest.mark.parametrize(("command", "shown"), [(("ls",), "Embedded models: demo"), (("ls", "gna"), "arXiv:2504.16922")])
+@pytest.mark.parametrize(
+    ("command", "shown"), [(("ls",), "Embedded models: demo"), (("ls", "gna"), "arXiv:2504.16922")]
+)
 def test_a_terminal_without_the_characters_still_shows_the_rest(root, command, shown):
     """Method summaries and error messages have characters that ASCII has not."""
     environment = os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONPATH": str(root), "COLUMNS": "200"}

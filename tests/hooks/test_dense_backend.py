@@ -1,5 +1,7 @@
 """Dense steps and layers on a back end of Diffusers' dispatcher."""
 
+import json
+
 import pytest
 import tiny_models
 import torch
@@ -8,6 +10,7 @@ from diffusers.models.attention_dispatch import AttentionBackendName, _Attention
 from tiny_models import run
 
 import dit_accel
+from dit_accel.cli.app import main
 from dit_accel.hooks import dense_backend
 
 WINDOW = {"window": (3, 5, 4)}
@@ -84,6 +87,26 @@ def test_replacing_an_accelerator_keeps_the_back_end():
     assert "_native_math" in backends(transformer).values()
     accel.remove()
     assert set(backends(transformer).values()) == {None}
+
+
+def test_on_the_command_line(tmp_path, capfd, math_calls):
+    """Of generate and of eval; an unknown name is refused before anything is loaded."""
+    size = ["--frames", "5", "--height", "32", "--width", "32", "--steps", "2"]
+    output, backend = tmp_path / "clip.mp4", ["--dense-backend", "_native_math"]
+    for command in (
+        ["generate", *size, "--method", "gna:window=full", "--dense-steps", "1", *backend, "--output", str(output)],
+        ["generate", *size, "--method", "gna:window=full", "--dense-backend", "fast", "--output", str(output)],
+        ["eval", *size, *backend],
+    ):
+        with pytest.raises(SystemExit) as end:
+            main(command)
+        assert end.value.code == (0 if command[-1] == str(output) and "fast" not in command else 2)
+    assert math_calls
+    record = json.loads(output.with_suffix(".json").read_text())
+    assert record["method"]["schedule"]["dense_backend"] == "_native_math"
+    assert "dense attention runs on _native_math: asked for" in record["report"]["notes"]
+    errors = capfd.readouterr().err
+    assert "dense_backend is 'auto' or one of" in errors and "--dense-backend belongs to" in errors
 
 
 @pytest.mark.parametrize(("name", "message"), [("fast", "one of flash"), ("flash", "cannot run here")])

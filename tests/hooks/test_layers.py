@@ -110,7 +110,7 @@ def test_other_files_are_refused(content, message, tiny_wan, tmp_path):
 
 def test_a_schedule_says_everything(schedule, tiny_wan):
     for arguments in ({"method": "gna"}, {"references": 1}, {"dense_layers": 1}):
-        with pytest.raises(dit_accel.DitAccelError, match="leave out the method"):
+        with pytest.raises(dit_accel.DitAccelError, match="Leave out the method"):
             dit_accel.accelerate(tiny_wan(3), layer_schedule=schedule, **arguments)
     with pytest.raises(dit_accel.DitAccelError, match="needs a method"):
         dit_accel.accelerate(tiny_wan())

@@ -10,7 +10,7 @@ from tiny_models import get, run
 import dit_accel
 from dit_accel.hooks import selfcheck
 from dit_accel.hooks.report import LayerReport, Report
-from dit_accel.hooks.selfcheck import AttentionCall, SelfCheck, measure, sample
+from dit_accel.hooks.selfcheck import AttentionCall, SelfCheck, sample
 from dit_accel.methods.sla import SparseLinearAttention
 
 WINDOW = {"window": (3, 5, 4)}
@@ -22,6 +22,10 @@ CASES = [
     (GRID, "sla", {"topk": 0.3, "block": 16}, None),
     (dit_accel.TokenGrid(3, 5, 7, text=6), "sla", {"topk": 0.3, "block": 16, "order": "tile"}, (1, 6)),
 ]
+
+
+def measure(q, k, v, out, plan, rows=selfcheck.ROWS, **call):
+    return AttentionCall("", "", None, plan, q, k, v, out, **call).measure(rows)
 
 
 def tensors(grid, dtype=torch.float64):
@@ -126,8 +130,8 @@ def test_sampled_queries_are_the_same_every_time():
 
 
 def test_verify_measures_the_first_sparse_call_alone(monkeypatch):
-    tiny, calls = get("wan", "t2v"), []
-    monkeypatch.setattr(selfcheck, "measure", lambda *a, **k: calls.append(a[4]) or measure(*a, **k))
+    tiny, calls, original = get("wan", "t2v"), [], AttentionCall.measure
+    monkeypatch.setattr(AttentionCall, "measure", lambda call: calls.append(call.plan) or original(call))
     transformer = tiny.build()
     with dit_accel.accelerated(transformer, "gna", verify="first-call", dense_steps=1, **WINDOW) as accel:
         plain = []
@@ -146,7 +150,7 @@ def test_verify_measures_the_first_sparse_call_alone(monkeypatch):
 
 def test_without_verify_nothing_is_measured(monkeypatch):
     tiny = get("wan", "t2v")
-    monkeypatch.setattr(selfcheck, "measure", lambda *a, **k: pytest.fail("measured"))
+    monkeypatch.setattr(AttentionCall, "measure", lambda call: pytest.fail("measured"))
     with dit_accel.accelerated(tiny.shared, "gna", **WINDOW) as accel:
         run(tiny.shared, tiny.call())
     assert accel.report().layers[0].relative_error is None
