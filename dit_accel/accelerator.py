@@ -17,8 +17,9 @@ from dit_accel.checkpoint import lora as adapters
 from dit_accel.checkpoint.lora import Trained
 from dit_accel.errors import DitAccelError
 from dit_accel.hooks import layers as layerwise
-from dit_accel.hooks.engine import Engine, PlanCache
+from dit_accel.hooks.engine import Engine
 from dit_accel.hooks.layers import LayerSettings
+from dit_accel.hooks.plan_cache import PlanCache
 from dit_accel.hooks.report import Report
 from dit_accel.hooks.schedule import Amount, Schedule
 from dit_accel.hooks.selfcheck import AttentionCall, SelfCheck, Verify

@@ -60,7 +60,7 @@ class MethodChoice:
         """Refuse settings that do not fit this grid, or keep every pair of its tokens, before weights are loaded."""
         import torch
 
-        from dit_accel.hooks.engine import PlanCache
+        from dit_accel.hooks.plan_cache import PlanCache
 
         if self.layers is None:
             configs = [registry.make_config(self.name, self.config)]
