@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from roundings import gradient_sizes
 
 import dit_accel
 from dit_accel.errors import DitAccelError
@@ -118,11 +119,9 @@ def test_forward_and_gradients_equal_masked_attention(config, grid, impl):
     got = results(ours, torch.float32)
     plain, exact = results(masked, torch.float32), results(masked, torch.float64)
     q, k, v = (x.double() for x in tensors)
-    p = (q @ k.mT * 24**-0.5).masked_fill(~mask, -torch.inf).softmax(-1)
-    terms = (
-        p * ((gradient.double() @ v.mT).abs() + (gradient.double() * (p @ v)).sum(-1, keepdim=True).abs()) * 24**-0.5
-    )
-    sizes = {"dq": terms @ k.abs(), "dk": terms.mT @ q.abs()}
+    logits = (q @ k.mT * 24**-0.5).masked_fill(~mask, -torch.inf)
+    lse = logits.logsumexp(-1)
+    sizes = gradient_sizes(q, k, v, gradient.double(), exact[0], logits, lse, 24**-0.5, torch.float32)
     for name, *values in zip(("out", "dq", "dk", "dv"), got, plain, exact, strict=True):
         assert_accurate(name, *values, magnitude=sizes.get(name))
     assert got[0].transpose(1, 2).is_contiguous()

@@ -8,6 +8,7 @@ import pytest
 import tiny_models
 import torch
 from masked_reference import assert_no_worse, plain_and_exact
+from roundings import gradient_sizes
 from tiny_models import run
 from typer.testing import CliRunner
 
@@ -82,12 +83,10 @@ def test_forward_and_gradients_equal_masked_attention(grid, text_lens, impl):
 
     got = results(lambda q, k, v: dit_accel.attention(q, k, v, plan, text_lens=lens, impl=impl), torch.float32)
     plain, exact = results(masked, torch.float32), results(masked, torch.float64)
-    # the terms of dq and dk cancel: dS = P (dP - delta)
     q, k, v = (x.double() for x in tensors)
-    p = (q @ k.mT * 24**-0.5).masked_fill(~mask, -torch.inf).softmax(-1)
-    upstream = gradient.double()
-    terms = p * ((upstream @ v.mT).abs() + (upstream * (p @ v)).sum(-1, keepdim=True).abs()) * 24**-0.5
-    sizes = {"dq": terms @ k.abs(), "dk": terms.mT @ q.abs()}
+    logits = (q @ k.mT * 24**-0.5).masked_fill(~mask, -torch.inf)
+    lse = logits.logsumexp(-1)
+    sizes = gradient_sizes(q, k, v, gradient.double(), exact[0], logits, lse, 24**-0.5, torch.float32)
     for name, *values in zip(("out", "dq", "dk", "dv"), got, plain, exact, strict=True):
         assert_accurate(name, *values, magnitude=sizes.get(name))
     assert got[0].transpose(1, 2).is_contiguous()

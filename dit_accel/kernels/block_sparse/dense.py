@@ -1,19 +1,13 @@
 """Dense attention of gathered problems, forward and backward: the arithmetic under `portable`.
 
 A CPU runs the fused kernel behind PyTorch's `scaled_dot_product_attention`, in the dtype of the inputs. Other devices
-run matrix products in fp32 (fp64 for fp64). AMD processors do so with oneDNN, because the fused kernel calls MKL, which
-is slow there. Measured on Zen 5 in fp32, 1 thread, 256 x 1100 x 64: 145 GFLOP/s against 80.
+run matrix products in fp32 (fp64 for fp64).
 
 `Rows` moves rows between tensors [H, N, ...] and the batched problems [G, H, n, ...]. The tensors lie in memory as
 [N, H, ...], so that all heads of a row move at once.
 """
 
 from __future__ import annotations
-
-import itertools
-import platform
-from collections.abc import Iterator
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -24,19 +18,8 @@ from torch import Tensor
 BYTES_PER_THREAD, BYTES_ELSEWHERE = 1 << 20, 1 << 26
 # Logits in memory at a time: 4 MiB in fp32 on a CPU, to stay in cache, and 64 MiB elsewhere.
 CPU_LOGITS, DEVICE_LOGITS = 1 << 20, 1 << 24
-# An fp32 product's error grows with its depth, so keys are summed in runs of a quarter of them, within these limits.
-RUNS, SHORTEST, LONGEST = 4, 128, 512
 
 _aten = torch.ops.aten
-_linear = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
-
-
-def _is_amd() -> bool:
-    info = Path("/proc/cpuinfo")
-    return "AuthenticAMD" in (info.read_text(errors="replace") if info.exists() else platform.processor())
-
-
-FUSED = _linear is None or not torch.backends.mkl.is_available() or not _is_amd()  # on a CPU
 
 
 def bytes_per_call(device: torch.device) -> int:
@@ -78,14 +61,11 @@ def forward(
     else:
         out = q.new_empty(q.shape[0], q.shape[2], q.shape[1], q.shape[3]).transpose(1, 2)
         lse = q.new_empty(q.shape[:3], dtype=wide)
-        for at in _problems(q):
-            keys, values = (x[at].to(wide).contiguous() for x in (k, v))
-            for rows in _row_chunks(q[at], k):
-                weights = _logits(q[at][..., rows, :].to(wide), keys, _of(bias, at, rows), scale)
-                top = weights.amax(-1)
-                torch.softmax(weights, -1, out=weights)
-                lse[at][..., rows] = top - weights.amax(-1).log_()  # the largest weight is exp(top - lse)
-                out[at][..., rows, :] = _weighted_sum(weights, values)
+        keys, values = k.to(wide), v.to(wide)
+        for rows in _row_chunks(q, k):
+            logits = _logits(q[..., rows, :].to(wide), keys, bias, rows, scale)
+            lse[..., rows] = logits.logsumexp(-1)
+            out[..., rows, :] = logits.softmax(-1) @ values
     if blind is None:
         return out, lse
     return out.masked_fill(blind[..., None], 0.0), lse.masked_fill(blind, float("-inf"))
@@ -141,63 +121,29 @@ def merge(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> tuple[Ten
 
 def _backward_by_products(grad_out, grad_lse, q, k, v, out, lse, bias, scale):
     wide = accumulation(q.dtype)
-    grads = tuple(torch.empty_like(x, dtype=wide) for x in (q, k, v))
-    for at in _problems(q):
-        keys, values = (x[at].to(wide).contiguous() for x in (k, v))
-        grad_k, grad_v = (torch.zeros_like(x).mT.contiguous() for x in (keys, values))  # the layout of the products
-        for rows in _row_chunks(q[at], k):
-            queries, upstream, result = (x[at][..., rows, :].to(wide) for x in (q, grad_out, out))
-            delta = (upstream * result).sum(-1)
-            if grad_lse is not None:
-                delta -= grad_lse[at][..., rows]
-            weights = _logits(queries, keys, _of(bias, at, rows), scale)
-            weights.sub_(lse[at][..., rows, None]).exp_()
-            grad_logits = product(upstream, values.mT).sub_(delta[..., None]).mul_(weights)
-            grads[0][at][..., rows, :] = product(grad_logits, keys).mul_(scale)
-            grad_k += product(queries.mT, grad_logits).mul_(scale)
-            grad_v += product(upstream.mT, weights)
-        grads[1][at], grads[2][at] = grad_k.mT, grad_v.mT
-    return grads
+    keys, values = k.to(wide), v.to(wide)
+    grad_q = torch.empty_like(q, dtype=wide)
+    grad_k, grad_v = torch.zeros_like(keys), torch.zeros_like(values)
+    for rows in _row_chunks(q, k):
+        queries, upstream, result = (x[..., rows, :].to(wide) for x in (q, grad_out, out))
+        delta = (upstream * result).sum(-1)
+        if grad_lse is not None:
+            delta -= grad_lse[..., rows]
+        weights = _logits(queries, keys, bias, rows, scale).sub_(lse[..., rows, None]).exp_()
+        grad_v += weights.mT @ upstream
+        grad_logits = (upstream @ values.mT).sub_(delta[..., None]).mul_(weights)
+        grad_q[..., rows, :] = (grad_logits @ keys).mul_(scale)
+        grad_k += (grad_logits.mT @ queries).mul_(scale)
+    return grad_q, grad_k, grad_v
 
 
 def _fused(x: Tensor) -> bool:
-    return FUSED and x.device.type == "cpu"
+    return x.device.type == "cpu"
 
 
-def _problems(q: Tensor) -> Iterator[tuple]:
-    """Indices into [G, H, ...]: one problem at a time on a CPU, to stay in cache; all at once elsewhere."""
-    return itertools.product(range(q.shape[0]), range(q.shape[1])) if q.device.type == "cpu" else iter([()])
-
-
-def _of(bias: Tensor | None, at: tuple, rows: slice) -> Tensor | None:
-    if bias is not None and bias.ndim == 4 and at:
-        bias = bias[at[0], 0]
-    return None if bias is None else bias[..., rows, :]
-
-
-def _logits(q: Tensor, k: Tensor, bias: Tensor | None, scale: float) -> Tensor:
-    logits = product(q, k.mT).mul_(scale)
-    return logits if bias is None else logits.add_(bias)
-
-
-def _weighted_sum(weights: Tensor, values: Tensor) -> Tensor:
-    """weights @ values, in runs of keys."""
-    run = min(max(-(-values.shape[-2] // RUNS), SHORTEST), LONGEST)
-    first, *others = zip(weights.split(run, -1), values.split(run, -2), strict=True)
-    total = product(*first)
-    for part in others:
-        total.add_(product(*part))
-    return total
-
-
-def product(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b, where b is contiguous or the transpose of a contiguous matrix.
-
-    oneDNN falls back to a loop a thousand times slower for any other strides.
-    """
-    if _linear is None or a.device.type != "cpu" or a.dtype != torch.float32:
-        return a @ b
-    return _linear(a.contiguous(), b.mT, None, "none", [], "")
+def _logits(q: Tensor, k: Tensor, bias: Tensor | None, rows: slice, scale: float) -> Tensor:
+    logits = (q @ k.mT).mul_(scale)
+    return logits if bias is None else logits.add_(bias[..., rows, :])
 
 
 def _row_chunks(q: Tensor, k: Tensor) -> list[slice]:

@@ -1,16 +1,15 @@
-"""The tail in plain PyTorch, on any device: a head at a time, in runs of queries whose logits stay in cache."""
+"""The tail in plain PyTorch, on any device: dense attention over the pseudo-keys, in runs of queries, merged by LSE."""
 
 from __future__ import annotations
 
 import functools
-import itertools
 from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from dit_accel.kernels.block_sparse.dense import accumulation, logits_at_once, product
+from dit_accel.kernels.block_sparse import dense
 from dit_accel.kernels.block_sparse.geometry import BlockLists, Geometry
 from dit_accel.kernels.block_sparse.reference import block_of_token
 from dit_accel.kernels.sla.portable import block_means
@@ -30,20 +29,12 @@ def forward(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """See `api.with_tail`."""
-    out = _empty_rows(exact)
-    lse = exact_lse.new_empty(exact_lse.shape)
-    tail = _Tail.of(k, v, geometry, scale)
-    for at, rows, bias in _parts(q, lists, dropped, tail, geometry):
-        queries = q[at][rows].to(tail.wide)
-        logits = product(queries, tail.keys[at].mT).add_(bias)
-        exact_logit = exact_lse[at][rows].to(tail.wide)
-        top = torch.maximum(logits.amax(-1), exact_logit)
-        top.masked_fill_(top == -torch.inf, 0.0)  # a row without keys
-        weights, share = logits.sub_(top[:, None]).exp_(), exact_logit.sub(top).exp_()
-        total = weights.sum(-1).add_(share)
-        result = product(weights, tail.values[at]).addcmul_(exact[at][rows].to(tail.wide), share[:, None])
-        out[at][rows] = result.div_(total.where(total > 0, 1.0)[:, None])
-        lse[at][rows] = total.log_().add_(top)
+    out, lse = _empty_rows(exact), exact_lse.new_empty(exact_lse.shape)
+    tail = _Tail.of(k, v, geometry)
+    for at, rows, bias, blind in _parts(q, lists, dropped, tail, geometry):
+        part = dense.forward(q[at][:, :, rows].to(tail.wide), tail.keys[at], tail.values[at], bias, blind, scale)
+        merged = dense.merge(exact[at][:, :, rows], exact_lse[at][:, :, rows].to(tail.wide), *part)
+        out[at][:, :, rows], lse[at][:, :, rows] = merged
     return out, lse
 
 
@@ -63,30 +54,30 @@ def backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See `api.tail_backward`; README.md has the equations."""
-    tail = _Tail.of(k, v, geometry, scale)
-    of_keys, of_values = (torch.zeros_like(x.mT, memory_format=torch.contiguous_format) for x in tail[:2])
+    tail = _Tail.of(k, v, geometry)
+    of_keys, of_values = torch.zeros_like(tail.keys), torch.zeros_like(tail.values)
     dq, dexact, dexact_lse = _empty_rows(q), _empty_rows(exact), exact_lse.new_empty(exact_lse.shape)
-    for at, rows, bias in _parts(q, lists, dropped, tail, geometry):
-        queries, upstream, result, own = (x[at][rows].to(tail.wide) for x in (q, grad_out, out, exact))
-        sums = lse[at][rows].to(tail.wide)
-        sums = sums.masked_fill(sums == -torch.inf, torch.inf)  # a row without keys has weights of 0
+    for at, rows, bias, _ in _parts(q, lists, dropped, tail, geometry):
+        queries, upstream, result, own, sums = (x[at][:, :, rows].to(tail.wide) for x in (q, grad_out, out, exact, lse))
+        upstream_lse = None if grad_lse is None else grad_lse[at][:, :, rows].to(tail.wide)
         delta = (upstream * result).sum(-1)
-        if grad_lse is not None:
-            delta -= grad_lse[at][rows]
-        share = torch.exp(exact_lse[at][rows].to(tail.wide) - sums)
-        dexact[at][rows] = upstream * share[:, None]
-        dexact_lse[at][rows] = share * ((upstream * own).sum(-1) - delta)
-        weights = product(queries, tail.keys[at].mT).add_(bias).sub_(sums[:, None]).exp_()
-        of_values[at] += product(upstream.mT, weights)
-        of_logits = product(upstream, tail.values[at].mT).sub_(delta[:, None]).mul_(weights)
-        dq[at][rows] = product(of_logits, tail.keys[at])
-        of_keys[at] += product(queries.mT, of_logits)
-    dk, dv = (spread((x.mT / tail.held).to(q.dtype), geometry.key_order) for x in (of_keys.mul_(scale), of_values))
+        if upstream_lse is not None:
+            delta -= upstream_lse
+        # a row without keys has a share of 0
+        share = torch.exp(exact_lse[at][:, :, rows].to(tail.wide) - sums.masked_fill(sums == -torch.inf, torch.inf))
+        dexact[at][:, :, rows] = upstream * share[..., None]
+        dexact_lse[at][:, :, rows] = share * ((upstream * own).sum(-1) - delta)
+        dq[at][:, :, rows], grad_k, grad_v = dense.backward(
+            upstream, upstream_lse, queries, tail.keys[at], tail.values[at], result, sums, bias, scale
+        )
+        of_keys[at] += grad_k
+        of_values[at] += grad_v
+    dk, dv = (spread((x / tail.held).to(q.dtype), geometry.key_order) for x in (of_keys, of_values))
     return dq, dk, dv, dexact, dexact_lse
 
 
 class _Tail(NamedTuple):
-    """Pseudo-keys of a call: keys times the scale and values [B, H, blocks, D], tokens of each block [blocks, 1]."""
+    """Pseudo-keys of a call: keys and values [B, H, blocks, D], tokens of each block [blocks, 1]."""
 
     keys: Tensor
     values: Tensor
@@ -94,25 +85,29 @@ class _Tail(NamedTuple):
     wide: torch.dtype
 
     @classmethod
-    def of(cls, k: Tensor, v: Tensor, geometry: Geometry, scale: float) -> _Tail:
-        wide, order = accumulation(k.dtype), geometry.key_order
+    def of(cls, k: Tensor, v: Tensor, geometry: Geometry) -> _Tail:
+        wide, order = dense.accumulation(k.dtype), geometry.key_order
         held = valid_tokens(order).to(k.device, wide)[:, None]
-        return cls(block_means(k, order) * scale, block_means(v, order), held, wide)
+        return cls(block_means(k, order), block_means(v, order), held, wide)
 
 
 def _parts(
     q: Tensor, lists: BlockLists, dropped: Tensor | None, tail: _Tail, geometry: Geometry
-) -> Iterator[tuple[tuple[int, int], slice, Tensor]]:
-    """Sample and head, rows, and the bias [rows, key blocks]: log of the block's tokens, -inf outside the tail."""
+) -> Iterator[tuple[slice, slice, Tensor, Tensor]]:
+    """Sample, rows, bias [1, H, rows, key blocks] and blind rows [1, H, rows], as `dense.forward` takes them.
+
+    The bias is the log of the block's tokens, and -inf outside the tail.
+    """
     block_of, weight = _query_blocks(geometry.query_order, q.device), tail.held[:, 0].log()
-    step = max(1, logits_at_once(q.device) // len(weight))
-    for at in itertools.product(range(q.shape[0]), range(q.shape[1])):
+    step = max(1, dense.logits_at_once(q.device) // (q.shape[1] * len(weight)))
+    for b in range(len(q)):
+        at = slice(b, b + 1)
         skipped = None if dropped is None else dropped[at]
         within = in_tail(BlockLists(lists.indices[at], lists.counts[at]), skipped, len(weight))
-        bias = torch.where(within, weight, -torch.inf)
+        bias, blind = torch.where(within, weight, -torch.inf), ~within.any(-1)
         for first in range(0, q.shape[2], step):
             rows = slice(first, first + step)
-            yield at, rows, bias.index_select(0, block_of[rows])
+            yield at, rows, bias.index_select(2, block_of[rows]), blind.index_select(2, block_of[rows])
 
 
 @functools.lru_cache(maxsize=16)

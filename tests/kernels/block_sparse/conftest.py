@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from roundings import gradient_sizes
 
 import dit_accel
 from dit_accel.kernels.block_sparse import reference
@@ -104,35 +105,22 @@ class Problem:
             masks.append(full)
         return torch.stack(masks)
 
-    def magnitudes(self, exact: dict[str, torch.Tensor], from_lse: bool) -> dict[str, torch.Tensor]:
-        """Size of the terms in dq and dk, which cancel: p * (abs(dp) + abs(delta) + abs(dlse)).
-
-        A backward that makes weights anew as exp(logit - lse) subtracts two fp32 numbers as large as the LSE. Each is a
-        product with a rounded constant (scale, log2 e): two roundings of eps / 2. So a weight carries a relative
-        2 * eps(fp32) * abs(lse) besides the rounding of its dtype, and dv with it.
-        """
+    def magnitudes(self, exact: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Sizes of the terms in the gradients; see `gradient_sizes`."""
         q, k, v, grad_out = (x.double() for x in (self.q, self.k, self.v, self.grad_out))
         logits = (q @ k.transpose(-1, -2) * self.scale).masked_fill(~self.mask(), float("-inf"))
-        weights = torch.exp(logits - exact["lse"][..., None])
-        if from_lse:
-            ratio = torch.finfo(torch.float32).eps / torch.finfo(self.q.dtype).eps
-            weights = weights * (1 + 2 * ratio * exact["lse"].abs()[..., None])
-        delta = (grad_out.abs() * exact["out"].abs()).sum(-1, keepdim=True) + self.grad_lse.double().abs()[..., None]
-        terms = weights * (grad_out.abs() @ v.abs().transpose(-1, -2) + delta) * abs(self.scale)
-        found = {"dq": terms @ k.abs(), "dk": terms.transpose(-1, -2) @ q.abs()}
-        return found | ({"dv": weights.transpose(-1, -2) @ grad_out.abs()} if from_lse else {})
+        return gradient_sizes(
+            q, k, v, grad_out, exact["out"], logits, exact["lse"], self.scale, self.q.dtype, self.grad_lse.double()
+        )
 
-    def check(self, impl: str, dtype: torch.dtype, lse_gradient: bool = True, from_lse: bool = False) -> None:
-        """Hold an implementation against the reference in fp64 by the error of plain PyTorch in `dtype`.
-
-        `from_lse`: its backward makes the weights anew from the LSE; see `magnitudes`.
-        """
+    def check(self, impl: str, dtype: torch.dtype, lse_gradient: bool = True) -> None:
+        """Hold an implementation against the reference in fp64 by the error of plain PyTorch in `dtype`."""
         rounded = dataclasses.replace(
             self, **{name: getattr(self, name).to(dtype) for name in ("q", "k", "v", "grad_out", "grad_lse")}
         )
         exact = rounded.run("reference", torch.float64, lse_gradient)
         plain, got = rounded.plain(dtype, lse_gradient), rounded.run(impl, dtype, lse_gradient)
-        magnitudes = rounded.magnitudes(exact, from_lse)
+        magnitudes = rounded.magnitudes(exact)
         for name in NAMES:
             assert_accurate(name, got[name], plain[name], exact[name], magnitudes.get(name))
 

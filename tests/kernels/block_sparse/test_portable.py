@@ -100,12 +100,12 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_accurate(make_problem, case, dtype):
-    make_problem(**case).check("portable", dtype, from_lse=True)
+    make_problem(**case).check("portable", dtype)
 
 
 @pytest.mark.parametrize("name", ["sliding-tiled", "causal-between", "heads-text"])
 def test_same_without_gradient_of_lse(make_problem, name):
-    make_problem(**CASES[name]).check("portable", torch.float32, lse_gradient=False, from_lse=True)
+    make_problem(**CASES[name]).check("portable", torch.float32, lse_gradient=False)
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
@@ -122,34 +122,26 @@ def test_fp64_equals_the_reference(make_problem, case):
 def test_masks_beyond_the_kept_ones_are_evaluated(make_problem, monkeypatch):
     monkeypatch.setattr("dit_accel.kernels.block_sparse.prepare.MASK_BYTES", 0)
     portable.preparations.entries.clear()
-    make_problem(**CASES["sliding-text-first"]).check("portable", torch.float32, from_lse=True)
+    make_problem(**CASES["sliding-text-first"]).check("portable", torch.float32)
     assert any(batch.evaluate for batch in portable.preparations.entries[-1].batches)
     portable.preparations.entries.clear()
 
 
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
-def test_products_of_amd_processors(make_problem, monkeypatch, case, dtype):
-    monkeypatch.setattr(dense, "FUSED", False)
-    make_problem(**case).check("portable", dtype, from_lse=True)
-
-
 @pytest.mark.parametrize("name", ["causal-between", "blocked-tiled", "heads-text", "queries-longer"])
-def test_batches_as_on_other_devices(make_problem, monkeypatch, name):
-    monkeypatch.setattr(dense, "FUSED", False)
-    monkeypatch.setattr(dense, "_linear", None)
-    monkeypatch.setattr(dense, "_problems", lambda q: [()])
-    make_problem(**CASES[name]).check("portable", torch.float32, from_lse=True)
+def test_products_of_other_devices(make_problem, monkeypatch, name, dtype):
+    monkeypatch.setattr(dense, "_fused", lambda x: False)
+    make_problem(**CASES[name]).check("portable", dtype)
 
 
 @pytest.mark.parametrize("fused", [True, False])
 def test_many_small_chunks(make_problem, monkeypatch, fused):
-    monkeypatch.setattr(dense, "FUSED", fused)
+    monkeypatch.setattr(dense, "_fused", lambda x: fused)
     monkeypatch.setattr(dense, "CPU_LOGITS", 500)
     monkeypatch.setattr(dense, "BYTES_PER_THREAD", 1)
     monkeypatch.setattr(portable, "GROUP_BYTES", 1)
     for name in ("causal-between", "blocked-tiled", "heads-text"):
-        make_problem(**CASES[name]).check("portable", torch.float32, from_lse=True)
+        make_problem(**CASES[name]).check("portable", torch.float32)
 
 
 @pytest.mark.parametrize("topk", [None, 2], ids=["shared", "per-head"])
@@ -185,7 +177,7 @@ def test_queries_that_see_nothing(make_problem, topk):
     assert out[:, :, :16].eq(0).all() and lse[:, :, :16].eq(float("-inf")).all()
     assert out[0, :, 16:32].eq(0).all() and lse[0, :, 16:32].eq(float("-inf")).all()
     assert lse[1, :, 16:32].isfinite().all()
-    problem.check("portable", torch.float32, from_lse=True)
+    problem.check("portable", torch.float32)
 
 
 def test_a_masked_row_that_sees_nothing(make_problem):
@@ -197,7 +189,7 @@ def test_a_masked_row_that_sees_nothing(make_problem):
     problem.options["partial"] = None
     out, lse = problem.call("portable", return_lse=True)
     assert out[:, :, 5].eq(0).all() and lse[:, :, 5].eq(float("-inf")).all() and lse[:, :, 4].isfinite().all()
-    problem.check("portable", torch.float32, from_lse=True)
+    problem.check("portable", torch.float32)
 
 
 @pytest.mark.parametrize("name", ["sliding-text-first", "heads-text"])

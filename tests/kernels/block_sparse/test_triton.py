@@ -96,7 +96,7 @@ CASES = {
 def test_results_are_within_the_budget(make_problem, case, dtype):
     if dtype == torch.float16 and INTERPRETED and case not in ("63-text", "65-ragged", "sliding-tiled", "heads-text"):
         pytest.skip("half precision is interpreted on a few cases: the arithmetic is the same")
-    make_problem(**CASES[case]).check("triton", dtype, from_lse=True)
+    make_problem(**CASES[case]).check("triton", dtype)
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="on a GPU the launch table says how many rows a step has")
@@ -107,7 +107,7 @@ def test_blocks_in_steps(make_problem, case, monkeypatch):
 
     launch = triton_configs.Launch(warps=4, stages=1, step=max(16, CASES[case]["block_k"] // 4))
     monkeypatch.setattr(triton, "launches", lambda *sizes: iter([launch]))
-    make_problem(**CASES[case]).check("triton", torch.float32, from_lse=True)
+    make_problem(**CASES[case]).check("triton", torch.float32)
 
 
 # Tiles within a word, across two words and of one image row; bands and products in raster order, dilated, per head
