@@ -18,19 +18,19 @@ from dit_accel.errors import DitAccelError
 from dit_accel.kernels.block_sparse.geometry import BlockLists
 from dit_accel.kernels.impls import AUTO, Impl
 from dit_accel.kernels.sla.api import choose_impl, route, sparse_linear_attention
-from dit_accel.kernels.sla.call import EPSILON, FEATURE_MAPS, LINEAR_SCOPES, FeatureMap, LinearScope, apply_map
+from dit_accel.kernels.sla.call import EPSILON, FeatureMap, LinearScope, apply_map
 from dit_accel.kernels.sla.reference import block_map, block_of
 from dit_accel.order import TokenOrder, valid_tokens
 from dit_accel.plans.blocks import BlockMask
 from dit_accel.plans.definition import Definition, masked_attention
 from dit_accel.plans.plan import PlanCall, building
-from dit_accel.plans.routed import RoutedPlan, cut
+from dit_accel.plans.routed import LARGEST_BLOCK, RoutedPlan, cut
 from dit_accel.registry import LearnedModule, Method
 from dit_accel.tokens import TokenGrid
+from dit_accel.values import check, option
 
 # Shares such as 0.7 + 0.3 do not always add up to 1 in binary.
 _ROUNDING = 1e-9
-LARGEST_BLOCK = 1024  # every block is computed whole, padding included
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,31 +53,16 @@ class Config:
             so its default value is not counted there.
     """
 
-    topk: float = 0.05
-    skip: float = 0.10
+    topk: float = option(0.05, above=0, most=1)
+    skip: float = option(0.10, least=0, below=1)
     feature_map: FeatureMap = "softmax"
     linear_scope: LinearScope = "all"
-    block: int = 64
-    block_q: int | None = None
+    block: int = option(64, least=1, most=LARGEST_BLOCK)
+    block_q: int | None = option(None, least=1, most=LARGEST_BLOCK)
     order: Literal["raster", "tile"] = "raster"
 
     def __post_init__(self) -> None:
-        if not _is_number(self.topk) or not 0 < self.topk <= 1:
-            raise DitAccelError(f"topk is the share of critical key blocks, above 0 and at most 1; got {self.topk!r}.")
-        if not _is_number(self.skip) or not 0 <= self.skip < 1:
-            raise DitAccelError(
-                f"skip is the share of negligible key blocks, at least 0 and below 1; got {self.skip!r}."
-            )
-        for name, known in (
-            ("feature_map", FEATURE_MAPS),
-            ("linear_scope", LINEAR_SCOPES),
-            ("order", ("raster", "tile")),
-        ):
-            if getattr(self, name) not in known:
-                raise DitAccelError(f"{name} must be one of {', '.join(known)}; got {getattr(self, name)!r}.")
-        for name, block in (("block", self.block), ("block_q", self.block if self.block_q is None else self.block_q)):
-            if not isinstance(block, int) or isinstance(block, bool) or not 1 <= block <= LARGEST_BLOCK:
-                raise DitAccelError(f"{name} is a number of tokens from 1 to {LARGEST_BLOCK}; got {block!r}.")
+        check(self)
         default = type(self).__dataclass_fields__["skip"].default
         if self.topk + self.skip > 1 + _ROUNDING and (self.linear_scope == "marginal" or self.skip != default):
             raise DitAccelError(
@@ -96,10 +81,6 @@ class BlockCounts(NamedTuple):
 
     topk: int
     skip: int
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 class Routing(NamedTuple):

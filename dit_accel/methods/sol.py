@@ -12,20 +12,20 @@ from __future__ import annotations
 
 import dataclasses
 import statistics
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from dit_accel.errors import DitAccelError
 from dit_accel.kernels.block_sparse.geometry import BlockLists
 from dit_accel.kernels.router.api import route
-from dit_accel.kernels.router.call import VARIANCES, Rule, Variance
+from dit_accel.kernels.router.call import Rule, Variance
 from dit_accel.plans.plan import PlanCall, building
-from dit_accel.plans.routed import ORDERINGS, Ordering, cut
-from dit_accel.plans.tailed import TailDefinition, TailedPlan, check_block, is_number
+from dit_accel.plans.routed import LARGEST_BLOCK, Ordering, cut
+from dit_accel.plans.tailed import TailDefinition, TailedPlan
 from dit_accel.registry import Method
 from dit_accel.tokens import TokenGrid
+from dit_accel.values import check, option
 
 Tail = Literal["mean", "hybrid", "none"]
 
@@ -55,21 +55,13 @@ class Config:
     tau: float = 1.0
     variance: Variance = "diagonal"
     tail: Tail = "mean"
-    sink: int = 0
-    block: int = 64
-    block_q: int | None = None
+    sink: int = option(0, least=0)
+    block: int = option(64, least=1, most=LARGEST_BLOCK)
+    block_q: int | None = option(None, least=1, most=LARGEST_BLOCK)
     order: Ordering = "raster"
 
     def __post_init__(self) -> None:
-        if not is_number(self.tau) or self.tau != self.tau:
-            raise DitAccelError(f"tau is a number of standard deviations, such as 1.0; got {self.tau!r}.")
-        for name, known in (("variance", VARIANCES), ("tail", get_args(Tail)), ("order", ORDERINGS)):
-            if getattr(self, name) not in known:
-                raise DitAccelError(f"{name} must be one of {', '.join(known)}; got {getattr(self, name)!r}.")
-        if not isinstance(self.sink, int) or isinstance(self.sink, bool) or self.sink < 0:
-            raise DitAccelError(f"sink is a number of tokens, at least 0; got {self.sink!r}.")
-        check_block("block", self.block)
-        check_block("block_q", self.block if self.block_q is None else self.block_q)
+        check(self)
 
 
 class SolPlan(TailedPlan):
@@ -103,22 +95,9 @@ class SolPlan(TailedPlan):
         rule = Rule(tau=float(self.config.tau), variance=self.config.variance, forced=self.forced(q.device))
         return route(q, k, self.query_order, self.key_order, rule, scale=call.scale, impl=call.impl)
 
-    def attend_visual(self, q: Tensor, k: Tensor, v: Tensor, call: PlanCall) -> tuple[Tensor, BlockLists]:
-        if not self.has_tail:
-            return super().attend_visual(q, k, v, call)
-        with torch.no_grad():
-            lists = self.choose(q, k, call)
-        return self.attend_with_tail(q, k, v, lists, call, first_order=self.config.tail == "hybrid"), lists
-
-
-class SolDefinition(TailDefinition):
-    """Sol-Attn for some queries."""
-
-    plan: SolPlan
-
     @property
-    def first_order(self) -> bool:  # type: ignore[override]
-        return self.plan.config.tail == "hybrid"
+    def first_order(self) -> bool:
+        return self.config.tail == "hybrid"
 
 
 def at_density(grid: TokenGrid, density: float) -> dict[str, Any]:
@@ -135,5 +114,5 @@ METHOD = Method(
     summary="key blocks that stand out exactly, all others as one pseudo-key each",
     source="Sol-Attn, arXiv 2607.24027; PISA, arXiv 2602.01077",
     at_density=at_density,
-    definition=SolDefinition,
+    definition=TailDefinition,
 )

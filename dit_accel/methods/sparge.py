@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 
@@ -26,10 +26,11 @@ from dit_accel.kernels.router.call import Rule
 from dit_accel.order import valid_tokens
 from dit_accel.plans.kept import kept_or_new
 from dit_accel.plans.plan import PlanCall, building
-from dit_accel.plans.routed import ORDERINGS, Ordering, cut
-from dit_accel.plans.tailed import TailDefinition, TailedPlan, check_block, is_number
+from dit_accel.plans.routed import LARGEST_BLOCK, Ordering, cut
+from dit_accel.plans.tailed import TailDefinition, TailedPlan
 from dit_accel.registry import Method
 from dit_accel.tokens import TokenGrid
+from dit_accel.values import check, fits, option
 
 Score = Literal["mean", "subblock"]
 Tail = Literal["none", "mean"]
@@ -61,40 +62,26 @@ class Config:
         DitAccelError: a value is out of range.
     """
 
-    topk: float = 0.03
-    topp: float = 0.2
+    topk: float = option(0.03, least=0, most=1)
+    topp: float = option(0.2, least=0, most=1)
     score: Score = "mean"
-    cells: int = 4
-    similarity: float | None = None
+    cells: int = option(4, least=1)
+    similarity: float | None = option(None, least=-1, most=1)
     tail: Tail = "none"
     budgets: Literal["equal"] | tuple[float, ...] = "equal"
-    refresh: int = 1
-    block_q: int = 128
-    block: int = 64
+    refresh: int = option(1, least=1)
+    block_q: int = option(128, least=1, most=LARGEST_BLOCK)
+    block: int = option(64, least=1, most=LARGEST_BLOCK)
     order: Ordering = "raster"
 
     def __post_init__(self) -> None:
-        for name in ("topk", "topp"):
-            value = getattr(self, name)
-            if not is_number(value) or not 0 <= value <= 1:
-                raise DitAccelError(f"{name} is a share, at least 0 and at most 1; got {value!r}.")
-        if not self.topk and not self.topp:
-            raise DitAccelError("sparge keeps blocks by topk or topp; both are 0. Set one of them above 0.")
-        for name, known in (("score", get_args(Score)), ("tail", get_args(Tail)), ("order", ORDERINGS)):
-            if getattr(self, name) not in known:
-                raise DitAccelError(f"{name} must be one of {', '.join(known)}; got {getattr(self, name)!r}.")
-        if self.similarity is not None and (not is_number(self.similarity) or not -1 <= self.similarity <= 1):
-            raise DitAccelError(f"similarity is a cosine from -1 to 1, or None; got {self.similarity!r}.")
         if self.budgets != "equal" and not _are_shares(self.budgets):
             raise DitAccelError(
                 f"budgets is 'equal' or a share above 0 and at most 1 for each head of a layer; got {self.budgets!r}."
             )
-        check_block("block_q", self.block_q)
-        check_block("block", self.block)
-        for name in ("cells", "refresh"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise DitAccelError(f"{name} is a number, at least 1; got {value!r}.")
+        check(self)
+        if not self.topk and not self.topp:
+            raise DitAccelError("sparge keeps blocks by topk or topp; both are 0. Set one of them above 0.")
         for name in ("block_q", "block") if self.score == "subblock" else ():
             if getattr(self, name) % self.cells:
                 raise DitAccelError(f"{name} must divide into cells={self.cells}; got {getattr(self, name)}.")
@@ -105,7 +92,7 @@ class Config:
 
 
 def _are_shares(value: Any) -> bool:
-    return isinstance(value, tuple) and bool(value) and all(is_number(share) and 0 < share <= 1 for share in value)
+    return bool(value) and fits(value, tuple[float, ...]) and all(0 < share <= 1 for share in value)
 
 
 class SpargePlan(TailedPlan):
@@ -175,15 +162,6 @@ class SpargePlan(TailedPlan):
 
         shape = *q.shape[:2], self.query_order.visual_blocks, self.key_order.visual_blocks
         return kept_or_new(call.memory, config.refresh, self, shape, routed)
-
-    def attend_visual(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: PlanCall
-    ) -> tuple[torch.Tensor, BlockLists]:
-        if not self.has_tail:
-            return super().attend_visual(q, k, v, call)
-        with torch.no_grad():
-            lists = self.choose(q, k, call)
-        return self.attend_with_tail(q, k, v, lists, call), lists
 
 
 def at_density(grid: TokenGrid, density: float) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 import math
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 
@@ -19,6 +19,8 @@ from dit_accel.plans.curves import Curve, along
 from dit_accel.plans.plan import Plan, PlanCall, among_others, building
 from dit_accel.plans.tiles import choose_tile
 from dit_accel.tokens import TokenGrid
+
+LARGEST_BLOCK = 1024  # every block is computed whole, padding included
 
 
 class RoutedPlan(Plan):
@@ -257,7 +259,6 @@ def _take_rows(x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
 
 
 Ordering = Literal["raster", "tile", "morton", "hilbert"]
-ORDERINGS: tuple[str, ...] = get_args(Ordering)
 
 
 def cut(order: Ordering, grid: TokenGrid, block_q: int, block_k: int) -> tuple[TokenOrder, TokenOrder, Curve | None]:

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from dit_accel.errors import DitAccelError
 from dit_accel.kernels import impls
 from dit_accel.kernels.block_sparse.geometry import BlockLists
 from dit_accel.kernels.impls import AUTO, Facts, Impl
@@ -16,8 +13,6 @@ from dit_accel.order import TokenOrder, valid_tokens
 from dit_accel.plans.definition import Definition, masked_attention
 from dit_accel.plans.plan import PlanCall, building
 from dit_accel.plans.routed import RoutedPlan
-
-LARGEST_BLOCK = 1024  # every block is computed whole, padding included
 
 
 class TailedPlan(RoutedPlan):
@@ -28,25 +23,31 @@ class TailedPlan(RoutedPlan):
         """Whether these settings have a tail."""
         return True
 
-    def attend_with_tail(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        lists: BlockLists,
-        call: PlanCall,
-        *,
-        dropped: Tensor | None = None,
-        first_order: bool = False,
-    ) -> Tensor:
-        """The visual queries' output [B, H, visual, D]; arguments as of `attend_visual` and `with_tail`."""
+    @property
+    def first_order(self) -> bool:
+        """Whether the tail has PISA's first-order term."""
+        return False
+
+    def dropped(self, q: Tensor, k: Tensor) -> Tensor | None:
+        """The blocks that are in no tail; arguments as of `choose`, result as in `with_tail`."""
+        return None
+
+    @torch.no_grad()
+    def choose_for_tail(self, q: Tensor, k: Tensor, call: PlanCall) -> tuple[BlockLists, Tensor | None]:
+        """What `choose` and `dropped` say of a call."""
+        return self.choose(q, k, call), self.dropped(q, k)
+
+    def attend_visual(self, q: Tensor, k: Tensor, v: Tensor, call: PlanCall) -> tuple[Tensor, BlockLists]:
+        if not self.has_tail:
+            return super().attend_visual(q, k, v, call)
+        lists, dropped = self.choose_for_tail(q, k, call)
         exact, lse = self.attend_listed(q, k, v, lists, call, lse=True)
         assert lse is not None
         out, _ = with_tail(
-            q, k, v, exact, lse, lists, self.query_order, self.key_order, dropped=dropped, first_order=first_order,
-            scale=call.scale, impl=call.impl,
+            q, k, v, exact, lse, lists, self.query_order, self.key_order, dropped=dropped,
+            first_order=self.first_order, scale=call.scale, impl=call.impl,
         )  # fmt: skip
-        return out
+        return out, lists
 
     def prepare(
         self, device: torch.device, dtype: torch.dtype, head_dim: int, impl: Impl = AUTO, *, learned: bool = False
@@ -74,7 +75,6 @@ class TailDefinition(Definition):
     """Listed blocks, conditioning and text exactly, and every other block as one more key, with a bias."""
 
     plan: TailedPlan
-    first_order = False
 
     @property
     def visual(self) -> slice:
@@ -115,25 +115,10 @@ class TailDefinition(Definition):
         bias = torch.cat([q.new_zeros(len(k)), sizes.log()])
         every, pairs = torch.cat([k, keys]), torch.cat([seen, self.in_tail(head)], -1)
         out = masked_attention(q, every, torch.cat([v, values]), pairs, bias)
-        if self.first_order:
+        if self.plan.first_order:
             of_tail = torch.cat([torch.zeros_like(v[:, :1]), torch.ones_like(values[:, :1])])
             block = self.plan.block_of(self.plan.key_order).to(k.device)
             matrix = (k[self.visual] - keys[block]).T @ v[self.visual]
             factor = q.shape[-1] ** -0.5 / self.plan.grid.visual
             out = out + masked_attention(q, every, of_tail, pairs, bias) * (q @ matrix) * factor
         return out
-
-
-def is_number(value: Any) -> bool:
-    """An int or a float, and not a bool."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def check_block(name: str, value: Any) -> None:
-    """Refuse what is no size of a block.
-
-    Raises:
-        DitAccelError: it is so.
-    """
-    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= LARGEST_BLOCK:
-        raise DitAccelError(f"{name} is a number of tokens from 1 to {LARGEST_BLOCK}; got {value!r}.")
