@@ -147,7 +147,8 @@ class RectifiedDefinition(TailDefinition):
         means, _ = self.pooled(queries, self.plan.query_order)
         keys, sizes = self.pooled(k, self.plan.key_order)
         values, _ = self.pooled(v, self.plan.key_order)
-        others = torch.cat([k[: self.visual.start], k[self.visual.stop :]])
+        visual = self.plan.grid.visual_rows
+        others = torch.cat([k[: visual.start], k[visual.stop :]])
         logits = torch.cat([means @ keys.T * scale + sizes.log(), means @ others.T * scale], -1)
         shares = logits.softmax(-1)[self.blocks, : len(keys)] * self.in_tail(head)
         return torch.where(self.are_visual, (1 - shares.sum(-1, keepdim=True)) * out + shares @ values, out)

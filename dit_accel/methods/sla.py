@@ -15,11 +15,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from dit_accel.errors import DitAccelError
+from dit_accel.kernels import impls
 from dit_accel.kernels.block_sparse.geometry import BlockLists
-from dit_accel.kernels.impls import AUTO, Impl
-from dit_accel.kernels.sla.api import choose_impl, route, sparse_linear_attention
+from dit_accel.kernels.impls import AUTO, Facts, Impl
+from dit_accel.kernels.sla.api import route, sparse_linear_attention
 from dit_accel.kernels.sla.call import EPSILON, FeatureMap, LinearScope, apply_map
-from dit_accel.kernels.sla.reference import block_map, block_of
+from dit_accel.kernels.sla.reference import block_map
 from dit_accel.order import TokenOrder, valid_tokens
 from dit_accel.plans.blocks import BlockMask
 from dit_accel.plans.definition import Definition, masked_attention
@@ -281,7 +282,8 @@ class SlaPlan(RoutedPlan):
         self, device: torch.device, dtype: torch.dtype, head_dim: int, impl: Impl = AUTO, *, learned: bool = False
     ) -> tuple[str, str]:
         scope = self.config.linear_scope if learned else None
-        chosen, why = choose_impl(device, dtype, head_dim, self.query_order, self.key_order, scope, impl)
+        facts = Facts.of(device, dtype, head_dim, self.query_order, self.key_order, linear_scope=scope)
+        chosen, why = impls.choose(facts, impl, impls.SLA)
         return chosen.name, why
 
 
@@ -308,8 +310,8 @@ class SlaDefinition(Definition):
         super().__init__(plan, rows, q, k, impl)
         lists = plan.classify(q, k, impl)
         self.critical, self.negligible = (block_map(part, plan.key_order)[0] for part in lists)  # [H, queries, keys]
-        self.key_block = block_of(plan.key_order).to(q.device)
-        blocks, block = plan.query_order.visual_blocks, block_of(plan.query_order).to(q.device)[rows]
+        self.key_block = plan.key_order.block_of_token().to(q.device)
+        blocks, block = plan.query_order.visual_blocks, plan.query_order.block_of_token().to(q.device)[rows]
         self.block, self.visual = block.clamp(max=blocks - 1), (block < blocks)[:, None]
 
     def flaw(self) -> str | None:

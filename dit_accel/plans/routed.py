@@ -84,7 +84,8 @@ class RoutedPlan(Plan):
         Args:
             order: the plan's order of queries or of keys.
         """
-        blocks = _block_of_visual(order)
+        with building():
+            blocks = order.block_of_token()[self.grid.visual_rows]
         return blocks if self.curve is None else blocks[along(self.curve, self.grid.shape).argsort()]
 
     def _rows_on(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
@@ -174,7 +175,7 @@ class RoutedPlan(Plan):
     ) -> tuple[str, str]:
         if self.curve is not None:
             self._rows_on(device)
-        chosen, why = impls.choose(Facts(device, dtype, head_dim, self.query_order.block, self.key_order.block), impl)
+        chosen, why = impls.choose(Facts.of(device, dtype, head_dim, self.query_order, self.key_order), impl)
         return chosen.name, why
 
     def kept_keys(self, queries: torch.Tensor, lists: BlockLists | None = None, head: int = 0) -> torch.Tensor:
@@ -241,16 +242,6 @@ class RoutedPlan(Plan):
                 queries, keys = (valid_tokens(order).float().to(device) for order in (self.query_order, self.key_order))
                 self._sizes[device] = queries, keys
         return self._sizes[device]
-
-
-def _block_of_visual(order: TokenOrder) -> torch.Tensor:
-    """The block of every visual token, in raster order: int64 [visual]."""
-    with building():
-        slots = order.index()[: order.visual_blocks * order.block] - order.grid.visual_start
-        inside = (slots >= 0).nonzero()[:, 0]
-        block = torch.empty(order.grid.visual, dtype=torch.int64)
-        block[slots[inside]] = inside // order.block
-        return block
 
 
 def _take_rows(x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:

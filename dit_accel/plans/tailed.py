@@ -8,7 +8,7 @@ from torch import Tensor
 from dit_accel.kernels import impls
 from dit_accel.kernels.block_sparse.geometry import BlockLists
 from dit_accel.kernels.impls import AUTO, Facts, Impl
-from dit_accel.kernels.tail.api import choose_impl, with_tail
+from dit_accel.kernels.tail.api import with_tail
 from dit_accel.order import TokenOrder, valid_tokens
 from dit_accel.plans.definition import Definition, masked_attention
 from dit_accel.plans.plan import PlanCall, building
@@ -53,10 +53,10 @@ class TailedPlan(RoutedPlan):
         self, device: torch.device, dtype: torch.dtype, head_dim: int, impl: Impl = AUTO, *, learned: bool = False
     ) -> tuple[str, str]:
         super().prepare(device, dtype, head_dim, impl, learned=learned)
-        facts = Facts(device, dtype, head_dim, self.query_order.block, self.key_order.block, lse=self.has_tail)
+        facts = Facts.of(device, dtype, head_dim, self.query_order, self.key_order, lse=self.has_tail)
         chosen, why = impls.choose(facts, impl)
         if self.has_tail:
-            choose_impl(device, dtype, head_dim, self.query_order, self.key_order, impl)[0].load()
+            impls.choose(facts, impl, impls.TAIL)[0].load()
         return chosen.name, why
 
     @building()
@@ -77,20 +77,14 @@ class TailDefinition(Definition):
     plan: TailedPlan
 
     @property
-    def visual(self) -> slice:
-        """The rows of the visual tokens."""
-        grid = self.plan.grid
-        return slice(grid.visual_start, grid.visual_start + grid.visual)
-
-    @property
     def are_visual(self) -> Tensor:
         """Which of the queries are visual tokens: bool [S, 1]."""
-        return ((self.rows >= self.visual.start) & (self.rows < self.visual.stop))[:, None]
+        return ((self.rows >= self.plan.grid.visual_start) & (self.rows < self.plan.grid.conditioning_start))[:, None]
 
     @property
     def blocks(self) -> Tensor:
         """The query block of each query, any for one that is not visual: int64 [S]."""
-        place = (self.rows - self.visual.start).clamp(0, self.plan.grid.visual - 1)
+        place = (self.rows - self.plan.grid.visual_start).clamp(0, self.plan.grid.visual - 1)
         return self.plan.block_of(self.plan.query_order).to(place.device)[place]
 
     def in_tail(self, head: int) -> Tensor:
@@ -104,7 +98,9 @@ class TailDefinition(Definition):
         """Mean visual token of every block, and its tokens: [N, D] to [blocks, D], and [blocks] in the dtype of x."""
         wide, sizes = torch.promote_types(x.dtype, torch.float32), valid_tokens(order).to(x.device)
         block = self.plan.block_of(order).to(x.device)
-        sums = x.new_zeros(len(sizes), x.shape[1], dtype=wide).index_add(0, block, x[self.visual].to(wide))
+        sums = x.new_zeros(len(sizes), x.shape[1], dtype=wide).index_add(
+            0, block, x[self.plan.grid.visual_rows].to(wide)
+        )
         return (sums / sizes[:, None]).to(x.dtype), sizes.to(x.dtype)
 
     def attend(self, head: int, seen: Tensor, q: Tensor, k: Tensor, v: Tensor, *weights: Tensor) -> Tensor:
@@ -118,7 +114,7 @@ class TailDefinition(Definition):
         if self.plan.first_order:
             of_tail = torch.cat([torch.zeros_like(v[:, :1]), torch.ones_like(values[:, :1])])
             block = self.plan.block_of(self.plan.key_order).to(k.device)
-            matrix = (k[self.visual] - keys[block]).T @ v[self.visual]
+            matrix = (k[self.plan.grid.visual_rows] - keys[block]).T @ v[self.plan.grid.visual_rows]
             factor = q.shape[-1] ** -0.5 / self.plan.grid.visual
             out = out + masked_attention(q, every, of_tail, pairs, bias) * (q @ matrix) * factor
         return out

@@ -176,7 +176,7 @@ def attend_visual(
         indices = indices.scatter(-1, slots.long(), around.expand(slots.shape))
         lists = BlockLists(indices, lists.counts + dense)
     geometry = dataclasses.replace(Geometry.of(query_order, key_order), own_queries=True)
-    visual = slice(grid.visual_start, grid.visual_start + grid.visual)
+    visual = grid.visual_rows
     # autograd copies the gradient of a slice into zeros, even if the slice is the whole tensor
     queries = q if grid.visual == grid.tokens else q[:, :, visual]
     bias = None if text_bias is None else text_bias[:, visual]

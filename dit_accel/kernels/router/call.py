@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
 from typing import Literal, NamedTuple, get_args
 
 import torch
@@ -102,12 +101,6 @@ class RouterCall(NamedTuple):
     def factor(self) -> float:
         """What scores are multiplied by to be logits."""
         return self.scale if self.cells == 1 else 1.0
-
-
-def unpack_cuts(cuts: Sequence[int]) -> tuple[Cut, Cut]:
-    """Both sides' cuts from the integers of both, one after the other."""
-    half = len(cuts) // 2
-    return Cut.unpack(cuts[:half]), Cut.unpack(cuts[half:])
 
 
 def thresholds(

@@ -6,7 +6,7 @@ import torch
 
 from dit_accel.errors import DitAccelError
 from dit_accel.kernels import impls
-from dit_accel.kernels.impls import AUTO, Facts, Impl, Implementation
+from dit_accel.kernels.impls import AUTO, Facts, Impl
 from dit_accel.kernels.sla.call import FEATURE_MAPS, LINEAR_SCOPES, Cuts, FeatureMap, LinearScope, SlaCall, visual_of
 from dit_accel.order import TokenOrder
 from dit_accel.tokens import TokenGrid
@@ -99,36 +99,11 @@ def sparse_linear_attention(
     )
     _check(q, k, v, topk, skip, call)
     skip = skip if linear_scope == "marginal" else 0
-    chosen, _ = choose_impl(q.device, q.dtype, q.shape[-1], call.query_order, call.key_order, linear_scope, impl)
+    orders = call.query_order, call.key_order
+    facts = Facts.of(q.device, q.dtype, q.shape[-1], *orders, linear_scope=linear_scope)
+    chosen, _ = impls.choose(facts, impl, impls.SLA)
     out, critical = chosen.load().forward(q, k, v, topk, skip, call._replace(impl=chosen.name))
     return (out, critical) if return_critical else out
-
-
-def choose_impl(
-    device: torch.device,
-    dtype: torch.dtype,
-    head_dim: int,
-    query_order: TokenOrder,
-    key_order: TokenOrder,
-    linear_scope: LinearScope | None,
-    impl: Impl = AUTO,
-) -> tuple[Implementation, str]:
-    """The implementation that a call gets, and why; as `impls.choose`.
-
-    Args:
-        device, dtype, head_dim: of the call's queries.
-        query_order, key_order: its sequence, cut into blocks of queries and blocks of keys.
-        linear_scope: None for the router alone.
-        impl: "auto" or a name.
-
-    Raises:
-        DitAccelError: a named implementation cannot compute the call.
-    """
-    facts = Facts(
-        device, dtype, head_dim, query_order.block, key_order.block, visual_blocks=key_order.visual_blocks,
-        linear_scope=linear_scope,
-    )  # fmt: skip
-    return impls.choose(facts, impl, impls.SLA)
 
 
 def route(
@@ -145,7 +120,7 @@ def route(
     Args:
         q, k: the whole sequence, [B, H, N, D].
     """
-    chosen, _ = choose_impl(q.device, q.dtype, q.shape[-1], query_order, key_order, None, impl)
+    chosen, _ = impls.choose(Facts.of(q.device, q.dtype, q.shape[-1], query_order, key_order), impl, impls.SLA)
     queries, keys = (visual_of(x, key_order.grid).detach() for x in (q, k))
     return chosen.load().route(queries, keys, Cuts.of(query_order, key_order).pack(), topk, skip)
 

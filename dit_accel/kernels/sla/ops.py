@@ -13,7 +13,7 @@ import torch
 
 from dit_accel.errors import DitAccelError
 from dit_accel.kernels.block_sparse.api import attend_visual
-from dit_accel.kernels.block_sparse.geometry import BlockLists
+from dit_accel.kernels.block_sparse.geometry import BlockLists, empty_rows
 from dit_accel.kernels.sla.call import Cut, Cuts, KeySegments, SlaCall, visual_of
 from dit_accel.tokens import TokenGrid
 
@@ -83,12 +83,6 @@ def _both_branches(
 
 def _kernels(name: str) -> ModuleType:
     return importlib.import_module(f"dit_accel.kernels.sla.{name}")
-
-
-def _like(x: torch.Tensor) -> torch.Tensor:
-    """An empty [B, H, N, D] laid out in memory as [B, N, H, D]."""
-    batch, heads, tokens, dim = x.shape
-    return x.new_empty(batch, tokens, heads, dim).transpose(1, 2)
 
 
 @torch.library.custom_op("dit_accel::sla_block_means", mutates_args=())
@@ -200,32 +194,15 @@ def attend(
 
 
 @attend.register_fake
-def _(
-    q,
-    k,
-    v,
-    state,
-    total,
-    critical,
-    negligible,
-    weight,
-    bias,
-    text_len,
-    cuts,
-    segments,
-    scale,
-    fmap,
-    scope,
-    training,
-    impl,
-):
+def _(q, k, v, state, total, critical, *rest):
+    *_, scope, training, _ = rest
     none, marginal = q.new_empty(0), training and scope == "marginal"
     per_row = q.new_empty(q.shape[:3], dtype=torch.float32)
     return (
-        _like(q),
-        _like(q) if training else none,
+        empty_rows(q),
+        empty_rows(q) if training else none,
         per_row if training else none.float(),
-        _like(q) if marginal else none.clone(),
+        empty_rows(q) if marginal else none.clone(),
         per_row.clone() if marginal else none.float().clone(),
         critical.new_empty(critical.shape[:-1] if marginal else (0,)),
     )
@@ -257,7 +234,7 @@ def attend_backward(
 def _(gradient, saved, *rest):
     q, k, v, *_ = saved
     weight = saved[7]
-    return _like(q), _like(k), _like(v), torch.empty_like(weight), weight.new_empty(weight.shape[:1])
+    return empty_rows(q), empty_rows(k), empty_rows(v), torch.empty_like(weight), weight.new_empty(weight.shape[:1])
 
 
 def _save(ctx, inputs, output) -> None:

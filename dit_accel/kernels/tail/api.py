@@ -10,8 +10,8 @@ from torch import Tensor
 
 from dit_accel.errors import DitAccelError
 from dit_accel.kernels import impls
-from dit_accel.kernels.block_sparse.geometry import BlockLists, Geometry
-from dit_accel.kernels.impls import AUTO, Facts, Impl, Implementation
+from dit_accel.kernels.block_sparse.geometry import BlockLists, Geometry, empty_rows
+from dit_accel.kernels.impls import AUTO, Facts, Impl
 from dit_accel.kernels.sla.call import visual_of
 from dit_accel.kernels.tail.first_order import correction
 from dit_accel.order import TokenOrder
@@ -70,7 +70,7 @@ def with_tail(
         Geometry.of(query_order, key_order), conditioning=0, text=0, own_queries=True, partial_blocks=None
     )
     _check(q, k, v, exact, exact_lse, lists, dropped, geometry)
-    chosen, _ = choose_impl(q.device, q.dtype, q.shape[-1], query_order, key_order, impl)
+    chosen, _ = impls.choose(Facts.of(q.device, q.dtype, q.shape[-1], query_order, key_order), impl, impls.TAIL)
     if chosen.autograd:
         out, lse = chosen.load().forward(q, k, v, exact, exact_lse, lists, dropped, geometry, scale)
     else:
@@ -81,22 +81,6 @@ def with_tail(
         share = -torch.expm1(exact_lse - lse)[..., None]
         out = out + (share * correction(q, k, v, geometry.key_order, scale)).to(out.dtype)
     return out, lse
-
-
-def choose_impl(
-    device: torch.device,
-    dtype: torch.dtype,
-    head_dim: int,
-    query_order: TokenOrder,
-    key_order: TokenOrder,
-    impl: Impl = AUTO,
-) -> tuple[Implementation, str]:
-    """The implementation that a call gets, and why; as `impls.choose`.
-
-    Raises:
-        DitAccelError: a named implementation cannot compute the call.
-    """
-    return impls.choose(Facts(device, dtype, head_dim, query_order.block, key_order.block), impl, impls.TAIL)
 
 
 def _check(
@@ -149,14 +133,9 @@ def tail_forward(
     return module.forward(q, k, v, exact, exact_lse, lists, dropped, Geometry.unpack(geometry), scale)
 
 
-def _like(x: Tensor) -> Tensor:
-    """An empty [B, H, N, D] laid out in memory as [B, N, H, D]."""
-    return torch.empty_like(x.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
-
-
 @tail_forward.register_fake
 def _(q, k, v, exact, exact_lse, *rest):
-    return _like(exact), torch.empty_like(exact_lse, memory_format=torch.contiguous_format)
+    return empty_rows(exact), torch.empty_like(exact_lse, memory_format=torch.contiguous_format)
 
 
 @torch.library.custom_op("dit_accel::tail_backward", mutates_args=())
@@ -187,7 +166,7 @@ def tail_backward(
 
 @tail_backward.register_fake
 def _(grad_out, grad_lse, q, k, v, exact, exact_lse, *rest):
-    return _like(q), _like(k), _like(v), _like(exact), torch.empty_like(exact_lse)
+    return empty_rows(q), empty_rows(k), empty_rows(v), empty_rows(exact), torch.empty_like(exact_lse)
 
 
 def _save(ctx, inputs, output) -> None:

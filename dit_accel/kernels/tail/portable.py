@@ -11,7 +11,6 @@ from torch import Tensor
 
 from dit_accel.kernels.block_sparse import dense
 from dit_accel.kernels.block_sparse.geometry import BlockLists, Geometry
-from dit_accel.kernels.block_sparse.reference import block_of_token
 from dit_accel.kernels.sla.portable import block_means
 from dit_accel.kernels.tail.reference import in_tail
 from dit_accel.order import TokenOrder, valid_tokens
@@ -112,7 +111,7 @@ def _parts(
 
 @functools.lru_cache(maxsize=16)
 def _query_blocks(order: TokenOrder, device: torch.device) -> Tensor:
-    return block_of_token(order.index(), order.block).to(device)
+    return order.block_of_token().to(device)
 
 
 def spread(x: Tensor, order: TokenOrder) -> Tensor:
