@@ -4,6 +4,7 @@ import dataclasses
 import os
 
 import torch
+from accuracy import assert_accurate
 from roundings import gradient_sizes
 
 from dit_accel.kernels.block_sparse.api import attend_visual
@@ -11,7 +12,6 @@ from dit_accel.kernels.block_sparse.geometry import BlockLists
 from dit_accel.kernels.tail.api import with_tail
 from dit_accel.order import TokenOrder
 from dit_accel.plans.plan import attention
-from dit_accel.testing import assert_accurate
 from dit_accel.tokens import TokenGrid
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"

@@ -247,7 +247,7 @@ class SlaPlan(RoutedPlan):
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: PlanCall
     ) -> tuple[torch.Tensor, BlockLists]:
         """Without a module the projection counts as zero: the linear branch is left out."""
-        module, config, grid = call.module, self.config, self.grid
+        module, config = call.module, self.config
         if module is None:
             return super().attend_visual(q, k, v, call)
         if not isinstance(module, SparseLinearAttention):
@@ -258,22 +258,15 @@ class SlaPlan(RoutedPlan):
             k,
             v,
             *module.proj(q.device),
+            query_order=self.query_order,
+            key_order=self.key_order,
             topk=topk,
             skip=skip,
-            block=config.block,
-            block_q=config.block_q,
-            grid=grid.shape,
-            tile=self.key_order.tile,
-            tile_q=self.query_order.tile,
-            conditioning=grid.conditioning,
-            text=grid.text,
-            text_first=grid.text_first,
             text_len=call.text_lens,
             text_bias=call.text_bias,
             scale=call.scale,
             feature_map=config.feature_map,
             linear_scope=config.linear_scope,
-            return_critical=True,
             impl=call.impl,
         )
         return out, BlockLists.full(critical)

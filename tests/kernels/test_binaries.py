@@ -8,6 +8,7 @@ import torch
 
 pytest.importorskip("triton")
 
+from block_sparse_calls import block_sparse_attention
 from triton.backends.compiler import GPUTarget
 from triton.compiler import make_backend
 from triton.runtime.jit import create_function_from_signature
@@ -15,7 +16,6 @@ from triton.runtime.jit import create_function_from_signature
 from dit_accel.kernels import tuning
 from dit_accel.kernels.block_sparse import geometry
 from dit_accel.kernels.block_sparse import triton as block_sparse
-from dit_accel.kernels.block_sparse.api import block_sparse_attention
 from dit_accel.kernels.block_sparse.triton_configs import Launch
 from dit_accel.kernels.sla import triton as sla
 from dit_accel.kernels.sla import triton_configs as configs

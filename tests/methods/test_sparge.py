@@ -4,12 +4,12 @@ import math
 
 import pytest
 import torch
+from accuracy import assert_accurate, plain_attention
 from roundings import gradient_sizes
 
 import dit_accel
 from dit_accel.errors import DitAccelError
 from dit_accel.methods.sparge import Config, SpargePlan
-from dit_accel.testing import assert_accurate, plain_attention
 from dit_accel.tokens import TokenGrid
 
 VIDEO = TokenGrid(3, 5, 7)
