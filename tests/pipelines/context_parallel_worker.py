@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from diffusers import ContextParallelConfig
 from diffusers.hooks import context_parallel
 
-HERE = pathlib.Path(__file__).parent
-sys.path[:0] = [str(HERE), str(HERE.parent)]
+sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
+sys.path.insert(0, str(pathlib.Path(__file__).parent))
 
 import tiny_models
 from accuracy import error_budget
