@@ -25,11 +25,10 @@ A module of kernel "sla" has these functions, on the records of `sla.call`, both
 `forward` is differentiable in q, k, v and the projection. Its q, k and v are the whole sequence, those of `route` the
 visual tokens.
 
-A module of kernel "tail" has these functions, on visual tokens; see `tail.api.with_tail`::
+A module of kernel "tail" has these functions, on the record of `tail.call`; see `tail.api.with_tail`::
 
-    forward(q, k, v, exact, exact_lse, lists, dropped, geometry, scale) -> out, lse
-    backward(grad_out, grad_lse, q, k, v, exact, exact_lse, out, lse, lists, dropped, geometry, scale)
-        -> dq, dk, dv, dexact, dexact_lse
+    forward(call) -> out, lse
+    backward(grad_out, grad_lse, out, lse, call) -> dq, dk, dv, dexact, dexact_lse
 """
 
 from __future__ import annotations

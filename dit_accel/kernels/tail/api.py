@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from dit_accel.kernels import impls
 from dit_accel.kernels.block_sparse.geometry import BlockLists, Geometry, empty_rows
 from dit_accel.kernels.impls import AUTO, Facts, Impl
 from dit_accel.kernels.sla.call import visual_of
+from dit_accel.kernels.tail.call import TailCall
 from dit_accel.kernels.tail.first_order import correction
 from dit_accel.order import TokenOrder
 
@@ -69,10 +71,11 @@ def with_tail(
     geometry = dataclasses.replace(
         Geometry.of(query_order, key_order), conditioning=0, text=0, own_queries=True, partial_blocks=None
     )
-    _check(q, k, v, exact, exact_lse, lists, dropped, geometry)
+    call = TailCall(q, k, v, exact, exact_lse, lists, dropped, geometry, scale)
+    _check(call)
     chosen, _ = impls.choose(Facts.of(q.device, q.dtype, q.shape[-1], query_order, key_order), impl, impls.TAIL)
     if chosen.autograd:
-        out, lse = chosen.load().forward(q, k, v, exact, exact_lse, lists, dropped, geometry, scale)
+        out, lse = chosen.load().forward(call)
     else:
         out, lse = tail_forward(
             q, k, v, exact, exact_lse, lists.indices, lists.counts, dropped, geometry.pack(), scale, chosen.name
@@ -83,16 +86,8 @@ def with_tail(
     return out, lse
 
 
-def _check(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    exact: Tensor,
-    exact_lse: Tensor,
-    lists: BlockLists,
-    dropped: Tensor | None,
-    geometry: Geometry,
-) -> None:
+def _check(call: TailCall) -> None:
+    q, k, v, exact, exact_lse, lists, dropped, geometry, _ = call
     visual, blocks = geometry.key_order.grid.visual, (geometry.query_order.blocks, geometry.key_order.blocks)
     if not q.shape == k.shape == v.shape == exact.shape or q.ndim != 4 or q.shape[2] != visual:
         raise DitAccelError(
@@ -128,9 +123,14 @@ def tail_forward(
     impl: str,
 ) -> tuple[Tensor, Tensor]:
     """Output [B, H, visual, D], laid out in memory as [B, visual, H, D], and LSE [B, H, visual]; see `with_tail`."""
-    module = impls.named(impl, impls.TAIL).load()
-    lists = BlockLists(indices, counts)
-    return module.forward(q, k, v, exact, exact_lse, lists, dropped, Geometry.unpack(geometry), scale)
+    call = _call(q, k, v, exact, exact_lse, indices, counts, dropped, geometry, scale)
+    return impls.named(impl, impls.TAIL).load().forward(call)
+
+
+def _call(*flat: Any) -> TailCall:
+    """The record of the custom ops' arguments."""
+    q, k, v, exact, exact_lse, indices, counts, dropped, geometry, scale = flat
+    return TailCall(q, k, v, exact, exact_lse, BlockLists(indices, counts), dropped, Geometry.unpack(geometry), scale)
 
 
 @tail_forward.register_fake
@@ -157,11 +157,8 @@ def tail_backward(
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v and `exact`, each laid out in memory as [B, visual, H, D], and of `exact_lse`."""
-    module = impls.named(impl, impls.TAIL).load()
-    lists = BlockLists(indices, counts)
-    return module.backward(
-        grad_out, grad_lse, q, k, v, exact, exact_lse, out, lse, lists, dropped, Geometry.unpack(geometry), scale
-    )
+    call = _call(q, k, v, exact, exact_lse, indices, counts, dropped, geometry, scale)
+    return impls.named(impl, impls.TAIL).load().backward(grad_out, grad_lse, out, lse, call)
 
 
 @tail_backward.register_fake
