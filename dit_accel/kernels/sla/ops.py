@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Sequence
 from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -187,10 +188,18 @@ def attend(
         its denominators with eps fp32 [B, H, visual], and int32 [B, H, query blocks]: 1 for one that summed its
         marginal blocks one by one. Tensors that are not needed have no elements.
     """
-    kernels = _kernels("triton")
-    lists = kernels.RoutedBlocks(critical.contiguous(), negligible.contiguous())
-    call = kernels.FusedCall(Cuts.unpack(cuts), KeySegments(*segments), scale, feature_map, linear_scope)
-    return _kernels(impl).forward(q, k, v, (state, total), lists, weight, bias, text_len, call, training)
+    settings = cuts, segments, scale, feature_map, linear_scope
+    call = _fused_call(settings, (critical, negligible), (state, total), weight, text_len)
+    return _kernels(impl).forward(q, k, v, bias, call, training)
+
+
+def _fused_call(
+    settings: tuple[Sequence[int], Sequence[int], float, str, str], lists: tuple[torch.Tensor, ...], *tensors: Any
+) -> Any:
+    """The record of the custom ops' arguments, a `triton.FusedCall`."""
+    kernels, (cuts, segments, *others) = _kernels("triton"), settings
+    blocks = kernels.RoutedBlocks(*(each.contiguous() for each in lists))
+    return kernels.FusedCall(Cuts.unpack(cuts), KeySegments(*segments), *others, blocks, *tensors)
 
 
 @attend.register_fake
@@ -224,10 +233,9 @@ def attend_backward(
         saved: the tensors that `attend` took, without the bias, and what it returned besides the output.
     """
     q, k, v, state, total, critical, negligible, weight, text_len, *outputs = saved
-    kernels = _kernels("triton")
-    lists = kernels.RoutedBlocks(critical.contiguous(), negligible.contiguous())
-    call = kernels.FusedCall(Cuts.unpack(cuts), KeySegments(*segments), scale, feature_map, linear_scope)
-    return kernels.backward(gradient, q, k, v, (state, total), lists, weight, text_len, outputs, call)
+    settings = cuts, segments, scale, feature_map, linear_scope
+    call = _fused_call(settings, (critical, negligible), (state, total), weight, text_len)
+    return _kernels("triton").backward(gradient, q, k, v, outputs, call)
 
 
 @attend_backward.register_fake
