@@ -16,12 +16,11 @@ from typing import TYPE_CHECKING, Any
 
 from dit_accel.eval import attention
 from dit_accel.eval.samples import Results, Row, Store, key_of
-from dit_accel.files import replace_file
+from dit_accel.files import read_json, replace_file
 from dit_accel.generation import call
 from dit_accel.generation.choice import MethodChoice
 from dit_accel.generation.provenance import ROOT
 from dit_accel.generation.sampling import progress_bar, sample
-from dit_accel.generation.sources import read_json
 from dit_accel.generation.stopwatch import attention_time
 from dit_accel.hooks.schedule import Schedule
 
@@ -156,7 +155,7 @@ class Sweep:
                     chosen.layers,
                 )
             replace_file(path, json.dumps(record.as_json(), allow_nan=False).encode())
-        return {"row": candidate.label, **read_json(path)}
+        return {"row": candidate.label, **read_json(path, "record of attention", "Delete it and run again.")}
 
     def _is_there(self, candidate: Candidate, key: str) -> bool:
         """Whether a sample needs no work: its row is known and its frames are whole, or the cache has both."""

@@ -17,6 +17,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dit_accel.errors import DitAccelError
+from dit_accel.files import read_json
 from dit_accel.registry import make_config
 
 FORMAT = 1
@@ -82,14 +83,7 @@ def read(path: str | pathlib.Path) -> LayerSettings:
     Raises:
         DitAccelError: the file is missing, no layer schedule, or of another format, or a setting is refused.
     """
-    try:
-        content = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise DitAccelError(f"The layer schedule {path} cannot be read: {error.strerror or error}.") from error
-    except (ValueError, RecursionError) as error:
-        raise DitAccelError(f"The layer schedule {path} is not valid JSON ({error}).") from error
-    if not isinstance(content, dict) or not {"format", "method", "layers"} <= content.keys():
-        raise DitAccelError(f"{path} is no layer schedule: it needs the entries format, method and layers.")
+    content = read_json(pathlib.Path(path), "layer schedule", "Give another file.", ("format", "method", "layers"))
     if not isinstance(content["method"], str):
         raise DitAccelError(f"{path} should name a method, such as 'radial'; it has {content['method']!r}.")
     if content["format"] != FORMAT:

@@ -12,6 +12,7 @@ from dit_accel.errors import DitAccelError
 from dit_accel.hooks.schedule import Step
 from dit_accel.plans.plan import Plan
 from dit_accel.plans.routed import RoutedPlan
+from dit_accel.values import check, option
 
 Verify = Literal["first-call"]
 ROWS = 256  # queries measured of each head
@@ -27,18 +28,14 @@ class SelfCheck:
     """
 
     verify: Verify | None = None
-    keep_dense_above: float | None = None
+    keep_dense_above: float | None = option(None, above=0)
 
     def __post_init__(self) -> None:
-        if self.verify not in (None, "first-call"):
-            raise DitAccelError(f"verify is 'first-call' or None, got {self.verify!r}.")
-        limit = self.keep_dense_above
-        if limit is None:
-            return
-        if isinstance(limit, bool) or not isinstance(limit, (int, float)) or not limit > 0:
-            raise DitAccelError(f"keep_dense_above is a relative error above 0, such as 0.1; got {limit!r}.")
-        if self.verify is None:
-            raise DitAccelError(f"keep_dense_above={limit} needs verify='first-call', which measures the errors.")
+        check(self)
+        if self.keep_dense_above is not None and self.verify is None:
+            raise DitAccelError(
+                f"keep_dense_above={self.keep_dense_above} needs verify='first-call', which measures the errors."
+            )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

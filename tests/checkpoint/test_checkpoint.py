@@ -170,7 +170,7 @@ def test_weights_for_other_layers_are_refused(dense_layers, saved, tiny_wan):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("{", "damaged"),
+        ("{", "not valid JSON"),
         ("[]", "no saved accelerator"),
         ('{"format": 1}', "no saved accelerator"),
         (None, "no saved accelerator"),
