@@ -93,13 +93,13 @@ class FusedCall(NamedTuple):
 
 def block_means(x: torch.Tensor, cut: Cut) -> torch.Tensor:
     """See `ops.block_means`."""
-    x = _rows(x)
+    x = tuning.contiguous_rows(x)
     batch, heads, _, dim = x.shape
-    means, align = _room_for_means(x, cut), _alignment(x)
+    means, align = _room_for_means(x, cut), tuning.alignment(x)
     _run(
         "means", (cut.blocks, batch * heads),
         (x, means, *_strides(align, x), *cut.grid, heads),
-        {**_head_dim(dim), "ALIGN": align, **_cut(cut)},
+        {**tuning.head_dims(dim), "ALIGN": align, **_cut(cut)},
     )  # fmt: skip
     return means
 
@@ -126,10 +126,10 @@ def state(
     k: torch.Tensor, v: torch.Tensor, cut: Cut, feature_map: str
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """See `ops.state`."""
-    k, v = _rows(k), _rows(v)
+    k, v = tuning.contiguous_rows(k), tuning.contiguous_rows(v)
     batch, heads, _, dim = k.shape
     split = configs.SPLIT // cut.block
-    splits, align, means = triton.cdiv(cut.blocks, split), _alignment(k, v), _room_for_means(k, cut)
+    splits, align, means = triton.cdiv(cut.blocks, split), tuning.alignment(k, v), _room_for_means(k, cut)
     states = k.new_empty(batch, heads, splits, dim, dim, dtype=torch.float32)
     totals = k.new_empty(batch, heads, splits, dim, dtype=torch.float32)
     _run(
@@ -144,9 +144,9 @@ def forward(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor | None, call: FusedCall, training: bool
 ) -> tuple[torch.Tensor, ...]:
     """See `ops.attend`."""
-    q, k, v = _rows(q), _rows(k), _rows(v)
+    q, k, v = tuning.contiguous_rows(q), tuning.contiguous_rows(k), tuning.contiguous_rows(v)
     batch, heads, tokens, _ = q.shape
-    align, out = _alignment(q, k, v), room_for_rows(q)
+    align, out = tuning.alignment(q, k, v), room_for_rows(q)
     exact, lse, linear, denominators, modes = room_for_saved(q, call, training)
     _run(
         "forward", (call.cuts.queries.blocks, batch * heads),
@@ -170,12 +170,12 @@ def backward(
     call: FusedCall,
 ) -> tuple[torch.Tensor, ...]:
     """See `ops.attend_backward`; `saved`: what `forward` returned for training besides the output."""
-    gradient, q, k, v = (_rows(x) for x in (gradient, q, k, v))
+    gradient, q, k, v = (tuning.contiguous_rows(x) for x in (gradient, q, k, v))
     batch, heads, tokens, _ = q.shape
     lists, weight = call.lists, call.weight
     exact, lse, linear, denominators, modes = saved
-    pulled = _rows(gradient @ weight.to(gradient.dtype)) if call.marginal else gradient
-    grid, align = call.cuts.keys.grid, _alignment(q, k, v, gradient, pulled, exact)
+    pulled = tuning.contiguous_rows(gradient @ weight.to(gradient.dtype)) if call.marginal else gradient
+    grid, align = call.cuts.keys.grid, tuning.alignment(q, k, v, gradient, pulled, exact)
     strides = _strides(align, q, k, v, gradient, pulled)
     constants = call.constants(q, align)
     dq, dk, dv = (room_for_rows(x) for x in (q, k, v))
@@ -250,7 +250,7 @@ def _sums(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """d(state) [B, H, D, D], d(total) [B, H, D] and d(bias) [D] in fp32, from 1 / d and r; see `sums_kernel`."""
     batch, heads, tokens, dim = q.shape
-    splits, align = triton.cdiv(tokens, configs.SPLIT), _alignment(q, gradient)
+    splits, align = triton.cdiv(tokens, configs.SPLIT), tuning.alignment(q, gradient)
     dstates = q.new_empty(batch, heads, splits, dim, dim, dtype=torch.float32)
     dtotals, dbiases = (q.new_empty(batch, heads, splits, dim, dtype=torch.float32) for _ in range(2))
     _run(
@@ -310,31 +310,13 @@ def room_for_saved(q: torch.Tensor, call: FusedCall, training: bool) -> tuple[to
 
 
 def _linear(dim: int, align: int, feature_map: str) -> dict[str, Any]:
-    return {**_head_dim(dim), "ALIGN": align, "MAP": feature_map, "PRECISION": "ieee"}
-
-
-def _head_dim(dim: int) -> dict[str, int]:
-    return {"D": dim, "BLOCK_D": max(16, triton.next_power_of_2(dim))}
+    return {**tuning.head_dims(dim), "ALIGN": align, "MAP": feature_map, "PRECISION": "ieee"}
 
 
 def _cut(cut: Cut, block: str = "", tile: str = "") -> dict[str, int]:
     """The kernels' constants for one cut; the two strings tell queries from keys."""
     names = (f"BLOCK{block}", *(f"TILE_{tile}{axis}" for axis in "THW"))
     return dict(zip(names, cut.pack()[3:], strict=True))
-
-
-def _rows(x: torch.Tensor) -> torch.Tensor:
-    """x with contiguous rows; models pass such tensors already."""
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
-def _alignment(*tensors: torch.Tensor) -> int:
-    """Number of elements that divides all strides: 16 bytes of them, or 1."""
-    unit = 16 // tensors[0].element_size()
-    aligned = all(s % unit == 0 for x in tensors for s in x.stride()[:3]) and all(
-        x.data_ptr() % 16 == 0 for x in tensors
-    )
-    return unit if aligned else 1
 
 
 def _strides(align: int, *tensors: torch.Tensor) -> list[int]:

@@ -46,7 +46,7 @@ def backward(
     grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, call: TailCall
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See `api.tail_backward`."""
-    grad_out, out = _rows(grad_out), _rows(out)
+    grad_out, out = tuning.contiguous_rows(grad_out), tuning.contiguous_rows(out)
     launches = _TailLaunches(call, grad_out, out)
     q, k, v, exact, exact_lse, *_ = launches.call
     grad_lse = torch.zeros_like(lse) if grad_lse is None else grad_lse.contiguous()
@@ -72,7 +72,7 @@ class _TailLaunches(TritonCall):
     """A call's sizes and constants, the call with contiguous rows, and the map of blocks outside the tail."""
 
     def __init__(self, call: TailCall, *others: Tensor) -> None:
-        q, k, v, exact = (_rows(x) for x in call[:4])
+        q, k, v, exact = (tuning.contiguous_rows(x) for x in call[:4])
         self.call = call._replace(q=q, k=k, v=v, exact=exact)
         super().__init__(q, k, v, call.lists, Segments(), call.geometry, call.scale, exact, *others)
         self.heads, self.tokens = q.shape[1], q.shape[2]
@@ -84,11 +84,7 @@ class _TailLaunches(TritonCall):
         self.logs_and_map = _sizes(call.geometry.key_order, q.device).log(), outside
 
     def constants(self) -> dict[str, Any]:
-        return {
-            "D": self.head_dim,
-            "BLOCK_D": max(16, triton.next_power_of_2(self.head_dim)),
-            "ALIGN": self.align,
-        }
+        return {**tuning.head_dims(self.head_dim), "ALIGN": self.align}
 
     def cut(self, side: str) -> dict[str, int]:
         """The constants for blocks of queries ("Q") or of keys ("K")."""
@@ -121,8 +117,3 @@ class _TailLaunches(TritonCall):
 def _sizes(order: TokenOrder, device: torch.device) -> Tensor:
     """Tokens of every key block, fp32 [blocks]; kept, so that a call copies nothing to the device."""
     return valid_tokens(order).to(device, torch.float32)
-
-
-def _rows(x: Tensor) -> Tensor:
-    """x with contiguous rows; models pass such tensors already."""
-    return x if x.stride(-1) == 1 else x.contiguous()
