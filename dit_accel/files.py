@@ -127,7 +127,7 @@ def read_json(path: Path, what: str, remedy: str, needs: Collection[str] = ()) -
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise DitAccelError(f"The {what} {path} cannot be read: {error.strerror or error}. {remedy}") from error
+        raise DitAccelError(f"{path} is no {what}: it cannot be read ({error.strerror or error}). {remedy}") from error
     except (ValueError, RecursionError) as error:
         raise DitAccelError(f"{path} is not valid JSON ({error}). {remedy}") from error
     if not isinstance(value, dict) or not set(needs) <= value.keys():

@@ -26,10 +26,11 @@ def cuts_of(grid, block, tile=None, block_q=None, tile_q=None):
     return Cuts(Cut(grid, block_q or block, tile_q or tile), Cut(grid, block, tile))
 
 
-def sparse_linear_attention(q, *tensors, grid=None, text=0, block=64, block_q=None, **options):
+def sparse_linear_attention(q, *tensors, grid=None, text=0, block=64, block_q=None, tile=None, **options):
     """The output of `api.sparse_linear_attention` in raster order; without a grid all tokens are one row."""
     sequence = TokenGrid(*(grid or (1, 1, q.shape[2])), text=text)
-    orders = {"query_order": TokenOrder(sequence, block_q or block), "key_order": TokenOrder(sequence, block)}
+    keys = TokenOrder(sequence, block, tile)
+    orders = {"query_order": TokenOrder(sequence, block_q or block, tile), "key_order": keys}
     return api.sparse_linear_attention(q, *tensors, **orders, **options)[0]
 
 
