@@ -204,6 +204,6 @@ def sizes_of(definition, q, k, v, grad, out, dtype):
     block = plan.block_of(plan.key_order)
     for name in ("dk", "dv"):  # each token has its part of its block's
         own, pooled = found[name][: len(k)], found[name][len(k) :] / held[:, None]
-        own[definition.visual] += pooled[block]
+        own[plan.grid.visual_rows] += pooled[block]
         found[name] = own
     return found | {"out": torch.maximum(logits.softmax(-1) @ every[1].abs(), out.abs())}
