@@ -32,6 +32,7 @@ FLOORS = (
     ("accelerator", "checkpoint"),
     ("generation",),
     ("train", "eval", "bench"),
+    ("tune",),
     ("cli",),
     ("__init__", "__main__"),
 )

@@ -23,6 +23,8 @@ from dit_accel.errors import DitAccelError
 from dit_accel.kernels.block_sparse.geometry import BlockLists
 from dit_accel.kernels.router.api import route
 from dit_accel.kernels.router.call import Rule
+from dit_accel.kernels.router.portable import rank
+from dit_accel.kernels.sla.call import Cut, visual_of
 from dit_accel.order import valid_tokens
 from dit_accel.plans.kept import kept_or_new
 from dit_accel.plans.plan import PlanCall, building
@@ -52,7 +54,7 @@ class Config:
             query block keeps all keys. None: no guard.
         tail: what becomes of the other blocks. "none": they are left out; "mean": each is one pseudo-key, as in sol.
         budgets: "equal", or a share of the key blocks for each head of the layer, each in (0, 1], in place of `topk`.
-            Heads of different layers differ, so a layer schedule gives them.
+            Heads of different layers differ, so a layer schedule gives them; `dit-accel tune --calibrate` writes one.
         refresh: denoising steps for which a layer keeps the lists of a guidance branch; 1: it routes in each call.
         block_q, block: tokens a query block and a key block hold, at most 1024.
         order: "raster": blocks are runs of tokens; "tile": 3-D tiles, chosen per grid; "morton" or "hilbert": runs
@@ -77,10 +79,11 @@ class Config:
     def __post_init__(self) -> None:
         if self.budgets != "equal" and not _are_shares(self.budgets):
             raise DitAccelError(
-                f"budgets is 'equal' or a share above 0 and at most 1 for each head of a layer; got {self.budgets!r}."
+                f"budgets is 'equal' or a share above 0 and at most 1 for each head of a layer; got {self.budgets!r}. "
+                "A calibration's file has those of all layers: give it as layer_schedule= or --load."
             )
         check(self)
-        if not self.topk and not self.topp:
+        if not self.topk and not self.topp and self.budgets == "equal":
             raise DitAccelError("sparge keeps blocks by topk or topp; both are 0. Set one of them above 0.")
         for name in ("block_q", "block") if self.score == "subblock" else ():
             if getattr(self, name) % self.cells:
@@ -89,6 +92,11 @@ class Config:
     def counts(self, blocks: int) -> int:
         """Blocks that every row keeps by number, of `blocks` visual key blocks."""
         return int(self.topk * blocks)
+
+    @property
+    def cells_scored(self) -> int:
+        """Cells of a block whose means are compared; 1: the block's own mean."""
+        return self.cells if self.score == "subblock" else 1
 
 
 def _are_shares(value: Any) -> bool:
@@ -148,12 +156,25 @@ class SpargePlan(TailedPlan):
             )
         return self._counts[device][first : first + heads]
 
+    def rank(self, q: torch.Tensor, k: torch.Tensor, rows: torch.Tensor, scale: float | None = None) -> torch.Tensor:
+        """The visual key blocks of some query blocks, the best first: int64 [B, H, rows, key blocks].
+
+        Args:
+            q, k: [B, H, N, D] in model order.
+            rows: int64, the query blocks.
+            scale: factor of the logits; D ** -0.5 if None.
+        """
+        queries, keys = (visual_of(self.arrange(x), self.grid) for x in (q, k))
+        factor = q.shape[-1] ** -0.5 if scale is None else scale
+        orders = Cut.of(self.query_order).order, Cut.of(self.key_order).order
+        return rank(queries, keys, orders, rows, self.config.cells_scored, factor)
+
     def choose(self, q: torch.Tensor, k: torch.Tensor, call: PlanCall) -> BlockLists:
         config = self.config
         rule = Rule(
             topk=self.counts_of(call, q.shape[1], q.device),
             topp=float(config.topp),
-            cells=config.cells if config.score == "subblock" else 1,
+            cells=config.cells_scored,
             similarity=config.similarity,
         )
 
