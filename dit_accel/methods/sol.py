@@ -1,9 +1,10 @@
 """Sol-Attn: key blocks whose score stands out of their row are attended exactly, all others as one pseudo-key each.
 
-A query block i and a key block j with means q_i and k_j have the score s q_i . k_j, where s is the scale of the logits.
-Block j is exact for i if its score exceeds the row's mean score by `tau` standard deviations, if it is next to the
-query block, or if it is a sink. Every other block is in the tail: its mean key, with the weight of its true number of
-tokens, and the sum of its values stand in the same softmax (`kernels/tail/README.md`). Text and conditioning are exact.
+Query block i and key block j have the means q_i and k_j. Their score is s q_i . k_j, with the scale s of the logits.
+Block j is exact for i if its score exceeds the row's mean score by `tau` standard deviations. So are the blocks next
+to the query block, and the sinks. Every other block is in the tail (`kernels/tail/README.md`). Its mean key, with the
+weight of its true number of tokens, and the sum of its values stand in the same softmax. Text and conditioning are
+exact.
 
 Sources: "Sol-Attn", arXiv 2607.24027; NVlabs/Sana, branch sol-engine. Tail "hybrid": PISA, arXiv 2602.01077.
 """

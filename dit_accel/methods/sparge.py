@@ -1,6 +1,6 @@
 """Block-sparse attention that chooses key blocks by pooled scores: the best few, and as many as hold a given mass.
 
-A query block i and a key block j with means q_i and k_j have the score s q_i . k_j, where s is the scale of the logits.
+Query block i and key block j have the means q_i and k_j. Their score is s q_i . k_j, with the scale s of the logits.
 Score "subblock" cuts each block into `cells` runs of tokens; it is the logarithm of the sum of exp(s mean . mean) over
 all pairs of cells. A row keeps its `topk` best blocks, and the fewest best blocks that hold `topp` of the softmax over
 its scores. Kept blocks are attended exactly; the others are left out, or in the tail (`kernels/tail/README.md`).
@@ -49,9 +49,9 @@ class Config:
             row keeps at least one block.
         score: "mean": of block means; "subblock": of all pairs of cell means.
         cells: runs of tokens that a block is cut into, with score "subblock".
-        similarity: the guard of SpargeAttn: a block whose tokens are less similar to each other, by the mean of the
-            Gram matrix of normalised tokens, is not judged by its mean. Such a key block is kept by all queries, such a
-            query block keeps all keys. None: no guard.
+        similarity: the guard of SpargeAttn: a block whose tokens are less similar to each other is not judged by its
+            mean. The measure is the mean of the Gram matrix of normalised tokens. All queries keep such a key block,
+            and such a query block keeps all keys. None: no guard.
         tail: what becomes of the other blocks. "none": they are left out; "mean": each is one pseudo-key, as in sol.
         budgets: "equal", or a share of the key blocks for each head of the layer, each in (0, 1], in place of `topk`.
             Heads of different layers differ, so a layer schedule gives them; `dit-accel tune --calibrate` writes one.

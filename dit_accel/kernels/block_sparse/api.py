@@ -48,8 +48,8 @@ def attend_blocks(
         impl: "auto", or the name of an implementation (`impls.ROWS`), which runs or raises.
 
     Returns:
-        The output [B, H, Nq, D] in q's dtype, contiguous as [B, Nq, H, D], and the LSE [B, H, Nq] in float32 (float64
-        for float64), which may be None without `lse`. A query that sees no key has output 0 and LSE -inf.
+        The output [B, H, Nq, D] in q's dtype, contiguous as [B, Nq, H, D]. The LSE [B, H, Nq] in float32 (float64 for
+        float64); without `lse` it may be None. A query that sees no key has output 0 and LSE -inf.
 
     Raises:
         DitAccelError: an argument has the wrong shape, dtype or device, or `impl` cannot run here.

@@ -184,9 +184,9 @@ def attend(
 
     Returns:
         The output [B, H, visual, D], laid out in memory as [B, visual, H, D]. For training also the exact branch, like
-        the output, and its LSE fp32 [B, H, visual]. In scope "marginal" also the linear branch before its projection,
-        its denominators with eps fp32 [B, H, visual], and int32 [B, H, query blocks]: 1 for one that summed its
-        marginal blocks one by one. Tensors that are not needed have no elements.
+        the output, and its LSE fp32 [B, H, visual]. In scope "marginal" also the linear branch before its projection
+        and its denominators with eps, fp32 [B, H, visual]. The last one, int32 [B, H, query blocks], is 1 for a block
+        that summed its marginal blocks one by one. Tensors that are not needed have no elements.
     """
     settings = cuts, segments, scale, feature_map, linear_scope
     call = _fused_call(settings, (critical, negligible), (state, total), weight, text_len)

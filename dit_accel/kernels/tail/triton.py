@@ -1,7 +1,7 @@
 """Launches of the tail's Triton kernels. Nothing waits for the device.
 
-Memory beyond inputs and outputs: the pseudo-keys and their values, one byte for each pair of a query block and a key
-block, and in the backward fp32 gradients of the pseudo-keys.
+Memory beyond inputs and outputs: the pseudo-keys and their values, and one byte for each pair of a query block and a
+key block. The backward also has fp32 gradients of the pseudo-keys.
 """
 
 from __future__ import annotations
