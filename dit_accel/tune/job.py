@@ -50,7 +50,7 @@ def run(request: TuneRequest) -> tuple[Summary, Path | None]:
         if not isinstance(steps, int):
             raise DitAccelError("This model has no usual number of denoising steps. Give it with --steps.")
         transformers = find_transformers(pipe)[0].values()
-        tried, left_out = space.settings(request, opened.grid, [family for _, family in transformers])
+        tried, left_out = space.settings(request, opened.grid, [family for _, family in transformers], steps)
         for what, why in left_out.items():
             print(f"left out: {what}: {why}", file=sys.stderr)
         layers = sum(1 for transformer, family in transformers for _ in family.attentions(transformer))

@@ -14,7 +14,7 @@ from dit_accel.eval.sweep import Candidate
 from dit_accel.files import read_json, replace_file
 from dit_accel.generation import modular
 from dit_accel.generation.choice import MethodChoice
-from dit_accel.hooks.schedule import Schedule
+from dit_accel.hooks.schedule import STEPS, Schedule
 from dit_accel.train import search
 from dit_accel.train.data import Dataset, write
 from dit_accel.train.prepare import Preparer
@@ -33,12 +33,13 @@ SAMPLES = 4  # of a layer search
 
 
 def settings(
-    request: TuneRequest, grid: TokenGrid, families: Sequence[Family]
+    request: TuneRequest, grid: TokenGrid, families: Sequence[Family], steps: int
 ) -> tuple[list[MethodChoice], dict[str, str]]:
     """The settings to try, each once, and why others are left out, by method and density.
 
     Args:
         families: of the model's transformers.
+        steps: of the model's call. A number of dense steps becomes a share of them, since early rounds have fewer.
 
     Raises:
         DitAccelError: settings that were asked for do not fit the grid, or nothing does.
@@ -53,7 +54,10 @@ def settings(
         choice.check(grid)
         found.setdefault(key_of(choice.record()), choice)
 
-    given = request.schedule
+    given = {
+        name: min(1.0, value / steps) if name in STEPS and isinstance(value, int) else value
+        for name, value in request.schedule.items()
+    }
     schedules = [given] if "dense_steps" in given else [given, {**given, "dense_steps": DENSE_STEPS}]
     for text in request.method or free:
         name, config = registry.parse_method(text)
@@ -95,6 +99,8 @@ class LayerSearch:
         self.obstacle: str | None = None
         if modular.is_modular(type(pipe)) or getattr(pipe, "transformer_2", None) is not None:
             self.obstacle = "a layer search needs a pipeline with one transformer, and no modular one"
+        elif request.dense_layers is not None:
+            self.obstacle = "a layer search chooses the dense layers, and --dense-layers was given"
         elif request.offload != "none":
             self.obstacle = "a layer search needs all weights on the device, and --offload moves them"
 

@@ -100,6 +100,19 @@ def test_from_prompts_to_a_pick_on_the_measured_front(cli, demo, tmp_path, gaini
     assert gaining == [] and (out / "settings.json").read_bytes() == before  # nothing is run again
 
 
+def test_dense_steps_are_shares_so_that_short_rounds_have_them_too():
+    from dit_accel.registry import get_families
+    from dit_accel.tune import space
+    from dit_accel.tune.request import TuneRequest
+
+    asked = TuneRequest(target="2x", method=("sol", "gna:window=3"), dense_steps=10, dense_layers=1)
+    found, left_out = space.settings(asked, dit_accel.TokenGrid(4, 16, 16), [get_families()["wan"]], 50)
+    assert {choice.schedule.dense_steps for choice in found} == {0.2} and not left_out
+    assert {choice.schedule.dense_layers for choice in found} == {1}
+    assert [choice.title for choice in found if choice.name == "gna"] == ["gna:window=3"]
+    assert sum(choice.name == "sol" for choice in found) == len(space.DENSITIES) + 1  # and the preset
+
+
 def test_where_nothing_gains_no_file_is_written(cli, demo, tmp_path):
     (tmp_path / "prompts.txt").write_text("a red circle\n")
     asked = ("--method", "gna:window=3", "--prompts", tmp_path / "prompts.txt", "--output", tmp_path / "out")
