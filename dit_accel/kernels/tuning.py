@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -18,6 +18,24 @@ from dit_accel.kernels.block_sparse.triton_configs import Launch
 
 Programs = tuple[int, ...] | Callable[[dict[str, Any]], tuple[int, ...]]
 LARGEST = 2**31  # of a 32-bit number; others have a binary of their own
+
+
+class Launched(NamedTuple):
+    """A launch: the binary, its programs, and its arguments and constants."""
+
+    binary: Any
+    programs: tuple[int, int, int]
+    values: tuple[Any, ...]
+
+    def behind(self, tensors: int) -> Launched:
+        """What stays of it for `again`: no tensor."""
+        return self._replace(values=self.values[tensors:])
+
+    def again(self, *tensors: Any) -> None:
+        """Repeat it on the current device with other tensors of the same dtypes, strides and alignment."""
+        self.binary[self.programs](*tensors, *self.values)
+
+
 _launched: dict[tuple[Any, ...], tuple[Any, dict[str, Any]]] = {}  # binaries, and the constants in the kernel's order
 
 
@@ -28,8 +46,10 @@ def launch(
     constants: dict[str, Any],
     candidates: tuple[Launch, ...],
     key: tuple[str, ...],
-) -> None:
-    """Run a kernel. Tuning runs it several times, so it must write its results, never add to what is there.
+) -> Launched | None:
+    """Run a kernel; None under the interpreter.
+
+    Tuning runs it several times, so it must write its results, never add to what is there.
 
     Args:
         kernel: a jitted function whose constants come last; one with a constant STEP gets the candidate's.
@@ -41,7 +61,7 @@ def launch(
     """
     if not isinstance(kernel, JITFunction):  # interpreted
         kernel[programs](*arguments, **constants, **_step(kernel, candidates[0]))
-        return
+        return None
     device = arguments[0].device
     like = (id(kernel), device, *constants.items(), *_facts(_specialised(kernel), arguments))
     with torch.cuda.device(device):
@@ -51,11 +71,15 @@ def launch(
             tuner = tuned(kernel, candidates, key)
             binary = tuner[programs](*arguments, **constants, enable_fp_fusion=True)
             chosen = {**constants, **tuner.best_config.kwargs}
-            _launched[like] = binary, {name: chosen[name] for name in kernel.arg_names[len(arguments) :]}
-            return
-        binary, chosen = found
-        grid = programs(chosen) if callable(programs) else programs
-        binary[(*grid, 1, 1)[:3]](*arguments, *chosen.values())
+            chosen = {name: chosen[name] for name in kernel.arg_names[len(arguments) :]}
+            _launched[like] = binary, chosen
+        else:
+            binary, chosen = found
+        width, height, depth, *_ = *(programs(chosen) if callable(programs) else programs), 1, 1
+        launched = Launched(binary, (width, height, depth), (*arguments, *chosen.values()))
+        if found is not None:
+            launched.again()
+        return launched
 
 
 @functools.cache
@@ -85,23 +109,6 @@ def tuned(kernel: Any, candidates: tuple[Launch, ...], key: tuple[str, ...]) -> 
     ]
     key = tuple(name for name in key if name in kernel.arg_names)
     return triton.autotune(configs, key=list(key), cache_results=True)(kernel)
-
-
-def contiguous_rows(x: torch.Tensor) -> torch.Tensor:
-    """x with contiguous rows; models pass such tensors already."""
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
-def alignment(*tensors: torch.Tensor) -> int:
-    """Elements that divide all strides of tensors [B, H, N, D]: 16 bytes of them, which is one load, or 1."""
-    unit = 16 // tensors[0].element_size()
-    aligned = all(stride % unit == 0 for x in tensors for stride in x.stride()[:3])
-    return unit if aligned and all(x.data_ptr() % 16 == 0 for x in tensors) else 1
-
-
-def head_dims(dim: int) -> dict[str, int]:
-    """The kernels' constants for a head dimension."""
-    return {"D": dim, "BLOCK_D": max(16, triton.next_power_of_2(dim))}
 
 
 def _step(kernel: Any, candidate: Launch) -> dict[str, int]:

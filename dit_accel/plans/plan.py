@@ -14,8 +14,14 @@ from torch import nn
 
 from dit_accel.errors import DitAccelError
 from dit_accel.kernels import impls
-from dit_accel.kernels.block_sparse.api import attend_blocks, pack
-from dit_accel.kernels.block_sparse.geometry import BlockLists, Geometry, Segments
+from dit_accel.kernels.block_sparse.api import (
+    attend_blocks,
+    attend_checked,
+    gradients_follow,
+    opened,
+    pack,
+)
+from dit_accel.kernels.block_sparse.geometry import BlockLists, Geometry, Segments, check_tensors
 from dit_accel.kernels.impls import AUTO, Facts, Impl
 from dit_accel.order import TokenOrder
 from dit_accel.plans import blocks
@@ -172,6 +178,7 @@ class StaticPlan(Plan):
     def __init__(self, method: str, config: Any, grid: TokenGrid) -> None:
         super().__init__(method, config, grid)
         self._lists: dict[tuple[torch.device, str | None], BlockLists] = {}
+        self._ready: dict[tuple[Any, ...], tuple[impls.Implementation, BlockLists, BlockLists]] = {}
 
     @property
     @abc.abstractmethod
@@ -216,10 +223,21 @@ class StaticPlan(Plan):
         return chosen.name, why
 
     def run(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: PlanCall) -> torch.Tensor:
-        impl, _ = StaticPlan.prepare(self, q.device, q.dtype, q.shape[-1], call.impl)
-        lists, segments = self.lists(q.device, impls.named(impl).packing), Segments.of(q, call.text_lens)
-        bias, scale = call.text_bias, call.scale
-        return attend_blocks(q, k, v, lists, self.geometry, segments, text_bias=bias, scale=scale, impl=impl)[0]
+        segments, scale, bias = Segments.of(q, call.text_lens), call.scale, call.text_bias
+        if bias is not None or torch.is_autocast_enabled(q.device.type):
+            impl, _ = StaticPlan.prepare(self, q.device, q.dtype, q.shape[-1], call.impl)
+            lists = self.lists(q.device, impls.named(impl).packing)
+            return attend_blocks(q, k, v, lists, self.geometry, segments, text_bias=bias, scale=scale, impl=impl)[0]
+        key = q.device, q.dtype, q.shape[-1], gradients_follow(q, k, v), call.impl
+        if key not in self._ready or call.impl == AUTO:  # what "auto" takes may change
+            facts = Facts(*key[:3], self.geometry.block_q, self.geometry.block_k, gradients=key[3])
+            chosen, _ = impls.choose(facts, call.impl)
+            lists = self.lists(q.device, chosen.packing)
+            self._ready[key] = chosen, lists, opened(lists, self.geometry, chosen.packing)
+        check_tensors(q, k, v, self.geometry, segments)
+        scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+        chosen, lists, views = self._ready[key]
+        return attend_checked(chosen, q, k, v, lists, self.geometry, segments, scale, views)[0]
 
 
 class MaskPlan(StaticPlan):
@@ -338,12 +356,13 @@ def check_token_mask(grid: TokenGrid) -> None:
 def surround(visual: torch.Tensor, grid: TokenGrid) -> torch.Tensor:
     """A mask of visual tokens among text and conditioning tokens, which are dense: bool [tokens, tokens]."""
     mask = torch.ones(grid.tokens, grid.tokens, dtype=torch.bool)
-    mask[grid.visual_rows, grid.visual_rows] = visual
+    where = slice(grid.visual_start, grid.visual_start + grid.visual)
+    mask[where, where] = visual
     return mask
 
 
 def among_others(visual: torch.Tensor, grid: TokenGrid) -> torch.Tensor:
     """Kept visual keys [S, visual] with text and conditioning keys, which are always kept: bool [S, tokens]."""
     kept = torch.ones(len(visual), grid.tokens, dtype=torch.bool, device=visual.device)
-    kept[:, grid.visual_rows] = visual
+    kept[:, grid.visual_start : grid.visual_start + grid.visual] = visual
     return kept

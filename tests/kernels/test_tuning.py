@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import sys
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from triton.runtime import driver
 import dit_accel
 from dit_accel.kernels import impls, tuning
 from dit_accel.kernels.block_sparse import triton as block_sparse
+from dit_accel.kernels.block_sparse import triton_lists
 from dit_accel.kernels.block_sparse.triton_configs import Launch
 
 pytestmark = pytest.mark.skipif(
@@ -60,6 +62,7 @@ def device(monkeypatch):
     HERE.launched.clear()
     monkeypatch.setattr(driver, "_active", HERE)
     monkeypatch.setattr(tuning, "_launched", {})
+    monkeypatch.setattr(block_sparse, "_KEPT", {})
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     return HERE
@@ -134,3 +137,94 @@ def test_a_call_of_a_static_plan_fills_nothing(device, monkeypatch, text_first, 
     assert set(seen.names) == {"aten::as_strided", "aten::new_empty", "aten::transpose.int"}
     assert seen.names.count("aten::new_empty") == 3
     assert len(device.launched) == 2
+
+
+@pytest.fixture
+def static(device, monkeypatch):
+    """A plan that the Triton kernels run, and q, k and v for it."""
+    grid = dit_accel.TokenGrid(2, 9, 10, text=5)
+    plan = dit_accel.plan("gna", grid, window=(2, 5, 5))
+    monkeypatch.setattr(impls, "_triton_device", lambda facts: None)
+    monkeypatch.setattr(block_sparse, "_candidates", lambda *sizes: (Launch(4, 1, 32),))
+    plan.prepare(torch.device("cpu"), torch.float16, 64, "triton")
+    return plan, [torch.zeros(2, grid.tokens, 2, 64, dtype=torch.float16).transpose(1, 2) for _ in range(3)]
+
+
+def told(launched):
+    """What a launch tells the device: the binary, programs and arguments; of a tensor all but its place."""
+    binary, _, programs, arguments = launched
+    of = [(x.dtype, x.shape, x.stride()) if isinstance(x, torch.Tensor) else x for x in arguments]
+    return binary, programs, of
+
+
+@pytest.mark.parametrize("lengths", [None, (3, 5)])
+def test_a_call_like_an_earlier_one_repeats_its_launches(static, device, lengths):
+    plan, (q, k, v) = static
+    lens = None if lengths is None else torch.tensor(lengths, dtype=torch.int32)
+    apart = torch.zeros(2, 3, *q.shape[1:], dtype=q.dtype)[:, 0]  # other strides
+    for x in (q, apart, q, apart):
+        plan.attend(x, k, v, text_lens=lens, impl="triton")
+    first, other, again, as_other = (list(map(told, device.launched[at : at + 2])) for at in range(0, 8, 2))
+    assert first == again != other == as_other
+    assert len(block_sparse._KEPT) == 2
+    *_, (_, _, _, arguments) = device.launched
+    assert [x.data_ptr() for x in arguments[:3]] == [x.data_ptr() for x in (apart, k, v)]
+
+
+def test_a_repeated_gluon_call_differs_in_its_results_alone(device, monkeypatch):
+    gluon = pytest.importorskip("dit_accel.kernels.block_sparse.gluon")
+    seen = []
+
+    class Binary:
+        def __getitem__(self, programs):
+            return lambda *values: seen.append((programs, values))
+
+    def launch(kernel, programs, arguments, constants, *rest):
+        Binary()[programs](*arguments, *constants.values())
+        return tuning.Launched(Binary(), programs, (*arguments, *constants.values()))
+
+    monkeypatch.setattr(tuning, "launch", launch)
+    monkeypatch.setattr(gluon, "_KEPT", {})
+    grid = dit_accel.TokenGrid(2, 16, 16, text=70)
+    plan = dit_accel.plan("gna", grid, window=(2, 5, 5))
+    lists = plan.lists(torch.device("cpu"), impls.named("gluon").packing)
+    views = triton_lists.opened(lists, plan.geometry)
+    q, k, v = (torch.zeros(1, grid.tokens, 2, 64, dtype=torch.float16).transpose(1, 2) for _ in range(3))
+    for given in (lists, views, views, views):
+        out, lse = gluon.forward(q, k, v, given, block_sparse.Segments(), plan.geometry, 0.125)
+        assert (out.shape, out.stride(), lse.shape, lse.dtype) == (q.shape, q.stride(), q.shape[:3], torch.float32)
+
+    def tensor(x):
+        return x.data_ptr() if any(x.data_ptr() == y.data_ptr() for y in (q, k, v)) else (x.dtype, x.shape[:1])
+
+    def value(x):
+        if isinstance(x, torch.Tensor):
+            return tensor(x)
+        return {**vars(x), "base": tensor(x.base)} if hasattr(x, "base") else x
+
+    calls = [[(programs, [*map(value, values)]) for programs, values in seen[at : at + 2]] for at in range(0, 8, 2)]
+    assert calls[0] == calls[1] == calls[2] == calls[3] and len(seen) == 8
+    assert len(gluon._KEPT) == 1
+
+
+def test_a_repeated_call_does_little_on_the_host(static):
+    """Results and words are its only new tensors. The bounds are those of the present code, and time is no part."""
+    plan, tensors = static
+    for _ in range(2):
+        plan.attend(*tensors, impl="triton")
+    calls, made = [], []
+
+    def note(frame, event, what):
+        if event == "call" and "dit_accel" in frame.f_code.co_filename:
+            calls.append(frame.f_code.co_name)
+        elif event == "c_call":
+            made.append(what.__name__)
+
+    sys.setprofile(note)
+    try:
+        plan.attend(*tensors, impl="triton")
+    finally:
+        sys.setprofile(None)
+    assert made.count("new_empty") == 3
+    assert not {"empty", "zeros", "arange", "as_strided", "fill_", "to", "tensor", "clone"} & set(made)
+    assert len(calls) <= 30 and len(made) <= 100, (len(calls), len(made))

@@ -12,7 +12,7 @@ import functools
 import itertools
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -33,14 +33,15 @@ class BlockLists(NamedTuple):
             attended whole. None: all, if there are tables.
         tables: int32 [words], the packed predicate over visual pairs (`masks.Mask.pack`). Pairs with a text or
             conditioning token are always allowed. None: every listed block is attended whole.
-        packed: these lists as `api.pack` made them for an implementation.
+        packed: these lists as `api.pack` made them for an implementation; outside the custom op also as that
+            implementation's `opened` made them of this, a tuple.
     """
 
     indices: torch.Tensor
     counts: torch.Tensor
     partial: torch.Tensor | None = None
     tables: torch.Tensor | None = None
-    packed: torch.Tensor | None = None
+    packed: torch.Tensor | Any = None
 
     @classmethod
     def full(cls, indices: torch.Tensor) -> BlockLists:
@@ -220,12 +221,6 @@ def read_placements(geometry: Geometry, batch: int, tokens: int, segments: Segme
     return placements
 
 
-def empty_rows(x: torch.Tensor) -> torch.Tensor:
-    """An empty result for x [B, H, N, D], laid out in memory as [B, N, H, D]."""
-    batch, heads, tokens, dim = x.shape
-    return x.new_empty(batch, tokens, heads, dim).transpose(1, 2)
-
-
 def query_placement(geometry: Geometry, place: Placement) -> Placement:
     """The place of a sample's queries: that of its keys, or row 0 if they have their own grid."""
     return Placement(0, 0, 0, 0) if geometry.own_queries else place
@@ -235,10 +230,15 @@ def check_call(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lists: BlockLists, geometry: Geometry, segments: Segments
 ) -> None:
     """Refuse wrong shapes, dtypes and devices, without waiting for the device."""
-    _check_tensors(q, k, v)
     _check_geometry(geometry)
-    _check_segments(q, k, geometry, segments)
+    check_tensors(q, k, v, geometry, segments)
     _check_lists(q, lists, geometry)
+
+
+def check_tensors(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, geometry: Geometry, segments: Segments) -> None:
+    """The part of `check_call` that a plan's own lists and geometry leave."""
+    _check_tensors(q, k, v)
+    _check_segments(q, k, geometry, segments)
 
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)

@@ -86,7 +86,7 @@ def transpose_lists(
     """Turn lists of key blocks, in any order, into lists of query blocks by a stable sort.
 
     Args:
-        kv_indices, kv_counts, geometry: see `geometry.BlockLists` and `api.attend_blocks`.
+        kv_indices, kv_counts, geometry: see `api.block_sparse_attention`.
         numbers: int32, as many as `kv_indices`, numbers of partial blocks; None: there are none.
     """
     query_blocks, width = kv_indices.shape[-2:]
@@ -124,6 +124,11 @@ def pack(lists: BlockLists, geometry: Geometry) -> torch.Tensor:
     return join(ordered, transposed)
 
 
+def opened(lists: BlockLists, geometry: Geometry) -> BlockLists:
+    """Packed lists as a plan keeps them for calls outside the custom op: views, made once."""
+    return lists._replace(packed=split(lists, geometry))
+
+
 def join(lists: OrderedLists, transposed: Transposed) -> torch.Tensor:
     """Both in one tensor."""
     parts = (part.flatten() for part in (*lists, *transposed) if part is not None)
@@ -137,6 +142,8 @@ def split(lists: BlockLists, geometry: Geometry) -> tuple[OrderedLists, Transpos
         DitAccelError: it was not made of lists of this shape.
     """
     kv_indices, _, _, tables, joined = lists
+    if isinstance(joined, tuple):
+        return joined
     assert joined is not None
     parts, words = _parts(geometry, kv_indices.shape[-1], tables is not None)
     if kv_indices.ndim != 2 or joined.dtype != torch.int32 or tuple(joined.shape) != (words,):
