@@ -46,40 +46,42 @@ def test_default_blocks_fit_everywhere(capability):
                 assert triton_configs.fitting(kernel, *blocks, dim, 2, capability)
 
 
-@pytest.mark.parametrize("arch", ahead_of_time.ARCHS)
-def test_every_pair_of_settings_is_compiled(arch):
+def test_every_pair_of_settings_is_compiled():
     kernels = {}
-    for build in ahead_of_time.all_builds(arch):
-        kernels.setdefault(build.kernel, []).extend((build, dtype) for dtype in ahead_of_time.DTYPES)
+    for arch in ahead_of_time.ARCHS:
+        for build in ahead_of_time.all_builds(arch):
+            kernels.setdefault(build.kernel, []).extend((build, arch, dtype) for dtype in ahead_of_time.DTYPES)
 
     def pairs(jobs):
-        free = [
+        settings = [
             {name: value for name, value in build.config.items() if name not in ahead_of_time.DERIVED}
-            for build, _ in jobs
+            | {"arch": arch, "dtype": dtype}
+            for build, arch, dtype in jobs
         ]
-        settings = [sorted({**own, "dtype": dtype}.items()) for own, (_, dtype) in zip(free, jobs, strict=True)]
-        return {pair for items in settings for pair in itertools.combinations(items, 2)}
+        return {pair for own in settings for pair in itertools.combinations(sorted(own.items()), 2)}
 
     chosen = {name: ahead_of_time.covering(candidates) for name, candidates in kernels.items()}
-    assert sum(map(len, chosen.values())) < 0.6 * sum(map(len, kernels.values()))
+    assert sum(map(len, chosen.values())) < 0.3 * sum(map(len, kernels.values()))
     for name, candidates in kernels.items():
         assert pairs(chosen[name]) == pairs(candidates) and set(chosen[name]) <= set(candidates)
 
 
 @native
-def test_a_row_says_what_the_compiler_made():
-    build = next(b for b in ahead_of_time.all_builds(90) if b.kernel == "block_sparse_forward")
-    row = ahead_of_time.compile_build(build, 90, "bf16", loops=True)
+@pytest.mark.parametrize(("arch", "product"), [(80, "mma.sync"), (90, "wgmma.mma_async")])
+def test_a_row_says_what_the_compiler_made(arch, product):
+    build = next(b for b in ahead_of_time.all_builds(arch) if b.kernel == "block_sparse_forward")
+    row = ahead_of_time.compile_build(build, arch, "bf16", loops=True)
     assert set(row) == {
         "kernel", "arch", "dtype", "config", "registers", "spill_bytes", "spills_in_loops", "shared_bytes",
-        "instructions", "loops", "waits",
+        "instructions", "copies_left", "unordered", "loops", "waits",
     }  # fmt: skip
     whole, partial, bounded = row["loops"]  # the kernel's three loops over key blocks
     assert 100 < whole < partial < bounded
-    assert (row["arch"], row["dtype"], row["spill_bytes"], row["spills_in_loops"]) == ("sm_90", "bf16", 0, 0)
-    assert "wgmma.mma_async" in row["instructions"]
-    assert 0 < row["shared_bytes"] <= ahead_of_time.SHARED_BYTES[90]
-    assert ahead_of_time.complaint(row, ahead_of_time.SHARED_BYTES[90]) is None
+    assert row["copies_left"] == [[4], [6], [4]]  # keys and values of two steps, and the words of partial blocks
+    assert (row["arch"], row["dtype"], row["spill_bytes"], row["spills_in_loops"]) == (f"sm_{arch}", "bf16", 0, 0)
+    assert product in row["instructions"]
+    assert 0 < row["shared_bytes"] <= ahead_of_time.SHARED_BYTES[arch]
+    assert ahead_of_time.complaint(row, ahead_of_time.SHARED_BYTES[arch]) is None
     json.dumps(row)
 
 
@@ -93,15 +95,15 @@ def test_the_gluon_kernel_overlaps_weights_with_the_sum():
     build = next(b for b in ahead_of_time.all_builds(90) if b.kernel == "gluon_forward")
     module, name = build.function.split(":")
     assert getattr(importlib.import_module(module), name).is_gluon()
-    cubins = []
+    texts = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            ahead_of_time, "loops_of", lambda cubin, read=ahead_of_time.loops_of: cubins.append(cubin) or read(cubin)
+            ahead_of_time, "loops_of", lambda text, read=ahead_of_time.loops_of: texts.append(text) or read(text)
         )
         row = ahead_of_time.compile_build(build, 90, "bf16", loops=True)
     assert row["spill_bytes"] == 0
     assert row["waits"] == [[1, 0], [1, 0]]  # two consumers
-    _, lines = zip(*ahead_of_time.SASS_LINE.findall(ahead_of_time._dump(cubins[0], "-sass")), strict=True)
+    _, lines = zip(*ahead_of_time.SASS_LINE.findall(texts[0]), strict=True)
     events = [e for line in lines for e in re.findall(r"MUFU\.EX2|DEPBAR\.LE gsb0, 0x[01]", line)]
     at = [i for i, event in enumerate(events) if event.endswith("0x1")]
     for first in at:
@@ -109,30 +111,65 @@ def test_the_gluon_kernel_overlaps_weights_with_the_sum():
         assert behind[: behind.index("DEPBAR.LE gsb0, 0x0")].count("MUFU.EX2") >= build.config["block_k"] // 2
 
 
-def test_the_builds_that_may_spill():
-    found = [(arch, build) for arch in ahead_of_time.ARCHS for build in ahead_of_time.all_builds(arch) if build.spills]
-    (arch, build), *tiled = sorted(found, key=lambda each: each[1].kernel)
-    sizes = tuple(build.config[name] for name in ("block_q", "block_k", "d"))
-    assert (arch, build.kernel, sizes, build.spills) == (120, "block_sparse_dkdv", (128, 128, 128), 32)
-    assert {(arch, build.kernel, build.spills) for arch, build in tiled} == {(90, "sla_gluon_forward", 48)}
-    assert all(any(build.config["tile_k"]) for _, build in tiled)
+def test_the_exceptions():
+    may = [
+        ahead_of_time.allowed(build, arch) for arch in ahead_of_time.ARCHS for build in ahead_of_time.all_builds(arch)
+    ]
+    assert all(each in may for each in ahead_of_time.EXCEPTIONS)  # none is stale by name or settings
+    assert {(each.kernel, each.spill_bytes, each.drains) for each in may if each.reason} == {
+        ("sla_gluon_forward", 48, False),
+    }
 
 
 def test_complaints():
     row = {"kernel": "x_forward", "arch": "sm_90", "spill_bytes": 0, "spills_in_loops": 0, "shared_bytes": 9}
-    good = row | {"instructions": ["wgmma.mma_async"]}
+    good = row | {"instructions": ["wgmma.mma_async"], "copies_left": [[2], [1, 4]], "unordered": []}
+    spilled = ahead_of_time.NOTHING._replace(spill_bytes=8)
     assert ahead_of_time.complaint(good, 9) is None
     assert "spills 8" in ahead_of_time.complaint(good | {"spill_bytes": 8}, 9)
-    assert ahead_of_time.complaint(good | {"spill_bytes": 8}, 9, spills=8) is None
-    assert "spills 8" in ahead_of_time.complaint(good | {"spill_bytes": 8, "spills_in_loops": 1}, 9, spills=8)
+    assert ahead_of_time.complaint(good | {"spill_bytes": 8}, 9, may=spilled) is None
+    assert "spills 9" in ahead_of_time.complaint(good | {"spill_bytes": 9}, 9, may=spilled)
+    assert "in loops" in ahead_of_time.complaint(good | {"spill_bytes": 8, "spills_in_loops": 1}, 9, may=spilled)
     outside = good | {"spill_bytes": 8, "kernel": "x_dq"}
     assert ahead_of_time.complaint(outside, 9) is None
     assert "2 times in loops" in ahead_of_time.complaint(outside | {"spills_in_loops": 2}, 9)
-    assert "spills 9" in ahead_of_time.complaint(outside | {"spill_bytes": 9, "spills_in_loops": 2}, 9, spills=8)
-    assert ahead_of_time.complaint(outside | {"spills_in_loops": 2}, 9, spills=8) is None
+    drained = good | {"copies_left": [[2], [4, 0]]}
+    assert "waits in a loop for all copies" in ahead_of_time.complaint(drained, 9)
+    assert ahead_of_time.complaint(drained, 9, may=ahead_of_time.NOTHING._replace(drains=True)) is None
+    assert ahead_of_time.complaint(drained | {"kernel": "x_dq"}, 9) is None
+    assert "another warp group" in ahead_of_time.complaint(good | {"unordered": ["STS [R1], R2 "]}, 9)
     assert "shared memory" in ahead_of_time.complaint(good, 8)
     assert "matrix" in ahead_of_time.complaint(row | {"instructions": ["cp.async"]}, 9)
     assert "wgmma" in ahead_of_time.complaint(row | {"instructions": ["mma.sync"]}, 9)
+
+
+def sass(*lines):
+    return "\n".join(f"        /*{16 * i:04x}*/  {line} ;" for i, line in enumerate(lines))
+
+
+PRODUCT, WAIT = "HGMMA.64x64x16.F32 R24, gdesc[UR4], R24", "WARPGROUP.DEPBAR.LE gsb0, 0x0"
+BARRIER, WRITE = "BAR.SYNC.DEFER_BLOCKING 0x0", "LDGSTS.E.BYPASS.128 [R2], [R4.64]"
+
+
+@pytest.mark.parametrize(
+    ("lines", "bad"),
+    [
+        pytest.param((PRODUCT, WAIT, BARRIER, WRITE), 0, id="barrier"),
+        pytest.param((PRODUCT, WAIT, WRITE), 1, id="no barrier"),
+        pytest.param((PRODUCT, BARRIER, WAIT, "STS.128 [R1], R4"), 1, id="barrier before the wait"),
+        pytest.param((WAIT, WRITE, PRODUCT), 0, id="nothing multiplied yet"),
+        pytest.param((WRITE, BARRIER, PRODUCT, WAIT, "@P0 BRA 0x0", "EXIT"), 1, id="the next round writes"),
+        pytest.param((BARRIER, WRITE, PRODUCT, WAIT, "@P0 BRA 0x0", "EXIT"), 0, id="the next round waits"),
+    ],
+)
+def test_writes_of_shared_memory_that_another_warp_group_may_read(lines, bad):
+    """8 warps share tiles; code of Triton before 3.9 may lack the barrier (triton-lang/triton, issue 11047)."""
+    assert len(ahead_of_time.unordered_writes(sass(*lines))) == bad
+
+
+def test_loops_end_with_a_branch_back_not_with_the_spinning_of_a_wait():
+    loop = (PRODUCT, "@!P0 BRA 0x30", "BRA 0x0", "EXIT", "BRA 0x0")
+    assert [len(lines) for lines in ahead_of_time.loops_of(sass(*loop))] == [3]
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,5 @@
 """Diffusers' layer skipping and guiders: they intercept attention by a function mode or look up processor classes."""
 
-import contextlib
-
 import pytest
 import tiny_models
 import torch
@@ -15,15 +13,9 @@ from torch.overrides import TorchFunctionMode
 import dit_accel
 from dit_accel.registry import get_families
 
-# The models whose attention Diffusers can skip, and in which stack: the others raise in the untouched model too.
-STACKS = {
-    "cogview:cogview4": "transformer_blocks",
-    "hunyuan_image:refiner": "transformer_blocks",
-    "pixart:t2i": "transformer_blocks",
-    "qwen_image:t2i": "transformer_blocks",
-    "z_image:t2i": "layers",
-}
-BLOCKS = {"wan:t2v": "blocks", "ltx:t2v": "transformer_blocks"}  # of whole blocks only
+# The families that Diffusers can skip layers of, and how: the others raise in the untouched model too.
+STACKS = {"hunyuan_image": "transformer_blocks", "pixart": "transformer_blocks", "qwen_image": "transformer_blocks"}
+STACKS |= {"z_image": "layers"}
 MODES = {
     "scores": {"skip_attention": False, "skip_attention_scores": True, "skip_ff": False},
     "attention": {"skip_attention": True, "skip_ff": False},
@@ -31,14 +23,18 @@ MODES = {
 }
 WORKING = {
     "scores": list(STACKS),
-    "attention": ["cogview:cogview4", "pixart:t2i", "z_image:t2i"],
-    "block": ["hunyuan_image:refiner", "pixart:t2i", *BLOCKS],
+    "attention": ["pixart", "z_image"],
+    "block": ["hunyuan_image", "pixart"],
 }
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
 
 
-def skip(transformer, stack, mode):
-    apply_layer_skip(transformer, LayerSkipConfig(indices=[0], fqn=stack, **MODES[mode]))
+def first(family):
+    return next(tiny for tiny in tiny_models.all_models() if tiny.family == family)
+
+
+def skip(transformer, family, mode):
+    apply_layer_skip(transformer, LayerSkipConfig(indices=[0], fqn=STACKS[family], **MODES[mode]))
 
 
 def unhook(transformer):
@@ -46,53 +42,53 @@ def unhook(transformer):
 
 
 def each_mode():
-    return pytest.mark.parametrize(("name", "mode"), [(name, mode) for mode, own in WORKING.items() for name in own])
+    runs = [(family, mode) for mode, families in WORKING.items() for family in families]
+    return pytest.mark.parametrize(("family", "mode"), runs)
 
 
 @pytest.mark.parametrize("order", ["before", "after"])
 @each_mode()
-def test_layer_skip_equals_dense_in_both_orders(name, mode, order):
+def test_layer_skip_equals_dense_in_both_orders(family, mode, order):
     """With every pair kept, a skipped layer does what it does in the dense model."""
-    tiny, stack = tiny_models.get(*name.split(":")), (STACKS | BLOCKS)[name]
+    tiny = first(family)
     transformer, call = tiny.build(), tiny.call()
-    skip(transformer, stack, mode)
+    skip(transformer, family, mode)
     wanted = run(transformer, call)
     assert (wanted - tiny.dense).abs().max() > 0.05
     if order == "after":
         unhook(transformer)
     with dit_accel.accelerated(transformer, "gna", window="full") as accel:
         if order == "after":
-            skip(transformer, stack, mode)
+            skip(transformer, family, mode)
         torch.testing.assert_close(run(transformer, call), wanted, **CLOSE)
         layers = accel.report().layers
-    skipped = [layer for layer in layers if layer.name.startswith(f"{stack}.0.")]
-    assert skipped and sum(layer.sparse_calls for layer in layers) == len(layers) - len(skipped)
     if mode == "scores":
-        assert {str(layer.dense_reasons) for layer in skipped} == {"{'attention replaced by a function mode': 1}"}
+        reasons = [layer.dense_reasons for layer in layers if layer.name.startswith(f"{STACKS[family]}.0.")]
+        assert reasons == [{"attention replaced by a function mode": 1}] * len(reasons) and reasons
+    assert sum(layer.sparse_calls for layer in layers) == len(layers) - sum(
+        layer.name.startswith(f"{STACKS[family]}.0.") for layer in layers
+    )
     unhook(transformer)
     torch.testing.assert_close(run(transformer, call), tiny.dense)
 
 
-@pytest.mark.parametrize("tiny", tiny_models.all_models(), ids=str)
-def test_these_are_all_models_whose_attention_diffusers_can_skip(tiny):
-    able, transformer = str(tiny) in (*STACKS, "hunyuan_image:glyphs", "qwen_image:edit"), tiny.build()
-    for path in {name.split(".")[0] for name, _ in get_families()[tiny.family].attentions(transformer)}:
-        with contextlib.nullcontext() if able else pytest.raises((ValueError, AttributeError)):
-            skip(transformer, path, "scores")
-
-
-@pytest.mark.parametrize("name", STACKS)
-def test_skipped_scores_are_the_same_under_every_mask(name):
+@pytest.mark.parametrize("family", STACKS)
+def test_skipped_scores_are_the_same_under_every_mask(family):
     """With the scores of all layers skipped, no method computes anything."""
-    tiny, stack = tiny_models.get(*name.split(":")), STACKS[name]
+    tiny = first(family)
     transformer = tiny.build()
+    stack = STACKS[family]
     indices = list(range(len(getattr(transformer, stack))))
     apply_layer_skip(transformer, LayerSkipConfig(indices=indices, fqn=stack, **MODES["scores"]))
     wanted = run(transformer, tiny.call())
-    names = [name for name, _ in get_families()[tiny.family].attentions(transformer)]
-    rest = tuple(index for index, name in enumerate(names) if not name.startswith(stack))
-    with dit_accel.accelerated(transformer, "gna", window=1, dense_layers=rest):
+    with dit_accel.accelerated(transformer, "gna", window=1, dense_layers=dense_rest(family, transformer)):
         torch.testing.assert_close(run(transformer, tiny.call()), wanted)
+
+
+def dense_rest(family, transformer):
+    """Indices of the layers outside the skipped stack."""
+    names = [name for name, _ in get_families()[family].attentions(transformer)]
+    return tuple(index for index, name in enumerate(names) if not name.startswith(STACKS[family]))
 
 
 def predictions(guider, transformer, call):
@@ -106,35 +102,35 @@ def predictions(guider, transformer, call):
     return found
 
 
-def config(name, mode):
-    return LayerSkipConfig(indices=[0], fqn=STACKS[name], **MODES[mode])
+def config(family, **changes):
+    return LayerSkipConfig(indices=[0], fqn=STACKS[family], **changes)
 
 
-def _whole(name):
-    """How that model's layers are skipped, beyond their scores where Diffusers can."""
-    return next((mode for mode in ("block", "attention") if name in WORKING[mode]), "scores")
+def _whole(family):
+    """How that family's layers are skipped, beyond their scores where Diffusers can."""
+    return next((mode for mode in ("block", "attention") if family in WORKING[mode]), "scores")
 
 
 GUIDERS = {
-    "perturbed": lambda name: PerturbedAttentionGuidance(
-        perturbed_guidance_config=config(name, "scores"),
+    "perturbed": lambda family: PerturbedAttentionGuidance(
+        perturbed_guidance_config=config(family, **MODES["scores"]),
         perturbed_guidance_start=0.0,
         perturbed_guidance_stop=1.0,
     ),
-    "skip layer": lambda name: SkipLayerGuidance(
-        skip_layer_config=config(name, _whole(name)),
+    "skip layer": lambda family: SkipLayerGuidance(
+        skip_layer_config=config(family, **MODES[_whole(family)]),
         skip_layer_guidance_start=0.0,
         skip_layer_guidance_stop=1.0,
     ),
-    "auto": lambda name: AutoGuidance(auto_guidance_config=config(name, _whole(name))),
+    "auto": lambda family: AutoGuidance(auto_guidance_config=config(family, **MODES[_whole(family)])),
 }
 
 
 @pytest.mark.parametrize("kind", GUIDERS)
-@pytest.mark.parametrize("name", STACKS)
-def test_guiders_predict_as_with_dense_attention(name, kind):
-    tiny = tiny_models.get(*name.split(":"))
-    transformer, guider = tiny.build(), GUIDERS[kind](name)
+@pytest.mark.parametrize("family", STACKS)
+def test_guiders_predict_as_with_dense_attention(family, kind):
+    tiny = first(family)
+    transformer, guider = tiny.build(), GUIDERS[kind](family)
     wanted = predictions(guider, transformer, tiny.call())
     assert max((one - wanted[0]).abs().max() for one in wanted[1:]) > 0.05
     with dit_accel.accelerated(transformer, "gna", window="full"):
@@ -142,11 +138,11 @@ def test_guiders_predict_as_with_dense_attention(name, kind):
             torch.testing.assert_close(ours, dense, **CLOSE)
 
 
-@pytest.mark.parametrize("name", STACKS)
-def test_smoothed_queries_reach_the_plan(name):
+@pytest.mark.parametrize("family", STACKS)
+def test_smoothed_queries_reach_the_plan(family):
     """Smoothed energy guidance hooks the query projection. Its guider of Diffusers 0.42 never applies the hook."""
-    tiny = tiny_models.get(*name.split(":"))
-    transformer, smoothed = tiny.build(), SmoothedEnergyGuidanceConfig(indices=[0], fqn=STACKS[name])
+    tiny = first(family)
+    transformer, smoothed = tiny.build(), SmoothedEnergyGuidanceConfig(indices=[0], fqn=STACKS[family])
     _apply_smoothed_energy_guidance_hook(transformer, smoothed, blur_sigma=1.0)
     wanted = run(transformer, tiny.call())
     assert (wanted - tiny.dense).abs().max() > 0.01
@@ -155,10 +151,10 @@ def test_smoothed_queries_reach_the_plan(name):
 
 
 def test_layer_skip_in_a_compiled_model():
-    tiny = tiny_models.get("pixart", "t2i")
+    tiny = first("pixart")
     transformer = tiny.build()
     with dit_accel.accelerated(transformer, "gna", window=(1, 3, 3)):
-        skip(transformer, "transformer_blocks", "scores")
+        skip(transformer, "pixart", "scores")
         eager = run(transformer, tiny.call())
         compiled = torch.compile(transformer, backend="aot_eager", fullgraph=True)
         torch.testing.assert_close(run(compiled, tiny.call()), eager)
@@ -180,7 +176,7 @@ class Scaling(TorchFunctionMode):
 
 def test_a_function_mode_may_pass_the_call_on():
     """What it changes reaches the plan, and it changes what the plan returns."""
-    tiny = tiny_models.get("pixart", "t2i")
+    tiny = first("pixart")
     with Scaling(0.5) as mode:
         wanted = run(tiny.shared, tiny.call())
     dense_calls = mode.calls

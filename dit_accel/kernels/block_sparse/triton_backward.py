@@ -70,10 +70,13 @@ def of_queries(
     STEPS: tl.constexpr = BLOCK_K // STEP
     # Visual blocks: whole ones, then partial ones, whose padding slots have the row of another token.
     for MASKED in tl.static_range(1 + HAS_TABLES):
-        for i in range(pure * STEPS * MASKED, (tabled if MASKED else pure) * STEPS):
+        end = (tabled if MASKED else pure) * STEPS
+        place = tl.load(list_row + pure * MASKED, mask=pure * STEPS * MASKED < end, other=0)
+        for i in range(pure * STEPS * MASKED, end):
             slot_k = i % STEPS * STEP
             place_k = places_in(slot_k + tl.arange(0, STEP), H, W, CUT[2], CUT[3])
-            first = visual_start + tl.load(list_row + i // STEPS)
+            first = visual_start + place
+            place = tl.load(list_row + (i + 1) // STEPS, mask=i + 1 < end, other=0)
             if MASKED:
                 rows = tl.minimum(first + place_k, visual_start + T * H * W - 1).to(tl.int64)
                 p_k = k_start + rows[:, None] * k_row + o_d[None, :]

@@ -34,15 +34,14 @@ STAGES = 3  # Triton's own, for a kernel without a pipelined loop
 
 
 def launches(kernel: str, block_q: int, block_k: int, block_d: int, capability: int) -> Iterator[Launch]:
-    """Candidates for a kernel on a compute capability (90 for 9.0), best first. None spills in a loop but `SPILLS`.
+    """Candidates for a kernel on a compute capability (90 for 9.0), best first. None spills in a loop.
 
     Registers hold an fp32 accumulator of a block's rows x block_d, the scores of a step and their weights. 9.0 and
     10.0 multiply out of shared memory, and a group of 4 warps holds 64 rows. Elsewhere each warp also holds the step's
     rows in registers, so a step or the rows are half as many. The step is smaller for dq, which holds a second
     product, and for dk and dv, which have two accumulators. More stages hide more of the latency of loads; shared
-    memory limits them. A list entry has a stage of its own before its tile, so on 9.0 loops keep tiles in flight from
-    5 stages on, and those of dk and dv from 3. At 128x128 and D=128, 5 stages spill; at 64x64 they leave one program
-    an SM. Off the data-center chips 4 warps spill even at 64 x 64.
+    memory limits them. From 3 stages on, a loop has tiles in flight while it multiplies others. Off the data-center
+    chips 4 warps spill even at 64 x 64.
     """
     own, listed = (block_k, block_q) if kernel == "dkdv" else (block_q, block_k)
     generation, small = capability // 10, own * block_d <= 64 * 64
@@ -56,9 +55,7 @@ def launches(kernel: str, block_q: int, block_k: int, block_d: int, capability: 
         step = (64 * 128 if generation in (9, 10) or own * block_d <= 64 * 128 else 64 * 64) // block_d
     longest = 128 if generation == 9 and kernel == "forward" else 64
     step = min(listed, longest, max(16, step))
-    deep = generation == 9 and (kernel == "dkdv" or (kernel == "forward" and own > 64 and listed * block_d <= 64 * 128))
-    most = (4 if kernel == "forward" else 2) + deep
-    yield from (Launch(warps, stages, step) for stages in range(most, 0, -1))
+    yield from (Launch(warps, stages, step) for stages in range(4 if kernel == "forward" else 3, 0, -1))
 
 
 def words_launch(block_q: int) -> Launch:
@@ -66,8 +63,13 @@ def words_launch(block_q: int) -> Launch:
     return Launch(max(1, block_q // 32), STAGES, block_q)
 
 
-def shared_bytes(kernel: str, launch: Launch, block_q: int, block_k: int, block_d: int, itemsize: int) -> int:
-    """Least shared memory of a launch in bytes: the operands that stay, and the tiles and words being loaded."""
+def shared_bytes(
+    kernel: str, launch: Launch, block_q: int, block_k: int, block_d: int, itemsize: int, capability: int
+) -> int:
+    """Least shared memory of a launch in bytes: the operands that stay, and the tiles and words being loaded.
+
+    9.0 and 10.0 multiply out of shared memory, so a tile's room is free a step later.
+    """
     tile = block_d * itemsize
     if kernel == "dkdv":
         stay = 2 * block_k * tile
@@ -75,21 +77,23 @@ def shared_bytes(kernel: str, launch: Launch, block_q: int, block_k: int, block_
         stay = 2 * block_q * tile
     else:
         stay = block_q * (tile + 8 * (launch.stages - 1))
-    return stay + launch.stages * 2 * launch.step * tile
+    tiles = launch.stages if capability // 10 in (9, 10) else max(1, launch.stages - 1)
+    return stay + tiles * 2 * launch.step * tile
 
 
 def fitting(kernel: str, block_q: int, block_k: int, block_d: int, itemsize: int, capability: int) -> list[Launch]:
     """The best candidates that fit the shared memory of a compute capability (90 for 9.0); empty if none fits.
 
-    Two for the forward kernel and one for the others, so that tuning and ahead-of-time compilation stay short.
+    Two for the forward kernel, if two keep tiles in flight, and one for the others, so that tuning and ahead-of-time
+    compilation stay short.
     """
     limit = SHARED_BYTES.get(capability, min(SHARED_BYTES.values()))
     fit = [
         launch
         for launch in launches(kernel, block_q, block_k, block_d, capability)
-        if shared_bytes(kernel, launch, block_q, block_k, block_d, itemsize) <= limit
+        if shared_bytes(kernel, launch, block_q, block_k, block_d, itemsize, capability) <= limit
     ]
-    return fit[: 2 if kernel == "forward" else 1]
+    return fit[: 2 if kernel == "forward" and len(fit) > 1 and fit[1].stages > 2 else 1]
 
 
 FUNCTIONS = {
@@ -98,9 +102,6 @@ FUNCTIONS = {
     "dkdv": "triton_backward:block_sparse_bwd_kernel_dkdv",
 }
 TILES = {64: (1, 8, 8), 128: (2, 8, 8)}
-# Bytes that a build may spill, by kernel, architecture, blocks and head dimension. Its loops are shorter than those of
-# a build without spills (benchmarks/LOG.md, "Rows located again").
-SPILLS = {("dkdv", 120, 128, 128, 128): 32}
 DATA = ("q", "k", "v", "out", "grad_out", "dq", "dk", "dv")
 INTEGERS = ("entries", "places", "spans", "numbers", "firsts", "tables")
 STARTS = ("visual_starts", "conditioning_starts", "text_starts", "text_lens")
@@ -159,8 +160,7 @@ def builds(arch: int) -> Iterator[Build]:
                             pointers=POINTERS,
                             warps=launch.warps,
                             stages=launch.stages,
-                            needs=shared_bytes(kernel, launch, *sizes[1:], itemsize=2),
-                            spills=SPILLS.get((kernel, arch, block_q, block_k, head_dim), 0),
+                            needs=shared_bytes(kernel, launch, *sizes[1:], itemsize=2, capability=arch),
                         )
 
 

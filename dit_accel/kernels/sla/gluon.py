@@ -19,6 +19,7 @@ from dit_accel.kernels.block_sparse.triton import RASTER
 from dit_accel.kernels.sla.gluon_forward import sparse_linear_gluon_fwd_kernel
 from dit_accel.kernels.sla.triton import (
     FusedCall,
+    RoutedBlocks,
     listed_blocks,
     room_for_rows,
     room_for_saved,
@@ -28,12 +29,20 @@ from dit_accel.kernels.sla.triton_builds import POINTERS
 from dit_accel.order import TokenOrder
 from dit_accel.tokens import TokenGrid
 
-SPILLS = 48  # bytes of a build in tiles: addresses that wait for the end of the loop, each read once
 LENGTHS_GIVEN = 2  # of what `triton_tokens.starts_of` may be given, the lengths of text alone
 
 
 def forward(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor | None, call: FusedCall, training: bool
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    whole: tuple[torch.Tensor, torch.Tensor],
+    lists: RoutedBlocks,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    text_len: torch.Tensor,
+    call: FusedCall,
+    training: bool,
 ) -> tuple[torch.Tensor, ...]:
     """As `triton.forward`, in scope "all".
 
@@ -53,21 +62,21 @@ def forward(
     sides = (q, queries.grid, half, engine.ROWS), *((x, keys.grid, tile_k, keys.block) for x in (k, v))
     descriptors, distances = zip(*(engine.describe(*side) for side in sides), strict=True)
     out = room_for_rows(q)
-    exact, lse, *others = room_for_saved(q, call, training)
+    exact, lse, *others = room_for_saved(q, lists, call, training)
     written, _ = engine.describe(out.transpose(1, 2), queries.grid, half, engine.ROWS)
     exactly = engine.describe(exact.transpose(1, 2), queries.grid, half, engine.ROWS)[0] if training else written
-    table, peaks, totals = table_of_state(call, q.dtype)
+    table, peaks, totals = table_of_state(whole, weight, call, q.dtype)
     bias = totals.new_zeros(dim) if bias is None else bias.float()
     sums = torch.cat([totals, bias.expand_as(totals), peaks[..., None]], dim=-1)
     rows = TensorDescriptor(
         table, [batch * heads * dim, dim], [dim, 1], [dim, dim], gl.NVMMASharedLayout(128, 16, rank=2)
     )
-    places, spans = listed_blocks(call)
+    places, spans = listed_blocks(lists.critical, call)
     tuning.launch(
         sparse_linear_gluon_fwd_kernel, (queries.blocks, heads, batch),
         (
             lse, *(descriptor for pair in (*descriptors, written, exactly) for descriptor in pair), rows,
-            sums, places, spans, places.new_empty(1, dtype=torch.int64), call.text_len,
+            sums, places, spans, places.new_empty(1, dtype=torch.int64), text_len,
             *(distance for three in distances for distance in three), call.scale * engine.LOG2E,
             *engine.sizes(key_order), *queries.order.tiles[1:], *segments[:3], LENGTHS_GIVEN,
             heads, queries.blocks, places.shape[-1], int(training),
@@ -94,6 +103,5 @@ def builds(arch: int) -> Iterator[Build]:
             warps=build.warps,
             stages=build.stages,
             needs=build.needs,
-            spills=SPILLS if constants["TILE_K"] != RASTER else 0,
             registers=build.registers,
         )

@@ -55,7 +55,7 @@ def builds(arch: int) -> Iterator[Build]:
                         pointers=POINTERS,
                         warps=launch.warps,
                         stages=launch.stages,
-                        needs=configs.shared_bytes(kernel, launch, sizes, itemsize=2),
+                        needs=configs.shared_bytes(kernel, launch, sizes, itemsize=2, capability=arch),
                         dots=kernel not in DOTLESS,
                     )
 

@@ -120,19 +120,21 @@ def _marginal(kernel: str, wide: bool, generation: int) -> tuple[Launch, ...]:
     8 warps on 9.0 compute the scores twice. 8 warps are used where 4 spill in loops, and on 10.0 where 4 leave no room
     for a second program. Steps of 32 are used on 9.0 where 64 spill.
     """
+    stages = 3 if kernel == "forward" else 2
     if generation not in (9, 10):
-        return (Launch(8, 2, 64 if kernel == "forward" else 32),)
+        return (Launch(8, stages, 64 if kernel == "forward" else 32),)
     step = 32 if wide and generation == 9 and kernel != "dq" else 64
     warps = 8 if wide and (kernel == "dkdv" or (kernel == "dq" and generation == 10)) else 4
-    return (Launch(warps, 2, step),)
+    return (Launch(warps, stages, step),)
 
 
-def shared_bytes(kernel: str, launch: Launch, sizes: Mapping[str, Any], itemsize: int) -> int:
+def shared_bytes(kernel: str, launch: Launch, sizes: Mapping[str, Any], itemsize: int, capability: int) -> int:
     """Least shared memory of a launch in bytes: what stays, and the tiles in flight."""
     if kernel not in (*FUSED, "state", "sums"):
         return 0
     if kernel in FUSED:
-        return block_sparse.shared_bytes(kernel, launch, sizes["BLOCK_Q"], sizes["BLOCK_K"], sizes["BLOCK_D"], itemsize)
+        blocks = sizes["BLOCK_Q"], sizes["BLOCK_K"], sizes["BLOCK_D"]
+        return block_sparse.shared_bytes(kernel, launch, *blocks, itemsize, capability)
     return (2 * launch.stages - 1) * launch.step * sizes["BLOCK_D"] * itemsize
 
 
@@ -148,5 +150,5 @@ def fitting(kernel: str, sizes: Mapping[str, Any], itemsize: int, capability: in
     return tuple(
         launch
         for launch in launches(kernel, sizes, itemsize, capability)
-        if shared_bytes(kernel, launch, sizes, itemsize) <= limit
+        if shared_bytes(kernel, launch, sizes, itemsize, capability) <= limit
     )

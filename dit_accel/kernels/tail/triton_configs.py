@@ -39,7 +39,7 @@ def builds(arch: int) -> Iterator[Build]:
                         "STEP": launch.step,
                         "PRECISION": "ieee",
                     }
-                    needs = shared_bytes(kernel, launch, block, GROUP, head_dim, 2)
+                    needs = shared_bytes(kernel, launch, block, GROUP, head_dim, 2, arch)
                     yield _build(kernel, function, constants, launch, needs)
 
 
