@@ -20,14 +20,14 @@ Programs = tuple[int, ...] | Callable[[dict[str, Any]], tuple[int, ...]]
 LARGEST = 2**31  # of a 32-bit number; others have a binary of their own
 
 
-class Launched(NamedTuple):
+class PastLaunch(NamedTuple):
     """A launch: the binary, its programs, and its arguments and constants."""
 
     binary: Any
     programs: tuple[int, int, int]
     values: tuple[Any, ...]
 
-    def behind(self, tensors: int) -> Launched:
+    def behind(self, tensors: int) -> PastLaunch:
         """What stays of it for `again`: no tensor."""
         return self._replace(values=self.values[tensors:])
 
@@ -46,7 +46,7 @@ def launch(
     constants: dict[str, Any],
     candidates: tuple[Launch, ...],
     key: tuple[str, ...],
-) -> Launched | None:
+) -> PastLaunch | None:
     """Run a kernel; None under the interpreter.
 
     Tuning runs it several times, so it must write its results, never add to what is there.
@@ -76,7 +76,7 @@ def launch(
         else:
             binary, chosen = found
         width, height, depth, *_ = *(programs(chosen) if callable(programs) else programs), 1, 1
-        launched = Launched(binary, (width, height, depth), (*arguments, *chosen.values()))
+        launched = PastLaunch(binary, (width, height, depth), (*arguments, *chosen.values()))
         if found is not None:
             launched.again()
         return launched

@@ -181,7 +181,7 @@ def test_a_repeated_gluon_call_differs_in_its_results_alone(device, monkeypatch)
 
     def launch(kernel, programs, arguments, constants, *rest):
         Binary()[programs](*arguments, *constants.values())
-        return tuning.Launched(Binary(), programs, (*arguments, *constants.values()))
+        return tuning.PastLaunch(Binary(), programs, (*arguments, *constants.values()))
 
     monkeypatch.setattr(tuning, "launch", launch)
     monkeypatch.setattr(gluon, "_KEPT", {})

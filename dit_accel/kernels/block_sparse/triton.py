@@ -83,8 +83,8 @@ class Kept(NamedTuple):
         others: what the implementation needs besides.
     """
 
-    forward: tuning.Launched
-    words: tuning.Launched | None
+    forward: tuning.PastLaunch
+    words: tuning.PastLaunch | None
     room: torch.Size
     others: Any = None
 
@@ -222,7 +222,7 @@ class TritonCall:
         self.segments: tuple[Any, ...] = (*starts, *geometry.usual, given)
         self.head_dim, self.dtype = q.shape[-1], q.dtype
         self.queries = q.shape[2]
-        self.words: tuning.Launched | None = None
+        self.words: tuning.PastLaunch | None = None
         self.words_room = torch.Size([0])
         # In these units the compiler knows that rows are aligned, and loads 16 bytes at a time.
         unit = 16 // q.element_size()
@@ -271,7 +271,7 @@ class TritonCall:
         return lists.places, lists.spans, words
 
     def keep(
-        self, kept: dict[Any, Kept], like: tuple[Any, ...] | None, forward: tuning.Launched, others: Any = None
+        self, kept: dict[Any, Kept], like: tuple[Any, ...] | None, forward: tuning.PastLaunch, others: Any = None
     ) -> None:
         """Keep a call's launches, if there are calls like it, and if kernels write every row of their results."""
         covered = self.queries == self.fixed.query_tokens == self.fixed.key_tokens
@@ -301,7 +301,7 @@ class TritonCall:
         sizes: tuple[int, ...],
         per_head: bool,
         **flags: bool,
-    ) -> tuning.Launched | None:
+    ) -> tuning.PastLaunch | None:
         constants = {
             "D": self.head_dim,
             "BLOCK_D": max(16, triton.next_power_of_2(self.head_dim)),
@@ -322,7 +322,7 @@ def run(
     constants: dict[str, Any],
     itemsize: int,
     functions: Mapping[str, Any] = JIT,
-) -> tuning.Launched | None:
+) -> tuning.PastLaunch | None:
     """Launch a kernel: tuned on a device, with its first candidate under the interpreter.
 
     Args:
