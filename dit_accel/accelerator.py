@@ -269,7 +269,7 @@ def accelerate(
         target: a Diffusers pipeline, modular or not; an object with a `transformer`; or one transformer.
         method: a name from `list_methods`; None with `layer_schedule`.
         layer_schedule: method and settings of every layer, in place of `method`, `config` and `dense_layers`: a JSON
-            file (format: `dit_accel.hooks.layers`) or `LayerSettings`.
+            file (format: `dit_accel.hooks.layers`) or `LayerSettings`. It may have dense steps too; given ones win.
         preset: take the settings, dense steps and dense layers recommended for the model's family. What is given
             besides wins. `dit-accel ls` shows them.
         dense_steps, dense_last_steps: first and last denoising steps that stay dense, as a number or a share of the
@@ -303,6 +303,8 @@ def accelerate(
         config, given, source = _with_preset(target, method, layer_schedule, config, given)
         notes = (f"settings not given are those recommended: {source}",)
     settings = layerwise.chosen(method, layer_schedule, config, given.get("dense_layers", 0))
+    if isinstance(settings, LayerSettings):
+        given = {**settings.schedule, **given}
     chosen = get_method(settings.method if isinstance(settings, LayerSettings) else str(method))
     dense, check = Schedule(**given), SelfCheck(verify, keep_dense_above)
     impls.check(impl)

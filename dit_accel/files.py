@@ -1,4 +1,4 @@
-"""Writing files: complete or absent, with one writer to a folder, and checked before the work.
+"""Writing files: complete or absent, with one writer to a folder, and checked before the work. Reading JSON.
 
 Files are written in a hidden folder beside their place and then renamed. A killed process leaves such a folder behind,
 which the next writer of the same file removes. Locks are the operating system's, so a killed process holds none.
@@ -14,7 +14,7 @@ import os
 import platform
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -110,6 +110,30 @@ def _lock_folder(folder: Path, *, wait: bool) -> tuple[contextlib.ExitStack, boo
         stack.callback(os.close, handle)
         kept = _lock(handle, wait=wait)
         return stack.pop_all(), kept
+
+
+def read_json(path: Path, what: str, remedy: str, needs: Collection[str] = ()) -> dict[str, Any]:
+    """Read one JSON object.
+
+    Args:
+        path: of the file.
+        what: what the file is, for errors, such as "layer schedule".
+        remedy: what the user can do, a sentence.
+        needs: entries that it has.
+
+    Raises:
+        DitAccelError: the file cannot be read, is not valid JSON, or is no object with these entries.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise DitAccelError(f"{path} is no {what}: it cannot be read ({error.strerror or error}). {remedy}") from error
+    except (ValueError, RecursionError) as error:
+        raise DitAccelError(f"{path} is not valid JSON ({error}). {remedy}") from error
+    if not isinstance(value, dict) or not set(needs) <= value.keys():
+        entries = f" with the entries {', '.join(needs)}" if needs else ""
+        raise DitAccelError(f"{path} is no {what}: it should hold a JSON object{entries}. {remedy}")
+    return value
 
 
 def append(path: Path, row: dict[str, Any]) -> None:

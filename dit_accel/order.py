@@ -77,6 +77,12 @@ class TokenOrder:
         others = self._run(grid.conditioning_start, grid.conditioning), self._run(grid.text_start, grid.text)
         return torch.cat([self._visual_index(), *others])
 
+    def block_of_token(self) -> torch.Tensor:
+        """The block of every token, in model order: int64 [tokens]."""
+        index = self.index()
+        slots = (index >= 0).nonzero().squeeze(1)
+        return torch.empty_like(slots).index_copy_(0, index[slots], slots // self.block)
+
     def _visual_index(self) -> torch.Tensor:
         start = self.grid.visual_start
         if self.tile is None:

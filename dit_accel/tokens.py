@@ -62,6 +62,11 @@ class TokenGrid:
         return self.text if self.text_first else 0
 
     @property
+    def visual_rows(self) -> slice:
+        """Where the visual tokens are in the sequence."""
+        return slice(self.visual_start, self.visual_start + self.visual)
+
+    @property
     def conditioning_start(self) -> int:
         return self.visual_start + self.visual
 

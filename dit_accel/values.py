@@ -50,12 +50,12 @@ class Option:
     positional: bool = False
 
 
-def option(default: Any, help: str, **more: Any) -> Any:
+def option(default: Any, help: str = "", **more: Any) -> Any:
     """A dataclass field with help and limits.
 
     Args:
         default: of the field; a mapping is copied, a class called for every instance; MISSING: none.
-        help: one sentence.
+        help: one sentence; none for a setting that its docstring explains.
         more: further arguments of `Option`.
     """
     metadata = {"option": Option(help, **more)}

@@ -6,8 +6,10 @@ import os
 import torch
 import torch.nn.functional as F
 
+from dit_accel.kernels.sla import api
 from dit_accel.kernels.sla.call import EPSILON, Cut, Cuts, apply_map
 from dit_accel.methods.sla import SparseLinearAttention
+from dit_accel.order import TokenOrder
 from dit_accel.tokens import TokenGrid
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -22,6 +24,14 @@ TEXT_FIRST = TokenGrid(3, 5, 9, text=21, text_first=True)
 def cuts_of(grid, block, tile=None, block_q=None, tile_q=None):
     """How both sides are cut; queries as keys unless said otherwise."""
     return Cuts(Cut(grid, block_q or block, tile_q or tile), Cut(grid, block, tile))
+
+
+def sparse_linear_attention(q, *tensors, grid=None, text=0, block=64, block_q=None, tile=None, **options):
+    """The output of `api.sparse_linear_attention` in raster order; without a grid all tokens are one row."""
+    sequence = TokenGrid(*(grid or (1, 1, q.shape[2])), text=text)
+    keys = TokenOrder(sequence, block, tile)
+    orders = {"query_order": TokenOrder(sequence, block_q or block, tile), "key_order": keys}
+    return api.sparse_linear_attention(q, *tensors, **orders, **options)[0]
 
 
 def token_map(mask):

@@ -4,6 +4,7 @@ import dataclasses
 import os
 
 import torch
+from accuracy import assert_accurate
 from roundings import gradient_sizes
 
 from dit_accel.kernels.block_sparse.api import attend_visual
@@ -11,7 +12,6 @@ from dit_accel.kernels.block_sparse.geometry import BlockLists
 from dit_accel.kernels.tail.api import with_tail
 from dit_accel.order import TokenOrder
 from dit_accel.plans.plan import attention
-from dit_accel.testing import assert_accurate
 from dit_accel.tokens import TokenGrid
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -204,6 +204,6 @@ def sizes_of(definition, q, k, v, grad, out, dtype):
     block = plan.block_of(plan.key_order)
     for name in ("dk", "dv"):  # each token has its part of its block's
         own, pooled = found[name][: len(k)], found[name][len(k) :] / held[:, None]
-        own[definition.visual] += pooled[block]
+        own[plan.grid.visual_rows] += pooled[block]
         found[name] = own
     return found | {"out": torch.maximum(logits.softmax(-1) @ every[1].abs(), out.abs())}

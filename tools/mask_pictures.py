@@ -19,6 +19,7 @@ STATIC: dict[str, dict[str, Any]] = {
     "gna": {"window": 3},
     "tile": {"references": 2},
     "radial": {"decay": 1.0},
+    "clear": {"radius": 3},
 }
 ROUTED: dict[str, dict[str, Any]] = {
     "sla": {"topk": 0.2, "block": 64},

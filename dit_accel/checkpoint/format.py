@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from dit_accel.errors import DitAccelError
-from dit_accel.files import replace_file
+from dit_accel.files import read_json, replace_file
 from dit_accel.registry import make_config
 
 SETTINGS_FILE = "accelerator.json"
@@ -118,15 +118,8 @@ def read(path: str | pathlib.Path) -> Saved:
     if not isinstance(path, (str, os.PathLike)):
         raise DitAccelError(f"load takes the folder that Accelerator.save_pretrained wrote; got {path!r}.")
     file = pathlib.Path(path) / SETTINGS_FILE
-    try:
-        content = json.loads(file.read_text())
-    except OSError as error:
-        raise DitAccelError(f"{path} is no saved accelerator: {file.name} cannot be read ({error}).") from error
-    except (ValueError, RecursionError) as error:
-        raise DitAccelError(f"{file} is damaged ({error}); save the accelerator again.") from error
-    wanted = {"format", "models", "weights_sha256", "trained", *SETTINGS}
-    if not isinstance(content, dict) or not wanted <= content.keys():
-        raise DitAccelError(f"{file} is no saved accelerator: it needs the entries {', '.join(sorted(wanted))}.")
+    needs = ("format", "models", "weights_sha256", "trained", *SETTINGS)
+    content = read_json(file, "saved accelerator", "Save the accelerator again.", needs)
     if content["format"] != FORMAT:
         raise DitAccelError(
             f"{file} has format {content['format']!r}, written by dit_accel {content.get('dit_accel_version')}; "

@@ -14,7 +14,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from dit_accel import __version__
-from dit_accel.cli import Interrupted, bench, doctor, env, generate, ls, plan, train
+from dit_accel.cli import Interrupted, bench, doctor, env, generate, ls, plan, train, tune
 from dit_accel.cli.eval import evaluate
 from dit_accel.cli.quiet import quiet_libraries
 from dit_accel.errors import DitAccelError
@@ -32,7 +32,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for verb in (generate.generate, train.train, bench.bench, plan.plan, ls.ls, doctor.doctor, env.env):
+for verb in (generate.generate, tune.tune, train.train, bench.bench, plan.plan, ls.ls, doctor.doctor, env.env):
     app.command()(verb)
 app.command("eval")(evaluate)
 

@@ -16,7 +16,7 @@ import typer
 from dit_accel import values
 from dit_accel.cli import Interrupted, job
 from dit_accel.errors import DitAccelError
-from dit_accel.files import replace_file
+from dit_accel.files import read_json, replace_file
 from dit_accel.generation import prompts
 from dit_accel.generation.processes import ProcessRank
 from dit_accel.generation.request import GenerateRequest
@@ -55,13 +55,7 @@ class NumberedOutput:
 
     def read_record(self) -> dict[str, Any]:
         """The record of the output; a damaged or other file is refused."""
-        try:
-            record = json.loads(self.record.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise DitAccelError(f"The record {self.record} cannot be read ({error}). Remove it.") from error
-        if not isinstance(record, dict):
-            raise DitAccelError(f"{self.record} is not the record of an output. Choose another --output.")
-        return record
+        return read_json(self.record, "record of an output", "Remove it, or choose another --output.")
 
 
 def run(request: GenerateRequest) -> None:

@@ -34,7 +34,10 @@ class ComparedMethods(ScheduleOptions):
         (), "Repeatable; `dit-accel ls` lists methods.", metavar=METHOD_FORM, repeatable=True
     )
     load: tuple[Path, ...] = option(
-        (), "A saved accelerator as a further method, repeatable.", metavar="FOLDER", repeatable=True
+        (),
+        "A saved accelerator or a layer schedule as a further method, repeatable.",
+        metavar="FOLDER|FILE.json",
+        repeatable=True,
     )
     write_card: bool = option(False, "Also put the figures of each --load into its model card.")
     suite: str | None = option(None, "An evaluation in YAML; options given here win over it.", metavar="FILE|NAME")
@@ -86,7 +89,7 @@ def evaluate(compared: dict[str, Any], given: dict[str, Any]) -> int:
     except KeyboardInterrupt as stop:
         raise Interrupted(f"interrupted; the same command goes on with what is in {request.output}.") from stop
     if summary is not None:
-        _print(summary)
+        show(summary)
         if asked.write_card:
             _write_cards(summary, request.methods)
         typer.echo(f"report:  {request.output / 'report.html'}\nresults: {request.output / 'results.jsonl'}")
@@ -105,7 +108,8 @@ def _write_cards(summary: dict[str, Any], methods: Sequence[MethodChoice]) -> No
             card.write_quality(choice.folder, excerpt(summary, row["label"]))
 
 
-def _print(summary: dict[str, Any]) -> None:
+def show(summary: dict[str, Any]) -> None:
+    """Print the rows of a summary as a table, and its verdict."""
     from rich import box
     from rich.console import Console
     from rich.table import Table

@@ -31,14 +31,14 @@ class Limit:
         return f"{self.figure}{self.sign}{self.bound:g}"
 
 
-def parse(text: str) -> list[Limit]:
-    """Read limits with commas between them."""
+def parse(text: str, option: str = "--require") -> list[Limit]:
+    """Read limits with commas between them; `option` is the one that has them."""
     limits = []
     for part in text.split(","):
         found = LIMIT.fullmatch(part)
         if found is None:
             raise DitAccelError(
-                f"--require takes figure, sign and number, such as psnr>=25,speedup>=1.5; got {part.strip()!r}."
+                f"{option} takes figure, sign and number, such as psnr>=25,speedup>=1.5; got {part.strip()!r}."
             )
         limits.append(Limit(found["figure"], found["sign"], float(found["bound"])))
     return limits

@@ -6,14 +6,15 @@ Whatever can be refused is refused before the model's weights are loaded.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dit_accel.errors import DitAccelError
 from dit_accel.eval import gates
-from dit_accel.eval.attention import parse_choice
+from dit_accel.eval.attention import MapChoice, parse_choice
 from dit_accel.eval.metric import ChosenMetric, choose
 from dit_accel.eval.request import EvalRequest
 from dit_accel.eval.samples import Results, Store
@@ -25,17 +26,24 @@ from dit_accel.generation import call, captioned, prompts, sources
 from dit_accel.generation.choice import MethodChoice
 from dit_accel.generation.processes import ProcessRank
 from dit_accel.generation.provenance import machine, versions
-from dit_accel.generation.sampling import check_seeds, hide_bars
+from dit_accel.generation.sampling import TotalBar, check_seeds, hide_bars
 
 if TYPE_CHECKING:
     import torch
+    from diffusers import DiffusionPipeline
 
     from dit_accel.generation.captioned import Captioned
     from dit_accel.generation.sources import Source
 
 
-def run(request: EvalRequest) -> tuple[Summary | None, list[str]]:
+def run(
+    request: EvalRequest, pipe: DiffusionPipeline | None = None, whole: TotalBar | None = None
+) -> tuple[Summary | None, list[str]]:
     """Evaluate.
+
+    Args:
+        pipe: the model, if it is loaded already.
+        whole: the bar of the work of which this evaluation is a part.
 
     Returns:
         What summary.json holds (None on all processes but the first), and the limits that do not hold, a line each.
@@ -43,8 +51,39 @@ def run(request: EvalRequest) -> tuple[Summary | None, list[str]]:
     Raises:
         DitAccelError: something asked for cannot be done. Finished samples stay, and the next run uses them.
     """
-    candidates = _candidates(request.methods)
     maps = None if request.attention_report is None else parse_choice(request.attention_report)
+    with opened(request, _candidates(request.methods), maps, pipe) as evaluation:
+        process, sweep, attention = evaluation.process, evaluation.sweep, []
+        if maps is not None and process.main:
+            folder, first = request.output / "attention", evaluation.items[0]
+            attention = [sweep.attention(candidate, first, maps, folder) for candidate in evaluation.candidates[1:]]
+        sweep.run(evaluation.candidates, process.share(evaluation.items), whole)
+        process.wait()
+        sweep.results.read()
+        summary = write(dataclasses.replace(evaluation, attention=attention))
+    if summary is None:
+        return None, []
+    figures = {row["label"]: gates.figures_of(row) for row in summary["rows"][1:]}
+    return summary, gates.broken(evaluation.limits, figures)
+
+
+@contextlib.contextmanager
+def opened(
+    request: EvalRequest,
+    candidates: list[Candidate],
+    maps: MapChoice | None = None,
+    pipe: DiffusionPipeline | None = None,
+) -> Iterator[Evaluation]:
+    """A checked evaluation, whose model is loaded and whose samples are not yet made; its folder is held.
+
+    Args:
+        candidates: the baseline and the methods.
+        maps: the attention that will be measured.
+        pipe: the model, if it is loaded already.
+
+    Raises:
+        DitAccelError: something asked for cannot be done.
+    """
     limits = [] if request.require is None else gates.parse(request.require)
     source = sources.find(request.model, request.revision)
     check_seeds(request.seeds)
@@ -82,8 +121,9 @@ def run(request: EvalRequest) -> tuple[Summary | None, list[str]]:
     with hold(request.output) if process.main else contextlib.nullcontext() as kept:
         if kept is False:
             print(f"{request.output} has no locks; start no other evaluation into it.", file=sys.stderr)
-        pipe = request.load_pipe(source, dtype, device, {"prompt": "", **arguments({})})
-        hide_bars(pipe)
+        if pipe is None:
+            pipe = request.load_pipe(source, dtype, device, {"prompt": "", **arguments({})})
+            hide_bars(pipe)
         results = Results(request.output, process.index)
         results.read()
         for place in results.damaged if process.main else ():
@@ -99,14 +139,7 @@ def run(request: EvalRequest) -> tuple[Summary | None, list[str]]:
             Store(request.cache or request.output / "baseline"),
             compile=request.compile,
         )
-        attention = []
-        if maps is not None and process.main:
-            folder = request.output / "attention"
-            attention = [sweep.attention(candidate, items[0], maps, folder) for candidate in candidates[1:]]
-        sweep.run(candidates, process.share(items))
-        process.wait()
-        results.read()
-        evaluation = Evaluation(
+        yield Evaluation(
             request=request,
             limits=limits,
             candidates=candidates,
@@ -116,18 +149,13 @@ def run(request: EvalRequest) -> tuple[Summary | None, list[str]]:
             left_out=left_out,
             media=media,
             images=images,
-            attention=attention,
+            attention=(),
             grid=grid,
             fps=fps,
             device=device,
             dtype=str(dtype).removeprefix("torch."),
             process=process,
         )
-        summary = write(evaluation)
-    if summary is None:
-        return None, []
-    figures = {row["label"]: gates.figures_of(row) for row in summary["rows"][1:]}
-    return summary, gates.broken(limits, figures)
 
 
 def _candidates(choices: Sequence[MethodChoice]) -> list[Candidate]:

@@ -166,8 +166,8 @@ def _command(done: Evaluation, candidate: Candidate) -> list[str]:
     usual = {field.name: field.default for field in dataclasses.fields(ModelRequest)}
     given: dict[str, Any] = {"model": request.model, "prompt": item.prompt, "seed": item.seed}
     given |= {name: getattr(request, name) for name in usual if getattr(request, name) != usual[name]}
-    if choice is not None and choice.folder is not None:
-        given["load"] = choice.folder
+    if choice is not None and choice.loaded is not None:
+        given["load"] = choice.loaded
     elif choice is not None:
         schedule = dataclasses.asdict(choice.schedule)
         schedule = {name: value for name, value in schedule.items() if value != getattr(Schedule(), name)}

@@ -5,6 +5,7 @@ Methods take turns within a prompt, so that other load of the machine slows all 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -16,12 +17,11 @@ from typing import TYPE_CHECKING, Any
 
 from dit_accel.eval import attention
 from dit_accel.eval.samples import Results, Row, Store, key_of
-from dit_accel.files import replace_file
+from dit_accel.files import read_json, replace_file
 from dit_accel.generation import call
 from dit_accel.generation.choice import MethodChoice
 from dit_accel.generation.provenance import ROOT
-from dit_accel.generation.sampling import progress_bar, sample
-from dit_accel.generation.sources import read_json
+from dit_accel.generation.sampling import TotalBar, progress_bar, sample
 from dit_accel.generation.stopwatch import attention_time
 from dit_accel.hooks.schedule import Schedule
 
@@ -30,10 +30,11 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
     from rich.progress import Progress
 
+    from dit_accel.accelerator import Accelerator
     from dit_accel.hooks.report import Report
 
 BASELINE = "baseline"  # the label of the untouched pipeline
-ABOVE = ("train", "eval", "bench", "cli")
+ABOVE = ("train", "eval", "bench", "tune", "cli")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,12 +66,12 @@ class PromptSeed:
 
 
 def label(choice: MethodChoice) -> str:
-    """The choice as a user types it, with its schedule and the folder it was loaded from."""
+    """The choice as a user types it, with its schedule and what it was loaded from."""
     schedule, default = dataclasses.asdict(choice.schedule), dataclasses.asdict(Schedule())
     parts = [choice.title, *(f"{name}={value}" for name, value in schedule.items() if value != default[name])]
     if choice.dense_backend is not None:
         parts.append(f"dense_backend={choice.dense_backend}")
-    return " ".join(parts if choice.folder is None else [*parts, f"from {choice.folder.name}"])
+    return " ".join(parts if choice.loaded is None else [*parts, f"from {choice.loaded.name}"])
 
 
 class Sweep:
@@ -120,19 +121,26 @@ class Sweep:
     def store(self, candidate: Candidate) -> Store:
         return self.baselines if candidate.choice is None else self.samples
 
-    def run(self, candidates: Sequence[Candidate], items: Sequence[PromptSeed]) -> None:
-        """Make every sample that is not there, under one progress bar on stderr."""
+    def run(self, candidates: Sequence[Candidate], items: Sequence[PromptSeed], whole: TotalBar | None = None) -> None:
+        """Make every sample that is not there, under one progress bar on stderr, which may be part of a whole."""
         total, missing = len(candidates) * len(items), []
         for number, (item, candidate) in enumerate(itertools.product(items, candidates), 1):
             key = self.key(candidate, item)
             if not self._is_there(candidate, key):
                 missing.append((candidate, item, key, f"{number}/{total} {candidate.label}"))
-        if missing:
-            with progress_bar() as progress:
-                done = progress.add_task("all samples", total=len(missing))
-                for candidate, item, key, title in missing:
-                    self.results.add(self._make(candidate, item, key, title, progress))
+            elif whole is not None:
+                whole.spare(self.results.rows[key]["steps"])
+        if not missing:
+            return
+        with progress_bar() if whole is None else contextlib.nullcontext(whole.progress) as progress:
+            done = progress.add_task("all samples", total=len(missing)) if whole is None else None
+            for candidate, item, key, title in missing:
+                row = self._make(candidate, item, key, title, progress)
+                self.results.add(row)
+                if done is not None:
                     progress.advance(done)
+                elif whole is not None:
+                    whole.advance(row["steps"])
 
     def attention(
         self, candidate: Candidate, item: PromptSeed, chosen: attention.MapChoice, folder: Path
@@ -143,20 +151,40 @@ class Sweep:
             DitAccelError: the model has no such layer, the run no such step, the transformers are compiled, or the map
                 cannot be written.
         """
+
+        def record(accel: Accelerator, run: Callable[[], Any]) -> dict[str, Any]:
+            return attention.record_attention(accel, run, chosen.steps, chosen.layers).as_json()
+
+        asked = {"steps": chosen.steps, "layers": chosen.layers}
+        return {"row": candidate.label, **self.observe(candidate, item, "attention", asked, record, folder)}
+
+    def observe(
+        self,
+        candidate: Candidate,
+        item: PromptSeed,
+        what: str,
+        asked: dict[str, Any],
+        record: Callable[[Accelerator, Callable[[], Any]], dict[str, Any]],
+        folder: Path,
+        whole: TotalBar | None = None,
+    ) -> dict[str, Any]:
+        """What `record` made of one run of a method, or what `folder` has of it.
+
+        Args:
+            what: the title of the run's progress bar.
+            asked: what decides the record, beside the sample.
+            record: gets the accelerator, and a function that makes the run once.
+            whole: of which the run is a part.
+        """
         assert candidate.choice is not None
-        asked = {"sample": self.key(candidate, item), "steps": chosen.steps, "layers": chosen.layers}
-        path = folder / f"{key_of(asked)}.json"
+        path = folder / f"{key_of({'sample': self.key(candidate, item), **asked})}.json"
         if not path.exists():
-            arguments, title = self.arguments(candidate) | {"prompt": item.prompt}, f"attention of {candidate.label}"
+            arguments, title = self.arguments(candidate) | {"prompt": item.prompt}, f"{what} of {candidate.label}"
+            bar = None if whole is None else whole.progress
             with candidate.choice.apply(self.pipe) as accel:
-                record = attention.record_attention(
-                    accel,
-                    lambda: sample(self.pipe, arguments, item.seed, title, self.device),
-                    chosen.steps,
-                    chosen.layers,
-                )
-            replace_file(path, json.dumps(record.as_json(), allow_nan=False).encode())
-        return {"row": candidate.label, **read_json(path)}
+                made = record(accel, lambda: sample(self.pipe, arguments, item.seed, title, self.device, bar))
+            replace_file(path, json.dumps(made, allow_nan=False).encode())
+        return read_json(path, f"record of {what}", "Delete it and run again.")
 
     def _is_there(self, candidate: Candidate, key: str) -> bool:
         """Whether a sample needs no work: its row is known and its frames are whole, or the cache has both."""

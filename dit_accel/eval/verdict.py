@@ -26,11 +26,11 @@ def decide(rows: Sequence[Row], metrics: Sequence[dict[str, Any]], limits: Seque
 
     Args:
         rows: of the summary, the baseline first.
-        metrics: of the summary; the first one in dB, or else the first one, decides which setting is better.
+        metrics: of the summary.
         limits: to choose under.
         tokens: of the attention's sequence.
     """
-    main = next((metric for metric in metrics if metric["unit"] == "dB"), metrics[0] if metrics else None)
+    main = main_metric(metrics)
     sure = {row["label"]: (row.get("speedup_interval") or [row["speedup"]])[0] for row in rows}
     gaining = [row for row in rows[1:] if row["density"] < 1 and sure[row["label"]] > 1]
     if not gaining:
@@ -42,10 +42,15 @@ def decide(rows: Sequence[Row], metrics: Sequence[dict[str, Any]], limits: Seque
         return [_line("The fastest", _fastest(gaining), None)]
     lines = []
     if main["unit"] == "dB":
-        best = max(_goodness(row, main) for row in gaining)
-        near = [row for row in gaining if _goodness(row, main) >= best - WITHIN]
+        best = max(goodness(row, main) for row in gaining)
+        near = [row for row in gaining if goodness(row, main) >= best - WITHIN]
         lines.append(_line(f"The fastest within {WITHIN:g} dB of the best", _fastest(near), main))
     return [*lines, _under([Limit("speedup", ">=", SPEED)], gaining, main)]
+
+
+def main_metric(metrics: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+    """The one that decides which setting is better: the first in dB, or else the first."""
+    return next((metric for metric in metrics if metric["unit"] == "dB"), metrics[0] if metrics else None)
 
 
 def _under(limits: Sequence[Limit], gaining: Sequence[Row], main: dict[str, Any] | None) -> Line:
@@ -55,7 +60,7 @@ def _under(limits: Sequence[Limit], gaining: Sequence[Row], main: dict[str, Any]
     if not holding:
         return {"text": f"No setting that gains holds {said}; the fastest is {_figures(_fastest(gaining), main)}."}
     if main is not None and all(limit.figure in gates.FIGURES for limit in limits):
-        best = max(holding, key=lambda row: (_goodness(row, main), row["speedup"]))
+        best = max(holding, key=lambda row: (goodness(row, main), row["speedup"]))
         return _line(f"The best with {said}", best, main)
     return _line(f"The fastest with {said}", _fastest(holding), main)
 
@@ -64,7 +69,7 @@ def _fastest(rows: Sequence[Row]) -> Row:
     return max(rows, key=lambda row: row["speedup"])
 
 
-def _goodness(row: Row, metric: dict[str, Any]) -> float:
+def goodness(row: Row, metric: dict[str, Any]) -> float:
     """A figure with the sign that makes more better; a missing one is the worst."""
     value = fields.value_of(row, metric)
     return -math.inf if value is None else value if metric["better"] == "higher" else -value

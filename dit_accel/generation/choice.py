@@ -32,8 +32,9 @@ class MethodChoice:
         name: of the method.
         config: the given settings; empty with `layers`.
         schedule: dense steps and layers.
-        folder: of the saved accelerator; None if typed.
-        layers: the settings of each layer, if a saved accelerator has them.
+        folder: of the saved accelerator; None if typed, or from a layer schedule.
+        layers: the settings of each layer, if a saved accelerator has them, or a layer schedule's.
+        file: of the layer schedule, if there is one.
         selfcheck, any_weights, dense_backend: as in `checkpoint.load`.
         call: arguments of the pipeline's calls after a fine-tuning, such as fewer steps.
     """
@@ -47,6 +48,12 @@ class MethodChoice:
     selfcheck: SelfCheck = dataclasses.field(default_factory=SelfCheck)
     dense_backend: str | None = None
     call: dict[str, Any] = dataclasses.field(default_factory=dict)
+    file: Path | None = None
+
+    @property
+    def loaded(self) -> Path | None:
+        """What --load named: the folder or the file."""
+        return self.folder or self.file
 
     @property
     def title(self) -> str:
@@ -81,7 +88,8 @@ class MethodChoice:
         how = {**dataclasses.asdict(self.selfcheck), "dense_backend": self.dense_backend}
         if self.folder is not None:
             return saved.load(pipe, self.folder, any_weights=self.any_weights, **how)
-        return accelerator.accelerate(pipe, self.name, **self.config, **dataclasses.asdict(self.schedule), **how)
+        how |= dataclasses.asdict(self.schedule)
+        return accelerator.accelerate(pipe, self.name, layer_schedule=self.layers, **self.config, **how)
 
     def without_schedule(self) -> MethodChoice:
         """The same without schedule and self-check, so that a single step runs the method."""
@@ -129,8 +137,17 @@ def choose(asked: MethodOptions, family: Family | None = None, transformers: int
         raise DitAccelError(
             "--load brings the saved method, settings and schedule. Leave out --method, --set, --preset and --dense-*."
         )
+    if asked.load.is_file():
+        if asked.any_weights:
+            raise DitAccelError(f"--any-weights belongs to a saved accelerator; {asked.load} is a layer schedule.")
+        own = layerwise.read(asked.load)
+        schedule = Schedule(**own.schedule)
+        return MethodChoice(own.method, {}, schedule, layers=own, dense_backend=asked.dense_backend, file=asked.load)
     if not asked.load.is_dir():
-        raise DitAccelError(f"--load {asked.load} is no folder. Give one that Accelerator.save_pretrained wrote.")
+        raise DitAccelError(
+            f"--load {asked.load} is no folder and no file. Give a folder that Accelerator.save_pretrained wrote, or a "
+            "layer schedule."
+        )
     found = checkpoint.read(asked.load)
     saved, call = found.settings, {} if found.trained is None else found.trained["call"]
     layers = None if saved["layers"] is None else layerwise.from_dict(saved["method"], saved["layers"])

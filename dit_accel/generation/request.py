@@ -144,7 +144,9 @@ class MethodOptions(ScheduleOptions, SettingsOptions):
     method: str | None = option(None, "How attention is computed; `dit-accel ls` lists methods.", metavar=METHOD_FORM)
     preset: bool = option(False, "Use the method's recommended settings for this model; given ones win.")
     load: Path | None = option(
-        None, "A saved accelerator, in place of --method: method, settings and weights.", metavar="FOLDER"
+        None,
+        "A saved accelerator or a layer schedule, in place of --method, with its settings.",
+        metavar="FOLDER|FILE.json",
     )
     any_weights: bool = option(False, "With --load: try it on other base weights than it was trained for.")
 

@@ -184,6 +184,29 @@ def progress_bar(text: str = "{task.description}", *, show: bool = True) -> Prog
     return rich.Progress(*columns, *times, console=console, disable=not show)
 
 
+class TotalBar:
+    """The bar of a whole piece of work, counted in denoising steps, under whose progress its parts show their own.
+
+    Args:
+        progress: shown by the caller.
+        title: of the bar.
+        steps: of the whole.
+    """
+
+    def __init__(self, progress: Progress, title: str, steps: int) -> None:
+        self.progress, self._left = progress, steps
+        self._task = progress.add_task(title, total=steps)
+
+    def advance(self, steps: int) -> None:
+        """Count finished steps."""
+        self.progress.advance(self._task, steps)
+
+    def spare(self, steps: int) -> None:
+        """Take steps off the whole, such as those that an earlier run has done; negative ones are added."""
+        self._left -= steps
+        self.progress.update(self._task, total=self._left)
+
+
 @contextlib.contextmanager
 def _steps(pipe: DiffusionPipeline, title: str, device: torch.device, progress: Progress | None) -> Iterator[Steps]:
     with progress_bar() if progress is None else contextlib.nullcontext(progress) as bar:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from dit_accel import registry
 from dit_accel.errors import DitAccelError, first_line
+from dit_accel.files import read_json
 from dit_accel.generation import modular
 from dit_accel.pipelines.refused import refusal
 
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 EMBEDDED = ("demo",)
 INDEX = "model_index.json"
+REFETCH = "Fetch the file again."
 WAN_FPS = 16  # frames a second of Wan's training videos
 FLOAT32_CODECS = ("AutoencoderKLWan",)  # its published recipe: 16 bits cause bands and blotches
 
@@ -46,7 +47,7 @@ class Source:
     @property
     def index(self) -> dict[str, Any]:
         """The index: the pipeline's class, and library and class of each component."""
-        return read_json(self.folder / (modular.INDEX if self.modular else INDEX))
+        return read_json(self.folder / (modular.INDEX if self.modular else INDEX), "model's index", REFETCH)
 
     @property
     def modular(self) -> bool:
@@ -67,7 +68,7 @@ class Source:
             elsewhere = place.get("pretrained_model_name_or_path") or ""
             if is_hub_id(elsewhere):
                 path = _fetch_json(elsewhere, place.get("revision")) / (place.get("subfolder") or "") / "config.json"
-        return read_json(path)
+        return read_json(path, f"configuration of {component}", REFETCH)
 
     def pipeline_class(self) -> type:
         """The pipeline's class in Diffusers.
@@ -128,23 +129,6 @@ class Source:
         from dit_accel.pipelines.demo import DEFAULTS
 
         return DEFAULTS.fps if self.kind == "embedded" else WAN_FPS
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Read one JSON object.
-
-    Raises:
-        DitAccelError: the file is missing, cannot be read or is not a JSON object.
-    """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise DitAccelError(f"Cannot read {path}: {error.strerror or error}.") from error
-    except (ValueError, RecursionError) as error:
-        raise DitAccelError(f"{path} is not valid JSON ({error}). Fetch the file again.") from error
-    if not isinstance(value, dict):
-        raise DitAccelError(f"{path} should hold a JSON object, it holds a {type(value).__name__}.")
-    return value
 
 
 def find(model: str, revision: str | None = None) -> Source:

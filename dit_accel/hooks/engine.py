@@ -81,6 +81,7 @@ class Engine(AtWork):
         self._may_be_dense = allow_dense and impl == "auto" and method.module is None
         # of the last call, by setting: plan, implementation and the reason for it, or why the call was dense
         self._last: dict[Any, tuple[Plan, str, str] | str] = {}
+        self._omitted: tuple[str, ...] = ()  # masks among the last call's arguments
         self._handles: list[Any] = []
         self._owner: object = None
         # layers with the same settings share a state, so a compiled model has one graph for each setting
@@ -224,6 +225,14 @@ class Engine(AtWork):
         self.count_last_call()
         self.calls += 1
         self._look_for_dropped()
+        if torch.compiler.is_exporting() and self._states:  # its tensors have no values to read a grid from
+            if not self._last:
+                raise DitAccelError(
+                    f"An exported {type(module).__name__} attends as in its last call, and there was none. Call it "
+                    "with the same inputs, then export it."
+                )
+            return self._omit_masks(args, kwargs)
+        self._omitted = ()
         for state in self._states.values():
             state.sparse = False
         if not self._states:
@@ -261,10 +270,16 @@ class Engine(AtWork):
         if any(state.sparse for state in self._states.values()):
             self._watch_layers(call)
         ours = all(layer.dense_reason is None and layer.attention.processor is layer.ours for layer in self.layers)
-        if layout.masks and ours and not self._checking and all(state.sparse for state in self._states.values()):
-            # no processor of this call reads the model's masks
-            return args, {name: None if name in layout.masks else value for name, value in kwargs.items()}
-        return None
+        if ours and not self._checking and all(state.sparse for state in self._states.values()):
+            self._omitted = layout.masks  # no processor of this call reads them
+        return self._omit_masks(args, kwargs)
+
+    def _omit_masks(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        if not self._omitted:
+            return None
+        return args, {name: None if name in self._omitted else value for name, value in kwargs.items()}
 
     def _measure_densities(self, plan: Plan, kind: tuple[Any, bool], device: torch.device) -> None:
         """Give the layers of a kind a sum on the device, to which a routed plan adds each call's density."""
@@ -382,5 +397,5 @@ def _refuse_strict_export() -> None:
     """Dynamo calls such a function, and lets its error out as it is, instead of tracing it."""
     raise DitAccelError(
         "Strict export traces all of a call, and an accelerated transformer decides outside the graph: pass "
-        "strict=False to torch.export.export, after one call."
+        "strict=False to torch.export.export, after a call with the same inputs."
     )

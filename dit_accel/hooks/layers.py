@@ -4,7 +4,8 @@ A layer schedule is a JSON file that `accelerate` takes. A search (`dit_accel.tr
 
     {"format": 1, "method": "tile", "layers": {"transformer": [{"references": 1}, null, {"references": 2}]}}
 
-Each transformer of the pipeline has one entry for every self-attention layer in the order they run; null is dense.
+Each transformer of the pipeline has one entry for every self-attention layer in the order they run; null is dense. An
+entry "schedule" may have `dense_steps` and `dense_last_steps`.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dit_accel.errors import DitAccelError
+from dit_accel.files import read_json
+from dit_accel.hooks.schedule import STEPS, Amount, Schedule
 from dit_accel.registry import make_config
 
 FORMAT = 1
@@ -29,10 +32,12 @@ class LayerSettings:
     Args:
         method: name.
         layers: for each transformer, by component name, the Config of every layer in the order they run; None is dense.
+        schedule: `dense_steps` and `dense_last_steps`, if they have some.
     """
 
     method: str
     layers: Mapping[str, tuple[Any | None, ...]]
+    schedule: Mapping[str, Amount] = dataclasses.field(default_factory=dict)
 
     def of(self, transformer: str, count: int) -> tuple[Any | None, ...]:
         """The settings of a transformer's `count` layers."""
@@ -57,15 +62,19 @@ class LayerSettings:
         }
 
 
-def from_dict(method: str, layers: Any) -> LayerSettings:
-    """The inverse of `LayerSettings.as_dict`.
+def from_dict(method: str, layers: Any, schedule: Any = None) -> LayerSettings:
+    """The inverse of `LayerSettings.as_dict`; `schedule` as in `LayerSettings`, None for none.
 
     Raises:
-        DitAccelError: `layers` has another form, or a setting is refused.
+        DitAccelError: `layers` or `schedule` has another form, or a setting is refused.
     """
     if not isinstance(layers, dict) or not layers or not all(isinstance(own, list) for own in layers.values()):
         raise DitAccelError('A layer schedule has "layers" as {"transformer": [settings or null, ...]}, one per layer.')
-    return LayerSettings(method, {name: tuple(_config(method, own) for own in row) for name, row in layers.items()})
+    if schedule is not None and (not isinstance(schedule, dict) or not schedule.keys() <= set(STEPS)):
+        raise DitAccelError(f'The "schedule" of a layer schedule may have {" and ".join(STEPS)}; got {schedule!r}.')
+    Schedule(**(schedule or {}))
+    configs = {name: tuple(_config(method, own) for own in row) for name, row in layers.items()}
+    return LayerSettings(method, configs, schedule or {})
 
 
 def _config(method: str, settings: Any) -> Any | None:
@@ -82,24 +91,18 @@ def read(path: str | pathlib.Path) -> LayerSettings:
     Raises:
         DitAccelError: the file is missing, no layer schedule, or of another format, or a setting is refused.
     """
-    try:
-        content = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise DitAccelError(f"The layer schedule {path} cannot be read: {error.strerror or error}.") from error
-    except (ValueError, RecursionError) as error:
-        raise DitAccelError(f"The layer schedule {path} is not valid JSON ({error}).") from error
-    if not isinstance(content, dict) or not {"format", "method", "layers"} <= content.keys():
-        raise DitAccelError(f"{path} is no layer schedule: it needs the entries format, method and layers.")
+    content = read_json(pathlib.Path(path), "layer schedule", "Give another file.", ("format", "method", "layers"))
     if not isinstance(content["method"], str):
         raise DitAccelError(f"{path} should name a method, such as 'radial'; it has {content['method']!r}.")
     if content["format"] != FORMAT:
         raise DitAccelError(f"{path} has format {content['format']!r}; this version reads format {FORMAT}.")
-    return from_dict(content["method"], content["layers"])
+    return from_dict(content["method"], content["layers"], content.get("schedule"))
 
 
 def to_json(settings: LayerSettings, **remarks: Any) -> str:
     """The text of a layer schedule; `remarks` are further entries for readers."""
-    content = {"format": FORMAT, "method": settings.method, "layers": settings.as_dict(), **remarks}
+    schedule = {"schedule": dict(settings.schedule)} if settings.schedule else {}
+    content = {"format": FORMAT, "method": settings.method, **schedule, "layers": settings.as_dict(), **remarks}
     return json.dumps(content, indent=2) + "\n"
 
 

@@ -8,6 +8,7 @@ import math
 from dit_accel.errors import DitAccelError
 
 Amount = int | float
+STEPS = ("dense_steps", "dense_last_steps")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +46,7 @@ class Schedule:
     def __post_init__(self) -> None:
         if isinstance(self.dense_layers, list):
             object.__setattr__(self, "dense_layers", tuple(self.dense_layers))
-        for name in ("dense_steps", "dense_last_steps"):
+        for name in STEPS:
             _check_amount(name, getattr(self, name), "an int >= 0 or a float in [0, 1]")
         if not isinstance(self.dense_layers, tuple):
             _check_amount("dense_layers", self.dense_layers, "an int >= 0, a float in [0, 1] or a tuple of indices")
@@ -58,6 +59,10 @@ class Schedule:
     def by_step(self) -> bool:
         """Whether the answer depends on the denoising step."""
         return bool(self.dense_steps or self.dense_last_steps)
+
+    def steps(self) -> dict[str, Amount]:
+        """The dense steps that are set, by name."""
+        return {name: value for name in STEPS if (value := getattr(self, name))}
 
     def layers(self, total: int) -> frozenset[int]:
         """Indices of the dense layers among `total`."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterator
 from typing import Literal
 
 import torch
@@ -12,6 +13,7 @@ from dit_accel.errors import DitAccelError
 from dit_accel.hooks.schedule import Step
 from dit_accel.plans.plan import Plan
 from dit_accel.plans.routed import RoutedPlan
+from dit_accel.values import check, option
 
 Verify = Literal["first-call"]
 ROWS = 256  # queries measured of each head
@@ -27,18 +29,14 @@ class SelfCheck:
     """
 
     verify: Verify | None = None
-    keep_dense_above: float | None = None
+    keep_dense_above: float | None = option(None, above=0)
 
     def __post_init__(self) -> None:
-        if self.verify not in (None, "first-call"):
-            raise DitAccelError(f"verify is 'first-call' or None, got {self.verify!r}.")
-        limit = self.keep_dense_above
-        if limit is None:
-            return
-        if isinstance(limit, bool) or not isinstance(limit, (int, float)) or not limit > 0:
-            raise DitAccelError(f"keep_dense_above is a relative error above 0, such as 0.1; got {limit!r}.")
-        if self.verify is None:
-            raise DitAccelError(f"keep_dense_above={limit} needs verify='first-call', which measures the errors.")
+        check(self)
+        if self.keep_dense_above is not None and self.verify is None:
+            raise DitAccelError(
+                f"keep_dense_above={self.keep_dense_above} needs verify='first-call', which measures the errors."
+            )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -78,34 +76,47 @@ class AttentionCall:
             rows: visual queries to sample, the same in every head and call; all if there are fewer.
         """
         plan, q, k, v, out = self.plan, self.q, self.k, self.v, self.out
-        grid, (batch, heads, tokens, dim) = plan.grid, q.shape
-        wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-        factor = dim**-0.5 if self.scale is None else self.scale
-        queries = sample(grid.visual, rows).to(q.device)
-        position = torch.arange(tokens, device=q.device) - grid.text_start
+        batch, heads, *_ = q.shape
+        queries = sample(plan.grid.visual, rows).to(q.device)
         found = torch.zeros(3, batch, heads, dtype=torch.float64, device=q.device)
         kept = None
         for b in range(batch):
-            valid = torch.ones(tokens, dtype=torch.bool, device=q.device)
-            if self.text_lens is not None:
-                valid = (position < self.text_lens[b].to(q.device)) | (position >= grid.text) | (position < 0)
             lists = None
             if isinstance(plan, RoutedPlan):
                 lists = plan.route(q[b : b + 1], k[b : b + 1], scale=self.scale)
             for h in range(heads):
                 if kept is None or lists is not None:
                     kept = plan.kept_keys(queries, lists, h)
-                key, value = k[b, h].to(wide), v[b, h].to(wide)
-                for chunk in torch.arange(len(queries), device=q.device).split(max(1, CHUNK // tokens)):
-                    at = queries[chunk] + grid.visual_start
-                    logits = q[b, h, at].to(wide) @ key.T * factor
-                    bias = -torch.inf if self.text_bias is None else self.text_bias[b, at, None].to(logits)
-                    weights = torch.where(valid, logits, logits + bias).softmax(-1)
-                    dense = weights @ value
-                    found[0, b, h] += (out[b, h, at].to(wide) - dense).square().sum(dtype=torch.float64)
+                for chunk, weights in self.dense_weights(b, h, queries):
+                    dense = weights @ v[b, h].to(weights)
+                    own = out[b, h, queries[chunk] + plan.grid.visual_start].to(weights)
+                    found[0, b, h] += (own - dense).square().sum(dtype=torch.float64)
                     found[1, b, h] += dense.square().sum(dtype=torch.float64)
                     found[2, b, h] += (weights * kept[chunk]).sum(dtype=torch.float64)
         return Measured(found[0], found[1], found[2] / len(queries))
+
+    def dense_weights(self, b: int, h: int, queries: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Dense attention's softmax of some visual queries of a sample and head, a few at a time.
+
+        Args:
+            queries: int64, from the first visual token.
+
+        Yields:
+            Places in `queries`, int64 [n], and weights, fp32 or fp64 [n, N].
+        """
+        q, grid, (*_, tokens, dim) = self.q, self.plan.grid, self.q.shape
+        wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+        factor = dim**-0.5 if self.scale is None else self.scale
+        valid = torch.ones(tokens, dtype=torch.bool, device=q.device)
+        if self.text_lens is not None:
+            position = torch.arange(tokens, device=q.device) - grid.text_start
+            valid = (position < self.text_lens[b].to(q.device)) | (position >= grid.text) | (position < 0)
+        key = self.k[b, h].to(wide)
+        for chunk in torch.arange(len(queries), device=q.device).split(max(1, CHUNK // tokens)):
+            at = queries[chunk] + grid.visual_start
+            logits = q[b, h, at].to(wide) @ key.T * factor
+            bias = -torch.inf if self.text_bias is None else self.text_bias[b, at, None].to(logits)
+            yield chunk, torch.where(valid, logits, logits + bias).softmax(-1)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -25,11 +25,10 @@ A module of kernel "sla" has these functions, on the records of `sla.call`, both
 `forward` is differentiable in q, k, v and the projection. Its q, k and v are the whole sequence, those of `route` the
 visual tokens.
 
-A module of kernel "tail" has these functions, on visual tokens; see `tail.api.with_tail`::
+A module of kernel "tail" has these functions, on the record of `tail.call`; see `tail.api.with_tail`::
 
-    forward(q, k, v, exact, exact_lse, lists, dropped, geometry, scale) -> out, lse
-    backward(grad_out, grad_lse, q, k, v, exact, exact_lse, out, lse, lists, dropped, geometry, scale)
-        -> dq, dk, dv, dexact, dexact_lse
+    forward(call) -> out, lse
+    backward(grad_out, grad_lse, out, lse, call) -> dq, dk, dv, dexact, dexact_lse
 """
 
 from __future__ import annotations
@@ -40,10 +39,12 @@ import importlib.util
 import os
 from collections.abc import Callable, Mapping
 from types import ModuleType
+from typing import Any
 
 import torch
 
 from dit_accel.errors import DitAccelError
+from dit_accel.order import TokenOrder
 
 Impl = str  # "auto" or the name of an implementation
 AUTO: Impl = "auto"
@@ -77,6 +78,20 @@ class Facts:
     visual_blocks: int = 0
     linear_scope: str | None = None
 
+    @classmethod
+    def of(
+        cls,
+        device: torch.device,
+        dtype: torch.dtype,
+        head_dim: int,
+        query_order: TokenOrder,
+        key_order: TokenOrder,
+        **more: Any,
+    ) -> Facts:
+        """The facts of a call whose sequence is cut into these blocks; `more` are further fields."""
+        blocks = query_order.block, key_order.block
+        return cls(device, dtype, head_dim, *blocks, visual_blocks=key_order.visual_blocks, **more)
+
 
 def nothing(facts: Facts) -> str | None:
     """No call is refused."""
@@ -90,7 +105,7 @@ class Implementation:
     Args:
         name: the value of `impl=`.
         kernel: the kernel that it implements.
-        module: of its functions; imported when it first runs.
+        module: of its functions; imported when it first runs. "": the module of that name in the kernel's folder.
         rank: its rank for "auto" by type of device or `ELSEWHERE`; the highest that can run the call is taken. Without
             a rank it runs only by name.
         dtypes: of q, k and v.
@@ -103,7 +118,7 @@ class Implementation:
 
     name: str
     kernel: str
-    module: str
+    module: str = ""
     rank: Mapping[str, int] = dataclasses.field(default_factory=dict)
     dtypes: tuple[torch.dtype, ...] = (*HALF, torch.float32, torch.float64)
     head_dims: int | None = None
@@ -116,6 +131,7 @@ class Implementation:
     def __post_init__(self) -> None:
         found = self.package is None or importlib.util.find_spec(self.package) is not None
         object.__setattr__(self, "installed", found)
+        object.__setattr__(self, "module", self.module or f"{__package__}.{self.kernel}.{self.name}")
 
     def obstacle(self, facts: Facts) -> str | None:
         """Why it cannot run a call, or None if it can."""
@@ -195,80 +211,51 @@ def _sla_gluon(facts: Facts) -> str | None:
     return _sla_triton(facts) or _gluon(facts)
 
 
-_FOLDER = "dit_accel.kernels"
+def _reference(kernel: str, *, autograd: bool = False) -> Implementation:
+    return Implementation("reference", kernel, autograd=autograd)
+
+
+def _portable(kernel: str) -> Implementation:
+    return Implementation("portable", kernel, rank={ELSEWHERE: 10})
+
+
+def _of_triton(kernel: str, cannot: Callable[[Facts], str | None], **more: Any) -> Implementation:
+    """A row of Triton kernels for CUDA; `more` are further fields."""
+    fields: dict[str, Any] = {"rank": {"cuda": 20}, "dtypes": _SINGLE, "package": "triton", "cannot": cannot}
+    return Implementation("triton", kernel, **(fields | more))
+
+
 _SINGLE = (*HALF, torch.float32)
+_LISTS = "dit_accel.kernels.block_sparse.triton_lists"
+_SLA_OPS = "dit_accel.kernels.sla.ops"
 ROWS = (
-    Implementation("reference", BLOCK_SPARSE, f"{_FOLDER}.block_sparse.reference", autograd=True),
-    Implementation("portable", BLOCK_SPARSE, f"{_FOLDER}.block_sparse.portable", rank={ELSEWHERE: 10}),
-    Implementation(
-        "triton",
-        BLOCK_SPARSE,
-        f"{_FOLDER}.block_sparse.triton",
-        rank={"cuda": 20},
-        dtypes=_SINGLE,
-        head_dims=256,
-        cannot=_triton,
-        package="triton",
-        packing=f"{_FOLDER}.block_sparse.triton_lists",
-    ),
+    _reference(BLOCK_SPARSE, autograd=True),
+    _portable(BLOCK_SPARSE),
+    _of_triton(BLOCK_SPARSE, _triton, head_dims=256, packing=_LISTS),
     # Faster than triton in the five settings of an H200 that have both (benchmarks/LOG.md). Its backward is Triton's.
     Implementation(
-        "gluon",
-        BLOCK_SPARSE,
-        f"{_FOLDER}.block_sparse.gluon",
-        rank={"cuda": 30},
-        dtypes=HALF,
-        cannot=_gluon,
-        package="triton",
-        packing=f"{_FOLDER}.block_sparse.triton_lists",
+        "gluon", BLOCK_SPARSE, rank={"cuda": 30}, dtypes=HALF, cannot=_gluon, package="triton", packing=_LISTS
     ),
     Implementation(
         "flex",
         BLOCK_SPARSE,
-        f"{_FOLDER}.block_sparse.flex",
         rank={ELSEWHERE: 5},
         dtypes=_SINGLE,
         cannot=_flex,
-        packing=f"{_FOLDER}.block_sparse.flex",
+        packing="dit_accel.kernels.block_sparse.flex",
         autograd=True,
     ),
-    Implementation("reference", ROUTER, f"{_FOLDER}.router.reference"),
-    Implementation("portable", ROUTER, f"{_FOLDER}.router.portable", rank={ELSEWHERE: 10}),
-    Implementation(
-        "triton",
-        ROUTER,
-        f"{_FOLDER}.router.triton",
-        rank={"cuda": 20},
-        dtypes=_SINGLE,
-        cannot=_router_triton,
-        package="triton",
-    ),
-    Implementation("reference", SLA, f"{_FOLDER}.sla.reference"),
-    Implementation("portable", SLA, f"{_FOLDER}.sla.portable", rank={ELSEWHERE: 10}),
-    Implementation(
-        "triton",
-        SLA,
-        f"{_FOLDER}.sla.ops",
-        rank={"cuda": 20},
-        dtypes=_SINGLE,
-        head_dims=256,
-        cannot=_sla_triton,
-        package="triton",
-    ),
+    _reference(ROUTER),
+    _portable(ROUTER),
+    _of_triton(ROUTER, _router_triton),
+    _reference(SLA),
+    _portable(SLA),
+    _of_triton(SLA, _sla_triton, head_dims=256, module=_SLA_OPS),
     # No GPU has run it yet; see "gluon" above.
-    Implementation("gluon", SLA, f"{_FOLDER}.sla.ops", dtypes=HALF, head_dims=128, cannot=_sla_gluon, package="triton"),
-    Implementation("reference", TAIL, f"{_FOLDER}.tail.reference", autograd=True),
-    Implementation("portable", TAIL, f"{_FOLDER}.tail.portable", rank={ELSEWHERE: 10}),
-    Implementation(
-        "triton",
-        TAIL,
-        f"{_FOLDER}.tail.triton",
-        rank={"cuda": 20},
-        dtypes=_SINGLE,
-        head_dims=256,
-        cannot=_triton,
-        package="triton",
-    ),
+    Implementation("gluon", SLA, _SLA_OPS, dtypes=HALF, head_dims=128, cannot=_sla_gluon, package="triton"),
+    _reference(TAIL, autograd=True),
+    _portable(TAIL),
+    _of_triton(TAIL, _triton, head_dims=256),
 )
 _TABLE: dict[tuple[str, str], Implementation] = {(row.kernel, row.name): row for row in ROWS}
 

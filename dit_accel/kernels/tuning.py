@@ -111,5 +111,22 @@ def tuned(kernel: Any, candidates: tuple[Launch, ...], key: tuple[str, ...]) -> 
     return triton.autotune(configs, key=list(key), cache_results=True)(kernel)
 
 
+def contiguous_rows(x: torch.Tensor) -> torch.Tensor:
+    """x with contiguous rows; models pass such tensors already."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def alignment(*tensors: torch.Tensor) -> int:
+    """Elements that divide all strides of tensors [B, H, N, D]: 16 bytes of them, which is one load, or 1."""
+    unit = 16 // tensors[0].element_size()
+    aligned = all(stride % unit == 0 for x in tensors for stride in x.stride()[:3])
+    return unit if aligned and all(x.data_ptr() % 16 == 0 for x in tensors) else 1
+
+
+def head_dims(dim: int) -> dict[str, int]:
+    """The kernels' constants for a head dimension."""
+    return {"D": dim, "BLOCK_D": max(16, triton.next_power_of_2(dim))}
+
+
 def _step(kernel: Any, candidate: Launch) -> dict[str, int]:
     return {"STEP": candidate.step} if "STEP" in getattr(kernel, "arg_names", ()) else {}

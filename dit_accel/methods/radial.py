@@ -9,12 +9,11 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from dit_accel.errors import DitAccelError
 from dit_accel.order import TokenOrder
 from dit_accel.plans.block_plan import BlockPlan
 from dit_accel.plans.blocks import check_size
@@ -22,6 +21,7 @@ from dit_accel.plans.masks import Band, Mask, check_frames, prefix_sums
 from dit_accel.plans.plan import MaskPlan, StaticPlan
 from dit_accel.registry import Method
 from dit_accel.tokens import TokenGrid
+from dit_accel.values import check, option
 
 Rule = Literal["paper", "released"]
 THINNING = 128  # the released code thins diagonals narrower than this, whatever its block size
@@ -41,21 +41,14 @@ class Config:
         DitAccelError: a value is of the wrong kind or out of range.
     """
 
-    decay: float = 1.0
+    decay: float = option(1.0, above=0)
     sink: bool = True
-    block: int = 128
+    block: int = option(128, least=1)
     rule: Rule = "paper"
     keeps_all: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        if isinstance(self.decay, bool) or not isinstance(self.decay, int | float) or not 0 < self.decay < math.inf:
-            raise DitAccelError(f"radial needs decay as a number > 0, got {self.decay!r}.")
-        if not isinstance(self.sink, bool):
-            raise DitAccelError(f"radial needs sink as true or false, got {self.sink!r}.")
-        if not isinstance(self.block, int) or isinstance(self.block, bool) or self.block < 1:
-            raise DitAccelError(f"radial needs block as an integer >= 1, got {self.block!r}.")
-        if self.rule not in get_args(Rule):
-            raise DitAccelError(f"radial needs rule as one of {', '.join(get_args(Rule))}, got {self.rule!r}.")
+        check(self)
 
 
 def paper_radius(frames: int, frame_tokens: int, decay: float, sink: bool) -> Tensor:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -28,10 +28,11 @@ from dit_accel.kernels.router.call import Rule
 from dit_accel.kernels.tail.pooled import compensated
 from dit_accel.kernels.tail.trust import trusted
 from dit_accel.plans.plan import PlanCall, building
-from dit_accel.plans.routed import ORDERINGS, Ordering, cut
-from dit_accel.plans.tailed import TailDefinition, TailedPlan, check_block, is_number
+from dit_accel.plans.routed import LARGEST_BLOCK, Ordering, cut
+from dit_accel.plans.tailed import TailDefinition, TailedPlan
 from dit_accel.registry import Method
 from dit_accel.tokens import TokenGrid
+from dit_accel.values import check, option
 
 Compensation = Literal["exact", "published"]
 # Shares such as 1 - 0.8 lie a little below their decimal value in binary.
@@ -57,26 +58,16 @@ class Config:
         DitAccelError: a value is out of range.
     """
 
-    drop: float = 0.8
-    topp: float = 0.3
+    drop: float = option(0.8, least=0, most=1)
+    topp: float = option(0.3, least=0, most=1)
     gate: bool = True
     compensation: Compensation = "exact"
-    block: int = 64
-    block_q: int | None = None
+    block: int = option(64, least=1, most=LARGEST_BLOCK)
+    block_q: int | None = option(None, least=1, most=LARGEST_BLOCK)
     order: Ordering = "hilbert"
 
     def __post_init__(self) -> None:
-        for name in ("drop", "topp"):
-            value = getattr(self, name)
-            if not is_number(value) or not 0 <= value <= 1:
-                raise DitAccelError(f"{name} is a share, at least 0 and at most 1; got {value!r}.")
-        if not isinstance(self.gate, bool):
-            raise DitAccelError(f"gate is true or false; got {self.gate!r}.")
-        for name, known in (("compensation", get_args(Compensation)), ("order", ORDERINGS)):
-            if getattr(self, name) not in known:
-                raise DitAccelError(f"{name} must be one of {', '.join(known)}; got {getattr(self, name)!r}.")
-        check_block("block", self.block)
-        check_block("block_q", self.block if self.block_q is None else self.block_q)
+        check(self)
 
     def counts(self, blocks: int) -> int:
         """Blocks that every row keeps by number, of `blocks` visual key blocks."""
@@ -113,20 +104,21 @@ class RectifiedPlan(TailedPlan):
         rule = Rule(topk=config.counts(blocks), topp=float(config.topp), forced=self.around(q.device))
         return route(q, k, self.query_order, self.key_order, rule, scale=call.scale, impl=call.impl)
 
+    def dropped(self, q: Tensor, k: Tensor) -> Tensor | None:
+        return ~trusted(q, k, self.query_order, self.key_order) if self.config.gate else None
+
     def attend_visual(self, q: Tensor, k: Tensor, v: Tensor, call: PlanCall) -> tuple[Tensor, BlockLists]:
-        orders = self.query_order, self.key_order
-        with torch.no_grad():
-            lists = self.choose(q, k, call)
-            dropped = ~trusted(q, k, *orders) if self.config.gate else None
-        if self.config.compensation == "exact":
-            return self.attend_with_tail(q, k, v, lists, call, dropped=dropped), lists
+        if self.has_tail:
+            return super().attend_visual(q, k, v, call)
         if call.text_bias is not None:
             raise DitAccelError(
                 "compensation='published' takes text that is a key or is none; this model weighs its text. Use "
                 "compensation='exact'."
             )
+        lists, dropped = self.choose_for_tail(q, k, call)
         exact, _ = self.attend_listed(q, k, v, lists, call)
         scale = q.shape[-1] ** -0.5 if call.scale is None else call.scale
+        orders = self.query_order, self.key_order
         return compensated(q, k, v, exact, lists, dropped, *orders, call.text_lens, scale), lists
 
     @property
@@ -155,7 +147,8 @@ class RectifiedDefinition(TailDefinition):
         means, _ = self.pooled(queries, self.plan.query_order)
         keys, sizes = self.pooled(k, self.plan.key_order)
         values, _ = self.pooled(v, self.plan.key_order)
-        others = torch.cat([k[: self.visual.start], k[self.visual.stop :]])
+        visual = self.plan.grid.visual_rows
+        others = torch.cat([k[: visual.start], k[visual.stop :]])
         logits = torch.cat([means @ keys.T * scale + sizes.log(), means @ others.T * scale], -1)
         shares = logits.softmax(-1)[self.blocks, : len(keys)] * self.in_tail(head)
         return torch.where(self.are_visual, (1 - shares.sum(-1, keepdim=True)) * out + shares @ values, out)

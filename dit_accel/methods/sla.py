@@ -15,22 +15,23 @@ import torch.nn.functional as F
 from torch import nn
 
 from dit_accel.errors import DitAccelError
+from dit_accel.kernels import impls
 from dit_accel.kernels.block_sparse.geometry import BlockLists
-from dit_accel.kernels.impls import AUTO, Impl
-from dit_accel.kernels.sla.api import choose_impl, route, sparse_linear_attention
-from dit_accel.kernels.sla.call import EPSILON, FEATURE_MAPS, LINEAR_SCOPES, FeatureMap, LinearScope, apply_map
-from dit_accel.kernels.sla.reference import block_map, block_of
+from dit_accel.kernels.impls import AUTO, Facts, Impl
+from dit_accel.kernels.sla.api import route, sparse_linear_attention
+from dit_accel.kernels.sla.call import EPSILON, FeatureMap, LinearScope, apply_map
+from dit_accel.kernels.sla.reference import block_map
 from dit_accel.order import TokenOrder, valid_tokens
 from dit_accel.plans.blocks import BlockMask
 from dit_accel.plans.definition import Definition, masked_attention
 from dit_accel.plans.plan import PlanCall, building
-from dit_accel.plans.routed import RoutedPlan, cut
+from dit_accel.plans.routed import LARGEST_BLOCK, RoutedPlan, cut
 from dit_accel.registry import LearnedModule, Method
 from dit_accel.tokens import TokenGrid
+from dit_accel.values import check, option
 
 # Shares such as 0.7 + 0.3 do not always add up to 1 in binary.
 _ROUNDING = 1e-9
-LARGEST_BLOCK = 1024  # every block is computed whole, padding included
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,31 +54,16 @@ class Config:
             so its default value is not counted there.
     """
 
-    topk: float = 0.05
-    skip: float = 0.10
+    topk: float = option(0.05, above=0, most=1)
+    skip: float = option(0.10, least=0, below=1)
     feature_map: FeatureMap = "softmax"
     linear_scope: LinearScope = "all"
-    block: int = 64
-    block_q: int | None = None
+    block: int = option(64, least=1, most=LARGEST_BLOCK)
+    block_q: int | None = option(None, least=1, most=LARGEST_BLOCK)
     order: Literal["raster", "tile"] = "raster"
 
     def __post_init__(self) -> None:
-        if not _is_number(self.topk) or not 0 < self.topk <= 1:
-            raise DitAccelError(f"topk is the share of critical key blocks, above 0 and at most 1; got {self.topk!r}.")
-        if not _is_number(self.skip) or not 0 <= self.skip < 1:
-            raise DitAccelError(
-                f"skip is the share of negligible key blocks, at least 0 and below 1; got {self.skip!r}."
-            )
-        for name, known in (
-            ("feature_map", FEATURE_MAPS),
-            ("linear_scope", LINEAR_SCOPES),
-            ("order", ("raster", "tile")),
-        ):
-            if getattr(self, name) not in known:
-                raise DitAccelError(f"{name} must be one of {', '.join(known)}; got {getattr(self, name)!r}.")
-        for name, block in (("block", self.block), ("block_q", self.block if self.block_q is None else self.block_q)):
-            if not isinstance(block, int) or isinstance(block, bool) or not 1 <= block <= LARGEST_BLOCK:
-                raise DitAccelError(f"{name} is a number of tokens from 1 to {LARGEST_BLOCK}; got {block!r}.")
+        check(self)
         default = type(self).__dataclass_fields__["skip"].default
         if self.topk + self.skip > 1 + _ROUNDING and (self.linear_scope == "marginal" or self.skip != default):
             raise DitAccelError(
@@ -96,10 +82,6 @@ class BlockCounts(NamedTuple):
 
     topk: int
     skip: int
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 class Routing(NamedTuple):
@@ -265,7 +247,7 @@ class SlaPlan(RoutedPlan):
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: PlanCall
     ) -> tuple[torch.Tensor, BlockLists]:
         """Without a module the projection counts as zero: the linear branch is left out."""
-        module, config, grid = call.module, self.config, self.grid
+        module, config = call.module, self.config
         if module is None:
             return super().attend_visual(q, k, v, call)
         if not isinstance(module, SparseLinearAttention):
@@ -276,22 +258,15 @@ class SlaPlan(RoutedPlan):
             k,
             v,
             *module.proj(q.device),
+            query_order=self.query_order,
+            key_order=self.key_order,
             topk=topk,
             skip=skip,
-            block=config.block,
-            block_q=config.block_q,
-            grid=grid.shape,
-            tile=self.key_order.tile,
-            tile_q=self.query_order.tile,
-            conditioning=grid.conditioning,
-            text=grid.text,
-            text_first=grid.text_first,
             text_len=call.text_lens,
             text_bias=call.text_bias,
             scale=call.scale,
             feature_map=config.feature_map,
             linear_scope=config.linear_scope,
-            return_critical=True,
             impl=call.impl,
         )
         return out, BlockLists.full(critical)
@@ -300,7 +275,8 @@ class SlaPlan(RoutedPlan):
         self, device: torch.device, dtype: torch.dtype, head_dim: int, impl: Impl = AUTO, *, learned: bool = False
     ) -> tuple[str, str]:
         scope = self.config.linear_scope if learned else None
-        chosen, why = choose_impl(device, dtype, head_dim, self.query_order, self.key_order, scope, impl)
+        facts = Facts.of(device, dtype, head_dim, self.query_order, self.key_order, linear_scope=scope)
+        chosen, why = impls.choose(facts, impl, impls.SLA)
         return chosen.name, why
 
 
@@ -327,8 +303,8 @@ class SlaDefinition(Definition):
         super().__init__(plan, rows, q, k, impl)
         lists = plan.classify(q, k, impl)
         self.critical, self.negligible = (block_map(part, plan.key_order)[0] for part in lists)  # [H, queries, keys]
-        self.key_block = block_of(plan.key_order).to(q.device)
-        blocks, block = plan.query_order.visual_blocks, block_of(plan.query_order).to(q.device)[rows]
+        self.key_block = plan.key_order.block_of_token().to(q.device)
+        blocks, block = plan.query_order.visual_blocks, plan.query_order.block_of_token().to(q.device)[rows]
         self.block, self.visual = block.clamp(max=blocks - 1), (block < blocks)[:, None]
 
     def flaw(self) -> str | None:

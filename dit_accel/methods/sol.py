@@ -1,9 +1,10 @@
 """Sol-Attn: key blocks whose score stands out of their row are attended exactly, all others as one pseudo-key each.
 
-A query block i and a key block j with means q_i and k_j have the score s q_i . k_j, where s is the scale of the logits.
-Block j is exact for i if its score exceeds the row's mean score by `tau` standard deviations, if it is next to the
-query block, or if it is a sink. Every other block is in the tail: its mean key, with the weight of its true number of
-tokens, and the sum of its values stand in the same softmax (`kernels/tail/README.md`). Text and conditioning are exact.
+Query block i and key block j have the means q_i and k_j. Their score is s q_i . k_j, with the scale s of the logits.
+Block j is exact for i if its score exceeds the row's mean score by `tau` standard deviations. So are the blocks next
+to the query block, and the sinks. Every other block is in the tail (`kernels/tail/README.md`). Its mean key, with the
+weight of its true number of tokens, and the sum of its values stand in the same softmax. Text and conditioning are
+exact.
 
 Sources: "Sol-Attn", arXiv 2607.24027; NVlabs/Sana, branch sol-engine. Tail "hybrid": PISA, arXiv 2602.01077.
 """
@@ -12,20 +13,20 @@ from __future__ import annotations
 
 import dataclasses
 import statistics
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from dit_accel.errors import DitAccelError
 from dit_accel.kernels.block_sparse.geometry import BlockLists
 from dit_accel.kernels.router.api import route
-from dit_accel.kernels.router.call import VARIANCES, Rule, Variance
+from dit_accel.kernels.router.call import Rule, Variance
 from dit_accel.plans.plan import PlanCall, building
-from dit_accel.plans.routed import ORDERINGS, Ordering, cut
-from dit_accel.plans.tailed import TailDefinition, TailedPlan, check_block, is_number
+from dit_accel.plans.routed import LARGEST_BLOCK, Ordering, cut
+from dit_accel.plans.tailed import TailDefinition, TailedPlan
 from dit_accel.registry import Method
 from dit_accel.tokens import TokenGrid
+from dit_accel.values import check, option
 
 Tail = Literal["mean", "hybrid", "none"]
 
@@ -55,21 +56,13 @@ class Config:
     tau: float = 1.0
     variance: Variance = "diagonal"
     tail: Tail = "mean"
-    sink: int = 0
-    block: int = 64
-    block_q: int | None = None
+    sink: int = option(0, least=0)
+    block: int = option(64, least=1, most=LARGEST_BLOCK)
+    block_q: int | None = option(None, least=1, most=LARGEST_BLOCK)
     order: Ordering = "raster"
 
     def __post_init__(self) -> None:
-        if not is_number(self.tau) or self.tau != self.tau:
-            raise DitAccelError(f"tau is a number of standard deviations, such as 1.0; got {self.tau!r}.")
-        for name, known in (("variance", VARIANCES), ("tail", get_args(Tail)), ("order", ORDERINGS)):
-            if getattr(self, name) not in known:
-                raise DitAccelError(f"{name} must be one of {', '.join(known)}; got {getattr(self, name)!r}.")
-        if not isinstance(self.sink, int) or isinstance(self.sink, bool) or self.sink < 0:
-            raise DitAccelError(f"sink is a number of tokens, at least 0; got {self.sink!r}.")
-        check_block("block", self.block)
-        check_block("block_q", self.block if self.block_q is None else self.block_q)
+        check(self)
 
 
 class SolPlan(TailedPlan):
@@ -103,22 +96,9 @@ class SolPlan(TailedPlan):
         rule = Rule(tau=float(self.config.tau), variance=self.config.variance, forced=self.forced(q.device))
         return route(q, k, self.query_order, self.key_order, rule, scale=call.scale, impl=call.impl)
 
-    def attend_visual(self, q: Tensor, k: Tensor, v: Tensor, call: PlanCall) -> tuple[Tensor, BlockLists]:
-        if not self.has_tail:
-            return super().attend_visual(q, k, v, call)
-        with torch.no_grad():
-            lists = self.choose(q, k, call)
-        return self.attend_with_tail(q, k, v, lists, call, first_order=self.config.tail == "hybrid"), lists
-
-
-class SolDefinition(TailDefinition):
-    """Sol-Attn for some queries."""
-
-    plan: SolPlan
-
     @property
-    def first_order(self) -> bool:  # type: ignore[override]
-        return self.plan.config.tail == "hybrid"
+    def first_order(self) -> bool:
+        return self.config.tail == "hybrid"
 
 
 def at_density(grid: TokenGrid, density: float) -> dict[str, Any]:
@@ -135,5 +115,5 @@ METHOD = Method(
     summary="key blocks that stand out exactly, all others as one pseudo-key each",
     source="Sol-Attn, arXiv 2607.24027; PISA, arXiv 2602.01077",
     at_density=at_density,
-    definition=SolDefinition,
+    definition=TailDefinition,
 )

@@ -1,6 +1,6 @@
 """Block-sparse attention that chooses key blocks by pooled scores: the best few, and as many as hold a given mass.
 
-A query block i and a key block j with means q_i and k_j have the score s q_i . k_j, where s is the scale of the logits.
+Query block i and key block j have the means q_i and k_j. Their score is s q_i . k_j, with the scale s of the logits.
 Score "subblock" cuts each block into `cells` runs of tokens; it is the logarithm of the sum of exp(s mean . mean) over
 all pairs of cells. A row keeps its `topk` best blocks, and the fewest best blocks that hold `topp` of the softmax over
 its scores. Kept blocks are attended exactly; the others are left out, or in the tail (`kernels/tail/README.md`).
@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 
@@ -23,13 +23,16 @@ from dit_accel.errors import DitAccelError
 from dit_accel.kernels.block_sparse.geometry import BlockLists
 from dit_accel.kernels.router.api import route
 from dit_accel.kernels.router.call import Rule
+from dit_accel.kernels.router.portable import rank
+from dit_accel.kernels.sla.call import Cut, visual_of
 from dit_accel.order import valid_tokens
 from dit_accel.plans.kept import kept_or_new
 from dit_accel.plans.plan import PlanCall, building
-from dit_accel.plans.routed import ORDERINGS, Ordering, cut
-from dit_accel.plans.tailed import TailDefinition, TailedPlan, check_block, is_number
+from dit_accel.plans.routed import LARGEST_BLOCK, Ordering, cut
+from dit_accel.plans.tailed import TailDefinition, TailedPlan
 from dit_accel.registry import Method
 from dit_accel.tokens import TokenGrid
+from dit_accel.values import check, fits, option
 
 Score = Literal["mean", "subblock"]
 Tail = Literal["none", "mean"]
@@ -46,12 +49,12 @@ class Config:
             row keeps at least one block.
         score: "mean": of block means; "subblock": of all pairs of cell means.
         cells: runs of tokens that a block is cut into, with score "subblock".
-        similarity: the guard of SpargeAttn: a block whose tokens are less similar to each other, by the mean of the
-            Gram matrix of normalised tokens, is not judged by its mean. Such a key block is kept by all queries, such a
-            query block keeps all keys. None: no guard.
+        similarity: the guard of SpargeAttn: a block whose tokens are less similar to each other is not judged by its
+            mean. The measure is the mean of the Gram matrix of normalised tokens. All queries keep such a key block,
+            and such a query block keeps all keys. None: no guard.
         tail: what becomes of the other blocks. "none": they are left out; "mean": each is one pseudo-key, as in sol.
         budgets: "equal", or a share of the key blocks for each head of the layer, each in (0, 1], in place of `topk`.
-            Heads of different layers differ, so a layer schedule gives them.
+            Heads of different layers differ, so a layer schedule gives them; `dit-accel tune --calibrate` writes one.
         refresh: denoising steps for which a layer keeps the lists of a guidance branch; 1: it routes in each call.
         block_q, block: tokens a query block and a key block hold, at most 1024.
         order: "raster": blocks are runs of tokens; "tile": 3-D tiles, chosen per grid; "morton" or "hilbert": runs
@@ -61,40 +64,27 @@ class Config:
         DitAccelError: a value is out of range.
     """
 
-    topk: float = 0.03
-    topp: float = 0.2
+    topk: float = option(0.03, least=0, most=1)
+    topp: float = option(0.2, least=0, most=1)
     score: Score = "mean"
-    cells: int = 4
-    similarity: float | None = None
+    cells: int = option(4, least=1)
+    similarity: float | None = option(None, least=-1, most=1)
     tail: Tail = "none"
     budgets: Literal["equal"] | tuple[float, ...] = "equal"
-    refresh: int = 1
-    block_q: int = 128
-    block: int = 64
+    refresh: int = option(1, least=1)
+    block_q: int = option(128, least=1, most=LARGEST_BLOCK)
+    block: int = option(64, least=1, most=LARGEST_BLOCK)
     order: Ordering = "raster"
 
     def __post_init__(self) -> None:
-        for name in ("topk", "topp"):
-            value = getattr(self, name)
-            if not is_number(value) or not 0 <= value <= 1:
-                raise DitAccelError(f"{name} is a share, at least 0 and at most 1; got {value!r}.")
-        if not self.topk and not self.topp:
-            raise DitAccelError("sparge keeps blocks by topk or topp; both are 0. Set one of them above 0.")
-        for name, known in (("score", get_args(Score)), ("tail", get_args(Tail)), ("order", ORDERINGS)):
-            if getattr(self, name) not in known:
-                raise DitAccelError(f"{name} must be one of {', '.join(known)}; got {getattr(self, name)!r}.")
-        if self.similarity is not None and (not is_number(self.similarity) or not -1 <= self.similarity <= 1):
-            raise DitAccelError(f"similarity is a cosine from -1 to 1, or None; got {self.similarity!r}.")
         if self.budgets != "equal" and not _are_shares(self.budgets):
             raise DitAccelError(
-                f"budgets is 'equal' or a share above 0 and at most 1 for each head of a layer; got {self.budgets!r}."
+                f"budgets is 'equal' or a share above 0 and at most 1 for each head of a layer; got {self.budgets!r}. "
+                "A calibration's file has those of all layers: give it as layer_schedule= or --load."
             )
-        check_block("block_q", self.block_q)
-        check_block("block", self.block)
-        for name in ("cells", "refresh"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise DitAccelError(f"{name} is a number, at least 1; got {value!r}.")
+        check(self)
+        if not self.topk and not self.topp and self.budgets == "equal":
+            raise DitAccelError("sparge keeps blocks by topk or topp; both are 0. Set one of them above 0.")
         for name in ("block_q", "block") if self.score == "subblock" else ():
             if getattr(self, name) % self.cells:
                 raise DitAccelError(f"{name} must divide into cells={self.cells}; got {getattr(self, name)}.")
@@ -103,9 +93,14 @@ class Config:
         """Blocks that every row keeps by number, of `blocks` visual key blocks."""
         return int(self.topk * blocks)
 
+    @property
+    def cells_scored(self) -> int:
+        """Cells of a block whose means are compared; 1: the block's own mean."""
+        return self.cells if self.score == "subblock" else 1
+
 
 def _are_shares(value: Any) -> bool:
-    return isinstance(value, tuple) and bool(value) and all(is_number(share) and 0 < share <= 1 for share in value)
+    return bool(value) and fits(value, tuple[float, ...]) and all(0 < share <= 1 for share in value)
 
 
 class SpargePlan(TailedPlan):
@@ -161,12 +156,25 @@ class SpargePlan(TailedPlan):
             )
         return self._counts[device][first : first + heads]
 
+    def rank(self, q: torch.Tensor, k: torch.Tensor, rows: torch.Tensor, scale: float | None = None) -> torch.Tensor:
+        """The visual key blocks of some query blocks, the best first: int64 [B, H, rows, key blocks].
+
+        Args:
+            q, k: [B, H, N, D] in model order.
+            rows: int64, the query blocks.
+            scale: factor of the logits; D ** -0.5 if None.
+        """
+        queries, keys = (visual_of(self.arrange(x), self.grid) for x in (q, k))
+        factor = q.shape[-1] ** -0.5 if scale is None else scale
+        orders = Cut.of(self.query_order).order, Cut.of(self.key_order).order
+        return rank(queries, keys, orders, rows, self.config.cells_scored, factor)
+
     def choose(self, q: torch.Tensor, k: torch.Tensor, call: PlanCall) -> BlockLists:
         config = self.config
         rule = Rule(
             topk=self.counts_of(call, q.shape[1], q.device),
             topp=float(config.topp),
-            cells=config.cells if config.score == "subblock" else 1,
+            cells=config.cells_scored,
             similarity=config.similarity,
         )
 
@@ -175,15 +183,6 @@ class SpargePlan(TailedPlan):
 
         shape = *q.shape[:2], self.query_order.visual_blocks, self.key_order.visual_blocks
         return kept_or_new(call.memory, config.refresh, self, shape, routed)
-
-    def attend_visual(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: PlanCall
-    ) -> tuple[torch.Tensor, BlockLists]:
-        if not self.has_tail:
-            return super().attend_visual(q, k, v, call)
-        with torch.no_grad():
-            lists = self.choose(q, k, call)
-        return self.attend_with_tail(q, k, v, lists, call), lists
 
 
 def at_density(grid: TokenGrid, density: float) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from dit_accel.plans.masks import Band, Mask, check_frames
 from dit_accel.plans.plan import MaskPlan
 from dit_accel.registry import Method
 from dit_accel.tokens import TokenGrid
+from dit_accel.values import check, option
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,12 +29,11 @@ class Config:
         DitAccelError: `references` is not an integer >= 1.
     """
 
-    references: int
+    references: int = option(dataclasses.MISSING, least=1)
     keeps_all: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        if not isinstance(self.references, int) or isinstance(self.references, bool) or self.references < 1:
-            raise DitAccelError(f"tile needs references as an integer >= 1, got {self.references!r}.")
+        check(self)
 
 
 def reference_frames(frames: int, references: int) -> torch.Tensor:

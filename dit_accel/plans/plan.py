@@ -356,13 +356,12 @@ def check_token_mask(grid: TokenGrid) -> None:
 def surround(visual: torch.Tensor, grid: TokenGrid) -> torch.Tensor:
     """A mask of visual tokens among text and conditioning tokens, which are dense: bool [tokens, tokens]."""
     mask = torch.ones(grid.tokens, grid.tokens, dtype=torch.bool)
-    where = slice(grid.visual_start, grid.visual_start + grid.visual)
-    mask[where, where] = visual
+    mask[grid.visual_rows, grid.visual_rows] = visual
     return mask
 
 
 def among_others(visual: torch.Tensor, grid: TokenGrid) -> torch.Tensor:
     """Kept visual keys [S, visual] with text and conditioning keys, which are always kept: bool [S, tokens]."""
     kept = torch.ones(len(visual), grid.tokens, dtype=torch.bool, device=visual.device)
-    kept[:, grid.visual_start : grid.visual_start + grid.visual] = visual
+    kept[:, grid.visual_rows] = visual
     return kept

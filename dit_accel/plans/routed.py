@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 import math
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 
@@ -19,6 +19,8 @@ from dit_accel.plans.curves import Curve, along
 from dit_accel.plans.plan import Plan, PlanCall, among_others, building
 from dit_accel.plans.tiles import choose_tile
 from dit_accel.tokens import TokenGrid
+
+LARGEST_BLOCK = 1024  # every block is computed whole, padding included
 
 
 class RoutedPlan(Plan):
@@ -82,7 +84,8 @@ class RoutedPlan(Plan):
         Args:
             order: the plan's order of queries or of keys.
         """
-        blocks = _block_of_visual(order)
+        with building():
+            blocks = order.block_of_token()[self.grid.visual_rows]
         return blocks if self.curve is None else blocks[along(self.curve, self.grid.shape).argsort()]
 
     def _rows_on(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
@@ -172,7 +175,7 @@ class RoutedPlan(Plan):
     ) -> tuple[str, str]:
         if self.curve is not None:
             self._rows_on(device)
-        chosen, why = impls.choose(Facts(device, dtype, head_dim, self.query_order.block, self.key_order.block), impl)
+        chosen, why = impls.choose(Facts.of(device, dtype, head_dim, self.query_order, self.key_order), impl)
         return chosen.name, why
 
     def kept_keys(self, queries: torch.Tensor, lists: BlockLists | None = None, head: int = 0) -> torch.Tensor:
@@ -241,23 +244,12 @@ class RoutedPlan(Plan):
         return self._sizes[device]
 
 
-def _block_of_visual(order: TokenOrder) -> torch.Tensor:
-    """The block of every visual token, in raster order: int64 [visual]."""
-    with building():
-        slots = order.index()[: order.visual_blocks * order.block] - order.grid.visual_start
-        inside = (slots >= 0).nonzero()[:, 0]
-        block = torch.empty(order.grid.visual, dtype=torch.int64)
-        block[slots[inside]] = inside // order.block
-        return block
-
-
 def _take_rows(x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     """Rows of [B, H, N, D] in another order; the result lies in memory as [B, N, H, D]."""
     return x.transpose(1, 2).index_select(1, rows).transpose(1, 2)
 
 
 Ordering = Literal["raster", "tile", "morton", "hilbert"]
-ORDERINGS: tuple[str, ...] = get_args(Ordering)
 
 
 def cut(order: Ordering, grid: TokenGrid, block_q: int, block_k: int) -> tuple[TokenOrder, TokenOrder, Curve | None]:

@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from dit_accel.errors import DitAccelError
 from dit_accel.kernels import impls
 from dit_accel.kernels.block_sparse.geometry import BlockLists
 from dit_accel.kernels.impls import AUTO, Facts, Impl
-from dit_accel.kernels.tail.api import choose_impl, with_tail
+from dit_accel.kernels.tail.api import with_tail
 from dit_accel.order import TokenOrder, valid_tokens
 from dit_accel.plans.definition import Definition, masked_attention
 from dit_accel.plans.plan import PlanCall, building
 from dit_accel.plans.routed import RoutedPlan
-
-LARGEST_BLOCK = 1024  # every block is computed whole, padding included
 
 
 class TailedPlan(RoutedPlan):
@@ -28,34 +23,40 @@ class TailedPlan(RoutedPlan):
         """Whether these settings have a tail."""
         return True
 
-    def attend_with_tail(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        lists: BlockLists,
-        call: PlanCall,
-        *,
-        dropped: Tensor | None = None,
-        first_order: bool = False,
-    ) -> Tensor:
-        """The visual queries' output [B, H, visual, D]; arguments as of `attend_visual` and `with_tail`."""
+    @property
+    def first_order(self) -> bool:
+        """Whether the tail has PISA's first-order term."""
+        return False
+
+    def dropped(self, q: Tensor, k: Tensor) -> Tensor | None:
+        """The blocks that are in no tail; arguments as of `choose`, result as in `with_tail`."""
+        return None
+
+    @torch.no_grad()
+    def choose_for_tail(self, q: Tensor, k: Tensor, call: PlanCall) -> tuple[BlockLists, Tensor | None]:
+        """What `choose` and `dropped` say of a call."""
+        return self.choose(q, k, call), self.dropped(q, k)
+
+    def attend_visual(self, q: Tensor, k: Tensor, v: Tensor, call: PlanCall) -> tuple[Tensor, BlockLists]:
+        if not self.has_tail:
+            return super().attend_visual(q, k, v, call)
+        lists, dropped = self.choose_for_tail(q, k, call)
         exact, lse = self.attend_listed(q, k, v, lists, call, lse=True)
         assert lse is not None
         out, _ = with_tail(
-            q, k, v, exact, lse, lists, self.query_order, self.key_order, dropped=dropped, first_order=first_order,
-            scale=call.scale, impl=call.impl,
+            q, k, v, exact, lse, lists, self.query_order, self.key_order, dropped=dropped,
+            first_order=self.first_order, scale=call.scale, impl=call.impl,
         )  # fmt: skip
-        return out
+        return out, lists
 
     def prepare(
         self, device: torch.device, dtype: torch.dtype, head_dim: int, impl: Impl = AUTO, *, learned: bool = False
     ) -> tuple[str, str]:
         super().prepare(device, dtype, head_dim, impl, learned=learned)
-        facts = Facts(device, dtype, head_dim, self.query_order.block, self.key_order.block, lse=self.has_tail)
+        facts = Facts.of(device, dtype, head_dim, self.query_order, self.key_order, lse=self.has_tail)
         chosen, why = impls.choose(facts, impl)
         if self.has_tail:
-            choose_impl(device, dtype, head_dim, self.query_order, self.key_order, impl)[0].load()
+            impls.choose(facts, impl, impls.TAIL)[0].load()
         return chosen.name, why
 
     @building()
@@ -74,23 +75,16 @@ class TailDefinition(Definition):
     """Listed blocks, conditioning and text exactly, and every other block as one more key, with a bias."""
 
     plan: TailedPlan
-    first_order = False
-
-    @property
-    def visual(self) -> slice:
-        """The rows of the visual tokens."""
-        grid = self.plan.grid
-        return slice(grid.visual_start, grid.visual_start + grid.visual)
 
     @property
     def are_visual(self) -> Tensor:
         """Which of the queries are visual tokens: bool [S, 1]."""
-        return ((self.rows >= self.visual.start) & (self.rows < self.visual.stop))[:, None]
+        return ((self.rows >= self.plan.grid.visual_start) & (self.rows < self.plan.grid.conditioning_start))[:, None]
 
     @property
     def blocks(self) -> Tensor:
         """The query block of each query, any for one that is not visual: int64 [S]."""
-        place = (self.rows - self.visual.start).clamp(0, self.plan.grid.visual - 1)
+        place = (self.rows - self.plan.grid.visual_start).clamp(0, self.plan.grid.visual - 1)
         return self.plan.block_of(self.plan.query_order).to(place.device)[place]
 
     def in_tail(self, head: int) -> Tensor:
@@ -104,7 +98,9 @@ class TailDefinition(Definition):
         """Mean visual token of every block, and its tokens: [N, D] to [blocks, D], and [blocks] in the dtype of x."""
         wide, sizes = torch.promote_types(x.dtype, torch.float32), valid_tokens(order).to(x.device)
         block = self.plan.block_of(order).to(x.device)
-        sums = x.new_zeros(len(sizes), x.shape[1], dtype=wide).index_add(0, block, x[self.visual].to(wide))
+        sums = x.new_zeros(len(sizes), x.shape[1], dtype=wide).index_add(
+            0, block, x[self.plan.grid.visual_rows].to(wide)
+        )
         return (sums / sizes[:, None]).to(x.dtype), sizes.to(x.dtype)
 
     def attend(self, head: int, seen: Tensor, q: Tensor, k: Tensor, v: Tensor, *weights: Tensor) -> Tensor:
@@ -115,25 +111,10 @@ class TailDefinition(Definition):
         bias = torch.cat([q.new_zeros(len(k)), sizes.log()])
         every, pairs = torch.cat([k, keys]), torch.cat([seen, self.in_tail(head)], -1)
         out = masked_attention(q, every, torch.cat([v, values]), pairs, bias)
-        if self.first_order:
+        if self.plan.first_order:
             of_tail = torch.cat([torch.zeros_like(v[:, :1]), torch.ones_like(values[:, :1])])
             block = self.plan.block_of(self.plan.key_order).to(k.device)
-            matrix = (k[self.visual] - keys[block]).T @ v[self.visual]
+            matrix = (k[self.plan.grid.visual_rows] - keys[block]).T @ v[self.plan.grid.visual_rows]
             factor = q.shape[-1] ** -0.5 / self.plan.grid.visual
             out = out + masked_attention(q, every, of_tail, pairs, bias) * (q @ matrix) * factor
         return out
-
-
-def is_number(value: Any) -> bool:
-    """An int or a float, and not a bool."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def check_block(name: str, value: Any) -> None:
-    """Refuse what is no size of a block.
-
-    Raises:
-        DitAccelError: it is so.
-    """
-    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= LARGEST_BLOCK:
-        raise DitAccelError(f"{name} is a number of tokens from 1 to {LARGEST_BLOCK}; got {value!r}.")

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from dit_accel.errors import DitAccelError
-from dit_accel.files import replace_file
+from dit_accel.files import read_json, replace_file
 from dit_accel.train.settings import INDEX
 
 FORMAT = 1
@@ -115,17 +115,10 @@ class Dataset:
 
     def __init__(self, folder: pathlib.Path) -> None:
         self.folder = folder
-        try:
-            index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
-        except OSError as error:
-            raise DitAccelError(
-                f"{folder} holds no prepared training data ({INDEX}: {error.strerror}). Make it with "
-                "`dit-accel train --prepare`."
-            ) from error
-        except ValueError as error:
-            raise DitAccelError(f"{folder / INDEX} is damaged ({error}). Prepare the data again.") from error
-        if not isinstance(index, dict) or index.get("format") != FORMAT or not index.get("samples"):
-            raise DitAccelError(f"{folder / INDEX} is no data set of format {FORMAT} with samples. Prepare it again.")
+        remedy = "Prepare training data with `dit-accel train --prepare`."
+        index = read_json(folder / INDEX, "index of training data", remedy, ("format", "about", "samples", "negative"))
+        if index["format"] != FORMAT or not index["samples"]:
+            raise DitAccelError(f"{folder / INDEX} is no data set of format {FORMAT} with samples. {remedy}")
         self.about: dict[str, Any] = index["about"]
         self._rows: list[dict[str, Any]] = index["samples"]
         self.negative: Call = index["negative"] | self._tensors("negative.safetensors", "")

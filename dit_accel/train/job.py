@@ -114,7 +114,7 @@ def _search(
     else:
         assert request.run.budget is not None
         chosen, how = search.budgeted(table, request.run.budget), {"budget": request.run.budget}
-    search.write(request.run.search, table, chosen, model=request.run.model, **how)
+    search.write(request.run.search, table, chosen, {"model": request.run.model, **how})
     dense = sum(index is None for index in chosen)
     return [
         f"layer schedule: {request.run.search}",

@@ -117,7 +117,7 @@ class Trainer:
         copied = needs_teacher and not lora
         teacher = copy.deepcopy(self.transformer).requires_grad_(False).eval() if copied else None
         method = (
-            {"layer_schedule": settings.layer_schedule}
+            {"layer_schedule": settings.layer_schedule, "dense_steps": 0, "dense_last_steps": 0}  # all noise levels
             if settings.layer_schedule is not None
             else {"method": settings.method, "dense_layers": settings.dense_layers, **settings.config}
         )

@@ -23,6 +23,7 @@ from dit_accel.errors import DitAccelError
 from dit_accel.files import replace_file
 from dit_accel.hooks import layers as layerwise
 from dit_accel.hooks.layers import LayerSettings
+from dit_accel.hooks.schedule import Amount
 from dit_accel.pipelines.targets import find_transformers
 from dit_accel.registry import make_config
 from dit_accel.train.data import Dataset
@@ -190,9 +191,19 @@ def _parts(density: float) -> int:
     return -int(-density * RESOLUTION // 1)
 
 
-def write(path: pathlib.Path, table: Table, chosen: Sequence[int | None], **remarks: Any) -> LayerSettings:
-    """Write the layer schedule with the table that it was chosen from."""
-    settings = table.schedule(chosen)
+def write(
+    path: pathlib.Path,
+    table: Table,
+    chosen: Sequence[int | None],
+    remarks: Mapping[str, Any],
+    schedule: Mapping[str, Amount] | None = None,
+) -> LayerSettings:
+    """Write the layer schedule with remarks and the table that it was chosen from.
+
+    Args:
+        schedule: as in `LayerSettings`.
+    """
+    settings = dataclasses.replace(table.schedule(chosen), schedule=schedule or {})
     found = {"density": table.cost(chosen), "loss": table.loss(chosen), "costs": table.costs, "losses": table.losses}
     replace_file(path, layerwise.to_json(settings, search={**remarks, **found}).encode())
     return settings

@@ -57,7 +57,7 @@ def test_round_trip_with_learned_weights(saved, tiny_wan, wan_inputs):
     [
         ({"config": [1]}, "config cannot be"),
         ({"config": {"topk": 0.3, "verify": "first-call"}}, "no setting 'verify'"),
-        ({"config": {"topk": "many"}}, "topk is the share"),
+        ({"config": {"topk": "many"}}, "topk is a number"),
         ({"schedule": {"dense_steps": 1, "dense_stps": 2}}, "schedule cannot be"),
         ({"method": ["sla"]}, "method cannot be"),
         ({"models": {"transformer": {"class": "WanTransformer3DModel"}}}, "models cannot be"),
@@ -170,7 +170,7 @@ def test_weights_for_other_layers_are_refused(dense_layers, saved, tiny_wan):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("{", "damaged"),
+        ("{", "not valid JSON"),
         ("[]", "no saved accelerator"),
         ('{"format": 1}', "no saved accelerator"),
         (None, "no saved accelerator"),

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-VERBS = ("generate", "eval", "train", "bench", "plan", "ls", "doctor", "env")
+VERBS = ("generate", "eval", "tune", "train", "bench", "plan", "ls", "doctor", "env")
 # What the issue tracker promised of `generate`.
 GENERATE = (
     "--model --prompt --method --set --dense-steps --dense-last-steps --dense-layers --preset --steps --seed --frames "

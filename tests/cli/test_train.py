@@ -118,7 +118,10 @@ def refused(cli, tmp_path):
             "needs settings to try",
         ),
         (("--data", "clips", *SIZE, *SEARCH, "--candidate", "topk=1", "--candidate", "tpk=1"), "no setting 'tpk'"),
-        (("--data", "clips", *SIZE, *SEARCH, "--candidate", "topk=1", "--candidate", "topk=2"), "topk is the share"),
+        (
+            ("--data", "clips", *SIZE, *SEARCH, "--candidate", "topk=1", "--candidate", "topk=2"),
+            "topk is at most 1, got 2",
+        ),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )

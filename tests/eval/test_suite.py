@@ -56,4 +56,5 @@ def test_missing():
 @pytest.mark.parametrize("name", suite.built_in())
 def test_built_in_suites_are_whole(name):
     found = suite.read(name)
-    assert {choice.name for choice in found["methods"]} == {"dense", "gna", "tile", "radial", "sla"}
+    methods = {"dense", "gna", "tile", "radial", "sla", "sol", "sparge", "rectified"}
+    assert {choice.name for choice in found["methods"]} == methods

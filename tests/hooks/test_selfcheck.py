@@ -229,7 +229,7 @@ def test_a_compiled_transformer_is_checked_before_it_is_compiled():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"verify": True}, "'first-call' or None, got True"),
+        ({"verify": True}, "verify is one of first-call or none, got True"),
         ({"verify": "first-call", "keep_dense_above": 0}, "above 0"),
         ({"keep_dense_above": 0.1}, "needs verify='first-call'"),
     ],

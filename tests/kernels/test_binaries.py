@@ -8,6 +8,7 @@ import torch
 
 pytest.importorskip("triton")
 
+from block_sparse_calls import block_sparse_attention
 from triton.backends.compiler import GPUTarget
 from triton.compiler import make_backend
 from triton.runtime.jit import create_function_from_signature
@@ -15,7 +16,6 @@ from triton.runtime.jit import create_function_from_signature
 from dit_accel.kernels import tuning
 from dit_accel.kernels.block_sparse import geometry
 from dit_accel.kernels.block_sparse import triton as block_sparse
-from dit_accel.kernels.block_sparse.api import block_sparse_attention
 from dit_accel.kernels.block_sparse.triton_configs import Launch
 from dit_accel.kernels.sla import triton as sla
 from dit_accel.kernels.sla import triton_configs as configs
@@ -111,11 +111,12 @@ def test_sla_kernels_are_compiled_once(binaries):
         sla.select(means, means, 1, 1)
         *whole, _ = sla.state(k, v, cut, "softmax")
         for scope in LINEAR_SCOPES:
-            call = sla.FusedCall(Cuts(cut, cut), KeySegments.of(cut.order.grid), 0.125, "softmax", scope)
+            settings = Cuts(cut, cut), KeySegments.of(cut.order.grid), 0.125, "softmax", scope
+            call = sla.FusedCall(*settings, lists, tuple(whole), weight, text_len)
             for training in (False, True):
-                _, *saved = sla.forward(q, k, v, whole, lists, weight, bias, text_len, call, training)
+                _, *saved = sla.forward(q, k, v, bias, call, training)
             saved[-1].zero_()  # modes, which are read
-            sla.backward(grad, q, k, v, whole, lists, weight, text_len, saved, call)
+            sla.backward(grad, q, k, v, saved, call)
     assert len(binaries.keys) == len(sla.JIT)
     for name, keys in binaries.keys.items():
         assert len(keys) == (len(LINEAR_SCOPES) if name.startswith("sparse_linear") else 1), name

@@ -118,10 +118,10 @@ def test_a_block_plan_has_one_block_mask():
 @pytest.mark.parametrize(
     ("settings_", "words"),
     [
-        ({"decay": 0}, "decay as a number > 0"),
+        ({"decay": 0}, "decay is above 0, got 0"),
         ({"decay": "wide"}, "decay"),
-        ({"sink": 1}, "sink as true or false"),
-        ({"block": 0}, "block as an integer"),
+        ({"sink": 1}, "sink is true or false, got 1"),
+        ({"block": 0}, "block is at least 1"),
         ({"rule": "papr"}, "paper, released"),
     ],
 )

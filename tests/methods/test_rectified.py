@@ -202,10 +202,11 @@ def test_text_that_is_weighed_needs_the_exact_compensation():
 
 
 REFUSED = {
-    "is a share": [{"drop": 1.5}, {"topp": -0.1}, {"drop": math.nan}],
-    "must be one of": [{"compensation": "some"}, {"order": "zigzag"}],
+    "is at most": [{"drop": 1.5}, {"block_q": 2000}],
+    "is at least": [{"topp": -0.1}, {"block": 0}],
+    "is finite": [{"drop": math.nan}],
+    "is one of": [{"compensation": "some"}, {"order": "zigzag"}],
     "gate is true or false": [{"gate": 1}],
-    "is a number of tokens": [{"block": 0}, {"block_q": 2000}],
 }
 
 

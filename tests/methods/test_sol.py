@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from tail_calls import block_of, check_calls
 
 from dit_accel.errors import DitAccelError
-from dit_accel.methods.sol import METHOD, Config, SolDefinition, SolPlan
+from dit_accel.methods.sol import METHOD, Config, SolPlan
 from dit_accel.plans.plan import attention
+from dit_accel.plans.tailed import TailDefinition
 from dit_accel.registry import plan
 from dit_accel.tokens import TokenGrid
 
@@ -203,7 +204,7 @@ def test_calls_against_the_definition(case, dtype):
     grid, settings = CALLS[case]
     chosen = plan("sol", grid, block=8, **settings)
     tensors, upstream = inputs(grid, batch=1, heads=1, dtype=dtype), torch.randn(1, 1, grid.tokens, 16).to(dtype)
-    definition = SolDefinition(chosen, torch.arange(grid.tokens), *tensors[:2], "portable")
+    definition = TailDefinition(chosen, torch.arange(grid.tokens), *tensors[:2], "portable")
 
     check_calls(chosen, definition, tensors, upstream, dtype)
 
@@ -218,9 +219,11 @@ def test_density_asked_for():
 
 
 REFUSED = {
-    "tau is a number": [{"tau": "high"}, {"tau": math.nan}],
-    "must be one of": [{"tail": "far"}, {"variance": "full"}, {"order": "zigzag"}],
-    "is a number of tokens": [{"sink": -1}, {"block": 0}, {"block_q": 2000}],
+    "tau is a number": [{"tau": "high"}],
+    "tau is finite": [{"tau": math.nan}],
+    "is one of": [{"tail": "far"}, {"variance": "full"}, {"order": "zigzag"}],
+    "is at least": [{"sink": -1}, {"block": 0}],
+    "is at most": [{"block_q": 2000}],
 }
 
 

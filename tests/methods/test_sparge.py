@@ -4,12 +4,12 @@ import math
 
 import pytest
 import torch
+from accuracy import assert_accurate, plain_attention
 from roundings import gradient_sizes
 
 import dit_accel
 from dit_accel.errors import DitAccelError
 from dit_accel.methods.sparge import Config, SpargePlan
-from dit_accel.testing import assert_accurate, plain_attention
 from dit_accel.tokens import TokenGrid
 
 VIDEO = TokenGrid(3, 5, 7)
@@ -210,17 +210,17 @@ def test_a_tail_is_nearer_to_dense_than_none_on_a_smooth_field():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"topk": 1.5}, "topk is a share"),
-        ({"topp": -0.1}, "topp is a share"),
+        ({"topk": 1.5}, "topk is at most 1, got 1.5"),
+        ({"topp": -0.1}, "topp is at least 0, got -0.1"),
         ({"topk": 0, "topp": 0.0}, "both are 0"),
-        ({"tail": "some"}, "tail must be one of none, mean"),
-        ({"refresh": 0}, "refresh is a number"),
-        ({"score": "max"}, "score must be one of mean, subblock"),
-        ({"order": "zigzag"}, "order must be one of raster, tile, morton, hilbert"),
-        ({"similarity": 2.0}, "similarity is a cosine"),
-        ({"block": 0}, "block is a number of tokens"),
-        ({"block_q": 4096}, "block_q is a number of tokens"),
-        ({"cells": 0}, "cells is a number"),
+        ({"tail": "some"}, "tail is one of none, mean"),
+        ({"refresh": 0}, "refresh is at least 1"),
+        ({"score": "max"}, "score is one of mean, subblock"),
+        ({"order": "zigzag"}, "order is one of raster, tile, morton, hilbert"),
+        ({"similarity": 2.0}, "similarity is at most 1"),
+        ({"block": 0}, "block is at least 1"),
+        ({"block_q": 4096}, "block_q is at most 1024"),
+        ({"cells": 0}, "cells is at least 1"),
         ({"score": "subblock", "cells": 3}, "block_q must divide into cells=3"),
     ],
 )

@@ -75,7 +75,9 @@ def test_the_mask_is_rows_and_columns_of_reference_frames():
     assert torch.equal(mask, expected)
 
 
-@pytest.mark.parametrize(("references", "words"), [(6, "references <= the video's 5"), (0, ">= 1"), (2.0, "integer")])
+@pytest.mark.parametrize(
+    ("references", "words"), [(6, "references <= the video's 5"), (0, "at least 1"), (2.0, "whole number")]
+)
 def test_bad_settings_are_refused(references, words):
     with pytest.raises(DitAccelError, match=words):
         dit_accel.plan("tile", TokenGrid(5, 2, 2), references=references)

@@ -13,12 +13,13 @@ import torch.nn.functional as F
 from diffusers import ContextParallelConfig
 from diffusers.hooks import context_parallel
 
+sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 
 import tiny_models
+from accuracy import error_budget
 
 import dit_accel
-from dit_accel.testing import error_budget
 
 FOLDER, RANK, RANKS = pathlib.Path(globals()["FOLDER"]), globals()["RANK"], globals()["RANKS"]
 VIDEO = (("gna", {"window": (3, 5, 4)}), ("radial", {"decay": 0.2, "sink": False}), ("tile", {"references": 1}))

@@ -1,5 +1,7 @@
 """Diffusers' layer skipping and guiders: they intercept attention by a function mode or look up processor classes."""
 
+import contextlib
+
 import pytest
 import tiny_models
 import torch
@@ -13,9 +15,15 @@ from torch.overrides import TorchFunctionMode
 import dit_accel
 from dit_accel.registry import get_families
 
-# The families that Diffusers can skip layers of, and how: the others raise in the untouched model too.
-STACKS = {"hunyuan_image": "transformer_blocks", "pixart": "transformer_blocks", "qwen_image": "transformer_blocks"}
-STACKS |= {"z_image": "layers"}
+# The models whose attention Diffusers can skip, and in which stack: the others raise in the untouched model too.
+STACKS = {
+    "cogview:cogview4": "transformer_blocks",
+    "hunyuan_image:refiner": "transformer_blocks",
+    "pixart:t2i": "transformer_blocks",
+    "qwen_image:t2i": "transformer_blocks",
+    "z_image:t2i": "layers",
+}
+BLOCKS = {"wan:t2v": "blocks", "ltx:t2v": "transformer_blocks"}  # of whole blocks only
 MODES = {
     "scores": {"skip_attention": False, "skip_attention_scores": True, "skip_ff": False},
     "attention": {"skip_attention": True, "skip_ff": False},
@@ -23,18 +31,14 @@ MODES = {
 }
 WORKING = {
     "scores": list(STACKS),
-    "attention": ["pixart", "z_image"],
-    "block": ["hunyuan_image", "pixart"],
+    "attention": ["cogview:cogview4", "pixart:t2i", "z_image:t2i"],
+    "block": ["hunyuan_image:refiner", "pixart:t2i", *BLOCKS],
 }
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
 
 
-def first(family):
-    return next(tiny for tiny in tiny_models.all_models() if tiny.family == family)
-
-
-def skip(transformer, family, mode):
-    apply_layer_skip(transformer, LayerSkipConfig(indices=[0], fqn=STACKS[family], **MODES[mode]))
+def skip(transformer, stack, mode):
+    apply_layer_skip(transformer, LayerSkipConfig(indices=[0], fqn=stack, **MODES[mode]))
 
 
 def unhook(transformer):
@@ -42,53 +46,53 @@ def unhook(transformer):
 
 
 def each_mode():
-    runs = [(family, mode) for mode, families in WORKING.items() for family in families]
-    return pytest.mark.parametrize(("family", "mode"), runs)
+    return pytest.mark.parametrize(("name", "mode"), [(name, mode) for mode, own in WORKING.items() for name in own])
 
 
 @pytest.mark.parametrize("order", ["before", "after"])
 @each_mode()
-def test_layer_skip_equals_dense_in_both_orders(family, mode, order):
+def test_layer_skip_equals_dense_in_both_orders(name, mode, order):
     """With every pair kept, a skipped layer does what it does in the dense model."""
-    tiny = first(family)
+    tiny, stack = tiny_models.get(*name.split(":")), (STACKS | BLOCKS)[name]
     transformer, call = tiny.build(), tiny.call()
-    skip(transformer, family, mode)
+    skip(transformer, stack, mode)
     wanted = run(transformer, call)
     assert (wanted - tiny.dense).abs().max() > 0.05
     if order == "after":
         unhook(transformer)
     with dit_accel.accelerated(transformer, "gna", window="full") as accel:
         if order == "after":
-            skip(transformer, family, mode)
+            skip(transformer, stack, mode)
         torch.testing.assert_close(run(transformer, call), wanted, **CLOSE)
         layers = accel.report().layers
+    skipped = [layer for layer in layers if layer.name.startswith(f"{stack}.0.")]
+    assert skipped and sum(layer.sparse_calls for layer in layers) == len(layers) - len(skipped)
     if mode == "scores":
-        reasons = [layer.dense_reasons for layer in layers if layer.name.startswith(f"{STACKS[family]}.0.")]
-        assert reasons == [{"attention replaced by a function mode": 1}] * len(reasons) and reasons
-    assert sum(layer.sparse_calls for layer in layers) == len(layers) - sum(
-        layer.name.startswith(f"{STACKS[family]}.0.") for layer in layers
-    )
+        assert {str(layer.dense_reasons) for layer in skipped} == {"{'attention replaced by a function mode': 1}"}
     unhook(transformer)
     torch.testing.assert_close(run(transformer, call), tiny.dense)
 
 
-@pytest.mark.parametrize("family", STACKS)
-def test_skipped_scores_are_the_same_under_every_mask(family):
+@pytest.mark.parametrize("tiny", tiny_models.all_models(), ids=str)
+def test_these_are_all_models_whose_attention_diffusers_can_skip(tiny):
+    able, transformer = str(tiny) in (*STACKS, "hunyuan_image:glyphs", "qwen_image:edit"), tiny.build()
+    for path in {name.split(".")[0] for name, _ in get_families()[tiny.family].attentions(transformer)}:
+        with contextlib.nullcontext() if able else pytest.raises((ValueError, AttributeError)):
+            skip(transformer, path, "scores")
+
+
+@pytest.mark.parametrize("name", STACKS)
+def test_skipped_scores_are_the_same_under_every_mask(name):
     """With the scores of all layers skipped, no method computes anything."""
-    tiny = first(family)
+    tiny, stack = tiny_models.get(*name.split(":")), STACKS[name]
     transformer = tiny.build()
-    stack = STACKS[family]
     indices = list(range(len(getattr(transformer, stack))))
     apply_layer_skip(transformer, LayerSkipConfig(indices=indices, fqn=stack, **MODES["scores"]))
     wanted = run(transformer, tiny.call())
-    with dit_accel.accelerated(transformer, "gna", window=1, dense_layers=dense_rest(family, transformer)):
+    names = [name for name, _ in get_families()[tiny.family].attentions(transformer)]
+    rest = tuple(index for index, name in enumerate(names) if not name.startswith(stack))
+    with dit_accel.accelerated(transformer, "gna", window=1, dense_layers=rest):
         torch.testing.assert_close(run(transformer, tiny.call()), wanted)
-
-
-def dense_rest(family, transformer):
-    """Indices of the layers outside the skipped stack."""
-    names = [name for name, _ in get_families()[family].attentions(transformer)]
-    return tuple(index for index, name in enumerate(names) if not name.startswith(STACKS[family]))
 
 
 def predictions(guider, transformer, call):
@@ -102,35 +106,35 @@ def predictions(guider, transformer, call):
     return found
 
 
-def config(family, **changes):
-    return LayerSkipConfig(indices=[0], fqn=STACKS[family], **changes)
+def config(name, mode):
+    return LayerSkipConfig(indices=[0], fqn=STACKS[name], **MODES[mode])
 
 
-def _whole(family):
-    """How that family's layers are skipped, beyond their scores where Diffusers can."""
-    return next((mode for mode in ("block", "attention") if family in WORKING[mode]), "scores")
+def _whole(name):
+    """How that model's layers are skipped, beyond their scores where Diffusers can."""
+    return next((mode for mode in ("block", "attention") if name in WORKING[mode]), "scores")
 
 
 GUIDERS = {
-    "perturbed": lambda family: PerturbedAttentionGuidance(
-        perturbed_guidance_config=config(family, **MODES["scores"]),
+    "perturbed": lambda name: PerturbedAttentionGuidance(
+        perturbed_guidance_config=config(name, "scores"),
         perturbed_guidance_start=0.0,
         perturbed_guidance_stop=1.0,
     ),
-    "skip layer": lambda family: SkipLayerGuidance(
-        skip_layer_config=config(family, **MODES[_whole(family)]),
+    "skip layer": lambda name: SkipLayerGuidance(
+        skip_layer_config=config(name, _whole(name)),
         skip_layer_guidance_start=0.0,
         skip_layer_guidance_stop=1.0,
     ),
-    "auto": lambda family: AutoGuidance(auto_guidance_config=config(family, **MODES[_whole(family)])),
+    "auto": lambda name: AutoGuidance(auto_guidance_config=config(name, _whole(name))),
 }
 
 
 @pytest.mark.parametrize("kind", GUIDERS)
-@pytest.mark.parametrize("family", STACKS)
-def test_guiders_predict_as_with_dense_attention(family, kind):
-    tiny = first(family)
-    transformer, guider = tiny.build(), GUIDERS[kind](family)
+@pytest.mark.parametrize("name", STACKS)
+def test_guiders_predict_as_with_dense_attention(name, kind):
+    tiny = tiny_models.get(*name.split(":"))
+    transformer, guider = tiny.build(), GUIDERS[kind](name)
     wanted = predictions(guider, transformer, tiny.call())
     assert max((one - wanted[0]).abs().max() for one in wanted[1:]) > 0.05
     with dit_accel.accelerated(transformer, "gna", window="full"):
@@ -138,11 +142,11 @@ def test_guiders_predict_as_with_dense_attention(family, kind):
             torch.testing.assert_close(ours, dense, **CLOSE)
 
 
-@pytest.mark.parametrize("family", STACKS)
-def test_smoothed_queries_reach_the_plan(family):
+@pytest.mark.parametrize("name", STACKS)
+def test_smoothed_queries_reach_the_plan(name):
     """Smoothed energy guidance hooks the query projection. Its guider of Diffusers 0.42 never applies the hook."""
-    tiny = first(family)
-    transformer, smoothed = tiny.build(), SmoothedEnergyGuidanceConfig(indices=[0], fqn=STACKS[family])
+    tiny = tiny_models.get(*name.split(":"))
+    transformer, smoothed = tiny.build(), SmoothedEnergyGuidanceConfig(indices=[0], fqn=STACKS[name])
     _apply_smoothed_energy_guidance_hook(transformer, smoothed, blur_sigma=1.0)
     wanted = run(transformer, tiny.call())
     assert (wanted - tiny.dense).abs().max() > 0.01
@@ -151,10 +155,10 @@ def test_smoothed_queries_reach_the_plan(family):
 
 
 def test_layer_skip_in_a_compiled_model():
-    tiny = first("pixart")
+    tiny = tiny_models.get("pixart", "t2i")
     transformer = tiny.build()
     with dit_accel.accelerated(transformer, "gna", window=(1, 3, 3)):
-        skip(transformer, "pixart", "scores")
+        skip(transformer, "transformer_blocks", "scores")
         eager = run(transformer, tiny.call())
         compiled = torch.compile(transformer, backend="aot_eager", fullgraph=True)
         torch.testing.assert_close(run(compiled, tiny.call()), eager)
@@ -176,7 +180,7 @@ class Scaling(TorchFunctionMode):
 
 def test_a_function_mode_may_pass_the_call_on():
     """What it changes reaches the plan, and it changes what the plan returns."""
-    tiny = first("pixart")
+    tiny = tiny_models.get("pixart", "t2i")
     with Scaling(0.5) as mode:
         wanted = run(tiny.shared, tiny.call())
     dense_calls = mode.calls

@@ -55,6 +55,7 @@ def test_keeping_every_pair_equals_dense_in_the_reference_too(tiny, config):
         ("tile", {"references": 5}, WAN),
         ("tile", {"references": 1}, FLUX),
         ("radial", {}, FLUX),
+        ("clear", {"radius": 100}, FLUX),
         ("radial", {"decay": 1000.0}, WAN),
         ("gna", {"window": (5, 7, 9)}, WAN),
     ],

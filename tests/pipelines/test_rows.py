@@ -10,6 +10,7 @@ import os
 import pytest
 import torch
 import torch.nn.functional as F
+from accuracy import assert_accurate, plain_attention
 from torch import nn
 
 import dit_accel
@@ -18,7 +19,6 @@ from dit_accel.pipelines.family import Memory, ModelCall
 from dit_accel.pipelines.lumina2 import pack
 from dit_accel.pipelines.processor import wrap_processor
 from dit_accel.pipelines.reading import bias_text, mask_text
-from dit_accel.testing import assert_accurate, plain_attention
 
 GRID = dit_accel.TokenGrid(1, 4, 5, text=6, text_first=True)
 LENS = torch.tensor([6, 2, 1], dtype=torch.int32)

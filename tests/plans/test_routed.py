@@ -7,6 +7,7 @@ import sys
 import pytest
 import tiny_models
 import torch
+from accuracy import assert_accurate, plain_attention
 from masked_reference import assert_no_worse, plain_and_exact
 from roundings import gradient_sizes
 from tiny_models import run
@@ -15,7 +16,6 @@ from typer.testing import CliRunner
 import dit_accel
 from dit_accel import registry
 from dit_accel.cli.app import app
-from dit_accel.testing import assert_accurate, plain_attention
 from dit_accel.tokens import TokenGrid
 
 OUTSIDE = pathlib.Path(__file__).parent.parent / "methods" / "outside"

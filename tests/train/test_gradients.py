@@ -14,6 +14,7 @@ from dit_accel.train.objectives import OBJECTIVES, Outputs
 METHODS = {
     "gna": {"window": (3, 3, 3)},
     "tile": {"references": 1},
+    "clear": {"radius": 3},
     "radial": {"decay": 0.2},
     "sla": {"topk": 0.3, "block": 16},
     "sol": {"block": 8, "tail": "hybrid"},

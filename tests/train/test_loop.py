@@ -207,7 +207,7 @@ def rounding_budget(trained):
     """How far float32 rounding may move the losses of a run, relative to them.
 
     Twice what moving each weight at the start to a neighbouring float32 does to a loss, at the worst of four random
-    moves, and one rounding: the rule of `dit_accel.testing`, where steps of Adam stand between input and result.
+    moves, and one rounding: the rule of `tests/accuracy.py`, where steps of Adam stand between input and result.
     """
 
     def budget(**settings):

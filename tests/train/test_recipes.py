@@ -23,7 +23,7 @@ def test_what_the_published_recipes_say():
     assert read_recipe("radial-hunyuan-video-4x").settings.steps == 1200
     sla = read_recipe("sla-wan2.1-1.3b").settings
     assert (sla.rank, sla.rate, sla.config["topk"], dict(sla.objectives)) == (0, 1e-5, 0.1, {"teacher": 1.0})
-    clear = read_recipe("gna-flux-high-resolution").settings
+    clear = read_recipe("clear-flux").settings
     assert dict(clear.objectives) == {"flow": 1.0, "teacher": 0.5, "attention": 0.5} and clear.attention_every == 4
 
 

@@ -54,7 +54,7 @@ def test_on_a_model(tiny, tmp_path):
     chosen = greedy(table, threshold=1e-12)
     assert chosen == [None, 1]
     path = tmp_path / "schedule.json"
-    search.write(path, table, chosen, threshold=1e-12)
+    search.write(path, table, chosen, {"threshold": 1e-12})
     assert json.loads(path.read_text())["search"]["density"] == table.cost(chosen)
     with dit_accel.accelerate(pipe, layer_schedule=path) as accel:
         assert accel.config.layers["transformer"] == (None, table.candidates[1])

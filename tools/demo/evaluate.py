@@ -1,9 +1,13 @@
 """How well the demo's videos show what their prompts say: `python -m tools.demo.evaluate`.
 
-Prints three things together: agreement of 60 generated videos with their prompts, half of them combinations that
-training never saw, and their likeness to the nearest true clips; the checker on 200 true clips, which says how far to
-trust it; and the checker on the same clips with shuffled captions, which says what chance gives. `--method` and `--set`
-generate with accelerated attention.
+Prints three things together:
+
+- how well 60 generated videos agree with their prompts, and how like they are to the nearest true clips; half of the
+  prompts are combinations that training never saw;
+- the checker on 200 true clips, which says how far to trust it;
+- the checker on the same clips with shuffled captions, which says what chance gives.
+
+`--method` and `--set` generate with accelerated attention.
 """
 
 from __future__ import annotations

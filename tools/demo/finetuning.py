@@ -1,10 +1,10 @@
 """What fine-tuning wins back on the embedded demo: `python -m tools.demo.finetuning RUN --work FOLDER`.
 
-A run is a recipe of that name. It prepares the demo's own clips, trains, and generates the same prompts and noise
-densely, with the method untuned, and with the trained artefact, loaded as a user does. A row with the likeness to the
-dense videos and to true clips, the checker's agreement and how everything was made is added to
-`benchmarks/results/train-demo.jsonl`; pictures of five frames lie in the work folder. A run that was stopped goes on
-where it stood.
+A run is a recipe of that name. It prepares the demo's own clips and trains. Then it generates the same prompts and
+noise three times: densely, with the method untuned, and with the trained accelerator, loaded as a user does. It adds a
+row to `benchmarks/results/train-demo.jsonl`: likeness to the dense videos and to true clips, the checker's agreement,
+and how everything was made. Pictures of five frames lie in the work folder. A run that was stopped goes on where it
+stood.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Block-sparse attention: the function behind every static method and the exact part of every routed one.
 
-It takes plain tensors and integers. `impls.choose` chooses the implementation.
+`impls.choose` chooses the implementation.
 """
 
 from __future__ import annotations
@@ -13,97 +13,11 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode as traced
 
 from dit_accel.errors import DitAccelError
 from dit_accel.kernels.block_sparse import ops
-from dit_accel.kernels.block_sparse.geometry import BlockLists, Geometry, Segments, Shape, check_call
+from dit_accel.kernels.block_sparse.geometry import BlockLists, Geometry, Segments, check_call
 from dit_accel.kernels.impls import AUTO, Facts, Impl, Implementation, choose
 from dit_accel.order import TokenOrder
 
 WHOLE = Segments()
-
-
-def block_sparse_attention(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    kv_indices: torch.Tensor,
-    kv_counts: torch.Tensor,
-    *,
-    block_q: int,
-    block_k: int,
-    grid: Shape,
-    partial: torch.Tensor | None = None,
-    tables: torch.Tensor | None = None,
-    partial_blocks: int | None = None,
-    packed: torch.Tensor | None = None,
-    tile_q: Shape | None = None,
-    tile_k: Shape | None = None,
-    conditioning: int = 0,
-    text: int = 0,
-    query_grid: Shape | None = None,
-    visual_start: torch.Tensor | None = None,
-    conditioning_start: torch.Tensor | None = None,
-    text_start: torch.Tensor | None = None,
-    text_len: torch.Tensor | None = None,
-    text_bias: torch.Tensor | None = None,
-    scale: float | None = None,
-    return_lse: bool = False,
-    impl: Impl = AUTO,
-) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """Softmax attention in which each block of queries visits only its listed blocks of keys.
-
-    Blocks are those of `order.TokenOrder`: visual blocks (raster runs or 3-D tiles), conditioning blocks, text blocks.
-    Each segment is padded to whole blocks. Padding slots are never attended.
-
-    Args:
-        q: queries [B, H, Nq, D], any strides; bfloat16, float16, float32 or float64.
-        k, v: keys and values [B, H, Nk, D], any strides; dtype and device as q.
-        kv_indices, kv_counts, partial, tables, packed: as in `BlockLists`.
-        block_q, block_k: tokens in a block.
-        grid: frames, rows and columns of the visual tokens.
-        partial_blocks: upper bound of the entries that `tables` decide. `triton` reserves 1 KB for each, at blocks of
-            128 x 64. None: it reserves for all entries of visual blocks.
-        tile_q, tile_k: 3-D tile of a visual block; its product is the block. None: raster order.
-        conditioning, text: conditioning and text tokens, padding included.
-        query_grid: size of the queries' own grid. The queries are then visual tokens alone, from row 0 of `q`, and the
-            tables' query axes are those of this grid. None: queries and keys are the same tokens.
-        visual_start, conditioning_start, text_start, text_len: as in `Segments`.
-        text_bias: floating point [B, Nq], added to each query's scaled logits of the text behind `text_len`, which
-            then stays a key of every query. Needs `text_len`.
-        scale: factor on the logits; None: D ** -0.5.
-        return_lse: also return the natural logarithm of each row's sum of exponentials. Its gradient flows.
-        impl: "auto", or the name of an implementation (`impls.ROWS`), which runs or raises.
-
-    Returns:
-        The output [B, H, Nq, D] in q's dtype, contiguous as [B, Nq, H, D]. With `return_lse` also the LSE [B, H, Nq] in
-        float32 (float64 for float64). A query that sees no key has output 0 and LSE -inf.
-
-    Raises:
-        DitAccelError: an argument has the wrong shape, dtype or device, or `impl` cannot run here.
-
-    Source:
-        Online softmax with a log-sum-exp per row: Dao et al., FlashAttention (arXiv:2205.14135), Algorithms 1 and 4.
-        The incoming gradient of the LSE is added to dP before delta is subtracted.
-
-    Example:
-        >>> q = torch.randn(1, 2, 256, 64)
-        >>> lists = torch.tensor([[0, 1], [0, 1], [2, 3], [2, 3]], dtype=torch.int32)
-        >>> counts = torch.full((4,), 2, dtype=torch.int32)
-        >>> block_sparse_attention(q, q, q, lists, counts, block_q=64, block_k=64, grid=(1, 1, 256)).shape
-        torch.Size([1, 2, 256, 64])
-    """
-    own_queries = query_grid is not None
-    geometry = Geometry(
-        grid, grid if query_grid is None else query_grid, block_q, block_k, tile_q, tile_k, conditioning, text,
-        own_queries, partial_blocks,
-    )  # fmt: skip
-    lists = BlockLists(kv_indices, kv_counts, partial, tables, packed)
-    segments = Segments(visual_start, conditioning_start, text_start, text_len)
-    out, lse = attend_blocks(
-        q, k, v, lists, geometry, segments, text_bias=text_bias, scale=scale, lse=return_lse, impl=impl
-    )
-    if not return_lse:
-        return out
-    assert lse is not None
-    return out, lse
 
 
 def attend_blocks(
@@ -119,7 +33,32 @@ def attend_blocks(
     lse: bool = False,
     impl: Impl = AUTO,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """`block_sparse_attention` on records: output and LSE, which may be None without `lse`."""
+    """Softmax attention in which each block of queries visits only its listed blocks of keys.
+
+    Blocks are those of `order.TokenOrder`: visual blocks (raster runs or 3-D tiles), conditioning blocks, text blocks.
+    Each segment is padded to whole blocks. Padding slots are never attended.
+
+    Args:
+        q: queries [B, H, Nq, D], any strides; bfloat16, float16, float32 or float64.
+        k, v: keys and values [B, H, Nk, D], any strides; dtype and device as q.
+        lists, geometry, segments: what is listed, how both sides are cut, and where a sample's segments lie.
+        text_bias: floating point [B, Nq], added to each query's scaled logits of the text behind `segments.text_len`,
+            which then stays a key of every query. Needs `text_len`.
+        scale: factor on the logits; None: D ** -0.5.
+        lse: the natural logarithm of each row's sum of exponentials is wanted. Its gradient flows.
+        impl: "auto", or the name of an implementation (`impls.ROWS`), which runs or raises.
+
+    Returns:
+        The output [B, H, Nq, D] in q's dtype, contiguous as [B, Nq, H, D]. The LSE [B, H, Nq] in float32 (float64 for
+        float64); without `lse` it may be None. A query that sees no key has output 0 and LSE -inf.
+
+    Raises:
+        DitAccelError: an argument has the wrong shape, dtype or device, or `impl` cannot run here.
+
+    Source:
+        Online softmax with a log-sum-exp per row: Dao et al., FlashAttention (arXiv:2205.14135), Algorithms 1 and 4.
+        The incoming gradient of the LSE is added to dP before delta is subtracted.
+    """
     if torch.is_autocast_enabled(q.device.type):
         dtype = torch.get_autocast_dtype(q.device.type)
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
@@ -188,7 +127,7 @@ def attend_visual(
         lists: visual key blocks of each visual query block, [B, H, query blocks, width], without tables.
         query_order, key_order: blocks of both sides, on one grid.
         text_lens: int [B], valid text keys of each sample; None: all.
-        text_bias: [B, N], see `block_sparse_attention`.
+        text_bias: [B, N], see `attend_blocks`.
 
     Returns:
         Output [B, H, visual, D], in memory [B, visual, H, D], and LSE [B, H, visual], which may be None without `lse`.
@@ -201,7 +140,7 @@ def attend_visual(
         indices = indices.scatter(-1, slots.long(), around.expand(slots.shape))
         lists = BlockLists(indices, lists.counts + dense)
     geometry = dataclasses.replace(Geometry.of(query_order, key_order), own_queries=True)
-    visual = slice(grid.visual_start, grid.visual_start + grid.visual)
+    visual = grid.visual_rows
     # autograd copies the gradient of a slice into zeros, even if the slice is the whole tensor
     queries = q if grid.visual == grid.tokens else q[:, :, visual]
     bias = None if text_bias is None else text_bias[:, visual]

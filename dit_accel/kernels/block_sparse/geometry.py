@@ -221,6 +221,12 @@ def read_placements(geometry: Geometry, batch: int, tokens: int, segments: Segme
     return placements
 
 
+def empty_rows(x: torch.Tensor) -> torch.Tensor:
+    """An empty result for x [B, H, N, D], laid out in memory as [B, N, H, D]."""
+    batch, heads, tokens, dim = x.shape
+    return x.new_empty(batch, tokens, heads, dim).transpose(1, 2)
+
+
 def query_placement(geometry: Geometry, place: Placement) -> Placement:
     """The place of a sample's queries: that of its keys, or row 0 if they have their own grid."""
     return Placement(0, 0, 0, 0) if geometry.own_queries else place

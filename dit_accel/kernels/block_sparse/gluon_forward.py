@@ -8,8 +8,8 @@ The copy engine reads and writes rows through two kinds of descriptors of a tens
 
 * a *tile* [1, t, h, w, D] lies at a frame, row and column of the grid. Slots beyond the grid are read as zeros and are
   not written. Its first axis counts rows of memory: it carries where a sample, a head and its visual tokens begin.
-* a *run* [1, 1, rows, D] lies within a segment. Its first two axes wrap addresses around 2 ** 64, which bounds rows by
-  the segment's end although that differs from sample to sample (the arithmetic is that of `triton.tools.ragged_tma`).
+* a *run* [1, 1, rows, D] lies within a segment, whose end differs from sample to sample. Its first two axes wrap
+  addresses around 2 ** 64, which bounds rows by that end, as in `triton.tools.ragged_tma`.
 
 So no row outside a segment is read, whatever its memory holds, and grids need not fit the tiles.
 """

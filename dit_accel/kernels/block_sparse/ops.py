@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dit_accel.kernels import impls
-from dit_accel.kernels.block_sparse.geometry import BlockLists, Geometry, Segments
+from dit_accel.kernels.block_sparse.geometry import BlockLists, Geometry, Segments, empty_rows
 
 
 @torch.library.custom_op("dit_accel::block_sparse_attention", mutates_args=())
@@ -41,9 +41,7 @@ def attention_forward(
 
 @attention_forward.register_fake
 def _(q, k, v, *rest):
-    batch, heads, tokens, dim = q.shape
-    out = q.new_empty(batch, tokens, heads, dim).transpose(1, 2)
-    return out, q.new_empty(batch, heads, tokens, dtype=torch.promote_types(q.dtype, torch.float32))
+    return empty_rows(q), q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
 
 
 @torch.library.custom_op("dit_accel::block_sparse_attention_backward", mutates_args=())
@@ -77,9 +75,7 @@ def attention_backward(
 
 @attention_backward.register_fake
 def _(grad_out, grad_lse, q, k, v, *rest):
-    return tuple(
-        torch.empty_like(x.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2) for x in (q, k, v)
-    )
+    return tuple(empty_rows(x) for x in (q, k, v))
 
 
 def _setup_context(ctx, inputs, output) -> None:

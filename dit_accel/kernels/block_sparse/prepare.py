@@ -199,8 +199,8 @@ class _Masks:
     def __init__(self, state: Tensor, geometry: Geometry, tables: Tensor | None) -> None:
         self.state = state  # uint8 [q_blocks, k_blocks]
         self.visual_q, self.visual_k = geometry.query_order.grid.visual, geometry.key_order.grid.visual
-        self.block_of_q = block_of_token(geometry.query_order.index(), geometry.block_q)
-        self.block_of_k = block_of_token(geometry.key_order.index(), geometry.block_k)
+        self.block_of_q = geometry.query_order.block_of_token()
+        self.block_of_k = geometry.key_order.block_of_token()
         self.predicate = None if tables is None else Predicate(tables, geometry.query_grid, geometry.grid)
 
     def allowed(self, q: Tensor, k: Tensor) -> Tensor | None:
@@ -222,12 +222,6 @@ class _Masks:
 def as_bias(allowed: Tensor) -> Tensor:
     """A mask as a term of the logits: fp32, 0 or -inf."""
     return torch.zeros(allowed.shape, dtype=torch.float32, device=allowed.device).masked_fill_(~allowed, float("-inf"))
-
-
-def block_of_token(index: Tensor, block: int) -> Tensor:
-    """Block of every canonical token, int64, from the token of every slot (-1: padding)."""
-    slots = (index >= 0).nonzero().squeeze(1)
-    return torch.empty_like(slots).index_copy_(0, index[slots], slots // block)
 
 
 def check_lists(lists: BlockLists, key_blocks: int) -> Tensor:

@@ -59,8 +59,8 @@ def _coordinates(shape: tuple[int, int, int], device: torch.device) -> Tensor:
 def token_mask(lists: BlockLists, geometry: Geometry) -> Tensor:
     """The canonical keys that each canonical query sees: bool [..., queries, keys], leading dimensions of the lists."""
     device, tables, used = lists.indices.device, lists.tables, lists.used
-    block_of_q = block_of_token(geometry.query_order.index(), geometry.block_q).to(device)
-    block_of_k = block_of_token(geometry.key_order.index(), geometry.block_k).to(device)
+    block_of_q = geometry.query_order.block_of_token().to(device)
+    block_of_k = geometry.key_order.block_of_token().to(device)
     key_blocks = geometry.key_order.blocks
     mask = lists.map(used, key_blocks)[..., block_of_q, :][..., block_of_k]
     if tables is not None:
@@ -71,14 +71,6 @@ def token_mask(lists: BlockLists, geometry: Geometry) -> Tensor:
         allowed[: pairs.shape[0], : pairs.shape[1]] = pairs
         mask = mask & (allowed | ~checked)
     return mask
-
-
-def block_of_token(index: Tensor, block: int) -> Tensor:
-    """Block number of every canonical token, from the token of every slot."""
-    slots = (index >= 0).nonzero().squeeze(1)
-    blocks = torch.empty(len(slots), dtype=torch.int64)
-    blocks[index[slots]] = slots // block
-    return blocks
 
 
 def forward(

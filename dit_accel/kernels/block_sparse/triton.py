@@ -138,8 +138,7 @@ def backward(
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of q, k and v, each [B, H, N, D] laid out in memory as [B, N, H, D]."""
-    if grad_out.stride(-1) != 1:
-        grad_out = grad_out.contiguous()
+    grad_out = tuning.contiguous_rows(grad_out)
     call = TritonCall(q, k, v, lists, segments, geometry, scale, grad_out, out)
     delta = torch.empty_like(lse)
     statistics = lse if grad_lse is None else grad_lse.contiguous(), lse, delta
@@ -225,11 +224,7 @@ class TritonCall:
         self.words: tuning.PastLaunch | None = None
         self.words_room = torch.Size([0])
         # In these units the compiler knows that rows are aligned, and loads 16 bytes at a time.
-        unit = 16 // q.element_size()
-        read = (q, k, v, *others)
-        outer = [stride for x in read for stride in x.stride()[:3]]
-        aligned = all(stride % unit == 0 for stride in outer) and all(x.data_ptr() % 16 == 0 for x in read)
-        self.align = unit if aligned else 1
+        self.align = tuning.alignment(q, k, v, *others)
 
     def strides(self, *tensors: torch.Tensor) -> tuple[int, ...]:
         """Batch, head and row strides of each tensor in units of `align`."""
@@ -303,8 +298,7 @@ class TritonCall:
         **flags: bool,
     ) -> tuning.PastLaunch | None:
         constants = {
-            "D": self.head_dim,
-            "BLOCK_D": max(16, triton.next_power_of_2(self.head_dim)),
+            **tuning.head_dims(self.head_dim),
             "ALIGN": self.align,
             **self.fixed.blocks,
             "HAS_TABLES": self.lists.tables is not None,

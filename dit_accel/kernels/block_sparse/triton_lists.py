@@ -86,7 +86,7 @@ def transpose_lists(
     """Turn lists of key blocks, in any order, into lists of query blocks by a stable sort.
 
     Args:
-        kv_indices, kv_counts, geometry: see `api.block_sparse_attention`.
+        kv_indices, kv_counts, geometry: see `geometry.BlockLists` and `api.attend_blocks`.
         numbers: int32, as many as `kv_indices`, numbers of partial blocks; None: there are none.
     """
     query_blocks, width = kv_indices.shape[-2:]

@@ -10,7 +10,7 @@ from dit_accel.kernels.block_sparse.geometry import BlockLists
 from dit_accel.kernels.impls import AUTO, Facts, Impl, Implementation
 from dit_accel.kernels.router import ops
 from dit_accel.kernels.router.call import Rule
-from dit_accel.kernels.sla.call import Cut, visual_of
+from dit_accel.kernels.sla.call import Cuts, visual_of
 from dit_accel.order import TokenOrder
 
 
@@ -59,7 +59,7 @@ def route(
     rows = q.shape[0], q.shape[1], query_order.visual_blocks
     indices, counts = ops.route_blocks(
         *(visual_of(x.detach(), query_order.grid) for x in (q, k)),
-        [*Cut.of(query_order).pack(), *Cut.of(key_order).pack()],
+        Cuts.of(query_order, key_order).pack(),
         _per_row("topk", rule.topk, torch.int32, rows, q.device),
         _per_row("topp", rule.topp, torch.float32, rows, q.device),
         rule.forced, rule.tau, rule.variance == "exact", rule.cells, rule.similarity, scale,
@@ -77,9 +77,7 @@ def choose_impl(
     impl: Impl = AUTO,
 ) -> tuple[Implementation, str]:
     """The implementation that a call gets, and why; `impl` as in `route`."""
-    facts = Facts(
-        device, dtype, head_dim, query_order.block, key_order.block, visual_blocks=key_order.visual_blocks
-    )  # fmt: skip
+    facts = Facts.of(device, dtype, head_dim, query_order, key_order)
     if impl not in impls.names(impls.ROUTER) or (impl != AUTO and impls.named(impl, impls.ROUTER).obstacle(facts)):
         impl = AUTO
     return impls.choose(facts, impl, impls.ROUTER)

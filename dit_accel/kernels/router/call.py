@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
 from typing import Literal, NamedTuple, get_args
 
 import torch
@@ -28,15 +27,15 @@ class Rule:
 
     Args:
         topk: the best so many; an int, or int32 that broadcasts to [B, H, query blocks].
-        topp: the fewest best blocks that together hold this share of the row's softmax over block scores; a float, or
+        topp: the fewest best blocks that together hold this share of the row's softmax over block scores. A float, or
             fp32 that broadcasts to [B, H, query blocks]. 0: none; 1 or more: all blocks.
         tau: blocks whose score exceeds the row's mean score by more than `tau` standard deviations; None: no such part.
         variance: of the scores of a row: "exact", or "diagonal", which neglects the covariances of the key means.
-        cells: each block is cut into so many runs of tokens, and its score is the log of the sum of the exponentials of
-            all pairs of cell means. 1: block means.
-        similarity: blocks whose tokens are less similar to each other are not pooled: such a key block is listed by
-            all rows and not ranked, and such a query block lists all blocks. The measure is the mean of all entries of
-            the Gram matrix of normalised tokens. None: no guard.
+        cells: each block is cut into so many runs of tokens. Its score is the log of the sum of the exponentials of all
+            pairs of cell means. 1: block means.
+        similarity: blocks whose tokens are less similar to each other are not pooled. All rows list such a key block,
+            which is not ranked; such a query block lists all blocks. The measure is the mean of all entries of the Gram
+            matrix of normalised tokens. None: no guard.
         forced: bool [query blocks, key blocks], listed in any case; they do not use up `topk`.
 
     Source:
@@ -102,12 +101,6 @@ class RouterCall(NamedTuple):
     def factor(self) -> float:
         """What scores are multiplied by to be logits."""
         return self.scale if self.cells == 1 else 1.0
-
-
-def unpack_cuts(cuts: Sequence[int]) -> tuple[Cut, Cut]:
-    """Both sides' cuts from the integers of both, one after the other."""
-    half = len(cuts) // 2
-    return Cut.unpack(cuts[:half]), Cut.unpack(cuts[half:])
 
 
 def thresholds(

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 
 from dit_accel.kernels import impls
-from dit_accel.kernels.router.call import RouterCall, unpack_cuts
+from dit_accel.kernels.router.call import RouterCall
+from dit_accel.kernels.sla.call import Cuts
 
 
 @torch.library.custom_op("dit_accel::route_blocks", mutates_args=())
@@ -30,17 +31,17 @@ def route_blocks(
 
     Args:
         q, k: visual tokens in raster order, [B, H, visual, D].
-        cuts: of queries and of keys, as `unpack_cuts` reads them.
+        cuts: of queries and of keys, as `sla.call.Cuts.pack` returns them.
         counts, shares, forced, tau, exact, cells, similarity, scale, width: as in `RouterCall`.
         impl: the name of an implementation.
     """
     call = RouterCall(
-        *unpack_cuts(cuts), counts, shares, forced, tau, exact, cells, similarity, scale, width
+        *Cuts.unpack(cuts), counts, shares, forced, tau, exact, cells, similarity, scale, width
     )  # fmt: skip
     return impls.named(impl, impls.ROUTER).load().route(q, k, call)
 
 
 @route_blocks.register_fake
 def _(q, k, cuts, counts, shares, forced, tau, exact, cells, similarity, scale, width, impl):
-    rows = *q.shape[:2], unpack_cuts(cuts)[0].blocks
+    rows = *q.shape[:2], Cuts.unpack(cuts).queries.blocks
     return q.new_empty((*rows, width), dtype=torch.int32), q.new_empty(rows, dtype=torch.int32)

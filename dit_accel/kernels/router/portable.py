@@ -32,7 +32,7 @@ def route(q: torch.Tensor, k: torch.Tensor, call: RouterCall) -> tuple[torch.Ten
     lists, counts = [], []
     for first in range(0, blocks, rows):
         part = slice(first, first + rows)
-        scores = _scores(queries[:, :, part], keys, (query_order, key_order), part, call)
+        scores = _scores(queries[:, :, part], keys, (query_order, key_order), part, call.cells, call.scale)
         level, count, share, similar = (None if x is None else x[:, :, part] for x in limits)
         forced = None if call.forced is None else call.forced[part]
         chosen = _choose(scores, call.factor, level, count, share, similar, ranked, forced)
@@ -72,8 +72,35 @@ def self_similarity(x: torch.Tensor, order: TokenOrder) -> torch.Tensor:
     return block_means(F.normalize(x.to(wide), dim=-1), order).square().sum(-1)
 
 
+@torch.no_grad()
+def rank(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    orders: tuple[TokenOrder, TokenOrder],
+    rows: torch.Tensor,
+    cells: int,
+    scale: float,
+) -> torch.Tensor:
+    """Key blocks of some query blocks as the router ranks them: int64 [B, H, rows, key blocks], the best first.
+
+    Args:
+        q, k: visual tokens in raster order, [B, H, visual, D].
+        orders: of the visual queries and keys alone.
+        rows: int64, the query blocks.
+        cells, scale: as in `RouterCall`.
+    """
+    queries, keys = (cell_means(x, order, cells) for x, order in zip((q, k), orders, strict=True))
+    scores = _scores(queries[:, :, rows], keys, orders, rows, cells, scale)
+    return scores.sort(dim=-1, descending=True, stable=True).indices
+
+
 def _scores(
-    queries: torch.Tensor, keys: torch.Tensor, orders: tuple[TokenOrder, TokenOrder], part: slice, call: RouterCall
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    orders: tuple[TokenOrder, TokenOrder],
+    part: slice | torch.Tensor,
+    cells: int,
+    scale: float,
 ) -> torch.Tensor:
     """Scores [B, H, rows, key blocks] of some rows; NaN counts as -inf.
 
@@ -82,13 +109,14 @@ def _scores(
         keys: [B, H, key blocks, cells, D].
         orders: of queries and keys.
         part: the rows.
+        cells, scale: as in `RouterCall`.
     """
-    if call.cells == 1:
+    if cells == 1:
         scores = queries[..., 0, :] @ keys[..., 0, :].mT
     else:
-        logits = queries.flatten(-3, -2) @ keys.flatten(-3, -2).mT * call.scale
-        logits = logits.unflatten(-1, (-1, call.cells)).unflatten(-3, (-1, call.cells))  # [B, H, i, a, j, c]
-        held_q, held_k = (cell_sizes(order, call.cells, queries.device) > 0 for order in orders)
+        logits = queries.flatten(-3, -2) @ keys.flatten(-3, -2).mT * scale
+        logits = logits.unflatten(-1, (-1, cells)).unflatten(-3, (-1, cells))  # [B, H, i, a, j, c]
+        held_q, held_k = (cell_sizes(order, cells, queries.device) > 0 for order in orders)
         logits = logits.masked_fill(~(held_q[part, :, None, None] & held_k), -torch.inf)
         scores = logits.logsumexp((-3, -1))
     return torch.nan_to_num(scores, nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)

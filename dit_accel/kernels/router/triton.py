@@ -61,18 +61,16 @@ def route(q: torch.Tensor, k: torch.Tensor, call: RouterCall) -> tuple[torch.Ten
 
 def cell_means(x: torch.Tensor, cut: Cut, cells: int, *, unit: bool = False) -> torch.Tensor:
     """Means of cells as `portable.cell_means`, fp32; of unit vectors if `unit`."""
-    x = x if x.stride(-1) == 1 else x.contiguous()
+    x = tuning.contiguous_rows(x)
     batch, heads, _, dim = x.shape
     means = x.new_empty(batch, heads, cut.blocks, cells, dim, dtype=torch.float32)
-    align = 16 // x.element_size()
-    if x.data_ptr() % 16 or any(stride % align for stride in x.stride()[:3]):
-        align = 1
+    align = tuning.alignment(x)
     names = ("BLOCK", "TILE_T", "TILE_H", "TILE_W")
     _run(
         "cell_means", (cut.blocks * cells, batch * heads), 4,
         (x, means, *(stride // align for stride in x.stride()[:3]), *cut.grid, heads),
         {
-            **_head_dim(dim), "ALIGN": align, **dict(zip(names, cut.pack()[3:], strict=True)),
+            **tuning.head_dims(dim), "ALIGN": align, **dict(zip(names, cut.pack()[3:], strict=True)),
             "CELL": cut.block // cells, "UNIT": unit,
         },
     )  # fmt: skip
@@ -84,10 +82,6 @@ def _sizes(cut: Cut, cells: int, device: torch.device) -> torch.Tensor:
     """Tokens in every cell: int32 [blocks, cells] on a device."""
     with torch.inference_mode(False):
         return cell_sizes(cut.order, cells, torch.device("cpu")).int().to(device)
-
-
-def _head_dim(dim: int) -> dict[str, int]:
-    return {"D": dim, "BLOCK_D": max(16, triton.next_power_of_2(dim))}
 
 
 def _run(kernel: str, programs: tuple[int, int], warps: int, arguments: Any, constants: dict[str, Any]) -> None:

@@ -6,10 +6,9 @@ import torch
 
 from dit_accel.errors import DitAccelError
 from dit_accel.kernels import impls
-from dit_accel.kernels.impls import AUTO, Facts, Impl, Implementation
+from dit_accel.kernels.impls import AUTO, Facts, Impl
 from dit_accel.kernels.sla.call import FEATURE_MAPS, LINEAR_SCOPES, Cuts, FeatureMap, LinearScope, SlaCall, visual_of
 from dit_accel.order import TokenOrder
-from dit_accel.tokens import TokenGrid
 
 # A traced call can only take modules that are loaded.
 for _row in impls.ROWS:
@@ -24,24 +23,17 @@ def sparse_linear_attention(
     weight: torch.Tensor,
     bias: torch.Tensor | None = None,
     *,
+    query_order: TokenOrder,
+    key_order: TokenOrder,
     topk: int,
     skip: int = 0,
-    block: int = 64,
-    block_q: int | None = None,
-    grid: tuple[int, int, int] | None = None,
-    tile: tuple[int, int, int] | None = None,
-    tile_q: tuple[int, int, int] | None = None,
-    conditioning: int = 0,
-    text: int = 0,
-    text_first: bool = False,
     text_len: torch.Tensor | None = None,
     text_bias: torch.Tensor | None = None,
     scale: float | None = None,
     feature_map: FeatureMap = "softmax",
     linear_scope: LinearScope = "all",
-    return_critical: bool = False,
     impl: Impl = AUTO,
-) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention of the visual queries: critical key blocks exactly, plus projected linear attention over the others.
 
     A query attends in one softmax to the critical blocks of its own block and to every conditioning and text token. To
@@ -53,41 +45,34 @@ def sparse_linear_attention(
     Args:
         q, k, v: [B, H, N, D] in model order, floating point, any strides; the whole sequence.
         weight, bias: projection of the linear branch, [D, D] and [D], cast to the dtype of q.
+        query_order, key_order: how the sequence is cut into blocks of queries and blocks of keys; of one grid.
         topk: critical key blocks of every query block.
         skip: negligible key blocks of every query block in scope "marginal"; scope "all" has none.
-        block: tokens in a key block.
-        block_q: tokens in a query block; None: as in a key block.
-        grid: (frames, rows, columns) of the visual tokens; None: all N tokens are visual, in one row.
-        tile: (t, h, w) of key blocks that are 3-D tiles; None for runs in raster order.
-        tile_q: the same for query blocks; None: as for key blocks.
-        conditioning, text: conditioning and text tokens in the sequence, behind the visual ones, text last.
-        text_first: text stands before the visual tokens.
         text_len: int [B], valid text tokens of each sample; text behind them is never a key. None: all of them.
         text_bias: floating point [B, N]: text behind `text_len` is a key after all, and each query adds its value to
             the logits of that text.
         scale: factor of the logits; D ** -0.5 if None.
         feature_map: "softmax" (over the head dimension), "elu" (plus one) or "relu".
         linear_scope: "all" or "marginal".
-        return_critical: also return the critical blocks that the router chose.
         impl: "auto", or the name of an implementation, which runs or raises.
 
     Returns:
-        The output [B, H, visual, D] in the dtype of q, laid out as [B, visual, H, D] in memory; with `return_critical`
-        also int32 [B, H, query blocks, topk], ascending.
+        The output [B, H, visual, D] in the dtype of q, laid out as [B, visual, H, D] in memory, and the critical blocks
+        that the router chose, int32 [B, H, query blocks, topk], ascending.
 
     Raises:
         DitAccelError: shapes, counts or names do not fit, or `impl` cannot run here.
 
     Example:
         >>> q = k = v = torch.randn(1, 4, 8192, 64)
-        >>> sparse_linear_attention(q, k, v, torch.zeros(64, 64), topk=6).shape
+        >>> order = TokenOrder(TokenGrid(8, 32, 32), 64)
+        >>> orders = {"query_order": order, "key_order": order}
+        >>> sparse_linear_attention(q, k, v, torch.zeros(64, 64), **orders, topk=6)[0].shape
         torch.Size([1, 4, 8192, 64])
     """
-    frames, rows, columns = (1, 1, q.shape[-2]) if grid is None else grid
-    sequence = TokenGrid(frames, rows, columns, text=text, text_first=text_first, conditioning=conditioning)
     call = SlaCall(
-        query_order=TokenOrder(sequence, block if block_q is None else block_q, tile if tile_q is None else tile_q),
-        key_order=TokenOrder(sequence, block, tile),
+        query_order=query_order,
+        key_order=key_order,
         text_len=None if text_len is None else text_len.to(device=q.device, dtype=torch.int32),
         text_bias=None if text_bias is None else text_bias.to(q.device),
         scale=q.shape[-1] ** -0.5 if scale is None else scale,
@@ -99,36 +84,9 @@ def sparse_linear_attention(
     )
     _check(q, k, v, topk, skip, call)
     skip = skip if linear_scope == "marginal" else 0
-    chosen, _ = choose_impl(q.device, q.dtype, q.shape[-1], call.query_order, call.key_order, linear_scope, impl)
-    out, critical = chosen.load().forward(q, k, v, topk, skip, call._replace(impl=chosen.name))
-    return (out, critical) if return_critical else out
-
-
-def choose_impl(
-    device: torch.device,
-    dtype: torch.dtype,
-    head_dim: int,
-    query_order: TokenOrder,
-    key_order: TokenOrder,
-    linear_scope: LinearScope | None,
-    impl: Impl = AUTO,
-) -> tuple[Implementation, str]:
-    """The implementation that a call gets, and why; as `impls.choose`.
-
-    Args:
-        device, dtype, head_dim: of the call's queries.
-        query_order, key_order: its sequence, cut into blocks of queries and blocks of keys.
-        linear_scope: None for the router alone.
-        impl: "auto" or a name.
-
-    Raises:
-        DitAccelError: a named implementation cannot compute the call.
-    """
-    facts = Facts(
-        device, dtype, head_dim, query_order.block, key_order.block, visual_blocks=key_order.visual_blocks,
-        linear_scope=linear_scope,
-    )  # fmt: skip
-    return impls.choose(facts, impl, impls.SLA)
+    facts = Facts.of(q.device, q.dtype, q.shape[-1], query_order, key_order, linear_scope=linear_scope)
+    chosen, _ = impls.choose(facts, impl, impls.SLA)
+    return chosen.load().forward(q, k, v, topk, skip, call._replace(impl=chosen.name))
 
 
 def route(
@@ -145,7 +103,7 @@ def route(
     Args:
         q, k: the whole sequence, [B, H, N, D].
     """
-    chosen, _ = choose_impl(q.device, q.dtype, q.shape[-1], query_order, key_order, None, impl)
+    chosen, _ = impls.choose(Facts.of(q.device, q.dtype, q.shape[-1], query_order, key_order), impl, impls.SLA)
     queries, keys = (visual_of(x, key_order.grid).detach() for x in (q, k))
     return chosen.load().route(queries, keys, Cuts.of(query_order, key_order).pack(), topk, skip)
 

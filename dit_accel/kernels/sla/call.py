@@ -125,15 +125,10 @@ class KeySegments(NamedTuple):
         return cls(grid.visual_start, grid.conditioning_start, grid.text_start, grid.conditioning, grid.text)
 
 
-def visual_slice(grid: TokenGrid) -> slice:
-    """The rows of the visual tokens."""
-    return slice(grid.visual_start, grid.visual_start + grid.visual)
-
-
 def visual_of(x: torch.Tensor, grid: TokenGrid) -> torch.Tensor:
     """The visual tokens of [B, H, N, D]: a view, or x itself if all tokens are visual."""
     # autograd copies the gradient of a slice into zeros, even if the slice is the whole tensor
-    return x if grid.visual == grid.tokens else x[:, :, visual_slice(grid)]
+    return x if grid.visual == grid.tokens else x[:, :, grid.visual_rows]
 
 
 def to_blocks(x: torch.Tensor, order: TokenOrder) -> torch.Tensor:

@@ -19,7 +19,6 @@ from dit_accel.kernels.block_sparse.triton import RASTER
 from dit_accel.kernels.sla.gluon_forward import sparse_linear_gluon_fwd_kernel
 from dit_accel.kernels.sla.triton import (
     FusedCall,
-    RoutedBlocks,
     listed_blocks,
     room_for_rows,
     room_for_saved,
@@ -33,16 +32,7 @@ LENGTHS_GIVEN = 2  # of what `triton_tokens.starts_of` may be given, the lengths
 
 
 def forward(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    whole: tuple[torch.Tensor, torch.Tensor],
-    lists: RoutedBlocks,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    text_len: torch.Tensor,
-    call: FusedCall,
-    training: bool,
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor | None, call: FusedCall, training: bool
 ) -> tuple[torch.Tensor, ...]:
     """As `triton.forward`, in scope "all".
 
@@ -62,21 +52,21 @@ def forward(
     sides = (q, queries.grid, half, engine.ROWS), *((x, keys.grid, tile_k, keys.block) for x in (k, v))
     descriptors, distances = zip(*(engine.describe(*side) for side in sides), strict=True)
     out = room_for_rows(q)
-    exact, lse, *others = room_for_saved(q, lists, call, training)
+    exact, lse, *others = room_for_saved(q, call, training)
     written, _ = engine.describe(out.transpose(1, 2), queries.grid, half, engine.ROWS)
     exactly = engine.describe(exact.transpose(1, 2), queries.grid, half, engine.ROWS)[0] if training else written
-    table, peaks, totals = table_of_state(whole, weight, call, q.dtype)
+    table, peaks, totals = table_of_state(call, q.dtype)
     bias = totals.new_zeros(dim) if bias is None else bias.float()
     sums = torch.cat([totals, bias.expand_as(totals), peaks[..., None]], dim=-1)
     rows = TensorDescriptor(
         table, [batch * heads * dim, dim], [dim, 1], [dim, dim], gl.NVMMASharedLayout(128, 16, rank=2)
     )
-    places, spans = listed_blocks(lists.critical, call)
+    places, spans = listed_blocks(call)
     tuning.launch(
         sparse_linear_gluon_fwd_kernel, (queries.blocks, heads, batch),
         (
             lse, *(descriptor for pair in (*descriptors, written, exactly) for descriptor in pair), rows,
-            sums, places, spans, places.new_empty(1, dtype=torch.int64), text_len,
+            sums, places, spans, places.new_empty(1, dtype=torch.int64), call.text_len,
             *(distance for three in distances for distance in three), call.scale * engine.LOG2E,
             *engine.sizes(key_order), *queries.order.tiles[1:], *segments[:3], LENGTHS_GIVEN,
             heads, queries.blocks, places.shape[-1], int(training),

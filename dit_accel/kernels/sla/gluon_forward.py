@@ -1,7 +1,7 @@
 """The forward kernel of the Gluon implementation, for compute capability 9.0: both branches of a query block.
 
-Producer and consumers are those of `block_sparse.gluon_forward`. The linear branch comes last: behind the listed keys
-the producer brings the table of the head into a buffer of keys, and each consumer multiplies it with phi of its rows.
+Producer and consumers are those of `block_sparse.gluon_forward`. The linear branch comes last. Behind the listed keys
+the producer brings the table of the head into a buffer of keys. Each consumer multiplies it with phi of its rows.
 """
 
 from __future__ import annotations

@@ -8,12 +8,13 @@ from __future__ import annotations
 import importlib
 from collections.abc import Sequence
 from types import ModuleType
+from typing import Any
 
 import torch
 
 from dit_accel.errors import DitAccelError
 from dit_accel.kernels.block_sparse.api import attend_visual
-from dit_accel.kernels.block_sparse.geometry import BlockLists
+from dit_accel.kernels.block_sparse.geometry import BlockLists, empty_rows
 from dit_accel.kernels.sla.call import Cut, Cuts, KeySegments, SlaCall, visual_of
 from dit_accel.tokens import TokenGrid
 
@@ -83,12 +84,6 @@ def _both_branches(
 
 def _kernels(name: str) -> ModuleType:
     return importlib.import_module(f"dit_accel.kernels.sla.{name}")
-
-
-def _like(x: torch.Tensor) -> torch.Tensor:
-    """An empty [B, H, N, D] laid out in memory as [B, N, H, D]."""
-    batch, heads, tokens, dim = x.shape
-    return x.new_empty(batch, tokens, heads, dim).transpose(1, 2)
 
 
 @torch.library.custom_op("dit_accel::sla_block_means", mutates_args=())
@@ -189,43 +184,34 @@ def attend(
 
     Returns:
         The output [B, H, visual, D], laid out in memory as [B, visual, H, D]. For training also the exact branch, like
-        the output, and its LSE fp32 [B, H, visual]. In scope "marginal" also the linear branch before its projection,
-        its denominators with eps fp32 [B, H, visual], and int32 [B, H, query blocks]: 1 for one that summed its
-        marginal blocks one by one. Tensors that are not needed have no elements.
+        the output, and its LSE fp32 [B, H, visual]. In scope "marginal" also the linear branch before its projection
+        and its denominators with eps, fp32 [B, H, visual]. The last one, int32 [B, H, query blocks], is 1 for a block
+        that summed its marginal blocks one by one. Tensors that are not needed have no elements.
     """
-    kernels = _kernels("triton")
-    lists = kernels.RoutedBlocks(critical.contiguous(), negligible.contiguous())
-    call = kernels.FusedCall(Cuts.unpack(cuts), KeySegments(*segments), scale, feature_map, linear_scope)
-    return _kernels(impl).forward(q, k, v, (state, total), lists, weight, bias, text_len, call, training)
+    settings = cuts, segments, scale, feature_map, linear_scope
+    call = _fused_call(settings, (critical, negligible), (state, total), weight, text_len)
+    return _kernels(impl).forward(q, k, v, bias, call, training)
+
+
+def _fused_call(
+    settings: tuple[Sequence[int], Sequence[int], float, str, str], lists: tuple[torch.Tensor, ...], *tensors: Any
+) -> Any:
+    """The record of the custom ops' arguments, a `triton.FusedCall`."""
+    kernels, (cuts, segments, *others) = _kernels("triton"), settings
+    blocks = kernels.RoutedBlocks(*(each.contiguous() for each in lists))
+    return kernels.FusedCall(Cuts.unpack(cuts), KeySegments(*segments), *others, blocks, *tensors)
 
 
 @attend.register_fake
-def _(
-    q,
-    k,
-    v,
-    state,
-    total,
-    critical,
-    negligible,
-    weight,
-    bias,
-    text_len,
-    cuts,
-    segments,
-    scale,
-    fmap,
-    scope,
-    training,
-    impl,
-):
+def _(q, k, v, state, total, critical, *rest):
+    *_, scope, training, _ = rest
     none, marginal = q.new_empty(0), training and scope == "marginal"
     per_row = q.new_empty(q.shape[:3], dtype=torch.float32)
     return (
-        _like(q),
-        _like(q) if training else none,
+        empty_rows(q),
+        empty_rows(q) if training else none,
         per_row if training else none.float(),
-        _like(q) if marginal else none.clone(),
+        empty_rows(q) if marginal else none.clone(),
         per_row.clone() if marginal else none.float().clone(),
         critical.new_empty(critical.shape[:-1] if marginal else (0,)),
     )
@@ -247,17 +233,16 @@ def attend_backward(
         saved: the tensors that `attend` took, without the bias, and what it returned besides the output.
     """
     q, k, v, state, total, critical, negligible, weight, text_len, *outputs = saved
-    kernels = _kernels("triton")
-    lists = kernels.RoutedBlocks(critical.contiguous(), negligible.contiguous())
-    call = kernels.FusedCall(Cuts.unpack(cuts), KeySegments(*segments), scale, feature_map, linear_scope)
-    return kernels.backward(gradient, q, k, v, (state, total), lists, weight, text_len, outputs, call)
+    settings = cuts, segments, scale, feature_map, linear_scope
+    call = _fused_call(settings, (critical, negligible), (state, total), weight, text_len)
+    return _kernels("triton").backward(gradient, q, k, v, outputs, call)
 
 
 @attend_backward.register_fake
 def _(gradient, saved, *rest):
     q, k, v, *_ = saved
     weight = saved[7]
-    return _like(q), _like(k), _like(v), torch.empty_like(weight), weight.new_empty(weight.shape[:1])
+    return empty_rows(q), empty_rows(k), empty_rows(v), torch.empty_like(weight), weight.new_empty(weight.shape[:1])
 
 
 def _save(ctx, inputs, output) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from dit_accel.errors import DitAccelError
-from dit_accel.kernels.sla.call import EPSILON, SlaCall, apply_map, visual_of, visual_slice
+from dit_accel.kernels.sla.call import EPSILON, SlaCall, apply_map, visual_of
 from dit_accel.kernels.sla.portable import route
 from dit_accel.order import TokenOrder
 from dit_accel.tokens import TokenGrid
@@ -34,7 +34,7 @@ def forward(
     critical, negligible = route(*visual_tokens, call.cuts.pack(), topk, skip)
     wide = torch.promote_types(q.dtype, torch.float32)
     keys = valid_keys(grid, call.text_len, q.device)  # [B or 1, 1, N, 1]
-    visual = visual_slice(grid)
+    visual = grid.visual_rows
     queries = q[:, :, visual].to(wide)
     orders = call.query_order, call.key_order
     critical_map, negligible_map = (block_map(lists, call.key_order) for lists in (critical, negligible))
@@ -72,17 +72,8 @@ def token_pairs(visual: torch.Tensor, query_order: TokenOrder, key_order: TokenO
         dense: whether conditioning and text tokens meet everything (True) or nothing (False).
     """
     pairs = torch.nn.functional.pad(visual, (0, key_order.dense_blocks, 0, query_order.dense_blocks), value=dense)
-    rows, columns = (block_of(order).to(visual.device) for order in (query_order, key_order))
+    rows, columns = (order.block_of_token().to(visual.device) for order in (query_order, key_order))
     return pairs[..., rows, :][..., columns]
-
-
-def block_of(order: TokenOrder) -> torch.Tensor:
-    """The block of every token, in model order: int64 [N]."""
-    tokens = order.index()
-    slots = (tokens >= 0).nonzero().squeeze(1)
-    block = torch.empty(order.grid.tokens, dtype=torch.int64)
-    block[tokens[slots]] = slots // order.block
-    return block
 
 
 def valid_keys(grid: TokenGrid, text_len: torch.Tensor | None, device: torch.device) -> torch.Tensor:

@@ -48,10 +48,13 @@ class RoutedBlocks(NamedTuple):
 
 
 class FusedCall(NamedTuple):
-    """Settings of a call that both directions read besides tensors.
+    """What both directions of a call read besides q, k and v.
 
     cuts: how visual tokens are cut into blocks.
     segments: where visual, conditioning and text tokens lie among the keys.
+    whole: state and total of the linear branch over all visual keys, see `ops.state`.
+    weight: of the projection, fp32 [D, D].
+    text_len: int32 [B].
     """
 
     cuts: Cuts
@@ -59,6 +62,10 @@ class FusedCall(NamedTuple):
     scale: float
     feature_map: str
     linear_scope: str
+    lists: RoutedBlocks
+    whole: tuple[torch.Tensor, torch.Tensor]
+    weight: torch.Tensor
+    text_len: torch.Tensor
 
     @property
     def marginal(self) -> bool:
@@ -86,13 +93,13 @@ class FusedCall(NamedTuple):
 
 def block_means(x: torch.Tensor, cut: Cut) -> torch.Tensor:
     """See `ops.block_means`."""
-    x = _rows(x)
+    x = tuning.contiguous_rows(x)
     batch, heads, _, dim = x.shape
-    means, align = _room_for_means(x, cut), _alignment(x)
+    means, align = _room_for_means(x, cut), tuning.alignment(x)
     _run(
         "means", (cut.blocks, batch * heads),
         (x, means, *_strides(align, x), *cut.grid, heads),
-        {**_head_dim(dim), "ALIGN": align, **_cut(cut)},
+        {**tuning.head_dims(dim), "ALIGN": align, **_cut(cut)},
     )  # fmt: skip
     return means
 
@@ -119,10 +126,10 @@ def state(
     k: torch.Tensor, v: torch.Tensor, cut: Cut, feature_map: str
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """See `ops.state`."""
-    k, v = _rows(k), _rows(v)
+    k, v = tuning.contiguous_rows(k), tuning.contiguous_rows(v)
     batch, heads, _, dim = k.shape
     split = configs.SPLIT // cut.block
-    splits, align, means = triton.cdiv(cut.blocks, split), _alignment(k, v), _room_for_means(k, cut)
+    splits, align, means = triton.cdiv(cut.blocks, split), tuning.alignment(k, v), _room_for_means(k, cut)
     states = k.new_empty(batch, heads, splits, dim, dim, dtype=torch.float32)
     totals = k.new_empty(batch, heads, splits, dim, dtype=torch.float32)
     _run(
@@ -134,29 +141,20 @@ def state(
 
 
 def forward(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    whole: tuple[torch.Tensor, torch.Tensor],
-    lists: RoutedBlocks,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    text_len: torch.Tensor,
-    call: FusedCall,
-    training: bool,
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor | None, call: FusedCall, training: bool
 ) -> tuple[torch.Tensor, ...]:
-    """See `ops.attend`; `whole`: state and total over all visual keys."""
-    q, k, v = _rows(q), _rows(k), _rows(v)
+    """See `ops.attend`."""
+    q, k, v = tuning.contiguous_rows(q), tuning.contiguous_rows(k), tuning.contiguous_rows(v)
     batch, heads, tokens, _ = q.shape
-    align, out = _alignment(q, k, v), room_for_rows(q)
-    exact, lse, linear, denominators, modes = room_for_saved(q, lists, call, training)
+    align, out = tuning.alignment(q, k, v), room_for_rows(q)
+    exact, lse, linear, denominators, modes = room_for_saved(q, call, training)
     _run(
         "forward", (call.cuts.queries.blocks, batch * heads),
         (
-            q, k, v, *table_of_state(whole, weight, call, q.dtype), weight.to(q.dtype).contiguous(),
-            weight if bias is None else bias.float().contiguous(), *lists, *listed_blocks(lists.critical, call),
-            text_len, out, exact, lse, linear, denominators, modes, *_strides(align, q, k, v), call.scale,
-            *call.cuts.keys.grid, *call.segments[:4], heads, tokens, *call.blocks, *lists.counts, int(training),
+            q, k, v, *table_of_state(call, q.dtype), call.weight.to(q.dtype).contiguous(),
+            call.weight if bias is None else bias.float().contiguous(), *call.lists, *listed_blocks(call),
+            call.text_len, out, exact, lse, linear, denominators, modes, *_strides(align, q, k, v), call.scale,
+            *call.cuts.keys.grid, *call.segments[:4], heads, tokens, *call.blocks, *call.lists.counts, int(training),
         ),
         {**call.constants(q, align), "HAS_BIAS": bias is not None},
     )  # fmt: skip
@@ -168,19 +166,16 @@ def backward(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    whole: tuple[torch.Tensor, torch.Tensor],
-    lists: RoutedBlocks,
-    weight: torch.Tensor,
-    text_len: torch.Tensor,
     saved: Sequence[torch.Tensor],
     call: FusedCall,
 ) -> tuple[torch.Tensor, ...]:
     """See `ops.attend_backward`; `saved`: what `forward` returned for training besides the output."""
-    gradient, q, k, v = (_rows(x) for x in (gradient, q, k, v))
+    gradient, q, k, v = (tuning.contiguous_rows(x) for x in (gradient, q, k, v))
     batch, heads, tokens, _ = q.shape
+    lists, weight = call.lists, call.weight
     exact, lse, linear, denominators, modes = saved
-    pulled = _rows(gradient @ weight.to(gradient.dtype)) if call.marginal else gradient
-    grid, align = call.cuts.keys.grid, _alignment(q, k, v, gradient, pulled, exact)
+    pulled = tuning.contiguous_rows(gradient @ weight.to(gradient.dtype)) if call.marginal else gradient
+    grid, align = call.cuts.keys.grid, tuning.alignment(q, k, v, gradient, pulled, exact)
     strides = _strides(align, q, k, v, gradient, pulled)
     constants = call.constants(q, align)
     dq, dk, dv = (room_for_rows(x) for x in (q, k, v))
@@ -188,8 +183,8 @@ def backward(
     _run(
         "dq", (call.cuts.queries.blocks, batch * heads),
         (
-            q, k, v, gradient, pulled, exact, lse, *table_of_state(whole, weight, call, q.dtype), *lists,
-            *listed_blocks(lists.critical, call), text_len, denominators, modes, dq, delta, inverses, ratios,
+            q, k, v, gradient, pulled, exact, lse, *table_of_state(call, q.dtype), *lists,
+            *listed_blocks(call), call.text_len, denominators, modes, dq, delta, inverses, ratios,
             *strides, *_strides(align, exact), call.scale, *grid, *call.segments[:4],
             heads, tokens, *call.blocks, *lists.counts,
         ),
@@ -205,12 +200,12 @@ def backward(
         singles, n_singles = modes.argsort(dim=-1, descending=True, stable=True).int(), modes.sum(-1, dtype=torch.int32)
     else:
         # the table is the state times W^T, so the gradient of the table is turned into those of both factors
-        dweight, dstate = (dstate.mT @ whole[0]).sum((0, 1)), dstate @ weight.float()
+        dweight, dstate = (dstate.mT @ call.whole[0]).sum((0, 1)), dstate @ weight.float()
     rows = configs.key_rows(constants, _capability(q.device))
     _run(
         "dkdv", (sum(call.blocks[1:]) * call.cuts.keys.block // rows, batch * heads),
         (
-            q, k, v, gradient, pulled, lse, delta, *_table(dstate, q.dtype), dtotal, *lists, text_len,
+            q, k, v, gradient, pulled, lse, delta, *_table(dstate, q.dtype), dtotal, *lists, call.text_len,
             keeping.entries, keeping.places, keeping.firsts, dropping.entries, dropping.firsts,
             modes, singles, n_singles, denominators, ratios, dk, dv, *strides, call.scale, *grid, *call.segments,
             heads, tokens, k.shape[2], *call.blocks, *lists.counts,
@@ -220,8 +215,9 @@ def backward(
     return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2), dweight, dbias
 
 
-def listed_blocks(critical: torch.Tensor, call: FusedCall) -> tuple[torch.Tensor, torch.Tensor]:
-    """Places and spans of a list of critical blocks, see `places_kernel`."""
+def listed_blocks(call: FusedCall) -> tuple[torch.Tensor, torch.Tensor]:
+    """Places and spans of the lists of critical blocks, see `places_kernel`."""
+    critical = call.lists.critical
     rows, count, cut = critical.shape[:-1], critical.shape[-1], call.cuts.keys
     places, spans = critical.new_empty(*rows, count + call.dense), critical.new_empty(*rows, 5)
     _run(
@@ -243,12 +239,10 @@ def _transpose(lists: torch.Tensor, call: FusedCall, dense: int) -> Transposed:
     return transpose_lists(lists, lists.new_full(lists.shape[:-1], lists.shape[-1]), geometry)
 
 
-def table_of_state(
-    whole: tuple[torch.Tensor, torch.Tensor], weight: torch.Tensor, call: FusedCall, dtype: torch.dtype
-) -> tuple[torch.Tensor, ...]:
+def table_of_state(call: FusedCall, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
     """The state as `_table` returns it, with the projection applied in scope "all", and the total."""
-    state, total = whole
-    return *_table(state if call.marginal else state @ weight.float().mT, dtype), total.contiguous()
+    state, total = call.whole
+    return *_table(state if call.marginal else state @ call.weight.float().mT, dtype), total.contiguous()
 
 
 def _sums(
@@ -256,7 +250,7 @@ def _sums(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """d(state) [B, H, D, D], d(total) [B, H, D] and d(bias) [D] in fp32, from 1 / d and r; see `sums_kernel`."""
     batch, heads, tokens, dim = q.shape
-    splits, align = triton.cdiv(tokens, configs.SPLIT), _alignment(q, gradient)
+    splits, align = triton.cdiv(tokens, configs.SPLIT), tuning.alignment(q, gradient)
     dstates = q.new_empty(batch, heads, splits, dim, dim, dtype=torch.float32)
     dtotals, dbiases = (q.new_empty(batch, heads, splits, dim, dtype=torch.float32) for _ in range(2))
     _run(
@@ -302,45 +296,27 @@ def room_for_rows(x: torch.Tensor) -> torch.Tensor:
     return x.new_empty(*(x.shape[i] for i in (0, 2, 1, 3)))
 
 
-def room_for_saved(q: torch.Tensor, lists: RoutedBlocks, call: FusedCall, training: bool) -> tuple[torch.Tensor, ...]:
+def room_for_saved(q: torch.Tensor, call: FusedCall, training: bool) -> tuple[torch.Tensor, ...]:
     """Empty tensors for what the backward reads; those that it does not read have no elements."""
-    none = (0,)
+    none, critical = (0,), call.lists.critical
     marginal = training and call.marginal
     return (
         room_for_rows(q) if training else q.new_empty(none),
         q.new_empty(q.shape[:3] if training else none, dtype=torch.float32),
         room_for_rows(q) if marginal else q.new_empty(none),
         q.new_empty(q.shape[:3] if marginal else none, dtype=torch.float32),
-        lists.critical.new_empty(lists.critical.shape[:-1] if marginal else none),
+        critical.new_empty(critical.shape[:-1] if marginal else none),
     )
 
 
 def _linear(dim: int, align: int, feature_map: str) -> dict[str, Any]:
-    return {**_head_dim(dim), "ALIGN": align, "MAP": feature_map, "PRECISION": "ieee"}
-
-
-def _head_dim(dim: int) -> dict[str, int]:
-    return {"D": dim, "BLOCK_D": max(16, triton.next_power_of_2(dim))}
+    return {**tuning.head_dims(dim), "ALIGN": align, "MAP": feature_map, "PRECISION": "ieee"}
 
 
 def _cut(cut: Cut, block: str = "", tile: str = "") -> dict[str, int]:
     """The kernels' constants for one cut; the two strings tell queries from keys."""
     names = (f"BLOCK{block}", *(f"TILE_{tile}{axis}" for axis in "THW"))
     return dict(zip(names, cut.pack()[3:], strict=True))
-
-
-def _rows(x: torch.Tensor) -> torch.Tensor:
-    """x with contiguous rows; models pass such tensors already."""
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
-def _alignment(*tensors: torch.Tensor) -> int:
-    """Number of elements that divides all strides: 16 bytes of them, or 1."""
-    unit = 16 // tensors[0].element_size()
-    aligned = all(s % unit == 0 for x in tensors for s in x.stride()[:3]) and all(
-        x.data_ptr() % 16 == 0 for x in tensors
-    )
-    return unit if aligned else 1
 
 
 def _strides(align: int, *tensors: torch.Tensor) -> list[int]:

@@ -123,8 +123,9 @@ def sparse_linear_bwd_kernel_dq(
 ):  # fmt: skip
     """dq [B, N, H, D] of one query block of one head; arguments as in the forward kernel.
 
-    Also stores, for dk and dv, fp32 [B, H, N]: delta = rowsum(exact * grad_out), r, and 1 / d, which is 0 for rows that
-    have no part in the totals. pulled [B, H, N, D]: in scope "marginal" the gradient behind the projection, grad_out W.
+    Also stores, for dk and dv, fp32 [B, H, N]: delta = rowsum(exact * grad_out), r, and 1 / d. The last is 0 for rows
+    that have no part in the totals. In scope "marginal", pulled [B, H, N, D] is the gradient behind the projection,
+    grad_out W.
     """
     CUT_Q: tl.constexpr = (BLOCK_Q, TILE_QT, TILE_QH, TILE_QW)
     CUT: tl.constexpr = (BLOCK_K, TILE_KT, TILE_KH, TILE_KW)
@@ -224,8 +225,8 @@ def sparse_linear_bwd_kernel_dkdv(
     """dk and dv [B, Nk, H, D] of ROWS rows of one key block. G is table * peak, -w is dtotals.
 
     The query blocks that attend to the key block exactly are listed as in `triton_lists.Transposed` (entries,
-    query_places, firsts). In scope "marginal" the query blocks for which it is negligible are listed alike, and the
-    first n_singles of `singles` [B, H, query_blocks] are the query blocks that were summed one by one. Conditioning and
+    query_places, firsts). In scope "marginal" the query blocks for which it is negligible are listed alike. The first
+    n_singles of `singles` [B, H, query_blocks] are then the query blocks that were summed one by one. Conditioning and
     text blocks get nothing from the linear branch. Query blocks are processed in steps of STEP rows.
     """
     CUT_Q: tl.constexpr = (BLOCK_Q, TILE_QT, TILE_QH, TILE_QW)

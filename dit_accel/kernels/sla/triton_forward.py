@@ -134,8 +134,8 @@ def sparse_linear_fwd_kernel(
     it includes the projection. Key blocks are processed in steps of STEP rows.
 
     For training: exact [B, N, H, D] and lse fp32 [B, H, N] of the exact branch. In scope "marginal" also linear
-    [B, N, H, D], the linear branch before its projection; denominators fp32 [B, H, N], with eps; and modes int32
-    [B, H, query_blocks], 1 where the marginal blocks were summed one by one.
+    [B, N, H, D], the linear branch before its projection, and denominators fp32 [B, H, N], with eps. There modes int32
+    [B, H, query_blocks] are 1 where the marginal blocks were summed one by one.
     """
     CUT_Q: tl.constexpr = (BLOCK_Q, TILE_QT, TILE_QH, TILE_QW)
     CUT: tl.constexpr = (BLOCK_K, TILE_KT, TILE_KH, TILE_KW)

@@ -327,7 +327,7 @@ def over_selecting(
 ):  # fmt: skip
     """`with_queries` for a visual key block i_k.
 
-    Subtracts the query blocks whose totals hold i_k although it is critical or negligible for them, and adds the query
+    Subtracts the query blocks whose totals hold i_k although it is critical or negligible for them. Adds the query
     blocks that sum their marginal blocks one by one and have i_k among them.
 
     Args:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from dit_accel.errors import DitAccelError
 from dit_accel.kernels import impls
-from dit_accel.kernels.block_sparse.geometry import BlockLists, Geometry
-from dit_accel.kernels.impls import AUTO, Facts, Impl, Implementation
+from dit_accel.kernels.block_sparse.geometry import BlockLists, Geometry, empty_rows
+from dit_accel.kernels.impls import AUTO, Facts, Impl
 from dit_accel.kernels.sla.call import visual_of
+from dit_accel.kernels.tail.call import TailCall
 from dit_accel.kernels.tail.first_order import correction
 from dit_accel.order import TokenOrder
 
@@ -69,10 +71,11 @@ def with_tail(
     geometry = dataclasses.replace(
         Geometry.of(query_order, key_order), conditioning=0, text=0, own_queries=True, partial_blocks=None
     )
-    _check(q, k, v, exact, exact_lse, lists, dropped, geometry)
-    chosen, _ = choose_impl(q.device, q.dtype, q.shape[-1], query_order, key_order, impl)
+    call = TailCall(q, k, v, exact, exact_lse, lists, dropped, geometry, scale)
+    _check(call)
+    chosen, _ = impls.choose(Facts.of(q.device, q.dtype, q.shape[-1], query_order, key_order), impl, impls.TAIL)
     if chosen.autograd:
-        out, lse = chosen.load().forward(q, k, v, exact, exact_lse, lists, dropped, geometry, scale)
+        out, lse = chosen.load().forward(call)
     else:
         out, lse = tail_forward(
             q, k, v, exact, exact_lse, lists.indices, lists.counts, dropped, geometry.pack(), scale, chosen.name
@@ -83,32 +86,8 @@ def with_tail(
     return out, lse
 
 
-def choose_impl(
-    device: torch.device,
-    dtype: torch.dtype,
-    head_dim: int,
-    query_order: TokenOrder,
-    key_order: TokenOrder,
-    impl: Impl = AUTO,
-) -> tuple[Implementation, str]:
-    """The implementation that a call gets, and why; as `impls.choose`.
-
-    Raises:
-        DitAccelError: a named implementation cannot compute the call.
-    """
-    return impls.choose(Facts(device, dtype, head_dim, query_order.block, key_order.block), impl, impls.TAIL)
-
-
-def _check(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    exact: Tensor,
-    exact_lse: Tensor,
-    lists: BlockLists,
-    dropped: Tensor | None,
-    geometry: Geometry,
-) -> None:
+def _check(call: TailCall) -> None:
+    q, k, v, exact, exact_lse, lists, dropped, geometry, _ = call
     visual, blocks = geometry.key_order.grid.visual, (geometry.query_order.blocks, geometry.key_order.blocks)
     if not q.shape == k.shape == v.shape == exact.shape or q.ndim != 4 or q.shape[2] != visual:
         raise DitAccelError(
@@ -144,19 +123,19 @@ def tail_forward(
     impl: str,
 ) -> tuple[Tensor, Tensor]:
     """Output [B, H, visual, D], laid out in memory as [B, visual, H, D], and LSE [B, H, visual]; see `with_tail`."""
-    module = impls.named(impl, impls.TAIL).load()
-    lists = BlockLists(indices, counts)
-    return module.forward(q, k, v, exact, exact_lse, lists, dropped, Geometry.unpack(geometry), scale)
+    call = _call(q, k, v, exact, exact_lse, indices, counts, dropped, geometry, scale)
+    return impls.named(impl, impls.TAIL).load().forward(call)
 
 
-def _like(x: Tensor) -> Tensor:
-    """An empty [B, H, N, D] laid out in memory as [B, N, H, D]."""
-    return torch.empty_like(x.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
+def _call(*flat: Any) -> TailCall:
+    """The record of the custom ops' arguments."""
+    q, k, v, exact, exact_lse, indices, counts, dropped, geometry, scale = flat
+    return TailCall(q, k, v, exact, exact_lse, BlockLists(indices, counts), dropped, Geometry.unpack(geometry), scale)
 
 
 @tail_forward.register_fake
 def _(q, k, v, exact, exact_lse, *rest):
-    return _like(exact), torch.empty_like(exact_lse, memory_format=torch.contiguous_format)
+    return empty_rows(exact), torch.empty_like(exact_lse, memory_format=torch.contiguous_format)
 
 
 @torch.library.custom_op("dit_accel::tail_backward", mutates_args=())
@@ -178,16 +157,13 @@ def tail_backward(
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v and `exact`, each laid out in memory as [B, visual, H, D], and of `exact_lse`."""
-    module = impls.named(impl, impls.TAIL).load()
-    lists = BlockLists(indices, counts)
-    return module.backward(
-        grad_out, grad_lse, q, k, v, exact, exact_lse, out, lse, lists, dropped, Geometry.unpack(geometry), scale
-    )
+    call = _call(q, k, v, exact, exact_lse, indices, counts, dropped, geometry, scale)
+    return impls.named(impl, impls.TAIL).load().backward(grad_out, grad_lse, out, lse, call)
 
 
 @tail_backward.register_fake
 def _(grad_out, grad_lse, q, k, v, exact, exact_lse, *rest):
-    return _like(q), _like(k), _like(v), _like(exact), torch.empty_like(exact_lse)
+    return empty_rows(q), empty_rows(k), empty_rows(v), empty_rows(exact), torch.empty_like(exact_lse)
 
 
 def _save(ctx, inputs, output) -> None:

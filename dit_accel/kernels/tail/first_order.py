@@ -14,7 +14,7 @@ def correction(q: Tensor, k: Tensor, v: Tensor, key_order: TokenOrder, scale: fl
     """What the first-order term adds to a row of pure tail: [B, H, visual, D], fp32 or fp64. Differentiable.
 
     To first order, a block's sum of exp(logit) * value has the further term ``scale * p * q (K - mean)^T V``. PISA puts
-    one matrix for all blocks in place of each block's own, its mean over the tokens, so a tail of mass g adds
+    one matrix for all blocks in place of each block's own: its mean over the tokens. So a tail of mass g adds
     ``scale * g * q H / N``. With the tail normalised by its mass, g cancels.
 
     Source: PISA (arXiv 2602.01077); xie-lab-ml/piecewise-sparse-attention.

@@ -27,8 +27,9 @@ def compensated(
 ) -> Tensor:
     """``R_i * exact + sum over the tail of p_ij * mean(V_j)``, one R and one sum for all rows of query block i.
 
-    p_i is the softmax of the mean query of block i over the mean keys, each with the weight of its block's tokens, and
-    over every conditioning and text key (isolated pooling). R_i is the part of p_i outside the tail. Differentiable.
+    p_i is a softmax of the mean query of block i. It goes over the mean keys, each with the weight of its block's
+    tokens, and over every conditioning and text key (isolated pooling). R_i is the part of p_i outside the tail.
+    Differentiable.
 
     Source: Rectified SpaAttn (arXiv 2511.19835).
 

@@ -10,26 +10,17 @@ import torch
 from torch import Tensor
 
 from dit_accel.kernels.block_sparse import dense
-from dit_accel.kernels.block_sparse.geometry import BlockLists, Geometry
-from dit_accel.kernels.block_sparse.reference import block_of_token
+from dit_accel.kernels.block_sparse.geometry import BlockLists, Geometry, empty_rows
 from dit_accel.kernels.sla.portable import block_means
+from dit_accel.kernels.tail.call import TailCall
 from dit_accel.kernels.tail.reference import in_tail
 from dit_accel.order import TokenOrder, valid_tokens
 
 
-def forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    exact: Tensor,
-    exact_lse: Tensor,
-    lists: BlockLists,
-    dropped: Tensor | None,
-    geometry: Geometry,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
+def forward(call: TailCall) -> tuple[Tensor, Tensor]:
     """See `api.with_tail`."""
-    out, lse = _empty_rows(exact), exact_lse.new_empty(exact_lse.shape)
+    q, k, v, exact, exact_lse, lists, dropped, geometry, scale = call
+    out, lse = empty_rows(exact), exact_lse.new_empty(exact_lse.shape)
     tail = _Tail.of(k, v, geometry)
     for at, rows, bias, blind in _parts(q, lists, dropped, tail, geometry):
         part = dense.forward(q[at][:, :, rows].to(tail.wide), tail.keys[at], tail.values[at], bias, blind, scale)
@@ -39,24 +30,13 @@ def forward(
 
 
 def backward(
-    grad_out: Tensor,
-    grad_lse: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    exact: Tensor,
-    exact_lse: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    lists: BlockLists,
-    dropped: Tensor | None,
-    geometry: Geometry,
-    scale: float,
+    grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, call: TailCall
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See `api.tail_backward`; README.md has the equations."""
+    q, k, v, exact, exact_lse, lists, dropped, geometry, scale = call
     tail = _Tail.of(k, v, geometry)
     of_keys, of_values = torch.zeros_like(tail.keys), torch.zeros_like(tail.values)
-    dq, dexact, dexact_lse = _empty_rows(q), _empty_rows(exact), exact_lse.new_empty(exact_lse.shape)
+    dq, dexact, dexact_lse = empty_rows(q), empty_rows(exact), exact_lse.new_empty(exact_lse.shape)
     for at, rows, bias, _ in _parts(q, lists, dropped, tail, geometry):
         queries, upstream, result, own, sums = (x[at][:, :, rows].to(tail.wide) for x in (q, grad_out, out, exact, lse))
         upstream_lse = None if grad_lse is None else grad_lse[at][:, :, rows].to(tail.wide)
@@ -112,13 +92,9 @@ def _parts(
 
 @functools.lru_cache(maxsize=16)
 def _query_blocks(order: TokenOrder, device: torch.device) -> Tensor:
-    return block_of_token(order.index(), order.block).to(device)
+    return order.block_of_token().to(device)
 
 
 def spread(x: Tensor, order: TokenOrder) -> Tensor:
     """A value a block [B, H, blocks, D] for each of its tokens: [B, H, visual, D], in memory [B, visual, H, D]."""
     return x.transpose(1, 2).index_select(1, _query_blocks(order, x.device)).transpose(1, 2)
-
-
-def _empty_rows(x: Tensor) -> Tensor:
-    return x.new_empty(x.shape[0], x.shape[2], x.shape[1], x.shape[3]).transpose(1, 2)

@@ -5,31 +5,22 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dit_accel.kernels.block_sparse.geometry import BlockLists, Geometry
-from dit_accel.kernels.block_sparse.reference import block_of_token
+from dit_accel.kernels.block_sparse.geometry import BlockLists
 from dit_accel.kernels.sla.portable import block_means
+from dit_accel.kernels.tail.call import TailCall
 from dit_accel.order import valid_tokens
 
 
-def forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    exact: Tensor,
-    exact_lse: Tensor,
-    lists: BlockLists,
-    dropped: Tensor | None,
-    geometry: Geometry,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
+def forward(call: TailCall) -> tuple[Tensor, Tensor]:
     """See `api.with_tail`; by plain autograd, in fp64 for fp64 inputs and in fp32 otherwise.
 
     The exact part is one more entry of a row: its logit is `exact_lse`, its value `exact`.
     """
+    q, k, v, exact, exact_lse, lists, dropped, geometry, scale = call
     wide = torch.promote_types(q.dtype, torch.float32)
     keys, values = block_means(k, geometry.key_order), block_means(v, geometry.key_order)
     held = valid_tokens(geometry.key_order).to(q.device, wide)
-    rows = block_of_token(geometry.query_order.index(), geometry.block_q).to(q.device)
+    rows = geometry.query_order.block_of_token().to(q.device)
     logits = (q.to(wide) @ keys.mT) * scale + held.log()
     logits = logits.masked_fill(~in_tail(lists, dropped, geometry.key_order.blocks)[:, :, rows], -torch.inf)
     logits = torch.cat([exact_lse[..., None].to(wide), logits], -1)

@@ -1,8 +1,8 @@
 """The demo's video codec: blocks of pixels as channels, without loss, with the interface that `WanPipeline` expects.
 
-Frames are cut into blocks of 2 frames x 4 x 4 pixels, as Wan's VAE does causally: the first frame stands alone (it is
-doubled), the rest come in pairs, so 1 + 2n frames make 1 + n latent frames. Nothing is learned and nothing is lost; the
-transformer predicts the clean clip, whose blocks are simple, and not its noise, which is not.
+Frames are cut into blocks of 2 frames x 4 x 4 pixels, causally as in Wan's VAE. The first frame stands alone (it is
+doubled), and the rest come in pairs. So 1 + 2n frames make 1 + n latent frames. Nothing is learned and nothing is lost.
+The transformer predicts the clean clip, whose blocks are simple, and not its noise, which is not.
 """
 
 from __future__ import annotations

@@ -5,11 +5,12 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from accuracy import assert_accurate, plain_attention
+from block_sparse_calls import block_sparse_attention
 from roundings import gradient_sizes
 
 import dit_accel
 from dit_accel.kernels.block_sparse import reference
-from dit_accel.kernels.block_sparse.api import block_sparse_attention
 from dit_accel.kernels.block_sparse.geometry import (
     BlockLists,
     Geometry,
@@ -18,7 +19,6 @@ from dit_accel.kernels.block_sparse.geometry import (
     read_placements,
 )
 from dit_accel.order import TokenOrder
-from dit_accel.testing import assert_accurate, plain_attention
 
 NAMES = ("out", "lse", "dq", "dk", "dv")
 

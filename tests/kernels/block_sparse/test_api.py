@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from block_sparse_calls import block_sparse_attention
 
 import dit_accel
-from dit_accel.kernels.block_sparse.api import block_sparse_attention
 
 IMPLS = ["reference", "portable"]
 

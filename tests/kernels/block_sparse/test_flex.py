@@ -9,13 +9,13 @@ import types
 
 import pytest
 import torch
+from accuracy import assert_accurate, plain_attention
 from torch.nn.attention.flex_attention import create_mask
 
 import dit_accel
 from dit_accel.errors import DitAccelError
 from dit_accel.kernels import impls
 from dit_accel.kernels.block_sparse import flex
-from dit_accel.testing import assert_accurate, plain_attention
 
 TILES = {"tile_q": (2, 2, 4), "tile_k": (1, 4, 4)}
 # Pairwise over: raster and tiles, ragged ends, several joined blocks, products and bands, text first, behind and

@@ -15,13 +15,13 @@ import sys
 
 import pytest
 import torch
+from accuracy import assert_accurate, plain_attention
+from block_sparse_calls import block_sparse_attention
 
 from dit_accel.errors import DitAccelError
 from dit_accel.kernels import impls
-from dit_accel.kernels.block_sparse.api import block_sparse_attention
 from dit_accel.kernels.block_sparse.geometry import Predicate
 from dit_accel.order import TokenOrder
-from dit_accel.testing import assert_accurate, plain_attention
 from dit_accel.tokens import TokenGrid
 
 gluon_forward = pytest.importorskip("dit_accel.kernels.block_sparse.gluon_forward")

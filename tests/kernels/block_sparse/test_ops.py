@@ -2,10 +2,10 @@
 
 import pytest
 import torch
+from block_sparse_calls import block_sparse_attention
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from dit_accel.kernels.block_sparse import ops
-from dit_accel.kernels.block_sparse.api import block_sparse_attention
 
 
 @pytest.mark.parametrize("topk", [None, 2], ids=["shared", "per-head"])

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
+from block_sparse_calls import block_sparse_attention
 from torch.nn.functional import scaled_dot_product_attention
 
 import dit_accel
-from dit_accel.kernels.block_sparse.api import block_sparse_attention
 
 METHODS = [
     ("gna", {"window": (2, 3, 4), "stride": 1}),

@@ -9,12 +9,13 @@ import os
 
 import pytest
 import torch
+from block_sparse_calls import block_sparse_attention
 
 import dit_accel
 from dit_accel.errors import DitAccelError
 from dit_accel.kernels import impls
 from dit_accel.kernels.block_sparse import reference
-from dit_accel.kernels.block_sparse.api import block_sparse_attention, pack
+from dit_accel.kernels.block_sparse.api import pack
 from dit_accel.kernels.block_sparse.geometry import Segments
 
 TRITON = impls.named("triton")

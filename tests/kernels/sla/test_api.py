@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from sla_calls import sparse_linear_attention
 
 from dit_accel.errors import DitAccelError
-from dit_accel.kernels.sla.api import sparse_linear_attention
 
 
 def make(tokens=100, dim=16):

@@ -38,10 +38,10 @@ def launched(monkeypatch, arch):
         *whole, _ = triton.state(q, q, cuts.keys, "softmax")
         weight, bias, text_len = torch.zeros(dim, dim), torch.zeros(dim), torch.zeros(1, dtype=torch.int32)
         for scope in LINEAR_SCOPES if max(block_q, block) <= configs.MARGINAL_BLOCK else ("all",):
-            call = triton.FusedCall(cuts, segments, 0.125, "softmax", scope)
-            _, *saved = triton.forward(q, q, q, whole, lists, weight, bias, text_len, call, True)
+            call = triton.FusedCall(cuts, segments, 0.125, "softmax", scope, lists, tuple(whole), weight, text_len)
+            _, *saved = triton.forward(q, q, q, bias, call, True)
             saved[-1].zero_()  # modes, which are read
-            triton.backward(q, q, q, q, whole, lists, weight, text_len, saved, call)
+            triton.backward(q, q, q, q, saved, call)
     return found
 
 

@@ -10,14 +10,13 @@ import os
 
 import pytest
 import torch
-from sla_calls import Case, check, formula, setup
+from accuracy import assert_accurate
+from sla_calls import Case, check, formula, setup, sparse_linear_attention
 
 from dit_accel.errors import DitAccelError
 from dit_accel.kernels import impls
 from dit_accel.kernels.sla import portable
-from dit_accel.kernels.sla.api import sparse_linear_attention
 from dit_accel.kernels.sla.call import apply_map
-from dit_accel.testing import assert_accurate
 from dit_accel.tokens import TokenGrid
 
 gluon = pytest.importorskip("dit_accel.kernels.sla.gluon")

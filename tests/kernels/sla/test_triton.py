@@ -8,16 +8,16 @@ import os
 
 import pytest
 import torch
-from sla_calls import cuts_of
+from accuracy import assert_accurate
+from sla_calls import cuts_of, sparse_linear_attention
 
 from dit_accel.errors import DitAccelError
 from dit_accel.kernels.block_sparse.triton_configs import Launch
 from dit_accel.kernels.sla import ops, portable, triton_configs
-from dit_accel.kernels.sla.api import route, sparse_linear_attention
+from dit_accel.kernels.sla.api import route
 from dit_accel.kernels.sla.call import Cuts, KeySegments
 from dit_accel.kernels.sla.portable import highest, linear_all, linear_marginal, lowest
 from dit_accel.order import TokenOrder
-from dit_accel.testing import assert_accurate
 from dit_accel.tokens import TokenGrid
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"

@@ -9,6 +9,7 @@ from dit_accel.kernels.ahead_of_time import ARCHS
 from dit_accel.kernels.block_sparse.geometry import BlockLists, Geometry
 from dit_accel.kernels.block_sparse.triton_configs import HEAD_DIMS, TILES, fitting
 from dit_accel.kernels.tail import triton, triton_configs
+from dit_accel.kernels.tail.call import TailCall
 from dit_accel.order import TokenOrder
 from dit_accel.tokens import TokenGrid
 
@@ -27,9 +28,9 @@ def launched(monkeypatch):
             lse = torch.zeros(q.shape[:3])
             rows = 1, 1, orders[0].blocks
             lists = BlockLists(torch.zeros(*rows, 3, dtype=torch.int32), torch.ones(rows, dtype=torch.int32))
-            call = lists, None, Geometry.of(*orders), 0.1
-            triton.forward(q, q, q, q, lse, *call)
-            triton.backward(q, lse, q, q, q, q, lse, q, lse, *call)
+            call = TailCall(q, q, q, q, lse, lists, None, Geometry.of(*orders), 0.1)
+            triton.forward(call)
+            triton.backward(q, lse, q, lse, call)
     return found
 
 

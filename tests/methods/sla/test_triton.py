@@ -5,11 +5,11 @@
 
 import pytest
 import torch
+from accuracy import assert_accurate
 from sla_calls import INTERPRETED, MARGINAL, SHORT, WIDE, Case, check
 
 from dit_accel.methods.sla import SparseLinearAttention
 from dit_accel.registry import plan
-from dit_accel.testing import assert_accurate
 from dit_accel.tokens import TokenGrid
 
 TINY = TokenGrid(2, 3, 7)

@@ -1,0 +1,38 @@
+"""`dit-accel tune`: find the settings of a model for a target, or calibrate the budgets of its heads."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import typer
+
+from dit_accel.cli import Interrupted
+from dit_accel.cli.eval import BROKEN, show
+from dit_accel.cli.options import command
+from dit_accel.tune.request import TuneRequest
+
+
+@command(TuneRequest)
+def tune(given: dict[str, Any]) -> int:
+    """Find the best method and settings for a target by short runs, or calibrate budgets; write a settings file.
+
+    `generate` and `eval` take the file with --load, `train` with --layer-schedule, `accelerate` with layer_schedule=.
+    A run that was stopped goes on where it stopped when it is started again.
+
+    Example: dit-accel tune --model demo --prompts prompts.txt --target 1.5x --output tuned
+    """
+    request = TuneRequest(**given)
+    from dit_accel.tune import calibrate, job
+
+    try:
+        if request.calibrate is not None:
+            typer.echo("\n".join(calibrate.run(request)))
+            return 0
+        summary, path = job.run(request)
+    except KeyboardInterrupt as stop:
+        raise Interrupted(f"interrupted; the same command goes on with what is in {request.output}.") from stop
+    show(summary)
+    if path is None:
+        return BROKEN
+    typer.echo(f"settings: {path}\ntry it:   dit-accel generate --model {request.model} --load {path}")
+    return 0

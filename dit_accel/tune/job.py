@@ -1,0 +1,107 @@
+"""A search from its request to the settings file: rounds of `dit_accel.eval`, the layer search, the verdict."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dit_accel import registry
+from dit_accel.errors import DitAccelError
+from dit_accel.eval import gates, quality
+from dit_accel.eval.sweep import BASELINE, Candidate, label
+from dit_accel.files import replace_file
+from dit_accel.generation import call
+from dit_accel.generation.sampling import TotalBar, progress_bar
+from dit_accel.hooks import layers as layerwise
+from dit_accel.hooks.layers import LayerSettings
+from dit_accel.pipelines.targets import find_transformers
+from dit_accel.tune import halving, space
+
+if TYPE_CHECKING:
+    from dit_accel.eval.summary import Summary
+    from dit_accel.generation.choice import MethodChoice
+    from dit_accel.tune.request import TuneRequest
+
+FILE = "settings.json"
+
+
+def run(request: TuneRequest) -> tuple[Summary, Path | None]:
+    """Search.
+
+    Returns:
+        The summary of the last round with the rows of its front alone, after the baseline; and the settings file, None
+        if no setting that gains holds the target. The last line of the verdict is about the target.
+
+    Raises:
+        DitAccelError: the request cannot be carried out. Finished samples stay, and the next search uses them.
+    """
+    assert request.target is not None
+    require = limits_of(request.target)
+    limits = gates.parse(require, "--target")
+    measured = [limit.figure for limit in limits if limit.figure not in gates.FIGURES]
+    evaluation = request.evaluation(metrics=tuple(dict.fromkeys(["psnr", *measured])), require=require)
+    dense = Candidate(BASELINE)
+    with quality.opened(evaluation, [dense]) as opened, progress_bar() as progress:
+        pipe: Any = opened.sweep.pipe
+        steps = call.default_of(type(pipe), opened.sweep.arguments(dense), "num_inference_steps")
+        if not isinstance(steps, int):
+            raise DitAccelError("This model has no usual number of denoising steps. Give it with --steps.")
+        transformers = find_transformers(pipe)[0].values()
+        tried, left_out = space.settings(request, opened.grid, [family for _, family in transformers], steps)
+        for what, why in left_out.items():
+            print(f"left out: {what}: {why}", file=sys.stderr)
+        layers = sum(1 for transformer, family in transformers for _ in family.attentions(transformer))
+        search = space.LayerSearch(request, opened, tried, steps, layers)
+        if search.obstacle is not None:
+            print(f"left out: settings layer by layer: {search.obstacle}.", file=sys.stderr)
+        rounds, choices = halving.rounds(len(tried), steps), tried
+        whole = TotalBar(progress, "all of it", sum((count + 1) * own for count, own in rounds) * len(opened.items))
+        for number, (_, own) in enumerate(rounds, 1):
+            final = number == len(rounds)
+            if final and search.obstacle is None and len(search.configs(choices[0].name)) > 1:
+                whole.spare(-search.work(choices[0].name))
+                layered = search.run(choices, whole)
+                whole.spare(-len(layered) * own * len(opened.items))
+                choices = [*choices, *layered]
+            asked = dataclasses.replace(
+                evaluation, steps=own, methods=tuple(choices), output=request.output / f"round-{number}",
+                pictures=evaluation.pictures if final else 0,
+            )  # fmt: skip
+            made, _ = quality.run(asked, pipe, whole)
+            assert made is not None, "tune runs in one process"
+            summary = made
+            by_label = {label(choice): choice for choice in choices}
+            ordered = halving.order(summary["rows"][1:], summary["metrics"], limits)
+            if not final:
+                choices = [by_label[row["label"]] for _, row in ordered[: rounds[number][0]]]
+        verdict = summary["verdict"][-1]
+        front = [row for place, row in ordered if place == 0]
+        summary |= {"rows": [summary["rows"][0], *sorted(front, key=lambda row: row["speedup"])], "verdict": [verdict]}
+        if "row" not in verdict:
+            return summary, None
+        figures = gates.figures_of(next(row for _, row in ordered if row["label"] == verdict["row"]))
+        found = {"target": request.target, "row": verdict["row"], "model": request.model, "figures": figures}
+        path = request.output / FILE
+        replace_file(path, layerwise.to_json(_layers_of(by_label[verdict["row"]], pipe), tuned=found).encode())
+    return summary, path
+
+
+def limits_of(target: str) -> str:
+    """A target as limits: ``1.5x`` is ``speedup>=1.5``."""
+    times = re.fullmatch(rf"\s*({gates.NUMBER})\s*x\s*", target)
+    return target if times is None else f"speedup>={times[1]}"
+
+
+def _layers_of(choice: MethodChoice, pipe: Any) -> LayerSettings:
+    """A choice as a layer schedule for this pipeline."""
+    if choice.layers is not None:
+        return choice.layers
+    config, layers = registry.make_config(choice.name, choice.config), {}
+    for name, (transformer, family) in find_transformers(pipe)[0].items():
+        count = sum(1 for _ in family.attentions(transformer))
+        dense = choice.schedule.layers(count)
+        layers[name] = tuple(None if index in dense else config for index in range(count))
+    return LayerSettings(choice.name, layers, choice.schedule.steps())

@@ -1,0 +1,71 @@
+"""What `dit-accel tune` is asked."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any, ClassVar
+
+from dit_accel import registry
+from dit_accel.errors import DitAccelError
+from dit_accel.eval.request import EvalRequest, parse_seeds
+from dit_accel.generation.processes import ProcessRank
+from dit_accel.generation.request import METHOD_FORM, PROMPTS_FORM, ModelRequest, ScheduleOptions
+from dit_accel.values import option
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TuneRequest(ScheduleOptions, ModelRequest):
+    """The options of `dit-accel tune`."""
+
+    PANEL: ClassVar[str] = "Tuning"
+
+    target: str | None = option(
+        None, "A speed-up such as 1.5x, or limits such as 'psnr>=25,speedup>=1.2'.", metavar="N.Nx|LIMITS"
+    )
+    calibrate: float | None = option(
+        None,
+        "Search nothing: find the share of blocks that each head of sparge needs for this share of its softmax.",
+        metavar="RECALL",
+        above=0,
+        most=1,
+    )
+    method: tuple[str, ...] = option(
+        (), "Only these, repeatable; with settings, only those settings.", metavar=METHOD_FORM, repeatable=True
+    )
+    prompts: str | None = option(None, "A few, one a line; demo, general; captioned media.", metavar=PROMPTS_FORM)
+    seeds: tuple[int, ...] = option(
+        (0,), "Of the noise, such as 0,1,2 or 0-3.", metavar="N,N|N-N", parse=parse_seeds, least=0
+    )
+    output: Path = option(Path("tuned"), "Of all files; a run that was stopped goes on.", metavar="FOLDER")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if (self.target is None) == (self.calibrate is None):
+            raise DitAccelError("tune needs either --target, such as 1.5x, or --calibrate RECALL; not both.")
+        if ProcessRank.here().count > 1:
+            raise DitAccelError("tune decides from what it measured, in one process. Start it without a launcher.")
+        if self.calibrate is not None:
+            self.calibrated()
+
+    def calibrated(self) -> dict[str, Any]:
+        """The settings of sparge to calibrate for.
+
+        Raises:
+            DitAccelError: another method was named, or a setting is refused.
+        """
+        name, config = registry.parse_method(*self.method) if len(self.method) == 1 else ("sparge", {})
+        if name != "sparge" or len(self.method) > 1:
+            raise DitAccelError(
+                "--calibrate finds budgets of sparge, which alone has them. Give at most one --method, such as "
+                f"sparge:score=subblock; got {', '.join(self.method)}."
+            )
+        if self.compile:
+            raise DitAccelError("--calibrate looks into attention, which --compile hides; leave it out for that run.")
+        registry.make_config(name, config)
+        return config
+
+    def evaluation(self, **more: Any) -> EvalRequest:
+        """The evaluation of this model with these prompts, seeds and size; `more` are further fields of it."""
+        shared = {field.name: getattr(self, field.name) for field in dataclasses.fields(ModelRequest)}
+        return EvalRequest(**{**shared, "prompts": self.prompts, "seeds": self.seeds, "output": self.output, **more})

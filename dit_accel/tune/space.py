@@ -1,0 +1,169 @@
+"""What a search tries: methods at some densities and presets, with and without dense steps, and layer by layer."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from dit_accel import registry
+from dit_accel.errors import DitAccelError
+from dit_accel.eval.samples import key_of
+from dit_accel.eval.sweep import Candidate
+from dit_accel.files import read_json, replace_file
+from dit_accel.generation import modular
+from dit_accel.generation.choice import MethodChoice
+from dit_accel.hooks.schedule import STEPS, Schedule
+from dit_accel.train import search
+from dit_accel.train.data import Dataset, write
+from dit_accel.train.prepare import Preparer
+from dit_accel.train.settings import INDEX
+
+if TYPE_CHECKING:
+    from dit_accel.eval.summary import Evaluation
+    from dit_accel.generation.sampling import TotalBar
+    from dit_accel.pipelines.family import Family
+    from dit_accel.tokens import TokenGrid
+    from dit_accel.tune.request import TuneRequest
+
+DENSITIES = (0.5, 0.3, 0.2, 0.1)
+DENSE_STEPS = 0.2
+SAMPLES = 4  # of a layer search
+
+
+def settings(
+    request: TuneRequest, grid: TokenGrid, families: Sequence[Family], steps: int
+) -> tuple[list[MethodChoice], dict[str, str]]:
+    """The settings to try, each once, and why others are left out, by method and density.
+
+    Args:
+        families: of the model's transformers.
+        steps: of the model's call. A number of dense steps becomes a share of them, since early rounds have fewer.
+
+    Raises:
+        DitAccelError: settings that were asked for do not fit the grid, or nothing does.
+    """
+    methods = registry.get_methods().values()
+    free = [method.name for method in methods if method.at_density is not None and method.module is None]
+    found: dict[str, MethodChoice] = {}
+    left_out: dict[str, str] = {}
+
+    def add(name: str, config: dict[str, Any], schedule: dict[str, Any]) -> None:
+        choice = MethodChoice(name, config, Schedule(**schedule), dense_backend=request.dense_backend)
+        choice.check(grid)
+        found.setdefault(key_of(choice.record()), choice)
+
+    given = {
+        name: min(1.0, value / steps) if name in STEPS and isinstance(value, int) else value
+        for name, value in request.schedule.items()
+    }
+    schedules = [given] if "dense_steps" in given else [given, {**given, "dense_steps": DENSE_STEPS}]
+    for text in request.method or free:
+        name, config = registry.parse_method(text)
+        rule = registry.get_method(name).at_density
+        if config or rule is None:
+            for schedule in schedules:
+                add(name, config, schedule)
+            continue
+        for density in DENSITIES:
+            try:
+                for schedule in schedules:
+                    add(name, rule(grid, density), schedule)
+            except DitAccelError as error:
+                left_out[f"{name} at a density of {density}"] = str(error)
+        if name in families[0].recommended:
+            preset = families[0].preset(name, len(families))
+            add(name, dict(preset.config), {**preset.schedule, **given})
+    if not found:
+        raise DitAccelError(f"No setting fits the grid {grid}: {next(iter(left_out.values()))}")
+    return list(found.values()), left_out
+
+
+class LayerSearch:
+    """The layer search of the best method: its settings are distributed over layers at the density of each.
+
+    Args:
+        request: what was asked.
+        evaluation: its model and prompts; the model is dense.
+        tried: all settings of the search.
+        steps: of the model's call.
+    """
+
+    def __init__(
+        self, request: TuneRequest, evaluation: Evaluation, tried: Sequence[MethodChoice], steps: int, layers: int
+    ) -> None:
+        self.request, self.evaluation, self.steps, self.layers = request, evaluation, steps, layers
+        self.tried = [choice for choice in tried if choice.layers is None]
+        pipe: Any = evaluation.sweep.pipe
+        self.obstacle: str | None = None
+        if modular.is_modular(type(pipe)) or getattr(pipe, "transformer_2", None) is not None:
+            self.obstacle = "a layer search needs a pipeline with one transformer, and no modular one"
+        elif request.dense_layers is not None:
+            self.obstacle = "a layer search chooses the dense layers, and --dense-layers was given"
+        elif request.offload != "none":
+            self.obstacle = "a layer search needs all weights on the device, and --offload moves them"
+
+    def configs(self, method: str) -> list[dict[str, Any]]:
+        """The different settings of a method that were tried."""
+        made = {key_of(dataclasses.asdict(self._config(choice))): choice.config for choice in self._of(method)}
+        return list(made.values())
+
+    def work(self, method: str) -> int:
+        """What a search takes, in denoising steps."""
+        return SAMPLES * (self.steps + self.layers * len(self.configs(method)))
+
+    def run(self, finalists: Sequence[MethodChoice], whole: TotalBar) -> list[MethodChoice]:
+        """Layer schedules for the first finalist's method: one for each finalist of it, as dense as that is."""
+        method = finalists[0].name
+        configs = self.configs(method)
+        table, folder = self._table(method, configs, whole), self.request.output / "layers"
+        made: dict[str, MethodChoice] = {}
+        for choice in (each for each in finalists if each.name == method):
+            index = table.candidates.index(self._config(choice))
+            budget = -(-table.costs[index] * search.RESOLUTION // 1) / search.RESOLUTION  # the search rounds up
+            chosen = search.budgeted(table, budget)
+            if all(each == index for each in chosen):
+                continue
+            steps = choice.schedule.steps()
+            key = key_of({"chosen": chosen, "schedule": steps})[:6]
+            path = folder / f"{method}-{budget:.3g}-{key}.json"
+            layers = search.write(path, table, chosen, {"model": self.request.model, "budget": budget}, steps)
+            schedule = dataclasses.replace(choice.schedule, dense_layers=0)
+            made[key] = MethodChoice(method, {}, schedule, layers=layers, dense_backend=choice.dense_backend, file=path)
+        return list(made.values())
+
+    def _of(self, method: str) -> list[MethodChoice]:
+        return [choice for choice in self.tried if choice.name == method]
+
+    def _config(self, choice: MethodChoice) -> Any:
+        return registry.make_config(choice.name, choice.config)
+
+    def _table(self, method: str, configs: list[dict[str, Any]], whole: TotalBar) -> search.Table:
+        """The measured losses, or those of an earlier run."""
+        sweep, items = self.evaluation.sweep, self.evaluation.items
+        dense = Candidate("dense", MethodChoice("dense", {}, Schedule()))
+        asked = {"samples": [sweep.key(dense, item) for item in items], "method": method, "configs": configs}
+        folder = self.request.output / "layers" / key_of(asked)
+        path, data = folder / "losses.json", folder / "data"
+        made = tuple(registry.make_config(method, config) for config in configs)
+        if path.exists():
+            whole.spare(self.work(method))
+            known = read_json(path, "table of losses", "Delete it and run again.", ("costs", "losses"))
+            return search.Table(method, made, tuple(known["costs"]), tuple(map(tuple, known["losses"])))
+        arguments = sweep.arguments(dense)
+        size: dict[str, int] = {
+            name: arguments[name] for name in ("num_frames", "height", "width") if name in arguments
+        }
+        if not (data / INDEX).is_file():
+            preparer = Preparer(sweep.pipe, size)
+            prompts = [items[index % len(items)].prompt for index in range(SAMPLES)]
+            write(data, preparer.generated(prompts, arguments, items[0].seed), preparer.negative(), size)
+        whole.advance(SAMPLES * self.steps)
+
+        def count(done: int, total: int) -> None:
+            whole.advance(SAMPLES * len(configs))
+
+        table = search.measure(sweep.pipe, method, configs, Dataset(data), samples=SAMPLES, progress=count)
+        replace_file(path, json.dumps({"costs": table.costs, "losses": table.losses}, allow_nan=False).encode())
+        return table

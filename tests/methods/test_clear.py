@@ -1,0 +1,67 @@
+"""CLEAR's disc: every pair by brute force, the published counts, settings for a density, calls on odd grids."""
+
+import pytest
+import torch
+from accuracy import assert_accurate, plain_attention
+
+import dit_accel
+from dit_accel.errors import DitAccelError
+from dit_accel.methods.clear import at_density
+from dit_accel.tokens import TokenGrid
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (1, 5, 9), (1, 9, 5), (3, 4, 7), (2, 1, 13)])
+@pytest.mark.parametrize("radius", [1, 2, 3, 5, 40])
+def test_the_disc_is_that_of_the_definition(shape, radius):
+    plan = dit_accel.plan("clear", TokenGrid(*shape), radius=radius)
+    _, y, x = torch.unravel_index(torch.arange(plan.grid.visual), shape)
+    disc = (y[:, None] - y).square() + (x[:, None] - x).square() < radius**2
+    assert torch.equal(plan.token_mask(), disc)
+    assert plan.pairs == disc.sum()
+
+
+@pytest.mark.parametrize(
+    ("side", "radius", "image", "total"),
+    [
+        (64, 8, 710_052, 5_166_500),
+        (64, 16, 2_594_880, 7_051_328),
+        (64, 32, 8_085_036, 12_541_484),
+        (128, 8, 2_999_204, 20_038_564),
+        (128, 16, 11_653_696, 28_693_056),
+        (256, 8, 12_320_676, 79_691_684),
+    ],
+)
+def test_published_counts(side, radius, image, total):
+    assert dit_accel.plan("clear", TokenGrid(1, side, side), radius=radius).pairs == image
+    assert dit_accel.plan("clear", TokenGrid(1, side, side, text=512), radius=radius).pairs == total
+
+
+def test_the_published_radius_is_the_default():
+    assert dit_accel.plan("clear", TokenGrid(1, 64, 64)).config.radius == 16
+
+
+@pytest.mark.parametrize("impl", ["reference", "portable"])
+def test_attention_is_softmax_over_the_disc(impl):
+    torch.manual_seed(0)
+    plan = dit_accel.plan("clear", TokenGrid(1, 9, 14, text=5), radius=4)
+    q, k, v = (torch.randn(2, 3, plan.grid.tokens, 24) for _ in range(3))
+    mask = plan.token_mask()
+    exact, _ = plain_attention(q.double(), k.double(), v.double(), mask, 24**-0.5)
+    plain, _ = plain_attention(q, k, v, mask, 24**-0.5)
+    assert_accurate("out", dit_accel.attention(q, k, v, plan, impl=impl), plain, exact)
+
+
+@pytest.mark.parametrize("density", [0.02, 0.1, 0.5, 1.0])
+def test_a_radius_for_a_density(density):
+    grid = TokenGrid(1, 33, 47, text=20)
+    near = at_density(grid, density)["radius"]
+
+    def error(radius):
+        return abs(dit_accel.plan("clear", grid, radius=radius).density - density)
+
+    assert error(near) <= min(error(near + 1), error(max(near - 1, 1)))
+
+
+def test_a_radius_is_a_whole_number_of_tokens():
+    with pytest.raises(DitAccelError, match="radius"):
+        dit_accel.plan("clear", TokenGrid(1, 8, 8), radius=0)

@@ -1,0 +1,121 @@
+"""The search: its rounds, its fronts, and a whole one on a small model whose pick is on the front that it measured."""
+
+import json
+import random
+
+import pytest
+import torch
+
+import dit_accel
+from dit_accel.eval import sweep
+from dit_accel.tune import halving
+
+SMALL = ("--frames", 5, "--height", 32, "--width", 32, "--steps", 2)
+
+
+def test_rounds_halve_the_settings_and_double_the_steps():
+    assert halving.rounds(48, 50) == [(48, 3), (24, 6), (12, 12), (6, 25), (3, 50)]
+    assert halving.rounds(5, 2) == [(5, 2), (3, 2)] and halving.rounds(3, 1) == [(3, 1)]
+
+
+def test_fronts_against_their_definition():
+    generator = random.Random(0)
+    points = [(generator.randrange(8), generator.randrange(8)) for _ in range(60)]
+    numbers = halving.fronts(points)
+    for front in range(max(numbers) + 1):
+        left = [point for point, number in zip(points, numbers, strict=True) if number >= front]
+        best = {(x, y) for x, y in left if not any(a >= x and b >= y and (a, b) != (x, y) for a, b in left)}
+        assert best == {point for point, number in zip(points, numbers, strict=True) if number == front}
+
+
+def test_the_nearest_to_the_target_come_first_in_a_front():
+    psnr = {"name": "psnr", "unit": "dB", "better": "higher"}
+    rows = [{"label": str(i), "speedup": s, "figures": {"psnr": {"value": p}}} for i, (s, p) in enumerate(POINTS)]
+    rows = [row | dict.fromkeys(halving.gates.FIGURES[1:]) for row in rows]
+    for target, expected in (("speedup>=1.5", "10324"), ("psnr>=20", "23104")):
+        ordered = halving.order(rows, [psnr], halving.gates.parse(target))
+        assert "".join(row["label"] for _, row in ordered) == expected
+        assert [number for number, _ in ordered] == [0, 0, 0, 0, 1]
+
+
+POINTS = [(1.1, 40.0), (1.5, 30.0), (2.2, 20.0), (2.0, 25.0), (1.2, 29.0)]
+
+
+@pytest.fixture
+def gaining(monkeypatch):
+    """Times that a sparse setting gains: this small, none does. The frames and all else stay what they are."""
+    taken = []
+    measure = sweep.sample
+
+    def faster(pipe, arguments, seed, title, device, progress=None):
+        made = measure(pipe, arguments, seed, title, device, progress)
+        taken.append(title)
+        label = title.partition(" ")[2]
+        seconds = 9.0 if label == sweep.BASELINE else random.Random(label).uniform(3.0, 8.0)
+        return sweep.dataclasses.replace(made, denoising_seconds=seconds)
+
+    monkeypatch.setattr(sweep, "sample", faster)
+    return taken
+
+
+def test_from_prompts_to_a_pick_on_the_measured_front(cli, demo, tmp_path, gaining, monkeypatch):
+    """The second layer gives nothing away, so a layer search finds better settings than equal ones."""
+    from dit_accel.pipelines import demo as embedded
+
+    pipe = embedded.load_demo(folder=demo)
+    torch.nn.init.zeros_(pipe.transformer.blocks[1].attn1.to_out[0].weight)
+    pipe.save_pretrained(tmp_path / "model")
+    monkeypatch.setattr(embedded, "WEIGHTS", tmp_path / "model")
+    prompts, out = tmp_path / "prompts.txt", tmp_path / "out"
+    prompts.write_text("a red circle\n")
+    settings = [f"sparge:topk={share},topp=0,block=4,block_q=8" for share in (0.2, 0.3, 0.4, 0.5, 0.6, 0.8)]
+    methods = [option for method in settings for option in ("--method", method)]
+    command = ("tune", *SMALL, "--target", "1.5x", *methods, "--dense-steps", 0, "--prompts", prompts, "--output", out)
+    outcome = cli(*command)
+    assert outcome.status == 0, outcome.err
+    (round_1, last) = (json.loads((out / f"round-{n}" / "summary.json").read_text()) for n in (1, 2))
+    tried, finalists = ({row["label"]: row for row in summary["rows"][1:]} for summary in (round_1, last))
+    layered = [label for label in finalists if label not in tried]
+    assert len(finalists) - len(layered) == -(-len(tried) // 2)
+    assert layered and all(" layer by layer from " in label for label in layered)
+
+    content = json.loads((out / "settings.json").read_text())
+    picked = finalists[content["tuned"]["row"]]
+    assert picked["speedup"] >= 1.5
+    for row in finalists.values():  # nothing that was measured is better in both
+        psnr, best = (float(each["figures"]["psnr"]["value"]) for each in (row, picked))
+        assert not (row["speedup"] >= picked["speedup"] and psnr >= best) or row is picked
+    assert f"--load {out / 'settings.json'}" in " ".join(outcome.out.split())
+
+    with dit_accel.accelerate(pipe, layer_schedule=out / "settings.json") as accel:
+        pipe("a red circle", num_frames=5, height=32, width=32, num_inference_steps=2, output_type="latent")
+        report = accel.report()
+    calls = report.sparse_calls + report.dense_calls
+    sparse = sum(layer.sparse_calls * (layer.density or 0) for layer in report.layers)
+    assert (sparse + report.dense_calls) / calls == pytest.approx(picked["density"], abs=0.02)
+
+    gaining.clear()
+    before = (out / "settings.json").read_bytes()
+    assert cli(*command).status == 0
+    assert gaining == [] and (out / "settings.json").read_bytes() == before  # nothing is run again
+
+
+def test_dense_steps_are_shares_so_that_short_rounds_have_them_too():
+    from dit_accel.registry import get_families
+    from dit_accel.tune import space
+    from dit_accel.tune.request import TuneRequest
+
+    asked = TuneRequest(target="2x", method=("sol", "gna:window=3"), dense_steps=10, dense_layers=1)
+    found, left_out = space.settings(asked, dit_accel.TokenGrid(4, 16, 16), [get_families()["wan"]], 50)
+    assert {choice.schedule.dense_steps for choice in found} == {0.2} and not left_out
+    assert {choice.schedule.dense_layers for choice in found} == {1}
+    assert [choice.title for choice in found if choice.name == "gna"] == ["gna:window=3"]
+    assert sum(choice.name == "sol" for choice in found) == len(space.DENSITIES) + 1  # and the preset
+
+
+def test_where_nothing_gains_no_file_is_written(cli, demo, tmp_path):
+    (tmp_path / "prompts.txt").write_text("a red circle\n")
+    asked = ("--method", "gna:window=3", "--prompts", tmp_path / "prompts.txt", "--output", tmp_path / "out")
+    outcome = cli("tune", *SMALL, "--target", "1000x", *asked)
+    assert outcome.status == 1, outcome.err
+    assert not (tmp_path / "out" / "settings.json").exists() and "gna:window=3" in outcome.out
