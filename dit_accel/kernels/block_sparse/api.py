@@ -96,12 +96,13 @@ def attend_checked(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """`attend_blocks` without its checks; `opened` are the lists for a call outside the custom op.
 
-    The op serves autograd and tracing. Where neither is at work, the implementation is called by itself, which saves
-    the host half of the time.
+    The op serves autograd, tracing and profiles, which show its name. Where none is at work, the implementation is
+    called by itself, which saves the host half of the time.
     """
     if chosen.autograd:
         return chosen.load().forward(q, k, v, lists, segments, geometry, scale)
-    if torch.compiler.is_compiling() or gradients_follow(q, k, v) or type(q) is not torch.Tensor or traced():
+    followed = torch.compiler.is_compiling() or gradients_follow(q, k, v) or traced()
+    if followed or type(q) is not torch.Tensor or torch.autograd.profiler._is_profiler_enabled:
         return ops.attention_forward(q, k, v, *lists, *segments, geometry.pack(), scale, chosen.name)
     return chosen.load().forward(q, k, v, lists if opened is None else opened, segments, geometry, scale)
 
