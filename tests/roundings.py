@@ -1,6 +1,7 @@
 """What is rounded on the way to the gradients of attention, as sums of magnitudes: what tolerances are derived from."""
 
 import torch
+from accuracy import error_budget, plain_attention
 
 
 def gradient_sizes(q, k, v, grad_out, out, logits, lse, scale, dtype, grad_lse=None):
@@ -25,3 +26,21 @@ def gradient_sizes(q, k, v, grad_out, out, logits, lse, scale, dtype, grad_lse=N
         delta = delta + grad_lse.abs()[..., None]
     terms = p * (grad_out.abs() @ v.abs().mT + delta) * abs(scale)
     return {"dq": terms @ k.abs(), "dk": terms.mT @ q.abs(), "dv": p.mT @ grad_out.abs()}
+
+
+def tolerance(q, k, v, parts=1.0):
+    """How far an attention call may be from the exact one: twice the error of plain dense attention, and roundings.
+
+    `parts`: roundings of eps / 2 besides, in eps. No part of the output is larger than the average of |v|.
+    """
+    every, scale = torch.ones(1, 1, dtype=torch.bool), q.shape[-1] ** -0.5
+    wide = [x.double() for x in (q, k, v)]
+    plain, exact = plain_attention(q, k, v, every, scale)[0], plain_attention(*wide, every, scale)[0]
+    return error_budget(plain, exact, parts * plain_attention(*wide[:2], wide[2].abs(), every, scale)[0])
+
+
+def assert_dense(out, q, k, v, parts=1.0):
+    """Check that a call equals dense attention over all tokens."""
+    exact = plain_attention(*(x.double() for x in (q, k, v)), torch.ones(1, 1, dtype=torch.bool), q.shape[-1] ** -0.5)
+    error = (out.double() - exact[0]).abs().max().item()
+    assert error <= tolerance(q, k, v, parts), f"error {error:.3e}"  # also fails for NaN

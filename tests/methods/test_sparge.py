@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 from accuracy import assert_accurate, plain_attention
-from roundings import gradient_sizes
+from roundings import assert_dense, gradient_sizes
+from tail_calls import PARTS
 
 import dit_accel
 from dit_accel.errors import DitAccelError
@@ -132,12 +133,21 @@ def test_forward_and_gradients_equal_masked_attention(config, grid, impl):
 def test_keeping_all_blocks_is_dense(config, order):
     q, k, v, _ = inputs(TEXT_FIRST)
     plan = dit_accel.plan("sparge", TEXT_FIRST, **{**SMALL, **config}, order=order)
-    everything = torch.ones(1, 1, dtype=torch.bool)
-    plain, exact = (
-        plain_attention(*(x.to(dtype) for x in (q, k, v)), everything, 24**-0.5)[0]
-        for dtype in (q.dtype, torch.float64)
-    )
-    assert_accurate("out", dit_accel.attention(q, k, v, plan), plain, exact)
+    assert_dense(dit_accel.attention(q, k, v, plan), q, k, v)
+
+
+def test_a_little_less_than_all_leaves_out_one_block():
+    """Which has the lowest score; with one cell a block, both scores are one."""
+    q, k, *_ = inputs(VIDEO)
+    plans = [
+        dit_accel.plan("sparge", VIDEO, **SMALL, topk=0.999, topp=0.0, score=score, cells=1)
+        for score in ("mean", "subblock")
+    ]
+    lists = [plan.route(q, k) for plan in plans]
+    assert (lists[0].counts == plans[0].key_order.visual_blocks - 1).all()
+    assert torch.equal(lists[0].indices, lists[1].indices)
+    by_mass = dit_accel.plan("sparge", VIDEO, **SMALL, topk=0.0, topp=0.5).route(q, k)
+    assert len(by_mass.counts.unique()) > 1, "counts differ from row to row"
 
 
 @pytest.mark.parametrize("order", ["raster", "hilbert"])
@@ -190,9 +200,7 @@ def test_a_tail_conserves_the_mass(config, grid):
     q, k, _, _ = inputs(grid)
     v = torch.randn(1, 3, 1, 24).expand(2, -1, grid.tokens, -1)
     out = dit_accel.attention(q, k, v, dit_accel.plan("sparge", grid, **{**SMALL, **config}, tail="mean"))
-    # what plain softmax loses of the mass: about the square root of the number of keys, in roundings
-    plain = plain_attention(q, k, v, torch.ones(1, 1, dtype=torch.bool), 24**-0.5)[0]
-    assert_accurate("out", out, plain, v.double())
+    assert_dense(out, q, k, v, PARTS["out"])
 
 
 def test_a_tail_is_nearer_to_dense_than_none_on_a_smooth_field():

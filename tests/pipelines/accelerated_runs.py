@@ -18,10 +18,11 @@ VIDEO = (("gna", {"window": (3, 5, 4)}), ("radial", {"decay": 0.2, "sink": False
 IMAGE = (("gna", {"window": (1, 5, 4)}), SLA)
 FIRST = list({tiny.family: tiny for tiny in reversed(all_models())}.values())[::-1]
 GRADED = ("wan:t2v", "flux:t2i", "qwen_image:t2i", "hunyuan_video:t2v")
+UNTUNED = (*GRADED, "cogvideox:1.0")  # models that run the methods without fine-tuning
 
 
 def settings(tiny):
-    return (*(VIDEO if tiny.video else IMAGE), *(ROUTED if str(tiny) in GRADED else ()))
+    return (*(VIDEO if tiny.video else IMAGE), *(ROUTED if str(tiny) in UNTUNED else ()))
 
 
 def each(models=FIRST):

@@ -16,15 +16,14 @@ from diffusers.hooks import context_parallel
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 
+import accelerated_runs
 import tiny_models
+from accelerated_runs import IMAGE, ROUTED, SLA, VIDEO, accelerated
 from accuracy import error_budget
 
 import dit_accel
 
 FOLDER, RANK, RANKS = pathlib.Path(globals()["FOLDER"]), globals()["RANK"], globals()["RANKS"]
-VIDEO = (("gna", {"window": (3, 5, 4)}), ("radial", {"decay": 0.2, "sink": False}), ("tile", {"references": 1}))
-IMAGE = (("gna", {"window": (1, 5, 4)}),)
-SLA = ("sla", {"topk": 0.35, "block": 16})
 # Wan with latents of 4 x 4 x 8 tokens, which two and four processes divide.
 EVEN = {"frames": 4, "height": 8, "width": 16}
 WINDOW = {"window": (3, 3, 5)}
@@ -42,7 +41,9 @@ def main():
 def cases():
     wan, flux = tiny_models.module("wan"), tiny_models.module("flux")
     video, image = tiny_models.get("wan", "t2v"), tiny_models.get("flux", "t2i")
-    yield from every_method("odd heads", video, lambda: wan.build(num_attention_heads=2 * RANKS - 1), (VIDEO[0], SLA))
+    yield from every_method(
+        "odd heads", video, lambda: wan.build(num_attention_heads=2 * RANKS - 1), (VIDEO[0], SLA, *ROUTED)
+    )
     yield from equal_shares(lambda: wan.build(num_attention_heads=RANKS), wan.inputs(**EVEN))
     if RANKS > 2:
         build = lambda: flux.build(num_attention_heads=RANKS)  # noqa: E731
@@ -50,7 +51,7 @@ def cases():
         return
     for tiny in tiny_models.all_models():
         if str(tiny) in globals()["MODELS"]:
-            yield from every_method(str(tiny), tiny, tiny.build, (*(VIDEO if tiny.video else IMAGE), SLA))
+            yield from every_method(str(tiny), tiny, tiny.build, accelerated_runs.settings(tiny))
 
 
 def every_method(name, tiny, build, settings):
@@ -108,16 +109,6 @@ def all_gather_anything(tensor, dim, group):
 def share_out(transformer, **config):
     transformer.enable_parallelism(config=ContextParallelConfig(ulysses_degree=RANKS, **config))
     return transformer
-
-
-def accelerated(transformer, inputs, method, config):
-    """Output and report, with the same learned weights everywhere; at zero, nobody would see them."""
-    with dit_accel.accelerated(transformer, method, **config) as accel:
-        generator = torch.Generator().manual_seed(3)
-        for module in accel.learned_weights().values():
-            for parameter in module.parameters():
-                parameter.data = torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
-        return tiny_models.run(transformer, inputs), accel.report()
 
 
 def gradient(transformer, inputs):

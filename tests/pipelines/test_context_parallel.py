@@ -8,6 +8,7 @@ import runpy
 
 import pytest
 import torch
+from accelerated_runs import settings
 from diffusers import ContextParallelConfig, ParallelConfig
 from diffusers.hooks import apply_context_parallel
 from tiny_models import all_models, module, run
@@ -39,7 +40,7 @@ def test_every_class_with_a_plan_is_here():
 
 
 def methods(tiny):
-    return ("gna", "radial", "tile", "sla") if tiny.video else ("gna", "sla")
+    return [method for method, _ in settings(tiny)]
 
 
 def declares_cells(test):
