@@ -21,6 +21,7 @@ SHAPES = (
             MethodSetting("tile", 0.53, {"references": 2}),
             MethodSetting("radial", 0.63, {"decay": 0.5}),
             *(MethodSetting("sla", density) for density in (1 / 4, 1 / 8, 1 / 16)),
+            MethodSetting("sol", 0.16),
             MethodSetting("radial", 1 / 2),
         ),
         dtypes=("float32", "bfloat16"),
