@@ -191,7 +191,6 @@ MANY_SIZES = [
     ("wan", "tile", {"references": 1}, "blocks", "aot_eager", True, False),
     ("wan", "sla", {"topk": 0.3, "block": 16}, "whole", "aot_eager", True, True),
     ("wan", "sla", {"topk": 0.3, "block": 16}, "blocks", "inductor", True, True),
-    ("wan", "sol", {"block": 8}, "blocks", "aot_eager", True, True),
     ("wan", "gna", PART, "whole", "inductor", None, False),
     ("flux", "gna", {"window": (1, 0.4, 0.4)}, "whole", "aot_eager", True, False),
     ("minimax_h3", "gna", PART, "whole", "aot_eager", True, False),
