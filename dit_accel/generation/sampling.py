@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 FULL = "can't allocate memory"  # PyTorch's message on a CPU, where it has no error class for it
 LARGEST_SEED = 2**64 - 1
+ESTIMATED = 86_400.0  # seconds whose mean speed tells the time left
 BAR_WIDTH, TIMES_WIDTH = 16, 36  # columns of the terminal for a progress bar, and for counts and times
 
 
@@ -181,7 +182,8 @@ def progress_bar(text: str = "{task.description}", *, show: bool = True) -> Prog
     text_column = Column(no_wrap=True, overflow="ellipsis", max_width=max(8, console.width - BAR_WIDTH - TIMES_WIDTH))
     columns = (rich.TextColumn(text, table_column=text_column), rich.BarColumn(BAR_WIDTH), rich.MofNCompleteColumn())
     times = (rich.TimeElapsedColumn(), rich.TimeRemainingColumn())
-    return rich.Progress(*columns, *times, console=console, disable=not show)
+    # Rich forgets what is older than half a minute, and one sample of a large model takes longer.
+    return rich.Progress(*columns, *times, console=console, disable=not show, speed_estimate_period=ESTIMATED)
 
 
 class TotalBar:

@@ -113,6 +113,21 @@ def test_dense_steps_are_shares_so_that_short_rounds_have_them_too():
     assert sum(choice.name == "sol" for choice in found) == len(space.DENSITIES) + 1  # and the preset
 
 
+def test_the_bar_of_the_whole_tells_the_time_left_where_parts_take_minutes():
+    """Parts that an earlier run has made do not count as fast ones."""
+    from dit_accel.generation.sampling import TotalBar, progress_bar
+
+    clock = [0.0]
+    with progress_bar() as bar:
+        bar.get_time = lambda: clock[0]
+        whole = TotalBar(bar, "all of it", 10)
+        whole.spare(2)
+        for _ in range(4):
+            clock[0] += 100
+            whole.advance(1)
+        assert bar.tasks[0].time_remaining == 400
+
+
 def test_where_nothing_gains_no_file_is_written(cli, demo, tmp_path):
     (tmp_path / "prompts.txt").write_text("a red circle\n")
     asked = ("--method", "gna:window=3", "--prompts", tmp_path / "prompts.txt", "--output", tmp_path / "out")
