@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 
+from dit_accel import registry
 from dit_accel.errors import DitAccelError
 from dit_accel.hooks import selfcheck
 from dit_accel.hooks.report import LayerReport, Tally
@@ -89,3 +92,20 @@ class AcceleratedLayer:
         if current is self.ours or (current is self.original and not self.attached):
             return None
         return type(current).__name__
+
+
+def without_learned(save: Callable[..., Any]) -> Callable[..., Any]:
+    """A model's `save_pretrained` that writes the model's own weights: the accelerator saves the learned ones."""
+
+    @functools.wraps(save)
+    def save_pretrained(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        learned = registry.learned_attributes()
+        parts = [(module, name) for module in self.modules() for name in learned if name in module._modules]
+        kept = [(module, name, module._modules.pop(name)) for module, name in parts]
+        try:
+            return save(self, *args, **kwargs)
+        finally:
+            for module, name, part in kept:
+                module._modules[name] = part
+
+    return save_pretrained

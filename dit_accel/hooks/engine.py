@@ -13,10 +13,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from dit_accel import registry
 from dit_accel.errors import DitAccelError, DitAccelWarning
 from dit_accel.hooks import selfcheck
-from dit_accel.hooks.accelerated_layer import AcceleratedLayer
+from dit_accel.hooks.accelerated_layer import AcceleratedLayer, without_learned
 from dit_accel.hooks.break_even import dense_is_faster
 from dit_accel.hooks.dense_backend import DenseBackend
 from dit_accel.hooks.dense_backend import choose as choose_backend
@@ -152,7 +151,7 @@ class Engine(AtWork):
             layer.attach(module.attribute, learned)
         if self._method.module is not None and hasattr(self._transformer, "save_pretrained"):
             kind: Any = type(self._transformer)
-            save = types.MethodType(_without_learned(kind.save_pretrained), self._transformer)
+            save = types.MethodType(without_learned(kind.save_pretrained), self._transformer)
             self._transformer.save_pretrained = save  # type: ignore[assignment]
         # Dynamo traces the first hook of a compiled transformer, which shows that it is compiled, and not the second.
         self._handles = [
@@ -373,23 +372,6 @@ class Engine(AtWork):
             heads: Any = self.layers[0].attention.heads
             context_parallel.check(self._transformer, heads)
             self._sharing = config
-
-
-def _without_learned(save: Callable[..., Any]) -> Callable[..., Any]:
-    """A model's `save_pretrained` that writes the model's own weights: the accelerator saves the learned ones."""
-
-    @functools.wraps(save)
-    def save_pretrained(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        learned = registry.learned_attributes()
-        parts = [(module, name) for module in self.modules() for name in learned if name in module._modules]
-        kept = [(module, name, module._modules.pop(name)) for module, name in parts]
-        try:
-            return save(self, *args, **kwargs)
-        finally:
-            for module, name, part in kept:
-                module._modules[name] = part
-
-    return save_pretrained
 
 
 @torch.compiler.assume_constant_result
