@@ -192,9 +192,9 @@ MANY_SIZES = [
     ("wan", "sla", {"topk": 0.3, "block": 16}, "whole", "aot_eager", True, True),
     ("wan", "sla", {"topk": 0.3, "block": 16}, "blocks", "inductor", True, True),
     ("wan", "gna", PART, "whole", "inductor", None, False),
-    ("flux", "gna", {"window": (1, 0.4, 0.4)}, "whole", "aot_eager", True, False),
-    ("minimax_h3", "gna", PART, "whole", "aot_eager", True, False),
-    ("hunyuan_video", "sla", {"topk": 0.3, "block": 16}, "whole", "aot_eager", True, False),
+    ("flux", "sparge", {"topk": 0.3, "block": 16, "block_q": 16}, "whole", "aot_eager", True, False),
+    ("minimax_h3", "rectified", {"block": 16, "block_q": 16}, "whole", "aot_eager", True, False),
+    ("hunyuan_video", "sol", {"block": 16, "block_q": 16}, "whole", "aot_eager", True, False),
 ]
 
 
