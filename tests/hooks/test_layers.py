@@ -1,5 +1,6 @@
 """Settings layer by layer: each layer runs its own, a saved file brings them back, and a wrong file is refused."""
 
+import dataclasses
 import json
 
 import pytest
@@ -60,6 +61,21 @@ def test_saved_and_loaded(schedule, tiny_wan, wan_inputs, tmp_path):
         assert accel.config.layers["transformer"] == (Config(1), None, Config(2))
 
 
+def test_a_file_may_have_dense_steps_and_given_ones_win(schedule, tiny_wan, wan_inputs, tmp_path):
+    """As training gives them: it takes a file's layers for all noise levels."""
+    settings = layerwise.read(schedule)
+    schedule.write_text(layerwise.to_json(dataclasses.replace(settings, schedule={"dense_steps": 1})))
+    transformer, inputs = tiny_wan(3), wan_inputs()
+    for given, sparse in (({}, 0), ({"dense_steps": 0}, 2)):
+        with dit_accel.accelerate(transformer, layer_schedule=schedule, **given) as accel:
+            accel.set_step(0, 4)
+            run(transformer, inputs)
+            assert accel.report().sparse_calls == sparse
+            accel.save_pretrained(tmp_path / "saved")
+        with dit_accel.load(transformer, tmp_path / "saved") as accel:
+            assert bool(accel.schedule.dense_steps) == (not sparse)
+
+
 def test_learned_weights_take_their_layers_settings(tiny_wan):
     layers = {"transformer": [{"topk": 0.3, "block": 16}, {"topk": 0.5, "block": 16}]}
     with dit_accel.accelerate(tiny_wan(), layer_schedule=layerwise.from_dict("sla", layers)) as accel:
@@ -95,6 +111,7 @@ def test_pausing_runs_the_models_own_attention(schedule, tiny_wan, wan_inputs):
         ('{"format": 2, "method": "tile", "layers": {}}', "format 2"),
         ('{"format": 1, "method": "tile", "layers": {}}', "one per layer"),
         ('{"format": 1, "method": "tile", "layers": {"transformer": [3]}}', "got 3"),
+        ('{"format": 1, "method": "tile", "layers": {"t": [null]}, "schedule": {"steps": 1}}', "dense_last_steps; got"),
         ('{"format": 1, "method": "tile", "layers": {"transformer": [{"reference": 1}]}}', "Did you mean"),
         ('{"format": 1, "method": "tile", "layers": {"transformer": [null]}}', "1 layers of transformer, which has 3"),
         ('{"format": 1, "method": "tile", "layers": {"unet": [null]}}', "is for unet, but this model has transformer"),
