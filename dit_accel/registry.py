@@ -47,7 +47,7 @@ class Method:
         module: the learned weights of a layer; None without any.
         at_density: settings that keep about a given share of all pairs of a grid, text included, for benchmarks; None
             without such a rule.
-        sparsest: the share of the visual pairs that every setting keeps on a grid; 1: all of them.
+        sparsest: the share of the visual pairs that every setting keeps on a grid; 1: all, or not for such grids.
         definition: the method's result for some queries, which benchmarks check; None: softmax over the kept keys.
     """
 

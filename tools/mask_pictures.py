@@ -1,7 +1,8 @@
 """Draw the mask of every method into docs/pictures: `python -m tools.mask_pictures`.
 
-Static masks are exact: 6 frames of 6 x 6 tokens and 12 text tokens. Routed methods choose blocks by q and k: their
-pictures show one head of the embedded model's middle layer, at the second of four steps.
+Static masks are exact: 6 frames of 6 x 6 tokens and 12 text tokens, for `clear` one of 12 x 12.
+Routed methods choose blocks by q and k: their pictures show one head of the embedded model's middle layer, at the
+second of four steps.
 """
 
 import argparse
@@ -14,12 +15,12 @@ import dit_accel
 
 FOLDER = Path(__file__).parent.parent / "docs" / "pictures"
 GRID = dit_accel.TokenGrid(frames=6, height=6, width=6, text=12)
+IMAGE = dit_accel.TokenGrid(frames=1, height=12, width=12, text=12)
 STATIC: dict[str, dict[str, Any]] = {
     "dense": {},
     "gna": {"window": 3},
     "tile": {"references": 2},
     "radial": {"decay": 1.0},
-    "clear": {"radius": 3},
 }
 ROUTED: dict[str, dict[str, Any]] = {
     "sla": {"topk": 0.2, "block": 64},
@@ -99,6 +100,9 @@ def main() -> None:
     for method, config in STATIC.items():
         mask = dit_accel.plan(method, GRID, **config).token_mask()
         draw(folder / f"mask-{method}.png", mask.int() * 2, "frame", {2: "attended", 0: "left out"}, ticks)
+    rows = {str(i): (i + 0.5) * IMAGE.width - 0.5 for i in range(0, IMAGE.height, 3)}
+    disc = dit_accel.plan("clear", IMAGE, radius=4).token_mask()
+    draw(folder / "mask-clear.png", disc.int() * 2, "row", {2: "attended", 0: "left out"}, rows)
     for method in ROUTED:
         chosen = routed(method)
         others = {"sla": {1: "linear"}, "sol": {1: "tail"}, "rectified": {1: "mean"}}.get(method, {0: "left out"})

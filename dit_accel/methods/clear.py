@@ -1,8 +1,8 @@
-"""CLEAR: each query sees the keys in a disc around it; text stays exact.
+"""CLEAR: each query of an image sees the keys in a disc around it; text stays exact.
 
 Source: Liu et al., "CLEAR: Conv-Like Linearization Revs Pre-Trained Diffusion Transformers Up", arXiv:2412.16112. The
-mask is that of the authors' code: dy² + dx² < r², cut off at the borders. Frames of a video see each other's discs,
-which is our extension: the paper is about images. Its learned, pooled extra keys are not part of this method.
+mask is that of the authors' code: dy² + dx² < r², cut off at the borders. Its learned, pooled extra keys are not
+part of this method. Several frames, such as an image and one that conditions it, see each other's discs: our extension.
 """
 
 from __future__ import annotations
@@ -81,8 +81,8 @@ METHOD = Method(
     "clear",
     Config,
     make_plan,
-    "CLEAR: the keys in a disc around each query, for images above all; needs fine-tuning",
+    "CLEAR: the keys in a disc around each query of an image; needs fine-tuning",
     source="arXiv:2412.16112",
     at_density=at_density,
-    sparsest=lambda grid: grid.frames / grid.visual,  # a disc of radius 1 is the query's own position
+    sparsest=lambda grid: 1 / grid.visual if grid.frames == 1 else 1.0,  # radius 1: the query itself
 )

@@ -123,7 +123,7 @@ class TestDeclared:
 
     def test_images_have_no_methods_of_frames(self):
         routed = {"rectified", "sla", "sol", "sparge"}
-        assert {step.setting.method for step in select_steps(["flux-4k"])} == {"gna", *routed}
+        assert {step.setting.method for step in select_steps(["flux-4k"])} == {"clear", "gna", *routed}
 
     def test_names_tell_steps_apart(self):
         names = [step.name for step in select_steps()]

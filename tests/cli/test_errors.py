@@ -218,7 +218,8 @@ class TestModels:
     def test_missing_configuration(self, refused, verb, copy, wan_folder):
         model = copy(wan_folder)
         (model / "vae" / "config.json").unlink()
-        assert "vae/config.json: No such file" in refused(*verb, "--model", model)
+        line = refused(*verb, "--model", model)
+        assert "vae/config.json is no configuration of vae" in line and "No such file" in line
 
     def test_family_that_is_not_supported(self, refused, verb, tmp_path):
         index = {"_class_name": "XPipeline", "transformer": ["diffusers", "XTransformer3DModel"]}

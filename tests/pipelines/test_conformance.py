@@ -28,7 +28,8 @@ TAILED = {"sol": {"block": 8, "tail": "hybrid"}, "rectified": {"block": 8, "topp
 def static_settings(tiny):
     """Static methods and settings that leave something out on the model's grid."""
     if not tiny.video:
-        return [("gna", {"window": (1, 5, 4)}), ("gna", {"window": (1, 3, 3), "dilation": (1, 2, 2)})]
+        dilated = ("gna", {"window": (1, 3, 3), "dilation": (1, 2, 2)})
+        return [("gna", {"window": (1, 5, 4)}), dilated, ("clear", {"radius": 3})]
     return [
         ("gna", {"window": (3, 5, 4)}),
         ("radial", {"decay": 0.2, "sink": False}),

@@ -9,6 +9,7 @@ import dataclasses
 import importlib
 
 import torch
+from torch._C import _len_torch_function_stack
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode as traced
 
 from dit_accel.errors import DitAccelError
@@ -96,12 +97,13 @@ def attend_checked(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """`attend_blocks` without its checks; `opened` are the lists for a call outside the custom op.
 
-    The op serves autograd, tracing and profiles, which show its name. Where none is at work, the implementation is
-    called by itself, which saves the host half of the time.
+    The op serves autograd, tracing and profiles, which show its name, and hides modes such as a default device from
+    the implementation. Where none is at work, the implementation is called by itself, which saves the host half of the
+    time.
     """
     if chosen.autograd:
         return chosen.load().forward(q, k, v, lists, segments, geometry, scale)
-    followed = torch.compiler.is_compiling() or gradients_follow(q, k, v) or traced()
+    followed = torch.compiler.is_compiling() or gradients_follow(q, k, v) or traced() or _len_torch_function_stack()
     if followed or type(q) is not torch.Tensor or torch.autograd.profiler._is_profiler_enabled:
         return ops.attention_forward(q, k, v, *lists, *segments, geometry.pack(), scale, chosen.name)
     return chosen.load().forward(q, k, v, lists if opened is None else opened, segments, geometry, scale)
