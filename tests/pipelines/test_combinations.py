@@ -99,8 +99,9 @@ def test_adapters(tiny, method, config, evidence):
     assert any("lora_A" in name for name, _ in transformer.named_parameters()), "the adapter stays"
 
 
-# Diffusers' own model fails with its weights on the meta device: it reads a parameter outside of its module's forward.
-NOT_ON_META = ("hunyuan_dit",)
+# Diffusers' own hunyuan_dit fails with its weights on the meta device: it reads a parameter outside of its module's
+# forward. An untouched Lumina-Next under accelerate's `cpu_offload` differed from itself in 1 of 1,233 equal calls.
+NOT_ON_META = ("hunyuan_dit", "lumina_next")
 
 
 @pytest.mark.check("offload")
