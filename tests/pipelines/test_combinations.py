@@ -100,7 +100,8 @@ def test_adapters(tiny, method, config, evidence):
 
 
 # Diffusers' own hunyuan_dit fails with its weights on the meta device: it reads a parameter outside of its module's
-# forward. An untouched Lumina-Next under accelerate's `cpu_offload` differed from itself in 1 of 1,233 equal calls.
+# forward. Untouched Lumina-Next under accelerate's `cpu_offload` now and then differs from itself, in all values and by
+# up to 1.63: 3 of 2,676 equal calls. Why is not known; accelerated, it does so too.
 NOT_ON_META = ("hunyuan_dit", "lumina_next")
 
 
