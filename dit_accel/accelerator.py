@@ -284,7 +284,7 @@ def accelerate(
         dense_backend: back end of dense steps and layers: a name of Diffusers' dispatcher, or "auto" for the fastest
             that computes the same. None: the model's own, bit for bit.
         replace: first remove an accelerator that is already at work.
-        config: settings of the method.
+        config: settings of the method. ``budgets=FILE`` gives each layer and head its own, from a calibration's file.
 
     Raises:
         DitAccelError: the method or a setting is unknown, the family has no preset, or the model is not supported or
@@ -304,7 +304,7 @@ def accelerate(
         notes = (f"settings not given are those recommended: {source}",)
     settings = layerwise.chosen(method, layer_schedule, config, given.get("dense_layers", 0))
     if isinstance(settings, LayerSettings):
-        given = {**settings.schedule, **given}
+        given = {**settings.schedule, **given, "dense_layers": 0}  # which are among the settings
     chosen = get_method(settings.method if isinstance(settings, LayerSettings) else str(method))
     dense, check = Schedule(**given), SelfCheck(verify, keep_dense_above)
     impls.check(impl)

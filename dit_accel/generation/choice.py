@@ -56,6 +56,11 @@ class MethodChoice:
         return self.folder or self.file
 
     @property
+    def settings(self) -> Any | LayerSettings:
+        """One Config for all layers, or one for each."""
+        return self.layers or layerwise.chosen(self.name, None, self.config, self.schedule.dense_layers)
+
+    @property
     def title(self) -> str:
         """The choice as typed: ``gna:window=18x24x24,stride=4``."""
         settings = ",".join(f"{key}={value_text(value)}" for key, value in self.config.items())
@@ -69,10 +74,9 @@ class MethodChoice:
 
         from dit_accel.hooks.plan_cache import PlanCache
 
-        if self.layers is None:
-            configs = [registry.make_config(self.name, self.config)]
-        else:
-            configs = [config for own in self.layers.layers.values() for config in layerwise.distinct(own)]
+        own = self.settings
+        layered = isinstance(own, LayerSettings)
+        configs = [config for row in own.layers.values() for config in layerwise.distinct(row)] if layered else [own]
         for config in configs:
             PlanCache(registry.get_method(self.name), config).get(grid, torch.device("cpu"))
 
@@ -97,10 +101,8 @@ class MethodChoice:
 
     def record(self) -> dict[str, Any]:
         """Plain values for JSON, default settings included."""
-        if self.layers is None:
-            config = dataclasses.asdict(registry.make_config(self.name, self.config))
-        else:
-            config = {"layers": self.layers.as_dict()}
+        own = self.settings
+        config = {"layers": own.as_dict()} if isinstance(own, LayerSettings) else dataclasses.asdict(own)
         backend = {} if self.dense_backend is None else {"dense_backend": self.dense_backend}
         return {"name": self.name, "config": config, "schedule": dataclasses.asdict(self.schedule) | backend}
 
@@ -131,8 +133,9 @@ def choose(asked: MethodOptions, family: Family | None = None, transformers: int
         if family is not None:
             preset = family.preset(name, transformers)
             config, given = {**preset.config, **config}, {**preset.schedule, **given}
-        registry.make_config(name, config)
-        return MethodChoice(name, config, Schedule(**given), dense_backend=asked.dense_backend)
+        own = layerwise.chosen(name, None, config, given.get("dense_layers", 0))
+        steps = own.schedule if isinstance(own, LayerSettings) else {}
+        return MethodChoice(name, config, Schedule(**{**steps, **given}), dense_backend=asked.dense_backend)
     if asked.method or asked.settings or given or family is not None:
         raise DitAccelError(
             "--load brings the saved method, settings and schedule. Leave out --method, --set, --preset and --dense-*."

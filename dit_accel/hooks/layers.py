@@ -115,17 +115,22 @@ def chosen(
     method: str | None,
     layer_schedule: str | pathlib.Path | LayerSettings | None,
     config: dict[str, Any],
-    dense_layers: object,
+    dense_layers: Amount | tuple[int, ...],
 ) -> Any | LayerSettings:
     """The settings that `accelerate` was asked for: one Config for all layers, or one for each.
 
+    Each layer has its own with a layer schedule, or with the file of a calibration as the setting `budgets`. Beside the
+    latter, given settings and dense layers win over the file's.
+
     Raises:
         DitAccelError: there is neither method nor layer schedule, the latter is neither a file nor settings, or there
-            are settings besides.
+            are settings besides; or the file has no budgets for this method.
     """
     if layer_schedule is None:
         if method is None:
             raise DitAccelError("accelerate needs a method, such as 'radial', or layer_schedule=.")
+        if isinstance(config.get("budgets"), (str, os.PathLike)) and config["budgets"] != "equal":
+            return _budgeted(method, **config, dense_layers=dense_layers)
         return make_config(method, config)
     if not isinstance(layer_schedule, (str, os.PathLike, LayerSettings)):
         raise DitAccelError(
@@ -138,3 +143,24 @@ def chosen(
             f"settings and dense_layers (got {method}, {config}, {dense_layers})."
         )
     return settings
+
+
+def _budgeted(
+    method: str, budgets: str | pathlib.Path, dense_layers: Amount | tuple[int, ...], **config: Any
+) -> LayerSettings:
+    """The settings of each layer from a file with budgets, with the given ones in place of the file's."""
+    own, dense = read(budgets), Schedule(dense_layers=dense_layers)
+    used = [layer for row in own.layers.values() for layer in distinct(row)]
+    if own.method != method or any(getattr(layer, "budgets", "equal") == "equal" for layer in used):
+        raise DitAccelError(
+            f"budgets takes a file with budgets of {method}'s heads, as `dit-accel tune --calibrate` writes it; "
+            f"{budgets} is a layer schedule of {own.method}{'' if own.method != method else ' without budgets'}."
+        )
+    layers = {
+        name: tuple(
+            None if layer is None or index in dense.layers(len(row)) else make_config(method, vars(layer) | config)
+            for index, layer in enumerate(row)
+        )
+        for name, row in own.layers.items()
+    }
+    return LayerSettings(method, layers, own.schedule)

@@ -54,7 +54,8 @@ class Config:
             and such a query block keeps all keys. None: no guard.
         tail: what becomes of the other blocks. "none": they are left out; "mean": each is one pseudo-key, as in sol.
         budgets: "equal", or a share of the key blocks for each head of the layer, each in (0, 1], in place of `topk`.
-            Heads of different layers differ, so a layer schedule gives them; `dit-accel tune --calibrate` writes one.
+            Heads of different layers differ, so `accelerate` and ``--method`` take the file that `dit-accel tune
+            --calibrate` writes, and make the settings of each layer from it.
         refresh: denoising steps for which a layer keeps the lists of a guidance branch; 1: it routes in each call.
         block_q, block: tokens a query block and a key block hold, at most 1024.
         order: "raster": blocks are runs of tokens; "tile": 3-D tiles, chosen per grid; "morton" or "hilbert": runs
@@ -80,7 +81,7 @@ class Config:
         if self.budgets != "equal" and not _are_shares(self.budgets):
             raise DitAccelError(
                 f"budgets is 'equal' or a share above 0 and at most 1 for each head of a layer; got {self.budgets!r}. "
-                "A calibration's file has those of all layers: give it as layer_schedule= or --load."
+                "A calibration's file has those of all layers: give it to accelerate or --method."
             )
         check(self)
         if not self.topk and not self.topp and self.budgets == "equal":

@@ -117,11 +117,12 @@ class Trainer:
         copied = needs_teacher and not lora
         teacher = copy.deepcopy(self.transformer).requires_grad_(False).eval() if copied else None
         method = (
-            {"layer_schedule": settings.layer_schedule, "dense_steps": 0, "dense_last_steps": 0}  # all noise levels
+            {"layer_schedule": settings.layer_schedule}
             if settings.layer_schedule is not None
             else {"method": settings.method, "dense_layers": settings.dense_layers, **settings.config}
         )
-        self.accel = accelerate(self.pipe, impl=settings.impl, allow_dense=False, **method)
+        every = {"dense_steps": 0, "dense_last_steps": 0}  # all noise levels, whatever a file says
+        self.accel = accelerate(self.pipe, impl=settings.impl, allow_dense=False, **method, **every)
         if lora:
             adapters.add_lora(self.transformer, self._targets(family), settings.rank, settings.lora_alpha)
         else:

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Literal
 from dit_accel import registry, values
 from dit_accel.errors import DitAccelError
 from dit_accel.generation.request import METHOD_FORM, parse_layers
+from dit_accel.hooks import layers as layerwise
 from dit_accel.registry import did_you_mean
 from dit_accel.values import option
 
@@ -139,7 +140,7 @@ class TrainSettings:
         impls.check(self.impl)
         if self.layer_schedule is not None:
             return
-        registry.make_config(self.method, self.config)
+        layerwise.chosen(self.method, None, dict(self.config), self.dense_layers)
         if self.method == "dense" and not {"flow", "consistency"} & self.objectives.keys():
             raise DitAccelError(
                 "The dense method is its own teacher, so there is nothing to learn. Choose a sparse method, or the "

@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dit_accel import registry
 from dit_accel.errors import DitAccelError
 from dit_accel.eval import gates, quality
 from dit_accel.eval.sweep import BASELINE, Candidate, label
@@ -97,9 +96,9 @@ def limits_of(target: str) -> str:
 
 def _layers_of(choice: MethodChoice, pipe: Any) -> LayerSettings:
     """A choice as a layer schedule for this pipeline."""
-    if choice.layers is not None:
-        return choice.layers
-    config, layers = registry.make_config(choice.name, choice.config), {}
+    config, layers = choice.settings, {}
+    if isinstance(config, LayerSettings):
+        return dataclasses.replace(config, schedule=choice.schedule.steps())
     for name, (transformer, family) in find_transformers(pipe)[0].items():
         count = sum(1 for _ in family.attentions(transformer))
         dense = choice.schedule.layers(count)

@@ -14,6 +14,7 @@ from dit_accel.eval.sweep import Candidate
 from dit_accel.files import read_json, replace_file
 from dit_accel.generation import modular
 from dit_accel.generation.choice import MethodChoice
+from dit_accel.hooks.layers import LayerSettings
 from dit_accel.hooks.schedule import STEPS, Schedule
 from dit_accel.train import search
 from dit_accel.train.data import Dataset, write
@@ -94,7 +95,7 @@ class LayerSearch:
         self, request: TuneRequest, evaluation: Evaluation, tried: Sequence[MethodChoice], steps: int, layers: int
     ) -> None:
         self.request, self.evaluation, self.steps, self.layers = request, evaluation, steps, layers
-        self.tried = [choice for choice in tried if choice.layers is None]
+        self.tried = [choice for choice in tried if not isinstance(choice.settings, LayerSettings)]
         pipe: Any = evaluation.sweep.pipe
         self.obstacle: str | None = None
         if modular.is_modular(type(pipe)) or getattr(pipe, "transformer_2", None) is not None:
@@ -119,7 +120,7 @@ class LayerSearch:
         configs = self.configs(method)
         table, folder = self._table(method, configs, whole), self.request.output / "layers"
         made: dict[str, MethodChoice] = {}
-        for choice in (each for each in finalists if each.name == method):
+        for choice in (each for each in finalists if each in self._of(method)):
             index = table.candidates.index(self._config(choice))
             budget = -(-table.costs[index] * search.RESOLUTION // 1) / search.RESOLUTION  # the search rounds up
             chosen = search.budgeted(table, budget)

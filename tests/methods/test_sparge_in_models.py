@@ -84,22 +84,68 @@ def test_budgets_are_numbers_of_blocks_for_each_head():
         plan.route(q[:, :2], k[:, :2])
 
 
-@pytest.mark.parametrize("budgets", [(), (0.5, 0.0), (0.5, 1.5), "calibrated", 0.5])
+@pytest.mark.parametrize("budgets", [(), (0.5, 0.0), (0.5, 1.5), "budgets.json", 0.5])
 def test_budgets_are_checked(budgets):
     with pytest.raises(DitAccelError, match="budgets is 'equal' or a share"):
         sparge.Config(budgets=budgets)
 
 
-def test_a_layer_schedule_gives_each_layer_its_budgets(tiny_wan, wan_inputs):
-    model, inputs = tiny_wan(), wan_inputs(3, 6, 8, batch=1)
-    heads = model.config.num_attention_heads
-    own = [{**SMALL, "topp": 0.0, "budgets": [share] * heads} for share in (0.2, 0.9)]
-    own += [None] * (len(model.blocks) - 2)
-    settings = layerwise.from_dict("sparge", {"transformer": own})
-    with dit_accel.accelerated(model, layer_schedule=settings) as accel, torch.no_grad():
-        model(**inputs)
-    first, second, *_ = accel.report().layers
-    assert first.density < 0.5 < 0.8 < second.density
+@pytest.fixture
+def calibrated(tmp_path):
+    """Makes a file with budgets of all heads, for layers with these shares; None is dense."""
+
+    def make(*shares, heads=2, **settings):
+        own = {**SMALL, "topp": 0.0, "block": 4, **settings}
+        layers = [None if share is None else {"budgets": [share, 0.5][:heads], **own} for share in shares]
+        made = layerwise.from_dict("sparge", {"transformer": layers}, {"dense_steps": 1})
+        path = tmp_path / "budgets.json"
+        path.write_text(layerwise.to_json(made))
+        return path
+
+    return make
+
+
+@pytest.mark.parametrize("option", ["budgets", "layer_schedule"])
+def test_a_file_gives_each_layer_and_head_its_budget(option, calibrated, tiny_wan, wan_inputs, tmp_path):
+    """Of 36 tokens in 9 blocks, rounded up; what is given besides wins over the file, dense layers too."""
+    model, inputs, path = tiny_wan(4), wan_inputs(3, 6, 8, batch=1), calibrated(0.2, 0.9, None, 0.3)
+    by_budgets = option == "budgets"
+    given = (
+        {"method": "sparge", "budgets": path, "tail": "mean", "dense_layers": (3,)} if by_budgets else {option: path}
+    )
+    calls = []
+
+    def run(accel):
+        accel.set_step(1, 3)  # the file's one dense step is over
+        return model(**inputs, return_dict=False)[0]
+
+    with dit_accel.accelerate(model, **given) as accel, torch.no_grad(), accel.watch(calls.append):
+        accel.save_pretrained(tmp_path / "saved")
+        wanted, schedule = run(accel), accel.schedule
+    counts = [call.plan.route(call.q, call.k).counts.unique(dim=-1)[0, :, 0].tolist() for call in calls]
+    assert counts == ([[2, 5], [9, 5]] if by_budgets else [[2, 5], [9, 5], [3, 5]])
+    assert {call.plan.config.tail for call in calls} == {"mean" if by_budgets else "none"}
+    assert schedule.dense_steps == 1 and [layer.dense_calls for layer in accel.report().layers] == [
+        0, 0, 1, int(by_budgets),
+    ]  # fmt: skip
+    with dit_accel.load(model, tmp_path / "saved") as accel, torch.no_grad():
+        assert torch.equal(run(accel), wanted) and accel.schedule == schedule
+
+
+def test_files_without_these_budgets_are_refused(calibrated, tiny_wan, wan_inputs, tmp_path):
+    def refused(message, path, method="sparge"):
+        with pytest.raises(DitAccelError, match=message):
+            dit_accel.accelerate(tiny_wan(), method, budgets=path)
+
+    refused("settings for 3 layers of transformer, which has 2", calibrated(0.2, 0.9, 0.3))
+    refused("of sparge's heads.* of sparge without budgets", calibrated(0.2, 0.2, budgets="equal"))
+    refused("of gna's heads.* is a layer schedule of sparge", calibrated(0.2, 0.9), "gna")
+    refused("cannot be read", tmp_path / "none.json")
+    model = tiny_wan()
+    with dit_accel.accelerated(model, "sparge", budgets=calibrated(0.2, 0.9, heads=1)) as accel:
+        accel.set_step(1, 3)
+        with pytest.raises(DitAccelError, match="budgets has shares for 1 heads, the layer has 2"):
+            model(**wan_inputs(3, 6, 8, batch=1))
 
 
 def test_cells_find_more_of_the_mass_than_means():

@@ -8,10 +8,13 @@ import torch
 import dit_accel
 from dit_accel.eval import sweep
 from dit_accel.eval.attention import record_attention
+from dit_accel.generation.choice import choose
+from dit_accel.generation.request import GenerateRequest
 from dit_accel.hooks import layers as layerwise
 from dit_accel.hooks.schedule import Schedule
 from dit_accel.hooks.selfcheck import AttentionCall
 from dit_accel.tokens import TokenGrid
+from dit_accel.train.settings import TrainSettings
 from dit_accel.tune.calibrate import block_recall, budgeted
 
 SMALL = ("--frames", 5, "--height", 32, "--width", 32, "--steps", 2)
@@ -90,6 +93,9 @@ def test_from_prompts_to_a_file_that_everything_takes(cli, demo, tmp_path, monke
     assert generated.status == 0, generated.err
     made = json.loads((tmp_path / "a.json").read_text())["method"]
     assert made["schedule"]["dense_steps"] == 1 and made["config"]["layers"] == content["layers"]
+    typed = choose(GenerateRequest(method=f"sparge:budgets={path}"))
+    assert json.loads(json.dumps(typed.record())) == made and typed.title == f"sparge:budgets={path}"
+    assert TrainSettings(method="sparge", config={"budgets": str(path)}).config["budgets"] == str(path)
 
     monkeypatch.setattr(sweep, "sample", None)  # nothing is run again
     before = path.read_bytes()

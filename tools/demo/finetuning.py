@@ -62,6 +62,7 @@ RUNS = {
     "gna-demo": Run(),
     "consistency-demo": Run(tuned=(4, 1.0)),
     "radial-demo-2x": Run(prompts=12, dense_tuned=True),
+    "sparge-demo": Run(),
 }
 
 
