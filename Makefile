@@ -60,7 +60,7 @@ support: $(INSTALLED)
 	$(BIN)/python tests/support_table.py $(OUTPUT)/support.xml
 
 kernels: $(INSTALLED)
-	$(BIN)/python -m dit_accel.kernels.ahead_of_time $(KERNELS_FLAGS)
+	$(BIN)/python -m tools.kernels.ahead_of_time $(KERNELS_FLAGS)
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .

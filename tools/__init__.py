@@ -1,1 +1,1 @@
-"""What trains and grades the embedded models; not part of the wheel."""
+"""What trains and grades the embedded models, and what compiles the kernels; not part of the wheel."""

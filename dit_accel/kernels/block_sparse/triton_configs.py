@@ -1,17 +1,15 @@
-"""Launch settings of the Triton kernels, and what `kernels.ahead_of_time` compiles of them."""
+"""Launch settings of the Triton kernels, for the launcher, the autotuner and the builds of `tools/kernels`."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
 
-from dit_accel.kernels.ahead_of_time import SHARED_BYTES, Build
-
+# Shared memory that one program may use, by compute capability (CUDA C++ Programming Guide, table of capabilities).
+SHARED_BYTES = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
 BIG = (80, 90, 100, 103)  # data-center chips
 KERNELS = ("forward", "dq", "dkdv")
 TUNED_BY = ("BLOCK_Q", "BLOCK_K", "BLOCK_D", "HAS_TABLES")  # lengths, strides and list widths are no part of it
-BLOCKS = ((64, 64), (128, 64), (128, 128))  # queries x keys that are compiled ahead of time and tuned
-HEAD_DIMS = (64, 128)  # others are padded in registers to the next power of two
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,84 +92,3 @@ def fitting(kernel: str, block_q: int, block_k: int, block_d: int, itemsize: int
         if shared_bytes(kernel, launch, block_q, block_k, block_d, itemsize, capability) <= limit
     ]
     return fit[: 2 if kernel == "forward" and len(fit) > 1 and fit[1].stages > 2 else 1]
-
-
-FUNCTIONS = {
-    "forward": "triton_forward:block_sparse_fwd_kernel",
-    "dq": "triton_backward:block_sparse_bwd_kernel_dq",
-    "dkdv": "triton_backward:block_sparse_bwd_kernel_dkdv",
-}
-TILES = {64: (1, 8, 8), 128: (2, 8, 8)}
-DATA = ("q", "k", "v", "out", "grad_out", "dq", "dk", "dv")
-INTEGERS = ("entries", "places", "spans", "numbers", "firsts", "tables")
-STARTS = ("visual_starts", "conditioning_starts", "text_starts", "text_lens")
-POINTERS = (
-    *((name, "data") for name in DATA),
-    *((name, "*i32") for name in (*INTEGERS, *STARTS)),
-    ("words", "*i64"),
-    ("lse", "*fp32"),
-    ("grad_lse", "*fp32"),
-    ("delta", "*fp32"),
-    ("scale", "fp32"),
-)
-
-
-def builds(arch: int) -> Iterator[Build]:
-    """Each kernel, block size, head dimension and launch; with tables in tile order, one size also in raster order.
-
-    That size's dq also with a gradient of the LSE.
-    """
-    for block_q, block_k in BLOCKS:
-        for tiled in (True, False):
-            yield Build(
-                kernel="block_sparse_words_forward",
-                function="dit_accel.kernels.block_sparse.triton_tokens:partial_words_kernel",
-                constants=tuple(_blocks(block_q, block_k, tiled).items()),
-                pointers=POINTERS,
-                warps=words_launch(block_q).warps,
-                stages=STAGES,
-                needs=0,
-                dots=False,
-            )
-    for kernel in KERNELS:
-        for block_q, block_k in BLOCKS:
-            for head_dim in HEAD_DIMS:
-                sizes = (kernel, block_q, block_k, head_dim)
-                # shown as left out where not even the smallest fits
-                smallest = list(launches(*sizes, capability=arch))[-1:]
-                for launch in fitting(*sizes, itemsize=2, capability=arch) or smallest:
-                    # raster order differs in address arithmetic alone: one size stands for all
-                    one = (block_q, block_k, head_dim) == (128, 64, 128)
-                    for tiled, flags in _variants(kernel) if one else _variants(kernel)[:1]:
-                        constants = {
-                            "D": head_dim,
-                            "BLOCK_D": head_dim,
-                            "ALIGN": 8,
-                            **_blocks(block_q, block_k, tiled),
-                            "HAS_TABLES": True,
-                            "PRECISION": "ieee",
-                            "STEP": launch.step,
-                            **flags,
-                        }
-                        yield Build(
-                            kernel=f"block_sparse_{kernel}",
-                            function=f"dit_accel.kernels.block_sparse.{FUNCTIONS[kernel]}",
-                            constants=tuple(constants.items()),
-                            pointers=POINTERS,
-                            warps=launch.warps,
-                            stages=launch.stages,
-                            needs=shared_bytes(kernel, launch, *sizes[1:], itemsize=2, capability=arch),
-                        )
-
-
-def _variants(kernel: str) -> tuple[tuple[bool, dict[str, bool]], ...]:
-    """Whether blocks are tiles, and constants of this kernel alone; the usual first."""
-    if kernel == "dq":
-        return (True, {"HAS_GRAD_LSE": False}), (True, {"HAS_GRAD_LSE": True}), (False, {"HAS_GRAD_LSE": False})
-    return (True, {}), (False, {})
-
-
-def _blocks(block_q: int, block_k: int, tiled: bool) -> dict[str, int]:
-    names = ("TILE_QT", "TILE_QH", "TILE_QW", "TILE_KT", "TILE_KH", "TILE_KW")
-    tiles = (*TILES[block_q], *TILES[block_k]) if tiled else (0,) * 6
-    return {"BLOCK_Q": block_q, "BLOCK_K": block_k, **dict(zip(names, tiles, strict=True))}

@@ -5,7 +5,6 @@ The emulator of the tests runs its source.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 
 import torch
 from triton.experimental.gluon import language as gl
@@ -13,7 +12,6 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from dit_accel.errors import DitAccelError
 from dit_accel.kernels import tuning
-from dit_accel.kernels.ahead_of_time import Build
 from dit_accel.kernels.block_sparse import gluon as engine
 from dit_accel.kernels.block_sparse.triton import RASTER
 from dit_accel.kernels.sla.gluon_forward import sparse_linear_gluon_fwd_kernel
@@ -24,7 +22,6 @@ from dit_accel.kernels.sla.triton import (
     room_for_saved,
     table_of_state,
 )
-from dit_accel.kernels.sla.triton_builds import POINTERS
 from dit_accel.order import TokenOrder
 from dit_accel.tokens import TokenGrid
 
@@ -75,23 +72,3 @@ def forward(
         (engine.LAUNCH,), (),
     )  # fmt: skip
     return tuple(x.transpose(1, 2) if x.ndim == 4 else x for x in (out, exact, lse, *others))
-
-
-def builds(arch: int) -> Iterator[Build]:
-    """On compute capability 9.0, the launcher's own constants with the default feature map."""
-    if arch != 90:
-        return
-    for build in engine.builds(arch):
-        constants = dict(build.constants)
-        box = f"[{constants['D']},{constants['D']}],{gl.NVMMASharedLayout(128, 16, rank=2)!r}"
-        half = [(f"exact_{kind}", dict(build.pointers)[f"out_{kind}"]) for kind in ("tile", "run")]
-        yield Build(
-            kernel="sla_gluon_forward",
-            function="dit_accel.kernels.sla.gluon_forward:sparse_linear_gluon_fwd_kernel",
-            constants=(*build.constants, ("MAP", "softmax")),
-            pointers=(*POINTERS, *build.pointers, *half, ("sums", "*fp32"), ("table", f"tensordesc<data{box}>")),
-            warps=build.warps,
-            stages=build.stages,
-            needs=build.needs,
-            registers=build.registers,
-        )

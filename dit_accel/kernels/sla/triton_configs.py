@@ -1,4 +1,4 @@
-"""Launch settings of the Triton kernels, for the launcher, the autotuner, the tests and the ahead-of-time checks."""
+"""Launch settings of the Triton kernels, for the launcher, the autotuner and the builds of `tools/kernels`."""
 
 from __future__ import annotations
 
@@ -6,9 +6,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from dit_accel.kernels.ahead_of_time import SHARED_BYTES
 from dit_accel.kernels.block_sparse import triton_configs as block_sparse
-from dit_accel.kernels.block_sparse.triton_configs import Launch
+from dit_accel.kernels.block_sparse.triton_configs import SHARED_BYTES, Launch
 
 MAX_BLOCKS = 1 << 13  # the longest row of scores that a program holds in registers
 MARGINAL_BLOCK = 64  # tokens; sums of 128 x 128 and feature maps in fp32 do not fit the registers together

@@ -17,9 +17,9 @@ from torch import Tensor
 from dit_accel.kernels import tuning
 from dit_accel.kernels.block_sparse.geometry import Segments
 from dit_accel.kernels.block_sparse.triton import TritonCall, run
+from dit_accel.kernels.block_sparse.triton_configs import Launch
 from dit_accel.kernels.tail.call import TailCall
 from dit_accel.kernels.tail.portable import spread
-from dit_accel.kernels.tail.triton_configs import GROUP, MEANS, OUTSIDE
 from dit_accel.kernels.tail.triton_kernels import (
     outside_kernel,
     pseudo_keys_kernel,
@@ -30,6 +30,9 @@ from dit_accel.kernels.tail.triton_kernels import (
 from dit_accel.order import TokenOrder, valid_tokens
 
 JIT = {"forward": tail_fwd_kernel, "dq": tail_bwd_kernel_dq, "dkdv": tail_bwd_kernel_dkdv}
+GROUP = 64  # pseudo-keys for which one program sums gradients, and most that a step takes
+OUTSIDE = Launch(warps=1, stages=1, step=64)  # entries of a list that are marked at a time
+MEANS = Launch(warps=4, stages=1, step=64)
 
 
 def forward(call: TailCall) -> tuple[Tensor, Tensor]:

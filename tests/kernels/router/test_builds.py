@@ -5,10 +5,11 @@ import torch
 
 pytest.importorskip("triton")
 
-from dit_accel.kernels.ahead_of_time import ARCHS
 from dit_accel.kernels.router import triton, triton_configs
 from dit_accel.kernels.router.call import RouterCall
 from dit_accel.kernels.sla.call import Cut
+from tools.kernels import router as declared
+from tools.kernels.ahead_of_time import ARCHS
 
 TILES = {64: (1, 8, 8), 128: (2, 8, 8)}
 
@@ -25,7 +26,7 @@ def launched(monkeypatch):
 
     monkeypatch.setattr(triton, "_run", record)
     counts, shares = torch.ones(1, 1, 1, dtype=torch.int32), torch.ones(1, 1, 1)
-    for dim in triton_configs.HEAD_DIMS:
+    for dim in declared.HEAD_DIMS:
         for frames, cells in ((8, 1), (32, 4)):
             cuts = [Cut((frames, 64, 64), block, TILES[block]) for block in (128, 64)]
             q = torch.zeros(1, 1, frames * 4096, dim, dtype=torch.float16)
@@ -44,7 +45,7 @@ def launched(monkeypatch):
 def test_every_launch_is_compiled_ahead_of_time(launched, arch):
     compiled = {
         (build.function.rpartition(":")[2], frozenset(build.constants), build.warps)
-        for build in triton_configs.builds(arch)
+        for build in declared.builds(arch)
     }
     assert {kernel for kernel, *_ in launched} == set(triton.JIT)
     for kernel, constants, warps in launched:

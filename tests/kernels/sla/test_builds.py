@@ -7,10 +7,12 @@ import torch
 
 pytest.importorskip("triton")
 
-from dit_accel.kernels.ahead_of_time import ARCHS, SHARED_BYTES
-from dit_accel.kernels.sla import triton, triton_builds
+from dit_accel.kernels.block_sparse.triton_configs import SHARED_BYTES
+from dit_accel.kernels.sla import triton
 from dit_accel.kernels.sla import triton_configs as configs
 from dit_accel.kernels.sla.call import LINEAR_SCOPES, Cut, Cuts, KeySegments
+from tools.kernels import sla as declared
+from tools.kernels.ahead_of_time import ARCHS
 
 
 @pytest.fixture(params=ARCHS)
@@ -53,11 +55,11 @@ def test_every_candidate_of_every_launch_is_compiled_ahead_of_time(launched, arc
         return frozenset((name, value) for name, value in dict(constants).items() if name not in tile)
 
     compiled = {
-        (build.function, build.warps, build.stages, sizes(build.constants)) for build in triton_builds.builds(arch)
+        (build.function, build.warps, build.stages, sizes(build.constants)) for build in declared.builds(arch)
     }
-    assert {name for name, _ in launched} == set(triton.JIT) == set(triton_builds.FUNCTIONS)
+    assert {name for name, _ in launched} == set(triton.JIT) == set(declared.FUNCTIONS)
     for kernel, constants in launched:
-        function = f"{triton_builds.FOLDER}.{triton_builds.FUNCTIONS[kernel]}"
+        function = f"{declared.FOLDER}.{declared.FUNCTIONS[kernel]}"
         assert triton.JIT[kernel].__name__ == function.split(":")[1]
         for launch in configs.fitting(kernel, constants, 2, arch):
             entry = function, launch.warps, launch.stages, sizes({**constants, "STEP": launch.step})
@@ -65,7 +67,7 @@ def test_every_candidate_of_every_launch_is_compiled_ahead_of_time(launched, arc
 
 
 def test_a_candidate_is_left_for_every_build(launched, arch):
-    assert all(build.needs <= SHARED_BYTES[arch] for build in triton_builds.builds(arch))
+    assert all(build.needs <= SHARED_BYTES[arch] for build in declared.builds(arch))
     for kernel, constants in launched:
         # 128 rows in fp32 do not fit all
         wide = max(constants.get(name, 64) for name in ("BLOCK", "BLOCK_Q", "BLOCK_K")) > 64

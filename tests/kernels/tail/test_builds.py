@@ -5,13 +5,15 @@ import torch
 
 pytest.importorskip("triton")
 
-from dit_accel.kernels.ahead_of_time import ARCHS
 from dit_accel.kernels.block_sparse.geometry import BlockLists, Geometry
-from dit_accel.kernels.block_sparse.triton_configs import HEAD_DIMS, TILES, fitting
-from dit_accel.kernels.tail import triton, triton_configs
+from dit_accel.kernels.block_sparse.triton_configs import fitting
+from dit_accel.kernels.tail import triton
 from dit_accel.kernels.tail.call import TailCall
 from dit_accel.order import TokenOrder
 from dit_accel.tokens import TokenGrid
+from tools.kernels import tail as declared
+from tools.kernels.ahead_of_time import ARCHS
+from tools.kernels.block_sparse import HEAD_DIMS, TILES
 
 
 @pytest.fixture
@@ -37,23 +39,23 @@ def launched(monkeypatch):
 @pytest.mark.parametrize("arch", ARCHS)
 def test_every_launch_is_compiled_ahead_of_time(launched, arch):
     compiled = {}
-    for build in triton_configs.builds(arch):
+    for build in declared.builds(arch):
         constants = frozenset(pair for pair in build.constants if not pair[0].startswith("TILE"))
         compiled.setdefault(build.function.rpartition(":")[2], set()).add((constants, build.warps, build.stages))
-    assert set(compiled) == {*triton_configs.FUNCTIONS.values(), "outside_kernel", "pseudo_keys_kernel"}
-    assert set(triton.JIT) == set(triton_configs.FUNCTIONS)
+    assert set(compiled) == {*declared.FUNCTIONS.values(), "outside_kernel", "pseudo_keys_kernel"}
+    assert set(triton.JIT) == set(declared.FUNCTIONS)
     for kernel, constants in launched:
         given = {name: value for name, value in constants.items() if not name.startswith("TILE")}
         if kernel in triton.JIT:
             sizes = kernel, given["BLOCK_Q"], given["BLOCK_K"], given["BLOCK_D"]
             launches = fitting(*sizes, 2, arch)
             want = [(frozenset({**given, "STEP": each.step}.items()), each.warps, each.stages) for each in launches]
-            name = triton_configs.FUNCTIONS[kernel]
+            name = declared.FUNCTIONS[kernel]
         else:
-            name, launch = kernel.__name__, triton_configs.OUTSIDE
+            name, launch = kernel.__name__, triton.OUTSIDE
             if name == "outside_kernel":
                 given["STEP"] = launch.step
             else:
-                launch = triton_configs.MEANS
+                launch = triton.MEANS
             want = [(frozenset(given.items()), launch.warps, launch.stages)]
         assert want and compiled[name].issuperset(want), name

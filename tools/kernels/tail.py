@@ -1,15 +1,14 @@
-"""What `kernels.ahead_of_time` compiles of the tail: the launches of the engine, with pseudo-keys as its keys."""
+"""The builds of the tail: the launches of the engine, with pseudo-keys as its keys."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
-from dit_accel.kernels.ahead_of_time import Build
-from dit_accel.kernels.block_sparse.triton_configs import HEAD_DIMS, TILES, Launch, fitting, shared_bytes
+from dit_accel.kernels.block_sparse.triton_configs import Launch, fitting, shared_bytes
+from dit_accel.kernels.tail.triton import GROUP, MEANS, OUTSIDE
+from tools.kernels.ahead_of_time import Build
+from tools.kernels.block_sparse import HEAD_DIMS, TILES
 
-GROUP = 64  # pseudo-keys for which one program sums gradients, and most that a step takes
-OUTSIDE = Launch(warps=1, stages=1, step=64)  # entries of a list that are marked at a time
-MEANS = Launch(warps=4, stages=1, step=64)
 FOLDER = "dit_accel.kernels.tail.triton_kernels"
 FUNCTIONS = {"forward": "tail_fwd_kernel", "dq": "tail_bwd_kernel_dq", "dkdv": "tail_bwd_kernel_dkdv"}
 DATA = ("q", "k", "v", "exact", "keys", "values", "out", "grad_out", "dq", "dexact")

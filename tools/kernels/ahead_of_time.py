@@ -1,6 +1,6 @@
 """Compile every Triton kernel for GPUs that need not be present, and print the resources of each build.
 
-    python -m dit_accel.kernels.ahead_of_time [--arch 90 ...] [--kernel NAME ...] [--all] [--loops]
+    python -m tools.kernels.ahead_of_time [--arch 90 ...] [--kernel NAME ...] [--all] [--loops]
 
 For each kernel, builds are chosen until every pair of settings occurs in one of them; the architecture is a setting.
 ``--arch`` with one architecture covers the pairs there; ``--all`` compiles every combination. The configurations are
@@ -41,8 +41,8 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-# Shared memory that one program may use, by compute capability (CUDA C++ Programming Guide, table of capabilities).
-SHARED_BYTES = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
+from dit_accel.kernels.block_sparse.triton_configs import SHARED_BYTES
+
 ARCHS = (80, 89, 90, 100, 120)
 DTYPES = ("fp16", "bf16")
 POINTERS = {"fp16": "*fp16", "bf16": "*bf16"}
@@ -148,9 +148,9 @@ DERIVED = ("step", "warps", "rows", "tile_kt")  # these follow from the architec
 
 
 def all_builds(arch: int) -> Iterator[Build]:
-    """The builds of all kernel folders for an architecture, such as 90: modules with `builds` declare them."""
-    for file in sorted(pathlib.Path(__file__).parent.glob("*/*.py")):
-        module = importlib.import_module(f"dit_accel.kernels.{file.parent.name}.{file.stem}")
+    """The builds of all kernels for an architecture, such as 90: the modules beside this one declare them."""
+    for file in sorted(pathlib.Path(__file__).parent.glob("[!_]*.py")):
+        module = importlib.import_module(f"tools.kernels.{file.stem}")
         if hasattr(module, "builds"):
             yield from module.builds(arch)
 
@@ -306,7 +306,7 @@ def complaint(row: dict[str, Any], limit: int, dots: bool = True, may: Allowed =
 
 def main(arguments: list[str] | None = None) -> int:
     """Print a row for each build; see the module."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", type=int, nargs="+", default=ARCHS, help="compute capabilities, such as 90")
     parser.add_argument("--kernel", nargs="+", help="only kernels of these names")
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=DTYPES)

@@ -11,8 +11,10 @@ import torch
 
 pytest.importorskip("triton")
 
-from dit_accel.kernels import ahead_of_time, impls
+from dit_accel.kernels import impls
 from dit_accel.kernels.block_sparse import triton_configs
+from tools.kernels import ahead_of_time
+from tools.kernels import block_sparse as declared
 
 native = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter replaces what would be compiled"
@@ -23,7 +25,7 @@ native = pytest.mark.skipif(
 def test_the_builds_are_the_launchers_own_table(arch):
     limit = ahead_of_time.SHARED_BYTES[arch]
     names = ("BLOCK_Q", "BLOCK_K", "D", "STEP")
-    declared = {
+    compiled = {
         (build.kernel, *(dict(build.constants)[name] for name in names), build.warps, build.stages)
         for build in ahead_of_time.all_builds(arch)
         if build.kernel.startswith("block_sparse_") and build.dots and build.needs <= limit
@@ -31,18 +33,18 @@ def test_the_builds_are_the_launchers_own_table(arch):
     launched = {
         (f"block_sparse_{kernel}", *blocks, dim, launch.step, launch.warps, launch.stages)
         for kernel in triton_configs.KERNELS
-        for blocks in triton_configs.BLOCKS
-        for dim in triton_configs.HEAD_DIMS
+        for blocks in declared.BLOCKS
+        for dim in declared.HEAD_DIMS
         for launch in triton_configs.fitting(kernel, *blocks, dim, 2, arch)
     }
-    assert declared == launched
+    assert compiled == launched
 
 
 @pytest.mark.parametrize("capability", ahead_of_time.ARCHS)
 def test_default_blocks_fit_everywhere(capability):
     for kernel in triton_configs.KERNELS:
         for blocks in ((64, 64), (128, 64)):
-            for dim in triton_configs.HEAD_DIMS:
+            for dim in declared.HEAD_DIMS:
                 assert triton_configs.fitting(kernel, *blocks, dim, 2, capability)
 
 

@@ -1,13 +1,13 @@
-"""What `kernels.ahead_of_time` compiles of this folder: the launches of `triton_configs`."""
+"""The builds of sparse-linear attention: the launches of its `triton_configs`."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from typing import Any
 
-from dit_accel.kernels.ahead_of_time import Build
 from dit_accel.kernels.sla import triton_configs as configs
 from dit_accel.kernels.sla.call import LINEAR_SCOPES
+from tools.kernels.ahead_of_time import Build
 
 FOLDER = "dit_accel.kernels.sla"
 FUNCTIONS = {

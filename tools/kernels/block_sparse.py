@@ -1,0 +1,97 @@
+"""The builds of the block-sparse engine: the launches of its `triton_configs`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from dit_accel.kernels.block_sparse.triton_configs import (
+    KERNELS,
+    STAGES,
+    fitting,
+    launches,
+    shared_bytes,
+    words_launch,
+)
+from tools.kernels.ahead_of_time import Build
+
+BLOCKS = ((64, 64), (128, 64), (128, 128))  # queries x keys
+HEAD_DIMS = (64, 128)  # others are padded in registers to the next power of two
+FUNCTIONS = {
+    "forward": "triton_forward:block_sparse_fwd_kernel",
+    "dq": "triton_backward:block_sparse_bwd_kernel_dq",
+    "dkdv": "triton_backward:block_sparse_bwd_kernel_dkdv",
+}
+TILES = {64: (1, 8, 8), 128: (2, 8, 8)}
+DATA = ("q", "k", "v", "out", "grad_out", "dq", "dk", "dv")
+INTEGERS = ("entries", "places", "spans", "numbers", "firsts", "tables")
+STARTS = ("visual_starts", "conditioning_starts", "text_starts", "text_lens")
+POINTERS = (
+    *((name, "data") for name in DATA),
+    *((name, "*i32") for name in (*INTEGERS, *STARTS)),
+    ("words", "*i64"),
+    ("lse", "*fp32"),
+    ("grad_lse", "*fp32"),
+    ("delta", "*fp32"),
+    ("scale", "fp32"),
+)
+
+
+def builds(arch: int) -> Iterator[Build]:
+    """Each kernel, block size, head dimension and launch; with tables in tile order, one size also in raster order.
+
+    That size's dq also with a gradient of the LSE.
+    """
+    for block_q, block_k in BLOCKS:
+        for tiled in (True, False):
+            yield Build(
+                kernel="block_sparse_words_forward",
+                function="dit_accel.kernels.block_sparse.triton_tokens:partial_words_kernel",
+                constants=tuple(_blocks(block_q, block_k, tiled).items()),
+                pointers=POINTERS,
+                warps=words_launch(block_q).warps,
+                stages=STAGES,
+                needs=0,
+                dots=False,
+            )
+    for kernel in KERNELS:
+        for block_q, block_k in BLOCKS:
+            for head_dim in HEAD_DIMS:
+                sizes = (kernel, block_q, block_k, head_dim)
+                # shown as left out where not even the smallest fits
+                smallest = list(launches(*sizes, capability=arch))[-1:]
+                for launch in fitting(*sizes, itemsize=2, capability=arch) or smallest:
+                    # raster order differs in address arithmetic alone: one size stands for all
+                    one = (block_q, block_k, head_dim) == (128, 64, 128)
+                    for tiled, flags in _variants(kernel) if one else _variants(kernel)[:1]:
+                        constants = {
+                            "D": head_dim,
+                            "BLOCK_D": head_dim,
+                            "ALIGN": 8,
+                            **_blocks(block_q, block_k, tiled),
+                            "HAS_TABLES": True,
+                            "PRECISION": "ieee",
+                            "STEP": launch.step,
+                            **flags,
+                        }
+                        yield Build(
+                            kernel=f"block_sparse_{kernel}",
+                            function=f"dit_accel.kernels.block_sparse.{FUNCTIONS[kernel]}",
+                            constants=tuple(constants.items()),
+                            pointers=POINTERS,
+                            warps=launch.warps,
+                            stages=launch.stages,
+                            needs=shared_bytes(kernel, launch, *sizes[1:], itemsize=2, capability=arch),
+                        )
+
+
+def _variants(kernel: str) -> tuple[tuple[bool, dict[str, bool]], ...]:
+    """Whether blocks are tiles, and constants of this kernel alone; the usual first."""
+    if kernel == "dq":
+        return (True, {"HAS_GRAD_LSE": False}), (True, {"HAS_GRAD_LSE": True}), (False, {"HAS_GRAD_LSE": False})
+    return (True, {}), (False, {})
+
+
+def _blocks(block_q: int, block_k: int, tiled: bool) -> dict[str, int]:
+    names = ("TILE_QT", "TILE_QH", "TILE_QW", "TILE_KT", "TILE_KH", "TILE_KW")
+    tiles = (*TILES[block_q], *TILES[block_k]) if tiled else (0,) * 6
+    return {"BLOCK_Q": block_q, "BLOCK_K": block_k, **dict(zip(names, tiles, strict=True))}
