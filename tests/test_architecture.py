@@ -32,20 +32,21 @@ def test_the_page_shows_every_implementation():
 
 
 def passed(run, monkeypatch) -> list[str]:
-    """Files of the package in whose functions q is an argument while `run` runs, in the order of their first calls.
+    """Files of the package with a function that takes q, or a call that holds it, in the order of their first calls.
 
     Kernels are not computed: it is enough that they are launched.
     """
     files, inside = [], f"{PACKAGE}{os.sep}"
 
-    def note(code, names):
-        if code.co_filename.startswith(inside) and ("q" in names or "query" in names):
+    def note(code, names, given=None):
+        own = {"q", "query"} & set(names) or ("call" in names and hasattr((given or {}).get("call"), "q"))
+        if own and code.co_filename.startswith(inside):
             files.append(code.co_filename.removeprefix(inside))
 
     def watch(frame, event, _):
         code = frame.f_code
         if event == "call":
-            note(code, code.co_varnames[: code.co_argcount + code.co_kwonlyargcount])
+            note(code, code.co_varnames[: code.co_argcount + code.co_kwonlyargcount], frame.f_locals)
 
     if INTERPRETED:
         from triton.runtime.interpreter import GridExecutor

@@ -3,15 +3,15 @@
 A new back end is one module and one row of `ROWS`; code outside the package calls `add`. No other code compares the
 name of an implementation: `choose` decides once per call, and passes its row on.
 
-A module of kernel "block_sparse" has these functions, on the records of `block_sparse.geometry`::
+A module of kernel "block_sparse" has these functions, on the record of `block_sparse.call`::
 
-    forward(q, k, v, lists, segments, geometry, scale) -> out, lse
-    backward(grad_out, grad_lse, q, k, v, out, lse, lists, segments, geometry, scale) -> dq, dk, dv
+    forward(call) -> out, lse
+    backward(grad_out, grad_lse, out, lse, call) -> dq, dk, dv
 
-q [B, H, Nq, D] and k, v [B, H, Nk, D] have any strides; `grad_lse` may be None. Results are [B, N, H, D] in memory.
-`lse` [B, H, Nq] is the natural logarithm, fp32 (fp64 for fp64); a row without keys has output 0 and LSE -inf. Both run
-in a custom op and must not return an input or a view of one. With `autograd` there is no `backward`: `forward` is code
-that PyTorch differentiates, outside the op, and its LSE may be None.
+`grad_lse` may be None. Results are [B, N, H, D] in memory. `lse` [B, H, Nq] is the natural logarithm, fp32 (fp64 for
+fp64); a row without keys has output 0 and LSE -inf. Both run in a custom op and must not return an input or a view of
+one. With `autograd` there is no `backward`: `forward` is code that PyTorch differentiates, outside the op, and its LSE
+may be None.
 
 A module of kernel "router" has this function, on the records of `router.call`::
 

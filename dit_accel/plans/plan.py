@@ -21,7 +21,8 @@ from dit_accel.kernels.block_sparse.api import (
     opened,
     pack,
 )
-from dit_accel.kernels.block_sparse.geometry import BlockLists, Geometry, Segments, check_tensors
+from dit_accel.kernels.block_sparse.call import BlockSparseCall, check_tensors
+from dit_accel.kernels.block_sparse.geometry import BlockLists, Geometry, Segments
 from dit_accel.kernels.impls import AUTO, Facts, Impl
 from dit_accel.order import TokenOrder
 from dit_accel.plans import blocks
@@ -234,10 +235,11 @@ class StaticPlan(Plan):
             chosen, _ = impls.choose(facts, call.impl)
             lists = self.lists(q.device, chosen.packing)
             self._ready[key] = chosen, lists, opened(lists, self.geometry, chosen.packing)
-        check_tensors(q, k, v, self.geometry, segments)
-        scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
         chosen, lists, views = self._ready[key]
-        return attend_checked(chosen, q, k, v, lists, self.geometry, segments, scale, views)[0]
+        scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+        blocks_call = BlockSparseCall(q, k, v, lists, segments, self.geometry, scale)
+        check_tensors(blocks_call)
+        return attend_checked(chosen, blocks_call, views)[0]
 
 
 class MaskPlan(StaticPlan):

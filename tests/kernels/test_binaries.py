@@ -16,6 +16,7 @@ from triton.runtime.jit import create_function_from_signature
 from dit_accel.kernels import tuning
 from dit_accel.kernels.block_sparse import geometry
 from dit_accel.kernels.block_sparse import triton as block_sparse
+from dit_accel.kernels.block_sparse.call import BlockSparseCall
 from dit_accel.kernels.block_sparse.triton_configs import Launch
 from dit_accel.kernels.sla import triton as sla
 from dit_accel.kernels.sla import triton_configs as configs
@@ -90,9 +91,10 @@ def test_block_sparse_kernels_are_compiled_once(binaries, text, tables):
         lists = torch.nn.functional.pad(lists, (0, blocks - len(lists), 0, blocks - len(lists)))
         counts = torch.nn.functional.pad(counts, (0, blocks - len(counts)))
         sizes = geometry.Geometry((1, 1, tokens), (1, 1, tokens), BLOCK, BLOCK, None, None, 0, text, own_queries=False)
-        arguments = geometry.BlockLists(lists, counts, tables=tables), geometry.Segments(), sizes, 0.125
-        out, lse = block_sparse.forward(q, k, v, *arguments)
-        block_sparse.backward(grad, lse, q, k, v, out, lse, *arguments)
+        given = geometry.BlockLists(lists, counts, tables=tables)
+        call = BlockSparseCall(q, k, v, given, geometry.Segments(), sizes, 0.125)
+        out, lse = block_sparse.forward(call)
+        block_sparse.backward(grad, lse, out, lse, call)
     assert {name: len(keys) for name, keys in binaries.keys.items()} == {
         "block_sparse_fwd_kernel": 1,
         "block_sparse_bwd_kernel_dq": 1,

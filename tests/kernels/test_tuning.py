@@ -19,6 +19,8 @@ import dit_accel
 from dit_accel.kernels import impls, tuning
 from dit_accel.kernels.block_sparse import triton as block_sparse
 from dit_accel.kernels.block_sparse import triton_lists
+from dit_accel.kernels.block_sparse.call import BlockSparseCall
+from dit_accel.kernels.block_sparse.geometry import Segments
 from dit_accel.kernels.block_sparse.triton_configs import Launch
 
 pytestmark = pytest.mark.skipif(
@@ -131,9 +133,9 @@ def test_a_call_of_a_static_plan_fills_nothing(device, monkeypatch, text_first, 
     q, k, v = (torch.zeros(2, grid.tokens, 1, 64, dtype=torch.float16).transpose(1, 2) for _ in range(3))
     plan.prepare(q.device, q.dtype, 64, "triton")
     lists = plan.lists(q.device, impls.named("triton").packing)
-    segments = block_sparse.Segments(text_len=None if lengths is None else torch.tensor(lengths, dtype=torch.int32))
+    segments = Segments(text_len=None if lengths is None else torch.tensor(lengths, dtype=torch.int32))
     with Operations() as seen:
-        block_sparse.forward(q, k, v, lists, segments, plan.geometry, 0.125)
+        block_sparse.forward(BlockSparseCall(q, k, v, lists, segments, plan.geometry, 0.125))
     assert set(seen.names) == {"aten::as_strided", "aten::new_empty", "aten::transpose.int"}
     assert seen.names.count("aten::new_empty") == 3
     assert len(device.launched) == 2
@@ -191,7 +193,7 @@ def test_a_repeated_gluon_call_differs_in_its_results_alone(device, monkeypatch)
     views = triton_lists.opened(lists, plan.geometry)
     q, k, v = (torch.zeros(1, grid.tokens, 2, 64, dtype=torch.float16).transpose(1, 2) for _ in range(3))
     for given in (lists, views, views, views):
-        out, lse = gluon.forward(q, k, v, given, block_sparse.Segments(), plan.geometry, 0.125)
+        out, lse = gluon.forward(BlockSparseCall(q, k, v, given, Segments(), plan.geometry, 0.125))
         assert (out.shape, out.stride(), lse.shape, lse.dtype) == (q.shape, q.stride(), q.shape[:3], torch.float32)
 
     def tensor(x):

@@ -14,7 +14,8 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode as traced
 
 from dit_accel.errors import DitAccelError
 from dit_accel.kernels.block_sparse import ops
-from dit_accel.kernels.block_sparse.geometry import BlockLists, Geometry, Segments, check_call
+from dit_accel.kernels.block_sparse.call import BlockSparseCall, check_call
+from dit_accel.kernels.block_sparse.geometry import BlockLists, Geometry, Segments
 from dit_accel.kernels.impls import AUTO, Facts, Impl, Implementation, choose
 from dit_accel.order import TokenOrder
 
@@ -63,20 +64,21 @@ def attend_blocks(
     if torch.is_autocast_enabled(q.device.type):
         dtype = torch.get_autocast_dtype(q.device.type)
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
-    check_call(q, k, v, lists, geometry, segments)
-    _check_bias(q, segments.text_len, text_bias)
-    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    call = BlockSparseCall(q, k, v, lists, segments, geometry, 1.0 if scale is None else float(scale))
+    check_call(call)
+    _check_bias(call, text_bias)
+    if scale is None:
+        call = call._replace(scale=q.shape[-1] ** -0.5)
     gradients = gradients_follow(q, k, v)
     wanted = lse or text_bias is not None
     facts = Facts(q.device, q.dtype, q.shape[-1], geometry.block_q, geometry.block_k, gradients, wanted)
     chosen, _ = choose(facts, impl)
     if chosen.packing is None:
-        lists = lists._replace(packed=None)
-    out, sums = attend_checked(chosen, q, k, v, lists, geometry, segments, scale)
+        call = call._replace(lists=lists._replace(packed=None))
+    out, sums = attend_checked(chosen, call)
     if text_bias is not None and geometry.text:
         assert sums is not None
-        behind, behind_sums = _attend_padding(q, k, v, geometry, segments, scale, chosen.name)
-        out, sums = _merge_padding(out, sums, behind, behind_sums, text_bias)
+        out, sums = _merge_padding(out, sums, *_attend_padding(call, chosen.name), text_bias)
     return out, sums
 
 
@@ -85,15 +87,7 @@ def gradients_follow(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
 
 
 def attend_checked(
-    chosen: Implementation,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    lists: BlockLists,
-    geometry: Geometry,
-    segments: Segments,
-    scale: float,
-    opened: BlockLists | None = None,
+    chosen: Implementation, call: BlockSparseCall, opened: BlockLists | None = None
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """`attend_blocks` without its checks; `opened` are the lists for a call outside the custom op.
 
@@ -102,11 +96,11 @@ def attend_checked(
     time.
     """
     if chosen.autograd:
-        return chosen.load().forward(q, k, v, lists, segments, geometry, scale)
-    followed = torch.compiler.is_compiling() or gradients_follow(q, k, v) or traced() or _len_torch_function_stack()
-    if followed or type(q) is not torch.Tensor or torch.autograd.profiler._is_profiler_enabled:
-        return ops.attention_forward(q, k, v, *lists, *segments, geometry.pack(), scale, chosen.name)
-    return chosen.load().forward(q, k, v, lists if opened is None else opened, segments, geometry, scale)
+        return chosen.load().forward(call)
+    followed = torch.compiler.is_compiling() or gradients_follow(*call[:3]) or traced() or _len_torch_function_stack()
+    if followed or type(call.q) is not torch.Tensor or torch.autograd.profiler._is_profiler_enabled:
+        return ops.attention_forward(*call.pack(), chosen.name)
+    return chosen.load().forward(call if opened is None else call._replace(lists=opened))
 
 
 def attend_visual(
@@ -174,16 +168,9 @@ def opened(lists: BlockLists, geometry: Geometry, packing: str | None) -> BlockL
     return lists if take_apart is None else take_apart(lists, geometry)
 
 
-def _attend_padding(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    geometry: Geometry,
-    segments: Segments,
-    scale: float,
-    impl: Impl,
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _attend_padding(call: BlockSparseCall, impl: Impl) -> tuple[torch.Tensor, torch.Tensor]:
     """All queries over the text behind `text_len`: output [B, H, Nq, D] and LSE [B, H, Nq]."""
+    q, k, v, _, segments, geometry, scale = call
     text_start, text_len = segments.text_start, segments.text_len
     assert text_len is not None
     if text_start is None:
@@ -204,10 +191,10 @@ def _attend_padding(
     return out, lse
 
 
-def _check_bias(q: torch.Tensor, text_len: torch.Tensor | None, text_bias: torch.Tensor | None) -> None:
+def _check_bias(call: BlockSparseCall, text_bias: torch.Tensor | None) -> None:
     if text_bias is None:
         return
-    want = q.shape[0], q.shape[2]
+    want, text_len = (call.q.shape[0], call.q.shape[2]), call.segments.text_len
     if text_len is None or tuple(text_bias.shape) != want or not text_bias.is_floating_point():
         raise DitAccelError(
             f"text_bias must be floating point {list(want)}, one for each query, and come with text_len; got "

@@ -27,6 +27,7 @@ import torch
 from torch import nn
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
+from dit_accel.kernels.block_sparse.call import BlockSparseCall
 from dit_accel.kernels.block_sparse.geometry import BlockLists, Geometry, Predicate, Segments
 from dit_accel.order import TokenOrder
 
@@ -50,16 +51,9 @@ class Codes(NamedTuple):
     words: torch.Tensor | None
 
 
-def forward(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    lists: BlockLists,
-    segments: Segments,
-    geometry: Geometry,
-    scale: float,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+def forward(call: BlockSparseCall) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Output [B, H, Nq, D], laid out in memory as [B, Nq, H, D], and LSE [B, H, Nq]; None where there is none."""
+    q, k, v, lists, segments, geometry, scale = call
     codes = read_codes(lists, geometry) if lists.packed is None else split(lists.packed, geometry)
     rows_k, valid = key_rows(geometry, segments, k)
     keys, values = (x if rows_k is None else _take(x, rows_k) for x in (k, v))

@@ -1,4 +1,4 @@
-"""The records of a block-sparse call: block lists, the places of a sequence's segments, and the sizes of both sides.
+"""The records that make up a block-sparse call: block lists, the places of segments, and the sizes of both sides.
 
 A sequence holds up to three segments: visual tokens (a grid in raster order), conditioning tokens and text tokens. The
 kernels number tokens *canonically* as ``[visual | conditioning | text]``. `Segments` holds each sample's place of each
@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -230,103 +229,6 @@ def empty_rows(x: torch.Tensor) -> torch.Tensor:
 def query_placement(geometry: Geometry, place: Placement) -> Placement:
     """The place of a sample's queries: that of its keys, or row 0 if they have their own grid."""
     return Placement(0, 0, 0, 0) if geometry.own_queries else place
-
-
-def check_call(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lists: BlockLists, geometry: Geometry, segments: Segments
-) -> None:
-    """Refuse wrong shapes, dtypes and devices, without waiting for the device."""
-    _check_geometry(geometry)
-    check_tensors(q, k, v, geometry, segments)
-    _check_lists(q, lists, geometry)
-
-
-def check_tensors(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, geometry: Geometry, segments: Segments) -> None:
-    """The part of `check_call` that a plan's own lists and geometry leave."""
-    _check_tensors(q, k, v)
-    _check_segments(q, k, geometry, segments)
-
-
-_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
-
-
-def _check_tensors(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
-    if q.ndim != 4 or k.shape != v.shape or k.ndim != 4 or q.shape[:2] != k.shape[:2] or q.shape[3] != k.shape[3]:
-        raise DitAccelError(
-            "Attention needs q [B, H, Nq, D] and k, v [B, H, Nk, D] with the same B, H and D, got "
-            f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}."
-        )
-    if q.dtype not in _DTYPES or not q.dtype == k.dtype == v.dtype:
-        raise DitAccelError(
-            "Attention needs q, k and v of one dtype among bfloat16, float16, float32 and float64, got "
-            f"{q.dtype}, {k.dtype} and {v.dtype}. Cast them first."
-        )
-    if not q.device == k.device == v.device:
-        raise DitAccelError(f"q, k and v must be on one device, got {q.device}, {k.device} and {v.device}.")
-
-
-def _check_geometry(geometry: Geometry) -> None:
-    for name in ("grid", "query_grid", "tile_q", "tile_k"):
-        sizes = getattr(geometry, name)
-        if sizes is not None and (len(sizes) != 3 or any(size < 1 for size in sizes)):
-            raise DitAccelError(f"{name} needs (frames, rows, columns), each at least 1, got {tuple(sizes)}.")
-    for side in ("q", "k"):
-        block, tile = getattr(geometry, f"block_{side}"), getattr(geometry, f"tile_{side}")
-        if block < 1:
-            raise DitAccelError(f"Blocks hold at least one token, got {block}.")
-        if tile is not None and math.prod(tile) != block:
-            raise DitAccelError(
-                f"tile_{side}={tile} holds {math.prod(tile)} tokens, but the block {block}. Make them equal."
-            )
-    if geometry.conditioning < 0 or geometry.text < 0:
-        raise DitAccelError(f"conditioning and text must be >= 0, got {geometry.conditioning} and {geometry.text}.")
-    if geometry.partial_blocks is not None and geometry.partial_blocks < 0:
-        raise DitAccelError(f"partial_blocks must be >= 0 or None, got {geometry.partial_blocks}.")
-
-
-def _check_segments(q: torch.Tensor, k: torch.Tensor, geometry: Geometry, segments: Segments) -> None:
-    given = [start is not None for start in segments[:3]]
-    if any(given) and not all(given):
-        raise DitAccelError("Give visual_start, conditioning_start and text_start together, or none of them.")
-    for name, want, have in (
-        ("q", geometry.query_order.grid.tokens, q.shape[2]),
-        ("k and v", geometry.key_order.grid.tokens, k.shape[2]),
-    ):
-        if have < want or (have != want and not any(given)):
-            raise DitAccelError(
-                f"grid {geometry.grid}, {geometry.conditioning} conditioning and {geometry.text} text tokens need "
-                f"{name} with {want} rows, got {have}. To leave rows out, give the three starts."
-            )
-    for name, tensor in zip(segments._fields, segments, strict=True):
-        if tensor is not None and (tensor.shape != q.shape[:1] or tensor.dtype != torch.int32):
-            raise DitAccelError(
-                f"{name} must be int32 [{q.shape[0]}], one per sample, got {tensor.dtype} {tuple(tensor.shape)}."
-            )
-
-
-def _check_lists(q: torch.Tensor, lists: BlockLists, geometry: Geometry) -> None:
-    blocks, rows = geometry.query_order.blocks, tuple(lists.indices.shape[:-1])
-    if rows not in ((blocks,), (q.shape[0], q.shape[1], blocks)):
-        raise DitAccelError(
-            f"kv_indices must be [{blocks}, width] or [{q.shape[0]}, {q.shape[1]}, {blocks}, width] for {blocks} query "
-            f"blocks of {geometry.block_q}, got {tuple(lists.indices.shape)}."
-        )
-    if tuple(lists.counts.shape) != rows:
-        raise DitAccelError(f"kv_counts must be {list(rows)}, as kv_indices, got {tuple(lists.counts.shape)}.")
-    if lists.indices.dtype != torch.int32 or lists.counts.dtype != torch.int32:
-        raise DitAccelError(f"Block lists must be int32, got {lists.indices.dtype} and {lists.counts.dtype}.")
-    partial, tables = lists.partial, lists.tables
-    if partial is not None and (partial.shape != lists.indices.shape or partial.dtype != torch.bool):
-        raise DitAccelError(
-            f"partial must be bool {tuple(lists.indices.shape)}, got {partial.dtype} {tuple(partial.shape)}."
-        )
-    if partial is not None and tables is None:
-        raise DitAccelError("partial marks blocks that the tables decide, but tables is None. Give both or neither.")
-    if tables is not None and (tables.ndim != 1 or tables.dtype != torch.int32):
-        raise DitAccelError(f"tables must be int32 [words], got {tables.dtype} {tuple(tables.shape)}.")
-    for name, tensor in zip(("kv_indices", "kv_counts", "partial", "tables"), lists[:4], strict=True):
-        if tensor is not None and tensor.device != q.device:
-            raise DitAccelError(f"{name} must be on {q.device} as q is, got {tensor.device}. Move the plan there.")
 
 
 _KIND_BAND = 1

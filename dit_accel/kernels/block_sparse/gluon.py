@@ -15,7 +15,8 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from dit_accel.kernels import tuning
-from dit_accel.kernels.block_sparse.geometry import BlockLists, Geometry, Segments, Shape
+from dit_accel.kernels.block_sparse.call import BlockSparseCall
+from dit_accel.kernels.block_sparse.geometry import Shape
 from dit_accel.kernels.block_sparse.gluon_copies import KEYS
 from dit_accel.kernels.block_sparse.gluon_forward import block_sparse_gluon_fwd_kernel
 from dit_accel.kernels.block_sparse.triton import RASTER, Kept, TritonCall, backward, likeness
@@ -30,30 +31,23 @@ STAGES = 3  # steps of 128 keys and values in shared memory, as many as it holds
 LAUNCH = Launch(4, STAGES, KEYS.value, registers=168)  # 12 warps in all; the kernel shares registers out
 
 
-def forward(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    lists: BlockLists,
-    segments: Segments,
-    geometry: Geometry,
-    scale: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
+def forward(call: BlockSparseCall) -> tuple[torch.Tensor, torch.Tensor]:
     """Output [B, H, Nq, D], laid out in memory as [B, Nq, H, D], and LSE fp32 [B, H, Nq].
 
     A tensor that the copy engine cannot address is copied, and so is q if the scale is not above 0.
     """
-    like = likeness(q, k, v, lists, segments, geometry, scale)
+    q, k, v, lists, _, geometry, scale = call
+    like = likeness(call)
     kept = _KEPT.get(like)
     if kept is not None:
-        out, lse, behind = kept.start(q, lists, segments)
+        out, lse, behind = kept.start(call)
         descriptors = [_like(known, x) for x, pair in zip((q, k, v, out), kept.others, strict=True) for known in pair]
         with torch.cuda.device(q.device):
             kept.forward.again(lse, *descriptors, *behind)
         return out.transpose(1, 2), lse
     read = q, k, v
-    call = TritonCall(q, k, v, lists, segments, geometry, scale)
-    ordered, (out, lse) = call.ordered(), call.room(q)
+    host = TritonCall(call)
+    ordered, (out, lse) = host.ordered(), host.room(q)
     if scale <= 0:
         q, scale = q * math.copysign(1.0, scale) if scale else torch.zeros_like(q), -scale or 1.0
     batch, heads, tokens, dim = q.shape
@@ -63,22 +57,22 @@ def forward(
     descriptors, distances = zip(*(describe(*side) for side in sides), strict=True)
     (written, _) = describe(out.transpose(1, 2), geometry.query_grid, half, ROWS)
     pairs = *descriptors, written
-    places, spans, words = call.masked(ordered)
+    places, spans, words = host.masked(ordered)
     launched = tuning.launch(
-        block_sparse_gluon_fwd_kernel, (call.query_blocks, heads, batch),
+        block_sparse_gluon_fwd_kernel, (host.query_blocks, heads, batch),
         (
-            lse, *(descriptor for pair in pairs for descriptor in pair), places, spans, words, *call.segments,
+            lse, *(descriptor for pair in pairs for descriptor in pair), places, spans, words, *host.segments,
             *(distance for three in distances for distance in three), scale * LOG2E,
             *sizes(geometry.key_order), *sizes(geometry.query_order), geometry.query_order.grid.text,
-            heads, tokens, call.query_blocks, lists.indices.shape[-1], int(lists.indices.ndim == 4),
-            1 - call.own_queries,
+            heads, tokens, host.query_blocks, lists.indices.shape[-1], int(lists.indices.ndim == 4),
+            1 - host.own_queries,
         ),
         constants(dim, geometry.block_k, tile_q, tile_k), (LAUNCH,), (),
     )  # fmt: skip
     in_place = all(x.data_ptr() == pair[0].base.data_ptr() for x, pair in zip(read, descriptors, strict=True))
     if launched is not None and in_place:
         known = [[_like(each, None) for each in pair] for pair in pairs]
-        call.keep(_KEPT, like, launched.behind(1 + 2 * len(pairs) + 7), known)
+        host.keep(_KEPT, like, launched.behind(1 + 2 * len(pairs) + 7), known)
     return out.transpose(1, 2), lse
 
 

@@ -1,6 +1,6 @@
 """The custom ops behind `api`: opaque to `torch.compile`, with fake kernels for tracing and the backward.
 
-Their signatures are flat; all other code passes the records of `geometry`. An implementation's module is imported when
+Their signatures are flat; all other code passes the record of `call`. An implementation's module is imported when
 an op runs.
 """
 
@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from dit_accel.kernels import impls
-from dit_accel.kernels.block_sparse.geometry import BlockLists, Geometry, Segments, empty_rows
+from dit_accel.kernels.block_sparse.call import BlockSparseCall
+from dit_accel.kernels.block_sparse.geometry import empty_rows
 
 
 @torch.library.custom_op("dit_accel::block_sparse_attention", mutates_args=())
@@ -34,9 +35,8 @@ def attention_forward(
     impl: str,
 ) -> tuple[Tensor, Tensor]:
     """Output [B, H, Nq, D], laid out in memory as [B, Nq, H, D], and LSE [B, H, Nq]."""
-    lists = BlockLists(indices, counts, partial, tables, packed)
-    segments = Segments(visual_start, conditioning_start, text_start, text_len)
-    return impls.named(impl).load().forward(q, k, v, lists, segments, Geometry.unpack(geometry), scale)
+    records = indices, counts, partial, tables, packed, visual_start, conditioning_start, text_start, text_len
+    return impls.named(impl).load().forward(BlockSparseCall.unpack((q, k, v, *records, geometry, scale)))
 
 
 @attention_forward.register_fake
@@ -48,11 +48,11 @@ def _(q, k, v, *rest):
 def attention_backward(
     grad_out: Tensor,
     grad_lse: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    out: Tensor,
-    lse: Tensor,
     indices: Tensor,
     counts: Tensor,
     partial: Tensor | None,
@@ -67,30 +67,27 @@ def attention_backward(
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v, each laid out in memory as [B, N, H, D]."""
-    lists = BlockLists(indices, counts, partial, tables, packed)
-    segments = Segments(visual_start, conditioning_start, text_start, text_len)
-    backward = impls.named(impl).load().backward
-    return backward(grad_out, grad_lse, q, k, v, out, lse, lists, segments, Geometry.unpack(geometry), scale)
+    records = indices, counts, partial, tables, packed, visual_start, conditioning_start, text_start, text_len
+    call = BlockSparseCall.unpack((q, k, v, *records, geometry, scale))
+    return impls.named(impl).load().backward(grad_out, grad_lse, out, lse, call)
 
 
 @attention_backward.register_fake
-def _(grad_out, grad_lse, q, k, v, *rest):
+def _(grad_out, grad_lse, out, lse, q, k, v, *rest):
     return tuple(empty_rows(x) for x in (q, k, v))
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    q, k, v, *records, geometry, scale, impl = inputs
-    ctx.save_for_backward(q, k, v, *output, *records)
+    *tensors, ctx.geometry, ctx.scale, ctx.impl = inputs
+    ctx.save_for_backward(*output, *tensors)
     ctx.set_materialize_grads(False)
-    ctx.geometry, ctx.scale, ctx.impl = geometry, scale, impl
 
 
 def _backward(ctx, grad_out, grad_lse):
-    q, k, v, out, lse, *records = ctx.saved_tensors
     if grad_out is None:
-        grad_out = torch.zeros_like(out)
-    grads = attention_backward(grad_out, grad_lse, q, k, v, out, lse, *records, ctx.geometry, ctx.scale, ctx.impl)
-    return *grads, *(None,) * (len(records) + 3)
+        grad_out = torch.zeros_like(ctx.saved_tensors[0])
+    grads = attention_backward(grad_out, grad_lse, *ctx.saved_tensors, ctx.geometry, ctx.scale, ctx.impl)
+    return *grads, *[None] * (len(ctx.saved_tensors) - 2)
 
 
 attention_forward.register_autograd(_backward, setup_context=_setup_context)

@@ -24,13 +24,13 @@ import torch
 from torch import Tensor
 
 from dit_accel.kernels.block_sparse import dense
+from dit_accel.kernels.block_sparse.call import BlockSparseCall
 from dit_accel.kernels.block_sparse.dense import Rows, empty_output, rows_first, zeros_spread
 from dit_accel.kernels.block_sparse.geometry import (
     BlockLists,
     Geometry,
     Placement,
     Predicate,
-    Segments,
     query_placement,
     read_placements,
 )
@@ -41,13 +41,12 @@ GROUP_BYTES = 32 << 20  # of queries, keys and values of a group; above, its hea
 preparations = PreparationCache()
 
 
-def forward(
-    q: Tensor, k: Tensor, v: Tensor, lists: BlockLists, segments: Segments, geometry: Geometry, scale: float
-) -> tuple[Tensor, Tensor]:
+def forward(call: BlockSparseCall) -> tuple[Tensor, Tensor]:
     """Output [B, H, Nq, D], in memory [B, Nq, H, D], and LSE [B, H, Nq]."""
+    q, k, v, lists, segments, geometry, scale = call
     places = read_placements(geometry, len(q), k.shape[2], segments)
     if lists.indices.ndim == 4:
-        return _forward_by_head(q, k, v, lists, geometry, places, scale)
+        return _forward_by_head(call, places)
     out, lse = empty_output(q)
     batches = preparations.get(lists, geometry, q.device)
     for b, place in enumerate(places):
@@ -65,22 +64,13 @@ def forward(
 
 
 def backward(
-    grad_out: Tensor,
-    grad_lse: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    lists: BlockLists,
-    segments: Segments,
-    geometry: Geometry,
-    scale: float,
+    grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, call: BlockSparseCall
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v, in memory [B, N, H, D]."""
+    q, k, v, lists, segments, geometry, scale = call
     places = read_placements(geometry, len(q), k.shape[2], segments)
     if lists.indices.ndim == 4:
-        return _backward_by_head(grad_out, grad_lse, q, k, v, out, lse, lists, geometry, places, scale)
+        return _backward_by_head(grad_out, grad_lse, out, lse, call, places)
     grads = zeros_spread(q), zeros_spread(k), zeros_spread(v)
     batches = preparations.get(lists, geometry, q.device)
     for b, place in enumerate(places):
@@ -122,11 +112,9 @@ def _problems(
                 yield slice(head, head + some_heads), rows_q[chunk], rows_k[chunk], mask, batch.merged
 
 
-def _forward_by_head(
-    q: Tensor, k: Tensor, v: Tensor,
-    lists: BlockLists, geometry: Geometry, places: list[Placement], scale: float,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+def _forward_by_head(call: BlockSparseCall, places: list[Placement]) -> tuple[Tensor, Tensor]:
     """As `forward`, with lists [B, H, q_blocks, width]."""
+    q, k, v, lists, _, geometry, scale = call
     out, lse = empty_output(q)
     used = check_lists(lists, geometry.key_order.blocks)
     for b, place in enumerate(places):
@@ -145,11 +133,15 @@ def _forward_by_head(
 
 
 def _backward_by_head(
-    grad_out: Tensor, grad_lse: Tensor | None,
-    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
-    lists: BlockLists, geometry: Geometry, places: list[Placement], scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    call: BlockSparseCall,
+    places: list[Placement],
+) -> tuple[Tensor, Tensor, Tensor]:
     """As `backward`, with lists [B, H, q_blocks, width]."""
+    q, k, v, lists, _, geometry, scale = call
     grads = zeros_spread(q), zeros_spread(k), zeros_spread(v)
     used = check_lists(lists, geometry.key_order.blocks)
     for b, place in enumerate(places):

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from dit_accel.errors import DitAccelError
-from dit_accel.kernels.block_sparse.geometry import BlockLists, Geometry, Segments, query_placement, read_placements
+from dit_accel.kernels.block_sparse.call import BlockSparseCall
+from dit_accel.kernels.block_sparse.geometry import BlockLists, Geometry, query_placement, read_placements
 
 MAX_TOKENS = 20_000
 _KIND_BAND = 1
@@ -73,15 +74,8 @@ def token_mask(lists: BlockLists, geometry: Geometry) -> Tensor:
     return mask
 
 
-def forward(
-    q: Tensor, k: Tensor, v: Tensor, lists: BlockLists, segments: Segments, geometry: Geometry, scale: float
-) -> tuple[Tensor, Tensor]:
+def forward(call: BlockSparseCall) -> tuple[Tensor, Tensor]:
     """Masked dense attention by plain autograd, in fp64 for fp64 inputs and in fp32 otherwise.
-
-    Args:
-        q: [B, H, Nq, D].
-        k, v: [B, H, Nk, D].
-        scale: factor of the logits.
 
     Returns:
         The output [B, H, Nq, D] in q's dtype, in memory [B, Nq, H, D]. The natural-log LSE [B, H, Nq] in the dtype of
@@ -90,6 +84,7 @@ def forward(
     Raises:
         DitAccelError: there are more than 20,000 queries or keys.
     """
+    q, k, v, lists, segments, geometry, scale = call
     longest = max(q.shape[2], k.shape[2])
     if longest > MAX_TOKENS:
         raise DitAccelError(

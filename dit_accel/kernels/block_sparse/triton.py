@@ -18,7 +18,8 @@ from triton.runtime.interpreter import InterpretedFunction
 
 from dit_accel.errors import DitAccelError
 from dit_accel.kernels import tuning
-from dit_accel.kernels.block_sparse.geometry import BlockLists, Geometry, Segments
+from dit_accel.kernels.block_sparse.call import BlockSparseCall
+from dit_accel.kernels.block_sparse.geometry import Geometry
 from dit_accel.kernels.block_sparse.triton_backward import (
     block_sparse_bwd_kernel_dkdv,
     block_sparse_bwd_kernel_dq,
@@ -41,36 +42,29 @@ RASTER = (0, 0, 0)  # the tile of raster order
 WORD_PROGRAMS = 16  # programs that share a list's partial blocks
 
 
-def forward(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    lists: BlockLists,
-    segments: Segments,
-    geometry: Geometry,
-    scale: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
+def forward(call: BlockSparseCall) -> tuple[torch.Tensor, torch.Tensor]:
     """Output [B, H, Nq, D], laid out in memory as [B, Nq, H, D], and LSE fp32 [B, H, Nq].
 
     A call like an earlier one of the same plan, which has opened its lists, repeats the earlier one's launches.
     """
-    like = likeness(q, k, v, lists, segments, geometry, scale)
+    q, k, v, lists, *_ = call
+    like = likeness(call)
     kept = _KEPT.get(like)
     if kept is not None:
-        out, lse, behind = kept.start(q, lists, segments)
+        out, lse, behind = kept.start(call)
         with torch.cuda.device(q.device):
             kept.forward.again(q, k, v, out, lse, *behind)
         return out.transpose(1, 2), lse
-    call = TritonCall(q, k, v, lists, segments, geometry, scale)
-    ordered, (out, lse) = call.ordered(), call.room(q)
-    tensors = q, k, v, out, lse, *call.masked(ordered), *call.segments[:4]
-    launched = call.launch(
-        "forward", (call.query_blocks, call.programs), tensors, (*call.segments[4:], *call.strides(q, k, v)),
-        (*call.sizes, q.shape[1], q.shape[2], call.query_blocks, lists.indices.shape[-1]),
+    host = TritonCall(call)
+    ordered, (out, lse) = host.ordered(), host.room(q)
+    tensors = q, k, v, out, lse, *host.masked(ordered), *host.segments[:4]
+    launched = host.launch(
+        "forward", (host.query_blocks, host.programs), tensors, (*host.segments[4:], *host.strides(q, k, v)),
+        (*host.sizes, q.shape[1], q.shape[2], host.query_blocks, lists.indices.shape[-1]),
         per_head=lists.indices.ndim == 4,
     )  # fmt: skip
     if launched is not None:
-        call.keep(_KEPT, like, launched.behind(len(tensors)))
+        host.keep(_KEPT, like, launched.behind(len(tensors)))
     return out.transpose(1, 2), lse
 
 
@@ -88,10 +82,9 @@ class Kept(NamedTuple):
     room: torch.Size
     others: Any = None
 
-    def start(
-        self, q: torch.Tensor, lists: BlockLists, segments: Segments
-    ) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, ...]]:
+    def start(self, call: BlockSparseCall) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, ...]]:
         """Output [B, N, H, D] and LSE [B, H, N] to be written; and places, spans, words and starts, made ready."""
+        q, _, _, lists, segments, *_ = call
         entries, places, spans = lists.packed[0]
         batch, heads, tokens, dim = q.shape
         out, lse = q.new_empty(batch, tokens, heads, dim), q.new_empty(batch, heads, tokens, dtype=torch.float32)
@@ -106,16 +99,9 @@ _KEPT: dict[Any, Kept] = {}
 MOST_KEPT = 256
 
 
-def likeness(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    lists: BlockLists,
-    segments: Segments,
-    geometry: Geometry,
-    scale: float,
-) -> tuple[Any, ...] | None:
+def likeness(call: BlockSparseCall) -> tuple[Any, ...] | None:
     """What the launches of a call depend on; None unless a plan has opened the lists for calls to come."""
+    q, k, v, lists, segments, geometry, scale = call
     if not isinstance(lists.packed, tuple):
         return None
     like: tuple[Any, ...] = geometry, scale, q.device, q.dtype, lists.indices.shape, lists.tables is None
@@ -125,42 +111,33 @@ def likeness(
 
 
 def backward(
-    grad_out: torch.Tensor,
-    grad_lse: torch.Tensor | None,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    lists: BlockLists,
-    segments: Segments,
-    geometry: Geometry,
-    scale: float,
+    grad_out: torch.Tensor, grad_lse: torch.Tensor | None, out: torch.Tensor, lse: torch.Tensor, call: BlockSparseCall
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of q, k and v, each [B, H, N, D] laid out in memory as [B, N, H, D]."""
     grad_out = tuning.contiguous_rows(grad_out)
-    call = TritonCall(q, k, v, lists, segments, geometry, scale, grad_out, out)
+    q, k, v, lists, _, geometry, _ = call
+    host = TritonCall(call, grad_out, out)
     delta = torch.empty_like(lse)
     statistics = lse if grad_lse is None else grad_lse.contiguous(), lse, delta
 
     ordered, transposed = (both_ways if lists.packed is None else split)(lists, geometry)
-    masked, per_head = call.masked(ordered), lists.indices.ndim == 4
-    dq = call.room_for(q)
-    call.launch(
-        "dq", (call.query_blocks, call.programs),
-        (q, k, v, grad_out, out, *statistics, dq, *masked, *call.segments), call.strides(q, k, v, grad_out, out),
-        (*call.sizes, q.shape[1], q.shape[2], call.query_blocks, lists.indices.shape[-1]), per_head=per_head,
+    masked, per_head = host.masked(ordered), lists.indices.ndim == 4
+    dq = host.room_for(q)
+    host.launch(
+        "dq", (host.query_blocks, host.programs),
+        (q, k, v, grad_out, out, *statistics, dq, *masked, *host.segments), host.strides(q, k, v, grad_out, out),
+        (*host.sizes, q.shape[1], q.shape[2], host.query_blocks, lists.indices.shape[-1]), per_head=per_head,
         HAS_GRAD_LSE=grad_lse is not None,
     )  # fmt: skip
 
     _, places, numbers, firsts = transposed
     numbers = places if numbers is None else numbers  # without tables no numbers are read
-    dk, dv = call.room_for(k), call.room_for(v)
-    call.launch(
-        "dkdv", (call.key_blocks, call.programs),
-        (q, k, v, grad_out, lse, delta, dk, dv, places, numbers, firsts, masked[-1], *call.segments),
-        call.strides(q, k, v, grad_out),
-        (*call.sizes, q.shape[1], q.shape[2], k.shape[2], call.key_blocks), per_head=per_head,
+    dk, dv = host.room_for(k), host.room_for(v)
+    host.launch(
+        "dkdv", (host.key_blocks, host.programs),
+        (q, k, v, grad_out, lse, delta, dk, dv, places, numbers, firsts, masked[-1], *host.segments),
+        host.strides(q, k, v, grad_out),
+        (*host.sizes, q.shape[1], q.shape[2], k.shape[2], host.key_blocks), per_head=per_head,
     )  # fmt: skip
     return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
 
@@ -198,18 +175,9 @@ class Fixed(NamedTuple):
 class TritonCall:
     """What the kernels of one call share: sizes, starts per sample, compile-time constants."""
 
-    def __init__(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        lists: BlockLists,
-        segments: Segments,
-        geometry: Geometry,
-        scale: float,
-        *others: torch.Tensor,
-    ) -> None:
+    def __init__(self, call: BlockSparseCall, *others: torch.Tensor) -> None:
         """`others`: further tensors [B, H, N, D] that the kernels read."""
+        q, k, v, lists, segments, geometry, scale = call
         self.lists, self.geometry, self.scale = lists, geometry, scale
         self.fixed = Fixed.of(geometry)
         self.query_blocks, self.key_blocks, *_ = self.fixed

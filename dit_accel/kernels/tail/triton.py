@@ -15,6 +15,7 @@ import triton
 from torch import Tensor
 
 from dit_accel.kernels import tuning
+from dit_accel.kernels.block_sparse.call import BlockSparseCall
 from dit_accel.kernels.block_sparse.geometry import Segments
 from dit_accel.kernels.block_sparse.triton import TritonCall, run
 from dit_accel.kernels.block_sparse.triton_configs import Launch
@@ -77,7 +78,7 @@ class _TailLaunches(TritonCall):
     def __init__(self, call: TailCall, *others: Tensor) -> None:
         q, k, v, exact = (tuning.contiguous_rows(x) for x in call[:4])
         self.call = call._replace(q=q, k=k, v=v, exact=exact)
-        super().__init__(q, k, v, call.lists, Segments(), call.geometry, call.scale, exact, *others)
+        super().__init__(BlockSparseCall(q, k, v, call.lists, Segments(), call.geometry, call.scale), exact, *others)
         self.heads, self.tokens = q.shape[1], q.shape[2]
         shape = *q.shape[:2], self.query_blocks, self.key_blocks
         dropped, (indices, counts, *_) = call.dropped, call.lists

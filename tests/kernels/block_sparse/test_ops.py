@@ -21,8 +21,8 @@ def test_opcheck(make_problem, topk, dtype):
     leaves = [x.detach() for x in leaves]
     grad = torch.randn_like(out)
     for grad_lse in (None, torch.randn_like(lse)):
-        gradients = grad, grad_lse, *leaves, out.detach(), lse.detach()
-        torch.library.opcheck(ops.attention_backward, (*gradients, *arguments, *settings))
+        results = grad, grad_lse, out.detach(), lse.detach()
+        torch.library.opcheck(ops.attention_backward, (*results, *leaves, *arguments, *settings))
 
 
 def _compiled(counter):

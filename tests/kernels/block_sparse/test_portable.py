@@ -5,6 +5,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dit_accel.kernels.block_sparse import dense, portable
+from dit_accel.kernels.block_sparse.call import BlockSparseCall
 from dit_accel.kernels.block_sparse.geometry import Segments
 
 SLIDING = ("gna", {"window": (2, 3, 4)})
@@ -220,8 +221,10 @@ def test_memory_grows_with_tokens_not_with_their_square(make_problem, topk):
     tiles = {"tile_q": (2, 4, 8), "tile_k": (2, 4, 8)}
     problem = make_problem((8, 16, 32), heads=1, dim=8, block_q=64, block_k=64, topk=topk, **tiles, **method)
     geometry, tokens = problem.geometry(), problem.q.shape[2]
-    arguments = problem.block_lists(), Segments(), geometry, problem.scale
+    call = BlockSparseCall(
+        problem.q, problem.k, problem.v, problem.block_lists(), Segments(), geometry, problem.scale
+    )
     with _Largest() as largest:
-        out, lse = portable.forward(problem.q, problem.k, problem.v, *arguments)
-        portable.backward(problem.grad_out, None, problem.q, problem.k, problem.v, out, lse, *arguments)
+        out, lse = portable.forward(call)
+        portable.backward(problem.grad_out, None, out, lse, call)
     assert largest.elements <= tokens**2 / 8
