@@ -3,7 +3,14 @@ import sys
 
 import pytest
 
-TOOLS = ("demo.train", "demo.evaluate", "demo.finetuning", "demo_clip.train", "demo_clip.accuracy", "kernels.ahead_of_time")
+TOOLS = (
+    "demo.train",
+    "demo.evaluate",
+    "demo.finetuning",
+    "demo_clip.train",
+    "demo_clip.accuracy",
+    "kernels.ahead_of_time",
+)
 
 
 @pytest.mark.parametrize("tool", TOOLS)

@@ -24,8 +24,6 @@ POINTERS = (
 )
 
 
-
-
 def builds(arch: int) -> Iterator[Build]:
     """Every kernel for each head dimension, cut and length of rows, each part of a rule by itself and all together."""
     for head_dim, cells in itertools.product(HEAD_DIMS, CELLS):

@@ -4,6 +4,7 @@ MAX_BLOCKS = 1 << 12  # the longest row of scores that registers hold with all p
 SCORES = {"ROWS": 32, "COLUMNS": 32, "PART": 16}  # of a program's scores, and the dimensions of a step
 PARTS = ("HAS_THRESHOLD", "HAS_COUNT", "HAS_SHARE", "HAS_GUARD", "HAS_FORCED")
 
+
 def unsupported(head_dim: int, blocks: int) -> str | None:
     """The reason why the kernels cannot compute such a call, or None."""
     if blocks > MAX_BLOCKS:

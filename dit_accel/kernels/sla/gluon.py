@@ -5,7 +5,6 @@ The emulator of the tests runs its source.
 
 from __future__ import annotations
 
-
 import torch
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor

@@ -44,8 +44,7 @@ def launched(monkeypatch):
 @pytest.mark.parametrize("arch", ARCHS)
 def test_every_launch_is_compiled_ahead_of_time(launched, arch):
     compiled = {
-        (build.function.rpartition(":")[2], frozenset(build.constants), build.warps)
-        for build in declared.builds(arch)
+        (build.function.rpartition(":")[2], frozenset(build.constants), build.warps) for build in declared.builds(arch)
     }
     assert {kernel for kernel, *_ in launched} == set(triton.JIT)
     for kernel, constants, warps in launched:

@@ -54,9 +54,7 @@ def test_every_candidate_of_every_launch_is_compiled_ahead_of_time(launched, arc
     def sizes(constants):
         return frozenset((name, value) for name, value in dict(constants).items() if name not in tile)
 
-    compiled = {
-        (build.function, build.warps, build.stages, sizes(build.constants)) for build in declared.builds(arch)
-    }
+    compiled = {(build.function, build.warps, build.stages, sizes(build.constants)) for build in declared.builds(arch)}
     assert {name for name, _ in launched} == set(triton.JIT) == set(declared.FUNCTIONS)
     for kernel, constants in launched:
         function = f"{declared.FOLDER}.{declared.FUNCTIONS[kernel]}"
