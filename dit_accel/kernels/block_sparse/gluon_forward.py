@@ -44,6 +44,7 @@ from dit_accel.kernels.block_sparse.gluon_copies import (
     steps_of,
     whereabouts,
 )
+from dit_accel.kernels.block_sparse.triton_tokens import RUNTIME
 
 LOG2E = gl.constexpr(1.4426950408889634)
 
@@ -294,14 +295,7 @@ def allocated(DTYPE: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr):
     return buffers
 
 
-@gluon.jit(do_not_specialize=[
-    "q_batch", "q_head", "q_column", "k_batch", "k_head", "k_column", "v_batch", "v_head", "v_column",
-    "T", "H", "W", "tiles_h", "tiles_w", "visual", "visual_blocks", "conditioning", "conditioning_blocks",
-    "QT", "QH", "QW", "query_tiles_h", "query_tiles_w", "query_visual", "query_visual_blocks",
-    "query_conditioning", "query_conditioning_blocks",
-    "query_text", "heads", "query_tokens", "query_blocks", "width", "per_head", "shared_rows",
-    "usual_visual", "usual_conditioning", "usual_text", "usual_length", "given",
-])  # fmt: skip
+@gluon.jit(do_not_specialize=RUNTIME)
 def block_sparse_gluon_fwd_kernel(
     lse, q_tile, q_run, k_tile, k_run, v_tile, v_run, out_tile, out_run,
     places, spans, words,

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from dit_accel.kernels.block_sparse.triton_tokens import (
+    RUNTIME,
     block_at,
     held_at,
     holds,
@@ -187,13 +188,7 @@ def of_keys(
     return b_dk, b_dv
 
 
-@triton.jit(do_not_specialize=[
-    "usual_visual", "usual_conditioning", "usual_text", "usual_length", "given",
-    "q_batch", "q_head", "q_row", "k_batch", "k_head", "k_row", "v_batch", "v_head", "v_row",
-    "g_batch", "g_head", "g_row", "o_batch", "o_head", "o_row",
-    "T", "H", "W", "QT", "QH", "QW", "conditioning", "query_conditioning", "query_text",
-    "heads", "query_tokens", "query_blocks", "width", "per_head", "own_queries",
-])  # fmt: skip
+@triton.jit(do_not_specialize=RUNTIME)
 def block_sparse_bwd_kernel_dq(
     q, k, v, grad_out, out, grad_lse, lse, delta, dq,
     places, spans, words,
@@ -251,13 +246,7 @@ def block_sparse_bwd_kernel_dq(
     store_rows(dq, rows, valid, acc * scale, heads, query_tokens, D, BLOCK_D)
 
 
-@triton.jit(do_not_specialize=[
-    "usual_visual", "usual_conditioning", "usual_text", "usual_length", "given",
-    "q_batch", "q_head", "q_row", "k_batch", "k_head", "k_row", "v_batch", "v_head", "v_row",
-    "g_batch", "g_head", "g_row",
-    "T", "H", "W", "QT", "QH", "QW", "conditioning", "query_conditioning", "query_text",
-    "heads", "query_tokens", "key_tokens", "key_blocks", "per_head", "own_queries",
-])  # fmt: skip
+@triton.jit(do_not_specialize=RUNTIME)
 def block_sparse_bwd_kernel_dkdv(
     q, k, v, grad_out, lse, delta, dk, dv,
     places, numbers, firsts, words,

@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 
 from dit_accel.kernels.block_sparse.triton_tokens import (
+    RUNTIME,
     block_at,
     held_at,
     holds,
@@ -135,12 +136,7 @@ def positive(b_q, scale):
     return b_q * sign.to(b_q.dtype), tl.where(scale == 0, 1.0, tl.abs(scale)) * LOG2E
 
 
-@triton.jit(do_not_specialize=[
-    "usual_visual", "usual_conditioning", "usual_text", "usual_length", "given",
-    "q_batch", "q_head", "q_row", "k_batch", "k_head", "k_row", "v_batch", "v_head", "v_row",
-    "T", "H", "W", "QT", "QH", "QW", "conditioning", "query_conditioning", "query_text",
-    "heads", "query_tokens", "query_blocks", "width", "per_head", "own_queries",
-])  # fmt: skip
+@triton.jit(do_not_specialize=RUNTIME)
 def block_sparse_fwd_kernel(
     q, k, v, out, lse,
     places, spans, words,

@@ -9,14 +9,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from dit_accel.kernels.block_sparse.triton_tokens import load_rows, locate, rows_of
+from dit_accel.kernels.block_sparse.triton_tokens import RUNTIME, load_rows, locate, rows_of
 
 LOWEST = tl.constexpr(-(2**31))
 HIGHEST = tl.constexpr(2**31 - 1)
 SHORTEST = tl.constexpr(1e-12)  # of a token's length, as `torch.nn.functional.normalize` has it
 
 
-@triton.jit(do_not_specialize=["x_batch", "x_head", "x_row", "T", "H", "W", "heads"])
+@triton.jit(do_not_specialize=RUNTIME)
 def cell_means_kernel(
     x, means,
     x_batch, x_head, x_row, T, H, W, heads,
@@ -65,7 +65,7 @@ def products(
     return found
 
 
-@triton.jit(do_not_specialize=["query_blocks", "key_blocks"])
+@triton.jit(do_not_specialize=RUNTIME)
 def scores_kernel(
     query_means, key_means, query_sizes, key_sizes, scores, scale, query_blocks, key_blocks,
     D: tl.constexpr, CELLS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PART: tl.constexpr,
@@ -118,7 +118,7 @@ def best(keys, weights, target):
     return (keys > level) | ((keys == level) & (tl.cumsum(room, 0) - room < missing))
 
 
-@triton.jit(do_not_specialize=["blocks", "query_blocks", "width", "heads"])
+@triton.jit(do_not_specialize=RUNTIME)
 def lists_kernel(
     scores, thresholds, wanted, shares, pooled, ranked, forced, indices, counts,
     factor, blocks, query_blocks, width,

@@ -30,6 +30,7 @@ from dit_accel.kernels.block_sparse.gluon_copies import (
     steps_of,
 )
 from dit_accel.kernels.block_sparse.gluon_forward import LOG2E, allocated, produce, rows_of_part, weighted
+from dit_accel.kernels.block_sparse.triton_tokens import RUNTIME
 from dit_accel.kernels.sla.call import EPSILON
 
 EPS = gl.constexpr(EPSILON)
@@ -119,12 +120,7 @@ def consume_both(
     tma.store_wait(0)
 
 
-@gluon.jit(do_not_specialize=[
-    "q_batch", "q_head", "q_column", "k_batch", "k_head", "k_column", "v_batch", "v_head", "v_column",
-    "T", "H", "W", "tiles_h", "tiles_w", "visual", "visual_blocks", "conditioning", "conditioning_blocks",
-    "query_tiles_h", "query_tiles_w", "visual_start", "conditioning_start", "text_start", "given", "heads",
-    "query_blocks", "width", "training",
-])  # fmt: skip
+@gluon.jit(do_not_specialize=RUNTIME)
 def sparse_linear_gluon_fwd_kernel(
     lse, q_tile, q_run, k_tile, k_run, v_tile, v_run, out_tile, out_run, exact_tile, exact_run, table,
     sums, places, spans, words, text_lens,

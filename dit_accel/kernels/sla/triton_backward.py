@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from dit_accel.kernels.block_sparse.triton_backward import of_keys, of_queries, row_lse
-from dit_accel.kernels.block_sparse.triton_tokens import list_of, load_rows, rows_of, rows_of_head, store_rows
+from dit_accel.kernels.block_sparse.triton_tokens import RUNTIME, list_of, load_rows, rows_of, rows_of_head, store_rows
 from dit_accel.kernels.sla.triton_linear import (
     EPS,
     behind,
@@ -102,12 +102,7 @@ def store_through(
         tl.store(out + place[:, None] + o_c, value, mask=valid[:, None] & (o_c < D))
 
 
-@triton.jit(do_not_specialize=[
-    "q_batch", "q_head", "q_row", "k_batch", "k_head", "k_row", "v_batch", "v_head", "v_row",
-    "g_batch", "g_head", "g_row", "p_batch", "p_head", "p_row", "e_batch", "e_head", "e_row",
-    "T", "H", "W", "visual_start", "conditioning_start", "text_start", "conditioning",
-    "heads", "tokens", "query_blocks", "blocks", "dense", "topk", "skip",
-])  # fmt: skip
+@triton.jit(do_not_specialize=RUNTIME)
 def sparse_linear_bwd_kernel_dq(
     q, k, v, grad_out, pulled, exact, lse, table, peaks, totals, critical, negligible, places, spans, text_lens,
     denominators, modes, dq, delta, inverses, ratios,
@@ -202,12 +197,7 @@ def sparse_linear_bwd_kernel_dq(
     store_rows(dq, rows, valid, acc, heads, tokens, D, BLOCK_D)
 
 
-@triton.jit(do_not_specialize=[
-    "q_batch", "q_head", "q_row", "k_batch", "k_head", "k_row", "v_batch", "v_head", "v_row",
-    "g_batch", "g_head", "g_row", "p_batch", "p_head", "p_row",
-    "T", "H", "W", "visual_start", "conditioning_start", "text_start", "conditioning", "text",
-    "heads", "tokens", "key_tokens", "query_blocks", "blocks", "dense", "topk", "skip",
-])  # fmt: skip
+@triton.jit(do_not_specialize=RUNTIME)
 def sparse_linear_bwd_kernel_dkdv(
     q, k, v, grad_out, pulled, lse, delta, table, peaks, dtotals, critical, negligible, text_lens,
     entries, query_places, firsts, negligible_entries, negligible_firsts,
@@ -309,9 +299,7 @@ def sparse_linear_bwd_kernel_dkdv(
     store_rows(dv, rows, there, tl.where(valid[:, None], b_dv, 0.0), heads, key_tokens, D, BLOCK_D)
 
 
-@triton.jit(do_not_specialize=[
-    "q_batch", "q_head", "q_row", "g_batch", "g_head", "g_row", "heads", "tokens",
-])  # fmt: skip
+@triton.jit(do_not_specialize=RUNTIME)
 def sums_kernel(
     q, grad_out, inverses, ratios, dstates, dtotals, dbias,
     q_batch, q_head, q_row, g_batch, g_head, g_row, heads, tokens,

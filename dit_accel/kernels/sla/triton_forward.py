@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from dit_accel.kernels.block_sparse.triton_forward import attend_lists, normalised, positive
-from dit_accel.kernels.block_sparse.triton_tokens import list_of, load_rows, rows_of, rows_of_head, store_rows
+from dit_accel.kernels.block_sparse.triton_tokens import RUNTIME, list_of, load_rows, rows_of, rows_of_head, store_rows
 from dit_accel.kernels.sla.triton_linear import (
     EPS,
     behind,
@@ -30,9 +30,7 @@ from dit_accel.kernels.sla.triton_linear import (
 from dit_accel.kernels.sla.triton_router import store_mean
 
 
-@triton.jit(do_not_specialize=[
-    "k_batch", "k_head", "k_row", "v_batch", "v_head", "v_row", "T", "H", "W", "heads", "blocks",
-])  # fmt: skip
+@triton.jit(do_not_specialize=RUNTIME)
 def state_kernel(
     k, v, states, totals, means,
     k_batch, k_head, k_row, v_batch, v_head, v_row, T, H, W, heads, blocks,
@@ -110,11 +108,7 @@ def unit_rows(b_q, D: tl.constexpr, MAP: tl.constexpr):
     return (phi * (1.0 / tl.where(size > 0.0, size, 1.0))[:, None]).to(b_q.dtype)
 
 
-@triton.jit(do_not_specialize=[
-    "q_batch", "q_head", "q_row", "k_batch", "k_head", "k_row", "v_batch", "v_head", "v_row",
-    "T", "H", "W", "visual_start", "conditioning_start", "text_start", "conditioning",
-    "heads", "tokens", "query_blocks", "blocks", "dense", "topk", "skip", "training",
-])  # fmt: skip
+@triton.jit(do_not_specialize=RUNTIME)
 def sparse_linear_fwd_kernel(
     q, k, v, table, peaks, totals, weight, bias, critical, negligible, places, spans, text_lens,
     out, exact, lse, linear, denominators, modes,

@@ -14,7 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from dit_accel.kernels.block_sparse.triton_tokens import load_rows, rows_of, tile_position
+from dit_accel.kernels.block_sparse.triton_tokens import RUNTIME, load_rows, rows_of, tile_position
 from dit_accel.kernels.sla.triton_linear import slots_of
 
 LOWEST = tl.constexpr(-(2**31))
@@ -30,7 +30,7 @@ def store_mean(means, block, total, held, blocks, D: tl.constexpr, BLOCK_D: tl.c
     tl.store(means + place, tl.div_rn(total, total * 0.0 + held), mask=o_d < D)
 
 
-@triton.jit(do_not_specialize=["x_batch", "x_head", "x_row", "T", "H", "W", "heads"])
+@triton.jit(do_not_specialize=RUNTIME)
 def block_means_kernel(
     x, means,
     x_batch, x_head, x_row, T, H, W, heads,
@@ -148,7 +148,7 @@ def load_queries(means, count, HALF: tl.constexpr, WHOLE: tl.constexpr):
     return found[:, None]
 
 
-@triton.jit(do_not_specialize=["rows", "blocks", "topk", "skip"])
+@triton.jit(do_not_specialize=RUNTIME)
 def select_kernel(
     query_means, key_means, critical, negligible,
     rows, blocks, topk, skip,
@@ -206,7 +206,7 @@ def select_kernel(
         lists, wanted = negligible, skip
 
 
-@triton.jit(do_not_specialize=["T", "H", "W", "blocks", "topk", "dense"])
+@triton.jit(do_not_specialize=RUNTIME)
 def places_kernel(
     critical, places, spans, T, H, W, blocks, topk, dense,
     BLOCK: tl.constexpr, TILE_T: tl.constexpr, TILE_H: tl.constexpr, TILE_W: tl.constexpr, STEP: tl.constexpr,

@@ -11,11 +11,11 @@ import triton.language as tl
 
 from dit_accel.kernels.block_sparse.triton_backward import row_lse, row_statistics
 from dit_accel.kernels.block_sparse.triton_forward import LOG2E, absorb, normalised
-from dit_accel.kernels.block_sparse.triton_tokens import load_rows, rows_of, store_rows
+from dit_accel.kernels.block_sparse.triton_tokens import RUNTIME, load_rows, rows_of, store_rows
 from dit_accel.kernels.sla.triton_linear import slots_of
 
 
-@triton.jit(do_not_specialize=["k_batch", "k_head", "k_row", "v_batch", "v_head", "v_row", "T", "H", "W", "heads"])
+@triton.jit(do_not_specialize=RUNTIME)
 def pseudo_keys_kernel(
     k, v, keys, values,
     k_batch, k_head, k_row, v_batch, v_head, v_row, T, H, W, heads,
@@ -34,7 +34,7 @@ def pseudo_keys_kernel(
     tl.store(values + place, (tl.sum(b_v.to(tl.float32), 0) / held).to(values.dtype.element_ty), mask=o_d < D)
 
 
-@triton.jit(do_not_specialize=["width", "blocks"])
+@triton.jit(do_not_specialize=RUNTIME)
 def outside_kernel(outside, indices, counts, width, blocks, STEP: tl.constexpr):
     """Mark the listed blocks of one query block in its row of the map."""
     row = tl.program_id(0).to(tl.int64)
@@ -58,9 +58,7 @@ def biases(outside, logs, columns, blocks):
     return tl.where(skipped == 0, tl.load(logs + columns, mask=columns < blocks, other=0.0), float("-inf"))
 
 
-@triton.jit(do_not_specialize=[
-    "q_batch", "q_head", "q_row", "e_batch", "e_head", "e_row", "T", "H", "W", "heads", "tokens", "blocks",
-])  # fmt: skip
+@triton.jit(do_not_specialize=RUNTIME)
 def tail_fwd_kernel(
     q, exact, exact_lse, keys, values, logs, outside, out, lse,
     q_batch, q_head, q_row, e_batch, e_head, e_row, scale, T, H, W, heads, tokens, blocks,
@@ -96,10 +94,7 @@ def tail_fwd_kernel(
     tl.store(lse + i_bh * tokens + rows, b_lse, mask=valid)
 
 
-@triton.jit(do_not_specialize=[
-    "q_batch", "q_head", "q_row", "g_batch", "g_head", "g_row", "o_batch", "o_head", "o_row",
-    "e_batch", "e_head", "e_row", "T", "H", "W", "heads", "tokens", "blocks",
-])  # fmt: skip
+@triton.jit(do_not_specialize=RUNTIME)
 def tail_bwd_kernel_dq(
     q, grad_out, out, exact, grad_lse, lse, exact_lse, keys, values, logs, outside, dq, dexact, dexact_lse, delta,
     q_batch, q_head, q_row, g_batch, g_head, g_row, o_batch, o_head, o_row, e_batch, e_head, e_row,
@@ -143,10 +138,7 @@ def tail_bwd_kernel_dq(
     store_rows(dq, rows, valid, acc * scale, heads, tokens, D, BLOCK_D)
 
 
-@triton.jit(do_not_specialize=[
-    "q_batch", "q_head", "q_row", "g_batch", "g_head", "g_row", "T", "H", "W", "heads", "tokens", "query_blocks",
-    "blocks",
-])  # fmt: skip
+@triton.jit(do_not_specialize=RUNTIME)
 def tail_bwd_kernel_dkdv(
     q, grad_out, lse, delta, keys, values, logs, outside, of_keys, of_values,
     q_batch, q_head, q_row, g_batch, g_head, g_row, scale, T, H, W, heads, tokens, query_blocks, blocks,
