@@ -100,9 +100,8 @@ def test_adapters(tiny, method, config, evidence):
 
 
 # Diffusers' own hunyuan_dit fails with its weights on the meta device: it reads a parameter outside of its module's
-# forward. Untouched Lumina-Next under accelerate's `cpu_offload` now and then differs from itself, in all values and by
-# up to 1.63: 3 of 2,676 equal calls. Why is not known; accelerated, it does so too.
-NOT_ON_META = ("hunyuan_dit", "lumina_next")
+# forward.
+NOT_ON_META = ("hunyuan_dit",)
 
 
 @pytest.mark.check("offload")

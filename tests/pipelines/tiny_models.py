@@ -93,14 +93,19 @@ class TinyModel:
 def seeded(kind: Callable[..., nn.Module], **config: Any) -> nn.Module:
     """A transformer with the same random weights every time; what is drawn after it does not depend on it.
 
-    Parameters that start constant (gates, norms, output layers at zero) get noise too, so that nothing is invisible.
+    Parameters that start constant (gates, norms, output layers at zero) get noise too, so that nothing is invisible. So
+    do those whose memory the constructor leaves as it was: they are NaN here.
     """
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
-        transformer = kind(**config).eval()
+        torch.use_deterministic_algorithms(True)
+        try:
+            transformer = kind(**config).eval()
+        finally:
+            torch.use_deterministic_algorithms(False)
         for parameter in transformer.parameters():
-            if parameter.numel() and bool(parameter.min() == parameter.max()):
-                parameter += 0.2 * torch.randn_like(parameter)
+            if parameter.numel() and not bool(parameter.min() < parameter.max()):
+                parameter.nan_to_num_().add_(torch.randn_like(parameter), alpha=0.2)
     return transformer
 
 

@@ -1,8 +1,7 @@
 """Nucleus-Image in small."""
 
 import tiny_models
-import torch
-from tiny_models import TinyModel, numbers, seeded
+from tiny_models import TinyModel, seeded
 
 from dit_accel.tokens import TokenGrid
 
@@ -15,13 +14,7 @@ def build(**config):
     sizes |= {"num_key_value_heads": 2, "joint_attention_dim": 20, "axes_dims_rope": (4, 6, 6)}
     experts = {"num_experts": 2, "moe_intermediate_dim": 16, "capacity_factors": 2.0}
     sizes |= experts | {"dense_moe_strategy": "leave_first_block_dense"}
-    transformer = seeded(NucleusMoEImageTransformer2DModel, **(sizes | config))
-    noise = numbers(2)
-    with torch.no_grad():
-        for name, parameter in transformer.named_parameters():
-            if "experts" in name:  # memory as it was found
-                parameter.copy_(0.2 * noise(*parameter.shape))
-    return transformer
+    return seeded(NucleusMoEImageTransformer2DModel, **(sizes | config))
 
 
 def inputs(batch=2):
