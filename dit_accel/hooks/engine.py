@@ -156,7 +156,7 @@ class Engine(AtWork):
         # Dynamo traces the first hook of a compiled transformer, which shows that it is compiled, and not the second.
         self._handles = [
             self._transformer.register_forward_pre_hook(self._note_compiled),
-            self._transformer.register_forward_pre_hook(torch.compiler.disable(self._before_call), with_kwargs=True),
+            self._transformer.register_forward_pre_hook(self._make_hook(), with_kwargs=True),
         ]
 
     def detach(self) -> list[str]:
@@ -208,9 +208,23 @@ class Engine(AtWork):
         self._warned = bool(dropped)
 
     def _note_compiled(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        if torch.compiler.is_exporting() and torch.compiler.is_dynamo_compiling():
-            _refuse_strict_export()
         self._compiled = torch.compiler.is_compiling()
+
+    def _make_hook(self) -> Callable[..., Any]:
+        """`_before_call`, untraced; in an export, whose tensors have no values to decide by, the last decision."""
+        from torch._dynamo.eval_frame import skip_code
+
+        outside = torch.compiler.disable(self._before_call)
+
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            if not torch.compiler.is_exporting() or not self._states or module is not self._transformer:
+                return outside(module, args, kwargs)
+            if not self._last:
+                _refuse_export(type(module).__name__)
+            return self._omit_masks(args, kwargs)
+
+        skip_code(hook.__code__)  # no graph of its own; strict export still traces it as a part of the call
+        return hook
 
     def _before_call(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -224,13 +238,6 @@ class Engine(AtWork):
         self.count_last_call()
         self.calls += 1
         self._look_for_dropped()
-        if torch.compiler.is_exporting() and self._states:  # its tensors have no values to read a grid from
-            if not self._last:
-                raise DitAccelError(
-                    f"An exported {type(module).__name__} attends as in its last call, and there was none. Call it "
-                    "with the same inputs, then export it."
-                )
-            return self._omit_masks(args, kwargs)
         self._omitted = ()
         for state in self._states.values():
             state.sparse = False
@@ -375,9 +382,9 @@ class Engine(AtWork):
 
 
 @torch.compiler.assume_constant_result
-def _refuse_strict_export() -> None:
+def _refuse_export(name: str) -> None:
     """Dynamo calls such a function, and lets its error out as it is, instead of tracing it."""
     raise DitAccelError(
-        "Strict export traces all of a call, and an accelerated transformer decides outside the graph: pass "
-        "strict=False to torch.export.export, after a call with the same inputs."
+        f"An exported {name} attends as in its last call, and there was none. Call it with the same inputs, then "
+        "export it."
     )
