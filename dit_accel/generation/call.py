@@ -213,7 +213,13 @@ def _refuse(constant: str) -> None:
 
 
 def warm_up(pipe: DiffusionPipeline, arguments: Mapping[str, Any], *, whole: bool) -> None:
-    """Run one denoising step, or the `whole` loop to compile it, so that set-up is not timed."""
-    steps = {} if whole else {"num_inference_steps": 1}
+    """Run one denoising step, or the `whole` loop to compile it, so that set-up is not timed.
+
+    Where one step is refused the whole loop runs: a schedule may need both its ends, or guidance for each step.
+    """
     sampling.hide_bars(pipe)
-    sampling.call(pipe, {**arguments, **steps}, seed=0)
+    if not whole:
+        with contextlib.suppress(DitAccelError):
+            sampling.call(pipe, {**arguments, "num_inference_steps": 1}, seed=0)
+            return
+    sampling.call(pipe, arguments, seed=0)

@@ -21,7 +21,6 @@ REFUSED = {
     "DiTTransformer2DModel": "its images have 1,024 tokens at most, too few to be faster",
     "DreamLiteTransformer2DModel": _UNET,
     "HeliosTransformer3DModel": "history of several resolutions precedes the video, and its keys are scaled",
-    "Ideogram4Transformer2DModel": "a sequence may pack several samples, which an N x N mask tells apart",
     "Kandinsky6SRTransformer3DModel": "its self-attention is sparse already (NABLA)",
     "LatteTransformer3DModel": "a layer sees one frame, or one position in all frames: short sequences already",
     "LongCatAudioDiTTransformer": _AUDIO,

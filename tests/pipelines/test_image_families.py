@@ -56,6 +56,8 @@ REFUSED = [
     ("glm_image", "t2i", {"kv_caches": [Cache]}, "from a cache"),
     ("kandinsky5", "t2v", {"sparse_params": {}}, "its own sparse attention"),
     ("krea2", "t2i", {"position_ids": torch.zeros(20, 3)}, "position_ids for 13 text and 143 image tokens, got 20"),
+    ("ideogram4", "t2i", {"segment_ids": torch.arange(156).expand(2, -1) // 90}, "hold one sample each"),
+    ("ideogram4", "t2i", {"indicator": torch.arange(156).expand(2, -1) % 2 + 2}, r"\[padding \| text \| image\]"),
 ]
 
 

@@ -117,6 +117,7 @@ CASES = [
         (None, 1328, 1328),
         TokenGrid(1, 83, 83, text=512, text_first=True),
     ),
+    ("Ideogram4Transformer2DModel", {}, KL, None, TokenGrid(1, 128, 128, text=2048, text_first=True)),
     ("Krea2Transformer2DModel", {}, WAN_VAE, None, TokenGrid(1, 64, 64, text=512, text_first=True)),
     ("ErnieImageTransformer2DModel", {"patch_size": 1}, KL, None, TokenGrid(1, 64, 64, text=512)),
     (
