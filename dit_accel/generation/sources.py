@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 EMBEDDED = ("demo",)
 INDEX = "model_index.json"
 REFETCH = "Fetch the file again."
-WAN_FPS = 16  # frames a second of Wan's training videos
 FLOAT32_CODECS = ("AutoencoderKLWan",)  # its published recipe: 16 bits cause bands and blotches
 
 
@@ -125,10 +124,10 @@ class Source:
 
     @property
     def fps(self) -> int:
-        """Frames a second by default: the embedded model's own, Wan's for all others."""
+        """Frames a second by default; errors as in `sizes`."""
         from dit_accel.pipelines.demo import DEFAULTS
 
-        return DEFAULTS.fps if self.kind == "embedded" else WAN_FPS
+        return DEFAULTS.fps if self.kind == "embedded" else self.sizes().fps
 
 
 def find(model: str, revision: str | None = None) -> Source:

@@ -61,7 +61,7 @@ def sizes(transformer: Config, vae: Config) -> Sizes:
         frames = (shape[0] - first) // chunk * vae["clip_length"] + chunk
         return PROMPT_TOKENS + CHANNELS * round(frames / FRAME_RATE * SOUND_RATE)
 
-    rest = {"frames_first": chunk, "tokens_step": chunk, "tokens_first": first}
+    rest = {"fps": FRAME_RATE, "frames_first": chunk, "tokens_step": chunk, "tokens_first": first}
     size = (124, 768, 1344)
     return video_sizes(strides, patch_of(transformer), *size, text=before_the_video, text_first=True, **rest)
 

@@ -31,6 +31,7 @@ class Sizes:
         tokens_step, tokens_first: tokens along time of `frames_step` frames and of `frames_first` frames.
         multiple: the pipeline also wants height and width to be multiples of this.
         conditioning: number of conditioning tokens for a grid shape; None: there are none.
+        fps: frames a second of a video, where the call has no argument for it; by default those of Wan's training.
     """
 
     pixels: tuple[int, int]
@@ -46,6 +47,7 @@ class Sizes:
     tokens_first: int = 1
     multiple: int = 1
     conditioning: Callable[[Shape], int] | None = None
+    fps: int = 16
 
     @property
     def video(self) -> bool:
