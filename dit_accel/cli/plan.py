@@ -108,6 +108,7 @@ def _blocks(plan: Plan) -> dict[str, Any]:
 
     visited: int | None
     full: int | None
+    bounds = plan.bounds if isinstance(plan, RoutedPlan) else (plan.pairs, plan.pairs)
     if isinstance(plan, RoutedPlan):
         queries, keys = plan.query_order, plan.key_order
         visited, total, full = plan.visited, plan.total, None
@@ -116,6 +117,7 @@ def _blocks(plan: Plan) -> dict[str, Any]:
         queries, keys = blocks.query_order, blocks.key_order
         visited, total, full = blocks.visited, blocks.total, blocks.full
     facts: dict[str, Any] = {
+        "pairs_bounds": bounds,
         "query_block": {"tokens": queries.block, "tile": queries.tile},
         "key_block": {"tokens": keys.block, "tile": keys.tile},
         "blocks_visited": visited,
@@ -142,10 +144,10 @@ def _print_table(facts: dict[str, Any]) -> None:
     table = Table(show_header=False, box=None)
     table.add_row("method", f"{facts['method']} ({settings})" if settings else facts["method"])
     table.add_row("tokens", f"{facts['tokens']:,} ({sides}{text})")
-    known = facts["pairs"] is not None
-    table.add_row("pairs", f"{facts['pairs']:,} of {facts['tokens'] ** 2:,}" if known else "known from calls only")
-    if known:
-        table.add_row("density", f"{facts['density']:.4f}")
+    known, every = facts["pairs"] is not None, facts["tokens"] ** 2
+    pairs, note = (facts["pairs"], "") if known else (facts["pairs_bounds"][0], "at least ")
+    table.add_row("pairs", f"{note}{pairs:,} of {every:,}")
+    table.add_row("density", f"{note}{pairs / every:.4f}")
     table.add_row("blocks", _block_text(facts))
     if facts["blocks_visited"] is not None:
         share = f"({facts['block_density']:.4f})"

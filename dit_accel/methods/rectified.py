@@ -104,6 +104,9 @@ class RectifiedPlan(TailedPlan):
         rule = Rule(topk=config.counts(blocks), topp=float(config.topp), forced=self.around(q.device))
         return route(q, k, self.query_order, self.key_order, rule, scale=call.scale, impl=call.impl)
 
+    def always(self) -> tuple[int, Tensor]:
+        return max(1, self.config.counts(self.key_order.visual_blocks)), self.around(torch.device("cpu"))
+
     def dropped(self, q: Tensor, k: Tensor) -> Tensor | None:
         return ~trusted(q, k, self.query_order, self.key_order) if self.config.gate else None
 

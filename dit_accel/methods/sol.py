@@ -96,6 +96,9 @@ class SolPlan(TailedPlan):
         rule = Rule(tau=float(self.config.tau), variance=self.config.variance, forced=self.forced(q.device))
         return route(q, k, self.query_order, self.key_order, rule, scale=call.scale, impl=call.impl)
 
+    def always(self) -> tuple[int, Tensor]:
+        return 1, self.forced(torch.device("cpu"))
+
     @property
     def first_order(self) -> bool:
         return self.config.tail == "hybrid"

@@ -128,6 +128,10 @@ class SpargePlan(TailedPlan):
             return None
         return self.bound(max(1, max(self.budgets()) if config.budgets != "equal" else config.counts(blocks)))
 
+    def always(self) -> tuple[int, None]:
+        config, blocks = self.config, self.key_order.visual_blocks
+        return max(1, min(self.budgets()) if config.budgets != "equal" else config.counts(blocks)), None
+
     @building()
     def bound(self, blocks: int) -> int:
         """The most pairs that rows of `blocks` listed visual blocks attend, text included."""

@@ -190,6 +190,21 @@ class RoutedPlan(Plan):
         """None: the number depends on the call. A method may override this with an upper bound."""
         return None
 
+    def always(self) -> tuple[int, torch.Tensor | None]:
+        """What every call lists: blocks in each row, by number, and a map of them, bool [query blocks, key blocks]."""
+        return 1, None
+
+    @property
+    @building()
+    def bounds(self) -> tuple[int, int]:
+        """The fewest and the most pairs that a call attends exactly, text included."""
+        count, forced = self.always()
+        queries, keys = (valid_tokens(order).long() for order in (self.query_order, self.key_order))
+        fewest = queries.sum() * keys.sort().values[:count].sum()
+        if forced is not None:
+            fewest = torch.maximum(fewest, queries @ (forced.long() @ keys))
+        return int(fewest) + self.grid.dense_pairs, self.grid.tokens**2 if self.pairs is None else self.pairs
+
     @property
     def visited(self) -> int | None:
         """Blocks that a head of a call attends, as an upper bound; None if not known before the call."""

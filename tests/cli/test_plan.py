@@ -3,9 +3,11 @@
 import json
 
 import pytest
+import torch
 from PIL import Image
 
 import dit_accel
+from dit_accel.registry import parse_method
 
 
 def test_json_is_what_the_library_says(cli):
@@ -48,6 +50,25 @@ def test_every_method_has_a_table(cli, method):
     outcome = cli("plan", "--method", method, "--grid", "4x8x8")
     assert outcome.status == 0, outcome.err
     assert "ideal speed-up" in outcome.out
+
+
+@pytest.mark.parametrize("method", ["sol", "sol:sink=70", "sparge", "sparge:topk=0.3,topp=0", "rectified:topp=0"])
+def test_routed_methods_have_bounds(cli, method):
+    """Where all scores are equal, sol keeps what it always keeps."""
+    grid = dit_accel.TokenGrid(4, 9, 9, text=5)
+    arguments = ("plan", "--method", method, "--grid", "4x9x9", "--text", "5")
+    low, high = json.loads(cli(*arguments, "--json").out)["pairs_bounds"]
+    name, config = parse_method(method)
+    plan, random = dit_accel.plan(name, grid, **config), torch.randn(2, 1, 2, grid.tokens, 8)
+    found = []
+    for q, k in (random, 0 * random):
+        density = torch.zeros(2)
+        plan.add_density(plan.route(q, k), density)
+        found.append(density[0].item() * grid.tokens**2)
+    assert 0 < low <= min(found) * (1 + 1e-6) and max(found) <= high * (1 + 1e-6) and low < grid.tokens**2
+    assert name != "sol" or found[1] == pytest.approx(low)
+    table = cli(*arguments).out
+    assert (f"{high:,} of" if plan.pairs else f"at least {low:,} of {grid.tokens**2:,}") in table
 
 
 def test_picture(cli, tmp_path):

@@ -12,6 +12,7 @@ from dit_accel.hooks import selfcheck
 from dit_accel.hooks.report import LayerReport, Report
 from dit_accel.hooks.selfcheck import AttentionCall, SelfCheck, sample
 from dit_accel.methods.sla import SparseLinearAttention
+from dit_accel.plans.routed import RoutedPlan
 
 WINDOW = {"window": (3, 5, 4)}
 GRID = dit_accel.TokenGrid(3, 5, 7, text=6, text_first=True, conditioning=4)
@@ -21,6 +22,9 @@ CASES = [
     (GRID, "radial", {"decay": 0.2, "rule": "released", "block": 16, "sink": False}, (3, 5)),
     (GRID, "sla", {"topk": 0.3, "block": 16}, None),
     (dit_accel.TokenGrid(3, 5, 7, text=6), "sla", {"topk": 0.3, "block": 16, "order": "tile"}, (1, 6)),
+    (GRID, "sol", {"block": 8, "order": "tile"}, (3, 5)),
+    (GRID, "sparge", {"topk": 0.3, "block_q": 16, "block": 8}, None),
+    (dit_accel.TokenGrid(3, 5, 7, text=6), "rectified", {"block": 8}, (1, 6)),
 ]
 
 
@@ -38,6 +42,8 @@ def brute_force(q, k, v, out, plan, text_lens, scale, queries, bias=-math.inf):
     grid = plan.grid
     if plan.method == "sla":
         kept = critical(q, k, plan)
+    elif isinstance(plan, RoutedPlan):
+        kept = listed(q, k, plan, scale)
     else:
         kept = plan.token_mask().expand(*q.shape[:2], -1, -1)
     text = torch.arange(grid.text_start, grid.text_start + grid.text)
@@ -58,6 +64,17 @@ def critical(q, k, plan):
     pairs = routing.dense().repeat_interleave(16, -2).repeat_interleave(16, -1)
     mask = torch.zeros(*pairs.shape[:2], plan.grid.tokens, plan.grid.tokens, dtype=torch.bool)
     mask[:, :, slots[slots >= 0][:, None], slots[slots >= 0]] = pairs[:, :, slots >= 0][..., slots >= 0]
+    return mask
+
+
+def listed(q, k, plan, scale):
+    """The pairs in listed blocks, text and conditioning besides, by loops."""
+    lists, grid = plan.route(q, k, scale=scale), plan.grid
+    rows, columns = (plan.block_of(order).tolist() for order in (plan.query_order, plan.key_order))
+    mask = torch.ones(*q.shape[:2], grid.tokens, grid.tokens, dtype=torch.bool)
+    for b, h, i in torch.cartesian_prod(*(torch.arange(n) for n in (*q.shape[:2], grid.visual))).tolist():
+        own = set(lists.indices[b, h, rows[i], : lists.counts[b, h, rows[i]]].tolist())
+        mask[b, h, grid.visual_start + i, grid.visual_rows] = torch.tensor([block in own for block in columns])
     return mask
 
 
