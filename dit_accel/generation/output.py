@@ -50,13 +50,12 @@ def write_frames(path: Path, frames: np.ndarray, fps: int) -> None:
 
 def _count_frames(path: Path, fps: int) -> int:
     """Frames of a written file; 0 if it cannot be read."""
-    import imageio.v2
+    from imageio_ffmpeg import count_frames_and_secs
     from PIL import Image, ImageSequence
 
     try:
         if path.suffix.lower() == ".mp4":
-            with imageio.v2.get_reader(path, format="FFMPEG") as reader:
-                return int(reader.count_frames())
+            return count_frames_and_secs(path)[0]  # a reader gives up after ten seconds, which a busy machine needs
         with Image.open(path) as picture:
             if path.suffix.lower() not in VIDEO_ENDINGS:
                 picture.load()

@@ -43,7 +43,10 @@ def figures(output):
 def starter():
     """Starts processes that are forked from one which has imported what is slow to import."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["diffusers", "torchmetrics", "accelerate", "dit_accel.eval.summary"])
+    context.set_forkserver_preload(
+        ["diffusers.pipelines.wan.pipeline_wan", "transformers.models.umt5.modeling_umt5", "torchmetrics.image"]
+        + ["dit_accel.eval.quality", "dit_accel.checkpoint.load", "matplotlib.backends.backend_agg"]
+    )
     return context
 
 
