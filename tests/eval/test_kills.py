@@ -43,10 +43,9 @@ def figures(output):
 def starter():
     """Starts processes that are forked from one which has imported what is slow to import."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(
-        ["diffusers.pipelines.wan.pipeline_wan", "transformers.models.umt5.modeling_umt5", "torchmetrics.image"]
-        + ["dit_accel.eval.quality", "dit_accel.checkpoint.load", "matplotlib.backends.backend_agg"]
-    )
+    libraries = "diffusers.pipelines.wan.pipeline_wan transformers.models.umt5.modeling_umt5 torchmetrics.image"
+    ours = "dit_accel.eval.quality dit_accel.checkpoint.load matplotlib.backends.backend_agg"
+    context.set_forkserver_preload([*libraries.split(), *ours.split()])
     return context
 
 
