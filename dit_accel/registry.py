@@ -27,11 +27,13 @@ class LearnedModule:
 
     Args:
         attribute: their name on the attention module, in state dicts and checkpoints.
-        make: makes them for a head dimension and the method's settings.
+        make: makes them for a head dimension, a number of heads and the method's settings.
+        when: whether settings learn them; None: all do.
     """
 
     attribute: str
-    make: Callable[[int, Any], nn.Module]
+    make: Callable[[int, int, Any], nn.Module]
+    when: Callable[[Any], bool] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +46,7 @@ class Method:
         plan: makes the plan for a grid and settings.
         summary: one line.
         source: its publication.
-        module: the learned weights of a layer; None without any.
+        module: the learned weights of a layer; None if no setting has any.
         at_density: settings that keep about a given share of all pairs of a grid, text included, for benchmarks; None
             without such a rule.
         sparsest: the share of the visual pairs that every setting keeps on a grid; 1: all, or not for such grids.
@@ -60,6 +62,16 @@ class Method:
     at_density: Callable[[TokenGrid, float], dict[str, Any]] | None = None
     sparsest: Callable[[TokenGrid], float] = lambda grid: 0.0
     definition: type[Definition] | None = None
+
+    @property
+    def needs_training(self) -> bool:
+        """Whether all settings learn weights."""
+        return self.module is not None and self.module.when is None
+
+    def learned(self, config: Any) -> LearnedModule | None:
+        """The weights that these settings learn; None without any."""
+        module = self.module
+        return None if module is None or (module.when is not None and not module.when(config)) else module
 
 
 @functools.cache

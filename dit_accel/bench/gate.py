@@ -56,9 +56,9 @@ class Problem:
 
     @property
     def weights(self) -> dict[str, torch.Tensor]:
-        """The module's parameters by the name of their gradient: dweight, dbias."""
+        """The module's parameters with a gradient by the name of it: dweight, dbias."""
         named = () if self.module is None else self.module.named_parameters()
-        return {f"d{name.rpartition('.')[2]}": parameter for name, parameter in named}
+        return {f"d{name.rpartition('.')[2]}": parameter for name, parameter in named if parameter.requires_grad}
 
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """The whole call: routing, attention, and learned parts."""
@@ -83,7 +83,7 @@ def check(problem: Problem, attend: Attend, *, gradients: bool) -> dict[str, Err
     errors, plains, sizes = (dict.fromkeys(got, 0.0) for _ in range(3))
     weights: dict[str, list[torch.Tensor]] = {name: [] for name in got if name in problem.weights}
     define = get_method(problem.plan.method).definition or Definition
-    definition = define(problem.plan, rows, problem.q, problem.k, problem.impl)
+    definition = define(problem.plan, rows, problem.q, problem.k, problem.impl, problem.module)
     flaw = definition.flaw()
     if flaw is not None:
         raise Inexact(flaw)

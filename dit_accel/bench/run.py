@@ -208,14 +208,15 @@ def make_problem(row: Row, device: torch.device, impl: Impl = "auto") -> Problem
     plan = registry.plan(method.name, shape.grid, **row.setting.config_on(shape.grid))
     generator = torch.Generator(device).manual_seed(SEED)
     dtype = getattr(torch, row.dtype)
-    plan.prepare(device, dtype, shape.head_dim, impl, learned=method.module is not None)
+    learned = method.learned(plan.config)
+    plan.prepare(device, dtype, shape.head_dim, impl, learned=learned is not None)
     sizes = 1, shape.tokens, shape.heads, shape.head_dim
     q, k, v, grad = (
         torch.randn(sizes, generator=generator, device=device, dtype=dtype).transpose(1, 2) for _ in range(4)
     )
-    if method.module is None:
+    if learned is None:
         return Problem(q, k, v, grad, plan, impl)
-    module = method.module.make(shape.head_dim, plan.config).to(device)
+    module = learned.make(shape.head_dim, shape.heads, plan.config).to(device)
     with torch.no_grad():  # zero weights would hide their inputs
         for parameter in module.parameters():
             std = shape.head_dim**-0.5 if parameter.ndim > 1 else 1.0

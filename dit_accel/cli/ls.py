@@ -78,7 +78,7 @@ def _method(method: Method) -> dict[str, Any]:
         "summary": method.summary,
         "source": method.source,
         "settings": settings,
-        "learns": method.module is not None,
+        "learns": method.needs_training,
     }
 
 

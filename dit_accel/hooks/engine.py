@@ -76,8 +76,7 @@ class Engine(AtWork):
         self._step: Step | None = None
         self._number = 0  # of the call within its step
         self._compiled = self._warned = False
-        # a trained projection is part of the model's weights, so such a method is never replaced
-        self._may_be_dense = allow_dense and impl == "auto" and method.module is None
+        self._may_be_dense = allow_dense and impl == "auto"
         # of the last call, by setting: plan, implementation and the reason for it, or why the call was dense
         self._last: dict[Any, tuple[Plan, str, str] | str] = {}
         self._omitted: tuple[str, ...] = ()  # masks among the last call's arguments
@@ -139,13 +138,14 @@ class Engine(AtWork):
             self._backend_set.set()
             self.notes.append(self._backend_set.note)
         for layer in self.layers:
-            module = self._method.module
-            if module is None or layer.dense_reason is not None:
+            module = None if layer.dense_reason is not None else self._method.learned(layer.config)
+            if module is None:
                 layer.attach()
                 continue
             device = next(layer.attention.parameters()).device
             with building():
-                learned = module.make(self._family.head_dim(layer.attention), layer.config)
+                sizes = self._family.head_dim(layer.attention), self._family.heads(layer.attention)
+                learned = module.make(*sizes, layer.config)
                 if device.type != "meta":  # where offloaded weights are between calls
                     learned.to(device)
             layer.attach(module.attribute, learned)
@@ -324,8 +324,11 @@ class Engine(AtWork):
     ) -> None:
         """Check a layer's sparse attention if asked for, and show it to the watchers."""
         assert state.plan is not None
-        text = state.text_of(len(q))
-        call = AttentionCall(self.name, layer.name, self._step, state.plan, q, k, v, out, scale, *text)
+        text, heads = state.text_of(len(q)), self._family.heads(layer.attention)
+        held = None if state.ulysses is None else (state.ulysses.first_head(heads), heads)
+        call = AttentionCall(
+            self.name, layer.name, self._step, state.plan, q, k, v, out, scale, *text, layer.learned, held
+        )
         if self._checking:
             sums = call.measure().sums()
             layer.measured = sums if state.ulysses is None else state.ulysses.add_up(sums)
@@ -338,8 +341,9 @@ class Engine(AtWork):
 
     def _choose(self, plan: Plan, device: torch.device) -> tuple[Plan, str, str] | str:
         """The plan, its implementation and the reason for it; or why the model's own attention should be faster."""
-        head_dim = self._family.head_dim(self.layers[0].attention)
-        if self._may_be_dense and plan.density is not None:
+        head_dim, learned = self._family.head_dim(self.layers[0].attention), self._method.learned(plan.config)
+        # learned weights are part of the model's, so such settings are never replaced
+        if self._may_be_dense and learned is None and plan.density is not None:
             reason = dense_is_faster(device, plan.method, head_dim, plan.grid.tokens, plan.density)
             if reason is not None:
                 return reason
@@ -347,7 +351,7 @@ class Engine(AtWork):
             dtype = torch.get_autocast_dtype(device.type)
         else:
             dtype = self._transformer.dtype  # type: ignore[assignment]  # a weight may be stored in float8
-        return plan, *plan.prepare(device, dtype, head_dim, self._impl, learned=self._method.module is not None)
+        return plan, *plan.prepare(device, dtype, head_dim, self._impl, learned=learned is not None)
 
     def _dense_step(self, call: ModelCall) -> str | None:
         """Why the whole call is dense, or None."""
@@ -376,8 +380,7 @@ class Engine(AtWork):
     def _check_sharing(self) -> None:
         config = context_parallel.config_of(self._transformer)
         if config is not self._sharing:
-            heads: Any = self.layers[0].attention.heads
-            context_parallel.check(self._transformer, heads)
+            context_parallel.check(self._transformer, self._family.heads(self.layers[0].attention))
             self._sharing = config
 
 

@@ -50,7 +50,7 @@ class AttentionCall:
         step: the denoising step; None if unknown.
         plan: the plan that computed it.
         q, k, v, out: [B, H, N, D] in the plan's order of tokens.
-        scale, text_lens, text_bias: as in `PlanCall`.
+        scale, text_lens, text_bias, module, heads: as in `PlanCall`.
     """
 
     transformer: str
@@ -64,6 +64,8 @@ class AttentionCall:
     scale: float | None = None
     text_lens: torch.Tensor | None = None
     text_bias: torch.Tensor | None = None
+    module: torch.nn.Module | None = None
+    heads: tuple[int, int] | None = None
 
     @torch.no_grad()
     def measure(self, rows: int = ROWS) -> Measured:
@@ -83,7 +85,8 @@ class AttentionCall:
         for b in range(batch):
             lists = None
             if isinstance(plan, RoutedPlan):
-                lists = plan.route(q[b : b + 1], k[b : b + 1], scale=self.scale)
+                settings = {"scale": self.scale, "module": self.module, "heads": self.heads}
+                lists = plan.route(q[b : b + 1], k[b : b + 1], **settings)
             for h in range(heads):
                 if kept is None or lists is not None:
                     kept = plan.kept_keys(queries, lists, h)

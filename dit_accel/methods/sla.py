@@ -2,7 +2,8 @@
 
 Source: "SLA: Beyond Sparsity in Diffusion Transformers via Fine-Tunable Sparse-Linear Attention" (arXiv 2509.24006) and
 its code, thu-ml/SLA. In scope "all" the linear branch covers all blocks, as in the published code. In scope "marginal"
-it covers the marginal blocks, as in the paper's equation 5. Weights trained with one scope do not fit the other.
+it covers the marginal blocks, as in the paper's equation 5. Weights trained with one scope do not fit the other. Score
+"learned" ranks blocks by a trained gate (`plans/gate.py`) in place of block means.
 """
 
 from __future__ import annotations
@@ -18,12 +19,14 @@ from dit_accel.errors import DitAccelError
 from dit_accel.kernels import impls
 from dit_accel.kernels.block_sparse.geometry import BlockLists
 from dit_accel.kernels.impls import AUTO, Facts, Impl
+from dit_accel.kernels.sla import portable
 from dit_accel.kernels.sla.api import route, sparse_linear_attention
-from dit_accel.kernels.sla.call import EPSILON, FeatureMap, LinearScope, apply_map
+from dit_accel.kernels.sla.call import EPSILON, Cut, Cuts, FeatureMap, LinearScope, apply_map
 from dit_accel.kernels.sla.reference import block_map
 from dit_accel.order import TokenOrder, valid_tokens
 from dit_accel.plans.blocks import BlockMask
 from dit_accel.plans.definition import Definition, masked_attention
+from dit_accel.plans.gate import BlockGate, gate_of, gated, pool
 from dit_accel.plans.plan import PlanCall, building
 from dit_accel.plans.routed import LARGEST_BLOCK, RoutedPlan, cut
 from dit_accel.registry import LearnedModule, Method
@@ -48,6 +51,7 @@ class Config:
         block_q: tokens a query block holds, at most 1024; None: as many as a key block. TurboDiffusion routes with 128
             beside a `block` of 64.
         order: "raster": blocks are runs of tokens; "tile": 3-D tiles, chosen per grid.
+        score: "mean": of block means; "learned": of a gate, which equals "mean" until it is trained.
 
     Raises:
         DitAccelError: a value is out of range, or topk and skip together exceed 1. Scope "all" does not read `skip`,
@@ -61,6 +65,7 @@ class Config:
     block: int = option(64, least=1, most=LARGEST_BLOCK)
     block_q: int | None = option(None, least=1, most=LARGEST_BLOCK)
     order: Literal["raster", "tile"] = "raster"
+    score: Literal["mean", "learned"] = "mean"
 
     def __post_init__(self) -> None:
         check(self)
@@ -123,6 +128,7 @@ class SparseLinearAttention(nn.Module):
 
     Args:
         head_dim: D.
+        heads: of the layer, which score "learned" needs.
         config: settings of `Config`, by name.
 
     Example:
@@ -132,10 +138,11 @@ class SparseLinearAttention(nn.Module):
         torch.Size([1, 4, 1000, 64])
     """
 
-    def __init__(self, head_dim: int, **config: Any) -> None:
+    def __init__(self, head_dim: int, heads: int = 1, **config: Any) -> None:
         super().__init__()
         self.config = Config(**config)
         self.proj = Projection(head_dim)
+        self.gate = BlockGate(head_dim, heads) if self.config.score == "learned" else None
 
     def forward(
         self,
@@ -189,7 +196,9 @@ class SparseLinearAttention(nn.Module):
                 f"q and k must be [batch, heads, {sequence.tokens}, head_dim], both alike, for the grid "
                 f"{sequence}; got {tuple(q.shape)} and {tuple(k.shape)}."
             )
-        critical, negligible = (block_map(lists, plan.key_order) for lists in plan.classify(q, k))
+        critical, negligible = (
+            block_map(lists, plan.key_order) for lists in plan.classify(q, k, PlanCall(module=self))
+        )
         return Routing(
             critical=_block_mask(critical, *orders, dense=True),
             marginal=_block_mask(~(critical | negligible), *orders, dense=False),
@@ -235,13 +244,19 @@ class SlaPlan(RoutedPlan):
         around = self.grid.tokens - self.grid.visual
         return self.grid.visual * (keys + around) + around * self.grid.tokens
 
-    def classify(self, q: torch.Tensor, k: torch.Tensor, impl: Impl = AUTO) -> tuple[torch.Tensor, torch.Tensor]:
+    @torch.no_grad()
+    def classify(self, q: torch.Tensor, k: torch.Tensor, call: PlanCall) -> tuple[torch.Tensor, torch.Tensor]:
         """Critical and negligible blocks of every visual query block: int32 [B, H, blocks, *], ascending."""
         topk, skip = self.config.counts(self.key_order.visual_blocks)
-        return route(q, k, self.query_order, self.key_order, topk, skip, impl)
+        orders = self.query_order, self.key_order
+        if self.config.score == "learned":
+            queries, keys = gated(call.module, q, k, orders, call)
+            cuts = Cuts(*(Cut((1, 1, x.shape[2]), 1) for x in (queries, keys)))
+            return portable.route(queries, keys, cuts.pack(), topk, skip)
+        return route(q, k, *orders, topk, skip, call.impl)
 
     def choose(self, q: torch.Tensor, k: torch.Tensor, call: PlanCall) -> BlockLists:
-        return BlockLists.full(self.classify(q, k, call.impl)[0])
+        return BlockLists.full(self.classify(q, k, call)[0])
 
     def attend_visual(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: PlanCall
@@ -268,6 +283,7 @@ class SlaPlan(RoutedPlan):
             feature_map=config.feature_map,
             linear_scope=config.linear_scope,
             impl=call.impl,
+            lists=self.classify(q, k, call) if config.score == "learned" else None,
         )
         return out, BlockLists.full(critical)
 
@@ -299,9 +315,9 @@ class SlaDefinition(Definition):
 
     plan: SlaPlan
 
-    def __init__(self, plan: SlaPlan, rows: torch.Tensor, q: torch.Tensor, k: torch.Tensor, impl: Impl) -> None:
-        super().__init__(plan, rows, q, k, impl)
-        lists = plan.classify(q, k, impl)
+    def __init__(self, plan: SlaPlan, rows: torch.Tensor, q: torch.Tensor, k: torch.Tensor, *others: Any) -> None:
+        super().__init__(plan, rows, q, k, *others)
+        lists = plan.classify(q, k, PlanCall(impl=self.impl, module=self.module))
         self.critical, self.negligible = (block_map(part, plan.key_order)[0] for part in lists)  # [H, queries, keys]
         self.key_block = plan.key_order.block_of_token().to(q.device)
         blocks, block = plan.query_order.visual_blocks, plan.query_order.block_of_token().to(q.device)[rows]
@@ -312,12 +328,19 @@ class SlaDefinition(Definition):
         queries, keys = self.plan.query_order, self.plan.key_order
         blocks = queries.visual_blocks
         some = torch.linspace(0, blocks - 1, min(16, blocks)).long().to(self.q.device)
-        # terms of a mean and of a product
-        depth = max(queries.block, keys.block) + self.q.shape[-1]
+        # terms of a mean and of a product, and of both sides of a gate
+        gate = gate_of(self.module)
+        depth = max(queries.block, keys.block) + self.q.shape[-1] * (1 if gate is None else 5)
         for head, critical in enumerate(self.critical):
             query, key = _means(self.q[0, head], queries)[some], _means(self.k[0, head], keys)
-            scores, chosen = query @ key.T, critical[some]
-            slack = depth * torch.finfo(torch.float32).eps * (query.abs() @ key.abs().T).amax(-1)
+            sizes, chosen = (query.abs(), key.abs()), critical[some]
+            if self.plan.config.score == "learned" and gate is not None:
+                key = pool(self.q, self.k.double(), queries, keys)[1][0, head]
+                weights = gate.queries[head].double(), gate.keys[head].double()
+                sizes = query.abs() @ weights[0].abs().T, key.abs() @ weights[1].abs().T
+                query, key = query @ weights[0].T, key @ weights[1].T
+            scores = query @ key.T
+            slack = depth * torch.finfo(torch.float32).eps * (sizes[0] @ sizes[1].T).amax(-1)
             worst = scores.masked_fill(~chosen, torch.inf).amin(-1)
             best = scores.masked_fill(chosen, -torch.inf).amax(-1)
             if not bool((worst >= best - slack).all()):
@@ -368,7 +391,7 @@ METHOD = Method(
     plan=lambda grid, config: SlaPlan(config, grid),
     module=LearnedModule(
         attribute="sparse_linear",
-        make=lambda head_dim, config: SparseLinearAttention(head_dim, **dataclasses.asdict(config)),
+        make=lambda head_dim, heads, config: SparseLinearAttention(head_dim, heads, **dataclasses.asdict(config)),
     ),
     summary="critical key blocks exactly, a learned linear branch for the others (needs fine-tuning)",
     source="SLA, arXiv 2509.24006; github.com/thu-ml/SLA",

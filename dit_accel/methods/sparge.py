@@ -2,13 +2,15 @@
 
 Query block i and key block j have the means q_i and k_j. Their score is s q_i . k_j, with the scale s of the logits.
 Score "subblock" cuts each block into `cells` runs of tokens; it is the logarithm of the sum of exp(s mean . mean) over
-all pairs of cells. A row keeps its `topk` best blocks, and the fewest best blocks that hold `topp` of the softmax over
-its scores. Kept blocks are attended exactly; the others are left out, or in the tail (`kernels/tail/README.md`).
+all pairs of cells. Score "learned" is that of a trained gate (`plans/gate.py`). A row keeps its `topk` best blocks, and
+the fewest best blocks that hold `topp` of the softmax over its scores. Kept blocks are attended exactly; the others are
+left out, or in the tail (`kernels/tail/README.md`).
 
 Sources: "SpargeAttention2: Trainable Sparse Attention via Hybrid Top-k+Top-p Masking and Distillation Fine-Tuning",
 arXiv 2602.13515, for the union and the default settings. "SpargeAttn: Accurate Sparse Attention Accelerating Any Model
 Inference", arXiv 2502.18137, for the guard; its settings are ``topk=0, topp=0.98, similarity=0.6`` by mass and
 ``topk=0.5, topp=0, similarity=-0.1`` by number. SGLang's subblock_sparse, for that score.
+SeerAttention, arXiv 2410.13276, for the gate.
 """
 
 from __future__ import annotations
@@ -26,15 +28,16 @@ from dit_accel.kernels.router.call import Rule
 from dit_accel.kernels.router.portable import rank
 from dit_accel.kernels.sla.call import Cut, visual_of
 from dit_accel.order import valid_tokens
+from dit_accel.plans.gate import BlockGate, route_gated
 from dit_accel.plans.kept import kept_or_new
 from dit_accel.plans.plan import PlanCall, building
 from dit_accel.plans.routed import LARGEST_BLOCK, Ordering, cut
 from dit_accel.plans.tailed import TailDefinition, TailedPlan
-from dit_accel.registry import Method
+from dit_accel.registry import LearnedModule, Method
 from dit_accel.tokens import TokenGrid
 from dit_accel.values import check, fits, option
 
-Score = Literal["mean", "subblock"]
+Score = Literal["mean", "subblock", "learned"]
 Tail = Literal["none", "mean"]
 
 
@@ -47,7 +50,8 @@ class Config:
             ``int(topk * K)``.
         topp: share of the softmax over a row's scores that the kept blocks hold at least, in [0, 1]; 1 keeps all. Every
             row keeps at least one block.
-        score: "mean": of block means; "subblock": of all pairs of cell means.
+        score: "mean": of block means; "subblock": of all pairs of cell means; "learned": of a gate, which equals "mean"
+            until it is trained.
         cells: runs of tokens that a block is cut into, with score "subblock".
         similarity: the guard of SpargeAttn: a block whose tokens are less similar to each other is not judged by its
             mean. The measure is the mean of the Gram matrix of normalised tokens. All queries keep such a key block,
@@ -89,6 +93,12 @@ class Config:
         for name in ("block_q", "block") if self.score == "subblock" else ():
             if getattr(self, name) % self.cells:
                 raise DitAccelError(f"{name} must divide into cells={self.cells}; got {getattr(self, name)}.")
+
+        if self.score == "learned" and self.similarity is not None:
+            raise DitAccelError(
+                f"similarity={self.similarity} keeps blocks that their means misjudge, and score='learned' does not "
+                "judge by means alone. Leave out similarity."
+            )
 
     def counts(self, blocks: int) -> int:
         """Blocks that every row keeps by number, of `blocks` visual key blocks."""
@@ -184,6 +194,8 @@ class SpargePlan(TailedPlan):
         )
 
         def routed() -> BlockLists:
+            if config.score == "learned":
+                return route_gated(q, k, (self.query_order, self.key_order), rule, call)
             return route(q, k, self.query_order, self.key_order, rule, scale=call.scale, impl=call.impl)
 
         shape = *q.shape[:2], self.query_order.visual_blocks, self.key_order.visual_blocks
@@ -201,6 +213,11 @@ METHOD = Method(
     plan=lambda grid, config: SpargePlan(config, grid),
     summary="the key blocks with the highest pooled scores, by number and by mass",
     source="SpargeAttention2, arXiv 2602.13515; SpargeAttn, arXiv 2502.18137",
+    module=LearnedModule(
+        attribute="block_gate",
+        make=lambda head_dim, heads, config: BlockGate(head_dim, heads),
+        when=lambda config: config.score == "learned",
+    ),
     at_density=at_density,
     definition=TailDefinition,
 )

@@ -215,6 +215,11 @@ class Family:
     sparse_calls: Mapping[str, Callable[..., Any]] = dataclasses.field(default_factory=dict)
     head_dim: Callable[[Any], int] = _head_dim
 
+    def heads(self, attention: nn.Module) -> int:
+        """Heads of an attention module."""
+        own: Any = attention
+        return int(own.heads if hasattr(own, "heads") else own.num_heads)
+
     def attentions(self, transformer: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         """Self-attention modules by name, in the order they run."""
         modules = list(transformer.named_modules())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dit_accel.kernels.block_sparse.geometry import BlockLists
 from dit_accel.plans.plan import Impl, Plan
@@ -23,10 +23,13 @@ class Definition:
         rows: int64 [S], the queries in model order, on the device of q.
         q, k: [1, H, N, D], of the call.
         impl: the implementation that routes, if the plan routes by content.
+        module: the learned weights of the call.
     """
 
-    def __init__(self, plan: Plan, rows: Tensor, q: Tensor, k: Tensor, impl: Impl) -> None:
-        self.plan, self.rows, self.q, self.k, self.impl = plan, rows, q, k, impl
+    def __init__(
+        self, plan: Plan, rows: Tensor, q: Tensor, k: Tensor, impl: Impl, module: nn.Module | None = None
+    ) -> None:
+        self.plan, self.rows, self.q, self.k, self.impl, self.module = plan, rows, q, k, impl, module
         self._static: Tensor | None = None
         self._lists: BlockLists | None = None
 
@@ -39,7 +42,7 @@ class Definition:
         if self._static is not None:
             return self._static
         if isinstance(self.plan, RoutedPlan) and self._lists is None:
-            self._lists = self.plan.route(self.q, self.k, impl=self.impl)
+            self._lists = self.plan.route(self.q, self.k, impl=self.impl, module=self.module)
         grid = self.plan.grid
         query = self.rows - grid.visual_start
         visual = (query >= 0) & (query < grid.visual)

@@ -94,9 +94,11 @@ def text(base: Base, accel: Accelerator, settings: TrainSettings, data: Dataset,
     licence = NON_COMMERCIAL.get(base.model) or base.licence
     restricted = licence is not None and "non-commercial" in licence.lower()
     warning = f"> **Not for commercial use.** The base model's licence ({licence}) covers weights derived from it.\n\n"
-    kind = f"a LoRA of rank {settings.rank}" if settings.rank else "all weights of the transformer"
-    learned = len(accel.learned_weights())
-    extra = f", and {accel.method}'s own weights in {learned} layers" if learned else ""
+    kinds = [f"a LoRA of rank {settings.rank}" if settings.rank else "all weights of the transformer"]
+    if not settings.trains_model:
+        kinds = []
+    if learned := len(accel.learned_weights()):
+        kinds.append(f"{accel.method}'s own weights in {learned} layers")
     objectives = ", ".join(f"{name} x {weight:g}" for name, weight in settings.objectives.items())
     call = accel.trained.call if accel.trained is not None else {}
     sampling = f"\nMade to be sampled with {json.dumps(dict(call))}.\n" if call else ""
@@ -117,7 +119,7 @@ tags:
 
 # {base.model} with {accel.method} attention
 
-{warning if restricted else ""}Fine-tuned for `{accel.config}` by dit_accel: {kind}{extra}; {steps} steps.
+{warning if restricted else ""}Fine-tuned for `{accel.config}` by dit_accel: {", and ".join(kinds)}; {steps} steps.
 
 ```python
 import dit_accel

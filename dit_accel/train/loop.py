@@ -22,6 +22,7 @@ from dit_accel.checkpoint import lora as adapters
 from dit_accel.errors import DitAccelError
 from dit_accel.generation.sampling import progress_bar
 from dit_accel.pipelines.targets import find_transformers
+from dit_accel.plans.gate import gate_of
 from dit_accel.train import card, state
 from dit_accel.train.card import Base
 from dit_accel.train.data import Dataset, Order, TrainingSample, collate
@@ -112,7 +113,7 @@ class Trainer:
         settings = self.settings
         torch.manual_seed(settings.seed)  # LoRA's A matrices
         family = find_transformers(self.pipe)[0]["transformer"][1]
-        lora = settings.rank > 0
+        lora = settings.rank > 0 and settings.trains_model
         needs_teacher = {*NEEDS_TEACHER, "consistency"} & settings.objectives.keys()
         copied = needs_teacher and not lora
         teacher = copy.deepcopy(self.transformer).requires_grad_(False).eval() if copied else None
@@ -126,9 +127,11 @@ class Trainer:
         if lora:
             adapters.add_lora(self.transformer, self._targets(family), settings.rank, settings.lora_alpha)
         else:
-            self.transformer.requires_grad_(True)
+            self.transformer.requires_grad_(settings.trains_model)
         for module in self.accel.learned_weights().values():
-            module.requires_grad_(True)
+            module.requires_grad_(settings.trains_model)
+            if (gate := gate_of(module)) is not None:
+                gate.requires_grad_("gate" in settings.objectives)
         if settings.checkpointing:
             self.transformer.enable_gradient_checkpointing()  # type: ignore[operator]
         count = sum(1 for _ in family.attentions(self.transformer))
@@ -140,6 +143,7 @@ class Trainer:
             lora=lora,
             layers=layers if "attention" in settings.objectives else (),
             hidden="final" in settings.objectives,
+            gates="gate" in settings.objectives,
             teacher=teacher,
         )
         self.transformer.train()
@@ -341,8 +345,8 @@ class Trainer:
             self.base.model,
             self.base.revision,
             {"transformer": self.fingerprint},
-            lora=self.settings.rank > 0,
-            full=self.settings.rank == 0,
+            lora=self.settings.rank > 0 and self.settings.trains_model,
+            full=self.settings.rank == 0 and self.settings.trains_model,
             call=call,
         )
         if self.hf.is_main_process:

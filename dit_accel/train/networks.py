@@ -15,8 +15,10 @@ from torch import nn
 
 from dit_accel.accelerator import Accelerator
 from dit_accel.errors import DitAccelError
+from dit_accel.hooks.selfcheck import AttentionCall
 from dit_accel.pipelines.family import Family
 from dit_accel.train.data import Call, is_row
+from dit_accel.train.gates import gate_sample
 from dit_accel.train.objectives import Outputs
 
 
@@ -30,6 +32,7 @@ class TrainingNetworks:
         lora: turn adapters off while the transformer is its own teacher.
         layers: indices of the self-attention modules whose output is recorded.
         hidden: record the input of the output head.
+        gates: record what the layers' gates learn from.
         teacher: a copy of the dense model, if all weights train.
 
     Raises:
@@ -45,9 +48,10 @@ class TrainingNetworks:
         lora: bool,
         layers: tuple[int, ...] = (),
         hidden: bool = False,
+        gates: bool = False,
         teacher: nn.Module | None = None,
     ) -> None:
-        self._transformer, self._accel, self._lora = transformer, accel, lora
+        self._transformer, self._accel, self._lora, self._gates = transformer, accel, lora, gates
         # with rising time the model predicts the opposite direction
         if family.timestep_scale is None or family.timestep_rises:
             raise DitAccelError(
@@ -104,12 +108,13 @@ class TrainingNetworks:
         arguments = {name: placed(value, noisy.device, dtype) for name, value in call.items()}
         self._sink = Outputs(noisy)
         try:
-            prediction = model(
-                hidden_states=noisy.to(dtype),
-                timestep=timestep.to(noisy.device) / self._scale,
-                **arguments,
-                return_dict=False,
-            )[0]
+            with self._accel.watch(self._see_call) if self._gates else contextlib.nullcontext():
+                prediction = model(
+                    hidden_states=noisy.to(dtype),
+                    timestep=timestep.to(noisy.device) / self._scale,
+                    **arguments,
+                    return_dict=False,
+                )[0]
             outputs = self._sink
         finally:
             self._sink = None
@@ -124,6 +129,11 @@ class TrainingNetworks:
     def _see_attention(self, module: nn.Module, args: Any, output: Any) -> None:
         if self._sink is not None:  # None while activations are recomputed
             self._sink.attention += output if isinstance(output, tuple) else (output,)
+
+    def _see_call(self, call: AttentionCall) -> None:
+        sample = gate_sample(call)
+        if self._sink is not None and sample is not None:
+            self._sink.gates.append(sample)
 
     def _see_hidden(self, module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
         if self._sink is not None:

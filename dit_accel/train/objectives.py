@@ -14,6 +14,7 @@ import torch.nn.functional as F
 
 from dit_accel.errors import DitAccelError
 from dit_accel.registry import did_you_mean
+from dit_accel.train.gates import GateSample
 
 
 @dataclasses.dataclass
@@ -24,11 +25,13 @@ class Outputs:
         prediction: float32, in the shape of the latents.
         attention: outputs of the recorded self-attention modules, [B, N, C]; joint ones have a second one for text.
         hidden: input of the output head, [B, N, C]; None if not recorded.
+        gates: of the layers with a gate, in the order they ran; empty if not recorded.
     """
 
     prediction: torch.Tensor
     attention: list[torch.Tensor] = dataclasses.field(default_factory=list)
     hidden: torch.Tensor | None = None
+    gates: list[GateSample] = dataclasses.field(default_factory=list)
 
 
 Objective = Callable[[Outputs, Outputs | None, torch.Tensor], torch.Tensor]
@@ -72,12 +75,26 @@ def consistency(student: Outputs, teacher: Outputs | None, target: torch.Tensor)
     return F.mse_loss(student.prediction, target)
 
 
+def gate(student: Outputs, teacher: Outputs | None, target: torch.Tensor) -> torch.Tensor:
+    """Divergence of the gates' shares from the layers' own dense attention, by block, averaged over the layers.
+
+    It has a gradient for the gates alone; q and k are those of the student's call. Source: `plans.gate`.
+
+    Raises:
+        DitAccelError: no layer has a gate.
+    """
+    if not student.gates:
+        raise DitAccelError("The objective gate trains the gates of score='learned', and no layer has one.")
+    return torch.stack([sample.loss() for sample in student.gates]).mean()
+
+
 OBJECTIVES: Mapping[str, Objective] = {
     "flow": flow,
     "teacher": teacher,
     "attention": attention,
     "final": final,
     "consistency": consistency,
+    "gate": gate,
 }
 NEEDS_TEACHER = ("teacher", "attention", "final")
 

@@ -86,7 +86,7 @@ class TrainSettings:
     impl: str = option("auto", "The implementation of the kernels, as `accelerate` takes it.", typed=False)
     objectives: Mapping[str, float] = option(
         {"teacher": 1.0},
-        "flow, teacher, attention, final or consistency; repeatable, they add up.",
+        "flow, teacher, attention, final, consistency or gate; repeatable, they add up.",
         flag="--objective",
         metavar="NAME=WEIGHT",
         repeatable=True,
@@ -100,7 +100,10 @@ class TrainSettings:
     accumulation: int = option(1, "Micro-batches of one process in an optimizer step.", least=1)
     rate: float = option(1e-4, "Learning rate.", above=0)
     method_rate: float | None = option(
-        None, "Learning rate of the method's own weights (SLA's projection); `rate` if not given.", above=0, typed=False
+        None,
+        "Learning rate of the method's own weights, such as SLA's projection; `rate` if not given.",
+        above=0,
+        typed=False,
     )
     warmup: int = option(0, "First steps, over which the rate rises from 0.", least=0, typed=False)
     decay: Literal["constant", "cosine"] = option("constant", "Of the rate; cosine ends at a tenth.", typed=False)
@@ -141,11 +144,21 @@ class TrainSettings:
         if self.layer_schedule is not None:
             return
         layerwise.chosen(self.method, None, dict(self.config), self.dense_layers)
+        if "gate" in self.objectives and self.config.get("score") != "learned":
+            raise DitAccelError(
+                f"The objective gate trains the gate of score='learned', which {self.method} has not with these "
+                "settings. Take sparge or sla with score=learned."
+            )
         if self.method == "dense" and not {"flow", "consistency"} & self.objectives.keys():
             raise DitAccelError(
                 "The dense method is its own teacher, so there is nothing to learn. Choose a sparse method, or the "
                 "objective flow or consistency."
             )
+
+    @property
+    def trains_model(self) -> bool:
+        """Whether the model's weights or a LoRA train; the objective gate alone leaves them as they are."""
+        return self.objectives.keys() != {"gate"}
 
     @property
     def lora_alpha(self) -> float:

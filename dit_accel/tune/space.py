@@ -46,7 +46,7 @@ def settings(
         DitAccelError: settings that were asked for do not fit the grid, or nothing does.
     """
     methods = registry.get_methods().values()
-    free = [method.name for method in methods if method.at_density is not None and method.module is None]
+    free = [method.name for method in methods if method.at_density is not None and not method.needs_training]
     found: dict[str, MethodChoice] = {}
     left_out: dict[str, str] = {}
 

@@ -26,6 +26,7 @@ from dit_accel.checkpoint.lora import fingerprint
 from dit_accel.eval.metrics.fid import Fid
 from dit_accel.eval.metrics.psnr import psnr
 from dit_accel.eval.networks import Clip
+from dit_accel.eval.scoring import bootstrap
 from dit_accel.generation.provenance import provenance
 from dit_accel.pipelines.demo import clips, load_demo
 from dit_accel.train import data, prepare
@@ -61,6 +62,7 @@ RUNS = {
     "sla-demo": Run(),
     "gna-demo": Run(),
     "consistency-demo": Run(tuned=(4, 1.0)),
+    "gate-demo": Run(),
     "radial-demo-2x": Run(prompts=12, dense_tuned=True),
     "sparge-demo": Run(),
 }
@@ -109,18 +111,27 @@ def true_clips(size: Size, prompts: int) -> np.ndarray:
     return (drawn.movedim(1, -1) / 2 + 0.5).numpy()
 
 
-def figures(videos: np.ndarray, dense: np.ndarray, true: np.ndarray) -> dict[str, float]:
+def figures(videos: np.ndarray, dense: np.ndarray, true: np.ndarray) -> dict[str, Any]:
     """Likeness to the dense videos and to true clips, and the checker's agreement with the prompts.
 
     PSNR is the mean over videos in decibels, 100 for identical ones; FID is of the embedded CLIP's features of all
-    frames, against those of the dense videos and, "true", of true clips of the same prompts.
+    frames, against those of the dense videos and, "true", of true clips of the same prompts. Intervals hold 95 % of the
+    bootstrap over prompts; that of `joint` is of colour and direction together.
     """
     pairs = [[torch.from_numpy(video).movedim(-1, 1) for video in pair] for pair in zip(videos, dense, strict=True)]
-    found = {"psnr": float(np.mean([min(psnr(own, wanted), 100.0) for own, wanted in pairs]))}
+    likeness = [min(psnr(own, wanted), 100.0) for own, wanted in pairs]
+    found: dict[str, Any] = {"psnr": float(np.mean(likeness))}
     for name, reference in (("fid[demo-clip]", dense), ("true fid[demo-clip]", true)):
         found[name] = distance(videos, reference)
     scenes = fixed_scenes(len(videos))
-    return found | summarise([read(video).agrees(scene) for video, scene in zip(videos, scenes, strict=True)])
+    agreements = [read(video).agrees(scene) for video, scene in zip(videos, scenes, strict=True)]
+    joint = [float(row["colour"] and row["direction"]) for row in agreements]
+    intervals = {"psnr": _interval(likeness), "joint": _interval(joint)}
+    return found | summarise(agreements) | {"intervals": intervals}
+
+
+def _interval(values: list[float]) -> tuple[float, float] | None:
+    return bootstrap(lambda drawn: drawn.mean((-1, -2)), len(values), values)
 
 
 def distance(videos: np.ndarray, reference: np.ndarray) -> float:
@@ -158,12 +169,17 @@ def table(path: pathlib.Path) -> str:
         for kind in (kind for kind in KINDS if kind in row):
             steps, guidance = row["steps and guidance"]["dense" if kind.startswith("dense") else "method"]
             own = row[kind]
-            name, likeness = (row["run"], "") if kind == "dense" else ("", f"{own['psnr']:.1f} dB")
-            right = f"{round(own['joint'] * row['prompts'])} of {row['prompts']}"
+            ends = own.get("intervals", {})  # rows before 2026-11-23 lack them
+            name, likeness = (row["run"], "") if kind == "dense" else ("", f"{own['psnr']:.1f}{_ends(ends, 'psnr')} dB")
+            right = f"{round(own['joint'] * row['prompts'])}{_ends(ends, 'joint', row['prompts'])} of {row['prompts']}"
             to_true = own.get("true fid[demo-clip]")  # rows before 2026-11-21T08 lack it
             fids = f"{own['fid[demo-clip]']:.1f} | {'' if to_true is None else f'{to_true:.1f}'}"
             lines.append(f"| {name} | {kind} | {steps}, {guidance:g} | {right} | {fids} | {likeness} |")
     return "\n".join(lines)
+
+
+def _ends(intervals: dict[str, list[float]], name: str, times: float = 1) -> str:
+    return f" ({intervals[name][0] * times:.1f} to {intervals[name][1] * times:.1f})" if name in intervals else ""
 
 
 def trained(recipe: Recipe, settings: TrainSettings, size: Size, work: pathlib.Path, name: str) -> pathlib.Path:

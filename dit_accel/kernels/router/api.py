@@ -12,6 +12,7 @@ from dit_accel.kernels.router import ops
 from dit_accel.kernels.router.call import Rule
 from dit_accel.kernels.sla.call import Cuts, visual_of
 from dit_accel.order import TokenOrder
+from dit_accel.tokens import TokenGrid
 
 
 @torch.no_grad()
@@ -53,12 +54,45 @@ def route(
     """
     _check(q, k, query_order, key_order, rule)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    queries, keys = (visual_of(x.detach(), query_order.grid) for x in (q, k))
+    return _route(queries, keys, query_order, key_order, rule, scale, impl)
+
+
+@torch.no_grad()
+def route_pooled(
+    queries: torch.Tensor, keys: torch.Tensor, rule: Rule, *, scale: float, impl: Impl = AUTO
+) -> BlockLists:
+    """As `route`, from one vector a block: scores are their products.
+
+    Args:
+        queries, keys: [B, H, query blocks, D] and [B, H, key blocks, D].
+        rule: without cells and similarity, which need the tokens of a block.
+
+    Raises:
+        DitAccelError: the rule needs tokens, or the scale is not above 0.
+    """
+    if rule.cells != 1 or rule.similarity is not None:
+        raise DitAccelError("Pooled blocks have no tokens left; use a rule without cells and similarity.")
+    query_order, key_order = (TokenOrder(TokenGrid(1, 1, x.shape[2]), 1) for x in (queries, keys))
+    return _route(queries.detach(), keys.detach(), query_order, key_order, rule, scale, impl)
+
+
+def _route(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    query_order: TokenOrder,
+    key_order: TokenOrder,
+    rule: Rule,
+    scale: float,
+    impl: Impl,
+) -> BlockLists:
+    """`route` of visual tokens, [B, H, visual, D]."""
     if not scale > 0:
         raise DitAccelError(f"The router ranks logits, whose scale is above 0; got {scale}.")
     chosen, _ = choose_impl(q.device, q.dtype, q.shape[-1], query_order, key_order, impl)
     rows = q.shape[0], q.shape[1], query_order.visual_blocks
     indices, counts = ops.route_blocks(
-        *(visual_of(x.detach(), query_order.grid) for x in (q, k)),
+        q, k,
         Cuts.of(query_order, key_order).pack(),
         _per_row("topk", rule.topk, torch.int32, rows, q.device),
         _per_row("topp", rule.topp, torch.float32, rows, q.device),

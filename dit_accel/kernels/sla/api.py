@@ -33,6 +33,7 @@ def sparse_linear_attention(
     feature_map: FeatureMap = "softmax",
     linear_scope: LinearScope = "all",
     impl: Impl = AUTO,
+    lists: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention of the visual queries: critical key blocks exactly, plus projected linear attention over the others.
 
@@ -55,6 +56,7 @@ def sparse_linear_attention(
         feature_map: "softmax" (over the head dimension), "elu" (plus one) or "relu".
         linear_scope: "all" or "marginal".
         impl: "auto", or the name of an implementation, which runs or raises.
+        lists: critical and negligible blocks that another rule chose, as `route` returns them; None: by block means.
 
     Returns:
         The output [B, H, visual, D] in the dtype of q, laid out as [B, visual, H, D] in memory, and the critical blocks
@@ -81,6 +83,7 @@ def sparse_linear_attention(
         weight=weight,
         bias=bias,
         impl=impl,
+        lists=lists,
     )
     _check(q, k, v, topk, skip, call)
     skip = skip if linear_scope == "marginal" else 0

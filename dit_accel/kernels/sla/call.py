@@ -29,6 +29,7 @@ class SlaCall(NamedTuple):
     query_order, key_order: the sequence, cut into blocks of queries and blocks of keys.
     impl: the name of the implementation that runs.
     text_len, text_bias: int32 [B] and [B, N] on the device of q, or None.
+    lists: critical and negligible blocks as `portable.route` returns them; None: the call is routed.
     """
 
     query_order: TokenOrder
@@ -41,6 +42,7 @@ class SlaCall(NamedTuple):
     weight: torch.Tensor
     bias: torch.Tensor | None
     impl: str
+    lists: tuple[torch.Tensor, torch.Tensor] | None = None
 
     @property
     def grid(self) -> TokenGrid:

@@ -33,8 +33,9 @@ def forward(
     grid, cuts = call.grid, call.cuts
     queries, keys, values = (visual_of(x, grid) for x in (q, k, v))
     keys_state, total, key_means = state(keys.detach(), values.detach(), cuts.keys.pack(), call.feature_map)
-    query_means = block_means(queries.detach(), cuts.queries.pack())
-    critical, negligible = select(query_means, key_means, topk, skip)
+    critical, negligible = call.lists or select(
+        block_means(queries.detach(), cuts.queries.pack()), key_means, topk, skip
+    )
     whole = keys_state, total
     if call.text_bias is None:
         return _both_branches(queries, k, v, whole, critical, negligible, call, grid), critical

@@ -37,7 +37,7 @@ def forward(
     """See `dit_accel.kernels.sla.api.sparse_linear_attention`; returns the output and the critical blocks."""
     weight, cuts = call.weight, call.cuts.pack()
     queries, keys, values = (visual_of(x, call.grid) for x in (q, k, v))
-    critical, negligible = route(queries.detach(), keys.detach(), cuts, topk, skip)
+    critical, negligible = call.lists or route(queries.detach(), keys.detach(), cuts, topk, skip)
     exact, _ = attend_visual(
         q, k, v, BlockLists.full(critical), call.query_order, call.key_order,
         text_lens=call.text_len, text_bias=call.text_bias, scale=call.scale, impl="portable",

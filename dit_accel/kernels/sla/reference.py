@@ -31,7 +31,7 @@ def forward(
             "use impl='portable' or 'auto'."
         )
     visual_tokens = (visual_of(x, grid).detach() for x in (q, k))
-    critical, negligible = route(*visual_tokens, call.cuts.pack(), topk, skip)
+    critical, negligible = call.lists or route(*visual_tokens, call.cuts.pack(), topk, skip)
     wide = torch.promote_types(q.dtype, torch.float32)
     keys = valid_keys(grid, call.text_len, q.device)  # [B or 1, 1, N, 1]
     visual = grid.visual_rows

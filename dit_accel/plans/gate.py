@@ -1,0 +1,108 @@
+"""A learned gate for the router: pooled queries and keys pass through two small matrices a head, then are compared.
+
+For query block i and key block j of one head of D dimensions, with maxima and minima coordinate by coordinate:
+
+    a_i  = mean(Q_i)                                   [D]
+    b_j  = (mean(K_j), max(K_j), min(K_j))             [3 D]
+    x_ij = (W_q a_i) . (W_k b_j)                       the score, in place of mean(Q_i) . mean(K_j)
+
+W_q [D, D] starts as the identity and W_k [D, 3 D] as (identity, 0, 0), so x is the score of means at the start. The
+matrices imitate the layer's own dense attention A = softmax(s q k^T), where s is the scale of the logits:
+
+    T_ij = max of A over the pairs of a token of i and a token of j, divided by its sum over j
+    loss = mean over i of KL(T_i || softmax_j(s x_ij))
+
+Source: SeerAttention, arXiv 2410.13276: its pooling, its max-pooled map and its loss. The paper pools q and k before
+rotary positions and rotates what it has pooled. Here they are pooled after them, as processors get them. Text and
+conditioning keys take part in A and have no T.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dit_accel.kernels.block_sparse.geometry import BlockLists
+from dit_accel.kernels.router.api import route_pooled
+from dit_accel.kernels.router.call import Rule
+from dit_accel.kernels.sla.call import Cut, to_blocks, visual_of
+from dit_accel.kernels.sla.portable import block_means
+from dit_accel.order import TokenOrder
+from dit_accel.plans.plan import PlanCall
+
+
+class BlockGate(nn.Module):
+    """The matrices of a layer's heads; they need no gradient unless the objective `gate` trains them.
+
+    A module that is called, so offloading and FSDP reach its weights.
+
+    Args:
+        head_dim: D.
+        heads: of the layer.
+
+    Attributes:
+        queries, keys: W_q [heads, D, D] and W_k [heads, D, 3 D], fp32.
+    """
+
+    def __init__(self, head_dim: int, heads: int) -> None:
+        super().__init__()
+        eye = torch.eye(head_dim).repeat(heads, 1, 1)
+        self.queries = nn.Parameter(eye, requires_grad=False)
+        self.keys = nn.Parameter(F.pad(eye, (0, 2 * head_dim)), requires_grad=False)
+
+    def forward(self, a: Tensor, b: Tensor, first: int = 0) -> tuple[Tensor, Tensor]:
+        """W_q a [B, H, query blocks, D] and W_k b [B, H, key blocks, D], whose products are the scores.
+
+        Args:
+            a, b: of `pool`, of H heads of the layer from the `first` on.
+        """
+        own = slice(first, first + a.shape[1])
+        return a @ self.queries[own].to(a).mT, b @ self.keys[own].to(b).mT
+
+
+def gate_of(module: nn.Module | None) -> BlockGate | None:
+    """The gate among a layer's learned weights; None without one."""
+    found = module if isinstance(module, BlockGate) else getattr(module, "gate", None)
+    return found if isinstance(found, BlockGate) else None
+
+
+@torch.no_grad()
+def pool(q: Tensor, k: Tensor, query_order: TokenOrder, key_order: TokenOrder) -> tuple[Tensor, Tensor]:
+    """a [B, H, query blocks, D] and b [B, H, key blocks, 3 D] of the visual tokens, fp32 or fp64.
+
+    Args:
+        q, k: the whole sequence, [B, H, N, D].
+        query_order, key_order: how it is cut into blocks.
+    """
+    queries, keys = (visual_of(x, key_order.grid) for x in (q, k))
+    of_queries, of_keys = (Cut.of(order).order for order in (query_order, key_order))
+    means, lows = block_means(keys, of_keys), to_blocks(keys, of_keys)
+    highs = lows
+    if of_keys.visual_blocks * of_keys.block > of_keys.grid.visual:
+        empty = to_blocks(keys.new_ones(keys.shape[-2], 1), of_keys) == 0  # [blocks, block, 1]
+        highs, lows = (lows.masked_fill(empty, end) for end in (-torch.inf, torch.inf))
+    return block_means(queries, of_queries), torch.cat([means, highs.amax(-2).to(means), lows.amin(-2).to(means)], -1)
+
+
+@torch.no_grad()
+def gated(
+    module: nn.Module | None, q: Tensor, k: Tensor, orders: tuple[TokenOrder, TokenOrder], call: PlanCall
+) -> tuple[Tensor, Tensor]:
+    """The vectors of query blocks and key blocks whose products are the scores; without a gate the blocks' means."""
+    gate = gate_of(module)
+    a, b = pool(q, k, *orders)
+    return (a, b[..., : a.shape[-1]]) if gate is None else gate(a, b, 0 if call.heads is None else call.heads[0])
+
+
+def route_gated(q: Tensor, k: Tensor, orders: tuple[TokenOrder, TokenOrder], rule: Rule, call: PlanCall) -> BlockLists:
+    """As `kernels.router.api.route`, by the scores of the gate in `call.module`."""
+    scale = q.shape[-1] ** -0.5 if call.scale is None else call.scale
+    return route_pooled(*gated(call.module, q, k, orders, call), rule, scale=scale, impl=call.impl)
+
+
+def divergence(gate: BlockGate, a: Tensor, b: Tensor, target: Tensor, scale: float, first: int = 0) -> Tensor:
+    """The gate's loss against T = `target` [B, H, query blocks, key blocks]; a, b and first as in `BlockGate`."""
+    queries, keys = gate(a, b, first)
+    shares = (scale * queries @ keys.mT).log_softmax(-1)
+    return F.kl_div(shares, target.to(shares), reduction="sum") / target[..., 0].numel()
