@@ -202,7 +202,8 @@ def _sla_triton(facts: Facts) -> str | None:
 def _router_triton(facts: Facts) -> str | None:
     from dit_accel.kernels.router.triton_configs import unsupported
 
-    return unsupported(facts.head_dim, facts.visual_blocks) or _triton(facts)
+    single = facts.block_q == facts.block_k == 1  # nothing is pooled
+    return unsupported(facts.head_dim, facts.visual_blocks) or (_triton_device if single else _triton)(facts)
 
 
 def _sla_gluon(facts: Facts) -> str | None:

@@ -1,6 +1,7 @@
 """Gradients through every method inside real transformers, against finite differences; teacher and recomputation."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -8,6 +9,8 @@ import torch
 import dit_accel
 from dit_accel.checkpoint import lora as adapters
 from dit_accel.pipelines.targets import find_transformers
+from dit_accel.plans.gate import BlockGate
+from dit_accel.train.gates import GateSample
 from dit_accel.train.networks import TrainingNetworks
 from dit_accel.train.objectives import OBJECTIVES, Outputs
 
@@ -139,8 +142,13 @@ def test_a_model_without_the_head_that_is_watched_is_refused():
 
 
 def test_objectives_by_hand():
-    student = Outputs(torch.tensor([1.0, 3.0]), [torch.tensor([2.0]), torch.tensor([0.0])], torch.tensor([1.0]))
+    ones = torch.ones(1, 1, 1, 1)
+    pooled = torch.tensor([[[[0.0, 5, 5], [math.log(3), 5, 5]]]])
+    gates = [GateSample(BlockGate(1, 1), ones, pooled, torch.full((1, 1, 1, 2), 0.5), 1.0, 0)]
+    student = Outputs(torch.tensor([1.0, 3.0]), [torch.tensor([2.0]), torch.tensor([0.0])], torch.tensor([1.0]), gates)
     teacher = Outputs(torch.tensor([1.0, 1.0]), [torch.tensor([1.0]), torch.tensor([4.0])], torch.tensor([2.0]))
     found = {name: float(own(student, teacher, torch.tensor([0.0, 3.0]))) for name, own in OBJECTIVES.items()}
+    # gate: shares 1/4 and 3/4 of scores 0 and log 3, against 1/2 and 1/2
+    assert found.pop("gate") == pytest.approx(0.5 * math.log(4 / 3))
     # flow: (1 + 0) / 2; teacher: (0 + 4) / 2; attention: (1 / 1 + 16 / 16) / 2; final: 1 / 4.
     assert found == {"flow": 0.5, "teacher": 2.0, "attention": 1.0, "final": 0.25, "consistency": 0.5}

@@ -15,6 +15,7 @@ from dit_accel.checkpoint import lora as adapters
 from dit_accel.train import state
 from dit_accel.train.card import Base
 from dit_accel.train.data import Dataset
+from dit_accel.train.gates import gate_sample
 from dit_accel.train.loop import train
 from dit_accel.train.networks import TrainingNetworks
 from dit_accel.train.settings import make
@@ -66,6 +67,29 @@ def test_it_learns_and_the_artefact_brings_it_back(trained, tiny):
     assert pipe.transformer.peft_config["own"].lora_alpha == 4
     card = (folder / "README.md").read_text()
     assert "base_model: tiny" in card and "license: apache-2.0" in card and "{" not in card.split("---")[1]
+
+
+def test_gates_learn_and_the_model_stays(trained, tiny):
+    """The objective gate alone: sparge's gates move, are saved and come back; nothing else changes."""
+    config = {"topk": 0.3, "topp": 0.0, "score": "learned", "block_q": 8, "block": 8}
+    folder = trained(method="sparge", config=config, objectives={"gate": 1.0}, checkpointing=True, steps=6)
+    assert not (folder / adapters.LORA_FILE).exists()
+    assert "sparge's own weights in 2 layers; 6 steps" in (folder / "README.md").read_text()
+    pipe = tiny.load()
+    names, dense = pipe.transformer.state_dict().keys(), run(pipe, tiny.data)
+    losses = []
+
+    def note(call):
+        losses.append(gate_sample(call).loss())
+
+    with dit_accel.accelerated(pipe, "sparge", **config) as accel, accel.watch(note):
+        untuned = run(pipe, tiny.data)
+    with dit_accel.load(pipe, folder) as accel, accel.watch(note):
+        moved = [weight for gate in accel.learned_weights().values() for weight in gate.parameters()]
+        assert all(not torch.equal(weight, torch.eye(*weight.shape[1:]).expand_as(weight)) for weight in moved)
+        assert not accel.trained.lora and not accel.trained.full and not torch.equal(run(pipe, tiny.data), untuned)
+    assert sum(losses[2:]) < sum(losses[:2])
+    assert pipe.transformer.state_dict().keys() == names and torch.equal(run(pipe, tiny.data), dense)
 
 
 def test_other_models_are_refused(trained, tiny):

@@ -61,8 +61,9 @@ def route(q: torch.Tensor, k: torch.Tensor, call: RouterCall) -> tuple[torch.Ten
 
 def cell_means(x: torch.Tensor, cut: Cut, cells: int, *, unit: bool = False) -> torch.Tensor:
     """Means of cells as `portable.cell_means`, fp32; of unit vectors if `unit`."""
-    if cut.block == 1 and not unit:
-        return x.float()[..., None, :].contiguous()
+    if cut.block == 1:
+        single = torch.nn.functional.normalize(x.float(), dim=-1) if unit else x.float()
+        return single[..., None, :].contiguous()
     x = tuning.contiguous_rows(x)
     batch, heads, _, dim = x.shape
     means = x.new_empty(batch, heads, cut.blocks, cells, dim, dtype=torch.float32)

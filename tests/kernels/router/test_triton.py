@@ -11,7 +11,7 @@ import torch
 from router_calls import GRIDS, RULES, dense, inputs
 
 from dit_accel.kernels.block_sparse.geometry import BlockLists
-from dit_accel.kernels.router.api import choose_impl, route
+from dit_accel.kernels.router.api import choose_impl, route, route_pooled
 from dit_accel.kernels.router.call import Rule
 from dit_accel.order import TokenOrder
 from dit_accel.tokens import TokenGrid
@@ -50,6 +50,17 @@ def test_lists_what_the_definition_lists(grid, sizes, rule, dtype):
     wanted, actual = (lists(q, k, orders, rule, impl) for impl in ("reference", "triton"))
     dense(actual, orders[1].visual_blocks)  # ascending, 0 behind
     assert torch.equal(actual.counts, wanted.counts) and torch.equal(actual.indices, wanted.indices)
+
+
+@pytest.mark.parametrize("rule", ["union", "tau", "heads"])
+def test_vectors_of_whole_blocks(rule):
+    queries, keys = torch.randn(2, 3, 9, 24, device=DEVICE), torch.randn(2, 3, 70, 24, device=DEVICE)
+    rule = RULES[rule](9, 70)
+    found = [route_pooled(queries, keys, rule, scale=0.3, impl=impl) for impl in ("reference", "triton")]
+    dense(found[1], 70)
+    assert all(torch.equal(*pair) for pair in zip(found[0][:2], found[1][:2], strict=True))
+    single = TokenOrder(TokenGrid(1, 1, 70), 1)
+    assert choose_impl(torch.device(DEVICE), torch.float32, 24, single, single, "triton")[0].name == "triton"
 
 
 def one_row(scores, rule):

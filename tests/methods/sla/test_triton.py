@@ -57,21 +57,26 @@ def test_triton_forward_and_gradients(case):
 @pytest.mark.skipif(not INTERPRETED and not torch.cuda.is_available(), reason="needs TRITON_INTERPRET=1 or CUDA")
 @pytest.mark.parametrize("scope", ["all", "marginal"])
 def test_text_that_is_weighed(scope):
-    """Text behind its length is a key with a bias: the exact branch is the engine's, the linear one the kernel's."""
+    """Text behind its length is a key with a bias: the exact branch is the engine's, the linear one the kernel's.
+
+    A random gate chooses the blocks.
+    """
     device = "cpu" if INTERPRETED else "cuda"
     torch.manual_seed(0)
     shape, grid = (2, 1, TINY_TEXT.tokens, 16), TINY_TEXT
     leaves = [torch.randn(shape) for _ in range(3)] + [torch.randn(16, 16) / 4, torch.randn(16)]
-    bias, lens = torch.randn(shape[0], shape[2]), torch.tensor([2, 5])
+    bias, lens, gate = torch.randn(shape[0], shape[2]), torch.tensor([2, 5]), [torch.randn(1, 16, n) for n in (16, 48)]
     gradient = torch.randn(shape)
 
     def results(impl, dtype, device):
-        module = SparseLinearAttention(16, topk=0.4, skip=0.4, block=16, linear_scope=scope).to(device, dtype)
-        module.load_state_dict({"proj.weight": leaves[3], "proj.bias": leaves[4]})
+        setting = {"topk": 0.4, "skip": 0.4, "block": 16, "linear_scope": scope, "score": "learned"}
+        module = SparseLinearAttention(16, **setting).to(device, dtype)
+        names = ("proj.weight", "proj.bias", "gate.queries", "gate.keys")
+        module.load_state_dict(dict(zip(names, [*leaves[3:], *gate], strict=True)))
         q, k, v = (x.to(dtype).to(device).requires_grad_() for x in leaves[:3])
         lengths = {"text_lens": lens.to(device), "text_bias": bias.to(device)}
         out = plan("sla", grid, **vars(module.config)).attend(q, k, v, **lengths, impl=impl, module=module)
-        tensors = [q, k, v, *module.parameters()]
+        tensors = [q, k, v, *module.proj.parameters()]
         return [x.detach().cpu() for x in (out, *torch.autograd.grad(out, tensors, gradient.to(out)))]
 
     got, plain = results("triton", torch.float32, device), results("reference", torch.float32, "cpu")
