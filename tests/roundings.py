@@ -1,7 +1,7 @@
 """What is rounded on the way to the gradients of attention, as sums of magnitudes: what tolerances are derived from."""
 
 import torch
-from accuracy import error_budget, plain_attention
+from accuracy import assert_accurate, error_budget, plain_attention
 
 
 def gradient_sizes(q, k, v, grad_out, out, logits, lse, scale, dtype, grad_lse=None):
@@ -44,3 +44,32 @@ def assert_dense(out, q, k, v, parts=1.0):
     exact = plain_attention(*(x.double() for x in (q, k, v)), torch.ones(1, 1, dtype=torch.bool), q.shape[-1] ** -0.5)
     error = (out.double() - exact[0]).abs().max().item()
     assert error <= tolerance(q, k, v, parts), f"error {error:.3e}"  # also fails for NaN
+
+
+def assert_masked(attend, tensors, gradient, mask):
+    """Check a call and its gradients, in fp32, against masked attention over the pairs of `mask`.
+
+    Args:
+        attend: (q, k, v) to the output, which should lie in memory as [B, N, H, D].
+        tensors, gradient: q, k and v, and the output's gradient, fp32 [B, H, N, D].
+        mask: bool [B, H, N, N].
+    """
+    scale = tensors[0].shape[-1] ** -0.5
+
+    def results(attend, dtype):
+        leaves = [x.detach().to(dtype, copy=True).requires_grad_() for x in tensors]
+        out = attend(*leaves)
+        return [out.detach(), *torch.autograd.grad(out, leaves, gradient.to(dtype))]
+
+    def masked(q, k, v):
+        return plain_attention(q, k, v, mask, scale)[0]
+
+    got = results(attend, torch.float32)
+    plain, exact = results(masked, torch.float32), results(masked, torch.float64)
+    q, k, v = (x.double() for x in tensors)
+    logits = (q @ k.mT * scale).masked_fill(~mask, -torch.inf)
+    lse = logits.logsumexp(-1)
+    sizes = gradient_sizes(q, k, v, gradient.double(), exact[0], logits, lse, scale, torch.float32)
+    for name, *values in zip(("out", "dq", "dk", "dv"), got, plain, exact, strict=True):
+        assert_accurate(name, *values, magnitude=sizes.get(name))
+    assert got[0].transpose(1, 2).is_contiguous()

@@ -7,7 +7,7 @@ from typing import Any
 
 from dit_accel.pipelines.family import CallLayout, Family, ModelCall
 from dit_accel.pipelines.reading import image_of
-from dit_accel.pipelines.sizes import Config, Sizes, image_sizes, vae_pixels
+from dit_accel.pipelines.sizes import Config, Sizes, square_sizes
 
 REGISTERS = 8
 
@@ -20,9 +20,8 @@ def layout(transformer: Any, call: ModelCall) -> CallLayout:
 
 def sizes(transformer: Config, vae: Config) -> Sizes:
     """Text: the registers and 256 tokens; learned positions are a square of `pos_embed_max_size`."""
-    pixels = vae_pixels(vae)
-    side, longest = transformer["sample_size"] * pixels, math.isqrt(transformer["pos_embed_max_size"])
-    return image_sizes(pixels * transformer["patch_size"], side, text=REGISTERS + 256, text_first=True, longest=longest)
+    longest = math.isqrt(transformer["pos_embed_max_size"])
+    return square_sizes(transformer, vae, text=REGISTERS + 256, text_first=True, longest=longest)
 
 
 FAMILY = Family(

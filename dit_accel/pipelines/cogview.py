@@ -10,7 +10,7 @@ from typing import Any
 
 from dit_accel.pipelines.family import CallLayout, Family, ModelCall
 from dit_accel.pipelines.reading import bias_text, image_of
-from dit_accel.pipelines.sizes import Config, Sizes, image_sizes, vae_pixels
+from dit_accel.pipelines.sizes import Config, Sizes, square_sizes
 
 
 def layout(transformer: Any, call: ModelCall) -> CallLayout:
@@ -24,10 +24,8 @@ def layout(transformer: Any, call: ModelCall) -> CallLayout:
 
 def sizes(transformer: Config, vae: Config) -> Sizes:
     """CogView3-Plus has 224 text tokens; CogView4 as many as the prompt, padded to a multiple of 16."""
-    pixels, longest = vae_pixels(vae), transformer["pos_embed_max_size"]
     text = 224 if transformer.get("_class_name") == "CogView3PlusTransformer2DModel" else 1024
-    side = transformer["sample_size"] * pixels
-    return image_sizes(pixels * transformer["patch_size"], side, text=text, text_first=True, longest=longest)
+    return square_sizes(transformer, vae, text=text, text_first=True, longest=transformer["pos_embed_max_size"])
 
 
 FAMILY = Family(

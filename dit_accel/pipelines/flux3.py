@@ -11,7 +11,7 @@ from torch import nn
 
 from dit_accel.errors import DitAccelError
 from dit_accel.pipelines.family import CallLayout, Family, ModelCall
-from dit_accel.pipelines.reading import packed_images
+from dit_accel.pipelines.reading import conditioning_notes, packed_images
 from dit_accel.pipelines.sizes import packed_sizes
 
 
@@ -26,8 +26,9 @@ def layout(transformer: nn.Module, call: ModelCall) -> CallLayout:
     if call.get("image_cond_hidden_states") is None:
         return found
     conditioning = call.length("image_cond_hidden_states")
-    notes = (f"{conditioning} tokens of conditioning images are dense both ways",)
-    return CallLayout(dataclasses.replace(found.grid, conditioning=conditioning), notes=notes)
+    return CallLayout(
+        dataclasses.replace(found.grid, conditioning=conditioning), notes=conditioning_notes(conditioning)
+    )
 
 
 FAMILY = Family(

@@ -8,29 +8,22 @@ from __future__ import annotations
 from typing import Any
 
 from dit_accel.pipelines.family import CallLayout, Family, ModelCall, patch_grid
-from dit_accel.pipelines.qwen_image import images
-from dit_accel.pipelines.reading import conditioning_notes, mask_text
+from dit_accel.pipelines.qwen_image import images_and_text
 from dit_accel.pipelines.sizes import Config, Sizes, image_sizes, vae_pixels
-from dit_accel.tokens import TokenGrid
 
 
 def layout(transformer: Any, call: ModelCall) -> CallLayout:
-    """Latents [B, C, F, H, W], or [B, images, C, F, H, W], in patches; text [B, T, C]."""
+    """Latents [B, C, F, H, W], or [B, images, C, F, H, W], in patches; text [B, T, C].
+
+    Or patches [B, N, C, F, H, W] of images with sizes in `shape_list`, and text with its mask [B, T] or None.
+    """
     if call.get("shape_list") is not None:
-        return _packed(call)
+        return images_and_text(call, call.length("hidden_states", 6), "shape_list")
     latents = call.get("hidden_states")
     images = latents.shape[1] if latents.ndim == 6 else 1
     frames, height, width = call.tensor("hidden_states", latents.ndim).shape[-3:]
     sizes, text = (images * frames, height, width), call.length("encoder_hidden_states")
     return CallLayout(patch_grid(sizes, transformer.config.patch_size, text))
-
-
-def _packed(call: ModelCall) -> CallLayout:
-    """Patches [B, N, C, F, H, W] of images with sizes in `shape_list`; text [B, T, C] and its mask [B, T] or None."""
-    (frames, height, width), conditioning = images(call, call.length("hidden_states", 6), "shape_list")
-    text = call.length("encoder_hidden_states")
-    grid = TokenGrid(frames, height, width, text=text, conditioning=conditioning)
-    return mask_text(call, grid, call.get("encoder_hidden_states_mask"), conditioning_notes(conditioning))
 
 
 def sizes(transformer: Config, vae: Config) -> Sizes:

@@ -12,7 +12,7 @@ import torch
 
 from dit_accel.pipelines.family import CallLayout, Family, ModelCall
 from dit_accel.pipelines.reading import image_of
-from dit_accel.pipelines.sizes import Config, Sizes, image_sizes, vae_pixels
+from dit_accel.pipelines.sizes import Config, Sizes, square_sizes
 from dit_accel.tokens import TokenGrid
 
 
@@ -39,9 +39,7 @@ def pack(grid: TokenGrid, lens: torch.Tensor) -> torch.Tensor:
 
 def sizes(transformer: Config, vae: Config) -> Sizes:
     """The caption is as long as the prompt."""
-    pixels = vae_pixels(vae)
-    side, longest = transformer["sample_size"] * pixels, min(transformer["axes_lens"][1:])
-    return image_sizes(pixels * transformer["patch_size"], side, text=256, text_first=True, longest=longest)
+    return square_sizes(transformer, vae, text=256, text_first=True, longest=min(transformer["axes_lens"][1:]))
 
 
 FAMILY = Family(

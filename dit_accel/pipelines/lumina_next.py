@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from dit_accel.pipelines.family import CallLayout, Family, ModelCall
-from dit_accel.pipelines.pixart import sizes
 from dit_accel.pipelines.reading import image_of
+from dit_accel.pipelines.sizes import square_sizes
 
 
 def layout(transformer: Any, call: ModelCall) -> CallLayout:
@@ -26,7 +26,7 @@ FAMILY = Family(
     transformers=("LuminaNextDiT2DModel",),
     attention=("layers.*.attn1",),
     layout=layout,
-    sizes=sizes,
+    sizes=square_sizes,
     summary="Lumina-Next",
     timestep_scale=1000.0,
     timestep_rises=True,

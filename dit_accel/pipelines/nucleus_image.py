@@ -8,19 +8,13 @@ from __future__ import annotations
 from torch import nn
 
 from dit_accel.pipelines.family import CallLayout, Family, ModelCall
-from dit_accel.pipelines.qwen_image import images
-from dit_accel.pipelines.reading import conditioning_notes, mask_text
+from dit_accel.pipelines.qwen_image import images_and_text
 from dit_accel.pipelines.sizes import packed_sizes
-from dit_accel.tokens import TokenGrid
 
 
 def layout(transformer: nn.Module, call: ModelCall) -> CallLayout:
     """A packed image [B, N, C] with `img_shapes`, text [B, T, C] and its mask [B, T] or None."""
-    tokens = call.length("hidden_states")
-    (frames, height, width), conditioning = images(call, tokens)
-    text = call.length("encoder_hidden_states")
-    grid = TokenGrid(frames, height, width, text=text, conditioning=conditioning)
-    return mask_text(call, grid, call.get("encoder_hidden_states_mask"), conditioning_notes(conditioning))
+    return images_and_text(call, call.length("hidden_states"))
 
 
 FAMILY = Family(

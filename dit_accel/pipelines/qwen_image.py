@@ -17,14 +17,18 @@ from dit_accel.tokens import TokenGrid
 
 def layout(transformer: nn.Module, call: ModelCall) -> CallLayout:
     """Packed images [B, N, C] with `img_shapes`, text [B, T, C] and its mask [B, T] or None."""
-    tokens = call.length("hidden_states")
+    return images_and_text(call, call.length("hidden_states"), text_first=True)
+
+
+def images_and_text(call: ModelCall, tokens: int, name: str = "img_shapes", *, text_first: bool = False) -> CallLayout:
+    """Images whose sizes the argument `name` lists (see `images`), text [B, T, C] and its mask [B, T] or None."""
+    (frames, height, width), conditioning = images(call, tokens, name)
     text = call.length("encoder_hidden_states")
-    (frames, height, width), conditioning = images(call, tokens)
-    grid = TokenGrid(frames, height, width, text=text, text_first=True, conditioning=conditioning)
+    grid = TokenGrid(frames, height, width, text=text, text_first=text_first, conditioning=conditioning)
     return mask_text(call, grid, call.get("encoder_hidden_states_mask"), conditioning_notes(conditioning))
 
 
-def images(call: ModelCall, tokens: int, name: str = "img_shapes") -> tuple[tuple[int, int, int], int]:
+def images(call: ModelCall, tokens: int, name: str) -> tuple[tuple[int, int, int], int]:
     """Number and size of the leading images of one size, (images, height, width), and the number of tokens behind them.
 
     Args:

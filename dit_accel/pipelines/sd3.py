@@ -10,7 +10,7 @@ from typing import Any
 
 from dit_accel.pipelines.family import CallLayout, Family, ModelCall
 from dit_accel.pipelines.reading import image_of
-from dit_accel.pipelines.sizes import Config, Sizes, image_sizes, vae_pixels
+from dit_accel.pipelines.sizes import Config, Sizes, square_sizes
 
 
 def layout(transformer: Any, call: ModelCall) -> CallLayout:
@@ -20,9 +20,7 @@ def layout(transformer: Any, call: ModelCall) -> CallLayout:
 
 def sizes(transformer: Config, vae: Config) -> Sizes:
     """Text: 77 tokens of CLIP and 256 of T5."""
-    pixels, patch = vae_pixels(vae), transformer["patch_size"]
-    side, longest = transformer["sample_size"] * pixels, transformer["pos_embed_max_size"]
-    return image_sizes(pixels * patch, side, text=333, longest=longest)
+    return square_sizes(transformer, vae, text=333, longest=transformer["pos_embed_max_size"])
 
 
 FAMILY = Family(

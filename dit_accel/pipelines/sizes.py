@@ -143,6 +143,12 @@ def image_sizes(pixels: int, side: int = 1024, **rest: Any) -> Sizes:
     return Sizes(pixels=(pixels, pixels), frames_step=None, height=side, width=side, **rest)
 
 
+def square_sizes(transformer: Config, vae: Config, **rest: Any) -> Sizes:
+    """Sizes of an image model whose default image is `sample_size` latents a side; `rest` are fields of `Sizes`."""
+    pixels = vae_pixels(vae)
+    return image_sizes(pixels * transformer["patch_size"], transformer["sample_size"] * pixels, **rest)
+
+
 def video_sizes(vae: Config, patch: Sequence[int], frames: int, height: int, width: int, **rest: Any) -> Sizes:
     """Sizes of a video model, from its VAE's strides, its patch (frames, height, width) and its default size."""
     pixels = vae_pixels(vae)

@@ -4,8 +4,8 @@ import math
 
 import pytest
 import torch
-from accuracy import assert_accurate, plain_attention
-from roundings import assert_dense, gradient_sizes
+from accuracy import plain_attention
+from roundings import assert_dense, assert_masked
 from tail_calls import PARTS
 
 import dit_accel
@@ -102,11 +102,6 @@ def test_forward_and_gradients_equal_masked_attention(config, grid, impl):
     plan = dit_accel.plan("sparge", grid, **{**SMALL, **config})
     mask = whole_mask(plan, *tensors[:2], lens)
 
-    def results(attend, dtype):
-        leaves = [x.detach().to(dtype).requires_grad_() for x in tensors]
-        out = attend(*leaves)
-        return [out.detach(), *torch.autograd.grad(out, leaves, gradient.to(dtype))]
-
     def ours(q, k, v):
         if lens is not None:  # what no query may read
             position = torch.arange(grid.tokens) - grid.text_start
@@ -114,18 +109,7 @@ def test_forward_and_gradients_equal_masked_attention(config, grid, impl):
             k, v = (x.masked_fill(padding, torch.nan) for x in (k, v))
         return dit_accel.attention(q, k, v, plan, text_lens=lens, impl=impl)
 
-    def masked(q, k, v):
-        return plain_attention(q, k, v, mask, 24**-0.5)[0]
-
-    got = results(ours, torch.float32)
-    plain, exact = results(masked, torch.float32), results(masked, torch.float64)
-    q, k, v = (x.double() for x in tensors)
-    logits = (q @ k.mT * 24**-0.5).masked_fill(~mask, -torch.inf)
-    lse = logits.logsumexp(-1)
-    sizes = gradient_sizes(q, k, v, gradient.double(), exact[0], logits, lse, 24**-0.5, torch.float32)
-    for name, *values in zip(("out", "dq", "dk", "dv"), got, plain, exact, strict=True):
-        assert_accurate(name, *values, magnitude=sizes.get(name))
-    assert got[0].transpose(1, 2).is_contiguous()
+    assert_masked(ours, tensors, gradient, mask)
 
 
 @pytest.mark.parametrize("config", [{"topk": 1.0}, {"topp": 1.0}, {"topk": 0.01, "similarity": 1.0}], ids=str)
