@@ -115,5 +115,5 @@ if [ -s "$ROWS" ]; then
 fi
 cat "$FOLDER/summary.txt"
 wc -l "$FOLDER"/*.jsonl
-echo "status $STATUS; put $FOLDER/break_even.json in the place of dit_accel/break_even.json to have it used"
+echo "status $STATUS; put $FOLDER/break_even.json in the place of dit_accel/hooks/break_even.json to have it used"
 exit "$STATUS"

@@ -277,7 +277,7 @@ def accelerate(
         dense_layers: first layers that stay dense, as a number or a share, or a tuple of indices; None as above.
         impl: "auto" (the fastest that computes the same) or an implementation's name, which runs or raises.
         allow_dense: on CUDA, run the model's own attention above the density at which it is measured to be faster
-            (`dit_accel.hooks.break_even`; nothing is measured yet). Only with impl="auto", and never for sla.
+            (`dit_accel.hooks.break_even`; no density is in its table yet). Only with impl="auto", and never for sla.
         verify: "first-call" compares each layer of the first sparse call with dense attention, on 256 queries of each
             head. The report then holds relative error and kept softmax mass. Compile the transformer after that call.
         keep_dense_above: with `verify`, layers with a larger relative error stay dense, from that call on.

@@ -1,7 +1,7 @@
 """Launches a Triton kernel with the fastest of its candidates; with the first under the interpreter.
 
-Triton binds the arguments of every launch anew. That costs as much time as all else that a call does on the host, so a
-launch like an earlier one runs that one's binary.
+Triton binds the arguments of every launch anew, which takes as long as the rest of a call on the host. A launch like an
+earlier one therefore runs the earlier one's binary.
 """
 
 from __future__ import annotations

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
+from dit_accel.pipelines import kandinsky5
 from dit_accel.pipelines.family import TRAINING_FREE, CallLayout, Family, ModelCall, patch_grid
 from dit_accel.pipelines.reading import conditioning_notes
-from dit_accel.pipelines.sizes import patch_of, video_sizes
 from dit_accel.tokens import TokenGrid
 
 
@@ -37,8 +37,8 @@ FAMILY = Family(
     transformers=("Kandinsky6Transformer3DModel",),
     attention=("visual_transformer_blocks.*.video_dec_block.self_attention",),
     layout=layout,
-    sizes=lambda transformer, vae: video_sizes(vae, patch_of(transformer), 121, 512, 768),
+    sizes=kandinsky5.FAMILY.sizes,
     summary="Kandinsky 6: text and image to video with sound; the video's self-attention",
-    head_dim=lambda attention: int(attention.query_norm.normalized_shape[0]),
+    head_dim=kandinsky5.FAMILY.head_dim,
     recommended=TRAINING_FREE,
 )

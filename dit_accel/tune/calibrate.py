@@ -81,14 +81,13 @@ def block_recall(call: AttentionCall, queries: int = QUERIES) -> torch.Tensor:
     chosen = sample(grid.visual, queries).to(device)
     of_query, of_key = (plan.block_of(order).to(device) for order in (plan.query_order, plan.key_order))
     rows, row = of_query[chosen].unique(return_inverse=True)
-    visual = slice(grid.visual_start, grid.visual_start + grid.visual)
     found = torch.zeros(heads, plan.key_order.visual_blocks, dtype=torch.float64, device=device)
     for b in range(batch):
         ranked = plan.rank(call.q[b : b + 1], call.k[b : b + 1], rows, call.scale)[0]  # [heads, rows, key blocks]
         for h in range(heads):
             for chunk, weights in call.dense_weights(b, h, chosen):
                 wide = weights.double()
-                mass = wide.new_zeros(len(chunk), found.shape[1]).index_add_(1, of_key, wide[:, visual])
+                mass = wide.new_zeros(len(chunk), found.shape[1]).index_add_(1, of_key, wide[:, grid.visual_rows])
                 others = wide.sum(-1, keepdim=True) - mass.sum(-1, keepdim=True)
                 found[h] += (mass.gather(1, ranked[h, row[chunk]]).cumsum(1) + others).sum(0)
     return found / (batch * len(chosen))

@@ -1,7 +1,7 @@
 """Block-sparse attention by PyTorch's FlexAttention, on every device that it supports.
 
-FlexAttention cuts its sequences into runs of rows. So queries, keys and values are gathered in the order of the slots
-of their blocks (`order.TokenOrder.index`), unless they lie so already, and results are put back. Its kernels want
+FlexAttention cuts its sequences into runs of rows. Queries, keys and values are therefore gathered in the order of the
+slots of their blocks (`order.TokenOrder.index`), unless they lie so already. Results are put back. Its kernels want
 blocks of at least 128 rows, so smaller ones are joined. A joined block is "full" for FlexAttention if all its blocks
 are attended whole; otherwise each pair is looked up. The look-up finds the pair's block among the lists, then, where
 the tables decide the block, one bit. Words are int64 [blocks, ceil(block_k / 64), block_q], bit s of word w for key

@@ -34,12 +34,14 @@ STAGES = 3  # Triton's own, for a kernel without a pipelined loop
 def launches(kernel: str, block_q: int, block_k: int, block_d: int, capability: int) -> Iterator[Launch]:
     """Candidates for a kernel on a compute capability (90 for 9.0), best first. None spills in a loop.
 
-    Registers hold an fp32 accumulator of a block's rows x block_d, the scores of a step and their weights. 9.0 and
-    10.0 multiply out of shared memory, and a group of 4 warps holds 64 rows. Elsewhere each warp also holds the step's
-    rows in registers, so a step or the rows are half as many. The step is smaller for dq, which holds a second
-    product, and for dk and dv, which have two accumulators. More stages hide more of the latency of loads; shared
-    memory limits them. From 3 stages on, a loop has tiles in flight while it multiplies others. Off the data-center
-    chips 4 warps spill even at 64 x 64.
+    Registers hold an fp32 accumulator of the block's rows x block_d, the scores of one step, and their weights.
+
+    * Capabilities 9.0 and 10.0 multiply out of shared memory, and a group of 4 warps holds 64 rows. On others each warp
+      also holds the step's rows in registers, so the step or the number of rows is half as large.
+    * The step is smaller for dq, which holds a second product, and for dk and dv, which have two accumulators.
+    * More stages hide more of the latency of loads; shared memory limits them. From 3 stages on, a loop loads tiles
+      while it multiplies others.
+    * On chips that are not in `BIG`, 4 warps spill even at 64 x 64.
     """
     own, listed = (block_k, block_q) if kernel == "dkdv" else (block_q, block_k)
     generation, small = capability // 10, own * block_d <= 64 * 64

@@ -16,15 +16,19 @@ ALIGN = 4  # int32 in 16 bytes, to which compilers trust pointers to be aligned
 
 
 class OrderedLists(NamedTuple):
-    """Lists per query block, each in four parts: whole blocks of visual keys, which need no mask; partial blocks
-    without padding slots; partial blocks with some; and blocks that need bounds alone.
+    """The key blocks of each query block in four parts, one behind the other.
+
+    1. Whole blocks of visual keys, which need no mask.
+    2. Partial blocks without padding slots.
+    3. Partial blocks with padding slots.
+    4. Other blocks, which need a check of bounds alone.
 
     Args:
         entries: int32 [rows, width], block numbers.
-        places: int32 [rows, width], where a block lies: the raster index of its first token in the first three
-            parts, which saves the kernels two divisions a step, and the block's number in the fourth.
-        spans: int32 [rows, 5], where each part ends (the last at the count), and the number of the row's first partial
-            block: they are counted through all rows, in the order of the lists.
+        places: int32 [rows, width]. In parts 1 to 3 the raster index of the block's first token, which saves the
+            kernels two divisions a step. In part 4 the block's number.
+        spans: int32 [rows, 5], where each part ends, the fourth at the row's count. Last the number of the row's first
+            partial block; partial blocks are numbered through all rows.
     """
 
     entries: torch.Tensor
@@ -44,8 +48,9 @@ class OrderedLists(NamedTuple):
 
 
 class Transposed(NamedTuple):
-    """Lists per key block, one behind the other, each in two parts: blocks of visual queries without padding slots,
-    then the others. Query blocks ascend in each, so sums over them have a fixed order.
+    """The query blocks that visit each key block, in two parts: visual ones without padding slots, then the others.
+
+    The lists stand one behind the other. Query blocks ascend in each part, so sums over them have a fixed order.
 
     Args:
         entries: int32 [leading * query_blocks * width], query blocks.

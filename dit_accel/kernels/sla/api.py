@@ -59,7 +59,7 @@ def sparse_linear_attention(
         lists: critical and negligible blocks that another rule chose, as `route` returns them; None: by block means.
 
     Returns:
-        The output [B, H, visual, D] in the dtype of q, laid out as [B, visual, H, D] in memory, and the critical blocks
+        The output [B, H, visual, D] in the dtype of q, laid out as [B, visual, H, D] in memory. The critical blocks
         that the router chose, int32 [B, H, query blocks, topk], ascending.
 
     Raises:

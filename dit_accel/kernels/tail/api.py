@@ -41,8 +41,8 @@ def with_tail(
 ) -> tuple[Tensor, Tensor]:
     """Attention of the visual queries over listed blocks, with the tail of all other visual blocks merged into it.
 
-    A block of n keys in the tail counts as one key, the mean of its keys, with weight n and the mean of its values. The
-    mass is conserved: equal values come out unchanged. Differentiable in q, k, v, `exact` and `exact_lse`.
+    A block of n keys in the tail counts as one key, the mean of its keys, with weight n. Its value is the mean of its
+    values. The mass is conserved: equal values come out unchanged. Differentiable in q, k, v, `exact` and `exact_lse`.
 
     Source: Sol-Attn (arXiv 2607.24027), its zeroth-order tail with a weight per query; PISA (arXiv 2602.01077) for
     `first_order`.
@@ -60,8 +60,8 @@ def with_tail(
         impl: "auto", or the name of an implementation, which runs or raises.
 
     Returns:
-        The output [B, H, visual, D] in the dtype of q, laid out as [B, visual, H, D] in memory, and its natural
-        log-sum-exp [B, H, visual].
+        The output [B, H, visual, D] in the dtype of q, laid out as [B, visual, H, D] in memory. Its natural log-sum-exp
+        [B, H, visual].
 
     Raises:
         DitAccelError: a shape does not fit, or `impl` cannot run here.
