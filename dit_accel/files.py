@@ -186,14 +186,10 @@ def _check_writable(output: Path, folder: Path, option: str) -> None:
 
 
 @contextlib.contextmanager
-def hold(folder: Path, option: str = "--output") -> Iterator[bool]:
-    """Reserve a folder for this process during the block.
+def hold(folder: Path) -> Iterator[bool]:
+    """Reserve the folder of --output for this process during the block.
 
     The folder is made if it does not exist, and removed if the block leaves it empty. A lock file names the holder.
-
-    Args:
-        folder: to reserve.
-        option: the option that names the folder, for the error.
 
     Yields:
         Whether it is reserved; False if the system or the file system has no locks.
@@ -208,8 +204,8 @@ def hold(folder: Path, option: str = "--output") -> Iterator[bool]:
         file, kept = (None, False) if fcntl is None else _open_lock(path)
     except BlockingIOError as error:
         raise DitAccelError(
-            f"{option} {folder} is in use by {_holder(path)}. Wait until it is done, stop it, or choose another "
-            f"{option}."
+            f"--output {folder} is in use by {_holder(path)}. Wait until it is done, stop it, or choose another "
+            "--output."
         ) from error
     except OSError as error:
         raise DitAccelError(f"{folder} could not be written: {error.strerror or error}.") from error

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 import torch
 
 LEAST = 5  # rounds, whatever the budget
+PROFILED, KERNELS = 3, 12  # calls in a profile, and the kernels that it shows
 LEVEL_2 = 256 << 20  # bytes written between calls on a GPU, larger than its caches
 
 Call = Callable[[], object]
@@ -39,7 +40,7 @@ def alternate(
     return taken
 
 
-def profile(call: Call, device: torch.device, calls: int = 3, rows: int = 12) -> str:
+def profile(call: Call, device: torch.device) -> str:
     """The time of a call by kernel: the profiler's table of the longest."""
     from torch.profiler import ProfilerActivity
 
@@ -47,12 +48,12 @@ def profile(call: Call, device: torch.device, calls: int = 3, rows: int = 12) ->
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
     call()
     with torch.profiler.profile(activities=activities) as profiler:
-        for _ in range(calls):
+        for _ in range(PROFILED):
             call()
         if on_gpu:
             torch.cuda.synchronize(device)
     order = "self_cuda_time_total" if on_gpu else "self_cpu_time_total"
-    return profiler.key_averages().table(sort_by=order, row_limit=rows, max_name_column_width=60)
+    return profiler.key_averages().table(sort_by=order, row_limit=KERNELS, max_name_column_width=60)
 
 
 def quantiles(times: list[float]) -> dict[str, float]:

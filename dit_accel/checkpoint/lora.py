@@ -85,12 +85,12 @@ def _base_weights(module: nn.Module) -> Iterable[tuple[str, torch.Tensor]]:
             yield name.replace(".base_layer", ""), weight
 
 
-def add_lora(transformer: nn.Module, targets: list[str], rank: int, alpha: float, dropout: float = 0.0) -> None:
+def add_lora(transformer: nn.Module, targets: list[str], rank: int, alpha: float) -> None:
     """Give a Diffusers transformer a new LoRA adapter in float32, and freeze its other weights.
 
     Args:
         targets: dotted names of linear layers.
-        rank, alpha, dropout: of PEFT's `LoraConfig`; B starts at zero, so nothing changes at first.
+        rank, alpha: of PEFT's `LoraConfig`; B starts at zero, so nothing changes at first.
 
     Raises:
         DitAccelError: PEFT is not installed, or there is nothing to adapt.
@@ -102,7 +102,7 @@ def add_lora(transformer: nn.Module, targets: list[str], rank: int, alpha: float
     if not targets:
         raise DitAccelError("LoRA found no linear layer to adapt; name some with targets.")
     transformer.requires_grad_(False)
-    config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets)
+    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets)
     transformer.add_adapter(config, adapter_name=ADAPTER)  # type: ignore[operator]
     for name, weight in transformer.named_parameters():
         if ".lora_" in name:
