@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from dit_accel.errors import DitAccelError
+from dit_accel.errors import DitAccelError, first_line
 from dit_accel.registry import did_you_mean
 
 WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text", Path: "a path"}
@@ -95,6 +95,40 @@ def build(kind: type, plain: Any, what: str) -> Any:
                 f"{what} has no setting {name!r}.{did_you_mean(str(name), names)} It has: {', '.join(names)}."
             )
     return kind(**{name: _converted(value, hints[name], name) for name, value in plain.items()})
+
+
+def names_in(folder: Path) -> list[str]:
+    """Names of the YAML files of a folder, sorted."""
+    return sorted(path.stem for path in folder.glob("*.yaml"))
+
+
+def read_yaml(source: str, folder: Path, what: str) -> dict[str, Any]:
+    """The mapping in a YAML file.
+
+    Args:
+        source: its path, or its name among those of `folder`, which come with the package.
+        what: the kind of file, for errors, such as "recipe".
+
+    Raises:
+        DitAccelError: there is no such file, it cannot be read or is not YAML, or it holds no mapping.
+    """
+    import yaml
+
+    known = names_in(folder)
+    path = folder / f"{source}.yaml" if source in known else Path(source).expanduser()
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise DitAccelError(
+            f"There is no {what} {source}.{did_you_mean(source, known)} Give a YAML file or one of: {', '.join(known)}."
+        ) from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise DitAccelError(f"The {what} {source} cannot be read: {first_line(error)}.") from error
+    except yaml.YAMLError as error:
+        raise DitAccelError(f"The {what} {source} is not YAML: {' '.join(str(error).split())}.") from error
+    if not isinstance(content, dict):
+        raise DitAccelError(f"The {what} {source} should hold keys and values, such as model: demo; got {content!r}.")
+    return content
 
 
 def _converted(value: Any, hint: Any, name: str) -> Any:

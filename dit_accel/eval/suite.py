@@ -21,19 +21,13 @@ from pathlib import Path
 from typing import Any
 
 from dit_accel import values
-from dit_accel.errors import DitAccelError, first_line
+from dit_accel.errors import DitAccelError
 from dit_accel.eval.request import EvalRequest
 from dit_accel.generation.choice import MethodChoice, choose
 from dit_accel.generation.request import MethodOptions
-from dit_accel.registry import did_you_mean
 
 SUITES = Path(__file__).parent / "suites"
 METHOD_KEYS = ("method", "load", "dense_steps", "dense_last_steps", "dense_layers", "dense_backend")
-
-
-def built_in() -> list[str]:
-    """Names of the suites that come with the package."""
-    return sorted(path.stem for path in SUITES.glob("*.yaml"))
 
 
 def read(source: str) -> dict[str, Any]:
@@ -48,22 +42,7 @@ def read(source: str) -> dict[str, Any]:
     Raises:
         DitAccelError: there is no such suite, it is not YAML, a key is unknown, or a value is of another type.
     """
-    import yaml
-
-    path = SUITES / f"{source}.yaml" if source in built_in() else Path(source).expanduser()
-    try:
-        said = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise DitAccelError(
-            f"--suite {source}: there is no such file, and no built-in suite of that name."
-            f"{did_you_mean(source, built_in())} Built-in suites: {', '.join(built_in())}."
-        ) from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise DitAccelError(f"--suite {source} cannot be read: {first_line(error)}.") from error
-    except yaml.YAMLError as error:
-        raise DitAccelError(f"--suite {source} is not YAML: {' '.join(str(error).split())}.") from error
-    if not isinstance(said, dict):
-        raise DitAccelError(f"--suite {source} should hold keys and values, such as model: demo; it holds {said!r}.")
+    said = values.read_yaml(source, SUITES, "suite")
     if isinstance(said.get("methods"), str | dict):
         said["methods"] = [said["methods"]]
     try:

@@ -11,7 +11,6 @@ from dit_accel import registry, values
 from dit_accel.errors import DitAccelError
 from dit_accel.generation.request import METHOD_FORM, parse_layers
 from dit_accel.hooks import layers as layerwise
-from dit_accel.registry import did_you_mean
 from dit_accel.values import option
 
 INDEX = "dataset.json"  # of a folder with prepared data
@@ -203,33 +202,14 @@ class Recipe:
         return make(self.train)
 
 
-def list_recipes() -> list[str]:
-    """Names of the recipes that come with the package."""
-    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
-
-
 def read_recipe(name: str) -> Recipe:
     """A recipe by the name of one that comes with the package, or by path.
 
     Raises:
         DitAccelError: the file is missing or no recipe.
     """
-    try:
-        import yaml
-    except ImportError as error:
-        raise DitAccelError("Recipes need PyYAML, which is not installed: pip install 'dit_accel[train]'.") from error
-
-    path = RECIPES / f"{name}.yaml" if name in list_recipes() else pathlib.Path(name)
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        known = list_recipes()
-        raise DitAccelError(
-            f"There is no recipe {name}.{did_you_mean(name, known)} Give a YAML file or one of: {', '.join(known)}."
-        ) from error
-    except yaml.YAMLError as error:
-        raise DitAccelError(f"The recipe {name} is not valid YAML: {str(error).splitlines()[0]}.") from error
+    content = values.read_yaml(name, RECIPES, "recipe")
     wanted = {field.name for field in dataclasses.fields(Recipe)} - {"name"}
-    if not isinstance(content, dict) or set(content) != wanted:
+    if set(content) != wanted:
         raise DitAccelError(f"The recipe {name} needs exactly the entries {', '.join(sorted(wanted))}.")
-    return Recipe(path.stem, **content)
+    return Recipe(pathlib.Path(name).stem, **content)

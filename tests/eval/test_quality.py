@@ -263,7 +263,7 @@ def refused(evaluate, tmp_path):
         (("--method", GNA, "--prompts", "none.txt"), "--prompts none.txt is no file"),
         (("--method", GNA, "--real", "none"), "--real none is no folder"),
         (("--method", GNA, "--frames", 4), "the nearest are 3 and 5"),
-        (("--suite", "none.yaml"), "--suite none.yaml: there is no such file"),
+        (("--suite", "none.yaml"), "There is no suite none.yaml. Give a YAML file or one of: demo"),
         (("--load", "none"), "--load none is no folder"),
         (("--method", GNA, "--write-card"), "writes into the model card of a --load, and none came"),
     ],

@@ -4,6 +4,7 @@ import pytest
 
 from dit_accel.errors import DitAccelError
 from dit_accel.eval import suite
+from dit_accel.values import names_in
 
 
 def read(tmp_path, text):
@@ -53,7 +54,7 @@ def test_missing():
         suite.read("dmo")
 
 
-@pytest.mark.parametrize("name", suite.built_in())
+@pytest.mark.parametrize("name", names_in(suite.SUITES))
 def test_built_in_suites_are_whole(name):
     found = suite.read(name)
     methods = {"dense", "gna", "tile", "radial", "sla", "sol", "sparge", "rectified"}

@@ -4,10 +4,11 @@ import pytest
 
 from dit_accel import DitAccelError
 from dit_accel.train import request
-from dit_accel.train.settings import list_recipes, make, read_recipe
+from dit_accel.train.settings import RECIPES, make, read_recipe
+from dit_accel.values import names_in
 
 
-@pytest.mark.parametrize("name", list_recipes())
+@pytest.mark.parametrize("name", names_in(RECIPES))
 def test_recipe(name):
     recipe = read_recipe(name)
     settings = recipe.settings
@@ -82,7 +83,7 @@ def test_settings_that_are_refused(values, message):
     ("content", "message"),
     [
         (None, "There is no recipe"),
-        ("{", "not valid YAML"),
+        ("{", "is not YAML"),
         ("a: 1", "needs exactly the entries"),
         ("{about: a, source: b, model: c, data: clips, train: {}}", "data is settings by name, got 'clips'"),
     ],
