@@ -123,8 +123,8 @@ def chosen(
     latter, given settings and dense layers win over the file's.
 
     Raises:
-        DitAccelError: there is neither method nor layer schedule, the latter is neither a file nor settings, or there
-            are settings besides; or the file has no budgets for this method.
+        DitAccelError: there is neither method nor layer schedule, or there are settings besides a schedule. The
+            schedule is neither a file nor settings. The file has no budgets for this method.
     """
     if layer_schedule is None:
         if method is None:

@@ -1,8 +1,8 @@
 """Rectified SpaAttn: the best key blocks exactly, and others by their means where a mean may stand for its tokens.
 
 A query block ranks the visual key blocks by the softmax of its mean query over their mean keys. It attends exactly to
-the best ``1 - drop`` of them, to as many as hold `topp` of the softmax, and to the blocks around its own tokens. Of the
-others those are compensated whose score exceeds what the deviations of their tokens could change
+the best ``1 - drop`` of them and to as many as hold `topp` of the softmax. It always attends to the blocks around its
+own tokens. Others are compensated if their score exceeds what the deviations of their tokens could change
 (`kernels.tail.trust`). The rest is left out. Text and conditioning are exact.
 
 Compensation "exact" puts blocks into the softmax as pseudo-keys, as in `sol`. "published" scales the exact part by the

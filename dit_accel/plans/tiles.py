@@ -50,8 +50,8 @@ def tile_shapes(block: int, shape: Tile) -> list[Tile]:
 def choose_tile(block: int, grid: TokenGrid) -> Tile:
     """The most compact tile of `block` tokens that adds little padding.
 
-    Routing works on block means, so the tokens of a tile should be near each other. Among the shapes with at most an
-    eighth more blocks than the fewest, this is the one with the smallest sum of sides; longer rows win ties.
+    Routing works on block means, so the tokens of a tile should be near each other. Shapes with
+    at most an eighth more blocks than the fewest compete. The smallest sum of sides wins, then the longest rows.
     """
 
     def blocks(tile: Tile) -> int:

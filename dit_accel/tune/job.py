@@ -31,8 +31,8 @@ def run(request: TuneRequest) -> tuple[Summary, Path | None]:
     """Search.
 
     Returns:
-        The summary of the last round with the rows of its front alone, after the baseline; and the settings file, None
-        if no setting that gains holds the target. The last line of the verdict is about the target.
+        The summary of the last round: the baseline, then the rows of its front. The last line of its verdict is about
+        the target. Then the settings file, None if no setting that gains holds the target.
 
     Raises:
         DitAccelError: the request cannot be carried out. Finished samples stay, and the next search uses them.

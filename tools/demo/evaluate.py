@@ -2,8 +2,8 @@
 
 Prints three things together:
 
-- how well 60 generated videos agree with their prompts, and how like they are to the nearest true clips; half of the
-  prompts are combinations that training never saw;
+- how well 60 generated videos agree with their prompts; half of these are combinations that training never saw;
+- how like the videos are to the nearest true clips;
 - the checker on 200 true clips, which says how far to trust it;
 - the checker on the same clips with shuffled captions, which says what chance gives.
 

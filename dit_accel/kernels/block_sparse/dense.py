@@ -84,7 +84,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v.
 
-    ds = p * (dp - delta) with p = exp(logits - lse), dp = dO v' and, per row, delta = sum(dO * O) - dLSE. This is
+    ds = p * (dp - delta) with p = exp(logits - lse) and dp = dO v'. A row has delta = sum(dO * O) - dLSE. This is
     FlashAttention's Algorithm 4 (arXiv:2205.14135), with the derivative of the log-sum-exp added. `out` and `lse` may
     come from more keys than the problem has; the gradients are then this problem's share.
 

@@ -115,8 +115,8 @@ def describe(
         rows: that one copy brings.
 
     Returns:
-        The descriptors of tiles and of runs; and the distance from sample to sample in rows, and from head to head in
-        rows and in columns.
+        The descriptors of tiles and of runs. The distance from sample to sample in rows. The distance from head to head
+        in rows and in columns.
     """
     distances = _distances(x)
     if distances is None:

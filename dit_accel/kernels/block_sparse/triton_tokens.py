@@ -372,7 +372,7 @@ def holds(low, high, slot, SLOTS: tl.constexpr):
     """Whether the words hold a slot: bool, for words and slots that broadcast.
 
     A shift by 0 to 7 and a test of bit 0, 8, 16 or 24 read a slot's bit. In the layout of a matrix product the shift
-    depends on the thread alone, so its slots share it; the tested bit is known when compiling.
+    depends on the thread alone, so its slots share it. The tested bit is known when compiling.
     """
     if SLOTS > 64:
         low = tl.where(slot < 64, low, high)

@@ -135,8 +135,8 @@ def sparse_linear_gluon_fwd_kernel(
     """Output [B, N, H, D] of one query block of one head in scope "all"; for training also what the backward reads.
 
     Arguments as in `block_sparse_gluon_fwd_kernel` and `triton_forward.sparse_linear_fwd_kernel`. q holds the visual
-    tokens only. The table is [B * H * D, D]. sums, fp32 [B, H, 2 D + 1], hold the sum of phi(k), the bias, and what the
-    table is multiplied by. No words are read.
+    tokens only. The table is [B * H * D, D]. sums are fp32 [B, H, 2 D + 1]: the sum of phi(k), the bias, and the
+    table's factor. No words are read.
     """
     i_h = gl.program_id(1)
     i_b = gl.program_id(2)

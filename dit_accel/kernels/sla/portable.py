@@ -162,8 +162,8 @@ def linear_marginal(
         feature_map: as for `call.apply_map`.
 
     Returns:
-        The output [B, H, visual, D], 0 for a row without marginal blocks, and its denominators with eps
-        [B, H, visual, 1], both fp32 (fp64 for fp64 input). The denominators carry no gradient.
+        The output [B, H, visual, D], 0 for a row without marginal blocks. Its denominators with eps
+        [B, H, visual, 1], which carry no gradient. Both are fp32 (fp64 for fp64 input).
     """
     query_order, key_order = (cut.order for cut in Cuts.unpack(cuts))
     wide = torch.promote_types(q.dtype, torch.float32)

@@ -289,7 +289,10 @@ def with_queries(
     D: tl.constexpr, BLOCK_D: tl.constexpr, CUT: tl.constexpr, STEP: tl.constexpr,
     MAP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Add sign times the terms of STEP slots of a query block to (b a^T / d) g, (v g^T / d) a and -sum of a r / d."""
+    """Add the terms of STEP slots of a query block, times sign, to three sums.
+
+    The sums are (b a^T / d) g, (v g^T / d) a and -a r / d.
+    """
     denominators, ratios = factors
     rows, valid = slots_of(block, first, grid, CUT, STEP)
     b_q = load_rows(q, rows, valid, D, BLOCK_D)

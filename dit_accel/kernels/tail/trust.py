@@ -15,7 +15,7 @@ from dit_accel.order import TokenOrder, valid_tokens
 def trusted(q: Tensor, k: Tensor, query_order: TokenOrder, key_order: TokenOrder) -> Tensor:
     """Pairs of blocks whose score exceeds what their tokens' deviations could change: bool [B, H, queries, keys].
 
-    With block means q_i and k_j, and mean absolute deviations from them a_i and b_j, a pair is trusted if
+    Blocks have means q_i and k_j, and a_i and b_j are their tokens' mean absolute deviations. A pair is trusted if
     ``|q_i . k_j| > |a_i . k_j| + |q_i . b_j|``. A score that is not a number is not trusted.
 
     Source: Rectified SpaAttn (arXiv 2511.19835), its gain-aware pooling rectification (GAPR).

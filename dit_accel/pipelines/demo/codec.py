@@ -43,7 +43,7 @@ class BlockCodec(ModelMixin, AutoencoderMixin, ConfigMixin):
         self.register_buffer("anchor", torch.zeros(1))  # a module without tensors has no dtype and no device
 
     def encode(self, x: Tensor, return_dict: bool = True) -> AutoencoderKLOutput | tuple[IdentityDistribution]:
-        """Video [B, 3, 1 + 2n, 4h, 4w] in [-1, 1] to a distribution whose sample and mode are [B, 96, 1 + n, h, w].
+        """Video [B, 3, 1 + 2n, 4h, 4w] in [-1, 1] to a distribution. Its sample and mode are [B, 96, 1 + n, h, w].
 
         Raises:
             ValueError: the frames are not odd in number, or the sides not multiples of 4.
