@@ -18,9 +18,12 @@ Memory beyond inputs and outputs:
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterator
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dit_accel.kernels.block_sparse import dense
@@ -119,16 +122,14 @@ def _forward_by_head(call: BlockSparseCall, places: list[Placement]) -> tuple[Te
     used = check_lists(lists, geometry.key_order.blocks)
     for b, place in enumerate(places):
         side_q, side_k = _sides(geometry, place, q.device)
-        queries, keys, values = side_q.blocks(q[b]), side_k.blocks(k[b]), side_k.blocks(v[b])
+        order, problems = _problems_by_head(_of_sample(lists, b), used[b], geometry, side_q, side_k, q)
+        queries, pairs = side_q.blocks(q[b])[order], side_k.blocks(torch.stack([k[b], v[b]], 2)).flatten(0, 1)
         outs, lses = torch.zeros_like(queries), lse.new_full(queries.shape[:2], float("-inf"))
-        for rows, listed, bias, blind in _problems_by_head(
-            _of_sample(lists, b), used[b], geometry, side_q, side_k, queries
-        ):
-            gq, gk, gv = queries[rows], _pick(keys, listed), _pick(values, listed)
-            part, sums = dense.forward(gq[:, None], gk, gv, bias, blind, scale)
+        for rows, listed, bias, blind in problems:
+            part, sums = dense.forward(queries[rows, None], *_pick(pairs, listed), bias, blind, scale)
             outs[rows], lses[rows] = part[:, 0], sums[:, 0]
-        side_q.write(out[b], outs)
-        side_q.write(lse[b], lses)
+        side_q.write(out[b], order, outs)
+        side_q.write(lse[b], order, lses)
     return out, lse
 
 
@@ -146,24 +147,24 @@ def _backward_by_head(
     used = check_lists(lists, geometry.key_order.blocks)
     for b, place in enumerate(places):
         side_q, side_k = _sides(geometry, place, q.device)
-        upstream, queries, outs, lses = (side_q.blocks(x[b]) for x in (grad_out, q, out, lse))
-        upstream_lse = None if grad_lse is None else side_q.blocks(grad_lse[b])
-        keys, values = side_k.blocks(k[b]), side_k.blocks(v[b])
-        sums = [torch.zeros_like(x, dtype=dense.accumulation(q.dtype)) for x in (queries, keys, values)]
-        for rows, listed, bias, _ in _problems_by_head(
-            _of_sample(lists, b), used[b], geometry, side_q, side_k, queries
-        ):
-            dlse = None if upstream_lse is None else upstream_lse[rows][:, None]
-            dq, dk, dv = dense.backward(
-                upstream[rows][:, None], dlse, queries[rows][:, None], _pick(keys, listed), _pick(values, listed),
-                outs[rows][:, None], lses[rows][:, None], bias, scale,
+        order, problems = _problems_by_head(_of_sample(lists, b), used[b], geometry, side_q, side_k, q)
+        upstream, queries, outs, lses = (side_q.blocks(x[b])[order] for x in (grad_out, q, out, lse))
+        upstream_lse = None if grad_lse is None else side_q.blocks(grad_lse[b])[order]
+        pairs = side_k.blocks(torch.stack([k[b], v[b]], 2)).flatten(0, 1)
+        sums = [x.new_zeros(x.shape, dtype=dense.accumulation(q.dtype)) for x in (queries, *pairs.unbind(2))]
+        for rows, listed, bias, _ in problems:
+            dlse = None if upstream_lse is None else upstream_lse[rows, None]
+            dq, *parts = dense.backward(
+                upstream[rows, None], dlse, queries[rows, None], *_pick(pairs, listed),
+                outs[rows, None], lses[rows, None], bias, scale,
             )  # fmt: skip
             sums[0][rows] = dq[:, 0].to(sums[0].dtype)
             into = Rows(listed.flatten()[None])
-            for total, part in zip(sums[1:], (dk, dv), strict=True):
+            for total, part in zip(sums[1:], parts, strict=True):
                 into.add(total[None], part.reshape(1, 1, -1, *total.shape[1:]))
-        for side, grad, total in zip((side_q, side_k, side_k), grads, sums, strict=True):
-            side.write(grad[b], total)
+        side_q.write(grads[0][b], order, sums[0])
+        for grad, total in zip(grads[1:], sums[1:], strict=True):
+            side_k.write(grad[b], ..., total.unflatten(0, (q.shape[1], -1)))
     return grads
 
 
@@ -176,30 +177,37 @@ class _Side:
     rows: Tensor  # row in memory of every slot; 0: padding or invalid text
     valid: Tensor  # bool, slots with a token
     whole: bool  # whether all slots have one
-    run: slice | None  # the rows, if all slots have a token and the rows are consecutive
+    run: slice | None  # the tokens' rows, if these are consecutive and no padding lies between them
 
     def blocks(self, x: Tensor) -> Tensor:
-        """x [H, N, D] or [H, N] as [H * blocks, block, ...], zero without a token."""
+        """x [H, N, ...] as [H, blocks, block, ...], zero without a token; a view if x has all rows in this order."""
         if self.run is not None:
-            return x[:, self.run].contiguous().view(-1, self.block, *x.shape[2:])
-        slots = x.contiguous().index_select(1, self.rows)
-        if not self.whole:
-            slots.masked_fill_(~self.valid if x.ndim == 2 else ~self.valid[:, None], 0)
-        return slots.view(-1, self.block, *x.shape[2:])
+            slots = x[:, self.run]
+            if not self.whole:
+                slots = F.pad(slots, (0, 0) * (x.ndim - 2) + (0, len(self.rows) - slots.shape[1]))
+        else:
+            slots = x.contiguous().index_select(1, self.rows)
+            if not self.whole:
+                slots.masked_fill_(~self.valid.view(-1, *[1] * (x.ndim - 2)), 0)
+        return slots.unflatten(1, (-1, self.block))
 
-    def write(self, x: Tensor, blocks: Tensor) -> None:
-        """The inverse of `blocks`: write the tokens' rows into x."""
-        slots = blocks.view(x.shape[0], -1, *x.shape[2:])
-        if self.run is not None:
-            x[:, self.run] = slots
+    def write(self, x: Tensor, at: Any, blocks: Tensor) -> None:
+        """The inverse of `blocks(x)[at]`, where `at` names every block once: write the tokens' rows into x."""
+        if self.run is not None and self.whole:
+            x[:, self.run].unflatten(1, (-1, self.block))[at] = blocks.to(x.dtype)
             return
-        slots = slots.to(x.dtype)
-        if self.whole:
+        slots = x.new_empty(len(x), len(self.rows) // self.block, self.block, *x.shape[2:])
+        slots[at] = blocks.to(x.dtype)
+        slots = slots.flatten(1, 2)
+        if self.run is not None:
+            x[:, self.run] = slots[:, : self.run.stop - self.run.start]
+        elif self.whole:
             x.index_copy_(1, self.rows, slots)
         else:
             x.index_copy_(1, self.rows[self.valid], slots[:, self.valid])
 
 
+@functools.lru_cache(maxsize=16)
 def _sides(geometry: Geometry, place: Placement, device: torch.device) -> tuple[_Side, _Side]:
     sides = []
     for order, where, text in (
@@ -211,9 +219,9 @@ def _sides(geometry: Geometry, place: Placement, device: torch.device) -> tuple[
         index = index.where(valid, -1)
         rows = where.positions(grid.visual, grid.conditioning, grid.text)[index.clamp(min=0)]
         rows = rows.where(valid, 0)
-        whole, first = bool(valid.all()), int(rows[0])
-        straight = whole and torch.equal(rows, torch.arange(first, first + len(rows)))
-        run = slice(first, first + len(rows)) if straight else None
+        whole, first, count = bool(valid.all()), int(rows[0]), int(valid.sum())
+        straight = bool(valid[:count].all()) and torch.equal(rows[:count], torch.arange(first, first + count))
+        run = slice(first, first + count) if straight else None
         sides.append(_Side(order.block, index.to(device), rows.to(device), valid.to(device), whole, run))
     return sides[0], sides[1]
 
@@ -224,43 +232,49 @@ def _of_sample(lists: BlockLists, b: int) -> BlockLists:
 
 
 def _problems_by_head(
-    lists: BlockLists, used: Tensor, geometry: Geometry, side_q: _Side, side_k: _Side, queries: Tensor
-) -> Iterator[tuple[Tensor | slice, Tensor, Tensor | None, Tensor | None]]:
-    """Dense problems of a sample: R query blocks, key blocks [R, count], bias and blind rows for `dense.forward`.
+    lists: BlockLists, used: Tensor, geometry: Geometry, side_q: _Side, side_k: _Side, q: Tensor
+) -> tuple[tuple[Tensor, Tensor], Iterator[tuple[slice, Tensor, Tensor | None, Tensor | None]]]:
+    """A sample's query blocks in order of their lists' lengths, heads and blocks int64 [n], and problems in this order.
 
-    Blocks are numbered over all heads.
+    A problem: places in the order, key blocks [R, count], bias and blind rows for `dense.forward`. Blocks are numbered
+    over all heads.
     """
     kv_indices, counts, partial, tables, _ = lists
     heads, _, width = kv_indices.shape
     shift = torch.arange(heads, device=kv_indices.device)[:, None, None] * geometry.key_order.blocks
     listed, counts = (kv_indices.long() + shift).reshape(-1, width), counts.flatten()
-    ragged = ~side_k.valid.view(-1, geometry.block_k).all(1)
-    masked = (ragged[kv_indices.long() * used] & used).any(-1).flatten()
-    check = None
+    masked, check = torch.zeros_like(counts, dtype=torch.bool), None
+    if not side_k.whole:
+        ragged = ~side_k.valid.view(-1, geometry.block_k).all(1)
+        masked = (ragged[kv_indices.long() * used] & used).any(-1).flatten()
     if tables is not None:
         check = (used if partial is None else used & partial).reshape(-1, width)
         masked |= check.any(-1)
-        predicate = Predicate(tables, geometry.query_grid, geometry.grid)
-    for count in counts.unique().tolist():
-        if not count:
-            continue
-        head_bytes = (geometry.block_q + 2 * count * geometry.block_k) * queries.shape[2] * queries.element_size()
-        step = max(1, 4 * dense.bytes_per_call(queries.device) // head_bytes)
-        for with_mask in (False, True):
-            for rows in ((counts == count) & (masked == with_mask)).nonzero().squeeze(1).split(step):
-                if not len(rows):
-                    continue
+    kinds, order = (2 * counts + masked).sort(stable=True)
+
+    def problems() -> Iterator[tuple[slice, Tensor, Tensor | None, Tensor | None]]:
+        predicate = None if tables is None else Predicate(tables, geometry.query_grid, geometry.grid)
+        first = 0
+        for kind, rows_of_kind in zip(*(x.tolist() for x in kinds.unique_consecutive(return_counts=True)), strict=True):
+            last, count = first + rows_of_kind, kind // 2
+            head_bytes = (geometry.block_q + 2 * count * geometry.block_k) * q.shape[3] * q.element_size()
+            step = max(1, 2 * dense.bytes_per_call(q.device) // head_bytes)
+            for start in range(first, last, step) if count else ():
+                at = slice(start, min(start + step, last))
+                rows = order[at]
                 keys, bias, blind = listed[rows, :count], None, None
-                if with_mask:
+                if kind % 2:
                     valid = side_k.valid.view(-1, geometry.block_k)[keys % geometry.key_order.blocks]
                     allowed = valid.flatten(1)[:, None]
-                    if check is not None:
+                    if check is not None and predicate is not None:
                         decided = check[rows, :count].repeat_interleave(geometry.block_k, 1)[:, None]
                         allowed = allowed & (_pairs(predicate, geometry, side_q, side_k, rows, keys) | ~decided)
                     bias = as_bias(allowed).expand(-1, geometry.block_q, -1)[:, None]
                     blind = ~allowed.any(-1)[:, None]
-                first, last = int(rows[0]), int(rows[-1])
-                yield slice(first, last + 1) if last - first == len(rows) - 1 else rows, keys, bias, blind
+                yield at, keys, bias, blind
+            first = last
+
+    return (order // geometry.query_order.blocks, order % geometry.query_order.blocks), problems()
 
 
 def _pairs(
@@ -275,6 +289,7 @@ def _pairs(
     return allowed | ~visual_q[:, :, None] | ~visual_k[:, None]
 
 
-def _pick(blocks: Tensor, listed: Tensor) -> Tensor:
-    """Listed blocks [R, count] of blocks [n, block, D] as [R, 1, count * block, D]."""
-    return blocks.index_select(0, listed.flatten()).view(len(listed), 1, -1, blocks.shape[2])
+def _pick(pairs: Tensor, listed: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values of listed blocks [R, count], each [R, 1, count * block, D], of pairs [n, block, 2, D]."""
+    picked = pairs.index_select(0, listed.flatten()).view(len(listed), 1, -1, *pairs.shape[2:])
+    return picked[..., 0, :], picked[..., 1, :]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dit_accel.kernels.sla.call import from_blocks
+from dit_accel.kernels.sla.call import to_blocks
 from dit_accel.kernels.sla.portable import block_means
 from dit_accel.order import TokenOrder
 
@@ -25,7 +25,7 @@ def correction(q: Tensor, k: Tensor, v: Tensor, key_order: TokenOrder, scale: fl
         scale: of the logits.
     """
     wide = torch.promote_types(q.dtype, torch.float32)
-    means = block_means(k, key_order)[..., None, :].expand(-1, -1, -1, key_order.block, -1)
-    centred = k.to(wide) - from_blocks(means, key_order)
-    matrix = centred.to(k.dtype).mT @ v
+    # a padding slot has a value of 0
+    centred = to_blocks(k.to(wide), key_order) - block_means(k, key_order)[..., None, :]
+    matrix = centred.to(k.dtype).flatten(-3, -2).mT @ to_blocks(v, key_order).flatten(-3, -2)
     return q.to(wide) @ (matrix.to(wide) * (scale / key_order.grid.visual))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -22,10 +22,12 @@ def forward(call: TailCall) -> tuple[Tensor, Tensor]:
     q, k, v, exact, exact_lse, lists, dropped, geometry, scale = call
     out, lse = empty_rows(exact), exact_lse.new_empty(exact_lse.shape)
     tail = _Tail.of(k, v, geometry)
-    for at, rows, bias, blind in _parts(q, lists, dropped, tail, geometry):
-        part = dense.forward(q[at][:, :, rows].to(tail.wide), tail.keys[at], tail.values[at], bias, blind, scale)
-        merged = dense.merge(exact[at][:, :, rows], exact_lse[at][:, :, rows].to(tail.wide), *part)
-        out[at][:, :, rows], lse[at][:, :, rows] = merged
+    for at, of, bias, blind in _parts(q, lists, dropped, tail, geometry):
+        queries, own, own_lse = of(q).to(tail.wide), of(exact), of(exact_lse).to(tail.wide)
+        keys, values = (x[at].expand(len(queries), -1, -1, -1) for x in (tail.keys, tail.values))
+        merged = dense.merge(own, own_lse, *dense.forward(queries, keys, values, bias, blind, scale))
+        of(out).copy_(merged[0])
+        of(lse).copy_(merged[1])
     return out, lse
 
 
@@ -37,21 +39,23 @@ def backward(
     tail = _Tail.of(k, v, geometry)
     of_keys, of_values = torch.zeros_like(tail.keys), torch.zeros_like(tail.values)
     dq, dexact, dexact_lse = empty_rows(q), empty_rows(exact), exact_lse.new_empty(exact_lse.shape)
-    for at, rows, bias, _ in _parts(q, lists, dropped, tail, geometry):
-        queries, upstream, result, own, sums = (x[at][:, :, rows].to(tail.wide) for x in (q, grad_out, out, exact, lse))
-        upstream_lse = None if grad_lse is None else grad_lse[at][:, :, rows].to(tail.wide)
+    for at, of, bias, _ in _parts(q, lists, dropped, tail, geometry):
+        queries, upstream, result, own, sums = (of(x).to(tail.wide) for x in (q, grad_out, out, exact, lse))
+        keys, values = (x[at].expand(len(queries), -1, -1, -1) for x in (tail.keys, tail.values))
+        upstream_lse = None if grad_lse is None else of(grad_lse).to(tail.wide)
         delta = (upstream * result).sum(-1)
         if upstream_lse is not None:
             delta -= upstream_lse
         # a row without keys has a share of 0
-        share = torch.exp(exact_lse[at][:, :, rows].to(tail.wide) - sums.masked_fill(sums == -torch.inf, torch.inf))
-        dexact[at][:, :, rows] = upstream * share[..., None]
-        dexact_lse[at][:, :, rows] = share * ((upstream * own).sum(-1) - delta)
-        dq[at][:, :, rows], grad_k, grad_v = dense.backward(
-            upstream, upstream_lse, queries, tail.keys[at], tail.values[at], result, sums, bias, scale
+        share = torch.exp(of(exact_lse).to(tail.wide) - sums.masked_fill(sums == -torch.inf, torch.inf))
+        of(dexact).copy_(upstream * share[..., None])
+        of(dexact_lse).copy_(share * ((upstream * own).sum(-1) - delta))
+        grad_q, grad_k, grad_v = dense.backward(
+            upstream, upstream_lse, queries, keys, values, result, sums, bias, scale
         )
-        of_keys[at] += grad_k
-        of_values[at] += grad_v
+        of(dq).copy_(grad_q)
+        of_keys[at] += grad_k.sum(0)
+        of_values[at] += grad_v.sum(0)
     dk, dv = (spread((x / tail.held).to(q.dtype), geometry.key_order) for x in (of_keys, of_values))
     return dq, dk, dv, dexact, dexact_lse
 
@@ -73,21 +77,38 @@ class _Tail(NamedTuple):
 
 def _parts(
     q: Tensor, lists: BlockLists, dropped: Tensor | None, tail: _Tail, geometry: Geometry
-) -> Iterator[tuple[slice, slice, Tensor, Tensor]]:
-    """Sample, rows, bias [1, H, rows, key blocks] and blind rows [1, H, rows], as `dense.forward` takes them.
+) -> Iterator[tuple[slice, Callable[[Tensor], Tensor], Tensor, Tensor]]:
+    """Sample, a view [G, H, n, ...] of a tensor [B, H, visual, ...], bias [G, H, n, key blocks] and blind rows.
 
-    The bias is the log of the block's tokens, and -inf outside the tail.
+    The bias is the log of the block's tokens, and -inf outside the tail. Blocks of queries that are runs are problems
+    of their own, whose rows share a bias; others are not.
     """
-    block_of, weight = _query_blocks(geometry.query_order, q.device), tail.held[:, 0].log()
+    order, visual, weight = geometry.query_order, q.shape[2], tail.held[:, 0].log()
     step = max(1, dense.logits_at_once(q.device) // (q.shape[1] * len(weight)))
+    runs = 0 if order.tile else visual // order.block
     for b in range(len(q)):
         at = slice(b, b + 1)
         skipped = None if dropped is None else dropped[at]
         within = in_tail(BlockLists(lists.indices[at], lists.counts[at]), skipped, len(weight))
         bias, blind = torch.where(within, weight, -torch.inf), ~within.any(-1)
-        for first in range(0, q.shape[2], step):
+        blocks = max(1, step // order.block)
+        for first in range(0, runs, blocks):
+            some = slice(first, min(first + blocks, runs))
+            rows = slice(some.start * order.block, some.stop * order.block)
+            biases = bias[0, :, some, None].expand(-1, -1, order.block, -1).transpose(0, 1)
+            yield at, functools.partial(_runs, b, rows, order.block), biases, blind[0, :, some, None].transpose(0, 1)
+        for first in range(runs * order.block, visual, step):
             rows = slice(first, first + step)
-            yield at, rows, bias.index_select(2, block_of[rows]), blind.index_select(2, block_of[rows])
+            of_rows = _query_blocks(order, q.device)[rows]
+            yield at, functools.partial(_rows, at, rows), bias.index_select(2, of_rows), blind.index_select(2, of_rows)
+
+
+def _runs(b: int, rows: slice, block: int, x: Tensor) -> Tensor:
+    return x[b, :, rows].unflatten(1, (-1, block)).transpose(0, 1)
+
+
+def _rows(at: slice, rows: slice, x: Tensor) -> Tensor:
+    return x[at][:, :, rows]
 
 
 @functools.lru_cache(maxsize=16)
