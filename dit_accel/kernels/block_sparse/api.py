@@ -1,40 +1,42 @@
 """Block-sparse attention: the function behind every static method and the exact part of every routed one.
 
-`impls.choose` chooses the implementation.
+`impls.choose` chooses the implementation. The custom ops are opaque to `torch.compile`, with fake kernels for tracing
+and the backward. Their signatures are flat; all other code passes the record of `call`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import importlib
+from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 from torch._C import _len_torch_function_stack
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode as traced
 
 from dit_accel.errors import DitAccelError
-from dit_accel.kernels.block_sparse import ops
 from dit_accel.kernels.block_sparse.call import BlockSparseCall, check_call
-from dit_accel.kernels.block_sparse.geometry import BlockLists, Geometry, Segments
-from dit_accel.kernels.impls import AUTO, Facts, Impl, Implementation, choose
+from dit_accel.kernels.block_sparse.geometry import BlockLists, Geometry, Segments, empty_rows
+from dit_accel.kernels.impls import AUTO, Facts, Impl, Implementation, choose, named
 from dit_accel.order import TokenOrder
 
 WHOLE = Segments()
 
 
 def attend_blocks(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
     lists: BlockLists,
     geometry: Geometry,
     segments: Segments = WHOLE,
     *,
-    text_bias: torch.Tensor | None = None,
+    text_bias: Tensor | None = None,
     scale: float | None = None,
     lse: bool = False,
     impl: Impl = AUTO,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+) -> tuple[Tensor, Tensor | None]:
     """Softmax attention in which each block of queries visits only its listed blocks of keys.
 
     Blocks are those of `order.TokenOrder`: visual blocks (raster runs or 3-D tiles), conditioning blocks, text blocks.
@@ -82,13 +84,13 @@ def attend_blocks(
     return out, sums
 
 
-def gradients_follow(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
+def gradients_follow(q: Tensor, k: Tensor, v: Tensor) -> bool:
     return torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
 
 
 def attend_checked(
     chosen: Implementation, call: BlockSparseCall, opened: BlockLists | None = None
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+) -> tuple[Tensor, Tensor | None]:
     """`attend_blocks` without its checks; `opened` are the lists for a call outside the custom op.
 
     The op serves autograd, tracing and profiles, which show its name, and hides modes such as a default device from
@@ -98,25 +100,25 @@ def attend_checked(
     if chosen.autograd:
         return chosen.load().forward(call)
     followed = torch.compiler.is_compiling() or gradients_follow(*call[:3]) or traced() or _len_torch_function_stack()
-    if followed or type(call.q) is not torch.Tensor or torch.autograd.profiler._is_profiler_enabled:
-        return ops.attention_forward(*call.pack(), chosen.name)
+    if followed or type(call.q) is not Tensor or torch.autograd.profiler._is_profiler_enabled:
+        return attention_forward(*call.pack(), chosen.name)
     return chosen.load().forward(call if opened is None else call._replace(lists=opened))
 
 
 def attend_visual(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
     lists: BlockLists,
     query_order: TokenOrder,
     key_order: TokenOrder,
     *,
-    text_lens: torch.Tensor | None = None,
-    text_bias: torch.Tensor | None = None,
+    text_lens: Tensor | None = None,
+    text_bias: Tensor | None = None,
     scale: float | None = None,
     lse: bool = False,
     impl: Impl = AUTO,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+) -> tuple[Tensor, Tensor | None]:
     """The visual queries of a sequence over listed visual blocks and over all conditioning and text keys.
 
     Args:
@@ -145,7 +147,7 @@ def attend_visual(
     return attend_blocks(queries, k, v, lists, geometry, segments, text_bias=bias, scale=scale, lse=lse, impl=impl)
 
 
-def pack(lists: BlockLists, geometry: Geometry, packing: str) -> torch.Tensor:
+def pack(lists: BlockLists, geometry: Geometry, packing: str) -> Tensor:
     """Prepare lists without head axis once, rather than in each call: `BlockLists.packed`, int32 [words].
 
     Waits for the device.
@@ -168,7 +170,7 @@ def opened(lists: BlockLists, geometry: Geometry, packing: str | None) -> BlockL
     return lists if take_apart is None else take_apart(lists, geometry)
 
 
-def _attend_padding(call: BlockSparseCall, impl: Impl) -> tuple[torch.Tensor, torch.Tensor]:
+def _attend_padding(call: BlockSparseCall, impl: Impl) -> tuple[Tensor, Tensor]:
     """All queries over the text behind `text_len`: output [B, H, Nq, D] and LSE [B, H, Nq]."""
     q, k, v, _, segments, geometry, scale = call
     text_start, text_len = segments.text_start, segments.text_len
@@ -191,7 +193,7 @@ def _attend_padding(call: BlockSparseCall, impl: Impl) -> tuple[torch.Tensor, to
     return out, lse
 
 
-def _check_bias(call: BlockSparseCall, text_bias: torch.Tensor | None) -> None:
+def _check_bias(call: BlockSparseCall, text_bias: Tensor | None) -> None:
     if text_bias is None:
         return
     want, text_len = (call.q.shape[0], call.q.shape[2]), call.segments.text_len
@@ -202,7 +204,7 @@ def _check_bias(call: BlockSparseCall, text_bias: torch.Tensor | None) -> None:
         )
 
 
-def _text_from_its_end(x: torch.Tensor, text_start: torch.Tensor, text: int) -> torch.Tensor:
+def _text_from_its_end(x: Tensor, text_start: Tensor, text: int) -> Tensor:
     """The text rows of keys or values, the last one first, so that padding is in front.
 
     Args:
@@ -218,8 +220,8 @@ def _text_from_its_end(x: torch.Tensor, text_start: torch.Tensor, text: int) -> 
 
 
 def _merge_padding(
-    out: torch.Tensor, lse: torch.Tensor, padding: torch.Tensor, padding_lse: torch.Tensor, bias: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+    out: Tensor, lse: Tensor, padding: Tensor, padding_lse: Tensor, bias: Tensor
+) -> tuple[Tensor, Tensor]:
     """One softmax over two sets of keys, from outputs [B, H, N, D] and LSE [B, H, N] over each.
 
     Args:
@@ -230,3 +232,80 @@ def _merge_padding(
     share = (biased - lse).masked_fill(empty, -torch.inf).sigmoid()[..., None]
     merged = torch.lerp(out.to(lse.dtype), padding.to(lse.dtype), share).to(out.dtype)
     return merged, torch.where(empty, lse, torch.logaddexp(lse, biased.masked_fill(empty, 0.0)))
+
+
+@torch.library.custom_op("dit_accel::block_sparse_attention", mutates_args=())
+def attention_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    indices: Tensor,
+    counts: Tensor,
+    partial: Tensor | None,
+    tables: Tensor | None,
+    packed: Tensor | None,
+    visual_start: Tensor | None,
+    conditioning_start: Tensor | None,
+    text_start: Tensor | None,
+    text_len: Tensor | None,
+    geometry: Sequence[int],
+    scale: float,
+    impl: str,
+) -> tuple[Tensor, Tensor]:
+    """Output [B, H, Nq, D], laid out in memory as [B, Nq, H, D], and LSE [B, H, Nq]."""
+    records = indices, counts, partial, tables, packed, visual_start, conditioning_start, text_start, text_len
+    return named(impl).load().forward(BlockSparseCall.unpack((q, k, v, *records, geometry, scale)))
+
+
+@attention_forward.register_fake
+def _(q, k, v, *rest):
+    return empty_rows(q), q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
+
+
+@torch.library.custom_op("dit_accel::block_sparse_attention_backward", mutates_args=())
+def attention_backward(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    indices: Tensor,
+    counts: Tensor,
+    partial: Tensor | None,
+    tables: Tensor | None,
+    packed: Tensor | None,
+    visual_start: Tensor | None,
+    conditioning_start: Tensor | None,
+    text_start: Tensor | None,
+    text_len: Tensor | None,
+    geometry: Sequence[int],
+    scale: float,
+    impl: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v, each laid out in memory as [B, N, H, D]."""
+    records = indices, counts, partial, tables, packed, visual_start, conditioning_start, text_start, text_len
+    call = BlockSparseCall.unpack((q, k, v, *records, geometry, scale))
+    return named(impl).load().backward(grad_out, grad_lse, out, lse, call)
+
+
+@attention_backward.register_fake
+def _(grad_out, grad_lse, out, lse, q, k, v, *rest):
+    return tuple(empty_rows(x) for x in (q, k, v))
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    *tensors, ctx.geometry, ctx.scale, ctx.impl = inputs
+    ctx.save_for_backward(*output, *tensors)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, grad_out, grad_lse):
+    if grad_out is None:
+        grad_out = torch.zeros_like(ctx.saved_tensors[0])
+    grads = attention_backward(grad_out, grad_lse, *ctx.saved_tensors, ctx.geometry, ctx.scale, ctx.impl)
+    return *grads, *[None] * (len(ctx.saved_tensors) - 2)
+
+
+attention_forward.register_autograd(_backward, setup_context=_setup_context)

@@ -1,6 +1,8 @@
-"""The router's public function: checks, and the choice of the implementation. README.md has the rules."""
+"""The router's public functions: checks, the choice of the implementation, the custom op. README.md has the rules."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 
@@ -8,8 +10,7 @@ from dit_accel.errors import DitAccelError
 from dit_accel.kernels import impls
 from dit_accel.kernels.block_sparse.geometry import BlockLists
 from dit_accel.kernels.impls import AUTO, Facts, Impl, Implementation
-from dit_accel.kernels.router import ops
-from dit_accel.kernels.router.call import Rule
+from dit_accel.kernels.router.call import RouterCall, Rule
 from dit_accel.kernels.sla.call import Cuts, visual_of
 from dit_accel.order import TokenOrder
 from dit_accel.tokens import TokenGrid
@@ -91,7 +92,7 @@ def _route(
         raise DitAccelError(f"The router ranks logits, whose scale is above 0; got {scale}.")
     chosen, _ = choose_impl(q.device, q.dtype, q.shape[-1], query_order, key_order, impl)
     rows = q.shape[0], q.shape[1], query_order.visual_blocks
-    indices, counts = ops.route_blocks(
+    indices, counts = route_blocks(
         q, k,
         Cuts.of(query_order, key_order).pack(),
         _per_row("topk", rule.topk, torch.int32, rows, q.device),
@@ -152,3 +153,39 @@ def _check(q: torch.Tensor, k: torch.Tensor, query_order: TokenOrder, key_order:
             f"forced must be bool {list(want)} on {q.device}, got {forced.dtype} {list(forced.shape)} on "
             f"{forced.device}."
         )
+
+
+@torch.library.custom_op("dit_accel::route_blocks", mutates_args=())
+def route_blocks(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    cuts: Sequence[int],
+    counts: torch.Tensor | None,
+    shares: torch.Tensor | None,
+    forced: torch.Tensor | None,
+    tau: float | None,
+    exact: bool,
+    cells: int,
+    similarity: float | None,
+    scale: float,
+    width: int,
+    impl: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Block lists [B, H, query blocks, width] and their counts [B, H, query blocks], int32; no gradient flows.
+
+    Args:
+        q, k: visual tokens in raster order, [B, H, visual, D].
+        cuts: of queries and of keys, as `sla.call.Cuts.pack` returns them.
+        counts, shares, forced, tau, exact, cells, similarity, scale, width: as in `RouterCall`.
+        impl: the name of an implementation.
+    """
+    call = RouterCall(
+        *Cuts.unpack(cuts), counts, shares, forced, tau, exact, cells, similarity, scale, width
+    )  # fmt: skip
+    return impls.named(impl, impls.ROUTER).load().route(q, k, call)
+
+
+@route_blocks.register_fake
+def _(q, k, cuts, counts, shares, forced, tau, exact, cells, similarity, scale, width, impl):
+    rows = *q.shape[:2], Cuts.unpack(cuts).queries.blocks
+    return q.new_empty((*rows, width), dtype=torch.int32), q.new_empty(rows, dtype=torch.int32)

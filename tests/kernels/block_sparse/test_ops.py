@@ -5,7 +5,7 @@ import torch
 from block_sparse_calls import block_sparse_attention
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from dit_accel.kernels.block_sparse import ops
+from dit_accel.kernels.block_sparse import api
 
 
 @pytest.mark.parametrize("topk", [None, 2], ids=["shared", "per-head"])
@@ -16,13 +16,13 @@ def test_opcheck(make_problem, topk, dtype):
     leaves = [x.to(dtype).requires_grad_() for x in (problem.q, problem.k, problem.v)]
     arguments = *problem.block_lists(), *problem.segments()
     settings = problem.geometry().pack(), problem.scale, "portable"
-    torch.library.opcheck(ops.attention_forward, (*leaves, *arguments, *settings))
-    out, lse = ops.attention_forward(*leaves, *arguments, *settings)
+    torch.library.opcheck(api.attention_forward, (*leaves, *arguments, *settings))
+    out, lse = api.attention_forward(*leaves, *arguments, *settings)
     leaves = [x.detach() for x in leaves]
     grad = torch.randn_like(out)
     for grad_lse in (None, torch.randn_like(lse)):
         results = grad, grad_lse, out.detach(), lse.detach()
-        torch.library.opcheck(ops.attention_backward, (*results, *leaves, *arguments, *settings))
+        torch.library.opcheck(api.attention_backward, (*results, *leaves, *arguments, *settings))
 
 
 def _compiled(counter):

@@ -8,7 +8,7 @@ from router_calls import GRIDS, RULES, SIZES, blocks, dense, inputs
 
 from dit_accel.errors import DitAccelError
 from dit_accel.kernels import impls
-from dit_accel.kernels.router import ops
+from dit_accel.kernels.router import api
 from dit_accel.kernels.router.api import route
 from dit_accel.kernels.router.call import Rule, thresholds
 from dit_accel.kernels.sla.call import Cuts
@@ -173,7 +173,7 @@ def test_the_operator_is_whole_and_compiles():
     counts, shares = torch.full((1, 1, 1), 2, dtype=torch.int32), torch.rand(2, 3, order.visual_blocks)
     forced = torch.rand(order.visual_blocks, order.visual_blocks) < 0.1
     arguments = (q, k, cuts, counts, shares, forced, 1.0, True, 1, 0.2, 0.4, order.visual_blocks, "portable")
-    torch.library.opcheck(ops.route_blocks, arguments)
+    torch.library.opcheck(api.route_blocks, arguments)
 
     def lists(q, k):
         return route(q, k, order, order, Rule(topk=2, topp=0.3))
