@@ -116,7 +116,7 @@ def figures(videos: np.ndarray, dense: np.ndarray, true: np.ndarray) -> dict[str
 
     PSNR is the mean over videos in decibels, 100 for identical ones; FID is of the embedded CLIP's features of all
     frames, against those of the dense videos and, "true", of true clips of the same prompts. Intervals hold 95 % of the
-    bootstrap over prompts; that of `joint` is of colour and direction together.
+    bootstrap over prompts.
     """
     pairs = [[torch.from_numpy(video).movedim(-1, 1) for video in pair] for pair in zip(videos, dense, strict=True)]
     likeness = [min(psnr(own, wanted), 100.0) for own, wanted in pairs]
@@ -125,8 +125,9 @@ def figures(videos: np.ndarray, dense: np.ndarray, true: np.ndarray) -> dict[str
         found[name] = distance(videos, reference)
     scenes = fixed_scenes(len(videos))
     agreements = [read(video).agrees(scene) for video, scene in zip(videos, scenes, strict=True)]
-    joint = [float(row["colour"] and row["direction"]) for row in agreements]
-    intervals = {"psnr": _interval(likeness), "joint": _interval(joint)}
+    alone = [summarise([row]) for row in agreements]
+    intervals = {name: _interval([own[name] for own in alone]) for name in ("joint", "all")}
+    intervals["psnr"] = _interval(likeness)
     return found | summarise(agreements) | {"intervals": intervals}
 
 
