@@ -65,7 +65,8 @@ class Facts:
         gradients: gradients of q, k or v follow.
         lse: the log-sum-exp is wanted.
         visual_blocks: of kernels "sla" and "router": key blocks of visual tokens.
-        linear_scope: of kernel "sla": the blocks of its linear branch; None without one.
+        linear_scope, feature_map: of kernel "sla": the blocks and the map of its linear branch; None without one.
+        critical: of kernel "sla": blocks that a query block attends exactly; None if not known.
     """
 
     device: torch.device
@@ -77,6 +78,8 @@ class Facts:
     lse: bool = False
     visual_blocks: int = 0
     linear_scope: str | None = None
+    feature_map: str | None = None
+    critical: int | None = None
 
     @classmethod
     def of(
@@ -194,9 +197,8 @@ def _flex(facts: Facts) -> str | None:
 def _sla_triton(facts: Facts) -> str | None:
     from dit_accel.kernels.sla.triton_configs import unsupported
 
-    return unsupported(
-        facts.head_dim, facts.block_q, facts.block_k, facts.visual_blocks, facts.linear_scope
-    ) or _triton(facts)
+    sizes = facts.head_dim, facts.block_q, facts.block_k, facts.visual_blocks
+    return unsupported(*sizes, facts.linear_scope, facts.feature_map) or _triton(facts)
 
 
 def _router_triton(facts: Facts) -> str | None:
@@ -209,6 +211,8 @@ def _router_triton(facts: Facts) -> str | None:
 def _sla_gluon(facts: Facts) -> str | None:
     if facts.linear_scope == "marginal":
         return "the kernel computes linear_scope 'all', not 'marginal'"
+    if facts.critical == 0:
+        return "the kernel was not tried without critical blocks"
     return _sla_triton(facts) or _gluon(facts)
 
 

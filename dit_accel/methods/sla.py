@@ -4,6 +4,10 @@ Source: "SLA: Beyond Sparsity in Diffusion Transformers via Fine-Tunable Sparse-
 its code, thu-ml/SLA. In scope "all" the linear branch covers all blocks, as in the published code. In scope "marginal"
 it covers the marginal blocks, as in the paper's equation 5. Weights trained with one scope do not fit the other. Score
 "learned" ranks blocks by a trained gate (`plans/gate.py`) in place of block means.
+
+With `topk=0` nothing is critical: visual tokens meet through linear attention alone, and text stays exact. This is how
+LiT (arXiv 2501.12976) converts a trained model, which keeps its weights: its guidelines 3 and 4. Its depthwise
+convolution (1) and fewer heads (2) change the architecture and are left out.
 """
 
 from __future__ import annotations
@@ -21,7 +25,7 @@ from dit_accel.kernels.block_sparse.geometry import BlockLists
 from dit_accel.kernels.impls import AUTO, Facts, Impl
 from dit_accel.kernels.sla import portable
 from dit_accel.kernels.sla.api import route, sparse_linear_attention
-from dit_accel.kernels.sla.call import EPSILON, Cut, Cuts, FeatureMap, LinearScope, apply_map
+from dit_accel.kernels.sla.call import EPSILON, Cut, Cuts, FeatureMap, LinearScope, apply_map, learned_inputs
 from dit_accel.kernels.sla.reference import block_map
 from dit_accel.order import TokenOrder, valid_tokens
 from dit_accel.plans.blocks import BlockMask
@@ -42,10 +46,11 @@ class Config:
     """Settings of SLA; the defaults are the published ones.
 
     Args:
-        topk: share of the visual key blocks that are critical for a query block, in (0, 1]. Of K blocks these are
-            ``max(1, int(topk * K))``: rounded down as published, but at least one.
+        topk: share of the visual key blocks that are critical for a query block, in [0, 1]. Of K blocks these are
+            ``max(1, int(topk * K))``: rounded down as published, but at least one. 0: none.
         skip: share that is negligible, in [0, 1): ``int(skip * K)`` blocks. Scope "all" has no negligible blocks.
-        feature_map: of the linear branch: "softmax" over the head dimension, "elu" plus one, or "relu".
+        feature_map: of the linear branch: "softmax" over the head dimension, "elu" plus one, "relu", "focused"
+            (FLatten) or "hedgehog", which is learned; see `kernels.sla.call.apply_map`.
         linear_scope: "all": linear attention over all visual keys; "marginal": over those in marginal blocks.
         block: tokens a key block holds, at most 1024.
         block_q: tokens a query block holds, at most 1024; None: as many as a key block. TurboDiffusion routes with 128
@@ -58,7 +63,7 @@ class Config:
             so its default value is not counted there.
     """
 
-    topk: float = option(0.05, above=0, most=1)
+    topk: float = option(0.05, least=0, most=1)
     skip: float = option(0.10, least=0, below=1)
     feature_map: FeatureMap = "softmax"
     linear_scope: LinearScope = "all"
@@ -78,7 +83,7 @@ class Config:
 
     def counts(self, blocks: int) -> BlockCounts:
         """Critical and negligible blocks of every query block, of `blocks` visual key blocks."""
-        topk = max(1, int(self.topk * blocks))
+        topk = max(1, int(self.topk * blocks)) if self.topk else 0
         return BlockCounts(topk, 0 if self.linear_scope == "all" else min(int(self.skip * blocks), blocks - topk))
 
 
@@ -103,17 +108,19 @@ class Routing(NamedTuple):
 
 
 class Projection(nn.Module):
-    """A head_dim x head_dim linear layer whose weights a kernel applies; a call returns them.
+    """Linear layers whose weights a kernel applies; a call returns them.
 
     It is a module that is called, so offloading and FSDP, which move or gather weights around a module's call, reach
     its weights. It is not an `nn.Linear`, so casting and adapters for linear layers leave it alone.
+
+    Args:
+        weight: where the weights start, float32 [..., out, in]; the bias starts at zero.
     """
 
-    def __init__(self, head_dim: int) -> None:
+    def __init__(self, weight: torch.Tensor) -> None:
         super().__init__()
-        self.in_features = head_dim
-        self.weight = nn.Parameter(torch.zeros(head_dim, head_dim, dtype=torch.float32))
-        self.bias = nn.Parameter(torch.zeros(head_dim, dtype=torch.float32))
+        self.weight = nn.Parameter(weight)
+        self.bias = nn.Parameter(torch.zeros(weight.shape[:-1], dtype=torch.float32))
 
     def forward(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         """Weight and bias on `device`, as views that stay valid when the parameters move after the call."""
@@ -123,12 +130,14 @@ class Projection(nn.Module):
 class SparseLinearAttention(nn.Module):
     """SLA with its learned projection, one head_dim x head_dim linear layer shared by all heads.
 
-    The projection starts at zero, so an untrained module computes plain top-k block-sparse attention. It stays in fp32
-    and is cast to the input's dtype at use.
+    The projection starts at zero, so an untrained module computes plain top-k block-sparse attention. With `topk=0` it
+    starts at the identity, and an untrained module computes plain linear attention. Hedgehog's map has a linear layer
+    for the queries and one for the keys of each head, which start at the identity, as published. All weights stay in
+    fp32; the projection is cast to the input's dtype at use.
 
     Args:
         head_dim: D.
-        heads: of the layer, which score "learned" needs.
+        heads: of the layer; the learned map and the gate tell them apart.
         config: settings of `Config`, by name.
 
     Example:
@@ -140,8 +149,10 @@ class SparseLinearAttention(nn.Module):
 
     def __init__(self, head_dim: int, heads: int = 1, **config: Any) -> None:
         super().__init__()
-        self.config = Config(**config)
-        self.proj = Projection(head_dim)
+        self.config, identity = Config(**config), torch.eye(head_dim, dtype=torch.float32)
+        self.proj = Projection(torch.zeros_like(identity) if self.config.topk else identity.clone())
+        learned = self.config.feature_map == "hedgehog"
+        self.features = Projection(identity.repeat(2, heads, 1, 1)) if learned else None
         self.gate = BlockGate(head_dim, heads) if self.config.score == "learned" else None
 
     def forward(
@@ -170,9 +181,9 @@ class SparseLinearAttention(nn.Module):
             DitAccelError: shapes do not fit the grid or head_dim, tiles are asked for without a grid, or `impl` cannot
                 run here.
         """
-        if q.shape[-1] != self.proj.in_features:
+        if q.shape[-1] != self.proj.weight.shape[-1]:
             raise DitAccelError(
-                f"This module was built for head_dim {self.proj.in_features}, the call has {q.shape[-1]}; "
+                f"This module was built for head_dim {self.proj.weight.shape[-1]}, the call has {q.shape[-1]}; "
                 "build SparseLinearAttention with the model's head_dim."
             )
         plan = SlaPlan(self.config, self._grid(q, grid))
@@ -261,12 +272,18 @@ class SlaPlan(RoutedPlan):
     def attend_visual(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: PlanCall
     ) -> tuple[torch.Tensor, BlockLists]:
-        """Without a module the projection counts as zero: the linear branch is left out."""
+        """Without a module its weights count as they start."""
         module, config = call.module, self.config
-        if module is None:
+        if module is None and config.topk:
             return super().attend_visual(q, k, v, call)
+        if module is None:
+            module = self.untrained(q)
         if not isinstance(module, SparseLinearAttention):
             raise DitAccelError(f"sla takes a SparseLinearAttention as its module, got {type(module).__name__}.")
+        features = None if module.features is None else module.features(q.device)
+        if features is not None and call.heads is not None:
+            first, heads = call.heads[0], q.shape[1]
+            features = tuple(x[:, first : first + heads] if x.shape[1] > 1 else x for x in features)
         topk, skip = config.counts(self.key_order.visual_blocks)
         out, critical = sparse_linear_attention(
             q,
@@ -281,17 +298,26 @@ class SlaPlan(RoutedPlan):
             text_bias=call.text_bias,
             scale=call.scale,
             feature_map=config.feature_map,
+            features=features,
             linear_scope=config.linear_scope,
             impl=call.impl,
             lists=self.classify(q, k, call) if config.score == "learned" else None,
         )
         return out, BlockLists.full(critical)
 
+    def untrained(self, like: torch.Tensor) -> SparseLinearAttention:
+        """A module for tensors [..., D] like this one, as it starts."""
+        made = SparseLinearAttention(like.shape[-1], **dataclasses.asdict(self.config))
+        return made.to(like.device).requires_grad_(False)
+
     def prepare(
         self, device: torch.device, dtype: torch.dtype, head_dim: int, impl: Impl = AUTO, *, learned: bool = False
     ) -> tuple[str, str]:
-        scope = self.config.linear_scope if learned else None
-        facts = Facts.of(device, dtype, head_dim, self.query_order, self.key_order, linear_scope=scope)
+        config, linear = self.config, {}
+        if learned:
+            critical = config.counts(self.key_order.visual_blocks).topk
+            linear = {"linear_scope": config.linear_scope, "feature_map": config.feature_map, "critical": critical}
+        facts = Facts.of(device, dtype, head_dim, self.query_order, self.key_order, **linear)
         chosen, why = impls.choose(facts, impl, impls.SLA)
         return chosen.name, why
 
@@ -360,17 +386,22 @@ class SlaDefinition(Definition):
         v: torch.Tensor,
         *weights: torch.Tensor,
     ) -> torch.Tensor:
-        out = masked_attention(q, k, v, seen)
+        config, empty = self.plan.config, ~seen.any(-1, keepdim=True)
+        out = masked_attention(q, k, v, seen | empty).masked_fill(empty, 0)
         if not weights:
-            return out
-        config = self.plan.config
+            if config.topk:
+                return out
+            weights = tuple(weight.to(q) for weight in self.plan.untrained(q).parameters())
         linear = ~(self.critical | self.negligible)[head, self.block]
         if config.linear_scope == "all":
             linear = torch.ones_like(linear)
         pairs = F.pad(linear, (0, self.plan.key_order.dense_blocks), value=False)[:, self.key_block]
-        affinity = apply_map(q, config.feature_map) @ apply_map(k, config.feature_map).T * pairs
+        projection, features = weights[:2], [x[:, head : head + 1] if x.shape[1] > 1 else x for x in weights[2:]]
+        inputs = learned_inputs(q[None, None], k[None, None], tuple(features) or None)
+        a, b = (apply_map(x[0, 0], config.feature_map) for x in inputs)
+        affinity = a @ b.T * pairs
         branch = (affinity @ v) / (affinity.sum(-1, keepdim=True) + EPSILON)
-        return torch.where(self.visual, out + F.linear(branch, *weights), out)
+        return torch.where(self.visual, out + F.linear(branch, *projection), out)
 
 
 def _means(x: torch.Tensor, order: TokenOrder) -> torch.Tensor:

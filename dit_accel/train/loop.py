@@ -144,6 +144,7 @@ class Trainer:
             layers=layers if "attention" in settings.objectives else (),
             hidden="final" in settings.objectives,
             gates="gate" in settings.objectives,
+            calls="imitation" in settings.objectives,
             teacher=teacher,
         )
         self.transformer.train()

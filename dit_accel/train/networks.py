@@ -33,10 +33,12 @@ class TrainingNetworks:
         layers: indices of the self-attention modules whose output is recorded.
         hidden: record the input of the output head.
         gates: record what the layers' gates learn from.
+        calls: record the sparse attention calls.
         teacher: a copy of the dense model, if all weights train.
 
     Raises:
-        DitAccelError: the family's timesteps do not follow from the noise level, or the output head is unknown.
+        DitAccelError: the family's timesteps do not follow from the noise level, the output head is unknown, or `calls` of
+            layers without a learned map.
     """
 
     def __init__(
@@ -49,6 +51,7 @@ class TrainingNetworks:
         layers: tuple[int, ...] = (),
         hidden: bool = False,
         gates: bool = False,
+        calls: bool = False,
         teacher: nn.Module | None = None,
     ) -> None:
         self._transformer, self._accel, self._lora, self._gates = transformer, accel, lora, gates
@@ -67,6 +70,15 @@ class TrainingNetworks:
         self._teacher = transformer if teacher is None else teacher
         self._sink: Outputs | None = None
         self._handles: list[Any] = []
+        self._watching = contextlib.ExitStack()
+        if calls:
+            self._learned = {name.rpartition(".")[0]: module for name, module in accel.learned_weights().items()}
+            if any(getattr(module, "features", None) is None for module in self._learned.values() or [None]):
+                raise DitAccelError(
+                    f"The objective imitation trains a learned feature map, and these layers have none. Choose method "
+                    f"sla with feature_map={LEARNED_MAP}, or another objective."
+                )
+            self._watching.enter_context(accel.watch(self._see_call))
         for network in {id(module): module for module in (transformer, self._teacher)}.values():
             modules = [module for _, module in family.attentions(network)]
             self._handles += [modules[index].register_forward_hook(self._see_attention) for index in layers]
@@ -123,6 +135,7 @@ class TrainingNetworks:
 
     def close(self) -> None:
         """Remove the hooks from the model."""
+        self._watching.close()
         for handle in self._handles:
             handle.remove()
 

@@ -8,13 +8,20 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from dit_accel.errors import DitAccelError
+from dit_accel.hooks.selfcheck import AttentionCall
+from dit_accel.kernels.sla.call import apply_map, learned_inputs, visual_of
 from dit_accel.registry import did_you_mean
 from dit_accel.train.gates import GateSample
+
+LEARNED_MAP = "hedgehog"  # the feature map of SLA that the objective imitation trains
+SAMPLED = 64  # queries of a head whose weights it compares
 
 
 @dataclasses.dataclass
@@ -26,12 +33,14 @@ class Outputs:
         attention: outputs of the recorded self-attention modules, [B, N, C]; joint ones have a second one for text.
         hidden: input of the output head, [B, N, C]; None if not recorded.
         gates: of the layers with a gate, in the order they ran; empty if not recorded.
+        calls: the sparse attention calls with the learned weights of their layers.
     """
 
     prediction: torch.Tensor
     attention: list[torch.Tensor] = dataclasses.field(default_factory=list)
     hidden: torch.Tensor | None = None
     gates: list[GateSample] = dataclasses.field(default_factory=list)
+    calls: list[tuple[nn.Module, AttentionCall]] = dataclasses.field(default_factory=list)
 
 
 Objective = Callable[[Outputs, Outputs | None, torch.Tensor], torch.Tensor]
@@ -88,6 +97,16 @@ def gate(student: Outputs, teacher: Outputs | None, target: torch.Tensor) -> tor
     return torch.stack([sample.loss() for sample in student.gates]).mean()
 
 
+def imitation(student: Outputs, teacher: Outputs | None, target: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy of the linear attention weights against softmax attention's, in nats, averaged over the layers.
+
+    Source: Hedgehog (arXiv:2402.04347), section 4. Both are weights of the student's own q and k, which get no gradient:
+    only the learned map trains. The paper takes all queries; here `SAMPLED` visual ones, evenly spaced, stand for them.
+    The keys are all visual ones. As published, the denominator has no epsilon.
+    """
+    return torch.stack([_imitated(module, call) for module, call in student.calls]).mean()
+
+
 OBJECTIVES: Mapping[str, Objective] = {
     "flow": flow,
     "teacher": teacher,
@@ -95,6 +114,7 @@ OBJECTIVES: Mapping[str, Objective] = {
     "final": final,
     "consistency": consistency,
     "gate": gate,
+    "imitation": imitation,
 }
 NEEDS_TEACHER = ("teacher", "attention", "final")
 
@@ -121,3 +141,13 @@ def check(weights: Mapping[str, float]) -> None:
 def _relative(own: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
     own, wanted = own.float(), wanted.float()
     return F.mse_loss(own, wanted) / wanted.square().mean().clamp_min(torch.finfo(torch.float32).tiny)
+
+
+def _imitated(module: Any, call: AttentionCall) -> torch.Tensor:
+    q, k = (visual_of(x, call.plan.grid).detach().float() for x in (call.q, call.k))
+    rows = torch.linspace(0, q.shape[2] - 1, min(SAMPLED, q.shape[2]), device=q.device).long()
+    q, scale = q[:, :, rows], q.shape[-1] ** -0.5 if call.scale is None else call.scale
+    wanted = (q @ k.mT * scale).softmax(-1)
+    a, b = (apply_map(x, LEARNED_MAP) for x in learned_inputs(q, k, module.features(q.device)))
+    own = (a @ b.mT).clamp_min(torch.finfo(torch.float32).tiny)
+    return (wanted * (own.sum(-1, keepdim=True).log() - own.log())).sum(-1).mean()

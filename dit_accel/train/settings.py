@@ -85,7 +85,7 @@ class TrainSettings:
     impl: str = option("auto", "The implementation of the kernels, as `accelerate` takes it.", typed=False)
     objectives: Mapping[str, float] = option(
         {"teacher": 1.0},
-        "flow, teacher, attention, final, consistency or gate; repeatable, they add up.",
+        "flow, teacher, attention, final, consistency, gate or imitation; repeatable, they add up.",
         flag="--objective",
         metavar="NAME=WEIGHT",
         repeatable=True,

@@ -61,6 +61,7 @@ class Run:
 RUNS = {
     "sla-demo": Run(),
     "gna-demo": Run(),
+    "linear-demo": Run(),
     "consistency-demo": Run(tuned=(4, 1.0)),
     "gate-demo": Run(),
     "radial-demo-2x": Run(prompts=12, dense_tuned=True),

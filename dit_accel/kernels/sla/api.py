@@ -31,6 +31,7 @@ def sparse_linear_attention(
     text_bias: torch.Tensor | None = None,
     scale: float | None = None,
     feature_map: FeatureMap = "softmax",
+    features: tuple[torch.Tensor, torch.Tensor] | None = None,
     linear_scope: LinearScope = "all",
     impl: Impl = AUTO,
     lists: tuple[torch.Tensor, torch.Tensor] | None = None,
@@ -39,7 +40,7 @@ def sparse_linear_attention(
 
     A query attends in one softmax to the critical blocks of its own block and to every conditioning and text token. To
     this ``o_l @ weight.T + bias`` is added, where o_l is linear attention over all visual keys, or over those in
-    marginal blocks. Differentiable in q, k, v, weight and bias; routing has no gradient.
+    marginal blocks. Differentiable in q, k, v and all weights; routing has no gradient.
 
     Source: SLA (arXiv 2509.24006): its equations for scope "marginal", its published code (thu-ml/SLA) for "all".
 
@@ -47,13 +48,15 @@ def sparse_linear_attention(
         q, k, v: [B, H, N, D] in model order, floating point, any strides; the whole sequence.
         weight, bias: projection of the linear branch, [D, D] and [D], cast to the dtype of q.
         query_order, key_order: how the sequence is cut into blocks of queries and blocks of keys; of one grid.
-        topk: critical key blocks of every query block.
+        topk: critical key blocks of every query block. 0: the exact branch covers conditioning and text alone; its
+            output is 0 where there are none.
         skip: negligible key blocks of every query block in scope "marginal"; scope "all" has none.
         text_len: int [B], valid text tokens of each sample; text behind them is never a key. None: all of them.
         text_bias: floating point [B, N]: text behind `text_len` is a key after all, and each query adds its value to
             the logits of that text.
         scale: factor of the logits; D ** -0.5 if None.
-        feature_map: "softmax" (over the head dimension), "elu" (plus one) or "relu".
+        feature_map: "softmax", "elu", "relu", "focused" or "hedgehog"; see `call.apply_map`.
+        features: weight and bias of "hedgehog", [2, H or 1, D, D] and [2, H or 1, D]; see `call.learned_inputs`.
         linear_scope: "all" or "marginal".
         impl: "auto", or the name of an implementation, which runs or raises.
         lists: critical and negligible blocks that another rule chose, as `route` returns them; None: by block means.
@@ -82,12 +85,14 @@ def sparse_linear_attention(
         linear_scope=linear_scope,
         weight=weight,
         bias=bias,
+        features=features,
         impl=impl,
         lists=lists,
     )
     _check(q, k, v, topk, skip, call)
     skip = skip if linear_scope == "marginal" else 0
-    facts = Facts.of(q.device, q.dtype, q.shape[-1], query_order, key_order, linear_scope=linear_scope)
+    linear = {"linear_scope": linear_scope, "feature_map": feature_map, "critical": topk}
+    facts = Facts.of(q.device, q.dtype, q.shape[-1], query_order, key_order, **linear)
     chosen, _ = impls.choose(facts, impl, impls.SLA)
     return chosen.load().forward(q, k, v, topk, skip, call._replace(impl=chosen.name))
 
@@ -125,10 +130,17 @@ def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, topk: int, skip: i
         raise DitAccelError(
             f"weight must be [{dim}, {dim}] and bias [{dim}] for this head_dim, got {got[0]}, {got[1]}."
         )
-    if topk < 1 or skip < 0 or topk + skip > blocks:
+    if min(topk, skip) < 0 or topk + skip > blocks:
         raise DitAccelError(
-            f"topk must be at least 1, skip at least 0, and both together at most the {blocks} visual "
-            f"blocks; got {topk} and {skip}."
+            f"topk and skip must be at least 0, and both together at most the {blocks} visual blocks; got {topk} and "
+            f"{skip}."
+        )
+    shapes = None if call.features is None else [tuple(x.shape) for x in call.features]
+    wanted = [[(2, heads, dim, dim), (2, heads, dim)] for heads in {1, q.shape[1]}]
+    if (call.feature_map == "hedgehog") != (shapes is not None) or (shapes and shapes not in wanted):
+        raise DitAccelError(
+            f"feature_map='hedgehog' alone takes features, and needs them as [2, heads, {dim}, {dim}] and "
+            f"[2, heads, {dim}] for 1 or the {q.shape[1]} heads of q; got {shapes} with {call.feature_map!r}."
         )
     for name, value, known in (
         ("feature_map", call.feature_map, FEATURE_MAPS),

@@ -14,7 +14,7 @@ from dit_accel.kernels.block_sparse.geometry import Shape
 from dit_accel.order import TokenOrder
 from dit_accel.tokens import TokenGrid
 
-FeatureMap = Literal["softmax", "elu", "relu"]
+FeatureMap = Literal["softmax", "elu", "relu", "focused", "hedgehog"]
 LinearScope = Literal["all", "marginal"]
 FEATURE_MAPS: tuple[str, ...] = get_args(FeatureMap)
 LINEAR_SCOPES: tuple[str, ...] = get_args(LinearScope)
@@ -30,6 +30,7 @@ class SlaCall(NamedTuple):
     impl: the name of the implementation that runs.
     text_len, text_bias: int32 [B] and [B, N] on the device of q, or None.
     lists: critical and negligible blocks as `portable.route` returns them; None: the call is routed.
+    features: weight and bias of the learned map, [2, H, D, D] and [2, H, D], H may be 1; None with every other map.
     """
 
     query_order: TokenOrder
@@ -41,6 +42,7 @@ class SlaCall(NamedTuple):
     linear_scope: LinearScope
     weight: torch.Tensor
     bias: torch.Tensor | None
+    features: tuple[torch.Tensor, torch.Tensor] | None
     impl: str
     lists: tuple[torch.Tensor, torch.Tensor] | None = None
 
@@ -164,8 +166,34 @@ def _permutation(order: TokenOrder, device: torch.device) -> tuple[torch.Tensor,
     return tokens.to(device), slots.to(device)
 
 
+def learned_inputs(
+    q: torch.Tensor, k: torch.Tensor, features: tuple[torch.Tensor, torch.Tensor] | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the feature map takes of q and k, [B, H, *, D]: ``x W^T + b``, fp32 or wider, or themselves without features.
+
+    Args:
+        features: W [2, H or 1, D, D] and b [2, H or 1, D], for queries and for keys; see `apply_map`.
+    """
+    if features is None:
+        return q, k
+    wide = torch.promote_types(q.dtype, torch.float32)
+    weight, bias = (x.to(wide) for x in features)
+    queries, keys = (x.to(wide) @ w.mT + b[:, None] for x, w, b in zip((q, k), weight, bias, strict=True))
+    return queries, keys
+
+
 def apply_map(x: torch.Tensor, feature_map: str) -> torch.Tensor:
-    """phi(x), never negative: softmax over the head dimension, ``elu(x) + 1``, or ``relu(x)``.
+    """phi(x), never negative, [..., D], or [..., 2 D] of "hedgehog".
+
+    "softmax" is over the head dimension. "elu" is ``elu(x) + 1``, "relu" ``relu(x)``.
+
+    "focused": ``|r| r**3 / |r**3|`` with r = relu(x), which keeps the norm of r and turns it towards its largest
+    values. Source: FLatten (arXiv 2308.00442), section 4.1, with its power of 3. Its learned scale of q and k, and the
+    depthwise convolution of v beside the attention, are left out.
+
+    "hedgehog": the softmax of x beside that of -x, where x is one of `learned_inputs`. Source: Hedgehog
+    (arXiv 2402.04347), section 4. The paper writes exp(x) and exp(-x); its authors' later code (LoLCATs) divides each
+    half by its sum, which no dtype overflows, and so does this.
 
     Args:
         x: [..., D], fp32 or wider. There is no factor 1/sqrt(D), as published.
@@ -173,13 +201,38 @@ def apply_map(x: torch.Tensor, feature_map: str) -> torch.Tensor:
     """
     if feature_map == "softmax":
         return x.softmax(-1)
-    return F.elu(x) + 1 if feature_map == "elu" else x.relu()
+    if feature_map == "elu":
+        return F.elu(x) + 1
+    if feature_map == "hedgehog":
+        return torch.cat([x.softmax(-1), (-x).softmax(-1)], dim=-1)
+    rectified = x.relu()
+    if feature_map == "relu":
+        return rectified
+    # the map does not change with the cubes' size, so their peak is 1; a row of zeros stays 0
+    peak = rectified.detach().amax(-1, keepdim=True)
+    cubes = (rectified / torch.where(peak > 0, peak, 1)) ** 3
+    return cubes * (_norm(rectified) / _norm(cubes).clamp(min=1))
 
 
 def pull_back(gradient: torch.Tensor, x: torch.Tensor, mapped: torch.Tensor, feature_map: str) -> torch.Tensor:
-    """dL/dx from ``gradient = dL/dphi`` and ``mapped = phi(x)``; all [..., D]."""
+    """dL/dx [..., D] from ``gradient = dL/dphi`` and ``mapped = phi(x)``."""
     if feature_map == "softmax":
         return mapped * (gradient - (mapped * gradient).sum(-1, keepdim=True))
     if feature_map == "elu":
         return gradient * mapped.clamp(max=1.0)
-    return gradient * (x > 0)
+    if feature_map == "hedgehog":
+        halves = zip(gradient.chunk(2, -1), mapped.chunk(2, -1), strict=True)
+        of_x, of_negative = (pull_back(part, x, phi, "softmax") for part, phi in halves)
+        return of_x - of_negative
+    if feature_map == "relu":
+        return gradient * (x > 0)
+    # phi = |r| u with the unit vector u of r**3
+    size, length = torch.where(x > 0, x, torch.inf), _norm(mapped)
+    unit = mapped / torch.where(length > 0, length, 1)
+    along = (gradient * unit).sum(-1, keepdim=True)
+    turned = 3 * mapped / size * (gradient - along * unit)
+    return turned + along * x.relu() / torch.where(length > 0, length, 1)
+
+
+def _norm(x: torch.Tensor) -> torch.Tensor:
+    return torch.linalg.vector_norm(x, dim=-1, keepdim=True)

@@ -33,9 +33,11 @@ def forward(
     grid, cuts = call.grid, call.cuts
     queries, keys, values = (visual_of(x, grid) for x in (q, k, v))
     keys_state, total, key_means = state(keys.detach(), values.detach(), cuts.keys.pack(), call.feature_map)
-    critical, negligible = call.lists or select(
-        block_means(queries.detach(), cuts.queries.pack()), key_means, topk, skip
-    )
+    critical = negligible = queries.new_empty(*queries.shape[:2], cuts.queries.blocks, 0, dtype=torch.int32)
+    if call.lists is not None:
+        critical, negligible = call.lists
+    elif topk + skip:
+        critical, negligible = select(block_means(queries.detach(), cuts.queries.pack()), key_means, topk, skip)
     whole = keys_state, total
     if call.text_bias is None:
         return _both_branches(queries, k, v, whole, critical, negligible, call, grid), critical

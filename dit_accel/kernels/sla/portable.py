@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from dit_accel.kernels.block_sparse.api import attend_visual
-from dit_accel.kernels.block_sparse.geometry import BlockLists
+from dit_accel.kernels.block_sparse.geometry import BlockLists, empty_rows
 from dit_accel.kernels.sla.call import (
     EPSILON,
     Cuts,
@@ -19,6 +19,7 @@ from dit_accel.kernels.sla.call import (
     SlaCall,
     apply_map,
     from_blocks,
+    learned_inputs,
     pull_back,
     to_blocks,
     visual_of,
@@ -38,10 +39,14 @@ def forward(
     weight, cuts = call.weight, call.cuts.pack()
     queries, keys, values = (visual_of(x, call.grid) for x in (q, k, v))
     critical, negligible = call.lists or route(queries.detach(), keys.detach(), cuts, topk, skip)
-    exact, _ = attend_visual(
-        q, k, v, BlockLists.full(critical), call.query_order, call.key_order,
-        text_lens=call.text_len, text_bias=call.text_bias, scale=call.scale, impl="portable",
-    )  # fmt: skip
+    if topk or call.key_order.dense_blocks:
+        exact, _ = attend_visual(
+            q, k, v, BlockLists.full(critical), call.query_order, call.key_order,
+            text_lens=call.text_len, text_bias=call.text_bias, scale=call.scale, impl="portable",
+        )  # fmt: skip
+    else:
+        exact = empty_rows(queries).zero_()
+    queries, keys = learned_inputs(queries, keys, call.features)
     if call.linear_scope == "all":
         projected = linear_all(queries, keys, values, call.feature_map, weight)
     else:
@@ -69,12 +74,15 @@ def route(
     Args:
         q, k: visual tokens in raster order, [B, H, visual, D], any strides.
         cuts: how they are cut into blocks, as `call.Cuts.pack` returns it.
-        topk, skip: critical and negligible blocks in every row; at least 1 and 0, together at most all blocks.
+        topk, skip: critical and negligible blocks in every row; together at most all blocks.
 
     Returns:
         Both lists, ascending: int32 [B, H, query blocks, topk] and int32 [B, H, query blocks, skip].
     """
     cut_q, cut_k = Cuts.unpack(cuts)
+    if topk + skip == 0:
+        none = (*q.shape[:2], cut_q.blocks, 0)
+        return q.new_empty(none, dtype=torch.int32), q.new_empty(none, dtype=torch.int32)
     queries, keys = block_means(q, cut_q.order), block_means(k, cut_k.order)
     batch, heads, blocks, _ = keys.shape
     rows = max(1, _SCORES_AT_ONCE // max(1, batch * heads * blocks))
@@ -174,7 +182,7 @@ def linear_marginal(
         b = to_blocks(apply_map(k[at].to(wide), feature_map), key_order)
         values = to_blocks(_with_ones(v[at].to(wide)), key_order)
         mixing = _marginal_blocks(critical[at], negligible[at], key_order, wide)
-        columns = values.split(_columns_at_once(values, mixing), dim=-1)
+        columns = values.split(_columns_at_once(b, mixing), dim=-1)
         numerator = from_blocks(torch.cat([a @ _mix(mixing, b.mT @ part) for part in columns], dim=-1), query_order)
         denominator[at] = numerator[..., -1:] + EPSILON
         out[at] = numerator[..., :-1] / denominator[at]
@@ -215,7 +223,7 @@ def linear_marginal_backward(
         of_numerator = to_blocks(of_numerator, query_order)
         mixing = _marginal_blocks(critical[at], negligible[at], key_order, wide)
         da, db, dvalues = torch.zeros_like(a), torch.zeros_like(b), []
-        step = _columns_at_once(values, mixing)
+        step = _columns_at_once(b, mixing)
         for columns, of_columns in zip(values.split(step, dim=-1), of_numerator.split(step, dim=-1), strict=True):
             da += of_columns @ _mix(mixing, b.mT @ columns).mT
             of_state = _mix(mixing.mT, a.mT @ of_columns)
@@ -272,7 +280,11 @@ def _head_groups(v: torch.Tensor, query_order: TokenOrder, key_order: TokenOrder
             yield sample, slice(first, first + step)
 
 
-def _columns_at_once(values: torch.Tensor, mixing: torch.Tensor) -> int:
-    """How many columns of [heads, key blocks, block, E] have states that fit the memory limit, at least one."""
+def _columns_at_once(features: torch.Tensor, mixing: torch.Tensor) -> int:
+    """How many columns of v have states that fit the memory limit, at least one.
+
+    Args:
+        features: of the keys, [heads, key blocks, block, D].
+    """
     heads, queries, keys = mixing.shape
-    return max(1, _STATE_BYTES // (heads * (queries + keys) * values.shape[-1] * 4))
+    return max(1, _STATE_BYTES // (heads * (queries + keys) * features.shape[-1] * 4))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from dit_accel.errors import DitAccelError
-from dit_accel.kernels.sla.call import EPSILON, SlaCall, apply_map, visual_of
+from dit_accel.kernels.sla.call import EPSILON, SlaCall, apply_map, learned_inputs, visual_of
 from dit_accel.kernels.sla.portable import route
 from dit_accel.order import TokenOrder
 from dit_accel.tokens import TokenGrid
@@ -46,12 +46,14 @@ def forward(
     logits = (queries @ k.mT) * call.scale
     if call.text_bias is not None:
         logits = logits + torch.where(keys.mT, 0, call.text_bias[:, None, visual, None])
-    out = logits.masked_fill(~exact, -torch.inf).softmax(-1) @ v
+    empty = ~exact.any(-1, keepdim=True)  # without a critical block and without text
+    out = logits.masked_fill(~(exact | empty), -torch.inf).softmax(-1).masked_fill(empty, 0) @ v
 
     rest = torch.ones_like(critical_map)
     if call.linear_scope == "marginal":
         rest = ~critical_map & ~negligible_map
-    affinity = apply_map(queries, call.feature_map) @ apply_map(k, call.feature_map).mT
+    a, b = (apply_map(x, call.feature_map) for x in learned_inputs(queries, k, call.features))
+    affinity = a @ b.mT
     affinity = affinity * token_pairs(rest, *orders, dense=False)[:, :, visual]
     linear = (affinity @ v) / (affinity.sum(-1, keepdim=True) + EPSILON)
     out = out + linear @ weight.to(wide).mT + (0 if bias is None else bias.to(wide))

@@ -112,14 +112,15 @@ def select(
     blocks = key_means.shape[3]
     width = configs.width_of(blocks)
     strip = configs.strip_of(width)
-    critical, negligible = (query_means.new_empty(batch, heads, rows, n, dtype=torch.int32) for n in (topk, skip))
+    found = max(topk, 1)  # the kernel looks for one block at least
+    critical, negligible = (query_means.new_empty(batch, heads, rows, n, dtype=torch.int32) for n in (found, skip))
     constants = {"WIDTH": width, "STRIP": strip, "WHOLE": strip < width and rows >= configs.MOST_ROWS}
     _run(
         "select", _in_steps(rows, batch * heads),
-        (query_means, key_means, critical, negligible, rows, blocks, topk, skip),
+        (query_means, key_means, critical, negligible, rows, blocks, found, skip),
         {"D": dim, **constants, "HAS_SKIP": skip > 0},
     )  # fmt: skip
-    return critical, negligible
+    return critical if topk else critical.new_empty(batch, heads, rows, 0), negligible
 
 
 def state(

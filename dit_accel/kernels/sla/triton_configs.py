@@ -14,17 +14,20 @@ MARGINAL_BLOCK = 64  # tokens; sums of 128 x 128 and feature maps in fp32 do not
 FUSED = ("forward", "dq", "dkdv")  # the kernels of both branches
 MOST_ROWS = 16  # that a selection program has
 SPLIT = 2048  # tokens that one program sums; fixed, so that the order of sums depends on the length alone
+OTHER_MAPS = {"focused": "needs one more sum of a row in its gradient", "hedgehog": "has 2 D features a token"}
 HEAD_DIMS = (64, 128)  # compiled ahead of time; others are padded in registers to the next power of two
 # Launches are tuned separately for these constants: no length, and no tile, which follows from the grid
 TUNED_BY = ("BLOCK", "BLOCK_Q", "BLOCK_K", "BLOCK_D", "WIDTH", "HAS_SKIP", "MAP", "SCOPE")
 
 
-def unsupported(head_dim: int, block_q: int, block_k: int, blocks: int, linear_scope: str | None) -> str | None:
+def unsupported(
+    head_dim: int, block_q: int, block_k: int, blocks: int, linear_scope: str | None, feature_map: str | None = None
+) -> str | None:
     """The reason why the kernels cannot compute such a call, or None. Needs no Triton.
 
     Args:
         blocks: visual key blocks.
-        linear_scope: None for a call without linear branch.
+        linear_scope, feature_map: None for a call without linear branch.
     """
     if blocks > MAX_BLOCKS:
         return f"the router's kernel takes at most {MAX_BLOCKS} visual blocks, not {blocks}"
@@ -33,6 +36,8 @@ def unsupported(head_dim: int, block_q: int, block_k: int, blocks: int, linear_s
             f"the kernels over marginal blocks take blocks of up to {MARGINAL_BLOCK} tokens, not {block_q} queries and "
             f"{block_k} keys"
         )
+    if feature_map in OTHER_MAPS:
+        return f"the kernels do not compute the feature map {feature_map}, which {OTHER_MAPS[feature_map]}"
     if linear_scope is not None and head_dim > HEAD_DIMS[-1]:
         return f"the kernels of the linear branch take head dimensions up to {HEAD_DIMS[-1]}, not {head_dim}"
     return None
