@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from dit_accel.kernels.sla import api
-from dit_accel.kernels.sla.call import EPSILON, Cut, Cuts, apply_map
+from dit_accel.kernels.sla.call import EPSILON, Cut, Cuts, apply_map, learned_inputs
 from dit_accel.methods.sla import SparseLinearAttention
 from dit_accel.order import TokenOrder
 from dit_accel.tokens import TokenGrid
@@ -61,20 +61,22 @@ def padding_text(grid, text_lens):
     return (position >= text_lens[:, None]) & (position < grid.text)
 
 
-def formula(q, k, v, weight, bias, *, routing, grid, config, hidden, scale=None):
+def formula(q, k, v, weight, bias, *features, routing, grid, config, hidden, scale=None):
     """What SLA means, in the dtype of q, by plain PyTorch."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     k, v = (x.masked_fill(hidden[:, None, :, None], 0) for x in (k, v))
     seen = token_map(routing.critical) & ~hidden[:, None, None, :]
-    out = (q @ k.mT * scale).masked_fill(~seen, -torch.inf).softmax(-1) @ v
-    weights = apply_map(q, config.feature_map) @ apply_map(k, config.feature_map).mT * linear_map(routing, config)
+    # a query that sees nothing exactly gets 0
+    out = (q @ k.mT * scale).masked_fill(~seen, torch.finfo(q.dtype).min).softmax(-1) * seen.any(-1, keepdim=True) @ v
+    a, b = (apply_map(x.to(q.dtype), config.feature_map) for x in learned_inputs(q, k, features or None))
+    weights = a @ b.mT * linear_map(routing, config)
     rest = (weights @ v) / (weights.sum(-1, keepdim=True) + EPSILON)
     visual = torch.zeros(grid.tokens, 1, dtype=torch.bool)
     visual[grid.visual_start : grid.visual_start + grid.visual] = True
     return torch.where(visual, out + F.linear(rest, weight, bias), out)
 
 
-def magnitudes(q, k, v, weight, gradient, *, dtype, routing, grid, config, hidden, scale=None):
+def magnitudes(q, k, v, weight, _bias, *features, gradient, dtype, routing, grid, config, hidden, scale=None):
     """What is rounded, as sums of magnitudes, on the way to the gradients that are made of differences.
 
     Softmax: dS = P (dP - delta) counts as P (|dP| + |delta|), its dot products as |g| |v| and |g| |o|. The quotient of
@@ -84,27 +86,34 @@ def magnitudes(q, k, v, weight, gradient, *, dtype, routing, grid, config, hidde
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     k, v = (x.masked_fill(hidden[:, None, :, None], 0) for x in (k, v))
     seen = token_map(routing.critical) & ~hidden[:, None, None, :]
-    logits = (q @ k.mT * scale).masked_fill(~seen, -torch.inf)
+    logits = (q @ k.mT * scale).masked_fill(~seen, torch.finfo(q.dtype).min)
     exponent = logits.logsumexp(-1, keepdim=True).abs() + q.abs() @ k.abs().mT * scale
-    p = logits.softmax(-1)
+    p = logits.softmax(-1) * seen
     rounded = p * (1 + exponent * torch.finfo(torch.float32).eps / torch.finfo(dtype).eps)
     ds = rounded * (gradient.abs() @ v.abs().mT + (gradient * (p @ v)).abs().sum(-1, keepdim=True)) * scale
 
-    phi_q, phi_k = apply_map(q, config.feature_map), apply_map(k, config.feature_map)
+    mapped = learned_inputs(q, k, features or None)
+    phi_q, phi_k = (apply_map(x, config.feature_map) for x in mapped)
     products = (phi_q @ phi_k.mT) * linear_map(routing, config)
     sums = products.sum(-1, keepdim=True) + EPSILON
     pulled = gradient @ weight
     through_quotient = pulled.abs() @ v.abs().mT + (pulled * (products @ v / sums)).abs().sum(-1, keepdim=True)
     dw = linear_map(routing, config) * through_quotient / sums
 
-    def through_map(x, of_phi):
-        phi = apply_map(x, config.feature_map)
-        if config.feature_map == "softmax":
-            return phi * (of_phi + (phi * of_phi).sum(-1, keepdim=True))
+    def through_map(side, of_phi):
+        x, phi = mapped[side], (phi_q, phi_k)[side]
+        if config.feature_map in ("softmax", "hedgehog"):
+            halves = zip(phi.split(x.shape[-1], -1), of_phi.split(x.shape[-1], -1), strict=True)
+            terms = sum(half * (own + (half * own).sum(-1, keepdim=True)) for half, own in halves)
+            return terms @ features[0][side].abs() if features else terms
+        if config.feature_map == "focused":
+            size = phi.norm(dim=-1, keepdim=True).clamp_min(EPSILON)
+            along = (phi * of_phi).sum(-1, keepdim=True) / size
+            return 3 * (of_phi + along * phi / size) * phi / x.abs().clamp_min(EPSILON) + along * x.relu() / size
         return of_phi * (phi.clamp(max=1) if config.feature_map == "elu" else x > 0)
 
-    dq = ds @ k.abs() + through_map(q, dw @ phi_k)
-    dk = ds.mT @ q.abs() + through_map(k, dw.mT @ phi_q)
+    dq = ds @ k.abs() + through_map(0, dw @ phi_k)
+    dk = ds.mT @ q.abs() + through_map(1, dw.mT @ phi_q)
     dv = rounded.mT @ gradient.abs() + (products / sums).mT @ pulled.abs()
     return {"dq": dq.max(), "dk": dk.max(), "dv": dv.max()}
 
@@ -128,9 +137,10 @@ class Case:
 def setup(case):
     """Module with a random projection, inputs of the case, and where padding text lies."""
     torch.manual_seed(0)
-    module = SparseLinearAttention(case.dim, **case.config)
-    torch.nn.init.normal_(module.proj.weight, std=case.dim**-0.5)
-    torch.nn.init.normal_(module.proj.bias)
+    module = SparseLinearAttention(case.dim, case.heads, **case.config)
+    for part in module.children():
+        torch.nn.init.normal_(part.weight, std=case.dim**-0.5)
+        torch.nn.init.normal_(part.bias)
     shape = (case.batch, case.grid.tokens, case.heads, case.dim)
     q, k, v = (case.size * torch.randn(shape).transpose(1, 2) for _ in range(3))
     lens = torch.tensor(case.text_lens or [case.grid.text] * case.batch)
@@ -142,31 +152,32 @@ def run(function, tensors, gradient):
     leaves = [x.detach().clone().requires_grad_() for x in tensors]
     out = function(*leaves)
     gradients = torch.autograd.grad(out, leaves, gradient.to(out.dtype))
-    names = ("out", "dq", "dk", "dv", "dweight", "dbias")
-    return dict(zip(names, (out.detach(), *gradients), strict=True))
+    names = ("out", "dq", "dk", "dv", "dweight", "dbias", "of the map's weight", "of the map's bias")
+    return dict(zip(names, (out.detach(), *gradients), strict=False))
 
 
 def check(case):
     module, (q, k, v), lens, hidden = setup(case)
-    weights = [module.proj.weight.detach(), module.proj.bias.detach()]
+    weights = [weight.detach() for weight in module.parameters()]
     routing = module.route(q, k, case.grid)
     gradient = torch.randn(q.shape).to(case.dtype)
     fixed = {"routing": routing, "grid": case.grid, "config": module.config, "hidden": hidden, "scale": case.factor}
 
-    def call(q, k, v, weight, bias):
+    def call(q, k, v, *weights):
         # What must not be read is NaN.
         k, v = (x.masked_fill(hidden[:, None, :, None], torch.nan) for x in (k, v))
         device = "cuda" if case.impl == "triton" and not INTERPRETED else "cpu"
-        q, k, v, weight, bias = (x.to(device) for x in (q, k, v, weight, bias))
+        q, k, v, *weights = (x.to(device) for x in (q, k, v, *weights))
         arguments = {"grid": case.grid, "text_lens": lens if case.text_lens else None, "impl": case.impl}
-        state = {"proj.weight": weight, "proj.bias": bias}
+        state = dict(zip(dict(module.named_parameters()), weights, strict=True))
         return torch.func.functional_call(module, state, (q, k, v), {**arguments, "scale": case.factor}).cpu()
 
     actual = run(call, [q, k, v, *weights], gradient)
-    exact = run(lambda *x: formula(*x, **fixed), [x.double() for x in (q, k, v, *weights)], gradient)
+    wide = [x.double() for x in (q, k, v, *weights)]
+    exact = run(lambda *x: formula(*x, **fixed), wide, gradient)
     plain = run(lambda *x: formula(*x, **fixed), [q, k, v, *(x.to(case.dtype) for x in weights)], gradient)
     assert actual["out"].dtype == case.dtype and actual["dweight"].dtype == torch.float32
-    sums = magnitudes(*(x.double() for x in (q, k, v, weights[0], gradient)), dtype=case.dtype, **fixed)
+    sums = magnitudes(*wide, gradient=gradient.double(), dtype=case.dtype, **fixed)
     for name, truth in exact.items():
         band = torch.finfo(case.dtype).eps * sums.get(name, truth.abs().max())
         # where plain PyTorch leaves the range of half precision, the band alone counts

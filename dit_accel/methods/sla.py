@@ -286,23 +286,11 @@ class SlaPlan(RoutedPlan):
             features = tuple(x[:, first : first + heads] if x.shape[1] > 1 else x for x in features)
         topk, skip = config.counts(self.key_order.visual_blocks)
         out, critical = sparse_linear_attention(
-            q,
-            k,
-            v,
-            *module.proj(q.device),
-            query_order=self.query_order,
-            key_order=self.key_order,
-            topk=topk,
-            skip=skip,
-            text_len=call.text_lens,
-            text_bias=call.text_bias,
-            scale=call.scale,
-            feature_map=config.feature_map,
-            features=features,
-            linear_scope=config.linear_scope,
-            impl=call.impl,
+            q, k, v, *module.proj(q.device), query_order=self.query_order, key_order=self.key_order,
+            topk=topk, skip=skip, text_len=call.text_lens, text_bias=call.text_bias, scale=call.scale,
+            feature_map=config.feature_map, features=features, linear_scope=config.linear_scope, impl=call.impl,
             lists=self.classify(q, k, call) if config.score == "learned" else None,
-        )
+        )  # fmt: skip
         return out, BlockLists.full(critical)
 
     def untrained(self, like: torch.Tensor) -> SparseLinearAttention:
@@ -396,8 +384,11 @@ class SlaDefinition(Definition):
         if config.linear_scope == "all":
             linear = torch.ones_like(linear)
         pairs = F.pad(linear, (0, self.plan.key_order.dense_blocks), value=False)[:, self.key_block]
-        projection, features = weights[:2], [x[:, head : head + 1] if x.shape[1] > 1 else x for x in weights[2:]]
-        inputs = learned_inputs(q[None, None], k[None, None], tuple(features) or None)
+        projection, features = weights[:2], None
+        if weights[2:]:
+            of, (weight, bias) = min(head, weights[2].shape[1] - 1), weights[2:]  # heads may share the map
+            features = weight[:, of : of + 1], bias[:, of : of + 1]
+        inputs = learned_inputs(q[None, None], k[None, None], features)
         a, b = (apply_map(x[0, 0], config.feature_map) for x in inputs)
         affinity = a @ b.T * pairs
         branch = (affinity @ v) / (affinity.sum(-1, keepdim=True) + EPSILON)

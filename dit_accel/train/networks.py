@@ -37,8 +37,8 @@ class TrainingNetworks:
         teacher: a copy of the dense model, if all weights train.
 
     Raises:
-        DitAccelError: the family's timesteps do not follow from the noise level, the output head is unknown, or `calls` of
-            layers without a learned map.
+        DitAccelError: the family's timesteps do not follow from the noise level, the output head is unknown, or
+            `calls` are asked for and a layer has no learned map.
     """
 
     def __init__(
@@ -74,10 +74,7 @@ class TrainingNetworks:
         if calls:
             self._learned = {name.rpartition(".")[0]: module for name, module in accel.learned_weights().items()}
             if any(getattr(module, "features", None) is None for module in self._learned.values() or [None]):
-                raise DitAccelError(
-                    f"The objective imitation trains a learned feature map, and these layers have none. Choose method "
-                    f"sla with feature_map={LEARNED_MAP}, or another objective."
-                )
+                raise DitAccelError(NO_MAP)
             self._watching.enter_context(accel.watch(self._see_call))
         for network in {id(module): module for module in (transformer, self._teacher)}.values():
             modules = [module for _, module in family.attentions(network)]

@@ -21,6 +21,7 @@ from dit_accel.registry import did_you_mean
 from dit_accel.train.gates import GateSample
 
 LEARNED_MAP = "hedgehog"  # the feature map of SLA that the objective imitation trains
+NO_MAP = f"The objective imitation trains a learned feature map. Choose method sla with feature_map={LEARNED_MAP}."
 SAMPLED = 64  # queries of a head whose weights it compares
 
 
@@ -100,9 +101,9 @@ def gate(student: Outputs, teacher: Outputs | None, target: torch.Tensor) -> tor
 def imitation(student: Outputs, teacher: Outputs | None, target: torch.Tensor) -> torch.Tensor:
     """Cross-entropy of the linear attention weights against softmax attention's, in nats, averaged over the layers.
 
-    Source: Hedgehog (arXiv:2402.04347), section 4. Both are weights of the student's own q and k, which get no gradient:
-    only the learned map trains. The paper takes all queries; here `SAMPLED` visual ones, evenly spaced, stand for them.
-    The keys are all visual ones. As published, the denominator has no epsilon.
+    Source: Hedgehog (arXiv:2402.04347), section 4. Both are weights of the student's own q and k, which get no
+    gradient: only the learned map trains. The paper takes all queries; here `SAMPLED` visual ones, evenly spaced, stand
+    for them. The keys are all visual ones. As published, the denominator has no epsilon.
     """
     return torch.stack([_imitated(module, call) for module, call in student.calls]).mean()
 

@@ -148,6 +148,8 @@ class TrainSettings:
                 f"The objective gate trains the gate of score='learned', which {self.method} has not with these "
                 "settings. Take sparge or sla with score=learned."
             )
+        if "imitation" in self.objectives and self.config.get("feature_map") != objectives.LEARNED_MAP:
+            raise DitAccelError(objectives.NO_MAP)
         if self.method == "dense" and not {"flow", "consistency"} & self.objectives.keys():
             raise DitAccelError(
                 "The dense method is its own teacher, so there is nothing to learn. Choose a sparse method, or the "

@@ -38,6 +38,10 @@ def test_choice_names_its_reason(table, monkeypatch):
     assert chosen(refused) == ("portable", "the kernels take query blocks of 16, 32, 64 or 128 tokens, not 24")
     with pytest.raises(DitAccelError, match=r"impl='triton' cannot compute this: .* not 24"):
         chosen(refused, "triton")
+    linear = dataclasses.replace(CUDA, linear_scope="all", feature_map="hedgehog")
+    why = "the kernels do not compute the feature map hedgehog, which has 2 D features a token"
+    row, said = choose(linear, kernel=impls.SLA)
+    assert (row.name, said) == ("portable", why)
     key = impls.BLOCK_SPARSE, "triton"
     table[key] = dataclasses.replace(table[key], package="no_such_package")
     assert chosen(CUDA) == ("portable", "the package no_such_package is not installed")

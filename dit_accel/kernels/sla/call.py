@@ -169,7 +169,7 @@ def _permutation(order: TokenOrder, device: torch.device) -> tuple[torch.Tensor,
 def learned_inputs(
     q: torch.Tensor, k: torch.Tensor, features: tuple[torch.Tensor, torch.Tensor] | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """What the feature map takes of q and k, [B, H, *, D]: ``x W^T + b``, fp32 or wider, or themselves without features.
+    """What the feature map takes of q and k [B, H, *, D]: ``x W^T + b``, fp32 or wider; without features q and k.
 
     Args:
         features: W [2, H or 1, D, D] and b [2, H or 1, D], for queries and for keys; see `apply_map`.

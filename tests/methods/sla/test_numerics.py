@@ -10,6 +10,7 @@ from dit_accel.plans.plan import attention
 from dit_accel.registry import plan
 from dit_accel.tokens import TokenGrid
 
+LINEAR = {"topk": 0.0, "block": 16}
 CASES = {
     "one-token": Case(TokenGrid(1, 1, 1), {}),
     "one-token-marginal": Case(TokenGrid(1, 1, 1), {"linear_scope": "marginal"}),
@@ -26,6 +27,13 @@ CASES = {
     "scale-given": Case(VIDEO, MARGINAL, factor=0.3),
     "elu": Case(VIDEO, {**SHORT, "feature_map": "elu"}),
     "relu-marginal": Case(VIDEO, {**MARGINAL, "feature_map": "relu"}, size=4.0),
+    "focused": Case(VIDEO, {**SHORT, "feature_map": "focused"}, size=4.0),
+    "focused-linear-text": Case(TEXT_LAST, {**LINEAR, "feature_map": "focused"}, text_lens=(21, 0)),
+    "hedgehog": Case(VIDEO, {**SHORT, "feature_map": "hedgehog"}, size=4.0),
+    "hedgehog-linear-text": Case(TEXT_FIRST, {**LINEAR, "feature_map": "hedgehog"}, text_lens=(0, 21)),
+    "hedgehog-marginal-bf16": Case(VIDEO, {**MARGINAL, "feature_map": "hedgehog"}, dtype=torch.bfloat16),
+    "linear": Case(VIDEO, LINEAR),
+    "linear-marginal": Case(VIDEO, LINEAR | {"skip": 0.25, "linear_scope": "marginal"}, dim=40),
     "tiles": Case(VIDEO, {**SHORT, "order": "tile"}),
     "tiles-marginal": Case(VIDEO, {**MARGINAL, "order": "tile"}, size=4.0),
     "wide": Case(VIDEO, SHORT | WIDE),
@@ -45,6 +53,8 @@ CASES = {
     "reference-all": Case(TEXT_LAST, SHORT, text_lens=(21, 3), impl="reference"),
     "reference-marginal-tiles": Case(TEXT_FIRST, {**MARGINAL, "order": "tile"}, text_lens=(9, 2), impl="reference"),
     "reference-wide": Case(TEXT_FIRST, MARGINAL | WIDE, text_lens=(9, 2), impl="reference"),
+    "reference-hedgehog": Case(TEXT_LAST, {**LINEAR, "feature_map": "hedgehog"}, text_lens=(0, 3), impl="reference"),
+    "reference-focused": Case(VIDEO, {**MARGINAL, "feature_map": "focused"}, impl="reference"),
     "reference-bf16": Case(VIDEO, MARGINAL, dtype=torch.bfloat16, impl="reference"),
 }
 

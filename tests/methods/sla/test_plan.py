@@ -61,6 +61,10 @@ def test_plan_numbers():
     assert (text.visited, text.total) == (2 * (1 + 3) + 3 * 5, 25)
     assert text.pairs == 128 * (64 + 134) + 134 * 262
     assert plan("sla", TokenGrid(1, 5, 5), topk=0.01).visited == 1
+    linear = plan("sla", TokenGrid(21, 30, 52), topk=0.0)
+    assert (linear.visited, linear.pairs, linear.density) == (0, 0, 0)
+    linear = plan("sla", TokenGrid(2, 8, 8, text=70, conditioning=64), topk=0.0)
+    assert (linear.visited, linear.pairs) == (2 * 3 + 3 * 5, 128 * 134 + 134 * 262)
     wide = plan("sla", TokenGrid(2, 8, 9, text=70, conditioning=64), topk=0.5, block_q=128)
     assert (wide.visited, wide.total) == (2 * (1 + 3) + 2 * 6, 4 * 6)
     assert wide.pairs == 144 * (64 + 134) + 134 * 278
@@ -93,6 +97,7 @@ def test_shares_become_blocks():
     assert [config.counts(n).topk for n in (1, 19, 20, 39, 512)] == [1, 1, 1, 1, 25]
     assert [config.counts(n).skip for n in (1, 9, 10, 512)] == [0, 0, 1, 51]
     assert Config(topk=0.7, skip=0.3, linear_scope="marginal").counts(10).topk == 7
+    assert Config(topk=0.0).counts(512) == (0, 0)
     assert Config(topk=1.0).counts(3).topk == 3 and Config().counts(100).skip == 0
     assert Config(topk=0.1, skip=0.9, linear_scope="marginal").counts(1).skip == 0
 
@@ -109,12 +114,12 @@ def test_what_a_plan_cannot_give_is_refused():
 @pytest.mark.parametrize(
     "settings, message",
     [
-        ({"topk": 0}, "topk is above 0, got 0"),
+        ({"topk": -0.1}, "topk is at least 0, got -0.1"),
         ({"topk": 1.5}, "topk .* got 1.5"),
         ({"skip": -0.1}, "skip .* got -0.1"),
         ({"topk": 0.95, "linear_scope": "marginal"}, "cannot exceed 1 together; got 0.95 and 0.1"),
         ({"topk": 0.8, "skip": 0.3}, "cannot exceed 1 together; got 0.8 and 0.3"),
-        ({"feature_map": "hedgehog"}, "feature_map is one of softmax, elu, relu, got 'hedgehog'"),
+        ({"feature_map": "gelu"}, "feature_map is one of softmax, elu, relu, focused, hedgehog, got 'gelu'"),
         ({"linear_scope": "none"}, "linear_scope is one of all, marginal, got 'none'"),
         ({"order": "hilbert"}, "order is one of raster, tile, got 'hilbert'"),
         ({"block": 0}, "block is at least 1, got 0"),

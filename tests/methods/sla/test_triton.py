@@ -44,6 +44,8 @@ TRITON_CASES = {
     "fp16-wide-marginal": Case(TokenGrid(1, 7, 15), MARGINAL | WIDE, dtype=torch.float16, dim=24, **ONE),
     "fp16-marginal": Case(TINY, MARGINAL, dtype=torch.float16, dim=16, **ONE),
     "fp16-marginal-elu-x4": Case(TINY, MARGINAL | {"feature_map": "elu"}, dtype=torch.float16, size=4.0, dim=24, **ONE),
+    "linear-marginal": Case(TINY, {**MARGINAL, "topk": 0.0}, dim=16, **ONE),
+    "linear-text": Case(TINY_TEXT, {**SHORT, "topk": 0.0}, dim=16, text_lens=(0,), **ONE),
     "fp16-text-x4": Case(TINY_TEXT, SHORT, dtype=torch.float16, size=4.0, dim=16, text_lens=(0,), **ONE),
 }
 

@@ -1,0 +1,55 @@
+"""Conversion to linear attention: the objective that imitates softmax maps, in runs of the small pipeline."""
+
+import pytest
+import torch
+
+import dit_accel
+from dit_accel.methods.sla import SparseLinearAttention
+from dit_accel.pipelines.targets import find_transformers
+from dit_accel.train import state
+from dit_accel.train.data import Dataset
+from dit_accel.train.networks import TrainingNetworks
+from dit_accel.train.objectives import Outputs, imitation
+from dit_accel.train.settings import make
+
+LINEAR = {"method": "sla", "config": {"topk": 0.0, "feature_map": "hedgehog"}}
+
+
+def test_imitation_brings_the_maps_nearer_to_softmax(tiny, trained):
+    """The cross-entropy falls by most of its distance to the entropy of the softmax weights, which is its least."""
+    output = trained(steps=40, rate=1e-9, method_rate=0.03, objectives={"imitation": 1.0}, save_every=40, **LINEAR)
+    pipe, calls = tiny.load(), []
+    sample = Dataset(tiny.data)[0]
+    with dit_accel.load(pipe, output) as accel, accel.watch(calls.append), torch.no_grad():
+        pipe.transformer(hidden_states=sample.latents, timestep=torch.tensor([700.0]), **sample.call)
+        modules = list(accel.learned_weights().values())
+    assert len(calls) == len(modules) == 2
+    least, own, start = [], [], []
+    for module, call in zip(modules, calls, strict=True):
+        weights = (call.q @ call.k.mT * call.q.shape[-1] ** -0.5).softmax(-1)
+        least.append(torch.special.entr(weights).sum(-1).mean())
+        fresh = SparseLinearAttention(call.q.shape[-1], **LINEAR["config"])
+        for found, each in ((own, module), (start, fresh)):
+            found.append(imitation(Outputs(call.out, calls=[(each, call)]), None, call.out).detach())
+    least, own, start = (float(torch.stack(each).mean()) for each in (least, own, start))
+    assert least < own < (least + start) / 2
+
+
+def test_with_distillation_and_recomputed_activations(trained):
+    """All losses fall together, and recomputation changes none: each layer's call is recorded once."""
+    objectives = {"flow": 0.5, "teacher": 1.0, "imitation": 0.1}
+    runs = [
+        state.read_losses(trained(name=str(on), objectives=objectives, checkpointing=on, **LINEAR) / "losses.jsonl")
+        for on in (False, True)
+    ]
+    assert runs[0] == runs[1] and set(runs[0][0]) == {"step", "loss", "rate", *objectives}
+
+
+def test_what_has_no_learned_map_is_refused(tiny):
+    for settings in ({"method": "gna", "config": {"window": 3}}, {"method": "sla"}):
+        with pytest.raises(dit_accel.DitAccelError, match="Choose method sla with feature_map=hedgehog"):
+            make({"objectives": {"imitation": 1.0}, **settings})
+    pipe = tiny.load()
+    with dit_accel.accelerate(pipe, "sla") as accel, pytest.raises(dit_accel.DitAccelError, match="a learned feature"):
+        family = find_transformers(pipe)[0]["transformer"][1]
+        TrainingNetworks(pipe.transformer, family, accel, lora=False, calls=True)  # as a layer schedule may ask for it
