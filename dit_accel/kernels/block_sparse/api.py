@@ -302,10 +302,11 @@ def _setup_context(ctx, inputs, output) -> None:
 
 
 def _backward(ctx, grad_out, grad_lse):
+    saved = ctx.saved_tensors  # recomputed activations can be read once
     if grad_out is None:
-        grad_out = torch.zeros_like(ctx.saved_tensors[0])
-    grads = attention_backward(grad_out, grad_lse, *ctx.saved_tensors, ctx.geometry, ctx.scale, ctx.impl)
-    return *grads, *[None] * (len(ctx.saved_tensors) - 2)
+        grad_out = torch.zeros_like(saved[0])
+    grads = attention_backward(grad_out, grad_lse, *saved, ctx.geometry, ctx.scale, ctx.impl)
+    return *grads, *[None] * (len(saved) - 2)
 
 
 attention_forward.register_autograd(_backward, setup_context=_setup_context)
