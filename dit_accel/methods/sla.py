@@ -25,14 +25,14 @@ from dit_accel.kernels.block_sparse.geometry import BlockLists
 from dit_accel.kernels.impls import AUTO, Facts, Impl
 from dit_accel.kernels.sla import portable
 from dit_accel.kernels.sla.api import route, sparse_linear_attention
-from dit_accel.kernels.sla.call import EPSILON, Cut, Cuts, FeatureMap, LinearScope, apply_map, learned_inputs
+from dit_accel.kernels.sla.call import Cut, Cuts, FeatureMap, LinearScope
 from dit_accel.kernels.sla.reference import block_map
 from dit_accel.order import TokenOrder, valid_tokens
 from dit_accel.plans.blocks import BlockMask
-from dit_accel.plans.definition import Definition, masked_attention
-from dit_accel.plans.gate import BlockGate, gate_of, gated, pool
+from dit_accel.plans.gate import BlockGate, gated
 from dit_accel.plans.plan import PlanCall, building
 from dit_accel.plans.routed import LARGEST_BLOCK, RoutedPlan, cut
+from dit_accel.plans.sla_definition import SlaDefinition
 from dit_accel.registry import LearnedModule, Method
 from dit_accel.tokens import TokenGrid
 from dit_accel.values import check, option
@@ -216,6 +216,14 @@ class SparseLinearAttention(nn.Module):
             negligible=_block_mask(negligible, *orders, dense=False),
         )
 
+    def map_of(self, q: torch.Tensor, heads: tuple[int, int] | None = None) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Weight and bias of the learned map for the heads of q; None without one. `heads` is as in `PlanCall`."""
+        if self.features is None:
+            return None
+        weight, bias = self.features(q.device)
+        own = slice(0, None) if heads is None or weight.shape[1] == 1 else slice(heads[0], heads[0] + q.shape[1])
+        return weight[:, own], bias[:, own]
+
     def _grid(self, q: torch.Tensor, grid: TokenGrid | None) -> TokenGrid:
         if grid is not None:
             return grid
@@ -280,16 +288,12 @@ class SlaPlan(RoutedPlan):
             module = self.untrained(q)
         if not isinstance(module, SparseLinearAttention):
             raise DitAccelError(f"sla takes a SparseLinearAttention as its module, got {type(module).__name__}.")
-        features = None if module.features is None else module.features(q.device)
-        if features is not None and call.heads is not None:
-            first, heads = call.heads[0], q.shape[1]
-            features = tuple(x[:, first : first + heads] if x.shape[1] > 1 else x for x in features)
         topk, skip = config.counts(self.key_order.visual_blocks)
         out, critical = sparse_linear_attention(
             q, k, v, *module.proj(q.device), query_order=self.query_order, key_order=self.key_order,
             topk=topk, skip=skip, text_len=call.text_lens, text_bias=call.text_bias, scale=call.scale,
-            feature_map=config.feature_map, features=features, linear_scope=config.linear_scope, impl=call.impl,
-            lists=self.classify(q, k, call) if config.score == "learned" else None,
+            feature_map=config.feature_map, features=module.map_of(q, call.heads), linear_scope=config.linear_scope,
+            impl=call.impl, lists=self.classify(q, k, call) if config.score == "learned" else None,
         )  # fmt: skip
         return out, BlockLists.full(critical)
 
@@ -319,87 +323,6 @@ def _block_mask(visual: torch.Tensor, query_order: TokenOrder, key_order: TokenO
     indices = torch.where(listed, positions, key_order.blocks).sort(dim=-1).values[..., :width]
     indices = torch.where(indices < key_order.blocks, indices, 0)
     return BlockMask(indices, counts, torch.zeros_like(indices, dtype=torch.bool), query_order, key_order)
-
-
-class SlaDefinition(Definition):
-    """SLA for some queries: softmax over their critical blocks plus the projected linear branch.
-
-    The blocks are those that the router chose for this call; `flaw` checks them independently.
-    """
-
-    plan: SlaPlan
-
-    def __init__(self, plan: SlaPlan, rows: torch.Tensor, q: torch.Tensor, k: torch.Tensor, *others: Any) -> None:
-        super().__init__(plan, rows, q, k, *others)
-        lists = plan.classify(q, k, PlanCall(impl=self.impl, module=self.module))
-        self.critical, self.negligible = (block_map(part, plan.key_order)[0] for part in lists)  # [H, queries, keys]
-        self.key_block = plan.key_order.block_of_token().to(q.device)
-        blocks, block = plan.query_order.visual_blocks, plan.query_order.block_of_token().to(q.device)[rows]
-        self.block, self.visual = block.clamp(max=blocks - 1), (block < blocks)[:, None]
-
-    def flaw(self) -> str | None:
-        """A critical block with a lower score than another block, in fp64, among some blocks of queries."""
-        queries, keys = self.plan.query_order, self.plan.key_order
-        blocks = queries.visual_blocks
-        some = torch.linspace(0, blocks - 1, min(16, blocks)).long().to(self.q.device)
-        # terms of a mean and of a product, and of both sides of a gate
-        gate = gate_of(self.module)
-        depth = max(queries.block, keys.block) + self.q.shape[-1] * (1 if gate is None else 5)
-        for head, critical in enumerate(self.critical):
-            query, key = _means(self.q[0, head], queries)[some], _means(self.k[0, head], keys)
-            sizes, chosen = (query.abs(), key.abs()), critical[some]
-            if self.plan.config.score == "learned" and gate is not None:
-                key = pool(self.q, self.k.double(), queries, keys)[1][0, head]
-                weights = gate.queries[head].double(), gate.keys[head].double()
-                sizes = query.abs() @ weights[0].abs().T, key.abs() @ weights[1].abs().T
-                query, key = query @ weights[0].T, key @ weights[1].T
-            scores = query @ key.T
-            slack = depth * torch.finfo(torch.float32).eps * (sizes[0] @ sizes[1].T).amax(-1)
-            worst = scores.masked_fill(~chosen, torch.inf).amin(-1)
-            best = scores.masked_fill(chosen, -torch.inf).amax(-1)
-            if not bool((worst >= best - slack).all()):
-                return f"router: head {head} chose a critical block although another has a higher score"
-        return None
-
-    def seen(self, head: int) -> torch.Tensor:
-        critical = F.pad(self.critical[head, self.block], (0, self.plan.key_order.dense_blocks), value=True)
-        return critical[:, self.key_block] | ~self.visual
-
-    def attend(
-        self,
-        head: int,
-        seen: torch.Tensor,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        *weights: torch.Tensor,
-    ) -> torch.Tensor:
-        config, empty = self.plan.config, ~seen.any(-1, keepdim=True)
-        out = masked_attention(q, k, v, seen | empty).masked_fill(empty, 0)
-        if not weights:
-            if config.topk:
-                return out
-            weights = tuple(weight.to(q) for weight in self.plan.untrained(q).parameters())
-        linear = ~(self.critical | self.negligible)[head, self.block]
-        if config.linear_scope == "all":
-            linear = torch.ones_like(linear)
-        pairs = F.pad(linear, (0, self.plan.key_order.dense_blocks), value=False)[:, self.key_block]
-        projection, features = weights[:2], None
-        if weights[2:]:
-            of, (weight, bias) = min(head, weights[2].shape[1] - 1), weights[2:]  # heads may share the map
-            features = weight[:, of : of + 1], bias[:, of : of + 1]
-        inputs = learned_inputs(q[None, None], k[None, None], features)
-        a, b = (apply_map(x[0, 0], config.feature_map) for x in inputs)
-        affinity = a @ b.T * pairs
-        branch = (affinity @ v) / (affinity.sum(-1, keepdim=True) + EPSILON)
-        return torch.where(self.visual, out + F.linear(branch, *projection), out)
-
-
-def _means(x: torch.Tensor, order: TokenOrder) -> torch.Tensor:
-    """The mean of every visual block's tokens in fp64, [blocks, D]; x: [N, D]."""
-    index = order.index()[: order.visual_blocks * order.block].to(x.device)
-    held = (index >= 0).view(order.visual_blocks, order.block, 1)
-    return (x.double()[index.clamp(min=0)].view(*held.shape[:2], -1) * held).sum(1) / held.sum(1)
 
 
 def at_density(grid: TokenGrid, density: float) -> dict[str, Any]:

@@ -132,6 +132,8 @@ class Trainer:
             module.requires_grad_(settings.trains_model)
             if (gate := gate_of(module)) is not None:
                 gate.requires_grad_("gate" in settings.objectives)
+            if (features := getattr(module, "features", None)) is not None:
+                features.requires_grad_(settings.trains_model or "imitation" in settings.objectives)
         if settings.checkpointing:
             self.transformer.enable_gradient_checkpointing()  # type: ignore[operator]
         count = sum(1 for _ in family.attentions(self.transformer))

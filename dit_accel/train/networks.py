@@ -37,8 +37,7 @@ class TrainingNetworks:
         teacher: a copy of the dense model, if all weights train.
 
     Raises:
-        DitAccelError: the family's timesteps do not follow from the noise level, the output head is unknown, or
-            `calls` are asked for and a layer has no learned map.
+        DitAccelError: the family's timesteps do not follow from the noise level, or the output head is unknown.
     """
 
     def __init__(
@@ -54,7 +53,8 @@ class TrainingNetworks:
         calls: bool = False,
         teacher: nn.Module | None = None,
     ) -> None:
-        self._transformer, self._accel, self._lora, self._gates = transformer, accel, lora, gates
+        self._transformer, self._accel, self._lora = transformer, accel, lora
+        self._gates, self._calls = gates, calls
         # with rising time the model predicts the opposite direction
         if family.timestep_scale is None or family.timestep_rises:
             raise DitAccelError(
@@ -70,12 +70,6 @@ class TrainingNetworks:
         self._teacher = transformer if teacher is None else teacher
         self._sink: Outputs | None = None
         self._handles: list[Any] = []
-        self._watching = contextlib.ExitStack()
-        if calls:
-            self._learned = {name.rpartition(".")[0]: module for name, module in accel.learned_weights().items()}
-            if any(getattr(module, "features", None) is None for module in self._learned.values() or [None]):
-                raise DitAccelError(NO_MAP)
-            self._watching.enter_context(accel.watch(self._see_call))
         for network in {id(module): module for module in (transformer, self._teacher)}.values():
             modules = [module for _, module in family.attentions(network)]
             self._handles += [modules[index].register_forward_hook(self._see_attention) for index in layers]
@@ -117,7 +111,8 @@ class TrainingNetworks:
         arguments = {name: placed(value, noisy.device, dtype) for name, value in call.items()}
         self._sink = Outputs(noisy)
         try:
-            with self._accel.watch(self._see_call) if self._gates else contextlib.nullcontext():
+            watched = self._gates or self._calls
+            with self._accel.watch(self._see_call) if watched else contextlib.nullcontext():
                 prediction = model(
                     hidden_states=noisy.to(dtype),
                     timestep=timestep.to(noisy.device) / self._scale,
@@ -132,7 +127,6 @@ class TrainingNetworks:
 
     def close(self) -> None:
         """Remove the hooks from the model."""
-        self._watching.close()
         for handle in self._handles:
             handle.remove()
 
@@ -141,8 +135,11 @@ class TrainingNetworks:
             self._sink.attention += output if isinstance(output, tuple) else (output,)
 
     def _see_call(self, call: AttentionCall) -> None:
-        sample = gate_sample(call)
-        if self._sink is not None and sample is not None:
+        if self._sink is None:
+            return
+        if self._calls:
+            self._sink.calls.append(call)
+        if self._gates and (sample := gate_sample(call)) is not None:
             self._sink.gates.append(sample)
 
     def _see_hidden(self, module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:

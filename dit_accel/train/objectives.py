@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from dit_accel.errors import DitAccelError
 from dit_accel.hooks.selfcheck import AttentionCall
 from dit_accel.kernels.sla.call import apply_map, learned_inputs, visual_of
+from dit_accel.methods.sla import SparseLinearAttention
 from dit_accel.registry import did_you_mean
 from dit_accel.train.gates import GateSample
 
@@ -34,14 +33,14 @@ class Outputs:
         attention: outputs of the recorded self-attention modules, [B, N, C]; joint ones have a second one for text.
         hidden: input of the output head, [B, N, C]; None if not recorded.
         gates: of the layers with a gate, in the order they ran; empty if not recorded.
-        calls: the sparse attention calls with the learned weights of their layers.
+        calls: of sparse attention, in the order they ran; empty if not recorded.
     """
 
     prediction: torch.Tensor
     attention: list[torch.Tensor] = dataclasses.field(default_factory=list)
     hidden: torch.Tensor | None = None
     gates: list[GateSample] = dataclasses.field(default_factory=list)
-    calls: list[tuple[nn.Module, AttentionCall]] = dataclasses.field(default_factory=list)
+    calls: list[AttentionCall] = dataclasses.field(default_factory=list)
 
 
 Objective = Callable[[Outputs, Outputs | None, torch.Tensor], torch.Tensor]
@@ -104,8 +103,11 @@ def imitation(student: Outputs, teacher: Outputs | None, target: torch.Tensor) -
     Source: Hedgehog (arXiv:2402.04347), section 4. Both are weights of the student's own q and k, which get no
     gradient: only the learned map trains. The paper takes all queries; here `SAMPLED` visual ones, evenly spaced, stand
     for them. The keys are all visual ones. As published, the denominator has no epsilon.
+
+    Raises:
+        DitAccelError: a layer has no learned map.
     """
-    return torch.stack([_imitated(module, call) for module, call in student.calls]).mean()
+    return torch.stack([_imitated(call) for call in student.calls]).mean()
 
 
 OBJECTIVES: Mapping[str, Objective] = {
@@ -144,11 +146,14 @@ def _relative(own: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
     return F.mse_loss(own, wanted) / wanted.square().mean().clamp_min(torch.finfo(torch.float32).tiny)
 
 
-def _imitated(module: Any, call: AttentionCall) -> torch.Tensor:
+def _imitated(call: AttentionCall) -> torch.Tensor:
+    features = call.module.map_of(call.q, call.heads) if isinstance(call.module, SparseLinearAttention) else None
+    if features is None:
+        raise DitAccelError(NO_MAP)
     q, k = (visual_of(x, call.plan.grid).detach().float() for x in (call.q, call.k))
     rows = torch.linspace(0, q.shape[2] - 1, min(SAMPLED, q.shape[2]), device=q.device).long()
     q, scale = q[:, :, rows], q.shape[-1] ** -0.5 if call.scale is None else call.scale
     wanted = (q @ k.mT * scale).softmax(-1)
-    a, b = (apply_map(x, LEARNED_MAP) for x in learned_inputs(q, k, module.features(q.device)))
+    a, b = (apply_map(x, LEARNED_MAP) for x in learned_inputs(q, k, features))
     own = (a @ b.mT).clamp_min(torch.finfo(torch.float32).tiny)
     return (wanted * (own.sum(-1, keepdim=True).log() - own.log())).sum(-1).mean()

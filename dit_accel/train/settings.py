@@ -158,8 +158,8 @@ class TrainSettings:
 
     @property
     def trains_model(self) -> bool:
-        """Whether the model's weights or a LoRA train; the objective gate alone leaves them as they are."""
-        return self.objectives.keys() != {"gate"}
+        """Whether the model's weights or a LoRA train; gate and imitation leave them as they are."""
+        return not self.objectives.keys() <= {"gate", "imitation"}
 
     @property
     def lora_alpha(self) -> float:

@@ -8,8 +8,12 @@ import torch
 
 import dit_accel
 from dit_accel.checkpoint import lora as adapters
+from dit_accel.hooks.selfcheck import AttentionCall
+from dit_accel.methods.sla import SparseLinearAttention
 from dit_accel.pipelines.targets import find_transformers
 from dit_accel.plans.gate import BlockGate
+from dit_accel.registry import plan
+from dit_accel.tokens import TokenGrid
 from dit_accel.train.gates import GateSample
 from dit_accel.train.networks import TrainingNetworks
 from dit_accel.train.objectives import OBJECTIVES, Outputs
@@ -148,10 +152,17 @@ def test_objectives_by_hand():
     ones = torch.ones(1, 1, 1, 1)
     pooled = torch.tensor([[[[0.0, 5, 5], [math.log(3), 5, 5]]]])
     gates = [GateSample(BlockGate(1, 1), ones, pooled, torch.full((1, 1, 1, 2), 0.5), 1.0, 0)]
-    student = Outputs(torch.tensor([1.0, 3.0]), [torch.tensor([2.0]), torch.tensor([0.0])], torch.tensor([1.0]), gates)
+    q = torch.tensor([[[[math.log(3), 0], [math.log(3), 0]]]])
+    k = torch.tensor([[[[0, 0], [math.log(3), 0]]]])
+    module, linear = SparseLinearAttention(2, **LINEAR), plan("sla", TokenGrid(1, 1, 2), **LINEAR)
+    calls = [AttentionCall("", "", None, linear, q, k, k, k, scale=0.0, module=module)]
+    attention = [torch.tensor([2.0]), torch.tensor([0.0])]
+    student = Outputs(torch.tensor([1.0, 3.0]), attention, torch.tensor([1.0]), gates, calls)
     teacher = Outputs(torch.tensor([1.0, 1.0]), [torch.tensor([1.0]), torch.tensor([4.0])], torch.tensor([2.0]))
     found = {name: float(own(student, teacher, torch.tensor([0.0, 3.0]))) for name, own in OBJECTIVES.items()}
     # gate: shares 1/4 and 3/4 of scores 0 and log 3, against 1/2 and 1/2
     assert found.pop("gate") == pytest.approx(0.5 * math.log(4 / 3))
+    # imitation: products of the maps 1 and 5/4, so shares 4/9 and 5/9, against 1/2 and 1/2
+    assert found.pop("imitation") == pytest.approx(-0.5 * math.log(20 / 81))
     # flow: (1 + 0) / 2; teacher: (0 + 4) / 2; attention: (1 / 1 + 16 / 16) / 2; final: 1 / 4.
     assert found == {"flow": 0.5, "teacher": 2.0, "attention": 1.0, "final": 0.25, "consistency": 0.5}
