@@ -3,7 +3,7 @@
 A new back end is one module and one row of `ROWS`; code outside the package calls `add`. No other code compares the
 name of an implementation: `choose` decides once per call, and passes its row on.
 
-A module of kernel "block_sparse" has these functions, on the record of `block_sparse.call`::
+A module of kernel "block_sparse" has these functions, on `block_sparse.geometry.BlockSparseCall`::
 
     forward(call) -> out, lse
     backward(grad_out, grad_lse, out, lse, call) -> dq, dk, dv

@@ -17,12 +17,12 @@ from dit_accel.kernels import impls
 from dit_accel.kernels.block_sparse.api import (
     attend_blocks,
     attend_checked,
+    check_tensors,
     gradients_follow,
     opened,
     pack,
 )
-from dit_accel.kernels.block_sparse.call import BlockSparseCall, check_tensors
-from dit_accel.kernels.block_sparse.geometry import BlockLists, Geometry, Segments
+from dit_accel.kernels.block_sparse.geometry import BlockLists, BlockSparseCall, Geometry, Segments
 from dit_accel.kernels.impls import AUTO, Facts, Impl
 from dit_accel.order import TokenOrder
 from dit_accel.plans import blocks

@@ -16,7 +16,7 @@ from triton.runtime.jit import create_function_from_signature
 from dit_accel.kernels import tuning
 from dit_accel.kernels.block_sparse import geometry
 from dit_accel.kernels.block_sparse import triton as block_sparse
-from dit_accel.kernels.block_sparse.call import BlockSparseCall
+from dit_accel.kernels.block_sparse.geometry import BlockSparseCall
 from dit_accel.kernels.block_sparse.triton_configs import Launch
 from dit_accel.kernels.sla import triton as sla
 from dit_accel.kernels.sla import triton_configs as configs

@@ -19,8 +19,7 @@ import dit_accel
 from dit_accel.kernels import impls, tuning
 from dit_accel.kernels.block_sparse import triton as block_sparse
 from dit_accel.kernels.block_sparse import triton_lists
-from dit_accel.kernels.block_sparse.call import BlockSparseCall
-from dit_accel.kernels.block_sparse.geometry import Segments
+from dit_accel.kernels.block_sparse.geometry import BlockSparseCall, Segments
 from dit_accel.kernels.block_sparse.triton_configs import Launch
 
 pytestmark = pytest.mark.skipif(

@@ -1,13 +1,14 @@
 """Block-sparse attention: the function behind every static method and the exact part of every routed one.
 
 `impls.choose` chooses the implementation. The custom ops are opaque to `torch.compile`, with fake kernels for tracing
-and the backward. Their signatures are flat; all other code passes the record of `call`.
+and the backward. Their signatures are flat; all other code passes one record of a call.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import importlib
+import math
 from collections.abc import Sequence
 
 import torch
@@ -16,8 +17,7 @@ from torch._C import _len_torch_function_stack
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode as traced
 
 from dit_accel.errors import DitAccelError
-from dit_accel.kernels.block_sparse.call import BlockSparseCall, check_call
-from dit_accel.kernels.block_sparse.geometry import BlockLists, Geometry, Segments, empty_rows
+from dit_accel.kernels.block_sparse.geometry import BlockLists, BlockSparseCall, Geometry, Segments, empty_rows
 from dit_accel.kernels.impls import AUTO, Facts, Impl, Implementation, choose, named
 from dit_accel.order import TokenOrder
 
@@ -67,7 +67,7 @@ def attend_blocks(
         dtype = torch.get_autocast_dtype(q.device.type)
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     call = BlockSparseCall(q, k, v, lists, segments, geometry, 1.0 if scale is None else float(scale))
-    check_call(call)
+    _check_call(call)
     _check_bias(call, text_bias)
     if scale is None:
         call = call._replace(scale=q.shape[-1] ** -0.5)
@@ -232,6 +232,94 @@ def _merge_padding(
     share = (biased - lse).masked_fill(empty, -torch.inf).sigmoid()[..., None]
     merged = torch.lerp(out.to(lse.dtype), padding.to(lse.dtype), share).to(out.dtype)
     return merged, torch.where(empty, lse, torch.logaddexp(lse, biased.masked_fill(empty, 0.0)))
+
+
+def _check_call(call: BlockSparseCall) -> None:
+    """Refuse wrong shapes, dtypes and devices, without waiting for the device."""
+    _check_geometry(call.geometry)
+    check_tensors(call)
+    _check_lists(call.q, call.lists, call.geometry)
+
+
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+
+def check_tensors(call: BlockSparseCall) -> None:
+    """The part of `_check_call` that a plan's own lists and geometry leave."""
+    q, k, v, _, segments, geometry, _ = call
+    if q.ndim != 4 or k.shape != v.shape or k.ndim != 4 or q.shape[:2] != k.shape[:2] or q.shape[3] != k.shape[3]:
+        raise DitAccelError(
+            "Attention needs q [B, H, Nq, D] and k, v [B, H, Nk, D] with the same B, H and D, got "
+            f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}."
+        )
+    if q.dtype not in _DTYPES or not q.dtype == k.dtype == v.dtype:
+        raise DitAccelError(
+            "Attention needs q, k and v of one dtype among bfloat16, float16, float32 and float64, got "
+            f"{q.dtype}, {k.dtype} and {v.dtype}. Cast them first."
+        )
+    if not q.device == k.device == v.device:
+        raise DitAccelError(f"q, k and v must be on one device, got {q.device}, {k.device} and {v.device}.")
+    given = [start is not None for start in segments[:3]]
+    if any(given) and not all(given):
+        raise DitAccelError("Give visual_start, conditioning_start and text_start together, or none of them.")
+    for name, want, have in (
+        ("q", geometry.query_order.grid.tokens, q.shape[2]),
+        ("k and v", geometry.key_order.grid.tokens, k.shape[2]),
+    ):
+        if have < want or (have != want and not any(given)):
+            raise DitAccelError(
+                f"grid {geometry.grid}, {geometry.conditioning} conditioning and {geometry.text} text tokens need "
+                f"{name} with {want} rows, got {have}. To leave rows out, give the three starts."
+            )
+    for name, tensor in zip(segments._fields, segments, strict=True):
+        if tensor is not None and (tensor.shape != q.shape[:1] or tensor.dtype != torch.int32):
+            raise DitAccelError(
+                f"{name} must be int32 [{q.shape[0]}], one per sample, got {tensor.dtype} {tuple(tensor.shape)}."
+            )
+
+
+def _check_geometry(geometry: Geometry) -> None:
+    for name in ("grid", "query_grid", "tile_q", "tile_k"):
+        sizes = getattr(geometry, name)
+        if sizes is not None and (len(sizes) != 3 or any(size < 1 for size in sizes)):
+            raise DitAccelError(f"{name} needs (frames, rows, columns), each at least 1, got {tuple(sizes)}.")
+    for side in ("q", "k"):
+        block, tile = getattr(geometry, f"block_{side}"), getattr(geometry, f"tile_{side}")
+        if block < 1:
+            raise DitAccelError(f"Blocks hold at least one token, got {block}.")
+        if tile is not None and math.prod(tile) != block:
+            raise DitAccelError(
+                f"tile_{side}={tile} holds {math.prod(tile)} tokens, but the block {block}. Make them equal."
+            )
+    if geometry.conditioning < 0 or geometry.text < 0:
+        raise DitAccelError(f"conditioning and text must be >= 0, got {geometry.conditioning} and {geometry.text}.")
+    if geometry.partial_blocks is not None and geometry.partial_blocks < 0:
+        raise DitAccelError(f"partial_blocks must be >= 0 or None, got {geometry.partial_blocks}.")
+
+
+def _check_lists(q: Tensor, lists: BlockLists, geometry: Geometry) -> None:
+    blocks, rows = geometry.query_order.blocks, tuple(lists.indices.shape[:-1])
+    if rows not in ((blocks,), (q.shape[0], q.shape[1], blocks)):
+        raise DitAccelError(
+            f"kv_indices must be [{blocks}, width] or [{q.shape[0]}, {q.shape[1]}, {blocks}, width] for {blocks} query "
+            f"blocks of {geometry.block_q}, got {tuple(lists.indices.shape)}."
+        )
+    if tuple(lists.counts.shape) != rows:
+        raise DitAccelError(f"kv_counts must be {list(rows)}, as kv_indices, got {tuple(lists.counts.shape)}.")
+    if lists.indices.dtype != torch.int32 or lists.counts.dtype != torch.int32:
+        raise DitAccelError(f"Block lists must be int32, got {lists.indices.dtype} and {lists.counts.dtype}.")
+    partial, tables = lists.partial, lists.tables
+    if partial is not None and (partial.shape != lists.indices.shape or partial.dtype != torch.bool):
+        raise DitAccelError(
+            f"partial must be bool {tuple(lists.indices.shape)}, got {partial.dtype} {tuple(partial.shape)}."
+        )
+    if partial is not None and tables is None:
+        raise DitAccelError("partial marks blocks that the tables decide, but tables is None. Give both or neither.")
+    if tables is not None and (tables.ndim != 1 or tables.dtype != torch.int32):
+        raise DitAccelError(f"tables must be int32 [words], got {tables.dtype} {tuple(tables.shape)}.")
+    for name, tensor in zip(("kv_indices", "kv_counts", "partial", "tables"), lists[:4], strict=True):
+        if tensor is not None and tensor.device != q.device:
+            raise DitAccelError(f"{name} must be on {q.device} as q is, got {tensor.device}. Move the plan there.")
 
 
 @torch.library.custom_op("dit_accel::block_sparse_attention", mutates_args=())

@@ -27,8 +27,7 @@ import torch
 from torch import nn
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
-from dit_accel.kernels.block_sparse.call import BlockSparseCall
-from dit_accel.kernels.block_sparse.geometry import BlockLists, Geometry, Predicate, Segments
+from dit_accel.kernels.block_sparse.geometry import BlockLists, BlockSparseCall, Geometry, Predicate, Segments
 from dit_accel.order import TokenOrder
 
 CHUNK_PAIRS = 1 << 24  # pairs whose bits are made at a time

@@ -160,6 +160,33 @@ class Geometry:
         return _orders(self)[1]
 
 
+class BlockSparseCall(NamedTuple):
+    """A call, as every implementation takes it.
+
+    q: [B, H, Nq, D]; k, v: [B, H, Nk, D]; any strides.
+    lists, geometry, segments: what is listed, how both sides are cut, and where a sample's segments lie.
+    scale: factor of the logits.
+    """
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    lists: BlockLists
+    segments: Segments
+    geometry: Geometry
+    scale: float
+
+    def pack(self) -> tuple[Any, ...]:
+        """The arguments of the custom ops."""
+        return *self[:3], *self.lists, *self.segments, self.geometry.pack(), self.scale
+
+    @classmethod
+    def unpack(cls, flat: Sequence[Any]) -> BlockSparseCall:
+        """The inverse of `pack`."""
+        q, k, v, *records, geometry, scale = flat
+        return cls(q, k, v, BlockLists(*records[:5]), Segments(*records[5:]), Geometry.unpack(geometry), scale)
+
+
 def _make_orders(geometry: Geometry) -> tuple[TokenOrder, TokenOrder]:
     text, conditioning = geometry.text, geometry.conditioning
     keys = TokenGrid(*geometry.grid, text=text, conditioning=conditioning)

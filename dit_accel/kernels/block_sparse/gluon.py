@@ -15,8 +15,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from dit_accel.kernels import tuning
-from dit_accel.kernels.block_sparse.call import BlockSparseCall
-from dit_accel.kernels.block_sparse.geometry import Shape
+from dit_accel.kernels.block_sparse.geometry import BlockSparseCall, Shape
 from dit_accel.kernels.block_sparse.gluon_copies import KEYS
 from dit_accel.kernels.block_sparse.gluon_forward import block_sparse_gluon_fwd_kernel
 from dit_accel.kernels.block_sparse.triton import RASTER, Kept, TritonCall, backward, likeness

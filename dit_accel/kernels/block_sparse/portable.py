@@ -27,10 +27,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dit_accel.kernels.block_sparse import dense
-from dit_accel.kernels.block_sparse.call import BlockSparseCall
 from dit_accel.kernels.block_sparse.dense import Rows, empty_output, rows_first, zeros_spread
 from dit_accel.kernels.block_sparse.geometry import (
     BlockLists,
+    BlockSparseCall,
     Geometry,
     Placement,
     Predicate,

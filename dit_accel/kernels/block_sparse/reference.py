@@ -6,8 +6,13 @@ import torch
 from torch import Tensor
 
 from dit_accel.errors import DitAccelError
-from dit_accel.kernels.block_sparse.call import BlockSparseCall
-from dit_accel.kernels.block_sparse.geometry import BlockLists, Geometry, query_placement, read_placements
+from dit_accel.kernels.block_sparse.geometry import (
+    BlockLists,
+    BlockSparseCall,
+    Geometry,
+    query_placement,
+    read_placements,
+)
 
 MAX_TOKENS = 20_000
 _KIND_BAND = 1

@@ -18,8 +18,7 @@ from triton.runtime.interpreter import InterpretedFunction
 
 from dit_accel.errors import DitAccelError
 from dit_accel.kernels import tuning
-from dit_accel.kernels.block_sparse.call import BlockSparseCall
-from dit_accel.kernels.block_sparse.geometry import Geometry
+from dit_accel.kernels.block_sparse.geometry import BlockSparseCall, Geometry
 from dit_accel.kernels.block_sparse.triton_backward import (
     block_sparse_bwd_kernel_dkdv,
     block_sparse_bwd_kernel_dq,

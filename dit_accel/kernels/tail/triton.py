@@ -15,8 +15,7 @@ import triton
 from torch import Tensor
 
 from dit_accel.kernels import tuning
-from dit_accel.kernels.block_sparse.call import BlockSparseCall
-from dit_accel.kernels.block_sparse.geometry import Segments
+from dit_accel.kernels.block_sparse.geometry import BlockSparseCall, Segments
 from dit_accel.kernels.block_sparse.triton import TritonCall, run
 from dit_accel.kernels.block_sparse.triton_configs import Launch
 from dit_accel.kernels.tail.call import TailCall

@@ -5,8 +5,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dit_accel.kernels.block_sparse import dense, portable
-from dit_accel.kernels.block_sparse.call import BlockSparseCall
-from dit_accel.kernels.block_sparse.geometry import Segments
+from dit_accel.kernels.block_sparse.geometry import BlockSparseCall, Segments
 
 SLIDING = ("gna", {"window": (2, 3, 4)})
 BLOCKED = ("gna", {"window": (2, 4, 4), "stride": (2, 4, 4)})

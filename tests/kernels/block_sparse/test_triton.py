@@ -16,8 +16,7 @@ from dit_accel.errors import DitAccelError
 from dit_accel.kernels import impls
 from dit_accel.kernels.block_sparse import reference
 from dit_accel.kernels.block_sparse.api import pack
-from dit_accel.kernels.block_sparse.call import BlockSparseCall
-from dit_accel.kernels.block_sparse.geometry import Segments
+from dit_accel.kernels.block_sparse.geometry import BlockSparseCall, Segments
 
 TRITON = impls.named("triton")
 PACKING = TRITON.packing
