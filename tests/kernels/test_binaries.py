@@ -18,9 +18,11 @@ from dit_accel.kernels.block_sparse import geometry
 from dit_accel.kernels.block_sparse import triton as block_sparse
 from dit_accel.kernels.block_sparse.geometry import BlockSparseCall
 from dit_accel.kernels.block_sparse.triton_configs import Launch
+from dit_accel.kernels.block_sparse.triton_tokens import RUNTIME
 from dit_accel.kernels.sla import triton as sla
 from dit_accel.kernels.sla import triton_configs as configs
 from dit_accel.kernels.sla.call import LINEAR_SCOPES, Cut, Cuts, KeySegments
+from tools.kernels.ahead_of_time import all_builds
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter replaces what would be compiled"
@@ -124,10 +126,21 @@ def test_sla_kernels_are_compiled_once(binaries):
         assert len(keys) == (len(LINEAR_SCOPES) if name.startswith("sparse_linear") else 1), name
 
 
-@pytest.mark.parametrize("kernel", [*block_sparse.JIT.values(), *sla.JIT.values()], ids=lambda kernel: kernel.__name__)
-def test_unspecialized_arguments_exist(kernel):
+BUILDS = {build.kernel: build for build in all_builds(90)}
+
+
+@pytest.mark.parametrize("build", BUILDS.values(), ids=BUILDS)
+def test_no_integer_is_specialized(build):
     """Triton ignores names that the kernel does not have, and would specialize the argument that was meant."""
-    assert set(kernel.do_not_specialize or ()) <= set(kernel.arg_names)
+    typed = dict(build.constants).keys() | dict(build.pointers).keys()
+    integers = {parameter.name: parameter for parameter in build.load().params if parameter.name not in typed}
+    assert [name for name, parameter in integers.items() if not parameter.do_not_specialize] == []
+    assert integers.keys() <= set(RUNTIME)
+
+
+def test_every_name_of_an_integer_is_used():
+    named = {name for build in BUILDS.values() for name in build.load().arg_names}
+    assert set(RUNTIME) <= named
 
 
 def test_tuning_knows_no_length():

@@ -113,14 +113,6 @@ def test_the_gluon_kernel_overlaps_weights_with_the_sum():
         assert behind[: behind.index("DEPBAR.LE gsb0, 0x0")].count("MUFU.EX2") >= build.config["block_k"] // 2
 
 
-@native
-def test_no_kernel_is_compiled_for_the_value_of_an_integer():
-    for build in ahead_of_time.all_builds(90):
-        typed = dict(build.constants).keys() | dict(build.pointers).keys()
-        by_value = [p.name for p in build.load().params if p.name not in typed and not p.do_not_specialize]
-        assert by_value == [], build.kernel
-
-
 def test_the_exceptions():
     may = [
         ahead_of_time.allowed(build, arch) for arch in ahead_of_time.ARCHS for build in ahead_of_time.all_builds(arch)
