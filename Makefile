@@ -10,8 +10,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 OUTPUT ?= outputs
-DEMO_METHOD ?= sol:tau=1.3,block_q=128
-DEMO_SETTINGS ?= --frames 17 --height 224 --width 256 --dense-steps 4
+DEMO_METHOD ?= sol:order=morton,block_q=256,block=32,tail=hybrid,variance=exact,tau=1.5
+DEMO_SETTINGS ?= --frames 17 --height 224 --width 256 --dense-steps 2 --dense-last-steps 1
 PYTEST_FLAGS ?=
 KERNELS_FLAGS ?=
 # Triton reads its interpreter's switch when it is imported, so these tests have a process of their own.
