@@ -55,6 +55,7 @@ class BenchOptions(JsonOptions, DeviceOptions):
         None, "With --read: the densities above which dense attention was faster.", metavar="FILE.json"
     )
     list: bool = option(False, "Measure nothing: list the declared rows.")
+    count: bool = option(False, "Measure nothing: count the matrix products of each row, from its plan.")
 
     def __post_init__(self) -> None:
         values.check(self)
@@ -81,6 +82,17 @@ def bench(given: dict[str, Any]) -> int:
         _refuse("--models measures steps, not operators", given, ("dtype", "direction", "peer", "profile", "picture"))
     else:
         _refuse("without --models operators are measured, not steps", given, ("mode",))
+    if options.count:
+        _refuse("--count counts the work of operators", given, ("list", "models", "output", "picture"))
+        from dit_accel.bench.work import count
+
+        for row in cast("Sequence[Row]", _chosen(options, None)):
+            work = count(row)
+            least, most = work["tflop"]
+            span = f"{least:.4g}" if least == most else f"{least:.4g} to {most:.4g}"
+            text = f"{row.name}: {span} of {work['dense_tflop']:.4g} TFLOP"
+            typer.echo(json.dumps(work) if options.json else text)
+        return 0
     if options.list:
         rows = _chosen(options, None)
         typer.echo("\n".join(json.dumps(row.as_dict()) if options.json else row.name for row in rows))

@@ -15,6 +15,7 @@ from dit_accel.bench import results, shapes, timing
 from dit_accel.bench import rows as bench_rows
 from dit_accel.bench import run as bench
 from dit_accel.bench.rows import MethodSetting, OutOfReach, Row, Shape
+from dit_accel.bench.work import count
 from dit_accel.errors import DitAccelError
 from dit_accel.files import append
 from dit_accel.generation import provenance
@@ -77,6 +78,7 @@ class TestDeclared:
             ("flux-4k", 65_536 + 512, 24, 128),
             ("cogvideox", 17_550 + 226, 48, 64),
             ("cpu", 8_192, 4, 64),
+            ("longca-64k-cp8", 65_536, 8, 128),
         ],
     )
     def test_shapes(self, shape, tokens, heads, head_dim):
@@ -111,17 +113,32 @@ class TestDeclared:
 
 
 class TestSettings:
-    @pytest.mark.parametrize("name", ["wan-1.3b-480p", "hunyuan-720p", "flux-4k", "cogvideox", "cpu"])
+    @pytest.mark.parametrize("name", ["wan-1.3b-480p", "hunyuan-720p", "flux-4k", "cogvideox", "cpu", "longca-8k"])
     def test_they_reach_the_density(self, name):
         shape = bench_rows.get_shape(name)
         for setting in shape.declared():
             found = plan(setting.method, shape.grid, **setting.config_on(shape.grid)).density
             if found is None:
-                assert setting.method in CHOSEN_BY_CALL
+                assert setting.method in CHOSEN_BY_CALL or setting.config
                 continue
             # Methods of whole frames have a few steps to choose from; windows and shares of blocks are fine.
             loose = get_methods()[setting.method].sparsest(shape.grid) > 0 or shape.text
             assert found == pytest.approx(setting.density, rel=bench_rows.TOLERANCE if loose else 0.06), setting
+
+    def test_work_is_counted_without_computing(self):
+        """Of 64 heads of 128 at 8,192 tokens: 4 operations a pair and dimension forward, 10 backward."""
+        every = 64 * 128 * 8192**2 * 4e-12
+        found = {
+            row.name.removesuffix("/bfloat16/forward"): count(row)
+            for row in bench_rows.select(["longca-8k"], directions=["forward"])
+        }
+        causal = found["longca-8k/gna:window=full,causal=True/0.500061"]
+        assert causal["tflop"] == [pytest.approx(every * 8193 / 16384)] * 2 and causal["dense_tflop"] == every
+        assert every > causal["block_tflop"] > causal["tflop"][0]  # blocks on the diagonal are computed whole
+        routed = found["longca-8k/sparge:topk=0.0,topp=0.5/-"]  # from one block of 64 keys in a row to all
+        assert routed["tflop"] == [pytest.approx(every / 128), every] and routed["block_tflop"] is None
+        shared = next(row for row in bench_rows.select(["longca-8k-cp8"], directions=["backward"]))
+        assert count(shared)["tflop"][0] == pytest.approx(every / 8 * 2.5)
 
     def test_windows_are_whole_blocks_where_the_grid_is(self):
         grid = bench_rows.get_shape("hunyuan-768p").grid
