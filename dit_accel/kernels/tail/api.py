@@ -173,9 +173,10 @@ def _save(ctx, inputs, output) -> None:
 
 
 def _differentiate(ctx, grad_out, grad_lse):
+    saved = ctx.saved_tensors  # recomputed activations can be read once
     if grad_out is None:
-        grad_out = torch.zeros_like(ctx.saved_tensors[5])
-    grads = tail_backward(grad_out, grad_lse, *ctx.saved_tensors, ctx.geometry, ctx.scale, ctx.impl)
+        grad_out = torch.zeros_like(saved[5])
+    grads = tail_backward(grad_out, grad_lse, *saved, ctx.geometry, ctx.scale, ctx.impl)
     return *grads, *[None] * 6
 
 
