@@ -123,10 +123,13 @@ def _forward_by_head(call: BlockSparseCall, places: list[Placement]) -> tuple[Te
     for b, place in enumerate(places):
         side_q, side_k = _sides(geometry, place, q.device)
         order, problems = _problems_by_head(_of_sample(lists, b), used[b], geometry, side_q, side_k, q)
-        queries, pairs = side_q.blocks(q[b])[order], side_k.blocks(torch.stack([k[b], v[b]], 2)).flatten(0, 1)
+        queries = side_q.blocks(q[b])[order]
+        keys, values = (side_k.blocks(x[b]).flatten(0, 1).contiguous() for x in (k, v))
         outs, lses = torch.zeros_like(queries), lse.new_full(queries.shape[:2], float("-inf"))
         for rows, listed, bias, blind in problems:
-            part, sums = dense.forward(queries[rows, None], *_pick(pairs, listed), bias, blind, scale)
+            part, sums = dense.forward(
+                queries[rows, None], _pick(keys, listed), _pick(values, listed), bias, blind, scale
+            )
             outs[rows], lses[rows] = part[:, 0], sums[:, 0]
         side_q.write(out[b], order, outs)
         side_q.write(lse[b], order, lses)
@@ -150,12 +153,12 @@ def _backward_by_head(
         order, problems = _problems_by_head(_of_sample(lists, b), used[b], geometry, side_q, side_k, q)
         upstream, queries, outs, lses = (side_q.blocks(x[b])[order] for x in (grad_out, q, out, lse))
         upstream_lse = None if grad_lse is None else side_q.blocks(grad_lse[b])[order]
-        pairs = side_k.blocks(torch.stack([k[b], v[b]], 2)).flatten(0, 1)
-        sums = [x.new_zeros(x.shape, dtype=dense.accumulation(q.dtype)) for x in (queries, *pairs.unbind(2))]
+        keys, values = (side_k.blocks(x[b]).flatten(0, 1).contiguous() for x in (k, v))
+        sums = [x.new_zeros(x.shape, dtype=dense.accumulation(q.dtype)) for x in (queries, keys, values)]
         for rows, listed, bias, _ in problems:
             dlse = None if upstream_lse is None else upstream_lse[rows, None]
             dq, *parts = dense.backward(
-                upstream[rows, None], dlse, queries[rows, None], *_pick(pairs, listed),
+                upstream[rows, None], dlse, queries[rows, None], _pick(keys, listed), _pick(values, listed),
                 outs[rows, None], lses[rows, None], bias, scale,
             )  # fmt: skip
             sums[0][rows] = dq[:, 0].to(sums[0].dtype)
@@ -289,7 +292,6 @@ def _pairs(
     return allowed | ~visual_q[:, :, None] | ~visual_k[:, None]
 
 
-def _pick(pairs: Tensor, listed: Tensor) -> tuple[Tensor, Tensor]:
-    """Keys and values of listed blocks [R, count], each [R, 1, count * block, D], of pairs [n, block, 2, D]."""
-    picked = pairs.index_select(0, listed.flatten()).view(len(listed), 1, -1, *pairs.shape[2:])
-    return picked[..., 0, :], picked[..., 1, :]
+def _pick(blocks: Tensor, listed: Tensor) -> Tensor:
+    """Listed blocks [R, count] of blocks [n, block, D] as [R, 1, count * block, D]."""
+    return blocks.index_select(0, listed.flatten()).view(len(listed), 1, -1, blocks.shape[2])
