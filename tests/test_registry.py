@@ -13,7 +13,8 @@ from dit_accel.tokens import TokenGrid
 
 
 def test_methods_are_found_by_their_files():
-    assert dit_accel.list_methods() == ["clear", "dense", "gna", "radial", "rectified", "sla", "sol", "sparge", "tile"]
+    names = ["clear", "dense", "gna", "heads", "radial", "rectified", "sla", "sol", "sparge", "tile"]
+    assert dit_accel.list_methods() == names
     for name, method in registry.get_methods().items():
         assert method.name == name
         assert method.summary
@@ -70,7 +71,7 @@ def test_configs_survive_json_lists():
     assert config == registry.make_config("gna", dataclasses.asdict(config))
 
 
-@pytest.mark.parametrize("name", ["clear", "gna", "radial", "tile", "dense", "sla", "sol", "sparge", "rectified"])
+@pytest.mark.parametrize("name", registry.get_methods())
 def test_configs_are_frozen(name):
     settings = {"gna": {"window": 2}, "tile": {"references": 1}}.get(name, {})
     config = registry.make_config(name, settings)

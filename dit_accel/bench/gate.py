@@ -157,7 +157,7 @@ def _head(
         out = definition.attend(head, seen, *leaves)
     if not gradients:
         return {"out": out}
-    found = torch.autograd.grad(out, leaves, problem.grad[0, head, rows].to(dtype))
+    found = torch.autograd.grad(out, leaves, problem.grad[0, head, rows].to(dtype), materialize_grads=True)
     return {"out": out.detach()} | dict(zip(("dq", "dk", "dv", *weights), found, strict=True))
 
 

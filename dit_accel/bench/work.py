@@ -31,6 +31,6 @@ def count(row: Row) -> dict[str, Any]:
         bounds, computed = (made.pairs, made.pairs), shape.tokens**2 * each
         if made.pairs < shape.tokens**2:
             blocks = made.block_mask()
-            computed = blocks.visited * blocks.query_order.block * blocks.key_order.block * each
+            computed = blocks.visited * blocks.query_order.block * blocks.key_order.block * each * made.head_share
     found = {"tflop": [pairs * each for pairs in bounds], "block_tflop": computed}
     return {**row.as_dict(), **found, "dense_tflop": shape.tokens**2 * each}

@@ -128,7 +128,7 @@ def _blocks(plan: Plan) -> dict[str, Any]:
         facts["block_density"] = visited / total
     if visited:
         # dense attention has no padding slots, so they count against the method
-        facts["ideal_speedup"] = plan.grid.tokens**2 / (visited * queries.block * keys.block)
+        facts["ideal_speedup"] = plan.grid.tokens**2 / (visited * queries.block * keys.block * plan.head_share)
     return facts
 
 

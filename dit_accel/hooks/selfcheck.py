@@ -81,15 +81,15 @@ class AttentionCall:
         batch, heads, *_ = q.shape
         queries = sample(plan.grid.visual, rows).to(q.device)
         found = torch.zeros(3, batch, heads, dtype=torch.float64, device=q.device)
-        kept = None
+        kept, first = None, 0 if self.heads is None else self.heads[0]
         for b in range(batch):
             lists = None
             if isinstance(plan, RoutedPlan):
                 settings = {"scale": self.scale, "module": self.module, "heads": self.heads}
                 lists = plan.route(q[b : b + 1], k[b : b + 1], **settings)
             for h in range(heads):
-                if kept is None or lists is not None:
-                    kept = plan.kept_keys(queries, lists, h)
+                if kept is None or lists is not None or plan.head_share < 1:
+                    kept = plan.kept_keys(queries, lists, h if lists is not None else first + h)
                 for chunk, weights in self.dense_weights(b, h, queries):
                     dense = weights @ v[b, h].to(weights)
                     own = out[b, h, queries[chunk] + plan.grid.visual_start].to(weights)

@@ -48,7 +48,7 @@ class Definition:
         visual = (query >= 0) & (query < grid.visual)
         seen = torch.ones(len(query), grid.tokens, dtype=torch.bool, device=query.device)
         seen[visual] = self.plan.kept_keys(query[visual], self._lists, head)
-        if self._lists is None:
+        if self._lists is None and self.plan.head_share == 1:
             self._static = seen
         return seen
 

@@ -78,7 +78,12 @@ class Plan(abc.ABC):
         method: registered name.
         config: the method's settings.
         grid: the sequence that calls will have.
+
+    Attributes:
+        head_share: the share of the heads that attend; the plan's blocks are those of such a head.
     """
+
+    head_share = 1.0
 
     def __init__(self, method: str, config: Any, grid: TokenGrid) -> None:
         self.method, self.config, self.grid = method, config, grid
@@ -111,7 +116,7 @@ class Plan(abc.ABC):
         Args:
             queries: int64 [S], indices of visual tokens.
             lists: of a routed plan, what it listed for one sample, [1, H, query blocks, width].
-            head: which head of the lists.
+            head: which head of the lists, or of the layer if the plan is static.
         """
 
     def token_mask(self) -> torch.Tensor:

@@ -96,32 +96,46 @@ def measure(
     if not candidates:
         raise DitAccelError("A layer search needs candidate settings, such as references=1 and references=2; got none.")
     configs = tuple(make_config(method, candidate) for candidate in candidates)
-    transformer = find_transformer(pipe)
-    family = find_transformers(pipe)[0]["transformer"][1]
-    count = sum(1 for _ in family.attentions(transformer))
-    calls = _noisy_calls(pipe, data, min(samples, len(data)), seed)
-    losses = [[0.0] * len(configs) for _ in range(count)]
+    probe = Probe(pipe, method, data, samples, seed)
+    losses = [[0.0] * len(configs) for _ in range(probe.layers)]
     costs = [0.0] * len(configs)
+    for layer in range(probe.layers):
+        for index, config in enumerate(configs):
+            losses[layer][index], costs[index] = probe.measure(layer, config)
+        _check_budget(costs, budget)
+        progress(layer + 1, probe.layers)
+    return Table(method, configs, tuple(costs), tuple(map(tuple, losses)))
+
+
+class Probe:
+    """Measures settings in one layer, with the other layers dense; the arguments are those of `measure`.
+
+    Attributes:
+        layers: how many the model has.
+    """
+
+    def __init__(self, pipe: DiffusionPipeline, method: str, data: Dataset, samples: int, seed: int = 0) -> None:
+        self.pipe, self.method, self.transformer = pipe, method, find_transformer(pipe)
+        self.family = find_transformers(pipe)[0]["transformer"][1]
+        self.layers = sum(1 for _ in self.family.attentions(self.transformer))
+        self.calls = _noisy_calls(pipe, data, min(samples, len(data)), seed)
+        self.dense, _ = self._predictions(None)
+
+    def measure(self, layer: int, config: Any) -> tuple[float, float]:
+        """Loss and density of a layer's settings."""
+        own = tuple(config if i == layer else None for i in range(self.layers))
+        made, density = self._predictions(LayerSettings(self.method, {"transformer": own}))
+        errors = [(a - b).square().mean() / b.square().mean() for a, b in zip(made, self.dense, strict=True)]
+        return float(torch.stack(errors).mean()), density
 
     @torch.no_grad()
-    def predictions(settings: LayerSettings | None) -> tuple[list[torch.Tensor], float]:
+    def _predictions(self, settings: LayerSettings | None) -> tuple[list[torch.Tensor], float]:
         name, layer_schedule = ("dense", None) if settings is None else (None, settings)
-        with accelerate(pipe, name, layer_schedule=layer_schedule, allow_dense=False) as accel:
-            networks = TrainingNetworks(transformer, family, accel, lora=False)
-            made = [networks.outputs(transformer, *call).prediction for call in calls]
+        with accelerate(self.pipe, name, layer_schedule=layer_schedule, allow_dense=False) as accel:
+            networks = TrainingNetworks(self.transformer, self.family, accel, lora=False)
+            made = [networks.outputs(self.transformer, *call).prediction for call in self.calls]
             densities = [layer.density for layer in accel.report().layers if layer.density is not None]
         return made, sum(densities) / len(densities) if densities else 1.0
-
-    dense, _ = predictions(None)
-    for layer in range(count):
-        for index, config in enumerate(configs):
-            own = tuple(config if i == layer else None for i in range(count))
-            made, costs[index] = predictions(LayerSettings(method, {"transformer": own}))
-            errors = [(a - b).square().mean() / b.square().mean() for a, b in zip(made, dense, strict=True)]
-            losses[layer][index] = float(torch.stack(errors).mean())
-        _check_budget(costs, budget)
-        progress(layer + 1, count)
-    return Table(method, configs, tuple(costs), tuple(map(tuple, losses)))
 
 
 def _noisy_calls(pipe: DiffusionPipeline, data: Dataset, count: int, seed: int) -> list[tuple[Any, ...]]:

@@ -25,6 +25,7 @@ from dit_accel.hooks.schedule import Schedule
 from dit_accel.hooks.selfcheck import sample
 from dit_accel.methods.sparge import SpargePlan
 from dit_accel.registry import make_config
+from dit_accel.tune import heads
 
 if TYPE_CHECKING:
     from dit_accel.accelerator import Accelerator
@@ -43,7 +44,9 @@ def run(request: TuneRequest) -> list[str]:
         DitAccelError: the request cannot be carried out. Finished runs stay, and the next calibration uses them.
     """
     assert request.calibrate is not None
-    config = request.calibrated()
+    name, config = request.calibrated()
+    if name == "heads":
+        return heads.run(request)
     choice = MethodChoice("sparge", config | ALL, Schedule(**request.schedule), dense_backend=request.dense_backend)
     candidate = Candidate(label(choice), choice)
     with quality.opened(request.evaluation(metrics=("psnr",)), [candidate]) as evaluation, progress_bar() as progress:

@@ -25,8 +25,9 @@ class TuneRequest(ScheduleOptions, ModelRequest):
     )
     calibrate: float | None = option(
         None,
-        "Search nothing: find the share of blocks that each head of sparge needs for this share of its softmax.",
-        metavar="RECALL",
+        "Search nothing: the blocks that each head of sparge needs for this share of its softmax, or, with --method "
+        "heads, the heads to keep if this share of them may stay.",
+        metavar="SHARE",
         above=0,
         most=1,
     )
@@ -42,28 +43,28 @@ class TuneRequest(ScheduleOptions, ModelRequest):
     def __post_init__(self) -> None:
         super().__post_init__()
         if (self.target is None) == (self.calibrate is None):
-            raise DitAccelError("tune needs either --target, such as 1.5x, or --calibrate RECALL; not both.")
+            raise DitAccelError("tune needs either --target, such as 1.5x, or --calibrate SHARE; not both.")
         if ProcessRank.here().count > 1:
             raise DitAccelError("tune decides from what it measured, in one process. Start it without a launcher.")
         if self.calibrate is not None:
             self.calibrated()
 
-    def calibrated(self) -> dict[str, Any]:
-        """The settings of sparge to calibrate for.
+    def calibrated(self) -> tuple[str, dict[str, Any]]:
+        """The method to calibrate, and its settings.
 
         Raises:
             DitAccelError: another method was named, or a setting is refused.
         """
         name, config = registry.parse_method(*self.method) if len(self.method) == 1 else ("sparge", {})
-        if name != "sparge" or len(self.method) > 1:
+        if name not in ("sparge", "heads") or len(self.method) > 1 or (name == "heads" and config):
             raise DitAccelError(
-                "--calibrate finds budgets of sparge, which alone has them. Give at most one --method, such as "
-                f"sparge:score=subblock; got {', '.join(self.method)}."
+                "--calibrate finds budgets of sparge or chooses heads. Give at most one --method, such as "
+                f"sparge:score=subblock, or heads without settings; got {', '.join(self.method)}."
             )
         if self.compile:
             raise DitAccelError("--calibrate looks into attention, which --compile hides; leave it out for that run.")
         registry.make_config(name, config)
-        return config
+        return name, config
 
     def evaluation(self, **more: Any) -> EvalRequest:
         """The evaluation of this model with these prompts, seeds and size; `more` are further fields of it."""

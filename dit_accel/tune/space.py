@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dit_accel import registry
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 DENSITIES = (0.5, 0.3, 0.2, 0.1)
 DENSE_STEPS = 0.2
 SAMPLES = 4  # of a layer search
+DENSE = Candidate("dense", MethodChoice("dense", {}, Schedule()))
 
 
 def settings(
@@ -142,17 +144,32 @@ class LayerSearch:
 
     def _table(self, method: str, configs: list[dict[str, Any]], whole: TotalBar) -> search.Table:
         """The measured losses, or those of an earlier run."""
-        sweep, items = self.evaluation.sweep, self.evaluation.items
-        dense = Candidate("dense", MethodChoice("dense", {}, Schedule()))
-        asked = {"samples": [sweep.key(dense, item) for item in items], "method": method, "configs": configs}
-        folder = self.request.output / "layers" / key_of(asked)
-        path, data = folder / "losses.json", folder / "data"
+        folder = self.folder(method, configs)
+        path = folder / "losses.json"
         made = tuple(registry.make_config(method, config) for config in configs)
         if path.exists():
             whole.spare(self.work(method))
             known = read_json(path, "table of losses", "Delete it and run again.", ("costs", "losses"))
             return search.Table(method, made, tuple(known["costs"]), tuple(map(tuple, known["losses"])))
-        arguments = sweep.arguments(dense)
+        data = self.data(folder, whole)
+
+        def count(done: int, total: int) -> None:
+            whole.advance(SAMPLES * len(configs))
+
+        table = search.measure(self.evaluation.sweep.pipe, method, configs, data, samples=SAMPLES, progress=count)
+        replace_file(path, json.dumps({"costs": table.costs, "losses": table.losses}, allow_nan=False).encode())
+        return table
+
+    def folder(self, method: str, configs: list[dict[str, Any]]) -> Path:
+        """Where a search of these settings on the evaluation's samples keeps its data and losses."""
+        sweep, items = self.evaluation.sweep, self.evaluation.items
+        asked = {"samples": [sweep.key(DENSE, item) for item in items], "method": method, "configs": configs}
+        return self.request.output / "layers" / key_of(asked)
+
+    def data(self, folder: Path, whole: TotalBar) -> Dataset:
+        """Samples of the dense model for the prompts, or those of an earlier run."""
+        sweep, items = self.evaluation.sweep, self.evaluation.items
+        arguments, data = sweep.arguments(DENSE), folder / "data"
         size: dict[str, int] = {
             name: arguments[name] for name in ("num_frames", "height", "width") if name in arguments
         }
@@ -161,10 +178,4 @@ class LayerSearch:
             prompts = [items[index % len(items)].prompt for index in range(SAMPLES)]
             write(data, preparer.generated(prompts, arguments, items[0].seed), preparer.negative(), size)
         whole.advance(SAMPLES * self.steps)
-
-        def count(done: int, total: int) -> None:
-            whole.advance(SAMPLES * len(configs))
-
-        table = search.measure(sweep.pipe, method, configs, Dataset(data), samples=SAMPLES, progress=count)
-        replace_file(path, json.dumps({"costs": table.costs, "losses": table.losses}, allow_nan=False).encode())
-        return table
+        return Dataset(data)

@@ -193,7 +193,7 @@ class TestGate:
         assert {0, grid.visual - 1, grid.visual, grid.tokens - 1} <= set(rows.tolist())
         assert len(rows.unique()) == len(rows)
 
-    @pytest.mark.parametrize("setting", [*STATIC, SLA, MARGINAL])
+    @pytest.mark.parametrize("setting", [*STATIC, SLA, MARGINAL, MethodSetting("heads", None, {"keep": (0, 1)})])
     @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
     def test_right_kernels_are_green(self, setting, dtype):
         found = outcome(setting, dtype=dtype, direction="both")

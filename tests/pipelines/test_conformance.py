@@ -22,8 +22,8 @@ ROUTED = {
     "sol": {"tail": "none", "tau": 0.5, "block": 8},
     "sparge": {"topk": 0.3, "topp": 0.1, "block_q": 16, "block": 16},
 }
-# Methods with a tail besides
-TAILED = {"sol": {"block": 8, "tail": "hybrid"}, "rectified": {"block": 8, "topp": 0.0}}
+# Methods that are more than a mask: a tail besides, or heads that differ
+DEFINED = {"sol": {"block": 8, "tail": "hybrid"}, "rectified": {"block": 8, "topp": 0.0}, "heads": {"keep": (1, 0)}}
 
 
 def static_settings(tiny):
@@ -56,6 +56,7 @@ def every_pair():
         settings = {"gna": {"window": "full"}, "sla": {"topk": 1.0, "block": 16}}
         if str(tiny) in UNTUNED:
             settings |= {"sol": {"tau": -1e6}, "sparge": {"topk": 1.0, "order": "tile"}, "rectified": {"drop": 0.0}}
+            settings["heads"] = {}
         for method, config in settings.items():
             yield pytest.param(tiny, method, config, id=f"{tiny}-{method}")
 
@@ -79,7 +80,7 @@ def state_of(transformer):
 def test_every_family_and_method_is_checked():
     assert {tiny.family for tiny in MODELS} == set(get_families())
     tested = {method for tiny in MODELS for method, _ in static_settings(tiny)}
-    assert tested | {*ROUTED, *TAILED, "dense"} == set(get_methods())
+    assert tested | {*ROUTED, *DEFINED, "dense"} == set(get_methods())
     assert len({str(tiny) for tiny in MODELS}) == len(MODELS)
 
 
@@ -126,16 +127,16 @@ def test_untrained_routed_methods_equal_masked_attention_on_their_lists(tiny, me
     assert (ours - tiny.dense).abs().max() > 100 * (ours - plain).abs().max(), "the routing makes no difference here"
 
 
-def every_tail():
+def every_definition():
     """`rectified` in every family, as `sol` without its tail is."""
     for tiny in MODELS:
-        for method in TAILED if str(tiny) in UNTUNED else ["rectified"] if tiny in FIRST else []:
-            yield pytest.param(tiny, method, TAILED[method], id=f"{tiny}-{method}")
+        for method in DEFINED if str(tiny) in UNTUNED else ["rectified"] if tiny in FIRST else []:
+            yield pytest.param(tiny, method, DEFINED[method], id=f"{tiny}-{method}")
 
 
 @pytest.mark.check("exact")
-@pytest.mark.parametrize(("tiny", "method", "config"), list(every_tail()))
-def test_methods_with_a_tail_equal_their_definition(tiny, method, config, evidence, monkeypatch):
+@pytest.mark.parametrize(("tiny", "method", "config"), list(every_definition()))
+def test_methods_that_are_more_than_a_mask_equal_their_definition(tiny, method, config, evidence, monkeypatch):
     """The reference implementations in fp64 and, as plain PyTorch, in fp32."""
     attend = RoutedPlan.run
 
@@ -152,7 +153,7 @@ def test_methods_with_a_tail_equal_their_definition(tiny, method, config, eviden
     with dit_accel.accelerated(tiny.shared_double, method, impl="reference", **config):
         exact = run(tiny.shared_double, tiny.double_call())
     assert_no_worse(ours, plain, exact, tiny.coarsest)
-    assert (ours - tiny.dense).abs().max() > 100 * (ours - plain).abs().max(), "the tail makes no difference here"
+    assert (ours - tiny.dense).abs().max() > 100 * (ours - plain).abs().max(), "it makes no difference here"
 
 
 @pytest.mark.check("keeping every pair equals dense")

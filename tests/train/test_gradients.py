@@ -22,6 +22,7 @@ METHODS = {
     "gna": {"window": (3, 3, 3)},
     "tile": {"references": 1},
     "clear": {"radius": 3},
+    "heads": {"keep": (1, 0)},
     "radial": {"decay": 0.2},
     "sla": {"topk": 0.3, "block": 16},
     "sol": {"block": 8, "tail": "hybrid"},

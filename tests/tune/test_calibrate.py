@@ -14,6 +14,7 @@ from dit_accel.hooks import layers as layerwise
 from dit_accel.hooks.schedule import Schedule
 from dit_accel.hooks.selfcheck import AttentionCall
 from dit_accel.tokens import TokenGrid
+from dit_accel.train import search
 from dit_accel.train.settings import TrainSettings
 from dit_accel.tune.calibrate import block_recall, budgeted
 
@@ -105,12 +106,34 @@ def test_from_prompts_to_a_file_that_everything_takes(cli, demo, tmp_path, monke
     assert all(sum(few) < sum(many) for few, many in zip(fewer, budgets, strict=True))
 
 
+def test_heads_from_prompts_to_a_file(cli, tmp_path, monkeypatch):
+    """At most the share of all heads is kept, the last in each layer's order; another share measures nothing again."""
+    prompts, out = tmp_path / "prompts.txt", tmp_path / "out"
+    prompts.write_text("a red circle\na blue square\n")
+    asked = ("--method", "heads", "--dense-steps", 1, "--prompts", prompts, "--output", out)
+    outcome = cli("tune", *SMALL, "--calibrate", 0.75, *asked)
+    assert outcome.status == 0, outcome.err
+    content = json.loads((out / "heads.json").read_text())
+    layers = content["layers"]["transformer"]
+    assert content["schedule"] == {"dense_steps": 1} and len(layers) == 6
+    for layer, (order, losses) in zip(layers, content["calibration"]["losses"], strict=True):
+        assert sorted(order) == [0, 1, 2, 3] and len(losses) == 3 and min(losses) > 0
+        keep = layer["keep"] if layer else [1] * 4
+        assert [keep[head] for head in order] == sorted(keep)
+    assert sum(sum(layer["keep"]) if layer else 4 for layer in layers) == 18
+
+    monkeypatch.setattr(search, "Probe", None)
+    assert cli("tune", *SMALL, "--calibrate", 0.5, *asked).status == 0
+    kept = layerwise.read(out / "heads.json").layers["transformer"]
+    assert sum(sum(config.keep) if config else 4 for config in kept) == 12
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ((), "either --target, such as 1.5x, or --calibrate"),
         (("--target", "2x", "--calibrate", 0.9), "not both"),
-        (("--calibrate", 0.9, "--method", "gna"), "budgets of sparge, which alone has them"),
+        (("--calibrate", 0.9, "--method", "gna"), "budgets of sparge or chooses heads"),
         (("--calibrate", 0.9, "--compile"), "which --compile hides"),
         (("--target", "banana"), "--target takes figure, sign and number"),
         (("--target", "pnsr>=25"), "Did you mean 'psnr'"),

@@ -1,0 +1,128 @@
+"""Heads that are never computed: the others attend to everything, and the output of a skipped head is zero.
+
+Source: the choice among heads of "MoH: Multi-Head Attention as Mixture-of-Head Attention" (arXiv:2410.11842), whose
+output is the sum of g_i H^i W_O^i over heads. g_i is 1 or 0 here, chosen once for each layer by calibration. MoH's
+router chooses for each token and needs training; it is not part of this method.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from dit_accel.errors import DitAccelError
+from dit_accel.kernels.block_sparse.dense import zeros_spread
+from dit_accel.kernels.block_sparse.geometry import BlockLists
+from dit_accel.methods.dense import DensePlan
+from dit_accel.plans.definition import Definition
+from dit_accel.plans.masks import AxisTable, Mask, Product
+from dit_accel.plans.plan import PlanCall, building
+from dit_accel.registry import Method
+from dit_accel.tokens import TokenGrid
+from dit_accel.values import check, option
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Settings of heads.
+
+    Args:
+        keep: for each head of a layer 1 (computed) or 0 (skipped); "all": every head. Layers differ, so a layer
+            schedule gives them; `dit-accel tune --calibrate SHARE --method heads` writes one.
+
+    Raises:
+        DitAccelError: `keep` has another form, or skips every head.
+    """
+
+    keep: Literal["all"] | tuple[int, ...] = option("all", least=0, most=1)
+
+    def __post_init__(self) -> None:
+        check(self)
+        if not any(self.keep):
+            raise DitAccelError(f"keep skips every head of a layer; got {self.keep!r}. Keep one at least.")
+
+    @property
+    def share(self) -> float:
+        """The share of the heads that are computed."""
+        return 1.0 if isinstance(self.keep, str) else sum(self.keep) / len(self.keep)
+
+    @property
+    def keeps_all(self) -> bool:
+        return self.share == 1
+
+
+class HeadsPlan(DensePlan):
+    """Dense attention of some heads on one grid."""
+
+    config: Config
+
+    def __init__(self, config: Config, grid: TokenGrid) -> None:
+        t, h, w = (AxisTable.full(length) for length in grid.shape)
+        super().__init__("heads", config, grid, Mask((Product(t, h, w),)))
+        self.head_share = config.share
+        self._indices: dict[tuple[torch.device, int, int], Tensor] = {}
+
+    @functools.cached_property
+    def pairs(self) -> int:
+        """Pairs of a head, text included, as a mean over all heads."""
+        return round(self.grid.tokens**2 * self.head_share)
+
+    @property
+    def density(self) -> float:
+        return self.head_share
+
+    def kept_keys(self, queries: Tensor, lists: BlockLists | None = None, head: int = 0) -> Tensor:
+        keep = self.config.keep
+        return super().kept_keys(queries) & (isinstance(keep, str) or bool(keep[head]))
+
+    def run(self, q: Tensor, k: Tensor, v: Tensor, call: PlanCall) -> Tensor:
+        kept = self._kept(q, call)
+        if len(kept) == q.shape[1]:
+            return super().run(q, k, v, call)
+        kind = q.device.type
+        if torch.is_autocast_enabled(kind):
+            q, k, v = (x.to(torch.get_autocast_dtype(kind)) for x in (q, k, v))
+        out = zeros_spread(q)
+        if not len(kept):  # under context parallelism
+            return out
+        q, k, v = (x.transpose(1, 2).index_select(2, kept).transpose(1, 2) for x in (q, k, v))
+        return out.index_copy(1, kept, super().run(q, k, v, call))
+
+    def _kept(self, q: Tensor, call: PlanCall) -> Tensor:
+        """The heads of a call that are computed: int64, on its device."""
+        first, every = (0, q.shape[1]) if call.heads is None else call.heads
+        keep = (1,) * every if isinstance(self.config.keep, str) else self.config.keep
+        if len(keep) != every:
+            raise DitAccelError(f"keep speaks of {len(keep)} heads, the layer has {every}; give 1 or 0 for each.")
+        key = q.device, first, q.shape[1]
+        if key not in self._indices:
+            with building():
+                own = torch.tensor(keep[first : first + q.shape[1]])
+                self._indices[key] = own.nonzero().flatten().to(q.device)
+        return self._indices[key]
+
+
+class HeadsDefinition(Definition):
+    """Softmax over all keys in computed heads, zero in skipped ones."""
+
+    plan: HeadsPlan
+
+    def attend(self, head: int, seen: Tensor, q: Tensor, k: Tensor, v: Tensor, *weights: Tensor) -> Tensor:
+        keep = self.plan.config.keep
+        if isinstance(keep, str) or keep[head]:
+            return super().attend(head, seen, q, k, v)
+        return 0 * q
+
+
+METHOD = Method(
+    "heads",
+    Config,
+    lambda grid, config: HeadsPlan(config, grid),
+    "dense attention in some heads of each layer, zero in the others",
+    source="the untrained part of MoH, arXiv:2410.11842",
+    definition=HeadsDefinition,
+)
