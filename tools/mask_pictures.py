@@ -2,8 +2,8 @@
 
 Static masks are exact: 6 frames of 6 x 6 tokens and 12 text tokens, for `clear` one of 12 x 12.
 Routed methods choose blocks by q and k: their pictures show one head of the embedded model's middle layer, at the
-second of four steps. The heads are those that `dit-accel tune --calibrate 0.75 --method heads` keeps of that model. It had
-three prompts, videos of 9 x 96 x 96 and 6 steps.
+second of four steps. The heads are those that `dit-accel tune --calibrate 0.75 --method heads` keeps of that model from
+three prompts and videos of 9 x 96 x 96 in 6 steps.
 """
 
 import argparse
