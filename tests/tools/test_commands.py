@@ -7,6 +7,7 @@ TOOLS = (
     "demo.train",
     "demo.evaluate",
     "demo.finetuning",
+    "demo.key_order",
     "demo_clip.train",
     "demo_clip.accuracy",
     "kernels.ahead_of_time",
