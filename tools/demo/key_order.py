@@ -46,7 +46,9 @@ def kept_weight(q: Tensor, k: Tensor) -> float:
 
 def compare(q: Tensor, k: Tensor, grid: TokenGrid) -> dict[str, float]:
     """The kept weight of one call by order of the keys."""
-    found = {order: kept_weight(q[:, :, walk(order, grid)], k[:, :, walk(order, grid)]) for order in GRID_ORDERS}
+    found: dict[str, float] = {
+        order: kept_weight(q[:, :, walk(order, grid)], k[:, :, walk(order, grid)]) for order in GRID_ORDERS
+    }
     some = q[:, :, torch.linspace(0, grid.visual - 1, SAMPLED).long()]
     importance = (some @ k.mT * q.shape[-1] ** -0.5).softmax(-1).mean(2)  # [1, H, N]
     for order in GRID_ORDERS:
@@ -64,7 +66,7 @@ def main() -> None:
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     pipe = load_demo()
     pipe.set_progress_bar_config(disable=True)
-    weights = defaultdict(list)
+    weights: defaultdict[str, list[float]] = defaultdict(list)
 
     def note(call: AttentionCall) -> None:
         for name, value in compare(call.q, call.k, call.plan.grid).items():
