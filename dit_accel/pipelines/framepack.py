@@ -17,8 +17,9 @@ from dit_accel.pipelines.reading import video_of
 from dit_accel.pipelines.sizes import Config, Shape, Sizes, patch_of, vae_pixels
 from dit_accel.tokens import TokenGrid
 
-# Arguments with the history's latents, and the kernel that makes tokens of them.
-HISTORY = {"latents_history_4x": (4, 8, 8), "latents_history_2x": (2, 4, 4), "latents_clean": (1, 2, 2)}
+# Arguments with the history's latents, and how many times as large as (1, 2, 2) the patches are.
+HISTORY = {"latents_history_4x": 4, "latents_history_2x": 2, "latents_clean": 1}
+PATCH = (1, 2, 2)
 SECTION = 9  # latent frames that are generated at once, by default
 KEPT = {"latents_history_4x": 16, "latents_history_2x": 2, "latents_clean": 2}  # latent frames of the history
 IMAGE, PROMPT = 729, 256  # tokens of SigLIP's embedding and of the longest prompt
@@ -31,8 +32,8 @@ def layout(transformer: Any, call: ModelCall) -> CallLayout:
     alone = len(lens) == 1
     text = int(lens) if alone else image + call.length("encoder_hidden_states")
     grid = video_of(call, patch_of(transformer.config), text)
-    given = [(call.get(name), kernel) for name, kernel in HISTORY.items()]
-    history = sum(_tokens(latents.shape[2:], kernel) for latents, kernel in given if latents is not None)
+    given = [(call.get(name), times) for name, times in HISTORY.items()]
+    history = sum(count_tokens(latents.shape[2:], PATCH, times) for latents, times in given if latents is not None)
     grid = TokenGrid(*grid.shape, text=text, conditioning=history)
     order = torch.arange(grid.tokens)
     stop = history + grid.visual
@@ -50,8 +51,9 @@ def _lengths(mask: torch.Tensor) -> torch.Tensor:
     return mask.sum(1).int()
 
 
-def _tokens(latents: Sequence[int], kernel: Shape) -> int:
-    return math.prod(math.ceil(size / step) for size, step in zip(latents, kernel, strict=True))
+def count_tokens(latents: Sequence[int], patch: Shape, times: int) -> int:
+    """Tokens of latents of these sizes in patches that are so many times as large, padded at the end."""
+    return math.prod(math.ceil(size / (times * step)) for size, step in zip(latents, patch, strict=True))
 
 
 def sizes(transformer: Config, vae: Config) -> Sizes:
@@ -61,7 +63,7 @@ def sizes(transformer: Config, vae: Config) -> Sizes:
 
     def history(shape: Shape) -> int:
         sides = [side * patch[1] for side in shape[1:]]
-        return sum(_tokens((KEPT[name], *sides), kernel) for name, kernel in HISTORY.items())
+        return sum(count_tokens((KEPT[name], *sides), PATCH, times) for name, times in HISTORY.items())
 
     return Sizes(
         (pixels, pixels),

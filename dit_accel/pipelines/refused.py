@@ -20,7 +20,6 @@ REFUSED = {
     "Cosmos3OmniTransformer": "samples share one sequence, causal in its text, with fewer key heads than query heads",
     "DiTTransformer2DModel": "its images have 1,024 tokens at most, too few to be faster",
     "DreamLiteTransformer2DModel": _UNET,
-    "HeliosTransformer3DModel": "history of several resolutions precedes the video, and its keys are scaled",
     "Kandinsky6SRTransformer3DModel": "its self-attention is sparse already (NABLA)",
     "LatteTransformer3DModel": "a layer sees one frame, or one position in all frames: short sequences already",
     "LongCatAudioDiTTransformer": _AUDIO,

@@ -26,7 +26,7 @@ NOT_IN_DIFFUSERS = {"ltx2:2.0", "ltx2:2.3"}
 
 
 SHARED = {"flux:t2i", "flux:kontext", "flux2:t2i", "flux2:edit", "ltx:t2v", "qwen_image:t2i", "qwen_image:edit"}
-SHARED |= {"minimax_h3:fl2va", "wan:t2v", "wan:chronoedit"}
+SHARED |= {"helios:t2v", "minimax_h3:fl2va", "wan:t2v", "wan:chronoedit"}
 
 
 def shared_models():

@@ -75,6 +75,13 @@ CASES = [
         TokenGrid(22, 45, 80),
     ),
     ("EasyAnimateTransformer3DModel", {"patch_size": 2}, KL, None, TokenGrid(13, 32, 32, text=256, text_first=True)),
+    (
+        "HeliosTransformer3DModel",
+        {"patch_size": [1, 2, 2]},
+        WAN_VAE,
+        None,
+        TokenGrid(9, 24, 40, text=4 * 6 * 10 + 12 * 20 + 2 * 24 * 40, text_first=True),
+    ),
     ("Kandinsky5Transformer3DModel", {"patch_size": [1, 2, 2]}, HUNYUAN_VAE, None, TokenGrid(31, 32, 48)),
     ("Kandinsky6Transformer3DModel", {"patch_size": [1, 2, 2]}, HUNYUAN_VAE, None, TokenGrid(31, 32, 48)),
     ("FluxTransformer2DModel", {}, KL, (None, 4096, 4096), TokenGrid(1, 256, 256, text=512, text_first=True)),
