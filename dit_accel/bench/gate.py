@@ -166,6 +166,7 @@ def _magnitudes(problem: Problem, head: int, rows: torch.Tensor, seen: torch.Ten
     q, k, v = (x[0, head].double() for x in (problem.q, problem.k, problem.v))
     q, gradient, scale = q[rows], problem.grad[0, head, rows].double(), problem.q.shape[-1] ** -0.5
     weights = (q @ k.T * scale).masked_fill(~seen, -torch.inf).softmax(-1)
+    weights = weights.masked_fill(~seen.any(-1, keepdim=True), 0)  # a head that is not computed
     delta = (gradient.abs() * (weights @ v).abs()).sum(-1, keepdim=True)
     terms = weights * (gradient.abs() @ v.abs().T + delta) * scale
     return {"dq": terms @ k.abs(), "dk": terms.T @ q.abs()}
