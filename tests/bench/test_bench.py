@@ -1,8 +1,6 @@
-"""Benchmarks: what is declared, settings for a density, the gate, rows, files and pictures."""
+"""Benchmarks: what is declared, settings for a density, the gate, rows and times."""
 
 import dataclasses
-import importlib
-import importlib.util
 import json
 import sys
 import types
@@ -11,13 +9,12 @@ import pytest
 import torch
 
 from dit_accel.bench import gate as bench_gate
-from dit_accel.bench import results, shapes, timing
 from dit_accel.bench import rows as bench_rows
 from dit_accel.bench import run as bench
+from dit_accel.bench import shapes, timing
 from dit_accel.bench.rows import MethodSetting, OutOfReach, Row, Shape
 from dit_accel.bench.work import count
 from dit_accel.errors import DitAccelError
-from dit_accel.files import append
 from dit_accel.generation import provenance
 from dit_accel.plans.definition import Definition
 from dit_accel.registry import get_methods, plan
@@ -346,67 +343,3 @@ class TestTiming:
 
     def test_quantiles(self):
         assert timing.quantiles([5, 1, 2, 4, 3, 6]) == {"ms_p50": 3.5, "ms_p20": 2, "ms_p80": 5}
-
-
-RECORD = {"op": "gna", "shape": "a", "dtype": "float32", "direction": "forward", "impl": "portable", "gpu": None}
-RECORD |= {"cpu": "a processor", "density": 0.1, "speedup": 7.0}
-
-
-class TestFile:
-    def test_rows_are_added(self, tmp_path):
-        for speedup in (1, 2):
-            append(tmp_path / "new" / "rows.jsonl", RECORD | {"speedup": speedup})
-        assert [found["speedup"] for found in results.read(tmp_path / "new" / "rows.jsonl")] == [1, 2]
-
-    def test_what_a_cut_run_left_of_a_line_does_not_count(self, tmp_path):
-        path = tmp_path / "rows.jsonl"
-        append(path, RECORD)
-        whole = path.read_bytes()
-        path.write_bytes(whole + whole[: len(whole) // 2])
-        assert results.read(path) == [RECORD]
-        append(path, RECORD)
-        assert path.read_bytes() == 2 * whole
-
-    def test_a_cut_first_line(self, tmp_path):
-        path = tmp_path / "rows.jsonl"
-        path.write_text('{"op": ')
-        assert results.read(path) == []
-        append(path, RECORD)
-        assert results.read(path) == [RECORD]
-
-    @pytest.mark.parametrize("line", ["{broken}", "[1]", '{"other": 1}'])
-    def test_other_files_are_refused(self, tmp_path, line):
-        path = tmp_path / "rows.jsonl"
-        path.write_text(line + "\n")
-        with pytest.raises(DitAccelError, match="line 1"):
-            results.read(path)
-
-    def test_missing_file(self, tmp_path):
-        with pytest.raises(DitAccelError, match="cannot be read"):
-            results.read(tmp_path / "none.jsonl")
-
-
-class TestPicture:
-    def test_it_is_drawn(self, tmp_path):
-        pytest.importorskip("matplotlib")
-        from PIL import Image
-
-        results.draw([RECORD, RECORD | {"density": 0.5, "speedup": 1.5}], tmp_path / "rows.png")
-        with Image.open(tmp_path / "rows.png") as picture:
-            assert picture.format == "PNG"
-            assert picture.width > 500
-
-    def test_one_row_that_keeps_everything(self, tmp_path):
-        pytest.importorskip("matplotlib")
-        results.draw([RECORD | {"density": 1.0}], tmp_path / "rows.png")
-        assert (tmp_path / "rows.png").exists()
-
-    def test_without_matplotlib_the_error_says_what_to_install(self, monkeypatch, tmp_path):
-        monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-        with pytest.raises(DitAccelError, match=r"pip install 'dit_accel\[plot\]'"):
-            results.draw([RECORD], tmp_path / "rows.png")
-
-    def test_without_rows(self, tmp_path):
-        pytest.importorskip("matplotlib")
-        with pytest.raises(DitAccelError, match="no rows"):
-            results.draw([], tmp_path / "rows.png")

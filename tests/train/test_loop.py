@@ -1,9 +1,6 @@
 """A run from data to artefact: it learns, survives kills, stops where it must, and what it leaves can be loaded."""
 
-import contextlib
 import os
-import resource
-import shutil
 import signal
 
 import pytest
@@ -304,64 +301,6 @@ def test_a_loss_that_is_not_a_number_stops_the_run(trained, tmp_path, monkeypatc
         torch.isfinite(weight).all()
         for weight in state.load(state.found(tmp_path / "nan" / "checkpoints")[-1])[1]["weights"].values()
     )
-
-
-@pytest.fixture
-def small_files():
-    """Inside, no file grows beyond 1,000 bytes: what a full disk is to whoever writes one."""
-
-    @contextlib.contextmanager
-    def limited():
-        before = resource.getrlimit(resource.RLIMIT_FSIZE)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
-        try:
-            yield
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-    return limited
-
-
-def test_a_full_disk_keeps_the_last_checkpoint(trained, tmp_path, monkeypatch, small_files):
-    trained("full", steps=2)
-    import safetensors.torch
-
-    write = safetensors.torch.save_file
-
-    def full(*arguments, **keywords):
-        with small_files():
-            write(*arguments, **keywords)
-
-    monkeypatch.setattr(safetensors.torch, "save_file", full)
-    with pytest.raises(
-        dit_accel.DitAccelError, match=r"step 4 cannot be written .*File too large.*step-00000002"
-    ) as error:
-        trained("full", steps=4)
-    assert "\n" not in str(error.value)
-    assert [path.name for path in (tmp_path / "full" / "checkpoints").iterdir()] == ["step-00000002"]
-    monkeypatch.undo()
-    assert len(curve(trained("full", steps=4))) == 4
-
-
-def test_a_full_disk_leaves_the_saved_weights_as_they_were(trained, tiny, small_files):
-    folder, pipe = trained(rank=0, steps=1), tiny.load()
-    files = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-    with dit_accel.load(pipe, folder) as accel:
-        with (
-            pytest.raises(dit_accel.DitAccelError, match=r"Cannot save the accelerator .*File too large"),
-            small_files(),
-        ):
-            accel.save_pretrained(folder)
-    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == files
-
-
-def test_damaged_checkpoints_are_named(trained, tmp_path):
-    folder = trained(steps=2)
-    (folder / "checkpoints" / "step-00000002" / "weights.safetensors").write_bytes(b"")
-    with pytest.raises(dit_accel.DitAccelError, match="step-00000002 is damaged"):
-        trained(steps=3)
-    shutil.rmtree(folder / "checkpoints")
-    trained(steps=3)
 
 
 def test_push_to_hub(trained, tiny, monkeypatch):
