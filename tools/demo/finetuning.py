@@ -61,6 +61,7 @@ class Run:
 RUNS = {
     "sla-demo": Run(),
     "gna-demo": Run(),
+    "clear-demo": Run(),
     "linear-demo": Run(),
     "consistency-demo": Run(tuned=(4, 1.0)),
     "gate-demo": Run(),
