@@ -95,7 +95,7 @@ class Metric:
     network: Callable[[Networks, str | None], Any] | None = None
     published: str | None = None
     packages: tuple[str, ...] = ()
-    default: Literal["always", "published", "embedded", "never"] = "always"
+    default: Literal["always", "published", "embedded", "demo", "never"] = "always"
     video: bool = False
     decibels: bool = False
 
@@ -162,7 +162,7 @@ def defaults(embedded: bool) -> list[tuple[Metric, str | None]]:
     return [
         (metric, None if metric.network is None else DEMO_CLIP)
         for metric in known
-        if metric.default in ("always", "embedded")
+        if metric.default in ("always", "embedded") or (embedded and metric.default == "demo")
     ]
 
 
@@ -186,6 +186,8 @@ def choose(asked: Iterable[str], embedded: bool, frames: int, device: torch.devi
             if named:
                 raise DitAccelError(f"{metric.name} compares neighbouring frames; leave it out for a model of images.")
             continue
+        if metric.default == "demo" and not embedded:
+            raise DitAccelError(f"{metric.name} reads what the embedded model draws; leave it out for other models.")
         if metric.network is None and source is not None:
             raise DitAccelError(f"{metric.name} has no network; write it without [{source}].")
         network: Any = None if metric.network is None else metric.network(networks, source)

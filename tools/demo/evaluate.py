@@ -28,7 +28,7 @@ from diffusers import WanPipeline
 from PIL import Image
 
 from dit_accel.pipelines.demo import SIZES, WEIGHTS, Settings, clips, load_demo
-from tools.demo.checker import ATTRIBUTES, Reading, read
+from dit_accel.pipelines.demo.checker import ATTRIBUTES, Reading, read
 from tools.demo.fidelity import nearest_clip
 
 Agreement = dict[str, bool]

@@ -34,7 +34,7 @@ from dit_accel.train.card import Base
 from dit_accel.train.loop import train
 from dit_accel.train.settings import Recipe, TrainSettings, read_recipe
 from dit_accel.train.state import read_losses
-from tools.demo.checker import read
+from dit_accel.pipelines.demo.checker import read
 from tools.demo.evaluate import fixed_scenes, summarise
 
 TRUE_CLIPS = 4

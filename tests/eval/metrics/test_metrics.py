@@ -186,7 +186,7 @@ class TestNames:
         clip = [f"{name}[demo-clip]" for name in ("perceptual", "fid", "kid", "clip_score", "frame_agreement")]
         monkeypatch.setattr(machinery, "installed", lambda packages: True)
         assert listed(embedded=False) == [*own, "lpips", "fid", "kid", "clip_score", "frame_agreement"]
-        assert listed(embedded=True) == own + clip
+        assert listed(embedded=True) == [*own, *clip[:3], "prompt_agreement", *clip[3:]]
         monkeypatch.setattr(machinery, "installed", lambda packages: "torchvision" not in packages)
         assert listed(embedded=False) == own + clip
 
@@ -221,6 +221,10 @@ class TestNames:
         with pytest.raises(DitAccelError) as error:
             choose(asked, embedded=True, frames=5, device=CPU)
         assert message in str(error.value)
+
+    def test_what_reads_the_embedded_model_is_refused_for_others(self):
+        with pytest.raises(DitAccelError, match="prompt_agreement reads what the embedded model draws"):
+            choose(["prompt_agreement"], embedded=False, frames=5, device=CPU)
 
     def test_images_have_no_neighbours(self):
         with pytest.raises(DitAccelError, match="temporal_psnr compares neighbouring frames"):

@@ -6,7 +6,7 @@ import torch
 
 from dit_accel.pipelines.demo import DEFAULTS, clips
 from dit_accel.pipelines.demo.clips import Scene
-from tools.demo.checker import count_pieces, read
+from dit_accel.pipelines.demo.checker import count_pieces, named, read
 from tools.demo.evaluate import fixed_scenes, summarise, true_clips
 
 
@@ -90,3 +90,23 @@ def test_summary_counts_colour_and_direction_together():
     ]
     shares = summarise(rows)
     assert (shares["colour"], shares["direction"], shares["joint"], shares["all"]) == (1.0, 0.5, 0.5, 0.0)
+
+
+def test_a_prompt_names_what_it_says():
+    every = [scene for held_out in (True, False) for scene in clips.scenes(held_out)]
+    for scene in every:
+        for phrase in (clips.CAPTION, *clips.PARAPHRASES):
+            assert named(scene.phrase(phrase)) == vars(scene)
+    assert named("A red, round circle!") == {"colour": "red", "shape": "circle"}
+    assert named("a blue background") == {"background": "blue"}
+    assert named("background") == {}
+
+
+def test_a_video_follows_what_its_prompt_names():
+    clip = clips.render([Scene("red", "circle", "right", "blue")], 9, 64, 64, torch.Generator().manual_seed(0))
+    reading = read(clip[0].permute(1, 2, 3, 0).numpy() / 2 + 0.5)
+    assert reading.follows("a red circle moves right on a blue background")
+    assert reading.follows("a circle")
+    for wrong in ("a red square", "a green circle", "a red circle moves left", "a red circle on a gray background"):
+        assert not reading.follows(wrong)
+    assert not replace(reading, objects=2).follows("a circle")

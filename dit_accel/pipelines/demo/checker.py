@@ -8,11 +8,12 @@ counted in every frame: a video whose object falls apart, or that shows a second
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 import numpy as np
 
-from dit_accel.pipelines.demo.clips import BACKGROUNDS, COLOURS, PALETTE, SHAPES, Scene
+from dit_accel.pipelines.demo.clips import BACKGROUNDS, COLOURS, DIRECTIONS, PALETTE, SHAPES, Scene
 
 DIFFERENT = 0.22  # RGB distance from the background that makes a pixel part of the object; colours lie 0.4 apart
 SMALLEST = 24  # pixels of the object in a frame, below which that frame shows none
@@ -37,6 +38,21 @@ class Reading:
     def agrees(self, scene: Scene) -> dict[str, bool]:
         """For each of `ATTRIBUTES`, whether the video shows what `scene` says; `whole`: one object in one piece."""
         return {name: getattr(self, name) == getattr(scene, name) for name in ATTRIBUTES} | {"whole": self.objects == 1}
+
+    def follows(self, prompt: str) -> bool:
+        """Whether the video shows one object in one piece, and every attribute that the prompt names."""
+        return self.objects == 1 and all(getattr(self, name) == word for name, word in named(prompt).items())
+
+
+def named(prompt: str) -> dict[str, str]:
+    """The word of each of `ATTRIBUTES` that a prompt names: "... white background" names the background."""
+    words = re.findall(r"[a-z]+", prompt.lower())
+    ground = words.index("background") - 1 if "background" in words[1:] else None
+    object_words = [word for place, word in enumerate(words) if place != ground]
+    known = {"colour": COLOURS, "direction": DIRECTIONS, "shape": SHAPES}
+    found = {name: next((word for word in object_words if word in of), None) for name, of in known.items()}
+    found["background"] = words[ground] if ground is not None and words[ground] in BACKGROUNDS else None
+    return {name: word for name, word in found.items() if word is not None}
 
 
 def read(video: np.ndarray) -> Reading:
