@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from dit_accel.pipelines.demo import DEFAULTS, clips
-from dit_accel.pipelines.demo.clips import Scene
 from dit_accel.pipelines.demo.checker import count_pieces, named, read
+from dit_accel.pipelines.demo.clips import Scene
 from tools.demo.evaluate import fixed_scenes, summarise, true_clips
 
 

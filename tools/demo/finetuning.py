@@ -29,12 +29,12 @@ from dit_accel.eval.networks import Clip
 from dit_accel.eval.scoring import bootstrap
 from dit_accel.generation.provenance import provenance
 from dit_accel.pipelines.demo import clips, load_demo
+from dit_accel.pipelines.demo.checker import read
 from dit_accel.train import data, prepare
 from dit_accel.train.card import Base
 from dit_accel.train.loop import train
 from dit_accel.train.settings import Recipe, TrainSettings, read_recipe
 from dit_accel.train.state import read_losses
-from dit_accel.pipelines.demo.checker import read
 from tools.demo.evaluate import fixed_scenes, summarise
 
 TRUE_CLIPS = 4
