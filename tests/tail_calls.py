@@ -12,6 +12,8 @@ from dit_accel.kernels.block_sparse.geometry import BlockLists
 from dit_accel.kernels.tail.api import with_tail
 from dit_accel.order import TokenOrder
 from dit_accel.plans.plan import attention
+from dit_accel.plans.tailed import TailDefinition
+from dit_accel.registry import plan
 from dit_accel.tokens import TokenGrid
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -173,7 +175,7 @@ def check(case):
         assert_accurate(name, mine, simple.nan_to_num(0.0), truth, magnitude=PARTS.get(name, 1) * sums[name])
 
 
-def check_calls(chosen, definition, tensors, upstream, dtype):
+def check_calls(chosen, definition, tensors, upstream, dtype, impl="auto"):
     """Output and gradients of a call of one head, by name, against a method's definition in fp64."""
 
     def results(function, dtype):
@@ -184,11 +186,20 @@ def check_calls(chosen, definition, tensors, upstream, dtype):
     def defined(q, k, v):
         return definition.attend(0, definition.seen(0), q[0, 0], k[0, 0], v[0, 0])[None, None]
 
-    got = results(lambda *x: attention(*x, chosen), dtype)
+    got = results(lambda *x: attention(*x, chosen, impl=impl), dtype)
     plain, exact = results(defined, dtype), results(defined, torch.float64)
     sums = sizes_of(definition, *(x[0, 0].double() for x in (*tensors, upstream)), exact[0][0, 0], dtype)
     for name, mine, simple, truth in zip(("out", "dq", "dk", "dv"), got, plain, exact, strict=True):
         assert_accurate(name, mine, simple, truth, magnitude=PARTS[name] * sums[name])
+
+
+def check_error_calls(impl):
+    """`check_calls` of blocks that are chosen by the tail's error."""
+    grid = TokenGrid(3, 5, 7, **TEXT)
+    q, k, v, upstream = torch.randn(4, 1, 1, grid.tokens, 16)
+    chosen = plan("sparge", grid, topk=0.2, topp=0.3, block_q=16, block=16, order="tile", score="error", tail="mean")
+    definition = TailDefinition(chosen, torch.arange(grid.tokens), q, k, "portable", None, v)
+    check_calls(chosen, definition, [q, k, v], upstream, torch.float32, impl)
 
 
 def sizes_of(definition, q, k, v, grad, out, dtype):

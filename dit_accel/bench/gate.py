@@ -83,7 +83,7 @@ def check(problem: Problem, attend: Attend, *, gradients: bool) -> dict[str, Err
     errors, plains, sizes = (dict.fromkeys(got, 0.0) for _ in range(3))
     weights: dict[str, list[torch.Tensor]] = {name: [] for name in got if name in problem.weights}
     define = get_method(problem.plan.method).definition or Definition
-    definition = define(problem.plan, rows, problem.q, problem.k, problem.impl, problem.module)
+    definition = define(problem.plan, rows, problem.q, problem.k, problem.impl, problem.module, problem.v)
     flaw = definition.flaw()
     if flaw is not None:
         raise Inexact(flaw)

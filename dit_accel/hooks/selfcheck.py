@@ -86,7 +86,7 @@ class AttentionCall:
             lists = None
             if isinstance(plan, RoutedPlan):
                 settings = {"scale": self.scale, "module": self.module, "heads": self.heads}
-                lists = plan.route(q[b : b + 1], k[b : b + 1], **settings)
+                lists = plan.route(q[b : b + 1], k[b : b + 1], values=v[b : b + 1], **settings)
             for h in range(heads):
                 if kept is None or lists is not None or plan.head_share < 1:
                     kept = plan.kept_keys(queries, lists, h if lists is not None else first + h)

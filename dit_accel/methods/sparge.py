@@ -6,11 +6,17 @@ all pairs of cells. Score "learned" is that of a trained gate (`plans/gate.py`).
 the fewest best blocks that hold `topp` of the softmax over its scores. Kept blocks are attended exactly; the others are
 left out, or in the tail (`kernels/tail/README.md`).
 
+Score "error" keeps as many blocks as "mean" does in every row, but those whose tail would be most wrong: SVG-EAR's
+errors a pair, equation (4) of that README. Blocks stand in place of the paper's k-means clusters of queries and keys;
+``order="tile"`` makes them 3-D tiles. The budget is that of the scores of means, without the paper's log n_j and
+without its share of clusters that are kept by mass: of blocks of one size the former is constant.
+
 Sources: "SpargeAttention2: Trainable Sparse Attention via Hybrid Top-k+Top-p Masking and Distillation Fine-Tuning",
 arXiv 2602.13515, for the union and the default settings. "SpargeAttn: Accurate Sparse Attention Accelerating Any Model
 Inference", arXiv 2502.18137, for the guard; its settings are ``topk=0, topp=0.98, similarity=0.6`` by mass and
 ``topk=0.5, topp=0, similarity=-0.1`` by number. SGLang's subblock_sparse, for that score.
-SeerAttention, arXiv 2410.13276, for the gate.
+SeerAttention, arXiv 2410.13276, for the gate. "SVG-EAR: Parameter-Free Linear Compensation for Sparse Video Generation
+via Error-aware Routing", arXiv 2603.08982, for the error, as its released code computes it.
 """
 
 from __future__ import annotations
@@ -27,6 +33,7 @@ from dit_accel.kernels.router.api import route
 from dit_accel.kernels.router.call import Rule
 from dit_accel.kernels.router.portable import rank
 from dit_accel.kernels.sla.call import Cut, visual_of
+from dit_accel.kernels.tail.errors import most_wrong, tail_errors
 from dit_accel.order import valid_tokens
 from dit_accel.plans.gate import BlockGate, route_gated
 from dit_accel.plans.kept import kept_or_new
@@ -37,7 +44,7 @@ from dit_accel.registry import LearnedModule, Method
 from dit_accel.tokens import TokenGrid
 from dit_accel.values import check, fits, option
 
-Score = Literal["mean", "subblock", "learned"]
+Score = Literal["mean", "subblock", "learned", "error"]
 Tail = Literal["none", "mean"]
 
 
@@ -51,7 +58,7 @@ class Config:
         topp: share of the softmax over a row's scores that the kept blocks hold at least, in [0, 1]; 1 keeps all. Every
             row keeps at least one block.
         score: "mean": of block means; "subblock": of all pairs of cell means; "learned": of a gate, which equals "mean"
-            until it is trained.
+            until it is trained; "error": of the tail's error, with tail "mean" only.
         cells: runs of tokens that a block is cut into, with score "subblock".
         similarity: the guard of SpargeAttn: a block whose tokens are less similar to each other is not judged by its
             mean. The measure is the mean of the Gram matrix of normalised tokens. All queries keep such a key block,
@@ -94,11 +101,13 @@ class Config:
             if getattr(self, name) % self.cells:
                 raise DitAccelError(f"{name} must divide into cells={self.cells}; got {getattr(self, name)}.")
 
-        if self.score == "learned" and self.similarity is not None:
+        if self.score in ("learned", "error") and self.similarity is not None:
             raise DitAccelError(
-                f"similarity={self.similarity} keeps blocks that their means misjudge, and score='learned' does not "
-                "judge by means alone. Leave out similarity."
+                f"similarity={self.similarity} keeps blocks that their means misjudge, and score='{self.score}' does "
+                "not judge by means alone. Leave out similarity."
             )
+        if self.score == "error" and self.tail == "none":
+            raise DitAccelError("score='error' ranks blocks by the error of the tail; set tail='mean' with it.")
 
     def counts(self, blocks: int) -> int:
         """Blocks that every row keeps by number, of `blocks` visual key blocks."""
@@ -193,10 +202,18 @@ class SpargePlan(TailedPlan):
             similarity=config.similarity,
         )
 
+        orders = self.query_order, self.key_order
+
         def routed() -> BlockLists:
             if config.score == "learned":
-                return route_gated(q, k, (self.query_order, self.key_order), rule, call)
-            return route(q, k, self.query_order, self.key_order, rule, scale=call.scale, impl=call.impl)
+                return route_gated(q, k, orders, rule, call)
+            lists = route(q, k, *orders, rule, scale=call.scale, impl=call.impl)
+            if config.score != "error":
+                return lists
+            if call.values is None:
+                raise DitAccelError("score='error' routes by the values too: route(q, k, values=v).")
+            scale = q.shape[-1] ** -0.5 if call.scale is None else call.scale
+            return most_wrong(tail_errors(q, k, call.values, *orders, scale), lists)
 
         shape = *q.shape[:2], self.query_order.visual_blocks, self.key_order.visual_blocks
         return kept_or_new(call.memory, config.refresh, self, shape, routed)

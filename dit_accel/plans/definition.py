@@ -21,15 +21,22 @@ class Definition:
 
     Args:
         rows: int64 [S], the queries in model order, on the device of q.
-        q, k: [1, H, N, D], of the call.
+        q, k, v: [1, H, N, D], of the call; v only for plans whose lists depend on it.
         impl: the implementation that routes, if the plan routes by content.
         module: the learned weights of the call.
     """
 
     def __init__(
-        self, plan: Plan, rows: Tensor, q: Tensor, k: Tensor, impl: Impl, module: nn.Module | None = None
+        self,
+        plan: Plan,
+        rows: Tensor,
+        q: Tensor,
+        k: Tensor,
+        impl: Impl,
+        module: nn.Module | None = None,
+        v: Tensor | None = None,
     ) -> None:
-        self.plan, self.rows, self.q, self.k, self.impl, self.module = plan, rows, q, k, impl, module
+        self.plan, self.rows, self.q, self.k, self.v, self.impl, self.module = plan, rows, q, k, v, impl, module
         self._static: Tensor | None = None
         self._lists: BlockLists | None = None
 
@@ -42,7 +49,7 @@ class Definition:
         if self._static is not None:
             return self._static
         if isinstance(self.plan, RoutedPlan) and self._lists is None:
-            self._lists = self.plan.route(self.q, self.k, impl=self.impl, module=self.module)
+            self._lists = self.plan.route(self.q, self.k, impl=self.impl, module=self.module, values=self.v)
         grid = self.plan.grid
         query = self.rows - grid.visual_start
         visual = (query >= 0) & (query < grid.visual)

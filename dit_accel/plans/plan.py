@@ -59,6 +59,7 @@ class PlanCall(NamedTuple):
     density_sum: float32 [2] on the device of q. A routed plan adds its density and 1 without waiting for the device.
     heads: which head of its layer q starts with, and how many the layer has; None: q holds all.
     memory: what the layer's calls share between denoising steps; None outside of a model.
+    values: v in the order of q and k, for plans whose lists depend on it; plans with a tail set it.
     """
 
     scale: float | None = None
@@ -69,6 +70,7 @@ class PlanCall(NamedTuple):
     density_sum: torch.Tensor | None = None
     heads: tuple[int, int] | None = None
     memory: ListMemory | None = None
+    values: torch.Tensor | None = None
 
 
 class Plan(abc.ABC):

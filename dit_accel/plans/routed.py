@@ -70,8 +70,11 @@ class RoutedPlan(Plan):
     def route(self, q: torch.Tensor, k: torch.Tensor, **call: Any) -> BlockLists:
         """The blocks of a call with these queries and keys, [B, H, N, D] in model order, as `choose` lists them.
 
-        `call` holds fields of `PlanCall`. With a curve, block i holds the tokens that `block_of` says.
+        `call` holds fields of `PlanCall`; `values` in model order. With a curve, block i holds the tokens that
+        `block_of` says.
         """
+        if call.get("values") is not None:
+            call["values"] = self.arrange(call["values"])
         return self.choose(self.arrange(q), self.arrange(k), PlanCall(**call))
 
     def arrange(self, x: torch.Tensor) -> torch.Tensor:

@@ -40,7 +40,7 @@ class TailedPlan(RoutedPlan):
     def attend_visual(self, q: Tensor, k: Tensor, v: Tensor, call: PlanCall) -> tuple[Tensor, BlockLists]:
         if not self.has_tail:
             return super().attend_visual(q, k, v, call)
-        lists, dropped = self.choose_for_tail(q, k, call)
+        lists, dropped = self.choose_for_tail(q, k, call._replace(values=v))
         exact, lse = self.attend_listed(q, k, v, lists, call, lse=True)
         assert lse is not None
         out, _ = with_tail(

@@ -7,7 +7,7 @@ import importlib.util
 
 import pytest
 import torch
-from tail_calls import INTERPRETED, TEXT, Case, check, lists_of, setup
+from tail_calls import INTERPRETED, TEXT, Case, check, check_error_calls, lists_of, setup
 
 from dit_accel.kernels.block_sparse.api import attend_visual
 from dit_accel.kernels.tail.api import with_tail
@@ -46,6 +46,11 @@ if NATIVE:
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_forward_and_gradients(case):
     check(Case(**{**vars(case), "impl": "triton"}))
+
+
+@pytest.mark.skipif(NATIVE, reason="the call lies on the CPU")
+def test_blocks_chosen_by_their_error():
+    check_error_calls("triton")
 
 
 def test_runs_are_bit_equal():

@@ -1,0 +1,79 @@
+"""The errors by which SVG-EAR routes: against their definition, token by token, and what routing by them gains."""
+
+import pytest
+import torch
+from accuracy import plain_attention
+from tail_calls import check_error_calls
+
+import dit_accel
+from dit_accel.errors import DitAccelError
+from dit_accel.kernels.tail.errors import tail_errors
+from dit_accel.methods.sparge import Config
+from dit_accel.tokens import TokenGrid
+
+RAGGED = TokenGrid(3, 5, 7, text=6, conditioning=2)
+SETTINGS = {"topk": 0.2, "topp": 0.3, "block_q": 16, "block": 8, "tail": "mean"}
+
+
+def by_definition(plan, q, k, v, scale):
+    """Equation (4) in fp64, without the scaling of rows."""
+    q, k, v = (x[:, :, RAGGED.visual_rows].double() for x in (q, k, v))
+    rows, columns = (plan.block_of(order) for order in (plan.query_order, plan.key_order))
+    found = torch.zeros(*q.shape[:2], rows.max() + 1, columns.max() + 1, dtype=torch.float64)
+    for i in range(found.shape[2]):
+        center = q[:, :, rows == i].mean(2, keepdim=True)
+        for j in range(found.shape[3]):
+            keys, values = k[:, :, columns == j], v[:, :, columns == j]
+            own, pooled = ((center * x).sum(-1).mul(scale).exp() for x in (keys, keys.mean(2, keepdim=True)))
+            wrong = own[..., None] * values - pooled[..., None] * values.mean(2, keepdim=True)
+            found[:, :, i, j] = wrong.square().sum((-1, -2)) / (rows == i).sum() / (columns == j).sum()
+    return found
+
+
+@pytest.mark.parametrize("order", ["raster", "tile", "hilbert"])
+def test_errors_equal_their_definition(order):
+    """In fp64 up to one factor a row; a row's listed blocks are its most wrong, as many as with scores of means."""
+    q, k, v = torch.randn(3, 2, 3, RAGGED.tokens, 8, dtype=torch.float64)
+    plan, by_means = (
+        dit_accel.plan("sparge", RAGGED, **SETTINGS, order=order, score=score) for score in ("error", "mean")
+    )
+    wanted = by_definition(plan, q, k, v, 1.5)
+    found = tail_errors(*(plan.arrange(x) for x in (q, k, v)), plan.query_order, plan.key_order, 1.5)
+    shares = [x / x.sum(-1, keepdim=True) for x in (found, wanted)]
+    torch.testing.assert_close(*shares, rtol=1e-11, atol=0)
+    lists = plan.route(q, k, values=v, scale=1.5)
+    assert torch.equal(lists.counts, by_means.route(q, k, scale=1.5).counts)
+    best = wanted.argsort(-1, descending=True).argsort(-1) < lists.counts[..., None]
+    assert torch.equal(lists.map(lists.used, wanted.shape[-1]), best)
+
+
+@pytest.mark.parametrize("impl", ["portable", "reference"])
+def test_calls_against_the_definition(impl):
+    """Output and gradients, text and conditioning among them, of ragged tiles."""
+    check_error_calls(impl)
+
+
+def test_it_is_nearer_to_dense_than_scores_of_means_at_equal_density():
+    """Keys that attract every query but are all alike need no exact attention; keys with unlike values do."""
+    grid = TokenGrid(4, 8, 16)
+    q, k, v = torch.randn(3, 1, 1, grid.tokens, 16, dtype=torch.float64)
+    first = torch.randn(16, dtype=torch.float64)
+    q, k = q * 0.3 + first, k * 0.3
+    alike = slice(0, 128)
+    k[:, :, alike] = first * 0.25
+    v[:, :, alike] = torch.randn(16, dtype=torch.float64)
+    dense = plain_attention(q, k, v, torch.ones(1, 1, dtype=torch.bool), 0.25)[0]
+    errors = []
+    for score in ("error", "mean"):
+        plan = dit_accel.plan("sparge", grid, topk=0.25, topp=0.0, block_q=32, block=16, tail="mean", score=score)
+        errors.append((dit_accel.attention(q, k, v, plan) - dense).norm() / dense.norm())
+    assert errors[0] < 0.9 * errors[1]
+
+
+def test_settings_are_checked():
+    for settings, words in (({}, "set tail='mean'"), ({"tail": "mean", "similarity": 0.5}, "Leave out similarity")):
+        with pytest.raises(DitAccelError, match=words):
+            Config(score="error", **settings)
+    plan = dit_accel.plan("sparge", RAGGED, **SETTINGS, score="error")
+    with pytest.raises(DitAccelError, match="values=v"):
+        plan.route(*torch.randn(2, 1, 1, RAGGED.tokens, 8))
