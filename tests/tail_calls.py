@@ -193,9 +193,9 @@ def check_calls(chosen, definition, tensors, upstream, dtype, impl="auto"):
         assert_accurate(name, mine, simple, truth, magnitude=PARTS[name] * sums[name])
 
 
-def check_error_calls(impl):
+def check_error_calls(impl, frames=3):
     """`check_calls` of blocks that are chosen by the tail's error."""
-    grid = TokenGrid(3, 5, 7, **TEXT)
+    grid = TokenGrid(frames, 5, 7, **TEXT)
     q, k, v, upstream = torch.randn(4, 1, 1, grid.tokens, 16)
     chosen = plan("sparge", grid, topk=0.2, topp=0.3, block_q=16, block=16, order="tile", score="error", tail="mean")
     definition = TailDefinition(chosen, torch.arange(grid.tokens), q, k, "portable", None, v)

@@ -30,7 +30,7 @@ def tail_errors(
     rows, columns = Cut.of(query_order).order, Cut.of(key_order).order
     queries, pseudo, means = block_means(queries, rows), block_means(keys, columns), block_means(values, columns)
     there = to_blocks(means.new_ones(columns.grid.visual, 1), columns)[..., 0]  # 1; 0 in a slot without a token
-    slots = to_blocks(values.to(means.dtype), columns).sub_(means[..., None, :]) * there[..., None]
+    slots = (to_blocks(values.to(means.dtype), columns) - means[..., None, :]) * there[..., None]
     spread, slant = slots.square().sum(-1), (slots @ means[..., None])[..., 0]
     size = means.square().sum(-1, keepdim=True) * there
     flat = to_blocks(keys.to(means.dtype), columns).flatten(-3, -2).mT
