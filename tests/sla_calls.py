@@ -6,8 +6,10 @@ import os
 import torch
 import torch.nn.functional as F
 
+from dit_accel.kernels.cuts import Cut, Cuts
+from dit_accel.kernels.router.api import classify
 from dit_accel.kernels.sla import api
-from dit_accel.kernels.sla.call import EPSILON, Cut, Cuts, apply_map, learned_inputs
+from dit_accel.kernels.sla.call import EPSILON, apply_map, learned_inputs
 from dit_accel.methods.sla import SparseLinearAttention
 from dit_accel.order import TokenOrder
 from dit_accel.tokens import TokenGrid
@@ -24,6 +26,11 @@ TEXT_FIRST = TokenGrid(3, 5, 9, text=21, text_first=True)
 def cuts_of(grid, block, tile=None, block_q=None, tile_q=None):
     """How both sides are cut; queries as keys unless said otherwise."""
     return Cuts(Cut(grid, block_q or block, tile_q or tile), Cut(grid, block, tile))
+
+
+def route(q, k, cuts, topk, skip, impl="portable"):
+    """Critical and negligible blocks of visual tokens."""
+    return classify(q, k, *(cut.order for cut in cuts), topk, skip, impl)
 
 
 def sparse_linear_attention(q, *tensors, grid=None, text=0, block=64, block_q=None, tile=None, **options):

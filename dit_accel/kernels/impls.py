@@ -15,15 +15,12 @@ may be None.
 
 A module of kernel "router" has this function, on the records of `router.call`::
 
-    route(q, k, call) -> indices, counts
+    route(q, k, call) -> indices, counts, worst
 
-A module of kernel "sla" has these functions, on the records of `sla.call`, both for the visual queries::
+A module of kernel "sla" has this function, on the record of `sla.call`, for the visual queries of a whole sequence. It
+is differentiable in q, k, v and the projection::
 
-    route(q, k, cuts, topk, skip) -> critical, negligible
     forward(q, k, v, topk, skip, call) -> out, critical
-
-`forward` is differentiable in q, k, v and the projection. Its q, k and v are the whole sequence, those of `route` the
-visual tokens.
 
 A module of kernel "tail" has these functions, on the record of `tail.call`; see `tail.api.with_tail`::
 
@@ -64,7 +61,7 @@ class Facts:
         block_q, block_k: tokens in a query block and in a key block.
         gradients: gradients of q, k or v follow.
         lse: the log-sum-exp is wanted.
-        visual_blocks: of kernels "sla" and "router": key blocks of visual tokens.
+        visual_blocks: of kernel "router": key blocks of visual tokens.
         linear_scope, feature_map: of kernel "sla": the blocks and the map of its linear branch; None without one.
         critical: of kernel "sla": blocks that a query block attends exactly; None if not known.
     """
@@ -154,19 +151,15 @@ class Implementation:
         return _LOADED[self.module]
 
 
-def _triton_device(facts: Facts) -> str | None:
+def _triton(facts: Facts) -> str | None:
+    for side, block in (("query", facts.block_q), ("key", facts.block_k)):
+        if not 16 <= block <= 128 or block & (block - 1):
+            return f"the kernels take {side} blocks of 16, 32, 64 or 128 tokens, not {block}"
     if INTERPRETED:
         return "Triton's interpreter has no bfloat16 arithmetic" if facts.dtype == torch.bfloat16 else None
     if facts.device.type != "cuda":
         return f"the tensors are on {facts.device}; Triton needs a CUDA device or TRITON_INTERPRET=1"
     return None
-
-
-def _triton(facts: Facts) -> str | None:
-    for side, block in (("query", facts.block_q), ("key", facts.block_k)):
-        if not 16 <= block <= 128 or block & (block - 1):
-            return f"the kernels take {side} blocks of 16, 32, 64 or 128 tokens, not {block}"
-    return _triton_device(facts)
 
 
 def _gluon(facts: Facts) -> str | None:
@@ -197,15 +190,16 @@ def _flex(facts: Facts) -> str | None:
 def _sla_triton(facts: Facts) -> str | None:
     from dit_accel.kernels.sla.triton_configs import unsupported
 
-    sizes = facts.head_dim, facts.block_q, facts.block_k, facts.visual_blocks
+    sizes = facts.head_dim, facts.block_q, facts.block_k
     return unsupported(*sizes, facts.linear_scope, facts.feature_map) or _triton(facts)
 
 
 def _router_triton(facts: Facts) -> str | None:
     from dit_accel.kernels.router.triton_configs import unsupported
 
-    single = facts.block_q == facts.block_k == 1  # nothing is pooled
-    return unsupported(facts.head_dim, facts.visual_blocks) or (_triton_device if single else _triton)(facts)
+    # a side whose blocks are single vectors is not pooled, so the limits of a block do not count there
+    pooled: dict[str, Any] = {side: 16 for side in ("block_q", "block_k") if getattr(facts, side) == 1}
+    return unsupported(facts.head_dim, facts.visual_blocks) or _triton(dataclasses.replace(facts, **pooled))
 
 
 def _sla_gluon(facts: Facts) -> str | None:

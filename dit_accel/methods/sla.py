@@ -16,19 +16,18 @@ import dataclasses
 from typing import Any, Literal, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from dit_accel.errors import DitAccelError
 from dit_accel.kernels import impls
 from dit_accel.kernels.block_sparse.geometry import BlockLists
 from dit_accel.kernels.impls import AUTO, Facts, Impl
-from dit_accel.kernels.sla import portable
-from dit_accel.kernels.sla.api import route, sparse_linear_attention
-from dit_accel.kernels.sla.call import Cut, Cuts, FeatureMap, LinearScope
+from dit_accel.kernels.router.api import classify, single_blocks
+from dit_accel.kernels.sla.api import sparse_linear_attention
+from dit_accel.kernels.sla.call import FeatureMap, LinearScope
 from dit_accel.kernels.sla.reference import block_map
-from dit_accel.order import TokenOrder, valid_tokens
-from dit_accel.plans.blocks import BlockMask
+from dit_accel.order import valid_tokens
+from dit_accel.plans.blocks import BlockMask, from_map
 from dit_accel.plans.gate import BlockGate, gated
 from dit_accel.plans.plan import PlanCall, building
 from dit_accel.plans.routed import LARGEST_BLOCK, RoutedPlan, cut
@@ -211,9 +210,9 @@ class SparseLinearAttention(nn.Module):
             block_map(lists, plan.key_order) for lists in plan.classify(q, k, PlanCall(module=self))
         )
         return Routing(
-            critical=_block_mask(critical, *orders, dense=True),
-            marginal=_block_mask(~(critical | negligible), *orders, dense=False),
-            negligible=_block_mask(negligible, *orders, dense=False),
+            critical=from_map(critical, *orders),
+            marginal=from_map(~(critical | negligible), *orders, dense=False),
+            negligible=from_map(negligible, *orders, dense=False),
         )
 
     def map_of(self, q: torch.Tensor, heads: tuple[int, int] | None = None) -> tuple[torch.Tensor, torch.Tensor] | None:
@@ -269,10 +268,9 @@ class SlaPlan(RoutedPlan):
         topk, skip = self.config.counts(self.key_order.visual_blocks)
         orders = self.query_order, self.key_order
         if self.config.score == "learned":
-            queries, keys = gated(call.module, q, k, orders, call)
-            cuts = Cuts(*(Cut((1, 1, x.shape[2]), 1) for x in (queries, keys)))
-            return portable.route(queries, keys, cuts.pack(), topk, skip)
-        return route(q, k, *orders, topk, skip, call.impl)
+            q, k = gated(call.module, q, k, orders, call)
+            orders = single_blocks(q), single_blocks(k)
+        return classify(q, k, *orders, topk, skip, call.impl)
 
     def choose(self, q: torch.Tensor, k: torch.Tensor, call: PlanCall) -> BlockLists:
         return BlockLists.full(self.classify(q, k, call)[0])
@@ -312,17 +310,6 @@ class SlaPlan(RoutedPlan):
         facts = Facts.of(device, dtype, head_dim, self.query_order, self.key_order, **linear)
         chosen, why = impls.choose(facts, impl, impls.SLA)
         return chosen.name, why
-
-
-def _block_mask(visual: torch.Tensor, query_order: TokenOrder, key_order: TokenOrder, *, dense: bool) -> BlockMask:
-    """A map of visual blocks, [B, H, queries, keys], as a block mask; `dense`: with conditioning and text blocks."""
-    listed = F.pad(visual, (0, key_order.dense_blocks, 0, query_order.dense_blocks), value=dense)
-    counts = listed.sum(-1, dtype=torch.int32)
-    width = max(int(counts.max()), 1)
-    positions = torch.arange(key_order.blocks, dtype=torch.int32, device=visual.device)
-    indices = torch.where(listed, positions, key_order.blocks).sort(dim=-1).values[..., :width]
-    indices = torch.where(indices < key_order.blocks, indices, 0)
-    return BlockMask(indices, counts, torch.zeros_like(indices, dtype=torch.bool), query_order, key_order)
 
 
 def at_density(grid: TokenGrid, density: float) -> dict[str, Any]:

@@ -29,10 +29,10 @@ import torch
 
 from dit_accel.errors import DitAccelError
 from dit_accel.kernels.block_sparse.geometry import BlockLists
+from dit_accel.kernels.cuts import Cut, visual_of
 from dit_accel.kernels.router.api import route
 from dit_accel.kernels.router.call import Rule
 from dit_accel.kernels.router.portable import rank
-from dit_accel.kernels.sla.call import Cut, visual_of
 from dit_accel.kernels.tail.errors import most_wrong, tail_errors
 from dit_accel.order import valid_tokens
 from dit_accel.plans.gate import BlockGate, route_gated

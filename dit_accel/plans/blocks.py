@@ -88,9 +88,14 @@ def from_mask(mask: Mask, query_order: TokenOrder, key_order: TokenOrder) -> Blo
 
 
 def from_map(
-    visited: Tensor, query_order: TokenOrder, key_order: TokenOrder, partial: Tensor | None = None
+    visited: Tensor,
+    query_order: TokenOrder,
+    key_order: TokenOrder,
+    partial: Tensor | None = None,
+    *,
+    dense: bool = True,
 ) -> BlockMask:
-    """A block mask from a map of the visual blocks; conditioning and text rows and columns are full.
+    """A block mask from a map of the visual blocks; conditioning and text rows and columns are full, or not `dense`.
 
     Args:
         visited: bool [..., query_order.visual_blocks, key_order.visual_blocks].
@@ -100,7 +105,7 @@ def from_map(
     rows, columns = query_order.dense_blocks, key_order.visual_blocks
     leading = visited.shape[:-2]
     if extra or rows:
-        visited = torch.nn.functional.pad(visited, (0, extra, 0, rows), value=True)
+        visited = torch.nn.functional.pad(visited, (0, extra, 0, rows), value=dense)
         if partial is not None:
             partial = torch.nn.functional.pad(partial, (0, extra, 0, rows), value=False)
     counts = visited.sum(-1, dtype=torch.int32)

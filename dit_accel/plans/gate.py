@@ -24,10 +24,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dit_accel.kernels.block_sparse.geometry import BlockLists
+from dit_accel.kernels.cuts import Cut, block_means, to_blocks, visual_of
 from dit_accel.kernels.router.api import route_pooled
 from dit_accel.kernels.router.call import Rule
-from dit_accel.kernels.sla.call import Cut, to_blocks, visual_of
-from dit_accel.kernels.sla.portable import block_means
 from dit_accel.order import TokenOrder
 from dit_accel.plans.plan import PlanCall
 

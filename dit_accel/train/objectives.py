@@ -14,7 +14,8 @@ import torch.nn.functional as F
 
 from dit_accel.errors import DitAccelError
 from dit_accel.hooks.selfcheck import AttentionCall
-from dit_accel.kernels.sla.call import apply_map, learned_inputs, visual_of
+from dit_accel.kernels.cuts import visual_of
+from dit_accel.kernels.sla.call import apply_map, learned_inputs
 from dit_accel.methods.sla import SparseLinearAttention
 from dit_accel.registry import did_you_mean
 from dit_accel.train.gates import GateSample

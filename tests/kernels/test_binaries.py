@@ -19,9 +19,10 @@ from dit_accel.kernels.block_sparse import triton as block_sparse
 from dit_accel.kernels.block_sparse.geometry import BlockSparseCall
 from dit_accel.kernels.block_sparse.triton_configs import Launch
 from dit_accel.kernels.block_sparse.triton_tokens import RUNTIME
+from dit_accel.kernels.cuts import Cut, Cuts
 from dit_accel.kernels.sla import triton as sla
 from dit_accel.kernels.sla import triton_configs as configs
-from dit_accel.kernels.sla.call import LINEAR_SCOPES, Cut, Cuts, KeySegments
+from dit_accel.kernels.sla.call import LINEAR_SCOPES, KeySegments
 from tools.kernels.ahead_of_time import all_builds
 
 pytestmark = pytest.mark.skipif(
@@ -105,14 +106,11 @@ def test_block_sparse_kernels_are_compiled_once(binaries, text, tables):
 
 
 def test_sla_kernels_are_compiled_once(binaries):
-    """Up to the 16 blocks of one width of the router's row of scores."""
     weight, bias, text_len = torch.zeros(DIM, DIM), torch.zeros(DIM), torch.zeros(1, dtype=torch.int32)
     for tokens in (t for t in LENGTHS if t > 2 * BLOCK or t == BLOCK):
         q, k, v, grad = tensors(tokens)
         cut = Cut((1, 1, tokens), BLOCK)
         lists = sla.RoutedBlocks(*(torch.zeros(1, 2, cut.blocks, 1, dtype=torch.int32) for _ in range(2)))
-        means = sla.block_means(q, cut)
-        sla.select(means, means, 1, 1)
         *whole, _ = sla.state(k, v, cut, "softmax")
         for scope in LINEAR_SCOPES:
             settings = Cuts(cut, cut), KeySegments.of(cut.order.grid), 0.125, "softmax", scope

@@ -14,7 +14,7 @@ HEAD_DIMS = (64, 128)
 WIDTHS = (512, 2048, MAX_BLOCKS)  # rows of scores at 32,760 and at 75,600 tokens, and the longest
 CELLS = (1, 4)
 FLOATS = ("means", "query_means", "key_means", "scores", "thresholds", "shares")
-INTEGERS = ("query_sizes", "key_sizes", "wanted", "indices", "counts")
+INTEGERS = ("query_sizes", "key_sizes", "wanted", "indices", "counts", "worst")
 POINTERS = (
     ("x", "data"),
     *((name, "*fp32") for name in FLOATS),
@@ -25,7 +25,7 @@ POINTERS = (
 
 
 def builds(arch: int) -> Iterator[Build]:
-    """Every kernel for each head dimension, cut and length of rows, each part of a rule by itself and all together."""
+    """Every kernel for each head dimension, cut and length of rows; each part of a rule, all together, and SLA's."""
     for head_dim, cells in itertools.product(HEAD_DIMS, CELLS):
         sizes: dict[str, Any] = {"D": head_dim, "BLOCK_D": head_dim}
         yield _build("scores", {"D": head_dim, "CELLS": cells, **SCORES}, warps=4)
@@ -33,8 +33,9 @@ def builds(arch: int) -> Iterator[Build]:
             cut = {"BLOCK": block, "TILE_T": block // 64, "TILE_H": 8, "TILE_W": 8}
             yield _build("cell_means", {**sizes, "ALIGN": 8, **cut, "CELL": block // cells, "UNIT": unit}, warps=4)
     for width in WIDTHS:
-        for parts in [*({part} for part in PARTS), set(PARTS)]:
-            yield _build("lists", {"WIDTH": width, **{part: part in parts for part in PARTS}}, warps_of(width))
+        for parts in [*({part} for part in PARTS), {"HAS_COUNT", "HAS_SKIP"}, set(PARTS)]:
+            constants = {part: part in parts for part in (*PARTS, "HAS_SKIP")}
+            yield _build("lists", {"WIDTH": width, **constants}, warps_of(width))
 
 
 def _build(kernel: str, constants: dict[str, Any], warps: int) -> Build:

@@ -11,23 +11,19 @@ from tools.kernels.ahead_of_time import Build
 
 FOLDER = "dit_accel.kernels.sla"
 FUNCTIONS = {
-    "means": "triton_router:block_means_kernel",
-    "select": "triton_router:select_kernel",
-    "places": "triton_router:places_kernel",
+    "places": "triton_forward:places_kernel",
     "state": "triton_forward:state_kernel",
     "forward": "triton_forward:sparse_linear_fwd_kernel",
     "dq": "triton_backward:sparse_linear_bwd_kernel_dq",
     "sums": "triton_backward:sums_kernel",
     "dkdv": "triton_backward:sparse_linear_bwd_kernel_dkdv",
 }
-FORWARD = ("means", "select", "places", "state")
-DOTLESS = ("means", "select", "places")
+FORWARD = ("places", "state")
 CUTS = {64: (1, 8, 8), 128: (2, 8, 8)}  # tokens of a block, and its tile
 BLOCKS = ((64, 64), (128, 64), (128, 128))  # queries x keys
-WIDTHS = (512, 1280)  # rows of scores at 32,760 and at 75,600 tokens
-DATA = ("q", "k", "v", "x", "table", "weight", "out", "exact", "linear", "grad_out", "pulled", "dq", "dk", "dv")
+DATA = ("q", "k", "v", "table", "weight", "out", "exact", "linear", "grad_out", "pulled", "dq", "dk", "dv")
 FLOATS = (
-    *("means", "query_means", "key_means", "states", "totals", "peaks", "bias", "lse", "delta"),
+    *("means", "states", "totals", "peaks", "bias", "lse", "delta"),
     *("dstates", "dtotals", "dbias", "inverses", "ratios", "denominators"),
 )
 INTEGERS = (
@@ -56,20 +52,15 @@ def builds(arch: int) -> Iterator[Build]:
                         warps=launch.warps,
                         stages=launch.stages,
                         needs=configs.shared_bytes(kernel, launch, sizes, itemsize=2, capability=arch),
-                        dots=kernel not in DOTLESS,
+                        dots=kernel != "places",
                     )
 
 
 def _constants(kernel: str, head_dim: int, arch: int) -> Iterator[dict[str, Any]]:
-    """The launcher's compile-time constants save STEP: once for each width of the selection, block size and scope."""
+    """The launcher's compile-time constants save STEP: once for each block size and scope."""
     sizes: dict[str, Any] = {"D": head_dim, "BLOCK_D": head_dim, "ALIGN": 8}
     linear = {**sizes, "MAP": "softmax", "PRECISION": "ieee"}
-    if kernel == "select":
-        for width in WIDTHS:
-            yield {
-                "D": head_dim, "WIDTH": width, "STRIP": configs.strip_of(width), "WHOLE": True, "HAS_SKIP": True,
-            }  # fmt: skip
-    elif kernel == "sums":
+    if kernel == "sums":
         yield {**linear, "SPLIT": configs.SPLIT}
     elif kernel in configs.FUSED:
         for queries, keys in BLOCKS:
@@ -81,8 +72,6 @@ def _constants(kernel: str, head_dim: int, arch: int) -> Iterator[dict[str, Any]
         for block in CUTS:
             if kernel == "places":
                 yield _cut(block)
-            elif kernel == "means":
-                yield {**sizes, **_cut(block)}
             else:
                 yield {**linear, **_cut(block), "SPLIT": configs.SPLIT // block}
 

@@ -9,9 +9,9 @@ import torch
 from dit_accel.errors import DitAccelError
 from dit_accel.kernels import impls
 from dit_accel.kernels.block_sparse.geometry import BlockLists
+from dit_accel.kernels.cuts import Cuts, visual_of
 from dit_accel.kernels.impls import AUTO, Facts, Impl, Implementation
 from dit_accel.kernels.router.call import RouterCall, Rule
-from dit_accel.kernels.sla.call import Cuts, visual_of
 from dit_accel.order import TokenOrder
 from dit_accel.tokens import TokenGrid
 
@@ -56,7 +56,7 @@ def route(
     _check(q, k, query_order, key_order, rule)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     queries, keys = (visual_of(x.detach(), query_order.grid) for x in (q, k))
-    return _route(queries, keys, query_order, key_order, rule, scale, impl)
+    return _route(queries, keys, query_order, key_order, rule, scale, impl)[0]
 
 
 @torch.no_grad()
@@ -74,8 +74,46 @@ def route_pooled(
     """
     if rule.cells != 1 or rule.similarity is not None:
         raise DitAccelError("Pooled blocks have no tokens left; use a rule without cells and similarity.")
-    query_order, key_order = (TokenOrder(TokenGrid(1, 1, x.shape[2]), 1) for x in (queries, keys))
-    return _route(queries.detach(), keys.detach(), query_order, key_order, rule, scale, impl)
+    orders = single_blocks(queries), single_blocks(keys)
+    return _route(queries.detach(), keys.detach(), *orders, rule, scale, impl)[0]
+
+
+@torch.no_grad()
+def classify(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    query_order: TokenOrder,
+    key_order: TokenOrder,
+    topk: int,
+    skip: int,
+    impl: Impl = AUTO,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The best `topk` and the worst `skip` visual key blocks of every visual query block, by the score of block means.
+
+    Source: SLA (arXiv 2509.24006), equations 2 and 3; thu-ml/SLA, sparse_linear_attention/utils.py. The published code
+    subtracts the mean key first. This adds a constant to a row of scores and cannot change its order.
+
+    Args:
+        q, k: the whole sequence in model order, [B, H, N, D], any strides; or one vector a block, see `single_blocks`.
+        query_order, key_order: how each is cut into blocks.
+        topk, skip: critical and negligible blocks in every row; together at most all blocks.
+        impl: as in `route`.
+
+    Returns:
+        Critical and negligible blocks, ascending: int32 [B, H, query blocks, topk] and [B, H, query blocks, skip].
+    """
+    if not topk and not skip:
+        none = q.new_empty((*q.shape[:2], query_order.visual_blocks, 0), dtype=torch.int32)
+        return none, none.clone()
+    queries, keys = visual_of(q.detach(), query_order.grid), visual_of(k.detach(), key_order.grid)
+    rule = Rule(topk=max(topk, 1))  # a rule lists one block at least
+    lists, worst = _route(queries, keys, query_order, key_order, rule, 1.0, impl, skip)
+    return lists.indices[..., :topk], worst
+
+
+def single_blocks(x: torch.Tensor) -> TokenOrder:
+    """The order of one vector a block, [B, H, blocks, D]: each block is one token."""
+    return TokenOrder(TokenGrid(1, 1, x.shape[2]), 1)
 
 
 def _route(
@@ -86,21 +124,22 @@ def _route(
     rule: Rule,
     scale: float,
     impl: Impl,
-) -> BlockLists:
-    """`route` of visual tokens, [B, H, visual, D]."""
+    skip: int = 0,
+) -> tuple[BlockLists, torch.Tensor]:
+    """`route` of visual tokens, [B, H, visual, D], and the worst `skip` blocks of each row."""
     if not scale > 0:
         raise DitAccelError(f"The router ranks logits, whose scale is above 0; got {scale}.")
     chosen, _ = choose_impl(q.device, q.dtype, q.shape[-1], query_order, key_order, impl)
     rows = q.shape[0], q.shape[1], query_order.visual_blocks
-    indices, counts = route_blocks(
+    indices, counts, worst = route_blocks(
         q, k,
         Cuts.of(query_order, key_order).pack(),
         _per_row("topk", rule.topk, torch.int32, rows, q.device),
         _per_row("topp", rule.topp, torch.float32, rows, q.device),
         rule.forced, rule.tau, rule.variance == "exact", rule.cells, rule.similarity, scale,
-        rule.width(key_order.visual_blocks), chosen.name,
+        rule.width(key_order.visual_blocks), skip, chosen.name,
     )  # fmt: skip
-    return BlockLists(indices, counts)
+    return BlockLists(indices, counts), worst
 
 
 def choose_impl(
@@ -169,23 +208,24 @@ def route_blocks(
     similarity: float | None,
     scale: float,
     width: int,
+    skip: int,
     impl: str,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Block lists [B, H, query blocks, width] and their counts [B, H, query blocks], int32; no gradient flows.
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What `reference.route` returns; no gradient flows.
 
     Args:
         q, k: visual tokens in raster order, [B, H, visual, D].
-        cuts: of queries and of keys, as `sla.call.Cuts.pack` returns them.
-        counts, shares, forced, tau, exact, cells, similarity, scale, width: as in `RouterCall`.
+        cuts: of queries and of keys, as `Cuts.pack` returns them.
+        counts, shares, forced, tau, exact, cells, similarity, scale, width, skip: as in `RouterCall`.
         impl: the name of an implementation.
     """
     call = RouterCall(
-        *Cuts.unpack(cuts), counts, shares, forced, tau, exact, cells, similarity, scale, width
+        *Cuts.unpack(cuts), counts, shares, forced, tau, exact, cells, similarity, scale, width, skip
     )  # fmt: skip
     return impls.named(impl, impls.ROUTER).load().route(q, k, call)
 
 
 @route_blocks.register_fake
-def _(q, k, cuts, counts, shares, forced, tau, exact, cells, similarity, scale, width, impl):
+def _(q, k, cuts, counts, shares, forced, tau, exact, cells, similarity, scale, width, skip, impl):
     rows = *q.shape[:2], Cuts.unpack(cuts).queries.blocks
-    return q.new_empty((*rows, width), dtype=torch.int32), q.new_empty(rows, dtype=torch.int32)
+    return tuple(q.new_empty(shape, dtype=torch.int32) for shape in ((*rows, width), rows, (*rows, skip)))

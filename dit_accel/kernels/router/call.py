@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple, get_args
 import torch
 
 from dit_accel.errors import DitAccelError
-from dit_accel.kernels.sla.call import Cut
+from dit_accel.kernels.cuts import Cut
 
 Variance = Literal["diagonal", "exact"]
 VARIANCES: tuple[str, ...] = get_args(Variance)
@@ -83,6 +83,7 @@ class RouterCall(NamedTuple):
     tau, exact, cells, similarity: of the rule; `exact` is its variance.
     scale: factor of the logits.
     width: of the lists.
+    skip: the number of blocks that rank lowest, listed apart.
     """
 
     query_cut: Cut
@@ -96,6 +97,7 @@ class RouterCall(NamedTuple):
     similarity: float | None
     scale: float
     width: int
+    skip: int = 0
 
     @property
     def factor(self) -> float:

@@ -5,16 +5,15 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from dit_accel.kernels.cuts import block_means, to_blocks
 from dit_accel.kernels.router.call import RouterCall, thresholds
-from dit_accel.kernels.sla.call import to_blocks
-from dit_accel.kernels.sla.portable import block_means
 from dit_accel.order import TokenOrder, valid_tokens
 
 # Elements of the score map held at once, so that a long sequence has no blocks x blocks map for every head.
 _SCORES_AT_ONCE = 1 << 22
 
 
-def route(q: torch.Tensor, k: torch.Tensor, call: RouterCall) -> tuple[torch.Tensor, torch.Tensor]:
+def route(q: torch.Tensor, k: torch.Tensor, call: RouterCall) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """See `reference.route`."""
     query_order, key_order = call.query_cut.order, call.key_cut.order
     queries, keys = cell_means(q, query_order, call.cells), cell_means(k, key_order, call.cells)
@@ -29,17 +28,19 @@ def route(q: torch.Tensor, k: torch.Tensor, call: RouterCall) -> tuple[torch.Ten
         None if x is None else x.expand(batch, heads, blocks) for x in (threshold, call.counts, call.shares, pooled)
     ]
     rows = max(1, _SCORES_AT_ONCE // max(1, batch * heads * keys.shape[2] * call.cells**2))
-    lists, counts = [], []
+    found: list[tuple[torch.Tensor, ...]] = []
     for first in range(0, blocks, rows):
         part = slice(first, first + rows)
         scores = _scores(queries[:, :, part], keys, (query_order, key_order), part, call.cells, call.scale)
         level, count, share, similar = (None if x is None else x[:, :, part] for x in limits)
         forced = None if call.forced is None else call.forced[part]
         chosen = _choose(scores, call.factor, level, count, share, similar, ranked, forced)
-        indices, length = lists_of(chosen, call.width)
-        lists.append(indices)
-        counts.append(length)
-    return torch.cat(lists, dim=2), torch.cat(counts, dim=2)
+        worst = scores.new_empty((*scores.shape[:-1], 0), dtype=torch.int32)
+        if call.skip:  # of equal scores the last rank lowest
+            worst, _ = lists_of(best(-scores.flip(-1), None, call.skip).flip(-1), call.skip)
+        found.append((*lists_of(chosen, call.width), worst))
+    indices, lengths, lowest = (torch.cat(parts, dim=2) for parts in zip(*found, strict=True))
+    return indices, lengths, lowest
 
 
 def cell_means(x: torch.Tensor, order: TokenOrder, cells: int) -> torch.Tensor:
@@ -159,7 +160,7 @@ def _choose(
     return chosen | torch.zeros_like(chosen).scatter(-1, first, ~chosen.any(-1, keepdim=True))
 
 
-def best(scores: torch.Tensor, weights: torch.Tensor | None, target: torch.Tensor) -> torch.Tensor:
+def best(scores: torch.Tensor, weights: torch.Tensor | None, target: torch.Tensor | int) -> torch.Tensor:
     """The fewest best entries of each row whose weights reach a target; all if the row does not reach it.
 
     The score of the last one is found bit by bit. Of equal scores the first count.
@@ -167,7 +168,7 @@ def best(scores: torch.Tensor, weights: torch.Tensor | None, target: torch.Tenso
     Args:
         scores: fp32 or fp64 [..., n] without NaN.
         weights: [..., n], not negative; None: 1 each.
-        target: [...].
+        target: [...], or one for all rows.
 
     Returns:
         bool [..., n].

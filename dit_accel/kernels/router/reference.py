@@ -8,14 +8,15 @@ from dit_accel.kernels.router.call import VARIANCE_FLOOR, RouterCall
 from dit_accel.order import TokenOrder
 
 
-def route(q: torch.Tensor, k: torch.Tensor, call: RouterCall) -> tuple[torch.Tensor, torch.Tensor]:
+def route(q: torch.Tensor, k: torch.Tensor, call: RouterCall) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """See `dit_accel.kernels.router.api.route`.
 
     Args:
         q, k: visual tokens in raster order, [B, H, visual, D].
 
     Returns:
-        int32 [B, H, query blocks, width], 0 behind a row's count, and int32 [B, H, query blocks].
+        The lists, int32 [B, H, query blocks, width], 0 behind a row's count. The counts, int32 [B, H, query blocks].
+        The `skip` blocks that rank lowest, int32 [B, H, query blocks, skip].
     """
     wide = torch.promote_types(q.dtype, torch.float32)
     orders = call.query_cut.order, call.key_cut.order
@@ -53,9 +54,15 @@ def route(q: torch.Tensor, k: torch.Tensor, call: RouterCall) -> tuple[torch.Ten
     if call.forced is not None:
         chosen |= call.forced
     chosen |= ~chosen.any(-1, keepdim=True) & (rank == 0)
+    worst, _ = _lists(rank >= rank.shape[-1] - call.skip, call.skip)
+    return *_lists(chosen, call.width), worst
+
+
+def _lists(chosen: torch.Tensor, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Marked blocks as lists, int32 [B, H, query blocks, width], and their counts."""
     counts = chosen.sum(-1, dtype=torch.int32)
-    listed = (~chosen).byte().sort(dim=-1, stable=True).indices[..., : call.width]
-    return torch.where(torch.arange(call.width, device=q.device) < counts[..., None], listed, 0).int(), counts
+    listed = (~chosen).byte().sort(dim=-1, stable=True).indices[..., :width]
+    return torch.where(torch.arange(width, device=chosen.device) < counts[..., None], listed, 0).int(), counts
 
 
 def _blocks(x: torch.Tensor, order: TokenOrder) -> tuple[torch.Tensor, torch.Tensor]:

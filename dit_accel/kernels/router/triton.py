@@ -10,16 +10,16 @@ import triton
 
 from dit_accel.kernels import tuning
 from dit_accel.kernels.block_sparse.triton_configs import Launch
+from dit_accel.kernels.cuts import Cut
 from dit_accel.kernels.router import triton_configs as configs
 from dit_accel.kernels.router.call import RouterCall, thresholds
 from dit_accel.kernels.router.portable import cell_sizes
 from dit_accel.kernels.router.triton_kernels import cell_means_kernel, lists_kernel, scores_kernel
-from dit_accel.kernels.sla.call import Cut
 
 JIT = {"cell_means": cell_means_kernel, "scores": scores_kernel, "lists": lists_kernel}
 
 
-def route(q: torch.Tensor, k: torch.Tensor, call: RouterCall) -> tuple[torch.Tensor, torch.Tensor]:
+def route(q: torch.Tensor, k: torch.Tensor, call: RouterCall) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """See `reference.route`."""
     queries, keys = (
         cell_means(x, cut, call.cells) for x, cut in ((q, call.query_cut), (k, call.key_cut))
@@ -50,13 +50,17 @@ def route(q: torch.Tensor, k: torch.Tensor, call: RouterCall) -> tuple[torch.Ten
     parts = (*(x is not None for x in given[:4]), forced is not None)  # the guard has two tensors
     indices = scores.new_zeros(batch, heads, rows, call.width, dtype=torch.int32)
     counts = scores.new_empty(batch, heads, rows, dtype=torch.int32)
+    worst = scores.new_empty(batch, heads, rows, call.skip, dtype=torch.int32)
     width = configs.width_of(blocks)
     _run(
         "lists", (rows, batch * heads), configs.warps_of(width),
-        (scores, *(scores if x is None else x for x in given), indices, counts, call.factor, blocks, rows, call.width),
-        {"WIDTH": width, **dict(zip(configs.PARTS, parts, strict=True))},
+        (
+            scores, *(scores if x is None else x for x in given), indices, counts, worst,
+            call.factor, blocks, rows, call.width, call.skip,
+        ),
+        {"WIDTH": width, **dict(zip(configs.PARTS, parts, strict=True)), "HAS_SKIP": call.skip > 0},
     )  # fmt: skip
-    return indices, counts
+    return indices, counts, worst
 
 
 def cell_means(x: torch.Tensor, cut: Cut, cells: int, *, unit: bool = False) -> torch.Tensor:

@@ -103,10 +103,10 @@ def scores_kernel(
 
 
 @triton.jit
-def best(keys, weights, target):
+def best(keys, weights, target, LAST: tl.constexpr):
     """Whether each entry is among the fewest best whose weights reach `target`; all, if they do not reach it.
 
-    The level of the last one is found bit by bit. Of equal keys the first count.
+    The level of the last one is found bit by bit. Of equal keys the first count, or the last if LAST.
     """
     level = tl.full([], LOWEST, tl.int32)
     for step in tl.range(0, 32):
@@ -115,17 +115,19 @@ def best(keys, weights, target):
         level = tl.where(reached, tried, level)
     missing = target - tl.sum(tl.where(keys > level, weights, 0), 0)
     room = tl.where(keys == level, weights, 0)
-    return (keys > level) | ((keys == level) & (tl.cumsum(room, 0) - room < missing))
+    return (keys > level) | ((keys == level) & (tl.cumsum(room, 0, reverse=LAST) - room < missing))
 
 
 @triton.jit(do_not_specialize=RUNTIME)
 def lists_kernel(
-    scores, thresholds, wanted, shares, pooled, ranked, forced, indices, counts,
-    factor, blocks, query_blocks, width,
+    scores, thresholds, wanted, shares, pooled, ranked, forced, indices, counts, worst,
+    factor, blocks, query_blocks, width, skip,
     WIDTH: tl.constexpr, HAS_THRESHOLD: tl.constexpr, HAS_COUNT: tl.constexpr, HAS_SHARE: tl.constexpr,
-    HAS_GUARD: tl.constexpr, HAS_FORCED: tl.constexpr,
+    HAS_GUARD: tl.constexpr, HAS_FORCED: tl.constexpr, HAS_SKIP: tl.constexpr,
 ):  # fmt: skip
-    """The list of one row: int32 [B, H, query blocks, width] and counts; see `call.RouterCall` for the parts.
+    """The lists of one row: int32 [B, H, query blocks, width] and counts, and [B, H, query blocks, skip].
+
+    See `call.RouterCall` for the parts.
 
     Args:
         scores: fp32 [B, H, query blocks, blocks].
@@ -149,13 +151,13 @@ def lists_kernel(
     bits = tl.where(score == 0.0, 0.0, score).to(tl.int32, bitcast=True)
     keys = tl.where(exists, tl.where(bits < 0, bits ^ HIGHEST, bits), LOWEST)
     if HAS_COUNT:
-        chosen = chosen | best(keys, exists.to(tl.int32), tl.load(wanted + row))
+        chosen = chosen | best(keys, exists.to(tl.int32), tl.load(wanted + row), False)
     if HAS_SHARE:
         top = tl.max(score, 0)
         mass = tl.where(exists, tl.where(score == top, 1.0, tl.exp(factor * (score - top))), 0.0)
         share = tl.load(shares + row)
         target = tl.where(share < 1.0, share * tl.sum(mass, 0), float("inf"))
-        chosen = chosen | best(keys, mass, target)
+        chosen = chosen | best(keys, mass, target, False)
     if HAS_FORCED:
         place = tl.program_id(0).to(tl.int64) * blocks + columns
         chosen = chosen | (tl.load(forced + place, mask=exists, other=0) > 0)
@@ -166,3 +168,8 @@ def lists_kernel(
     place = tl.cumsum(marked, 0) - marked
     tl.store(indices + row * width + place, columns, mask=marked > 0)
     tl.store(counts + row, tl.sum(marked, 0))
+    if HAS_SKIP:
+        from_last = tl.where(exists, ~keys, LOWEST)
+        marked = (exists & best(from_last, exists.to(tl.int32), skip, True)).to(tl.int32)
+        place = tl.cumsum(marked, 0) - marked
+        tl.store(worst + row * skip + place, columns, mask=marked > 0)

@@ -7,7 +7,7 @@ import torch
 from dit_accel.errors import DitAccelError
 from dit_accel.kernels import impls
 from dit_accel.kernels.impls import AUTO, Facts, Impl
-from dit_accel.kernels.sla.call import FEATURE_MAPS, LINEAR_SCOPES, Cuts, FeatureMap, LinearScope, SlaCall, visual_of
+from dit_accel.kernels.sla.call import FEATURE_MAPS, LINEAR_SCOPES, FeatureMap, LinearScope, SlaCall
 from dit_accel.order import TokenOrder
 
 # A traced call can only take modules that are loaded.
@@ -59,7 +59,7 @@ def sparse_linear_attention(
         features: weight and bias of "hedgehog", [2, H or 1, D, D] and [2, H or 1, D]; see `call.learned_inputs`.
         linear_scope: "all" or "marginal".
         impl: "auto", or the name of an implementation, which runs or raises.
-        lists: critical and negligible blocks that another rule chose, as `route` returns them; None: by block means.
+        lists: critical and negligible blocks by another score, as from `router.api.classify`; None: by block means.
 
     Returns:
         The output [B, H, visual, D] in the dtype of q, laid out as [B, visual, H, D] in memory. The critical blocks
@@ -95,25 +95,6 @@ def sparse_linear_attention(
     facts = Facts.of(q.device, q.dtype, q.shape[-1], query_order, key_order, **linear)
     chosen, _ = impls.choose(facts, impl, impls.SLA)
     return chosen.load().forward(q, k, v, topk, skip, call._replace(impl=chosen.name))
-
-
-def route(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    query_order: TokenOrder,
-    key_order: TokenOrder,
-    topk: int,
-    skip: int,
-    impl: Impl = AUTO,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The router's lists for a call; see `dit_accel.kernels.sla.portable.route`.
-
-    Args:
-        q, k: the whole sequence, [B, H, N, D].
-    """
-    chosen, _ = impls.choose(Facts.of(q.device, q.dtype, q.shape[-1], query_order, key_order), impl, impls.SLA)
-    queries, keys = (visual_of(x, key_order.grid).detach() for x in (q, k))
-    return chosen.load().route(queries, keys, Cuts.of(query_order, key_order).pack(), topk, skip)
 
 
 def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, topk: int, skip: int, call: SlaCall) -> None:

@@ -15,7 +15,9 @@ import torch
 from dit_accel.errors import DitAccelError
 from dit_accel.kernels.block_sparse.api import attend_visual
 from dit_accel.kernels.block_sparse.geometry import BlockLists, empty_rows
-from dit_accel.kernels.sla.call import Cut, Cuts, KeySegments, SlaCall, visual_of
+from dit_accel.kernels.cuts import Cut, Cuts, visual_of
+from dit_accel.kernels.router.api import classify, single_blocks
+from dit_accel.kernels.sla.call import KeySegments, SlaCall
 from dit_accel.tokens import TokenGrid
 
 
@@ -33,11 +35,8 @@ def forward(
     grid, cuts = call.grid, call.cuts
     queries, keys, values = (visual_of(x, grid) for x in (q, k, v))
     keys_state, total, key_means = state(keys.detach(), values.detach(), cuts.keys.pack(), call.feature_map)
-    critical = negligible = queries.new_empty(*queries.shape[:2], cuts.queries.blocks, 0, dtype=torch.int32)
-    if call.lists is not None:
-        critical, negligible = call.lists
-    elif topk + skip:
-        critical, negligible = select(block_means(queries.detach(), cuts.queries.pack()), key_means, topk, skip)
+    orders = call.query_order, single_blocks(key_means)
+    critical, negligible = call.lists or classify(q, key_means, *orders, topk, skip, call.impl)
     whole = keys_state, total
     if call.text_bias is None:
         return _both_branches(queries, k, v, whole, critical, negligible, call, grid), critical
@@ -89,54 +88,11 @@ def _kernels(name: str) -> ModuleType:
     return importlib.import_module(f"dit_accel.kernels.sla.{name}")
 
 
-@torch.library.custom_op("dit_accel::sla_block_means", mutates_args=())
-def block_means(x: torch.Tensor, cut: Sequence[int]) -> torch.Tensor:
-    """Mean of every block's tokens, fp32, for `select`.
-
-    Args:
-        x: visual tokens in raster order, [B, H, visual, D], any strides.
-        cut: as `call.Cut.pack` returns it.
-
-    Returns:
-        [B, H, D, blocks]: a row for each dimension, so that neighbouring threads read neighbouring blocks.
-    """
-    return _kernels("triton").block_means(x, Cut.unpack(cut))
-
-
-def _fake_means(x: torch.Tensor, cut: Sequence[int]) -> torch.Tensor:
-    return x.new_empty(*x.shape[:2], x.shape[-1], Cut.unpack(cut).blocks, dtype=torch.float32)
-
-
-block_means.register_fake(_fake_means)
-
-
-@torch.library.custom_op("dit_accel::sla_select", mutates_args=())
-def select(
-    query_means: torch.Tensor, key_means: torch.Tensor, topk: int, skip: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Critical and negligible key blocks of every query block, by `block_means`; see `portable.route`."""
-    return _kernels("triton").select(query_means, key_means, topk, skip)
-
-
-@select.register_fake
-def _(query_means, key_means, topk, skip):
-    rows = *query_means.shape[:2], query_means.shape[3]
-    return tuple(query_means.new_empty((*rows, n), dtype=torch.int32) for n in (topk, skip))
-
-
-def route(
-    q: torch.Tensor, k: torch.Tensor, cuts: Sequence[int], topk: int, skip: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """See `dit_accel.kernels.sla.portable.route`."""
-    queries, keys = Cuts.unpack(cuts)
-    return select(block_means(q, queries.pack()), block_means(k, keys.pack()), topk, skip)
-
-
 @torch.library.custom_op("dit_accel::sla_state", mutates_args=())
 def state(
     k: torch.Tensor, v: torch.Tensor, cut: Sequence[int], feature_map: str
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """phi(k)^T v [B, H, D, D] and the sum of phi(k) over the tokens [B, H, D], both fp32; and `block_means` of k.
+    """phi(k)^T v [B, H, D, D], the sum of phi(k) [B, H, D] and block means of k [B, H, blocks, D], all fp32.
 
     One pass over k serves the linear branch and the router. The results carry no gradient: `attend` returns the whole
     gradients of k and v.
@@ -148,7 +104,8 @@ def state(
 def _(k, v, cut, feature_map):
     batch, heads, _, dim = k.shape
     total = k.new_empty(batch, heads, dim, dtype=torch.float32)
-    return k.new_empty(batch, heads, dim, dim, dtype=torch.float32), total, _fake_means(k, cut)
+    means = k.new_empty(batch, heads, Cut.unpack(cut).blocks, dim, dtype=torch.float32)
+    return k.new_empty(batch, heads, dim, dim, dtype=torch.float32), total, means
 
 
 @torch.library.custom_op("dit_accel::sla_attend", mutates_args=())
@@ -181,7 +138,7 @@ def attend(
         critical, negligible: int32 [B, H, query blocks, *], ascending. There may be no critical blocks.
         weight, bias: fp32 [D, D] and [D].
         text_len: int32 [B].
-        cuts, segments: as `call.Cuts.pack` returns it, and the integers of `call.KeySegments`.
+        cuts, segments: as `cuts.Cuts.pack` returns it, and the integers of `call.KeySegments`.
         training: whether to return what the backward reads.
         impl: the module whose `forward` runs, "triton" or "gluon".
 

@@ -1,4 +1,4 @@
-"""The router and the linear branch in plain PyTorch, and calls made of them and the block-sparse engine.
+"""The linear branch in plain PyTorch, and calls made of it, the router and the block-sparse engine.
 
 README.md in this folder has the equations.
 """
@@ -12,22 +12,11 @@ import torch.nn.functional as F
 
 from dit_accel.kernels.block_sparse.api import attend_visual
 from dit_accel.kernels.block_sparse.geometry import BlockLists, empty_rows
-from dit_accel.kernels.sla.call import (
-    EPSILON,
-    Cuts,
-    FeatureMap,
-    SlaCall,
-    apply_map,
-    from_blocks,
-    learned_inputs,
-    pull_back,
-    to_blocks,
-    visual_of,
-)
+from dit_accel.kernels.cuts import Cuts, from_blocks, to_blocks, visual_of
+from dit_accel.kernels.router.api import classify
+from dit_accel.kernels.sla.call import EPSILON, FeatureMap, SlaCall, apply_map, learned_inputs, pull_back
 from dit_accel.order import TokenOrder
 
-# Elements of the score map held at once, so that a long sequence has no blocks x blocks map for every head.
-_SCORES_AT_ONCE = 1 << 22
 # Bytes of block states held at once.
 _STATE_BYTES = 1 << 26
 
@@ -38,10 +27,11 @@ def forward(
     """See `dit_accel.kernels.sla.api.sparse_linear_attention`; returns the output and the critical blocks."""
     weight, cuts = call.weight, call.cuts.pack()
     queries, keys, values = (visual_of(x, call.grid) for x in (q, k, v))
-    critical, negligible = call.lists or route(queries.detach(), keys.detach(), cuts, topk, skip)
+    orders = call.query_order, call.key_order
+    critical, negligible = call.lists or classify(q, k, *orders, topk, skip, call.impl)
     if topk or call.key_order.dense_blocks:
         exact, _ = attend_visual(
-            q, k, v, BlockLists.full(critical), call.query_order, call.key_order,
+            q, k, v, BlockLists.full(critical), *orders,
             text_lens=call.text_len, text_bias=call.text_bias, scale=call.scale, impl="portable",
         )  # fmt: skip
     else:
@@ -56,80 +46,6 @@ def forward(
         projected = projected + call.bias
     # The sum has the memory layout of its first term, [B, N, H, D], so that the model's flatten copies nothing.
     return exact + projected.to(q.dtype), critical
-
-
-@torch.library.custom_op("dit_accel::sla_route", mutates_args=())
-def route(
-    q: torch.Tensor, k: torch.Tensor, cuts: Sequence[int], topk: int, skip: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Critical and negligible key blocks of every query block. No gradient flows through the choice.
-
-    Key blocks are ranked by ``mean(q block) . mean(k block)`` over the tokens that exist, in fp32 (fp64 for fp64
-    input). Of equal scores the lower index ranks higher. The first `topk` are critical, the last `skip` negligible. The
-    same input gives the same lists on every run.
-
-    Source: SLA (arXiv 2509.24006), equations 2 and 3; thu-ml/SLA, sparse_linear_attention/utils.py. The published code
-    subtracts the mean key first. This adds a constant to a row of scores and cannot change its order.
-
-    Args:
-        q, k: visual tokens in raster order, [B, H, visual, D], any strides.
-        cuts: how they are cut into blocks, as `call.Cuts.pack` returns it.
-        topk, skip: critical and negligible blocks in every row; together at most all blocks.
-
-    Returns:
-        Both lists, ascending: int32 [B, H, query blocks, topk] and int32 [B, H, query blocks, skip].
-    """
-    cut_q, cut_k = Cuts.unpack(cuts)
-    if topk + skip == 0:
-        none = (*q.shape[:2], cut_q.blocks, 0)
-        return q.new_empty(none, dtype=torch.int32), q.new_empty(none, dtype=torch.int32)
-    queries, keys = block_means(q, cut_q.order), block_means(k, cut_k.order)
-    batch, heads, blocks, _ = keys.shape
-    rows = max(1, _SCORES_AT_ONCE // max(1, batch * heads * blocks))
-    critical, negligible = [], []
-    for part in queries.split(rows, dim=2):
-        scores = torch.nan_to_num(part @ keys.mT, nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
-        critical.append(highest(scores, topk))
-        negligible.append(lowest(scores, skip))
-    return torch.cat(critical, dim=2), torch.cat(negligible, dim=2)
-
-
-@route.register_fake
-def _(q, k, cuts, topk, skip):
-    rows = *q.shape[:2], Cuts.unpack(cuts).queries.blocks
-    return tuple(q.new_empty((*rows, n), dtype=torch.int32) for n in (topk, skip))
-
-
-def block_means(x: torch.Tensor, order: TokenOrder) -> torch.Tensor:
-    """Mean of every block's tokens: [B, H, visual, D] to [B, H, blocks, D], fp32 or fp64."""
-    wide = torch.promote_types(x.dtype, torch.float32)
-    if order.tile is not None:
-        held = to_blocks(x.new_ones(order.grid.visual, 1, dtype=wide), order).sum(-2)
-        return to_blocks(x, order).sum(-2, dtype=wide) / held
-    whole = order.grid.visual // order.block
-    runs = x[..., : whole * order.block, :].unflatten(-2, (whole, order.block)) if whole else x[..., :0, None, :]
-    means = runs.mean(-2, dtype=wide)
-    tail = x[..., whole * order.block :, :]
-    return torch.cat([means, tail.mean(-2, keepdim=True, dtype=wide)], dim=-2) if tail.shape[-2] else means
-
-
-def highest(scores: torch.Tensor, count: int) -> torch.Tensor:
-    """Positions of the `count` highest scores, the first of equal ones: int32 [..., count], ascending."""
-    width = scores.shape[-1]
-    if count == 0:
-        return scores.new_empty((*scores.shape[:-1], 0), dtype=torch.int32)
-    # `topk` does not define which of equal scores it returns, so only its threshold is used
-    threshold = scores.topk(count, sorted=False).values.amin(-1, keepdim=True)
-    above, level = scores > threshold, scores == threshold
-    room = count - above.sum(-1, keepdim=True)
-    chosen = above | (level & (level.cumsum(-1) <= room))
-    positions = torch.arange(width, dtype=torch.int32, device=scores.device)
-    return torch.where(chosen, positions, width).topk(count, largest=False, sorted=True).values
-
-
-def lowest(scores: torch.Tensor, count: int) -> torch.Tensor:
-    """Positions of the `count` lowest scores, the last of equal ones: int32 [..., count], ascending."""
-    return scores.shape[-1] - 1 - highest(-scores.flip(-1), count).flip(-1)
 
 
 def linear_all(
@@ -166,7 +82,7 @@ def linear_marginal(
     Args:
         q, k, v: visual tokens in raster order, [B, H, visual, D], any strides.
         critical, negligible: the router's lists, int32 [B, H, query blocks, *].
-        cuts: as for `route`.
+        cuts: how they are cut into blocks, as `cuts.Cuts.pack` returns it.
         feature_map: as for `call.apply_map`.
 
     Returns:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from dit_accel.errors import DitAccelError
-from dit_accel.kernels.sla.call import EPSILON, SlaCall, apply_map, learned_inputs, visual_of
-from dit_accel.kernels.sla.portable import route
+from dit_accel.kernels.router.api import classify
+from dit_accel.kernels.sla.call import EPSILON, SlaCall, apply_map, learned_inputs
 from dit_accel.order import TokenOrder
 from dit_accel.tokens import TokenGrid
 
@@ -30,13 +30,12 @@ def forward(
             f"impl='reference' builds a dense mask and takes at most {MAX_TOKENS} tokens, got {grid.tokens}; "
             "use impl='portable' or 'auto'."
         )
-    visual_tokens = (visual_of(x, grid).detach() for x in (q, k))
-    critical, negligible = call.lists or route(*visual_tokens, call.cuts.pack(), topk, skip)
+    orders = call.query_order, call.key_order
+    critical, negligible = call.lists or classify(q, k, *orders, topk, skip, call.impl)
     wide = torch.promote_types(q.dtype, torch.float32)
     keys = valid_keys(grid, call.text_len, q.device)  # [B or 1, 1, N, 1]
     visual = grid.visual_rows
     queries = q[:, :, visual].to(wide)
-    orders = call.query_order, call.key_order
     critical_map, negligible_map = (block_map(lists, call.key_order) for lists in (critical, negligible))
     exact = token_pairs(critical_map, *orders, dense=True)[:, :, visual]  # [B, H, visual, N]
     if call.text_bias is None:

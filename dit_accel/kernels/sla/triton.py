@@ -1,4 +1,4 @@
-"""Launches of the Triton kernels: the router, the state of the linear branch, both directions of the fused kernel."""
+"""Launches of the Triton kernels: the state of the linear branch, both directions of the fused kernel."""
 
 from __future__ import annotations
 
@@ -13,19 +13,17 @@ from dit_accel.errors import DitAccelError
 from dit_accel.kernels import tuning
 from dit_accel.kernels.block_sparse.geometry import Geometry
 from dit_accel.kernels.block_sparse.triton_lists import Transposed, transpose_lists
+from dit_accel.kernels.cuts import Cut, Cuts
 from dit_accel.kernels.sla import triton_configs as configs
-from dit_accel.kernels.sla.call import Cut, Cuts, KeySegments
+from dit_accel.kernels.sla.call import KeySegments
 from dit_accel.kernels.sla.triton_backward import (
     sparse_linear_bwd_kernel_dkdv,
     sparse_linear_bwd_kernel_dq,
     sums_kernel,
 )
-from dit_accel.kernels.sla.triton_forward import sparse_linear_fwd_kernel, state_kernel
-from dit_accel.kernels.sla.triton_router import block_means_kernel, places_kernel, select_kernel
+from dit_accel.kernels.sla.triton_forward import places_kernel, sparse_linear_fwd_kernel, state_kernel
 
 JIT = {
-    "means": block_means_kernel,
-    "select": select_kernel,
     "places": places_kernel,
     "state": state_kernel,
     "forward": sparse_linear_fwd_kernel,
@@ -91,38 +89,6 @@ class FusedCall(NamedTuple):
         }
 
 
-def block_means(x: torch.Tensor, cut: Cut) -> torch.Tensor:
-    """See `ops.block_means`."""
-    x = tuning.contiguous_rows(x)
-    batch, heads, _, dim = x.shape
-    means, align = _room_for_means(x, cut), tuning.alignment(x)
-    _run(
-        "means", (cut.blocks, batch * heads),
-        (x, means, *_strides(align, x), *cut.grid, heads),
-        {**tuning.head_dims(dim), "ALIGN": align, **_cut(cut)},
-    )  # fmt: skip
-    return means
-
-
-def select(
-    query_means: torch.Tensor, key_means: torch.Tensor, topk: int, skip: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """See `ops.select`."""
-    batch, heads, dim, rows = query_means.shape
-    blocks = key_means.shape[3]
-    width = configs.width_of(blocks)
-    strip = configs.strip_of(width)
-    found = max(topk, 1)  # the kernel looks for one block at least
-    critical, negligible = (query_means.new_empty(batch, heads, rows, n, dtype=torch.int32) for n in (found, skip))
-    constants = {"WIDTH": width, "STRIP": strip, "WHOLE": strip < width and rows >= configs.MOST_ROWS}
-    _run(
-        "select", _in_steps(rows, batch * heads),
-        (query_means, key_means, critical, negligible, rows, blocks, found, skip),
-        {"D": dim, **constants, "HAS_SKIP": skip > 0},
-    )  # fmt: skip
-    return critical if topk else critical.new_empty(batch, heads, rows, 0), negligible
-
-
 def state(
     k: torch.Tensor, v: torch.Tensor, cut: Cut, feature_map: str
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -130,7 +96,8 @@ def state(
     k, v = tuning.contiguous_rows(k), tuning.contiguous_rows(v)
     batch, heads, _, dim = k.shape
     split = configs.SPLIT // cut.block
-    splits, align, means = triton.cdiv(cut.blocks, split), tuning.alignment(k, v), _room_for_means(k, cut)
+    splits, align = triton.cdiv(cut.blocks, split), tuning.alignment(k, v)
+    means = k.new_empty(batch, heads, cut.blocks, dim, dtype=torch.float32)
     states = k.new_empty(batch, heads, splits, dim, dim, dtype=torch.float32)
     totals = k.new_empty(batch, heads, splits, dim, dtype=torch.float32)
     _run(
@@ -281,15 +248,6 @@ def _capability(device: torch.device) -> int:
         return 90  # interpreted: every launch runs
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor
-
-
-def _in_steps(rows: int, heads: int) -> tuning.Programs:
-    """A launch grid whose programs process STEP rows each."""
-    return lambda meta: (triton.cdiv(rows, meta["STEP"]), heads)
-
-
-def _room_for_means(x: torch.Tensor, cut: Cut) -> torch.Tensor:
-    return x.new_empty(*x.shape[:2], x.shape[-1], cut.blocks, dtype=torch.float32)
 
 
 def room_for_rows(x: torch.Tensor) -> torch.Tensor:

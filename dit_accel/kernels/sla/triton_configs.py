@@ -9,28 +9,23 @@ from typing import Any
 from dit_accel.kernels.block_sparse import triton_configs as block_sparse
 from dit_accel.kernels.block_sparse.triton_configs import SHARED_BYTES, Launch
 
-MAX_BLOCKS = 1 << 13  # the longest row of scores that a program holds in registers
 MARGINAL_BLOCK = 64  # tokens; sums of 128 x 128 and feature maps in fp32 do not fit the registers together
 FUSED = ("forward", "dq", "dkdv")  # the kernels of both branches
-MOST_ROWS = 16  # that a selection program has
 SPLIT = 2048  # tokens that one program sums; fixed, so that the order of sums depends on the length alone
 OTHER_MAPS = {"focused": "needs one more sum of a row in its gradient", "hedgehog": "has 2 D features a token"}
 HEAD_DIMS = (64, 128)  # compiled ahead of time; others are padded in registers to the next power of two
 # Launches are tuned separately for these constants: no length, and no tile, which follows from the grid
-TUNED_BY = ("BLOCK", "BLOCK_Q", "BLOCK_K", "BLOCK_D", "WIDTH", "HAS_SKIP", "MAP", "SCOPE")
+TUNED_BY = ("BLOCK", "BLOCK_Q", "BLOCK_K", "BLOCK_D", "MAP", "SCOPE")
 
 
 def unsupported(
-    head_dim: int, block_q: int, block_k: int, blocks: int, linear_scope: str | None, feature_map: str | None = None
+    head_dim: int, block_q: int, block_k: int, linear_scope: str | None, feature_map: str | None = None
 ) -> str | None:
     """The reason why the kernels cannot compute such a call, or None. Needs no Triton.
 
     Args:
-        blocks: visual key blocks.
         linear_scope, feature_map: None for a call without linear branch.
     """
-    if blocks > MAX_BLOCKS:
-        return f"the router's kernel takes at most {MAX_BLOCKS} visual blocks, not {blocks}"
     if linear_scope == "marginal" and max(block_q, block_k) > MARGINAL_BLOCK:
         return (
             f"the kernels over marginal blocks take blocks of up to {MARGINAL_BLOCK} tokens, not {block_q} queries and "
@@ -41,21 +36,6 @@ def unsupported(
     if linear_scope is not None and head_dim > HEAD_DIMS[-1]:
         return f"the kernels of the linear branch take head dimensions up to {HEAD_DIMS[-1]}, not {head_dim}"
     return None
-
-
-def width_of(blocks: int) -> int:
-    """Width of a row of scores for that many blocks: a power of two up to 256, then a whole number of strips.
-
-    At most a fifth of a longer row is empty, and all strips but the last are full.
-    """
-    width = max(16, 1 << (blocks - 1).bit_length())
-    strip = strip_of(width)
-    return -(-blocks // strip) * strip
-
-
-def strip_of(width: int) -> int:
-    """Columns of one strip of scores: the whole row up to 256, then an eighth of the next power of two."""
-    return width if width <= 256 else (1 << (width - 1).bit_length()) // 8
 
 
 def key_rows(sizes: Mapping[str, Any], capability: int) -> int:
@@ -81,12 +61,8 @@ def launches(kernel: str, sizes: Mapping[str, Any], itemsize: int, capability: i
         sizes: the kernel's compile-time constants.
         itemsize: bytes of an element of q, k and v.
     """
-    if kernel == "means":
-        return (Launch(warps=4, stages=1, step=sizes["BLOCK"]),)
     if kernel == "places":
         return (Launch(warps=1, stages=1, step=64),)
-    if kernel == "select":
-        return _selecting(sizes["WIDTH"])
     wide, generation = sizes["BLOCK_D"] > 64, capability // 10
     # the block whose rows are taken in steps
     taken = sizes.get("BLOCK", sizes.get("BLOCK_Q" if kernel == "dkdv" else "BLOCK_K", 64))
@@ -100,21 +76,6 @@ def launches(kernel: str, sizes: Mapping[str, Any], itemsize: int, capability: i
     else:  # sums; features of 64 rows spill on 12.0
         found = (Launch(8, 2, 32 if wide and generation == 12 else 64),)
     return tuple(dict.fromkeys(dataclasses.replace(launch, step=min(launch.step, taken)) for launch in found))
-
-
-def _selecting(width: int) -> tuple[Launch, ...]:
-    """20 to 64 scores a thread. Programs with more rows read the key means from the level-2 cache less often.
-
-    16 warps have 128 registers a thread, where 40 scores spill.
-    """
-    if width <= 256:
-        return Launch(4, 1, 16), Launch(4, 1, 8)
-    if width <= 512:
-        return Launch(4, 1, 8), Launch(8, 1, 16)
-    if width <= 1024:
-        return Launch(8, 1, 8), Launch(16, 1, 16)
-    step = 8 if width <= 2048 else 4 if width <= 4096 else 2
-    return Launch(8, 1, step), Launch(16, 1, step)
 
 
 def _marginal(kernel: str, wide: bool, generation: int) -> tuple[Launch, ...]:

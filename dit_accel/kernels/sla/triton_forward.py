@@ -1,4 +1,4 @@
-"""The forward kernels: the state of the linear branch, then both branches of a query block in one program.
+"""The forward kernels: the state of the linear branch, the lists, then both branches of a query block in one program.
 
 README.md in this folder has the equations.
 """
@@ -9,7 +9,15 @@ import triton
 import triton.language as tl
 
 from dit_accel.kernels.block_sparse.triton_forward import attend_lists, normalised, positive
-from dit_accel.kernels.block_sparse.triton_tokens import RUNTIME, list_of, load_rows, rows_of, rows_of_head, store_rows
+from dit_accel.kernels.block_sparse.triton_tokens import (
+    RUNTIME,
+    list_of,
+    load_rows,
+    rows_of,
+    rows_of_head,
+    store_rows,
+    tile_position,
+)
 from dit_accel.kernels.sla.triton_linear import (
     EPS,
     behind,
@@ -27,7 +35,6 @@ from dit_accel.kernels.sla.triton_linear import (
     stored_rows,
     times_table,
 )
-from dit_accel.kernels.sla.triton_router import store_mean
 
 
 @triton.jit(do_not_specialize=RUNTIME)
@@ -40,7 +47,7 @@ def state_kernel(
 ):  # fmt: skip
     """phi(k)^T v, fp32 [B, H, splits, D, D], and the sum of phi(k), fp32 [B, H, splits, D], over SPLIT blocks each.
 
-    The same pass over k stores the block means for the router, as `block_means_kernel` does.
+    The same pass over k stores its block means for the router, fp32 [B, H, blocks, D].
     """
     CUT: tl.constexpr = (BLOCK, TILE_T, TILE_H, TILE_W)
     STEPS: tl.constexpr = BLOCK // STEP
@@ -50,6 +57,8 @@ def state_kernel(
     total = tl.zeros([BLOCK_D], dtype=tl.float32)
     of_block = tl.zeros([BLOCK_D], dtype=tl.float32)
     held = 0.0
+    o_d = tl.arange(0, BLOCK_D)
+    means += tl.program_id(1).to(tl.int64) * blocks * D
     first = tl.program_id(0) * SPLIT
     for i in range(first * STEPS, tl.minimum(first + SPLIT, blocks) * STEPS):
         rows, valid = slots_of(i // STEPS, i % STEPS * STEP, (T, H, W), CUT, STEP)
@@ -61,8 +70,51 @@ def state_kernel(
         state = tl.dot(tl.trans(phi), b_v, state, input_precision=PRECISION)
         total += tl.sum(phi.to(tl.float32), 0)
         # the mean of the block's steps up to here; the last step's remains
-        store_mean(means, i // STEPS, of_block, held, blocks, D, BLOCK_D)
+        tl.store(means + i // STEPS * D + o_d, tl.div_rn(of_block, of_block * 0.0 + held), mask=o_d < D)
     store_sums(states, totals, state, total, D, BLOCK_D)
+
+
+@triton.jit(do_not_specialize=RUNTIME)
+def places_kernel(
+    critical, places, spans, T, H, W, blocks, topk, dense,
+    BLOCK: tl.constexpr, TILE_T: tl.constexpr, TILE_H: tl.constexpr, TILE_W: tl.constexpr, STEP: tl.constexpr,
+):  # fmt: skip
+    """Places [B, H, rows, topk + dense] and spans [B, H, rows, 5] of lists of critical blocks, a program each.
+
+    They are those of `block_sparse.triton_lists.OrderedLists` without tables, made in one launch. Whole blocks come
+    first, in order; then blocks with padding slots, in reverse order; then the `dense` blocks that every query block
+    attends to.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    critical += row * topk
+    places += row * (topk + dense)
+    whole_seen = 0
+    cut_seen = 0
+    for first in range(0, topk, STEP):
+        place = first + tl.arange(0, STEP)
+        inside = place < topk
+        block = tl.load(critical + place, mask=inside, other=0)
+        if TILE_H == 0:
+            corner = block * BLOCK
+            whole = corner + BLOCK <= T * H * W
+        else:
+            t, h, w = tile_position(block, 0, H, W, TILE_T, TILE_H, TILE_W)
+            corner = (t * H + h) * W + w
+            whole = (t + TILE_T <= T) & (h + TILE_H <= H) & (w + TILE_W <= W)
+        is_whole = (inside & whole).to(tl.int32)
+        is_cut = inside.to(tl.int32) - is_whole
+        whole_before = whole_seen + tl.cumsum(is_whole, 0) - is_whole
+        cut_before = cut_seen + tl.cumsum(is_cut, 0) - is_cut
+        place = tl.where(whole, whole_before, topk - 1 - cut_before)
+        tl.store(places + place, tl.where(whole, corner, block), mask=inside)
+        whole_seen += tl.sum(is_whole, 0)
+        cut_seen += tl.sum(is_cut, 0)
+    for first in range(0, dense, STEP):
+        place = first + tl.arange(0, STEP)
+        tl.store(places + topk + place, blocks + place, mask=place < dense)
+    part = tl.arange(0, 8)
+    ends = tl.where(part < 3, whole_seen, tl.where(part == 3, topk + dense, 0))
+    tl.store(spans + row * 5 + part, ends, mask=part < 5)
 
 
 @triton.jit

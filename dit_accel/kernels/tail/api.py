@@ -12,8 +12,8 @@ from torch import Tensor
 from dit_accel.errors import DitAccelError
 from dit_accel.kernels import impls
 from dit_accel.kernels.block_sparse.geometry import BlockLists, Geometry, empty_rows
+from dit_accel.kernels.cuts import visual_of
 from dit_accel.kernels.impls import AUTO, Facts, Impl
-from dit_accel.kernels.sla.call import visual_of
 from dit_accel.kernels.tail.call import TailCall
 from dit_accel.kernels.tail.first_order import correction
 from dit_accel.order import TokenOrder

@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dit_accel.kernels.sla.call import to_blocks
-from dit_accel.kernels.sla.portable import block_means
+from dit_accel.kernels.cuts import block_means, to_blocks
 from dit_accel.order import TokenOrder
 
 

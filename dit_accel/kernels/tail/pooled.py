@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from dit_accel.kernels.block_sparse.geometry import BlockLists
-from dit_accel.kernels.sla.call import Cut, visual_of
-from dit_accel.kernels.sla.portable import block_means
+from dit_accel.kernels.cuts import Cut, block_means, visual_of
 from dit_accel.kernels.tail.portable import spread
 from dit_accel.kernels.tail.reference import in_tail
 from dit_accel.order import TokenOrder, valid_tokens

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from dit_accel.kernels.block_sparse.geometry import BlockLists
-from dit_accel.kernels.sla.portable import block_means
+from dit_accel.kernels.cuts import block_means
 from dit_accel.kernels.tail.call import TailCall
 from dit_accel.order import valid_tokens
 

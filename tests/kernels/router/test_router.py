@@ -8,11 +8,10 @@ from router_calls import GRIDS, RULES, SIZES, blocks, dense, inputs
 
 from dit_accel.errors import DitAccelError
 from dit_accel.kernels import impls
+from dit_accel.kernels.cuts import Cuts
 from dit_accel.kernels.router import api
-from dit_accel.kernels.router.api import route
+from dit_accel.kernels.router.api import classify, route
 from dit_accel.kernels.router.call import Rule, thresholds
-from dit_accel.kernels.sla.call import Cuts
-from dit_accel.kernels.sla.portable import route as sla_route
 from dit_accel.order import TokenOrder
 from dit_accel.tokens import TokenGrid
 
@@ -119,13 +118,19 @@ def test_the_union_holds_each_part(impl):
 
 
 @pytest.mark.parametrize("impl", NAMES)
-def test_equal_blocks_of_both_sizes_are_sla_s_critical_blocks(impl):
+def test_the_worst_blocks_are_listed_apart(impl):
     grid = TokenGrid(5, 7, 9, text=4, text_first=True)
     q, k = torch.randn(2, 2, 3, grid.tokens, 8)
     order = TokenOrder(grid, 16)
-    critical, _ = sla_route(q[:, :, 4:], k[:, :, 4:], Cuts.of(order, order).pack(), 5, 0)
     lists = route(q, k, order, order, Rule(topk=5), impl=impl)
-    assert torch.equal(lists.indices, critical) and lists.indices.shape[-1] == 5
+    assert lists.indices.shape[-1] == 5
+    keys = order.visual_blocks
+    means = [torch.stack([part.mean(-2) for part in x[:, :, 4:].split(16, -2)], -2) for x in (q, k)]
+    ranked = (means[0] @ means[1].mT).argsort(-1, descending=True)
+    for topk in (0, 5):
+        critical, negligible = classify(q, k, order, order, topk, 3, impl)
+        assert torch.equal(critical, lists.indices[..., :topk])
+        assert torch.equal(negligible.long(), ranked[..., keys - 3 :].sort(-1).values)
 
 
 @pytest.mark.parametrize("impl", NAMES)
@@ -172,7 +177,7 @@ def test_the_operator_is_whole_and_compiles():
     cuts = Cuts.of(order, order).pack()
     counts, shares = torch.full((1, 1, 1), 2, dtype=torch.int32), torch.rand(2, 3, order.visual_blocks)
     forced = torch.rand(order.visual_blocks, order.visual_blocks) < 0.1
-    arguments = (q, k, cuts, counts, shares, forced, 1.0, True, 1, 0.2, 0.4, order.visual_blocks, "portable")
+    arguments = (q, k, cuts, counts, shares, forced, 1.0, True, 1, 0.2, 0.4, order.visual_blocks, 2, "portable")
     torch.library.opcheck(api.route_blocks, arguments)
 
     def lists(q, k):

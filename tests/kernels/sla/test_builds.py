@@ -8,9 +8,10 @@ import torch
 pytest.importorskip("triton")
 
 from dit_accel.kernels.block_sparse.triton_configs import SHARED_BYTES
+from dit_accel.kernels.cuts import Cut, Cuts
 from dit_accel.kernels.sla import triton
 from dit_accel.kernels.sla import triton_configs as configs
-from dit_accel.kernels.sla.call import LINEAR_SCOPES, Cut, Cuts, KeySegments
+from dit_accel.kernels.sla.call import LINEAR_SCOPES, KeySegments
 from tools.kernels import sla as declared
 from tools.kernels.ahead_of_time import ARCHS
 
@@ -36,7 +37,6 @@ def launched(monkeypatch, arch):
         segments = KeySegments.of(cuts.keys.order.grid)
         q = torch.zeros(1, 1, tokens, dim, dtype=torch.float16)
         lists = triton.RoutedBlocks(*(torch.zeros(1, 1, cuts.queries.blocks, n, dtype=torch.int32) for n in (1, 2)))
-        triton.select(triton.block_means(q, cuts.queries), triton.block_means(q, cuts.keys), 1, 2)
         *whole, _ = triton.state(q, q, cuts.keys, "softmax")
         weight, bias, text_len = torch.zeros(dim, dim), torch.zeros(dim), torch.zeros(1, dtype=torch.int32)
         for scope in LINEAR_SCOPES if max(block_q, block) <= configs.MARGINAL_BLOCK else ("all",):
@@ -72,29 +72,3 @@ def test_a_candidate_is_left_for_every_build(launched, arch):
         for itemsize in (2,) if wide else (2, 4):
             found = configs.fitting(kernel, constants, itemsize, arch)
             assert found and len(set(found)) == len(found), f"{kernel}, {itemsize} bytes: {found}"
-
-
-@pytest.mark.parametrize(
-    "blocks, width, strip",
-    [
-        (1, 16, 16), (16, 16, 16), (17, 32, 32), (256, 256, 256), (257, 320, 64), (320, 320, 64), (321, 384, 64),
-        (512, 512, 64), (513, 640, 128), (1024, 1024, 128), (1025, 1280, 256), (1182, 1280, 256), (1280, 1280, 256),
-        (1281, 1536, 256), (2048, 2048, 256), (2049, 2560, 512), (4097, 5120, 1024), (8192, 8192, 1024),
-    ],
-)  # fmt: skip
-def test_widths_of_rows_of_scores(blocks, width, strip):
-    assert configs.width_of(blocks) == width
-    assert configs.strip_of(width) == strip
-
-
-def test_rows_of_scores_fit_a_program(arch):
-    """What the kernel relies on, where it loads without a mask, and what registers hold."""
-    for blocks in range(1, configs.MAX_BLOCKS + 1):
-        width = configs.width_of(blocks)
-        strip = configs.strip_of(width)
-        assert width >= blocks and width % strip == 0
-        assert width == strip or width - strip < blocks
-        sizes = {"D": 64, "WIDTH": width, "STRIP": strip, "HAS_SKIPPED": False}
-        for launch in configs.fitting("select", sizes, 2, arch):
-            assert width == strip or launch.step <= blocks
-            assert launch.step * width <= (64 if launch.warps <= 8 else 32) * 32 * launch.warps

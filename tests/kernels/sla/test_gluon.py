@@ -15,7 +15,7 @@ from sla_calls import Case, check, formula, setup, sparse_linear_attention
 
 from dit_accel.errors import DitAccelError
 from dit_accel.kernels import impls
-from dit_accel.kernels.sla import portable
+from dit_accel.kernels.cuts import block_means
 from dit_accel.kernels.sla.call import apply_map
 from dit_accel.tokens import TokenGrid
 
@@ -59,22 +59,14 @@ def emulate(monkeypatch):
 
 @pytest.fixture
 def in_pytorch(monkeypatch):
-    """The kernels of the router and of the state in PyTorch; tests/kernels/sla/test_triton.py holds them."""
-
-    def means(x, cut):
-        return portable.block_means(x, cut.order).mT.contiguous()
-
-    def select(queries, keys, topk, skip):
-        scores = queries.mT @ keys
-        return portable.highest(scores, topk), portable.lowest(scores, skip)
+    """The kernel of the state in PyTorch; tests/kernels/sla/test_triton.py holds them."""
 
     def state(k, v, cut, feature_map):
         phi = apply_map(k.float(), feature_map).to(v.dtype).float()
-        return phi.mT @ v.float(), phi.sum(-2), means(k, cut)
+        return phi.mT @ v.float(), phi.sum(-2), block_means(k, cut.order)
 
     if not NATIVE:
-        for name, function in (("block_means", means), ("select", select), ("state", state)):
-            monkeypatch.setattr(triton, name, function)
+        monkeypatch.setattr(triton, "state", state)
 
 
 RASTER = {"topk": 0.4, "block_q": 128}

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from sla_calls import cuts_of
+from sla_calls import cuts_of, route
 
 from dit_accel.kernels.sla import portable
 from dit_accel.kernels.sla.call import EPSILON, FEATURE_MAPS, apply_map
-from dit_accel.kernels.sla.portable import linear_all, linear_marginal, route
+from dit_accel.kernels.sla.portable import linear_all, linear_marginal
 
 # grid, block, tile, and those of queries
 LAYOUTS = {
@@ -23,7 +23,7 @@ def make(cuts, topk, skip, dtype=torch.float64, heads=2, dim=5):
     torch.manual_seed(0)
     tokens = cuts.keys.order.grid.visual
     q, k, v = (torch.randn(2, heads, tokens, dim, dtype=dtype) for _ in range(3))
-    return q, k, v, *route(q, k, cuts.pack(), topk, skip)
+    return q, k, v, *route(q, k, cuts, topk, skip)
 
 
 def by_hand(q, k, v, critical, negligible, cuts, feature_map):
@@ -98,7 +98,7 @@ def test_huge_critical_keys_do_not_cancel():
     q, k, v, *_ = make(cuts, 1, 0, dtype=torch.float32)
     q, k = q.abs(), k.abs()
     k[:, :, :8] *= 1e8
-    critical, negligible = route(q, k, cuts.pack(), 1, 0)
+    critical, negligible = route(q, k, cuts, 1, 0)
     assert (critical == 0).all()
     out, _ = linear_marginal(q, k, v, critical, negligible, cuts.pack(), "relu")
     exact = by_hand(q.double(), k.double(), v.double(), critical, negligible, cuts, "relu")
@@ -126,10 +126,10 @@ def test_small_budget_gives_the_same(monkeypatch, tile):
 def test_saves_no_states_for_the_backward():
     """What autograd holds grows with N x D: not with N x N, and not with a D x D state per block."""
     tokens, dim = 4096, 64
-    cut = cuts_of((1, 1, tokens), 16).pack()
+    cuts = cuts_of((1, 1, tokens), 16)
     q, k, v = (torch.randn(1, 1, tokens, dim, requires_grad=True) for _ in range(3))
-    lists = route(q.detach(), k.detach(), cut, 12, 25)
+    lists = route(q.detach(), k.detach(), cuts, 12, 25)
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x.numel()) or x, lambda x: x):
-        linear_marginal(q, k, v, *lists, cut, "softmax")
+        linear_marginal(q, k, v, *lists, cuts.pack(), "softmax")
     assert max(saved) <= tokens * dim

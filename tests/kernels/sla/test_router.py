@@ -2,12 +2,13 @@
 
 import pytest
 import torch
-from sla_calls import cuts_of
+from sla_calls import cuts_of, route
 
-from dit_accel.kernels.sla import portable
-from dit_accel.kernels.sla.call import from_blocks, to_blocks
-from dit_accel.kernels.sla.portable import highest, lowest, route
+from dit_accel.kernels.cuts import from_blocks, to_blocks
+from dit_accel.kernels.router import portable
+from dit_accel.kernels.router.api import classify
 from dit_accel.methods.sla import SparseLinearAttention
+from dit_accel.order import TokenOrder
 from dit_accel.registry import plan
 from dit_accel.tokens import TokenGrid
 
@@ -48,7 +49,7 @@ def test_critical_are_the_best_and_negligible_the_worst(layout, dtype):
     blocks = order.visual_blocks
     best = rank_by_hand(q, k, cuts)
     for topk, skip in {(1, 0), (max(1, blocks // 3), blocks // 4), (blocks, 0), (1, blocks - 1)}:
-        critical, negligible = route(q, k, cuts.pack(), topk, skip)
+        critical, negligible = route(q, k, cuts, topk, skip)
         assert critical.dtype == negligible.dtype == torch.int32
         assert torch.equal(critical.long(), best[..., :topk].sort(-1).values)
         assert torch.equal(negligible.long(), best[..., blocks - skip :].sort(-1).values)
@@ -63,7 +64,7 @@ def test_blocks_of_128_queries_and_64_keys_by_hand():
     q = torch.ones(1, 1, 1000, 1)
     q[:, :, 128:256] = -1
     q[:, :, 896:] = -0.5  # the tail of 104
-    critical, negligible = route(q, k, cuts_of((1, 1, 1000), 64, block_q=128).pack(), 2, 1)
+    critical, negligible = route(q, k, cuts_of((1, 1, 1000), 64, block_q=128), 2, 1)
     assert critical[0, 0].tolist() == [[2, 15], [8, 14], *[[2, 15]] * 5, [8, 14]]
     assert negligible[0, 0].tolist() == [[8], [15], *[[8]] * 5, [15]]
 
@@ -106,22 +107,30 @@ def test_scores_are_fp32_for_bf16():
     """Means that differ by less than bf16 can say: 1 and 1 + 2**-10 are the same number there."""
     k = torch.ones(1, 1, 2 * 8, 1, dtype=torch.bfloat16)
     k[:, :, 8] += 2**-7
-    critical, _ = route(torch.ones_like(k), k, cuts_of((1, 1, 16), 8, None).pack(), 1, 0)
+    critical, _ = route(torch.ones_like(k), k, cuts_of((1, 1, 16), 8, None), 1, 0)
     assert critical.flatten().tolist() == [1, 1]
 
 
 @pytest.mark.parametrize("tile", [None, (1, 2, 4)])
 def test_ties_go_to_the_first_blocks(tile):
     q = torch.ones(1, 2, 4 * 16, 8)
-    critical, negligible = route(q, q, cuts_of((1, 4, 16), 8, tile).pack(), 3, 2)
+    critical, negligible = route(q, q, cuts_of((1, 4, 16), 8, tile), 3, 2)
     assert (critical == torch.tensor([0, 1, 2])).all()
     assert (negligible == torch.tensor([6, 7])).all()
 
 
+def of_scores(scores, topk, skip):
+    """What is chosen of these scores: int64 [rows, topk] and [rows, skip]."""
+    rows = torch.eye(len(scores)).expand(1, 1, -1, -1)
+    orders = (TokenOrder(TokenGrid(1, 1, n), 1) for n in scores.shape)
+    return (found[0, 0].long() for found in classify(rows, scores.mT[None, None], *orders, topk, skip, "portable"))
+
+
 def test_partial_ties():
     scores = torch.tensor([[1.0, 3.0, 1.0, 2.0, 1.0, 0.0, 0.0, 0.0], [0.0, -0.0, 0.0, -0.0, 5.0, 0.0, 0.0, -0.0]])
-    assert highest(scores, 3).tolist() == [[0, 1, 3], [0, 1, 4]]
-    assert lowest(scores, 4).tolist() == [[4, 5, 6, 7], [3, 5, 6, 7]]
+    critical, negligible = of_scores(scores, 3, 4)
+    assert critical.tolist() == [[0, 1, 3], [0, 1, 4]]
+    assert negligible.tolist() == [[4, 5, 6, 7], [3, 5, 6, 7]]
 
 
 def test_random_ties_partition_exactly():
@@ -130,7 +139,7 @@ def test_random_ties_partition_exactly():
     scores = torch.randint(0, 4, (500, 13), generator=generator).float()
     best = scores.argsort(dim=-1, descending=True, stable=True)
     for topk, skip in ((1, 0), (5, 8), (4, 3), (13, 0)):
-        critical, negligible = highest(scores, topk).long(), lowest(scores, skip).long()
+        critical, negligible = of_scores(scores, topk, skip)
         assert torch.equal(critical, best[:, :topk].sort(-1).values)
         assert torch.equal(negligible, best[:, 13 - skip :].sort(-1).values)
 
@@ -141,7 +150,7 @@ def test_lists_stay_within_bounds_for_bad_values(bad):
     q = torch.randn(1, 2, 64, 8)
     for place in (q[0, 0, 5], q[0, 1]):
         place.fill_(bad)
-        critical, negligible = route(q, q, cuts_of((1, 1, 64), 8, None).pack(), 3, 2)
+        critical, negligible = route(q, q, cuts_of((1, 1, 64), 8, None), 3, 2)
         lists = torch.cat([critical, negligible], dim=-1)
         assert lists.min() >= 0 and lists.max() < 8
         assert all(len(set(row)) == 5 for row in lists.flatten(0, 2).tolist())
@@ -149,25 +158,19 @@ def test_lists_stay_within_bounds_for_bad_values(bad):
 
 def test_runs_and_layouts_agree():
     q, k = torch.randn(2, 1, 3, 200, 16)
-    first = route(q, k, cuts_of((1, 1, 200), 16, None).pack(), 4, 3)
+    first = route(q, k, cuts_of((1, 1, 200), 16, None), 4, 3)
     strided = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k)]
     for _ in range(10):
-        again = route(*strided, cuts_of((1, 1, 200), 16, None).pack(), 4, 3)
+        again = route(*strided, cuts_of((1, 1, 200), 16, None), 4, 3)
         assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
 
 
 def test_rows_at_once_do_not_matter(monkeypatch):
     q, k = torch.randn(2, 2, 3, 200, 16)
-    whole = route(q, k, cuts_of((1, 1, 200), 16, None).pack(), 4, 3)
+    whole = route(q, k, cuts_of((1, 1, 200), 16, None), 4, 3)
     monkeypatch.setattr(portable, "_SCORES_AT_ONCE", 200)
-    parts = route(q, k, cuts_of((1, 1, 200), 16, None).pack(), 4, 3)
+    parts = route(q, k, cuts_of((1, 1, 200), 16, None), 4, 3)
     assert all(torch.equal(a, b) for a, b in zip(whole, parts, strict=True))
-
-
-@pytest.mark.parametrize("tile", [None, (1, 2, 4)])
-def test_op_is_registered_properly(tile):
-    q = torch.randn(1, 2, 30, 8)
-    torch.library.opcheck(route, (q, q.clone(), cuts_of((1, 5, 6), 8, tile).pack(), 2, 1))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)

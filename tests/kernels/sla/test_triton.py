@@ -9,14 +9,16 @@ import os
 import pytest
 import torch
 from accuracy import assert_accurate
-from sla_calls import cuts_of, sparse_linear_attention
+from sla_calls import cuts_of, route, sparse_linear_attention
 
 from dit_accel.errors import DitAccelError
 from dit_accel.kernels.block_sparse.triton_configs import Launch
-from dit_accel.kernels.sla import ops, portable, triton_configs
-from dit_accel.kernels.sla.api import route
-from dit_accel.kernels.sla.call import Cuts, KeySegments
-from dit_accel.kernels.sla.portable import highest, linear_all, linear_marginal, lowest
+from dit_accel.kernels.cuts import Cuts, block_means
+from dit_accel.kernels.router.api import classify, single_blocks
+from dit_accel.kernels.router.triton_configs import MAX_BLOCKS
+from dit_accel.kernels.sla import ops, triton_configs
+from dit_accel.kernels.sla.call import KeySegments
+from dit_accel.kernels.sla.portable import linear_all, linear_marginal
 from dit_accel.order import TokenOrder
 from dit_accel.tokens import TokenGrid
 
@@ -63,40 +65,22 @@ def test_lists_are_those_of_the_portable_router(layout, kind, dtype):
     if dtype != torch.float32 and INTERPRETED and layout != "ragged":
         pytest.skip("half precision is interpreted on one layout: the sums are fp32 all the same")
     cuts = cuts_of(*cut)
-    arguments = *inputs(kind, cuts.keys.order.grid.visual, dtype), cuts.pack(), topk, skip
-    for got, wanted in zip(ops.route(*arguments), portable.route(*arguments), strict=True):
+    arguments = *inputs(kind, cuts.keys.order.grid.visual, dtype), cuts, topk, skip
+    for got, wanted in zip(route(*arguments, "triton"), route(*arguments), strict=True):
         assert got.dtype == torch.int32 and torch.equal(got, wanted)
 
 
-def check_selection(monkeypatch, blocks, heads, programs, step):
-    """The lists of the first `programs`, from scores that fp32 holds exactly; in every third row they are equal."""
+@pytest.mark.parametrize("blocks", [1, 15, 16, 17, 32, 33, 256, 257, 512, 513, 1182, 2049, MAX_BLOCKS])
+def test_selection_at_the_bounds_of_its_widths(blocks):
+    """The lists of a few rows, from scores that fp32 holds exactly; in every third row they are equal."""
     generator = torch.Generator().manual_seed(blocks)
-    queries, keys = (torch.randint(-200, 201, (1, heads, 3, blocks), generator=generator).float() for _ in range(2))
-    queries[..., ::3] = 0
-    if INTERPRETED:  # on a GPU the launch table says how many rows a program has
-        monkeypatch.setattr(triton_configs, "launches", lambda *_: (Launch(4, 1, step),))
-        monkeypatch.setattr("dit_accel.kernels.sla.triton._in_steps", lambda *_: (programs, heads))
-    scores = queries.mT[:, :, : programs * step] @ keys
+    queries, keys = (torch.randint(-200, 201, (1, 1, n, 3), generator=generator).float() for n in (4, blocks))
+    queries[:, :, ::3] = 0
+    queries, keys = queries.to(DEVICE), keys.to(DEVICE)
     topk, skip = max(1, blocks // 20), blocks // 10
-    got = ops.select(queries.to(DEVICE), keys.to(DEVICE), topk, skip)
-    for found, wanted in zip(got, (highest(scores, topk), lowest(scores, skip)), strict=True):
-        assert torch.equal(found[:, :, : programs * step].cpu(), wanted)
-
-
-@pytest.mark.parametrize("blocks, heads, step", [(15, 2, 16), (16, 1, 16), (17, 1, 16), (257, 1, 256)])
-def test_selection_of_all_rows(monkeypatch, blocks, heads, step):
-    """Fewer rows than a program has, as many, and a last program that begins early."""
-    check_selection(monkeypatch, blocks, heads, -(-blocks // step), step)
-
-
-@pytest.mark.parametrize("blocks", [255, 256, 319, 320, 321, 512, 513, 1024, 1025, 1182, 1280, 1281, 2049])
-def test_selection_at_the_bounds_of_its_widths(monkeypatch, blocks):
-    """Rows of one strip and of several, of which the last holds one block, some, all but one, and all."""
-    check_selection(monkeypatch, blocks, 1, 1, 4)
-
-
-def test_selection_from_as_many_blocks_as_there_may_be(monkeypatch):
-    check_selection(monkeypatch, triton_configs.MAX_BLOCKS, 1, 1, 2)
+    orders = single_blocks(queries), single_blocks(keys)
+    found = [classify(queries, keys, *orders, topk, skip, impl) for impl in ("triton", "portable")]
+    assert all(torch.equal(got, wanted) for got, wanted in zip(*found, strict=True))
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
@@ -104,7 +88,7 @@ def test_lists_stay_within_bounds_for_bad_values(bad):
     q, _ = inputs("random", 64, torch.float32)
     q[0, 0, 5] = bad
     q[0, 1] = bad
-    critical, negligible = ops.route(q, q, cuts_of((1, 1, 64), 16).pack(), 2, 1)
+    critical, negligible = route(q, q, cuts_of((1, 1, 64), 16), 2, 1, "triton")
     lists = torch.cat([critical, negligible], dim=-1)
     assert lists.min() >= 0 and lists.max() < 4
     assert all(len(set(row)) == 3 for row in lists.flatten(0, 2).tolist())
@@ -113,11 +97,11 @@ def test_lists_stay_within_bounds_for_bad_values(bad):
 def test_text_around_the_visual_tokens_is_not_read():
     order = TokenOrder(TokenGrid(1, 5, 9, text=7, text_first=True, conditioning=4), 16)
     q, k = inputs("random", order.grid.tokens, torch.float32)
-    wanted = route(q, k, order, order, 1, 1, "portable")
+    wanted = classify(q, k, order, order, 1, 1, "portable")
     for x in (q, k):
         x[:, :, :7] = torch.nan
         x[:, :, 7 + 45 :] = torch.nan
-    for got, expected in zip(route(q, k, order, order, 1, 1, "triton"), wanted, strict=True):
+    for got, expected in zip(classify(q, k, order, order, 1, 1, "triton"), wanted, strict=True):
         assert torch.equal(got, expected)
 
 
@@ -178,10 +162,8 @@ def test_ten_runs_are_bit_equal():
 
 
 def test_ops_are_registered_properly():
-    q, k = inputs("random", 20, torch.float32, heads=1, dim=16)
+    _, k = inputs("random", 20, torch.float32, heads=1, dim=16)
     cut = cuts_of((1, 4, 5), 16).keys.pack()
-    torch.library.opcheck(ops.block_means, (q, cut))
-    torch.library.opcheck(ops.select, (ops.block_means(q, cut), ops.block_means(k, cut), 1, 1))
     torch.library.opcheck(ops.state, (k, k, cut, "elu"))
 
 
@@ -247,9 +229,9 @@ def marginal_call(hot=1.0, topk=1, skip=1, block=16, block_q=None):
     q, k, v = (torch.randn(1, 2, 70, 24) for _ in range(3))
     q, k = q.abs(), k.abs()
     k[:, :, :16] *= hot
-    cuts = cuts_of((1, 1, 70), block, block_q=block_q).pack()
-    lists = portable.route(q, k, cuts, topk, skip)
-    return *(x.to(DEVICE) for x in (q, k, v, *lists)), cuts, "relu"
+    cuts = cuts_of((1, 1, 70), block, block_q=block_q)
+    lists = route(q, k, cuts, topk, skip)
+    return *(x.to(DEVICE) for x in (q, k, v, *lists)), cuts.pack(), "relu"
 
 
 def marginal(q, k, v, critical, negligible, cuts, feature_map):
@@ -320,16 +302,17 @@ def test_blocks_in_steps(monkeypatch, hot):
     plain, _ = linear_marginal(q, k, v, critical, negligible, *rest)
     out, *_ = marginal(q, k, v, critical, negligible, *rest)
     assert_accurate("out", out, plain, exact, magnitude=4 * exact.abs())
-    cut = Cuts.unpack(rest[0]).keys.pack()
-    torch.testing.assert_close(ops.state(k, v, cut, "relu")[2], ops.block_means(k, cut), rtol=1e-6, atol=1e-7)
+    cut = Cuts.unpack(rest[0]).keys
+    torch.testing.assert_close(ops.state(k, v, cut.pack(), "relu")[2], block_means(k, cut.order), rtol=1e-6, atol=1e-7)
 
 
 def test_the_means_of_the_state_choose_the_same_blocks():
     """What a call routes by is what `route` reports."""
     cuts = cuts_of((3, 3, 5), 16, (2, 2, 4), 32, (2, 4, 4))
     q, k = inputs("random", 45, torch.float32)
-    means = ops.block_means(q, cuts.queries.pack()), ops.state(k, k, cuts.keys.pack(), "softmax")[2]
-    for got, wanted in zip(ops.select(*means, 3, 2), ops.route(q, k, cuts.pack(), 3, 2), strict=True):
+    means = ops.state(k, k, cuts.keys.pack(), "softmax")[2]
+    found = classify(q, means, cuts.queries.order, single_blocks(means), 3, 2, "triton")
+    for got, wanted in zip(found, route(q, k, cuts, 3, 2, "triton"), strict=True):
         assert torch.equal(got, wanted)
 
 
