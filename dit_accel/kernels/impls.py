@@ -62,6 +62,7 @@ class Facts:
         gradients: gradients of q, k or v follow.
         lse: the log-sum-exp is wanted.
         visual_blocks: of kernel "router": key blocks of visual tokens.
+        by_number: of kernel "router": as in `router.call.Rule`.
         linear_scope, feature_map: of kernel "sla": the blocks and the map of its linear branch; None without one.
         critical: of kernel "sla": blocks that a query block attends exactly; None if not known.
     """
@@ -74,6 +75,7 @@ class Facts:
     gradients: bool = False
     lse: bool = False
     visual_blocks: int = 0
+    by_number: bool = False
     linear_scope: str | None = None
     feature_map: str | None = None
     critical: int | None = None
@@ -199,7 +201,8 @@ def _router_triton(facts: Facts) -> str | None:
 
     # a side whose blocks are single vectors is not pooled, so the limits of a block do not count there
     pooled: dict[str, Any] = {side: 16 for side in ("block_q", "block_k") if getattr(facts, side) == 1}
-    return unsupported(facts.head_dim, facts.visual_blocks) or _triton(dataclasses.replace(facts, **pooled))
+    obstacle = unsupported(facts.head_dim, facts.visual_blocks, facts.by_number)
+    return obstacle or _triton(dataclasses.replace(facts, **pooled))
 
 
 def _sla_gluon(facts: Facts) -> str | None:

@@ -6,12 +6,12 @@ import itertools
 from collections.abc import Iterator
 from typing import Any
 
-from dit_accel.kernels.router.triton_configs import MAX_BLOCKS, PARTS, SCORES, warps_of
+from dit_accel.kernels.router.triton_configs import MAX_BLOCKS, MAX_COUNTED, PARTS, SCORES, warps_of
 from tools.kernels.ahead_of_time import Build
 
 FOLDER = "dit_accel.kernels.router.triton_kernels"
 HEAD_DIMS = (64, 128)
-WIDTHS = (512, 2048, MAX_BLOCKS)  # rows of scores at 32,760 and at 75,600 tokens, and the longest
+WIDTHS = (512, 2048, MAX_BLOCKS)  # rows of scores at 32,760 and at 75,600 tokens, and the longest of all rules
 CELLS = (1, 4)
 FLOATS = ("means", "query_means", "key_means", "scores", "thresholds", "shares")
 INTEGERS = ("query_sizes", "key_sizes", "wanted", "indices", "counts", "worst")
@@ -32,8 +32,9 @@ def builds(arch: int) -> Iterator[Build]:
         for block, unit in itertools.product((64, 128), (False, True)):
             cut = {"BLOCK": block, "TILE_T": block // 64, "TILE_H": 8, "TILE_W": 8}
             yield _build("cell_means", {**sizes, "ALIGN": 8, **cut, "CELL": block // cells, "UNIT": unit}, warps=4)
-    for width in WIDTHS:
-        for parts in [*({part} for part in PARTS), {"HAS_COUNT", "HAS_SKIP"}, set(PARTS)]:
+    for width in (*WIDTHS, MAX_COUNTED):
+        every = [*({part} for part in PARTS), set(PARTS)] if width <= MAX_BLOCKS else [{"HAS_COUNT"}]
+        for parts in (*every, {"HAS_COUNT", "HAS_SKIP"}):
             constants = {part: part in parts for part in (*PARTS, "HAS_SKIP")}
             yield _build("lists", {"WIDTH": width, **constants}, warps_of(width))
 

@@ -129,7 +129,7 @@ def _route(
     """`route` of visual tokens, [B, H, visual, D], and the worst `skip` blocks of each row."""
     if not scale > 0:
         raise DitAccelError(f"The router ranks logits, whose scale is above 0; got {scale}.")
-    chosen, _ = choose_impl(q.device, q.dtype, q.shape[-1], query_order, key_order, impl)
+    chosen, _ = choose_impl(q.device, q.dtype, q.shape[-1], query_order, key_order, impl, rule.by_number)
     rows = q.shape[0], q.shape[1], query_order.visual_blocks
     indices, counts, worst = route_blocks(
         q, k,
@@ -149,9 +149,10 @@ def choose_impl(
     query_order: TokenOrder,
     key_order: TokenOrder,
     impl: Impl = AUTO,
+    by_number: bool = False,
 ) -> tuple[Implementation, str]:
-    """The implementation that a call gets, and why; `impl` as in `route`."""
-    facts = Facts.of(device, dtype, head_dim, query_order, key_order)
+    """The implementation that a call gets, and why; `impl` as in `route`, `by_number` as in `Rule`."""
+    facts = Facts.of(device, dtype, head_dim, query_order, key_order, by_number=by_number)
     if impl not in impls.names(impls.ROUTER) or (impl != AUTO and impls.named(impl, impls.ROUTER).obstacle(facts)):
         impl = AUTO
     return impls.choose(facts, impl, impls.ROUTER)

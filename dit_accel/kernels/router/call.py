@@ -66,12 +66,15 @@ class Rule:
         if self.cells > 1 and self.tau is not None:
             raise DitAccelError("tau needs the scores of block means; use it with cells=1.")
 
+    @property
+    def by_number(self) -> bool:
+        """Whether all rows list the same number of blocks."""
+        fixed = isinstance(self.topk, int) and isinstance(self.topp, float | int) and self.topp == 0
+        return fixed and self.tau is None and self.similarity is None and self.forced is None
+
     def width(self, key_blocks: int) -> int:
         """The longest list that the rule can make."""
-        fixed = isinstance(self.topk, int) and isinstance(self.topp, float | int) and self.topp == 0
-        if not fixed or self.tau is not None or self.similarity is not None or self.forced is not None:
-            return key_blocks
-        return min(max(1, int(self.topk)), key_blocks)
+        return min(max(1, int(self.topk)), key_blocks) if self.by_number else key_blocks
 
 
 class RouterCall(NamedTuple):

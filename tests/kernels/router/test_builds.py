@@ -57,8 +57,12 @@ def test_every_launch_is_compiled_ahead_of_time(launched, arch):
 
 
 def test_rows_fit_their_registers():
-    for blocks in (1, 33, 512, 513, 1182, triton_configs.MAX_BLOCKS):
+    for blocks in (1, 33, 512, 513, 1182, triton_configs.MAX_BLOCKS, triton_configs.MAX_COUNTED):
         width = triton_configs.width_of(blocks)
         assert blocks <= width <= max(32, 2 * blocks) and width / (32 * triton_configs.warps_of(width)) <= 16
     assert triton_configs.unsupported(128, triton_configs.MAX_BLOCKS) is None
-    assert "visual key blocks, not" in triton_configs.unsupported(128, triton_configs.MAX_BLOCKS + 1)
+    assert "4096 visual key blocks by this rule, not 4097" in triton_configs.unsupported(
+        128, triton_configs.MAX_BLOCKS + 1
+    )
+    assert triton_configs.unsupported(128, triton_configs.MAX_COUNTED, by_number=True) is None
+    assert "8192" in triton_configs.unsupported(128, triton_configs.MAX_COUNTED + 1, by_number=True)

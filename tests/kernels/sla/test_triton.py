@@ -15,7 +15,7 @@ from dit_accel.errors import DitAccelError
 from dit_accel.kernels.block_sparse.triton_configs import Launch
 from dit_accel.kernels.cuts import Cuts, block_means
 from dit_accel.kernels.router.api import classify, single_blocks
-from dit_accel.kernels.router.triton_configs import MAX_BLOCKS
+from dit_accel.kernels.router.triton_configs import MAX_COUNTED
 from dit_accel.kernels.sla import ops, triton_configs
 from dit_accel.kernels.sla.call import KeySegments
 from dit_accel.kernels.sla.portable import linear_all, linear_marginal
@@ -70,7 +70,7 @@ def test_lists_are_those_of_the_portable_router(layout, kind, dtype):
         assert got.dtype == torch.int32 and torch.equal(got, wanted)
 
 
-@pytest.mark.parametrize("blocks", [1, 15, 16, 17, 32, 33, 256, 257, 512, 513, 1182, 2049, MAX_BLOCKS])
+@pytest.mark.parametrize("blocks", [1, 15, 16, 17, 32, 33, 256, 257, 512, 513, 1182, 2049, MAX_COUNTED])
 def test_selection_at_the_bounds_of_its_widths(blocks):
     """The lists of a few rows, from scores that fp32 holds exactly; in every third row they are equal."""
     generator = torch.Generator().manual_seed(blocks)
