@@ -7,9 +7,8 @@ from torch import Tensor
 
 from dit_accel.kernels.block_sparse.dense import logits_at_once
 from dit_accel.kernels.block_sparse.geometry import BlockLists
+from dit_accel.kernels.cuts import Cut, block_means, to_blocks, visual_of
 from dit_accel.kernels.router.portable import best, lists_of
-from dit_accel.kernels.sla.call import Cut, to_blocks, visual_of
-from dit_accel.kernels.sla.portable import block_means
 from dit_accel.order import TokenOrder
 
 
