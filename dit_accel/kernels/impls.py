@@ -113,7 +113,7 @@ class Implementation:
         dtypes: of q, k and v.
         head_dims: the largest head dimension.
         cannot: why it cannot run a call, or None if it can. Asked after packages, dtypes and head dimensions.
-        package: a package that it needs.
+        package: a package that it needs; `wheel`: its name for pip where that is another.
         packing: the module whose `pack(lists, geometry)` makes `BlockLists.packed`.
         autograd: PyTorch differentiates `forward`; see the module.
     """
@@ -126,6 +126,7 @@ class Implementation:
     head_dims: int | None = None
     cannot: Callable[[Facts], str | None] = nothing
     package: str | None = None
+    wheel: str | None = None
     packing: str | None = None
     autograd: bool = False
     installed: bool = dataclasses.field(init=False)
@@ -138,7 +139,7 @@ class Implementation:
     def obstacle(self, facts: Facts) -> str | None:
         """Why it cannot run a call, or None if it can."""
         if not self.installed:
-            return f"the package {self.package} is not installed"
+            return f"the package {self.wheel or self.package} is not installed"
         if facts.dtype not in self.dtypes:
             known, came = ", ".join(map(str, self.dtypes)), str(facts.dtype)
             return f"{self.name} takes {known}, not {came}".replace("torch.", "")
@@ -169,10 +170,26 @@ def _gluon(facts: Facts) -> str | None:
         return f"the kernel takes blocks of 128 queries and 64 or 128 keys, not {facts.block_q} and {facts.block_k}"
     if facts.head_dim not in (64, 128):
         return f"the kernel takes head dimensions 64 and 128, not {facts.head_dim}"
+    return _hopper(facts)
+
+
+def _hopper(facts: Facts) -> str | None:
     there = facts.device.type == "cuda" and torch.cuda.is_available()
     if not there or torch.cuda.get_device_capability(facts.device) != (9, 0):
-        return f"gluon needs a GPU of compute capability 9.0, and the tensors are on {facts.device}"
+        return f"the kernel needs a GPU of compute capability 9.0, and the tensors are on {facts.device}"
     return None
+
+
+def _cudnn(facts: Facts) -> str | None:
+    sizes = facts.block_q, facts.block_k
+    if sizes not in ((64, 64), (128, 128)) or facts.head_dim not in (64, 96, 128):
+        return (
+            "cuDNN takes blocks of 64x64 or 128x128 tokens and head dimensions 64, 96 and 128, not "
+            f"{sizes[0]}x{sizes[1]} and {facts.head_dim}"
+        )
+    if facts.gradients and (facts.dtype != torch.bfloat16 or facts.head_dim != 128 or facts.lse):
+        return "cuDNN has gradients in bfloat16 with head dimension 128 alone, and none through the log-sum-exp"
+    return _hopper(facts)
 
 
 def _flex(facts: Facts) -> str | None:
@@ -229,6 +246,8 @@ def _of_triton(kernel: str, cannot: Callable[[Facts], str | None], **more: Any) 
 
 _SINGLE = (*HALF, torch.float32)
 _LISTS = "dit_accel.kernels.block_sparse.triton_lists"
+_FLEX = "dit_accel.kernels.block_sparse.libraries.flex"
+_CUDNN = "dit_accel.kernels.block_sparse.libraries.cudnn"
 _SLA_OPS = "dit_accel.kernels.sla.ops"
 ROWS = (
     _reference(BLOCK_SPARSE, autograd=True),
@@ -241,11 +260,16 @@ ROWS = (
     Implementation(
         "flex",
         BLOCK_SPARSE,
+        _FLEX,
         rank={ELSEWHERE: 5},
         dtypes=_SINGLE,
         cannot=_flex,
-        packing="dit_accel.kernels.block_sparse.flex",
+        packing=_FLEX,
         autograd=True,
+    ),
+    # Its own name alone takes it, until a measured row shows that it is faster.
+    Implementation(
+        "cudnn", BLOCK_SPARSE, _CUDNN, dtypes=HALF, cannot=_cudnn, package="cudnn", wheel="nvidia-cudnn-frontend"
     ),
     _reference(ROUTER),
     _portable(ROUTER),
@@ -290,8 +314,8 @@ def named(name: str, kernel: str = BLOCK_SPARSE) -> Implementation:
     row = _TABLE[kernel, name]
     if not row.installed:
         raise DitAccelError(
-            f"impl={name!r} needs the package {row.package}, which is not installed: pip install {row.package}, or use "
-            "impl='auto'."
+            f"impl={name!r} needs the package {row.wheel or row.package}, which is not installed: pip install "
+            f"{row.wheel or row.package}, or use impl='auto'."
         )
     return row
 

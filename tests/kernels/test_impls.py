@@ -32,7 +32,7 @@ def test_choice_names_its_reason(table, monkeypatch):
     assert chosen(CUDA, "reference") == ("reference", "impl='reference' was asked for")
     assert chosen(CUDA) == (
         "triton",
-        f"gluon needs a GPU of compute capability 9.0, and the tensors are on {CUDA.device}",
+        f"the kernel needs a GPU of compute capability 9.0, and the tensors are on {CUDA.device}",
     )
     refused = dataclasses.replace(CUDA, block_q=24)
     assert chosen(refused) == ("portable", "the kernels take query blocks of 16, 32, 64 or 128 tokens, not 24")

@@ -15,7 +15,7 @@ from torch.nn.attention.flex_attention import create_mask
 import dit_accel
 from dit_accel.errors import DitAccelError
 from dit_accel.kernels import impls
-from dit_accel.kernels.block_sparse import flex
+from dit_accel.kernels.block_sparse.libraries import flex
 
 TILES = {"tile_q": (2, 2, 4), "tile_k": (1, 4, 4)}
 # Pairwise over: raster and tiles, ragged ends, several joined blocks, products and bands, text first, behind and

@@ -1,8 +1,7 @@
 """Block-sparse attention by PyTorch's FlexAttention, on every device that it supports.
 
-FlexAttention cuts its sequences into runs of rows. Queries, keys and values are therefore gathered in the order of the
-slots of their blocks (`order.TokenOrder.index`), unless they lie so already. Results are put back. Its kernels want
-blocks of at least 128 rows, so smaller ones are joined. A joined block is "full" for FlexAttention if all its blocks
+FlexAttention cuts its sequences into runs of rows, so tokens are gathered unless they lie so already (`rows`). Its
+kernels want blocks of at least 128 rows, so smaller ones are joined. A joined block is "full" for FlexAttention if all its blocks
 are attended whole; otherwise each pair is looked up. The look-up finds the pair's block among the lists, then, where
 the tables decide the block, one bit. Words are int64 [blocks, ceil(block_k / 64), block_q], bit s of word w for key
 slot 64 w + s, as in `triton_tokens`.
@@ -20,14 +19,15 @@ from __future__ import annotations
 import functools
 import math
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
-from dit_accel.kernels.block_sparse.geometry import BlockLists, BlockSparseCall, Geometry, Predicate, Segments
+from dit_accel.kernels.block_sparse.geometry import BlockLists, BlockSparseCall, Geometry, Predicate
+from dit_accel.kernels.block_sparse.libraries.rows import key_rows, put, query_rows, slots, take
 from dit_accel.order import TokenOrder
 
 CHUNK_PAIRS = 1 << 24  # pairs whose bits are made at a time
@@ -55,16 +55,16 @@ def forward(call: BlockSparseCall) -> tuple[torch.Tensor, torch.Tensor | None]:
     q, k, v, lists, segments, geometry, scale = call
     codes = read_codes(lists, geometry) if lists.packed is None else split(lists.packed, geometry)
     rows_k, valid = key_rows(geometry, segments, k)
-    keys, values = (x if rows_k is None else _take(x, rows_k) for x in (k, v))
+    keys, values = take(k, rows_k), take(v, rows_k)
     rows_q = query_rows(geometry, segments, q)
-    queries = q if rows_q is None else _take(q, rows_q)
+    queries = take(q, rows_q)
     ragged = _ragged(geometry.key_order, q.device)
     mask = block_mask(codes, ragged, valid, (geometry.block_q, geometry.block_k), queries, keys)
     attend = _attend if torch.compiler.is_compiling() else _compiled(_key(queries, keys, codes, valid, geometry, scale))
     out, lse = attend(queries, keys, values, mask, scale)
-    if rows_q is not None:
-        out = _put(out, rows_q, q.shape[2], geometry, 0.0)
-        lse = None if lse is None else _put(lse, rows_q, q.shape[2], geometry, -math.inf)
+    tokens = slots(geometry.query_order, q.device) >= 0
+    out = put(out, rows_q, tokens, q.shape[2])
+    lse = None if lse is None else put(lse, rows_q, tokens, q.shape[2], -math.inf)
     return out.transpose(1, 2).contiguous().transpose(1, 2), lse
 
 
@@ -179,12 +179,6 @@ def split(packed: torch.Tensor, geometry: Geometry) -> Codes:
 
 
 @functools.lru_cache(maxsize=64)
-def _slots(order: TokenOrder, device: torch.device) -> torch.Tensor:
-    """`order.index()` on a device."""
-    return order.index().to(device)
-
-
-@functools.lru_cache(maxsize=64)
 def _ragged(order: TokenOrder, device: torch.device) -> torch.Tensor:
     """Blocks with a slot that may be no key: bool [blocks]. Text blocks always may, for text lengths vary."""
     ragged = (order.index().view(-1, order.block) < 0).any(1)
@@ -198,8 +192,8 @@ def _words(decided: torch.Tensor, tables: torch.Tensor, geometry: Geometry) -> t
     if not len(rows):
         return None
     device, block_q, block_k = tables.device, geometry.block_q, geometry.block_k
-    slots_q = _slots(geometry.query_order, device).view(-1, block_q)
-    slots_k = _slots(geometry.key_order, device).view(-1, block_k)
+    slots_q = slots(geometry.query_order, device).view(-1, block_q)
+    slots_k = slots(geometry.key_order, device).view(-1, block_k)
     predicate = Predicate(tables, geometry.query_grid, geometry.grid)
     width = -(-block_k // WORD)
     shifts = torch.arange(WORD, device=device)
@@ -211,63 +205,3 @@ def _words(decided: torch.Tensor, tables: torch.Tensor, geometry: Geometry) -> t
         pairs = nn.functional.pad(pairs, (0, width * WORD - block_k)).unflatten(-1, (width, WORD))
         parts.append((pairs.long() << shifts).sum(-1).transpose(1, 2))
     return torch.cat(parts)
-
-
-def query_rows(geometry: Geometry, segments: Segments, q: torch.Tensor) -> torch.Tensor | None:
-    """Row in memory of every slot of the queries: int64 [B, slots], any row for padding; None if rows are slots."""
-    order, usual = geometry.query_order, geometry.usual
-    if geometry.own_queries:
-        segments, usual = Segments(), (0, 0, 0, 0)
-    if segments.visual_start is None and q.shape[2] == order.grid.tokens and _in_rows(order, usual):
-        return None
-    return _rows(order, usual, segments, q)
-
-
-def key_rows(
-    geometry: Geometry, segments: Segments, k: torch.Tensor
-) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """Rows as `query_rows`, a valid token's for slots that are no key; and which slots are keys: bool [B, slots]."""
-    order, text_len = geometry.key_order, segments.text_len
-    if segments.visual_start is None and text_len is None and _in_rows(order, geometry.usual):
-        return None, None
-    rows, index, grid = _rows(order, geometry.usual, segments, k), _slots(order, k.device), order.grid
-    valid = (index >= 0).expand(len(k), -1)
-    if text_len is not None:
-        valid = valid & (index < grid.visual + grid.conditioning + text_len[:, None])
-    # What is no key may hold anything, NaN too: it is not read.
-    return torch.where(valid, rows, rows[:, :1]), valid
-
-
-def _in_rows(order: TokenOrder, usual: Sequence[int]) -> bool:
-    """Whether slots are rows in memory where segments begin as usual: the visual one first, and padding last."""
-    grid, block = order.grid, order.block
-    ends = [count for count in (grid.visual, grid.conditioning, grid.text) if count][:-1]
-    return order.tile is None and usual[0] == 0 and all(count % block == 0 for count in ends)
-
-
-def _rows(order: TokenOrder, usual: Sequence[int], segments: Segments, x: torch.Tensor) -> torch.Tensor:
-    """Rows [B, slots] of x [B, H, N, D], whose segments begin as usual if not told; for padding, the first visual."""
-    grid, index = order.grid, _slots(order, x.device)
-    starts = [
-        x.new_full((len(x), 1), first, dtype=torch.int64) if start is None else start[:, None].long()
-        for first, start in zip(usual[:3], segments[:3], strict=True)
-    ]
-    rows = starts[0] + index.clamp(min=0)
-    for first, start in zip((grid.visual, grid.visual + grid.conditioning), starts[1:], strict=True):
-        rows = torch.where(index >= first, start + index - first, rows)
-    return rows
-
-
-def _take(x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """Rows [B, slots] of x [B, H, N, D]: [B, H, slots, D]."""
-    return torch.stack([sample.index_select(1, own) for sample, own in zip(x, rows, strict=True)])
-
-
-def _put(x: torch.Tensor, rows: torch.Tensor, tokens: int, geometry: Geometry, empty: float) -> torch.Tensor:
-    """The inverse of `_take` for queries; rows that no slot names are `empty`."""
-    slots = (_slots(geometry.query_order, x.device) >= 0).nonzero()[:, 0]
-    room = x.new_full((*x.shape[:2], tokens, *x.shape[3:]), empty)
-    return torch.stack([
-        target.index_copy(1, own[slots], sample.index_select(1, slots))
-        for target, own, sample in zip(room, rows, x, strict=True)
-    ])  # fmt: skip

@@ -1,0 +1,1 @@
+"""Implementations by kernels that come with other libraries."""
