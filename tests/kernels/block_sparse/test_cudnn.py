@@ -1,4 +1,4 @@
-"""What reaches cuDNN's block-sparse attention, by a stand-in that holds callers to its page and computes its definition.
+"""What reaches cuDNN's block-sparse attention, by a stand-in that holds callers to its page and computes that.
 
 Source: NVIDIA's page "Block Sparse Attention (BSA)" and the checks of nvidia-cudnn-frontend 1.32.
 """

@@ -89,7 +89,7 @@ def gather(call: BlockSparseCall) -> Gathered:
     lists, geometry, segments = call.lists, call.geometry, call.segments
     if lists.tables is not None:
         raise DitAccelError(
-            "impl='cudnn' attends whole blocks, and this mask cuts some. Use impl='auto', or a mask made of whole tiles."
+            "impl='cudnn' attends whole blocks, and this mask cuts some. Use impl='auto', or a mask of whole tiles."
         )
     batch, heads, block, device = *call.k.shape[:2], geometry.block_k, call.q.device
     rows_q = rows.query_rows(geometry, segments, call.q, whole=True)

@@ -1,10 +1,10 @@
 """Block-sparse attention by PyTorch's FlexAttention, on every device that it supports.
 
 FlexAttention cuts its sequences into runs of rows, so tokens are gathered unless they lie so already (`rows`). Its
-kernels want blocks of at least 128 rows, so smaller ones are joined. A joined block is "full" for FlexAttention if all its blocks
-are attended whole; otherwise each pair is looked up. The look-up finds the pair's block among the lists, then, where
-the tables decide the block, one bit. Words are int64 [blocks, ceil(block_k / 64), block_q], bit s of word w for key
-slot 64 w + s, as in `triton_tokens`.
+kernels want blocks of at least 128 rows, so smaller ones are joined. A joined block is "full" for FlexAttention if all
+its blocks are attended whole; otherwise each pair is looked up. The look-up finds the pair's block among the lists,
+then, where the tables decide the block, one bit. Words are int64 [blocks, ceil(block_k / 64), block_q], bit s of
+word w for key slot 64 w + s, as in `triton_tokens`.
 
 PyTorch differentiates it, and a caller that `torch.compile` traces includes it. Outside such a caller each combination
 of shapes, dtype, block sizes and scale is compiled once. On a CPU PyTorch 2.13 has neither gradients nor an LSE, and

@@ -49,7 +49,7 @@ def key_rows(
 
 
 def _in_rows(order: TokenOrder, usual: Sequence[int], whole: bool) -> bool:
-    """Whether slots are rows in memory where segments begin as usual: the visual one first, and padding last or none."""
+    """Whether slots are rows in memory where segments begin as usual: the visual one first, padding last or nowhere."""
     grid, block = order.grid, order.block
     ends = [count for count in (grid.visual, grid.conditioning, grid.text) if count][: None if whole else -1]
     return order.tile is None and usual[0] == 0 and all(count % block == 0 for count in ends)
