@@ -85,7 +85,7 @@ def put(
         rows: [B, slots].
         valid: bool [slots] or [B, slots], slots that are tokens; not read without rows.
     """
-    if rows is None:
+    if rows is None or valid is None:
         return x
     targets = torch.where(valid, rows, tokens)  # a spare row takes the others; no wait for the device
     room = x.new_full((*x.shape[:2], tokens + 1, *x.shape[3:]), empty)
