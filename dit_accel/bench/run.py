@@ -210,7 +210,7 @@ def make_problem(row: Row, device: torch.device, impl: Impl = "auto") -> Problem
     dtype = getattr(torch, row.dtype)
     learned = method.learned(plan.config)
     plan.prepare(device, dtype, shape.head_dim, impl, learned=learned is not None)
-    sizes = 1, shape.tokens, shape.heads, shape.head_dim
+    sizes = 1, plan.grid.tokens, shape.heads, shape.head_dim
     q, k, v, grad = (
         torch.randn(sizes, generator=generator, device=device, dtype=dtype).transpose(1, 2) for _ in range(4)
     )

@@ -26,6 +26,7 @@ from dit_accel.hooks.selfcheck import AttentionCall, SelfCheck
 from dit_accel.hooks.steps import StepClock
 from dit_accel.kernels.impls import Impl
 from dit_accel.pipelines import context_parallel, processor
+from dit_accel.pipelines.anchors import AnchorTokens
 from dit_accel.pipelines.attention import AtWork, CallState
 from dit_accel.pipelines.family import Family, Memory, ModelCall
 from dit_accel.pipelines.processor import AcceleratedAttnProcessor
@@ -86,6 +87,14 @@ class Engine(AtWork):
         self._states: dict[tuple[Any, bool], CallState] = {}
         self._dense_state = CallState(impl)
         self.layers = self._find_layers(settings)
+        self._anchors: AnchorTokens | None = None
+        if any(getattr(config, "anchors", False) for config, _ in self._states):
+            if family.extend is None:
+                raise DitAccelError(
+                    f"{method.name} adds anchors to the transformer's input, which is written for the families flux, "
+                    f"flux2 and wan, not for {family.name}. Set factor=0 for its windows alone."
+                )
+            self._anchors = AnchorTokens(transformer, family.extend)
         self._dense_backend = dense_backend
         self._backend_set: DenseBackend | None = None
         if dense_backend is not None:
@@ -157,6 +166,7 @@ class Engine(AtWork):
         self._handles = [
             self._transformer.register_forward_pre_hook(self._note_compiled),
             self._transformer.register_forward_pre_hook(self._make_hook(), with_kwargs=True),
+            *(self._anchors.attach() if self._anchors is not None else ()),
         ]
 
     def detach(self) -> list[str]:
@@ -239,6 +249,8 @@ class Engine(AtWork):
         self.calls += 1
         self._look_for_dropped()
         self._omitted = ()
+        if self._anchors is not None:
+            self._anchors.drop()
         for state in self._states.values():
             state.sparse = False
         if not self._states:
@@ -275,6 +287,8 @@ class Engine(AtWork):
                 _, state.impl, _ = last
         if any(state.sparse for state in self._states.values()):
             self._watch_layers(call)
+            if self._anchors is not None:
+                return (), self._anchors.add(call, layout, plans.values(), self._compiled)
         ours = all(layer.dense_reason is None and layer.attention.processor is layer.ours for layer in self.layers)
         if ours and not self._checking and all(state.sparse for state in self._states.values()):
             self._omitted = layout.masks  # no processor of this call reads them

@@ -13,6 +13,7 @@ from torch import nn
 
 from dit_accel.errors import DitAccelError
 from dit_accel.pipelines.sizes import Config, Sizes
+from dit_accel.plans.anchored import AnchoredPlan
 from dit_accel.tokens import TokenGrid
 
 
@@ -108,6 +109,11 @@ class ModelCall:
         """The argument, or None if it was not given."""
         return self._arguments.get(name)
 
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """All arguments that were given."""
+        return {name: value for name, value in self._arguments.items() if name != "self"}
+
     def tensor(self, name: str, dims: int) -> torch.Tensor:
         """The argument as a tensor of that many dimensions.
 
@@ -197,6 +203,7 @@ class Family:
         sparse_calls: by processor class, a function that replaces the processor's `__call__` in sparse calls; it takes
             the processor first and calls `processor.attend`.
         head_dim: channels of one head of an attention module.
+        extend: the arguments of a call with a plan's anchors behind each frame; None if the family takes no anchors.
     """
 
     name: str
@@ -214,6 +221,7 @@ class Family:
     text_is_keys: bool = False
     sparse_calls: Mapping[str, Callable[..., Any]] = dataclasses.field(default_factory=dict)
     head_dim: Callable[[Any], int] = _head_dim
+    extend: Callable[[ModelCall, AnchoredPlan], dict[str, Any]] | None = None
 
     def heads(self, attention: nn.Module) -> int:
         """Heads of an attention module."""

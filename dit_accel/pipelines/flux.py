@@ -15,6 +15,7 @@ import dataclasses
 import torch
 from torch import nn
 
+from dit_accel.pipelines.anchors import in_packed
 from dit_accel.pipelines.family import CallLayout, Family, ModelCall, Preset
 from dit_accel.pipelines.reading import bias_text, mask_text, packed_images
 from dit_accel.pipelines.sizes import Config, Sizes, image_sizes, vae_pixels
@@ -61,4 +62,5 @@ FAMILY = Family(
     summary="FLUX.1: dev, schnell, Fill, Control, Kontext; Chroma, LongCat-Image, Ovis-Image",
     timestep_scale=1000.0,
     recommended=RECOMMENDED,
+    extend=in_packed,
 )

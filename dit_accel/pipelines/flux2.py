@@ -9,6 +9,7 @@ from __future__ import annotations
 from torch import nn
 
 from dit_accel.errors import DitAccelError
+from dit_accel.pipelines.anchors import in_packed
 from dit_accel.pipelines.family import CallLayout, Family, ModelCall
 from dit_accel.pipelines.reading import packed_images
 from dit_accel.pipelines.sizes import packed_sizes
@@ -33,4 +34,5 @@ FAMILY = Family(
     sizes=packed_sizes(text=512),
     summary="FLUX.2: dev, Klein (without its key-value cache)",
     timestep_scale=1000.0,
+    extend=in_packed,
 )

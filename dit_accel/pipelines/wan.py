@@ -8,6 +8,7 @@ of its latent; its face adapters are cross-attention.
 
 from __future__ import annotations
 
+from dit_accel.pipelines.anchors import in_latent
 from dit_accel.pipelines.family import TRAINING_FREE, Family, Preset
 from dit_accel.pipelines.reading import video_alone
 from dit_accel.pipelines.sizes import Config, Sizes, video_sizes
@@ -70,4 +71,5 @@ FAMILY = Family(
     summary="Wan 2.1 and 2.2: text to video, image to video, VACE, Animate; ChronoEdit",
     recommended=TRAINING_FREE | RECOMMENDED,
     recommended_pair=RECOMMENDED_PAIR,
+    extend=in_latent,
 )

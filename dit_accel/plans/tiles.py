@@ -11,28 +11,29 @@ from dit_accel.plans.masks import Mask, Product, axis_pairs
 from dit_accel.tokens import TokenGrid
 
 Tile = tuple[int, int, int]
+MOST_TERMS = 2  # whose blocks are counted to choose tiles
 
 
 def choose_tiles(mask: Mask, grid: TokenGrid, block_q: int, block_k: int) -> tuple[Tile, Tile]:
     """Tile shapes of these sizes for a mask.
 
-    A product of axes gets the shapes with the fewest visited blocks, counted exactly (the static-tile analysis of GNA,
-    arXiv:2504.16922). Ties go to long rows, which read memory in longer runs. Bands are narrow in raster position, so
+    One or two products of axes get the shapes with the fewest visited blocks, counted exactly in each (the static-tile
+    analysis of GNA, arXiv:2504.16922). Ties go to long rows, which read memory in longer runs. Bands are narrow in raster position, so
     their tiles lie in one frame and are as wide as it allows.
     """
     queries, keys = tile_shapes(block_q, grid.shape), tile_shapes(block_k, grid.shape)
-    if len(mask.terms) > 1 or not isinstance(mask.terms[0], Product):
+    products = [term for term in mask.terms if isinstance(term, Product)]
+    if len(mask.terms) > MOST_TERMS or len(products) < len(mask.terms):
         widest_q, widest_k = (min(shapes, key=lambda shape: (shape[0], shape[1])) for shapes in (queries, keys))
         return widest_q, widest_k
-    axes = mask.terms[0].axes
 
     @functools.cache
-    def visited(axis: int, size_q: int, size_k: int) -> int:
-        return int((axis_pairs(axes[axis], size_q, size_k) > 0).sum())
+    def visited(term: Product, axis: int, size_q: int, size_k: int) -> int:
+        return int((axis_pairs(term.axes[axis], size_q, size_k) > 0).sum())
 
     def cost(pair: tuple[Tile, Tile]) -> tuple[int, ...]:
         query, key = pair
-        count = math.prod(visited(axis, query[axis], key[axis]) for axis in range(3))
+        count = sum(math.prod(visited(term, axis, query[axis], key[axis]) for axis in range(3)) for term in products)
         return count, -key[2], -query[2], -key[1], -query[1]
 
     return min(itertools.product(queries, keys), key=cost)

@@ -142,7 +142,12 @@ class TrainSettings:
         impls.check(self.impl)
         if self.layer_schedule is not None:
             return
-        layerwise.chosen(self.method, None, dict(self.config), self.dense_layers)
+        chosen = layerwise.chosen(self.method, None, dict(self.config), self.dense_layers)
+        if getattr(chosen, "anchors", False) and {"attention", "final"} & self.objectives.keys():
+            raise DitAccelError(
+                f"The objectives attention and final compare tokens with the dense model's, and {self.method} adds "
+                "anchors to them. Take flow and teacher."
+            )
         if "gate" in self.objectives and self.config.get("score") != "learned":
             raise DitAccelError(
                 f"The objective gate trains the gate of score='learned', which {self.method} has not with these "

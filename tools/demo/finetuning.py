@@ -67,6 +67,7 @@ RUNS = {
     "gate-demo": Run(),
     "radial-demo-2x": Run(prompts=12, dense_tuned=True),
     "sparge-demo": Run(),
+    "scaledit-demo": Run(),
 }
 
 

@@ -1,0 +1,98 @@
+"""Anchor tokens in a transformer's calls: added to its input, cut from its output. `plans.anchored` says what they are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from dit_accel.errors import DitAccelError
+from dit_accel.pipelines import context_parallel
+from dit_accel.pipelines.family import CallLayout, ModelCall
+from dit_accel.plans.anchored import AnchoredPlan
+from dit_accel.plans.plan import Plan
+
+
+class AnchorTokens:
+    """The anchors of one transformer.
+
+    Args:
+        transformer: its module `rope`, if it has one, makes tables of positions [1, tokens, 1, D] for the raster.
+        extend: `Family.extend`.
+    """
+
+    def __init__(self, transformer: nn.Module, extend: Callable[[ModelCall, AnchoredPlan], dict[str, Any]]) -> None:
+        self._transformer, self._extend = transformer, extend
+        self._plan: AnchoredPlan | None = None
+        self._shape: torch.Size = torch.Size()
+
+    def attach(self) -> Iterator[Any]:
+        """Hook the transformer; the handles."""
+        yield self._transformer.register_forward_hook(self._cut)
+        if isinstance(rope := getattr(self._transformer, "rope", None), nn.Module):
+            yield rope.register_forward_hook(self._place)
+
+    def drop(self) -> None:
+        """The call under way has no anchors."""
+        self._plan = None
+
+    def add(self, call: ModelCall, layout: CallLayout, plans: Iterable[Plan], compiled: bool) -> dict[str, Any]:
+        """The call's arguments with anchors.
+
+        Raises:
+            DitAccelError: the transformer is compiled as a whole or shards its sequence, the call has masked text or
+                conditioning tokens, or layers want other anchors than the first.
+        """
+        first, *others = (plan for plan in plans if isinstance(plan, AnchoredPlan))
+        wrong = {
+            "a transformer that is compiled as a whole (compile its blocks)": compiled,
+            "context parallelism": context_parallel.config_of(self._transformer) is not None,
+            "masked text": layout.text_lens is not None,
+            "conditioning tokens": layout.grid.conditioning > 0,
+            "other anchors in other layers": any(plan.low != first.low for plan in others),
+        }
+        if found := [name for name, present in wrong.items() if present]:
+            raise DitAccelError(f"Anchors do not work with {', '.join(found)}. Leave that out, or set factor=0.")
+        arguments = self._extend(call, first)
+        self._plan, self._shape = first, call.get("hidden_states").shape
+        return arguments
+
+    def _cut(self, module: nn.Module, args: Any, output: Any) -> Any:
+        if self._plan is None:
+            return output
+        sample = output[0][tuple(map(slice, self._shape))]
+        return (sample, *output[1:]) if isinstance(output, tuple) else type(output)(sample=sample)
+
+    def _place(self, module: nn.Module, args: Any, output: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        """Give each anchor the position of a token of its frame."""
+        plan = self._plan
+        if plan is None:
+            return output
+        frames = [table.unflatten(1, plan.grid.shape)[:, :, : plan.own.height].flatten(2, 3) for table in output]
+        places = plan.places.to(output[0].device)
+        return tuple(torch.cat((table, table[:, :, places]), 2).flatten(1, 2) for table in frames)
+
+
+def in_packed(call: ModelCall, plan: AnchoredPlan) -> dict[str, Any]:
+    """`Family.extend` of one image in packs of 2 x 2 latents [B, N, 4C], with `img_ids` [N, axes] or [B, N, axes]."""
+    if plan.own.frames > 1 or call.get("controlnet_block_samples") or call.get("controlnet_single_block_samples"):
+        raise DitAccelError("Anchors are for one image without conditioning images and ControlNets. Set factor=0.")
+    packed, ids = call.tensor("hidden_states", 3), call.get("img_ids")
+    height, width = plan.own.height, plan.own.width
+    latent = packed.reshape(len(packed), height, width, -1, 2, 2).permute(0, 3, 1, 4, 2, 5)
+    longer = plan.extend(latent.reshape(len(packed), -1, 2 * height, 2 * width))
+    cells = longer.reshape(len(packed), -1, plan.grid.height, 2, width, 2).permute(0, 2, 4, 1, 3, 5)
+    ids = torch.cat((ids, ids.index_select(-2, plan.places.to(ids.device))), -2)
+    return call.arguments | {"hidden_states": cells.reshape(len(packed), -1, packed.shape[-1]), "img_ids": ids}
+
+
+def in_latent(call: ModelCall, plan: AnchoredPlan) -> dict[str, Any]:
+    """`Family.extend` of a latent video [B, C, F, H, W] with one timestep a sample."""
+    if call.owner != "WanTransformer3DModel" or call.get("timestep").ndim > 1:
+        raise DitAccelError(
+            f"Anchors are for WanTransformer3DModel with one timestep a sample, got {call.owner} with timesteps of "
+            f"shape {tuple(call.get('timestep').shape)}. Set factor=0."
+        )
+    return call.arguments | {"hidden_states": plan.extend(call.tensor("hidden_states", 5))}
