@@ -1,6 +1,6 @@
 """Draw the mask of every method into docs/pictures: `python -m tools.mask_pictures`.
 
-Static masks are exact: 6 frames of 6 x 6 tokens and 12 text tokens, for `clear` one of 12 x 12.
+Static masks are exact: 6 frames of 6 x 6 tokens and 12 text tokens, for `clear` and `scaledit` one of 12 x 12.
 Routed methods choose blocks by q and k: their pictures show one head of the embedded model's middle layer, at the
 second of four steps. The heads are those that `dit-accel tune --calibrate 0.75 --method heads` keeps of that model from
 three prompts and videos of 9 x 96 x 96 in 6 steps.
@@ -113,6 +113,9 @@ def main() -> None:
     rows = {str(i): (i + 0.5) * IMAGE.width - 0.5 for i in range(0, IMAGE.height, 3)}
     disc = dit_accel.plan("clear", IMAGE, radius=4).token_mask()
     draw(folder / "mask-clear.png", disc.int() * 2, "row", {2: "attended", 0: "left out"}, rows)
+    windows = dit_accel.plan("scaledit", IMAGE, window=4, factor=2, reach=4).token_mask()
+    rows |= {"anchors": IMAGE.visual + 1.5 * IMAGE.width - 0.5}
+    draw(folder / "mask-scaledit.png", windows.int() * 2, "row", {2: "attended", 0: "left out"}, rows)
     kept, numbers = torch.tensor(HEADS), {str(i): float(i) for i in range(len(HEADS))}
     draw(folder / "mask-heads.png", kept * 2, "", {2: "computed", 0: "skipped"}, numbers, ("layer", "head"))
     for method in ROUTED:

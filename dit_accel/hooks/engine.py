@@ -87,14 +87,8 @@ class Engine(AtWork):
         self._states: dict[tuple[Any, bool], CallState] = {}
         self._dense_state = CallState(impl)
         self.layers = self._find_layers(settings)
-        self._anchors: AnchorTokens | None = None
-        if any(getattr(config, "anchors", False) for config, _ in self._states):
-            if family.extend is None:
-                raise DitAccelError(
-                    f"{method.name} adds anchors to the transformer's input, which is written for the families flux, "
-                    f"flux2 and wan, not for {family.name}. Set factor=0 for its windows alone."
-                )
-            self._anchors = AnchorTokens(transformer, family.extend)
+        anchored = any(getattr(config, "anchors", False) for config, _ in self._states)
+        self._anchors = AnchorTokens(transformer, family) if anchored else None
         self._dense_backend = dense_backend
         self._backend_set: DenseBackend | None = None
         if dense_backend is not None:

@@ -3,14 +3,14 @@
 Source: Zhang and Tai, "Scale-DiT: Ultra-High-Resolution Image Generation with Hierarchical Local Attention",
 arXiv:2510.16325, and its code. As there:
 
-- A token sees the text, the tokens of its window, and anchors: all of them if they are few, else the window of anchors that
-  covers it. An anchor sees the text and its own window of anchors, and no other token.
+- A token sees the text, the tokens of its window, and anchors: all of them if they are few, else the window of
+  anchors that covers it. An anchor sees the text and its own window of anchors, and no other token.
 - An anchor takes the position of the first token that it stands for (`scale_PE`).
 
 Choices where paper and code differ or a wrapper cannot follow:
 
-- Anchors are the mean-pooled latent of the call itself, at its own noise level. In the code they are the finished latent of a
-  low-resolution pass, at timestep 0. So no second pass is needed, and early steps know less of the whole.
+- Anchors are the mean-pooled latent of the call itself, with the call's timestep. In the code they are the finished
+  latent of a low-resolution pass, at timestep 0. So no second pass is needed, and early steps know less of the whole.
 - Text sees the anchors, as with the code's `text_attend_scale="all"`.
 - Windows of anchors are squares of 16 x 16; in the code, 256 anchors in window order. There are as many pairs.
 - Heights that are no multiple of factor² get the nearest number of anchors that fills whole rows.

@@ -1,8 +1,8 @@
-"""Anchor tokens in a transformer's calls: added to its input, cut from its output. `plans.anchored` says what they are."""
+"""Anchor tokens in a transformer's calls: added to its input, cut from its output. `plans.anchored` defines them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from torch import nn
 
 from dit_accel.errors import DitAccelError
 from dit_accel.pipelines import context_parallel
-from dit_accel.pipelines.family import CallLayout, ModelCall
+from dit_accel.pipelines.family import CallLayout, Family, ModelCall
 from dit_accel.plans.anchored import AnchoredPlan
 from dit_accel.plans.plan import Plan
 
@@ -20,11 +20,18 @@ class AnchorTokens:
 
     Args:
         transformer: its module `rope`, if it has one, makes tables of positions [1, tokens, 1, D] for the raster.
-        extend: `Family.extend`.
+
+    Raises:
+        DitAccelError: the family takes no anchors.
     """
 
-    def __init__(self, transformer: nn.Module, extend: Callable[[ModelCall, AnchoredPlan], dict[str, Any]]) -> None:
-        self._transformer, self._extend = transformer, extend
+    def __init__(self, transformer: nn.Module, family: Family) -> None:
+        if family.extend is None:
+            raise DitAccelError(
+                "Anchors change the transformer's input, which is written for the families flux, flux2 and wan, not "
+                f"for {family.name}. Set factor=0 for windows alone."
+            )
+        self._transformer, self._extend = transformer, family.extend
         self._plan: AnchoredPlan | None = None
         self._shape: torch.Size = torch.Size()
 

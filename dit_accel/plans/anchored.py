@@ -1,8 +1,8 @@
 """Plans with anchors: tokens of a low-resolution copy of each frame, which a call carries besides its own tokens.
 
-The anchors of a frame lie behind its last row, as further rows of the same width. So the sequence stays a raster, and a
-mask stays a union of products of axes. With f anchors' rows folded into each further row, the anchor of row Y and column
-X lies in further row ⌊Y / f⌋ and column f·X + Y mod f. A window of anchors is then a box in these rows too.
+The anchors of a frame lie behind its last row, as further rows of the same width. So the sequence stays a raster, and
+a mask stays a union of products of axes. A further row holds f rows of anchors: the anchor of row Y and column X lies
+in further row ⌊Y / f⌋ and column f·X + Y mod f. A window of anchors is then a box in these rows too.
 """
 
 from __future__ import annotations
@@ -61,14 +61,20 @@ class AnchoredPlan(MaskPlan):
 
     @property
     def places(self) -> Tensor:
-        """The own token of a frame whose position each of its anchors takes, the first that it stands for: int64 [A]."""
+        """The own token whose position each anchor takes, the first that it stands for: int64 [anchors of a frame]."""
         (more, width), (height, _) = (self.grid.height - self.own.height, self.own.width), self.low
         row, column = torch.arange(more)[:, None], torch.arange(width)
         first = (row * self.factor + column % self.factor) * self.own.height // height
         return (first * width + column // self.factor * self.factor).flatten()
 
     def extend(self, latent: Tensor) -> Tensor:
-        """A latent with its mean-pooled copy as further rows of patches: [..., H, W] to [..., H + more, W]."""
+        """A latent with its mean-pooled copy as further rows of patches: [..., H, W] to [..., H + more, W].
+
+        Raises:
+            DitAccelError: a side is no whole number of patches.
+        """
+        if latent.shape[-2] % self.own.height or latent.shape[-1] % self.own.width:
+            raise DitAccelError(f"Anchors need a latent of whole patches, got {tuple(latent.shape)} for {self.own}.")
         patch_h, patch_w = latent.shape[-2] // self.own.height, latent.shape[-1] // self.own.width
         height, width = self.low
         low = torch.nn.functional.adaptive_avg_pool2d(latent.flatten(0, -3), (height * patch_h, width * patch_w))

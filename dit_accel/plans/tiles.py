@@ -18,8 +18,8 @@ def choose_tiles(mask: Mask, grid: TokenGrid, block_q: int, block_k: int) -> tup
     """Tile shapes of these sizes for a mask.
 
     One or two products of axes get the shapes with the fewest visited blocks, counted exactly in each (the static-tile
-    analysis of GNA, arXiv:2504.16922). Ties go to long rows, which read memory in longer runs. Bands are narrow in raster position, so
-    their tiles lie in one frame and are as wide as it allows.
+    analysis of GNA, arXiv:2504.16922). Ties go to long rows, which read memory in longer runs. Bands are narrow in
+    raster position, so their tiles lie in one frame and are as wide as it allows.
     """
     queries, keys = tile_shapes(block_q, grid.shape), tile_shapes(block_k, grid.shape)
     products = [term for term in mask.terms if isinstance(term, Product)]

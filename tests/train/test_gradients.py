@@ -24,6 +24,7 @@ METHODS = {
     "clear": {"radius": 3},
     "heads": {"keep": (1, 0)},
     "radial": {"decay": 0.2},
+    "scaledit": {"window": 2, "factor": 2},
     "sla": {"topk": 0.3, "block": 16},
     "sol": {"block": 8, "tail": "hybrid"},
     "sparge": {"topk": 0.3, "topp": 0.1, "block_q": 16, "block": 16},
