@@ -160,7 +160,7 @@ class Engine(AtWork):
         self._handles = [
             self._transformer.register_forward_pre_hook(self._note_compiled),
             self._transformer.register_forward_pre_hook(self._make_hook(), with_kwargs=True),
-            *(self._anchors.attach() if self._anchors is not None else ()),
+            *(() if self._anchors is None else self._anchors.attach()),
         ]
 
     def detach(self) -> list[str]:
@@ -243,8 +243,6 @@ class Engine(AtWork):
         self.calls += 1
         self._look_for_dropped()
         self._omitted = ()
-        if self._anchors is not None:
-            self._anchors.drop()
         for state in self._states.values():
             state.sparse = False
         if not self._states:
@@ -282,7 +280,7 @@ class Engine(AtWork):
         if any(state.sparse for state in self._states.values()):
             self._watch_layers(call)
             if self._anchors is not None:
-                return (), self._anchors.add(call, layout, plans.values(), self._compiled)
+                return (), self._anchors.add(call, layout, list(plans.values()), self._compiled)
         ours = all(layer.dense_reason is None and layer.attention.processor is layer.ours for layer in self.layers)
         if ours and not self._checking and all(state.sparse for state in self._states.values()):
             self._omitted = layout.masks  # no processor of this call reads them

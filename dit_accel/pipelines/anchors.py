@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -21,6 +21,9 @@ class AnchorTokens:
     Args:
         transformer: its module `rope`, if it has one, makes tables of positions [1, tokens, 1, D] for the raster.
 
+    Attributes:
+        plan: of the call under way; None if it has no anchors.
+
     Raises:
         DitAccelError: the family takes no anchors.
     """
@@ -32,49 +35,46 @@ class AnchorTokens:
                 f"for {family.name}. Set factor=0 for windows alone."
             )
         self._transformer, self._extend = transformer, family.extend
-        self._plan: AnchoredPlan | None = None
+        self.plan: AnchoredPlan | None = None
         self._shape: torch.Size = torch.Size()
 
     def attach(self) -> Iterator[Any]:
         """Hook the transformer; the handles."""
-        yield self._transformer.register_forward_hook(self._cut)
+        yield self._transformer.register_forward_hook(self._cut, always_call=True)  # after an error too
         if isinstance(rope := getattr(self._transformer, "rope", None), nn.Module):
             yield rope.register_forward_hook(self._place)
 
-    def drop(self) -> None:
-        """The call under way has no anchors."""
-        self._plan = None
-
-    def add(self, call: ModelCall, layout: CallLayout, plans: Iterable[Plan], compiled: bool) -> dict[str, Any]:
+    def add(self, call: ModelCall, layout: CallLayout, plans: list[Plan], compiled: bool) -> dict[str, Any]:
         """The call's arguments with anchors.
 
         Raises:
             DitAccelError: the transformer is compiled as a whole or shards its sequence, the call has masked text or
                 conditioning tokens, or layers want other anchors than the first.
         """
-        first, *others = (plan for plan in plans if isinstance(plan, AnchoredPlan))
+        first = next(plan for plan in plans if isinstance(plan, AnchoredPlan))
         wrong = {
             "a transformer that is compiled as a whole (compile its blocks)": compiled,
             "context parallelism": context_parallel.config_of(self._transformer) is not None,
             "masked text": layout.text_lens is not None,
             "conditioning tokens": layout.grid.conditioning > 0,
-            "other anchors in other layers": any(plan.low != first.low for plan in others),
+            "other anchors in other layers": any(plan.grid != first.grid for plan in plans),
         }
         if found := [name for name, present in wrong.items() if present]:
             raise DitAccelError(f"Anchors do not work with {', '.join(found)}. Leave that out, or set factor=0.")
         arguments = self._extend(call, first)
-        self._plan, self._shape = first, call.get("hidden_states").shape
+        self.plan, self._shape = first, call.get("hidden_states").shape
         return arguments
 
     def _cut(self, module: nn.Module, args: Any, output: Any) -> Any:
-        if self._plan is None:
+        plan, self.plan = self.plan, None
+        if plan is None or output is None:
             return output
         sample = output[0][tuple(map(slice, self._shape))]
         return (sample, *output[1:]) if isinstance(output, tuple) else type(output)(sample=sample)
 
     def _place(self, module: nn.Module, args: Any, output: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         """Give each anchor the position of a token of its frame."""
-        plan = self._plan
+        plan = self.plan
         if plan is None:
             return output
         frames = [table.unflatten(1, plan.grid.shape)[:, :, : plan.own.height].flatten(2, 3) for table in output]
@@ -99,7 +99,6 @@ def in_latent(call: ModelCall, plan: AnchoredPlan) -> dict[str, Any]:
     """`Family.extend` of a latent video [B, C, F, H, W] with one timestep a sample."""
     if call.owner != "WanTransformer3DModel" or call.get("timestep").ndim > 1:
         raise DitAccelError(
-            f"Anchors are for WanTransformer3DModel with one timestep a sample, got {call.owner} with timesteps of "
-            f"shape {tuple(call.get('timestep').shape)}. Set factor=0."
+            f"Anchors are for WanTransformer3DModel with one timestep a sample, not {call.owner}'s call."
         )
     return call.arguments | {"hidden_states": plan.extend(call.tensor("hidden_states", 5))}
