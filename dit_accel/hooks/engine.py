@@ -32,6 +32,7 @@ from dit_accel.pipelines.family import Family, Memory, ModelCall
 from dit_accel.pipelines.processor import AcceleratedAttnProcessor
 from dit_accel.plans.plan import Plan, building
 from dit_accel.plans.routed import RoutedPlan
+from dit_accel.plans.sharing import shares
 from dit_accel.registry import Method
 
 
@@ -76,6 +77,7 @@ class Engine(AtWork):
         self._check, self._unchecked, self._checking = check, check.verify is not None, False
         self._step: Step | None = None
         self._number = 0  # of the call within its step
+        self._run: Any = None  # what tells one run of the pipeline from another
         self._compiled = self._warned = False
         self._may_be_dense = allow_dense and impl == "auto"
         # of the last call, by setting: plan, implementation and the reason for it, or why the call was dense
@@ -91,6 +93,7 @@ class Engine(AtWork):
         self._anchors = AnchorTokens(transformer, family) if anchored else None
         self._dense_backend = dense_backend
         self._backend_set: DenseBackend | None = None
+        check.refuse_shared(layer.config for layer in self.layers)
         if dense_backend is not None:
             choose_backend(dense_backend, self._device)
 
@@ -179,6 +182,7 @@ class Engine(AtWork):
         for layer in self.layers:
             if not layer.ours.ran:
                 continue
+            layer.tally.keep(layer.ours.kept)
             last = layer.dense_reason or self._last.get(layer.kind, "not called yet")
             if layer.ours.intercepted:
                 last = "attention replaced by a function mode"
@@ -294,12 +298,13 @@ class Engine(AtWork):
         return args, {name: None if name in self._omitted else value for name, value in kwargs.items()}
 
     def _measure_densities(self, plan: Plan, kind: tuple[Any, bool], device: torch.device) -> None:
-        """Give the layers of a kind a sum on the device, to which a routed plan adds each call's density."""
+        """Give the layers of a kind a sum on the device, to which a plan whose calls differ adds each density."""
         if isinstance(plan, RoutedPlan):
             plan.block_sizes(device)
+        varies = isinstance(plan, RoutedPlan) or shares(plan.config)
         for layer in (each for each in self.layers if each.kind == kind):
             own = layer.ours.density_sum
-            if not isinstance(plan, RoutedPlan):
+            if not varies:
                 layer.ours.density_sum = None
             elif own is None or own.device != device:
                 with torch.inference_mode(False):
@@ -374,14 +379,16 @@ class Engine(AtWork):
         return self._clock.now(self._family.timestep(call))
 
     def _count_in_step(self, call: ModelCall, before: Step | None) -> None:
-        """Tell the layers the step and the number of the call within it; another run's lists are forgotten."""
+        """Tell the layers the step and the number of the call within it; what another run kept is forgotten."""
         self._step = step = self._now(call, "refresh")
-        if before is None or before.count != step.count or before.index > step.index:
+        known, self._run = self._run, self._clock.run
+        if before is None or known is not self._run or before.count != step.count or before.index > step.index:
+            before = None
             for layer in self.layers:
                 layer.ours.kept.clear()
         self._number = self._number + 1 if before is not None and before.index == step.index else 0
         for state in self._states.values():
-            state.step = step.index, self._number
+            state.step = step.index, self._number, step.count is not None and step.index + 1 >= step.count
 
     def _check_sharing(self) -> None:
         config = context_parallel.config_of(self._transformer)

@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import math
 from collections import Counter
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ class LayerReport:
         relative_error: norm of sparse minus dense attention over the norm of dense, over sampled queries of the first
             sparse call; None unless verified. A layer kept dense has the error of its discarded sparse result.
         kept_mass: share of dense attention's softmax weight on the kept keys, over the same queries.
+        kept_bytes: the most that the layer kept between denoising steps.
     """
 
     transformer: str
@@ -41,6 +43,7 @@ class LayerReport:
     left: str | None = None
     relative_error: float | None = None
     kept_mass: float | None = None
+    kept_bytes: int = 0
 
     def describe(self) -> str:
         parts = []
@@ -51,6 +54,8 @@ class LayerReport:
         if self.relative_error is not None:
             error, mass = f"relative error {self.relative_error:.3g}", f"softmax mass kept {self.kept_mass:.3f}"
             parts.append(f"first call: {error}, {mass}")
+        if self.kept_bytes:
+            parts.append(f"at most {self.kept_bytes:,} bytes kept between steps")
         if self.left is not None:
             parts.append(f"no longer accelerated: {self.left} was set since")
         return ", ".join(parts) or "not called"
@@ -123,6 +128,12 @@ class Tally:
         self._measured: dict[int | None, torch.Tensor] = {}
         self._kernels: dict[str, str] = {}
         self._dense: Counter[str] = Counter()
+        self._kept = 0
+
+    def keep(self, kept: Mapping[int, Iterable[Any]]) -> None:
+        """Note the size of what a layer keeps between steps, records with tensors."""
+        tensors = (part for record in kept.values() for part in record if isinstance(part, torch.Tensor))
+        self._kept = max(self._kept, sum(part.nbytes for part in tensors))
 
     def sparse(self, density: float | None, kernel: str, why: str) -> None:
         self._sparse[density] += 1
@@ -163,4 +174,5 @@ class Tally:
             kernels=dict(self._kernels),
             dense_reasons=dict(self._dense),
             left=left,
+            kept_bytes=self._kept,
         )

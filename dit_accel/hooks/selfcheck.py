@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
-from typing import Literal
+from collections.abc import Iterable, Iterator
+from typing import Any, Literal
 
 import torch
 
@@ -13,6 +13,7 @@ from dit_accel.errors import DitAccelError
 from dit_accel.hooks.schedule import Step
 from dit_accel.plans.plan import Plan
 from dit_accel.plans.routed import RoutedPlan
+from dit_accel.plans.sharing import shares
 from dit_accel.values import check, option
 
 Verify = Literal["first-call"]
@@ -36,6 +37,14 @@ class SelfCheck:
         if self.keep_dense_above is not None and self.verify is None:
             raise DitAccelError(
                 f"keep_dense_above={self.keep_dense_above} needs verify='first-call', which measures the errors."
+            )
+
+    def refuse_shared(self, configs: Iterable[Any]) -> None:
+        """Refuse to verify settings whose first call is dense."""
+        if self.verify is not None and any(map(shares, configs)):
+            raise DitAccelError(
+                "verify='first-call' would measure the first call, in which layers with share=... are dense. Verify "
+                "the same settings with share='none'."
             )
 
 

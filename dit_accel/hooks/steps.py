@@ -59,6 +59,12 @@ class StepClock:
         """Whether only the timestep's value tells the step: without pipeline and `set`."""
         return self._manual is None and self.scheduler is None
 
+    @property
+    def run(self) -> Any | None:
+        """The scheduler's trajectory, another object in each call of the pipeline; None if nothing shows the run."""
+        scheduler = None if self._manual is not None else self.scheduler
+        return None if scheduler is None else _trajectory(scheduler)
+
     def now(self, timestep: torch.Tensor | None) -> Step:
         """The step of a call.
 

@@ -16,7 +16,7 @@ import torch
 
 from dit_accel.errors import DitAccelError
 from dit_accel.plans.masks import AxisTable, Mask, Product, axis_pairs
-from dit_accel.plans.plan import MaskPlan
+from dit_accel.plans.sharing import Share, SharingPlan, check_sharing
 from dit_accel.registry import Method
 from dit_accel.tokens import TokenGrid
 
@@ -40,6 +40,7 @@ class Config:
         stride: neighbouring queries that share one window, 1 <= stride <= window.
         dilation: distance of neighbouring keys, window * dilation <= axis.
         causal: whether a query sees only keys up to itself.
+        share, refresh: what a layer shares between denoising steps, and for how many; see `plans.sharing`.
 
     An axis of one token ignores all of them. A single stride or dilation for all axes is clamped on shorter axes.
 
@@ -51,8 +52,11 @@ class Config:
     stride: int | tuple[int, int, int] = 1
     dilation: int | tuple[int, int, int] = 1
     causal: bool | tuple[bool, bool, bool] = False
+    share: Share = "none"
+    refresh: int = 1
 
     def __post_init__(self) -> None:
+        check_sharing(self)
         for name in ("window", "stride", "dilation", "causal"):
             value = getattr(self, name)
             if isinstance(value, list):
@@ -148,9 +152,9 @@ def fit_axis(axis: int, length: int, config: Config) -> AxisTable:
     return axis_table(length, window, stride, dilation, per_axis(config.causal)[axis])
 
 
-def make_plan(grid: TokenGrid, config: Config) -> MaskPlan:
+def make_plan(grid: TokenGrid, config: Config) -> SharingPlan:
     t, h, w = (fit_axis(axis, length, config) for axis, length in enumerate(grid.shape))
-    return MaskPlan("gna", config, grid, Mask((Product(t, h, w),)), order="tile")
+    return SharingPlan("gna", config, grid, Mask((Product(t, h, w),)), order="tile")
 
 
 def at_density(grid: TokenGrid, density: float) -> dict[str, Any]:

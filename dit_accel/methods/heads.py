@@ -17,9 +17,8 @@ from torch import Tensor
 from dit_accel.errors import DitAccelError
 from dit_accel.kernels.block_sparse.dense import zeros_spread
 from dit_accel.kernels.block_sparse.geometry import BlockLists
-from dit_accel.methods.dense import DensePlan
 from dit_accel.plans.definition import Definition
-from dit_accel.plans.masks import AxisTable, Mask, Product
+from dit_accel.plans.dense import DensePlan
 from dit_accel.plans.plan import PlanCall, building
 from dit_accel.registry import Method
 from dit_accel.tokens import TokenGrid
@@ -61,8 +60,7 @@ class HeadsPlan(DensePlan):
     config: Config
 
     def __init__(self, config: Config, grid: TokenGrid) -> None:
-        t, h, w = (AxisTable.full(length) for length in grid.shape)
-        super().__init__("heads", config, grid, Mask((Product(t, h, w),)))
+        super().__init__("heads", config, grid)
         self.head_share = config.share
         self._indices: dict[tuple[torch.device, int, int], Tensor] = {}
 

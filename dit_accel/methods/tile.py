@@ -12,7 +12,7 @@ import torch
 
 from dit_accel.errors import DitAccelError
 from dit_accel.plans.masks import Band, Mask, check_frames
-from dit_accel.plans.plan import MaskPlan
+from dit_accel.plans.sharing import Share, SharingPlan, check_sharing
 from dit_accel.registry import Method
 from dit_accel.tokens import TokenGrid
 from dit_accel.values import check, option
@@ -24,16 +24,20 @@ class Config:
 
     Args:
         references: number of reference frames k, spread over the video; k of T frames is the paper's mask "k:(T - k)".
+        share, refresh: what a layer shares between denoising steps, and for how many; see `plans.sharing`.
 
     Raises:
         DitAccelError: `references` is not an integer >= 1.
     """
 
     references: int = option(dataclasses.MISSING, least=1)
+    share: Share = "none"
+    refresh: int = 1
     keeps_all: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check(self)
+        check_sharing(self)
 
 
 def reference_frames(frames: int, references: int) -> torch.Tensor:
@@ -41,7 +45,7 @@ def reference_frames(frames: int, references: int) -> torch.Tensor:
     return torch.arange(0, frames, -(-frames // references))[:references]
 
 
-def make_plan(grid: TokenGrid, config: Config) -> MaskPlan:
+def make_plan(grid: TokenGrid, config: Config) -> SharingPlan:
     if config.references > grid.frames:
         raise DitAccelError(
             f"tile needs references <= the video's {grid.frames} token frames, got {config.references}. Ask for fewer "
@@ -52,7 +56,7 @@ def make_plan(grid: TokenGrid, config: Config) -> MaskPlan:
     reference = torch.isin(frames, reference_frames(grid.frames, config.references))
     seen = (frames[:, None] == frames) | reference[:, None] | reference
     band = Band(seen.long() * (grid.height * grid.width), grid.height, grid.width)
-    return MaskPlan("tile", config, grid, Mask((band,)))
+    return SharingPlan("tile", config, grid, Mask((band,)))
 
 
 def at_density(grid: TokenGrid, density: float) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from dit_accel.errors import DitAccelError
 from dit_accel.kernels.impls import Impl
 from dit_accel.pipelines.context_parallel import Ulysses
-from dit_accel.plans.kept import KeptLists, ListMemory
+from dit_accel.plans.kept import ListMemory
 from dit_accel.plans.plan import Plan, building
 
 Watch = Callable[[Tensor, Tensor, Tensor, Tensor, "float | None", "CallState"], None]
@@ -45,7 +45,8 @@ class CallState:
         rows: `family.CallLayout.rows` and its inverse permutation; None if the sequence is in the grid's order.
         ulysses: how the sequence is sharded; None if this process holds all of it.
         impl: the implementation that computes the call; as in `plans.attention`.
-        step: denoising step and the number of the call within it, for methods that keep lists; else None.
+        step: denoising step, number of the call within it, and whether it is the last, for methods that keep something
+            between steps; else None.
         text_is_keys: as in `family.Family`.
     """
 
@@ -56,7 +57,7 @@ class CallState:
         self.text_bias: Tensor | None = None
         self.rows: tuple[Tensor, Tensor] | None = None
         self.ulysses: Ulysses | None = None
-        self.step: tuple[int, int] | None = None
+        self.step: tuple[int, int, bool] | None = None
         self.impl = impl
 
     def set(
@@ -134,7 +135,7 @@ class LayerAttention(AtWork):
         state: decides the call under way.
         learned: the layer's learned weights; None without any.
         density_sum: as in `PlanCall`; None if the plan is static.
-        kept: lists that the layer keeps between steps, see `plans.kept`.
+        kept: what the layer keeps between steps, see `plans.kept`.
         watch: called with q, k, v, out (the whole sequence), scale and state after sparse attention; never traced.
         key: int64 scalar on the CPU, by which `planned_attention` finds this object.
     """
@@ -143,7 +144,7 @@ class LayerAttention(AtWork):
         self.state = state
         self.learned: nn.Module | None = None
         self.density_sum: Tensor | None = None
-        self.kept: dict[int, KeptLists] = {}
+        self.kept: dict[int, Any] = {}
         self.watch: Watch | None = None
         number = next(_NUMBERS)
         with building():

@@ -1,4 +1,4 @@
-"""Block lists that a layer keeps from one denoising step to the next."""
+"""What a layer keeps from one denoising step to the next, and block lists among it."""
 
 from __future__ import annotations
 
@@ -31,12 +31,14 @@ class ListMemory(NamedTuple):
 
     step: of the call.
     number: of the call within the step: guidance in two calls has 0 and 1.
+    last: whether no step follows, so nothing need be kept.
     kept: by that number.
     """
 
     step: int
     number: int
-    kept: dict[int, KeptLists]
+    last: bool
+    kept: dict[int, Any]
 
 
 def kept_or_new(

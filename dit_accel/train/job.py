@@ -54,7 +54,7 @@ def run(request: TrainRequest) -> list[str]:
     if run.prepare:
         return [f"training data: {folder}, {len(Dataset(folder))} samples"]
     if run.search is not None:
-        return _search(pipe, request, candidates, folder)
+        return _search(pipe, request, candidates, folder, source.call_defaults().get("num_inference_steps", 50))
     from dit_accel.train.card import Base
     from dit_accel.train.loop import train
     from dit_accel.train.validation import Validation
@@ -92,7 +92,7 @@ def _prepare(
 
 
 def _search(
-    pipe: DiffusionPipeline, request: TrainRequest, candidates: list[dict[str, Any]], folder: pathlib.Path
+    pipe: DiffusionPipeline, request: TrainRequest, candidates: list[dict[str, Any]], folder: pathlib.Path, steps: int
 ) -> list[str]:
     from dit_accel.generation.sampling import progress_bar
     from dit_accel.train import search
@@ -107,6 +107,7 @@ def _search(
             Dataset(folder),
             seed=request.train.seed,
             budget=1.0 if request.run.budget is None else request.run.budget,
+            steps=steps,
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )
     if request.run.threshold is not None:

@@ -6,12 +6,14 @@ prediction over the mean square of the dense model's, averaged over noisy traini
 * `greedy`: per layer the cheapest setting with a loss under a threshold, as in Efficient-vDiT (arXiv:2502.06155);
 * `budgeted`: the least total loss at a given mean density, exactly, by dynamic programming over layers.
 
-Both add up the losses of layers, which holds for small losses.
+Both add up the losses of layers, which holds for small losses. Settings that share results between denoising steps run
+the steps from a refresh to the last step before the next; the loss is that of the last, and the cost the mean of all.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -34,6 +36,7 @@ from dit_accel.train.process import process_of
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
+LAST = 0.999  # share of a scheduler's levels that the noisiest sample has
 RESOLUTION = 1000  # costs are counted in parts of a dense layer
 
 
@@ -76,6 +79,7 @@ def measure(
     samples: int = 8,
     seed: int = 0,
     budget: float = 1.0,
+    steps: int = 50,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Table:
     """Run every candidate in every layer alone.
@@ -87,6 +91,7 @@ def measure(
         data: its first `samples` samples are used, each at its own noise level.
         seed: of the noise.
         budget: mean density to reach, checked after the first layer.
+        steps: of a whole run, which tell how much noise lies between two.
         progress: called with the layers done and the number of layers.
 
     Raises:
@@ -96,7 +101,7 @@ def measure(
     if not candidates:
         raise DitAccelError("A layer search needs candidate settings, such as references=1 and references=2; got none.")
     configs = tuple(make_config(method, candidate) for candidate in candidates)
-    probe = Probe(pipe, method, data, samples, seed)
+    probe = Probe(pipe, method, data, samples, seed, steps)
     losses = [[0.0] * len(configs) for _ in range(probe.layers)]
     costs = [0.0] * len(configs)
     for layer in range(probe.layers):
@@ -114,39 +119,53 @@ class Probe:
         layers: how many the model has.
     """
 
-    def __init__(self, pipe: DiffusionPipeline, method: str, data: Dataset, samples: int, seed: int = 0) -> None:
+    def __init__(
+        self, pipe: DiffusionPipeline, method: str, data: Dataset, samples: int, seed: int = 0, steps: int = 50
+    ) -> None:
         self.pipe, self.method, self.transformer = pipe, method, find_transformer(pipe)
         self.family = find_transformers(pipe)[0]["transformer"][1]
         self.layers = sum(1 for _ in self.family.attentions(self.transformer))
-        self.calls = _noisy_calls(pipe, data, min(samples, len(data)), seed)
-        self.dense, _ = self._predictions(None)
+        self._calls = functools.partial(_noisy_calls, pipe, data, min(samples, len(data)), seed)
+        self._steps = steps
+        self.dense, _ = self._predictions(None, 1)
 
     def measure(self, layer: int, config: Any) -> tuple[float, float]:
         """Loss and density of a layer's settings."""
         own = tuple(config if i == layer else None for i in range(self.layers))
-        made, density = self._predictions(LayerSettings(self.method, {"transformer": own}))
+        made, density = self._predictions(
+            LayerSettings(self.method, {"transformer": own}), getattr(config, "refresh", 1)
+        )
         errors = [(a - b).square().mean() / b.square().mean() for a, b in zip(made, self.dense, strict=True)]
         return float(torch.stack(errors).mean()), density
 
     @torch.no_grad()
-    def _predictions(self, settings: LayerSettings | None) -> tuple[list[torch.Tensor], float]:
+    def _predictions(self, settings: LayerSettings | None, refresh: int) -> tuple[list[torch.Tensor], float]:
+        runs = zip(*(self._calls((refresh - 1 - step) / self._steps) for step in range(refresh)), strict=True)
+        made = []
         name, layer_schedule = ("dense", None) if settings is None else (None, settings)
         with accelerate(self.pipe, name, layer_schedule=layer_schedule, allow_dense=False) as accel:
             networks = TrainingNetworks(self.transformer, self.family, accel, lora=False)
-            made = [networks.outputs(self.transformer, *call).prediction for call in self.calls]
+            for run in runs:
+                for step, call in enumerate(run):
+                    accel.set_step(step, refresh)
+                    outputs = networks.outputs(self.transformer, *call)
+                made.append(outputs.prediction)
             densities = [layer.density for layer in accel.report().layers if layer.density is not None]
         return made, sum(densities) / len(densities) if densities else 1.0
 
 
-def _noisy_calls(pipe: DiffusionPipeline, data: Dataset, count: int, seed: int) -> list[tuple[Any, ...]]:
-    """Noisy latents, timestep and conditioning; the levels are the middles of `count` equal parts."""
+def _noisy_calls(pipe: DiffusionPipeline, data: Dataset, count: int, seed: int, before: float) -> list[tuple[Any, ...]]:
+    """Noisy latents, timestep and conditioning.
+
+    The levels are the middles of `count` equal parts, and of a share of a run `before` them.
+    """
     device = next(find_transformer(pipe).parameters()).device
     calls = []
     for index in range(count):
         sample = data[index]
         process = process_of(pipe.scheduler, sample.latents.shape)
         noise = torch.randn(sample.latents.shape, generator=torch.Generator().manual_seed(seed + index))
-        level = process.even((index + 0.5) / count)
+        level = process.even(min((index + 0.5) / count + before, LAST))
         noisy = process.noisy(sample.latents, noise, level)
         calls.append((noisy.to(device), process.timestep(level).to(device), sample.call))
     return calls

@@ -156,7 +156,9 @@ class LayerSearch:
         def count(done: int, total: int) -> None:
             whole.advance(SAMPLES * len(configs))
 
-        table = search.measure(self.evaluation.sweep.pipe, method, configs, data, samples=SAMPLES, progress=count)
+        table = search.measure(
+            self.evaluation.sweep.pipe, method, configs, data, samples=SAMPLES, steps=self.steps, progress=count
+        )
         replace_file(path, json.dumps({"costs": table.costs, "losses": table.losses}, allow_nan=False).encode())
         return table
 

@@ -58,7 +58,7 @@ def test_record_holds_all_it_takes_to_do_it_again(cli, demo, tmp_path):
     assert record["call"]["num_inference_steps"] == 2
     assert record["method"] == {
         "name": "gna",
-        "config": {"window": [2, 2, 3], "stride": 1, "dilation": 1, "causal": False},
+        "config": {"window": [2, 2, 3], "stride": 1, "dilation": 1, "causal": False, "share": "none", "refresh": 1},
         "schedule": {"dense_steps": 1, "dense_last_steps": 0, "dense_layers": [0, 1]},
     }
     assert record["report"]["sparse_calls"] == 0

@@ -10,7 +10,8 @@ import dit_accel
 from dit_accel.hooks import layers as layerwise
 from dit_accel.methods.tile import Config
 
-LAYERS = [{"references": 1}, None, {"references": 2}]
+REST = {"share": "none", "refresh": 1}
+LAYERS = [{"references": 1, **REST}, None, {"references": 2, **REST}]
 
 
 def run(transformer, inputs):

@@ -60,3 +60,15 @@ def test_on_a_model(tiny, tmp_path):
         assert accel.config.layers["transformer"] == (None, table.candidates[1])
     with pytest.raises(DitAccelError, match="needs candidate settings"):
         search.measure(pipe, "gna", [], data)
+
+
+def test_shared_results_are_values_of_a_search(tiny):
+    """A skipped layer costs a refresh in so many steps; results of a step nearby are nearer than none."""
+    pipe, data = tiny.load(), Dataset(tiny.data)
+    near = {"window": 1, "share": "output", "refresh": 2}
+    candidates = [{"window": 1}, {**near, "share": "residual"}, near, {**near, "refresh": 4}]
+    table = search.measure(pipe, "gna", candidates, data, samples=2, steps=50)
+    window = table.costs[0]
+    assert table.costs == pytest.approx((window, 0.5 + window, 0.5, 0.25))
+    for masked, residual, output, old in table.losses:
+        assert 0 < residual < masked and 0 < output < old

@@ -1,0 +1,98 @@
+"""Static plans whose layers share results between denoising steps.
+
+Every `refresh` steps a layer computes dense attention; that is its output. At the steps between:
+
+- share "residual": masked attention plus the residual, which is dense minus masked attention of the refresh;
+- share "output": the output of the refresh. Nothing is computed ("skip").
+
+A guidance branch has results of its own. A new run, another plan or another shape refreshes. Outside of a transformer
+nothing tells the step: attention is the masked one.
+
+Source: DiTFastAttn, arXiv:2406.08552: window attention with residual sharing, and attention sharing across timesteps.
+The paper chooses for each step and layer; here a layer's settings hold for a run.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor
+
+from dit_accel.errors import DitAccelError
+from dit_accel.kernels.impls import AUTO
+from dit_accel.plans.dense import DensePlan
+from dit_accel.plans.plan import MaskPlan, PlanCall
+
+Share = Literal["none", "residual", "output"]
+
+
+class KeptResult(NamedTuple):
+    """What a layer's calls keep: the plan that made it, the step, and the residual or output [B, H, N, D]."""
+
+    owner: Any
+    step: int
+    result: Tensor
+
+
+def check_sharing(config: Any) -> None:
+    """Check `share` and `refresh` of a Config."""
+    known, count = config.share in get_args(Share), isinstance(config.refresh, int) and config.refresh >= 1
+    if not known or not count or isinstance(config.refresh, bool):
+        raise DitAccelError(
+            f"share is one of {', '.join(get_args(Share))}, and refresh is an integer >= 1; got {config.share!r} and "
+            f"{config.refresh!r}."
+        )
+    if config.refresh > 1 and config.share == "none":
+        raise DitAccelError(
+            f"refresh={config.refresh} says for how many steps a layer shares results; set share='residual' or 'output'."
+        )
+
+
+def shares(config: Any) -> bool:
+    """Whether a method's settings share results."""
+    return getattr(config, "share", None) in ("residual", "output")
+
+
+class SharingPlan(MaskPlan):
+    """A mask whose Config has `share` and `refresh`."""
+
+    @functools.cached_property
+    def _dense(self) -> DensePlan:
+        return DensePlan("dense", self.config, self.grid)
+
+    def run(self, q: Tensor, k: Tensor, v: Tensor, call: PlanCall) -> Tensor:
+        config, memory = self.config, call.memory
+        if not shares(config) or (memory is None and config.refresh > 1):
+            return super().run(q, k, v, call)
+        if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
+            raise DitAccelError(
+                f"share={config.share!r} takes results from earlier denoising steps, which have no gradients. Train "
+                "with share='none'."
+            )
+        found = None if memory is None else memory.kept.pop(memory.number, None)
+        if memory is not None and found is not None and self._fits(found, q, memory.step):
+            if not memory.last:
+                memory.kept[memory.number] = found
+            if config.share == "output":
+                out, density = found.result.clone(), 0.0
+            else:
+                out, density = super().run(q, k, v, call) + found.result, self.density
+        else:
+            out, density = self._dense.run(q, k, v, call._replace(impl=AUTO)), 1.0
+            if memory is not None and not memory.last:
+                if config.share == "output":
+                    result = out.clone()
+                else:
+                    result, density = out - super().run(q, k, v, call), 1 + self.density
+                memory.kept[memory.number] = KeptResult(self, memory.step, result)
+        if call.density_sum is not None:
+            call.density_sum[0] += density
+            call.density_sum[1] += 1
+        return out
+
+    def _fits(self, found: KeptResult, q: Tensor, step: int) -> bool:
+        result = found.result
+        same = (result.shape, result.device) == (q.shape, q.device)
+        return found.owner is self and same and 0 < step - found.step < self.config.refresh
