@@ -46,7 +46,7 @@ def check_sharing(config: Any) -> None:
         )
     if config.refresh > 1 and config.share == "none":
         raise DitAccelError(
-            f"refresh={config.refresh} says for how many steps a layer shares results; set share='residual' or 'output'."
+            f"refresh={config.refresh} is how long a layer shares results; set share='residual' or 'output'."
         )
 
 
