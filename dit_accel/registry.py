@@ -51,6 +51,7 @@ class Method:
             without such a rule.
         sparsest: the share of the visual pairs that every setting keeps on a grid; 1: all, or not for such grids.
         definition: the method's result for some queries, which benchmarks check; None: softmax over the kept keys.
+        note: what every report says of it.
     """
 
     name: str
@@ -62,6 +63,7 @@ class Method:
     at_density: Callable[[TokenGrid, float], dict[str, Any]] | None = None
     sparsest: Callable[[TokenGrid], float] = lambda grid: 0.0
     definition: type[Definition] | None = None
+    note: str | None = None
 
     @property
     def needs_training(self) -> bool:

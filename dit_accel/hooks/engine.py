@@ -66,7 +66,7 @@ class Engine(AtWork):
     ) -> None:
         self.name, self.calls = name, 0
         self.paused = False
-        self.notes: list[str] = []
+        self.notes: list[str] = [] if method.note is None else [method.note]
         self._transformer, self._family = transformer, family
         self._method, self._impl = method, impl
         self._schedule, self._clock, self._plans = schedule, clock, plans

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -11,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from dit_accel.kernels.block_sparse.geometry import Shape
-from dit_accel.order import TokenOrder
+from dit_accel.order import TokenOrder, valid_tokens
 from dit_accel.tokens import TokenGrid
 
 
@@ -84,39 +83,33 @@ def visual_of(x: torch.Tensor, grid: TokenGrid) -> torch.Tensor:
 def to_blocks(x: torch.Tensor, order: TokenOrder) -> torch.Tensor:
     """[..., visual, D] in raster order to [..., blocks, block, D]; padding slots are 0."""
     if order.tile is not None:
-        tokens, _ = _permutation(order, x.device)
-        # Padding slots read the added row of zeros.
-        x = F.pad(x, (0, 0, 0, 1)).index_select(-2, tokens)
-    elif padding := order.visual_blocks * order.block - order.grid.visual:
+        x = x.unflatten(-2, order.grid.shape)
+        columns, rows, frames = (-n % size for n, size in zip(order.grid.shape[::-1], order.tile[::-1], strict=True))
+        if columns or rows or frames:
+            x = F.pad(x, (0, 0, 0, columns, 0, rows, 0, frames))
+        for axis, count in zip((-4, -3, -2), order.tiles, strict=True):
+            x = x.unflatten(axis, (count, -1))
+        return x.movedim((-6, -4, -2), (-4, -3, -2)).flatten(-4, -2).flatten(-5, -3)
+    if padding := order.visual_blocks * order.block - order.grid.visual:
         x = F.pad(x, (0, 0, 0, padding))
     return x.unflatten(-2, (order.visual_blocks, order.block))
 
 
 def from_blocks(x: torch.Tensor, order: TokenOrder) -> torch.Tensor:
     """[..., blocks, block, D] to [..., visual, D] in raster order, without padding slots."""
-    x = x.flatten(-3, -2)
     if order.tile is None:
-        return x[..., : order.grid.visual, :]
-    _, slots = _permutation(order, x.device)
-    return x.index_select(-2, slots)
-
-
-@functools.lru_cache(maxsize=16)
-def _permutation(order: TokenOrder, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """The token of every slot (`visual` for padding) and the slot of every token: int64."""
-    tokens = order.index()
-    slots = torch.empty(order.grid.visual, dtype=torch.int64)
-    filled = (tokens >= 0).nonzero().squeeze(1)
-    slots[tokens[filled]] = filled
-    tokens = torch.where(tokens < 0, order.grid.visual, tokens)
-    return tokens.to(device), slots.to(device)
+        return x.flatten(-3, -2)[..., : order.grid.visual, :]
+    frames, rows, columns = order.grid.shape
+    x = x.unflatten(-2, order.tile).unflatten(-5, order.tiles).movedim((-4, -3, -2), (-6, -4, -2))
+    x = x.flatten(-7, -6).flatten(-5, -4).flatten(-3, -2)
+    return x[..., :frames, :rows, :columns, :].flatten(-4, -2)
 
 
 def block_means(x: torch.Tensor, order: TokenOrder) -> torch.Tensor:
     """Mean of every block's tokens: [B, H, visual, D] to [B, H, blocks, D], fp32 or fp64."""
     wide = torch.promote_types(x.dtype, torch.float32)
     if order.tile is not None:
-        held = to_blocks(x.new_ones(order.grid.visual, 1, dtype=wide), order).sum(-2)
+        held = valid_tokens(order).to(x.device, wide)[:, None]
         return to_blocks(x, order).sum(-2, dtype=wide) / held
     whole = order.grid.visual // order.block
     runs = x[..., : whole * order.block, :].unflatten(-2, (whole, order.block)) if whole else x[..., :0, None, :]

@@ -146,8 +146,8 @@ class RectifiedDefinition(TailDefinition):
         if self.plan.has_tail:
             return out
         # pooled shares come from all queries of a block, so the gradient of q reaches the sampled ones alone
-        scale, queries = q.shape[-1] ** -0.5, self.q[0, head].to(q.dtype).index_copy(0, self.rows, q)
-        means, _ = self.pooled(queries, self.plan.query_order)
+        scale = q.shape[-1] ** -0.5
+        means, _ = self.pooled(self.whole(head, q), self.plan.query_order)
         keys, sizes = self.pooled(k, self.plan.key_order)
         values, _ = self.pooled(v, self.plan.key_order)
         visual = self.plan.grid.visual_rows

@@ -26,10 +26,9 @@ from dit_accel.kernels.router.api import classify, single_blocks
 from dit_accel.kernels.sla.api import sparse_linear_attention
 from dit_accel.kernels.sla.call import FeatureMap, LinearScope
 from dit_accel.kernels.sla.reference import block_map
-from dit_accel.order import valid_tokens
 from dit_accel.plans.blocks import BlockMask, from_map
 from dit_accel.plans.gate import BlockGate, gated
-from dit_accel.plans.plan import PlanCall, building
+from dit_accel.plans.plan import PlanCall
 from dit_accel.plans.routed import LARGEST_BLOCK, RoutedPlan, cut
 from dit_accel.plans.sla_definition import SlaDefinition
 from dit_accel.registry import LearnedModule, Method
@@ -250,17 +249,13 @@ class SlaPlan(RoutedPlan):
         return queries.visual_blocks * listed + queries.dense_blocks * keys.blocks
 
     @property
-    @building()
     def pairs(self) -> int:
         """Upper bound of the pairs attended exactly, text included; the linear branch counts none.
 
         It is the exact number in every head of every call if all visual blocks hold equally many tokens. Otherwise it
         counts the fullest blocks, and a query with a smaller critical block attends fewer.
         """
-        sizes = valid_tokens(self.key_order).sort(descending=True).values
-        keys = int(sizes[: self.config.counts(len(sizes)).topk].sum())
-        around = self.grid.tokens - self.grid.visual
-        return self.grid.visual * (keys + around) + around * self.grid.tokens
+        return self.bound(self.config.counts(self.key_order.visual_blocks).topk)
 
     @torch.no_grad()
     def classify(self, q: torch.Tensor, k: torch.Tensor, call: PlanCall) -> tuple[torch.Tensor, torch.Tensor]:

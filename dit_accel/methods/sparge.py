@@ -34,7 +34,6 @@ from dit_accel.kernels.router.api import route
 from dit_accel.kernels.router.call import Rule
 from dit_accel.kernels.router.portable import rank
 from dit_accel.kernels.tail.errors import most_wrong, tail_errors
-from dit_accel.order import valid_tokens
 from dit_accel.plans.gate import BlockGate, route_gated
 from dit_accel.plans.kept import kept_or_new
 from dit_accel.plans.plan import PlanCall, building
@@ -150,12 +149,6 @@ class SpargePlan(TailedPlan):
     def always(self) -> tuple[int, None]:
         config, blocks = self.config, self.key_order.visual_blocks
         return max(1, min(self.budgets()) if config.budgets != "equal" else config.counts(blocks)), None
-
-    @building()
-    def bound(self, blocks: int) -> int:
-        """The most pairs that rows of `blocks` listed visual blocks attend, text included."""
-        sizes = valid_tokens(self.key_order).sort(descending=True).values
-        return self.grid.visual * int(sizes[:blocks].sum()) + self.grid.dense_pairs
 
     def budgets(self) -> list[int]:
         """Blocks that a row of each head keeps by number: the least that hold the head's share of them."""

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from dit_accel.kernels.block_sparse.geometry import BlockLists
+from dit_accel.order import TokenOrder, valid_tokens
 from dit_accel.plans.plan import Impl, Plan
 from dit_accel.plans.routed import RoutedPlan
 
@@ -69,6 +70,36 @@ class Definition:
             weights: the parameters of the layer's module.
         """
         return masked_attention(q, k, v, seen)
+
+
+class RoutedDefinition(Definition):
+    """For methods that treat visual queries and blocks of visual tokens in a way of their own."""
+
+    plan: RoutedPlan
+
+    @property
+    def are_visual(self) -> Tensor:
+        """Which of the queries are visual tokens: bool [S, 1]."""
+        return ((self.rows >= self.plan.grid.visual_start) & (self.rows < self.plan.grid.conditioning_start))[:, None]
+
+    @property
+    def blocks(self) -> Tensor:
+        """The query block of each query, any for one that is not visual: int64 [S]."""
+        place = (self.rows - self.plan.grid.visual_start).clamp(0, self.plan.grid.visual - 1)
+        return self.plan.block_of(self.plan.query_order).to(place.device)[place]
+
+    def whole(self, head: int, q: Tensor) -> Tensor:
+        """All queries of a head with some of them replaced by q [S, D], in its dtype: [N, D]."""
+        return self.q[0, head].to(q).index_copy(0, self.rows, q)
+
+    def pooled(self, x: Tensor, order: TokenOrder) -> tuple[Tensor, Tensor]:
+        """Mean visual token of every block, and its tokens: [N, D] to [blocks, D], and [blocks] in the dtype of x."""
+        wide, sizes = torch.promote_types(x.dtype, torch.float32), valid_tokens(order).to(x.device)
+        block = self.plan.block_of(order).to(x.device)
+        sums = x.new_zeros(len(sizes), x.shape[1], dtype=wide).index_add(
+            0, block, x[self.plan.grid.visual_rows].to(wide)
+        )
+        return (sums / sizes[:, None]).to(x.dtype), sizes.to(x.dtype)
 
 
 def masked_attention(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, bias: Tensor | None = None) -> Tensor:

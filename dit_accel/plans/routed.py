@@ -193,6 +193,12 @@ class RoutedPlan(Plan):
         """None: the number depends on the call. A method may override this with an upper bound."""
         return None
 
+    @building()
+    def bound(self, blocks: int) -> int:
+        """The most pairs that rows of `blocks` listed visual blocks attend, text included."""
+        sizes = valid_tokens(self.key_order).sort(descending=True).values
+        return self.grid.visual * int(sizes[:blocks].sum()) + self.grid.dense_pairs
+
     def always(self) -> tuple[int, torch.Tensor | None]:
         """What every call lists: blocks in each row, by number, and a map of them, bool [query blocks, key blocks]."""
         return 1, None
@@ -222,7 +228,7 @@ class RoutedPlan(Plan):
         self, visual: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: PlanCall
     ) -> torch.Tensor:
         """The whole output [B, H, N, D]: `visual` and the other queries, which attend to everything."""
-        order, grid, block_q = self.key_order, self.grid, self.query_order.block
+        order, grid = self.key_order, self.grid
         if not order.dense_blocks:
             return visual
         front, back = grid.visual_start, grid.visual_start + grid.visual
@@ -230,17 +236,7 @@ class RoutedPlan(Plan):
         bias = call.text_bias
         if bias is not None:
             bias = torch.cat([bias[:, :front], bias[:, back:]], dim=1)
-        count = others.shape[2]
-        rows = math.ceil(count / block_q)
-        geometry = Geometry(
-            grid.shape, (1, 1, count), block_q, order.block, None, order.tile, grid.conditioning, grid.text,
-            own_queries=True, text_first=grid.text_first,
-        )  # fmt: skip
-        every = torch.arange(order.blocks, dtype=torch.int32, device=q.device).expand(rows, -1).contiguous()
-        around, _ = attend_blocks(
-            others, k, v, BlockLists.full(every), geometry, Segments.of(q, call.text_lens),
-            text_bias=bias, scale=call.scale, impl=call.impl,
-        )  # fmt: skip
+        around = attend_all(others, k, v, order, self.query_order.block, call._replace(text_bias=bias))
         pieces = [around[:, :, :front], visual, around[:, :, front:]]
         return torch.cat([piece.transpose(1, 2) for piece in pieces], dim=1).transpose(1, 2)
 
@@ -260,6 +256,30 @@ class RoutedPlan(Plan):
                 queries, keys = (valid_tokens(order).float().to(device) for order in (self.query_order, self.key_order))
                 self._sizes[device] = queries, keys
         return self._sizes[device]
+
+
+def attend_all(
+    queries: torch.Tensor, k: torch.Tensor, v: torch.Tensor, key_order: TokenOrder, block_q: int, call: PlanCall
+) -> torch.Tensor:
+    """Attention of any queries to all tokens of a sequence: [B, H, S, D], in memory [B, S, H, D].
+
+    Args:
+        queries: [B, H, S, D].
+        k, v: [B, H, N, D], of the sequence that `key_order` cuts into blocks.
+        block_q: queries of a block.
+        call: its `text_bias` is [B, S], of the queries.
+    """
+    grid, count = key_order.grid, queries.shape[2]
+    geometry = Geometry(
+        grid.shape, (1, 1, count), block_q, key_order.block, None, key_order.tile, grid.conditioning, grid.text,
+        own_queries=True, text_first=grid.text_first,
+    )  # fmt: skip
+    every = torch.arange(key_order.blocks, dtype=torch.int32, device=queries.device)
+    lists = BlockLists.full(every.expand(math.ceil(count / block_q), -1).contiguous())
+    segments = Segments.of(queries, call.text_lens)
+    return attend_blocks(
+        queries, k, v, lists, geometry, segments, text_bias=call.text_bias, scale=call.scale, impl=call.impl
+    )[0]
 
 
 def _take_rows(x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:

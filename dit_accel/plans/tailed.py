@@ -9,8 +9,7 @@ from dit_accel.kernels import impls
 from dit_accel.kernels.block_sparse.geometry import BlockLists
 from dit_accel.kernels.impls import AUTO, Facts, Impl
 from dit_accel.kernels.tail.api import with_tail
-from dit_accel.order import TokenOrder, valid_tokens
-from dit_accel.plans.definition import Definition, masked_attention
+from dit_accel.plans.definition import RoutedDefinition, masked_attention
 from dit_accel.plans.plan import PlanCall, building
 from dit_accel.plans.routed import RoutedPlan
 
@@ -71,21 +70,10 @@ class TailedPlan(RoutedPlan):
         return found
 
 
-class TailDefinition(Definition):
+class TailDefinition(RoutedDefinition):
     """Listed blocks, conditioning and text exactly, and every other block as one more key, with a bias."""
 
     plan: TailedPlan
-
-    @property
-    def are_visual(self) -> Tensor:
-        """Which of the queries are visual tokens: bool [S, 1]."""
-        return ((self.rows >= self.plan.grid.visual_start) & (self.rows < self.plan.grid.conditioning_start))[:, None]
-
-    @property
-    def blocks(self) -> Tensor:
-        """The query block of each query, any for one that is not visual: int64 [S]."""
-        place = (self.rows - self.plan.grid.visual_start).clamp(0, self.plan.grid.visual - 1)
-        return self.plan.block_of(self.plan.query_order).to(place.device)[place]
 
     def in_tail(self, head: int) -> Tensor:
         """Whether a key block is in the tail of a query: bool [S, key blocks]."""
@@ -93,15 +81,6 @@ class TailDefinition(Definition):
         lists = BlockLists(self._lists.indices[0, head], self._lists.counts[0, head])
         listed = lists.map(lists.used, self.plan.key_order.visual_blocks)
         return ~listed[self.blocks] & self.are_visual
-
-    def pooled(self, x: Tensor, order: TokenOrder) -> tuple[Tensor, Tensor]:
-        """Mean visual token of every block, and its tokens: [N, D] to [blocks, D], and [blocks] in the dtype of x."""
-        wide, sizes = torch.promote_types(x.dtype, torch.float32), valid_tokens(order).to(x.device)
-        block = self.plan.block_of(order).to(x.device)
-        sums = x.new_zeros(len(sizes), x.shape[1], dtype=wide).index_add(
-            0, block, x[self.plan.grid.visual_rows].to(wide)
-        )
-        return (sums / sizes[:, None]).to(x.dtype), sizes.to(x.dtype)
 
     def attend(self, head: int, seen: Tensor, q: Tensor, k: Tensor, v: Tensor, *weights: Tensor) -> Tensor:
         if not self.plan.has_tail:

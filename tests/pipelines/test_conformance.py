@@ -23,7 +23,12 @@ ROUTED = {
     "sparge": {"topk": 0.3, "topp": 0.1, "block_q": 16, "block": 16},
 }
 # Methods that are more than a mask: a tail besides, or heads that differ
-DEFINED = {"sol": {"block": 8, "tail": "hybrid"}, "rectified": {"block": 8, "topp": 0.0}, "heads": {"keep": (1, 0)}}
+DEFINED = {
+    "sol": {"block": 8, "tail": "hybrid"},
+    "rectified": {"block": 8, "topp": 0.0},
+    "heads": {"keep": (1, 0)},
+    "agent": {"tile": (1, 2, 2)},
+}
 
 
 def static_settings(tiny):

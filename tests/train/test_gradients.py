@@ -23,6 +23,7 @@ METHODS = {
     "tile": {"references": 1},
     "clear": {"radius": 3},
     "heads": {"keep": (1, 0)},
+    "agent": {"tile": (1, 2, 2)},
     "radial": {"decay": 0.2},
     "scaledit": {"window": 2, "factor": 2},
     "sla": {"topk": 0.3, "block": 16},

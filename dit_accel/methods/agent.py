@@ -1,0 +1,130 @@
+"""Agent attention: a few agents, means of queries, gather from all keys and hand on to all queries. Experimental.
+
+The visual grid is cut into tiles; the n agents A are the mean queries of the tiles. With the scale s of the logits
+
+    O = softmax(t Q A^T) softmax(s A K^T) V + shortcut * V,    t = s ** exponent
+
+for visual queries Q. K and V are all tokens, so text and conditioning reach visual queries through the agents. Text and
+conditioning queries attend to everything by plain softmax attention. A model's bias on text is the tile's mean.
+
+Source: "Agent Attention: On the Integration of Softmax and Linear Attention", arXiv 2312.08874, and its training-free
+use in Stable Diffusion (LeapLabTHU/Agent-Attention, agentsd), whose values are the defaults: an agent for 4 x 4 tokens,
+`k_scale2` 0.3, `k_shortcut` 0.075. It runs in the first 20 of 50 steps: ``dense_last_steps=0.6`` here. Its agents merge
+similar tokens (ToMe) within a tile, ours are means; its other merging, of queries and keys, is not part of this method.
+The learned biases and convolution of the trained form are not either.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dit_accel.kernels.block_sparse.geometry import BlockLists
+from dit_accel.kernels.cuts import Cut, block_means, visual_of
+from dit_accel.order import TokenOrder
+from dit_accel.plans.definition import RoutedDefinition, masked_attention
+from dit_accel.plans.plan import BLOCK_K, BLOCK_Q, PlanCall
+from dit_accel.plans.routed import RoutedPlan, attend_all
+from dit_accel.registry import Method
+from dit_accel.tokens import TokenGrid
+from dit_accel.values import check, option
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Settings of agent; the defaults are those of the published code for Stable Diffusion.
+
+    Args:
+        tile: frames, rows and columns of the tokens whose mean query is an agent.
+        exponent: of the scale of the second softmax; 1 is the paper's equation, 0.3 is AgentSD's.
+        shortcut: factor of V that is added to the output.
+
+    Raises:
+        DitAccelError: a value is out of range.
+    """
+
+    tile: tuple[int, int, int] = option((1, 4, 4), least=1)
+    exponent: float = option(0.3, least=0)
+    shortcut: float = 0.075
+
+    def __post_init__(self) -> None:
+        check(self)
+
+
+class AgentPlan(RoutedPlan):
+    """Agent attention on one grid. No pair of visual tokens is attended exactly, so the lists of a call are empty."""
+
+    config: Config
+
+    def __init__(self, config: Config, grid: TokenGrid) -> None:
+        super().__init__("agent", config, grid, TokenOrder(grid, BLOCK_Q), TokenOrder(grid, BLOCK_K))
+        tile = tuple(map(min, config.tile, grid.shape))
+        self.tiles = TokenOrder(grid, math.prod(tile), tile)
+        self.agent_order = TokenOrder(TokenGrid(1, 1, self.tiles.visual_blocks), BLOCK_K)
+
+    @property
+    def pairs(self) -> int:
+        """Pairs of both products, agents with all keys and visual queries with agents, and those of other queries."""
+        grid, agents = self.grid, self.tiles.visual_blocks
+        return agents * (grid.tokens + grid.visual) + (grid.tokens - grid.visual) * grid.tokens
+
+    @property
+    def bounds(self) -> tuple[int, int]:
+        return self.pairs, self.pairs
+
+    def add_density(self, lists: BlockLists, density_sum: Tensor) -> None:
+        density_sum += density_sum.new_tensor([self.pairs / self.grid.tokens**2, 1.0])
+
+    def choose(self, q: Tensor, k: Tensor, call: PlanCall) -> BlockLists:
+        shape = (*q.shape[:2], self.query_order.visual_blocks, 0)
+        return BlockLists.full(torch.empty(shape, dtype=torch.int32, device=q.device))
+
+    def second_scale(self, scale: float) -> float:
+        """The scale of the second softmax for that of the first."""
+        return math.copysign(abs(scale) ** self.config.exponent, scale)
+
+    def attend_visual(self, q: Tensor, k: Tensor, v: Tensor, call: PlanCall) -> tuple[Tensor, BlockLists]:
+        scale, tiles = q.shape[-1] ** -0.5 if call.scale is None else call.scale, Cut.of(self.tiles).order
+        queries, bias = visual_of(q, self.grid), call.text_bias
+        agents = block_means(queries, tiles).to(q.dtype)
+        if bias is not None:
+            bias = block_means(bias[:, None, self.grid.visual_rows, None], tiles)[:, 0, :, 0]
+        call = call._replace(scale=scale, text_bias=bias)
+        gathered = attend_all(agents, k, v, self.key_order, BLOCK_Q, call)
+        call = PlanCall(scale=self.second_scale(scale), impl=call.impl)
+        out = attend_all(queries, agents, gathered, self.agent_order, BLOCK_Q, call)
+        return out + self.config.shortcut * visual_of(v, self.grid), self.choose(q, k, call)
+
+
+class AgentDefinition(RoutedDefinition):
+    """Both softmaxes for visual queries; agents are means over all queries of the call."""
+
+    plan: AgentPlan
+
+    def attend(self, head: int, seen: Tensor, q: Tensor, k: Tensor, v: Tensor, *weights: Any) -> Tensor:
+        agents, _ = self.pooled(self.whole(head, q), self.plan.tiles)
+        every, scale = torch.ones_like(seen[:1]), q.shape[-1] ** -0.5
+        gathered = masked_attention(agents, k, v, every)
+        turned = q * (self.plan.second_scale(scale) / scale)
+        out = masked_attention(turned, agents, gathered, every[:, : len(agents)])
+        own = self.plan.config.shortcut * v[self.rows]
+        return torch.where(self.are_visual, out + own, masked_attention(q, k, v, every))
+
+
+NOTE = (
+    "agent is experimental: no pair of visual tokens is attended exactly. verify='first-call' measures its error in each "
+    "layer"
+)
+METHOD = Method(
+    "agent",
+    Config,
+    lambda grid, config: AgentPlan(config, grid),
+    "experimental: a few pooled queries stand between queries and keys, with a softmax on each side",
+    source="Agent attention, arXiv 2312.08874; LeapLabTHU/Agent-Attention",
+    definition=AgentDefinition,
+    note=NOTE,
+)
