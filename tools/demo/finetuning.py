@@ -39,7 +39,7 @@ from tools.demo.evaluate import fixed_scenes, summarise
 
 TRUE_CLIPS = 4
 RESULTS = pathlib.Path(__file__).parents[2] / "benchmarks" / "results" / "train-demo.jsonl"
-KINDS = ("dense", "untuned", "tuned", "dense tuned")
+KINDS = ("dense", "untuned", "tuned", "dense tuned", "tuned without proxies")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,13 +49,13 @@ class Run:
     Args:
         dense, tuned: steps and guidance of the dense videos, and of the untuned and trained ones.
         prompts: how many are generated.
-        dense_tuned: train the dense model in the same way too, and show what it makes.
+        beside: what else is trained in the same way, and what it makes is shown as: kind, method and settings.
     """
 
     dense: tuple[int, float] = (12, 1.0)
     tuned: tuple[int, float] = (12, 1.0)
     prompts: int = 24
-    dense_tuned: bool = False
+    beside: tuple[str, str, dict[str, Any]] | None = None
 
 
 RUNS = {
@@ -65,7 +65,14 @@ RUNS = {
     "linear-demo": Run(),
     "consistency-demo": Run(tuned=(4, 1.0)),
     "gate-demo": Run(),
-    "radial-demo-2x": Run(prompts=12, dense_tuned=True),
+    "proxy-demo": Run(
+        beside=(
+            "tuned without proxies",
+            "sparge",
+            {"topk": 0.1, "topp": 0.0, "block": 8, "block_q": 8, "order": "tile"},
+        )
+    ),
+    "radial-demo-2x": Run(prompts=12, beside=("dense tuned", "dense", {})),
     "sparge-demo": Run(),
     "scaledit-demo": Run(),
 }
@@ -218,9 +225,10 @@ def main() -> None:
             dit_accel.accelerate(pipe, settings.method, **settings.config)
 
     folders = {"tuned": trained(recipe, settings, size, work, "trained")}
-    if run.dense_tuned:
-        alike = dataclasses.replace(settings, method="dense", config={})
-        folders["dense tuned"] = trained(recipe, alike, size, work, "dense-trained")
+    if run.beside is not None:
+        kind, method, config = run.beside
+        alike = dataclasses.replace(settings, method=method, config=config)
+        folders[kind] = trained(recipe, alike, size, work, f"{method}-trained")
     ways: dict[str, Callable[[Any], Any]] = {
         "untuned": untuned,
         **{kind: functools.partial(dit_accel.load, path=folder) for kind, folder in folders.items()},

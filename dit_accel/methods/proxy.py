@@ -1,0 +1,172 @@
+"""Proxy tokens: block-sparse attention, and a coarse branch over the blocks' means, which a learned gate lets in.
+
+The visual tokens are cut into blocks; block j has n_j tokens and the proxies mean(K_j) and mean(V_j). For a visual
+query q in block i, with the scale s of the logits
+
+    out    = fine + (W q + b) * coarse                         * coordinate by coordinate, W [D, D] and b [D] a head
+    coarse = softmax_j(s mean(Q_i) . mean(K_j) + log n_j) mean(V_j)
+
+fine is attention to the `topk` blocks with the highest mean(Q_i) . mean(K_j), as of sparge by number, or, without any,
+to the query's own block. W and b start at zero, so an untrained model computes fine alone. Text and conditioning are
+exact in fine, and have no coarse branch.
+
+Sources: "VSA: Faster Video Diffusion with Trainable Sparse Attention", arXiv 2505.13389: top-k, coarse branch, gate
+from zero. VSA makes its gate from the hidden state; a processor sees q, which is a linear map of it, normed and
+rotated. Its coarse softmax counts all blocks alike, which is the same where the grid divides into blocks. "Qihoo-T2X"
+(PT-DiT), arXiv 2409.04005: with ``topk=0`` windows and proxies, and with ``query="token"`` each token asks the proxies
+by its own q, as there. PT-DiT's proxies first attend to each other, with weights of their own, and its windows shift in
+every other layer; both change the architecture.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dit_accel.errors import DitAccelError
+from dit_accel.kernels.block_sparse.geometry import BlockLists
+from dit_accel.kernels.router.api import route
+from dit_accel.kernels.router.call import Rule
+from dit_accel.kernels.sla.call import Cut, from_blocks, visual_of
+from dit_accel.kernels.sla.portable import block_means
+from dit_accel.order import valid_tokens
+from dit_accel.plans.definition import RoutedDefinition, masked_attention
+from dit_accel.plans.plan import PlanCall
+from dit_accel.plans.routed import LARGEST_BLOCK, Ordering, RoutedPlan, cut
+from dit_accel.registry import LearnedModule, Method
+from dit_accel.tokens import TokenGrid
+from dit_accel.values import check, option
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Settings of proxy; the defaults are VSA's, whose cubes of 4 x 4 x 4 tokens are such tiles.
+
+    Args:
+        topk: share of the visual key blocks that a query block attends to, in [0, 1]. Of K blocks these are
+            ``max(1, int(topk * K))``. 0: its own block alone.
+        query: what asks the proxies: the mean query of its "block", or each "token".
+        block: tokens a block of queries or keys holds, at most 1024.
+        order: "raster": blocks are runs of tokens; "tile": 3-D tiles, chosen per grid; "morton" or "hilbert": runs
+            along a curve.
+
+    Raises:
+        DitAccelError: a value is out of range.
+    """
+
+    topk: float = option(0.1, least=0, most=1)
+    query: Literal["block", "token"] = "block"
+    block: int = option(64, least=1, most=LARGEST_BLOCK)
+    order: Ordering = "tile"
+
+    def __post_init__(self) -> None:
+        check(self)
+
+    def count(self, blocks: int) -> int:
+        """Visual key blocks that a query block attends to, of `blocks`."""
+        return max(1, int(self.topk * blocks))
+
+
+class ProxyGate(nn.Module):
+    """The gate of a layer. A module that is called, so offloading and FSDP reach its weights.
+
+    Attributes:
+        weight, bias: W [heads, D, D] and b [heads, D], fp32; zero at the start.
+    """
+
+    def __init__(self, head_dim: int, heads: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(heads, head_dim, head_dim))
+        self.bias = nn.Parameter(torch.zeros(heads, head_dim))
+
+    def forward(self, q: Tensor, first: int = 0) -> Tensor:
+        """W q + b for q [B, H, *, D] of H heads of the layer from the `first` on."""
+        own = slice(first, first + q.shape[1])
+        return q @ self.weight[own].to(q).mT + self.bias[own, None].to(q)
+
+
+class ProxyPlan(RoutedPlan):
+    """Block-sparse attention with proxies on one grid."""
+
+    config: Config
+
+    def __init__(self, config: Config, grid: TokenGrid) -> None:
+        super().__init__("proxy", config, grid, *cut(config.order, grid, config.block, config.block))
+
+    @property
+    def pairs(self) -> int:
+        """Upper bound of the pairs attended exactly, exact if all blocks hold equally many tokens; text included."""
+        return self.bound(self.config.count(self.key_order.visual_blocks))
+
+    def always(self) -> tuple[int, None]:
+        return self.config.count(self.key_order.visual_blocks), None
+
+    def choose(self, q: Tensor, k: Tensor, call: PlanCall) -> BlockLists:
+        blocks = self.key_order.visual_blocks
+        if self.config.topk:
+            rule = Rule(topk=self.config.count(blocks), topp=0.0)
+            return route(q, k, self.query_order, self.key_order, rule, scale=call.scale, impl=call.impl)
+        own = torch.arange(blocks, dtype=torch.int32, device=q.device)[:, None]
+        return BlockLists.full(own.expand(*q.shape[:2], -1, -1).contiguous())
+
+    def attend_visual(self, q: Tensor, k: Tensor, v: Tensor, call: PlanCall) -> tuple[Tensor, BlockLists]:
+        fine, lists = super().attend_visual(q, k, v, call)
+        if call.module is None:
+            return fine, lists
+        if not isinstance(call.module, ProxyGate):
+            raise DitAccelError(f"proxy takes a ProxyGate as its module, got {type(call.module).__name__}.")
+        gate = call.module(visual_of(q, self.grid), 0 if call.heads is None else call.heads[0])
+        return fine + gate * self.coarse(q, k, v, call.scale), lists
+
+    def coarse(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
+        """The coarse branch for the whole sequence q, k, v [B, H, N, D]: [B, H, visual, D], in the dtype of q."""
+        order = Cut.of(self.key_order).order
+        queries, keys, values = (visual_of(x, self.grid) for x in (q, k, v))
+        keys, values = block_means(keys, order), block_means(values, order)
+        bias = valid_tokens(order).to(q.device, keys.dtype).log()
+        by_block = self.config.query == "block"
+        asking = block_means(queries, order) if by_block else queries
+        keys, values, bias = (x.to(asking.dtype) for x in (keys, values, bias))
+        out = F.scaled_dot_product_attention(asking, keys, values, bias.expand(asking.shape[2], -1), scale=scale)
+        if by_block:
+            out = from_blocks(out[..., None, :].expand(*out.shape[:-1], order.block, -1), order)
+        return out.to(q.dtype)
+
+
+class ProxyDefinition(RoutedDefinition):
+    """Listed blocks exactly, and the gated coarse branch; means are over all queries of the call."""
+
+    plan: ProxyPlan
+
+    def attend(self, head: int, seen: Tensor, q: Tensor, k: Tensor, v: Tensor, *weights: Tensor) -> Tensor:
+        fine = masked_attention(q, k, v, seen)
+        if not weights:
+            return fine
+        order, by_block = self.plan.key_order, self.plan.config.query == "block"
+        (keys, sizes), (values, _) = self.pooled(k, order), self.pooled(v, order)
+        asking = self.pooled(self.whole(head, q), order)[0] if by_block else q
+        every = torch.ones(1, len(keys), dtype=torch.bool, device=q.device)
+        coarse = masked_attention(asking, keys, values, every, sizes.log())
+        gate = q @ weights[0][head].T + weights[1][head]
+        return torch.where(self.are_visual, fine + gate * (coarse[self.blocks] if by_block else coarse), fine)
+
+
+def at_density(grid: TokenGrid, density: float) -> dict[str, Any]:
+    """The share of visual blocks, to six digits."""
+    return {"topk": min(1.0, max(1e-6, float(f"{grid.visual_share(density):.6g}")))}
+
+
+METHOD = Method(
+    name="proxy",
+    config=Config,
+    plan=lambda grid, config: ProxyPlan(config, grid),
+    module=LearnedModule("proxy_gate", lambda head_dim, heads, config: ProxyGate(head_dim, heads)),
+    summary="the best key blocks exactly, and all blocks' means through a learned gate (needs fine-tuning)",
+    source="VSA, arXiv 2505.13389; Qihoo-T2X, arXiv 2409.04005",
+    at_density=at_density,
+    definition=ProxyDefinition,
+)
