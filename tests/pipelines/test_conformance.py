@@ -28,6 +28,7 @@ DEFINED = {
     "rectified": {"block": 8, "topp": 0.0},
     "heads": {"keep": (1, 0)},
     "agent": {"tile": (1, 2, 2)},
+    "proxy": {"topk": 0.3, "block": 16},
 }
 
 

@@ -24,6 +24,7 @@ METHODS = {
     "clear": {"radius": 3},
     "heads": {"keep": (1, 0)},
     "agent": {"tile": (1, 2, 2)},
+    "proxy": {"topk": 0.3, "block": 16},
     "radial": {"decay": 0.2},
     "scaledit": {"window": 2, "factor": 2},
     "sla": {"topk": 0.3, "block": 16},
@@ -55,7 +56,9 @@ def test_every_method_is_here():
     assert {*METHODS, "dense"} == set(dit_accel.list_methods())
 
 
-@pytest.mark.parametrize(("method", "family"), [(name, "wan") for name in METHODS] + [("gna", "flux"), ("sla", "flux")])
+@pytest.mark.parametrize(
+    ("method", "family"), [(name, "wan") for name in METHODS] + [(name, "flux") for name in ("gna", "sla", "proxy")]
+)
 def test_gradients_equal_finite_differences(method, family, model, monkeypatch):
     """Along one random direction in the weights of all LoRAs and of the method, by central differences in fp64.
 
