@@ -156,8 +156,10 @@ class ProxyDefinition(RoutedDefinition):
 
 
 def at_density(grid: TokenGrid, density: float) -> dict[str, Any]:
-    """The share of visual blocks, to six digits."""
-    return {"topk": min(1.0, max(1e-6, float(f"{grid.visual_share(density):.6g}")))}
+    """The share of visual blocks, to six digits, of which the fullest hold what the density leaves for them."""
+    sizes = valid_tokens(ProxyPlan(Config(), grid).key_order).sort(descending=True).values
+    error = (sizes.cumsum(0) - grid.visual_share(density) * grid.visual).abs()
+    return {"topk": min(1.0, float(f"{(int(error.argmin()) + 1.5) / len(sizes):.6g}"))}
 
 
 METHOD = Method(

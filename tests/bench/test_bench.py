@@ -30,6 +30,11 @@ SLA = MethodSetting("sla", None, {"topk": 0.3, "block": 16})
 CHOSEN_BY_CALL = ("sol", "rectified")  # their density follows from q and k
 MARGINAL = MethodSetting("sla", None, {"topk": 0.3, "block": 16, "linear_scope": "marginal"})
 STATIC = (GNA, MethodSetting("tile", None, {"references": 1}), MethodSetting("radial", None, {"decay": 0.3}))
+OTHERS = (
+    MethodSetting("heads", None, {"keep": (0, 1)}),
+    MethodSetting("agent", None, {"tile": (2, 3, 3)}),
+    MethodSetting("proxy", None, {"topk": 0.3, "block": 16}),
+)
 CPU = torch.device("cpu")
 
 
@@ -86,7 +91,7 @@ class TestDeclared:
     def test_filters_narrow_what_is_declared(self):
         found = bench_rows.select(["cpu"], [MethodSetting("gna", None)], [1 / 8], ["float32"], ["forward"])
         assert [each.setting.config["window"] for each in found] == [(8, 16, 8), (4, 16, 16)]
-        assert len(bench_rows.select(pattern="mochi/*/0.1/*/forward")) == 7
+        assert len(bench_rows.select(pattern="mochi/*/0.1/*/forward")) == 8
 
     def test_what_is_asked_for_beyond_is_added(self):
         (found,) = bench_rows.select(["mochi"], [MethodSetting("gna", None)], [0.3], ["float16"], ["both"])
@@ -190,12 +195,12 @@ class TestGate:
         assert {0, grid.visual - 1, grid.visual, grid.tokens - 1} <= set(rows.tolist())
         assert len(rows.unique()) == len(rows)
 
-    @pytest.mark.parametrize("setting", [*STATIC, SLA, MARGINAL, MethodSetting("heads", None, {"keep": (0, 1)})])
+    @pytest.mark.parametrize("setting", [*STATIC, SLA, MARGINAL, *OTHERS])
     @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
     def test_right_kernels_are_green(self, setting, dtype):
         found = outcome(setting, dtype=dtype, direction="both")
         assert found.status == "measured", found.reason
-        names = {"out", "dq", "dk", "dv"} | ({"dweight", "dbias"} if setting.method == "sla" else set())
+        names = {"out", "dq", "dk", "dv"} | ({"dweight", "dbias"} if setting.method in ("sla", "proxy") else set())
         assert set(found.record["checks"]) == names
 
     @pytest.mark.parametrize("setting", [GNA, SLA])

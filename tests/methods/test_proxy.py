@@ -57,7 +57,7 @@ def test_an_untrained_gate_leaves_the_bits_of_the_sparse_method(config, grid):
         return
     mask = torch.ones(2, 3, grid.tokens, grid.tokens, dtype=torch.bool)
     mask[:, :, grid.visual_rows, grid.visual_rows] = own_blocks(plan)[1]
-    assert_masked(lambda q, k, v: plan.attend(q, k, v), tensors, upstream, mask)
+    assert_masked(plan.attend, tensors, upstream, mask)
 
 
 @each_setting
