@@ -1,6 +1,7 @@
 """Draw the mask of every method into docs/pictures: `python -m tools.mask_pictures`.
 
 Static masks are exact: 6 frames of 6 x 6 tokens and 12 text tokens, for `clear` and `scaledit` one of 12 x 12.
+`agent` has no mask: its picture shows tokens of such an image that share an agent.
 Routed methods choose blocks by q and k: their pictures show one head of the embedded model's middle layer, at the
 second of four steps. The heads are those that `dit-accel tune --calibrate 0.75 --method heads` keeps of that model from
 three prompts and videos of 9 x 96 x 96 in 6 steps.
@@ -28,6 +29,7 @@ ROUTED: dict[str, dict[str, Any]] = {
     "sol": {},
     "rectified": {"gate": False},
     "sparge": {"topk": 0.1, "topp": 0.3, "block_q": 64},
+    "proxy": {},
 }
 HEADS = ((1, 1, 0, 0), (1, 1, 1, 1), (1, 1, 1, 1), (1, 0, 0, 0), (1, 1, 0, 1), (1, 1, 1, 1))  # of each layer
 LAYER, HEAD = "blocks.2.attn1", 0
@@ -116,11 +118,15 @@ def main() -> None:
     windows = dit_accel.plan("scaledit", IMAGE, window=4, factor=2, reach=4).token_mask()
     rows |= {"anchors": IMAGE.visual + 1.5 * IMAGE.width - 0.5}
     draw(folder / "mask-scaledit.png", windows.int() * 2, "row", {2: "attended", 0: "left out"}, rows)
+    agents = dit_accel.plan("agent", IMAGE).tiles
+    shown = (agents.block_of_token()[: IMAGE.visual].view(IMAGE.shape[1:]) % 2) * 2
+    legend = {2: "one agent", 0: "the next"}
+    draw(folder / "mask-agent.png", shown, "", legend, {str(i): float(i) for i in range(0, 12, 4)}, ("row", "column"))
     kept, numbers = torch.tensor(HEADS), {str(i): float(i) for i in range(len(HEADS))}
     draw(folder / "mask-heads.png", kept * 2, "", {2: "computed", 0: "skipped"}, numbers, ("layer", "head"))
     for method in ROUTED:
         chosen = routed(method)
-        others = {"sla": {1: "linear"}, "sol": {1: "tail"}, "rectified": {1: "mean"}}.get(method, {0: "left out"})
+        others = {"sla": {1: "linear"}, "sol": {1: "tail"}, "rectified": {1: "mean"}, "proxy": {1: "mean"}}.get(method, {0: "left out"})
         places = {str(i): float(i) for i in range(0, len(chosen), 8)}
         classes = torch.where(chosen, 2, next(iter(others)))
         draw(folder / f"mask-{method}.png", classes, "block", {2: "exact", **others}, places)
