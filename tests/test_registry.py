@@ -13,7 +13,21 @@ from dit_accel.tokens import TokenGrid
 
 
 def test_methods_are_found_by_their_files():
-    names = ["agent", "clear", "dense", "gna", "heads", "proxy", "radial", "rectified", "scaledit", "sla", "sol", "sparge", "tile"]
+    names = [
+        "agent",
+        "clear",
+        "dense",
+        "gna",
+        "heads",
+        "proxy",
+        "radial",
+        "rectified",
+        "scaledit",
+        "sla",
+        "sol",
+        "sparge",
+        "tile",
+    ]
     assert dit_accel.list_methods() == names
     for name, method in registry.get_methods().items():
         assert method.name == name

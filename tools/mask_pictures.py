@@ -118,15 +118,16 @@ def main() -> None:
     windows = dit_accel.plan("scaledit", IMAGE, window=4, factor=2, reach=4).token_mask()
     rows |= {"anchors": IMAGE.visual + 1.5 * IMAGE.width - 0.5}
     draw(folder / "mask-scaledit.png", windows.int() * 2, "row", {2: "attended", 0: "left out"}, rows)
-    agents = dit_accel.plan("agent", IMAGE).tiles
-    shown = (agents.block_of_token()[: IMAGE.visual].view(IMAGE.shape[1:]) % 2) * 2
+    tile = torch.arange(IMAGE.height) // 4
+    shown = (tile[:, None] + tile) % 2 * 2
     legend = {2: "one agent", 0: "the next"}
     draw(folder / "mask-agent.png", shown, "", legend, {str(i): float(i) for i in range(0, 12, 4)}, ("row", "column"))
     kept, numbers = torch.tensor(HEADS), {str(i): float(i) for i in range(len(HEADS))}
     draw(folder / "mask-heads.png", kept * 2, "", {2: "computed", 0: "skipped"}, numbers, ("layer", "head"))
     for method in ROUTED:
         chosen = routed(method)
-        others = {"sla": {1: "linear"}, "sol": {1: "tail"}, "rectified": {1: "mean"}, "proxy": {1: "mean"}}.get(method, {0: "left out"})
+        found = {"sla": "linear", "sol": "tail", "rectified": "mean", "proxy": "mean"}.get(method)
+        others = {0: "left out"} if found is None else {1: found}
         places = {str(i): float(i) for i in range(0, len(chosen), 8)}
         classes = torch.where(chosen, 2, next(iter(others)))
         draw(folder / f"mask-{method}.png", classes, "block", {2: "exact", **others}, places)

@@ -62,8 +62,8 @@ class AgentPlan(RoutedPlan):
 
     def __init__(self, config: Config, grid: TokenGrid) -> None:
         super().__init__("agent", config, grid, TokenOrder(grid, BLOCK_Q), TokenOrder(grid, BLOCK_K))
-        tile = tuple(map(min, config.tile, grid.shape))
-        self.tiles = TokenOrder(grid, math.prod(tile), tile)
+        t, h, w = map(min, config.tile, grid.shape)
+        self.tiles = TokenOrder(grid, t * h * w, (t, h, w))
         self.agent_order = TokenOrder(TokenGrid(1, 1, self.tiles.visual_blocks), BLOCK_K)
 
     @property

@@ -29,10 +29,9 @@ from torch import Tensor, nn
 
 from dit_accel.errors import DitAccelError
 from dit_accel.kernels.block_sparse.geometry import BlockLists
+from dit_accel.kernels.cuts import Cut, block_means, from_blocks, visual_of
 from dit_accel.kernels.router.api import route
 from dit_accel.kernels.router.call import Rule
-from dit_accel.kernels.sla.call import Cut, from_blocks, visual_of
-from dit_accel.kernels.sla.portable import block_means
 from dit_accel.order import valid_tokens
 from dit_accel.plans.definition import RoutedDefinition, masked_attention
 from dit_accel.plans.plan import PlanCall
