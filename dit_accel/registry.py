@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import functools
 import importlib
+import itertools
 import pkgutil
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
@@ -90,7 +91,9 @@ def learned_attributes() -> frozenset[str]:
 @functools.cache
 def get_families() -> Mapping[str, Family]:
     """Every model family by name, sorted."""
-    return {found.name: found for found in _declared("pipelines", "FAMILY")}
+    alone = _declared("pipelines", "FAMILY")
+    found = [*alone, *itertools.chain(*_declared("pipelines", "FAMILIES"))]
+    return {family.name: family for family in sorted(found, key=lambda family: family.name)}
 
 
 def list_methods() -> list[str]:

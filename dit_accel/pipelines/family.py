@@ -184,7 +184,7 @@ class Family:
     """A family of Diffusers transformers that share a layout.
 
     Args:
-        name: lower case, the name of its file.
+        name: lower case.
         transformers: class names.
         attention: dotted paths of the self-attention modules in the order they run; ``*`` matches one name, ``a|b``
             either.

@@ -12,7 +12,7 @@ from torch import nn
 from dit_accel.errors import DitAccelError
 from dit_accel.pipelines.family import CallLayout, Family, ModelCall
 from dit_accel.pipelines.reading import conditioning_notes, image_grids, mask_text
-from dit_accel.pipelines.sizes import Config, Sizes, image_sizes, vae_pixels
+from dit_accel.pipelines.sizes import image_sizes, vae_pixels
 from dit_accel.tokens import TokenGrid
 
 PADDING, IMAGE = 0, 2  # values of `indicator`; text is 3
@@ -35,17 +35,13 @@ def layout(transformer: nn.Module, call: ModelCall) -> CallLayout:
     return mask_text(call, grid, indicator, conditioning_notes(conditioning))
 
 
-def sizes(transformer: Config, vae: Config) -> Sizes:
-    """2 x 2 latents a token; the pipeline pads every prompt to 2,048 tokens."""
-    return image_sizes(2 * vae_pixels(vae), side=2048, text=2048, text_first=True)
-
-
 FAMILY = Family(
     name="ideogram4",
     transformers=("Ideogram4Transformer2DModel",),
     attention=("layers.*.attention",),
     layout=layout,
-    sizes=sizes,
+    # 2 x 2 latents a token; the pipeline pads every prompt to 2,048 tokens
+    sizes=lambda transformer, vae: image_sizes(2 * vae_pixels(vae), side=2048, text=2048, text_first=True),
     summary="Ideogram 4",
     timestep_scale=1000.0,
     timestep_rises=True,

@@ -12,7 +12,7 @@ import torch
 
 from dit_accel.pipelines.family import CallLayout, Family, ModelCall
 from dit_accel.pipelines.reading import image_of
-from dit_accel.pipelines.sizes import Config, Sizes, square_sizes
+from dit_accel.pipelines.sizes import square_sizes
 from dit_accel.tokens import TokenGrid
 
 
@@ -37,17 +37,15 @@ def pack(grid: TokenGrid, lens: torch.Tensor) -> torch.Tensor:
     return torch.cat((text, lens + torch.arange(grid.visual)), 1)
 
 
-def sizes(transformer: Config, vae: Config) -> Sizes:
-    """The caption is as long as the prompt."""
-    return square_sizes(transformer, vae, text=256, text_first=True, longest=min(transformer["axes_lens"][1:]))
-
-
 FAMILY = Family(
     name="lumina2",
     transformers=("Lumina2Transformer2DModel",),
     attention=("layers.*.attn",),
     layout=layout,
-    sizes=sizes,
+    # the caption is as long as the prompt
+    sizes=lambda transformer, vae: square_sizes(
+        transformer, vae, text=256, text_first=True, longest=min(transformer["axes_lens"][1:])
+    ),
     summary="Lumina-Image 2.0",
     timestep_scale=1000.0,
     timestep_rises=True,

@@ -1,0 +1,237 @@
+"""Families of videos whose calls need little reading: what tells them apart, as data.
+
+Self-attention sees the video alone, and text enters through cross-attention, unless a family says otherwise.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from dit_accel.errors import DitAccelError
+from dit_accel.pipelines import wan
+from dit_accel.pipelines.family import TRAINING_FREE, CallLayout, Family, ModelCall, Preset, patch_grid
+from dit_accel.pipelines.reading import conditioning_notes, packed_video, video_alone, video_of
+from dit_accel.pipelines.sizes import Config, Sizes, patch_of, vae_frames, vae_pixels, video_sizes
+from dit_accel.tokens import TokenGrid
+
+
+def anyflow(transformer: Any, call: ModelCall) -> CallLayout:
+    """The latent [B, F, C, H, W], cut into patches."""
+    _, frames, _, height, width = call.tensor("hidden_states", 5).shape
+    return CallLayout(patch_grid((frames, height, width), transformer.config.patch_size))
+
+
+def cogvideox(transformer: Any, call: ModelCall) -> CallLayout:
+    """The latent [B, F, C, H, W], cut into patches, behind text [B, T, C]."""
+    _, frames, _, height, width = call.tensor("hidden_states", 5).shape
+    text = call.length("encoder_hidden_states")
+    return CallLayout(patch_grid((frames, height, width), patch_of(transformer.config), text, text_first=True))
+
+
+def easyanimate(transformer: Any, call: ModelCall) -> CallLayout:
+    """The latent [B, C, F, H, W], cut into patches within frames, behind text [B, T, C]."""
+    text = call.length("encoder_hidden_states")
+    if call.get("encoder_hidden_states_t5") is not None:
+        text += call.length("encoder_hidden_states_t5")
+    return CallLayout(video_of(call, patch_of(transformer.config), text, text_first=True))
+
+
+def kandinsky5(transformer: Any, call: ModelCall) -> CallLayout:
+    """The latent [B, F, H, W, C], cut into patches."""
+    if call.get("sparse_params") is not None:
+        raise DitAccelError(
+            f"{call.owner} runs its own sparse attention (NABLA) with tokens in another order, so there is no dense "
+            "attention to replace. Use a checkpoint with attention_type='regular', or leave the model as it is."
+        )
+    return CallLayout(patch_grid(call.tensor("hidden_states", 5).shape[1:4], transformer.config.patch_size))
+
+
+def kandinsky6(transformer: Any, call: ModelCall) -> CallLayout:
+    """The latent [B, F, H, W, C], cut into patches, and its positions in time, rows and columns or None."""
+    grid = patch_grid(call.tensor("hidden_states", 5).shape[1:4], transformer.config.patch_size)
+    places = call.get("visual_rope_pos")
+    frames = grid.frames if places is None else call.once(places[0], _rising)
+    conditioning = (grid.frames - frames) * grid.height * grid.width
+    return CallLayout(
+        TokenGrid(frames, grid.height, grid.width, conditioning=conditioning), notes=conditioning_notes(conditioning)
+    )
+
+
+def _rising(places: torch.Tensor) -> int:
+    """How many values rise from the start."""
+    back = torch.nonzero(places[1:] <= places[:-1]).flatten()
+    return int(back[0]) + 1 if len(back) else len(places)
+
+
+def ltx2(transformer: nn.Module, call: ModelCall) -> CallLayout:
+    """The packed video [B, N, C] and its sizes in tokens, or its coordinates."""
+    if call.get("video_self_attention_mask") is not None:
+        raise DitAccelError(
+            "LTX-2 is called with a video_self_attention_mask, which weighs pairs of tokens in ways that accelerated "
+            "attention cannot; call it without, or run it dense."
+        )
+    return packed_video(transformer, call)
+
+
+def skyreels_v2(transformer: Any, call: ModelCall) -> CallLayout:
+    """The latent [B, C, F, H, W], cut into patches.
+
+    With causal blocks (`num_frame_per_block` above 1) the model masks later frames; such a model is refused.
+    """
+    block = transformer.config.num_frame_per_block
+    if block > 1:
+        raise DitAccelError(
+            f"This SkyReels V2 has num_frame_per_block={block}: its frames may not see later blocks, which "
+            "sparse attention cannot honour. Use one frame a block (causal_block_size=1), or run it dense."
+        )
+    return video_alone(transformer, call)
+
+
+def cogvideox_sizes(transformer: Config, vae: Config) -> Sizes:
+    """In version 1.5 a token holds two latent frames; the pipeline pads the latent by one frame."""
+    pixels, text = vae_pixels(vae), transformer["max_text_seq_length"]
+    default = transformer["sample_frames"], transformer["sample_height"] * pixels, transformer["sample_width"] * pixels
+    return video_sizes(vae, patch_of(transformer), *default, text=text, text_first=True)
+
+
+def cosmos_sizes(transformer: Config, vae: Config) -> Sizes:
+    """Cosmos 1 makes 121 frames, 8 a latent; Predict 2 makes 93, 4 a latent."""
+    return video_sizes(vae, transformer["patch_size"], 121 if vae_frames(vae) == 8 else 93, 704, 1280)
+
+
+def easyanimate_sizes(transformer: Config, vae: Config) -> Sizes:
+    """All but two stages of the VAE have a stride along time."""
+    strides = dict(vae) | {"temporal_compression_ratio": 2 ** (len(vae["block_out_channels"]) - 2)}
+    return video_sizes(strides, patch_of(transformer), 49, 512, 512, text=256, text_first=True)
+
+
+def kandinsky_sizes(transformer: Config, vae: Config) -> Sizes:
+    return video_sizes(vae, patch_of(transformer), 121, 512, 768)
+
+
+def kandinsky_head_dim(attention: Any) -> int:
+    return int(attention.query_norm.normalized_shape[0])
+
+
+FAMILIES = (
+    Family(
+        name="anyflow",
+        transformers=("AnyFlowTransformer3DModel",),
+        attention=("blocks.*.attn1",),
+        layout=anyflow,
+        sizes=wan.sizes,
+        summary="AnyFlow, bidirectional",
+        recommended=TRAINING_FREE,
+    ),
+    # Text precedes the video in every block. Its padding is attended, as in training. CogVideoX 1.5 also cuts the
+    # latent into patches along time. ConsisID has the blocks of 1.0; its face features enter through cross-attention
+    # between the blocks, which stays untouched.
+    Family(
+        name="cogvideox",
+        transformers=("CogVideoXTransformer3DModel", "ConsisIDTransformer3DModel"),
+        attention=("transformer_blocks.*.attn1",),
+        layout=cogvideox,
+        sizes=cogvideox_sizes,
+        summary="CogVideoX 1.0 and 1.5: text, image and video to video, control; ConsisID",
+        recommended=TRAINING_FREE,
+    ),
+    # Image features enter through cross-attention too. The timestep is a function of sigma that differs between the
+    # generations, so a bare transformer needs `set_step`.
+    Family(
+        name="cosmos",
+        transformers=("CosmosTransformer3DModel",),
+        attention=("transformer_blocks.*.attn1",),
+        layout=video_alone,
+        sizes=cosmos_sizes,
+        summary="Cosmos 1, Predict 2 and 2.5: text, image and video to world, text to image",
+        timestep_scale=None,
+        recommended=TRAINING_FREE
+        | {
+            "gna": Preset(
+                config={"window": ("full", 32 / 44, 0.6), "stride": (1, 8, 16)},
+                schedule={"dense_steps": 12 / 35},
+                source="GNA (arXiv:2504.16922): Cosmos-7B, window 16x32x48 of 16x44x80 tokens, 12 of 35 steps dense",
+            ),
+        },
+    ),
+    # Text precedes the video in every block. Its padding is attended, as in training. Text of a second encoder follows
+    # the first's. Inpainting and control latents are further channels of the same grid.
+    Family(
+        name="easyanimate",
+        transformers=("EasyAnimateTransformer3DModel",),
+        attention=("transformer_blocks.*.attn1",),
+        layout=easyanimate,
+        sizes=easyanimate_sizes,
+        summary="EasyAnimate: text, image and video to video, control",
+        recommended=TRAINING_FREE,
+    ),
+    Family(
+        name="kandinsky5",
+        transformers=("Kandinsky5Transformer3DModel",),
+        attention=("visual_transformer_blocks.*.self_attention",),
+        layout=kandinsky5,
+        sizes=kandinsky_sizes,
+        summary="Kandinsky 5 (without its own sparse attention)",
+        head_dim=kandinsky_head_dim,
+        recommended=TRAINING_FREE,
+    ),
+    # The video's part of each block; sound and text stay the model's own. A reference frame behind the video, whose
+    # position in time starts again, is dense both ways.
+    Family(
+        name="kandinsky6",
+        transformers=("Kandinsky6Transformer3DModel",),
+        attention=("visual_transformer_blocks.*.video_dec_block.self_attention",),
+        layout=kandinsky6,
+        sizes=kandinsky_sizes,
+        summary="Kandinsky 6: text and image to video with sound; the video's self-attention",
+        head_dim=kandinsky_head_dim,
+        recommended=TRAINING_FREE,
+    ),
+    # The packed video follows the keyframes of `LTXConditionPipeline`. The call has the video's sizes, or the
+    # coordinates of all tokens.
+    Family(
+        name="ltx",
+        transformers=("LTXVideoTransformer3DModel",),
+        attention=("transformer_blocks.*.attn1",),
+        layout=packed_video,
+        sizes=lambda transformer, vae: video_sizes(vae, patch_of(transformer), 161, 512, 704),
+        summary="LTX-Video: text and image to video, keyframes",
+        recommended=TRAINING_FREE,
+    ),
+    # The audio stream's self-attention and the attention between the streams stay untouched. A layer whose attention
+    # the model skips (spatio-temporal guidance) stays skipped. Keyframes and conditioning videos behind the video are
+    # dense both ways. A mask over pairs of video tokens (IC-LoRA below full strength) is refused.
+    Family(
+        name="ltx2",
+        transformers=("LTX2VideoTransformer3DModel",),
+        attention=("transformer_blocks.*.attn1",),
+        layout=ltx2,
+        sizes=lambda transformer, vae: video_sizes(vae, patch_of(transformer), 121, 512, 768),
+        summary="LTX-2: video with audio, keyframes, conditioning videos; the video's self-attention",
+        recommended=TRAINING_FREE
+        | {
+            "sla": Preset(
+                config={"topk": 0.3},
+                schedule={},
+                source="TurboT2AV: LTX-2 19B at 1024x1792 with its fine-tuned weights; the share was chosen by eye",
+            ),
+        },
+    ),
+    # The blocks are Wan's. In diffusion forcing the frames of one call are at different denoising steps. The schedule
+    # follows the largest timestep, that of the frame furthest behind.
+    Family(
+        name="skyreels_v2",
+        transformers=("SkyReelsV2Transformer3DModel",),
+        attention=("blocks.*.attn1",),
+        layout=skyreels_v2,
+        # rotary positions limit each axis
+        sizes=lambda transformer, vae: video_sizes(
+            vae, transformer["patch_size"], 97, 544, 960, longest=transformer["rope_max_seq_len"]
+        ),
+        summary="SkyReels V2: text to video, image to video, diffusion forcing (without causal blocks)",
+        recommended=TRAINING_FREE,
+    ),
+)
