@@ -3,7 +3,7 @@
 A query block ranks the visual key blocks by the softmax of its mean query over their mean keys. It attends exactly to
 the best ``1 - drop`` of them and to as many as hold `topp` of the softmax. It always attends to the blocks around its
 own tokens. Others are compensated if their score exceeds what the deviations of their tokens could change
-(`kernels.tail.trust`). The rest is left out. Text and conditioning are exact.
+(`kernels.tail.rectified`). The rest is left out. Text and conditioning are exact.
 
 Compensation "exact" puts blocks into the softmax as pseudo-keys, as in `sol`. "published" scales the exact part by the
 pooled share of what is not compensated, and adds the pooled shares times the mean values.
@@ -25,8 +25,7 @@ from dit_accel.errors import DitAccelError
 from dit_accel.kernels.block_sparse.geometry import BlockLists
 from dit_accel.kernels.router.api import route
 from dit_accel.kernels.router.call import Rule
-from dit_accel.kernels.tail.pooled import compensated
-from dit_accel.kernels.tail.trust import trusted
+from dit_accel.kernels.tail.rectified import compensated, trusted
 from dit_accel.plans.plan import PlanCall, building
 from dit_accel.plans.routed import LARGEST_BLOCK, Ordering, cut
 from dit_accel.plans.tailed import TailDefinition, TailedPlan

@@ -14,7 +14,6 @@ from dit_accel.kernels.block_sparse.api import attend_blocks, attend_visual
 from dit_accel.kernels.block_sparse.geometry import BlockLists, Geometry, Segments
 from dit_accel.kernels.impls import AUTO, Facts, Impl
 from dit_accel.order import TokenOrder, valid_tokens
-from dit_accel.plans.blocks import BlockMask
 from dit_accel.plans.curves import Curve, along
 from dit_accel.plans.plan import Plan, PlanCall, among_others, building
 from dit_accel.plans.tiles import choose_tile
@@ -184,7 +183,8 @@ class RoutedPlan(Plan):
     def kept_keys(self, queries: torch.Tensor, lists: BlockLists | None = None, head: int = 0) -> torch.Tensor:
         """The keys in listed blocks."""
         assert lists is not None, "a routed plan keeps what a call lists"
-        listed = self._mask(BlockLists(lists.indices[0, head], lists.counts[0, head])).dense()
+        own = BlockLists(lists.indices[0, head], lists.counts[0, head])
+        listed = own.map(own.used, self.key_order.visual_blocks)
         rows, columns = (self.block_of(order).to(queries.device) for order in (self.query_order, self.key_order))
         return among_others(listed[rows[queries]][:, columns], self.grid)
 
@@ -239,12 +239,6 @@ class RoutedPlan(Plan):
         around = attend_all(others, k, v, order, self.query_order.block, call._replace(text_bias=bias))
         pieces = [around[:, :, :front], visual, around[:, :, front:]]
         return torch.cat([piece.transpose(1, 2) for piece in pieces], dim=1).transpose(1, 2)
-
-    def _mask(self, lists: BlockLists) -> BlockMask:
-        """Lists of visual blocks as a block mask of the visual tokens alone."""
-        visual = TokenGrid(*self.grid.shape)
-        orders = (TokenOrder(visual, order.block, order.tile) for order in (self.query_order, self.key_order))
-        return BlockMask(lists.indices, lists.counts, torch.zeros_like(lists.indices, dtype=torch.bool), *orders)
 
     def block_sizes(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         """Tokens in each visual query block and in each visual key block, float32, on a device.

@@ -8,7 +8,7 @@ from roundings import assert_dense, tolerance
 from tail_calls import PARTS, check_calls
 
 from dit_accel.errors import DitAccelError
-from dit_accel.kernels.tail.trust import trusted
+from dit_accel.kernels.tail.rectified import trusted
 from dit_accel.methods.rectified import METHOD, Config, RectifiedDefinition
 from dit_accel.plans.plan import PlanCall, attention
 from dit_accel.registry import plan

@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode as traced
 
 from dit_accel.errors import DitAccelError
 from dit_accel.kernels.block_sparse.geometry import BlockLists, BlockSparseCall, Geometry, Segments, empty_rows
+from dit_accel.kernels.cuts import visual_of
 from dit_accel.kernels.impls import AUTO, Facts, Impl, Implementation, choose, named
 from dit_accel.order import TokenOrder
 
@@ -131,7 +132,7 @@ def attend_visual(
     Returns:
         Output [B, H, visual, D], in memory [B, visual, H, D], and LSE [B, H, visual], which may be None without `lse`.
     """
-    grid, dense = key_order.grid, key_order.dense_blocks
+    dense = key_order.dense_blocks
     if dense:
         around = torch.arange(key_order.visual_blocks, key_order.blocks, dtype=torch.int32, device=q.device)
         slots = lists.counts[..., None] + torch.arange(dense, device=q.device)
@@ -139,11 +140,8 @@ def attend_visual(
         indices = indices.scatter(-1, slots.long(), around.expand(slots.shape))
         lists = BlockLists(indices, lists.counts + dense)
     geometry = dataclasses.replace(Geometry.of(query_order, key_order), own_queries=True)
-    visual = grid.visual_rows
-    # autograd copies the gradient of a slice into zeros, even if the slice is the whole tensor
-    queries = q if grid.visual == grid.tokens else q[:, :, visual]
-    bias = None if text_bias is None else text_bias[:, visual]
-    segments = Segments.of(q, text_lens)
+    bias = None if text_bias is None else text_bias[:, key_order.grid.visual_rows]
+    segments, queries = Segments.of(q, text_lens), visual_of(q, key_order.grid)
     return attend_blocks(queries, k, v, lists, geometry, segments, text_bias=bias, scale=scale, lse=lse, impl=impl)
 
 

@@ -67,10 +67,10 @@ class Transposed(NamedTuple):
 
 def order_lists(lists: BlockLists, geometry: Geometry) -> OrderedLists:
     """Order each list for the kernels."""
-    kv_indices, kv_counts, partial, tables, _ = lists
+    kv_indices, _, partial, tables, _ = lists
     width = kv_indices.shape[-1]
     entries = kv_indices.reshape(-1, width)
-    used = _used(kv_indices, kv_counts).reshape(-1, width)
+    used = lists.used.reshape(-1, width)
     needs = _needs_tables(kv_indices, partial, tables, geometry).reshape(-1, width)
     padded, corners = _blocks(geometry.key_order, kv_indices.device)
     padded = padded[torch.where(used, entries, 0)]
@@ -97,7 +97,7 @@ def transpose_lists(
     query_blocks, width = kv_indices.shape[-2:]
     key_blocks = geometry.key_order.blocks
     padded, corners = _blocks(geometry.query_order, kv_indices.device)
-    parts = 2 * torch.where(_used(kv_indices, kv_counts), kv_indices, key_blocks) + padded.int()[:, None]
+    parts = 2 * torch.where(BlockLists(kv_indices, kv_counts).used, kv_indices, key_blocks) + padded.int()[:, None]
     parts, order = parts.reshape(math.prod(kv_indices.shape[:-2]), query_blocks * width).sort(dim=-1, stable=True)
     bounds = torch.arange(2 * key_blocks + 1, dtype=parts.dtype, device=parts.device).expand(len(parts), -1)
     firsts = torch.searchsorted(parts, bounds.contiguous(), out_int32=True)
@@ -171,10 +171,6 @@ def _parts(geometry: Geometry, width: int, numbered: bool) -> tuple[list[tuple[A
         parts.append((shape, (*shape[1:], 1), begin))
         begin += math.prod(shape) + -math.prod(shape) % ALIGN
     return parts, begin
-
-
-def _used(kv_indices: torch.Tensor, kv_counts: torch.Tensor) -> torch.Tensor:
-    return torch.arange(kv_indices.shape[-1], device=kv_indices.device) < kv_counts[..., None]
 
 
 def _needs_tables(
