@@ -71,6 +71,21 @@ class TokenOrder:
     def blocks(self) -> int:
         return self.visual_blocks + self.dense_blocks
 
+    def halved(self) -> tuple[TokenOrder, torch.Tensor]:
+        """Blocks of half the size, each within one of these, and the visual block that each lies in: int64 [blocks].
+
+        Tiles are cut along their first even side.
+        """
+        if self.tile is None:
+            half = dataclasses.replace(self, block=self.block // 2)
+            return half, torch.arange(half.visual_blocks) // 2
+        axis = next(axis for axis, size in enumerate(self.tile) if size % 2 == 0)
+        tile = tuple(size // (2 if at == axis else 1) for at, size in enumerate(self.tile))
+        half = dataclasses.replace(self, block=self.block // 2, tile=tile)
+        sides = [torch.arange(count) // (2 if at == axis else 1) for at, count in enumerate(half.tiles)]
+        (frames, rows, columns), (_, height, width) = sides, self.tiles
+        return half, ((frames[:, None, None] * height + rows[:, None]) * width + columns).flatten()
+
     def index(self) -> torch.Tensor:
         """The token, in model order, of every slot: int64 [blocks * block], -1 for padding slots."""
         grid = self.grid

@@ -67,3 +67,15 @@ def test_bad_orders_are_refused(block, tile):
 
 def test_index_is_int64():
     assert TokenOrder(TokenGrid(1, 2, 2), 4).index().dtype == torch.int64
+
+
+@pytest.mark.parametrize(
+    ("grid", "block", "tile"),
+    [((1, 1, 1), 2, None), ((2, 3, 7), 16, None), ((3, 5, 7), 16, (2, 2, 4)), ((4, 5, 7), 12, (3, 1, 4))],
+)
+def test_halves_lie_in_their_block(grid, block, tile):
+    order = TokenOrder(TokenGrid(*grid, text=5), block, tile)
+    half, parents = order.halved()
+    assert half.block * 2 == block and len(parents) == half.visual_blocks
+    of_half, of_block = (each.block_of_token()[: order.grid.visual] for each in (half, order))
+    assert torch.equal(parents[of_half], of_block)

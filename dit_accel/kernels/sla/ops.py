@@ -18,6 +18,7 @@ from dit_accel.kernels.block_sparse.geometry import BlockLists, empty_rows
 from dit_accel.kernels.cuts import Cut, Cuts, visual_of
 from dit_accel.kernels.router.api import classify, single_blocks
 from dit_accel.kernels.sla.call import KeySegments, SlaCall
+from dit_accel.kernels.sla.triton_configs import MARGINAL_BLOCK
 from dit_accel.tokens import TokenGrid
 
 
@@ -36,10 +37,14 @@ def forward(
     queries, keys, values = (visual_of(x, grid) for x in (q, k, v))
     keys_state, total, key_means = state(keys.detach(), values.detach(), cuts.keys.pack(), call.feature_map)
     orders = call.query_order, single_blocks(key_means)
-    critical, negligible = call.lists or classify(q, key_means, *orders, topk, skip, call.impl)
-    whole = keys_state, total
+    routed, negligible = call.lists or classify(q, key_means, *orders, topk, skip, call.impl)
+    whole, critical = (keys_state, total), routed
+    if call.linear_scope == "marginal" and call.query_order.block > MARGINAL_BLOCK:
+        half, parents = call.query_order.halved()  # both halves of a block keep its lists
+        critical, negligible = (x[:, :, parents.to(x.device)] for x in (critical, negligible))
+        call = call._replace(query_order=half)
     if call.text_bias is None:
-        return _both_branches(queries, k, v, whole, critical, negligible, call, grid), critical
+        return _both_branches(queries, k, v, whole, critical, negligible, call, grid), routed
     # Text with a bias joins the exact branch by its log-sum-exp, so the engine computes that branch. The fused kernel
     # computes the linear branch alone: nothing is critical, and critical blocks count as negligible.
     rest = torch.cat([critical, negligible], dim=-1) if call.linear_scope == "marginal" else negligible
@@ -57,7 +62,7 @@ def forward(
         call._replace(impl="triton"),
         TokenGrid(*grid.shape),
     )
-    return exact + linear, critical
+    return exact + linear, routed
 
 
 def _both_branches(

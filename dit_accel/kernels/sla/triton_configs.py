@@ -9,7 +9,7 @@ from typing import Any
 from dit_accel.kernels.block_sparse import triton_configs as block_sparse
 from dit_accel.kernels.block_sparse.triton_configs import SHARED_BYTES, Launch
 
-MARGINAL_BLOCK = 64  # tokens; sums of 128 x 128 and feature maps in fp32 do not fit the registers together
+MARGINAL_BLOCK = 64  # tokens; more sums and feature maps in fp32 do not fit the registers. Query blocks are halved
 FUSED = ("forward", "dq", "dkdv")  # the kernels of both branches
 SPLIT = 2048  # tokens that one program sums; fixed, so that the order of sums depends on the length alone
 OTHER_MAPS = {"focused": "needs one more sum of a row in its gradient", "hedgehog": "has 2 D features a token"}
@@ -26,10 +26,10 @@ def unsupported(
     Args:
         linear_scope, feature_map: None for a call without linear branch.
     """
-    if linear_scope == "marginal" and max(block_q, block_k) > MARGINAL_BLOCK:
+    if linear_scope == "marginal" and (block_k > MARGINAL_BLOCK or block_q > 2 * MARGINAL_BLOCK):
         return (
-            f"the kernels over marginal blocks take blocks of up to {MARGINAL_BLOCK} tokens, not {block_q} queries and "
-            f"{block_k} keys"
+            f"the kernels over marginal blocks take blocks of up to {2 * MARGINAL_BLOCK} queries and {MARGINAL_BLOCK} "
+            f"keys, not {block_q} and {block_k}"
         )
     if feature_map in OTHER_MAPS:
         return f"the kernels do not compute the feature map {feature_map}, which {OTHER_MAPS[feature_map]}"

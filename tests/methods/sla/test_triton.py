@@ -8,7 +8,9 @@ import torch
 from accuracy import assert_accurate
 from sla_calls import INTERPRETED, MARGINAL, SHORT, WIDE, Case, check
 
+from dit_accel.kernels.sla import ops, triton_configs
 from dit_accel.methods.sla import SparseLinearAttention
+from dit_accel.order import TokenOrder
 from dit_accel.registry import plan
 from dit_accel.tokens import TokenGrid
 
@@ -54,6 +56,20 @@ TRITON_CASES = {
 @pytest.mark.parametrize("case", TRITON_CASES.values(), ids=TRITON_CASES)
 def test_triton_forward_and_gradients(case):
     check(case)
+
+
+@pytest.mark.skipif(not INTERPRETED and not torch.cuda.is_available(), reason="needs TRITON_INTERPRET=1 or CUDA")
+@pytest.mark.parametrize("case", ["wide-marginal-x4", "wide-marginal-tiles"])
+def test_query_blocks_too_large_for_the_marginal_kernels_are_halved(case, monkeypatch):
+    """As for 128 queries, whose halves of 64 the kernels take; here 32 queries, and 16 at most."""
+    halved = []
+    for module in (ops, triton_configs):
+        monkeypatch.setattr(module, "MARGINAL_BLOCK", 16)
+    kept = TokenOrder.halved
+    monkeypatch.setattr(TokenOrder, "halved", lambda order: halved.append(order) or kept(order))
+    tiles = Case(TINY_TEXT, {**MARGINAL, **WIDE, "order": "tile"}, dim=16, text_lens=(3,), **ONE)
+    check(tiles if case == "wide-marginal-tiles" else TRITON_CASES[case])
+    assert [order.block for order in halved] == [32]
 
 
 @pytest.mark.skipif(not INTERPRETED and not torch.cuda.is_available(), reason="needs TRITON_INTERPRET=1 or CUDA")
