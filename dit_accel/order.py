@@ -80,8 +80,8 @@ class TokenOrder:
             half = dataclasses.replace(self, block=self.block // 2)
             return half, torch.arange(half.visual_blocks) // 2
         axis = next(axis for axis, size in enumerate(self.tile) if size % 2 == 0)
-        tile = tuple(size // (2 if at == axis else 1) for at, size in enumerate(self.tile))
-        half = dataclasses.replace(self, block=self.block // 2, tile=tile)
+        t, h, w = (size // (2 if at == axis else 1) for at, size in enumerate(self.tile))
+        half = dataclasses.replace(self, block=self.block // 2, tile=(t, h, w))
         sides = [torch.arange(count) // (2 if at == axis else 1) for at, count in enumerate(half.tiles)]
         (frames, rows, columns), (_, height, width) = sides, self.tiles
         return half, ((frames[:, None, None] * height + rows[:, None]) * width + columns).flatten()
