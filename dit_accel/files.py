@@ -116,7 +116,6 @@ def read_json(path: Path, what: str, remedy: str, needs: Collection[str] = ()) -
     """Read one JSON object.
 
     Args:
-        path: of the file.
         what: what the file is, for errors, such as "layer schedule".
         remedy: what the user can do, a sentence.
         needs: entries that it has.

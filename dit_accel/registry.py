@@ -80,7 +80,7 @@ class Method:
 @functools.cache
 def get_methods() -> Mapping[str, Method]:
     """Every method by name, sorted."""
-    return {found.name: found for found in _declared("methods", "METHOD")}
+    return {found.name: found for found in declared("methods", "METHOD")}
 
 
 def learned_attributes() -> frozenset[str]:
@@ -91,8 +91,8 @@ def learned_attributes() -> frozenset[str]:
 @functools.cache
 def get_families() -> Mapping[str, Family]:
     """Every model family by name, sorted."""
-    alone = _declared("pipelines", "FAMILY")
-    found = [*alone, *itertools.chain(*_declared("pipelines", "FAMILIES"))]
+    alone = declared("pipelines", "FAMILY")
+    found = [*alone, *itertools.chain(*declared("pipelines", "FAMILIES"))]
     return {family.name: family for family in sorted(found, key=lambda family: family.name)}
 
 
@@ -219,7 +219,7 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     return f" Did you mean {near[0]!r}?" if near else ""
 
 
-def _declared(folder: str, attribute: str) -> list[Any]:
+def declared(folder: str, attribute: str) -> list[Any]:
     """That attribute of each module in a folder of the package, in the order of the modules' names."""
     path = importlib.import_module(f"dit_accel.{folder}").__path__
     names = sorted(found.name for found in pkgutil.iter_modules(path) if not found.ispkg)

@@ -73,14 +73,9 @@ def flag(field: dataclasses.Field[Any]) -> str:
 
 
 def build(kind: type, plain: Any, what: str) -> Any:
-    """A dataclass from plain values, such as YAML's.
+    """A dataclass from plain values, such as YAML's; `what` is the subject of an error.
 
     Lists become tuples, text becomes paths, mappings become dataclasses, and one value becomes a tuple of one.
-
-    Args:
-        kind: the dataclass.
-        plain: values by field.
-        what: the subject of an error.
 
     Raises:
         DitAccelError: `plain` is no mapping, a name is unknown, or the dataclass refuses a value.

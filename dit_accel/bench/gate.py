@@ -71,7 +71,6 @@ def check(problem: Problem, attend: Attend, *, gradients: bool) -> dict[str, Err
     The limit is that of `testing.error_budget`, with the largest errors over heads.
 
     Args:
-        problem: the call.
         attend: the function to be timed, (q, k, v) to the output.
         gradients: also check the gradients of q, k, v and of the module's weights.
 

@@ -8,19 +8,16 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
-import importlib
 import itertools
-import pkgutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
-from dit_accel.bench import shapes as shape_files
 from dit_accel.errors import DitAccelError
-from dit_accel.generation.choice import value_text
-from dit_accel.registry import Method, did_you_mean, family_of, get_method, get_methods, plan
+from dit_accel.generation.choice import method_text
+from dit_accel.registry import Method, declared, did_you_mean, family_of, get_method, get_methods, plan
 from dit_accel.tokens import TokenGrid
 
 DIRECTIONS = ("forward", "backward", "both")
@@ -42,7 +39,6 @@ class MethodSetting:
     """A method with its settings or density.
 
     Args:
-        method: its name.
         density: share of the pairs to keep; None if only `config` is given.
         config: settings by name; None: those nearest to `density`.
     """
@@ -54,8 +50,7 @@ class MethodSetting:
     @property
     def title(self) -> str:
         """The setting as typed: ``gna:window=8x16x16,stride=1``."""
-        settings = ",".join(f"{name}={value_text(value)}" for name, value in (self.config or {}).items())
-        return f"{self.method}:{settings}" if settings else self.method
+        return method_text(self.method, self.config or {})
 
     def config_on(self, grid: TokenGrid) -> Mapping[str, Any]:
         """The given settings, or those for the density.
@@ -118,9 +113,7 @@ class Shape:
     """The attention of one model at one size.
 
     Args:
-        name: in rows.
         axes: frames, rows and columns of the visual tokens.
-        heads, head_dim: of the model.
         text, text_first: text tokens in the sequence, and whether they precede the visual ones.
         settings, dtypes, directions: declared for this shape. Without settings: every method that leaves something out
             on it, at every density of `DENSITIES`.
@@ -168,15 +161,6 @@ class Shape:
         known = {} if family is None else family.recommended
         names = [method.name for method in self.methods() if method.name in known]
         return [MethodSetting(name, None, known[name].config) for name in names]
-
-
-class Declared(Protocol):
-    """A declared measurement."""
-
-    @property
-    def name(self) -> str: ...
-
-    def as_dict(self) -> dict[str, Any]: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -242,11 +226,13 @@ class ModelStep:
         }
 
 
+Declared = Row | ModelStep
+Selected = TypeVar("Selected", Row, ModelStep)
+
+
 def get_shapes() -> dict[str, Shape]:
     """Every declared shape by name, file by file."""
-    files = sorted(module.name for module in pkgutil.iter_modules(shape_files.__path__))
-    declared = [importlib.import_module(f"{shape_files.__name__}.{file}").SHAPES for file in files]
-    return {shape.name: shape for shape in itertools.chain(*declared)}
+    return {shape.name: shape for shape in itertools.chain(*declared("bench.shapes", "SHAPES"))}
 
 
 def get_shape(name: str) -> Shape:
@@ -332,9 +318,6 @@ def _settings(
             matching = [setting for setting in declared if (setting.method, setting.density) == (method, density)]
             yield from matching or [MethodSetting(method, density)]
     yield from (setting for setting in settings or () if setting.config is not None)
-
-
-Selected = TypeVar("Selected", bound=Declared)
 
 
 def _matching(rows: list[Selected], pattern: str, form: str) -> list[Selected]:

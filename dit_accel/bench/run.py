@@ -10,6 +10,7 @@ import functools
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -24,6 +25,7 @@ from dit_accel.errors import DitAccelError, first_line
 from dit_accel.generation.provenance import provenance
 from dit_accel.kernels import impls
 from dit_accel.kernels.impls import Impl
+from dit_accel.plans.routed import RoutedPlan
 
 SEED = 0
 PRODUCTS = {"forward": 2, "backward": 5, "both": 7}  # matrix products of 2 * D operations a pair and head
@@ -57,7 +59,7 @@ class Bench:
         impl: "auto", or the name of an implementation in `kernels.impls`.
         seconds: for the timing of one row.
         peer: also time FlexAttention, if it compiles.
-        profile: called for each row with its name and profile (`timing.profile`).
+        profile: a file to which each row's name and profile (`timing.profile`) are added.
     """
 
     def __init__(
@@ -66,7 +68,7 @@ class Bench:
         impl: Impl = "auto",
         seconds: float = 2.0,
         peer: bool = False,
-        profile: Callable[[str], None] | None = None,
+        profile: Path | None = None,
     ) -> None:
         self.device, self.impl, self.seconds, self.peer, self.profile = device, impl, seconds, peer, profile
         impls.check(impl)
@@ -98,7 +100,8 @@ class Bench:
             calls["peer"] = peer.pop("call")
         taken = alternate(calls, self.seconds, self.device)
         if self.profile is not None:
-            self.profile(f"{row.name}\n{profile(calls['sparse'], self.device)}")
+            with self.profile.open("a", encoding="utf-8") as file:
+                file.write(f"{row.name}\n{profile(calls['sparse'], self.device)}\n")
         times = quantiles(taken["sparse"])
         baseline = statistics.median(taken["dense"])
         if peer is not None and "peer" in taken:
@@ -252,3 +255,31 @@ def _dense(name: str) -> Attend:
             return F.scaled_dot_product_attention(q, k, v)
 
     return attend
+
+
+def count(row: Row) -> dict[str, Any]:
+    """A row's declaration with its work, in 10^12 operations of all heads: matrix products alone.
+
+    It is counted from the row's plan: any computer does it, and no attention is computed.
+
+    Returns:
+        `tflop`: least and most, of the attended pairs; `block_tflop`: of the blocks that a kernel visits, None if only
+        a call tells; `dense_tflop`: of all pairs.
+
+    Raises:
+        DitAccelError: the setting does not fit the shape, or comes not near its density.
+    """
+    shape = row.shape
+    made = registry.plan(row.setting.method, shape.grid, **row.setting.config_on(shape.grid))
+    each = 2 * PRODUCTS[row.direction] * shape.head_dim * shape.heads / 1e12
+    if isinstance(made, RoutedPlan):
+        bounds, visited, orders = made.bounds, made.visited, (made.query_order, made.key_order)
+        computed = None if visited is None else visited * orders[0].block * orders[1].block * each
+    else:
+        assert made.pairs is not None
+        bounds, computed = (made.pairs, made.pairs), shape.tokens**2 * each
+        if made.pairs < shape.tokens**2:
+            blocks = made.block_mask()
+            computed = blocks.visited * blocks.query_order.block * blocks.key_order.block * each * made.head_share
+    found = {"tflop": [pairs * each for pairs in bounds], "block_tflop": computed}
+    return {**row.as_dict(), **found, "dense_tflop": shape.tokens**2 * each}

@@ -23,7 +23,6 @@ def alternate(
     On a GPU events time the work, and the caches are emptied before each call; elsewhere the clock does.
 
     Args:
-        calls: by name.
         seconds: for all rounds together.
         least: number of rounds, even if they take longer.
     """

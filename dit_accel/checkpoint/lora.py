@@ -158,9 +158,7 @@ def apply(
     """Load what `write` wrote into the transformers.
 
     Args:
-        path: the folder.
         record: what `write` returned.
-        transformers: by component name.
         any_weights: accept other weights than those the training started from.
 
     Returns:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -84,7 +84,7 @@ def bench(given: dict[str, Any]) -> int:
         _refuse("without --models operators are measured, not steps", given, ("mode",))
     if options.count:
         _refuse("--count counts the work of operators", given, ("list", "models", "output", "picture"))
-        from dit_accel.bench.work import count
+        from dit_accel.bench.run import count
 
         for row in cast("Sequence[Row]", _chosen(options, None)):
             work = count(row)
@@ -116,8 +116,12 @@ def bench(given: dict[str, Any]) -> int:
     else:
         from dit_accel.bench.run import Bench
 
-        writer = None if options.profile is None else _profile_writer(options.profile)
-        found = Bench(device, options.impl, options.seconds, options.peer, writer).run(cast("Sequence[Row]", rows))
+        if options.profile is not None:
+            check_file(options.profile, (".txt",), option="--profile")
+            replace_file(options.profile, b"")
+        found = Bench(device, options.impl, options.seconds, options.peer, options.profile).run(
+            cast("Sequence[Row]", rows)
+        )
     return _measure(found, len(rows), options)
 
 
@@ -137,19 +141,6 @@ def _show_file(options: BenchOptions, path: Path) -> None:
         content = json.dumps([dataclasses.asdict(entry) for entry in entries], indent=1)
         replace_file(options.break_even, f"{content}\n".encode())
     _show(records, options)
-
-
-def _profile_writer(path: Path) -> Callable[[str], None]:
-    """A function that adds text to a file, which begins empty."""
-    check_file(path, (".txt",), option="--profile")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("", encoding="utf-8")
-
-    def write(text: str) -> None:
-        with path.open("a", encoding="utf-8") as file:
-            file.write(text + "\n")
-
-    return write
 
 
 def _refuse(why: str, given: dict[str, Any], unused: Sequence[str]) -> None:

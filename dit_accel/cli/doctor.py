@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
+import importlib.util
 import json
+import os
 import shutil
 import sys
 from typing import TYPE_CHECKING, Any
@@ -12,11 +15,14 @@ import typer
 
 from dit_accel import values
 from dit_accel.cli.options import JsonOptions, command
+from dit_accel.errors import DitAccelError, first_line
 from dit_accel.generation.request import DeviceOptions, SourceOptions
 from dit_accel.values import option
 
 if TYPE_CHECKING:
     import torch
+
+    from dit_accel.generation.sources import Source
 
 OK, MISSING = "yes", "no"
 HEAD_DIM, BLOCK_Q, BLOCK_K = 128, 128, 64  # of the calls that are asked about: most models' heads, the usual blocks
@@ -48,7 +54,6 @@ class Finding:
     """One thing that was looked at.
 
     Args:
-        subject: what it is.
         works: whether it would run here.
         detail: which one, or why not.
         remedy: the command that mends it; None where there is none.
@@ -100,8 +105,6 @@ def _kernels(device: torch.device, dtype: torch.dtype) -> list[Finding]:
 
 def _compiler(device: torch.device) -> Finding:
     """What torch.compile needs: Triton on CUDA, a C++ compiler elsewhere."""
-    import importlib.util
-
     if device.type == "cuda":
         works = importlib.util.find_spec("triton") is not None
         return Finding("torch.compile", works, "by Triton", None if works else "pip install triton")
@@ -113,8 +116,6 @@ def _compiler(device: torch.device) -> Finding:
 
 
 def _package(module: str, purpose: str, wanted: str) -> Finding:
-    import importlib.util
-
     works = importlib.util.find_spec(module) is not None
     return Finding(f"package {module}", works, f"for {purpose}", None if works else f"pip install {wanted}")
 
@@ -122,7 +123,6 @@ def _package(module: str, purpose: str, wanted: str) -> Finding:
 def _memory(model: str, revision: str | None, device: torch.device, dtype: torch.dtype) -> Finding:
     """The weights' size against the memory that is free; nothing but JSON files is read."""
     from dit_accel.generation import sources
-    from dit_accel.generation.weights import free_memory, weight_bytes
 
     sizes = weight_bytes(sources.find(model, revision), dtype)
     total, free = sum(sizes.values()), free_memory(device)
@@ -137,3 +137,49 @@ def _memory(model: str, revision: str | None, device: torch.device, dtype: torch
 
 def _gigabytes(size: int) -> str:
     return f"{size / 1e9:.2f} GB"
+
+
+def weight_bytes(source: Source, dtype: torch.dtype) -> dict[str, int]:
+    """Bytes of each component with weights, in that dtype, by name; read from its JSON files alone.
+
+    Raises:
+        DitAccelError: a configuration is missing, or describes no model that is installed here.
+    """
+    import torch
+
+    found = {}
+    for name, entry in source.index.items():
+        if not isinstance(entry, list) or entry[0] is None or not (source.folder / name / "config.json").is_file():
+            continue  # a tokenizer, a scheduler, a setting, or a part that this pipeline goes without
+        try:
+            with torch.device("meta"):
+                module = _empty(entry[0], entry[1], source.config(name))
+        except (AttributeError, ImportError, KeyError, TypeError, ValueError) as error:
+            raise DitAccelError(
+                f"The size of {name} of {source.model} is unknown: {entry[0]} has no {entry[1]} that its configuration "
+                f"describes ({first_line(error)})."
+            ) from error
+        found[name] = sum(weight.numel() for weight in module.parameters()) * dtype.itemsize
+    return found
+
+
+def _empty(library: str, kind: str, config: dict[str, Any]) -> torch.nn.Module:
+    """A component without its weights' memory."""
+    cls = getattr(importlib.import_module(library), kind)
+    if library == "transformers":
+        made: torch.nn.Module = cls(cls.config_class.from_dict(config))
+        return made
+    return cls.from_config(config)
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that are free on a device; on a CPU what the machine says is available."""
+    import torch
+
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    try:
+        with open("/proc/meminfo", encoding="ascii") as lines:
+            return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -83,7 +83,7 @@ def evaluate(compared: dict[str, Any], given: dict[str, Any]) -> int:
     if asked.write_card and not folders:
         raise DitAccelError("--write-card writes into the model card of a --load, and none came.")
     for folder in folders:
-        card.check(folder)
+        card.split(folder)
     try:
         summary, broken = quality.run(request)
     except KeyboardInterrupt as stop:

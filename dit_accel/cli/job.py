@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import sys
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,14 +34,8 @@ class GenerateJob:
     """A request whose parts fit together; no weights are loaded yet.
 
     Args:
-        request: the options.
-        chosen: method and settings.
-        source: where the model comes from.
         arguments: of the pipeline's call.
         fps: frames a second; None for a model of images.
-        grid: the tokens of that size.
-        output: the file to write.
-        device, dtype: as asked for.
     """
 
     request: GenerateRequest
@@ -87,6 +82,9 @@ class GenerateJob:
         arguments = self.arguments | {"prompt": request.prompt}
         runs, report = _run(pipe, self.chosen, arguments, request, self.device)
         path, title = request.output or self.output, self.chosen.title
+        if runs["accelerated"].sound:
+            warning = f"{type(pipe).__name__} also made sound, and {path} has none: only pictures are written."
+            print(f"warning: {warning}", file=sys.stderr)
         record = {
             "request": values.record(request),
             "pipeline": type(pipe).__name__,

@@ -28,11 +28,9 @@ def tune(given: dict[str, Any]) -> int:
         if request.calibrate is not None:
             typer.echo("\n".join(calibrate.run(request)))
             return 0
-        summary, path = job.run(request)
+        summary, lines = job.run(request)
     except KeyboardInterrupt as stop:
         raise Interrupted(f"interrupted; the same command goes on with what is in {request.output}.") from stop
     show(summary)
-    if path is None:
-        return BROKEN
-    typer.echo(f"settings: {path}\ntry it:   dit-accel generate --model {request.model} --load {path}")
-    return 0
+    typer.echo("\n".join(lines), nl=bool(lines))
+    return 0 if lines else BROKEN

@@ -40,7 +40,6 @@ class AttentionRecord:
     """Measured layers × steps, one figure a head.
 
     Attributes:
-        steps: the denoising steps, in order.
         layers: names of transformer and layer as in `Accelerator.report()`, in the order they run.
         queries: sampled in each head of a call.
         error: by (layer, step), for each head: norm of sparse minus dense over the norm of dense, over all samples and
@@ -78,7 +77,6 @@ def record_attention(
     """Measure the sparse attention calls of one run.
 
     Args:
-        accel: at work in the pipeline.
         run: calls the pipeline once; its transformers are not compiled.
         steps: denoising steps to measure; None: all.
         layers: indices of layers in each transformer, in the order they run; None: all.

@@ -28,7 +28,6 @@ class Scored:
     Args:
         frames: float32 [F, 3, H, W] in [0, 1].
         baseline: the untouched pipeline's frames of the same prompt and seed, of the same shape.
-        prompt: of the sample.
     """
 
     def __init__(self, frames: torch.Tensor, baseline: torch.Tensor, prompt: str) -> None:
@@ -171,9 +170,7 @@ def choose(asked: Iterable[str], embedded: bool, frames: int, device: torch.devi
 
     Args:
         asked: as typed; empty for the defaults.
-        embedded: whether the model is.
         frames: of each sample; 1 leaves out metrics of neighbouring frames.
-        device: of the networks.
 
     Raises:
         DitAccelError: a metric is unknown or named twice, its packages are missing, or its network cannot load.

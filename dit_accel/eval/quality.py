@@ -203,7 +203,6 @@ def _fitting(
         metrics: chosen; one that was asked for by name stays if it has a number at all.
         real: images of the real set; None if it is the baseline's.
         generated: images of each method.
-        device: where the networks run.
 
     Raises:
         DitAccelError: a metric that was asked for by name would have no number.

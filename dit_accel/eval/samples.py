@@ -88,12 +88,7 @@ def hash_of(frames: np.ndarray) -> str:
 
 
 class Results:
-    """The rows of an evaluation's folder; each process adds to a file of its own.
-
-    Args:
-        folder: of the evaluation.
-        process: index of this process.
-    """
+    """The rows of an evaluation's folder; each process adds to a file of its own."""
 
     def __init__(self, folder: Path, process: int = 0) -> None:
         self.folder = folder

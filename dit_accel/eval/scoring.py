@@ -97,13 +97,11 @@ def score(
     of whole sets.
 
     Args:
-        metrics: to score.
         labels: of the methods, the baseline first.
         samples: the prompt of each, and a function that reads a label's frames, uint8 [F, H, W, 3]. They come prompt by
             prompt, with equally many seeds.
         media: the real set; if empty, it is the baseline's frames.
         process: does its share of the work; all processes call this together.
-        device: of networks and sums.
     """
     collected: dict[tuple[str, str], torchmetrics.Metric] = {}
     for metric in metrics:

@@ -44,19 +44,12 @@ class Evaluation:
     """A sweep whose samples are all there.
 
     Args:
-        request: what was asked for.
-        limits: its limits.
         candidates: the baseline and the methods.
-        items: prompts and seeds.
         sweep: knows where the samples lie.
-        metrics: to score.
         left_out: why metrics are left out that are usually measured.
         media, images: the real set and how many images it has; none: the baseline's own frames.
         attention: what `Sweep.attention` gave for each method; empty where it was not asked for.
-        grid: of the tokens.
-        fps: of the videos.
         device, dtype: where and in what the model ran.
-        process: this one among those that share the work.
     """
 
     request: EvalRequest

@@ -21,8 +21,7 @@ from dit_accel.files import read_json, replace_file
 from dit_accel.generation import call
 from dit_accel.generation.choice import MethodChoice
 from dit_accel.generation.provenance import ROOT
-from dit_accel.generation.sampling import TotalBar, progress_bar, sample
-from dit_accel.generation.stopwatch import attention_time
+from dit_accel.generation.sampling import TotalBar, attention_time, progress_bar, sample
 from dit_accel.hooks.schedule import Schedule
 
 if TYPE_CHECKING:
@@ -78,10 +77,8 @@ class Sweep:
     """Generates the samples that are not there yet.
 
     Args:
-        pipe: ready to be called.
         arguments: makes those of its call, without the prompt, from the defaults of a method (`MethodChoice.call`).
         identity: what else decides the pixels: model, device, versions.
-        device: where it runs.
         results: the known rows; new ones are added to them.
         samples, baselines: where the frames of methods and of the baseline lie.
         compile: whether the transformers are compiled, so that a warm-up takes a whole loop.

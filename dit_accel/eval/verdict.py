@@ -26,8 +26,6 @@ def decide(rows: Sequence[Row], metrics: Sequence[dict[str, Any]], limits: Seque
 
     Args:
         rows: of the summary, the baseline first.
-        metrics: of the summary.
-        limits: to choose under.
         tokens: of the attention's sequence.
     """
     main = main_metric(metrics)

@@ -138,7 +138,6 @@ def call_arguments(
     """The keyword arguments of a pipeline's call.
 
     Args:
-        kind: the pipeline's class.
         own: the model's defaults; arguments that the pipeline lacks are left out.
         given: values of options, by argument; None if not given.
         extra: ``key=value`` for any other argument; the value is JSON or plain text.
@@ -174,7 +173,6 @@ def parameters(kind: type, given: Iterable[str]) -> Mapping[str, inspect.Paramet
     """The arguments of a pipeline's call, annotated with types.
 
     Args:
-        kind: the pipeline's class.
         given: arguments that the call has; of a modular pipeline they decide which blocks run.
     """
     if modular.is_modular(kind):

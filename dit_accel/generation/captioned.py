@@ -40,6 +40,18 @@ def find(folder: Path) -> list[Captioned]:
     return [Captioned(path, _caption(path.with_suffix(".txt"))) for path in paths]
 
 
+def find_all(folder: Path, otherwise: str) -> list[Captioned]:
+    """As `find`; a file without a caption is refused. `otherwise` is what the user can do besides writing it."""
+    items = find(folder)
+    bare = [item.path for item in items if item.caption is None]
+    if bare:
+        raise DitAccelError(
+            f"{len(bare)} of {len(items)} files in {folder} have no caption, such as {bare[0].name}. Write its "
+            f"caption to {bare[0].with_suffix('.txt').name} beside it, or {otherwise}."
+        )
+    return items
+
+
 def _caption(path: Path) -> str | None:
     try:
         text = " ".join(path.read_text(encoding="utf-8-sig").split())

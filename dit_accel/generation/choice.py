@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,9 +30,7 @@ class MethodChoice:
     """A method with its settings and schedule, typed or saved.
 
     Args:
-        name: of the method.
         config: the given settings; empty with `layers`.
-        schedule: dense steps and layers.
         folder: of the saved accelerator; None if typed, or from a layer schedule.
         layers: the settings of each layer, if a saved accelerator has them, or a layer schedule's.
         file: of the layer schedule, if there is one.
@@ -63,10 +62,7 @@ class MethodChoice:
     @property
     def title(self) -> str:
         """The choice as typed: ``gna:window=18x24x24,stride=4``."""
-        settings = ",".join(f"{key}={value_text(value)}" for key, value in self.config.items())
-        if self.layers is not None:
-            return f"{self.name} layer by layer"
-        return f"{self.name}:{settings}" if settings else self.name
+        return f"{self.name} layer by layer" if self.layers is not None else method_text(self.name, self.config)
 
     def check(self, grid: TokenGrid) -> None:
         """Refuse settings that do not fit this grid, or keep every pair of its tokens, before weights are loaded."""
@@ -111,7 +107,6 @@ def choose(asked: MethodOptions, family: Family | None = None, transformers: int
     """Read a choice from options; dense if there are none.
 
     Args:
-        asked: the options.
         family: its recommended settings replace the methods' defaults; None: the defaults count.
         transformers: of the pipeline.
 
@@ -164,6 +159,12 @@ def choose(asked: MethodOptions, family: Family | None = None, transformers: int
         dense_backend=asked.dense_backend,
         call=call,
     )
+
+
+def method_text(name: str, config: Mapping[str, Any]) -> str:
+    """A method and its settings as typed: ``gna:window=18x24x24,stride=4``."""
+    settings = ",".join(f"{key}={value_text(value)}" for key, value in config.items())
+    return f"{name}:{settings}" if settings else name
 
 
 def value_text(value: object) -> str:

@@ -26,7 +26,6 @@ def parameters(kind: type, given: Iterable[str]) -> dict[str, inspect.Parameter]
     """The arguments of a call, by name.
 
     Args:
-        kind: the pipeline's class.
         given: arguments that the call has; they decide which blocks run.
     """
     import diffusers
@@ -62,7 +61,6 @@ def load(
 
     Args:
         where: a folder, or an id on the Hub.
-        revision: of the latter.
         dtypes: of the weights by component, and of others under "default".
         given: arguments of the calls to come; they decide which blocks run.
         offload_to: the device to which whole models move when they run; None: they stay where they are put.

@@ -19,8 +19,6 @@ class Prompts:
     """The prompts of a source, in order.
 
     Args:
-        source: a name or path, as given.
-        texts: the prompts.
         media: the captioned images or videos with these captions; empty for other sources.
     """
 
@@ -49,8 +47,8 @@ def read(source: str) -> Prompts:
     if source in built_in():
         texts = json.loads((LISTS / f"{source}.json").read_text(encoding="utf-8"))
     elif path.is_dir():
-        media = tuple(captioned.find(path))
-        texts = [_caption(found) for found in media]
+        media = tuple(captioned.find_all(path, "give the folder as --real, which needs no captions"))
+        texts = [found.caption for found in media]
     elif path.is_file():
         texts = _lines(path)
     else:
@@ -69,12 +67,3 @@ def _lines(path: Path) -> list[str]:
     except (OSError, UnicodeDecodeError) as error:
         raise DitAccelError(f"--prompts {path} cannot be read as text: {first_line(error)}.") from error
     return [line.strip() for line in text.splitlines() if line.strip()]
-
-
-def _caption(found: Captioned) -> str:
-    if found.caption is None:
-        raise DitAccelError(
-            f"{found.path} has no caption. Write it to {found.path.with_suffix('.txt').name} beside it, or give the "
-            "folder as --real, which needs no captions."
-        )
-    return found.caption

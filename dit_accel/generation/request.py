@@ -179,7 +179,6 @@ class ModelRequest(SourceOptions, SamplingOptions, MemoryOptions):
         Args:
             shape: frames, height and width in pixels.
             video: whether the call takes frames.
-            given: further arguments.
         """
         asked = {
             **given,

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 from dit_accel.errors import DitAccelError, first_line
 from dit_accel.generation import modular, sources
 from dit_accel.generation.finite import find_place
-from dit_accel.generation.stopwatch import Stopwatch
 
 if TYPE_CHECKING:
     import numpy as np
@@ -35,8 +34,8 @@ class TimedOutput:
         frames: float32 [F, H, W, 3] in [0, 1]; an image has one frame.
         seconds: of the whole call, from prompt to pixels.
         denoising_seconds: of its denoising loop.
-        steps: number of denoising steps.
         peak_memory: largest number of bytes allocated on the GPU during the call; None on a CPU.
+        sound: whether the pipeline also made sound, which is not kept.
     """
 
     frames: np.ndarray
@@ -44,12 +43,51 @@ class TimedOutput:
     denoising_seconds: float
     steps: int
     peak_memory: int | None
+    sound: bool = False
 
     def record(self) -> dict[str, Any]:
-        """The figures, without the frames."""
-        figures = dataclasses.asdict(dataclasses.replace(self, frames=None))  # type: ignore[arg-type]
-        del figures["frames"]
-        return figures | {"seconds_per_step": self.denoising_seconds / max(self.steps, 1)}
+        """The figures, without frames and sound."""
+        names = ("seconds", "denoising_seconds", "steps", "peak_memory")
+        per_step = self.denoising_seconds / max(self.steps, 1)
+        return {name: getattr(self, name) for name in names} | {"seconds_per_step": per_step}
+
+
+class Stopwatch:
+    """Adds up the time of work on `device` between each `start` and `stop`, without making a GPU wait."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._clocked = 0.0
+        self._began: Any = None
+        self._events: list[tuple[Any, Any]] = []
+
+    def start(self) -> None:
+        """Begin a time span."""
+        self._began = self._mark()
+
+    def stop(self) -> None:
+        """Add the time since `start`."""
+        ended = self._mark()
+        if self._device.type == "cuda":
+            self._events.append((self._began, ended))
+        else:
+            self._clocked += ended - self._began
+
+    @property
+    def seconds(self) -> float:
+        """The sum; waits for the GPU."""
+        if self._events:
+            self._events[-1][1].synchronize()
+        return self._clocked + sum(began.elapsed_time(ended) for began, ended in self._events) / 1000
+
+    def _mark(self) -> Any:
+        if self._device.type != "cuda":
+            return time.perf_counter()
+        import torch
+
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self._device))
+        return event
 
 
 class Steps:
@@ -157,7 +195,8 @@ def sample(
     with _steps(pipe, title, device, progress) as steps:
         began = time.perf_counter()
         result = call(pipe, arguments, seed)
-        synchronize(device)
+        if on_gpu:
+            torch.cuda.synchronize(device)
         seconds = time.perf_counter() - began
     name = next(name for name in ("frames", "videos", "images") if hasattr(result, name))
     frames = result.images[:1] if name == "images" else getattr(result, name)[0]
@@ -168,7 +207,8 @@ def sample(
             f"{type(pipe).__name__} made NaN or infinite values, first in {place}. Lower --guidance, or try --dtype "
             "float32 or another method."
         )
-    return TimedOutput(frames, seconds, steps.watch.seconds, steps.steps, memory)
+    sound = any(getattr(result, name, None) is not None for name in ("audio", "sound"))
+    return TimedOutput(frames, seconds, steps.watch.seconds, steps.steps, memory, sound)
 
 
 def progress_bar(text: str = "{task.description}", *, show: bool = True) -> Progress:
@@ -191,7 +231,6 @@ class TotalBar:
 
     Args:
         progress: shown by the caller.
-        title: of the bar.
         steps: of the whole.
     """
 
@@ -226,9 +265,22 @@ def _steps(pipe: DiffusionPipeline, title: str, device: torch.device, progress: 
                 bar.remove_task(task)
 
 
-def synchronize(device: torch.device) -> None:
-    """Wait for the device's work."""
-    import torch
+@contextlib.contextmanager
+def attention_time(pipe: Any, device: torch.device) -> Iterator[Stopwatch]:
+    """Time a pipeline's self-attention modules (projections, attention and output) inside a with block.
 
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    The transformers must not be compiled: hooks inside a compiled block break its graph.
+    """
+    from dit_accel.pipelines.targets import find_transformers
+
+    watch = Stopwatch(device)
+    handles = []
+    for transformer, family in find_transformers(pipe)[0].values():
+        for _, module in family.attentions(transformer):
+            handles.append(module.register_forward_pre_hook(lambda *call: watch.start()))
+            handles.append(module.register_forward_hook(lambda *call: watch.stop()))
+    try:
+        yield watch
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -190,9 +190,7 @@ def load(
     """Load the pipeline from safetensors only, and run no code of the model.
 
     Args:
-        source: from `find`.
         dtype: of the weights; Wan's codec stays in float32.
-        device: where it will run.
         offload: "none" keeps the pipeline there; "model" and "group" move components or layers there when they run.
         given: arguments of the calls to come; of a modular pipeline, the components that they need are loaded.
 

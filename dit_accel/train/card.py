@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import pathlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from dit_accel.errors import DitAccelError
 from dit_accel.files import replace_file
@@ -54,26 +54,14 @@ class Base:
         return cls(source.model, source.revision, found.get("license_name") or found.get("license"))
 
 
-def write(
-    folder: pathlib.Path, base: Base, accel: Accelerator, settings: TrainSettings, data: Dataset, steps: int
-) -> None:
-    """Write `README.md`: base model, data, training, use and limits."""
-    replace_file(folder / CARD, text(base, accel, settings, data, steps).encode())
-
-
-def check(folder: pathlib.Path) -> None:
-    """Refuse a folder without a model card that has a section for the quality."""
-    _parts(folder)
-
-
 def write_quality(folder: pathlib.Path, measured: str) -> None:
     """Write the measured quality, Markdown without headings, into a model card, in place of an earlier one."""
-    before, after = _parts(folder)
+    before, after = split(folder)
     replace_file(folder / CARD, f"{before}{QUALITY}{measured}{LIMITS}{after}".encode())
 
 
-def _parts(folder: pathlib.Path) -> tuple[str, str]:
-    """The card's text before and after the measured quality."""
+def split(folder: pathlib.Path) -> tuple[str, str]:
+    """The card's text before and after the measured quality; a folder without a card that has both is refused."""
     try:
         before, found, rest = (folder / CARD).read_text(encoding="utf-8").partition(QUALITY)
     except OSError as error:
@@ -89,68 +77,36 @@ def _parts(folder: pathlib.Path) -> tuple[str, str]:
     return before, after
 
 
-def text(base: Base, accel: Accelerator, settings: TrainSettings, data: Dataset, steps: int) -> str:
-    """The card as Markdown with the Hub's header."""
+def write(
+    folder: pathlib.Path, base: Base, accel: Accelerator, settings: TrainSettings, data: Dataset, steps: int
+) -> None:
+    """Write `README.md` from `card.md.j2`: the Hub's header, base model, data, training, use and limits."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
     licence = NON_COMMERCIAL.get(base.model) or base.licence
-    restricted = licence is not None and "non-commercial" in licence.lower()
-    warning = f"> **Not for commercial use.** The base model's licence ({licence}) covers weights derived from it.\n\n"
     kinds = [f"a LoRA of rank {settings.rank}" if settings.rank else "all weights of the transformer"]
     if not settings.trains_model:
         kinds = []
     if learned := len(accel.learned_weights()):
         kinds.append(f"{accel.method}'s own weights in {learned} layers")
-    objectives = ", ".join(f"{name} x {weight:g}" for name, weight in settings.objectives.items())
-    call = accel.trained.call if accel.trained is not None else {}
-    sampling = f"\nMade to be sampled with {json.dumps(dict(call))}.\n" if call else ""
-    rows = "\n".join(f"| {key} | {_plain(value)} |" for key, value in settings.as_dict().items())
-    about = "\n".join(f"| {key} | {_plain(value)} |" for key, value in data.about.items())
-    revision = "" if base.revision is None else f", revision {base.revision}"
-    loading = f"from diffusers import DiffusionPipeline\n\npipe = DiffusionPipeline.from_pretrained({base.model!r})"
-    if base.model in EMBEDDED:
-        loading = "from dit_accel.pipelines.demo import load_demo\n\npipe = load_demo()"
-    header = {"base_model": base.model, "library_name": "diffusers", "license": licence or "other"}
-    front = "\n".join(f"{key}: {value}" for key, value in header.items())
-    return f"""---
-{front}
-tags:
-- dit_accel
-- {accel.method}
----
-
-# {base.model} with {accel.method} attention
-
-{warning if restricted else ""}Fine-tuned for `{accel.config}` by dit_accel: {", and ".join(kinds)}; {steps} steps.
-
-```python
-import dit_accel
-{loading}
-accel = dit_accel.load(pipe, "this folder")
-```
-{sampling}
-The LoRA, if there is one, also loads with Diffusers' `load_lora_weights`, without the attention it was trained for.
-
-## Base model
-
-{base.model}{revision}; licence: {licence or "not recorded, see the base model"}.
-
-## Data
-
-| {len(data)} samples | |
-|---|---|
-{about}
-
-## Training
-
-Objectives: {objectives}.
-
-| setting | value |
-|---|---|
-{rows}
-{QUALITY}Not measured yet: `dit-accel eval --load FOLDER --write-card` measures it and writes it here.{LIMITS}\
-Made for these base weights and this method; other weights of the same shape are refused unless asked for. Sizes far
-from the training data's are not covered.
-"""
-
-
-def _plain(value: Any) -> str:
-    return str(value).replace("|", "\\|").replace("\n", " ")
+    environment = Environment(
+        loader=FileSystemLoader(pathlib.Path(__file__).parent), undefined=StrictUndefined, trim_blocks=True,
+        keep_trailing_newline=True,
+    )  # fmt: skip
+    environment.filters["plain"] = lambda value: str(value).replace("|", "\\|").replace("\n", " ")
+    text = environment.get_template("card.md.j2").render(
+        base=base,
+        accel=accel,
+        settings=settings,
+        data=data,
+        steps=steps,
+        licence=licence,
+        restricted=licence is not None and "non-commercial" in licence.lower(),
+        embedded=base.model in EMBEDDED,
+        trained=kinds,
+        objectives=", ".join(f"{name} x {weight:g}" for name, weight in settings.objectives.items()),
+        call=json.dumps(dict(accel.trained.call)) if accel.trained is not None and accel.trained.call else None,
+        quality=QUALITY,
+        limits=LIMITS,
+    )
+    replace_file(folder / CARD, text.encode())

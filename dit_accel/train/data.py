@@ -153,9 +153,7 @@ class Order:
     rest of a kind. A kind with fewer samples than a batch is repeated to fill one.
 
     Args:
-        kinds: of each sample.
         batch: samples in a micro-batch.
-        seed: of the permutations.
     """
 
     def __init__(self, kinds: list[str], batch: int, seed: int) -> None:

@@ -59,11 +59,8 @@ def train(
 
     Args:
         pipe: the dense pipeline, on the device to train on.
-        settings: of the run.
         data: folder that `prepare.py` made.
         output: folder of the run, which is returned; see the module.
-        base: the model that the pipeline was loaded from.
-        validation: samples to generate during the run.
         call: arguments of the pipeline's calls after training; saved with the result.
 
     Raises:

@@ -27,8 +27,6 @@ class TrainingNetworks:
 
     Args:
         transformer: the student, accelerated by `accel`, with a LoRA if `lora`.
-        family: of the transformer.
-        accel: the accelerator at work in it.
         lora: turn adapters off while the transformer is its own teacher.
         layers: indices of the self-attention modules whose output is recorded.
         hidden: record the input of the output head.
@@ -105,7 +103,6 @@ class TrainingNetworks:
             model: the transformer, as Hugging Face accelerate prepared it.
             noisy: [B, ...] latents.
             timestep: [B], in the scheduler's units.
-            call: the other arguments.
         """
         dtype: torch.dtype = self._transformer.dtype  # type: ignore[assignment]
         arguments = {name: placed(value, noisy.device, dtype) for name, value in call.items()}

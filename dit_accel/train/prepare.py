@@ -20,7 +20,6 @@ from dit_accel.train.data import Call, TrainingSample
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-    from dit_accel.generation.captioned import Captioned
 
 NOT_CONDITIONING = ("hidden_states", "timestep", "return_dict")
 
@@ -182,20 +181,6 @@ def encode(pipe: DiffusionPipeline, video: torch.Tensor, shape: torch.Size) -> t
     return latents
 
 
-def find_captioned(folder: pathlib.Path) -> list[Captioned]:
-    """The captioned media of a folder."""
-    from dit_accel.generation.captioned import find
-
-    items = find(folder)
-    bare = [item.path.name for item in items if item.caption is None]
-    if bare:
-        raise DitAccelError(
-            f"{len(bare)} of {len(items)} files in {folder} have no caption, such as {bare[0]}. Write its caption to "
-            f"{items[0].path.with_name(bare[0]).with_suffix('.txt').name} beside it, or remove it."
-        )
-    return items
-
-
 def captioned(folder: pathlib.Path, size: Mapping[str, int]) -> Iterator[tuple[torch.Tensor, str]]:
     """Captioned media of a folder as float32 [3, F, H, W] in [-1, 1], scaled to cover the size and cropped to it.
 
@@ -204,10 +189,10 @@ def captioned(folder: pathlib.Path, size: Mapping[str, int]) -> Iterator[tuple[t
     Raises:
         DitAccelError: the folder holds no media, or a file has no caption or too few frames.
     """
-    from dit_accel.generation.captioned import read_frames
+    from dit_accel.generation.captioned import find_all, read_frames
 
     frames, height, width = size.get("num_frames", 1), size["height"], size["width"]
-    for item in find_captioned(folder):
+    for item in find_all(folder, "remove the file"):
         pixels = torch.from_numpy(read_frames(item.path)).permute(0, 3, 1, 2).float() / 127.5 - 1  # [F, 3, H, W]
         if len(pixels) < frames:
             raise DitAccelError(

@@ -120,7 +120,6 @@ def process_of(scheduler: Any, latents: torch.Size) -> NoiseProcess:
     """The noising process of a pipeline's scheduler.
 
     Args:
-        scheduler: of the pipeline.
         latents: shape of one sample; a scheduler that shifts by length (FLUX) reads it.
     """
     config = scheduler.config

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 from dit_accel import registry, values
 from dit_accel.errors import DitAccelError
-from dit_accel.generation import prompts
+from dit_accel.generation import captioned, prompts
 from dit_accel.generation.request import PROMPTS_FORM, DeviceOptions, SizeOptions, SourceOptions
 from dit_accel.train.settings import INDEX, TrainSettings, make, read_recipe
 from dit_accel.values import option
@@ -97,9 +97,7 @@ class DataSettings(SizeOptions):
                 f"with --prompts FILE, or {CLIPS!r} for the demo's own clips."
             )
         elif self.source != CLIPS and not self.prepared:
-            from dit_accel.train.prepare import find_captioned
-
-            find_captioned(Path(self.source))
+            captioned.find_all(Path(self.source), "remove the file")
 
     def read_prompts(self) -> list[str]:
         """The prompts, as `dit_accel.generation.prompts` reads them."""

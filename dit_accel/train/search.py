@@ -45,7 +45,6 @@ class Table:
     """The measured losses.
 
     Args:
-        method: name.
         candidates: settings, in any order.
         costs: density of each candidate.
         losses: [layers][candidates] relative squared error of the prediction.
@@ -86,10 +85,7 @@ def measure(
 
     Args:
         pipe: the dense pipeline, which stays dense.
-        method: name.
-        candidates: settings of the method.
         data: its first `samples` samples are used, each at its own noise level.
-        seed: of the noise.
         budget: mean density to reach, checked after the first layer.
         steps: of a whole run, which tell how much noise lies between two.
         progress: called with the layers done and the number of layers.

@@ -186,10 +186,8 @@ class Recipe:
     """A recipe file.
 
     Args:
-        name: of the file.
         about: what it is for, in one line.
         source: where the settings come from.
-        model: it is for.
         data: arguments of the data, as `dit-accel train` takes them.
         train: settings of the run, by name of `TrainSettings`' fields.
     """

@@ -77,7 +77,6 @@ def save(folder: pathlib.Path, step: int, parts: Mapping[str, Tensors], record: 
     """Write a checkpoint, and delete all but the last `KEPT`.
 
     Args:
-        folder: of the checkpoints.
         step: optimizer steps done.
         parts: tensors by part, of `PARTS`.
         record: values that a resumed run must share.

@@ -15,11 +15,9 @@ import torch
 from dit_accel.eval import quality
 from dit_accel.eval.attention import QUERIES
 from dit_accel.eval.sweep import Candidate, label
-from dit_accel.files import replace_file
 from dit_accel.generation import call as calls
 from dit_accel.generation.choice import MethodChoice
 from dit_accel.generation.sampling import TotalBar, progress_bar
-from dit_accel.hooks import layers as layerwise
 from dit_accel.hooks.layers import LayerSettings
 from dit_accel.hooks.schedule import Schedule
 from dit_accel.hooks.selfcheck import sample
@@ -61,11 +59,7 @@ def run(request: TuneRequest) -> list[str]:
             whole.advance(each)
         made = {"model": request.model, "grid": str(evaluation.grid), "prompts": [item.prompt for item in items]}
     settings = budgeted(_mean(found), request.calibrate, config, choice.schedule)
-    path = request.output / FILE
-    remarks = {"recall": request.calibrate, **made}
-    replace_file(path, layerwise.to_json(settings, calibration=remarks).encode())
-    command = f"dit-accel generate --model {request.model} --load {path}"
-    return [_describe(settings), f"settings: {path}", f"try it:   {command}"]
+    return [_describe(settings), *request.write(FILE, settings, calibration={"recall": request.calibrate, **made})]
 
 
 @torch.no_grad()

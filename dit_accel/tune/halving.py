@@ -12,6 +12,7 @@ from typing import Any
 
 from dit_accel.eval import gates, verdict
 from dit_accel.eval.gates import Limit
+from dit_accel.eval.report import fields
 
 FINALISTS = 4
 FEWEST_STEPS = 2
@@ -27,20 +28,6 @@ def rounds(settings: int, steps: int) -> list[tuple[int, int]]:
     return [(n, min(steps, max(FEWEST_STEPS, steps >> late))) for n, late in zip(counts, halvings, strict=True)]
 
 
-def fronts(points: Sequence[tuple[float, float]]) -> list[int]:
-    """The front of each point: 0 where no other is as good in both figures and better in one, 1 without those, etc."""
-    found: dict[int, int] = {}
-    while len(found) < len(points):
-        left = [index for index in range(len(points)) if index not in found]
-        number = max(found.values(), default=-1) + 1
-        found |= {one: number for one in left if not any(_dominates(points[other], points[one]) for other in left)}
-    return [found[index] for index in range(len(points))]
-
-
-def _dominates(one: tuple[float, float], other: tuple[float, float]) -> bool:
-    return one != other and all(a >= b for a, b in zip(one, other, strict=True))
-
-
 def order(rows: Sequence[Row], metrics: Sequence[dict[str, Any]], limits: Sequence[Limit]) -> list[tuple[int, Row]]:
     """Rows of a summary with the number of their front in speed-up and main metric, the best first.
 
@@ -48,11 +35,10 @@ def order(rows: Sequence[Row], metrics: Sequence[dict[str, Any]], limits: Sequen
     """
     main = verdict.main_metric(metrics)
     assert main is not None
-    numbers = fronts([(row["speedup"], verdict.goodness(row, main)) for row in rows])
+    numbers = fields.fronts([(row["speedup"], verdict.goodness(row, main)) for row in rows])
 
     def distance(row: Row) -> float:
         value = gates.figures_of(row)[limits[0].figure]
         return math.inf if value is None else abs(value - limits[0].bound)
 
-    ordered = sorted(zip(numbers, rows, strict=True), key=lambda each: (each[0], distance(each[1])))
-    return ordered
+    return sorted(zip(numbers, rows, strict=True), key=lambda each: (each[0], distance(each[1])))

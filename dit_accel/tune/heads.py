@@ -18,7 +18,6 @@ from dit_accel.eval import quality
 from dit_accel.files import read_json, replace_file
 from dit_accel.generation import call
 from dit_accel.generation.sampling import TotalBar, progress_bar
-from dit_accel.hooks import layers as layerwise
 from dit_accel.hooks.layers import LayerSettings
 from dit_accel.hooks.schedule import Schedule
 from dit_accel.methods.heads import Config
@@ -70,14 +69,10 @@ def run(request: TuneRequest) -> list[str]:
     kept = chosen(layers, heads, request.calibrate)
     configs = tuple(None if all(own) else Config(own) for own in kept)
     settings = LayerSettings("heads", {"transformer": configs}, Schedule(**request.schedule).steps())
-    path = request.output / FILE
     remarks = {"share": request.calibrate, **made_for, "losses": layers}
-    replace_file(path, layerwise.to_json(settings, calibration=remarks).encode())
-    command = f"dit-accel generate --model {request.model} --load {path}"
     return [
         f"{sum(map(sum, kept))} of {heads * len(kept)} heads kept; {configs.count(None)} of {len(kept)} layers dense",
-        f"settings: {path}",
-        f"try it:   {command}",
+        *request.write(FILE, settings, calibration=remarks),
     ]
 
 

@@ -5,16 +5,13 @@ from __future__ import annotations
 import dataclasses
 import re
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dit_accel.errors import DitAccelError
 from dit_accel.eval import gates, quality
 from dit_accel.eval.sweep import BASELINE, Candidate, label
-from dit_accel.files import replace_file
 from dit_accel.generation import call
 from dit_accel.generation.sampling import TotalBar, progress_bar
-from dit_accel.hooks import layers as layerwise
 from dit_accel.hooks.layers import LayerSettings
 from dit_accel.pipelines.targets import find_transformers
 from dit_accel.tune import halving, space
@@ -27,12 +24,12 @@ if TYPE_CHECKING:
 FILE = "settings.json"
 
 
-def run(request: TuneRequest) -> tuple[Summary, Path | None]:
+def run(request: TuneRequest) -> tuple[Summary, list[str]]:
     """Search.
 
     Returns:
         The summary of the last round: the baseline, then the rows of its front. The last line of its verdict is about
-        the target. Then the settings file, None if no setting that gains holds the target.
+        the target. Then lines that name the settings file, none if no setting that gains holds the target.
 
     Raises:
         DitAccelError: the request cannot be carried out. Finished samples stay, and the next search uses them.
@@ -80,12 +77,11 @@ def run(request: TuneRequest) -> tuple[Summary, Path | None]:
         front = [row for place, row in ordered if place == 0]
         summary |= {"rows": [summary["rows"][0], *sorted(front, key=lambda row: row["speedup"])], "verdict": [verdict]}
         if "row" not in verdict:
-            return summary, None
+            return summary, []
         figures = gates.figures_of(next(row for _, row in ordered if row["label"] == verdict["row"]))
         found = {"target": request.target, "row": verdict["row"], "model": request.model, "figures": figures}
-        path = request.output / FILE
-        replace_file(path, layerwise.to_json(_layers_of(by_label[verdict["row"]], pipe), tuned=found).encode())
-    return summary, path
+        lines = request.write(FILE, _layers_of(by_label[verdict["row"]], pipe), tuned=found)
+    return summary, lines
 
 
 def limits_of(target: str) -> str:

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from dit_accel import registry
 from dit_accel.errors import DitAccelError
 from dit_accel.eval.request import EvalRequest, parse_seeds
+from dit_accel.files import replace_file
 from dit_accel.generation.processes import ProcessRank
 from dit_accel.generation.request import METHOD_FORM, PROMPTS_FORM, ModelRequest, ScheduleOptions
 from dit_accel.values import option
+
+if TYPE_CHECKING:
+    from dit_accel.hooks.layers import LayerSettings
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -70,3 +74,11 @@ class TuneRequest(ScheduleOptions, ModelRequest):
         """The evaluation of this model with these prompts, seeds and size; `more` are further fields of it."""
         shared = {field.name: getattr(self, field.name) for field in dataclasses.fields(ModelRequest)}
         return EvalRequest(**{**shared, "prompts": self.prompts, "seeds": self.seeds, "output": self.output, **more})
+
+    def write(self, name: str, settings: LayerSettings, **remarks: Any) -> list[str]:
+        """Write a layer schedule with remarks to the output folder; lines that name it and say how to try it."""
+        from dit_accel.hooks import layers
+
+        path = self.output / name
+        replace_file(path, layers.to_json(settings, **remarks).encode())
+        return [f"settings: {path}", f"try it:   dit-accel generate --model {self.model} --load {path}"]

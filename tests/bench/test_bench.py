@@ -13,7 +13,7 @@ from dit_accel.bench import rows as bench_rows
 from dit_accel.bench import run as bench
 from dit_accel.bench import shapes, timing
 from dit_accel.bench.rows import MethodSetting, OutOfReach, Row, Shape
-from dit_accel.bench.work import count
+from dit_accel.bench.run import count
 from dit_accel.errors import DitAccelError
 from dit_accel.generation import provenance
 from dit_accel.plans.definition import Definition

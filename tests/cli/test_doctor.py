@@ -6,7 +6,8 @@ import shutil
 
 import torch
 
-from dit_accel.generation import sources, weights
+from dit_accel.cli import doctor
+from dit_accel.generation import sources
 from dit_accel.kernels import impls
 from dit_accel.pipelines import demo
 
@@ -39,9 +40,9 @@ def test_memory_of_a_model_from_its_settings_alone(cli, monkeypatch):
     pipe = demo.load_demo()
     parts = {name: part for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)}
     wanted = {name: 4 * sum(weight.numel() for weight in part.parameters()) for name, part in parts.items()}
-    assert weights.weight_bytes(sources.find("demo"), torch.float32) == wanted
-    monkeypatch.setattr(weights, "free_memory", lambda device: 2 * sum(wanted.values()))
+    assert doctor.weight_bytes(sources.find("demo"), torch.float32) == wanted
+    monkeypatch.setattr(doctor, "free_memory", lambda device: 2 * sum(wanted.values()))
     assert findings(cli, "--model", "demo")["demo"]["works"]
-    monkeypatch.setattr(weights, "free_memory", lambda device: sum(wanted.values()) - 1)
+    monkeypatch.setattr(doctor, "free_memory", lambda device: sum(wanted.values()) - 1)
     short = findings(cli, "--model", "demo")["demo"]
     assert (short["works"], short["remedy"]) == (False, "--dtype bfloat16")

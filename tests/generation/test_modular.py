@@ -7,7 +7,6 @@ import torch
 from diffusers import AutoencoderKLWan, MiniMaxH3Transformer3DModel, WanTransformer3DModel
 from diffusers.modular_pipelines import MiniMaxH3Blocks, MiniMaxH3ModularPipeline, WanBlocks
 
-from dit_accel.cli.app import main
 from dit_accel.errors import DitAccelError
 from dit_accel.generation import call, modular, sources
 from dit_accel.pipelines import demo
@@ -36,13 +35,7 @@ def folder(tmp_path_factory):
     return path
 
 
-def run(*arguments):
-    with pytest.raises(SystemExit) as end:
-        main([str(argument) for argument in arguments])
-    return end.value.code
-
-
-def test_generate_and_its_record(folder, tmp_path, capfd):
+def test_generate_and_its_record(run, folder, tmp_path, capfd):
     method = "gna:window=2x1x2"
     output = tmp_path / "clip.mp4"
     assert run("generate", "--model", folder, *SIZE, "--method", method, "--compare", "--output", output) == 0
@@ -53,7 +46,7 @@ def test_generate_and_its_record(folder, tmp_path, capfd):
     assert output.is_file() and "Error in block" not in capfd.readouterr().err
 
 
-def test_eval(folder, tmp_path):
+def test_eval(run, folder, tmp_path):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a red circle\n")
     given = ["--prompts", prompts, "--method", "gna:window=2x1x2", "--metric", "psnr", "--output", tmp_path / "out"]
@@ -62,7 +55,7 @@ def test_eval(folder, tmp_path):
     assert [row["density"] < 1 for row in summary["rows"]] == [False, True]
 
 
-def test_what_the_pipeline_does_not_take_is_refused_in_one_line(folder, tmp_path, capfd):
+def test_what_the_pipeline_does_not_take_is_refused_in_one_line(run, folder, tmp_path, capfd):
     assert run("generate", "--model", folder, *SIZE, "--guidance", "3") == 2
     assert "WanModularPipeline takes no --guidance" in capfd.readouterr().err
     assert run("generate", "--model", folder, *SIZE, "--pipe", "max_sequence_length=none") == 2
@@ -71,7 +64,7 @@ def test_what_the_pipeline_does_not_take_is_refused_in_one_line(folder, tmp_path
     assert "a modular pipeline" in capfd.readouterr().err
 
 
-def test_a_component_that_is_missing(folder, tmp_path, capfd):
+def test_a_component_that_is_missing(run, folder, tmp_path, capfd):
     import shutil
 
     copy = tmp_path / "copy"

@@ -44,7 +44,7 @@ class TestPrompts:
             (tmp_path / "empty.txt", "holds no prompt"),
             (tmp_path / "binary.txt", "cannot be read as text"),
             (tmp_path / "none", "holds no image or video"),
-            (tmp_path / "bare", r"a\.png has no caption. Write it to a\.txt"),
+            (tmp_path / "bare", r"such as a\.png. Write its caption to a\.txt"),
             ("dmeo", "Did you mean 'demo'"),
         ):
             with pytest.raises(DitAccelError, match=message):

@@ -8,6 +8,7 @@ import torch
 
 import dit_accel
 from dit_accel.eval import sweep
+from dit_accel.eval.report import fields
 from dit_accel.tune import halving
 
 SMALL = ("--frames", 5, "--height", 32, "--width", 32, "--steps", 2)
@@ -21,7 +22,7 @@ def test_rounds_halve_the_settings_and_double_the_steps():
 def test_fronts_against_their_definition():
     generator = random.Random(0)
     points = [(generator.randrange(8), generator.randrange(8)) for _ in range(60)]
-    numbers = halving.fronts(points)
+    numbers = fields.fronts(points)
     for front in range(max(numbers) + 1):
         left = [point for point, number in zip(points, numbers, strict=True) if number >= front]
         best = {(x, y) for x, y in left if not any(a >= x and b >= y and (a, b) != (x, y) for a, b in left)}

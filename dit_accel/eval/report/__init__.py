@@ -17,7 +17,6 @@ def write_report(summary: dict[str, Any], folder: Path) -> None:
     """Write `NAMES` into a folder that exists. Old files are replaced together, once all new ones are complete.
 
     Args:
-        summary: as `fields.py` describes it.
         folder: where to; paths in the summary are relative to it.
 
     Raises:

@@ -87,8 +87,7 @@ def heading(metric: dict[str, Any]) -> str:
 def front(rows: list[dict[str, Any]], metric: dict[str, Any]) -> list[str]:
     """Labels on the Pareto front of speed-up and a metric, fastest last.
 
-    A row is on the front if no other is at least as good in both and better in one. Rows without a figure or a
-    speed-up are left out.
+    Rows without a figure or a speed-up are left out.
     """
     sign = 1 if metric["better"] == "higher" else -1
     points = [
@@ -96,12 +95,23 @@ def front(rows: list[dict[str, Any]], metric: dict[str, Any]) -> list[str]:
         for row in rows
         if (value := value_of(row, metric)) is not None and row["speedup"] is not None
     ]
-    kept = [
-        point
-        for point in points
-        if not any(other[0] >= point[0] and other[1] >= point[1] and other[:2] != point[:2] for other in points)
-    ]
+    numbers = fronts([point[:2] for point in points])
+    kept = [point for point, number in zip(points, numbers, strict=True) if number == 0]
     return [label for _, _, label in sorted(kept, key=lambda point: point[0])]
+
+
+def fronts(points: Sequence[tuple[float, float]]) -> list[int]:
+    """The front of each point: 0 where no other is as good in both figures and better in one, 1 without those, etc."""
+    found: dict[int, int] = {}
+    while len(found) < len(points):
+        left = [index for index in range(len(points)) if index not in found]
+        number = max(found.values(), default=-1) + 1
+        found |= {one: number for one in left if not any(_dominates(points[other], points[one]) for other in left)}
+    return [found[index] for index in range(len(points))]
+
+
+def _dominates(one: tuple[float, float], other: tuple[float, float]) -> bool:
+    return one != other and all(a >= b for a, b in zip(one, other, strict=True))
 
 
 def sampled_otherwise(summary: dict[str, Any]) -> list[str]:

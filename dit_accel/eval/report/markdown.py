@@ -45,7 +45,6 @@ def table(summary: dict[str, Any], costs: bool = True) -> str:
     """All rows, numbered as in the pictures, with density, speed-up and every metric.
 
     Args:
-        summary: its rows and metrics.
         costs: also give times, memory, and intervals.
     """
     metrics = summary["metrics"]
