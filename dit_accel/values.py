@@ -1,7 +1,7 @@
 """Settings as dataclasses: a field states its type, range and help once, for Python, YAML and the command line.
 
-`option` adds help and limits to a field's annotation. A dataclass calls `check` in its `__post_init__`; rules about
-several fields follow there.
+`option` adds help and limits to a field's annotation. A `Checked` dataclass refuses what does not fit; rules about
+several fields follow in its `__post_init__`.
 """
 
 from __future__ import annotations
@@ -148,6 +148,13 @@ def _frozen(value: Any) -> Any:
 def record(settings: Any) -> dict[str, Any]:
     """A dataclass as plain values for JSON."""
     return {name: str(value) if isinstance(value, Path) else value for name, value in vars(settings).items()}
+
+
+class Checked:
+    """The base of dataclasses that refuse a value which does not fit its annotation and limits."""
+
+    def __post_init__(self) -> None:
+        check(self)
 
 
 def check(settings: Any) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from dit_accel import values
 from dit_accel.errors import DitAccelError
 from dit_accel.files import read_json, replace_file
 from dit_accel.registry import make_config
@@ -22,17 +23,10 @@ SETTINGS_FILE = "accelerator.json"
 WEIGHTS_FILE = "accelerator.safetensors"
 FORMAT = 1
 SETTINGS = ("method", "config", "layers", "schedule", "impl", "allow_dense")
-KINDS: dict[str, tuple[type, ...]] = {
-    "method": (str,),
-    "config": (dict,),
-    "layers": (dict, type(None)),
-    "schedule": (dict,),
-    "impl": (str,),
-    "allow_dense": (bool,),
-    "models": (dict,),
-    "trained": (dict, type(None)),
-    "weights_sha256": (str, type(None)),
-}
+KINDS: dict[str, Any] = {
+    "method": str, "config": dict, "layers": dict | None, "schedule": dict, "impl": str, "allow_dense": bool,
+    "models": dict, "trained": dict | None, "weights_sha256": str | None,
+}  # fmt: skip
 VERSION = importlib.import_module("dit_accel").__version__
 
 Models = dict[str, dict[str, str]]
@@ -118,14 +112,13 @@ def read(path: str | pathlib.Path) -> Saved:
     if not isinstance(path, (str, os.PathLike)):
         raise DitAccelError(f"load takes the folder that Accelerator.save_pretrained wrote; got {path!r}.")
     file = pathlib.Path(path) / SETTINGS_FILE
-    needs = ("format", "models", "weights_sha256", "trained", *SETTINGS)
-    content = read_json(file, "saved accelerator", "Save the accelerator again.", needs)
+    content = read_json(file, "saved accelerator", "Save the accelerator again.", ("format", *KINDS))
     if content["format"] != FORMAT:
         raise DitAccelError(
             f"{file} has format {content['format']!r}, written by dit_accel {content.get('dit_accel_version')}; "
             f"dit_accel {VERSION} reads format {FORMAT}. Install the version that saved it."
         )
-    odd = [key for key, kinds in KINDS.items() if not isinstance(content[key], kinds)] or _odd_entries(content)
+    odd = [key for key, kinds in KINDS.items() if not values.fits(content[key], kinds)] or _odd_entries(content)
     if odd:
         raise DitAccelError(f"{file} was changed: {odd[0]} cannot be {content[odd[0]]!r}; save the accelerator again.")
     settings = {key: content[key] for key in SETTINGS}

@@ -30,7 +30,7 @@ KNOWN_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclasses.dataclass(frozen=True)
-class Trained:
+class Trained(values.Checked):
     """What was trained, and from what.
 
     Args:
@@ -48,9 +48,6 @@ class Trained:
     lora: bool = False
     full: bool = False
     call: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        values.check(self)
 
 
 RECORD = {field.name for field in dataclasses.fields(Trained)} | {"lora_sha256"}  # the keys of what `write` returns

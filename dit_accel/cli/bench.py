@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import typer
 
-from dit_accel import registry, values
+from dit_accel import registry
 from dit_accel.cli import Interrupted
 from dit_accel.cli.options import JsonOptions, command
 from dit_accel.errors import DitAccelError
@@ -56,9 +56,6 @@ class BenchOptions(JsonOptions, DeviceOptions):
     )
     list: bool = option(False, "Measure nothing: list the declared rows.")
     count: bool = option(False, "Measure nothing: count the matrix products of each row, from its plan.")
-
-    def __post_init__(self) -> None:
-        values.check(self)
 
 
 @command(BenchOptions)

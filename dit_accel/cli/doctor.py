@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from dit_accel import values
 from dit_accel.cli.options import JsonOptions, command
 from dit_accel.errors import DitAccelError, first_line
 from dit_accel.generation.request import DeviceOptions, SourceOptions
@@ -44,9 +43,6 @@ class DoctorOptions(JsonOptions, SourceOptions, DeviceOptions):
     model: str | None = option(  # type: ignore[assignment]
         None, "Also say how much memory it takes: demo, a folder or a Hub id; only its JSON files are read."
     )
-
-    def __post_init__(self) -> None:
-        values.check(self)
 
 
 @dataclasses.dataclass(frozen=True)

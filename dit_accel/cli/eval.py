@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import typer
 
-from dit_accel import values
 from dit_accel.cli import Interrupted
 from dit_accel.cli.options import command
 from dit_accel.errors import DitAccelError
@@ -41,9 +40,6 @@ class ComparedMethods(ScheduleOptions):
     )
     write_card: bool = option(False, "Also put the figures of each --load into its model card.")
     suite: str | None = option(None, "An evaluation in YAML; options given here win over it.", metavar="FILE|NAME")
-
-    def __post_init__(self) -> None:
-        values.check(self)
 
     def choices(self) -> tuple[MethodChoice, ...]:
         """The methods of --method and --load, ready to use.
@@ -121,8 +117,9 @@ def show(summary: dict[str, Any]) -> None:
     for column in ("speed-up", "density", *(metric["name"].replace("[", "\n[") for metric in metrics)):
         table.add_column(Text(column), justify="right", no_wrap=True)
     for row in summary["rows"]:
-        values = [row["figures"][metric["name"]]["value"] for metric in metrics]
-        table.add_row(row["label"], f"{row['speedup']:.2f}", f"{row['density']:.3f}", *map(_number, values))
+        found = [row["figures"][metric["name"]]["value"] for metric in metrics]
+        written = [value if isinstance(value, str) else f"{value:.4g}" for value in found]
+        table.add_row(row["label"], f"{row['speedup']:.2f}", f"{row['density']:.3f}", *written)
     console = Console()
     console.print(table)
     for remark in summary["made"]["left_out"]:
@@ -131,7 +128,3 @@ def show(summary: dict[str, Any]) -> None:
         console.print(line["text"], highlight=False, markup=False)
         if line.get("command"):
             console.print(f"  {line['command']}", highlight=False, markup=False, soft_wrap=True)
-
-
-def _number(value: float | str) -> str:
-    return value if isinstance(value, str) else f"{value:.4g}"

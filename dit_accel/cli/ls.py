@@ -15,7 +15,7 @@ from dit_accel.registry import did_you_mean
 from dit_accel.values import option
 
 if TYPE_CHECKING:
-    from dit_accel.pipelines.family import Family, Preset
+    from dit_accel.pipelines.family import Family
     from dit_accel.registry import Method
 
 
@@ -84,19 +84,12 @@ def _method(method: Method) -> dict[str, Any]:
 
 def _family(family: Family) -> dict[str, Any]:
     """Name, summary, transformer classes, and recommended settings with their source by method."""
-
-    def shown(presets: Mapping[str, Preset]) -> dict[str, Any]:
-        return {
-            name: {"config": dict(preset.config), "schedule": dict(preset.schedule), "source": preset.source}
-            for name, preset in presets.items()
-        }
-
     return {
         "name": family.name,
         "summary": family.summary,
         "transformers": list(family.transformers),
-        "recommended": shown(family.recommended),
-        "recommended_pair": shown(family.recommended_pair),
+        "recommended": {name: dataclasses.asdict(preset) for name, preset in family.recommended.items()},
+        "recommended_pair": {name: dataclasses.asdict(preset) for name, preset in family.recommended_pair.items()},
     }
 
 

@@ -16,7 +16,7 @@ Verb = Callable[..., int | None]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class JsonOptions:
+class JsonOptions(values.Checked):
     """The format of a verb's output."""
 
     json: bool = values.option(False, "Print JSON instead of a table.")

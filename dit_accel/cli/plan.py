@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from dit_accel import registry, values
+from dit_accel import registry
 from dit_accel.cli.options import JsonOptions, command
 from dit_accel.errors import DitAccelError
 from dit_accel.files import check_file, staged
@@ -34,9 +34,6 @@ class PlanOptions(JsonOptions, SizeOptions, SourceOptions, SettingsOptions):
         None, "Instead of --grid: demo, a folder or a Hub id; only its JSON files are read."
     )
     image: Path | None = option(None, "Save a picture of the block mask.", metavar="FILE.png")
-
-    def __post_init__(self) -> None:
-        values.check(self)
 
     def tokens(self) -> TokenGrid:
         """The grid as given, or that of a model for a size in frames and pixels."""
@@ -106,22 +103,15 @@ def _blocks(plan: Plan) -> dict[str, Any]:
     """Block counts, and the sizes of blocks. A routed plan knows at most a bound of the visited blocks."""
     from dit_accel.plans.routed import RoutedPlan
 
-    visited: int | None
-    full: int | None
-    bounds = plan.bounds if isinstance(plan, RoutedPlan) else (plan.pairs, plan.pairs)
-    if isinstance(plan, RoutedPlan):
-        queries, keys = plan.query_order, plan.key_order
-        visited, total, full = plan.visited, plan.total, None
-    else:
-        blocks = plan.block_mask()
-        queries, keys = blocks.query_order, blocks.key_order
-        visited, total, full = blocks.visited, blocks.total, blocks.full
+    routed = isinstance(plan, RoutedPlan)
+    blocks: Any = plan if routed else plan.block_mask()
+    queries, keys, visited, total = blocks.query_order, blocks.key_order, blocks.visited, blocks.total
     facts: dict[str, Any] = {
-        "pairs_bounds": bounds,
+        "pairs_bounds": plan.bounds if isinstance(plan, RoutedPlan) else (plan.pairs, plan.pairs),
         "query_block": {"tokens": queries.block, "tile": queries.tile},
         "key_block": {"tokens": keys.block, "tile": keys.tile},
         "blocks_visited": visited,
-        "blocks_full": full,
+        "blocks_full": None if routed else blocks.full,
         "blocks_total": total,
     }
     if visited is not None:

@@ -20,7 +20,7 @@ from dit_accel.eval.request import EvalRequest
 from dit_accel.eval.samples import Results, Store
 from dit_accel.eval.scoring import features_of
 from dit_accel.eval.summary import Evaluation, Summary, write
-from dit_accel.eval.sweep import BASELINE, Candidate, PromptSeed, Sweep, folder_hash, label
+from dit_accel.eval.sweep import Candidate, PromptSeed, Sweep, folder_hash
 from dit_accel.files import check_folder, hold
 from dit_accel.generation import call, captioned, prompts, sources
 from dit_accel.generation.choice import MethodChoice
@@ -162,7 +162,7 @@ def _candidates(choices: Sequence[MethodChoice]) -> list[Candidate]:
     """The baseline, then the choices under their labels."""
     if not choices:
         raise DitAccelError("Nothing to evaluate: give --method METHOD[:KEY=VALUE,...], repeatable, or --suite FILE.")
-    listed = [Candidate(BASELINE), *(Candidate(label(choice), choice) for choice in choices)]
+    listed = [Candidate(), *map(Candidate, choices)]
     labels = [candidate.label for candidate in listed]
     for each in labels:
         if labels.count(each) > 1:

@@ -68,7 +68,5 @@ def methods(listed: Iterable[Any]) -> list[MethodChoice]:
                 f"A method of a suite is text, or has method or load among the keys {', '.join(METHOD_KEYS)}; got "
                 f"{entry!r}."
             )
-        asked = values.build(MethodOptions, said, "A method of a suite")
-        values.check(asked)
-        found.append(choose(asked))
+        found.append(choose(values.build(MethodOptions, said, "A method of a suite")))
     return found

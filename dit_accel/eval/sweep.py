@@ -38,15 +38,21 @@ ABOVE = ("train", "eval", "bench", "tune", "cli")
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
-    """One row of the comparison.
+    """One row of the comparison: a method, or without one the baseline, which is the untouched pipeline."""
 
-    Args:
-        label: unlike any other's.
-        choice: the method; None for the baseline, which is the untouched pipeline.
-    """
-
-    label: str
     choice: MethodChoice | None = None
+
+    @property
+    def label(self) -> str:
+        """The choice as a user types it, with its schedule and what it was loaded from."""
+        choice = self.choice
+        if choice is None:
+            return BASELINE
+        schedule, default = dataclasses.asdict(choice.schedule), dataclasses.asdict(Schedule())
+        parts = [choice.title, *(f"{name}={value}" for name, value in schedule.items() if value != default[name])]
+        if choice.dense_backend is not None:
+            parts.append(f"dense_backend={choice.dense_backend}")
+        return " ".join(parts if choice.loaded is None else [*parts, f"from {choice.loaded.name}"])
 
     def record(self) -> dict[str, Any]:
         """Method, settings and schedule as plain values."""
@@ -64,42 +70,28 @@ class PromptSeed:
     seed: int
 
 
-def label(choice: MethodChoice) -> str:
-    """The choice as a user types it, with its schedule and what it was loaded from."""
-    schedule, default = dataclasses.asdict(choice.schedule), dataclasses.asdict(Schedule())
-    parts = [choice.title, *(f"{name}={value}" for name, value in schedule.items() if value != default[name])]
-    if choice.dense_backend is not None:
-        parts.append(f"dense_backend={choice.dense_backend}")
-    return " ".join(parts if choice.loaded is None else [*parts, f"from {choice.loaded.name}"])
-
-
+@dataclasses.dataclass
 class Sweep:
     """Generates the samples that are not there yet.
 
     Args:
-        arguments: makes those of its call, without the prompt, from the defaults of a method (`MethodChoice.call`).
+        arguments_from: makes those of its call, without the prompt, from a method's defaults (`MethodChoice.call`).
         identity: what else decides the pixels: model, device, versions.
         results: the known rows; new ones are added to them.
         samples, baselines: where the frames of methods and of the baseline lie.
         compile: whether the transformers are compiled, so that a warm-up takes a whole loop.
     """
 
-    def __init__(
-        self,
-        pipe: DiffusionPipeline,
-        arguments: Callable[[Mapping[str, Any]], dict[str, Any]],
-        identity: Mapping[str, Any],
-        device: torch.device,
-        results: Results,
-        samples: Store,
-        baselines: Store,
-        *,
-        compile: bool,
-    ) -> None:
-        self.pipe, self.device = pipe, device
-        self._arguments = arguments
-        self.identity, self.results = dict(identity), results
-        self.samples, self.baselines, self.compile = samples, baselines, compile
+    pipe: DiffusionPipeline
+    arguments_from: Callable[[Mapping[str, Any]], dict[str, Any]]
+    identity: Mapping[str, Any]
+    device: torch.device
+    results: Results
+    samples: Store
+    baselines: Store
+    compile: bool
+
+    def __post_init__(self) -> None:
         self._code = code_hash()
         self._warm: set[str] = set()
 
@@ -113,7 +105,7 @@ class Sweep:
 
     def arguments(self, candidate: Candidate) -> dict[str, Any]:
         """The arguments of the pipeline's call; a method's own defaults, such as steps, win over the model's."""
-        return self._arguments({} if candidate.choice is None else candidate.choice.call)
+        return self.arguments_from({} if candidate.choice is None else candidate.choice.call)
 
     def store(self, candidate: Candidate) -> Store:
         return self.baselines if candidate.choice is None else self.samples

@@ -22,7 +22,6 @@ class Prompts:
         media: the captioned images or videos with these captions; empty for other sources.
     """
 
-    source: str
     texts: tuple[str, ...]
     media: tuple[Captioned, ...] = ()
 
@@ -58,7 +57,7 @@ def read(source: str) -> Prompts:
         )
     if not texts:
         raise DitAccelError(f"--prompts {source} holds no prompt. Write one a line.")
-    return Prompts(source, tuple(texts), media)
+    return Prompts(tuple(texts), media)
 
 
 def _lines(path: Path) -> list[str]:

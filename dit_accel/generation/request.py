@@ -35,7 +35,7 @@ def parse_layers(text: str) -> Any:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SourceOptions:
+class SourceOptions(values.Checked):
     """The model."""
 
     PANEL: ClassVar[str] = "Model"
@@ -45,7 +45,7 @@ class SourceOptions:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DeviceOptions:
+class DeviceOptions(values.Checked):
     """The device."""
 
     PANEL: ClassVar[str] = "Device and memory"
@@ -68,7 +68,7 @@ class MemoryOptions(DeviceOptions):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SizeOptions:
+class SizeOptions(values.Checked):
     """The size of the output."""
 
     PANEL: ClassVar[str] = "Size"
@@ -97,7 +97,7 @@ class SamplingOptions(SizeOptions):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ScheduleOptions:
+class ScheduleOptions(values.Checked):
     """Dense steps and layers, which `hooks.schedule.Schedule` checks, and their back end."""
 
     PANEL: ClassVar[str] = "Method"
@@ -121,7 +121,7 @@ class ScheduleOptions:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SettingsOptions:
+class SettingsOptions(values.Checked):
     """Settings besides those behind a method's name."""
 
     PANEL: ClassVar[str] = "Method"
@@ -154,9 +154,6 @@ class MethodOptions(ScheduleOptions, SettingsOptions):
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelRequest(SourceOptions, SamplingOptions, MemoryOptions):
     """A model and the arguments of its call."""
-
-    def __post_init__(self) -> None:
-        values.check(self)
 
     def load_pipe(
         self,

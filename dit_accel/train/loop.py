@@ -7,6 +7,7 @@ A run writes to one folder: `losses.jsonl`, `checkpoints/`, `validation/`, and a
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import math
 import pathlib
@@ -73,24 +74,23 @@ def train(
     return pathlib.Path(output)
 
 
+@dataclasses.dataclass
 class Trainer:
     """One run; see `train`."""
 
-    def __init__(
-        self,
-        pipe: DiffusionPipeline,
-        settings: TrainSettings,
-        data: Dataset,
-        output: pathlib.Path,
-        base: Base,
-        validation: Validation | None,
-    ) -> None:
-        self.settings, self.data, self.output, self.base, self.validation = settings, data, output, base, validation
-        self.pipe, self.transformer = pipe, find_transformer(pipe)
-        self.hf = join(settings, output)
-        self.order = Order(data.kinds(), settings.batch, settings.seed)
-        shape = data[0].latents.shape
-        self.process = process_of(pipe.scheduler, shape)
+    pipe: DiffusionPipeline
+    settings: TrainSettings
+    data: Dataset
+    output: pathlib.Path
+    base: Base
+    validation: Validation | None
+
+    def __post_init__(self) -> None:
+        settings, shape = self.settings, self.data[0].latents.shape
+        self.transformer = find_transformer(self.pipe)
+        self.hf = join(settings, self.output)
+        self.order = Order(self.data.kinds(), settings.batch, settings.seed)
+        self.process = process_of(self.pipe.scheduler, shape)
         self.segments = self._find_segments(shape) if "consistency" in settings.objectives else None
         self.fingerprint = adapters.fingerprint(self.transformer)
         self._make_student()

@@ -41,9 +41,6 @@ class RunOptions(SourceOptions, DeviceOptions):
     )
     output: Path = option(Path("trained"), "Of the run; a run that was stopped goes on.", metavar="FOLDER")
 
-    def __post_init__(self) -> None:
-        values.check(self)
-
     def candidate_settings(self, method: str) -> list[dict[str, Any]]:
         """The candidate settings of a layer search.
 
@@ -76,9 +73,6 @@ class DataSettings(SizeOptions):
     count: int | None = option(None, "Samples to make or take; 256 clips, or all prompts, if not given.", least=1)
     steps: int | None = option(None, "Of generated samples; the model's own if not given.", least=1, typed=False)
     guidance: float | None = option(None, "Of generated samples; the model's own if not given.", typed=False)
-
-    def __post_init__(self) -> None:
-        values.check(self)
 
     @property
     def prepared(self) -> bool:
@@ -136,8 +130,7 @@ class TrainRequest:
         if asked.search is not None:
             given.setdefault("objectives", {"flow": 1.0})
             method = given.get("method", "dense")
-            tried = [registry.parse_method(f"{method}:{text}")[1] for text in asked.candidates]
-            given["config"] = given.get("config") or next(iter(tried), {})
+            given["config"] = given.get("config") or asked.candidate_settings(method)[0]
         if base is not None:
             asked = dataclasses.replace(asked, model=run.get("model", base.model))
         sources = {**(base.data if base else {}), **data}

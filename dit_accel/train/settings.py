@@ -30,7 +30,7 @@ def parse_objectives(items: list[str]) -> dict[str, float]:
 
 
 @dataclasses.dataclass(frozen=True)
-class LevelSettings:
+class LevelSettings(values.Checked):
     """How noise levels are drawn for flow models: sigmoid of a normal, or uniform, then shifted towards noise.
 
     Source of the logit-normal: Esser et al., arXiv:2403.03206, section 3.1.
@@ -40,9 +40,6 @@ class LevelSettings:
     std: float = option(1.0, "Standard deviation of the normal.", above=0)
     uniform: float = option(0.0, "Share of levels drawn uniformly instead.", least=0, most=1)
     shift: float | None = option(None, "s in s·σ / (1 + (s − 1)·σ); the scheduler's if not given.", above=0)
-
-    def __post_init__(self) -> None:
-        values.check(self)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,7 +179,7 @@ def make(plain: Mapping[str, Any]) -> TrainSettings:
 
 
 @dataclasses.dataclass(frozen=True)
-class Recipe:
+class Recipe(values.Checked):
     """A recipe file.
 
     Args:
@@ -198,9 +195,6 @@ class Recipe:
     model: str
     data: Mapping[str, Any]
     train: Mapping[str, Any]
-
-    def __post_init__(self) -> None:
-        values.check(self)
 
     @property
     def settings(self) -> TrainSettings:

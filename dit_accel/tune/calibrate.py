@@ -14,7 +14,7 @@ import torch
 
 from dit_accel.eval import quality
 from dit_accel.eval.attention import QUERIES
-from dit_accel.eval.sweep import Candidate, label
+from dit_accel.eval.sweep import Candidate
 from dit_accel.generation import call as calls
 from dit_accel.generation.choice import MethodChoice
 from dit_accel.generation.sampling import TotalBar, progress_bar
@@ -46,7 +46,7 @@ def run(request: TuneRequest) -> list[str]:
     if name == "heads":
         return heads.run(request)
     choice = MethodChoice("sparge", config | ALL, Schedule(**request.schedule), dense_backend=request.dense_backend)
-    candidate = Candidate(label(choice), choice)
+    candidate = Candidate(choice)
     with quality.opened(request.evaluation(metrics=("psnr",)), [candidate]) as evaluation, progress_bar() as progress:
         sweep, items = evaluation.sweep, evaluation.items
         steps = calls.default_of(type(sweep.pipe), sweep.arguments(candidate), "num_inference_steps")

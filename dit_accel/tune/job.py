@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from dit_accel.errors import DitAccelError
 from dit_accel.eval import gates, quality
-from dit_accel.eval.sweep import BASELINE, Candidate, label
+from dit_accel.eval.sweep import Candidate
 from dit_accel.generation import call
 from dit_accel.generation.sampling import TotalBar, progress_bar
 from dit_accel.hooks.layers import LayerSettings
@@ -39,7 +39,7 @@ def run(request: TuneRequest) -> tuple[Summary, list[str]]:
     limits = gates.parse(require, "--target")
     measured = [limit.figure for limit in limits if limit.figure not in gates.FIGURES]
     evaluation = request.evaluation(metrics=tuple(dict.fromkeys(["psnr", *measured])), require=require)
-    dense = Candidate(BASELINE)
+    dense = Candidate()
     with quality.opened(evaluation, [dense]) as opened, progress_bar() as progress:
         pipe: Any = opened.sweep.pipe
         steps = call.default_of(type(pipe), opened.sweep.arguments(dense), "num_inference_steps")
@@ -69,7 +69,7 @@ def run(request: TuneRequest) -> tuple[Summary, list[str]]:
             made, _ = quality.run(asked, pipe, whole)
             assert made is not None, "tune runs in one process"
             summary = made
-            by_label = {label(choice): choice for choice in choices}
+            by_label = {Candidate(choice).label: choice for choice in choices}
             ordered = halving.order(summary["rows"][1:], summary["metrics"], limits)
             if not final:
                 choices = [by_label[row["label"]] for _, row in ordered[: rounds[number][0]]]

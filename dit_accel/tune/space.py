@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 DENSITIES = (0.5, 0.3, 0.2, 0.1)
 DENSE_STEPS = 0.2
 SAMPLES = 4  # of a layer search
-DENSE = Candidate("dense", MethodChoice("dense", {}, Schedule()))
+DENSE = Candidate(MethodChoice("dense", {}, Schedule()))
 
 
 def settings(

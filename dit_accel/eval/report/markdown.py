@@ -13,7 +13,11 @@ def render(summary: dict[str, Any]) -> str:
     """`summary.md`, as `fields.py` describes a summary."""
     parts = [f"# {summary['title']}"]
     if summary.get("verdict"):
-        parts.append("## What to use\n\n" + "\n".join(map(_advice, summary["verdict"])))
+        advice = (
+            f"* {line['text']}" + (f"\n  `{line['command']}`" if line.get("command") else "")
+            for line in summary["verdict"]
+        )
+        parts.append("## What to use\n\n" + "\n".join(advice))
     parts += ["## Figures", table(summary), LEGEND]
     parts += [f"{remark}." for remark in fields.sampled_otherwise(summary)]
     parts.append("![Pareto fronts](pareto.png)")
@@ -21,10 +25,6 @@ def render(summary: dict[str, Any]) -> str:
     made = "\n".join(f"* {name}: {plain(value)}" for name, value in summary["made"].items())
     parts.append(f"## How it was made\n\n{made}")
     return "\n\n".join(parts) + "\n"
-
-
-def _advice(line: dict[str, Any]) -> str:
-    return f"* {line['text']}" + (f"\n  `{line['command']}`" if line.get("command") else "")
 
 
 def excerpt(summary: dict[str, Any], label: str) -> str:

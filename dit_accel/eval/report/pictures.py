@@ -181,9 +181,8 @@ def _front_panel(axes: Axes, summary: dict[str, Any], metric: dict[str, Any]) ->
         side: dict[str, Any] = {"xytext": (-4 if left else 4, -8 if below else 2), "ha": "right" if left else "left"}
         axes.annotate(", ".join(own), (x, y), textcoords="offset points", fontsize=7, zorder=3, **side)
     axes.axvline(1, color=INK, linewidth=0.6, linestyle=":", zorder=0)
-    axes.set(
-        xlim=across, ylim=up, xlabel="speed-up of the denoising loop", ylabel=_scale(metric), title=metric["title"]
-    )
+    better = f"{metric['unit']}   {fields.arrow(metric)} better".strip()
+    axes.set(xlim=across, ylim=up, xlabel="speed-up of the denoising loop", ylabel=better, title=metric["title"])
     axes.spines[["top", "right"]].set_visible(False)
 
 
@@ -201,11 +200,6 @@ def _limits(values: list[float]) -> tuple[float, float]:
     near = [value for value in values if low - reach <= value <= high + reach]
     margin = 0.08 * (max(near) - min(near)) or 0.05 * abs(near[0]) or 0.05
     return min(near) - margin, max(near) + margin
-
-
-def _scale(metric: dict[str, Any]) -> str:
-    """An axis label: the unit, and which way is better."""
-    return f"{metric['unit']}   {fields.arrow(metric)} better".strip()
 
 
 def _figure(width: float, height: float) -> Figure:
