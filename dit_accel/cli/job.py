@@ -156,10 +156,8 @@ def _run(
     """The timed calls, dense first. A comparison is warmed up first, so that lazy set-up is not timed."""
     runs = {}
     if request.compare:
-        # One step could be dense by schedule; with --compile a whole loop compiles both kinds of steps.
-        with (chosen if request.compile else chosen.without_schedule()).apply(pipe):
-            call.warm_up(pipe, arguments, whole=request.compile)
-        call.warm_up(pipe, arguments, whole=request.compile)
+        for choice in (chosen, None):
+            call.warm_up(pipe, arguments, choice, whole=request.compile)
         runs["dense"] = sample(pipe, arguments, request.seed, "dense", device)
     with chosen.apply(pipe) as accel:
         runs["accelerated"] = sample(pipe, arguments, request.seed, chosen.title, device)

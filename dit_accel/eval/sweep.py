@@ -192,7 +192,9 @@ class Sweep:
 
     def _make(self, candidate: Candidate, item: PromptSeed, key: str, title: str, progress: Progress) -> Row:
         arguments = self.arguments(candidate) | {"prompt": item.prompt}
-        self._warm_up(candidate, arguments)
+        if candidate.label not in self._warm:
+            self._warm.add(candidate.label)
+            call.warm_up(self.pipe, arguments, candidate.choice, whole=self.compile)
         accel = None if candidate.choice is None else candidate.choice.apply(self.pipe)
         try:
             if self.compile:
@@ -217,17 +219,6 @@ class Sweep:
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
         }
         return self.store(candidate).write((made.frames * 255).round().astype("uint8"), row)
-
-    def _warm_up(self, candidate: Candidate, arguments: dict[str, Any]) -> None:
-        """Once for each candidate: one step without the schedule, or, if compiled, a whole loop with all its graphs."""
-        if candidate.label in self._warm:
-            return
-        self._warm.add(candidate.label)
-        if candidate.choice is None:
-            call.warm_up(self.pipe, arguments, whole=self.compile)
-            return
-        with (candidate.choice if self.compile else candidate.choice.without_schedule()).apply(self.pipe):
-            call.warm_up(self.pipe, arguments, whole=self.compile)
 
 
 def _density(report: Report) -> dict[str, Any]:

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
     from PIL.Image import Image
 
+    from dit_accel.generation.choice import MethodChoice
+
 # arguments of pipeline calls with their own option
 OPTIONS = {
     "prompt": "--prompt",
@@ -210,14 +212,17 @@ def _refuse(constant: str) -> None:
     raise DitAccelError(f"--pipe takes finite numbers, got {constant}.")
 
 
-def warm_up(pipe: DiffusionPipeline, arguments: Mapping[str, Any], *, whole: bool) -> None:
+def warm_up(pipe: DiffusionPipeline, arguments: Mapping[str, Any], choice: MethodChoice | None, *, whole: bool) -> None:
     """Run one denoising step, or the `whole` loop to compile it, so that set-up is not timed.
 
     Where one step is refused the whole loop runs: a schedule may need both its ends, or guidance for each step.
+    A method's one step runs without its schedule, by which it could be dense; the whole loop has both kinds of steps.
     """
     sampling.hide_bars(pipe)
-    if not whole:
-        with contextlib.suppress(DitAccelError):
-            sampling.call(pipe, {**arguments, "num_inference_steps": 1}, seed=0)
-            return
-    sampling.call(pipe, arguments, seed=0)
+    asked = choice if choice is None or whole else choice.without_schedule()
+    with contextlib.nullcontext() if asked is None else asked.apply(pipe):
+        if not whole:
+            with contextlib.suppress(DitAccelError):
+                sampling.call(pipe, {**arguments, "num_inference_steps": 1}, seed=0)
+                return
+        sampling.call(pipe, arguments, seed=0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ def find_place(pipe: DiffusionPipeline, run: Callable[..., Any]) -> str:
 
     def watch(name: str) -> Callable[..., None]:
         def after_layer(module: torch.nn.Module, arguments: Any, output: Any) -> None:
-            if not all(map(_is_finite, _tensors(output))):
+            if not _is_finite(output):
                 raise _Place(f"{place()}{name}")
 
         return after_layer
@@ -65,17 +65,10 @@ def find_place(pipe: DiffusionPipeline, run: Callable[..., Any]) -> str:
     return "the decoding of the latents"
 
 
-def _is_finite(tensor: torch.Tensor) -> bool:
-    return bool(tensor.isfinite().all()) if tensor.is_floating_point() else True
-
-
-def _tensors(value: Any) -> Iterator[torch.Tensor]:
+def _is_finite(value: Any) -> bool:
+    """Whether all tensors in a value, such as a module's output, are finite."""
     import torch
+    from torch.utils._pytree import tree_leaves
 
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        yield from _tensors(tuple(value.values()))
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            yield from _tensors(item)
+    tensors = (leaf for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor) and leaf.is_floating_point())
+    return all(bool(tensor.isfinite().all()) for tensor in tensors)

@@ -176,7 +176,7 @@ class Trainer:
     def run(self) -> None:
         """Train to the last step."""
         main = self.hf.is_main_process
-        curve = state.LossCurve(self.output / "losses.jsonl", self.step) if main else None
+        curve = state.open_losses(self.output / "losses.jsonl", self.step) if main else None
         stop = StopSignal(hold=self.hf.num_processes == 1)  # a checkpoint needs all processes
         began, first, settings = time.monotonic(), self.step, self.settings
         with progress_bar("training: loss {task.fields[loss]}, {task.fields[pace]} steps/s", show=main) as bar, stop:
@@ -184,7 +184,7 @@ class Trainer:
             while self.step < settings.steps:
                 figures = self._train_step()
                 if curve is not None:
-                    curve.add({"step": self.step, **figures})
+                    curve.write(json.dumps({"step": self.step, **figures}) + "\n")
                 self.hf.log(figures, step=self.step)
                 pace = (self.step - first) / (time.monotonic() - began)
                 bar.update(task, advance=1, loss=f"{figures['loss']:.4g}", pace=f"{pace:.2f}")

@@ -10,7 +10,7 @@ import json
 import pathlib
 import shutil
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from torch import nn
@@ -127,26 +127,15 @@ def load(checkpoint: pathlib.Path) -> tuple[int, dict[str, Tensors], dict[str, A
     return content["step"], parts, content["record"]
 
 
-class LossCurve:
-    """Adds rows to `losses.jsonl`.
+def open_losses(path: pathlib.Path, step: int) -> TextIO:
+    """Open `losses.jsonl` to add rows; each is in the file when its line is written.
 
     Args:
-        path: of the file.
         step: of the checkpoint that the run resumes from; rows of later steps are dropped.
     """
-
-    def __init__(self, path: pathlib.Path, step: int) -> None:
-        kept = [row for row in read_losses(path) if row["step"] <= step] if path.exists() else []
-        replace_file(path, "".join(json.dumps(row) + "\n" for row in kept).encode())
-        self._file = path.open("a", encoding="utf-8")
-
-    def add(self, row: dict[str, Any]) -> None:
-        """Write a row; it is in the file when this returns."""
-        self._file.write(json.dumps(row) + "\n")
-        self._file.flush()
-
-    def close(self) -> None:
-        self._file.close()
+    kept = [row for row in read_losses(path) if row["step"] <= step] if path.exists() else []
+    replace_file(path, "".join(json.dumps(row) + "\n" for row in kept).encode())
+    return path.open("a", buffering=1, encoding="utf-8")
 
 
 def read_losses(path: pathlib.Path) -> list[dict[str, Any]]:
