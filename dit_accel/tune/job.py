@@ -1,20 +1,29 @@
-"""A search from its request to the settings file: rounds of `dit_accel.eval`, the layer search, the verdict."""
+"""A search from its request to the settings file: rounds of `dit_accel.eval`, the layer search, the verdict.
+
+The rounds are successive halving: every round keeps the better half, and runs it on more denoising steps. Source:
+Jamieson and Talwalkar, "Non-stochastic Best Arm Identification and Hyperparameter Optimization", arXiv:1502.07943,
+algorithm 1, with the number of steps as its resource. Rounds cost about the same.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 import sys
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from dit_accel.errors import DitAccelError
-from dit_accel.eval import gates, quality
+from dit_accel.eval import gates, quality, verdict
+from dit_accel.eval.gates import Limit
+from dit_accel.eval.report import fields
 from dit_accel.eval.sweep import Candidate
 from dit_accel.generation import call
 from dit_accel.generation.sampling import TotalBar, progress_bar
 from dit_accel.hooks.layers import LayerSettings
 from dit_accel.pipelines.targets import find_transformers
-from dit_accel.tune import halving, space
+from dit_accel.tune import space
 
 if TYPE_CHECKING:
     from dit_accel.eval.summary import Summary
@@ -22,6 +31,9 @@ if TYPE_CHECKING:
     from dit_accel.tune.request import TuneRequest
 
 FILE = "settings.json"
+FINALISTS = 4
+FEWEST_STEPS = 2
+Row = dict[str, Any]
 
 
 def run(request: TuneRequest) -> tuple[Summary, list[str]]:
@@ -53,10 +65,10 @@ def run(request: TuneRequest) -> tuple[Summary, list[str]]:
         search = space.LayerSearch(request, opened, tried, steps, layers)
         if search.obstacle is not None:
             print(f"left out: settings layer by layer: {search.obstacle}.", file=sys.stderr)
-        rounds, choices = halving.rounds(len(tried), steps), tried
-        whole = TotalBar(progress, "all of it", sum((count + 1) * own for count, own in rounds) * len(opened.items))
-        for number, (_, own) in enumerate(rounds, 1):
-            final = number == len(rounds)
+        planned, choices = rounds(len(tried), steps), tried
+        whole = TotalBar(progress, "all of it", sum((count + 1) * own for count, own in planned) * len(opened.items))
+        for number, (_, own) in enumerate(planned, 1):
+            final = number == len(planned)
             if final and search.obstacle is None and len(search.configs(choices[0].name)) > 1:
                 whole.spare(-search.work(choices[0].name))
                 layered = search.run(choices, whole)
@@ -70,18 +82,43 @@ def run(request: TuneRequest) -> tuple[Summary, list[str]]:
             assert made is not None, "tune runs in one process"
             summary = made
             by_label = {Candidate(choice).label: choice for choice in choices}
-            ordered = halving.order(summary["rows"][1:], summary["metrics"], limits)
+            ordered = order(summary["rows"][1:], summary["metrics"], limits)
             if not final:
-                choices = [by_label[row["label"]] for _, row in ordered[: rounds[number][0]]]
-        verdict = summary["verdict"][-1]
+                choices = [by_label[row["label"]] for _, row in ordered[: planned[number][0]]]
+        answer = summary["verdict"][-1]
         front = [row for place, row in ordered if place == 0]
-        summary |= {"rows": [summary["rows"][0], *sorted(front, key=lambda row: row["speedup"])], "verdict": [verdict]}
-        if "row" not in verdict:
+        summary |= {"rows": [summary["rows"][0], *sorted(front, key=lambda row: row["speedup"])], "verdict": [answer]}
+        if "row" not in answer:
             return summary, []
-        figures = gates.figures_of(next(row for _, row in ordered if row["label"] == verdict["row"]))
-        found = {"target": request.target, "row": verdict["row"], "model": request.model, "figures": figures}
-        lines = request.write(FILE, _layers_of(by_label[verdict["row"]], pipe), tuned=found)
+        figures = gates.figures_of(next(row for _, row in ordered if row["label"] == answer["row"]))
+        found = {"target": request.target, "row": answer["row"], "model": request.model, "figures": figures}
+        lines = request.write(FILE, _layers_of(by_label[answer["row"]], pipe), tuned=found)
     return summary, lines
+
+
+def rounds(settings: int, steps: int) -> list[tuple[int, int]]:
+    """Settings and denoising steps of each round; the last one has all steps and at most `FINALISTS` settings."""
+    counts = [settings]
+    while counts[-1] > FINALISTS:
+        counts.append(math.ceil(counts[-1] / 2))
+    halvings = range(len(counts) - 1, -1, -1)
+    return [(n, min(steps, max(FEWEST_STEPS, steps >> late))) for n, late in zip(counts, halvings, strict=True)]
+
+
+def order(rows: Sequence[Row], metrics: Sequence[dict[str, Any]], limits: Sequence[Limit]) -> list[tuple[int, Row]]:
+    """Rows of a summary with the number of their front in speed-up and main metric, the best first.
+
+    Within a front those come first whose figure is nearest to the bound of the first limit.
+    """
+    main = verdict.main_metric(metrics)
+    assert main is not None
+    numbers = fields.fronts([(row["speedup"], verdict.goodness(row, main)) for row in rows])
+
+    def distance(row: Row) -> float:
+        value = gates.figures_of(row)[limits[0].figure]
+        return math.inf if value is None else abs(value - limits[0].bound)
+
+    return sorted(zip(numbers, rows, strict=True), key=lambda each: (each[0], distance(each[1])))
 
 
 def limits_of(target: str) -> str:

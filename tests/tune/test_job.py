@@ -9,14 +9,14 @@ import torch
 import dit_accel
 from dit_accel.eval import sweep
 from dit_accel.eval.report import fields
-from dit_accel.tune import halving
+from dit_accel.tune import job
 
 SMALL = ("--frames", 5, "--height", 32, "--width", 32, "--steps", 2)
 
 
 def test_rounds_halve_the_settings_and_double_the_steps():
-    assert halving.rounds(48, 50) == [(48, 3), (24, 6), (12, 12), (6, 25), (3, 50)]
-    assert halving.rounds(5, 2) == [(5, 2), (3, 2)] and halving.rounds(3, 1) == [(3, 1)]
+    assert job.rounds(48, 50) == [(48, 3), (24, 6), (12, 12), (6, 25), (3, 50)]
+    assert job.rounds(5, 2) == [(5, 2), (3, 2)] and job.rounds(3, 1) == [(3, 1)]
 
 
 def test_fronts_against_their_definition():
@@ -32,9 +32,9 @@ def test_fronts_against_their_definition():
 def test_the_nearest_to_the_target_come_first_in_a_front():
     psnr = {"name": "psnr", "unit": "dB", "better": "higher"}
     rows = [{"label": str(i), "speedup": s, "figures": {"psnr": {"value": p}}} for i, (s, p) in enumerate(POINTS)]
-    rows = [row | dict.fromkeys(halving.gates.FIGURES[1:]) for row in rows]
+    rows = [row | dict.fromkeys(job.gates.FIGURES[1:]) for row in rows]
     for target, expected in (("speedup>=1.5", "10324"), ("psnr>=20", "23104")):
-        ordered = halving.order(rows, [psnr], halving.gates.parse(target))
+        ordered = job.order(rows, [psnr], job.gates.parse(target))
         assert "".join(row["label"] for _, row in ordered) == expected
         assert [number for number, _ in ordered] == [0, 0, 0, 0, 1]
 
