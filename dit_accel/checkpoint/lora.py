@@ -6,6 +6,7 @@ Both stand beside the accelerator's files in Diffusers' formats: `pytorch_lora_w
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -176,24 +177,13 @@ def apply(
                 f"{path} was trained from {base}, and this {name} has other weights of the same shape. Load it into "
                 "that model, or pass any_weights=True (--any-weights) to try it on this one."
             )
-    undo: list[Callable[[], None]] = []
-    try:
-        if trained.lora:
-            undo += [_load_lora(path, record["lora_sha256"], name, module) for name, module in transformers.items()]
-        if trained.full:
-            undo += [_load_model(path / name, module) for name, module in transformers.items()]
-    except BaseException:
-        _all(undo)()
-        raise
-    return trained, _all(undo)
-
-
-def _all(actions: list[Callable[[], None]]) -> Callable[[], None]:
-    def run() -> None:
-        for action in actions:
-            action()
-
-    return run
+    with contextlib.ExitStack() as undo:
+        for name, module in transformers.items():
+            if trained.lora:
+                undo.callback(_load_lora(path, record["lora_sha256"], name, module))
+            if trained.full:
+                undo.callback(_load_model(path / name, module))
+        return trained, undo.pop_all().close
 
 
 def _load_lora(path: pathlib.Path, digest: str, name: str, transformer: nn.Module) -> Callable[[], None]:

@@ -152,7 +152,6 @@ def opened(
             attention=(),
             grid=grid,
             fps=fps,
-            device=device,
             dtype=str(dtype).removeprefix("torch."),
             process=process,
         )

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
+import torchmetrics
 from torchmetrics import CatMetric
 
 from dit_accel.eval.metric import ChosenMetric, Scored
 from dit_accel.generation import captioned
 from dit_accel.generation.captioned import Captioned
 from dit_accel.generation.processes import ProcessRank
-
-if TYPE_CHECKING:
-    import torchmetrics
 
 Figure = dict[str, Any]  # "value"; an average over samples also has "interval" and "samples"
 RESAMPLES = 2000  # of the bootstrap

@@ -49,7 +49,6 @@ class Evaluation:
         left_out: why metrics are left out that are usually measured.
         media, images: the real set and how many images it has; none: the baseline's own frames.
         attention: what `Sweep.attention` gave for each method; empty where it was not asked for.
-        device, dtype: where and in what the model ran.
     """
 
     request: EvalRequest
@@ -64,7 +63,6 @@ class Evaluation:
     attention: Sequence[dict[str, Any]]
     grid: TokenGrid
     fps: int
-    device: torch.device
     dtype: str
     process: ProcessRank
 
@@ -89,7 +87,7 @@ def write(done: Evaluation) -> Summary | None:
     """
     readers = [(item.prompt, lambda label, item=item: done.frames(label, item)) for item in done.items]
     labels = [candidate.label for candidate in done.candidates]
-    scored = score(done.metrics, labels, readers, done.media, done.process, done.device)
+    scored = score(done.metrics, labels, readers, done.media, done.process, done.sweep.device)
     if not done.process.main:
         return None
     rows = {each.label: _with_scores(done.rows(each), scored[each.label][0]) for each in done.candidates}
@@ -215,8 +213,8 @@ def _made(done: Evaluation) -> dict[str, Any]:
         "compiled": request.compile,
         "processes": done.process.count,
         "dtype": done.dtype,
-        "device": str(done.device),
-        "hardware": _hardware(done.device),
+        "device": str(done.sweep.device),
+        "hardware": _hardware(done.sweep.device),
         "versions": versions(),
         "git": commit(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),

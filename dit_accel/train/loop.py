@@ -13,9 +13,10 @@ import math
 import pathlib
 import time
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from diffusers import DiffusionPipeline
 from torch import nn
 
 from dit_accel.accelerator import accelerate
@@ -35,9 +36,6 @@ from dit_accel.train.process import process_of
 from dit_accel.train.processes import StopSignal, join
 from dit_accel.train.settings import TrainSettings
 from dit_accel.train.validation import Validation
-
-if TYPE_CHECKING:
-    from diffusers import DiffusionPipeline
 
 MAY_CHANGE = ("steps", "save_every", "validate_every", "tracker")  # settings that a resumed run may change
 FLOOR = 0.1  # share of the rate at the end of a cosine

@@ -10,16 +10,13 @@ from __future__ import annotations
 import inspect
 import pathlib
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from diffusers import DiffusionPipeline
 
 from dit_accel.errors import DitAccelError
 from dit_accel.train.data import Call, TrainingSample
-
-if TYPE_CHECKING:
-    from diffusers import DiffusionPipeline
-
 
 NOT_CONDITIONING = ("hidden_states", "timestep", "return_dict")
 

@@ -16,9 +16,10 @@ import dataclasses
 import functools
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from diffusers import DiffusionPipeline
 
 from dit_accel.accelerator import accelerate
 from dit_accel.errors import DitAccelError
@@ -32,9 +33,6 @@ from dit_accel.train.data import Dataset
 from dit_accel.train.networks import TrainingNetworks
 from dit_accel.train.prepare import find_transformer
 from dit_accel.train.process import process_of
-
-if TYPE_CHECKING:
-    from diffusers import DiffusionPipeline
 
 LAST = 0.999  # share of a scheduler's levels that the noisiest sample has
 RESOLUTION = 1000  # costs are counted in parts of a dense layer

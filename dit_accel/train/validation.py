@@ -5,15 +5,14 @@ from __future__ import annotations
 import dataclasses
 import pathlib
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import numpy as np
+from diffusers import DiffusionPipeline
 
 from dit_accel.files import staged
 from dit_accel.generation import sampling
 from dit_accel.generation.output import write_frames
-
-if TYPE_CHECKING:
-    import numpy as np
-    from diffusers import DiffusionPipeline
 
 
 @dataclasses.dataclass(frozen=True)
