@@ -25,6 +25,25 @@ if TYPE_CHECKING:
     from dit_accel.bench.run import RowOutcome
 
 NOT_MEASURED = 1
+# Columns of the tables: the fields of a row, and `title` (the setting as typed) and `memory` (GiB).
+OPERATORS = {
+    "row": "{title}\n  {shape} {dtype} {direction} {impl}",
+    "kept": "{density:.3f}",
+    "ms": "{ms_p50:.2f}",
+    "dense": "{baseline_ms_p50:.2f}",
+    "speed-up": "{speedup:.2f}",
+    "TFLOP/s": "{tflops_kept:.3g}",
+}
+STEPS = {
+    "step": "{model} {mode}\n  {method} {setting}",
+    "density": "{density:.4f}",
+    "ms": "{step_ms_p50:.1f}",
+    "dense ms": "{dense_step_ms_p50:.1f}",
+    "rest ms": "{rest_ms_p50:.1f}",
+    "speed-up": "{speedup:.2f}",
+    "share": "{attention_share:.2f}",
+    "GiB": "{memory}",
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -245,52 +264,13 @@ def _show(records: list[dict[str, Any]], options: BenchOptions) -> None:
         typer.echo("\n".join(json.dumps(record) for record in records))
         return
     if operators:
-        _print_operators(operators)
+        caption = "kept: share of the pairs; TFLOP/s: on kept pairs. Every row passed the numerics check."
+        _print_table(operators, OPERATORS, caption)
     if steps:
-        _print_steps(steps)
+        _print_table(steps, STEPS, "one call of the transformer; rest: what is not attention; share: of attention")
 
 
-def _print_operators(records: list[dict[str, Any]]) -> None:
-    rows = [
-        (
-            "{setting}\n  {shape} {dtype} {direction} {impl}".format(setting=record["row"].split("/")[1], **record),
-            f"{record['density']:.3f}",
-            f"{record['ms_p50']:.2f}",
-            f"{record['baseline_ms_p50']:.2f}",
-            f"{record['speedup']:.2f}",
-            f"{record['tflops_kept']:.3g}",
-        )
-        for record in records
-    ]
-    columns = ("row", "kept", "ms", "dense", "speed-up", "TFLOP/s")
-    caption = "kept: share of the pairs; TFLOP/s: on kept pairs. Every row passed the numerics check."
-    _print_table(records, columns, rows, caption)
-
-
-def _print_steps(records: list[dict[str, Any]]) -> None:
-    rows = []
-    for record in records:
-        peak = record["peak_memory_bytes"]
-        rows.append(
-            (
-                "{model} {mode}\n  {method} {setting}".format(**record),
-                f"{record['density']:.4f}",
-                f"{record['step_ms_p50']:.1f}",
-                f"{record['dense_step_ms_p50']:.1f}",
-                f"{record['rest_ms_p50']:.1f}",
-                f"{record['speedup']:.2f}",
-                f"{record['attention_share']:.2f}",
-                "-" if peak is None else f"{peak / 2**30:.1f}",
-            )
-        )
-    columns = ("step", "density", "ms", "dense ms", "rest ms", "speed-up", "share", "GiB")
-    caption = "one call of the transformer; rest: what is not attention; share: of attention"
-    _print_table(records, columns, rows, caption)
-
-
-def _print_table(
-    records: list[dict[str, Any]], columns: tuple[str, ...], rows: Sequence[tuple[str, ...]], caption: str
-) -> None:
+def _print_table(records: list[dict[str, Any]], columns: dict[str, str], caption: str) -> None:
     """A row for each record, under the names of their machines; the first column has names, the others numbers."""
     from rich import box
     from rich.console import Console
@@ -298,9 +278,12 @@ def _print_table(
 
     title = ", ".join(sorted({record["gpu"] or record["cpu"] for record in records}))
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, title=title, caption=caption)
-    table.add_column(columns[0], overflow="fold")
-    for column in columns[1:]:
+    first, *numbers = columns
+    table.add_column(first, overflow="fold")
+    for column in numbers:
         table.add_column(column, justify="right", no_wrap=True, min_width=len(column))
-    for row in rows:
-        table.add_row(*row)
+    for record in records:
+        peak = record.get("peak_memory_bytes")
+        more = {"title": record["row"].split("/")[1], "memory": "-" if peak is None else f"{peak / 2**30:.1f}"}
+        table.add_row(*(form.format(**record, **more) for form in columns.values()))
     Console().print(table)
