@@ -57,7 +57,7 @@ def run(request: TrainRequest) -> list[str]:
         return _search(pipe, request, candidates, folder, source.call_defaults().get("num_inference_steps", 50))
     from dit_accel.train.card import Base
     from dit_accel.train.loop import train
-    from dit_accel.train.validation import Validation
+    from dit_accel.train.state import Validation
 
     call: dict[str, Any] = {}
     if "consistency" in request.train.objectives:

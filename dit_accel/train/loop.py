@@ -28,14 +28,13 @@ from dit_accel.plans.gate import gate_of
 from dit_accel.train import card, state
 from dit_accel.train.card import Base
 from dit_accel.train.data import Dataset, Order, TrainingSample, collate
-from dit_accel.train.distill import LevelSegments
 from dit_accel.train.networks import TrainingNetworks, expanded
 from dit_accel.train.objectives import NEEDS_TEACHER, OBJECTIVES
 from dit_accel.train.prepare import Preparer, find_transformer
-from dit_accel.train.process import process_of
+from dit_accel.train.process import LevelSegments, process_of
 from dit_accel.train.processes import StopSignal, join
 from dit_accel.train.settings import TrainSettings
-from dit_accel.train.validation import Validation
+from dit_accel.train.state import Validation
 
 MAY_CHANGE = ("steps", "save_every", "validate_every", "tracker")  # settings that a resumed run may change
 FLOOR = 0.1  # share of the rate at the end of a cosine

@@ -81,7 +81,7 @@ def final(student: Outputs, teacher: Outputs | None, target: torch.Tensor) -> to
 
 
 def consistency(student: Outputs, teacher: Outputs | None, target: torch.Tensor) -> torch.Tensor:
-    """Mean squared error against the velocity to the segment's end, the `target` of `distill.py`."""
+    """Mean squared error against the velocity to the segment's end, the target of `LevelSegments`."""
     return F.mse_loss(student.prediction, target)
 
 

@@ -44,7 +44,7 @@ class LevelSettings(values.Checked):
 
 @dataclasses.dataclass(frozen=True)
 class Distillation:
-    """Multi-step consistency distillation; see `distill.py`.
+    """Multi-step consistency distillation; see `process.LevelSegments`.
 
     Raises:
         DitAccelError: a value is of the wrong kind or out of range, or there are fewer teacher steps than segments.

@@ -1,4 +1,4 @@
-"""Checkpoints of a training run (weights, their average, the optimizer's state) and its loss curve.
+"""What a training run writes: checkpoints (weights, their average, the optimizer's state), losses, samples.
 
 Data order and noise follow from seed and step, so a checkpoint holds no random state. A resumed run gives the same bits
 as an uninterrupted one. A checkpoint is a folder that gets its name when it is complete.
@@ -6,18 +6,23 @@ as an uninterrupted one. A checkpoint is a folder that gets its name when it is 
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import pathlib
 import shutil
 from collections.abc import Mapping
 from typing import Any, TextIO
 
+import numpy as np
 import torch
+from diffusers import DiffusionPipeline
 from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from dit_accel.errors import DitAccelError, first_line
 from dit_accel.files import replace_file, staged
+from dit_accel.generation import sampling
+from dit_accel.generation.output import write_frames
 
 PARTS = ("weights", "average", "optimizer")
 SCALER = "loss scale"  # stored with the optimizer's state; no weight has this name
@@ -142,3 +147,34 @@ def read_losses(path: pathlib.Path) -> list[dict[str, Any]]:
     """The complete rows of a loss curve, without the incomplete last line that a killed process leaves."""
     lines = path.read_text(encoding="utf-8").split("\n")
     return [json.loads(line) for line in lines[:-1]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Validation:
+    """Samples of a model in training, always with the same prompts and noise, to show what training changes.
+
+    Args:
+        prompts: one sample each; the i-th has the noise of seed i.
+        arguments: of the pipeline's call: size, steps, guidance.
+        fps: frames a second of the videos.
+    """
+
+    prompts: tuple[str, ...]
+    arguments: Mapping[str, Any]
+    fps: int = 8
+
+    def generate(self, pipe: DiffusionPipeline) -> list[np.ndarray]:
+        """float32 [F, H, W, 3] in [0, 1] for each prompt; an image has one frame."""
+        pipe.set_progress_bar_config(disable=True)
+        made = []
+        for seed, prompt in enumerate(self.prompts):
+            result = sampling.call(pipe, {"prompt": prompt, **self.arguments}, seed)
+            made.append(result.frames[0] if hasattr(result, "frames") else result.images[:1])
+        return made
+
+    def write(self, folder: pathlib.Path, made: list[np.ndarray]) -> None:
+        """Write the samples as mp4 or png."""
+        for index, frames in enumerate(made):
+            path = folder / f"{index:02d}{'.mp4' if len(frames) > 1 else '.png'}"
+            with staged(path) as stage:
+                write_frames(stage / path.name, (frames * 255).round().astype("uint8"), self.fps)

@@ -5,8 +5,7 @@ import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 
 from dit_accel import DitAccelError
-from dit_accel.train.distill import LevelSegments
-from dit_accel.train.process import Flow, process_of
+from dit_accel.train.process import Flow, LevelSegments, process_of
 from dit_accel.train.settings import Distillation
 
 

@@ -175,7 +175,7 @@ def test_some_batches_have_the_empty_prompt(trained, tiny, monkeypatch):
 
 
 def test_samples_on_the_way(trained):
-    from dit_accel.train.validation import Validation
+    from dit_accel.train.state import Validation
 
     arguments = {"num_inference_steps": 1, "guidance_scale": 1.0, "num_frames": 5, "height": 32, "width": 48}
     folder = trained(steps=2, validate_every=1, ema=0.9, validation=Validation(("a", "b"), arguments))
