@@ -18,8 +18,7 @@ from dit_accel.errors import DitAccelError
 from dit_accel.hooks.selfcheck import AttentionCall
 from dit_accel.pipelines.family import Family
 from dit_accel.train.data import Call, is_row
-from dit_accel.train.gates import gate_sample
-from dit_accel.train.objectives import Outputs
+from dit_accel.train.objectives import Outputs, gate_sample
 
 
 class TrainingNetworks:

@@ -9,7 +9,7 @@ from dit_accel.hooks.selfcheck import AttentionCall
 from dit_accel.methods.sla import SparseLinearAttention
 from dit_accel.plans.gate import BlockGate
 from dit_accel.tokens import TokenGrid
-from dit_accel.train.gates import gate_sample, pooled_map
+from dit_accel.train.objectives import gate_sample, pooled_map
 
 RAGGED = TokenGrid(3, 5, 7, text=6, conditioning=2)
 SETTINGS = {

@@ -14,9 +14,8 @@ from dit_accel.pipelines.targets import find_transformers
 from dit_accel.plans.gate import BlockGate
 from dit_accel.registry import plan
 from dit_accel.tokens import TokenGrid
-from dit_accel.train.gates import GateSample
 from dit_accel.train.networks import TrainingNetworks
-from dit_accel.train.objectives import OBJECTIVES, Outputs
+from dit_accel.train.objectives import OBJECTIVES, GateSample, Outputs
 
 METHODS = {
     "gna": {"window": (3, 3, 3)},

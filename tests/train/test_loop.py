@@ -12,9 +12,9 @@ from dit_accel.checkpoint import lora as adapters
 from dit_accel.train import state
 from dit_accel.train.card import Base
 from dit_accel.train.data import Dataset
-from dit_accel.train.gates import gate_sample
 from dit_accel.train.loop import train
 from dit_accel.train.networks import TrainingNetworks
+from dit_accel.train.objectives import gate_sample
 from dit_accel.train.settings import make
 
 
