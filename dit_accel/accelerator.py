@@ -346,8 +346,5 @@ def accelerated(target: Any, method: str | None = None, **arguments: Any) -> Ite
         >>> with accelerated(pipe, "gna", window=(18, 24, 24), stride=(16, 8, 8)) as accel:
         ...     video = pipe(prompt).frames[0]
     """
-    accel = accelerate(target, method, **arguments)
-    try:
+    with accelerate(target, method, **arguments) as accel:
         yield accel
-    finally:
-        accel.remove()

@@ -80,9 +80,6 @@ def opened(
         candidates: the baseline and the methods.
         maps: the attention that will be measured.
         pipe: the model, if it is loaded already.
-
-    Raises:
-        DitAccelError: something asked for cannot be done.
     """
     limits = [] if request.require is None else gates.parse(request.require)
     source = sources.find(request.model, request.revision)

@@ -49,9 +49,7 @@ class EvalRequest(ModelRequest):
         repeatable=True,
     )
     real: Path | None = option(
-        None,
-        "Real images or videos that FID and KID compare with; the dense outputs if not given.",
-        metavar="FOLDER",
+        None, "Real images or videos that FID and KID compare with; the dense outputs if not given.", metavar="FOLDER"
     )
     require: str | None = option(
         None, "Such as 'psnr>=25,speedup>=1.5'; the exit status is 1 if one does not hold.", metavar="LIMITS"

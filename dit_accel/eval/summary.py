@@ -81,9 +81,6 @@ def write(done: Evaluation) -> Summary | None:
 
     Returns:
         What summary.json holds; None on the other processes.
-
-    Raises:
-        DitAccelError: something cannot be written.
     """
     readers = [(item.prompt, lambda label, item=item: done.frames(label, item)) for item in done.items]
     labels = [candidate.label for candidate in done.candidates]

@@ -89,10 +89,7 @@ class SamplingOptions(SizeOptions):
     guidance: float | None = option(None, "Guidance scale; the model's own if not given.")
     fps: int | None = option(None, "Frames a second of videos.", least=1, most=100)  # gif counts in 1/100 s
     pipe: tuple[str, ...] = option(
-        (),
-        "Any other argument of the pipeline's call, repeatable; JSON values.",
-        metavar="KEY=VALUE",
-        repeatable=True,
+        (), "Any other argument of the pipeline's call, repeatable; JSON values.", metavar="KEY=VALUE", repeatable=True
     )
 
 
