@@ -13,15 +13,13 @@ import re
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
+from dit_accel.accelerator import Accelerator
 from dit_accel.errors import DitAccelError
-
-if TYPE_CHECKING:
-    from dit_accel.accelerator import Accelerator
-    from dit_accel.hooks.selfcheck import AttentionCall, Measured
+from dit_accel.hooks.selfcheck import AttentionCall, Measured
 
 Indices = tuple[int, ...] | None  # None: all
 QUERIES = 64  # sampled in each head of a call

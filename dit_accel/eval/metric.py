@@ -10,16 +10,15 @@ import dataclasses
 import importlib
 import pkgutil
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
+
+import torch
+import torchmetrics
 
 from dit_accel.errors import DitAccelError
 from dit_accel.eval import metrics
 from dit_accel.eval.networks import DEMO_CLIP, Networks, installed
 from dit_accel.registry import did_you_mean
-
-if TYPE_CHECKING:
-    import torch
-    import torchmetrics
 
 
 class Scored:

@@ -9,30 +9,27 @@ import statistics
 import sys
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import torch
 
 from dit_accel.eval import verdict
 from dit_accel.eval.gates import Limit
 from dit_accel.eval.metric import ChosenMetric
 from dit_accel.eval.report import write_report
+from dit_accel.eval.request import EvalRequest
 from dit_accel.eval.samples import Row
 from dit_accel.eval.scoring import Figure, bootstrap, plain, score
 from dit_accel.eval.sweep import Candidate, PromptSeed, Sweep
 from dit_accel.files import staged
+from dit_accel.generation.captioned import Captioned
 from dit_accel.generation.output import write_frames
 from dit_accel.generation.processes import ProcessRank
 from dit_accel.generation.provenance import commit, machine, versions
 from dit_accel.generation.request import ModelRequest
 from dit_accel.hooks.schedule import Schedule
-
-if TYPE_CHECKING:
-    import torch
-
-    from dit_accel.eval.request import EvalRequest
-    from dit_accel.generation.captioned import Captioned
-    from dit_accel.tokens import TokenGrid
+from dit_accel.tokens import TokenGrid
 
 Summary = dict[str, Any]
 

@@ -5,17 +5,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import pathlib
-from typing import TYPE_CHECKING
 
+from dit_accel.accelerator import Accelerator
 from dit_accel.errors import DitAccelError
 from dit_accel.files import replace_file
-from dit_accel.generation.sources import EMBEDDED
-
-if TYPE_CHECKING:
-    from dit_accel.accelerator import Accelerator
-    from dit_accel.generation.sources import Source
-    from dit_accel.train.data import Dataset
-    from dit_accel.train.settings import TrainSettings
+from dit_accel.generation.sources import EMBEDDED, Source
+from dit_accel.train.data import Dataset
+from dit_accel.train.settings import TrainSettings
 
 # base models whose licence forbids commercial use of derived models
 NON_COMMERCIAL = {

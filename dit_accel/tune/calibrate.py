@@ -8,10 +8,11 @@ is over sampled queries, denoising steps, guidance branches and prompts.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
+from dit_accel.accelerator import Accelerator
 from dit_accel.eval import quality
 from dit_accel.eval.attention import QUERIES
 from dit_accel.eval.sweep import Candidate
@@ -20,15 +21,11 @@ from dit_accel.generation.choice import MethodChoice
 from dit_accel.generation.sampling import TotalBar, progress_bar
 from dit_accel.hooks.layers import LayerSettings
 from dit_accel.hooks.schedule import Schedule
-from dit_accel.hooks.selfcheck import sample
+from dit_accel.hooks.selfcheck import AttentionCall, sample
 from dit_accel.methods.sparge import SpargePlan
 from dit_accel.registry import make_config
 from dit_accel.tune import heads
-
-if TYPE_CHECKING:
-    from dit_accel.accelerator import Accelerator
-    from dit_accel.hooks.selfcheck import AttentionCall
-    from dit_accel.tune.request import TuneRequest
+from dit_accel.tune.request import TuneRequest
 
 FILE = "budgets.json"
 ALL = {"topk": 1.0, "topp": 0.0, "tail": "none", "refresh": 1}  # of the run that is measured: it keeps every block

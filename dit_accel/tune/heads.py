@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from dit_accel.errors import DitAccelError
 from dit_accel.eval import quality
@@ -23,10 +23,8 @@ from dit_accel.hooks.schedule import Schedule
 from dit_accel.methods.heads import Config
 from dit_accel.pipelines.targets import find_transformers
 from dit_accel.train import search
+from dit_accel.tune.request import TuneRequest
 from dit_accel.tune.space import DENSE, SAMPLES, LayerSearch
-
-if TYPE_CHECKING:
-    from dit_accel.tune.request import TuneRequest
 
 FILE = "heads.json"
 Ranked = tuple[list[int], list[float]]  # heads, the least missed first; the loss without the first, the first two, ...

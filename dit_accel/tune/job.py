@@ -12,23 +12,21 @@ import math
 import re
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from dit_accel.errors import DitAccelError
 from dit_accel.eval import gates, quality, verdict
 from dit_accel.eval.gates import Limit
 from dit_accel.eval.report import fields
+from dit_accel.eval.summary import Summary
 from dit_accel.eval.sweep import Candidate
 from dit_accel.generation import call
+from dit_accel.generation.choice import MethodChoice
 from dit_accel.generation.sampling import TotalBar, progress_bar
 from dit_accel.hooks.layers import LayerSettings
 from dit_accel.pipelines.targets import find_transformers
 from dit_accel.tune import space
-
-if TYPE_CHECKING:
-    from dit_accel.eval.summary import Summary
-    from dit_accel.generation.choice import MethodChoice
-    from dit_accel.tune.request import TuneRequest
+from dit_accel.tune.request import TuneRequest
 
 FILE = "settings.json"
 FINALISTS = 4

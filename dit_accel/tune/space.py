@@ -6,28 +6,26 @@ import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from dit_accel import registry
 from dit_accel.errors import DitAccelError
 from dit_accel.eval.samples import key_of
+from dit_accel.eval.summary import Evaluation
 from dit_accel.eval.sweep import Candidate
 from dit_accel.files import read_json, replace_file
 from dit_accel.generation import modular
 from dit_accel.generation.choice import MethodChoice
+from dit_accel.generation.sampling import TotalBar
 from dit_accel.hooks.layers import LayerSettings
 from dit_accel.hooks.schedule import STEPS, Schedule
+from dit_accel.pipelines.family import Family
+from dit_accel.tokens import TokenGrid
 from dit_accel.train import search
 from dit_accel.train.data import Dataset, write
 from dit_accel.train.prepare import Preparer
 from dit_accel.train.settings import INDEX
-
-if TYPE_CHECKING:
-    from dit_accel.eval.summary import Evaluation
-    from dit_accel.generation.sampling import TotalBar
-    from dit_accel.pipelines.family import Family
-    from dit_accel.tokens import TokenGrid
-    from dit_accel.tune.request import TuneRequest
+from dit_accel.tune.request import TuneRequest
 
 DENSITIES = (0.5, 0.3, 0.2, 0.1)
 DENSE_STEPS = 0.2
