@@ -52,6 +52,7 @@ class RowOutcome:
     reason: str = ""
 
 
+@dataclasses.dataclass
 class Bench:
     """Measures rows on one device.
 
@@ -62,17 +63,15 @@ class Bench:
         profile: a file to which each row's name and profile (`timing.profile`) are added.
     """
 
-    def __init__(
-        self,
-        device: torch.device,
-        impl: Impl = "auto",
-        seconds: float = 2.0,
-        peer: bool = False,
-        profile: Path | None = None,
-    ) -> None:
-        self.device, self.impl, self.seconds, self.peer, self.profile = device, impl, seconds, peer, profile
-        impls.check(impl)
-        self.provenance = provenance(device)
+    device: torch.device
+    impl: Impl = "auto"
+    seconds: float = 2.0
+    peer: bool = False
+    profile: Path | None = None
+
+    def __post_init__(self) -> None:
+        impls.check(self.impl)
+        self.provenance = provenance(self.device)
         self._dense: dict[tuple[Any, ...], tuple[str, dict[str, Any]]] = {}
 
     def run(self, rows: Sequence[Row]) -> Iterator[RowOutcome]:
@@ -193,10 +192,8 @@ def outcome_of(row: Declared, measure: Callable[[], dict[str, Any]]) -> RowOutco
         return RowOutcome(row, "measured", measure())
     except Inexact as error:
         return RowOutcome(row, "red", reason=str(error))
-    except OutOfReach as error:
-        return RowOutcome(row, "out of reach", reason=str(error))
     except DitAccelError as error:
-        return RowOutcome(row, "refused", reason=str(error))
+        return RowOutcome(row, "out of reach" if isinstance(error, OutOfReach) else "refused", reason=str(error))
     except torch.OutOfMemoryError:
         return RowOutcome(row, "refused", reason="the device has too little memory for it")
 

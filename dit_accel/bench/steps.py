@@ -64,6 +64,7 @@ NOTHING = Method(
 )
 
 
+@dataclasses.dataclass
 class StepBench:
     """Measures steps on one device.
 
@@ -74,16 +75,14 @@ class StepBench:
         backend: of `torch.compile`.
     """
 
-    def __init__(
-        self,
-        device: torch.device,
-        impl: Impl = "auto",
-        seconds: float = 2.0,
-        dtype: torch.dtype = torch.bfloat16,
-        backend: str = "inductor",
-    ) -> None:
-        self.device, self.impl, self.seconds, self.dtype, self.backend = device, impl, seconds, dtype, backend
-        self._attention = Bench(device, impl)
+    device: torch.device
+    impl: Impl = "auto"
+    seconds: float = 2.0
+    dtype: torch.dtype = torch.bfloat16
+    backend: str = "inductor"
+
+    def __post_init__(self) -> None:
+        self._attention = Bench(self.device, self.impl)
 
     def run(self, steps: Sequence[ModelStep]) -> Iterator[RowOutcome]:
         """Measure the steps by model and mode; a failing step does not stop the others."""

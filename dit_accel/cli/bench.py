@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 import typer
 
 from dit_accel import registry
+from dit_accel.bench import results
 from dit_accel.cli import Interrupted
 from dit_accel.cli.options import JsonOptions, command
 from dit_accel.errors import DitAccelError
@@ -142,9 +143,7 @@ def bench(given: dict[str, Any]) -> int:
 
 
 def _show_file(options: BenchOptions, path: Path) -> None:
-    from dit_accel.bench.results import read
-
-    records = read(path)
+    records = results.read(path)
     if not records:
         raise DitAccelError(f"{path} has no rows; `dit-accel bench --output {path}` adds them.")
     if options.picture is not None and not any("op" in record for record in records):
@@ -201,14 +200,11 @@ def _check_files(options: BenchOptions) -> None:
     if options.output is not None:
         check_file(options.output, (".jsonl",))
         if options.output.exists():  # rows are added to files of rows alone
-            from dit_accel.bench.results import read
-
-            read(options.output)
+            results.read(options.output)
 
 
 def _left(rows: Sequence[Declared], device: torch.device, output: Path | None) -> Sequence[Declared]:
     """The rows that the file lacks from this commit and machine."""
-    from dit_accel.bench.results import read
     from dit_accel.generation.provenance import provenance
 
     if output is None:
@@ -217,7 +213,7 @@ def _left(rows: Sequence[Declared], device: torch.device, output: Path | None) -
         return rows
     fields = ("git", "gpu", "cpu")
     here = provenance(device)
-    have = {record["row"] for record in read(output) if all(record[name] == here[name] for name in fields)}
+    have = {record["row"] for record in results.read(output) if all(record[name] == here[name] for name in fields)}
     return [row for row in rows if row.name not in have]
 
 
@@ -256,10 +252,8 @@ def _remark(outcome: RowOutcome) -> str:
 def _show(records: list[dict[str, Any]], options: BenchOptions) -> None:
     operators, steps = ([record for record in records if ("op" in record) == wanted] for wanted in (True, False))
     if options.picture is not None and operators:
-        from dit_accel.bench.results import draw
-
         with staged(options.picture) as stage:
-            draw(operators, stage / options.picture.name)
+            results.draw(operators, stage / options.picture.name)
     if options.json:
         typer.echo("\n".join(json.dumps(record) for record in records))
         return

@@ -70,7 +70,6 @@ class GenerateJob:
         """Generate one output and write its files, all or none.
 
         Args:
-            pipe: from `load`.
             request: differs from the job's only in prompt and output.
 
         Returns:

@@ -77,8 +77,6 @@ def opened(
     """A checked evaluation, whose model is loaded and whose samples are not yet made; its folder is held.
 
     Args:
-        candidates: the baseline and the methods.
-        maps: the attention that will be measured.
         pipe: the model, if it is loaded already.
     """
     limits = [] if request.require is None else gates.parse(request.require)

@@ -19,7 +19,6 @@ def find_place(pipe: DiffusionPipeline, run: Callable[..., Any]) -> str:
     """Run once more, watched, until something is NaN or infinite.
 
     Args:
-        pipe: whose output has such values.
         run: calls the pipeline again, with further keywords.
 
     Returns:

@@ -227,12 +227,7 @@ def progress_bar(text: str = "{task.description}", *, show: bool = True) -> Prog
 
 
 class TotalBar:
-    """The bar of a whole piece of work, counted in denoising steps, under whose progress its parts show their own.
-
-    Args:
-        progress: shown by the caller.
-        steps: of the whole.
-    """
+    """The bar of a whole piece of work, counted in denoising steps, under whose progress its parts show their own."""
 
     def __init__(self, progress: Progress, title: str, steps: int) -> None:
         self.progress, self._left = progress, steps

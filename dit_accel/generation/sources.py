@@ -35,7 +35,6 @@ class Source:
     Args:
         model: the user's name for it.
         folder: with the pipeline's JSON files at least.
-        revision: of a model on the Hub.
     """
 
     model: str

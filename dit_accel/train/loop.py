@@ -138,9 +138,7 @@ class Trainer:
             self.accel,
             lora=lora,
             layers=layers if "attention" in settings.objectives else (),
-            hidden="final" in settings.objectives,
-            gates="gate" in settings.objectives,
-            calls="imitation" in settings.objectives,
+            objectives=settings.objectives,
             teacher=teacher,
         )
         self.transformer.train()

@@ -8,6 +8,7 @@ call.
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -28,9 +29,7 @@ class TrainingNetworks:
         transformer: the student, accelerated by `accel`, with a LoRA if `lora`.
         lora: turn adapters off while the transformer is its own teacher.
         layers: indices of the self-attention modules whose output is recorded.
-        hidden: record the input of the output head.
-        gates: record what the layers' gates learn from.
-        calls: record the sparse attention calls.
+        objectives: of the training; they decide what else is recorded (`Outputs`).
         teacher: a copy of the dense model, if all weights train.
 
     Raises:
@@ -45,13 +44,11 @@ class TrainingNetworks:
         *,
         lora: bool,
         layers: tuple[int, ...] = (),
-        hidden: bool = False,
-        gates: bool = False,
-        calls: bool = False,
+        objectives: Collection[str] = (),
         teacher: nn.Module | None = None,
     ) -> None:
         self._transformer, self._accel, self._lora = transformer, accel, lora
-        self._gates, self._calls = gates, calls
+        self._gates, self._calls, hidden = (name in objectives for name in ("gate", "imitation", "final"))
         # with rising time the model predicts the opposite direction
         if family.timestep_scale is None or family.timestep_rises:
             raise DitAccelError(

@@ -109,7 +109,9 @@ def test_the_teacher_is_the_untouched_model(lora, tiny_wan, wan_inputs):
     if lora:
         adapters.add_lora(transformer, ["blocks.0.attn1.to_q"], rank=2, alpha=2)
     teacher = None if lora else untouched
-    networks = TrainingNetworks(transformer, family, accel, lora=lora, layers=(1,), hidden=True, teacher=teacher)
+    networks = TrainingNetworks(
+        transformer, family, accel, lora=lora, layers=(1,), objectives=("final",), teacher=teacher
+    )
     with torch.no_grad():
         for weight in transformer.parameters():
             if weight.requires_grad:
@@ -150,7 +152,7 @@ def test_a_model_without_the_head_that_is_watched_is_refused():
     family = find_transformers(transformer)[0]["transformer"][1]
     with dit_accel.accelerated(transformer, "dense") as accel:
         with pytest.raises(dit_accel.DitAccelError, match="which Kandinsky5Transformer3DModel does not have"):
-            TrainingNetworks(transformer, family, accel, lora=False, hidden=True)
+            TrainingNetworks(transformer, family, accel, lora=False, objectives=("final",))
 
 
 def test_objectives_by_hand():

@@ -19,7 +19,6 @@ def render(summary: dict[str, Any], folder: Path) -> str:
     """The page of a summary.
 
     Args:
-        summary: as `fields.py` describes it.
         folder: what its paths are relative to.
 
     Raises:

@@ -81,7 +81,6 @@ def pareto(summary: dict[str, Any]) -> bytes:
 
 def panel(summary: dict[str, Any], metric: dict[str, Any]) -> bytes:
     """One metric's Pareto front alone, as SVG without a legend."""
-    check_matplotlib()
     import matplotlib
 
     with matplotlib.rc_context(STYLE):
@@ -96,7 +95,6 @@ def heat_maps(record: dict[str, Any]) -> bytes:
     Args:
         record: an entry of the summary's `attention`.
     """
-    check_matplotlib()
     import matplotlib
     import numpy as np
 
