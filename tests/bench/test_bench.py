@@ -249,8 +249,8 @@ class TestGate:
         """Lists that are not the best ones, whoever attends to them."""
         from dit_accel.methods import sla
 
-        right = sla.route
-        monkeypatch.setattr(sla, "route", lambda q, *rest: right(-q, *rest))
+        right = sla.classify
+        monkeypatch.setattr(sla, "classify", lambda q, *rest, **more: right(-q, *rest, **more))
         found = outcome(SLA)
         assert found.status == "red"
         assert found.reason.startswith("router")
