@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from triton.experimental.gluon import language as gl
 
 from dit_accel.kernels.block_sparse.geometry import Shape
-from dit_accel.kernels.block_sparse.gluon import LAUNCH, ROWS, constants
+from dit_accel.kernels.block_sparse.gluon import LAUNCH, ROWS, STAGES_DKDV, STAGES_DQ, constants, half_of
 from dit_accel.kernels.block_sparse.gluon_copies import KEYS
 from dit_accel.kernels.block_sparse.triton import RASTER
 from tools.kernels.ahead_of_time import Build
@@ -17,11 +17,10 @@ from tools.kernels.sla import POINTERS as SLA_POINTERS
 
 
 def builds(arch: int) -> Iterator[Build]:
-    """Both kernels, with SLA's default feature map."""
+    """All kernels, with SLA's default feature map."""
     if arch == 90:
         for build in _block_sparse():
-            yield build
-            yield _sla(build)
+            yield from (build, _sla(build), _dq(build), _dkdv(build))
 
 
 def _block_sparse() -> Iterator[Build]:
@@ -48,6 +47,38 @@ def _block_sparse() -> Iterator[Build]:
             needs=2 * head_dim * (2 * ROWS + 2 * stages * KEYS.value),
             registers=LAUNCH.registers,
         )
+
+
+def _dq(build: Build) -> Build:
+    """The dq kernel's build like one of the forward kernel."""
+    boxes, chosen = dict(build.pointers), dict(build.constants)
+    like_q = [(f"{x}_{kind}", boxes[f"q_{kind}"]) for x in ("g", "o", "dq") for kind in ("tile", "run")]
+    return dataclasses.replace(
+        build,
+        kernel="gluon_dq",
+        function="dit_accel.kernels.block_sparse.gluon_dq:block_sparse_gluon_dq_kernel",
+        constants=tuple((chosen | {"STAGES": STAGES_DQ}).items()),
+        pointers=(*build.pointers, *like_q, ("statistics", "*fp32")),
+        stages=STAGES_DQ,
+        needs=2 * chosen["D"] * (6 * ROWS + 2 * STAGES_DQ * KEYS.value),
+    )
+
+
+def _dkdv(build: Build) -> Build:
+    """The build of the kernel of dk and dv like one of the forward kernel."""
+    like, chosen = _dq(build), dict(build.constants)
+    dim, keys, tile_k = chosen["D"], chosen["BLOCK_K"], chosen["TILE_K"]
+    part = tile_k if keys == ROWS else half_of(tile_k)
+    boxes = [(f"{x}_{kind}", box) for x in ("k", "v", "dk", "dv") for kind, box in _boxes(part, ROWS, dim)]
+    return dataclasses.replace(
+        like,
+        kernel="gluon_dkdv",
+        function="dit_accel.kernels.block_sparse.gluon_dkdv:block_sparse_gluon_dkdv_kernel",
+        constants=tuple((chosen | {"PART_K": part, "STAGES": STAGES_DKDV}).items()),
+        pointers=(*like.pointers, *boxes),
+        stages=STAGES_DKDV,
+        needs=2 * dim * (2 * keys + 2 * STAGES_DKDV * ROWS) + (8 * dim * ROWS if keys == ROWS else 0),
+    )
 
 
 def _boxes(tile: Shape, rows: int, head_dim: int) -> list[tuple[str, str]]:

@@ -1,7 +1,8 @@
-"""The Gluon implementation, for compute capability 9.0: a forward kernel of its own, and Triton's backward.
+"""The Gluon implementation, for compute capability 9.0: a forward kernel, and two for the gradients.
 
-Both read the same lists and the same bits of partial blocks, and the backward reads the forward's LSE. Query blocks
-have 128 tokens and key blocks 64 or 128, in raster order or in tiles of any shape.
+They read the same lists and the same bits of partial blocks as Triton's, and the backward reads the forward's LSE, so
+that a call's forward and backward may be of different implementations. Query blocks have 128 tokens and key blocks 64
+or 128, in raster order or in tiles of any shape.
 """
 
 from __future__ import annotations
@@ -17,9 +18,12 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from dit_accel.kernels import tuning
 from dit_accel.kernels.block_sparse.geometry import BlockSparseCall, Shape
 from dit_accel.kernels.block_sparse.gluon_copies import KEYS
+from dit_accel.kernels.block_sparse.gluon_dkdv import block_sparse_gluon_dkdv_kernel
+from dit_accel.kernels.block_sparse.gluon_dq import block_sparse_gluon_dq_kernel
 from dit_accel.kernels.block_sparse.gluon_forward import block_sparse_gluon_fwd_kernel
-from dit_accel.kernels.block_sparse.triton import RASTER, Kept, TritonCall, backward, likeness
+from dit_accel.kernels.block_sparse.triton import RASTER, Kept, TritonCall, likeness
 from dit_accel.kernels.block_sparse.triton_configs import Launch
+from dit_accel.kernels.block_sparse.triton_lists import both_ways, split
 
 __all__ = ["backward", "forward"]
 
@@ -27,6 +31,7 @@ LOG2E = math.log2(math.e)
 ROWS = 64  # of a consumer
 ENDLESS = 0x7FFF0000  # an axis of a descriptor that bounds nothing
 STAGES = 3  # steps of 128 keys and values in shared memory, as many as it holds with D = 128
+STAGES_DQ, STAGES_DKDV = 2, 4  # of dk and dv: units of 64 queries and gradients
 LAUNCH = Launch(4, STAGES, KEYS.value, registers=168)  # 12 warps in all; the kernel shares registers out
 
 
@@ -73,6 +78,54 @@ def forward(call: BlockSparseCall) -> tuple[torch.Tensor, torch.Tensor]:
         known = [[_like(each, None) for each in pair] for pair in pairs]
         host.keep(_KEPT, like, launched.behind(1 + 2 * len(pairs) + 7), known)
     return out.transpose(1, 2), lse
+
+
+def backward(
+    grad_out: torch.Tensor, grad_lse: torch.Tensor | None, out: torch.Tensor, lse: torch.Tensor, call: BlockSparseCall
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of q, k and v, each [B, H, N, D] laid out in memory as [B, N, H, D]; the same bits in every run."""
+    q, k, v, lists, _, geometry, scale = call
+    host = TritonCall(call)
+    ordered, transposed = (both_ways if lists.packed is None else split)(lists, geometry)
+    places, spans, words = host.masked(ordered)
+    batch, heads, _, dim = q.shape
+    tile_q, tile_k = geometry.tile_q or RASTER, geometry.tile_k or RASTER
+    half, part = half_of(tile_q), tile_k if geometry.block_k == ROWS else half_of(tile_k)
+    statistics = q.new_empty(batch, heads, host.query_blocks, 4 * ROWS, dtype=torch.float32)
+    dq, dk, dv = (host.room_for(x) for x in (q, k, v))
+    of_queries = [describe(x, geometry.query_grid, half, ROWS) for x in (q, grad_out.to(q.dtype), out)]
+    whole, parts = ([describe(x, geometry.grid, *box) for x in (k, v)] for box in ((tile_k, geometry.block_k), (part, ROWS)))
+    orders = *sizes(geometry.key_order), *sizes(geometry.query_order), geometry.query_order.grid.text
+    *segments, given = host.segments
+    shared = int(lists.indices.ndim == 4), 1 - host.own_queries
+
+    sides = *of_queries, *whole
+    written, _ = describe(dq.transpose(1, 2), geometry.query_grid, half, ROWS)
+    tuning.launch(
+        block_sparse_gluon_dq_kernel, (host.query_blocks, heads, batch),
+        (
+            lse, lse if grad_lse is None else grad_lse.contiguous(), statistics,
+            *(each for pair, _ in sides for each in pair), *written, places, spans, words,
+            *segments, given + 4 * (grad_lse is not None), *(each for _, three in sides for each in three), scale,
+            *orders, heads, q.shape[2], host.query_blocks, lists.indices.shape[-1], *shared,
+        ),
+        {**constants(dim, geometry.block_k, tile_q, tile_k), "STAGES": STAGES_DQ}, (LAUNCH,), (),
+    )  # fmt: skip
+
+    sides = *of_queries[:2], *parts
+    both = (describe(x.transpose(1, 2), geometry.grid, part, ROWS)[0] for x in (dk, dv))
+    entries, places, numbers, firsts = transposed
+    tuning.launch(
+        block_sparse_gluon_dkdv_kernel, (host.key_blocks, heads, batch),
+        (
+            statistics, *(each for pair, _ in sides for each in pair), *(each for pair in both for each in pair),
+            entries, places, places if numbers is None else numbers, firsts, words,
+            *segments, given + 4 * (numbers is not None), *(each for _, three in sides for each in three), scale,
+            *orders, heads, k.shape[2], host.query_blocks, host.key_blocks, *shared,
+        ),
+        {**constants(dim, geometry.block_k, tile_q, tile_k), "PART_K": part, "STAGES": STAGES_DKDV}, (LAUNCH,), (),
+    )  # fmt: skip
+    return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
 
 
 _KEPT: dict[Any, Kept] = {}

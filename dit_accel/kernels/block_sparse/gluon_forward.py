@@ -68,12 +68,20 @@ def produce(
     D: gl.constexpr, BLOCK_K: gl.constexpr, TILE_Q: gl.constexpr, HALF: gl.constexpr, TILE_K: gl.constexpr,
     STAGES: gl.constexpr,
 ):  # fmt: skip
-    """The producer warp: queries of both consumers, then keys and values of the listed blocks, in order."""
+    """The producer warp: queries of both consumers, then `produce_keys`."""
     where_q = own_query(call, TILE_Q)
     for part in gl.static_range(2):
         where = part_of(where_q, part, TILE_Q)
         mbarrier.expect(buffers.q_full.index(part), ROWS * D * 2)
         fetch(q, where, buffers.q_full.index(part), buffers.q.index(part), 0, 1, ROWS, HALF, D)
+    produce_keys(k, v, call, buffers, D, BLOCK_K, TILE_K, STAGES)
+
+
+@gluon.jit
+def produce_keys(
+    k, v, call, buffers, D: gl.constexpr, BLOCK_K: gl.constexpr, TILE_K: gl.constexpr, STAGES: gl.constexpr
+):
+    """Keys and values of the listed blocks, in order."""
     walk = own_list(call)
     near = place_at(0, 0, walk, BLOCK_K)
     far = place_at(0, KEYS // BLOCK_K - 1, walk, BLOCK_K)
@@ -154,8 +162,8 @@ def words_of(
 
 @gluon.jit
 def masked(scores, low, high, LAYOUT: gl.constexpr):
-    """Scores [ROWS, KEYS], -inf where the bits of two words a row, int64 [ROWS] each, are 0."""
-    slots = gl.arange(0, KEYS, gl.SliceLayout(0, LAYOUT))[None, :]
+    """Scores [ROWS, up to KEYS], -inf where the bits of two words a row, int64 [ROWS] each, are 0."""
+    slots = gl.arange(0, scores.shape[1], gl.SliceLayout(0, LAYOUT))[None, :]
     word = gl.where(slots < 64, low[:, None], high[:, None])
     half = gl.where(slots % 64 < 32, word.to(gl.int32), (word >> 32).to(gl.int32))
     # the shift depends on the thread alone, the bit tested on the register alone
@@ -271,11 +279,11 @@ def consume(
 
 
 @gluon.jit
-def allocated(DTYPE: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr):
-    """The buffers of a program, their barriers ready."""
+def allocated(DTYPE: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, TENSORS: gl.constexpr = 1):
+    """The buffers of a program, their barriers ready; TENSORS of queries, each of both consumers."""
     SHARED: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
     buffers = Buffers(
-        gl.allocate_shared_memory(DTYPE, [2, ROWS, D], SHARED),
+        gl.allocate_shared_memory(DTYPE, [2 * TENSORS, ROWS, D], SHARED),
         gl.allocate_shared_memory(DTYPE, [STAGES, KEYS, D], SHARED),
         gl.allocate_shared_memory(DTYPE, [STAGES, KEYS, D], SHARED),
         gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout()),

@@ -1,0 +1,347 @@
+"""The kernel of dk and dv of the Gluon implementation, for compute capability 9.0; see `gluon_forward`.
+
+A program is one key block of one head. The producer warp walks the transposed list of query blocks, and brings queries
+and output gradients in units of 64 rows. A unit has four products. Scores and the weights' gradients are computed with
+keys as rows, so that both are operands in registers of the products that make dv and dk.
+
+Consumers divide a block of 128 keys, and both take every unit. They divide the units of a block of 64 keys, and add
+their sums at the end: each gives one of its two to the other.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from dit_accel.kernels.block_sparse.gluon_copies import (
+    ROWS,
+    Addressed,
+    Launched,
+    Side,
+    Where,
+    fetch,
+    part_of,
+    put,
+    whereabouts,
+)
+from dit_accel.kernels.block_sparse.gluon_forward import LOG2E
+from dit_accel.kernels.block_sparse.triton_tokens import RUNTIME, starts_of
+
+
+class Buffers(NamedTuple):
+    """Shared memory: own keys and values, units of queries and gradients, sums to be exchanged; and their barriers."""
+
+    k: Any
+    v: Any
+    q: Any
+    g: Any
+    sums: Any
+    own_full: Any
+    full: Any
+    empty: Any
+    sums_full: Any
+
+
+class Visits(NamedTuple):
+    """The query blocks that visit a key block, `triton_lists.Transposed`: `clean` ends the part without padding."""
+
+    entries: Any
+    places: Any
+    numbers: Any
+    first: Any
+    clean: Any
+    last: Any
+
+
+@gluon.jit
+def own_keys(call, text, BLOCK_K: gl.constexpr, TILE_K: gl.constexpr):
+    """Where this program's key block lies in a segment of `text` tokens, if it is one of text."""
+    starts, _text_len = starts_of(
+        gl.program_id(2), call.visual_starts, call.conditioning_starts, call.text_starts, call.text_lens, call.usual,
+        call.given,
+    )  # fmt: skip
+    return whereabouts(call.width - 1 - gl.program_id(0), starts, text, call.keys, BLOCK_K, TILE_K)
+
+
+@gluon.jit
+def query_at(place, is_clean, starts, call, PART: gl.constexpr, TILE_Q: gl.constexpr):
+    """Where half a listed query block lies. A block without padding slots costs no division."""
+    t, h, w, slot = place * 0, place * 0, place * 0, place
+    first, size, is_visual = starts[0], call.queries.visual, place >= 0
+    if TILE_Q[1] > 0:
+        first += place
+        slot = place * 0
+    if is_clean == 0:
+        where = whereabouts(place, starts, call.query_text, call.queries, 2 * ROWS, TILE_Q)
+        t, h, w, slot = where.t, where.h, where.w, where.place
+        first, size, is_visual = where.first, where.size, where.is_visual
+    return part_of(Where(is_visual, t, h, w, first, size, slot), PART, TILE_Q)
+
+
+@gluon.jit
+def produce(
+    q, g, k, v, visits, text_len, call, buffers,
+    D: gl.constexpr, BLOCK_K: gl.constexpr, TILE_Q: gl.constexpr, HALF: gl.constexpr, TILE_K: gl.constexpr,
+    PART_K: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """The producer warp: own keys and values, then the units of the listed query blocks, in order."""
+    mbarrier.expect(buffers.own_full.index(0), 2 * BLOCK_K * D * 2)
+    for part in gl.static_range(BLOCK_K // ROWS):
+        where = part_of(own_keys(call, text_len, BLOCK_K, TILE_K), part, TILE_K)
+        fetch(k, where, buffers.own_full.index(0), buffers.k.index(part), 0, 1, ROWS, PART_K, D)
+        fetch(v, where, buffers.own_full.index(0), buffers.v.index(part), 0, 1, ROWS, PART_K, D)
+    starts, _text_len = starts_of(
+        gl.program_id(2), call.visual_starts, call.conditioning_starts, call.text_starts, call.text_lens, call.usual,
+        call.given,
+    )  # fmt: skip
+    visual_start, conditioning_start, text_start = starts
+    starts = (visual_start * call.shared_rows, conditioning_start, text_start)
+    place = gl.load(visits.places + gl.maximum(gl.minimum(visits.first, visits.last - 1), 0))
+    for i in range(visits.first, visits.last):
+        next_place = gl.load(visits.places + gl.minimum(i + 1, visits.last - 1))
+        for part in gl.static_range(2):
+            unit = 2 * (i - visits.first) + part
+            stage = unit % STAGES
+            full = buffers.full.index(stage)
+            where = query_at(place, (i < visits.clean).to(gl.int32), starts, call, part, TILE_Q)
+            mbarrier.wait(buffers.empty.index(stage), (unit // STAGES & 1) ^ 1)
+            mbarrier.expect(full, 2 * ROWS * D * 2)
+            fetch(q, where, full, buffers.q.index(stage), 0, 1, ROWS, HALF, D)
+            fetch(g, where, full, buffers.g.index(stage), 0, 1, ROWS, HALF, D)
+        place = next_place
+
+
+@gluon.jit
+def seen_by(scores, words, S: gl.constexpr):
+    """Scores [ROWS keys, ROWS queries], -inf where a query's word, int64 [ROWS], lacks a key's bit."""
+    rows = gl.arange(0, ROWS, gl.SliceLayout(1, S))[:, None]
+    half = gl.where(rows < 32, words[None, :].to(gl.int32), (words >> 32)[None, :].to(gl.int32))
+    # the shift depends on the thread alone, the bit tested on the register alone
+    seen = ((half >> (rows // 16 % 2 * 16 + rows % 8)) & (1 << (rows % 16 // 8 * 8))) != 0
+    return gl.where(seen, scores, float("-inf"))
+
+
+@gluon.jit
+def weights_of(
+    scores, lse, number, first, scale, call, PART: gl.constexpr, BLOCK_K: gl.constexpr, S: gl.constexpr
+):
+    """Weights [ROWS keys, ROWS queries] of a unit from its scores; `lse` points to its statistics."""
+    columns = first + gl.arange(0, ROWS, gl.SliceLayout(0, S))
+    exponents = scores * scale - gl.load(lse)[None, :]
+    if number >= 0:
+        word = number.to(gl.int64) * (BLOCK_K // 64) + PART * (BLOCK_K // 64 - 1)
+        exponents = seen_by(exponents, gl.load(call.words + word * (2 * ROWS) + columns), S)
+    return gl.exp2(exponents)
+
+
+@gluon.jit
+def summed(
+    visits, statistics, scale, call, buffers,
+    PART: gl.constexpr, D: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """A consumer's sums over its units: dk / scale and dv, fp32 [ROWS, D] each."""
+    S: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, ROWS, 16])
+    A: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, D, 16])
+    P: gl.constexpr = gl.DotOperandLayout(0, A, 2)
+    STRIDE: gl.constexpr = 128 // BLOCK_K  # from unit to unit of this consumer
+    FIRST: gl.constexpr = PART * (STRIDE - 1)
+    OWN: gl.constexpr = PART * (2 - STRIDE)
+    columns = gl.arange(0, ROWS, gl.SliceLayout(0, S))
+    k, v = buffers.k.index(OWN), buffers.v.index(OWN)
+    base_2 = scale * LOG2E
+    dk = gl.zeros([ROWS, D], gl.float32, A)
+    dv = gl.zeros([ROWS, D], gl.float32, A)
+    zero = gl.zeros([ROWS, ROWS], gl.float32, S)
+    worded = (call.given & 4) != 0
+    turns = (visits.last - visits.first) * (2 // STRIDE)
+    mbarrier.wait(buffers.own_full.index(0), 0)
+    if turns > 0:
+        block = gl.load(visits.entries + visits.first)
+        number = gl.load(visits.numbers + visits.first, mask=worded, other=-1)
+        mbarrier.wait(buffers.full.index(FIRST), 0)
+        scores = warpgroup_mma(k, buffers.q.index(FIRST).permute((1, 0)), zero, use_acc=False, is_async=True)
+        dp = warpgroup_mma(v, buffers.g.index(FIRST).permute((1, 0)), zero, use_acc=False, is_async=True)
+        scores = warpgroup_mma_wait(1, deps=(scores,))
+        lse = statistics + (block * 2 + FIRST) * (2 * ROWS) + columns
+        weights = weights_of(scores, lse, number, FIRST * ROWS, base_2, call, OWN, BLOCK_K, S)
+        following = FIRST + STRIDE
+        mbarrier.wait(buffers.full.index(following % STAGES), following // STAGES & 1, pred=turns > 1)
+        dp, weights = warpgroup_mma_wait(0, deps=(dp, weights))
+        delta = gl.load(lse + ROWS)
+        operand = gl.convert_layout((weights * (dp - delta[None, :])).to(k.dtype), P)
+        seen = gl.convert_layout(weights.to(k.dtype), P)
+        for n in range(1, turns):
+            unit = n * STRIDE + FIRST
+            stage = unit % STAGES
+            before = (unit - STRIDE) % STAGES
+            after = unit + STRIDE
+            entry = visits.first + unit // 2
+            # an index that looks new keeps the assembler from holding 16 addresses in registers
+            k, v = buffers.k.index(OWN + (block >> 31)), buffers.v.index(OWN + (block >> 31))
+            block = gl.load(visits.entries + entry)
+            number = gl.load(visits.numbers + entry, mask=worded, other=-1)
+            dv_sum = warpgroup_mma(seen, buffers.g.index(before), dv, is_async=True)
+            dk_sum = warpgroup_mma(operand, buffers.q.index(before), dk, is_async=True)
+            scores = warpgroup_mma(k, buffers.q.index(stage).permute((1, 0)), zero, use_acc=False, is_async=True)
+            dv, dk = warpgroup_mma_wait(1, deps=(dv_sum, dk_sum))
+            mbarrier.arrive(buffers.empty.index(before), count=1)
+            dp = warpgroup_mma(v, buffers.g.index(stage).permute((1, 0)), zero, use_acc=False, is_async=True)
+            scores = warpgroup_mma_wait(1, deps=(scores,))
+            lse = statistics + (block * 2 + unit % 2) * (2 * ROWS) + columns
+            weights = weights_of(scores, lse, number, unit % 2 * ROWS, base_2, call, OWN, BLOCK_K, S)
+            # The branch in this wait keeps the assembler from moving the weights behind the wait for their gradients
+            mbarrier.wait(buffers.full.index(after % STAGES), after // STAGES & 1, pred=n + 1 < turns)
+            dp, weights = warpgroup_mma_wait(0, deps=(dp, weights))
+            delta = gl.load(lse + ROWS)
+            operand = gl.convert_layout((weights * (dp - delta[None, :])).to(k.dtype), P)
+            seen = gl.convert_layout(weights.to(k.dtype), P)
+        last = (turns * STRIDE - STRIDE + FIRST) % STAGES
+        dv_sum = warpgroup_mma(seen, buffers.g.index(last), dv, is_async=True)
+        dk_sum = warpgroup_mma(operand, buffers.q.index(last), dk, is_async=True)
+        dv, dk = warpgroup_mma_wait(0, deps=(dv_sum, dk_sum))
+    return dk, dv
+
+
+@gluon.jit
+def write(
+    x, values, buffer, text_len, call,
+    PART: gl.constexpr, D: gl.constexpr, BLOCK_K: gl.constexpr, TILE_K: gl.constexpr, PART_K: gl.constexpr,
+):  # fmt: skip
+    """Write gradients of 64 keys, through a buffer that nothing reads any more. Text that is no key has 0."""
+    A: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, D, 16])
+    where = part_of(own_keys(call, text_len, BLOCK_K, TILE_K), PART, TILE_K)
+    slots = where.place + gl.arange(0, ROWS, gl.SliceLayout(1, A))
+    values = gl.where((where.is_visual | (slots < where.size))[:, None], values, 0.0)
+    buffer.store(values.to(buffer.dtype))
+    fence_async_shared()
+    put(x, part_of(own_keys(call, call.usual[3], BLOCK_K, TILE_K), PART, TILE_K), buffer, PART_K, D)
+
+
+@gluon.jit
+def consume(
+    dk, dv, visits, statistics, scale, text_len, call, buffers,
+    PART: gl.constexpr, D: gl.constexpr, BLOCK_K: gl.constexpr, TILE_K: gl.constexpr, PART_K: gl.constexpr,
+    STAGES: gl.constexpr,
+):  # fmt: skip
+    """A consumer warpgroup: its sums, exchanged if both have the same keys, then the gradients."""
+    A: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, D, 16])
+    sum_k, sum_v = summed(visits, statistics, scale, call, buffers, PART, D, BLOCK_K, STAGES)
+    if BLOCK_K == ROWS:
+        given = sum_v if PART == 0 else sum_k
+        buffers.sums.index(PART).store(given)
+        mbarrier.arrive(buffers.sums_full.index(PART), count=1)
+        mbarrier.wait(buffers.sums_full.index(1 - PART), 0)
+        got = buffers.sums.index(1 - PART).load(A)
+        if PART == 0:
+            write(dk, (sum_k + got) * scale, buffers.k.index(0), text_len, call, 0, D, BLOCK_K, TILE_K, PART_K)
+        else:
+            write(dv, got + sum_v, buffers.v.index(0), text_len, call, 0, D, BLOCK_K, TILE_K, PART_K)
+    else:
+        write(dk, sum_k * scale, buffers.k.index(PART), text_len, call, PART, D, BLOCK_K, TILE_K, PART_K)
+        write(dv, sum_v, buffers.v.index(PART), text_len, call, PART, D, BLOCK_K, TILE_K, PART_K)
+    tma.store_wait(0)
+
+
+@gluon.jit
+def allocated(DTYPE: gl.constexpr, D: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr):
+    """The buffers of a program, their barriers ready."""
+    SHARED: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+    WIDE: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=32, rank=2)
+    EXCHANGED: gl.constexpr = ROWS if BLOCK_K == ROWS else 8
+    buffers = Buffers(
+        gl.allocate_shared_memory(DTYPE, [BLOCK_K // ROWS, ROWS, D], SHARED),
+        gl.allocate_shared_memory(DTYPE, [BLOCK_K // ROWS, ROWS, D], SHARED),
+        gl.allocate_shared_memory(DTYPE, [STAGES, ROWS, D], SHARED),
+        gl.allocate_shared_memory(DTYPE, [STAGES, ROWS, D], SHARED),
+        gl.allocate_shared_memory(gl.float32, [2, EXCHANGED, D], WIDE),
+        gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout()),
+        gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout()),
+        gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout()),
+        gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout()),
+    )
+    mbarrier.init(buffers.own_full.index(0), count=1)
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(buffers.full.index(stage), count=1)
+        mbarrier.init(buffers.empty.index(stage), count=BLOCK_K // ROWS)
+    for part in gl.static_range(2):
+        mbarrier.init(buffers.sums_full.index(part), count=1)
+    fence_async_shared()
+    return buffers
+
+
+@gluon.jit(do_not_specialize=RUNTIME)
+def block_sparse_gluon_dkdv_kernel(
+    statistics,
+    q_tile, q_run, g_tile, g_run, k_tile, k_run, v_tile, v_run, dk_tile, dk_run, dv_tile, dv_run,
+    entries, places, numbers, firsts, words,
+    visual_starts, conditioning_starts, text_starts, text_lens,
+    usual_visual, usual_conditioning, usual_text, usual_length, given,
+    q_batch, q_head, q_column, g_batch, g_head, g_column, k_batch, k_head, k_column, v_batch, v_head, v_column,
+    scale,
+    T, H, W, tiles_h, tiles_w, visual, visual_blocks, conditioning, conditioning_blocks,
+    QT, QH, QW, query_tiles_h, query_tiles_w, query_visual, query_visual_blocks,
+    query_conditioning, query_conditioning_blocks,
+    query_text, heads, key_tokens, query_blocks, key_blocks, per_head, shared_rows,
+    D: gl.constexpr, BLOCK_K: gl.constexpr, TILE_Q: gl.constexpr, HALF: gl.constexpr, TILE_K: gl.constexpr,
+    PART_K: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """dk and dv [B, Nk, H, D] of one key block of one head, over the query blocks that visit it.
+
+    Args:
+        statistics: as the dq kernel writes them.
+        entries, places, numbers, firsts: `triton_lists.Transposed`; numbers are read if bit 2 of `given` is set.
+        PART_K: the tile of 64 keys that a copy brings, (0, 0, 0) for raster order.
+    """
+    i_h = gl.program_id(1)
+    i_b = gl.program_id(2)
+    keys = Side(T, H, W, tiles_h, tiles_w, visual, visual_blocks, conditioning, conditioning_blocks)
+    queries = Side(
+        QT, QH, QW, query_tiles_h, query_tiles_w, query_visual, query_visual_blocks, query_conditioning,
+        query_conditioning_blocks,
+    )  # fmt: skip
+    call = Launched(
+        places, firsts, words, visual_starts, conditioning_starts, text_starts, text_lens,
+        (usual_visual, usual_conditioning, usual_text, usual_length), given, queries, keys,
+        query_text, heads, query_blocks, key_blocks, per_head, shared_rows,
+    )  # fmt: skip
+    _starts, text_len = starts_of(
+        i_b, visual_starts, conditioning_starts, text_starts, text_lens, call.usual, given
+    )  # fmt: skip
+    head = i_b * heads + i_h
+    firsts += head * per_head * (2 * key_blocks + 1) + 2 * (key_blocks - 1 - gl.program_id(0))
+    visits = Visits(entries, places, numbers, gl.load(firsts), gl.load(firsts + 1), gl.load(firsts + 2))
+    q = Addressed(q_tile, q_run, i_b * q_batch + i_h * q_head, i_h * q_column)
+    g = Addressed(g_tile, g_run, i_b * g_batch + i_h * g_head, i_h * g_column)
+    k = Addressed(k_tile, k_run, i_b * k_batch + i_h * k_head, i_h * k_column)
+    v = Addressed(v_tile, v_run, i_b * v_batch + i_h * v_head, i_h * v_column)
+    dk = Addressed(dk_tile, dk_run, i_b * key_tokens, i_h * D)
+    dv = Addressed(dv_tile, dv_run, i_b * key_tokens, i_h * D)
+    statistics += head.to(gl.int64) * query_blocks * (4 * ROWS)
+    buffers = allocated(q_run.dtype, D, BLOCK_K, STAGES)
+    gl.warp_specialize(
+        [
+            (produce, (
+                q, g, k, v, visits, text_len, call, buffers,
+                D, BLOCK_K, TILE_Q, HALF, TILE_K, PART_K, STAGES,
+            )),
+            (consume, (
+                dk, dv, visits, statistics, scale, text_len, call, buffers,
+                0, D, BLOCK_K, TILE_K, PART_K, STAGES,
+            )),
+            (consume, (
+                dk, dv, visits, statistics, scale, text_len, call, buffers,
+                1, D, BLOCK_K, TILE_K, PART_K, STAGES,
+            )),
+        ],
+        [4, 4],
+        [232, 232],
+    )  # fmt: skip

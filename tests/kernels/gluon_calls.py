@@ -1,0 +1,68 @@
+"""Calls of the Gluon kernels for their tests: problems, and a launch under the emulator where no GPU runs them."""
+
+import contextlib
+import dataclasses
+import functools
+import importlib.util
+import pathlib
+import sys
+
+import emulator
+import torch
+
+from dit_accel.kernels.block_sparse.geometry import Predicate
+from dit_accel.order import TokenOrder
+from dit_accel.tokens import TokenGrid
+
+SMALL = {"block_q": 128, "block_k": 64, "dim": 64, "heads": 1}
+WIDE = {"block_q": 128, "block_k": 128, "dim": 128, "heads": 1}
+FRAMES = {"tile_q": (2, 8, 8), "tile_k": (1, 8, 8)}
+
+
+class Emulated:
+    """A kernel that is launched as a jitted one is, under the emulator."""
+
+    def __init__(self, kernel, **options):
+        self.kernel, self.options = kernel, options
+
+    def __getitem__(self, grid):
+        return functools.partial(emulator.launch, self.kernel, grid, **self.options)
+
+
+def write_words(words, entries, spans, tables, *sizes, **constants):
+    """What `partial_words_kernel` writes (test_triton.py holds it bit by bit), faster than interpreted."""
+    grid, query_grid, query_blocks = sizes[:3], sizes[3:6], sizes[6]
+    orders = []
+    for side, size in (("Q", query_grid), ("K", grid)):
+        tile = tuple(constants[f"TILE_{side}{axis}"] for axis in "THW")
+        orders.append(TokenOrder(TokenGrid(*size), constants[f"BLOCK_{side}"], tile if all(tile) else None))
+    slots_q, slots_k = (order.index().view(-1, order.block) for order in orders)
+    predicate = Predicate(tables, query_grid, grid)
+    bit = 1 << torch.arange(64)
+    for row, (pure, _, tabled, _, first) in enumerate(spans.tolist()):
+        for i in range(pure, tabled):
+            q, k = slots_q[row % query_blocks], slots_k[entries[row, i]]
+            seen = predicate.allowed(q.clamp(min=0)[None], k.clamp(min=0)[None])[0] & (k >= 0)
+            words[first + i - pure] = (seen.unflatten(1, (-1, 64)) * bit).sum(-1).T
+
+
+def rounded(problem, dtype):
+    """A block-sparse problem of this folder's tests in another dtype."""
+    tensors = {name: getattr(problem, name).to(dtype) for name in ("q", "k", "v", "grad_out", "grad_lse")}
+    return dataclasses.replace(problem, **tensors)
+
+
+@contextlib.contextmanager
+def changed(tmp_path, module, kernel, *changes):
+    """A kernel from its module's source with texts replaced."""
+    text = pathlib.Path(module.__file__).read_text()
+    for old, new in changes:
+        assert text.count(old) == 1, old
+        text = text.replace(old, new)
+    path = tmp_path / "changed_kernel.py"
+    path.write_text(text)
+    spec = importlib.util.spec_from_file_location("changed_kernel", path)
+    made = sys.modules["changed_kernel"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(made)
+    yield getattr(made, kernel)
+    del sys.modules["changed_kernel"]
