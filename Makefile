@@ -16,6 +16,7 @@ PYTEST_FLAGS ?=
 KERNELS_FLAGS ?=
 # Triton reads its interpreter's switch when it is imported, so these tests have a process of their own.
 INTERPRETED := tests/kernels/block_sparse/test_triton.py tests/kernels/block_sparse/test_gluon.py \
+	tests/kernels/block_sparse/test_gluon_backward.py \
 	tests/kernels/router/test_triton.py tests/kernels/sla/test_triton.py tests/kernels/sla/test_gluon.py \
 	tests/kernels/tail/test_triton.py tests/methods/sla/test_triton.py tests/pipelines/test_rows.py \
 	tests/test_architecture.py

@@ -253,9 +253,18 @@ ROWS = (
     _reference(BLOCK_SPARSE, autograd=True),
     _portable(BLOCK_SPARSE),
     _of_triton(BLOCK_SPARSE, _triton, head_dims=256, packing=_LISTS),
-    # Faster than triton in the five settings of an H200 that have both (benchmarks/LOG.md). Its backward is Triton's.
+    # Its gradients were compiled and emulated. No GPU has run them yet, so "auto" takes the next row.
+    Implementation("gluon", BLOCK_SPARSE, dtypes=HALF, cannot=_gluon, package="triton", packing=_LISTS),
+    # Faster than triton in the five settings of an H200 that have both (benchmarks/LOG.md); the gradients are Triton's.
     Implementation(
-        "gluon", BLOCK_SPARSE, rank={"cuda": 30}, dtypes=HALF, cannot=_gluon, package="triton", packing=_LISTS
+        "gluon-forward",
+        BLOCK_SPARSE,
+        "dit_accel.kernels.block_sparse.gluon_triton",
+        rank={"cuda": 30},
+        dtypes=HALF,
+        cannot=_gluon,
+        package="triton",
+        packing=_LISTS,
     ),
     Implementation(
         "flex",

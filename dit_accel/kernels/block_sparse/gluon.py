@@ -94,7 +94,9 @@ def backward(
     statistics = q.new_empty(batch, heads, host.query_blocks, 4 * ROWS, dtype=torch.float32)
     dq, dk, dv = (host.room_for(x) for x in (q, k, v))
     of_queries = [describe(x, geometry.query_grid, half, ROWS) for x in (q, grad_out.to(q.dtype), out)]
-    whole, parts = ([describe(x, geometry.grid, *box) for x in (k, v)] for box in ((tile_k, geometry.block_k), (part, ROWS)))
+    whole, parts = (
+        [describe(x, geometry.grid, *box) for x in (k, v)] for box in ((tile_k, geometry.block_k), (part, ROWS))
+    )
     orders = *sizes(geometry.key_order), *sizes(geometry.query_order), geometry.query_order.grid.text
     *segments, given = host.segments
     shared = int(lists.indices.ndim == 4), 1 - host.own_queries

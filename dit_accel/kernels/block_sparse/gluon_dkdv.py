@@ -131,16 +131,48 @@ def seen_by(scores, words, S: gl.constexpr):
 
 
 @gluon.jit
-def weights_of(
-    scores, lse, number, first, scale, call, PART: gl.constexpr, BLOCK_K: gl.constexpr, S: gl.constexpr
-):
-    """Weights [ROWS keys, ROWS queries] of a unit from its scores; `lse` points to its statistics."""
-    columns = first + gl.arange(0, ROWS, gl.SliceLayout(0, S))
+def turn(
+    n, seen, operand, dk, dv, block, visits, statistics, scale, call, buffers,
+    START: gl.constexpr, PART: gl.constexpr, D: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """The sums with the unit before, unless this is the START; weights and ds [ROWS keys, ROWS queries] of the next.
+
+    `scale` is in base 2.
+    """
+    S: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, ROWS, 16])
+    A: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, D, 16])
+    P: gl.constexpr = gl.DotOperandLayout(0, A, 2)
+    STRIDE: gl.constexpr = 128 // BLOCK_K  # from unit to unit of this consumer
+    OWN: gl.constexpr = PART * (2 - STRIDE)  # which of the key buffers it has
+    unit = n * STRIDE + PART * (STRIDE - 1)
+    stage, before, after = unit % STAGES, (unit - STRIDE) % STAGES, unit + STRIDE
+    zero = gl.zeros([ROWS, ROWS], gl.float32, S)
+    # block >> 31 is 0; an index that looks new keeps the assembler from holding 16 addresses in registers
+    k, v = buffers.k.index(OWN + (block >> 31)), buffers.v.index(OWN + (block >> 31))
+    entry = visits.first + unit // 2
+    block = gl.load(visits.entries + entry)
+    number = gl.load(visits.numbers + entry, mask=(call.given & 4) != 0, other=-1)
+    if not START:
+        dv_sum = warpgroup_mma(seen, buffers.g.index(before), dv, is_async=True)
+        dk_sum = warpgroup_mma(operand, buffers.q.index(before), dk, is_async=True)
+    scores = warpgroup_mma(k, buffers.q.index(stage).permute((1, 0)), zero, use_acc=False, is_async=True)
+    if not START:
+        dv, dk = warpgroup_mma_wait(1, deps=(dv_sum, dk_sum))
+        mbarrier.arrive(buffers.empty.index(before), count=1)
+    dp = warpgroup_mma(v, buffers.g.index(stage).permute((1, 0)), zero, use_acc=False, is_async=True)
+    scores = warpgroup_mma_wait(1, deps=(scores,))
+    columns = unit % 2 * ROWS + gl.arange(0, ROWS, gl.SliceLayout(0, S))
+    lse = statistics + block * (4 * ROWS) + unit % 2 * ROWS + columns
     exponents = scores * scale - gl.load(lse)[None, :]
     if number >= 0:
-        word = number.to(gl.int64) * (BLOCK_K // 64) + PART * (BLOCK_K // 64 - 1)
+        word = number.to(gl.int64) * (BLOCK_K // 64) + OWN
         exponents = seen_by(exponents, gl.load(call.words + word * (2 * ROWS) + columns), S)
-    return gl.exp2(exponents)
+    weights = gl.exp2(exponents)
+    # The branch in this wait keeps the assembler from moving the weights behind the wait for their gradients
+    mbarrier.wait(buffers.full.index(after % STAGES), after // STAGES & 1, pred=after // 2 < visits.last - visits.first)
+    dp, weights = warpgroup_mma_wait(0, deps=(dp, weights))
+    ds = weights * (dp - gl.load(lse + ROWS)[None, :])
+    return gl.convert_layout(weights.to(k.dtype), P), gl.convert_layout(ds.to(k.dtype), P), dk, dv, block
 
 
 @gluon.jit
@@ -149,61 +181,24 @@ def summed(
     PART: gl.constexpr, D: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """A consumer's sums over its units: dk / scale and dv, fp32 [ROWS, D] each."""
-    S: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, ROWS, 16])
     A: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, D, 16])
-    P: gl.constexpr = gl.DotOperandLayout(0, A, 2)
-    STRIDE: gl.constexpr = 128 // BLOCK_K  # from unit to unit of this consumer
+    STRIDE: gl.constexpr = 128 // BLOCK_K
     FIRST: gl.constexpr = PART * (STRIDE - 1)
-    OWN: gl.constexpr = PART * (2 - STRIDE)
-    columns = gl.arange(0, ROWS, gl.SliceLayout(0, S))
-    k, v = buffers.k.index(OWN), buffers.v.index(OWN)
-    base_2 = scale * LOG2E
     dk = gl.zeros([ROWS, D], gl.float32, A)
     dv = gl.zeros([ROWS, D], gl.float32, A)
-    zero = gl.zeros([ROWS, ROWS], gl.float32, S)
-    worded = (call.given & 4) != 0
+    base_2 = scale * LOG2E
     turns = (visits.last - visits.first) * (2 // STRIDE)
     mbarrier.wait(buffers.own_full.index(0), 0)
     if turns > 0:
-        block = gl.load(visits.entries + visits.first)
-        number = gl.load(visits.numbers + visits.first, mask=worded, other=-1)
         mbarrier.wait(buffers.full.index(FIRST), 0)
-        scores = warpgroup_mma(k, buffers.q.index(FIRST).permute((1, 0)), zero, use_acc=False, is_async=True)
-        dp = warpgroup_mma(v, buffers.g.index(FIRST).permute((1, 0)), zero, use_acc=False, is_async=True)
-        scores = warpgroup_mma_wait(1, deps=(scores,))
-        lse = statistics + (block * 2 + FIRST) * (2 * ROWS) + columns
-        weights = weights_of(scores, lse, number, FIRST * ROWS, base_2, call, OWN, BLOCK_K, S)
-        following = FIRST + STRIDE
-        mbarrier.wait(buffers.full.index(following % STAGES), following // STAGES & 1, pred=turns > 1)
-        dp, weights = warpgroup_mma_wait(0, deps=(dp, weights))
-        delta = gl.load(lse + ROWS)
-        operand = gl.convert_layout((weights * (dp - delta[None, :])).to(k.dtype), P)
-        seen = gl.convert_layout(weights.to(k.dtype), P)
+        seen, operand, dk, dv, block = turn(
+            0, dv, dk, dk, dv, turns * 0, visits, statistics, base_2, call, buffers, True, PART, D, BLOCK_K, STAGES
+        )  # fmt: skip
         for n in range(1, turns):
-            unit = n * STRIDE + FIRST
-            stage = unit % STAGES
-            before = (unit - STRIDE) % STAGES
-            after = unit + STRIDE
-            entry = visits.first + unit // 2
-            # an index that looks new keeps the assembler from holding 16 addresses in registers
-            k, v = buffers.k.index(OWN + (block >> 31)), buffers.v.index(OWN + (block >> 31))
-            block = gl.load(visits.entries + entry)
-            number = gl.load(visits.numbers + entry, mask=worded, other=-1)
-            dv_sum = warpgroup_mma(seen, buffers.g.index(before), dv, is_async=True)
-            dk_sum = warpgroup_mma(operand, buffers.q.index(before), dk, is_async=True)
-            scores = warpgroup_mma(k, buffers.q.index(stage).permute((1, 0)), zero, use_acc=False, is_async=True)
-            dv, dk = warpgroup_mma_wait(1, deps=(dv_sum, dk_sum))
-            mbarrier.arrive(buffers.empty.index(before), count=1)
-            dp = warpgroup_mma(v, buffers.g.index(stage).permute((1, 0)), zero, use_acc=False, is_async=True)
-            scores = warpgroup_mma_wait(1, deps=(scores,))
-            lse = statistics + (block * 2 + unit % 2) * (2 * ROWS) + columns
-            weights = weights_of(scores, lse, number, unit % 2 * ROWS, base_2, call, OWN, BLOCK_K, S)
-            # The branch in this wait keeps the assembler from moving the weights behind the wait for their gradients
-            mbarrier.wait(buffers.full.index(after % STAGES), after // STAGES & 1, pred=n + 1 < turns)
-            dp, weights = warpgroup_mma_wait(0, deps=(dp, weights))
-            delta = gl.load(lse + ROWS)
-            operand = gl.convert_layout((weights * (dp - delta[None, :])).to(k.dtype), P)
-            seen = gl.convert_layout(weights.to(k.dtype), P)
+            seen, operand, dk, dv, block = turn(
+                n, seen, operand, dk, dv, block, visits, statistics, base_2, call, buffers,
+                False, PART, D, BLOCK_K, STAGES,
+            )  # fmt: skip
         last = (turns * STRIDE - STRIDE + FIRST) % STAGES
         dv_sum = warpgroup_mma(seen, buffers.g.index(last), dv, is_async=True)
         dk_sum = warpgroup_mma(operand, buffers.q.index(last), dk, is_async=True)

@@ -62,12 +62,29 @@ def produce(
 
 
 @gluon.jit
-def logit_gradients(
-    i, scores, dp, row_lse, delta, scale, walk, call, buffers,
-    HALF: gl.constexpr, PART: gl.constexpr, BLOCK_K: gl.constexpr, TILE_K: gl.constexpr, STAGES: gl.constexpr,
-    S: gl.constexpr,
+def half_step(
+    i, operand, acc, q, g, row_lse, delta, scale, walk, call, buffers,
+    START: gl.constexpr, HALF: gl.constexpr, PART: gl.constexpr, BLOCK_K: gl.constexpr, TILE_K: gl.constexpr,
+    STAGES: gl.constexpr, S: gl.constexpr, P: gl.constexpr,
 ):  # fmt: skip
-    """ds [ROWS, ROWS] of half a step from two products in flight; `scale` and `row_lse` [ROWS] are in base 2."""
+    """The sum with the half step before, unless this is the START; and ds [ROWS, ROWS] of 64 further keys.
+
+    `scale` and `row_lse` [ROWS] are in base 2.
+    """
+    stage = i % STAGES
+    before = (i - 1 + HALF) % STAGES
+    zero = gl.zeros([ROWS, ROWS], gl.float32, S)
+    k, v = buffers.k.index(stage).slice(HALF * ROWS, ROWS, 0), buffers.v.index(stage).slice(HALF * ROWS, ROWS, 0)
+    if not START:
+        summed = warpgroup_mma(operand, buffers.k.index(before).slice(ROWS - HALF * ROWS, ROWS, 0), acc, is_async=True)
+    scores = warpgroup_mma(q, k.permute((1, 0)), zero, use_acc=False, is_async=True)
+    if not START:
+        acc = warpgroup_mma_wait(1, deps=(summed,))
+    if HALF == 0:
+        if not START:
+            mbarrier.arrive(buffers.k_empty.index(before), count=1)
+        mbarrier.wait(buffers.v_full.index(stage), i // STAGES & 1)
+    dp = warpgroup_mma(g, v.permute((1, 0)), zero, use_acc=False, is_async=True)
     scores = warpgroup_mma_wait(1, deps=(scores,))
     exponents = scores * scale - row_lse[:, None]
     if i * (KEYS // BLOCK_K) + HALF // (BLOCK_K // 64) >= walk.pure:
@@ -75,35 +92,12 @@ def logit_gradients(
         exponents = masked(exponents, words, words, S)
     weights = gl.exp2(exponents)
     # The branch in this wait keeps the assembler from moving the weights behind the wait for their gradients
-    mbarrier.wait(buffers.k_full.index((i + HALF) % STAGES), (i + HALF) // STAGES & 1, pred=i + HALF < steps_of(walk, BLOCK_K))
+    needed = i + HALF
+    mbarrier.wait(buffers.k_full.index(needed % STAGES), needed // STAGES & 1, pred=needed < steps_of(walk, BLOCK_K))
     dp, weights = warpgroup_mma_wait(0, deps=(dp, weights))
     if HALF == 1:
-        mbarrier.arrive(buffers.v_empty.index(i % STAGES), count=1)
-    return weights * (dp - delta[:, None])
-
-
-@gluon.jit
-def half_step(
-    i, operand, acc, q, g, row_lse, delta, scale, walk, call, buffers,
-    HALF: gl.constexpr, PART: gl.constexpr, BLOCK_K: gl.constexpr, TILE_K: gl.constexpr, STAGES: gl.constexpr,
-    S: gl.constexpr, P: gl.constexpr,
-):  # fmt: skip
-    """The sum with the half step before, and ds of 64 further keys as an operand."""
-    stage = i % STAGES
-    before = (i - 1 + HALF) % STAGES
-    zero = gl.zeros([ROWS, ROWS], gl.float32, S)
-    k, v = buffers.k.index(stage).slice(HALF * ROWS, ROWS, 0), buffers.v.index(stage).slice(HALF * ROWS, ROWS, 0)
-    summed = warpgroup_mma(operand, buffers.k.index(before).slice(ROWS - HALF * ROWS, ROWS, 0), acc, is_async=True)
-    scores = warpgroup_mma(q, k.permute((1, 0)), zero, use_acc=False, is_async=True)
-    acc = warpgroup_mma_wait(1, deps=(summed,))
-    if HALF == 0:
-        mbarrier.arrive(buffers.k_empty.index(before), count=1)
-        mbarrier.wait(buffers.v_full.index(stage), i // STAGES & 1)
-    dp = warpgroup_mma(g, v.permute((1, 0)), zero, use_acc=False, is_async=True)
-    ds = logit_gradients(
-        i, scores, dp, row_lse, delta, scale, walk, call, buffers, HALF, PART, BLOCK_K, TILE_K, STAGES, S
-    )  # fmt: skip
-    return acc, gl.convert_layout(ds.to(q.dtype), P)
+        mbarrier.arrive(buffers.v_empty.index(stage), count=1)
+    return gl.convert_layout((weights * (dp - delta[:, None])).to(q.dtype), P), acc
 
 
 @gluon.jit
@@ -133,31 +127,27 @@ def consume(
     steps = steps_of(walk, BLOCK_K)
     base_2 = scale * LOG2E
     acc = gl.zeros([ROWS, D], gl.float32, A)
-    zero = gl.zeros([ROWS, ROWS], gl.float32, S)
     if steps > 0:
-        k, v = buffers.k.index(0).slice(0, ROWS, 0), buffers.v.index(0).slice(0, ROWS, 0)
         mbarrier.wait(buffers.k_full.index(0), 0)
-        scores = warpgroup_mma(q, k.permute((1, 0)), zero, use_acc=False, is_async=True)
-        mbarrier.wait(buffers.v_full.index(0), 0)
-        dp = warpgroup_mma(g, v.permute((1, 0)), zero, use_acc=False, is_async=True)
-        ds = logit_gradients(
-            0, scores, dp, row_lse, delta, base_2, walk, call, buffers, 0, PART, BLOCK_K, TILE_K, STAGES, S
+        operand, acc = half_step(
+            0, acc, acc, q, g, row_lse, delta, base_2, walk, call, buffers,
+            True, 0, PART, BLOCK_K, TILE_K, STAGES, S, P,
         )  # fmt: skip
-        operand = gl.convert_layout(ds.to(q.dtype), P)
         for i in range(1, steps):
-            acc, operand = half_step(
+            operand, acc = half_step(
                 i - 1, operand, acc, q, g, row_lse, delta, base_2, walk, call, buffers,
-                1, PART, BLOCK_K, TILE_K, STAGES, S, P,
+                False, 1, PART, BLOCK_K, TILE_K, STAGES, S, P,
             )  # fmt: skip
-            acc, operand = half_step(
+            operand, acc = half_step(
                 i, operand, acc, q, g, row_lse, delta, base_2, walk, call, buffers,
-                0, PART, BLOCK_K, TILE_K, STAGES, S, P,
+                False, 0, PART, BLOCK_K, TILE_K, STAGES, S, P,
             )  # fmt: skip
-        acc, operand = half_step(
+        operand, acc = half_step(
             steps - 1, operand, acc, q, g, row_lse, delta, base_2, walk, call, buffers,
-            1, PART, BLOCK_K, TILE_K, STAGES, S, P,
+            False, 1, PART, BLOCK_K, TILE_K, STAGES, S, P,
         )  # fmt: skip
-        summed = warpgroup_mma(operand, buffers.k.index((steps - 1) % STAGES).slice(ROWS, ROWS, 0), acc, is_async=True)
+        last = buffers.k.index((steps - 1) % STAGES).slice(ROWS, ROWS, 0)
+        summed = warpgroup_mma(operand, last, acc, is_async=True)
         acc = warpgroup_mma_wait(0, deps=(summed,))
     o.store((acc * scale).to(q.dtype))
     fence_async_shared()

@@ -64,7 +64,7 @@ class Problem:
 
     def run(self, impl: str, dtype: torch.dtype, lse_gradient: bool = True) -> dict[str, torch.Tensor]:
         """Results of an implementation, on the CPU; the kernels run on a GPU where there is one."""
-        here = self.to("cuda") if impl in ("triton", "gluon", "flex") and torch.cuda.is_available() else self
+        here = self.to("cuda") if impl not in ("reference", "portable") and torch.cuda.is_available() else self
 
         def attend(q, k, v):
             return block_sparse_attention(q, k, v, *here.lists, impl=impl, return_lse=True, **here.options)

@@ -1,17 +1,12 @@
 """The Gluon forward against the reference in fp64: natively on compute capability 9.0, else under the emulator.
 
-The bits of partial blocks and the backward are Triton's, so that ``TRITON_INTERPRET=1`` must be set before Triton is
+The bits of partial blocks are Triton's, so that ``TRITON_INTERPRET=1`` must be set before Triton is
 imported; `make test` runs this file in a process of its own.
 """
 
 import collections
-import contextlib
 import dataclasses
-import functools
-import importlib.util
 import os
-import pathlib
-import sys
 
 import pytest
 import torch
@@ -20,14 +15,13 @@ from block_sparse_calls import block_sparse_attention
 
 from dit_accel.errors import DitAccelError
 from dit_accel.kernels import impls
-from dit_accel.kernels.block_sparse.geometry import Predicate
-from dit_accel.order import TokenOrder
-from dit_accel.tokens import TokenGrid
 
 gluon_forward = pytest.importorskip("dit_accel.kernels.block_sparse.gluon_forward")
 gluon = pytest.importorskip("dit_accel.kernels.block_sparse.gluon")
 triton = pytest.importorskip("dit_accel.kernels.block_sparse.triton")
 emulator = pytest.importorskip("emulator")
+calls = pytest.importorskip("gluon_calls")
+FRAMES, SMALL, WIDE, rounded = calls.FRAMES, calls.SMALL, calls.WIDE, calls.rounded
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 NATIVE = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9 and not INTERPRETED
 pytestmark = pytest.mark.skipif(
@@ -37,44 +31,18 @@ DTYPES = [torch.float16, torch.bfloat16]
 KERNEL = gluon_forward.block_sparse_gluon_fwd_kernel
 
 
-class Emulated:
-    """A kernel that is launched as a jitted one is, under the emulator."""
-
-    def __init__(self, kernel, **options):
-        self.kernel, self.options = kernel, options
-
-    def __getitem__(self, grid):
-        return functools.partial(emulator.launch, self.kernel, grid, **self.options)
-
-
 @pytest.fixture(autouse=True)
 def emulate(monkeypatch):
     """Runs "gluon" under the emulator, where no GPU runs it; a test may ask for an order of events or a kernel."""
 
     def use(kernel=KERNEL, **options):
-        monkeypatch.setattr(gluon, "block_sparse_gluon_fwd_kernel", Emulated(kernel, **options))
-
-    def write_words(words, entries, spans, tables, *sizes, **constants):
-        """What `partial_words_kernel` writes (test_triton.py holds it bit by bit), faster than interpreted."""
-        grid, query_grid, query_blocks = sizes[:3], sizes[3:6], sizes[6]
-        orders = []
-        for side, size in (("Q", query_grid), ("K", grid)):
-            tile = tuple(constants[f"TILE_{side}{axis}"] for axis in "THW")
-            orders.append(TokenOrder(TokenGrid(*size), constants[f"BLOCK_{side}"], tile if all(tile) else None))
-        slots_q, slots_k = (order.index().view(-1, order.block) for order in orders)
-        predicate = Predicate(tables, query_grid, grid)
-        bit = 1 << torch.arange(64)
-        for row, (pure, _, tabled, _, first) in enumerate(spans.tolist()):
-            for i in range(pure, tabled):
-                q, k = slots_q[row % query_blocks], slots_k[entries[row, i]]
-                seen = predicate.allowed(q.clamp(min=0)[None], k.clamp(min=0)[None])[0] & (k >= 0)
-                words[first + i - pure] = (seen.unflatten(1, (-1, 64)) * bit).sum(-1).T
+        monkeypatch.setattr(gluon, "block_sparse_gluon_fwd_kernel", calls.Emulated(kernel, **options))
 
     if not NATIVE:
-        row = impls.named("gluon")
-        key = row.kernel, row.name
-        monkeypatch.setitem(impls._TABLE, key, dataclasses.replace(row, cannot=impls.nothing))
-        monkeypatch.setattr(triton, "partial_words_kernel", collections.defaultdict(lambda: write_words))
+        for row in (impls.named("gluon"), impls.named("gluon-forward")):
+            key = row.kernel, row.name
+            monkeypatch.setitem(impls._TABLE, key, dataclasses.replace(row, cannot=impls.nothing))
+        monkeypatch.setattr(triton, "partial_words_kernel", collections.defaultdict(lambda: calls.write_words))
         use()
     return use
 
@@ -82,9 +50,6 @@ def emulate(monkeypatch):
 # Pairwise over: length, products and bands, raster and tiles of several shapes, padding at borders, text and
 # conditioning and where they lie with a length per sample, lists per head, empty lists, lists longer than the buffers,
 # queries of their own, head size, key block, input size and scale
-SMALL = {"block_q": 128, "block_k": 64, "dim": 64, "heads": 1}
-WIDE = {"block_q": 128, "block_k": 128, "dim": 128, "heads": 1}
-FRAMES = {"tile_q": (2, 8, 8), "tile_k": (1, 8, 8)}
 CASES = {
     "one-token": {"shape": (1, 1, 1)} | SMALL,
     "one-whole-block": {"shape": (1, 1, 128), "size": 4.0} | WIDE,
@@ -122,11 +87,6 @@ CASES = {
 }  # fmt: skip
 
 
-def rounded(problem, dtype):
-    tensors = {name: getattr(problem, name).to(dtype) for name in ("q", "k", "v", "grad_out", "grad_lse")}
-    return dataclasses.replace(problem, **tensors)
-
-
 def forward(problem, impl="gluon", dtype=None):
     """Output, and LSE as 0 in rows without keys, on the CPU."""
     here = problem.to("cuda") if NATIVE and impl == "gluon" else problem
@@ -145,10 +105,9 @@ def test_the_forward_is_within_the_budget(make_problem, case, dtype):
         assert_accurate(name, result, plain[name], exact[name])
 
 
-@pytest.mark.parametrize("case", ["text", "partial"])
-def test_gradients_come_from_the_triton_backward(make_problem, case):
+def test_the_gradients_of_triton_go_with_it(make_problem):
     partial = {"shape": (1, 9, 10), "method": "gna", "config": {"window": (1, 5, 5)}, "text": 3} | SMALL
-    make_problem(**CASES.get(case, partial)).check("gluon", torch.float16)
+    make_problem(**partial).check("gluon-forward", torch.float16)
 
 
 @pytest.mark.skipif(NATIVE, reason="a GPU has its own order of events")
@@ -160,22 +119,6 @@ def test_every_order_of_events_gives_the_same_bits(make_problem, emulate, case):
         emulate(seed=seed, order=order)
         for name, result in forward(problem).items():
             assert torch.equal(result, want[name]), (name, order)
-
-
-@contextlib.contextmanager
-def changed(tmp_path, *changes):
-    """The kernel from its source with texts replaced."""
-    text = pathlib.Path(gluon_forward.__file__).read_text()
-    for old, new in changes:
-        assert text.count(old) == 1, old
-        text = text.replace(old, new)
-    path = tmp_path / "changed_forward.py"
-    path.write_text(text)
-    spec = importlib.util.spec_from_file_location("changed_forward", path)
-    module = sys.modules["changed_forward"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    yield module.block_sparse_gluon_fwd_kernel
-    del sys.modules["changed_forward"]
 
 
 WAIT_K = "mbarrier.wait(buffers.k_empty.index(stage), phase ^ 1)"
@@ -197,7 +140,7 @@ FAULTS = {
 def test_the_emulator_finds_what_is_wrong_in_the_kernel(make_problem, emulate, tmp_path, fault):
     changes, words = FAULTS[fault]
     problem = rounded(make_problem(**CASES["long"]), torch.float16)
-    with changed(tmp_path, *changes) as kernel:
+    with calls.changed(tmp_path, gluon_forward, "block_sparse_gluon_fwd_kernel", *changes) as kernel:
         emulate(kernel)
         with pytest.raises(emulator.KernelError, match=words):
             forward(problem)
@@ -214,7 +157,7 @@ def test_the_emulator_finds_what_is_wrong_in_the_kernel(make_problem, emulate, t
 def test_values_of_another_tile_show(make_problem, emulate, tmp_path, changes, signs):
     """In some order of events: a buffer that is released before its product is waited for, and one not waited for."""
     problem, seen = rounded(make_problem(**CASES["long"]), torch.float16), set()
-    with changed(tmp_path, *changes) as kernel:
+    with calls.changed(tmp_path, gluon_forward, "block_sparse_gluon_fwd_kernel", *changes) as kernel:
         for seed in range(4):
             emulate(kernel, seed=seed, order="lazy")
             try:
@@ -315,7 +258,7 @@ def test_auto_takes_it_for_what_it_can_compute(make_problem, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     facts = impls.Facts(torch.device("cuda"), torch.bfloat16, 128, 128, 64)
-    assert impls.choose(facts)[0].name == "gluon"
+    assert impls.choose(facts)[0].name == "gluon-forward"
     for other in ({"head_dim": 72}, {"block_q": 64}):
         assert impls.choose(dataclasses.replace(facts, **other))[0].name == "triton", other
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
