@@ -37,7 +37,7 @@ from dit_accel.kernels.block_sparse.gluon_forward import LOG2E
 from dit_accel.kernels.block_sparse.triton_tokens import RUNTIME, starts_of
 
 
-class Buffers(NamedTuple):
+class KeyBuffers(NamedTuple):
     """Shared memory: own keys and values, units of queries and gradients, sums to be exchanged; and their barriers."""
 
     k: Any
@@ -252,7 +252,7 @@ def allocated(DTYPE: gl.constexpr, D: gl.constexpr, BLOCK_K: gl.constexpr, STAGE
     SHARED: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
     WIDE: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=32, rank=2)
     EXCHANGED: gl.constexpr = ROWS if BLOCK_K == ROWS else 8
-    buffers = Buffers(
+    buffers = KeyBuffers(
         gl.allocate_shared_memory(DTYPE, [BLOCK_K // ROWS, ROWS, D], SHARED),
         gl.allocate_shared_memory(DTYPE, [BLOCK_K // ROWS, ROWS, D], SHARED),
         gl.allocate_shared_memory(DTYPE, [STAGES, ROWS, D], SHARED),
