@@ -257,14 +257,7 @@ ROWS = (
     Implementation("gluon", BLOCK_SPARSE, dtypes=HALF, cannot=_gluon, package="triton", packing=_LISTS),
     # Faster than triton in the five settings of an H200 that have both (benchmarks/LOG.md); the gradients are Triton's.
     Implementation(
-        "gluon-forward",
-        BLOCK_SPARSE,
-        "dit_accel.kernels.block_sparse.gluon_triton",
-        rank={"cuda": 30},
-        dtypes=HALF,
-        cannot=_gluon,
-        package="triton",
-        packing=_LISTS,
+        "gluon_triton", BLOCK_SPARSE, rank={"cuda": 30}, dtypes=HALF, cannot=_gluon, package="triton", packing=_LISTS
     ),
     Implementation(
         "flex",

@@ -39,7 +39,7 @@ def emulate(monkeypatch):
         monkeypatch.setattr(gluon, "block_sparse_gluon_fwd_kernel", calls.Emulated(kernel, **options))
 
     if not NATIVE:
-        for row in (impls.named("gluon"), impls.named("gluon-forward")):
+        for row in (impls.named("gluon"), impls.named("gluon_triton")):
             key = row.kernel, row.name
             monkeypatch.setitem(impls._TABLE, key, dataclasses.replace(row, cannot=impls.nothing))
         monkeypatch.setattr(triton, "partial_words_kernel", collections.defaultdict(lambda: calls.write_words))
@@ -107,7 +107,7 @@ def test_the_forward_is_within_the_budget(make_problem, case, dtype):
 
 def test_the_gradients_of_triton_go_with_it(make_problem):
     partial = {"shape": (1, 9, 10), "method": "gna", "config": {"window": (1, 5, 5)}, "text": 3} | SMALL
-    make_problem(**partial).check("gluon-forward", torch.float16)
+    make_problem(**partial).check("gluon_triton", torch.float16)
 
 
 @pytest.mark.skipif(NATIVE, reason="a GPU has its own order of events")
@@ -258,7 +258,7 @@ def test_auto_takes_it_for_what_it_can_compute(make_problem, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     facts = impls.Facts(torch.device("cuda"), torch.bfloat16, 128, 128, 64)
-    assert impls.choose(facts)[0].name == "gluon-forward"
+    assert impls.choose(facts)[0].name == "gluon_triton"
     for other in ({"head_dim": 72}, {"block_q": 64}):
         assert impls.choose(dataclasses.replace(facts, **other))[0].name == "triton", other
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
