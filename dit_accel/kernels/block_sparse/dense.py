@@ -112,11 +112,15 @@ def backward(
     return tuple(grad[..., :dim] for grad in grads)
 
 
-def merge(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> tuple[Tensor, Tensor]:
-    """One softmax over two sets of keys, from the softmax over each: outputs [..., D], LSE [...]."""
-    total = torch.logaddexp(lse, part_lse)
-    share = torch.exp(part_lse - total.masked_fill(total.isneginf(), 0.0))[..., None]
-    return torch.lerp(out.to(lse.dtype), part.to(lse.dtype), share).to(out.dtype), total
+def merge(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> None:
+    """Adds the softmax over further keys to that over other keys, in place: outputs [..., D], LSE [...]."""
+    share = (part_lse - lse).sigmoid_().nan_to_num_(0.0)[..., None]  # nan where neither has a key
+    wide = torch.promote_types(out.dtype, lse.dtype)
+    if out.dtype == wide:
+        out.lerp_(part.to(wide), share)
+    else:
+        out.copy_(torch.lerp(out.to(wide), part.to(wide), share))
+    torch.logaddexp(lse, part_lse, out=lse)
 
 
 def _backward_by_products(grad_out, grad_lse, q, k, v, out, lse, bias, scale):

@@ -10,9 +10,10 @@ and invalid text are masked and never read.
 
 Memory beyond inputs and outputs:
 
-* a copy of one sample's inputs that are not [B, N, H, D] in memory, and the sample's gradients in fp32;
+* a copy of one sample's inputs that are not [B, N, H, D] in memory, the sample's gradients in fp32, and its output in
+  fp32 if results are merged;
 * `GROUP_BYTES` of gathered rows, or one head of one group;
-* one batch's mask of at most `prepare.MAX_PAIRS` pairs, and the masks that `prepare` keeps.
+* one batch's mask of at most `grouping.MAX_PAIRS` pairs, and the masks that `prepare` keeps.
 """
 
 from __future__ import annotations
@@ -52,17 +53,25 @@ def forward(call: BlockSparseCall) -> tuple[Tensor, Tensor]:
         return _forward_by_head(call, places)
     out, lse = empty_output(q)
     batches = preparations.get(lists, geometry, q.device)
+    # a row's results may be merged several times, and are rounded once
+    kind = dense.accumulation(q.dtype) if any(batch.merged for batch in batches) else q.dtype
     for b, place in enumerate(places):
         queries, keys, values = (rows_first(x[b]) for x in (q, k, v))
-        outs, lses = out[b], rows_first(lse[b])
+        outs, lses = out[b].to(kind), rows_first(lse[b])
         for heads, rows_q, rows_k, (bias, blind), merged in _problems(batches, geometry, place, q):
             inputs = rows_q.of(queries[heads]), rows_k.of(keys[heads]), rows_k.of(values[heads])
-            part, sums = dense.forward(*inputs, bias, blind, scale)
+            results = dense.forward(*inputs, bias, blind, scale)
             if merged:
-                part, sums = dense.merge(rows_q.of(outs[heads]), rows_q.of(lses[heads]), part, sums)
-            rows_q.write(outs[heads], part)
-            rows_q.write(lses[heads], sums)
+                before = rows_q.of(outs[heads]), rows_q.of(lses[heads])
+                dense.merge(*before, *results)
+                if rows_q.consecutive:
+                    continue
+                results = before
+            rows_q.write(outs[heads], results[0].to(kind))
+            rows_q.write(lses[heads], results[1])
         lse[b] = lses
+        if outs.dtype != out.dtype:
+            out[b] = outs
     return out, lse
 
 
@@ -107,7 +116,8 @@ def _problems(
             continue
         rows_q, rows_k, mask = found
         head_bytes = (rows_q.shape[1] + 2 * rows_k.shape[1]) * q.shape[3] * q.element_size()
-        groups = max(1, dense.bytes_per_call(q.device) // (head_bytes * heads))
+        views = rows_q.consecutive and rows_k.consecutive and q.element_size() > 2
+        groups = max(1, (GROUP_BYTES if views else dense.bytes_per_call(q.device)) // (head_bytes * heads))
         some_heads = max(1, min(heads, GROUP_BYTES // head_bytes))
         for first in range(0, rows_q.shape[0], groups):
             chunk = slice(first, first + groups)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import threading
 from collections import defaultdict
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -16,127 +16,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from dit_accel.errors import DitAccelError
 from dit_accel.kernels.block_sparse.dense import Rows
 from dit_accel.kernels.block_sparse.geometry import BlockLists, Geometry, Placement, Predicate, query_placement
-
-# Costs in units of one (query, key) pair, measured with PyTorch's fused CPU kernel on 4 heads of 64, AVX-512 and AMX.
-# Packing and gathering a key costs some 80 pairs in fp32 and 190 in 16 bits. Larger masks cost too, so the optimum over
-# sliding windows and bands is flat between 24 and 96.
-KEY_COST = 64
-GROUP_COST = 32_768  # of starting a problem
-MASK_COST = 0.15  # of a mask, per pair
-MERGE_COST = 256  # of merging a query's results over two sets of keys
-MASKED_QUERIES = 256  # queries of a masked problem, roughly
-MAX_PAIRS = 1 << 21  # of a masked group: its mask takes at most 8 MiB in fp32
-MAX_ROWS = 4096  # with more distinct rows only equal ones are grouped: the matrix of overlaps would be too large
-
-
-class Group(NamedTuple):
-    """A dense problem: query blocks over key blocks, in ascending order."""
-
-    queries: list[int]
-    keys: Tensor  # bool [k_blocks]
-    merged: bool  # an earlier group may hold the same queries over other keys
-
-
-def group_rows(listed: Tensor, whole: Tensor, query_sizes: Tensor, key_sizes: Tensor) -> list[Group]:
-    """Groups that together hold each listed pair of blocks once, in the cheaper of two ways:
-
-    * One group a query, over the union of its blocks' keys. Neighbours in a sliding window share most keys, so one
-      larger problem with a mask is cheaper than two small ones.
-    * First the keys that many queries see whole, without a mask; then the remaining keys in smaller groups. This suits
-      a few whole frames beside a band in each of many frames.
-
-    Args:
-        listed: bool [q_blocks, k_blocks].
-        whole: bool, likewise: the listed pairs of blocks that need no mask.
-        query_sizes, key_sizes: valid tokens in each block, int64 [q_blocks], [k_blocks].
-
-    Returns:
-        The groups, without blocks that have no keys or tokens.
-    """
-    cluster = _Clustering(query_sizes.float(), key_sizes.float())
-    listed = listed & (query_sizes > 0)[:, None]
-    single = cluster.groups(listed, common=False)
-    first = [group for group in cluster.groups(whole & listed, common=True) if cluster.worth(group)]
-    left = listed.clone()
-    for group in first:
-        left[group.queries] &= ~group.keys
-    split = first + [group._replace(merged=True) for group in cluster.groups(left, common=False)]
-    return split if first and cluster.cost(split, whole) < cluster.cost(single, whole) else single
-
-
-@dataclasses.dataclass
-class _Clustering:
-    """Merges query blocks pairwise, best pairs first, as long as the estimated cost falls."""
-
-    sizes: Tensor  # tokens of the query blocks
-    weights: Tensor  # and of the key blocks
-
-    def cost(self, groups: list[Group], whole: Tensor) -> float:
-        total = 0.0
-        for group in groups:
-            keys, queries = float(self.weights[group.keys].sum()), float(self.sizes[group.queries].sum())
-            masked = not bool(whole[group.queries][:, group.keys].all())
-            total += GROUP_COST + keys * (queries * (1 + MASK_COST * masked) + KEY_COST)
-            total += MERGE_COST * queries * group.merged
-        return total
-
-    def worth(self, group: Group) -> bool:
-        """Whether computing a group without a mask can pay for merging its results."""
-        keys, queries = float(self.weights[group.keys].sum()), float(self.sizes[group.queries].sum())
-        return keys * queries * MASK_COST > GROUP_COST + MERGE_COST * queries
-
-    def groups(self, rows: Tensor, *, common: bool) -> list[Group]:
-        """Groups of query blocks whose keys are bool [q_blocks, k_blocks].
-
-        Equal rows are always one group: a blocked or strided window has few distinct lists. The keys of a group are
-        the union of its rows, or with `common` those that all its rows share.
-        """
-        rows, inverse = torch.unique(rows, dim=0, return_inverse=True)
-        groups: list[list[int]] = [[] for _ in rows]
-        for block, row in enumerate(inverse.tolist()):
-            groups[row].append(block)
-        sizes = torch.zeros(len(rows), dtype=torch.float32).index_add_(0, inverse, self.sizes)
-        kept = rows.float() @ self.weights > 0
-        while True:
-            groups = [group for group, keep in zip(groups, kept.tolist(), strict=True) if keep]
-            rows, sizes = rows[kept], sizes[kept]
-            pairs = self._matching(rows.float(), sizes, common) if 1 < len(groups) <= MAX_ROWS else []
-            if not pairs:
-                return [Group(sorted(group), row, False) for group, row in zip(groups, rows, strict=True)]
-            kept = torch.ones(len(groups), dtype=torch.bool)
-            for one, other in pairs:
-                groups[one] += groups[other]
-                rows[one] = rows[one] & rows[other] if common else rows[one] | rows[other]
-                sizes[one] += sizes[other]
-                kept[other] = False
-
-    def _matching(self, rows: Tensor, sizes: Tensor, common: bool) -> list[tuple[int, int]]:
-        """Disjoint pairs of groups that are cheaper together, greedily from the best."""
-        keys = rows @ self.weights
-        shared = (rows * self.weights) @ rows.T
-        if common:
-            # keys that only one of the two sees leave the group, and are masked among fewer queries
-            lost = (MASK_COST + KEY_COST / MASKED_QUERIES) * sizes
-            gain = GROUP_COST + KEY_COST * shared - lost[:, None] * (keys[:, None] - shared) - lost * (keys - shared)
-            gain[shared == 0] = 0
-        else:
-            union = keys[:, None] + keys - shared
-            queries = sizes[:, None] + sizes
-            alone = GROUP_COST + (sizes + KEY_COST) * keys
-            gain = alone[:, None] + alone - (GROUP_COST + (queries + KEY_COST) * union)
-            gain[queries * union > MAX_PAIRS] = 0
-        gain.fill_diagonal_(0)
-        best, partner = gain.topk(min(6, len(rows)), dim=1)
-        order = best.flatten().argsort(descending=True, stable=True)
-        order = order[best.flatten()[order] > 0]
-        taken: set[int] = set()
-        pairs = []
-        for one, other in zip((order // best.shape[1]).tolist(), partner.flatten()[order].tolist(), strict=True):
-            if one not in taken and other not in taken:
-                taken |= {one, other}
-                pairs.append((one, other))
-        return pairs
-
+from dit_accel.kernels.block_sparse.grouping import MAX_PAIRS, group_rows, parts_of
 
 MASK_BYTES = 96 << 20  # of masks that a preparation keeps; each call evaluates further ones, a batch at a time
 MAX_ENTRIES = 8  # preparations kept
@@ -267,7 +147,8 @@ def build(lists: BlockLists, geometry: Geometry, device: torch.device) -> list[B
     first_text = geometry.key_order.grid.visual + geometry.conditioning
     batches: list[Batch] = []
     sizes = (q_slots >= 0).sum(1), (k_slots >= 0).sum(1)
-    for group, blocks, merged in group_rows(state > 0, state == _FULL, *sizes):
+    raster = geometry.query_order.tile is None and geometry.key_order.tile is None
+    for group, blocks, merged in group_rows(state > 0, state == _FULL, *sizes, raster):
         queries, keys = (slots.flatten().sort().values for slots in (q_slots[group], k_slots[blocks]))
         queries, keys = queries[queries >= 0], keys[keys >= 0]
         here = left_masks if merged else masks
@@ -275,34 +156,47 @@ def build(lists: BlockLists, geometry: Geometry, device: torch.device) -> list[B
         if not merged:
             left_state[torch.tensor(group)[:, None], blocks.nonzero().squeeze(1)] = _EMPTY
         for q in (queries,) if whole else queries.split(max(1, MAX_PAIRS // len(keys))):
-            allowed, k = None if whole else here.allowed(q, keys), keys
-            if allowed is not None:
-                seen = allowed.any(0)
-                allowed, k = allowed[:, seen], keys[seen]
-                if not len(k):
-                    continue
-                if bool(allowed.all()):
+            mask = None if whole else here.allowed(q, keys)
+            parts = parts_of(q, keys, mask)
+            for number, part in enumerate(parts):
+                k, allowed, later = keys[part], None if mask is None else mask[:, part], merged or number > 0
+                if allowed is not None and bool(allowed.all()):
                     allowed = None
-            texts = int((k >= first_text).sum())
-            # text keys are cut off by their number, which must be equal in all groups of a batch
-            kind = texts if texts in (0, geometry.text) else (len(batches), len(equal))
-            if allowed is None:
-                equal[merged, len(q), len(k), kind, b""].append((q, k))
-                continue
-            digest = hashlib.blake2b(allowed.numpy().tobytes(), digest_size=16).digest()
-            if digest not in biases and free >= 4 * allowed.numel():
-                free -= 4 * allowed.numel()
-                biases[digest] = as_bias(allowed).to(device)
-            if digest in biases:
-                equal[merged, len(q), len(k), kind, digest].append((q, k))
-            else:
-                evaluate = _evaluation(here, q, k, device)
-                batches.append(Batch(q[None].to(device), k[None].to(device), None, merged, evaluate))
-    for (merged, *_, digest), members in equal.items():
+                texts = int((k >= first_text).sum())
+                # text keys are cut off by their number, which must be equal in all groups of a batch
+                kind = texts if texts in (0, geometry.text) else (len(batches), len(equal))
+                digest = b""
+                if allowed is not None:
+                    digest = hashlib.blake2b(allowed.numpy().tobytes(), digest_size=16).digest()
+                    if digest not in biases and free >= 4 * allowed.numel():
+                        free -= 4 * allowed.numel()
+                        biases[digest] = as_bias(allowed).to(device)
+                if allowed is None or digest in biases:
+                    equal[later, len(q), len(k), kind, len(parts) > 1, digest].append((q, k))
+                else:
+                    evaluate = _evaluation(here, q, k, device)
+                    batches.append(Batch(q[None].to(device), k[None].to(device), None, later, evaluate))
+    for (merged, *_, views, digest), members in equal.items():
         members.sort(key=lambda member: (int(member[0][0]), int(member[1][0])))
-        q, k = (torch.stack(side).to(device) for side in zip(*members, strict=True))
-        batches.append(Batch(q, k, biases.get(digest), merged))
+        for some in _sequences(members) if views else [members]:
+            q, k = (torch.stack(side).to(device) for side in zip(*some, strict=True))
+            batches.append(Batch(q, k, biases.get(digest), merged))
     return sorted(batches, key=lambda batch: batch.merged)
+
+
+def _sequences(members: list[tuple[Tensor, Tensor]]) -> Iterator[list[tuple[Tensor, Tensor]]]:
+    """Members in long sequences of equally distant queries and keys, whose batches are views."""
+    left = {(int(q[0]), int(k[0])): (q, k) for q, k in members}
+    while left:
+        start = next(iter(left))
+        best = [start]
+        for second in itertools.islice(left, 1, 17):
+            steps = [b - a for a, b in zip(start, second, strict=True)]
+            chain = [start]
+            while steps[0] >= len(members[0][0]) and steps[1] >= 0 and chain[-1] in left:
+                chain.append((chain[-1][0] + steps[0], chain[-1][1] + steps[1]))
+            best = max(best, chain[:-1], key=len)
+        yield [left.pop(place) for place in best]
 
 
 def _evaluation(masks: _Masks, q: Tensor, k: Tensor, device: torch.device) -> Callable[[], Tensor]:

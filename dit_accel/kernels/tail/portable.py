@@ -23,11 +23,9 @@ def forward(call: TailCall) -> tuple[Tensor, Tensor]:
     out, lse = empty_rows(exact), exact_lse.new_empty(exact_lse.shape)
     tail = _Tail.of(k, v, geometry)
     for at, of, bias, blind in _parts(q, lists, dropped, tail, geometry):
-        queries, own, own_lse = of(q).to(tail.wide), of(exact), of(exact_lse).to(tail.wide)
+        queries, own, own_lse = of(q).to(tail.wide), of(out).copy_(of(exact)), of(lse).copy_(of(exact_lse))
         keys, values = (x[at].expand(len(queries), -1, -1, -1) for x in (tail.keys, tail.values))
-        merged = dense.merge(own, own_lse, *dense.forward(queries, keys, values, bias, blind, scale))
-        of(out).copy_(merged[0])
-        of(lse).copy_(merged[1])
+        dense.merge(own, own_lse, *dense.forward(queries, keys, values, bias, blind, scale))
     return out, lse
 
 

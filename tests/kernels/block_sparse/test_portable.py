@@ -128,6 +128,27 @@ def test_masks_beyond_the_kept_ones_are_evaluated(make_problem, monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("text", [0, 5])
+def test_runs_of_keys_apart(make_problem, monkeypatch, dtype, text):
+    """Each run of keys by itself: a row's results are merged several times, and no keys are gathered for that."""
+    costs = {"RUN_COST": 0, "VIEW_COST": 0, "PACK_COST": 0, "KEY_COST": 1000}
+    for name, value in {**costs, "MASKED_QUERIES": 16, "LONG_RUN": 20, "VECTOR": 4}.items():
+        monkeypatch.setattr(f"dit_accel.kernels.block_sparse.grouping.{name}", value)
+    portable.preparations.entries.clear()
+    band = make_problem((6, 5, 8), "radial", {"decay": 0.5}, text=text, block_q=16, block_k=8)
+    band.check("portable", dtype)
+    batches = portable.preparations.entries[-1].batches
+    assert sum(batch.merged for batch in batches) > 4
+    held = torch.zeros(band.q.shape[2], band.q.shape[2], dtype=torch.int64)
+    for batch in batches:
+        for q, k in zip(batch.q, batch.k, strict=True):
+            held[q[:, None], k] += 1 if batch.bias is None else batch.bias.isfinite().long()
+        assert not batch.merged or batch.k.shape[1] == 1 or bool((batch.k.diff() == 1).all())
+    assert torch.equal(held, band.mask()[0, 0].long())
+    portable.preparations.entries.clear()
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("name", ["causal-between", "blocked-tiled", "heads-text", "queries-longer"])
 def test_products_of_other_devices(make_problem, monkeypatch, name, dtype):
     monkeypatch.setattr(dense, "_fused", lambda x: False)

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from dit_accel.kernels.block_sparse import portable
-from dit_accel.kernels.block_sparse.prepare import MAX_ENTRIES, group_rows
+from dit_accel.kernels.block_sparse.grouping import group_rows
+from dit_accel.kernels.block_sparse.prepare import MAX_ENTRIES
 
 
 @pytest.fixture(autouse=True)
@@ -39,8 +40,8 @@ def test_batches_hold_every_allowed_pair_once(make_problem, method, config, tile
 
 def test_a_blocked_window_is_one_unmasked_batch(make_problem, monkeypatch):
     # At this size merging the windows would pay, too.
-    monkeypatch.setattr("dit_accel.kernels.block_sparse.prepare.GROUP_COST", 0)
-    monkeypatch.setattr("dit_accel.kernels.block_sparse.prepare.KEY_COST", 0)
+    monkeypatch.setattr("dit_accel.kernels.block_sparse.grouping.GROUP_COST", 0)
+    monkeypatch.setattr("dit_accel.kernels.block_sparse.grouping.KEY_COST", 0)
     tiles = {"tile_q": (1, 2, 2), "tile_k": (1, 2, 2), "block_q": 4, "block_k": 4}
     blocked = {"window": (2, 4, 4), "stride": (2, 4, 4)}
     (batch,) = _prepared(make_problem((4, 8, 8), "gna", blocked, **tiles))
