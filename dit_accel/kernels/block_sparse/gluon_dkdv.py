@@ -121,12 +121,15 @@ def produce(
 
 
 @gluon.jit
-def seen_by(scores, words, S: gl.constexpr):
-    """Scores [ROWS keys, ROWS queries], -inf where a query's word, int64 [ROWS], lacks a key's bit."""
+def seen_by(scores, words, zero, S: gl.constexpr):
+    """Scores [ROWS keys, ROWS queries], -inf where a query's word, int64 [ROWS], lacks a key's bit.
+
+    `zero` looks like a new number, which keeps the assembler from holding shifts in registers for all turns.
+    """
     rows = gl.arange(0, ROWS, gl.SliceLayout(1, S))[:, None]
     half = gl.where(rows < 32, words[None, :].to(gl.int32), (words >> 32)[None, :].to(gl.int32))
     # the shift depends on the thread alone, the bit tested on the register alone
-    seen = ((half >> (rows // 16 % 2 * 16 + rows % 8)) & (1 << (rows % 16 // 8 * 8))) != 0
+    seen = ((half >> (rows // 16 % 2 * 16 + rows % 8 + zero)) & (1 << (rows % 16 // 8 * 8))) != 0
     return gl.where(seen, scores, float("-inf"))
 
 
@@ -166,7 +169,7 @@ def turn(
     exponents = scores * scale - gl.load(lse)[None, :]
     if number >= 0:
         word = number.to(gl.int64) * (BLOCK_K // 64) + OWN
-        exponents = seen_by(exponents, gl.load(call.words + word * (2 * ROWS) + columns), S)
+        exponents = seen_by(exponents, gl.load(call.words + word * (2 * ROWS) + columns), block >> 31, S)
     weights = gl.exp2(exponents)
     # The branch in this wait keeps the assembler from moving the weights behind the wait for their gradients
     mbarrier.wait(buffers.full.index(after % STAGES), after // STAGES & 1, pred=after // 2 < visits.last - visits.first)
