@@ -12,7 +12,6 @@ import torch
 from dit_accel.errors import DitAccelError
 from dit_accel.hooks.schedule import Step
 from dit_accel.plans.plan import Plan
-from dit_accel.plans.routed import RoutedPlan
 from dit_accel.plans.sharing import shares
 from dit_accel.values import check, option
 
@@ -92,10 +91,8 @@ class AttentionCall:
         found = torch.zeros(3, batch, heads, dtype=torch.float64, device=q.device)
         kept, first = None, 0 if self.heads is None else self.heads[0]
         for b in range(batch):
-            lists = None
-            if isinstance(plan, RoutedPlan):
-                settings = {"scale": self.scale, "module": self.module, "heads": self.heads}
-                lists = plan.route(q[b : b + 1], k[b : b + 1], values=v[b : b + 1], **settings)
+            settings = {"scale": self.scale, "module": self.module, "heads": self.heads}
+            lists = plan.route(q[b : b + 1], k[b : b + 1], values=v[b : b + 1], **settings)
             for h in range(heads):
                 if kept is None or lists is not None or plan.head_share < 1:
                     kept = plan.kept_keys(queries, lists, h if lists is not None else first + h)

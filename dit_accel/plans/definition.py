@@ -8,7 +8,6 @@ from torch import Tensor, nn
 from dit_accel.kernels.block_sparse.geometry import BlockLists
 from dit_accel.order import TokenOrder, valid_tokens
 from dit_accel.plans.plan import Impl, Plan
-from dit_accel.plans.routed import RoutedPlan
 
 # Keys of one product, as in a kernel that skips blocks. MKL's fp32 error depends on it: on gna's windows of 512 tokens
 # it is 7.0e-7. Products with 8,192 columns have 3.4e-7.
@@ -49,7 +48,7 @@ class Definition:
         """The pairs attended exactly: bool [S, N]."""
         if self._static is not None:
             return self._static
-        if isinstance(self.plan, RoutedPlan) and self._lists is None:
+        if self._lists is None:
             self._lists = self.plan.route(self.q, self.k, impl=self.impl, module=self.module, values=self.v)
         grid = self.plan.grid
         query = self.rows - grid.visual_start

@@ -111,13 +111,17 @@ class Plan(abc.ABC):
             "blocks of one call."
         )
 
+    def route(self, q: torch.Tensor, k: torch.Tensor, **call: Any) -> BlockLists | None:
+        """What a call with these queries and keys lists; None if the plan does not look at them."""
+        return None
+
     @abc.abstractmethod
     def kept_keys(self, queries: torch.Tensor, lists: BlockLists | None = None, head: int = 0) -> torch.Tensor:
         """The keys that some visual queries attend to exactly, in one head: bool [S, tokens] in model order.
 
         Args:
             queries: int64 [S], indices of visual tokens.
-            lists: of a routed plan, what it listed for one sample, [1, H, query blocks, width].
+            lists: from `route`, of one sample, [1, H, query blocks, width].
             head: which head of the lists, or of the layer if the plan is static.
         """
 

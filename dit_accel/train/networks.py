@@ -48,7 +48,8 @@ class TrainingNetworks:
         teacher: nn.Module | None = None,
     ) -> None:
         self._transformer, self._accel, self._lora = transformer, accel, lora
-        self._gates, self._calls, hidden = (name in objectives for name in ("gate", "imitation", "final"))
+        self._gates, hidden = "gate" in objectives, "final" in objectives
+        self._calls = not {"imitation", "balance"}.isdisjoint(objectives)
         # with rising time the model predicts the opposite direction
         if family.timestep_scale is None or family.timestep_rises:
             raise DitAccelError(

@@ -18,6 +18,7 @@ from dit_accel.errors import DitAccelError
 from dit_accel.hooks.selfcheck import AttentionCall
 from dit_accel.kernels.cuts import visual_of
 from dit_accel.kernels.sla.call import apply_map, learned_inputs
+from dit_accel.methods.moh import MohPlan
 from dit_accel.methods.sla import SparseLinearAttention
 from dit_accel.plans.gate import BlockGate, divergence, gate_of, pool
 from dit_accel.plans.routed import RoutedPlan
@@ -25,6 +26,7 @@ from dit_accel.registry import did_you_mean
 
 LEARNED_MAP = "hedgehog"  # the feature map of SLA that the objective imitation trains
 NO_MAP = f"The objective imitation trains a learned feature map. Choose method sla with feature_map={LEARNED_MAP}."
+NO_ROUTER = "The objective balance spreads the tokens over moh's routed heads. Choose method moh, or leave it out."
 SAMPLED = 64  # queries of a head whose weights it compares
 
 
@@ -128,6 +130,20 @@ def imitation(student: Outputs, teacher: Outputs | None, target: torch.Tensor) -
     return torch.stack([_imitated(call) for call in student.calls]).mean()
 
 
+def balance(student: Outputs, teacher: Outputs | None, target: torch.Tensor) -> torch.Tensor:
+    """MoH's load-balance loss, averaged over the layers. It has a gradient for the routers alone.
+
+    Source: `methods.moh`, equation 7; the authors weigh it by 0.01.
+
+    Raises:
+        DitAccelError: no layer has a router.
+    """
+    losses = [call.plan.balance(call.q, call.module) for call in student.calls if isinstance(call.plan, MohPlan)]
+    if not losses:
+        raise DitAccelError(NO_ROUTER)
+    return torch.stack(losses).mean()
+
+
 OBJECTIVES: Mapping[str, Objective] = {
     "flow": flow,
     "teacher": teacher,
@@ -136,6 +152,7 @@ OBJECTIVES: Mapping[str, Objective] = {
     "consistency": consistency,
     "gate": gate,
     "imitation": imitation,
+    "balance": balance,
 }
 NEEDS_TEACHER = ("teacher", "attention", "final")
 

@@ -82,7 +82,7 @@ class TrainSettings:
     impl: str = option("auto", "The implementation of the kernels, as `accelerate` takes it.", typed=False)
     objectives: Mapping[str, float] = option(
         {"teacher": 1.0},
-        "flow, teacher, attention, final, consistency, gate or imitation; repeatable, they add up.",
+        "flow, teacher, attention, final, consistency, gate, imitation or balance; repeatable, they add up.",
         flag="--objective",
         metavar="NAME=WEIGHT",
         repeatable=True,
@@ -152,6 +152,8 @@ class TrainSettings:
             )
         if "imitation" in self.objectives and self.config.get("feature_map") != objectives.LEARNED_MAP:
             raise DitAccelError(objectives.NO_MAP)
+        if "balance" in self.objectives and self.method != "moh":
+            raise DitAccelError(objectives.NO_ROUTER)
         if self.method == "dense" and not {"flow", "consistency"} & self.objectives.keys():
             raise DitAccelError(
                 "The dense method is its own teacher, so there is nothing to learn. Choose a sparse method, or the "

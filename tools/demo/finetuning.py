@@ -75,6 +75,7 @@ RUNS = {
     "radial-demo-2x": Run(prompts=12, beside=("dense tuned", "dense", {})),
     "sparge-demo": Run(),
     "scaledit-demo": Run(),
+    "moh-demo": Run(),
 }
 
 
