@@ -19,6 +19,7 @@ def test_methods_are_found_by_their_files():
         "dense",
         "gna",
         "heads",
+        "moh",
         "proxy",
         "radial",
         "rectified",

@@ -4,7 +4,7 @@ Static masks are exact: 6 frames of 6 x 6 tokens and 12 text tokens, for `clear`
 `agent` has no mask: its picture shows tokens of such an image that share an agent.
 Routed methods choose blocks by q and k: their pictures show one head of the embedded model's middle layer, at the
 second of four steps. The heads are those that `dit-accel tune --calibrate 0.75 --method heads` keeps of that model from
-three prompts and videos of 9 x 96 x 96 in 6 steps.
+three prompts and videos of 9 x 96 x 96 in 6 steps. For `moh` an untrained router takes heads for the tokens of one row.
 """
 
 import argparse
@@ -32,12 +32,13 @@ ROUTED: dict[str, dict[str, Any]] = {
     "proxy": {},
 }
 HEADS = ((1, 1, 0, 0), (1, 1, 1, 1), (1, 1, 1, 1), (1, 0, 0, 0), (1, 1, 0, 1), (1, 1, 1, 1))  # of each layer
+MOH = {"shared": 0.25, "routed": 0.25}
 LAYER, HEAD = "blocks.2.attn1", 0
 COLOURS = ("#f2f2f2", "#9ec5e8", "#173f7a")
 
 
-def routed(method: str) -> torch.Tensor:
-    """The blocks that a call attends exactly: bool [query blocks, key blocks]."""
+def called(method: str, config: dict[str, Any]) -> tuple[Any, torch.Tensor, torch.Tensor]:
+    """Plan, q and k of the layer's call."""
     from dit_accel.pipelines.demo import DEFAULTS, load_demo
 
     pipe = load_demo()
@@ -47,11 +48,16 @@ def routed(method: str) -> torch.Tensor:
         if call.layer.endswith(LAYER) and call.step is not None and call.step.index == 1:
             found.append((call.plan, call.q, call.k))
 
-    accel = dit_accel.accelerate(pipe, method, **ROUTED[method])
+    accel = dit_accel.accelerate(pipe, method, **config)
     with accel.watch(keep):
         pipe("a red circle moves right on a blue background", **DEFAULTS.call() | {"num_inference_steps": 4})
     accel.remove()
-    plan, q, k = found[0]
+    return found[0]
+
+
+def routed(method: str) -> torch.Tensor:
+    """The blocks that a call attends exactly: bool [query blocks, key blocks]."""
+    plan, q, k = called(method, ROUTED[method])
     lists = plan.route(q, k)
     rows = torch.arange(lists.indices.shape[2])[:, None]
     listed = torch.arange(lists.indices.shape[3]) < lists.counts[0, HEAD, :, None]
@@ -124,6 +130,11 @@ def main() -> None:
     draw(folder / "mask-agent.png", shown, "", legend, {str(i): float(i) for i in range(0, 12, 4)}, ("row", "column"))
     kept, numbers = torch.tensor(HEADS), {str(i): float(i) for i in range(len(HEADS))}
     draw(folder / "mask-heads.png", kept * 2, "", {2: "computed", 0: "skipped"}, numbers, ("layer", "head"))
+    plan, q, k = called("moh", MOH)
+    row = plan.grid.height // 2 * plan.grid.width
+    heads = plan.route(q, k).counts[0, :, row : row + plan.grid.width]
+    numbers = {str(i): float(i) for i in range(len(heads))}
+    draw(folder / "mask-moh.png", heads * 2, "", {2: "computed", 0: "skipped"}, numbers, ("head", "token"))
     for method in ROUTED:
         chosen = routed(method)
         found = {"sla": "linear", "sol": "tail", "rectified": "mean", "proxy": "mean"}.get(method)

@@ -32,6 +32,7 @@ MARGINAL = MethodSetting("sla", None, {"topk": 0.3, "block": 16, "linear_scope":
 STATIC = (GNA, MethodSetting("tile", None, {"references": 1}), MethodSetting("radial", None, {"decay": 0.3}))
 OTHERS = (
     MethodSetting("heads", None, {"keep": (0, 1)}),
+    MethodSetting("moh", None, {"shared": 0.0, "routed": 0.5}),
     MethodSetting("agent", None, {"tile": (2, 3, 3)}),
     MethodSetting("proxy", None, {"topk": 0.3, "block": 16}),
 )

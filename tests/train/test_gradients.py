@@ -24,6 +24,7 @@ METHODS = {
     "heads": {"keep": (1, 0)},
     "agent": {"tile": (1, 2, 2)},
     "proxy": {"topk": 0.3, "block": 16},
+    "moh": {"shared": 0.0, "routed": 0.5},
     "radial": {"decay": 0.2},
     "scaledit": {"window": 2, "factor": 2},
     "sla": {"topk": 0.3, "block": 16},
@@ -76,7 +77,7 @@ def test_gradients_equal_finite_differences(method, family, model, monkeypatch):
     torch.manual_seed(1)
     adapters.add_lora(transformer, targets, rank=2, alpha=2)
     for module in accel.learned_weights().values():
-        module.double().requires_grad_(True)
+        module.double().requires_grad_(method != "moh")  # its gradient goes straight through: no difference shows it
     weights = [weight for weight in transformer.parameters() if weight.requires_grad]
     for weight in weights:
         weight.data = 0.3 * torch.randn(weight.shape, dtype=torch.float64)
@@ -166,7 +167,11 @@ def test_objectives_by_hand():
     attention = [torch.tensor([2.0]), torch.tensor([0.0])]
     student = Outputs(torch.tensor([1.0, 3.0]), attention, torch.tensor([1.0]), gates, calls)
     teacher = Outputs(torch.tensor([1.0, 1.0]), [torch.tensor([1.0]), torch.tensor([4.0])], torch.tensor([2.0]))
-    found = {name: float(own(student, teacher, torch.tensor([0.0, 3.0]))) for name, own in OBJECTIVES.items()}
+    found = {
+        name: float(own(student, teacher, torch.tensor([0.0, 3.0])))
+        for name, own in OBJECTIVES.items()
+        if name != "balance"  # its layers have routers: tests/methods/test_moh.py
+    }
     # gate: shares 1/4 and 3/4 of scores 0 and log 3, against 1/2 and 1/2
     assert found.pop("gate") == pytest.approx(0.5 * math.log(4 / 3))
     # imitation: products of the maps 1 and 5/4, so shares 4/9 and 5/9, against 1/2 and 1/2
