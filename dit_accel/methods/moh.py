@@ -35,9 +35,8 @@ from dit_accel.errors import DitAccelError
 from dit_accel.kernels.block_sparse.dense import accumulation, zeros_spread
 from dit_accel.kernels.block_sparse.geometry import BlockLists
 from dit_accel.kernels.impls import AUTO
-from dit_accel.methods.dense import SDPA, DensePlan
 from dit_accel.plans.definition import Definition, masked_attention
-from dit_accel.plans.masks import AxisTable, Mask, Product
+from dit_accel.plans.dense import SDPA, DensePlan
 from dit_accel.plans.plan import PlanCall
 from dit_accel.registry import LearnedModule, Method
 from dit_accel.tokens import TokenGrid
@@ -148,8 +147,7 @@ class MohPlan(DensePlan):
     config: Config
 
     def __init__(self, config: Config, grid: TokenGrid) -> None:
-        t, h, w = (AxisTable.full(length) for length in grid.shape)
-        super().__init__("moh", config, grid, Mask((Product(t, h, w),)))
+        super().__init__("moh", config, grid)
         self.head_share = self.density
 
     @functools.cached_property
@@ -212,9 +210,8 @@ class MohPlan(DensePlan):
             valid = (place < call.text_lens.to(q.device)[:, None]) | (place < 0) | (place >= self.grid.text)
             valid = valid[:, None, None]  # [B, 1, 1, N]
         if shared:
-            out[:, :shared] = F.scaled_dot_product_attention(
-                *(x[:, :shared] for x in (q, k, v)), attn_mask=valid, scale=call.scale
-            )
+            queries, keys, values = (x[:, :shared] for x in (q, k, v))
+            out[:, :shared] = F.scaled_dot_product_attention(queries, keys, values, valid, scale=call.scale)
         rows = taken.byte().argsort(dim=-1, descending=True, stable=True)
         for sample, counts in enumerate(taken.sum(-1).tolist()):
             mask = None if valid is None else valid[sample]
