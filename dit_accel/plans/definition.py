@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from dit_accel.kernels.block_sparse.geometry import BlockLists
 from dit_accel.order import TokenOrder, valid_tokens
 from dit_accel.plans.plan import Impl, Plan
+from dit_accel.plans.routed import RoutedPlan
 
 # Keys of one product, as in a kernel that skips blocks. MKL's fp32 error depends on it: on gna's windows of 512 tokens
 # it is 7.0e-7. Products with 8,192 columns have 3.4e-7.
