@@ -28,6 +28,7 @@ from dit_accel.eval.metrics.psnr import psnr
 from dit_accel.eval.networks import Clip
 from dit_accel.eval.scoring import bootstrap
 from dit_accel.generation.provenance import provenance
+from dit_accel.hooks import layers as layerwise
 from dit_accel.pipelines.demo import clips, load_demo
 from dit_accel.pipelines.demo.checker import read
 from dit_accel.train import data, prepare
@@ -39,7 +40,12 @@ from tools.demo.evaluate import fixed_scenes, summarise
 
 TRUE_CLIPS = 4
 RESULTS = pathlib.Path(__file__).parents[2] / "benchmarks" / "results" / "train-demo.jsonl"
-KINDS = ("dense", "untuned", "tuned", "dense tuned", "tuned without proxies")
+KINDS = ("dense", "untuned", "tuned", "dense tuned", "tuned without proxies", "heads 0.75", "heads 0.5")
+# of `dit-accel tune --calibrate SHARE --method heads` on four prompts, at the size of `moh-demo`
+HEADS = {
+    "heads 0.75": ("1000", "0111", "1111", "1101", "1101", "1111"),
+    "heads 0.5": ("1000", "0111", "1110", "1000", "0100", "1011"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,12 +56,14 @@ class Run:
         dense, tuned: steps and guidance of the dense videos, and of the untuned and trained ones.
         prompts: how many are generated.
         beside: what else is trained in the same way, and what it makes is shown as: kind, method and settings.
+        heads: show also what the untuned model makes with calibrated heads alone, for each share in `HEADS`.
     """
 
     dense: tuple[int, float] = (12, 1.0)
     tuned: tuple[int, float] = (12, 1.0)
     prompts: int = 24
     beside: tuple[str, str, dict[str, Any]] | None = None
+    heads: bool = False
 
 
 RUNS = {
@@ -75,7 +83,7 @@ RUNS = {
     "radial-demo-2x": Run(prompts=12, beside=("dense tuned", "dense", {})),
     "sparge-demo": Run(),
     "scaledit-demo": Run(),
-    "moh-demo": Run(),
+    "moh-demo": Run(heads=True),
 }
 
 
@@ -234,6 +242,10 @@ def main() -> None:
         "untuned": untuned,
         **{kind: functools.partial(dit_accel.load, path=folder) for kind, folder in folders.items()},
     }
+    for kind, kept in HEADS.items() if run.heads else ():
+        rows = [{"keep": tuple(map(int, own))} for own in kept]
+        layers = layerwise.from_dict("heads", {"transformer": rows})
+        ways[kind] = functools.partial(dit_accel.accelerate, layer_schedule=layers)
 
     def made(file: pathlib.Path, sampling: tuple[int, float], way: Callable[[Any], Any]) -> np.ndarray:
         return cached(file, lambda: generate(size, run.prompts, sampling, way))
