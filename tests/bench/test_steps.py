@@ -117,12 +117,12 @@ def test_what_cannot_be_measured_keeps_nothing_else_from_it():
 class TestDeclared:
     def test_every_method_at_ten_per_cent_and_as_published(self):
         names = [step.name for step in select_steps(["wan-14b-720p"], modes=["eager"])]
-        methods = {"gna", "radial", "rectified", "sla", "sol", "sparge", "tile"}
+        methods = {"gna", "proxy", "radial", "rectified", "sla", "sol", "sparge", "tile"}
         assert {name.split("/")[1] for name in names if name.endswith("/0.1/eager")} == methods
         assert any("/published/" in name and "radial" in name for name in names)
 
     def test_images_have_no_methods_of_frames(self):
-        routed = {"rectified", "sla", "sol", "sparge"}
+        routed = {"proxy", "rectified", "sla", "sol", "sparge"}
         assert {step.setting.method for step in select_steps(["flux-4k"])} == {"clear", "gna", *routed}
 
     def test_names_tell_steps_apart(self):

@@ -119,7 +119,7 @@ class TestAccelerator:
         plan = dit_accel.plan("sla", dit_accel.TokenGrid(5, 7, 9), **config)
         cuda = torch.device("cuda")
         name, why = plan.prepare(cuda, torch.float16, 64, learned=True)
-        reason = "the kernels over marginal blocks take blocks of up to 64 tokens, not 128 queries and 128 keys"
+        reason = "the kernels over marginal blocks take blocks of up to 128 queries and 64 keys, not 128 and 128"
         assert (name, why) == ("portable", reason)
         assert plan.prepare(cuda, torch.float16, 64)[0] == "triton"
         layers, _ = self.layers(tiny_wan, wan_inputs, "sla", config)

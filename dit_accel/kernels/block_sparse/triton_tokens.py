@@ -19,7 +19,7 @@ RUNTIME = (
     "q_batch", "q_head", "q_row", "q_column", "k_batch", "k_head", "k_row", "k_column", "v_batch", "v_head", "v_row",
     "v_column", "g_batch", "g_head", "g_row", "g_column", "o_batch", "o_head", "o_row", "o_column", "p_batch", "p_head",
     "p_row", "e_batch", "e_head", "e_row", "x_batch", "x_head", "x_row", "T", "H", "W", "QT", "QH", "QW", "heads",
-    "tokens", "key_tokens", "query_tokens", "blocks", "key_blocks", "query_blocks", "rows", "width", "dense", "topk",
+    "tokens", "key_tokens", "query_tokens", "blocks", "key_blocks", "query_blocks", "width", "dense", "topk",
     "skip", "training", "usual_visual", "usual_conditioning", "usual_text", "usual_length", "given", "visual_start",
     "conditioning_start", "text_start", "visual", "conditioning", "text", "query_visual", "query_conditioning",
     "query_text", "tiles_h", "tiles_w", "query_tiles_h", "query_tiles_w", "visual_blocks", "conditioning_blocks",
