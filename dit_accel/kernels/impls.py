@@ -244,8 +244,14 @@ def _of_triton(kernel: str, cannot: Callable[[Facts], str | None], **more: Any) 
     return Implementation("triton", kernel, **(fields | more))
 
 
+def _of_gluon(name: str, module: str, **more: Any) -> Implementation:
+    fields: dict[str, Any] = {"dtypes": HALF, "cannot": _gluon, "package": "triton", "packing": _LISTS}
+    return Implementation(name, BLOCK_SPARSE, f"{_GLUON}.{module}", **fields, **more)
+
+
 _SINGLE = (*HALF, torch.float32)
 _LISTS = "dit_accel.kernels.block_sparse.triton_lists"
+_GLUON = "dit_accel.kernels.block_sparse.gluon"
 _FLEX = "dit_accel.kernels.block_sparse.libraries.flex"
 _CUDNN = "dit_accel.kernels.block_sparse.libraries.cudnn"
 _SLA_OPS = "dit_accel.kernels.sla.ops"
@@ -254,11 +260,9 @@ ROWS = (
     _portable(BLOCK_SPARSE),
     _of_triton(BLOCK_SPARSE, _triton, head_dims=256, packing=_LISTS),
     # Its gradients were compiled and emulated. No GPU has run them yet, so "auto" takes the next row.
-    Implementation("gluon", BLOCK_SPARSE, dtypes=HALF, cannot=_gluon, package="triton", packing=_LISTS),
+    _of_gluon("gluon", "launches"),
     # Faster than triton in the five settings of an H200 that have both (benchmarks/LOG.md); the gradients are Triton's.
-    Implementation(
-        "gluon_triton", BLOCK_SPARSE, rank={"cuda": 30}, dtypes=HALF, cannot=_gluon, package="triton", packing=_LISTS
-    ),
+    _of_gluon("gluon_triton", "with_triton", rank={"cuda": 30}),
     Implementation(
         "flex",
         BLOCK_SPARSE,

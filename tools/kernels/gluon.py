@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from triton.experimental.gluon import language as gl
 
 from dit_accel.kernels.block_sparse.geometry import Shape
-from dit_accel.kernels.block_sparse.gluon import LAUNCH, ROWS, STAGES_DKDV, STAGES_DQ, constants, half_of
-from dit_accel.kernels.block_sparse.gluon_copies import KEYS
+from dit_accel.kernels.block_sparse.gluon.copies import KEYS
+from dit_accel.kernels.block_sparse.gluon.launches import LAUNCH, ROWS, STAGES_DKDV, STAGES_DQ, constants, half_of
 from dit_accel.kernels.block_sparse.triton import RASTER
 from tools.kernels.ahead_of_time import Build
 from tools.kernels.block_sparse import POINTERS, TILES
@@ -37,7 +37,7 @@ def _block_sparse() -> Iterator[Build]:
         half, tile_k, stages = chosen["HALF"], chosen["TILE_K"], chosen["STAGES"]
         yield Build(
             kernel="gluon_forward",
-            function="dit_accel.kernels.block_sparse.gluon_forward:block_sparse_gluon_fwd_kernel",
+            function="dit_accel.kernels.block_sparse.gluon.forward:block_sparse_gluon_fwd_kernel",
             constants=tuple(chosen.items()),
             pointers=(
                 *POINTERS,
@@ -58,7 +58,7 @@ def _dq(build: Build) -> Build:
     return dataclasses.replace(
         build,
         kernel="gluon_dq",
-        function="dit_accel.kernels.block_sparse.gluon_dq:block_sparse_gluon_dq_kernel",
+        function="dit_accel.kernels.block_sparse.gluon.dq:block_sparse_gluon_dq_kernel",
         constants=tuple((chosen | {"STAGES": STAGES_DQ}).items()),
         pointers=(*build.pointers, *like_q, ("statistics", "*fp32")),
         stages=STAGES_DQ,
@@ -75,7 +75,7 @@ def _dkdv(build: Build) -> Build:
     return dataclasses.replace(
         like,
         kernel="gluon_dkdv",
-        function="dit_accel.kernels.block_sparse.gluon_dkdv:block_sparse_gluon_dkdv_kernel",
+        function="dit_accel.kernels.block_sparse.gluon.dkdv:block_sparse_gluon_dkdv_kernel",
         constants=tuple((chosen | {"PART_K": part, "STAGES": STAGES_DKDV}).items()),
         pointers=(*like.pointers, *boxes),
         stages=STAGES_DKDV,

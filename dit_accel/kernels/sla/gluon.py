@@ -11,7 +11,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from dit_accel.errors import DitAccelError
 from dit_accel.kernels import tuning
-from dit_accel.kernels.block_sparse import gluon as engine
+from dit_accel.kernels.block_sparse.gluon import launches as engine
 from dit_accel.kernels.block_sparse.triton import RASTER
 from dit_accel.kernels.sla.gluon_forward import sparse_linear_gluon_fwd_kernel
 from dit_accel.kernels.sla.triton import (

@@ -1,6 +1,6 @@
 """The forward kernel of the Gluon implementation, for compute capability 9.0: both branches of a query block.
 
-Producer and consumers are those of `block_sparse.gluon_forward`. The linear branch comes last. Behind the listed keys
+Producer and consumers are those of `block_sparse.gluon.forward`. The linear branch comes last. Behind the listed keys
 the producer brings the table of the head into a buffer of keys. Each consumer multiplies it with phi of its rows.
 """
 
@@ -16,7 +16,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from dit_accel.kernels.block_sparse.gluon_copies import (
+from dit_accel.kernels.block_sparse.gluon.copies import (
     KEYS,
     ROWS,
     Addressed,
@@ -29,7 +29,7 @@ from dit_accel.kernels.block_sparse.gluon_copies import (
     put,
     steps_of,
 )
-from dit_accel.kernels.block_sparse.gluon_forward import LOG2E, allocated, produce, rows_of_part, weighted
+from dit_accel.kernels.block_sparse.gluon.forward import LOG2E, allocated, produce, rows_of_part, weighted
 from dit_accel.kernels.block_sparse.triton_tokens import RUNTIME
 from dit_accel.kernels.sla.call import EPSILON
 

@@ -16,8 +16,8 @@ from block_sparse_calls import block_sparse_attention
 from dit_accel.errors import DitAccelError
 from dit_accel.kernels import impls
 
-gluon_forward = pytest.importorskip("dit_accel.kernels.block_sparse.gluon_forward")
-gluon = pytest.importorskip("dit_accel.kernels.block_sparse.gluon")
+gluon_forward = pytest.importorskip("dit_accel.kernels.block_sparse.gluon.forward")
+gluon = pytest.importorskip("dit_accel.kernels.block_sparse.gluon.launches")
 triton = pytest.importorskip("dit_accel.kernels.block_sparse.triton")
 emulator = pytest.importorskip("emulator")
 calls = pytest.importorskip("gluon_calls")

@@ -14,9 +14,9 @@ from accuracy import assert_accurate
 from dit_accel.kernels import impls
 from dit_accel.kernels.block_sparse import reference
 
-gluon_dq = pytest.importorskip("dit_accel.kernels.block_sparse.gluon_dq")
-gluon_dkdv = pytest.importorskip("dit_accel.kernels.block_sparse.gluon_dkdv")
-gluon = pytest.importorskip("dit_accel.kernels.block_sparse.gluon")
+gluon_dq = pytest.importorskip("dit_accel.kernels.block_sparse.gluon.dq")
+gluon_dkdv = pytest.importorskip("dit_accel.kernels.block_sparse.gluon.dkdv")
+gluon = pytest.importorskip("dit_accel.kernels.block_sparse.gluon.launches")
 triton = pytest.importorskip("dit_accel.kernels.block_sparse.triton")
 emulator = pytest.importorskip("emulator")
 calls = pytest.importorskip("gluon_calls")

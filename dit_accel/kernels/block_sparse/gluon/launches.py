@@ -17,10 +17,10 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from dit_accel.kernels import tuning
 from dit_accel.kernels.block_sparse.geometry import BlockSparseCall, Shape
-from dit_accel.kernels.block_sparse.gluon_copies import KEYS
-from dit_accel.kernels.block_sparse.gluon_dkdv import block_sparse_gluon_dkdv_kernel
-from dit_accel.kernels.block_sparse.gluon_dq import block_sparse_gluon_dq_kernel
-from dit_accel.kernels.block_sparse.gluon_forward import block_sparse_gluon_fwd_kernel
+from dit_accel.kernels.block_sparse.gluon.copies import KEYS
+from dit_accel.kernels.block_sparse.gluon.dkdv import block_sparse_gluon_dkdv_kernel
+from dit_accel.kernels.block_sparse.gluon.dq import block_sparse_gluon_dq_kernel
+from dit_accel.kernels.block_sparse.gluon.forward import block_sparse_gluon_fwd_kernel
 from dit_accel.kernels.block_sparse.triton import RASTER, Kept, TritonCall, likeness
 from dit_accel.kernels.block_sparse.triton_configs import Launch
 from dit_accel.kernels.block_sparse.triton_lists import both_ways, split
@@ -161,7 +161,7 @@ def half_of(tile: Shape) -> Shape:
 def describe(
     x: torch.Tensor, grid: Shape, tile: Shape, rows: int
 ) -> tuple[tuple[TensorDescriptor, TensorDescriptor], tuple[int, int, int]]:
-    """How the copy engine finds rows of x [B, H, N, D], see `gluon_forward`.
+    """How the copy engine finds rows of x [B, H, N, D], see `forward`.
 
     Args:
         grid: of the visual tokens.

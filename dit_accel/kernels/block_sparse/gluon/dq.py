@@ -1,4 +1,4 @@
-"""The dq kernel of the Gluon implementation, for compute capability 9.0; see `gluon_forward` for its structure.
+"""The dq kernel of the Gluon implementation, for compute capability 9.0; see `forward` for its structure.
 
 A program is one query block of 128 rows of one head, and each consumer has 64 of them. Half a step, 64 keys, has
 three products: the scores, the weights' gradients, and dq. The third is multiplied with the next half step's first.
@@ -19,7 +19,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from dit_accel.kernels.block_sparse.gluon_copies import (
+from dit_accel.kernels.block_sparse.gluon.copies import (
     KEYS,
     ROWS,
     Addressed,
@@ -32,7 +32,7 @@ from dit_accel.kernels.block_sparse.gluon_copies import (
     put,
     steps_of,
 )
-from dit_accel.kernels.block_sparse.gluon_forward import (
+from dit_accel.kernels.block_sparse.gluon.forward import (
     LOG2E,
     allocated,
     masked,

@@ -1,4 +1,4 @@
-"""The kernel of dk and dv of the Gluon implementation, for compute capability 9.0; see `gluon_forward`.
+"""The kernel of dk and dv of the Gluon implementation, for compute capability 9.0; see `forward`.
 
 A program is one key block of one head. The producer warp walks the transposed list of query blocks, and brings queries
 and output gradients in units of 64 rows. A unit has four products. Scores and the weights' gradients are computed with
@@ -22,7 +22,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from dit_accel.kernels.block_sparse.gluon_copies import (
+from dit_accel.kernels.block_sparse.gluon.copies import (
     ROWS,
     Addressed,
     Launched,
@@ -33,7 +33,7 @@ from dit_accel.kernels.block_sparse.gluon_copies import (
     put,
     whereabouts,
 )
-from dit_accel.kernels.block_sparse.gluon_forward import LOG2E
+from dit_accel.kernels.block_sparse.gluon.forward import LOG2E
 from dit_accel.kernels.block_sparse.triton_tokens import RUNTIME, starts_of
 
 

@@ -4,7 +4,7 @@ A program is one query block of 128 rows of one head. The producer warp (40 regi
 and has the copy engine bring key and value tiles into shared memory. Two consumer warpgroups (240 registers a thread)
 attend to the tiles, each for 64 of the rows. Barriers say which buffer is full and which is free.
 
-The copy engine reads and writes rows through two kinds of descriptors of a tensor, which `gluon` makes:
+The copy engine reads and writes rows through two kinds of descriptors of a tensor, which `launches` makes:
 
 * a *tile* [1, t, h, w, D] lies at a frame, row and column of the grid. Slots beyond the grid are read as zeros and are
   not written. Its first axis counts rows of memory: it carries where a sample, a head and its visual tokens begin.
@@ -28,7 +28,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from dit_accel.kernels.block_sparse.gluon_copies import (
+from dit_accel.kernels.block_sparse.gluon.copies import (
     KEYS,
     ROWS,
     Addressed,
@@ -141,7 +141,7 @@ def words_of(
 ):  # fmt: skip
     """Which slots of the HALF-th 64 of a step each row sees, as words: int64 [ROWS].
 
-    Partial blocks have the words of `triton_predicate`, one for 64 slots of a row; others a word for all rows.
+    Partial blocks have the words of `triton_tokens`, one for 64 slots of a row; others a word for all rows.
     """
     SPLIT: gl.constexpr = BLOCK_K // 64  # words of a block
     part: gl.constexpr = HALF // SPLIT

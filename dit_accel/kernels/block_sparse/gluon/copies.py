@@ -1,4 +1,4 @@
-"""What a program of the Gluon kernel works on, and its copies: `gluon_forward` describes the descriptors."""
+"""What a program of the Gluon kernel works on, and its copies: `forward` describes the descriptors."""
 
 from __future__ import annotations
 
