@@ -41,7 +41,7 @@ steps() {
     local limit=$1 model=$2 mode=$3
     shift 3
     say "$model, $mode"
-    run "$limit" "$PYTHON" -m dit_accel bench --models --device "$DEVICE" --seconds 0 --resume --output "$STEPS" \
+    run "$limit" "$PYTHON" -m tools.steps.measure --device "$DEVICE" --seconds 0 --resume --output "$STEPS" \
         --shape "$model" --mode "$mode" "$@" >>"$FOLDER/bench.txt"
 }
 
@@ -105,9 +105,8 @@ fi
 
 say "summary"
 {
-    for file in "$ROWS" "$STEPS"; do
-        if [ -s "$file" ]; then "$PYTHON" -m dit_accel bench --read "$file" || STATUS=1; fi
-    done
+    if [ -s "$ROWS" ]; then "$PYTHON" -m dit_accel bench --read "$ROWS" || STATUS=1; fi
+    if [ -s "$STEPS" ]; then "$PYTHON" -m tools.steps.measure --read "$STEPS" || STATUS=1; fi
 } >"$FOLDER/summary.txt"
 if [ -s "$ROWS" ]; then
     "$PYTHON" -m dit_accel bench --read "$ROWS" --break-even "$FOLDER/break_even.json" >/dev/null || STATUS=1

@@ -16,8 +16,8 @@ KEYS = ("op", "shape", "dtype", "direction")
 MARKERS, STYLES = "osD^vP*Xph<>", ("-", "--", ":")
 
 
-def read(path: Path) -> list[dict[str, Any]]:
-    """All rows of a file, without an incomplete last line.
+def read(path: Path, field: str = "op") -> list[dict[str, Any]]:
+    """All rows of a file, without an incomplete last line; each has that field.
 
     Raises:
         DitAccelError: the file cannot be read, or a line is not a row.
@@ -32,7 +32,7 @@ def read(path: Path) -> list[dict[str, Any]]:
             row = json.loads(line)
         except ValueError as error:
             raise DitAccelError(f"{path}, line {number}, is not JSON ({error}). Restore the line.") from error
-        if not isinstance(row, dict) or "speedup" not in row:
+        if not isinstance(row, dict) or field not in row:
             raise DitAccelError(f"{path}, line {number}, is not a row that `dit-accel bench` wrote.")
         rows.append(row)
     return rows

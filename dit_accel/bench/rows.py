@@ -1,4 +1,4 @@
-"""The declared measurements: operators on the shapes of models, and denoising steps of whole models.
+"""The declared measurements of operators on the shapes of models.
 
 Shapes are found in `dit_accel.bench.shapes`, methods in the registry. A method's own file declares how it reaches a
 density, and which densities it cannot reach.
@@ -9,22 +9,17 @@ from __future__ import annotations
 import dataclasses
 import fnmatch
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, TypeVar
-
-import torch
-from torch import nn
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 from dit_accel.errors import DitAccelError
 from dit_accel.generation.choice import method_text
-from dit_accel.registry import Method, declared, did_you_mean, family_of, get_method, get_methods, plan
+from dit_accel.registry import Method, declared, did_you_mean, get_method, get_methods, plan
 from dit_accel.tokens import TokenGrid
 
 DIRECTIONS = ("forward", "backward", "both")
 DTYPES = ("float32", "bfloat16", "float16")
-MODES = ("eager", "compiled")
 DENSITIES = (0.05, 0.1, 0.2, 0.5, 1.0)
-STEP_DENSITY = 0.1  # of every method in steps of whole models, besides its published setting
 TOLERANCE = 0.2  # relative distance of a row's density from the wanted one
 
 Axes = tuple[int, int, int]
@@ -78,37 +73,6 @@ class MethodSetting:
 
 
 @dataclasses.dataclass(frozen=True)
-class Transformer:
-    """A model's transformer with random weights, which do not change the time of a step.
-
-    Args:
-        name: class in Diffusers.
-        inputs: makes one call's keywords, of batch 1, from (config, axes, text tokens, dtype).
-        config: the values of its published ``config.json`` that differ from the class's defaults.
-        text: text tokens of the call, if the sequence has none.
-    """
-
-    name: str
-    inputs: Callable[[Any, Axes, int, torch.dtype], dict[str, Any]]
-    config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    text: int = 0
-
-    def build(self, device: torch.device, dtype: torch.dtype) -> nn.Module:
-        """The transformer, made on its device and in its dtype, as `from_pretrained` makes it."""
-        import diffusers
-
-        usual = torch.get_default_dtype()
-        torch.set_default_dtype(dtype)
-        try:
-            with device:
-                torch.manual_seed(0)
-                made: nn.Module = getattr(diffusers, self.name)(**self.config)
-                return made.eval().requires_grad_(False)
-        finally:
-            torch.set_default_dtype(usual)
-
-
-@dataclasses.dataclass(frozen=True)
 class Shape:
     """The attention of one model at one size.
 
@@ -118,7 +82,6 @@ class Shape:
         settings, dtypes, directions: declared for this shape. Without settings: every method that leaves something out
             on it, at every density of `DENSITIES`.
         devices: types of devices on which it is measured without being named.
-        transformer: the whole model, if its steps are measured.
     """
 
     name: str
@@ -131,7 +94,6 @@ class Shape:
     dtypes: tuple[str, ...] = ("bfloat16",)
     directions: tuple[str, ...] = DIRECTIONS
     devices: tuple[str, ...] = ("cuda",)
-    transformer: Transformer | None = None
 
     @property
     def grid(self) -> TokenGrid:
@@ -153,14 +115,6 @@ class Shape:
             for method, density in itertools.product(self.methods(), DENSITIES)
             if self.grid.visual_share(density * (1 + TOLERANCE)) >= method.sparsest(self.grid)
         )
-
-    def published(self) -> list[MethodSetting]:
-        """The settings that the model's family recommends."""
-        assert self.transformer is not None
-        family = family_of([self.transformer.name])
-        known = {} if family is None else family.recommended
-        names = [method.name for method in self.methods() if method.name in known]
-        return [MethodSetting(name, None, known[name].config) for name in names]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -195,41 +149,6 @@ class Row:
         }
 
 
-@dataclasses.dataclass(frozen=True)
-class ModelStep:
-    """One measurement of a whole model's step: a shape with a transformer, a method's setting, eager or compiled."""
-
-    shape: Shape
-    setting: MethodSetting
-    mode: str
-
-    @property
-    def asked(self) -> str:
-        """The density, or "published" for a published setting."""
-        return "published" if self.setting.density is None else f"{self.setting.density:g}"
-
-    @property
-    def name(self) -> str:
-        """``MODEL/METHOD/DENSITY/MODE``."""
-        return "/".join((self.shape.name, self.setting.title, self.asked, self.mode))
-
-    def as_dict(self) -> dict[str, Any]:
-        """The declaration as plain values."""
-        config = self.setting.config
-        return {
-            "row": self.name,
-            "model": self.shape.name,
-            "method": self.setting.method,
-            "setting": self.asked,
-            "config": None if config is None else dict(config),
-            "mode": self.mode,
-        }
-
-
-Declared = Row | ModelStep
-Selected = TypeVar("Selected", Row, ModelStep)
-
-
 def get_shapes() -> dict[str, Shape]:
     """Every declared shape by name, file by file."""
     return {shape.name: shape for shape in itertools.chain(*declared("bench.shapes", "SHAPES"))}
@@ -237,7 +156,10 @@ def get_shapes() -> dict[str, Shape]:
 
 def get_shape(name: str) -> Shape:
     """The declared shape of that name; an error suggests the nearest one."""
-    return _named("shape", get_shapes(), name)
+    known = get_shapes()
+    if name not in known:
+        raise DitAccelError(f"Unknown shape {name!r}.{did_you_mean(name, known)} Shapes: {', '.join(known)}.")
+    return known[name]
 
 
 def select(
@@ -261,9 +183,9 @@ def select(
     Raises:
         DitAccelError: a shape, dtype or direction is unknown, a density is not in (0, 1], or no row is left.
     """
-    _check_known("dtype", dtypes, DTYPES)
-    _check_known("direction", directions, DIRECTIONS)
-    _check_densities(densities)
+    check_known("dtype", dtypes, DTYPES)
+    check_known("direction", directions, DIRECTIONS)
+    check_densities(densities)
     chosen = get_shapes().values() if shapes is None else map(get_shape, shapes)
     rows = [
         Row(shape, setting, dtype, direction)
@@ -273,38 +195,14 @@ def select(
         for dtype in dtypes or shape.dtypes
         for direction in directions or shape.directions
     ]
-    return _matching(rows, pattern, "SHAPE/METHOD/DENSITY/DTYPE/DIRECTION")
-
-
-def select_steps(
-    models: Sequence[str] | None = None,
-    settings: Sequence[MethodSetting] | None = None,
-    densities: Sequence[float] | None = None,
-    modes: Sequence[str] | None = None,
-    pattern: str = "*",
-) -> list[ModelStep]:
-    """Selected steps of whole models, by model and mode, so that each is built once.
-
-    Args:
-        models: names of shapes that have a transformer; None: all.
-        settings: methods with settings, or without: those declared for the model.
-        densities: of methods without settings; None: the published setting and `STEP_DENSITY`.
-        modes: "eager", "compiled"; None: both.
-        pattern: of names, with the wildcards of a shell.
-    """
-    _check_known("mode", modes, MODES)
-    _check_densities(densities)
-    known = {name: shape for name, shape in get_shapes().items() if shape.transformer is not None}
-    chosen = known.values() if models is None else [_named("model", known, name) for name in models]
-    free = None if settings is None else {setting.method for setting in settings if setting.config is None}
-    steps = []
-    for shape, mode in itertools.product(chosen, modes or MODES):
-        own = [] if densities else shape.published()
-        own += [MethodSetting(each.name, share) for each in shape.methods() for share in densities or (STEP_DENSITY,)]
-        own = [setting for setting in own if free is None or setting.method in free]
-        own += [setting for setting in settings or () if setting.config is not None]
-        steps += [ModelStep(shape, setting, mode) for setting in own]
-    return _matching(steps, pattern, "MODEL/METHOD/DENSITY/MODE")
+    found = [row for row in rows if fnmatch.fnmatchcase(row.name, pattern)]
+    if not found:
+        example = f", for example {rows[0].name}" if rows else ""
+        raise DitAccelError(
+            f"No declared row matches {pattern!r}. Rows are named SHAPE/METHOD/DENSITY/DTYPE/DIRECTION{example}; "
+            "--list shows them."
+        )
+    return found
 
 
 def _settings(
@@ -320,34 +218,15 @@ def _settings(
     yield from (setting for setting in settings or () if setting.config is not None)
 
 
-def _matching(rows: list[Selected], pattern: str, form: str) -> list[Selected]:
-    chosen = [row for row in rows if fnmatch.fnmatchcase(row.name, pattern)]
-    if not chosen:
-        example = f", for example {rows[0].name}" if rows else ""
-        raise DitAccelError(f"No declared row matches {pattern!r}. Rows are named {form}{example}; --list shows them.")
-    return chosen
-
-
-def _named(kind: str, known: Mapping[str, Shape], name: str) -> Shape:
-    if name not in known:
-        raise DitAccelError(
-            f"Unknown {kind} {name!r}.{did_you_mean(name, known)} {kind.capitalize()}s: {', '.join(known)}."
-        )
-    return known[name]
-
-
-def _check_known(kind: str, names: Iterable[str] | None, known: Sequence[str]) -> None:
+def check_known(kind: str, names: Iterable[str] | None, known: Sequence[str]) -> None:
+    """Refuse names that are not known."""
     for name in names or ():
         if name not in known:
             raise DitAccelError(f"A {kind} is one of {', '.join(known)}; got {name!r}.")
 
 
-def _check_densities(densities: Iterable[float] | None) -> None:
+def check_densities(densities: Iterable[float] | None) -> None:
+    """Refuse densities outside of (0, 1]."""
     for density in densities or ():
         if not 0 < density <= 1:
             raise DitAccelError(f"A density is a share of the pairs above 0 and at most 1, such as 0.1; got {density}.")
-
-
-def latent(axes: Sequence[int], patch: Sequence[int]) -> tuple[int, ...]:
-    """Sides of the latent that a patch cuts into that many tokens, by axis."""
-    return tuple(size * step for size, step in zip(axes, patch, strict=True))

@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dit_accel import registry
-from dit_accel.bench.gate import Attend, ErrorCheck, Inexact, Problem, check
-from dit_accel.bench.rows import Declared, OutOfReach, Row
+from dit_accel.bench.gate import Attend, Inexact, Problem, check
+from dit_accel.bench.rows import OutOfReach, Row
 from dit_accel.bench.timing import Call, alternate, profile, quantiles
 from dit_accel.errors import DitAccelError, first_line
 from dit_accel.generation.provenance import provenance
@@ -44,9 +44,9 @@ Status = Literal["measured", "red", "out of reach", "refused"]
 
 @dataclasses.dataclass(frozen=True)
 class RowOutcome:
-    """The result of a declared row: its record, or the reason why there is none."""
+    """The result of a declared row, by its name: its record, or the reason why there is none."""
 
-    row: Declared
+    name: str
     status: Status
     record: dict[str, Any] | None = None
     reason: str = ""
@@ -77,7 +77,7 @@ class Bench:
     def run(self, rows: Sequence[Row]) -> Iterator[RowOutcome]:
         """Measure the rows one by one; a failing row does not stop the others."""
         for row in rows:
-            yield outcome_of(row, functools.partial(self.measure, row))
+            yield outcome_of(row.name, functools.partial(self.measure, row))
 
     def measure(self, row: Row) -> dict[str, Any]:
         """One record, with the fields of every kernel benchmark of this project.
@@ -89,10 +89,12 @@ class Bench:
         problem = make_problem(row, self.device, self.impl)
         gradients = row.direction != "forward"
         checks = check(problem, problem.attend, gradients=gradients)
-        dense_name, tried = self.best_dense(row, problem)
+        own = {name: getattr(problem, name)[:, :, : row.shape.tokens] for name in ("q", "k", "v", "grad")}
+        stock = dataclasses.replace(problem, **own)  # the model's own attention, without a method's anchors
+        dense_name, tried = self.best_dense(row, stock)
         calls = {
             "sparse": prepare(problem, problem.attend, row.direction),
-            "dense": prepare(problem, _dense(dense_name), row.direction, weights=False),
+            "dense": prepare(stock, _dense(dense_name), row.direction, weights=False),
         }
         peer = self._peer(problem, row, gradients=gradients) if self.peer else None
         if isinstance(peer, dict) and "call" in peer:
@@ -133,11 +135,6 @@ class Bench:
             **self.provenance,
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
         }
-
-    def gate(self, row: Row) -> dict[str, ErrorCheck]:
-        """Compare the forward call of a row with fp64, without timing it; see `gate.check`."""
-        problem = make_problem(row, self.device, self.impl)
-        return check(problem, problem.attend, gradients=False)
 
     def best_dense(self, row: Row, problem: Problem) -> tuple[str, dict[str, Any]]:
         """The fastest dense attention for these sizes, and the milliseconds or error of each one tried."""
@@ -186,16 +183,16 @@ def _density(problem: Problem) -> float:
     return density / calls
 
 
-def outcome_of(row: Declared, measure: Callable[[], dict[str, Any]]) -> RowOutcome:
+def outcome_of(name: str, measure: Callable[[], dict[str, Any]]) -> RowOutcome:
     """The outcome of measuring a row; expected errors become its reason."""
     try:
-        return RowOutcome(row, "measured", measure())
+        return RowOutcome(name, "measured", measure())
     except Inexact as error:
-        return RowOutcome(row, "red", reason=str(error))
+        return RowOutcome(name, "red", reason=str(error))
     except DitAccelError as error:
-        return RowOutcome(row, "out of reach" if isinstance(error, OutOfReach) else "refused", reason=str(error))
+        return RowOutcome(name, "out of reach" if isinstance(error, OutOfReach) else "refused", reason=str(error))
     except torch.OutOfMemoryError:
-        return RowOutcome(row, "refused", reason="the device has too little memory for it")
+        return RowOutcome(name, "refused", reason="the device has too little memory for it")
 
 
 def make_problem(row: Row, device: torch.device, impl: Impl = "auto") -> Problem:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import typer
 
@@ -22,12 +22,11 @@ from dit_accel.values import option
 if TYPE_CHECKING:
     import torch
 
-    from dit_accel.bench.rows import Declared, ModelStep, Row
+    from dit_accel.bench.rows import MethodSetting, Row
     from dit_accel.bench.run import RowOutcome
 
 NOT_MEASURED = 1
-# Columns of the tables: the fields of a row, and `title` (the setting as typed) and `memory` (GiB).
-OPERATORS = {
+COLUMNS = {  # fields of a row, and `title`, the setting as typed
     "row": "{title}\n  {shape} {dtype} {direction} {impl}",
     "kept": "{density:.3f}",
     "ms": "{ms_p50:.2f}",
@@ -35,16 +34,16 @@ OPERATORS = {
     "speed-up": "{speedup:.2f}",
     "TFLOP/s": "{tflops_kept:.3g}",
 }
-STEPS = {
-    "step": "{model} {mode}\n  {method} {setting}",
-    "density": "{density:.4f}",
-    "ms": "{step_ms_p50:.1f}",
-    "dense ms": "{dense_step_ms_p50:.1f}",
-    "rest ms": "{rest_ms_p50:.1f}",
-    "speed-up": "{speedup:.2f}",
-    "share": "{attention_share:.2f}",
-    "GiB": "{memory}",
-}
+
+
+class Named(Protocol):
+    """A declared row."""
+
+    @property
+    def name(self) -> str: ...
+
+
+Declared = TypeVar("Declared", bound=Named)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,7 +51,6 @@ class BenchOptions(JsonOptions, DeviceOptions):
     """The options of `dit-accel bench`."""
 
     rows: str | None = option(None, "Only rows whose name matches, such as '*/gna/0.1/*'.", metavar="GLOB")
-    models: bool = option(False, "Steps of whole models with random weights, not the operators alone.")
     shape: tuple[str, ...] = option(
         (), "Model and size, repeatable. Not given: cpu on a CPU, all others on a GPU.", metavar="NAME", repeatable=True
     )
@@ -62,7 +60,6 @@ class BenchOptions(JsonOptions, DeviceOptions):
     density: tuple[float, ...] = option((), "Share of pairs kept, repeatable, such as 0.1.", repeatable=True)
     dtype: tuple[str, ...] = option((), "float32, bfloat16 or float16, repeatable.", metavar="NAME", repeatable=True)
     direction: tuple[str, ...] = option((), "forward, backward or both, repeatable.", metavar="NAME", repeatable=True)
-    mode: tuple[str, ...] = option((), "With --models: eager or compiled, repeatable.", metavar="NAME", repeatable=True)
     impl: str = option("auto", "The implementation; a named one runs or is refused.", metavar="NAME")
     peer: bool = option(False, "Also time FlexAttention, where it compiles.")
     seconds: float = option(2.0, "Time for each row, at least five rounds.", least=0, most=86_400)
@@ -89,21 +86,17 @@ def bench(given: dict[str, Any]) -> int:
     options = BenchOptions(**given)
     _check_files(options)
     if options.read is not None:
-        selecting = ("rows", "models", "shape", "method", "density", "dtype", "direction", "mode", "peer", "profile")
+        selecting = ("rows", "shape", "method", "density", "dtype", "direction", "peer", "profile")
         _refuse("--read shows every row of a file", given, selecting)
         _show_file(options, options.read)
         return 0
     if options.break_even is not None:
         raise DitAccelError("--break-even is made from measured rows. Give them with --read FILE.jsonl.")
-    if options.models:
-        _refuse("--models measures steps, not operators", given, ("dtype", "direction", "peer", "profile", "picture"))
-    else:
-        _refuse("without --models operators are measured, not steps", given, ("mode",))
     if options.count:
-        _refuse("--count counts the work of operators", given, ("list", "models", "output", "picture"))
+        _refuse("--count counts the work of operators", given, ("list", "output", "picture"))
         from dit_accel.bench.run import count
 
-        for row in cast("Sequence[Row]", _chosen(options, None)):
+        for row in _chosen(options, None):
             work = count(row)
             least, most = work["tflop"]
             span = f"{least:.4g}" if least == most else f"{least:.4g} to {most:.4g}"
@@ -115,6 +108,7 @@ def bench(given: dict[str, Any]) -> int:
         typer.echo("\n".join(json.dumps(row.as_dict()) if options.json else row.name for row in rows))
         return 0
 
+    from dit_accel.bench.run import Bench
     from dit_accel.generation.call import placement
     from dit_accel.kernels import impls
 
@@ -122,38 +116,28 @@ def bench(given: dict[str, Any]) -> int:
     device = placement(options.device, "float32", "none")[0]
     rows = _chosen(options, device)
     if options.resume:
-        rows = _left(rows, device, options.output)
+        rows = left(rows, device, options.output)
         if not rows:
             typer.echo(f"{options.output} has all of these rows already.", err=True)
             return 0
-    if options.models:
-        from dit_accel.bench.steps import StepBench
-
-        found = StepBench(device, options.impl, options.seconds).run(cast("Sequence[ModelStep]", rows))
-    else:
-        from dit_accel.bench.run import Bench
-
-        if options.profile is not None:
-            check_file(options.profile, (".txt",), option="--profile")
-            replace_file(options.profile, b"")
-        found = Bench(device, options.impl, options.seconds, options.peer, options.profile).run(
-            cast("Sequence[Row]", rows)
-        )
-    return _measure(found, len(rows), options)
+    if options.profile is not None:
+        check_file(options.profile, (".txt",), option="--profile")
+        replace_file(options.profile, b"")
+    found = Bench(device, options.impl, options.seconds, options.peer, options.profile).run(rows)
+    records, status = measured(found, len(rows), options.output)
+    _show(records, options)
+    return status
 
 
 def _show_file(options: BenchOptions, path: Path) -> None:
     records = results.read(path)
     if not records:
         raise DitAccelError(f"{path} has no rows; `dit-accel bench --output {path}` adds them.")
-    if options.picture is not None and not any("op" in record for record in records):
-        raise DitAccelError(f"--picture shows operators, and {path} has no row of one. Leave it out.")
     if options.break_even is not None:
         from dit_accel.hooks.break_even import from_rows
 
         check_file(options.break_even, (".json",), option="--break-even")
-        entries = from_rows([record for record in records if "op" in record], str(path))
-        content = json.dumps([dataclasses.asdict(entry) for entry in entries], indent=1)
+        content = json.dumps([dataclasses.asdict(entry) for entry in from_rows(records, str(path))], indent=1)
         replace_file(options.break_even, f"{content}\n".encode())
     _show(records, options)
 
@@ -162,29 +146,36 @@ def _refuse(why: str, given: dict[str, Any], unused: Sequence[str]) -> None:
     """Refuse options without effect."""
     found = [f"--{name}" for name in unused if name in given]
     if found:
-        raise DitAccelError(f"{why[0].upper()}{why[1:]}; leave out {', '.join(found)}.")
+        raise DitAccelError(f"{why}; leave out {', '.join(found)}.")
 
 
-def _chosen(options: BenchOptions, device: torch.device | None) -> Sequence[Declared]:
+def _chosen(options: BenchOptions, device: torch.device | None) -> list[Row]:
     """The selected rows; without a device those of all machines."""
-    from dit_accel.bench.rows import MethodSetting, select, select_steps
+    from dit_accel.bench.rows import select
+
+    here = None if options.shape or options.rows is not None or device is None else device.type
+    return select(
+        options.shape or None,
+        method_settings(options.method) or None,
+        options.density or None,
+        options.dtype or None,
+        options.direction or None,
+        "*" if options.rows is None else options.rows,
+        here,
+    )
+
+
+def method_settings(texts: Iterable[str]) -> list[MethodSetting]:
+    """The settings to measure, from methods as typed."""
+    from dit_accel.bench.rows import MethodSetting
 
     settings = []
-    for text in options.method:
+    for text in texts:
         name, config = registry.parse_method(text)
         if config:
             registry.make_config(name, config)
         settings.append(MethodSetting(name, None, config or None))
-    asked = (options.shape or None, settings or None, options.density or None)
-    pattern = "*" if options.rows is None else options.rows
-    if not options.models:
-        here = None if options.shape or options.rows is not None or device is None else device.type
-        return select(*asked, options.dtype or None, options.direction or None, pattern, here)
-    if not options.shape and device is not None and device.type != "cuda":
-        raise DitAccelError(
-            "These models have up to 14 billion weights, and this machine has no GPU. Name one with --shape to try."
-        )
-    return select_steps(*asked, options.mode or None, pattern)
+    return settings
 
 
 def _check_files(options: BenchOptions) -> None:
@@ -203,8 +194,8 @@ def _check_files(options: BenchOptions) -> None:
             results.read(options.output)
 
 
-def _left(rows: Sequence[Declared], device: torch.device, output: Path | None) -> Sequence[Declared]:
-    """The rows that the file lacks from this commit and machine."""
+def left(rows: list[Declared], device: torch.device, output: Path | None, field: str = "op") -> list[Declared]:
+    """The rows that the file lacks from this commit and machine; `field` as in `results.read`."""
     from dit_accel.generation.provenance import provenance
 
     if output is None:
@@ -213,63 +204,63 @@ def _left(rows: Sequence[Declared], device: torch.device, output: Path | None) -
         return rows
     fields = ("git", "gpu", "cpu")
     here = provenance(device)
-    have = {record["row"] for record in results.read(output) if all(record[name] == here[name] for name in fields)}
+    records = results.read(output, field)
+    have = {record["row"] for record in records if all(record[name] == here[name] for name in fields)}
     return [row for row in rows if row.name not in have]
 
 
-def _measure(found: Iterator[RowOutcome], count: int, options: BenchOptions) -> int:
-    """Measure and report; the status is 1 if a reachable row was not measured."""
-    output = options.output
+def measured(
+    found: Iterator[RowOutcome], count: int, output: Path | None, time: str = "ms_p50"
+) -> tuple[list[dict[str, Any]], int]:
+    """Measure `count` rows and tell how it goes; `time` is the field that has a row's milliseconds.
+
+    Returns:
+        The records, and the exit status: `NOT_MEASURED` if a reachable row was not measured.
+    """
     outcomes: list[RowOutcome] = []
     try:
         for number, outcome in enumerate(found, 1):
-            if outcome.record is not None and output is not None:
-                append(output, outcome.record)
-            typer.echo(f"{number}/{count} {outcome.row.name}: {_remark(outcome)}", err=True)
+            if (record := outcome.record) is None:
+                remark = f"{outcome.status}: {outcome.reason}"
+            else:
+                remark = f"{record[time]:.3f} ms, {record['speedup']:.2f} times as fast as {record['baseline']}"
+                if output is not None:
+                    append(output, record)
+            typer.echo(f"{number}/{count} {outcome.name}: {remark}", err=True)
             outcomes.append(outcome)
     except KeyboardInterrupt as stop:
-        measured = any(outcome.record is not None for outcome in outcomes)
-        kept = f"; what was measured is in {output}" if measured and output is not None else ""
-        raise Interrupted(f"interrupted after {len(outcomes)} of {count} rows{kept}.") from stop
+        kept = any(outcome.record is not None for outcome in outcomes) and output is not None
+        where = f"; what was measured is in {output}" if kept else ""
+        raise Interrupted(f"interrupted after {len(outcomes)} of {count} rows{where}.") from stop
     refused = [outcome for outcome in outcomes if outcome.status == "refused"]
     if len(refused) == len(outcomes):
-        raise DitAccelError(f"No row could be measured. {refused[0].row.name}: {refused[0].reason}")
-    _show([outcome.record for outcome in outcomes if outcome.record is not None], options)
+        raise DitAccelError(f"No row could be measured. {refused[0].name}: {refused[0].reason}")
     red = [outcome for outcome in outcomes if outcome.status == "red"]
     if red:
         typer.echo(f"{len(red)} of {count} rows were not timed, because their results are not exact.", err=True)
-    return NOT_MEASURED if red or refused else 0
-
-
-def _remark(outcome: RowOutcome) -> str:
-    record = outcome.record
-    if record is None:
-        return f"{outcome.status}: {outcome.reason}"
-    took = record["step_ms_p50"] if "model" in record else record["ms_p50"]
-    return f"{took:.3f} ms, {record['speedup']:.2f} times as fast as {record['baseline']}"
+    records = [outcome.record for outcome in outcomes if outcome.record is not None]
+    return records, NOT_MEASURED if red or refused else 0
 
 
 def _show(records: list[dict[str, Any]], options: BenchOptions) -> None:
-    operators, steps = ([record for record in records if ("op" in record) == wanted] for wanted in (True, False))
-    if options.picture is not None and operators:
+    if options.picture is not None and records:
         with staged(options.picture) as stage:
-            results.draw(operators, stage / options.picture.name)
+            results.draw(records, stage / options.picture.name)
     if options.json:
         typer.echo("\n".join(json.dumps(record) for record in records))
-        return
-    if operators:
+    else:
         caption = "kept: share of the pairs; TFLOP/s: on kept pairs. Every row passed the numerics check."
-        _print_table(operators, OPERATORS, caption)
-    if steps:
-        _print_table(steps, STEPS, "one call of the transformer; rest: what is not attention; share: of attention")
+        print_table(records, COLUMNS, caption)
 
 
-def _print_table(records: list[dict[str, Any]], columns: dict[str, str], caption: str) -> None:
+def print_table(records: list[dict[str, Any]], columns: dict[str, str], caption: str) -> None:
     """A row for each record, under the names of their machines; the first column has names, the others numbers."""
     from rich import box
     from rich.console import Console
     from rich.table import Table
 
+    if not records:
+        return
     title = ", ".join(sorted({record["gpu"] or record["cpu"] for record in records}))
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, title=title, caption=caption)
     first, *numbers = columns
@@ -277,7 +268,6 @@ def _print_table(records: list[dict[str, Any]], columns: dict[str, str], caption
     for column in numbers:
         table.add_column(column, justify="right", no_wrap=True, min_width=len(column))
     for record in records:
-        peak = record.get("peak_memory_bytes")
-        more = {"title": record["row"].split("/")[1], "memory": "-" if peak is None else f"{peak / 2**30:.1f}"}
-        table.add_row(*(form.format(**record, **more) for form in columns.values()))
+        title = record["row"].split("/")[1]
+        table.add_row(*(form.format(**record, title=title) for form in columns.values()))
     Console().print(table)

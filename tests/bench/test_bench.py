@@ -107,7 +107,7 @@ class TestDeclared:
             ({"densities": [0.0]}, "above 0"),
             ({"dtypes": ["int8"]}, "float32, bfloat16, float16; got 'int8'"),
             ({"directions": ["sideways"]}, "forward, backward, both"),
-            ({"pattern": "moshi/*"}, "for example cogvideox/gna/0.05/"),
+            ({"pattern": "moshi/*"}, "for example cpu/dense/1/"),
         ],
     )
     def test_refusals(self, options, message):

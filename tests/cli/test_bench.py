@@ -1,6 +1,5 @@
 """`dit-accel bench`."""
 
-import dataclasses
 import json
 from pathlib import Path
 
@@ -9,7 +8,7 @@ import torch
 
 from dit_accel.bench import results
 from dit_accel.bench import rows as bench_rows
-from dit_accel.bench.rows import MethodSetting, Shape, get_shape
+from dit_accel.bench.rows import MethodSetting, Shape
 from dit_accel.files import append
 
 TINY = Shape(
@@ -220,69 +219,30 @@ def test_a_profile_of_each_row(cli, tiny, tmp_path):
     assert "dit_accel::block_sparse_attention" in text
 
 
-class TestModels:
-    @pytest.fixture
-    def wan(self, monkeypatch):
-        """One model, small enough for a processor."""
-        config = {"num_attention_heads": 2, "attention_head_dim": 12, "text_dim": 16, "ffn_dim": 32, "num_layers": 1}
-        shape = get_shape("wan-14b-480p")
-        transformer = dataclasses.replace(shape.transformer, config=config, text=7)
-        shape = dataclasses.replace(shape, axes=(3, 6, 8), transformer=transformer)
-        monkeypatch.setattr(bench_rows, "get_shapes", lambda: {shape.name: shape})
-        return shape.name
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--count", "--list"), "counts the work of operators; leave out --list."),
+        (("--read", "rows.jsonl", "--rows", "x", "--peer"), "shows every row of a file; leave out --rows, --peer."),
+        (("--break-even", "table.json"), "Give them with --read"),
+    ],
+)
+def test_options_that_do_not_go_together(cli, arguments, words):
+    outcome = cli("bench", *arguments)
+    assert outcome.status == 2
+    assert words in outcome.err
 
-    def test_rows_table_and_resume(self, cli, wan, tmp_path):
-        output = tmp_path / "rows.jsonl"
-        run = ("bench", "--models", *FAST, "--shape", wan, "--mode", "eager", "--method", "gna:window=1x3x4")
-        run += ("--output", output)
-        outcome = cli(*run)
-        assert outcome.status == 0, outcome.err
-        assert "rest ms" in outcome.out
-        (record,) = results.read(output)
-        assert f"{record['step_ms_p50']:.1f}" in cli("bench", "--read", output).out
-        pytest.importorskip("matplotlib")
-        nothing = cli("bench", "--read", output, "--picture", tmp_path / "rows.png")
-        assert nothing.status == 2 and "has no row of one. Leave it out" in nothing.err
-        measured = cli(*run, "--picture", tmp_path / "rows.png")
-        assert measured.status == 2 and "leave out --picture" in measured.err
-        assert "has all of these rows already" in cli(*run, "--resume").err
 
-    def test_list(self, cli, wan):
-        assert f"{wan}/gna/0.1/compiled" in cli("bench", "--models", "--list").out
-
-    @pytest.mark.parametrize(
-        ("arguments", "words"),
-        [
-            (("--models", "--device", "cpu"), "this machine has no GPU"),
-            (
-                ("--models", "--list", "--dtype", "float32", "--peer"),
-                "steps, not operators; leave out --dtype, --peer.",
-            ),
-            (("--models", "--list", "--density", "7"), "above 0 and at most 1, such as 0.1; got 7.0"),
-            (("--models", "--list", "--rows", ""), "No declared row matches ''"),
-            (("--mode", "eager"), "operators are measured, not steps; leave out --mode."),
-            (
-                ("--read", "rows.jsonl", "--rows", "x", "--models"),
-                "shows every row of a file; leave out --rows, --models.",
-            ),
-            (("--break-even", "table.json"), "Give them with --read"),
-        ],
-    )
-    def test_options_that_do_not_go_together(self, cli, wan, arguments, words):
-        outcome = cli("bench", *arguments)
-        assert outcome.status == 2
-        assert words in outcome.err
-
-    def test_break_even_from_rows(self, cli, tiny, tmp_path):
-        rows, table = tmp_path / "rows.jsonl", tmp_path / "table.json"
-        cli("bench", *FAST, "--method", "gna", "--output", tmp_path / "measured.jsonl")
-        (record,) = results.read(tmp_path / "measured.jsonl")
-        on_gpu = {"impl": "triton", "arch": "sm_90", "git": "c", "tokens": 9}
-        for density, speedup in ((0.2, 2.0), (0.8, 0.5)):
-            append(rows, record | on_gpu | {"density": density, "speedup": speedup})
-        assert cli("bench", "--read", rows, "--break-even", table).status == 0
-        (entry,) = json.loads(table.read_text())
-        assert (entry["density"], entry["method"], entry["source"]) == (0.4, "gna", f"{rows} at c")
+def test_break_even_from_rows(cli, tiny, tmp_path):
+    rows, table = tmp_path / "rows.jsonl", tmp_path / "table.json"
+    cli("bench", *FAST, "--method", "gna", "--output", tmp_path / "measured.jsonl")
+    (record,) = results.read(tmp_path / "measured.jsonl")
+    on_gpu = {"impl": "triton", "arch": "sm_90", "git": "c", "tokens": 9}
+    for density, speedup in ((0.2, 2.0), (0.8, 0.5)):
+        append(rows, record | on_gpu | {"density": density, "speedup": speedup})
+    assert cli("bench", "--read", rows, "--break-even", table).status == 0
+    (entry,) = json.loads(table.read_text())
+    assert (entry["density"], entry["method"], entry["source"]) == (0.4, "gna", f"{rows} at c")
 
 
 def test_a_file_without_rows_is_refused(cli, tmp_path):

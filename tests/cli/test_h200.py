@@ -6,12 +6,14 @@ import subprocess
 
 import pytest
 
+from tools.steps import measure
+
 RECORD = """#!/bin/bash
 if [ "$1" = -c ]; then exit 0; fi
 printf '%q ' "$@" >> {log}
 echo >> {log}
 while [ $# -gt 0 ]; do
-    if [ "$1" = --output ]; then echo '{{"speedup": 1}}' >> "$2"; fi
+    if [ "$1" = --output ]; then echo '{{"op": 1}}' >> "$2"; fi
     shift
 done
 """
@@ -33,6 +35,17 @@ def commands(root, tmp_path_factory):
     return [shlex.split(line) for line in log.read_text().splitlines()]
 
 
+def test_every_step_is_declared(commands, monkeypatch, capsys):
+    measured = [rest for _, module, *rest in commands if module == "tools.steps.measure" and "--read" not in rest]
+    assert len(measured) > 10
+    for arguments in measured:
+        monkeypatch.setattr("sys.argv", ["measure", *arguments, "--list"])
+        with pytest.raises(SystemExit) as stop:
+            measure.main()
+        assert stop.value.code == 0
+        assert capsys.readouterr().out.strip()
+
+
 def test_every_command_selects_rows(commands, cli):
     measured = [rest for _, package, *rest in commands if package == "dit_accel" and "--read" not in rest]
     assert len(measured) > 10
@@ -46,7 +59,7 @@ def test_it_tests_measures_and_sums_up(commands):
     said = [" ".join(command) for command in commands]
     for part in (
         "pytest -q -n auto tests/kernels",
-        "--models",
+        "tools.steps.measure",
         "--profile",
         "--direction both",
         "--read",

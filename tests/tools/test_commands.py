@@ -11,6 +11,7 @@ TOOLS = (
     "demo_clip.train",
     "demo_clip.accuracy",
     "kernels.ahead_of_time",
+    "steps.measure",
 )
 
 

@@ -1,6 +1,7 @@
 """A shape small enough for a processor: windows of whole blocks and of whole frames, one that slides, and bands.
 
-The row of `dense` times dense attention against itself: how far it is from 1 is the noise of the machine.
+The row of `dense` times dense attention against itself: how far it is from 1 is the noise of the machine. Of
+other methods a row or two show the speed; the calls of `scaledit` have anchors, which its dense attention has not.
 """
 
 from dit_accel.bench.rows import MethodSetting, Shape
@@ -23,6 +24,13 @@ SHAPES = (
             *(MethodSetting("sla", density) for density in (1 / 4, 1 / 8, 1 / 16)),
             MethodSetting("sol", 0.16),
             MethodSetting("radial", 1 / 2),
+            MethodSetting("heads", 1 / 2, {"keep": (1, 0, 1, 0)}),
+            MethodSetting("moh", 3 / 4, {}),
+            MethodSetting("moh", 1 / 2, {"shared": 0.25, "routed": 0.25}),
+            MethodSetting("agent", 1 / 8, {}),
+            MethodSetting("proxy", 1 / 8),
+            MethodSetting("clear", 0.15, {"radius": 8}),
+            MethodSetting("scaledit", 0.28, {}),
         ),
         dtypes=("float32", "bfloat16"),
         directions=("forward", "both"),

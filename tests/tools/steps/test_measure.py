@@ -7,9 +7,12 @@ import pytest
 import torch
 
 from dit_accel.bench import gate as bench_gate
-from dit_accel.bench import steps as bench_steps
-from dit_accel.bench.rows import MethodSetting, ModelStep, get_shape, select_steps
+from dit_accel.bench import results
+from dit_accel.bench.rows import MethodSetting
 from dit_accel.errors import DitAccelError
+from tools.steps import measure as steps_tool
+from tools.steps import models as declared
+from tools.steps.models import ModelStep, get_model, select_steps
 
 CPU = torch.device("cpu")
 # The fields that every row of a whole model has.
@@ -40,14 +43,18 @@ GNA = MethodSetting("gna", None, {"window": (1, 3, 4)})
 
 def small(name):
     """The declared model with a small architecture at a small size."""
-    shape = get_shape(name)
-    transformer = dataclasses.replace(shape.transformer, config=SMALL[name], text=shape.transformer.text and 7)
+    model = get_model(name)
     axes = (1, 8, 9) if name == "flux-4k" else (4, 6, 8)
-    return dataclasses.replace(shape, axes=axes, text=shape.text and 7, transformer=transformer)
+    shape = dataclasses.replace(model.shape, axes=axes, text=model.shape.text and 7)
+    return dataclasses.replace(model, shape=shape, config=SMALL[name], text=model.text and 7)
+
+
+def sized(model, axes):
+    return dataclasses.replace(model, shape=dataclasses.replace(model.shape, axes=axes))
 
 
 def measure(*steps, **options):
-    return list(bench_steps.StepBench(CPU, seconds=0, dtype=torch.float32, **options).run(steps))
+    return list(steps_tool.StepBench(CPU, seconds=0, dtype=torch.float32, **options).run(steps))
 
 
 @pytest.mark.parametrize(
@@ -62,7 +69,7 @@ def measure(*steps, **options):
 )
 def test_models_have_the_published_size(name, parameters):
     """Counted without memory; published: 1.3, 14, 13, 12 and 5 billion, to the digits of their cards."""
-    model = get_shape(name).transformer.build(torch.device("meta"), torch.bfloat16)
+    model = get_model(name).build(torch.device("meta"), torch.bfloat16)
     assert sum(p.numel() for p in model.parameters()) == pytest.approx(parameters, rel=0.02)
 
 
@@ -74,7 +81,7 @@ def test_a_row_of_each_class(name):
     record = outcome.record
     assert set(FIELDS) <= set(record)
     json.dumps(record)
-    assert record["grid"] == str(model.grid)
+    assert record["grid"] == str(model.shape.grid)
     assert record["row"] == f"{name}/gna:window=1x3x4/published/eager"
     assert record["sparse_layers"] == record["layers"] >= 1
     assert record["speedup"] == pytest.approx(record["dense_step_ms_p50"] / record["step_ms_p50"])
@@ -91,7 +98,7 @@ def test_compiled_blocks_and_methods_in_turn():
 
 def test_published_settings_keep_their_dense_layers():
     (step,) = select_steps(["wan-14b-480p"], [MethodSetting("radial", None)], modes=["eager"], pattern="*/published/*")
-    (outcome,) = measure(dataclasses.replace(step, shape=dataclasses.replace(small("wan-14b-480p"), axes=(12, 12, 16))))
+    (outcome,) = measure(dataclasses.replace(step, model=sized(small("wan-14b-480p"), (12, 12, 16))))
     assert outcome.status == "measured", outcome.reason
     assert (outcome.record["layers"], outcome.record["sparse_layers"]) == (2, 1)
 
@@ -100,14 +107,14 @@ def test_what_is_not_exact_is_not_timed(monkeypatch):
     def inexact(*arguments, **options):
         raise bench_gate.Inexact("out: error 1, at most 0 allowed")
 
-    monkeypatch.setattr("dit_accel.bench.run.check", inexact)
+    monkeypatch.setattr("tools.steps.measure.check", inexact)
     (outcome,) = measure(ModelStep(small("wan-14b-480p"), GNA, "eager"))
     assert (outcome.status, outcome.record) == ("red", None)
 
 
 def test_what_cannot_be_measured_keeps_nothing_else_from_it():
     model = small("wan-14b-480p")
-    broken = dataclasses.replace(model, axes=(0, 6, 8))
+    broken = sized(model, (0, 6, 8))
     too_large = MethodSetting("gna", None, {"window": 9})
     steps = [ModelStep(broken, GNA, "eager"), ModelStep(model, too_large, "eager"), ModelStep(model, GNA, "eager")]
     outcomes = measure(*steps)
@@ -140,3 +147,46 @@ class TestDeclared:
     def test_what_is_unknown_is_refused(self, arguments, words):
         with pytest.raises(DitAccelError, match=words):
             select_steps(**arguments)
+
+
+class TestCommand:
+    @pytest.fixture
+    def tool(self, monkeypatch, capsys):
+        """Runs the tool, which knows one model, small enough for a processor."""
+        wan = sized(get_model("wan-14b-480p"), (3, 6, 8))
+        wan = dataclasses.replace(wan, config=SMALL["wan-14b-480p"] | {"num_layers": 1}, text=7)
+        monkeypatch.setattr(declared, "MODELS", (wan,))
+
+        def run(*arguments):
+            monkeypatch.setattr("sys.argv", ["measure", *map(str, arguments)])
+            with pytest.raises(SystemExit) as stop:
+                steps_tool.main()
+            return stop.value.code, *capsys.readouterr()
+
+        return run
+
+    def test_rows_table_and_resume(self, tool, tmp_path):
+        output = tmp_path / "rows.jsonl"
+        run = ("--device", "cpu", "--seconds", "0", "--shape", "wan-14b-480p", "--mode", "eager")
+        run += ("--method", "gna:window=1x3x4", "--output", output)
+        status, out, err = tool(*run)
+        assert status == 0, err
+        assert "rest ms" in out
+        (record,) = results.read(output, "model")
+        assert f"{record['step_ms_p50']:.1f}" in tool("--read", output)[1]
+        assert "has all of these rows already" in tool(*run, "--resume")[2]
+
+    def test_list(self, tool):
+        assert "wan-14b-480p/gna/0.1/compiled" in tool("--list")[1].split()
+
+    @pytest.mark.parametrize(
+        ("arguments", "words"),
+        [
+            (("--device", "cpu"), "this machine has no GPU"),
+            (("--list", "--density", "7"), "above 0 and at most 1, such as 0.1; got 7.0"),
+            (("--list", "--rows", ""), "No declared row matches ''"),
+        ],
+    )
+    def test_bad_input(self, tool, arguments, words):
+        status, out, err = tool(*arguments)
+        assert (status, out) == (2, "") and words in err

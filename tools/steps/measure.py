@@ -1,29 +1,38 @@
-"""Measures one denoising step of whole models: the transformer's call, dense and with each method.
+"""One denoising step of whole models, dense and with each method: `python -m tools.steps.measure --list`.
 
-A method's attention is checked on the model's shape before its step is timed (`dit_accel.bench.gate`). A step whose
-attention copies v gives the time of all other work.
+A step is one call of the transformer. A method's attention is checked on the model's shape before its step is timed
+(`dit_accel.bench.gate`). A step whose attention copies v gives the time of all other work.
 """
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import functools
 import gc
 import inspect
 import itertools
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch.nn.attention import sdpa_kernel
 
 from dit_accel.accelerator import Accelerator
-from dit_accel.bench.rows import MethodSetting, ModelStep, Row, Shape
+from dit_accel.bench import results
+from dit_accel.bench.gate import check
+from dit_accel.bench.rows import MethodSetting, Row, Shape
 from dit_accel.bench.run import DENSE, DENSE_BACKENDS, Bench, RowOutcome, make_problem, outcome_of
 from dit_accel.bench.timing import alternate, quantiles
+from dit_accel.cli import Interrupted
+from dit_accel.cli.bench import left, measured, method_settings, print_table
 from dit_accel.errors import DitAccelError
+from dit_accel.files import check_file
+from dit_accel.generation.call import placement
 from dit_accel.hooks.report import Report
 from dit_accel.hooks.schedule import Schedule
 from dit_accel.hooks.selfcheck import SelfCheck
@@ -33,8 +42,20 @@ from dit_accel.pipelines.family import Memory, ModelCall
 from dit_accel.pipelines.targets import find_transformers
 from dit_accel.plans.plan import Plan, PlanCall
 from dit_accel.registry import Method, get_method, make_config
+from tools.steps.models import MODES, Model, ModelStep, select_steps
 
 ROUNDS = 2  # least number of timed steps: one of a long video takes half a minute
+INTERRUPTED = 130
+COLUMNS = {
+    "step": "{model} {mode}\n  {method} {setting}",
+    "density": "{density:.4f}",
+    "ms": "{step_ms_p50:.1f}",
+    "dense ms": "{dense_step_ms_p50:.1f}",
+    "rest ms": "{rest_ms_p50:.1f}",
+    "speed-up": "{speedup:.2f}",
+    "share": "{attention_share:.2f}",
+    "GiB": "{memory}",
+}
 
 
 class NothingPlan(Plan):
@@ -86,16 +107,17 @@ class StepBench:
 
     def run(self, steps: Sequence[ModelStep]) -> Iterator[RowOutcome]:
         """Measure the steps by model and mode; a failing step does not stop the others."""
-        for shape, of_model in itertools.groupby(steps, key=lambda step: step.shape):
+        for model, of_model in itertools.groupby(steps, key=lambda step: step.model):
             asked = list(of_model)
             try:
-                subject = Subject(shape, self.device, self.dtype)
+                subject = Subject(model, self.device, self.dtype)
                 for mode, of_mode in itertools.groupby(asked, key=lambda step: step.mode):
                     yield from self._run_mode(subject, mode, list(of_mode))
             except DitAccelError as error:
-                yield RowOutcome(asked[0], "refused", reason=f"all of {shape.name}: {error}")
+                yield RowOutcome(asked[0].name, "refused", reason=f"all of {model.shape.name}: {error}")
             except torch.OutOfMemoryError:
-                yield RowOutcome(asked[0], "refused", reason=f"all of {shape.name}: the device has too little memory")
+                reason = f"all of {model.shape.name}: the device has too little memory"
+                yield RowOutcome(asked[0].name, "refused", reason=reason)
             subject = None  # type: ignore[assignment]  # freed before the next model is built
             self._forget()
 
@@ -114,7 +136,7 @@ class StepBench:
             "baseline": backends[0] if backends else DENSE,
         }
         for step in steps:
-            outcome = outcome_of(step, functools.partial(self._measure, step, subject, shared))
+            outcome = outcome_of(step.name, functools.partial(self._measure, step, subject, shared))
             self._forget()
             yield outcome
 
@@ -122,7 +144,9 @@ class StepBench:
         setting, method = step.setting, get_method(step.setting.method)
         given = setting.config_on(subject.grid)
         config = make_config(setting.method, given)
-        checks = self._attention.gate(subject.row(dataclasses.replace(setting, config=given)))
+        row = subject.row(dataclasses.replace(setting, config=given))
+        problem = make_problem(row, self.device, self.impl)
+        checks = check(problem, problem.attend, gradients=False)
         preset = subject.family.recommended.get(setting.method) if setting.density is None else None
         dense_layers = 0 if preset is None else preset.schedule.get("dense_layers", 0)
         times, report = self._accelerated(subject, method, config, dense_layers)
@@ -196,21 +220,20 @@ class StepBench:
 
 
 class Subject:
-    """A model to measure: the shape's transformer, fixed random inputs of one call, and its family.
+    """A model to measure: its transformer, fixed random inputs of one call, and its family.
 
     Raises:
         DitAccelError: no family has the transformer's class, or it cannot read the call.
     """
 
-    def __init__(self, shape: Shape, device: torch.device, dtype: torch.dtype) -> None:
-        model = shape.transformer
-        assert model is not None
-        self.shape, self.dtype = shape, str(dtype).removeprefix("torch.")
+    def __init__(self, model: Model, device: torch.device, dtype: torch.dtype) -> None:
+        self.model, self.dtype = model, str(dtype).removeprefix("torch.")
         self.transformer = model.build(device, dtype)
         config: Any = self.transformer.config
         torch.manual_seed(1)
         with device:
-            self.inputs = model.inputs(config, shape.axes, shape.text or model.text, dtype) | {"return_dict": False}
+            inputs = model.inputs(config, model.shape.axes, model.shape.text or model.text, dtype)
+        self.inputs = inputs | {"return_dict": False}
         self.found, _ = find_transformers(self.transformer)
         ((_, self.family),) = self.found.values()
         signature = inspect.signature(type(self.transformer).forward)
@@ -218,11 +241,11 @@ class Subject:
         self.grid = self.family.layout(self.transformer, call).grid
 
     def row(self, setting: MethodSetting) -> Row:
-        """The model's attention as a row of `bench`: forward, with this setting."""
+        """The model's attention as a row of `dit-accel bench`: forward, with this setting."""
         _, attention = next(iter(self.family.attentions(self.transformer)))
         heads: Any = attention.heads
         sizes = int(heads), self.family.head_dim(attention), self.grid.text, self.grid.text_first
-        return Row(Shape(self.shape.name, self.grid.shape, *sizes), setting, self.dtype, "forward")
+        return Row(Shape(self.model.shape.name, self.grid.shape, *sizes), setting, self.dtype, "forward")
 
     def compile(self, backend: str) -> None:
         """Compile the repeated blocks, as Diffusers does, or else the whole transformer."""
@@ -231,3 +254,69 @@ class Subject:
             transformer.compile_repeated_blocks(backend=backend)
         else:
             transformer.compile(backend=backend)
+
+
+def show(records: list[dict[str, Any]]) -> None:
+    """Print a table of measured steps."""
+    peaks = [record["peak_memory_bytes"] for record in records]
+    rows = [
+        record | {"memory": "-" if peak is None else f"{peak / 2**30:.1f}"}
+        for record, peak in zip(records, peaks, strict=True)
+    ]
+    print_table(rows, COLUMNS, "one call of the transformer; rest: what is not attention; share: of attention")
+
+
+def run(options: argparse.Namespace) -> int:
+    """List, measure or show steps; the status is 1 if a reachable step was not measured."""
+    if options.read is not None:
+        show(results.read(options.read, "model"))
+        return 0
+    settings = method_settings(options.method) or None
+    steps = select_steps(options.shape, settings, options.density, options.mode, options.rows)
+    if options.list:
+        print("\n".join(step.name for step in steps))
+        return 0
+    device = placement(options.device, "float32", "none")[0]
+    if options.shape is None and device.type != "cuda":
+        raise DitAccelError(
+            "These models have up to 14 billion weights, and this machine has no GPU. Name one with --shape to try."
+        )
+    if options.output is not None:
+        check_file(options.output, (".jsonl",))
+    if options.resume:
+        steps = left(steps, device, options.output, "model")
+    if not steps:
+        print(f"{options.output} has all of these rows already.", file=sys.stderr)
+        return 0
+    found = StepBench(device, options.impl, options.seconds).run(steps)
+    records, status = measured(found, len(steps), options.output, "step_ms_p50")
+    show(records)
+    return status
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.steps.measure", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--shape", action="append", help="a model by its shape, repeatable; on a GPU all if not given")
+    parser.add_argument("--method", action="append", default=[], help="METHOD[:KEY=VALUE,...], repeatable")
+    parser.add_argument("--density", action="append", type=float, help="share of pairs kept, repeatable, such as 0.1")
+    parser.add_argument("--mode", action="append", help=f"{' or '.join(MODES)}, repeatable; both if not given")
+    parser.add_argument("--rows", default="*", metavar="GLOB", help="only rows whose name matches")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--impl", default="auto", help="the implementation; a named one runs or is refused")
+    parser.add_argument("--seconds", type=float, default=2.0, help=f"time of each row, at least {ROUNDS} rounds")
+    parser.add_argument("--output", type=Path, metavar="FILE.jsonl", help="each row is added to it when it is measured")
+    parser.add_argument("--resume", action="store_true", help="leave out rows that --output has from here")
+    parser.add_argument("--list", action="store_true", help="measure nothing: list the declared rows")
+    parser.add_argument("--read", type=Path, metavar="FILE.jsonl", help="measure nothing: show the rows of this file")
+    try:
+        sys.exit(run(parser.parse_args()))
+    except DitAccelError as error:
+        parser.error(str(error))
+    except Interrupted as stop:
+        parser.exit(INTERRUPTED, f"{stop}\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,202 @@
+"""The declared steps: transformers of published models, with methods as published and at a tenth of the pairs."""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from dit_accel.bench.rows import Axes, MethodSetting, Shape, check_densities, check_known, get_shape
+from dit_accel.errors import DitAccelError
+from dit_accel.registry import did_you_mean, family_of
+
+MODES = ("eager", "compiled")
+DENSITY = 0.1  # of every method, besides its published setting
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A model's transformer with random weights, which do not change the time of a step.
+
+    Args:
+        shape: of its attention.
+        kind: class in Diffusers.
+        inputs: makes one call's keywords, of batch 1, from (config, axes, text tokens, dtype).
+        config: the values of its published ``config.json`` that differ from the class's defaults.
+        text: text tokens of the call, if the sequence has none.
+    """
+
+    shape: Shape
+    kind: str
+    inputs: Callable[[Any, Axes, int, torch.dtype], dict[str, Any]]
+    config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    text: int = 0
+
+    def build(self, device: torch.device, dtype: torch.dtype) -> nn.Module:
+        """The transformer, made on its device and in its dtype, as `from_pretrained` makes it."""
+        import diffusers
+
+        usual = torch.get_default_dtype()
+        torch.set_default_dtype(dtype)
+        try:
+            with device:
+                torch.manual_seed(0)
+                made: nn.Module = getattr(diffusers, self.kind)(**self.config)
+                return made.eval().requires_grad_(False)
+        finally:
+            torch.set_default_dtype(usual)
+
+    def settings(self, densities: Sequence[float] | None) -> list[MethodSetting]:
+        """Each method at the densities; None: as the model's family recommends it, and at `DENSITY`."""
+        methods, family = self.shape.methods(), family_of([self.kind])
+        known = {} if densities or family is None else family.recommended
+        published = [
+            MethodSetting(method.name, None, known[method.name].config) for method in methods if method.name in known
+        ]
+        return published + [
+            MethodSetting(method.name, share) for method in methods for share in densities or (DENSITY,)
+        ]
+
+
+def wan(config: Any, axes: Axes, text: int, dtype: torch.dtype) -> dict[str, Any]:
+    return {
+        "hidden_states": torch.randn(1, config.in_channels, *latent(axes, config.patch_size), dtype=dtype),
+        "timestep": torch.tensor([500]),
+        "encoder_hidden_states": torch.randn(1, text, config.text_dim, dtype=dtype),
+    }
+
+
+def hunyuan(config: Any, axes: Axes, text: int, dtype: torch.dtype) -> dict[str, Any]:
+    patch = (config.patch_size_t, config.patch_size, config.patch_size)
+    return {
+        "hidden_states": torch.randn(1, config.in_channels, *latent(axes, patch), dtype=dtype),
+        "timestep": torch.tensor([500]),
+        "encoder_hidden_states": torch.randn(1, text, config.text_embed_dim, dtype=dtype),
+        "encoder_attention_mask": torch.ones(1, text, dtype=torch.long),
+        "pooled_projections": torch.randn(1, config.pooled_projection_dim, dtype=dtype),
+        "guidance": torch.tensor([6000.0], dtype=dtype) if config.guidance_embeds else None,
+    }
+
+
+def flux(config: Any, axes: Axes, text: int, dtype: torch.dtype) -> dict[str, Any]:
+    _, height, width = axes
+    places = torch.cartesian_prod(torch.arange(height), torch.arange(width))
+    return {
+        "hidden_states": torch.randn(1, height * width, config.in_channels, dtype=dtype),
+        "encoder_hidden_states": torch.randn(1, text, config.joint_attention_dim, dtype=dtype),
+        "pooled_projections": torch.randn(1, config.pooled_projection_dim, dtype=dtype),
+        "timestep": torch.tensor([0.5], dtype=dtype),
+        "img_ids": torch.nn.functional.pad(places, (1, 0)).to(dtype),
+        "txt_ids": torch.zeros(text, 3, dtype=dtype),
+        "guidance": torch.tensor([3.5], dtype=dtype) if config.guidance_embeds else None,
+    }
+
+
+def cogvideox(config: Any, axes: Axes, text: int, dtype: torch.dtype) -> dict[str, Any]:
+    from diffusers.models.embeddings import get_3d_rotary_pos_embed
+
+    frames, height, width = latent(axes, (1, config.patch_size, config.patch_size))
+    frames_of, rows, columns = axes
+    crop, device = ((0, 0), (rows, columns)), torch.get_default_device()
+    rotary = get_3d_rotary_pos_embed(config.attention_head_dim, crop, (rows, columns), frames_of, device=device)
+    return {
+        "hidden_states": torch.randn(1, frames, config.in_channels, height, width, dtype=dtype),
+        "timestep": torch.tensor([500]),
+        "encoder_hidden_states": torch.randn(1, text, config.text_embed_dim, dtype=dtype),
+        "image_rotary_emb": rotary if config.use_rotary_positional_embeddings else None,
+    }
+
+
+def latent(axes: Sequence[int], patch: Sequence[int]) -> tuple[int, ...]:
+    """Sides of the latent that a patch cuts into that many tokens, by axis."""
+    return tuple(size * step for size, step in zip(axes, patch, strict=True))
+
+
+SMALL_WAN = {"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30}
+COGVIDEOX_5B = {"num_attention_heads": 48, "num_layers": 42, "use_rotary_positional_embeddings": True}
+MODELS = (
+    Model(get_shape("cogvideox"), "CogVideoXTransformer3DModel", cogvideox, COGVIDEOX_5B),
+    Model(get_shape("flux-4k"), "FluxTransformer2DModel", flux, {"guidance_embeds": True}),
+    Model(get_shape("hunyuan-720p"), "HunyuanVideoTransformer3DModel", hunyuan),
+    Model(get_shape("wan-1.3b-480p"), "WanTransformer3DModel", wan, SMALL_WAN, text=512),
+    Model(get_shape("wan-14b-480p"), "WanTransformer3DModel", wan, text=512),
+    Model(get_shape("wan-14b-720p"), "WanTransformer3DModel", wan, text=512),
+)
+
+
+def get_model(name: str) -> Model:
+    """The declared model with a shape of that name; an error suggests the nearest one."""
+    known = {model.shape.name: model for model in MODELS}
+    if name not in known:
+        raise DitAccelError(f"Unknown model {name!r}.{did_you_mean(name, known)} Models: {', '.join(known)}.")
+    return known[name]
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelStep:
+    """One measurement: a model, a method's setting, eager or compiled."""
+
+    model: Model
+    setting: MethodSetting
+    mode: str
+
+    @property
+    def asked(self) -> str:
+        """The density, or "published" for a published setting."""
+        return "published" if self.setting.density is None else f"{self.setting.density:g}"
+
+    @property
+    def name(self) -> str:
+        """``MODEL/METHOD/DENSITY/MODE``."""
+        return "/".join((self.model.shape.name, self.setting.title, self.asked, self.mode))
+
+    def as_dict(self) -> dict[str, Any]:
+        """The declaration as plain values."""
+        config = self.setting.config
+        return {
+            "row": self.name,
+            "model": self.model.shape.name,
+            "method": self.setting.method,
+            "setting": self.asked,
+            "config": None if config is None else dict(config),
+            "mode": self.mode,
+        }
+
+
+def select_steps(
+    models: Sequence[str] | None = None,
+    settings: Sequence[MethodSetting] | None = None,
+    densities: Sequence[float] | None = None,
+    modes: Sequence[str] | None = None,
+    pattern: str = "*",
+) -> list[ModelStep]:
+    """Selected steps, by model and mode, so that each model is built once.
+
+    Args:
+        models: names; None: all.
+        settings: methods with settings, or without: those declared for the model.
+        densities: of methods without settings; None: see `Model.settings`.
+        modes: "eager", "compiled"; None: both.
+        pattern: of names, with the wildcards of a shell.
+    """
+    check_known("mode", modes, MODES)
+    check_densities(densities)
+    chosen = MODELS if models is None else tuple(map(get_model, models))
+    free = None if settings is None else {setting.method for setting in settings if setting.config is None}
+    given = [setting for setting in settings or () if setting.config is not None]
+    steps = [
+        ModelStep(model, setting, mode)
+        for model, mode in itertools.product(chosen, modes or MODES)
+        for setting in [own for own in model.settings(densities) if free is None or own.method in free] + given
+    ]
+    found = [step for step in steps if fnmatch.fnmatchcase(step.name, pattern)]
+    if not found:
+        raise DitAccelError(
+            f"No declared row matches {pattern!r}. Rows are named MODEL/METHOD/DENSITY/MODE; --list shows them."
+        )
+    return found
