@@ -354,31 +354,19 @@ def attention_backward(
     grad_lse: Tensor | None,
     out: Tensor,
     lse: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    indices: Tensor,
-    counts: Tensor,
-    partial: Tensor | None,
-    tables: Tensor | None,
-    packed: Tensor | None,
-    visual_start: Tensor | None,
-    conditioning_start: Tensor | None,
-    text_start: Tensor | None,
-    text_len: Tensor | None,
+    tensors: Sequence[Tensor | None],
     geometry: Sequence[int],
     scale: float,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v, each laid out in memory as [B, N, H, D]."""
-    records = indices, counts, partial, tables, packed, visual_start, conditioning_start, text_start, text_len
-    call = BlockSparseCall.unpack((q, k, v, *records, geometry, scale))
+    """Gradients of q, k and v, each laid out in memory as [B, N, H, D]; `tensors` are those of `attention_forward`."""
+    call = BlockSparseCall.unpack((*tensors, geometry, scale))
     return named(impl).load().backward(grad_out, grad_lse, out, lse, call)
 
 
 @attention_backward.register_fake
-def _(grad_out, grad_lse, out, lse, q, k, v, *rest):
-    return tuple(empty_rows(x) for x in (q, k, v))
+def _(grad_out, grad_lse, out, lse, tensors, *rest):
+    return tuple(empty_rows(x) for x in tensors[:3])
 
 
 def _setup_context(ctx, inputs, output) -> None:
@@ -388,11 +376,11 @@ def _setup_context(ctx, inputs, output) -> None:
 
 
 def _backward(ctx, grad_out, grad_lse):
-    saved = ctx.saved_tensors  # recomputed activations can be read once
+    out, lse, *tensors = ctx.saved_tensors  # recomputed activations can be read once
     if grad_out is None:
-        grad_out = torch.zeros_like(saved[0])
-    grads = attention_backward(grad_out, grad_lse, *saved, ctx.geometry, ctx.scale, ctx.impl)
-    return *grads, *[None] * (len(saved) - 2)
+        grad_out = torch.zeros_like(out)
+    grads = attention_backward(grad_out, grad_lse, out, lse, tensors, ctx.geometry, ctx.scale, ctx.impl)
+    return *grads, *[None] * len(tensors)
 
 
 attention_forward.register_autograd(_backward, setup_context=_setup_context)

@@ -212,10 +212,11 @@ class Placement:
     text_start: int
     text_len: int
 
-    def positions(self, visual: int, conditioning: int, text: int) -> torch.Tensor:
-        """Row in memory of every canonical token: int64 [visual + conditioning + text]."""
-        starts = (self.visual_start, visual), (self.conditioning_start, conditioning), (self.text_start, text)
-        return torch.cat([torch.arange(start, start + count) for start, count in starts])
+    def positions(self, grid: TokenGrid) -> torch.Tensor:
+        """Row in memory of every canonical token of a grid: int64 [tokens]."""
+        firsts = self.visual_start, self.conditioning_start, self.text_start
+        counts = grid.visual, grid.conditioning, grid.text
+        return torch.cat([torch.arange(first, first + n) for first, n in zip(firsts, counts, strict=True)])
 
 
 def read_placements(geometry: Geometry, batch: int, tokens: int, segments: Segments) -> list[Placement]:

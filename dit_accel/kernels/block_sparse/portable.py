@@ -230,7 +230,7 @@ def _sides(geometry: Geometry, place: Placement, device: torch.device) -> tuple[
         grid, index = order.grid, order.index()
         valid = (index >= 0) & (index < grid.visual + grid.conditioning + text)
         index = index.where(valid, -1)
-        rows = where.positions(grid.visual, grid.conditioning, grid.text)[index.clamp(min=0)]
+        rows = where.positions(grid)[index.clamp(min=0)]
         rows = rows.where(valid, 0)
         whole, first, count = bool(valid.all()), int(rows[0]), int(valid.sum())
         straight = bool(valid[:count].all()) and torch.equal(rows[:count], torch.arange(first, first + count))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import itertools
 import threading
@@ -52,12 +53,12 @@ class Batch:
         """Rows in memory of one sample's queries and keys, and the mask; None if no key is valid."""
         found = self._placed  # read once: other threads may place other samples
         if found is None or found[0] != (geometry, place):
-            grid_q, grid_k = geometry.query_order.grid, geometry.key_order.grid
-            valid = int((self.k[0] < grid_k.tokens - grid_k.text + place.text_len).sum())
+            grid = geometry.key_order.grid
+            valid = int((self.k[0] < grid.tokens - grid.text + place.text_len).sum())
             if not valid:
                 return None
-            at_q = query_placement(geometry, place).positions(grid_q.visual, grid_q.conditioning, grid_q.text)
-            at_k = place.positions(grid_k.visual, grid_k.conditioning, grid_k.text)
+            at_q = query_placement(geometry, place).positions(geometry.query_order.grid)
+            at_k = place.positions(grid)
             places = Rows(at_q.to(self.q.device)[self.q]), Rows(at_k.to(self.k.device)[self.k[:, :valid]])
             self._placed = found = (geometry, place), *places
         _, rows_q, rows_k = found
@@ -97,6 +98,12 @@ class _Masks:
             pairs = self.predicate.allowed(q[None, :nq], k[None, :nk])[0]
             allowed[:nq, :nk] |= pairs & (state[:nq, :nk] == _PARTIAL)
         return allowed
+
+    def bias(self, q: Tensor, k: Tensor, device: torch.device) -> Tensor:
+        """`allowed`, where not all pairs are, as a term of the logits."""
+        allowed = self.allowed(q, k)
+        assert allowed is not None
+        return as_bias(allowed).to(device)
 
 
 def as_bias(allowed: Tensor) -> Tensor:
@@ -174,7 +181,7 @@ def build(lists: BlockLists, geometry: Geometry, device: torch.device) -> list[B
                 if allowed is None or digest in biases:
                     equal[later, len(q), len(k), kind, len(parts) > 1, digest].append((q, k))
                 else:
-                    evaluate = _evaluation(here, q, k, device)
+                    evaluate = functools.partial(here.bias, q, k, device)
                     batches.append(Batch(q[None].to(device), k[None].to(device), None, later, evaluate))
     for (merged, *_, views, digest), members in equal.items():
         members.sort(key=lambda member: (int(member[0][0]), int(member[1][0])))
@@ -197,15 +204,6 @@ def _sequences(members: list[tuple[Tensor, Tensor]]) -> Iterator[list[tuple[Tens
                 chain.append((chain[-1][0] + steps[0], chain[-1][1] + steps[1]))
             best = max(best, chain[:-1], key=len)
         yield [left.pop(place) for place in best]
-
-
-def _evaluation(masks: _Masks, q: Tensor, k: Tensor, device: torch.device) -> Callable[[], Tensor]:
-    def evaluate() -> Tensor:
-        allowed = masks.allowed(q, k)
-        assert allowed is not None  # only masked problems are evaluated
-        return as_bias(allowed).to(device)
-
-    return evaluate
 
 
 @dataclasses.dataclass(eq=False)

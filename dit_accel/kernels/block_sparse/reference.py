@@ -98,12 +98,12 @@ def forward(call: BlockSparseCall) -> tuple[Tensor, Tensor]:
         )
     mask = token_mask(lists, geometry)
     high = torch.float64 if q.dtype == torch.float64 else torch.float32
-    grid_q, grid_k = geometry.query_order.grid, geometry.key_order.grid
+    grid = geometry.key_order.grid
     outs, lses = [], []
     for b, place in enumerate(read_placements(geometry, len(q), k.shape[2], segments)):
-        rows = query_placement(geometry, place).positions(grid_q.visual, grid_q.conditioning, grid_q.text).to(q.device)
-        columns = place.positions(grid_k.visual, grid_k.conditioning, grid_k.text).to(q.device)
-        valid = torch.arange(len(columns), device=q.device) < grid_k.visual + grid_k.conditioning + place.text_len
+        rows = query_placement(geometry, place).positions(geometry.query_order.grid).to(q.device)
+        columns = place.positions(grid).to(q.device)
+        valid = torch.arange(len(columns), device=q.device) < grid.visual + grid.conditioning + place.text_len
         allowed = (mask[b] if mask.ndim == 4 else mask) & valid
         # forbidden keys are never read: a NaN in them would reach the sums as 0 * nan
         logits = (q[b][:, rows].to(high) @ k[b][:, columns[valid]].to(high).transpose(-1, -2)) * scale

@@ -71,10 +71,14 @@ def order_lists(lists: BlockLists, geometry: Geometry) -> OrderedLists:
     width = kv_indices.shape[-1]
     entries = kv_indices.reshape(-1, width)
     used = lists.used.reshape(-1, width)
-    needs = _needs_tables(kv_indices, partial, tables, geometry).reshape(-1, width)
     padded, corners = _blocks(geometry.key_order, kv_indices.device)
-    padded = padded[torch.where(used, entries, 0)]
-    part = torch.where(needs, 1 + padded.int(), 3 * padded.int())
+    padded = padded[torch.where(used, entries, 0)].int()
+    part = 3 * padded
+    if tables is not None:
+        needs = kv_indices < geometry.key_order.visual_blocks
+        needs[..., geometry.query_order.visual_blocks :, :] = False
+        needs = needs if partial is None else needs & partial
+        part = torch.where(needs.reshape(-1, width), 1 + padded, part)
     parts, order = torch.where(used, part, 4).sort(dim=-1, stable=True)
     bounds = torch.arange(1, 5, dtype=parts.dtype, device=parts.device).expand(len(parts), -1).contiguous()
     ends = torch.searchsorted(parts, bounds, out_int32=True)
@@ -126,7 +130,8 @@ def pack(lists: BlockLists, geometry: Geometry) -> torch.Tensor:
     most = geometry.partial_blocks
     if most is not None and lists.tables is not None and int(ordered.partial_blocks()) > most:
         raise DitAccelError(f"{int(ordered.partial_blocks())} blocks are partial, more than partial_blocks={most}.")
-    return join(ordered, transposed)
+    parts = (part.flatten() for part in (*ordered, *transposed) if part is not None)
+    return torch.cat([torch.nn.functional.pad(part, (0, -len(part) % ALIGN)) for part in parts])
 
 
 def opened(lists: BlockLists, geometry: Geometry) -> BlockLists:
@@ -134,14 +139,8 @@ def opened(lists: BlockLists, geometry: Geometry) -> BlockLists:
     return lists._replace(packed=split(lists, geometry))
 
 
-def join(lists: OrderedLists, transposed: Transposed) -> torch.Tensor:
-    """Both in one tensor."""
-    parts = (part.flatten() for part in (*lists, *transposed) if part is not None)
-    return torch.cat([torch.nn.functional.pad(part, (0, -len(part) % ALIGN)) for part in parts])
-
-
 def split(lists: BlockLists, geometry: Geometry) -> tuple[OrderedLists, Transposed]:
-    """The inverse of `join` for lists without a head axis: views of `lists.packed`.
+    """The inverse of `pack`: views of `lists.packed`.
 
     Raises:
         DitAccelError: it was not made of lists of this shape.
@@ -163,7 +162,7 @@ def split(lists: BlockLists, geometry: Geometry) -> tuple[OrderedLists, Transpos
 
 @functools.lru_cache(maxsize=256)
 def _parts(geometry: Geometry, width: int, numbered: bool) -> tuple[list[tuple[Any, ...]], int]:
-    """Shape, strides and beginning of what `join` puts behind each other, and the whole length."""
+    """Shape, strides and beginning of what `pack` puts behind each other, and the whole length."""
     rows, columns = geometry.query_order.blocks, geometry.key_order.blocks
     listed = [(rows * width,)] * (2 + numbered)
     parts, begin = [], 0
@@ -171,16 +170,6 @@ def _parts(geometry: Geometry, width: int, numbered: bool) -> tuple[list[tuple[A
         parts.append((shape, (*shape[1:], 1), begin))
         begin += math.prod(shape) + -math.prod(shape) % ALIGN
     return parts, begin
-
-
-def _needs_tables(
-    kv_indices: torch.Tensor, partial: torch.Tensor | None, tables: torch.Tensor | None, geometry: Geometry
-) -> torch.Tensor:
-    if tables is None:
-        return torch.zeros_like(kv_indices, dtype=torch.bool)
-    visual = kv_indices < geometry.key_order.visual_blocks
-    visual[..., geometry.query_order.visual_blocks :, :] = False
-    return visual if partial is None else visual & partial
 
 
 def _blocks(order: TokenOrder, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +14,7 @@ from dit_accel.kernels.block_sparse.geometry import BlockLists, Geometry, empty_
 from dit_accel.kernels.cuts import visual_of
 from dit_accel.kernels.impls import AUTO, Facts, Impl
 from dit_accel.kernels.tail.call import TailCall
-from dit_accel.kernels.tail.first_order import correction
+from dit_accel.kernels.tail.portable import correction
 from dit_accel.order import TokenOrder
 
 # A traced call can only take modules that are loaded.
@@ -123,14 +122,9 @@ def tail_forward(
     impl: str,
 ) -> tuple[Tensor, Tensor]:
     """Output [B, H, visual, D], laid out in memory as [B, visual, H, D], and LSE [B, H, visual]; see `with_tail`."""
-    call = _call(q, k, v, exact, exact_lse, indices, counts, dropped, geometry, scale)
+    lists = BlockLists(indices, counts)
+    call = TailCall(q, k, v, exact, exact_lse, lists, dropped, Geometry.unpack(geometry), scale)
     return impls.named(impl, impls.TAIL).load().forward(call)
-
-
-def _call(*flat: Any) -> TailCall:
-    """The record of the custom ops' arguments."""
-    q, k, v, exact, exact_lse, indices, counts, dropped, geometry, scale = flat
-    return TailCall(q, k, v, exact, exact_lse, BlockLists(indices, counts), dropped, Geometry.unpack(geometry), scale)
 
 
 @tail_forward.register_fake
@@ -142,41 +136,38 @@ def _(q, k, v, exact, exact_lse, *rest):
 def tail_backward(
     grad_out: Tensor,
     grad_lse: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    exact: Tensor,
-    exact_lse: Tensor,
     out: Tensor,
     lse: Tensor,
-    indices: Tensor,
-    counts: Tensor,
-    dropped: Tensor | None,
+    tensors: Sequence[Tensor | None],
     geometry: Sequence[int],
     scale: float,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v and `exact`, each laid out in memory as [B, visual, H, D], and of `exact_lse`."""
-    call = _call(q, k, v, exact, exact_lse, indices, counts, dropped, geometry, scale)
+    """Gradients of q, k, v and `exact`, each laid out in memory as [B, visual, H, D], and of `exact_lse`.
+
+    `tensors` are those of `tail_forward`.
+    """
+    *taken, indices, counts, dropped = tensors
+    call = TailCall(*taken, BlockLists(indices, counts), dropped, Geometry.unpack(geometry), scale)  # type: ignore
     return impls.named(impl, impls.TAIL).load().backward(grad_out, grad_lse, out, lse, call)
 
 
 @tail_backward.register_fake
-def _(grad_out, grad_lse, q, k, v, exact, exact_lse, *rest):
-    return empty_rows(q), empty_rows(k), empty_rows(v), empty_rows(exact), torch.empty_like(exact_lse)
+def _(grad_out, grad_lse, out, lse, tensors, *rest):
+    return *(empty_rows(x) for x in tensors[:4]), torch.empty_like(tensors[4])
 
 
 def _save(ctx, inputs, output) -> None:
-    *tensors, indices, counts, dropped, ctx.geometry, ctx.scale, ctx.impl = inputs
+    *tensors, ctx.geometry, ctx.scale, ctx.impl = inputs
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*tensors, *output, indices, counts, dropped)
+    ctx.save_for_backward(*output, *tensors)
 
 
 def _differentiate(ctx, grad_out, grad_lse):
-    saved = ctx.saved_tensors  # recomputed activations can be read once
+    out, lse, *tensors = ctx.saved_tensors  # recomputed activations can be read once
     if grad_out is None:
-        grad_out = torch.zeros_like(saved[5])
-    grads = tail_backward(grad_out, grad_lse, *saved, ctx.geometry, ctx.scale, ctx.impl)
+        grad_out = torch.zeros_like(out)
+    grads = tail_backward(grad_out, grad_lse, out, lse, tensors, ctx.geometry, ctx.scale, ctx.impl)
     return *grads, *[None] * 6
 
 

@@ -96,8 +96,8 @@ class Problem:
         grid_q, grid_k = geometry.query_order.grid, geometry.key_order.grid
         masks = []
         for b, place in enumerate(places):
-            rows = query_placement(geometry, place).positions(grid_q.visual, grid_q.conditioning, grid_q.text)
-            columns = place.positions(grid_k.visual, grid_k.conditioning, grid_k.text)
+            rows = query_placement(geometry, place).positions(grid_q)
+            columns = place.positions(grid_k)
             valid = torch.arange(len(columns)) < grid_k.visual + grid_k.conditioning + place.text_len
             sample = (mask[b] if mask.ndim == 4 else mask[None]) & valid
             full = torch.zeros(len(sample), self.q.shape[2], self.k.shape[2], dtype=torch.bool)

@@ -22,7 +22,7 @@ def test_opcheck(make_problem, topk, dtype):
     grad = torch.randn_like(out)
     for grad_lse in (None, torch.randn_like(lse)):
         results = grad, grad_lse, out.detach(), lse.detach()
-        torch.library.opcheck(api.attention_backward, (*results, *leaves, *arguments, *settings))
+        torch.library.opcheck(api.attention_backward, (*results, [*leaves, *arguments], *settings))
 
 
 def _compiled(counter):

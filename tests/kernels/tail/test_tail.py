@@ -128,9 +128,10 @@ def test_opcheck(dtype, dropped):
     tensors = *leaves, exact, lse
     torch.library.opcheck(api.tail_forward, (*tensors, lists.indices, lists.counts, drop, *settings))
     out, total = api.tail_forward(*tensors, lists.indices, lists.counts, drop, *settings)
-    saved = [x.detach() for x in (*tensors, out, total)]
+    results = out.detach(), total.detach()
+    saved = [*(x.detach() for x in tensors), lists.indices, lists.counts, drop]
     for upstream in (None, grad_lse):
-        torch.library.opcheck(api.tail_backward, (grad, upstream, *saved, lists.indices, lists.counts, drop, *settings))
+        torch.library.opcheck(api.tail_backward, (grad, upstream, *results, saved, *settings))
 
 
 def test_compiles_in_one_graph():
