@@ -167,8 +167,7 @@ def _compare(dense: TimedOutput, accelerated: TimedOutput) -> dict[str, float | 
     """Speed and likeness of two runs; psnr is None where the frames are identical (it would be infinite)."""
     import torch
 
-    from dit_accel.eval.metrics.psnr import psnr
-    from dit_accel.eval.metrics.ssim import ssim
+    from dit_accel.eval.metrics.likeness import psnr, ssim
 
     frames, wanted = (torch.from_numpy(made.frames).movedim(-1, 1) for made in (accelerated, dense))
     decibels = psnr(frames, wanted)

@@ -1,7 +1,7 @@
 """Metrics: their declaration, and the choice among them by name.
 
-Each file of `dit_accel.eval.metrics` declares one metric as `METRIC`; nothing else lists them. A metric's name is
-``psnr`` or, with a network, ``fid[demo-clip]``. The printed name omits the network that the metric was published with.
+Each file of `dit_accel.eval.metrics` declares `METRICS`; nothing else lists them. A metric's name is ``psnr`` or, with
+a network, ``fid[demo-clip]``. The printed name omits the network that the metric was published with.
 """
 
 from __future__ import annotations
@@ -40,10 +40,6 @@ class Scored:
             self._seen[key] = getattr(network, tower)(self.frames)
         return self._seen[key]
 
-    def images(self, clip: Any) -> torch.Tensor:
-        """The frames in CLIP's joint space with texts, [F, D]."""
-        return self.features(clip, "images")
-
 
 def paired(name: str, frames: torch.Tensor, baseline: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Frames and baseline in float32 for a metric of that name.
@@ -58,10 +54,10 @@ def paired(name: str, frames: torch.Tensor, baseline: torch.Tensor) -> tuple[tor
 
 @dataclasses.dataclass(frozen=True)
 class Metric:
-    """A metric before its network is chosen; a file of `dit_accel.eval.metrics` declares one as `METRIC`.
+    """A metric before its network is chosen; declared among the `METRICS` of a file of `dit_accel.eval.metrics`.
 
     Args:
-        name: the name of its file.
+        name: as typed.
         title, unit: as printed.
         better: the direction of good values.
         about: its definition in one line.
@@ -124,23 +120,20 @@ class ChosenMetric:
         return {"name": self.name, "title": title, "unit": own.unit, "better": own.better, "about": own.about}
 
 
-def names() -> list[str]:
-    """Names of all metrics, sorted; none is imported."""
-    return sorted(module.name for module in pkgutil.iter_modules(metrics.__path__))
-
-
-def get(name: str) -> Metric:
-    """The metric of a name among `names`."""
-    found: Metric = importlib.import_module(f"{metrics.__name__}.{name}").METRIC
-    return found
+def known() -> dict[str, Metric]:
+    """Every metric by name, in the order of tables."""
+    files = [
+        importlib.import_module(f"{metrics.__name__}.{found.name}") for found in pkgutil.iter_modules(metrics.__path__)
+    ]
+    found = [metric for file in files for metric in file.METRICS]
+    return {metric.name: metric for metric in sorted(found, key=lambda metric: (metric.order, metric.name))}
 
 
 def parse(text: str) -> tuple[str, str | None]:
     """Read ``name`` or ``name[network]``."""
     name, bracket, rest = text.partition("[")
-    known = names()
-    if name not in known:
-        raise DitAccelError(f"Unknown metric {text!r}.{did_you_mean(name, known)} Metrics: {', '.join(known)}.")
+    if name not in (names := sorted(known())):
+        raise DitAccelError(f"Unknown metric {text!r}.{did_you_mean(name, names)} Metrics: {', '.join(names)}.")
     if not bracket:
         return name, None
     if not rest.endswith("]") or len(rest) < 2:
@@ -153,13 +146,13 @@ def defaults(embedded: bool) -> list[tuple[Metric, str | None]]:
 
     They use the embedded CLIP if the model is embedded or a package of the usual networks is missing.
     """
-    known = sorted(map(get, names()), key=lambda metric: (metric.order, metric.name))
-    published = [metric for metric in known if metric.default in ("always", "published")]
+    every = known().values()
+    published = [metric for metric in every if metric.default in ("always", "published")]
     if not embedded and all(installed(metric.packages) for metric in published):
         return [(metric, None) for metric in published]
     return [
         (metric, None if metric.network is None else DEMO_CLIP)
-        for metric in known
+        for metric in every
         if metric.default in ("always", "embedded") or (embedded and metric.default == "demo")
     ]
 
@@ -177,7 +170,7 @@ def choose(asked: Iterable[str], embedded: bool, frames: int, device: torch.devi
     named = [parse(text) for text in asked]
     networks = Networks(device)
     chosen: list[ChosenMetric] = []
-    for metric, source in [(get(name), source) for name, source in named] or defaults(embedded):
+    for metric, source in [(known()[name], source) for name, source in named] or defaults(embedded):
         if metric.video and frames == 1:
             if named:
                 raise DitAccelError(f"{metric.name} compares neighbouring frames; leave it out for a model of images.")

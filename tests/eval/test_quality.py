@@ -136,7 +136,7 @@ class TestResults:
         """A metric that was asked for by name is refused before the work."""
         from dit_accel.eval import metric
 
-        usual = [(metric.get("psnr"), None), (metric.get("fid"), str(clip_folder))]
+        usual = [(metric.known()["psnr"], None), (metric.known()["fid"], str(clip_folder))]
         monkeypatch.setattr(metric, "defaults", lambda embedded: usual)
         outcome = evaluate("--method", GNA, metrics=())
         assert outcome.status == 0, outcome.err

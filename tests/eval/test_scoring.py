@@ -7,12 +7,7 @@ import pytest
 import torch
 
 from dit_accel.eval import scoring
-from dit_accel.eval.metric import ChosenMetric, TooFew
-from dit_accel.eval.metrics.fid import METRIC as FID
-from dit_accel.eval.metrics.frame_agreement import METRIC as AGREEMENT
-from dit_accel.eval.metrics.kid import METRIC as KID
-from dit_accel.eval.metrics.psnr import METRIC as PSNR
-from dit_accel.eval.metrics.ssim import METRIC as SSIM
+from dit_accel.eval.metric import ChosenMetric, TooFew, known
 from dit_accel.generation.processes import ProcessRank
 
 CPU = torch.device("cpu")
@@ -20,8 +15,8 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def chosen(pooled):
-    declared = ((PSNR, None), (SSIM, None), (FID, pooled), (KID, pooled), (AGREEMENT, pooled))
-    return [ChosenMetric(metric.name, metric, network, asked=True) for metric, network in declared]
+    networks = {"psnr": None, "ssim": None, "fid": pooled, "kid": pooled, "frame_agreement": pooled}
+    return [ChosenMetric(name, known()[name], network, asked=True) for name, network in networks.items()]
 
 
 def scored(chosen, baselines, others, media=()):

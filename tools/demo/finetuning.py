@@ -23,8 +23,8 @@ from PIL import Image
 
 import dit_accel
 from dit_accel.checkpoint.lora import fingerprint
-from dit_accel.eval.metrics.fid import Fid
-from dit_accel.eval.metrics.psnr import psnr
+from dit_accel.eval.metrics.likeness import psnr
+from dit_accel.eval.metrics.sets import Fid
 from dit_accel.eval.networks import Clip
 from dit_accel.eval.scoring import bootstrap
 from dit_accel.generation.provenance import provenance

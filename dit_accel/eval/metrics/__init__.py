@@ -1,1 +1,1 @@
-"""One file a metric, each found by its name and declared as `METRIC`; see `dit_accel.eval.metric`."""
+"""Files of metrics, found by folder, each with its `METRICS`; see `dit_accel.eval.metric`."""

@@ -14,11 +14,9 @@ from dit_accel.errors import DitAccelError
 from dit_accel.eval import metric as machinery
 from dit_accel.eval import metrics
 from dit_accel.eval.metric import Scored, TooFew, choose
-from dit_accel.eval.metrics.clip_score import clip_score
-from dit_accel.eval.metrics.fid import Fid
-from dit_accel.eval.metrics.frame_agreement import frame_agreement
-from dit_accel.eval.metrics.kid import Kid
-from dit_accel.eval.metrics.temporal_psnr import temporal_psnr
+from dit_accel.eval.metrics.agreement import clip_score, frame_agreement
+from dit_accel.eval.metrics.likeness import temporal_psnr
+from dit_accel.eval.metrics.sets import Fid, Kid
 
 CPU = torch.device("cpu")
 
@@ -166,10 +164,8 @@ class TestTemporal:
 class TestNames:
     """What can be asked for."""
 
-    @pytest.mark.parametrize("name", machinery.names())
-    def test_each_is_declared_under_its_files_name(self, name):
-        metric = machinery.get(name)
-        assert metric.name == name
+    @pytest.mark.parametrize("metric", machinery.known().values())
+    def test_each_has_one_way_to_its_value(self, metric):
         assert (metric.score is None) != (metric.collect is None)
         assert metric.about.endswith(".")
 
@@ -194,8 +190,8 @@ class TestNames:
         """Elsewhere, too: nothing of the package lists it."""
         (tmp_path / "brightness.py").write_text(
             "from dit_accel.eval.metric import Metric\n"
-            "METRIC = Metric(name='brightness', title='Brightness', unit='', better='higher', about='Mean of all.',\n"
-            "                order=0, score=lambda sample, network: float(sample.frames.mean()))\n"
+            "METRICS = (Metric(name='brightness', title='Brightness', unit='', better='higher', about='Mean of all.',\n"
+            "                order=0, score=lambda sample, network: float(sample.frames.mean())),)\n"
         )
         monkeypatch.setattr(metrics, "__path__", [*metrics.__path__, str(tmp_path)])
         monkeypatch.delitem(sys.modules, "dit_accel.eval.metrics.brightness", raising=False)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torchmetrics.image import PeakSignalNoiseRatio
 
-from dit_accel.eval.metrics.psnr import psnr
+from dit_accel.eval.metrics.likeness import psnr
 
 
 def test_identity_is_perfect():

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torchmetrics.image import StructuralSimilarityIndexMeasure
 
-from dit_accel.eval.metrics.ssim import ssim
+from dit_accel.eval.metrics.likeness import ssim
 
 
 def test_identity_is_perfect():
