@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import sys
 from datetime import UTC, datetime
@@ -19,13 +20,11 @@ from dit_accel.generation.provenance import machine, versions
 from dit_accel.generation.request import GenerateRequest
 from dit_accel.generation.sampling import TimedOutput, check_seeds, sample
 from dit_accel.hooks.selfcheck import SelfCheck
-from dit_accel.pipelines.sizes import Sizes
 
 if TYPE_CHECKING:
     import torch
     from diffusers import DiffusionPipeline
 
-    from dit_accel.hooks.report import Report
     from dit_accel.tokens import TokenGrid
 
 
@@ -49,11 +48,7 @@ class GenerateJob:
     dtype: torch.dtype
 
     def load(self) -> DiffusionPipeline:
-        """The pipeline.
-
-        Raises:
-            DitAccelError: it or a LoRA cannot be loaded.
-        """
+        """The pipeline; errors as in `ModelRequest.load_pipe`."""
         return self.request.load_pipe(self.source, self.dtype, self.device, self.arguments, self.request.lora)
 
     def warning(self, prompt: str) -> str | None:
@@ -79,7 +74,14 @@ class GenerateJob:
             DitAccelError: the pipeline refuses the call, or the files cannot be written.
         """
         arguments = self.arguments | {"prompt": request.prompt}
-        runs, report = _run(pipe, self.chosen, arguments, request, self.device)
+        runs = {}
+        if request.compare:
+            for choice in (self.chosen, None):  # so that lazy set-up is not timed
+                call.warm_up(pipe, arguments, choice, whole=request.compile)
+            runs["dense"] = sample(pipe, arguments, request.seed, "dense", self.device)
+        with self.chosen.apply(pipe) as accel:
+            runs["accelerated"] = sample(pipe, arguments, request.seed, self.chosen.title, self.device)
+        report = accel.report()
         path, title = request.output or self.output, self.chosen.title
         if runs["accelerated"].sound:
             warning = f"{type(pipe).__name__} also made sound, and {path} has none: only pictures are written."
@@ -125,42 +127,19 @@ def prepare(request: GenerateRequest) -> GenerateJob:
     sizes = source.sizes()
     shape = sizes.chosen(request.frames, request.height, request.width)
     path = request.output or Path("output.mp4" if sizes.video else "output.png")
-    check_file(path, _endings(sizes, shape[0]))
+    pictures = not sizes.video or shape[0] == 1
+    check_file(path, (media.VIDEO_ENDINGS if sizes.video else ()) + (media.IMAGE_ENDINGS if pictures else ()))
     grid = sizes.grid(*shape)
     chosen.check(grid)
     call.check_loras(request.lora)
     device, dtype = call.placement(request.device, request.dtype, request.offload)
     kind, own = source.pipeline_class(), source.call_defaults() | chosen.call
-    image = call.open_image(request.image)
+    image = None if request.image is None else call.open_image(request.image)
     arguments = request.arguments(kind, own, shape, video=sizes.video, prompt=request.prompt, image=image)
     fps = request.rate(kind, source, arguments) if sizes.video else None
     if grid.text:
         grid = dataclasses.replace(grid, text=arguments.get(call.LENGTH, grid.text))
     return GenerateJob(request, chosen, source, arguments, fps, grid, path, device, dtype)
-
-
-def _endings(sizes: Sizes, frames: int) -> tuple[str, ...]:
-    if not sizes.video:
-        return media.IMAGE_ENDINGS
-    return media.VIDEO_ENDINGS + (media.IMAGE_ENDINGS if frames == 1 else ())
-
-
-def _run(
-    pipe: DiffusionPipeline,
-    chosen: MethodChoice,
-    arguments: dict[str, Any],
-    request: GenerateRequest,
-    device: torch.device,
-) -> tuple[dict[str, TimedOutput], Report]:
-    """The timed calls, dense first. A comparison is warmed up first, so that lazy set-up is not timed."""
-    runs = {}
-    if request.compare:
-        for choice in (chosen, None):
-            call.warm_up(pipe, arguments, choice, whole=request.compile)
-        runs["dense"] = sample(pipe, arguments, request.seed, "dense", device)
-    with chosen.apply(pipe) as accel:
-        runs["accelerated"] = sample(pipe, arguments, request.seed, chosen.title, device)
-    return runs, accel.report()
 
 
 def _compare(dense: TimedOutput, accelerated: TimedOutput) -> dict[str, float | None]:
@@ -185,7 +164,8 @@ def _write(path: Path, record: dict[str, Any], title: str, runs: dict[str, Timed
     pixels = {name: (made.frames * 255).round().astype("uint8") for name, made in runs.items()}
     with staged(path) as stage:
         media.write_frames(stage / path.name, pixels["accelerated"], fps)
-        media.write_json(stage / f"{path.stem}.json", record)
+        text = json.dumps(record, indent=2, allow_nan=False) + "\n"
+        (stage / f"{path.stem}.json").write_text(text, encoding="utf-8")
         if "dense" in runs:
             dense, made = runs["dense"], runs["accelerated"]
             captions = (f"dense: {dense.seconds:.1f} s", f"{title}: {made.seconds:.1f} s")

@@ -122,10 +122,8 @@ class ChosenMetric:
 
 def known() -> dict[str, Metric]:
     """Every metric by name, in the order of tables."""
-    files = [
-        importlib.import_module(f"{metrics.__name__}.{found.name}") for found in pkgutil.iter_modules(metrics.__path__)
-    ]
-    found = [metric for file in files for metric in file.METRICS]
+    files = pkgutil.iter_modules(metrics.__path__, f"{metrics.__name__}.")
+    found = [metric for file in files for metric in importlib.import_module(file.name).METRICS]
     return {metric.name: metric for metric in sorted(found, key=lambda metric: (metric.order, metric.name))}
 
 

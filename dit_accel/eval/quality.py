@@ -9,7 +9,6 @@ import contextlib
 import dataclasses
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dit_accel.errors import DitAccelError
@@ -77,7 +76,7 @@ def opened(
     """A checked evaluation, whose model is loaded and whose samples are not yet made; its folder is held.
 
     Args:
-        pipe: the model, if it is loaded already.
+        pipe: as in `run`.
     """
     limits = [] if request.require is None else gates.parse(request.require)
     source = sources.find(request.model, request.revision)
@@ -95,7 +94,9 @@ def opened(
         check_folder(request.cache, "--cache")
     process = ProcessRank.join(request.device)
     device, dtype = call.placement(process.device(request.device), request.dtype, request.offload)
-    media = asked.media if request.real is None else _real_set(request.real)
+    if request.real is not None and not request.real.is_dir():
+        raise DitAccelError(f"--real {request.real} is no folder; give one of images or videos.")
+    media = asked.media if request.real is None else tuple(captioned.find(request.real))
     images = _count_images(media)
     chosen = choose(request.metrics, source.kind == "embedded", shape[0], device)
     metrics, left_out = _fitting(chosen, images if media else None, shape[0] * len(items), device)
@@ -162,12 +163,6 @@ def _candidates(choices: Sequence[MethodChoice]) -> list[Candidate]:
         if labels.count(each) > 1:
             raise DitAccelError(f"{each} is listed twice; leave one out.")
     return listed
-
-
-def _real_set(folder: Path) -> tuple[Captioned, ...]:
-    if not folder.is_dir():
-        raise DitAccelError(f"--real {folder} is no folder; give one of images or videos.")
-    return tuple(captioned.find(folder))
 
 
 def _count_images(media: tuple[Captioned, ...]) -> int:

@@ -12,7 +12,6 @@ from datetime import UTC, datetime
 from typing import Any
 
 import numpy as np
-import torch
 
 from dit_accel.eval import verdict
 from dit_accel.eval.gates import Limit
@@ -67,6 +66,11 @@ class Evaluation:
         """The rows of a method's samples, in the order of the items."""
         return [self.sweep.results.rows[self.sweep.key(candidate, item)] for item in self.items]
 
+    def origin(self) -> dict[str, Any]:
+        """Model, grid and prompts, for the file of a search or a calibration."""
+        prompts = [item.prompt for item in self.items]
+        return {"model": self.request.model, "grid": str(self.grid), "prompts": prompts}
+
     def frames(self, label: str, item: PromptSeed) -> np.ndarray:
         """Of a sample: uint8 [F, H, W, 3]."""
         candidate = next(each for each in self.candidates if each.label == label)
@@ -86,12 +90,11 @@ def write(done: Evaluation) -> Summary | None:
         return None
     rows = {each.label: _with_scores(done.rows(each), scored[each.label][0]) for each in done.candidates}
     done.sweep.results.rewrite(own[index] for index in range(len(done.items)) for own in rows.values())
-    made = _made(done)
     listed = [_row(done, candidate, rows, scored[candidate.label][1]) for candidate in done.candidates]
     metrics = [metric.about() for metric in done.metrics]
     summary = {
         "title": f"{done.request.model}: quality and speed of {len(labels) - 1} settings",
-        "made": made,
+        "made": _made(done),
         "metrics": metrics,
         "rows": listed,
         "verdict": verdict.decide(listed, metrics, done.limits, done.grid.tokens),
@@ -184,6 +187,10 @@ def _made(done: Evaluation) -> dict[str, Any]:
     """How every figure was made."""
     request, arguments = done.request, done.sweep.arguments(done.candidates[0])
     frames = f"{arguments['num_frames']} frames of " if "num_frames" in arguments else ""
+    found: Any = machine()
+    hardware = f"{found['processor']}, {found['cores']} cores, {found['torch_threads']} threads"
+    if done.sweep.device.type == "cuda":
+        hardware = found["gpus"][done.sweep.device.index or 0]["name"]
     return {
         "command": shlex.join(["dit-accel", *sys.argv[1:]]),
         "model": request.model,
@@ -208,29 +215,20 @@ def _made(done: Evaluation) -> dict[str, Any]:
         "processes": done.process.count,
         "dtype": done.dtype,
         "device": str(done.sweep.device),
-        "hardware": _hardware(done.sweep.device),
+        "hardware": hardware,
         "versions": versions(),
         "git": commit(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 
 
-def _hardware(device: torch.device) -> str:
-    found = machine()
-    if device.type == "cuda":
-        gpus: Any = found["gpus"]
-        return str(gpus[device.index or 0]["name"])
-    return f"{found['processor']}, {found['cores']} cores, {found['torch_threads']} threads"
-
-
 def _write_media(done: Evaluation, rows: Mapping[str, Sequence[Row]]) -> list[dict[str, Any]]:
     """The first samples of every method as files, and what is to be said of each."""
-    shown = list(enumerate(done.items[: done.request.pictures]))
-    folder, listed = done.request.output / "media", []
-    if not shown:
-        return []
-    with staged(folder / "all") as stage:
-        for index, item in shown:
+    listed: list[dict[str, Any]] = []
+    if not done.request.pictures:
+        return listed
+    with staged(done.request.output / "media" / "all") as stage:
+        for index, item in enumerate(done.items[: done.request.pictures]):
             for label, own in rows.items():
                 frames = done.frames(label, item)
                 name = f"{index + 1:03d}-{slug(label)}{'.png' if len(frames) == 1 else '.mp4'}"

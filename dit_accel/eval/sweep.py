@@ -107,6 +107,11 @@ class Sweep:
         """The arguments of the pipeline's call; a method's own defaults, such as steps, win over the model's."""
         return self.arguments_from({} if candidate.choice is None else candidate.choice.call)
 
+    def steps(self, candidate: Candidate) -> int | None:
+        """Denoising steps of its call; None if the pipeline has no usual number of them."""
+        steps = call.default_of(type(self.pipe), self.arguments(candidate), "num_inference_steps")
+        return steps if isinstance(steps, int) else None
+
     def store(self, candidate: Candidate) -> Store:
         return self.baselines if candidate.choice is None else self.samples
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import inspect
 import json
 import typing
@@ -14,6 +15,8 @@ from dit_accel import values
 from dit_accel.errors import DitAccelError, first_line
 from dit_accel.generation import modular, sampling
 from dit_accel.generation.sources import is_hub_id
+from dit_accel.hooks.schedule import Schedule
+from dit_accel.hooks.selfcheck import SelfCheck
 from dit_accel.registry import did_you_mean
 
 if TYPE_CHECKING:
@@ -63,14 +66,12 @@ def placement(device: str, dtype: str, offload: str) -> tuple[torch.device, torc
     return chosen, getattr(torch, dtype)
 
 
-def open_image(path: Path | None) -> Image | None:
+def open_image(path: Path) -> Image:
     """Read the picture for image-to-video.
 
     Raises:
         DitAccelError: it is missing or not a picture.
     """
-    if path is None:
-        return None
     from PIL import Image, UnidentifiedImageError
 
     try:
@@ -194,10 +195,14 @@ def default_of(kind: type, arguments: Mapping[str, Any], *names: str) -> Any:
 
 def _value(kind: type, parameter: inspect.Parameter, text: str) -> Any:
     """The value of a text: JSON or plain text, by the argument's type."""
+
+    def refuse(constant: str) -> None:
+        raise DitAccelError(f"--pipe takes finite numbers, got {constant}.")
+
     name, hint = parameter.name, parameter.annotation
     found: list[Any] = [text]
     with contextlib.suppress(json.JSONDecodeError, RecursionError):
-        found.insert(0, json.loads(text, parse_constant=_refuse))
+        found.insert(0, json.loads(text, parse_constant=refuse))
     for value in found:
         if (value is None and parameter.default is None) or values.fits(value, hint):
             if name == LENGTH and value < 1:
@@ -208,18 +213,16 @@ def _value(kind: type, parameter: inspect.Parameter, text: str) -> Any:
     )
 
 
-def _refuse(constant: str) -> None:
-    raise DitAccelError(f"--pipe takes finite numbers, got {constant}.")
-
-
 def warm_up(pipe: DiffusionPipeline, arguments: Mapping[str, Any], choice: MethodChoice | None, *, whole: bool) -> None:
     """Run one denoising step, or the `whole` loop to compile it, so that set-up is not timed.
 
     Where one step is refused the whole loop runs: a schedule may need both its ends, or guidance for each step.
-    A method's one step runs without its schedule, by which it could be dense; the whole loop has both kinds of steps.
+    A method's one step runs without self-check and without its schedule, by which it could be dense.
     """
     sampling.hide_bars(pipe)
-    asked = choice if choice is None or whole else choice.without_schedule()
+    asked = (
+        choice if choice is None or whole else dataclasses.replace(choice, schedule=Schedule(), selfcheck=SelfCheck())
+    )
     with contextlib.nullcontext() if asked is None else asked.apply(pipe):
         if not whole:
             with contextlib.suppress(DitAccelError):

@@ -70,28 +70,19 @@ def read_frames(path: Path) -> np.ndarray:
     Raises:
         DitAccelError: the file cannot be read or holds no frame.
     """
+    import imageio.v2
     import numpy as np
+    from PIL import Image, ImageSequence
 
     try:
-        frames = _read_video(path) if path.suffix.lower() == ".mp4" else _read_pictures(path)
+        if path.suffix.lower() == ".mp4":
+            with imageio.v2.get_reader(path, format="FFMPEG") as reader:
+                frames = [np.asarray(frame) for frame in reader]
+        else:
+            with Image.open(path) as picture:
+                frames = [np.asarray(frame.convert("RGB")) for frame in ImageSequence.Iterator(picture)]
     except (OSError, RuntimeError, SyntaxError, ValueError) as error:  # Pillow and ffmpeg raise them for damaged files
         raise DitAccelError(f"{path} cannot be read as an image or video ({first_line(error)}).") from error
     if not frames:
         raise DitAccelError(f"{path} holds no frame. Remove it or make it again.")
     return np.stack(frames)
-
-
-def _read_video(path: Path) -> list[np.ndarray]:
-    import imageio.v2
-    import numpy as np
-
-    with imageio.v2.get_reader(path, format="FFMPEG") as reader:
-        return [np.asarray(frame) for frame in reader]
-
-
-def _read_pictures(path: Path) -> list[np.ndarray]:
-    import numpy as np
-    from PIL import Image, ImageSequence
-
-    with Image.open(path) as picture:
-        return [np.asarray(frame.convert("RGB")) for frame in ImageSequence.Iterator(picture)]

@@ -1,11 +1,10 @@
-"""Writing of videos, images, two clips side by side, and JSON records."""
+"""Writing of videos, images, and two clips side by side."""
 
 from __future__ import annotations
 
 import importlib.util
-import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from dit_accel.errors import DitAccelError
 
@@ -40,8 +39,9 @@ def write_frames(path: Path, frames: np.ndarray, fps: int) -> None:
     ending = path.suffix.lower()
     if ending == ".mp4":
         _write_mp4(path, frames, fps)
-    elif ending == ".gif":
-        _write_gif(path, frames, fps)
+    elif ending == ".gif":  # with a palette for each frame
+        first, *others = map(Image.fromarray, frames)
+        first.save(path, save_all=True, append_images=others, duration=_duration(fps), loop=0)
     else:
         Image.fromarray(frames[0]).save(path)
     if (found := _count_frames(path, fps)) != len(frames):
@@ -85,14 +85,6 @@ def _write_mp4(path: Path, frames: np.ndarray, fps: int) -> None:
             writer.append_data(frame)
 
 
-def _write_gif(path: Path, frames: np.ndarray, fps: int) -> None:
-    """One palette per frame."""
-    from PIL import Image
-
-    pictures = [Image.fromarray(frame) for frame in frames]
-    pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=_duration(fps), loop=0)
-
-
 def side_by_side(left: np.ndarray, right: np.ndarray, captions: tuple[str, str], footer: str) -> np.ndarray:
     """Two clips of one shape side by side, with a caption over each and a footer: uint8 [F, H, W, 3]."""
     import numpy as np
@@ -118,8 +110,3 @@ def side_by_side(left: np.ndarray, right: np.ndarray, captions: tuple[str, str],
     shown[:, line : line + height, :width] = left
     shown[:, line : line + height, width + MARGIN :] = right
     return shown
-
-
-def write_json(path: Path, record: dict[str, Any]) -> None:
-    """Write a record of a run as strict JSON."""
-    path.write_text(json.dumps(record, indent=2, allow_nan=False) + "\n", encoding="utf-8")

@@ -16,7 +16,6 @@ from dit_accel.accelerator import Accelerator
 from dit_accel.eval import quality
 from dit_accel.eval.attention import QUERIES
 from dit_accel.eval.sweep import Candidate
-from dit_accel.generation import call as calls
 from dit_accel.generation.choice import MethodChoice
 from dit_accel.generation.sampling import TotalBar, progress_bar
 from dit_accel.hooks.layers import LayerSettings
@@ -46,15 +45,14 @@ def run(request: TuneRequest) -> list[str]:
     candidate = Candidate(choice)
     with quality.opened(request.evaluation(metrics=("psnr",)), [candidate]) as evaluation, progress_bar() as progress:
         sweep, items = evaluation.sweep, evaluation.items
-        steps = calls.default_of(type(sweep.pipe), sweep.arguments(candidate), "num_inference_steps")
-        each = steps if isinstance(steps, int) else 1
+        each = sweep.steps(candidate) or 1
         whole = TotalBar(progress, "all prompts", each * len(items))
         found = []
         for item in items:
             asked, folder = {"queries": QUERIES}, request.output / "recalls"
             found.append(sweep.observe(candidate, item, "recall", asked, record_recalls, folder, whole))
             whole.advance(each)
-        made = {"model": request.model, "grid": str(evaluation.grid), "prompts": [item.prompt for item in items]}
+        made = evaluation.origin()
     settings = budgeted(_mean(found), request.calibrate, config, choice.schedule)
     return [_describe(settings), *request.write(FILE, settings, calibration={"recall": request.calibrate, **made})]
 

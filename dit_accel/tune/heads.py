@@ -16,7 +16,6 @@ from typing import Any
 from dit_accel.errors import DitAccelError
 from dit_accel.eval import quality
 from dit_accel.files import read_json, replace_file
-from dit_accel.generation import call
 from dit_accel.generation.sampling import TotalBar, progress_bar
 from dit_accel.hooks.layers import LayerSettings
 from dit_accel.hooks.schedule import Schedule
@@ -39,8 +38,7 @@ def run(request: TuneRequest) -> list[str]:
     assert request.calibrate is not None
     with quality.opened(request.evaluation(metrics=("psnr",)), [DENSE]) as opened, progress_bar() as progress:
         pipe: Any = opened.sweep.pipe
-        usual = call.default_of(type(pipe), opened.sweep.arguments(DENSE), "num_inference_steps")
-        steps = usual if isinstance(usual, int) else 1
+        steps = opened.sweep.steps(DENSE) or 1
         transformers = find_transformers(pipe)[0].values()
         found = [family.heads(layer) for module, family in transformers for _, layer in family.attentions(module)]
         counts = set(found)
@@ -63,7 +61,7 @@ def run(request: TuneRequest) -> list[str]:
                 whole.advance(work)
             replace_file(path, json.dumps({"layers": made}, allow_nan=False).encode())
         layers = read_json(path, "table of losses", "Delete it and run again.", ("layers",))["layers"]
-        made_for = {"model": request.model, "grid": str(opened.grid), "prompts": [item.prompt for item in opened.items]}
+        made_for = opened.origin()
     kept = chosen(layers, heads, request.calibrate)
     configs = tuple(None if all(own) else Config(own) for own in kept)
     settings = LayerSettings("heads", {"transformer": configs}, Schedule(**request.schedule).steps())

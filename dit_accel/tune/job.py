@@ -20,7 +20,6 @@ from dit_accel.eval.gates import Limit
 from dit_accel.eval.report import fields
 from dit_accel.eval.summary import Summary
 from dit_accel.eval.sweep import Candidate
-from dit_accel.generation import call
 from dit_accel.generation.choice import MethodChoice
 from dit_accel.generation.sampling import TotalBar, progress_bar
 from dit_accel.hooks.layers import LayerSettings
@@ -52,8 +51,8 @@ def run(request: TuneRequest) -> tuple[Summary, list[str]]:
     dense = Candidate()
     with quality.opened(evaluation, [dense]) as opened, progress_bar() as progress:
         pipe: Any = opened.sweep.pipe
-        steps = call.default_of(type(pipe), opened.sweep.arguments(dense), "num_inference_steps")
-        if not isinstance(steps, int):
+        steps = opened.sweep.steps(dense)
+        if steps is None:
             raise DitAccelError("This model has no usual number of denoising steps. Give it with --steps.")
         transformers = find_transformers(pipe)[0].values()
         tried, left_out = space.settings(request, opened.grid, [family for _, family in transformers], steps)

@@ -47,7 +47,8 @@ METRICS = (
         title="PSNR",
         unit="dB",
         better="higher",
-        about="10 log10(1 / MSE) to the baseline of the same prompt and seed, over all 8-bit pixels; MSEs are averaged.",
+        about="10 log10(1 / MSE) to the baseline of the same prompt and seed, over all 8-bit pixels; "
+        "MSEs are averaged.",
         order=1,
         score=lambda sample, network: psnr(sample.frames, sample.baseline),
         decibels=True,
@@ -56,7 +57,8 @@ METRICS = (
         name="ssim",
         title="SSIM",
         better="higher",
-        about="Structural similarity to the baseline of the same prompt and seed, frame by frame (window 11, sigma 1.5).",
+        about="Structural similarity to the baseline of the same prompt and seed, frame by frame "
+        "(window 11, sigma 1.5).",
         order=2,
         score=lambda sample, network: ssim(sample.frames, sample.baseline),
     ),

@@ -76,7 +76,8 @@ METRICS = (
         name="lpips",
         title="LPIPS",
         better="lower",
-        about="Learned perceptual distance (AlexNet) to the baseline of the same prompt and seed, averaged over frames.",
+        about="Learned perceptual distance (AlexNet) to the baseline of the same prompt and seed, "
+        "averaged over frames.",
         order=4,
         network=load,
         published=Lpips.name,
