@@ -6,7 +6,6 @@ import dataclasses
 import importlib
 import importlib.util
 import json
-import os
 import shutil
 import sys
 from typing import TYPE_CHECKING, Any
@@ -148,8 +147,10 @@ def weight_bytes(source: Source, dtype: torch.dtype) -> dict[str, int]:
         if not isinstance(entry, list) or entry[0] is None or not (source.folder / name / "config.json").is_file():
             continue  # a tokenizer, a scheduler, a setting, or a part that this pipeline goes without
         try:
+            cls, config = getattr(importlib.import_module(entry[0]), entry[1]), source.config(name)
             with torch.device("meta"):
-                module = _empty(entry[0], entry[1], source.config(name))
+                transformers = entry[0] == "transformers"
+                module = cls(cls.config_class.from_dict(config)) if transformers else cls.from_config(config)
         except (AttributeError, ImportError, KeyError, TypeError, ValueError) as error:
             raise DitAccelError(
                 f"The size of {name} of {source.model} is unknown: {entry[0]} has no {entry[1]} that its configuration "
@@ -159,23 +160,9 @@ def weight_bytes(source: Source, dtype: torch.dtype) -> dict[str, int]:
     return found
 
 
-def _empty(library: str, kind: str, config: dict[str, Any]) -> torch.nn.Module:
-    """A component without its weights' memory."""
-    cls = getattr(importlib.import_module(library), kind)
-    if library == "transformers":
-        made: torch.nn.Module = cls(cls.config_class.from_dict(config))
-        return made
-    return cls.from_config(config)
-
-
 def free_memory(device: torch.device) -> int:
     """Bytes that are free on a device; on a CPU what the machine says is available."""
+    import psutil
     import torch
 
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    try:
-        with open("/proc/meminfo", encoding="ascii") as lines:
-            return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return int(torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available)

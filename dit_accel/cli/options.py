@@ -44,11 +44,9 @@ def command(*groups: type) -> Callable[[Verb], Verb]:
                     given[group][field.name] = _value(field.metadata["option"], typed[field.name])
             return function(*given.values())
 
-        kind = inspect.Parameter.KEYWORD_ONLY
-        parameters = [inspect.Parameter("context", kind, annotation=typer.Context)]
+        parameters = [inspect.Parameter("context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)]
         for group, field in listed:
-            annotation = _annotation(group, field, hints[group][field.name])
-            parameters.append(inspect.Parameter(field.name, kind, default=_default(field), annotation=annotation))
+            parameters.append(_parameter(group, field, hints[group][field.name]))
         verb.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         verb.__annotations__ = {}
         verb.__name__, verb.__doc__ = function.__name__, function.__doc__
@@ -75,41 +73,32 @@ def _value(option: values.Option, typed: Any) -> Any:
     return tuple(typed) if isinstance(typed, list) else typed
 
 
-def _default(field: dataclasses.Field[Any]) -> Any:
-    """For the help alone; see `command`."""
-    if field.default is dataclasses.MISSING:
-        return None if field.default_factory is not dataclasses.MISSING else inspect.Parameter.empty
-    return None if _is_text(field) else field.default
-
-
-def _is_text(field: dataclasses.Field[Any]) -> bool:
-    """Whether the field's value is made from the command line's text."""
-    option = field.metadata["option"]
-    return option.parse is not None or option.repeatable
-
-
-def _annotation(group: type, field: dataclasses.Field[Any], hint: Any) -> Any:
+def _parameter(group: type, field: dataclasses.Field[Any], hint: Any) -> inspect.Parameter:
+    """An option as a parameter of its verb. Its default is for the help alone; see `command`."""
     option: values.Option = field.metadata["option"]
+    default: Any = field.default
+    made = option.parse is not None or option.repeatable  # from the command line's text
+    shown: str | bool = True
     if option.parse is not None:
         hint = list[str] if option.repeatable else str
     elif typing.get_origin(hint) is tuple:
         hint = list[typing.get_args(hint)[0]]  # type: ignore[misc]
-    if _is_text(field):
+    if made:
         hint = hint | None
-    shown = _shown(field.default) if _is_text(field) else True
+        none = default is dataclasses.MISSING or default is None or default == ()
+        shown = not none and (",".join(map(str, default)) if isinstance(default, tuple) else str(default))
+    if default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+        default = inspect.Parameter.empty
+    elif made or default is dataclasses.MISSING:
+        default = None
     about: dict[str, Any] = {
         "help": option.help.replace("[", r"\["),  # no markup
         "metavar": option.metavar,
-        "min": None if _is_text(field) else option.least,
-        "max": None if _is_text(field) else option.most,
+        "min": None if made else option.least,
+        "max": None if made else option.most,
         "show_default": shown,
         "rich_help_panel": vars(_owner(group, field.name)).get("PANEL"),
     }
-    return Annotated[hint, typer.Argument(**about) if option.positional else typer.Option(values.flag(field), **about)]
-
-
-def _shown(default: Any) -> str | bool:
-    """The default of an option made from text, as the help shows it."""
-    if default is dataclasses.MISSING or default is None or default == ():
-        return False
-    return ",".join(map(str, default)) if isinstance(default, tuple) else str(default)
+    typed = typer.Argument(**about) if option.positional else typer.Option(values.flag(field), **about)
+    kind = inspect.Parameter.KEYWORD_ONLY
+    return inspect.Parameter(field.name, kind, default=default, annotation=Annotated[hint, typed])

@@ -87,26 +87,19 @@ def plan(given: dict[str, Any]) -> None:
 
 
 def _facts(plan: Plan) -> dict[str, Any]:
-    """The facts of a plan that are known before it runs."""
-    return {
-        "method": plan.method,
-        "config": dataclasses.asdict(plan.config),
-        "grid": dataclasses.asdict(plan.grid),
-        "tokens": plan.grid.tokens,
-        "pairs": plan.pairs,
-        "density": plan.density,
-        **_blocks(plan),
-    }
-
-
-def _blocks(plan: Plan) -> dict[str, Any]:
-    """Block counts, and the sizes of blocks. A routed plan knows at most a bound of the visited blocks."""
+    """The facts of a plan that are known before it runs. A routed one knows at most a bound of the visited blocks."""
     from dit_accel.plans.routed import RoutedPlan
 
     routed = isinstance(plan, RoutedPlan)
     blocks: Any = plan if routed else plan.block_mask()
     queries, keys, visited, total = blocks.query_order, blocks.key_order, blocks.visited, blocks.total
     facts: dict[str, Any] = {
+        "method": plan.method,
+        "config": dataclasses.asdict(plan.config),
+        "grid": dataclasses.asdict(plan.grid),
+        "tokens": plan.grid.tokens,
+        "pairs": plan.pairs,
+        "density": plan.density,
         "pairs_bounds": plan.bounds if isinstance(plan, RoutedPlan) else (plan.pairs, plan.pairs),
         "query_block": {"tokens": queries.block, "tile": queries.tile},
         "key_block": {"tokens": keys.block, "tile": keys.tile},
@@ -139,7 +132,8 @@ def _print_table(facts: dict[str, Any]) -> None:
     pairs, note = (facts["pairs"], "") if known else (facts["pairs_bounds"][0], "at least ")
     table.add_row("pairs", f"{note}{pairs:,} of {every:,}")
     table.add_row("density", f"{note}{pairs / every:.4f}")
-    table.add_row("blocks", _block_text(facts))
+    queries, keys = _block_text(facts["query_block"], "queries"), _block_text(facts["key_block"], "keys")
+    table.add_row("blocks", f"{queries} x {keys}")
     if facts["blocks_visited"] is not None:
         share = f"({facts['block_density']:.4f})"
         table.add_row("visited", f"{facts['blocks_visited']:,} of {facts['blocks_total']:,} {share}")
@@ -151,10 +145,6 @@ def _print_table(facts: dict[str, Any]) -> None:
     Console().print(table)
 
 
-def _block_text(facts: dict[str, Any]) -> str:
-    names = []
-    for side in ("query_block", "key_block"):
-        block = facts[side]
-        shape = f"{value} tile" if (value := "x".join(map(str, block["tile"] or ()))) else "raster"
-        names.append(f"{block['tokens']} {'queries' if side == 'query_block' else 'keys'} ({shape})")
-    return " x ".join(names)
+def _block_text(block: dict[str, Any], name: str) -> str:
+    shape = f"{'x'.join(map(str, block['tile']))} tile" if block["tile"] else "raster"
+    return f"{block['tokens']} {name} ({shape})"

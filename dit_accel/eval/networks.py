@@ -42,7 +42,7 @@ class Networks:
         if not _is_inception(source):
             return self.clip(source)
         weights = None if source == INCEPTION else Path(source)
-        return self.once(source, lambda: Inception.load(self.device, weights))
+        return self.once(source, lambda: Inception(self.device, weights))
 
     def clip(self, source: str | None) -> Any:
         """A CLIP: "demo-clip", a folder, or a Hub id; Inception, which reads no texts, is refused."""
@@ -133,9 +133,7 @@ class Clip:
         self.prepare = prepare
 
     @classmethod
-    def load(
-        cls, source: str | Path = DEMO_CLIP, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
-    ) -> Clip:
+    def load(cls, source: str | Path = DEMO_CLIP, device: str | torch.device = "cpu") -> Clip:
         """Load "demo-clip" (the embedded one), a folder that `save_pretrained` wrote, or a Hub id.
 
         Raises:
@@ -148,7 +146,7 @@ class Clip:
             config = AutoConfig.from_pretrained(place)
             if config.model_type != "clip":
                 raise DitAccelError(f"{place} holds a model of type {config.model_type!r}. Give one of type 'clip'.")
-            model = CLIPModel.from_pretrained(place, dtype=dtype, use_safetensors=True).to(device)
+            model = CLIPModel.from_pretrained(place, dtype=torch.float32, use_safetensors=True).to(device)
             tokenizer = AutoTokenizer.from_pretrained(place)
             prepare = read_preparation(place)
         except (OSError, ValueError) as error:
@@ -192,7 +190,7 @@ class Clip:
     def _tower(self, frames: Tensor, **options: Any) -> list[Any]:
         if frames.ndim != 4 or frames.shape[1] != 3:
             raise ValueError(f"CLIP takes frames [N, 3, H, W], got {tuple(frames.shape)}.")
-        pixels = (self.prepare(part.to(self.device).float()).to(self.model.dtype) for part in frames.split(BATCH))
+        pixels = (self.prepare(part.to(self.device).float()) for part in frames.split(BATCH))
         return [self.model.vision_model(pixel_values=part, **options) for part in pixels]
 
 
@@ -216,20 +214,18 @@ def read_preparation(source: str) -> Preparation:
 
 
 class Inception:
-    """torch-fidelity's port of FID's Inception v3, from torchmetrics."""
+    """torch-fidelity's port of FID's Inception v3, from torchmetrics.
+
+    Args:
+        weights: a local file; if None, torch-fidelity fetches them once.
+
+    Raises:
+        DitAccelError: torch-fidelity is missing or cannot be loaded, or the weights cannot be read or fetched.
+    """
 
     name = INCEPTION
 
-    def __init__(self, network: Any, device: torch.device) -> None:
-        self.network, self.device = network, device
-
-    @classmethod
-    def load(cls, device: torch.device, weights: Path | None = None) -> Inception:
-        """Load it with weights from a local file; if None, torch-fidelity fetches them once.
-
-        Raises:
-            DitAccelError: torch-fidelity is missing or cannot be loaded, or the weights cannot be read or fetched.
-        """
+    def __init__(self, device: torch.device, weights: Path | None = None) -> None:
         require_package("fid and kid on Inception's features", "torch_fidelity")
         if weights is not None and not weights.is_file():
             raise DitAccelError(f"There is no file {weights} with Inception's weights.")
@@ -245,7 +241,7 @@ class Inception:
                 f"Inception's weights cannot be {'fetched' if weights is None else f'read from {weights}'} "
                 f"({first_line(error)}). Give a local file as fid[FILE.pth], or measure fid[demo-clip]."
             ) from error
-        return cls(network.to(device), device)
+        self.network, self.device = network.to(device), device
 
     @torch.no_grad()
     def features(self, frames: torch.Tensor) -> torch.Tensor:

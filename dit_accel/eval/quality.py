@@ -8,12 +8,12 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from dit_accel.errors import DitAccelError
 from dit_accel.eval import gates
-from dit_accel.eval.attention import MapChoice, parse_choice
+from dit_accel.eval.attention import MapChoice, parse_choice, record_attention
 from dit_accel.eval.metric import ChosenMetric, choose
 from dit_accel.eval.request import EvalRequest
 from dit_accel.eval.samples import Results, Store
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     import torch
     from diffusers import DiffusionPipeline
 
+    from dit_accel.accelerator import Accelerator
     from dit_accel.generation.captioned import Captioned
     from dit_accel.generation.sources import Source
 
@@ -54,12 +55,18 @@ def run(
     with opened(request, _candidates(request.methods), maps, pipe) as evaluation:
         process, sweep, attention = evaluation.process, evaluation.sweep, []
         if maps is not None and process.main:
-            folder, first = request.output / "attention", evaluation.items[0]
-            attention = [sweep.attention(candidate, first, maps, folder) for candidate in evaluation.candidates[1:]]
+            asked, folder = dataclasses.asdict(maps), request.output / "attention"
+
+            def record(accel: Accelerator, run: Callable[[], Any]) -> dict[str, Any]:
+                return record_attention(accel, run, **asked).as_json()
+
+            for each in evaluation.candidates[1:]:
+                found = sweep.observe(each, evaluation.items[0], "attention", asked, record, folder)
+                attention.append({"row": each.label, **found})
         sweep.run(evaluation.candidates, process.share(evaluation.items), whole)
         process.wait()
         sweep.results.read()
-        summary = write(dataclasses.replace(evaluation, attention=attention))
+        summary = write(evaluation, attention)
     if summary is None:
         return None, []
     figures = {row["label"]: gates.figures_of(row) for row in summary["rows"][1:]}
@@ -145,16 +152,14 @@ def opened(
             left_out=left_out,
             media=media,
             images=images,
-            attention=(),
             grid=grid,
             fps=fps,
-            dtype=str(dtype).removeprefix("torch."),
             process=process,
         )
 
 
 def _candidates(choices: Sequence[MethodChoice]) -> list[Candidate]:
-    """The baseline, then the choices under their labels."""
+    """The baseline, then the choices, each once."""
     if not choices:
         raise DitAccelError("Nothing to evaluate: give --method METHOD[:KEY=VALUE,...], repeatable, or --suite FILE.")
     listed = [Candidate(), *map(Candidate, choices)]

@@ -44,7 +44,6 @@ class Evaluation:
         sweep: knows where the samples lie.
         left_out: why metrics are left out that are usually measured.
         media, images: the real set and how many images it has; none: the baseline's own frames.
-        attention: what `Sweep.attention` gave for each method; empty where it was not asked for.
     """
 
     request: EvalRequest
@@ -56,15 +55,9 @@ class Evaluation:
     left_out: Sequence[str]
     media: Sequence[Captioned]
     images: int
-    attention: Sequence[dict[str, Any]]
     grid: TokenGrid
     fps: int
-    dtype: str
     process: ProcessRank
-
-    def rows(self, candidate: Candidate) -> list[Row]:
-        """The rows of a method's samples, in the order of the items."""
-        return [self.sweep.results.rows[self.sweep.key(candidate, item)] for item in self.items]
 
     def origin(self) -> dict[str, Any]:
         """Model, grid and prompts, for the file of a search or a calibration."""
@@ -77,8 +70,11 @@ class Evaluation:
         return self.sweep.store(candidate).frames(self.sweep.key(candidate, item))
 
 
-def write(done: Evaluation) -> Summary | None:
+def write(done: Evaluation, attention: Sequence[dict[str, Any]]) -> Summary | None:
     """Score all samples; on the first process write results, pictures and the report.
+
+    Args:
+        attention: the map of each method's attention; empty where it was not asked for.
 
     Returns:
         What summary.json holds; None on the other processes.
@@ -88,7 +84,7 @@ def write(done: Evaluation) -> Summary | None:
     scored = score(done.metrics, labels, readers, done.media, done.process, done.sweep.device)
     if not done.process.main:
         return None
-    rows = {each.label: _with_scores(done.rows(each), scored[each.label][0]) for each in done.candidates}
+    rows = {each.label: _with_scores(done, each, scored[each.label][0]) for each in done.candidates}
     done.sweep.results.rewrite(own[index] for index in range(len(done.items)) for own in rows.values())
     listed = [_row(done, candidate, rows, scored[candidate.label][1]) for candidate in done.candidates]
     metrics = [metric.about() for metric in done.metrics]
@@ -100,16 +96,17 @@ def write(done: Evaluation) -> Summary | None:
         "verdict": verdict.decide(listed, metrics, done.limits, done.grid.tokens),
         "samples": _write_media(done, rows),
         "masks": _write_masks(done),
-        "attention": list(done.attention),
+        "attention": list(attention),
     }
     write_report(summary, done.request.output)
     return summary
 
 
-def _with_scores(rows: Sequence[Row], values: Mapping[str, Sequence[float]]) -> list[Row]:
-    return [
-        row | {"scores": {name: plain(own[index]) for name, own in values.items()}} for index, row in enumerate(rows)
-    ]
+def _with_scores(done: Evaluation, candidate: Candidate, values: Mapping[str, Sequence[float]]) -> list[Row]:
+    """The rows of a method's samples, in the order of the items, with the values of its metrics."""
+    known, keys = done.sweep.results.rows, [done.sweep.key(candidate, item) for item in done.items]
+    scores = ({name: plain(own[index]) for name, own in values.items()} for index in range(len(keys)))
+    return [known[key] | {"scores": own} for key, own in zip(keys, scores, strict=True)]
 
 
 def _row(
@@ -213,7 +210,7 @@ def _made(done: Evaluation) -> dict[str, Any]:
         ),
         "compiled": request.compile,
         "processes": done.process.count,
-        "dtype": done.dtype,
+        "dtype": done.sweep.identity["dtype"].removeprefix("torch."),
         "device": str(done.sweep.device),
         "hardware": hardware,
         "versions": versions(),
@@ -223,7 +220,7 @@ def _made(done: Evaluation) -> dict[str, Any]:
 
 
 def _write_media(done: Evaluation, rows: Mapping[str, Sequence[Row]]) -> list[dict[str, Any]]:
-    """The first samples of every method as files, and what is to be said of each."""
+    """The first samples of every method as files, and their entries in the summary."""
     listed: list[dict[str, Any]] = []
     if not done.request.pictures:
         return listed

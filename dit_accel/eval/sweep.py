@@ -15,7 +15,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dit_accel.eval import attention
 from dit_accel.eval.samples import Results, Row, Store, key_of
 from dit_accel.files import read_json, replace_file
 from dit_accel.generation import call
@@ -136,22 +135,6 @@ class Sweep:
                 elif whole is not None:
                     whole.advance(row["steps"])
 
-    def attention(
-        self, candidate: Candidate, item: PromptSeed, chosen: attention.MapChoice, folder: Path
-    ) -> dict[str, Any]:
-        """A method's attention, layer by layer, measured in one more run or read from `folder`.
-
-        Raises:
-            DitAccelError: the model has no such layer, the run no such step, the transformers are compiled, or the map
-                cannot be written.
-        """
-
-        def record(accel: Accelerator, run: Callable[[], Any]) -> dict[str, Any]:
-            return attention.record_attention(accel, run, chosen.steps, chosen.layers).as_json()
-
-        asked = {"steps": chosen.steps, "layers": chosen.layers}
-        return {"row": candidate.label, **self.observe(candidate, item, "attention", asked, record, folder)}
-
     def observe(
         self,
         candidate: Candidate,
@@ -169,6 +152,9 @@ class Sweep:
             asked: what decides the record, beside the sample.
             record: gets the accelerator, and a function that makes the run once.
             whole: of which the run is a part.
+
+        Raises:
+            DitAccelError: `record` refuses the run, the transformers are compiled, or the record cannot be written.
         """
         assert candidate.choice is not None
         path = folder / f"{key_of({'sample': self.key(candidate, item), **asked})}.json"

@@ -220,10 +220,9 @@ def warm_up(pipe: DiffusionPipeline, arguments: Mapping[str, Any], choice: Metho
     A method's one step runs without self-check and without its schedule, by which it could be dense.
     """
     sampling.hide_bars(pipe)
-    asked = (
-        choice if choice is None or whole else dataclasses.replace(choice, schedule=Schedule(), selfcheck=SelfCheck())
-    )
-    with contextlib.nullcontext() if asked is None else asked.apply(pipe):
+    if choice is not None and not whole:
+        choice = dataclasses.replace(choice, schedule=Schedule(), selfcheck=SelfCheck())
+    with contextlib.nullcontext() if choice is None else choice.apply(pipe):
         if not whole:
             with contextlib.suppress(DitAccelError):
                 sampling.call(pipe, {**arguments, "num_inference_steps": 1}, seed=0)

@@ -49,7 +49,11 @@ def read(source: str) -> Prompts:
         media = tuple(captioned.find_all(path, "give the folder as --real, which needs no captions"))
         texts = [found.caption for found in media]
     elif path.is_file():
-        texts = _lines(path)
+        try:
+            lines = path.read_text(encoding="utf-8-sig").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise DitAccelError(f"--prompts {path} cannot be read as text: {first_line(error)}.") from error
+        texts = [line.strip() for line in lines if line.strip()]
     else:
         raise DitAccelError(
             f"--prompts {source} is no file, folder or built-in list."
@@ -58,11 +62,3 @@ def read(source: str) -> Prompts:
     if not texts:
         raise DitAccelError(f"--prompts {source} holds no prompt. Write one a line.")
     return Prompts(tuple(texts), media)
-
-
-def _lines(path: Path) -> list[str]:
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DitAccelError(f"--prompts {path} cannot be read as text: {first_line(error)}.") from error
-    return [line.strip() for line in text.splitlines() if line.strip()]

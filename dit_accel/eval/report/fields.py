@@ -20,6 +20,7 @@ relative to the report's folder.
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -111,7 +112,7 @@ def fronts(points: Sequence[tuple[float, float]]) -> list[int]:
 
 
 def _dominates(one: tuple[float, float], other: tuple[float, float]) -> bool:
-    return one != other and all(a >= b for a, b in zip(one, other, strict=True))
+    return one != other and all(map(operator.ge, one, other))
 
 
 def sampled_otherwise(summary: dict[str, Any]) -> list[str]:

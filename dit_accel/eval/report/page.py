@@ -41,10 +41,14 @@ def render(summary: dict[str, Any], folder: Path) -> str:
             (method, colour, pictures.MARKERS[mark]) for method, (colour, mark) in pictures.legend(summary).items()
         ],
         chosen=next((line["row"] for line in summary.get("verdict", []) if "row" in line), None),
-        panels=[(metric, Markup(pictures.panel(summary, metric).decode())) for metric in pictures.drawable(summary)],
+        panels=[(metric, Markup(pictures.panel(summary, metric))) for metric in pictures.drawable(summary)],
         prompts=_by_prompt(summary.get("samples", []), folder),
         masks=[(mask["row"], embedded(folder / mask["image"])) for mask in summary.get("masks", [])],
-        maps=[(record, _heat_maps(record)) for record in summary.get("attention", [])],
+        maps=[
+            # no picture where everything ran dense
+            (record, Markup(pictures.heat_maps(record)) if any(map(any, record["error"])) else None)
+            for record in summary.get("attention", [])
+        ],
     )
 
 
@@ -56,14 +60,6 @@ def embedded(path: Path) -> str:
     if not path.is_file():
         raise DitAccelError(f"The report wants {path}, which is not there; run the evaluation again.")
     return f"data:{kind};base64,{base64.b64encode(path.read_bytes()).decode('ascii')}"
-
-
-def _heat_maps(record: dict[str, Any]) -> Any:
-    """The heat maps of a record, None where nothing was measured because everything ran dense."""
-    from markupsafe import Markup
-
-    measured = any(heads for layer in record["error"] for heads in layer)
-    return Markup(pictures.heat_maps(record).decode()) if measured else None
 
 
 def _by_prompt(samples: Iterable[dict[str, Any]], folder: Path) -> list[dict[str, Any]]:

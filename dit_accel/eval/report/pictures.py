@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from dit_accel.eval.report import fields
 from dit_accel.generation.output import check_matplotlib
@@ -36,8 +36,6 @@ STYLE: Any = {
     "xtick.color": INK,
     "ytick.color": INK,
 }
-
-ImageFormat = Literal["svg", "png"]
 
 
 def drawable(summary: dict[str, Any]) -> list[dict[str, Any]]:
@@ -76,20 +74,22 @@ def pareto(summary: dict[str, Any]) -> bytes:
         ]
         handles.append(Line2D([], [], color=INK, linewidth=1, alpha=0.5, label="Pareto front"))
         figure.legend(handles=handles, loc="outside lower center", ncols=3 * columns, frameon=False)
-        return _bytes(figure, "png")
+        file = io.BytesIO()
+        figure.savefig(file, format="png", dpi=120)
+        return file.getvalue()
 
 
-def panel(summary: dict[str, Any], metric: dict[str, Any]) -> bytes:
+def panel(summary: dict[str, Any], metric: dict[str, Any]) -> str:
     """One metric's Pareto front alone, as SVG without a legend."""
     import matplotlib
 
     with matplotlib.rc_context(STYLE):
         figure = _figure(*PANEL)
         _front_panel(figure.subplots(), summary, metric)
-        return _bytes(figure, "svg")
+        return _svg(figure)
 
 
-def heat_maps(record: dict[str, Any]) -> bytes:
+def heat_maps(record: dict[str, Any]) -> str:
     """Error and kept mass of one method as SVG: layers × steps (mean over heads) above layers × heads (over steps).
 
     Args:
@@ -111,7 +111,7 @@ def heat_maps(record: dict[str, Any]) -> bytes:
             both = (_mean(values, 2), record["steps"], "step"), (_mean(values, 1), range(heads), "head")
             for row, (grid, ticks, label) in enumerate(both):
                 _map(axes[row, column], grid, layers, list(ticks), title, label, colours, top)
-        return _bytes(figure, "svg")
+        return _svg(figure)
 
 
 def _map(
@@ -209,11 +209,8 @@ def _figure(width: float, height: float) -> Figure:
     return figure
 
 
-def _bytes(figure: Figure, kind: ImageFormat) -> bytes:
-    file = io.BytesIO()
-    if kind == "png":
-        figure.savefig(file, format="png", dpi=120)
-        return file.getvalue()
+def _svg(figure: Figure) -> str:
+    file = io.StringIO()
     figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
-    text = file.getvalue().decode()
-    return text[text.index("<svg") :].replace(INK, "currentColor").encode()
+    text = file.getvalue()
+    return text[text.index("<svg") :].replace(INK, "currentColor")

@@ -92,14 +92,14 @@ def test_what_cannot_be_shown_is_refused(summary, tmp_path):
 
 
 def test_pictures_take_the_pages_colours_and_know_gaps(summary):
-    svg = pictures.panel(summary, summary["metrics"][0]).decode()
+    svg = pictures.panel(summary, summary["metrics"][0])
     assert "currentColor" in svg and pictures.INK not in svg
     numbers = [number for number in "1234" if f">{number}</text>" in svg]
     assert numbers == ["2", "3", "4"]  # the PSNR of the first is infinite
     assert list(pictures.legend(summary)) == ["baseline", "gna", "radial"]
     assert [metric["name"] for metric in pictures.drawable(summary)] == [each["name"] for each in summary["metrics"]]
     assert pictures.pareto(summary).startswith(b"\x89PNG")
-    assert b">blocks.2</text>" in pictures.heat_maps(summary["attention"][0])
+    assert ">blocks.2</text>" in pictures.heat_maps(summary["attention"][0])
 
 
 def test_a_point_far_out_does_not_stretch_the_axis(summary):
@@ -109,7 +109,7 @@ def test_a_point_far_out_does_not_stretch_the_axis(summary):
     low, high = pictures._limits([20.0, 21.0, 22.0, 24.0, 500.0])
     assert 19 < low < 20 and 24 < high < 25
     rows.append({**rows[0], "label": "far", "figures": {"psnr": {"value": 500.0}}})
-    assert ">5: 500</text>" in pictures.panel({**summary, "rows": rows}, summary["metrics"][0]).decode()
+    assert ">5: 500</text>" in pictures.panel({**summary, "rows": rows}, summary["metrics"][0])
 
 
 def test_means_leave_gaps_out():
