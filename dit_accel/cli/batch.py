@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,38 +25,24 @@ from dit_accel.generation.request import GenerateRequest
 DIGITS = 4  # of the number behind the name of an output
 
 
-@dataclasses.dataclass(frozen=True)
-class NumberedOutput:
-    """The output of one prompt of many; `request` is that of `generate --prompt`."""
+def _is_done(path: Path, request: GenerateRequest) -> bool:
+    """Whether an output and its record exist. Those that were made with other options are refused."""
+    record = path.with_suffix(".json")
+    if not record.exists() or not path.exists() or path.stat().st_size == 0:
+        return False
+    made, asked = _read_record(record).get("request", {}), json.loads(json.dumps(values.record(request)))
+    for field in dataclasses.fields(request):
+        was, now = made.get(field.name), asked[field.name]
+        if was != now:
+            raise DitAccelError(
+                f"{record} was made with {values.flag(field)} {was}, not {now}. Choose another --output, or delete the "
+                "old outputs."
+            )
+    return True
 
-    request: GenerateRequest
-    path: Path
 
-    @property
-    def record(self) -> Path:
-        return self.path.with_suffix(".json")
-
-    def is_done(self) -> bool:
-        """Whether the output and its record exist.
-
-        Raises:
-            DitAccelError: they were made with other options.
-        """
-        if not self.record.exists() or not self.path.exists() or self.path.stat().st_size == 0:
-            return False
-        made, asked = self.read_record().get("request", {}), json.loads(json.dumps(values.record(self.request)))
-        for field in dataclasses.fields(self.request):
-            was, now = made.get(field.name), asked[field.name]
-            if was != now:
-                raise DitAccelError(
-                    f"{self.record} was made with {values.flag(field)} {was}, not {now}. Choose another --output, or "
-                    "delete the old outputs."
-                )
-        return True
-
-    def read_record(self) -> dict[str, Any]:
-        """The record of the output; a damaged or other file is refused."""
-        return read_json(self.record, "record of an output", "Remove it, or choose another --output.")
+def _read_record(path: Path) -> dict[str, Any]:
+    return read_json(path, "record of an output", "Remove it, or choose another --output.")
 
 
 def run(request: GenerateRequest) -> None:
@@ -68,44 +55,46 @@ def run(request: GenerateRequest) -> None:
     process = ProcessRank.here()
     prepared = job.prepare(dataclasses.replace(request, device=process.device(request.device)))
     assert request.prompts is not None
-    outputs = []
+    outputs = {}
     for index, text in enumerate(prompts.read(request.prompts).texts):
         path = prepared.output.with_name(f"{prepared.output.stem}-{index:0{DIGITS}d}{prepared.output.suffix}")
-        outputs.append(NumberedOutput(dataclasses.replace(request, prompts=None, prompt=text, output=path), path))
+        outputs[path] = dataclasses.replace(request, prompts=None, prompt=text, output=path)
     manifest = prepared.output.with_suffix(".jsonl")
-    pending = [each for each in process.share(outputs) if not each.is_done()]
+    pending = [path for path in process.share(list(outputs)) if not _is_done(path, outputs[path])]
     _write_manifest(manifest, outputs)
     share = f", process {process.index} of {process.count}" if process.count > 1 else ""
     typer.echo(f"{len(pending)} of {len(outputs)} prompts to do{share}")
     made = 0
     try:
         pipe = prepared.load() if pending else None
-        for each in pending:
+        for path in pending:
             assert pipe is not None
-            if warning := prepared.warning(each.request.prompt):
-                typer.echo(f"{each.path}: {warning}", err=True)
-            prepared.make(pipe, each.request)
+            prompt = outputs[path].prompt
+            if warning := prepared.warning(prompt):
+                typer.echo(f"{path}: {warning}", err=True)
+            prepared.make(pipe, outputs[path])
             made += 1
             _write_manifest(manifest, outputs)
-            typer.echo(f"{each.path}: {each.request.prompt}")
+            typer.echo(f"{path}: {prompt}")
     except KeyboardInterrupt as stop:
         raise Interrupted(f"interrupted after {made} of {len(pending)}; the same command goes on.") from stop
     typer.echo(f"manifest: {manifest}")
 
 
-def _write_manifest(path: Path, outputs: list[NumberedOutput]) -> None:
+def _write_manifest(manifest: Path, outputs: Mapping[Path, GenerateRequest]) -> None:
     """List every prompt with its output, from the records.
 
     Another process may finish an output meanwhile, so each process writes until nothing is new. The last one to write
     then has listed everything.
     """
     written = None
-    while written != (found := [each.record.exists() for each in outputs]):
+    while written != (found := [path.with_suffix(".json").exists() for path in outputs]):
         lines = []
-        for index, (each, done) in enumerate(zip(outputs, found, strict=True)):
-            entry = {"index": index, "prompt": each.request.prompt, "output": each.path.name, "done": done}
+        for index, ((path, request), done) in enumerate(zip(outputs.items(), found, strict=True)):
+            entry = {"index": index, "prompt": request.prompt, "output": path.name, "done": done}
             if done:
-                entry |= {"record": each.record.name, "seconds": each.read_record()["runs"]["accelerated"]["seconds"]}
+                record = path.with_suffix(".json")
+                entry |= {"record": record.name, "seconds": _read_record(record)["runs"]["accelerated"]["seconds"]}
             lines.append(json.dumps(entry) + "\n")
-        replace_file(path, "".join(lines).encode())
+        replace_file(manifest, "".join(lines).encode())
         written = found

@@ -29,17 +29,27 @@ def parse_seeds(text: str) -> tuple[int, ...]:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class EvalRequest(ModelRequest):
+class PromptsRequest(ModelRequest):
+    """A model, and the prompts and seeds of its samples."""
+
+    prompts: str | None = option(None, "One a line; demo, general; captioned images or videos.", metavar=PROMPTS_FORM)
+    seeds: tuple[int, ...] = option(
+        (0,), "Of the noise, such as 0,1,2 or 0-3.", metavar="N,N|N-N", parse=parse_seeds, least=0
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "seeds", tuple(dict.fromkeys(self.seeds)))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvalRequest(PromptsRequest):
     """What `dit-accel eval` is asked.
 
     Args:
         methods: each a `MethodChoice`; the command line has --method and --load for them.
     """
 
-    prompts: str | None = option(None, "One a line; demo, general; captioned images or videos.", metavar=PROMPTS_FORM)
-    seeds: tuple[int, ...] = option(
-        (0,), "Of the noise, such as 0,1,2 or 0-3.", metavar="N,N|N-N", parse=parse_seeds, least=0
-    )
     methods: tuple[Any, ...] = ()
     metrics: tuple[str, ...] = option(
         (),
@@ -64,7 +74,3 @@ class EvalRequest(ModelRequest):
     output: Path = option(
         Path("evaluation"), "For report.html, results.jsonl, summary.json and summary.md.", metavar="FOLDER"
     )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        object.__setattr__(self, "seeds", tuple(dict.fromkeys(self.seeds)))

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from dit_accel import registry
 from dit_accel.errors import DitAccelError
-from dit_accel.eval.request import EvalRequest, parse_seeds
+from dit_accel.eval.request import EvalRequest, PromptsRequest
 from dit_accel.files import replace_file
 from dit_accel.generation.processes import ProcessRank
-from dit_accel.generation.request import METHOD_FORM, PROMPTS_FORM, ModelRequest, ScheduleOptions
+from dit_accel.generation.request import METHOD_FORM, ScheduleOptions
 from dit_accel.values import option
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TuneRequest(ScheduleOptions, ModelRequest):
+class TuneRequest(ScheduleOptions, PromptsRequest):
     """The options of `dit-accel tune`."""
 
     PANEL: ClassVar[str] = "Tuning"
@@ -37,10 +37,6 @@ class TuneRequest(ScheduleOptions, ModelRequest):
     )
     method: tuple[str, ...] = option(
         (), "Only these, repeatable; with settings, only those settings.", metavar=METHOD_FORM, repeatable=True
-    )
-    prompts: str | None = option(None, "A few, one a line; demo, general; captioned media.", metavar=PROMPTS_FORM)
-    seeds: tuple[int, ...] = option(
-        (0,), "Of the noise, such as 0,1,2 or 0-3.", metavar="N,N|N-N", parse=parse_seeds, least=0
     )
     output: Path = option(Path("tuned"), "Of all files; a run that was stopped goes on.", metavar="FOLDER")
 
@@ -72,8 +68,8 @@ class TuneRequest(ScheduleOptions, ModelRequest):
 
     def evaluation(self, **more: Any) -> EvalRequest:
         """The evaluation of this model with these prompts, seeds and size; `more` are further fields of it."""
-        shared = {field.name: getattr(self, field.name) for field in dataclasses.fields(ModelRequest)}
-        return EvalRequest(**{**shared, "prompts": self.prompts, "seeds": self.seeds, "output": self.output, **more})
+        shared = {field.name: getattr(self, field.name) for field in dataclasses.fields(PromptsRequest)}
+        return EvalRequest(**{**shared, "output": self.output, **more})
 
     def write(self, name: str, settings: LayerSettings, **remarks: Any) -> list[str]:
         """Write a layer schedule with remarks to the output folder; lines that name it and say how to try it."""
