@@ -46,12 +46,7 @@ def _read_record(path: Path) -> dict[str, Any]:
 
 
 def run(request: GenerateRequest) -> None:
-    """Make this process's share of the missing outputs.
-
-    Raises:
-        DitAccelError: the prompts cannot be read, or the request cannot be carried out.
-        Interrupted: by Ctrl-C.
-    """
+    """Make this process's share of the missing outputs."""
     process = ProcessRank.here()
     prepared = job.prepare(dataclasses.replace(request, device=process.device(request.device)))
     assert request.prompts is not None

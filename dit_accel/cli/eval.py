@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -42,11 +41,7 @@ class ComparedMethods(ScheduleOptions):
     suite: str | None = option(None, "An evaluation in YAML; options given here win over it.", metavar="FILE|NAME")
 
     def choices(self) -> tuple[MethodChoice, ...]:
-        """The methods of --method and --load, ready to use.
-
-        Raises:
-            DitAccelError: one is refused, or there is a schedule without a method.
-        """
+        """The methods of --method and --load, ready to use."""
         from dit_accel.generation.choice import choose
 
         if self.schedule and not self.method:
@@ -69,6 +64,7 @@ def evaluate(compared: dict[str, Any], given: dict[str, Any]) -> int:
     """
     from dit_accel.eval import quality
     from dit_accel.eval import suite as suites
+    from dit_accel.eval.report import markdown
     from dit_accel.train import card
 
     asked = ComparedMethods(**compared)
@@ -87,21 +83,13 @@ def evaluate(compared: dict[str, Any], given: dict[str, Any]) -> int:
     if summary is not None:
         show(summary)
         if asked.write_card:
-            _write_cards(summary, request.methods)
+            for choice, row in zip(request.methods, summary["rows"][1:], strict=True):
+                if choice.folder is not None:
+                    card.write_quality(choice.folder, markdown.excerpt(summary, row["label"]))
         typer.echo(f"report:  {request.output / 'report.html'}\nresults: {request.output / 'results.jsonl'}")
     for line in broken:
         typer.echo(f"dit-accel: {line}.", err=True)
     return BROKEN if broken else 0
-
-
-def _write_cards(summary: dict[str, Any], methods: Sequence[MethodChoice]) -> None:
-    """Put the row of every method that was loaded into the model card beside it."""
-    from dit_accel.eval.report.markdown import excerpt
-    from dit_accel.train import card
-
-    for choice, row in zip(methods, summary["rows"][1:], strict=True):
-        if choice.folder is not None:
-            card.write_quality(choice.folder, excerpt(summary, row["label"]))
 
 
 def show(summary: dict[str, Any]) -> None:

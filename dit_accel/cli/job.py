@@ -69,9 +69,6 @@ class GenerateJob:
 
         Returns:
             Lines for people: the files, times and likeness.
-
-        Raises:
-            DitAccelError: the pipeline refuses the call, or the files cannot be written.
         """
         arguments = self.arguments | {"prompt": request.prompt}
         runs = {}
@@ -108,11 +105,7 @@ class GenerateJob:
 
 
 def prepare(request: GenerateRequest) -> GenerateJob:
-    """Check everything that can be checked without weights.
-
-    Raises:
-        DitAccelError: something asked for cannot be done.
-    """
+    """Check everything that can be checked without weights."""
     source = sources.find(request.model, request.revision)
     family = source.family() if request.preset else None
     chosen = choose(request, family, 1 if source.component_class("transformer_2") is None else 2)

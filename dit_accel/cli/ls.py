@@ -52,11 +52,7 @@ def ls(given: dict[str, Any]) -> None:
 def _find(
     name: str, methods: Mapping[str, Any], families: Mapping[str, Any], refused: Mapping[str, str]
 ) -> dict[str, Any]:
-    """The method, the family (by its own name or that of one of its transformers) or the refused transformer.
-
-    Raises:
-        DitAccelError: there is none; the message suggests the nearest name.
-    """
+    """The method, the family (by its own name or that of one of its transformers) or the refused transformer."""
     classes = {kind: family for family in families.values() for kind in family["transformers"]}
     for known in (methods, families, classes):
         if name in known:

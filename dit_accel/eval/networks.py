@@ -119,12 +119,7 @@ class Preparation:
 
 
 class Clip:
-    """A `transformers` CLIP model with its tokenizer and preparation, in evaluation mode.
-
-    Attributes:
-        name: "demo-clip" for the embedded one, else the last part of the folder or hub id.
-        model: the `CLIPModel`.
-    """
+    """A CLIP in evaluation mode; its name is "demo-clip" or the last part of a folder or Hub id."""
 
     def __init__(self, name: str, model: CLIPModel, tokenizer: PreTrainedTokenizerBase, prepare: Preparation) -> None:
         self.name = name

@@ -171,11 +171,7 @@ def _candidates(choices: Sequence[MethodChoice]) -> list[Candidate]:
 
 
 def _count_images(media: tuple[Captioned, ...]) -> int:
-    """Frames of a real set. All of it is read once, so that a damaged file shows before the work.
-
-    Raises:
-        DitAccelError: a file cannot be read, or the sizes differ.
-    """
+    """Frames of a real set. All of it is read once, so that a damaged file shows before the work."""
     count, first = 0, None
     for found in media:
         frames = captioned.read_frames(found.path)
@@ -194,12 +190,9 @@ def _fitting(
     """The metrics for which the sets are large enough, and why the others are left out.
 
     Args:
-        metrics: chosen; one that was asked for by name stays if it has a number at all.
+        metrics: chosen; one that was asked for by name needs a number at all, and is refused without one.
         real: images of the real set; None if it is the baseline's.
         generated: images of each method.
-
-    Raises:
-        DitAccelError: a metric that was asked for by name would have no number.
     """
     fitting, left_out = [], []
     for metric in metrics:

@@ -30,11 +30,7 @@ def key_of(identity: dict[str, Any]) -> str:
 
 
 class Store:
-    """Frames of samples in a folder, each file with the sample's row in its header.
-
-    Args:
-        folder: made when the first sample is written.
-    """
+    """Frames of samples in a folder, which the first one makes; each file has the sample's row in its header."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -43,13 +39,9 @@ class Store:
         return self.folder / f"{key}.safetensors"
 
     def write(self, frames: np.ndarray, row: Row) -> Row:
-        """Write frames, uint8 [F, H, W, 3] with any strides; several evaluations may share the folder.
+        """Write frames, uint8 [F, H, W, 3] with any strides, and return the row with their hash in it.
 
-        Returns:
-            The row with a hash of the frames in it.
-
-        Raises:
-            DitAccelError: the disk is full or the folder cannot be written.
+        Several evaluations may share the folder. Errors as in `replace_file`.
         """
         import numpy as np
         from safetensors.numpy import save

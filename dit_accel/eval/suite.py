@@ -31,13 +31,10 @@ METHOD_KEYS = ("method", "load", "dense_steps", "dense_last_steps", "dense_layer
 
 
 def read(source: str) -> dict[str, Any]:
-    """Read a suite.
+    """The values of a suite by field of `EvalRequest`, with methods that are ready to use.
 
     Args:
         source: a YAML file, or the name of a built-in suite.
-
-    Returns:
-        The values by field of `EvalRequest`; methods are ready to use.
 
     Raises:
         DitAccelError: there is no such suite, it is not YAML, a key is unknown, or a value is of another type.

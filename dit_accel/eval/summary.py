@@ -37,11 +37,10 @@ DENSE_OUTPUTS = "the dense outputs"
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """A sweep whose samples are all there.
+    """What is evaluated, and how.
 
     Args:
         candidates: the baseline and the methods.
-        sweep: knows where the samples lie.
         left_out: why metrics are left out that are usually measured.
         media, images: the real set and how many images it has; none: the baseline's own frames.
     """

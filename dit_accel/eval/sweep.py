@@ -152,9 +152,6 @@ class Sweep:
             asked: what decides the record, beside the sample.
             record: gets the accelerator, and a function that makes the run once.
             whole: of which the run is a part.
-
-        Raises:
-            DitAccelError: `record` refuses the run, the transformers are compiled, or the record cannot be written.
         """
         assert candidate.choice is not None
         path = folder / f"{key_of({'sample': self.key(candidate, item), **asked})}.json"

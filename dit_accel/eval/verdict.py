@@ -22,12 +22,7 @@ Line = dict[str, Any]  # "text"; if it names a setting, also its "row" and "comm
 
 
 def decide(rows: Sequence[Row], metrics: Sequence[dict[str, Any]], limits: Sequence[Limit], tokens: int) -> list[Line]:
-    """The verdict, a line for each question.
-
-    Args:
-        rows: of the summary, the baseline first.
-        tokens: of the attention's sequence.
-    """
+    """The verdict on the rows of a summary, a line for each question; `tokens` are those of the attention."""
     main = main_metric(metrics)
     sure = {row["label"]: (row.get("speedup_interval") or [row["speedup"]])[0] for row in rows}
     gaining = [row for row in rows[1:] if row["density"] < 1 and sure[row["label"]] > 1]

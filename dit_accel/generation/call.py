@@ -173,11 +173,7 @@ def call_arguments(
 
 
 def parameters(kind: type, given: Iterable[str]) -> Mapping[str, inspect.Parameter]:
-    """The arguments of a pipeline's call, annotated with types.
-
-    Args:
-        given: arguments that the call has; of a modular pipeline they decide which blocks run.
-    """
+    """The arguments of a pipeline's call, annotated with types; `given` as in `modular.parameters`."""
     if modular.is_modular(kind):
         return modular.parameters(kind, given)
     hints: dict[str, Any] = {}

@@ -16,18 +16,17 @@ class _Place(Exception):
 
 
 def find_place(pipe: DiffusionPipeline, run: Callable[..., Any]) -> str:
-    """Run once more, watched, until something is NaN or infinite.
+    """The place at which a watched run becomes NaN or infinite, such as ``step 3, transformer.blocks.0.attn1``.
+
+    Steps count from 0. A step without a layer means that only the latents after guidance and scheduler are not finite.
 
     Args:
         run: calls the pipeline again, with further keywords.
-
-    Returns:
-        The place, such as ``step 3, transformer.blocks.0.attn1``. Steps count from 0. A step without a layer means that
-        only the latents after guidance and scheduler are not finite.
     """
     import torch
 
     step = 0
+    steps_known = "callback_on_step_end" in inspect.signature(type(pipe).__call__).parameters
 
     def after_step(pipe: Any, index: int, timestep: Any, tensors: Mapping[str, Any]) -> dict[str, Any]:
         nonlocal step
@@ -39,14 +38,10 @@ def find_place(pipe: DiffusionPipeline, run: Callable[..., Any]) -> str:
     def watch(name: str) -> Callable[..., None]:
         def after_layer(module: torch.nn.Module, arguments: Any, output: Any) -> None:
             if not _is_finite(output):
-                raise _Place(f"{place()}{name}")
+                raise _Place(f"step {step}, {name}" if steps_known else name)
 
         return after_layer
 
-    def place() -> str:
-        return f"step {step}, " if steps_known else ""
-
-    steps_known = "callback_on_step_end" in inspect.signature(type(pipe).__call__).parameters
     more = {"callback_on_step_end": after_step} if steps_known else {}
     hooks = [
         module.register_forward_hook(watch(f"{part}.{name}" if name else part))

@@ -23,11 +23,7 @@ def is_modular(kind: type) -> bool:
 
 
 def parameters(kind: type, given: Iterable[str]) -> dict[str, inspect.Parameter]:
-    """The arguments of a call, by name.
-
-    Args:
-        given: arguments that the call has; they decide which blocks run.
-    """
+    """The arguments of a call, by name; those that it has, `given`, decide which blocks run."""
     import diffusers
 
     blocks = getattr(diffusers, kind.default_blocks_name)()  # type: ignore[attr-defined]

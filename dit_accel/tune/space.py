@@ -85,7 +85,6 @@ class LayerSearch:
     """The layer search of the best method: its settings are distributed over layers at the density of each.
 
     Args:
-        request: what was asked.
         evaluation: its model and prompts; the model is dense.
         tried: all settings of the search.
         steps: of the model's call.
