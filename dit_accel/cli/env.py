@@ -9,6 +9,12 @@ import typer
 
 from dit_accel.cli.options import JsonOptions, command
 
+# Beginnings of variables that change what runs; none is that of a secret such as HF_TOKEN.
+SETTINGS = (
+    *("TRITON_", "TORCHINDUCTOR_", "TORCHDYNAMO_", "PYTORCH_CUDA_"),
+    *("CUDA_VISIBLE_DEVICES", "HF_HUB_OFFLINE", "OMP_NUM_THREADS"),
+)
+
 
 @command(JsonOptions)
 def env(given: dict[str, Any]) -> None:
@@ -17,7 +23,7 @@ def env(given: dict[str, Any]) -> None:
 
     from dit_accel.generation.provenance import machine, versions
 
-    settings = {name: value for name, value in sorted(os.environ.items()) if _is_setting(name)}
+    settings = {name: value for name, value in sorted(os.environ.items()) if name.startswith(SETTINGS)}
     if JsonOptions(**given).json:
         report = {"versions": versions(), "machine": machine(), "environment": settings}
         typer.echo(json.dumps(report, indent=2))
@@ -30,9 +36,3 @@ def env(given: dict[str, Any]) -> None:
         lines.append(f"- {name}: {value}")
     lines += [f"- {name}={value}" for name, value in settings.items()]
     typer.echo("\n".join(lines))
-
-
-def _is_setting(name: str) -> bool:
-    """Variables that change what runs, without secrets such as HF_TOKEN."""
-    prefixes = ("TRITON_", "TORCHINDUCTOR_", "TORCHDYNAMO_", "PYTORCH_CUDA_")
-    return name.startswith(prefixes) or name in ("CUDA_VISIBLE_DEVICES", "HF_HUB_OFFLINE", "OMP_NUM_THREADS")

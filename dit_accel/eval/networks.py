@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,8 +41,9 @@ class Networks:
         source = source or INCEPTION
         if not _is_inception(source):
             return self.clip(source)
-        weights = None if source == INCEPTION else Path(source)
-        return self.once(source, lambda: Inception(self.device, weights))
+        if source not in self._loaded:
+            self._loaded[source] = Inception(self.device, None if source == INCEPTION else Path(source))
+        return self._loaded[source]
 
     def clip(self, source: str | None) -> Any:
         """A CLIP: "demo-clip", a folder, or a Hub id; Inception, which reads no texts, is refused."""
@@ -52,17 +53,9 @@ class Networks:
                 f"This metric needs a network that reads texts, and {source} does not. Give {DEMO_CLIP}, a folder or "
                 "a Hub id."
             )
-
-        def load() -> Clip:
-            with quietly():
-                return Clip.load(source, device=self.device)
-
-        return self.once(source, load)
-
-    def once(self, source: str, load: Callable[[], Any]) -> Any:
-        """The result of `load`, called once for a source."""
         if source not in self._loaded:
-            self._loaded[source] = load()
+            with quietly():
+                self._loaded[source] = Clip.load(source, device=self.device)
         return self._loaded[source]
 
 

@@ -18,12 +18,14 @@ class Lpips:
     """Learned perceptual distance (Zhang et al. 2018, arXiv:1801.03924), AlexNet variant, from torchmetrics.
 
     Raises:
-        DitAccelError: torchvision is missing or cannot be loaded, or it cannot fetch the backbone.
+        DitAccelError: another network is named, torchvision cannot be loaded, or it cannot fetch the backbone.
     """
 
     name = "lpips"
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, networks: Networks, source: str | None) -> None:
+        if source is not None:
+            raise DitAccelError(f"lpips takes no other network; perceptual[{source}] is its formula on that one.")
         require_package(self.name, "torchvision")
         from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
 
@@ -33,7 +35,7 @@ class Lpips:
             raise DitAccelError(
                 f"The backbone of lpips cannot be fetched ({first_line(error)}). Measure perceptual[demo-clip] instead."
             ) from error
-        self.metric, self.device = metric.to(device), device
+        self.metric, self.device = metric.to(networks.device), networks.device
 
     @torch.no_grad()
     def __call__(self, frames: torch.Tensor, baseline: torch.Tensor) -> float:
@@ -41,13 +43,6 @@ class Lpips:
         value = float(self.metric(frames.to(self.device), baseline.to(self.device)))
         self.metric.reset()
         return value
-
-
-def load(networks: Networks, source: str | None) -> Lpips:
-    """The published network; another source is refused."""
-    if source is not None:
-        raise DitAccelError(f"lpips takes no other network; perceptual[{source}] is its formula on that one.")
-    return Lpips(networks.device)
 
 
 def perceptual(frames: torch.Tensor, baseline: torch.Tensor, network: Any) -> torch.Tensor:
@@ -79,7 +74,7 @@ METRICS = (
         about="Learned perceptual distance (AlexNet) to the baseline of the same prompt and seed, "
         "averaged over frames.",
         order=4,
-        network=load,
+        network=Lpips,
         published=Lpips.name,
         packages=("torchvision",),
         default="published",

@@ -106,27 +106,18 @@ def heat_maps(record: dict[str, Any]) -> str:
         axes = figure.subplots(2, 2)
         titles = (("error", "relative error", "magma_r", None), ("mass", "softmax mass kept", "viridis", 1.0))
         for column, (name, title, colours, top) in enumerate(titles):
+            shades = matplotlib.colormaps[colours].with_extremes(bad=(0.5, 0.5, 0.5, 0.15))  # dense: not measured
             empty = [math.nan] * heads
             values = np.array([[cell or empty for cell in line] for line in record[name]], dtype=float)  # [L, S, H]
             both = (_mean(values, 2), record["steps"], "step"), (_mean(values, 1), range(heads), "head")
             for row, (grid, ticks, label) in enumerate(both):
-                _map(axes[row, column], grid, layers, list(ticks), title, label, colours, top)
+                axis = axes[row, column]
+                image = axis.imshow(grid, aspect="auto", cmap=shades, vmin=0, vmax=top, interpolation="nearest")
+                axis.set(title=title, xlabel=label, ylabel="layer")
+                axis.set_xticks(*_some(ticks, 10))
+                axis.set_yticks(*_some(layers, 24))
+                figure.colorbar(image, ax=axis).outline.set_visible(False)
         return _svg(figure)
-
-
-def _map(
-    axes: Axes, grid: Any, layers: list[str], ticks: list[int], title: str, label: str, colours: str, top: float | None
-) -> None:
-    """One heat map of [layers, columns]; gaps are what was not measured, because it was dense."""
-    import matplotlib
-
-    shades = matplotlib.colormaps[colours].with_extremes(bad=(0.5, 0.5, 0.5, 0.15))
-    image = axes.imshow(grid, aspect="auto", cmap=shades, vmin=0, vmax=top, interpolation="nearest")
-    axes.set(title=title, xlabel=label, ylabel="layer")
-    axes.set_xticks(*_some(ticks, 10))
-    axes.set_yticks(*_some(layers, 24))
-    bar = axes.figure.colorbar(image, ax=axes)
-    bar.outline.set_visible(False)
 
 
 def _some(names: Sequence[Any], most: int) -> tuple[list[int], list[Any]]:
@@ -165,6 +156,7 @@ def _front_panel(axes: Axes, summary: dict[str, Any], metric: dict[str, Any]) ->
     line = sorted((speed, value) for speed, value, _, row in points if row["label"] in on_front)
     axes.plot([speed for speed, _ in line], [value for _, value in line], color=INK, linewidth=1, alpha=0.5, zorder=1)
     marks, texts = legend(summary), dict[tuple[float, float], list[str]]()
+    wide, high = (0.02 * (ends[1] - ends[0]) for ends in (across, up))  # points that are nearer share a label
     for speed, value, number, row in points:
         colour, marker = marks[row["method"]]
         x, y = min(max(speed, across[0]), across[1]), min(max(value, up[0]), up[1])
@@ -172,7 +164,7 @@ def _front_panel(axes: Axes, summary: dict[str, Any], metric: dict[str, Any]) ->
         far += [fields.written(value, digits=3)] if y != value else []  # drawn on the edge, hollow, with its figure
         fill = "none" if far else colour
         axes.plot(x, y, linestyle="", color=colour, marker=marker, markerfacecolor=fill, zorder=2, clip_on=False)
-        near = next((at for at in texts if _beside(at[0], x, across) and _beside(at[1], y, up)), (x, y))
+        near = next((at for at in texts if abs(at[0] - x) < wide and abs(at[1] - y) < high), (x, y))
         texts.setdefault(near, []).append(": ".join([str(number), *far]))
     for (x, y), own in texts.items():
         below, left = y > up[1] - 0.05 * (up[1] - up[0]), x > across[1] - 0.1 * (across[1] - across[0])
@@ -182,11 +174,6 @@ def _front_panel(axes: Axes, summary: dict[str, Any], metric: dict[str, Any]) ->
     better = f"{metric['unit']}   {fields.arrow(metric)} better".strip()
     axes.set(xlim=across, ylim=up, xlabel="speed-up of the denoising loop", ylabel=better, title=metric["title"])
     axes.spines[["top", "right"]].set_visible(False)
-
-
-def _beside(one: float, other: float, ends: tuple[float, float]) -> bool:
-    """Whether two places on an axis are so close that their points share a label."""
-    return abs(one - other) < 0.02 * (ends[1] - ends[0])
 
 
 def _limits(values: list[float]) -> tuple[float, float]:
