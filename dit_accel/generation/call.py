@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import inspect
 import json
 import typing
@@ -15,8 +14,6 @@ from dit_accel import values
 from dit_accel.errors import DitAccelError, first_line
 from dit_accel.generation import modular, sampling
 from dit_accel.generation.sources import is_hub_id
-from dit_accel.hooks.schedule import Schedule
-from dit_accel.hooks.selfcheck import SelfCheck
 from dit_accel.registry import did_you_mean
 
 if TYPE_CHECKING:
@@ -216,9 +213,8 @@ def warm_up(pipe: DiffusionPipeline, arguments: Mapping[str, Any], choice: Metho
     A method's one step runs without self-check and without its schedule, by which it could be dense.
     """
     sampling.hide_bars(pipe)
-    if choice is not None and not whole:
-        choice = dataclasses.replace(choice, schedule=Schedule(), selfcheck=SelfCheck())
-    with contextlib.nullcontext() if choice is None else choice.apply(pipe):
+    asked = choice if choice is None or whole else choice.without_schedule()
+    with contextlib.nullcontext() if asked is None else asked.apply(pipe):
         if not whole:
             with contextlib.suppress(DitAccelError):
                 sampling.call(pipe, {**arguments, "num_inference_steps": 1}, seed=0)

@@ -91,6 +91,10 @@ class MethodChoice:
         how |= dataclasses.asdict(self.schedule)
         return accelerator.accelerate(pipe, self.name, layer_schedule=self.layers, **self.config, **how)
 
+    def without_schedule(self) -> MethodChoice:
+        """The same without schedule and self-check, so that a single step runs the method."""
+        return dataclasses.replace(self, schedule=Schedule(), selfcheck=SelfCheck())
+
     def record(self) -> dict[str, Any]:
         """Plain values for JSON, default settings included."""
         own = self.settings
