@@ -55,10 +55,8 @@ def options(
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and exit.
 
-    The status is 0 for success, 2 after a user's error, 130 after Ctrl-C, and 143 after SIGTERM.
-
-    Args:
-        arguments: those behind `dit-accel`; `sys.argv` if None.
+    The status is 0 for success, 2 after a user's error, 130 after Ctrl-C, and 143 after SIGTERM. Without `arguments`
+    they are those of `sys.argv`.
     """
     _terminated.clear()
     for stream in (sys.stdout, sys.stderr):

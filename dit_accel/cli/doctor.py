@@ -135,11 +135,7 @@ def _gigabytes(size: int) -> str:
 
 
 def weight_bytes(source: Source, dtype: torch.dtype) -> dict[str, int]:
-    """Bytes of each component with weights, in that dtype, by name; read from its JSON files alone.
-
-    Raises:
-        DitAccelError: a configuration is missing, or describes no model that is installed here.
-    """
+    """Bytes of each component with weights, in that dtype, by name; read from its JSON files alone."""
     import torch
 
     found = {}

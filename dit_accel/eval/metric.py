@@ -42,11 +42,7 @@ class Scored:
 
 
 def paired(name: str, frames: torch.Tensor, baseline: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Frames and baseline in float32 for a metric of that name.
-
-    Raises:
-        ValueError: the shapes differ.
-    """
+    """Frames and baseline in float32 for a metric of that name; ValueError if their shapes differ."""
     if frames.shape != baseline.shape:
         raise ValueError(f"{name} compares equal shapes, got {tuple(frames.shape)} and {tuple(baseline.shape)}.")
     return frames.float(), baseline.float()
@@ -71,7 +67,7 @@ class Metric:
         published: the network that the metric's plain name means; None: the printed name always has the network.
         packages: of the usual network.
         default: whether it is measured without being named: "always"; "published", with all usual networks; "embedded",
-            with the embedded CLIP; "never".
+            with the embedded CLIP; "demo", for the embedded model.
         video: it compares neighbouring frames, so an image has no value.
         decibels: mean squared errors are averaged, not decibels.
     """
@@ -89,7 +85,7 @@ class Metric:
     network: Callable[[Networks, str | None], Any] | None = None
     published: str | None = None
     packages: tuple[str, ...] = ()
-    default: Literal["always", "published", "embedded", "demo", "never"] = "always"
+    default: Literal["always", "published", "embedded", "demo"] = "always"
     video: bool = False
     decibels: bool = False
 

@@ -80,11 +80,7 @@ def opened(
     maps: MapChoice | None = None,
     pipe: DiffusionPipeline | None = None,
 ) -> Iterator[Evaluation]:
-    """A checked evaluation, whose model is loaded and whose samples are not yet made; its folder is held.
-
-    Args:
-        pipe: as in `run`.
-    """
+    """A checked evaluation, whose model is loaded and whose samples are not yet made; its folder is held."""
     limits = [] if request.require is None else gates.parse(request.require)
     source = sources.find(request.model, request.revision)
     check_seeds(request.seeds)

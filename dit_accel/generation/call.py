@@ -42,11 +42,7 @@ NOT_OPTIONS = {"self", "output_type", "return_dict", "callback_on_step_end", "ca
 
 
 def placement(device: str, dtype: str, offload: str) -> tuple[torch.device, torch.dtype]:
-    """The device and dtype of these names; "auto" chooses.
-
-    Raises:
-        DitAccelError: the device is missing, or offloading is asked for without a GPU.
-    """
+    """The device and dtype of these names; "auto" chooses. Refuses missing devices, and offloading without a GPU."""
     import torch
 
     if device == "auto":
@@ -64,11 +60,7 @@ def placement(device: str, dtype: str, offload: str) -> tuple[torch.device, torc
 
 
 def open_image(path: Path) -> Image:
-    """Read the picture for image-to-video.
-
-    Raises:
-        DitAccelError: it is missing or not a picture.
-    """
+    """Read the picture for image-to-video; refuse what is missing or no picture."""
     from PIL import Image, UnidentifiedImageError
 
     try:
@@ -81,11 +73,7 @@ def open_image(path: Path) -> Image:
 
 
 def prepare(pipe: DiffusionPipeline, loras: Iterable[str], *, vae_tiling: bool, compile: bool) -> None:
-    """Load LoRAs, enable tiling and compile the transformers' blocks, as asked.
-
-    Raises:
-        DitAccelError: the pipeline cannot, or a LoRA cannot be loaded.
-    """
+    """Load LoRAs, enable tiling and compile the transformers' blocks; refuse what the pipeline cannot do."""
     names: list[str] = []
     for lora in loras:
         names.append(f"lora{len(names)}")

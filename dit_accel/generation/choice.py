@@ -77,11 +77,7 @@ class MethodChoice:
             PlanCache(registry.get_method(self.name), config).get(grid, torch.device("cpu"))
 
     def apply(self, pipe: DiffusionPipeline) -> Accelerator:
-        """Accelerate the pipeline.
-
-        Raises:
-            DitAccelError: the pipeline's family is not supported, or the saved accelerator is for another model.
-        """
+        """Accelerate the pipeline; errors as in `accelerate` and `checkpoint.load`."""
         from dit_accel import accelerator
         from dit_accel.checkpoint import load as saved
 

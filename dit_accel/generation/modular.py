@@ -53,16 +53,13 @@ def load(
     given: Iterable[str],
     offload_to: torch.device | None,
 ) -> ModularPipeline:
-    """Load a modular pipeline with the components of the blocks that run, from safetensors.
+    """Load a modular pipeline with the components of the blocks that run, from safetensors; errors are Diffusers' own.
 
     Args:
         where: a folder, or an id on the Hub.
         dtypes: of the weights by component, and of others under "default".
         given: arguments of the calls to come; they decide which blocks run.
         offload_to: the device to which whole models move when they run; None: they stay where they are put.
-
-    Raises:
-        OSError, ValueError: a component is missing or damaged.
     """
     from diffusers import ComponentsManager, ModelMixin, ModularPipeline
     from transformers import PreTrainedModel

@@ -32,11 +32,7 @@ def built_in() -> list[str]:
 
 
 def read(source: str) -> Prompts:
-    """Read prompts.
-
-    Args:
-        source: a text file with one prompt a line, the name of a built-in list, or a folder of captioned images or
-            videos.
+    """The prompts of a text file (one a line), a built-in list, or a folder of captioned images or videos.
 
     Raises:
         DitAccelError: there is no such source, it cannot be read or holds no prompt, or an image has no caption.

@@ -30,7 +30,7 @@ FLOAT32_CODECS = ("AutoencoderKLWan",)  # its published recipe: 16 bits cause ba
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """A pipeline in Diffusers' format, modular or not.
+    """A pipeline in Diffusers' format, modular or not. What its files lack or nothing here supports is refused.
 
     Args:
         model: the user's name for it.
@@ -69,11 +69,7 @@ class Source:
         return read_json(path, f"configuration of {component}", REFETCH)
 
     def pipeline_class(self) -> type:
-        """The pipeline's class in Diffusers.
-
-        Raises:
-            DitAccelError: this version of Diffusers has no such class.
-        """
+        """The pipeline's class in Diffusers, where this version has it."""
         import diffusers
 
         name = self.index.get("_class_name")
@@ -83,11 +79,7 @@ class Source:
         return found
 
     def family(self) -> Family:
-        """The family of the transformer.
-
-        Raises:
-            DitAccelError: the pipeline has no transformer, or one of no supported family.
-        """
+        """The family of the transformer, where it has one."""
         name = self.component_class("transformer")
         if name is None:
             raise DitAccelError(f"{self.model} has no transformer. Only diffusion transformers can be accelerated.")
@@ -97,11 +89,7 @@ class Source:
         return family
 
     def sizes(self) -> Sizes:
-        """The sizes that the model can make.
-
-        Raises:
-            DitAccelError: the transformer's family is not supported, or a configuration file is missing or incomplete.
-        """
+        """The sizes that the model can make."""
         try:
             sizes = self.family().sizes(self.config("transformer"), self.config("vae"))
         except KeyError as missing:
@@ -123,7 +111,7 @@ class Source:
 
     @property
     def fps(self) -> int:
-        """Frames a second by default; errors as in `sizes`."""
+        """Frames a second by default."""
         from dit_accel.pipelines.demo import DEFAULTS
 
         return DEFAULTS.fps if self.kind == "embedded" else self.sizes().fps

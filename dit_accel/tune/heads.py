@@ -30,11 +30,7 @@ Ranked = tuple[list[int], list[float]]  # heads, the least missed first; the los
 
 
 def run(request: TuneRequest) -> list[str]:
-    """Calibrate, write the layer schedule, and return lines that state the result.
-
-    Raises:
-        DitAccelError: the request cannot be carried out, or layers differ in their number of heads.
-    """
+    """As `calibrate.run`; layers that differ in their number of heads are refused."""
     assert request.calibrate is not None
     with quality.opened(request.evaluation(metrics=("psnr",)), [DENSE]) as opened, progress_bar() as progress:
         pipe: Any = opened.sweep.pipe
@@ -86,8 +82,7 @@ def ranked(heads: int, loss: Callable[[tuple[int, ...]], float]) -> Ranked:
 def chosen(layers: list[Ranked], heads: int, share: float) -> list[tuple[int, ...]]:
     """For each layer and head 1 if it is kept and 0 if not: at most a share of all heads, at the least total loss.
 
-    Raises:
-        DitAccelError: the share leaves a layer without a head.
+    A share that leaves a layer without a head is refused.
     """
     counts = range(1, heads)
     costs = tuple(1 - count / heads for count in counts)

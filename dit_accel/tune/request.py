@@ -50,11 +50,7 @@ class TuneRequest(ScheduleOptions, PromptsRequest):
             self.calibrated()
 
     def calibrated(self) -> tuple[str, dict[str, Any]]:
-        """The method to calibrate, and its settings.
-
-        Raises:
-            DitAccelError: another method was named, or a setting is refused.
-        """
+        """The method to calibrate, and its settings; other methods and odd settings are refused."""
         name, config = registry.parse_method(*self.method) if len(self.method) == 1 else ("sparge", {})
         if name not in ("sparge", "heads") or len(self.method) > 1 or (name == "heads" and config):
             raise DitAccelError(

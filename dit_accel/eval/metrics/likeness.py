@@ -1,4 +1,4 @@
-"""Likeness to a baseline, pixel by pixel."""
+"""Likeness to a baseline, pixel by pixel. Frames and baselines are float [F, C, H, W] in [0, 1], of one shape."""
 
 from __future__ import annotations
 
@@ -9,21 +9,14 @@ from dit_accel.eval.metric import Metric, paired
 
 
 def psnr(frames: torch.Tensor, baseline: torch.Tensor) -> float:
-    """PSNR over all frames, colours and pixels together: 10 log10(1 / MSE), infinity for identical frames.
-
-    Args:
-        frames, baseline: float [F, C, H, W] in [0, 1], of one shape.
-    """
+    """PSNR over all frames, colours and pixels together: 10 log10(1 / MSE), infinity for identical frames."""
     return float(peak_signal_noise_ratio(*paired("PSNR", frames, baseline), data_range=1.0))
 
 
 def ssim(frames: torch.Tensor, baseline: torch.Tensor) -> float:
     """SSIM of each frame with its baseline (Wang et al. 2004, gaussian window of 11 with sigma 1.5), averaged.
 
-    It is at most 1, for identical frames.
-
-    Args:
-        frames, baseline: float [F, C, H, W] in [0, 1], of one shape, with sides of at least 11 pixels.
+    It is at most 1, for identical frames. Their sides have at least 11 pixels.
     """
     return float(structural_similarity_index_measure(*paired("SSIM", frames, baseline), data_range=1.0))
 
@@ -31,10 +24,7 @@ def ssim(frames: torch.Tensor, baseline: torch.Tensor) -> float:
 def temporal_psnr(frames: torch.Tensor, baseline: torch.Tensor) -> float:
     """PSNR between x[t+1] - x[t] of the frames and of the baseline, with the frames' own peak of 1.
 
-    A constant error of all frames, such as a shift in brightness, does not count; flicker counts twice.
-
-    Args:
-        frames, baseline: float [F, C, H, W] in [0, 1], of one shape, F at least 2.
+    A constant error of all frames, such as a shift in brightness, does not count; flicker counts twice. F is 2 or more.
     """
     if len(frames) < 2:
         raise ValueError(f"Temporal PSNR compares neighbouring frames and needs 2 of them, got {len(frames)}.")

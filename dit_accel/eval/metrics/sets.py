@@ -35,11 +35,7 @@ class Fid(FrechetInceptionDistance):
         self.orig_dtype = torch.float32  # torchmetrics sets it in update, which a process without samples never calls
 
     def compute(self) -> torch.Tensor:
-        """The squared distance, 0 for equal sets.
-
-        Raises:
-            TooFew: a set has no more images than features, so its covariance is singular.
-        """
+        """The squared distance, 0 for equal sets; `TooFew` where no more images than features make a covariance."""
         wanted = least(self.inception.num_features)
         got = min(int(self.real_features_num_samples), int(self.fake_features_num_samples))
         if got < wanted:
@@ -74,11 +70,7 @@ class Kid(KernelInceptionDistance):
             getattr(self, name).append(torch.zeros(0, features))  # a process without samples still takes part
 
     def compute(self) -> torch.Tensor:
-        """The mean over subsets; about 0 for equal sets, at random slightly below.
-
-        Raises:
-            TooFew: a set has a single image.
-        """
+        """The mean over subsets; about 0 for equal sets, at random slightly below. `TooFew` for a single image."""
         # gathered features are one tensor, others a list of them
         both = ([x] if isinstance(x, torch.Tensor) else x for x in (self.real_features, self.fake_features))
         sizes = [sum(map(len, parts)) for parts in both]

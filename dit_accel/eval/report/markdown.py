@@ -42,11 +42,7 @@ def excerpt(summary: dict[str, Any], label: str) -> str:
 
 
 def table(summary: dict[str, Any], costs: bool = True) -> str:
-    """All rows, numbered as in the pictures, with density, speed-up and every metric.
-
-    Args:
-        costs: also give times, memory, and intervals.
-    """
+    """All rows, numbered as in the pictures: density, speed-up, metrics; with `costs` times, memory, intervals too."""
     metrics = summary["metrics"]
     head = ["", "method", "density", "speed-up"]
     head += ["loop p50 / p95 (s)", "attention p50 / p95 (s)", "memory"] if costs else []

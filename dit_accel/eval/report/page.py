@@ -16,14 +16,7 @@ KINDS = {".mp4": "video/mp4", ".webm": "video/webm", ".png": "image/png", ".jpg"
 
 
 def render(summary: dict[str, Any], folder: Path) -> str:
-    """The page of a summary.
-
-    Args:
-        folder: what its paths are relative to.
-
-    Raises:
-        DitAccelError: matplotlib is not installed, or a picture or video is missing or of an unknown kind.
-    """
+    """The page of a summary, whose paths are relative to `folder`; errors as in `write_report`."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup, escape
 

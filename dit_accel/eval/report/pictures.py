@@ -90,11 +90,7 @@ def panel(summary: dict[str, Any], metric: dict[str, Any]) -> str:
 
 
 def heat_maps(record: dict[str, Any]) -> str:
-    """Error and kept mass of one method as SVG: layers × steps (mean over heads) above layers × heads (over steps).
-
-    Args:
-        record: an entry of the summary's `attention`.
-    """
+    """An entry of the summary's `attention` as SVG: layers × steps (means over heads) above layers × heads."""
     import matplotlib
     import numpy as np
 
