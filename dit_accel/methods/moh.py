@@ -32,7 +32,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dit_accel.errors import DitAccelError
-from dit_accel.kernels.block_sparse.dense import accumulation, zeros_spread
+from dit_accel.kernels.block_sparse.dense import zeros_spread
 from dit_accel.kernels.block_sparse.geometry import BlockLists
 from dit_accel.kernels.impls import AUTO
 from dit_accel.plans.definition import Definition, masked_attention
@@ -125,7 +125,7 @@ class HeadRouter(nn.Module):
     def forward(self, q: Tensor) -> Gates:
         """The gates of queries [B, h, N, D]."""
         q, shared = q.detach(), self.shared
-        wide, routed = accumulation(q.dtype), q.shape[1] - shared
+        wide, routed = torch.promote_types(q.dtype, torch.float32), q.shape[1] - shared
         logits = F.linear(q.transpose(1, 2).flatten(2), self.weight.to(q.dtype)).to(wide).mT
         norms = torch.linalg.vector_norm(q[:, shared:], dim=-1, dtype=wide) * q.shape[-1] ** -0.5
         shares = (logits[:, :routed] + norms).softmax(1)

@@ -32,11 +32,6 @@ def logits_at_once(device: torch.device) -> int:
     return CPU_LOGITS if device.type == "cpu" else DEVICE_LOGITS
 
 
-def accumulation(dtype: torch.dtype) -> torch.dtype:
-    """The type of softmax statistics, LSE and sums of gradients."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 def forward(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, blind: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
@@ -53,7 +48,7 @@ def forward(
         Output [G, H, nq, D] in q's dtype, in memory [G, nq, H, D]. Natural-log LSE [G, H, nq] in fp32 (fp64 for fp64).
         A blind row has output 0 and LSE -inf.
     """
-    wide = accumulation(q.dtype)
+    wide = torch.promote_types(q.dtype, torch.float32)
     if bias is not None:
         bias = bias.to(wide)
     if _fused(q):
@@ -96,7 +91,7 @@ def backward(
     """
     lse = lse.masked_fill(lse.isneginf(), float("inf"))  # weights of 0, also under a bias of -inf
     if bias is not None:
-        bias = bias.to(accumulation(q.dtype))
+        bias = bias.to(torch.promote_types(q.dtype, torch.float32))
     if not _fused(q):
         return _backward_by_products(grad_out, grad_lse, q, k, v, out, lse, bias, scale)
     dim = q.shape[-1]
@@ -124,7 +119,7 @@ def merge(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> None:
 
 
 def _backward_by_products(grad_out, grad_lse, q, k, v, out, lse, bias, scale):
-    wide = accumulation(q.dtype)
+    wide = torch.promote_types(q.dtype, torch.float32)
     keys, values = k.to(wide), v.to(wide)
     grad_q = torch.empty_like(q, dtype=wide)
     grad_k, grad_v = torch.zeros_like(keys), torch.zeros_like(values)
@@ -219,7 +214,7 @@ def rows_first(x: Tensor) -> Tensor:
 
 def empty_output(q: Tensor) -> tuple[Tensor, Tensor]:
     """Results of queries without key: output 0 [B, H, N, D], in memory [B, N, H, D], and LSE -inf [B, H, N]."""
-    return zeros_spread(q), q.new_full(q.shape[:3], float("-inf"), dtype=accumulation(q.dtype))
+    return zeros_spread(q), q.new_full(q.shape[:3], float("-inf"), dtype=torch.promote_types(q.dtype, torch.float32))
 
 
 def zeros_spread(x: Tensor) -> Tensor:

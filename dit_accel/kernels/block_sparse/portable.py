@@ -54,7 +54,7 @@ def forward(call: BlockSparseCall) -> tuple[Tensor, Tensor]:
     out, lse = empty_output(q)
     batches = preparations.get(lists, geometry, q.device)
     # a row's results may be merged several times, and are rounded once
-    kind = dense.accumulation(q.dtype) if any(batch.merged for batch in batches) else q.dtype
+    kind = torch.promote_types(q.dtype, torch.float32) if any(batch.merged for batch in batches) else q.dtype
     for b, place in enumerate(places):
         queries, keys, values = (rows_first(x[b]) for x in (q, k, v))
         outs, lses = out[b].to(kind), rows_first(lse[b])
@@ -88,7 +88,7 @@ def backward(
     for b, place in enumerate(places):
         upstream, queries, keys, values, outs, lses = (rows_first(x[b]) for x in (grad_out, q, k, v, out, lse))
         upstream_lse = None if grad_lse is None else rows_first(grad_lse[b])
-        sums = [torch.zeros_like(x[b], dtype=dense.accumulation(x.dtype)) for x in grads]
+        sums = [torch.zeros_like(x[b], dtype=torch.promote_types(x.dtype, torch.float32)) for x in grads]
         for heads, rows_q, rows_k, (bias, _), _ in _problems(batches, geometry, place, q):
             parts = dense.backward(
                 rows_q.of(upstream[heads]), None if upstream_lse is None else rows_q.of(upstream_lse[heads]),
@@ -164,7 +164,8 @@ def _backward_by_head(
         upstream, queries, outs, lses = (side_q.blocks(x[b])[order] for x in (grad_out, q, out, lse))
         upstream_lse = None if grad_lse is None else side_q.blocks(grad_lse[b])[order]
         keys, values = (side_k.blocks(x[b]).flatten(0, 1).contiguous() for x in (k, v))
-        sums = [x.new_zeros(x.shape, dtype=dense.accumulation(q.dtype)) for x in (queries, keys, values)]
+        wide = torch.promote_types(q.dtype, torch.float32)
+        sums = [x.new_zeros(x.shape, dtype=wide) for x in (queries, keys, values)]
         for rows, listed, bias, _ in problems:
             dlse = None if upstream_lse is None else upstream_lse[rows, None]
             dq, *parts = dense.backward(

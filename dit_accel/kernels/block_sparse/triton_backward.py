@@ -14,6 +14,7 @@ from dit_accel.kernels.block_sparse.triton_tokens import (
     held_at,
     holds,
     list_of,
+    load_both,
     load_rows,
     load_words,
     locate,
@@ -59,13 +60,9 @@ def of_queries(
     b_g is the gradient of the output; other arguments as in `triton_forward.attend_lists`.
     """
     BLOCK_K: tl.constexpr = CUT[0]
-    k_start, k_row = k
-    v_start, v_row = v
     list_row, pure, _clean, tabled, count, number = lists
     visual_start = starts[0]
     T, H, W = grid
-    o_d = tl.arange(0, BLOCK_D)
-    m_d = o_d < D
     slot_q = tl.arange(0, BLOCK_Q)
     acc = tl.zeros([BLOCK_Q, BLOCK_D], dtype=tl.float32)
     STEPS: tl.constexpr = BLOCK_K // STEP
@@ -79,18 +76,10 @@ def of_queries(
             first = visual_start + place
             place = tl.load(list_row + (i + 1) // STEPS, mask=i + 1 < end, other=0)
             if MASKED:
-                rows = tl.minimum(first + place_k, visual_start + T * H * W - 1).to(tl.int64)
-                p_k = k_start + rows[:, None] * k_row + o_d[None, :]
-                p_v = v_start + rows[None, :] * v_row + o_d[:, None]
+                rows, first = tl.minimum(first + place_k, visual_start + T * H * W - 1).to(tl.int64), 0
             else:
-                p_k = k_start + place_k.to(tl.int64)[:, None] * k_row + o_d[None, :] + first.to(tl.int64) * k_row
-                p_v = v_start + place_k.to(tl.int64)[None, :] * v_row + o_d[:, None] + first.to(tl.int64) * v_row
-            if BLOCK_D == D:
-                b_k = tl.load(p_k)  # [STEP, BLOCK_D]
-                b_v = tl.load(p_v)  # [BLOCK_D, STEP]
-            else:
-                b_k = tl.load(p_k, mask=m_d[None, :], other=0.0)
-                b_v = tl.load(p_v, mask=m_d[:, None], other=0.0)
+                rows, first = place_k.to(tl.int64), first.to(tl.int64)
+            b_k, b_v = load_both(k, v, rows, first, D, BLOCK_D, False, True)  # [STEP, BLOCK_D] and [BLOCK_D, STEP]
             exponent = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * scale - b_lse[:, None]
             if MASKED:
                 low, high = load_words(words, number + i // STEPS - pure, slot_q, slot_k, None, STEP, BLOCK_Q, BLOCK_K)
@@ -105,14 +94,7 @@ def of_queries(
             tl.load(list_row + i // STEPS), starts, T, H, W, conditioning, text_len, BLOCK_K, CUT[1], CUT[2], CUT[3]
         )  # fmt: skip
         rows = rows_at(where, visual_start, slot_k + tl.arange(0, STEP), H, W, CUT[2], CUT[3])
-        p_k = k_start + rows[:, None] * k_row + o_d[None, :]
-        p_v = v_start + rows[None, :] * v_row + o_d[:, None]
-        if BLOCK_D == D:
-            b_k = tl.load(p_k)
-            b_v = tl.load(p_v)
-        else:
-            b_k = tl.load(p_k, mask=m_d[None, :], other=0.0)
-            b_v = tl.load(p_v, mask=m_d[:, None], other=0.0)
+        b_k, b_v = load_both(k, v, rows, 0, D, BLOCK_D, False, True)
         low = held_at(where, slot_k, T, H, W, CUT[1], CUT[2], CUT[3])
         high = held_at(where, slot_k + 64, T, H, W, CUT[1], CUT[2], CUT[3]) if STEP > 64 else low
         seen = holds(low, high, tl.arange(0, STEP)[None, :], STEP)
@@ -140,12 +122,8 @@ def of_keys(
         CUT: BLOCK_Q and the tile of a query block, which is taken in steps of STEP rows.
     """
     BLOCK_Q: tl.constexpr = CUT[0]
-    q_start, q_row = q
-    g_start, g_row = grad_out
     visual_start = starts[0]
     T, H, W = grid
-    o_d = tl.arange(0, BLOCK_D)
-    m_d = o_d < D
     b_dk = tl.zeros([ROWS, BLOCK_D], dtype=tl.float32)
     b_dv = tl.zeros([ROWS, BLOCK_D], dtype=tl.float32)
     STEPS: tl.constexpr = BLOCK_Q // STEP
@@ -156,19 +134,13 @@ def of_keys(
             if BOUNDED:
                 where = block_at(block, starts, T, H, W, conditioning, text, BLOCK_Q, CUT[1], CUT[2], CUT[3])
                 rows_q = rows_at(where, visual_start, slot_q, H, W, CUT[2], CUT[3])
-                p_q = q_start + rows_q[:, None] * q_row + o_d
-                p_g = g_start + rows_q[:, None] * g_row + o_d
+                first, place_q = 0, rows_q
             else:
                 place_q = places_in(slot_q, H, W, CUT[2], CUT[3]).to(tl.int64)
                 first = (visual_start + block).to(tl.int64)
                 rows_q = first + place_q
-                p_q = q_start + place_q[:, None] * q_row + o_d + first * q_row
-                p_g = g_start + place_q[:, None] * g_row + o_d + first * g_row
-            if BLOCK_D == D:
-                b_q, b_g = tl.load(p_q), tl.load(p_g).to(b_k.dtype)  # [STEP, BLOCK_D]
-            else:
-                b_q = tl.load(p_q, mask=m_d[None, :], other=0.0)
-                b_g = tl.load(p_g, mask=m_d[None, :], other=0.0).to(b_k.dtype)
+            b_q, b_g = load_both(q, grad_out, place_q, first, D, BLOCK_D, False, False)  # [STEP, BLOCK_D]
+            b_g = b_g.to(b_k.dtype)
             b_lse, b_delta = row_statistics(lse, delta, rows_q, None)
             if BOUNDED:  # padding slots get weights of 0
                 step = i % STEPS * STEP

@@ -11,6 +11,7 @@ from dit_accel.kernels.block_sparse.triton_tokens import (
     held_at,
     holds,
     list_of,
+    load_both,
     load_rows,
     load_words,
     locate,
@@ -58,13 +59,9 @@ def attend_lists(
     """
     BLOCK_K: tl.constexpr = CUT[0]
     STEPS: tl.constexpr = BLOCK_K // STEP
-    k_start, k_row = k
-    v_start, v_row = v
     list_row, pure, _clean, tabled, count, number = lists
     visual_start = starts[0]
     T, H, W = grid
-    o_d = tl.arange(0, BLOCK_D)
-    m_d = o_d < D
     slot_q = tl.arange(0, BLOCK_Q)
     acc = tl.zeros([BLOCK_Q, BLOCK_D], dtype=tl.float32)
     peak = tl.full([BLOCK_Q], float("-inf"), dtype=tl.float32)
@@ -79,18 +76,10 @@ def attend_lists(
             first = visual_start + place
             place = tl.load(list_row + (i + 1) // STEPS, mask=i + 1 < end, other=0)
             if MASKED:
-                rows = tl.minimum(first + place_k, visual_start + T * H * W - 1).to(tl.int64)
-                p_k = k_start + rows[None, :] * k_row + o_d[:, None]
-                p_v = v_start + rows[:, None] * v_row + o_d[None, :]
+                rows, first = tl.minimum(first + place_k, visual_start + T * H * W - 1).to(tl.int64), 0
             else:
-                p_k = k_start + place_k.to(tl.int64)[None, :] * k_row + o_d[:, None] + first.to(tl.int64) * k_row
-                p_v = v_start + place_k.to(tl.int64)[:, None] * v_row + o_d[None, :] + first.to(tl.int64) * v_row
-            if BLOCK_D == D:
-                b_k = tl.load(p_k)  # [BLOCK_D, STEP]
-                b_v = tl.load(p_v)  # [STEP, BLOCK_D]
-            else:
-                b_k = tl.load(p_k, mask=m_d[:, None], other=0.0)
-                b_v = tl.load(p_v, mask=m_d[None, :], other=0.0)
+                rows, first = place_k.to(tl.int64), first.to(tl.int64)
+            b_k, b_v = load_both(k, v, rows, first, D, BLOCK_D, True, False)  # [BLOCK_D, STEP] and [STEP, BLOCK_D]
             scores = tl.dot(b_q, b_k, input_precision=PRECISION)
             if MASKED:
                 low, high = load_words(words, number + i // STEPS - pure, slot_q, slot_k, None, STEP, BLOCK_Q, BLOCK_K)
@@ -104,14 +93,7 @@ def attend_lists(
             tl.load(list_row + i // STEPS), starts, T, H, W, conditioning, text_len, BLOCK_K, CUT[1], CUT[2], CUT[3]
         )  # fmt: skip
         rows = rows_at(where, visual_start, slot_k + tl.arange(0, STEP), H, W, CUT[2], CUT[3])
-        p_k = k_start + rows[None, :] * k_row + o_d[:, None]
-        p_v = v_start + rows[:, None] * v_row + o_d[None, :]
-        if BLOCK_D == D:
-            b_k = tl.load(p_k)
-            b_v = tl.load(p_v)
-        else:
-            b_k = tl.load(p_k, mask=m_d[:, None], other=0.0)
-            b_v = tl.load(p_v, mask=m_d[None, :], other=0.0)
+        b_k, b_v = load_both(k, v, rows, 0, D, BLOCK_D, True, False)
         low = held_at(where, slot_k, T, H, W, CUT[1], CUT[2], CUT[3])
         high = held_at(where, slot_k + 64, T, H, W, CUT[1], CUT[2], CUT[3]) if STEP > 64 else low
         seen = holds(low, high, tl.arange(0, STEP)[None, :], STEP)

@@ -129,7 +129,8 @@ def _route(
     """`route` of visual tokens, [B, H, visual, D], and the worst `skip` blocks of each row."""
     if not scale > 0:
         raise DitAccelError(f"The router ranks logits, whose scale is above 0; got {scale}.")
-    chosen, _ = choose_impl(q.device, q.dtype, q.shape[-1], query_order, key_order, impl, rule.by_number)
+    facts = Facts.of(q.device, q.dtype, q.shape[-1], query_order, key_order, by_number=rule.by_number)
+    chosen = choose_impl(facts, impl)
     rows = q.shape[0], q.shape[1], query_order.visual_blocks
     indices, counts, worst = route_blocks(
         q, k,
@@ -142,20 +143,11 @@ def _route(
     return BlockLists(indices, counts), worst
 
 
-def choose_impl(
-    device: torch.device,
-    dtype: torch.dtype,
-    head_dim: int,
-    query_order: TokenOrder,
-    key_order: TokenOrder,
-    impl: Impl = AUTO,
-    by_number: bool = False,
-) -> tuple[Implementation, str]:
-    """The implementation that a call gets, and why; `impl` as in `route`, `by_number` as in `Rule`."""
-    facts = Facts.of(device, dtype, head_dim, query_order, key_order, by_number=by_number)
+def choose_impl(facts: Facts, impl: Impl) -> Implementation:
+    """The implementation that a call gets; `impl` as in `route`."""
     if impl not in impls.names(impls.ROUTER) or (impl != AUTO and impls.named(impl, impls.ROUTER).obstacle(facts)):
         impl = AUTO
-    return impls.choose(facts, impl, impls.ROUTER)
+    return impls.choose(facts, impl, impls.ROUTER)[0]
 
 
 def _per_row(

@@ -68,7 +68,7 @@ class _Tail(NamedTuple):
 
     @classmethod
     def of(cls, k: Tensor, v: Tensor, geometry: Geometry) -> _Tail:
-        wide, order = dense.accumulation(k.dtype), geometry.key_order
+        wide, order = torch.promote_types(k.dtype, torch.float32), geometry.key_order
         held = valid_tokens(order).to(k.device, wide)[:, None]
         return cls(block_means(k, order), block_means(v, order), held, wide)
 

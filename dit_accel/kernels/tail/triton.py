@@ -54,11 +54,8 @@ def backward(
     q, k, v, exact, exact_lse, *_ = launches.call
     grad_lse = torch.zeros_like(lse) if grad_lse is None else grad_lse.contiguous()
     exact_lse = exact_lse.contiguous()
-    dq, dexact, (dexact_lse, delta) = (
-        launches.room_for(q),
-        launches.room_for(exact),
-        torch.empty((2, *lse.shape), dtype=lse.dtype, device=lse.device),
-    )
+    dq, dexact = launches.room_for(q), launches.room_for(exact)
+    dexact_lse, delta = lse.new_empty((2, *lse.shape))
     pseudo = *launches.pseudo(k, v), *launches.logs_and_map
     tensors = q, grad_out, out, exact, grad_lse, lse, exact_lse, *pseudo, dq, dexact, dexact_lse, delta
     launches.start("dq", launches.query_blocks, tensors, (q, grad_out, out, exact), (launches.key_blocks,))

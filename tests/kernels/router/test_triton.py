@@ -11,6 +11,7 @@ import torch
 from router_calls import GRIDS, RULES, dense, inputs
 
 from dit_accel.kernels.block_sparse.geometry import BlockLists
+from dit_accel.kernels.impls import Facts
 from dit_accel.kernels.router.api import choose_impl, route, route_pooled
 from dit_accel.kernels.router.call import Rule
 from dit_accel.order import TokenOrder
@@ -60,7 +61,8 @@ def test_vectors_of_whole_blocks(rule):
     dense(found[1], 70)
     assert all(torch.equal(*pair) for pair in zip(found[0][:2], found[1][:2], strict=True))
     single = TokenOrder(TokenGrid(1, 1, 70), 1)
-    assert choose_impl(torch.device(DEVICE), torch.float32, 24, single, single, "triton")[0].name == "triton"
+    facts = Facts.of(torch.device(DEVICE), torch.float32, 24, single, single)
+    assert choose_impl(facts, "triton").name == "triton"
 
 
 def one_row(scores, rule):
@@ -106,7 +108,8 @@ def test_runs_are_equal():
 
 def test_what_it_cannot_route_is_routed_by_another():
     orders = (TokenOrder(TokenGrid(1, 1, 90), 24),) * 2
-    for order, name in ((orders[0], "portable"), (TokenOrder(TokenGrid(1, 1, 90), 16), "triton")):
-        assert choose_impl(torch.device(DEVICE), torch.float32, 8, order, order, "triton")[0].name == name
     long = TokenOrder(TokenGrid(1, 512, 512), 16)
-    assert choose_impl(torch.device(DEVICE), torch.float32, 8, long, long, "triton")[0].name == "portable"
+    fits = TokenOrder(TokenGrid(1, 1, 90), 16)
+    for order, name in ((orders[0], "portable"), (fits, "triton"), (long, "portable")):
+        facts = Facts.of(torch.device(DEVICE), torch.float32, 8, order, order)
+        assert choose_impl(facts, "triton").name == name

@@ -159,26 +159,34 @@ def put(x, where, buffer, TILE: gl.constexpr, D: gl.constexpr):
 
 
 @gluon.jit
-def own_query(call, TILE_Q: gl.constexpr):
-    """Where this program's query block lies."""
-    starts, _text_len = starts_of(
+def own_starts(call):
+    """Where this program's sample's keys begin, and where its text ends."""
+    return starts_of(
         gl.program_id(2), call.visual_starts, call.conditioning_starts, call.text_starts, call.text_lens, call.usual,
         call.given,
     )  # fmt: skip
+
+
+@gluon.jit
+def query_starts(call):
+    """Where this program's sample's queries begin."""
+    starts, _text_len = own_starts(call)
     visual_start, conditioning_start, text_start = starts
-    starts = (visual_start * call.shared_rows, conditioning_start, text_start)
+    return visual_start * call.shared_rows, conditioning_start, text_start
+
+
+@gluon.jit
+def own_query(call, TILE_Q: gl.constexpr):
+    """Where this program's query block lies."""
     # text rows, which see everything, are the last blocks: start them first
     block = call.query_blocks - 1 - gl.program_id(0)
-    return whereabouts(block, starts, call.query_text, call.queries, 2 * ROWS, TILE_Q)
+    return whereabouts(block, query_starts(call), call.query_text, call.queries, 2 * ROWS, TILE_Q)
 
 
 @gluon.jit
 def own_list(call):
     """This program's list."""
-    starts, text_len = starts_of(
-        gl.program_id(2), call.visual_starts, call.conditioning_starts, call.text_starts, call.text_lens, call.usual,
-        call.given,
-    )  # fmt: skip
+    starts, text_len = own_starts(call)
     row = (gl.program_id(2) * call.heads + gl.program_id(1)) * call.per_head * call.query_blocks
     row += call.query_blocks - 1 - gl.program_id(0)
     places, pure, clean, tabled, count, number = list_of(row, call.places, call.spans, call.width)

@@ -29,12 +29,14 @@ from dit_accel.kernels.block_sparse.gluon.copies import (
     Side,
     Where,
     fetch,
+    own_starts,
     part_of,
     put,
+    query_starts,
     whereabouts,
 )
 from dit_accel.kernels.block_sparse.gluon.forward import LOG2E
-from dit_accel.kernels.block_sparse.triton_tokens import RUNTIME, starts_of
+from dit_accel.kernels.block_sparse.triton_tokens import RUNTIME
 
 
 class KeyBuffers(NamedTuple):
@@ -65,10 +67,7 @@ class Visits(NamedTuple):
 @gluon.jit
 def own_keys(call, text, BLOCK_K: gl.constexpr, TILE_K: gl.constexpr):
     """Where this program's key block lies in a segment of `text` tokens, if it is one of text."""
-    starts, _text_len = starts_of(
-        gl.program_id(2), call.visual_starts, call.conditioning_starts, call.text_starts, call.text_lens, call.usual,
-        call.given,
-    )  # fmt: skip
+    starts, _text_len = own_starts(call)
     return whereabouts(call.width - 1 - gl.program_id(0), starts, text, call.keys, BLOCK_K, TILE_K)
 
 
@@ -99,12 +98,7 @@ def produce(
         where = part_of(own_keys(call, text_len, BLOCK_K, TILE_K), part, TILE_K)
         fetch(k, where, buffers.own_full.index(0), buffers.k.index(part), 0, 1, ROWS, PART_K, D)
         fetch(v, where, buffers.own_full.index(0), buffers.v.index(part), 0, 1, ROWS, PART_K, D)
-    starts, _text_len = starts_of(
-        gl.program_id(2), call.visual_starts, call.conditioning_starts, call.text_starts, call.text_lens, call.usual,
-        call.given,
-    )  # fmt: skip
-    visual_start, conditioning_start, text_start = starts
-    starts = (visual_start * call.shared_rows, conditioning_start, text_start)
+    starts = query_starts(call)
     place = gl.load(visits.places + gl.maximum(gl.minimum(visits.first, visits.last - 1), 0))
     for i in range(visits.first, visits.last):
         next_place = gl.load(visits.places + gl.minimum(i + 1, visits.last - 1))
@@ -311,9 +305,7 @@ def block_sparse_gluon_dkdv_kernel(
         (usual_visual, usual_conditioning, usual_text, usual_length), given, queries, keys,
         query_text, heads, query_blocks, key_blocks, per_head, shared_rows,
     )  # fmt: skip
-    _starts, text_len = starts_of(
-        i_b, visual_starts, conditioning_starts, text_starts, text_lens, call.usual, given
-    )  # fmt: skip
+    _starts, text_len = own_starts(call)
     head = i_b * heads + i_h
     firsts += head * per_head * (2 * key_blocks + 1) + 2 * (key_blocks - 1 - gl.program_id(0))
     visits = Visits(entries, places, numbers, gl.load(firsts), gl.load(firsts + 1), gl.load(firsts + 2))
