@@ -8,13 +8,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from dit_accel.kernels.block_sparse.triton_forward import load_both
 from dit_accel.kernels.block_sparse.triton_tokens import (
     RUNTIME,
     block_at,
     held_at,
     holds,
     list_of,
-    load_both,
     load_rows,
     load_words,
     locate,

@@ -11,7 +11,6 @@ from dit_accel.kernels.block_sparse.triton_tokens import (
     held_at,
     holds,
     list_of,
-    load_both,
     load_rows,
     load_words,
     locate,
@@ -39,6 +38,31 @@ def absorb(acc, peak, total, scores, scale, b_v, PRECISION: tl.constexpr):
     total = total * shrink + tl.sum(weights, 1)
     acc = tl.dot(weights.to(b_v.dtype), b_v, acc * shrink[:, None], input_precision=PRECISION)
     return acc, new_peak, total
+
+
+@triton.jit
+def pointers_to(x, rows, first, BLOCK_D: tl.constexpr, TRANSPOSED: tl.constexpr):
+    """Pointers to rows of one head, [ROWS, BLOCK_D] or TRANSPOSED, counted from row `first`."""
+    start, distance = x
+    o_d = tl.arange(0, BLOCK_D)
+    if TRANSPOSED:
+        pointers = start + rows[None, :] * distance + o_d[:, None]
+    else:
+        pointers = start + rows[:, None] * distance + o_d[None, :]
+    return pointers + first * distance
+
+
+@triton.jit
+def load_both(x, y, rows, first, D: tl.constexpr, BLOCK_D: tl.constexpr, TURN_X: tl.constexpr, TURN_Y: tl.constexpr):
+    """The same rows of one head of x and of y, [ROWS, BLOCK_D] or transposed; all are in memory. 0 beyond D."""
+    p_x, p_y = pointers_to(x, rows, first, BLOCK_D, TURN_X), pointers_to(y, rows, first, BLOCK_D, TURN_Y)
+    if BLOCK_D == D:
+        b_x, b_y = tl.load(p_x), tl.load(p_y)
+    else:
+        there = tl.arange(0, BLOCK_D) < D
+        b_x = tl.load(p_x, mask=there[:, None] if TURN_X else there[None, :], other=0.0)
+        b_y = tl.load(p_y, mask=there[:, None] if TURN_Y else there[None, :], other=0.0)
+    return b_x, b_y
 
 
 @triton.jit

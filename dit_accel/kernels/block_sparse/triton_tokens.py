@@ -193,31 +193,6 @@ def load_rows(x, rows, valid, D: tl.constexpr, BLOCK_D: tl.constexpr):
 
 
 @triton.jit
-def pointers_to(x, rows, first, BLOCK_D: tl.constexpr, TRANSPOSED: tl.constexpr):
-    """Pointers to rows of one head, [ROWS, BLOCK_D] or TRANSPOSED, counted from row `first`."""
-    start, distance = x
-    o_d = tl.arange(0, BLOCK_D)
-    if TRANSPOSED:
-        pointers = start + rows[None, :] * distance + o_d[:, None]
-    else:
-        pointers = start + rows[:, None] * distance + o_d[None, :]
-    return pointers + first * distance
-
-
-@triton.jit
-def load_both(x, y, rows, first, D: tl.constexpr, BLOCK_D: tl.constexpr, TURN_X: tl.constexpr, TURN_Y: tl.constexpr):
-    """The same rows of one head of x and of y, [ROWS, BLOCK_D] or transposed; all are in memory. 0 beyond D."""
-    p_x, p_y = pointers_to(x, rows, first, BLOCK_D, TURN_X), pointers_to(y, rows, first, BLOCK_D, TURN_Y)
-    if BLOCK_D == D:
-        b_x, b_y = tl.load(p_x), tl.load(p_y)
-    else:
-        there = tl.arange(0, BLOCK_D) < D
-        b_x = tl.load(p_x, mask=there[:, None] if TURN_X else there[None, :], other=0.0)
-        b_y = tl.load(p_y, mask=there[:, None] if TURN_Y else there[None, :], other=0.0)
-    return b_x, b_y
-
-
-@triton.jit
 def rows_written(x, rows, heads, tokens, D: tl.constexpr, BLOCK_D: tl.constexpr):
     """Pointers [ROWS, BLOCK_D] to rows of this program's head of x [B, N, H, D]."""
     i_bh = tl.program_id(1)
@@ -233,9 +208,17 @@ def store_rows(x, rows, valid, values, heads, tokens, D: tl.constexpr, BLOCK_D: 
 
 
 @triton.jit
+def below(count):
+    """The slots 0, ..., count - 1 as a word, for any count: int64."""
+    count = tl.minimum(tl.maximum(count, 0), 64).to(tl.int64)
+    one = tl.full([1], 1, tl.int64)
+    return tl.where(count > 63, -one, (one << tl.minimum(count, 63)) - one)
+
+
+@triton.jit
 def slots_between(left, right, base, step):
     """The slots of [left, right) that are a multiple of `step` away from `base`: int64, slots 0 to 63."""
-    slots = first_slots(right) & ~first_slots(left)
+    slots = below(right) & ~below(left)
     if step > 1:
         one = tl.full([1], 1, tl.int64)
         comb = slots * 0
