@@ -44,7 +44,7 @@ from dit_accel.kernels.block_sparse.gluon.copies import (
     steps_of,
     whereabouts,
 )
-from dit_accel.kernels.block_sparse.triton_tokens import RUNTIME, held_at
+from dit_accel.kernels.block_sparse.triton_tokens import RUNTIME
 
 LOG2E = gl.constexpr(1.4426950408889634)
 
@@ -106,6 +106,34 @@ def produce_keys(
         far = next_far
 
 
+@gluon.constexpr_function
+def repeated(distance):
+    """A word, as a signed number, with a bit at each multiple of `distance` slots, a power of two."""
+    word = sum(1 << slot for slot in range(0, 64, distance))
+    return word - (word >> 63 << 64)
+
+
+@gluon.jit
+def below(count):
+    """The slots 0, ..., count - 1 as a word, for any count: int64."""
+    count = gl.minimum(gl.maximum(count, 0), 64)
+    one = count.to(gl.int64) * 0 + 1
+    return gl.where(count > 63, -one, (one << gl.minimum(count, 63)) - one)
+
+
+@gluon.jit
+def held(where, side, FIRST: gl.constexpr, TILE: gl.constexpr):
+    """Which of the slots FIRST, ..., FIRST + 63 of a block hold a token, as a word: int64."""
+    word = below(where.size - where.place - FIRST)
+    if TILE[1] > 0:
+        LINE: gl.constexpr = TILE[2]
+        FRAME: gl.constexpr = TILE[1] * TILE[2]
+        columns = below(gl.minimum(side.W - where.w, LINE) - FIRST % LINE) * repeated(LINE)
+        rows = below(gl.minimum(side.H - where.h, TILE[1]) * LINE - FIRST % FRAME) * repeated(FRAME)
+        word = gl.where(where.is_visual, below((side.T - where.t) * FRAME - FIRST) & rows & columns, word)
+    return word
+
+
 @gluon.jit
 def words_of(
     i, walk, call,
@@ -127,9 +155,7 @@ def words_of(
         else:
             block = place_at(i, part, walk, BLOCK_K)
             where = whereabouts(block, walk.starts, walk.text_len, call.keys, BLOCK_K, TILE_K)
-            place = where.is_visual, where.first, where.size, where.place, where.t, where.h, where.w
-            T, H, W = call.keys.T, call.keys.H, call.keys.W
-            word = held_at(place, HALF % SPLIT * 64, T, H, W, TILE_K[0], TILE_K[1], TILE_K[2])
+            word = held(where, call.keys, HALF % SPLIT * 64, TILE_K)
             words = gl.full([ROWS], 0, gl.int64, gl.SliceLayout(1, LAYOUT)) + gl.where(j < walk.count, word, 0)
     return words
 
