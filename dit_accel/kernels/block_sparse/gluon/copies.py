@@ -178,9 +178,10 @@ def query_starts(call):
 @gluon.jit
 def own_query(call, TILE_Q: gl.constexpr):
     """Where this program's query block lies."""
+    starts = query_starts(call)
     # text rows, which see everything, are the last blocks: start them first
     block = call.query_blocks - 1 - gl.program_id(0)
-    return whereabouts(block, query_starts(call), call.query_text, call.queries, 2 * ROWS, TILE_Q)
+    return whereabouts(block, starts, call.query_text, call.queries, 2 * ROWS, TILE_Q)
 
 
 @gluon.jit
