@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -23,8 +22,6 @@ from dit_accel.tokens import TokenGrid
 # largest error varies: over 128, plain PyTorch's varied by a factor of three between samples.
 PAIRS = 1 << 23
 OTHERS = 8  # one query in so many is a text or conditioning token
-
-Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 class Inexact(Exception):
@@ -65,20 +62,19 @@ class Problem:
         return self.plan.attend(q, k, v, impl=self.impl, module=self.module)
 
 
-def check(problem: Problem, attend: Attend, *, gradients: bool) -> dict[str, ErrorCheck]:
-    """Compare `attend` with fp64 on sampled queries, all heads: a check for each tensor by name.
+def check(problem: Problem, *, gradients: bool) -> dict[str, ErrorCheck]:
+    """Compare the call with fp64 on sampled queries, all heads: a check for each tensor by name.
 
     The limit is that of `testing.error_budget`, with the largest errors over heads.
 
     Args:
-        attend: the function to be timed, (q, k, v) to the output.
         gradients: also check the gradients of q, k, v and of the module's weights.
 
     Raises:
         Inexact: an error is above its limit, or the plan kept wrong pairs.
     """
     rows = sample(problem.plan.grid).to(problem.q.device)
-    got = _results(problem, attend, rows, gradients=gradients)
+    got = _results(problem, rows, gradients=gradients)
     errors, plains, sizes = (dict.fromkeys(got, 0.0) for _ in range(3))
     weights: dict[str, list[torch.Tensor]] = {name: [] for name in got if name in problem.weights}
     define = get_method(problem.plan.method).definition or Definition
@@ -131,13 +127,13 @@ def _spaced(tokens: torch.Tensor, count: int) -> torch.Tensor:
     return tokens[places.round().long()]
 
 
-def _results(problem: Problem, attend: Attend, rows: torch.Tensor, *, gradients: bool) -> dict[str, torch.Tensor]:
+def _results(problem: Problem, rows: torch.Tensor, *, gradients: bool) -> dict[str, torch.Tensor]:
     """The call's results: rows [H, S, D] of output and dq, and the other gradients whole."""
     if not gradients:
         with torch.no_grad():
-            return {"out": attend(problem.q, problem.k, problem.v)[0, :, rows]}
+            return {"out": problem.attend(problem.q, problem.k, problem.v)[0, :, rows]}
     q, k, v = (x.detach().requires_grad_() for x in (problem.q, problem.k, problem.v))
-    out = attend(q, k, v)
+    out = problem.attend(q, k, v)
     only = torch.zeros_like(problem.grad)
     only[:, :, rows] = problem.grad[:, :, rows]
     dq, dk, dv, *others = torch.autograd.grad(out, (q, k, v, *problem.weights.values()), only)

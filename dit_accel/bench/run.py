@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dit_accel import registry
-from dit_accel.bench.gate import Attend, Inexact, Problem, check
+from dit_accel.bench.gate import Inexact, Problem, check
 from dit_accel.bench.rows import OutOfReach, Row
 from dit_accel.bench.timing import Call, alternate, profile, quantiles
 from dit_accel.errors import DitAccelError, first_line
@@ -38,7 +38,7 @@ DENSE_BACKENDS = {
     f"{DENSE} efficient": SDPBackend.EFFICIENT_ATTENTION,
 }
 
-
+Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 Status = Literal["measured", "red", "out of reach", "refused"]
 
 
@@ -88,7 +88,7 @@ class Bench:
         """
         problem = make_problem(row, self.device, self.impl)
         gradients = row.direction != "forward"
-        checks = check(problem, problem.attend, gradients=gradients)
+        checks = check(problem, gradients=gradients)
         own = {name: getattr(problem, name)[:, :, : row.shape.tokens] for name in ("q", "k", "v", "grad")}
         stock = dataclasses.replace(problem, **own)  # the model's own attention, without a method's anchors
         dense_name, tried = self.best_dense(row, stock)
@@ -164,7 +164,7 @@ class Bench:
         peer: dict[str, Any] = {"name": "flex_attention"}
         other = dataclasses.replace(problem, impl="flex")
         try:
-            found = check(other, other.attend, gradients=gradients)
+            found = check(other, gradients=gradients)
             peer["call"] = prepare(other, other.attend, row.direction)
             peer["max_error"] = max(each.error for each in found.values())
         except (RuntimeError, ValueError, Inexact) as error:  # compilers raise the first two

@@ -6,7 +6,7 @@ import dataclasses
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import typer
 
@@ -34,16 +34,6 @@ COLUMNS = {  # fields of a row, and `title`, the setting as typed
     "speed-up": "{speedup:.2f}",
     "TFLOP/s": "{tflops_kept:.3g}",
 }
-
-
-class Named(Protocol):
-    """A declared row."""
-
-    @property
-    def name(self) -> str: ...
-
-
-Declared = TypeVar("Declared", bound=Named)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -116,7 +106,8 @@ def bench(given: dict[str, Any]) -> int:
     device = placement(options.device, "float32", "none")[0]
     rows = _chosen(options, device)
     if options.resume:
-        rows = left(rows, device, options.output)
+        known = names_in(options.output, device)
+        rows = [row for row in rows if row.name not in known]
         if not rows:
             typer.echo(f"{options.output} has all of these rows already.", err=True)
             return 0
@@ -194,19 +185,18 @@ def _check_files(options: BenchOptions) -> None:
             results.read(options.output)
 
 
-def left(rows: list[Declared], device: torch.device, output: Path | None, field: str = "op") -> list[Declared]:
-    """The rows that the file lacks from this commit and machine; `field` as in `results.read`."""
+def names_in(output: Path | None, device: torch.device, field: str = "op") -> set[str]:
+    """Names of the rows that the file has from this commit and machine; `field` as in `results.read`."""
     from dit_accel.generation.provenance import provenance
 
     if output is None:
         raise DitAccelError("--resume continues --output FILE.jsonl. Give both.")
     if not output.exists():
-        return rows
+        return set()
     fields = ("git", "gpu", "cpu")
     here = provenance(device)
     records = results.read(output, field)
-    have = {record["row"] for record in records if all(record[name] == here[name] for name in fields)}
-    return [row for row in rows if row.name not in have]
+    return {record["row"] for record in records if all(record[name] == here[name] for name in fields)}
 
 
 def measured(

@@ -98,6 +98,7 @@ def _search(
     from dit_accel.train import search
 
     assert request.run.search is not None
+    threshold, budget = request.run.threshold, 1.0 if request.run.budget is None else request.run.budget
     with progress_bar() as bar:
         task = bar.add_task("layers", total=None)
         table = search.measure(
@@ -106,15 +107,14 @@ def _search(
             candidates,
             Dataset(folder),
             seed=request.train.seed,
-            budget=1.0 if request.run.budget is None else request.run.budget,
+            budget=budget,
             steps=steps,
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )
-    if request.run.threshold is not None:
-        chosen, how = search.greedy(table, request.run.threshold), {"threshold": request.run.threshold}
+    if threshold is not None:
+        chosen, how = search.greedy(table, threshold), {"threshold": threshold}
     else:
-        assert request.run.budget is not None
-        chosen, how = search.budgeted(table, request.run.budget), {"budget": request.run.budget}
+        chosen, how = search.budgeted(table, budget), {"budget": budget}
     search.write(request.run.search, table, chosen, {"model": request.run.model, **how})
     dense = sum(index is None for index in chosen)
     return [

@@ -119,7 +119,8 @@ class Trainer:
         method |= {"dense_steps": 0, "dense_last_steps": 0}  # all noise levels, whatever a file says
         self.accel = accelerate(self.pipe, impl=settings.impl, allow_dense=False, **method)
         if lora:
-            adapters.add_lora(self.transformer, self._targets(family), settings.rank, settings.lora_alpha)
+            alpha = settings.rank if settings.alpha is None else settings.alpha
+            adapters.add_lora(self.transformer, self._targets(family), settings.rank, alpha)
         else:
             self.transformer.requires_grad_(settings.trains_model)
         for module in self.accel.learned_weights().values():

@@ -67,7 +67,10 @@ Objective = Callable[[Outputs, Outputs | None, torch.Tensor], torch.Tensor]
 
 
 def flow(student: Outputs, teacher: Outputs | None, target: torch.Tensor) -> torch.Tensor:
-    """Mean squared error against the target of the model's own training: noise − clean for flow matching."""
+    """Mean squared error against the target: the model's own (noise − clean for flow matching).
+
+    Of `consistency` it is the velocity to the segment's end, from `LevelSegments`.
+    """
     return F.mse_loss(student.prediction, target)
 
 
@@ -97,11 +100,6 @@ def final(student: Outputs, teacher: Outputs | None, target: torch.Tensor) -> to
     """
     assert teacher is not None and student.hidden is not None and teacher.hidden is not None
     return _relative(student.hidden, teacher.hidden)
-
-
-def consistency(student: Outputs, teacher: Outputs | None, target: torch.Tensor) -> torch.Tensor:
-    """Mean squared error against the velocity to the segment's end, the target of `LevelSegments`."""
-    return F.mse_loss(student.prediction, target)
 
 
 def gate(student: Outputs, teacher: Outputs | None, target: torch.Tensor) -> torch.Tensor:
@@ -149,7 +147,7 @@ OBJECTIVES: Mapping[str, Objective] = {
     "teacher": teacher,
     "attention": attention,
     "final": final,
-    "consistency": consistency,
+    "consistency": flow,
     "gate": gate,
     "imitation": imitation,
     "balance": balance,

@@ -7,6 +7,7 @@ that add other channels (image to video) are refused.
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import pathlib
 from collections.abc import Iterator, Mapping
@@ -18,7 +19,7 @@ from diffusers import DiffusionPipeline
 from dit_accel.errors import DitAccelError
 from dit_accel.train.data import Call, TrainingSample
 
-NOT_CONDITIONING = ("hidden_states", "timestep", "return_dict")
+NOT_CONDITIONING = ("self", "hidden_states", "timestep", "return_dict")
 
 
 class _Seen(Exception):
@@ -34,44 +35,6 @@ def find_transformer(pipe: DiffusionPipeline) -> torch.nn.Module:
             f"{type(pipe).__name__} has two transformers on one trajectory. Training needs a pipeline with one."
         )
     return pipe.transformer
-
-
-def first_call(pipe: DiffusionPipeline, arguments: Mapping[str, Any], steps: int = 1) -> tuple[Call, torch.Size]:
-    """The conditioning of the pipeline's first transformer call, and the shape of its latents.
-
-    Args:
-        arguments: of the pipeline's call, without classifier-free guidance, so that there is one row.
-        steps: of that call.
-
-    Raises:
-        DitAccelError: the pipeline calls its transformer with several rows, a timestep for each token, or other
-            names of arguments.
-    """
-    transformer = find_transformer(pipe)
-    signature = inspect.signature(type(transformer).forward)
-    seen: dict[str, Any] = {}
-
-    def look(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        seen.update(signature.bind_partial(module, *args, **kwargs).arguments)
-        raise _Seen
-
-    handle = transformer.register_forward_pre_hook(look, with_kwargs=True)
-    pipe.set_progress_bar_config(disable=True)
-    try:
-        with torch.no_grad():
-            pipe(**arguments, num_inference_steps=steps, output_type="latent")
-    except _Seen:
-        pass
-    finally:
-        handle.remove()
-    latents, timestep = (tuple(getattr(seen.get(name), "shape", ())) for name in ("hidden_states", "timestep"))
-    if latents[:1] != (1,) or len(timestep) > 1 or not isinstance(seen.get("timestep"), torch.Tensor):
-        raise DitAccelError(
-            f"{type(pipe).__name__} calls its transformer with hidden_states of shape {latents} and timestep of shape "
-            f"{timestep}. Training needs a pipeline that passes one row and one timestep."
-        )
-    call = {key: value for key, value in seen.items() if key not in NOT_CONDITIONING and key != "self"}
-    return {key: value for key, value in call.items() if value is not None}, seen["hidden_states"].shape
 
 
 class Preparer:
@@ -92,9 +55,41 @@ class Preparer:
             self._plain["guidance_scale"] = guidance if embedded else 1.0
 
     def conditioning(self, prompt: str, steps: int = 1) -> tuple[Call, torch.Size]:
-        """The transformer's conditioning for a prompt and the shape of its latents."""
+        """The conditioning of the pipeline's first transformer call for a prompt, and the shape of its latents.
+
+        The call is without classifier-free guidance, so that there is one row.
+
+        Args:
+            steps: of the pipeline's call.
+
+        Raises:
+            DitAccelError: the pipeline calls its transformer with several rows, a timestep for each token, or other
+                names of arguments.
+        """
+        pipe, transformer = self.pipe, find_transformer(self.pipe)
+        signature = inspect.signature(type(transformer).forward)
+        seen: dict[str, Any] = {}
+
+        def look(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            seen.update(signature.bind_partial(module, *args, **kwargs).arguments)
+            raise _Seen
+
+        handle = transformer.register_forward_pre_hook(look, with_kwargs=True)
+        pipe.set_progress_bar_config(disable=True)
         generator = torch.Generator("cpu").manual_seed(0)
-        return first_call(self.pipe, {"prompt": prompt, "generator": generator, **self._plain}, steps)
+        try:
+            with torch.no_grad(), contextlib.suppress(_Seen):
+                pipe(prompt=prompt, generator=generator, num_inference_steps=steps, output_type="latent", **self._plain)
+        finally:
+            handle.remove()
+        latents, timestep = (tuple(getattr(seen.get(name), "shape", ())) for name in ("hidden_states", "timestep"))
+        if latents[:1] != (1,) or len(timestep) > 1 or not isinstance(seen.get("timestep"), torch.Tensor):
+            raise DitAccelError(
+                f"{type(pipe).__name__} calls its transformer with hidden_states of shape {latents} and timestep of "
+                f"shape {timestep}. Training needs a pipeline that passes one row and one timestep."
+            )
+        call = {key: seen[key] for key in seen if key not in NOT_CONDITIONING and seen[key] is not None}
+        return call, seen["hidden_states"].shape
 
     def levels(self, steps: int, latents: torch.Size) -> torch.Tensor:
         """The noise levels that the pipeline visits in `steps` steps, from noise to 0: float32 [steps + 1].
@@ -124,24 +119,22 @@ class Preparer:
             generator = torch.Generator("cpu").manual_seed(seed + index)
             made = self.pipe(prompt, generator=generator, output_type="latent", **{**dict(arguments), **self._size})
             latents = made.frames if hasattr(made, "frames") else made.images
-            self._check(latents.shape, shape)
-            yield TrainingSample(latents.float().cpu(), call, prompt)
+            yield self._sample(latents, shape, call, prompt)
 
     @torch.no_grad()
     def encoded(self, videos: Iterator[tuple[torch.Tensor, str]]) -> Iterator[TrainingSample]:
         """Samples of captioned videos, float32 [3, F, H, W] in [-1, 1], of the Preparer's size."""
         for video, caption in videos:
             call, shape = self.conditioning(caption)
-            latents = encode(self.pipe, video[None], shape)
-            self._check(latents.shape, shape)
-            yield TrainingSample(latents.float().cpu(), call, caption)
+            yield self._sample(encode(self.pipe, video[None], shape), shape, call, caption)
 
-    def _check(self, latents: torch.Size, wanted: torch.Size) -> None:
-        if latents != wanted:
+    def _sample(self, latents: torch.Tensor, wanted: torch.Size, call: Call, prompt: str) -> TrainingSample:
+        if latents.shape != wanted:
             raise DitAccelError(
-                f"{type(self.pipe).__name__} makes latents of shape {tuple(latents)} and passes {tuple(wanted)} to its "
-                "transformer. Training needs a pipeline that passes them unchanged."
+                f"{type(self.pipe).__name__} makes latents of shape {tuple(latents.shape)} and passes {tuple(wanted)} to "
+                "its transformer. Training needs a pipeline that passes them unchanged."
             )
+        return TrainingSample(latents.float().cpu(), call, prompt)
 
 
 def encode(pipe: DiffusionPipeline, video: torch.Tensor, shape: torch.Size) -> torch.Tensor:

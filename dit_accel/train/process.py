@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import abc
 import math
 from collections.abc import Callable
 from typing import Any
@@ -20,32 +19,8 @@ TRAIN_STEPS = 1000
 Predict = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
-class NoiseProcess(abc.ABC):
-    """How samples get noisy, and the model's target. A level is [B], in the process's own unit."""
-
-    @abc.abstractmethod
-    def draw(self, batch: int, settings: LevelSettings, generator: torch.Generator) -> torch.Tensor:
-        """Noise levels for training, float32 [batch] on the CPU."""
-
-    @abc.abstractmethod
-    def even(self, share: float) -> torch.Tensor:
-        """The level below which a share of the scheduler's own levels lies, float32 [1]."""
-
-    @abc.abstractmethod
-    def noisy(self, clean: torch.Tensor, noise: torch.Tensor, level: torch.Tensor) -> torch.Tensor:
-        """The sample at a noise level, in the shape of `clean`."""
-
-    @abc.abstractmethod
-    def target(self, clean: torch.Tensor, noise: torch.Tensor, level: torch.Tensor) -> torch.Tensor:
-        """What the model should predict, in the shape of `clean`."""
-
-    @abc.abstractmethod
-    def timestep(self, level: torch.Tensor) -> torch.Tensor:
-        """The timestep in the scheduler's units (0 to 1000)."""
-
-
-class Flow(NoiseProcess):
-    """Rectified flow: x = (1 − σ)·clean + σ·noise. A level is σ in [0, 1].
+class Flow:
+    """Rectified flow: x = (1 − σ)·clean + σ·noise. A level is σ in [0, 1]; levels of samples are [B].
 
     Args:
         shift: of the scheduler's levels.
@@ -56,22 +31,27 @@ class Flow(NoiseProcess):
         self.shift, self.sample = shift, sample
 
     def draw(self, batch: int, settings: LevelSettings, generator: torch.Generator) -> torch.Tensor:
+        """Noise levels for training, float32 [batch] on the CPU."""
         normal = torch.randn(batch, generator=generator)
         uniform, choice = torch.rand(2, batch, generator=generator)
         level = torch.where(choice < settings.uniform, uniform, torch.sigmoid(settings.mean + settings.std * normal))
         return _shifted(level, self.shift if settings.shift is None else settings.shift)
 
     def even(self, share: float) -> torch.Tensor:
+        """The level below which a share of the scheduler's own levels lies, float32 [1]."""
         return _shifted(torch.tensor([share]), self.shift)
 
     def noisy(self, clean: torch.Tensor, noise: torch.Tensor, level: torch.Tensor) -> torch.Tensor:
+        """The sample at a noise level, in the shape of `clean`."""
         sigma = per_sample(level, clean)
         return (1 - sigma) * clean + sigma * noise
 
     def target(self, clean: torch.Tensor, noise: torch.Tensor, level: torch.Tensor) -> torch.Tensor:
+        """What the model should predict, in the shape of `clean`."""
         return clean if self.sample else noise - clean
 
     def timestep(self, level: torch.Tensor) -> torch.Tensor:
+        """The timestep in the scheduler's units (0 to 1000)."""
         return level * TRAIN_STEPS
 
     def velocity(self, prediction: torch.Tensor, noisy: torch.Tensor, level: torch.Tensor) -> torch.Tensor:
@@ -83,8 +63,10 @@ class Flow(NoiseProcess):
         return noisy - per_sample(level, noisy) * velocity if self.sample else velocity
 
 
-class Diffusion(NoiseProcess):
+class Diffusion:
     """Discrete diffusion (DDPM): x = √ᾱ·clean + √(1 − ᾱ)·noise. A level is a step of the training schedule.
+
+    Its methods are those of `Flow`.
 
     Args:
         alphas_cumprod: ᾱ of each step, float [1000].
@@ -116,6 +98,9 @@ class Diffusion(NoiseProcess):
     def _scales(self, clean: torch.Tensor, level: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         alpha = per_sample(self.alphas.to(clean.device)[level.long()], clean)
         return alpha.sqrt(), (1 - alpha).sqrt()
+
+
+NoiseProcess = Flow | Diffusion
 
 
 def _shifted(level: torch.Tensor, shift: float) -> torch.Tensor:

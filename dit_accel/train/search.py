@@ -13,7 +13,6 @@ the steps from a refresh to the last step before the next; the loss is that of t
 from __future__ import annotations
 
 import dataclasses
-import functools
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -119,8 +118,7 @@ class Probe:
         self.pipe, self.method, self.transformer = pipe, method, find_transformer(pipe)
         self.family = find_transformers(pipe)[0]["transformer"][1]
         self.layers = sum(1 for _ in self.family.attentions(self.transformer))
-        self._calls = functools.partial(_noisy_calls, pipe, data, min(samples, len(data)), seed)
-        self._steps = steps
+        self._data, self._count, self._seed, self._steps = data, min(samples, len(data)), seed, steps
         self.dense, _ = self._predictions(None, 1)
 
     def measure(self, layer: int, config: Any) -> tuple[float, float]:
@@ -147,22 +145,21 @@ class Probe:
             densities = [layer.density for layer in accel.report().layers if layer.density is not None]
         return made, sum(densities) / len(densities) if densities else 1.0
 
+    def _calls(self, before: float) -> list[tuple[Any, ...]]:
+        """Noisy latents, timestep and conditioning.
 
-def _noisy_calls(pipe: DiffusionPipeline, data: Dataset, count: int, seed: int, before: float) -> list[tuple[Any, ...]]:
-    """Noisy latents, timestep and conditioning.
-
-    The levels are the middles of `count` equal parts, and of a share of a run `before` them.
-    """
-    device = next(find_transformer(pipe).parameters()).device
-    calls = []
-    for index in range(count):
-        sample = data[index]
-        process = process_of(pipe.scheduler, sample.latents.shape)
-        noise = torch.randn(sample.latents.shape, generator=torch.Generator().manual_seed(seed + index))
-        level = process.even(min((index + 0.5) / count + before, LAST))
-        noisy = process.noisy(sample.latents, noise, level)
-        calls.append((noisy.to(device), process.timestep(level).to(device), sample.call))
-    return calls
+        The levels are the middles of equal parts, one a sample, and of a share of a run `before` them.
+        """
+        device = next(self.transformer.parameters()).device
+        calls = []
+        for index in range(self._count):
+            sample = self._data[index]
+            process = process_of(self.pipe.scheduler, sample.latents.shape)
+            noise = torch.randn(sample.latents.shape, generator=torch.Generator().manual_seed(self._seed + index))
+            level = process.even(min((index + 0.5) / self._count + before, LAST))
+            noisy = process.noisy(sample.latents, noise, level)
+            calls.append((noisy.to(device), process.timestep(level).to(device), sample.call))
+        return calls
 
 
 def greedy(table: Table, threshold: float) -> list[int | None]:

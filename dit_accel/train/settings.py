@@ -165,10 +165,6 @@ class TrainSettings:
         """Whether the model's weights or a LoRA train; gate and imitation leave them as they are."""
         return not self.objectives.keys() <= {"gate", "imitation"}
 
-    @property
-    def lora_alpha(self) -> float:
-        return self.rank if self.alpha is None else self.alpha
-
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
         return dataclasses.asdict(self)

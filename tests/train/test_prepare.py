@@ -85,6 +85,8 @@ def test_pipelines_that_cannot_be_trained(tiny):
 )
 def test_calls_that_cannot_be_trained(call, message):
     class Model(torch.nn.Module):
+        config = None
+
         def forward(self, hidden_states=None, timestep=None, x=None, t=None):
             raise AssertionError("the call is only looked at")
 
@@ -98,7 +100,7 @@ def test_calls_that_cannot_be_trained(call, message):
             self.transformer(**call)
 
     with pytest.raises(DitAccelError, match=message):
-        prepare.first_call(Pipe(), {})
+        Preparer(Pipe(), {}).conditioning("")
 
 
 def test_levels_are_those_the_pipeline_samples_at(flux_folder):

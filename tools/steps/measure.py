@@ -29,7 +29,7 @@ from dit_accel.bench.rows import MethodSetting, Row, Shape
 from dit_accel.bench.run import DENSE, DENSE_BACKENDS, Bench, RowOutcome, make_problem, outcome_of
 from dit_accel.bench.timing import alternate, quantiles
 from dit_accel.cli import Interrupted
-from dit_accel.cli.bench import left, measured, method_settings, print_table
+from dit_accel.cli.bench import measured, method_settings, names_in, print_table
 from dit_accel.errors import DitAccelError
 from dit_accel.files import check_file
 from dit_accel.generation.call import placement
@@ -146,7 +146,7 @@ class StepBench:
         config = make_config(setting.method, given)
         row = subject.row(dataclasses.replace(setting, config=given))
         problem = make_problem(row, self.device, self.impl)
-        checks = check(problem, problem.attend, gradients=False)
+        checks = check(problem, gradients=False)
         preset = subject.family.recommended.get(setting.method) if setting.density is None else None
         dense_layers = 0 if preset is None else preset.schedule.get("dense_layers", 0)
         times, report = self._accelerated(subject, method, config, dense_layers)
@@ -284,7 +284,8 @@ def run(options: argparse.Namespace) -> int:
     if options.output is not None:
         check_file(options.output, (".jsonl",))
     if options.resume:
-        steps = left(steps, device, options.output, "model")
+        known = names_in(options.output, device, "model")
+        steps = [step for step in steps if step.name not in known]
     if not steps:
         print(f"{options.output} has all of these rows already.", file=sys.stderr)
         return 0
