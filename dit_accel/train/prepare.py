@@ -131,8 +131,8 @@ class Preparer:
     def _sample(self, latents: torch.Tensor, wanted: torch.Size, call: Call, prompt: str) -> TrainingSample:
         if latents.shape != wanted:
             raise DitAccelError(
-                f"{type(self.pipe).__name__} makes latents of shape {tuple(latents.shape)} and passes {tuple(wanted)} to "
-                "its transformer. Training needs a pipeline that passes them unchanged."
+                f"{type(self.pipe).__name__} makes latents of shape {tuple(latents.shape)} and passes {tuple(wanted)} "
+                "to its transformer. Training needs a pipeline that passes them unchanged."
             )
         return TrainingSample(latents.float().cpu(), call, prompt)
 
