@@ -14,7 +14,7 @@ from torch import nn
 
 from dit_accel.errors import DitAccelError
 from dit_accel.pipelines.family import TRAINING_FREE, CallLayout, Family, ModelCall
-from dit_accel.pipelines.reading import is_raster, last_raster
+from dit_accel.pipelines.reading import dense_note, is_raster, last_raster
 from dit_accel.pipelines.sizes import Config, Shape, Sizes, patch_of, video_sizes
 from dit_accel.tokens import TokenGrid
 
@@ -31,8 +31,8 @@ def layout(transformer: nn.Module, call: ModelCall) -> CallLayout:
         start, shape = last_raster(places[:, run:])
         start += run
         if is_raster(places[:, start:], shape):
-            note = f"{start} tokens of text, conditions and sound are dense both ways"
-            return CallLayout(TokenGrid(*shape, text=start, text_first=True), notes=(note,))
+            grid = TokenGrid(*shape, text=start, text_first=True)
+            return CallLayout(grid, notes=dense_note(start, "of text, conditions and sound"))
     raise DitAccelError(
         f"{call.owner} needs a sequence that ends with the target video, a raster of frames, rows and columns by "
         f"position_ids; among {tokens} tokens the last of video_indices are {run} to {stop - 1}. Pass what the "

@@ -9,7 +9,7 @@ copy of its globals, in which the attention function is ours. Dynamo requires th
 * Traced code counts nothing. It only sets `ran`, which adds no guard and no graph.
 
 A model's processor may waste memory or time on masks. Its family then has a function that replaces it in sparse calls
-(`Family.sparse_calls`) and computes the same without masks. It calls `attend`, or `attend_joint` for the whole layer.
+(`Family.sparse_calls`) and computes the same without masks: it calls `attend`. `joint_call` makes one.
 """
 
 from __future__ import annotations
@@ -236,34 +236,45 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     return _attend(q, k, v)
 
 
-def attend_joint(
-    attn: Any, video: torch.Tensor, text: torch.Tensor, rotate: Callable[[torch.Tensor], torch.Tensor] | None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """A joint layer with the plan's attention over [video | text]: video [B, N, C] and text [B, T, C] in and out.
+def joint_call(rotate: Callable[[torch.Tensor, tuple[torch.Tensor, torch.Tensor]], torch.Tensor]) -> SparseCall:
+    """A sparse call of a joint layer over [video | text], without a mask.
+
+    It takes and returns video [B, N, C] and text [B, T, C]. The output of padded text is arbitrary and never read; the
+    model's processor makes it zero.
 
     Args:
-        attn: the layer, with added projections for text.
-        rotate: rotary embedding of the video's queries and keys [B, N, H, D]; None without one.
+        rotate: rotary embedding of the video's queries or keys [B, N, H, D] by the call's tables.
     """
 
-    def split(projected: torch.Tensor) -> torch.Tensor:
-        return projected.unflatten(2, (attn.heads, -1))  # [B, N, H, D]
+    def attend_video_and_text(
+        processor: Any,
+        attn: Any,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        image_rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        def split(projected: torch.Tensor) -> torch.Tensor:
+            return projected.unflatten(2, (attn.heads, -1))  # [B, N, H, D]
 
-    queries, keys = attn.norm_q(split(attn.to_q(video))), attn.norm_k(split(attn.to_k(video)))
-    if rotate is not None:
-        queries, keys = rotate(queries), rotate(keys)
-    text_queries, text_keys = split(attn.add_q_proj(text)), split(attn.add_k_proj(text))
-    if attn.norm_added_q is not None:
-        text_queries = attn.norm_added_q(text_queries)
-    if attn.norm_added_k is not None:
-        text_keys = attn.norm_added_k(text_keys)
-    values, text_values = split(attn.to_v(video)), split(attn.add_v_proj(text))
-    pairs = ((queries, text_queries), (keys, text_keys), (values, text_values))
-    q, k, v = (torch.cat(pair, 1).transpose(1, 2) for pair in pairs)
-    joined = attend(q, k, v).transpose(1, 2).flatten(2).to(q.dtype)
-    video, text = joined.split((video.shape[1], text.shape[1]), 1)
-    # Mochi's last block has no projection of text
-    return attn.to_out[1](attn.to_out[0](video)), attn.to_add_out(text) if hasattr(attn, "to_add_out") else text
+        video, text = hidden_states, encoder_hidden_states
+        queries, keys = attn.norm_q(split(attn.to_q(video))), attn.norm_k(split(attn.to_k(video)))
+        if image_rotary_emb is not None:
+            queries, keys = rotate(queries, image_rotary_emb), rotate(keys, image_rotary_emb)
+        text_queries, text_keys = split(attn.add_q_proj(text)), split(attn.add_k_proj(text))
+        if attn.norm_added_q is not None:
+            text_queries = attn.norm_added_q(text_queries)
+        if attn.norm_added_k is not None:
+            text_keys = attn.norm_added_k(text_keys)
+        values, text_values = split(attn.to_v(video)), split(attn.add_v_proj(text))
+        pairs = ((queries, text_queries), (keys, text_keys), (values, text_values))
+        q, k, v = (torch.cat(pair, 1).transpose(1, 2) for pair in pairs)
+        joined = attend(q, k, v).transpose(1, 2).flatten(2).to(q.dtype)
+        video, text = joined.split((video.shape[1], text.shape[1]), 1)
+        # Mochi's last block has no projection of text
+        return attn.to_out[1](attn.to_out[0](video)), attn.to_add_out(text) if hasattr(attn, "to_add_out") else text
+
+    return attend_video_and_text
 
 
 def _is_ours(queries: int, keys: int) -> bool:

@@ -59,8 +59,7 @@ def packed_video(transformer: Any, call: ModelCall) -> CallLayout:
                 grid = TokenGrid(frames, height, width, conditioning=others)
                 order = torch.cat((torch.arange(start, stop), torch.arange(start), torch.arange(stop, tokens)))
                 rows = order.expand(len(coordinates), -1).to(call.device) if start else None
-                note = f"{others} tokens of keyframes or conditioning videos are dense both ways"
-                return CallLayout(grid, rows=rows, notes=(note,) if others else ())
+                return CallLayout(grid, rows=rows, notes=dense_note(others, "of keyframes or conditioning videos"))
     raise DitAccelError(
         f"A packed video needs num_frames, height and width of its {tokens} tokens, or video_coords that show its "
         f"place; got {' x '.join(map(str, sizes))} and coordinates of shape {came}. Pass either, or run it dense."
@@ -137,6 +136,11 @@ def mask_text(call: ModelCall, grid: TokenGrid, mask: torch.Tensor | None, notes
     return CallLayout(grid, text_lens=lens.to(call.device), rows=rows, notes=notes)
 
 
+def lengths(mask: torch.Tensor) -> torch.Tensor:
+    """Valid tokens of each sample of a mask [B, T], wherever they stand: int32 [B]."""
+    return mask.sum(1, dtype=torch.int32)
+
+
 def _is_valid(mask: torch.Tensor) -> torch.Tensor:
     return (mask != 0).flatten(1)
 
@@ -185,21 +189,30 @@ def packed_images(call: ModelCall) -> CallLayout:
     if not isinstance(ids, torch.Tensor) or ids.ndim < 2 or ids.shape[-2] != images:
         came = tuple(ids.shape) if isinstance(ids, torch.Tensor) else type(ids).__name__
         raise DitAccelError(f"{call.owner} needs img_ids for each of the {images} image tokens, got {came}.")
-    frames, height, width, conditioning = call.once(ids, _read_ids)
-    return CallLayout(
-        TokenGrid(frames, height, width, text=text, text_first=True, conditioning=conditioning),
-        notes=conditioning_notes(conditioning),
-    )
+    return images_and_text(call, call.once(ids, _read_ids), text)
 
 
 def _read_ids(ids: torch.Tensor) -> tuple[int, int, int, int]:
     return image_grids((ids if ids.ndim == 2 else ids[0])[:, :3])
 
 
-def conditioning_notes(conditioning: int) -> tuple[str, ...]:
-    """The note on conditioning tokens that are no further frames."""
-    note = f"{conditioning} tokens of conditioning images are dense both ways"
-    return (note,) if conditioning else ()
+def images_and_text(
+    call: ModelCall,
+    images: tuple[int, int, int, int],
+    text: int,
+    mask: torch.Tensor | None = None,
+    *,
+    text_first: bool = True,
+) -> CallLayout:
+    """The layout of images as `image_grids` returns them, with text tokens and their mask as for `mask_text`."""
+    frames, height, width, conditioning = images
+    grid = TokenGrid(frames, height, width, text=text, text_first=text_first, conditioning=conditioning)
+    return mask_text(call, grid, mask, dense_note(conditioning))
+
+
+def dense_note(tokens: int, which: str = "of conditioning images") -> tuple[str, ...]:
+    """The note on tokens around the visual ones; empty without any."""
+    return (f"{tokens} tokens {which} are dense both ways",) if tokens else ()
 
 
 def image_grids(ids: torch.Tensor) -> tuple[int, int, int, int]:

@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from dit_accel.errors import DitAccelError
-from dit_accel.pipelines import wan
+from dit_accel.pipelines.anchors import in_latent
 from dit_accel.pipelines.family import TRAINING_FREE, CallLayout, Family, ModelCall, Preset, patch_grid
-from dit_accel.pipelines.reading import conditioning_notes, packed_video, video_alone, video_of
+from dit_accel.pipelines.reading import dense_note, packed_video, video_alone, video_of
 from dit_accel.pipelines.sizes import Config, Sizes, patch_of, vae_frames, vae_pixels, video_sizes
 from dit_accel.tokens import TokenGrid
 
@@ -55,9 +55,8 @@ def kandinsky6(transformer: Any, call: ModelCall) -> CallLayout:
     places = call.get("visual_rope_pos")
     frames = grid.frames if places is None else call.once(places[0], _rising)
     conditioning = (grid.frames - frames) * grid.height * grid.width
-    return CallLayout(
-        TokenGrid(frames, grid.height, grid.width, conditioning=conditioning), notes=conditioning_notes(conditioning)
-    )
+    grid = TokenGrid(frames, grid.height, grid.width, conditioning=conditioning)
+    return CallLayout(grid, notes=dense_note(conditioning))
 
 
 def _rising(places: torch.Tensor) -> int:
@@ -112,6 +111,12 @@ def kandinsky_sizes(transformer: Config, vae: Config) -> Sizes:
     return video_sizes(vae, patch_of(transformer), 121, 512, 768)
 
 
+def wan_sizes(transformer: Config, vae: Config) -> Sizes:
+    """Rotary positions limit each axis; `WanPipeline.check_inputs` wants multiples of 16."""
+    longest = transformer["rope_max_seq_len"]
+    return video_sizes(vae, transformer["patch_size"], 81, 480, 832, longest=longest, multiple=16)
+
+
 def kandinsky_head_dim(attention: Any) -> int:
     return int(attention.query_norm.normalized_shape[0])
 
@@ -122,7 +127,7 @@ FAMILIES = (
         transformers=("AnyFlowTransformer3DModel",),
         attention=("blocks.*.attn1",),
         layout=anyflow,
-        sizes=wan.sizes,
+        sizes=wan_sizes,
         summary="AnyFlow, bidirectional",
         recommended=TRAINING_FREE,
     ),
@@ -233,5 +238,58 @@ FAMILIES = (
         ),
         summary="SkyReels V2: text to video, image to video, diffusion forcing (without causal blocks)",
         recommended=TRAINING_FREE,
+    ),
+    # The image tokens of Wan 2.1's image-to-video enter through cross-attention too. TI2V-5B has one timestep per
+    # token. VACE's control blocks attend over the same grid as the video. Animate's conditioning image is the first
+    # frame of its latent; its face adapters are cross-attention. ChronoEdit has the same blocks.
+    Family(
+        name="wan",
+        transformers=(
+            "WanTransformer3DModel",
+            "WanVACETransformer3DModel",
+            "WanAnimateTransformer3DModel",
+            "ChronoEditTransformer3DModel",
+        ),
+        attention=("vace_blocks.*.attn1", "blocks.*.attn1"),
+        layout=video_alone,
+        sizes=wan_sizes,
+        summary="Wan 2.1 and 2.2: text to video, image to video, VACE, Animate; ChronoEdit",
+        recommended=TRAINING_FREE
+        | {
+            "radial": Preset(
+                config={"decay": 0.2, "rule": "released"},
+                schedule={"dense_steps": 0.24, "dense_layers": 1},
+                source="Radial Attention (arXiv:2506.19852), scripts/wan_t2v_inference.sh: Wan2.1-14B, 69 frames of "
+                "768x1280, 12 of 50 steps dense",
+            ),
+            "sla": Preset(
+                config={"topk": 0.1, "block_q": 128},
+                schedule={},
+                source="TurboDiffusion: --sla_topk 0.1 for its fine-tuned Wan2.1 and Wan2.2, 128 queries and 64 keys "
+                "a block (turbodiffusion/inference/modify_model.py); needs fine-tuned weights",
+            ),
+            "rectified": Preset(
+                config={"drop": 0.75},
+                schedule={"dense_steps": 0.2, "dense_layers": 2},
+                source="Rectified SpaAttn (arXiv 2511.19835): Wan2.1 with drop 0.75 and layers 0 and 1 dense; dense "
+                "steps as for Sol-Attn (arXiv 2607.24027)",
+            ),
+        },
+        # of Wan 2.2 A14B, whose two transformers run on one trajectory
+        recommended_pair={
+            "radial": Preset(
+                config={"decay": 0.8, "rule": "released", "block": 64},
+                schedule={"dense_steps": 11 / 40, "dense_layers": 1},
+                source="Radial Attention (arXiv:2506.19852), scripts/wan_22_t2v_inference.sh: Wan2.2-A14B, 77 frames "
+                "of 768x1280, 11 of 40 steps dense, blocks of 64 tokens",
+            ),
+            "rectified": Preset(
+                config={"drop": 0.85},
+                schedule={"dense_steps": 0.2, "dense_layers": 2},
+                source="Rectified SpaAttn (arXiv 2511.19835): Wan2.2-A14B with drop 0.85 and layers 0 and 1 of both "
+                "dense; dense steps as for Sol-Attn (arXiv 2607.24027)",
+            ),
+        },
+        extend=in_latent,
     ),
 )

@@ -5,10 +5,12 @@ import torch
 
 from dit_accel import registry
 from dit_accel.errors import DitAccelError
-from dit_accel.pipelines import flux, reading, wan
+from dit_accel.pipelines import reading
 from dit_accel.pipelines.family import Memory, ModelCall, patch_grid
 from dit_accel.pipelines.reading import image_grids
 from dit_accel.tokens import TokenGrid
+
+FLUX, WAN = (registry.get_families()[name] for name in ("flux", "wan"))
 
 
 def read(family, transformer, inputs, memory=None):
@@ -76,23 +78,23 @@ def test_patches_cut_off_remainders():
 
 def test_wan_reads_the_latent(tiny_wan, wan_inputs):
     transformer = tiny_wan()
-    assert read(wan.FAMILY, transformer, wan_inputs(3, 8, 10)).grid == TokenGrid(3, 4, 5)
+    assert read(WAN, transformer, wan_inputs(3, 8, 10)).grid == TokenGrid(3, 4, 5)
     with pytest.raises(DitAccelError, match="hidden_states as a tensor of 5 dimensions"):
-        read(wan.FAMILY, transformer, {"hidden_states": torch.zeros(2, 3)})
+        read(WAN, transformer, {"hidden_states": torch.zeros(2, 3)})
 
 
 def test_flux_reads_ids_and_text(tiny_flux, flux_inputs):
     transformer = tiny_flux()
     inputs = flux_inputs((4, 6), text=5)
-    assert read(flux.FAMILY, transformer, inputs).grid == TokenGrid(1, 4, 6, text=5, text_first=True)
+    assert read(FLUX, transformer, inputs).grid == TokenGrid(1, 4, 6, text=5, text_first=True)
     batched = inputs | {"img_ids": inputs["img_ids"].expand(2, -1, -1)}
-    assert read(flux.FAMILY, transformer, batched).grid == TokenGrid(1, 4, 6, text=5, text_first=True)
+    assert read(FLUX, transformer, batched).grid == TokenGrid(1, 4, 6, text=5, text_first=True)
 
 
 def test_flux_takes_conditioning_images_as_frames_or_reference(tiny_flux, flux_inputs):
     transformer = tiny_flux()
-    assert read(flux.FAMILY, transformer, flux_inputs((4, 6), (4, 6))).grid.frames == 2
-    layout = read(flux.FAMILY, transformer, flux_inputs((4, 6), (3, 3)))
+    assert read(FLUX, transformer, flux_inputs((4, 6), (4, 6))).grid.frames == 2
+    layout = read(FLUX, transformer, flux_inputs((4, 6), (3, 3)))
     assert layout.grid == TokenGrid(1, 4, 6, text=13, text_first=True, conditioning=9)
     assert "9 tokens" in layout.notes[0]
 
@@ -101,7 +103,7 @@ def test_flux_refuses_ids_that_do_not_fit(tiny_flux, flux_inputs):
     inputs = flux_inputs((4, 6))
     for wrong in (None, inputs["img_ids"][:-1], torch.zeros(24)):
         with pytest.raises(DitAccelError, match="img_ids for each of the 24 image tokens"):
-            read(flux.FAMILY, tiny_flux(), inputs | {"img_ids": wrong})
+            read(FLUX, tiny_flux(), inputs | {"img_ids": wrong})
 
 
 def test_ids_are_read_once_while_they_stay_the_same(tiny_flux, flux_inputs, monkeypatch):
@@ -109,18 +111,18 @@ def test_ids_are_read_once_while_they_stay_the_same(tiny_flux, flux_inputs, monk
     monkeypatch.setattr(reading, "image_grids", lambda ids: reads.append(len(ids)) or (1, len(ids), 1, 0))
     transformer, inputs, memory = tiny_flux(), flux_inputs((4, 6)), Memory()
     for _ in range(3):
-        read(flux.FAMILY, transformer, inputs, memory)
+        read(FLUX, transformer, inputs, memory)
     assert reads == [24]
     inputs["img_ids"][0, 1] = 1
-    read(flux.FAMILY, transformer, inputs, memory)
-    read(flux.FAMILY, transformer, flux_inputs((4, 5)), memory)
+    read(FLUX, transformer, inputs, memory)
+    read(FLUX, transformer, flux_inputs((4, 5)), memory)
     assert reads == [24, 24, 20]
 
 
 def test_self_attention_is_found_in_the_order_it_runs(tiny_wan, tiny_flux):
-    found = [name for name, _ in wan.FAMILY.attentions(tiny_wan(12))]
+    found = [name for name, _ in WAN.attentions(tiny_wan(12))]
     assert found == [f"blocks.{index}.attn1" for index in range(12)]
-    assert [name for name, _ in flux.FAMILY.attentions(tiny_flux())] == [
+    assert [name for name, _ in FLUX.attentions(tiny_flux())] == [
         "transformer_blocks.0.attn",
         "transformer_blocks.1.attn",
         "single_transformer_blocks.0.attn",
@@ -131,11 +133,11 @@ def test_self_attention_is_found_in_the_order_it_runs(tiny_wan, tiny_flux):
 def test_compiled_blocks_are_found(tiny_wan):
     transformer = tiny_wan()
     transformer.blocks[1] = torch.compile(transformer.blocks[1], backend="eager")
-    assert len(list(wan.FAMILY.attentions(transformer))) == 2
+    assert len(list(WAN.attentions(transformer))) == 2
 
 
 def test_head_dim(tiny_wan, tiny_flux):
-    for family, transformer, wanted in ((wan.FAMILY, tiny_wan(), 12), (flux.FAMILY, tiny_flux(), 16)):
+    for family, transformer, wanted in ((WAN, tiny_wan(), 12), (FLUX, tiny_flux(), 16)):
         assert {family.head_dim(attention) for _, attention in family.attentions(transformer)} == {wanted}
 
 

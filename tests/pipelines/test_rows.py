@@ -16,7 +16,7 @@ from torch import nn
 import dit_accel
 from dit_accel.pipelines.attention import CallState
 from dit_accel.pipelines.family import Memory, ModelCall
-from dit_accel.pipelines.lumina2 import pack
+from dit_accel.pipelines.padded_images import pack
 from dit_accel.pipelines.processor import wrap_processor
 from dit_accel.pipelines.reading import bias_text, mask_text
 
