@@ -143,9 +143,10 @@ class Accelerator:
         """What ran so far. It works after `remove` too."""
         for engine in self._engines:
             engine.count_last_call()
+        layers = self._layers()
         return Report(
             method=self.method,
-            config=self._config_record(),
+            config=dataclasses.asdict(self.config) if layers is None else {"layers": layers},
             schedule=dataclasses.asdict(self.schedule),
             impl=self.impl,
             calls={engine.name: engine.calls for engine in self._engines},
@@ -154,10 +155,9 @@ class Accelerator:
             notes=list(dict.fromkeys((*self._notes, *(note for engine in self._engines for note in engine.notes)))),
         )
 
-    def _config_record(self) -> dict[str, Any]:
-        if isinstance(self.config, LayerSettings):
-            return {"layers": self.config.as_dict()}
-        return dataclasses.asdict(self.config)
+    def _layers(self) -> dict[str, Any] | None:
+        """Settings of every layer in plain values; None where all layers have the same."""
+        return self.config.as_dict() if isinstance(self.config, LayerSettings) else None
 
     def _densities(self) -> dict[str, float | None]:
         """Density of the plans on each grid, the mean over sparse layers; None if only calls tell it."""
@@ -170,7 +170,12 @@ class Accelerator:
 
     def learned_weights(self) -> dict[str, nn.Module]:
         """The method's learned modules, by the dotted path of their attention module in the pipeline."""
-        return {name: module for engine in self._engines for name, module in engine.learned_modules()}
+        layers = [(engine.name, layer) for engine in self._engines for layer in engine.layers]
+        return {
+            f"{name}.{layer.name}.{layer.attribute}": layer.learned
+            for name, layer in layers
+            if layer.learned is not None
+        }
 
     def save_pretrained(
         self,
@@ -199,11 +204,11 @@ class Accelerator:
                 "remove() has taken the fine-tuning's weights out of the model. Save the accelerator before remove(), "
                 "or load it again."
             )
-        layered = isinstance(self.config, LayerSettings)
+        layers = self._layers()
         settings = {
             "method": self.method,
-            "config": {} if layered else dataclasses.asdict(self.config),
-            "layers": self.config.as_dict() if layered else None,
+            "config": dataclasses.asdict(self.config) if layers is None else {},
+            "layers": layers,
             "schedule": dataclasses.asdict(self.schedule),
             "impl": self.impl,
             "allow_dense": self.allow_dense,

@@ -8,7 +8,7 @@ import functools
 import importlib
 import itertools
 import pkgutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from dit_accel.errors import DitAccelError
@@ -129,10 +129,7 @@ def make_config(method: str, settings: Mapping[str, Any]) -> Any:
     """
     config = get_method(method).config
     fields = {field.name: field for field in dataclasses.fields(config)}
-    for name in settings:
-        if name not in fields:
-            has = f"It has: {', '.join(fields)}." if fields else "It has no settings."
-            raise DitAccelError(f"{method} has no setting {name!r}.{did_you_mean(name, fields)} {has}")
+    refuse_unknown(settings, fields, method)
     needed = [name for name, field in fields.items() if field.default is field.default_factory is dataclasses.MISSING]
     if missing := [name for name in needed if name not in settings]:
         raise DitAccelError(f"{method} needs a value for {', '.join(missing)}, for example {missing[0]}=...; got none.")
@@ -211,6 +208,14 @@ def parse_value(text: str) -> Any:
         except ValueError:
             continue
     return text
+
+
+def refuse_unknown(settings: Iterable[Any], known: Collection[str], what: str) -> None:
+    """Refuse a setting that `what` does not have."""
+    for name in settings:
+        if name not in known:
+            has = f"It has: {', '.join(known)}." if known else "It has no settings."
+            raise DitAccelError(f"{what} has no setting {name!r}.{did_you_mean(str(name), known)} {has}")
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from dit_accel.errors import DitAccelError, first_line
-from dit_accel.registry import did_you_mean
+from dit_accel.registry import did_you_mean, refuse_unknown
 
 WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text", Path: "a path"}
 WORDS[type(None)] = "none"
@@ -82,13 +82,8 @@ def build(kind: type, plain: Any, what: str) -> Any:
     """
     if not isinstance(plain, Mapping):
         raise DitAccelError(f"{what} takes settings by name, got {plain!r}.")
-    names = [field.name for field in dataclasses.fields(kind)]
     hints = typing.get_type_hints(kind)
-    for name in plain:
-        if name not in names:
-            raise DitAccelError(
-                f"{what} has no setting {name!r}.{did_you_mean(str(name), names)} It has: {', '.join(names)}."
-            )
+    refuse_unknown(plain, [field.name for field in dataclasses.fields(kind)], what)
     return kind(**{name: _converted(value, hints[name], name) for name, value in plain.items()})
 
 

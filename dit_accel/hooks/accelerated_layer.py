@@ -15,6 +15,7 @@ from dit_accel.errors import DitAccelError
 from dit_accel.hooks import selfcheck
 from dit_accel.hooks.report import LayerReport, Tally
 from dit_accel.pipelines.processor import AcceleratedAttnProcessor
+from dit_accel.plans.plan import building
 
 
 @dataclasses.dataclass
@@ -44,14 +45,19 @@ class AcceleratedLayer:
     measured: torch.Tensor | None = None
     attached: bool = False
 
-    def attach(self, attribute: str | None = None, learned: nn.Module | None = None) -> None:
-        """Set our processor, and learned weights as an attribute of the attention module."""
-        if attribute is not None:
-            if hasattr(self.attention, attribute):
-                raise DitAccelError(f"{self.name} already has a module named {attribute!r}; remove it first.")
-            self.attention.add_module(attribute, learned)
-            self.attribute, self.learned = attribute, learned
-        self.ours.take_learned(learned)
+    def attach(self, module: registry.LearnedModule | None, head_dim: int, heads: int) -> None:
+        """Set our processor, and new learned weights as an attribute of the attention module."""
+        if module is not None:
+            if hasattr(self.attention, module.attribute):
+                raise DitAccelError(f"{self.name} already has a module named {module.attribute!r}; remove it first.")
+            device = next(self.attention.parameters()).device
+            with building():
+                learned = module.make(head_dim, heads, self.config)
+                if device.type != "meta":  # where offloaded weights are between calls
+                    learned.to(device)
+            self.attention.add_module(module.attribute, learned)
+            self.attribute, self.learned = module.attribute, learned
+        self.ours.take_learned(self.learned)
         self.attention.processor = self.ours  # type: ignore[assignment]
         self.attached = True
 
@@ -77,8 +83,8 @@ class AcceleratedLayer:
 
     def report(self, transformer: str) -> LayerReport:
         error, mass = (None, None) if self.measured is None else selfcheck.whole(self.measured)
-        found = self.tally.report(transformer, self.name, self.left)
-        return dataclasses.replace(found, relative_error=error, kept_mass=mass)
+        counted = self.tally.totals()
+        return LayerReport(transformer, self.name, **counted, left=self.left, relative_error=error, kept_mass=mass)
 
     @property
     def kind(self) -> tuple[Any, bool]:

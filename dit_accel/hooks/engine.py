@@ -7,7 +7,7 @@ import functools
 import inspect
 import types
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -30,7 +30,7 @@ from dit_accel.pipelines.anchors import AnchorTokens
 from dit_accel.pipelines.attention import AtWork, CallState
 from dit_accel.pipelines.family import Family, Memory, ModelCall
 from dit_accel.pipelines.processor import AcceleratedAttnProcessor
-from dit_accel.plans.plan import Plan, building
+from dit_accel.plans.plan import Plan
 from dit_accel.plans.routed import RoutedPlan
 from dit_accel.plans.sharing import shares
 from dit_accel.registry import Method
@@ -145,16 +145,7 @@ class Engine(AtWork):
             self.notes.append(self._backend_set.note)
         for layer in self.layers:
             module = None if layer.dense_reason is not None else self._method.learned(layer.config)
-            if module is None:
-                layer.attach()
-                continue
-            device = next(layer.attention.parameters()).device
-            with building():
-                sizes = self._family.head_dim(layer.attention), self._family.heads(layer.attention)
-                learned = module.make(*sizes, layer.config)
-                if device.type != "meta":  # where offloaded weights are between calls
-                    learned.to(device)
-            layer.attach(module.attribute, learned)
+            layer.attach(module, self._family.head_dim(layer.attention), self._family.heads(layer.attention))
         if self._method.module is not None and hasattr(self._transformer, "save_pretrained"):
             kind: Any = type(self._transformer)
             save = types.MethodType(without_learned(kind.save_pretrained), self._transformer)
@@ -194,11 +185,6 @@ class Engine(AtWork):
             layer.tally.sparse(plan.density, kernel, why)
             if layer.ours.density_sum is not None:
                 layer.tally.measure(None if self._step is None else self._step.index, layer.ours.density_sum)
-
-    def learned_modules(self) -> Iterator[tuple[str, nn.Module]]:
-        for layer in self.layers:
-            if layer.learned is not None:
-                yield f"{self.name}.{layer.name}.{layer.attribute}", layer.learned
 
     def _look_for_dropped(self) -> None:
         """Warn once about layers whose processor was replaced since `attach`: they run dense."""
@@ -264,7 +250,8 @@ class Engine(AtWork):
             for config, sees_text in self._states
         }
         self.notes += [note for note in layout.notes if note not in self.notes]
-        reason = self._dense_step(call)
+        by_step = self._schedule.by_step
+        reason = self._schedule.dense_step(self._now(call, "A step schedule")) if by_step else None
         if reason is not None:
             self._last = dict.fromkeys(self._states, reason)
             return None
@@ -363,12 +350,6 @@ class Engine(AtWork):
         else:
             dtype = self._transformer.dtype  # type: ignore[assignment]  # a weight may be stored in float8
         return plan, *plan.prepare(device, dtype, head_dim, self._impl, learned=learned is not None)
-
-    def _dense_step(self, call: ModelCall) -> str | None:
-        """Why the whole call is dense, or None."""
-        if not self._schedule.by_step:
-            return None
-        return self._schedule.dense_step(self._now(call, "A step schedule"))
 
     def _now(self, call: ModelCall, what: str) -> Step:
         if self._compiled and self._clock.reads_values:

@@ -156,23 +156,20 @@ class Tally:
     def dense(self, reason: str) -> None:
         self._dense[reason] += 1
 
-    def report(self, transformer: str, name: str, left: str | None) -> LayerReport:
-        calls = self._sparse.total()
+    def totals(self) -> dict[str, Any]:
+        """The counted fields of a `LayerReport`."""
         measured: dict[int | None, tuple[float, float]]
         measured = {step: tuple(found.tolist()) for step, found in self._measured.items()}
         found = list(measured.values()) or [
             (density * count, count) for density, count in self._sparse.items() if density is not None
         ]
         density = sum(total for total, _ in found) / sum(count for _, count in found) if found else None
-        return LayerReport(
-            transformer,
-            name,
-            sparse_calls=calls,
-            dense_calls=self._dense.total(),
-            density=density,
-            step_density={step: total / count for step, (total, count) in measured.items() if step is not None},
-            kernels=dict(self._kernels),
-            dense_reasons=dict(self._dense),
-            left=left,
-            kept_bytes=self._kept,
-        )
+        return {
+            "sparse_calls": self._sparse.total(),
+            "dense_calls": self._dense.total(),
+            "density": density,
+            "step_density": {step: total / count for step, (total, count) in measured.items() if step is not None},
+            "kernels": dict(self._kernels),
+            "dense_reasons": dict(self._dense),
+            "kept_bytes": self._kept,
+        }

@@ -8,7 +8,7 @@ from __future__ import annotations
 from torch import nn
 
 from dit_accel.errors import DitAccelError
-from dit_accel.pipelines.family import TRAINING_FREE, CallLayout, Family, ModelCall
+from dit_accel.pipelines.family import CallLayout, ModelCall, video_family
 from dit_accel.pipelines.reading import video_alone
 from dit_accel.pipelines.sizes import Config, Sizes, patch_of, vae_frames, vae_pixels, video_sizes
 
@@ -31,12 +31,10 @@ def sizes(transformer: Config, vae: Config) -> Sizes:
     return video_sizes(vae, patch_of(transformer), *default, frames_first=0)
 
 
-FAMILY = Family(
+FAMILY = video_family(
     name="allegro",
     transformers=("AllegroTransformer3DModel",),
-    attention=("transformer_blocks.*.attn1",),
     layout=layout,
     sizes=sizes,
     summary="Allegro: text to video",
-    recommended=TRAINING_FREE,
 )

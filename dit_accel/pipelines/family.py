@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -186,11 +187,11 @@ class Family:
     Args:
         name: lower case.
         transformers: class names.
-        attention: dotted paths of the self-attention modules in the order they run; ``*`` matches one name, ``a|b``
-            either.
         layout: where the tokens of a call lie.
         sizes: the sizes a model makes, from the configurations of its transformer and its VAE.
         summary: one line for people.
+        attention: dotted paths of the self-attention modules in the order they run; ``*`` matches one name, ``a|b``
+            either.
         timestep_name: the argument that holds the transformer's timestep.
         timestep_scale: factor that turns it into the scheduler's units, 0 to 1000; None if there is no such factor.
             Then only the scheduler's index, or `set_step`, tells the step.
@@ -208,10 +209,10 @@ class Family:
 
     name: str
     transformers: tuple[str, ...]
-    attention: tuple[str, ...]
     layout: Callable[[Any, ModelCall], CallLayout]
     sizes: Callable[[Config, Config], Sizes]
     summary: str
+    attention: tuple[str, ...] = ("transformer_blocks.*.attn1",)
     timestep_name: str = "timestep"
     timestep_scale: float | None = 1.0
     timestep_rises: bool = False
@@ -261,6 +262,10 @@ class Family:
         if value is None or self.timestep_scale is None:
             return None
         return (1 - value if self.timestep_rises else value) * self.timestep_scale
+
+
+# A family of videos; one with settings of its own adds them to `TRAINING_FREE`.
+video_family = functools.partial(Family, recommended=TRAINING_FREE)
 
 
 def _fits(path: str, name: str) -> bool:

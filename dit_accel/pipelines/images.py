@@ -107,7 +107,6 @@ FAMILIES = (
     Family(
         name="cogview",
         transformers=("CogView4Transformer2DModel", "CogView3PlusTransformer2DModel"),
-        attention=("transformer_blocks.*.attn1",),
         layout=with_text(first=True, bias="attention_mask"),
         sizes=cogview_sizes,
         summary="CogView3-Plus, CogView4",
@@ -124,7 +123,6 @@ FAMILIES = (
     Family(
         name="glm_image",
         transformers=("GlmImageTransformer2DModel",),
-        attention=("transformer_blocks.*.attn1",),
         layout=glm_image,
         # text: the words that the prompt asks to be written in the image
         sizes=lambda transformer, vae: image_sizes(
@@ -153,7 +151,6 @@ FAMILIES = (
     Family(
         name="pixart",
         transformers=("PixArtTransformer2DModel",),
-        attention=("transformer_blocks.*.attn1",),
         layout=image_alone,
         sizes=square_sizes,
         summary="PixArt-alpha, PixArt-sigma",

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from dit_accel.errors import DitAccelError
-from dit_accel.pipelines.family import TRAINING_FREE, CallLayout, Family, ModelCall, Preset
+from dit_accel.pipelines.family import TRAINING_FREE, CallLayout, Family, ModelCall, Preset, video_family
 from dit_accel.pipelines.processor import joint_call
 from dit_accel.pipelines.reading import mask_text, video_of
 from dit_accel.pipelines.sizes import Config, Sizes, patch_of, video_sizes
@@ -99,7 +99,7 @@ FAMILIES = (
     ),
     # Image, byT5 and text tokens follow the video; the model reorders them so that each sample's valid ones come first.
     # Its processor masks the rest with an N x N tensor, 13 GB for 121 frames at 720p.
-    Family(
+    video_family(
         name="hunyuan_video_15",
         transformers=("HunyuanVideo15Transformer3DModel",),
         attention=("transformer_blocks.*.attn",),
@@ -107,19 +107,16 @@ FAMILIES = (
         sizes=hunyuan_video_15_sizes,
         summary="HunyuanVideo 1.5: text to video, image to video",
         sparse_calls={"HunyuanVideo15AttnProcessor2_0": joint_call(rotate_hunyuan)},
-        recommended=TRAINING_FREE,
     ),
     # The model's processor cuts off each sample's padding and calls attention once per sample; the last block has no
     # text output. The timestep rises from 0 to 1000 while the noise falls, so a bare transformer needs `set_step`.
-    Family(
+    video_family(
         name="mochi",
         transformers=("MochiTransformer3DModel",),
-        attention=("transformer_blocks.*.attn1",),
         layout=mochi,
         sizes=mochi_sizes,
         summary="Mochi 1: text to video",
         timestep_scale=None,
         sparse_calls={"MochiAttnProcessor2_0": joint_call(rotate_mochi)},
-        recommended=TRAINING_FREE,
     ),
 )

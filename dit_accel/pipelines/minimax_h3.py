@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from dit_accel.errors import DitAccelError
-from dit_accel.pipelines.family import TRAINING_FREE, CallLayout, Family, ModelCall
+from dit_accel.pipelines.family import CallLayout, ModelCall, video_family
 from dit_accel.pipelines.reading import dense_note, is_raster, last_raster
 from dit_accel.pipelines.sizes import Config, Shape, Sizes, patch_of, video_sizes
 from dit_accel.tokens import TokenGrid
@@ -66,7 +66,7 @@ def sizes(transformer: Config, vae: Config) -> Sizes:
     return video_sizes(strides, patch_of(transformer), *size, text=before_the_video, text_first=True, **rest)
 
 
-FAMILY = Family(
+FAMILY = video_family(
     name="minimax_h3",
     transformers=("MiniMaxH3Transformer3DModel",),
     attention=("transformer_blocks.*.attn",),
@@ -74,5 +74,4 @@ FAMILY = Family(
     sizes=sizes,
     summary="MiniMax-H3: text, keyframes and references to video with sound; the video's tokens",
     timestep_scale=None,  # a call has one for each noise level in the sequence
-    recommended=TRAINING_FREE,
 )

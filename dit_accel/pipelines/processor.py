@@ -37,6 +37,11 @@ _SERIAL = itertools.count()
 _WRAPPERS: dict[tuple[type, Callable[..., Any], SparseCall | None], type[AcceleratedAttnProcessor]] = {}
 
 
+def _of_inner(name: str) -> property:
+    """An attribute that is the model's own processor's."""
+    return property(lambda self: getattr(self.inner, name), lambda self, value: setattr(self.inner, name, value))
+
+
 class AcceleratedAttnProcessor(LayerAttention):
     """The processor of an accelerated attention module; see `wrap_processor`.
 
@@ -72,21 +77,8 @@ class AcceleratedAttnProcessor(LayerAttention):
 
     # Diffusers finds processors by these two names, to set a back end and to shard the sequence. Ours lacks a name if
     # the model's processor lacks it.
-    @property
-    def _attention_backend(self) -> Any:
-        return self.inner._attention_backend
-
-    @_attention_backend.setter
-    def _attention_backend(self, value: Any) -> None:
-        self.inner._attention_backend = value
-
-    @property
-    def _parallel_config(self) -> Any:
-        return self.inner._parallel_config
-
-    @_parallel_config.setter
-    def _parallel_config(self, value: Any) -> None:
-        self.inner._parallel_config = value
+    _attention_backend = _of_inner("_attention_backend")
+    _parallel_config = _of_inner("_parallel_config")
 
 
 class _Slot(threading.local):

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from dit_accel.pipelines.family import TRAINING_FREE, CallLayout, Family, ModelCall
+from dit_accel.pipelines.family import CallLayout, ModelCall, video_family
 from dit_accel.pipelines.reading import dense_note, lengths, video_of
 from dit_accel.pipelines.sizes import Config, Shape, Sizes, patch_of, vae_frames, vae_pixels, video_sizes
 from dit_accel.tokens import TokenGrid
@@ -98,24 +98,22 @@ def count_tokens(latents: Sequence[int], patch: Shape, times: int) -> int:
 FAMILIES = (
     # HunyuanVideo's blocks. The sequence is [history at a quarter of the size | at half | clean frames | section |
     # image embeddings | text]. Text behind the mask's number of valid tokens is masked, and with one sample left out.
-    Family(
+    video_family(
         name="framepack",
         transformers=("HunyuanVideoFramepackTransformer3DModel",),
         attention=("transformer_blocks.*.attn", "single_transformer_blocks.*.attn"),
         layout=framepack,
         sizes=framepack_sizes,
         summary="FramePack, HunyuanVideo in sections: image to video",
-        recommended=TRAINING_FREE,
     ),
     # The sequence is [history at a quarter of the size | at half | at full size | section]; text enters by
     # cross-attention.
-    Family(
+    video_family(
         name="helios",
         transformers=("HeliosTransformer3DModel",),
         attention=("blocks.*.attn1",),
         layout=helios,
         sizes=helios_sizes,
         summary="Helios: text, image and video to video in sections",
-        recommended=TRAINING_FREE,
     ),
 )

@@ -33,22 +33,15 @@ def find_transformers(target: Any) -> tuple[dict[str, tuple[nn.Module, Family]],
         module = getattr(component, "_orig_mod", component)
         if not isinstance(module, nn.Module) or any(module is known for known, _ in found.values()):
             continue
-        if pipeline is None or name.startswith("transformer") or family_of(_names(module)) is not None:
-            found[name] = (module, _supported_family(module))
+        names = [base.__name__ for base in type(module).__mro__]
+        family = family_of(names)
+        if family is not None:
+            found[name] = (module, family)
+        elif pipeline is None or name.startswith("transformer"):
+            raise DitAccelError(f"{type(module).__name__} is not supported: {refusal(names)}")
     if not found:
         raise DitAccelError(
             f"{type(target).__name__} has no diffusion transformer; pass a Diffusers pipeline, an object with a "
             f"transformer, or a transformer of a supported family: {', '.join(list_families())}."
         )
     return found, pipeline
-
-
-def _supported_family(module: nn.Module) -> Family:
-    family = family_of(_names(module))
-    if family is None:
-        raise DitAccelError(f"{type(module).__name__} is not supported: {refusal(_names(module))}")
-    return family
-
-
-def _names(module: nn.Module) -> list[str]:
-    return [base.__name__ for base in type(module).__mro__]

@@ -12,7 +12,7 @@ from torch import nn
 
 from dit_accel.errors import DitAccelError
 from dit_accel.pipelines.anchors import in_latent
-from dit_accel.pipelines.family import TRAINING_FREE, CallLayout, Family, ModelCall, Preset, patch_grid
+from dit_accel.pipelines.family import TRAINING_FREE, CallLayout, Family, ModelCall, Preset, patch_grid, video_family
 from dit_accel.pipelines.reading import dense_note, packed_video, video_alone, video_of
 from dit_accel.pipelines.sizes import Config, Sizes, patch_of, vae_frames, vae_pixels, video_sizes
 from dit_accel.tokens import TokenGrid
@@ -122,33 +122,29 @@ def kandinsky_head_dim(attention: Any) -> int:
 
 
 FAMILIES = (
-    Family(
+    video_family(
         name="anyflow",
         transformers=("AnyFlowTransformer3DModel",),
         attention=("blocks.*.attn1",),
         layout=anyflow,
         sizes=wan_sizes,
         summary="AnyFlow, bidirectional",
-        recommended=TRAINING_FREE,
     ),
     # Text precedes the video in every block. Its padding is attended, as in training. CogVideoX 1.5 also cuts the
     # latent into patches along time. ConsisID has the blocks of 1.0; its face features enter through cross-attention
     # between the blocks, which stays untouched.
-    Family(
+    video_family(
         name="cogvideox",
         transformers=("CogVideoXTransformer3DModel", "ConsisIDTransformer3DModel"),
-        attention=("transformer_blocks.*.attn1",),
         layout=cogvideox,
         sizes=cogvideox_sizes,
         summary="CogVideoX 1.0 and 1.5: text, image and video to video, control; ConsisID",
-        recommended=TRAINING_FREE,
     ),
     # Image features enter through cross-attention too. The timestep is a function of sigma that differs between the
     # generations, so a bare transformer needs `set_step`.
     Family(
         name="cosmos",
         transformers=("CosmosTransformer3DModel",),
-        attention=("transformer_blocks.*.attn1",),
         layout=video_alone,
         sizes=cosmos_sizes,
         summary="Cosmos 1, Predict 2 and 2.5: text, image and video to world, text to image",
@@ -164,16 +160,14 @@ FAMILIES = (
     ),
     # Text precedes the video in every block. Its padding is attended, as in training. Text of a second encoder follows
     # the first's. Inpainting and control latents are further channels of the same grid.
-    Family(
+    video_family(
         name="easyanimate",
         transformers=("EasyAnimateTransformer3DModel",),
-        attention=("transformer_blocks.*.attn1",),
         layout=easyanimate,
         sizes=easyanimate_sizes,
         summary="EasyAnimate: text, image and video to video, control",
-        recommended=TRAINING_FREE,
     ),
-    Family(
+    video_family(
         name="kandinsky5",
         transformers=("Kandinsky5Transformer3DModel",),
         attention=("visual_transformer_blocks.*.self_attention",),
@@ -181,11 +175,10 @@ FAMILIES = (
         sizes=kandinsky_sizes,
         summary="Kandinsky 5 (without its own sparse attention)",
         head_dim=kandinsky_head_dim,
-        recommended=TRAINING_FREE,
     ),
     # The video's part of each block; sound and text stay the model's own. A reference frame behind the video, whose
     # position in time starts again, is dense both ways.
-    Family(
+    video_family(
         name="kandinsky6",
         transformers=("Kandinsky6Transformer3DModel",),
         attention=("visual_transformer_blocks.*.video_dec_block.self_attention",),
@@ -193,18 +186,15 @@ FAMILIES = (
         sizes=kandinsky_sizes,
         summary="Kandinsky 6: text and image to video with sound; the video's self-attention",
         head_dim=kandinsky_head_dim,
-        recommended=TRAINING_FREE,
     ),
     # The packed video follows the keyframes of `LTXConditionPipeline`. The call has the video's sizes, or the
     # coordinates of all tokens.
-    Family(
+    video_family(
         name="ltx",
         transformers=("LTXVideoTransformer3DModel",),
-        attention=("transformer_blocks.*.attn1",),
         layout=packed_video,
         sizes=lambda transformer, vae: video_sizes(vae, patch_of(transformer), 161, 512, 704),
         summary="LTX-Video: text and image to video, keyframes",
-        recommended=TRAINING_FREE,
     ),
     # The audio stream's self-attention and the attention between the streams stay untouched. A layer whose attention
     # the model skips (spatio-temporal guidance) stays skipped. Keyframes and conditioning videos behind the video are
@@ -212,7 +202,6 @@ FAMILIES = (
     Family(
         name="ltx2",
         transformers=("LTX2VideoTransformer3DModel",),
-        attention=("transformer_blocks.*.attn1",),
         layout=ltx2,
         sizes=lambda transformer, vae: video_sizes(vae, patch_of(transformer), 121, 512, 768),
         summary="LTX-2: video with audio, keyframes, conditioning videos; the video's self-attention",
@@ -227,7 +216,7 @@ FAMILIES = (
     ),
     # The blocks are Wan's. In diffusion forcing the frames of one call are at different denoising steps. The schedule
     # follows the largest timestep, that of the frame furthest behind.
-    Family(
+    video_family(
         name="skyreels_v2",
         transformers=("SkyReelsV2Transformer3DModel",),
         attention=("blocks.*.attn1",),
@@ -237,7 +226,6 @@ FAMILIES = (
             vae, transformer["patch_size"], 97, 544, 960, longest=transformer["rope_max_seq_len"]
         ),
         summary="SkyReels V2: text to video, image to video, diffusion forcing (without causal blocks)",
-        recommended=TRAINING_FREE,
     ),
     # The image tokens of Wan 2.1's image-to-video enter through cross-attention too. TI2V-5B has one timestep per
     # token. VACE's control blocks attend over the same grid as the video. Animate's conditioning image is the first
