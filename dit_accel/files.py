@@ -52,7 +52,9 @@ def staged(output: Path) -> Iterator[Path]:
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         for left in [path for path in output.parent.iterdir() if path.name.startswith(prefix)]:
-            _remove_abandoned(left)
+            with contextlib.suppress(BlockingIOError, FileNotFoundError), _locked(left, wait=False) as kept:
+                if kept:  # of a killed process: one that still writes has the lock
+                    shutil.rmtree(left)
         stage, lock = _make_stage(output.parent, prefix)
         try:
             yield stage
@@ -85,31 +87,23 @@ def _make_stage(folder: Path, prefix: str) -> tuple[Path, contextlib.ExitStack]:
     """A new folder and its lock."""
     while True:
         stage = Path(tempfile.mkdtemp(prefix=prefix, dir=folder))
-        with contextlib.suppress(FileNotFoundError):
-            lock, _ = _lock_folder(stage, wait=True)
-            if stage.exists():
-                return stage, lock
-            lock.close()  # another process locked it first and removed it as abandoned
+        with contextlib.suppress(FileNotFoundError), contextlib.ExitStack() as lock:
+            lock.enter_context(_locked(stage, wait=True))
+            if stage.exists():  # else another process locked it first and removed it as abandoned
+                return stage, lock.pop_all()
 
 
-def _remove_abandoned(stage: Path) -> None:
-    """Remove the folder of a killed process: one without lock."""
-    with contextlib.suppress(BlockingIOError, FileNotFoundError):
-        lock, kept = _lock_folder(stage, wait=False)
-        with lock:
-            if kept:
-                shutil.rmtree(stage)
-
-
-def _lock_folder(folder: Path, *, wait: bool) -> tuple[contextlib.ExitStack, bool]:
-    """A stack that unlocks the folder when closed, and whether there are locks; see `_lock`."""
-    with contextlib.ExitStack() as stack:
-        if fcntl is None:
-            return stack.pop_all(), False
-        handle = os.open(folder, os.O_RDONLY)
-        stack.callback(os.close, handle)
-        kept = _lock(handle, wait=wait)
-        return stack.pop_all(), kept
+@contextlib.contextmanager
+def _locked(folder: Path, *, wait: bool) -> Iterator[bool]:
+    """Lock a folder during the block; yields whether there are locks. Errors as in `_lock`."""
+    if fcntl is None:
+        yield False
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        yield _lock(handle, wait=wait)
+    finally:
+        os.close(handle)
 
 
 def read_json(path: Path, what: str, remedy: str, needs: Collection[str] = ()) -> dict[str, Any]:
