@@ -144,10 +144,6 @@ class Clip:
             ) from error
         return cls(str(source).rstrip("/").rpartition("/")[2], model, tokenizer, prepare)
 
-    @property
-    def device(self) -> torch.device:
-        return self.model.device
-
     @torch.no_grad()
     def images(self, frames: Tensor) -> Tensor:
         """Unit vectors, float32 [N, D], of frames float [N, 3, H, W] in [0, 1]."""
@@ -159,7 +155,7 @@ class Clip:
         """Unit vectors, float32 [N, D]; texts are cut off at the model's context."""
         limit = self.model.config.text_config.max_position_embeddings
         tokens = self.tokenizer(texts, padding=True, truncation=True, max_length=limit, return_tensors="pt")
-        out = self.model.text_model(**tokens.to(self.device))
+        out = self.model.text_model(**tokens.to(self.model.device))
         return functional.normalize(self.model.text_projection(out.pooler_output).float(), dim=-1)
 
     @torch.no_grad()
@@ -178,7 +174,7 @@ class Clip:
     def _tower(self, frames: Tensor, **options: Any) -> list[Any]:
         if frames.ndim != 4 or frames.shape[1] != 3:
             raise ValueError(f"CLIP takes frames [N, 3, H, W], got {tuple(frames.shape)}.")
-        pixels = (self.prepare(part.to(self.device).float()) for part in frames.split(BATCH))
+        pixels = (self.prepare(part.to(self.model.device).float()) for part in frames.split(BATCH))
         return [self.model.vision_model(pixel_values=part, **options) for part in pixels]
 
 

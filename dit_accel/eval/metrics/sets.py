@@ -36,16 +36,11 @@ class Fid(FrechetInceptionDistance):
 
     def compute(self) -> torch.Tensor:
         """The squared distance, 0 for equal sets; `TooFew` where no more images than features make a covariance."""
-        wanted = least(self.inception.num_features)
+        wanted = self.inception.num_features + 1
         got = min(int(self.real_features_num_samples), int(self.fake_features_num_samples))
         if got < wanted:
             raise TooFew(f"needs {wanted:,} images in each set, got {got:,}")
         return super().compute().clamp(min=0)  # a squared distance; equal sets round to a little below
-
-
-def least(features: int) -> int:
-    """Images for a regular covariance of that many features."""
-    return features + 1
 
 
 SUBSET = 1000  # images a subset, as published; smaller sets are taken whole
@@ -93,7 +88,7 @@ METRICS = (
         published=INCEPTION,
         packages=("torch_fidelity",),
         collect=Fid,
-        least=least,
+        least=lambda features: features + 1,
         enough=lambda features: 5 * features,  # its authors ask for 10,000 images with 2,048 features
     ),
     Metric(

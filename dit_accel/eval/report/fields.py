@@ -27,16 +27,11 @@ from typing import Any
 NONE = "–"
 
 
-def number(value: float | str | None) -> float | None:
-    """A figure as a float; "inf" and "-inf" are infinities, None stays None."""
-    return None if value is None else float(value)
-
-
 def written(value: float | str | None, unit: str = "", digits: int = 4) -> str:
     """A figure as text: four significant digits, ∞ for infinity, a dash for none."""
-    value = number(value)
     if value is None:
         return NONE
+    value = float(value)  # of "inf", too
     text = ("−" if value < 0 else "") + ("∞" if math.isinf(value) else f"{abs(value):#.{digits}g}".rstrip("."))
     return f"{text} {unit}".rstrip()
 
@@ -71,7 +66,8 @@ def share(part: float | None) -> str:
 
 def value_of(row: dict[str, Any], metric: dict[str, Any]) -> float | None:
     """A row's figure, None where it is missing."""
-    return number(row["figures"].get(metric["name"], {}).get("value"))
+    value = row["figures"].get(metric["name"], {}).get("value")
+    return None if value is None else float(value)
 
 
 def arrow(metric: dict[str, Any]) -> str:

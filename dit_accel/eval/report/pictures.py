@@ -56,13 +56,14 @@ def pareto(summary: dict[str, Any]) -> bytes:
     """Speed-up against each metric as PNG, a panel each, with one legend; a line joins the rows on the front."""
     check_matplotlib()
     import matplotlib
+    from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
     metrics = drawable(summary)
     columns = min(3, max(1, len(metrics)))
     rows = max(1, -(-len(metrics) // columns))
     with matplotlib.rc_context(STYLE):
-        figure = _figure(PANEL[0] * columns, PANEL[1] * rows + 0.3)
+        figure = Figure(figsize=(PANEL[0] * columns, PANEL[1] * rows + 0.3), layout="constrained")
         axes = list(figure.subplots(rows, columns, squeeze=False).flat)
         for axis, metric in zip(axes, metrics, strict=False):
             _front_panel(axis, summary, metric)
@@ -82,9 +83,10 @@ def pareto(summary: dict[str, Any]) -> bytes:
 def panel(summary: dict[str, Any], metric: dict[str, Any]) -> str:
     """One metric's Pareto front alone, as SVG without a legend."""
     import matplotlib
+    from matplotlib.figure import Figure
 
     with matplotlib.rc_context(STYLE):
-        figure = _figure(*PANEL)
+        figure = Figure(figsize=PANEL, layout="constrained")
         _front_panel(figure.subplots(), summary, metric)
         return _svg(figure)
 
@@ -93,12 +95,13 @@ def heat_maps(record: dict[str, Any]) -> str:
     """An entry of the summary's `attention` as SVG: layers × steps (means over heads) above layers × heads."""
     import matplotlib
     import numpy as np
+    from matplotlib.figure import Figure
 
     layers = [_short(name) for name in record["layers"]]
     heads = max((len(cell) for line in record["error"] for cell in line if cell), default=1)
     with matplotlib.rc_context(STYLE):
         tall = min(12.0, 1.1 + 0.24 * len(layers))
-        figure = _figure(7.2, 2 * tall)
+        figure = Figure(figsize=(7.2, 2 * tall), layout="constrained")
         axes = figure.subplots(2, 2)
         titles = (("error", "relative error", "magma_r", None), ("mass", "softmax mass kept", "viridis", 1.0))
         for column, (name, title, colours, top) in enumerate(titles):
@@ -181,15 +184,6 @@ def _limits(values: list[float]) -> tuple[float, float]:
     near = [value for value in values if low - reach <= value <= high + reach]
     margin = 0.08 * (max(near) - min(near)) or 0.05 * abs(near[0]) or 0.05
     return min(near) - margin, max(near) + margin
-
-
-def _figure(width: float, height: float) -> Figure:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    figure.set_canvas(FigureCanvasAgg(figure))
-    return figure
 
 
 def _svg(figure: Figure) -> str:
