@@ -4,10 +4,12 @@ import contextlib
 import dataclasses
 import functools
 import importlib.util
+import os
 import pathlib
 import sys
 
 import emulator
+import pytest
 import torch
 
 from dit_accel.kernels.block_sparse.geometry import Predicate
@@ -17,6 +19,11 @@ from dit_accel.tokens import TokenGrid
 SMALL = {"block_q": 128, "block_k": 64, "dim": 64, "heads": 1}
 WIDE = {"block_q": 128, "block_k": 128, "dim": 128, "heads": 1}
 FRAMES = {"tile_q": (2, 8, 8), "tile_k": (1, 8, 8)}
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+NATIVE = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9 and not INTERPRETED
+SOMEWHERE = pytest.mark.skipif(
+    not INTERPRETED and not NATIVE, reason="needs TRITON_INTERPRET=1 or a GPU of compute capability 9.0"
+)
 
 
 class Emulated:

@@ -6,7 +6,6 @@ imported; `make test` runs this file in a process of its own.
 
 import collections
 import dataclasses
-import os
 
 import pytest
 import torch
@@ -21,12 +20,8 @@ gluon = pytest.importorskip("dit_accel.kernels.block_sparse.gluon.launches")
 triton = pytest.importorskip("dit_accel.kernels.block_sparse.triton")
 emulator = pytest.importorskip("emulator")
 calls = pytest.importorskip("gluon_calls")
-FRAMES, SMALL, WIDE, rounded = calls.FRAMES, calls.SMALL, calls.WIDE, calls.rounded
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-NATIVE = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9 and not INTERPRETED
-pytestmark = pytest.mark.skipif(
-    not INTERPRETED and not NATIVE, reason="needs TRITON_INTERPRET=1 or a GPU of compute capability 9.0"
-)
+FRAMES, SMALL, WIDE, NATIVE, rounded = calls.FRAMES, calls.SMALL, calls.WIDE, calls.NATIVE, calls.rounded
+pytestmark = calls.SOMEWHERE
 DTYPES = [torch.float16, torch.bfloat16]
 KERNEL = gluon_forward.block_sparse_gluon_fwd_kernel
 
