@@ -24,18 +24,18 @@ import torch
 from torch import Tensor
 
 from dit_accel.kernels.block_sparse.geometry import BlockLists
-from dit_accel.kernels.cuts import Cut, block_means, visual_of
+from dit_accel.kernels.cuts import block_means, visual_of
 from dit_accel.order import TokenOrder
 from dit_accel.plans.definition import RoutedDefinition, masked_attention
 from dit_accel.plans.plan import BLOCK_K, BLOCK_Q, PlanCall
 from dit_accel.plans.routed import RoutedPlan, attend_all
 from dit_accel.registry import Method
 from dit_accel.tokens import TokenGrid
-from dit_accel.values import check, option
+from dit_accel.values import Checked, option
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(Checked):
     """Settings of agent; the defaults are those of the published code for Stable Diffusion.
 
     Args:
@@ -50,9 +50,6 @@ class Config:
     tile: tuple[int, int, int] = option((1, 4, 4), least=1)
     exponent: float = option(0.3, least=0)
     shortcut: float = 0.075
-
-    def __post_init__(self) -> None:
-        check(self)
 
 
 class AgentPlan(RoutedPlan):
@@ -88,7 +85,7 @@ class AgentPlan(RoutedPlan):
         return math.copysign(abs(scale) ** self.config.exponent, scale)
 
     def attend_visual(self, q: Tensor, k: Tensor, v: Tensor, call: PlanCall) -> tuple[Tensor, BlockLists]:
-        scale, tiles = q.shape[-1] ** -0.5 if call.scale is None else call.scale, Cut.of(self.tiles).order
+        scale, tiles = q.shape[-1] ** -0.5 if call.scale is None else call.scale, self.tiles
         queries, bias = visual_of(q, self.grid), call.text_bias
         agents = block_means(queries, tiles).to(q.dtype)
         if bias is not None:

@@ -18,11 +18,11 @@ from dit_accel.plans.masks import AxisTable, Mask, Product
 from dit_accel.plans.plan import MaskPlan
 from dit_accel.registry import Method
 from dit_accel.tokens import TokenGrid
-from dit_accel.values import check, option
+from dit_accel.values import Checked, option
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(Checked):
     """Settings of clear.
 
     Args:
@@ -34,9 +34,6 @@ class Config:
 
     radius: int = option(16, least=1)
     keeps_all: ClassVar[bool] = False
-
-    def __post_init__(self) -> None:
-        check(self)
 
 
 def reach(radius: int, row: int) -> int:

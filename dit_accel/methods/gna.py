@@ -16,9 +16,10 @@ import torch
 
 from dit_accel.errors import DitAccelError
 from dit_accel.plans.masks import AxisTable, Mask, Product, axis_pairs
-from dit_accel.plans.sharing import Share, SharingPlan, check_sharing
+from dit_accel.plans.sharing import SharingPlan, SharingSettings
 from dit_accel.registry import Method
 from dit_accel.tokens import TokenGrid
+from dit_accel.values import option
 
 AXES = ("frames", "height", "width")
 Window = int | float | str
@@ -32,15 +33,14 @@ FULL = 1 - 1e-9
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
-    """Settings of gna: one value for all axes, or one per axis (frames, height, width).
+class Config(SharingSettings):
+    """Settings of gna, besides `SharingSettings`: one value for all axes, or one per axis (frames, height, width).
 
     Args:
         window: tokens (int >= 1), a fraction of the axis (float in (0, 1]), or "full".
         stride: neighbouring queries that share one window, 1 <= stride <= window.
         dilation: distance of neighbouring keys, window * dilation <= axis.
         causal: whether a query sees only keys up to itself.
-        share, refresh: what a layer shares between denoising steps, and for how many; see `plans.sharing`.
 
     An axis of one token ignores all of them. A single stride or dilation for all axes is clamped on shorter axes.
 
@@ -49,38 +49,17 @@ class Config:
     """
 
     window: Window | tuple[Window, Window, Window]
-    stride: int | tuple[int, int, int] = 1
-    dilation: int | tuple[int, int, int] = 1
+    stride: int | tuple[int, int, int] = option(1, least=1)
+    dilation: int | tuple[int, int, int] = option(1, least=1)
     causal: bool | tuple[bool, bool, bool] = False
-    share: Share = "none"
-    refresh: int = 1
 
     def __post_init__(self) -> None:
-        check_sharing(self)
-        for name in ("window", "stride", "dilation", "causal"):
-            value = getattr(self, name)
-            if isinstance(value, list):
-                value = tuple(value)
-                object.__setattr__(self, name, value)
-            if isinstance(value, tuple) and len(value) != 3:
+        super().__post_init__()
+        for value in per_axis(self.window):
+            if value != "full" and (isinstance(value, str) or value <= 0 or (isinstance(value, float) and value > 1)):
                 raise DitAccelError(
-                    f"gna needs {name} as one value or three (frames, height, width), got {len(value)}: {value}."
+                    f'gna needs window as a number of tokens >= 1, a fraction in (0, 1] or "full", got {value!r}.'
                 )
-            for entry in value if isinstance(value, tuple) else (value,):
-                self._check(name, entry)
-
-    @staticmethod
-    def _check(name: str, value: Any) -> None:
-        count = isinstance(value, int) and not isinstance(value, bool)
-        if name == "causal":
-            good, wanted = isinstance(value, bool), "true or false"
-        elif name == "window":
-            good = (count and value >= 1) or (isinstance(value, float) and 0 < value <= 1) or value == "full"
-            wanted = 'a number of tokens >= 1, a fraction in (0, 1] or "full"'
-        else:
-            good, wanted = count and value >= 1, "an integer >= 1"
-        if not good:
-            raise DitAccelError(f"gna needs {name} as {wanted}, got {value!r}.")
 
     @property
     def keeps_all(self) -> bool:

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from dit_accel.errors import DitAccelError
 from dit_accel.kernels.block_sparse.geometry import BlockLists
-from dit_accel.kernels.cuts import Cut, block_means, from_blocks, visual_of
+from dit_accel.kernels.cuts import block_means, from_blocks, visual_of
 from dit_accel.kernels.router.api import route
 from dit_accel.kernels.router.call import Rule
 from dit_accel.order import valid_tokens
@@ -38,11 +38,11 @@ from dit_accel.plans.plan import PlanCall
 from dit_accel.plans.routed import LARGEST_BLOCK, Ordering, RoutedPlan, cut
 from dit_accel.registry import LearnedModule, Method
 from dit_accel.tokens import TokenGrid
-from dit_accel.values import check, option
+from dit_accel.values import Checked, option
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(Checked):
     """Settings of proxy; the defaults are VSA's, whose cubes of 4 x 4 x 4 tokens are such tiles.
 
     Args:
@@ -61,9 +61,6 @@ class Config:
     query: Literal["block", "token"] = "block"
     block: int = option(64, least=1, most=LARGEST_BLOCK)
     order: Ordering = "tile"
-
-    def __post_init__(self) -> None:
-        check(self)
 
     def count(self, blocks: int) -> int:
         """Visual key blocks that a query block attends to, of `blocks`."""
@@ -123,7 +120,7 @@ class ProxyPlan(RoutedPlan):
 
     def coarse(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
         """The coarse branch for the whole sequence q, k, v [B, H, N, D]: [B, H, visual, D], in the dtype of q."""
-        order = Cut.of(self.key_order).order
+        order = self.key_order
         queries, keys, values = (visual_of(x, self.grid) for x in (q, k, v))
         keys, values = block_means(keys, order), block_means(values, order)
         bias = valid_tokens(order).to(q.device, keys.dtype).log()

@@ -21,14 +21,14 @@ from dit_accel.plans.masks import Band, Mask, check_frames, prefix_sums
 from dit_accel.plans.plan import MaskPlan, StaticPlan
 from dit_accel.registry import Method
 from dit_accel.tokens import TokenGrid
-from dit_accel.values import check, option
+from dit_accel.values import Checked, option
 
 Rule = Literal["paper", "released"]
 THINNING = 128  # the released code thins diagonals narrower than this, whatever its block size
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(Checked):
     """Settings of radial.
 
     Args:
@@ -46,9 +46,6 @@ class Config:
     block: int = option(128, least=1)
     rule: Rule = "paper"
     keeps_all: ClassVar[bool] = False
-
-    def __post_init__(self) -> None:
-        check(self)
 
 
 def paper_radius(frames: int, frame_tokens: int, decay: float, sink: bool) -> Tensor:

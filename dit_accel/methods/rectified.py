@@ -31,7 +31,7 @@ from dit_accel.plans.routed import LARGEST_BLOCK, Ordering, cut
 from dit_accel.plans.tailed import TailDefinition, TailedPlan
 from dit_accel.registry import Method
 from dit_accel.tokens import TokenGrid
-from dit_accel.values import check, option
+from dit_accel.values import Checked, option
 
 Compensation = Literal["exact", "published"]
 # Shares such as 1 - 0.8 lie a little below their decimal value in binary.
@@ -39,7 +39,7 @@ _ROUNDING = 1e-9
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(Checked):
     """Settings of Rectified SpaAttn.
 
     Args:
@@ -64,9 +64,6 @@ class Config:
     block: int = option(64, least=1, most=LARGEST_BLOCK)
     block_q: int | None = option(None, least=1, most=LARGEST_BLOCK)
     order: Ordering = "hilbert"
-
-    def __post_init__(self) -> None:
-        check(self)
 
     def counts(self, blocks: int) -> int:
         """Blocks that every row keeps by number, of `blocks` visual key blocks."""

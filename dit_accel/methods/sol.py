@@ -26,13 +26,13 @@ from dit_accel.plans.routed import LARGEST_BLOCK, Ordering, cut
 from dit_accel.plans.tailed import TailDefinition, TailedPlan
 from dit_accel.registry import Method
 from dit_accel.tokens import TokenGrid
-from dit_accel.values import check, option
+from dit_accel.values import Checked, option
 
 Tail = Literal["mean", "hybrid", "none"]
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(Checked):
     """Settings of Sol-Attn; the defaults are the published ones.
 
     Args:
@@ -60,9 +60,6 @@ class Config:
     block: int = option(64, least=1, most=LARGEST_BLOCK)
     block_q: int | None = option(None, least=1, most=LARGEST_BLOCK)
     order: Ordering = "raster"
-
-    def __post_init__(self) -> None:
-        check(self)
 
 
 class SolPlan(TailedPlan):

@@ -29,7 +29,7 @@ import torch
 
 from dit_accel.errors import DitAccelError
 from dit_accel.kernels.block_sparse.geometry import BlockLists
-from dit_accel.kernels.cuts import Cut, visual_of
+from dit_accel.kernels.cuts import visual_of
 from dit_accel.kernels.router.api import route
 from dit_accel.kernels.router.call import Rule
 from dit_accel.kernels.router.portable import rank
@@ -183,8 +183,7 @@ class SpargePlan(TailedPlan):
         """
         queries, keys = (visual_of(self.arrange(x), self.grid) for x in (q, k))
         factor = q.shape[-1] ** -0.5 if scale is None else scale
-        orders = Cut.of(self.query_order).order, Cut.of(self.key_order).order
-        return rank(queries, keys, orders, rows, self.config.cells_scored, factor)
+        return rank(queries, keys, (self.query_order, self.key_order), rows, self.config.cells_scored, factor)
 
     def choose(self, q: torch.Tensor, k: torch.Tensor, call: PlanCall) -> BlockLists:
         config = self.config

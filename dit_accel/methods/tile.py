@@ -12,32 +12,25 @@ import torch
 
 from dit_accel.errors import DitAccelError
 from dit_accel.plans.masks import Band, Mask, check_frames
-from dit_accel.plans.sharing import Share, SharingPlan, check_sharing
+from dit_accel.plans.sharing import SharingPlan, SharingSettings
 from dit_accel.registry import Method
 from dit_accel.tokens import TokenGrid
-from dit_accel.values import check, option
+from dit_accel.values import option
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
-    """Settings of tile.
+class Config(SharingSettings):
+    """Settings of tile, besides `SharingSettings`.
 
     Args:
         references: number of reference frames k, spread over the video; k of T frames is the paper's mask "k:(T - k)".
-        share, refresh: what a layer shares between denoising steps, and for how many; see `plans.sharing`.
 
     Raises:
         DitAccelError: `references` is not an integer >= 1.
     """
 
     references: int = option(dataclasses.MISSING, least=1)
-    share: Share = "none"
-    refresh: int = 1
     keeps_all: ClassVar[bool] = False
-
-    def __post_init__(self) -> None:
-        check(self)
-        check_sharing(self)
 
 
 def reference_frames(frames: int, references: int) -> torch.Tensor:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import functools
-from typing import Literal
+from typing import Any, Literal
 
+import numpy as np
 import torch
 
 from dit_accel.plans.plan import building
 
 Curve = Literal["morton", "hilbert"]
 Shape = tuple[int, int, int]
-Vector = tuple[int, int, int]
+Vector = np.ndarray[Any, np.dtype[np.int64]]
 
 
 @functools.lru_cache(maxsize=16)
@@ -34,27 +35,28 @@ def along(curve: Curve, shape: Shape) -> torch.Tensor:
                 for place, axis in enumerate((2, 1, 0)):  # columns change fastest
                     code |= (axes[:, axis] >> bit & 1) << 3 * bit + place
             return code.argsort()
-        sides = [(0, 0, width), (0, height, 0), (frames, 0, 0)]
-        sides.sort(key=lambda side: -sum(side))  # the longest axis leads; stable, so width before height before frames
-        points = _walk(sides[0], sides[1], sides[2], {})
+        sides = [np.array(side) for side in ((0, 0, width), (0, height, 0), (frames, 0, 0))]
+        sides.sort(key=lambda side: -side.sum())  # the longest axis leads; stable: width before height before frames
+        points = torch.from_numpy(_walk(sides[0], sides[1], sides[2], {}))
         return (points[:, 0] * height + points[:, 1]) * width + points[:, 2]
 
 
-def _walk(a: Vector, b: Vector, c: Vector, known: dict[tuple[Vector, ...], torch.Tensor]) -> torch.Tensor:
+def _walk(a: Vector, b: Vector, c: Vector, known: dict[bytes, Vector]) -> Vector:
     """The cells of a box in order, from its corner along its sides a, b and c to the far end of a: int64 [cells, 3].
 
     A side is a vector along one axis; its length is the number of cells. Cells count from the corner. Boxes of the same
     sides are walked once and then kept in `known`.
     """
-    if (a, b, c) not in known:
+    key = np.stack((a, b, c)).tobytes()
+    if key not in known:
         pieces = _pieces(a, b, c)
         if pieces:
-            walked = [_walk(*sides, known) + torch.tensor(start) for start, sides in pieces]
+            walked = [_walk(*sides, known) + start for start, sides in pieces]
         else:
             side = max((a, b, c), key=_length)
-            walked = [torch.arange(_length(side))[:, None] * torch.tensor(_unit(side))]
-        known[a, b, c] = torch.cat(walked)
-    return known[a, b, c]
+            walked = [np.arange(_length(side))[:, None] * np.sign(side)]
+        known[key] = np.concatenate(walked)
+    return known[key]
 
 
 def _pieces(a: Vector, b: Vector, c: Vector) -> list[tuple[Vector, tuple[Vector, Vector, Vector]]]:
@@ -62,41 +64,36 @@ def _pieces(a: Vector, b: Vector, c: Vector) -> list[tuple[Vector, tuple[Vector,
     long, wide, deep = _length(a), _length(b), _length(c)
     if sorted((long, wide, deep))[1] == 1:
         return []
-    start = (0, 0, 0)
+    start = np.zeros_like(a)
     half_a, half_b, half_c = (_half(side) for side in (a, b, c))
-    rest_a, rest_b, rest_c = _minus(a, half_a), _minus(b, half_b), _minus(c, half_c)
-    end_a, end_c = _minus(a, _unit(a)), _minus(c, _unit(c))  # from a side's first cell to its last
-    last_b, last_c = _minus(half_b, _unit(b)), _minus(half_c, _unit(c))
+    rest_a, rest_b, rest_c = a - half_a, b - half_b, c - half_c
+    end_a, end_c = a - np.sign(a), c - np.sign(c)  # from a side's first cell to its last
+    last_b, last_c = half_b - np.sign(b), half_c - np.sign(c)
     if 2 * long > 3 * wide and 2 * long > 3 * deep:  # two boxes, one behind the other
         return [(start, (half_a, b, c)), (half_a, (rest_a, b, c))]
     if 3 * wide > 4 * deep:  # out along b, across, and back: c stays whole
         return [
             (start, (half_b, c, half_a)),
             (half_b, (a, rest_b, c)),
-            (_plus(end_a, last_b), (_turned(half_b), c, _turned(rest_a))),
+            (end_a + last_b, (-half_b, c, -rest_a)),
         ]
     if 3 * deep > 4 * wide:  # the same with c for b
         return [
             (start, (half_c, half_a, b)),
             (half_c, (a, b, rest_c)),
-            (_plus(end_a, last_c), (_turned(half_c), _turned(rest_a), b)),
+            (end_a + last_c, (-half_c, -rest_a, b)),
         ]
     return [
         (start, (half_b, half_c, half_a)),
         (half_b, (c, half_a, rest_b)),
-        (_plus(last_b, end_c), (a, _turned(half_b), _turned(rest_c))),
-        (_plus(end_a, half_b, end_c), (_turned(c), _turned(rest_a), rest_b)),
-        (_plus(end_a, last_b), (_turned(half_b), half_c, _turned(rest_a))),
+        (last_b + end_c, (a, -half_b, -rest_c)),
+        (end_a + half_b + end_c, (-c, -rest_a, rest_b)),
+        (end_a + last_b, (-half_b, half_c, -rest_a)),
     ]
 
 
 def _length(side: Vector) -> int:
-    return abs(sum(side))
-
-
-def _unit(side: Vector) -> Vector:
-    x, y, z = ((n > 0) - (n < 0) for n in side)
-    return x, y, z
+    return int(abs(side.sum()))
 
 
 def _half(side: Vector) -> Vector:
@@ -104,21 +101,4 @@ def _half(side: Vector) -> Vector:
     length = _length(side) // 2
     if length % 2 and _length(side) > 2:
         length += 1
-    return _times(length, _unit(side))
-
-
-def _times(factor: int, x: Vector) -> Vector:
-    return factor * x[0], factor * x[1], factor * x[2]
-
-
-def _plus(*vectors: Vector) -> Vector:
-    x, y, z = (sum(parts) for parts in zip(*vectors, strict=True))
-    return x, y, z
-
-
-def _minus(x: Vector, y: Vector) -> Vector:
-    return _plus(x, _turned(y))
-
-
-def _turned(x: Vector) -> Vector:
-    return _times(-1, x)
+    return length * np.sign(side)

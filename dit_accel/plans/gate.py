@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dit_accel.kernels.block_sparse.geometry import BlockLists
-from dit_accel.kernels.cuts import Cut, block_means, to_blocks, visual_of
+from dit_accel.kernels.cuts import block_means, to_blocks, visual_of
 from dit_accel.kernels.router.api import route_pooled
 from dit_accel.kernels.router.call import Rule
 from dit_accel.order import TokenOrder
@@ -75,13 +75,12 @@ def pool(q: Tensor, k: Tensor, query_order: TokenOrder, key_order: TokenOrder) -
         query_order, key_order: how it is cut into blocks.
     """
     queries, keys = (visual_of(x, key_order.grid) for x in (q, k))
-    of_queries, of_keys = (Cut.of(order).order for order in (query_order, key_order))
-    means, lows = block_means(keys, of_keys), to_blocks(keys, of_keys)
+    means, lows = block_means(keys, key_order), to_blocks(keys, key_order)
     highs = lows
-    if of_keys.visual_blocks * of_keys.block > of_keys.grid.visual:
-        empty = to_blocks(keys.new_ones(keys.shape[-2], 1), of_keys) == 0  # [blocks, block, 1]
+    if key_order.visual_blocks * key_order.block > key_order.grid.visual:
+        empty = to_blocks(keys.new_ones(keys.shape[-2], 1), key_order) == 0  # [blocks, block, 1]
         highs, lows = (lows.masked_fill(empty, end) for end in (-torch.inf, torch.inf))
-    return block_means(queries, of_queries), torch.cat([means, highs.amax(-2).to(means), lows.amin(-2).to(means)], -1)
+    return block_means(queries, query_order), torch.cat([means, highs.amax(-2).to(means), lows.amin(-2).to(means)], -1)
 
 
 @torch.no_grad()

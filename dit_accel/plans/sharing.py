@@ -14,8 +14,9 @@ The paper chooses for each step and layer; here a layer's settings hold for a ru
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,6 +25,7 @@ from dit_accel.errors import DitAccelError
 from dit_accel.kernels.impls import AUTO
 from dit_accel.plans.dense import DensePlan
 from dit_accel.plans.plan import MaskPlan, PlanCall
+from dit_accel.values import Checked, option
 
 Share = Literal["none", "residual", "output"]
 
@@ -36,18 +38,27 @@ class KeptResult(NamedTuple):
     result: Tensor
 
 
-def check_sharing(config: Any) -> None:
-    """Check `share` and `refresh` of a Config."""
-    known, count = config.share in get_args(Share), isinstance(config.refresh, int) and config.refresh >= 1
-    if not known or not count or isinstance(config.refresh, bool):
-        raise DitAccelError(
-            f"share is one of {', '.join(get_args(Share))}, and refresh is an integer >= 1; got {config.share!r} and "
-            f"{config.refresh!r}."
-        )
-    if config.refresh > 1 and config.share == "none":
-        raise DitAccelError(
-            f"refresh={config.refresh} is how long a layer shares results; set share='residual' or 'output'."
-        )
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SharingSettings(Checked):
+    """Settings of a method whose layers may share results.
+
+    Args:
+        share: what a layer shares between denoising steps.
+        refresh: for how many steps.
+
+    Raises:
+        DitAccelError: a value is out of range, or nothing is shared for more than one step.
+    """
+
+    share: Share = "none"
+    refresh: int = option(1, least=1)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.refresh > 1 and self.share == "none":
+            raise DitAccelError(
+                f"refresh={self.refresh} is how long a layer shares results; set share='residual' or 'output'."
+            )
 
 
 def shares(config: Any) -> bool:
@@ -56,7 +67,7 @@ def shares(config: Any) -> bool:
 
 
 class SharingPlan(MaskPlan):
-    """A mask whose Config has `share` and `refresh`."""
+    """A mask whose Config is `SharingSettings`."""
 
     @functools.cached_property
     def _dense(self) -> DensePlan:

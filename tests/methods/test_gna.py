@@ -257,8 +257,8 @@ def test_scalars_are_clamped_and_axes_of_one_token_are_full():
         ({"window": 0}, "window as a number of tokens"),
         ({"window": 1.5}, "fraction"),
         ({"window": "half"}, "full"),
-        ({"window": (2, 2)}, "one value or three"),
-        ({"window": 2, "stride": 0}, "stride as an integer"),
+        ({"window": (2, 2)}, "a list of 3"),
+        ({"window": 2, "stride": 0}, "stride is at least 1"),
         ({"window": 2, "causal": 1}, "true or false"),
     ],
 )
