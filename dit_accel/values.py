@@ -146,7 +146,7 @@ def record(settings: Any) -> dict[str, Any]:
 
 
 class Checked:
-    """The base of dataclasses that refuse a value which does not fit its annotation and limits."""
+    """The base of dataclasses that raise a `DitAccelError` if a value does not fit its annotation and limits."""
 
     def __post_init__(self) -> None:
         check(self)

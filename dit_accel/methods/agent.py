@@ -42,9 +42,6 @@ class Config(Checked):
         tile: frames, rows and columns of the tokens whose mean query is an agent.
         exponent: of the scale of the second softmax; 1 is the paper's equation, 0.3 is AgentSD's.
         shortcut: factor of V that is added to the output.
-
-    Raises:
-        DitAccelError: a value is out of range.
     """
 
     tile: tuple[int, int, int] = option((1, 4, 4), least=1)

@@ -27,9 +27,6 @@ class Config(Checked):
 
     Args:
         radius: r, in tokens; the published ones are 8, 16 and 32.
-
-    Raises:
-        DitAccelError: `radius` is not an integer >= 1.
     """
 
     radius: int = option(16, least=1)

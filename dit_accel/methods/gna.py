@@ -43,9 +43,6 @@ class Config(SharingSettings):
         causal: whether a query sees only keys up to itself.
 
     An axis of one token ignores all of them. A single stride or dilation for all axes is clamped on shorter axes.
-
-    Raises:
-        DitAccelError: a value is of the wrong kind or out of range.
     """
 
     window: Window | tuple[Window, Window, Window]

@@ -52,9 +52,6 @@ class Config(Checked):
         block: tokens a block of queries or keys holds, at most 1024.
         order: "raster": blocks are runs of tokens; "tile": 3-D tiles, chosen per grid; "morton" or "hilbert": runs
             along a curve.
-
-    Raises:
-        DitAccelError: a value is out of range.
     """
 
     topk: float = option(0.1, least=0, most=1)

@@ -36,9 +36,6 @@ class Config(Checked):
         sink: whether every query also sees the first frame.
         block: tokens of a raster block under `rule="released"`; unused otherwise.
         rule: "paper", exact to the token, or "released", the block mask of the authors' code.
-
-    Raises:
-        DitAccelError: a value is of the wrong kind or out of range.
     """
 
     decay: float = option(1.0, above=0)

@@ -26,12 +26,12 @@ from dit_accel.kernels.block_sparse.geometry import BlockLists
 from dit_accel.kernels.router.api import route
 from dit_accel.kernels.router.call import Rule
 from dit_accel.kernels.tail.rectified import compensated, trusted
-from dit_accel.plans.plan import PlanCall, building
-from dit_accel.plans.routed import LARGEST_BLOCK, Ordering, cut
+from dit_accel.plans.plan import PlanCall, per_device
+from dit_accel.plans.routed import BlockSettings, Ordering
 from dit_accel.plans.tailed import TailDefinition, TailedPlan
 from dit_accel.registry import Method
 from dit_accel.tokens import TokenGrid
-from dit_accel.values import Checked, option
+from dit_accel.values import option
 
 Compensation = Literal["exact", "published"]
 # Shares such as 1 - 0.8 lie a little below their decimal value in binary.
@@ -39,7 +39,7 @@ _ROUNDING = 1e-9
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(Checked):
+class Config(BlockSettings):
     """Settings of Rectified SpaAttn.
 
     Args:
@@ -48,22 +48,17 @@ class Config(Checked):
         topp: share of the softmax over a row's block scores that kept blocks hold at least, in [0, 1].
         gate: compensate only blocks that are trusted; False: all.
         compensation: "exact": by the log-sum-exp of every row; "published": by pooled shares, one a query block.
-        block: tokens a key block holds, at most 1024.
-        block_q: tokens a query block holds, at most 1024; None: as many as a key block.
-        order: "raster": blocks are runs of tokens; "tile": 3-D tiles, chosen per grid; "morton" or "hilbert": runs
-            along a curve.
-
-    Raises:
-        DitAccelError: a value is out of range.
     """
 
     drop: float = option(0.8, least=0, most=1)
     topp: float = option(0.3, least=0, most=1)
     gate: bool = True
     compensation: Compensation = "exact"
-    block: int = option(64, least=1, most=LARGEST_BLOCK)
-    block_q: int | None = option(None, least=1, most=LARGEST_BLOCK)
     order: Ordering = "hilbert"
+
+    @property
+    def tail(self) -> str:
+        return "mean" if self.compensation == "exact" else "none"
 
     def counts(self, blocks: int) -> int:
         """Blocks that every row keeps by number, of `blocks` visual key blocks."""
@@ -76,24 +71,18 @@ class RectifiedPlan(TailedPlan):
     config: Config
 
     def __init__(self, config: Config, grid: TokenGrid) -> None:
-        cuts = cut(config.order, grid, config.block_q or config.block, config.block)
-        super().__init__("rectified", config, grid, *cuts)
-        self._around: dict[torch.device, Tensor] = {}
+        super().__init__("rectified", config, grid, *config.cut(grid))
 
+    @per_device
     def around(self, device: torch.device) -> Tensor:
         """Key blocks with a token of a query block or one of the 26 around it: bool [query blocks, key blocks]."""
-        if device not in self._around:
-            with building():
-                orders = self.query_order, self.key_order
-                queries, keys = (self.block_of(order).view(self.grid.shape) for order in orders)
-                found = torch.zeros(*(order.visual_blocks for order in orders), dtype=torch.bool)
-                for steps in itertools.product((-1, 0, 1), repeat=3):
-                    here, there = (
-                        tuple(slice(max(0, sign * n), min(0, sign * n) or None) for n in steps) for sign in (-1, 1)
-                    )
-                    found[queries[here].flatten(), keys[there].flatten()] = True
-                self._around[device] = found.to(device)
-        return self._around[device]
+        orders = self.query_order, self.key_order
+        queries, keys = (self.block_of(order).view(self.grid.shape) for order in orders)
+        found = torch.zeros(*(order.visual_blocks for order in orders), dtype=torch.bool)
+        for steps in itertools.product((-1, 0, 1), repeat=3):
+            here, there = (tuple(slice(max(0, sign * n), min(0, sign * n) or None) for n in steps) for sign in (-1, 1))
+            found[queries[here].flatten(), keys[there].flatten()] = True
+        return found.to(device)
 
     def choose(self, q: Tensor, k: Tensor, call: PlanCall) -> BlockLists:
         config, blocks = self.config, self.key_order.visual_blocks
@@ -119,10 +108,6 @@ class RectifiedPlan(TailedPlan):
         scale = q.shape[-1] ** -0.5 if call.scale is None else call.scale
         orders = self.query_order, self.key_order
         return compensated(q, k, v, exact, lists, dropped, *orders, call.text_lens, scale), lists
-
-    @property
-    def has_tail(self) -> bool:
-        return self.config.compensation == "exact"
 
 
 class RectifiedDefinition(TailDefinition):

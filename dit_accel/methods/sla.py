@@ -29,19 +29,19 @@ from dit_accel.kernels.sla.reference import block_map
 from dit_accel.plans.blocks import BlockMask, from_map
 from dit_accel.plans.gate import BlockGate, gated
 from dit_accel.plans.plan import PlanCall
-from dit_accel.plans.routed import LARGEST_BLOCK, RoutedPlan, cut
+from dit_accel.plans.routed import BlockSettings, RoutedPlan
 from dit_accel.plans.sla_definition import SlaDefinition
 from dit_accel.registry import LearnedModule, Method
 from dit_accel.tokens import TokenGrid
-from dit_accel.values import check, option
+from dit_accel.values import option
 
 # Shares such as 0.7 + 0.3 do not always add up to 1 in binary.
 _ROUNDING = 1e-9
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
-    """Settings of SLA; the defaults are the published ones.
+class Config(BlockSettings):
+    """Settings of SLA; the defaults are the published ones. TurboDiffusion's `block_q` is 128 beside a `block` of 64.
 
     Args:
         topk: share of the visual key blocks that are critical for a query block, in [0, 1]. Of K blocks these are
@@ -50,10 +50,6 @@ class Config:
         feature_map: of the linear branch: "softmax" over the head dimension, "elu" plus one, "relu", "focused"
             (FLatten) or "hedgehog", which is learned; see `kernels.sla.call.apply_map`.
         linear_scope: "all": linear attention over all visual keys; "marginal": over those in marginal blocks.
-        block: tokens a key block holds, at most 1024.
-        block_q: tokens a query block holds, at most 1024; None: as many as a key block. TurboDiffusion routes with 128
-            beside a `block` of 64.
-        order: "raster": blocks are runs of tokens; "tile": 3-D tiles, chosen per grid.
         score: "mean": of block means; "learned": of a gate, which equals "mean" until it is trained.
 
     Raises:
@@ -65,13 +61,11 @@ class Config:
     skip: float = option(0.10, least=0, below=1)
     feature_map: FeatureMap = "softmax"
     linear_scope: LinearScope = "all"
-    block: int = option(64, least=1, most=LARGEST_BLOCK)
-    block_q: int | None = option(None, least=1, most=LARGEST_BLOCK)
     order: Literal["raster", "tile"] = "raster"
     score: Literal["mean", "learned"] = "mean"
 
     def __post_init__(self) -> None:
-        check(self)
+        super().__post_init__()
         default = type(self).__dataclass_fields__["skip"].default
         if self.topk + self.skip > 1 + _ROUNDING and (self.linear_scope == "marginal" or self.skip != default):
             raise DitAccelError(
@@ -239,7 +233,7 @@ class SlaPlan(RoutedPlan):
     config: Config
 
     def __init__(self, config: Config, grid: TokenGrid) -> None:
-        super().__init__("sla", config, grid, *cut(config.order, grid, config.block_q or config.block, config.block))
+        super().__init__("sla", config, grid, *config.cut(grid))
 
     @property
     def visited(self) -> int:

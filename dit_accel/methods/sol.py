@@ -21,19 +21,21 @@ from torch import Tensor
 from dit_accel.kernels.block_sparse.geometry import BlockLists
 from dit_accel.kernels.router.api import route
 from dit_accel.kernels.router.call import Rule, Variance
-from dit_accel.plans.plan import PlanCall, building
-from dit_accel.plans.routed import LARGEST_BLOCK, Ordering, cut
+from dit_accel.plans.plan import PlanCall, per_device
+from dit_accel.plans.routed import BlockSettings
 from dit_accel.plans.tailed import TailDefinition, TailedPlan
 from dit_accel.registry import Method
 from dit_accel.tokens import TokenGrid
-from dit_accel.values import Checked, option
+from dit_accel.values import option
 
 Tail = Literal["mean", "hybrid", "none"]
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(Checked):
+class Config(BlockSettings):
     """Settings of Sol-Attn; the defaults are the published ones.
+
+    A `block_q` of 128 beside a `block` of 64 is faster and keeps more blocks.
 
     Args:
         tau: standard deviations above a row's mean score from which a key block is exact. Scores that are normally
@@ -43,23 +45,12 @@ class Config(Checked):
         tail: what becomes of the other blocks. "mean": the tail; "hybrid": the tail with PISA's first-order term;
             "none": they are left out.
         sink: visual tokens from the start whose key blocks are exact for all queries; at least 0.
-        block: tokens a key block holds, at most 1024.
-        block_q: tokens a query block holds, at most 1024; None: as many as a key block. 128 beside a `block` of 64 is
-            faster and keeps more blocks.
-        order: "raster": blocks are runs of tokens; "tile": 3-D tiles, chosen per grid; "morton" or "hilbert": runs
-            along a curve.
-
-    Raises:
-        DitAccelError: a value is out of range.
     """
 
     tau: float = 1.0
     variance: Variance = "diagonal"
     tail: Tail = "mean"
     sink: int = option(0, least=0)
-    block: int = option(64, least=1, most=LARGEST_BLOCK)
-    block_q: int | None = option(None, least=1, most=LARGEST_BLOCK)
-    order: Ordering = "raster"
 
 
 class SolPlan(TailedPlan):
@@ -68,26 +59,22 @@ class SolPlan(TailedPlan):
     config: Config
 
     def __init__(self, config: Config, grid: TokenGrid) -> None:
-        cuts = cut(config.order, grid, config.block_q or config.block, config.block)
-        super().__init__("sol", config, grid, *cuts)
-        self._forced: dict[torch.device, Tensor] = {}
+        super().__init__("sol", config, grid, *config.cut(grid))
 
-    @property
-    def has_tail(self) -> bool:
-        return self.config.tail != "none"
-
+    @per_device
     def forced(self, device: torch.device) -> Tensor:
         """The blocks that are exact whatever their score: bool [query blocks, key blocks].
 
         Blocks next to a query block are those that hold one of its tokens, and those before and after each of them.
         """
-        if device not in self._forced:
-            with building():
-                keys = self.block_of(self.key_order)
-                found = self.neighbours()
-                found[:, keys[: self.config.sink]] = True
-                self._forced[device] = found.to(device)
-        return self._forced[device]
+        queries, keys = self.block_of(self.query_order), self.block_of(self.key_order)
+        own = torch.zeros(self.query_order.visual_blocks, self.key_order.visual_blocks, dtype=torch.bool)
+        own[queries, keys] = True
+        found = own.clone()
+        found[:, 1:] |= own[:, :-1]
+        found[:, :-1] |= own[:, 1:]
+        found[:, keys[: self.config.sink]] = True
+        return found.to(device)
 
     def choose(self, q: Tensor, k: Tensor, call: PlanCall) -> BlockLists:
         rule = Rule(tau=float(self.config.tau), variance=self.config.variance, forced=self.forced(q.device))
@@ -95,10 +82,6 @@ class SolPlan(TailedPlan):
 
     def always(self) -> tuple[int, Tensor]:
         return 1, self.forced(torch.device("cpu"))
-
-    @property
-    def first_order(self) -> bool:
-        return self.config.tail == "hybrid"
 
 
 def at_density(grid: TokenGrid, density: float) -> dict[str, Any]:

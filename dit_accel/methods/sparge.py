@@ -36,19 +36,19 @@ from dit_accel.kernels.router.portable import rank
 from dit_accel.kernels.tail.errors import most_wrong, tail_errors
 from dit_accel.plans.gate import BlockGate, route_gated
 from dit_accel.plans.kept import kept_or_new
-from dit_accel.plans.plan import PlanCall, building
-from dit_accel.plans.routed import LARGEST_BLOCK, Ordering, cut
+from dit_accel.plans.plan import PlanCall, per_device
+from dit_accel.plans.routed import LARGEST_BLOCK, BlockSettings
 from dit_accel.plans.tailed import TailDefinition, TailedPlan
 from dit_accel.registry import LearnedModule, Method
 from dit_accel.tokens import TokenGrid
-from dit_accel.values import check, fits, option
+from dit_accel.values import fits, option
 
 Score = Literal["mean", "subblock", "learned", "error"]
 Tail = Literal["none", "mean"]
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(BlockSettings):
     """Settings of sparge; the defaults are SpargeAttention2's for Wan 2.1 1.3B.
 
     Args:
@@ -67,12 +67,6 @@ class Config:
             Heads of different layers differ, so `accelerate` and ``--method`` take the file that `dit-accel tune
             --calibrate` writes, and make the settings of each layer from it.
         refresh: denoising steps for which a layer keeps the lists of a guidance branch; 1: it routes in each call.
-        block_q, block: tokens a query block and a key block hold, at most 1024.
-        order: "raster": blocks are runs of tokens; "tile": 3-D tiles, chosen per grid; "morton" or "hilbert": runs
-            along a curve.
-
-    Raises:
-        DitAccelError: a value is out of range.
     """
 
     topk: float = option(0.03, least=0, most=1)
@@ -84,8 +78,6 @@ class Config:
     budgets: Literal["equal"] | tuple[float, ...] = "equal"
     refresh: int = option(1, least=1)
     block_q: int = option(128, least=1, most=LARGEST_BLOCK)
-    block: int = option(64, least=1, most=LARGEST_BLOCK)
-    order: Ordering = "raster"
 
     def __post_init__(self) -> None:
         if self.budgets != "equal" and not _are_shares(self.budgets):
@@ -93,7 +85,7 @@ class Config:
                 f"budgets is 'equal' or a share above 0 and at most 1 for each head of a layer; got {self.budgets!r}. "
                 "A calibration's file has those of all layers: give it to accelerate or --method."
             )
-        check(self)
+        super().__post_init__()
         if not self.topk and not self.topp and self.budgets == "equal":
             raise DitAccelError("sparge keeps blocks by topk or topp; both are 0. Set one of them above 0.")
         for name in ("block_q", "block") if self.score == "subblock" else ():
@@ -128,12 +120,7 @@ class SpargePlan(TailedPlan):
     config: Config
 
     def __init__(self, config: Config, grid: TokenGrid) -> None:
-        super().__init__("sparge", config, grid, *cut(config.order, grid, config.block_q, config.block))
-        self._counts: dict[torch.device, torch.Tensor] = {}
-
-    @property
-    def has_tail(self) -> bool:
-        return self.config.tail != "none"
+        super().__init__("sparge", config, grid, *config.cut(grid))
 
     @property
     def pairs(self) -> int | None:
@@ -163,15 +150,16 @@ class SpargePlan(TailedPlan):
         """
         if self.config.budgets == "equal":
             return self.config.counts(self.key_order.visual_blocks)
-        if device not in self._counts:
-            with building():
-                self._counts[device] = torch.tensor(self.budgets(), dtype=torch.int32)[:, None].to(device)
         first, every = (0, heads) if call.heads is None else call.heads
         if every != len(self.config.budgets):
             raise DitAccelError(
                 f"budgets has shares for {len(self.config.budgets)} heads, the layer has {every}; give one for each."
             )
-        return self._counts[device][first : first + heads]
+        return self._budgets_on(device)[first : first + heads]
+
+    @per_device
+    def _budgets_on(self, device: torch.device) -> torch.Tensor:
+        return torch.tensor(self.budgets(), dtype=torch.int32)[:, None].to(device)
 
     def rank(self, q: torch.Tensor, k: torch.Tensor, rows: torch.Tensor, scale: float | None = None) -> torch.Tensor:
         """The visual key blocks of some query blocks, the best first: int64 [B, H, rows, key blocks].

@@ -24,9 +24,6 @@ class Config(SharingSettings):
 
     Args:
         references: number of reference frames k, spread over the video; k of T frames is the paper's mask "k:(T - k)".
-
-    Raises:
-        DitAccelError: `references` is not an integer >= 1.
     """
 
     references: int = option(dataclasses.MISSING, least=1)

@@ -37,7 +37,7 @@ class BlockMask:
 
     @property
     def visited(self) -> int:
-        """Blocks that are not empty, summed over batch and heads if there are any."""
+        """Blocks that are not empty, over batch and heads."""
         return int(self.kv_counts.sum())
 
     @property

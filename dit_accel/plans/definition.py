@@ -65,8 +65,7 @@ class Definition:
 
         Args:
             seen: the result of `seen(head)`.
-            q: [S, D], the queries alone.
-            k, v: [N, D].
+            q, k, v: the queries alone [S, D]; all keys and values [N, D].
             weights: the parameters of the layer's module.
         """
         return masked_attention(q, k, v, seen)
@@ -103,11 +102,9 @@ class RoutedDefinition(Definition):
 
 
 def masked_attention(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Softmax attention over marked pairs, in the inputs' dtype: [S, D] of q [S, D] and k, v [N, D].
+    """Softmax attention over the pairs that `seen` [S, N] marks, in the inputs' dtype: [S, D] of q [S, D], k, v [N, D].
 
-    Args:
-        seen: bool [S, N]; every row sees a key.
-        bias: [N], added to the logits of each key.
+    Every row sees a key. `bias` [N] is added to the logits.
     """
     logits = torch.cat([q @ keys.T for keys in k.split(RUN)], -1) * q.shape[-1] ** -0.5
     if bias is not None:

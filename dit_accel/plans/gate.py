@@ -36,10 +36,6 @@ class BlockGate(nn.Module):
 
     A module that is called, so offloading and FSDP reach its weights.
 
-    Args:
-        head_dim: D.
-        heads: of the layer.
-
     Attributes:
         queries, keys: W_q [heads, D, D] and W_k [heads, D, 3 D], fp32.
     """
@@ -68,12 +64,7 @@ def gate_of(module: nn.Module | None) -> BlockGate | None:
 
 @torch.no_grad()
 def pool(q: Tensor, k: Tensor, query_order: TokenOrder, key_order: TokenOrder) -> tuple[Tensor, Tensor]:
-    """a [B, H, query blocks, D] and b [B, H, key blocks, 3 D] of the visual tokens, fp32 or fp64.
-
-    Args:
-        q, k: the whole sequence, [B, H, N, D].
-        query_order, key_order: how it is cut into blocks.
-    """
+    """a [B, H, query blocks, D] and b [B, H, key blocks, 3 D], fp32 or fp64, of the whole sequence [B, H, N, D]."""
     queries, keys = (visual_of(x, key_order.grid) for x in (q, k))
     means, lows = block_means(keys, key_order), to_blocks(keys, key_order)
     highs = lows

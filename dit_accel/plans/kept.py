@@ -12,12 +12,9 @@ from dit_accel.kernels.router.portable import lists_of
 
 
 class KeptLists(NamedTuple):
-    """Lists as one bit for each pair of a query block and a key block.
+    """The plan and the denoising step that listed blocks; a bit for each pair of blocks; the width of the lists.
 
-    owner: the plan that listed them.
-    step: denoising step at which they were listed.
     bits: uint8 [B, H, query blocks, key blocks / 8, rounded up].
-    width: of the lists.
     """
 
     owner: Any
@@ -50,10 +47,7 @@ def kept_or_new(
 ) -> BlockLists:
     """The lists kept for this call if they are younger than `refresh` steps, else those that `choose` makes.
 
-    Args:
-        memory: of the layer; None: nothing is kept.
-        owner: the plan of the call; lists of another are not used.
-        shape: (B, H, query blocks, key blocks) of the call; lists of another shape are not used.
+    Lists of another plan (`owner`) or `shape` (B, H, query blocks, key blocks) are not used. Without `memory` none are.
     """
     if memory is None or refresh == 1:
         return choose()

@@ -6,8 +6,8 @@ import abc
 import contextlib
 import functools
 import math
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
 import torch
 from torch import nn
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 Order = Literal["raster", "tile"]
+Result = TypeVar("Result")
 BLOCK_Q, BLOCK_K = 128, 64
 TOKEN_MASK_LIMIT = 20_000
 PICTURE_LIMIT = 256_000  # of tokens: 4,000 blocks of 64 keys
@@ -48,6 +49,20 @@ def building() -> Iterator[None]:
     device = contextlib.nullcontext() if torch.get_default_device().type == "cpu" else torch.device("cpu")
     with torch.inference_mode(False), device:
         yield
+
+
+def per_device(make: Callable[[Any, torch.device], Result]) -> Callable[[Any, torch.device], Result]:
+    """Makes a plan's method, which builds tensors for a device, build them once."""
+
+    @functools.wraps(make)
+    def kept(plan: Plan, device: torch.device) -> Result:
+        key = make.__name__, device
+        if key not in plan.built:
+            with building():
+                plan.built[key] = make(plan, device)
+        return plan.built[key]
+
+    return kept
 
 
 class PlanCall(NamedTuple):
@@ -74,21 +89,18 @@ class PlanCall(NamedTuple):
 
 
 class Plan(abc.ABC):
-    """A method, its settings and the grid they apply to.
-
-    Args:
-        method: registered name.
-        config: the method's settings.
-        grid: the sequence that calls will have.
+    """A method by its registered name, its settings, and the grid of the sequence that calls will have.
 
     Attributes:
         head_share: the share of the heads that attend; the plan's blocks are those of such a head.
+        built: what was built at the first call and serves the next ones.
     """
 
     head_share = 1.0
 
     def __init__(self, method: str, config: Any, grid: TokenGrid) -> None:
         self.method, self.config, self.grid = method, config, grid
+        self.built: dict[Any, Any] = {}
 
     @property
     @abc.abstractmethod
@@ -121,8 +133,7 @@ class Plan(abc.ABC):
 
         Args:
             queries: int64 [S], indices of visual tokens.
-            lists: from `route`, of one sample, [1, H, query blocks, width].
-            head: which head of the lists, or of the layer if the plan is static.
+            lists: from `route`, of one sample; None if the plan is static.
         """
 
     def token_mask(self) -> torch.Tensor:
@@ -258,7 +269,7 @@ class MaskPlan(StaticPlan):
 
     Args:
         mask: over the visual tokens; text and conditioning tokens attend to and are attended by everything.
-        order: what `block_mask` and `attend` use unless asked otherwise.
+        order: of the blocks, unless `block_mask` is asked for another.
     """
 
     def __init__(self, method: str, config: Any, grid: TokenGrid, mask: Mask, order: Order = "raster") -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import dataclasses
 import math
 from typing import Any, Literal
 
@@ -15,9 +16,10 @@ from dit_accel.kernels.block_sparse.geometry import BlockLists, Geometry, Segmen
 from dit_accel.kernels.impls import AUTO, Facts, Impl
 from dit_accel.order import TokenOrder, valid_tokens
 from dit_accel.plans.curves import Curve, along
-from dit_accel.plans.plan import Plan, PlanCall, among_others, building
+from dit_accel.plans.plan import Plan, PlanCall, among_others, building, per_device
 from dit_accel.plans.tiles import choose_tile
 from dit_accel.tokens import TokenGrid
+from dit_accel.values import Checked, option
 
 LARGEST_BLOCK = 1024  # every block is computed whole, padding included
 
@@ -30,7 +32,6 @@ class RoutedPlan(Plan):
     such as a second part merged by its log-sum-exp. It overrides `attend_visual` and calls `attend_listed` in it.
 
     Args:
-        method, config, grid: as for `Plan`.
         query_order, key_order: how the visual queries and the visual keys are cut into blocks; both of `grid`.
         curve: the visual tokens are put along this curve before they are cut into blocks, and the output is put back,
             once a call. The orders are raster orders then.
@@ -47,8 +48,6 @@ class RoutedPlan(Plan):
     ) -> None:
         super().__init__(method, config, grid)
         self.query_order, self.key_order, self.curve = query_order, key_order, curve
-        self._rows: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = {}
-        self._sizes: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = {}
 
     @abc.abstractmethod
     def choose(self, q: torch.Tensor, k: torch.Tensor, call: PlanCall) -> BlockLists:
@@ -81,34 +80,23 @@ class RoutedPlan(Plan):
         return x if self.curve is None else _take_rows(x, self._rows_on(x.device)[0])
 
     def block_of(self, order: TokenOrder) -> torch.Tensor:
-        """The block of every visual token, in raster order: int64 [visual].
-
-        Args:
-            order: the plan's order of queries or of keys.
-        """
+        """The block of every visual token in `query_order` or `key_order`, in raster order: int64 [visual]."""
         with building():
             blocks = order.block_of_token()[self.grid.visual_rows]
         return blocks if self.curve is None else blocks[along(self.curve, self.grid.shape).argsort()]
 
+    @per_device
     def _rows_on(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         """The token at each place of the arranged sequence, and each token's place: int64 [N] on a device."""
         assert self.curve is not None
-        if device not in self._rows:
-            with building():
-                rows, start = torch.arange(self.grid.tokens), self.grid.visual_start
-                rows[start : start + self.grid.visual] = start + along(self.curve, self.grid.shape)
-                self._rows[device] = rows.to(device), rows.argsort().to(device)
-        return self._rows[device]
+        rows, start = torch.arange(self.grid.tokens), self.grid.visual_start
+        rows[start : start + self.grid.visual] = start + along(self.curve, self.grid.shape)
+        return rows.to(device), rows.argsort().to(device)
 
     def attend_visual(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: PlanCall
     ) -> tuple[torch.Tensor, BlockLists]:
-        """The visual queries' output [B, H, visual, D], and the lists that it followed.
-
-        Args:
-            q, k, v: the whole sequence, [B, H, N, D], along the plan's curve if it has one.
-            call: the other arguments of `attend`.
-        """
+        """The visual queries' output [B, H, visual, D], and the lists that it followed; arguments as of `choose`."""
         with torch.no_grad():
             lists = self.choose(q, k, call)
         return self.attend_listed(q, k, v, lists, call)[0], lists
@@ -125,12 +113,9 @@ class RoutedPlan(Plan):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Exact attention of the visual queries over listed blocks, conditioning and text.
 
-        Args:
-            lse: the log-sum-exp is wanted.
-
         Returns:
-            Output [B, H, visual, D] and the natural log-sum-exp of each row [B, H, visual]; both carry gradients. The
-            latter may be None if it is not wanted.
+            Output [B, H, visual, D] and the natural log-sum-exp of each row [B, H, visual], None unless `lse` asks for
+            it; both carry gradients.
         """
         return attend_visual(
             q, k, v, lists, self.query_order, self.key_order,
@@ -159,12 +144,9 @@ class RoutedPlan(Plan):
 
     @torch.no_grad()
     def add_density(self, lists: BlockLists, density_sum: torch.Tensor) -> None:
-        """Add a call's density, and 1 for the call, to a running sum, without waiting for the device.
+        """Add a call's density, and 1 for the call, to float32 [2] on the device of its lists, without waiting for it.
 
-        Args:
-            lists: the blocks that the call attended.
-            density_sum: float32 [2] on the device of the lists. The density is the attended share of all pairs, as a
-                mean over samples and heads.
+        The density is the attended share of all pairs, as a mean over samples and heads.
         """
         queries, keys = self.block_sizes(lists.indices.device)
         # entries behind a row's count may be any number
@@ -240,16 +222,14 @@ class RoutedPlan(Plan):
         pieces = [around[:, :, :front], visual, around[:, :, front:]]
         return torch.cat([piece.transpose(1, 2) for piece in pieces], dim=1).transpose(1, 2)
 
+    @per_device
     def block_sizes(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         """Tokens in each visual query block and in each visual key block, float32, on a device.
 
         Built at the first call, which must not be traced; `add_density` reads them.
         """
-        if device not in self._sizes:
-            with building():
-                queries, keys = (valid_tokens(order).float().to(device) for order in (self.query_order, self.key_order))
-                self._sizes[device] = queries, keys
-        return self._sizes[device]
+        queries, keys = (valid_tokens(order).float().to(device) for order in (self.query_order, self.key_order))
+        return queries, keys
 
 
 def attend_all(
@@ -258,10 +238,8 @@ def attend_all(
     """Attention of any queries to all tokens of a sequence: [B, H, S, D], in memory [B, S, H, D].
 
     Args:
-        queries: [B, H, S, D].
+        queries: [B, H, S, D], in blocks of `block_q`; `call.text_bias` is theirs, [B, S].
         k, v: [B, H, N, D], of the sequence that `key_order` cuts into blocks.
-        block_q: queries of a block.
-        call: its `text_bias` is [B, S], of the queries.
     """
     grid, count = key_order.grid, queries.shape[2]
     geometry = Geometry(
@@ -282,6 +260,26 @@ def _take_rows(x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
 
 
 Ordering = Literal["raster", "tile", "morton", "hilbert"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BlockSettings(Checked):
+    """How a method cuts the visual tokens into blocks.
+
+    Args:
+        block: tokens a key block holds, at most 1024.
+        block_q: tokens a query block holds, at most 1024; None: as many as a key block.
+        order: "raster": blocks are runs of tokens; "tile": 3-D tiles, chosen per grid; "morton" or "hilbert": runs
+            along a curve.
+    """
+
+    block: int = option(64, least=1, most=LARGEST_BLOCK)
+    block_q: int | None = option(None, least=1, most=LARGEST_BLOCK)
+    order: Ordering = "raster"
+
+    def cut(self, grid: TokenGrid) -> tuple[TokenOrder, TokenOrder, Curve | None]:
+        """`cut` by these settings."""
+        return cut(self.order, grid, self.block_q or self.block, self.block)
 
 
 def cut(order: Ordering, grid: TokenGrid, block_q: int, block_k: int) -> tuple[TokenOrder, TokenOrder, Curve | None]:

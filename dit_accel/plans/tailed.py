@@ -10,22 +10,24 @@ from dit_accel.kernels.block_sparse.geometry import BlockLists
 from dit_accel.kernels.impls import AUTO, Facts, Impl
 from dit_accel.kernels.tail.api import with_tail
 from dit_accel.plans.definition import RoutedDefinition, masked_attention
-from dit_accel.plans.plan import PlanCall, building
+from dit_accel.plans.plan import PlanCall
 from dit_accel.plans.routed import RoutedPlan
 
 
 class TailedPlan(RoutedPlan):
-    """A routed plan that attends to listed blocks exactly and to others by `kernels.tail`."""
+    """A routed plan that attends to listed blocks exactly and to others by `kernels.tail`.
+
+    Its settings have `tail`: "none", "mean" or "hybrid".
+    """
 
     @property
     def has_tail(self) -> bool:
-        """Whether these settings have a tail."""
-        return True
+        return bool(self.config.tail != "none")
 
     @property
     def first_order(self) -> bool:
         """Whether the tail has PISA's first-order term."""
-        return False
+        return bool(self.config.tail == "hybrid")
 
     def dropped(self, q: Tensor, k: Tensor) -> Tensor | None:
         """The blocks that are in no tail; arguments as of `choose`, result as in `with_tail`."""
@@ -51,23 +53,12 @@ class TailedPlan(RoutedPlan):
     def prepare(
         self, device: torch.device, dtype: torch.dtype, head_dim: int, impl: Impl = AUTO, *, learned: bool = False
     ) -> tuple[str, str]:
-        super().prepare(device, dtype, head_dim, impl, learned=learned)
+        super().prepare(device, dtype, head_dim, impl)
         facts = Facts.of(device, dtype, head_dim, self.query_order, self.key_order, lse=self.has_tail)
         chosen, why = impls.choose(facts, impl)
         if self.has_tail:
             impls.choose(facts, impl, impls.TAIL)[0].load()
         return chosen.name, why
-
-    @building()
-    def neighbours(self) -> Tensor:
-        """Key blocks that hold a token of a query block, and those before and after each: bool [queries, keys]."""
-        queries, keys = self.block_of(self.query_order), self.block_of(self.key_order)
-        own = torch.zeros(self.query_order.visual_blocks, self.key_order.visual_blocks, dtype=torch.bool)
-        own[queries, keys] = True
-        found = own.clone()
-        found[:, 1:] |= own[:, :-1]
-        found[:, :-1] |= own[:, 1:]
-        return found
 
 
 class TailDefinition(RoutedDefinition):

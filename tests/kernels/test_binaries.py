@@ -19,10 +19,10 @@ from dit_accel.kernels.block_sparse import triton as block_sparse
 from dit_accel.kernels.block_sparse.geometry import BlockSparseCall
 from dit_accel.kernels.block_sparse.triton_configs import Launch
 from dit_accel.kernels.block_sparse.triton_tokens import RUNTIME
-from dit_accel.kernels.cuts import Cut, Cuts
+from dit_accel.kernels.cuts import Cut
 from dit_accel.kernels.sla import triton as sla
 from dit_accel.kernels.sla import triton_configs as configs
-from dit_accel.kernels.sla.call import LINEAR_SCOPES, KeySegments
+from dit_accel.kernels.sla.call import LINEAR_SCOPES
 from tools.kernels.ahead_of_time import all_builds
 
 pytestmark = pytest.mark.skipif(
@@ -110,11 +110,12 @@ def test_sla_kernels_are_compiled_once(binaries):
     for tokens in (t for t in LENGTHS if t > 2 * BLOCK or t == BLOCK):
         q, k, v, grad = tensors(tokens)
         cut = Cut((1, 1, tokens), BLOCK)
-        lists = sla.RoutedBlocks(*(torch.zeros(1, 2, cut.blocks, 1, dtype=torch.int32) for _ in range(2)))
+        lists = (torch.zeros(1, 2, cut.blocks, 1, dtype=torch.int32) for _ in range(2))
         *whole, _ = sla.state(k, v, cut, "softmax")
+        sizes = geometry.Geometry(cut.grid, cut.grid, BLOCK, BLOCK, None, None, 0, 0, own_queries=True)
+        given = *whole, *lists, weight, text_len
         for scope in LINEAR_SCOPES:
-            settings = Cuts(cut, cut), KeySegments.of(cut.order.grid), 0.125, "softmax", scope
-            call = sla.FusedCall(*settings, lists, tuple(whole), weight, text_len)
+            call = sla.FusedCall(sizes, 0.125, "softmax", scope, *given)
             for training in (False, True):
                 _, *saved = sla.forward(q, k, v, bias, call, training)
             saved[-1].zero_()  # modes, which are read

@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple, get_args
 import torch
 import torch.nn.functional as F
 
-from dit_accel.kernels.cuts import Cuts
+from dit_accel.kernels.block_sparse.geometry import empty_rows
 from dit_accel.order import TokenOrder
 from dit_accel.tokens import TokenGrid
 
@@ -23,8 +23,6 @@ EPSILON = 1e-5
 class SlaCall(NamedTuple):
     """Arguments of a call besides q, k, v and the block lists; see `dit_accel.kernels.sla.api`.
 
-    query_order, key_order: the sequence, cut into blocks of queries and blocks of keys.
-    impl: the name of the implementation that runs.
     text_len, text_bias: int32 [B] and [B, N] on the device of q, or None.
     lists: critical and negligible blocks as `router.api.classify` returns them; None: the call is routed.
     features: weight and bias of the learned map, [2, H, D, D] and [2, H, D], H may be 1; None with every other map.
@@ -47,23 +45,17 @@ class SlaCall(NamedTuple):
     def grid(self) -> TokenGrid:
         return self.key_order.grid
 
-    @property
-    def cuts(self) -> Cuts:
-        return Cuts.of(self.query_order, self.key_order)
 
+def results(q: torch.Tensor, critical: torch.Tensor, linear_scope: str, training: bool) -> tuple[torch.Tensor, ...]:
+    """Empty tensors for what `ops.attend` returns; those that are not needed have no elements."""
 
-class KeySegments(NamedTuple):
-    """The first row of each segment of the keys, and the numbers of conditioning and text tokens."""
+    def rows(wanted: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        shape = q.shape[:3] if wanted else (0,)
+        return empty_rows(q) if wanted else q.new_empty(0), q.new_empty(shape, dtype=torch.float32)
 
-    visual_start: int
-    conditioning_start: int
-    text_start: int
-    conditioning: int
-    text: int
-
-    @classmethod
-    def of(cls, grid: TokenGrid) -> KeySegments:
-        return cls(grid.visual_start, grid.conditioning_start, grid.text_start, grid.conditioning, grid.text)
+    marginal = training and linear_scope == "marginal"
+    modes = critical.new_empty(critical.shape[:-1] if marginal else (0,))
+    return empty_rows(q), *rows(training), *rows(marginal), modes
 
 
 def learned_inputs(
@@ -72,7 +64,7 @@ def learned_inputs(
     """What the feature map takes of q and k [B, H, *, D]: ``x W^T + b``, fp32 or wider; without features q and k.
 
     Args:
-        features: W [2, H or 1, D, D] and b [2, H or 1, D], for queries and for keys; see `apply_map`.
+        features: W [2, H or 1, D, D] and b [2, H or 1, D], for queries and for keys.
     """
     if features is None:
         return q, k

@@ -134,9 +134,8 @@ def sparse_linear_gluon_fwd_kernel(
 ):  # fmt: skip
     """Output [B, N, H, D] of one query block of one head in scope "all"; for training also what the backward reads.
 
-    Arguments as in `block_sparse_gluon_fwd_kernel` and `triton_forward.sparse_linear_fwd_kernel`. q holds the visual
-    tokens only. The table is [B * H * D, D]. sums are fp32 [B, H, 2 D + 1]: the sum of phi(k), the bias, and the
-    table's factor. No words are read.
+    Arguments as in `block_sparse_gluon_fwd_kernel` and `triton_forward.sparse_linear_fwd_kernel`. The table is
+    [B * H * D, D]. sums are fp32 [B, H, 2 D + 1]: the sum of phi(k), the bias, and the table's factor.
     """
     i_h = gl.program_id(1)
     i_b = gl.program_id(2)

@@ -5,6 +5,7 @@ Only torch is imported here; an op imports the kernels when it runs.
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 from collections.abc import Sequence
 from types import ModuleType
@@ -14,12 +15,11 @@ import torch
 
 from dit_accel.errors import DitAccelError
 from dit_accel.kernels.block_sparse.api import attend_visual
-from dit_accel.kernels.block_sparse.geometry import BlockLists, empty_rows
-from dit_accel.kernels.cuts import Cut, Cuts, visual_of
+from dit_accel.kernels.block_sparse.geometry import BlockLists, Geometry, empty_rows
+from dit_accel.kernels.cuts import Cut, visual_of
 from dit_accel.kernels.router.api import classify, single_blocks
-from dit_accel.kernels.sla.call import KeySegments, SlaCall
+from dit_accel.kernels.sla.call import SlaCall, results
 from dit_accel.kernels.sla.triton_configs import MARGINAL_BLOCK
-from dit_accel.tokens import TokenGrid
 
 
 def forward(
@@ -29,13 +29,10 @@ def forward(
 
     The pass over k that sums the state of the linear branch also makes the block means for the router. One kernel then
     computes both branches of the visual queries.
-
-    Args:
-        topk, skip: critical and negligible key blocks of each query block.
     """
-    grid, cuts = call.grid, call.cuts
-    queries, keys, values = (visual_of(x, grid) for x in (q, k, v))
-    keys_state, total, key_means = state(keys.detach(), values.detach(), cuts.keys.pack(), call.feature_map)
+    queries, keys, values = (visual_of(x, call.grid) for x in (q, k, v))
+    cut = Cut.of(call.key_order).pack()
+    keys_state, total, key_means = state(keys.detach(), values.detach(), cut, call.feature_map)
     orders = call.query_order, single_blocks(key_means)
     routed, negligible = call.lists or classify(q, key_means, *orders, topk, skip, call.impl)
     whole, critical = (keys_state, total), routed
@@ -43,8 +40,9 @@ def forward(
         half, parents = call.query_order.halved()  # both halves of a block keep its lists
         critical, negligible = (x[:, :, parents.to(x.device)] for x in (critical, negligible))
         call = call._replace(query_order=half)
+    geometry = dataclasses.replace(Geometry.of(call.query_order, call.key_order), own_queries=True)
     if call.text_bias is None:
-        return _both_branches(queries, k, v, whole, critical, negligible, call, grid), routed
+        return _both_branches(queries, k, v, whole, critical, negligible, call, geometry), routed
     # Text with a bias joins the exact branch by its log-sum-exp, so the engine computes that branch. The fused kernel
     # computes the linear branch alone: nothing is critical, and critical blocks count as negligible.
     rest = torch.cat([critical, negligible], dim=-1) if call.linear_scope == "marginal" else negligible
@@ -52,16 +50,8 @@ def forward(
         q, k, v, BlockLists.full(critical), call.query_order, call.key_order,
         text_lens=call.text_len, text_bias=call.text_bias, scale=call.scale, impl=call.impl,
     )  # fmt: skip
-    linear = _both_branches(
-        queries,
-        keys,
-        values,
-        whole,
-        critical[..., :0],
-        rest.sort(-1)[0],
-        call._replace(impl="triton"),
-        TokenGrid(*grid.shape),
-    )
+    alone = call._replace(impl="triton"), dataclasses.replace(geometry, conditioning=0, text=0)
+    linear = _both_branches(queries, keys, values, whole, critical[..., :0], rest.sort(-1)[0], *alone)
     return exact + linear, routed
 
 
@@ -73,18 +63,17 @@ def _both_branches(
     critical: torch.Tensor,
     negligible: torch.Tensor,
     call: SlaCall,
-    grid: TokenGrid,
+    geometry: Geometry,
 ) -> torch.Tensor:
-    """The fused kernel's output for visual queries. The keys lie as in `grid`; `whole` is their state and total."""
+    """The fused kernel's output for visual queries. `whole`: state and total of the keys."""
     weight, bias, text_len = call.weight, call.bias, call.text_len
-    if text_len is None or not grid.text:
-        text_len = torch.full(queries.shape[:1], grid.text, dtype=torch.int32, device=queries.device)
+    if text_len is None or not geometry.text:
+        text_len = torch.full(queries.shape[:1], geometry.text, dtype=torch.int32, device=queries.device)
     differentiable = (queries, k, v, weight, *([] if bias is None else [bias]))
     training = torch.is_grad_enabled() and any(x.requires_grad for x in differentiable)
     out, *_ = attend(
         queries, k, v, *whole, critical, negligible, weight.float(), None if bias is None else bias.float(), text_len,
-        call.cuts.pack(), list(KeySegments.of(grid)), call.scale, call.feature_map, call.linear_scope,
-        training, call.impl,
+        geometry.pack(), call.scale, call.feature_map, call.linear_scope, training, call.impl,
     )  # fmt: skip
     return out
 
@@ -125,8 +114,7 @@ def attend(
     weight: torch.Tensor,
     bias: torch.Tensor | None,
     text_len: torch.Tensor,
-    cuts: Sequence[int],
-    segments: Sequence[int],
+    geometry: Sequence[int],
     scale: float,
     feature_map: str,
     linear_scope: str,
@@ -143,7 +131,7 @@ def attend(
         critical, negligible: int32 [B, H, query blocks, *], ascending. There may be no critical blocks.
         weight, bias: fp32 [D, D] and [D].
         text_len: int32 [B].
-        cuts, segments: as `cuts.Cuts.pack` returns it, and the integers of `call.KeySegments`.
+        geometry: as `Geometry.pack` returns it; queries are visual tokens alone.
         training: whether to return what the backward reads.
         impl: the module whose `forward` runs, "triton" or "gluon".
 
@@ -153,41 +141,28 @@ def attend(
         and its denominators with eps, fp32 [B, H, visual]. The last one, int32 [B, H, query blocks], is 1 for a block
         that summed its marginal blocks one by one. Tensors that are not needed have no elements.
     """
-    settings = cuts, segments, scale, feature_map, linear_scope
-    call = _fused_call(settings, (critical, negligible), (state, total), weight, text_len)
+    tensors = state, total, critical, negligible, weight, text_len
+    call = _fused_call(geometry, scale, feature_map, linear_scope, *tensors)
     return _kernels(impl).forward(q, k, v, bias, call, training)
 
 
-def _fused_call(
-    settings: tuple[Sequence[int], Sequence[int], float, str, str], lists: tuple[torch.Tensor, ...], *tensors: Any
-) -> Any:
+def _fused_call(geometry: Sequence[int], *arguments: Any) -> Any:
     """The record of the custom ops' arguments, a `triton.FusedCall`."""
-    kernels, (cuts, segments, *others) = _kernels("triton"), settings
-    blocks = kernels.RoutedBlocks(*(each.contiguous() for each in lists))
-    return kernels.FusedCall(Cuts.unpack(cuts), KeySegments(*segments), *others, blocks, *tensors)
+    call = _kernels("triton").FusedCall(Geometry.unpack(geometry), *arguments)
+    return call._replace(critical=call.critical.contiguous(), negligible=call.negligible.contiguous())
 
 
 @attend.register_fake
 def _(q, k, v, state, total, critical, *rest):
     *_, scope, training, _ = rest
-    none, marginal = q.new_empty(0), training and scope == "marginal"
-    per_row = q.new_empty(q.shape[:3], dtype=torch.float32)
-    return (
-        empty_rows(q),
-        empty_rows(q) if training else none,
-        per_row if training else none.float(),
-        empty_rows(q) if marginal else none.clone(),
-        per_row.clone() if marginal else none.float().clone(),
-        critical.new_empty(critical.shape[:-1] if marginal else (0,)),
-    )
+    return results(q, critical, scope, training)
 
 
 @torch.library.custom_op("dit_accel::sla_attend_backward", mutates_args=())
 def attend_backward(
     gradient: torch.Tensor,
     saved: Sequence[torch.Tensor],
-    cuts: Sequence[int],
-    segments: Sequence[int],
+    geometry: Sequence[int],
     scale: float,
     feature_map: str,
     linear_scope: str,
@@ -197,9 +172,8 @@ def attend_backward(
     Args:
         saved: the tensors that `attend` took, without the bias, and what it returned besides the output.
     """
-    q, k, v, state, total, critical, negligible, weight, text_len, *outputs = saved
-    settings = cuts, segments, scale, feature_map, linear_scope
-    call = _fused_call(settings, (critical, negligible), (state, total), weight, text_len)
+    (q, k, v), tensors, outputs = saved[:3], saved[3:9], saved[9:]
+    call = _fused_call(geometry, scale, feature_map, linear_scope, *tensors)
     return _kernels("triton").backward(gradient, q, k, v, outputs, call)
 
 
@@ -211,9 +185,8 @@ def _(gradient, saved, *rest):
 
 
 def _save(ctx, inputs, output) -> None:
-    *tensors, weight, bias, text_len, ctx.cuts, ctx.segments, ctx.scale, ctx.feature_map, ctx.scope, training, _ = (
-        inputs
-    )
+    *tensors, weight, bias, text_len = inputs[:10]
+    *ctx.settings, training, _ = inputs[10:]
     ctx.has_bias = bias is not None
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
@@ -223,10 +196,8 @@ def _save(ctx, inputs, output) -> None:
 
 
 def _differentiate(ctx, gradient, *_):
-    dq, dk, dv, dweight, dbias = attend_backward(
-        gradient, ctx.saved_tensors, ctx.cuts, ctx.segments, ctx.scale, ctx.feature_map, ctx.scope
-    )
-    return dq, dk, dv, *[None] * 4, dweight, dbias if ctx.has_bias else None, *[None] * 8
+    dq, dk, dv, dweight, dbias = attend_backward(gradient, ctx.saved_tensors, *ctx.settings)
+    return dq, dk, dv, *[None] * 4, dweight, dbias if ctx.has_bias else None, *[None] * 7
 
 
 attend.register_autograd(_differentiate, setup_context=_save)

@@ -25,9 +25,8 @@ def forward(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, topk: int, skip: int, call: SlaCall
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See `dit_accel.kernels.sla.api.sparse_linear_attention`; returns the output and the critical blocks."""
-    weight, cuts = call.weight, call.cuts.pack()
+    orders, weight = (call.query_order, call.key_order), call.weight
     queries, keys, values = (visual_of(x, call.grid) for x in (q, k, v))
-    orders = call.query_order, call.key_order
     critical, negligible = call.lists or classify(q, k, *orders, topk, skip, call.impl)
     if topk or call.key_order.dense_blocks:
         exact, _ = attend_visual(
@@ -40,6 +39,7 @@ def forward(
     if call.linear_scope == "all":
         projected = linear_all(queries, keys, values, call.feature_map, weight)
     else:
+        cuts = Cuts.of(*orders).pack()
         linear, _ = linear_marginal(queries, keys, values, critical, negligible, cuts, call.feature_map)
         projected = F.linear(linear, weight.to(linear.dtype))
     if call.bias is not None:
@@ -82,8 +82,7 @@ def linear_marginal(
     Args:
         q, k, v: visual tokens in raster order, [B, H, visual, D], any strides.
         critical, negligible: the router's lists, int32 [B, H, query blocks, *].
-        cuts: how they are cut into blocks, as `cuts.Cuts.pack` returns it.
-        feature_map: as for `call.apply_map`.
+        cuts: of `cuts.Cuts.pack`.
 
     Returns:
         The output [B, H, visual, D], 0 for a row without marginal blocks. Its denominators with eps

@@ -16,14 +16,7 @@ MAX_TOKENS = 20_000
 def forward(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, topk: int, skip: int, call: SlaCall
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """See `dit_accel.kernels.sla.api.sparse_linear_attention`; memory grows with the square of the tokens.
-
-    Returns:
-        The output and the critical blocks.
-
-    Raises:
-        DitAccelError: more than 20,000 tokens.
-    """
+    """As `portable.forward`; memory grows with the square of the tokens, so more than 20,000 are refused."""
     grid, weight, bias = call.grid, call.weight, call.bias
     if grid.tokens > MAX_TOKENS:
         raise DitAccelError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -11,11 +12,11 @@ import triton
 
 from dit_accel.errors import DitAccelError
 from dit_accel.kernels import tuning
-from dit_accel.kernels.block_sparse.geometry import Geometry
+from dit_accel.kernels.block_sparse.geometry import Geometry, empty_rows
 from dit_accel.kernels.block_sparse.triton_lists import Transposed, transpose_lists
-from dit_accel.kernels.cuts import Cut, Cuts
+from dit_accel.kernels.cuts import Cut
 from dit_accel.kernels.sla import triton_configs as configs
-from dit_accel.kernels.sla.call import KeySegments
+from dit_accel.kernels.sla.call import results
 from dit_accel.kernels.sla.triton_backward import (
     sparse_linear_bwd_kernel_dkdv,
     sparse_linear_bwd_kernel_dq,
@@ -33,35 +34,23 @@ JIT = {
 }
 
 
-class RoutedBlocks(NamedTuple):
-    """The router's lists, int32 [B, H, query blocks, *] each, ascending."""
-
-    critical: torch.Tensor
-    negligible: torch.Tensor
-
-    @property
-    def counts(self) -> tuple[int, int]:
-        """Numbers of critical and negligible key blocks of every query block."""
-        return self.critical.shape[-1], self.negligible.shape[-1]
-
-
 class FusedCall(NamedTuple):
     """What both directions of a call read besides q, k and v.
 
-    cuts: how visual tokens are cut into blocks.
-    segments: where visual, conditioning and text tokens lie among the keys.
-    whole: state and total of the linear branch over all visual keys, see `ops.state`.
+    state, total: of the linear branch over all visual keys, see `ops.state`.
+    critical, negligible: the router's lists, int32 [B, H, query blocks, *], ascending.
     weight: of the projection, fp32 [D, D].
     text_len: int32 [B].
     """
 
-    cuts: Cuts
-    segments: KeySegments
+    geometry: Geometry
     scale: float
     feature_map: str
     linear_scope: str
-    lists: RoutedBlocks
-    whole: tuple[torch.Tensor, torch.Tensor]
+    state: torch.Tensor
+    total: torch.Tensor
+    critical: torch.Tensor
+    negligible: torch.Tensor
     weight: torch.Tensor
     text_len: torch.Tensor
 
@@ -72,19 +61,25 @@ class FusedCall(NamedTuple):
     @property
     def blocks(self) -> tuple[int, int, int]:
         """Numbers of visual query blocks, of visual key blocks, and of the key blocks behind them."""
-        return self.cuts.queries.blocks, self.cuts.keys.blocks, self.dense
+        keys = self.geometry.key_order
+        return self.geometry.query_order.visual_blocks, keys.visual_blocks, keys.dense_blocks
 
     @property
-    def dense(self) -> int:
-        """Number of conditioning and text blocks."""
-        return sum(triton.cdiv(n, self.cuts.keys.block) for n in (self.segments.conditioning, self.segments.text))
+    def counts(self) -> tuple[int, int]:
+        """Numbers of critical and negligible key blocks of every query block."""
+        return self.critical.shape[-1], self.negligible.shape[-1]
+
+    @property
+    def places(self) -> tuple[int, ...]:
+        """The grid, where the segments of the keys start, and the number of conditioning tokens."""
+        return *self.geometry.grid, *self.geometry.usual[:3], self.geometry.conditioning
 
     def constants(self, q: torch.Tensor, align: int) -> dict[str, Any]:
         """Compile-time constants of the kernels of both branches."""
         return {
             **_linear(q.shape[-1], align, self.feature_map),
-            **_cut(self.cuts.queries, "_Q", "Q"),
-            **_cut(self.cuts.keys, "_K", "K"),
+            **_cut(Cut.of(self.geometry.query_order), "_Q", "Q"),
+            **_cut(Cut.of(self.geometry.key_order), "_K", "K"),
             "SCOPE": self.linear_scope,
         }
 
@@ -114,19 +109,18 @@ def forward(
     """See `ops.attend`."""
     q, k, v = tuning.contiguous_rows(q), tuning.contiguous_rows(k), tuning.contiguous_rows(v)
     batch, heads, tokens, _ = q.shape
-    align, out = tuning.alignment(q, k, v), room_for_rows(q)
-    exact, lse, linear, denominators, modes = room_for_saved(q, call, training)
+    align, returned = tuning.alignment(q, k, v), results(q, call.critical, call.linear_scope, training)
     _run(
-        "forward", (call.cuts.queries.blocks, batch * heads),
+        "forward", (call.blocks[0], batch * heads),
         (
             q, k, v, *table_of_state(call, q.dtype), call.weight.to(q.dtype).contiguous(),
-            call.weight if bias is None else bias.float().contiguous(), *call.lists, *listed_blocks(call),
-            call.text_len, out, exact, lse, linear, denominators, modes, *_strides(align, q, k, v), call.scale,
-            *call.cuts.keys.grid, *call.segments[:4], heads, tokens, *call.blocks, *call.lists.counts, int(training),
+            call.weight if bias is None else bias.float().contiguous(), call.critical,
+            call.negligible, *listed_blocks(call), call.text_len, *returned, *_strides(align, q, k, v), call.scale,
+            *call.places, heads, tokens, *call.blocks, *call.counts, int(training),
         ),
         {**call.constants(q, align), "HAS_BIAS": bias is not None},
     )  # fmt: skip
-    return tuple(x.transpose(1, 2) if x.ndim == 4 else x for x in (out, exact, lse, linear, denominators, modes))
+    return returned
 
 
 def backward(
@@ -140,77 +134,70 @@ def backward(
     """See `ops.attend_backward`; `saved`: what `forward` returned for training besides the output."""
     gradient, q, k, v = (tuning.contiguous_rows(x) for x in (gradient, q, k, v))
     batch, heads, tokens, _ = q.shape
-    lists, weight = call.lists, call.weight
+    lists, weight = (call.critical, call.negligible), call.weight
     exact, lse, linear, denominators, modes = saved
     pulled = tuning.contiguous_rows(gradient @ weight.to(gradient.dtype)) if call.marginal else gradient
-    grid, align = call.cuts.keys.grid, tuning.alignment(q, k, v, gradient, pulled, exact)
+    align = tuning.alignment(q, k, v, gradient, pulled, exact)
     strides = _strides(align, q, k, v, gradient, pulled)
     constants = call.constants(q, align)
-    dq, dk, dv = (room_for_rows(x) for x in (q, k, v))
+    dq, dk, dv = (empty_rows(x) for x in (q, k, v))
     delta, inverses, ratios = (q.new_empty(q.shape[:3], dtype=torch.float32) for _ in range(3))
     _run(
-        "dq", (call.cuts.queries.blocks, batch * heads),
+        "dq", (call.blocks[0], batch * heads),
         (
             q, k, v, gradient, pulled, exact, lse, *table_of_state(call, q.dtype), *lists,
             *listed_blocks(call), call.text_len, denominators, modes, dq, delta, inverses, ratios,
-            *strides, *_strides(align, exact), call.scale, *grid, *call.segments[:4],
-            heads, tokens, *call.blocks, *lists.counts,
+            *strides, *_strides(align, exact), call.scale, *call.places, heads, tokens, *call.blocks, *call.counts,
         ),
         constants,
     )  # fmt: skip
     dstate, dtotal, dbias = _sums(q, pulled, (inverses, ratios), call.feature_map)
-    keeping = dropping = _transpose(lists.critical, call, call.dense)
+    keeping = dropping = _transpose(call.critical, call.geometry)
     singles = n_singles = modes
     if call.marginal:
         dweight = torch.einsum("bhnd,bhne->bhde", gradient, linear.to(gradient.dtype)).sum((0, 1), dtype=torch.float32)
         dbias = gradient.sum((0, 1, 2), dtype=torch.float32)
-        dropping = _transpose(lists.negligible, call, 0)
+        dropping = _transpose(call.negligible, dataclasses.replace(call.geometry, conditioning=0, text=0))
         singles, n_singles = modes.argsort(dim=-1, descending=True, stable=True).int(), modes.sum(-1, dtype=torch.int32)
     else:
         # the table is the state times W^T, so the gradient of the table is turned into those of both factors
-        dweight, dstate = (dstate.mT @ call.whole[0]).sum((0, 1)), dstate @ weight.float()
+        dweight, dstate = (dstate.mT @ call.state).sum((0, 1)), dstate @ weight.float()
     rows = configs.key_rows(constants, _capability(q.device))
     _run(
-        "dkdv", (sum(call.blocks[1:]) * call.cuts.keys.block // rows, batch * heads),
+        "dkdv", (call.geometry.key_order.blocks * call.geometry.block_k // rows, batch * heads),
         (
             q, k, v, gradient, pulled, lse, delta, *_table(dstate, q.dtype), dtotal, *lists, call.text_len,
             keeping.entries, keeping.places, keeping.firsts, dropping.entries, dropping.firsts,
-            modes, singles, n_singles, denominators, ratios, dk, dv, *strides, call.scale, *grid, *call.segments,
-            heads, tokens, k.shape[2], *call.blocks, *lists.counts,
+            modes, singles, n_singles, denominators, ratios, dk, dv, *strides, call.scale, *call.places,
+            call.geometry.text, heads, tokens, k.shape[2], *call.blocks, *call.counts,
         ),
         {**constants, "ROWS": rows},
     )  # fmt: skip
-    return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2), dweight, dbias
+    return dq, dk, dv, dweight, dbias
 
 
 def listed_blocks(call: FusedCall) -> tuple[torch.Tensor, torch.Tensor]:
     """Places and spans of the lists of critical blocks, see `places_kernel`."""
-    critical = call.lists.critical
-    rows, count, cut = critical.shape[:-1], critical.shape[-1], call.cuts.keys
-    places, spans = critical.new_empty(*rows, count + call.dense), critical.new_empty(*rows, 5)
-    _run(
-        "places", (math.prod(rows), 1), (critical, places, spans, *cut.grid, cut.blocks, count, call.dense), _cut(cut),
-    )  # fmt: skip
+    rows, count, (_, blocks, dense) = call.critical.shape[:-1], call.counts[0], call.blocks
+    places, spans = call.critical.new_empty(*rows, count + dense), call.critical.new_empty(*rows, 5)
+    arguments = call.critical, places, spans, *call.geometry.grid, blocks, count, dense
+    _run("places", (math.prod(rows), 1), arguments, _cut(Cut.of(call.geometry.key_order)))
     return places, spans
 
 
-def _transpose(lists: torch.Tensor, call: FusedCall, dense: int) -> Transposed:
-    """The query blocks that list each key block; all query blocks list the `dense` blocks behind the visual ones."""
-    (queries, keys), around = call.cuts, call.segments if dense else call.segments._replace(conditioning=0, text=0)
-    geometry = Geometry(
-        keys.grid, queries.grid, queries.block, keys.block, queries.tile, keys.tile, around.conditioning, around.text,
-        own_queries=True,
-    )  # fmt: skip
-    if dense:
-        behind = torch.arange(keys.blocks, keys.blocks + dense, dtype=torch.int32, device=lists.device)
+def _transpose(lists: torch.Tensor, geometry: Geometry) -> Transposed:
+    """The query blocks that list each key block; all query blocks list those behind the visual ones."""
+    keys = geometry.key_order
+    if keys.dense_blocks:
+        behind = torch.arange(keys.visual_blocks, keys.blocks, dtype=torch.int32, device=lists.device)
         lists = torch.cat([lists, behind.expand(*lists.shape[:-1], -1)], dim=-1)
     return transpose_lists(lists, lists.new_full(lists.shape[:-1], lists.shape[-1]), geometry)
 
 
 def table_of_state(call: FusedCall, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
     """The state as `_table` returns it, with the projection applied in scope "all", and the total."""
-    state, total = call.whole
-    return *_table(state if call.marginal else state @ call.weight.float().mT, dtype), total.contiguous()
+    state = call.state if call.marginal else call.state @ call.weight.float().mT
+    return *_table(state, dtype), call.total.contiguous()
 
 
 def _sums(
@@ -248,24 +235,6 @@ def _capability(device: torch.device) -> int:
         return 90  # interpreted: every launch runs
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor
-
-
-def room_for_rows(x: torch.Tensor) -> torch.Tensor:
-    """An empty result for x [B, H, N, D], as [B, N, H, D]."""
-    return x.new_empty(*(x.shape[i] for i in (0, 2, 1, 3)))
-
-
-def room_for_saved(q: torch.Tensor, call: FusedCall, training: bool) -> tuple[torch.Tensor, ...]:
-    """Empty tensors for what the backward reads; those that it does not read have no elements."""
-    none, critical = (0,), call.lists.critical
-    marginal = training and call.marginal
-    return (
-        room_for_rows(q) if training else q.new_empty(none),
-        q.new_empty(q.shape[:3] if training else none, dtype=torch.float32),
-        room_for_rows(q) if marginal else q.new_empty(none),
-        q.new_empty(q.shape[:3] if marginal else none, dtype=torch.float32),
-        critical.new_empty(critical.shape[:-1] if marginal else none),
-    )
 
 
 def _linear(dim: int, align: int, feature_map: str) -> dict[str, Any]:

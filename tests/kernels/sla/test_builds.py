@@ -1,5 +1,6 @@
 """What is compiled ahead of time is what the launcher launches."""
 
+import dataclasses
 import itertools
 
 import pytest
@@ -7,11 +8,14 @@ import torch
 
 pytest.importorskip("triton")
 
+from dit_accel.kernels.block_sparse.geometry import Geometry
 from dit_accel.kernels.block_sparse.triton_configs import SHARED_BYTES
-from dit_accel.kernels.cuts import Cut, Cuts
+from dit_accel.kernels.cuts import Cut
 from dit_accel.kernels.sla import triton
 from dit_accel.kernels.sla import triton_configs as configs
-from dit_accel.kernels.sla.call import LINEAR_SCOPES, KeySegments
+from dit_accel.kernels.sla.call import LINEAR_SCOPES
+from dit_accel.order import TokenOrder
+from dit_accel.tokens import TokenGrid
 from tools.kernels import sla as declared
 from tools.kernels.ahead_of_time import ARCHS
 
@@ -33,15 +37,15 @@ def launched(monkeypatch, arch):
     monkeypatch.setattr(triton, "_capability", lambda device: arch)
     for (block_q, block), dim in itertools.product(((64, 64), (128, 64), (128, 128)), (64, 128)):
         tokens = block * 512
-        cuts = Cuts(Cut((1, 1, tokens), block_q), Cut((1, 1, tokens), block))
-        segments = KeySegments.of(cuts.keys.order.grid)
+        orders = (TokenOrder(TokenGrid(1, 1, tokens), size) for size in (block_q, block))
+        geometry = dataclasses.replace(Geometry.of(*orders), own_queries=True)
         q = torch.zeros(1, 1, tokens, dim, dtype=torch.float16)
-        lists = triton.RoutedBlocks(*(torch.zeros(1, 1, cuts.queries.blocks, n, dtype=torch.int32) for n in (1, 2)))
-        *whole, _ = triton.state(q, q, cuts.keys, "softmax")
-        weight, bias, text_len = torch.zeros(dim, dim), torch.zeros(dim), torch.zeros(1, dtype=torch.int32)
+        lists = (torch.zeros(1, 1, tokens // block_q, n, dtype=torch.int32) for n in (1, 2))
+        *whole, _ = triton.state(q, q, Cut((1, 1, tokens), block), "softmax")
+        tensors = *whole, *lists, torch.zeros(dim, dim), torch.zeros(1, dtype=torch.int32)
         for scope in LINEAR_SCOPES if max(block_q, block) <= configs.MARGINAL_BLOCK else ("all",):
-            call = triton.FusedCall(cuts, segments, 0.125, "softmax", scope, lists, tuple(whole), weight, text_len)
-            _, *saved = triton.forward(q, q, q, bias, call, True)
+            call = triton.FusedCall(geometry, 0.125, "softmax", scope, *tensors)
+            _, *saved = triton.forward(q, q, q, torch.zeros(dim), call, True)
             saved[-1].zero_()  # modes, which are read
             triton.backward(q, q, q, q, saved, call)
     return found

@@ -3,6 +3,7 @@
 ``TRITON_INTERPRET=1`` must be set before Triton is imported, so this file runs in a process of its own.
 """
 
+import dataclasses
 import importlib.util
 import os
 
@@ -12,12 +13,12 @@ from accuracy import assert_accurate
 from sla_calls import cuts_of, route, sparse_linear_attention
 
 from dit_accel.errors import DitAccelError
+from dit_accel.kernels.block_sparse.geometry import Geometry
 from dit_accel.kernels.block_sparse.triton_configs import Launch
 from dit_accel.kernels.cuts import Cuts, block_means
 from dit_accel.kernels.router.api import classify, single_blocks
 from dit_accel.kernels.router.triton_configs import MAX_COUNTED
 from dit_accel.kernels.sla import ops, triton_configs
-from dit_accel.kernels.sla.call import KeySegments
 from dit_accel.kernels.sla.portable import linear_all, linear_marginal
 from dit_accel.order import TokenOrder
 from dit_accel.tokens import TokenGrid
@@ -105,14 +106,19 @@ def test_text_around_the_visual_tokens_is_not_read():
         assert torch.equal(got, expected)
 
 
+def geometry_of(cuts):
+    """`Geometry.pack` of visual tokens alone."""
+    return dataclasses.replace(Geometry.of(*(cut.order for cut in Cuts.unpack(cuts))), own_queries=True).pack()
+
+
 def attend(q, k, v, critical, negligible, weight, bias, cuts, feature_map, scope):
     """`ops.attend` of visual tokens alone, with the state that it wants."""
     keys = Cuts.unpack(cuts).keys
     state, total, _ = ops.state(k.detach(), v.detach(), keys.pack(), feature_map)
-    segments, text_len = KeySegments.of(keys.order.grid), critical.new_zeros(len(q))
+    geometry, text_len = geometry_of(cuts), critical.new_zeros(len(q))
     training = any(x.requires_grad for x in (q, k, v, weight))
     return ops.attend(
-        q, k, v, state, total, critical, negligible, weight, bias, text_len, cuts, list(segments), 0.25, feature_map,
+        q, k, v, state, total, critical, negligible, weight, bias, text_len, geometry, 0.25, feature_map,
         scope, training, "triton",
     )  # fmt: skip
 
@@ -175,7 +181,7 @@ def test_the_fused_op_is_registered_properly(scope):
     weight, bias = (torch.randn(size, device=DEVICE) for size in ((24, 24), (24,)))
     leaves = (x.requires_grad_() for x in (q, k, v))
     projection = (x.requires_grad_() for x in (weight, bias))
-    lengths = critical.new_zeros(1), cuts, list(KeySegments.of(keys.order.grid)), 0.25
+    lengths = critical.new_zeros(1), geometry_of(cuts), 0.25
     tensors = *leaves, state, total, critical, negligible, *projection
     torch.library.opcheck(ops.attend, (*tensors, *lengths, feature_map, scope, True, "triton"))
     with torch.no_grad():
