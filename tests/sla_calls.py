@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from dit_accel.kernels.cuts import Cut, Cuts
 from dit_accel.kernels.router.api import classify
 from dit_accel.kernels.sla import api
-from dit_accel.kernels.sla.call import EPSILON, apply_map, learned_inputs
+from dit_accel.kernels.sla.call import EPSILON, SlaCall, apply_map, learned_inputs
 from dit_accel.methods.sla import SparseLinearAttention
 from dit_accel.order import TokenOrder
 from dit_accel.tokens import TokenGrid
@@ -37,8 +37,11 @@ def sparse_linear_attention(q, *tensors, grid=None, text=0, block=64, block_q=No
     """The output of `api.sparse_linear_attention` in raster order; without a grid all tokens are one row."""
     sequence = TokenGrid(*(grid or (1, 1, q.shape[2])), text=text)
     keys = TokenOrder(sequence, block, tile)
+    k, v, *weights = tensors
+    given = dict(zip(("weight", "bias"), weights, strict=False))
     orders = {"query_order": TokenOrder(sequence, block_q or block, tile), "key_order": keys}
-    return api.sparse_linear_attention(q, *tensors, **orders, **options)[0]
+    call = SlaCall(**{"bias": None, "scale": q.shape[-1] ** -0.5} | given | orders | options)
+    return api.sparse_linear_attention(q, k, v, call)[0]
 
 
 def token_map(mask):

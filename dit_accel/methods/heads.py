@@ -22,11 +22,11 @@ from dit_accel.plans.dense import DensePlan
 from dit_accel.plans.plan import PlanCall, building
 from dit_accel.registry import Method
 from dit_accel.tokens import TokenGrid
-from dit_accel.values import check, option
+from dit_accel.values import Checked, option
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(Checked):
     """Settings of heads.
 
     Args:
@@ -40,7 +40,7 @@ class Config:
     keep: Literal["all"] | tuple[int, ...] = option("all", least=0, most=1)
 
     def __post_init__(self) -> None:
-        check(self)
+        super().__post_init__()
         if not any(self.keep):
             raise DitAccelError(f"keep skips every head of a layer; got {self.keep!r}. Keep one at least.")
 

@@ -9,15 +9,14 @@ heads the first s are shared; k of the others are taken for token t. The output 
     g_i = a_1 s softmax(W_s x_t)_i for shared heads, a_2 (h - s) p_i for those of T, else 0,
           with (a_1, a_2) = 2 softmax(W_h x_t)                            weights="scores", equations 5 and 6
 
-"one" is how the authors convert a trained LLaMA3: they quantise the scores, and the gradient of p_i is that of g_i, for
-every routed head. So training computes all heads. Otherwise the rows of a head that tokens did not take are never
-computed. Our choices:
+"one" is how the authors convert a trained LLaMA3: the gradient of p_i is that of g_i, for every routed head. So
+training computes all heads. Otherwise the rows of a head that tokens did not take are never computed. Our choices:
 
 - The router reads q_t of all heads, with rotary positions, since processors do not get x_t; it sends q no gradient.
 - |q_t^i| / sqrt(D) is added to its logit i, and its weights start at zero. An untrained router thus takes the heads of
-  the authors' parameter-free one, which divides the norms by their deviation over heads.
-- s, h - s and 2 make the weights 1 where scores are equal, as in the authors' code for DiT. That also divides p by its
-  sum over T, the equation does not.
+  the authors' parameter-free one.
+- s, h - s and 2 make the weights 1 where scores are equal, as in the authors' code for DiT, which also divides p by its
+  sum over T.
 - Text and conditioning tokens take every head with weight 1.
 """
 
@@ -40,13 +39,13 @@ from dit_accel.plans.dense import SDPA, DensePlan
 from dit_accel.plans.plan import PlanCall
 from dit_accel.registry import LearnedModule, Method
 from dit_accel.tokens import TokenGrid
-from dit_accel.values import check, option
+from dit_accel.values import Checked, option
 
 _ROUNDING = 0.01  # of a head, for shares such as 0.333
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(Checked):
     """Settings of moh; the defaults are those of MoH-LLaMA3-8B.
 
     Args:
@@ -63,7 +62,7 @@ class Config:
     weights: Literal["one", "scores"] = "one"
 
     def __post_init__(self) -> None:
-        check(self)
+        super().__post_init__()
         if self.skipped < 0:
             raise DitAccelError(
                 f"shared and routed are shares of the same heads and cannot exceed 1 together; got {self.shared} and "
@@ -95,16 +94,11 @@ class Config:
 
 
 class Gates(NamedTuple):
-    """What a router decides for every token.
+    """What a router decides for every token: the routed heads that are computed, g in fp32 or fp64, and p."""
 
-    taken: bool [B, h - s, N], the routed heads that are computed.
-    weights: g, fp32 or fp64 [B, h, N].
-    shares: p, [B, h - s, N].
-    """
-
-    taken: Tensor
-    weights: Tensor
-    shares: Tensor
+    taken: Tensor  # bool [B, h - s, N]
+    weights: Tensor  # [B, h, N]
+    shares: Tensor  # [B, h - s, N]
 
 
 class HeadRouter(nn.Module):

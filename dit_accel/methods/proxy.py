@@ -92,7 +92,7 @@ class ProxyPlan(RoutedPlan):
 
     @property
     def pairs(self) -> int:
-        """Upper bound of the pairs attended exactly, exact if all blocks hold equally many tokens; text included."""
+        """As of `bound`."""
         return self.bound(self.config.count(self.key_order.visual_blocks))
 
     def always(self) -> tuple[int, None]:

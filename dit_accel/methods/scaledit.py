@@ -31,11 +31,11 @@ from dit_accel.plans.masks import AxisTable, Mask, Product
 from dit_accel.plans.plan import MaskPlan
 from dit_accel.registry import Method
 from dit_accel.tokens import TokenGrid
-from dit_accel.values import check, option
+from dit_accel.values import Checked, option
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(Checked):
     """Settings of scaledit.
 
     Args:
@@ -46,7 +46,7 @@ class Config:
         reach: sides of the windows of anchors, a multiple of `factor`.
 
     Raises:
-        DitAccelError: a value is no integer or too small, or `reach` is no multiple of `factor`.
+        DitAccelError: `reach` is no multiple of `factor`.
     """
 
     window: int = option(16, least=1)
@@ -56,7 +56,7 @@ class Config:
     keeps_all: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        check(self)
+        super().__post_init__()
         if self.factor and self.reach % self.factor:
             raise DitAccelError(f"scaledit needs reach as a multiple of factor={self.factor}, got {self.reach}.")
 

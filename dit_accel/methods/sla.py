@@ -21,10 +21,10 @@ from torch import nn
 from dit_accel.errors import DitAccelError
 from dit_accel.kernels import impls
 from dit_accel.kernels.block_sparse.geometry import BlockLists
-from dit_accel.kernels.impls import AUTO, Facts, Impl
+from dit_accel.kernels.impls import AUTO, Impl
 from dit_accel.kernels.router.api import classify, single_blocks
 from dit_accel.kernels.sla.api import sparse_linear_attention
-from dit_accel.kernels.sla.call import FeatureMap, LinearScope
+from dit_accel.kernels.sla.call import FeatureMap, LinearScope, SlaCall
 from dit_accel.kernels.sla.reference import block_map
 from dit_accel.plans.blocks import BlockMask, from_map
 from dit_accel.plans.gate import BlockGate, gated
@@ -53,8 +53,7 @@ class Config(BlockSettings):
         score: "mean": of block means; "learned": of a gate, which equals "mean" until it is trained.
 
     Raises:
-        DitAccelError: a value is out of range, or topk and skip together exceed 1. Scope "all" does not read `skip`,
-            so its default value is not counted there.
+        DitAccelError: topk and skip together exceed 1. Scope "all" does not read `skip`: its default is not counted.
     """
 
     topk: float = option(0.05, least=0, most=1)
@@ -102,11 +101,9 @@ class Routing(NamedTuple):
 class Projection(nn.Module):
     """Linear layers whose weights a kernel applies; a call returns them.
 
-    It is a module that is called, so offloading and FSDP, which move or gather weights around a module's call, reach
-    its weights. It is not an `nn.Linear`, so casting and adapters for linear layers leave it alone.
-
-    Args:
-        weight: where the weights start, float32 [..., out, in]; the bias starts at zero.
+    A module that is called, so offloading and FSDP, which move or gather weights around a module's call, reach them.
+    It is not an `nn.Linear`, so casting and adapters for linear layers leave it alone. The weights start at `weight`,
+    float32 [..., out, in]; the bias starts at zero.
     """
 
     def __init__(self, weight: torch.Tensor) -> None:
@@ -127,10 +124,7 @@ class SparseLinearAttention(nn.Module):
     for the queries and one for the keys of each head, which start at the identity, as published. All weights stay in
     fp32; the projection is cast to the input's dtype at use.
 
-    Args:
-        head_dim: D.
-        heads: of the layer; the learned map and the gate tell them apart.
-        config: settings of `Config`, by name.
+    It takes D, the layer's heads, which the learned map and the gate tell apart, and settings of `Config` by name.
 
     Example:
         >>> attention = SparseLinearAttention(64, topk=0.1)
@@ -157,21 +151,10 @@ class SparseLinearAttention(nn.Module):
         scale: float | None = None,
         impl: Impl = AUTO,
     ) -> torch.Tensor:
-        """Attend.
+        """Attend; tensors, other arguments and errors as of `plans.plan.attention`.
 
         Args:
-            q, k, v: [B, H, N, D], any strides; D is the module's head_dim.
-            grid: where the tokens lie; None: all visual, in one row.
-            text_lens: int [B], valid text tokens of each sample. None: all of them.
-            scale: factor of the logits; D ** -0.5 if None.
-            impl: "auto", or the name of an implementation, which runs or raises.
-
-        Returns:
-            [B, H, N, D] in the dtype of q, laid out as [B, N, H, D] in memory.
-
-        Raises:
-            DitAccelError: shapes do not fit the grid or head_dim, tiles are asked for without a grid, or `impl` cannot
-                run here.
+            grid: where the tokens lie; None: all visual, in one row, which tiles refuse.
         """
         if q.shape[-1] != self.proj.weight.shape[-1]:
             raise DitAccelError(
@@ -183,11 +166,7 @@ class SparseLinearAttention(nn.Module):
 
     @torch.no_grad()
     def route(self, q: torch.Tensor, k: torch.Tensor, grid: TokenGrid | None = None) -> Routing:
-        """The critical, marginal and negligible blocks of a call with these queries and keys.
-
-        Args:
-            q, k: [B, H, N, D].
-            grid: as for `forward`.
+        """The critical, marginal and negligible blocks of a call with q and k [B, H, N, D]; `grid` as for `forward`.
 
         Raises:
             DitAccelError: shapes do not fit the grid, or tiles are asked for without one.
@@ -244,11 +223,7 @@ class SlaPlan(RoutedPlan):
 
     @property
     def pairs(self) -> int:
-        """Upper bound of the pairs attended exactly, text included; the linear branch counts none.
-
-        It is the exact number in every head of every call if all visual blocks hold equally many tokens. Otherwise it
-        counts the fullest blocks, and a query with a smaller critical block attends fewer.
-        """
+        """As of `RoutedPlan.bound`; the linear branch counts none."""
         return self.bound(self.config.counts(self.key_order.visual_blocks).topk)
 
     @torch.no_grad()
@@ -276,12 +251,14 @@ class SlaPlan(RoutedPlan):
         if not isinstance(module, SparseLinearAttention):
             raise DitAccelError(f"sla takes a SparseLinearAttention as its module, got {type(module).__name__}.")
         topk, skip = config.counts(self.key_order.visual_blocks)
-        out, critical = sparse_linear_attention(
-            q, k, v, *module.proj(q.device), query_order=self.query_order, key_order=self.key_order,
-            topk=topk, skip=skip, text_len=call.text_lens, text_bias=call.text_bias, scale=call.scale,
-            feature_map=config.feature_map, features=module.map_of(q, call.heads), linear_scope=config.linear_scope,
-            impl=call.impl, lists=self.classify(q, k, call) if config.score == "learned" else None,
+        scale = q.shape[-1] ** -0.5 if call.scale is None else call.scale
+        weight, bias = module.proj(q.device)
+        settings = SlaCall(
+            weight, bias, self.query_order, self.key_order, topk, scale, skip, call.text_lens, call.text_bias,
+            config.feature_map, module.map_of(q, call.heads), config.linear_scope, call.impl,
+            self.classify(q, k, call) if config.score == "learned" else None,
         )  # fmt: skip
+        out, critical = sparse_linear_attention(q, k, v, settings)
         return out, BlockLists.full(critical)
 
     def untrained(self, like: torch.Tensor) -> SparseLinearAttention:
@@ -289,16 +266,13 @@ class SlaPlan(RoutedPlan):
         made = SparseLinearAttention(like.shape[-1], **dataclasses.asdict(self.config))
         return made.to(like.device).requires_grad_(False)
 
-    def prepare(
-        self, device: torch.device, dtype: torch.dtype, head_dim: int, impl: Impl = AUTO, *, learned: bool = False
-    ) -> tuple[str, str]:
-        config, linear = self.config, {}
-        if learned:
-            critical = config.counts(self.key_order.visual_blocks).topk
-            linear = {"linear_scope": config.linear_scope, "feature_map": config.feature_map, "critical": critical}
-        facts = Facts.of(device, dtype, head_dim, self.query_order, self.key_order, **linear)
-        chosen, why = impls.choose(facts, impl, impls.SLA)
-        return chosen.name, why
+    kernel = impls.SLA
+
+    def needs(self, learned: bool) -> dict[str, Any]:
+        config = self.config
+        critical = config.counts(self.key_order.visual_blocks).topk
+        linear = {"linear_scope": config.linear_scope, "feature_map": config.feature_map, "critical": critical}
+        return linear if learned else {}
 
 
 def at_density(grid: TokenGrid, density: float) -> dict[str, Any]:

@@ -59,13 +59,11 @@ class Config(BlockSettings):
         score: "mean": of block means; "subblock": of all pairs of cell means; "learned": of a gate, which equals "mean"
             until it is trained; "error": of the tail's error, with tail "mean" only.
         cells: runs of tokens that a block is cut into, with score "subblock".
-        similarity: the guard of SpargeAttn: a block whose tokens are less similar to each other is not judged by its
-            mean. The measure is the mean of the Gram matrix of normalised tokens. All queries keep such a key block,
-            and such a query block keeps all keys. None: no guard.
+        similarity: the guard of SpargeAttn: all queries keep a key block whose tokens are less similar to each other,
+            and such a query block keeps all keys. The measure is the mean of the Gram matrix of normalised tokens.
         tail: what becomes of the other blocks. "none": they are left out; "mean": each is one pseudo-key, as in sol.
         budgets: "equal", or a share of the key blocks for each head of the layer, each in (0, 1], in place of `topk`.
-            Heads of different layers differ, so `accelerate` and ``--method`` take the file that `dit-accel tune
-            --calibrate` writes, and make the settings of each layer from it.
+            `accelerate` and ``--method`` make those of each layer from a file of `dit-accel tune --calibrate`.
         refresh: denoising steps for which a layer keeps the lists of a guidance branch; 1: it routes in each call.
     """
 
@@ -91,7 +89,6 @@ class Config(BlockSettings):
         for name in ("block_q", "block") if self.score == "subblock" else ():
             if getattr(self, name) % self.cells:
                 raise DitAccelError(f"{name} must divide into cells={self.cells}; got {getattr(self, name)}.")
-
         if self.score in ("learned", "error") and self.similarity is not None:
             raise DitAccelError(
                 f"similarity={self.similarity} keeps blocks that their means misjudge, and score='{self.score}' does "
@@ -124,10 +121,7 @@ class SpargePlan(TailedPlan):
 
     @property
     def pairs(self) -> int | None:
-        """Upper bound of the attended pairs if blocks are kept by number alone, text included; else None.
-
-        It counts the fullest blocks, and is exact if all visual blocks hold equally many tokens.
-        """
+        """As of `bound` if blocks are kept by number alone; else None."""
         config, blocks = self.config, self.key_order.visual_blocks
         if config.topp or config.similarity is not None:
             return None
@@ -143,11 +137,7 @@ class SpargePlan(TailedPlan):
         return [math.ceil(share * self.key_order.visual_blocks) for share in self.config.budgets]
 
     def counts_of(self, call: PlanCall, heads: int, device: torch.device) -> int | torch.Tensor:
-        """Blocks that rows keep by number: an int, or int32 [heads, 1].
-
-        Raises:
-            DitAccelError: there are budgets for another number of heads.
-        """
+        """Blocks that rows keep by number: an int, or int32 [heads, 1]. Budgets for other heads are refused."""
         if self.config.budgets == "equal":
             return self.config.counts(self.key_order.visual_blocks)
         first, every = (0, heads) if call.heads is None else call.heads
@@ -162,12 +152,9 @@ class SpargePlan(TailedPlan):
         return torch.tensor(self.budgets(), dtype=torch.int32)[:, None].to(device)
 
     def rank(self, q: torch.Tensor, k: torch.Tensor, rows: torch.Tensor, scale: float | None = None) -> torch.Tensor:
-        """The visual key blocks of some query blocks, the best first: int64 [B, H, rows, key blocks].
+        """The visual key blocks of the query blocks `rows`, the best first: int64 [B, H, rows, key blocks].
 
-        Args:
-            q, k: [B, H, N, D] in model order.
-            rows: int64, the query blocks.
-            scale: factor of the logits; D ** -0.5 if None.
+        q and k are in model order.
         """
         queries, keys = (visual_of(self.arrange(x), self.grid) for x in (q, k))
         factor = q.shape[-1] ** -0.5 if scale is None else scale
@@ -181,7 +168,6 @@ class SpargePlan(TailedPlan):
             cells=config.cells_scored,
             similarity=config.similarity,
         )
-
         orders = self.query_order, self.key_order
 
         def routed() -> BlockLists:

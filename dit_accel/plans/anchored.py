@@ -23,7 +23,6 @@ class AnchoredPlan(MaskPlan):
     """A static plan of a call's own tokens and of anchors, each of which stands for about factor x factor tokens.
 
     Args:
-        method, config: as in `Plan`.
         own: grid of the call's own tokens.
         rows, columns: which own rows and columns a row and a column see.
         factor: width over the width of the low-resolution frame. Its height is `factor` times a whole number, so that
@@ -33,7 +32,6 @@ class AnchoredPlan(MaskPlan):
 
     Attributes:
         grid: of the sequence with the anchors.
-        own: as given.
         low: height and width of the low-resolution frame.
 
     Raises:

@@ -5,15 +5,13 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from dit_accel.errors import DitAccelError
-from dit_accel.kernels.block_sparse.geometry import BlockLists
 from dit_accel.order import TokenOrder, valid_tokens
 from dit_accel.plans import blocks
 from dit_accel.plans.blocks import BlockMask
-from dit_accel.plans.plan import Order, StaticPlan, among_others, building, check_token_mask, surround
+from dit_accel.plans.plan import Order, StaticPlan, building
 from dit_accel.plans.tiles import Tile
 from dit_accel.tokens import TokenGrid
 
@@ -38,10 +36,8 @@ class BlockPlan(StaticPlan):
         valid = valid_tokens(self._mask.query_order).long()
         return int(valid @ self._visited.long() @ valid) + self.grid.dense_pairs
 
-    def kept_keys(self, queries: Tensor, lists: BlockLists | None = None, head: int = 0) -> Tensor:
-        visited = self._visited.to(queries.device)
-        keys = torch.arange(self.grid.visual, device=queries.device)
-        return among_others(visited[queries // self.block][:, keys // self.block], self.grid)
+    def allowed(self, query: Tensor, key: Tensor) -> Tensor:
+        return self._visited.to(query.device)[query // self.block, key // self.block]
 
     def block_mask(
         self,
@@ -58,9 +54,3 @@ class BlockPlan(StaticPlan):
                 "other block mask. Leave the arguments out, or plan another block size."
             )
         return self._mask
-
-    @building()
-    def token_mask(self) -> Tensor:
-        check_token_mask(self.grid)
-        tokens = self._visited.repeat_interleave(self.block, 0).repeat_interleave(self.block, 1)
-        return surround(tokens[: self.grid.visual, : self.grid.visual], self.grid)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from dit_accel.errors import DitAccelError
 from dit_accel.kernels.block_sparse.geometry import BlockLists, Geometry
+from dit_accel.kernels.router.portable import lists_of
 from dit_accel.order import TokenOrder, valid_tokens
 from dit_accel.plans.masks import Mask
 
@@ -97,28 +98,13 @@ def from_map(
 ) -> BlockMask:
     """A block mask from a map of the visual blocks; conditioning and text rows and columns are full, or not `dense`.
 
-    Args:
-        visited: bool [..., query_order.visual_blocks, key_order.visual_blocks].
-        partial: bool, like `visited`; entries of blocks that are not visited do not matter. None: all full.
+    `visited` and `partial` are bool [..., query_order.visual_blocks, key_order.visual_blocks]; partial None: all full.
     """
-    extra = key_order.dense_blocks
-    rows, columns = query_order.dense_blocks, key_order.visual_blocks
-    leading = visited.shape[:-2]
-    if extra or rows:
-        visited = torch.nn.functional.pad(visited, (0, extra, 0, rows), value=dense)
-        if partial is not None:
-            partial = torch.nn.functional.pad(partial, (0, extra, 0, rows), value=False)
-    counts = visited.sum(-1, dtype=torch.int32)
-    width = max(int(counts.max()), 1)
-    where = visited.reshape(-1, columns + extra).nonzero()
-    row, column = where[:, 0], where[:, 1].to(torch.int32)
-    first = counts.flatten().cumsum(0) - counts.flatten()
-    slot = torch.arange(len(row), device=row.device) - first[row]
-    flat = row * width + slot
-    shape = (*leading, query_order.blocks, width)
-    kv_indices = torch.zeros(shape, dtype=torch.int32, device=visited.device)
-    kv_indices.view(-1)[flat] = column
-    marked = torch.zeros(shape, dtype=torch.bool, device=visited.device)
+    around = 0, key_order.dense_blocks, 0, query_order.dense_blocks
+    visited = torch.nn.functional.pad(visited, around, value=dense)
+    indices, counts = lists_of(visited, max(int(visited.sum(-1).max()), 1))
+    lists = BlockLists(indices.contiguous(), counts)
+    marked = torch.zeros_like(lists.used)
     if partial is not None:
-        marked.view(-1)[flat] = partial.reshape(-1, columns + extra)[row, where[:, 1]]
-    return BlockMask(kv_indices, counts, marked, query_order, key_order)
+        marked = lists.used & torch.nn.functional.pad(partial, around).gather(-1, lists.indices.long())
+    return BlockMask(lists.indices, counts, marked, query_order, key_order)

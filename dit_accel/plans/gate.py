@@ -13,8 +13,7 @@ matrices imitate the layer's own dense attention A = softmax(s q k^T), where s i
     loss = mean over i of KL(T_i || softmax_j(s x_ij))
 
 Source: SeerAttention, arXiv 2410.13276: its pooling, its max-pooled map and its loss. The paper pools q and k before
-rotary positions and rotates what it has pooled. Here they are pooled after them, as processors get them. Text and
-conditioning keys take part in A and have no T.
+rotary positions, here they are pooled after them. Text and conditioning keys take part in A and have no T.
 """
 
 from __future__ import annotations

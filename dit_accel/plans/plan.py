@@ -159,7 +159,6 @@ class Plan(abc.ABC):
         """Choose who computes `attend` for such tensors, and build what it needs. A traced call cannot do this.
 
         Args:
-            device, dtype, head_dim: of q, k and v.
             learned: `attend` will get a module with learned weights.
 
         Returns:
@@ -211,6 +210,27 @@ class StaticPlan(Plan):
     @property
     def density(self) -> float:
         return self.pairs / self.grid.tokens**2
+
+    @abc.abstractmethod
+    def allowed(self, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+        """Whether visual token `query` sees visual token `key`: bool, for broadcasting int64 raster indices."""
+
+    def kept_keys(self, queries: torch.Tensor, lists: BlockLists | None = None, head: int = 0) -> torch.Tensor:
+        keys = torch.arange(self.grid.visual, device=queries.device)
+        return among_others(self.allowed(queries[:, None], keys[None, :]), self.grid)
+
+    @building()
+    def token_mask(self) -> torch.Tensor:
+        grid = self.grid
+        if grid.tokens > TOKEN_MASK_LIMIT:
+            raise DitAccelError(
+                f"A token mask is made for at most {TOKEN_MASK_LIMIT:,} tokens, this grid has {grid.tokens:,}; "
+                "use block_mask(), pairs or density."
+            )
+        visual = torch.arange(grid.visual)
+        mask = torch.ones(grid.tokens, grid.tokens, dtype=torch.bool)
+        mask[grid.visual_rows, grid.visual_rows] = self.allowed(visual[:, None], visual[None, :])
+        return mask
 
     def tables(self) -> torch.Tensor | None:
         """The packed tables that decide the pairs of partial blocks; None if blocks are attended whole."""
@@ -284,9 +304,8 @@ class MaskPlan(StaticPlan):
     def tables(self) -> torch.Tensor:
         return self.mask.pack()
 
-    def kept_keys(self, queries: torch.Tensor, lists: BlockLists | None = None, head: int = 0) -> torch.Tensor:
-        keys = torch.arange(self.grid.visual, device=queries.device)
-        return among_others(self.mask.allowed(queries[:, None], keys[None, :]), self.grid)
+    def allowed(self, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+        return self.mask.allowed(query, key)
 
     @building()
     def block_mask(
@@ -305,8 +324,7 @@ class MaskPlan(StaticPlan):
             tile_q, tile_k: tile sizes (t, h, w); without them the planner takes those with the fewest visited blocks.
 
         Raises:
-            DitAccelError: tile shapes in raster order, only one of the two, sizes that contradict each other, or too
-                many blocks.
+            DitAccelError: shapes and sizes contradict each other, or there are too many blocks.
         """
         if (tile_q is None) != (tile_k is None):
             raise DitAccelError(f"Give both tile_q and tile_k or neither, got {tile_q} and {tile_k}.")
@@ -326,12 +344,6 @@ class MaskPlan(StaticPlan):
                 tile_q, tile_k = choose_tiles(self.mask, self.grid, *sizes)
             orders = [TokenOrder(self.grid, size, tile) for size, tile in zip(sizes, (tile_q, tile_k), strict=True)]
         return blocks.from_mask(self.mask, *orders)
-
-    @building()
-    def token_mask(self) -> torch.Tensor:
-        check_token_mask(self.grid)
-        visual = torch.arange(self.grid.visual)
-        return surround(self.mask.allowed(visual[:, None], visual[None, :]), self.grid)
 
 
 def attention(
@@ -367,21 +379,6 @@ def attention(
     if text_lens is not None and (text_lens.is_floating_point() or text_lens.dtype == torch.bool):
         raise DitAccelError(f"text_lens are numbers of tokens, as integers; got {text_lens.dtype}.")
     return plan.attend(q, k, v, scale=scale, text_lens=text_lens, impl=impl)
-
-
-def check_token_mask(grid: TokenGrid) -> None:
-    if grid.tokens > TOKEN_MASK_LIMIT:
-        raise DitAccelError(
-            f"A token mask is made for at most {TOKEN_MASK_LIMIT:,} tokens, this grid has {grid.tokens:,}; "
-            "use block_mask(), pairs or density."
-        )
-
-
-def surround(visual: torch.Tensor, grid: TokenGrid) -> torch.Tensor:
-    """A mask of visual tokens among text and conditioning tokens, which are dense: bool [tokens, tokens]."""
-    mask = torch.ones(grid.tokens, grid.tokens, dtype=torch.bool)
-    mask[grid.visual_rows, grid.visual_rows] = visual
-    return mask
 
 
 def among_others(visual: torch.Tensor, grid: TokenGrid) -> torch.Tensor:

@@ -35,7 +35,12 @@ class RoutedPlan(Plan):
         query_order, key_order: how the visual queries and the visual keys are cut into blocks; both of `grid`.
         curve: the visual tokens are put along this curve before they are cut into blocks, and the output is put back,
             once a call. The orders are raster orders then.
+
+    Attributes:
+        kernel: which of the kernels in `impls` compute the visual queries.
     """
+
+    kernel = impls.BLOCK_SPARSE
 
     def __init__(
         self,
@@ -159,8 +164,13 @@ class RoutedPlan(Plan):
     ) -> tuple[str, str]:
         if self.curve is not None:
             self._rows_on(device)
-        chosen, why = impls.choose(Facts.of(device, dtype, head_dim, self.query_order, self.key_order), impl)
+        facts = Facts.of(device, dtype, head_dim, self.query_order, self.key_order, **self.needs(learned))
+        chosen, why = impls.choose(facts, impl, self.kernel)
         return chosen.name, why
+
+    def needs(self, learned: bool) -> dict[str, Any]:
+        """What `Facts` say of a call besides its tensors and orders; `learned` as of `prepare`."""
+        return {}
 
     def kept_keys(self, queries: torch.Tensor, lists: BlockLists | None = None, head: int = 0) -> torch.Tensor:
         """The keys in listed blocks."""
@@ -177,7 +187,7 @@ class RoutedPlan(Plan):
 
     @building()
     def bound(self, blocks: int) -> int:
-        """The most pairs that rows of `blocks` listed visual blocks attend, text included."""
+        """The most pairs that rows of `blocks` visual blocks attend, text included; all rows if blocks are equally full."""
         sizes = valid_tokens(self.key_order).sort(descending=True).values
         return self.grid.visual * int(sizes[:blocks].sum()) + self.grid.dense_pairs
 
@@ -224,10 +234,7 @@ class RoutedPlan(Plan):
 
     @per_device
     def block_sizes(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        """Tokens in each visual query block and in each visual key block, float32, on a device.
-
-        Built at the first call, which must not be traced; `add_density` reads them.
-        """
+        """Tokens in each visual query and key block, float32, for `add_density`. The first call must not be traced."""
         queries, keys = (valid_tokens(order).float().to(device) for order in (self.query_order, self.key_order))
         return queries, keys
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -53,12 +55,13 @@ class TailedPlan(RoutedPlan):
     def prepare(
         self, device: torch.device, dtype: torch.dtype, head_dim: int, impl: Impl = AUTO, *, learned: bool = False
     ) -> tuple[str, str]:
-        super().prepare(device, dtype, head_dim, impl)
-        facts = Facts.of(device, dtype, head_dim, self.query_order, self.key_order, lse=self.has_tail)
-        chosen, why = impls.choose(facts, impl)
         if self.has_tail:
+            facts = Facts.of(device, dtype, head_dim, self.query_order, self.key_order, **self.needs(learned))
             impls.choose(facts, impl, impls.TAIL)[0].load()
-        return chosen.name, why
+        return super().prepare(device, dtype, head_dim, impl, learned=learned)
+
+    def needs(self, learned: bool) -> dict[str, Any]:
+        return {"lse": self.has_tail}
 
 
 class TailDefinition(RoutedDefinition):

@@ -6,9 +6,8 @@ import torch
 
 from dit_accel.errors import DitAccelError
 from dit_accel.kernels import impls
-from dit_accel.kernels.impls import AUTO, Facts, Impl
-from dit_accel.kernels.sla.call import FEATURE_MAPS, LINEAR_SCOPES, FeatureMap, LinearScope, SlaCall
-from dit_accel.order import TokenOrder
+from dit_accel.kernels.impls import Facts
+from dit_accel.kernels.sla.call import FEATURE_MAPS, LINEAR_SCOPES, SlaCall
 
 # A traced call can only take modules that are loaded.
 for _row in impls.ROWS:
@@ -17,24 +16,7 @@ for _row in impls.ROWS:
 
 
 def sparse_linear_attention(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None = None,
-    *,
-    query_order: TokenOrder,
-    key_order: TokenOrder,
-    topk: int,
-    skip: int = 0,
-    text_len: torch.Tensor | None = None,
-    text_bias: torch.Tensor | None = None,
-    scale: float | None = None,
-    feature_map: FeatureMap = "softmax",
-    features: tuple[torch.Tensor, torch.Tensor] | None = None,
-    linear_scope: LinearScope = "all",
-    impl: Impl = AUTO,
-    lists: tuple[torch.Tensor, torch.Tensor] | None = None,
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: SlaCall
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention of the visual queries: critical key blocks exactly, plus projected linear attention over the others.
 
@@ -46,20 +28,7 @@ def sparse_linear_attention(
 
     Args:
         q, k, v: [B, H, N, D] in model order, floating point, any strides; the whole sequence.
-        weight, bias: projection of the linear branch, [D, D] and [D], cast to the dtype of q.
-        query_order, key_order: how the sequence is cut into blocks of queries and blocks of keys; of one grid.
-        topk: critical key blocks of every query block. 0: the exact branch covers conditioning and text alone; its
-            output is 0 where there are none.
-        skip: negligible key blocks of every query block in scope "marginal"; scope "all" has none.
-        text_len: int [B], valid text tokens of each sample; text behind them is never a key. None: all of them.
-        text_bias: floating point [B, N]: text behind `text_len` is a key after all, and each query adds its value to
-            the logits of that text.
-        scale: factor of the logits; D ** -0.5 if None.
-        feature_map: "softmax", "elu", "relu", "focused" or "hedgehog"; see `call.apply_map`.
-        features: weight and bias of "hedgehog", [2, H or 1, D, D] and [2, H or 1, D]; see `call.learned_inputs`.
-        linear_scope: "all" or "marginal".
-        impl: "auto", or the name of an implementation, which runs or raises.
-        lists: critical and negligible blocks by another score, as from `router.api.classify`; None: by block means.
+        call: the other arguments.
 
     Returns:
         The output [B, H, visual, D] in the dtype of q, laid out as [B, visual, H, D] in memory. The critical blocks
@@ -71,34 +40,26 @@ def sparse_linear_attention(
     Example:
         >>> q = k = v = torch.randn(1, 4, 8192, 64)
         >>> order = TokenOrder(TokenGrid(8, 32, 32), 64)
-        >>> orders = {"query_order": order, "key_order": order}
-        >>> sparse_linear_attention(q, k, v, torch.zeros(64, 64), **orders, topk=6)[0].shape
+        >>> call = SlaCall(torch.zeros(64, 64), None, order, order, topk=6, scale=0.125)
+        >>> sparse_linear_attention(q, k, v, call)[0].shape
         torch.Size([1, 4, 8192, 64])
     """
-    call = SlaCall(
-        query_order=query_order,
-        key_order=key_order,
+    _check(q, k, v, call)
+    text_len, text_bias = call.text_len, call.text_bias
+    linear = {"linear_scope": call.linear_scope, "feature_map": call.feature_map, "critical": call.topk}
+    facts = Facts.of(q.device, q.dtype, q.shape[-1], call.query_order, call.key_order, **linear)
+    chosen, _ = impls.choose(facts, call.impl, impls.SLA)
+    call = call._replace(
+        skip=call.skip if call.linear_scope == "marginal" else 0,
         text_len=None if text_len is None else text_len.to(device=q.device, dtype=torch.int32),
         text_bias=None if text_bias is None else text_bias.to(q.device),
-        scale=q.shape[-1] ** -0.5 if scale is None else scale,
-        feature_map=feature_map,
-        linear_scope=linear_scope,
-        weight=weight,
-        bias=bias,
-        features=features,
-        impl=impl,
-        lists=lists,
+        impl=chosen.name,
     )
-    _check(q, k, v, topk, skip, call)
-    skip = skip if linear_scope == "marginal" else 0
-    linear = {"linear_scope": linear_scope, "feature_map": feature_map, "critical": topk}
-    facts = Facts.of(q.device, q.dtype, q.shape[-1], query_order, key_order, **linear)
-    chosen, _ = impls.choose(facts, impl, impls.SLA)
-    return chosen.load().forward(q, k, v, topk, skip, call._replace(impl=chosen.name))
+    return chosen.load().forward(q, k, v, call)
 
 
-def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, topk: int, skip: int, call: SlaCall) -> None:
-    grid, blocks, dim = call.grid, call.key_order.visual_blocks, q.shape[-1]
+def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: SlaCall) -> None:
+    grid, blocks, dim, (topk, skip) = call.grid, call.key_order.visual_blocks, q.shape[-1], (call.topk, call.skip)
     if not q.shape == k.shape == v.shape or q.ndim != 4 or q.shape[2] != grid.tokens:
         raise DitAccelError(
             f"q, k and v must be [batch, heads, {grid.tokens}, head_dim], all alike, for the grid {grid}; "

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from dit_accel.kernels.block_sparse.geometry import empty_rows
+from dit_accel.kernels.impls import AUTO
 from dit_accel.order import TokenOrder
 from dit_accel.tokens import TokenGrid
 
@@ -21,24 +22,36 @@ EPSILON = 1e-5
 
 
 class SlaCall(NamedTuple):
-    """Arguments of a call besides q, k, v and the block lists; see `dit_accel.kernels.sla.api`.
+    """Arguments of a call besides q, k and v.
 
-    text_len, text_bias: int32 [B] and [B, N] on the device of q, or None.
-    lists: critical and negligible blocks as `router.api.classify` returns them; None: the call is routed.
-    features: weight and bias of the learned map, [2, H, D, D] and [2, H, D], H may be 1; None with every other map.
+    weight, bias: projection of the linear branch, [D, D] and [D], cast to the dtype of q.
+    query_order, key_order: how the sequence is cut into blocks of queries and blocks of keys; of one grid.
+    topk: critical key blocks of every query block. 0: the exact branch covers conditioning and text alone; its output
+        is 0 where there are none.
+    scale: factor of the logits.
+    skip: negligible key blocks of every query block in scope "marginal"; scope "all" has none.
+    text_len: int [B], valid text tokens of each sample; text behind them is never a key. None: all of them.
+    text_bias: floating point [B, N]: text behind `text_len` is a key after all, and each query adds its value to the
+        logits of that text.
+    feature_map: see `apply_map`.
+    features: weight and bias of "hedgehog", [2, H or 1, D, D] and [2, H or 1, D]; None with every other map.
+    impl: "auto", or the name of an implementation, which runs or raises.
+    lists: critical and negligible blocks as `router.api.classify` returns them; None: by block means.
     """
 
-    query_order: TokenOrder
-    key_order: TokenOrder
-    text_len: torch.Tensor | None
-    text_bias: torch.Tensor | None
-    scale: float
-    feature_map: FeatureMap
-    linear_scope: LinearScope
     weight: torch.Tensor
     bias: torch.Tensor | None
-    features: tuple[torch.Tensor, torch.Tensor] | None
-    impl: str
+    query_order: TokenOrder
+    key_order: TokenOrder
+    topk: int
+    scale: float
+    skip: int = 0
+    text_len: torch.Tensor | None = None
+    text_bias: torch.Tensor | None = None
+    feature_map: FeatureMap = "softmax"
+    features: tuple[torch.Tensor, torch.Tensor] | None = None
+    linear_scope: LinearScope = "all"
+    impl: str = AUTO
     lists: tuple[torch.Tensor, torch.Tensor] | None = None
 
     @property
@@ -64,7 +77,7 @@ def learned_inputs(
     """What the feature map takes of q and k [B, H, *, D]: ``x W^T + b``, fp32 or wider; without features q and k.
 
     Args:
-        features: W [2, H or 1, D, D] and b [2, H or 1, D], for queries and for keys.
+        features: W [2, H or 1, D, D] and b [2, H or 1, D], for queries and for keys; see `apply_map`.
     """
     if features is None:
         return q, k

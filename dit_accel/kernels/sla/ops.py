@@ -22,9 +22,7 @@ from dit_accel.kernels.sla.call import SlaCall, results
 from dit_accel.kernels.sla.triton_configs import MARGINAL_BLOCK
 
 
-def forward(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, topk: int, skip: int, call: SlaCall
-) -> tuple[torch.Tensor, torch.Tensor]:
+def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: SlaCall) -> tuple[torch.Tensor, torch.Tensor]:
     """See `dit_accel.kernels.sla.api.sparse_linear_attention`; returns the output and the critical blocks.
 
     The pass over k that sums the state of the linear branch also makes the block means for the router. One kernel then
@@ -34,7 +32,7 @@ def forward(
     cut = Cut.of(call.key_order).pack()
     keys_state, total, key_means = state(keys.detach(), values.detach(), cut, call.feature_map)
     orders = call.query_order, single_blocks(key_means)
-    routed, negligible = call.lists or classify(q, key_means, *orders, topk, skip, call.impl)
+    routed, negligible = call.lists or classify(q, key_means, *orders, call.topk, call.skip, call.impl)
     whole, critical = (keys_state, total), routed
     if call.linear_scope == "marginal" and call.query_order.block > MARGINAL_BLOCK:
         half, parents = call.query_order.halved()  # both halves of a block keep its lists

@@ -21,14 +21,12 @@ from dit_accel.order import TokenOrder
 _STATE_BYTES = 1 << 26
 
 
-def forward(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, topk: int, skip: int, call: SlaCall
-) -> tuple[torch.Tensor, torch.Tensor]:
+def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: SlaCall) -> tuple[torch.Tensor, torch.Tensor]:
     """See `dit_accel.kernels.sla.api.sparse_linear_attention`; returns the output and the critical blocks."""
     orders, weight = (call.query_order, call.key_order), call.weight
     queries, keys, values = (visual_of(x, call.grid) for x in (q, k, v))
-    critical, negligible = call.lists or classify(q, k, *orders, topk, skip, call.impl)
-    if topk or call.key_order.dense_blocks:
+    critical, negligible = call.lists or classify(q, k, *orders, call.topk, call.skip, call.impl)
+    if call.topk or call.key_order.dense_blocks:
         exact, _ = attend_visual(
             q, k, v, BlockLists.full(critical), *orders,
             text_lens=call.text_len, text_bias=call.text_bias, scale=call.scale, impl="portable",
@@ -51,12 +49,7 @@ def forward(
 def linear_all(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, feature_map: FeatureMap, weight: torch.Tensor
 ) -> torch.Tensor:
-    """Linear attention over all keys with the projection applied, fp32 or fp64 [B, H, N, D].
-
-    Args:
-        q, k, v: [B, H, N, D].
-        weight: the projection, [D, D]. It is applied to the D x D state instead of N rows.
-    """
+    """Linear attention over all keys, fp32 or fp64 [B, H, N, D], projected by `weight`, which turns the D x D state."""
     wide = torch.promote_types(q.dtype, torch.float32)
     a, b = apply_map(q.to(wide), feature_map), apply_map(k.to(wide), feature_map)
     state, total = (b.mT @ v.to(wide)) @ weight.to(wide).mT, b.sum(-2).unsqueeze(-1)
@@ -196,10 +189,6 @@ def _head_groups(v: torch.Tensor, query_order: TokenOrder, key_order: TokenOrder
 
 
 def _columns_at_once(features: torch.Tensor, mixing: torch.Tensor) -> int:
-    """How many columns of v have states that fit the memory limit, at least one.
-
-    Args:
-        features: of the keys, [heads, key blocks, block, D].
-    """
+    """How many columns of v have states that fit the memory limit, at least one; features [heads, blocks, block, D]."""
     heads, queries, keys = mixing.shape
     return max(1, _STATE_BYTES // (heads * (queries + keys) * features.shape[-1] * 4))

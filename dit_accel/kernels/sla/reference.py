@@ -13,9 +13,7 @@ from dit_accel.tokens import TokenGrid
 MAX_TOKENS = 20_000
 
 
-def forward(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, topk: int, skip: int, call: SlaCall
-) -> tuple[torch.Tensor, torch.Tensor]:
+def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: SlaCall) -> tuple[torch.Tensor, torch.Tensor]:
     """As `portable.forward`; memory grows with the square of the tokens, so more than 20,000 are refused."""
     grid, weight, bias = call.grid, call.weight, call.bias
     if grid.tokens > MAX_TOKENS:
@@ -24,7 +22,7 @@ def forward(
             "use impl='portable' or 'auto'."
         )
     orders = call.query_order, call.key_order
-    critical, negligible = call.lists or classify(q, k, *orders, topk, skip, call.impl)
+    critical, negligible = call.lists or classify(q, k, *orders, call.topk, call.skip, call.impl)
     wide = torch.promote_types(q.dtype, torch.float32)
     keys = valid_keys(grid, call.text_len, q.device)  # [B or 1, 1, N, 1]
     visual = grid.visual_rows

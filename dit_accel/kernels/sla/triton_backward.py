@@ -63,8 +63,7 @@ def sums_through(
 ):  # fmt: skip
     """phi . U and phi . z of each row, and both for phi rounded to the table's dtype: fp32 [ROWS] each.
 
-    This and `store_through` walk the columns and read x each time: whole rows do not fit the registers. `width` equals
-    BLOCK_D, but the compiler cannot see it: otherwise it unrolls the loops and keeps all columns in registers.
+    This and `store_through` walk the columns and read x each time; see `with_state` for the reason and `width`.
     """
     with_u = tl.zeros([ROWS], dtype=tl.float32)
     with_z = tl.zeros([ROWS], dtype=tl.float32)

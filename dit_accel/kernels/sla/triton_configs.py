@@ -21,11 +21,7 @@ TUNED_BY = ("BLOCK", "BLOCK_Q", "BLOCK_K", "BLOCK_D", "MAP", "SCOPE")
 def unsupported(
     head_dim: int, block_q: int, block_k: int, linear_scope: str | None, feature_map: str | None = None
 ) -> str | None:
-    """The reason why the kernels cannot compute such a call, or None. Needs no Triton.
-
-    Args:
-        linear_scope, feature_map: None for a call without linear branch.
-    """
+    """Why the kernels cannot compute such a call, or None; scope None: without linear branch. Needs no Triton."""
     if linear_scope == "marginal" and (block_k > MARGINAL_BLOCK or block_q > 2 * MARGINAL_BLOCK):
         return (
             f"the kernels over marginal blocks take blocks of up to {2 * MARGINAL_BLOCK} queries and {MARGINAL_BLOCK} "
@@ -43,9 +39,6 @@ def key_rows(sizes: Mapping[str, Any], capability: int) -> int:
 
     In scope "marginal" on architectures with `mma.sync` (all but 9.0 and 10.0), warps share a product of 64 x 128 by
     columns. Each then holds all rows of phi(k) and v, 256 registers a thread. 32 rows fit, and queries are read twice.
-
-    Args:
-        sizes: the kernel's compile-time constants.
     """
     block, wide = sizes["BLOCK_K"], sizes["BLOCK_K"] * sizes["BLOCK_D"] > 64 * 64
     return 32 if sizes["SCOPE"] == "marginal" and wide and capability // 10 not in (9, 10) else block
@@ -55,11 +48,8 @@ def launches(kernel: str, sizes: Mapping[str, Any], itemsize: int, capability: i
     """Candidates for a kernel on a compute capability (90 for 9.0), best first, without any that spills.
 
     Kernels bound by memory, both branches in scope "marginal", and fp32, which only tests use, have one candidate.
-    Others have two; for scope "all" see `fitting`.
-
-    Args:
-        sizes: the kernel's compile-time constants.
-        itemsize: bytes of an element of q, k and v.
+    Others have two; for scope "all" see `fitting`. `sizes` are the kernel's compile-time constants, `itemsize` the
+    bytes of an element of q, k and v.
     """
     if kernel == "places":
         return (Launch(warps=1, stages=1, step=64),)
