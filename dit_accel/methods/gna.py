@@ -99,7 +99,7 @@ def axis_table(length: int, window: int, stride: int = 1, dilation: int = 1, cau
 
 
 def fit_axis(axis: int, length: int, config: Config) -> AxisTable:
-    """The table of one axis of a grid, with scalar strides and dilations clamped; others that do not fit are refused."""
+    """The table of one axis of a grid, with scalar strides and dilations clamped; others are refused if too large."""
     if length == 1:
         return AxisTable.full(1)
     asked = per_axis(config.window)[axis]

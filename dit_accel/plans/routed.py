@@ -187,7 +187,7 @@ class RoutedPlan(Plan):
 
     @building()
     def bound(self, blocks: int) -> int:
-        """The most pairs that rows of `blocks` visual blocks attend, text included; all rows if blocks are equally full."""
+        """The most pairs that rows of `blocks` visual blocks attend, text included; exact if all are equally full."""
         sizes = valid_tokens(self.key_order).sort(descending=True).values
         return self.grid.visual * int(sizes[:blocks].sum()) + self.grid.dense_pairs
 
