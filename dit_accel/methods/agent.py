@@ -10,8 +10,8 @@ conditioning queries attend to everything by plain softmax attention. A model's 
 Source: "Agent Attention: On the Integration of Softmax and Linear Attention", arXiv 2312.08874, and its training-free
 use in Stable Diffusion (LeapLabTHU/Agent-Attention, agentsd), whose values are the defaults: an agent for 4 x 4 tokens,
 `k_scale2` 0.3, `k_shortcut` 0.075. It runs in the first 20 of 50 steps: ``dense_last_steps=0.6`` here. Its agents merge
-similar tokens (ToMe) within a tile, ours are means; its other merging, of queries and keys, is not part of this method.
-The learned biases and convolution of the trained form are not either.
+similar tokens (ToMe) within a tile, ours are means. Its merging of queries and keys, and the learned biases and
+convolution of the trained form, are not part of this method.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from dit_accel.values import Checked, option
 
 @dataclasses.dataclass(frozen=True)
 class Config(Checked):
-    """Settings of agent; the defaults are those of the published code for Stable Diffusion.
+    """Settings of agent.
 
     Args:
         tile: frames, rows and columns of the tokens whose mean query is an agent.
@@ -62,7 +62,7 @@ class AgentPlan(RoutedPlan):
 
     @property
     def pairs(self) -> int:
-        """Pairs of both products, agents with all keys and visual queries with agents, and those of other queries."""
+        """Of agents with all keys, of visual queries with agents, and of other queries."""
         grid, agents = self.grid, self.tiles.visual_blocks
         return agents * (grid.tokens + grid.visual) + (grid.tokens - grid.visual) * grid.tokens
 

@@ -113,8 +113,7 @@ def round_band(frame_tokens: int, block: int, radius: int, offset_q: int, offset
     """The blocks of a pair of frames that the rounding keeps, for each offset of the keys: bool [offsets, side, side].
 
     A block stays if more than 0.6 of its nonempty key columns are allowed for more than a third of the block's rows.
-    A frame has ⌈frame_tokens / block⌉ blocks a side, wherever it starts. Tokens that its offset moves behind them are
-    dropped, as in the released code.
+    A frame has ⌈frame_tokens / block⌉ blocks a side. Tokens that its offset moves behind them are dropped, as released.
     """
     side = math.ceil(frame_tokens / block)
     row = torch.arange(side, dtype=torch.int32)[:, None] * block - offset_q

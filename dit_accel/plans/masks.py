@@ -30,10 +30,7 @@ SMALL_FRAME = 2**15  # pairs of two frames with fewer tokens are counted in 32 b
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class AxisTable:
-    """A relation between the positions of one axis: query i sees the keys start[i], start[i] + step, ... < stop[i].
-
-    `start` and `stop` are int64 [L]; `step` is the dilation.
-    """
+    """Query i of one axis sees the keys start[i], start[i] + step, ... < stop[i]; `start` and `stop` are int64 [L]."""
 
     start: Tensor
     stop: Tensor
@@ -151,11 +148,7 @@ class Product:
 
 
 def check_frames(frames: int) -> None:
-    """See before a table of all pairs of frames is made that it fits into memory.
-
-    Raises:
-        DitAccelError: there are too many.
-    """
+    """Refuse a table of all pairs of so many frames that it does not fit into memory."""
     if frames > MOST_FRAMES:
         raise DitAccelError(
             f"A mask that differs by pairs of frames is made for at most {MOST_FRAMES:,} frames of tokens, got "
@@ -167,9 +160,7 @@ def check_frames(frames: int) -> None:
 class Band:
     """``|p - p'| < radius[t, t']`` with p = h * W + w, the raster position inside a frame of `frame_tokens`.
 
-    Args:
-        radius: int64 [T, T]; 0 where a frame sees nothing of another, `frame_tokens` where it sees all of it.
-        height, width: size of a frame.
+    The radii are int64 [T, T]: 0 where a frame sees nothing of another, `frame_tokens` where it sees all of it.
     """
 
     radius: Tensor
@@ -229,11 +220,7 @@ class Band:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Mask:
-    """A union of pairwise disjoint terms over the visual tokens of one grid.
-
-    Raises:
-        DitAccelError: there is no term, the terms are of different grids, or two of them overlap.
-    """
+    """A union of pairwise disjoint terms over the visual tokens of one grid; other terms are refused."""
 
     terms: tuple[Product | Band, ...]
 
@@ -262,11 +249,7 @@ class Mask:
         return functools.reduce(torch.logical_or, (term.allowed(query, key, self.shape) for term in self.terms))
 
     def block_pairs(self, query: TokenOrder, key: TokenOrder) -> Tensor:
-        """Allowed pairs in every pair of visual blocks: int32 [query.visual_blocks, key.visual_blocks].
-
-        Raises:
-            DitAccelError: one order is in tiles and the other in runs.
-        """
+        """Allowed pairs in every pair of visual blocks, both tiles or both runs: int32 [query blocks, key blocks]."""
         if (query.tile is None) != (key.tile is None):
             raise DitAccelError("Queries and keys must both be in raster order or both in tiles.")
         count = raster_pairs if query.tile is None else lambda term, q, k: term.tile_pairs(q, k)
@@ -340,9 +323,8 @@ def band_pairs(radius: Tensor, x: Tensor, y: Tensor) -> Tensor:
 def raster_pairs(term: Product | Band, query: TokenOrder, key: TokenOrder) -> Tensor:
     """Pairs in every pair of raster blocks, from counts of pairs below both ends: int32 [blocks_q, blocks_k].
 
-    A block may start and end anywhere in a frame. The pairs with query < X and key < Y are the sum of four parts, by
-    whole and cut frames of queries and keys. The part of both cut frames changes with every block. The other three
-    change only at blocks that cross into another frame.
+    The pairs with query < X and key < Y are the sum of four parts, by whole and cut frames of queries and keys. The
+    part of both cut frames changes with every block, the other three only at blocks that cross into another frame.
     """
     frames, height, width = term.shape
     n = height * width

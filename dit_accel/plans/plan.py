@@ -66,9 +66,8 @@ def per_device(make: Callable[[Any, torch.device], Result]) -> Callable[[Any, to
 
 
 class PlanCall(NamedTuple):
-    """Arguments of `Plan.attend` besides q, k and v.
+    """Arguments of `Plan.attend` besides q, k and v; `scale`, `text_lens` and `impl` are as in `attention`.
 
-    scale, text_lens, impl: as in `attention`.
     text_bias: floating point [B, N], added to every query's scaled logits. Text behind `text_lens` then stays a key.
     module: a layer's learned weights.
     density_sum: float32 [2] on the device of q. A routed plan adds its density and 1 without waiting for the device.
@@ -183,13 +182,9 @@ class Plan(abc.ABC):
                 f"{self.grid.tokens:,}. Draw a smaller grid."
             )
         mask = self.block_mask()
-        classes = mask.dense().to(torch.uint8)
-        partial = torch.zeros_like(classes)
-        rows = torch.arange(mask.query_order.blocks)[:, None] * mask.key_order.blocks
-        partial.view(-1)[(rows + mask.kv_indices)[mask.partial]] = 1
+        partial = mask.lists().map(mask.partial, mask.key_order.blocks)
         palette = torch.tensor([[250, 250, 250], [23, 63, 122], [120, 170, 220]], dtype=torch.uint8)
-        pixels = palette[(classes + partial).long()]
-        picture = Image.fromarray(pixels.numpy())
+        picture = Image.fromarray(palette[mask.dense().long() + partial.long()].numpy())
         enlarge = max(1, 512 // max(picture.size))
         return picture.resize((picture.width * enlarge, picture.height * enlarge), Image.Resampling.NEAREST)
 

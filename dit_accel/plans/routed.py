@@ -175,10 +175,13 @@ class RoutedPlan(Plan):
     def kept_keys(self, queries: torch.Tensor, lists: BlockLists | None = None, head: int = 0) -> torch.Tensor:
         """The keys in listed blocks."""
         assert lists is not None, "a routed plan keeps what a call lists"
-        own = BlockLists(lists.indices[0, head], lists.counts[0, head])
-        listed = own.map(own.used, self.key_order.visual_blocks)
         rows, columns = (self.block_of(order).to(queries.device) for order in (self.query_order, self.key_order))
-        return among_others(listed[rows[queries]][:, columns], self.grid)
+        return among_others(self.listed(lists, head)[rows[queries]][:, columns], self.grid)
+
+    def listed(self, lists: BlockLists, head: int) -> torch.Tensor:
+        """The blocks that one head of the first sample lists: bool [query blocks, key blocks]."""
+        own = BlockLists(lists.indices[0, head], lists.counts[0, head])
+        return own.map(own.used, self.key_order.visual_blocks)
 
     @property
     def pairs(self) -> int | None:

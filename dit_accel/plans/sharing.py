@@ -31,7 +31,7 @@ Share = Literal["none", "residual", "output"]
 
 
 class KeptResult(NamedTuple):
-    """What a layer's calls keep: the plan that made it, the step, and the residual or output [B, H, N, D]."""
+    """What a layer's calls keep: its plan, the step, and the residual or output [B, H, N, D]."""
 
     owner: Any
     step: int

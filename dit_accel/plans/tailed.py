@@ -72,9 +72,7 @@ class TailDefinition(RoutedDefinition):
     def in_tail(self, head: int) -> Tensor:
         """Whether a key block is in the tail of a query: bool [S, key blocks]."""
         assert self._lists is not None, "seen comes first"
-        lists = BlockLists(self._lists.indices[0, head], self._lists.counts[0, head])
-        listed = lists.map(lists.used, self.plan.key_order.visual_blocks)
-        return ~listed[self.blocks] & self.are_visual
+        return ~self.plan.listed(self._lists, head)[self.blocks] & self.are_visual
 
     def attend(self, head: int, seen: Tensor, q: Tensor, k: Tensor, v: Tensor, *weights: Tensor) -> Tensor:
         if not self.plan.has_tail:

@@ -116,10 +116,7 @@ def hidden_zero(counts):
 
 @triton.jit
 def placed(counts, grid, CUT: tl.constexpr):
-    """A `hidden_zero`, this program's head, and the rows of its query block with their validity, all recomputed.
-
-    CUT: of query blocks.
-    """
+    """A `hidden_zero`, this program's head, its query block's rows and their validity, recomputed. CUT: of queries."""
     zero = hidden_zero(counts)
     rows, valid = slots_of(tl.program_id(0) + zero, 0, grid, CUT, CUT[0])
     return zero, tl.program_id(1) + zero, rows, valid
@@ -162,7 +159,7 @@ def scales_of_rows(
 
 @triton.jit
 def mapped_columns(x, shift, size, inside, MAP: tl.constexpr):
-    """phi of some columns of rows, fp32; 0 in columns that are not `inside`."""
+    """phi of some columns of rows, fp32; 0 where not `inside`."""
     x = x.to(tl.float32)
     if MAP == "softmax":
         x = tl.where(inside, x, float("-inf"))
@@ -261,10 +258,7 @@ def over_marginal(
     D: tl.constexpr, BLOCK_D: tl.constexpr, CUT: tl.constexpr, STEP: tl.constexpr,
     MAP: tl.constexpr, BACKWARD: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """`with_keys` over the marginal of `blocks` key blocks: those in neither list.
-
-    Both lists ascend and are walked in one pass.
-    """
+    """`with_keys` over those of `blocks` key blocks in neither list; both ascend and are walked in one pass."""
     critical, negligible, topk, skip = lists
     i_critical = 0
     i_negligible = 0
@@ -289,10 +283,7 @@ def with_queries(
     D: tl.constexpr, BLOCK_D: tl.constexpr, CUT: tl.constexpr, STEP: tl.constexpr,
     MAP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Add the terms of STEP slots of a query block, times sign, to three sums.
-
-    The sums are (b a^T / d) g, (v g^T / d) a and -a r / d.
-    """
+    """Add STEP slots of a query block, times sign, to the sums of (b a^T / d) g, (v g^T / d) a and -a r / d."""
     denominators, ratios = factors
     rows, valid = slots_of(block, first, grid, CUT, STEP)
     b_q = load_rows(q, rows, valid, D, BLOCK_D)
