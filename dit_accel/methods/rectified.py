@@ -61,7 +61,7 @@ class Config(BlockSettings):
         return "mean" if self.compensation == "exact" else "none"
 
     def counts(self, blocks: int) -> int:
-        """Blocks that every row keeps by number, of `blocks` visual key blocks."""
+        """Blocks that every row keeps by number, of so many visual key blocks."""
         return int((1 - self.drop) * blocks + _ROUNDING)
 
 

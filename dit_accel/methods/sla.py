@@ -232,7 +232,7 @@ class SlaPlan(RoutedPlan):
         topk, skip = self.config.counts(self.key_order.visual_blocks)
         orders = self.query_order, self.key_order
         if self.config.score == "learned":
-            q, k = gated(call.module, q, k, orders, call)
+            q, k = gated(q, k, orders, call)
             orders = single_blocks(q), single_blocks(k)
         return classify(q, k, *orders, topk, skip, call.impl)
 

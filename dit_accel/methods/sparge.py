@@ -7,9 +7,8 @@ the fewest best blocks that hold `topp` of the softmax over its scores. Kept blo
 left out, or in the tail (`kernels/tail/README.md`).
 
 Score "error" keeps as many blocks as "mean" does in every row, but those whose tail would be most wrong: SVG-EAR's
-errors a pair, equation (4) of that README. Blocks stand in place of the paper's k-means clusters of queries and keys;
-``order="tile"`` makes them 3-D tiles. The budget is that of the scores of means, without the paper's log n_j and
-without its share of clusters that are kept by mass: of blocks of one size the former is constant.
+errors a pair, equation (4) of that README. Blocks stand in place of the paper's k-means clusters. The budget has
+neither the paper's log n_j, constant for blocks of one size, nor its share of clusters that are kept by mass.
 
 Sources: "SpargeAttention2: Trainable Sparse Attention via Hybrid Top-k+Top-p Masking and Distillation Fine-Tuning",
 arXiv 2602.13515, for the union and the default settings. "SpargeAttn: Accurate Sparse Attention Accelerating Any Model
@@ -30,11 +29,11 @@ import torch
 from dit_accel.errors import DitAccelError
 from dit_accel.kernels.block_sparse.geometry import BlockLists
 from dit_accel.kernels.cuts import visual_of
-from dit_accel.kernels.router.api import route
+from dit_accel.kernels.router.api import route, route_pooled
 from dit_accel.kernels.router.call import Rule
 from dit_accel.kernels.router.portable import rank
 from dit_accel.kernels.tail.errors import most_wrong, tail_errors
-from dit_accel.plans.gate import BlockGate, route_gated
+from dit_accel.plans.gate import BlockGate, gated
 from dit_accel.plans.kept import kept_or_new
 from dit_accel.plans.plan import PlanCall, per_device
 from dit_accel.plans.routed import LARGEST_BLOCK, BlockSettings
@@ -170,15 +169,16 @@ class SpargePlan(TailedPlan):
         )
         orders = self.query_order, self.key_order
 
+        scale = q.shape[-1] ** -0.5 if call.scale is None else call.scale
+
         def routed() -> BlockLists:
             if config.score == "learned":
-                return route_gated(q, k, orders, rule, call)
+                return route_pooled(*gated(q, k, orders, call), rule, scale=scale, impl=call.impl)
             lists = route(q, k, *orders, rule, scale=call.scale, impl=call.impl)
             if config.score != "error":
                 return lists
             if call.values is None:
                 raise DitAccelError("score='error' routes by the values too: route(q, k, values=v).")
-            scale = q.shape[-1] ** -0.5 if call.scale is None else call.scale
             return most_wrong(tail_errors(q, k, call.values, *orders, scale), lists)
 
         shape = *q.shape[:2], self.query_order.visual_blocks, self.key_order.visual_blocks

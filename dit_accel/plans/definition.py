@@ -23,8 +23,7 @@ class Definition:
     Args:
         rows: int64 [S], the queries in model order, on the device of q.
         q, k, v: [1, H, N, D], of the call; v only for plans whose lists depend on it.
-        impl: the implementation that routes, if the plan routes by content.
-        module: the learned weights of the call.
+        impl, module: the implementation that routes, and the learned weights of the call.
     """
 
     def __init__(

@@ -16,7 +16,7 @@ SDPA = "scaled_dot_product_attention"
 
 
 class DensePlan(MaskPlan):
-    """Every token sees every token. `attend` is PyTorch's own attention unless another implementation is named."""
+    """Every token sees every token, by PyTorch's own attention unless another implementation is named."""
 
     def __init__(self, method: str, config: Any, grid: TokenGrid) -> None:
         t, h, w = (AxisTable.full(length) for length in grid.shape)

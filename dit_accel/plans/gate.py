@@ -22,10 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dit_accel.kernels.block_sparse.geometry import BlockLists
 from dit_accel.kernels.cuts import block_means, to_blocks, visual_of
-from dit_accel.kernels.router.api import route_pooled
-from dit_accel.kernels.router.call import Rule
 from dit_accel.order import TokenOrder
 from dit_accel.plans.plan import PlanCall
 
@@ -74,19 +71,11 @@ def pool(q: Tensor, k: Tensor, query_order: TokenOrder, key_order: TokenOrder) -
 
 
 @torch.no_grad()
-def gated(
-    module: nn.Module | None, q: Tensor, k: Tensor, orders: tuple[TokenOrder, TokenOrder], call: PlanCall
-) -> tuple[Tensor, Tensor]:
+def gated(q: Tensor, k: Tensor, orders: tuple[TokenOrder, TokenOrder], call: PlanCall) -> tuple[Tensor, Tensor]:
     """The vectors of query blocks and key blocks whose products are the scores; without a gate the blocks' means."""
-    gate = gate_of(module)
+    gate = gate_of(call.module)
     a, b = pool(q, k, *orders)
     return (a, b[..., : a.shape[-1]]) if gate is None else gate(a, b, 0 if call.heads is None else call.heads[0])
-
-
-def route_gated(q: Tensor, k: Tensor, orders: tuple[TokenOrder, TokenOrder], rule: Rule, call: PlanCall) -> BlockLists:
-    """As `kernels.router.api.route`, by the scores of the gate in `call.module`."""
-    scale = q.shape[-1] ** -0.5 if call.scale is None else call.scale
-    return route_pooled(*gated(call.module, q, k, orders, call), rule, scale=scale, impl=call.impl)
 
 
 def divergence(gate: BlockGate, a: Tensor, b: Tensor, target: Tensor, scale: float, first: int = 0) -> Tensor:

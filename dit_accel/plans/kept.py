@@ -24,12 +24,10 @@ class KeptLists(NamedTuple):
 
 
 class ListMemory(NamedTuple):
-    """What the calls of one layer share between denoising steps.
+    """What the calls of one layer share between denoising steps: the step of a call, and what is `kept` by its number.
 
-    step: of the call.
     number: of the call within the step: guidance in two calls has 0 and 1.
     last: whether no step follows, so nothing need be kept.
-    kept: by that number.
     """
 
     step: int

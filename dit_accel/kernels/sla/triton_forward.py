@@ -82,8 +82,7 @@ def places_kernel(
     """Places [B, H, rows, topk + dense] and spans [B, H, rows, 5] of lists of critical blocks, a program each.
 
     They are those of `block_sparse.triton_lists.OrderedLists` without tables, made in one launch. Whole blocks come
-    first, in order; then blocks with padding slots, in reverse order; then the `dense` blocks that every query block
-    attends to.
+    first, in order; then blocks with padding slots, in reverse order; then the `dense` blocks of all query blocks.
     """
     row = tl.program_id(0).to(tl.int64)
     critical += row * topk
