@@ -15,8 +15,9 @@ from typing import Any
 import torch
 
 from dit_accel.errors import DitAccelError
+from dit_accel.methods.settings import SharingSettings
 from dit_accel.plans.masks import AxisTable, Mask, Product, axis_pairs
-from dit_accel.plans.sharing import SharingPlan, SharingSettings
+from dit_accel.plans.sharing import SharingPlan
 from dit_accel.registry import Method
 from dit_accel.tokens import TokenGrid
 from dit_accel.values import option

@@ -26,8 +26,9 @@ from dit_accel.kernels.block_sparse.geometry import BlockLists
 from dit_accel.kernels.router.api import route
 from dit_accel.kernels.router.call import Rule
 from dit_accel.kernels.tail.rectified import compensated, trusted
+from dit_accel.methods.settings import BlockSettings
 from dit_accel.plans.plan import PlanCall, per_device
-from dit_accel.plans.routed import BlockSettings, Ordering
+from dit_accel.plans.routed import Ordering
 from dit_accel.plans.tailed import TailDefinition, TailedPlan
 from dit_accel.registry import Method
 from dit_accel.tokens import TokenGrid

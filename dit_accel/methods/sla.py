@@ -26,10 +26,11 @@ from dit_accel.kernels.router.api import classify, single_blocks
 from dit_accel.kernels.sla.api import sparse_linear_attention
 from dit_accel.kernels.sla.call import FeatureMap, LinearScope, SlaCall
 from dit_accel.kernels.sla.reference import block_map
+from dit_accel.methods.settings import BlockSettings
 from dit_accel.plans.blocks import BlockMask, from_map
 from dit_accel.plans.gate import BlockGate, gated
 from dit_accel.plans.plan import PlanCall
-from dit_accel.plans.routed import BlockSettings, RoutedPlan
+from dit_accel.plans.routed import RoutedPlan
 from dit_accel.plans.sla_definition import SlaDefinition
 from dit_accel.registry import LearnedModule, Method
 from dit_accel.tokens import TokenGrid

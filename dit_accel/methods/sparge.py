@@ -33,10 +33,11 @@ from dit_accel.kernels.router.api import route, route_pooled
 from dit_accel.kernels.router.call import Rule
 from dit_accel.kernels.router.portable import rank
 from dit_accel.kernels.tail.errors import most_wrong, tail_errors
+from dit_accel.methods.settings import BlockSettings
 from dit_accel.plans.gate import BlockGate, gated
 from dit_accel.plans.kept import kept_or_new
 from dit_accel.plans.plan import PlanCall, per_device
-from dit_accel.plans.routed import LARGEST_BLOCK, BlockSettings
+from dit_accel.plans.routed import LARGEST_BLOCK
 from dit_accel.plans.tailed import TailDefinition, TailedPlan
 from dit_accel.registry import LearnedModule, Method
 from dit_accel.tokens import TokenGrid

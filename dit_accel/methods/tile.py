@@ -11,8 +11,9 @@ from typing import Any, ClassVar
 import torch
 
 from dit_accel.errors import DitAccelError
+from dit_accel.methods.settings import SharingSettings
 from dit_accel.plans.masks import Band, Mask, check_frames
-from dit_accel.plans.sharing import SharingPlan, SharingSettings
+from dit_accel.plans.sharing import SharingPlan
 from dit_accel.registry import Method
 from dit_accel.tokens import TokenGrid
 from dit_accel.values import option

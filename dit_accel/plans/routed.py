@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import abc
-import dataclasses
 import math
 from typing import Any, Literal
 
@@ -19,7 +18,6 @@ from dit_accel.plans.curves import Curve, along
 from dit_accel.plans.plan import Plan, PlanCall, among_others, building, per_device
 from dit_accel.plans.tiles import choose_tile
 from dit_accel.tokens import TokenGrid
-from dit_accel.values import Checked, option
 
 LARGEST_BLOCK = 1024  # every block is computed whole, padding included
 
@@ -270,26 +268,6 @@ def _take_rows(x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
 
 
 Ordering = Literal["raster", "tile", "morton", "hilbert"]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class BlockSettings(Checked):
-    """How a method cuts the visual tokens into blocks.
-
-    Args:
-        block: tokens a key block holds, at most 1024.
-        block_q: tokens a query block holds, at most 1024; None: as many as a key block.
-        order: "raster": blocks are runs of tokens; "tile": 3-D tiles, chosen per grid; "morton" or "hilbert": runs
-            along a curve.
-    """
-
-    block: int = option(64, least=1, most=LARGEST_BLOCK)
-    block_q: int | None = option(None, least=1, most=LARGEST_BLOCK)
-    order: Ordering = "raster"
-
-    def cut(self, grid: TokenGrid) -> tuple[TokenOrder, TokenOrder, Curve | None]:
-        """`cut` by these settings."""
-        return cut(self.order, grid, self.block_q or self.block, self.block)
 
 
 def cut(order: Ordering, grid: TokenGrid, block_q: int, block_k: int) -> tuple[TokenOrder, TokenOrder, Curve | None]:

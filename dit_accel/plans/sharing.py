@@ -14,7 +14,6 @@ The paper chooses for each step and layer; here a layer's settings hold for a ru
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from typing import Any, Literal, NamedTuple
 
@@ -25,7 +24,6 @@ from dit_accel.errors import DitAccelError
 from dit_accel.kernels.impls import AUTO
 from dit_accel.plans.dense import DensePlan
 from dit_accel.plans.plan import MaskPlan, PlanCall
-from dit_accel.values import Checked, option
 
 Share = Literal["none", "residual", "output"]
 
@@ -38,36 +36,13 @@ class KeptResult(NamedTuple):
     result: Tensor
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class SharingSettings(Checked):
-    """Settings of a method whose layers may share results.
-
-    Args:
-        share: what a layer shares between denoising steps.
-        refresh: for how many steps.
-
-    Raises:
-        DitAccelError: a value is out of range, or nothing is shared for more than one step.
-    """
-
-    share: Share = "none"
-    refresh: int = option(1, least=1)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.refresh > 1 and self.share == "none":
-            raise DitAccelError(
-                f"refresh={self.refresh} is how long a layer shares results; set share='residual' or 'output'."
-            )
-
-
 def shares(config: Any) -> bool:
     """Whether a method's settings share results."""
     return getattr(config, "share", None) in ("residual", "output")
 
 
 class SharingPlan(MaskPlan):
-    """A mask whose Config is `SharingSettings`."""
+    """A mask whose Config has `share` and `refresh`."""
 
     @functools.cached_property
     def _dense(self) -> DensePlan:
