@@ -47,12 +47,13 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     check_matplotlib()
     if not rows:
         raise DitAccelError("There are no rows to draw.")
+    from matplotlib import colormaps
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
     ops, shapes, dtypes, directions = (list(dict.fromkeys(row[name] for row in rows)) for name in KEYS)
-    colour = {op: f"C{i}" for i, op in enumerate(ops)}
+    colour = {op: colormaps["tab20"](2 * i % 20 + i // 10 % 2) for i, op in enumerate(ops)}  # the ten dark ones first
     marker = {shape: MARKERS[i % len(MARKERS)] for i, shape in enumerate(shapes)}
     style: dict[str, Any] = {dtype: STYLES[i % len(STYLES)] for i, dtype in enumerate(dtypes)}
     figure = Figure(figsize=(PANEL[0] * len(directions) + 2, PANEL[1]), layout="constrained")
