@@ -42,11 +42,8 @@ def staged(output: Path) -> Iterator[Path]:
     JSON files move last, so the files that a record describes are complete. Several processes may write the same
     output; the last one to finish wins.
 
-    Args:
-        output: one of the files; error messages name it.
-
     Raises:
-        DitAccelError: writing failed, for instance on a full disk; nothing is left behind.
+        DitAccelError: `output` could not be written, for instance on a full disk; nothing is left behind.
     """
     prefix = _stage_prefix(output)
     try:
@@ -107,15 +104,9 @@ def _locked(folder: Path, *, wait: bool) -> Iterator[bool]:
 
 
 def read_json(path: Path, what: str, remedy: str, needs: Collection[str] = ()) -> dict[str, Any]:
-    """Read one JSON object.
+    """Read one JSON object with the entries `needs`; anything else is refused.
 
-    Args:
-        what: what the file is, for errors, such as "layer schedule".
-        remedy: what the user can do, a sentence.
-        needs: entries that it has.
-
-    Raises:
-        DitAccelError: the file cannot be read, is not valid JSON, or is no object with these entries.
+    Errors have `what` the file is, such as "layer schedule", and the `remedy`, a sentence.
     """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
@@ -196,9 +187,12 @@ def hold(folder: Path) -> Iterator[bool]:
         folder.mkdir(parents=True, exist_ok=True)
         file, kept = (None, False) if fcntl is None else _open_lock(path)
     except BlockingIOError as error:
+        holder = ""
+        with contextlib.suppress(FileNotFoundError):  # released meanwhile
+            holder = path.read_text(encoding="utf-8")
         raise DitAccelError(
-            f"--output {folder} is in use by {_holder(path)}. Wait until it is done, stop it, or choose another "
-            "--output."
+            f"--output {folder} is in use by {holder or 'another process'}. Wait until it is done, stop it, or choose "
+            "another --output."
         ) from error
     except OSError as error:
         raise DitAccelError(f"{folder} could not be written: {error.strerror or error}.") from error
@@ -220,12 +214,13 @@ def _open_lock(path: Path) -> tuple[IO[str], bool]:
         file = open(path, "a+", encoding="utf-8")  # keeps the present holder's name
         try:
             kept = _lock(file.fileno(), wait=False)
-            if _is_at(file, path):
-                now = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
-                file.truncate(0)
-                file.write(f"process {os.getpid()} on {platform.node()}, at work since {now}")
-                file.flush()
-                return file, kept
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+                    now = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
+                    file.truncate(0)
+                    file.write(f"process {os.getpid()} on {platform.node()}, at work since {now}")
+                    file.flush()
+                    return file, kept
         except BaseException:
             file.close()
             raise
@@ -245,18 +240,3 @@ def _lock(handle: int, *, wait: bool) -> bool:
             raise
         return False
     return True
-
-
-def _is_at(file: IO[str], path: Path) -> bool:
-    """Whether an open file is still at that path."""
-    try:
-        return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
-    except FileNotFoundError:
-        return False
-
-
-def _holder(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8") or "another process"
-    except FileNotFoundError:  # released meanwhile
-        return "another process"

@@ -51,12 +51,9 @@ class Option:
 
 
 def option(default: Any, help: str = "", **more: Any) -> Any:
-    """A dataclass field with help and limits.
+    """A dataclass field with help and the further arguments of `Option`; a docstring may explain it instead of help.
 
-    Args:
-        default: of the field; a mapping is copied, a class called for every instance; MISSING: none.
-        help: one sentence; none for a setting that its docstring explains.
-        more: further arguments of `Option`.
+    A `default` that is a mapping is copied, a class called for every instance; MISSING: none.
     """
     metadata = {"option": Option(help, **more)}
     if isinstance(default, type):
@@ -93,14 +90,10 @@ def names_in(folder: Path) -> list[str]:
 
 
 def read_yaml(source: str, folder: Path, what: str) -> dict[str, Any]:
-    """The mapping in a YAML file.
-
-    Args:
-        source: its path, or its name among those of `folder`, which come with the package.
-        what: the kind of file, for errors, such as "recipe".
+    """The mapping in a YAML file: a path, or a name among those of `folder`, which come with the package.
 
     Raises:
-        DitAccelError: there is no such file, it cannot be read or is not YAML, or it holds no mapping.
+        DitAccelError: there is no such `what`, as "recipe", it cannot be read or is not YAML, or it holds no mapping.
     """
     import yaml
 

@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
     from dit_accel.generation.sources import Source
 
-OK, MISSING = "yes", "no"
 HEAD_DIM, BLOCK_Q, BLOCK_K = 128, 128, 64  # of the calls that are asked about: most models' heads, the usual blocks
 # A module, what it is for, and how pip gets it.
 PACKAGES = (
@@ -46,13 +45,7 @@ class DoctorOptions(JsonOptions, SourceOptions, DeviceOptions):
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at.
-
-    Args:
-        works: whether it would run here.
-        detail: which one, or why not.
-        remedy: the command that mends it; None where there is none.
-    """
+    """One thing that was looked at: whether it would run here, which one or why not, and what command mends it."""
 
     subject: str
     works: bool
@@ -70,7 +63,7 @@ def doctor(given: dict[str, Any]) -> int:
 
     options = DoctorOptions(**given)
     device, dtype = placement(options.device, "auto", "none")
-    found = [*_kernels(device, dtype), _compiler(device), *map(_package, *zip(*PACKAGES, strict=True))]
+    found = [*_kernels(device, dtype), _compiler(device), *(_package(*row) for row in PACKAGES)]
     if options.model is not None:
         found.append(_memory(options.model, options.revision, device, dtype))
     if options.json:
@@ -78,7 +71,7 @@ def doctor(given: dict[str, Any]) -> int:
     else:
         typer.echo(f"{device}, {str(dtype).removeprefix('torch.')}")
         for finding in found:
-            typer.echo(f"  {OK if finding.works else MISSING:4}{finding.subject}: {finding.detail}")
+            typer.echo(f"  {'yes' if finding.works else 'no':4}{finding.subject}: {finding.detail}")
             if finding.remedy is not None:
                 typer.echo(f"      {finding.remedy}")
     return 0

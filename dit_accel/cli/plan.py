@@ -120,14 +120,12 @@ def _print_table(facts: dict[str, Any]) -> None:
     from rich.table import Table
 
     from dit_accel.generation.choice import value_text
+    from dit_accel.tokens import TokenGrid
 
-    grid = facts["grid"]
-    sides = f"{grid['frames']}x{grid['height']}x{grid['width']}"
-    text = f" + {grid['text']} text {'first' if grid['text_first'] else 'last'}" if grid["text"] else ""
     settings = ", ".join(f"{key}={value_text(value)}" for key, value in facts["config"].items())
     table = Table(show_header=False, box=None)
     table.add_row("method", f"{facts['method']} ({settings})" if settings else facts["method"])
-    table.add_row("tokens", f"{facts['tokens']:,} ({sides}{text})")
+    table.add_row("tokens", f"{facts['tokens']:,} ({TokenGrid(**facts['grid'])})")
     known, every = facts["pairs"] is not None, facts["tokens"] ** 2
     pairs, note = (facts["pairs"], "") if known else (facts["pairs_bounds"][0], "at least ")
     table.add_row("pairs", f"{note}{pairs:,} of {every:,}")

@@ -7,8 +7,7 @@ a network, ``fid[demo-clip]``. The printed name omits the network that the metri
 from __future__ import annotations
 
 import dataclasses
-import importlib
-import pkgutil
+import itertools
 from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
@@ -16,9 +15,8 @@ import torch
 import torchmetrics
 
 from dit_accel.errors import DitAccelError
-from dit_accel.eval import metrics
 from dit_accel.eval.networks import DEMO_CLIP, Networks, installed
-from dit_accel.registry import did_you_mean
+from dit_accel.registry import declared, did_you_mean
 
 
 class Scored:
@@ -118,8 +116,7 @@ class ChosenMetric:
 
 def known() -> dict[str, Metric]:
     """Every metric by name, in the order of tables."""
-    files = pkgutil.iter_modules(metrics.__path__, f"{metrics.__name__}.")
-    found = [metric for file in files for metric in importlib.import_module(file.name).METRICS]
+    found = itertools.chain(*declared("eval.metrics", "METRICS"))
     return {metric.name: metric for metric in sorted(found, key=lambda metric: (metric.order, metric.name))}
 
 
@@ -152,11 +149,9 @@ def defaults(embedded: bool) -> list[tuple[Metric, str | None]]:
 
 
 def choose(asked: Iterable[str], embedded: bool, frames: int, device: torch.device) -> list[ChosenMetric]:
-    """The named metrics, or the `defaults`, with their networks loaded.
+    """The metrics `asked` for as typed, or the `defaults`, with their networks loaded.
 
-    Args:
-        asked: as typed; empty for the defaults.
-        frames: of each sample; 1 leaves out metrics of neighbouring frames.
+    Samples of one frame go without metrics of neighbouring frames.
 
     Raises:
         DitAccelError: a metric is unknown or named twice, its packages are missing, or its network cannot load.

@@ -39,17 +39,10 @@ if TYPE_CHECKING:
 def run(
     request: EvalRequest, pipe: DiffusionPipeline | None = None, whole: TotalBar | None = None
 ) -> tuple[Summary | None, list[str]]:
-    """Evaluate.
+    """What summary.json holds (None on all processes but the first), and the limits that do not hold, a line each.
 
-    Args:
-        pipe: the model, if it is loaded already.
-        whole: the bar of the work of which this evaluation is a part.
-
-    Returns:
-        What summary.json holds (None on all processes but the first), and the limits that do not hold, a line each.
-
-    Raises:
-        DitAccelError: something asked for cannot be done. Finished samples stay, and the next run uses them.
+    `pipe` is the model if it is loaded already, `whole` the bar of the work of which this evaluation is a part. After
+    an error finished samples stay, and the next run uses them.
     """
     maps = None if request.attention_report is None else parse_choice(request.attention_report)
     with opened(request, _candidates(request.methods), maps, pipe) as evaluation:
@@ -185,10 +178,7 @@ def _fitting(
 ) -> tuple[list[ChosenMetric], list[str]]:
     """The metrics for which the sets are large enough, and why the others are left out.
 
-    Args:
-        metrics: chosen; one that was asked for by name needs a number at all, and is refused without one.
-        real: images of the real set; None if it is the baseline's.
-        generated: images of each method.
+    One that was asked for by name is refused where it has no number at all. Without `real` images the baseline's count.
     """
     fitting, left_out = [], []
     for metric in metrics:

@@ -24,10 +24,7 @@ CHUNK = 1 << 22  # numbers held at once
 def average(values: Sequence[float], prompts: int, *, decibels: bool) -> Figure:
     """Mean, its 95 % interval (None for one prompt) and the number of samples.
 
-    Args:
-        values: one for each sample, prompt by prompt, equally many of each.
-        prompts: their number.
-        decibels: average mean squared errors, as if all samples were one.
+    Values come prompt by prompt, equally many of each. Of `decibels` the mean squared errors are averaged.
     """
     single = [10 ** (-value / 10) for value in values] if decibels else values
     mean = math.fsum(single) / len(values)
@@ -48,11 +45,8 @@ def bootstrap(
     """The 95 % percentile interval of a statistic over resampled prompts, with fixed draws; None for one prompt.
 
     Samples of one prompt stay together, because they are not independent (Efron and Tibshirani 1993, chapter 13).
-
-    Args:
-        statistic: from arrays [draws, prompts, samples of each] to [draws].
-        prompts: their number.
-        values: for each argument of the statistic, one number a sample, prompt by prompt.
+    Each of `values`, one number a sample, prompt by prompt, is an argument of the statistic, which makes [draws] from
+    arrays [draws, prompts, samples of each].
     """
     if prompts < 2:
         return None

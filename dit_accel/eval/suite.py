@@ -31,10 +31,7 @@ METHOD_KEYS = ("method", "load", "dense_steps", "dense_last_steps", "dense_layer
 
 
 def read(source: str) -> dict[str, Any]:
-    """The values of a suite by field of `EvalRequest`, with methods that are ready to use.
-
-    Args:
-        source: a YAML file, or the name of a built-in suite.
+    """The values of a suite, a YAML file or a built-in name, by field of `EvalRequest`; methods are ready to use.
 
     Raises:
         DitAccelError: there is no such suite, it is not YAML, a key is unknown, or a value is of another type.
@@ -52,11 +49,7 @@ def read(source: str) -> dict[str, Any]:
 
 
 def methods(listed: Iterable[Any]) -> list[MethodChoice]:
-    """Methods from their entries in a suite: text, or a mapping with a schedule or a saved accelerator.
-
-    Raises:
-        DitAccelError: an entry is neither, or what it says is refused.
-    """
+    """Methods from their entries in a suite: text, or a mapping with a schedule or a saved accelerator."""
     found = []
     for entry in listed:
         said = {"method": entry} if isinstance(entry, str) else entry

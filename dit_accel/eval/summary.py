@@ -72,11 +72,7 @@ class Evaluation:
 def write(done: Evaluation, attention: Sequence[dict[str, Any]]) -> Summary | None:
     """Score all samples; on the first process write results, pictures and the report.
 
-    Args:
-        attention: the map of each method's attention; empty where it was not asked for.
-
-    Returns:
-        What summary.json holds; None on the other processes.
+    What summary.json holds, with the map of each method's `attention`; None on the other processes.
     """
     readers = [(item.prompt, lambda label, item=item: done.frames(label, item)) for item in done.items]
     labels = [candidate.label for candidate in done.candidates]

@@ -147,11 +147,7 @@ class Sweep:
     ) -> dict[str, Any]:
         """What `record` made of one run of a method, or what `folder` has of it.
 
-        Args:
-            what: the title of the run's progress bar.
-            asked: what decides the record, beside the sample.
-            record: gets the accelerator, and a function that makes the run once.
-            whole: of which the run is a part.
+        `record` gets the accelerator, and a function that makes the run once. `asked` decides it beside the sample.
         """
         assert candidate.choice is not None
         path = folder / f"{key_of({'sample': self.key(candidate, item), **asked})}.json"

@@ -19,9 +19,7 @@ def find_place(pipe: DiffusionPipeline, run: Callable[..., Any]) -> str:
     """The place at which a watched run becomes NaN or infinite, such as ``step 3, transformer.blocks.0.attn1``.
 
     Steps count from 0. A step without a layer means that only the latents after guidance and scheduler are not finite.
-
-    Args:
-        run: calls the pipeline again, with further keywords.
+    `run` calls the pipeline again, with further keywords.
     """
     import torch
 

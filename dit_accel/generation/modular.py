@@ -55,11 +55,8 @@ def load(
 ) -> ModularPipeline:
     """Load a modular pipeline with the components of the blocks that run, from safetensors; errors are Diffusers' own.
 
-    Args:
-        where: a folder, or an id on the Hub.
-        dtypes: of the weights by component, and of others under "default".
-        given: arguments of the calls to come; they decide which blocks run.
-        offload_to: the device to which whole models move when they run; None: they stay where they are put.
+    `dtypes` are by component, and of others under "default"; `given` is as in `parameters`. Whole models move to
+    `offload_to` when they run; None: they stay where they are put.
     """
     from diffusers import ComponentsManager, ModelMixin, ModularPipeline
     from transformers import PreTrainedModel

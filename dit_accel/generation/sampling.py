@@ -145,7 +145,11 @@ def call(pipe: DiffusionPipeline, arguments: Mapping[str, Any], seed: int) -> An
         with quiet:
             return pipe(**arguments, generator=generator, output_type="np")
     except ValueError as error:
-        if not any(map(_checks_arguments, traceback.extract_tb(error.__traceback__))):
+        frames = traceback.extract_tb(error.__traceback__)
+        # The blocks of a modular pipeline look at their arguments where they use them.
+        if not any(
+            frame.name == "check_inputs" or "modular_pipelines" in Path(frame.filename).parts for frame in frames
+        ):
             raise
         raise DitAccelError(f"{type(pipe).__name__} refuses its arguments: {first_line(error)}") from error
     except RuntimeError as error:
@@ -155,11 +159,6 @@ def call(pipe: DiffusionPipeline, arguments: Mapping[str, Any], seed: int) -> An
             f"{type(pipe).__name__} ran out of memory ({first_line(error)}). Ask for fewer frames or "
             "pixels, or give --vae-tiling, --offload model or --offload group, or --dtype bfloat16."
         ) from error
-
-
-def _checks_arguments(frame: traceback.FrameSummary) -> bool:
-    """Whether a pipeline looks at its arguments there: the blocks of a modular one do so where they use them."""
-    return frame.name == "check_inputs" or "modular_pipelines" in Path(frame.filename).parts
 
 
 def hide_bars(pipe: Any) -> None:

@@ -185,10 +185,14 @@ def load(
         DitAccelError: weights are missing, damaged or in another format, or the device has too little memory.
     """
     import torch
-    from safetensors import SafetensorError
+    from safetensors import SafetensorError, safe_open
 
-    if source.kind != "hub":
-        _check_weights(source.folder)
+    for path in () if source.kind == "hub" else sorted(source.folder.glob("*/*.safetensors")):
+        try:
+            with safe_open(path, "pt"):  # reads the header, which states the file's length
+                pass
+        except SafetensorError as error:
+            raise DitAccelError(f"{path} is damaged or cut short ({first_line(error)}). Fetch it again.") from error
     try:
         with quietly():
             pipe = _load(source, dtype, given, device if offload == "model" else None)
@@ -213,18 +217,6 @@ def load(
         for start in enable:
             start(**where, offload_type="leaf_level", use_stream=device.type == "cuda")
     return pipe
-
-
-def _check_weights(folder: Path) -> None:
-    """Read the header of every weight file, which states the file's length."""
-    from safetensors import SafetensorError, safe_open
-
-    for path in sorted(folder.glob("*/*.safetensors")):
-        try:
-            with safe_open(path, "pt"):
-                pass
-        except SafetensorError as error:
-            raise DitAccelError(f"{path} is damaged or cut short ({first_line(error)}). Fetch it again.") from error
 
 
 def _load(

@@ -203,9 +203,6 @@ class SparseLinearAttention(nn.Module):
             raise DitAccelError("order='tile' needs the grid of the tokens; pass grid=TokenGrid(...).")
         return TokenGrid(1, 1, q.shape[-2])
 
-    def extra_repr(self) -> str:
-        return ", ".join(f"{field.name}={getattr(self.config, field.name)!r}" for field in dataclasses.fields(Config))
-
 
 class SlaPlan(RoutedPlan):
     """SLA on one grid. The critical blocks of a query depend on the call; their number does not."""
