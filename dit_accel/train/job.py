@@ -88,7 +88,8 @@ def _prepare(
     else:
         media = prepare.captioned(pathlib.Path(data.source), size)
         samples = preparer.encoded(itertools.islice(media, data.count))
-    write(folder, samples, preparer.negative(), {"model": request.run.model, **dataclasses.asdict(data), **size})
+    about = {"model": request.run.model, **dataclasses.asdict(data), **size}
+    write(folder, samples, preparer.conditioning("")[0], about)
 
 
 def _search(

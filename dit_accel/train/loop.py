@@ -88,19 +88,15 @@ class Trainer:
         self.hf = join(settings, self.output)
         self.order = Order(self.data.kinds(), settings.batch, settings.seed)
         self.process = process_of(self.pipe.scheduler, shape)
-        self.segments = self._find_segments(shape) if "consistency" in settings.objectives else None
+        self.segments: LevelSegments | None = None
+        if "consistency" in settings.objectives:
+            preparer, wanted = Preparer(self.pipe, self.data.about), settings.distillation
+            ends, steps = (preparer.levels(count, shape) for count in (wanted.segments, wanted.teacher_steps))
+            self.segments = LevelSegments(self.process, ends, steps)
         self.fingerprint = adapters.fingerprint(self.transformer)
         self._make_student()
         self.step = 0
         self._resume()
-
-    def _find_segments(self, latents: torch.Size) -> LevelSegments:
-        size: dict[str, int] = {
-            name: self.data.about[name] for name in ("num_frames", "height", "width") if name in self.data.about
-        }
-        preparer, wanted = Preparer(self.pipe, size), self.settings.distillation
-        ends, steps = (preparer.levels(count, latents) for count in (wanted.segments, wanted.teacher_steps))
-        return LevelSegments(self.process, ends, steps)
 
     def _make_student(self) -> None:
         """Accelerate the transformer, choose the weights to train, and prepare both with Hugging Face accelerate."""
@@ -215,7 +211,10 @@ class Trainer:
                 self.optimizer.step()
                 self.optimizer.zero_grad()
         self.step += 1
-        self._average()
+        if self.average:
+            decay = min(settings.ema, (1 + self.step) / (10 + self.step))
+            with torch.no_grad():
+                torch._foreach_lerp_(list(self.average.values()), list(self.weights.values()), 1 - decay)
         parts = dict(zip(settings.objectives, figures[1:], strict=True))
         return {"loss": figures[0], **parts, "rate": settings.rate * factor}
 
@@ -267,19 +266,11 @@ class Trainer:
             factor *= FLOOR + (1 - FLOOR) * 0.5 * (1 + math.cos(math.pi * step / total))
         return factor
 
-    def _average(self) -> None:
-        if not self.average:
-            return
-        decay = min(self.settings.ema, (1 + self.step) / (10 + self.step))
-        with torch.no_grad():
-            torch._foreach_lerp_(list(self.average.values()), list(self.weights.values()), 1 - decay)
-
     def _save(self) -> None:
         parts = {
             "weights": {name: state.whole(weight) for name, weight in self.weights.items()},
             "average": {name: state.whole(weight) for name, weight in self.average.items()},
-            "optimizer": state.optimizer_tensors(self.optimizer.optimizer, self.weights)
-            | state.scaler_tensors(self.hf.scaler),
+            "optimizer": state.optimizer_tensors(self.optimizer.optimizer, self.weights, self.hf.scaler),
         }
         if self.hf.is_main_process:
             state.save(self.output / "checkpoints", self.step, parts, self._record())
@@ -299,15 +290,21 @@ class Trainer:
         checkpoints = state.found(self.output / "checkpoints")
         if not checkpoints:
             return
-        step, parts, record = state.load(checkpoints[-1])
-        _same_run(checkpoints[-1], record, self._record())
-        self.step = step
+        self.step, parts, saved = state.load(checkpoints[-1])
+        present = json.loads(json.dumps(self._record()))
+        for record in (saved, present):
+            record.update(record.pop("settings"))
+        for name, was in saved.items():
+            if was != present.get(name):
+                raise DitAccelError(
+                    f"{checkpoints[-1]} belongs to another run: its {name} was {was} and is {present.get(name)} now. "
+                    "Give another --output, or delete that folder to start again."
+                )
         with torch.no_grad():
             for part, weights in (("weights", self.weights), ("average", self.average)):
                 for name, weight in weights.items():
                     weight.copy_(state.like(parts[part][name], weight))
-        state.restore_optimizer(self.optimizer.optimizer, self.weights, parts["optimizer"])
-        state.restore_scaler(self.hf.scaler, parts["optimizer"])
+        state.restore_optimizer(self.optimizer.optimizer, self.weights, self.hf.scaler, parts["optimizer"])
 
     def _swap_average(self) -> None:
         """Exchange weights and averaged weights."""
@@ -350,15 +347,3 @@ class Trainer:
             self.accel.save_pretrained(self.output)
         self.hf.wait_for_everyone()
         self.hf.end_training()
-
-
-def _same_run(checkpoint: pathlib.Path, saved: Mapping[str, Any], present: Mapping[str, Any]) -> None:
-    plain = json.loads(json.dumps(present))
-    rows = {k: (v, plain[k]) for k, v in saved.items() if k != "settings"}
-    rows |= {name: (value, plain["settings"].get(name)) for name, value in saved["settings"].items()}
-    for name, (was, now) in rows.items():
-        if was != now:
-            raise DitAccelError(
-                f"{checkpoint} belongs to another run: its {name} was {was} and is {now} now. Give another --output, "
-                "or delete that folder to start again."
-            )

@@ -102,7 +102,10 @@ class TrainingNetworks:
             timestep: [B], in the scheduler's units.
         """
         dtype: torch.dtype = self._transformer.dtype  # type: ignore[assignment]
-        arguments = {name: placed(value, noisy.device, dtype) for name, value in call.items()}
+        arguments = dict(call)
+        for name, value in call.items():
+            if isinstance(value, torch.Tensor):
+                arguments[name] = value.to(noisy.device, dtype if value.is_floating_point() else value.dtype)
         self._sink = Outputs(noisy)
         try:
             watched = self._gates or self._calls
@@ -139,13 +142,6 @@ class TrainingNetworks:
     def _see_hidden(self, module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
         if self._sink is not None:
             self._sink.hidden = args[0]
-
-
-def placed(value: Any, device: torch.device, dtype: torch.dtype) -> Any:
-    """A tensor on the device, in the dtype if it is floating point; any other value unchanged."""
-    if not isinstance(value, torch.Tensor):
-        return value
-    return value.to(device, dtype if value.is_floating_point() else value.dtype)
 
 
 def expanded(call: Call, batch: int) -> Call:

@@ -19,6 +19,7 @@ from diffusers import DiffusionPipeline
 from dit_accel.errors import DitAccelError
 from dit_accel.train.data import Call, TrainingSample
 
+SIZE = ("num_frames", "height", "width")
 NOT_CONDITIONING = ("self", "hidden_states", "timestep", "return_dict")
 
 
@@ -42,15 +43,16 @@ class Preparer:
 
     Args:
         pipe: the pipeline, dense.
-        size: height, width and, for a video, num_frames of its call.
+        size: height, width and, for a video, num_frames of its call; other entries are left out.
         guidance: for models that take guidance as a number (FLUX dev); others are conditioned without guidance.
     """
 
-    def __init__(self, pipe: DiffusionPipeline, size: Mapping[str, int], guidance: float = 3.5) -> None:
+    def __init__(self, pipe: DiffusionPipeline, size: Mapping[str, Any], guidance: float = 3.5) -> None:
         self.pipe = pipe
         takes = inspect.signature(type(pipe).__call__).parameters
         embedded = getattr(find_transformer(pipe).config, "guidance_embeds", False)
-        self._size, self._plain = dict(size), dict[str, float](size)
+        self.size: dict[str, int] = {name: size[name] for name in SIZE if name in size}
+        self._plain = dict[str, float](self.size)
         if "guidance_scale" in takes:
             self._plain["guidance_scale"] = guidance if embedded else 1.0
 
@@ -102,14 +104,10 @@ class Preparer:
         if shape != latents:
             raise DitAccelError(
                 f"The training data have latents of shape {tuple(latents)}, but {type(self.pipe).__name__} called with "
-                f"{self._size or 'its own size'} makes {tuple(shape)}. Distillation needs data of one size, with "
+                f"{self.size or 'its own size'} makes {tuple(shape)}. Distillation needs data of one size, with "
                 "height, width and, for a video, num_frames in dataset.json. Prepare them again."
             )
         return self.pipe.scheduler.sigmas.float().cpu().clone()
-
-    def negative(self) -> Call:
-        """The conditioning of the empty prompt."""
-        return self.conditioning("")[0]
 
     @torch.no_grad()
     def generated(self, prompts: list[str], arguments: Mapping[str, Any], seed: int) -> Iterator[TrainingSample]:
@@ -117,7 +115,7 @@ class Preparer:
         for index, prompt in enumerate(prompts):
             call, shape = self.conditioning(prompt)
             generator = torch.Generator("cpu").manual_seed(seed + index)
-            made = self.pipe(prompt, generator=generator, output_type="latent", **{**dict(arguments), **self._size})
+            made = self.pipe(prompt, generator=generator, output_type="latent", **{**dict(arguments), **self.size})
             latents = made.frames if hasattr(made, "frames") else made.images
             yield self._sample(latents, shape, call, prompt)
 

@@ -52,13 +52,8 @@ class Table:
     costs: tuple[float, ...]
     losses: tuple[tuple[float, ...], ...]
 
-    def schedule(self, chosen: Sequence[int | None]) -> LayerSettings:
-        """The layer schedule of a choice: for each layer the index of a candidate, or None for dense."""
-        layers = tuple(None if index is None else self.candidates[index] for index in chosen)
-        return LayerSettings(self.method, {"transformer": layers})
-
     def cost(self, chosen: Sequence[int | None]) -> float:
-        """Mean density of a choice; a dense layer counts 1."""
+        """Mean density of a choice: for each layer the index of a candidate, or None for dense, which counts 1."""
         return sum(1.0 if index is None else self.costs[index] for index in chosen) / len(chosen)
 
     def loss(self, chosen: Sequence[int | None]) -> float:
@@ -222,12 +217,9 @@ def write(
     remarks: Mapping[str, Any],
     schedule: Mapping[str, Amount] | None = None,
 ) -> LayerSettings:
-    """Write the layer schedule with remarks and the table that it was chosen from.
-
-    Args:
-        schedule: as in `LayerSettings`.
-    """
-    settings = dataclasses.replace(table.schedule(chosen), schedule=schedule or {})
+    """Write the layer schedule with remarks and the table that it was chosen from; `schedule` as in `LayerSettings`."""
+    layers = tuple(None if index is None else table.candidates[index] for index in chosen)
+    settings = LayerSettings(table.method, {"transformer": layers}, schedule or {})
     found = {"density": table.cost(chosen), "loss": table.loss(chosen), "costs": table.costs, "losses": table.losses}
     replace_file(path, layerwise.to_json(settings, search={**remarks, **found}).encode())
     return settings

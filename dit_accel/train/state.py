@@ -33,33 +33,32 @@ KEPT = 2
 Tensors = dict[str, torch.Tensor]
 
 
-def optimizer_tensors(optimizer: torch.optim.Optimizer, weights: Mapping[str, nn.Parameter]) -> Tensors:
-    """The optimizer's state as whole tensors, by names of weight and state."""
-    return {
+def optimizer_tensors(
+    optimizer: torch.optim.Optimizer, weights: Mapping[str, nn.Parameter], scaler: torch.amp.GradScaler | None
+) -> Tensors:
+    """The state of the optimizer and of the loss scaler (fp16) as whole tensors, by names of weight and state."""
+    found = {
         f"{name}.{key}": whole(value)
         for name, weight in weights.items()
         for key, value in optimizer.state.get(weight, {}).items()
     }
+    state = {} if scaler is None else scaler.state_dict()
+    return found | {f"{SCALER}.{key}": torch.tensor(state[key], device="cpu") for key in CHANGES if key in state}
 
 
-def restore_optimizer(optimizer: torch.optim.Optimizer, weights: Mapping[str, nn.Parameter], tensors: Tensors) -> None:
-    """Load what `optimizer_tensors` returned into the optimizer."""
+def restore_optimizer(
+    optimizer: torch.optim.Optimizer,
+    weights: Mapping[str, nn.Parameter],
+    scaler: torch.amp.GradScaler | None,
+    tensors: Tensors,
+) -> None:
+    """Load what `optimizer_tensors` returned."""
     for name, weight in weights.items():
         prefix = f"{name}."
         own = {key.removeprefix(prefix): value for key, value in tensors.items() if key.rpartition(".")[0] == name}
         optimizer.state[weight] = {
             key: like(value, weight) if value.shape == weight.shape else value for key, value in own.items()
         }
-
-
-def scaler_tensors(scaler: torch.amp.GradScaler | None) -> Tensors:
-    """The state of a loss scaler (fp16); empty without one."""
-    state = {} if scaler is None else scaler.state_dict()
-    return {f"{SCALER}.{key}": torch.tensor(state[key], device="cpu") for key in CHANGES if key in state}
-
-
-def restore_scaler(scaler: torch.amp.GradScaler | None, tensors: Tensors) -> None:
-    """Load what `scaler_tensors` returned into the scaler."""
     found = {key: tensors[f"{SCALER}.{key}"].item() for key in CHANGES if f"{SCALER}.{key}" in tensors}
     if scaler is not None and found:
         scaler.load_state_dict(scaler.state_dict() | found)

@@ -169,12 +169,10 @@ class LayerSearch:
         """Samples of the dense model for the prompts, or those of an earlier run."""
         sweep, items = self.evaluation.sweep, self.evaluation.items
         arguments, data = sweep.arguments(DENSE), folder / "data"
-        size: dict[str, int] = {
-            name: arguments[name] for name in ("num_frames", "height", "width") if name in arguments
-        }
         if not (data / INDEX).is_file():
-            preparer = Preparer(sweep.pipe, size)
+            preparer = Preparer(sweep.pipe, arguments)
             prompts = [items[index % len(items)].prompt for index in range(SAMPLES)]
-            write(data, preparer.generated(prompts, arguments, items[0].seed), preparer.negative(), size)
+            samples = preparer.generated(prompts, arguments, items[0].seed)
+            write(data, samples, preparer.conditioning("")[0], preparer.size)
         whole.advance(SAMPLES * self.steps)
         return Dataset(data)

@@ -39,7 +39,7 @@ def tiny(tmp_path_factory):
     made = Tiny(root / "model", root / "data")
     preparer = prepare.Preparer(made.load(), SIZE)
     clips = preparer.encoded(prepare.demo_clips(7, SIZE, seed=0))
-    data.write(made.data, clips, preparer.negative(), {"source": "clips", **SIZE})
+    data.write(made.data, clips, preparer.conditioning("")[0], {"source": "clips", **SIZE})
     return made
 
 

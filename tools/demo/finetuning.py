@@ -208,7 +208,7 @@ def trained(recipe: Recipe, settings: TrainSettings, size: Size, work: pathlib.P
         shape = dataclasses.asdict(size)
         preparer = prepare.Preparer(load_demo(), shape)
         drawn = prepare.demo_clips(recipe.data["count"], shape, seed=1)
-        data.write(work / "data", preparer.encoded(drawn), preparer.negative(), {"source": "clips", **shape})
+        data.write(work / "data", preparer.encoded(drawn), preparer.conditioning("")[0], {"source": "clips", **shape})
     if not (work / name / "accelerator.json").exists():
         train(load_demo(), settings, work / "data", work / name, base=Base("demo", licence="apache-2.0"))
     return work / name
