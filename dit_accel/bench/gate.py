@@ -71,13 +71,17 @@ def check(problem: Problem, *, gradients: bool) -> dict[str, ErrorCheck]:
     """
     rows = sample(problem.plan.grid).to(problem.q.device)
     got = _results(problem, rows, gradients=gradients)
-    errors, plains, sizes = (dict.fromkeys(got, 0.0) for _ in range(3))
+    worst = {name: [0.0, 0.0, 0.0] for name in got}  # of the error, of plain PyTorch's error, and of the size
     weights: dict[str, list[torch.Tensor]] = {name: [] for name in got if name in problem.weights}
     define = get_method(problem.plan.method).definition or Definition
     definition = define(problem.plan, rows, problem.q, problem.k, problem.impl, problem.module, problem.v)
     flaw = definition.flaw()
     if flaw is not None:
         raise Inexact(flaw)
+
+    def compare(name: str, made: torch.Tensor, exact: torch.Tensor, plain: torch.Tensor, size: torch.Tensor) -> None:
+        worst[name] = list(map(_worst, worst[name], (made.double() - exact, plain.double() - exact, size)))
+
     for head in range(problem.q.shape[1]):
         seen = definition.seen(head)
         exact, plain = (
@@ -91,17 +95,12 @@ def check(problem: Problem, *, gradients: bool) -> dict[str, ErrorCheck]:
         for name in got:
             if name in weights:  # summed over heads
                 weights[name].append(torch.stack([exact[name], plain[name].double(), size[name]]))
-                continue
-            truth = exact[name]
-            errors[name] = _worst(errors[name], got[name][head].double() - truth)
-            plains[name] = _worst(plains[name], plain[name].double() - truth)
-            sizes[name] = _worst(sizes[name], size[name])
+            else:
+                compare(name, got[name][head], exact[name], plain[name], size[name])
     for name, parts in weights.items():
-        truth, near, size_ = torch.stack(parts).sum(0)
-        errors[name] = _worst(0.0, got[name].double() - truth)
-        plains[name], sizes[name] = _worst(0.0, near - truth), _worst(0.0, size_)
+        compare(name, got[name], *torch.stack(parts).sum(0))
     epsilon = torch.finfo(problem.q.dtype).eps
-    checks = {name: ErrorCheck(errors[name], 2 * plains[name] + epsilon * sizes[name]) for name in got}
+    checks = {name: ErrorCheck(error, 2 * near + epsilon * size) for name, (error, near, size) in worst.items()}
     for name, found in checks.items():
         if not found.error <= found.budget:  # NaN is not
             raise Inexact(f"{name}: error {found.error:.3g}, at most {found.budget:.3g} allowed")

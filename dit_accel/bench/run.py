@@ -240,12 +240,11 @@ def prepare(problem: Problem, attend: Attend, direction: str, *, weights: bool =
 
 
 def _dense(name: str) -> Attend:
-    backend = DENSE_BACKENDS.get(name)
+    if name == DENSE:
+        return F.scaled_dot_product_attention
 
     def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        if backend is None:
-            return F.scaled_dot_product_attention(q, k, v)
-        with sdpa_kernel(backend):
+        with sdpa_kernel(DENSE_BACKENDS[name]):
             return F.scaled_dot_product_attention(q, k, v)
 
     return attend

@@ -93,7 +93,7 @@ def write(
     text = environment.get_template("card.md.j2").render(
         base=base,
         accel=accel,
-        settings=settings,
+        settings=dataclasses.asdict(settings),
         data=data,
         steps=steps,
         licence=licence,

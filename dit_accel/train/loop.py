@@ -278,7 +278,7 @@ class Trainer:
 
     def _record(self) -> dict[str, Any]:
         """The values that a resumed run and its checkpoint share."""
-        settings = {name: value for name, value in self.settings.as_dict().items() if name not in MAY_CHANGE}
+        settings = {name: value for name, value in dataclasses.asdict(self.settings).items() if name not in MAY_CHANGE}
         return {
             "settings": settings,
             "model": self.fingerprint,

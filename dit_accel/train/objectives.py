@@ -40,9 +40,6 @@ class GateSample(NamedTuple):
     scale: float
     first: int
 
-    def loss(self) -> Tensor:
-        return divergence(*self)
-
 
 @dataclasses.dataclass
 class Outputs:
@@ -106,13 +103,10 @@ def gate(student: Outputs, teacher: Outputs | None, target: torch.Tensor) -> tor
     """Divergence of the gates' shares from the layers' own dense attention, by block, averaged over the layers.
 
     It has a gradient for the gates alone; q and k are those of the student's call. Source: `plans.gate`.
-
-    Raises:
-        DitAccelError: no layer has a gate.
     """
     if not student.gates:
         raise DitAccelError("The objective gate trains the gates of score='learned', and no layer has one.")
-    return torch.stack([sample.loss() for sample in student.gates]).mean()
+    return torch.stack([divergence(*sample) for sample in student.gates]).mean()
 
 
 def imitation(student: Outputs, teacher: Outputs | None, target: torch.Tensor) -> torch.Tensor:
@@ -121,9 +115,6 @@ def imitation(student: Outputs, teacher: Outputs | None, target: torch.Tensor) -
     Source: Hedgehog (arXiv:2402.04347), section 4. Both are weights of the student's own q and k, which get no
     gradient: only the learned map trains. The paper takes all queries; here `SAMPLED` visual ones, evenly spaced, stand
     for them. The keys are all visual ones. As published, the denominator has no epsilon.
-
-    Raises:
-        DitAccelError: a layer has no learned map.
     """
     return torch.stack([_imitated(call) for call in student.calls]).mean()
 
@@ -132,9 +123,6 @@ def balance(student: Outputs, teacher: Outputs | None, target: torch.Tensor) -> 
     """MoH's load-balance loss, averaged over the layers. It has a gradient for the routers alone.
 
     Source: `methods.moh`, equation 7; the authors weigh it by 0.01.
-
-    Raises:
-        DitAccelError: no layer has a router.
     """
     losses = [call.plan.balance(call.q, call.module) for call in student.calls if isinstance(call.plan, MohPlan)]
     if not losses:
@@ -156,11 +144,7 @@ NEEDS_TEACHER = ("teacher", "attention", "final")
 
 
 def check(weights: Mapping[str, float]) -> None:
-    """Refuse objectives that do not exist or cannot be combined.
-
-    Raises:
-        DitAccelError: a name is unknown, a weight is not above 0, there are none, or consistency comes with flow.
-    """
+    """Refuse objectives that do not exist or cannot be combined; `weights` are numbers."""
     if not weights:
         raise DitAccelError(f"Training needs an objective, such as teacher=1. Objectives: {', '.join(OBJECTIVES)}.")
     for name, weight in weights.items():
@@ -168,7 +152,7 @@ def check(weights: Mapping[str, float]) -> None:
             raise DitAccelError(
                 f"Unknown objective {name!r}.{did_you_mean(name, OBJECTIVES)} Objectives: {', '.join(OBJECTIVES)}."
             )
-        if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not weight > 0:
+        if not weight > 0:
             raise DitAccelError(f"The weight of objective {name} is a number above 0, got {weight!r}.")
     if "consistency" in weights and "flow" in weights:
         raise DitAccelError("consistency and flow need different predictions of one sample. Choose one of them.")

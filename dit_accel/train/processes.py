@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import pathlib
 import signal
 import threading
@@ -56,7 +57,7 @@ def join(settings: TrainSettings, output: pathlib.Path) -> Any:
     if hf.distributed_type == DistributedType.FSDP and not hf.is_fsdp2:
         raise DitAccelError("FSDP 1 flattens weights, which LoRA and checkpoints need by name. Set fsdp_version: 2.")
     if settings.tracker is not None:
-        hf.init_trackers("dit_accel", {key: str(value) for key, value in settings.as_dict().items()})
+        hf.init_trackers("dit_accel", {key: str(value) for key, value in dataclasses.asdict(settings).items()})
     return hf
 
 

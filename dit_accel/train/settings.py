@@ -165,10 +165,6 @@ class TrainSettings:
         """Whether the model's weights or a LoRA train; gate and imitation leave them as they are."""
         return not self.objectives.keys() <= {"gate", "imitation"}
 
-    def as_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        return dataclasses.asdict(self)
-
 
 def make(plain: Mapping[str, Any]) -> TrainSettings:
     """Settings from plain values, such as a recipe's; see `values.build`."""

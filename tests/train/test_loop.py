@@ -14,7 +14,7 @@ from dit_accel.train.card import Base
 from dit_accel.train.data import Dataset
 from dit_accel.train.loop import train
 from dit_accel.train.networks import TrainingNetworks
-from dit_accel.train.objectives import gate_sample
+from dit_accel.train.objectives import divergence, gate_sample
 from dit_accel.train.settings import make
 
 
@@ -77,7 +77,7 @@ def test_gates_learn_and_the_model_stays(trained, tiny):
     losses = []
 
     def note(call):
-        losses.append(gate_sample(call).loss())
+        losses.append(divergence(*gate_sample(call)))
 
     with dit_accel.accelerated(pipe, "sparge", **config) as accel, accel.watch(note):
         untuned = run(pipe, tiny.data)

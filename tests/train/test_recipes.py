@@ -12,7 +12,7 @@ from dit_accel.values import names_in
 def test_recipe(name):
     recipe = read_recipe(name)
     settings = recipe.settings
-    assert settings.as_dict().keys() >= recipe.train.keys()
+    assert vars(settings).keys() >= recipe.train.keys()
     assert "arXiv" in recipe.source or recipe.model == "demo"
     assert request.DataSettings(**recipe.data).source in (request.GENERATED, request.CLIPS, request.FOLDER)
 

@@ -263,7 +263,7 @@ def main() -> None:
         "size": str(size),
         "prompts": run.prompts,
         "clips": recipe.data["count"],
-        "settings": settings.as_dict(),
+        "settings": dataclasses.asdict(settings),
         "steps and guidance": {"dense": run.dense, "method": run.tuned},
         "loss": {"first ten": float(np.mean(losses[:10])), "last ten": float(np.mean(losses[-10:]))},
         **{kind: figures(own, videos["dense"], true) for kind, own in videos.items()},
