@@ -62,13 +62,9 @@ class GenerateJob:
         return f"warning: the demo does not know {', '.join(unknown)}, and draws something else. It knows: {lists}."
 
     def make(self, pipe: DiffusionPipeline, request: GenerateRequest) -> list[str]:
-        """Generate one output and write its files, all or none.
+        """Generate one output and write its files, all or none. Lines for people: the files, times and likeness.
 
-        Args:
-            request: differs from the job's only in prompt and output.
-
-        Returns:
-            Lines for people: the files, times and likeness.
+        The request differs from the job's only in prompt and output.
         """
         arguments = self.arguments | {"prompt": request.prompt}
         runs = {}

@@ -66,7 +66,8 @@ def _find(
 def _method(method: Method) -> dict[str, Any]:
     """Name, summary, source, settings with defaults, and whether it learns weights."""
     settings = []
-    for field in dataclasses.fields(method.config):
+    own = vars(method.config).get("__annotations__", ())  # before those that it shares with other methods
+    for field in sorted(dataclasses.fields(method.config), key=lambda field: field.name not in own):
         required = field.default is dataclasses.MISSING
         settings.append({"name": field.name, "default": None if required else field.default, "required": required})
     return {

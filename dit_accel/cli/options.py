@@ -26,11 +26,8 @@ def command(*groups: type) -> Callable[[Verb], Verb]:
     """Give a verb the options of dataclasses.
 
     The verb is called with one dictionary a dataclass: the values on the command line, by field. Other values are the
-    dataclass's defaults, or come from a recipe or a suite.
-
-    Args:
-        groups: dataclasses whose fields are made with `dit_accel.values.option`. A class attribute `PANEL` is the
-            title above its own options in the help.
+    dataclass's defaults, or come from a recipe or a suite. Fields are made with `dit_accel.values.option`. A class
+    attribute `PANEL` is the title above its own options in the help.
     """
     listed = [(group, field) for group in groups for field in _typed(group)]
     hints = {group: typing.get_type_hints(group) for group in groups}

@@ -75,9 +75,9 @@ def plan(given: dict[str, Any]) -> None:
         check_file(options.image, (".png",), option="--image")
     name, config = registry.parse_method(options.method, options.settings)
     made = registry.plan(name, options.tokens(), **config)
-    picture = None if options.image is None else made.image()
     facts = _facts(made)
-    if picture is not None and options.image is not None:
+    if options.image is not None:
+        picture = made.image()
         with staged(options.image) as stage:
             picture.save(stage / options.image.name)
     if options.json:

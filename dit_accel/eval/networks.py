@@ -198,10 +198,7 @@ def read_preparation(source: str) -> Preparation:
 
 
 class Inception:
-    """torch-fidelity's port of FID's Inception v3, from torchmetrics.
-
-    Args:
-        weights: a local file; if None, torch-fidelity fetches them once.
+    """torch-fidelity's port of FID's Inception v3, from torchmetrics; without local weights it fetches them once.
 
     Raises:
         DitAccelError: torch-fidelity is missing or cannot be loaded, or the weights cannot be read or fetched.

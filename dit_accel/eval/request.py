@@ -44,11 +44,7 @@ class PromptsRequest(ModelRequest):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EvalRequest(PromptsRequest):
-    """What `dit-accel eval` is asked.
-
-    Args:
-        methods: each a `MethodChoice`; the command line has --method and --load for them.
-    """
+    """What `dit-accel eval` is asked; methods are of `MethodChoice`, and the command line has --method and --load."""
 
     methods: tuple[Any, ...] = ()
     metrics: tuple[str, ...] = option(

@@ -86,14 +86,9 @@ def score(
     """Score all methods: by label, the values of each sample by metric, and the figures.
 
     Torchmetrics gathers the processes' values in their order: its `CatMetric` a value per sample, its own metrics those
-    of whole sets.
-
-    Args:
-        labels: of the methods, the baseline first.
-        samples: the prompt of each, and a function that reads a label's frames, uint8 [F, H, W, 3]. They come prompt by
-            prompt, with equally many seeds.
-        media: the real set; if empty, it is the baseline's frames.
-        process: does its share of the work; all processes call this together.
+    of whole sets. All processes call this together. The first label is the baseline's. `samples` have their prompt and
+    a function that reads a label's frames, uint8 [F, H, W, 3]; they come prompt by prompt, with equally many seeds. The
+    real set is `media`, or if empty the baseline's frames.
     """
     collected: dict[tuple[str, str], torchmetrics.Metric] = {}
     for metric in metrics:

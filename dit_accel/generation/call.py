@@ -123,12 +123,9 @@ def _load_lora(pipe: DiffusionPipeline, lora: str, name: str) -> None:
 def call_arguments(
     kind: type, own: Mapping[str, Any], given: Mapping[str, Any], extra: Iterable[str]
 ) -> dict[str, Any]:
-    """The keyword arguments of a pipeline's call.
+    """The keyword arguments of a pipeline's call, from the model's `own` defaults that it takes, and options.
 
-    Args:
-        own: the model's defaults; arguments that the pipeline lacks are left out.
-        given: values of options, by argument; None if not given.
-        extra: ``key=value`` for any other argument; the value is JSON or plain text.
+    `given` has options by argument, None if not given; `extra` has ``key=value`` in JSON or plain text for any others.
 
     Raises:
         DitAccelError: the pipeline has no such argument, needs another one, or takes another kind of value.

@@ -102,9 +102,7 @@ class MethodChoice:
 def choose(asked: MethodOptions, family: Family | None = None, transformers: int = 1) -> MethodChoice:
     """Read a choice from options; dense if there are none.
 
-    Args:
-        family: its recommended settings replace the methods' defaults; None: the defaults count.
-        transformers: of the pipeline.
+    What is recommended for a `family`, and so many transformers of a pipeline, replaces the methods' defaults.
 
     Raises:
         DitAccelError: method, settings, schedule or back end are refused or contradict --load, the folder holds no

@@ -168,11 +168,9 @@ class ModelRequest(SourceOptions, SamplingOptions, MemoryOptions):
     def arguments(
         self, kind: type, own: Mapping[str, Any], shape: tuple[int, int, int], *, video: bool, **given: Any
     ) -> dict[str, Any]:
-        """The arguments of the pipeline's call; `kind`, `own` and errors as in `call.call_arguments`.
+        """The arguments of the pipeline's call for frames, height and width; a `video` call takes the frames.
 
-        Args:
-            shape: frames, height and width in pixels.
-            video: whether the call takes frames.
+        `kind`, `own` and errors are as in `call.call_arguments`.
         """
         asked = {
             **given,

@@ -182,8 +182,7 @@ def sample(
 ) -> TimedOutput:
     """Call the pipeline once on `device`, with `title` on a progress bar of its own, or in `progress` while it runs.
 
-    Raises:
-        DitAccelError: as `call`, or the frames have NaN or infinite values; the message has their origin.
+    Errors are those of `call`; frames with NaN or infinite values are refused, with their origin.
     """
     import numpy as np
     import torch

@@ -16,8 +16,7 @@ NAMES = ("summary.json", "summary.md", "pareto.png", "report.html")
 def write_report(summary: dict[str, Any], folder: Path) -> None:
     """Write `NAMES` into a folder that exists. Old files are replaced together, once all new ones are complete.
 
-    Args:
-        folder: where to; paths in the summary are relative to it.
+    Paths in the summary are relative to the folder.
 
     Raises:
         DitAccelError: matplotlib is not installed, a picture or video is missing, or the folder cannot be written to.
