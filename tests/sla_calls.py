@@ -6,7 +6,7 @@ import os
 import torch
 import torch.nn.functional as F
 
-from dit_accel.kernels.cuts import Cut, Cuts
+from dit_accel.kernels.block_sparse.geometry import Geometry
 from dit_accel.kernels.router.api import classify
 from dit_accel.kernels.sla import api
 from dit_accel.kernels.sla.call import EPSILON, SlaCall, apply_map, learned_inputs
@@ -25,12 +25,12 @@ TEXT_FIRST = TokenGrid(3, 5, 9, text=21, text_first=True)
 
 def cuts_of(grid, block, tile=None, block_q=None, tile_q=None):
     """How both sides are cut; queries as keys unless said otherwise."""
-    return Cuts(Cut(grid, block_q or block, tile_q or tile), Cut(grid, block, tile))
+    return Geometry(grid, grid, block_q or block, block, tile_q or tile, tile, 0, 0, own_queries=True)
 
 
 def route(q, k, cuts, topk, skip, impl="portable"):
     """Critical and negligible blocks of visual tokens."""
-    return classify(q, k, *(cut.order for cut in cuts), topk, skip, impl)
+    return classify(q, k, *cuts.orders, topk, skip, impl)
 
 
 def sparse_linear_attention(q, *tensors, grid=None, text=0, block=64, block_q=None, tile=None, **options):

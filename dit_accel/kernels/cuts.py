@@ -1,77 +1,12 @@
-"""How visual tokens are cut into blocks of queries and of keys, and tensors in blocks."""
+"""Tensors of visual tokens in blocks."""
 
 from __future__ import annotations
-
-import math
-from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
-from dit_accel.kernels.block_sparse.geometry import Shape
 from dit_accel.order import TokenOrder, valid_tokens
 from dit_accel.tokens import TokenGrid
-
-
-class Cut(NamedTuple):
-    """How visual tokens are cut into blocks. Custom ops carry it as seven integers, which are symbols when traced.
-
-    grid: frames, rows and columns of the visual tokens.
-    block: tokens in a block.
-    tile: (t, h, w) of blocks that are 3-D tiles; None for runs in raster order.
-    """
-
-    grid: Shape
-    block: int
-    tile: Shape | None = None
-
-    @classmethod
-    def of(cls, order: TokenOrder) -> Cut:
-        return cls(order.grid.shape, order.block, order.tile)
-
-    def pack(self) -> list[int]:
-        """The integers, in the order of the custom ops' arguments."""
-        return [*self.grid, self.block, *(self.tile or (0, 0, 0))]
-
-    @classmethod
-    def unpack(cls, ints: Sequence[int]) -> Cut:
-        """The inverse of `pack`."""
-        frames, rows, columns, block, *tile = ints
-        return cls((frames, rows, columns), block, (tile[0], tile[1], tile[2]) if tile[1] else None)
-
-    @property
-    def order(self) -> TokenOrder:
-        """The order of the visual tokens alone."""
-        return TokenOrder(TokenGrid(*self.grid), self.block, self.tile)
-
-    @property
-    def blocks(self) -> int:
-        """``order.visual_blocks``; also works for symbols."""
-        if self.tile is None:
-            return (math.prod(self.grid) + self.block - 1) // self.block
-        return math.prod((size + piece - 1) // piece for size, piece in zip(self.grid, self.tile, strict=True))
-
-
-class Cuts(NamedTuple):
-    """How visual tokens are cut into blocks of queries and into blocks of keys; both of one grid."""
-
-    queries: Cut
-    keys: Cut
-
-    @classmethod
-    def of(cls, query_order: TokenOrder, key_order: TokenOrder) -> Cuts:
-        return cls(Cut.of(query_order), Cut.of(key_order))
-
-    def pack(self) -> list[int]:
-        """The integers of both, in the order of the custom ops' arguments."""
-        return [*self.queries.pack(), *self.keys.pack()]
-
-    @classmethod
-    def unpack(cls, ints: Sequence[int]) -> Cuts:
-        """The inverse of `pack`."""
-        half = len(ints) // 2
-        return cls(Cut.unpack(ints[:half]), Cut.unpack(ints[half:]))
 
 
 def visual_of(x: torch.Tensor, grid: TokenGrid) -> torch.Tensor:

@@ -15,6 +15,7 @@ import triton
 from triton.runtime.jit import JITFunction
 
 from dit_accel.kernels.block_sparse.triton_configs import Launch
+from dit_accel.order import TokenOrder
 
 Programs = tuple[int, ...] | Callable[[dict[str, Any]], tuple[int, ...]]
 LARGEST = 2**31  # of a 32-bit number; others have a binary of their own
@@ -126,6 +127,12 @@ def alignment(*tensors: torch.Tensor) -> int:
 def head_dims(dim: int) -> dict[str, int]:
     """The kernels' constants for a head dimension."""
     return {"D": dim, "BLOCK_D": max(16, triton.next_power_of_2(dim))}
+
+
+def block_sizes(order: TokenOrder, block: str = "", tile: str = "") -> dict[str, int]:
+    """The kernels' constants for the blocks of one side; the two strings tell queries from keys."""
+    names = (f"BLOCK{block}", *(f"TILE_{tile}{axis}" for axis in "THW"))
+    return dict(zip(names, (order.block, *(order.tile or (0, 0, 0))), strict=True))
 
 
 def _step(kernel: Any, candidate: Launch) -> dict[str, int]:

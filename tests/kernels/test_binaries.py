@@ -19,7 +19,6 @@ from dit_accel.kernels.block_sparse import triton as block_sparse
 from dit_accel.kernels.block_sparse.geometry import BlockSparseCall
 from dit_accel.kernels.block_sparse.triton_configs import Launch
 from dit_accel.kernels.block_sparse.triton_tokens import RUNTIME
-from dit_accel.kernels.cuts import Cut
 from dit_accel.kernels.sla import triton as sla
 from dit_accel.kernels.sla import triton_configs as configs
 from dit_accel.kernels.sla.call import LINEAR_SCOPES
@@ -109,10 +108,9 @@ def test_sla_kernels_are_compiled_once(binaries):
     weight, bias, text_len = torch.zeros(DIM, DIM), torch.zeros(DIM), torch.zeros(1, dtype=torch.int32)
     for tokens in (t for t in LENGTHS if t > 2 * BLOCK or t == BLOCK):
         q, k, v, grad = tensors(tokens)
-        cut = Cut((1, 1, tokens), BLOCK)
-        lists = (torch.zeros(1, 2, cut.blocks, 1, dtype=torch.int32) for _ in range(2))
-        *whole, _ = sla.state(k, v, cut, "softmax")
-        sizes = geometry.Geometry(cut.grid, cut.grid, BLOCK, BLOCK, None, None, 0, 0, own_queries=True)
+        sizes = geometry.Geometry((1, 1, tokens), (1, 1, tokens), BLOCK, BLOCK, None, None, 0, 0, own_queries=True)
+        lists = (torch.zeros(1, 2, sizes.key_order.blocks, 1, dtype=torch.int32) for _ in range(2))
+        *whole, _ = sla.state(k, v, sizes.key_order, "softmax")
         given = *whole, *lists, weight, text_len
         for scope in LINEAR_SCOPES:
             call = sla.FusedCall(sizes, 0.125, "softmax", scope, *given)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-import math
 from collections.abc import Sequence
 
 import torch
@@ -277,20 +276,9 @@ def check_tensors(call: BlockSparseCall) -> None:
 
 
 def _check_geometry(geometry: Geometry) -> None:
-    for name in ("grid", "query_grid", "tile_q", "tile_k"):
-        sizes = getattr(geometry, name)
-        if sizes is not None and (len(sizes) != 3 or any(size < 1 for size in sizes)):
-            raise DitAccelError(f"{name} needs (frames, rows, columns), each at least 1, got {tuple(sizes)}.")
-    for side in ("q", "k"):
-        block, tile = getattr(geometry, f"block_{side}"), getattr(geometry, f"tile_{side}")
-        if block < 1:
-            raise DitAccelError(f"Blocks hold at least one token, got {block}.")
-        if tile is not None and math.prod(tile) != block:
-            raise DitAccelError(
-                f"tile_{side}={tile} holds {math.prod(tile)} tokens, but the block {block}. Make them equal."
-            )
-    if geometry.conditioning < 0 or geometry.text < 0:
-        raise DitAccelError(f"conditioning and text must be >= 0, got {geometry.conditioning} and {geometry.text}.")
+    for name in ("grid", "query_grid"):
+        if len(getattr(geometry, name)) != 3:
+            raise DitAccelError(f"{name} needs (frames, rows, columns), got {getattr(geometry, name)}.")
     if geometry.partial_blocks is not None and geometry.partial_blocks < 0:
         raise DitAccelError(f"partial_blocks must be >= 0 or None, got {geometry.partial_blocks}.")
 

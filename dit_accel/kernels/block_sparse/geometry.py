@@ -120,6 +120,13 @@ class Geometry:
             grid.conditioning, grid.text, own_queries=False, partial_blocks=partial_blocks, text_first=grid.text_first,
         )  # fmt: skip
 
+    @classmethod
+    def of_visual(cls, query_order: TokenOrder, key_order: TokenOrder) -> Geometry:
+        """The visual tokens of both alone, each in a grid of its own."""
+        return dataclasses.replace(
+            cls.of(query_order, key_order), query_grid=query_order.grid.shape, conditioning=0, text=0, own_queries=True
+        )
+
     def pack(self) -> list[int]:
         """The integers in the order in which the custom ops carry them."""
         none = (0, 0, 0)
@@ -150,14 +157,19 @@ class Geometry:
         return first, first + keys.visual, 0 if first else keys.visual + keys.conditioning, keys.text
 
     @property
+    def orders(self) -> tuple[TokenOrder, TokenOrder]:
+        """`query_order` and `key_order`."""
+        return _make_orders(self) if torch.compiler.is_compiling() else _kept_orders(self)
+
+    @property
     def query_order(self) -> TokenOrder:
         """Query blocks over the canonical numbering of the queries."""
-        return _orders(self)[0]
+        return self.orders[0]
 
     @property
     def key_order(self) -> TokenOrder:
         """Key blocks over the canonical numbering of the keys."""
-        return _orders(self)[1]
+        return self.orders[1]
 
 
 class BlockSparseCall(NamedTuple):
@@ -197,10 +209,6 @@ def _make_orders(geometry: Geometry) -> tuple[TokenOrder, TokenOrder]:
 
 
 _kept_orders = functools.lru_cache(maxsize=256)(_make_orders)
-
-
-def _orders(geometry: Geometry) -> tuple[TokenOrder, TokenOrder]:
-    return _make_orders(geometry) if torch.compiler.is_compiling() else _kept_orders(geometry)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,8 +8,8 @@ import torch
 
 from dit_accel.errors import DitAccelError
 from dit_accel.kernels import impls
-from dit_accel.kernels.block_sparse.geometry import BlockLists
-from dit_accel.kernels.cuts import Cuts, visual_of
+from dit_accel.kernels.block_sparse.geometry import BlockLists, Geometry
+from dit_accel.kernels.cuts import visual_of
 from dit_accel.kernels.impls import AUTO, Facts, Impl, Implementation
 from dit_accel.kernels.router.call import RouterCall, Rule
 from dit_accel.order import TokenOrder
@@ -134,7 +134,7 @@ def _route(
     rows = q.shape[0], q.shape[1], query_order.visual_blocks
     indices, counts, worst = route_blocks(
         q, k,
-        Cuts.of(query_order, key_order).pack(),
+        Geometry.of_visual(query_order, key_order).pack(), rows[2],
         _per_row("topk", rule.topk, torch.int32, rows, q.device),
         _per_row("topp", rule.topp, torch.float32, rows, q.device),
         rule.forced, rule.tau, rule.variance == "exact", rule.cells, rule.similarity, scale,
@@ -191,7 +191,8 @@ def _check(q: torch.Tensor, k: torch.Tensor, query_order: TokenOrder, key_order:
 def route_blocks(
     q: torch.Tensor,
     k: torch.Tensor,
-    cuts: Sequence[int],
+    geometry: Sequence[int],
+    blocks: int,
     counts: torch.Tensor | None,
     shares: torch.Tensor | None,
     forced: torch.Tensor | None,
@@ -208,17 +209,16 @@ def route_blocks(
 
     Args:
         q, k: visual tokens in raster order, [B, H, visual, D].
-        cuts: of queries and of keys, as `Cuts.pack` returns them.
+        geometry, blocks: of the visual tokens alone, as `Geometry.pack` returns it, and its blocks of queries.
         counts, shares, forced, tau, exact, cells, similarity, scale, width, skip: as in `RouterCall`.
         impl: the name of an implementation.
     """
-    call = RouterCall(
-        *Cuts.unpack(cuts), counts, shares, forced, tau, exact, cells, similarity, scale, width, skip
-    )  # fmt: skip
+    orders = Geometry.unpack(geometry).orders
+    call = RouterCall(*orders, counts, shares, forced, tau, exact, cells, similarity, scale, width, skip)
     return impls.named(impl, impls.ROUTER).load().route(q, k, call)
 
 
 @route_blocks.register_fake
-def _(q, k, cuts, counts, shares, forced, tau, exact, cells, similarity, scale, width, skip, impl):
-    rows = *q.shape[:2], Cuts.unpack(cuts).queries.blocks
+def _(q, k, geometry, blocks, counts, shares, forced, tau, exact, cells, similarity, scale, width, skip, impl):
+    rows = *q.shape[:2], blocks
     return tuple(q.new_empty(shape, dtype=torch.int32) for shape in ((*rows, width), rows, (*rows, skip)))

@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple, get_args
 import torch
 
 from dit_accel.errors import DitAccelError
-from dit_accel.kernels.cuts import Cut
+from dit_accel.order import TokenOrder
 
 Variance = Literal["diagonal", "exact"]
 VARIANCES: tuple[str, ...] = get_args(Variance)
@@ -80,7 +80,7 @@ class Rule:
 class RouterCall(NamedTuple):
     """A rule and a call's sizes, as implementations take them.
 
-    query_cut, key_cut: how visual queries and keys are cut into blocks.
+    query_order, key_order: how visual queries and keys are cut into blocks.
     counts, shares: int32 and fp32 [B or 1, H or 1, query blocks or 1]: `topk` and `topp`; None for none.
     forced: bool [query blocks, key blocks] or None.
     tau, exact, cells, similarity: of the rule; `exact` is its variance.
@@ -89,8 +89,8 @@ class RouterCall(NamedTuple):
     skip: the number of blocks that rank lowest, listed apart.
     """
 
-    query_cut: Cut
-    key_cut: Cut
+    query_order: TokenOrder
+    key_order: TokenOrder
     counts: torch.Tensor | None
     shares: torch.Tensor | None
     forced: torch.Tensor | None

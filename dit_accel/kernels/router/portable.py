@@ -15,7 +15,7 @@ _SCORES_AT_ONCE = 1 << 22
 
 def route(q: torch.Tensor, k: torch.Tensor, call: RouterCall) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """See `reference.route`."""
-    query_order, key_order = call.query_cut.order, call.key_cut.order
+    query_order, key_order = call.query_order, call.key_order
     queries, keys = cell_means(q, query_order, call.cells), cell_means(k, key_order, call.cells)
     batch, heads, blocks, *_ = queries.shape
     threshold = pooled = ranked = None

@@ -19,7 +19,7 @@ def route(q: torch.Tensor, k: torch.Tensor, call: RouterCall) -> tuple[torch.Ten
         The `skip` blocks that rank lowest, int32 [B, H, query blocks, skip].
     """
     wide = torch.promote_types(q.dtype, torch.float32)
-    orders = call.query_cut.order, call.key_cut.order
+    orders = call.query_order, call.key_order
     (queries, has_q), (keys, has_k) = (
         _means(x.to(wide), order, call.cells) for x, order in zip((q, k), orders, strict=True)
     )

@@ -16,7 +16,7 @@ import torch
 from dit_accel.errors import DitAccelError
 from dit_accel.kernels.block_sparse.api import attend_visual
 from dit_accel.kernels.block_sparse.geometry import BlockLists, Geometry, empty_rows
-from dit_accel.kernels.cuts import Cut, visual_of
+from dit_accel.kernels.cuts import visual_of
 from dit_accel.kernels.router.api import classify, single_blocks
 from dit_accel.kernels.sla.call import SlaCall, results
 from dit_accel.kernels.sla.triton_configs import MARGINAL_BLOCK
@@ -29,8 +29,8 @@ def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: SlaCall) ->
     computes both branches of the visual queries.
     """
     queries, keys, values = (visual_of(x, call.grid) for x in (q, k, v))
-    cut = Cut.of(call.key_order).pack()
-    keys_state, total, key_means = state(keys.detach(), values.detach(), cut, call.feature_map)
+    sizes = Geometry.of_visual(call.query_order, call.key_order).pack(), call.key_order.visual_blocks
+    keys_state, total, key_means = state(keys.detach(), values.detach(), *sizes, call.feature_map)
     orders = call.query_order, single_blocks(key_means)
     routed, negligible = call.lists or classify(q, key_means, *orders, call.topk, call.skip, call.impl)
     whole, critical = (keys_state, total), routed
@@ -82,21 +82,21 @@ def _kernels(name: str) -> ModuleType:
 
 @torch.library.custom_op("dit_accel::sla_state", mutates_args=())
 def state(
-    k: torch.Tensor, v: torch.Tensor, cut: Sequence[int], feature_map: str
+    k: torch.Tensor, v: torch.Tensor, geometry: Sequence[int], blocks: int, feature_map: str
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """phi(k)^T v [B, H, D, D], the sum of phi(k) [B, H, D] and block means of k [B, H, blocks, D], all fp32.
 
     One pass over k serves the linear branch and the router. The results carry no gradient: `attend` returns the whole
     gradients of k and v.
     """
-    return _kernels("triton").state(k, v, Cut.unpack(cut), feature_map)
+    return _kernels("triton").state(k, v, Geometry.unpack(geometry).key_order, feature_map)
 
 
 @state.register_fake
-def _(k, v, cut, feature_map):
+def _(k, v, geometry, blocks, feature_map):
     batch, heads, _, dim = k.shape
     total = k.new_empty(batch, heads, dim, dtype=torch.float32)
-    means = k.new_empty(batch, heads, Cut.unpack(cut).blocks, dim, dtype=torch.float32)
+    means = k.new_empty(batch, heads, blocks, dim, dtype=torch.float32)
     return k.new_empty(batch, heads, dim, dim, dtype=torch.float32), total, means
 
 

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 
 from dit_accel.kernels.block_sparse.api import attend_visual
-from dit_accel.kernels.block_sparse.geometry import BlockLists, empty_rows
-from dit_accel.kernels.cuts import Cuts, from_blocks, to_blocks, visual_of
+from dit_accel.kernels.block_sparse.geometry import BlockLists, Geometry, empty_rows
+from dit_accel.kernels.cuts import from_blocks, to_blocks, visual_of
 from dit_accel.kernels.router.api import classify
 from dit_accel.kernels.sla.call import EPSILON, FeatureMap, SlaCall, apply_map, learned_inputs, pull_back
 from dit_accel.order import TokenOrder
@@ -37,8 +37,8 @@ def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: SlaCall) ->
     if call.linear_scope == "all":
         projected = linear_all(queries, keys, values, call.feature_map, weight)
     else:
-        cuts = Cuts.of(*orders).pack()
-        linear, _ = linear_marginal(queries, keys, values, critical, negligible, cuts, call.feature_map)
+        geometry = Geometry.of_visual(*orders).pack()
+        linear, _ = linear_marginal(queries, keys, values, critical, negligible, geometry, call.feature_map)
         projected = F.linear(linear, weight.to(linear.dtype))
     if call.bias is not None:
         projected = projected + call.bias
@@ -63,7 +63,7 @@ def linear_marginal(
     v: torch.Tensor,
     critical: torch.Tensor,
     negligible: torch.Tensor,
-    cuts: Sequence[int],
+    geometry: Sequence[int],
     feature_map: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Linear attention of every query block over its marginal key blocks.
@@ -75,13 +75,13 @@ def linear_marginal(
     Args:
         q, k, v: visual tokens in raster order, [B, H, visual, D], any strides.
         critical, negligible: the router's lists, int32 [B, H, query blocks, *].
-        cuts: of `cuts.Cuts.pack`.
+        geometry: of the visual tokens alone, as `Geometry.pack` returns it.
 
     Returns:
         The output [B, H, visual, D], 0 for a row without marginal blocks. Its denominators with eps
         [B, H, visual, 1], which carry no gradient. Both are fp32 (fp64 for fp64 input).
     """
-    query_order, key_order = (cut.order for cut in Cuts.unpack(cuts))
+    query_order, key_order = Geometry.unpack(geometry).orders
     wide = torch.promote_types(q.dtype, torch.float32)
     out = torch.empty(v.shape, dtype=wide, device=v.device)
     denominator = torch.empty((*v.shape[:-1], 1), dtype=wide, device=v.device)
@@ -98,7 +98,7 @@ def linear_marginal(
 
 
 @linear_marginal.register_fake
-def _(q, k, v, critical, negligible, cuts, feature_map):
+def _(q, k, v, critical, negligible, geometry, feature_map):
     wide = torch.promote_types(q.dtype, torch.float32)
     return v.new_empty(v.shape, dtype=wide), v.new_empty((*v.shape[:-1], 1), dtype=wide)
 
@@ -113,11 +113,11 @@ def linear_marginal_backward(
     negligible: torch.Tensor,
     out: torch.Tensor,
     denominator: torch.Tensor,
-    cuts: Sequence[int],
+    geometry: Sequence[int],
     feature_map: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """dq, dk and dv of `linear_marginal`, with the dtypes and shapes of q, k and v."""
-    query_order, key_order = (cut.order for cut in Cuts.unpack(cuts))
+    query_order, key_order = Geometry.unpack(geometry).orders
     wide = out.dtype
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     for at in _head_groups(v, query_order, key_order):
@@ -144,7 +144,7 @@ def linear_marginal_backward(
 
 
 @linear_marginal_backward.register_fake
-def _(gradient, q, k, v, critical, negligible, out, denominator, cuts, feature_map):
+def _(gradient, q, k, v, critical, negligible, out, denominator, geometry, feature_map):
     return tuple(x.new_empty(x.shape) for x in (q, k, v))
 
 

@@ -14,7 +14,6 @@ from dit_accel.errors import DitAccelError
 from dit_accel.kernels import tuning
 from dit_accel.kernels.block_sparse.geometry import Geometry, empty_rows
 from dit_accel.kernels.block_sparse.triton_lists import Transposed, transpose_lists
-from dit_accel.kernels.cuts import Cut
 from dit_accel.kernels.sla import triton_configs as configs
 from dit_accel.kernels.sla.call import results
 from dit_accel.kernels.sla.triton_backward import (
@@ -23,6 +22,7 @@ from dit_accel.kernels.sla.triton_backward import (
     sums_kernel,
 )
 from dit_accel.kernels.sla.triton_forward import places_kernel, sparse_linear_fwd_kernel, state_kernel
+from dit_accel.order import TokenOrder
 
 JIT = {
     "places": places_kernel,
@@ -78,27 +78,27 @@ class FusedCall(NamedTuple):
         """Compile-time constants of the kernels of both branches."""
         return {
             **_linear(q.shape[-1], align, self.feature_map),
-            **_cut(Cut.of(self.geometry.query_order), "_Q", "Q"),
-            **_cut(Cut.of(self.geometry.key_order), "_K", "K"),
+            **tuning.block_sizes(self.geometry.query_order, "_Q", "Q"),
+            **tuning.block_sizes(self.geometry.key_order, "_K", "K"),
             "SCOPE": self.linear_scope,
         }
 
 
 def state(
-    k: torch.Tensor, v: torch.Tensor, cut: Cut, feature_map: str
+    k: torch.Tensor, v: torch.Tensor, order: TokenOrder, feature_map: str
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """See `ops.state`."""
     k, v = tuning.contiguous_rows(k), tuning.contiguous_rows(v)
     batch, heads, _, dim = k.shape
-    split = configs.SPLIT // cut.block
-    splits, align = triton.cdiv(cut.blocks, split), tuning.alignment(k, v)
-    means = k.new_empty(batch, heads, cut.blocks, dim, dtype=torch.float32)
+    split, blocks = configs.SPLIT // order.block, order.visual_blocks
+    splits, align = triton.cdiv(blocks, split), tuning.alignment(k, v)
+    means = k.new_empty(batch, heads, blocks, dim, dtype=torch.float32)
     states = k.new_empty(batch, heads, splits, dim, dim, dtype=torch.float32)
     totals = k.new_empty(batch, heads, splits, dim, dtype=torch.float32)
     _run(
         "state", (splits, batch * heads),
-        (k, v, states, totals, means, *_strides(align, k, v), *cut.grid, heads, cut.blocks),
-        {**_linear(dim, align, feature_map), **_cut(cut), "SPLIT": split},
+        (k, v, states, totals, means, *_strides(align, k, v), *order.grid.shape, heads, blocks),
+        {**_linear(dim, align, feature_map), **tuning.block_sizes(order), "SPLIT": split},
     )  # fmt: skip
     return states.sum(2), totals.sum(2), means
 
@@ -181,7 +181,7 @@ def listed_blocks(call: FusedCall) -> tuple[torch.Tensor, torch.Tensor]:
     rows, count, (_, blocks, dense) = call.critical.shape[:-1], call.counts[0], call.blocks
     places, spans = call.critical.new_empty(*rows, count + dense), call.critical.new_empty(*rows, 5)
     arguments = call.critical, places, spans, *call.geometry.grid, blocks, count, dense
-    _run("places", (math.prod(rows), 1), arguments, _cut(Cut.of(call.geometry.key_order)))
+    _run("places", (math.prod(rows), 1), arguments, tuning.block_sizes(call.geometry.key_order))
     return places, spans
 
 
@@ -239,12 +239,6 @@ def _capability(device: torch.device) -> int:
 
 def _linear(dim: int, align: int, feature_map: str) -> dict[str, Any]:
     return {**tuning.head_dims(dim), "ALIGN": align, "MAP": feature_map, "PRECISION": "ieee"}
-
-
-def _cut(cut: Cut, block: str = "", tile: str = "") -> dict[str, int]:
-    """The kernels' constants for one cut; the two strings tell queries from keys."""
-    names = (f"BLOCK{block}", *(f"TILE_{tile}{axis}" for axis in "THW"))
-    return dict(zip(names, cut.pack()[3:], strict=True))
 
 
 def _strides(align: int, *tensors: torch.Tensor) -> list[int]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 
 import torch
@@ -67,9 +66,7 @@ def with_tail(
     """
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     q, k, v = (visual_of(x, key_order.grid) for x in (q, k, v))
-    geometry = dataclasses.replace(
-        Geometry.of(query_order, key_order), conditioning=0, text=0, own_queries=True, partial_blocks=None
-    )
+    geometry = Geometry.of_visual(query_order, key_order)
     call = TailCall(q, k, v, exact, exact_lse, lists, dropped, geometry, scale)
     _check(call)
     chosen, _ = impls.choose(Facts.of(q.device, q.dtype, q.shape[-1], query_order, key_order), impl, impls.TAIL)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from dit_accel.kernels.block_sparse.dense import logits_at_once
 from dit_accel.kernels.block_sparse.geometry import BlockLists
-from dit_accel.kernels.cuts import Cut, block_means, to_blocks, visual_of
+from dit_accel.kernels.cuts import block_means, to_blocks, visual_of
 from dit_accel.kernels.router.portable import best, lists_of
 from dit_accel.order import TokenOrder
 
@@ -26,17 +26,17 @@ def tail_errors(
         scale: factor of the logits.
     """
     queries, keys, values = (visual_of(x, key_order.grid) for x in (q, k, v))
-    rows, columns = Cut.of(query_order).order, Cut.of(key_order).order
-    queries, pseudo, means = block_means(queries, rows), block_means(keys, columns), block_means(values, columns)
-    there = to_blocks(means.new_ones(columns.grid.visual, 1), columns)[..., 0]  # 1; 0 in a slot without a token
-    slots = (to_blocks(values.to(means.dtype), columns) - means[..., None, :]) * there[..., None]
+    queries = block_means(queries, query_order)
+    pseudo, means = block_means(keys, key_order), block_means(values, key_order)
+    there = to_blocks(means.new_ones(key_order.grid.visual, 1), key_order)[..., 0]  # 1; 0 in a slot without a token
+    slots = (to_blocks(values.to(means.dtype), key_order) - means[..., None, :]) * there[..., None]
     spread, slant = slots.square().sum(-1), (slots @ means[..., None])[..., 0]
     size = means.square().sum(-1, keepdim=True) * there
-    flat = to_blocks(keys.to(means.dtype), columns).flatten(-3, -2).mT
+    flat = to_blocks(keys.to(means.dtype), key_order).flatten(-3, -2).mT
     step = max(1, logits_at_once(q.device) // (q.shape[0] * q.shape[1] * flat.shape[-1]))
     found = []
     for some in queries.split(step, 2):
-        logits = (some @ flat * scale).unflatten(-1, (-1, columns.block)).masked_fill_(there == 0, -torch.inf)
+        logits = (some @ flat * scale).unflatten(-1, (-1, key_order.block)).masked_fill_(there == 0, -torch.inf)
         top = logits.amax((-1, -2))[..., None]
         at_mean = (some @ pseudo.mT * scale - top).exp_()[..., None]
         weight = logits.sub_(top[..., None]).exp_()

@@ -111,7 +111,7 @@ def _rows(at: slice, rows: slice, x: Tensor) -> Tensor:
 
 @functools.lru_cache(maxsize=16)
 def _query_blocks(order: TokenOrder, device: torch.device) -> Tensor:
-    return order.block_of_token().to(device)
+    return order.block_of_token()[order.grid.visual_rows].to(device)
 
 
 def spread(x: Tensor, order: TokenOrder) -> Tensor:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from dit_accel.kernels.block_sparse.dense import logits_at_once
 from dit_accel.kernels.block_sparse.geometry import BlockLists
-from dit_accel.kernels.cuts import Cut, block_means, to_blocks, visual_of
+from dit_accel.kernels.cuts import block_means, to_blocks, visual_of
 from dit_accel.kernels.tail.portable import spread
 from dit_accel.kernels.tail.reference import in_tail
 from dit_accel.order import TokenOrder, valid_tokens
@@ -27,13 +27,12 @@ def trusted(q: Tensor, k: Tensor, query_order: TokenOrder, key_order: TokenOrder
         query_order, key_order: how the visual tokens are cut into blocks; of one grid.
     """
     queries, keys = visual_of(q, query_order.grid), visual_of(k, key_order.grid)
-    rows, columns = Cut.of(query_order).order, Cut.of(key_order).order
     # maps of scores, and the deviations of all tokens, exist for some heads at a time
-    largest = q.shape[0] * max(rows.blocks * columns.blocks, queries[0, 0].numel())
+    largest = q.shape[0] * max(query_order.visual_blocks * key_order.visual_blocks, queries[0, 0].numel())
     step, found = max(1, 4 * logits_at_once(q.device) // largest), []
     for some in (slice(first, first + step) for first in range(0, q.shape[1], step)):
-        query, of_query = _pooled(queries[:, some], rows)
-        key, of_key = _pooled(keys[:, some], columns)
+        query, of_query = _pooled(queries[:, some], query_order)
+        key, of_key = _pooled(keys[:, some], key_order)
         slack = (of_query @ key.mT).abs_() + (query @ of_key.mT).abs_()
         found.append((query @ key.mT).abs_() > slack)
     return torch.cat(found, 1)
@@ -79,9 +78,8 @@ def compensated(
         [B, H, visual, D], in the dtype of q.
     """
     grid = key_order.grid
-    rows, columns = Cut.of(query_order).order, Cut.of(key_order).order
-    queries, keys = (block_means(visual_of(x, grid), cut) for x, cut in ((q, rows), (k, columns)))
-    sizes = valid_tokens(columns).to(q.device, keys.dtype)
+    queries, keys = (block_means(visual_of(x, grid), order) for x, order in ((q, query_order), (k, key_order)))
+    sizes = valid_tokens(key_order).to(q.device, keys.dtype)
     logits = queries @ keys.mT * scale + sizes.log()
     place = torch.arange(grid.tokens, device=q.device)
     around = (place < grid.visual_start) | (place >= grid.visual_start + grid.visual)
@@ -92,8 +90,8 @@ def compensated(
     others = k.masked_fill(hidden[:, None, :, None], 0)[:, :, around].to(keys.dtype)
     text_logits = (queries @ others.mT * scale).masked_fill(hidden[:, None, None, around], -torch.inf)
     shares = torch.cat([logits, text_logits], -1).softmax(-1)[..., : keys.shape[2]]
-    shares = shares * in_tail(lists, dropped, columns.blocks)
+    shares = shares * in_tail(lists, dropped, key_order.visual_blocks)
     ratio = 1 - shares.sum(-1, keepdim=True)
-    values = block_means(visual_of(v, grid), columns)
-    ratio, rest = (spread(x, rows) for x in (ratio, shares @ values))
+    values = block_means(visual_of(v, grid), key_order)
+    ratio, rest = (spread(x, query_order) for x in (ratio, shares @ values))
     return (ratio * exact + rest).to(q.dtype)

@@ -5,9 +5,10 @@ import torch
 
 pytest.importorskip("triton")
 
-from dit_accel.kernels.cuts import Cut
 from dit_accel.kernels.router import triton, triton_configs
 from dit_accel.kernels.router.call import RouterCall
+from dit_accel.order import TokenOrder
+from dit_accel.tokens import TokenGrid
 from tools.kernels import router as declared
 from tools.kernels.ahead_of_time import ARCHS
 
@@ -28,17 +29,17 @@ def launched(monkeypatch):
     counts, shares = torch.ones(1, 1, 1, dtype=torch.int32), torch.ones(1, 1, 1)
     for dim in declared.HEAD_DIMS:
         for frames, cells in ((8, 1), (32, 4)):
-            cuts = [Cut((frames, 64, 64), block, TILES[block]) for block in (128, 64)]
+            orders = [TokenOrder(TokenGrid(frames, 64, 64), block, TILES[block]) for block in (128, 64)]
             q = torch.zeros(1, 1, frames * 4096, dim, dtype=torch.float16)
-            forced = torch.zeros(cuts[0].blocks, cuts[1].blocks, dtype=torch.bool)
+            forced = torch.zeros(orders[0].blocks, orders[1].blocks, dtype=torch.bool)
             tau = 1.0 if cells == 1 else None
             for parts in (
                 (counts, shares, forced, tau, False, cells, 0.1),
                 *(((counts, None, None, None, False, cells, None), (None, shares, None, None, False, cells, None))),
                 *(((None, None, forced, None, False, cells, None), (None, None, None, None, False, cells, 0.1))),
             ):
-                triton.route(q, q, RouterCall(*cuts, *parts, 0.1, cuts[1].blocks))
-            triton.route(q, q, RouterCall(*cuts, counts, None, None, None, False, cells, None, 0.1, 5, skip=2))
+                triton.route(q, q, RouterCall(*orders, *parts, 0.1, orders[1].blocks))
+            triton.route(q, q, RouterCall(*orders, counts, None, None, None, False, cells, None, 0.1, 5, skip=2))
     return found
 
 

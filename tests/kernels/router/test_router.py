@@ -8,7 +8,7 @@ from router_calls import GRIDS, RULES, SIZES, blocks, dense, inputs
 
 from dit_accel.errors import DitAccelError
 from dit_accel.kernels import impls
-from dit_accel.kernels.cuts import Cuts
+from dit_accel.kernels.block_sparse.geometry import Geometry
 from dit_accel.kernels.router import api
 from dit_accel.kernels.router.api import classify, route
 from dit_accel.kernels.router.call import Rule, thresholds
@@ -174,10 +174,10 @@ def test_the_operator_is_whole_and_compiles():
     grid = TokenGrid(3, 5, 7)
     q, k = torch.randn(2, 2, 3, grid.tokens, 6)
     order = TokenOrder(grid, 8)
-    cuts = Cuts.of(order, order).pack()
+    sizes = Geometry.of_visual(order, order).pack(), order.visual_blocks
     counts, shares = torch.full((1, 1, 1), 2, dtype=torch.int32), torch.rand(2, 3, order.visual_blocks)
     forced = torch.rand(order.visual_blocks, order.visual_blocks) < 0.1
-    arguments = (q, k, cuts, counts, shares, forced, 1.0, True, 1, 0.2, 0.4, order.visual_blocks, 2, "portable")
+    arguments = (q, k, *sizes, counts, shares, forced, 1.0, True, 1, 0.2, 0.4, order.visual_blocks, 2, "portable")
     torch.library.opcheck(api.route_blocks, arguments)
 
     def lists(q, k):

@@ -10,7 +10,6 @@ pytest.importorskip("triton")
 
 from dit_accel.kernels.block_sparse.geometry import Geometry
 from dit_accel.kernels.block_sparse.triton_configs import SHARED_BYTES
-from dit_accel.kernels.cuts import Cut
 from dit_accel.kernels.sla import triton
 from dit_accel.kernels.sla import triton_configs as configs
 from dit_accel.kernels.sla.call import LINEAR_SCOPES
@@ -41,7 +40,7 @@ def launched(monkeypatch, arch):
         geometry = dataclasses.replace(Geometry.of(*orders), own_queries=True)
         q = torch.zeros(1, 1, tokens, dim, dtype=torch.float16)
         lists = (torch.zeros(1, 1, tokens // block_q, n, dtype=torch.int32) for n in (1, 2))
-        *whole, _ = triton.state(q, q, Cut((1, 1, tokens), block), "softmax")
+        *whole, _ = triton.state(q, q, geometry.key_order, "softmax")
         tensors = *whole, *lists, torch.zeros(dim, dim), torch.zeros(1, dtype=torch.int32)
         for scope in LINEAR_SCOPES if max(block_q, block) <= configs.MARGINAL_BLOCK else ("all",):
             call = triton.FusedCall(geometry, 0.125, "softmax", scope, *tensors)

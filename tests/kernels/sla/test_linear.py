@@ -21,7 +21,7 @@ LAYOUTS = {
 
 def make(cuts, topk, skip, dtype=torch.float64, heads=2, dim=5):
     torch.manual_seed(0)
-    tokens = cuts.keys.order.grid.visual
+    tokens = cuts.key_order.grid.visual
     q, k, v = (torch.randn(2, heads, tokens, dim, dtype=dtype) for _ in range(3))
     return q, k, v, *route(q, k, cuts, topk, skip)
 
@@ -29,7 +29,7 @@ def make(cuts, topk, skip, dtype=torch.float64, heads=2, dim=5):
 def by_hand(q, k, v, critical, negligible, cuts, feature_map):
     """One query block at a time, over the tokens of its marginal blocks."""
     out = torch.zeros_like(v)
-    rows, slots = (cut.order.index().reshape(-1, cut.block) for cut in cuts)
+    rows, slots = (order.index().reshape(-1, order.block) for order in cuts.orders)
     a, b = apply_map(q, feature_map), apply_map(k, feature_map)
     for sample in range(len(q)):
         for head in range(q.shape[1]):
@@ -46,7 +46,7 @@ def by_hand(q, k, v, critical, negligible, cuts, feature_map):
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 def test_marginal_against_sums_by_hand(layout, feature_map):
     cuts = cuts_of(*layout)
-    blocks = cuts.keys.blocks
+    blocks = cuts.key_order.blocks
     for topk, skip in ((1, 0), (1, min(1, blocks - 1)), (blocks, 0)):
         q, k, v, *lists = make(cuts, topk, skip)
         out, _ = linear_marginal(q, k, v, *lists, cuts.pack(), feature_map)
@@ -57,7 +57,7 @@ def test_marginal_against_sums_by_hand(layout, feature_map):
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 def test_marginal_gradients(layout, feature_map):
     cuts = cuts_of(*layout)
-    q, k, v, *lists = make(cuts, 1, min(1, cuts.keys.blocks - 1), heads=1, dim=3)
+    q, k, v, *lists = make(cuts, 1, min(1, cuts.key_order.blocks - 1), heads=1, dim=3)
 
     def branch(q, k, v):
         return linear_marginal(q, k, v, *lists, cuts.pack(), feature_map)[0]

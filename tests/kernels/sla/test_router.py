@@ -32,7 +32,7 @@ LAYOUTS = {
 def rank_by_hand(q, k, cuts):
     """Key blocks of every query block, best first: int64 [B, H, query blocks, key blocks]."""
     means = []
-    for x, order in ((q, cuts.queries.order), (k, cuts.keys.order)):
+    for x, order in ((q, cuts.query_order), (k, cuts.key_order)):
         slots = order.index().reshape(order.visual_blocks, order.block)
         means.append(torch.stack([x[:, :, row[row >= 0]].double().mean(2) for row in slots], dim=2))
     scores = means[0] @ means[1].mT
@@ -44,7 +44,7 @@ def rank_by_hand(q, k, cuts):
 def test_critical_are_the_best_and_negligible_the_worst(layout, dtype):
     torch.manual_seed(0)
     cuts = cuts_of(*layout)
-    order = cuts.keys.order
+    order = cuts.key_order
     q, k = (torch.randn(2, order.grid.visual, 3, 40, dtype=dtype).transpose(1, 2) for _ in range(2))
     blocks = order.visual_blocks
     best = rank_by_hand(q, k, cuts)
@@ -175,11 +175,9 @@ def test_rows_at_once_do_not_matter(monkeypatch):
 
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 def test_blocks_and_back(layout):
-    cut = cuts_of(*layout).queries
-    order = cut.order
+    order = cuts_of(*layout).query_order
     x = torch.randn(2, order.grid.visual, 3)
     blocks = to_blocks(x, order)
-    assert cut.blocks == order.visual_blocks
     assert blocks.shape == (2, order.visual_blocks, order.block, 3)
     assert torch.equal(from_blocks(blocks, order), x)
     padding = order.index().reshape(blocks.shape[1:3]) < 0

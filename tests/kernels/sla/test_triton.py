@@ -3,7 +3,6 @@
 ``TRITON_INTERPRET=1`` must be set before Triton is imported, so this file runs in a process of its own.
 """
 
-import dataclasses
 import importlib.util
 import os
 
@@ -15,7 +14,7 @@ from sla_calls import cuts_of, route, sparse_linear_attention
 from dit_accel.errors import DitAccelError
 from dit_accel.kernels.block_sparse.geometry import Geometry
 from dit_accel.kernels.block_sparse.triton_configs import Launch
-from dit_accel.kernels.cuts import Cuts, block_means
+from dit_accel.kernels.cuts import block_means
 from dit_accel.kernels.router.api import classify, single_blocks
 from dit_accel.kernels.router.triton_configs import MAX_COUNTED
 from dit_accel.kernels.sla import ops, triton_configs
@@ -66,7 +65,7 @@ def test_lists_are_those_of_the_portable_router(layout, kind, dtype):
     if dtype != torch.float32 and INTERPRETED and layout != "ragged":
         pytest.skip("half precision is interpreted on one layout: the sums are fp32 all the same")
     cuts = cuts_of(*cut)
-    arguments = *inputs(kind, cuts.keys.order.grid.visual, dtype), cuts, topk, skip
+    arguments = *inputs(kind, cuts.key_order.grid.visual, dtype), cuts, topk, skip
     for got, wanted in zip(route(*arguments, "triton"), route(*arguments), strict=True):
         assert got.dtype == torch.int32 and torch.equal(got, wanted)
 
@@ -106,19 +105,13 @@ def test_text_around_the_visual_tokens_is_not_read():
         assert torch.equal(got, expected)
 
 
-def geometry_of(cuts):
-    """`Geometry.pack` of visual tokens alone."""
-    return dataclasses.replace(Geometry.of(*(cut.order for cut in Cuts.unpack(cuts))), own_queries=True).pack()
-
-
 def attend(q, k, v, critical, negligible, weight, bias, cuts, feature_map, scope):
     """`ops.attend` of visual tokens alone, with the state that it wants."""
-    keys = Cuts.unpack(cuts).keys
-    state, total, _ = ops.state(k.detach(), v.detach(), keys.pack(), feature_map)
-    geometry, text_len = geometry_of(cuts), critical.new_zeros(len(q))
+    state, total, _ = ops.state(k.detach(), v.detach(), cuts, Geometry.unpack(cuts).key_order.blocks, feature_map)
+    text_len = critical.new_zeros(len(q))
     training = any(x.requires_grad for x in (q, k, v, weight))
     return ops.attend(
-        q, k, v, state, total, critical, negligible, weight, bias, text_len, geometry, 0.25, feature_map,
+        q, k, v, state, total, critical, negligible, weight, bias, text_len, cuts, 0.25, feature_map,
         scope, training, "triton",
     )  # fmt: skip
 
@@ -126,7 +119,7 @@ def attend(q, k, v, critical, negligible, weight, bias, cuts, feature_map, scope
 def branch(q, k, v, weight, bias, feature_map):
     """The linear branch of scope "all" alone: no block is critical."""
     cuts = cuts_of((1, 1, k.shape[2]), 16)
-    none = torch.empty(*q.shape[:2], cuts.queries.blocks, 0, dtype=torch.int32, device=q.device)
+    none = torch.empty(*q.shape[:2], cuts.query_order.blocks, 0, dtype=torch.int32, device=q.device)
     return attend(q, k, v, none, none, weight, bias, cuts.pack(), feature_map, "all")[0]
 
 
@@ -169,19 +162,17 @@ def test_ten_runs_are_bit_equal():
 
 def test_ops_are_registered_properly():
     _, k = inputs("random", 20, torch.float32, heads=1, dim=16)
-    cut = cuts_of((1, 4, 5), 16).keys.pack()
-    torch.library.opcheck(ops.state, (k, k, cut, "elu"))
+    torch.library.opcheck(ops.state, (k, k, cuts_of((1, 4, 5), 16).pack(), 2, "elu"))
 
 
 @pytest.mark.parametrize("scope", ["all", "marginal"])
 def test_the_fused_op_is_registered_properly(scope):
     q, k, v, critical, negligible, cuts, feature_map = marginal_call()
-    keys = Cuts.unpack(cuts).keys
-    state, total, _ = ops.state(k, v, keys.pack(), feature_map)
+    state, total, _ = ops.state(k, v, cuts, Geometry.unpack(cuts).key_order.blocks, feature_map)
     weight, bias = (torch.randn(size, device=DEVICE) for size in ((24, 24), (24,)))
     leaves = (x.requires_grad_() for x in (q, k, v))
     projection = (x.requires_grad_() for x in (weight, bias))
-    lengths = critical.new_zeros(1), geometry_of(cuts), 0.25
+    lengths = critical.new_zeros(1), cuts, 0.25
     tensors = *leaves, state, total, critical, negligible, *projection
     torch.library.opcheck(ops.attend, (*tensors, *lengths, feature_map, scope, True, "triton"))
     with torch.no_grad():
@@ -307,16 +298,17 @@ def test_blocks_in_steps(monkeypatch, hot):
     plain, _ = linear_marginal(q, k, v, critical, negligible, *rest)
     out, *_ = marginal(q, k, v, critical, negligible, *rest)
     assert_accurate("out", out, plain, exact, magnitude=4 * exact.abs())
-    cut = Cuts.unpack(rest[0]).keys
-    torch.testing.assert_close(ops.state(k, v, cut.pack(), "relu")[2], block_means(k, cut.order), rtol=1e-6, atol=1e-7)
+    order = Geometry.unpack(rest[0]).key_order
+    means = ops.state(k, v, rest[0], order.blocks, "relu")[2]
+    torch.testing.assert_close(means, block_means(k, order), rtol=1e-6, atol=1e-7)
 
 
 def test_the_means_of_the_state_choose_the_same_blocks():
     """What a call routes by is what `route` reports."""
     cuts = cuts_of((3, 3, 5), 16, (2, 2, 4), 32, (2, 4, 4))
     q, k = inputs("random", 45, torch.float32)
-    means = ops.state(k, k, cuts.keys.pack(), "softmax")[2]
-    found = classify(q, means, cuts.queries.order, single_blocks(means), 3, 2, "triton")
+    means = ops.state(k, k, cuts.pack(), cuts.key_order.blocks, "softmax")[2]
+    found = classify(q, means, cuts.query_order, single_blocks(means), 3, 2, "triton")
     for got, wanted in zip(found, route(q, k, cuts, 3, 2, "triton"), strict=True):
         assert torch.equal(got, wanted)
 
