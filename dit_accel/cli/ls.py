@@ -9,8 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from dit_accel import registry
 from dit_accel.cli.options import JsonOptions, command
 from dit_accel.errors import DitAccelError
+from dit_accel.generation.sources import EMBEDDED
+from dit_accel.pipelines.refused import REFUSED
 from dit_accel.registry import did_you_mean
 from dit_accel.values import option
 
@@ -32,34 +35,28 @@ def ls(given: dict[str, Any]) -> None:
 
     Example: dit-accel ls wan
     """
-    from dit_accel import registry
-    from dit_accel.generation.sources import EMBEDDED
-    from dit_accel.pipelines.refused import REFUSED
-
     options = LsOptions(**given)
     methods = {name: _method(found) for name, found in registry.get_methods().items()}
     families = {name: _family(found) for name, found in registry.get_families().items()}
     if options.name is not None:
-        found = _find(options.name, methods, families, REFUSED)
+        found = _find(options.name, methods, families)
         typer.echo(json.dumps(found, indent=2) if options.json else "\n".join(_describe(found)))
     elif options.json:
         lists = {"methods": list(methods.values()), "families": list(families.values())}
         typer.echo(json.dumps(lists | {"refused": REFUSED, "embedded": list(EMBEDDED)}, indent=2))
     else:
-        _print_lists(methods, families, REFUSED, EMBEDDED)
+        _print_lists(methods, families)
 
 
-def _find(
-    name: str, methods: Mapping[str, Any], families: Mapping[str, Any], refused: Mapping[str, str]
-) -> dict[str, Any]:
+def _find(name: str, methods: Mapping[str, Any], families: Mapping[str, Any]) -> dict[str, Any]:
     """The method, the family (by its own name or that of one of its transformers) or the refused transformer."""
     classes = {kind: family for family in families.values() for kind in family["transformers"]}
     for known in (methods, families, classes):
         if name in known:
             return dict(known[name])
-    if name in refused:
-        return {"name": name, "refused": refused[name]}
-    near = did_you_mean(name, [*methods, *families, *classes, *refused])
+    if name in REFUSED:
+        return {"name": name, "refused": REFUSED[name]}
+    near = did_you_mean(name, [*methods, *families, *classes, *REFUSED])
     raise DitAccelError(f"There is no method, family or transformer {name!r}.{near} `dit-accel ls` lists them.")
 
 
@@ -112,9 +109,7 @@ def _describe(found: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def _print_lists(
-    methods: Mapping[str, Any], families: Mapping[str, Any], refused: Mapping[str, str], embedded: tuple[str, ...]
-) -> None:
+def _print_lists(methods: Mapping[str, Any], families: Mapping[str, Any]) -> None:
     """A line each, cut at the terminal's width."""
     from rich.console import Console
 
@@ -128,8 +123,8 @@ def _print_lists(
             cut = text if len(text) <= console.width else f"{text[: console.width - 1]}…"
             console.print(cut, highlight=False, markup=False)
     lines = (
-        f"Refused: {len(refused)} transformers, each with its reason",
-        f"Embedded models: {', '.join(embedded)}",
+        f"Refused: {len(REFUSED)} transformers, each with its reason",
+        f"Embedded models: {', '.join(EMBEDDED)}",
         "All about one: dit-accel ls NAME, of a method, a family or a transformer's class",
     )
     console.print("\n".join(lines), highlight=False, markup=False)

@@ -72,13 +72,10 @@ class AttentionRecord:
 def record_attention(
     accel: Accelerator, run: Callable[[], Any], steps: Indices = None, layers: Indices = None, queries: int = QUERIES
 ) -> AttentionRecord:
-    """Measure the sparse attention calls of one run.
+    """Measure the sparse attention calls of one run, on so many sampled queries in each head of a call.
 
-    Args:
-        run: calls the pipeline once; its transformers are not compiled.
-        steps: denoising steps to measure; None: all.
-        layers: indices of layers in each transformer, in the order they run; None: all.
-        queries: to sample in each head of a call.
+    `run` calls the pipeline once; its transformers are not compiled. `layers` are indices in each transformer, in the
+    order they run.
 
     Raises:
         DitAccelError: the run has no such step or the model no such layer, or the steps are unknown.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -32,10 +33,8 @@ def find(folder: Path) -> list[Captioned]:
     paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in VIDEOS + PICTURES)
     if not paths:
         raise DitAccelError(f"{folder} holds no image or video ({', '.join(VIDEOS + PICTURES)}).")
-    named: dict[str, Path] = {}
-    for path in paths:
-        other = named.setdefault(path.stem, path)
-        if other is not path:
+    for other, path in itertools.pairwise(sorted(paths, key=lambda path: path.stem)):
+        if other.stem == path.stem:
             raise DitAccelError(f"{other.name} and {path.name} in {folder} share one caption. Rename one of them.")
     return [Captioned(path, _caption(path.with_suffix(".txt"))) for path in paths]
 

@@ -174,12 +174,10 @@ def load(
     offload: str = "none",
     given: Iterable[str] = ("prompt",),
 ) -> DiffusionPipeline:
-    """Load the pipeline from safetensors only, and run no code of the model.
+    """Load the pipeline from safetensors only, and run no code of the model; Wan's codec stays in float32.
 
-    Args:
-        dtype: of the weights; Wan's codec stays in float32.
-        offload: "none" keeps the pipeline there; "model" and "group" move components or layers there when they run.
-        given: arguments of the calls to come; of a modular pipeline, the components that they need are loaded.
+    Offloading "model" and "group" move components or layers to the device when they run. `given` are arguments of the
+    calls to come; of a modular pipeline, the components that they need are loaded.
 
     Raises:
         DitAccelError: weights are missing, damaged or in another format, or the device has too little memory.

@@ -170,10 +170,8 @@ def at_density(grid: TokenGrid, density: float) -> dict[str, Any]:
 
 def axis_choices(length: int, query: int, key: int) -> list[tuple[int, int]]:
     """Windows and strides of one axis in whole tiles of `query` and `key` positions, and the whole axis."""
-    choices = [(length, length)]
-    for stride in (query, 2 * query):
-        choices += [(window, stride) for window in range(stride, length, 2 * key)]
-    return choices
+    spans = [(window, stride) for stride in (query, 2 * query) for window in range(stride, length, 2 * key)]
+    return [(length, length), *spans]
 
 
 METHOD = Method(
