@@ -163,19 +163,19 @@ def get_shape(name: str) -> Shape:
 
 
 def select(
-    shapes: Sequence[str] | None = None,
-    settings: Sequence[MethodSetting] | None = None,
-    densities: Sequence[float] | None = None,
-    dtypes: Sequence[str] | None = None,
-    directions: Sequence[str] | None = None,
+    shapes: Sequence[str] = (),
+    settings: Sequence[MethodSetting] = (),
+    densities: Sequence[float] = (),
+    dtypes: Sequence[str] = (),
+    directions: Sequence[str] = (),
     pattern: str = "*",
     device: str | None = None,
 ) -> list[Row]:
     """Selected rows of operators, declared or new.
 
     Args:
-        shapes: names; None: all.
-        settings: methods with or without settings; None, as for the next three: those declared for the shape.
+        shapes: names; none: all.
+        settings: methods with or without settings; none, as for the next three: those declared for the shape.
         densities, dtypes, directions: of the rows.
         pattern: of row names, with the wildcards of a shell.
         device: type of the device; shapes declared for others are left out. None: keeps them.
@@ -186,7 +186,7 @@ def select(
     check_known("dtype", dtypes, DTYPES)
     check_known("direction", directions, DIRECTIONS)
     check_densities(densities)
-    chosen = get_shapes().values() if shapes is None else map(get_shape, shapes)
+    chosen = map(get_shape, shapes or get_shapes())
     rows = [
         Row(shape, setting, dtype, direction)
         for shape in chosen
@@ -205,17 +205,15 @@ def select(
     return found
 
 
-def _settings(
-    shape: Shape, settings: Sequence[MethodSetting] | None, densities: Sequence[float] | None
-) -> Iterator[MethodSetting]:
+def _settings(shape: Shape, settings: Sequence[MethodSetting], densities: Sequence[float]) -> Iterator[MethodSetting]:
     declared = shape.declared()
-    asked = declared if settings is None else [setting for setting in settings if setting.config is None]
+    asked = [setting for setting in settings if setting.config is None] if settings else declared
     for method in dict.fromkeys(setting.method for setting in asked):
         own = dict.fromkeys(setting.density for setting in declared if setting.method == method)
         for density in densities or own or DENSITIES:
             matching = [setting for setting in declared if (setting.method, setting.density) == (method, density)]
             yield from matching or [MethodSetting(method, density)]
-    yield from (setting for setting in settings or () if setting.config is not None)
+    yield from (setting for setting in settings if setting.config is not None)
 
 
 def check_known(kind: str, names: Iterable[str] | None, known: Sequence[str]) -> None:

@@ -196,11 +196,7 @@ def outcome_of(name: str, measure: Callable[[], dict[str, Any]]) -> RowOutcome:
 
 
 def make_problem(row: Row, device: torch.device, impl: Impl = "auto") -> Problem:
-    """Random tensors of a row's shape, in memory as models pass them, and its plan.
-
-    Raises:
-        DitAccelError: no setting of the method comes near the row's density, or its settings do not fit the grid.
-    """
+    """Random tensors of a row's shape, in memory as models pass them, and its plan; errors as of `config_on`."""
     shape, method = row.shape, registry.get_method(row.setting.method)
     plan = registry.plan(method.name, shape.grid, **row.setting.config_on(shape.grid))
     generator = torch.Generator(device).manual_seed(SEED)
@@ -258,9 +254,6 @@ def count(row: Row) -> dict[str, Any]:
     Returns:
         `tflop`: least and most, of the attended pairs; `block_tflop`: of the blocks that a kernel visits, None if only
         a call tells; `dense_tflop`: of all pairs.
-
-    Raises:
-        DitAccelError: the setting does not fit the shape, or comes not near its density.
     """
     shape = row.shape
     made = registry.plan(row.setting.method, shape.grid, **row.setting.config_on(shape.grid))

@@ -146,11 +146,11 @@ def _chosen(options: BenchOptions, device: torch.device | None) -> list[Row]:
 
     here = None if options.shape or options.rows is not None or device is None else device.type
     return select(
-        options.shape or None,
-        method_settings(options.method) or None,
-        options.density or None,
-        options.dtype or None,
-        options.direction or None,
+        options.shape,
+        method_settings(options.method),
+        options.density,
+        options.dtype,
+        options.direction,
         "*" if options.rows is None else options.rows,
         here,
     )
@@ -204,8 +204,7 @@ def measured(
 ) -> tuple[list[dict[str, Any]], int]:
     """Measure `count` rows and tell how it goes; `time` is the field that has a row's milliseconds.
 
-    Returns:
-        The records, and the exit status: `NOT_MEASURED` if a reachable row was not measured.
+    The exit status, beside the records, is `NOT_MEASURED` if a reachable row was not measured.
     """
     outcomes: list[RowOutcome] = []
     try:

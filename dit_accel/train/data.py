@@ -150,10 +150,7 @@ class Order:
     """The samples of each micro-batch: a function of seed and position alone, so a run can resume anywhere.
 
     Every epoch is a new permutation, in which the samples of each kind are cut into batches. An epoch leaves out the
-    rest of a kind. A kind with fewer samples than a batch is repeated to fill one.
-
-    Args:
-        batch: samples in a micro-batch.
+    rest of a kind. A kind with fewer samples than a batch (of one process) is repeated to fill one.
     """
 
     def __init__(self, kinds: list[str], batch: int, seed: int) -> None:

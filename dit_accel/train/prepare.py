@@ -96,9 +96,7 @@ class Preparer:
     def levels(self, steps: int, latents: torch.Size) -> torch.Tensor:
         """The noise levels that the pipeline visits in `steps` steps, from noise to 0: float32 [steps + 1].
 
-        Args:
-            steps: of the call.
-            latents: expected shape, by which some pipelines shift the levels.
+        Some pipelines shift them by the shape of the latents, so another shape than `latents` is refused.
         """
         _, shape = self.conditioning("", steps)
         if shape != latents:

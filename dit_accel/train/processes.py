@@ -26,15 +26,7 @@ def check_tracker(name: str | None) -> None:
 
 
 def join(settings: TrainSettings, output: pathlib.Path) -> Any:
-    """Hugging Face's `Accelerator` for a run.
-
-    Args:
-        settings: with precision, accumulation and tracker.
-        output: folder of the run, where trackers write.
-
-    Raises:
-        DitAccelError: the tracker is not installed, or the processes use DeepSpeed or FSDP 1.
-    """
+    """Hugging Face's `Accelerator` for a run, whose trackers write to `output`; DeepSpeed and FSDP 1 are refused."""
     from accelerate import Accelerator, DistributedDataParallelKwargs
     from accelerate.utils import DistributedType
 

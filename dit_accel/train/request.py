@@ -42,11 +42,7 @@ class RunOptions(SourceOptions, DeviceOptions):
     output: Path = option(Path("trained"), "Of the run; a run that was stopped goes on.", metavar="FOLDER")
 
     def candidate_settings(self, method: str) -> list[dict[str, Any]]:
-        """The candidate settings of a layer search.
-
-        Raises:
-            DitAccelError: there are none, one is refused, or not exactly one of threshold and budget is given.
-        """
+        """The candidate settings of a layer search, which needs some, and either threshold or budget."""
         if (self.threshold is None) == (self.budget is None):
             raise DitAccelError("A layer search needs either --threshold or --budget, not both.")
         if not self.candidates:
@@ -113,14 +109,7 @@ class TrainRequest:
 
     @classmethod
     def of(cls, run: Mapping[str, Any], data: Mapping[str, Any], train: Mapping[str, Any]) -> TrainRequest:
-        """The request that options and their recipe make.
-
-        Args:
-            run, data, train: fields of `RunOptions`, `DataSettings` and `TrainSettings` from the command line.
-
-        Raises:
-            DitAccelError: the recipe cannot be read, or a value is refused.
-        """
+        """The request that options from the command line and their recipe make, fields of the three by name."""
         asked = RunOptions(**run)
         base = None if asked.recipe is None else read_recipe(asked.recipe)
         given = {**read_options(asked.others), **train}

@@ -101,11 +101,7 @@ def measure(
 
 
 class Probe:
-    """Measures settings in one layer, with the other layers dense; the arguments are those of `measure`.
-
-    Attributes:
-        layers: how many the model has.
-    """
+    """Measures settings in one of the `layers`, with the others dense; the arguments are those of `measure`."""
 
     def __init__(
         self, pipe: DiffusionPipeline, method: str, data: Dataset, samples: int, seed: int = 0, steps: int = 50

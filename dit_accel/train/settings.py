@@ -44,11 +44,7 @@ class LevelSettings(values.Checked):
 
 @dataclasses.dataclass(frozen=True)
 class Distillation:
-    """Multi-step consistency distillation; see `process.LevelSegments`.
-
-    Raises:
-        DitAccelError: a value is of the wrong kind or out of range, or there are fewer teacher steps than segments.
-    """
+    """Multi-step consistency distillation; see `process.LevelSegments`."""
 
     segments: int = option(4, "Steps that the student will need.", least=1)
     teacher_steps: int = option(16, "Steps of the teacher's trajectory, a multiple of `segments` or more.", least=1)
@@ -196,11 +192,7 @@ class Recipe(values.Checked):
 
 
 def read_recipe(name: str) -> Recipe:
-    """A recipe by the name of one that comes with the package, or by path.
-
-    Raises:
-        DitAccelError: the file is missing or no recipe.
-    """
+    """A recipe by the name of one that comes with the package, or by path; other files are refused."""
     content = values.read_yaml(name, RECIPES, "recipe")
     wanted = {field.name for field in dataclasses.fields(Recipe)} - {"name"}
     if set(content) != wanted:

@@ -69,11 +69,7 @@ def run(request: TuneRequest) -> list[str]:
 
 
 def ranked(heads: int, loss: Callable[[tuple[int, ...]], float]) -> Ranked:
-    """The heads of a layer in the order of their losses, and the losses of skipping the first of them together.
-
-    Args:
-        loss: of keeping some heads, 1 or 0 for each.
-    """
+    """The heads of a layer by loss, and the losses of skipping the first together; `loss` takes 1 or 0 for each."""
     alone = [loss(_without([head], heads)) for head in range(heads)]
     order = sorted(range(heads), key=alone.__getitem__)
     return order, [alone[order[0]], *(loss(_without(order[:count], heads)) for count in range(2, heads))]

@@ -44,7 +44,8 @@ def run(request: TuneRequest) -> tuple[Summary, list[str]]:
         DitAccelError: the request cannot be carried out. Finished samples stay, and the next search uses them.
     """
     assert request.target is not None
-    require = limits_of(request.target)
+    times = re.fullmatch(rf"\s*({gates.NUMBER})\s*x\s*", request.target)
+    require = request.target if times is None else f"speedup>={times[1]}"
     limits = gates.parse(require, "--target")
     measured = [limit.figure for limit in limits if limit.figure not in gates.FIGURES]
     evaluation = request.evaluation(metrics=tuple(dict.fromkeys(["psnr", *measured])), require=require)
@@ -116,12 +117,6 @@ def order(rows: Sequence[Row], metrics: Sequence[dict[str, Any]], limits: Sequen
         return math.inf if value is None else abs(value - limits[0].bound)
 
     return sorted(zip(numbers, rows, strict=True), key=lambda each: (each[0], distance(each[1])))
-
-
-def limits_of(target: str) -> str:
-    """A target as limits: ``1.5x`` is ``speedup>=1.5``."""
-    times = re.fullmatch(rf"\s*({gates.NUMBER})\s*x\s*", target)
-    return target if times is None else f"speedup>={times[1]}"
 
 
 def _layers_of(choice: MethodChoice, pipe: Any) -> LayerSettings:

@@ -106,8 +106,8 @@ class LayerSearch:
 
     def configs(self, method: str) -> list[dict[str, Any]]:
         """The different settings of a method that were tried."""
-        made = {key_of(dataclasses.asdict(self._config(choice))): choice.config for choice in self._of(method)}
-        return list(made.values())
+        own = [choice for choice in self.tried if choice.name == method]
+        return list({key_of(dataclasses.asdict(choice.settings)): choice.config for choice in own}.values())
 
     def work(self, method: str) -> int:
         """What a search takes, in denoising steps."""
@@ -119,8 +119,8 @@ class LayerSearch:
         configs = self.configs(method)
         table, folder = self._table(method, configs, whole), self.request.output / "layers"
         made: dict[str, MethodChoice] = {}
-        for choice in (each for each in finalists if each in self._of(method)):
-            index = table.candidates.index(self._config(choice))
+        for choice in (each for each in finalists if each.name == method and each in self.tried):
+            index = table.candidates.index(choice.settings)
             budget = -(-table.costs[index] * search.RESOLUTION // 1) / search.RESOLUTION  # the search rounds up
             chosen = search.budgeted(table, budget)
             if all(each == index for each in chosen):
@@ -132,12 +132,6 @@ class LayerSearch:
             schedule = dataclasses.replace(choice.schedule, dense_layers=0)
             made[key] = MethodChoice(method, {}, schedule, layers=layers, dense_backend=choice.dense_backend, file=path)
         return list(made.values())
-
-    def _of(self, method: str) -> list[MethodChoice]:
-        return [choice for choice in self.tried if choice.name == method]
-
-    def _config(self, choice: MethodChoice) -> Any:
-        return registry.make_config(choice.name, choice.config)
 
     def _table(self, method: str, configs: list[dict[str, Any]], whole: TotalBar) -> search.Table:
         """The measured losses, or those of an earlier run."""

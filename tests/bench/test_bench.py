@@ -97,7 +97,7 @@ class TestDeclared:
     def test_what_is_asked_for_beyond_is_added(self):
         (found,) = bench_rows.select(["mochi"], [MethodSetting("gna", None)], [0.3], ["float16"], ["both"])
         assert found.name == "mochi/gna/0.3/float16/both"
-        (found,) = bench_rows.select(["mochi"], [GNA], None, ["float16"], ["both"])
+        (found,) = bench_rows.select(["mochi"], [GNA], (), ["float16"], ["both"])
         assert found.name == "mochi/gna:window=2x3x4,stride=1x3x2/-/float16/both"
 
     @pytest.mark.parametrize(
