@@ -28,7 +28,7 @@ from dit_accel.kernels import impls
 from dit_accel.kernels.impls import Impl
 from dit_accel.pipelines.family import Family
 from dit_accel.pipelines.targets import find_transformers
-from dit_accel.registry import Method, get_method, plain
+from dit_accel.registry import Method, get_method, plain, settings_of
 
 _ACTIVE: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Accelerator]] = weakref.WeakKeyDictionary()
 
@@ -146,7 +146,7 @@ class Accelerator:
         layers = self._layers()
         return Report(
             method=self.method,
-            config=dataclasses.asdict(self.config) if layers is None else {"layers": layers},
+            config=settings_of(self.config) if layers is None else {"layers": layers},
             schedule=dataclasses.asdict(self.schedule),
             impl=self.impl,
             calls={engine.name: engine.calls for engine in self._engines},
@@ -207,7 +207,7 @@ class Accelerator:
         layers = self._layers()
         settings = {
             "method": self.method,
-            "config": dataclasses.asdict(self.config) if layers is None else {},
+            "config": settings_of(self.config) if layers is None else {},
             "layers": layers,
             "schedule": dataclasses.asdict(self.schedule),
             "impl": self.impl,

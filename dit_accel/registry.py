@@ -164,6 +164,18 @@ def plan(method: str, grid: TokenGrid, **config: Any) -> Plan:
         return chosen.plan(grid, make_config(method, config))
 
 
+def fields_of(kind: type) -> list[dataclasses.Field[Any]]:
+    """The fields of a method's settings: its own, then those that it shares with other methods."""
+    own = vars(kind).get("__annotations__", ())
+    return sorted(dataclasses.fields(kind), key=lambda field: field.name not in own)
+
+
+def settings_of(config: Any) -> dict[str, Any]:
+    """A method's settings by name, in the order of `fields_of`."""
+    found = dataclasses.asdict(config)
+    return {field.name: found[field.name] for field in fields_of(type(config))}
+
+
 def parse_method(text: str, settings: Iterable[str] = ()) -> tuple[str, dict[str, Any]]:
     """Read ``METHOD[:key=value,...]`` and further ``key=value`` strings, which win.
 

@@ -119,7 +119,7 @@ class Bench:
             "batch": 1,
             "density_asked": row.setting.density,
             "density": density,
-            "config": dataclasses.asdict(plan.config),
+            "config": registry.settings_of(plan.config),
             "impl": implementation,
             "impl_reason": reason,
             **times,

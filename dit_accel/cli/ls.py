@@ -63,8 +63,7 @@ def _find(name: str, methods: Mapping[str, Any], families: Mapping[str, Any]) ->
 def _method(method: Method) -> dict[str, Any]:
     """Name, summary, source, settings with defaults, and whether it learns weights."""
     settings = []
-    own = vars(method.config).get("__annotations__", ())  # before those that it shares with other methods
-    for field in sorted(dataclasses.fields(method.config), key=lambda field: field.name not in own):
+    for field in registry.fields_of(method.config):
         required = field.default is dataclasses.MISSING
         settings.append({"name": field.name, "default": None if required else field.default, "required": required})
     return {

@@ -95,7 +95,7 @@ def _facts(plan: Plan) -> dict[str, Any]:
     queries, keys, visited, total = blocks.query_order, blocks.key_order, blocks.visited, blocks.total
     facts: dict[str, Any] = {
         "method": plan.method,
-        "config": dataclasses.asdict(plan.config),
+        "config": registry.settings_of(plan.config),
         "grid": dataclasses.asdict(plan.grid),
         "tokens": plan.grid.tokens,
         "pairs": plan.pairs,

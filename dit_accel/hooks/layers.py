@@ -20,7 +20,7 @@ from typing import Any
 from dit_accel.errors import DitAccelError
 from dit_accel.files import read_json
 from dit_accel.hooks.schedule import STEPS, Amount, Schedule
-from dit_accel.registry import make_config
+from dit_accel.registry import make_config, settings_of
 
 FORMAT = 1
 
@@ -57,7 +57,7 @@ class LayerSettings:
     def as_dict(self) -> dict[str, list[dict[str, Any] | None]]:
         """`layers` in plain values for JSON."""
         return {
-            name: [None if config is None else dataclasses.asdict(config) for config in own]
+            name: [None if config is None else settings_of(config) for config in own]
             for name, own in self.layers.items()
         }
 

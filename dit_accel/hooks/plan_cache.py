@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import torch
 
 from dit_accel.errors import DitAccelError
 from dit_accel.plans.plan import Plan, building
-from dit_accel.registry import Method
+from dit_accel.registry import Method, settings_of
 from dit_accel.tokens import TokenGrid
 
 PLANS_KEPT = 16
@@ -44,7 +43,7 @@ class PlanCache:
         # settings of a routed method have no `keeps_all`
         if getattr(self._config, "keeps_all", True) or plan.pairs is None or plan.pairs < plan.grid.tokens**2:
             return
-        settings = ", ".join(f"{key}={value!r}" for key, value in dataclasses.asdict(self._config).items())
+        settings = ", ".join(f"{key}={value!r}" for key, value in settings_of(self._config).items())
         raise DitAccelError(
             f"{plan.method} with {settings} keeps every pair of tokens on the grid {plan.grid}, which is dense "
             "attention made slower. Choose tighter settings, a larger video, 'dense' to leave the model as it is, or "

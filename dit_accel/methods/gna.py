@@ -52,12 +52,13 @@ class Config(SharingSettings):
     causal: bool | tuple[bool, bool, bool] = False
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         for value in per_axis(self.window):
-            if value != "full" and (isinstance(value, str) or value <= 0 or (isinstance(value, float) and value > 1)):
+            number = isinstance(value, int | float) and value > 0 and not (isinstance(value, float) and value > 1)
+            if value != "full" and not number:
                 raise DitAccelError(
                     f'gna needs window as a number of tokens >= 1, a fraction in (0, 1] or "full", got {value!r}.'
                 )
+        super().__post_init__()
 
     @property
     def keeps_all(self) -> bool:
