@@ -166,8 +166,8 @@ def plan(method: str, grid: TokenGrid, **config: Any) -> Plan:
 
 def fields_of(kind: type) -> list[dataclasses.Field[Any]]:
     """The fields of a method's settings: its own, then those that it shares with other methods."""
-    own = vars(kind).get("__annotations__", ())
-    return sorted(dataclasses.fields(kind), key=lambda field: field.name not in own)
+    own = list(vars(kind).get("__annotations__", ()))
+    return sorted(dataclasses.fields(kind), key=lambda field: own.index(field.name) if field.name in own else len(own))
 
 
 def settings_of(config: Any) -> dict[str, Any]:
