@@ -97,7 +97,7 @@ def store_sums(tables, totals, table, total, D: tl.constexpr, BLOCK_D: tl.conste
 
 @triton.jit
 def slots_of(block, first, grid, CUT: tl.constexpr, STEP: tl.constexpr):
-    """Row and validity of STEP slots of a block, from slot `first` on. CUT: block and tile, as in `call.Cut.pack`."""
+    """Row and validity of STEP slots of a block, from slot `first` on. CUT: block and tile, 0 for none."""
     T, H, W = grid
     row, valid, _ = locate(
         block, first + tl.arange(0, STEP), 0, 0, 0, T, H, W, 0, 0, CUT[0], CUT[1], CUT[2], CUT[3]

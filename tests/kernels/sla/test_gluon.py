@@ -61,9 +61,9 @@ def emulate(monkeypatch):
 def in_pytorch(monkeypatch):
     """The kernel of the state in PyTorch; tests/kernels/sla/test_triton.py holds them."""
 
-    def state(k, v, cut, feature_map):
+    def state(k, v, order, feature_map):
         phi = apply_map(k.float(), feature_map).to(v.dtype).float()
-        return phi.mT @ v.float(), phi.sum(-2), block_means(k, cut.order)
+        return phi.mT @ v.float(), phi.sum(-2), block_means(k, order)
 
     if not NATIVE:
         monkeypatch.setattr(triton, "state", state)
