@@ -4,7 +4,7 @@
 #     benchmarks/h200.sh [FOLDER]        (benchmarks/results/h200 if not given)
 #
 # 1. the declared rows of the operators, the most telling first; 2. steps of whole models; 3. a profile; 4. the kernels'
-# tests, natively; 5. one page: the tables of all rows, the picture, and the break-even densities made from them.
+# tests, natively; 5. one page: the tables of all rows, and the picture.
 # Every row is written as soon as it is measured: a run that is cut short keeps its rows, and the next call continues.
 # It needs an installed checkout (make install). PARTS=rows or PARTS=steps measures those alone.
 set -uo pipefail
@@ -109,10 +109,9 @@ say "summary"
     if [ -s "$STEPS" ]; then "$PYTHON" -m tools.steps.measure --read "$STEPS" || STATUS=1; fi
 } >"$FOLDER/summary.txt"
 if [ -s "$ROWS" ]; then
-    "$PYTHON" -m dit_accel bench --read "$ROWS" --break-even "$FOLDER/break_even.json" >/dev/null || STATUS=1
     "$PYTHON" -m dit_accel bench --read "$ROWS" --picture "$FOLDER/speedup.png" >/dev/null || echo "no picture (see above)"
 fi
 cat "$FOLDER/summary.txt"
 wc -l "$FOLDER"/*.jsonl
-echo "status $STATUS; put $FOLDER/break_even.json in the place of dit_accel/hooks/break_even.json to have it used"
+echo "status $STATUS"
 exit "$STATUS"

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from dit_accel.errors import DitAccelError
     from dit_accel.plans.plan import Plan, attention
     from dit_accel.registry import list_families, list_methods, plan
+    from dit_accel.setting import Setting
     from dit_accel.tokens import TokenGrid
 
 __version__ = "0.1.0"
@@ -22,6 +23,7 @@ __all__ = [
     "Accelerator",
     "DitAccelError",
     "Plan",
+    "Setting",
     "TokenGrid",
     "accelerate",
     "accelerated",
@@ -43,6 +45,7 @@ _HOME = {
     "plan": "registry",
     "list_families": "registry",
     "list_methods": "registry",
+    "Setting": "setting",
     "TokenGrid": "tokens",
 }
 

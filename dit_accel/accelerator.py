@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
+import functools
+import os
 import pathlib
 import statistics
 import weakref
@@ -16,19 +17,18 @@ from dit_accel.checkpoint import format as checkpoint
 from dit_accel.checkpoint import lora as adapters
 from dit_accel.checkpoint.lora import Trained
 from dit_accel.errors import DitAccelError
-from dit_accel.hooks import layers as layerwise
 from dit_accel.hooks.engine import Engine
-from dit_accel.hooks.layers import LayerSettings
 from dit_accel.hooks.plan_cache import PlanCache
 from dit_accel.hooks.report import Report
-from dit_accel.hooks.schedule import Amount, Schedule
 from dit_accel.hooks.selfcheck import AttentionCall, SelfCheck, Verify
 from dit_accel.hooks.steps import StepClock
 from dit_accel.kernels import impls
 from dit_accel.kernels.impls import Impl
-from dit_accel.pipelines.family import Family
+from dit_accel.pipelines.family import Family, Preset
 from dit_accel.pipelines.targets import find_transformers
-from dit_accel.registry import Method, get_method, plain, settings_of
+from dit_accel.registry import get_method
+from dit_accel.schedule import Amount
+from dit_accel.setting import Setting
 
 _ACTIVE: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Accelerator]] = weakref.WeakKeyDictionary()
 
@@ -37,9 +37,8 @@ class Accelerator:
     """A method at work in the transformers of a pipeline; `accelerate` makes it, `remove` or a with block undoes it.
 
     Attributes:
-        method: name.
-        config: the method's settings, a frozen dataclass; `LayerSettings` where every layer has its own.
-        schedule, impl, allow_dense: as `accelerate` was asked for.
+        setting: method, settings and schedule of every layer and step.
+        impl: as `accelerate` was asked for.
         transformers: by component name.
         trained: the fine-tuning at work besides the method's own weights; None without one.
     """
@@ -48,23 +47,17 @@ class Accelerator:
         self,
         transformers: dict[str, tuple[nn.Module, Family]],
         pipeline: Any | None,
-        method: Method,
-        config: Any,
-        schedule: Schedule,
+        setting: Setting,
         impl: Impl,
-        allow_dense: bool,
         check: SelfCheck,
-        dense_backend: str | None = None,
         notes: tuple[str, ...] = (),
     ) -> None:
-        self.method, self.config, self.schedule = method.name, config, schedule
-        self.impl, self.allow_dense = impl, allow_dense
+        self.setting, self.impl = setting, impl
         self.transformers = {name: transformer for name, (transformer, _) in transformers.items()}
         self._clock = StepClock(pipeline)
-        layered = isinstance(config, LayerSettings)
-        configs = [own for row in config.layers.values() for own in row] if layered else [config]
-        self._plans = {own: PlanCache(method, own) for own in layerwise.distinct(configs)}
-        shared = method, config, schedule, self._clock, self._plans, impl, allow_dense, check, dense_backend
+        method = get_method(setting.method)
+        self._plans = {config: PlanCache(method, config) for config in setting.configs()}
+        shared = setting, self._clock, self._plans, impl, check
         self._engines = [Engine(name, module, family, *shared) for name, (module, family) in transformers.items()]
         self._notes = notes
         self.active = False
@@ -143,11 +136,8 @@ class Accelerator:
         """What ran so far. It works after `remove` too."""
         for engine in self._engines:
             engine.count_last_call()
-        layers = self._layers()
         return Report(
-            method=self.method,
-            config=settings_of(self.config) if layers is None else {"layers": layers},
-            schedule=dataclasses.asdict(self.schedule),
+            setting=self.setting,
             impl=self.impl,
             calls={engine.name: engine.calls for engine in self._engines},
             grids=self._densities(),
@@ -155,18 +145,13 @@ class Accelerator:
             notes=list(dict.fromkeys((*self._notes, *(note for engine in self._engines for note in engine.notes)))),
         )
 
-    def _layers(self) -> dict[str, Any] | None:
-        """Settings of every layer in plain values; None where all layers have the same."""
-        return self.config.as_dict() if isinstance(self.config, LayerSettings) else None
-
     def _densities(self) -> dict[str, float | None]:
         """Density of the plans on each grid, the mean over sparse layers; None if only calls tell it."""
-        seen: dict[str, list[float | None]] = {}
+        by_grid: dict[str, list[float]] = {}
         for layer in (layer for engine in self._engines for layer in engine.layers if layer.dense_reason is None):
             for grid, density in self._plans[layer.config].densities.items():
-                seen.setdefault(str(grid), []).append(density)
-        known = {grid: [each for each in found if each is not None] for grid, found in seen.items()}
-        return {grid: statistics.mean(densities) if densities else None for grid, densities in known.items()}
+                by_grid.setdefault(str(grid), []).extend([] if density is None else [density])
+        return {grid: statistics.mean(densities) if densities else None for grid, densities in by_grid.items()}
 
     def learned_weights(self) -> dict[str, nn.Module]:
         """The method's learned modules, by the dotted path of their attention module in the pipeline."""
@@ -204,21 +189,13 @@ class Accelerator:
                 "remove() has taken the fine-tuning's weights out of the model. Save the accelerator before remove(), "
                 "or load it again."
             )
-        layers = self._layers()
-        settings = {
-            "method": self.method,
-            "config": settings_of(self.config) if layers is None else {},
-            "layers": layers,
-            "schedule": dataclasses.asdict(self.schedule),
-            "impl": self.impl,
-            "allow_dense": self.allow_dense,
-        }
         weights = {
             f"{name}.{key}": tensor
             for name, module in self.learned_weights().items()
             for key, tensor in module.state_dict().items()
         }
-        checkpoint.save(path, settings, checkpoint.identify(self.transformers), weights, self._write_training)
+        models = checkpoint.identify(self.transformers)
+        checkpoint.save(path, self.setting, self.impl, models, weights, self._write_training)
         if push_to_hub:
             from huggingface_hub import HfApi
 
@@ -241,20 +218,19 @@ class Accelerator:
 
     def __repr__(self) -> str:
         state = "active" if self.active else "removed"
-        return f"Accelerator({self.config}, {', '.join(self.transformers)}, {state})"
+        return f"Accelerator({self.setting.text}, {', '.join(self.transformers)}, {state})"
 
 
 def accelerate(
     target: Any,
-    method: str | None = None,
+    method: str | Setting | None = None,
     *,
-    layer_schedule: str | pathlib.Path | LayerSettings | None = None,
+    layer_schedule: str | pathlib.Path | None = None,
     preset: bool = False,
     dense_steps: Amount | None = None,
     dense_last_steps: Amount | None = None,
     dense_layers: Amount | tuple[int, ...] | None = None,
     impl: Impl = "auto",
-    allow_dense: bool = True,
     verify: Verify | None = None,
     keep_dense_above: float | None = None,
     dense_backend: str | None = None,
@@ -272,17 +248,15 @@ def accelerate(
 
     Args:
         target: a Diffusers pipeline, modular or not; an object with a `transformer`; or one transformer.
-        method: a name from `list_methods`; None with `layer_schedule`.
-        layer_schedule: method and settings of every layer, in place of `method`, `config` and `dense_layers`: a JSON
-            file (format: `dit_accel.hooks.layers`) or `LayerSettings`. It may have dense steps too; given ones win.
+        method: a name from `list_methods`, the text of a setting, or a `Setting`; None with `layer_schedule`.
+        layer_schedule: a JSON file with a setting (format: `dit_accel.setting`), in place of `method` and `config`. A
+            schedule or back end given besides wins over that of a file or a `Setting`.
         preset: take the settings, dense steps and dense layers recommended for the model's family. What is given
             besides wins. `dit-accel ls` shows them.
         dense_steps, dense_last_steps: first and last denoising steps that stay dense, as a number or a share of the
             scheduler's trajectory. Image-to-image may start in its middle. None: none, or the preset's.
         dense_layers: first layers that stay dense, as a number or a share, or a tuple of indices; None as above.
         impl: "auto" (the fastest that computes the same) or an implementation's name, which runs or raises.
-        allow_dense: on CUDA, run the model's own attention above the density at which it is measured to be faster
-            (`dit_accel.hooks.break_even`; no density is in its table yet). Only with impl="auto", and never for sla.
         verify: "first-call" compares each layer of the first sparse call with dense attention, on 256 queries of each
             head. The report then holds relative error and kept softmax mass. Compile the transformer after that call.
         keep_dense_above: with `verify`, layers with a larger relative error stay dense, from that call on.
@@ -301,50 +275,66 @@ def accelerate(
         >>> print(accel.report())
         >>> accel.remove()
     """
-    amounts = {"dense_steps": dense_steps, "dense_last_steps": dense_last_steps, "dense_layers": dense_layers}
-    given: dict[str, Any] = {name: plain(amount) for name, amount in amounts.items() if amount is not None}
+    words = {
+        "dense_steps": dense_steps,
+        "dense_last_steps": dense_last_steps,
+        "dense_layers": dense_layers,
+        "dense_backend": dense_backend,
+    }
     notes: tuple[str, ...] = ()
-    if preset:
-        config, given, source = _with_preset(target, method, layer_schedule, config, given)
-        notes = (f"settings not given are those recommended: {source}",)
-    settings = layerwise.chosen(method, layer_schedule, config, given.get("dense_layers", 0))
-    if isinstance(settings, LayerSettings):
-        given = {**settings.schedule, **given, "dense_layers": 0}  # which are among the settings
-    chosen = get_method(settings.method if isinstance(settings, LayerSettings) else str(method))
-    dense, check = Schedule(**given), SelfCheck(verify, keep_dense_above)
+    if isinstance(method, Setting) or layer_schedule is not None:
+        setting = _whole(method, layer_schedule, config, preset=preset).changed(**words)
+    elif method is None:
+        raise DitAccelError("accelerate needs a method, such as 'radial', a Setting, or layer_schedule=FILE.")
+    else:
+        advice = functools.partial(_preset, target) if preset else None
+        setting = Setting.make(method, config, preset=advice, **words)
+        if advice is not None:
+            notes = (f"settings not given are those recommended: {advice(setting.method).source}",)
+    check = SelfCheck(verify, keep_dense_above)
     impls.check(impl)
     transformers, pipeline = find_transformers(target)
-    known = (_ACTIVE.get(transformer) for transformer, _ in transformers.values())
-    present = {accel for reference in known if reference is not None and (accel := reference()) is not None}
+    references = (_ACTIVE.get(transformer) for transformer, _ in transformers.values())
+    present = {accel for reference in references if reference is not None and (accel := reference()) is not None}
     if present and not replace:
         raise DitAccelError(
-            f"{type(target).__name__} is already accelerated with {next(iter(present)).method}. Call remove() on that "
-            "accelerator first, or pass replace=True."
+            f"{type(target).__name__} is already accelerated with {next(iter(present)).setting.method}. Call remove() "
+            "on that accelerator first, or pass replace=True."
         )
-    accel = Accelerator(transformers, pipeline, chosen, settings, dense, impl, allow_dense, check, dense_backend, notes)
+    accel = Accelerator(transformers, pipeline, setting, impl, check, notes)
     for old in present:  # only now, when the new one is known to fit
         old.remove()
     accel.apply()
     return accel
 
 
-def _with_preset(
-    target: Any, method: str | None, layer_schedule: Any, config: dict[str, Any], given: dict[str, Any]
-) -> tuple[dict[str, Any], dict[str, Any], str]:
-    """Settings, schedule and source of the family's preset; what is given replaces its values."""
-    if method is None or layer_schedule is not None:
+def _whole(
+    method: str | Setting | None, layer_schedule: str | pathlib.Path | None, config: dict[str, Any], *, preset: bool
+) -> Setting:
+    """The Setting that was given, or that of the file; neither goes with further settings."""
+    if config or preset or (method is not None and layer_schedule is not None):
         raise DitAccelError(
-            "preset=True takes the recommended settings of one method. Name the method, such as 'radial', and leave "
-            f"out layer_schedule= (got method {method!r}, layer_schedule {layer_schedule!r})."
+            "A Setting, or the file of layer_schedule, holds the method and its settings. Give one of the two, without "
+            f"preset=True and without a method's settings; got method {method!r}, layer_schedule {layer_schedule!r}, "
+            f"preset={preset} and {config}."
         )
-    get_method(method)
+    if isinstance(method, Setting):
+        return method
+    if not isinstance(layer_schedule, (str, os.PathLike)):
+        raise DitAccelError(
+            f"layer_schedule takes a JSON file with a setting; got {layer_schedule!r}. Pass a Setting as the method."
+        )
+    return Setting.read(layer_schedule)
+
+
+def _preset(target: Any, method: str) -> Preset:
+    """The settings recommended for the family of the target's transformers."""
     transformers = list(find_transformers(target)[0].values())
-    advice = transformers[0][1].preset(method, len(transformers))
-    return {**advice.config, **config}, {**advice.schedule, **given}, advice.source
+    return transformers[0][1].preset(method, len(transformers))
 
 
 @contextlib.contextmanager
-def accelerated(target: Any, method: str | None = None, **arguments: Any) -> Iterator[Accelerator]:
+def accelerated(target: Any, method: str | Setting | None = None, **arguments: Any) -> Iterator[Accelerator]:
     """Accelerate inside a with block; the arguments are those of `accelerate`.
 
     Example:

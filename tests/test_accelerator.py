@@ -257,7 +257,7 @@ def test_numbers_of_numpy_are_numbers(tiny_wan):
     assert made.config == dit_accel.plan("gna", grid, window=(3, 3, 0.5), causal=True).config
     assert dit_accel.plan("tile", grid, references=torch.tensor(2)).config.references == 2
     with dit_accel.accelerated(tiny_wan(), "gna", window=np.int64(3), dense_steps=np.int64(2)) as accel:
-        assert accel.schedule.dense_steps == 2
+        assert accel.setting.schedule.dense_steps == 2
 
 
 def test_dir_shows_the_public_names_alone():

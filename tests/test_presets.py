@@ -6,10 +6,9 @@ import pytest
 from diffusers import WanPipeline
 
 import dit_accel
-from dit_accel.generation.choice import choose
 from dit_accel.generation.request import MethodOptions
-from dit_accel.hooks.schedule import Step
 from dit_accel.registry import get_families
+from dit_accel.schedule import Step
 from dit_accel.tokens import TokenGrid
 
 
@@ -35,8 +34,12 @@ def test_gna_presets_are_the_published_windows():
 
 def test_a_preset_sets_the_method_and_what_stays_dense(tiny_wan):
     with dit_accel.accelerate(tiny_wan(), "radial", preset=True) as accel:
-        assert (accel.config.decay, accel.config.rule, accel.config.sink) == (0.2, "released", True)
-        assert (accel.schedule.dense_steps, accel.schedule.dense_layers) == (0.24, 1)
+        assert (accel.setting.config.decay, accel.setting.config.rule, accel.setting.config.sink) == (
+            0.2,
+            "released",
+            True,
+        )
+        assert (accel.setting.schedule.dense_steps, accel.setting.schedule.dense_layers) == (0.24, 1)
         assert "scripts/wan_t2v_inference.sh" in accel.report().notes[0]
 
 
@@ -45,27 +48,28 @@ def test_two_transformers_have_settings_of_their_own(wan_folder):
     pipe = WanPipeline.from_pretrained(wan_folder)
     pipe.register_modules(transformer_2=copy.deepcopy(pipe.transformer))
     with dit_accel.accelerate(pipe, "radial", preset=True) as accel:
-        assert (accel.config.decay, accel.config.block, accel.schedule.dense_layers) == (0.8, 64, 1)
+        config, schedule = accel.setting.config, accel.setting.schedule
+        assert (config.decay, config.block, schedule.dense_layers) == (0.8, 64, 1)
         assert "scripts/wan_22_t2v_inference.sh" in accel.report().notes[0]
-        dense = [accel.schedule.dense_step(Step(index, 40)) is not None for index in range(40)]
+        dense = [schedule.dense_step(Step(index, 40)) is not None for index in range(40)]
         assert dense == [True] * 11 + [False] * 29
     with dit_accel.accelerate(pipe, "sla", preset=True) as accel:
-        assert (accel.config.topk, accel.config.block_q, accel.config.block) == (0.1, 128, 64)
-    chosen = choose(MethodOptions(method="radial"), get_families()["wan"], 2)
-    assert (chosen.config["decay"], chosen.schedule.dense_steps) == (0.8, 11 / 40)
+        assert (accel.setting.config.topk, accel.setting.config.block_q, accel.setting.config.block) == (0.1, 128, 64)
+    setting = MethodOptions(method="radial").candidate(get_families()["wan"], 2).setting
+    assert (setting.config.decay, setting.schedule.dense_steps) == (0.8, 11 / 40)
 
 
 def test_what_is_given_wins(tiny_wan):
     arguments = {"preset": True, "decay": 0.5, "dense_steps": 3, "dense_layers": 0}
     with dit_accel.accelerate(tiny_wan(), "radial", **arguments) as accel:
-        assert (accel.config.decay, accel.config.rule) == (0.5, "released")
-        assert (accel.schedule.dense_steps, accel.schedule.dense_layers) == (3, 0)
+        assert (accel.setting.config.decay, accel.setting.config.rule) == (0.5, "released")
+        assert (accel.setting.schedule.dense_steps, accel.setting.schedule.dense_layers) == (3, 0)
 
 
 def test_without_a_preset_the_defaults_count(tiny_wan):
     with dit_accel.accelerate(tiny_wan(), "radial") as accel:
-        assert accel.config.decay == 1.0
-        assert accel.schedule == dit_accel.hooks.schedule.Schedule()
+        assert accel.setting.config.decay == 1.0
+        assert accel.setting.schedule == dit_accel.schedule.Schedule()
 
 
 def test_no_preset_names_those_that_exist(tiny_wan):
@@ -80,7 +84,7 @@ def test_no_preset_names_those_that_exist(tiny_wan):
 
 
 def test_a_preset_is_of_one_method(tiny_wan):
-    with pytest.raises(dit_accel.DitAccelError, match="preset=True takes the recommended settings of one method"):
+    with pytest.raises(dit_accel.DitAccelError, match="method"):
         dit_accel.accelerate(tiny_wan(), preset=True)
-    with pytest.raises(dit_accel.DitAccelError, match="leave out layer_schedule="):
+    with pytest.raises(dit_accel.DitAccelError, match="preset=True"):
         dit_accel.accelerate(tiny_wan(), "radial", preset=True, layer_schedule="layers.json")

@@ -13,8 +13,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from dit_accel.errors import DitAccelError
-from dit_accel.generation.choice import method_text
 from dit_accel.registry import Method, declared, did_you_mean, get_method, get_methods, plan
+from dit_accel.setting import method_text
 from dit_accel.tokens import TokenGrid
 
 DIRECTIONS = ("forward", "backward", "both")

@@ -17,15 +17,15 @@ from torch import nn
 from dit_accel import values
 from dit_accel.errors import DitAccelError
 from dit_accel.files import read_json, replace_file
-from dit_accel.registry import make_config
+from dit_accel.kernels.impls import Impl
+from dit_accel.setting import Setting
 
 SETTINGS_FILE = "accelerator.json"
 WEIGHTS_FILE = "accelerator.safetensors"
-FORMAT = 1
-SETTINGS = ("method", "config", "layers", "schedule", "impl", "allow_dense")
+FORMATS = (1, 2)  # the first had the setting's entries beside the others, and no back end
+FIRST = ("method", "config", "layers", "schedule")
 KINDS: dict[str, Any] = {
-    "method": str, "config": dict, "layers": dict | None, "schedule": dict, "impl": str, "allow_dense": bool,
-    "models": dict, "trained": dict | None, "weights_sha256": str | None,
+    "setting": dict, "impl": str, "models": dict, "trained": dict | None, "weights_sha256": str | None,
 }  # fmt: skip
 VERSION = importlib.import_module("dit_accel").__version__
 
@@ -37,13 +37,14 @@ class Saved:
     """A saved accelerator, read and checked.
 
     Attributes:
-        settings: method, config, layers (None unless layers have settings of their own), schedule, impl, allow_dense.
+        setting, impl: as in `Accelerator`.
         trained: what `lora.write` recorded of a fine-tuning; None without one.
         models: as in `identify`.
         weights: learned tensors by name; empty if the method has learned nothing.
     """
 
-    settings: dict[str, Any]
+    setting: Setting
+    impl: Impl
     trained: dict[str, Any] | None
     models: Models
     weights: dict[str, torch.Tensor]
@@ -66,7 +67,8 @@ def config_hash(module: nn.Module) -> str:
 
 def save(
     path: str | pathlib.Path,
-    settings: Mapping[str, Any],
+    setting: Setting,
+    impl: Impl,
     models: Models,
     weights: Mapping[str, torch.Tensor],
     write_training: Callable[[pathlib.Path], dict[str, Any] | None],
@@ -74,7 +76,7 @@ def save(
     """Write an accelerator to the folder `path`. Complete files replace old ones, weights first.
 
     Args:
-        settings, models, weights: as in `Saved`.
+        setting, impl, models, weights: as in `Saved`.
         write_training: writes a fine-tuning to the folder and returns its record, or None without one.
     """
     from safetensors import SafetensorError
@@ -84,11 +86,12 @@ def save(
     own = {key: tensor.detach().cpu().contiguous() for key, tensor in weights.items()}
     content = to_bytes(own) if own else None
     saved = {
-        "format": FORMAT,
+        "format": FORMATS[-1],
         "dit_accel_version": VERSION,
+        "setting": setting.as_dict(),
+        "impl": impl,
         "models": models,
         "weights_sha256": None if content is None else hashlib.sha256(content).hexdigest(),
-        **settings,
     }
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -112,30 +115,30 @@ def read(path: str | pathlib.Path) -> Saved:
     if not isinstance(path, (str, os.PathLike)):
         raise DitAccelError(f"load takes the folder that Accelerator.save_pretrained wrote; got {path!r}.")
     file = pathlib.Path(path) / SETTINGS_FILE
-    content = read_json(file, "saved accelerator", "Save the accelerator again.", ("format", *KINDS))
-    if content["format"] != FORMAT:
+    content = read_json(file, "saved accelerator", "Save the accelerator again.", ("format", "models"))
+    if content["format"] not in FORMATS:
         raise DitAccelError(
             f"{file} has format {content['format']!r}, written by dit_accel {content.get('dit_accel_version')}; "
-            f"dit_accel {VERSION} reads format {FORMAT}. Install the version that saved it."
+            f"dit_accel {VERSION} reads formats up to {FORMATS[-1]}. Install the version that saved it."
         )
-    odd = [key for key, kinds in KINDS.items() if not values.fits(content[key], kinds)] or _odd_entries(content)
+    if content["format"] == FORMATS[0]:
+        content["setting"] = {name: content.get(name) for name in FIRST}
+    odd = [key for key, kinds in KINDS.items() if not values.fits(content.get(key), kinds)] or _odd_entries(content)
     if odd:
-        raise DitAccelError(f"{file} was changed: {odd[0]} cannot be {content[odd[0]]!r}; save the accelerator again.")
-    settings = {key: content[key] for key in SETTINGS}
-    if settings["layers"] is None:
-        make_config(settings["method"], settings["config"])
+        raise DitAccelError(
+            f"{file} was changed: {odd[0]} cannot be {content.get(odd[0])!r}; save the accelerator again."
+        )
+    setting = Setting.from_dict(content["setting"])
     digest = content["weights_sha256"]
     weights = {} if digest is None else _read_weights(file.parent, digest)
-    return Saved(settings, content["trained"], content["models"], weights)
+    return Saved(setting, content["impl"], content["trained"], content["models"], weights)
 
 
 def _odd_entries(content: Mapping[str, Any]) -> list[str]:
     """The entries whose keys are not those that `save` writes."""
     from dit_accel.checkpoint.lora import RECORD
-    from dit_accel.hooks.schedule import Schedule
 
-    keys = {"schedule": {field.name for field in dataclasses.fields(Schedule)}, "trained": RECORD}
-    odd = [name for name, own in keys.items() if content[name] is not None and content[name].keys() != own]
+    odd = [] if content["trained"] is None or content["trained"].keys() == RECORD else ["trained"]
     models = content["models"].values()
     fits = all(isinstance(model, dict) and model.keys() == {"class", "config_hash"} for model in models)
     return odd if fits else [*odd, "models"]

@@ -8,7 +8,6 @@ from typing import Any
 from dit_accel.accelerator import Accelerator, accelerate
 from dit_accel.checkpoint import format as checkpoint
 from dit_accel.checkpoint import lora as adapters
-from dit_accel.hooks import layers as layerwise
 from dit_accel.hooks.selfcheck import Verify
 from dit_accel.pipelines.targets import find_transformers
 
@@ -38,19 +37,14 @@ def load(
     transformers, _ = find_transformers(target)
     modules = {name: transformer for name, (transformer, _) in transformers.items()}
     checkpoint.check_identity(path, saved.models, checkpoint.identify(modules))
-    layers = saved.settings["layers"]
     accel = accelerate(
         target,
-        saved.settings["method"],
-        layer_schedule=None if layers is None else layerwise.from_dict(saved.settings["method"], layers),
-        impl=saved.settings["impl"],
-        allow_dense=saved.settings["allow_dense"],
+        saved.setting,
+        impl=saved.impl,
         verify=verify,
         keep_dense_above=keep_dense_above,
         dense_backend=dense_backend,
         replace=replace,
-        **saved.settings["schedule"],
-        **saved.settings["config"],
     )
     try:
         checkpoint.load_weights(path, saved.weights, accel.learned_weights())

@@ -58,9 +58,6 @@ class BenchOptions(JsonOptions, DeviceOptions):
     profile: Path | None = option(None, "Where each row's time goes, kernel by kernel.", metavar="FILE.txt")
     picture: Path | None = option(None, "Speed-up against density with the ideal line.", metavar="FILE.png")
     read: Path | None = option(None, "Measure nothing: show the rows of this file.", metavar="FILE.jsonl")
-    break_even: Path | None = option(
-        None, "With --read: the densities above which dense attention was faster.", metavar="FILE.json"
-    )
     list: bool = option(False, "Measure nothing: list the declared rows.")
     count: bool = option(False, "Measure nothing: count the matrix products of each row, from its plan.")
 
@@ -80,8 +77,6 @@ def bench(given: dict[str, Any]) -> int:
         _refuse("--read shows every row of a file", given, selecting)
         _show_file(options, options.read)
         return 0
-    if options.break_even is not None:
-        raise DitAccelError("--break-even is made from measured rows. Give them with --read FILE.jsonl.")
     if options.count:
         _refuse("--count counts the work of operators", given, ("list", "output", "picture"))
         from dit_accel.bench.run import count
@@ -124,12 +119,6 @@ def _show_file(options: BenchOptions, path: Path) -> None:
     records = results.read(path)
     if not records:
         raise DitAccelError(f"{path} has no rows; `dit-accel bench --output {path}` adds them.")
-    if options.break_even is not None:
-        from dit_accel.hooks.break_even import from_rows
-
-        check_file(options.break_even, (".json",), option="--break-even")
-        content = json.dumps([dataclasses.asdict(entry) for entry in from_rows(records, str(path))], indent=1)
-        replace_file(options.break_even, f"{content}\n".encode())
     _show(records, options)
 
 

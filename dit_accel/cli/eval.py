@@ -19,7 +19,7 @@ BROKEN = 1  # the exit status where a limit does not hold
 SHOWN = 2  # metrics in the terminal; the report has all
 
 if TYPE_CHECKING:
-    from dit_accel.generation.choice import MethodChoice
+    from dit_accel.generation.candidate import Candidate
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,18 +40,16 @@ class ComparedMethods(ScheduleOptions):
     write_card: bool = option(False, "Also put the figures of each --load into its model card.")
     suite: str | None = option(None, "An evaluation in YAML; options given here win over it.", metavar="FILE|NAME")
 
-    def choices(self) -> tuple[MethodChoice, ...]:
+    def candidates(self) -> tuple[Candidate, ...]:
         """The methods of --method and --load, ready to use."""
-        from dit_accel.generation.choice import choose
-
-        if self.schedule and not self.method:
-            raise DitAccelError("--dense-* belong to --method, and none came.")
-        if self.dense_backend and not self.method and not self.load:
-            raise DitAccelError("--dense-backend belongs to --method and --load, and neither came.")
         backend = self.dense_backend
-        typed = [MethodOptions(method=text, dense_backend=backend, **self.schedule) for text in self.method]
-        saved = [MethodOptions(load=folder, dense_backend=backend) for folder in self.load]
-        return tuple(map(choose, [*typed, *saved]))
+        if not self.method and set(self.words) - {"dense_backend"}:
+            raise DitAccelError("--dense-* change the methods of --method. Name one, or leave them out.")
+        if backend and not self.method and not self.load:
+            raise DitAccelError("--dense-backend changes the methods of --method and --load. Name one of them.")
+        typed = [MethodOptions(method=text, **self.words) for text in self.method]
+        saved = [MethodOptions(load=path, dense_backend=backend) for path in self.load]
+        return tuple(options.candidate() for options in [*typed, *saved])
 
 
 @command(ComparedMethods, EvalRequest)
@@ -68,12 +66,12 @@ def evaluate(compared: dict[str, Any], given: dict[str, Any]) -> int:
     from dit_accel.train import card
 
     asked = ComparedMethods(**compared)
-    if choices := asked.choices():
-        given["methods"] = choices
+    if candidates := asked.candidates():
+        given["methods"] = candidates
     request = EvalRequest(**(suites.read(asked.suite) if asked.suite else {}) | given)
-    folders = [choice.folder for choice in request.methods if choice.folder is not None] if asked.write_card else []
+    folders = [method.folder for method in request.methods if method.folder is not None] if asked.write_card else []
     if asked.write_card and not folders:
-        raise DitAccelError("--write-card writes into the model card of a --load, and none came.")
+        raise DitAccelError("--write-card writes into the model card of a saved accelerator. Add --load FOLDER.")
     for folder in folders:
         card.split(folder)
     try:
@@ -83,9 +81,9 @@ def evaluate(compared: dict[str, Any], given: dict[str, Any]) -> int:
     if summary is not None:
         show(summary)
         if asked.write_card:
-            for choice, row in zip(request.methods, summary["rows"][1:], strict=True):
-                if choice.folder is not None:
-                    card.write_quality(choice.folder, markdown.excerpt(summary, row["label"]))
+            for method, row in zip(request.methods, summary["rows"][1:], strict=True):
+                if method.folder is not None:
+                    card.write_quality(method.folder, markdown.excerpt(summary, row["label"]))
         typer.echo(f"report:  {request.output / 'report.html'}\nresults: {request.output / 'results.jsonl'}")
     for line in broken:
         typer.echo(f"dit-accel: {line}.", err=True)

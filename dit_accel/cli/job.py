@@ -15,7 +15,7 @@ from dit_accel.errors import DitAccelError
 from dit_accel.files import check_file, staged
 from dit_accel.generation import call, sources
 from dit_accel.generation import output as media
-from dit_accel.generation.choice import MethodChoice, choose
+from dit_accel.generation.candidate import Candidate
 from dit_accel.generation.provenance import machine, versions
 from dit_accel.generation.request import GenerateRequest
 from dit_accel.generation.sampling import TimedOutput, check_seeds, sample
@@ -38,7 +38,8 @@ class GenerateJob:
     """
 
     request: GenerateRequest
-    chosen: MethodChoice
+    candidate: Candidate
+    check: SelfCheck
     source: sources.Source
     arguments: dict[str, Any]
     fps: int | None
@@ -69,26 +70,27 @@ class GenerateJob:
         arguments = self.arguments | {"prompt": request.prompt}
         runs = {}
         if request.compare:
-            for choice in (self.chosen, None):  # so that lazy set-up is not timed
-                call.warm_up(pipe, arguments, choice, whole=request.compile)
+            for candidate in (self.candidate, Candidate()):  # so that lazy set-up is not timed
+                call.warm_up(pipe, arguments, candidate, whole=request.compile)
             runs["dense"] = sample(pipe, arguments, request.seed, "dense", self.device)
-        with self.chosen.apply(pipe) as accel:
-            runs["accelerated"] = sample(pipe, arguments, request.seed, self.chosen.title, self.device)
+        title = self.candidate.title
+        with self.candidate.apply(pipe, self.check) as accel:
+            runs["accelerated"] = sample(pipe, arguments, request.seed, title, self.device)
         report = accel.report()
-        path, title = request.output or self.output, self.chosen.title
+        path = request.output or self.output
         if runs["accelerated"].sound:
             warning = f"{type(pipe).__name__} also made sound, and {path} has none: only pictures are written."
             print(f"warning: {warning}", file=sys.stderr)
         record = {
             "request": values.record(request),
             "pipeline": type(pipe).__name__,
-            "method": self.chosen.record(),
+            "setting": self.candidate.record(),
             "grid": dataclasses.asdict(self.grid),
             "call": {name: value for name, value in arguments.items() if name != "image"},
             "dtype": str(self.dtype).removeprefix("torch."),
             "device": str(self.device),
             "fps": self.fps,
-            "runs": {name: made.record() for name, made in runs.items()},
+            "runs": {name: output.record() for name, output in runs.items()},
             "compilation_timed": request.compile and not request.compare,
             "comparison": _compare(**runs) if request.compare else None,
             "report": report.as_dict(),
@@ -104,14 +106,13 @@ def prepare(request: GenerateRequest) -> GenerateJob:
     """Check everything that can be checked without weights."""
     source = sources.find(request.model, request.revision)
     family = source.family() if request.preset else None
-    chosen = choose(request, family, 1 if source.component_class("transformer_2") is None else 2)
+    candidate = request.candidate(family, 1 if source.component_class("transformer_2") is None else 2)
     verify = request.verify or request.keep_dense_above is not None
     if verify and request.method is None and request.load is None:
         raise DitAccelError("--verify compares a method with dense attention; give --method or --load.")
     if verify and request.compile:
         raise DitAccelError("--verify cannot look into compiled attention; leave out --compile for that run.")
     check = SelfCheck("first-call" if verify else None, request.keep_dense_above)
-    chosen = dataclasses.replace(chosen, selfcheck=check)
     check_seeds([request.seed])
     sizes = source.sizes()
     shape = sizes.chosen(request.frames, request.height, request.width)
@@ -119,16 +120,16 @@ def prepare(request: GenerateRequest) -> GenerateJob:
     pictures = not sizes.video or shape[0] == 1
     check_file(path, (media.VIDEO_ENDINGS if sizes.video else ()) + (media.IMAGE_ENDINGS if pictures else ()))
     grid = sizes.grid(*shape)
-    chosen.check(grid)
+    candidate.plans(grid)  # refuses what does not fit
     call.check_loras(request.lora)
     device, dtype = call.placement(request.device, request.dtype, request.offload)
-    kind, own = source.pipeline_class(), source.call_defaults() | chosen.call
+    kind, own = source.pipeline_class(), source.call_defaults() | candidate.call
     image = None if request.image is None else call.open_image(request.image)
     arguments = request.arguments(kind, own, shape, video=sizes.video, prompt=request.prompt, image=image)
     fps = request.rate(kind, source, arguments) if sizes.video else None
     if grid.text:
         grid = dataclasses.replace(grid, text=arguments.get(call.LENGTH, grid.text))
-    return GenerateJob(request, chosen, source, arguments, fps, grid, path, device, dtype)
+    return GenerateJob(request, candidate, check, source, arguments, fps, grid, path, device, dtype)
 
 
 def _compare(dense: TimedOutput, accelerated: TimedOutput) -> dict[str, float | None]:

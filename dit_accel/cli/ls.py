@@ -88,7 +88,7 @@ def _family(family: Family) -> dict[str, Any]:
 
 def _describe(found: Mapping[str, Any]) -> list[str]:
     """All about one entry, in lines."""
-    from dit_accel.generation.choice import value_text
+    from dit_accel.setting import value_text
 
     if "refused" in found:
         return [f"{found['name']} is refused: {found['refused']}."]

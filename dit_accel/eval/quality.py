@@ -19,10 +19,10 @@ from dit_accel.eval.request import EvalRequest
 from dit_accel.eval.samples import Results, Store
 from dit_accel.eval.scoring import features_of
 from dit_accel.eval.summary import Evaluation, Summary, write
-from dit_accel.eval.sweep import Candidate, PromptSeed, Sweep, folder_hash
+from dit_accel.eval.sweep import PromptSeed, Sweep, folder_hash
 from dit_accel.files import check_folder, hold
 from dit_accel.generation import call, captioned, prompts, sources
-from dit_accel.generation.choice import MethodChoice
+from dit_accel.generation.candidate import Candidate
 from dit_accel.generation.processes import ProcessRank
 from dit_accel.generation.provenance import machine, versions
 from dit_accel.generation.sampling import TotalBar, check_seeds, hide_bars
@@ -83,8 +83,7 @@ def opened(
     shape = sizes.chosen(request.frames, request.height, request.width)
     grid = sizes.grid(*shape)
     for candidate in candidates:
-        if candidate.choice is not None:
-            candidate.choice.check(grid)
+        candidate.plans(grid)  # refuses what does not fit
     check_folder(request.output)
     if request.cache is not None:
         check_folder(request.cache, "--cache")
@@ -147,16 +146,15 @@ def opened(
         )
 
 
-def _candidates(choices: Sequence[MethodChoice]) -> list[Candidate]:
-    """The baseline, then the choices, each once."""
-    if not choices:
+def _candidates(methods: Sequence[Candidate]) -> list[Candidate]:
+    """The baseline, then the methods, each once."""
+    if not methods:
         raise DitAccelError("Nothing to evaluate: give --method METHOD[:KEY=VALUE,...], repeatable, or --suite FILE.")
-    listed = [Candidate(), *map(Candidate, choices)]
-    labels = [candidate.label for candidate in listed]
-    for each in labels:
-        if labels.count(each) > 1:
-            raise DitAccelError(f"{each} is listed twice; leave one out.")
-    return listed
+    labels = [candidate.label for candidate in methods]
+    for label in labels:
+        if labels.count(label) > 1:
+            raise DitAccelError(f"{label} is listed twice; leave one out.")
+    return [Candidate(), *methods]
 
 
 def _count_images(media: tuple[Captioned, ...]) -> int:

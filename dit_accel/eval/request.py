@@ -44,7 +44,7 @@ class PromptsRequest(ModelRequest):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EvalRequest(PromptsRequest):
-    """What `dit-accel eval` is asked; methods are of `MethodChoice`, and the command line has --method and --load."""
+    """What `dit-accel eval` is asked; methods are `Candidate`s, and the command line has --method and --load."""
 
     methods: tuple[Any, ...] = ()
     metrics: tuple[str, ...] = option(

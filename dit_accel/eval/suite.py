@@ -23,7 +23,7 @@ from typing import Any
 from dit_accel import values
 from dit_accel.errors import DitAccelError
 from dit_accel.eval.request import EvalRequest
-from dit_accel.generation.choice import MethodChoice, choose
+from dit_accel.generation.candidate import Candidate
 from dit_accel.generation.request import MethodOptions
 
 SUITES = Path(__file__).parent / "suites"
@@ -48,9 +48,9 @@ def read(source: str) -> dict[str, Any]:
     return {name: getattr(request, name) for name in said}
 
 
-def methods(listed: Iterable[Any]) -> list[MethodChoice]:
+def methods(listed: Iterable[Any]) -> list[Candidate]:
     """Methods from their entries in a suite: text, or a mapping with a schedule or a saved accelerator."""
-    found = []
+    candidates = []
     for entry in listed:
         said = {"method": entry} if isinstance(entry, str) else entry
         if not isinstance(said, dict) or not set(said) <= set(METHOD_KEYS) or not said.keys() & {"method", "load"}:
@@ -58,5 +58,5 @@ def methods(listed: Iterable[Any]) -> list[MethodChoice]:
                 f"A method of a suite is text, or has method or load among the keys {', '.join(METHOD_KEYS)}; got "
                 f"{entry!r}."
             )
-        found.append(choose(values.build(MethodOptions, said, "A method of a suite")))
-    return found
+        candidates.append(values.build(MethodOptions, said, "A method of a suite").candidate())
+    return candidates

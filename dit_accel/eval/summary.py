@@ -18,21 +18,22 @@ from dit_accel.eval.gates import Limit
 from dit_accel.eval.metric import ChosenMetric
 from dit_accel.eval.report import write_report
 from dit_accel.eval.request import EvalRequest
-from dit_accel.eval.samples import Row
+from dit_accel.eval.samples import Row, key_of
 from dit_accel.eval.scoring import Figure, bootstrap, plain, score
-from dit_accel.eval.sweep import Candidate, PromptSeed, Sweep
+from dit_accel.eval.sweep import PromptSeed, Sweep
 from dit_accel.files import staged
+from dit_accel.generation.candidate import Candidate
 from dit_accel.generation.captioned import Captioned
 from dit_accel.generation.output import write_frames
 from dit_accel.generation.processes import ProcessRank
 from dit_accel.generation.provenance import commit, machine, versions
 from dit_accel.generation.request import ModelRequest
-from dit_accel.hooks.schedule import Schedule
 from dit_accel.tokens import TokenGrid
 
 Summary = dict[str, Any]
 
 DENSE_OUTPUTS = "the dense outputs"
+LONGEST = 100  # letters of a label in a file's name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,25 +143,21 @@ def _ratio_of_medians(base: np.ndarray, own: np.ndarray) -> np.ndarray:
 
 def _command(done: Evaluation, candidate: Candidate) -> list[str]:
     """The command that generates the first sample of a method."""
-    request, choice, item = done.request, candidate.choice, done.items[0]
+    request, setting, item = done.request, candidate.setting, done.items[0]
     usual = {field.name: field.default for field in dataclasses.fields(ModelRequest)}
-    given: dict[str, Any] = {"model": request.model, "prompt": item.prompt, "seed": item.seed}
-    given |= {name: getattr(request, name) for name in usual if getattr(request, name) != usual[name]}
-    if choice is not None and choice.loaded is not None:
-        given["load"] = choice.loaded
-    elif choice is not None:
-        schedule = dataclasses.asdict(choice.schedule)
-        schedule = {name: value for name, value in schedule.items() if value != getattr(Schedule(), name)}
-        given |= {"method": choice.title} | schedule
-    if choice is not None and choice.dense_backend is not None:
-        given["dense_backend"] = choice.dense_backend
+    options: dict[str, Any] = {"model": request.model, "prompt": item.prompt, "seed": item.seed}
+    options |= {name: getattr(request, name) for name in usual if getattr(request, name) != usual[name]}
+    if candidate.folder is not None:
+        options["load"] = candidate.folder
+    elif setting is not None:
+        options |= {"method": setting.title} | setting.words()
+    if candidate.folder is not None and setting is not None and setting.dense_backend is not None:
+        options["dense_backend"] = setting.dense_backend
     command = ["dit-accel", "generate"]
-    for name, value in given.items():
+    for name, value in options.items():
         option = f"--{name.replace('_', '-')}"
         if name == "pipe":
             command += [part for item in value for part in (option, item)]
-        elif isinstance(value, tuple):
-            command += [option, "".join(f"{layer}," for layer in value)]
         else:
             command += [option] if value is True else [option, str(value)]
     return [*command, "--output", "out.mp4" if done.grid.frames > 1 else "out.png"]
@@ -232,16 +229,14 @@ def _write_media(done: Evaluation, rows: Mapping[str, Sequence[Row]]) -> list[di
 
 def _write_masks(done: Evaluation) -> list[dict[str, str]]:
     """Pictures of the masks that are known before the call."""
-    from dit_accel import registry
     from dit_accel.plans.routed import RoutedPlan
 
     listed = []
     with staged(done.request.output / "masks" / "all") as stage:
         for candidate in done.candidates:
-            choice = candidate.choice
-            if choice is None or choice.layers is not None:
+            if candidate.setting is None or candidate.setting.layers is not None:
                 continue
-            plan = registry.plan(choice.name, done.grid, **choice.config)
+            (plan,) = candidate.plans(done.grid)
             if isinstance(plan, RoutedPlan) or plan.density == 1:
                 continue
             name = f"{slug(candidate.label)}.png"
@@ -251,5 +246,6 @@ def _write_masks(done: Evaluation) -> list[dict[str, str]]:
 
 
 def slug(label: str) -> str:
-    """A label as part of a file's name."""
-    return re.sub(r"[^A-Za-z0-9.=]+", "-", label)
+    """A label as part of a file's name; a long one is cut, with a hash in place of the rest."""
+    name = re.sub(r"[^A-Za-z0-9.=]+", "-", label)
+    return name if len(name) <= LONGEST else f"{name[:LONGEST]}-{key_of({'label': label})[:8]}"

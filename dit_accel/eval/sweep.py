@@ -18,10 +18,9 @@ from typing import TYPE_CHECKING, Any
 from dit_accel.eval.samples import Results, Row, Store, key_of
 from dit_accel.files import read_json, replace_file
 from dit_accel.generation import call
-from dit_accel.generation.choice import MethodChoice
+from dit_accel.generation.candidate import Candidate
 from dit_accel.generation.provenance import ROOT
 from dit_accel.generation.sampling import TotalBar, attention_time, progress_bar, sample
-from dit_accel.hooks.schedule import Schedule
 
 if TYPE_CHECKING:
     import torch
@@ -31,34 +30,7 @@ if TYPE_CHECKING:
     from dit_accel.accelerator import Accelerator
     from dit_accel.hooks.report import Report
 
-BASELINE = "baseline"  # the label of the untouched pipeline
 ABOVE = ("train", "eval", "bench", "tune", "cli")
-
-
-@dataclasses.dataclass(frozen=True)
-class Candidate:
-    """One row of the comparison: a method, or without one the baseline, which is the untouched pipeline."""
-
-    choice: MethodChoice | None = None
-
-    @property
-    def label(self) -> str:
-        """The choice as a user types it, with its schedule and what it was loaded from."""
-        choice = self.choice
-        if choice is None:
-            return BASELINE
-        schedule, default = dataclasses.asdict(choice.schedule), dataclasses.asdict(Schedule())
-        parts = [choice.title, *(f"{name}={value}" for name, value in schedule.items() if value != default[name])]
-        if choice.dense_backend is not None:
-            parts.append(f"dense_backend={choice.dense_backend}")
-        return " ".join(parts if choice.loaded is None else [*parts, f"from {choice.loaded.name}"])
-
-    def record(self) -> dict[str, Any]:
-        """Method, settings and schedule as plain values."""
-        if self.choice is None:
-            return {"method": "dense", "config": {}, "schedule": {}}
-        made = self.choice.record()
-        return {"method": made["name"], "config": made["config"], "schedule": made["schedule"]}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +46,7 @@ class Sweep:
     """Generates the samples that are not there yet.
 
     Args:
-        arguments_from: makes those of its call, without the prompt, from a method's defaults (`MethodChoice.call`).
+        arguments_from: makes those of its call, without the prompt, from a method's defaults (`Candidate.call`).
         identity: what else decides the pixels: model, device, versions.
         results: the known rows; new ones are added to them.
         samples, baselines: where the frames of methods and of the baseline lie.
@@ -97,14 +69,14 @@ class Sweep:
     def key(self, candidate: Candidate, item: PromptSeed) -> str:
         """The name of a sample. Only a method's pixels depend on this package's own code."""
         identity = {"arguments": self.arguments(candidate), "prompt": item.prompt, "seed": item.seed, **self.identity}
-        if candidate.choice is not None:
-            weights = None if candidate.choice.folder is None else folder_hash(candidate.choice.folder)
-            identity |= {"method": candidate.record(), "weights": weights, "code": self._code}
+        if candidate.setting is not None:
+            weights = None if candidate.folder is None else folder_hash(candidate.folder)
+            identity |= {"setting": candidate.record(), "weights": weights, "code": self._code}
         return key_of(identity)
 
     def arguments(self, candidate: Candidate) -> dict[str, Any]:
         """The arguments of the pipeline's call; a method's own defaults, such as steps, win over the model's."""
-        return self.arguments_from({} if candidate.choice is None else candidate.choice.call)
+        return self.arguments_from(candidate.call)
 
     def steps(self, candidate: Candidate) -> int | None:
         """Denoising steps of its call; None if the pipeline has no usual number of them."""
@@ -112,7 +84,7 @@ class Sweep:
         return steps if isinstance(steps, int) else None
 
     def store(self, candidate: Candidate) -> Store:
-        return self.baselines if candidate.choice is None else self.samples
+        return self.baselines if candidate.setting is None else self.samples
 
     def run(self, candidates: Sequence[Candidate], items: Sequence[PromptSeed], whole: TotalBar | None = None) -> None:
         """Make every sample that is not there, under one progress bar on stderr, which may be part of a whole."""
@@ -149,28 +121,27 @@ class Sweep:
 
         `record` gets the accelerator, and a function that makes the run once. `asked` decides it beside the sample.
         """
-        assert candidate.choice is not None
         path = folder / f"{key_of({'sample': self.key(candidate, item), **asked})}.json"
         if not path.exists():
             arguments, title = self.arguments(candidate) | {"prompt": item.prompt}, f"{what} of {candidate.label}"
             bar = None if whole is None else whole.progress
-            with candidate.choice.apply(self.pipe) as accel:
-                made = record(accel, lambda: sample(self.pipe, arguments, item.seed, title, self.device, bar))
-            replace_file(path, json.dumps(made, allow_nan=False).encode())
+            with candidate.apply(self.pipe) as accel:
+                observed = record(accel, lambda: sample(self.pipe, arguments, item.seed, title, self.device, bar))
+            replace_file(path, json.dumps(observed, allow_nan=False).encode())
         return read_json(path, f"record of {what}", "Delete it and run again.")
 
     def _is_there(self, candidate: Candidate, key: str) -> bool:
         """Whether a sample needs no work: its row is known and its frames are whole, or the cache has both."""
-        found = self.store(candidate).find(key)
+        stored = self.store(candidate).find(key)
         known = self.results.rows.get(key)
-        if known is not None and (found is None or found["sha256"] != known["sha256"]):
+        if known is not None and (stored is None or stored["sha256"] != known["sha256"]):
             print(
                 f"{self.store(candidate).path(key)} is missing or damaged; its sample is made again.", file=sys.stderr
             )
             return False
-        if known is None and found is not None and candidate.choice is None:
+        if known is None and stored is not None and candidate.setting is None:
             # If a kill came before its line was written, its times are those of this evaluation too.
-            self.results.add(found | {"cached": not self.baselines.folder.is_relative_to(self.results.folder)})
+            self.results.add(stored | {"cached": not self.baselines.folder.is_relative_to(self.results.folder)})
             return True
         return known is not None
 
@@ -178,14 +149,14 @@ class Sweep:
         arguments = self.arguments(candidate) | {"prompt": item.prompt}
         if candidate.label not in self._warm:
             self._warm.add(candidate.label)
-            call.warm_up(self.pipe, arguments, candidate.choice, whole=self.compile)
-        accel = None if candidate.choice is None else candidate.choice.apply(self.pipe)
+            call.warm_up(self.pipe, arguments, candidate, whole=self.compile)
+        accel = None if candidate.setting is None else candidate.apply(self.pipe)
         try:
             if self.compile:
-                made, attention = sample(self.pipe, arguments, item.seed, title, self.device, progress), None
+                output, attention = sample(self.pipe, arguments, item.seed, title, self.device, progress), None
             else:
                 with attention_time(self.pipe, self.device) as watch:
-                    made = sample(self.pipe, arguments, item.seed, title, self.device, progress)
+                    output = sample(self.pipe, arguments, item.seed, title, self.device, progress)
                 attention = watch.seconds
         finally:
             if accel is not None:
@@ -196,13 +167,13 @@ class Sweep:
             **candidate.record(),
             "prompt": item.prompt,
             "seed": item.seed,
-            **made.record(),
+            **output.record(),
             "attention_seconds": attention,
             **(_density(accel.report()) if accel is not None else {"density": 1.0}),
             "cached": False,
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
         }
-        return self.store(candidate).write((made.frames * 255).round().astype("uint8"), row)
+        return self.store(candidate).write((output.frames * 255).round().astype("uint8"), row)
 
 
 def _density(report: Report) -> dict[str, Any]:

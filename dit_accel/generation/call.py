@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
     from PIL.Image import Image
 
-    from dit_accel.generation.choice import MethodChoice
+    from dit_accel.generation.candidate import Candidate
 
 # arguments of pipeline calls with their own option
 OPTIONS = {
@@ -191,15 +191,15 @@ def _value(kind: type, parameter: inspect.Parameter, text: str) -> Any:
     )
 
 
-def warm_up(pipe: DiffusionPipeline, arguments: Mapping[str, Any], choice: MethodChoice | None, *, whole: bool) -> None:
+def warm_up(pipe: DiffusionPipeline, arguments: Mapping[str, Any], candidate: Candidate, *, whole: bool) -> None:
     """Run one denoising step, or the `whole` loop to compile it, so that set-up is not timed.
 
     Where one step is refused the whole loop runs: a schedule may need both its ends, or guidance for each step.
-    A method's one step runs without self-check and without its schedule, by which it could be dense.
+    A method's one step runs without its schedule, by which it could be dense.
     """
     sampling.hide_bars(pipe)
-    asked = choice if choice is None or whole else choice.without_schedule()
-    with contextlib.nullcontext() if asked is None else asked.apply(pipe):
+    dense = candidate.setting is None
+    with contextlib.nullcontext() if dense else (candidate if whole else candidate.without_schedule()).apply(pipe):
         if not whole:
             with contextlib.suppress(DitAccelError):
                 sampling.call(pipe, {**arguments, "num_inference_steps": 1}, seed=0)

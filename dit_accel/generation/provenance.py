@@ -69,12 +69,11 @@ def provenance(device: torch.device) -> dict[str, Any]:
     """Fields of every row of results: GPU with architecture and driver (or None), processor, versions, commit, date."""
     import torch
 
-    from dit_accel.hooks.break_even import architecture
-
     on_gpu = device.type == "cuda"
+    major, minor = torch.cuda.get_device_capability(device) if on_gpu else (0, 0)
     return {
         "gpu": torch.cuda.get_device_name(device) if on_gpu else None,
-        "arch": architecture(device),
+        "arch": f"sm_{major}{minor}" if on_gpu else None,
         "driver": driver(device) if on_gpu else None,
         "cpu": processor(),
         "threads": torch.get_num_threads(),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -11,27 +12,21 @@ from dit_accel import values
 from dit_accel.errors import DitAccelError
 from dit_accel.generation import call, sources
 from dit_accel.registry import parse_value
+from dit_accel.schedule import Schedule
+from dit_accel.setting import WORDS, Setting, parse_layers
 from dit_accel.values import option
 
 if TYPE_CHECKING:
     import torch
     from diffusers import DiffusionPipeline
 
+    from dit_accel.generation.candidate import Candidate
     from dit_accel.generation.sources import Source
+    from dit_accel.pipelines.family import Family
 
 PROMPT = "a red circle moves right on a blue background"  # shows what the embedded model can draw
 METHOD_FORM = "METHOD[:KEY=VALUE,...]"
 PROMPTS_FORM = "FILE|LIST|FOLDER"
-
-
-def parse_layers(text: str) -> Any:
-    """The value of --dense-layers: a number or share of layers, or, with a comma, a tuple of their indices."""
-    if "," not in text:
-        return parse_value(text)
-    layers = tuple(parse_value(part.strip()) for part in text.removesuffix(",").split(","))
-    if "" in layers:
-        raise DitAccelError(f"--dense-layers takes layers with commas, such as 0,3 or a single 5,; got {text!r}.")
-    return layers
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -95,7 +90,7 @@ class SamplingOptions(SizeOptions):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ScheduleOptions(values.Checked):
-    """Dense steps and layers, which `hooks.schedule.Schedule` checks, and their back end."""
+    """Dense steps and layers, which `schedule.Schedule` checks, and their back end."""
 
     PANEL: ClassVar[str] = "Method"
 
@@ -111,10 +106,14 @@ class ScheduleOptions(values.Checked):
     )
 
     @property
-    def schedule(self) -> dict[str, Any]:
-        """Those of the steps and layers that were given."""
-        names = ("dense_steps", "dense_last_steps", "dense_layers")
-        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+    def schedule(self) -> Schedule:
+        """The steps and layers that stay dense."""
+        return Schedule(**{name: value for name, value in self.words.items() if name != "dense_backend"})
+
+    @property
+    def words(self) -> dict[str, Any]:
+        """Those that were given, as `Setting.make` takes them."""
+        return {name: value for name in WORDS if (value := getattr(self, name)) is not None}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -146,6 +145,34 @@ class MethodOptions(ScheduleOptions, SettingsOptions):
         metavar="FOLDER|FILE.json",
     )
     any_weights: bool = option(False, "With --load: try it on other base weights than it was trained for.")
+
+    def candidate(self, family: Family | None = None, transformers: int = 1) -> Candidate:
+        """The setting that these options make; the untouched pipeline's dense attention without any.
+
+        With `preset`, what is recommended for a `family` and so many transformers of a pipeline replaces the method's
+        defaults.
+
+        Raises:
+            DitAccelError: method, settings, schedule or back end are refused or contradict --load, the folder holds no
+                saved accelerator, or nothing is recommended for the family.
+        """
+        from dit_accel.generation.candidate import Candidate
+
+        of_method = self.settings or self.preset or any(word != "dense_backend" for word in self.words)
+        if self.load is not None:
+            if self.method is not None or of_method:
+                raise DitAccelError(
+                    f"--load {self.load} brings its method, settings and schedule. Leave out --method, --set, --preset "
+                    "and --dense-*, or leave out --load."
+                )
+            return Candidate.read(self.load, any_weights=self.any_weights, backend=self.dense_backend)
+        if self.any_weights:
+            raise DitAccelError("--any-weights is for weights that --load reads. Add --load FOLDER, or leave it out.")
+        if self.method is None and of_method:
+            raise DitAccelError("--set, --preset and --dense-* change a method. Name it with --method.")
+        preset = None if family is None else functools.partial(family.preset, transformers=transformers)
+        method = "dense" if self.method is None else self.method
+        return Candidate(Setting.parse(method, self.settings, preset=preset, **self.words))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -16,12 +16,9 @@ from torch import nn
 from dit_accel.errors import DitAccelError, DitAccelWarning
 from dit_accel.hooks import selfcheck
 from dit_accel.hooks.accelerated_layer import AcceleratedLayer, without_learned
-from dit_accel.hooks.break_even import dense_is_faster
 from dit_accel.hooks.dense_backend import DenseBackend
 from dit_accel.hooks.dense_backend import choose as choose_backend
-from dit_accel.hooks.layers import LayerSettings
 from dit_accel.hooks.plan_cache import PlanCache
-from dit_accel.hooks.schedule import Schedule, Step
 from dit_accel.hooks.selfcheck import AttentionCall, SelfCheck
 from dit_accel.hooks.steps import StepClock
 from dit_accel.kernels.impls import Impl
@@ -33,7 +30,9 @@ from dit_accel.pipelines.processor import AcceleratedAttnProcessor
 from dit_accel.plans.plan import Plan
 from dit_accel.plans.routed import RoutedPlan
 from dit_accel.plans.sharing import shares
-from dit_accel.registry import Method
+from dit_accel.registry import get_method
+from dit_accel.schedule import Step
+from dit_accel.setting import Setting
 
 
 class Engine(AtWork):
@@ -41,9 +40,9 @@ class Engine(AtWork):
 
     Args:
         name: of the transformer in its pipeline.
-        settings: one Config for all layers, or one for each.
-        clock, plans: shared by the transformers of a pipeline; `plans` by setting.
-        schedule, impl, allow_dense, check, dense_backend: as in `accelerate`.
+        setting: of every layer and step.
+        clock, plans: shared by the transformers of a pipeline; `plans` by Config.
+        impl, check: as in `accelerate`.
 
     Attributes:
         watchers: functions called with every sparse attention call.
@@ -54,22 +53,19 @@ class Engine(AtWork):
         name: str,
         transformer: nn.Module,
         family: Family,
-        method: Method,
-        settings: Any | LayerSettings,
-        schedule: Schedule,
+        setting: Setting,
         clock: StepClock,
         plans: Mapping[Any, PlanCache],
         impl: Impl,
-        allow_dense: bool,
         check: SelfCheck,
-        dense_backend: str | None = None,
     ) -> None:
+        method = get_method(setting.method)
         self.name, self.calls = name, 0
         self.paused = False
         self.notes: list[str] = [] if method.note is None else [method.note]
         self._transformer, self._family = transformer, family
         self._method, self._impl = method, impl
-        self._schedule, self._clock, self._plans = schedule, clock, plans
+        self._schedule, self._clock, self._plans = setting.schedule, clock, plans
         self._signature = inspect.signature(type(transformer).forward)
         self._memory = Memory()
         self._sharing: Any | None = None
@@ -79,8 +75,7 @@ class Engine(AtWork):
         self._number = 0  # of the call within its step
         self._run: Any = None  # what tells one run of the pipeline from another
         self._compiled = self._warned = False
-        self._may_be_dense = allow_dense and impl == "auto"
-        # of the last call, by setting: plan, implementation and the reason for it, or why the call was dense
+        # of the last call, by kind of layer: plan, implementation and the reason for it, or why the call was dense
         self._last: dict[Any, tuple[Plan, str, str] | str] = {}
         self._omitted: tuple[str, ...] = ()  # masks among the last call's arguments
         self._handles: list[Any] = []
@@ -88,47 +83,37 @@ class Engine(AtWork):
         # layers with the same settings share a state, so a compiled model has one graph for each setting
         self._states: dict[tuple[Any, bool], CallState] = {}
         self._dense_state = CallState(impl)
-        self.layers = self._find_layers(settings)
+        self.layers = self._find_layers(setting)
         anchored = any(getattr(config, "anchors", False) for config, _ in self._states)
         self._anchors = AnchorTokens(transformer, family) if anchored else None
-        self._dense_backend = dense_backend
+        self._dense_backend = setting.dense_backend
         self._backend_set: DenseBackend | None = None
         check.refuse_shared(layer.config for layer in self.layers)
-        if dense_backend is not None:
-            choose_backend(dense_backend, self._device)
+        if self._dense_backend is not None:
+            choose_backend(self._dense_backend, self._device)
 
-    def _find_layers(self, settings: Any | LayerSettings) -> list[AcceleratedLayer]:
+    def _find_layers(self, setting: Setting) -> list[AcceleratedLayer]:
         """The layers with our processors, not yet set: an error leaves the model unchanged."""
-        found = list(self._family.attentions(self._transformer))
-        if not found:
+        attentions = list(self._family.attentions(self._transformer))
+        if not attentions:
             raise DitAccelError(
                 f"{type(self._transformer).__name__} has no module named {' or '.join(self._family.attention)}, where "
                 f"the family {self._family.name} has its self-attention. Use an unmodified model of the family."
             )
         layers = []
-        for (name, attention), (config, reason) in zip(found, self._decide(settings, len(found)), strict=True):
+        by_layer = setting.by_layer(self.name, len(attentions))
+        for (name, attention), (config, reason) in zip(attentions, by_layer, strict=True):
             sees_text, state = self._family.sees_text(name), self._dense_state
             if reason is None:
                 fresh = CallState(self._impl, self._family.text_is_keys)
                 state = self._states.setdefault((config, sees_text), fresh)
-            own: Any = attention.processor
-            if isinstance(own, AcceleratedAttnProcessor):  # set by an accelerator that this one replaces
-                own.settle()
-                own = own.inner
-            ours = processor.wrap_processor(own, state, self._family.sparse_calls)
-            layers.append(AcceleratedLayer(name, attention, config, reason, sees_text, own, ours))
+            original: Any = attention.processor
+            if isinstance(original, AcceleratedAttnProcessor):  # set by an accelerator that this one replaces
+                original.settle()
+                original = original.inner
+            ours = processor.wrap_processor(original, state, self._family.sparse_calls)
+            layers.append(AcceleratedLayer(name, attention, config, reason, sees_text, original, ours))
         return layers
-
-    def _decide(self, settings: Any | LayerSettings, layers: int) -> list[tuple[Any, str | None]]:
-        """Settings of each layer, and the reason if it stays dense."""
-        if self._method.name == "dense":
-            return [(None, "method dense")] * layers
-        if isinstance(settings, LayerSettings):
-            own = settings.of(self.name, layers)
-            return [(config, "layer schedule" if config is None else None) for config in own]
-        dense = self._schedule.layers(layers)
-        reason = f"dense_layers={self._schedule.dense_layers}"
-        return [(settings, reason if index in dense else None) for index in range(layers)]
 
     @property
     def _device(self) -> torch.device:
@@ -139,8 +124,8 @@ class Engine(AtWork):
         self._check_sharing()
         self._owner = owner
         if self._dense_backend is not None:
-            own = [layer.original for layer in self.layers]
-            self._backend_set = DenseBackend(self._dense_backend, self._device, own)
+            originals = [layer.original for layer in self.layers]
+            self._backend_set = DenseBackend(self._dense_backend, self._device, originals)
             self._backend_set.set()
             self.notes.append(self._backend_set.note)
         for layer in self.layers:
@@ -262,12 +247,11 @@ class Engine(AtWork):
             self._count_in_step(call, before)
         for (config, sees_text), state in self._states.items():
             plan = plans[config, sees_text]
-            self._last[config, sees_text] = last = self._choose(plan, call.device)
-            if not isinstance(last, str):
-                self._measure_densities(plan, (config, sees_text), call.device)
-                text = (layout.text_lens, layout.text_bias, layout.rows) if sees_text else (None, None, None)
-                state.set(plan, *text, ulysses=context_parallel.sharing(module, plan.grid))
-                _, state.impl, _ = last
+            self._last[config, sees_text] = last = self._prepare(plan, call.device)
+            self._measure_densities(plan, (config, sees_text), call.device)
+            text = (layout.text_lens, layout.text_bias, layout.rows) if sees_text else (None, None, None)
+            state.set(plan, *text, ulysses=context_parallel.sharing(module, plan.grid))
+            _, state.impl, _ = last
         if any(state.sparse for state in self._states.values()):
             self._watch_layers(call)
             if self._anchors is not None:
@@ -337,14 +321,9 @@ class Engine(AtWork):
         for watcher in self.watchers:
             watcher(call)
 
-    def _choose(self, plan: Plan, device: torch.device) -> tuple[Plan, str, str] | str:
-        """The plan, its implementation and the reason for it; or why the model's own attention should be faster."""
+    def _prepare(self, plan: Plan, device: torch.device) -> tuple[Plan, str, str]:
+        """The plan, its implementation and the reason for it."""
         head_dim, learned = self._family.head_dim(self.layers[0].attention), self._method.learned(plan.config)
-        # learned weights are part of the model's, so such settings are never replaced
-        if self._may_be_dense and learned is None and plan.density is not None:
-            reason = dense_is_faster(device, plan.method, head_dim, plan.grid.tokens, plan.density)
-            if reason is not None:
-                return reason
         if torch.is_autocast_enabled(device.type):
             dtype = torch.get_autocast_dtype(device.type)
         else:

@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from dit_accel.setting import Setting
+
 
 @dataclasses.dataclass
 class LayerReport:
@@ -66,9 +68,7 @@ class Report:
     """What an accelerator did; prints as a table, and `as_dict` is JSON.
 
     Attributes:
-        method: name.
-        config: the method's settings.
-        schedule: dense steps and layers.
+        setting: method, settings and schedule.
         impl: the implementation asked for.
         calls: calls of each transformer.
         grids: the plans' densities by grid, the mean over sparse layers; None if only calls tell the density.
@@ -76,9 +76,7 @@ class Report:
         notes: further remarks.
     """
 
-    method: str
-    config: dict[str, Any]
-    schedule: dict[str, Any]
+    setting: Setting
     impl: str
     calls: dict[str, int]
     grids: dict[str, float | None]
@@ -96,7 +94,7 @@ class Report:
     def as_dict(self) -> dict[str, Any]:
         """Plain dicts, lists, strings and numbers. An infinite or undefined number is a string."""
         totals = {"sparse_calls": self.sparse_calls, "dense_calls": self.dense_calls}
-        record = dataclasses.asdict(self) | totals
+        record = dataclasses.asdict(self) | {"setting": self.setting.as_dict()} | totals
         for layer in record["layers"]:
             for name in ("relative_error", "kept_mass"):
                 if layer[name] is not None and not math.isfinite(layer[name]):
@@ -104,15 +102,17 @@ class Report:
         return record
 
     def __str__(self) -> str:
-        layered = "layers" in self.config
-        settings = "layer by layer" if layered else ", ".join(f"{key}={value}" for key, value in self.config.items())
-        lines = [f"{self.method}({settings}): {self.sparse_calls} sparse and {self.dense_calls} dense attention calls"]
-        known = {grid: "from calls" if each is None else f"{each:.4f}" for grid, each in self.grids.items()}
-        lines += [f"  grid {grid}: density {density}" for grid, density in known.items()]
+        record = self.setting.as_dict()
+        pairs = (f"{key}={value}" for key, value in record.get("config", {}).items())
+        settings = "layer by layer" if "layers" in record else ", ".join(pairs)
+        calls = f"{self.sparse_calls} sparse and {self.dense_calls} dense attention calls"
+        lines = [f"{self.setting.method}({settings}): {calls}"]
+        for grid, density in self.grids.items():
+            lines.append(f"  grid {grid}: density {'from calls' if density is None else f'{density:.4f}'}")
         for transformer, count in self.calls.items():
-            own = [layer for layer in self.layers if layer.transformer == transformer]
-            lines.append(f"  {transformer}: {len(own)} layers, {count} calls")
-            numbered = enumerate(layer.describe() for layer in own)
+            layers = [layer for layer in self.layers if layer.transformer == transformer]
+            lines.append(f"  {transformer}: {len(layers)} layers, {count} calls")
+            numbered = enumerate(layer.describe() for layer in layers)
             for text, group in itertools.groupby(numbered, key=lambda pair: pair[1]):
                 indices = [index for index, _ in group]
                 span = f"{indices[0]}" if len(indices) == 1 else f"{indices[0]}-{indices[-1]}"

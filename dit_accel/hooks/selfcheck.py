@@ -10,9 +10,9 @@ from typing import Any, Literal
 import torch
 
 from dit_accel.errors import DitAccelError
-from dit_accel.hooks.schedule import Step
 from dit_accel.plans.plan import Plan
 from dit_accel.plans.sharing import shares
+from dit_accel.schedule import Step
 from dit_accel.values import check, option
 
 Verify = Literal["first-call"]

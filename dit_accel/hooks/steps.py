@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from dit_accel.errors import DitAccelError
-from dit_accel.hooks.schedule import Step
+from dit_accel.schedule import Step
 
 NOISE_RANGE = 1000.0
 

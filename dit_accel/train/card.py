@@ -84,7 +84,7 @@ def write(
     if not settings.trains_model:
         kinds = []
     if learned := len(accel.learned_weights()):
-        kinds.append(f"{accel.method}'s own weights in {learned} layers")
+        kinds.append(f"{accel.setting.method}'s own weights in {learned} layers")
     environment = Environment(
         loader=FileSystemLoader(pathlib.Path(__file__).parent), undefined=StrictUndefined, trim_blocks=True,
         keep_trailing_newline=True,

@@ -12,6 +12,7 @@ from dit_accel.errors import DitAccelError
 from dit_accel.generation import sources
 from dit_accel.generation.call import placement
 from dit_accel.generation.processes import meet
+from dit_accel.setting import Setting
 from dit_accel.train.data import Dataset, write
 from dit_accel.train.processes import check_tracker
 from dit_accel.train.request import CLIPS, GENERATED, TrainRequest
@@ -33,7 +34,7 @@ def run(request: TrainRequest) -> list[str]:
     check_tracker(request.train.tracker)
     processes = meet(run.device)  # others wait while the first prepares the data
     request.data.check()
-    candidates = [] if run.search is None else run.candidate_settings(request.train.method)
+    candidates = [] if run.search is None else run.candidate_configs(request.train.method)
     source = sources.find(run.model, run.revision)
     if source.modular:
         raise DitAccelError(
@@ -93,7 +94,7 @@ def _prepare(
 
 
 def _search(
-    pipe: DiffusionPipeline, request: TrainRequest, candidates: list[dict[str, Any]], folder: pathlib.Path, steps: int
+    pipe: DiffusionPipeline, request: TrainRequest, candidates: list[Any], folder: pathlib.Path, steps: int
 ) -> list[str]:
     from dit_accel.generation.sampling import progress_bar
     from dit_accel.train import search
@@ -116,7 +117,8 @@ def _search(
         chosen, how = search.greedy(table, threshold), {"threshold": threshold}
     else:
         chosen, how = search.budgeted(table, budget), {"budget": budget}
-    search.write(request.run.search, table, chosen, {"model": request.run.model, **how})
+    setting = Setting(table.method, layers=table.layers(chosen))
+    search.write(request.run.search, table, chosen, setting, {"model": request.run.model, **how})
     dense = sum(index is None for index in chosen)
     return [
         f"layer schedule: {request.run.search}",

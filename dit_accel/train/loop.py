@@ -107,13 +107,7 @@ class Trainer:
         needs_teacher = {*NEEDS_TEACHER, "consistency"} & settings.objectives.keys()
         copied = needs_teacher and not lora
         teacher = copy.deepcopy(self.transformer).requires_grad_(False).eval() if copied else None
-        method: dict[str, Any] = (
-            {"layer_schedule": settings.layer_schedule}
-            if settings.layer_schedule is not None
-            else {"method": settings.method, "dense_layers": settings.dense_layers, **settings.config}
-        )
-        method |= {"dense_steps": 0, "dense_last_steps": 0}  # all noise levels, whatever a file says
-        self.accel = accelerate(self.pipe, impl=settings.impl, allow_dense=False, **method)
+        self.accel = accelerate(self.pipe, settings.setting(), impl=settings.impl)
         if lora:
             alpha = settings.rank if settings.alpha is None else settings.alpha
             adapters.add_lora(self.transformer, self._targets(family), settings.rank, alpha)

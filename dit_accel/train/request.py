@@ -41,16 +41,14 @@ class RunOptions(SourceOptions, DeviceOptions):
     )
     output: Path = option(Path("trained"), "Of the run; a run that was stopped goes on.", metavar="FOLDER")
 
-    def candidate_settings(self, method: str) -> list[dict[str, Any]]:
-        """The candidate settings of a layer search, which needs some, and either threshold or budget."""
+    def candidate_configs(self, method: str) -> list[Any]:
+        """The Configs that a layer search tries; it needs some, and either a threshold or a budget."""
         if (self.threshold is None) == (self.budget is None):
             raise DitAccelError("A layer search needs either --threshold or --budget, not both.")
         if not self.candidates:
             raise DitAccelError("A layer search needs settings to try. Give --candidate KEY=VALUE,..., several times.")
-        found = [registry.parse_method(f"{method}:{text}")[1] for text in self.candidates]
-        for settings in found:
-            registry.make_config(method, settings)
-        return found
+        texts = (f"{method}:{text}" for text in self.candidates)
+        return [registry.make_config(*registry.parse_method(text)) for text in texts]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -119,7 +117,7 @@ class TrainRequest:
         if asked.search is not None:
             given.setdefault("objectives", {"flow": 1.0})
             method = given.get("method", "dense")
-            given["config"] = given.get("config") or asked.candidate_settings(method)[0]
+            given["config"] = given.get("config") or registry.settings_of(asked.candidate_configs(method)[0])
         if base is not None:
             asked = dataclasses.replace(asked, model=run.get("model", base.model))
         sources = {**(base.data if base else {}), **data}

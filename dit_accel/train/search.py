@@ -23,11 +23,8 @@ from diffusers import DiffusionPipeline
 from dit_accel.accelerator import accelerate
 from dit_accel.errors import DitAccelError
 from dit_accel.files import replace_file
-from dit_accel.hooks import layers as layerwise
-from dit_accel.hooks.layers import LayerSettings
-from dit_accel.hooks.schedule import Amount
 from dit_accel.pipelines.targets import find_transformers
-from dit_accel.registry import make_config
+from dit_accel.setting import Layers, Setting
 from dit_accel.train.data import Dataset
 from dit_accel.train.networks import TrainingNetworks
 from dit_accel.train.prepare import find_transformer
@@ -56,6 +53,10 @@ class Table:
         """Mean density of a choice: for each layer the index of a candidate, or None for dense, which counts 1."""
         return sum(1.0 if index is None else self.costs[index] for index in chosen) / len(chosen)
 
+    def layers(self, chosen: Sequence[int | None]) -> Layers:
+        """The choice as the layers of a `Setting`."""
+        return {"transformer": tuple(None if index is None else self.candidates[index] for index in chosen)}
+
     def loss(self, chosen: Sequence[int | None]) -> float:
         """Sum of the layers' losses; a dense layer counts 0."""
         return sum(0.0 if index is None else self.losses[i][index] for i, index in enumerate(chosen))
@@ -64,7 +65,7 @@ class Table:
 def measure(
     pipe: DiffusionPipeline,
     method: str,
-    candidates: Sequence[Mapping[str, Any]],
+    candidates: Sequence[Any],
     data: Dataset,
     *,
     samples: int = 8,
@@ -77,27 +78,27 @@ def measure(
 
     Args:
         pipe: the dense pipeline, which stays dense.
+        candidates: Configs of the method.
         data: its first `samples` samples are used, each at its own noise level.
         budget: mean density to reach, checked after the first layer.
         steps: of a whole run, which tell how much noise lies between two.
         progress: called with the layers done and the number of layers.
 
     Raises:
-        DitAccelError: there are no candidates, a setting is refused, the data do not fit the model, or no candidate
-            is as sparse as the budget.
+        DitAccelError: there are no candidates, the data do not fit the model, or no candidate is as sparse as the
+            budget.
     """
     if not candidates:
         raise DitAccelError("A layer search needs candidate settings, such as references=1 and references=2; got none.")
-    configs = tuple(make_config(method, candidate) for candidate in candidates)
     probe = Probe(pipe, method, data, samples, seed, steps)
-    losses = [[0.0] * len(configs) for _ in range(probe.layers)]
-    costs = [0.0] * len(configs)
+    losses = [[0.0] * len(candidates) for _ in range(probe.layers)]
+    costs = [0.0] * len(candidates)
     for layer in range(probe.layers):
-        for index, config in enumerate(configs):
+        for index, config in enumerate(candidates):
             losses[layer][index], costs[index] = probe.measure(layer, config)
         _check_budget(costs, budget)
         progress(layer + 1, probe.layers)
-    return Table(method, configs, tuple(costs), tuple(map(tuple, losses)))
+    return Table(method, tuple(candidates), tuple(costs), tuple(map(tuple, losses)))
 
 
 class Probe:
@@ -110,31 +111,29 @@ class Probe:
         self.family = find_transformers(pipe)[0]["transformer"][1]
         self.layers = sum(1 for _ in self.family.attentions(self.transformer))
         self._data, self._count, self._seed, self._steps = data, min(samples, len(data)), seed, steps
-        self.dense, _ = self._predictions(None, 1)
+        self.dense, _ = self._predictions(Setting.make("dense"), 1)
 
     def measure(self, layer: int, config: Any) -> tuple[float, float]:
         """Loss and density of a layer's settings."""
-        own = tuple(config if i == layer else None for i in range(self.layers))
-        made, density = self._predictions(
-            LayerSettings(self.method, {"transformer": own}), getattr(config, "refresh", 1)
-        )
-        errors = [(a - b).square().mean() / b.square().mean() for a, b in zip(made, self.dense, strict=True)]
+        row = tuple(config if i == layer else None for i in range(self.layers))
+        setting = Setting(self.method, layers={"transformer": row})
+        predictions, density = self._predictions(setting, getattr(config, "refresh", 1))
+        errors = [(a - b).square().mean() / b.square().mean() for a, b in zip(predictions, self.dense, strict=True)]
         return float(torch.stack(errors).mean()), density
 
     @torch.no_grad()
-    def _predictions(self, settings: LayerSettings | None, refresh: int) -> tuple[list[torch.Tensor], float]:
+    def _predictions(self, setting: Setting, refresh: int) -> tuple[list[torch.Tensor], float]:
         runs = zip(*(self._calls((refresh - 1 - step) / self._steps) for step in range(refresh)), strict=True)
-        made = []
-        name, layer_schedule = ("dense", None) if settings is None else (None, settings)
-        with accelerate(self.pipe, name, layer_schedule=layer_schedule, allow_dense=False) as accel:
+        predictions = []
+        with accelerate(self.pipe, setting) as accel:
             networks = TrainingNetworks(self.transformer, self.family, accel, lora=False)
             for run in runs:
                 for step, call in enumerate(run):
                     accel.set_step(step, refresh)
                     outputs = networks.outputs(self.transformer, *call)
-                made.append(outputs.prediction)
+                predictions.append(outputs.prediction)
             densities = [layer.density for layer in accel.report().layers if layer.density is not None]
-        return made, sum(densities) / len(densities) if densities else 1.0
+        return predictions, sum(densities) / len(densities) if densities else 1.0
 
     def _calls(self, before: float) -> list[tuple[Any, ...]]:
         """Noisy latents, timestep and conditioning.
@@ -207,15 +206,8 @@ def _parts(density: float) -> int:
 
 
 def write(
-    path: pathlib.Path,
-    table: Table,
-    chosen: Sequence[int | None],
-    remarks: Mapping[str, Any],
-    schedule: Mapping[str, Amount] | None = None,
-) -> LayerSettings:
-    """Write the layer schedule with remarks and the table that it was chosen from; `schedule` as in `LayerSettings`."""
-    layers = tuple(None if index is None else table.candidates[index] for index in chosen)
-    settings = LayerSettings(table.method, {"transformer": layers}, schedule or {})
-    found = {"density": table.cost(chosen), "loss": table.loss(chosen), "costs": table.costs, "losses": table.losses}
-    replace_file(path, layerwise.to_json(settings, search={**remarks, **found}).encode())
-    return settings
+    path: pathlib.Path, table: Table, chosen: Sequence[int | None], setting: Setting, remarks: Mapping[str, Any]
+) -> None:
+    """Write the chosen setting with remarks and the table that it was chosen from."""
+    figures = {"density": table.cost(chosen), "loss": table.loss(chosen), "costs": table.costs, "losses": table.losses}
+    replace_file(path, setting.to_json(search={**remarks, **figures}).encode())

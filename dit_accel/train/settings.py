@@ -9,8 +9,8 @@ from typing import Any, ClassVar, Literal
 
 from dit_accel import registry, values
 from dit_accel.errors import DitAccelError
-from dit_accel.generation.request import METHOD_FORM, parse_layers
-from dit_accel.hooks import layers as layerwise
+from dit_accel.generation.request import METHOD_FORM
+from dit_accel.setting import Setting, parse_layers
 from dit_accel.values import option
 
 INDEX = "dataset.json"  # of a folder with prepared data
@@ -74,7 +74,7 @@ class TrainSettings:
     dense_layers: int | float | tuple[int, ...] = option(
         0, "First layers that stay dense, or a list of layers.", metavar="N|SHARE|I,J", parse=parse_layers
     )
-    layer_schedule: str | None = option(None, "A layer schedule, in place of --method.", metavar="FILE.json")
+    layer_schedule: str | None = option(None, "The file of a setting, in place of --method.", metavar="FILE.json")
     impl: str = option("auto", "The implementation of the kernels, as `accelerate` takes it.", typed=False)
     objectives: Mapping[str, float] = option(
         {"teacher": 1.0},
@@ -133,10 +133,11 @@ class TrainSettings:
         values.check(self)
         objectives.check(self.objectives)
         impls.check(self.impl)
+        setting = self.setting()
         if self.layer_schedule is not None:
             return
-        chosen = layerwise.chosen(self.method, None, dict(self.config), self.dense_layers)
-        if getattr(chosen, "anchors", False) and {"attention", "final"} & self.objectives.keys():
+        anchored = any(getattr(config, "anchors", False) for config in setting.configs())
+        if anchored and {"attention", "final"} & self.objectives.keys():
             raise DitAccelError(
                 f"The objectives attention and final compare tokens with the dense model's, and {self.method} adds "
                 "anchors to them. Take flow and teacher."
@@ -155,6 +156,13 @@ class TrainSettings:
                 "The dense method is its own teacher, so there is nothing to learn. Choose a sparse method, or the "
                 "objective flow or consistency."
             )
+
+    def setting(self) -> Setting:
+        """The setting to train with, of all noise levels: dense steps of a file do not count."""
+        if self.layer_schedule is not None:
+            return Setting.read(self.layer_schedule).changed(dense_steps=0, dense_last_steps=0)
+        setting = Setting.make(self.method, self.config, dense_layers=self.dense_layers)
+        return setting.changed(dense_steps=0, dense_last_steps=0)
 
     @property
     def trains_model(self) -> bool:

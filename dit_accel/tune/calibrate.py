@@ -7,6 +7,7 @@ is over sampled queries, denoising steps, guidance branches and prompts.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -15,14 +16,13 @@ import torch
 from dit_accel.accelerator import Accelerator
 from dit_accel.eval import quality
 from dit_accel.eval.attention import QUERIES
-from dit_accel.eval.sweep import Candidate
-from dit_accel.generation.choice import MethodChoice
+from dit_accel.generation.candidate import Candidate
 from dit_accel.generation.sampling import TotalBar, progress_bar
-from dit_accel.hooks.layers import LayerSettings
-from dit_accel.hooks.schedule import Schedule
 from dit_accel.hooks.selfcheck import AttentionCall, sample
 from dit_accel.methods.sparge import SpargePlan
 from dit_accel.registry import make_config
+from dit_accel.schedule import Schedule
+from dit_accel.setting import Setting
 from dit_accel.tune import heads
 from dit_accel.tune.request import TuneRequest
 
@@ -41,8 +41,8 @@ def run(request: TuneRequest) -> list[str]:
     name, config = request.calibrated()
     if name == "heads":
         return heads.run(request)
-    choice = MethodChoice("sparge", config | ALL, Schedule(**request.schedule), dense_backend=request.dense_backend)
-    candidate = Candidate(choice)
+    measured = Setting.make("sparge", config | ALL, **request.words)
+    candidate = Candidate(measured)
     with quality.opened(request.evaluation(metrics=("psnr",)), [candidate]) as evaluation, progress_bar() as progress:
         sweep, items = evaluation.sweep, evaluation.items
         each = sweep.steps(candidate) or 1
@@ -53,7 +53,7 @@ def run(request: TuneRequest) -> list[str]:
             found.append(sweep.observe(candidate, item, "recall", asked, record_recalls, folder, whole))
             whole.advance(each)
         made = evaluation.origin()
-    settings = budgeted(_mean(found), request.calibrate, config, choice.schedule)
+    settings = budgeted(_mean(found), request.calibrate, config, measured.schedule)
     return [_describe(settings), *request.write(FILE, settings, calibration={"recall": request.calibrate, **made})]
 
 
@@ -114,7 +114,7 @@ def _mean(runs: list[dict[str, Any]]) -> Curves:
     }
 
 
-def budgeted(curves: Curves, recall: float, config: Mapping[str, Any], schedule: Schedule) -> LayerSettings:
+def budgeted(curves: Curves, recall: float, config: Mapping[str, Any], schedule: Schedule) -> Setting:
     """The layer schedule in which every head keeps the fewest blocks that reach a recall.
 
     A share of (c - 1/2) / blocks, rounded up, is c of those blocks. A layer whose heads all need every block is dense.
@@ -136,11 +136,11 @@ def budgeted(curves: Curves, recall: float, config: Mapping[str, Any], schedule:
             budgets = tuple(round((count - 0.5) / blocks, 7) for count in counts)
             row.append(make_config("sparge", {**config, "topk": 0.0, "topp": 0.0, "budgets": budgets}))
         layers[transformer] = tuple(row)
-    return LayerSettings("sparge", layers, schedule.steps())
+    return Setting("sparge", layers=layers, schedule=dataclasses.replace(schedule, dense_layers=0))
 
 
-def _describe(settings: LayerSettings) -> str:
-    every = [config for own in settings.layers.values() for config in own]
+def _describe(setting: Setting) -> str:
+    every = [config for row in (setting.layers or {}).values() for config in row]
     shares = [share for config in every if config is not None for share in config.budgets]
     dense = f"{every.count(None)} of {len(every)} layers dense"
     if not shares:

@@ -17,10 +17,9 @@ from dit_accel.errors import DitAccelError
 from dit_accel.eval import quality
 from dit_accel.files import read_json, replace_file
 from dit_accel.generation.sampling import TotalBar, progress_bar
-from dit_accel.hooks.layers import LayerSettings
-from dit_accel.hooks.schedule import Schedule
 from dit_accel.methods.heads import Config
 from dit_accel.pipelines.targets import find_transformers
+from dit_accel.setting import Setting
 from dit_accel.train import search
 from dit_accel.tune.request import TuneRequest
 from dit_accel.tune.space import DENSE, SAMPLES, LayerSearch
@@ -60,7 +59,7 @@ def run(request: TuneRequest) -> list[str]:
         made_for = opened.origin()
     kept = chosen(layers, heads, request.calibrate)
     configs = tuple(None if all(own) else Config(own) for own in kept)
-    settings = LayerSettings("heads", {"transformer": configs}, Schedule(**request.schedule).steps())
+    settings = Setting("heads", layers={"transformer": configs}, schedule=request.schedule)
     remarks = {"share": request.calibrate, **made_for, "losses": layers}
     return [
         f"{sum(map(sum, kept))} of {heads * len(kept)} heads kept; {configs.count(None)} of {len(kept)} layers dense",

@@ -19,10 +19,8 @@ from dit_accel.eval import gates, quality, verdict
 from dit_accel.eval.gates import Limit
 from dit_accel.eval.report import fields
 from dit_accel.eval.summary import Summary
-from dit_accel.eval.sweep import Candidate
-from dit_accel.generation.choice import MethodChoice
+from dit_accel.generation.candidate import Candidate
 from dit_accel.generation.sampling import TotalBar, progress_bar
-from dit_accel.hooks.layers import LayerSettings
 from dit_accel.pipelines.targets import find_transformers
 from dit_accel.tune import space
 from dit_accel.tune.request import TuneRequest
@@ -63,34 +61,36 @@ def run(request: TuneRequest) -> tuple[Summary, list[str]]:
         search = space.LayerSearch(request, opened, tried, steps, layers)
         if search.obstacle is not None:
             print(f"left out: settings layer by layer: {search.obstacle}.", file=sys.stderr)
-        planned, choices = rounds(len(tried), steps), tried
+        planned, candidates = rounds(len(tried), steps), tried
         whole = TotalBar(progress, "all of it", sum((count + 1) * own for count, own in planned) * len(opened.items))
         for number, (_, own) in enumerate(planned, 1):
             final = number == len(planned)
-            if final and search.obstacle is None and len(search.configs(choices[0].name)) > 1:
-                whole.spare(-search.work(choices[0].name))
-                layered = search.run(choices, whole)
+            if final and search.obstacle is None and len(search.configs(candidates[0].method)) > 1:
+                whole.spare(-search.work(candidates[0].method))
+                layered = search.run(candidates, whole)
                 whole.spare(-len(layered) * own * len(opened.items))
-                choices = [*choices, *layered]
+                candidates = [*candidates, *layered]
             asked = dataclasses.replace(
-                evaluation, steps=own, methods=tuple(choices), output=request.output / f"round-{number}",
+                evaluation, steps=own, methods=tuple(candidates), output=request.output / f"round-{number}",
                 pictures=evaluation.pictures if final else 0,
             )  # fmt: skip
-            made, _ = quality.run(asked, pipe, whole)
-            assert made is not None, "tune runs in one process"
-            summary = made
-            by_label = {Candidate(choice).label: choice for choice in choices}
+            result, _ = quality.run(asked, pipe, whole)
+            assert result is not None, "tune runs in one process"
+            summary = result
+            by_label = {candidate.label: candidate for candidate in candidates}
             ordered = order(summary["rows"][1:], summary["metrics"], limits)
             if not final:
-                choices = [by_label[row["label"]] for _, row in ordered[: planned[number][0]]]
+                candidates = [by_label[row["label"]] for _, row in ordered[: planned[number][0]]]
         answer = summary["verdict"][-1]
         front = [row for place, row in ordered if place == 0]
         summary |= {"rows": [summary["rows"][0], *sorted(front, key=lambda row: row["speedup"])], "verdict": [answer]}
         if "row" not in answer:
             return summary, []
         figures = gates.figures_of(next(row for _, row in ordered if row["label"] == answer["row"]))
-        found = {"target": request.target, "row": answer["row"], "model": request.model, "figures": figures}
-        lines = request.write(FILE, _layers_of(by_label[answer["row"]], pipe), tuned=found)
+        setting = by_label[answer["row"]].setting
+        assert setting is not None
+        tuned = {"target": request.target, "row": answer["row"], "model": request.model, "figures": figures}
+        lines = request.write(FILE, setting, tuned=tuned)
     return summary, lines
 
 
@@ -117,15 +117,3 @@ def order(rows: Sequence[Row], metrics: Sequence[dict[str, Any]], limits: Sequen
         return math.inf if value is None else abs(value - limits[0].bound)
 
     return sorted(zip(numbers, rows, strict=True), key=lambda each: (each[0], distance(each[1])))
-
-
-def _layers_of(choice: MethodChoice, pipe: Any) -> LayerSettings:
-    """A choice as a layer schedule for this pipeline."""
-    config, layers = choice.settings, {}
-    if isinstance(config, LayerSettings):
-        return dataclasses.replace(config, schedule=choice.schedule.steps())
-    for name, (transformer, family) in find_transformers(pipe)[0].items():
-        count = sum(1 for _ in family.attentions(transformer))
-        dense = choice.schedule.layers(count)
-        layers[name] = tuple(None if index in dense else config for index in range(count))
-    return LayerSettings(choice.name, layers, choice.schedule.steps())

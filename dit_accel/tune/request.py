@@ -15,7 +15,7 @@ from dit_accel.generation.request import METHOD_FORM, ScheduleOptions
 from dit_accel.values import option
 
 if TYPE_CHECKING:
-    from dit_accel.hooks.layers import LayerSettings
+    from dit_accel.setting import Setting
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -67,10 +67,8 @@ class TuneRequest(ScheduleOptions, PromptsRequest):
         shared = {field.name: getattr(self, field.name) for field in dataclasses.fields(PromptsRequest)}
         return EvalRequest(**{**shared, "output": self.output, **more})
 
-    def write(self, name: str, settings: LayerSettings, **remarks: Any) -> list[str]:
-        """Write a layer schedule with remarks to the output folder; lines that name it and say how to try it."""
-        from dit_accel.hooks import layers
-
+    def write(self, name: str, setting: Setting, **remarks: Any) -> list[str]:
+        """Write a setting with remarks to the output folder; lines that name its file and say how to try it."""
         path = self.output / name
-        replace_file(path, layers.to_json(settings, **remarks).encode())
+        replace_file(path, setting.to_json(**remarks).encode())
         return [f"settings: {path}", f"try it:   dit-accel generate --model {self.model} --load {path}"]

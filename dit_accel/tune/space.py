@@ -12,14 +12,13 @@ from dit_accel import registry
 from dit_accel.errors import DitAccelError
 from dit_accel.eval.samples import key_of
 from dit_accel.eval.summary import Evaluation
-from dit_accel.eval.sweep import Candidate
 from dit_accel.files import read_json, replace_file
 from dit_accel.generation import modular
-from dit_accel.generation.choice import MethodChoice
+from dit_accel.generation.candidate import Candidate
 from dit_accel.generation.sampling import TotalBar
-from dit_accel.hooks.layers import LayerSettings
-from dit_accel.hooks.schedule import STEPS, Schedule
 from dit_accel.pipelines.family import Family
+from dit_accel.schedule import STEPS
+from dit_accel.setting import Setting
 from dit_accel.tokens import TokenGrid
 from dit_accel.train import search
 from dit_accel.train.data import Dataset, write
@@ -30,12 +29,12 @@ from dit_accel.tune.request import TuneRequest
 DENSITIES = (0.5, 0.3, 0.2, 0.1)
 DENSE_STEPS = 0.2
 SAMPLES = 4  # of a layer search
-DENSE = Candidate(MethodChoice("dense", {}, Schedule()))
+DENSE = Candidate(Setting.make("dense"))
 
 
 def settings(
     request: TuneRequest, grid: TokenGrid, families: Sequence[Family], steps: int
-) -> tuple[list[MethodChoice], dict[str, str]]:
+) -> tuple[list[Candidate], dict[str, str]]:
     """The settings to try, each once, and why others are left out, by method and density.
 
     Args:
@@ -47,17 +46,17 @@ def settings(
     """
     methods = registry.get_methods().values()
     free = [method.name for method in methods if method.at_density is not None and not method.needs_training]
-    found: dict[str, MethodChoice] = {}
+    candidates: dict[str, Candidate] = {}
     left_out: dict[str, str] = {}
 
-    def add(name: str, config: dict[str, Any], schedule: dict[str, Any]) -> None:
-        choice = MethodChoice(name, config, Schedule(**schedule), dense_backend=request.dense_backend)
-        choice.check(grid)
-        found.setdefault(key_of(choice.record()), choice)
+    def add(method: str, config: dict[str, Any], words: dict[str, Any]) -> None:
+        candidate = Candidate(Setting.make(method, config, **words))
+        candidate.plans(grid)  # refuses what does not fit
+        candidates.setdefault(key_of(candidate.record()), candidate)
 
     given = {
         name: min(1.0, value / steps) if name in STEPS and isinstance(value, int) else value
-        for name, value in request.schedule.items()
+        for name, value in request.words.items()
     }
     schedules = [given] if "dense_steps" in given else [given, {**given, "dense_steps": DENSE_STEPS}]
     for text in request.method or free:
@@ -76,9 +75,9 @@ def settings(
         if name in families[0].recommended:
             preset = families[0].preset(name, len(families))
             add(name, dict(preset.config), {**preset.schedule, **given})
-    if not found:
+    if not candidates:
         raise DitAccelError(f"No setting fits the grid {grid}: {next(iter(left_out.values()))}")
-    return list(found.values()), left_out
+    return list(candidates.values()), left_out
 
 
 class LayerSearch:
@@ -91,10 +90,10 @@ class LayerSearch:
     """
 
     def __init__(
-        self, request: TuneRequest, evaluation: Evaluation, tried: Sequence[MethodChoice], steps: int, layers: int
+        self, request: TuneRequest, evaluation: Evaluation, tried: Sequence[Candidate], steps: int, layers: int
     ) -> None:
         self.request, self.evaluation, self.steps, self.layers = request, evaluation, steps, layers
-        self.tried = [choice for choice in tried if not isinstance(choice.settings, LayerSettings)]
+        self.tried = [candidate for candidate in tried if not candidate.layered]
         pipe: Any = evaluation.sweep.pipe
         self.obstacle: str | None = None
         if modular.is_modular(type(pipe)) or getattr(pipe, "transformer_2", None) is not None:
@@ -104,44 +103,45 @@ class LayerSearch:
         elif request.offload != "none":
             self.obstacle = "a layer search needs all weights on the device, and --offload moves them"
 
-    def configs(self, method: str) -> list[dict[str, Any]]:
-        """The different settings of a method that were tried."""
-        own = [choice for choice in self.tried if choice.name == method]
-        return list({key_of(dataclasses.asdict(choice.settings)): choice.config for choice in own}.values())
+    def configs(self, method: str) -> list[Any]:
+        """The different Configs of a method that were tried."""
+        settings = (candidate.setting for candidate in self.tried)
+        return list(dict.fromkeys(setting.config for setting in settings if setting and setting.method == method))
 
     def work(self, method: str) -> int:
         """What a search takes, in denoising steps."""
         return SAMPLES * (self.steps + self.layers * len(self.configs(method)))
 
-    def run(self, finalists: Sequence[MethodChoice], whole: TotalBar) -> list[MethodChoice]:
+    def run(self, finalists: Sequence[Candidate], whole: TotalBar) -> list[Candidate]:
         """Layer schedules for the first finalist's method: one for each finalist of it, as dense as that is."""
-        method = finalists[0].name
+        method = finalists[0].method
         configs = self.configs(method)
         table, folder = self._table(method, configs, whole), self.request.output / "layers"
-        made: dict[str, MethodChoice] = {}
-        for choice in (each for each in finalists if each.name == method and each in self.tried):
-            index = table.candidates.index(choice.settings)
+        layered: dict[str, Candidate] = {}
+        for candidate in (finalist for finalist in finalists if finalist.method == method and finalist in self.tried):
+            assert candidate.setting is not None
+            index = table.candidates.index(candidate.setting.config)
             budget = -(-table.costs[index] * search.RESOLUTION // 1) / search.RESOLUTION  # the search rounds up
             chosen = search.budgeted(table, budget)
-            if all(each == index for each in chosen):
+            if all(choice == index for choice in chosen):
                 continue
-            steps = choice.schedule.steps()
-            key = key_of({"chosen": chosen, "schedule": steps})[:6]
+            schedule = dataclasses.replace(candidate.setting.schedule, dense_layers=0)
+            key = key_of({"chosen": chosen, "schedule": dataclasses.asdict(schedule)})[:6]
             path = folder / f"{method}-{budget:.3g}-{key}.json"
-            layers = search.write(path, table, chosen, {"model": self.request.model, "budget": budget}, steps)
-            schedule = dataclasses.replace(choice.schedule, dense_layers=0)
-            made[key] = MethodChoice(method, {}, schedule, layers=layers, dense_backend=choice.dense_backend, file=path)
-        return list(made.values())
+            backend = candidate.setting.dense_backend
+            setting = Setting(method, layers=table.layers(chosen), schedule=schedule, dense_backend=backend)
+            search.write(path, table, chosen, setting, {"model": self.request.model, "budget": budget})
+            layered[key] = Candidate(Setting.read(path))
+        return list(layered.values())
 
-    def _table(self, method: str, configs: list[dict[str, Any]], whole: TotalBar) -> search.Table:
+    def _table(self, method: str, configs: list[Any], whole: TotalBar) -> search.Table:
         """The measured losses, or those of an earlier run."""
         folder = self.folder(method, configs)
         path = folder / "losses.json"
-        made = tuple(registry.make_config(method, config) for config in configs)
         if path.exists():
             whole.spare(self.work(method))
             known = read_json(path, "table of losses", "Delete it and run again.", ("costs", "losses"))
-            return search.Table(method, made, tuple(known["costs"]), tuple(map(tuple, known["losses"])))
+            return search.Table(method, tuple(configs), tuple(known["costs"]), tuple(map(tuple, known["losses"])))
         data = self.data(folder, whole)
 
         def count(done: int, total: int) -> None:
@@ -153,11 +153,12 @@ class LayerSearch:
         replace_file(path, json.dumps({"costs": table.costs, "losses": table.losses}, allow_nan=False).encode())
         return table
 
-    def folder(self, method: str, configs: list[dict[str, Any]]) -> Path:
+    def folder(self, method: str, configs: list[Any]) -> Path:
         """Where a search of these settings on the evaluation's samples keeps its data and losses."""
         sweep, items = self.evaluation.sweep, self.evaluation.items
-        asked = {"samples": [sweep.key(DENSE, item) for item in items], "method": method, "configs": configs}
-        return self.request.output / "layers" / key_of(asked)
+        settings = [registry.settings_of(config) for config in configs]
+        identity = {"samples": [sweep.key(DENSE, item) for item in items], "method": method, "configs": settings}
+        return self.request.output / "layers" / key_of(identity)
 
     def data(self, folder: Path, whole: TotalBar) -> Dataset:
         """Samples of the dense model for the prompts, or those of an earlier run."""

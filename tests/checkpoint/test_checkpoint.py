@@ -46,7 +46,9 @@ def test_round_trip_with_learned_weights(saved, tiny_wan, wan_inputs):
     accel = dit_accel.load(transformer, folder)
     accel.set_step(1, 2)
     assert torch.equal(run(transformer, wan_inputs()), wanted)
-    assert accel.config.topk == 0.3 and accel.schedule.dense_layers == (1,) and accel.impl == "reference"
+    assert (
+        accel.setting.config.topk == 0.3 and accel.setting.schedule.dense_layers == (1,) and accel.impl == "reference"
+    )
     for name, module in accel.learned_weights().items():
         assert name.endswith("attn1.sparse_linear") and module.proj.weight.dtype == torch.float32
     accel.remove()
@@ -55,17 +57,18 @@ def test_round_trip_with_learned_weights(saved, tiny_wan, wan_inputs):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"config": [1]}, "config cannot be"),
-        ({"config": {"topk": 0.3, "verify": "first-call"}}, "no setting 'verify'"),
-        ({"config": {"topk": "many"}}, "topk is a number"),
-        ({"schedule": {"dense_steps": 1, "dense_stps": 2}}, "schedule cannot be"),
-        ({"method": ["sla"]}, "method cannot be"),
+        ({"setting": [1]}, "setting cannot be"),
+        ({"setting": {"method": "sla", "config": [1]}}, "sla"),
+        ({"setting": {"method": "sla", "config": {"topk": 0.3, "verify": "first-call"}}}, "verify"),
+        ({"setting": {"method": "sla", "config": {"topk": "many"}}}, "topk"),
+        ({"setting": {"method": "sla", "config": {}, "schedule": {"dense_stps": 2}}}, "dense_stps"),
+        ({"setting": {"method": ["sla"]}}, "method"),
         ({"models": {"transformer": {"class": "WanTransformer3DModel"}}}, "models cannot be"),
         ({"trained": {"model": "demo"}}, "trained cannot be"),
         ({"trained": TRAINED | {"fingerprints": []}}, "fingerprints is settings by name"),
         ({"trained": TRAINED | {"lora": "no"}}, "lora is true or false"),
         ({"trained": TRAINED}, "trained from demo, and this transformer has other weights"),
-        ({"allow_dense": "no"}, "allow_dense cannot be"),
+        ({"impl": None}, "impl"),
     ],
     ids=lambda value: "".join(value) if isinstance(value, dict) else None,
 )
@@ -77,6 +80,20 @@ def test_what_was_changed_by_hand_is_refused(saved, tiny_wan, change, message):
     with pytest.raises(dit_accel.DitAccelError, match=message):
         dit_accel.load(transformer, folder)
     assert all(type(module.processor).__name__ == "WanAttnProcessor" for module in attentions(transformer))
+
+
+def test_the_first_format_is_read(saved, tiny_wan, wan_inputs):
+    """It had the entries of the setting beside the others."""
+    folder, wanted = saved
+    file = folder / checkpoint.SETTINGS_FILE
+    content = json.loads(file.read_text())
+    setting = content.pop("setting")
+    del setting["dense_backend"]
+    file.write_text(json.dumps(content | setting | {"format": 1, "layers": None, "allow_dense": True}))
+    transformer = tiny_wan()
+    accel = dit_accel.load(transformer, folder)
+    accel.set_step(1, 2)
+    assert torch.equal(run(transformer, wan_inputs()), wanted)
 
 
 def attentions(transformer):
@@ -92,7 +109,7 @@ def test_round_trip_of_settings_alone(method, config, tiny_wan, tmp_path):
         accel.save_pretrained(tmp_path)
     assert os.listdir(tmp_path) == [checkpoint.SETTINGS_FILE]
     with dit_accel.load(transformer, tmp_path) as loaded:
-        assert loaded.config == accel.config and loaded.schedule == accel.schedule
+        assert loaded.setting.config == accel.setting.config and loaded.setting.schedule == accel.setting.schedule
 
 
 def test_the_version_and_the_model_are_stamped(saved):
@@ -162,7 +179,7 @@ def test_missing_weights_are_refused(saved, tiny_wan):
 def test_weights_for_other_layers_are_refused(dense_layers, saved, tiny_wan):
     file = saved[0] / checkpoint.SETTINGS_FILE
     content = json.loads(file.read_text())
-    content["schedule"]["dense_layers"] = dense_layers
+    content["setting"]["schedule"]["dense_layers"] = dense_layers
     file.write_text(json.dumps(content))
     refused(tiny_wan(), saved[0], "do not fit the accelerated layers")
 

@@ -9,7 +9,6 @@ import torch
 from dit_accel.bench import results
 from dit_accel.bench import rows as bench_rows
 from dit_accel.bench.rows import MethodSetting, Shape
-from dit_accel.files import append
 
 TINY = Shape(
     "cpu",
@@ -224,25 +223,12 @@ def test_a_profile_of_each_row(cli, tiny, tmp_path):
     [
         (("--count", "--list"), "counts the work of operators; leave out --list."),
         (("--read", "rows.jsonl", "--rows", "x", "--peer"), "shows every row of a file; leave out --rows, --peer."),
-        (("--break-even", "table.json"), "Give them with --read"),
     ],
 )
 def test_options_that_do_not_go_together(cli, arguments, words):
     outcome = cli("bench", *arguments)
     assert outcome.status == 2
     assert words in outcome.err
-
-
-def test_break_even_from_rows(cli, tiny, tmp_path):
-    rows, table = tmp_path / "rows.jsonl", tmp_path / "table.json"
-    cli("bench", *FAST, "--method", "gna", "--output", tmp_path / "measured.jsonl")
-    (record,) = results.read(tmp_path / "measured.jsonl")
-    on_gpu = {"impl": "triton", "arch": "sm_90", "git": "c", "tokens": 9}
-    for density, speedup in ((0.2, 2.0), (0.8, 0.5)):
-        append(rows, record | on_gpu | {"density": density, "speedup": speedup})
-    assert cli("bench", "--read", rows, "--break-even", table).status == 0
-    (entry,) = json.loads(table.read_text())
-    assert (entry["density"], entry["method"], entry["source"]) == (0.4, "gna", f"{rows} at c")
 
 
 def test_a_file_without_rows_is_refused(cli, tmp_path):

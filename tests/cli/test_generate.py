@@ -44,7 +44,7 @@ def test_dense_compared_with_itself_is_identical(cli, demo, tmp_path):
 def test_a_preset_is_what_is_recommended_and_what_is_given_wins(cli, demo, tmp_path):
     options = ("--method", "sla", "--preset", "--set", "block=32", "--output", tmp_path / "a.gif")
     assert cli("generate", *SMALL, *options).status == 0
-    config = json.loads((tmp_path / "a.json").read_text())["method"]["config"]
+    config = json.loads((tmp_path / "a.json").read_text())["setting"]["config"]
     assert (config["topk"], config["block"]) == (0.1, 32)
 
 
@@ -56,10 +56,11 @@ def test_record_holds_all_it_takes_to_do_it_again(cli, demo, tmp_path):
     assert record["request"]["model"] == "demo"
     assert record["call"]["prompt"] == "a red square"
     assert record["call"]["num_inference_steps"] == 2
-    assert record["method"] == {
-        "name": "gna",
+    assert record["setting"] == {
+        "method": "gna",
         "config": {"window": [2, 2, 3], "stride": 1, "dilation": 1, "causal": False, "share": "none", "refresh": 1},
         "schedule": {"dense_steps": 1, "dense_last_steps": 0, "dense_layers": [0, 1]},
+        "dense_backend": None,
     }
     assert record["report"]["sparse_calls"] == 0
     assert record["versions"]["dit_accel"] == __version__
@@ -127,7 +128,7 @@ def test_saved_accelerator(cli, demo, tmp_path):
     outcome = cli("generate", *SMALL, "--load", tmp_path / "saved", "--output", tmp_path / "a.gif")
     assert outcome.status == 0, outcome.err
     report = json.loads((tmp_path / "a.json").read_text())["report"]
-    assert (report["method"], report["config"]["references"]) == ("tile", 1)
+    assert (report["setting"]["method"], report["setting"]["config"]["references"]) == ("tile", 1)
     assert report["sparse_calls"] == report["dense_calls"] == 2
 
 

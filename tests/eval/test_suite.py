@@ -22,8 +22,8 @@ def test_values(tmp_path):
     one, other, third = found.pop("methods")
     assert found == {"model": "demo", "compile": False, "seeds": (0, 2), "guidance": 5.0}
     assert (one.title, other.title) == ("gna:window=0.5", "radial:decay=0.2")
-    assert (other.schedule.dense_steps, other.schedule.dense_layers) == (2, (0, 3))
-    assert third.schedule.dense_layers == (5,)  # that layer, not as many layers
+    assert other.label == "radial:decay=0.2 dense_steps=2 dense_layers=0,3"
+    assert third.setting.schedule.dense_layers == (5,)  # that layer, not as many layers
 
 
 @pytest.mark.parametrize(
@@ -58,4 +58,4 @@ def test_missing():
 def test_built_in_suites_are_whole(name):
     found = suite.read(name)
     methods = {"gna", "tile", "sol", "sparge", "rectified"}
-    assert {choice.name for choice in found["methods"]} == methods
+    assert {candidate.method for candidate in found["methods"]} == methods

@@ -103,10 +103,10 @@ def test_on_the_command_line(tmp_path, capfd, math_calls):
         assert end.value.code == (0 if command[-1] == str(output) and "fast" not in command else 2)
     assert math_calls
     record = json.loads(output.with_suffix(".json").read_text())
-    assert record["method"]["schedule"]["dense_backend"] == "_native_math"
+    assert record["setting"]["dense_backend"] == "_native_math"
     assert "dense attention runs on _native_math: asked for" in record["report"]["notes"]
     errors = capfd.readouterr().err
-    assert "dense_backend is 'auto' or one of" in errors and "--dense-backend belongs to" in errors
+    assert "got 'fast'" in errors and "--dense-backend" in errors
 
 
 @pytest.mark.parametrize(("name", "message"), [("fast", "one of flash"), ("flash", "cannot run here")])

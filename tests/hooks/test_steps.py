@@ -12,8 +12,8 @@ from diffusers import (
 )
 
 from dit_accel.errors import DitAccelError
-from dit_accel.hooks.schedule import Step
 from dit_accel.hooks.steps import StepClock
+from dit_accel.schedule import Step
 
 SCHEDULERS = {
     "euler": FlowMatchEulerDiscreteScheduler,

@@ -8,9 +8,9 @@ from accuracy import assert_accurate, plain_attention
 
 import dit_accel
 from dit_accel.errors import DitAccelError
-from dit_accel.hooks import layers as layerwise
 from dit_accel.hooks.selfcheck import AttentionCall
 from dit_accel.kernels.block_sparse import portable
+from dit_accel.setting import Setting
 from dit_accel.tokens import TokenGrid
 from dit_accel.tune.heads import chosen, ranked
 
@@ -99,7 +99,7 @@ def test_layers_keep_their_own_heads_in_one_graph(tiny_wan, wan_inputs):
     model, inputs = tiny_wan(), wan_inputs()
     own = [{"keep": [0] + [1] * (model.config.num_attention_heads - 1)}] + [None] * (len(model.blocks) - 1)
     with (
-        dit_accel.accelerated(model, layer_schedule=layerwise.from_dict("heads", {"transformer": own})) as accel,
+        dit_accel.accelerated(model, Setting.from_dict({"method": "heads", "layers": {"transformer": own}})) as accel,
         torch.no_grad(),
     ):
         eager = model(**inputs, return_dict=False)[0]

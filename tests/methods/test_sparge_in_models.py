@@ -7,9 +7,9 @@ import torch
 
 import dit_accel
 from dit_accel.errors import DitAccelError
-from dit_accel.hooks import layers as layerwise
 from dit_accel.methods import sparge
 from dit_accel.pipelines.demo import load_demo
+from dit_accel.setting import Setting
 from dit_accel.tokens import TokenGrid
 
 SMALL = {"topk": 0.3, "topp": 0.2, "block_q": 16, "block": 16}
@@ -97,9 +97,9 @@ def calibrated(tmp_path):
     def make(*shares, heads=2, **settings):
         own = {**SMALL, "topp": 0.0, "block": 4, **settings}
         layers = [None if share is None else {"budgets": [share, 0.5][:heads], **own} for share in shares]
-        made = layerwise.from_dict("sparge", {"transformer": layers}, {"dense_steps": 1})
+        record = {"method": "sparge", "layers": {"transformer": layers}, "schedule": {"dense_steps": 1}}
         path = tmp_path / "budgets.json"
-        path.write_text(layerwise.to_json(made))
+        path.write_text(Setting.from_dict(record).to_json())
         return path
 
     return make
@@ -121,7 +121,7 @@ def test_a_file_gives_each_layer_and_head_its_budget(option, calibrated, tiny_wa
 
     with dit_accel.accelerate(model, **given) as accel, torch.no_grad(), accel.watch(calls.append):
         accel.save_pretrained(tmp_path / "saved")
-        wanted, schedule = run(accel), accel.schedule
+        wanted, schedule = run(accel), accel.setting.schedule
     counts = [call.plan.route(call.q, call.k).counts.unique(dim=-1)[0, :, 0].tolist() for call in calls]
     assert counts == ([[2, 5], [9, 5]] if by_budgets else [[2, 5], [9, 5], [3, 5]])
     assert {call.plan.config.tail for call in calls} == {"mean" if by_budgets else "none"}
@@ -129,7 +129,7 @@ def test_a_file_gives_each_layer_and_head_its_budget(option, calibrated, tiny_wa
         0, 0, 1, int(by_budgets),
     ]  # fmt: skip
     with dit_accel.load(model, tmp_path / "saved") as accel, torch.no_grad():
-        assert torch.equal(run(accel), wanted) and accel.schedule == schedule
+        assert torch.equal(run(accel), wanted) and accel.setting.schedule == schedule
 
 
 def test_files_without_these_budgets_are_refused(calibrated, tiny_wan, wan_inputs, tmp_path):

@@ -16,6 +16,7 @@ from tiny_models import all_models, module, run
 import dit_accel
 from dit_accel.hooks.report import LayerReport, Report
 from dit_accel.pipelines.context_parallel import even_shares
+from dit_accel.setting import Setting
 
 WORKER = pathlib.Path(__file__).with_name("context_parallel_worker.py")
 WINDOW = {"window": (3, 5, 4)}
@@ -85,7 +86,8 @@ def assert_equal_to_one_process(results):
 
 def report_of(result):
     fields = {key: value for key, value in result["report"].items() if not key.endswith("_calls")}
-    return Report(**fields | {"layers": [LayerReport(**layer) for layer in fields["layers"]]})
+    layers = [LayerReport(**layer) for layer in fields["layers"]]
+    return Report(**fields | {"setting": Setting.from_dict(fields["setting"]), "layers": layers})
 
 
 @declares_cells

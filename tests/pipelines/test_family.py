@@ -145,7 +145,7 @@ def test_head_dim(tiny_wan, tiny_flux):
 def test_a_family_is_complete(name):
     import diffusers
 
-    from dit_accel.hooks.schedule import Schedule
+    from dit_accel.schedule import Schedule
 
     family = registry.get_families()[name]
     assert family.name == name and family.summary

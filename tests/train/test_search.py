@@ -1,5 +1,6 @@
 """Layer search: against brute force, and on a model whose layers differ."""
 
+import dataclasses
 import itertools
 import json
 
@@ -8,6 +9,8 @@ import torch
 
 import dit_accel
 from dit_accel import DitAccelError
+from dit_accel.methods.gna import METHOD, Config
+from dit_accel.setting import Setting
 from dit_accel.train import search
 from dit_accel.train.data import Dataset
 from dit_accel.train.search import Table, budgeted, greedy
@@ -45,19 +48,19 @@ def test_on_a_model(tiny, tmp_path):
     torch.nn.init.zeros_(pipe.transformer.blocks[1].attn1.to_out[0].weight)
     data = Dataset(tiny.data)
     processors = dict(pipe.transformer.attn_processors)
-    candidates = [{"window": (3, 4, 6), "causal": (True, False, False)}, {"window": 1}]
+    candidates = [Config(window=(3, 4, 6), causal=(True, False, False)), Config(window=1)]
     table = search.measure(pipe, "gna", candidates, data, samples=2)
     assert pipe.transformer.attn_processors == processors
     assert table.losses[1] == (0, 0) and 0 < table.losses[0][0] < table.losses[0][1]
     grid = dit_accel.TokenGrid(3, 4, 6)
-    assert table.costs == tuple(dit_accel.plan("gna", grid, **candidate).density for candidate in candidates)
+    assert table.costs == tuple(METHOD.plan(grid, candidate).density for candidate in candidates)
     chosen = greedy(table, threshold=1e-12)
     assert chosen == [None, 1]
     path = tmp_path / "schedule.json"
-    search.write(path, table, chosen, {"threshold": 1e-12})
+    search.write(path, table, chosen, Setting("gna", layers=table.layers(chosen)), {"threshold": 1e-12})
     assert json.loads(path.read_text())["search"]["density"] == table.cost(chosen)
     with dit_accel.accelerate(pipe, layer_schedule=path) as accel:
-        assert accel.config.layers["transformer"] == (None, table.candidates[1])
+        assert accel.setting.layers["transformer"] == (None, table.candidates[1])
     with pytest.raises(DitAccelError, match="needs candidate settings"):
         search.measure(pipe, "gna", [], data)
 
@@ -65,8 +68,9 @@ def test_on_a_model(tiny, tmp_path):
 def test_shared_results_are_values_of_a_search(tiny):
     """A skipped layer costs a refresh in so many steps; results of a step nearby are nearer than none."""
     pipe, data = tiny.load(), Dataset(tiny.data)
-    near = {"window": 1, "share": "output", "refresh": 2}
-    candidates = [{"window": 1}, {**near, "share": "residual"}, near, {**near, "refresh": 4}]
+    near = Config(window=1, share="output", refresh=2)
+    others = [dataclasses.replace(near, **change) for change in ({"share": "residual"}, {}, {"refresh": 4})]
+    candidates = [Config(window=1), *others]
     table = search.measure(pipe, "gna", candidates, data, samples=2, steps=50)
     window = table.costs[0]
     assert table.costs == pytest.approx((window, 0.5 + window, 0.5, 0.25))

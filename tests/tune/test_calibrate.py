@@ -8,11 +8,10 @@ import torch
 import dit_accel
 from dit_accel.eval import sweep
 from dit_accel.eval.attention import record_attention
-from dit_accel.generation.choice import choose
 from dit_accel.generation.request import GenerateRequest
-from dit_accel.hooks import layers as layerwise
-from dit_accel.hooks.schedule import Schedule
 from dit_accel.hooks.selfcheck import AttentionCall
+from dit_accel.schedule import Schedule
+from dit_accel.setting import Setting
 from dit_accel.tokens import TokenGrid
 from dit_accel.train import search
 from dit_accel.train.settings import TrainSettings
@@ -60,7 +59,7 @@ def test_every_head_keeps_the_fewest_blocks_that_reach_the_recall():
     }
     settings = budgeted(curves, 0.9, {"block": 32}, Schedule(dense_steps=0.25))
     first, *others = settings.layers["transformer"]
-    assert others == [None, None] and settings.schedule == {"dense_steps": 0.25}
+    assert others == [None, None] and settings.schedule == Schedule(dense_steps=0.25)
     plan = dit_accel.plan("sparge", TokenGrid(3, 4, 8), block=32, topp=0.0, budgets=first.budgets)
     assert plan.budgets() == [3, 1] and first.block == 32
     assert budgeted(curves, 0.8, {}, Schedule()).layers["transformer"][0].budgets == pytest.approx((1.5 / 3, 0.5 / 3))
@@ -76,7 +75,7 @@ def test_from_prompts_to_a_file_that_everything_takes(cli, demo, tmp_path, monke
     assert outcome.status == 0, outcome.err
     path = out / "budgets.json"
     content = json.loads(path.read_text())
-    assert content["schedule"] == {"dense_steps": 1}
+    assert content["schedule"]["dense_steps"] == 1
     assert content["calibration"]["prompts"] == ["a red circle", "a blue square"]
     budgets = [layer["budgets"] for layer in content["layers"]["transformer"]]
     assert all(0 < share < 1 for shares in budgets for share in shares)
@@ -86,15 +85,15 @@ def test_from_prompts_to_a_file_that_everything_takes(cli, demo, tmp_path, monke
     call |= {"generator": torch.Generator().manual_seed(0), "output_type": "latent"}
     with dit_accel.accelerate(pipe, layer_schedule=path) as accel:
         record = record_attention(accel, lambda: pipe(**call))
-        assert {step for _, step in record.mass} == {1} and accel.config.layers["transformer"][0].block == 4
+        assert {step for _, step in record.mass} == {1} and accel.setting.layers["transformer"][0].block == 4
     # the first layer of the first sparse step sees what it saw in the calibration; its recall is a mean over two runs
     assert all(mass > 0.8 for mass in record.mass["transformer.blocks.0.attn1", 1])
 
     generated = cli("generate", *SMALL, "--load", path, "--output", tmp_path / "a.mp4")
     assert generated.status == 0, generated.err
-    made = json.loads((tmp_path / "a.json").read_text())["method"]
-    assert made["schedule"]["dense_steps"] == 1 and made["config"]["layers"] == content["layers"]
-    typed = choose(GenerateRequest(method=f"sparge:budgets={path}"))
+    made = json.loads((tmp_path / "a.json").read_text())["setting"]
+    assert made["schedule"]["dense_steps"] == 1 and made["layers"] == content["layers"]
+    typed = GenerateRequest(method=f"sparge:budgets={path}").candidate()
     assert json.loads(json.dumps(typed.record())) == made and typed.title == f"sparge:budgets={path}"
     assert TrainSettings(method="sparge", config={"budgets": str(path)}).config["budgets"] == str(path)
 
@@ -102,7 +101,7 @@ def test_from_prompts_to_a_file_that_everything_takes(cli, demo, tmp_path, monke
     before = path.read_bytes()
     assert cli("tune", *SMALL, "--calibrate", 0.9, *asked).status == 0 and path.read_bytes() == before
     assert cli("tune", *SMALL, "--calibrate", 0.5, *asked).status == 0
-    fewer = [config.budgets for config in layerwise.read(path).layers["transformer"]]
+    fewer = [config.budgets for config in Setting.read(path).layers["transformer"]]
     assert all(sum(few) < sum(many) for few, many in zip(fewer, budgets, strict=True))
 
 
@@ -115,7 +114,7 @@ def test_heads_from_prompts_to_a_file(cli, tmp_path, monkeypatch):
     assert outcome.status == 0, outcome.err
     content = json.loads((out / "heads.json").read_text())
     layers = content["layers"]["transformer"]
-    assert content["schedule"] == {"dense_steps": 1} and len(layers) == 6
+    assert content["schedule"]["dense_steps"] == 1 and len(layers) == 6
     for layer, (order, losses) in zip(layers, content["calibration"]["losses"], strict=True):
         assert sorted(order) == [0, 1, 2, 3] and len(losses) == 3 and min(losses) > 0
         keep = layer["keep"] if layer else [1] * 4
@@ -124,7 +123,7 @@ def test_heads_from_prompts_to_a_file(cli, tmp_path, monkeypatch):
 
     monkeypatch.setattr(search, "Probe", None)
     assert cli("tune", *SMALL, "--calibrate", 0.5, *asked).status == 0
-    kept = layerwise.read(out / "heads.json").layers["transformer"]
+    kept = Setting.read(out / "heads.json").layers["transformer"]
     assert sum(sum(config.keep) if config else 4 for config in kept) == 12
 
 

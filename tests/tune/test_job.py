@@ -9,6 +9,7 @@ import torch
 import dit_accel
 from dit_accel.eval import sweep
 from dit_accel.eval.report import fields
+from dit_accel.generation.candidate import BASELINE
 from dit_accel.tune import job
 
 SMALL = ("--frames", 5, "--height", 32, "--width", 32, "--steps", 2)
@@ -52,7 +53,7 @@ def gaining(monkeypatch):
         made = measure(pipe, arguments, seed, title, device, progress)
         taken.append(title)
         label = title.partition(" ")[2]
-        seconds = 9.0 if label == sweep.BASELINE else random.Random(label).uniform(3.0, 8.0)
+        seconds = 9.0 if label == BASELINE else random.Random(label).uniform(3.0, 8.0)
         return sweep.dataclasses.replace(made, denoising_seconds=seconds)
 
     monkeypatch.setattr(sweep, "sample", faster)
@@ -78,7 +79,7 @@ def test_from_prompts_to_a_pick_on_the_measured_front(cli, demo, tmp_path, gaini
     tried, finalists = ({row["label"]: row for row in summary["rows"][1:]} for summary in (round_1, last))
     layered = [label for label in finalists if label not in tried]
     assert len(finalists) - len(layered) == -(-len(tried) // 2)
-    assert layered and all(" layer by layer from " in label for label in layered)
+    assert layered and all(label.startswith(f"sparge:layers={out}") for label in layered)
 
     content = json.loads((out / "settings.json").read_text())
     picked = finalists[content["tuned"]["row"]]
@@ -107,11 +108,11 @@ def test_dense_steps_are_shares_so_that_short_rounds_have_them_too():
     from dit_accel.tune.request import TuneRequest
 
     asked = TuneRequest(target="2x", method=("sol", "gna:window=3"), dense_steps=10, dense_layers=1)
-    found, left_out = space.settings(asked, dit_accel.TokenGrid(4, 16, 16), [get_families()["wan"]], 50)
-    assert {choice.schedule.dense_steps for choice in found} == {0.2} and not left_out
-    assert {choice.schedule.dense_layers for choice in found} == {1}
-    assert [choice.title for choice in found if choice.name == "gna"] == ["gna:window=3"]
-    assert sum(choice.name == "sol" for choice in found) == len(space.DENSITIES) + 1  # and the preset
+    candidates, left_out = space.settings(asked, dit_accel.TokenGrid(4, 16, 16), [get_families()["wan"]], 50)
+    schedules = {candidate.setting.schedule for candidate in candidates}
+    assert {(schedule.dense_steps, schedule.dense_layers) for schedule in schedules} == {(0.2, 1)} and not left_out
+    assert [candidate.title for candidate in candidates if candidate.method == "gna"] == ["gna:window=3"]
+    assert sum(candidate.method == "sol" for candidate in candidates) == len(space.DENSITIES) + 1  # and the preset
 
 
 def test_the_bar_of_the_whole_tells_the_time_left_where_parts_take_minutes():

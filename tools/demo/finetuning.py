@@ -28,9 +28,9 @@ from dit_accel.eval.metrics.sets import Fid
 from dit_accel.eval.networks import Clip
 from dit_accel.eval.scoring import bootstrap
 from dit_accel.generation.provenance import provenance
-from dit_accel.hooks import layers as layerwise
 from dit_accel.pipelines.demo import clips, load_demo
 from dit_accel.pipelines.demo.checker import read
+from dit_accel.setting import Setting
 from dit_accel.train import data, prepare
 from dit_accel.train.card import Base
 from dit_accel.train.loop import train
@@ -244,8 +244,8 @@ def main() -> None:
     }
     for kind, kept in HEADS.items() if run.heads else ():
         rows = [{"keep": tuple(map(int, own))} for own in kept]
-        layers = layerwise.from_dict("heads", {"transformer": rows})
-        ways[kind] = functools.partial(dit_accel.accelerate, layer_schedule=layers)
+        setting = Setting.from_dict({"method": "heads", "layers": {"transformer": rows}})
+        ways[kind] = functools.partial(dit_accel.accelerate, method=setting)
 
     def made(file: pathlib.Path, sampling: tuple[int, float], way: Callable[[Any], Any]) -> np.ndarray:
         return cached(file, lambda: generate(size, run.prompts, sampling, way))

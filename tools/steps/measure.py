@@ -34,7 +34,6 @@ from dit_accel.errors import DitAccelError
 from dit_accel.files import check_file
 from dit_accel.generation.call import placement
 from dit_accel.hooks.report import Report
-from dit_accel.hooks.schedule import Schedule
 from dit_accel.hooks.selfcheck import SelfCheck
 from dit_accel.kernels.block_sparse.geometry import BlockLists
 from dit_accel.kernels.impls import Impl
@@ -42,6 +41,7 @@ from dit_accel.pipelines.family import Memory, ModelCall
 from dit_accel.pipelines.targets import find_transformers
 from dit_accel.plans.plan import Plan, PlanCall
 from dit_accel.registry import Method, get_method, make_config
+from dit_accel.schedule import Schedule
 from tools.steps.models import MODES, Model, ModelStep, select_steps
 
 ROUNDS = 2  # least number of timed steps: one of a long video takes half a minute

@@ -3,7 +3,7 @@
 import pytest
 
 from dit_accel.errors import DitAccelError
-from dit_accel.hooks.schedule import Schedule, Step
+from dit_accel.schedule import Schedule, Step
 
 
 def dense_steps(schedule: Schedule, count: int) -> list[int]:

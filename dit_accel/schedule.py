@@ -60,10 +60,6 @@ class Schedule:
         """Whether the answer depends on the denoising step."""
         return bool(self.dense_steps or self.dense_last_steps)
 
-    def steps(self) -> dict[str, Amount]:
-        """The dense steps that are set, by name."""
-        return {name: value for name in STEPS if (value := getattr(self, name))}
-
     def layers(self, total: int) -> frozenset[int]:
         """Indices of the dense layers among `total`."""
         if isinstance(self.dense_layers, tuple):

@@ -1,14 +1,13 @@
 """Settings layer by layer: each layer runs its own, a saved file brings them back, and a wrong file is refused."""
 
-import dataclasses
 import json
 
 import pytest
 import torch
 
 import dit_accel
-from dit_accel.hooks import layers as layerwise
 from dit_accel.methods.tile import Config
+from dit_accel.setting import Setting
 
 REST = {"share": "none", "refresh": 1}
 LAYERS = [{"references": 1, **REST}, None, {"references": 2, **REST}]
@@ -21,9 +20,9 @@ def run(transformer, inputs):
 
 @pytest.fixture
 def schedule(tmp_path):
-    settings = layerwise.from_dict("tile", {"transformer": LAYERS})
+    setting = Setting.from_dict({"method": "tile", "layers": {"transformer": LAYERS}})
     path = tmp_path / "schedule.json"
-    path.write_text(layerwise.to_json(settings, remark="made by hand"))
+    path.write_text(setting.to_json(remark="made by hand"))
     return path
 
 
@@ -37,7 +36,7 @@ def test_each_layer_runs_its_own_setting(schedule, tiny_wan, wan_inputs):
     assert report.layers[1].dense_reasons == {"layer schedule": 1}
     assert report.grids == {str(grid): sum(densities) / 2}
     assert str(report).startswith("tile(layer by layer): 2 sparse and 1 dense")
-    assert json.loads(json.dumps(report.as_dict()))["config"]["layers"] == {"transformer": LAYERS}
+    assert json.loads(json.dumps(report.as_dict()))["setting"]["layers"] == {"transformer": LAYERS}
     # Two uniform accelerators and the model itself, each for the layer that has its setting, give the same output.
     processors = {}
     for references, layer in ((1, 0), (2, 2)):
@@ -59,13 +58,12 @@ def test_saved_and_loaded(schedule, tiny_wan, wan_inputs, tmp_path):
         accel.save_pretrained(tmp_path / "saved")
     with dit_accel.load(transformer, tmp_path / "saved") as accel:
         assert torch.equal(run(transformer, inputs), wanted)
-        assert accel.config.layers["transformer"] == (Config(1), None, Config(2))
+        assert accel.setting.layers["transformer"] == (Config(1), None, Config(2))
 
 
 def test_a_file_may_have_dense_steps_and_given_ones_win(schedule, tiny_wan, wan_inputs, tmp_path):
     """As training gives them: it takes a file's layers for all noise levels."""
-    settings = layerwise.read(schedule)
-    schedule.write_text(layerwise.to_json(dataclasses.replace(settings, schedule={"dense_steps": 1})))
+    schedule.write_text(Setting.read(schedule).changed(dense_steps=1).to_json())
     transformer, inputs = tiny_wan(3), wan_inputs()
     for given, sparse in (({}, 0), ({"dense_steps": 0}, 2)):
         with dit_accel.accelerate(transformer, layer_schedule=schedule, **given) as accel:
@@ -74,12 +72,12 @@ def test_a_file_may_have_dense_steps_and_given_ones_win(schedule, tiny_wan, wan_
             assert accel.report().sparse_calls == sparse
             accel.save_pretrained(tmp_path / "saved")
         with dit_accel.load(transformer, tmp_path / "saved") as accel:
-            assert bool(accel.schedule.dense_steps) == (not sparse)
+            assert bool(accel.setting.schedule.dense_steps) == (not sparse)
 
 
 def test_learned_weights_take_their_layers_settings(tiny_wan):
     layers = {"transformer": [{"topk": 0.3, "block": 16}, {"topk": 0.5, "block": 16}]}
-    with dit_accel.accelerate(tiny_wan(), layer_schedule=layerwise.from_dict("sla", layers)) as accel:
+    with dit_accel.accelerate(tiny_wan(), Setting.from_dict({"method": "sla", "layers": layers})) as accel:
         assert [module.config.topk for module in accel.learned_weights().values()] == [0.3, 0.5]
 
 
@@ -107,12 +105,17 @@ def test_pausing_runs_the_models_own_attention(schedule, tiny_wan, wan_inputs):
     [
         (None, "cannot be read"),
         ("{", "not valid JSON"),
-        ("[]", "no layer schedule"),
-        ('{"format": 1, "method": null, "layers": {"transformer": [null]}}', "should name a method"),
-        ('{"format": 2, "method": "tile", "layers": {}}', "format 2"),
-        ('{"format": 1, "method": "tile", "layers": {}}', "one per layer"),
+        ("[]", "no setting"),
+        ('{"format": 1, "method": null, "layers": {"transformer": [null]}}', '"method".*None'),
+        ('{"format": 3, "method": "tile", "layers": {}}', "format 3"),
+        ('{"format": 1, "method": "tile", "layers": {}}', '"layers"'),
+        ('{"format": 2, "method": "tile", "config": [1]}', "got \\[1\\]"),
+        ('{"format": 2, "method": "tile", "config": {"references": 1}, "dense_backend": 1}', '"dense_backend".*1'),
         ('{"format": 1, "method": "tile", "layers": {"transformer": [3]}}', "got 3"),
-        ('{"format": 1, "method": "tile", "layers": {"t": [null]}, "schedule": {"steps": 1}}', "dense_last_steps; got"),
+        (
+            '{"format": 1, "method": "tile", "layers": {"t": [null]}, "schedule": {"steps": 1}}',
+            "steps",
+        ),
         ('{"format": 1, "method": "tile", "layers": {"transformer": [{"reference": 1}]}}', "Did you mean"),
         ('{"format": 1, "method": "tile", "layers": {"transformer": [null]}}', "1 layers of transformer, which has 3"),
         ('{"format": 1, "method": "tile", "layers": {"unet": [null]}}', "is for unet, but this model has transformer"),
@@ -127,8 +130,70 @@ def test_other_files_are_refused(content, message, tiny_wan, tmp_path):
 
 
 def test_a_schedule_says_everything(schedule, tiny_wan):
-    for arguments in ({"method": "gna"}, {"references": 1}, {"dense_layers": 1}):
-        with pytest.raises(dit_accel.DitAccelError, match="Leave out the method"):
+    for arguments, word in (
+        ({"method": "gna"}, "gna"),
+        ({"references": 1}, "references"),
+        ({"preset": True}, "True"),
+    ):
+        with pytest.raises(dit_accel.DitAccelError, match=word):
             dit_accel.accelerate(tiny_wan(3), layer_schedule=schedule, **arguments)
-    with pytest.raises(dit_accel.DitAccelError, match="needs a method"):
+    with pytest.raises(dit_accel.DitAccelError, match="layer_schedule"):
         dit_accel.accelerate(tiny_wan())
+
+
+def test_dense_layers_beside_a_schedule(schedule, tiny_wan, wan_inputs):
+    transformer, inputs = tiny_wan(3), wan_inputs()
+    with dit_accel.accelerated(transformer, layer_schedule=schedule, dense_layers=1) as accel:
+        run(transformer, inputs)
+        reasons = [layer.dense_reasons for layer in accel.report().layers]
+    assert reasons == [{"dense_layers=1": 1}, {"layer schedule": 1}, {}]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "dense",
+        "gna:window=18x24x24,stride=4",
+        "gna:window=full,causal=TruexFalsexFalse",
+        "radial:decay=0.2 dense_steps=12 dense_last_steps=0.1",
+        "sol dense_layers=0,3 dense_backend=auto",
+        "tile:references=1 dense_layers=5,",
+    ],
+)
+def test_the_text_of_a_setting_parses_back(text):
+    setting = Setting.parse(text)
+    assert setting.text == text and Setting.parse(setting.text) == setting
+    assert Setting.from_dict(json.loads(json.dumps(setting.as_dict()))) == setting
+
+
+def test_the_text_of_a_files_layers_parses_back(schedule):
+    setting = Setting.read(schedule).changed(dense_steps=1)
+    assert setting.text == f"tile:layers={schedule} dense_steps=1" and Setting.parse(setting.text) == setting
+    shared = Setting.parse(f"tile:layers={schedule},share=output,refresh=2")
+    assert [config and config.refresh for config in shared.layers["transformer"]] == [2, None, 2]
+    with pytest.raises(dit_accel.DitAccelError, match=r"gna.*is a setting of tile"):
+        Setting.parse(f"gna:layers={schedule}")
+
+
+def test_settings_beside_a_text_win():
+    setting = Setting.parse("sol:tau=1.5 dense_steps=3", ["tau=0.5"], dense_steps=0, dense_layers=2)
+    assert setting.text == "sol:tau=0.5 dense_layers=2"
+
+
+@pytest.mark.parametrize("text", ["sol dense_steps=1 dense_steps=2", "sol dense_steps=", "sol dense_steps=-1"])
+def test_words_are_refused_by_name(text):
+    with pytest.raises(dit_accel.DitAccelError, match="dense_steps"):
+        Setting.parse(text)
+
+
+def test_a_setting_in_place_of_a_method(tiny_wan, wan_inputs):
+    transformer, inputs = tiny_wan(3), wan_inputs()
+    outputs = []
+    setting = Setting.parse("tile:references=1 dense_layers=1")
+    for arguments in ({"method": setting}, {"method": setting.text}, {"method": "tile", "references": 1}):
+        with dit_accel.accelerate(transformer, dense_layers=1, **arguments) as accel:
+            assert accel.setting == setting
+            outputs.append(run(transformer, inputs))
+    assert torch.equal(outputs[0], outputs[1]) and torch.equal(outputs[1], outputs[2])
+    with pytest.raises(dit_accel.DitAccelError, match="references"):
+        dit_accel.accelerate(transformer, setting, references=2)

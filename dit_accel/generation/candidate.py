@@ -1,0 +1,121 @@
+"""What a command runs a pipeline with: a setting and where it was read from, or the untouched pipeline."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dit_accel.checkpoint import format as checkpoint
+from dit_accel.errors import DitAccelError
+from dit_accel.hooks import dense_backend
+from dit_accel.hooks.selfcheck import SelfCheck
+from dit_accel.registry import get_method
+from dit_accel.schedule import Schedule
+from dit_accel.setting import Setting
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+    from dit_accel.accelerator import Accelerator
+    from dit_accel.plans.plan import Plan
+    from dit_accel.tokens import TokenGrid
+
+BASELINE = "baseline"  # the label of the untouched pipeline
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+    """One way to run a pipeline.
+
+    Args:
+        setting: None for the untouched pipeline.
+        folder: of the saved accelerator with the setting and its weights; None without one.
+        any_weights: as in `checkpoint.load`.
+        call: arguments of the pipeline's calls after a fine-tuning, such as fewer steps.
+    """
+
+    setting: Setting | None = None
+    folder: Path | None = None
+    any_weights: bool = False
+    call: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.setting is not None and self.setting.dense_backend is not None:
+            import torch
+
+            dense_backend.choose(self.setting.dense_backend, torch.device("cpu"))  # refuses unknown names early
+
+    @classmethod
+    def read(cls, path: Path, *, any_weights: bool = False, backend: str | None = None) -> Candidate:
+        """The setting of a JSON file, or of a folder that `Accelerator.save_pretrained` wrote.
+
+        Raises:
+            DitAccelError: there is neither, it is damaged, or `any_weights` came with a file, which has no weights.
+        """
+        if path.is_file():
+            if any_weights:
+                raise DitAccelError(f"{path} is a setting without weights, so leave out --any-weights.")
+            return cls(Setting.read(path).changed(dense_backend=backend))
+        if not path.is_dir():
+            raise DitAccelError(
+                f"--load {path}: there is no such folder or file. Give a folder that Accelerator.save_pretrained "
+                "wrote, or the JSON file of a setting."
+            )
+        saved = checkpoint.read(path)
+        call = {} if saved.trained is None else saved.trained["call"]
+        return cls(saved.setting.changed(dense_backend=backend), path, any_weights, call)
+
+    @property
+    def method(self) -> str:
+        """Its name; dense for the untouched pipeline."""
+        return "dense" if self.setting is None else self.setting.method
+
+    @property
+    def layered(self) -> bool:
+        """Whether layers have settings of their own."""
+        return self.setting is not None and self.setting.layers is not None
+
+    @property
+    def title(self) -> str:
+        """The method and its settings as typed."""
+        return BASELINE if self.setting is None else self.setting.title
+
+    @property
+    def label(self) -> str:
+        """The setting as a user types it, and the name of the folder."""
+        if self.setting is None:
+            return BASELINE
+        return self.setting.text + ("" if self.folder is None else f" from {self.folder.name}")
+
+    def plans(self, grid: TokenGrid) -> list[Plan]:
+        """The plan of each of its Configs on a grid; what does not fit, or keeps every pair, is refused."""
+        import torch
+
+        from dit_accel.hooks.plan_cache import PlanCache
+
+        if self.setting is None:
+            return []
+        method, device = get_method(self.setting.method), torch.device("cpu")
+        return [PlanCache(method, config).get(grid, device) for config in self.setting.configs()]
+
+    def record(self) -> dict[str, Any]:
+        """The setting as plain values; dense for the untouched pipeline."""
+        return (self.setting or Setting.make("dense")).as_dict()
+
+    def apply(self, pipe: DiffusionPipeline, check: SelfCheck | None = None) -> Accelerator:
+        """Accelerate the pipeline; errors as in `accelerate` and `checkpoint.load`."""
+        from dit_accel import accelerator
+        from dit_accel.checkpoint import load as saved
+
+        assert self.setting is not None
+        how = dataclasses.asdict(check or SelfCheck())
+        if self.folder is None:
+            return accelerator.accelerate(pipe, self.setting, **how)
+        how |= {"dense_backend": self.setting.dense_backend, "any_weights": self.any_weights}
+        return saved.load(pipe, self.folder, **how)
+
+    def without_schedule(self) -> Candidate:
+        """The same without dense steps and layers, so that a single step runs the method."""
+        assert self.setting is not None
+        return dataclasses.replace(self, setting=dataclasses.replace(self.setting, schedule=Schedule()))
