@@ -71,26 +71,42 @@ class TokenOrder:
     def blocks(self) -> int:
         return self.visual_blocks + self.dense_blocks
 
-    def halved(self) -> tuple[TokenOrder, torch.Tensor]:
-        """Blocks of half the size, each within one of these, and the visual block that each lies in: int64 [blocks].
+    def halved(self, device: torch.device | None = None) -> tuple[TokenOrder, torch.Tensor]:
+        """Blocks of half the size, each within one of these, and the block that each lies in: int64 [blocks].
 
         Tiles are cut along their first even side.
         """
+        half = dataclasses.replace(self, block=self.block // 2, tile=None)
         if self.tile is None:
-            half = dataclasses.replace(self, block=self.block // 2)
-            return half, torch.arange(half.visual_blocks) // 2
-        axis = next(axis for axis, size in enumerate(self.tile) if size % 2 == 0)
-        t, h, w = (size // (2 if at == axis else 1) for at, size in enumerate(self.tile))
-        half = dataclasses.replace(self, block=self.block // 2, tile=(t, h, w))
-        sides = [torch.arange(count) // (2 if at == axis else 1) for at, count in enumerate(half.tiles)]
-        (frames, rows, columns), (_, height, width) = sides, self.tiles
-        return half, ((frames[:, None, None] * height + rows[:, None]) * width + columns).flatten()
+            parents = torch.arange(half.visual_blocks, device=device) // 2
+        else:
+            axis = next(axis for axis, size in enumerate(self.tile) if size % 2 == 0)
+            t, h, w = (size // (2 if at == axis else 1) for at, size in enumerate(self.tile))
+            half = dataclasses.replace(half, tile=(t, h, w))
+            frames, rows, columns = (
+                torch.arange(count, device=device) // (2 if at == axis else 1) for at, count in enumerate(half.tiles)
+            )
+            _, height, width = self.tiles
+            parents = ((frames[:, None, None] * height + rows[:, None]) * width + columns).flatten()
+        conditioning, text = (
+            torch.arange(count, device=device) // 2 for count in (half.conditioning_blocks, half.text_blocks)
+        )
+        before_text = self.visual_blocks + self.conditioning_blocks
+        return half, torch.cat([parents, self.visual_blocks + conditioning, before_text + text])
 
-    def index(self) -> torch.Tensor:
+    def cut(self, most: int, device: torch.device | None = None) -> tuple[TokenOrder, torch.Tensor]:
+        """Blocks halved until none has more than `most` tokens, and the block that each lies in: int64 [blocks]."""
+        order, parents = self, torch.arange(self.blocks, device=device)
+        while order.block > most:
+            order, own = order.halved(device)
+            parents = parents[own]
+        return order, parents
+
+    def index(self, device: torch.device | None = None) -> torch.Tensor:
         """The token, in model order, of every slot: int64 [blocks * block], -1 for padding slots."""
         grid = self.grid
-        others = self._run(grid.conditioning_start, grid.conditioning), self._run(grid.text_start, grid.text)
-        return torch.cat([self._visual_index(), *others])
+        others = (grid.conditioning_start, grid.conditioning), (grid.text_start, grid.text)
+        return torch.cat([self._visual_index(device), *(self._run(*other, device) for other in others)])
 
     def block_of_token(self) -> torch.Tensor:
         """The block of every token, in model order: int64 [tokens]."""
@@ -98,29 +114,39 @@ class TokenOrder:
         slots = (index >= 0).nonzero().squeeze(1)
         return torch.empty_like(slots).index_copy_(0, index[slots], slots // self.block)
 
-    def _visual_index(self) -> torch.Tensor:
+    def block_of_visual(self, device: torch.device | None = None) -> torch.Tensor:
+        """The block of every visual token, in raster order: int64 [visual]. Does not wait for the device."""
+        if self.tile is None:
+            return torch.arange(self.grid.visual, device=device) // self.block
+        frames, rows, columns = (
+            torch.arange(length, device=device) // size for length, size in zip(self.grid.shape, self.tile, strict=True)
+        )
+        _, height, width = self.tiles
+        return ((frames[:, None, None] * height + rows[:, None]) * width + columns).flatten()
+
+    def _visual_index(self, device: torch.device | None) -> torch.Tensor:
         start = self.grid.visual_start
         if self.tile is None:
-            return self._run(start, self.grid.visual)
+            return self._run(start, self.grid.visual, device)
         (_, height, width), (tile_t, tile_h, tile_w), (n_t, n_h, n_w) = self.grid.shape, self.tile, self.tiles
-        t = torch.arange(n_t * tile_t).reshape(n_t, 1, 1, tile_t, 1, 1)
-        h = torch.arange(n_h * tile_h).reshape(1, n_h, 1, 1, tile_h, 1)
-        w = torch.arange(n_w * tile_w).reshape(1, 1, n_w, 1, 1, tile_w)
+        t = torch.arange(n_t * tile_t, device=device).reshape(n_t, 1, 1, tile_t, 1, 1)
+        h = torch.arange(n_h * tile_h, device=device).reshape(1, n_h, 1, 1, tile_h, 1)
+        w = torch.arange(n_w * tile_w, device=device).reshape(1, 1, n_w, 1, 1, tile_w)
         inside = (t < self.grid.frames) & (h < height) & (w < width)
         return torch.where(inside, start + (t * height + h) * width + w, -1).flatten()
 
-    def _run(self, start: int, count: int) -> torch.Tensor:
-        slots = torch.arange(math.ceil(count / self.block) * self.block)
+    def _run(self, start: int, count: int, device: torch.device | None) -> torch.Tensor:
+        slots = torch.arange(math.ceil(count / self.block) * self.block, device=device)
         return torch.where(slots < count, start + slots, -1)
 
 
-def valid_tokens(order: TokenOrder) -> torch.Tensor:
+def valid_tokens(order: TokenOrder, device: torch.device | None = None) -> torch.Tensor:
     """Tokens, not padding slots, in each visual block: int32 [visual_blocks]."""
     if order.tile is None:
-        blocks = torch.arange(order.visual_blocks, dtype=torch.int32)
+        blocks = torch.arange(order.visual_blocks, dtype=torch.int32, device=device)
         return (order.grid.visual - blocks * order.block).clamp_(max=order.block)
     sizes = [
-        (length - torch.arange(count, dtype=torch.int32) * size).clamp_(max=size)
+        (length - torch.arange(count, dtype=torch.int32, device=device) * size).clamp_(max=size)
         for length, count, size in zip(order.grid.shape, order.tiles, order.tile, strict=True)
     ]
     return (sizes[0][:, None, None] * sizes[1][:, None] * sizes[2]).flatten()

@@ -76,6 +76,6 @@ def test_index_is_int64():
 def test_halves_lie_in_their_block(grid, block, tile):
     order = TokenOrder(TokenGrid(*grid, text=5), block, tile)
     half, parents = order.halved()
-    assert half.block * 2 == block and len(parents) == half.visual_blocks
-    of_half, of_block = (each.block_of_token()[: order.grid.visual] for each in (half, order))
+    assert half.block * 2 == block and len(parents) == half.blocks
+    of_half, of_block = (side.block_of_token() for side in (half, order))
     assert torch.equal(parents[of_half], of_block)

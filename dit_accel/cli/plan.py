@@ -33,6 +33,10 @@ class PlanOptions(JsonOptions, SizeOptions, SourceOptions, SettingsOptions):
     model: str | None = option(  # type: ignore[assignment]
         None, "Instead of --grid: demo, a folder or a Hub id; only its JSON files are read."
     )
+    gpu: str | None = option(
+        None, "Say what would run on a GPU that need not be present, such as sm_90.", metavar="sm_80|sm_90|..."
+    )
+    head_dim: int = option(128, "Channels of a head, for --gpu.", least=1)
     image: Path | None = option(None, "Save a picture of the block mask.", metavar="FILE.png")
 
     def tokens(self) -> TokenGrid:
@@ -76,6 +80,10 @@ def plan(given: dict[str, Any]) -> None:
     name, config = registry.parse_method(options.method, options.settings)
     made = registry.plan(name, options.tokens(), **config)
     facts = _facts(made)
+    if options.gpu is not None:
+        learned = registry.get_method(name).learned(made.config) is not None
+        choices = made.implementation(options.gpu, head_dim=options.head_dim, learned=learned)
+        facts["implementation"] = {options.gpu: [choice._asdict() for choice in choices]}
     if options.image is not None:
         picture = made.image()
         with staged(options.image) as stage:
@@ -140,6 +148,9 @@ def _print_table(facts: dict[str, Any]) -> None:
     if "ideal_speedup" in facts:
         speedup = f"{facts['ideal_speedup']:.2f} times dense attention"
         table.add_row("ideal speed-up", f"{speedup}, if every visited block costs the same")
+    for gpu, choices in facts.get("implementation", {}).items():
+        for choice in choices:
+            table.add_row(f"{gpu}, {choice['part']}", f"{choice['name']}: {choice['faster'] or choice['why']}")
     Console().print(table)
 
 

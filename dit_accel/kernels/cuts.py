@@ -44,7 +44,7 @@ def block_means(x: torch.Tensor, order: TokenOrder) -> torch.Tensor:
     """Mean of every block's tokens: [B, H, visual, D] to [B, H, blocks, D], fp32 or fp64."""
     wide = torch.promote_types(x.dtype, torch.float32)
     if order.tile is not None:
-        held = valid_tokens(order).to(x.device, wide)[:, None]
+        held = valid_tokens(order, x.device).to(wide)[:, None]
         return to_blocks(x, order).sum(-2, dtype=wide) / held
     whole = order.grid.visual // order.block
     runs = x[..., : whole * order.block, :].unflatten(-2, (whole, order.block)) if whole else x[..., :0, None, :]

@@ -33,71 +33,26 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import importlib.util
-import os
+import itertools
+import math
 from collections.abc import Callable, Mapping
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from dit_accel.errors import DitAccelError
-from dit_accel.order import TokenOrder
+from dit_accel.kernels import obstacles
+from dit_accel.kernels.block_sparse.triton_configs import LARGEST_BLOCK
+from dit_accel.kernels.obstacles import Facts
 
 Impl = str  # "auto" or the name of an implementation
 AUTO: Impl = "auto"
 BLOCK_SPARSE, ROUTER, SLA, TAIL = "block_sparse", "router", "sla", "tail"
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton reads it when it is imported
 HALF = (torch.float16, torch.bfloat16)
+BLOCKS, HEAD_DIMS = (16, 32, 64, 128), (64, 128)  # that kernels take
 _LOADED: dict[str, ModuleType] = {}
 ELSEWHERE = ""  # the key of `Implementation.rank` for every other type of device
-
-
-@dataclasses.dataclass(frozen=True)
-class Facts:
-    """The facts of a call that are known before it runs.
-
-    Args:
-        device, dtype, head_dim: of q, k and v.
-        block_q, block_k: tokens in a query block and in a key block.
-        gradients: gradients of q, k or v follow.
-        lse: the log-sum-exp is wanted.
-        visual_blocks: of kernel "router": key blocks of visual tokens.
-        by_number: of kernel "router": as in `router.call.Rule`.
-        linear_scope, feature_map: of kernel "sla": the blocks and the map of its linear branch; None without one.
-        critical: of kernel "sla": blocks that a query block attends exactly; None if not known.
-    """
-
-    device: torch.device
-    dtype: torch.dtype
-    head_dim: int
-    block_q: int
-    block_k: int
-    gradients: bool = False
-    lse: bool = False
-    visual_blocks: int = 0
-    by_number: bool = False
-    linear_scope: str | None = None
-    feature_map: str | None = None
-    critical: int | None = None
-
-    @classmethod
-    def of(
-        cls,
-        device: torch.device,
-        dtype: torch.dtype,
-        head_dim: int,
-        query_order: TokenOrder,
-        key_order: TokenOrder,
-        **more: Any,
-    ) -> Facts:
-        """The facts of a call whose sequence is cut into these blocks; `more` are further fields."""
-        blocks = query_order.block, key_order.block
-        return cls(device, dtype, head_dim, *blocks, visual_blocks=key_order.visual_blocks, **more)
-
-
-def nothing(facts: Facts) -> str | None:
-    """No call is refused."""
-    return None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,6 +68,8 @@ class Implementation:
         dtypes: of q, k and v.
         head_dims: the largest head dimension.
         cannot: why it cannot run a call, or None if it can. Asked after packages, dtypes and head dimensions.
+        cuts: the most tokens of a block by field of `Facts`. A larger block runs in halves of its halves, which keep
+            its list; its number of tokens is a power of two.
         package: a package that it needs; `wheel`: its name for pip where that is another.
         packing: the module whose `pack(lists, geometry)` makes `BlockLists.packed`.
         autograd: PyTorch differentiates `forward`; see the module.
@@ -124,7 +81,8 @@ class Implementation:
     rank: Mapping[str, int] = dataclasses.field(default_factory=dict)
     dtypes: tuple[torch.dtype, ...] = (*HALF, torch.float32, torch.float64)
     head_dims: int | None = None
-    cannot: Callable[[Facts], str | None] = nothing
+    cannot: Callable[[Facts], str | None] = obstacles.nothing
+    cuts: Mapping[str, int] = dataclasses.field(default_factory=dict)
     package: str | None = None
     wheel: str | None = None
     packing: str | None = None
@@ -138,96 +96,25 @@ class Implementation:
 
     def obstacle(self, facts: Facts) -> str | None:
         """Why it cannot run a call, or None if it can."""
-        if not self.installed:
+        if not self.installed and facts.capability is None:
             return f"the package {self.wheel or self.package} is not installed"
         if facts.dtype not in self.dtypes:
             known, came = ", ".join(map(str, self.dtypes)), str(facts.dtype)
             return f"{self.name} takes {known}, not {came}".replace("torch.", "")
         if self.head_dims is not None and facts.head_dim > self.head_dims:
             return f"{self.name} takes head dimensions up to {self.head_dims}, not {facts.head_dim}"
-        return self.cannot(facts)
+        return self.cannot(dataclasses.replace(facts, **self.cut(facts)))
+
+    def cut(self, facts: Facts) -> dict[str, int]:
+        """The sizes of the parts in which too large blocks run, by field of `Facts`; empty if none is too large."""
+        blocks = {side: getattr(facts, side) for side, most in self.cuts.items() if getattr(facts, side) > most}
+        return {side: self.cuts[side] for side, block in blocks.items() if not block & (block - 1)}
 
     def load(self) -> ModuleType:
         """Its module. A traced call needs it loaded already."""
         if self.module not in _LOADED:
             _LOADED[self.module] = importlib.import_module(self.module)
         return _LOADED[self.module]
-
-
-def _triton(facts: Facts) -> str | None:
-    for side, block in (("query", facts.block_q), ("key", facts.block_k)):
-        if not 16 <= block <= 128 or block & (block - 1):
-            return f"the kernels take {side} blocks of 16, 32, 64 or 128 tokens, not {block}"
-    if INTERPRETED:
-        return "Triton's interpreter has no bfloat16 arithmetic" if facts.dtype == torch.bfloat16 else None
-    if facts.device.type != "cuda":
-        return f"the tensors are on {facts.device}; Triton needs a CUDA device or TRITON_INTERPRET=1"
-    return None
-
-
-def _gluon(facts: Facts) -> str | None:
-    if facts.block_q != 128 or facts.block_k not in (64, 128):
-        return f"the kernel takes blocks of 128 queries and 64 or 128 keys, not {facts.block_q} and {facts.block_k}"
-    if facts.head_dim not in (64, 128):
-        return f"the kernel takes head dimensions 64 and 128, not {facts.head_dim}"
-    return _hopper(facts)
-
-
-def _hopper(facts: Facts) -> str | None:
-    there = facts.device.type == "cuda" and torch.cuda.is_available()
-    if not there or torch.cuda.get_device_capability(facts.device) != (9, 0):
-        return f"the kernel needs a GPU of compute capability 9.0, and the tensors are on {facts.device}"
-    return None
-
-
-def _cudnn(facts: Facts) -> str | None:
-    sizes = facts.block_q, facts.block_k
-    if sizes not in ((64, 64), (128, 128)) or facts.head_dim not in (64, 96, 128):
-        return (
-            "cuDNN takes blocks of 64x64 or 128x128 tokens and head dimensions 64, 96 and 128, not "
-            f"{sizes[0]}x{sizes[1]} and {facts.head_dim}"
-        )
-    if facts.gradients and (facts.dtype != torch.bfloat16 or facts.head_dim != 128 or facts.lse):
-        return "cuDNN has gradients in bfloat16 with head dimension 128 alone, and none through the log-sum-exp"
-    return _hopper(facts)
-
-
-def _flex(facts: Facts) -> str | None:
-    kind = facts.device.type
-    for block in (facts.block_q, facts.block_k):
-        if 128 % block and block % 128:
-            return f"PyTorch's FlexAttention takes blocks that divide 128 or are a multiple of it, not {block}"
-    if kind not in ("cuda", "cpu", "xpu", "hpu", "mps"):
-        return f"PyTorch's FlexAttention does not run on {kind}"
-    if kind in ("cpu", "mps") and (facts.gradients or facts.lse):
-        return f"PyTorch's FlexAttention has no {'gradients' if facts.gradients else 'log-sum-exp'} on {kind}"
-    if kind == "cpu" and torch.compiler.is_compiling():
-        return "PyTorch's FlexAttention does not compile inside a compiled model on a CPU; it compiles by itself"
-    return None
-
-
-def _sla_triton(facts: Facts) -> str | None:
-    from dit_accel.kernels.sla.triton_configs import unsupported
-
-    sizes = facts.head_dim, facts.block_q, facts.block_k
-    return unsupported(*sizes, facts.linear_scope, facts.feature_map) or _triton(facts)
-
-
-def _router_triton(facts: Facts) -> str | None:
-    from dit_accel.kernels.router.triton_configs import unsupported
-
-    # a side whose blocks are single vectors is not pooled, so the limits of a block do not count there
-    pooled: dict[str, Any] = {side: 16 for side in ("block_q", "block_k") if getattr(facts, side) == 1}
-    obstacle = unsupported(facts.head_dim, facts.visual_blocks, facts.by_number)
-    return obstacle or _triton(dataclasses.replace(facts, **pooled))
-
-
-def _sla_gluon(facts: Facts) -> str | None:
-    if facts.linear_scope == "marginal":
-        return "the kernel computes linear_scope 'all', not 'marginal'"
-    if facts.critical == 0:
-        return "the kernel was not tried without critical blocks"
-    return _sla_triton(facts) or _gluon(facts)
 
 
 def _reference(kernel: str, *, autograd: bool = False) -> Implementation:
@@ -245,11 +132,13 @@ def _of_triton(kernel: str, cannot: Callable[[Facts], str | None], **more: Any) 
 
 
 def _of_gluon(name: str, module: str, **more: Any) -> Implementation:
-    fields: dict[str, Any] = {"dtypes": HALF, "cannot": _gluon, "package": "triton", "packing": _LISTS}
-    return Implementation(name, BLOCK_SPARSE, f"{_GLUON}.{module}", **fields, **more)
+    fields: dict[str, Any] = {"dtypes": HALF, "cannot": obstacles.gluon, "package": "triton", "packing": _LISTS}
+    return Implementation(name, BLOCK_SPARSE, f"{_GLUON}.{module}", cuts=_BOTH, **fields, **more)
 
 
 _SINGLE = (*HALF, torch.float32)
+_QUERIES = {"block_q": LARGEST_BLOCK}
+_BOTH = {**_QUERIES, "block_k": LARGEST_BLOCK}
 _LISTS = "dit_accel.kernels.block_sparse.triton_lists"
 _GLUON = "dit_accel.kernels.block_sparse.gluon"
 _FLEX = "dit_accel.kernels.block_sparse.libraries.flex"
@@ -258,7 +147,7 @@ _SLA_OPS = "dit_accel.kernels.sla.ops"
 ROWS = (
     _reference(BLOCK_SPARSE, autograd=True),
     _portable(BLOCK_SPARSE),
-    _of_triton(BLOCK_SPARSE, _triton, head_dims=256, packing=_LISTS),
+    _of_triton(BLOCK_SPARSE, obstacles.attention_triton, head_dims=256, packing=_LISTS, cuts=_BOTH),
     # Its gradients were compiled and emulated. No GPU has run them yet, so "auto" takes the next row.
     _of_gluon("gluon", "launches"),
     # Faster than triton in the five settings of an H200 that have both (benchmarks/LOG.md); the gradients are Triton's.
@@ -269,25 +158,33 @@ ROWS = (
         _FLEX,
         rank={ELSEWHERE: 5},
         dtypes=_SINGLE,
-        cannot=_flex,
+        cannot=obstacles.flex,
         packing=_FLEX,
         autograd=True,
     ),
     # Its own name alone takes it, until a measured row shows that it is faster.
     Implementation(
-        "cudnn", BLOCK_SPARSE, _CUDNN, dtypes=HALF, cannot=_cudnn, package="cudnn", wheel="nvidia-cudnn-frontend"
+        "cudnn",
+        BLOCK_SPARSE,
+        _CUDNN,
+        dtypes=HALF,
+        cannot=obstacles.cudnn,
+        package="cudnn",
+        wheel="nvidia-cudnn-frontend",
     ),
     _reference(ROUTER),
     _portable(ROUTER),
-    _of_triton(ROUTER, _router_triton),
+    _of_triton(ROUTER, obstacles.router_triton, cuts=_BOTH),
     _reference(SLA),
     _portable(SLA),
-    _of_triton(SLA, _sla_triton, head_dims=256, module=_SLA_OPS),
+    _of_triton(SLA, obstacles.sla_triton, head_dims=256, module=_SLA_OPS, cuts=_QUERIES),
     # No GPU has run it yet; see "gluon" above.
-    Implementation("gluon", SLA, _SLA_OPS, dtypes=HALF, head_dims=128, cannot=_sla_gluon, package="triton"),
+    Implementation(
+        "gluon", SLA, _SLA_OPS, dtypes=HALF, head_dims=128, cannot=obstacles.sla_gluon, cuts=_QUERIES, package="triton"
+    ),
     _reference(TAIL, autograd=True),
     _portable(TAIL),
-    _of_triton(TAIL, _triton, head_dims=256),
+    _of_triton(TAIL, obstacles.tail_triton, head_dims=256, cuts=_QUERIES),
 )
 _TABLE: dict[tuple[str, str], Implementation] = {(row.kernel, row.name): row for row in ROWS}
 
@@ -326,10 +223,67 @@ def named(name: str, kernel: str = BLOCK_SPARSE) -> Implementation:
     return row
 
 
+def beside(impl: Impl, kernel: str) -> Impl:
+    """The name for a kernel that runs beside attention: the same, or "auto" where attention alone has that name."""
+    return AUTO if (kernel, impl) not in _TABLE and (BLOCK_SPARSE, impl) in _TABLE else impl
+
+
 def check(impl: Impl) -> None:
     """Refuse an unknown name, and one whose package is not installed."""
     if impl != AUTO:
         named(impl)
+
+
+class Choice(NamedTuple):
+    """What runs a part of a plan's calls.
+
+    part: "attention", of visual queries; "text", of all other queries; "router"; "tail".
+    kernel, name, why: the kernel, its implementation and the reason for it.
+    plain: it is plain PyTorch on a GPU that has kernels.
+    faster: what keeps the call from a faster implementation, and the nearest blocks that reach one, if any do; None if
+        none is faster.
+    """
+
+    part: str
+    kernel: str
+    name: str
+    why: str
+    plain: bool = False
+    faster: str | None = None
+
+
+def explain(part: str, kernel: str, facts: Facts, impl: Impl, *, square: bool = False) -> Choice:
+    """`choose`, with what would be faster; `square`: queries and keys have blocks of one size."""
+    row, why = choose(facts, impl, kernel)
+    above = list(itertools.takewhile(lambda other: other is not row, ranked(facts.device.type, kernel)))
+    faster = None if impl != AUTO else next(filter(None, (_hindrance(better, facts, square) for better in above)), None)
+    kind = facts.device.type
+    plain = kind not in row.rank and any(kind in other.rank for other in ranked(kind, kernel))
+    return Choice(part, kernel, row.name, why, plain, why if plain and impl == AUTO and faster is None else faster)
+
+
+def _hindrance(row: Implementation, facts: Facts, square: bool) -> str | None:
+    """Why an implementation for this GPU does not run a call, and the nearest blocks that it takes.
+
+    None if no block and no head dimension reaches it, as on another GPU.
+    """
+
+    def far(blocks: tuple[int, int]) -> tuple[float, ...]:
+        steps = math.log2(blocks[0] / facts.block_q), math.log2(blocks[1] / facts.block_k)
+        return abs(steps[0]) + abs(steps[1]), -blocks[0], -blocks[1]
+
+    def takes(block_q: int, block_k: int, **other: int) -> bool:
+        visual = -(-facts.visual_blocks * facts.block_k // block_k)
+        others = dataclasses.replace(facts, block_q=block_q, block_k=block_k, visual_blocks=visual, **other)
+        return row.obstacle(others) is None
+
+    sizes = [block for block in itertools.product(BLOCKS, BLOCKS) if not square or block[0] == block[1]]
+    sizes, obstacle = sorted(sizes, key=far), row.obstacle(facts)
+    near = next((blocks for blocks in sizes if takes(*blocks)), None)
+    if near is not None:
+        return f"{obstacle}; with {'' if square else f'block_q={near[0]}, '}block={near[1]} {row.name} runs"
+    reached = any(takes(*blocks, head_dim=head_dim) for blocks in sizes for head_dim in HEAD_DIMS)
+    return f"{obstacle}; {row.name} runs with no other blocks" if reached else None
 
 
 def choose(facts: Facts, impl: Impl = AUTO, kernel: str = BLOCK_SPARSE) -> tuple[Implementation, str]:
@@ -347,13 +301,13 @@ def choose(facts: Facts, impl: Impl = AUTO, kernel: str = BLOCK_SPARSE) -> tuple
         if obstacle is not None:
             raise DitAccelError(f"impl={impl!r} cannot compute this: {obstacle}. Use impl='auto' or another name.")
         return row, f"impl={impl!r} was asked for"
-    obstacles: list[str] = []
+    reasons: list[str] = []
     for row in ranked(facts.device.type, kernel):
         obstacle = row.obstacle(facts)
         if obstacle is None:
-            return row, obstacles[-1] if obstacles else f"the fastest on {facts.device.type}"
-        obstacles.append(obstacle)
-    raise DitAccelError(f"No implementation can compute this on {facts.device}: {'; '.join(obstacles)}.")
+            return row, reasons[-1] if reasons else f"the fastest on {facts.device.type}"
+        reasons.append(obstacle)
+    raise DitAccelError(f"No implementation can compute this on {facts.device}: {'; '.join(reasons)}.")
 
 
 def ranked(device_type: str, kernel: str = BLOCK_SPARSE) -> list[Implementation]:

@@ -58,7 +58,9 @@ class AgentPlan(RoutedPlan):
         super().__init__("agent", config, grid, TokenOrder(grid, BLOCK_Q), TokenOrder(grid, BLOCK_K))
         t, h, w = map(min, config.tile, grid.shape)
         self.tiles = TokenOrder(grid, t * h * w, (t, h, w))
-        self.agent_order = TokenOrder(TokenGrid(1, 1, self.tiles.visual_blocks), BLOCK_K)
+
+    def routing(self) -> None:
+        return None
 
     @property
     def pairs(self) -> int:
@@ -88,9 +90,9 @@ class AgentPlan(RoutedPlan):
         if bias is not None:
             bias = block_means(bias[:, None, self.grid.visual_rows, None], tiles)[:, 0, :, 0]
         call = call._replace(scale=scale, text_bias=bias)
-        gathered = attend_all(agents, k, v, self.key_order, BLOCK_Q, call)
+        gathered = attend_all(agents, k, v, self.grid, call)
         call = PlanCall(scale=self.second_scale(scale), impl=call.impl)
-        out = attend_all(queries, agents, gathered, self.agent_order, BLOCK_Q, call)
+        out = attend_all(queries, agents, gathered, TokenGrid(1, 1, self.tiles.visual_blocks), call)
         return out + self.config.shortcut * visual_of(v, self.grid), self.choose(q, k, call)
 
 

@@ -98,6 +98,9 @@ class ProxyPlan(RoutedPlan):
     def always(self) -> tuple[int, None]:
         return self.config.count(self.key_order.visual_blocks), None
 
+    def routing(self) -> dict[str, Any] | None:
+        return {"by_number": True} if self.config.topk else None
+
     def choose(self, q: Tensor, k: Tensor, call: PlanCall) -> BlockLists:
         blocks = self.key_order.visual_blocks
         if self.config.topk:
@@ -120,7 +123,7 @@ class ProxyPlan(RoutedPlan):
         order = self.key_order
         queries, keys, values = (visual_of(x, self.grid) for x in (q, k, v))
         keys, values = block_means(keys, order), block_means(values, order)
-        bias = valid_tokens(order).to(q.device, keys.dtype).log()
+        bias = valid_tokens(order, q.device).to(keys.dtype).log()
         by_block = self.config.query == "block"
         asking = block_means(queries, order) if by_block else queries
         keys, values, bias = (x.to(asking.dtype) for x in (keys, values, bias))

@@ -27,7 +27,7 @@ from dit_accel.kernels.router.api import route
 from dit_accel.kernels.router.call import Rule
 from dit_accel.kernels.tail.rectified import compensated, trusted
 from dit_accel.methods.settings import BlockSettings
-from dit_accel.plans.plan import PlanCall, per_device
+from dit_accel.plans.plan import BLOCK_Q, PlanCall, per_device
 from dit_accel.plans.routed import Ordering
 from dit_accel.plans.tailed import TailDefinition, TailedPlan
 from dit_accel.registry import Method
@@ -85,6 +85,10 @@ class RectifiedPlan(TailedPlan):
             found[queries[here].flatten(), keys[there].flatten()] = True
         return found.to(device)
 
+    def build(self, device: torch.device) -> None:
+        super().build(device)
+        self.around(device)
+
     def choose(self, q: Tensor, k: Tensor, call: PlanCall) -> BlockLists:
         config, blocks = self.config, self.key_order.visual_blocks
         rule = Rule(topk=config.counts(blocks), topp=float(config.topp), forced=self.around(q.device))
@@ -140,8 +144,8 @@ class RectifiedDefinition(TailDefinition):
 
 
 def at_density(grid: TokenGrid, density: float) -> dict[str, Any]:
-    """The share of visual blocks by number alone, to six digits; neighbours besides."""
-    return {"drop": float(f"{1 - min(1.0, grid.visual_share(density)):.6g}"), "topp": 0.0}
+    """The share of visual blocks by number alone, to six digits; neighbours besides. Blocks that all kernels take."""
+    return {"drop": float(f"{1 - min(1.0, grid.visual_share(density)):.6g}"), "topp": 0.0, "block_q": BLOCK_Q}
 
 
 METHOD = Method(

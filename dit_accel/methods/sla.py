@@ -30,7 +30,7 @@ from dit_accel.methods.settings import BlockSettings
 from dit_accel.plans.blocks import BlockMask, from_map
 from dit_accel.plans.gate import BlockGate, gated
 from dit_accel.plans.plan import PlanCall
-from dit_accel.plans.routed import RoutedPlan
+from dit_accel.plans.routed import GATED, RoutedPlan
 from dit_accel.plans.sla_definition import SlaDefinition
 from dit_accel.registry import LearnedModule, Method
 from dit_accel.tokens import TokenGrid
@@ -265,6 +265,10 @@ class SlaPlan(RoutedPlan):
         return made.to(like.device).requires_grad_(False)
 
     kernel = impls.SLA
+
+    def routing(self) -> dict[str, Any] | None:
+        gated = GATED if self.config.score == "learned" else {}
+        return {"by_number": True} | gated if self.config.topk else None
 
     def needs(self, learned: bool) -> dict[str, Any]:
         config = self.config

@@ -22,7 +22,7 @@ from dit_accel.kernels.block_sparse.geometry import BlockLists
 from dit_accel.kernels.router.api import route
 from dit_accel.kernels.router.call import Rule, Variance
 from dit_accel.methods.settings import BlockSettings
-from dit_accel.plans.plan import PlanCall, per_device
+from dit_accel.plans.plan import BLOCK_Q, PlanCall, per_device
 from dit_accel.plans.tailed import TailDefinition, TailedPlan
 from dit_accel.registry import Method
 from dit_accel.tokens import TokenGrid
@@ -76,6 +76,10 @@ class SolPlan(TailedPlan):
         found[:, keys[: self.config.sink]] = True
         return found.to(device)
 
+    def build(self, device: torch.device) -> None:
+        super().build(device)
+        self.forced(device)
+
     def choose(self, q: Tensor, k: Tensor, call: PlanCall) -> BlockLists:
         rule = Rule(tau=float(self.config.tau), variance=self.config.variance, forced=self.forced(q.device))
         return route(q, k, self.query_order, self.key_order, rule, scale=call.scale, impl=call.impl)
@@ -85,10 +89,14 @@ class SolPlan(TailedPlan):
 
 
 def at_density(grid: TokenGrid, density: float) -> dict[str, Any]:
-    """The tau at which normally distributed scores keep that share of the visual blocks, neighbours included."""
-    forced = SolPlan(Config(), grid).forced(torch.device("cpu")).double().mean().item()
+    """The tau at which normally distributed scores keep that share of the visual blocks, neighbours included.
+
+    Blocks are those that all kernels take.
+    """
+    blocks = {"block_q": BLOCK_Q}
+    forced = SolPlan(Config(**blocks), grid).forced(torch.device("cpu")).double().mean().item()
     share = min(max((grid.visual_share(density) - forced) / (1 - forced), 1e-9), 1 - 1e-9) if forced < 1 else 1 - 1e-9
-    return {"tau": float(f"{statistics.NormalDist().inv_cdf(1 - share):.6g}")}
+    return {"tau": float(f"{statistics.NormalDist().inv_cdf(1 - share):.6g}"), **blocks}
 
 
 METHOD = Method(

@@ -37,7 +37,7 @@ from dit_accel.methods.settings import BlockSettings
 from dit_accel.plans.gate import BlockGate, gated
 from dit_accel.plans.kept import kept_or_new
 from dit_accel.plans.plan import PlanCall, per_device
-from dit_accel.plans.routed import LARGEST_BLOCK
+from dit_accel.plans.routed import GATED, LARGEST_BLOCK
 from dit_accel.plans.tailed import TailDefinition, TailedPlan
 from dit_accel.registry import LearnedModule, Method
 from dit_accel.tokens import TokenGrid
@@ -135,6 +135,16 @@ class SpargePlan(TailedPlan):
         """Blocks that a row of each head keeps by number: the least that hold the head's share of them."""
         assert self.config.budgets != "equal"
         return [math.ceil(share * self.key_order.visual_blocks) for share in self.config.budgets]
+
+    def build(self, device: torch.device) -> None:
+        super().build(device)
+        if self.config.budgets != "equal":
+            self._budgets_on(device)
+
+    def routing(self) -> dict[str, Any]:
+        config = self.config
+        by_number = not config.topp and config.similarity is None and config.budgets == "equal"
+        return {"by_number": by_number} | (GATED if config.score == "learned" else {})
 
     def counts_of(self, call: PlanCall, heads: int, device: torch.device) -> int | torch.Tensor:
         """Blocks that rows keep by number: an int, or int32 [heads, 1]. Budgets for other heads are refused."""

@@ -257,7 +257,7 @@ FAMILIES = (
                 "a block (turbodiffusion/inference/modify_model.py); needs fine-tuned weights",
             ),
             "rectified": Preset(
-                config={"drop": 0.75},
+                config={"drop": 0.75, "block_q": 128},
                 schedule={"dense_steps": 0.2, "dense_layers": 2},
                 source="Rectified SpaAttn (arXiv 2511.19835): Wan2.1 with drop 0.75 and layers 0 and 1 dense; dense "
                 "steps as for Sol-Attn (arXiv 2607.24027)",
@@ -272,7 +272,7 @@ FAMILIES = (
                 "of 768x1280, 11 of 40 steps dense, blocks of 64 tokens",
             ),
             "rectified": Preset(
-                config={"drop": 0.85},
+                config={"drop": 0.85, "block_q": 128},
                 schedule={"dense_steps": 0.2, "dense_layers": 2},
                 source="Rectified SpaAttn (arXiv 2511.19835): Wan2.2-A14B with drop 0.85 and layers 0 and 1 of both "
                 "dense; dense steps as for Sol-Attn (arXiv 2607.24027)",

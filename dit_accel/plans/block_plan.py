@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from dit_accel.errors import DitAccelError
+from dit_accel.kernels.block_sparse.triton_configs import LARGEST_BLOCK
 from dit_accel.order import TokenOrder, valid_tokens
 from dit_accel.plans import blocks
 from dit_accel.plans.blocks import BlockMask
@@ -29,6 +30,16 @@ class BlockPlan(StaticPlan):
         self.block = block
         order = TokenOrder(grid, block)
         self._visited, self._mask = visited, blocks.from_map(visited, order, order)
+
+    @functools.cached_property
+    @building()
+    def _blocks(self) -> BlockMask:
+        """Kernels get the parts of blocks that are too large for them."""
+        if self.block <= LARGEST_BLOCK or self.block & (self.block - 1):
+            return self._mask
+        order, parents = TokenOrder(self.grid, self.block).cut(LARGEST_BLOCK)
+        parents = parents[: order.visual_blocks]
+        return blocks.from_map(self._visited[parents][:, parents], order, order)
 
     @functools.cached_property
     @building()

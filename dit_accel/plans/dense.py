@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from dit_accel.kernels.impls import AUTO, Impl
+from dit_accel.kernels.impls import AUTO, Choice, Impl
+from dit_accel.kernels.obstacles import Facts
 from dit_accel.plans.masks import AxisTable, Mask, Product
 from dit_accel.plans.plan import MaskPlan, PlanCall
 from dit_accel.tokens import TokenGrid
@@ -33,3 +34,8 @@ class DensePlan(MaskPlan):
         if impl == AUTO:
             return SDPA, "nothing is masked"
         return super().prepare(device, dtype, head_dim, impl)
+
+    def choices(self, facts: Facts, impl: Impl = AUTO, learned: bool = False) -> list[Choice]:
+        if impl == AUTO:
+            return [Choice("attention", "", SDPA, "nothing is masked")]
+        return super().choices(facts, impl, learned)

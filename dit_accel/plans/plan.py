@@ -23,10 +23,12 @@ from dit_accel.kernels.block_sparse.api import (
     pack,
 )
 from dit_accel.kernels.block_sparse.geometry import BlockLists, BlockSparseCall, Geometry, Segments
-from dit_accel.kernels.impls import AUTO, Facts, Impl
+from dit_accel.kernels.impls import AUTO, Impl
+from dit_accel.kernels.obstacles import Facts
 from dit_accel.order import TokenOrder
 from dit_accel.plans import blocks
 from dit_accel.plans.blocks import BlockMask
+from dit_accel.plans.choices import Kernels
 from dit_accel.plans.kept import ListMemory
 from dit_accel.plans.masks import Mask
 from dit_accel.plans.tiles import Tile, choose_tiles
@@ -87,7 +89,7 @@ class PlanCall(NamedTuple):
     values: torch.Tensor | None = None
 
 
-class Plan(abc.ABC):
+class Plan(Kernels):
     """A method by its registered name, its settings, and the grid of the sequence that calls will have.
 
     Attributes:
@@ -254,11 +256,13 @@ class StaticPlan(Plan):
     def prepare(
         self, device: torch.device, dtype: torch.dtype, head_dim: int, impl: Impl = AUTO, *, learned: bool = False
     ) -> tuple[str, str]:
-        facts = Facts(device, dtype, head_dim, self.geometry.block_q, self.geometry.block_k)
-        chosen, why = impls.choose(facts, impl)
-        chosen.load()
-        self.lists(device, chosen.packing)
-        return chosen.name, why
+        name, why = self.start(device, dtype, head_dim, impl)
+        self.lists(device, impls.named(name).packing)
+        return name, why
+
+    def calls(self, learned: bool = False) -> dict[str, tuple[str, dict[str, Any]]]:
+        blocks = {"block_q": self.geometry.block_q, "block_k": self.geometry.block_k}
+        return {"attention": (impls.BLOCK_SPARSE, blocks)}
 
     def run(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: PlanCall) -> torch.Tensor:
         segments, scale, bias = Segments.of(q, call.text_lens), call.scale, call.text_bias

@@ -12,13 +12,14 @@ from dit_accel.errors import DitAccelError
 from dit_accel.kernels import impls
 from dit_accel.kernels.block_sparse.api import attend_blocks, attend_visual
 from dit_accel.kernels.block_sparse.geometry import BlockLists, Geometry, Segments
-from dit_accel.kernels.impls import AUTO, Facts, Impl
+from dit_accel.kernels.impls import AUTO, Impl
 from dit_accel.order import TokenOrder, valid_tokens
 from dit_accel.plans.curves import Curve, along
-from dit_accel.plans.plan import Plan, PlanCall, among_others, building, per_device
+from dit_accel.plans.plan import BLOCK_K, BLOCK_Q, Plan, PlanCall, among_others, building, per_device
 from dit_accel.plans.tiles import choose_tile
 from dit_accel.tokens import TokenGrid
 
+GATED = {"block_q": 1, "block_k": 1}  # what `routing` says where a gate gives a vector a block
 LARGEST_BLOCK = 1024  # every block is computed whole, padding included
 
 
@@ -160,11 +161,27 @@ class RoutedPlan(Plan):
     def prepare(
         self, device: torch.device, dtype: torch.dtype, head_dim: int, impl: Impl = AUTO, *, learned: bool = False
     ) -> tuple[str, str]:
+        self.build(device)
+        return self.start(device, dtype, head_dim, impl, learned)
+
+    def build(self, device: torch.device) -> None:
+        """Make what is kept on a device. A traced call would keep tensors in the memory of a CUDA graph."""
+        self.block_sizes(device)
         if self.curve is not None:
             self._rows_on(device)
-        facts = Facts.of(device, dtype, head_dim, self.query_order, self.key_order, **self.needs(learned))
-        chosen, why = impls.choose(facts, impl, self.kernel)
-        return chosen.name, why
+
+    def calls(self, learned: bool = False) -> dict[str, tuple[str, dict[str, Any]]]:
+        visual_blocks = self.key_order.visual_blocks
+        blocks = {"block_q": self.query_order.block, "block_k": self.key_order.block, "visual_blocks": visual_blocks}
+        parts = {"attention": (self.kernel, blocks | self.needs(learned))}
+        if self.key_order.dense_blocks:
+            parts["text"] = impls.BLOCK_SPARSE, {"block_q": BLOCK_Q, "block_k": BLOCK_K}
+        routing = self.routing()
+        return parts if routing is None else parts | {"router": (impls.ROUTER, blocks | routing)}
+
+    def routing(self) -> dict[str, Any] | None:
+        """What `Facts` say of the router's call, besides; None if nothing is routed."""
+        return {}
 
     def needs(self, learned: bool) -> dict[str, Any]:
         """What `Facts` say of a call besides its tensors and orders; `learned` as of `prepare`."""
@@ -221,15 +238,15 @@ class RoutedPlan(Plan):
         self, visual: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: PlanCall
     ) -> torch.Tensor:
         """The whole output [B, H, N, D]: `visual` and the other queries, which attend to everything."""
-        order, grid = self.key_order, self.grid
-        if not order.dense_blocks:
+        grid = self.grid
+        if not self.key_order.dense_blocks:
             return visual
         front, back = grid.visual_start, grid.visual_start + grid.visual
         others = torch.cat([q[:, :, :front], q[:, :, back:]], dim=2)
         bias = call.text_bias
         if bias is not None:
             bias = torch.cat([bias[:, :front], bias[:, back:]], dim=1)
-        around = attend_all(others, k, v, order, self.query_order.block, call._replace(text_bias=bias))
+        around = attend_all(others, k, v, grid, call._replace(text_bias=bias))
         pieces = [around[:, :, :front], visual, around[:, :, front:]]
         return torch.cat([piece.transpose(1, 2) for piece in pieces], dim=1).transpose(1, 2)
 
@@ -241,21 +258,21 @@ class RoutedPlan(Plan):
 
 
 def attend_all(
-    queries: torch.Tensor, k: torch.Tensor, v: torch.Tensor, key_order: TokenOrder, block_q: int, call: PlanCall
+    queries: torch.Tensor, k: torch.Tensor, v: torch.Tensor, grid: TokenGrid, call: PlanCall
 ) -> torch.Tensor:
     """Attention of any queries to all tokens of a sequence: [B, H, S, D], in memory [B, S, H, D].
 
     Args:
-        queries: [B, H, S, D], in blocks of `block_q`; `call.text_bias` is theirs, [B, S].
-        k, v: [B, H, N, D], of the sequence that `key_order` cuts into blocks.
+        queries: [B, H, S, D]; `call.text_bias` is theirs, [B, S].
+        k, v: [B, H, N, D], of a sequence on `grid`.
     """
-    grid, count = key_order.grid, queries.shape[2]
+    count = queries.shape[2]
     geometry = Geometry(
-        grid.shape, (1, 1, count), block_q, key_order.block, None, key_order.tile, grid.conditioning, grid.text,
+        grid.shape, (1, 1, count), BLOCK_Q, BLOCK_K, None, None, grid.conditioning, grid.text,
         own_queries=True, text_first=grid.text_first,
     )  # fmt: skip
-    every = torch.arange(key_order.blocks, dtype=torch.int32, device=queries.device)
-    lists = BlockLists.full(every.expand(math.ceil(count / block_q), -1).contiguous())
+    every = torch.arange(geometry.key_order.blocks, dtype=torch.int32, device=queries.device)
+    lists = BlockLists.full(every.expand(math.ceil(count / BLOCK_Q), -1).contiguous())
     segments = Segments.of(queries, call.text_lens)
     return attend_blocks(
         queries, k, v, lists, geometry, segments, text_bias=call.text_bias, scale=call.scale, impl=call.impl

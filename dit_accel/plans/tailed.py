@@ -9,7 +9,6 @@ from torch import Tensor
 
 from dit_accel.kernels import impls
 from dit_accel.kernels.block_sparse.geometry import BlockLists
-from dit_accel.kernels.impls import AUTO, Facts, Impl
 from dit_accel.kernels.tail.api import with_tail
 from dit_accel.plans.definition import RoutedDefinition, masked_attention
 from dit_accel.plans.plan import PlanCall
@@ -52,13 +51,9 @@ class TailedPlan(RoutedPlan):
         )  # fmt: skip
         return out, lists
 
-    def prepare(
-        self, device: torch.device, dtype: torch.dtype, head_dim: int, impl: Impl = AUTO, *, learned: bool = False
-    ) -> tuple[str, str]:
-        if self.has_tail:
-            facts = Facts.of(device, dtype, head_dim, self.query_order, self.key_order, **self.needs(learned))
-            impls.choose(facts, impl, impls.TAIL)[0].load()
-        return super().prepare(device, dtype, head_dim, impl, learned=learned)
+    def calls(self, learned: bool = False) -> dict[str, tuple[str, dict[str, Any]]]:
+        parts = super().calls(learned)
+        return parts | {"tail": (impls.TAIL, parts["attention"][1])} if self.has_tail else parts
 
     def needs(self, learned: bool) -> dict[str, Any]:
         return {"lse": self.has_tail}

@@ -39,7 +39,10 @@ def test_choice_names_its_reason(table, monkeypatch):
     with pytest.raises(DitAccelError, match=r"impl='triton' cannot compute this: .* not 24"):
         chosen(refused, "triton")
     linear = dataclasses.replace(CUDA, linear_scope="all", feature_map="hedgehog")
-    why = "the kernels do not compute the feature map hedgehog, which has 2 D features a token"
+    why = (
+        "the kernels do not compute the feature map hedgehog, which has 2 D features a token; softmax, elu and relu "
+        "have kernels"
+    )
     row, said = choose(linear, kernel=impls.SLA)
     assert (row.name, said) == ("portable", why)
     key = impls.BLOCK_SPARSE, "triton"

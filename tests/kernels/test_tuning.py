@@ -16,7 +16,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 import dit_accel
-from dit_accel.kernels import impls, tuning
+from dit_accel.kernels import impls, obstacles, tuning
 from dit_accel.kernels.block_sparse import triton as block_sparse
 from dit_accel.kernels.block_sparse import triton_lists
 from dit_accel.kernels.block_sparse.geometry import BlockSparseCall, Segments
@@ -127,7 +127,7 @@ def test_a_call_of_a_static_plan_fills_nothing(device, monkeypatch, text_first, 
     """Its tensors are the results and the words; everything else it takes as it is."""
     grid = dit_accel.TokenGrid(2, 9, 10, text=5, text_first=text_first)
     plan = dit_accel.plan("gna", grid, window=(2, 5, 5))
-    monkeypatch.setattr(impls, "INTERPRETED", True)  # tensors on a CPU are taken
+    monkeypatch.setattr(obstacles, "INTERPRETED", True)  # tensors on a CPU are taken
     monkeypatch.setattr(block_sparse, "_candidates", lambda *sizes: (Launch(4, 1, 32),))
     q, k, v = (torch.zeros(2, grid.tokens, 1, 64, dtype=torch.float16).transpose(1, 2) for _ in range(3))
     plan.prepare(q.device, q.dtype, 64, "triton")
@@ -145,7 +145,7 @@ def static(device, monkeypatch):
     """A plan that the Triton kernels run, and q, k and v for it."""
     grid = dit_accel.TokenGrid(2, 9, 10, text=5)
     plan = dit_accel.plan("gna", grid, window=(2, 5, 5))
-    monkeypatch.setattr(impls, "INTERPRETED", True)  # tensors on a CPU are taken
+    monkeypatch.setattr(obstacles, "INTERPRETED", True)  # tensors on a CPU are taken
     monkeypatch.setattr(block_sparse, "_candidates", lambda *sizes: (Launch(4, 1, 32),))
     plan.prepare(torch.device("cpu"), torch.float16, 64, "triton")
     return plan, [torch.zeros(2, grid.tokens, 2, 64, dtype=torch.float16).transpose(1, 2) for _ in range(3)]

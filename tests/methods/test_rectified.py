@@ -202,7 +202,7 @@ def test_calls_against_the_definition(case, compensation, dtype):
 
 def test_counts_and_density():
     assert [Config(drop=drop).counts(10) for drop in (0.8, 0.75, 0.9, 1.0, 0.0)] == [2, 2, 1, 0, 10]
-    assert METHOD.at_density(TokenGrid(8, 32, 32), 0.25) == {"drop": 0.75, "topp": 0.0}
+    assert METHOD.at_density(TokenGrid(8, 32, 32), 0.25) == {"drop": 0.75, "topp": 0.0, "block_q": 128}
 
 
 def test_text_that_is_weighed_needs_the_exact_compensation():

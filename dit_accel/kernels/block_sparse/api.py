@@ -16,7 +16,14 @@ from torch._C import _len_torch_function_stack
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode as traced
 
 from dit_accel.errors import DitAccelError
-from dit_accel.kernels.block_sparse.geometry import BlockLists, BlockSparseCall, Geometry, Segments, empty_rows
+from dit_accel.kernels.block_sparse.geometry import (
+    BlockLists,
+    BlockSparseCall,
+    Geometry,
+    Segments,
+    cut_blocks,
+    empty_rows,
+)
 from dit_accel.kernels.cuts import visual_of
 from dit_accel.kernels.impls import AUTO, Facts, Impl, Implementation, choose, named
 from dit_accel.order import TokenOrder
@@ -75,8 +82,8 @@ def attend_blocks(
     wanted = lse or text_bias is not None
     facts = Facts(q.device, q.dtype, q.shape[-1], geometry.block_q, geometry.block_k, gradients, wanted)
     chosen, _ = choose(facts, impl)
-    if chosen.packing is None:
-        call = call._replace(lists=lists._replace(packed=None))
+    lists, geometry = cut_blocks(lists, geometry, chosen.cuts)
+    call = call._replace(lists=lists if chosen.packing else lists._replace(packed=None), geometry=geometry)
     out, sums = attend_checked(chosen, call)
     if text_bias is not None and geometry.text:
         assert sums is not None

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -197,6 +197,49 @@ class BlockSparseCall(NamedTuple):
         """The inverse of `pack`."""
         q, k, v, *records, geometry, scale = flat
         return cls(q, k, v, BlockLists(*records[:5]), Segments(*records[5:]), Geometry.unpack(geometry), scale)
+
+
+def cut_blocks(lists: BlockLists, geometry: Geometry, cuts: Mapping[str, int]) -> tuple[BlockLists, Geometry]:
+    """Lists over the parts of blocks that are too large: both attend the same pairs. The same lists if none is.
+
+    Each part of a query block has its block's list. Each part of a key block stands in place of its block.
+
+    Args:
+        cuts: the most tokens of a block by `Geometry`'s field, "block_q" and "block_k". Larger ones are powers of two.
+    """
+    device, (query_order, key_order) = lists.indices.device, geometry.orders
+    most_q, most_k = cuts.get("block_q", geometry.block_q), cuts.get("block_k", geometry.block_k)
+    if query_order.block > most_q:
+        query_order, parents = query_order.cut(most_q, device)
+        partial = None if lists.partial is None else lists.partial[..., parents, :]
+        lists = BlockLists(lists.indices[..., parents, :], lists.counts[..., parents], partial, lists.tables)
+    while key_order.block > most_k:
+        key_order, parents = key_order.halved(device)
+        lists = _halve_keys(lists, parents)
+    if (query_order, key_order) == geometry.orders:
+        return lists, geometry
+    parts = geometry.block_q // query_order.block * (geometry.block_k // key_order.block)
+    return lists, dataclasses.replace(
+        geometry, block_q=query_order.block, tile_q=query_order.tile, block_k=key_order.block, tile_k=key_order.tile,
+        partial_blocks=None if geometry.partial_blocks is None else parts * geometry.partial_blocks,
+    )  # fmt: skip
+
+
+def _halve_keys(lists: BlockLists, parents: torch.Tensor) -> BlockLists:
+    """Lists with both halves, or the only one, in place of each key block; `parents` as of `TokenOrder.halved`."""
+    order = parents.argsort(stable=True)
+    second = torch.nn.functional.pad(parents[order].diff() == 0, (1, 0)).long()
+    halves = parents.new_full((len(parents), 2), -1).index_put((parents[order], second), order)
+    used = lists.used[..., None]
+    listed = torch.where(used, halves[torch.where(used[..., 0], lists.indices, 0).long()], -1).flatten(-2)
+    there = listed >= 0
+    place = torch.where(there, there.cumsum(-1) - 1, listed.shape[-1])
+
+    def placed(x: torch.Tensor) -> torch.Tensor:
+        return x.new_zeros(*x.shape[:-1], x.shape[-1] + 1).scatter(-1, place, x)[..., :-1]
+
+    partial = None if lists.partial is None else placed(lists.partial.repeat_interleave(2, -1) & there)
+    return BlockLists(placed(listed.clamp(min=0).int()), there.sum(-1, dtype=torch.int32), partial, lists.tables)
 
 
 def _make_orders(geometry: Geometry) -> tuple[TokenOrder, TokenOrder]:

@@ -131,7 +131,7 @@ def _forward_by_head(call: BlockSparseCall, places: list[Placement]) -> tuple[Te
     out, lse = empty_output(q)
     used = check_lists(lists, geometry.key_order.blocks)
     for b, place in enumerate(places):
-        side_q, side_k = _sides(geometry, place, q.device)
+        side_q, side_k = (side.to(q.device) for side in _sides(geometry, place))
         order, problems = _problems_by_head(_of_sample(lists, b), used[b], geometry, side_q, side_k, q)
         queries = side_q.blocks(q[b])[order]
         keys, values = (side_k.blocks(x[b]).flatten(0, 1).contiguous() for x in (k, v))
@@ -159,7 +159,7 @@ def _backward_by_head(
     grads = zeros_spread(q), zeros_spread(k), zeros_spread(v)
     used = check_lists(lists, geometry.key_order.blocks)
     for b, place in enumerate(places):
-        side_q, side_k = _sides(geometry, place, q.device)
+        side_q, side_k = (side.to(q.device) for side in _sides(geometry, place))
         order, problems = _problems_by_head(_of_sample(lists, b), used[b], geometry, side_q, side_k, q)
         upstream, queries, outs, lses = (side_q.blocks(x[b])[order] for x in (grad_out, q, out, lse))
         upstream_lse = None if grad_lse is None else side_q.blocks(grad_lse[b])[order]
@@ -193,6 +193,10 @@ class _Side:
     whole: bool  # whether all slots have one
     run: slice | None  # the tokens' rows, if these are consecutive and no padding lies between them
 
+    def to(self, device: torch.device) -> _Side:
+        index, rows, valid = (x.to(device) for x in (self.index, self.rows, self.valid))
+        return dataclasses.replace(self, index=index, rows=rows, valid=valid)
+
     def blocks(self, x: Tensor) -> Tensor:
         """x [H, N, ...] as [H, blocks, block, ...], zero without a token; a view if x has all rows in this order."""
         if self.run is not None:
@@ -222,7 +226,8 @@ class _Side:
 
 
 @functools.lru_cache(maxsize=16)
-def _sides(geometry: Geometry, place: Placement, device: torch.device) -> tuple[_Side, _Side]:
+def _sides(geometry: Geometry, place: Placement) -> tuple[_Side, _Side]:
+    """On a CPU: a device tensor that is kept may lie in the memory of a CUDA graph."""
     sides = []
     for order, where, text in (
         (geometry.query_order, query_placement(geometry, place), geometry.query_order.grid.text),
@@ -236,7 +241,7 @@ def _sides(geometry: Geometry, place: Placement, device: torch.device) -> tuple[
         whole, first, count = bool(valid.all()), int(rows[0]), int(valid.sum())
         straight = bool(valid[:count].all()) and torch.equal(rows[:count], torch.arange(first, first + count))
         run = slice(first, first + count) if straight else None
-        sides.append(_Side(order.block, index.to(device), rows.to(device), valid.to(device), whole, run))
+        sides.append(_Side(order.block, index, rows, valid, whole, run))
     return sides[0], sides[1]
 
 

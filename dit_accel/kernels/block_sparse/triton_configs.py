@@ -8,6 +8,7 @@ from collections.abc import Iterator
 # Shared memory that one program may use, by compute capability (CUDA C++ Programming Guide, table of capabilities).
 SHARED_BYTES = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
 BIG = (80, 90, 100, 103)  # data-center chips
+LARGEST_BLOCK = 128  # tokens; larger blocks run in halves
 KERNELS = ("forward", "dq", "dkdv")
 TUNED_BY = ("BLOCK_Q", "BLOCK_K", "BLOCK_D", "HAS_TABLES")  # lengths, strides and list widths are no part of it
 

@@ -10,7 +10,7 @@ from dit_accel.errors import DitAccelError
 from dit_accel.kernels import impls
 from dit_accel.kernels.block_sparse.geometry import BlockLists, Geometry
 from dit_accel.kernels.cuts import visual_of
-from dit_accel.kernels.impls import AUTO, Facts, Impl, Implementation
+from dit_accel.kernels.impls import AUTO, Facts, Impl
 from dit_accel.kernels.router.call import RouterCall, Rule
 from dit_accel.order import TokenOrder
 from dit_accel.tokens import TokenGrid
@@ -130,7 +130,7 @@ def _route(
     if not scale > 0:
         raise DitAccelError(f"The router ranks logits, whose scale is above 0; got {scale}.")
     facts = Facts.of(q.device, q.dtype, q.shape[-1], query_order, key_order, by_number=rule.by_number)
-    chosen = choose_impl(facts, impl)
+    chosen = impls.choose(facts, router_impl(facts, impl), impls.ROUTER)[0]
     rows = q.shape[0], q.shape[1], query_order.visual_blocks
     indices, counts, worst = route_blocks(
         q, k,
@@ -143,11 +143,10 @@ def _route(
     return BlockLists(indices, counts), worst
 
 
-def choose_impl(facts: Facts, impl: Impl) -> Implementation:
-    """The implementation that a call gets; `impl` as in `route`."""
-    if impl not in impls.names(impls.ROUTER) or (impl != AUTO and impls.named(impl, impls.ROUTER).obstacle(facts)):
-        impl = AUTO
-    return impls.choose(facts, impl, impls.ROUTER)[0]
+def router_impl(facts: Facts, impl: Impl) -> Impl:
+    """The router's name for an implementation of attention; see `route`."""
+    known = impl in impls.names(impls.ROUTER) and impl != AUTO
+    return impl if known and impls.named(impl, impls.ROUTER).obstacle(facts) is None else AUTO
 
 
 def _per_row(

@@ -59,7 +59,7 @@ def cell_means(x: torch.Tensor, order: TokenOrder, cells: int) -> torch.Tensor:
 def cell_sizes(order: TokenOrder, cells: int, device: torch.device) -> torch.Tensor:
     """Tokens in every cell: int64 [blocks, cells]."""
     if cells == 1:
-        return valid_tokens(order).to(device, torch.int64)[:, None]
+        return valid_tokens(order, device).long()[:, None]
     ones = torch.ones(order.grid.visual, 1, dtype=torch.int64, device=device)
     return to_blocks(ones, order).unflatten(-2, (cells, -1)).sum((-2, -1))
 

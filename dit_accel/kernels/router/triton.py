@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
 import triton
 
 from dit_accel.kernels import tuning
-from dit_accel.kernels.block_sparse.triton_configs import Launch
+from dit_accel.kernels.block_sparse.triton_configs import LARGEST_BLOCK, Launch
 from dit_accel.kernels.router import triton_configs as configs
 from dit_accel.kernels.router.call import RouterCall, thresholds
 from dit_accel.kernels.router.portable import cell_sizes
@@ -26,7 +25,9 @@ def route(q: torch.Tensor, k: torch.Tensor, call: RouterCall) -> tuple[torch.Ten
     batch, heads, rows, _, dim = queries.shape
     blocks = keys.shape[2]
     scores = queries.new_empty(batch, heads, rows, blocks)
-    sizes = (_sizes(order, call.cells, q.device) for order in orders)
+    counts = scores.new_empty(batch, heads, rows, dtype=torch.int32)
+    # sizes of whole blocks are not read
+    sizes = (counts if call.cells == 1 else cell_sizes(order, call.cells, q.device).int() for order in orders)
     tiles = triton.cdiv(rows, configs.SCORES["ROWS"]) * triton.cdiv(blocks, configs.SCORES["COLUMNS"])
     _run(
         "scores", (tiles, batch * heads), 4,
@@ -48,7 +49,6 @@ def route(q: torch.Tensor, k: torch.Tensor, call: RouterCall) -> tuple[torch.Ten
     given = (*of_rows, pooled, ranked, forced)
     parts = (*(x is not None for x in given[:4]), forced is not None)  # the guard has two tensors
     indices = scores.new_zeros(batch, heads, rows, call.width, dtype=torch.int32)
-    counts = scores.new_empty(batch, heads, rows, dtype=torch.int32)
     worst = scores.new_empty(batch, heads, rows, call.skip, dtype=torch.int32)
     width = configs.width_of(blocks)
     _run(
@@ -67,6 +67,11 @@ def cell_means(x: torch.Tensor, order: TokenOrder, cells: int, *, unit: bool = F
     if order.block == 1:
         single = torch.nn.functional.normalize(x.float(), dim=-1) if unit else x.float()
         return single[..., None, :].contiguous()
+    parts = order.block // cells // LARGEST_BLOCK
+    if parts > 1:
+        means = cell_means(x, order, parts * cells, unit=unit).unflatten(-2, (cells, parts))
+        held = cell_sizes(order, parts * cells, x.device).to(means).unflatten(-1, (cells, parts))
+        return (held[..., None, :] @ means).squeeze(-2) / held.sum(-1, keepdim=True).clamp(min=1)
     x = tuning.contiguous_rows(x)
     batch, heads, _, dim = x.shape
     means = x.new_empty(batch, heads, order.visual_blocks, cells, dim, dtype=torch.float32)
@@ -80,13 +85,6 @@ def cell_means(x: torch.Tensor, order: TokenOrder, cells: int, *, unit: bool = F
         },
     )  # fmt: skip
     return means
-
-
-@functools.lru_cache(maxsize=16)
-def _sizes(order: TokenOrder, cells: int, device: torch.device) -> torch.Tensor:
-    """Tokens in every cell: int32 [blocks, cells] on a device."""
-    with torch.inference_mode(False):
-        return cell_sizes(order, cells, torch.device("cpu")).int().to(device)
 
 
 def _run(kernel: str, programs: tuple[int, int], warps: int, arguments: Any, constants: dict[str, Any]) -> None:

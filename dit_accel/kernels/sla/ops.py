@@ -16,6 +16,7 @@ import torch
 from dit_accel.errors import DitAccelError
 from dit_accel.kernels.block_sparse.api import attend_visual
 from dit_accel.kernels.block_sparse.geometry import BlockLists, Geometry, empty_rows
+from dit_accel.kernels.block_sparse.triton_configs import LARGEST_BLOCK
 from dit_accel.kernels.cuts import visual_of
 from dit_accel.kernels.router.api import classify, single_blocks
 from dit_accel.kernels.sla.call import SlaCall, results
@@ -34,10 +35,11 @@ def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: SlaCall) ->
     orders = call.query_order, single_blocks(key_means)
     routed, negligible = call.lists or classify(q, key_means, *orders, call.topk, call.skip, call.impl)
     whole, critical = (keys_state, total), routed
-    if call.linear_scope == "marginal" and call.query_order.block > MARGINAL_BLOCK:
-        half, parents = call.query_order.halved()  # both halves of a block keep its lists
-        critical, negligible = (x[:, :, parents.to(x.device)] for x in (critical, negligible))
-        call = call._replace(query_order=half)
+    most = MARGINAL_BLOCK if call.linear_scope == "marginal" else LARGEST_BLOCK
+    if call.query_order.block > most:
+        cut, parents = call.query_order.cut(most, q.device)  # the parts of a block keep its lists
+        critical, negligible = (x[:, :, parents[: cut.visual_blocks]] for x in (critical, negligible))
+        call = call._replace(query_order=cut)
     geometry = dataclasses.replace(Geometry.of(call.query_order, call.key_order), own_queries=True)
     if call.text_bias is None:
         return _both_branches(queries, k, v, whole, critical, negligible, call, geometry), routed

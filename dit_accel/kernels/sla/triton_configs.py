@@ -28,7 +28,10 @@ def unsupported(
             f"keys, not {block_q} and {block_k}"
         )
     if feature_map in OTHER_MAPS:
-        return f"the kernels do not compute the feature map {feature_map}, which {OTHER_MAPS[feature_map]}"
+        return (
+            f"the kernels do not compute the feature map {feature_map}, which {OTHER_MAPS[feature_map]}; softmax, elu "
+            "and relu have kernels"
+        )
     if linear_scope is not None and head_dim > HEAD_DIMS[-1]:
         return f"the kernels of the linear branch take head dimensions up to {HEAD_DIMS[-1]}, not {head_dim}"
     return None

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dit_accel.errors import DitAccelError
 from dit_accel.kernels import impls
-from dit_accel.kernels.block_sparse.geometry import BlockLists, Geometry, empty_rows
+from dit_accel.kernels.block_sparse.geometry import BlockLists, Geometry, cut_blocks, empty_rows
 from dit_accel.kernels.cuts import visual_of
 from dit_accel.kernels.impls import AUTO, Facts, Impl
 from dit_accel.kernels.tail.call import TailCall
@@ -55,7 +55,7 @@ def with_tail(
             they are not listed. None: no block is dropped.
         first_order: add PISA's first-order term, one D x D matrix a head.
         scale: factor of the logits; D ** -0.5 if None.
-        impl: "auto", or the name of an implementation, which runs or raises.
+        impl: "auto", or the name of an implementation, which runs or raises; as "auto" if it is one of attention alone.
 
     Returns:
         The output [B, H, visual, D] in the dtype of q, laid out as [B, visual, H, D] in memory. Its natural log-sum-exp
@@ -69,7 +69,13 @@ def with_tail(
     geometry = Geometry.of_visual(query_order, key_order)
     call = TailCall(q, k, v, exact, exact_lse, lists, dropped, geometry, scale)
     _check(call)
-    chosen, _ = impls.choose(Facts.of(q.device, q.dtype, q.shape[-1], query_order, key_order), impl, impls.TAIL)
+    facts = Facts.of(q.device, q.dtype, q.shape[-1], query_order, key_order)
+    chosen, _ = impls.choose(facts, impls.beside(impl, impls.TAIL), impls.TAIL)
+    if chosen.cut(facts):
+        lists, geometry = cut_blocks(lists, geometry, chosen.cuts)
+        if dropped is not None:
+            dropped = dropped[:, :, query_order.cut(geometry.block_q, q.device)[1][: geometry.query_order.blocks]]
+        call = call._replace(lists=lists, dropped=dropped, geometry=geometry)
     if chosen.autograd:
         out, lse = chosen.load().forward(call)
     else:

@@ -69,7 +69,7 @@ class _Tail(NamedTuple):
     @classmethod
     def of(cls, k: Tensor, v: Tensor, geometry: Geometry) -> _Tail:
         wide, order = torch.promote_types(k.dtype, torch.float32), geometry.key_order
-        held = valid_tokens(order).to(k.device, wide)[:, None]
+        held = valid_tokens(order, k.device).to(wide)[:, None]
         return cls(block_means(k, order), block_means(v, order), held, wide)
 
 
@@ -83,7 +83,7 @@ def _parts(
     """
     order, visual, weight = geometry.query_order, q.shape[2], tail.held[:, 0].log()
     step = max(1, dense.logits_at_once(q.device) // (q.shape[1] * len(weight)))
-    runs = 0 if order.tile else visual // order.block
+    runs, block_of = 0 if order.tile else visual // order.block, order.block_of_visual(q.device)
     for b in range(len(q)):
         at = slice(b, b + 1)
         skipped = None if dropped is None else dropped[at]
@@ -97,7 +97,7 @@ def _parts(
             yield at, functools.partial(_runs, b, rows, order.block), biases, blind[0, :, some, None].transpose(0, 1)
         for first in range(runs * order.block, visual, step):
             rows = slice(first, first + step)
-            of_rows = _query_blocks(order, q.device)[rows]
+            of_rows = block_of[rows]
             yield at, functools.partial(_rows, at, rows), bias.index_select(2, of_rows), blind.index_select(2, of_rows)
 
 
@@ -109,14 +109,9 @@ def _rows(at: slice, rows: slice, x: Tensor) -> Tensor:
     return x[at][:, :, rows]
 
 
-@functools.lru_cache(maxsize=16)
-def _query_blocks(order: TokenOrder, device: torch.device) -> Tensor:
-    return order.block_of_token()[order.grid.visual_rows].to(device)
-
-
 def spread(x: Tensor, order: TokenOrder) -> Tensor:
     """A value a block [B, H, blocks, D] for each of its tokens: [B, H, visual, D], in memory [B, visual, H, D]."""
-    return x.transpose(1, 2).index_select(1, _query_blocks(order, x.device)).transpose(1, 2)
+    return x.transpose(1, 2).index_select(1, order.block_of_visual(x.device)).transpose(1, 2)
 
 
 def correction(q: Tensor, k: Tensor, v: Tensor, key_order: TokenOrder, scale: float) -> Tensor:

@@ -40,7 +40,7 @@ def trusted(q: Tensor, k: Tensor, query_order: TokenOrder, key_order: TokenOrder
 
 def _pooled(x: Tensor, order: TokenOrder) -> tuple[Tensor, Tensor]:
     """Mean and mean absolute deviation of every block's tokens: [B, H, blocks, D] each, fp32 or fp64."""
-    means, held = block_means(x, order), valid_tokens(order).to(x.device)[:, None]
+    means, held = block_means(x, order), valid_tokens(order, x.device)[:, None]
     slots = to_blocks(x.to(means.dtype), order).sub(means[..., None, :]).abs_()
     # a padding slot is 0 and deviates by the mean
     padding = (order.block - held) * means.abs()
@@ -79,7 +79,7 @@ def compensated(
     """
     grid = key_order.grid
     queries, keys = (block_means(visual_of(x, grid), order) for x, order in ((q, query_order), (k, key_order)))
-    sizes = valid_tokens(key_order).to(q.device, keys.dtype)
+    sizes = valid_tokens(key_order, q.device).to(keys.dtype)
     logits = queries @ keys.mT * scale + sizes.log()
     place = torch.arange(grid.tokens, device=q.device)
     around = (place < grid.visual_start) | (place >= grid.visual_start + grid.visual)

@@ -19,7 +19,7 @@ def forward(call: TailCall) -> tuple[Tensor, Tensor]:
     q, k, v, exact, exact_lse, lists, dropped, geometry, scale = call
     wide = torch.promote_types(q.dtype, torch.float32)
     keys, values = block_means(k, geometry.key_order), block_means(v, geometry.key_order)
-    held = valid_tokens(geometry.key_order).to(q.device, wide)
+    held = valid_tokens(geometry.key_order, q.device).to(wide)
     rows = geometry.query_order.block_of_token().to(q.device)
     logits = (q.to(wide) @ keys.mT) * scale + held.log()
     logits = logits.masked_fill(~in_tail(lists, dropped, geometry.key_order.blocks)[:, :, rows], -torch.inf)

@@ -6,7 +6,6 @@ key block. The backward also has fp32 gradients of the pseudo-keys.
 
 from __future__ import annotations
 
-import functools
 import math
 from typing import Any
 
@@ -18,6 +17,7 @@ from dit_accel.kernels import tuning
 from dit_accel.kernels.block_sparse.geometry import BlockSparseCall, Segments
 from dit_accel.kernels.block_sparse.triton import TritonCall, run
 from dit_accel.kernels.block_sparse.triton_configs import Launch
+from dit_accel.kernels.obstacles import GROUP
 from dit_accel.kernels.tail.call import TailCall
 from dit_accel.kernels.tail.portable import spread
 from dit_accel.kernels.tail.triton_kernels import (
@@ -27,10 +27,9 @@ from dit_accel.kernels.tail.triton_kernels import (
     tail_bwd_kernel_dq,
     tail_fwd_kernel,
 )
-from dit_accel.order import TokenOrder, valid_tokens
+from dit_accel.order import valid_tokens
 
 JIT = {"forward": tail_fwd_kernel, "dq": tail_bwd_kernel_dq, "dkdv": tail_bwd_kernel_dkdv}
-GROUP = 64  # pseudo-keys for which one program sums gradients, and most that a step takes
 OUTSIDE = Launch(warps=1, stages=1, step=64)  # entries of a list that are marked at a time
 MEANS = Launch(warps=4, stages=1, step=64)
 
@@ -63,7 +62,7 @@ def backward(
     groups = triton.cdiv(launches.key_blocks, GROUP)
     tensors = q, grad_out, lse, delta, *pseudo, *of_pseudo
     launches.start("dkdv", groups, tensors, (q, grad_out), (launches.query_blocks, launches.key_blocks))
-    held = _sizes(call.geometry.key_order, q.device)[:, None]
+    held = valid_tokens(call.geometry.key_order, q.device)[:, None]
     dk, dv = (spread((x / held).to(q.dtype), call.geometry.key_order) for x in of_pseudo)
     return dq.transpose(1, 2), dk, dv, dexact.transpose(1, 2), dexact_lse.clone()
 
@@ -81,7 +80,7 @@ class _TailLaunches(TritonCall):
         outside = torch.zeros(shape, dtype=torch.uint8, device=q.device) if dropped is None else dropped.byte()
         listed = outside, indices.contiguous(), counts.contiguous(), indices.shape[-1], shape[3]
         tuning.launch(outside_kernel, (math.prod(shape[:3]), 1), listed, {}, (OUTSIDE,), ())
-        self.logs_and_map = _sizes(call.geometry.key_order, q.device).log(), outside
+        self.logs_and_map = valid_tokens(call.geometry.key_order, q.device).log(), outside
 
     def constants(self) -> dict[str, Any]:
         return {**tuning.head_dims(self.head_dim), "ALIGN": self.align}
@@ -111,9 +110,3 @@ class _TailLaunches(TritonCall):
             *tensors, *self.strides(*strided), self.scale, *self.geometry.grid, self.heads, self.tokens, *sizes
         )  # fmt: skip
         run(kernel, (programs, self.programs), arguments, constants, self.dtype.itemsize, JIT)
-
-
-@functools.lru_cache(maxsize=16)
-def _sizes(order: TokenOrder, device: torch.device) -> Tensor:
-    """Tokens of every key block, fp32 [blocks]; kept, so that a call copies nothing to the device."""
-    return valid_tokens(order).to(device, torch.float32)

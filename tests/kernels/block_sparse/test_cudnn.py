@@ -13,7 +13,7 @@ from accuracy import plain_attention
 
 import dit_accel
 from dit_accel.errors import DitAccelError
-from dit_accel.kernels import impls
+from dit_accel.kernels import impls, obstacles
 
 # Blocks of 64 and 128, tiles with padding slots, raster order with a ragged end and without one, text first, behind
 # and between with lengths, no valid text at all, conditioning, lists by head, rows of no segment.
@@ -81,7 +81,7 @@ class BSA:
 @pytest.fixture
 def stand_in(monkeypatch):
     key = impls.BLOCK_SPARSE, "cudnn"
-    row = dataclasses.replace(impls._TABLE[key], cannot=impls.nothing, package=None, dtypes=(torch.float32,))
+    row = dataclasses.replace(impls._TABLE[key], cannot=obstacles.nothing, package=None, dtypes=(torch.float32,))
     monkeypatch.setattr(impls, "_TABLE", {**impls._TABLE, key: row})
     monkeypatch.setitem(sys.modules, "cudnn", types.SimpleNamespace(BSA=BSA))
 
@@ -136,4 +136,4 @@ def test_without_the_package_the_error_says_what_to_install(monkeypatch):
 )
 def test_what_the_library_lacks_is_refused(change, message):
     facts = impls.Facts(torch.device("cpu"), torch.bfloat16, 64, 64, 64)
-    assert message in str(impls._cudnn(dataclasses.replace(facts, **change)))
+    assert message in str(obstacles.cudnn(dataclasses.replace(facts, **change)))

@@ -14,7 +14,7 @@ from torch.nn.attention.flex_attention import create_mask
 
 import dit_accel
 from dit_accel.errors import DitAccelError
-from dit_accel.kernels import impls
+from dit_accel.kernels import impls, obstacles
 from dit_accel.kernels.block_sparse.libraries import flex
 
 TILES = {"tile_q": (2, 2, 4), "tile_k": (1, 4, 4)}
@@ -105,7 +105,7 @@ class Definition:
 def definition(monkeypatch):
     key = impls.BLOCK_SPARSE, "flex"
     monkeypatch.setattr(
-        impls, "_TABLE", {**impls._TABLE, key: dataclasses.replace(impls._TABLE[key], cannot=impls.nothing)}
+        impls, "_TABLE", {**impls._TABLE, key: dataclasses.replace(impls._TABLE[key], cannot=obstacles.nothing)}
     )
     written = Definition()
     monkeypatch.setattr(flex, "flex_attention", written)

@@ -13,7 +13,7 @@ from accuracy import assert_accurate, plain_attention
 from block_sparse_calls import block_sparse_attention
 
 from dit_accel.errors import DitAccelError
-from dit_accel.kernels import impls
+from dit_accel.kernels import impls, obstacles
 
 gluon_forward = pytest.importorskip("dit_accel.kernels.block_sparse.gluon.forward")
 gluon = pytest.importorskip("dit_accel.kernels.block_sparse.gluon.launches")
@@ -36,7 +36,7 @@ def emulate(monkeypatch):
     if not NATIVE:
         for row in (impls.named("gluon"), impls.named("gluon_triton")):
             key = row.kernel, row.name
-            monkeypatch.setitem(impls._TABLE, key, dataclasses.replace(row, cannot=impls.nothing))
+            monkeypatch.setitem(impls._TABLE, key, dataclasses.replace(row, cannot=obstacles.nothing))
         monkeypatch.setattr(triton, "partial_words_kernel", collections.defaultdict(lambda: calls.write_words))
         use()
     return use
@@ -249,7 +249,7 @@ def test_other_devices_are_refused(make_problem, monkeypatch):
 def test_auto_takes_it_for_what_it_can_compute(make_problem, monkeypatch):
     """On a GPU of compute capability 9.0; other head dimensions and dtypes are Triton's."""
     monkeypatch.undo()
-    monkeypatch.setattr(impls, "INTERPRETED", False)
+    monkeypatch.setattr(obstacles, "INTERPRETED", False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     facts = impls.Facts(torch.device("cuda"), torch.bfloat16, 128, 128, 64)

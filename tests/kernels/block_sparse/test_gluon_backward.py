@@ -10,7 +10,7 @@ import pytest
 import torch
 from accuracy import assert_accurate
 
-from dit_accel.kernels import impls
+from dit_accel.kernels import impls, obstacles
 from dit_accel.kernels.block_sparse import reference
 
 gluon_dq = pytest.importorskip("dit_accel.kernels.block_sparse.gluon.dq")
@@ -43,7 +43,7 @@ def emulate(monkeypatch):
     if not NATIVE:
         row = impls.named("gluon")
         monkeypatch.setattr(gluon, "forward", reference_forward)
-        monkeypatch.setitem(impls._TABLE, (row.kernel, row.name), dataclasses.replace(row, cannot=impls.nothing))
+        monkeypatch.setitem(impls._TABLE, (row.kernel, row.name), dataclasses.replace(row, cannot=obstacles.nothing))
         monkeypatch.setattr(triton, "partial_words_kernel", collections.defaultdict(lambda: calls.write_words))
         use()
     return use

@@ -14,7 +14,7 @@ from accuracy import assert_accurate
 from sla_calls import Case, check, formula, setup, sparse_linear_attention
 
 from dit_accel.errors import DitAccelError
-from dit_accel.kernels import impls
+from dit_accel.kernels import impls, obstacles
 from dit_accel.kernels.cuts import block_means
 from dit_accel.kernels.sla.call import apply_map
 from dit_accel.tokens import TokenGrid
@@ -52,7 +52,7 @@ def emulate(monkeypatch):
     if not NATIVE:
         row = impls.named("gluon", impls.SLA)
         key = row.kernel, row.name
-        monkeypatch.setitem(impls._TABLE, key, dataclasses.replace(row, cannot=impls.nothing))
+        monkeypatch.setitem(impls._TABLE, key, dataclasses.replace(row, cannot=obstacles.nothing))
         use()
     return use
 

@@ -3,16 +3,23 @@
 ``TRITON_INTERPRET=1`` must be set before Triton is imported, so this file runs in a process of its own.
 """
 
+import dataclasses
 import importlib.util
 
 import pytest
 import torch
+from accuracy import assert_accurate
 from tail_calls import INTERPRETED, TEXT, Case, check, check_error_calls, lists_of, setup
 
+import dit_accel
+from dit_accel.kernels import impls
 from dit_accel.kernels.block_sparse.api import attend_visual
 from dit_accel.kernels.tail.api import with_tail
 from dit_accel.tokens import TokenGrid
 
+if importlib.util.find_spec("triton") is not None:
+    from dit_accel.kernels.block_sparse import triton as block_sparse
+    from dit_accel.kernels.router import triton as router
 NATIVE = torch.cuda.is_available() and not INTERPRETED
 pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed"),
@@ -65,3 +72,32 @@ def test_runs_are_bit_equal():
         found = [*results, *grads]
         first = first or found
         assert all(torch.equal(a, b) for a, b in zip(first, found, strict=True))
+
+
+@pytest.mark.parametrize("order", ["morton", "tile"])
+def test_blocks_too_large_for_the_kernels_run_in_parts(order, monkeypatch):
+    """As 256 queries do where kernels take 128; here 64 queries and 32 keys in parts of 16."""
+    for row in [row for row in impls.rows() if row.name == "triton" and row.kernel != impls.SLA]:
+        cut = dataclasses.replace(row, cuts=dict.fromkeys(row.cuts, 16))
+        monkeypatch.setitem(impls._TABLE, (row.kernel, row.name), cut)
+    monkeypatch.setattr(router, "LARGEST_BLOCK", 16)
+    shapes, stock = [], block_sparse.TritonCall.__init__
+    monkeypatch.setattr(
+        block_sparse.TritonCall,
+        "__init__",
+        lambda self, call, *others: (
+            shapes.append((call.geometry.block_q, call.geometry.block_k)) or stock(self, call, *others)
+        ),
+    )
+    grid = TokenGrid(3, 6, 13, text=9)
+    settings = {"block_q": 64, "block": 32, "order": order, "tail": "hybrid", "variance": "exact"}
+    plan = dit_accel.plan("sol", grid, **settings)
+    tensors = torch.randn(3, 1, 2, grid.tokens, 16, generator=torch.Generator().manual_seed(1))
+    q, k, v = tensors.to("cuda" if NATIVE else "cpu").unbind(0)
+    routed, wanted = (plan.route(q, k, impl=impl) for impl in ("triton", "portable"))
+    assert all(torch.equal(a, b) for a, b in zip(routed[:2], wanted[:2], strict=True))
+    got = dit_accel.attention(q, k, v, plan, impl="triton")
+    exact = dit_accel.attention(q.double().cpu(), k.double().cpu(), v.double().cpu(), plan, impl="portable")
+    plain = dit_accel.attention(q.cpu(), k.cpu(), v.cpu(), plan, impl="portable")
+    assert_accurate("out", got.cpu(), plain, exact)
+    assert shapes == [(16, 16), (16, 32), (16, 16)]  # visual queries, the tail over whole blocks, text

@@ -112,7 +112,7 @@ def gather(call: BlockSparseCall) -> Gathered:
         "sparse_block_size": block,
         "softmax_scale": call.scale,
     }
-    return Gathered(rows_q, rows_k, rows.slots(geometry.query_order, device) >= 0, valid_k, arguments)
+    return Gathered(rows_q, rows_k, geometry.query_order.index(device) >= 0, valid_k, arguments)
 
 
 def _first(marked: torch.Tensor) -> torch.Tensor:

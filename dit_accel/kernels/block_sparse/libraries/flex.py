@@ -27,7 +27,7 @@ from torch import nn
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
 from dit_accel.kernels.block_sparse.geometry import BlockLists, BlockSparseCall, Geometry, Predicate
-from dit_accel.kernels.block_sparse.libraries.rows import key_rows, put, query_rows, slots, take
+from dit_accel.kernels.block_sparse.libraries.rows import key_rows, put, query_rows, take
 from dit_accel.order import TokenOrder
 
 CHUNK_PAIRS = 1 << 24  # pairs whose bits are made at a time
@@ -62,7 +62,7 @@ def forward(call: BlockSparseCall) -> tuple[torch.Tensor, torch.Tensor | None]:
     mask = block_mask(codes, ragged, valid, (geometry.block_q, geometry.block_k), queries, keys)
     attend = _attend if torch.compiler.is_compiling() else _compiled(_key(queries, keys, codes, valid, geometry, scale))
     out, lse = attend(queries, keys, values, mask, scale)
-    tokens = slots(geometry.query_order, q.device) >= 0
+    tokens = geometry.query_order.index(q.device) >= 0
     out = put(out, rows_q, tokens, q.shape[2])
     lse = None if lse is None else put(lse, rows_q, tokens, q.shape[2], -math.inf)
     return out.transpose(1, 2).contiguous().transpose(1, 2), lse
@@ -178,12 +178,11 @@ def split(packed: torch.Tensor, geometry: Geometry) -> Codes:
     return Codes(blocks, words.clone().view(torch.int64).view(-1, width, geometry.block_q))
 
 
-@functools.lru_cache(maxsize=64)
 def _ragged(order: TokenOrder, device: torch.device) -> torch.Tensor:
     """Blocks with a slot that may be no key: bool [blocks]. Text blocks always may, for text lengths vary."""
-    ragged = (order.index().view(-1, order.block) < 0).any(1)
+    ragged = (order.index(device).view(-1, order.block) < 0).any(1)
     ragged[order.blocks - order.text_blocks :] = True
-    return ragged.to(device)
+    return ragged
 
 
 def _words(decided: torch.Tensor, tables: torch.Tensor, geometry: Geometry) -> torch.Tensor | None:
@@ -192,8 +191,8 @@ def _words(decided: torch.Tensor, tables: torch.Tensor, geometry: Geometry) -> t
     if not len(rows):
         return None
     device, block_q, block_k = tables.device, geometry.block_q, geometry.block_k
-    slots_q = slots(geometry.query_order, device).view(-1, block_q)
-    slots_k = slots(geometry.key_order, device).view(-1, block_k)
+    slots_q = geometry.query_order.index(device).view(-1, block_q)
+    slots_k = geometry.key_order.index(device).view(-1, block_k)
     predicate = Predicate(tables, geometry.query_grid, geometry.grid)
     width = -(-block_k // WORD)
     shifts = torch.arange(WORD, device=device)

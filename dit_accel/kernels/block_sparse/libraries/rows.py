@@ -5,19 +5,12 @@ Queries, keys and values are gathered in the order of slots (`order.TokenOrder.i
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 
 import torch
 
 from dit_accel.kernels.block_sparse.geometry import Geometry, Segments
 from dit_accel.order import TokenOrder
-
-
-@functools.lru_cache(maxsize=64)
-def slots(order: TokenOrder, device: torch.device) -> torch.Tensor:
-    """`order.index()` on a device."""
-    return order.index().to(device)
 
 
 def query_rows(geometry: Geometry, segments: Segments, q: torch.Tensor, *, whole: bool = False) -> torch.Tensor | None:
@@ -40,7 +33,7 @@ def key_rows(
     order, text_len = geometry.key_order, segments.text_len
     if segments.visual_start is None and text_len is None and _in_rows(order, geometry.usual, whole):
         return None, None
-    rows, index, grid = _rows(order, geometry.usual, segments, k), slots(order, k.device), order.grid
+    rows, index, grid = _rows(order, geometry.usual, segments, k), order.index(k.device), order.grid
     valid = (index >= 0).expand(len(k), -1)
     if text_len is not None:
         valid = valid & (index < grid.visual + grid.conditioning + text_len[:, None])
@@ -57,7 +50,7 @@ def _in_rows(order: TokenOrder, usual: Sequence[int], whole: bool) -> bool:
 
 def _rows(order: TokenOrder, usual: Sequence[int], segments: Segments, x: torch.Tensor) -> torch.Tensor:
     """Rows [B, slots] of x [B, H, N, D], whose segments begin as usual if not told; for padding, the first visual."""
-    grid, index = order.grid, slots(order, x.device)
+    grid, index = order.grid, order.index(x.device)
     starts = [
         x.new_full((len(x), 1), first, dtype=torch.int64) if start is None else start[:, None].long()
         for first, start in zip(usual[:3], segments[:3], strict=True)
