@@ -1,7 +1,7 @@
-"""Tables of what is tested in which model family: SUPPORT.md and the one in the README.
+"""SUPPORT.md: the model families, and what is tested in each.
 
-    python tests/support_table.py RESULTS.xml...    write both tables from test results
-    python tests/support_table.py                   write the README's table again, from SUPPORT.md and the registry
+    python tests/support_table.py RESULTS.xml...    write the page from test results
+    python tests/support_table.py                   write it again, with the results it has and the registry of today
 
 Results are JUnit files that `pytest --junitxml=RESULTS.xml` writes. A method stands in a cell if tests with the marker
 `check` show it and all of them passed.
@@ -14,8 +14,6 @@ from collections.abc import Collection
 
 ROOT = pathlib.Path(__file__).parent.parent
 TABLE = ROOT / "dit_accel" / "pipelines" / "SUPPORT.md"
-README = ROOT / "README.md"
-BEGIN, END = "<!-- families: begin -->", "<!-- families: end -->"
 COLUMNS = {
     "exact": "the transformer equals itself run with PyTorch's attention under the same token mask",
     "dense is bit-identical": "dense steps and layers run the model's own code beside sparse calls, bit for bit",
@@ -27,8 +25,8 @@ COLUMNS = {
     "CFG": "guided samples in one batch equal those computed in turn, with texts of different length",
     "context parallel": "several processes that share one sequence (Ulysses) equal one process",
 }
-SUMMARISED = ("compile", "LoRA", "context parallel")  # the README's columns
 ALL = "✓"
+TESTED = "## What is tested together"
 
 Cell = tuple[str, str, str]  # family, method and column
 
@@ -57,45 +55,36 @@ def read_results(paths) -> dict[Cell, bool]:
     return cells
 
 
-def write_table(cells: dict[Cell, bool]) -> str:
-    """Returns SUPPORT.md: a row for each family."""
-    lines = [
-        "# What is tested together",
-        "",
-        "`make support` writes this page from test results; nobody edits it. The tests run small random models of the",
-        "real classes. In each test the report shows sparse calls, partial blocks and a density under 0.9. The second",
-        f"column names the methods that the family's tests use. {ALL} means that all of them passed; otherwise a cell",
-        "names those that did. An empty cell means: not tested, or not possible with that class in Diffusers.",
-        "",
-        *(f"- **{column}**: {meaning}" for column, meaning in COLUMNS.items()),
-        "",
-        "| family | methods | " + " | ".join(COLUMNS) + " |",
-        "|---|---|" + ":-:|" * len(COLUMNS),
-    ]
-    for family in sorted({family for family, _, _ in cells}):
-        methods = sorted({method for other, method, _ in cells if other == family})
-        shown = []
-        for column in COLUMNS:
-            passed = [method for method in methods if cells.get((family, method, column))]
-            shown.append(ALL if passed == methods else ", ".join(passed))
-        lines.append(f"| {family} | {', '.join(methods)} | " + " | ".join(shown) + " |")
-    return "\n".join(lines) + "\n"
+def write_page(passed: Collection[Cell], declared: Collection[Cell]) -> str:
+    """Returns SUPPORT.md: a table of the registry's families and one of the cells whose tests passed."""
+    return "\n".join(
+        [
+            "# Model families",
+            "",
+            "`make support` writes this page from test results and the registry. Nobody edits it.",
+            "",
+            "A preset is a published setting, which `--preset` applies. `dit-accel ls NAME` shows the presets",
+            "of a family, or says why a transformer is refused.",
+            "",
+            *families(),
+            "",
+            TESTED,
+            "",
+            "The tests run small random models of the real classes. In each test the report shows sparse calls,",
+            "partial blocks and a density under 0.9. The second column names the methods that the family's",
+            f"tests use. {ALL} means that all of them passed; otherwise a cell names those that did. An empty",
+            "cell was not tested, or Diffusers' class cannot do it.",
+            "",
+            *(f"- **{column}**: {meaning}" for column, meaning in COLUMNS.items()),
+            "",
+            *tested(passed, declared),
+            "",
+        ]
+    )
 
 
-def read_table(text: str) -> set[Cell]:
-    """Reads back the cells whose tests passed."""
-    cells: set[Cell] = set()
-    rows = [line for line in text.splitlines() if line.startswith("|")][2:]  # below the header and its rule
-    for line in rows:
-        family, methods, *shown = [part.strip() for part in line.removeprefix("|").removesuffix("|").split("|")]
-        for column, cell in zip(COLUMNS, shown, strict=True):
-            passed = methods if cell == ALL else cell
-            cells |= {(family, method, column) for method in passed.split(", ") if method}
-    return cells
-
-
-def write_summary(passed: Collection[Cell]) -> str:
-    """Returns the README's table: a row for each family of the registry."""
+def families() -> list[str]:
+    """The table of the registry's families."""
     import test_sizes
 
     from dit_accel.registry import family_of, get_families
@@ -105,30 +94,45 @@ def write_summary(passed: Collection[Cell]) -> str:
         family = family_of([name])
         if family.sizes(transformer, vae).video:
             videos.add(family.name)
-    lines = [
-        f"|family|models|makes|presets|{'|'.join(SUMMARISED)}|",
-        f"|---|---|---|---|{':-:|' * len(SUMMARISED)}",
-    ]
+    lines = ["| family | models | makes | presets |", "|---|---|---|---|"]
     for name, family in get_families().items():
-        made = "video" if name in videos else "image"
-        marks = [ALL if any(cell[0] == name and cell[2] == column for cell in passed) else "" for column in SUMMARISED]
-        row = (f"`{name}`", family.summary, made, ", ".join(sorted(family.recommended)), *marks)
-        lines.append(f"|{'|'.join(row)}|")
-    return "\n".join(lines)
+        makes = "video" if name in videos else "image"
+        lines.append(f"| {name} | {family.summary} | {makes} | {', '.join(sorted(family.recommended))} |")
+    return lines
 
 
-def with_summary(readme: str, summary: str) -> str:
-    """Returns the README with what stands between the marks replaced."""
-    before, _, rest = readme.partition(BEGIN)
-    _, found, after = rest.partition(END)
-    if not found:
-        raise ValueError(f"README.md needs the marks {BEGIN} and {END}, in this order")
-    return f"{before}{BEGIN}\n{summary}\n{END}{after}"
+def tested(passed: Collection[Cell], declared: Collection[Cell]) -> list[str]:
+    """The table of what passed: a row for each family."""
+    lines = ["| family | methods | " + " | ".join(COLUMNS) + " |", "|---|---|" + ":-:|" * len(COLUMNS)]
+    for family in sorted({family for family, _, _ in declared}):
+        methods = sorted({method for other, method, _ in declared if other == family})
+        cells = []
+        for column in COLUMNS:
+            names = [method for method in methods if (family, method, column) in passed]
+            cells.append(ALL if names == methods else ", ".join(names))
+        lines.append(f"| {family} | {', '.join(methods)} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def read_table(text: str) -> set[Cell]:
+    """Reads back the cells whose tests passed."""
+    cells: set[Cell] = set()
+    lines = text.partition(f"{TESTED}\n")[2].splitlines()
+    rows = [line for line in lines if line.startswith("|")][2:]  # below the header and its rule
+    for line in rows:
+        family, methods, *row = [part.strip() for part in line.removeprefix("|").removesuffix("|").split("|")]
+        for column, cell in zip(COLUMNS, row, strict=True):
+            passed = methods if cell == ALL else cell
+            cells |= {(family, method, column) for method in passed.split(", ") if method}
+    return cells
 
 
 if __name__ == "__main__":
     sys.path += [str(ROOT), str(ROOT / "tests" / "pipelines")]
     if len(sys.argv) > 1:
-        TABLE.write_text(write_table(read_results(sys.argv[1:])), encoding="utf-8")
-    known = read_table(TABLE.read_text(encoding="utf-8"))
-    README.write_text(with_summary(README.read_text(encoding="utf-8"), write_summary(known)), encoding="utf-8")
+        results = read_results(sys.argv[1:])
+        page = write_page({cell for cell, good in results.items() if good}, results)
+    else:
+        cells = read_table(TABLE.read_text(encoding="utf-8"))
+        page = write_page(cells, cells)
+    TABLE.write_text(page, encoding="utf-8")

@@ -21,6 +21,7 @@ PAGES = {
 PAGES |= {
     path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in (ROOT / "dit_accel").rglob("*.md")
 }
+RESULTS = ROOT / "benchmarks" / "results"
 LAUNCHED = "accelerate launch -m dit_accel "
 
 
@@ -116,56 +117,71 @@ def test_the_readme_starts_with_demo_and_test():
     assert first.startswith("make demo") and second.startswith("make test")
 
 
-def test_the_readme_shows_python_and_a_command_on_its_first_page():
-    """Six lines of Python, `pip install .` and one command within 30 lines; at most 900 words before the results."""
-    page = "\n".join(README.splitlines()[:30])
-    (program,) = blocks(page, "python")
-    assert len([line for line in program.splitlines() if line]) == 6
-    assert any(line.startswith("dit-accel ") for line in commands(page))
-    assert "pip install ." in page
-    assert len(README.partition("\n## Results\n")[0].split()) <= 900
-
-
-def test_every_method_is_listed_with_its_mask():
-    import dit_accel
-
-    for name in dit_accel.list_methods():
-        assert re.search(rf"^\|`{name}`\|!\[[^\]]+\]\(docs/pictures/mask-{name}\.png\)\|", README, flags=re.MULTILINE)
-
-
 def operators(rows: pathlib.Path) -> str:
-    """The README's table of operators, from the forward rows."""
-    found: dict[str, list[dict]] = {}
-    for row in map(json.loads, rows.read_text(encoding="utf-8").splitlines()):
+    """The table of operators in docs/benchmarks.md, from the forward rows."""
+    measured: dict[str, list[dict]] = {}
+    for row in rows_of(rows):
         if row["direction"] == "forward":
             _, method, *_ = row["row"].split("/")
             config = method if ":" in method else ",".join([method, *_settings(row["config"])]).replace(",", ":", 1)
-            found.setdefault(config, []).append(row)
+            measured.setdefault(config, []).append(row)
     lines = ["|method|density|dense, ms|sparse, ms|speed-up|in bf16|", "|---|---:|---:|---:|---:|---:|"]
-    for config, (fp32, bf16) in found.items():
+    for config, (fp32, bf16) in measured.items():
         assert (fp32["dtype"], bf16["dtype"]) == ("float32", "bfloat16")
         figures = f"{fp32['density']:.4f}|{fp32['baseline_ms_p50']:.0f}|{fp32['ms_p50']:.1f}|{fp32['speedup']:.2f}"
         lines.append(f"|`{config}`|{figures}|{bf16['speedup']:.2f}|")
     return "\n".join(lines)
 
 
+def rows_of(path: pathlib.Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
 def _settings(config):
     return [f"{name}={value}" for name, value in config.items() if name in ("topk", "decay", "references", "tau")]
 
 
-def test_the_operators_in_the_readme_are_the_rows():
-    shown = re.search(r"<!-- operators: begin -->\n(.*?)\n<!-- operators: end -->", README, flags=re.DOTALL)
-    rows = re.search(r"\((benchmarks/results/cpu-[\w-]+\.jsonl)\)", README)
-    assert shown is not None and rows is not None
-    assert shown[1] == operators(ROOT / rows[1])
+def test_the_table_of_operators_is_the_rows():
+    page = PAGES["docs/benchmarks.md"]
+    table = re.search(r"<!-- operators: begin -->\n(.*?)\n<!-- operators: end -->", page, flags=re.DOTALL)
+    rows = re.search(r"\(\.\./(benchmarks/results/cpu-[\w-]+\.jsonl)\)", page)
+    assert table is not None and rows is not None
+    assert table[1] == operators(ROOT / rows[1])
 
 
 def test_the_demos_figures_are_those_of_its_record():
-    record = json.loads((ROOT / "benchmarks" / "results" / "demo.json").read_text(encoding="utf-8"))
+    record = json.loads((RESULTS / "demo.json").read_text(encoding="utf-8"))
     dense, fast = (record["runs"][name]["seconds"] for name in ("dense", "accelerated"))
     assert f"| dense: {dense:.1f} s | accelerated: {fast:.1f} s, {dense / fast:.2f} times as fast |" in README
     likeness = f"a PSNR of {record['comparison']['psnr']:.1f} dB and an SSIM of {record['comparison']['ssim']:.3f}"
-    assert likeness in " ".join(README.split())
+    assert likeness in " ".join(PAGES["docs/results.md"].split())
+
+
+def test_the_results_of_the_readme_are_measured():
+    """Every speed-up and PSNR of the table is a row of benchmarks/results."""
+    measured = []
+    for name in ("eval_demo_large", "eval_demo"):
+        summary = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+        for row in summary["rows"]:
+            psnr = row["figures"]["psnr"]["value"]
+            if row["label"] != "baseline":
+                measured.append((row["method"], f"{row['speedup']:.2f}", f"{psnr:.1f} dB"))
+    for name in ("steps", "rows"):
+        for row in rows_of(RESULTS / "h200" / f"{name}.jsonl"):
+            measured.append((row.get("method") or row["op"], f"{row['speedup']:.2f}", ""))
+    table = README.partition("\n## Results\n")[2].partition("\n## ")[0]
+    rows = re.findall(r"^\|[^|]+\|[^|]+\| `(\w+)`[^|]*\| ([\d.]+) \| ([^|]*?) ?\|$", table, flags=re.MULTILINE)
+    assert rows and len(rows) == table.count("\n| ") - 1  # the header is not a row
+    assert [row for row in rows if row not in measured] == []
+
+
+def test_the_readme_chooses_among_all_methods_and_names_families_that_exist():
+    import dit_accel
+
+    choice = README.partition("\n## Which method?\n")[2].partition("\n## ")[0]
+    models = README.partition("\n## Which models?\n")[2].partition("\n## ")[0]
+    assert sorted(re.findall(r"^\| `(\w+)` \| [^`|!]", choice, flags=re.MULTILINE)) == dit_accel.list_methods()
+    assert set(re.findall(r"^\| `(\w+)` \|", models, flags=re.MULTILINE)) <= set(dit_accel.list_families())
 
 
 @pytest.mark.parametrize(
@@ -182,14 +198,3 @@ def test_the_floors_shown_are_those_of_the_layout_test():
     from test_layout import FLOORS
 
     assert "\n".join(" | ".join(floor) for floor in reversed(FLOORS)) in CONTRIBUTING
-
-
-def test_the_first_command_has_the_settings_of_make_demo():
-    """Whose video has a record: its object stays in one piece."""
-    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
-    method, settings = (
-        re.search(rf"^{name} \?= (.+)$", makefile, re.M)[1] for name in ("DEMO_METHOD", "DEMO_SETTINGS")
-    )
-    for text in (README, (ROOT / "docs" / "usage.md").read_text(encoding="utf-8")):
-        command = next(line for line in commands(text) if line.startswith("dit-accel generate"))
-        assert f"{settings} --method {method} " in " ".join(command.split())

@@ -1,22 +1,8 @@
-"""The committed tables against the tests and the registry that they are made from."""
+"""The committed page against the tests and the registry that it is made from."""
 
 import pathlib
 
-import pytest
-from support_table import (
-    BEGIN,
-    COLUMNS,
-    END,
-    README,
-    SUMMARISED,
-    TABLE,
-    checks_of,
-    read_results,
-    read_table,
-    with_summary,
-    write_summary,
-    write_table,
-)
+from support_table import COLUMNS, TABLE, checks_of, families, read_results, read_table, write_page
 
 JUNIT = """<testsuites><testsuite>
 <testcase name="a"><properties><property name="check" value="wan/gna/compile"/></properties></testcase>
@@ -36,7 +22,7 @@ def test_a_method_needs_all_its_tests_to_pass(tmp_path):
     cells = read_results([path])
     passed = {("wan", "gna", "compile"), ("wan", "sla", "compile"), ("wan", "sla", "exact"), ("flux", "sla", "CFG")}
     assert {cell for cell, good in cells.items() if good} == passed
-    text = write_table(cells)
+    text = write_page(passed, cells)
     assert read_table(text) == passed
     assert "| wan | gna, sla | sla |  |  | ✓ |" in text and "something else" not in text
 
@@ -50,22 +36,14 @@ def test_the_committed_table_is_current(collected):
         assert marked == declared, f"run `make support`: {sorted(marked - declared)}"
 
 
-def test_the_readme_has_the_table_that_is_made_now():
-    text = README.read_text(encoding="utf-8")
-    made = with_summary(text, write_summary(read_table(TABLE.read_text(encoding="utf-8"))))
-    assert text == made, "run `python tests/support_table.py`"
+def test_the_committed_page_is_the_one_that_is_written_now():
+    text = TABLE.read_text(encoding="utf-8")
+    cells = read_table(text)
+    assert text == write_page(cells, cells), "run `python tests/support_table.py`"
 
 
-def test_the_readmes_table_says_what_the_registry_and_the_results_say():
-    rows = {row.split("|")[1]: row for row in write_summary([("wan", "gna", "LoRA")]).splitlines()}
-    assert rows["`wan`"].startswith("|`wan`|Wan 2.1 and 2.2")
-    assert rows["`wan`"].endswith("|video|radial, rectified, sla, sol, sparge||✓||")
-    assert rows["`flux`"].endswith("|image|gna||||")
-    assert rows["family"].endswith(f"|{'|'.join(SUMMARISED)}|")
-
-
-def test_a_readme_without_the_marks_is_refused():
-    for text in ("", BEGIN, END, f"{END}{BEGIN}"):
-        with pytest.raises(ValueError, match="needs the marks"):
-            with_summary(text, "")
-    assert with_summary(f"a{BEGIN}\nold\n{END}b", "new") == f"a{BEGIN}\nnew\n{END}b"
+def test_a_family_is_shown_with_what_it_makes_and_its_presets():
+    rows = {row.split("|")[1].strip(): row for row in families()}
+    assert rows["wan"].startswith("| wan | Wan 2.1 and 2.2")
+    assert rows["wan"].endswith("| video | radial, rectified, sla, sol, sparge |")
+    assert rows["flux"].endswith("| image | gna |")
