@@ -42,17 +42,17 @@ def called(method: str, config: dict[str, Any]) -> tuple[Any, torch.Tensor, torc
     from dit_accel.pipelines.demo import DEFAULTS, load_demo
 
     pipe = load_demo()
-    found = []
+    calls = []
 
     def keep(call):
         if call.layer.endswith(LAYER) and call.step is not None and call.step.index == 1:
-            found.append((call.plan, call.q, call.k))
+            calls.append((call.plan, call.q, call.k))
 
     accel = dit_accel.accelerate(pipe, method, **config)
     with accel.watch(keep):
         pipe("a red circle moves right on a blue background", **DEFAULTS.call() | {"num_inference_steps": 4})
     accel.remove()
-    return found[0]
+    return calls[0]
 
 
 def routed(method: str) -> torch.Tensor:
@@ -128,8 +128,8 @@ def main() -> None:
     shown = (tile[:, None] + tile) % 2 * 2
     legend = {2: "one agent", 0: "the next"}
     draw(folder / "mask-agent.png", shown, "", legend, {str(i): float(i) for i in range(0, 12, 4)}, ("row", "column"))
-    kept, numbers = torch.tensor(HEADS), {str(i): float(i) for i in range(len(HEADS))}
-    draw(folder / "mask-heads.png", kept * 2, "", {2: "computed", 0: "skipped"}, numbers, ("layer", "head"))
+    computed, numbers = torch.tensor(HEADS), {str(i): float(i) for i in range(len(HEADS))}
+    draw(folder / "mask-heads.png", computed * 2, "", {2: "computed", 0: "skipped"}, numbers, ("layer", "head"))
     plan, q, k = called("moh", MOH)
     row = plan.grid.height // 2 * plan.grid.width
     heads = plan.route(q, k).counts[0, :, row : row + plan.grid.width]
@@ -137,8 +137,8 @@ def main() -> None:
     draw(folder / "mask-moh.png", heads * 2, "", {2: "computed", 0: "skipped"}, numbers, ("head", "token"))
     for method in ROUTED:
         chosen = routed(method)
-        found = {"sla": "linear", "sol": "tail", "rectified": "mean", "proxy": "mean"}.get(method)
-        others = {0: "left out"} if found is None else {1: found}
+        other = {"sla": "linear", "sol": "tail", "rectified": "mean", "proxy": "mean"}.get(method)
+        others = {0: "left out"} if other is None else {1: other}
         places = {str(i): float(i) for i in range(0, len(chosen), 8)}
         classes = torch.where(chosen, 2, next(iter(others)))
         draw(folder / f"mask-{method}.png", classes, "block", {2: "exact", **others}, places)

@@ -30,9 +30,10 @@ def section(summary: dict[str, Any]) -> str:
     parts.append(
         f"![Speed-up against each figure, with the Pareto front; the numbers are those of the table]({_link(PICTURE)})"
     )
-    made = summary["made"]
-    origin = "; ".join(markdown.plain(made[name]) for name in ORIGIN if made.get(name))
-    parts.append(f"Made by `{markdown.plain(made['command'])}`: {origin}. Rows: [`{SUMMARY.name}`]({_link(SUMMARY)}).")
+    record = summary["made"]
+    origin = "; ".join(markdown.plain(record[name]) for name in ORIGIN if record.get(name))
+    command = markdown.plain(record["command"])
+    parts.append(f"Made by `{command}`: {origin}. Rows: [`{SUMMARY.name}`]({_link(SUMMARY)}).")
     return "\n\n".join(parts)
 
 

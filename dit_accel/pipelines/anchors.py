@@ -59,8 +59,8 @@ class AnchorTokens:
             "conditioning tokens": layout.grid.conditioning > 0,
             "other anchors in other layers": any(plan.grid != first.grid for plan in plans),
         }
-        if found := [name for name, present in wrong.items() if present]:
-            raise DitAccelError(f"Anchors do not work with {', '.join(found)}. Leave that out, or set factor=0.")
+        if conflicts := [name for name, present in wrong.items() if present]:
+            raise DitAccelError(f"Anchors do not work with {', '.join(conflicts)}. Leave that out, or set factor=0.")
         arguments = self._extend(call, first)
         self.plan, self._shape = first, call.get("hidden_states").shape
         return arguments

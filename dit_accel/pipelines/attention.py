@@ -123,9 +123,9 @@ class AtWork:
         )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        memo[id(self)] = made = type(self).__new__(type(self))
-        vars(made).update(copy.deepcopy(vars(self), memo))
-        return made
+        memo[id(self)] = copied = type(self).__new__(type(self))
+        vars(copied).update(copy.deepcopy(vars(self), memo))
+        return copied
 
 
 class LayerAttention(AtWork):
@@ -193,7 +193,7 @@ class LayerAttention(AtWork):
             queries = slice(missing, None) if grid.text_first else slice(grid.tokens - missing)
             q = nn.functional.pad(q, (0, 0, missing, 0) if grid.text_first else (0, 0, 0, missing))
         heads, ulysses = q.shape[1], state.ulysses
-        rows = None if state.rows is None else tuple(_of_last(each, len(q)) for each in state.rows)
+        rows = None if state.rows is None else tuple(_of_last(indices, len(q)) for indices in state.rows)
         if ulysses is not None:
             q, k, v = ulysses.gather(q, k, v)
         if rows is not None:
@@ -275,8 +275,8 @@ def planned_attention_backward(grad: Tensor, ticket: Tensor, learned: list[Tenso
         keys: Nk.
     """
     out, inputs = _RECORDS[int(ticket)]
-    found = torch.autograd.grad(out, inputs, grad, retain_graph=True, allow_unused=True)
-    grads = iter(torch.zeros_like(x) if g is None else g.to(x.dtype) for x, g in zip(inputs, found, strict=True))
+    gradients = torch.autograd.grad(out, inputs, grad, retain_graph=True, allow_unused=True)
+    grads = iter(torch.zeros_like(x) if g is None else g.to(x.dtype) for x, g in zip(inputs, gradients, strict=True))
     qkv = [_laid_out(next(grads)) for _ in range(3)]
     return [*qkv, *(next(grads).contiguous() if x.requires_grad else torch.zeros_like(x) for x in learned)]
 

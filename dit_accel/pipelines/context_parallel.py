@@ -54,8 +54,8 @@ class Ulysses:
         stacked = torch.stack((q, k, v))
         _, batch, heads, _, dim = stacked.shape
         shares = even_shares(heads, len(self.tokens))
-        own = shares[self.rank]
-        received = self._trade(stacked.split(shares, dim=2), [(3, batch, own, tokens, dim) for tokens in self.tokens])
+        share = shares[self.rank]
+        received = self._trade(stacked.split(shares, dim=2), [(3, batch, share, tokens, dim) for tokens in self.tokens])
         # held[process][part]
         held = [piece.split([part[rank] for part in self.parts], dim=3) for rank, piece in enumerate(received)]
         query, key, value = torch.cat([piece for part in zip(*held, strict=True) for piece in part], dim=3).unbind()
@@ -67,8 +67,8 @@ class Ulysses:
         pieces = iter(out.split(list(itertools.chain(*self.parts)), dim=2))
         by_part = [[next(pieces) for _ in part] for part in self.parts]
         sent = [torch.cat(piece, dim=2) for piece in zip(*by_part, strict=True)]
-        own = self.tokens[self.rank]
-        shapes = [(batch, share, own, dim) for share in even_shares(heads, len(self.tokens))]
+        tokens = self.tokens[self.rank]
+        shapes = [(batch, share, tokens, dim) for share in even_shares(heads, len(self.tokens))]
         return torch.cat([piece.transpose(1, 2) for piece in self._trade(sent, shapes)], dim=2).transpose(1, 2)
 
     def add_up(self, values: torch.Tensor) -> torch.Tensor:

@@ -226,8 +226,8 @@ class Family:
 
     def heads(self, attention: nn.Module) -> int:
         """Heads of an attention module."""
-        own: Any = attention
-        return int(own.heads if hasattr(own, "heads") else own.num_heads)
+        module: Any = attention
+        return int(module.heads if hasattr(module, "heads") else module.num_heads)
 
     def attentions(self, transformer: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         """Self-attention modules by name, in the order they run."""
@@ -253,8 +253,8 @@ class Family:
                 f"No settings of {method} are recommended for the family {self.name} ({known}); give the settings, "
                 "and no preset."
             )
-        own = self.recommended[method]
-        return self.recommended_pair.get(method, own) if transformers > 1 else own
+        preset = self.recommended[method]
+        return self.recommended_pair.get(method, preset) if transformers > 1 else preset
 
     def timestep(self, call: ModelCall) -> torch.Tensor | None:
         """The call's timestep in the scheduler's units; None if it is unknown."""

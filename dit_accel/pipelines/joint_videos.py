@@ -50,13 +50,13 @@ def hunyuan_video_15_sizes(transformer: Config, vae: Config) -> Sizes:
 def mochi(transformer: Any, call: ModelCall) -> CallLayout:
     """The latent [B, C, F, H, W], cut into patches within frames, before text [B, T, C] with its mask [B, T]."""
     mask = call.tensor("encoder_attention_mask", 2)
-    found = mask_text(call, video_of(call, patch_of(transformer.config), mask.shape[1]), mask)
-    if found.rows is not None:
+    layout = mask_text(call, video_of(call, patch_of(transformer.config), mask.shape[1]), mask)
+    if layout.rows is not None:
         raise DitAccelError(
             "Mochi's encoder_attention_mask has valid tokens behind padding. The model itself then adds the attention "
             "of one token to another; put the padding at the end of the text, as Mochi's pipeline does."
         )
-    return found
+    return layout
 
 
 def rotate_mochi(x: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:

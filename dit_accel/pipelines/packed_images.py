@@ -22,11 +22,11 @@ PADDING, IMAGE = 0, 2  # values of Ideogram's `indicator`; text is 3
 
 def bria(transformer: Any, call: ModelCall) -> CallLayout:
     """As FLUX.1, with FIBO's mask bool [B, 1, 1, tokens] in `joint_attention_kwargs`."""
-    found = flux(transformer, call)
+    layout = flux(transformer, call)
     mask = (call.get("joint_attention_kwargs") or {}).get("attention_mask")
     if mask is None or mask.dtype != torch.bool:
-        return found
-    return mask_text(call, found.grid, mask, found.notes)
+        return layout
+    return mask_text(call, layout.grid, mask, layout.notes)
 
 
 def flux(transformer: Any, call: ModelCall) -> CallLayout:
@@ -35,12 +35,12 @@ def flux(transformer: Any, call: ModelCall) -> CallLayout:
     A conditioning image of the same size (Kontext) is a further frame; others are dense both ways. A boolean mask masks
     Chroma's text. Its pipelines pass ones and zeros in the model's dtype, which the model adds to the logits.
     """
-    found = packed_images(call)
+    layout = packed_images(call)
     mask = call.get("attention_mask")
     if mask is None:
-        return found
+        return layout
     read = mask_text if mask.dtype == torch.bool else bias_text
-    return dataclasses.replace(read(call, found.grid, mask), notes=found.notes, masks=("attention_mask",))
+    return dataclasses.replace(read(call, layout.grid, mask), notes=layout.notes, masks=("attention_mask",))
 
 
 def flux2(transformer: Any, call: ModelCall) -> CallLayout:
@@ -56,22 +56,22 @@ def flux2(transformer: Any, call: ModelCall) -> CallLayout:
 
 def flux3(transformer: Any, call: ModelCall) -> CallLayout:
     """Packed image [B, N, C] with ids [N, 4], text [B, T, C], and conditioning tokens [B, R, C] or None."""
-    found = packed_images(call)
-    if found.grid.conditioning:
+    layout = packed_images(call)
+    if layout.grid.conditioning:
         raise DitAccelError(
-            f"{call.owner} needs img_ids of one image, or of several of one size; got {found.grid}. Put conditioning "
+            f"{call.owner} needs img_ids of one image, or of several of one size; got {layout.grid}. Put conditioning "
             "images into image_cond_hidden_states."
         )
     if call.get("image_cond_hidden_states") is None:
-        return found
+        return layout
     conditioning = call.length("image_cond_hidden_states")
-    return CallLayout(dataclasses.replace(found.grid, conditioning=conditioning), notes=dense_note(conditioning))
+    return CallLayout(dataclasses.replace(layout.grid, conditioning=conditioning), notes=dense_note(conditioning))
 
 
 def ideogram4(transformer: Any, call: ModelCall) -> CallLayout:
     """Roles (`indicator`) and samples (`segment_ids`) [B, tokens], places [B, tokens, 3]."""
     indicator = call.tensor("indicator", 2)
-    roles, samples = (call.once(each, torch.Tensor.clone) for each in (indicator, call.tensor("segment_ids", 2)))
+    roles, samples = (call.once(ids, torch.Tensor.clone) for ids in (indicator, call.tensor("segment_ids", 2)))
     places = call.once(call.tensor("position_ids", 3), torch.Tensor.clone)
     text = int((roles[0] != IMAGE).sum())
     ordered = torch.equal(roles == IMAGE, (torch.arange(roles.shape[1]) >= text).expand_as(roles))

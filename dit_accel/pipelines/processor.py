@@ -61,8 +61,8 @@ class AcceleratedAttnProcessor(LayerAttention):
     inner_type: type
 
     def __init__(self, inner: Any = None, state: CallState | None = None) -> None:
-        own = vars(inner) if isinstance(inner, nn.Module) else {}
-        vars(self).update(own)
+        settings = vars(inner) if isinstance(inner, nn.Module) else {}
+        vars(self).update(settings)
         LayerAttention.__init__(self, CallState() if state is None else state)
         self.unbound = inner is None
         vars(self)["inner"] = self.inner_type() if inner is None else inner

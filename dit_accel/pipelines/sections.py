@@ -30,8 +30,8 @@ def framepack(transformer: Any, call: ModelCall) -> CallLayout:
     alone = len(lens) == 1
     text = int(lens) if alone else image + call.length("encoder_hidden_states")
     grid = video_of(call, patch_of(transformer.config), text)
-    given = [(call.get(name), times) for name, (times, _) in FRAMEPACK_HISTORY.items()]
-    history = sum(count_tokens(latents.shape[2:], PATCH, times) for latents, times in given if latents is not None)
+    parts = [(call.get(name), times) for name, (times, _) in FRAMEPACK_HISTORY.items()]
+    history = sum(count_tokens(latents.shape[2:], PATCH, times) for latents, times in parts if latents is not None)
     grid = TokenGrid(*grid.shape, text=text, conditioning=history)
     order = torch.arange(grid.tokens)
     stop = history + grid.visual
@@ -51,7 +51,7 @@ def framepack_sizes(transformer: Config, vae: Config) -> Sizes:
 
     def history(shape: Shape) -> int:
         sides = [side * patch[1] for side in shape[1:]]
-        return sum(count_tokens((kept, *sides), PATCH, times) for times, kept in FRAMEPACK_HISTORY.values())
+        return sum(count_tokens((frames, *sides), PATCH, times) for times, frames in FRAMEPACK_HISTORY.values())
 
     return Sizes(
         (pixels, pixels),
@@ -82,12 +82,12 @@ def helios_sizes(transformer: Config, vae: Config) -> Sizes:
 
     def history(shape: Shape) -> int:
         sides = [side * step for side, step in zip(shape[1:], patch[1:], strict=True)]
-        return sum(count_tokens((kept, *sides), patch, times) for times, kept in HELIOS_HISTORY.values())
+        return sum(count_tokens((frames, *sides), patch, times) for times, frames in HELIOS_HISTORY.values())
 
     section = (SECTION - 1) * vae_frames(vae) + 1
     rest = {"frames_first": section, "tokens_step": 0, "tokens_first": SECTION // patch[0]}
-    made = video_sizes(vae, patch, 4 * section, 384, 640, text=history, text_first=True, **rest)
-    return dataclasses.replace(made, frames_step=section)
+    sizes = video_sizes(vae, patch, 4 * section, 384, 640, text=history, text_first=True, **rest)
+    return dataclasses.replace(sizes, frames_step=section)
 
 
 def count_tokens(latents: Sequence[int], patch: Shape, times: int) -> int:

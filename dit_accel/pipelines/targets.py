@@ -28,20 +28,20 @@ def find_transformers(target: Any) -> tuple[dict[str, tuple[nn.Module, Family]],
         if components is None:  # no pipeline of Diffusers: its transformers are attributes
             names = [name for name in dir(target) if name.startswith("transformer")]
             components = {name: getattr(target, name) for name in names}
-    found: dict[str, tuple[nn.Module, Family]] = {}
+    transformers: dict[str, tuple[nn.Module, Family]] = {}
     for name, component in components.items():
         module = getattr(component, "_orig_mod", component)
-        if not isinstance(module, nn.Module) or any(module is known for known, _ in found.values()):
+        if not isinstance(module, nn.Module) or any(module is known for known, _ in transformers.values()):
             continue
         names = [base.__name__ for base in type(module).__mro__]
         family = family_of(names)
         if family is not None:
-            found[name] = (module, family)
+            transformers[name] = (module, family)
         elif pipeline is None or name.startswith("transformer"):
             raise DitAccelError(f"{type(module).__name__} is not supported: {refusal(names)}")
-    if not found:
+    if not transformers:
         raise DitAccelError(
             f"{type(target).__name__} has no diffusion transformer; pass a Diffusers pipeline, an object with a "
             f"transformer, or a transformer of a supported family: {', '.join(list_families())}."
         )
-    return found, pipeline
+    return transformers, pipeline

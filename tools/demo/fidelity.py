@@ -31,7 +31,7 @@ def nearest_clip(videos: Tensor, words: Tensor) -> tuple[Tensor, Tensor]:
     offset = torch.zeros_like(paths, requires_grad=True)
     scales = paths.new_tensor(SCALES)
     optimizer = torch.optim.Adam([offset], lr=1.0)
-    best, kept = torch.full_like(paths[:, 0], torch.inf), paths.clone()
+    best, best_paths = torch.full_like(paths[:, 0], torch.inf), paths.clone()
     for turn in range(ROUNDS):
         left = 1 - turn / ROUNDS
         optimizer.param_groups[0]["lr"] = max(left**2, 0.01)
@@ -41,11 +41,11 @@ def nearest_clip(videos: Tensor, words: Tensor) -> tuple[Tensor, Tensor]:
             if edge == clips.EDGE:
                 better = error < best
                 best = torch.where(better, error, best).detach()
-                kept = torch.where(better[:, None], moved, kept).detach()
+                best_paths = torch.where(better[:, None], moved, best_paths).detach()
         optimizer.zero_grad()
         error.sum().backward()
         optimizer.step()
-    return 10 * torch.log10(4 / best.clamp(min=4e-10)), kept
+    return 10 * torch.log10(4 / best.clamp(min=4e-10)), best_paths
 
 
 def _bounds(videos: Tensor) -> tuple[Tensor, Tensor]:

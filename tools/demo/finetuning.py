@@ -138,16 +138,16 @@ def figures(videos: np.ndarray, dense: np.ndarray, true: np.ndarray) -> dict[str
     bootstrap over prompts.
     """
     pairs = [[torch.from_numpy(video).movedim(-1, 1) for video in pair] for pair in zip(videos, dense, strict=True)]
-    likeness = [min(psnr(own, wanted), 100.0) for own, wanted in pairs]
-    found: dict[str, Any] = {"psnr": float(np.mean(likeness))}
+    likeness = [min(psnr(video, wanted), 100.0) for video, wanted in pairs]
+    measured: dict[str, Any] = {"psnr": float(np.mean(likeness))}
     for name, reference in (("fid[demo-clip]", dense), ("true fid[demo-clip]", true)):
-        found[name] = distance(videos, reference)
+        measured[name] = distance(videos, reference)
     scenes = fixed_scenes(len(videos))
     agreements = [read(video).agrees(scene) for video, scene in zip(videos, scenes, strict=True)]
     alone = [summarise([row]) for row in agreements]
-    intervals = {name: _interval([own[name] for own in alone]) for name in ("joint", "all")}
+    intervals = {name: _interval([summary[name] for summary in alone]) for name in ("joint", "all")}
     intervals["psnr"] = _interval(likeness)
-    return found | summarise(agreements) | {"intervals": intervals}
+    return measured | summarise(agreements) | {"intervals": intervals}
 
 
 def _interval(values: list[float]) -> tuple[float, float] | None:
@@ -157,13 +157,13 @@ def _interval(values: list[float]) -> tuple[float, float] | None:
 def distance(videos: np.ndarray, reference: np.ndarray) -> float:
     """FID of all frames' features."""
     clip = Clip.load("demo-clip")
-    real, own = (
+    real, generated = (
         torch.cat([clip.features(torch.from_numpy(video).movedim(-1, 1)) for video in some])
         for some in (reference, videos)
     )
     fid = Fid(real.shape[1])
     fid.update(real, real=True)
-    fid.update(own, real=False)
+    fid.update(generated, real=False)
     return float(fid.compute())
 
 
@@ -188,12 +188,16 @@ def table(path: pathlib.Path) -> str:
     for row in map(json.loads, path.read_text(encoding="utf-8").splitlines()):
         for kind in (kind for kind in KINDS if kind in row):
             steps, guidance = row["steps and guidance"]["dense" if kind.startswith("dense") else "method"]
-            own = row[kind]
-            ends = own.get("intervals", {})  # rows before 2026-11-23 lack them
-            name, likeness = (row["run"], "") if kind == "dense" else ("", f"{own['psnr']:.1f}{_ends(ends, 'psnr')} dB")
-            right = f"{round(own['joint'] * row['prompts'])}{_ends(ends, 'joint', row['prompts'])} of {row['prompts']}"
-            to_true = own.get("true fid[demo-clip]")  # rows before 2026-11-21T08 lack it
-            fids = f"{own['fid[demo-clip]']:.1f} | {'' if to_true is None else f'{to_true:.1f}'}"
+            result = row[kind]
+            ends = result.get("intervals", {})  # rows before 2026-11-23 lack them
+            name, likeness = (
+                (row["run"], "") if kind == "dense" else ("", f"{result['psnr']:.1f}{_ends(ends, 'psnr')} dB")
+            )
+            right = (
+                f"{round(result['joint'] * row['prompts'])}{_ends(ends, 'joint', row['prompts'])} of {row['prompts']}"
+            )
+            to_true = result.get("true fid[demo-clip]")  # rows before 2026-11-21T08 lack it
+            fids = f"{result['fid[demo-clip]']:.1f} | {'' if to_true is None else f'{to_true:.1f}'}"
             lines.append(f"| {name} | {kind} | {steps}, {guidance:g} | {right} | {fids} | {likeness} |")
     return "\n".join(lines)
 
@@ -242,17 +246,17 @@ def main() -> None:
         "untuned": untuned,
         **{kind: functools.partial(dit_accel.load, path=folder) for kind, folder in folders.items()},
     }
-    for kind, kept in HEADS.items() if run.heads else ():
-        rows = [{"keep": tuple(map(int, own))} for own in kept]
+    for kind, schedule in HEADS.items() if run.heads else ():
+        rows = [{"keep": tuple(map(int, heads))} for heads in schedule]
         setting = Setting.from_dict({"method": "heads", "layers": {"transformer": rows}})
         ways[kind] = functools.partial(dit_accel.accelerate, method=setting)
 
-    def made(file: pathlib.Path, sampling: tuple[int, float], way: Callable[[Any], Any]) -> np.ndarray:
+    def videos_of(file: pathlib.Path, sampling: tuple[int, float], way: Callable[[Any], Any]) -> np.ndarray:
         return cached(file, lambda: generate(size, run.prompts, sampling, way))
 
-    videos = {"dense": made(cache / f"dense-{size}-{run.prompts}.npy", run.dense, lambda pipe: None)}
+    videos = {"dense": videos_of(cache / f"dense-{size}-{run.prompts}.npy", run.dense, lambda pipe: None)}
     for kind, way in ways.items():
-        videos[kind] = made(work / f"{kind.replace(' ', '-')}-{run.prompts}.npy", run.tuned, way)
+        videos[kind] = videos_of(work / f"{kind.replace(' ', '-')}-{run.prompts}.npy", run.tuned, way)
     write_sheet(work / "sheet.png", list(videos.values()))
     losses = [row["loss"] for row in read_losses(folders["tuned"] / "losses.jsonl")]
     true = true_clips(size, run.prompts)
@@ -266,7 +270,7 @@ def main() -> None:
         "settings": dataclasses.asdict(settings),
         "steps and guidance": {"dense": run.dense, "method": run.tuned},
         "loss": {"first ten": float(np.mean(losses[:10])), "last ten": float(np.mean(losses[-10:]))},
-        **{kind: figures(own, videos["dense"], true) for kind, own in videos.items()},
+        **{kind: figures(array, videos["dense"], true) for kind, array in videos.items()},
         **provenance(torch.device("cpu")),
     }
     print(json.dumps(row, indent=1))

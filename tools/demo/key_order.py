@@ -46,7 +46,7 @@ def kept_weight(q: Tensor, k: Tensor) -> float:
 
 def compare(q: Tensor, k: Tensor, grid: TokenGrid) -> dict[str, float]:
     """The kept weight of one call by order of the keys."""
-    found: dict[str, float] = {
+    weights: dict[str, float] = {
         order: kept_weight(q[:, :, walk(order, grid)], k[:, :, walk(order, grid)]) for order in GRID_ORDERS
     }
     some = q[:, :, torch.linspace(0, grid.visual - 1, SAMPLED).long()]
@@ -56,10 +56,10 @@ def compare(q: Tensor, k: Tensor, grid: TokenGrid) -> dict[str, float]:
         for name, run in (("all", grid.visual), ("runs", RUN * BLOCK)):
             place = importance[..., tokens].unflatten(-1, (-1, run)).argsort(-1, descending=True)
             keys = tokens[(place + torch.arange(0, grid.visual, run)[:, None]).flatten(-2)]
-            found[f"sorted, {name}, queries {order}"] = kept_weight(
+            weights[f"sorted, {name}, queries {order}"] = kept_weight(
                 q[:, :, tokens], k.take_along_dim(keys[..., None], 2)
             )
-    return found
+    return weights
 
 
 def main() -> None:
@@ -78,7 +78,7 @@ def main() -> None:
             generator = torch.Generator().manual_seed(seed)
             pipe(scene.caption, generator=generator, num_inference_steps=6, guidance_scale=1.0, **SIZE)
     for name, values in weights.items():
-        above = sum(own > raster for own, raster in zip(values, weights["raster"], strict=True))
+        above = sum(weight > raster for weight, raster in zip(values, weights["raster"], strict=True))
         print(f"{name}: {sum(values) / len(values):.3f}, above raster in {above} of {len(values)} calls")
 
 

@@ -131,12 +131,12 @@ NOTHING = Allowed("", (), {}, "")
 
 def allowed(build: Build, arch: int) -> Allowed:
     """The exception for a build, or `NOTHING`."""
-    found = (
-        each
-        for each in EXCEPTIONS
-        if each.kernel == build.kernel and arch in each.archs and each.settings.items() <= build.config.items()
+    exceptions = (
+        entry
+        for entry in EXCEPTIONS
+        if entry.kernel == build.kernel and arch in entry.archs and entry.settings.items() <= build.config.items()
     )
-    return next(found, NOTHING)
+    return next(exceptions, NOTHING)
 
 
 CONFIG_KEYS = (
@@ -234,14 +234,14 @@ def loops_of(sass: str) -> list[tuple[str, ...]]:
     """
     places, lines = zip(*SASS_LINE.findall(sass), strict=True)
     number = {int(place, 16): i for i, place in enumerate(places)}
-    found: list[tuple[int, int]] = []
+    loops: list[tuple[int, int]] = []
     for last, line in enumerate(lines):
         branch = SASS_BRANCH.search(line)
         first = number.get(int(branch[1], 16), last) if branch else last
         between = lines[first:last]
         if any(map(SASS_MATRIX.search, between)) and not any(map(SASS_END.search, between)):
-            found.append((first, last))
-    inner = [a for a in found if not any(a != b and a[0] <= b[0] and b[1] <= a[1] for b in found)]
+            loops.append((first, last))
+    inner = [a for a in loops if not any(a != b and a[0] <= b[0] and b[1] <= a[1] for b in loops)]
     return [lines[first : last + 1] for first, last in sorted(inner)]
 
 
@@ -251,23 +251,23 @@ def unordered_writes(sass: str) -> list[str]:
     A wait holds for one group of 4 warps. Where 8 warps share a tile, the other group may still read it. Each loop is
     read twice, as if it ran twice. Code of Triton before 3.9 may have such writes (triton-lang/triton, issue 11047).
     """
-    found = []
+    writes = []
     for lines in ([line for _, line in SASS_LINE.findall(sass)], *(2 * loop for loop in loops_of(sass))):
         pending = waited = False
         for line in lines:
             event = SASS_ORDER.search(line)
             kind = event.lastgroup if event else None
             if kind == "write" and waited:
-                found.append(line)
+                writes.append(line)
             if kind == "wait":
                 pending, waited = False, waited or pending
             elif kind is not None:
                 pending, waited = pending or kind == "product", waited and kind == "product"
-    return sorted(set(found))
+    return sorted(set(writes))
 
 
 def _numbers(pattern: re.Pattern[str], lines: Sequence[str]) -> list[int]:
-    return [int(found[1], 16) for found in map(pattern.search, lines) if found]
+    return [int(match[1], 16) for match in map(pattern.search, lines) if match]
 
 
 def _dump(cubin: bytes, *options: str) -> str:

@@ -93,18 +93,18 @@ def front(rows: list[dict[str, Any]], metric: dict[str, Any]) -> list[str]:
         if (value := value_of(row, metric)) is not None and row["speedup"] is not None
     ]
     numbers = fronts([point[:2] for point in points])
-    kept = [point for point, number in zip(points, numbers, strict=True) if number == 0]
-    return [label for _, _, label in sorted(kept, key=lambda point: point[0])]
+    front = [point for point, number in zip(points, numbers, strict=True) if number == 0]
+    return [label for _, _, label in sorted(front, key=lambda point: point[0])]
 
 
 def fronts(points: Sequence[tuple[float, float]]) -> list[int]:
     """The front of each point: 0 where no other is as good in both figures and better in one, 1 without those, etc."""
-    found: dict[int, int] = {}
-    while len(found) < len(points):
-        left = [index for index in range(len(points)) if index not in found]
-        number = max(found.values(), default=-1) + 1
-        found |= {one: number for one in left if not any(_dominates(points[other], points[one]) for other in left)}
-    return [found[index] for index in range(len(points))]
+    numbers: dict[int, int] = {}
+    while len(numbers) < len(points):
+        left = [index for index in range(len(points)) if index not in numbers]
+        number = max(numbers.values(), default=-1) + 1
+        numbers |= {one: number for one in left if not any(_dominates(points[other], points[one]) for other in left)}
+    return [numbers[index] for index in range(len(points))]
 
 
 def _dominates(one: tuple[float, float], other: tuple[float, float]) -> bool:
@@ -115,8 +115,8 @@ def sampled_otherwise(summary: dict[str, Any]) -> list[str]:
     """A sentence for each row whose steps or guidance differ from the first one's."""
     steps = [(row.get("steps"), row.get("guidance")) for row in summary["rows"]]
     return [
-        f"{row['label']} was made in {own[0]} steps with guidance {own[1]}, {summary['rows'][0]['label']} in "
+        f"{row['label']} was made in {sampling[0]} steps with guidance {sampling[1]}, {summary['rows'][0]['label']} in "
         f"{steps[0][0]} with {steps[0][1]}"
-        for row, own in zip(summary["rows"], steps, strict=True)
-        if own != steps[0]
+        for row, sampling in zip(summary["rows"], steps, strict=True)
+        if sampling != steps[0]
     ]

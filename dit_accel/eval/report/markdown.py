@@ -22,8 +22,8 @@ def render(summary: dict[str, Any]) -> str:
     parts += [f"{remark}." for remark in fields.sampled_otherwise(summary)]
     parts.append("![Pareto fronts](pareto.png)")
     parts.append("\n".join(f"* {fields.heading(metric)}: {metric['about']}" for metric in summary["metrics"]))
-    made = "\n".join(f"* {name}: {plain(value)}" for name, value in summary["made"].items())
-    parts.append(f"## How it was made\n\n{made}")
+    origin = "\n".join(f"* {name}: {plain(value)}" for name, value in summary["made"].items())
+    parts.append(f"## How it was made\n\n{origin}")
     return "\n\n".join(parts) + "\n"
 
 
@@ -32,11 +32,12 @@ def excerpt(summary: dict[str, Any], label: str) -> str:
     rows = [row for index, row in enumerate(summary["rows"]) if index == 0 or row["label"] == label]
     parts = [table(summary | {"rows": rows})]
     parts += [f"{remark}." for remark in fields.sampled_otherwise(summary | {"rows": rows})]
-    made = summary["made"]
-    prompts, seeds = len(made["prompts"]), len(made["seeds"])
+    origin = summary["made"]
+    prompts, seeds = len(origin["prompts"]), len(origin["seeds"])
     parts.append(
-        f"{prompts} prompts with {seeds} seeds each, {made['size']}, {made['steps']} steps, guidance "
-        f"{plain(made['guidance'])}; {plain(made['hardware'])}; {made['date']}. Made by `{plain(made['command'])}`."
+        f"{prompts} prompts with {seeds} seeds each, {origin['size']}, {origin['steps']} steps, guidance "
+        f"{plain(origin['guidance'])}; {plain(origin['hardware'])}; {origin['date']}. "
+        f"Made by `{plain(origin['command'])}`."
     )
     return "\n\n".join(parts)
 

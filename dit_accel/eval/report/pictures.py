@@ -165,10 +165,10 @@ def _front_panel(axes: Axes, summary: dict[str, Any], metric: dict[str, Any]) ->
         axes.plot(x, y, linestyle="", color=colour, marker=marker, markerfacecolor=fill, zorder=2, clip_on=False)
         near = next((at for at in texts if abs(at[0] - x) < wide and abs(at[1] - y) < high), (x, y))
         texts.setdefault(near, []).append(": ".join([str(number), *far]))
-    for (x, y), own in texts.items():
+    for (x, y), labels in texts.items():
         below, left = y > up[1] - 0.05 * (up[1] - up[0]), x > across[1] - 0.1 * (across[1] - across[0])
         side: dict[str, Any] = {"xytext": (-4 if left else 4, -8 if below else 2), "ha": "right" if left else "left"}
-        axes.annotate(", ".join(own), (x, y), textcoords="offset points", fontsize=7, zorder=3, **side)
+        axes.annotate(", ".join(labels), (x, y), textcoords="offset points", fontsize=7, zorder=3, **side)
     axes.axvline(1, color=INK, linewidth=0.6, linestyle=":", zorder=0)
     better = f"{metric['unit']}   {fields.arrow(metric)} better".strip()
     axes.set(xlim=across, ylim=up, xlabel="speed-up of the denoising loop", ylabel=better, title=metric["title"])

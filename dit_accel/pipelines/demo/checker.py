@@ -50,9 +50,9 @@ def named(prompt: str) -> dict[str, str]:
     ground = words.index("background") - 1 if "background" in words[1:] else None
     object_words = [word for place, word in enumerate(words) if place != ground]
     known = {"colour": COLOURS, "direction": DIRECTIONS, "shape": SHAPES}
-    found = {name: next((word for word in object_words if word in of), None) for name, of in known.items()}
-    found["background"] = words[ground] if ground is not None and words[ground] in BACKGROUNDS else None
-    return {name: word for name, word in found.items() if word is not None}
+    words_by_attribute = {name: next((word for word in object_words if word in of), None) for name, of in known.items()}
+    words_by_attribute["background"] = words[ground] if ground is not None and words[ground] in BACKGROUNDS else None
+    return {name: word for name, word in words_by_attribute.items() if word is not None}
 
 
 def read(video: np.ndarray) -> Reading:
