@@ -6,7 +6,6 @@ import importlib
 import importlib.util
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +17,7 @@ from dit_accel.errors import DitAccelError, first_line
 from dit_accel.generation.sources import quietly
 
 if TYPE_CHECKING:
-    from transformers import CLIPModel, PreTrainedTokenizerBase
+    from transformers import CLIPImageProcessor, CLIPModel, PreTrainedTokenizerBase
 
 # A small `transformers` CLIP trained on the demo's captioned clips, for machines without network: see its README.md.
 DEMO_CLIP = "demo-clip"
@@ -84,41 +83,16 @@ def installed(packages: Iterable[str]) -> bool:
     return all(importlib.util.find_spec(package) is not None for package in packages)
 
 
-@dataclass(frozen=True)
-class Preparation:
-    """The image tower's preprocessing, in the words of a ``preprocessor_config.json``."""
-
-    shortest_edge: int | None  # length of the shorter side, or
-    size: tuple[int, int] | None  # height and width
-    crop: tuple[int, int] | None  # size of the middle that is then cut out
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-
-    def __call__(self, frames: Tensor) -> Tensor:
-        """Float [N, 3, H, W] in [0, 1] to [N, 3, h, w], normalised."""
-        height, width = frames.shape[-2:]
-        if self.size:
-            target = self.size
-        else:
-            factor = (self.shortest_edge or min(height, width)) / min(height, width)
-            target = (int(height * factor), int(width * factor))
-        if target != (height, width):
-            frames = functional.interpolate(frames, target, mode="bicubic", antialias=True).clamp(0, 1)
-        if self.crop:
-            top, left = ((have - want) // 2 for have, want in zip(target, self.crop, strict=True))
-            frames = frames[..., top : top + self.crop[0], left : left + self.crop[1]]
-        mean, std = (torch.tensor(values, device=frames.device).view(3, 1, 1) for values in (self.mean, self.std))
-        return (frames - mean) / std
-
-
 class Clip:
     """A CLIP in evaluation mode; its name is "demo-clip" or the last part of a folder or Hub id."""
 
-    def __init__(self, name: str, model: CLIPModel, tokenizer: PreTrainedTokenizerBase, prepare: Preparation) -> None:
+    def __init__(
+        self, name: str, model: CLIPModel, tokenizer: PreTrainedTokenizerBase, processor: CLIPImageProcessor
+    ) -> None:
         self.name = name
         self.model = model.eval()
         self.tokenizer = tokenizer
-        self.prepare = prepare
+        self.processor = processor
 
     @classmethod
     def load(cls, source: str | Path = DEMO_CLIP, device: str | torch.device = "cpu") -> Clip:
@@ -127,7 +101,7 @@ class Clip:
         Raises:
             DitAccelError: the source holds no CLIP, or cannot be reached.
         """
-        from transformers import AutoConfig, AutoTokenizer, CLIPModel
+        from transformers import AutoConfig, AutoTokenizer, CLIPImageProcessor, CLIPModel
 
         place = str(DEMO_CLIP_FOLDER) if source == DEMO_CLIP else str(source)
         try:
@@ -136,13 +110,36 @@ class Clip:
                 raise DitAccelError(f"{place} holds a model of type {config.model_type!r}. Give one of type 'clip'.")
             model = CLIPModel.from_pretrained(place, dtype=torch.float32, use_safetensors=True).to(device)
             tokenizer = AutoTokenizer.from_pretrained(place)
-            prepare = read_preparation(place)
+            processor = CLIPImageProcessor.from_pretrained(place)
         except (OSError, ValueError) as error:
             raise DitAccelError(
                 f"No CLIP could be loaded from {place}: {first_line(error)} "
                 f"Give {DEMO_CLIP}, a folder in transformers' format, or a Hub id."
             ) from error
-        return cls(str(source).rstrip("/").rpartition("/")[2], model, tokenizer, prepare)
+        return cls(str(source).rstrip("/").rpartition("/")[2], model, tokenizer, processor)
+
+    def prepare(self, frames: Tensor) -> Tensor:
+        """Float [N, 3, H, W] in [0, 1] to [N, 3, h, w], resized, cut and normalised by the processor's settings.
+
+        Without torchvision the processor itself rounds to 8 bits before and after it resizes.
+        """
+        size, crop = self.processor.size, self.processor.crop_size
+        height, width = frames.shape[-2:]
+        if size.height:
+            target = (size.height, size.width)
+        else:
+            factor = size.shortest_edge / min(height, width)
+            target = (int(height * factor), int(width * factor))
+        if target != (height, width):
+            frames = functional.interpolate(frames, target, mode="bicubic", antialias=True).clamp(0, 1)
+        if self.processor.do_center_crop:
+            top, left = (target[0] - crop.height) // 2, (target[1] - crop.width) // 2
+            frames = frames[..., top : top + crop.height, left : left + crop.width]
+        mean, std = (
+            torch.tensor(values, device=frames.device).view(3, 1, 1)
+            for values in (self.processor.image_mean, self.processor.image_std)
+        )
+        return (frames - mean) / std
 
     @torch.no_grad()
     def images(self, frames: Tensor) -> Tensor:
@@ -176,25 +173,6 @@ class Clip:
             raise ValueError(f"CLIP takes frames [N, 3, H, W], got {tuple(frames.shape)}.")
         pixels = (self.prepare(part.to(self.model.device).float()) for part in frames.split(BATCH))
         return [self.model.vision_model(pixel_values=part, **options) for part in pixels]
-
-
-def read_preparation(source: str) -> Preparation:
-    """The preparation in a folder's or hub id's ``preprocessor_config.json``, without its rescaling by 1/255."""
-    from transformers.image_processing_utils import ImageProcessingMixin
-
-    config, _ = ImageProcessingMixin.get_image_processor_dict(source)
-    size = config.get("size", 224)
-    size = {"shortest_edge": size} if isinstance(size, int) else size
-    crop = config.get("crop_size", 224)
-    crop = {"height": crop, "width": crop} if isinstance(crop, int) else crop
-    both = (size["height"], size["width"]) if "height" in size else None
-    return Preparation(
-        shortest_edge=None if both else size["shortest_edge"],
-        size=both,
-        crop=(crop["height"], crop["width"]) if config.get("do_center_crop", True) else None,
-        mean=tuple(config["image_mean"]),
-        std=tuple(config["image_std"]),
-    )
 
 
 class Inception:

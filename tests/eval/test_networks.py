@@ -1,13 +1,14 @@
 """Loading a CLIP folder, preparing frames as transformers does, and what the towers give."""
 
 import json
+import shutil
 
 import pytest
 import torch
 from transformers import UMT5Config
 
 from dit_accel.errors import DitAccelError
-from dit_accel.eval.networks import Clip, Preparation, read_preparation
+from dit_accel.eval.networks import Clip
 
 
 def test_towers_of_a_folder(clip_folder):
@@ -45,14 +46,17 @@ def test_frames_are_prepared_as_transformers_does(clip_folder, size):
     frame = torch.randint(64, 192, (3, *size), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     original = json.loads((clip_folder / "preprocessor_config.json").read_text())
     theirs = CLIPImageProcessorPil(**original)(frame.permute(1, 2, 0).numpy(), return_tensors="pt").pixel_values
-    ours = read_preparation(str(clip_folder))(frame[None] / 255)
+    ours = Clip.load(clip_folder).prepare(frame[None] / 255)
     assert ours.shape == theirs.shape == (1, 3, 32, 32)
     levels = 255 * (ours - theirs) * torch.tensor(original["image_std"]).view(3, 1, 1)
     assert levels.abs().max() <= 1.2
 
 
-def test_both_sides_can_be_given():
-    prepare = Preparation(shortest_edge=None, size=(16, 16), crop=None, mean=(0.5,) * 3, std=(0.25,) * 3)
+def test_both_sides_can_be_given(clip_folder, tmp_path):
+    folder = shutil.copytree(clip_folder, tmp_path / "clip")
+    settings = {"size": {"height": 16, "width": 16}, "do_center_crop": False, "image_mean": [0.5] * 3}
+    (folder / "preprocessor_config.json").write_text(json.dumps(settings | {"image_std": [0.25] * 3}))
+    prepare = Clip.load(folder).prepare
     torch.testing.assert_close(prepare(torch.full((2, 3, 40, 60), 0.75)), torch.ones(2, 3, 16, 16))
 
 

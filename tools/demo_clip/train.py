@@ -19,9 +19,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional
-from transformers import CLIPConfig, CLIPModel
+from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
 
-from dit_accel.eval.networks import DEMO_CLIP, DEMO_CLIP_FOLDER, Clip, Preparation
+from dit_accel.eval.networks import DEMO_CLIP, DEMO_CLIP_FOLDER, Clip
 from dit_accel.pipelines.demo import clips
 from dit_accel.pipelines.demo.clips import Scene
 from tools.demo.model import build_tokenizer
@@ -65,8 +65,9 @@ def build_clip() -> Clip:
         "num_attention_heads": 4,
     }
     config = CLIPConfig(text_config=text, vision_config=vision, projection_dim=64, logit_scale_init_value=math.log(10))
-    prepare = Preparation(shortest_edge=None, size=(SIDE, SIDE), crop=None, mean=MEAN, std=STD)
-    return Clip(DEMO_CLIP, CLIPModel(config), tokenizer, prepare)
+    size = {"height": SIDE, "width": SIDE}
+    processor = CLIPImageProcessor(size=size, do_center_crop=False, image_mean=MEAN, image_std=STD)
+    return Clip(DEMO_CLIP, CLIPModel(config), tokenizer, processor)
 
 
 def sample_batch(groups: int, generator: torch.Generator) -> list[Scene]:
@@ -152,15 +153,7 @@ def export(clip: Clip, folder: Path) -> None:
         clip.model.config.save_pretrained(part)
         weights = {name: weight.half().contiguous() for name, weight in clip.model.state_dict().items()}
         save_file(weights, part / "model.safetensors", metadata={"format": "pt"})
-        size = dict(zip(("height", "width"), clip.prepare.size or (), strict=True))
-        preparation = {
-            "image_processor_type": "CLIPImageProcessor",
-            "size": size,
-            "do_center_crop": False,
-            "resample": 3,
-        }
-        preparation |= {"image_mean": list(clip.prepare.mean), "image_std": list(clip.prepare.std)}
-        (part / "preprocessor_config.json").write_text(json.dumps(preparation, indent=2) + "\n", encoding="utf-8")
+        clip.processor.save_pretrained(part)
         if folder.exists():
             os.replace(folder, Path(place) / "old")
         os.replace(part, folder)
