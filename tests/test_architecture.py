@@ -14,7 +14,8 @@ from dit_accel.kernels import impls
 ROOT = pathlib.Path(__file__).parent.parent
 PACKAGE = ROOT / "dit_accel"
 MOST = 10  # files from the processor to the kernel
-METHODS = {"gna": {"window": 3}, "sla": {"topk": 0.3, "block": 16}}
+KERNELS = ("kernels/router/", "kernels/tail/", "kernels/block_sparse/")
+METHODS = {"gna": {"window": 3}, "sla": {"topk": 0.3, "block": 16}, "sol": {"block": 16}}
 ROW = re.compile(r"^\|`(?P<method>\w+)`\|`(?P<impl>\w+)`\|(?P<kernel>\w+)\|(?P<files>.*)\|$", flags=re.MULTILINE)
 PAGE = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
 SHOWN: dict[tuple[str, str], dict[str, list[str]]] = {}
@@ -25,7 +26,10 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def test_the_page_shows_static_and_routed_plans():
-    assert set(SHOWN) == {("gna", "portable"), ("gna", "triton"), ("sla", "triton")}
+    assert set(SHOWN) == {
+        *(("gna", "portable"), ("gna", "triton"), ("sla", "triton")),
+        *(("sol", "portable"), ("sol", "triton")),
+    }
     assert max(len(files) for ways in SHOWN.values() for files in ways.values()) <= MOST
 
 
@@ -65,10 +69,13 @@ def passed(run, monkeypatch) -> list[str]:
 
 
 def ways(files: list[str]) -> dict[str, list[str]]:
-    """The files up to the kernel of attention; and, where there is a router, those up to its kernel."""
-    routing = [file for file in files if file.startswith("kernels/router/")]
-    found = {"attention": [file for file in files if file not in routing]}
-    return found | ({"router": files[: files.index(routing[0])] + routing} if routing else {})
+    """The files up to the kernel of attention, and up to those of the router and of the tail where there are any."""
+    apart = {name: [file for file in files if file.startswith(f"kernels/{name}/")] for name in ("router", "tail")}
+    ways = {"attention": [file for file in files if not any(file in kernel for kernel in apart.values())]}
+    for name, kernel in apart.items():
+        before = [file for file in files[: files.index(kernel[0])] if not file.startswith(KERNELS)] if kernel else []
+        ways |= {name: before + kernel} if kernel else {}
+    return ways
 
 
 @pytest.mark.parametrize(("method", "impl"), sorted(SHOWN))

@@ -27,7 +27,7 @@ HEAD_DIM, BLOCK_Q, BLOCK_K = 128, 128, 64  # of the calls that are asked about: 
 PACKAGES = (
     ("triton", "Triton kernels on CUDA", "'triton; sys_platform == \"linux\"'"),
     ("peft", "--lora, training", "'dit_accel[lora]'"),
-    ("yaml", "suites and recipes", "'dit_accel[train]'"),
+    ("yaml", "suites and recipes", "pyyaml"),
     ("torchmetrics", "metrics of eval", "torchmetrics"),
     ("imageio_ffmpeg", "mp4 files", "imageio-ffmpeg"),
     ("matplotlib", "pictures of benchmarks", "'dit_accel[plot]'"),

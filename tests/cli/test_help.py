@@ -7,7 +7,7 @@ import sys
 import pytest
 
 VERBS = ("generate", "eval", "tune", "train", "bench", "plan", "ls", "doctor", "env")
-# What the issue tracker promised of `generate`.
+# Options that `generate` must keep.
 GENERATE = (
     "--model --prompt --method --set --dense-steps --dense-last-steps --dense-layers --preset --steps --seed --frames "
     "--height --width --fps --negative-prompt --guidance --image --lora --load --dtype --device --offload --vae-tiling "
