@@ -96,7 +96,7 @@ def add_lora(transformer: nn.Module, targets: list[str], rank: int, alpha: float
     try:
         from peft import LoraConfig
     except ImportError as error:
-        raise DitAccelError("LoRA needs PEFT, which is not installed: pip install 'dit_accel[train]'.") from error
+        raise DitAccelError("LoRA needs PEFT, which is not installed: pip install 'dit_accel[lora]'.") from error
     if not targets:
         raise DitAccelError("LoRA found no linear layer to adapt; name some with targets.")
     transformer.requires_grad_(False)
@@ -190,7 +190,7 @@ def _load_lora(path: pathlib.Path, digest: str, name: str, transformer: nn.Modul
     from importlib.util import find_spec
 
     if find_spec("peft") is None:
-        raise DitAccelError(f"{path} holds a LoRA, which needs PEFT: pip install 'dit_accel[train]'.")
+        raise DitAccelError(f"{path} holds a LoRA, which needs PEFT: pip install 'dit_accel[lora]'.")
     file = path / LORA_FILE
     try:
         content = file.read_bytes()
