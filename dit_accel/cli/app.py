@@ -37,8 +37,8 @@ for verb in (generate.generate, tune.tune, train.train, bench.bench, plan.plan, 
 app.command("eval")(evaluate)
 
 
-def _print_version(asked: bool) -> None:
-    if asked:
+def _print_version(requested: bool) -> None:
+    if requested:
         typer.echo(f"dit_accel {__version__}")
         raise typer.Exit
 

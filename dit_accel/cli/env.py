@@ -17,14 +17,14 @@ SETTINGS = (
 
 
 @command(JsonOptions)
-def env(given: dict[str, Any]) -> None:
+def env(arguments: dict[str, Any]) -> None:
     """Print versions and machine, ready to paste into an issue."""
     import os
 
     from dit_accel.generation.provenance import machine, versions
 
     settings = {name: value for name, value in sorted(os.environ.items()) if name.startswith(SETTINGS)}
-    if JsonOptions(**given).json:
+    if JsonOptions(**arguments).json:
         report = {"versions": versions(), "machine": machine(), "environment": settings}
         typer.echo(json.dumps(report, indent=2))
         return

@@ -13,16 +13,16 @@ from dit_accel.generation.request import GenerateRequest
 
 
 @command(GenerateRequest)
-def generate(given: dict[str, Any]) -> None:
+def generate(arguments: dict[str, Any]) -> None:
     """Generate a video or an image with accelerated attention.
 
     Example: dit-accel generate --model demo --method radial --set decay=0.5 --compare --output circle.mp4
     """
     from dit_accel.cli import batch, job
 
-    if {"prompt", "prompts"} <= given.keys():
+    if {"prompt", "prompts"} <= arguments.keys():
         raise DitAccelError("--prompt and --prompts both say what to show; leave one of them out.")
-    request = GenerateRequest(**given)
+    request = GenerateRequest(**arguments)
     if request.prompts is not None:
         batch.run(request)
         return

@@ -34,12 +34,12 @@ def command(*groups: type) -> Callable[[Verb], Verb]:
 
     def decorate(function: Verb) -> Verb:
         def verb(context: typer.Context, **typed: Any) -> int | None:
-            given: dict[type, dict[str, Any]] = {group: {} for group in groups}
+            by_group: dict[type, dict[str, Any]] = {group: {} for group in groups}
             for group, field in listed:
                 source = context.get_parameter_source(field.name)
                 if source is not None and source.name == "COMMANDLINE":
-                    given[group][field.name] = _value(field.metadata["option"], typed[field.name])
-            return function(*given.values())
+                    by_group[group][field.name] = _value(field.metadata["option"], typed[field.name])
+            return function(*by_group.values())
 
         parameters = [inspect.Parameter("context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)]
         for group, field in listed:
@@ -74,25 +74,25 @@ def _parameter(group: type, field: dataclasses.Field[Any], hint: Any) -> inspect
     """An option as a parameter of its verb. Its default is for the help alone; see `command`."""
     option: values.Option = field.metadata["option"]
     default: Any = field.default
-    made = option.parse is not None or option.repeatable  # from the command line's text
+    from_text = option.parse is not None or option.repeatable  # from the command line's text
     shown: str | bool = True
     if option.parse is not None:
         hint = list[str] if option.repeatable else str
     elif typing.get_origin(hint) is tuple:
         hint = list[typing.get_args(hint)[0]]  # type: ignore[misc]
-    if made:
+    if from_text:
         hint = hint | None
         none = default is dataclasses.MISSING or default is None or default == ()
         shown = not none and (",".join(map(str, default)) if isinstance(default, tuple) else str(default))
     if default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
         default = inspect.Parameter.empty
-    elif made or default is dataclasses.MISSING:
+    elif from_text or default is dataclasses.MISSING:
         default = None
     about: dict[str, Any] = {
         "help": option.help.replace("[", r"\["),  # no markup
         "metavar": option.metavar,
-        "min": None if made else option.least,
-        "max": None if made else option.most,
+        "min": None if from_text else option.least,
+        "max": None if from_text else option.most,
         "show_default": shown,
         "rich_help_panel": vars(_owner(group, field.name)).get("PANEL"),
     }

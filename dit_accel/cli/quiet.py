@@ -23,12 +23,12 @@ def quiet_libraries() -> Iterator[None]:
 
     That is Python's -W, and the libraries' own environment variables.
     """
-    asked = {name for name in LEVELS if name in os.environ}
-    loggers = [logging.getLogger(name) for name in LOGGERS if f"{name.upper()}_VERBOSITY" not in asked]
+    chosen = {name for name in LEVELS if name in os.environ}
+    loggers = [logging.getLogger(name) for name in LOGGERS if f"{name.upper()}_VERBOSITY" not in chosen]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.ERROR)
-    added = {name: level for name, level in LEVELS.items() if name not in asked}
+    added = {name: level for name, level in LEVELS.items() if name not in chosen}
     os.environ.update(added)
     with warnings.catch_warnings():
         if not sys.warnoptions:

@@ -26,6 +26,6 @@ def train(run: dict[str, Any], data: dict[str, Any], settings: dict[str, Any]) -
     except KeyboardInterrupt as stop:
         from dit_accel.train.state import found
 
-        kept = found(request.run.output / "checkpoints")
-        then = f"goes on from {kept[-1]}" if kept else "starts again, since there is no checkpoint yet"
+        checkpoints = found(request.run.output / "checkpoints")
+        then = f"goes on from {checkpoints[-1]}" if checkpoints else "starts again, since there is no checkpoint yet"
         raise Interrupted(f"interrupted; the same command {then}.") from stop

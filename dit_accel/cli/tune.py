@@ -13,7 +13,7 @@ from dit_accel.tune.request import TuneRequest
 
 
 @command(TuneRequest)
-def tune(given: dict[str, Any]) -> int:
+def tune(arguments: dict[str, Any]) -> int:
     """Find the best method and settings for a target by short runs, or calibrate budgets; write a settings file.
 
     `generate` and `eval` take the file with --load, `train` with --layer-schedule, `accelerate` with layer_schedule=.
@@ -21,7 +21,7 @@ def tune(given: dict[str, Any]) -> int:
 
     Example: dit-accel tune --model demo --prompts prompts.txt --target 1.5x --output tuned
     """
-    request = TuneRequest(**given)
+    request = TuneRequest(**arguments)
     from dit_accel.tune import calibrate, job
 
     try:

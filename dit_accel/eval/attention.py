@@ -122,11 +122,11 @@ def _chosen_layers(accel: Accelerator, layers: Indices) -> list[str]:
     for layer in accel.report().layers:
         by_transformer[layer.transformer].append(f"{layer.transformer}.{layer.name}")
     names = []
-    for transformer, own in by_transformer.items():
-        beyond = [index for index in layers or () if index >= len(own)]
+    for transformer, layer_names in by_transformer.items():
+        beyond = [index for index in layers or () if index >= len(layer_names)]
         if beyond:
-            raise DitAccelError(f"{transformer} has no layer {beyond[0]}: its layers are 0 to {len(own) - 1}.")
-        names += own if layers is None else [own[index] for index in layers]
+            raise DitAccelError(f"{transformer} has no layer {beyond[0]}: its layers are 0 to {len(layer_names) - 1}.")
+        names += layer_names if layers is None else [layer_names[index] for index in layers]
     return names
 
 

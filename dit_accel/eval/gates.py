@@ -35,12 +35,12 @@ def parse(text: str, option: str = "--require") -> list[Limit]:
     """Read limits with commas between them; `option` is the one that has them."""
     limits = []
     for part in text.split(","):
-        found = LIMIT.fullmatch(part)
-        if found is None:
+        match = LIMIT.fullmatch(part)
+        if match is None:
             raise DitAccelError(
                 f"{option} takes figure, sign and number, such as psnr>=25,speedup>=1.5; got {part.strip()!r}."
             )
-        limits.append(Limit(found["figure"], found["sign"], float(found["bound"])))
+        limits.append(Limit(match["figure"], match["sign"], float(match["bound"])))
     return limits
 
 
@@ -56,18 +56,18 @@ def check_names(limits: Collection[Limit], known: Collection[str]) -> None:
 
 def figures_of(row: Mapping[str, Any]) -> dict[str, float | None]:
     """The figures of a summary's row, metrics and `FIGURES`, by name; None if not measured."""
-    found = {name: figure["value"] for name, figure in row["figures"].items()}
+    values = {name: figure["value"] for name, figure in row["figures"].items()}
     for name in FIGURES:
-        found[name] = row[name]["p50"] if isinstance(row[name], dict) else row[name]
-    return {name: None if value is None else float(value) for name, value in found.items()}
+        values[name] = row[name]["p50"] if isinstance(row[name], dict) else row[name]
+    return {name: None if value is None else float(value) for name, value in values.items()}
 
 
 def broken(limits: Collection[Limit], figures: Mapping[str, Mapping[str, float | None]]) -> list[str]:
     """The broken limits, a line each; a missing figure breaks its limits. Figures are by method's label and name."""
     remarks = []
-    for label, own in figures.items():
+    for label, values in figures.items():
         for limit in limits:
-            value = own[limit.figure]
+            value = values[limit.figure]
             if value is None:
                 remarks.append(f"{label}: {limit} was asked for, and this run has no such figure")
             elif not COMPARE[limit.sign](value, limit.bound):

@@ -109,15 +109,15 @@ class ChosenMetric:
 
     def about(self) -> dict[str, str]:
         """Its entry in a report."""
-        own = self.declared
-        title = own.title if self.name == own.name else f"{own.title} [{self.network.name}]"
-        return {"name": self.name, "title": title, "unit": own.unit, "better": own.better, "about": own.about}
+        metric = self.declared
+        title = metric.title if self.name == metric.name else f"{metric.title} [{self.network.name}]"
+        return {"name": self.name, "title": title, "unit": metric.unit, "better": metric.better, "about": metric.about}
 
 
 def known() -> dict[str, Metric]:
     """Every metric by name, in the order of tables."""
-    found = itertools.chain(*declared("eval.metrics", "METRICS"))
-    return {metric.name: metric for metric in sorted(found, key=lambda metric: (metric.order, metric.name))}
+    metrics = itertools.chain(*declared("eval.metrics", "METRICS"))
+    return {metric.name: metric for metric in sorted(metrics, key=lambda metric: (metric.order, metric.name))}
 
 
 def parse(text: str) -> tuple[str, str | None]:
@@ -148,15 +148,15 @@ def defaults(embedded: bool) -> list[tuple[Metric, str | None]]:
     ]
 
 
-def choose(asked: Iterable[str], embedded: bool, frames: int, device: torch.device) -> list[ChosenMetric]:
-    """The metrics `asked` for as typed, or the `defaults`, with their networks loaded.
+def choose(texts: Iterable[str], embedded: bool, frames: int, device: torch.device) -> list[ChosenMetric]:
+    """The metrics that `texts` name, or the `defaults`, with their networks loaded.
 
     Samples of one frame go without metrics of neighbouring frames.
 
     Raises:
         DitAccelError: a metric is unknown or named twice, its packages are missing, or its network cannot load.
     """
-    named = [parse(text) for text in asked]
+    named = [parse(text) for text in texts]
     networks = Networks(device)
     chosen: list[ChosenMetric] = []
     for metric, source in [(known()[name], source) for name, source in named] or defaults(embedded):

@@ -50,11 +50,11 @@ def bootstrap(
     """
     if prompts < 2:
         return None
-    arrays = [np.asarray(each, dtype=np.float64).reshape(prompts, -1) for each in values]
+    arrays = [np.asarray(array, dtype=np.float64).reshape(prompts, -1) for array in values]
     draws = np.random.default_rng(0).integers(0, prompts, (RESAMPLES, prompts))
     parts = np.array_split(draws, -(-RESAMPLES * arrays[0].size // CHUNK))
-    found = np.concatenate([statistic(*(array[part] for array in arrays)) for part in parts])
-    low, high = np.quantile(found, (0.025, 0.975), method="nearest")  # no average of a number and infinity
+    statistics = np.concatenate([statistic(*(array[part] for array in arrays)) for part in parts])
+    low, high = np.quantile(statistics, (0.025, 0.975), method="nearest")  # no average of a number and infinity
     return float(low), float(high)
 
 
@@ -95,8 +95,8 @@ def score(
         features = 0 if metric.declared.collect is None else features_of(metric, device)
         for label in labels:
             collect = metric.declared.collect
-            made = CatMetric(nan_strategy="error").set_dtype(torch.float64) if collect is None else collect(features)
-            collected[label, metric.name] = made.to(device)
+            figure = CatMetric(nan_strategy="error").set_dtype(torch.float64) if collect is None else collect(features)
+            collected[label, metric.name] = figure.to(device)
     sets = [metric for metric in metrics if metric.declared.collect is not None]
     for prompt, read in process.share(samples):
         baseline = as_tensor(read(labels[0]), device)
@@ -112,9 +112,9 @@ def score(
                 collected[label, metric.name].update(sample.features(metric.network), real=False)
                 if not media:
                     collected[label, metric.name].update(real.features(metric.network), real=True)
-    for found in process.share(media) if sets else ():
-        frames = as_tensor(captioned.read_frames(found.path), device)
-        sample = Scored(frames, frames, found.caption or "")
+    for picture in process.share(media) if sets else ():
+        frames = as_tensor(captioned.read_frames(picture.path), device)
+        sample = Scored(frames, frames, picture.caption or "")
         for metric in sets:
             for label in labels:
                 collected[label, metric.name].update(sample.features(metric.network), real=True)

@@ -29,8 +29,8 @@ def decide(rows: Sequence[Row], metrics: Sequence[dict[str, Any]], limits: Seque
     if not gaining:
         return [{"text": _nothing_gains(rows, tokens)}]
     if limits:
-        asked = [*([limit] for limit in limits), *([list(limits)] if len(limits) > 1 else [])]
-        return [_under(chosen, gaining, main) for chosen in asked]
+        questions = [*([limit] for limit in limits), *([list(limits)] if len(limits) > 1 else [])]
+        return [_under(chosen, gaining, main) for chosen in questions]
     if main is None:
         return [_line("The fastest", _fastest(gaining), None)]
     lines = []
@@ -99,9 +99,9 @@ def _nothing_gains(rows: Sequence[Row], tokens: int) -> str:
     attention = {row["label"]: row["attention_seconds"]["p50"] for row in timed}
     rest = {row["label"]: row["loop_seconds"]["p50"] - attention[row["label"]] for row in timed}
     lengths = {
-        label: (rest[label] - rest[base["label"]]) / (attention[base["label"]] - own)
-        for label, own in attention.items()
-        if own < attention[base["label"]]
+        label: (rest[label] - rest[base["label"]]) / (attention[base["label"]] - seconds)
+        for label, seconds in attention.items()
+        if seconds < attention[base["label"]]
     }
     if not lengths:
         return f"{said} No setting's attention is faster than dense attention; try a longer video or more sparsity."

@@ -22,20 +22,20 @@ def is_modular(kind: type) -> bool:
     return issubclass(kind, ModularPipeline)
 
 
-def parameters(kind: type, given: Iterable[str]) -> dict[str, inspect.Parameter]:
-    """The arguments of a call, by name; those that it has, `given`, decide which blocks run."""
+def parameters(kind: type, inputs: Iterable[str]) -> dict[str, inspect.Parameter]:
+    """The arguments of a call, by name; the names in `inputs` decide which blocks run."""
     import diffusers
 
     blocks = getattr(diffusers, kind.default_blocks_name)()  # type: ignore[attr-defined]
-    found = {}
-    for taken in blocks.get_execution_blocks(**dict.fromkeys(given, True)).inputs:
+    parameters_by_name = {}
+    for taken in blocks.get_execution_blocks(**dict.fromkeys(inputs, True)).inputs:
         if taken.name is not None:
             default = inspect.Parameter.empty if taken.required and taken.default is None else taken.default
             hint = taken.type_hint or (Any if taken.default is None else type(taken.default))
-            found[taken.name] = inspect.Parameter(
+            parameters_by_name[taken.name] = inspect.Parameter(
                 taken.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=hint
             )
-    return found
+    return parameters_by_name
 
 
 def loops(blocks: Any) -> Iterator[Any]:
@@ -50,12 +50,12 @@ def load(
     where: str | Path,
     revision: str | None,
     dtypes: dict[str, torch.dtype],
-    given: Iterable[str],
+    inputs: Iterable[str],
     offload_to: torch.device | None,
 ) -> ModularPipeline:
     """Load a modular pipeline with the components of the blocks that run, from safetensors; errors are Diffusers' own.
 
-    `dtypes` are by component, and of others under "default"; `given` is as in `parameters`. Whole models move to
+    `dtypes` are by component, and of others under "default"; `inputs` are as in `parameters`. Whole models move to
     `offload_to` when they run; None: they stay where they are put.
     """
     from diffusers import ComponentsManager, ModelMixin, ModularPipeline
@@ -65,7 +65,7 @@ def load(
     pipe = ModularPipeline.from_pretrained(
         str(where), revision=revision, trust_remote_code=False, components_manager=manager
     )
-    blocks = pipe.blocks.get_execution_blocks(**dict.fromkeys(given, True))
+    blocks = pipe.blocks.get_execution_blocks(**dict.fromkeys(inputs, True))
     for name in (spec.name for spec in blocks.expected_components):
         spec = pipe.get_component_spec(name)
         if spec.default_creation_method != "from_pretrained":

@@ -30,14 +30,14 @@ class ProcessRank:
     @classmethod
     def here(cls) -> ProcessRank:
         """The rank in the launcher's environment variables; 0 of 1 without them."""
-        given = {name: os.environ[name] for name in VARIABLES if name in os.environ}
-        if "WORLD_SIZE" not in given:
+        variables = {name: os.environ[name] for name in VARIABLES if name in os.environ}
+        if "WORLD_SIZE" not in variables:
             return cls()
-        if len(given) < len(VARIABLES) or not all(value.isdecimal() for value in given.values()):
+        if len(variables) < len(VARIABLES) or not all(value.isdecimal() for value in variables.values()):
             raise DitAccelError(
-                f"A launcher sets {', '.join(VARIABLES)} to integers, got {given}. Unset them or set all three."
+                f"A launcher sets {', '.join(VARIABLES)} to integers, got {variables}. Unset them or set all three."
             )
-        index, count, local = (int(given[name]) for name in VARIABLES)
+        index, count, local = (int(variables[name]) for name in VARIABLES)
         if not index < count:
             raise DitAccelError(f"RANK counts from 0 to WORLD_SIZE - 1, got RANK={index} and WORLD_SIZE={count}.")
         return cls(index, count, local)
@@ -62,12 +62,12 @@ class ProcessRank:
         begin, end = (len(items) * index // self.count for index in (self.index, self.index + 1))
         return list(items[begin:end])
 
-    def device(self, asked: str) -> str:
+    def device(self, name: str) -> str:
         """The device of this process; "auto" gives each of several processes its own GPU."""
         import torch
 
-        own_gpu = self.count > 1 and asked == "auto" and torch.cuda.is_available()
-        return f"cuda:{self.local}" if own_gpu else asked
+        own_gpu = self.count > 1 and name == "auto" and torch.cuda.is_available()
+        return f"cuda:{self.local}" if own_gpu else name
 
 
 def meet(device: str = "auto") -> PartialState:

@@ -43,7 +43,7 @@ def read(source: str) -> Prompts:
         texts = json.loads((LISTS / f"{source}.json").read_text(encoding="utf-8"))
     elif path.is_dir():
         media = tuple(captioned.find_all(path, "give the folder as --real, which needs no captions"))
-        texts = [found.caption for found in media]
+        texts = [item.caption for item in media]
     elif path.is_file():
         try:
             lines = path.read_text(encoding="utf-8-sig").splitlines()

@@ -73,10 +73,10 @@ class Source:
         import diffusers
 
         name = self.index.get("_class_name")
-        found = getattr(diffusers, name, None) if isinstance(name, str) else None
-        if not isinstance(found, type):
+        kind = getattr(diffusers, name, None) if isinstance(name, str) else None
+        if not isinstance(kind, type):
             raise DitAccelError(f"{self.model} is a {name}, which diffusers {diffusers.__version__} does not have.")
-        return found
+        return kind
 
     def family(self) -> Family:
         """The family of the transformer, where it has one."""
@@ -172,12 +172,12 @@ def load(
     dtype: torch.dtype,
     device: torch.device,
     offload: str = "none",
-    given: Iterable[str] = ("prompt",),
+    inputs: Iterable[str] = ("prompt",),
 ) -> DiffusionPipeline:
     """Load the pipeline from safetensors only, and run no code of the model; Wan's codec stays in float32.
 
-    Offloading "model" and "group" move components or layers to the device when they run. `given` are arguments of the
-    calls to come; of a modular pipeline, the components that they need are loaded.
+    Offloading "model" and "group" move components or layers to the device when they run. `inputs` names arguments of
+    the calls to come; of a modular pipeline, only the components that they need are loaded.
 
     Raises:
         DitAccelError: weights are missing, damaged or in another format, or the device has too little memory.
@@ -193,7 +193,7 @@ def load(
             raise DitAccelError(f"{path} is damaged or cut short ({first_line(error)}). Fetch it again.") from error
     try:
         with quietly():
-            pipe = _load(source, dtype, given, device if offload == "model" else None)
+            pipe = _load(source, dtype, inputs, device if offload == "model" else None)
             if offload != "model" or not source.modular:
                 pipe.to(device if offload == "none" else "cpu")
     except torch.OutOfMemoryError as error:
@@ -218,7 +218,7 @@ def load(
 
 
 def _load(
-    source: Source, dtype: torch.dtype, given: Iterable[str], offload_to: torch.device | None
+    source: Source, dtype: torch.dtype, inputs: Iterable[str], offload_to: torch.device | None
 ) -> DiffusionPipeline:
     import torch
     from diffusers import DiffusionPipeline
@@ -234,7 +234,7 @@ def _load(
         dtypes["vae"] = torch.float32
     where = source.model if source.kind == "hub" else str(source.folder)
     if source.modular:
-        return modular.load(where, source.revision, dtypes, given, offload_to)
+        return modular.load(where, source.revision, dtypes, inputs, offload_to)
     return DiffusionPipeline.from_pretrained(
         where, revision=source.revision, dtype=dtypes, use_safetensors=True, trust_remote_code=False
     )

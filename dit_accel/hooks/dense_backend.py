@@ -54,14 +54,14 @@ class DenseBackend:
 
     def __init__(self, name: str, device: torch.device, processors: Iterable[Any]) -> None:
         self._name, why = choose(name, device)
-        own = list({id(processor): processor for processor in processors}.values())
-        through = [processor for processor in own if hasattr(processor, "_attention_backend")]
+        distinct = list({id(processor): processor for processor in processors}.values())
+        through = [processor for processor in distinct if hasattr(processor, "_attention_backend")]
         self._processors = [processor for processor in through if processor._attention_backend is None]
         shown = "the model's own" if self._name is None else self._name
         self.note = f"dense attention runs on {shown}: {why}"
-        if self._name is not None and len(self._processors) < len(own):
+        if self._name is not None and len(self._processors) < len(distinct):
             self.note += (
-                f"; {len(own) - len(through)} of {len(own)} processors do not use Diffusers' dispatcher, and "
+                f"; {len(distinct) - len(through)} of {len(distinct)} processors do not use Diffusers' dispatcher, and "
                 f"{len(through) - len(self._processors)} have a back end set already"
             )
 

@@ -49,16 +49,16 @@ def kept_or_new(
     """
     if memory is None or refresh == 1:
         return choose()
-    blocks, found = shape[3], memory.kept.get(memory.number)
+    blocks, entry = shape[3], memory.kept.get(memory.number)
     powers = 1 << torch.arange(8, device="cpu")
     if (
-        found is not None
-        and found.owner is owner
-        and tuple(found.bits.shape[:3]) == shape[:3]
-        and 0 <= memory.step - found.step < refresh
+        entry is not None
+        and entry.owner is owner
+        and tuple(entry.bits.shape[:3]) == shape[:3]
+        and 0 <= memory.step - entry.step < refresh
     ):
-        marked = (found.bits[..., None] & powers.to(found.bits)) != 0
-        return BlockLists(*lists_of(marked.flatten(-2)[..., :blocks], found.width))
+        marked = (entry.bits[..., None] & powers.to(entry.bits)) != 0
+        return BlockLists(*lists_of(marked.flatten(-2)[..., :blocks], entry.width))
     lists = choose()
     marked = torch.nn.functional.pad(lists.map(lists.used, blocks), (0, -blocks % 8)).unflatten(-1, (-1, 8))
     bits = (marked * powers.to(marked.device)).sum(-1).to(torch.uint8)

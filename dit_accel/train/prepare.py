@@ -113,8 +113,8 @@ class Preparer:
         for index, prompt in enumerate(prompts):
             call, shape = self.conditioning(prompt)
             generator = torch.Generator("cpu").manual_seed(seed + index)
-            made = self.pipe(prompt, generator=generator, output_type="latent", **{**dict(arguments), **self.size})
-            latents = made.frames if hasattr(made, "frames") else made.images
+            output = self.pipe(prompt, generator=generator, output_type="latent", **{**dict(arguments), **self.size})
+            latents = output.frames if hasattr(output, "frames") else output.images
             yield self._sample(latents, shape, call, prompt)
 
     @torch.no_grad()

@@ -83,14 +83,14 @@ class Diffusion:
         return torch.tensor([float(int(share * len(self.alphas)))])
 
     def noisy(self, clean: torch.Tensor, noise: torch.Tensor, level: torch.Tensor) -> torch.Tensor:
-        kept, added = self._scales(clean, level)
-        return kept * clean + added * noise
+        signal, added = self._scales(clean, level)
+        return signal * clean + added * noise
 
     def target(self, clean: torch.Tensor, noise: torch.Tensor, level: torch.Tensor) -> torch.Tensor:
-        kept, added = self._scales(clean, level)
+        signal, added = self._scales(clean, level)
         if self.prediction == "epsilon":
             return noise
-        return clean if self.prediction == "sample" else kept * noise - added * clean
+        return clean if self.prediction == "sample" else signal * noise - added * clean
 
     def timestep(self, level: torch.Tensor) -> torch.Tensor:
         return level.long()
