@@ -26,7 +26,7 @@ from dit_accel.kernels import impls
 from dit_accel.kernels.impls import Impl
 from dit_accel.pipelines.family import Family, Preset
 from dit_accel.pipelines.targets import find_transformers
-from dit_accel.registry import get_method
+from dit_accel.registry import Method, get_method
 from dit_accel.schedule import Amount
 from dit_accel.setting import Setting
 
@@ -47,6 +47,7 @@ class Accelerator:
         self,
         transformers: dict[str, tuple[nn.Module, Family]],
         pipeline: Any | None,
+        method: Method,
         setting: Setting,
         impl: Impl,
         check: SelfCheck,
@@ -55,9 +56,8 @@ class Accelerator:
         self.setting, self.impl = setting, impl
         self.transformers = {name: transformer for name, (transformer, _) in transformers.items()}
         self._clock = StepClock(pipeline)
-        method = get_method(setting.method)
         self._plans = {config: PlanCache(method, config) for config in setting.configs()}
-        shared = setting, self._clock, self._plans, impl, check
+        shared = method, setting, self._clock, self._plans, impl, check
         self._engines = [Engine(name, module, family, *shared) for name, (module, family) in transformers.items()]
         self._notes = notes
         self.active = False
@@ -301,7 +301,7 @@ def accelerate(
             f"{type(target).__name__} is already accelerated with {next(iter(present)).setting.method}. Call remove() "
             "on that accelerator first, or pass replace=True."
         )
-    accel = Accelerator(transformers, pipeline, setting, impl, check, notes)
+    accel = Accelerator(transformers, pipeline, get_method(setting.method), setting, impl, check, notes)
     for old in present:  # only now, when the new one is known to fit
         old.remove()
     accel.apply()

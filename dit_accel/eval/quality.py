@@ -74,76 +74,82 @@ def opened(
     pipe: DiffusionPipeline | None = None,
 ) -> Iterator[Evaluation]:
     """A checked evaluation, whose model is loaded and whose samples are not yet made; its folder is held."""
-    limits = [] if request.require is None else gates.parse(request.require)
-    source = sources.find(request.model, request.revision)
-    check_seeds(request.seeds)
-    asked = prompts.read(request.prompts or ("demo" if source.kind == "embedded" else "general"))
-    items = [PromptSeed(text, seed) for text in dict.fromkeys(asked.texts) for seed in request.seeds]
-    sizes = source.sizes()
-    shape = sizes.chosen(request.frames, request.height, request.width)
-    grid = sizes.grid(*shape)
-    for candidate in candidates:
-        candidate.plans(grid)  # refuses what does not fit
-    check_folder(request.output)
-    if request.cache is not None:
-        check_folder(request.cache, "--cache")
-    process = ProcessRank.join(request.device)
-    device, dtype = call.placement(process.device(request.device), request.dtype, request.offload)
-    if request.real is not None and not request.real.is_dir():
-        raise DitAccelError(f"--real {request.real} is no folder; give one of images or videos.")
-    media = asked.media if request.real is None else tuple(captioned.find(request.real))
-    images = _count_images(media)
-    chosen = choose(request.metrics, source.kind == "embedded", shape[0], device)
-    metrics, left_out = _fitting(chosen, images if media else None, shape[0] * len(items), device)
-    gates.check_names(limits, (*gates.FIGURES, *(metric.name for metric in metrics)))
-
-    kind = source.pipeline_class()
-
-    def arguments(own: Mapping[str, Any]) -> dict[str, Any]:
-        defaults = source.call_defaults() | dict(own)
-        made = request.arguments(kind, defaults, shape, video=sizes.video, prompt="")
-        return {name: value for name, value in made.items() if name != "prompt"}
-
-    fps = request.rate(kind, source, arguments({}))
-    steps = call.default_of(kind, arguments({}), "num_inference_steps")
-    if maps is not None and maps.steps is not None and isinstance(steps, int) and max(maps.steps) >= steps:
-        raise DitAccelError(f"--attention-report names step {max(maps.steps)}, and there are steps 0 to {steps - 1}.")
-
-    with hold(request.output) if process.main else contextlib.nullcontext() as kept:
-        if kept is False:
+    checked = CheckedRequest.of(request, candidates, maps)
+    process, arguments = checked.process, checked.arguments
+    with hold(request.output) if process.main else contextlib.nullcontext() as locked:
+        if locked is False:
             print(f"{request.output} has no locks; start no other evaluation into it.", file=sys.stderr)
         if pipe is None:
-            pipe = request.load_pipe(source, dtype, device, {"prompt": "", **arguments({})})
+            call_with = {"prompt": "", **arguments({})}
+            pipe = request.load_pipe(checked.source, checked.dtype, checked.device, call_with)
             hide_bars(pipe)
         results = Results(request.output, process.index)
         results.read()
         for place in results.damaged if process.main else ():
             print(f"{place}, is damaged; its sample is made again.", file=sys.stderr)
         process.wait()
-        sweep = Sweep(
-            pipe,
-            arguments,
-            _identity(source, device, dtype, request),
-            device,
-            results,
-            Store(request.output / "samples"),
-            Store(request.cache or request.output / "baseline"),
-            compile=request.compile,
-        )
-        yield Evaluation(
-            request=request,
-            limits=limits,
-            candidates=candidates,
-            items=items,
-            sweep=sweep,
-            metrics=metrics,
-            left_out=left_out,
-            media=media,
-            images=images,
-            grid=grid,
-            fps=fps,
-            process=process,
-        )
+        identity = _identity(checked.source, checked.device, checked.dtype, request)
+        samples, baselines = Store(request.output / "samples"), Store(request.cache or request.output / "baseline")
+        sweep = Sweep(pipe, arguments, identity, checked.device, results, samples, baselines, compile=request.compile)
+        yield Evaluation(request=request, candidates=candidates, sweep=sweep, process=process, **checked.facts)
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckedRequest:
+    """A request whose parts fit together; no weights are loaded yet.
+
+    Args:
+        arguments: as in `Sweep`.
+        facts: fields of the `Evaluation` that are known before the model is loaded.
+    """
+
+    source: Source
+    process: ProcessRank
+    device: torch.device
+    dtype: torch.dtype
+    arguments: Callable[[Mapping[str, Any]], dict[str, Any]]
+    facts: dict[str, Any]
+
+    @classmethod
+    def of(cls, request: EvalRequest, candidates: Sequence[Candidate], maps: MapChoice | None) -> CheckedRequest:
+        """Check everything that can be checked without weights; what does not fit is refused."""
+        limits = [] if request.require is None else gates.parse(request.require)
+        source = sources.find(request.model, request.revision)
+        check_seeds(request.seeds)
+        texts = prompts.read(request.prompts or ("demo" if source.kind == "embedded" else "general"))
+        items = [PromptSeed(text, seed) for text in dict.fromkeys(texts.texts) for seed in request.seeds]
+        sizes = source.sizes()
+        shape = sizes.chosen(request.frames, request.height, request.width)
+        grid = sizes.grid(*shape)
+        for candidate in candidates:
+            candidate.plans(grid)  # refuses what does not fit
+        check_folder(request.output)
+        if request.cache is not None:
+            check_folder(request.cache, "--cache")
+        process = ProcessRank.join(request.device)
+        device, dtype = call.placement(process.device(request.device), request.dtype, request.offload)
+        if request.real is not None and not request.real.is_dir():
+            raise DitAccelError(f"--real {request.real} is no folder; give one of images or videos.")
+        media = texts.media if request.real is None else tuple(captioned.find(request.real))
+        images = _count_images(media)
+        chosen = choose(request.metrics, source.kind == "embedded", shape[0], device)
+        metrics, left_out = _fitting(chosen, images if media else None, shape[0] * len(items), device)
+        gates.check_names(limits, (*gates.FIGURES, *(metric.name for metric in metrics)))
+        kind = source.pipeline_class()
+
+        def arguments(own: Mapping[str, Any]) -> dict[str, Any]:
+            defaults = source.call_defaults() | dict(own)
+            whole = request.arguments(kind, defaults, shape, video=sizes.video, prompt="")
+            return {name: value for name, value in whole.items() if name != "prompt"}
+
+        steps = call.default_of(kind, arguments({}), "num_inference_steps")
+        if maps is not None and maps.steps is not None and isinstance(steps, int) and max(maps.steps) >= steps:
+            raise DitAccelError(
+                f"--attention-report names step {max(maps.steps)}, and there are steps 0 to {steps - 1}."
+            )
+        facts = {"limits": limits, "items": items, "metrics": metrics, "left_out": left_out, "media": media}
+        facts |= {"images": images, "grid": grid, "fps": request.rate(kind, source, arguments({}))}
+        return cls(source, process, device, dtype, arguments, facts)
 
 
 def _candidates(methods: Sequence[Candidate]) -> list[Candidate]:

@@ -30,7 +30,7 @@ from dit_accel.pipelines.processor import AcceleratedAttnProcessor
 from dit_accel.plans.plan import Plan
 from dit_accel.plans.routed import RoutedPlan
 from dit_accel.plans.sharing import shares
-from dit_accel.registry import get_method
+from dit_accel.registry import Method
 from dit_accel.schedule import Step
 from dit_accel.setting import Setting
 
@@ -53,13 +53,13 @@ class Engine(AtWork):
         name: str,
         transformer: nn.Module,
         family: Family,
+        method: Method,
         setting: Setting,
         clock: StepClock,
         plans: Mapping[Any, PlanCache],
         impl: Impl,
         check: SelfCheck,
     ) -> None:
-        method = get_method(setting.method)
         self.name, self.calls = name, 0
         self.paused = False
         self.notes: list[str] = [] if method.note is None else [method.note]

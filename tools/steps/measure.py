@@ -40,8 +40,8 @@ from dit_accel.kernels.impls import Impl
 from dit_accel.pipelines.family import Memory, ModelCall
 from dit_accel.pipelines.targets import find_transformers
 from dit_accel.plans.plan import Plan, PlanCall
-from dit_accel.registry import Method, get_method, make_config
-from dit_accel.schedule import Schedule
+from dit_accel.registry import Method, get_method
+from dit_accel.setting import Setting
 from tools.steps.models import MODES, Model, ModelStep, select_steps
 
 ROUNDS = 2  # least number of timed steps: one of a long video takes half a minute
@@ -126,7 +126,7 @@ class StepBench:
             subject.compile(self.backend)
         backends = self._dense_backends(subject)
         dense = self._timed(subject, backends)
-        rest, _ = self._accelerated(subject, NOTHING, NothingConfig(), 0)
+        rest, _ = self._accelerated(subject, NOTHING, Setting(NOTHING.name, NothingConfig()))
         shared = {
             "dtype": str(self.dtype).removeprefix("torch."),
             "dense_step_ms_p50": dense["ms_p50"],
@@ -142,19 +142,19 @@ class StepBench:
 
     def _measure(self, step: ModelStep, subject: Subject, shared: dict[str, Any]) -> dict[str, Any]:
         setting, method = step.setting, get_method(step.setting.method)
-        given = setting.config_on(subject.grid)
-        config = make_config(setting.method, given)
-        row = subject.row(dataclasses.replace(setting, config=given))
+        config = setting.config_on(subject.grid)
+        row = subject.row(dataclasses.replace(setting, config=config))
         problem = make_problem(row, self.device, self.impl)
         checks = check(problem, gradients=False)
         preset = subject.family.recommended.get(setting.method) if setting.density is None else None
         dense_layers = 0 if preset is None else preset.schedule.get("dense_layers", 0)
-        times, report = self._accelerated(subject, method, config, dense_layers)
+        measured = Setting.make(setting.method, config, dense_layers=dense_layers)
+        times, report = self._accelerated(subject, method, measured)
         sparse = [layer for layer in report.layers if layer.sparse_calls]
         dense, rest, own = shared["dense_step_ms_p50"], shared["rest_ms_p50"], times["ms_p50"]
         return {
             **step.as_dict(),
-            "config": dataclasses.asdict(config),
+            "config": measured.as_dict()["config"],
             "dense_layers": dense_layers,
             "density": sparse[0].density,
             "impl": next(iter(sparse[0].kernels)),
@@ -184,13 +184,10 @@ class StepBench:
         _, tried = self._attention.best_dense(row, make_problem(row, self.device))
         return sorted((name for name, found in tried.items() if isinstance(found, float)), key=lambda name: tried[name])
 
-    def _accelerated(
-        self, subject: Subject, method: Method, config: Any, dense_layers: Any
-    ) -> tuple[dict[str, Any], Report]:
+    def _accelerated(self, subject: Subject, method: Method, setting: Setting) -> tuple[dict[str, Any], Report]:
         """Times with a method at work, and its report."""
         torch.compiler.reset()  # each setting is a new graph, and the compiler allows eight
-        schedule = Schedule(dense_layers=dense_layers)
-        accel = Accelerator(subject.found, None, method, config, schedule, self.impl, False, SelfCheck())
+        accel = Accelerator(subject.found, None, method, setting, self.impl, SelfCheck())
         accel.apply()
         try:
             return self._timed(subject, []), accel.report()
