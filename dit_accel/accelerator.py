@@ -8,7 +8,7 @@ import os
 import pathlib
 import statistics
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from torch import nn
@@ -206,9 +206,10 @@ class Accelerator:
     def _write_training(self, folder: pathlib.Path) -> dict[str, Any] | None:
         return None if self.trained is None else adapters.write(folder, self.trained, self.transformers)
 
-    def take_training(self, trained: Trained, undo: Callable[[], None]) -> None:
-        """Record a fine-tuning: `save_pretrained` writes it, and `remove` calls `undo`."""
+    def take_training(self, trained: Trained, undo: Callable[[], None], notes: Iterable[str] = ()) -> None:
+        """Record a fine-tuning: `save_pretrained` writes it, `remove` calls `undo`, and reports have the notes."""
         self.trained, self._undo_training = trained, undo
+        self._notes += tuple(notes)
 
     def __enter__(self) -> Accelerator:
         return self

@@ -1,1 +1,1 @@
-"""What is saved and loaded: settings, learned weights, LoRA adapters."""
+"""What is saved and loaded: settings, learned weights, adapters, and published weights in several formats."""

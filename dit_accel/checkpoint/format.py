@@ -136,9 +136,9 @@ def read(path: str | pathlib.Path) -> Saved:
 
 def _odd_entries(content: Mapping[str, Any]) -> list[str]:
     """The entries whose keys are not those that `save` writes."""
-    from dit_accel.checkpoint.lora import RECORD
+    from dit_accel.checkpoint.lora import LATER, RECORD
 
-    odd = [] if content["trained"] is None or content["trained"].keys() == RECORD else ["trained"]
+    odd = [] if content["trained"] is None or content["trained"].keys() | LATER == RECORD else ["trained"]
     models = content["models"].values()
     fits = all(isinstance(model, dict) and model.keys() == {"class", "config_hash"} for model in models)
     return odd if fits else [*odd, "models"]

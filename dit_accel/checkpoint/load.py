@@ -1,55 +1,77 @@
-"""Loading what `Accelerator.save_pretrained` wrote."""
+"""Loading what `Accelerator.save_pretrained` wrote, and published weights."""
 
 from __future__ import annotations
 
-import pathlib
+import contextlib
+import os
 from typing import Any
 
 from dit_accel.accelerator import Accelerator, accelerate
+from dit_accel.checkpoint import few_steps, published
 from dit_accel.checkpoint import format as checkpoint
 from dit_accel.checkpoint import lora as adapters
+from dit_accel.checkpoint.weight_files import locate, open_weights
+from dit_accel.errors import DitAccelError
 from dit_accel.hooks.selfcheck import Verify
 from dit_accel.pipelines.targets import find_transformers
 
 
 def load(
     target: Any,
-    path: str | pathlib.Path,
+    path: str | os.PathLike[str],
     *,
+    revision: str | None = None,
     verify: Verify | None = None,
     keep_dense_above: float | None = None,
     dense_backend: str | None = None,
     replace: bool = False,
     any_weights: bool = False,
+    **config: Any,
 ) -> Accelerator:
-    """Accelerate `target` as `Accelerator.save_pretrained` saved it, with learned weights and fine-tuning.
+    """Accelerate `target` as `Accelerator.save_pretrained` saved it, or with published weights.
+
+    Published weights are known by their tensors' names and their configuration; `dit-accel ls formats` lists the
+    formats. Their number of steps and guidance become defaults of the pipeline's calls, and few-step weights bring
+    their scheduler; the report says so. `Accelerator.remove` restores all of it, weights bit for bit.
 
     Args:
-        target: a pipeline or transformer of the class and configuration it was saved from.
-        path: the folder.
+        target: a pipeline or transformer of the class and configuration that the weights belong to.
+        path: a folder, a file, or a repository on the Hugging Face Hub, as ``owner/name``, with ``/file.safetensors``
+            and ``@revision`` behind it or not. The Hub is asked only if nothing here has that name.
+        revision: branch, tag or commit of the repository.
         verify, keep_dense_above, dense_backend, replace: as in `accelerate`.
         any_weights: load a fine-tuning into other base weights than those it started from.
+        config: settings of the method in place of those that a published format says.
 
     Raises:
-        DitAccelError: the folder is missing, damaged or incomplete, or was saved for another model.
+        DitAccelError: the files are missing, damaged, incomplete, pickled or of another model. Nothing has changed.
     """
-    saved = checkpoint.read(path)
-    transformers, _ = find_transformers(target)
+    where = locate(path, revision)
+    how: dict[str, Any] = {"verify": verify, "keep_dense_above": keep_dense_above, "dense_backend": dense_backend}
+    if not (where / checkpoint.SETTINGS_FILE).is_file():
+        return published.load(target, open_weights(where, str(path)), config, replace=replace, **how)
+    if config:
+        raise DitAccelError(f"{path} brings its own settings. Leave out {', '.join(config)}.")
+    saved = checkpoint.read(where)
+    transformers, pipeline = find_transformers(target)
     modules = {name: transformer for name, (transformer, _) in transformers.items()}
     checkpoint.check_identity(path, saved.models, checkpoint.identify(modules))
     accel = accelerate(
         target,
         saved.setting,
         impl=saved.impl,
-        verify=verify,
-        keep_dense_above=keep_dense_above,
-        dense_backend=dense_backend,
         replace=replace,
+        **how,
     )
     try:
         checkpoint.load_weights(path, saved.weights, accel.learned_weights())
         if saved.trained is not None:
-            accel.take_training(*adapters.apply(pathlib.Path(path), saved.trained, modules, any_weights=any_weights))
+            with contextlib.ExitStack() as undo:
+                trained, unload = adapters.apply(where, saved.trained, modules, any_weights=any_weights)
+                undo.callback(unload)
+                restore, notes = few_steps.install(pipeline, trained.call, trained.sampler)
+                undo.callback(restore)
+                accel.take_training(trained, undo.pop_all().close, notes)
     except BaseException:
         accel.remove()
         raise

@@ -1,7 +1,8 @@
-"""What training adds to a model besides the method's own weights: a LoRA adapter, or new weights for the whole model.
+"""What training adds to a model besides the method's own weights: a LoRA adapter, or new weights for the model.
 
 Both stand beside the accelerator's files in Diffusers' formats: `pytorch_lora_weights.safetensors`, as
-`load_lora_weights` takes it, or a `transformer/` folder, as `save_pretrained` writes it.
+`load_lora_weights` takes it, or a `transformer/` folder, as `save_pretrained` writes it. The folder holds the whole
+model, or the weights that differ from the base model's.
 """
 
 from __future__ import annotations
@@ -11,23 +12,32 @@ import dataclasses
 import hashlib
 import json
 import pathlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
 from dit_accel import values
+from dit_accel.checkpoint.few_steps import Sampler
+from dit_accel.checkpoint.model_weights import (
+    KNOWN_DTYPES,
+    NewWeight,
+    base_weights,
+    check_replaceable,
+    check_weights,
+    replace_weights,
+)
+from dit_accel.checkpoint.weight_files import open_weights
 from dit_accel.errors import DitAccelError
 from dit_accel.files import replace_file, staged
-from dit_accel.registry import learned_attributes
 
 ADAPTER = "dit_accel"
 LORA_FILE = "pytorch_lora_weights.safetensors"
 LORA_METADATA = "lora_adapter_metadata"  # where Diffusers looks for an adapter's rank and alpha
+MODEL_FILES = "diffusion_pytorch_model{suffix}.safetensors"  # as Diffusers names them
 PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 SAMPLED = 16  # values of each tensor that enter a fingerprint
-KNOWN_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +51,8 @@ class Trained(values.Checked):
         lora: whether there is a LoRA adapter, named `ADAPTER`.
         full: whether all weights of the transformer were trained.
         call: arguments of the pipeline's calls after training, such as the number of steps.
+        changed: unless `full`, the names of the weights that differ from the base model's, by component.
+        sampler: what samples the weights; None: the pipeline's own scheduler.
     """
 
     model: str
@@ -49,9 +61,12 @@ class Trained(values.Checked):
     lora: bool = False
     full: bool = False
     call: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    changed: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+    sampler: Sampler | None = None
 
 
 RECORD = {field.name for field in dataclasses.fields(Trained)} | {"lora_sha256"}  # the keys of what `write` returns
+LATER = {"changed", "sampler"}  # which earlier versions did not write
 
 
 def fingerprint(module: nn.Module) -> str:
@@ -63,7 +78,7 @@ def fingerprint(module: nn.Module) -> str:
         DitAccelError: the weights are on the meta device or quantised.
     """
     digest = hashlib.sha256()
-    for name, weight in sorted(_base_weights(module), key=lambda item: item[0]):
+    for name, weight in sorted(base_weights(module), key=lambda item: item[0]):
         if weight.is_meta or weight.dtype not in KNOWN_DTYPES:
             raise DitAccelError(
                 f"The base model's weights cannot be compared: {name} is {weight.dtype} on {weight.device}. Load the "
@@ -74,13 +89,6 @@ def fingerprint(module: nn.Module) -> str:
         sampled = flat[:: max(1, len(flat) // SAMPLED)][:SAMPLED].to(torch.bfloat16).cpu()
         digest.update(f"{name}{tuple(weight.shape)}".encode() + sampled.view(torch.int16).numpy().tobytes())
     return digest.hexdigest()
-
-
-def _base_weights(module: nn.Module) -> Iterable[tuple[str, torch.Tensor]]:
-    learned = learned_attributes()
-    for name, weight in module.named_parameters():
-        if ".lora_" not in name and learned.isdisjoint(name.split(".")):
-            yield name.replace(".base_layer", ""), weight
 
 
 def add_lora(transformer: nn.Module, targets: list[str], rank: int, alpha: float) -> None:
@@ -113,15 +121,23 @@ def write(folder: pathlib.Path, trained: Trained, transformers: Mapping[str, nn.
     Returns:
         The record that `apply` reads, in plain values.
     """
+    from huggingface_hub import save_torch_state_dict
+
     record = dataclasses.asdict(trained) | {"lora_sha256": None}
     if trained.lora:
         content = _lora_file(transformers)
         replace_file(folder / LORA_FILE, content)
         record["lora_sha256"] = hashlib.sha256(content).hexdigest()
-    for name, transformer in transformers.items() if trained.full else ():
-        kept = {key: weight.detach() for key, weight in _base_weights(transformer)} | dict(transformer.named_buffers())
+    for name, transformer in transformers.items() if trained.full or trained.changed else ():
+        kept = {key: weight.detach() for key, weight in base_weights(transformer)}
+        if trained.full:
+            stored = transformer.state_dict().keys()  # without buffers that are computed
+            kept |= {key: buffer for key, buffer in transformer.named_buffers() if key in stored}
+        else:
+            kept = {key: kept[key] for key in trained.changed.get(name, ())}
         with staged(folder / name) as stage:
-            transformer.save_pretrained(stage / name, state_dict=kept)  # type: ignore[operator]
+            transformer.save_config(stage / name)  # type: ignore[operator]
+            save_torch_state_dict(kept, stage / name, filename_pattern=MODEL_FILES)
     return record
 
 
@@ -167,7 +183,10 @@ def apply(
             missing or damaged.
     """
     try:
-        trained = Trained(**{field.name: record[field.name] for field in dataclasses.fields(Trained)})
+        told = {key: value for key, value in record.items() if key != "lora_sha256"}
+        if told.get("sampler") is not None:
+            told["sampler"] = values.build(Sampler, told["sampler"], "sampler")
+        trained = values.build(Trained, told, "trained")
     except DitAccelError as error:
         raise DitAccelError(f"{path} was changed: of its fine-tuning, {error} Save the accelerator again.") from error
     for name, transformer in () if any_weights else transformers.items():
@@ -181,8 +200,8 @@ def apply(
         for name, module in transformers.items():
             if trained.lora:
                 undo.callback(_load_lora(path, record["lora_sha256"], name, module))
-            if trained.full:
-                undo.callback(_load_model(path / name, module))
+            if trained.full or name in trained.changed:
+                undo.callback(_load_model(path / name, module, None if trained.full else trained.changed[name]))
         return trained, undo.pop_all().close
 
 
@@ -216,18 +235,12 @@ def _load_lora(path: pathlib.Path, digest: str, name: str, transformer: nn.Modul
     return unload
 
 
-def _load_model(folder: pathlib.Path, transformer: nn.Module) -> Callable[[], None]:
-    try:
-        trained = type(transformer).from_pretrained(folder, use_safetensors=True)  # type: ignore[attr-defined]
-    except (OSError, ValueError) as error:
-        raise DitAccelError(f"The trained weights in {folder} cannot be read ({error}). Copy them again.") from error
-    new, old = trained.state_dict(), {}
-    for name, weight in _base_weights(transformer):
-        old[name] = weight.data
-        weight.data = new[name].to(weight.device, weight.dtype)
-
-    def restore() -> None:
-        for name, weight in _base_weights(transformer):
-            weight.data = old[name]
-
-    return restore
+def _load_model(folder: pathlib.Path, transformer: nn.Module, changed: Collection[str] | None) -> Callable[[], None]:
+    """Replace all weights, or those that `changed` names, by those in a folder."""
+    stored = open_weights(folder).models["transformer"].tensors
+    own = {name: weight.shape for name, weight in base_weights(transformer)}
+    wanted = own if changed is None else {name: own.get(name, torch.Size()) for name in changed}
+    new = {name: NewWeight.of(tensor) for name, tensor in stored.items() if name in wanted}
+    check_weights(folder, new, wanted, complete=True, where="the trained model")
+    check_replaceable(transformer)
+    return replace_weights(transformer, new)

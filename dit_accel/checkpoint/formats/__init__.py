@@ -1,0 +1,1 @@
+"""Published formats of weights, one file each; see `checkpoint.published`."""

@@ -1,0 +1,102 @@
+"""A model's own weights: which they are, and putting others in their place for a while."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping
+
+import torch
+from torch import nn
+
+from dit_accel.checkpoint.weight_files import StoredTensor
+from dit_accel.errors import DitAccelError
+from dit_accel.registry import learned_attributes
+
+KNOWN_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def base_weights(module: nn.Module) -> Iterable[tuple[str, torch.Tensor]]:
+    """A model's parameters by name, without a method's learned weights and LoRA adapters."""
+    learned = learned_attributes()
+    for name, weight in module.named_parameters():
+        if ".lora_" not in name and learned.isdisjoint(name.split(".")):
+            yield name.replace(".base_layer", ""), weight
+
+
+@dataclasses.dataclass(frozen=True)
+class NewWeight:
+    """A tensor that takes the place of one of a model's.
+
+    Args:
+        keys: its names in the file.
+        shape: what it has, to be held against the model's.
+        make: the tensor, on the CPU, from the one in its place, of which a difference is added to a copy.
+    """
+
+    keys: tuple[str, ...]
+    shape: tuple[int, ...]
+    make: Callable[[torch.Tensor], torch.Tensor]
+
+    @classmethod
+    def of(cls, stored: StoredTensor) -> NewWeight:
+        """A tensor as it is stored."""
+        return cls((stored.key,), stored.shape, lambda old: stored.read())
+
+
+def check_weights(
+    path: object, new: Mapping[str, NewWeight], shapes: Mapping[str, torch.Size], *, complete: bool, where: str
+) -> None:
+    """Hold new weights against the shapes of those that they replace.
+
+    Raises:
+        DitAccelError: a weight is foreign, has another shape or, if the new ones must be `complete`, is missing.
+    """
+    for name, weight in new.items():
+        if name not in shapes:
+            raise DitAccelError(
+                f"{path} holds {weight.keys[0]}, and {where} has no {name}. These weights are of another model."
+            )
+        if weight.shape != tuple(shapes[name]):
+            raise DitAccelError(
+                f"{weight.keys[0]} of {path} makes {name} {weight.shape}, and in {where} it is {tuple(shapes[name])}. "
+                "These weights are of another model, or damaged."
+            )
+    missing = [name for name in shapes if name not in new] if complete else []
+    if missing:
+        raise DitAccelError(
+            f"{path} lacks {missing[0]} of {where} ({len(missing)} of {len(shapes)} weights are missing). Fetch it "
+            "again."
+        )
+
+
+def check_replaceable(transformer: nn.Module) -> None:
+    """Refuse a model whose weights cannot be replaced: quantised, or on the meta device between offloaded calls."""
+    for name, weight in base_weights(transformer):
+        if weight.is_meta or weight.dtype not in KNOWN_DTYPES or type(weight.data) is not torch.Tensor:
+            raise DitAccelError(
+                f"The model's weights cannot be replaced: {name} is {weight.dtype} on {weight.device}. Load published "
+                "or trained weights before offloading, casting or quantising the model."
+            )
+
+
+def replace_weights(transformer: nn.Module, new: Mapping[str, NewWeight]) -> Callable[[], None]:
+    """Put new weights in place of a model's, in its dtypes and on its devices.
+
+    Old ones wait in main memory. An error restores them.
+
+    Returns:
+        A function that restores the old weights, bit for bit, wherever the model is by then.
+    """
+    present = dict(base_weights(transformer))
+    with contextlib.ExitStack() as undo:
+        for name, weight in new.items():
+            parameter, old = present[name], present[name].data
+            made = weight.make(old)
+            parameter.data = made.to(old.device, old.dtype).reshape(old.shape).contiguous()
+            undo.callback(_put_back, parameter, old.cpu())
+        return undo.pop_all().close
+
+
+def _put_back(parameter: torch.Tensor, old: torch.Tensor) -> None:
+    parameter.data = old.to(parameter.device)

@@ -1,0 +1,237 @@
+"""Published weights for sparse attention, loaded into stock pipelines.
+
+A format is one file in `formats/` with a `FORMAT`. It is known by the names of its tensors and by its configuration,
+never by the name of its file. All that can be checked is checked before anything in the pipeline changes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from dit_accel import registry
+from dit_accel.accelerator import Accelerator, accelerate
+from dit_accel.checkpoint import few_steps
+from dit_accel.checkpoint import lora as adapters
+from dit_accel.checkpoint.few_steps import Sampler
+from dit_accel.checkpoint.model_weights import (
+    NewWeight,
+    base_weights,
+    check_replaceable,
+    check_weights,
+    replace_weights,
+)
+from dit_accel.checkpoint.weight_files import StoredModel, WeightFiles
+from dit_accel.errors import DitAccelError
+from dit_accel.pipelines.family import Family
+from dit_accel.pipelines.targets import find_transformers
+
+
+@dataclasses.dataclass(frozen=True)
+class Tuned:
+    """What weights were tuned for.
+
+    Args:
+        method, config: the sparse attention.
+        call: defaults of the pipeline's calls, such as the number of steps.
+        sampler: the scheduler's; None: the pipeline keeps its own.
+        ask: settings that the files do not tell, each with the values to choose from.
+    """
+
+    method: str
+    config: Mapping[str, Any]
+    call: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    sampler: Sampler | None = None
+    ask: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Reading:
+    """What the files of one transformer become.
+
+    Args:
+        weights: of the model, by their names in Diffusers' class.
+        learned: of the method, by their names in the transformer, such as blocks.0.attn1.sparse_linear.proj.weight.
+        complete: whether every weight of the model has to be among them.
+        notes: for the report.
+    """
+
+    weights: Mapping[str, NewWeight]
+    learned: Mapping[str, NewWeight]
+    complete: bool
+    notes: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Format:
+    """A published format.
+
+    Args:
+        name: lower case, the name of its file.
+        summary: one line: whose weights, for which model.
+        source: where they are published.
+        transformers: the classes of Diffusers that it fits.
+        detect: whether files are of this format, by names of tensors and configuration.
+        tuned: what they were tuned for.
+        read: names and shapes of one transformer's files as the model's; tensors stay unread.
+    """
+
+    name: str
+    summary: str
+    source: str
+    transformers: tuple[str, ...]
+    detect: Callable[[WeightFiles], bool]
+    tuned: Callable[[WeightFiles], Tuned]
+    read: Callable[[StoredModel], Reading]
+
+
+@functools.cache
+def get_formats() -> Mapping[str, Format]:
+    """Every published format by name, sorted."""
+    return {known.name: known for known in registry.declared("checkpoint.formats", "FORMAT")}
+
+
+def detect(files: WeightFiles) -> Format:
+    """The format of these files.
+
+    Raises:
+        DitAccelError: it is none of the known ones, or not one alone.
+    """
+    fitting = [known for known in get_formats().values() if known.detect(files)]
+    if len(fitting) == 1:
+        return fitting[0]
+    first = next(iter(next(iter(files.models.values())).tensors), "no tensor at all")
+    what = f"of several formats ({', '.join(each.name for each in fitting)})" if fitting else "of no known format"
+    raise DitAccelError(
+        f"{files.name} holds no saved accelerator, and its weights are {what}; they start with {first}. "
+        f"`dit-accel ls formats` lists: {', '.join(get_formats())}."
+    )
+
+
+def settings(chosen: Format, files: WeightFiles, given: Mapping[str, Any]) -> Tuned:
+    """What the files were tuned for, with the settings that the user gave in place of theirs.
+
+    Raises:
+        DitAccelError: a setting that the files do not tell is missing, or one is unknown or refused.
+    """
+    tuned = chosen.tuned(files)
+    for name, values in tuned.ask.items():
+        if name not in given:
+            raise DitAccelError(
+                f"The files of {files.name} do not tell the {name} that they were tuned for. Give {name}= ({values}); "
+                f"on the command line --set {name}=..."
+            )
+    config = {**tuned.config, **given}
+    registry.make_config(tuned.method, config)
+    return dataclasses.replace(tuned, config=config)
+
+
+@dataclasses.dataclass(frozen=True)
+class Fitting:
+    """Published weights that were held against a pipeline and fit it; nothing has changed yet."""
+
+    format: Format
+    tuned: Tuned
+    readings: Mapping[str, Reading]
+
+
+def fit(target: Any, files: WeightFiles, given: Mapping[str, Any]) -> Fitting:
+    """Hold files against a pipeline or transformer, without reading a tensor or changing anything.
+
+    Raises:
+        DitAccelError: the format is unknown, or does not fit; the message names the first tensor that does not.
+    """
+    chosen = detect(files)
+    tuned = settings(chosen, files, given)
+    transformers, _ = find_transformers(target)
+    if transformers.keys() != files.models.keys():
+        raise DitAccelError(
+            f"{files.name} holds weights of {', '.join(files.models)}, and this model has {', '.join(transformers)}. "
+            "Load them into the pipeline that they belong to."
+        )
+    readings = {}
+    for component, (module, family) in transformers.items():
+        if type(module).__name__ not in chosen.transformers:
+            raise DitAccelError(
+                f"{files.name} is {chosen.name}, for {' or '.join(chosen.transformers)}; this model's {component} is a "
+                f"{type(module).__name__}."
+            )
+        check_replaceable(module)
+        readings[component] = own = chosen.read(files.models[component])
+        shapes = {name: weight.shape for name, weight in base_weights(module)}
+        check_weights(files.name, own.weights, shapes, complete=own.complete, where=component)
+        learned = learned_shapes(tuned, module, family)
+        check_weights(files.name, own.learned, learned, complete=True, where=f"{tuned.method} in {component}")
+    return Fitting(chosen, tuned, readings)
+
+
+def learned_shapes(tuned: Tuned, transformer: nn.Module, family: Family) -> dict[str, torch.Size]:
+    """Names and shapes of the weights that a method learns in a transformer."""
+    config = registry.make_config(tuned.method, tuned.config)
+    module = registry.get_method(tuned.method).learned(config)
+    shapes: dict[str, torch.Size] = {}
+    for name, attention in () if module is None else family.attentions(transformer):
+        with torch.device("meta"):
+            made = module.make(family.head_dim(attention), family.heads(attention), config)
+        shapes |= {f"{name}.{module.attribute}.{key}": value.shape for key, value in made.state_dict().items()}
+    return shapes
+
+
+def load(target: Any, files: WeightFiles, given: Mapping[str, Any], **how: Any) -> Accelerator:
+    """Load published weights.
+
+    Args:
+        given: settings of the method, in place of those that the format says.
+        how: arguments of `accelerate`.
+
+    Raises:
+        DitAccelError: as for `fit` and `accelerate`. Everything is as it was then.
+    """
+    fitting = fit(target, files, given)
+    tuned, (transformers, pipeline) = fitting.tuned, find_transformers(target)
+    modules = {name: module for name, (module, _) in transformers.items()}
+    trained = _record(fitting, modules)
+    notes = [f"{fitting.format.name}: weights of {files.name}"]
+    notes += [note for reading in fitting.readings.values() for note in reading.notes]
+    accel = accelerate(target, tuned.method, **how, **tuned.config)
+    try:
+        learned = {
+            f"{owner}.{key}": weight
+            for owner, module in accel.learned_weights().items()
+            for key, weight in module.state_dict().items()
+        }
+        with contextlib.ExitStack() as undo:
+            for component, reading in fitting.readings.items():
+                undo.callback(replace_weights(modules[component], reading.weights))
+                for name, weight in reading.learned.items():
+                    place = learned[f"{component}.{name}"]
+                    place.copy_(weight.make(place).reshape(place.shape))
+            restore, changes = few_steps.install(pipeline, trained.call, trained.sampler)
+            undo.callback(restore)
+            accel.take_training(trained, undo.pop_all().close, [*notes, *changes])
+    except BaseException:
+        accel.remove()
+        raise
+    return accel
+
+
+def _record(fitting: Fitting, modules: Mapping[str, nn.Module]) -> adapters.Trained:
+    """What `save_pretrained` writes of published weights: all of them, or those that differ from the base model's."""
+    complete = all(reading.complete for reading in fitting.readings.values())
+    changed = {name: tuple(own.weights) for name, own in fitting.readings.items() if own.weights and not complete}
+    config: Any = getattr(next(iter(modules.values())), "config", {})
+    return adapters.Trained(
+        model=str(dict(config).get("_name_or_path") or "a model without a name"),
+        revision=None,
+        fingerprints={name: adapters.fingerprint(module) for name, module in modules.items()},
+        full=complete,
+        call=dict(fitting.tuned.call),
+        changed=changed,
+        sampler=fitting.tuned.sampler,
+    )

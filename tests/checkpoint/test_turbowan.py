@@ -1,0 +1,176 @@
+"""TurboWan under its published names: what it computes, its sampler, int8, and what is refused."""
+
+import re
+
+import pytest
+import torch
+from accuracy import assert_accurate
+from published_weights import FASTVIDEO, ORIGINAL, by_formula, moved, random, renamed, sla
+from safetensors.torch import save_file
+
+import dit_accel
+from dit_accel.checkpoint.few_steps import rcm
+from dit_accel.checkpoint.published import detect
+from dit_accel.checkpoint.weight_files import open_weights
+from dit_accel.errors import DitAccelError
+
+HEADS, DIM = 2, 12
+SPELLINGS = {
+    "original": (ORIGINAL, "blocks.{}.self_attn.attn_op.local_attn.proj_l."),
+    "diffusers": ((), "blocks.{}.attn1.attn_op.local_attn.proj_l."),
+    "fastvideo": (FASTVIDEO, "blocks.{}.attn1.attn_impl.proj_l."),
+}
+
+
+def projections(layers=2):
+    return [(random(DIM, DIM, seed=10 + i, size=0.3), random(DIM, seed=20 + i)) for i in range(layers)]
+
+
+def published(model, spelling="diffusers", prefix="", weights=None):
+    """A state dict in that spelling; the original's patch embedding is a linear layer's."""
+    table, projection = SPELLINGS[spelling]
+    weights = renamed(moved(model) if weights is None else weights, table)
+    if spelling == "original":
+        weights["patch_embedding.weight"] = weights["patch_embedding.weight"].flatten(1)
+    for layer, (weight, bias) in enumerate(projections()):
+        weights |= {projection.format(layer) + "weight": weight, projection.format(layer) + "bias": bias}
+    return {prefix + key: value.contiguous() for key, value in weights.items()}
+
+
+def formula(model, inputs, dtype):
+    learned = [(weight.to(dtype), bias.to(dtype)) for weight, bias in projections()]
+    inputs = {key: value.to(dtype) if value.is_floating_point() else value for key, value in inputs.items()}
+    return by_formula(model.to(dtype), inputs, lambda layer, q, k, v, hidden: sla(q, k, v, *learned[layer]))
+
+
+@pytest.mark.parametrize("size", [(5, 14, 18), (1, 2, 2), (3, 22, 30), (2, 16, 16)], ids=str)
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_it_computes_the_authors_function(spelling, size, tiny_wan, wan_inputs, tmp_path):
+    """At odd sizes, a block cut short at the end, and fewer than 10 key blocks, where the authors' count is 0."""
+    model, reference, inputs = tiny_wan(), tiny_wan(), wan_inputs(*size)
+    file = tmp_path / "weights.safetensors"
+    save_file(published(model, spelling, prefix="net." if spelling == "original" else ""), file)
+    reference.load_state_dict(moved(model))
+    plain, exact = formula(reference, inputs, torch.float32), formula(reference, inputs, torch.float64)
+    with dit_accel.load(model, file) as accel, torch.no_grad():
+        assert accel.config == dit_accel.registry.make_config("sla", {"topk": 0.1, "block_q": 128, "block": 64})
+        assert_accurate(spelling, model(**inputs, return_dict=False)[0], plain, exact)
+
+
+def test_the_configuration_tells_its_share(tiny_wan, tmp_path):
+    (tmp_path / "transformer").mkdir()
+    save_file(published(tiny_wan()), tmp_path / "transformer" / "diffusion_pytorch_model.safetensors")
+    (tmp_path / "transformer" / "config.json").write_text('{"attention_type": "sla", "sla_topk": 0.15}')
+    with dit_accel.load(tiny_wan(), tmp_path) as accel:
+        assert accel.config.topk == 0.15
+    with dit_accel.load(tiny_wan(), tmp_path, topk=0.3) as accel:
+        assert accel.config.topk == 0.3
+
+
+def quantised(weight):
+    """int8 and the scale of each tile of 128 x 128, as TurboDiffusion's quant.hpp makes them."""
+    rows, columns = weight.shape
+    scale = torch.empty(-(-rows // 128), -(-columns // 128))
+    whole = torch.empty_like(weight, dtype=torch.int8)
+    for i in range(scale.shape[0]):
+        for j in range(scale.shape[1]):
+            part = slice(128 * i, 128 * i + 128), slice(128 * j, 128 * j + 128)
+            scale[i, j] = weight[part].abs().max() / 128
+            whole[part] = (weight[part] / scale[i, j]).round().clamp(-128, 127).to(torch.int8)
+    return whole, scale
+
+
+@pytest.mark.parametrize("names", [("original", "int8_weight", "scale"), ("diffusers", "weight", "weight_scale_inv")])
+def test_int8_weights_are_dequantised_tile_by_tile(names, tiny_wan, tmp_path):
+    """A layer of 200 columns has 2 tiles of different scales."""
+    spelling, *endings = names
+    model = tiny_wan(ffn_dim=200)
+    wanted = moved(model)
+    stored = dict(wanted)
+    for key in [key for key, value in wanted.items() if re.search(r"blocks.*(to_|ffn).*weight", key)]:
+        stem, weight = key.removesuffix("weight"), stored.pop(key).clone()
+        weight[:, 128:] *= 3
+        whole, scale = quantised(weight)
+        stored |= {stem + endings[0]: whole, stem + endings[1]: scale}
+        wide = scale.repeat_interleave(128, 0)[: len(whole)].repeat_interleave(128, 1)[:, : whole.shape[1]]
+        wanted[key] = whole.float() * wide
+    assert sum(value.dtype == torch.int8 for value in stored.values()) == 2 * 10
+    save_file(published(model, spelling, weights=stored), tmp_path / "quant.safetensors")
+    with dit_accel.load(model, tmp_path / "quant.safetensors"):
+        for key, value in wanted.items():
+            assert torch.equal(model.get_parameter(key), value), key
+    bad = stored | {f"blocks.0.ffn.net.2.{endings[1]}": torch.zeros(1, 1)}
+    save_file(published(model, spelling, weights=bad), tmp_path / "bad.safetensors")
+    with pytest.raises(DitAccelError, match=r"blocks\.0\.ffn"):
+        dit_accel.load(model, tmp_path / "bad.safetensors")
+
+
+def test_a_pipeline_gets_its_sampler_and_gives_it_back(wan_folder, tmp_path):
+    from diffusers import WanPipeline
+
+    pipe = WanPipeline.from_pretrained(wan_folder)
+    pipe.set_progress_bar_config(disable=True)
+    old, before = pipe.scheduler, {key: value.clone() for key, value in pipe.transformer.state_dict().items()}
+    save_file(published(pipe.transformer, "original"), tmp_path / "weights.safetensors")
+    accel = dit_accel.load(pipe, tmp_path / "weights.safetensors")
+    call = {"height": 16, "width": 16, "num_frames": 5, "output_type": "latent"}
+    made = pipe("a circle", generator=torch.Generator().manual_seed(0), **call).frames
+    report = str(accel.report())
+    assert accel.report().calls == {"transformer": 4}
+    assert "calls default to num_inference_steps=4, guidance_scale=1.0" in report and "turbowan" in report
+    torch.testing.assert_close(pipe.scheduler.sigmas[:-1], torch.tensor(rcm(80).sigmas))
+    accel.save_pretrained(tmp_path / "ours")
+    accel.remove()
+    assert pipe.scheduler is old and type(pipe) is WanPipeline
+    assert all(torch.equal(value, before[key]) for key, value in pipe.transformer.state_dict().items())
+    with dit_accel.load(pipe, tmp_path / "ours") as again:
+        assert again.trained.full and again.trained.sampler == rcm(80)
+        assert torch.equal(pipe("a circle", generator=torch.Generator().manual_seed(0), **call).frames, made)
+    assert pipe.scheduler is old and type(pipe) is WanPipeline
+
+
+def test_from_an_image_the_first_level_is_another(tiny_wan, tmp_path):
+    """36 channels in and 16 out, in proportion; two models meet at 0.9."""
+    for spelling in ("original", "diffusers"):
+        for component in ("transformer", "transformer_2"):
+            (tmp_path / spelling / component).mkdir(parents=True)
+            weights = published(tiny_wan(in_channels=9, out_channels=4), spelling)
+            save_file(weights, tmp_path / spelling / component / "weights.safetensors")
+        files = open_weights(tmp_path / spelling)
+        assert detect(files).tuned(files).sampler == rcm(200, ode=True, boundary_ratio=0.9)
+
+
+BROKEN = {
+    "foreign": (
+        lambda w: w | {"blocks.7.norm2.weight": w["blocks.0.norm2.weight"].clone()},
+        "holds blocks.7.norm2.weight",
+    ),
+    "missing": (lambda w: {k: v for k, v in w.items() if k != "proj_out.bias"}, "lacks proj_out.bias"),
+    "shape": (lambda w: w | {"proj_out.bias": torch.zeros(3)}, r"proj_out.bias of .* makes proj_out.bias \(3,\)"),
+    "no bias": (
+        lambda w: {k: v for k, v in w.items() if not k.endswith("blocks.1.attn1.attn_op.local_attn.proj_l.bias")},
+        "lacks blocks.1.attn1.sparse_linear.proj.bias of sla in transformer",
+    ),
+    "head": (
+        lambda w: w | {"blocks.1.attn1.attn_op.local_attn.proj_l.weight": torch.zeros(7, 7)},
+        r"proj_l.weight of .* makes .*sparse_linear.proj.weight \(7, 7\)",
+    ),
+    "no scale": (
+        lambda w: w | {"blocks.0.ffn.net.2.int8_weight": torch.zeros(24, 32, dtype=torch.int8)},
+        "holds blocks.0.ffn.net.2.int8_weight",
+    ),
+}
+
+
+@pytest.mark.parametrize(("damage", "message"), BROKEN.values(), ids=BROKEN)
+def test_what_does_not_fit_is_named_and_nothing_changes(damage, message, tiny_wan, tmp_path):
+    model = tiny_wan()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    first = dit_accel.accelerate(model, "gna", window=3)
+    save_file(damage(published(model)), tmp_path / "weights.safetensors")
+    with pytest.raises(DitAccelError, match=message) as caught:
+        dit_accel.load(model, tmp_path / "weights.safetensors", replace=True)
+    assert "\n" not in str(caught.value) and first.active
+    first.remove()
+    assert model.state_dict().keys() == before.keys()
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
