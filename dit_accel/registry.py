@@ -30,11 +30,18 @@ class LearnedModule:
         attribute: their name on the attention module, in state dicts and checkpoints.
         make: makes them for a head dimension, a number of heads and the method's settings.
         when: whether settings learn them; None: all do.
+        make_for: makes them, for some settings, for the channels of the layer's input too, which they read; None for
+            other settings.
     """
 
     attribute: str
     make: Callable[[int, int, Any], nn.Module]
     when: Callable[[Any], bool] | None = None
+    make_for: Callable[[int, int, int, Any], nn.Module | None] = lambda channels, head_dim, heads, config: None
+
+    def build(self, channels: int, head_dim: int, heads: int, config: Any) -> nn.Module:
+        """The weights of a layer whose input has that many channels, or 0 if that is unknown."""
+        return self.make_for(channels, head_dim, heads, config) or self.make(head_dim, heads, config)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -178,7 +178,8 @@ def learned_shapes(tuned: Tuned, transformer: nn.Module, family: Family) -> dict
     shapes: dict[str, torch.Size] = {}
     for name, attention in () if module is None else family.attentions(transformer):
         with torch.device("meta"):
-            made = module.make(family.head_dim(attention), family.heads(attention), config)
+            sizes = family.channels(attention), family.head_dim(attention), family.heads(attention)
+            made = module.build(*sizes, config)
         shapes |= {f"{name}.{module.attribute}.{key}": value.shape for key, value in made.state_dict().items()}
     return shapes
 

@@ -45,14 +45,14 @@ class AcceleratedLayer:
     measured: torch.Tensor | None = None
     attached: bool = False
 
-    def attach(self, module: registry.LearnedModule | None, head_dim: int, heads: int) -> None:
+    def attach(self, module: registry.LearnedModule | None, channels: int, head_dim: int, heads: int) -> None:
         """Set our processor, and new learned weights as an attribute of the attention module."""
         if module is not None:
             if hasattr(self.attention, module.attribute):
                 raise DitAccelError(f"{self.name} already has a module named {module.attribute!r}; remove it first.")
             device = next(self.attention.parameters()).device
             with building():
-                learned = module.make(head_dim, heads, self.config)
+                learned = module.build(channels, head_dim, heads, self.config)
                 if device.type != "meta":  # where offloaded weights are between calls
                     learned.to(device)
             self.attention.add_module(module.attribute, learned)

@@ -130,7 +130,8 @@ class Engine(AtWork):
             self.notes.append(self._backend_set.note)
         for layer in self.layers:
             module = None if layer.dense_reason is not None else self._method.learned(layer.config)
-            layer.attach(module, self._family.head_dim(layer.attention), self._family.heads(layer.attention))
+            own = layer.attention
+            layer.attach(module, self._family.channels(own), self._family.head_dim(own), self._family.heads(own))
         if self._method.module is not None and hasattr(self._transformer, "save_pretrained"):
             kind: Any = type(self._transformer)
             save = types.MethodType(without_learned(kind.save_pretrained), self._transformer)

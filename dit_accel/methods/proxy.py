@@ -11,8 +11,9 @@ to the query's own block. W and b start at zero, so an untrained model computes 
 exact in fine, and have no coarse branch.
 
 Sources: "VSA: Faster Video Diffusion with Trainable Sparse Attention", arXiv 2505.13389: top-k, coarse branch, gate
-from zero. VSA makes its gate from the hidden state; a processor sees q, which is a linear map of it, normed and
-rotated. Its coarse softmax counts all blocks alike, which is the same where the grid divides into blocks. "Qihoo-T2X"
+from zero. VSA makes its gate from the layer's hidden states, as ``gate="hidden"`` does; W q + b needs none. With
+``tile=(4, 4, 4)``, ``rounding="up"`` and ``weigh="blocks"`` beside it this is the function of VSA's published weights:
+its cubes, ceil(topk K) blocks, and a coarse softmax that counts all blocks alike, without log n_j. "Qihoo-T2X"
 (PT-DiT), arXiv 2409.04005: with ``topk=0`` windows and proxies, and with ``query="token"`` each token asks the proxies
 by its own q, as there. PT-DiT's proxies first attend to each other, with weights of their own, and its windows shift in
 every other layer; both change the architecture.
@@ -21,6 +22,7 @@ every other layer; both change the architecture.
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any, Literal
 
 import torch
@@ -32,13 +34,15 @@ from dit_accel.kernels.block_sparse.geometry import BlockLists
 from dit_accel.kernels.cuts import block_means, from_blocks, visual_of
 from dit_accel.kernels.router.api import route
 from dit_accel.kernels.router.call import Rule
-from dit_accel.order import valid_tokens
+from dit_accel.order import TokenOrder, valid_tokens
 from dit_accel.plans.definition import RoutedDefinition, masked_attention
 from dit_accel.plans.plan import PlanCall
 from dit_accel.plans.routed import LARGEST_BLOCK, Ordering, RoutedPlan, cut
 from dit_accel.registry import LearnedModule, Method
 from dit_accel.tokens import TokenGrid
 from dit_accel.values import Checked, option
+
+ROUNDING = 1e-9  # of a share of blocks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,21 +51,42 @@ class Config(Checked):
 
     Args:
         topk: share of the visual key blocks that a query block attends to, in [0, 1]. Of K blocks these are
-            ``max(1, int(topk * K))``. 0: its own block alone.
+            ``max(1, int(topk * K))``, or ``ceil`` in place of ``int`` with rounding "up". 0: its own block alone.
         query: what asks the proxies: the mean query of its "block", or each "token".
         block: tokens a block of queries or keys holds, at most 1024.
         order: "raster": blocks are runs of tokens; "tile": 3-D tiles, chosen per grid; "morton" or "hilbert": runs
             along a curve.
+        gate: what the gate is a linear map of: the rotated "query" of each head, or the layer's "hidden" states.
+        tile: frames, rows and columns of a tile, whose product is the block; None: chosen per grid.
+        rounding: of the number of blocks, "down" or "up".
+        weigh: what counts alike in the coarse softmax: "tokens" or "blocks".
+
+    Raises:
+        DitAccelError: the tile's product is not the block, or the order is not "tile".
     """
 
     topk: float = option(0.1, least=0, most=1)
     query: Literal["block", "token"] = "block"
     block: int = option(64, least=1, most=LARGEST_BLOCK)
     order: Ordering = "tile"
+    gate: Literal["query", "hidden"] = "query"
+    tile: tuple[int, int, int] | None = option(None, least=1)
+    rounding: Literal["down", "up"] = "down"
+    weigh: Literal["tokens", "blocks"] = "tokens"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.tile is not None and (self.order != "tile" or math.prod(self.tile) != self.block):
+            raise DitAccelError(
+                f"A tile of {'x'.join(map(str, self.tile))} tokens needs order=tile and block={math.prod(self.tile)}, "
+                f"got order={self.order} and block={self.block}."
+            )
 
     def count(self, blocks: int) -> int:
         """Visual key blocks that a query block attends to, of `blocks`."""
-        return max(1, int(self.topk * blocks))
+        share = self.topk * blocks
+        # shares such as 0.1 are not exact, and 0.1 of 30 is 3
+        return max(1, math.ceil(share - ROUNDING) if self.rounding == "up" else int(share))
 
 
 class ProxyGate(nn.Module):
@@ -82,13 +107,39 @@ class ProxyGate(nn.Module):
         return q @ self.weight[own].to(q).mT + self.bias[own, None].to(q)
 
 
+class HiddenGate(nn.Module):
+    """The gate of a layer as a linear map of its hidden states; called by the model's processor.
+
+    Attributes:
+        weight, bias: fp32 [heads * D, channels] and [heads * D]; zero at the start.
+    """
+
+    reads_hidden = True
+
+    def __init__(self, channels: int, head_dim: int, heads: int) -> None:
+        super().__init__()
+        if not channels:
+            raise DitAccelError("gate=hidden needs a layer whose to_q tells the channels of its input; use gate=query.")
+        self.weight = nn.Parameter(torch.zeros(heads * head_dim, channels))
+        self.bias = nn.Parameter(torch.zeros(heads * head_dim))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Hidden states [B, N, channels] to [B, N, heads * D]."""
+        return F.linear(hidden, self.weight.to(hidden), self.bias.to(hidden))
+
+
 class ProxyPlan(RoutedPlan):
     """Block-sparse attention with proxies on one grid."""
 
     config: Config
 
     def __init__(self, config: Config, grid: TokenGrid) -> None:
-        super().__init__("proxy", config, grid, *cut(config.order, grid, config.block, config.block))
+        if config.tile is None:
+            cuts = cut(config.order, grid, config.block, config.block)
+        else:
+            order = TokenOrder(grid, config.block, config.tile)
+            cuts = order, order, None
+        super().__init__("proxy", config, grid, *cuts)
 
     @property
     def pairs(self) -> int:
@@ -113,9 +164,14 @@ class ProxyPlan(RoutedPlan):
         fine, lists = super().attend_visual(q, k, v, call)
         if call.module is None:
             return fine, lists
-        if not isinstance(call.module, ProxyGate):
+        if self.config.gate == "hidden":
+            if call.gate is None:
+                raise DitAccelError("gate=hidden reads a layer's hidden states, so it runs in a model alone.")
+            gate = visual_of(call.gate, self.grid).to(q.dtype)
+        elif isinstance(call.module, ProxyGate):
+            gate = call.module(visual_of(q, self.grid), 0 if call.heads is None else call.heads[0])
+        else:
             raise DitAccelError(f"proxy takes a ProxyGate as its module, got {type(call.module).__name__}.")
-        gate = call.module(visual_of(q, self.grid), 0 if call.heads is None else call.heads[0])
         return fine + gate * self.coarse(q, k, v, call.scale), lists
 
     def coarse(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
@@ -123,7 +179,8 @@ class ProxyPlan(RoutedPlan):
         order = self.key_order
         queries, keys, values = (visual_of(x, self.grid) for x in (q, k, v))
         keys, values = block_means(keys, order), block_means(values, order)
-        bias = valid_tokens(order, q.device).to(keys.dtype).log()
+        sizes = valid_tokens(order, q.device).to(keys.dtype)
+        bias = torch.zeros_like(sizes) if self.config.weigh == "blocks" else sizes.log()
         by_block = self.config.query == "block"
         asking = block_means(queries, order) if by_block else queries
         keys, values, bias = (x.to(asking.dtype) for x in (keys, values, bias))
@@ -146,7 +203,8 @@ class ProxyDefinition(RoutedDefinition):
         (keys, sizes), (values, _) = self.pooled(k, order), self.pooled(v, order)
         asking = self.pooled(self.whole(head, q), order)[0] if by_block else q
         every = torch.ones(1, len(keys), dtype=torch.bool, device=q.device)
-        coarse = masked_attention(asking, keys, values, every, sizes.log())
+        bias = torch.zeros_like(sizes) if self.plan.config.weigh == "blocks" else sizes.log()
+        coarse = masked_attention(asking, keys, values, every, bias)
         gate = q @ weights[0][head].T + weights[1][head]
         return torch.where(self.are_visual, fine + gate * (coarse[self.blocks] if by_block else coarse), fine)
 
@@ -162,7 +220,13 @@ METHOD = Method(
     name="proxy",
     config=Config,
     plan=lambda grid, config: ProxyPlan(config, grid),
-    module=LearnedModule("proxy_gate", lambda head_dim, heads, config: ProxyGate(head_dim, heads)),
+    module=LearnedModule(
+        "proxy_gate",
+        lambda head_dim, heads, config: ProxyGate(head_dim, heads),
+        make_for=lambda channels, head_dim, heads, config: (
+            HiddenGate(channels, head_dim, heads) if config.gate == "hidden" else None
+        ),
+    ),
     summary="the best key blocks exactly, and all blocks' means through a learned gate (needs fine-tuning)",
     source="VSA, arXiv 2505.13389; Qihoo-T2X, arXiv 2409.04005",
     at_density=at_density,

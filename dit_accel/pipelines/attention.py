@@ -155,28 +155,39 @@ class LayerAttention(AtWork):
         """Set `learned`; not as a submodule where a subclass is an `nn.Module`."""
         vars(self)["learned"] = learned
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None, masked: bool) -> Tensor:
+    def gate_of(self, hidden: Tensor | None) -> Tensor | None:
+        """What the learned weights make of the layer's hidden states [B, N, C]; None unless they read them."""
+        learned: Any = self.learned
+        return learned(hidden) if getattr(learned, "reads_hidden", False) else None
+
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, scale: float | None, masked: bool, gate: Tensor | None = None
+    ) -> Tensor:
         """The plan's attention: q [B, H, Nq, D], k and v [B, H, Nk, D] in the sequence's order; output as q.
 
         Args:
             q, k, v: Nq = Nk, or without text where text tokens are keys only.
             scale: factor of the logits; D ** -0.5 if None.
             masked: whether the model passed an attention mask.
+            gate: [B, N, H * D], from `gate_of`.
 
         Raises:
             DitAccelError: the call is not over the grid, or has a mask that no text lengths stand for.
         """
         if not torch.compiler.is_compiling():
-            return self.compute(q, k, v, scale, masked)
+            return self.compute(q, k, v, scale, masked, gate)
         if torch.is_autocast_enabled(q.device.type):
             dtype = torch.get_autocast_dtype(q.device.type)
             q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
         learned = [] if self.learned is None else list(self.learned.parameters())
-        record = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, *learned))
-        out, _ = planned_attention(q, k, v, self.key, learned, scale, masked, record)
+        gates = [] if gate is None else [gate]
+        record = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, *gates, *learned))
+        out, _ = planned_attention(q, k, v, self.key, gates, learned, scale, masked, record)
         return out
 
-    def compute(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None, masked: bool) -> Tensor:
+    def compute(
+        self, q: Tensor, k: Tensor, v: Tensor, scale: float | None, masked: bool, gate: Tensor | None = None
+    ) -> Tensor:
         """`attend`, never traced."""
         state = self.state
         assert state.plan is not None
@@ -193,17 +204,25 @@ class LayerAttention(AtWork):
             queries = slice(missing, None) if grid.text_first else slice(grid.tokens - missing)
             q = nn.functional.pad(q, (0, 0, missing, 0) if grid.text_first else (0, 0, 0, missing))
         heads, ulysses = q.shape[1], state.ulysses
+        if gate is not None:
+            if ulysses is not None or gate.shape[1] != k.shape[2]:
+                raise DitAccelError(
+                    f"A gate of hidden states needs those of all {k.shape[2]} tokens of the sequence in one process; "
+                    f"{state.plan.method} got {gate.shape[1]}. Choose a gate of the queries, or leave the layer dense."
+                )
+            gate = gate.unflatten(-1, (heads, -1)).transpose(1, 2)
         rows = None if state.rows is None else tuple(_of_last(indices, len(q)) for indices in state.rows)
         if ulysses is not None:
             q, k, v = ulysses.gather(q, k, v)
         if rows is not None:
             q, k, v = (_take(x, rows[0]) for x in (q, k, v))
+            gate = None if gate is None else _take(gate, rows[0])
         text_lens, text_bias = state.text_of(len(q))
         held = None if ulysses is None else (ulysses.first_head(heads), heads)
         memory = None if state.step is None else ListMemory(*state.step, self.kept)
         out = state.plan.attend(
             q, k, v, scale=scale, text_lens=text_lens, text_bias=text_bias, impl=state.impl, module=self.learned,
-            density_sum=self.density_sum, heads=held, memory=memory,
+            density_sum=self.density_sum, heads=held, memory=memory, gate=gate,
         )  # fmt: skip
         if self.watch is not None:
             self.watch(q, k, v, out, scale, state)
@@ -223,13 +242,22 @@ def _take(x: Tensor, rows: Tensor) -> Tensor:
 
 @torch.library.custom_op("dit_accel::planned_attention", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
 def planned_attention(
-    q: Tensor, k: Tensor, v: Tensor, key: Tensor, learned: list[Tensor], scale: float | None, masked: bool, record: bool
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key: Tensor,
+    gates: list[Tensor],
+    learned: list[Tensor],
+    scale: float | None,
+    masked: bool,
+    record: bool,
 ) -> tuple[Tensor, Tensor]:
     """`LayerAttention.compute` of the layer with that key, as one operator.
 
     Args:
         q, k, v, scale, masked: as there.
         key: `LayerAttention.key`.
+        gates: the gate, if there is one.
         learned: the parameters of the layer's learned weights; their gradients are returned for these inputs.
         record: whether a backward pass may follow.
 
@@ -243,62 +271,75 @@ def planned_attention(
     if layer is None:
         raise DitAccelError("This compiled model was accelerated, and its accelerator is gone; compile it again.")
     if not record:
-        return _laid_out(layer.compute(q, k, v, scale, masked)), torch.zeros(1, dtype=torch.int64, device="cpu")
+        return _laid_out(layer.compute(q, k, v, scale, masked, *gates)), torch.zeros(1, dtype=torch.int64, device="cpu")
     # Clones: the compiled graph may reuse the memory of its own tensors before the backward pass.
-    q, k, v = (x.detach().clone().requires_grad_() for x in (q, k, v))
+    q, k, v, *gates = (x.detach().clone().requires_grad_() for x in (q, k, v, *gates))
     with _autograd(), torch.enable_grad():
-        out = layer.compute(q, k, v, scale, masked)
+        out = layer.compute(q, k, v, scale, masked, *gates)
     weights = [] if layer.learned is None else [x for x in layer.learned.parameters() if x.requires_grad]
     number = next(_NUMBERS)
     ticket = np.array([number])
-    _RECORDS[number] = out, [q, k, v, *weights]
+    _RECORDS[number] = out, [q, k, v, *gates, *weights]
     weakref.finalize(ticket, _RECORDS.pop, number)
     return _laid_out(out.detach().clone()), torch.from_numpy(ticket)
 
 
 @planned_attention.register_fake
 def _(
-    q: Tensor, k: Tensor, v: Tensor, key: Tensor, learned: list[Tensor], scale: float | None, masked: bool, record: bool
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key: Tensor,
+    gates: list[Tensor],
+    learned: list[Tensor],
+    scale: float | None,
+    masked: bool,
+    record: bool,
 ) -> tuple[Tensor, Tensor]:
     batch, heads, tokens, dim = q.shape
     return q.new_empty(batch, tokens, heads, dim).transpose(1, 2), torch.empty(1, dtype=torch.int64, device="cpu")
 
 
 @torch.library.custom_op("dit_accel::planned_attention_backward", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
-def planned_attention_backward(grad: Tensor, ticket: Tensor, learned: list[Tensor], keys: int) -> list[Tensor]:
-    """Gradients of `planned_attention` for q, k, v and `learned`.
+def planned_attention_backward(
+    grad: Tensor, ticket: Tensor, gates: list[Tensor], learned: list[Tensor], keys: int
+) -> list[Tensor]:
+    """Gradients of `planned_attention` for q, k, v, `gates` and `learned`.
 
     Args:
         grad: of the output, [B, H, Nq, D].
         ticket: that `planned_attention` returned.
-        learned: as there.
+        gates, learned: as there.
         keys: Nk.
     """
     out, inputs = _RECORDS[int(ticket)]
     gradients = torch.autograd.grad(out, inputs, grad, retain_graph=True, allow_unused=True)
     grads = iter(torch.zeros_like(x) if g is None else g.to(x.dtype) for x, g in zip(inputs, gradients, strict=True))
     qkv = [_laid_out(next(grads)) for _ in range(3)]
-    return [*qkv, *(next(grads).contiguous() if x.requires_grad else torch.zeros_like(x) for x in learned)]
+    of_gates = [next(grads).contiguous() for _ in gates]
+    rest = (next(grads).contiguous() if x.requires_grad else torch.zeros_like(x) for x in learned)
+    return [*qkv, *of_gates, *rest]
 
 
 @planned_attention_backward.register_fake
-def _(grad: Tensor, ticket: Tensor, learned: list[Tensor], keys: int) -> list[Tensor]:
+def _(grad: Tensor, ticket: Tensor, gates: list[Tensor], learned: list[Tensor], keys: int) -> list[Tensor]:
     batch, heads, queries, dim = grad.shape
     qkv = [grad.new_empty(batch, tokens, heads, dim).transpose(1, 2) for tokens in (queries, keys, keys)]
-    return [*qkv, *(x.new_empty(x.shape) for x in learned)]
+    return [*qkv, *(x.new_empty(x.shape) for x in (*gates, *learned))]
 
 
 def _save(ctx: Any, inputs: Any, output: Any) -> None:
-    _, k, _, _, learned, *_ = inputs
-    ctx.save_for_backward(output[1], *learned)
-    ctx.keys = k.shape[2]
+    _, k, _, _, gates, learned, *_ = inputs
+    ctx.save_for_backward(output[1], *gates, *learned)
+    ctx.keys, ctx.gates = k.shape[2], len(gates)
     ctx.set_materialize_grads(False)
 
 
 def _differentiate(ctx: Any, grad: Tensor, _: Any) -> tuple[Any, ...]:
-    ticket, *learned = ctx.saved_tensors
-    q, k, v, *weights = planned_attention_backward(grad, ticket, learned, ctx.keys)
-    return q, k, v, None, weights, None, None, None
+    ticket, *rest = ctx.saved_tensors
+    gates, learned = rest[: ctx.gates], rest[ctx.gates :]
+    q, k, v, *others = planned_attention_backward(grad, ticket, gates, learned, ctx.keys)
+    return q, k, v, None, others[: ctx.gates], others[ctx.gates :], None, None, None
 
 
 planned_attention.register_autograd(_differentiate, setup_context=_save)

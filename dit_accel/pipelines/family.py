@@ -229,6 +229,11 @@ class Family:
         module: Any = attention
         return int(module.heads if hasattr(module, "heads") else module.num_heads)
 
+    @staticmethod
+    def channels(attention: nn.Module) -> int:
+        """Channels of the hidden states that an attention module gets; 0 if it does not tell."""
+        return int(getattr(getattr(attention, "to_q", None), "in_features", 0))
+
     def attentions(self, transformer: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         """Self-attention modules by name, in the order they run."""
         modules = list(transformer.named_modules())

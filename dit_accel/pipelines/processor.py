@@ -82,10 +82,11 @@ class AcceleratedAttnProcessor(LayerAttention):
 
 
 class _Slot(threading.local):
-    """The layer whose processor runs, and its attention calls: over the grid, computed by the plan, and others."""
+    """The layer whose processor runs, its gate, and its attention calls: over the grid, by the plan, and others."""
 
     def __init__(self) -> None:
         self.layer: AcceleratedAttnProcessor | None = None
+        self.gate: torch.Tensor | None = None
         self.replaced = self.planned = self.others = 0
 
 
@@ -139,7 +140,7 @@ def _wrapper_class(inner_type: type, sparse_call: SparseCall | None) -> type[Acc
         if not self.state.sparse:
             self.ran = True
             return inner_type.__call__(runs(self), attn, *args, **kwargs)
-        _SLOT.layer = self
+        _SLOT.layer, _SLOT.gate = self, self.gate_of(args[0] if args else kwargs.get("hidden_states"))
         _SLOT.replaced = _SLOT.planned = _SLOT.others = 0
         try:
             result = sparse(runs(self), attn, *args, **kwargs)
@@ -149,7 +150,7 @@ def _wrapper_class(inner_type: type, sparse_call: SparseCall | None) -> type[Acc
                 if _SLOT.replaced != 1:
                     raise self.state.sequence_error(_SLOT.replaced)
         finally:
-            _SLOT.layer = None
+            _SLOT.layer = _SLOT.gate = None
         if not self.state.sparse:
             return inner_type.__call__(runs(self), attn, *args, **kwargs)
         return result
@@ -319,4 +320,4 @@ def _planned(
     layer = _SLOT.layer
     assert layer is not None
     _SLOT.planned += 1
-    return layer.attend(query, key, value, scale, attn_mask is not None)
+    return layer.attend(query, key, value, scale, attn_mask is not None, _SLOT.gate)

@@ -76,6 +76,7 @@ class PlanCall(NamedTuple):
     heads: which head of its layer q starts with, and how many the layer has; None: q holds all.
     memory: what the layer's calls share between denoising steps; None outside of a model.
     values: v in the order of q and k, for plans whose lists depend on it; plans with a tail set it.
+    gate: [B, H, N, D], what `module` makes of the layer's hidden states; None unless it reads them.
     """
 
     scale: float | None = None
@@ -87,6 +88,7 @@ class PlanCall(NamedTuple):
     heads: tuple[int, int] | None = None
     memory: ListMemory | None = None
     values: torch.Tensor | None = None
+    gate: torch.Tensor | None = None
 
 
 class Plan(Kernels):

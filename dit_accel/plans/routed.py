@@ -138,6 +138,8 @@ class RoutedPlan(Plan):
         with torch.autocast(kind, enabled=False):
             if self.curve is not None:
                 q, k, v = (self.arrange(x) for x in (q, k, v))
+                if call.gate is not None:
+                    call = call._replace(gate=self.arrange(call.gate))
                 if call.text_bias is not None:
                     call = call._replace(text_bias=call.text_bias[:, self._rows_on(q.device)[0]])
             visual, lists = self.attend_visual(q, k, v, call)

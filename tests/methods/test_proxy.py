@@ -1,5 +1,7 @@
 """proxy: the fine branch alone at the start, both branches against their definition, learned weights kept and saved."""
 
+import math
+
 import pytest
 import torch
 from accuracy import assert_accurate, error_budget, plain_attention
@@ -7,7 +9,7 @@ from roundings import assert_masked
 
 import dit_accel
 from dit_accel.errors import DitAccelError
-from dit_accel.methods.proxy import ProxyGate
+from dit_accel.methods.proxy import Config, HiddenGate, ProxyGate
 from dit_accel.tokens import TokenGrid
 
 # ragged tiles on each axis, a ragged run at the end
@@ -135,3 +137,44 @@ def test_another_module_is_refused():
     q, k, v, _ = inputs(VIDEO)
     with pytest.raises(DitAccelError, match="ProxyGate as its module, got Linear"):
         dit_accel.plan("proxy", VIDEO, block=8).attend(q, k, v, module=torch.nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize("sparsity", [0.8, 0.9, 0.75])
+def test_rounding_up_is_that_of_vsa(sparsity):
+    """FastVideo's own formula, whose binary error it shares at no number of blocks up to the largest videos'."""
+    up = Config(topk=round(1 - sparsity, 6), rounding="up")
+    for blocks in range(1, 5000):
+        assert up.count(blocks) == min(max(math.ceil((1 - sparsity) * blocks), 1), blocks)
+
+
+def test_a_tile_is_the_one_asked_for():
+    plan = dit_accel.plan("proxy", TokenGrid(21, 30, 52), tile=(4, 4, 4), topk=0.2, rounding="up")
+    assert plan.key_order.tile == plan.query_order.tile == (4, 4, 4) and plan.key_order.visual_blocks == 624
+    assert plan.config.count(624) == 125 and dit_accel.plan("proxy", TokenGrid(21, 30, 52)).key_order.tile == (2, 8, 4)
+    for wrong in ({"block": 32}, {"order": "raster"}):
+        with pytest.raises(DitAccelError, match="A tile of 4x4x4 tokens needs order=tile and block=64"):
+            dit_accel.plan("proxy", VIDEO, tile=(4, 4, 4), **wrong)
+
+
+def test_a_coarse_softmax_that_weighs_blocks():
+    """A constant logit gives the mean over the blocks' means, however many tokens each has."""
+    q, k, v, _ = (x.double() for x in inputs(VIDEO))
+    plan = dit_accel.plan("proxy", VIDEO, block=8, weigh="blocks")
+    members, _ = own_blocks(plan)
+    means = (members / members.sum(-1, keepdim=True)) @ v
+    wanted = means.mean(2, keepdim=True).expand_as(v)
+    torch.testing.assert_close(plan.coarse(0 * q, k, v, None), wanted, rtol=1e-12, atol=1e-12)
+
+
+def test_a_gate_of_hidden_states_needs_a_layer():
+    q, k, v, _ = inputs(VIDEO)
+    with pytest.raises(DitAccelError, match="runs in a model alone"):
+        dit_accel.plan("proxy", VIDEO, gate="hidden").attend(q, k, v, module=HiddenGate(24, 24, 3))
+    with pytest.raises(DitAccelError, match="to_q"):
+        HiddenGate(0, 24, 3)
+
+
+def test_a_gate_of_hidden_states_needs_those_of_the_text_too(tiny_flux, flux_inputs):
+    with dit_accel.accelerated(tiny_flux(), "proxy", gate="hidden") as accel:
+        with pytest.raises(DitAccelError, match="hidden states needs those of all 156 tokens"):
+            next(iter(accel.transformers.values()))(**flux_inputs((13, 11)))
