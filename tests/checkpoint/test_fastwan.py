@@ -53,7 +53,7 @@ def test_it_computes_the_authors_function(spelling, grid, tiny_wan, wan_inputs, 
     reference.load_state_dict(moved(model))
     plain, exact = (formula(reference, inputs, grid, dtype) for dtype in (torch.float32, torch.float64))
     with dit_accel.load(model, tmp_path / "weights.safetensors") as accel, torch.no_grad():
-        assert (accel.method, accel.config.topk, accel.config.tile) == ("proxy", 0.2, (4, 4, 4))
+        assert (accel.setting.method, accel.setting.config.topk, accel.setting.config.tile) == ("proxy", 0.2, (4, 4, 4))
         found = model(**inputs, return_dict=False)[0]
         assert_accurate(spelling, found, plain, exact)
         report = str(accel.report())
@@ -108,7 +108,7 @@ def test_the_index_tells_what_was_distilled(name, gated, method, calls, folder, 
     pipe.set_progress_bar_config(disable=True)
     old = pipe.scheduler
     with dit_accel.load(pipe, folder(name, gated)) as accel:
-        assert (accel.method, accel.trained.sampler) == (method, SAMPLER if calls == 3 else None)
+        assert (accel.setting.method, accel.trained.sampler) == (method, SAMPLER if calls == 3 else None)
         pipe("a circle", height=16, width=16, num_frames=5, output_type="latent", guidance_scale=1.0)
         assert accel.report().calls == {"transformer": calls}
     assert pipe.scheduler is old

@@ -57,7 +57,7 @@ def test_a_format_from_outside_is_one_file(outside, tiny_wan, wan_inputs, tmp_pa
     new = {key: moved(model)[key] for key in ("blocks.0.attn1.to_q.weight", "proj_out.bias")}
     save_file({f"out_{key}": value for key, value in new.items()}, tmp_path / "weights.safetensors")
     with dit_accel.load(model, tmp_path / "weights.safetensors") as accel, torch.no_grad():
-        assert (accel.method, accel.config.window) == ("gna", 3)
+        assert (accel.setting.method, accel.setting.config.window) == ("gna", 3)
         assert all(torch.equal(model.get_parameter(key), value) for key, value in new.items())
         out = model(**wan_inputs(), return_dict=False)[0]
         accel.save_pretrained(tmp_path / "ours")

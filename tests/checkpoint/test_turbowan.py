@@ -53,7 +53,7 @@ def test_it_computes_the_authors_function(spelling, size, tiny_wan, wan_inputs, 
     reference.load_state_dict(moved(model))
     plain, exact = formula(reference, inputs, torch.float32), formula(reference, inputs, torch.float64)
     with dit_accel.load(model, file) as accel, torch.no_grad():
-        assert accel.config == dit_accel.registry.make_config("sla", {"topk": 0.1, "block_q": 128, "block": 64})
+        assert accel.setting.config == dit_accel.registry.make_config("sla", {"topk": 0.1, "block_q": 128, "block": 64})
         assert_accurate(spelling, model(**inputs, return_dict=False)[0], plain, exact)
 
 
@@ -62,9 +62,9 @@ def test_the_configuration_tells_its_share(tiny_wan, tmp_path):
     save_file(published(tiny_wan()), tmp_path / "transformer" / "diffusion_pytorch_model.safetensors")
     (tmp_path / "transformer" / "config.json").write_text('{"attention_type": "sla", "sla_topk": 0.15}')
     with dit_accel.load(tiny_wan(), tmp_path) as accel:
-        assert accel.config.topk == 0.15
+        assert accel.setting.config.topk == 0.15
     with dit_accel.load(tiny_wan(), tmp_path, topk=0.3) as accel:
-        assert accel.config.topk == 0.3
+        assert accel.setting.config.topk == 0.3
 
 
 def quantised(weight):
