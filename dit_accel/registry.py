@@ -198,20 +198,20 @@ def parse_method(text: str, settings: Iterable[str] = ()) -> tuple[str, dict[str
     """
     name, _, rest = text.partition(":")
     get_method(name)
+    return name, parse_settings(rest.split(",") if rest else (), name) | parse_settings(settings, name)
+
+
+def parse_settings(items: Iterable[str], name: str) -> dict[str, Any]:
+    """Read ``key=value`` strings of `name`, with values and errors as in `parse_method`."""
     parsed: dict[str, Any] = {}
-    for items in (rest.split(",") if rest else [], settings):
-        given: dict[str, Any] = {}
-        for item in items:
-            key, equals, value = (part.strip() for part in item.partition("="))
-            if not equals or not key or not value:
-                raise DitAccelError(
-                    f"A setting is written key=value, such as topk=0.1 or window=18x24x24; got {item!r}."
-                )
-            if key in given:
-                raise DitAccelError(f"The setting {key} of {name} is given twice. Give it once.")
-            given[key] = parse_value(value)
-        parsed |= given
-    return name, parsed
+    for item in items:
+        key, equals, value = (part.strip() for part in item.partition("="))
+        if not equals or not key or not value:
+            raise DitAccelError(f"A setting is written key=value, such as topk=0.1 or window=18x24x24; got {item!r}.")
+        if key in parsed:
+            raise DitAccelError(f"The setting {key} of {name} is given twice. Give it once.")
+        parsed[key] = parse_value(value)
+    return parsed
 
 
 def parse_value(text: str) -> Any:

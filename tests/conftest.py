@@ -10,6 +10,8 @@ import hypothesis
 import pytest
 from support_table import COLUMNS, checks_of
 
+from dit_accel.caches.record import CacheReport
+
 # Before anything imports a Hugging Face library: no test asks the network for a model.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -53,6 +55,10 @@ def evidence(request):
     """Takes the report of a test that shows a cell of the support table, and holds it against what a cell must show."""
 
     def take(report):
+        if isinstance(report, CacheReport):
+            assert report.computed and report.skipped, "a step cache computes some calls and skips others"
+            request.node.stash[EVIDENCE] = True
+            return
         sparse = [layer for layer in report.layers if layer.sparse_calls]
         assert sparse, "no attention call was sparse"
         assert max(layer.density for layer in sparse) < 0.9, "nearly dense"

@@ -24,20 +24,22 @@ COLUMNS = {
     "cache": "Diffusers' caches skip blocks, and the report counts what ran",
     "CFG": "guided samples in one batch equal those computed in turn, with texts of different length",
     "context parallel": "several processes that share one sequence (Ulysses) equal one process",
+    "step caches": "these caches (`cache=`) skip blocks, and a skipped call with the same input has the same answer",
 }
+STEP_CACHES = "step caches"  # the column whose cells name caches, and no methods
 ALL = "✓"
 TESTED = "## What is tested together"
 
-Cell = tuple[str, str, str]  # family, method and column
+Cell = tuple[str, str, str]  # family, method or step cache, and column
 
 
 def checks_of(item):
-    """Yields family, method and column of each marker `check` of a test."""
+    """Yields family, method or step cache, and column of each marker `check` of a test."""
     parameters = item.callspec.params if hasattr(item, "callspec") else {}
     for marker in item.iter_markers("check"):
         family = marker.kwargs["family"] if "family" in marker.kwargs else parameters["tiny"].family
-        method = marker.kwargs["method"] if "method" in marker.kwargs else parameters["method"]
-        yield family, method, marker.args[0]
+        what = "cache" if marker.args[0] == STEP_CACHES else "method"
+        yield family, marker.kwargs[what] if what in marker.kwargs else parameters[what], marker.args[0]
 
 
 def read_results(paths) -> dict[Cell, bool]:
@@ -105,10 +107,10 @@ def tested(passed: Collection[Cell], declared: Collection[Cell]) -> list[str]:
     """The table of what passed: a row for each family."""
     lines = ["| family | methods | " + " | ".join(COLUMNS) + " |", "|---|---|" + ":-:|" * len(COLUMNS)]
     for family in sorted({family for family, _, _ in declared}):
-        methods = sorted({method for other, method, _ in declared if other == family})
+        methods = sorted({method for other, method, column in declared if other == family and column != STEP_CACHES})
         cells = []
         for column in COLUMNS:
-            names = [method for method in methods if (family, method, column) in passed]
+            names = sorted(name for other, name, own in passed if (other, own) == (family, column))
             cells.append(ALL if names == methods else ", ".join(names))
         lines.append(f"| {family} | {', '.join(methods)} | " + " | ".join(cells) + " |")
     return lines

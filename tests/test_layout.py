@@ -28,6 +28,7 @@ FLOORS = (
     ("registry", "values", "schedule"),
     ("methods",),
     ("pipelines",),
+    ("caches",),
     ("setting",),
     ("hooks",),
     ("accelerator", "checkpoint"),

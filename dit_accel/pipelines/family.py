@@ -14,6 +14,7 @@ from torch import nn
 
 from dit_accel.errors import DitAccelError
 from dit_accel.pipelines.sizes import Config, Sizes
+from dit_accel.pipelines.stacks import BlockStack
 from dit_accel.plans.anchored import AnchoredPlan
 from dit_accel.tokens import TokenGrid
 
@@ -205,6 +206,8 @@ class Family:
             the processor first and calls `processor.attend`.
         head_dim: channels of one head of an attention module.
         extend: the arguments of a call with a plan's anchors behind each frame; None if the family takes no anchors.
+        stack: the blocks that a step cache may skip.
+        stacks: those of transformers that differ, by class name.
     """
 
     name: str
@@ -223,6 +226,8 @@ class Family:
     sparse_calls: Mapping[str, Callable[..., Any]] = dataclasses.field(default_factory=dict)
     head_dim: Callable[[Any], int] = _head_dim
     extend: Callable[[ModelCall, AnchoredPlan], dict[str, Any]] | None = None
+    stack: BlockStack = dataclasses.field(default_factory=BlockStack)
+    stacks: Mapping[str, BlockStack] = dataclasses.field(default_factory=dict)
 
     def heads(self, attention: nn.Module) -> int:
         """Heads of an attention module."""
@@ -239,12 +244,17 @@ class Family:
         modules = list(transformer.named_modules())
         for path in self.attention:
             for name, module in modules:
-                if _fits(path, name):
+                if fits_path(path, name):
                     yield name, module
 
     def sees_text(self, name: str) -> bool:
         """Whether the attention module of that name has the text in its sequence."""
-        return not any(_fits(path, name) for path in self.visual_attention)
+        return not any(fits_path(path, name) for path in self.visual_attention)
+
+    def stack_of(self, transformer: nn.Module) -> BlockStack:
+        """The blocks of this transformer that a step cache may skip."""
+        names = [kind.__name__ for kind in type(transformer).__mro__]
+        return next((self.stacks[name] for name in names if name in self.stacks), self.stack)
 
     def preset(self, method: str, transformers: int = 1) -> Preset:
         """The recommended settings of a method in a pipeline with that many transformers.
@@ -273,7 +283,8 @@ class Family:
 video_family = functools.partial(Family, recommended=TRAINING_FREE)
 
 
-def _fits(path: str, name: str) -> bool:
+def fits_path(path: str, name: str) -> bool:
+    """Whether a module's dotted name fits a path, in which ``*`` matches one name and ``a|b`` either."""
     parts = [part for part in name.split(".") if part != "_orig_mod"]
     wanted = path.split(".")
     return len(parts) == len(wanted) and all(w == "*" or p in w.split("|") for w, p in zip(wanted, parts, strict=True))

@@ -16,6 +16,7 @@ from dit_accel.errors import DitAccelError
 from dit_accel.pipelines.family import CallLayout, Family, ModelCall
 from dit_accel.pipelines.reading import bias_text, image_of, mask_text
 from dit_accel.pipelines.sizes import Config, Sizes, image_sizes, square_sizes, vae_pixels
+from dit_accel.pipelines.stacks import TEXT_FIRST, VISUAL, VISUAL_FIRST, BlockStack
 
 Layout = Callable[[Any, ModelCall], CallLayout]
 REGISTERS = 8  # of AuraFlow
@@ -100,6 +101,7 @@ FAMILIES = (
         attention=("joint_transformer_blocks.*.attn", "single_transformer_blocks.*.attn"),
         layout=aura_flow,
         sizes=aura_flow_sizes,
+        stack=BlockStack({"joint_transformer_blocks": TEXT_FIRST, "single_transformer_blocks": VISUAL}),
         summary="AuraFlow",
         timestep_scale=1000.0,
     ),
@@ -109,6 +111,7 @@ FAMILIES = (
         transformers=("CogView4Transformer2DModel", "CogView3PlusTransformer2DModel"),
         layout=with_text(first=True, bias="attention_mask"),
         sizes=cogview_sizes,
+        stack=BlockStack({"transformer_blocks": VISUAL_FIRST}),
         summary="CogView3-Plus, CogView4",
     ),
     Family(
@@ -118,6 +121,7 @@ FAMILIES = (
         layout=ernie_image,
         # the pipeline packs 2 x 2 latents into one; the text is as long as the prompt
         sizes=lambda transformer, vae: image_sizes(2 * vae_pixels(vae) * transformer["patch_size"], text=512),
+        stack=BlockStack({"layers": ("x",)}, visual="x", outputs=("final_linear",)),
         summary="ERNIE-Image",
     ),
     Family(
@@ -128,6 +132,7 @@ FAMILIES = (
         sizes=lambda transformer, vae: image_sizes(
             vae_pixels(vae) * transformer["patch_size"], text=2048, text_first=True
         ),
+        stack=BlockStack({"transformer_blocks": VISUAL_FIRST}),
         summary="GLM-Image, from text",
     ),
     Family(
@@ -136,6 +141,7 @@ FAMILIES = (
         attention=("blocks.*.attn1",),
         layout=image_alone,
         sizes=square_sizes,
+        stack=BlockStack({"blocks": VISUAL}),
         summary="Hunyuan-DiT 1.0 to 1.2",
     ),
     Family(
@@ -144,6 +150,7 @@ FAMILIES = (
         attention=("layers.*.attn1",),
         layout=lumina_next,
         sizes=square_sizes,
+        stack=BlockStack({"layers": VISUAL}, outputs=("norm_out",)),
         summary="Lumina-Next",
         timestep_scale=1000.0,
         timestep_rises=True,
@@ -165,6 +172,7 @@ FAMILIES = (
         sizes=lambda transformer, vae: image_sizes(
             vae_pixels(vae) * transformer["patch_size"], 512, text=256, text_first=True
         ),
+        stack=BlockStack({"blocks": VISUAL}, outputs=("final_layer",)),
         summary="PRX",
         timestep_scale=1000.0,
         text_is_keys=True,
@@ -181,6 +189,7 @@ FAMILIES = (
         sizes=lambda transformer, vae: square_sizes(
             transformer, vae, text=333, longest=transformer["pos_embed_max_size"]
         ),
+        stack=BlockStack({"transformer_blocks": TEXT_FIRST}, last_alone=True),
         summary="Stable Diffusion 3 and 3.5",
     ),
 )

@@ -14,6 +14,7 @@ from dit_accel.pipelines.family import TRAINING_FREE, CallLayout, Family, ModelC
 from dit_accel.pipelines.processor import joint_call
 from dit_accel.pipelines.reading import mask_text, video_of
 from dit_accel.pipelines.sizes import Config, Sizes, patch_of, video_sizes
+from dit_accel.pipelines.stacks import VISUAL_FIRST, BlockStack
 
 
 def hunyuan_video(transformer: Any, call: ModelCall) -> CallLayout:
@@ -81,6 +82,7 @@ FAMILIES = (
         attention=("transformer_blocks.*.attn", "single_transformer_blocks.*.attn"),
         layout=hunyuan_video,
         sizes=lambda transformer, vae: video_sizes(vae, patch_of(transformer), 129, 720, 1280, text=256),
+        stack=BlockStack({"transformer_blocks": VISUAL_FIRST, "single_transformer_blocks": VISUAL_FIRST}),
         summary="HunyuanVideo: text to video, image to video",
         recommended=TRAINING_FREE
         | {
@@ -105,6 +107,7 @@ FAMILIES = (
         attention=("transformer_blocks.*.attn",),
         layout=hunyuan_video_15,
         sizes=hunyuan_video_15_sizes,
+        stack=BlockStack({"transformer_blocks": VISUAL_FIRST}),
         summary="HunyuanVideo 1.5: text to video, image to video",
         sparse_calls={"HunyuanVideo15AttnProcessor2_0": joint_call(rotate_hunyuan)},
     ),
@@ -115,6 +118,7 @@ FAMILIES = (
         transformers=("MochiTransformer3DModel",),
         layout=mochi,
         sizes=mochi_sizes,
+        stack=BlockStack({"transformer_blocks": VISUAL_FIRST}),
         summary="Mochi 1: text to video",
         timestep_scale=None,
         sparse_calls={"MochiAttnProcessor2_0": joint_call(rotate_mochi)},

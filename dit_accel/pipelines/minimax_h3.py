@@ -16,6 +16,7 @@ from dit_accel.errors import DitAccelError
 from dit_accel.pipelines.family import CallLayout, ModelCall, video_family
 from dit_accel.pipelines.reading import dense_note, is_raster, last_raster
 from dit_accel.pipelines.sizes import Config, Shape, Sizes, patch_of, video_sizes
+from dit_accel.pipelines.stacks import BlockStack
 from dit_accel.tokens import TokenGrid
 
 PROMPT_TOKENS = 512  # the pipeline sets no limit; longer than the prompts of its documentation
@@ -72,6 +73,7 @@ FAMILY = video_family(
     attention=("transformer_blocks.*.attn",),
     layout=layout,
     sizes=sizes,
+    stack=BlockStack(outputs=("proj_out", "audio_proj_out")),
     summary="MiniMax-H3: text, keyframes and references to video with sound; the video's tokens",
     timestep_scale=None,  # a call has one for each noise level in the sequence
 )

@@ -15,6 +15,7 @@ from dit_accel.pipelines.anchors import in_packed
 from dit_accel.pipelines.family import CallLayout, Family, ModelCall, Preset, patch_grid
 from dit_accel.pipelines.reading import bias_text, dense_note, image_grids, images_and_text, mask_text, packed_images
 from dit_accel.pipelines.sizes import Config, Sizes, image_sizes, packed_sizes, vae_pixels
+from dit_accel.pipelines.stacks import TEXT_FIRST, VISUAL, VISUAL_FIRST, BlockStack
 
 BLOCKS = ("transformer_blocks.*.attn", "single_transformer_blocks.*.attn")
 PADDING, IMAGE = 0, 2  # values of Ideogram's `indicator`; text is 3
@@ -160,6 +161,12 @@ FAMILIES = (
         attention=BLOCKS,
         layout=bria,
         sizes=bria_sizes,
+        stack=BlockStack({"transformer_blocks": TEXT_FIRST, "single_transformer_blocks": TEXT_FIRST}),
+        stacks={
+            "BriaFiboTransformer2DModel": BlockStack(
+                {"transformer_blocks": TEXT_FIRST, "single_transformer_blocks": VISUAL}
+            )
+        },
         summary="Bria 3.2, Bria FIBO",
     ),
     # Padded text is attended, as in training. Single blocks get the joined sequence without the text's length, which
@@ -175,6 +182,12 @@ FAMILIES = (
         attention=BLOCKS,
         layout=flux,
         sizes=flux_sizes,
+        stack=BlockStack({"transformer_blocks": TEXT_FIRST, "single_transformer_blocks": TEXT_FIRST}),
+        stacks={
+            "ChromaTransformer2DModel": BlockStack(
+                {"transformer_blocks": TEXT_FIRST, "single_transformer_blocks": VISUAL}
+            )
+        },
         summary="FLUX.1: dev, schnell, Fill, Control, Kontext; Chroma, LongCat-Image, Ovis-Image",
         timestep_scale=1000.0,
         recommended={
@@ -195,6 +208,7 @@ FAMILIES = (
         attention=BLOCKS,
         layout=flux2,
         sizes=packed_sizes(text=512),
+        stack=BlockStack({"transformer_blocks": TEXT_FIRST, "single_transformer_blocks": VISUAL}),
         summary="FLUX.2: dev, Klein (without its key-value cache)",
         timestep_scale=1000.0,
         extend=in_packed,
@@ -208,6 +222,7 @@ FAMILIES = (
         visual_attention=("mode_blocks.*.*.attn",),
         layout=flux3,
         sizes=packed_sizes(text=512),
+        stack=BlockStack({"single_transformer_blocks": TEXT_FIRST}),
         summary="FLUX.3",
         timestep_scale=1000.0,
     ),
@@ -221,6 +236,7 @@ FAMILIES = (
         layout=ideogram4,
         # 2 x 2 latents a token; the pipeline pads every prompt to 2,048 tokens
         sizes=lambda transformer, vae: image_sizes(2 * vae_pixels(vae), side=2048, text=2048, text_first=True),
+        stack=BlockStack({"layers": VISUAL}, outputs=("final_layer",)),
         summary="Ideogram 4",
         timestep_scale=1000.0,
         timestep_rises=True,
@@ -232,6 +248,7 @@ FAMILIES = (
         attention=("transformer_blocks.*.attn",),
         layout=krea2,
         sizes=packed_sizes(text=512),
+        stack=BlockStack(outputs=("final_layer",)),
         summary="Krea 2",
         timestep_scale=1000.0,
     ),
@@ -243,6 +260,7 @@ FAMILIES = (
         layout=joyimage,
         # of the generated image alone; the text encoder also sees the conditioning images
         sizes=lambda transformer, vae: image_sizes(vae_pixels(vae) * transformer["patch_size"][-1], text=1024),
+        stack=BlockStack({"double_blocks": VISUAL_FIRST}),
         summary="JoyImage-Edit, JoyImage-Edit-Plus",
     ),
     # Text follows the image, as keys without queries. Diffusers' TextKVCache, which keeps its keys and values between
@@ -265,6 +283,7 @@ FAMILIES = (
         attention=("transformer_blocks.*.attn",),
         layout=lambda transformer, call: listed_images(call, text_first=True),
         sizes=packed_sizes(text=512),
+        stack=BlockStack({"transformer_blocks": TEXT_FIRST}),
         summary="Qwen-Image: text to image, edit, layered",
         timestep_scale=1000.0,
     ),

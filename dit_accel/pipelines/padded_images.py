@@ -12,6 +12,7 @@ from dit_accel.errors import DitAccelError
 from dit_accel.pipelines.family import CallLayout, Family, ModelCall, patch_grid
 from dit_accel.pipelines.reading import dense_note, image_of, lengths, mask_text
 from dit_accel.pipelines.sizes import Config, Shape, Sizes, image_sizes, square_sizes, vae_pixels
+from dit_accel.pipelines.stacks import VISUAL, VISUAL_FIRST, BlockStack
 from dit_accel.tokens import TokenGrid
 
 MULTIPLE = 32  # of Z-Image's captions and images
@@ -145,6 +146,11 @@ FAMILIES = (
         attention=("double_stream_blocks.*.block.attn1", "single_stream_blocks.*.block.attn1"),
         layout=hidream,
         sizes=hidream_sizes,
+        stack=BlockStack(
+            {"double_stream_blocks": VISUAL_FIRST, "single_stream_blocks": VISUAL},
+            image_first=True,
+            outputs=("final_layer",),
+        ),
         summary="HiDream: I1, E1",
         timestep_name="timesteps",
     ),
@@ -156,6 +162,7 @@ FAMILIES = (
         attention=("transformer_blocks.*.attn", "single_transformer_blocks.*.attn"),
         layout=hunyuan_image,
         sizes=hunyuan_image_sizes,
+        stack=BlockStack({"transformer_blocks": VISUAL_FIRST, "single_transformer_blocks": VISUAL_FIRST}),
         summary="HunyuanImage 2.1",
     ),
     # Each sample is packed as [caption | image], its caption without padding. Captions of different lengths therefore
@@ -170,6 +177,7 @@ FAMILIES = (
         sizes=lambda transformer, vae: square_sizes(
             transformer, vae, text=256, text_first=True, longest=min(transformer["axes_lens"][1:])
         ),
+        stack=BlockStack({"layers": VISUAL}, outputs=("norm_out",)),
         summary="Lumina-Image 2.0",
         timestep_scale=1000.0,
         timestep_rises=True,
@@ -183,6 +191,7 @@ FAMILIES = (
         attention=("layers.*.attention",),
         layout=z_image,
         sizes=z_image_sizes,
+        stack=BlockStack({"layers": ("x",)}, visual="x", outputs=("all_final_layer.*",)),
         summary="Z-Image: base, Turbo",
         timestep_name="t",
         timestep_scale=1000.0,

@@ -12,6 +12,7 @@ import torch
 from dit_accel.pipelines.family import CallLayout, ModelCall, video_family
 from dit_accel.pipelines.reading import dense_note, lengths, video_of
 from dit_accel.pipelines.sizes import Config, Shape, Sizes, patch_of, vae_frames, vae_pixels, video_sizes
+from dit_accel.pipelines.stacks import VISUAL, VISUAL_FIRST, BlockStack
 from dit_accel.tokens import TokenGrid
 
 SECTION = 9  # latent frames that are generated at once, by default
@@ -104,6 +105,7 @@ FAMILIES = (
         attention=("transformer_blocks.*.attn", "single_transformer_blocks.*.attn"),
         layout=framepack,
         sizes=framepack_sizes,
+        stack=BlockStack({"transformer_blocks": VISUAL_FIRST, "single_transformer_blocks": VISUAL_FIRST}),
         summary="FramePack, HunyuanVideo in sections: image to video",
     ),
     # The sequence is [history at a quarter of the size | at half | at full size | section]; text enters by
@@ -114,6 +116,7 @@ FAMILIES = (
         attention=("blocks.*.attn1",),
         layout=helios,
         sizes=helios_sizes,
+        stack=BlockStack({"blocks": VISUAL}),
         summary="Helios: text, image and video to video in sections",
     ),
 )

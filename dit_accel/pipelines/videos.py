@@ -15,6 +15,7 @@ from dit_accel.pipelines.anchors import in_latent
 from dit_accel.pipelines.family import TRAINING_FREE, CallLayout, Family, ModelCall, Preset, patch_grid, video_family
 from dit_accel.pipelines.reading import dense_note, packed_video, video_alone, video_of
 from dit_accel.pipelines.sizes import Config, Sizes, patch_of, vae_frames, vae_pixels, video_sizes
+from dit_accel.pipelines.stacks import VISUAL, VISUAL_FIRST, BlockStack
 from dit_accel.tokens import TokenGrid
 
 
@@ -128,6 +129,7 @@ FAMILIES = (
         attention=("blocks.*.attn1",),
         layout=anyflow,
         sizes=wan_sizes,
+        stack=BlockStack({"blocks": VISUAL}),
         summary="AnyFlow, bidirectional",
     ),
     # Text precedes the video in every block. Its padding is attended, as in training. CogVideoX 1.5 also cuts the
@@ -138,6 +140,7 @@ FAMILIES = (
         transformers=("CogVideoXTransformer3DModel", "ConsisIDTransformer3DModel"),
         layout=cogvideox,
         sizes=cogvideox_sizes,
+        stack=BlockStack({"transformer_blocks": VISUAL_FIRST}),
         summary="CogVideoX 1.0 and 1.5: text, image and video to video, control; ConsisID",
     ),
     # Image features enter through cross-attention too. The timestep is a function of sigma that differs between the
@@ -165,6 +168,7 @@ FAMILIES = (
         transformers=("EasyAnimateTransformer3DModel",),
         layout=easyanimate,
         sizes=easyanimate_sizes,
+        stack=BlockStack({"transformer_blocks": VISUAL_FIRST}),
         summary="EasyAnimate: text, image and video to video, control",
     ),
     video_family(
@@ -173,6 +177,9 @@ FAMILIES = (
         attention=("visual_transformer_blocks.*.self_attention",),
         layout=kandinsky5,
         sizes=kandinsky_sizes,
+        stack=BlockStack(
+            {"visual_transformer_blocks": ("visual_embed",)}, visual="visual_embed", outputs=("out_layer",)
+        ),
         summary="Kandinsky 5 (without its own sparse attention)",
         head_dim=kandinsky_head_dim,
     ),
@@ -184,6 +191,12 @@ FAMILIES = (
         attention=("visual_transformer_blocks.*.video_dec_block.self_attention",),
         layout=kandinsky6,
         sizes=kandinsky_sizes,
+        stack=BlockStack(
+            {"visual_transformer_blocks": ("vis", "aud")},
+            visual="vis",
+            both=True,
+            outputs=("out_layer", "audio_out_layer"),
+        ),
         summary="Kandinsky 6: text and image to video with sound; the video's self-attention",
         head_dim=kandinsky_head_dim,
     ),
@@ -204,6 +217,11 @@ FAMILIES = (
         transformers=("LTX2VideoTransformer3DModel",),
         layout=ltx2,
         sizes=lambda transformer, vae: video_sizes(vae, patch_of(transformer), 121, 512, 768),
+        stack=BlockStack(
+            {"transformer_blocks": ("hidden_states", "audio_hidden_states")},
+            both=True,
+            outputs=("proj_out", "audio_proj_out"),
+        ),
         summary="LTX-2: video with audio, keyframes, conditioning videos; the video's self-attention",
         recommended=TRAINING_FREE
         | {
@@ -225,6 +243,7 @@ FAMILIES = (
         sizes=lambda transformer, vae: video_sizes(
             vae, transformer["patch_size"], 97, 544, 960, longest=transformer["rope_max_seq_len"]
         ),
+        stack=BlockStack({"blocks": VISUAL}),
         summary="SkyReels V2: text to video, image to video, diffusion forcing (without causal blocks)",
     ),
     # The image tokens of Wan 2.1's image-to-video enter through cross-attention too. TI2V-5B has one timestep per
@@ -241,6 +260,7 @@ FAMILIES = (
         attention=("vace_blocks.*.attn1", "blocks.*.attn1"),
         layout=video_alone,
         sizes=wan_sizes,
+        stack=BlockStack({"blocks": VISUAL}),
         summary="Wan 2.1 and 2.2: text to video, image to video, VACE, Animate; ChronoEdit",
         recommended=TRAINING_FREE
         | {

@@ -1,0 +1,340 @@
+"""A step cache at work in one transformer: put on, led from call to call, recorded, and taken off exactly."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from dit_accel.caches.hooking import PlacedHooks, present_cache
+from dit_accel.caches.ratios import MagRatios, mag_ratios
+from dit_accel.caches.record import BranchReport, CacheReport, size_of
+from dit_accel.caches.step_cache import StepCache
+from dit_accel.errors import DitAccelError
+from dit_accel.pipelines.family import Family, fits_path
+
+if TYPE_CHECKING:
+    from dit_accel.caches.residuals import Add
+
+BLOCK_CACHES = ("first-block", "mag")
+
+
+@dataclasses.dataclass(frozen=True)
+class Moment:
+    """What is known of a call before it runs.
+
+    Args:
+        run: tells one run of the pipeline from another; None if nothing does.
+        index: the step, counted from 0; None if unknown.
+        count: steps of the run; None if unknown.
+        timestep: in the scheduler's units, 0 to 1000; None if unknown.
+        sigma: the scheduler's noise level; None if it has none.
+        shape: of the call's latent.
+    """
+
+    run: Any = None
+    index: int | None = None
+    count: int | None = None
+    timestep: float | None = None
+    sigma: float | None = None
+    shape: tuple[int, ...] = ()
+
+
+class CacheAtWork:
+    """Runs a step cache in one transformer.
+
+    Args:
+        name: of the transformer in its pipeline.
+        cache: which, with settings.
+        models: names of the pipeline and its transformer, by which published ratios are found.
+        add_up: sums a tensor over the processes that share a sequence; None without them.
+        calibrate: MagCache computes every step and measures its ratios.
+
+    Attributes:
+        calibration: with `calibrate`, the ratios of the last run by branch.
+
+    Raises:
+        DitAccelError: the transformer has a cache already, or it cannot have this one.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        transformer: nn.Module,
+        family: Family,
+        cache: StepCache,
+        models: tuple[str, ...] = (),
+        add_up: Add | None = None,
+        calibrate: bool = False,
+    ) -> None:
+        self.name, self.cache = name, cache
+        self._transformer, self._family, self._stack = transformer, family, family.stack_of(transformer)
+        self._add_up, self._calibrate = add_up, calibrate
+        self._ratios: MagRatios | None = None
+        self.notes: list[str] = []
+        if cache.name == "mag":
+            self._ratios = mag_ratios(cache.config.get("mag_ratios"), models)
+            if "mag_ratios" not in cache.config and not calibrate:
+                self.notes.append(f"mag_ratios: {self._ratios.source}")
+        self._moment = Moment()
+        self._number = 0
+        self._branch = ""
+        self._context: Any = None
+        self._branches: dict[str, BranchReport] = {}
+        self._kept_bytes = 0
+        self._config: Any = None
+        self._hooks: PlacedHooks | None = None
+        self._hook_states: dict[str, list[Any]] = {}
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        self._tables: dict[tuple[str, int], torch.Tensor] = {}
+        self.calibration: dict[str, list[float]] = {}
+        self._check()
+
+    def _check(self) -> None:
+        """Refuse a transformer that this cache cannot serve."""
+        kind = type(self._transformer).__name__
+        present = present_cache(self._transformer)
+        if present is not None:
+            raise DitAccelError(
+                f"{kind} already has a step cache ({present}), and it stays the user's. Call its disable_cache() "
+                "first, or leave out cache=."
+            )
+        blocks = list(self._stack.blocks(self._transformer))
+        lists = [name for name in self._stack.lists if not len(getattr(self._transformer, name, ()))]
+        if self.cache.name in (*BLOCK_CACHES, "taylorseer") and (len(blocks) < 2 or lists):
+            raise DitAccelError(
+                f"{self.cache.name} skips the blocks of {' and '.join(self._stack.lists)}, and this {kind} has "
+                f"{len(blocks)} of them{f', none in {lists[0]}' if lists else ''}. It needs two or more in every list."
+            )
+
+    @property
+    def attached(self) -> bool:
+        """Whether the cache is on."""
+        return self._hooks is not None
+
+    def attach(self) -> None:
+        """Put the cache on. An error takes everything off again."""
+        self._check()
+        self._hooks = placed = PlacedHooks(self._transformer)
+        try:
+            self._put()
+        except BaseException:
+            placed.collect()
+            self.detach()
+            raise
+        placed.collect()
+        if not placed.hooks:
+            self.detach()
+            raise DitAccelError(
+                f"{self.cache} finds nothing to skip in {type(self._transformer).__name__}: its module names are not "
+                "those that Diffusers' cache looks for. Take first-block, mag or taylorseer."
+            )
+        if hasattr(self._transformer, "_cache_config"):
+            self._transformer._cache_config = self._config
+
+    def _put(self) -> None:
+        from diffusers import hooks
+
+        config: Any
+        if self.cache.name in BLOCK_CACHES:
+            from dit_accel.caches import residuals
+
+            config = self._mag_config() if self.cache.name == "mag" else self.cache.build()
+            residuals.put(self._transformer, self._stack, config, self._add_up)
+        elif self.cache.name == "taylorseer":
+            config = self._taylorseer_config()
+            hooks.apply_taylorseer_cache(self._transformer, config)
+        elif self.cache.name == "sea":
+            self._check_sea()
+            config = self.cache.build()
+            hooks.apply_sea_cache(self._transformer, config)
+        else:
+            config = self.cache.build(current_timestep_callback=self._now)
+            apply = hooks.apply_faster_cache if self.cache.name == "faster" else hooks.apply_pyramid_attention_broadcast
+            apply(self._transformer, config)
+        self._config = config
+
+    def _mag_config(self) -> Any:
+        """The config before the first run, which sets the number of steps."""
+        assert self._ratios is not None
+        steps = self.cache.config.get("num_inference_steps", max(len(self._ratios.cond), 1))
+        return self.cache.build(
+            mag_ratios=list(self._ratios.cond), num_inference_steps=steps, calibrate=self._calibrate
+        )
+
+    def _taylorseer_config(self) -> Any:
+        """Lite mode by the names that this model has: Diffusers' patterns know ``*block*`` and ``proj_out`` alone."""
+        config = self.cache.build()
+        if not config.use_lite_mode:
+            return config
+        blocks = [name for name, _, _ in self._stack.blocks(self._transformer)]
+        names = [name for name, _ in self._transformer.named_modules()]
+        blocks += [name for name in names if re.fullmatch(r"[^.]*block[^.]*\.[^.]+", name) and name not in blocks]
+        if self._stack.last_alone:
+            blocks.remove([name for name, _, _ in self._stack.blocks(self._transformer)][-1])
+        outputs = [name for name in names if any(fits_path(path, name) for path in self._stack.outputs)]
+        own = {"skip_predict_identifiers": [re.escape(name) for name in blocks]}
+        own["cache_identifiers"] = [re.escape(name) for name in outputs]
+        return dataclasses.replace(config, use_lite_mode=False, **own)
+
+    def _check_sea(self) -> None:
+        from diffusers import WanTransformer3DModel
+
+        own: Any = self._transformer
+        if not isinstance(own, WanTransformer3DModel) or own.config.in_channels != own.config.out_channels:
+            raise DitAccelError(
+                f"Diffusers' SeaCache has no adapter for {type(own).__name__}; it has one for Wan's text to video. "
+                "Take first-block, mag or taylorseer."
+            )
+
+    def detach(self) -> None:
+        """Take the cache off: hooks, forwards and registries are as before."""
+        if self._hooks is None:
+            return
+        self._hooks.remove()
+        if self._config is not None and getattr(self._transformer, "_cache_config", None) is self._config:
+            vars(self._transformer).pop("_cache_config", None)
+        self._hooks, self._hook_states, self._context = None, {}, None
+
+    @property
+    def _managers(self) -> list[Any]:
+        return [] if self._hooks is None else self._hooks.managers
+
+    def begin(self, now: Moment) -> None:
+        """Before a call: tell the cache its step and guidance branch; what another run kept is forgotten.
+
+        Raises:
+            DitAccelError: the step is unknown and nobody entered `cache_context`, or the run has another number of
+                steps than the settings say.
+        """
+        if self._hooks is None:
+            return
+        managers = self._managers
+        context = managers[0]._context if managers else None
+        theirs = None if context is self._context else context
+        if now.index is None and theirs is None:
+            raise DitAccelError(
+                f"{self.cache.name} needs the step of each call, and nothing tells it. Accelerate the pipeline, call "
+                "set_step(i, n) before the call, or enter transformer.cache_context(name)."
+            )
+        before, self._moment = self._moment, now
+        if now.index is not None:
+            anew = before.index is None or now.index < before.index
+            if anew or now.run is not before.run or now.count != before.count:
+                self._reset()
+                self._prepare(now)
+                before = Moment()
+            self._number = self._number + 1 if before.index == now.index else 0
+        self._branch = f"call {self._number}" if theirs is None else str(theirs.name)
+        self._enter(managers, theirs)
+        if self._shapes.setdefault(self._branch, now.shape) != now.shape:
+            self._forget(self._branch)
+            self._shapes[self._branch] = now.shape
+        if self.cache.name == "mag" and now.index is not None:
+            self._lead_mag(managers[0], now)
+
+    def _prepare(self, now: Moment) -> None:
+        """Take the number of steps of a new run."""
+        if self.cache.name != "mag" or self._calibrate:
+            return
+        given = self.cache.config.get("num_inference_steps")
+        if given is not None and now.count is not None and given != now.count:
+            raise DitAccelError(
+                f"mag has num_inference_steps={given}, and this run has {now.count}. Leave the setting out: it follows "
+                "the scheduler."
+            )
+        if given is None and now.count is None:
+            raise DitAccelError(
+                "mag needs the number of steps, and a transformer alone does not have it. Accelerate the pipeline, "
+                "call set_step(i, n), or set num_inference_steps."
+            )
+
+    def _lead_mag(self, manager: Any, now: Moment) -> None:
+        """Set MagCache's step and ratios: a branch may be absent in some steps, and begin in the middle (Wan 2.2)."""
+        assert self._ratios is not None and now.index is not None
+        steps = now.count or self.cache.config["num_inference_steps"]
+        # one more than there are: at the last, Diffusers would print a calibration and forget it
+        self._config.num_inference_steps = steps + 1 if self._calibrate else steps
+        if not self._calibrate:
+            key = self._branch, steps
+            if key not in self._tables:
+                ratios = list(self._ratios.of(self._branch))
+                self._tables[key] = self.cache.build(mag_ratios=ratios, num_inference_steps=steps).mag_ratios
+            self._config.mag_ratios = self._tables[key]
+        manager.get_state().step_index = now.index
+
+    def _enter(self, managers: list[Any], context: Any) -> None:
+        """Enter our context, or complete the pipeline's; swap the states of hooks that know no contexts."""
+        from diffusers.hooks.hooks import CacheContext
+
+        now = self._moment
+        told: dict[str, Any] = {"step_index": now.index, "num_inference_steps": now.count}
+        told |= {"timestep": now.timestep, "sigma": now.sigma}
+        if context is None:
+            context = self._context = CacheContext(self._branch, **told)
+        else:
+            missing = {name: value for name, value in told.items() if getattr(context, name) is None}
+            context = dataclasses.replace(context, **missing)
+        for manager in managers:
+            manager.set_context(context)
+        plain = [] if self._hooks is None else self._hooks.stateful
+        if plain:
+            states = self._hook_states.setdefault(self._branch, [type(hook.state)() for hook in plain])
+            for hook, state in zip(plain, states, strict=True):
+                hook.state = state
+
+    def count(self, ran: int, layers: int) -> None:
+        """After a call: record that so many of the transformer's self-attention layers ran."""
+        if not self._branch:
+            return
+        report = self._branches.setdefault(self._branch, BranchReport(self.name, self._branch))
+        index = self._moment.index
+        if index is not None and any(step is not None and step > index for step in report.steps):
+            report.steps = {}
+        if ran < layers:
+            report.skipped += 1
+        else:
+            report.computed += 1
+        report.steps[index] = ran / layers
+        self._kept_bytes = max(self._kept_bytes, self.size)
+        if self._calibrate:
+            state = self._managers[0]._state_cache.get(self._branch)
+            self.calibration[self._branch] = [] if state is None else list(state.calibration_ratios)
+        if index is not None and self._moment.count is not None and index + 1 >= self._moment.count:
+            self._forget(self._branch)
+
+    @property
+    def size(self) -> int:
+        """Bytes that the cache holds now."""
+        states = [vars(state) for manager in self._managers for state in manager._state_cache.values()]
+        return size_of([*states, *(vars(state) for row in self._hook_states.values() for state in row)])
+
+    def report(self) -> CacheReport:
+        """What it did so far."""
+        return CacheReport(str(self.cache), list(self._branches.values()), self._kept_bytes, list(self.notes))
+
+    def _reset(self) -> None:
+        for branch in {*self._branches, *self._shapes, *self._hook_states}:
+            self._forget(branch)
+        for manager in self._managers:
+            manager._state_cache.clear()
+        self._shapes.clear()
+        self._hook_states.clear()
+
+    def _forget(self, branch: str) -> None:
+        """Free what a branch kept. The hooks' present states go too: they are those of the branch."""
+        for manager in self._managers:
+            manager._state_cache.pop(branch, None)
+        for state in self._hook_states.get(branch, ()):
+            state.reset()
+
+    def _now(self) -> float:
+        """The timestep, for caches that ask."""
+        if self._moment.timestep is None:
+            raise DitAccelError(
+                f"{self.cache.name} needs the timestep. Accelerate the pipeline, whose scheduler has it."
+            )
+        return self._moment.timestep

@@ -1,0 +1,168 @@
+"""A step cache and its settings as one value: ``mag:threshold=0.12``.
+
+The caches are Diffusers' own, and the names of their settings are those of its config classes:
+
+- ``first-block``: FirstBlockCache, skips all blocks but the first where the first block's residual hardly changes;
+- ``mag``: MagCache, skips all blocks while the residual's expected magnitude has drifted little;
+- ``taylorseer``: TaylorSeer, predicts outputs from those of earlier steps;
+- ``sea``: SeaCache, skips blocks by a spectral indicator of the latent;
+- ``faster``: FasterCache, reuses attention outputs and the unguided half of a batch;
+- ``pab``: Pyramid Attention Broadcast, reuses attention outputs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import typing
+from collections.abc import Mapping
+from typing import Any
+
+from dit_accel.errors import DitAccelError, first_line
+from dit_accel.registry import did_you_mean, parse_settings, plain, refuse_unknown
+from dit_accel.values import fits
+
+CONFIGS = {
+    "first-block": "FirstBlockCacheConfig",
+    "mag": "MagCacheConfig",
+    "taylorseer": "TaylorSeerCacheConfig",
+    "sea": "SeaCacheConfig",
+    "faster": "FasterCacheConfig",
+    "pab": "PyramidAttentionBroadcastConfig",
+}
+LEAST_ONE = ("cache_interval", "max_order", "num_inference_steps", "max_skip_steps")
+FORM = "NAME[:key=value,...]"
+
+
+@dataclasses.dataclass(frozen=True)
+class StepCache:
+    """One of Diffusers' caches with settings.
+
+    Args:
+        name: one of `CONFIGS`.
+        config: settings that differ from the defaults of Diffusers' config class, plain values. Callbacks are not among
+            them. ``mag_ratios`` of "mag" is one number for all steps, numbers, a name among
+            `dit_accel.caches.ratios.published`, or the path of a calibration.
+
+    Raises:
+        DitAccelError: the name, a setting or a value is unknown to Diffusers, or Diffusers is not installed.
+    """
+
+    name: str
+    config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.name not in CONFIGS:
+            raise DitAccelError(
+                f"Unknown step cache {self.name!r}.{did_you_mean(str(self.name), CONFIGS)} Caches: "
+                f"{', '.join(CONFIGS)}."
+            )
+        object.__setattr__(self, "config", {name: plain(value) for name, value in self.config.items()})
+        hints = _hints(self.name)
+        refuse_unknown(self.config, list(hints), self.name)
+        for name, value in self.config.items():
+            _check(self.name, name, value, hints[name])
+        if self.name != "mag":  # whose ratios follow with the run
+            self.build()
+
+    @classmethod
+    def parse(cls, text: str) -> StepCache:
+        """Read ``NAME[:key=value,...]``; the values are written as in a method's settings.
+
+        Example:
+            >>> StepCache.parse("mag:threshold=0.12,max_skip_steps=4").config
+            {'threshold': 0.12, 'max_skip_steps': 4}
+        """
+        name, _, rest = text.partition(":")
+        return cls(name.strip(), parse_settings(rest.split(",") if rest else (), name))
+
+    @classmethod
+    def of(cls, value: StepCache | str | Mapping[str, Any] | None) -> StepCache | None:
+        """A cache from itself, from text or from `as_dict`; None for None."""
+        if value is None or isinstance(value, cls):
+            return value
+        if isinstance(value, str):
+            return cls.parse(value)
+        if not isinstance(value, Mapping):
+            raise DitAccelError(
+                f"A step cache is text such as 'mag:threshold=0.12', a StepCache or its dictionary, got {value!r}."
+            )
+        refuse_unknown(value, ["name", "config"], "a step cache")
+        return cls(str(value.get("name")), value.get("config", {}))
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for JSON; `of` reads them."""
+        return {"name": self.name, "config": dict(self.config)}
+
+    def __str__(self) -> str:
+        settings = ",".join(f"{name}={_text(value)}" for name, value in self.config.items())
+        return f"{self.name}:{settings}" if settings else self.name
+
+    def __hash__(self) -> int:
+        return hash((self.name, tuple(sorted(self.config.items(), key=lambda item: item[0]))))
+
+    def build(self, **more: Any) -> Any:
+        """Diffusers' config with these settings and further arguments.
+
+        TaylorSeer takes its lite mode unless a setting says which modules it replaces: in Diffusers 0.42.1 the other
+        default finds no module in most models.
+        """
+        hints = _hints(self.name)
+        settings = {name: _diffusers(value, hints[name]) for name, value in self.config.items()}
+        if self.name == "taylorseer" and not {"skip_predict_identifiers", "cache_identifiers"} & set(settings):
+            settings.setdefault("use_lite_mode", True)
+        try:
+            return _kind(self.name)(**{**settings, **more})
+        except (ValueError, TypeError) as error:
+            raise DitAccelError(f"{self.name}: {first_line(error).replace('`', '')}") from error
+
+
+def _kind(name: str) -> Any:
+    try:
+        from diffusers import hooks
+    except ImportError as error:
+        raise DitAccelError("A step cache is Diffusers'. Install it: pip install diffusers==0.42.1") from error
+    return getattr(hooks, CONFIGS[name])
+
+
+def _hints(name: str) -> dict[str, Any]:
+    """Annotations of the settings that are values: callbacks follow from the pipeline, calibration is `tune`'s."""
+    hints = typing.get_type_hints(_kind(name))
+    return {
+        field: str | float | tuple[float, ...] if field == "mag_ratios" else hint
+        for field, hint in hints.items()
+        if not field.endswith("_callback") and not field.startswith("_") and field != "calibrate"
+    }
+
+
+def _check(cache: str, name: str, value: Any, hint: Any) -> None:
+    with contextlib.suppress(DitAccelError):
+        if not fits(_diffusers(value, hint), hint):
+            raise DitAccelError("")
+        numbers = [each for each in (value if isinstance(value, tuple) else (value,)) if isinstance(each, (int, float))]
+        within = name.endswith(("timestep_skip_range", "timestep_range"))  # (-1, 681) is published
+        low = 1 if name in LEAST_ONE or (name.endswith("_skip_range") and not within) else 0
+        if all(math.isfinite(each) and (within or each >= low) for each in numbers):
+            return
+    wanted = str(getattr(hint, "__name__", hint)).replace("typing.", "")
+    raise DitAccelError(f"{cache}'s {name} should fit {wanted} and its range, got {value!r}.")
+
+
+def _diffusers(value: Any, hint: Any) -> Any:
+    """A value as Diffusers takes it: lists for tuples where only those fit, types for their names."""
+    import torch
+
+    options = (hint, *typing.get_args(hint))
+    if isinstance(value, str) and torch.dtype in options:
+        dtype = getattr(torch, value, None)
+        if not isinstance(dtype, torch.dtype):
+            raise DitAccelError(f"{value!r} is no type of PyTorch's, such as float32 or bfloat16.")
+        return dtype
+    return (
+        list(value) if isinstance(value, tuple) and any(typing.get_origin(each) is list for each in options) else value
+    )
+
+
+def _text(value: object) -> str:
+    return "x".join(map(str, value)) if isinstance(value, tuple) else str(value)

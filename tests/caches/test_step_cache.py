@@ -1,0 +1,110 @@
+"""The text and JSON forms of a step cache, what is refused, and MagCache's ratios."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from diffusers import hooks
+
+from dit_accel.caches.ratios import ASSUMED, MagRatios, mag_ratios, published
+from dit_accel.caches.record import spans
+from dit_accel.caches.step_cache import CONFIGS, StepCache
+from dit_accel.errors import DitAccelError
+
+TEXTS = (
+    "first-block",
+    "first-block:threshold=0.2",
+    "mag:threshold=0.12,max_skip_steps=4,mag_ratios=1.0x0.98x0.97",
+    "mag:mag_ratios=0.98",
+    "mag:mag_ratios=wan2.1-t2v-1.3b",
+    "taylorseer:cache_interval=2,taylor_factors_dtype=float32",
+    "sea:threshold=0.5,residual_order=0",
+    "faster:spatial_attention_timestep_skip_range=-1x681,is_guidance_distilled=True",
+    "pab:spatial_attention_block_skip_range=2",
+)
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_text_and_json_read_back(text):
+    cache = StepCache.parse(text)
+    assert str(cache) == text and StepCache.parse(str(cache)) == cache
+    assert StepCache.of(json.loads(json.dumps(cache.as_dict()))) == cache
+    assert StepCache.of(cache) is cache and StepCache.of(None) is None and len({cache, StepCache.of(text)}) == 1
+
+
+def test_configs_are_diffusers_own():
+    assert {kind for name, kind in CONFIGS.items()} | {"TextKVCacheConfig"} == {
+        name for name in dir(hooks) if name.endswith(("CacheConfig", "BroadcastConfig"))
+    }
+    built = StepCache.parse("taylorseer:taylor_factors_dtype=float32,cache_interval=2").build()
+    assert built == hooks.TaylorSeerCacheConfig(2, taylor_factors_dtype=torch.float32, use_lite_mode=True)
+    assert StepCache.parse("first-block").build() == hooks.FirstBlockCacheConfig()
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("magg", "Did you mean 'mag'"),
+        ("mag:treshold=0.1", "Did you mean 'threshold'"),
+        ("mag:calibrate=true", "no setting 'calibrate'"),
+        ("pab:current_timestep_callback=1", "no setting"),
+        ("mag:threshold=high", "threshold"),
+        ("mag:threshold=-1", "threshold"),
+        ("mag:threshold=nan", "threshold"),
+        ("mag:max_skip_steps=0", "max_skip_steps"),
+        ("first-block:threshold=true", "threshold"),
+        ("taylorseer:cache_interval=0", "cache_interval"),
+        ("taylorseer:taylor_factors_dtype=float33", "taylor_factors_dtype"),
+        ("sea:residual_order=2", "residual_order"),
+        ("mag:threshold", "key=value"),
+        ("", "Unknown step cache"),
+    ],
+)
+def test_what_is_unknown_is_refused_in_one_line(text, said):
+    with pytest.raises(DitAccelError) as error:
+        StepCache.parse(text)
+    assert said in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_step_cache_is_text_or_itself():
+    with pytest.raises(DitAccelError, match="mag:threshold"):
+        StepCache.of(3)
+    with pytest.raises(DitAccelError, match="no setting 'kind'"):
+        StepCache.of({"kind": "mag"})
+
+
+def test_published_ratios():
+    assert published()["flux"]["cond"] == pytest.approx(hooks.mag_cache.FLUX_MAG_RATIOS.tolist(), abs=1e-6)
+    for name, entry in published().items():
+        ratios = mag_ratios(name)
+        assert len(ratios.uncond) in (0, len(ratios.cond)) and ratios.cond[0] == 1.0 and entry["source"]
+        assert all(0.2 < ratio < 2 for ratio in (*ratios.cond, *ratios.uncond))
+    found = mag_ratios(None, ("models--Wan-AI--Wan2.1-T2V-1.3B-Diffusers/snapshots/1/transformer",))
+    assert found == mag_ratios("wan2.1-t2v-1.3b") and found.of("uncond") != found.of("cond") == found.of("cond_uncond")
+    assert found.of("call 1") == found.of("uncond")
+    unknown = mag_ratios(None, ("demo",))
+    assert unknown.cond == (ASSUMED,) and "assumed" in unknown.source
+
+
+def test_calibrations_are_saved_and_read(tmp_path):
+    ratios = MagRatios((1.0, 0.98, 0.95), (1.0, 0.97, 0.94), source="demo, 3 steps")
+    ratios.save(tmp_path / "ratios.json", steps=3)
+    assert mag_ratios(str(tmp_path / "ratios.json")) == ratios
+    assert dataclasses.replace(ratios, uncond=()).of("uncond") == ratios.cond
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", '{"cond": []}', '{"cond": ["a"]}', '{"cond": [1, -1]}', "no json"])
+def test_a_file_without_ratios_is_refused(tmp_path, content):
+    (tmp_path / "ratios.json").write_text(content)
+    with pytest.raises(DitAccelError):
+        mag_ratios(str(tmp_path / "ratios.json"))
+
+
+def test_a_missing_file_is_refused_with_the_nearest_published_name():
+    with pytest.raises(DitAccelError, match=r"Did you mean 'wan2\.1-t2v-1\.3b'"):
+        mag_ratios("wan2.1-t2v-1.3")
+
+
+def test_spans():
+    assert spans([3, 4, 5, 7, 9, 10]) == "3-5, 7, 9-10" and spans([]) == ""

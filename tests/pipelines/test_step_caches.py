@@ -1,0 +1,235 @@
+"""Step caches in every family: the answer of a skipped call, Diffusers' own bits, guidance branches, exact removal."""
+
+import functools
+
+import pytest
+import torch
+from diffusers import hooks
+from diffusers.hooks.hooks import CacheContext, _set_cache_context
+from tiny_models import all_models, get, run
+
+from dit_accel.caches.at_work import CacheAtWork, Moment
+from dit_accel.caches.step_cache import StepCache
+from dit_accel.errors import DitAccelError
+from dit_accel.registry import get_families
+
+CALLS = 5
+CACHES = {
+    "first-block": StepCache.parse("first-block:threshold=1e9"),
+    "mag": StepCache.parse("mag:threshold=9,mag_ratios=1.0,retention_ratio=0.2"),
+    "taylorseer": StepCache.parse(
+        "taylorseer:cache_interval=4,disable_cache_before_step=2,taylor_factors_dtype=float64"
+    ),
+}
+EACH = [pytest.param(tiny, name, id=f"{tiny}-{name}") for tiny in all_models() for name in CACHES]
+
+
+def at_work(transformer, tiny, cache):
+    return CacheAtWork("transformer", transformer, get_families()[tiny.family], cache)
+
+
+class LayerCount:
+    """Counts the self-attention layers that run in a call."""
+
+    def __init__(self, transformer, tiny):
+        attentions = [module for _, module in get_families()[tiny.family].attentions(transformer)]
+        self.ran, self.layers = 0, len(attentions)
+        # a cache may replace what an attention module answers, and its forward hooks are called all the same
+        parts = [getattr(attention, "to_q", attention) for attention in attentions]
+        self.handles = [part.register_forward_pre_hook(self.add) for part in parts]
+
+    def add(self, module, args):
+        self.ran += 1
+
+    def take(self):
+        ran, self.ran = self.ran, 0
+        return ran, self.layers
+
+
+def run_steps(transformer, calls, cache, count=None):
+    """Outputs of these calls, one in each step, led and recorded by the cache."""
+    outputs = []
+    for step, call in enumerate(calls):
+        cache.begin(Moment("run", step, len(calls), 1000 - step, 1 - step / len(calls)))
+        outputs.append(run(transformer, call))
+        if count is not None:
+            cache.count(*count.take())
+    return outputs
+
+
+@pytest.mark.check("step caches")
+@pytest.mark.parametrize(("tiny", "cache"), EACH)
+def test_a_skipped_call_with_the_same_input_has_the_same_answer(tiny, cache, evidence):
+    """In float64, where the model can: a residual is added that was taken away, and nothing else.
+
+    Then the cache is taken off, and every module is as it was. Some models cache positions of their own.
+    """
+    transformer, call = tiny.shared_double, tiny.double_call()
+    plain = run(transformer, call)
+    before = {name: dict(vars(module)) for name, module in transformer.named_modules()}
+    count, at = LayerCount(transformer, tiny), at_work(transformer, tiny, CACHES[cache])
+    at.attach()
+    outputs = run_steps(transformer, [call] * CALLS, at, count)
+    at.detach()
+    for handle in count.handles:
+        handle.remove()
+    # a sum and a difference in each of a few blocks, seen through what follows them
+    limit = 1000 * torch.finfo(tiny.coarsest or torch.float64).eps * plain.abs().max()
+    assert all((output - plain).abs().max() <= limit for output in outputs)
+    report = at.report()
+    assert report.computed + report.skipped == CALLS and report.kept_bytes > 0
+    evidence(report)
+    assert {name: dict(vars(module)) for name, module in transformer.named_modules()} == before
+    assert torch.equal(run(transformer, call), plain)
+
+
+# Where Diffusers 0.42.1 has the cache and its answer is right.
+OWN = ("cogvideox:1.0", "cogview:cogview4", "flux:t2i", "framepack:i2v", "hunyuan_image:glyphs", "hunyuan_video:i2v")
+OWN += ("ltx:condition", "mochi:t2v", "pixart:t2i", "qwen_image:edit", "wan:t2v")
+APPLY = {
+    "first-block": ("first-block:threshold=0.2", hooks.apply_first_block_cache, OWN),
+    "mag": (
+        "mag:threshold=0.12,mag_ratios=0.98,num_inference_steps=6",
+        hooks.apply_mag_cache,
+        (*OWN, "flux2:edit", "sd3:t2i", "kandinsky5:t2v"),
+    ),
+    "taylorseer": (
+        "taylorseer:cache_interval=3,disable_cache_before_step=2",
+        hooks.apply_taylorseer_cache,
+        (*OWN, "allegro:t2v", "cosmos:2.5", "flux:chroma", "joyimage:edit", "wan:vace"),
+    ),
+}
+COMPARED = [
+    pytest.param(get(*name.split(":")), cache, id=f"{name}-{cache}") for cache in APPLY for name in APPLY[cache][2]
+]
+
+
+def growing(tiny, calls=6):
+    """Calls whose latents differ."""
+    made = []
+    for step in range(calls):
+        call = tiny.call()
+        made.append(call | {"hidden_states": call["hidden_states"] * (1 + step / 20)})
+    return made
+
+
+@pytest.mark.parametrize(("tiny", "cache"), COMPARED)
+def test_bits_are_those_of_diffusers_own_cache(tiny, cache):
+    text, apply, _ = APPLY[cache]
+    settings, calls, theirs, ours = StepCache.parse(text), growing(tiny), tiny.build(), tiny.build()
+    apply(theirs, settings.build(**({"mag_ratios": torch.full((6,), 0.98)} if cache == "mag" else {})))
+    expected = []
+    for call in calls:
+        _set_cache_context(theirs, CacheContext("cond"))
+        expected.append(run(theirs, call))
+    at = at_work(ours, tiny, settings)
+    at.attach()
+    assert all(map(torch.equal, run_steps(ours, calls, at), expected))
+    assert not all(map(torch.equal, [run(tiny.shared, call) for call in calls], expected))
+    at.detach()
+
+
+GUIDED = ("first-block:threshold=0.2", "mag:threshold=0.12", "taylorseer:cache_interval=3,disable_cache_before_step=2")
+PAB = "pab:spatial_attention_block_skip_range=2,spatial_attention_timestep_skip_range=-1x1001"
+
+
+@pytest.mark.parametrize(
+    ("text", "named"), [*((text, named) for text in GUIDED for named in (False, True)), (PAB, False)]
+)
+def test_guidance_branches_are_cached_apart(text, named):
+    """Two calls a step, with a pipeline's `cache_context` or without one, are two runs of one call."""
+    tiny = get("wan", "t2v")
+    transformer, calls = tiny.build(), growing(tiny)
+    others = [call | {"encoder_hidden_states": -2 * call["encoder_hidden_states"]} for call in calls]
+    alone = []
+    for branch in (calls, others):
+        at = at_work(transformer, tiny, StepCache.parse(text))
+        at.attach()
+        alone.append(run_steps(transformer, branch, at))
+        at.detach()
+    count, at = LayerCount(transformer, tiny), at_work(transformer, tiny, StepCache.parse(text))
+    at.attach()
+    for run_id in ("one", "two"):  # what the first run kept is forgotten
+        for step, pair in enumerate(zip(calls, others, strict=True)):
+            for branch, call in enumerate(pair):
+                if named:
+                    _set_cache_context(transformer, CacheContext(("cond", "uncond")[branch]))
+                at.begin(Moment(run_id, step, len(calls), 1000 - step))
+                assert torch.equal(run(transformer, call), alone[branch][step])
+                at.count(*count.take())
+                if named:
+                    _set_cache_context(transformer, None)
+    report = at.report()
+    assert [branch.branch for branch in report.branches] == (["cond", "uncond"] if named else ["call 0", "call 1"])
+    assert report.branches[0].skipped == report.branches[1].skipped > 0
+    assert sorted(report.branches[0].steps) == list(range(6))
+    at.detach()
+
+
+def test_sea_skips_on_wan_with_the_schedulers_sigma():
+    """Wan's pipelines name the branch alone; SeaCache needs the step and its noise level too."""
+    tiny = get("wan", "t2v")
+    transformer, calls = tiny.build(), growing(tiny)
+    count, at = LayerCount(transformer, tiny), at_work(transformer, tiny, StepCache.parse("sea:threshold=9"))
+    at.attach()
+    run_steps(transformer, calls, at, count)
+    assert at.report().skipped > 0
+    at.detach()
+
+
+def test_a_hook_set_above_the_cache_stays():
+    from diffusers.hooks import HookRegistry, ModelHook
+
+    tiny = get("wan", "t2v")
+    transformer = tiny.build()
+    at = at_work(transformer, tiny, CACHES["mag"])
+    at.attach()
+    block = transformer.blocks[0]
+    HookRegistry.check_if_exists_or_initialize(block).register_hook(ModelHook(), "theirs")
+    outer = transformer.blocks[1].forward = functools.partial(transformer.blocks[1].forward)  # as offloading does
+    at.detach()
+    assert list(block._diffusers_hook.hooks) == ["theirs"] and transformer.blocks[1].forward is outer
+    assert torch.equal(run(transformer, tiny.call()), tiny.dense)
+
+
+@pytest.mark.parametrize("enable", [True, False])
+def test_a_cache_of_the_users_stays(enable):
+    tiny = get("wan", "t2v")
+    transformer = tiny.build()
+    config = hooks.FirstBlockCacheConfig(0.1)
+    transformer.enable_cache(config) if enable else hooks.apply_first_block_cache(transformer, config)
+    with pytest.raises(DitAccelError, match="stays the user's"):
+        at_work(transformer, tiny, CACHES["mag"])
+
+
+def test_a_second_cache_of_the_users_is_refused_by_diffusers():
+    tiny = get("wan", "t2v")
+    transformer = tiny.build()
+    at = at_work(transformer, tiny, CACHES["mag"])
+    at.attach()
+    with pytest.raises(ValueError, match="already been enabled"):
+        transformer.enable_cache(hooks.FirstBlockCacheConfig(0.1))
+    transformer.disable_cache()  # the user takes ours off
+    at.detach()
+    assert not transformer.is_cache_enabled and torch.equal(run(transformer, tiny.call()), tiny.dense)
+
+
+def test_a_number_of_steps_that_differs_is_refused_before_the_first():
+    tiny = get("wan", "t2v")
+    at = at_work(tiny.build(), tiny, StepCache.parse("mag:num_inference_steps=28"))
+    at.attach()
+    with pytest.raises(DitAccelError, match="num_inference_steps=28, and this run has 12"):
+        at.begin(Moment("run", 0, 12))
+    with pytest.raises(DitAccelError, match="needs the step"):
+        at.begin(Moment())
+
+
+@pytest.mark.parametrize(("name", "text"), [("flux:t2i", "sea"), ("ltx:t2v", "taylorseer:use_lite_mode=false")])
+def test_what_a_model_cannot_have_is_refused_and_leaves_nothing(name, text):
+    tiny = get(*name.split(":"))
+    transformer = tiny.build()
+    before = {key: dict(vars(module)) for key, module in transformer.named_modules()}
+    at = at_work(transformer, tiny, StepCache.parse(text))
+    with pytest.raises(DitAccelError, match="Take first-block, mag or taylorseer"):
+        at.attach()
+    assert {key: dict(vars(module)) for key, module in transformer.named_modules()} == before
