@@ -13,6 +13,8 @@ from typing import Any
 
 from torch import nn
 
+from dit_accel.caches.record import CacheReport
+from dit_accel.caches.step_cache import StepCache
 from dit_accel.checkpoint import format as checkpoint
 from dit_accel.checkpoint import lora as adapters
 from dit_accel.checkpoint.lora import Trained
@@ -103,15 +105,15 @@ class Accelerator:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Run the model's own attention inside the block. The method and its learned weights stay in place."""
+        """Run the model's own attention inside the block, and every step. Method and learned weights stay in place."""
         before = [engine.paused for engine in self._engines]
         for engine in self._engines:
-            engine.paused = True
+            engine.pause(True)
         try:
             yield
         finally:
             for engine, paused in zip(self._engines, before, strict=True):
-                engine.paused = paused
+                engine.pause(paused)
 
     @contextlib.contextmanager
     def watch(self, watcher: Callable[[AttentionCall], None]) -> Iterator[None]:
@@ -142,6 +144,7 @@ class Accelerator:
             calls={engine.name: engine.calls for engine in self._engines},
             grids=self._densities(),
             layers=[layer.report(engine.name) for engine in self._engines for layer in engine.layers],
+            cache=CacheReport.joined([engine.cache.report() for engine in self._engines if engine.cache is not None]),
             notes=list(dict.fromkeys((*self._notes, *(note for engine in self._engines for note in engine.notes)))),
         )
 
@@ -235,6 +238,7 @@ def accelerate(
     verify: Verify | None = None,
     keep_dense_above: float | None = None,
     dense_backend: str | None = None,
+    cache: StepCache | str | None = None,
     replace: bool = False,
     **config: Any,
 ) -> Accelerator:
@@ -263,6 +267,8 @@ def accelerate(
         keep_dense_above: with `verify`, layers with a larger relative error stay dense, from that call on.
         dense_backend: back end of dense steps and layers: a name of Diffusers' dispatcher, or "auto" for the fastest
             that computes the same. None: the model's own, bit for bit.
+        cache: one of Diffusers' step caches with the names of its config's arguments, such as ``mag:threshold=0.12`` or
+            ``first-block:threshold=0.2``; also with the method "dense". See `dit_accel.caches.step_cache`.
         replace: first remove an accelerator that is already at work.
         config: settings of the method. ``budgets=FILE`` gives each layer and head its own, from a calibration's file.
 
@@ -281,6 +287,7 @@ def accelerate(
         "dense_last_steps": dense_last_steps,
         "dense_layers": dense_layers,
         "dense_backend": dense_backend,
+        "cache": cache,
     }
     notes: tuple[str, ...] = ()
     if isinstance(method, Setting) or layer_schedule is not None:

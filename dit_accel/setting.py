@@ -1,9 +1,10 @@
-"""One setting of a pipeline: method and settings, what stays dense, and the back end of dense attention.
+"""One setting of a pipeline: method and settings, what stays dense, dense attention's back end, and a step cache.
 
 It is made once, and everything between the command line and the engine holds it.
 
-Text: ``METHOD[:key=value,...]``, then words of the schedule and the back end, as in
-``radial:decay=0.2 dense_steps=0.2 dense_layers=0,3 dense_backend=auto``. `Setting.parse` reads it.
+Text: ``METHOD[:key=value,...]``, then words of the schedule, the back end and the step cache, as in
+``radial:decay=0.2 dense_steps=0.2 dense_layers=0,3 dense_backend=auto cache=mag:threshold=0.12``. `Setting.parse` reads
+it.
 
 A JSON file holds a setting, too, also one whose layers differ; ``tile:layers=FILE.json`` is the text of what it holds.
 A search writes it, or a person:
@@ -25,6 +26,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from dit_accel.caches.step_cache import StepCache
 from dit_accel.errors import DitAccelError
 from dit_accel.files import read_json
 from dit_accel.registry import get_method, make_config, parse_method, parse_value, plain, settings_of
@@ -35,7 +37,7 @@ if TYPE_CHECKING:
 
 FORMATS = (1, 2)  # of files; the first had "layers" alone, and only dense steps in "schedule"
 SCHEDULE = tuple(field.name for field in dataclasses.fields(Schedule))
-WORDS = (*SCHEDULE, "dense_backend")  # behind the method in a text
+WORDS = (*SCHEDULE, "dense_backend", "cache")  # behind the method in a text
 
 Layers = Mapping[str, tuple[Any | None, ...]]
 
@@ -50,6 +52,7 @@ class Setting:
         layers: for each transformer, by component name, the Config of every layer in the order they run; None is dense.
         schedule: steps and layers that stay dense.
         dense_backend: back end of what stays dense, as in `accelerate`; None: the model's own.
+        cache: skips blocks in some steps; None: nothing is skipped.
         typed: how a text names the file of `layers`, such as ``layers=FILE.json``.
 
     Raises:
@@ -61,6 +64,7 @@ class Setting:
     layers: Layers | None = None
     schedule: Schedule = dataclasses.field(default_factory=Schedule)
     dense_backend: str | None = None
+    cache: StepCache | None = None
     typed: str | None = dataclasses.field(default=None, compare=False)
 
     def __post_init__(self) -> None:
@@ -83,7 +87,9 @@ class Setting:
             config: further settings by name; they win over the text's. ``layers=FILE`` takes the settings of each layer
                 from a file, and ``budgets=FILE`` those of a calibration; what is given besides wins in every layer.
             preset: the recommendation for a method, over which everything else wins.
-            words: fields of the schedule and `dense_backend`; they win over the text's, and None is not given.
+            words: fields of the schedule, `dense_backend` and `cache`; they win over the text's, and None is not given.
+                With the cache "first-block" layer 0 stays dense unless `dense_layers` says otherwise: the cache decides
+                by what that layer adds.
 
         Raises:
             DitAccelError: the method or a setting is unknown, a value is refused, or the file has no budgets for it.
@@ -96,7 +102,8 @@ class Setting:
         for key in ("layers", "budgets"):
             if isinstance(config.get(key), (str, os.PathLike)) and config[key] != "equal":
                 return cls._of_file(name, key, config).changed(**(words | schedule))
-        return cls(name, make_config(name, config), None, Schedule(**schedule), words.get("dense_backend"))
+        setting = cls(name, make_config(name, config), None, Schedule(**schedule), words.get("dense_backend"))
+        return setting.changed(**_only(words, ("cache",)), **_only(schedule, ("dense_layers",)))
 
     @classmethod
     def parse(cls, text: str, settings: Iterable[str] = (), **more: Any) -> Setting:
@@ -132,7 +139,7 @@ class Setting:
             DitAccelError: an entry has another form, or a value is refused.
         """
         method, layers, schedule = record.get("method"), record.get("layers"), record.get("schedule") or {}
-        backend = record.get("dense_backend")
+        backend, cache = record.get("dense_backend"), StepCache.of(record.get("cache"))
         if not isinstance(method, str):
             raise DitAccelError(f'The "method" of a setting is a name, such as "radial"; got {method!r}.')
         if not isinstance(schedule, dict) or not schedule.keys() <= set(SCHEDULE):
@@ -140,14 +147,14 @@ class Setting:
         if not isinstance(backend, str | None):
             raise DitAccelError(f'The "dense_backend" of a setting is a name or null; got {backend!r}.')
         if layers is None:
-            return cls(method, _config(method, record.get("config")), None, Schedule(**schedule), backend)
+            return cls(method, _config(method, record.get("config")), None, Schedule(**schedule), backend, cache)
         if not isinstance(layers, dict) or not layers or not all(isinstance(row, list) for row in layers.values()):
             raise DitAccelError('The "layers" of a setting are {"transformer": [settings or null, ...]}, one a layer.')
         configs = {
             name: tuple(None if settings is None else _config(method, settings) for settings in row)
             for name, row in layers.items()
         }
-        return cls(method, None, configs, Schedule(**schedule), backend)
+        return cls(method, None, configs, Schedule(**schedule), backend, cache)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON, default settings included."""
@@ -157,7 +164,9 @@ class Setting:
             rows = self.layers.items()
             settings = {"layers": {name: [config and settings_of(config) for config in row] for name, row in rows}}
         schedule = dataclasses.asdict(self.schedule)
-        return {"method": self.method, **settings, "schedule": schedule, "dense_backend": self.dense_backend}
+        cache = None if self.cache is None else self.cache.as_dict()
+        others = {"schedule": schedule, "dense_backend": self.dense_backend, "cache": cache}
+        return {"method": self.method, **settings, **others}
 
     def to_json(self, **remarks: Any) -> str:
         """The text of a file; `remarks` are further entries for readers."""
@@ -173,9 +182,12 @@ class Setting:
         return method_text(self.method, settings)
 
     def words(self) -> dict[str, str]:
-        """Schedule and back end as typed, by name, where they differ from the defaults."""
-        words = {**dataclasses.asdict(self.schedule), "dense_backend": self.dense_backend}
-        return {name: _word_text(value) for name, value in words.items() if value}
+        """Schedule, back end and step cache as typed, by name, where they differ from the defaults."""
+        words = {**dataclasses.asdict(self.schedule), "dense_backend": self.dense_backend, "cache": self.cache}
+        shown = {name for name, value in words.items() if value}
+        if self.cache is not None and self.cache.name == "first-block" and self.method != "dense":
+            shown.add("dense_layers")  # whose default is another with this cache
+        return {name: _word_text(value) for name, value in words.items() if name in shown}
 
     @property
     def text(self) -> str:
@@ -183,11 +195,15 @@ class Setting:
         return " ".join([self.title, *(f"{name}={text}" for name, text in self.words().items())])
 
     def changed(self, **words: Any) -> Setting:
-        """The setting with other fields of the schedule or another `dense_backend`; None is not given."""
+        """The setting with other words, as `make` takes them; None is not given."""
         words = {key: plain(value) for key, value in words.items() if value is not None}
         schedule = dataclasses.replace(self.schedule, **_only(words, SCHEDULE))
         backend = words.get("dense_backend", self.dense_backend)
-        return dataclasses.replace(self, schedule=schedule, dense_backend=backend)
+        cache = StepCache.of(words["cache"]) if "cache" in words else self.cache
+        first = "cache" in words and cache is not None and cache.name == "first-block" and self.method != "dense"
+        if first and "dense_layers" not in words and not schedule.dense_layers:
+            schedule = dataclasses.replace(schedule, dense_layers=1)
+        return dataclasses.replace(self, schedule=schedule, dense_backend=backend, cache=cache)
 
     def configs(self) -> list[Any]:
         """The different Configs among the layers, in order of appearance."""
@@ -260,7 +276,7 @@ def _split(text: str) -> tuple[str, dict[str, Any], dict[str, Any]]:
         key, _, value = (side.strip() for side in part.partition("="))
         if key in words or not value:
             raise DitAccelError(f"{key} of {method} comes once, with a value; got {text!r}.")
-        words[key] = parse_layers(value) if key == "dense_layers" else parse_value(value)
+        words[key] = value if key == "cache" else parse_layers(value) if key == "dense_layers" else parse_value(value)
     return method, config, words
 
 

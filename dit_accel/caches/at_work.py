@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import weakref
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,6 +22,9 @@ if TYPE_CHECKING:
     from dit_accel.caches.residuals import Add
 
 BLOCK_CACHES = ("first-block", "mag")
+
+
+_OURS: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # transformers with a cache of this package
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,11 +55,7 @@ class CacheAtWork:
         name: of the transformer in its pipeline.
         cache: which, with settings.
         models: names of the pipeline and its transformer, by which published ratios are found.
-        add_up: sums a tensor over the processes that share a sequence; None without them.
-        calibrate: MagCache computes every step and measures its ratios.
-
-    Attributes:
-        calibration: with `calibrate`, the ratios of the last run by branch.
+        add_up: gives what sums a tensor over the processes that share a sequence; None without them.
 
     Raises:
         DitAccelError: the transformer has a cache already, or it cannot have this one.
@@ -67,17 +68,16 @@ class CacheAtWork:
         family: Family,
         cache: StepCache,
         models: tuple[str, ...] = (),
-        add_up: Add | None = None,
-        calibrate: bool = False,
+        add_up: Callable[[], Add | None] = lambda: None,
     ) -> None:
         self.name, self.cache = name, cache
         self._transformer, self._family, self._stack = transformer, family, family.stack_of(transformer)
-        self._add_up, self._calibrate = add_up, calibrate
+        self._add_up, self._calibrate = add_up, bool(cache.config.get("calibrate"))
         self._ratios: MagRatios | None = None
         self.notes: list[str] = []
         if cache.name == "mag":
             self._ratios = mag_ratios(cache.config.get("mag_ratios"), models)
-            if "mag_ratios" not in cache.config and not calibrate:
+            if "mag_ratios" not in cache.config and not self._calibrate:
                 self.notes.append(f"mag_ratios: {self._ratios.source}")
         self._moment = Moment()
         self._number = 0
@@ -90,13 +90,14 @@ class CacheAtWork:
         self._hook_states: dict[str, list[Any]] = {}
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._tables: dict[tuple[str, int], torch.Tensor] = {}
-        self.calibration: dict[str, list[float]] = {}
+        self._calibration: dict[str, list[float]] = {}
         self._check()
 
     def _check(self) -> None:
         """Refuse a transformer that this cache cannot serve."""
         kind = type(self._transformer).__name__
-        present = present_cache(self._transformer)
+        # that of an accelerator which this one replaces is gone before this one comes
+        present = None if self._transformer in _OURS else present_cache(self._transformer)
         if present is not None:
             raise DitAccelError(
                 f"{kind} already has a step cache ({present}), and it stays the user's. Call its disable_cache() "
@@ -109,6 +110,11 @@ class CacheAtWork:
                 f"{self.cache.name} skips the blocks of {' and '.join(self._stack.lists)}, and this {kind} has "
                 f"{len(blocks)} of them{f', none in {lists[0]}' if lists else ''}. It needs two or more in every list."
             )
+
+    @property
+    def reads_noise(self) -> bool:
+        """Whether the cache asks for timestep or noise level."""
+        return self.cache.name in ("sea", "faster", "pab")
 
     @property
     def attached(self) -> bool:
@@ -134,6 +140,7 @@ class CacheAtWork:
             )
         if hasattr(self._transformer, "_cache_config"):
             self._transformer._cache_config = self._config
+        _OURS.add(self._transformer)
 
     def _put(self) -> None:
         from diffusers import hooks
@@ -160,10 +167,8 @@ class CacheAtWork:
     def _mag_config(self) -> Any:
         """The config before the first run, which sets the number of steps."""
         assert self._ratios is not None
-        steps = self.cache.config.get("num_inference_steps", max(len(self._ratios.cond), 1))
-        return self.cache.build(
-            mag_ratios=list(self._ratios.cond), num_inference_steps=steps, calibrate=self._calibrate
-        )
+        steps = self.cache.config.get("num_inference_steps", len(self._ratios.cond))
+        return self.cache.build(mag_ratios=list(self._ratios.cond), num_inference_steps=steps)
 
     def _taylorseer_config(self) -> Any:
         """Lite mode by the names that this model has: Diffusers' patterns know ``*block*`` and ``proj_out`` alone."""
@@ -195,6 +200,7 @@ class CacheAtWork:
         if self._hooks is None:
             return
         self._hooks.remove()
+        _OURS.discard(self._transformer)
         if self._config is not None and getattr(self._transformer, "_cache_config", None) is self._config:
             vars(self._transformer).pop("_cache_config", None)
         self._hooks, self._hook_states, self._context = None, {}, None
@@ -302,7 +308,7 @@ class CacheAtWork:
         self._kept_bytes = max(self._kept_bytes, self.size)
         if self._calibrate:
             state = self._managers[0]._state_cache.get(self._branch)
-            self.calibration[self._branch] = [] if state is None else list(state.calibration_ratios)
+            self._calibration[self._branch] = [] if state is None else list(state.calibration_ratios)
         if index is not None and self._moment.count is not None and index + 1 >= self._moment.count:
             self._forget(self._branch)
 
@@ -314,7 +320,8 @@ class CacheAtWork:
 
     def report(self) -> CacheReport:
         """What it did so far."""
-        return CacheReport(str(self.cache), list(self._branches.values()), self._kept_bytes, list(self.notes))
+        ratios = {self.name: dict(self._calibration)} if self._calibrate else {}
+        return CacheReport(str(self.cache), list(self._branches.values()), self._kept_bytes, list(self.notes), ratios)
 
     def _reset(self) -> None:
         for branch in {*self._branches, *self._shapes, *self._hook_states}:

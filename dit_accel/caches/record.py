@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -48,12 +48,24 @@ class CacheReport:
         branches: its calls.
         kept_bytes: the most that it kept between calls, on the device of the activations.
         notes: further remarks, such as where MagCache's ratios come from.
+        ratios: with ``calibrate``, MagCache's ratios by transformer and branch, one for each step of the last run.
     """
 
     cache: str
     branches: list[BranchReport]
     kept_bytes: int = 0
     notes: list[str] = dataclasses.field(default_factory=list)
+    ratios: dict[str, dict[str, list[float]]] = dataclasses.field(default_factory=dict)
+
+    @classmethod
+    def joined(cls, reports: Sequence[CacheReport]) -> CacheReport | None:
+        """One report of a pipeline's transformers; None without any."""
+        if not reports:
+            return None
+        branches = [branch for report in reports for branch in report.branches]
+        notes = list(dict.fromkeys(note for report in reports for note in report.notes))
+        ratios = {name: by_branch for report in reports for name, by_branch in report.ratios.items()}
+        return cls(reports[0].cache, branches, sum(report.kept_bytes for report in reports), notes, ratios)
 
     @property
     def skipped(self) -> int:

@@ -38,6 +38,7 @@ from torch import nn
 from dit_accel.pipelines.stacks import BlockStack, Streams
 
 Add = Callable[[torch.Tensor], torch.Tensor]  # sums over the processes that share a sequence
+AddNow = Callable[[], Add | None]  # None where one process has it all
 
 
 class StreamMetadata(TransformerBlockMetadata):
@@ -116,7 +117,7 @@ class Tail:
 class FirstBlockHead(FBCHeadBlockHook):
     """The first block: it always runs, and its residual decides about the others."""
 
-    def __init__(self, metadata: StreamMetadata, state_manager: Any, threshold: float, add_up: Add | None) -> None:
+    def __init__(self, metadata: StreamMetadata, state_manager: Any, threshold: float, add_up: AddNow) -> None:
         super().__init__(state_manager, threshold)
         self._own_metadata, self._add_up = metadata, add_up
 
@@ -133,10 +134,11 @@ class FirstBlockHead(FBCHeadBlockHook):
     @torch.compiler.disable
     def _should_compute_remaining_blocks(self, hidden_states_residual: torch.Tensor) -> bool:
         before = self.state_manager.get_state().head_block_residual
-        if self._add_up is None or before is None:
+        add_up = self._add_up()
+        if add_up is None or before is None:
             return bool(super()._should_compute_remaining_blocks(hidden_states_residual))
         sums = [(hidden_states_residual - before).abs().sum(), before.abs().sum()]
-        change, size = self._add_up(torch.stack(sums).double()).tolist()
+        change, size = add_up(torch.stack(sums).double()).tolist()
         return bool(change / size > self.threshold)
 
 
@@ -218,7 +220,7 @@ class MagTail(MagCacheBlockHook):
         return output
 
 
-def put(transformer: nn.Module, stack: BlockStack, config: Any, add_up: Add | None) -> None:
+def put(transformer: nn.Module, stack: BlockStack, config: Any, add_up: AddNow) -> None:
     """Put FirstBlockCache or MagCache on the blocks of a stack, two or more."""
     blocks = list(stack.blocks(transformer))
     described = [(block, StreamMetadata(type(block), streams, stack.visual)) for _, block, streams in blocks]
@@ -244,4 +246,9 @@ def put(transformer: nn.Module, stack: BlockStack, config: Any, add_up: Add | No
         ours = MagHead(taken, states, config, stack.both), MagTail(tail, states, config)
     for registry, name, hook in ((registries[0], lead, ours[0]), (registries[-1], rest, ours[1])):
         registry.remove_hook(name, recurse=False)
+        shards = {other: registry.get_hook(other) for other in registry._hook_order if other.startswith("cp_")}
+        for other in shards:
+            registry.remove_hook(other, recurse=False)
         registry.register_hook(hook, name)
+        for other, shard in shards.items():  # outside ours, which then sees this process's share alone
+            registry.register_hook(shard, other)

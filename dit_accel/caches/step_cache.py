@@ -43,7 +43,8 @@ class StepCache:
         name: one of `CONFIGS`.
         config: settings that differ from the defaults of Diffusers' config class, plain values. Callbacks are not among
             them. ``mag_ratios`` of "mag" is one number for all steps, numbers, a name among
-            `dit_accel.caches.ratios.published`, or the path of a calibration.
+            `dit_accel.caches.ratios.published`, or the path of a calibration; with ``calibrate`` the report has the
+            ratios of a run that computes every step.
 
     Raises:
         DitAccelError: the name, a setting or a value is unknown to Diffusers, or Diffusers is not installed.
@@ -127,12 +128,12 @@ def _kind(name: str) -> Any:
 
 
 def _hints(name: str) -> dict[str, Any]:
-    """Annotations of the settings that are values: callbacks follow from the pipeline, calibration is `tune`'s."""
+    """Annotations of the settings that are values: callbacks follow from the pipeline."""
     hints = typing.get_type_hints(_kind(name))
     return {
         field: str | float | tuple[float, ...] if field == "mag_ratios" else hint
         for field, hint in hints.items()
-        if not field.endswith("_callback") and not field.startswith("_") and field != "calibrate"
+        if not field.endswith("_callback") and not field.startswith("_")
     }
 
 

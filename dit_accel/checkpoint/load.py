@@ -7,6 +7,7 @@ import os
 from typing import Any
 
 from dit_accel.accelerator import Accelerator, accelerate
+from dit_accel.caches.step_cache import StepCache
 from dit_accel.checkpoint import few_steps, published
 from dit_accel.checkpoint import format as checkpoint
 from dit_accel.checkpoint import lora as adapters
@@ -24,6 +25,7 @@ def load(
     verify: Verify | None = None,
     keep_dense_above: float | None = None,
     dense_backend: str | None = None,
+    cache: StepCache | str | None = None,
     replace: bool = False,
     any_weights: bool = False,
     **config: Any,
@@ -39,7 +41,7 @@ def load(
         path: a folder, a file, or a repository on the Hugging Face Hub, as ``owner/name``, with ``/file.safetensors``
             and ``@revision`` behind it or not. The Hub is asked only if nothing here has that name.
         revision: branch, tag or commit of the repository.
-        verify, keep_dense_above, dense_backend, replace: as in `accelerate`.
+        verify, keep_dense_above, dense_backend, cache, replace: as in `accelerate`.
         any_weights: load a fine-tuning into other base weights than those it started from.
         config: settings of the method in place of those that a published format says.
 
@@ -48,6 +50,7 @@ def load(
     """
     where = locate(path, revision)
     how: dict[str, Any] = {"verify": verify, "keep_dense_above": keep_dense_above, "dense_backend": dense_backend}
+    how |= {"cache": cache}
     if not (where / checkpoint.SETTINGS_FILE).is_file():
         return published.load(target, open_weights(where, str(path)), config, replace=replace, **how)
     if config:

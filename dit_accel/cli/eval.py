@@ -12,10 +12,11 @@ from dit_accel.cli import Interrupted
 from dit_accel.cli.options import command
 from dit_accel.errors import DitAccelError
 from dit_accel.eval.request import EvalRequest
-from dit_accel.generation.request import METHOD_FORM, MethodOptions, ScheduleOptions
+from dit_accel.generation.request import CACHE_FORM, METHOD_FORM, MethodOptions, ScheduleOptions
 from dit_accel.values import option
 
 BROKEN = 1  # the exit status where a limit does not hold
+NO_CACHE = "none"
 SHOWN = 2  # metrics in the terminal; the report has all
 
 if TYPE_CHECKING:
@@ -37,19 +38,30 @@ class ComparedMethods(ScheduleOptions):
         metavar="FOLDER|FILE.json",
         repeatable=True,
     )
+    cache: tuple[str, ...] = option(  # type: ignore[assignment]  # one in the other verbs
+        (),
+        "Repeatable: every method with each of these step caches; none: without.",
+        metavar=CACHE_FORM,
+        repeatable=True,
+    )
     write_card: bool = option(False, "Also put the figures of each --load into its model card.")
     suite: str | None = option(None, "An evaluation in YAML; options given here win over it.", metavar="FILE|NAME")
 
     def candidates(self) -> tuple[Candidate, ...]:
-        """The methods of --method and --load, ready to use."""
+        """The methods of --method and --load, each with every --cache; dense attention with it where neither came."""
+        words = {name: value for name, value in self.words.items() if name != "cache"}
         backend = self.dense_backend
-        if not self.method and set(self.words) - {"dense_backend"}:
+        if not self.method and set(words) - {"dense_backend"}:
             raise DitAccelError("--dense-* change the methods of --method. Name one, or leave them out.")
-        if backend and not self.method and not self.load:
+        if backend and not self.method and not self.load and not self.cache:
             raise DitAccelError("--dense-backend changes the methods of --method and --load. Name one of them.")
-        typed = [MethodOptions(method=text, **self.words) for text in self.method]
-        saved = [MethodOptions(load=path, dense_backend=backend) for path in self.load]
-        return tuple(options.candidate() for options in [*typed, *saved])
+        methods: list[dict[str, Any]] = [{"method": text, **words} for text in self.method]
+        methods += [{"load": path, "dense_backend": backend} for path in self.load]
+        if self.cache and not methods:
+            methods = [{"method": "dense", "dense_backend": backend}]
+        caches = [None if text == NO_CACHE else text for text in self.cache] or [None]
+        asked = [MethodOptions(**method, cache=cache) for method in methods for cache in caches]
+        return tuple(options.candidate() for options in asked)
 
 
 @command(ComparedMethods, EvalRequest)

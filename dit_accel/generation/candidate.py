@@ -47,8 +47,10 @@ class Candidate:
             dense_backend.choose(self.setting.dense_backend, torch.device("cpu"))  # refuses unknown names early
 
     @classmethod
-    def read(cls, path: Path, *, any_weights: bool = False, backend: str | None = None) -> Candidate:
+    def read(cls, path: Path, *, any_weights: bool = False, **words: Any) -> Candidate:
         """The setting of a JSON file, or of a folder that `Accelerator.save_pretrained` wrote.
+
+        `words` are another back end or step cache, as `Setting.changed` takes them.
 
         Raises:
             DitAccelError: there is neither, it is damaged, or `any_weights` came with a file, which has no weights.
@@ -56,7 +58,7 @@ class Candidate:
         if path.is_file():
             if any_weights:
                 raise DitAccelError(f"{path} is a setting without weights, so leave out --any-weights.")
-            return cls(Setting.read(path).changed(dense_backend=backend))
+            return cls(Setting.read(path).changed(**words))
         if not path.is_dir():
             raise DitAccelError(
                 f"--load {path}: there is no such folder or file. Give a folder that Accelerator.save_pretrained "
@@ -64,7 +66,7 @@ class Candidate:
             )
         saved = checkpoint.read(path)
         call = {} if saved.trained is None else saved.trained["call"]
-        return cls(saved.setting.changed(dense_backend=backend), path, any_weights, call)
+        return cls(saved.setting.changed(**words), path, any_weights, call)
 
     @property
     def method(self) -> str:
@@ -112,7 +114,11 @@ class Candidate:
         how = dataclasses.asdict(check or SelfCheck())
         if self.folder is None:
             return accelerator.accelerate(pipe, self.setting, **how)
-        how |= {"dense_backend": self.setting.dense_backend, "any_weights": self.any_weights}
+        how |= {
+            "dense_backend": self.setting.dense_backend,
+            "cache": self.setting.cache,
+            "any_weights": self.any_weights,
+        }
         return saved.load(pipe, self.folder, **how)
 
     def without_schedule(self) -> Candidate:

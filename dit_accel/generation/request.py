@@ -13,7 +13,7 @@ from dit_accel.errors import DitAccelError
 from dit_accel.generation import call, sources
 from dit_accel.registry import parse_value
 from dit_accel.schedule import Schedule
-from dit_accel.setting import WORDS, Setting, parse_layers
+from dit_accel.setting import SCHEDULE, WORDS, Setting, parse_layers
 from dit_accel.values import option
 
 if TYPE_CHECKING:
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 PROMPT = "a red circle moves right on a blue background"  # shows what the embedded model can draw
 METHOD_FORM = "METHOD[:KEY=VALUE,...]"
+CACHE_FORM = "CACHE[:KEY=VALUE,...]"
 PROMPTS_FORM = "FILE|LIST|FOLDER"
 
 
@@ -90,7 +91,7 @@ class SamplingOptions(SizeOptions):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ScheduleOptions(values.Checked):
-    """Dense steps and layers, which `schedule.Schedule` checks, and their back end."""
+    """Dense steps and layers, which `schedule.Schedule` checks, their back end, and a step cache."""
 
     PANEL: ClassVar[str] = "Method"
 
@@ -105,10 +106,16 @@ class ScheduleOptions(values.Checked):
         None, "Diffusers' attention back end for what stays dense; auto: the fastest that computes the same."
     )
 
+    cache: str | None = option(
+        None,
+        "Diffusers' step cache, which skips blocks in some steps: first-block, mag, taylorseer, ...",
+        metavar=CACHE_FORM,
+    )
+
     @property
     def schedule(self) -> Schedule:
         """The steps and layers that stay dense."""
-        return Schedule(**{name: value for name, value in self.words.items() if name != "dense_backend"})
+        return Schedule(**{name: value for name, value in self.words.items() if name in SCHEDULE})
 
     @property
     def words(self) -> dict[str, Any]:
@@ -158,14 +165,14 @@ class MethodOptions(ScheduleOptions, SettingsOptions):
         """
         from dit_accel.generation.candidate import Candidate
 
-        of_method = self.settings or self.preset or any(word != "dense_backend" for word in self.words)
+        of_method = self.settings or self.preset or any(word in SCHEDULE for word in self.words)
         if self.load is not None:
             if self.method is not None or of_method:
                 raise DitAccelError(
                     f"--load {self.load} brings its method, settings and schedule. Leave out --method, --set, --preset "
                     "and --dense-*, or leave out --load."
                 )
-            return Candidate.read(self.load, any_weights=self.any_weights, backend=self.dense_backend)
+            return Candidate.read(self.load, any_weights=self.any_weights, **self.words)
         if self.any_weights:
             raise DitAccelError("--any-weights is for weights that --load reads. Add --load FOLDER, or leave it out.")
         if self.method is None and of_method:

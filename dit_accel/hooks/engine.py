@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from dit_accel.caches.at_work import CacheAtWork, Moment
 from dit_accel.errors import DitAccelError, DitAccelWarning
 from dit_accel.hooks import selfcheck
 from dit_accel.hooks.accelerated_layer import AcceleratedLayer, without_learned
@@ -46,6 +47,7 @@ class Engine(AtWork):
 
     Attributes:
         watchers: functions called with every sparse attention call.
+        cache: the step cache of this transformer; None without one.
     """
 
     def __init__(
@@ -91,6 +93,16 @@ class Engine(AtWork):
         check.refuse_shared(layer.config for layer in self.layers)
         if self._dense_backend is not None:
             choose_backend(self._dense_backend, self._device)
+        self.cache: CacheAtWork | None = None
+        if setting.cache is not None:
+            sources = clock.pipeline_config, getattr(transformer, "config", None)
+            models = tuple(str(getattr(source, "_name_or_path", "")) for source in sources)
+            self.cache = CacheAtWork(name, transformer, family, setting.cache, models, self._add_up)
+
+    def _add_up(self) -> Callable[[torch.Tensor], torch.Tensor] | None:
+        """Sums a tensor over the processes that share a sequence; None without them."""
+        config = context_parallel.config_of(self._transformer)
+        return None if config is None else context_parallel.Ulysses(config._ulysses_mesh.get_group(), 0, ()).add_up
 
     def _find_layers(self, setting: Setting) -> list[AcceleratedLayer]:
         """The layers with our processors, not yet set: an error leaves the model unchanged."""
@@ -142,10 +154,21 @@ class Engine(AtWork):
             self._transformer.register_forward_pre_hook(self._make_hook(), with_kwargs=True),
             *(() if self._anchors is None else self._anchors.attach()),
         ]
+        if self.cache is not None:
+            self.cache.attach()
+            self._handles.append(self._transformer.register_forward_hook(self._make_after()))
+
+    def pause(self, paused: bool) -> None:
+        """Run the model's own attention in every step until further notice; what a cache kept is forgotten."""
+        if self.cache is not None and paused != self.paused:
+            (self.cache.detach if paused else self.cache.attach)()
+        self.paused = paused
 
     def detach(self) -> list[str]:
         """Undo `attach`; return the modules that keep another processor."""
         self.count_last_call()
+        if self.cache is not None:
+            self.cache.detach()
         for handle in self._handles:
             handle.remove()
         self._handles, self._owner = [], None
@@ -219,6 +242,8 @@ class Engine(AtWork):
         self.calls += 1
         self._look_for_dropped()
         self._omitted = ()
+        if self.cache is not None:
+            self._begin_cached(ModelCall(self._signature, module, args, kwargs, self._memory))
         for state in self._states.values():
             state.sparse = False
         if not self._states:
@@ -261,6 +286,40 @@ class Engine(AtWork):
         if ours and not self._checking and all(state.sparse for state in self._states.values()):
             self._omitted = layout.masks  # no processor of this call reads them
         return self._omit_masks(args, kwargs)
+
+    def _begin_cached(self, call: ModelCall) -> None:
+        """Tell the step cache the step of this call."""
+        assert self.cache is not None
+        timestep, shape = self._family.timestep(call), call.shape
+        if not self._clock.told(timestep):
+            self.cache.begin(Moment(shape=shape))
+            return
+        step = self._clock.evaluation(timestep)
+        noise = self._clock.noise(step.index) if self.cache.reads_noise else (None, None)
+        self.cache.begin(Moment(self._clock.run, step.index, step.count, *noise, shape))
+
+    def _make_after(self) -> Callable[..., None]:
+        """`_after_call`, untraced."""
+        from torch._dynamo.eval_frame import skip_code
+
+        outside = torch.compiler.disable(self._after_call)
+
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            outside()
+
+        skip_code(hook.__code__)
+        return hook
+
+    def _after_call(self) -> None:
+        """Record what the step cache skipped; free what skipped layers keep after the last step."""
+        assert self.cache is not None
+        if not self.paused:
+            self.cache.count(sum(layer.ours.ran for layer in self.layers), len(self.layers))
+        self.count_last_call()
+        step = self._step
+        if step is not None and step.count is not None and step.index + 1 >= step.count:
+            for layer in self.layers:
+                layer.ours.kept.pop(self._number, None)
 
     def _omit_masks(
         self, args: tuple[Any, ...], kwargs: dict[str, Any]

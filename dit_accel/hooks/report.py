@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from dit_accel.caches.record import CacheReport
 from dit_accel.setting import Setting
 
 
@@ -74,6 +75,7 @@ class Report:
         grids: the plans' densities by grid, the mean over sparse layers; None if only calls tell the density.
         layers: in the order they run.
         notes: further remarks.
+        cache: what the step cache did; None without one.
     """
 
     setting: Setting
@@ -82,6 +84,7 @@ class Report:
     grids: dict[str, float | None]
     layers: list[LayerReport]
     notes: list[str] = dataclasses.field(default_factory=list)
+    cache: CacheReport | None = None
 
     @property
     def sparse_calls(self) -> int:
@@ -94,7 +97,8 @@ class Report:
     def as_dict(self) -> dict[str, Any]:
         """Plain dicts, lists, strings and numbers. An infinite or undefined number is a string."""
         totals = {"sparse_calls": self.sparse_calls, "dense_calls": self.dense_calls}
-        record = dataclasses.asdict(self) | {"setting": self.setting.as_dict()} | totals
+        cache = None if self.cache is None else self.cache.as_dict()
+        record = dataclasses.asdict(self) | {"setting": self.setting.as_dict(), "cache": cache} | totals
         for layer in record["layers"]:
             for name in ("relative_error", "kept_mass"):
                 if layer[name] is not None and not math.isfinite(layer[name]):
@@ -117,6 +121,7 @@ class Report:
                 indices = [index for index, _ in group]
                 span = f"{indices[0]}" if len(indices) == 1 else f"{indices[0]}-{indices[-1]}"
                 lines.append(f"    layers {span}: {text}")
+        lines += [] if self.cache is None else [f"  {line}" for line in self.cache.lines()]
         return "\n".join(lines + [f"  note: {note}" for note in self.notes])
 
 

@@ -55,6 +55,11 @@ class StepClock:
         return scheduler
 
     @property
+    def pipeline_config(self) -> Any | None:
+        """The pipeline's configuration; None for a bare transformer."""
+        return getattr(None if self._pipeline is None else self._pipeline(), "config", None)
+
+    @property
     def reads_values(self) -> bool:
         """Whether only the timestep's value tells the step: without pipeline and `set`."""
         return self._manual is None and self.scheduler is None
@@ -73,6 +78,14 @@ class StepClock:
                 The largest counts: per-token timesteps (Wan 2.2 TI2V) hold 0 for conditioning tokens. Reading it
                 waits for the device, so it is read only if the scheduler keeps no index.
         """
+        step, scheduler = self.evaluation(timestep), self.scheduler
+        order = 1 if self._manual is not None or scheduler is None else max(1, getattr(scheduler, "order", 1))
+        if order == 1 or step.count is None:
+            return step
+        return Step(step.index // order, -(-step.count // order))
+
+    def evaluation(self, timestep: torch.Tensor | None) -> Step:
+        """As `now`, but a scheduler of higher order, which evaluates the model several times a step, counts each."""
         if self._manual is not None:
             return self._manual
         scheduler = self.scheduler
@@ -92,17 +105,25 @@ class StepClock:
             index = 0  # the scheduler sets its index in its first step
         if index is None or not 0 <= index < len(timesteps):
             index = _nearest(timesteps, _value(timestep))
-        order = max(1, getattr(scheduler, "order", 1))
-        return Step(int(index) // order, -(-len(timesteps) // order))
+        return Step(int(index), len(timesteps))
+
+    def told(self, timestep: torch.Tensor | None) -> bool:
+        """Whether anything tells the step."""
+        if self._manual is not None:
+            return True
+        scheduler = self.scheduler
+        return timestep is not None if scheduler is None else _trajectory(scheduler) is not None
 
     def now_if_told(self, timestep: torch.Tensor | None) -> Step | None:
         """`now`, or None if nothing tells the step."""
+        return self.now(timestep) if self.told(timestep) else None
+
+    def noise(self, index: int) -> tuple[float | None, float | None]:
+        """The scheduler's timestep and noise level of an evaluation; None where it has none. Waits for the device."""
         scheduler = self.scheduler
-        if self._manual is None and scheduler is None and timestep is None:
-            return None
-        if self._manual is None and scheduler is not None and _trajectory(scheduler) is None:
-            return None
-        return self.now(timestep)
+        rows = (None, None) if scheduler is None else (_trajectory(scheduler), getattr(scheduler, "sigmas", None))
+        timestep, sigma = (None if row is None or index >= len(row) else float(row[index]) for row in rows)
+        return timestep, sigma
 
     def _follow(self, value: float) -> Step:
         if self._last_value is None or value > self._last_value:

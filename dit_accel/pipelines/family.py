@@ -133,6 +133,11 @@ class ModelCall:
         return self.tensor(name, dims).shape[1]
 
     @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the call's first tensor, which is the latent."""
+        return tuple(next(_tensors(self._arguments.values())).shape)
+
+    @property
     def device(self) -> torch.device:
         """Device of the call's first tensor."""
         return next(_tensors(self._arguments.values())).device

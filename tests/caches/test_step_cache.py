@@ -47,7 +47,7 @@ def test_configs_are_diffusers_own():
     [
         ("magg", "Did you mean 'mag'"),
         ("mag:treshold=0.1", "Did you mean 'threshold'"),
-        ("mag:calibrate=true", "no setting 'calibrate'"),
+        ("mag:calibrate=1", "calibrate"),
         ("pab:current_timestep_callback=1", "no setting"),
         ("mag:threshold=high", "threshold"),
         ("mag:threshold=-1", "threshold"),
