@@ -89,7 +89,7 @@ def opened(
             print(f"{place}, is damaged; its sample is made again.", file=sys.stderr)
         process.wait()
         identity = _identity(checked.source, checked.device, checked.dtype, request)
-        samples, baselines = Store(request.output / "samples"), Store(request.cache or request.output / "baseline")
+        samples, baselines = Store(request.output / "samples"), Store(request.baselines or request.output / "baseline")
         sweep = Sweep(pipe, arguments, identity, checked.device, results, samples, baselines, compile=request.compile)
         yield Evaluation(request=request, candidates=candidates, sweep=sweep, process=process, **checked.facts)
 
@@ -124,8 +124,8 @@ class CheckedRequest:
         for candidate in candidates:
             candidate.plans(grid)  # refuses what does not fit
         check_folder(request.output)
-        if request.cache is not None:
-            check_folder(request.cache, "--cache")
+        if request.baselines is not None:
+            check_folder(request.baselines, "--baselines")
         process = ProcessRank.join(request.device)
         device, dtype = call.placement(process.device(request.device), request.dtype, request.offload)
         if request.real is not None and not request.real.is_dir():

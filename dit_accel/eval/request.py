@@ -64,7 +64,7 @@ class EvalRequest(PromptsRequest):
         None, "Also map each layer's error and kept mass at these steps.", metavar="steps=0,8,layers=all"
     )
     pictures: int = option(4, "Prompts to show in the report.", least=0)
-    cache: Path | None = option(
+    baselines: Path | None = option(
         None, "Dense outputs to share between evaluations; a folder in OUTPUT if not given.", metavar="FOLDER"
     )
     output: Path = option(

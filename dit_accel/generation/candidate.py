@@ -122,6 +122,6 @@ class Candidate:
         return saved.load(pipe, self.folder, **how)
 
     def without_schedule(self) -> Candidate:
-        """The same without dense steps and layers, so that a single step runs the method."""
+        """The same without dense steps and layers and step cache, so that a single step runs the method."""
         assert self.setting is not None
-        return dataclasses.replace(self, setting=dataclasses.replace(self.setting, schedule=Schedule()))
+        return dataclasses.replace(self, setting=dataclasses.replace(self.setting, schedule=Schedule(), cache=None))

@@ -203,7 +203,7 @@ class TestGoingOn:
         assert evaluate("--method", GNA).status == 0
 
     def test_dense_outputs_are_shared(self, evaluate, tmp_path):
-        cache = ("--cache", tmp_path / "cache")
+        cache = ("--baselines", tmp_path / "cache")
         evaluate("--method", GNA, *cache, folder="a")
         files = sorted((tmp_path / "cache").iterdir())
         evaluate("--method", "tile:references=1", *cache, folder="b")
@@ -286,7 +286,7 @@ def test_real_sets_that_do_not_do(refused, tmp_path, clip_folder):
     assert "b.png cannot be read as an image or video" in refused(*options)
 
 
-@pytest.mark.parametrize("option", ["--output", "--cache"])
+@pytest.mark.parametrize("option", ["--output", "--baselines"])
 def test_folders_that_are_files(cli, demo, tmp_path, option):
     (tmp_path / "file").write_text("")
     outcome = cli("eval", *SIZE, "--method", GNA, "--output", tmp_path / "out", option, tmp_path / "file")
