@@ -2,6 +2,8 @@
 
 Files are written in a hidden folder beside their place and then renamed. A killed process leaves such a folder behind,
 which the next writer of the same file removes. Locks are the operating system's, so a killed process holds none.
+
+Every file that replaces one holds `MARK`, in its format's place for a remark. A file without it is never replaced.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ import os
 import platform
 import shutil
 import tempfile
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -26,24 +28,62 @@ except ImportError:  # Windows has no flock
     fcntl = None  # type: ignore[assignment]
 
 LOCK = ".dit-accel.lock"
+MARK = "Written by dit_accel, which may replace this file."
+SEARCHED = 2**20  # bytes at either end of a file in which the mark stands: mp4 has it last, other formats first
 NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EBADF)  # some network file systems
 
 
-def replace_file(file: Path, content: bytes) -> None:
-    """Write one file in place of an old one, which stays if an error is raised; errors as in `staged`."""
-    with staged(file) as stage:
+def is_ours(path: Path) -> bool:
+    """Whether a file has `MARK`, or is empty and so has nothing to lose. Links, folders and devices are not ours."""
+    if path.is_symlink() or not path.is_file():
+        return False
+    with open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        first = file.read(SEARCHED)
+        file.seek(max(0, size - SEARCHED))
+        return size == 0 or MARK.encode() in first or MARK.encode() in file.read()
+
+
+def check_ours(paths: Iterable[Path], option: str = "--output") -> None:
+    """Refuse an output of which a file would replace something that this package did not write."""
+    for path in paths:
+        if not os.path.lexists(path):
+            continue
+        try:
+            ours = is_ours(path)
+        except OSError as error:
+            raise DitAccelError(f"{option}: {path} cannot be read: {error.strerror}.") from error
+        if not ours:
+            kind = "a folder" if path.is_dir() else "no file that dit_accel wrote"
+            raise DitAccelError(f"{option} would replace {path}, which is {kind}. Move it, or choose another name.")
+
+
+def check_new(paths: Iterable[Path], option: str = "--output") -> None:
+    """Refuse an output of which a file exists."""
+    for path in filter(os.path.lexists, paths):
+        raise DitAccelError(
+            f"{option}: {path} exists already. Choose another name, or add --overwrite if dit_accel wrote it."
+        )
+
+
+def replace_file(file: Path, content: bytes, *, checked: bool = False) -> None:
+    """Write one file in place of an old one, which stays if an error is raised; arguments and errors as in `staged`."""
+    with staged(file, checked=checked) as stage:
         (stage / file.name).write_bytes(content)
 
 
 @contextlib.contextmanager
-def staged(output: Path) -> Iterator[Path]:
+def staged(output: Path, *, checked: bool = False) -> Iterator[Path]:
     """A folder for files that belong together. They move to the folder of `output` when the block succeeds.
 
-    JSON files move last, so the files that a record describes are complete. Several processes may write the same
-    output; the last one to finish wins.
+    JSON files move last, so the files that a record describes are complete.
+
+    Args:
+        checked: the caller knows that an old file is ours, though it lacks the mark.
 
     Raises:
-        DitAccelError: `output` could not be written, for instance on a full disk; nothing is left behind.
+        DitAccelError: `output` could not be written, for instance on a full disk, or would replace what this package
+            did not write; nothing is left behind.
     """
     prefix = _stage_prefix(output)
     try:
@@ -55,8 +95,15 @@ def staged(output: Path) -> Iterator[Path]:
         stage, lock = _make_stage(output.parent, prefix)
         try:
             yield stage
-            for path in sorted(stage.iterdir(), key=lambda path: (path.suffix == ".json", path.name)):
-                _move(path, output.parent / path.name)
+            written = sorted(stage.iterdir(), key=lambda path: (path.suffix == ".json", path.name))
+            targets = [output.parent / path.name for path in written]
+            for path, target in zip(written, targets, strict=True):
+                if path.is_dir() and target.is_dir():
+                    _check_folder(path, target)
+                elif not checked:
+                    check_ours([target])
+            for path, target in zip(written, targets, strict=True):
+                _move(path, target)
         finally:
             shutil.rmtree(stage)
             lock.close()
@@ -70,9 +117,18 @@ def _move(source: Path, target: Path) -> None:
         if path.is_file():
             with open(path, "rb") as written:
                 os.fsync(written.fileno())  # or a power cut leaves an empty file under the final name
-    if target.is_dir():  # only an empty folder could be replaced
+    if source.is_dir() and target.is_dir():  # only an empty folder could be replaced
         os.replace(target, source.with_name(f"{source.name}.old"))
     os.replace(source, target)
+
+
+def _check_folder(new: Path, old: Path) -> None:
+    """Refuse to replace a folder that is not empty, unless a file in it is ours and the new one has all its names."""
+    names = {path.relative_to(new) for path in new.rglob("*")}
+    present = sorted(old.rglob("*"))
+    odd = [path for path in present if path.relative_to(old) not in names]
+    if odd or (present and not any(map(is_ours, present))):
+        raise DitAccelError(f"{old} holds {(odd or present)[0].name}, which dit_accel did not write. Move that folder.")
 
 
 def _stage_prefix(output: Path) -> str:
@@ -109,7 +165,7 @@ def read_json(path: Path, what: str, remedy: str, needs: Collection[str] = ()) -
     Errors have `what` the file is, such as "layer schedule", and the `remedy`, a sentence.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_once)
     except OSError as error:
         raise DitAccelError(f"{path} is no {what}: it cannot be read ({error.strerror or error}). {remedy}") from error
     except (ValueError, RecursionError) as error:
@@ -118,6 +174,14 @@ def read_json(path: Path, what: str, remedy: str, needs: Collection[str] = ()) -
         entries = f" with the entries {', '.join(needs)}" if needs else ""
         raise DitAccelError(f"{path} is no {what}: it should hold a JSON object{entries}. {remedy}")
     return value
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object, none of whose keys is there twice."""
+    entries = dict(pairs)
+    if len(entries) < len(pairs):
+        raise ValueError("a key is there twice")
+    return entries
 
 
 def append(path: Path, row: dict[str, Any]) -> None:
@@ -130,8 +194,10 @@ def append(path: Path, row: dict[str, Any]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(path, "ab+") as file:
             file.seek(0)
-            file.truncate(whole(file.read()))
-            file.write(line)
+            content = file.read()
+            end = whole(content)
+            file.truncate(end)
+            file.write(line if content[:end].endswith(b"\n") or not end else b"\n" + line)
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
@@ -139,8 +205,12 @@ def append(path: Path, row: dict[str, Any]) -> None:
 
 
 def whole(content: bytes) -> int:
-    """Number of bytes up to the end of the last complete line."""
-    return content.rfind(b"\n") + 1
+    """Number of bytes up to the end of the last complete line of JSON, which an editor may leave without a newline."""
+    end = content.rfind(b"\n") + 1
+    with contextlib.suppress(ValueError, RecursionError):
+        json.loads(content[end:])
+        return len(content)
+    return end
 
 
 def check_file(output: Path, endings: tuple[str, ...], option: str = "--output") -> None:

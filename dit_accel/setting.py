@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 
 from dit_accel.caches.step_cache import StepCache
 from dit_accel.errors import DitAccelError
-from dit_accel.files import read_json
+from dit_accel.files import MARK, read_json
 from dit_accel.registry import get_method, make_config, parse_method, parse_value, plain, settings_of
 from dit_accel.schedule import Schedule
 
@@ -170,7 +170,7 @@ class Setting:
 
     def to_json(self, **remarks: Any) -> str:
         """The text of a file; `remarks` are further entries for readers."""
-        return json.dumps({"format": FORMATS[-1], **self.as_dict(), **remarks}, indent=2) + "\n"
+        return json.dumps({"note": MARK, "format": FORMATS[-1], **self.as_dict(), **remarks}, indent=2) + "\n"
 
     @property
     def title(self) -> str:

@@ -22,6 +22,9 @@ WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "
 WORDS[type(None)] = "none"
 
 
+MOST_VALUES = 100_000  # in a YAML file, aliases unfolded
+
+
 @dataclasses.dataclass(frozen=True)
 class Option:
     """A field's metadata besides its annotation and default.
@@ -95,23 +98,57 @@ def read_yaml(source: str, folder: Path, what: str) -> dict[str, Any]:
     Raises:
         DitAccelError: there is no such `what`, as "recipe", it cannot be read or is not YAML, or it holds no mapping.
     """
-    import yaml
-
     known = names_in(folder)
     path = folder / f"{source}.yaml" if source in known else Path(source).expanduser()
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = _parse_yaml(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise DitAccelError(
             f"There is no {what} {source}.{did_you_mean(source, known)} Give a YAML file or one of: {', '.join(known)}."
         ) from error
     except (OSError, UnicodeDecodeError) as error:
         raise DitAccelError(f"The {what} {source} cannot be read: {first_line(error)}.") from error
-    except yaml.YAMLError as error:
+    except RecursionError as error:
+        raise DitAccelError(f"The {what} {source} nests too deep. Write its lists and mappings flat.") from error
+    except ValueError as error:
         raise DitAccelError(f"The {what} {source} is not YAML: {' '.join(str(error).split())}.") from error
     if not isinstance(content, dict):
         raise DitAccelError(f"The {what} {source} should hold keys and values, such as model: demo; got {content!r}.")
     return content
+
+
+def _parse_yaml(text: str) -> Any:
+    """The value of a YAML text; ValueError or RecursionError where it is none, names a key twice or unfolds too far."""
+    import yaml
+
+    loader = yaml.SafeLoader(text)
+    try:
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        _check_node(node, {})
+        return loader.construct_document(node)
+    except yaml.YAMLError as error:
+        raise ValueError(str(error)) from error
+    finally:
+        loader.dispose()
+
+
+def _check_node(node: Any, sizes: dict[Any, int]) -> int:
+    """The number of values below a node with its aliases unfolded; `sizes` has those of nodes seen before."""
+    if node not in sizes:
+        sizes[node] = MOST_VALUES  # of a node that contains itself
+        below = node.value if isinstance(node.value, list) else []
+        if pairs := [pair for pair in below if isinstance(pair, tuple)]:
+            names = [key.value for key, _ in pairs if isinstance(key.value, str)]
+            for name in names:
+                if names.count(name) > 1:
+                    raise ValueError(f"{name} is there twice{node.start_mark}; leave one out")
+            below = [part for pair in pairs for part in pair]
+        sizes[node] = 1 + sum(_check_node(part, sizes) for part in below)
+    if sizes[node] >= MOST_VALUES:
+        raise ValueError(f"its aliases unfold to more than {MOST_VALUES:,} values; write them out")
+    return sizes[node]
 
 
 def _converted(value: Any, hint: Any, name: str) -> Any:

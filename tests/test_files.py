@@ -166,8 +166,9 @@ def test_a_folder_takes_the_place_of_an_older_one(tmp_path):
     for text in ("old", "new"):
         with files.staged(tmp_path / "a") as stage:
             (stage / "a").mkdir()
-            (stage / "a" / f"{text}.txt").write_text(text)
-    assert [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")] == ["a", "a/new.txt"]
+            (stage / "a" / "state.json").write_text(f"{files.MARK} {text}")
+    assert [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")] == ["a", "a/state.json"]
+    assert (tmp_path / "a" / "state.json").read_text() == f"{files.MARK} new"
 
 
 def test_a_replaced_file_has_the_modes_of_any_other(tmp_path):

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dit_accel.errors import DitAccelError
-from dit_accel.files import whole
+from dit_accel.files import MARK, whole
 from dit_accel.generation.output import check_matplotlib
 
 PANEL = (4.5, 4.5)  # inches
@@ -81,4 +81,4 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     legend += [Line2D([], [], color="gray", linewidth=1, label="ideal: 1 / density")]
     figure.legend(handles=legend, loc="outside right center", fontsize="small")
     figure.set_canvas(FigureCanvasAgg(figure))
-    figure.savefig(path, format="png", dpi=100)
+    figure.savefig(path, format="png", dpi=100, metadata={"Comment": MARK})

@@ -16,7 +16,7 @@ from torch import nn
 
 from dit_accel import values
 from dit_accel.errors import DitAccelError
-from dit_accel.files import read_json, replace_file
+from dit_accel.files import MARK, check_ours, read_json, replace_file
 from dit_accel.kernels.impls import Impl
 from dit_accel.setting import Setting
 
@@ -84,8 +84,9 @@ def save(
 
     folder = pathlib.Path(path)
     own = {key: tensor.detach().cpu().contiguous() for key, tensor in weights.items()}
-    content = to_bytes(own) if own else None
+    content = to_bytes(own, {"note": MARK}) if own else None
     saved = {
+        "note": MARK,
         "format": FORMATS[-1],
         "dit_accel_version": VERSION,
         "setting": setting.as_dict(),
@@ -95,6 +96,7 @@ def save(
     }
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        check_ours((folder / name for name in (WEIGHTS_FILE, SETTINGS_FILE)), "save_pretrained")
         saved["trained"] = write_training(folder)
         if content is not None:
             replace_file(folder / WEIGHTS_FILE, content)

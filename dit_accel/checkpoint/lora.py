@@ -30,7 +30,7 @@ from dit_accel.checkpoint.model_weights import (
 )
 from dit_accel.checkpoint.weight_files import open_weights
 from dit_accel.errors import DitAccelError
-from dit_accel.files import replace_file, staged
+from dit_accel.files import MARK, replace_file, staged
 
 ADAPTER = "dit_accel"
 LORA_FILE = "pytorch_lora_weights.safetensors"
@@ -138,6 +138,9 @@ def write(folder: pathlib.Path, trained: Trained, transformers: Mapping[str, nn.
         with staged(folder / name) as stage:
             transformer.save_config(stage / name)  # type: ignore[operator]
             save_torch_state_dict(kept, stage / name, filename_pattern=MODEL_FILES)
+            config = stage / name / "config.json"
+            marked = json.loads(config.read_text(encoding="utf-8")) | {"_note": MARK}  # Diffusers skips such names
+            config.write_text(json.dumps(marked, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     return record
 
 
@@ -153,7 +156,7 @@ def _lora_file(transformers: Mapping[str, nn.Module]) -> bytes:
         settings = transformer.peft_config[ADAPTER].to_dict()  # type: ignore[union-attr, index]
         metadata |= {f"{name}.{key}": sorted(v) if isinstance(v, set) else v for key, v in settings.items()}
     text = json.dumps(metadata, sort_keys=True, default=str)
-    return _in_order(save(tensors, metadata={"format": "pt", LORA_METADATA: text}))
+    return _in_order(save(tensors, metadata={"format": "pt", "note": MARK, LORA_METADATA: text}))
 
 
 def _in_order(content: bytes) -> bytes:

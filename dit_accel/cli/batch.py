@@ -17,7 +17,7 @@ import typer
 from dit_accel import values
 from dit_accel.cli import Interrupted, job
 from dit_accel.errors import DitAccelError
-from dit_accel.files import read_json, replace_file
+from dit_accel.files import MARK, check_ours, read_json, replace_file
 from dit_accel.generation import prompts
 from dit_accel.generation.processes import ProcessRank
 from dit_accel.generation.request import GenerateRequest
@@ -31,12 +31,14 @@ def _is_done(path: Path, request: GenerateRequest) -> bool:
     if not record.exists() or not path.exists() or path.stat().st_size == 0:
         return False
     made, asked = _read_record(record).get("request", {}), json.loads(json.dumps(values.record(request)))
-    for field in dataclasses.fields(request):
+    for field in (field for field in dataclasses.fields(request) if field.name != "overwrite"):
         was, now = made.get(field.name), asked[field.name]
         if was != now:
+            if request.overwrite:
+                return False
             raise DitAccelError(
-                f"{record} was made with {values.flag(field)} {was}, not {now}. Choose another --output, or delete the "
-                "old outputs."
+                f"{record} was made with {values.flag(field)} {was}, not {now}. Choose another --output, or replace "
+                "the old outputs with --overwrite."
             )
     return True
 
@@ -55,6 +57,8 @@ def run(request: GenerateRequest) -> None:
         path = prepared.output.with_name(f"{prepared.output.stem}-{index:0{DIGITS}d}{prepared.output.suffix}")
         outputs[path] = dataclasses.replace(request, prompts=None, prompt=text, output=path)
     manifest = prepared.output.with_suffix(".jsonl")
+    check_ours([manifest])
+    job.check_outputs(outputs, dataclasses.replace(request, overwrite=True))
     pending = [path for path in process.share(list(outputs)) if not _is_done(path, outputs[path])]
     _write_manifest(manifest, outputs)
     share = f", process {process.index} of {process.count}" if process.count > 1 else ""
@@ -86,7 +90,7 @@ def _write_manifest(manifest: Path, outputs: Mapping[Path, GenerateRequest]) -> 
     while written != (found := [path.with_suffix(".json").exists() for path in outputs]):
         lines = []
         for index, ((path, request), done) in enumerate(zip(outputs.items(), found, strict=True)):
-            entry = {"index": index, "prompt": request.prompt, "output": path.name, "done": done}
+            entry = {"index": index, "prompt": request.prompt, "output": path.name, "done": done, "note": MARK}
             if done:
                 record = path.with_suffix(".json")
                 entry |= {"record": record.name, "seconds": _read_record(record)["runs"]["accelerated"]["seconds"]}

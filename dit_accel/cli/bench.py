@@ -15,7 +15,7 @@ from dit_accel.bench import results
 from dit_accel.cli import Interrupted
 from dit_accel.cli.options import JsonOptions, command
 from dit_accel.errors import DitAccelError
-from dit_accel.files import append, check_file, replace_file, staged
+from dit_accel.files import MARK, append, check_file, check_ours, replace_file, staged
 from dit_accel.generation.request import METHOD_FORM, DeviceOptions
 from dit_accel.values import option
 
@@ -108,7 +108,8 @@ def bench(given: dict[str, Any]) -> int:
             return 0
     if options.profile is not None:
         check_file(options.profile, (".txt",), option="--profile")
-        replace_file(options.profile, b"")
+        check_ours([options.profile], "--profile")
+        replace_file(options.profile, f"{MARK}\n".encode())
     found = Bench(device, options.impl, options.seconds, options.peer, options.profile).run(rows)
     records, status = measured(found, len(rows), options.output)
     _show(records, options)
@@ -167,6 +168,7 @@ def _check_files(options: BenchOptions) -> None:
         if options.list:
             raise DitAccelError("--list measures nothing, so there is no --picture to draw. Leave one of them out.")
         check_file(options.picture, IMAGE_ENDINGS, option="--picture")
+        check_ours([options.picture], "--picture")
         check_matplotlib()
     if options.output is not None:
         check_file(options.output, (".jsonl",))

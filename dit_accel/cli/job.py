@@ -6,13 +6,14 @@ import dataclasses
 import json
 import math
 import sys
+from collections.abc import Iterable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dit_accel import values
 from dit_accel.errors import DitAccelError
-from dit_accel.files import check_file, staged
+from dit_accel.files import MARK, check_file, check_new, check_ours, staged
 from dit_accel.generation import call, sources
 from dit_accel.generation import output as media
 from dit_accel.generation.candidate import Candidate
@@ -82,6 +83,7 @@ class GenerateJob:
             warning = f"{type(pipe).__name__} also made sound, and {path} has none: only pictures are written."
             print(f"warning: {warning}", file=sys.stderr)
         record = {
+            "note": MARK,
             "request": values.record(request),
             "pipeline": type(pipe).__name__,
             "setting": self.candidate.record(),
@@ -119,6 +121,8 @@ def prepare(request: GenerateRequest) -> GenerateJob:
     path = request.output or Path("output.mp4" if sizes.video else "output.png")
     pictures = not sizes.video or shape[0] == 1
     check_file(path, (media.VIDEO_ENDINGS if sizes.video else ()) + (media.IMAGE_ENDINGS if pictures else ()))
+    if request.prompts is None:
+        check_outputs([path], request)
     grid = sizes.grid(*shape)
     candidate.plans(grid)  # refuses what does not fit
     call.check_loras(request.lora)
@@ -130,6 +134,17 @@ def prepare(request: GenerateRequest) -> GenerateJob:
     if grid.text:
         grid = dataclasses.replace(grid, text=arguments.get(call.LENGTH, grid.text))
     return GenerateJob(request, candidate, check, source, arguments, fps, grid, path, device, dtype)
+
+
+def check_outputs(outputs: Iterable[Path], request: GenerateRequest) -> None:
+    """Refuse outputs with a file that exists, or that is not ours with --overwrite."""
+    tags = ("dense", "compare") if request.compare else ()
+    for path in outputs:
+        siblings = [path.with_name(media.sibling(path, tag)) for tag in tags]
+        files = [path, path.with_suffix(".json"), *siblings]
+        check_ours(files)
+        if not request.overwrite:
+            check_new(files)
 
 
 def _compare(dense: TimedOutput, accelerated: TimedOutput) -> dict[str, float | None]:

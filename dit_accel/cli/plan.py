@@ -13,7 +13,7 @@ import typer
 from dit_accel import registry
 from dit_accel.cli.options import JsonOptions, command
 from dit_accel.errors import DitAccelError
-from dit_accel.files import check_file, staged
+from dit_accel.files import check_file, check_ours, staged
 from dit_accel.generation.request import METHOD_FORM, SettingsOptions, SizeOptions, SourceOptions
 from dit_accel.values import option
 
@@ -77,6 +77,7 @@ def plan(given: dict[str, Any]) -> None:
     options = PlanOptions(**given)
     if options.image is not None:
         check_file(options.image, (".png",), option="--image")
+        check_ours([options.image], "--image")
     name, config = registry.parse_method(options.method, options.settings)
     made = registry.plan(name, options.tokens(), **config)
     facts = _facts(made)
@@ -85,9 +86,11 @@ def plan(given: dict[str, Any]) -> None:
         choices = made.implementation(options.gpu, head_dim=options.head_dim, learned=learned)
         facts["implementation"] = {options.gpu: [choice._asdict() for choice in choices]}
     if options.image is not None:
+        from dit_accel.generation.output import write_png
+
         picture = made.image()
         with staged(options.image) as stage:
-            picture.save(stage / options.image.name)
+            write_png(stage / options.image.name, picture)
     if options.json:
         typer.echo(json.dumps(facts, indent=2))
     else:

@@ -15,12 +15,13 @@ from dit_accel.errors import DitAccelError
 from dit_accel.eval import gates
 from dit_accel.eval.attention import MapChoice, parse_choice, record_attention
 from dit_accel.eval.metric import ChosenMetric, choose
+from dit_accel.eval.report import NAMES
 from dit_accel.eval.request import EvalRequest
 from dit_accel.eval.samples import Results, Store
 from dit_accel.eval.scoring import features_of
 from dit_accel.eval.summary import Evaluation, Summary, write
 from dit_accel.eval.sweep import PromptSeed, Sweep, folder_hash
-from dit_accel.files import check_folder, hold
+from dit_accel.files import check_folder, check_ours, hold
 from dit_accel.generation import call, captioned, prompts, sources
 from dit_accel.generation.candidate import Candidate
 from dit_accel.generation.processes import ProcessRank
@@ -124,6 +125,7 @@ class CheckedRequest:
         for candidate in candidates:
             candidate.plans(grid)  # refuses what does not fit
         check_folder(request.output)
+        check_ours(request.output / name for name in NAMES)
         if request.baselines is not None:
             check_folder(request.baselines, "--baselines")
         process = ProcessRank.join(request.device)

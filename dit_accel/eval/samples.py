@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -49,7 +50,7 @@ class Store:
         frames = np.ascontiguousarray(frames)  # safetensors writes memory in its order
         path = self.path(row["key"])
         row = row | {"sha256": hash_of(frames)}
-        replace_file(path, save({"frames": frames}, metadata={"row": json.dumps(row)}))
+        replace_file(path, save({"frames": frames}, metadata={"row": json.dumps(row)}), checked=True)
         return row
 
     def find(self, key: str) -> Row | None:
@@ -89,20 +90,27 @@ class Results:
         self.damaged: list[str] = []
 
     def read(self) -> None:
-        """Read what is there; `damaged` names the lines that are no rows, whose samples will be made again."""
-        for path in sorted(self.folder.glob("results*.jsonl")):
+        """Read what is there; `damaged` names the lines that are no rows, whose samples will be made again.
+
+        Raises:
+            DitAccelError: a file cannot be read, or has no row at all.
+        """
+        for path in sorted(filter(os.path.lexists, (self.folder / RESULTS, *self._parts()))):
             try:
                 content = path.read_bytes()
             except OSError as error:
                 raise DitAccelError(f"{path} cannot be read: {error.strerror or error}.") from error
-            for number, line in enumerate(content.split(b"\n"), 1):
-                if not line:
-                    continue
-                row = _row(line)
-                if row is None:
-                    self.damaged.append(f"{path.name}, line {number}")
-                else:
-                    self.rows[row["key"]] = row
+            lines = {number: line for number, line in enumerate(content.split(b"\n"), 1) if line}
+            rows = {number: _row(line) for number, line in lines.items()}
+            part = content.startswith(b'{"key": ')  # of a line, which a killed process leaves
+            if lines and not part and not any(rows.values()):
+                raise DitAccelError(f"{path} has no row of an evaluation. Move it, or choose another --output.")
+            self.damaged += [f"{path.name}, line {number}" for number, row in rows.items() if row is None]
+            self.rows |= {row["key"]: row for row in rows.values() if row is not None}
+
+    def _parts(self) -> list[Path]:
+        """The files of the other processes."""
+        return [path for path in self.folder.glob("results-*.jsonl") if path.stem.removeprefix("results-").isdecimal()]
 
     def add(self, row: Row) -> None:
         """Keep a row, on disk when this returns."""
@@ -114,8 +122,10 @@ class Results:
         ordered = {row["key"]: row for row in rows}
         ordered |= {key: row for key, row in self.rows.items() if key not in ordered}
         path = self.folder / RESULTS
-        replace_file(path, "".join(json.dumps(row, allow_nan=False) + "\n" for row in ordered.values()).encode())
-        for other in self.folder.glob("results-*.jsonl"):
+        replace_file(
+            path, "".join(json.dumps(row, allow_nan=False) + "\n" for row in ordered.values()).encode(), checked=True
+        )
+        for other in self._parts():
             other.unlink()
 
 

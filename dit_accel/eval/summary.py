@@ -21,10 +21,10 @@ from dit_accel.eval.request import EvalRequest
 from dit_accel.eval.samples import Row, key_of
 from dit_accel.eval.scoring import Figure, bootstrap, plain, score
 from dit_accel.eval.sweep import PromptSeed, Sweep
-from dit_accel.files import staged
+from dit_accel.files import MARK, staged
 from dit_accel.generation.candidate import Candidate
 from dit_accel.generation.captioned import Captioned
-from dit_accel.generation.output import write_frames
+from dit_accel.generation.output import write_frames, write_png
 from dit_accel.generation.processes import ProcessRank
 from dit_accel.generation.provenance import commit, machine, versions
 from dit_accel.generation.request import ModelRequest
@@ -85,6 +85,7 @@ def write(done: Evaluation, attention: Sequence[dict[str, Any]]) -> Summary | No
     listed = [_row(done, candidate, rows, scored[candidate.label][1]) for candidate in done.candidates]
     metrics = [metric.about() for metric in done.metrics]
     summary = {
+        "note": MARK,
         "title": f"{done.request.model}: quality and speed of {len(labels) - 1} settings",
         "made": _made(done),
         "metrics": metrics,
@@ -240,7 +241,7 @@ def _write_masks(done: Evaluation) -> list[dict[str, str]]:
             if isinstance(plan, RoutedPlan) or plan.density == 1:
                 continue
             name = f"{slug(candidate.label)}.png"
-            plan.image().save(stage / name)
+            write_png(stage / name, plan.image())
             listed.append({"row": candidate.label, "image": f"masks/{name}"})
     return listed
 

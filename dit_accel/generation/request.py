@@ -242,6 +242,7 @@ class GenerateRequest(MethodOptions, ModelRequest):
         None, "Verify, and keep layers dense whose relative error is above this.", metavar="ERROR", above=0
     )
     compare: bool = option(False, "Also generate densely; show both side by side with times, PSNR and SSIM.")
+    overwrite: bool = option(False, "Replace older outputs of this name that dit_accel wrote.")
     output: Path | None = option(
         None,
         "mp4, gif or png by its ending; a JSON record lies beside it. With --prompts a number follows the name, and "

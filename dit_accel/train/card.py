@@ -8,7 +8,7 @@ import pathlib
 
 from dit_accel.accelerator import Accelerator
 from dit_accel.errors import DitAccelError
-from dit_accel.files import replace_file
+from dit_accel.files import MARK, replace_file
 from dit_accel.generation.sources import EMBEDDED, Source
 from dit_accel.train.data import Dataset
 from dit_accel.train.settings import TrainSettings
@@ -53,7 +53,7 @@ class Base:
 def write_quality(folder: pathlib.Path, measured: str) -> None:
     """Write the measured quality, Markdown without headings, into a model card, in place of an earlier one."""
     before, after = split(folder)
-    replace_file(folder / CARD, f"{before}{QUALITY}{measured}{LIMITS}{after}".encode())
+    replace_file(folder / CARD, f"{before}{QUALITY}{measured}{LIMITS}{after}".encode(), checked=True)
 
 
 def split(folder: pathlib.Path) -> tuple[str, str]:
@@ -104,5 +104,6 @@ def write(
         call=json.dumps(dict(accel.trained.call)) if accel.trained is not None and accel.trained.call else None,
         quality=QUALITY,
         limits=LIMITS,
+        mark=MARK,
     )
     replace_file(folder / CARD, text.encode())

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from dit_accel.errors import DitAccelError
-from dit_accel.files import read_json, replace_file
+from dit_accel.files import MARK, read_json, replace_file
 from dit_accel.train.settings import INDEX
 
 FORMAT = 1
@@ -97,7 +97,7 @@ def write(folder: pathlib.Path, samples: Iterable[TrainingSample], negative: Cal
         _write_tensors(folder / _shard_name(shards), tensors)
     own, constants = _split(negative)
     _write_tensors(folder / "negative.safetensors", own)
-    index = {"format": FORMAT, "about": dict(about), "negative": constants, "samples": rows}
+    index = {"note": MARK, "format": FORMAT, "about": dict(about), "negative": constants, "samples": rows}
     replace_file(folder / INDEX, (json.dumps(index, indent=1) + "\n").encode())
     return len(rows)
 
@@ -197,4 +197,4 @@ def _shard_name(index: int) -> str:
 def _write_tensors(file: pathlib.Path, tensors: dict[str, torch.Tensor]) -> None:
     from safetensors.torch import save
 
-    replace_file(file, save({name: value.contiguous() for name, value in tensors.items()}))
+    replace_file(file, save({name: value.contiguous() for name, value in tensors.items()}, {"note": MARK}))

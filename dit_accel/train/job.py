@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import os
 import pathlib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from dit_accel.checkpoint import format as checkpoint
+from dit_accel.checkpoint import lora
 from dit_accel.errors import DitAccelError
+from dit_accel.files import check_file, check_folder, check_ours
 from dit_accel.generation import sources
 from dit_accel.generation.call import placement
 from dit_accel.generation.processes import meet
 from dit_accel.setting import Setting
+from dit_accel.train import card
 from dit_accel.train.data import Dataset, write
-from dit_accel.train.processes import check_tracker
+from dit_accel.train.processes import check_tracker, reserved
 from dit_accel.train.request import CLIPS, GENERATED, TrainRequest
 from dit_accel.train.settings import INDEX
+from dit_accel.train.state import LOSSES, read_losses
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -44,18 +50,20 @@ def run(request: TrainRequest) -> list[str]:
     sizes = source.sizes()
     shape = sizes.chosen(request.data.frames, request.data.height, request.data.width)
     size = {"height": shape[1], "width": shape[2]} | ({"num_frames": shape[0]} if sizes.video else {})
+    _check_output(request)
     device = processes.device if run.device == "auto" else placement(run.device, "float32", "none")[0]
     frozen = request.train.rank > 0 and request.train.precision == "bf16" and device.type == "cuda"
-    pipe = sources.load(source, torch.bfloat16 if frozen else torch.float32, device)
-
     folder = pathlib.Path(request.data.source) if request.data.prepared else run.output / "data"
-    with processes.main_process_first():
-        if processes.is_main_process and not (folder / INDEX).is_file():
-            _prepare(pipe, request, size, source.call_defaults(), folder)
-    if run.prepare:
-        return [f"training data: {folder}, {len(Dataset(folder))} samples"]
-    if run.search is not None:
-        return _search(pipe, request, candidates, folder, source.call_defaults().get("num_inference_steps", 50))
+    with reserved(run.output, processes.is_main_process):
+        pipe = sources.load(source, torch.bfloat16 if frozen else torch.float32, device)
+        with processes.main_process_first():
+            if processes.is_main_process and not (folder / INDEX).is_file():
+                _prepare(pipe, request, size, source.call_defaults(), folder)
+        if run.prepare:
+            return [f"training data: {folder}, {len(Dataset(folder))} samples"]
+        if run.search is not None:
+            steps = source.call_defaults().get("num_inference_steps", 50)
+            return _search(pipe, request, candidates, folder, steps)
     from dit_accel.train.card import Base
     from dit_accel.train.loop import train
     from dit_accel.train.state import Validation
@@ -67,6 +75,22 @@ def run(request: TrainRequest) -> list[str]:
     train(pipe, request.train, folder, run.output, base=Base.of(source), validation=validation, call=call)
     load = f"dit-accel generate --model {run.model} --load {run.output}"
     return [f"trained: {run.output}", f"try it: {load}"] if processes.is_main_process else []
+
+
+def _check_output(request: TrainRequest) -> None:
+    """Refuse an output that would replace what is not ours, before any weight is loaded."""
+    run = request.run
+    if run.search is not None:
+        check_file(run.search, (".json",), "--search")
+        check_ours([run.search], "--search")
+        if run.search.exists():
+            raise DitAccelError(f"--search {run.search} exists already. Choose another name, or remove it.")
+    check_folder(run.output)
+    if run.search is None and not run.prepare:
+        files = (card.CARD, checkpoint.SETTINGS_FILE, checkpoint.WEIGHTS_FILE, lora.LORA_FILE)
+        check_ours(run.output / name for name in files)
+        if os.path.lexists(run.output / LOSSES):
+            read_losses(run.output / LOSSES)
 
 
 def _prepare(

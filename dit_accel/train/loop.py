@@ -22,6 +22,7 @@ from torch import nn
 from dit_accel.accelerator import accelerate
 from dit_accel.checkpoint import lora as adapters
 from dit_accel.errors import DitAccelError
+from dit_accel.generation.processes import meet
 from dit_accel.generation.sampling import progress_bar
 from dit_accel.pipelines.targets import find_transformers
 from dit_accel.plans.gate import gate_of
@@ -32,7 +33,7 @@ from dit_accel.train.networks import TrainingNetworks, expanded
 from dit_accel.train.objectives import NEEDS_TEACHER, OBJECTIVES
 from dit_accel.train.prepare import Preparer, find_transformer
 from dit_accel.train.process import LevelSegments, process_of
-from dit_accel.train.processes import StopSignal, join
+from dit_accel.train.processes import StopSignal, join, reserved
 from dit_accel.train.settings import TrainSettings
 from dit_accel.train.state import Validation
 
@@ -62,13 +63,15 @@ def train(
         call: arguments of the pipeline's calls after training; saved with the result.
 
     Raises:
-        DitAccelError: data, model and settings do not fit, the loss is not finite, or the disk is full. Earlier
-            checkpoints stay.
+        DitAccelError: data, model and settings do not fit, another run has the folder, the loss is not finite, or the
+            disk is full. Earlier checkpoints stay.
     """
-    trainer = Trainer(pipe, settings, Dataset(pathlib.Path(data)), pathlib.Path(output), base, validation)
-    trainer.run()
-    trainer.export(dict(call or {}))
-    return pathlib.Path(output)
+    folder = pathlib.Path(output)
+    with reserved(folder, meet().is_main_process):
+        trainer = Trainer(pipe, settings, Dataset(pathlib.Path(data)), folder, base, validation)
+        trainer.run()
+        trainer.export(dict(call or {}))
+    return folder
 
 
 @dataclasses.dataclass
@@ -162,7 +165,7 @@ class Trainer:
     def run(self) -> None:
         """Train to the last step."""
         main = self.hf.is_main_process
-        curve = state.open_losses(self.output / "losses.jsonl", self.step) if main else None
+        curve = state.open_losses(self.output / state.LOSSES, self.step) if main else None
         stop = StopSignal(hold=self.hf.num_processes == 1)  # a checkpoint needs all processes
         began, first, settings = time.monotonic(), self.step, self.settings
         with progress_bar("training: loss {task.fields[loss]}, {task.fields[pace]} steps/s", show=main) as bar, stop:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import pathlib
 import signal
+import sys
 import threading
+from collections.abc import Iterator
 from typing import Any
 
 from dit_accel.errors import DitAccelError
+from dit_accel.files import hold
 from dit_accel.generation.processes import meet
 from dit_accel.train.settings import TrainSettings
 
@@ -23,6 +27,15 @@ def check_tracker(name: str | None) -> None:
             f"The tracker {name!r} is not installed, or unknown to accelerate. Installed: "
             f"{', '.join(installed) or 'none'}. Choose one of them, or none: losses.jsonl has the losses."
         )
+
+
+@contextlib.contextmanager
+def reserved(output: pathlib.Path, main: bool) -> Iterator[None]:
+    """Keep other runs out of the output folder during the block; the `main` process does it for all of a run."""
+    with hold(output) if main else contextlib.nullcontext() as locked:
+        if locked is False:
+            print(f"{output} has no locks; start no other training into it.", file=sys.stderr)
+        yield
 
 
 def join(settings: TrainSettings, output: pathlib.Path) -> Any:

@@ -41,6 +41,15 @@ class RunOptions(SourceOptions, DeviceOptions):
     )
     output: Path = option(Path("trained"), "Of the run; a run that was stopped goes on.", metavar="FOLDER")
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        searching = {"--candidate": self.candidates, "--threshold": self.threshold, "--budget": self.budget}
+        unused = [flag for flag, value in searching.items() if value not in (None, ())]
+        if self.search is None and unused:
+            raise DitAccelError(f"{', '.join(unused)} belong to --search FILE.json, and none came.")
+        if self.search is not None and (self.prepare or self.samples):
+            raise DitAccelError("--search trains nothing; leave out --prepare and --prompt.")
+
     def candidate_configs(self, method: str) -> list[Any]:
         """The Configs that a layer search tries; it needs some, and either a threshold or a budget."""
         if (self.threshold is None) == (self.budget is None):

@@ -6,10 +6,11 @@ as an uninterrupted one. A checkpoint is a folder that gets its name when it is 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import pathlib
-import shutil
+import re
 from collections.abc import Mapping
 from typing import Any, TextIO
 
@@ -20,7 +21,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from dit_accel.errors import DitAccelError, first_line
-from dit_accel.files import replace_file, staged
+from dit_accel.files import MARK, read_json, replace_file, staged
 from dit_accel.generation import sampling
 from dit_accel.generation.output import write_frames
 
@@ -28,6 +29,7 @@ PARTS = ("weights", "average", "optimizer")
 SCALER = "loss scale"  # stored with the optimizer's state; no weight has this name
 CHANGES = ("scale", "_growth_tracker")  # state of a loss scaler that changes from step to step
 STATE = "state.json"
+LOSSES = "losses.jsonl"
 KEPT = 2
 
 Tensors = dict[str, torch.Tensor]
@@ -96,11 +98,14 @@ def save(folder: pathlib.Path, step: int, parts: Mapping[str, Tensors], record: 
         with staged(target) as stage:
             (stage / target.name).mkdir()
             for name in PARTS:
-                save_file(parts[name], stage / target.name / f"{name}.safetensors")
-            state = json.dumps({"step": step, "record": record}, indent=1) + "\n"
+                save_file(parts[name], stage / target.name / f"{name}.safetensors", {"note": MARK})
+            state = json.dumps({"note": MARK, "step": step, "record": record}, indent=1) + "\n"
             (stage / target.name / STATE).write_text(state, encoding="utf-8")
         for old in found(folder)[:-KEPT]:
-            shutil.rmtree(old)
+            for name in (STATE, *(f"{part}.safetensors" for part in PARTS)):
+                (old / name).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # somebody's file is in it
+                old.rmdir()
     except (DitAccelError, OSError, SafetensorError) as error:  # a full disk raises any of them
         kept = found(folder)
         raise DitAccelError(
@@ -112,8 +117,9 @@ def save(folder: pathlib.Path, step: int, parts: Mapping[str, Tensors], record: 
 
 
 def found(folder: pathlib.Path) -> list[pathlib.Path]:
-    """Complete checkpoints, the oldest first."""
-    return sorted(path.parent for path in folder.glob(f"step-*/{STATE}"))
+    """Complete checkpoints, the oldest first; a copy under another name is none."""
+    named = (path.parent for path in folder.glob(f"step-*/{STATE}"))
+    return sorted(path for path in named if re.fullmatch(r"step-\d{8,}", path.name))
 
 
 def load(checkpoint: pathlib.Path) -> tuple[int, dict[str, Tensors], dict[str, Any]]:
@@ -121,14 +127,21 @@ def load(checkpoint: pathlib.Path) -> tuple[int, dict[str, Tensors], dict[str, A
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
+    remedy = "Delete its folder to resume from the one before."
+    content = read_json(checkpoint / STATE, "state of a checkpoint", remedy, ("step", "record"))
+    step, record = content["step"], content["record"]
+    if (
+        type(step) is not int
+        or step < 1
+        or not isinstance(record, dict)
+        or not isinstance(record.get("settings"), dict)
+    ):
+        raise DitAccelError(f"{checkpoint / STATE} is damaged: step {step!r}, record {record!r}. {remedy}")
     try:
-        content = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
         parts = {name: load_file(checkpoint / f"{name}.safetensors") for name in PARTS}
     except (OSError, ValueError, SafetensorError) as error:
-        raise DitAccelError(
-            f"The checkpoint {checkpoint} is damaged ({error}). Delete it to resume from the one before."
-        ) from error
-    return content["step"], parts, content["record"]
+        raise DitAccelError(f"The checkpoint {checkpoint} is damaged ({error}). {remedy}") from error
+    return step, parts, record
 
 
 def open_losses(path: pathlib.Path, step: int) -> TextIO:
@@ -138,14 +151,27 @@ def open_losses(path: pathlib.Path, step: int) -> TextIO:
         step: of the checkpoint that the run resumes from; rows of later steps are dropped.
     """
     kept = [row for row in read_losses(path) if row["step"] <= step] if path.exists() else []
-    replace_file(path, "".join(json.dumps(row) + "\n" for row in kept).encode())
+    replace_file(path, "".join(json.dumps(row) + "\n" for row in kept).encode(), checked=True)
     return path.open("a", buffering=1, encoding="utf-8")
 
 
 def read_losses(path: pathlib.Path) -> list[dict[str, Any]]:
-    """The complete rows of a loss curve, without the incomplete last line that a killed process leaves."""
-    lines = path.read_text(encoding="utf-8").split("\n")
-    return [json.loads(line) for line in lines[:-1]]
+    """The complete rows of a loss curve, without the incomplete last line that a killed process leaves.
+
+    Raises:
+        DitAccelError: the file cannot be read, or a line is not a row.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+        rows = [json.loads(line) for line in lines[:-1]]
+    except (OSError, ValueError, RecursionError) as error:
+        raise DitAccelError(f"{path} is no loss curve ({first_line(error)}). Move it, or restore its lines.") from error
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row, dict) or type(row.get("step")) is not int or "loss" not in row:
+            raise DitAccelError(
+                f"{path}, line {number}, is no row of a loss curve. Move the file, or restore the line."
+            )
+    return rows
 
 
 @dataclasses.dataclass(frozen=True)

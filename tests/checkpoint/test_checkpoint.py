@@ -255,7 +255,7 @@ def test_an_adapters_file_has_the_same_bytes_every_time(tiny_wan, tmp_path):
     path = tmp_path / adapters.LORA_FILE
     path.write_bytes(content)
     with safetensors.safe_open(path, "pt") as file:
-        assert sorted(file.metadata()) == ["format", adapters.LORA_METADATA]
+        assert sorted(file.metadata()) == ["format", adapters.LORA_METADATA, "note"]
         weights = {key: file.get_tensor(key) for key in file.keys()}
     own = {f"transformer.{name}": weight for name, weight in transformer.named_parameters() if "lora_" in name}
     assert len(weights) == 2

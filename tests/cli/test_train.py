@@ -4,6 +4,10 @@ import json
 
 import pytest
 
+from dit_accel import files
+from dit_accel.errors import DitAccelError
+from dit_accel.train.settings import TrainSettings
+
 SIZE = ("--frames", "5", "--height", "32", "--width", "48")
 METHOD = ("--method", "sla:topk=0.3", "--set", "block=16")
 SEARCH = ("--search", "a.json", "--method", "sla", "--budget", ".5")
@@ -44,6 +48,33 @@ def test_prepare_train_and_generate(cli, demo, tmp_path):
     assert "Not measured" not in measured
     before, after = card.split("Not measured yet", 1)
     assert measured.startswith(before) and measured.endswith(after[after.index("\n\n## Limits") :])
+
+
+@pytest.mark.parametrize("task", [(), ("--prepare",), (*SEARCH, "--candidate", "topk=0.5,block=16")])
+def test_a_folder_in_use_is_refused(cli, demo, tmp_path, task):
+    (tmp_path / "trained").mkdir()
+    with files.hold(tmp_path / "trained"):
+        before = sorted(tmp_path.rglob("*"))
+        options = (
+            "--data",
+            "clips",
+            "--count",
+            1,
+            *SIZE,
+            *(task if "--search" in task else (*METHOD, *task)),
+            "--output",
+            tmp_path / "trained",
+        )
+        outcome = cli("train", *options)
+        assert outcome.status == 2 and "is in use by process" in outcome.err
+        assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_two_trainings_from_python_cannot_share_a_folder(demo, tmp_path):
+    from dit_accel.train.loop import train
+
+    with files.hold(tmp_path / "trained"), pytest.raises(DitAccelError, match="is in use by process"):
+        train(None, TrainSettings(method="sla"), tmp_path, tmp_path / "trained", base=None)
 
 
 def test_a_distilled_model_is_sampled_in_its_steps(cli, demo, tmp_path):
@@ -96,6 +127,8 @@ def refused(cli, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ((*METHOD, "--data", "clips", "--candidate", "topk=0.5"), "--candidate belong to --search"),
+        ((*METHOD, "--data", "clips", "--budget", "0.5"), "--budget belong to --search"),
         (("--recipe", "sla-dem"), "Did you mean 'sla-demo'"),
         (("--method", "slaa"), "Did you mean 'sla'"),
         ((*METHOD,), "need prompts"),

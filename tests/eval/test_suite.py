@@ -1,5 +1,7 @@
 """Evaluations written down in YAML."""
 
+import itertools
+
 import pytest
 
 from dit_accel.errors import DitAccelError
@@ -33,6 +35,15 @@ def test_values(tmp_path):
         ("steps: many", "steps is a whole number or none, got 'many'"),
         ("steps: true", "steps is a whole number or none, got True"),
         ("seeds: [0, x]", "seeds is a list, each a whole number, got (0, 'x')"),
+        ("steps: 1\nsteps: 2", "steps is there twice"),
+        ("methods: [{method: gna, dense_steps: 1, dense_steps: 2}]", "dense_steps is there twice"),
+        ("[" * 100_000, "nests too deep"),
+        (
+            "a: &a [0, 0]\n"
+            + "".join(f"{k}: &{k} [*{j}, *{j}]\n" for j, k in itertools.pairwise("abcdefghijklmnopqrstu")),
+            "unfold to more than 100,000",
+        ),
+        ("methods: &m [*m]", "unfold to more than"),
         ("- demo", "should hold keys and values"),
         ("model: [", "is not YAML"),
         ("methods: [gnaa]", "Did you mean 'gna'?"),

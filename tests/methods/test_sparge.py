@@ -227,3 +227,20 @@ def test_at_density_keeps_that_share():
     grid = TokenGrid(8, 32, 32)
     plan = SpargePlan(Config(**get_method("sparge").at_density(grid, 0.25)), grid)
     assert plan.density == pytest.approx(0.25)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [*SETTINGS.values(), {"topk": 0.1, "topp": 0.0, "score": "error", "tail": "mean"}],
+    ids=[*SETTINGS, "error"],
+)
+@pytest.mark.parametrize("grid", [VIDEO, TEXT], ids=str)
+def test_nan_in_one_token_is_nan_in_all_of_its_sample_and_head(grid, settings):
+    q, k, v, _ = inputs(grid)
+    for x in (q, k, v):
+        x[1, 2, grid.visual_start + 40] = torch.nan
+    out = SpargePlan(Config(**{**SMALL, **settings}), grid).attend(q, k, v)
+    lost = out.isnan().all(-1)
+    assert lost[1, 2].all(), "as with dense attention"
+    lost[1, 2] = False
+    assert not lost.any()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from dit_accel.eval.report import fields
+from dit_accel.files import MARK
 
 LEGEND = "↑ more is better, ↓ less is better. Intervals hold 95 % of the bootstrap over prompts."
 
@@ -24,6 +25,7 @@ def render(summary: dict[str, Any]) -> str:
     parts.append("\n".join(f"* {fields.heading(metric)}: {metric['about']}" for metric in summary["metrics"]))
     origin = "\n".join(f"* {name}: {plain(value)}" for name, value in summary["made"].items())
     parts.append(f"## How it was made\n\n{origin}")
+    parts.append(f"<!-- {MARK} -->")
     return "\n\n".join(parts) + "\n"
 
 

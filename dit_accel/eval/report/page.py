@@ -10,6 +10,7 @@ from typing import Any
 from dit_accel.errors import DitAccelError
 from dit_accel.eval.report import fields, pictures
 from dit_accel.eval.report.markdown import LEGEND, plain
+from dit_accel.files import MARK
 
 HERE = Path(__file__).parent
 KINDS = {".mp4": "video/mp4", ".webm": "video/webm", ".png": "image/png", ".jpg": "image/jpeg", ".gif": "image/gif"}
@@ -23,7 +24,7 @@ def render(summary: dict[str, Any], folder: Path) -> str:
     environment = Environment(
         loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.globals.update(fields=fields, plain=plain, legend_text=LEGEND)
+    environment.globals.update(fields=fields, mark=MARK, plain=plain, legend_text=LEGEND)
     environment.filters["breakable"] = lambda label: escape(label).replace(",", Markup(",<wbr>"))
     return environment.get_template("page.html.j2").render(
         summary=summary,

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from dit_accel.eval.report import fields
+from dit_accel.files import MARK
 from dit_accel.generation.output import check_matplotlib
 
 if TYPE_CHECKING:
@@ -76,7 +77,7 @@ def pareto(summary: dict[str, Any]) -> bytes:
         handles.append(Line2D([], [], color=INK, linewidth=1, alpha=0.5, label="Pareto front"))
         figure.legend(handles=handles, loc="outside lower center", ncols=3 * columns, frameon=False)
         file = io.BytesIO()
-        figure.savefig(file, format="png", dpi=120)
+        figure.savefig(file, format="png", dpi=120, metadata={"Comment": MARK})
         return file.getvalue()
 
 

@@ -103,7 +103,7 @@ def _scores(
     cells: int,
     scale: float,
 ) -> torch.Tensor:
-    """Scores [B, H, rows, key blocks] of some rows; NaN counts as -inf.
+    """Scores [B, H, rows, key blocks] of some rows; NaN counts as inf, so that it is kept and shows in the output.
 
     Args:
         queries: cell means of the rows, [B, H, rows, cells, D].
@@ -112,6 +112,7 @@ def _scores(
         part: the rows.
         cells, scale: as in `RouterCall`.
     """
+    queries = torch.where(queries.isfinite(), queries, 0)  # else all scores of a row are NaN, and none stands out
     if cells == 1:
         scores = queries[..., 0, :] @ keys[..., 0, :].mT
     else:
@@ -120,7 +121,7 @@ def _scores(
         held_q, held_k = (cell_sizes(order, cells, queries.device) > 0 for order in orders)
         logits = logits.masked_fill(~(held_q[part, :, None, None] & held_k), -torch.inf)
         scores = logits.logsumexp((-3, -1))
-    return torch.nan_to_num(scores, nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
+    return torch.nan_to_num(scores, nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
 
 
 def _choose(

@@ -23,13 +23,14 @@ def route(q: torch.Tensor, k: torch.Tensor, call: RouterCall) -> tuple[torch.Ten
     (queries, has_q), (keys, has_k) = (
         _means(x.to(wide), order, call.cells) for x, order in zip((q, k), orders, strict=True)
     )
+    queries = torch.where(queries.isfinite(), queries, 0)  # else all scores of a row are NaN, and none stands out
     if call.cells == 1:
         scores = queries[..., 0, :] @ keys[..., 0, :].mT
     else:
         logits = torch.einsum("bhiad,bhjcd->bhijac", queries, keys) * call.scale
         both = has_q[:, None, :, None] & has_k[None, :, None, :]
         scores = logits.masked_fill(~both, -torch.inf).flatten(-2).logsumexp(-1)
-    scores = torch.where(scores.isnan(), -torch.inf, scores)
+    scores = torch.where(scores.isnan(), torch.inf, scores)
     chosen = torch.zeros_like(scores, dtype=torch.bool)
     if call.tau is not None:
         products = queries[..., 0, :].unsqueeze(-2) * keys[..., 0, :].unsqueeze(-3)  # [B, H, i, j, D]

@@ -60,6 +60,7 @@ def products(
     found = tl.zeros([ROWS, COLUMNS], tl.float32)
     for first_d in tl.range(0, D, PART):  # whole rows of D do not fit the registers
         b_q = load_means(query_means, row, a, first_d, query_blocks, D, CELLS, ROWS, PART)
+        b_q = tl.where(tl.abs(b_q) < float("inf"), b_q, 0.0)  # else all scores of a row are NaN, and none stands out
         b_k = load_means(key_means, column, b, first_d, key_blocks, D, CELLS, COLUMNS, PART)
         found = tl.dot(b_q, tl.trans(b_k), found, input_precision="ieee")
     return found
@@ -97,7 +98,7 @@ def scores_kernel(
             base = tl.where(above == float("-inf"), 0.0, above)  # where no pair was seen yet
             total = total * tl.exp(highest - base) + tl.exp(logit - base)
             highest = above
-        found = tl.where(highest == float("-inf"), highest, highest + tl.log(total))
+        found = tl.where((highest == float("-inf")) & (total == 0.0), highest, highest + tl.log(total))
     place = (tl.program_id(1).to(tl.int64) * query_blocks + rows[:, None]) * key_blocks + columns[None, :]
     tl.store(scores + place, found, mask=(rows < query_blocks)[:, None] & (columns < key_blocks)[None, :])
 
@@ -140,7 +141,7 @@ def lists_kernel(
     columns = tl.arange(0, WIDTH)
     exists = columns < blocks
     score = tl.load(scores + row * blocks + columns, mask=exists, other=float("-inf"))
-    score = tl.where(score == score, score, float("-inf"))
+    score = tl.where(score == score, score, float("inf"))
     chosen = columns < 0
     if HAS_THRESHOLD:
         chosen = chosen | (score > tl.load(thresholds + row))

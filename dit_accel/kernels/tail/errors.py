@@ -50,5 +50,5 @@ def tail_errors(
 
 def most_wrong(errors: Tensor, lists: BlockLists) -> BlockLists:
     """As many blocks of every row as `lists` has, those with the largest errors; the first of equal ones."""
-    chosen = best(errors.nan_to_num(nan=-torch.inf, posinf=torch.inf), None, lists.counts)
+    chosen = best(errors.nan_to_num(nan=torch.inf, posinf=torch.inf), None, lists.counts)
     return BlockLists(*lists_of(chosen, lists.indices.shape[-1]))

@@ -76,9 +76,10 @@ def test_a_row_that_nothing_chooses_lists_its_best_block(impl):
 
 
 @pytest.mark.parametrize("impl", NAMES)
-def test_minus_zero_is_zero_and_nan_is_last(impl):
-    assert one_row([-0.0, 0.0, math.nan], Rule(topk=1), impl).tolist() == [True, False, False]
-    assert one_row([math.nan, -math.inf, -3.0], Rule(topk=1), impl).tolist() == [False, False, True]
+def test_minus_zero_is_zero_and_nan_is_first(impl):
+    assert one_row([-0.0, 0.0, -1.0], Rule(topk=1), impl).tolist() == [True, False, False]
+    assert one_row([-0.0, 0.0, math.nan], Rule(topk=1), impl).tolist() == [False, False, True]
+    assert one_row([-math.inf, math.nan, -3.0], Rule(topk=1), impl).tolist() == [False, True, False]
 
 
 @pytest.mark.parametrize("impl", NAMES)
@@ -217,3 +218,13 @@ def test_bad_calls_are_refused(change, message):
     order, x = TokenOrder(grid, 4), torch.randn(1, 1, grid.tokens, 6)
     with pytest.raises(DitAccelError, match=message):
         route(change.get("q", x), x, order, order, change.get("rule", Rule)(), scale=change.get("scale"))
+
+
+@pytest.mark.parametrize("impl", ["reference", "portable"])
+@pytest.mark.parametrize("rule", ["topk", "topp", "union", "cells", "guard"])
+def test_a_block_with_nan_is_listed_in_every_row(rule, impl):
+    grid = TokenGrid(3, 5, 7)
+    q, k = inputs(grid, torch.float32)
+    q[0, 1, 50] = k[0, 1, 50] = torch.nan
+    listed = blocks(q, k, RULES[rule](27, 27), grid, impl=impl)
+    assert listed[0, 1, :, 50 // 4].all()

@@ -113,3 +113,13 @@ def test_what_it_cannot_route_is_routed_by_another():
     for order, name in ((orders[0], "portable"), (fits, "triton"), (long, "portable")):
         facts = Facts.of(torch.device(DEVICE), torch.float32, 8, order, order)
         assert choose_impl(facts, "triton").name == name
+
+
+@pytest.mark.parametrize("rule", ["topk", "topp", "union", "cells", "guard"])
+def test_a_block_with_nan_is_listed_in_every_row(rule):
+    grid = TokenGrid(3, 5, 7)
+    q, k = inputs(grid, torch.float32)
+    q[0, 1, 50] = k[0, 1, 50] = torch.nan
+    orders = TokenOrder(grid, 16), TokenOrder(grid, 16)
+    found = lists(q, k, orders, RULES[rule](7, 7), "triton")
+    assert dense(found, 7)[0, 1, :, 50 // 16].all()
