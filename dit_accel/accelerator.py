@@ -7,6 +7,7 @@ import functools
 import os
 import pathlib
 import statistics
+import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -18,7 +19,7 @@ from dit_accel.caches.step_cache import StepCache
 from dit_accel.checkpoint import format as checkpoint
 from dit_accel.checkpoint import lora as adapters
 from dit_accel.checkpoint.lora import Trained
-from dit_accel.errors import DitAccelError
+from dit_accel.errors import DitAccelError, DitAccelWarning
 from dit_accel.hooks.engine import Engine
 from dit_accel.hooks.plan_cache import PlanCache
 from dit_accel.hooks.report import Report
@@ -58,7 +59,7 @@ class Accelerator:
         self.setting, self.impl = setting, impl
         self.transformers = {name: transformer for name, (transformer, _) in transformers.items()}
         self._clock = StepClock(pipeline)
-        self._plans = {config: PlanCache(method, config) for config in setting.configs()}
+        self._plans = {config: PlanCache(method, config, setting.layers is None) for config in setting.configs()}
         shared = method, setting, self._clock, self._plans, impl, check
         self._engines = [Engine(name, module, family, *shared) for name, (module, family) in transformers.items()]
         self._notes = notes
@@ -76,6 +77,13 @@ class Accelerator:
                 engine.detach()
             raise
         self.active = True
+        layers, method = [layer for engine in self._engines for layer in engine.layers], self.setting.method
+        if method != "dense" and all(layer.dense_reason for layer in layers):
+            warnings.warn(
+                f"Every layer stays dense, so {method} computes nothing. Give fewer dense_layers or other settings.",
+                DitAccelWarning,
+                stacklevel=3,
+            )
         for transformer in self.transformers.values():
             _ACTIVE[transformer] = weakref.ref(self)
 

@@ -59,11 +59,9 @@ def check_ours(paths: Iterable[Path], option: str = "--output") -> None:
 
 
 def check_new(paths: Iterable[Path], option: str = "--output") -> None:
-    """Refuse an output of which a file exists."""
+    """Refuse an output of which a file exists; `check_ours` comes first."""
     for path in filter(os.path.lexists, paths):
-        raise DitAccelError(
-            f"{option}: {path} exists already. Choose another name, or add --overwrite if dit_accel wrote it."
-        )
+        raise DitAccelError(f"{option}: {path} exists. Add --overwrite to replace it, or choose another name.")
 
 
 def replace_file(file: Path, content: bytes, *, checked: bool = False) -> None:

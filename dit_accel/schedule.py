@@ -60,6 +60,13 @@ class Schedule:
         """Whether the answer depends on the denoising step."""
         return bool(self.dense_steps or self.dense_last_steps)
 
+    def all_dense(self, steps: int) -> str | None:
+        """The sentence that says so, if every one of so many steps stays dense."""
+        if sum(_amount_of(amount, steps) for amount in (self.dense_steps, self.dense_last_steps)) < steps:
+            return None
+        given = " and ".join(f"{name}={value}" for name in STEPS if (value := getattr(self, name)))
+        return f"{given} of {steps} steps leaves no sparse step: the run is dense"
+
     def layers(self, total: int) -> frozenset[int]:
         """Indices of the dense layers among `total`."""
         if isinstance(self.dense_layers, tuple):

@@ -2,6 +2,7 @@
 
 import gc
 import json
+import warnings
 import weakref
 
 import numpy as np
@@ -13,6 +14,7 @@ from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from torch import nn
 
 import dit_accel
+from dit_accel.errors import DitAccelWarning
 from dit_accel.methods.sla import SparseLinearAttention
 
 
@@ -91,6 +93,33 @@ def test_a_processor_set_since_is_left_and_named(tiny_wan, wan_inputs):
     assert accel.remove() == ["transformer.blocks.1.attn1"]
     assert transformer.blocks[1].attn1.processor is mine
     assert not any("sparse_linear" in name for name in transformer.state_dict())
+
+
+def test_processors_that_a_pipeline_sets_for_a_call_are_counted(tiny_wan, wan_inputs):
+    """As the pipelines of perturbed-attention guidance do: they put ours back before the call ends."""
+    transformer, inputs = tiny_wan(), wan_inputs()
+    with dit_accel.accelerated(transformer, "gna", **WINDOW) as accel:
+        ours = transformer.attn_processors
+        transformer.blocks[1].attn1.set_processor(WanAttnProcessor())
+        with pytest.warns(DitAccelWarning, match="perturbed-attention guidance"):
+            run(transformer, inputs)
+        for _ in range(3):
+            run(transformer, inputs)
+        transformer.set_attn_processor(dict(ours))
+        run(transformer, inputs)
+        first, second = accel.report().layers
+    assert (first.sparse_calls, first.dense_calls, second.sparse_calls) == (5, 0, 1)
+    assert second.dense_reasons == {"ran WanAttnProcessor": 4} and second.left is None
+
+
+def test_every_layer_dense_is_said_at_once(tiny_wan):
+    transformer = tiny_wan()
+    with pytest.warns(DitAccelWarning, match="Every layer stays dense, so gna computes nothing"):
+        dit_accel.accelerate(transformer, "gna", dense_layers=1.0, **WINDOW).remove()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        dit_accel.accelerate(transformer, "gna", dense_layers=1, **WINDOW).remove()
+        dit_accel.accelerate(transformer, "dense").remove()
 
 
 def test_a_lora_loaded_in_between_stays(tiny_wan, wan_inputs):

@@ -21,6 +21,7 @@ from dit_accel.files import MARK, check_ours, read_json, replace_file
 from dit_accel.generation import prompts
 from dit_accel.generation.processes import ProcessRank
 from dit_accel.generation.request import GenerateRequest
+from dit_accel.hooks.report import NOTHING_GAINED
 
 DIGITS = 4  # of the number behind the name of an output
 
@@ -71,7 +72,9 @@ def run(request: GenerateRequest) -> None:
             prompt = outputs[path].prompt
             if warning := prepared.warning(prompt):
                 typer.echo(f"{path}: {warning}", err=True)
-            prepared.make(pipe, outputs[path])
+            lines = prepared.make(pipe, outputs[path])
+            if lines[-1] == NOTHING_GAINED:
+                typer.echo(f"{path}: {NOTHING_GAINED}", err=True)
             made += 1
             _write_manifest(manifest, outputs)
             typer.echo(f"{path}: {prompt}")

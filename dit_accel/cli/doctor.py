@@ -14,6 +14,7 @@ import typer
 
 from dit_accel.cli.options import JsonOptions, command
 from dit_accel.errors import DitAccelError, first_line
+from dit_accel.generation.provenance import free_memory
 from dit_accel.generation.request import DeviceOptions, SourceOptions
 from dit_accel.values import option
 
@@ -147,11 +148,3 @@ def weight_bytes(source: Source, dtype: torch.dtype) -> dict[str, int]:
             ) from error
         found[name] = sum(weight.numel() for weight in module.parameters()) * dtype.itemsize
     return found
-
-
-def free_memory(device: torch.device) -> int:
-    """Bytes that are free on a device; on a CPU what the machine says is available."""
-    import psutil
-    import torch
-
-    return int(torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available)

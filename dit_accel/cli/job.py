@@ -20,6 +20,7 @@ from dit_accel.generation.candidate import Candidate
 from dit_accel.generation.provenance import machine, versions
 from dit_accel.generation.request import GenerateRequest
 from dit_accel.generation.sampling import TimedOutput, check_seeds, sample
+from dit_accel.hooks.report import NOTHING_GAINED
 from dit_accel.hooks.selfcheck import SelfCheck
 
 if TYPE_CHECKING:
@@ -101,7 +102,11 @@ class GenerateJob:
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
         }
         _write(path, record, title, runs)
-        return [str(report), *_summary(path, record, title)]
+        return [
+            str(report),
+            *_summary(path, record, title),
+            *([NOTHING_GAINED] if NOTHING_GAINED in str(report) else []),
+        ]
 
 
 def prepare(request: GenerateRequest) -> GenerateJob:
@@ -131,6 +136,10 @@ def prepare(request: GenerateRequest) -> GenerateJob:
     image = None if request.image is None else call.open_image(request.image)
     arguments = request.arguments(kind, own, shape, video=sizes.video, prompt=request.prompt, image=image)
     fps = request.rate(kind, source, arguments) if sizes.video else None
+    steps = call.default_of(kind, arguments, "num_inference_steps")
+    if candidate.setting is not None and isinstance(steps, int):
+        if remark := candidate.setting.schedule.all_dense(steps):
+            print(f"warning: {remark}.", file=sys.stderr)
     if grid.text:
         grid = dataclasses.replace(grid, text=arguments.get(call.LENGTH, grid.text))
     return GenerateJob(request, candidate, check, source, arguments, fps, grid, path, device, dtype)

@@ -77,6 +77,10 @@ def opened(
     """A checked evaluation, whose model is loaded and whose samples are not yet made; its folder is held."""
     checked = CheckedRequest.of(request, candidates, maps)
     process, arguments = checked.process, checked.arguments
+    steps = call.default_of(checked.source.pipeline_class(), arguments({}), "num_inference_steps")
+    for candidate in candidates if isinstance(steps, int) and process.main else ():
+        if candidate.setting is not None and (remark := candidate.setting.schedule.all_dense(steps)):
+            print(f"warning: {candidate.label}: {remark}.", file=sys.stderr)
     with hold(request.output) if process.main else contextlib.nullcontext() as locked:
         if locked is False:
             print(f"{request.output} has no locks; start no other evaluation into it.", file=sys.stderr)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from dit_accel.errors import DitAccelError
 from dit_accel.files import append, replace_file
+from dit_accel.values import fits
 
 if TYPE_CHECKING:
     import numpy as np
@@ -22,7 +24,11 @@ if TYPE_CHECKING:
 Row = dict[str, Any]
 
 RESULTS = "results.jsonl"
-FIELDS = ("key", "label", "prompt", "seed", "sha256", "seconds", "denoising_seconds", "density")  # a row has them all
+FIELDS = {  # a row has them all
+    "key": str, "label": str, "prompt": str, "seed": int, "sha256": str,
+    "seconds": float, "denoising_seconds": float, "attention_seconds": float | None, "density": float,
+    "steps": int, "peak_memory": int | None, "cached": bool,
+}  # fmt: skip
 
 
 def key_of(identity: dict[str, Any]) -> str:
@@ -62,7 +68,7 @@ class Store:
             return None
         try:
             with safe_open(path, "numpy") as file:
-                row = json.loads((file.metadata() or {}).get("row", "null"))
+                row = _row((file.metadata() or {}).get("row", "null").encode())
                 intact = row is not None and hash_of(file.get_tensor("frames")) == row["sha256"]
         except (SafetensorError, OSError, ValueError):
             return None
@@ -133,6 +139,8 @@ def _row(line: bytes) -> Row | None:
     """A row from its line, or None if it is not one."""
     try:
         row = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
-    return row if isinstance(row, dict) and all(field in row for field in FIELDS) else None
+    if not isinstance(row, dict) or not all(name in row and fits(row[name], kind) for name, kind in FIELDS.items()):
+        return None
+    return row if all(0 < row[name] < math.inf for name in ("seconds", "denoising_seconds")) else None

@@ -99,7 +99,7 @@ class Candidate:
         if self.setting is None:
             return []
         method, device = get_method(self.setting.method), torch.device("cpu")
-        return [PlanCache(method, config).get(grid, device) for config in self.setting.configs()]
+        return [PlanCache(method, config, not self.layered).get(grid, device) for config in self.setting.configs()]
 
     def record(self) -> dict[str, Any]:
         """The setting as plain values; dense for the untouched pipeline."""

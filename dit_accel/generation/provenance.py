@@ -55,6 +55,14 @@ def machine() -> dict[str, object]:
     }
 
 
+def free_memory(device: torch.device) -> int:
+    """Bytes that are free on a device; on a CPU what the machine says is available."""
+    import psutil
+    import torch
+
+    return int(torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available)
+
+
 def processor() -> str:
     """The processor's name, from /proc/cpuinfo if there is one: `platform.processor` says less."""
     try:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from dit_accel.generation.sources import Source
     from dit_accel.pipelines.family import Family
 
+MOST_STEPS = 10_000  # models learn 1,000 noise levels
 PROMPT = "a red circle moves right on a blue background"  # shows what the embedded model can draw
 METHOD_FORM = "METHOD[:KEY=VALUE,...]"
 CACHE_FORM = "CACHE[:KEY=VALUE,...]"
@@ -81,7 +82,7 @@ class SamplingOptions(SizeOptions):
     PANEL: ClassVar[str] = "Sampling"
 
     negative_prompt: str | None = option(None, "What not to show.")
-    steps: int | None = option(None, "Denoising steps; the model's own number if not given.", least=1)
+    steps: int | None = option(None, "Denoising steps; the model's own number if not given.", least=1, most=MOST_STEPS)
     guidance: float | None = option(None, "Guidance scale; the model's own if not given.")
     fps: int | None = option(None, "Frames a second of videos.", least=1, most=100)  # gif counts in 1/100 s
     pipe: tuple[str, ...] = option(

@@ -79,6 +79,7 @@ class Engine(AtWork):
         self._compiled = self._warned = False
         # of the last call, by kind of layer: plan, implementation and the reason for it, or why the call was dense
         self._last: dict[Any, tuple[Plan, str, str] | str] = {}
+        self._replaced: list[tuple[AcceleratedLayer, str]] = []  # of this call, with the class that runs instead
         self._omitted: tuple[str, ...] = ()  # masks among the last call's arguments
         self._handles: list[Any] = []
         self._owner: object = None
@@ -179,6 +180,9 @@ class Engine(AtWork):
 
     def count_last_call(self) -> None:
         """Add the layers that ran in the last call to their tallies."""
+        for layer, processor_name in self._replaced:
+            layer.tally.dense(f"ran {processor_name}")
+        self._replaced = []
         for layer in self.layers:
             if not layer.ours.ran:
                 continue
@@ -199,12 +203,14 @@ class Engine(AtWork):
         """Warn once about layers whose processor was replaced since `attach`: they run dense."""
         for layer in self.layers:
             layer.adopt()
-        dropped = [layer.left for layer in self.layers if layer.left is not None]
+        self._replaced = [(layer, layer.left) for layer in self.layers if layer.left is not None]
+        dropped = [name for _, name in self._replaced]
         if dropped and not self._warned and self._states:
             warnings.warn(
                 f"{len(dropped)} of {len(self.layers)} accelerated layers of {type(self._transformer).__name__} run "
-                f"{', '.join(sorted(set(dropped)))}, set after accelerate(), and are dense. Call accelerate(..., "
-                "replace=True) to accelerate them again, or remove() to accept that.",
+                f"{', '.join(sorted(set(dropped)))}, set after accelerate(), and are dense. If you have set them, call "
+                "accelerate(..., replace=True) to accelerate them again, or remove() to accept that. A pipeline that "
+                "sets its own in every call, as with perturbed-attention guidance, runs these layers dense.",
                 DitAccelWarning,
                 stacklevel=2,
             )

@@ -8,6 +8,8 @@ import torch
 
 from dit_accel.errors import DitAccelError
 from dit_accel.plans.plan import Plan, building
+from dit_accel.plans.routed import RoutedPlan
+from dit_accel.plans.sharing import shares
 from dit_accel.registry import Method, settings_of
 from dit_accel.tokens import TokenGrid
 
@@ -15,10 +17,14 @@ PLANS_KEPT = 16
 
 
 class PlanCache:
-    """The plans of one setting by grid and device; beyond 16 the oldest is dropped."""
+    """The plans of one setting by grid and device; beyond 16 the oldest is dropped.
 
-    def __init__(self, method: Method, config: Any) -> None:
-        self._method, self._config = method, config
+    Args:
+        alone: all layers have this setting. One layer among others may route to every block.
+    """
+
+    def __init__(self, method: Method, config: Any, alone: bool = True) -> None:
+        self._method, self._config, self._alone = method, config, alone
         self._plans: dict[tuple[TokenGrid, torch.device], Plan] = {}
         self.densities: dict[TokenGrid, float | None] = {}
 
@@ -40,12 +46,18 @@ class PlanCache:
         return self._plans[key]
 
     def _refuse_full(self, plan: Plan) -> None:
-        # settings of a routed method have no `keeps_all`
-        if getattr(self._config, "keeps_all", True) or plan.pairs is None or plan.pairs < plan.grid.tokens**2:
+        routed = isinstance(plan, RoutedPlan)
+        if getattr(self._config, "keeps_all", False) or (routed and not self._alone):
+            return
+        least = plan.bounds[0] / plan.grid.tokens**2 if isinstance(plan, RoutedPlan) else plan.density
+        assert least is not None, "a static plan has its density"
+        if shares(self._config):  # dense attention once in `refresh` steps
+            least = (least if self._config.share == "residual" else 0.0) + 1 / self._config.refresh
+        if least < 1:
             return
         settings = ", ".join(f"{key}={value!r}" for key, value in settings_of(self._config).items())
         raise DitAccelError(
             f"{plan.method} with {settings} keeps every pair of tokens on the grid {plan.grid}, which is dense "
-            "attention made slower. Choose tighter settings, a larger video, 'dense' to leave the model as it is, or "
-            "gna with window='full' to test the kernel."
+            "attention made slower. Choose tighter settings or smaller blocks, a larger picture or video, or 'dense' "
+            "to leave the model as it is."
         )

@@ -14,6 +14,9 @@ import torch
 from dit_accel.caches.record import CacheReport
 from dit_accel.setting import Setting
 
+NOTHING_GAINED = "kept every pair: nothing was gained"
+ROUNDING = 1e-6  # of densities that are summed in float32
+
 
 @dataclasses.dataclass
 class LayerReport:
@@ -28,7 +31,7 @@ class LayerReport:
         step_density: measured density by denoising step, counted from 0; for routed methods if the step is known.
         kernels: implementations that computed the sparse calls, and why each was chosen.
         dense_reasons: dense calls by reason.
-        left: class of a processor that the user set since; its calls are not counted.
+        left: class of a processor that was set since; its calls are dense.
         relative_error: norm of sparse minus dense attention over the norm of dense, over sampled queries of the first
             sparse call; None unless verified. A layer kept dense has the error of its discarded sparse result.
         kept_mass: share of dense attention's softmax weight on the kept keys, over the same queries.
@@ -94,9 +97,20 @@ class Report:
     def dense_calls(self) -> int:
         return sum(layer.dense_calls for layer in self.layers)
 
+    @property
+    def kept_every_pair(self) -> bool:
+        """Whether the sparse calls computed as many pairs as dense attention; False without any."""
+        counted = [(layer.density, layer.sparse_calls) for layer in self.layers if layer.density is not None]
+        pairs = sum(density * calls for density, calls in counted)
+        return bool(counted) and pairs >= (1 - ROUNDING) * sum(calls for _, calls in counted)
+
     def as_dict(self) -> dict[str, Any]:
         """Plain dicts, lists, strings and numbers. An infinite or undefined number is a string."""
-        totals = {"sparse_calls": self.sparse_calls, "dense_calls": self.dense_calls}
+        totals = {
+            "sparse_calls": self.sparse_calls,
+            "dense_calls": self.dense_calls,
+            "kept_every_pair": self.kept_every_pair,
+        }
         cache = None if self.cache is None else self.cache.as_dict()
         record = dataclasses.asdict(self) | {"setting": self.setting.as_dict(), "cache": cache} | totals
         for layer in record["layers"]:
@@ -111,6 +125,7 @@ class Report:
         settings = "layer by layer" if "layers" in record else ", ".join(pairs)
         calls = f"{self.sparse_calls} sparse and {self.dense_calls} dense attention calls"
         lines = [f"{self.setting.method}({settings}): {calls}"]
+        lines += [f"  {NOTHING_GAINED}"] if self.kept_every_pair and self.cache is None else []
         for grid, density in self.grids.items():
             lines.append(f"  grid {grid}: density {'from calls' if density is None else f'{density:.4f}'}")
         for transformer, count in self.calls.items():

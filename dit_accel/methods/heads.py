@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -37,6 +37,7 @@ class Config(Checked):
         DitAccelError: `keep` has another form, or skips every head.
     """
 
+    keeps_all: ClassVar[bool] = False
     keep: Literal["all"] | tuple[int, ...] = option("all", least=0, most=1)
 
     def __post_init__(self) -> None:
@@ -48,10 +49,6 @@ class Config(Checked):
     def share(self) -> float:
         """The share of the heads that are computed."""
         return 1.0 if isinstance(self.keep, str) else sum(self.keep) / len(self.keep)
-
-    @property
-    def keeps_all(self) -> bool:
-        return self.share == 1
 
 
 class HeadsPlan(DensePlan):

@@ -16,6 +16,8 @@ from dit_accel.files import check_file, check_folder, check_ours
 from dit_accel.generation import sources
 from dit_accel.generation.call import placement
 from dit_accel.generation.processes import meet
+from dit_accel.generation.provenance import free_memory
+from dit_accel.pipelines.targets import find_transformers
 from dit_accel.setting import Setting
 from dit_accel.train import card
 from dit_accel.train.data import Dataset, write
@@ -24,7 +26,10 @@ from dit_accel.train.request import CLIPS, GENERATED, TrainRequest
 from dit_accel.train.settings import INDEX
 from dit_accel.train.state import LOSSES, read_losses
 
+MOST_LORA = 10  # times the transformer's own weights
+
 if TYPE_CHECKING:
+    import torch
     from diffusers import DiffusionPipeline
 
 
@@ -56,6 +61,8 @@ def run(request: TrainRequest) -> list[str]:
     folder = pathlib.Path(request.data.source) if request.data.prepared else run.output / "data"
     with reserved(run.output, processes.is_main_process):
         pipe = sources.load(source, torch.bfloat16 if frozen else torch.float32, device)
+        if run.search is None and not run.prepare:
+            _check_memory(pipe, request, sizes.grid(*shape).visual, device)
         with processes.main_process_first():
             if processes.is_main_process and not (folder / INDEX).is_file():
                 _prepare(pipe, request, size, source.call_defaults(), folder)
@@ -91,6 +98,26 @@ def _check_output(request: TrainRequest) -> None:
         check_ours(run.output / name for name in files)
         if os.path.lexists(run.output / LOSSES):
             read_losses(run.output / LOSSES)
+
+
+def _check_memory(pipe: DiffusionPipeline, request: TrainRequest, tokens: int, device: torch.device) -> None:
+    """Refuse a run whose LoRA and activations alone take more than is free."""
+    from dit_accel.train.loop import least_memory
+
+    settings, transformers = request.train, list(find_transformers(pipe)[0].values())
+    parts = least_memory(*transformers[0], settings, tokens)
+    free = free_memory(device)
+    if sum(parts.values()) > free:
+        worst = max(parts, key=lambda flag: parts[flag])
+        value = getattr(settings, worst.removeprefix("--"))
+        needs = f"{worst} {value} takes at least {parts[worst] / 1e9:,.1f} GB"
+        raise DitAccelError(f"{needs}, and {free / 1e9:,.1f} GB are free on {device}. Choose a smaller number.")
+    own = sum(weight.numel() for weight in transformers[0][0].parameters())
+    if parts["--rank"] > MOST_LORA * 4 * 4 * own:
+        raise DitAccelError(
+            f"--rank {settings.rank} is a LoRA of {parts['--rank'] // 16:,} weights, and the transformer has {own:,}. "
+            "Choose a smaller rank, or --rank 0, which trains the transformer's own."
+        )
 
 
 def _prepare(

@@ -24,6 +24,7 @@ from dit_accel.checkpoint import lora as adapters
 from dit_accel.errors import DitAccelError
 from dit_accel.generation.processes import meet
 from dit_accel.generation.sampling import progress_bar
+from dit_accel.pipelines.family import Family
 from dit_accel.pipelines.targets import find_transformers
 from dit_accel.plans.gate import gate_of
 from dit_accel.train import card, state
@@ -74,6 +75,34 @@ def train(
     return folder
 
 
+def lora_targets(transformer: nn.Module, family: Family, settings: TrainSettings) -> list[str]:
+    """The names of the linear layers that a LoRA adapts: the projections of self-attention, or what `targets` says."""
+    linear = [name for name, module in transformer.named_modules() if isinstance(module, nn.Linear)]
+    if settings.targets is None:
+        own = {f"{name}.{part}" for name, _ in family.attentions(transformer) for part in adapters.PROJECTIONS}
+        return [name for name in linear if name in own]
+    ends = tuple(f".{target}" for target in settings.targets)
+    return [name for name in linear if f".{name}".endswith(ends)]
+
+
+def least_memory(transformer: nn.Module, family: Family, settings: TrainSettings, tokens: int) -> dict[str, int]:
+    """Bytes that a run takes at least besides the model, by option; checkpointing does not lower it.
+
+    The LoRA has weights, gradients and AdamW's two moments in float32. The backward pass needs each layer's input.
+
+    Args:
+        tokens: visual tokens of a sample.
+    """
+    modules = dict(transformer.named_modules())
+    linear: list[Any] = [modules[name] for name in lora_targets(transformer, family, settings)]
+    sides = sum(module.in_features + module.out_features for module in linear)
+    width = max((module.in_features for module in linear), default=0)
+    layers = sum(1 for _ in family.attentions(transformer))
+    lora = settings.rank if settings.trains_model else 0
+    half = 2 if settings.precision != "no" else 4
+    return {"--rank": 4 * 4 * lora * sides, "--batch": half * settings.batch * layers * tokens * width}
+
+
 @dataclasses.dataclass
 class Trainer:
     """One run; see `train`."""
@@ -113,7 +142,7 @@ class Trainer:
         self.accel = accelerate(self.pipe, settings.setting(), impl=settings.impl)
         if lora:
             alpha = settings.rank if settings.alpha is None else settings.alpha
-            adapters.add_lora(self.transformer, self._targets(family), settings.rank, alpha)
+            adapters.add_lora(self.transformer, lora_targets(self.transformer, family, settings), settings.rank, alpha)
         else:
             self.transformer.requires_grad_(settings.trains_model)
         for module in self.accel.learned_weights().values():
@@ -143,14 +172,6 @@ class Trainer:
         self.model, self.optimizer = self.hf.prepare(self.transformer, optimizer)
         self.weights = {name: weight for name, weight in self.transformer.named_parameters() if weight.requires_grad}
         self.average = {name: weight.detach().clone() for name, weight in self.weights.items()} if settings.ema else {}
-
-    def _targets(self, family: Any) -> list[str]:
-        linear = [name for name, module in self.transformer.named_modules() if isinstance(module, nn.Linear)]
-        if self.settings.targets is None:
-            own = {f"{name}.{part}" for name, _ in family.attentions(self.transformer) for part in adapters.PROJECTIONS}
-            return [name for name in linear if name in own]
-        ends = tuple(f".{target}" for target in self.settings.targets)
-        return [name for name in linear if f".{name}".endswith(ends)]
 
     def _groups(self) -> list[dict[str, Any]]:
         """Weights by learning rate; `rate` of a group is the rate without warm-up and decay."""

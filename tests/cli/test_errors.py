@@ -40,6 +40,16 @@ def refused(cli, tmp_path):
         (("--method", "gna:window"), "key=value"),
         (("--method", "tile:references=4"), "references"),
         (("--method", "tile:references=3"), "keeps every pair"),
+        (("--method", "heads"), "keeps every pair"),
+        (("--method", "sol:sink=99999999999,block=4,block_q=4"), "keeps every pair"),
+        (("--method", "sla:block=1024"), "keeps every pair"),
+        (("--method", "sparge:block=1024"), "keeps every pair"),
+        (("--method", "rectified:block=1024"), "keeps every pair"),
+        (("--method", "proxy:block=1024"), "keeps every pair"),
+        (("--method", "gna:window=0.5,share=residual"), "keeps every pair"),
+        (("--method", "gna:window=0.5,share=output"), "keeps every pair"),
+        (("--steps", "99999999999999999999"), "--steps"),
+        (("--steps", "100000000"), "--steps"),
         (("--method", "radial:decay=0"), "decay"),
         (("--method", "sla:topk=0.95,skip=0.2,linear_scope=marginal"), "topk"),
         (
@@ -305,7 +315,7 @@ class TestSaved:
         import dit_accel
         from dit_accel.pipelines.demo import load_demo
 
-        with dit_accel.accelerated(load_demo(folder=demo), "sla", topk=0.3, block=16) as accel:
+        with dit_accel.accelerated(load_demo(folder=demo), "sla", topk=0.3, block=4) as accel:
             accel.save_pretrained(tmp_path / "saved")
         return tmp_path / "saved"
 

@@ -186,10 +186,30 @@ def test_verify_reports_how_far_each_layer_is_from_dense(cli, demo, tmp_path):
     layers = json.loads((tmp_path / "a.json").read_text())["report"]["layers"]
     assert all(0 < layer["relative_error"] and 0 < layer["kept_mass"] < 1 for layer in layers)
     limit = sum(layer["relative_error"] for layer in layers) / len(layers)
-    assert cli("generate", *SMALL, *options, "--keep-dense-above", limit).status == 0
+    assert cli("generate", *SMALL, *options, "--overwrite", "--keep-dense-above", limit).status == 0
     report = json.loads((tmp_path / "a.json").read_text())["report"]
     assert report["sparse_calls"] == report["dense_calls"] == 2
-    assert "leave out --compile" in cli("generate", *SMALL, *options, "--verify", "--compile").err
+    assert "leave out --compile" in cli("generate", *SMALL, *options, "--overwrite", "--verify", "--compile").err
+
+
+@pytest.mark.parametrize("amounts", [("--dense-steps", 12), ("--dense-steps", 0.5, "--dense-last-steps", 0.5)])
+def test_a_run_without_sparse_steps_is_said_before_it(cli, demo, tmp_path, amounts):
+    outcome = cli("generate", *SMALL, "--method", "radial", *amounts, "--output", tmp_path / "a.gif")
+    assert outcome.status == 0
+    assert outcome.err.startswith("warning: dense_steps=") and "of 2 steps leaves no sparse step" in outcome.err
+
+
+def test_the_last_line_says_that_nothing_was_gained(cli, demo, tmp_path):
+    method = "sparge:topk=0.1,topp=1.0,block=4,block_q=4"  # by mass: only the calls tell
+    outcome = cli("generate", *SMALL, "--method", method, "--output", tmp_path / "a.gif")
+    assert outcome.status == 0, outcome.err
+    assert outcome.out.splitlines()[-1] == "kept every pair: nothing was gained"
+    assert json.loads((tmp_path / "a.json").read_text())["report"]["kept_every_pair"]
+    (tmp_path / "prompts.txt").write_text("a red circle\n")
+    options = ("--prompts", tmp_path / "prompts.txt", "--output", tmp_path / "b.gif")
+    assert "kept every pair: nothing was gained" in cli("generate", *SMALL, "--method", method, *options).err
+    sparse = cli("generate", *SMALL, "--method", "radial:decay=0.2", "--output", tmp_path / "c.gif")
+    assert "nothing was gained" not in sparse.out
 
 
 def test_a_saved_copy_of_the_embedded_model_is_a_model(root, tmp_path):

@@ -70,6 +70,17 @@ def test_a_folder_in_use_is_refused(cli, demo, tmp_path, task):
         assert sorted(tmp_path.rglob("*")) == before
 
 
+@pytest.mark.parametrize(("option", "value"), [("--rank", 10**7), ("--batch", 10**9)])
+def test_what_memory_cannot_hold_is_refused_at_once(cli, demo, tmp_path, option, value):
+    options = ("--data", "clips", "--count", 1, *SIZE, *METHOD, "--output", tmp_path / "trained")
+    outcome = cli("train", *options, option, value)
+    assert outcome.status == 2 and f"{option} {value} takes at least" in outcome.err and "GB are free" in outcome.err
+    assert list(tmp_path.iterdir()) == []
+    outcome = cli("train", *options, "--rank", 10**5)
+    assert outcome.status == 2 and "--rank 100000 " in outcome.err
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_two_trainings_from_python_cannot_share_a_folder(demo, tmp_path):
     from dit_accel.train.loop import train
 

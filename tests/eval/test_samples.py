@@ -9,7 +9,7 @@ from dit_accel.errors import DitAccelError
 from dit_accel.eval.samples import RESULTS, Results, Store, key_of
 
 ROW = {"key": "a", "label": "gna", "prompt": "p", "seed": 0, "sha256": "0", "seconds": 1.0, "denoising_seconds": 0.5}
-ROW |= {"density": 0.5}
+ROW |= {"density": 0.5, "steps": 2, "attention_seconds": None, "peak_memory": None, "cached": False}
 
 
 @pytest.fixture
@@ -76,6 +76,13 @@ class TestResults:
         assert set(results.rows) == {"a", "c"}
         results.add(ROW | {"key": "d"})
         assert set(self.rows(tmp_path).rows) == {"a", "c", "d"}
+
+    @pytest.mark.parametrize("seconds", ["0.5", 0, -1, None, True, [1]])
+    def test_a_time_that_is_none_is_damage(self, tmp_path, seconds):
+        rows = [ROW, ROW | {"key": "b", "denoising_seconds": seconds}]
+        (tmp_path / RESULTS).write_text("".join(json.dumps(row) + "\n" for row in rows))
+        results = self.rows(tmp_path)
+        assert (set(results.rows), results.damaged) == ({"a"}, [f"{RESULTS}, line 2"])
 
     def test_rewritten_in_order_with_others_behind(self, tmp_path):
         Results(tmp_path, 1).add(ROW | {"key": "other"})

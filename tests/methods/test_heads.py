@@ -61,14 +61,17 @@ def test_skipped_heads_are_not_computed(monkeypatch):
     assert plan.density == 0.5 and dit_accel.plan("heads", GRID).density == 1
 
 
-def test_all_heads_on_are_the_bits_of_dense(tiny_wan, wan_inputs):
-    model, inputs = tiny_wan(), wan_inputs()
-    with torch.no_grad():
-        dense = model(**inputs, return_dict=False)[0]
-        for settings in ({}, {"keep": (1,) * model.config.num_attention_heads}):
-            with dit_accel.accelerated(model, "heads", **settings) as accel:
-                assert torch.equal(model(**inputs, return_dict=False)[0], dense)
-            assert accel.report().dense_calls == 0
+def test_all_heads_on_are_the_bits_of_dense(tiny_wan):
+    q, k, v = (x.detach() for x in tensors())
+    dense = dit_accel.plan("dense", GRID).attend(q, k, v)
+    for settings in ({}, {"keep": (1,) * q.shape[1]}):
+        assert torch.equal(dit_accel.plan("heads", GRID, **settings).attend(q, k, v), dense)
+
+
+def test_a_model_that_would_skip_no_head_is_refused(tiny_wan, wan_inputs):
+    model = tiny_wan()
+    with dit_accel.accelerated(model, "heads"), pytest.raises(DitAccelError, match="keeps every pair"):
+        model(**wan_inputs())
 
 
 def test_processes_that_share_a_sequence_compute_their_own_heads():

@@ -66,3 +66,23 @@ def test_damaged_checkpoints_are_named(trained, tmp_path):
         trained(steps=3)
     shutil.rmtree(folder / "checkpoints")
     trained(steps=3)
+
+
+@pytest.mark.parametrize(
+    "content", ["{bad", "[]", '{"step": "2", "record": {}}', '{"step": 2, "record": 3}', '{"step": 2, "record": {}}']
+)
+def test_a_damaged_state_is_named(trained, content):
+    folder = trained(steps=2)
+    (folder / "checkpoints" / "step-00000002" / "state.json").write_text(content)
+    with pytest.raises(dit_accel.DitAccelError, match=r"step-00000002.state\.json"):
+        trained(steps=3)
+
+
+@pytest.mark.parametrize("line", ["{bad", "3", '{"step": "1", "loss": 1}', '{"loss": 1}', "[" * 100_000])
+def test_a_damaged_loss_curve_is_named_and_stays(trained, line):
+    folder = trained(steps=2)
+    content = (folder / "losses.jsonl").read_text() + line + "\n"
+    (folder / "losses.jsonl").write_text(content)
+    with pytest.raises(dit_accel.DitAccelError, match=r"losses\.jsonl"):
+        trained(steps=3)
+    assert (folder / "losses.jsonl").read_text() == content
