@@ -34,6 +34,8 @@ from dit_accel.schedule import Schedule
 
 if TYPE_CHECKING:
     from dit_accel.pipelines.family import Preset
+    from dit_accel.plans.plan import Plan
+    from dit_accel.tokens import TokenGrid
 
 FORMATS = (1, 2)  # of files; the first had "layers" alone, and only dense steps in "schedule"
 SCHEDULE = tuple(field.name for field in dataclasses.fields(Schedule))
@@ -177,6 +179,7 @@ class Setting:
         """The method and its settings as typed, without defaults: ``gna:window=18x24x24,stride=4``."""
         if self.layers is not None:
             return f"{self.method}:{self.typed}" if self.typed else f"{self.method} layer by layer"
+        assert self.config is not None
         defaults = {field.name: field.default for field in dataclasses.fields(self.config)}
         settings = {name: value for name, value in settings_of(self.config).items() if value != defaults[name]}
         return method_text(self.method, settings)
@@ -209,6 +212,15 @@ class Setting:
         """The different Configs among the layers, in order of appearance."""
         rows = [(self.config,)] if self.layers is None else self.layers.values()
         return list(dict.fromkeys(config for row in rows for config in row if config is not None))
+
+    def plan(self, grid: TokenGrid) -> Plan:
+        """The plan of the one Config on a grid; settings whose layers differ have none."""
+        from dit_accel.plans.plan import building
+
+        if self.config is None:
+            raise DitAccelError(f"A plan is of one layer, and the layers of {self.title} differ. Give other settings.")
+        with building():
+            return get_method(self.method).plan(grid, self.config)
 
     def by_layer(self, transformer: str, count: int) -> list[tuple[Any | None, str | None]]:
         """The Config of each of a transformer's `count` layers, and the reason if the layer stays dense.

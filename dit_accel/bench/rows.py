@@ -9,12 +9,12 @@ from __future__ import annotations
 import dataclasses
 import fnmatch
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from dit_accel.errors import DitAccelError
-from dit_accel.registry import Method, declared, did_you_mean, get_method, get_methods, plan
-from dit_accel.setting import method_text
+from dit_accel.registry import Method, declared, did_you_mean, get_method, get_methods
+from dit_accel.setting import Setting
 from dit_accel.tokens import TokenGrid
 
 DIRECTIONS = ("forward", "backward", "both")
@@ -30,32 +30,37 @@ class OutOfReach(DitAccelError):
 
 
 @dataclasses.dataclass(frozen=True)
-class MethodSetting:
-    """A method with its settings or density.
+class Target:
+    """What a row measures: a setting, or the one of a method that is nearest to a density.
 
     Args:
-        density: share of the pairs to keep; None if only `config` is given.
-        config: settings by name; None: those nearest to `density`.
+        density: share of the pairs to keep; None if only `setting` is given.
+        setting: None: the one nearest to `density`.
     """
 
     method: str
-    density: float | None
-    config: Mapping[str, Any] | None = None
+    density: float | None = None
+    setting: Setting | None = None
+
+    @classmethod
+    def of(cls, method: str, density: float | None = None, **config: Any) -> Target:
+        """A target with the setting that these settings of a method make; without any, its defaults."""
+        return cls(method, density, Setting.make(method, config))
 
     @property
     def title(self) -> str:
-        """The setting as typed: ``gna:window=8x16x16,stride=1``."""
-        return method_text(self.method, self.config or {})
+        """The target as typed: ``gna:window=8x16x16``."""
+        return self.method if self.setting is None else self.setting.title
 
-    def config_on(self, grid: TokenGrid) -> Mapping[str, Any]:
-        """The given settings, or those for the density.
+    def setting_on(self, grid: TokenGrid) -> Setting:
+        """The given setting, or the one for the density.
 
         Raises:
             OutOfReach: the nearest density on the grid is off by more than a fifth.
             DitAccelError: the method has no rule that finds settings for a density.
         """
-        if self.config is not None:
-            return self.config
+        if self.setting is not None:
+            return self.setting
         assert self.density is not None
         find = get_method(self.method).at_density
         if find is None:
@@ -63,13 +68,13 @@ class MethodSetting:
                 f"{self.method} has no rule that finds settings for a density. Give settings, as in --method "
                 f"{self.method}:KEY=VALUE."
             )
-        config = find(grid, self.density)
-        found = plan(self.method, grid, **config).density
-        if found is not None and abs(found - self.density) > TOLERANCE * self.density:
+        setting = Setting.make(self.method, find(grid, self.density))
+        density = setting.plan(grid).density
+        if density is not None and abs(density - self.density) > TOLERANCE * self.density:
             raise OutOfReach(
-                f"{self.method} on {grid} comes no nearer to a density of {self.density:g} than {found:.3f}"
+                f"{self.method} on {grid} comes no nearer to a density of {self.density:g} than {density:.3f}"
             )
-        return config
+        return setting
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +84,7 @@ class Shape:
     Args:
         axes: frames, rows and columns of the visual tokens.
         text, text_first: text tokens in the sequence, and whether they precede the visual ones.
-        settings, dtypes, directions: declared for this shape. Without settings: every method that leaves something out
+        targets, dtypes, directions: declared for this shape. Without targets: every method that leaves something out
             on it, at every density of `DENSITIES`.
         devices: types of devices on which it is measured without being named.
     """
@@ -90,7 +95,7 @@ class Shape:
     head_dim: int = 128
     text: int = 0
     text_first: bool = False
-    settings: tuple[MethodSetting, ...] = ()
+    targets: tuple[Target, ...] = ()
     dtypes: tuple[str, ...] = ("bfloat16",)
     directions: tuple[str, ...] = DIRECTIONS
     devices: tuple[str, ...] = ("cuda",)
@@ -108,10 +113,10 @@ class Shape:
         rules = [method for method in get_methods().values() if method.at_density is not None]
         return [method for method in rules if method.sparsest(self.grid) < 1]
 
-    def declared(self) -> tuple[MethodSetting, ...]:
-        """The settings that are measured if none are given."""
-        return self.settings or tuple(
-            MethodSetting(method.name, density)
+    def declared(self) -> tuple[Target, ...]:
+        """What is measured if nothing is given."""
+        return self.targets or tuple(
+            Target(method.name, density)
             for method, density in itertools.product(self.methods(), DENSITIES)
             if self.grid.visual_share(density * (1 + TOLERANCE)) >= method.sparsest(self.grid)
         )
@@ -122,28 +127,28 @@ class Row:
     """One measurement of an operator."""
 
     shape: Shape
-    setting: MethodSetting
+    target: Target
     dtype: str
     direction: str
 
     @property
     def name(self) -> str:
         """``SHAPE/METHOD/DENSITY/DTYPE/DIRECTION``, with ``-`` for settings without density."""
-        density = "-" if self.setting.density is None else f"{self.setting.density:g}"
-        return "/".join((self.shape.name, self.setting.title, density, self.dtype, self.direction))
+        density = "-" if self.target.density is None else f"{self.target.density:g}"
+        return "/".join((self.shape.name, self.target.title, density, self.dtype, self.direction))
 
     def as_dict(self) -> dict[str, Any]:
         """The declaration as plain values."""
-        config = self.setting.config
+        setting = self.target.setting
         return {
             "row": self.name,
-            "op": self.setting.method,
+            "op": self.target.method,
             "shape": self.shape.name,
             "tokens": self.shape.tokens,
             "heads": self.shape.heads,
             "head_dim": self.shape.head_dim,
-            "density": self.setting.density,
-            "config": None if config is None else dict(config),
+            "density": self.target.density,
+            "config": None if setting is None else setting.as_dict()["config"],
             "dtype": self.dtype,
             "direction": self.direction,
         }
@@ -164,7 +169,7 @@ def get_shape(name: str) -> Shape:
 
 def select(
     shapes: Sequence[str] = (),
-    settings: Sequence[MethodSetting] = (),
+    targets: Sequence[Target] = (),
     densities: Sequence[float] = (),
     dtypes: Sequence[str] = (),
     directions: Sequence[str] = (),
@@ -175,7 +180,7 @@ def select(
 
     Args:
         shapes: names; none: all.
-        settings: methods with or without settings; none, as for the next three: those declared for the shape.
+        targets: methods with or without settings; none, as for the next three: those declared for the shape.
         densities, dtypes, directions: of the rows.
         pattern: of row names, with the wildcards of a shell.
         device: type of the device; shapes declared for others are left out. None: keeps them.
@@ -188,10 +193,10 @@ def select(
     check_densities(densities)
     chosen = map(get_shape, shapes or get_shapes())
     rows = [
-        Row(shape, setting, dtype, direction)
+        Row(shape, target, dtype, direction)
         for shape in chosen
         if device is None or device in shape.devices
-        for setting in _settings(shape, settings, densities)
+        for target in _targets(shape, targets, densities)
         for dtype in dtypes or shape.dtypes
         for direction in directions or shape.directions
     ]
@@ -205,15 +210,15 @@ def select(
     return found
 
 
-def _settings(shape: Shape, settings: Sequence[MethodSetting], densities: Sequence[float]) -> Iterator[MethodSetting]:
+def _targets(shape: Shape, targets: Sequence[Target], densities: Sequence[float]) -> Iterator[Target]:
     declared = shape.declared()
-    asked = [setting for setting in settings if setting.config is None] if settings else declared
-    for method in dict.fromkeys(setting.method for setting in asked):
-        own = dict.fromkeys(setting.density for setting in declared if setting.method == method)
-        for density in densities or own or DENSITIES:
-            matching = [setting for setting in declared if (setting.method, setting.density) == (method, density)]
-            yield from matching or [MethodSetting(method, density)]
-    yield from (setting for setting in settings if setting.config is not None)
+    open_ended = [target for target in targets if target.setting is None] if targets else declared
+    for method in dict.fromkeys(target.method for target in open_ended):
+        usual = dict.fromkeys(target.density for target in declared if target.method == method)
+        for density in densities or usual or DENSITIES:
+            matching = [target for target in declared if (target.method, target.density) == (method, density)]
+            yield from matching or [Target(method, density)]
+    yield from (target for target in targets if target.setting is not None)
 
 
 def check_known(kind: str, names: Iterable[str] | None, known: Sequence[str]) -> None:

@@ -117,7 +117,7 @@ class Bench:
             **row.as_dict(),
             "grid": str(plan.grid),
             "batch": 1,
-            "density_asked": row.setting.density,
+            "density_asked": row.target.density,
             "density": density,
             "config": registry.settings_of(plan.config),
             "impl": implementation,
@@ -196,9 +196,9 @@ def outcome_of(name: str, measure: Callable[[], dict[str, Any]]) -> RowOutcome:
 
 
 def make_problem(row: Row, device: torch.device, impl: Impl = "auto") -> Problem:
-    """Random tensors of a row's shape, in memory as models pass them, and its plan; errors as of `config_on`."""
-    shape, method = row.shape, registry.get_method(row.setting.method)
-    plan = registry.plan(method.name, shape.grid, **row.setting.config_on(shape.grid))
+    """Random tensors of a row's shape, in memory as models pass them, and its plan; errors as of `setting_on`."""
+    shape, method = row.shape, registry.get_method(row.target.method)
+    plan = row.target.setting_on(shape.grid).plan(shape.grid)
     generator = torch.Generator(device).manual_seed(SEED)
     dtype = getattr(torch, row.dtype)
     learned = method.learned(plan.config)
@@ -256,7 +256,7 @@ def count(row: Row) -> dict[str, Any]:
         a call tells; `dense_tflop`: of all pairs.
     """
     shape = row.shape
-    made = registry.plan(row.setting.method, shape.grid, **row.setting.config_on(shape.grid))
+    made = row.target.setting_on(shape.grid).plan(shape.grid)
     each = 2 * PRODUCTS[row.direction] * shape.head_dim * shape.heads / 1e12
     if isinstance(made, RoutedPlan):
         bounds, visited, orders = made.bounds, made.visited, (made.query_order, made.key_order)

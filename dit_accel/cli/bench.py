@@ -17,12 +17,13 @@ from dit_accel.cli.options import JsonOptions, command
 from dit_accel.errors import DitAccelError
 from dit_accel.files import MARK, append, check_file, check_ours, replace_file, staged
 from dit_accel.generation.request import METHOD_FORM, DeviceOptions
+from dit_accel.setting import Setting
 from dit_accel.values import option
 
 if TYPE_CHECKING:
     import torch
 
-    from dit_accel.bench.rows import MethodSetting, Row
+    from dit_accel.bench.rows import Row, Target
     from dit_accel.bench.run import RowOutcome
 
 NOT_MEASURED = 1
@@ -137,7 +138,7 @@ def _chosen(options: BenchOptions, device: torch.device | None) -> list[Row]:
     here = None if options.shape or options.rows is not None or device is None else device.type
     return select(
         options.shape,
-        method_settings(options.method),
+        targets_of(options.method),
         options.density,
         options.dtype,
         options.direction,
@@ -146,17 +147,20 @@ def _chosen(options: BenchOptions, device: torch.device | None) -> list[Row]:
     )
 
 
-def method_settings(texts: Iterable[str]) -> list[MethodSetting]:
-    """The settings to measure, from methods as typed."""
-    from dit_accel.bench.rows import MethodSetting
+def targets_of(texts: Iterable[str]) -> list[Target]:
+    """What to measure, from methods as typed; one without settings is measured at the densities."""
+    from dit_accel.bench.rows import Target
 
-    settings = []
+    targets = []
     for text in texts:
-        name, config = registry.parse_method(text)
-        if config:
-            registry.make_config(name, config)
-        settings.append(MethodSetting(name, None, config or None))
-    return settings
+        if text in registry.get_methods():
+            targets.append(Target(text))
+            continue
+        setting = Setting.parse(text)
+        if words := setting.words():
+            raise DitAccelError(f"bench measures one attention call; leave {', '.join(words)} out of {text!r}.")
+        targets.append(Target(setting.method, None, setting))
+    return targets
 
 
 def _check_files(options: BenchOptions) -> None:

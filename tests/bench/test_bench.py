@@ -12,12 +12,12 @@ from dit_accel.bench import gate as bench_gate
 from dit_accel.bench import rows as bench_rows
 from dit_accel.bench import run as bench
 from dit_accel.bench import shapes, timing
-from dit_accel.bench.rows import MethodSetting, OutOfReach, Row, Shape
+from dit_accel.bench.rows import OutOfReach, Row, Shape, Target
 from dit_accel.bench.run import count
 from dit_accel.errors import DitAccelError
 from dit_accel.generation import provenance
 from dit_accel.plans.definition import Definition
-from dit_accel.registry import get_methods, plan
+from dit_accel.registry import get_methods
 
 # The fields that every kernel row of this project has.
 FIELDS = (
@@ -25,26 +25,26 @@ FIELDS = (
     "baseline_ms_p50 speedup max_error gpu driver torch triton git date"
 ).split()
 TINY = Shape("tiny", (3, 6, 8), heads=2, head_dim=16, text=5, text_first=True)
-GNA = MethodSetting("gna", None, {"window": (2, 3, 4), "stride": (1, 3, 2)})
-SLA = MethodSetting("sla", None, {"topk": 0.3, "block": 16})
+GNA = Target.of("gna", window=(2, 3, 4), stride=(1, 3, 2))
+SLA = Target.of("sla", topk=0.3, block=16)
 CHOSEN_BY_CALL = ("sol", "rectified")  # their density follows from q and k
-MARGINAL = MethodSetting("sla", None, {"topk": 0.3, "block": 16, "linear_scope": "marginal"})
-STATIC = (GNA, MethodSetting("tile", None, {"references": 1}), MethodSetting("radial", None, {"decay": 0.3}))
+MARGINAL = Target.of("sla", topk=0.3, block=16, linear_scope="marginal")
+STATIC = (GNA, Target.of("tile", references=1), Target.of("radial", decay=0.3))
 OTHERS = (
-    MethodSetting("heads", None, {"keep": (0, 1)}),
-    MethodSetting("moh", None, {"shared": 0.0, "routed": 0.5}),
-    MethodSetting("agent", None, {"tile": (2, 3, 3)}),
-    MethodSetting("proxy", None, {"topk": 0.3, "block": 16}),
+    Target.of("heads", keep=(0, 1)),
+    Target.of("moh", shared=0.0, routed=0.5),
+    Target.of("agent", tile=(2, 3, 3)),
+    Target.of("proxy", topk=0.3, block=16),
 )
 CPU = torch.device("cpu")
 
 
-def row(setting=GNA, dtype="float32", direction="forward", shape=TINY):
-    return Row(shape, setting, dtype, direction)
+def row(target=GNA, dtype="float32", direction="forward", shape=TINY):
+    return Row(shape, target, dtype, direction)
 
 
-def outcome(setting=GNA, **options):
-    (found,) = bench.Bench(CPU, seconds=0).run([row(setting, **options)])
+def outcome(target=GNA, **options):
+    (found,) = bench.Bench(CPU, seconds=0).run([row(target, **options)])
     return found
 
 
@@ -65,7 +65,7 @@ class TestDeclared:
 
     def test_video_models_have_every_method_at_every_density_it_reaches(self):
         found = bench_rows.select(shapes=["wan-14b-720p"], dtypes=["bfloat16"], directions=["forward"])
-        pairs = {(each.setting.method, each.setting.density) for each in found}
+        pairs = {(each.target.method, each.target.density) for each in found}
         assert {density for method, density in pairs if method == "gna"} == set(bench_rows.DENSITIES)
         assert {density for method, density in pairs if method == "tile"} == {0.2, 0.5, 1.0}
 
@@ -90,12 +90,12 @@ class TestDeclared:
         assert found.grid.tokens == tokens
 
     def test_filters_narrow_what_is_declared(self):
-        found = bench_rows.select(["cpu"], [MethodSetting("gna", None)], [1 / 8], ["float32"], ["forward"])
-        assert [each.setting.config["window"] for each in found] == [(8, 16, 8), (4, 16, 16)]
+        found = bench_rows.select(["cpu"], [Target("gna", None)], [1 / 8], ["float32"], ["forward"])
+        assert [row.target.setting.config.window for row in found] == [(8, 16, 8), (4, 16, 16)]
         assert len(bench_rows.select(pattern="mochi/*/0.1/*/forward")) == 8
 
     def test_what_is_asked_for_beyond_is_added(self):
-        (found,) = bench_rows.select(["mochi"], [MethodSetting("gna", None)], [0.3], ["float16"], ["both"])
+        (found,) = bench_rows.select(["mochi"], [Target("gna", None)], [0.3], ["float16"], ["both"])
         assert found.name == "mochi/gna/0.3/float16/both"
         (found,) = bench_rows.select(["mochi"], [GNA], (), ["float16"], ["both"])
         assert found.name == "mochi/gna:window=2x3x4,stride=1x3x2/-/float16/both"
@@ -119,14 +119,14 @@ class TestSettings:
     @pytest.mark.parametrize("name", ["wan-1.3b-480p", "hunyuan-720p", "flux-4k", "cogvideox", "cpu", "longca-8k"])
     def test_they_reach_the_density(self, name):
         shape = bench_rows.get_shape(name)
-        for setting in shape.declared():
-            found = plan(setting.method, shape.grid, **setting.config_on(shape.grid)).density
+        for target in shape.declared():
+            found = target.setting_on(shape.grid).plan(shape.grid).density
             if found is None:
-                assert setting.method in CHOSEN_BY_CALL or setting.config
+                assert target.method in CHOSEN_BY_CALL or target.setting
                 continue
             # Methods of whole frames have a few steps to choose from; windows and shares of blocks are fine.
-            loose = get_methods()[setting.method].sparsest(shape.grid) > 0 or shape.text
-            assert found == pytest.approx(setting.density, rel=bench_rows.TOLERANCE if loose else 0.06), setting
+            loose = get_methods()[target.method].sparsest(shape.grid) > 0 or shape.text
+            assert found == pytest.approx(target.density, rel=bench_rows.TOLERANCE if loose else 0.06), target
 
     def test_work_is_counted_without_computing(self):
         """Of 64 heads of 128 at 8,192 tokens: 4 operations a pair and dimension forward, 10 backward."""
@@ -145,40 +145,40 @@ class TestSettings:
 
     def test_windows_are_whole_blocks_where_the_grid_is(self):
         grid = bench_rows.get_shape("hunyuan-768p").grid
-        found = plan("gna", grid, **MethodSetting("gna", 0.1).config_on(grid))
+        found = Target("gna", 0.1).setting_on(grid).plan(grid)
         blocks = found.block_mask()
         assert blocks.density == found.density
         assert blocks.full == blocks.visited
 
     def test_radial_drops_its_sink_only_where_it_must(self):
         grid = bench_rows.get_shape("hunyuan-720p").grid
-        assert MethodSetting("radial", 0.1).config_on(grid)["sink"] is False
-        assert MethodSetting("radial", 0.2).config_on(grid)["sink"] is True
+        assert Target("radial", 0.1).setting_on(grid).config.sink is False
+        assert Target("radial", 0.2).setting_on(grid).config.sink is True
 
     @pytest.mark.parametrize("method", ["gna", "sla", "tile", "radial", "dense"])
     def test_everything_is_a_density_too(self, method):
-        assert plan(method, TINY.grid, **MethodSetting(method, 1.0).config_on(TINY.grid)).density == 1
+        assert Target(method, 1.0).setting_on(TINY.grid).plan(TINY.grid).density == 1
 
     @pytest.mark.parametrize("method", ["tile", "radial", "dense"])
     def test_out_of_reach(self, method):
         with pytest.raises(OutOfReach, match=r"no nearer to a density of 0.05 than"):
-            MethodSetting(method, 0.05).config_on(bench_rows.get_shape("wan-1.3b-480p").grid)
+            Target(method, 0.05).setting_on(bench_rows.get_shape("wan-1.3b-480p").grid)
 
     def test_a_method_without_a_rule(self, monkeypatch):
         silent = dataclasses.replace(get_methods()["gna"], at_density=None)
         monkeypatch.setattr(bench_rows, "get_methods", lambda: {"gna": silent})
         monkeypatch.setattr(bench_rows, "get_method", lambda name: silent)
         with pytest.raises(DitAccelError, match="gna has no rule"):
-            MethodSetting("gna", 0.5).config_on(TINY.grid)
+            Target("gna", 0.5).setting_on(TINY.grid)
         assert TINY.declared() == ()
 
 
 class TestGate:
-    @pytest.mark.parametrize("setting", [*STATIC, MethodSetting("radial", None, {"rule": "released", "block": 16})])
+    @pytest.mark.parametrize("target", [*STATIC, Target.of("radial", rule="released", block=16)])
     @pytest.mark.parametrize("text_first", [True, False])
-    def test_pairs_are_those_of_the_plan(self, setting, text_first):
+    def test_pairs_are_those_of_the_plan(self, target, text_first):
         shape = Shape("tiny", (4, 6, 8), heads=1, text=5, text_first=text_first)
-        made = plan(setting.method, shape.grid, **setting.config)
+        made = target.setting.plan(shape.grid)
         rows = torch.tensor([0, 3, 7, 50, shape.tokens - 1])
         q = torch.randn(1, 1, shape.tokens, 8)
         assert torch.equal(Definition(made, rows, q, q, "auto").seen(0), made.token_mask()[rows])
@@ -186,7 +186,7 @@ class TestGate:
     def test_sums_over_hundreds_of_keys_keep_their_digits(self):
         """Summed in one product of all keys the error is 7.46e-7, and 7.01e-7 are allowed."""
         shape = Shape("long", (4, 16, 16), heads=2, head_dim=32, text=20, text_first=True)
-        found = outcome(MethodSetting("gna", 0.3), shape=shape)
+        found = outcome(Target("gna", 0.3), shape=shape)
         assert found.status == "measured", found.reason
 
     def test_long_sequences_are_sampled_with_their_ends(self):
@@ -196,17 +196,17 @@ class TestGate:
         assert {0, grid.visual - 1, grid.visual, grid.tokens - 1} <= set(rows.tolist())
         assert len(rows.unique()) == len(rows)
 
-    @pytest.mark.parametrize("setting", [*STATIC, SLA, MARGINAL, *OTHERS])
+    @pytest.mark.parametrize("target", [*STATIC, SLA, MARGINAL, *OTHERS])
     @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-    def test_right_kernels_are_green(self, setting, dtype):
-        found = outcome(setting, dtype=dtype, direction="both")
+    def test_right_kernels_are_green(self, target, dtype):
+        found = outcome(target, dtype=dtype, direction="both")
         assert found.status == "measured", found.reason
-        names = {"out", "dq", "dk", "dv"} | ({"dweight", "dbias"} if setting.method in ("sla", "proxy") else set())
+        names = {"out", "dq", "dk", "dv"} | ({"dweight", "dbias"} if target.method in ("sla", "proxy") else set())
         assert set(found.record["checks"]) == names
 
-    @pytest.mark.parametrize("setting", [GNA, SLA])
-    def test_text_may_stand_last(self, setting):
-        found = outcome(setting, direction="both", shape=dataclasses.replace(TINY, text_first=False))
+    @pytest.mark.parametrize("target", [GNA, SLA])
+    def test_text_may_stand_last(self, target):
+        found = outcome(target, direction="both", shape=dataclasses.replace(TINY, text_first=False))
         assert found.status == "measured", found.reason
 
     def test_sampled_gradients_are_those_of_the_sampled_queries(self, monkeypatch):
@@ -214,10 +214,10 @@ class TestGate:
         found = outcome(SLA, direction="both")
         assert found.status == "measured", found.reason
 
-    @pytest.mark.parametrize("setting", [GNA, SLA])
-    def test_a_wrong_output_is_red(self, monkeypatch, setting):
+    @pytest.mark.parametrize("target", [GNA, SLA])
+    def test_a_wrong_output_is_red(self, monkeypatch, target):
         break_kernel(monkeypatch, "forward", lambda out, lse: (out * 1.001, lse))
-        found = outcome(setting)
+        found = outcome(target)
         assert (found.status, found.record) == ("red", None)
         assert found.reason.startswith("out: error")
 
@@ -270,7 +270,7 @@ class TestRecords:
         record = outcome(direction=direction).record
         assert [name for name in FIELDS if name not in record] == []
         assert json.loads(json.dumps(record)) is not None
-        assert record["density"] == plan("gna", TINY.grid, **GNA.config).density
+        assert record["density"] == GNA.setting.plan(TINY.grid).density
         assert record["tokens"] == TINY.grid.tokens
         assert record["speedup"] == record["baseline_ms_p50"] / record["ms_p50"]
         assert 0 < record["ms_p20"] <= record["ms_p50"] <= record["ms_p80"]
@@ -279,15 +279,15 @@ class TestRecords:
 
     def test_operations_are_those_of_kept_pairs(self):
         record = outcome().record
-        operations = 4 * TINY.heads * TINY.head_dim * plan("gna", TINY.grid, **GNA.config).pairs
+        operations = 4 * TINY.heads * TINY.head_dim * GNA.setting.plan(TINY.grid).pairs
         assert record["tflops_kept"] == pytest.approx(operations / record["ms_p50"] / 1e9)
 
     def test_a_density_out_of_reach_is_said_and_not_measured(self):
-        found = outcome(MethodSetting("tile", 0.05))
+        found = outcome(Target("tile", 0.05))
         assert (found.status, found.record) == ("out of reach", None)
 
     def test_a_setting_that_does_not_fit_is_refused_and_the_rest_goes_on(self):
-        wrong = MethodSetting("gna", None, {"window": (4, 3, 4)})
+        wrong = Target.of("gna", window=(4, 3, 4))
         first, second = bench.Bench(CPU, seconds=0).run([row(wrong), row()])
         assert (first.status, second.status) == ("refused", "measured")
         assert "window" in first.reason

@@ -8,14 +8,14 @@ import torch
 
 from dit_accel.bench import results
 from dit_accel.bench import rows as bench_rows
-from dit_accel.bench.rows import MethodSetting, Shape
+from dit_accel.bench.rows import Shape, Target
 
 TINY = Shape(
     "cpu",
     (3, 6, 8),
     heads=2,
     head_dim=16,
-    settings=(MethodSetting("gna", None, {"window": 3}), MethodSetting("tile", 0.9)),
+    targets=(Target.of("gna", window=3), Target("tile", 0.9)),
     dtypes=("float32",),
     directions=("forward",),
     devices=("cpu",),

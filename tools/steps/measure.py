@@ -25,11 +25,11 @@ from torch.nn.attention import sdpa_kernel
 from dit_accel.accelerator import Accelerator
 from dit_accel.bench import results
 from dit_accel.bench.gate import check
-from dit_accel.bench.rows import MethodSetting, Row, Shape
+from dit_accel.bench.rows import Row, Shape, Target
 from dit_accel.bench.run import DENSE, DENSE_BACKENDS, Bench, RowOutcome, make_problem, outcome_of
 from dit_accel.bench.timing import alternate, quantiles
 from dit_accel.cli import Interrupted
-from dit_accel.cli.bench import measured, method_settings, names_in, print_table
+from dit_accel.cli.bench import measured, names_in, print_table, targets_of
 from dit_accel.errors import DitAccelError
 from dit_accel.files import check_file
 from dit_accel.generation.call import placement
@@ -141,20 +141,19 @@ class StepBench:
             yield outcome
 
     def _measure(self, step: ModelStep, subject: Subject, shared: dict[str, Any]) -> dict[str, Any]:
-        setting, method = step.setting, get_method(step.setting.method)
-        config = setting.config_on(subject.grid)
-        row = subject.row(dataclasses.replace(setting, config=config))
+        target, method = step.target, get_method(step.target.method)
+        setting = target.setting_on(subject.grid)
+        row = subject.row(dataclasses.replace(target, setting=setting))
         problem = make_problem(row, self.device, self.impl)
         checks = check(problem, gradients=False)
-        preset = subject.family.recommended.get(setting.method) if setting.density is None else None
+        preset = subject.family.recommended.get(target.method) if target.density is None else None
         dense_layers = 0 if preset is None else preset.schedule.get("dense_layers", 0)
-        measured = Setting.make(setting.method, config, dense_layers=dense_layers)
-        times, report = self._accelerated(subject, method, measured)
+        times, report = self._accelerated(subject, method, setting.changed(dense_layers=dense_layers))
         sparse = [layer for layer in report.layers if layer.sparse_calls]
         dense, rest, own = shared["dense_step_ms_p50"], shared["rest_ms_p50"], times["ms_p50"]
         return {
             **step.as_dict(),
-            "config": measured.as_dict()["config"],
+            "config": setting.as_dict()["config"],
             "dense_layers": dense_layers,
             "density": sparse[0].density,
             "impl": next(iter(sparse[0].kernels)),
@@ -180,7 +179,7 @@ class StepBench:
         """On a GPU PyTorch's attentions, the fastest at the model's sizes first; none elsewhere."""
         if self.device.type != "cuda":
             return []
-        row = subject.row(MethodSetting("dense", None, {}))
+        row = subject.row(Target.of("dense"))
         _, tried = self._attention.best_dense(row, make_problem(row, self.device))
         return sorted((name for name, found in tried.items() if isinstance(found, float)), key=lambda name: tried[name])
 
@@ -237,12 +236,12 @@ class Subject:
         call = ModelCall(signature, self.transformer, (), self.inputs, Memory())
         self.grid = self.family.layout(self.transformer, call).grid
 
-    def row(self, setting: MethodSetting) -> Row:
-        """The model's attention as a row of `dit-accel bench`: forward, with this setting."""
+    def row(self, target: Target) -> Row:
+        """The model's attention as a row of `dit-accel bench`: forward, of this target."""
         _, attention = next(iter(self.family.attentions(self.transformer)))
         heads: Any = attention.heads
         sizes = int(heads), self.family.head_dim(attention), self.grid.text, self.grid.text_first
-        return Row(Shape(self.model.shape.name, self.grid.shape, *sizes), setting, self.dtype, "forward")
+        return Row(Shape(self.model.shape.name, self.grid.shape, *sizes), target, self.dtype, "forward")
 
     def compile(self, backend: str) -> None:
         """Compile the repeated blocks, as Diffusers does, or else the whole transformer."""
@@ -268,8 +267,8 @@ def run(options: argparse.Namespace) -> int:
     if options.read is not None:
         show(results.read(options.read, "model"))
         return 0
-    settings = method_settings(options.method) or None
-    steps = select_steps(options.shape, settings, options.density, options.mode, options.rows)
+    targets = targets_of(options.method) or None
+    steps = select_steps(options.shape, targets, options.density, options.mode, options.rows)
     if options.list:
         print("\n".join(step.name for step in steps))
         return 0

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dit_accel.bench.rows import Axes, MethodSetting, Shape, check_densities, check_known, get_shape
+from dit_accel.bench.rows import Axes, Shape, Target, check_densities, check_known, get_shape
 from dit_accel.errors import DitAccelError
 from dit_accel.registry import did_you_mean, family_of
 
@@ -51,16 +51,12 @@ class Model:
         finally:
             torch.set_default_dtype(usual)
 
-    def settings(self, densities: Sequence[float] | None) -> list[MethodSetting]:
+    def targets(self, densities: Sequence[float] | None) -> list[Target]:
         """Each method at the densities; None: as the model's family recommends it, and at `DENSITY`."""
         methods, family = self.shape.methods(), family_of([self.kind])
         known = {} if densities or family is None else family.recommended
-        published = [
-            MethodSetting(method.name, None, known[method.name].config) for method in methods if method.name in known
-        ]
-        return published + [
-            MethodSetting(method.name, share) for method in methods for share in densities or (DENSITY,)
-        ]
+        published = [Target.of(method.name, **known[method.name].config) for method in methods if method.name in known]
+        return published + [Target(method.name, share) for method in methods for share in densities or (DENSITY,)]
 
 
 def wan(config: Any, axes: Axes, text: int, dtype: torch.dtype) -> dict[str, Any]:
@@ -139,38 +135,38 @@ def get_model(name: str) -> Model:
 
 @dataclasses.dataclass(frozen=True)
 class ModelStep:
-    """One measurement: a model, a method's setting, eager or compiled."""
+    """One measurement: a model, what to measure of it, eager or compiled."""
 
     model: Model
-    setting: MethodSetting
+    target: Target
     mode: str
 
     @property
     def asked(self) -> str:
         """The density, or "published" for a published setting."""
-        return "published" if self.setting.density is None else f"{self.setting.density:g}"
+        return "published" if self.target.density is None else f"{self.target.density:g}"
 
     @property
     def name(self) -> str:
         """``MODEL/METHOD/DENSITY/MODE``."""
-        return "/".join((self.model.shape.name, self.setting.title, self.asked, self.mode))
+        return "/".join((self.model.shape.name, self.target.title, self.asked, self.mode))
 
     def as_dict(self) -> dict[str, Any]:
         """The declaration as plain values."""
-        config = self.setting.config
+        setting = self.target.setting
         return {
             "row": self.name,
             "model": self.model.shape.name,
-            "method": self.setting.method,
+            "method": self.target.method,
             "setting": self.asked,
-            "config": None if config is None else dict(config),
+            "config": None if setting is None else setting.as_dict()["config"],
             "mode": self.mode,
         }
 
 
 def select_steps(
     models: Sequence[str] | None = None,
-    settings: Sequence[MethodSetting] | None = None,
+    targets: Sequence[Target] | None = None,
     densities: Sequence[float] | None = None,
     modes: Sequence[str] | None = None,
     pattern: str = "*",
@@ -179,20 +175,23 @@ def select_steps(
 
     Args:
         models: names; None: all.
-        settings: methods with settings, or without: those declared for the model.
-        densities: of methods without settings; None: see `Model.settings`.
+        targets: methods with settings, or without: those declared for the model.
+        densities: of methods without settings; None: see `Model.targets`.
         modes: "eager", "compiled"; None: both.
         pattern: of names, with the wildcards of a shell.
     """
     check_known("mode", modes, MODES)
     check_densities(densities)
     chosen = MODELS if models is None else tuple(map(get_model, models))
-    free = None if settings is None else {setting.method for setting in settings if setting.config is None}
-    given = [setting for setting in settings or () if setting.config is not None]
+    open_ended = None if targets is None else {target.method for target in targets if target.setting is None}
+    whole = [target for target in targets or () if target.setting is not None]
     steps = [
-        ModelStep(model, setting, mode)
+        ModelStep(model, target, mode)
         for model, mode in itertools.product(chosen, modes or MODES)
-        for setting in [own for own in model.settings(densities) if free is None or own.method in free] + given
+        for target in [
+            *(own for own in model.targets(densities) if open_ended is None or own.method in open_ended),
+            *whole,
+        ]
     ]
     found = [step for step in steps if fnmatch.fnmatchcase(step.name, pattern)]
     if not found:

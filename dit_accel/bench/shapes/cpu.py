@@ -4,7 +4,7 @@ The row of `dense` times dense attention against itself: how far it is from 1 is
 other methods a row or two show the speed; the calls of `scaledit` have anchors, which its dense attention has not.
 """
 
-from dit_accel.bench.rows import MethodSetting, Shape
+from dit_accel.bench.rows import Shape, Target
 
 SHAPES = (
     Shape(
@@ -12,25 +12,25 @@ SHAPES = (
         (8, 32, 32),
         heads=4,
         head_dim=64,
-        settings=(
-            MethodSetting("dense", 1.0, {}),
-            MethodSetting("gna", 1 / 4, {"window": (8, 16, 16), "stride": (8, 16, 16)}),
-            MethodSetting("gna", 1 / 8, {"window": (8, 16, 8), "stride": (8, 16, 8)}),
-            MethodSetting("gna", 1 / 16, {"window": (8, 8, 8), "stride": (8, 8, 8)}),
-            MethodSetting("gna", 3 / 8, {"window": (3, 32, 32)}),
-            MethodSetting("gna", 1 / 8, {"window": (4, 16, 16)}),
-            MethodSetting("tile", 0.53, {"references": 2}),
-            MethodSetting("radial", 0.63, {"decay": 0.5}),
-            *(MethodSetting("sla", density) for density in (1 / 4, 1 / 8, 1 / 16)),
-            MethodSetting("sol", 0.16),
-            MethodSetting("radial", 1 / 2),
-            MethodSetting("heads", 1 / 2, {"keep": (1, 0, 1, 0)}),
-            MethodSetting("moh", 3 / 4, {}),
-            MethodSetting("moh", 1 / 2, {"shared": 0.25, "routed": 0.25}),
-            MethodSetting("agent", 1 / 8, {}),
-            MethodSetting("proxy", 1 / 8),
-            MethodSetting("clear", 0.15, {"radius": 8}),
-            MethodSetting("scaledit", 0.28, {}),
+        targets=(
+            Target.of("dense", 1.0),
+            Target.of("gna", 1 / 4, window=(8, 16, 16), stride=(8, 16, 16)),
+            Target.of("gna", 1 / 8, window=(8, 16, 8), stride=(8, 16, 8)),
+            Target.of("gna", 1 / 16, window=(8, 8, 8), stride=(8, 8, 8)),
+            Target.of("gna", 3 / 8, window=(3, 32, 32)),
+            Target.of("gna", 1 / 8, window=(4, 16, 16)),
+            Target.of("tile", 0.53, references=2),
+            Target.of("radial", 0.63, decay=0.5),
+            *(Target("sla", density) for density in (1 / 4, 1 / 8, 1 / 16)),
+            Target("sol", 0.16),
+            Target("radial", 1 / 2),
+            Target.of("heads", 1 / 2, keep=(1, 0, 1, 0)),
+            Target.of("moh", 3 / 4),
+            Target.of("moh", 1 / 2, shared=0.25, routed=0.25),
+            Target.of("agent", 1 / 8),
+            Target("proxy", 1 / 8),
+            Target.of("clear", 0.15, radius=8),
+            Target.of("scaledit", 0.28),
         ),
         dtypes=("float32", "bfloat16"),
         directions=("forward", "both"),

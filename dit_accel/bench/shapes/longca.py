@@ -7,25 +7,25 @@ They have grouped keys of 8 heads and documents of sampled lengths; here every h
 
 import itertools
 
-from dit_accel.bench.rows import MethodSetting, Shape
+from dit_accel.bench.rows import Shape, Target
 
 LENGTHS = (8_192, 32_768, 65_536)
 HEADS, DEGREES = 64, (1, 8)
 WINDOW, DOCUMENT = 1024, 4096
 
 
-def masks(tokens: int) -> tuple[MethodSetting, ...]:
+def masks(tokens: int) -> tuple[Target, ...]:
     """Full, causal, both sliding windows, documents, and blocks: equally many in each row, or as their scores say."""
     window, document = (1, 1, WINDOW), (1, 1, DOCUMENT)
     triangle = WINDOW * (WINDOW + 1) / 2 + WINDOW * (tokens - WINDOW)
     return (
-        MethodSetting("dense", 1.0, {}),
-        MethodSetting("gna", (tokens + 1) / (2 * tokens), {"window": "full", "causal": True}),
-        MethodSetting("gna", WINDOW / tokens, {"window": window}),
-        MethodSetting("gna", triangle / tokens**2, {"window": window, "causal": True}),
-        MethodSetting("gna", DOCUMENT / tokens, {"window": document, "stride": document}),
-        *(MethodSetting("sparge", share) for share in (0.5, 0.2)),
-        MethodSetting("sparge", None, {"topk": 0.0, "topp": 0.5}),
+        Target.of("dense", 1.0),
+        Target.of("gna", (tokens + 1) / (2 * tokens), window="full", causal=True),
+        Target.of("gna", WINDOW / tokens, window=window),
+        Target.of("gna", triangle / tokens**2, window=window, causal=True),
+        Target.of("gna", DOCUMENT / tokens, window=document, stride=document),
+        *(Target("sparge", share) for share in (0.5, 0.2)),
+        Target.of("sparge", topk=0.0, topp=0.5),
     )
 
 
@@ -34,7 +34,7 @@ SHAPES = tuple(
         f"longca-{tokens // 1024}k" + (f"-cp{degree}" if degree > 1 else ""),
         (1, 1, tokens),
         heads=HEADS // degree,
-        settings=masks(tokens),
+        targets=masks(tokens),
         directions=("forward", "backward"),
         devices=(),  # where they are named
     )

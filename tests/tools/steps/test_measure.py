@@ -8,7 +8,7 @@ import torch
 
 from dit_accel.bench import gate as bench_gate
 from dit_accel.bench import results
-from dit_accel.bench.rows import MethodSetting
+from dit_accel.bench.rows import Target
 from dit_accel.errors import DitAccelError
 from tools.steps import measure as steps_tool
 from tools.steps import models as declared
@@ -37,8 +37,8 @@ SMALL = {
         "use_rotary_positional_embeddings": True,
     },
 }  # fmt: skip
-SLA = MethodSetting("sla", None, {"topk": 0.5, "block": 16})
-GNA = MethodSetting("gna", None, {"window": (1, 3, 4)})
+SLA = Target.of("sla", topk=0.5, block=16)
+GNA = Target.of("gna", window=(1, 3, 4))
 
 
 def small(name):
@@ -97,7 +97,7 @@ def test_compiled_blocks_and_methods_in_turn():
 
 
 def test_published_settings_keep_their_dense_layers():
-    (step,) = select_steps(["wan-14b-480p"], [MethodSetting("radial", None)], modes=["eager"], pattern="*/published/*")
+    (step,) = select_steps(["wan-14b-480p"], [Target("radial", None)], modes=["eager"], pattern="*/published/*")
     (outcome,) = measure(dataclasses.replace(step, model=sized(small("wan-14b-480p"), (12, 12, 16))))
     assert outcome.status == "measured", outcome.reason
     assert (outcome.record["layers"], outcome.record["sparse_layers"]) == (2, 1)
@@ -115,7 +115,7 @@ def test_what_is_not_exact_is_not_timed(monkeypatch):
 def test_what_cannot_be_measured_keeps_nothing_else_from_it():
     model = small("wan-14b-480p")
     broken = sized(model, (0, 6, 8))
-    too_large = MethodSetting("gna", None, {"window": 9})
+    too_large = Target.of("gna", window=9)
     steps = [ModelStep(broken, GNA, "eager"), ModelStep(model, too_large, "eager"), ModelStep(model, GNA, "eager")]
     outcomes = measure(*steps)
     assert [outcome.status for outcome in outcomes] == ["refused", "refused", "measured"]
@@ -130,7 +130,7 @@ class TestDeclared:
 
     def test_images_have_no_methods_of_frames(self):
         routed = {"proxy", "rectified", "sla", "sol", "sparge"}
-        assert {step.setting.method for step in select_steps(["flux-4k"])} == {"clear", "gna", *routed}
+        assert {step.target.method for step in select_steps(["flux-4k"])} == {"clear", "gna", *routed}
 
     def test_names_tell_steps_apart(self):
         names = [step.name for step in select_steps()]
