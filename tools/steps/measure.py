@@ -71,6 +71,9 @@ class NothingPlan(Plan):
     def run(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: PlanCall) -> torch.Tensor:
         return v.clone()  # a compiled model's operator must not return its input
 
+    def calls(self, learned: bool = False) -> dict[str, tuple[str, dict[str, Any]]]:
+        return {}
+
     def prepare(self, *call: Any, **more: Any) -> tuple[str, str]:
         return "nothing", "the rest of the step is measured"
 
