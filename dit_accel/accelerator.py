@@ -27,9 +27,10 @@ from dit_accel.hooks.selfcheck import AttentionCall, SelfCheck, Verify
 from dit_accel.hooks.steps import StepClock
 from dit_accel.kernels import impls
 from dit_accel.kernels.impls import Impl
+from dit_accel.method import Method
 from dit_accel.pipelines.family import Family, Preset
 from dit_accel.pipelines.targets import find_transformers
-from dit_accel.registry import Method, get_method
+from dit_accel.registry import get_method
 from dit_accel.schedule import Amount
 from dit_accel.setting import Setting
 

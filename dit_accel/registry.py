@@ -8,86 +8,25 @@ import functools
 import importlib
 import itertools
 import pkgutil
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from dit_accel.errors import DitAccelError
 
 if TYPE_CHECKING:
-    from torch import nn
-
+    from dit_accel.method import Method
     from dit_accel.pipelines.family import Family
-    from dit_accel.plans.definition import Definition
     from dit_accel.plans.plan import Plan
     from dit_accel.tokens import TokenGrid
 
 
-@dataclasses.dataclass(frozen=True)
-class LearnedModule:
-    """The learned weights that a method adds to every accelerated attention module.
-
-    Args:
-        attribute: their name on the attention module, in state dicts and checkpoints.
-        make: makes them for a head dimension, a number of heads and the method's settings.
-        when: whether settings learn them; None: all do.
-        make_for: makes them, for some settings, for the channels of the layer's input too, which they read; None for
-            other settings.
-    """
-
-    attribute: str
-    make: Callable[[int, int, Any], nn.Module]
-    when: Callable[[Any], bool] | None = None
-    make_for: Callable[[int, int, int, Any], nn.Module | None] = lambda channels, head_dim, heads, config: None
-
-    def build(self, channels: int, head_dim: int, heads: int, config: Any) -> nn.Module:
-        """The weights of a layer whose input has that many channels, or 0 if that is unknown."""
-        return self.make_for(channels, head_dim, heads, config) or self.make(head_dim, heads, config)
-
-
-@dataclasses.dataclass(frozen=True)
-class Method:
-    """The declaration of an attention method.
-
-    Args:
-        name: lower case, the name of its file.
-        config: frozen dataclass of its settings; the only place with defaults.
-        plan: makes the plan for a grid and settings.
-        summary: one line.
-        source: its publication.
-        module: the learned weights of a layer; None if no setting has any.
-        at_density: settings that keep about a given share of all pairs of a grid, text included, for benchmarks; None
-            without such a rule.
-        sparsest: the share of the visual pairs that every setting keeps on a grid; 1: all, or not for such grids.
-        definition: the method's result for some queries, which benchmarks check; None: softmax over the kept keys.
-        note: what every report says of it.
-    """
-
-    name: str
-    config: type
-    plan: Callable[[TokenGrid, Any], Plan]
-    summary: str
-    source: str
-    module: LearnedModule | None = None
-    at_density: Callable[[TokenGrid, float], dict[str, Any]] | None = None
-    sparsest: Callable[[TokenGrid], float] = lambda grid: 0.0
-    definition: type[Definition] | None = None
-    note: str | None = None
-
-    @property
-    def needs_training(self) -> bool:
-        """Whether all settings learn weights."""
-        return self.module is not None and self.module.when is None
-
-    def learned(self, config: Any) -> LearnedModule | None:
-        """The weights that these settings learn; None without any."""
-        module = self.module
-        return None if module is None or (module.when is not None and not module.when(config)) else module
+DENSE = "dense"  # the method that leaves a model as it is
 
 
 @functools.cache
 def get_methods() -> Mapping[str, Method]:
     """Every method by name, sorted."""
-    return {found.name: found for found in declared("methods", "METHOD")}
+    return {method.name: method for method in declared("methods", "METHOD")}
 
 
 def learned_attributes() -> frozenset[str]:

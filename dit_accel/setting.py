@@ -233,8 +233,8 @@ class Setting:
         return [(config, self._dense_reason(config, index in dense)) for index, config in enumerate(row)]
 
     def _dense_reason(self, config: Any | None, scheduled: bool) -> str | None:
-        if self.method == "dense":
-            return "method dense"
+        if get_method(self.method).untouched:
+            return f"method {self.method}"
         if config is None:
             return "layer schedule"
         return f"dense_layers={self.schedule.dense_layers}" if scheduled else None
@@ -258,7 +258,7 @@ class Setting:
     def _of_file(cls, method: str, key: str, config: Mapping[str, Any]) -> Setting:
         """The setting in the file that `config` names under a key, with the other settings in place of its own."""
         setting = cls.read(config[key])
-        equal = key == "budgets" and any(getattr(own, key, "equal") == "equal" for own in setting.configs())
+        equal = key == "budgets" and any(own.budgets == "equal" for own in setting.configs())
         if setting.method != method or equal:
             raise DitAccelError(
                 f"{key} takes a file with {key} of {method}, as `dit-accel tune` writes it; {config[key]} is a setting "

@@ -12,7 +12,7 @@ from dit_accel.kernels.block_sparse.geometry import BlockLists
 from dit_accel.kernels.tail.api import with_tail
 from dit_accel.order import TokenOrder
 from dit_accel.plans.plan import attention
-from dit_accel.plans.tailed import TailDefinition
+from dit_accel.plans.sampled import SampledCall, pooled
 from dit_accel.registry import plan
 from dit_accel.tokens import TokenGrid
 
@@ -175,8 +175,8 @@ def check(case):
         assert_accurate(name, mine, simple.nan_to_num(0.0), truth, magnitude=PARTS.get(name, 1) * sums[name])
 
 
-def check_calls(chosen, definition, tensors, upstream, dtype, impl="auto"):
-    """Output and gradients of a call of one head, by name, against a method's definition in fp64."""
+def check_calls(chosen, sampled, tensors, upstream, dtype, impl="auto"):
+    """Output and gradients of a call of one head, by name, against the plan's reference in fp64."""
 
     def results(function, dtype):
         leaves = [x.detach().to(dtype).requires_grad_() for x in tensors]
@@ -184,11 +184,11 @@ def check_calls(chosen, definition, tensors, upstream, dtype, impl="auto"):
         return out, *torch.autograd.grad(out, leaves, upstream.to(dtype))
 
     def defined(q, k, v):
-        return definition.attend(0, definition.seen(0), q[0, 0], k[0, 0], v[0, 0])[None, None]
+        return chosen.reference(sampled, 0, q[0, 0], k[0, 0], v[0, 0])[None, None]
 
     got = results(lambda *x: attention(*x, chosen, impl=impl), dtype)
     plain, exact = results(defined, dtype), results(defined, torch.float64)
-    sums = sizes_of(definition, *(x[0, 0].double() for x in (*tensors, upstream)), exact[0][0, 0], dtype)
+    sums = sizes_of(sampled, *(x[0, 0].double() for x in (*tensors, upstream)), exact[0][0, 0], dtype)
     for name, mine, simple, truth in zip(("out", "dq", "dk", "dv"), got, plain, exact, strict=True):
         assert_accurate(name, mine, simple, truth, magnitude=PARTS[name] * sums[name])
 
@@ -198,23 +198,23 @@ def check_error_calls(impl, frames=3):
     grid = TokenGrid(frames, 5, 7, **TEXT)
     q, k, v, upstream = torch.randn(4, 1, 1, grid.tokens, 16)
     chosen = plan("sparge", grid, topk=0.2, topp=0.3, block_q=16, block=16, order="tile", score="error", tail="mean")
-    definition = TailDefinition(chosen, torch.arange(grid.tokens), q, k, "portable", None, v)
-    check_calls(chosen, definition, [q, k, v], upstream, torch.float32, impl)
+    sampled = SampledCall(chosen, torch.arange(grid.tokens), q, k, "portable", None, v)
+    check_calls(chosen, sampled, [q, k, v], upstream, torch.float32, impl)
 
 
-def sizes_of(definition, q, k, v, grad, out, dtype):
-    """As `magnitudes`, of one head [N, D] and over tokens and pseudo-keys, by a method's definition."""
-    plan, scale = definition.plan, q.shape[-1] ** -0.5
-    (keys, held), (values, _) = (definition.pooled(x, plan.key_order) for x in (k, v))
-    seen = definition.seen(0)
-    tail = definition.in_tail(0) if plan.has_tail else torch.zeros(len(q), len(keys), dtype=torch.bool)
+def sizes_of(sampled, q, k, v, grad, out, dtype):
+    """As `magnitudes`, of one head [N, D] and over tokens and pseudo-keys."""
+    plan, scale = sampled.plan, q.shape[-1] ** -0.5
+    (keys, held), (values, _) = (pooled(x, plan.key_order, plan.block_of(plan.key_order)) for x in (k, v))
+    seen = sampled.seen(0)
+    tail = plan.in_tail(sampled, 0) if plan.has_tail else torch.zeros(len(q), len(keys), dtype=torch.bool)
     logits = torch.cat([q @ k.T * scale, q @ keys.T * scale + held.log()], -1)
     logits = logits.masked_fill(~torch.cat([seen, tail], -1), -torch.inf)
     every = torch.cat([k, keys]), torch.cat([v, values])
     found = gradient_sizes(q, *every, grad, out, logits, logits.logsumexp(-1), scale, dtype)
     block = plan.block_of(plan.key_order)
     for name in ("dk", "dv"):  # each token has its part of its block's
-        own, pooled = found[name][: len(k)], found[name][len(k) :] / held[:, None]
-        own[plan.grid.visual_rows] += pooled[block]
+        own, of_blocks = found[name][: len(k)], found[name][len(k) :] / held[:, None]
+        own[plan.grid.visual_rows] += of_blocks[block]
         found[name] = own
     return found | {"out": torch.maximum(logits.softmax(-1) @ every[1].abs(), out.abs())}

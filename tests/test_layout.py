@@ -26,6 +26,7 @@ FLOORS = (
     ("kernels",),
     ("plans",),
     ("registry", "values", "schedule"),
+    ("method",),
     ("methods",),
     ("pipelines",),
     ("caches",),

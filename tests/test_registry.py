@@ -1,6 +1,7 @@
 """Methods and settings by name."""
 
 import dataclasses
+import pathlib
 import sys
 
 import pytest
@@ -35,6 +36,24 @@ def test_methods_are_found_by_their_files():
         assert method.summary
         assert method.source
         assert dataclasses.is_dataclass(method.config)
+
+
+def test_the_documents_say_when_to_choose_a_method():
+    """README.md and docs/methods.md have a row for each method, which begins with what `dit-accel ls` says of it."""
+    root = pathlib.Path(__file__).parent.parent
+    readme, page = (
+        {cells[0].strip("` "): [cell.strip() for cell in cells[1:]] for cells in rows if len(cells) == columns}
+        for text, columns in ((root / "README.md", 2), (root / "docs" / "methods.md", 7))
+        for rows in [[line.strip("|").split("|") for line in text.read_text(encoding="utf-8").splitlines()]]
+    )
+    for name, method in registry.get_methods().items():
+        assert method.good_for and readme[name][0].startswith(method.good_for)
+        assert ("experimental" in readme[name][0]) == method.experimental
+        if not method.untouched:
+            _, _, training, _, _, good_for = page[name]
+            assert good_for.startswith(method.good_for)
+            assert ("needed" in training) == method.needs_training
+            assert ("experimental" in training) == method.experimental
 
 
 def test_unknown_names_come_with_a_suggestion():
@@ -98,18 +117,17 @@ OUTSIDE = '''
 """Every token sees its own frame."""
 
 import dataclasses
-from typing import ClassVar
 
 import torch
 
 from dit_accel.plans.masks import AxisTable, Mask, Product
 from dit_accel.plans.plan import MaskPlan
-from dit_accel.registry import Method
+from dit_accel.method import Method, MethodConfig
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
-    keeps_all: ClassVar[bool] = False
+class Config(MethodConfig):
+    """No settings."""
 
 
 def make_plan(grid, config):
@@ -119,7 +137,7 @@ def make_plan(grid, config):
     return MaskPlan("own_frame", config, grid, Mask((Product(frames, height, width),)))
 
 
-METHOD = Method("own_frame", Config, make_plan, "each frame by itself", source="-")
+METHOD = Method("own_frame", Config, make_plan, "each frame by itself", source="-", good_for="tests")
 '''
 
 

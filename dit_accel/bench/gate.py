@@ -1,6 +1,6 @@
 """The check before any timing: a kernel's result for some queries of the full shape against the exact one.
 
-A method's definition in fp64 (`dit_accel.plans.definition`) gives the exact result. Gradients are those of a loss over
+A plan's `reference` in fp64 gives the exact result. Gradients are those of a loss over
 the sampled queries. So dk and dv are sums over these queries, and every key takes part.
 """
 
@@ -13,9 +13,8 @@ from typing import NamedTuple
 import torch
 
 from dit_accel.kernels.impls import Impl
-from dit_accel.plans.definition import Definition
 from dit_accel.plans.plan import Plan
-from dit_accel.registry import get_method
+from dit_accel.plans.sampled import SampledCall
 from dit_accel.tokens import TokenGrid
 
 # Exactly computed pairs of a head: a few hundred queries of a long video, 1,024 of 8,192 tokens. Over fewer queries the
@@ -61,7 +60,8 @@ class Problem:
 def check(problem: Problem, *, gradients: bool) -> dict[str, ErrorCheck]:
     """Compare the call with fp64 on sampled queries, all heads: a check for each tensor by name.
 
-    The limit is that of `testing.error_budget`, with the largest errors over heads.
+    The limit is twice the error of plain PyTorch in the same dtype plus one rounding of the terms that are summed, with
+    the largest errors over heads.
 
     Args:
         gradients: also check the gradients of q, k, v and of the module's weights.
@@ -73,24 +73,21 @@ def check(problem: Problem, *, gradients: bool) -> dict[str, ErrorCheck]:
     got = _results(problem, rows, gradients=gradients)
     worst = {name: [0.0, 0.0, 0.0] for name in got}  # of the error, of plain PyTorch's error, and of the size
     weights: dict[str, list[torch.Tensor]] = {name: [] for name in got if name in problem.weights}
-    define = get_method(problem.plan.method).definition or Definition
-    definition = define(problem.plan, rows, problem.q, problem.k, problem.impl, problem.module, problem.v)
-    flaw = definition.flaw()
+    call = SampledCall(problem.plan, rows, problem.q, problem.k, problem.impl, problem.module, problem.v)
+    flaw = problem.plan.misrouted(call)
     if flaw is not None:
         raise Inexact(flaw)
 
-    def compare(name: str, made: torch.Tensor, exact: torch.Tensor, plain: torch.Tensor, size: torch.Tensor) -> None:
-        worst[name] = list(map(_worst, worst[name], (made.double() - exact, plain.double() - exact, size)))
+    def compare(name: str, result: torch.Tensor, exact: torch.Tensor, plain: torch.Tensor, size: torch.Tensor) -> None:
+        worst[name] = list(map(_worst, worst[name], (result.double() - exact, plain.double() - exact, size)))
 
     for head in range(problem.q.shape[1]):
-        seen = definition.seen(head)
         exact, plain = (
-            _head(problem, definition, head, seen, dtype, gradients=gradients)
-            for dtype in (torch.float64, problem.q.dtype)
+            _head(problem, call, head, dtype, gradients=gradients) for dtype in (torch.float64, problem.q.dtype)
         )
         size = {name: value.abs() for name, value in exact.items()}
         if gradients:
-            for name, value in _magnitudes(problem, head, rows, seen).items():
+            for name, value in _magnitudes(problem, head, rows, call.seen(head)).items():
                 size[name] = size[name] + value
         for name in got:
             if name in weights:  # summed over heads
@@ -101,9 +98,9 @@ def check(problem: Problem, *, gradients: bool) -> dict[str, ErrorCheck]:
         compare(name, got[name], *torch.stack(parts).sum(0))
     epsilon = torch.finfo(problem.q.dtype).eps
     checks = {name: ErrorCheck(error, 2 * near + epsilon * size) for name, (error, near, size) in worst.items()}
-    for name, found in checks.items():
-        if not found.error <= found.budget:  # NaN is not
-            raise Inexact(f"{name}: error {found.error:.3g}, at most {found.budget:.3g} allowed")
+    for name, (error, budget) in checks.items():
+        if not error <= budget:  # NaN is not
+            raise Inexact(f"{name}: error {error:.3g}, at most {budget:.3g} allowed")
     return checks
 
 
@@ -132,23 +129,23 @@ def _results(problem: Problem, rows: torch.Tensor, *, gradients: bool) -> dict[s
     only = torch.zeros_like(problem.grad)
     only[:, :, rows] = problem.grad[:, :, rows]
     dq, dk, dv, *others = torch.autograd.grad(out, (q, k, v, *problem.weights.values()), only)
-    found = {"out": out.detach()[0, :, rows], "dq": dq[0, :, rows], "dk": dk[0], "dv": dv[0]}
-    return found | dict(zip(problem.weights, others, strict=True))
+    results = {"out": out.detach()[0, :, rows], "dq": dq[0, :, rows], "dk": dk[0], "dv": dv[0]}
+    return results | dict(zip(problem.weights, others, strict=True))
 
 
 def _head(
-    problem: Problem, definition: Definition, head: int, seen: torch.Tensor, dtype: torch.dtype, *, gradients: bool
+    problem: Problem, call: SampledCall, head: int, dtype: torch.dtype, *, gradients: bool
 ) -> dict[str, torch.Tensor]:
-    """One head's rows by definition, in a dtype: the output [S, D], and gradients by name."""
-    rows, weights = definition.rows, problem.weights
+    """One head's rows by plain PyTorch, in a dtype: the output [S, D], and gradients by name."""
+    rows, weights = call.rows, problem.weights
     tensors = [problem.q[0, head, rows], problem.k[0, head], problem.v[0, head], *weights.values()]
     leaves = [x.detach().to(dtype).requires_grad_(gradients) for x in tensors]
     with torch.set_grad_enabled(gradients):
-        out = definition.attend(head, seen, *leaves)
+        out = problem.plan.reference(call, head, *leaves)
     if not gradients:
         return {"out": out}
-    found = torch.autograd.grad(out, leaves, problem.grad[0, head, rows].to(dtype), materialize_grads=True)
-    return {"out": out.detach()} | dict(zip(("dq", "dk", "dv", *weights), found, strict=True))
+    gradient = torch.autograd.grad(out, leaves, problem.grad[0, head, rows].to(dtype), materialize_grads=True)
+    return {"out": out.detach()} | dict(zip(("dq", "dk", "dv", *weights), gradient, strict=True))
 
 
 def _magnitudes(problem: Problem, head: int, rows: torch.Tensor, seen: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -13,7 +13,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from dit_accel.errors import DitAccelError
-from dit_accel.registry import Method, declared, did_you_mean, get_method, get_methods
+from dit_accel.method import Method
+from dit_accel.registry import declared, did_you_mean, get_method, get_methods
 from dit_accel.setting import Setting
 from dit_accel.tokens import TokenGrid
 

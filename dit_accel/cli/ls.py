@@ -18,8 +18,8 @@ from dit_accel.registry import did_you_mean
 from dit_accel.values import option
 
 if TYPE_CHECKING:
+    from dit_accel.method import Method
     from dit_accel.pipelines.family import Family
-    from dit_accel.registry import Method
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,7 +45,7 @@ def ls(given: dict[str, Any]) -> None:
         lists = {"methods": list(methods.values()), "families": list(families.values())}
         typer.echo(json.dumps(lists | {"refused": REFUSED, "embedded": list(EMBEDDED)}, indent=2))
     else:
-        _print_lists(methods, families)
+        _print_lists()
 
 
 def _find(name: str, methods: Mapping[str, Any], families: Mapping[str, Any]) -> dict[str, Any]:
@@ -61,7 +61,7 @@ def _find(name: str, methods: Mapping[str, Any], families: Mapping[str, Any]) ->
 
 
 def _method(method: Method) -> dict[str, Any]:
-    """Name, summary, source, settings with defaults, and whether it learns weights."""
+    """Name, summary, when to choose it, source, settings with defaults, and the training that it needs or has."""
     settings = []
     for field in registry.fields_of(method.config):
         required = field.default is dataclasses.MISSING
@@ -69,9 +69,13 @@ def _method(method: Method) -> dict[str, Any]:
     return {
         "name": method.name,
         "summary": method.summary,
+        "good_for": method.good_for,
+        "experimental": method.experimental,
         "source": method.source,
         "settings": settings,
-        "learns": method.needs_training,
+        "needs_training": method.needs_training,
+        "objectives": [objective.name for objective in method.objectives],
+        "calibrates": method.calibration is not None,
     }
 
 
@@ -94,11 +98,14 @@ def _describe(found: Mapping[str, Any]) -> list[str]:
         return [f"{found['name']} is refused: {found['refused']}."]
     lines = [f"{found['name']}: {found['summary']}"]
     if "settings" in found:
-        lines += [f"source: {found['source']}"] if found["source"] else []
+        experimental = " It is experimental." if found["experimental"] else ""
+        lines += [f"Choose it for {found['good_for']}.{experimental}", f"source: {found['source']}"]
         for setting in found["settings"]:
             default = "required" if setting["required"] else f"{value_text(setting['default'])} by default"
             lines.append(f"  {setting['name']}: {default}")
-        return [*lines, "It learns weights: see `dit-accel train`."] if found["learns"] else lines
+        lines += ["It needs fine-tuning: see `dit-accel train`."] if found["needs_training"] else []
+        lines += [f"objectives of its own: {', '.join(found['objectives'])}"] if found["objectives"] else []
+        return [*lines, "`dit-accel tune --calibrate` sets it layer by layer."] if found["calibrates"] else lines
     lines.append(f"transformers: {', '.join(found['transformers'])}")
     pair = {f"{name}, two transformers": preset for name, preset in found["recommended_pair"].items()}
     for name, preset in (found["recommended"] | pair).items():
@@ -108,17 +115,18 @@ def _describe(found: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def _print_lists(methods: Mapping[str, Any], families: Mapping[str, Any]) -> None:
-    """A line each, cut at the terminal's width."""
+def _print_lists() -> None:
+    """A line each, cut at the terminal's width: when to choose a method, what a family covers and its presets."""
     from rich.console import Console
 
     console = Console()
-    for title, entries in (("Methods", methods), ("Model families", families)):
+    methods = {name: method.advice for name, method in registry.get_methods().items()}
+    families = {name: _covers(family) for name, family in registry.get_families().items()}
+    for title, entries in (("Methods, and what to choose them for", methods), ("Model families", families)):
         console.print(f"{title}:", highlight=False)
         width = max(map(len, entries))
-        for name, entry in entries.items():
-            presets = ", ".join(sorted(entry.get("recommended", ())))
-            text = f"  {name:{width}}  {entry['summary']}{f' (presets: {presets})' if presets else ''}"
+        for name, about in entries.items():
+            text = f"  {name:{width}}  {about}"
             cut = text if len(text) <= console.width else f"{text[: console.width - 1]}…"
             console.print(cut, highlight=False, markup=False)
     lines = (
@@ -127,3 +135,8 @@ def _print_lists(methods: Mapping[str, Any], families: Mapping[str, Any]) -> Non
         "All about one: dit-accel ls NAME, of a method, a family or a transformer's class",
     )
     console.print("\n".join(lines), highlight=False, markup=False)
+
+
+def _covers(family: Family) -> str:
+    presets = ", ".join(sorted(family.recommended))
+    return family.summary + (f" (presets: {presets})" if presets else "")

@@ -10,7 +10,7 @@ from dit_accel.checkpoint import format as checkpoint
 from dit_accel.errors import DitAccelError
 from dit_accel.hooks import dense_backend
 from dit_accel.hooks.selfcheck import SelfCheck
-from dit_accel.registry import get_method
+from dit_accel.registry import DENSE, get_method
 from dit_accel.schedule import Schedule
 from dit_accel.setting import Setting
 
@@ -71,7 +71,7 @@ class Candidate:
     @property
     def method(self) -> str:
         """Its name; dense for the untouched pipeline."""
-        return "dense" if self.setting is None else self.setting.method
+        return DENSE if self.setting is None else self.setting.method
 
     @property
     def layered(self) -> bool:
@@ -103,7 +103,7 @@ class Candidate:
 
     def record(self) -> dict[str, Any]:
         """The setting as plain values; dense for the untouched pipeline."""
-        return (self.setting or Setting.make("dense")).as_dict()
+        return (self.setting or Setting.make(DENSE)).as_dict()
 
     def apply(self, pipe: DiffusionPipeline, check: SelfCheck | None = None) -> Accelerator:
         """Accelerate the pipeline; errors as in `accelerate` and `checkpoint.load`."""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from dit_accel import values
 from dit_accel.errors import DitAccelError
 from dit_accel.generation import call, sources
-from dit_accel.registry import parse_value
+from dit_accel.registry import DENSE, parse_value
 from dit_accel.schedule import Schedule
 from dit_accel.setting import SCHEDULE, WORDS, Setting, parse_layers
 from dit_accel.values import option
@@ -179,7 +179,7 @@ class MethodOptions(ScheduleOptions, SettingsOptions):
         if self.method is None and of_method:
             raise DitAccelError("--set, --preset and --dense-* change a method. Name it with --method.")
         preset = None if family is None else functools.partial(family.preset, transformers=transformers)
-        method = "dense" if self.method is None else self.method
+        method = DENSE if self.method is None else self.method
         return Candidate(Setting.parse(method, self.settings, preset=preset, **self.words))
 
 

@@ -14,6 +14,7 @@ from dit_accel import registry
 from dit_accel.errors import DitAccelError
 from dit_accel.hooks import selfcheck
 from dit_accel.hooks.report import LayerReport, Tally
+from dit_accel.method import LearnedModule
 from dit_accel.pipelines.processor import AcceleratedAttnProcessor
 from dit_accel.plans.plan import building
 
@@ -45,7 +46,7 @@ class AcceleratedLayer:
     measured: torch.Tensor | None = None
     attached: bool = False
 
-    def attach(self, module: registry.LearnedModule | None, channels: int, head_dim: int, heads: int) -> None:
+    def attach(self, module: LearnedModule | None, channels: int, head_dim: int, heads: int) -> None:
         """Set our processor, and new learned weights as an attribute of the attention module."""
         if module is not None:
             if hasattr(self.attention, module.attribute):

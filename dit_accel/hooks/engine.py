@@ -23,6 +23,7 @@ from dit_accel.hooks.plan_cache import PlanCache
 from dit_accel.hooks.selfcheck import AttentionCall, SelfCheck
 from dit_accel.hooks.steps import StepClock
 from dit_accel.kernels.impls import Impl
+from dit_accel.method import Method
 from dit_accel.pipelines import context_parallel, processor
 from dit_accel.pipelines.anchors import AnchorTokens
 from dit_accel.pipelines.attention import AtWork, CallState
@@ -30,8 +31,6 @@ from dit_accel.pipelines.family import Family, Memory, ModelCall
 from dit_accel.pipelines.processor import AcceleratedAttnProcessor
 from dit_accel.plans.plan import Plan
 from dit_accel.plans.routed import RoutedPlan
-from dit_accel.plans.sharing import shares
-from dit_accel.registry import Method
 from dit_accel.schedule import Step
 from dit_accel.setting import Setting
 
@@ -87,11 +86,11 @@ class Engine(AtWork):
         self._states: dict[tuple[Any, bool], CallState] = {}
         self._dense_state = CallState(impl)
         self.layers = self._find_layers(setting)
-        anchored = any(getattr(config, "anchors", False) for config, _ in self._states)
+        anchored = any(config.anchors for config, _ in self._states)
         self._anchors = AnchorTokens(transformer, family) if anchored else None
         self._dense_backend = setting.dense_backend
         self._backend_set: DenseBackend | None = None
-        check.refuse_shared(layer.config for layer in self.layers)
+        check.refuse_shared(layer.config for layer in self.layers if layer.config is not None)
         if self._dense_backend is not None:
             choose_backend(self._dense_backend, self._device)
         self.cache: CacheAtWork | None = None
@@ -275,7 +274,7 @@ class Engine(AtWork):
         # without a scheduler only the timestep's value tells the step, and reading it waits for the device
         told = bool(self.watchers) or not self._clock.reads_values
         before, self._step = self._step, self._clock.now_if_told(self._family.timestep(call)) if told else None
-        if any(getattr(config, "refresh", 1) > 1 for config, _ in self._states):
+        if any(config.refresh > 1 for config, _ in self._states):
             self._count_in_step(call, before)
         for (config, sees_text), state in self._states.items():
             plan = plans[config, sees_text]
@@ -338,7 +337,7 @@ class Engine(AtWork):
         """Give the layers of a kind a sum on the device, to which a plan whose calls differ adds each density."""
         if isinstance(plan, RoutedPlan):
             plan.block_sizes(device)
-        varies = isinstance(plan, RoutedPlan) or shares(plan.config)
+        varies = isinstance(plan, RoutedPlan) or plan.config.share != "none"
         for layer in (each for each in self.layers if each.kind == kind):
             own = layer.ours.density_sum
             if not varies:

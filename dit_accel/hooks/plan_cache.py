@@ -7,10 +7,10 @@ from typing import Any
 import torch
 
 from dit_accel.errors import DitAccelError
+from dit_accel.method import Method
 from dit_accel.plans.plan import Plan, building
 from dit_accel.plans.routed import RoutedPlan
-from dit_accel.plans.sharing import shares
-from dit_accel.registry import Method, settings_of
+from dit_accel.registry import settings_of
 from dit_accel.tokens import TokenGrid
 
 PLANS_KEPT = 16
@@ -47,11 +47,11 @@ class PlanCache:
 
     def _refuse_full(self, plan: Plan) -> None:
         routed = isinstance(plan, RoutedPlan)
-        if getattr(self._config, "keeps_all", False) or (routed and not self._alone):
+        if self._config.keeps_all or (routed and not self._alone):
             return
         least = plan.bounds[0] / plan.grid.tokens**2 if isinstance(plan, RoutedPlan) else plan.density
         assert least is not None, "a static plan has its density"
-        if shares(self._config):  # dense attention once in `refresh` steps
+        if self._config.share != "none":  # dense attention once in `refresh` steps
             least = (least if self._config.share == "residual" else 0.0) + 1 / self._config.refresh
         if least < 1:
             return

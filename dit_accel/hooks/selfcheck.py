@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterable, Iterator
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
 from dit_accel.errors import DitAccelError
+from dit_accel.method import MethodConfig
 from dit_accel.plans.plan import Plan
-from dit_accel.plans.sharing import shares
 from dit_accel.schedule import Step
 from dit_accel.values import check, option
 
@@ -38,9 +38,9 @@ class SelfCheck:
                 f"keep_dense_above={self.keep_dense_above} needs verify='first-call', which measures the errors."
             )
 
-    def refuse_shared(self, configs: Iterable[Any]) -> None:
+    def refuse_shared(self, configs: Iterable[MethodConfig]) -> None:
         """Refuse to verify settings whose first call is dense."""
-        if self.verify is not None and any(map(shares, configs)):
+        if self.verify is not None and any(config.share != "none" for config in configs):
             raise DitAccelError(
                 "verify='first-call' would measure the first call, in which layers with share=... are dense. Verify "
                 "the same settings with share='none'."

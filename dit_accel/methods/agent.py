@@ -18,24 +18,24 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from dit_accel.kernels.block_sparse.geometry import BlockLists
+from dit_accel.kernels.block_sparse.reference import masked_attention
 from dit_accel.kernels.cuts import block_means, visual_of
+from dit_accel.method import Method, MethodConfig
 from dit_accel.order import TokenOrder
-from dit_accel.plans.definition import RoutedDefinition, masked_attention
 from dit_accel.plans.plan import BLOCK_K, BLOCK_Q, PlanCall
 from dit_accel.plans.routed import RoutedPlan, attend_all
-from dit_accel.registry import Method
+from dit_accel.plans.sampled import SampledCall, pooled
 from dit_accel.tokens import TokenGrid
-from dit_accel.values import Checked, option
+from dit_accel.values import option
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(Checked):
+class Config(MethodConfig):
     """Settings of agent.
 
     Args:
@@ -95,20 +95,14 @@ class AgentPlan(RoutedPlan):
         out = attend_all(queries, agents, gathered, TokenGrid(1, 1, self.tiles.visual_blocks), call)
         return out + self.config.shortcut * visual_of(v, self.grid), self.choose(q, k, call)
 
-
-class AgentDefinition(RoutedDefinition):
-    """Both softmaxes for visual queries; agents are means over all queries of the call."""
-
-    plan: AgentPlan
-
-    def attend(self, head: int, seen: Tensor, q: Tensor, k: Tensor, v: Tensor, *weights: Any) -> Tensor:
-        agents, _ = self.pooled(self.whole(head, q), self.plan.tiles)
-        every, scale = torch.ones_like(seen[:1]), q.shape[-1] ** -0.5
+    def reference(self, call: SampledCall, head: int, q: Tensor, k: Tensor, v: Tensor, *weights: Tensor) -> Tensor:
+        """Both softmaxes for visual queries; agents are means over all queries of the call."""
+        agents, _ = pooled(call.whole(head, q), self.tiles, self.block_of(self.tiles))
+        every, scale = torch.ones(1, len(k), dtype=torch.bool, device=k.device), q.shape[-1] ** -0.5
         gathered = masked_attention(agents, k, v, every)
-        turned = q * (self.plan.second_scale(scale) / scale)
-        out = masked_attention(turned, agents, gathered, every[:, : len(agents)])
-        own = self.plan.config.shortcut * v[self.rows]
-        return torch.where(self.are_visual, out + own, masked_attention(q, k, v, every))
+        out = masked_attention(q, agents, gathered, every[:, : len(agents)], scale=self.second_scale(scale))
+        skipped = self.config.shortcut * v[call.rows]
+        return torch.where(call.are_visual, out + skipped, masked_attention(q, k, v, every))
 
 
 NOTE = (
@@ -119,8 +113,9 @@ METHOD = Method(
     "agent",
     Config,
     lambda grid, config: AgentPlan(config, grid),
-    "experimental: a few pooled queries stand between queries and keys, with a softmax on each side",
+    "a few pooled queries stand between queries and keys, with a softmax on each side",
     source="Agent attention, arXiv 2312.08874; LeapLabTHU/Agent-Attention",
-    definition=AgentDefinition,
+    good_for="comparisons with its paper",
+    experimental=True,
     note=NOTE,
 )

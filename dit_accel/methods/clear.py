@@ -10,19 +10,19 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 
+from dit_accel.method import Method, MethodConfig
 from dit_accel.plans.masks import AxisTable, Mask, Product
 from dit_accel.plans.plan import MaskPlan
-from dit_accel.registry import Method
 from dit_accel.tokens import TokenGrid
-from dit_accel.values import Checked, option
+from dit_accel.values import option
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(Checked):
+class Config(MethodConfig):
     """Settings of clear.
 
     Args:
@@ -30,7 +30,6 @@ class Config(Checked):
     """
 
     radius: int = option(16, least=1)
-    keeps_all: ClassVar[bool] = False
 
 
 def reach(radius: int, row: int) -> int:
@@ -75,8 +74,10 @@ METHOD = Method(
     "clear",
     Config,
     make_plan,
-    "CLEAR: the keys in a disc around each query of an image; needs fine-tuning",
+    "CLEAR: the keys in a disc around each query of an image",
     source="arXiv:2412.16112",
+    good_for="large images",
+    needs_training=True,
     at_density=at_density,
     sparsest=lambda grid: 1 / grid.visual if grid.frames == 1 else 1.0,  # radius 1: the query itself
 )

@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import ClassVar
 
+from dit_accel.method import Method, MethodConfig
 from dit_accel.plans.dense import DensePlan
-from dit_accel.registry import Method
+from dit_accel.registry import DENSE
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(MethodConfig):
     """Dense attention has no settings."""
 
-    keeps_all: ClassVar[bool] = True
+    @property
+    def keeps_all(self) -> bool:
+        return True
 
 
 METHOD = Method(
-    "dense",
+    DENSE,
     Config,
-    lambda grid, config: DensePlan("dense", config, grid),
+    lambda grid, config: DensePlan(DENSE, config, grid),
     "the model's own attention",
     source="-",
+    good_for="the model's own attention, bit for bit",
+    untouched=True,
     at_density=lambda grid, density: {},
     sparsest=lambda grid: 1.0,
 )

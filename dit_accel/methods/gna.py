@@ -15,10 +15,10 @@ from typing import Any
 import torch
 
 from dit_accel.errors import DitAccelError
+from dit_accel.method import Method
 from dit_accel.methods.settings import SharingSettings
 from dit_accel.plans.masks import AxisTable, Mask, Product, axis_pairs
 from dit_accel.plans.sharing import SharingPlan
-from dit_accel.registry import Method
 from dit_accel.tokens import TokenGrid
 from dit_accel.values import option
 
@@ -181,5 +181,6 @@ METHOD = Method(
     make_plan,
     "generalized neighborhood attention: sliding, strided, blocked, dilated, causal windows per axis",
     source="arXiv:2504.16922",
+    good_for="local detail",
     at_density=at_density,
 )

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import ClassVar, Literal
+from collections.abc import Callable
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -17,16 +18,16 @@ from torch import Tensor
 from dit_accel.errors import DitAccelError
 from dit_accel.kernels.block_sparse.dense import zeros_spread
 from dit_accel.kernels.block_sparse.geometry import BlockLists
-from dit_accel.plans.definition import Definition
+from dit_accel.method import LossCalibration, Method, MethodConfig
 from dit_accel.plans.dense import DensePlan
 from dit_accel.plans.plan import PlanCall, building
-from dit_accel.registry import Method
+from dit_accel.plans.sampled import SampledCall
 from dit_accel.tokens import TokenGrid
-from dit_accel.values import Checked, option
+from dit_accel.values import option
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(Checked):
+class Config(MethodConfig):
     """Settings of heads.
 
     Args:
@@ -37,7 +38,6 @@ class Config(Checked):
         DitAccelError: `keep` has another form, or skips every head.
     """
 
-    keeps_all: ClassVar[bool] = False
     keep: Literal["all"] | tuple[int, ...] = option("all", least=0, most=1)
 
     def __post_init__(self) -> None:
@@ -46,7 +46,7 @@ class Config(Checked):
             raise DitAccelError(f"keep skips every head of a layer; got {self.keep!r}. Keep one at least.")
 
     @property
-    def share(self) -> float:
+    def head_share(self) -> float:
         """The share of the heads that are computed."""
         return 1.0 if isinstance(self.keep, str) else sum(self.keep) / len(self.keep)
 
@@ -58,7 +58,7 @@ class HeadsPlan(DensePlan):
 
     def __init__(self, config: Config, grid: TokenGrid) -> None:
         super().__init__("heads", config, grid)
-        self.head_share = config.share
+        self.head_share = config.head_share
         self._indices: dict[tuple[torch.device, int, int], Tensor] = {}
 
     @functools.cached_property
@@ -100,17 +100,30 @@ class HeadsPlan(DensePlan):
                 self._indices[key] = own.nonzero().flatten().to(q.device)
         return self._indices[key]
 
+    def reference(self, call: SampledCall, head: int, q: Tensor, k: Tensor, v: Tensor, *weights: Tensor) -> Tensor:
+        keep = self.config.keep
+        return super().reference(call, head, q, k, v) if isinstance(keep, str) or keep[head] else 0 * q
 
-class HeadsDefinition(Definition):
-    """Softmax over all keys in computed heads, zero in skipped ones."""
 
-    plan: HeadsPlan
+def ranked(heads: int, loss: Callable[[Config], float]) -> tuple[list[int], list[float]]:
+    """The heads of a layer, the least missed first, and the losses of skipping the first, the first two and so on.
 
-    def attend(self, head: int, seen: Tensor, q: Tensor, k: Tensor, v: Tensor, *weights: Tensor) -> Tensor:
-        keep = self.plan.config.keep
-        if isinstance(keep, str) or keep[head]:
-            return super().attend(head, seen, q, k, v)
-        return 0 * q
+    First each head is skipped alone. Then heads are skipped together: they stand in for each other, so their losses do
+    not add up.
+    """
+    alone = [loss(_without([head], heads)) for head in range(heads)]
+    order = sorted(range(heads), key=alone.__getitem__)
+    return order, [alone[order[0]], *(loss(_without(order[:count], heads)) for count in range(2, heads))]
+
+
+def choices(record: tuple[list[int], list[float]], heads: int) -> list[tuple[Config, float, float]]:
+    """Settings that skip one head of a layer or more, with the density and the loss of each; `record` of `ranked`."""
+    order, losses = record
+    return [(_without(order[:n], heads), 1 - n / heads, loss) for n, loss in enumerate(losses, 1)]
+
+
+def _without(skipped: list[int], heads: int) -> Config:
+    return Config(tuple(int(head not in skipped) for head in range(heads)))
 
 
 METHOD = Method(
@@ -119,5 +132,6 @@ METHOD = Method(
     lambda grid, config: HeadsPlan(config, grid),
     "dense attention in some heads of each layer, zero in the others",
     source="the untrained part of MoH, arXiv:2410.11842",
-    definition=HeadsDefinition,
+    good_for="models whose heads matter unequally",
+    calibration=LossCalibration("heads.json", ranked, lambda heads: 2 * heads - 2, choices),
 )

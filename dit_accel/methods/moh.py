@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -33,19 +33,23 @@ from torch import Tensor, nn
 from dit_accel.errors import DitAccelError
 from dit_accel.kernels.block_sparse.dense import zeros_spread
 from dit_accel.kernels.block_sparse.geometry import BlockLists
+from dit_accel.kernels.block_sparse.reference import masked_attention
 from dit_accel.kernels.impls import AUTO
-from dit_accel.plans.definition import Definition, masked_attention
+from dit_accel.method import LearnedModule, Method, MethodConfig, Objective
 from dit_accel.plans.dense import SDPA, DensePlan
 from dit_accel.plans.plan import PlanCall
-from dit_accel.registry import LearnedModule, Method
+from dit_accel.plans.sampled import SampledCall
 from dit_accel.tokens import TokenGrid
-from dit_accel.values import Checked, option
+from dit_accel.values import option
+
+if TYPE_CHECKING:
+    from dit_accel.hooks.selfcheck import AttentionCall
 
 _ROUNDING = 0.01  # of a head, for shares such as 0.333
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(Checked):
+class Config(MethodConfig):
     """Settings of moh; the defaults are those of MoH-LLaMA3-8B.
 
     Args:
@@ -216,26 +220,34 @@ class MohPlan(DensePlan):
                 )[0, 0]
         return out
 
-
-class MohDefinition(Definition):
-    """Dense attention of each head, times the gates of the queries."""
-
-    plan: MohPlan
-
-    @functools.cached_property
-    def weights(self) -> Tensor:
-        return self.plan.gates(self.q, self.module).weights[0, :, self.rows, None]
-
-    def attend(self, head: int, seen: Tensor, q: Tensor, k: Tensor, v: Tensor, *weights: Tensor) -> Tensor:
-        return masked_attention(q, k, v, torch.ones_like(seen)) * self.weights[head].to(q)
+    def reference(self, call: SampledCall, head: int, q: Tensor, k: Tensor, v: Tensor, *weights: Tensor) -> Tensor:
+        """Dense attention of each head, times the gates of the queries."""
+        gates = call.once("gates", lambda: self.gates(call.q, call.module).weights[0, :, call.rows, None])
+        every = torch.ones(1, len(k), dtype=torch.bool, device=k.device)
+        return masked_attention(q, k, v, every) * gates[head].to(q)
 
 
+def balance(call: AttentionCall) -> Tensor:
+    """The load-balance loss of a layer; the authors weigh it by 0.01. It has a gradient for the router alone."""
+    assert isinstance(call.plan, MohPlan)
+    return call.plan.balance(call.q, call.module)
+
+
+BALANCE = Objective(
+    "balance",
+    trains="a router of heads",
+    record=lambda call: call if isinstance(call.plan, MohPlan) else None,
+    loss=balance,
+)
 METHOD = Method(
     "moh",
     Config,
     lambda grid, config: MohPlan(config, grid),
-    "dense attention in some heads, which a learned router chooses for each token (needs fine-tuning)",
+    "dense attention in some heads, which a learned router chooses for each token",
     source="MoH, arXiv:2410.11842; github.com/SkyworkAI/MoH",
+    good_for="fewer heads than a calibration can skip",
+    needs_training=True,
+    experimental=True,
     module=LearnedModule("head_router", HeadRouter),
-    definition=MohDefinition,
+    objectives=(BALANCE,),
 )

@@ -31,22 +31,23 @@ from torch import Tensor, nn
 
 from dit_accel.errors import DitAccelError
 from dit_accel.kernels.block_sparse.geometry import BlockLists
+from dit_accel.kernels.block_sparse.reference import masked_attention
 from dit_accel.kernels.cuts import block_means, from_blocks, visual_of
 from dit_accel.kernels.router.api import route
 from dit_accel.kernels.router.call import Rule
+from dit_accel.method import LearnedModule, Method, MethodConfig
 from dit_accel.order import TokenOrder, valid_tokens
-from dit_accel.plans.definition import RoutedDefinition, masked_attention
 from dit_accel.plans.plan import PlanCall
 from dit_accel.plans.routed import LARGEST_BLOCK, Ordering, RoutedPlan, cut
-from dit_accel.registry import LearnedModule, Method
+from dit_accel.plans.sampled import SampledCall, pooled
 from dit_accel.tokens import TokenGrid
-from dit_accel.values import Checked, option
+from dit_accel.values import option
 
 ROUNDING = 1e-9  # of a share of blocks
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(Checked):
+class Config(MethodConfig):
     """Settings of proxy; the defaults are VSA's, whose cubes of 4 x 4 x 4 tokens are such tiles.
 
     Args:
@@ -189,24 +190,19 @@ class ProxyPlan(RoutedPlan):
             out = from_blocks(out[..., None, :].expand(*out.shape[:-1], order.block, -1), order)
         return out.to(q.dtype)
 
-
-class ProxyDefinition(RoutedDefinition):
-    """Listed blocks exactly, and the gated coarse branch; means are over all queries of the call."""
-
-    plan: ProxyPlan
-
-    def attend(self, head: int, seen: Tensor, q: Tensor, k: Tensor, v: Tensor, *weights: Tensor) -> Tensor:
-        fine = masked_attention(q, k, v, seen)
+    def reference(self, call: SampledCall, head: int, q: Tensor, k: Tensor, v: Tensor, *weights: Tensor) -> Tensor:
+        """Listed blocks exactly, and the gated coarse branch; means are over all queries of the call."""
+        fine = masked_attention(q, k, v, call.seen(head))
         if not weights:
             return fine
-        order, by_block = self.plan.key_order, self.plan.config.query == "block"
-        (keys, sizes), (values, _) = self.pooled(k, order), self.pooled(v, order)
-        asking = self.pooled(self.whole(head, q), order)[0] if by_block else q
+        order, block, by_block = self.key_order, self.block_of(self.key_order), self.config.query == "block"
+        (keys, sizes), (values, _) = (pooled(x, order, block) for x in (k, v))
+        asking = pooled(call.whole(head, q), order, block)[0] if by_block else q
         every = torch.ones(1, len(keys), dtype=torch.bool, device=q.device)
-        bias = torch.zeros_like(sizes) if self.plan.config.weigh == "blocks" else sizes.log()
+        bias = torch.zeros_like(sizes) if self.config.weigh == "blocks" else sizes.log()
         coarse = masked_attention(asking, keys, values, every, bias)
         gate = q @ weights[0][head].T + weights[1][head]
-        return torch.where(self.are_visual, fine + gate * (coarse[self.blocks] if by_block else coarse), fine)
+        return torch.where(call.are_visual, fine + gate * (coarse[call.blocks(block)] if by_block else coarse), fine)
 
 
 def at_density(grid: TokenGrid, density: float) -> dict[str, Any]:
@@ -227,8 +223,9 @@ METHOD = Method(
             HiddenGate(channels, head_dim, heads) if config.gate == "hidden" else None
         ),
     ),
-    summary="the best key blocks exactly, and all blocks' means through a learned gate (needs fine-tuning)",
+    summary="the best key blocks exactly, and all blocks' means through a learned gate",
     source="VSA, arXiv 2505.13389; Qihoo-T2X, arXiv 2409.04005",
+    good_for="a trained global view beside few exact blocks",
+    needs_training=True,
     at_density=at_density,
-    definition=ProxyDefinition,
 )

@@ -9,26 +9,26 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from dit_accel.method import Method, MethodConfig
 from dit_accel.order import TokenOrder
 from dit_accel.plans.block_plan import BlockPlan
 from dit_accel.plans.blocks import check_size
 from dit_accel.plans.masks import Band, Mask, check_frames, prefix_sums
 from dit_accel.plans.plan import MaskPlan, StaticPlan
-from dit_accel.registry import Method
 from dit_accel.tokens import TokenGrid
-from dit_accel.values import Checked, option
+from dit_accel.values import option
 
 Rule = Literal["paper", "released"]
 THINNING = 128  # the released code thins diagonals narrower than this, whatever its block size
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(Checked):
+class Config(MethodConfig):
     """Settings of radial.
 
     Args:
@@ -42,7 +42,6 @@ class Config(Checked):
     sink: bool = True
     block: int = option(128, least=1)
     rule: Rule = "paper"
-    keeps_all: ClassVar[bool] = False
 
 
 def paper_radius(frames: int, frame_tokens: int, decay: float, sink: bool) -> Tensor:
@@ -167,6 +166,7 @@ METHOD = Method(
     make_plan,
     "radial attention: a spatial window that halves as the distance in frames doubles",
     source="arXiv:2506.19852",
+    good_for="long videos, on a GPU",
     at_density=at_density,
     sparsest=lambda grid: (3 * grid.frames - 2) / grid.frames**2,  # neighbouring frames see each other whole
 )

@@ -26,11 +26,12 @@ from dit_accel.kernels.block_sparse.geometry import BlockLists
 from dit_accel.kernels.router.api import route
 from dit_accel.kernels.router.call import Rule
 from dit_accel.kernels.tail.rectified import compensated, trusted
+from dit_accel.method import Method
 from dit_accel.methods.settings import BlockSettings
 from dit_accel.plans.plan import BLOCK_Q, PlanCall, per_device
 from dit_accel.plans.routed import Ordering
-from dit_accel.plans.tailed import TailDefinition, TailedPlan
-from dit_accel.registry import Method
+from dit_accel.plans.sampled import SampledCall, pooled
+from dit_accel.plans.tailed import TailedPlan
 from dit_accel.tokens import TokenGrid
 from dit_accel.values import option
 
@@ -114,33 +115,26 @@ class RectifiedPlan(TailedPlan):
         orders = self.query_order, self.key_order
         return compensated(q, k, v, exact, lists, dropped, *orders, call.text_lens, scale), lists
 
-
-class RectifiedDefinition(TailDefinition):
-    """Rectified SpaAttn for some queries."""
-
-    plan: RectifiedPlan
-
-    def in_tail(self, head: int) -> Tensor:
-        tail = super().in_tail(head)
-        if not self.plan.config.gate:
+    def in_tail(self, call: SampledCall, head: int) -> Tensor:
+        tail = super().in_tail(call, head)
+        if not self.config.gate:
             return tail
-        q, k = (self.plan.arrange(x[:, head : head + 1]) for x in (self.q, self.k))
-        return tail & trusted(q, k, self.plan.query_order, self.plan.key_order)[0, 0][self.blocks]
+        q, k = (self.arrange(x[:, head : head + 1]) for x in (call.q, call.k))
+        blocks = call.blocks(self.block_of(self.query_order))
+        return tail & trusted(q, k, self.query_order, self.key_order)[0, 0][blocks]
 
-    def attend(self, head: int, seen: Tensor, q: Tensor, k: Tensor, v: Tensor, *weights: Tensor) -> Tensor:
-        out = super().attend(head, seen, q, k, v)
-        if self.plan.has_tail:
+    def reference(self, call: SampledCall, head: int, q: Tensor, k: Tensor, v: Tensor, *weights: Tensor) -> Tensor:
+        out = super().reference(call, head, q, k, v)
+        if self.has_tail:
             return out
         # pooled shares come from all queries of a block, so the gradient of q reaches the sampled ones alone
-        scale = q.shape[-1] ** -0.5
-        means, _ = self.pooled(self.whole(head, q), self.plan.query_order)
-        keys, sizes = self.pooled(k, self.plan.key_order)
-        values, _ = self.pooled(v, self.plan.key_order)
-        visual = self.plan.grid.visual_rows
+        scale, visual, row = q.shape[-1] ** -0.5, self.grid.visual_rows, self.block_of(self.query_order)
+        means, _ = pooled(call.whole(head, q), self.query_order, row)
+        (keys, sizes), (values, _) = (pooled(x, self.key_order, self.block_of(self.key_order)) for x in (k, v))
         others = torch.cat([k[: visual.start], k[visual.stop :]])
         logits = torch.cat([means @ keys.T * scale + sizes.log(), means @ others.T * scale], -1)
-        shares = logits.softmax(-1)[self.blocks, : len(keys)] * self.in_tail(head)
-        return torch.where(self.are_visual, (1 - shares.sum(-1, keepdim=True)) * out + shares @ values, out)
+        shares = logits.softmax(-1)[call.blocks(row), : len(keys)] * self.in_tail(call, head)
+        return torch.where(call.are_visual, (1 - shares.sum(-1, keepdim=True)) * out + shares @ values, out)
 
 
 def at_density(grid: TokenGrid, density: float) -> dict[str, Any]:
@@ -154,6 +148,6 @@ METHOD = Method(
     plan=lambda grid, config: RectifiedPlan(config, grid),
     summary="the best key blocks exactly, others by their means where that is safe",
     source="Rectified SpaAttn, arXiv 2511.19835",
+    good_for="a known number of exact blocks, without training",
     at_density=at_density,
-    definition=RectifiedDefinition,
 )

@@ -21,21 +21,20 @@ Choices where paper and code differ or a wrapper cannot follow:
 from __future__ import annotations
 
 import dataclasses
-from typing import ClassVar
 
 import torch
 
 from dit_accel.errors import DitAccelError
+from dit_accel.method import Method, MethodConfig
 from dit_accel.plans.anchored import AnchoredPlan, blocked
 from dit_accel.plans.masks import AxisTable, Mask, Product
 from dit_accel.plans.plan import MaskPlan
-from dit_accel.registry import Method
 from dit_accel.tokens import TokenGrid
-from dit_accel.values import Checked, option
+from dit_accel.values import option
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(Checked):
+class Config(MethodConfig):
     """Settings of scaledit.
 
     Args:
@@ -53,7 +52,6 @@ class Config(Checked):
     sliding: bool = False
     factor: int = option(4, least=0)
     reach: int = option(16, least=1)
-    keeps_all: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -88,6 +86,9 @@ METHOD = Method(
     "scaledit",
     Config,
     make_plan,
-    "Scale-DiT: windows of an image and anchors from its low-resolution copy; needs fine-tuning",
+    "Scale-DiT: windows of an image and anchors from its low-resolution copy",
     source="arXiv:2510.16325",
+    good_for="very large images of FLUX",
+    needs_training=True,
+    experimental=True,
 )

@@ -1,20 +1,34 @@
-"""Settings that several methods have."""
+"""Settings that several methods have, and the objective that comes with one of them."""
 
 from __future__ import annotations
 
 import dataclasses
 
 from dit_accel.errors import DitAccelError
+from dit_accel.method import MethodConfig, Objective
 from dit_accel.order import TokenOrder
 from dit_accel.plans.curves import Curve
+from dit_accel.plans.gate import divergence, gate_of, gate_sample
 from dit_accel.plans.routed import LARGEST_BLOCK, Ordering, cut
 from dit_accel.plans.sharing import Share
 from dit_accel.tokens import TokenGrid
-from dit_accel.values import Checked, option
+from dit_accel.values import option
+
+GATE = Objective(
+    "gate",
+    trains="a gate",
+    record=gate_sample,
+    loss=divergence,
+    part=gate_of,
+    when=lambda config: config.score == "learned",
+    needs="score=learned",
+    alone=True,
+    exclusive=True,
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class BlockSettings(Checked):
+class BlockSettings(MethodConfig):
     """How a method cuts the visual tokens into blocks.
 
     Args:
@@ -34,7 +48,7 @@ class BlockSettings(Checked):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SharingSettings(Checked):
+class SharingSettings(MethodConfig):
     """Settings of a method whose layers may share results.
 
     Args:

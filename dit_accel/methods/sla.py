@@ -13,7 +13,7 @@ convolution (1) and fewer heads (2) change the architecture and are left out.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import nn
@@ -21,21 +21,28 @@ from torch import nn
 from dit_accel.errors import DitAccelError
 from dit_accel.kernels import impls
 from dit_accel.kernels.block_sparse.geometry import BlockLists
+from dit_accel.kernels.block_sparse.reference import masked_attention
+from dit_accel.kernels.cuts import visual_of
 from dit_accel.kernels.impls import AUTO, Impl
 from dit_accel.kernels.router.api import classify, single_blocks
 from dit_accel.kernels.sla.api import sparse_linear_attention
-from dit_accel.kernels.sla.call import FeatureMap, LinearScope, SlaCall
-from dit_accel.kernels.sla.reference import block_map
-from dit_accel.methods.settings import BlockSettings
+from dit_accel.kernels.sla.call import FeatureMap, LinearScope, SlaCall, apply_map, learned_inputs
+from dit_accel.kernels.sla.reference import block_map, linear_branch
+from dit_accel.method import LearnedModule, Method, Objective
+from dit_accel.methods.settings import GATE, BlockSettings
 from dit_accel.plans.blocks import BlockMask, from_map
-from dit_accel.plans.gate import BlockGate, gated
+from dit_accel.plans.gate import BlockGate, gate_of, gated, pool
 from dit_accel.plans.plan import PlanCall
 from dit_accel.plans.routed import GATED, RoutedPlan
-from dit_accel.plans.sla_definition import SlaDefinition
-from dit_accel.registry import LearnedModule, Method
+from dit_accel.plans.sampled import SampledCall, pooled
 from dit_accel.tokens import TokenGrid
 from dit_accel.values import option
 
+if TYPE_CHECKING:
+    from dit_accel.hooks.selfcheck import AttentionCall
+
+LEARNED_MAP: FeatureMap = "hedgehog"
+IMITATED = 64  # queries of a head whose weights the objective imitation compares
 # Shares such as 0.7 + 0.3 do not always add up to 1 in binary.
 _ROUNDING = 1e-9
 
@@ -138,7 +145,7 @@ class SparseLinearAttention(nn.Module):
         super().__init__()
         self.config, identity = Config(**config), torch.eye(head_dim, dtype=torch.float32)
         self.proj = Projection(torch.zeros_like(identity) if self.config.topk else identity.clone())
-        learned = self.config.feature_map == "hedgehog"
+        learned = self.config.feature_map == LEARNED_MAP
         self.features = Projection(identity.repeat(2, heads, 1, 1)) if learned else None
         self.gate = BlockGate(head_dim, heads) if self.config.score == "learned" else None
 
@@ -259,6 +266,65 @@ class SlaPlan(RoutedPlan):
         out, critical = sparse_linear_attention(q, k, v, settings)
         return out, BlockLists.full(critical)
 
+    def reference(
+        self, call: SampledCall, head: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *weights: torch.Tensor
+    ) -> torch.Tensor:
+        """Softmax over critical blocks plus the projected linear branch."""
+        config, seen = self.config, call.seen(head)
+        out = masked_attention(q, k, v, seen)
+        if not weights:
+            if config.topk:
+                return out
+            weights = tuple(weight.to(q) for weight in self.untrained(q).parameters())
+        pairs, rows = torch.zeros_like(seen), call.blocks(self.block_of(self.query_order))
+        linear = call.once("linear", lambda: self._linear_blocks(call))[head, rows]
+        pairs[:, self.grid.visual_rows] = linear[:, self.block_of(self.key_order).to(q.device)]
+        features = None
+        if config.feature_map == LEARNED_MAP:
+            weight, bias = weights[2:4]
+            own = min(head, weight.shape[1] - 1)  # heads may share the map
+            features = weight[:, own : own + 1], bias[:, own : own + 1]
+        inputs = q[None, None], k[None, None], v[None, None], pairs[None, None]
+        branch = linear_branch(*inputs, weights[0], weights[1], config.feature_map, features)[0, 0]
+        return torch.where(call.are_visual, out + branch, out)
+
+    def _linear_blocks(self, call: SampledCall) -> torch.Tensor:
+        """The blocks of a call's linear branch: bool [H, query blocks, key blocks]."""
+        critical, negligible = (
+            block_map(lists, self.key_order)[0]
+            for lists in self.classify(call.q, call.k, PlanCall(impl=call.impl, module=call.module))
+        )
+        if self.config.linear_scope == "all":
+            return torch.ones_like(critical)
+        return ~(critical | negligible)
+
+    def misrouted(self, call: SampledCall) -> str | None:
+        """A critical block with a lower score than another block, in fp64, among some blocks of queries."""
+        queries, keys = self.query_order, self.key_order
+        rows, columns = self.block_of(queries), self.block_of(keys)
+        blocks = queries.visual_blocks
+        some = torch.linspace(0, blocks - 1, min(16, blocks)).long().to(call.q.device)
+        # terms of a mean and of a product, and of both sides of a gate
+        gate = gate_of(call.module)
+        depth = max(queries.block, keys.block) + call.q.shape[-1] * (1 if gate is None else 5)
+        for head in range(call.q.shape[1]):
+            assert call.lists is not None
+            query = pooled(call.q[0, head].double(), queries, rows)[0][some]
+            key, _ = pooled(call.k[0, head].double(), keys, columns)
+            sizes, critical = (query.abs(), key.abs()), self.listed(call.lists, head)[some]
+            if self.config.score == "learned" and gate is not None:
+                key = pool(call.q, call.k.double(), queries, keys)[1][0, head]
+                weights = gate.queries[head].double(), gate.keys[head].double()
+                sizes = query.abs() @ weights[0].abs().T, key.abs() @ weights[1].abs().T
+                query, key = query @ weights[0].T, key @ weights[1].T
+            scores = query @ key.T
+            slack = depth * torch.finfo(torch.float32).eps * (sizes[0] @ sizes[1].T).amax(-1)
+            worst = scores.masked_fill(~critical, torch.inf).amin(-1)
+            best = scores.masked_fill(critical, -torch.inf).amax(-1)
+            if not bool((worst >= best - slack).all()):
+                return f"router: head {head} chose a critical block although another has a higher score"
+        return None
+
     def untrained(self, like: torch.Tensor) -> SparseLinearAttention:
         """A module for tensors [..., D] like this one, as it starts."""
         made = SparseLinearAttention(like.shape[-1], **dataclasses.asdict(self.config))
@@ -282,6 +348,39 @@ def at_density(grid: TokenGrid, density: float) -> dict[str, Any]:
     return {"topk": min(1.0, max(1e-6, float(f"{grid.visual_share(density):.6g}")))}
 
 
+def imitated(call: AttentionCall) -> torch.Tensor:
+    """Cross-entropy of the linear attention weights against softmax attention's, in nats.
+
+    Source: Hedgehog (arXiv:2402.04347), section 4. Both are weights of the student's own q and k, which get no
+    gradient: only the learned map trains. The paper takes all queries; here `IMITATED` visual ones, evenly spaced,
+    stand for them. The keys are all visual ones. As published, the denominator has no epsilon.
+    """
+    assert isinstance(call.module, SparseLinearAttention)
+    features = call.module.map_of(call.q, call.heads)
+    q, k = (visual_of(x, call.plan.grid).detach().float() for x in (call.q, call.k))
+    rows = torch.linspace(0, q.shape[2] - 1, min(IMITATED, q.shape[2]), device=q.device).long()
+    q, scale = q[:, :, rows], q.shape[-1] ** -0.5 if call.scale is None else call.scale
+    softmax = (q @ k.mT * scale).softmax(-1)
+    a, b = (apply_map(x, LEARNED_MAP) for x in learned_inputs(q, k, features))
+    linear = (a @ b.mT).clamp_min(torch.finfo(torch.float32).tiny)
+    return (softmax * (linear.sum(-1, keepdim=True).log() - linear.log())).sum(-1).mean()
+
+
+def learned_map(module: nn.Module | None) -> Projection | None:
+    """The learned feature map among a layer's weights; None without one."""
+    return module.features if isinstance(module, SparseLinearAttention) else None
+
+
+IMITATION = Objective(
+    "imitation",
+    trains="a learned feature map",
+    record=lambda call: None if learned_map(call.module) is None else call,
+    loss=imitated,
+    part=learned_map,
+    when=lambda config: config.feature_map == LEARNED_MAP,
+    needs=f"feature_map={LEARNED_MAP}",
+    alone=True,
+)
 METHOD = Method(
     name="sla",
     config=Config,
@@ -290,8 +389,10 @@ METHOD = Method(
         attribute="sparse_linear",
         make=lambda head_dim, heads, config: SparseLinearAttention(head_dim, heads, **dataclasses.asdict(config)),
     ),
-    summary="critical key blocks exactly, a learned linear branch for the others (needs fine-tuning)",
+    objectives=(GATE, IMITATION),
+    summary="critical key blocks exactly, a learned linear branch for the others",
     source="SLA, arXiv 2509.24006; github.com/thu-ml/SLA",
+    good_for="the highest sparsity",
+    needs_training=True,
     at_density=at_density,
-    definition=SlaDefinition,
 )

@@ -21,10 +21,10 @@ from torch import Tensor
 from dit_accel.kernels.block_sparse.geometry import BlockLists
 from dit_accel.kernels.router.api import route
 from dit_accel.kernels.router.call import Rule, Variance
+from dit_accel.method import Method
 from dit_accel.methods.settings import BlockSettings
 from dit_accel.plans.plan import BLOCK_Q, PlanCall, per_device
-from dit_accel.plans.tailed import TailDefinition, TailedPlan
-from dit_accel.registry import Method
+from dit_accel.plans.tailed import TailedPlan
 from dit_accel.tokens import TokenGrid
 from dit_accel.values import option
 
@@ -105,6 +105,6 @@ METHOD = Method(
     plan=lambda grid, config: SolPlan(config, grid),
     summary="key blocks that stand out exactly, all others as one pseudo-key each",
     source="Sol-Attn, arXiv 2607.24027; PISA, arXiv 2602.01077",
+    good_for="keeping the picture without any training",
     at_density=at_density,
-    definition=TailDefinition,
 )

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -33,15 +33,18 @@ from dit_accel.kernels.router.api import route, route_pooled
 from dit_accel.kernels.router.call import Rule
 from dit_accel.kernels.router.portable import rank
 from dit_accel.kernels.tail.errors import most_wrong, tail_errors
-from dit_accel.methods.settings import BlockSettings
+from dit_accel.method import LearnedModule, Method, RecallCalibration
+from dit_accel.methods.settings import GATE, BlockSettings
 from dit_accel.plans.gate import BlockGate, gated
 from dit_accel.plans.kept import kept_or_new
 from dit_accel.plans.plan import PlanCall, per_device
 from dit_accel.plans.routed import GATED, LARGEST_BLOCK
-from dit_accel.plans.tailed import TailDefinition, TailedPlan
-from dit_accel.registry import LearnedModule, Method
+from dit_accel.plans.tailed import TailedPlan
 from dit_accel.tokens import TokenGrid
 from dit_accel.values import fits, option
+
+if TYPE_CHECKING:
+    from dit_accel.hooks.selfcheck import AttentionCall
 
 Score = Literal["mean", "subblock", "learned", "error"]
 Tail = Literal["none", "mean"]
@@ -196,6 +199,49 @@ class SpargePlan(TailedPlan):
         return kept_or_new(call.memory, config.refresh, self, shape, routed)
 
 
+WHOLE = {"topk": 1.0, "topp": 0.0, "tail": "none", "refresh": 1}  # every block is kept
+
+
+@torch.no_grad()
+def block_recall(call: AttentionCall, queries: torch.Tensor) -> torch.Tensor:
+    """The recall of each head by the number of blocks that a row keeps: float64 [heads, key blocks].
+
+    Entry c - 1 is that of the c best blocks by number, text and conditioning included, as a mean over the call's
+    samples and over some visual queries.
+
+    Args:
+        call: of sparge, with any settings.
+        queries: int64 [S], from the first visual token.
+    """
+    plan = call.plan
+    assert isinstance(plan, SpargePlan)
+    (batch, heads, *_), device, grid = call.q.shape, call.q.device, plan.grid
+    of_query, of_key = (plan.block_of(order).to(device) for order in (plan.query_order, plan.key_order))
+    rows, row = of_query[queries].unique(return_inverse=True)
+    total = torch.zeros(heads, plan.key_order.visual_blocks, dtype=torch.float64, device=device)
+    for b in range(batch):
+        ranking = plan.rank(call.q[b : b + 1], call.k[b : b + 1], rows, call.scale)[0]  # [heads, rows, key blocks]
+        for h in range(heads):
+            for chunk, weights in call.dense_weights(b, h, queries):
+                wide = weights.double()
+                mass = wide.new_zeros(len(chunk), total.shape[1]).index_add_(1, of_key, wide[:, grid.visual_rows])
+                others = wide.sum(-1, keepdim=True) - mass.sum(-1, keepdim=True)
+                total[h] += (mass.gather(1, ranking[h, row[chunk]]).cumsum(1) + others).sum(0)
+    return total / (batch * len(queries))
+
+
+def budgets_for(curve: torch.Tensor, recall: float) -> dict[str, Any] | None:
+    """Settings with which every head keeps the fewest blocks that reach a recall; None if all need every block.
+
+    A share of (c - 1/2) / blocks, rounded up, is c of those blocks. `curve` is of `block_recall`.
+    """
+    blocks = curve.shape[1]
+    counts = (1 + (curve < recall).sum(-1)).clamp(max=blocks).tolist()
+    if min(counts) == blocks:
+        return None
+    return {"topk": 0.0, "topp": 0.0, "budgets": tuple(round((count - 0.5) / blocks, 7) for count in counts)}
+
+
 def at_density(grid: TokenGrid, density: float) -> dict[str, Any]:
     """The share of visual blocks by number alone, to six digits."""
     return {"topk": min(1.0, max(1e-6, float(f"{grid.visual_share(density):.6g}"))), "topp": 0.0}
@@ -207,11 +253,13 @@ METHOD = Method(
     plan=lambda grid, config: SpargePlan(config, grid),
     summary="the key blocks with the highest pooled scores, by number and by mass",
     source="SpargeAttention2, arXiv 2602.13515; SpargeAttn, arXiv 2502.18137",
+    good_for="high sparsity after fine-tuning",
+    calibration=RecallCalibration("budgets.json", WHOLE, block_recall, budgets_for),
     module=LearnedModule(
         attribute="block_gate",
         make=lambda head_dim, heads, config: BlockGate(head_dim, heads),
         when=lambda config: config.score == "learned",
     ),
+    objectives=(GATE,),
     at_density=at_density,
-    definition=TailDefinition,
 )

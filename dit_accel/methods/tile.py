@@ -6,15 +6,15 @@ Source: Ding et al., "Efficient-vDiT: Efficient Video Diffusion Transformers wit
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 
 from dit_accel.errors import DitAccelError
+from dit_accel.method import Method
 from dit_accel.methods.settings import SharingSettings
 from dit_accel.plans.masks import Band, Mask, check_frames
 from dit_accel.plans.sharing import SharingPlan
-from dit_accel.registry import Method
 from dit_accel.tokens import TokenGrid
 from dit_accel.values import option
 
@@ -28,7 +28,6 @@ class Config(SharingSettings):
     """
 
     references: int = option(dataclasses.MISSING, least=1)
-    keeps_all: ClassVar[bool] = False
 
 
 def reference_frames(frames: int, references: int) -> torch.Tensor:
@@ -65,6 +64,7 @@ METHOD = Method(
     make_plan,
     "attention tile: same frame, plus a few reference frames both ways",
     source="arXiv:2502.06155",
+    good_for="clips whose frames look much alike",
     at_density=at_density,
     sparsest=lambda grid: (3 * grid.frames - 2) / grid.frames**2,  # with one reference frame
 )

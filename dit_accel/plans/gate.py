@@ -18,6 +18,8 @@ rotary positions, here they are pooled after them. Text and conditioning keys ta
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -25,6 +27,10 @@ from torch import Tensor, nn
 from dit_accel.kernels.cuts import block_means, to_blocks, visual_of
 from dit_accel.order import TokenOrder
 from dit_accel.plans.plan import PlanCall
+from dit_accel.plans.routed import RoutedPlan
+
+if TYPE_CHECKING:
+    from dit_accel.hooks.selfcheck import AttentionCall
 
 
 class BlockGate(nn.Module):
@@ -54,8 +60,8 @@ class BlockGate(nn.Module):
 
 def gate_of(module: nn.Module | None) -> BlockGate | None:
     """The gate among a layer's learned weights; None without one."""
-    found = module if isinstance(module, BlockGate) else getattr(module, "gate", None)
-    return found if isinstance(found, BlockGate) else None
+    parts = () if module is None else module.modules()
+    return next((part for part in parts if isinstance(part, BlockGate)), None)
 
 
 @torch.no_grad()
@@ -78,8 +84,53 @@ def gated(q: Tensor, k: Tensor, orders: tuple[TokenOrder, TokenOrder], call: Pla
     return (a, b[..., : a.shape[-1]]) if gate is None else gate(a, b, 0 if call.heads is None else call.heads[0])
 
 
-def divergence(gate: BlockGate, a: Tensor, b: Tensor, target: Tensor, scale: float, first: int = 0) -> Tensor:
-    """The gate's loss against T = `target` [B, H, query blocks, key blocks]; a, b and first as in `BlockGate`."""
-    queries, keys = gate(a, b, first)
-    shares = (scale * queries @ keys.mT).log_softmax(-1)
-    return F.kl_div(shares, target.to(shares), reduction="sum") / target[..., 0].numel()
+class GateSample(NamedTuple):
+    """A call of a layer with a gate; `target` is T [B, H, query blocks, key blocks], the others as in `BlockGate`."""
+
+    gate: BlockGate
+    a: Tensor
+    b: Tensor
+    target: Tensor
+    scale: float
+    first: int
+
+
+def divergence(sample: GateSample) -> Tensor:
+    """The gate's loss against T."""
+    queries, keys = sample.gate(sample.a, sample.b, sample.first)
+    shares = (sample.scale * queries @ keys.mT).log_softmax(-1)
+    return F.kl_div(shares, sample.target.to(shares), reduction="sum") / sample.target[..., 0].numel()
+
+
+def gate_sample(call: AttentionCall) -> GateSample | None:
+    """What a call teaches its layer's gate; None without a gate. Nothing carries a gradient to the model."""
+    gate, plan = gate_of(call.module), call.plan
+    if gate is None or not isinstance(plan, RoutedPlan):
+        return None
+    scale = call.q.shape[-1] ** -0.5 if call.scale is None else call.scale
+    pooled = pool(plan.arrange(call.q), plan.arrange(call.k), plan.query_order, plan.key_order)
+    return GateSample(gate, *pooled, pooled_map(call), scale, 0 if call.heads is None else call.heads[0])
+
+
+@torch.no_grad()
+def pooled_map(call: AttentionCall) -> Tensor:
+    """T of the module's equations: [B, H, query blocks, key blocks], each row sums to 1.
+
+    Dense attention is computed for a few queries at a time and pooled at once: never N x N.
+    """
+    plan, (batch, heads, *_), grid = call.plan, call.q.shape, call.plan.grid
+    assert isinstance(plan, RoutedPlan)
+    rows, columns = (plan.block_of(order).to(call.q.device) for order in (plan.query_order, plan.key_order))
+    queries, blocks = torch.arange(grid.visual, device=call.q.device), plan.key_order.visual_blocks
+    largest = torch.zeros(
+        batch, heads, plan.query_order.visual_blocks, blocks, device=call.q.device,
+        dtype=torch.promote_types(call.q.dtype, torch.float32),
+    )  # fmt: skip
+    for b in range(batch):
+        for h in range(heads):
+            for chunk, weights in call.dense_weights(b, h, queries):
+                visual = weights[:, grid.visual_rows]
+                of_blocks = visual.new_zeros(len(chunk), blocks)
+                of_blocks.scatter_reduce_(1, columns.expand_as(visual), visual, "amax")
+                largest[b, h].scatter_reduce_(0, rows[chunk, None].expand_as(of_blocks), of_blocks, "amax")
+    return largest / largest.sum(-1, keepdim=True)

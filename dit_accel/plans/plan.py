@@ -23,6 +23,7 @@ from dit_accel.kernels.block_sparse.api import (
     pack,
 )
 from dit_accel.kernels.block_sparse.geometry import BlockLists, BlockSparseCall, Geometry, Segments
+from dit_accel.kernels.block_sparse.reference import masked_attention
 from dit_accel.kernels.impls import AUTO, Impl
 from dit_accel.kernels.obstacles import Facts
 from dit_accel.order import TokenOrder
@@ -31,6 +32,7 @@ from dit_accel.plans.blocks import BlockMask
 from dit_accel.plans.choices import Kernels
 from dit_accel.plans.kept import ListMemory
 from dit_accel.plans.masks import Mask
+from dit_accel.plans.sampled import SampledCall
 from dit_accel.plans.tiles import Tile, choose_tiles
 from dit_accel.tokens import TokenGrid
 
@@ -154,6 +156,23 @@ class Plan(Kernels):
     @abc.abstractmethod
     def run(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: PlanCall) -> torch.Tensor:
         """What a method implements: q, k, v and the output as in `attention`."""
+
+    def reference(
+        self, call: SampledCall, head: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *weights: torch.Tensor
+    ) -> torch.Tensor:
+        """The result of one head for some queries by plain PyTorch, [S, D], in the dtype of q; differentiable.
+
+        It is softmax over the keys that the plan keeps; a plan with another result overrides it.
+
+        Args:
+            q, k, v: the queries of `call` alone [S, D]; all keys and values [N, D].
+            weights: the parameters of the layer's module.
+        """
+        return masked_attention(q, k, v, call.seen(head))
+
+    def misrouted(self, call: SampledCall) -> str | None:
+        """What is wrong with the blocks that a call lists; None if they are right."""
+        return None
 
     @abc.abstractmethod
     def prepare(

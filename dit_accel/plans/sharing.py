@@ -36,35 +36,30 @@ class KeptResult(NamedTuple):
     result: Tensor
 
 
-def shares(config: Any) -> bool:
-    """Whether a method's settings share results."""
-    return getattr(config, "share", None) in ("residual", "output")
-
-
 class SharingPlan(MaskPlan):
-    """A mask whose Config has `share` and `refresh`."""
+    """A mask whose layers share results as its settings say."""
 
     @functools.cached_property
     def _dense(self) -> DensePlan:
-        return DensePlan("dense", self.config, self.grid)
+        return DensePlan(self.method, self.config, self.grid)
 
     def run(self, q: Tensor, k: Tensor, v: Tensor, call: PlanCall) -> Tensor:
         config, memory = self.config, call.memory
-        if not shares(config) or (memory is None and config.refresh > 1):
+        if config.share == "none" or (memory is None and config.refresh > 1):
             return super().run(q, k, v, call)
         if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
             raise DitAccelError(
                 f"share={config.share!r} takes results from earlier denoising steps, which have no gradients. Train "
                 "with share='none'."
             )
-        found = None if memory is None else memory.kept.pop(memory.number, None)
-        if memory is not None and found is not None and self._fits(found, q, memory.step):
+        earlier = None if memory is None else memory.kept.pop(memory.number, None)
+        if memory is not None and earlier is not None and self._fits(earlier, q, memory.step):
             if not memory.last:
-                memory.kept[memory.number] = found
+                memory.kept[memory.number] = earlier
             if config.share == "output":
-                out, density = found.result.clone(), 0.0
+                out, density = earlier.result.clone(), 0.0
             else:
-                out, density = super().run(q, k, v, call) + found.result, self.density
+                out, density = super().run(q, k, v, call) + earlier.result, self.density
         else:
             out, density = self._dense.run(q, k, v, call._replace(impl=AUTO)), 1.0
             if memory is not None and not memory.last:
@@ -78,7 +73,6 @@ class SharingPlan(MaskPlan):
             call.density_sum[1] += 1
         return out
 
-    def _fits(self, found: KeptResult, q: Tensor, step: int) -> bool:
-        result = found.result
-        same = (result.shape, result.device) == (q.shape, q.device)
-        return found.owner is self and same and 0 < step - found.step < self.config.refresh
+    def _fits(self, earlier: KeptResult, q: Tensor, step: int) -> bool:
+        same = (earlier.result.shape, earlier.result.device) == (q.shape, q.device)
+        return earlier.owner is self and same and 0 < step - earlier.step < self.config.refresh

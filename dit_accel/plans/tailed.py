@@ -9,10 +9,11 @@ from torch import Tensor
 
 from dit_accel.kernels import impls
 from dit_accel.kernels.block_sparse.geometry import BlockLists
+from dit_accel.kernels.block_sparse.reference import masked_attention
 from dit_accel.kernels.tail.api import with_tail
-from dit_accel.plans.definition import RoutedDefinition, masked_attention
 from dit_accel.plans.plan import PlanCall
 from dit_accel.plans.routed import RoutedPlan
+from dit_accel.plans.sampled import SampledCall, pooled
 
 
 class TailedPlan(RoutedPlan):
@@ -58,29 +59,24 @@ class TailedPlan(RoutedPlan):
     def needs(self, learned: bool) -> dict[str, Any]:
         return {"lse": self.has_tail}
 
-
-class TailDefinition(RoutedDefinition):
-    """Listed blocks, conditioning and text exactly, and every other block as one more key, with a bias."""
-
-    plan: TailedPlan
-
-    def in_tail(self, head: int) -> Tensor:
+    def in_tail(self, call: SampledCall, head: int) -> Tensor:
         """Whether a key block is in the tail of a query: bool [S, key blocks]."""
-        assert self._lists is not None, "seen comes first"
-        return ~self.plan.listed(self._lists, head)[self.blocks] & self.are_visual
+        assert call.lists is not None
+        return ~self.listed(call.lists, head)[call.blocks(self.block_of(self.query_order))] & call.are_visual
 
-    def attend(self, head: int, seen: Tensor, q: Tensor, k: Tensor, v: Tensor, *weights: Tensor) -> Tensor:
-        if not self.plan.has_tail:
+    def reference(self, call: SampledCall, head: int, q: Tensor, k: Tensor, v: Tensor, *weights: Tensor) -> Tensor:
+        """Every block of the tail is one more key, with a bias."""
+        seen = call.seen(head)
+        if not self.has_tail:
             return masked_attention(q, k, v, seen)
-        keys, sizes = self.pooled(k, self.plan.key_order)
-        values, _ = self.pooled(v, self.plan.key_order)
+        visual, block = self.grid.visual_rows, self.block_of(self.key_order).to(k.device)
+        (keys, sizes), (values, _) = (pooled(x, self.key_order, block) for x in (k, v))
         bias = torch.cat([q.new_zeros(len(k)), sizes.log()])
-        every, pairs = torch.cat([k, keys]), torch.cat([seen, self.in_tail(head)], -1)
+        every, pairs = torch.cat([k, keys]), torch.cat([seen, self.in_tail(call, head)], -1)
         out = masked_attention(q, every, torch.cat([v, values]), pairs, bias)
-        if self.plan.first_order:
+        if self.first_order:
             of_tail = torch.cat([torch.zeros_like(v[:, :1]), torch.ones_like(values[:, :1])])
-            block = self.plan.block_of(self.plan.key_order).to(k.device)
-            matrix = (k[self.plan.grid.visual_rows] - keys[block]).T @ v[self.plan.grid.visual_rows]
-            factor = q.shape[-1] ** -0.5 / self.plan.grid.visual
+            matrix = (k[visual] - keys[block]).T @ v[visual]
+            factor = q.shape[-1] ** -0.5 / self.grid.visual
             out = out + masked_attention(q, every, of_tail, pairs, bias) * (q @ matrix) * factor
         return out

@@ -26,12 +26,12 @@ from dit_accel.generation.processes import meet
 from dit_accel.generation.sampling import progress_bar
 from dit_accel.pipelines.family import Family
 from dit_accel.pipelines.targets import find_transformers
-from dit_accel.plans.gate import gate_of
+from dit_accel.registry import get_method
 from dit_accel.train import card, state
 from dit_accel.train.card import Base
 from dit_accel.train.data import Dataset, Order, TrainingSample, collate
 from dit_accel.train.networks import TrainingNetworks, expanded
-from dit_accel.train.objectives import NEEDS_TEACHER, OBJECTIVES
+from dit_accel.train.objectives import NEEDS_TEACHER, losses
 from dit_accel.train.prepare import Preparer, find_transformer
 from dit_accel.train.process import LevelSegments, process_of
 from dit_accel.train.processes import StopSignal, join, reserved
@@ -145,12 +145,9 @@ class Trainer:
             adapters.add_lora(self.transformer, lora_targets(self.transformer, family, settings), settings.rank, alpha)
         else:
             self.transformer.requires_grad_(settings.trains_model)
+        learner = get_method(self.accel.setting.method)
         for module in self.accel.learned_weights().values():
-            module.requires_grad_(settings.trains_model)
-            if (gate := gate_of(module)) is not None:
-                gate.requires_grad_("gate" in settings.objectives)
-            if (features := getattr(module, "features", None)) is not None:
-                features.requires_grad_(settings.trains_model or "imitation" in settings.objectives)
+            learner.choose_trained(module, settings.objectives, with_model=settings.trains_model)
         if settings.checkpointing:
             self.transformer.enable_gradient_checkpointing()  # type: ignore[operator]
         count = sum(1 for _ in family.attentions(self.transformer))
@@ -217,10 +214,10 @@ class Trainer:
             position = (self.step * settings.accumulation + micro) * self.hf.num_processes + self.hf.process_index
             with self.hf.accumulate(self.model):
                 batch = collate([self.data[i] for i in self.order[position]])
-                losses = self._losses(batch, position)
-                loss = torch.stack([weight * losses[name] for name, weight in settings.objectives.items()]).sum()
+                parts = self._losses(batch, position)
+                loss = torch.stack([weight * parts[name] for name, weight in settings.objectives.items()]).sum()
                 self.hf.backward(loss)
-                total += torch.stack([loss, *losses.values()]).detach() / settings.accumulation
+                total += torch.stack([loss, *parts.values()]).detach() / settings.accumulation
                 if self.hf.sync_gradients:
                     figures = self.hf.reduce(total, "mean").tolist()
                     self._check(figures[0])
@@ -233,8 +230,8 @@ class Trainer:
             decay = min(settings.ema, (1 + self.step) / (10 + self.step))
             with torch.no_grad():
                 torch._foreach_lerp_(list(self.average.values()), list(self.weights.values()), 1 - decay)
-        parts = dict(zip(settings.objectives, figures[1:], strict=True))
-        return {"loss": figures[0], **parts, "rate": settings.rate * factor}
+        means = dict(zip(settings.objectives, figures[1:], strict=True))
+        return {"loss": figures[0], **means, "rate": settings.rate * factor}
 
     def _losses(self, batch: TrainingSample, position: int) -> dict[str, torch.Tensor]:
         """Each objective's loss on a micro-batch. The student's call comes last; see `networks.py`."""
@@ -265,7 +262,7 @@ class Trainer:
         needs_teacher = set(NEEDS_TEACHER) & self.settings.objectives.keys()
         teacher = self.networks.teacher(noisy, timestep, call) if needs_teacher else None
         student = self.networks.outputs(self.model, noisy, timestep, call)
-        return {name: OBJECTIVES[name](student, teacher, target) for name in self.settings.objectives}
+        return losses(self.settings.objectives, student, teacher, target)
 
     def _check(self, loss: float) -> None:
         if math.isfinite(loss):

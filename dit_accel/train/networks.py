@@ -19,7 +19,7 @@ from dit_accel.errors import DitAccelError
 from dit_accel.hooks.selfcheck import AttentionCall
 from dit_accel.pipelines.family import Family
 from dit_accel.train.data import Call, is_row
-from dit_accel.train.objectives import Outputs, gate_sample
+from dit_accel.train.objectives import Outputs, of_methods
 
 
 class TrainingNetworks:
@@ -48,8 +48,8 @@ class TrainingNetworks:
         teacher: nn.Module | None = None,
     ) -> None:
         self._transformer, self._accel, self._lora = transformer, accel, lora
-        self._gates, hidden = "gate" in objectives, "final" in objectives
-        self._calls = not {"imitation", "balance"}.isdisjoint(objectives)
+        others, hidden = of_methods(), "final" in objectives
+        self._recorded = [others[name] for name in objectives if name in others]
         # with rising time the model predicts the opposite direction
         if family.timestep_scale is None or family.timestep_rises:
             raise DitAccelError(
@@ -108,8 +108,7 @@ class TrainingNetworks:
                 arguments[name] = value.to(noisy.device, dtype if value.is_floating_point() else value.dtype)
         self._sink = Outputs(noisy)
         try:
-            watched = self._gates or self._calls
-            with self._accel.watch(self._see_call) if watched else contextlib.nullcontext():
+            with self._accel.watch(self._see_call) if self._recorded else contextlib.nullcontext():
                 prediction = model(
                     hidden_states=noisy.to(dtype),
                     timestep=timestep.to(noisy.device) / self._scale,
@@ -132,12 +131,11 @@ class TrainingNetworks:
             self._sink.attention += output if isinstance(output, tuple) else (output,)
 
     def _see_call(self, call: AttentionCall) -> None:
-        if self._sink is None:
-            return
-        if self._calls:
-            self._sink.calls.append(call)
-        if self._gates and (sample := gate_sample(call)) is not None:
-            self._sink.gates.append(sample)
+        for objective in () if self._sink is None else self._recorded:
+            with torch.no_grad():
+                record = objective.record(call)
+            if record is not None and self._sink is not None:
+                self._sink.records.setdefault(objective.name, []).append(record)
 
     def _see_hidden(self, module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
         if self._sink is not None:

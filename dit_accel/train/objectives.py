@@ -7,38 +7,16 @@ noise process. It returns a float32 scalar.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 from dit_accel.errors import DitAccelError
-from dit_accel.hooks.selfcheck import AttentionCall
-from dit_accel.kernels.cuts import visual_of
-from dit_accel.kernels.sla.call import apply_map, learned_inputs
-from dit_accel.methods.moh import MohPlan
-from dit_accel.methods.sla import SparseLinearAttention
-from dit_accel.plans.gate import BlockGate, divergence, gate_of, pool
-from dit_accel.plans.routed import RoutedPlan
-from dit_accel.registry import did_you_mean
-
-LEARNED_MAP = "hedgehog"  # the feature map of SLA that the objective imitation trains
-NO_MAP = f"The objective imitation trains a learned feature map. Choose method sla with feature_map={LEARNED_MAP}."
-NO_ROUTER = "The objective balance spreads the tokens over moh's routed heads. Choose method moh, or leave it out."
-SAMPLED = 64  # queries of a head whose weights it compares
-
-
-class GateSample(NamedTuple):
-    """A call of a layer with a gate; the fields are arguments of `plans.gate.divergence`."""
-
-    gate: BlockGate
-    a: Tensor
-    b: Tensor
-    target: Tensor
-    scale: float
-    first: int
+from dit_accel.method import Method
+from dit_accel.method import Objective as MethodObjective
+from dit_accel.registry import did_you_mean, get_methods
 
 
 @dataclasses.dataclass
@@ -49,15 +27,13 @@ class Outputs:
         prediction: float32, in the shape of the latents.
         attention: outputs of the recorded self-attention modules, [B, N, C]; joint ones have a second one for text.
         hidden: input of the output head, [B, N, C]; None if not recorded.
-        gates: of the layers with a gate, in the order they ran; empty if not recorded.
-        calls: of sparse attention, in the order they ran; empty if not recorded.
+        records: of the methods' own objectives, by name, one for each layer in the order they ran.
     """
 
     prediction: torch.Tensor
     attention: list[torch.Tensor] = dataclasses.field(default_factory=list)
     hidden: torch.Tensor | None = None
-    gates: list[GateSample] = dataclasses.field(default_factory=list)
-    calls: list[AttentionCall] = dataclasses.field(default_factory=list)
+    records: dict[str, list[Any]] = dataclasses.field(default_factory=dict)
 
 
 Objective = Callable[[Outputs, Outputs | None, torch.Tensor], torch.Tensor]
@@ -87,7 +63,7 @@ def attention(student: Outputs, teacher: Outputs | None, target: torch.Tensor) -
     """
     assert teacher is not None
     pairs = zip(student.attention, teacher.attention, strict=True)
-    return torch.stack([_relative(own, wanted) for own, wanted in pairs]).mean()
+    return torch.stack([_relative(made, wanted) for made, wanted in pairs]).mean()
 
 
 def final(student: Outputs, teacher: Outputs | None, target: torch.Tensor) -> torch.Tensor:
@@ -99,58 +75,56 @@ def final(student: Outputs, teacher: Outputs | None, target: torch.Tensor) -> to
     return _relative(student.hidden, teacher.hidden)
 
 
-def gate(student: Outputs, teacher: Outputs | None, target: torch.Tensor) -> torch.Tensor:
-    """Divergence of the gates' shares from the layers' own dense attention, by block, averaged over the layers.
-
-    It has a gradient for the gates alone; q and k are those of the student's call. Source: `plans.gate`.
-    """
-    if not student.gates:
-        raise DitAccelError("The objective gate trains the gates of score='learned', and no layer has one.")
-    return torch.stack([divergence(*sample) for sample in student.gates]).mean()
-
-
-def imitation(student: Outputs, teacher: Outputs | None, target: torch.Tensor) -> torch.Tensor:
-    """Cross-entropy of the linear attention weights against softmax attention's, in nats, averaged over the layers.
-
-    Source: Hedgehog (arXiv:2402.04347), section 4. Both are weights of the student's own q and k, which get no
-    gradient: only the learned map trains. The paper takes all queries; here `SAMPLED` visual ones, evenly spaced, stand
-    for them. The keys are all visual ones. As published, the denominator has no epsilon.
-    """
-    return torch.stack([_imitated(call) for call in student.calls]).mean()
-
-
-def balance(student: Outputs, teacher: Outputs | None, target: torch.Tensor) -> torch.Tensor:
-    """MoH's load-balance loss, averaged over the layers. It has a gradient for the routers alone.
-
-    Source: `methods.moh`, equation 7; the authors weigh it by 0.01.
-    """
-    losses = [call.plan.balance(call.q, call.module) for call in student.calls if isinstance(call.plan, MohPlan)]
-    if not losses:
-        raise DitAccelError(NO_ROUTER)
-    return torch.stack(losses).mean()
-
-
 OBJECTIVES: Mapping[str, Objective] = {
     "flow": flow,
     "teacher": teacher,
     "attention": attention,
     "final": final,
     "consistency": flow,
-    "gate": gate,
-    "imitation": imitation,
-    "balance": balance,
 }
 NEEDS_TEACHER = ("teacher", "attention", "final")
 
 
+def of_methods() -> Mapping[str, MethodObjective]:
+    """The objectives of methods' own, by name."""
+    return {objective.name: objective for method in get_methods().values() for objective in method.objectives}
+
+
+def losses(
+    names: Iterable[str], student: Outputs, teacher: Outputs | None, target: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    """The loss of each objective.
+
+    Raises:
+        DitAccelError: no layer has what an objective of a method trains.
+    """
+    return {
+        name: OBJECTIVES[name](student, teacher, target) if name in OBJECTIVES else _recorded(name, student)
+        for name in names
+    }
+
+
+def _recorded(name: str, student: Outputs) -> torch.Tensor:
+    objective, records = of_methods()[name], student.records.get(name)
+    if not records:
+        raise DitAccelError(f"No layer has {objective.trains}, which the objective {name} trains. {_advice(objective)}")
+    return torch.stack([objective.loss(record) for record in records]).mean()
+
+
+def _advice(objective: MethodObjective) -> str:
+    methods = [method.name for method in get_methods().values() if objective in method.objectives]
+    return f"Choose {' or '.join(methods)}{objective.needs and f' with {objective.needs}'}, or leave it out."
+
+
 def check(weights: Mapping[str, float]) -> None:
     """Refuse objectives that do not exist or cannot be combined; `weights` are numbers."""
+    names = [*OBJECTIVES, *of_methods()]
     if not weights:
-        raise DitAccelError(f"Training needs an objective, such as teacher=1. Objectives: {', '.join(OBJECTIVES)}.")
+        raise DitAccelError(f"Training needs an objective, such as teacher=1. Objectives: {', '.join(names)}.")
     for name, weight in weights.items():
-        if name not in OBJECTIVES:
+        if name not in names:
             raise DitAccelError(
-                f"Unknown objective {name!r}.{did_you_mean(name, OBJECTIVES)} Objectives: {', '.join(OBJECTIVES)}."
+                f"Unknown objective {name!r}.{did_you_mean(name, names)} Objectives: {', '.join(names)}."
             )
         if not weight > 0:
             raise DitAccelError(f"The weight of objective {name} is a number above 0, got {weight!r}.")
@@ -158,53 +132,23 @@ def check(weights: Mapping[str, float]) -> None:
         raise DitAccelError("consistency and flow need different predictions of one sample. Choose one of them.")
 
 
-def _relative(own: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
-    own, wanted = own.float(), wanted.float()
-    return F.mse_loss(own, wanted) / wanted.square().mean().clamp_min(torch.finfo(torch.float32).tiny)
+def check_method(names: Iterable[str], method: Method, configs: Iterable[Any]) -> None:
+    """Refuse objectives that this method has with none of these settings."""
+    others = of_methods()
+    for objective in (others[name] for name in names if name in others):
+        if objective not in method.objectives or not any(map(objective.when, configs)):
+            raise DitAccelError(
+                f"The objective {objective.name} trains {objective.trains}, which {method.name} does not have with "
+                f"these settings. {_advice(objective)}"
+            )
 
 
-def _imitated(call: AttentionCall) -> torch.Tensor:
-    features = call.module.map_of(call.q, call.heads) if isinstance(call.module, SparseLinearAttention) else None
-    if features is None:
-        raise DitAccelError(NO_MAP)
-    q, k = (visual_of(x, call.plan.grid).detach().float() for x in (call.q, call.k))
-    rows = torch.linspace(0, q.shape[2] - 1, min(SAMPLED, q.shape[2]), device=q.device).long()
-    q, scale = q[:, :, rows], q.shape[-1] ** -0.5 if call.scale is None else call.scale
-    wanted = (q @ k.mT * scale).softmax(-1)
-    a, b = (apply_map(x, LEARNED_MAP) for x in learned_inputs(q, k, features))
-    own = (a @ b.mT).clamp_min(torch.finfo(torch.float32).tiny)
-    return (wanted * (own.sum(-1, keepdim=True).log() - own.log())).sum(-1).mean()
+def trains_model(names: Iterable[str]) -> bool:
+    """Whether one of the objectives trains more than a part of the method's own weights."""
+    others = of_methods()
+    return not all(name in others and others[name].alone for name in names)
 
 
-def gate_sample(call: AttentionCall) -> GateSample | None:
-    """What a call teaches its layer's gate; None without a gate. Nothing carries a gradient to the model."""
-    gate, plan = gate_of(call.module), call.plan
-    if gate is None or not isinstance(plan, RoutedPlan):
-        return None
-    scale = call.q.shape[-1] ** -0.5 if call.scale is None else call.scale
-    pooled = pool(plan.arrange(call.q), plan.arrange(call.k), plan.query_order, plan.key_order)
-    return GateSample(gate, *pooled, pooled_map(call), scale, 0 if call.heads is None else call.heads[0])
-
-
-@torch.no_grad()
-def pooled_map(call: AttentionCall) -> Tensor:
-    """T of `plans.gate`: [B, H, query blocks, key blocks], each row sums to 1.
-
-    Dense attention is computed for a few queries at a time and pooled at once: never N x N.
-    """
-    plan, (batch, heads, *_), grid = call.plan, call.q.shape, call.plan.grid
-    assert isinstance(plan, RoutedPlan)
-    rows, columns = (plan.block_of(order).to(call.q.device) for order in (plan.query_order, plan.key_order))
-    queries, blocks = torch.arange(grid.visual, device=call.q.device), plan.key_order.visual_blocks
-    found = torch.zeros(
-        batch, heads, plan.query_order.visual_blocks, blocks, device=call.q.device,
-        dtype=torch.promote_types(call.q.dtype, torch.float32),
-    )  # fmt: skip
-    for b in range(batch):
-        for h in range(heads):
-            for chunk, weights in call.dense_weights(b, h, queries):
-                visual = weights[:, grid.visual_rows]
-                of_blocks = visual.new_zeros(len(chunk), blocks)
-                of_blocks.scatter_reduce_(1, columns.expand_as(visual), visual, "amax")
-                found[b, h].scatter_reduce_(0, rows[chunk, None].expand_as(of_blocks), of_blocks, "amax")
-    return found / found.sum(-1, keepdim=True)
+def _relative(made: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    made, wanted = made.float(), wanted.float()
+    return F.mse_loss(made, wanted) / wanted.square().mean().clamp_min(torch.finfo(torch.float32).tiny)

@@ -121,11 +121,11 @@ class TrainRequest:
         base = None if asked.recipe is None else read_recipe(asked.recipe)
         given = {**read_options(asked.others), **train}
         if {"method", "config"} & train.keys():
-            method = train.get("method", base.train["method"] if base else "dense")
+            method = train.get("method", base.train["method"] if base else registry.DENSE)
             given["method"], given["config"] = registry.parse_method(method, train.get("config", ()))
         if asked.search is not None:
             given.setdefault("objectives", {"flow": 1.0})
-            method = given.get("method", "dense")
+            method = given.get("method", registry.DENSE)
             given["config"] = given.get("config") or registry.settings_of(asked.candidate_configs(method)[0])
         if base is not None:
             asked = dataclasses.replace(asked, model=run.get("model", base.model))

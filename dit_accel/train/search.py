@@ -24,6 +24,7 @@ from dit_accel.accelerator import accelerate
 from dit_accel.errors import DitAccelError
 from dit_accel.files import replace_file
 from dit_accel.pipelines.targets import find_transformers
+from dit_accel.registry import DENSE
 from dit_accel.setting import Layers, Setting
 from dit_accel.train.data import Dataset
 from dit_accel.train.networks import TrainingNetworks
@@ -111,13 +112,13 @@ class Probe:
         self.family = find_transformers(pipe)[0]["transformer"][1]
         self.layers = sum(1 for _ in self.family.attentions(self.transformer))
         self._data, self._count, self._seed, self._steps = data, min(samples, len(data)), seed, steps
-        self.dense, _ = self._predictions(Setting.make("dense"), 1)
+        self.dense, _ = self._predictions(Setting.make(DENSE), 1)
 
     def measure(self, layer: int, config: Any) -> tuple[float, float]:
         """Loss and density of a layer's settings."""
         row = tuple(config if i == layer else None for i in range(self.layers))
         setting = Setting(self.method, layers={"transformer": row})
-        predictions, density = self._predictions(setting, getattr(config, "refresh", 1))
+        predictions, density = self._predictions(setting, config.refresh)
         errors = [(a - b).square().mean() / b.square().mean() for a, b in zip(predictions, self.dense, strict=True)]
         return float(torch.stack(errors).mean()), density
 

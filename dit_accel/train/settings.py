@@ -62,7 +62,9 @@ class TrainSettings:
 
     PANEL: ClassVar[str] = "Training"
 
-    method: str = option("dense", "How attention is computed; dense trains the model as it is.", metavar=METHOD_FORM)
+    method: str = option(
+        registry.DENSE, "How attention is computed; dense trains the model as it is.", metavar=METHOD_FORM
+    )
     config: Mapping[str, Any] = option(
         {},
         "A setting of the method, repeatable; per axis as 18x24x24.",
@@ -78,7 +80,7 @@ class TrainSettings:
     impl: str = option("auto", "The implementation of the kernels, as `accelerate` takes it.", typed=False)
     objectives: Mapping[str, float] = option(
         {"teacher": 1.0},
-        "flow, teacher, attention, final, consistency, gate, imitation or balance; repeatable, they add up.",
+        "flow, teacher, attention, final, consistency, or one that `dit-accel ls METHOD` names; they add up.",
         flag="--objective",
         metavar="NAME=WEIGHT",
         repeatable=True,
@@ -134,24 +136,14 @@ class TrainSettings:
         objectives.check(self.objectives)
         impls.check(self.impl)
         setting = self.setting()
-        if self.layer_schedule is not None:
-            return
-        anchored = any(getattr(config, "anchors", False) for config in setting.configs())
-        if anchored and {"attention", "final"} & self.objectives.keys():
+        method, configs = registry.get_method(setting.method), setting.configs()
+        if any(config.anchors for config in configs) and {"attention", "final"} & self.objectives.keys():
             raise DitAccelError(
-                f"The objectives attention and final compare tokens with the dense model's, and {self.method} adds "
+                f"The objectives attention and final compare tokens with the dense model's, and {method.name} adds "
                 "anchors to them. Take flow and teacher."
             )
-        if "gate" in self.objectives and self.config.get("score") != "learned":
-            raise DitAccelError(
-                f"The objective gate trains the gate of score='learned', which {self.method} has not with these "
-                "settings. Take sparge or sla with score=learned."
-            )
-        if "imitation" in self.objectives and self.config.get("feature_map") != objectives.LEARNED_MAP:
-            raise DitAccelError(objectives.NO_MAP)
-        if "balance" in self.objectives and self.method != "moh":
-            raise DitAccelError(objectives.NO_ROUTER)
-        if self.method == "dense" and not {"flow", "consistency"} & self.objectives.keys():
+        objectives.check_method(self.objectives, method, configs)
+        if method.untouched and not {"flow", "consistency"} & self.objectives.keys():
             raise DitAccelError(
                 "The dense method is its own teacher, so there is nothing to learn. Choose a sparse method, or the "
                 "objective flow or consistency."
@@ -166,8 +158,10 @@ class TrainSettings:
 
     @property
     def trains_model(self) -> bool:
-        """Whether the model's weights or a LoRA train; gate and imitation leave them as they are."""
-        return not self.objectives.keys() <= {"gate", "imitation"}
+        """Whether the model's weights or a LoRA train; some objectives of methods leave them as they are."""
+        from dit_accel.train import objectives
+
+        return objectives.trains_model(self.objectives)
 
 
 def make(plain: Mapping[str, Any]) -> TrainSettings:

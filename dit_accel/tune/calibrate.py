@@ -1,33 +1,39 @@
-"""Calibration: the share of the key blocks that each head of each layer needs to reach a recall.
+"""Calibration: settings of each layer from what a model's calls show, by the rule that the method declares.
 
-The recall of a head is the share of dense attention's softmax weight on the pairs that it keeps, text and conditioning
-included. The blocks are those that sparge's router would keep by number, on the trajectory of dense attention. The mean
-is over sampled queries, denoising steps, guidance branches and prompts.
+By recall: the model runs with every pair kept. A head's recall is a mean over sampled queries, denoising steps,
+guidance branches and prompts. By loss: settings run in one layer alone, on noisy samples of the prompts. The loss is
+that of a layer search, the squared error of the prediction over the mean square of the dense model's; how dense each
+layer becomes follows as in a layer search.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
+import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 
 from dit_accel.accelerator import Accelerator
+from dit_accel.errors import DitAccelError
 from dit_accel.eval import quality
 from dit_accel.eval.attention import QUERIES
+from dit_accel.files import read_json, replace_file
 from dit_accel.generation.candidate import Candidate
 from dit_accel.generation.sampling import TotalBar, progress_bar
 from dit_accel.hooks.selfcheck import AttentionCall, sample
-from dit_accel.methods.sparge import SpargePlan
+from dit_accel.method import LossCalibration, Method, RecallCalibration
+from dit_accel.pipelines.targets import find_transformers
 from dit_accel.registry import make_config
 from dit_accel.schedule import Schedule
 from dit_accel.setting import Setting
-from dit_accel.tune import heads
+from dit_accel.train import search
 from dit_accel.tune.request import TuneRequest
+from dit_accel.tune.space import DENSE, SAMPLES, LayerSearch
 
-FILE = "budgets.json"
-ALL = {"topk": 1.0, "topp": 0.0, "tail": "none", "refresh": 1}  # of the run that is measured: it keeps every block
+Calibrated = tuple[Setting, str, dict[str, Any]]  # what it says of the shares, and remarks for the file
 Curves = Mapping[str, Mapping[str, torch.Tensor | None]]  # by transformer and layer, in the order they run
 
 
@@ -37,68 +43,49 @@ def run(request: TuneRequest) -> list[str]:
     Raises:
         DitAccelError: the request cannot be carried out. Finished runs stay, and the next calibration uses them.
     """
-    assert request.calibrate is not None
-    name, config = request.calibrated()
-    if name == "heads":
-        return heads.run(request)
-    measured = Setting.make("sparge", config | ALL, **request.words)
-    candidate = Candidate(measured)
+    method, config = request.calibrated()
+    by_recall = isinstance(method.calibration, RecallCalibration)
+    setting, shares, remarks = (_by_recall if by_recall else _by_loss)(request, method, config)
+    assert method.calibration is not None
+    configs = [config for row in (setting.layers or {}).values() for config in row]
+    line = f"{shares}; {configs.count(None)} of {len(configs)} layers dense"
+    return [line, *request.write(method.calibration.file, setting, calibration=remarks)]
+
+
+def _by_recall(request: TuneRequest, method: Method, config: Mapping[str, Any]) -> Calibrated:
+    calibration = method.calibration
+    assert isinstance(calibration, RecallCalibration) and request.calibrate is not None
+    whole = Setting.make(method.name, {**config, **calibration.whole}, **request.words)
+    candidate, record = Candidate(whole), functools.partial(record_recalls, calibration=calibration)
     with quality.opened(request.evaluation(metrics=("psnr",)), [candidate]) as evaluation, progress_bar() as progress:
         sweep, items = evaluation.sweep, evaluation.items
-        each = sweep.steps(candidate) or 1
-        whole = TotalBar(progress, "all prompts", each * len(items))
-        found = []
+        steps = sweep.steps(candidate) or 1
+        bar = TotalBar(progress, "all prompts", steps * len(items))
+        recalls = []
         for item in items:
-            asked, folder = {"queries": QUERIES}, request.output / "recalls"
-            found.append(sweep.observe(candidate, item, "recall", asked, record_recalls, folder, whole))
-            whole.advance(each)
-        made = evaluation.origin()
-    settings = budgeted(_mean(found), request.calibrate, config, measured.schedule)
-    return [_describe(settings), *request.write(FILE, settings, calibration={"recall": request.calibrate, **made})]
+            key, folder = {"queries": QUERIES}, request.output / "recalls"
+            recalls.append(sweep.observe(candidate, item, "recall", key, record, folder, bar))
+            bar.advance(steps)
+        origin = evaluation.origin()
+    setting = reaching(_mean(recalls), request.calibrate, method, config, whole.schedule)
+    return setting, _spread(setting.configs()), {"recall": request.calibrate, **origin}
 
 
-@torch.no_grad()
-def block_recall(call: AttentionCall, queries: int = QUERIES) -> torch.Tensor:
-    """The recall of each head by the number of blocks that a row keeps: float64 [heads, key blocks].
-
-    Entry c - 1 is that of the c best blocks, as a mean over the call's samples and some queries.
-
-    Args:
-        call: of sparge, with any settings.
-        queries: visual queries to sample; all if there are fewer.
-    """
-    plan = call.plan
-    assert isinstance(plan, SpargePlan)
-    (batch, heads, *_), device, grid = call.q.shape, call.q.device, plan.grid
-    chosen = sample(grid.visual, queries).to(device)
-    of_query, of_key = (plan.block_of(order).to(device) for order in (plan.query_order, plan.key_order))
-    rows, row = of_query[chosen].unique(return_inverse=True)
-    found = torch.zeros(heads, plan.key_order.visual_blocks, dtype=torch.float64, device=device)
-    for b in range(batch):
-        ranked = plan.rank(call.q[b : b + 1], call.k[b : b + 1], rows, call.scale)[0]  # [heads, rows, key blocks]
-        for h in range(heads):
-            for chunk, weights in call.dense_weights(b, h, chosen):
-                wide = weights.double()
-                mass = wide.new_zeros(len(chunk), found.shape[1]).index_add_(1, of_key, wide[:, grid.visual_rows])
-                others = wide.sum(-1, keepdim=True) - mass.sum(-1, keepdim=True)
-                found[h] += (mass.gather(1, ranked[h, row[chunk]]).cumsum(1) + others).sum(0)
-    return found / (batch * len(chosen))
-
-
-def record_recalls(accel: Accelerator, run: Callable[[], Any]) -> dict[str, Any]:
+def record_recalls(accel: Accelerator, run: Callable[[], Any], *, calibration: RecallCalibration) -> dict[str, Any]:
     """The recalls of one run as plain lists: by transformer and layer, [heads][blocks kept - 1]; None where dense."""
-    found: dict[tuple[str, str], list[torch.Tensor]] = {}
+    totals: dict[tuple[str, str], list[torch.Tensor]] = {}
 
     def note(call: AttentionCall) -> None:
-        total = found.setdefault((call.transformer, call.layer), [torch.zeros(()), torch.zeros(())])
-        total[0], total[1] = total[0] + block_recall(call).cpu(), total[1] + 1
+        total = totals.setdefault((call.transformer, call.layer), [torch.zeros(()), torch.zeros(())])
+        queries = sample(call.plan.grid.visual, QUERIES).to(call.q.device)
+        total[0], total[1] = total[0] + calibration.curve(call, queries).cpu(), total[1] + 1
 
     with accel.watch(note):
         run()
     recalls: dict[str, Any] = {}
     for layer in accel.report().layers:
-        own = found.get((layer.transformer, layer.name))
-        curve = None if own is None else [[round(x, 7) for x in head] for head in (own[0] / own[1]).tolist()]
+        total = totals.get((layer.transformer, layer.name))
+        curve = None if total is None else [[round(x, 7) for x in head] for head in (total[0] / total[1]).tolist()]
         recalls.setdefault(layer.transformer, {})[layer.name] = curve
     return recalls
 
@@ -114,36 +101,83 @@ def _mean(runs: list[dict[str, Any]]) -> Curves:
     }
 
 
-def budgeted(curves: Curves, recall: float, config: Mapping[str, Any], schedule: Schedule) -> Setting:
-    """The layer schedule in which every head keeps the fewest blocks that reach a recall.
-
-    A share of (c - 1/2) / blocks, rounded up, is c of those blocks. A layer whose heads all need every block is dense.
+def reaching(curves: Curves, recall: float, method: Method, config: Mapping[str, Any], schedule: Schedule) -> Setting:
+    """The layer schedule that reaches a recall.
 
     Args:
-        curves: float64 [heads, key blocks] of each layer; None is dense.
-        config: other settings of sparge.
+        curves: float64 [heads, numbers] of each layer; None is dense.
+        config: other settings of the method.
         schedule: its dense steps are the file's.
     """
+    calibration = method.calibration
+    assert isinstance(calibration, RecallCalibration)
     layers: dict[str, tuple[Any, ...]] = {}
-    for transformer, own in curves.items():
-        row: list[Any] = []
-        for curve in own.values():
-            blocks = 0 if curve is None else curve.shape[1]
-            counts = [] if curve is None else (1 + (curve < recall).sum(-1)).clamp(max=blocks).tolist()
-            if min(counts, default=blocks) == blocks:
-                row.append(None)
-                continue
-            budgets = tuple(round((count - 0.5) / blocks, 7) for count in counts)
-            row.append(make_config("sparge", {**config, "topk": 0.0, "topp": 0.0, "budgets": budgets}))
-        layers[transformer] = tuple(row)
-    return Setting("sparge", layers=layers, schedule=dataclasses.replace(schedule, dense_layers=0))
+    for transformer, of_layers in curves.items():
+        row = [None if curve is None else calibration.settings(curve, recall) for curve in of_layers.values()]
+        layers[transformer] = tuple(
+            None if settings is None else make_config(method.name, {**config, **settings}) for settings in row
+        )
+    return Setting(method.name, layers=layers, schedule=dataclasses.replace(schedule, dense_layers=0))
 
 
-def _describe(setting: Setting) -> str:
-    every = [config for row in (setting.layers or {}).values() for config in row]
-    shares = [share for config in every if config is not None for share in config.budgets]
-    dense = f"{every.count(None)} of {len(every)} layers dense"
+def _by_loss(request: TuneRequest, method: Method, config: Mapping[str, Any]) -> Calibrated:
+    calibration = method.calibration
+    assert isinstance(calibration, LossCalibration) and request.calibrate is not None and not config
+    with quality.opened(request.evaluation(metrics=("psnr",)), [DENSE]) as evaluation, progress_bar() as progress:
+        pipe: Any = evaluation.sweep.pipe
+        steps = evaluation.sweep.steps(DENSE) or 1
+        transformers = find_transformers(pipe)[0].values()
+        counts = [family.heads(layer) for module, family in transformers for _, layer in family.attentions(module)]
+        layer_search = LayerSearch(request, evaluation, [], steps, len(counts))
+        obstacle = layer_search.obstacle
+        if obstacle is not None or len(set(counts)) != 1 or counts[0] == 1:
+            numbers = f"its layers have {', '.join(map(str, sorted(set(counts))))} heads, not one number of several"
+            raise DitAccelError(f"{request.model} cannot be calibrated: {obstacle or numbers}.")
+        heads = counts[0]
+        folder = layer_search.folder(method.name, [])
+        path = folder / "losses.json"
+        if not path.exists():
+            work = SAMPLES * calibration.calls(heads)
+            bar = TotalBar(progress, "all layers", SAMPLES * steps + work * len(counts))
+            probe = search.Probe(pipe, method.name, layer_search.data(folder, bar), SAMPLES)
+            measured = []
+            for layer in range(probe.layers):
+                measured.append(calibration.measure(heads, functools.partial(_loss, probe, layer)))
+                bar.advance(work)
+            replace_file(path, json.dumps({"layers": measured}, allow_nan=False).encode())
+        records = read_json(path, "table of losses", "Delete it and run again.", ("layers",))["layers"]
+        origin = evaluation.origin()
+    layers, density = cheapest(records, heads, request.calibrate, method)
+    setting = Setting(method.name, layers={"transformer": layers}, schedule=request.schedule)
+    return setting, f"{density:.3f} of all heads kept", {"share": request.calibrate, **origin, "losses": records}
+
+
+def _loss(probe: search.Probe, layer: int, config: Any) -> float:
+    return probe.measure(layer, config)[0]
+
+
+def cheapest(records: list[Any], heads: int, density: float, method: Method) -> tuple[tuple[Any | None, ...], float]:
+    """The Config of each layer, None for dense, and their mean density: the least total loss at `density` at most.
+
+    Args:
+        records: of the layers, as `LossCalibration.measure` returns them.
+
+    Raises:
+        DitAccelError: no choice is so sparse.
+    """
+    calibration = method.calibration
+    assert isinstance(calibration, LossCalibration)
+    rows = [calibration.choices(record, heads) for record in records]
+    densities, losses = tuple(cost for _, cost, _ in rows[0]), tuple(tuple(loss for *_, loss in row) for row in rows)
+    table = search.Table(method.name, tuple(range(len(densities))), densities, losses)
+    indices = search.budgeted(table, density)
+    configs = tuple(None if index is None else row[index][0] for row, index in zip(rows, indices, strict=True))
+    return configs, table.cost(indices)
+
+
+def _spread(configs: list[Any]) -> str:
+    shares = [share for config in configs for share in config.budgets]
     if not shares:
-        return f"every head needs all blocks; {dense}"
+        return "every head needs all blocks"
     spread = f"{sum(shares) / len(shares):.3f} on average, {min(shares):.3f} to {max(shares):.3f}"
-    return f"share of the key blocks, by head: {spread}; {dense}"
+    return f"share of the key blocks, by head: {spread}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -12,6 +13,7 @@ from dit_accel.eval.request import EvalRequest, PromptsRequest
 from dit_accel.files import replace_file
 from dit_accel.generation.processes import ProcessRank
 from dit_accel.generation.request import METHOD_FORM, ScheduleOptions
+from dit_accel.method import LossCalibration, Method, RecallCalibration
 from dit_accel.values import option
 
 if TYPE_CHECKING:
@@ -29,8 +31,8 @@ class TuneRequest(ScheduleOptions, PromptsRequest):
     )
     calibrate: float | None = option(
         None,
-        "Search nothing: the blocks that each head of sparge needs for this share of its softmax, or, with --method "
-        "heads, the heads to keep if this share of them may stay.",
+        "Search nothing: the blocks that each head needs for this share of its softmax, or, with --method heads, the "
+        "heads to keep if this share of them may stay.",
         metavar="SHARE",
         above=0,
         most=1,
@@ -49,18 +51,20 @@ class TuneRequest(ScheduleOptions, PromptsRequest):
         if self.calibrate is not None:
             self.calibrated()
 
-    def calibrated(self) -> tuple[str, dict[str, Any]]:
-        """The method to calibrate, and its settings; other methods and odd settings are refused."""
-        name, config = registry.parse_method(*self.method) if len(self.method) == 1 else ("sparge", {})
-        if name not in ("sparge", "heads") or len(self.method) > 1 or (name == "heads" and config):
+    def calibrated(self) -> tuple[Method, dict[str, Any]]:
+        """The method to calibrate, and its settings; methods without a calibration and odd settings are refused."""
+        methods = {name: method for name, method in registry.get_methods().items() if method.calibration is not None}
+        name, config = registry.parse_method(self.method[0]) if self.method else (_usual(methods), {})
+        method = methods.get(name)
+        if len(self.method) > 1 or method is None or (isinstance(method.calibration, LossCalibration) and config):
             raise DitAccelError(
-                "--calibrate finds budgets of sparge or chooses heads. Give at most one --method, such as "
-                f"sparge:score=subblock, or heads without settings; got {', '.join(self.method)}."
+                f"--calibrate takes at most one --method, of {', '.join(methods)}; got {', '.join(self.method)}. A "
+                "method whose calibration tries settings layer by layer takes none of them."
             )
         if self.compile:
             raise DitAccelError("--calibrate looks into attention, which --compile hides; leave it out for that run.")
         registry.make_config(name, config)
-        return name, config
+        return method, config
 
     def evaluation(self, **more: Any) -> EvalRequest:
         """The evaluation of this model with these prompts, seeds and size; `more` are further fields of it."""
@@ -72,3 +76,8 @@ class TuneRequest(ScheduleOptions, PromptsRequest):
         path = self.output / name
         replace_file(path, setting.to_json(**remarks).encode())
         return [f"settings: {path}", f"try it:   dit-accel generate --model {self.model} --load {path}"]
+
+
+def _usual(methods: Mapping[str, Method]) -> str:
+    """The method that is calibrated if none is named: the first one by recall."""
+    return next(name for name, method in methods.items() if isinstance(method.calibration, RecallCalibration))

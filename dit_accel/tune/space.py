@@ -29,7 +29,7 @@ from dit_accel.tune.request import TuneRequest
 DENSITIES = (0.5, 0.3, 0.2, 0.1)
 DENSE_STEPS = 0.2
 SAMPLES = 4  # of a layer search
-DENSE = Candidate(Setting.make("dense"))
+DENSE = Candidate(Setting.make(registry.DENSE))
 
 
 def settings(

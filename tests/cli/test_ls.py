@@ -5,6 +5,7 @@ import json
 import pytest
 
 import dit_accel
+from dit_accel.registry import get_methods
 
 
 def test_json_lists_every_method_and_family(cli):
@@ -20,7 +21,9 @@ def test_json_settings_are_the_configs(cli):
     window, stride = methods["gna"]["settings"][:2]
     assert window == {"name": "window", "default": None, "required": True}
     assert stride == {"name": "stride", "default": 1, "required": False}
-    assert methods["sla"]["learns"] and not methods["radial"]["learns"]
+    assert methods["sla"]["needs_training"] and not methods["radial"]["needs_training"]
+    assert methods["sla"]["objectives"] == ["gate", "imitation"]
+    assert {name for name, method in methods.items() if method["experimental"]} == {"agent", "moh", "scaledit"}
 
 
 def test_recommended_settings_are_shown_with_their_source(cli):
@@ -42,13 +45,19 @@ def test_the_list_is_short_and_fits_80_columns(cli):
         line.split()[0] for line in lines if line.strip()
     }
     assert any("Embedded models: demo" in line for line in lines)
+    for method in get_methods().values():
+        (line,) = [line for line in lines if line.startswith(f"  {method.name} ") and method.good_for[:30] in line]
+        assert ("experimental" in line) == method.experimental
 
 
 @pytest.mark.parametrize(
     ("name", "wanted"),
     [
         ("gna", ["source: arXiv:2504.16922", "window: required", "stride: 1 by default"]),
-        ("sla", ["topk: 0.05 by default", "learns weights"]),
+        (
+            "sla",
+            ["topk: 0.05 by default", "Choose it for the highest sparsity.", "fine-tuning", "gate, imitation"],
+        ),
         ("wan", ["WanVACETransformer3DModel", "preset of radial: decay=0.2", "scripts/wan_t2v_inference.sh"]),
         ("ChromaTransformer2DModel", ["flux: ", "preset of gna"]),
         ("SanaTransformer2DModel", ["SanaTransformer2DModel is refused: its self-attention is linear already."]),

@@ -10,9 +10,10 @@ import dit_accel
 from dit_accel.errors import DitAccelError
 from dit_accel.hooks.selfcheck import AttentionCall
 from dit_accel.kernels.block_sparse import portable
+from dit_accel.methods.heads import METHOD, ranked
 from dit_accel.setting import Setting
 from dit_accel.tokens import TokenGrid
-from dit_accel.tune.heads import chosen, ranked
+from dit_accel.tune.calibrate import cheapest
 
 GRID = TokenGrid(3, 4, 5, text=7)
 KEEP = (1, 0, 1, 0)
@@ -115,16 +116,22 @@ def test_layers_keep_their_own_heads_in_one_graph(tiny_wan, wan_inputs):
 def test_heads_are_skipped_where_they_are_missed_least():
     """Two layers of four heads. In the first, heads 0 and 3 stand in for each other: together they are missed."""
 
-    def loss(layer, keep):
-        skipped = [head for head, one in enumerate(keep) if not one]
+    def loss(layer, config):
+        skipped = [head for head, one in enumerate(config.keep) if not one]
         alone = ((1, 5, 4, 2), (3, 9, 9, 9))[layer]
         return sum(alone[head] for head in skipped) + (50 if layer == 0 and {0, 3} <= set(skipped) else 0)
 
     layers = [ranked(4, functools.partial(loss, layer)) for layer in range(2)]
     assert layers == [([0, 3, 2, 1], [1, 53, 57]), ([0, 1, 2, 3], [3, 12, 21])]
-    everything, whole = [(1, 1, 1, 1)] * 2, (1, 1, 1, 1)
-    assert chosen(layers, 4, 1.0) == everything and chosen(layers, 4, 0.9) == [(0, 1, 1, 1), whole]
-    assert chosen(layers, 4, 0.75) == [(0, 1, 1, 1), (0, 1, 1, 1)]  # losses that add up would take 0 and 3
-    assert chosen(layers, 4, 0.5) == [(0, 1, 1, 1), (0, 0, 0, 1)]
+
+    def kept(share):
+        configs, density = cheapest(layers, 4, share, METHOD)
+        keep = [(1, 1, 1, 1) if config is None else config.keep for config in configs]
+        assert density == sum(map(sum, keep)) / 8 <= share
+        return keep
+
+    assert kept(1.0) == [(1, 1, 1, 1), (1, 1, 1, 1)] and kept(0.9) == [(0, 1, 1, 1), (1, 1, 1, 1)]
+    assert kept(0.75) == [(0, 1, 1, 1), (0, 1, 1, 1)]  # losses that add up would take 0 and 3
+    assert kept(0.5) == [(0, 1, 1, 1), (0, 0, 0, 1)]
     with pytest.raises(DitAccelError, match=r"sparsest candidate has 0\.2500"):
-        chosen(layers, 4, 0.2)
+        kept(0.2)

@@ -1,5 +1,7 @@
 """moh: against its definition, what is computed, bits of dense with all heads, the router's gradients and its loss."""
 
+import dataclasses
+
 import pytest
 import torch
 from accuracy import assert_accurate, plain_attention
@@ -8,9 +10,9 @@ import dit_accel
 from dit_accel.errors import DitAccelError
 from dit_accel.hooks.selfcheck import AttentionCall
 from dit_accel.methods import moh
-from dit_accel.methods.moh import Config, HeadRouter
+from dit_accel.methods.moh import BALANCE, Config, HeadRouter
 from dit_accel.tokens import TokenGrid
-from dit_accel.train.objectives import OBJECTIVES, Outputs
+from dit_accel.train.objectives import Outputs, losses
 
 GRID = TokenGrid(3, 4, 5, text=7)
 HEADS, DIM = 4, 16
@@ -137,7 +139,7 @@ def test_the_load_balance_loss_is_the_papers():
     q, k, v = tensors()
     plan, module = dit_accel.plan("moh", GRID, **SETTINGS["one"]), router(SETTINGS["one"]).requires_grad_(True)
     call = AttentionCall("", "", None, plan, q, k, v, v, module=module)
-    loss = OBJECTIVES["balance"](Outputs(v, calls=[call]), None, v)
+    loss = losses(["balance"], Outputs(v, records={"balance": [BALANCE.record(call)]}), None, v)["balance"]
     p = by_hand(module.weight, q, SETTINGS["one"])[0][:, : GRID.visual].flatten(0, 1)
     taken = p >= p.sort(descending=True).values[:, 1:2]
     wanted = sum(taken[:, head].float().mean() * p[:, head].mean() for head in range(3))
@@ -147,8 +149,9 @@ def test_the_load_balance_loss_is_the_papers():
     )
     torch.testing.assert_close(own, hand)
     assert of_q is None
-    with pytest.raises(DitAccelError, match="objective balance spreads the tokens"):
-        OBJECTIVES["balance"](Outputs(v), None, v)
+    assert BALANCE.record(dataclasses.replace(call, plan=dit_accel.plan("dense", GRID))) is None
+    with pytest.raises(DitAccelError, match="balance"):
+        losses(["balance"], Outputs(v), None, v)
 
 
 def test_what_it_cannot_do_is_refused(tiny_wan):

@@ -9,8 +9,9 @@ from tail_calls import PARTS, check_calls
 
 from dit_accel.errors import DitAccelError
 from dit_accel.kernels.tail.rectified import trusted
-from dit_accel.methods.rectified import METHOD, Config, RectifiedDefinition
+from dit_accel.methods.rectified import METHOD, Config
 from dit_accel.plans.plan import PlanCall, attention
+from dit_accel.plans.sampled import SampledCall
 from dit_accel.registry import plan
 from dit_accel.tokens import TokenGrid
 
@@ -195,9 +196,9 @@ def test_calls_against_the_definition(case, compensation, dtype):
     chosen = plan("rectified", grid, **{**SMALL, "drop": 0.9, "topp": 0.0, "compensation": compensation, **settings})
     tensors = inputs(grid, batch=1, heads=1, dtype=dtype)
     upstream = torch.randn(1, 1, grid.tokens, 16).to(dtype)
-    definition = RectifiedDefinition(chosen, torch.arange(grid.tokens), *tensors[:2], "portable")
+    sampled = SampledCall(chosen, torch.arange(grid.tokens), *tensors[:2], "portable")
 
-    check_calls(chosen, definition, tensors, upstream, dtype)
+    check_calls(chosen, sampled, tensors, upstream, dtype)
 
 
 def test_counts_and_density():

@@ -11,7 +11,7 @@ from tail_calls import PARTS, block_of, check_calls
 from dit_accel.errors import DitAccelError
 from dit_accel.methods.sol import METHOD, Config, SolPlan
 from dit_accel.plans.plan import attention
-from dit_accel.plans.tailed import TailDefinition
+from dit_accel.plans.sampled import SampledCall
 from dit_accel.registry import plan
 from dit_accel.tokens import TokenGrid
 
@@ -207,9 +207,9 @@ def test_calls_against_the_definition(case, dtype):
     grid, settings = CALLS[case]
     chosen = plan("sol", grid, block=8, **settings)
     tensors, upstream = inputs(grid, batch=1, heads=1, dtype=dtype), torch.randn(1, 1, grid.tokens, 16).to(dtype)
-    definition = TailDefinition(chosen, torch.arange(grid.tokens), *tensors[:2], "portable")
+    sampled = SampledCall(chosen, torch.arange(grid.tokens), *tensors[:2], "portable")
 
-    check_calls(chosen, definition, tensors, upstream, dtype)
+    check_calls(chosen, sampled, tensors, upstream, dtype)
 
 
 def test_density_asked_for():

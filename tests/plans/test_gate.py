@@ -7,9 +7,8 @@ from accuracy import assert_accurate
 import dit_accel
 from dit_accel.hooks.selfcheck import AttentionCall
 from dit_accel.methods.sla import SparseLinearAttention
-from dit_accel.plans.gate import BlockGate
+from dit_accel.plans.gate import BlockGate, divergence, gate_sample, pooled_map
 from dit_accel.tokens import TokenGrid
-from dit_accel.train.objectives import divergence, gate_sample, pooled_map
 
 RAGGED = TokenGrid(3, 5, 7, text=6, conditioning=2)
 SETTINGS = {
@@ -113,7 +112,7 @@ def test_the_target_and_the_gradients_equal_the_definition(case):
     call = AttentionCall("", "", None, plan, q, k, v, v, text_lens=lens, module=module)
     gate.requires_grad_(True)
     sample = gate_sample(call)
-    loss = divergence(*sample)
+    loss = divergence(sample)
     got = [pooled_map(call), loss.detach(), *torch.autograd.grad(loss, [gate.queries, gate.keys])]
     (truth, size), (plain, _) = exact(q.double(), k.double()), exact(q, k)
     names = ("target", "loss", "queries", "keys")
@@ -157,6 +156,6 @@ def test_the_gate_learns_which_blocks_matter_to_the_embedded_model():
     optimizer = torch.optim.Adam([weight.requires_grad_(True) for weight in weights], lr=2e-3)
     for _ in range(10):
         optimizer.zero_grad()
-        torch.stack([divergence(*own) for own in learned]).mean().backward()
+        torch.stack([divergence(own) for own in learned]).mean().backward()
         optimizer.step()
     assert recall() > before + 0.03, "three of a hundred true best blocks more"

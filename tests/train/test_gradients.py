@@ -11,11 +11,11 @@ from dit_accel.checkpoint import lora as adapters
 from dit_accel.hooks.selfcheck import AttentionCall
 from dit_accel.methods.sla import SparseLinearAttention
 from dit_accel.pipelines.targets import find_transformers
-from dit_accel.plans.gate import BlockGate
+from dit_accel.plans.gate import BlockGate, GateSample
 from dit_accel.registry import plan
 from dit_accel.tokens import TokenGrid
 from dit_accel.train.networks import TrainingNetworks
-from dit_accel.train.objectives import OBJECTIVES, GateSample, Outputs
+from dit_accel.train.objectives import OBJECTIVES, Outputs, losses, of_methods
 
 METHODS = {
     "gna": {"window": (3, 3, 3)},
@@ -164,14 +164,12 @@ def test_objectives_by_hand():
     k = torch.tensor([[[[0, 0], [math.log(3), 0]]]])
     module, linear = SparseLinearAttention(2, **LINEAR), plan("sla", TokenGrid(1, 1, 2), **LINEAR)
     calls = [AttentionCall("", "", None, linear, q, k, k, k, scale=0.0, module=module)]
+    records = {"gate": gates, "imitation": calls}
     attention = [torch.tensor([2.0]), torch.tensor([0.0])]
-    student = Outputs(torch.tensor([1.0, 3.0]), attention, torch.tensor([1.0]), gates, calls)
+    student = Outputs(torch.tensor([1.0, 3.0]), attention, torch.tensor([1.0]), records)
     teacher = Outputs(torch.tensor([1.0, 1.0]), [torch.tensor([1.0]), torch.tensor([4.0])], torch.tensor([2.0]))
-    found = {
-        name: float(own(student, teacher, torch.tensor([0.0, 3.0])))
-        for name, own in OBJECTIVES.items()
-        if name != "balance"  # its layers have routers: tests/methods/test_moh.py
-    }
+    names = {*OBJECTIVES, *of_methods()} - {"balance"}  # its layers have routers: tests/methods/test_moh.py
+    found = {name: float(loss) for name, loss in losses(names, student, teacher, torch.tensor([0.0, 3.0])).items()}
     # gate: shares 1/4 and 3/4 of scores 0 and log 3, against 1/2 and 1/2
     assert found.pop("gate") == pytest.approx(0.5 * math.log(4 / 3))
     # imitation: products of the maps 1 and 5/4, so shares 4/9 and 5/9, against 1/2 and 1/2

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 import dit_accel
-from dit_accel.methods.sla import SparseLinearAttention
+from dit_accel.methods.sla import IMITATION, SparseLinearAttention, imitated
 from dit_accel.train import state
 from dit_accel.train.data import Dataset
-from dit_accel.train.objectives import Outputs, imitation
+from dit_accel.train.objectives import Outputs, losses
 from dit_accel.train.settings import make
 
 LINEAR = {"method": "sla", "config": {"topk": 0.0, "feature_map": "hedgehog"}}
@@ -31,7 +31,7 @@ def test_imitation_brings_the_maps_nearer_to_softmax(tiny, trained):
         fresh = SparseLinearAttention(call.q.shape[-1], **LINEAR["config"])
         for found, each in ((own, module), (start, fresh)):
             seen = dataclasses.replace(call, module=each)
-            found.append(imitation(Outputs(call.out, calls=[seen]), None, call.out).detach())
+            found.append(imitated(seen).detach())
     least, own, start = (float(torch.stack(each).mean()) for each in (least, own, start))
     assert least < own < (least + start) / 2
 
@@ -48,10 +48,11 @@ def test_with_distillation_and_recomputed_activations(trained):
 
 def test_what_has_no_learned_map_is_refused(tiny):
     for settings in ({"method": "gna", "config": {"window": 3}}, {"method": "sla"}):
-        with pytest.raises(dit_accel.DitAccelError, match="Choose method sla with feature_map=hedgehog"):
+        with pytest.raises(dit_accel.DitAccelError, match=r"imitation .* sla with feature_map=hedgehog"):
             make({"objectives": {"imitation": 1.0}, **settings})
     pipe, sample, calls = tiny.load(), Dataset(tiny.data)[0], []
-    with dit_accel.accelerate(pipe, "sla") as accel, pytest.raises(dit_accel.DitAccelError, match="a learned feature"):
-        with accel.watch(calls.append):  # as with a layer schedule
-            pipe.transformer(hidden_states=sample.latents, timestep=torch.tensor([700.0]), **sample.call)
-        imitation(Outputs(sample.latents, calls=calls), None, sample.latents)
+    with dit_accel.accelerate(pipe, "sla") as accel, accel.watch(calls.append):  # as with a layer schedule
+        pipe.transformer(hidden_states=sample.latents, timestep=torch.tensor([700.0]), **sample.call)
+    assert calls and [IMITATION.record(call) for call in calls] == [None] * len(calls)
+    with pytest.raises(dit_accel.DitAccelError, match="imitation"):
+        losses(["imitation"], Outputs(sample.latents), None, sample.latents)

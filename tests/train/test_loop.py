@@ -9,12 +9,12 @@ from launching import TWO_PROCESSES
 
 import dit_accel
 from dit_accel.checkpoint import lora as adapters
+from dit_accel.plans.gate import divergence, gate_sample
 from dit_accel.train import state
 from dit_accel.train.card import Base
 from dit_accel.train.data import Dataset
 from dit_accel.train.loop import train
 from dit_accel.train.networks import TrainingNetworks
-from dit_accel.train.objectives import divergence, gate_sample
 from dit_accel.train.settings import make
 
 
@@ -77,7 +77,7 @@ def test_gates_learn_and_the_model_stays(trained, tiny):
     losses = []
 
     def note(call):
-        losses.append(divergence(*gate_sample(call)))
+        losses.append(divergence(gate_sample(call)))
 
     with dit_accel.accelerated(pipe, "sparge", **config) as accel, accel.watch(note):
         untuned = run(pipe, tiny.data)

@@ -67,7 +67,7 @@ def test_given_settings_win_over_a_recipe():
         ({"objectives": {"flow": -1}}, "above 0"),
         ({"objectives": {"flow": 1, "consistency": 1}}, "Choose one"),
         ({"method": "dense"}, "its own teacher"),
-        ({"method": "sparge", "objectives": {"gate": 1}}, "Take sparge or sla with score=learned"),
+        ({"method": "sparge", "objectives": {"gate": 1}}, "sla or sparge with score=learned"),
         ({"precision": "int8", "method": "sla"}, "precision is one of"),
         ({"levels": {"sigma": 1}, "method": "sla"}, "levels has no setting 'sigma'"),
         ({"levels": {"std": 0}, "method": "sla"}, "std is above 0"),

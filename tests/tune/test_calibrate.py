@@ -10,12 +10,13 @@ from dit_accel.eval import sweep
 from dit_accel.eval.attention import record_attention
 from dit_accel.generation.request import GenerateRequest
 from dit_accel.hooks.selfcheck import AttentionCall
+from dit_accel.methods.sparge import METHOD, block_recall
 from dit_accel.schedule import Schedule
 from dit_accel.setting import Setting
 from dit_accel.tokens import TokenGrid
 from dit_accel.train import search
 from dit_accel.train.settings import TrainSettings
-from dit_accel.tune.calibrate import block_recall, budgeted
+from dit_accel.tune.calibrate import reaching
 
 SMALL = ("--frames", 5, "--height", 32, "--width", 32, "--steps", 2)
 BLOCKS = "sparge:block=4,block_q=8"
@@ -39,7 +40,7 @@ def test_the_recall_of_c_blocks_is_the_mass_that_a_budget_of_c_keeps(settings):
         out = plan.attend(q, k, v, text_lens=text)
         return AttentionCall("transformer", "layer", None, plan, q, k, v, out, text_lens=text)
 
-    curve = block_recall(call(topk=1.0), queries=grid.visual)
+    curve = block_recall(call(topk=1.0), torch.arange(grid.visual))
     blocks = curve.shape[1]
     assert blocks >= 12 and torch.allclose(curve[:, -1], torch.ones(3, dtype=torch.float64), atol=1e-6)
     assert curve.diff(dim=1).min() > 0
@@ -57,12 +58,13 @@ def test_every_head_keeps_the_fewest_blocks_that_reach_the_recall():
             "flat": torch.tensor([[0.3, 0.6, 1.0], [0.3, 0.6, 0.8999]]),
         }
     }
-    settings = budgeted(curves, 0.9, {"block": 32}, Schedule(dense_steps=0.25))
+    settings = reaching(curves, 0.9, METHOD, {"block": 32}, Schedule(dense_steps=0.25))
     first, *others = settings.layers["transformer"]
     assert others == [None, None] and settings.schedule == Schedule(dense_steps=0.25)
     plan = dit_accel.plan("sparge", TokenGrid(3, 4, 8), block=32, topp=0.0, budgets=first.budgets)
     assert plan.budgets() == [3, 1] and first.block == 32
-    assert budgeted(curves, 0.8, {}, Schedule()).layers["transformer"][0].budgets == pytest.approx((1.5 / 3, 0.5 / 3))
+    (first, *_) = reaching(curves, 0.8, METHOD, {}, Schedule()).layers["transformer"]
+    assert first.budgets == pytest.approx((1.5 / 3, 0.5 / 3))
 
 
 def test_from_prompts_to_a_file_that_everything_takes(cli, demo, tmp_path, monkeypatch):
@@ -132,7 +134,7 @@ def test_heads_from_prompts_to_a_file(cli, tmp_path, monkeypatch):
     [
         ((), "either --target, such as 1.5x, or --calibrate"),
         (("--target", "2x", "--calibrate", 0.9), "not both"),
-        (("--calibrate", 0.9, "--method", "gna"), "budgets of sparge or chooses heads"),
+        (("--calibrate", 0.9, "--method", "gna"), "at most one --method, of heads, sparge; got gna"),
         (("--calibrate", 0.9, "--compile"), "which --compile hides"),
         (("--target", "banana"), "--target takes figure, sign and number"),
         (("--target", "pnsr>=25"), "Did you mean 'psnr'"),

@@ -37,10 +37,11 @@ from dit_accel.hooks.report import Report
 from dit_accel.hooks.selfcheck import SelfCheck
 from dit_accel.kernels.block_sparse.geometry import BlockLists
 from dit_accel.kernels.impls import Impl
+from dit_accel.method import Method, MethodConfig
 from dit_accel.pipelines.family import Memory, ModelCall
 from dit_accel.pipelines.targets import find_transformers
 from dit_accel.plans.plan import Plan, PlanCall
-from dit_accel.registry import Method, get_method
+from dit_accel.registry import get_method
 from dit_accel.setting import Setting
 from tools.steps.models import MODES, Model, ModelStep, select_steps
 
@@ -79,12 +80,17 @@ class NothingPlan(Plan):
 
 
 @dataclasses.dataclass(frozen=True)
-class NothingConfig:
+class NothingConfig(MethodConfig):
     """No settings."""
 
 
 NOTHING = Method(
-    "nothing", NothingConfig, lambda grid, config: NothingPlan("nothing", config, grid), "no attention", "-"
+    "nothing",
+    NothingConfig,
+    lambda grid, config: NothingPlan("nothing", config, grid),
+    "no attention",
+    "-",
+    "the time of the rest",
 )
 
 

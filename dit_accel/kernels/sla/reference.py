@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 
 from dit_accel.errors import DitAccelError
+from dit_accel.kernels.block_sparse.reference import masked_attention
 from dit_accel.kernels.router.api import classify
 from dit_accel.kernels.sla.call import EPSILON, SlaCall, apply_map, learned_inputs
 from dit_accel.order import TokenOrder
@@ -33,22 +35,38 @@ def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: SlaCall) ->
         k, v = (torch.where(keys, x, 0) for x in (k, v))
         exact = exact & keys.mT
     k, v = k.to(wide), v.to(wide)
-    logits = (queries @ k.mT) * call.scale
-    if call.text_bias is not None:
-        logits = logits + torch.where(keys.mT, 0, call.text_bias[:, None, visual, None])
-    empty = ~exact.any(-1, keepdim=True)  # without a critical block and without text
-    out = logits.masked_fill(~(exact | empty), -torch.inf).softmax(-1).masked_fill(empty, 0) @ v
-
+    text_bias = None if call.text_bias is None else torch.where(keys.mT, 0, call.text_bias[:, None, visual, None])
+    out = masked_attention(queries, k, v, exact, text_bias, call.scale)
     rest = torch.ones_like(critical_map)
     if call.linear_scope == "marginal":
         rest = ~critical_map & ~negligible_map
-    a, b = (apply_map(x, call.feature_map) for x in learned_inputs(queries, k, call.features))
-    affinity = a @ b.mT
-    affinity = affinity * token_pairs(rest, *orders, dense=False)[:, :, visual]
-    linear = (affinity @ v) / (affinity.sum(-1, keepdim=True) + EPSILON)
-    out = out + linear @ weight.to(wide).mT + (0 if bias is None else bias.to(wide))
+    pairs = token_pairs(rest, *orders, dense=False)[:, :, visual]
+    weight, bias = weight.to(wide), None if bias is None else bias.to(wide)
+    out = out + linear_branch(queries, k, v, pairs, weight, bias, call.feature_map, call.features)
     # laid out in memory as [B, visual, H, D], as the other implementations' results are
     return out.to(q.dtype).transpose(1, 2).contiguous().transpose(1, 2), critical
+
+
+def linear_branch(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    pairs: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    feature_map: str,
+    features: tuple[torch.Tensor, torch.Tensor] | None = None,
+) -> torch.Tensor:
+    """The projected linear attention of any queries over some pairs, in the inputs' dtype: [B, H, S, D].
+
+    Args:
+        q, k, v: [B, H, S, D], and [B, H, N, D] of all keys.
+        pairs: bool [B, H, S, N].
+        weight, bias, feature_map, features: as in `SlaCall`.
+    """
+    a, b = (apply_map(x, feature_map) for x in learned_inputs(q, k, features))
+    affinity = a @ b.mT * pairs
+    return F.linear((affinity @ v) / (affinity.sum(-1, keepdim=True) + EPSILON), weight, bias)
 
 
 def block_map(lists: torch.Tensor, key_order: TokenOrder) -> torch.Tensor:
@@ -63,7 +81,7 @@ def token_pairs(visual: torch.Tensor, query_order: TokenOrder, key_order: TokenO
     Args:
         dense: whether conditioning and text tokens meet everything (True) or nothing (False).
     """
-    pairs = torch.nn.functional.pad(visual, (0, key_order.dense_blocks, 0, query_order.dense_blocks), value=dense)
+    pairs = F.pad(visual, (0, key_order.dense_blocks, 0, query_order.dense_blocks), value=dense)
     rows, columns = (order.block_of_token().to(visual.device) for order in (query_order, key_order))
     return pairs[..., rows, :][..., columns]
 

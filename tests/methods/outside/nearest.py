@@ -5,13 +5,13 @@ import dataclasses
 import torch
 
 from dit_accel.kernels.block_sparse.geometry import BlockLists
+from dit_accel.method import Method, MethodConfig
 from dit_accel.order import TokenOrder
 from dit_accel.plans.routed import RoutedPlan
-from dit_accel.registry import Method
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(MethodConfig):
     """Key blocks on either side of the query block: `reach`, and three times as many if its mean query is positive."""
 
     reach: int = 1
@@ -36,4 +36,4 @@ class NearestPlan(RoutedPlan):
         return BlockLists(indices.int(), listed.sum(-1, dtype=torch.int32))
 
 
-METHOD = Method("nearest", Config, lambda grid, config: NearestPlan(config, grid), "nearest key blocks", source="-")
+METHOD = Method("nearest", Config, lambda grid, config: NearestPlan(config, grid), "nearest key blocks", "-", "tests")
