@@ -105,7 +105,7 @@ class Implementation:
             return f"{self.name} takes head dimensions up to {self.head_dims}, not {facts.head_dim}"
         return self.cannot(dataclasses.replace(facts, **self.cut(facts)))
 
-    def cut(self, facts: Facts) -> dict[str, int]:
+    def cut(self, facts: Facts) -> dict[str, Any]:
         """The sizes of the parts in which too large blocks run, by field of `Facts`; empty if none is too large."""
         blocks = {side: getattr(facts, side) for side, most in self.cuts.items() if getattr(facts, side) > most}
         return {side: self.cuts[side] for side, block in blocks.items() if not block & (block - 1)}
@@ -272,7 +272,7 @@ def _hindrance(row: Implementation, facts: Facts, square: bool) -> str | None:
         steps = math.log2(blocks[0] / facts.block_q), math.log2(blocks[1] / facts.block_k)
         return abs(steps[0]) + abs(steps[1]), -blocks[0], -blocks[1]
 
-    def takes(block_q: int, block_k: int, **other: int) -> bool:
+    def takes(block_q: int, block_k: int, **other: Any) -> bool:
         visual = -(-facts.visual_blocks * facts.block_k // block_k)
         others = dataclasses.replace(facts, block_q=block_q, block_k=block_k, visual_blocks=visual, **other)
         return row.obstacle(others) is None

@@ -93,10 +93,9 @@ def at_density(grid: TokenGrid, density: float) -> dict[str, Any]:
 
     Blocks are those that all kernels take.
     """
-    blocks = {"block_q": BLOCK_Q}
-    forced = SolPlan(Config(**blocks), grid).forced(torch.device("cpu")).double().mean().item()
+    forced = SolPlan(Config(block_q=BLOCK_Q), grid).forced(torch.device("cpu")).double().mean().item()
     share = min(max((grid.visual_share(density) - forced) / (1 - forced), 1e-9), 1 - 1e-9) if forced < 1 else 1 - 1e-9
-    return {"tau": float(f"{statistics.NormalDist().inv_cdf(1 - share):.6g}"), **blocks}
+    return {"tau": float(f"{statistics.NormalDist().inv_cdf(1 - share):.6g}"), "block_q": BLOCK_Q}
 
 
 METHOD = Method(

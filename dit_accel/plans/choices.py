@@ -28,16 +28,17 @@ class Kernels(abc.ABC):
     method: str
     config: Any
 
-    @abc.abstractmethod
     def calls(self, learned: bool = False) -> dict[str, tuple[str, dict[str, Any]]]:
         """The kernel of each part of a call, and what `Facts` say of it besides its tensors; parts as of `Choice`."""
+        return {}
 
     def choices(self, facts: Facts, impl: Impl = AUTO, learned: bool = False) -> list[Choice]:
         """What runs each part of a call whose tensors are those of `facts`, visual queries first.
 
         Other queries follow the implementation of the visual ones, as in a model.
         """
-        square, choices = not hasattr(self.config, "block_q"), []
+        square = not hasattr(self.config, "block_q")
+        choices: list[Choice] = []
         for part, (kernel, more) in self.calls(learned).items():
             call, name = dataclasses.replace(facts, **more), impl
             if kernel == impls.ROUTER:

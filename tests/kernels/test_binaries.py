@@ -154,7 +154,7 @@ def test_tuning_of_sla_knows_no_length():
         tuner = tuning.tuned(kernel, candidates, configs.TUNED_BY)
         constants = {kernel.params[i].name for i in kernel.constexprs}
         assert set(tuner.keys) <= constants - {"ALIGN", "SPLIT", "TILE_T", "TILE_H", "TILE_W"}
-        assert set(tuner.keys) & {"BLOCK_D", "WIDTH"} or name == "places"
+        assert set(tuner.keys) & {"BLOCK_D", "WIDTH"}
         assert tuner.cache_results
         steps = [{"STEP": c.step} if name != "means" else {} for c in candidates]
         assert [(c.kwargs, c.num_warps, c.num_stages) for c in tuner.configs] == [

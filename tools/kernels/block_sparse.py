@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from dit_accel.kernels.block_sparse.triton_configs import (
     KERNELS,
+    PLACES,
     STAGES,
     fitting,
     launches,
@@ -14,16 +15,17 @@ from dit_accel.kernels.block_sparse.triton_configs import (
 )
 from tools.kernels.ahead_of_time import Build
 
-BLOCKS = ((64, 64), (128, 64), (128, 128))  # queries x keys
+BLOCKS = ((64, 64), (128, 64), (128, 128), (128, 32))  # queries x keys
 HEAD_DIMS = (64, 128)  # others are padded in registers to the next power of two
 FUNCTIONS = {
     "forward": "triton_forward:block_sparse_fwd_kernel",
     "dq": "triton_backward:block_sparse_bwd_kernel_dq",
     "dkdv": "triton_backward:block_sparse_bwd_kernel_dkdv",
 }
-TILES = {64: (1, 8, 8), 128: (2, 8, 8)}
+TILES = {32: (1, 4, 8), 64: (1, 8, 8), 128: (2, 8, 8)}
+PLACED = "BLOCK", "TILE_T", "TILE_H", "TILE_W", "STEP"
 DATA = ("q", "k", "v", "out", "grad_out", "dq", "dk", "dv")
-INTEGERS = ("entries", "places", "spans", "numbers", "firsts", "tables")
+INTEGERS = ("indices", "counts", "entries", "places", "spans", "numbers", "firsts", "tables")
 STARTS = ("visual_starts", "conditioning_starts", "text_starts", "text_lens")
 POINTERS = (
     *((name, "data") for name in DATA),
@@ -53,6 +55,17 @@ def builds(arch: int) -> Iterator[Build]:
                 needs=0,
                 dots=False,
             )
+    for block, tile in TILES.items():
+        yield Build(
+            kernel="block_sparse_places_forward",
+            function="dit_accel.kernels.block_sparse.triton_places:place_lists_kernel",
+            constants=tuple(dict(zip(PLACED, (block, *tile, PLACES.step), strict=True)).items()),
+            pointers=POINTERS,
+            warps=PLACES.warps,
+            stages=PLACES.stages,
+            needs=0,
+            dots=False,
+        )
     for kernel in KERNELS:
         for block_q, block_k in BLOCKS:
             for head_dim in HEAD_DIMS:

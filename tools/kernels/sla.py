@@ -11,14 +11,13 @@ from tools.kernels.ahead_of_time import Build
 
 FOLDER = "dit_accel.kernels.sla"
 FUNCTIONS = {
-    "places": "triton_forward:places_kernel",
     "state": "triton_forward:state_kernel",
     "forward": "triton_forward:sparse_linear_fwd_kernel",
     "dq": "triton_backward:sparse_linear_bwd_kernel_dq",
     "sums": "triton_backward:sums_kernel",
     "dkdv": "triton_backward:sparse_linear_bwd_kernel_dkdv",
 }
-FORWARD = ("places", "state")
+FORWARD = ("state",)
 CUTS = {64: (1, 8, 8), 128: (2, 8, 8)}  # tokens of a block, and its tile
 BLOCKS = ((64, 64), (128, 64), (128, 128))  # queries x keys
 DATA = ("q", "k", "v", "table", "weight", "out", "exact", "linear", "grad_out", "pulled", "dq", "dk", "dv")
@@ -52,7 +51,6 @@ def builds(arch: int) -> Iterator[Build]:
                         warps=launch.warps,
                         stages=launch.stages,
                         needs=configs.shared_bytes(kernel, launch, sizes, itemsize=2, capability=arch),
-                        dots=kernel != "places",
                     )
 
 
@@ -70,10 +68,7 @@ def _constants(kernel: str, head_dim: int, arch: int) -> Iterator[dict[str, Any]
             )
     else:
         for block in CUTS:
-            if kernel == "places":
-                yield _cut(block)
-            else:
-                yield {**linear, **_cut(block), "SPLIT": configs.SPLIT // block}
+            yield {**linear, **_cut(block), "SPLIT": configs.SPLIT // block}
 
 
 def _cut(block: int, side: str = "", tile: str = "") -> dict[str, int]:

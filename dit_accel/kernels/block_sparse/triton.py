@@ -32,7 +32,15 @@ from dit_accel.kernels.block_sparse.triton_configs import (
     words_launch,
 )
 from dit_accel.kernels.block_sparse.triton_forward import block_sparse_fwd_kernel
-from dit_accel.kernels.block_sparse.triton_lists import OrderedLists, both_ways, order_lists, split
+from dit_accel.kernels.block_sparse.triton_lists import (
+    OrderedLists,
+    Transposed,
+    both_ways,
+    order_lists,
+    split,
+    transpose_lists,
+)
+from dit_accel.kernels.block_sparse.triton_places import place_lists
 from dit_accel.kernels.block_sparse.triton_tokens import partial_words_kernel
 
 JIT = {"forward": block_sparse_fwd_kernel, "dq": block_sparse_bwd_kernel_dq, "dkdv": block_sparse_bwd_kernel_dkdv}
@@ -114,12 +122,12 @@ def backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of q, k and v, each [B, H, N, D] laid out in memory as [B, N, H, D]."""
     grad_out = tuning.contiguous_rows(grad_out)
-    q, k, v, lists, _, geometry, _ = call
+    q, k, v, lists, *_ = call
     host = TritonCall(call, grad_out, out)
     delta = torch.empty_like(lse)
     statistics = lse if grad_lse is None else grad_lse.contiguous(), lse, delta
 
-    ordered, transposed = (both_ways if lists.packed is None else split)(lists, geometry)
+    ordered, transposed = host.both_ways()
     masked, per_head = host.masked(ordered), lists.indices.ndim == 4
     dq = host.room_for(q)
     host.launch(
@@ -204,10 +212,21 @@ class TritonCall:
         """
         if self.lists.packed is not None:
             return split(self.lists, self.geometry)[0]
+        if self.lists.tables is None:  # no partial block; nothing reads numbers of blocks
+            places, spans = place_lists(self.lists.indices, self.lists.counts, self.geometry.key_order)
+            return OrderedLists(*(x.flatten(0, -2) for x in (self.lists.indices, places, spans)))
         ordered, room = order_lists(self.lists, self.geometry), self.geometry.partial_blocks
-        if self.lists.tables is not None and room is not None:
+        if room is not None:
             torch._assert_async(ordered.partial_blocks() <= room, f"more than partial_blocks={room} blocks are partial")
         return ordered
+
+    def both_ways(self) -> tuple[OrderedLists, Transposed]:
+        """The lists for the forward and dq kernels, and for dk and dv."""
+        if self.lists.packed is not None:
+            return split(self.lists, self.geometry)
+        if self.lists.tables is not None:
+            return both_ways(self.lists, self.geometry)
+        return self.ordered(), transpose_lists(self.lists.indices, self.lists.counts, self.geometry)
 
     def masked(self, lists: OrderedLists) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Places and spans of the lists, and the bits of their partial blocks (see `triton_tokens`).

@@ -29,6 +29,7 @@ class Launch:
     registers: int | None = None
 
 
+PLACES = Launch(warps=1, stages=1, step=64)  # of the kernel that places the entries of a list
 STAGES = 3  # Triton's own, for a kernel without a pipelined loop
 
 

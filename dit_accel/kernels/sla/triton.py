@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -14,6 +13,7 @@ from dit_accel.errors import DitAccelError
 from dit_accel.kernels import tuning
 from dit_accel.kernels.block_sparse.geometry import Geometry, empty_rows
 from dit_accel.kernels.block_sparse.triton_lists import Transposed, transpose_lists
+from dit_accel.kernels.block_sparse.triton_places import place_lists
 from dit_accel.kernels.sla import triton_configs as configs
 from dit_accel.kernels.sla.call import results
 from dit_accel.kernels.sla.triton_backward import (
@@ -21,11 +21,10 @@ from dit_accel.kernels.sla.triton_backward import (
     sparse_linear_bwd_kernel_dq,
     sums_kernel,
 )
-from dit_accel.kernels.sla.triton_forward import places_kernel, sparse_linear_fwd_kernel, state_kernel
+from dit_accel.kernels.sla.triton_forward import sparse_linear_fwd_kernel, state_kernel
 from dit_accel.order import TokenOrder
 
 JIT = {
-    "places": places_kernel,
     "state": state_kernel,
     "forward": sparse_linear_fwd_kernel,
     "dq": sparse_linear_bwd_kernel_dq,
@@ -177,12 +176,9 @@ def backward(
 
 
 def listed_blocks(call: FusedCall) -> tuple[torch.Tensor, torch.Tensor]:
-    """Places and spans of the lists of critical blocks, see `places_kernel`."""
-    rows, count, (_, blocks, dense) = call.critical.shape[:-1], call.counts[0], call.blocks
-    places, spans = call.critical.new_empty(*rows, count + dense), call.critical.new_empty(*rows, 5)
-    arguments = call.critical, places, spans, *call.geometry.grid, blocks, count, dense
-    _run("places", (math.prod(rows), 1), arguments, tuning.block_sizes(call.geometry.key_order))
-    return places, spans
+    """Places and spans of the lists of critical blocks, see `place_lists`."""
+    order = call.geometry.key_order
+    return place_lists(call.critical, None, order, order.dense_blocks)
 
 
 def _transpose(lists: torch.Tensor, geometry: Geometry) -> Transposed:

@@ -54,8 +54,6 @@ def launches(kernel: str, sizes: Mapping[str, Any], itemsize: int, capability: i
     Others have two; for scope "all" see `fitting`. `sizes` are the kernel's compile-time constants, `itemsize` the
     bytes of an element of q, k and v.
     """
-    if kernel == "places":
-        return (Launch(warps=1, stages=1, step=64),)
     wide, generation = sizes["BLOCK_D"] > 64, capability // 10
     # the block whose rows are taken in steps
     taken = sizes.get("BLOCK", sizes.get("BLOCK_Q" if kernel == "dkdv" else "BLOCK_K", 64))

@@ -16,7 +16,6 @@ from dit_accel.kernels.block_sparse.triton_tokens import (
     rows_of,
     rows_of_head,
     store_rows,
-    tile_position,
 )
 from dit_accel.kernels.sla.triton_linear import (
     EPS,
@@ -72,48 +71,6 @@ def state_kernel(
         # the mean of the block's steps up to here; the last step's remains
         tl.store(means + i // STEPS * D + o_d, tl.div_rn(of_block, of_block * 0.0 + held), mask=o_d < D)
     store_sums(states, totals, state, total, D, BLOCK_D)
-
-
-@triton.jit(do_not_specialize=RUNTIME)
-def places_kernel(
-    critical, places, spans, T, H, W, blocks, topk, dense,
-    BLOCK: tl.constexpr, TILE_T: tl.constexpr, TILE_H: tl.constexpr, TILE_W: tl.constexpr, STEP: tl.constexpr,
-):  # fmt: skip
-    """Places [B, H, rows, topk + dense] and spans [B, H, rows, 5] of lists of critical blocks, a program each.
-
-    They are those of `block_sparse.triton_lists.OrderedLists` without tables, made in one launch. Whole blocks come
-    first, in order; then blocks with padding slots, in reverse order; then the `dense` blocks of all query blocks.
-    """
-    row = tl.program_id(0).to(tl.int64)
-    critical += row * topk
-    places += row * (topk + dense)
-    whole_seen = 0
-    cut_seen = 0
-    for first in range(0, topk, STEP):
-        place = first + tl.arange(0, STEP)
-        inside = place < topk
-        block = tl.load(critical + place, mask=inside, other=0)
-        if TILE_H == 0:
-            corner = block * BLOCK
-            whole = corner + BLOCK <= T * H * W
-        else:
-            t, h, w = tile_position(block, 0, H, W, TILE_T, TILE_H, TILE_W)
-            corner = (t * H + h) * W + w
-            whole = (t + TILE_T <= T) & (h + TILE_H <= H) & (w + TILE_W <= W)
-        is_whole = (inside & whole).to(tl.int32)
-        is_cut = inside.to(tl.int32) - is_whole
-        whole_before = whole_seen + tl.cumsum(is_whole, 0) - is_whole
-        cut_before = cut_seen + tl.cumsum(is_cut, 0) - is_cut
-        place = tl.where(whole, whole_before, topk - 1 - cut_before)
-        tl.store(places + place, tl.where(whole, corner, block), mask=inside)
-        whole_seen += tl.sum(is_whole, 0)
-        cut_seen += tl.sum(is_cut, 0)
-    for first in range(0, dense, STEP):
-        place = first + tl.arange(0, STEP)
-        tl.store(places + topk + place, blocks + place, mask=place < dense)
-    part = tl.arange(0, 8)
-    ends = tl.where(part < 3, whole_seen, tl.where(part == 3, topk + dense, 0))
-    tl.store(spans + row * 5 + part, ends, mask=part < 5)
 
 
 @triton.jit

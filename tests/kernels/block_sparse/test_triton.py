@@ -5,6 +5,7 @@
 
 import dataclasses
 import importlib.util
+import math
 import os
 
 import pytest
@@ -16,7 +17,9 @@ from dit_accel.errors import DitAccelError
 from dit_accel.kernels import impls
 from dit_accel.kernels.block_sparse import reference
 from dit_accel.kernels.block_sparse.api import pack
-from dit_accel.kernels.block_sparse.geometry import BlockSparseCall, Segments
+from dit_accel.kernels.block_sparse.geometry import BlockLists, BlockSparseCall, Geometry, Segments
+from dit_accel.order import TokenOrder
+from dit_accel.tokens import TokenGrid
 
 TRITON = impls.named("triton")
 PACKING = TRITON.packing
@@ -113,6 +116,7 @@ def test_blocks_in_steps(make_problem, case, monkeypatch):
 
 # Tiles within a word, across two words and of one image row; bands and products in raster order, dilated, per head
 OF_128 = {"shape": (3, 5, 9), "tile_q": (2, 4, 8), "tile_k": (2, 8, 8), "block_q": 64, "block_k": 128, "heads": 1}
+PLACED = TokenGrid(3, 6, 9, text=20, conditioning=5)
 WORDS = {name: CASES[name] for name in ("dilated-raster", "dilated-tiled", "radial-128-keys", "heads-partial")} | {
     "tiles-of-128": {"method": "gna", "config": {"window": (2, 5, 4), "dilation": (1, 1, 2)}, **OF_128},
     "radial-tiles-of-128": {"method": "radial", "config": {"decay": 0.5}, **OF_128},
@@ -150,6 +154,36 @@ def test_words_are_the_predicate_bit_by_bit(make_problem, case):
         q, k = slots_q[row % len(slots_q)], slots_k[entries[row, place]]
         want = allowed[q[q >= 0]][:, k.clamp(min=0)] & (k >= 0)
         assert torch.equal(bits[numbers[row, place]][q >= 0], want), (row, place)
+
+
+@pytest.mark.parametrize("order", [TokenOrder(PLACED, 16), TokenOrder(PLACED, 16, (1, 4, 4))], ids=["raster", "tiles"])
+@pytest.mark.parametrize("shape", [(5,), (2, 3, 4)], ids=["shared", "per head"])
+def test_lists_are_placed_as_a_sort_orders_them(order, shape):
+    """Whole blocks first, in order; then the others, backwards; both lengths of a list, and none."""
+    from dit_accel.kernels.block_sparse import triton_lists
+    from dit_accel.kernels.block_sparse.triton_places import place_lists
+
+    device = "cuda" if NATIVE else "cpu"
+    generator = torch.Generator().manual_seed(0)
+    indices = torch.rand(*shape, order.blocks, generator=generator).argsort(-1).int()
+    counts = torch.randint(0, order.blocks + 1, shape, generator=generator, dtype=torch.int32)
+    counts.flatten()[:2] = torch.tensor([0, order.blocks])
+    indices[torch.arange(order.blocks) >= counts[..., None]] = 10**6  # not to be read
+    lists = BlockLists(indices, counts)
+    queries = TokenOrder(TokenGrid(1, 1, shape[-1]), 1)
+    geometry = dataclasses.replace(Geometry.of(queries, order), own_queries=True, query_grid=(1, 1, shape[-1]))
+    wanted = triton_lists.order_lists(lists, geometry)
+    places, spans = place_lists(indices.to(device), counts.to(device), order)
+    assert places.shape == indices.shape and torch.equal(spans.cpu().view(-1, 5), wanted.spans)
+    rows = zip(places.cpu().view(-1, order.blocks), wanted.places, wanted.spans.tolist(), strict=True)
+    for row, want, (whole, _, _, count, _) in rows:
+        assert torch.equal(row[:whole], want[:whole])
+        assert torch.equal(row[whole:count].flip(0), want[whole:count])
+    visual = torch.arange(order.visual_blocks, dtype=torch.int32).expand(*shape, -1)
+    places, spans = place_lists(visual.to(device), None, order, order.dense_blocks)
+    every = triton_lists.order_lists(BlockLists.full(torch.arange(order.blocks, dtype=torch.int32)[None]), geometry)
+    assert torch.equal(spans.cpu().view(-1, 5), every.spans.expand(math.prod(shape), -1))
+    assert torch.equal(places.cpu().view(-1, order.blocks).sort(-1)[0][0], every.places[0].sort()[0])
 
 
 def test_room_for_words_is_what_was_said(make_problem):

@@ -23,7 +23,6 @@ from dit_accel.kernels.block_sparse.gluon.dq import block_sparse_gluon_dq_kernel
 from dit_accel.kernels.block_sparse.gluon.forward import block_sparse_gluon_fwd_kernel
 from dit_accel.kernels.block_sparse.triton import RASTER, Kept, TritonCall, likeness
 from dit_accel.kernels.block_sparse.triton_configs import Launch
-from dit_accel.kernels.block_sparse.triton_lists import both_ways, split
 
 __all__ = ["backward", "forward"]
 
@@ -86,7 +85,7 @@ def backward(
     """Gradients of q, k and v, each [B, H, N, D] laid out in memory as [B, N, H, D]; the same bits in every run."""
     q, k, v, lists, _, geometry, scale = call
     host = TritonCall(call)
-    ordered, transposed = (both_ways if lists.packed is None else split)(lists, geometry)
+    ordered, transposed = host.both_ways()
     places, spans, words = host.masked(ordered)
     batch, heads, _, dim = q.shape
     tile_q, tile_k = geometry.tile_q or RASTER, geometry.tile_k or RASTER

@@ -1,0 +1,85 @@
+"""Block lists of a call as the forward kernels read them, without a sort: one launch, one program a list."""
+
+from __future__ import annotations
+
+import math
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dit_accel.kernels import tuning
+from dit_accel.kernels.block_sparse.triton_configs import PLACES
+from dit_accel.kernels.block_sparse.triton_tokens import RUNTIME, tile_position
+from dit_accel.order import TokenOrder
+
+
+def place_lists(indices: Tensor, counts: Tensor | None, order: TokenOrder, dense: int = 0) -> tuple[Tensor, Tensor]:
+    """Places and spans of lists without tables, as `triton_lists.OrderedLists` has them. Nothing waits for the device.
+
+    Whole blocks come first, in the order of the list; then all others, in reverse order; then the `dense` blocks behind
+    the visual ones. Places behind a list's end hold anything.
+
+    Args:
+        indices: int32 [..., rows, width], key blocks.
+        counts: int32 [..., rows], entries that count; None: all.
+        order: how the keys are cut.
+        dense: conditioning and text blocks that each list has besides.
+
+    Returns:
+        int32 [..., rows, width + dense] and [..., rows, 5].
+    """
+    rows, width = indices.shape[:-1], indices.shape[-1]
+    places, spans = indices.new_empty(*rows, width + dense), indices.new_empty(*rows, 5)
+    indices = indices.contiguous()
+    tuning.launch(
+        place_lists_kernel, (math.prod(rows), 1),
+        (
+            indices, indices if counts is None else counts.contiguous(), places, spans, *order.grid.shape,
+            order.visual_blocks, width, width if counts is None else -1, dense,
+        ),
+        tuning.block_sizes(order), (PLACES,), (),
+    )  # fmt: skip
+    return places, spans
+
+
+@triton.jit(do_not_specialize=RUNTIME)
+def place_lists_kernel(
+    indices, counts, places, spans, T, H, W, blocks, width, topk, dense,
+    BLOCK: tl.constexpr, TILE_T: tl.constexpr, TILE_H: tl.constexpr, TILE_W: tl.constexpr, STEP: tl.constexpr,
+):  # fmt: skip
+    """Places [rows, width + dense] and spans [rows, 5] of lists [rows, width]; see `place_lists`.
+
+    A list has `topk` entries, or as many as `counts` says if that is negative.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    count = tl.load(counts + row, mask=topk < 0, other=topk)
+    indices += row * width
+    places += row * (width + dense)
+    whole_seen = 0
+    cut_seen = 0
+    for first in range(0, count, STEP):
+        place = first + tl.arange(0, STEP)
+        inside = place < count
+        block = tl.load(indices + place, mask=inside, other=0)
+        if TILE_H == 0:
+            corner = block * BLOCK
+            whole = corner + BLOCK <= T * H * W
+        else:
+            t, h, w = tile_position(block, 0, H, W, TILE_T, TILE_H, TILE_W)
+            corner = (t * H + h) * W + w
+            whole = (t + TILE_T <= T) & (h + TILE_H <= H) & (w + TILE_W <= W)
+        is_whole = (inside & whole).to(tl.int32)
+        is_cut = inside.to(tl.int32) - is_whole
+        whole_before = whole_seen + tl.cumsum(is_whole, 0) - is_whole
+        cut_before = cut_seen + tl.cumsum(is_cut, 0) - is_cut
+        place = tl.where(whole, whole_before, count - 1 - cut_before)
+        tl.store(places + place, tl.where(whole, corner, block), mask=inside)
+        whole_seen += tl.sum(is_whole, 0)
+        cut_seen += tl.sum(is_cut, 0)
+    for first in range(0, dense, STEP):
+        place = first + tl.arange(0, STEP)
+        tl.store(places + count + place, blocks + place, mask=place < dense)
+    part = tl.arange(0, 8)
+    ends = tl.where(part < 3, whole_seen, tl.where(part == 3, count + dense, 0))
+    tl.store(spans + row * 5 + part, ends, mask=part < 5)
