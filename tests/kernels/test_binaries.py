@@ -14,7 +14,7 @@ from triton.compiler import make_backend
 from triton.runtime.jit import create_function_from_signature
 
 from dit_accel.kernels import tuning
-from dit_accel.kernels.block_sparse import geometry
+from dit_accel.kernels.block_sparse import geometry, triton_places
 from dit_accel.kernels.block_sparse import triton as block_sparse
 from dit_accel.kernels.block_sparse.geometry import BlockSparseCall
 from dit_accel.kernels.block_sparse.triton_configs import Launch
@@ -48,6 +48,8 @@ class Binaries:
         recorder = self
 
         class Kernel:
+            arg_names = kernel.arg_names
+
             def __getitem__(self, programs):
                 return lambda *arguments, **constants: recorder.launch(kernel, arguments, constants)
 
@@ -69,6 +71,7 @@ def binaries(monkeypatch):
     monkeypatch.setattr(block_sparse, "INTERPRETED", True)  # no device is asked for
     monkeypatch.setattr(block_sparse, "run", run)
     monkeypatch.setattr(block_sparse, "partial_words_kernel", found.standing_in(block_sparse.partial_words_kernel))
+    monkeypatch.setattr(triton_places, "place_lists_kernel", found.standing_in(triton_places.place_lists_kernel))
     monkeypatch.setattr(sla, "_run", run_sla)
     return found
 
@@ -101,7 +104,7 @@ def test_block_sparse_kernels_are_compiled_once(binaries, text, tables):
         "block_sparse_fwd_kernel": 1,
         "block_sparse_bwd_kernel_dq": 1,
         "block_sparse_bwd_kernel_dkdv": 1,
-    } | ({} if tables is None else {"partial_words_kernel": 1})
+    } | {"place_lists_kernel" if tables is None else "partial_words_kernel": 1}
 
 
 def test_sla_kernels_are_compiled_once(binaries):
@@ -118,7 +121,7 @@ def test_sla_kernels_are_compiled_once(binaries):
                 _, *saved = sla.forward(q, k, v, bias, call, training)
             saved[-1].zero_()  # modes, which are read
             sla.backward(grad, q, k, v, saved, call)
-    assert len(binaries.keys) == len(sla.JIT)
+    assert len(binaries.keys) == len(sla.JIT) + 1
     for name, keys in binaries.keys.items():
         assert len(keys) == (len(LINEAR_SCOPES) if name.startswith("sparse_linear") else 1), name
 
