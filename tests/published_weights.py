@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import re
 from unittest import mock
@@ -68,14 +69,14 @@ def random(*shape, seed=5, size=1.0):
 
 def by_formula(model, inputs, attend, where="diffusers.models.transformers.transformer_wan"):
     """A stock model's answer with `attend(layer, q, k, v, hidden)` as its self-attention, [B, H, N, D] each."""
-    layers, hidden = iter(range(len(model.blocks))), {}
+    layers, hidden = itertools.count(), {}
 
     def dispatch(query, key, value, **options):
         q, k, v = (x.transpose(1, 2) for x in (query, key, value))
         if query.shape[1] != key.shape[1]:
             out = torch.nn.functional.scaled_dot_product_attention(q, k, v)
         else:
-            out = attend(next(layers), q, k, v, hidden["states"])
+            out = attend(next(layers), q, k, v, hidden.get("states"))
         return out.transpose(1, 2)
 
     def note(module, args, kwargs):
@@ -83,7 +84,7 @@ def by_formula(model, inputs, attend, where="diffusers.models.transformers.trans
 
     with contextlib.ExitStack() as stack, torch.no_grad():
         stack.enter_context(mock.patch(f"{where}.dispatch_attention_fn", dispatch))
-        for block in model.blocks:
+        for block in getattr(model, "blocks", ()):
             stack.callback(block.attn1.register_forward_pre_hook(note, with_kwargs=True).remove)
         return model(**inputs, return_dict=False)[0]
 

@@ -26,6 +26,7 @@ from dit_accel.checkpoint.model_weights import (
     base_weights,
     check_replaceable,
     check_weights,
+    every,
     replace_weights,
 )
 from dit_accel.checkpoint.weight_files import open_weights
@@ -244,6 +245,6 @@ def _load_model(folder: pathlib.Path, transformer: nn.Module, changed: Collectio
     own = {name: weight.shape for name, weight in base_weights(transformer)}
     wanted = own if changed is None else {name: own.get(name, torch.Size()) for name in changed}
     new = {name: NewWeight.of(tensor) for name, tensor in stored.items() if name in wanted}
-    check_weights(folder, new, wanted, complete=True, where="the trained model")
+    check_weights(folder, new, wanted, every, where="the trained model")
     check_replaceable(transformer)
     return replace_weights(transformer, new)

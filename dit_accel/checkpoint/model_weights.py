@@ -44,13 +44,23 @@ class NewWeight:
         return cls((stored.key,), stored.shape, lambda old: stored.read())
 
 
+def every(name: str) -> bool:
+    """That a weight of any name is needed."""
+    return True
+
+
 def check_weights(
-    path: object, new: Mapping[str, NewWeight], shapes: Mapping[str, torch.Size], *, complete: bool, where: str
+    path: object,
+    new: Mapping[str, NewWeight],
+    shapes: Mapping[str, torch.Size],
+    needed: Callable[[str], bool],
+    *,
+    where: str,
 ) -> None:
     """Hold new weights against the shapes of those that they replace.
 
     Raises:
-        DitAccelError: a weight is foreign, has another shape or, if the new ones must be `complete`, is missing.
+        DitAccelError: a weight is foreign, has another shape, or is `needed` and missing.
     """
     for name, weight in new.items():
         if name not in shapes:
@@ -62,7 +72,7 @@ def check_weights(
                 f"{weight.keys[0]} of {path} makes {name} {weight.shape}, and in {where} it is {tuple(shapes[name])}. "
                 "These weights are of another model, or damaged."
             )
-    missing = [name for name in shapes if name not in new] if complete else []
+    missing = [name for name in shapes if name not in new and needed(name)]
     if missing:
         raise DitAccelError(
             f"{path} lacks {missing[0]} of {where} ({len(missing)} of {len(shapes)} weights are missing). Fetch it "

@@ -25,6 +25,7 @@ from dit_accel.checkpoint.model_weights import (
     base_weights,
     check_replaceable,
     check_weights,
+    every,
     replace_weights,
 )
 from dit_accel.checkpoint.weight_files import StoredModel, WeightFiles
@@ -58,13 +59,13 @@ class Reading:
     Args:
         weights: of the model, by their names in Diffusers' class.
         learned: of the method, by their names in the transformer, such as blocks.0.attn1.sparse_linear.proj.weight.
-        complete: whether every weight of the model has to be among them.
+        needed: whether a weight of the model has to be among them, by its name.
         notes: for the report.
     """
 
     weights: Mapping[str, NewWeight]
     learned: Mapping[str, NewWeight]
-    complete: bool
+    needed: Callable[[str], bool]
     notes: tuple[str, ...] = ()
 
 
@@ -165,9 +166,9 @@ def fit(target: Any, files: WeightFiles, given: Mapping[str, Any]) -> Fitting:
         check_replaceable(module)
         readings[component] = own = chosen.read(files.models[component])
         shapes = {name: weight.shape for name, weight in base_weights(module)}
-        check_weights(files.name, own.weights, shapes, complete=own.complete, where=component)
+        check_weights(files.name, own.weights, shapes, own.needed, where=component)
         learned = learned_shapes(tuned, module, family)
-        check_weights(files.name, own.learned, learned, complete=True, where=f"{tuned.method} in {component}")
+        check_weights(files.name, own.learned, learned, every, where=f"{tuned.method} in {component}")
     return Fitting(chosen, tuned, readings)
 
 
@@ -224,7 +225,8 @@ def load(target: Any, files: WeightFiles, given: Mapping[str, Any], **how: Any) 
 
 def _record(fitting: Fitting, modules: Mapping[str, nn.Module]) -> adapters.Trained:
     """What `save_pretrained` writes of published weights: all of them, or those that differ from the base model's."""
-    complete = all(reading.complete for reading in fitting.readings.values())
+    present = {name: {key for key, _ in base_weights(module)} for name, module in modules.items()}
+    complete = all(own.weights.keys() == present[name] for name, own in fitting.readings.items())
     changed = {name: tuple(own.weights) for name, own in fitting.readings.items() if own.weights and not complete}
     config: Any = getattr(next(iter(modules.values())), "config", {})
     return adapters.Trained(

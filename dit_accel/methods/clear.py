@@ -1,22 +1,35 @@
 """CLEAR: each query of an image sees the keys in a disc around it; text stays exact.
 
 Source: Liu et al., "CLEAR: Conv-Like Linearization Revs Pre-Trained Diffusion Transformers Up", arXiv:2412.16112. The
-mask is that of the authors' code: dy² + dx² < r², cut off at the borders. Its learned, pooled extra keys are not
-part of this method. Several frames, such as an image and one that conditions it, see each other's discs: our extension.
+mask is that of the authors' code: dy² + dx² < r², cut off at the borders. Several frames, such as an image and one that
+conditions it, see each other's discs: our extension.
+
+With ``pool=4`` an image's queries also see, in the same softmax, one more key and value for each cell of 4 x 4 tokens:
+the sum of the cell's keys and values after the rotary embedding, times learned weights [4, 4] of the layer, which start
+at the mean. Text queries do not see them. This is the published ``_down_4``.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import math
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
-from dit_accel.method import Method, MethodConfig
+from dit_accel.errors import DitAccelError
+from dit_accel.kernels import impls
+from dit_accel.kernels.block_sparse.api import attend_blocks
+from dit_accel.kernels.block_sparse.geometry import BlockLists, Geometry, Segments
+from dit_accel.kernels.impls import AUTO, Facts, Impl
+from dit_accel.method import LearnedModule, Method, MethodConfig
+from dit_accel.order import TokenOrder
+from dit_accel.plans.definition import Definition, masked_attention
 from dit_accel.plans.masks import AxisTable, Mask, Product
-from dit_accel.plans.plan import MaskPlan
+from dit_accel.plans.plan import BLOCK_K, BLOCK_Q, MaskPlan, PlanCall
 from dit_accel.tokens import TokenGrid
 from dit_accel.values import option
 
@@ -27,9 +40,11 @@ class Config(MethodConfig):
 
     Args:
         radius: r, in tokens; the published ones are 8, 16 and 32.
+        pool: sides of the cells, each of which adds a key; 0: none. Height and width are multiples of it.
     """
 
     radius: int = option(16, least=1)
+    pool: int = option(0, least=0)
 
 
 def reach(radius: int, row: int) -> int:
@@ -52,7 +67,101 @@ def make_plan(grid: TokenGrid, config: Config) -> MaskPlan:
         first, *rest = run
         last = rest[-1] if rest else first
         terms.append(Product(frames, shifted(grid.height, first, last), shifted(grid.width, -wide, wide)))
-    return MaskPlan("clear", config, grid, Mask(tuple(terms)), order="tile")
+    mask = Mask(tuple(terms))
+    return PooledPlan(config, grid, mask) if config.pool else MaskPlan("clear", config, grid, mask, order="tile")
+
+
+class CellWeights(nn.Module):
+    """The weights of the tokens of a cell in a layer, for all heads, keys and values alike: fp32 [pool, pool]."""
+
+    def __init__(self, pool: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.full((pool, pool), 1 / pool**2))
+
+    def forward(self, x: Tensor, grid: TokenGrid) -> Tensor:
+        """Visual tokens [..., visual, D] to cells [..., cells, D], row by row, in the dtype of x."""
+        pool = self.weight.shape[0]
+        cells = x.unflatten(-2, (grid.frames, grid.height // pool, pool, grid.width // pool, pool))
+        wide = torch.promote_types(x.dtype, torch.float32)
+        summed = torch.einsum("...trycxd,yx->...trcd", cells.to(wide), self.weight.to(x.device, wide))
+        return summed.flatten(-4, -2).to(x.dtype)
+
+
+class PooledPlan(MaskPlan):
+    """The disc and the cells, in one softmax.
+
+    Raises:
+        DitAccelError: height or width is no multiple of the cells' sides.
+    """
+
+    config: Config
+
+    def __init__(self, config: Config, grid: TokenGrid, mask: Mask) -> None:
+        if grid.height % config.pool or grid.width % config.pool:
+            raise DitAccelError(
+                f"clear with pool={config.pool} takes a height and a width in multiples of {config.pool} tokens, got "
+                f"{grid}. Choose such a size, or pool=0 without these weights."
+            )
+        super().__init__("clear", config, grid, mask, order="tile")
+        self.cells = TokenGrid(grid.frames, grid.height // config.pool, grid.width // config.pool)
+
+    @functools.cached_property
+    def pairs(self) -> int:
+        """With the pairs of a visual query and a cell."""
+        return super().pairs + self.grid.visual * self.cells.visual
+
+    def prepare(
+        self, device: torch.device, dtype: torch.dtype, head_dim: int, impl: Impl = AUTO, *, learned: bool = False
+    ) -> tuple[str, str]:
+        facts = Facts(device, dtype, head_dim, self.geometry.block_q, self.geometry.block_k, lse=True)
+        chosen, why = impls.choose(facts, impl)
+        chosen.load()
+        self.lists(device, chosen.packing)
+        return chosen.name, why
+
+    def run(self, q: Tensor, k: Tensor, v: Tensor, call: PlanCall) -> Tensor:
+        """Without a module its weights count as they start."""
+        module = call.module
+        if module is None:
+            module = CellWeights(self.config.pool).to(q.device).requires_grad_(False)
+        if not isinstance(module, CellWeights):
+            raise DitAccelError(f"clear takes CellWeights as its module, got {type(module).__name__}.")
+        impl, _ = self.prepare(q.device, q.dtype, q.shape[-1], call.impl)
+        lists, rows = self.lists(q.device, impls.named(impl).packing), self.grid.visual_rows
+        how: dict[str, Any] = {"scale": call.scale, "lse": True, "impl": impl}
+        near, near_sums = attend_blocks(
+            q, k, v, lists, self.geometry, Segments.of(q, call.text_lens), text_bias=call.text_bias, **how
+        )
+        keys, values = (module(x[:, :, rows], self.grid) for x in (k, v))
+        far, far_sums = attend_blocks(q[:, :, rows], keys, values, *self._all_cells(q.device), **how)
+        assert near_sums is not None and far_sums is not None
+        share = (far_sums - near_sums[:, :, rows]).sigmoid()[..., None]
+        visual = torch.lerp(near[:, :, rows].to(share.dtype), far.to(share.dtype), share).to(near.dtype)
+        pieces = near[:, :, : rows.start], visual, near[:, :, rows.stop :]
+        return torch.cat([piece.transpose(1, 2) for piece in pieces], dim=1).transpose(1, 2)
+
+    def _all_cells(self, device: torch.device) -> tuple[BlockLists, Geometry]:
+        """Every cell for every visual query, the queries in a row of their own."""
+        orders = TokenOrder(TokenGrid(1, 1, self.grid.visual), BLOCK_Q), TokenOrder(self.cells, BLOCK_K)
+        every = torch.arange(orders[1].blocks, dtype=torch.int32, device=device)
+        return BlockLists.full(every.expand(orders[0].blocks, -1).contiguous()), Geometry.of_visual(*orders)
+
+
+class PooledDefinition(Definition):
+    """Softmax over the disc, and for visual queries over the cells."""
+
+    def attend(self, head: int, seen: Tensor, q: Tensor, k: Tensor, v: Tensor, *weights: Tensor) -> Tensor:
+        plan = self.plan
+        if not isinstance(plan, PooledPlan):
+            return masked_attention(q, k, v, seen)
+        module = CellWeights(plan.config.pool).to(q)
+        if weights:
+            module.weight = nn.Parameter(weights[0].to(q))
+        rows = plan.grid.visual_rows
+        keys, values = (torch.cat([x, module(x[rows], plan.grid)]) for x in (k, v))
+        visual = (self.rows >= rows.start) & (self.rows < rows.stop)
+        cells = visual[:, None].expand(-1, plan.cells.visual)
+        return masked_attention(q, keys, values, torch.cat([seen, cells], 1))
 
 
 def at_density(grid: TokenGrid, density: float) -> dict[str, Any]:
@@ -78,6 +187,10 @@ METHOD = Method(
     source="arXiv:2412.16112",
     good_for="large images",
     needs_training=True,
+    module=LearnedModule(
+        "cell_weights", lambda head_dim, heads, config: CellWeights(config.pool), when=lambda config: config.pool > 0
+    ),
+    definition=PooledDefinition,
     at_density=at_density,
     sparsest=lambda grid: 1 / grid.visual if grid.frames == 1 else 1.0,  # radius 1: the query itself
 )

@@ -6,7 +6,7 @@ from accuracy import assert_accurate, plain_attention
 
 import dit_accel
 from dit_accel.errors import DitAccelError
-from dit_accel.methods.clear import at_density
+from dit_accel.methods.clear import CellWeights, PooledDefinition, at_density
 from dit_accel.tokens import TokenGrid
 
 
@@ -65,3 +65,26 @@ def test_a_radius_for_a_density(density):
 def test_a_radius_is_a_whole_number_of_tokens():
     with pytest.raises(DitAccelError, match="radius"):
         dit_accel.plan("clear", TokenGrid(1, 8, 8), radius=0)
+
+
+def test_pooled_keys_are_in_the_same_softmax_and_their_weights_learn():
+    """Against the definition of the checks, in fp64; weights start at the mean of a cell."""
+    grid, generator = TokenGrid(2, 8, 12, text=5), torch.Generator().manual_seed(0)
+    plan, module = dit_accel.plan("clear", grid, radius=3, pool=4), CellWeights(4).double()
+    q, k, v = (torch.randn(1, 2, grid.tokens, 16, generator=generator, dtype=torch.float64) for _ in range(3))
+    assert torch.equal(plan.attend(q, k, v), plan.attend(q, k, v, module=CellWeights(4)))
+    with torch.no_grad():
+        module.weight.normal_(generator=generator)
+    found = plan.attend(q, k, v, module=module, impl="reference")
+    definition = PooledDefinition(plan, torch.arange(grid.tokens), q, k, "reference", module)
+    for head in range(2):
+        wanted = definition.attend(head, definition.seen(head), q[0, head], k[0, head], v[0, head], module.weight)
+        torch.testing.assert_close(found[0, head], wanted, rtol=1e-12, atol=1e-12)
+    found.sum().backward()
+    assert module.weight.grad.abs().min() > 0
+    assert plan.pairs == plan.mask.pairs() + grid.dense_pairs + grid.visual * 2 * 2 * 3
+
+
+def test_pooled_keys_take_whole_cells():
+    with pytest.raises(DitAccelError, match="multiples of 4 tokens, got 1x9x8"):
+        dit_accel.plan("clear", TokenGrid(1, 9, 8), pool=4)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from dit_accel.checkpoint import wan_names
 from dit_accel.checkpoint.few_steps import dmd
-from dit_accel.checkpoint.model_weights import NewWeight
+from dit_accel.checkpoint.model_weights import NewWeight, every
 from dit_accel.checkpoint.published import Format, Reading, Tuned
 from dit_accel.checkpoint.weight_files import StoredModel, WeightFiles
 
@@ -43,7 +43,7 @@ def read(model: StoredModel) -> Reading:
     tensors, notes = wan_names.in_diffusers(model.tensors)
     new = {name: wan_names.unflattened(name, NewWeight.of(stored)) for name, stored in tensors.items()}
     learned = {name.replace(GATE, LEARNED): weight for name, weight in new.items() if GATE in name}
-    return Reading({name: own for name, own in new.items() if GATE not in name}, learned, complete=True, notes=notes)
+    return Reading({name: own for name, own in new.items() if GATE not in name}, learned, every, notes)
 
 
 FORMAT = Format(

@@ -13,7 +13,7 @@ import torch
 
 from dit_accel.checkpoint import wan_names
 from dit_accel.checkpoint.few_steps import rcm
-from dit_accel.checkpoint.model_weights import NewWeight
+from dit_accel.checkpoint.model_weights import NewWeight, every
 from dit_accel.checkpoint.published import Format, Reading, Tuned
 from dit_accel.checkpoint.weight_files import StoredModel, StoredTensor, WeightFiles
 
@@ -50,7 +50,7 @@ def read(model: StoredModel) -> Reading:
             weights[name] = wan_names.unflattened(name, new)
         else:
             learned[name.replace(spelling, ".attn1.sparse_linear.proj.")] = new
-    return Reading(weights, learned, complete=True, notes=notes)
+    return Reading(weights, learned, every, notes)
 
 
 def _dequantised(tensors: dict[str, StoredTensor]) -> dict[str, NewWeight]:

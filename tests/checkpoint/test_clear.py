@@ -1,0 +1,126 @@
+"""CLEAR's weights under their published names: what FLUX computes with them, with pooled keys and without."""
+
+import re
+
+import pytest
+import torch
+from accuracy import assert_accurate
+from published_weights import by_formula, moved, random
+from safetensors.torch import save_file
+
+import dit_accel
+from dit_accel.errors import DitAccelError
+
+TEXT, LAYERS = 13, 4
+WEIGHTS = re.compile(r"(single_)?transformer_blocks\.\d+\.attn\.to_(q|k|v|out\.0)\.(weight|bias)")
+FLUX = "diffusers.models.transformers.transformer_flux"
+
+
+def cells():
+    return [0.25 * random(4, 4, seed=30 + i) + 1 / 16 for i in range(LAYERS)]
+
+
+def published(model, pooled=False):
+    weights = {key: value for key, value in moved(model).items() if WEIGHTS.fullmatch(key)}
+    names = [*(f"transformer_blocks.{i}" for i in (0, 1)), *(f"single_transformer_blocks.{i}" for i in (0, 1))]
+    for name, own in zip(names, cells(), strict=True) if pooled else ():
+        weights[f"{name}.attn.processor.spatial_weight"] = own.reshape(1, 1, 1, 4, 1, 4, 1)
+    return weights
+
+
+def formula(model, inputs, size, radius, dtype, pooled):
+    """Softmax over the text, the disc and the pooled keys; text queries see text and image alone."""
+    y, x = torch.arange(size[0])[:, None].expand(size).flatten(), torch.arange(size[1]).repeat(size[0])
+    near = (y[:, None] - y).square() + (x[:, None] - x).square() < radius**2
+    mask = torch.ones(TEXT + len(y), TEXT + len(y), dtype=torch.bool)
+    mask[TEXT:, TEXT:] = near
+
+    def attend(layer, q, k, v, hidden):
+        seen = mask
+        if pooled:
+            weight = cells()[layer].to(dtype)
+
+            def pool(tokens):
+                parts = tokens[:, :, TEXT:].unflatten(2, (size[0] // 4, 4, size[1] // 4, 4))
+                return (parts * weight[:, None, :, None]).sum((3, 5)).flatten(2, 3)
+
+            extra = torch.zeros(len(mask), len(y) // 16, dtype=torch.bool)
+            extra[TEXT:] = True
+            seen = torch.cat([mask, extra], 1)
+            k, v = torch.cat([k, pool(k)], 2), torch.cat([v, pool(v)], 2)
+        logits = (q @ k.mT * q.shape[-1] ** -0.5).masked_fill(~seen, -torch.inf)
+        return logits.softmax(-1) @ v
+
+    inputs = {key: value.to(dtype) if value.is_floating_point() else value for key, value in inputs.items()}
+    return by_formula(model.to(dtype), inputs, attend, where=FLUX)
+
+
+@pytest.mark.parametrize(
+    ("size", "pooled"), [((13, 11), False), ((17, 3), False), ((12, 8), True), ((4, 20), True)], ids=str
+)
+@pytest.mark.parametrize("radius", [3, 8])
+def test_it_computes_the_authors_function(radius, size, pooled, tiny_flux, flux_inputs, tmp_path):
+    model, reference, inputs = tiny_flux(), tiny_flux(), flux_inputs(size)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    save_file(published(model, pooled), tmp_path / "weights.safetensors")
+    reference.load_state_dict(published(model), strict=False)
+    plain, exact = (formula(reference, inputs, size, radius, dtype, pooled) for dtype in (torch.float32, torch.float64))
+    with dit_accel.load(model, tmp_path / "weights.safetensors", radius=radius) as accel, torch.no_grad():
+        found = model(**inputs, return_dict=False)[0]
+        assert_accurate("clear", found, plain, exact)
+        assert accel.trained.changed.keys() == {"transformer"} and not accel.trained.full
+        accel.save_pretrained(tmp_path / "ours")
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    with dit_accel.load(model, tmp_path / "ours") as again, torch.no_grad():
+        assert torch.equal(model(**inputs, return_dict=False)[0], found)
+        assert again.setting.config.radius == radius and again.setting.config.pool == 4 * pooled
+
+
+def test_pooled_keys_need_whole_cells(tiny_flux, flux_inputs, tmp_path):
+    model = tiny_flux()
+    save_file(published(model, pooled=True), tmp_path / "weights.safetensors")
+    with dit_accel.load(model, tmp_path / "weights.safetensors", radius=8):
+        with pytest.raises(DitAccelError, match="multiples of 4 tokens, got 1x13x11"):
+            model(**flux_inputs((13, 11)))
+
+
+def damaged(change):
+    def make(model):
+        weights = published(model, pooled=True)
+        change(weights)
+        return weights
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (damaged(lambda w: w.pop("transformer_blocks.1.attn.to_out.0.bias")), "lacks transformer_blocks.1.attn.to_out"),
+        (damaged(lambda w: w.update({"transformer_blocks.7.attn.to_q.bias": torch.zeros(32)})), "holds transformer_b"),
+        (damaged(lambda w: w.update({"transformer_blocks.0.attn.to_q.bias": torch.zeros(3)})), "to_q.bias .3,."),
+        (
+            damaged(lambda w: w.pop("single_transformer_blocks.0.attn.processor.spatial_weight")),
+            "lacks single_transformer_blocks.0.attn.cell_weights.weight of clear",
+        ),
+        (
+            damaged(lambda w: w.update({"transformer_blocks.1.attn.processor.spatial_weight": torch.zeros(4, 4, 4)})),
+            "cell_weights.weight .4, 4, 4.",
+        ),
+        (damaged(lambda w: w.update({"transformer_blocks.0.ff.bias": torch.zeros(3)})), "of no known format"),
+    ],
+)
+def test_what_does_not_fit_is_named_and_nothing_changes(make, message, tiny_flux, tmp_path):
+    model = tiny_flux()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    save_file(make(model), tmp_path / "weights.safetensors")
+    with pytest.raises(DitAccelError, match=message):
+        dit_accel.load(model, tmp_path / "weights.safetensors", radius=8)
+    assert model.state_dict().keys() == before.keys()
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_the_radius_is_asked_for(tiny_flux, tmp_path):
+    save_file(published(tiny_flux()), tmp_path / "clear_local_16.safetensors")
+    with pytest.raises(DitAccelError, match=r"radius= .8, 16 or 32.*--set radius="):
+        dit_accel.load(tiny_flux(), tmp_path / "clear_local_16.safetensors")
