@@ -163,7 +163,6 @@ def fit(target: Any, files: WeightFiles, given: Mapping[str, Any]) -> Fitting:
                 f"{files.name} is {chosen.name}, for {' or '.join(chosen.transformers)}; this model's {component} is a "
                 f"{type(module).__name__}."
             )
-        check_replaceable(module)
         readings[component] = own = chosen.read(files.models[component])
         shapes = {name: weight.shape for name, weight in base_weights(module)}
         check_weights(files.name, own.weights, shapes, own.needed, where=component)
@@ -198,6 +197,8 @@ def load(target: Any, files: WeightFiles, given: Mapping[str, Any], **how: Any) 
     fitting = fit(target, files, given)
     tuned, (transformers, pipeline) = fitting.tuned, find_transformers(target)
     modules = {name: module for name, (module, _) in transformers.items()}
+    for module in modules.values():
+        check_replaceable(module)
     trained = _record(fitting, modules)
     notes = [f"{fitting.format.name}: weights of {files.name}"]
     notes += [note for reading in fitting.readings.values() for note in reading.notes]

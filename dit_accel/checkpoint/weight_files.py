@@ -94,13 +94,14 @@ class WeightFiles:
     pipeline: Mapping[str, Any]
 
 
-def locate(path: str | os.PathLike[str], revision: str | None = None) -> Path:
+def locate(path: str | os.PathLike[str], revision: str | None = None, option: str = "") -> Path:
     """The file or folder that a user names; a repository on the Hub is fetched if nothing here has its name.
 
     Args:
         path: a file, a folder, or ``owner/name`` with ``/file.safetensors`` and ``@revision`` behind it or not. Of a
             repository JSON files, the transformers' weights and those beside the index are fetched.
         revision: branch, tag or commit of the repository.
+        option: of the command line that names the path, for errors, such as "--load ".
 
     Raises:
         DitAccelError: there is no such file, folder or repository.
@@ -114,8 +115,8 @@ def locate(path: str | os.PathLike[str], revision: str | None = None) -> Path:
         return here
     if named is None:
         raise DitAccelError(
-            f"There is no file or folder {path}. Give one, or a repository on the Hugging Face Hub as owner/name, "
-            "owner/name@revision or owner/name/file.safetensors."
+            f"{option}{path}: there is no such file or folder. Give one, or a repository on the Hugging Face Hub as "
+            "owner/name, owner/name@revision or owner/name/file.safetensors."
         )
     repository, file, behind = named.groups()
     return _fetch(repository, file, revision or behind)

@@ -8,6 +8,8 @@ import importlib.util
 import json
 import shutil
 import sys
+import types
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -42,6 +44,14 @@ class DoctorOptions(JsonOptions, SourceOptions, DeviceOptions):
     model: str | None = option(  # type: ignore[assignment]
         None, "Also say how much memory it takes: demo, a folder or a Hub id; only its JSON files are read."
     )
+    load: Path | None = option(
+        None,
+        "Also say which weights these are, what they bring, and whether they fit --model; a repository is fetched.",
+        metavar="FOLDER|FILE|HUB-ID[@REVISION]",
+    )
+    settings: tuple[str, ...] = option(
+        (), "A setting that --load needs.", flag="--set", metavar="KEY=VALUE", repeatable=True
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,6 +77,8 @@ def doctor(given: dict[str, Any]) -> int:
     found = [*_kernels(device, dtype), _compiler(device), *(_package(*row) for row in PACKAGES)]
     if options.model is not None:
         found.append(_memory(options.model, options.revision, device, dtype))
+    if options.load is not None:
+        found.append(_weights(options.load, options.settings, options.model, options.revision))
     if options.json:
         typer.echo(json.dumps([dataclasses.asdict(finding) for finding in found], indent=2))
     else:
@@ -122,6 +134,51 @@ def _memory(model: str, revision: str | None, device: torch.device, dtype: torch
     if device.type == "cpu":
         return Finding(model, False, detail, "--dtype bfloat16")
     return Finding(model, False, detail, "--offload model" if max(sizes.values()) < free else "--offload group")
+
+
+def _weights(path: Path, settings: tuple[str, ...], model: str | None, revision: str | None) -> Finding:
+    """What --load would bring, and whether it fits the model; neither's weights are read."""
+    from dit_accel.checkpoint import format as checkpoint
+    from dit_accel.checkpoint import published, weight_files
+    from dit_accel.generation import sources
+    from dit_accel.generation.candidate import Candidate
+
+    subject = f"weights {path}"
+    try:
+        candidate = Candidate.read(path, settings)
+        parts = {} if model is None else transformers_of(sources.find(model, revision))
+        if candidate.published is None and candidate.folder is not None:
+            what = "a saved accelerator"
+            if parts:
+                checkpoint.check_identity(path, checkpoint.read(path).models, checkpoint.identify(parts))
+        elif candidate.published is None:
+            what = "a setting without weights"
+        else:
+            assert candidate.folder is not None
+            files = weight_files.open_weights(candidate.folder, str(path))
+            what = f"{published.detect(files).name}, {sum(len(each.tensors) for each in files.models.values())} tensors"
+            if parts:
+                published.fit(types.SimpleNamespace(components=parts), files, candidate.given)
+    except DitAccelError as error:
+        return Finding(subject, False, str(error))
+    call = ", ".join(f"{name}={value}" for name, value in candidate.call.items())
+    fits = f"; fits {model}" if model else ""
+    return Finding(subject, True, f"{what}: {candidate.title}{f'; calls with {call}' if call else ''}{fits}")
+
+
+def transformers_of(source: Source) -> dict[str, Any]:
+    """The transformers of a model by component, without weights, from its JSON files alone."""
+    import diffusers
+    import torch
+
+    found = {}
+    for name in ("transformer", "transformer_2"):
+        kind = source.component_class(name)
+        if kind is not None and hasattr(diffusers, kind):
+            cls = getattr(diffusers, kind)
+            with torch.device("meta"):
+                found[name] = cls.from_config(source.config(name))
+    return found
 
 
 def _gigabytes(size: int) -> str:

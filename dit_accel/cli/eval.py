@@ -34,8 +34,8 @@ class ComparedMethods(ScheduleOptions):
     )
     load: tuple[Path, ...] = option(
         (),
-        "A saved accelerator or a layer schedule as a further method, repeatable.",
-        metavar="FOLDER|FILE.json",
+        "A saved accelerator, a setting or published weights as a further method, repeatable.",
+        metavar="FOLDER|FILE|HUB-ID[@REVISION]",
         repeatable=True,
     )
     cache: tuple[str, ...] = option(  # type: ignore[assignment]  # one in the other verbs
@@ -81,10 +81,10 @@ def evaluate(compared: dict[str, Any], given: dict[str, Any]) -> int:
     if candidates := asked.candidates():
         given["methods"] = candidates
     request = EvalRequest(**(suites.read(asked.suite) if asked.suite else {}) | given)
-    folders = [method.folder for method in request.methods if method.folder is not None] if asked.write_card else []
-    if asked.write_card and not folders:
+    saved = [None if method.published else method.folder for method in request.methods] if asked.write_card else []
+    if asked.write_card and not any(saved):
         raise DitAccelError("--write-card writes into the model card of a saved accelerator. Add --load FOLDER.")
-    for folder in folders:
+    for folder in filter(None, saved):
         card.split(folder)
     try:
         summary, broken = quality.run(request)
@@ -93,9 +93,9 @@ def evaluate(compared: dict[str, Any], given: dict[str, Any]) -> int:
     if summary is not None:
         show(summary)
         if asked.write_card:
-            for method, row in zip(request.methods, summary["rows"][1:], strict=True):
-                if method.folder is not None:
-                    card.write_quality(method.folder, markdown.excerpt(summary, row["label"]))
+            for folder, row in zip(saved, summary["rows"][1:], strict=True):
+                if folder is not None:
+                    card.write_quality(folder, markdown.excerpt(summary, row["label"]))
         typer.echo(f"report:  {request.output / 'report.html'}\nresults: {request.output / 'results.jsonl'}")
     for line in broken:
         typer.echo(f"dit-accel: {line}.", err=True)

@@ -35,7 +35,8 @@ class GenerateJob:
     """A request whose parts fit together; no weights are loaded yet.
 
     Args:
-        arguments: of the pipeline's call.
+        arguments: of the accelerated pipeline's call.
+        dense_arguments: of the untouched one's: without the defaults of fine-tuned weights, such as few steps.
         fps: frames a second; None for a model of images.
     """
 
@@ -44,6 +45,7 @@ class GenerateJob:
     check: SelfCheck
     source: sources.Source
     arguments: dict[str, Any]
+    dense_arguments: dict[str, Any]
     fps: int | None
     grid: TokenGrid
     output: Path
@@ -69,12 +71,15 @@ class GenerateJob:
 
         The request differs from the job's only in prompt and output.
         """
-        arguments = self.arguments | {"prompt": request.prompt}
+        arguments, dense_arguments = (
+            own | {"prompt": request.prompt} for own in (self.arguments, self.dense_arguments)
+        )
         runs = {}
         if request.compare:
             for candidate in (self.candidate, Candidate()):  # so that lazy set-up is not timed
-                call.warm_up(pipe, arguments, candidate, whole=request.compile)
-            runs["dense"] = sample(pipe, arguments, request.seed, "dense", self.device)
+                own = dense_arguments if candidate is None else arguments
+                call.warm_up(pipe, own, candidate, whole=request.compile)
+            runs["dense"] = sample(pipe, dense_arguments, request.seed, "dense", self.device)
         title = self.candidate.title
         with self.candidate.apply(pipe, self.check) as accel:
             runs["accelerated"] = sample(pipe, arguments, request.seed, title, self.device)
@@ -132,9 +137,12 @@ def prepare(request: GenerateRequest) -> GenerateJob:
     candidate.plans(grid)  # refuses what does not fit
     call.check_loras(request.lora)
     device, dtype = call.placement(request.device, request.dtype, request.offload)
-    kind, own = source.pipeline_class(), source.call_defaults() | candidate.call
+    kind, plain = source.pipeline_class(), source.call_defaults()
     image = None if request.image is None else call.open_image(request.image)
-    arguments = request.arguments(kind, own, shape, video=sizes.video, prompt=request.prompt, image=image)
+    arguments, dense_arguments = (
+        request.arguments(kind, own, shape, video=sizes.video, prompt=request.prompt, image=image)
+        for own in (plain | candidate.call, plain)
+    )
     fps = request.rate(kind, source, arguments) if sizes.video else None
     steps = call.default_of(kind, arguments, "num_inference_steps")
     if candidate.setting is not None and isinstance(steps, int):
@@ -142,7 +150,7 @@ def prepare(request: GenerateRequest) -> GenerateJob:
             print(f"warning: {remark}.", file=sys.stderr)
     if grid.text:
         grid = dataclasses.replace(grid, text=arguments.get(call.LENGTH, grid.text))
-    return GenerateJob(request, candidate, check, source, arguments, fps, grid, path, device, dtype)
+    return GenerateJob(request, candidate, check, source, arguments, dense_arguments, fps, grid, path, device, dtype)
 
 
 def check_outputs(outputs: Iterable[Path], request: GenerateRequest) -> None:

@@ -26,7 +26,9 @@ if TYPE_CHECKING:
 class LsOptions(JsonOptions):
     """The options of `dit-accel ls`."""
 
-    name: str | None = option(None, "All about one method, family or transformer's class.", positional=True)
+    name: str | None = option(
+        None, "All about one method, family or transformer's class; formats: of published weights.", positional=True
+    )
 
 
 @command(LsOptions)
@@ -38,7 +40,9 @@ def ls(given: dict[str, Any]) -> None:
     options = LsOptions(**given)
     methods = {name: _method(found) for name, found in registry.get_methods().items()}
     families = {name: _family(found) for name, found in registry.get_families().items()}
-    if options.name is not None:
+    if options.name == "formats":
+        _print_formats(options.json)
+    elif options.name is not None:
         found = _find(options.name, methods, families)
         typer.echo(json.dumps(found, indent=2) if options.json else "\n".join(_describe(found)))
     elif options.json:
@@ -88,6 +92,19 @@ def _family(family: Family) -> dict[str, Any]:
         "recommended": {name: dataclasses.asdict(preset) for name, preset in family.recommended.items()},
         "recommended_pair": {name: dataclasses.asdict(preset) for name, preset in family.recommended_pair.items()},
     }
+
+
+def _print_formats(as_json: bool) -> None:
+    """The formats of published weights that --load reads."""
+    from dit_accel.checkpoint import published
+
+    if as_json:
+        names = ("name", "summary", "source", "transformers")
+        formats = [{name: getattr(known, name) for name in names} for known in published.get_formats().values()]
+        typer.echo(json.dumps(formats, indent=2))
+        return
+    for known in published.get_formats().values():
+        typer.echo(f"{known.name}: {known.summary}\n  for {', '.join(known.transformers)}; {known.source}")
 
 
 def _describe(found: Mapping[str, Any]) -> list[str]:

@@ -28,6 +28,7 @@ from dit_accel.generation.output import write_frames, write_png
 from dit_accel.generation.processes import ProcessRank
 from dit_accel.generation.provenance import commit, machine, versions
 from dit_accel.generation.request import ModelRequest
+from dit_accel.setting import value_text
 from dit_accel.tokens import TokenGrid
 
 Summary = dict[str, Any]
@@ -149,7 +150,8 @@ def _command(done: Evaluation, candidate: Candidate) -> list[str]:
     options: dict[str, Any] = {"model": request.model, "prompt": item.prompt, "seed": item.seed}
     options |= {name: getattr(request, name) for name in usual if getattr(request, name) != usual[name]}
     if candidate.folder is not None:
-        options["load"] = candidate.folder
+        options["load"] = candidate.published or candidate.folder
+        options |= {"set": tuple(f"{key}={value_text(value)}" for key, value in candidate.given.items())}
     elif setting is not None:
         options |= {"method": setting.title} | setting.words()
     if candidate.folder is not None and setting is not None and setting.dense_backend is not None:
@@ -157,7 +159,7 @@ def _command(done: Evaluation, candidate: Candidate) -> list[str]:
     command = ["dit-accel", "generate"]
     for name, value in options.items():
         option = f"--{name.replace('_', '-')}"
-        if name == "pipe":
+        if name in ("pipe", "set"):
             command += [part for item in value for part in (option, item)]
         else:
             command += [option] if value is True else [option, str(value)]

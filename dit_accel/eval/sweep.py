@@ -189,9 +189,9 @@ def _density(report: Report) -> dict[str, Any]:
 
 
 def folder_hash(folder: Path) -> str:
-    """A hash of a model's folder: the text of JSON files, and name, size and date of weights, which may be large."""
+    """A hash of a model's folder or file: text of JSON files; name, size and date of weights, which may be large."""
     parts: dict[str, Any] = {}
-    for path in sorted(folder.rglob("*")):
+    for path in [folder] if folder.is_file() else sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
         if path.suffix == ".json":
             parts[name] = path.read_text(encoding="utf-8")

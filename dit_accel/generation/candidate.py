@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dit_accel.checkpoint import format as checkpoint
+from dit_accel.checkpoint import published, weight_files
 from dit_accel.errors import DitAccelError
 from dit_accel.hooks import dense_backend
 from dit_accel.hooks.selfcheck import SelfCheck
-from dit_accel.registry import DENSE, get_method
+from dit_accel.registry import DENSE, get_method, parse_method
 from dit_accel.schedule import Schedule
 from dit_accel.setting import Setting
 
@@ -30,15 +32,20 @@ class Candidate:
 
     Args:
         setting: None for the untouched pipeline.
-        folder: of the saved accelerator with the setting and its weights; None without one.
+        folder: of the saved accelerator with the setting and its weights, or the path of published weights; None
+            without either.
         any_weights: as in `checkpoint.load`.
         call: arguments of the pipeline's calls after a fine-tuning, such as fewer steps.
+        published: what the user calls the published weights; None for a saved accelerator.
+        given: settings in place of those that the published weights say.
     """
 
     setting: Setting | None = None
     folder: Path | None = None
     any_weights: bool = False
     call: dict[str, Any] = dataclasses.field(default_factory=dict)
+    published: str | None = None
+    given: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.setting is not None and self.setting.dense_backend is not None:
@@ -47,23 +54,33 @@ class Candidate:
             dense_backend.choose(self.setting.dense_backend, torch.device("cpu"))  # refuses unknown names early
 
     @classmethod
-    def read(cls, path: Path, *, any_weights: bool = False, **words: Any) -> Candidate:
-        """The setting of a JSON file, or of a folder that `Accelerator.save_pretrained` wrote.
+    def read(cls, path: Path, settings: Iterable[str] = (), *, any_weights: bool = False, **words: Any) -> Candidate:
+        """The setting of a JSON file, of a folder that `Accelerator.save_pretrained` wrote, or of published weights.
 
-        `words` are another back end or step cache, as `Setting.changed` takes them.
+        Args:
+            path: a file, a folder, or published weights as `weight_files.locate` takes them.
+            settings: ``key=value`` in place of what published weights say.
+            words: another back end or step cache, as `Setting.changed` takes them.
 
         Raises:
-            DitAccelError: there is neither, it is damaged, or `any_weights` came with a file, which has no weights.
+            DitAccelError: there is none, it is damaged, or it does not take `any_weights` or `settings`.
         """
-        if path.is_file():
-            if any_weights:
-                raise DitAccelError(f"{path} is a setting without weights, so leave out --any-weights.")
+        is_file = path.is_file() and path.suffix not in (".safetensors", *weight_files.PICKLES)
+        is_saved = (path / checkpoint.SETTINGS_FILE).is_file()
+        if settings and (is_file or is_saved):
+            raise DitAccelError(f"--load {path} brings its settings; --set is for published weights. Leave it out.")
+        if any_weights and not is_saved:
+            raise DitAccelError(f"{path} is no saved accelerator, so leave out --any-weights.")
+        if is_file:
             return cls(Setting.read(path).changed(**words))
-        if not path.is_dir():
-            raise DitAccelError(
-                f"--load {path}: there is no such folder or file. Give a folder that Accelerator.save_pretrained "
-                "wrote, or the JSON file of a setting."
-            )
+        if not is_saved:
+            where = weight_files.locate(path, option="--load ")
+            files = weight_files.open_weights(where, str(path))
+            detected = published.detect(files)
+            given = parse_method(detected.tuned(files).method, settings)[1]
+            tuned = published.settings(detected, files, given)
+            setting = Setting.make(tuned.method, tuned.config).changed(**words)
+            return cls(setting, where, False, dict(tuned.call), str(path), given)
         saved = checkpoint.read(path)
         call = {} if saved.trained is None else saved.trained["call"]
         return cls(saved.setting.changed(**words), path, any_weights, call)
@@ -88,7 +105,7 @@ class Candidate:
         """The setting as a user types it, and the name of the folder."""
         if self.setting is None:
             return BASELINE
-        return self.setting.text + ("" if self.folder is None else f" from {self.folder.name}")
+        return self.setting.text + ("" if self.folder is None else f" from {Path(self.published or self.folder).name}")
 
     def plans(self, grid: TokenGrid) -> list[Plan]:
         """The plan of each of its Configs on a grid; what does not fit, or keeps every pair, is refused."""
@@ -118,6 +135,7 @@ class Candidate:
             "dense_backend": self.setting.dense_backend,
             "cache": self.setting.cache,
             "any_weights": self.any_weights,
+            **self.given,
         }
         return saved.load(pipe, self.folder, **how)
 

@@ -149,8 +149,8 @@ class MethodOptions(ScheduleOptions, SettingsOptions):
     preset: bool = option(False, "Use the method's recommended settings for this model; given ones win.")
     load: Path | None = option(
         None,
-        "A saved accelerator or a layer schedule, in place of --method, with its settings.",
-        metavar="FOLDER|FILE.json",
+        "A saved accelerator, a setting, or published weights (`dit-accel ls formats`), in place of --method.",
+        metavar="FOLDER|FILE|HUB-ID[@REVISION]",
     )
     any_weights: bool = option(False, "With --load: try it on other base weights than it was trained for.")
 
@@ -166,17 +166,17 @@ class MethodOptions(ScheduleOptions, SettingsOptions):
         """
         from dit_accel.generation.candidate import Candidate
 
-        of_method = self.settings or self.preset or any(word in SCHEDULE for word in self.words)
+        of_method = self.preset or any(word in SCHEDULE for word in self.words)
         if self.load is not None:
             if self.method is not None or of_method:
                 raise DitAccelError(
-                    f"--load {self.load} brings its method, settings and schedule. Leave out --method, --set, --preset "
-                    "and --dense-*, or leave out --load."
+                    f"--load {self.load} brings its method, settings and schedule. Leave out --method, --preset and "
+                    "--dense-*, or leave out --load."
                 )
-            return Candidate.read(self.load, any_weights=self.any_weights, **self.words)
+            return Candidate.read(self.load, self.settings, any_weights=self.any_weights, **self.words)
         if self.any_weights:
             raise DitAccelError("--any-weights is for weights that --load reads. Add --load FOLDER, or leave it out.")
-        if self.method is None and of_method:
+        if self.method is None and (of_method or self.settings):
             raise DitAccelError("--set, --preset and --dense-* change a method. Name it with --method.")
         preset = None if family is None else functools.partial(family.preset, transformers=transformers)
         method = DENSE if self.method is None else self.method

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 EMBEDDED = ("demo",)
 INDEX = "model_index.json"
 REFETCH = "Fetch the file again."
+# Pipelines that published indices name and Diffusers lacks, with the stock one of the same components.
+STOCK_PIPELINES = {"WanDMDPipeline": "WanPipeline", "WanImageToVideoDmdPipeline": "WanImageToVideoPipeline"}
 FLOAT32_CODECS = ("AutoencoderKLWan",)  # its published recipe: 16 bits cause bands and blotches
 
 
@@ -73,6 +75,7 @@ class Source:
         import diffusers
 
         name = self.index.get("_class_name")
+        name = STOCK_PIPELINES.get(name, name) if isinstance(name, str) else name
         kind = getattr(diffusers, name, None) if isinstance(name, str) else None
         if not isinstance(kind, type):
             raise DitAccelError(f"{self.model} is a {name}, which diffusers {diffusers.__version__} does not have.")
@@ -235,7 +238,8 @@ def _load(
     where = source.model if source.kind == "hub" else str(source.folder)
     if source.modular:
         return modular.load(where, source.revision, dtypes, inputs, offload_to)
-    return DiffusionPipeline.from_pretrained(
+    kind: Any = source.pipeline_class() if source.index.get("_class_name") in STOCK_PIPELINES else DiffusionPipeline
+    return kind.from_pretrained(
         where, revision=source.revision, dtype=dtypes, use_safetensors=True, trust_remote_code=False
     )
 

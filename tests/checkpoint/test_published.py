@@ -137,7 +137,7 @@ def test_a_pickle_is_refused_with_the_command_that_converts_it(name, outside, ti
 
 def test_other_files_are_refused(outside, tiny_wan, tiny_flux, tmp_path):
     refused(tiny_wan(), tmp_path, "no saved accelerator and no .safetensors file")
-    refused(tiny_wan(), tmp_path / "nowhere" / "at" / "all", "There is no file or folder")
+    refused(tiny_wan(), tmp_path / "nowhere" / "at" / "all", "there is no such file or folder")
     refused(tiny_wan(), 5, "got 5")
     (tmp_path / "a.txt").write_text("")
     refused(tiny_wan(), tmp_path / "a.txt", "no .safetensors file")

@@ -1,5 +1,6 @@
 """TurboWan under its published names: what it computes, its sampler, int8, and what is refused."""
 
+import json
 import re
 
 import pytest
@@ -55,6 +56,33 @@ def test_it_computes_the_authors_function(spelling, size, tiny_wan, wan_inputs, 
     with dit_accel.load(model, file) as accel, torch.no_grad():
         assert accel.setting.config == dit_accel.registry.make_config("sla", {"topk": 0.1, "block_q": 128, "block": 64})
         assert_accurate(spelling, model(**inputs, return_dict=False)[0], plain, exact)
+
+
+def test_its_pipeline_folder_opens_as_the_stock_one(cli, wan_folder, copy, tmp_path):
+    """Its index names a class that Diffusers lacks, and a scheduler that is not theirs."""
+    from diffusers import WanTransformer3DModel
+
+    folder = copy(wan_folder)
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps(index | {"_class_name": "WanDMDPipeline"}))
+    model = WanTransformer3DModel.from_pretrained(folder / "transformer")
+    save_file(published(model), folder / "transformer" / "diffusion_pytorch_model.safetensors")
+    size = ("--frames", 5, "--height", 16, "--width", 16, "--output", tmp_path / "clip.mp4", "--compare")
+    done = cli("generate", "--model", folder, "--load", folder, "--set", "topk=0.2", "--steps", 2, *size)
+    assert done.status == 0, done.err
+    assert "sla(topk=0.2" in done.out and "2 layers, 2 calls" in done.out
+    told = cli("doctor", "--model", folder, "--load", folder)
+    assert f"fits {folder}" in told.out and "turbowan, " in told.out and "num_inference_steps=4" in told.out
+
+
+def test_doctor_says_why_weights_do_not_fit(cli, wan_folder, tiny_wan, tmp_path):
+    save_file(published(tiny_wan(3)), tmp_path / "weights.safetensors")
+    told = cli("doctor", "--model", wan_folder, "--load", tmp_path / "weights.safetensors", "--json")
+    finding = json.loads(told.out)[-1]
+    assert told.status == 0 and not finding["works"] and "makes blocks.0.ffn.net.0.proj.bias (32,)" in finding["detail"]
+    listed = json.loads(cli("ls", "formats", "--json").out)
+    assert {"turbowan", "fastwan", "clear"} <= {known["name"] for known in listed}
+    assert "WanTransformer3DModel" in cli("ls", "formats").out
 
 
 def test_the_configuration_tells_its_share(tiny_wan, tmp_path):
@@ -127,6 +155,19 @@ def test_a_pipeline_gets_its_sampler_and_gives_it_back(wan_folder, tmp_path):
         assert again.trained.full and again.trained.sampler == rcm(80)
         assert torch.equal(pipe("a circle", generator=torch.Generator().manual_seed(0), **call).frames, made)
     assert pipe.scheduler is old and type(pipe) is WanPipeline
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 4])
+def test_the_command_samples_in_a_few_steps(steps, cli, wan_folder, tmp_path):
+    from diffusers import WanTransformer3DModel
+
+    model = WanTransformer3DModel.from_pretrained(wan_folder / "transformer")
+    save_file(published(model), tmp_path / "weights.safetensors")
+    size = ("--frames", 5, "--height", 16, "--width", 16, "--output", tmp_path / "clip.mp4")
+    given = () if steps == 4 else ("--steps", steps)
+    done = cli("generate", "--model", wan_folder, "--load", tmp_path / "weights.safetensors", *given, *size)
+    assert done.status == 0, done.err
+    assert f"2 layers, {steps} calls" in done.out and "FewStepScheduler" in done.out
 
 
 def test_from_an_image_the_first_level_is_another(tiny_wan, tmp_path):

@@ -330,7 +330,7 @@ class TestSaved:
         assert "truncated or damaged" in line
 
     def test_not_one(self, refused, demo, tmp_path):
-        assert "is no saved accelerator" in refused("generate", *SIZE, "--load", tmp_path)
+        assert "holds no saved accelerator" in refused("generate", *SIZE, "--load", tmp_path)
 
     def test_with_another_method(self, refused, saved):
         assert "Leave out --method" in refused("generate", *SIZE, "--load", saved, "--method", "radial")
