@@ -24,12 +24,13 @@ from dit_accel.errors import DitAccelError
 from dit_accel.kernels import impls
 from dit_accel.kernels.block_sparse.api import attend_blocks
 from dit_accel.kernels.block_sparse.geometry import BlockLists, Geometry, Segments
+from dit_accel.kernels.block_sparse.reference import masked_attention
 from dit_accel.kernels.impls import AUTO, Facts, Impl
 from dit_accel.method import LearnedModule, Method, MethodConfig
 from dit_accel.order import TokenOrder
-from dit_accel.plans.definition import Definition, masked_attention
 from dit_accel.plans.masks import AxisTable, Mask, Product
 from dit_accel.plans.plan import BLOCK_K, BLOCK_Q, MaskPlan, PlanCall
+from dit_accel.plans.sampled import SampledCall
 from dit_accel.tokens import TokenGrid
 from dit_accel.values import option
 
@@ -140,28 +141,20 @@ class PooledPlan(MaskPlan):
         pieces = near[:, :, : rows.start], visual, near[:, :, rows.stop :]
         return torch.cat([piece.transpose(1, 2) for piece in pieces], dim=1).transpose(1, 2)
 
+    def reference(self, call: SampledCall, head: int, q: Tensor, k: Tensor, v: Tensor, *weights: Tensor) -> Tensor:
+        """Softmax over the disc, and for visual queries over the cells."""
+        module = CellWeights(self.config.pool).to(q)
+        if weights:
+            module.weight = nn.Parameter(weights[0].to(q))
+        keys, values = (torch.cat([x, module(x[self.grid.visual_rows], self.grid)]) for x in (k, v))
+        cells = call.are_visual.expand(-1, self.cells.visual)
+        return masked_attention(q, keys, values, torch.cat([call.seen(head), cells], 1))
+
     def _all_cells(self, device: torch.device) -> tuple[BlockLists, Geometry]:
         """Every cell for every visual query, the queries in a row of their own."""
         orders = TokenOrder(TokenGrid(1, 1, self.grid.visual), BLOCK_Q), TokenOrder(self.cells, BLOCK_K)
         every = torch.arange(orders[1].blocks, dtype=torch.int32, device=device)
         return BlockLists.full(every.expand(orders[0].blocks, -1).contiguous()), Geometry.of_visual(*orders)
-
-
-class PooledDefinition(Definition):
-    """Softmax over the disc, and for visual queries over the cells."""
-
-    def attend(self, head: int, seen: Tensor, q: Tensor, k: Tensor, v: Tensor, *weights: Tensor) -> Tensor:
-        plan = self.plan
-        if not isinstance(plan, PooledPlan):
-            return masked_attention(q, k, v, seen)
-        module = CellWeights(plan.config.pool).to(q)
-        if weights:
-            module.weight = nn.Parameter(weights[0].to(q))
-        rows = plan.grid.visual_rows
-        keys, values = (torch.cat([x, module(x[rows], plan.grid)]) for x in (k, v))
-        visual = (self.rows >= rows.start) & (self.rows < rows.stop)
-        cells = visual[:, None].expand(-1, plan.cells.visual)
-        return masked_attention(q, keys, values, torch.cat([seen, cells], 1))
 
 
 def at_density(grid: TokenGrid, density: float) -> dict[str, Any]:
@@ -190,7 +183,6 @@ METHOD = Method(
     module=LearnedModule(
         "cell_weights", lambda head_dim, heads, config: CellWeights(config.pool), when=lambda config: config.pool > 0
     ),
-    definition=PooledDefinition,
     at_density=at_density,
     sparsest=lambda grid: 1 / grid.visual if grid.frames == 1 else 1.0,  # radius 1: the query itself
 )

@@ -43,7 +43,7 @@ def formula(model, inputs, grid, dtype, sparsity=0.8):
     return by_formula(model.to(dtype), inputs, attend)
 
 
-@pytest.mark.parametrize("grid", [(5, 7, 9), (4, 8, 4), (1, 1, 1), (2, 11, 6)], ids=str)
+@pytest.mark.parametrize("grid", [(5, 7, 9), (4, 8, 4), (1, 4, 9), (2, 11, 6)], ids=str)
 @pytest.mark.parametrize("spelling", ["diffusers", "mixed"])
 def test_it_computes_the_authors_function(spelling, grid, tiny_wan, wan_inputs, tmp_path):
     """On grids that tiles do not divide, where counting tokens and counting tiles differ, and on one that they do."""
@@ -109,7 +109,7 @@ def test_the_index_tells_what_was_distilled(name, gated, method, calls, folder, 
     old = pipe.scheduler
     with dit_accel.load(pipe, folder(name, gated)) as accel:
         assert (accel.setting.method, accel.trained.sampler) == (method, SAMPLER if calls == 3 else None)
-        pipe("a circle", height=16, width=16, num_frames=5, output_type="latent", guidance_scale=1.0)
+        pipe("a circle", height=96, width=96, num_frames=5, output_type="latent", guidance_scale=1.0)
         assert accel.report().calls == {"transformer": calls}
     assert pipe.scheduler is old
 

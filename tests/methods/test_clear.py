@@ -6,7 +6,8 @@ from accuracy import assert_accurate, plain_attention
 
 import dit_accel
 from dit_accel.errors import DitAccelError
-from dit_accel.methods.clear import CellWeights, PooledDefinition, at_density
+from dit_accel.methods.clear import CellWeights, at_density
+from dit_accel.plans.sampled import SampledCall
 from dit_accel.tokens import TokenGrid
 
 
@@ -68,7 +69,7 @@ def test_a_radius_is_a_whole_number_of_tokens():
 
 
 def test_pooled_keys_are_in_the_same_softmax_and_their_weights_learn():
-    """Against the definition of the checks, in fp64; weights start at the mean of a cell."""
+    """Against the plan's reference, in fp64; weights start at the mean of a cell."""
     grid, generator = TokenGrid(2, 8, 12, text=5), torch.Generator().manual_seed(0)
     plan, module = dit_accel.plan("clear", grid, radius=3, pool=4), CellWeights(4).double()
     q, k, v = (torch.randn(1, 2, grid.tokens, 16, generator=generator, dtype=torch.float64) for _ in range(3))
@@ -76,9 +77,9 @@ def test_pooled_keys_are_in_the_same_softmax_and_their_weights_learn():
     with torch.no_grad():
         module.weight.normal_(generator=generator)
     found = plan.attend(q, k, v, module=module, impl="reference")
-    definition = PooledDefinition(plan, torch.arange(grid.tokens), q, k, "reference", module)
+    sampled = SampledCall(plan, torch.arange(grid.tokens), q, k, "reference", module)
     for head in range(2):
-        wanted = definition.attend(head, definition.seen(head), q[0, head], k[0, head], v[0, head], module.weight)
+        wanted = plan.reference(sampled, head, q[0, head], k[0, head], v[0, head], module.weight)
         torch.testing.assert_close(found[0, head], wanted, rtol=1e-12, atol=1e-12)
     found.sum().backward()
     assert module.weight.grad.abs().min() > 0
