@@ -84,6 +84,7 @@ def staged(output: Path, *, checked: bool = False) -> Iterator[Path]:
             did not write; nothing is left behind.
     """
     prefix = _stage_prefix(output)
+    new = [folder for folder in output.parents if not folder.exists()]
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         for left in [path for path in output.parent.iterdir() if path.name.startswith(prefix)]:
@@ -107,6 +108,10 @@ def staged(output: Path, *, checked: bool = False) -> Iterator[Path]:
             lock.close()
     except OSError as error:
         raise DitAccelError(f"{output} could not be written: {error.strerror or error}.") from error
+    finally:
+        with contextlib.suppress(OSError):  # not empty
+            for folder in new:
+                folder.rmdir()
 
 
 def _move(source: Path, target: Path) -> None:

@@ -112,6 +112,21 @@ def test_processors_that_a_pipeline_sets_for_a_call_are_counted(tiny_wan, wan_in
     assert second.dense_reasons == {"ran WanAttnProcessor": 4} and second.left is None
 
 
+def test_base_weights_that_do_not_fit_learned_ones_name_remove(tiny_wan):
+    """As with PEFT, the weights of an adapter are part of the model's state while it is there."""
+    transformer = tiny_wan()
+    base = {key: value.clone() for key, value in transformer.state_dict().items()}
+    with dit_accel.accelerate(transformer, "sla", block=16):
+        assert transformer.state_dict().keys() > base.keys()
+        with pytest.raises(RuntimeError, match=r"Call its remove\(\) before") as error:
+            transformer.load_state_dict(base)
+        assert str(error.value).count("remove()") == 1
+        transformer.load_state_dict(base, strict=False)
+        transformer.load_state_dict(transformer.state_dict())
+    transformer.load_state_dict(base)
+    assert "load_state_dict" not in vars(transformer)
+
+
 def test_every_layer_dense_is_said_at_once(tiny_wan):
     transformer = tiny_wan()
     with pytest.warns(DitAccelWarning, match="Every layer stays dense, so gna computes nothing"):

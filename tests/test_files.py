@@ -176,3 +176,10 @@ def test_a_replaced_file_has_the_modes_of_any_other(tmp_path):
     files.replace_file(tmp_path / "new" / "a", b"a")
     assert (tmp_path / "new" / "a").stat().st_mode == (tmp_path / "plain").stat().st_mode
     assert (tmp_path / "new" / "a").read_bytes() == b"a"
+
+
+def test_a_full_disk_leaves_no_folder(tmp_path):
+    with pytest.raises(DitAccelError, match="No space left"), files.staged(tmp_path / "new" / "data" / "a") as stage:
+        (stage / "a").write_text("half")
+        raise OSError(files.errno.ENOSPC, "No space left on device")
+    assert list(tmp_path.iterdir()) == []

@@ -89,7 +89,7 @@ def evaluate(compared: dict[str, Any], given: dict[str, Any]) -> int:
     try:
         summary, broken = quality.run(request)
     except KeyboardInterrupt as stop:
-        raise Interrupted(f"interrupted; the same command goes on with what is in {request.output}.") from stop
+        raise Interrupted(goes_on(request.output)) from stop
     if summary is not None:
         show(summary)
         if asked.write_card:
@@ -100,6 +100,13 @@ def evaluate(compared: dict[str, Any], given: dict[str, Any]) -> int:
     for line in broken:
         typer.echo(f"dit-accel: {line}.", err=True)
     return BROKEN if broken else 0
+
+
+def goes_on(output: Path) -> str:
+    """What became of interrupted work in a folder."""
+    if output.is_dir():
+        return f"interrupted; the same command goes on with what is in {output}."
+    return "interrupted; nothing was written."
 
 
 def show(summary: dict[str, Any]) -> None:

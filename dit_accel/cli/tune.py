@@ -7,7 +7,7 @@ from typing import Any
 import typer
 
 from dit_accel.cli import Interrupted
-from dit_accel.cli.eval import BROKEN, show
+from dit_accel.cli.eval import BROKEN, goes_on, show
 from dit_accel.cli.options import command
 from dit_accel.tune.request import TuneRequest
 
@@ -30,7 +30,7 @@ def tune(arguments: dict[str, Any]) -> int:
             return 0
         summary, lines = job.run(request)
     except KeyboardInterrupt as stop:
-        raise Interrupted(f"interrupted; the same command goes on with what is in {request.output}.") from stop
+        raise Interrupted(goes_on(request.output)) from stop
     show(summary)
     typer.echo("\n".join(lines), nl=bool(lines))
     return 0 if lines else BROKEN

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import operator
 import re
 from collections.abc import Collection, Mapping
@@ -40,6 +41,8 @@ def parse(text: str, option: str = "--require") -> list[Limit]:
             raise DitAccelError(
                 f"{option} takes figure, sign and number, such as psnr>=25,speedup>=1.5; got {part.strip()!r}."
             )
+        if not math.isfinite(float(match["bound"])):
+            raise DitAccelError(f"{option} {part.strip()}: {match['bound']} is not finite; give a smaller number.")
         limits.append(Limit(match["figure"], match["sign"], float(match["bound"])))
     return limits
 

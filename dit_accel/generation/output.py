@@ -96,7 +96,7 @@ def _write_mp4(path: Path, frames: np.ndarray, fps: int) -> None:
         codec="libx264",
         quality=8,
         macro_block_size=1,
-        ffmpeg_log_level="error",
+        ffmpeg_log_level="quiet",
         output_params=["-metadata", f"comment={MARK}"],
     ) as writer:
         for frame in even:

@@ -200,6 +200,7 @@ def sample(
     frames = result.images[:1] if name == "images" else getattr(result, name)[0]
     memory = torch.cuda.max_memory_allocated(device) if on_gpu else None
     if not np.isfinite(frames).all():
+        hide_bars(pipe)
         place = find_place(pipe, lambda **more: call(pipe, {**arguments, **more}, seed))
         raise DitAccelError(
             f"{type(pipe).__name__} made NaN or infinite values, first in {place}. Lower --guidance, or try --dtype "

@@ -127,6 +127,8 @@ def find(model: str, revision: str | None = None) -> Source:
         DitAccelError: there is no such model, or it is not a pipeline in Diffusers' format.
     """
     folder = Path(model).expanduser()
+    if not model.strip():
+        raise DitAccelError(f"--model is {' or '.join(EMBEDDED)}, a folder or an id on the Hugging Face Hub; got none.")
     if revision is not None and (model in EMBEDDED or folder.is_dir()):
         raise DitAccelError(f"--revision is for models on the Hub, and {model} is on this machine. Leave it out.")
     if model in EMBEDDED:

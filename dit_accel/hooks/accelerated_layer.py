@@ -101,6 +101,24 @@ class AcceleratedLayer:
         return type(current).__name__
 
 
+def naming_remove(load: Callable[..., Any]) -> Callable[..., Any]:
+    """A model's `load_state_dict`, whose error says what to do where a state lacks the method's learned weights."""
+
+    @functools.wraps(load)
+    def load_state_dict(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return load(self, *args, **kwargs)
+        except RuntimeError as error:
+            if not any(f".{name}." in str(error) for name in registry.learned_attributes()):
+                raise
+            raise RuntimeError(
+                f"{error}\nAn accelerator's learned weights are part of this model while it is at work, as those of a "
+                "PEFT adapter are. Call its remove() before loading the model's own weights, or pass strict=False."
+            ) from error
+
+    return load_state_dict
+
+
 def without_learned(save: Callable[..., Any]) -> Callable[..., Any]:
     """A model's `save_pretrained` that writes the model's own weights: the accelerator saves the learned ones."""
 

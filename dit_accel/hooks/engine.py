@@ -16,7 +16,7 @@ from torch import nn
 from dit_accel.caches.at_work import CacheAtWork, Moment
 from dit_accel.errors import DitAccelError, DitAccelWarning
 from dit_accel.hooks import selfcheck
-from dit_accel.hooks.accelerated_layer import AcceleratedLayer, without_learned
+from dit_accel.hooks.accelerated_layer import AcceleratedLayer, naming_remove, without_learned
 from dit_accel.hooks.dense_backend import DenseBackend
 from dit_accel.hooks.dense_backend import choose as choose_backend
 from dit_accel.hooks.plan_cache import PlanCache
@@ -148,6 +148,9 @@ class Engine(AtWork):
             kind: Any = type(self._transformer)
             save = types.MethodType(without_learned(kind.save_pretrained), self._transformer)
             self._transformer.save_pretrained = save  # type: ignore[assignment]
+        if self._method.module is not None:
+            load = naming_remove(type(self._transformer).load_state_dict)
+            self._transformer.load_state_dict = types.MethodType(load, self._transformer)  # type: ignore[method-assign]
         # Dynamo traces the first hook of a compiled transformer, which shows that it is compiled, and not the second.
         self._handles = [
             self._transformer.register_forward_pre_hook(self._note_compiled),
@@ -174,7 +177,8 @@ class Engine(AtWork):
         self._handles, self._owner = [], None
         if self._backend_set is not None:
             self._backend_set.undo()
-        vars(self._transformer).pop("save_pretrained", None)
+        for name in ("save_pretrained", "load_state_dict"):
+            vars(self._transformer).pop(name, None)
         return [f"{self.name}.{layer.name}" for layer in self.layers if not layer.detach()]
 
     def count_last_call(self) -> None:

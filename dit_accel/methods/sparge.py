@@ -100,6 +100,11 @@ class Config(BlockSettings):
         if self.score == "error" and self.tail == "none":
             raise DitAccelError("score='error' ranks blocks by the error of the tail; set tail='mean' with it.")
 
+    @property
+    def keeps_all(self) -> bool:
+        """Whether they say that every block is kept, as calibration wants it."""
+        return self.topk == 1 or self.topp == 1
+
     def counts(self, blocks: int) -> int:
         """Blocks that every row keeps by number, of `blocks` visual key blocks."""
         return int(self.topk * blocks)

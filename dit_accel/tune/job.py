@@ -42,7 +42,9 @@ def run(request: TuneRequest) -> tuple[Summary, list[str]]:
         DitAccelError: the request cannot be carried out. Finished samples stay, and the next search uses them.
     """
     assert request.target is not None
-    times = re.fullmatch(rf"\s*({gates.NUMBER})\s*x\s*", request.target)
+    times = re.fullmatch(rf"\s*({gates.NUMBER})\s*x?\s*", request.target)
+    if times is not None and float(times[1]) <= 0:
+        raise DitAccelError(f"--target is a speed-up above 0, such as 1.5x, or limits; got {request.target!r}.")
     require = request.target if times is None else f"speedup>={times[1]}"
     limits = gates.parse(require, "--target")
     measured = [limit.figure for limit in limits if limit.figure not in gates.FIGURES]

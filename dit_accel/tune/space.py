@@ -74,7 +74,10 @@ def settings(
                 left_out[f"{name} at a density of {density}"] = str(error)
         if name in families[0].recommended:
             preset = families[0].preset(name, len(families))
-            add(name, dict(preset.config), {**preset.schedule, **given})
+            try:
+                add(name, dict(preset.config), {**preset.schedule, **given})
+            except DitAccelError as error:
+                left_out[f"the preset of {name}"] = str(error)
     if not candidates:
         raise DitAccelError(f"No setting fits the grid {grid}: {next(iter(left_out.values()))}")
     return list(candidates.values()), left_out

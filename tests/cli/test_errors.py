@@ -50,6 +50,7 @@ def refused(cli, tmp_path):
         (("--method", "gna:window=0.5,share=output"), "keeps every pair"),
         (("--steps", "99999999999999999999"), "--steps"),
         (("--steps", "100000000"), "--steps"),
+        (("--model", ""), "--model is demo"),
         (("--method", "radial:decay=0"), "decay"),
         (("--method", "sla:topk=0.95,skip=0.2,linear_scope=marginal"), "topk"),
         (

@@ -222,3 +222,9 @@ def test_a_saved_copy_of_the_embedded_model_is_a_model(root, tmp_path):
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "a.gif").exists()
+
+
+def test_the_search_for_values_that_are_not_finite_shows_no_bars(cli, demo, tmp_path):
+    outcome = cli("generate", *SMALL, "--guidance", "1e38", "--output", tmp_path / "a.gif")
+    assert outcome.status == 2 and "NaN or infinite values, first in" in outcome.err
+    assert "it/s" not in outcome.err and "s/it" not in outcome.err

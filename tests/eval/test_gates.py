@@ -41,6 +41,11 @@ def test_refused(text):
         gates.parse(text)
 
 
+def test_a_bound_that_no_figure_reaches():
+    with pytest.raises(DitAccelError, match="--require psnr>=1e999: 1e999 is not finite"):
+        gates.parse("psnr>=1e999")
+
+
 def test_unknown_figure():
     with pytest.raises(DitAccelError, match=r"there is no figure 'pnsr'\. Did you mean 'psnr'"):
         gates.check_names(gates.parse("pnsr>=25"), ("psnr", "speedup"))

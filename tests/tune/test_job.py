@@ -115,6 +115,23 @@ def test_dense_steps_are_shares_so_that_short_rounds_have_them_too():
     assert sum(candidate.method == "sol" for candidate in candidates) == len(space.DENSITIES) + 1  # and the preset
 
 
+def test_a_preset_that_does_not_fit_is_left_out_and_named():
+    from dit_accel.registry import get_families
+    from dit_accel.tune import space
+    from dit_accel.tune.request import TuneRequest
+
+    grid, family = dit_accel.TokenGrid(9, 96, 96), get_families()["hunyuan_video"]
+    candidates, left_out = space.settings(TuneRequest(target="2x", method=("gna",)), grid, [family], 50)
+    assert candidates and "stride <= window" in left_out["the preset of gna"]
+
+
+def test_what_an_interrupt_says_before_anything_exists(tmp_path):
+    from dit_accel.cli.eval import goes_on
+
+    assert goes_on(tmp_path / "none") == "interrupted; nothing was written."
+    assert str(tmp_path) in goes_on(tmp_path)
+
+
 def test_the_bar_of_the_whole_tells_the_time_left_where_parts_take_minutes():
     """Parts that an earlier run has made do not count as fast ones."""
     from dit_accel.generation.sampling import TotalBar, progress_bar
