@@ -90,7 +90,7 @@ class CacheAtWork:
         self._hook_states: dict[str, list[Any]] = {}
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._tables: dict[tuple[str, int], torch.Tensor] = {}
-        self._calibration: dict[str, list[float]] = {}
+        self._calibration: dict[str, dict[int, float]] = {}  # by branch and step of the last run
         self._check()
 
     def _check(self) -> None:
@@ -231,6 +231,7 @@ class CacheAtWork:
             anew = before.index is None or now.index < before.index
             if anew or now.run is not before.run or now.count != before.count:
                 self._reset()
+                self._calibration.clear()
                 self._prepare(now)
                 before = Moment()
             self._number = self._number + 1 if before.index == now.index else 0
@@ -306,9 +307,9 @@ class CacheAtWork:
             report.computed += 1
         report.steps[index] = ran / layers
         self._kept_bytes = max(self._kept_bytes, self.size)
-        if self._calibrate:
-            state = self._managers[0]._state_cache.get(self._branch)
-            self._calibration[self._branch] = [] if state is None else list(state.calibration_ratios)
+        if self._calibrate and index is not None:
+            state = self._managers[0]._state_cache[self._branch]
+            self._calibration.setdefault(self._branch, {})[index] = state.calibration_ratios[-1]
         if index is not None and self._moment.count is not None and index + 1 >= self._moment.count:
             self._forget(self._branch)
 
@@ -320,7 +321,11 @@ class CacheAtWork:
 
     def report(self) -> CacheReport:
         """What it did so far."""
-        ratios = {self.name: dict(self._calibration)} if self._calibrate else {}
+        ratios: dict[str, Any] = {}
+        if self._calibrate:
+            last = max((max(steps) for steps in self._calibration.values()), default=-1)
+            rows = {name: [steps.get(i) for i in range(last + 1)] for name, steps in self._calibration.items()}
+            ratios = {self.name: rows}
         return CacheReport(str(self.cache), list(self._branches.values()), self._kept_bytes, list(self.notes), ratios)
 
     def _reset(self) -> None:

@@ -48,14 +48,15 @@ class CacheReport:
         branches: its calls.
         kept_bytes: the most that it kept between calls, on the device of the activations.
         notes: further remarks, such as where MagCache's ratios come from.
-        ratios: with ``calibrate``, MagCache's ratios by transformer and branch, one for each step of the last run.
+        ratios: with ``calibrate``, MagCache's ratios by transformer and branch, one for each step of the last run; None
+            for the steps of another transformer.
     """
 
     cache: str
     branches: list[BranchReport]
     kept_bytes: int = 0
     notes: list[str] = dataclasses.field(default_factory=list)
-    ratios: dict[str, dict[str, list[float]]] = dataclasses.field(default_factory=dict)
+    ratios: dict[str, dict[str, list[float | None]]] = dataclasses.field(default_factory=dict)
 
     @classmethod
     def joined(cls, reports: Sequence[CacheReport]) -> CacheReport | None:

@@ -16,17 +16,19 @@ from dit_accel.tune.request import TuneRequest
 def tune(arguments: dict[str, Any]) -> int:
     """Find the best method and settings for a target by short runs, or calibrate budgets; write a settings file.
 
+    With --cache every setting has that step cache; --cache mag without a target measures MagCache's ratios.
+
     `generate` and `eval` take the file with --load, `train` with --layer-schedule, `accelerate` with layer_schedule=.
     A run that was stopped goes on where it stopped when it is started again.
 
     Example: dit-accel tune --model demo --prompts prompts.txt --target 1.5x --output tuned
     """
     request = TuneRequest(**arguments)
-    from dit_accel.tune import calibrate, job
+    from dit_accel.tune import calibrate, job, ratios
 
     try:
-        if request.calibrate is not None:
-            typer.echo("\n".join(calibrate.run(request)))
+        if request.calibrate is not None or request.measures_ratios:
+            typer.echo("\n".join((ratios if request.measures_ratios else calibrate).run(request)))
             return 0
         summary, lines = job.run(request)
     except KeyboardInterrupt as stop:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from dit_accel import registry
+from dit_accel.caches.step_cache import StepCache
 from dit_accel.errors import DitAccelError
 from dit_accel.eval.request import EvalRequest, PromptsRequest
 from dit_accel.files import replace_file
@@ -44,12 +45,22 @@ class TuneRequest(ScheduleOptions, PromptsRequest):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if (self.target is None) == (self.calibrate is None):
-            raise DitAccelError("tune needs either --target, such as 1.5x, or --calibrate SHARE; not both.")
+        if self.target is None and self.calibrate is None and not self.measures_ratios:
+            raise DitAccelError(
+                "tune needs --target, such as 1.5x, or --calibrate SHARE, or --cache mag to measure its ratios."
+            )
+        if self.calibrate is not None and (self.target is not None or self.cache is not None):
+            raise DitAccelError("--calibrate measures every step and searches nothing. Leave out --target and --cache.")
         if ProcessRank.here().count > 1:
             raise DitAccelError("tune decides from what it measured, in one process. Start it without a launcher.")
         if self.calibrate is not None:
             self.calibrated()
+
+    @property
+    def measures_ratios(self) -> bool:
+        """Whether MagCache's ratios are measured, and nothing is searched."""
+        cache = StepCache.of(self.cache)
+        return self.target is None and cache is not None and cache.name == "mag"
 
     def calibrated(self) -> tuple[Method, dict[str, Any]]:
         """The method to calibrate, and its settings; methods without a calibration and odd settings are refused."""

@@ -132,7 +132,8 @@ class LayerSearch:
             key = key_of({"chosen": chosen, "schedule": dataclasses.asdict(schedule)})[:6]
             path = folder / f"{method}-{budget:.3g}-{key}.json"
             backend = candidate.setting.dense_backend
-            setting = Setting(method, layers=table.layers(chosen), schedule=schedule, dense_backend=backend)
+            layers, cache = table.layers(chosen), candidate.setting.cache
+            setting = Setting(method, layers=layers, schedule=schedule, dense_backend=backend, cache=cache)
             search.write(path, table, chosen, setting, {"model": self.request.model, "budget": budget})
             layered[key] = Candidate(Setting.read(path))
         return list(layered.values())

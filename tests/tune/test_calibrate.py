@@ -132,8 +132,10 @@ def test_heads_from_prompts_to_a_file(cli, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ((), "either --target, such as 1.5x, or --calibrate"),
-        (("--target", "2x", "--calibrate", 0.9), "not both"),
+        ((), "--target, such as 1.5x, or --calibrate SHARE, or --cache mag"),
+        (("--target", "2x", "--calibrate", 0.9), "Leave out --target and --cache"),
+        (("--cache", "mag", "--calibrate", 0.9), "Leave out --target and --cache"),
+        (("--cache", "first-block"), "--target, such as 1.5x"),
         (("--calibrate", 0.9, "--method", "gna"), "at most one --method, of heads, sparge; got gna"),
         (("--calibrate", 0.9, "--compile"), "which --compile hides"),
         (("--target", "banana"), "--target takes figure, sign and number"),
