@@ -258,7 +258,7 @@ class Setting:
     def _of_file(cls, method: str, key: str, config: Mapping[str, Any]) -> Setting:
         """The setting in the file that `config` names under a key, with the other settings in place of its own."""
         setting = cls.read(config[key])
-        equal = key == "budgets" and any(own.budgets == "equal" for own in setting.configs())
+        equal = key == "budgets" and any(layer.budgets == "equal" for layer in setting.configs())
         if setting.method != method or equal:
             raise DitAccelError(
                 f"{key} takes a file with {key} of {method}, as `dit-accel tune` writes it; {config[key]} is a setting "
@@ -266,8 +266,8 @@ class Setting:
             )
         others = {name: value for name, value in config.items() if name != key}
 
-        def with_others(own: Any | None) -> Any | None:
-            return make_config(method, vars(own) | others) if own is not None and others else own
+        def with_others(config: Any | None) -> Any | None:
+            return make_config(method, vars(config) | others) if config is not None and others else config
 
         rows = (
             None

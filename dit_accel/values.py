@@ -68,8 +68,8 @@ def option(default: Any, help: str = "", **more: Any) -> Any:
 
 def flag(field: dataclasses.Field[Any]) -> str:
     """A field's name on the command line, such as ``--dense-steps``."""
-    own = field.metadata["option"].flag if "option" in field.metadata else None
-    return own or f"--{field.name.replace('_', '-')}"
+    flag = field.metadata["option"].flag if "option" in field.metadata else None
+    return flag or f"--{field.name.replace('_', '-')}"
 
 
 def build(kind: type, plain: Any, what: str) -> Any:
@@ -166,7 +166,7 @@ def _converted(value: Any, hint: Any, name: str) -> Any:
 def _frozen(value: Any) -> Any:
     """The value with tuples for lists, in mappings too; YAML has no tuples."""
     if isinstance(value, Mapping):
-        return {key: _frozen(own) for key, own in value.items()}
+        return {key: _frozen(inner) for key, inner in value.items()}
     return tuple(map(_frozen, value)) if isinstance(value, list) else value
 
 
@@ -214,7 +214,7 @@ def fits(value: Any, hint: Any) -> bool:
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
     kind: Any = origin or hint
     if origin in (types.UnionType, typing.Union):
-        return any(fits(value, each) for each in inner)
+        return any(fits(value, kind) for kind in inner)
     if origin is typing.Literal:
         return value in inner
     if hint is Any or not isinstance(kind, type):
@@ -226,7 +226,7 @@ def fits(value: Any, hint: Any) -> bool:
         wanted = inner[:1] * len(value) if inner[-1] is ... else inner
         return len(value) == len(wanted) and all(map(fits, value, wanted))
     if isinstance(value, Mapping) and inner:
-        return all(fits(key, inner[0]) and fits(own, inner[1]) for key, own in value.items())
+        return all(fits(key, inner[0]) and fits(item, inner[1]) for key, item in value.items())
     return kind is not list or not inner or all(fits(item, inner[0]) for item in value)
 
 

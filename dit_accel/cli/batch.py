@@ -79,7 +79,7 @@ def run(request: GenerateRequest) -> None:
             _write_manifest(manifest, outputs)
             typer.echo(f"{path}: {prompt}")
     except KeyboardInterrupt as stop:
-        raise Interrupted(f"interrupted after {made} of {len(pending)}; the same command goes on.") from stop
+        raise Interrupted(f"interrupted after {made} of {len(pending)}. Run the same command to continue.") from stop
     typer.echo(f"manifest: {manifest}")
 
 

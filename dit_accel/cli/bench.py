@@ -43,21 +43,26 @@ class BenchOptions(JsonOptions, DeviceOptions):
 
     rows: str | None = option(None, "Only rows whose name matches, such as '*/gna/0.1/*'.", metavar="GLOB")
     shape: tuple[str, ...] = option(
-        (), "Model and size, repeatable. Not given: cpu on a CPU, all others on a GPU.", metavar="NAME", repeatable=True
+        (), "Model and size, repeatable. Default: cpu on a CPU, all others on a GPU.", metavar="NAME", repeatable=True
     )
     method: tuple[str, ...] = option(
-        (), "Repeatable; without settings, those for the densities are found.", metavar=METHOD_FORM, repeatable=True
+        (),
+        "Method to time, repeatable. Without settings, some are found for each density.",
+        metavar=METHOD_FORM,
+        repeatable=True,
     )
-    density: tuple[float, ...] = option((), "Share of pairs kept, repeatable, such as 0.1.", repeatable=True)
+    density: tuple[float, ...] = option((), "Share of pairs to keep, such as 0.1, repeatable.", repeatable=True)
     dtype: tuple[str, ...] = option((), "float32, bfloat16 or float16, repeatable.", metavar="NAME", repeatable=True)
     direction: tuple[str, ...] = option((), "forward, backward or both, repeatable.", metavar="NAME", repeatable=True)
-    impl: str = option("auto", "The implementation; a named one runs or is refused.", metavar="NAME")
+    impl: str = option("auto", "Implementation of the kernels; one that you name runs or is refused.", metavar="NAME")
     peer: bool = option(False, "Also time FlexAttention, where it compiles.")
-    seconds: float = option(2.0, "Time for each row, at least five rounds.", least=0, most=86_400)
-    output: Path | None = option(None, "Each row is added to it as soon as it is measured.", metavar="FILE.jsonl")
-    resume: bool = option(False, "Leave out rows that --output has from this commit and machine.")
-    profile: Path | None = option(None, "Where each row's time goes, kernel by kernel.", metavar="FILE.txt")
-    picture: Path | None = option(None, "Speed-up against density with the ideal line.", metavar="FILE.png")
+    seconds: float = option(2.0, "Seconds to measure each row; at least five rounds run.", least=0, most=86_400)
+    output: Path | None = option(
+        None, "File for the rows; each is added as soon as it is measured.", metavar="FILE.jsonl"
+    )
+    resume: bool = option(False, "Skip rows that --output already has from this commit and machine.")
+    profile: Path | None = option(None, "File for where each row's time goes, kernel by kernel.", metavar="FILE.txt")
+    picture: Path | None = option(None, "Plot of speed-up against density, with the ideal line.", metavar="FILE.png")
     read: Path | None = option(None, "Measure nothing: show the rows of this file.", metavar="FILE.jsonl")
     list: bool = option(False, "Measure nothing: list the declared rows.")
     count: bool = option(False, "Measure nothing: count the matrix products of each row, from its plan.")
@@ -67,8 +72,8 @@ class BenchOptions(JsonOptions, DeviceOptions):
 def bench(given: dict[str, Any]) -> int:
     """Time the attention methods against the best dense attention of this machine, after checking their results.
 
-    A row whose results are further from fp64 than plain PyTorch in its dtype explains has no time, and the status is 1.
-
+    A row is timed only if its results are about as close to fp64 as those of plain PyTorch in the same dtype. If one is
+    not, the exit status is 1.
     Example: dit-accel bench --shape wan-14b-720p --density 0.1 --output rows.jsonl --picture rows.png
     """
     options = BenchOptions(**given)
@@ -105,7 +110,7 @@ def bench(given: dict[str, Any]) -> int:
         known = names_in(options.output, device)
         rows = [row for row in rows if row.name not in known]
         if not rows:
-            typer.echo(f"{options.output} has all of these rows already.", err=True)
+            typer.echo(f"{options.output} already has all of these rows.", err=True)
             return 0
     if options.profile is not None:
         check_file(options.profile, (".txt",), option="--profile")
@@ -120,7 +125,7 @@ def bench(given: dict[str, Any]) -> int:
 def _show_file(options: BenchOptions, path: Path) -> None:
     records = results.read(path)
     if not records:
-        raise DitAccelError(f"{path} has no rows; `dit-accel bench --output {path}` adds them.")
+        raise DitAccelError(f"{path} has no rows. Measure some with `dit-accel bench --output {path}`.")
     _show(records, options)
 
 
@@ -185,7 +190,7 @@ def names_in(output: Path | None, device: torch.device, field: str = "op") -> se
     from dit_accel.generation.provenance import provenance
 
     if output is None:
-        raise DitAccelError("--resume continues --output FILE.jsonl. Give both.")
+        raise DitAccelError("--resume continues the file of --output. Add --output FILE.jsonl.")
     if not output.exists():
         return set()
     fields = ("git", "gpu", "cpu")
@@ -221,7 +226,9 @@ def measured(
         raise DitAccelError(f"No row could be measured. {refused[0].name}: {refused[0].reason}")
     red = [outcome for outcome in outcomes if outcome.status == "red"]
     if red:
-        typer.echo(f"{len(red)} of {count} rows were not timed, because their results are not exact.", err=True)
+        typer.echo(
+            f"{len(red)} of {count} rows were not timed, because their results failed the numerics check.", err=True
+        )
     records = [outcome.record for outcome in outcomes if outcome.record is not None]
     return records, NOT_MEASURED if red or refused else 0
 

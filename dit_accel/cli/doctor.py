@@ -42,7 +42,7 @@ class DoctorOptions(JsonOptions, SourceOptions, DeviceOptions):
     """What `dit-accel doctor` is asked."""
 
     model: str | None = option(  # type: ignore[assignment]
-        None, "Also say how much memory it takes: demo, a folder or a Hub id; only its JSON files are read."
+        None, "Also check whether a model fits: demo, a folder or a Hub id. Only its JSON files are read."
     )
     load: Path | None = option(
         None,
@@ -99,7 +99,7 @@ def _kernels(device: torch.device, dtype: torch.dtype) -> list[Finding]:
     for row in impls.rows():
         chosen, _ = impls.choose(facts, kernel=row.kernel)
         obstacle = row.obstacle(facts)
-        detail = obstacle or ('what "auto" takes' if row is chosen else "runs if it is named")
+        detail = obstacle or ('what "auto" takes' if row is chosen else "runs only if you name it")
         found.append(Finding(f"{row.kernel}, {row.name}", obstacle is None, detail))
     return found
 

@@ -30,7 +30,7 @@ class ComparedMethods(ScheduleOptions):
     PANEL: ClassVar[str] = "Method"
 
     method: tuple[str, ...] = option(
-        (), "Repeatable; `dit-accel ls` lists methods.", metavar=METHOD_FORM, repeatable=True
+        (), "Method to evaluate, repeatable; `dit-accel ls` lists them.", metavar=METHOD_FORM, repeatable=True
     )
     load: tuple[Path, ...] = option(
         (),
@@ -45,7 +45,9 @@ class ComparedMethods(ScheduleOptions):
         repeatable=True,
     )
     write_card: bool = option(False, "Also put the figures of each --load into its model card.")
-    suite: str | None = option(None, "An evaluation in YAML; options given here win over it.", metavar="FILE|NAME")
+    suite: str | None = option(
+        None, "YAML file with the options of an evaluation; options on the command line win.", metavar="FILE|NAME"
+    )
 
     def candidates(self) -> tuple[Candidate, ...]:
         """The methods of --method and --load, each with every --cache; dense attention with it where neither came."""
@@ -105,7 +107,7 @@ def evaluate(compared: dict[str, Any], given: dict[str, Any]) -> int:
 def goes_on(output: Path) -> str:
     """What became of interrupted work in a folder."""
     if output.is_dir():
-        return f"interrupted; the same command goes on with what is in {output}."
+        return f"interrupted. Run the same command to continue; what is done is in {output}."
     return "interrupted; nothing was written."
 
 

@@ -86,7 +86,7 @@ class GenerateJob:
         report = accel.report()
         path = request.output or self.output
         if runs["accelerated"].sound:
-            warning = f"{type(pipe).__name__} also made sound, and {path} has none: only pictures are written."
+            warning = f"{type(pipe).__name__} also made sound, but {path} has none: only pictures are written."
             print(f"warning: {warning}", file=sys.stderr)
         record = {
             "note": MARK,
@@ -121,9 +121,9 @@ def prepare(request: GenerateRequest) -> GenerateJob:
     candidate = request.candidate(family, 1 if source.component_class("transformer_2") is None else 2)
     verify = request.verify or request.keep_dense_above is not None
     if verify and request.method is None and request.load is None:
-        raise DitAccelError("--verify compares a method with dense attention; give --method or --load.")
+        raise DitAccelError("--verify compares a method with dense attention. Add --method or --load.")
     if verify and request.compile:
-        raise DitAccelError("--verify cannot look into compiled attention; leave out --compile for that run.")
+        raise DitAccelError("--verify cannot look into compiled attention. Leave out --compile for that run.")
     check = SelfCheck("first-call" if verify else None, request.keep_dense_above)
     check_seeds([request.seed])
     sizes = source.sizes()

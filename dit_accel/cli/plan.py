@@ -44,7 +44,7 @@ class PlanOptions(JsonOptions, SizeOptions, SourceOptions, SettingsOptions):
         if (self.grid is None) == (self.model is None):
             raise DitAccelError(
                 "Give either --grid FxHxW, or --model with --frames, --height and --width; "
-                f"{'neither came' if self.grid is None else 'both came'}."
+                f"{'got neither' if self.grid is None else 'got both'}."
             )
         from dit_accel.tokens import TokenGrid
 

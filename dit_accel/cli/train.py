@@ -27,5 +27,5 @@ def train(run: dict[str, Any], data: dict[str, Any], settings: dict[str, Any]) -
         from dit_accel.train.state import found
 
         checkpoints = found(request.run.output / "checkpoints")
-        then = f"goes on from {checkpoints[-1]}" if checkpoints else "starts again, since there is no checkpoint yet"
-        raise Interrupted(f"interrupted; the same command {then}.") from stop
+        then = f"to continue from {checkpoints[-1]}" if checkpoints else "to start again; there is no checkpoint yet"
+        raise Interrupted(f"interrupted. Run the same command {then}.") from stop

@@ -38,9 +38,7 @@ def parse(text: str, option: str = "--require") -> list[Limit]:
     for part in text.split(","):
         match = LIMIT.fullmatch(part)
         if match is None:
-            raise DitAccelError(
-                f"{option} takes figure, sign and number, such as psnr>=25,speedup>=1.5; got {part.strip()!r}."
-            )
+            raise DitAccelError(f"{option} takes limits such as psnr>=25,speedup>=1.5; got {part.strip()!r}.")
         if not math.isfinite(float(match["bound"])):
             raise DitAccelError(f"{option} {part.strip()}: {match['bound']} is not finite; give a smaller number.")
         limits.append(Limit(match["figure"], match["sign"], float(match["bound"])))
@@ -72,7 +70,7 @@ def broken(limits: Collection[Limit], figures: Mapping[str, Mapping[str, float |
         for limit in limits:
             value = values[limit.figure]
             if value is None:
-                remarks.append(f"{label}: {limit} was asked for, and this run has no such figure")
+                remarks.append(f"{label}: {limit} does not hold, because this run did not measure it")
             elif not COMPARE[limit.sign](value, limit.bound):
-                remarks.append(f"{label}: {limit} was asked for, and it is {value:.4g}")
+                remarks.append(f"{label}: {limit} does not hold: it is {value:.4g}")
     return remarks

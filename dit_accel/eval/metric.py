@@ -99,13 +99,13 @@ class ChosenMetric:
     Args:
         name: as printed.
         network: loaded, or None.
-        asked: it was named, so it must not be left out.
+        named: it was named, so it must not be left out.
     """
 
     name: str
     declared: Metric
     network: Any
-    asked: bool
+    named: bool
 
     def about(self) -> dict[str, str]:
         """Its entry in a report."""
@@ -162,16 +162,18 @@ def choose(texts: Iterable[str], embedded: bool, frames: int, device: torch.devi
     for metric, source in [(known()[name], source) for name, source in named] or defaults(embedded):
         if metric.video and frames == 1:
             if named:
-                raise DitAccelError(f"{metric.name} compares neighbouring frames; leave it out for a model of images.")
+                raise DitAccelError(f"{metric.name} compares neighbouring frames. Leave it out for a model of images.")
             continue
         if metric.default == "demo" and not embedded:
-            raise DitAccelError(f"{metric.name} reads what the embedded model draws; leave it out for other models.")
+            raise DitAccelError(
+                f"{metric.name} reads only what the embedded model draws. Leave it out for other models."
+            )
         if metric.network is None and source is not None:
-            raise DitAccelError(f"{metric.name} has no network; write it without [{source}].")
+            raise DitAccelError(f"{metric.name} has no network. Write it without [{source}].")
         network: Any = None if metric.network is None else metric.network(networks, source)
         plain = metric.network is None or network.name == metric.published
         printed = metric.name if plain else f"{metric.name}[{network.name}]"
         if any(other.name == printed for other in chosen):
-            raise DitAccelError(f"{printed} was asked for twice; leave one out.")
-        chosen.append(ChosenMetric(printed, metric, network, asked=bool(named)))
+            raise DitAccelError(f"{printed} is named twice. Leave one out.")
+        chosen.append(ChosenMetric(printed, metric, network, named=bool(named)))
     return chosen

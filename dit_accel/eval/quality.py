@@ -49,14 +49,14 @@ def run(
     with opened(request, _candidates(request.methods), maps, pipe) as evaluation:
         process, sweep, attention = evaluation.process, evaluation.sweep, []
         if maps is not None and process.main:
-            asked, folder = dataclasses.asdict(maps), request.output / "attention"
+            wanted, folder = dataclasses.asdict(maps), request.output / "attention"
 
             def record(accel: Accelerator, run: Callable[[], Any]) -> dict[str, Any]:
-                return record_attention(accel, run, **asked).as_json()
+                return record_attention(accel, run, **wanted).as_json()
 
-            for each in evaluation.candidates[1:]:
-                found = sweep.observe(each, evaluation.items[0], "attention", asked, record, folder)
-                attention.append({"row": each.label, **found})
+            for candidate in evaluation.candidates[1:]:
+                observation = sweep.observe(candidate, evaluation.items[0], "attention", wanted, record, folder)
+                attention.append({"row": candidate.label, **observation})
         sweep.run(evaluation.candidates, process.share(evaluation.items), whole)
         process.wait()
         sweep.results.read()
@@ -83,7 +83,9 @@ def opened(
             print(f"warning: {candidate.label}: {remark}.", file=sys.stderr)
     with hold(request.output) if process.main else contextlib.nullcontext() as locked:
         if locked is False:
-            print(f"{request.output} has no locks; start no other evaluation into it.", file=sys.stderr)
+            print(
+                f"The file system of {request.output} has no locks. Start no other evaluation into it.", file=sys.stderr
+            )
         if pipe is None:
             call_with = {"prompt": "", **arguments({})}
             pipe = request.load_pipe(checked.source, checked.dtype, checked.device, call_with)
@@ -91,7 +93,7 @@ def opened(
         results = Results(request.output, process.index)
         results.read()
         for place in results.damaged if process.main else ():
-            print(f"{place}, is damaged; its sample is made again.", file=sys.stderr)
+            print(f"{place}, is damaged. Its sample is generated again.", file=sys.stderr)
         process.wait()
         identity = _identity(checked.source, checked.device, checked.dtype, request)
         samples, baselines = Store(request.output / "samples"), Store(request.baselines or request.output / "baseline")
@@ -135,7 +137,7 @@ class CheckedRequest:
         process = ProcessRank.join(request.device)
         device, dtype = call.placement(process.device(request.device), request.dtype, request.offload)
         if request.real is not None and not request.real.is_dir():
-            raise DitAccelError(f"--real {request.real} is no folder; give one of images or videos.")
+            raise DitAccelError(f"--real {request.real} is not a folder. Give a folder of images or videos.")
         media = texts.media if request.real is None else tuple(captioned.find(request.real))
         images = _count_images(media)
         chosen = choose(request.metrics, source.kind == "embedded", shape[0], device)
@@ -143,16 +145,14 @@ class CheckedRequest:
         gates.check_names(limits, (*gates.FIGURES, *(metric.name for metric in metrics)))
         kind = source.pipeline_class()
 
-        def arguments(own: Mapping[str, Any]) -> dict[str, Any]:
-            defaults = source.call_defaults() | dict(own)
+        def arguments(call: Mapping[str, Any]) -> dict[str, Any]:
+            defaults = source.call_defaults() | dict(call)
             whole = request.arguments(kind, defaults, shape, video=sizes.video, prompt="")
             return {name: value for name, value in whole.items() if name != "prompt"}
 
         steps = call.default_of(kind, arguments({}), "num_inference_steps")
         if maps is not None and maps.steps is not None and isinstance(steps, int) and max(maps.steps) >= steps:
-            raise DitAccelError(
-                f"--attention-report names step {max(maps.steps)}, and there are steps 0 to {steps - 1}."
-            )
+            raise DitAccelError(f"--attention-report names step {max(maps.steps)}, but the steps are 0 to {steps - 1}.")
         facts = {"limits": limits, "items": items, "metrics": metrics, "left_out": left_out, "media": media}
         facts |= {"images": images, "grid": grid, "fps": request.rate(kind, source, arguments({}))}
         return cls(source, process, device, dtype, arguments, facts)
@@ -165,20 +165,20 @@ def _candidates(methods: Sequence[Candidate]) -> list[Candidate]:
     labels = [candidate.label for candidate in methods]
     for label in labels:
         if labels.count(label) > 1:
-            raise DitAccelError(f"{label} is listed twice; leave one out.")
+            raise DitAccelError(f"{label} is listed twice. Leave one out.")
     return [Candidate(), *methods]
 
 
 def _count_images(media: tuple[Captioned, ...]) -> int:
     """Frames of a real set. All of it is read once, so that a damaged file shows before the work."""
     count, first = 0, None
-    for found in media:
-        frames = captioned.read_frames(found.path)
+    for item in media:
+        frames = captioned.read_frames(item.path)
         count += len(frames)
         size = frames.shape[1:3]
-        first = first or (found.path, size)
+        first = first or (item.path, size)
         if size != first[1]:
-            (one, other) = (f"{path.name} is {h}x{w}" for path, (h, w) in (first, (found.path, size)))
+            (one, other) = (f"{path.name} is {h}x{w}" for path, (h, w) in (first, (item.path, size)))
             raise DitAccelError(f"A real set has one size, and {one}, {other}; bring them to the same.")
     return count
 
@@ -192,9 +192,9 @@ def _fitting(
     """
     fitting, left_out = [], []
     for metric in metrics:
-        own = metric.declared
-        features = 0 if own.collect is None else features_of(metric, device)
-        wanted = own.least(features) if metric.asked else own.enough(features)
+        declared = metric.declared
+        features = 0 if declared.collect is None else features_of(metric, device)
+        wanted = declared.least(features) if metric.named else declared.enough(features)
         whose, count = "this run generates", generated
         if real is not None and real < generated:
             whose, count = "the real set has", real
@@ -202,8 +202,8 @@ def _fitting(
             fitting.append(metric)
             continue
         remark = f"{metric.name} needs {wanted:,} images in each set, and {whose} {count:,}"
-        if metric.asked:
-            raise DitAccelError(f"{remark}; add some, or leave it.")
+        if metric.named:
+            raise DitAccelError(f"{remark}. Add images, or leave the metric out.")
         left_out.append(remark)
     return fitting, left_out
 

@@ -16,25 +16,29 @@ MOST_SEEDS = 10_000  # each is a sample of every method and prompt
 
 def parse_seeds(text: str) -> tuple[int, ...]:
     """Numbers and spans of numbers with commas between them."""
-    found: list[range] = []
+    spans: list[range] = []
     for part in text.split(","):
         span = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part)
         if span is None or (span[2] and int(span[2]) < int(span[1])):
-            raise DitAccelError(f"--seeds are numbers and spans, such as 0,1,2 or 0-3; got {text!r}.")
-        found.append(range(int(span[1]), int(span[2] or span[1]) + 1))
-    count = sum(span.stop - span.start for span in found)  # len() ends at 2**63
+            raise DitAccelError(f"--seeds takes numbers and spans, such as 0,1,2 or 0-3; got {text!r}.")
+        spans.append(range(int(span[1]), int(span[2] or span[1]) + 1))
+    count = sum(span.stop - span.start for span in spans)  # len() ends at 2**63
     if count > MOST_SEEDS:
-        raise DitAccelError(f"--seeds {text} are {count:,} seeds, and an evaluation takes at most {MOST_SEEDS:,}.")
-    return tuple(seed for span in found for seed in span)
+        raise DitAccelError(f"--seeds {text} are {count:,} seeds, but an evaluation takes at most {MOST_SEEDS:,}.")
+    return tuple(seed for span in spans for seed in span)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PromptsRequest(ModelRequest):
     """A model, and the prompts and seeds of its samples."""
 
-    prompts: str | None = option(None, "One a line; demo, general; captioned images or videos.", metavar=PROMPTS_FORM)
+    prompts: str | None = option(
+        None,
+        "A file with a prompt a line, a built-in list (demo, general), or captioned images or videos.",
+        metavar=PROMPTS_FORM,
+    )
     seeds: tuple[int, ...] = option(
-        (0,), "Of the noise, such as 0,1,2 or 0-3.", metavar="N,N|N-N", parse=parse_seeds, least=0
+        (0,), "Seeds of the noise, such as 0,1,2 or 0-3.", metavar="N,N|N-N", parse=parse_seeds, least=0
     )
 
     def __post_init__(self) -> None:
@@ -49,24 +53,24 @@ class EvalRequest(PromptsRequest):
     methods: tuple[Any, ...] = ()
     metrics: tuple[str, ...] = option(
         (),
-        "Such as psnr or fid[demo-clip], repeatable; all if not given.",
+        "Metric, such as psnr or fid[demo-clip], repeatable; by default all that can run.",
         flag="--metric",
         metavar="NAME[[NETWORK]]",
         repeatable=True,
     )
     real: Path | None = option(
-        None, "Real images or videos that FID and KID compare with; the dense outputs if not given.", metavar="FOLDER"
+        None, "Real images or videos for FID and KID; by default the dense outputs.", metavar="FOLDER"
     )
     require: str | None = option(
-        None, "Such as 'psnr>=25,speedup>=1.5'; the exit status is 1 if one does not hold.", metavar="LIMITS"
+        None, "Limits, such as 'psnr>=25,speedup>=1.5'; the exit status is 1 if one does not hold.", metavar="LIMITS"
     )
     attention_report: str | None = option(
         None, "Also map each layer's error and kept mass at these steps.", metavar="steps=0,8,layers=all"
     )
-    pictures: int = option(4, "Prompts to show in the report.", least=0)
+    pictures: int = option(4, "Number of prompts to show in the report.", least=0)
     baselines: Path | None = option(
-        None, "Dense outputs to share between evaluations; a folder in OUTPUT if not given.", metavar="FOLDER"
+        None, "Dense outputs to share between evaluations; by default a folder in OUTPUT.", metavar="FOLDER"
     )
     output: Path = option(
-        Path("evaluation"), "For report.html, results.jsonl, summary.json and summary.md.", metavar="FOLDER"
+        Path("evaluation"), "Folder for report.html, results.jsonl, summary.json and summary.md.", metavar="FOLDER"
     )

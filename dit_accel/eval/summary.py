@@ -67,7 +67,7 @@ class Evaluation:
 
     def frames(self, label: str, item: PromptSeed) -> np.ndarray:
         """Of a sample: uint8 [F, H, W, 3]."""
-        candidate = next(each for each in self.candidates if each.label == label)
+        candidate = next(candidate for candidate in self.candidates if candidate.label == label)
         return self.sweep.store(candidate).frames(self.sweep.key(candidate, item))
 
 
@@ -81,8 +81,8 @@ def write(done: Evaluation, attention: Sequence[dict[str, Any]]) -> Summary | No
     scored = score(done.metrics, labels, readers, done.media, done.process, done.sweep.device)
     if not done.process.main:
         return None
-    rows = {each.label: _with_scores(done, each, scored[each.label][0]) for each in done.candidates}
-    done.sweep.results.rewrite(own[index] for index in range(len(done.items)) for own in rows.values())
+    rows = {candidate.label: _with_scores(done, candidate, scored[candidate.label][0]) for candidate in done.candidates}
+    done.sweep.results.rewrite(scored_rows[index] for index in range(len(done.items)) for scored_rows in rows.values())
     listed = [_row(done, candidate, rows, scored[candidate.label][1]) for candidate in done.candidates]
     metrics = [metric.about() for metric in done.metrics]
     summary = {
@@ -103,43 +103,43 @@ def write(done: Evaluation, attention: Sequence[dict[str, Any]]) -> Summary | No
 def _with_scores(done: Evaluation, candidate: Candidate, values: Mapping[str, Sequence[float]]) -> list[Row]:
     """The rows of a method's samples, in the order of the items, with the values of its metrics."""
     known, keys = done.sweep.results.rows, [done.sweep.key(candidate, item) for item in done.items]
-    scores = ({name: plain(own[index]) for name, own in values.items()} for index in range(len(keys)))
-    return [known[key] | {"scores": own} for key, own in zip(keys, scores, strict=True)]
+    scores = ({name: plain(numbers[index]) for name, numbers in values.items()} for index in range(len(keys)))
+    return [known[key] | {"scores": sample} for key, sample in zip(keys, scores, strict=True)]
 
 
 def _row(
     done: Evaluation, candidate: Candidate, rows: Mapping[str, Sequence[Row]], figures: Mapping[str, Figure]
 ) -> dict[str, Any]:
     """One method's line of the table."""
-    own, base = rows[candidate.label], rows[done.candidates[0].label]
-    loop, dense_loop = (_quantiles(each, "denoising_seconds") for each in (own, base))
-    attention, dense_attention = (_quantiles(each, "attention_seconds") for each in (own, base))
+    sparse, base = rows[candidate.label], rows[done.candidates[0].label]
+    loop, dense_loop = (_quantiles(samples, "denoising_seconds") for samples in (sparse, base))
+    attention, dense_attention = (_quantiles(samples, "attention_seconds") for samples in (sparse, base))
     assert loop is not None and dense_loop is not None
-    peaks = [row["peak_memory"] for row in own if row["peak_memory"] is not None]
+    peaks = [row["peak_memory"] for row in sparse if row["peak_memory"] is not None]
     prompts = len({item.prompt for item in done.items})
-    times = ([row["denoising_seconds"] for row in each] for each in (base, own))
+    times = ([row["denoising_seconds"] for row in samples] for samples in (base, sparse))
     return {
         "label": candidate.label,
         **candidate.record(),
         "command": shlex.join(_command(done, candidate)),
-        "samples": len(own),
-        "steps": own[0]["steps"],
+        "samples": len(sparse),
+        "steps": sparse[0]["steps"],
         "guidance": done.sweep.arguments(candidate).get("guidance_scale"),
-        "density": statistics.fmean(row["density"] for row in own),
+        "density": statistics.fmean(row["density"] for row in sparse),
         "speedup": dense_loop["p50"] / loop["p50"],
         "speedup_interval": bootstrap(_ratio_of_medians, prompts, *times),
         "attention_speedup": dense_attention["p50"] / attention["p50"] if attention and dense_attention else None,
         "loop_seconds": loop,
         "attention_seconds": attention,
         "peak_bytes": max(peaks, default=None),
-        "cached": sum(row["cached"] for row in own),
-        "kernels": sorted({kernel for row in own for kernel in row.get("kernels", ())}),
+        "cached": sum(row["cached"] for row in sparse),
+        "kernels": sorted({kernel for row in sparse for kernel in row.get("kernels", ())}),
         "figures": plain(figures),
     }
 
 
-def _ratio_of_medians(base: np.ndarray, own: np.ndarray) -> np.ndarray:
-    medians = (np.median(times.reshape(len(times), -1), axis=1) for times in (base, own))
+def _ratio_of_medians(base: np.ndarray, method: np.ndarray) -> np.ndarray:
+    medians = (np.median(times.reshape(len(times), -1), axis=1) for times in (base, method))
     return next(medians) / next(medians)
 
 
@@ -179,10 +179,10 @@ def _made(done: Evaluation) -> dict[str, Any]:
     """How every figure was made."""
     request, arguments = done.request, done.sweep.arguments(done.candidates[0])
     frames = f"{arguments['num_frames']} frames of " if "num_frames" in arguments else ""
-    found: Any = machine()
-    hardware = f"{found['processor']}, {found['cores']} cores, {found['torch_threads']} threads"
+    computer: Any = machine()
+    hardware = f"{computer['processor']}, {computer['cores']} cores, {computer['torch_threads']} threads"
     if done.sweep.device.type == "cuda":
-        hardware = found["gpus"][done.sweep.device.index or 0]["name"]
+        hardware = computer["gpus"][done.sweep.device.index or 0]["name"]
     return {
         "command": shlex.join(["dit-accel", *sys.argv[1:]]),
         "model": request.model,
@@ -221,12 +221,12 @@ def _write_media(done: Evaluation, rows: Mapping[str, Sequence[Row]]) -> list[di
         return listed
     with staged(done.request.output / "media" / "all") as stage:
         for index, item in enumerate(done.items[: done.request.pictures]):
-            for label, own in rows.items():
+            for label, samples in rows.items():
                 frames = done.frames(label, item)
                 name = f"{index + 1:03d}-{slug(label)}{'.png' if len(frames) == 1 else '.mp4'}"
                 write_frames(stage / name, frames, done.fps)
                 shows = {"row": label, "prompt": item.prompt, "seed": item.seed, "media": f"media/{name}"}
-                listed.append(shows | {"figures": own[index]["scores"]})
+                listed.append(shows | {"figures": samples[index]["scores"]})
     return listed
 
 

@@ -112,16 +112,16 @@ class Sweep:
         candidate: Candidate,
         item: PromptSeed,
         what: str,
-        asked: dict[str, Any],
+        settings: dict[str, Any],
         record: Callable[[Accelerator, Callable[[], Any]], dict[str, Any]],
         folder: Path,
         whole: TotalBar | None = None,
     ) -> dict[str, Any]:
         """What `record` made of one run of a method, or what `folder` has of it.
 
-        `record` gets the accelerator, and a function that makes the run once. `asked` decides it beside the sample.
+        `record` gets the accelerator, and a function that makes the run once. `settings` decides it beside the sample.
         """
-        path = folder / f"{key_of({'sample': self.key(candidate, item), **asked})}.json"
+        path = folder / f"{key_of({'sample': self.key(candidate, item), **settings})}.json"
         if not path.exists():
             arguments, title = self.arguments(candidate) | {"prompt": item.prompt}, f"{what} of {candidate.label}"
             bar = None if whole is None else whole.progress
@@ -136,7 +136,8 @@ class Sweep:
         known = self.results.rows.get(key)
         if known is not None and (stored is None or stored["sha256"] != known["sha256"]):
             print(
-                f"{self.store(candidate).path(key)} is missing or damaged; its sample is made again.", file=sys.stderr
+                f"{self.store(candidate).path(key)} is missing or damaged. Its sample is generated again.",
+                file=sys.stderr,
             )
             return False
         if known is None and stored is not None and candidate.setting is None:

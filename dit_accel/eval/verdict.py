@@ -92,9 +92,9 @@ def _nothing_gains(rows: Sequence[Row], tokens: int) -> str:
     if not sparse:
         return "No setting attends to fewer pairs than dense attention."
     fastest, base = _fastest(sparse), rows[0]
-    said = f"Nothing gains for sure at {tokens:,} tokens: the fastest is {_figures(fastest, None)}."
+    said = f"No setting is surely faster than dense at {tokens:,} tokens. The fastest is {_figures(fastest, None)}."
     if base["attention_seconds"] is None:
-        return f"{said} A run without --compile also tells from which length on one would."
+        return f"{said} Without --compile, the verdict also estimates from how many tokens on one would be."
     timed = [row for row in (base, *sparse) if row["attention_seconds"]]
     attention = {row["label"]: row["attention_seconds"]["p50"] for row in timed}
     rest = {row["label"]: row["loop_seconds"]["p50"] - attention[row["label"]] for row in timed}
@@ -104,9 +104,9 @@ def _nothing_gains(rows: Sequence[Row], tokens: int) -> str:
         if seconds < attention[base["label"]]
     }
     if not lengths:
-        return f"{said} No setting's attention is faster than dense attention; try a longer video or more sparsity."
+        return f"{said} No setting's attention is faster than dense attention. Try a longer video or more sparsity."
     label = min(lengths, key=lambda name: lengths[name])
     if lengths[label] <= 1:
-        return f"{said} The difference is within this run's noise; take more prompts or a longer video."
+        return f"{said} The difference is within this run's noise. Take more prompts or a longer video."
     count = float(f"{lengths[label] * tokens:.1e}")  # two digits
     return f"{said} By these times {label} would gain from about {count:,.0f} tokens on."

@@ -121,21 +121,21 @@ def _load_lora(pipe: DiffusionPipeline, lora: str, name: str) -> None:
 
 
 def call_arguments(
-    kind: type, own: Mapping[str, Any], given: Mapping[str, Any], extra: Iterable[str]
+    kind: type, defaults: Mapping[str, Any], options: Mapping[str, Any], extra: Iterable[str]
 ) -> dict[str, Any]:
-    """The keyword arguments of a pipeline's call, from the model's `own` defaults that it takes, and options.
+    """The keyword arguments of a pipeline's call, from the model's `defaults` that it takes, and options.
 
-    `given` has options by argument, None if not given; `extra` has ``key=value`` in JSON or plain text for any others.
+    `options` are by argument, None if absent; `extra` has ``key=value`` in JSON or plain text for any others.
 
     Raises:
         DitAccelError: the pipeline has no such argument, needs another one, or takes another kind of value.
     """
-    asked = {name: value for name, value in given.items() if value is not None}
-    takes = parameters(kind, asked)
-    for name in asked:
+    named = {name: value for name, value in options.items() if value is not None}
+    takes = parameters(kind, named)
+    for name in named:
         if name not in takes:
             raise DitAccelError(f"{kind.__name__} takes no {OPTIONS[name]}; leave it out.")
-    arguments = {name: value for name, value in own.items() if name in takes} | asked
+    arguments = {name: value for name, value in defaults.items() if name in takes} | named
     free = sorted(set(takes) - NOT_OPTIONS - set(OPTIONS))
     for item in extra:
         name, equals, text = item.partition("=")
@@ -154,10 +154,10 @@ def call_arguments(
     return arguments
 
 
-def parameters(kind: type, given: Iterable[str]) -> Mapping[str, inspect.Parameter]:
+def parameters(kind: type, inputs: Iterable[str]) -> Mapping[str, inspect.Parameter]:
     """The arguments of a pipeline's call, annotated with types; `given` as in `modular.parameters`."""
     if modular.is_modular(kind):
-        return modular.parameters(kind, given)
+        return modular.parameters(kind, inputs)
     hints: dict[str, Any] = {}
     with contextlib.suppress(NameError):  # an annotation may name a package that is not installed
         hints = typing.get_type_hints(kind.__call__)
@@ -178,10 +178,10 @@ def _value(kind: type, parameter: inspect.Parameter, text: str) -> Any:
         raise DitAccelError(f"--pipe takes finite numbers, got {constant}.")
 
     name, hint = parameter.name, parameter.annotation
-    found: list[Any] = [text]
+    constants: list[Any] = [text]
     with contextlib.suppress(json.JSONDecodeError, RecursionError):
-        found.insert(0, json.loads(text, parse_constant=refuse))
-    for value in found:
+        constants.insert(0, json.loads(text, parse_constant=refuse))
+    for value in constants:
         if (value is None and parameter.default is None) or values.fits(value, hint):
             if name == LENGTH and value < 1:
                 raise DitAccelError(f"--pipe {name} is a number of tokens of at least 1, got {value}.")

@@ -24,8 +24,8 @@ PACKAGES = (
 
 def versions() -> dict[str, str | None]:
     """The versions of this package, of Python and of each package in `PACKAGES`; None if not installed."""
-    found: dict[str, str | None] = {"dit_accel": __version__, "python": platform.python_version()}
-    return found | {package: version(package) for package in PACKAGES}
+    versions: dict[str, str | None] = {"dit_accel": __version__, "python": platform.python_version()}
+    return versions | {package: version(package) for package in PACKAGES}
 
 
 def version(package: str) -> str | None:

@@ -47,7 +47,7 @@ class DeviceOptions(values.Checked):
 
     PANEL: ClassVar[str] = "Device and memory"
 
-    device: str = option("auto", "cuda, cuda:1, cpu, ...; auto: a GPU if there is one.")
+    device: str = option("auto", "Device, such as cuda:1 or cpu; auto takes a GPU if there is one.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -56,11 +56,13 @@ class MemoryOptions(DeviceOptions):
 
     PANEL: ClassVar[str] = "Device and memory"
 
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = option("auto", "auto: bfloat16 on a GPU, else float32.")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
+        "auto", "Data type; auto is bfloat16 on a GPU and float32 elsewhere."
+    )
     offload: Literal["none", "model", "group"] = option(
         "none", "Keep weights in main memory; move whole models or single layers to the GPU when they run."
     )
-    vae_tiling: bool = option(False, "Decode in tiles, which takes less memory.")
+    vae_tiling: bool = option(False, "Decode in tiles to save memory.")
     compile: bool = option(False, "Compile the transformer's blocks with torch.compile.")
 
 
@@ -70,9 +72,9 @@ class SizeOptions(values.Checked):
 
     PANEL: ClassVar[str] = "Size"
 
-    frames: int | None = option(None, "Frames of the video; the model's own number if not given.", least=1)
-    height: int | None = option(None, "Height in pixels; the model's own if not given.", least=1)
-    width: int | None = option(None, "Width in pixels; the model's own if not given.", least=1)
+    frames: int | None = option(None, "Number of frames; by default the model's own.", least=1)
+    height: int | None = option(None, "Height in pixels; by default the model's own.", least=1)
+    width: int | None = option(None, "Width in pixels; by default the model's own.", least=1)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -82,8 +84,8 @@ class SamplingOptions(SizeOptions):
     PANEL: ClassVar[str] = "Sampling"
 
     negative_prompt: str | None = option(None, "What not to show.")
-    steps: int | None = option(None, "Denoising steps; the model's own number if not given.", least=1, most=MOST_STEPS)
-    guidance: float | None = option(None, "Guidance scale; the model's own if not given.")
+    steps: int | None = option(None, "Number of denoising steps; by default the model's own.", least=1, most=MOST_STEPS)
+    guidance: float | None = option(None, "Guidance scale; by default the model's own.")
     fps: int | None = option(None, "Frames a second of videos.", least=1, most=100)  # gif counts in 1/100 s
     pipe: tuple[str, ...] = option(
         (), "Any other argument of the pipeline's call, repeatable; JSON values.", metavar="KEY=VALUE", repeatable=True
@@ -146,13 +148,13 @@ class MethodOptions(ScheduleOptions, SettingsOptions):
     PANEL: ClassVar[str] = "Method"
 
     method: str | None = option(None, "How attention is computed; `dit-accel ls` lists methods.", metavar=METHOD_FORM)
-    preset: bool = option(False, "Use the method's recommended settings for this model; given ones win.")
+    preset: bool = option(False, "Use the method's recommended settings for this model; settings that you give win.")
     load: Path | None = option(
         None,
         "A saved accelerator, a setting, or published weights (`dit-accel ls formats`), in place of --method.",
         metavar="FOLDER|FILE|HUB-ID[@REVISION]",
     )
-    any_weights: bool = option(False, "With --load: try it on other base weights than it was trained for.")
+    any_weights: bool = option(False, "With --load: allow other base weights than those it was trained for.")
 
     def candidate(self, family: Family | None = None, transformers: int = 1) -> Candidate:
         """The setting that these options make; the untouched pipeline's dense attention without any.
@@ -201,14 +203,14 @@ class ModelRequest(SourceOptions, SamplingOptions, MemoryOptions):
         return pipe
 
     def arguments(
-        self, kind: type, own: Mapping[str, Any], shape: tuple[int, int, int], *, video: bool, **given: Any
+        self, kind: type, defaults: Mapping[str, Any], shape: tuple[int, int, int], *, video: bool, **others: Any
     ) -> dict[str, Any]:
         """The arguments of the pipeline's call for frames, height and width; a `video` call takes the frames.
 
-        `kind`, `own` and errors are as in `call.call_arguments`.
+        `kind`, `defaults` and errors are as in `call.call_arguments`.
         """
-        asked = {
-            **given,
+        options = {
+            **others,
             "negative_prompt": self.negative_prompt,
             "num_inference_steps": self.steps,
             "guidance_scale": self.guidance,
@@ -216,7 +218,7 @@ class ModelRequest(SourceOptions, SamplingOptions, MemoryOptions):
             "height": shape[1],
             "width": shape[2],
         }
-        return call.call_arguments(kind, own, asked, self.pipe)
+        return call.call_arguments(kind, defaults, options, self.pipe)
 
     def rate(self, kind: type, source: Source, arguments: Mapping[str, Any]) -> int:
         """Frames a second of the videos: from --fps, the call's argument, or the model."""
@@ -236,11 +238,11 @@ class GenerateRequest(MethodOptions, ModelRequest):
         metavar=PROMPTS_FORM,
     )
     image: Path | None = option(None, "First frame, for image-to-video models.", metavar="FILE")
-    seed: int = option(0, "Of the noise; the same noise on every device.", least=0)
+    seed: int = option(0, "Seed of the noise, which is the same on every device.", least=0)
     lora: tuple[str, ...] = option((), "A LoRA for the transformer, repeatable.", metavar="PATH|ID", repeatable=True)
     verify: bool = option(False, "Compare each layer's first sparse call with dense attention.")
     keep_dense_above: float | None = option(
-        None, "Verify, and keep layers dense whose relative error is above this.", metavar="ERROR", above=0
+        None, "Verify, and keep layers dense whose relative error exceeds this.", metavar="ERROR", above=0
     )
     compare: bool = option(False, "Also generate densely; show both side by side with times, PSNR and SSIM.")
     overwrite: bool = option(False, "Replace older outputs of this name that dit_accel wrote.")

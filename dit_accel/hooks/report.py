@@ -150,9 +150,9 @@ class Tally:
         self._dense: Counter[str] = Counter()
         self._kept = 0
 
-    def keep(self, kept: Mapping[int, Iterable[Any]]) -> None:
+    def keep(self, values: Mapping[int, Iterable[Any]]) -> None:
         """Note the size of what a layer keeps between steps, records with tensors."""
-        tensors = (part for record in kept.values() for part in record if isinstance(part, torch.Tensor))
+        tensors = (part for record in values.values() for part in record if isinstance(part, torch.Tensor))
         self._kept = max(self._kept, sum(part.nbytes for part in tensors))
 
     def sparse(self, density: float | None, kernel: str, why: str) -> None:
@@ -179,11 +179,11 @@ class Tally:
     def totals(self) -> dict[str, Any]:
         """The counted fields of a `LayerReport`."""
         measured: dict[int | None, tuple[float, float]]
-        measured = {step: tuple(found.tolist()) for step, found in self._measured.items()}
-        found = list(measured.values()) or [
+        measured = {step: tuple(tensor.tolist()) for step, tensor in self._measured.items()}
+        densities = list(measured.values()) or [
             (density * count, count) for density, count in self._sparse.items() if density is not None
         ]
-        density = sum(total for total, _ in found) / sum(count for _, count in found) if found else None
+        density = sum(total for total, _ in densities) / sum(count for _, count in densities) if densities else None
         return {
             "sparse_calls": self._sparse.total(),
             "dense_calls": self._dense.total(),

@@ -1,4 +1,4 @@
-"""What a layer keeps from one denoising step to the next, and block lists among it."""
+"""Results that a layer reuses in later denoising steps, such as block lists."""
 
 from __future__ import annotations
 
@@ -12,9 +12,13 @@ from dit_accel.kernels.router.portable import lists_of
 
 
 class KeptLists(NamedTuple):
-    """The plan and the denoising step that listed blocks; a bit for each pair of blocks; the width of the lists.
+    """Block lists as bits, with the plan and the step that they come from.
 
-    bits: uint8 [B, H, query blocks, key blocks / 8, rounded up].
+    Attributes:
+        owner: the plan.
+        step: index of the denoising step.
+        bits: a bit for each pair of blocks, uint8 [B, H, query blocks, key blocks / 8, rounded up].
+        width: entries in a list.
     """
 
     owner: Any
@@ -24,10 +28,13 @@ class KeptLists(NamedTuple):
 
 
 class ListMemory(NamedTuple):
-    """What the calls of one layer share between denoising steps: the step of a call, and what is `kept` by its number.
+    """The memory of one layer between denoising steps, as one of its calls sees it.
 
-    number: of the call within the step: guidance in two calls has 0 and 1.
-    last: whether no step follows, so nothing need be kept.
+    Attributes:
+        step: index of the call's denoising step.
+        number: index of the call within the step; guidance in two calls has 0 and 1.
+        last: whether this is the last step.
+        kept: what is stored, by the call's number.
     """
 
     step: int
@@ -43,9 +50,10 @@ def kept_or_new(
     shape: tuple[int, int, int, int],
     choose: Callable[[], BlockLists],
 ) -> BlockLists:
-    """The lists kept for this call if they are younger than `refresh` steps, else those that `choose` makes.
+    """The stored lists of this call if they are younger than `refresh` steps; otherwise `choose` makes new ones.
 
-    Lists of another plan (`owner`) or `shape` (B, H, query blocks, key blocks) are not used. Without `memory` none are.
+    Lists of another plan (`owner`) or another `shape` (B, H, query blocks, key blocks) are not reused. Without `memory`
+    no lists are.
     """
     if memory is None or refresh == 1:
         return choose()

@@ -1,6 +1,6 @@
-"""The noising process a model was trained with, read from its scheduler: noisy samples, targets and noise levels.
+"""How a model was trained to remove noise, read from its scheduler: noise levels, noisy samples and targets.
 
-`LevelSegments` has the levels and targets of distillation.
+`LevelSegments` has the levels and targets of consistency distillation.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class Flow:
     """Rectified flow: x = (1 − σ)·clean + σ·noise. A level is σ in [0, 1]; levels of samples are [B].
 
     Args:
-        shift: of the scheduler's levels.
+        shift: how far the scheduler moves its levels towards noise.
         sample: whether the model predicts the clean sample; otherwise the velocity, noise − clean.
     """
 
@@ -38,7 +38,7 @@ class Flow:
         return _shifted(level, self.shift if settings.shift is None else settings.shift)
 
     def even(self, share: float) -> torch.Tensor:
-        """The level below which a share of the scheduler's own levels lies, float32 [1]."""
+        """The quantile of the scheduler's own levels at a share, float32 [1]."""
         return _shifted(torch.tensor([share]), self.shift)
 
     def noisy(self, clean: torch.Tensor, noise: torch.Tensor, level: torch.Tensor) -> torch.Tensor:
@@ -55,18 +55,18 @@ class Flow:
         return level * TRAIN_STEPS
 
     def velocity(self, prediction: torch.Tensor, noisy: torch.Tensor, level: torch.Tensor) -> torch.Tensor:
-        """The velocity that a prediction at levels above 0 means, in its shape."""
+        """A prediction at levels above 0 as a velocity, in its shape."""
         return (noisy - prediction) / per_sample(level, noisy) if self.sample else prediction
 
     def prediction(self, velocity: torch.Tensor, noisy: torch.Tensor, level: torch.Tensor) -> torch.Tensor:
-        """The prediction that means a velocity; the inverse of `velocity`."""
+        """A velocity as a prediction; the inverse of `velocity`."""
         return noisy - per_sample(level, noisy) * velocity if self.sample else velocity
 
 
 class Diffusion:
     """Discrete diffusion (DDPM): x = √ᾱ·clean + √(1 − ᾱ)·noise. A level is a step of the training schedule.
 
-    Its methods are those of `Flow`.
+    It has the methods of `Flow`, except those of velocities.
 
     Args:
         alphas_cumprod: ᾱ of each step, float [1000].
@@ -111,10 +111,10 @@ def process_of(scheduler: Any, latents: torch.Size) -> NoiseProcess:
     """The noising process of a pipeline's scheduler.
 
     Args:
-        latents: shape of one sample; a scheduler that shifts by length (FLUX) reads it.
+        latents: shape of one sample, for schedulers whose shift depends on its length (FLUX).
     """
     config = scheduler.config
-    flow_sigmas = config.get("use_flow_sigmas", False)  # of a scheduler that knows both processes, such as UniPC
+    flow_sigmas = config.get("use_flow_sigmas", False)  # a scheduler such as UniPC has both processes
     if config.get("prediction_type") == "flow_prediction" or type(scheduler).__name__.startswith("FlowMatch"):
         return Flow(_shift(config, latents))
     if flow_sigmas and config.get("prediction_type") == "sample":
@@ -139,7 +139,7 @@ def _shift(config: Any, latents: torch.Size) -> float:
 
 
 def per_sample(level: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """[B] as [B, 1, ...], on the device of `like` and with as many dimensions."""
+    """Reshapes [B] to [B, 1, ...], with the device and the number of dimensions of `like`."""
     return level.to(like.device).view(-1, *([1] * (like.ndim - 1)))
 
 
@@ -152,24 +152,24 @@ class LevelSegments:
 
     1. The teacher (dense, with guidance) takes one step along its grid, from σ to σ'.
     2. The student, without gradient, jumps from there to the segment's end ε: y = x' + (ε − σ')·v(x', σ').
-    3. The student's target at σ is the velocity from x to y in one step: (y − x) / (ε − σ). A model
-       that predicts the clean sample is read, and taught, by the velocity that its prediction means (`Flow.velocity`).
+    3. The student's target at σ is the velocity that leads from x to y in one step: (y − x) / (ε − σ). If a model
+       predicts the clean sample, its predictions and targets are converted (`Flow.velocity`).
 
-    If σ' = ε, step 2 is void and the teacher's step is the target. Both grids are those of the pipeline, so the student
-    samples with the unchanged pipeline: in `segments` steps, without guidance.
+    If σ' = ε, there is no step 2, and the teacher's step is the target. Both grids are the pipeline's own. So the
+    student samples with the unchanged pipeline: in `segments` steps, without guidance.
 
     Args:
         process: of the pipeline's scheduler.
-        ends: levels that the pipeline visits in as many steps as there are segments, from noise to 0: float32 [S + 1].
-        steps: the same for the teacher's steps.
+        ends: levels that the pipeline visits with one step a segment, from noise to 0: float32 [S + 1].
+        steps: levels that it visits with the teacher's number of steps: float32 [T + 1].
 
     Raises:
-        DitAccelError: the process is no flow.
+        DitAccelError: the process is not a flow.
     """
 
     def __init__(self, process: NoiseProcess, ends: torch.Tensor, steps: torch.Tensor) -> None:
         if not isinstance(process, Flow):
-            raise DitAccelError("Consistency distillation needs a flow-matching model; choose another objective.")
+            raise DitAccelError("Consistency distillation needs a flow-matching model. Choose another objective.")
         self.process = process
         levels = sorted({*ends.tolist(), *steps.tolist()}, reverse=True)
         merged = [levels[0]]
@@ -189,7 +189,7 @@ class LevelSegments:
 
     @torch.no_grad()
     def target(self, noisy: torch.Tensor, index: torch.Tensor, teacher: Predict, student: Predict) -> torch.Tensor:
-        """What means the velocity that leads to the segment's end, in the shape of `noisy`.
+        """The prediction whose velocity leads to the segment's end, in the shape of `noisy`.
 
         Args:
             noisy: [B, ...] at the levels `start[index]`.

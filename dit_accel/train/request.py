@@ -21,9 +21,9 @@ GENERATED, CLIPS, FOLDER = "generated", "clips", "folder"
 class RunOptions(SourceOptions, DeviceOptions):
     """The model, the task and the output folder."""
 
-    recipe: str | None = option(None, "Settings to start from; other options win over it.", metavar="NAME|FILE")
+    recipe: str | None = option(None, "Recipe to start from; other options win.", metavar="NAME|FILE")
     samples: tuple[str, ...] = option(
-        (), "Generated on the way, every --validate-every steps; repeatable.", flag="--prompt", repeatable=True
+        (), "Prompt to sample every --validate-every steps, repeatable.", flag="--prompt", repeatable=True
     )
     prepare: bool = option(False, "Make the training data in OUTPUT/data, and stop.")
     search: Path | None = option(None, "Train nothing: search a layer schedule.", metavar="FILE.json")
@@ -39,7 +39,7 @@ class RunOptions(SourceOptions, DeviceOptions):
         metavar="KEY=VALUE",
         repeatable=True,
     )
-    output: Path = option(Path("trained"), "Of the run; a run that was stopped goes on.", metavar="FOLDER")
+    output: Path = option(Path("trained"), "Folder of the run; a run that was stopped continues.", metavar="FOLDER")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -72,8 +72,8 @@ class DataSettings(SizeOptions):
         flag="--data",
         metavar="SOURCE",
     )
-    prompts: str | None = option(None, "For generated data; files have one a line.", metavar=PROMPTS_FORM)
-    count: int | None = option(None, "Samples to make or take; 256 clips, or all prompts, if not given.", least=1)
+    prompts: str | None = option(None, "Prompts of generated data, one a line.", metavar=PROMPTS_FORM)
+    count: int | None = option(None, "Number of samples; by default 256 clips, or one for each prompt.", least=1)
     steps: int | None = option(None, "Of generated samples; the model's own if not given.", least=1, typed=False)
     guidance: float | None = option(None, "Of generated samples; the model's own if not given.", typed=False)
 

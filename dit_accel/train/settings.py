@@ -99,16 +99,20 @@ class TrainSettings:
         above=0,
         typed=False,
     )
-    warmup: int = option(0, "First steps, over which the rate rises from 0.", least=0, typed=False)
-    decay: Literal["constant", "cosine"] = option("constant", "Of the rate; cosine ends at a tenth.", typed=False)
-    weight_decay: float = option(0.01, "Of AdamW.", least=0, typed=False)
-    betas: tuple[float, float] = option((0.9, 0.999), "Of AdamW, from 0 to below 1.", least=0, below=1, typed=False)
+    warmup: int = option(0, "Number of first steps, over which the rate rises from 0.", least=0, typed=False)
+    decay: Literal["constant", "cosine"] = option(
+        "constant", "How the rate falls; cosine ends at a tenth.", typed=False
+    )
+    weight_decay: float = option(0.01, "Weight decay of AdamW.", least=0, typed=False)
+    betas: tuple[float, float] = option(
+        (0.9, 0.999), "Betas of AdamW, from 0 to below 1.", least=0, below=1, typed=False
+    )
     clip: float = option(1.0, "Largest norm of the gradient; 0 does not clip.", least=0, typed=False)
-    rank: int = option(64, "Of the LoRA; 0 trains all weights of the transformer.", least=0)
-    alpha: float | None = option(None, "Of the LoRA; `rank` if not given.", above=0, typed=False)
+    rank: int = option(64, "Rank of the LoRA; 0 trains all weights of the transformer.", least=0)
+    alpha: float | None = option(None, "Alpha of the LoRA; by default its rank.", above=0, typed=False)
     targets: tuple[str, ...] | None = option(
         None,
-        "Ends of the names of the linear layers to adapt; q, k, v and output of self-attention if not given.",
+        "Ends of the names of the linear layers to adapt; by default q, k, v and output of self-attention.",
         typed=False,
     )
     levels: LevelSettings = option(LevelSettings, "How noise levels are drawn.", typed=False)
@@ -117,15 +121,19 @@ class TrainSettings:
     )
     distillation: Distillation = option(Distillation, "For the objective consistency.", typed=False)
     ema: float = option(
-        0.0, "Decay of the averaged weights, which are what is saved; 0 keeps none.", least=0, below=1, typed=False
+        0.0,
+        "Decay of the averaged weights, which are saved in place of the last ones; 0 averages none.",
+        least=0,
+        below=1,
+        typed=False,
     )
     precision: Literal["no", "bf16", "fp16"] = option("no", "Mixed precision; no is float32.")
     checkpointing: bool = option(False, "Recompute activations in the backward pass.", typed=False)
-    seed: int = option(0, "Of data order and noise.", least=0)
+    seed: int = option(0, "Seed of data order and noise.", least=0)
     save_every: int = option(500, "Steps between checkpoints.", least=1)
     validate_every: int = option(0, "Steps between samples of --prompt; 0 makes none.", least=0)
     tracker: str | None = option(
-        None, "tensorboard, wandb, ..., as accelerate knows them; losses.jsonl is always written."
+        None, "Tracker of accelerate, such as tensorboard or wandb; losses.jsonl is always written."
     )
 
     def __post_init__(self) -> None:

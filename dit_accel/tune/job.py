@@ -64,19 +64,20 @@ def run(request: TuneRequest) -> tuple[Summary, list[str]]:
         if search.obstacle is not None:
             print(f"left out: settings layer by layer: {search.obstacle}.", file=sys.stderr)
         planned, candidates = rounds(len(tried), steps), tried
-        whole = TotalBar(progress, "all of it", sum((count + 1) * own for count, own in planned) * len(opened.items))
-        for number, (_, own) in enumerate(planned, 1):
+        work = sum((count + 1) * round_steps for count, round_steps in planned)
+        whole = TotalBar(progress, "all of it", work * len(opened.items))
+        for number, (_, round_steps) in enumerate(planned, 1):
             final = number == len(planned)
             if final and search.obstacle is None and len(search.configs(candidates[0].method)) > 1:
                 whole.spare(-search.work(candidates[0].method))
                 layered = search.run(candidates, whole)
-                whole.spare(-len(layered) * own * len(opened.items))
+                whole.spare(-len(layered) * round_steps * len(opened.items))
                 candidates = [*candidates, *layered]
-            asked = dataclasses.replace(
-                evaluation, steps=own, methods=tuple(candidates), output=request.output / f"round-{number}",
+            of_round = dataclasses.replace(
+                evaluation, steps=round_steps, methods=tuple(candidates), output=request.output / f"round-{number}",
                 pictures=evaluation.pictures if final else 0,
             )  # fmt: skip
-            result, _ = quality.run(asked, pipe, whole)
+            result, _ = quality.run(of_round, pipe, whole)
             assert result is not None, "tune runs in one process"
             summary = result
             by_label = {candidate.label: candidate for candidate in candidates}
@@ -118,4 +119,4 @@ def order(rows: Sequence[Row], metrics: Sequence[dict[str, Any]], limits: Sequen
         value = gates.figures_of(row)[limits[0].figure]
         return math.inf if value is None else abs(value - limits[0].bound)
 
-    return sorted(zip(numbers, rows, strict=True), key=lambda each: (each[0], distance(each[1])))
+    return sorted(zip(numbers, rows, strict=True), key=lambda pair: (pair[0], distance(pair[1])))

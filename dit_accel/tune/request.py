@@ -39,9 +39,9 @@ class TuneRequest(ScheduleOptions, PromptsRequest):
         most=1,
     )
     method: tuple[str, ...] = option(
-        (), "Only these, repeatable; with settings, only those settings.", metavar=METHOD_FORM, repeatable=True
+        (), "Try only this method, repeatable; with settings, only those.", metavar=METHOD_FORM, repeatable=True
     )
-    output: Path = option(Path("tuned"), "Of all files; a run that was stopped goes on.", metavar="FOLDER")
+    output: Path = option(Path("tuned"), "Folder for all files; a run that was stopped continues.", metavar="FOLDER")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -73,7 +73,7 @@ class TuneRequest(ScheduleOptions, PromptsRequest):
                 "method whose calibration tries settings layer by layer takes none of them."
             )
         if self.compile:
-            raise DitAccelError("--calibrate looks into attention, which --compile hides; leave it out for that run.")
+            raise DitAccelError("--calibrate looks into attention, which --compile hides. Leave it out for that run.")
         registry.make_config(name, config)
         return method, config
 

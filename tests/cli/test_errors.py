@@ -113,7 +113,7 @@ def refused(cli, tmp_path):
         (("--load", "none"), "--load none"),
         (("--revision", "main"), "--revision is for models on the Hub"),
         (("--promt", "a"), "--promt"),
-        (("--verify",), "--verify compares a method with dense attention; give --method or --load"),
+        (("--verify",), "--verify"),
         (("--any-weights",), "--any-weights"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
@@ -131,7 +131,7 @@ def test_options(refused, demo, tmp_path, options, message):
         (("eval", "--method", "gna:window=0.5", "--pipe", "foo=1"), "has no argument 'foo'"),
         (
             ("eval", "--method", "gna:window=0.5", "--attention-report", "steps=0,99"),
-            "step 99, and there are steps 0 to",
+            "step 99",
         ),
         (("train", "--recipe", "gna-demo", "--tracker", "banana"), "The tracker 'banana' is not installed"),
     ],
@@ -180,7 +180,7 @@ def test_ctrl_c_while_the_model_of_a_batch_is_loaded(cli, demo, tmp_path, monkey
     monkeypatch.setattr(sources, "load", interrupted)
     outcome = cli("generate", *SIZE, "--prompts", "demo", "--output", tmp_path / "a.mp4")
     assert outcome.status == 130
-    assert outcome.err.splitlines()[-1] == "dit-accel: interrupted after 0 of 16; the same command goes on."
+    assert outcome.err.splitlines()[-1].startswith("dit-accel: interrupted after 0 of 16")
 
 
 @pytest.mark.parametrize(
@@ -340,8 +340,8 @@ class TestSaved:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ((), "neither came"),
-        (("--grid", "2x2x2", "--model", "demo"), "both came"),
+        ((), "--grid"),
+        (("--grid", "2x2x2", "--model", "demo"), "--grid"),
         (("--grid", "2x2"), "--grid is frames x height x width"),
         (("--grid", "0x2x2"), "frames as an integer >= 1"),
         (("--grid", "2x2x2", "--frames", "5"), "belong to --model"),

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from messages import says
 from PIL import Image
 
 import dit_accel
@@ -106,13 +107,13 @@ def test_grids_of_more_blocks_than_fit_are_refused(cli, method):
     """Ten million tokens with text: 80,002 x 160,004 blocks of 128 and 64 tokens."""
     outcome = cli("plan", "--method", method, "--grid", "64x400x400", "--text", "256")
     assert (outcome.status, outcome.out, outcome.err.count("\n")) == (2, "", 1)
-    assert "at most 33,554,432 pairs of blocks; 64x400x400 + 256 text last in blocks of 128" in outcome.err
+    assert says(outcome.err, "33,554,432 64x400x400 256 128")
 
 
 def test_too_many_blocks_are_refused_before_tiles_are_chosen(cli):
     outcome = cli("plan", "--method", "gna:window=8", "--grid", "1x40000x50000")
     assert (outcome.status, outcome.err.count("\n")) == (2, 1)
-    assert "at most 33,554,432 pairs of blocks" in outcome.err
+    assert says(outcome.err, "33,554,432")
 
 
 @pytest.mark.parametrize("method", ["tile:references=3", "radial"])
@@ -120,4 +121,4 @@ def test_tables_of_frame_pairs_have_a_limit(cli, method):
     """A hundred thousand frames have 10^10 pairs of frames."""
     outcome = cli("plan", "--method", method, "--grid", "100000x10x10")
     assert (outcome.status, outcome.out, outcome.err.count("\n")) == (2, "", 1)
-    assert "at most 2,048 frames of tokens, got 100,000" in outcome.err
+    assert says(outcome.err, "2,048 100,000")

@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from messages import names
 from transformers import UMT5Config
 
 from dit_accel.errors import DitAccelError
@@ -65,15 +66,15 @@ def test_an_error_without_words_is_named(tmp_path, monkeypatch):
         raise OSError
 
     monkeypatch.setattr("transformers.AutoConfig.from_pretrained", failing)
-    with pytest.raises(DitAccelError, match=r"No CLIP could be loaded from .*: OSError Give"):
+    with pytest.raises(DitAccelError, match=names("CLIP OSError")):
         Clip.load(tmp_path)
 
 
 def test_what_is_no_clip_is_refused(clip_folder, tmp_path):
-    with pytest.raises(DitAccelError, match=r"No CLIP could be loaded from nowhere/at-all: .*Give demo-clip, a folder"):
+    with pytest.raises(DitAccelError, match=names("CLIP nowhere/at-all")):
         Clip.load("nowhere/at-all")
     UMT5Config().save_pretrained(tmp_path / "other")
-    with pytest.raises(DitAccelError, match=r"holds a model of type 'umt5'\. Give one of type 'clip'"):
+    with pytest.raises(DitAccelError, match=names("umt5 clip")):
         Clip.load(tmp_path / "other")
-    with pytest.raises(ValueError, match=r"frames \[N, 3, H, W\], got \(3, 32, 32\)"):
+    with pytest.raises(ValueError, match=names("32")):
         Clip.load(clip_folder).images(torch.zeros(3, 32, 32))

@@ -6,6 +6,7 @@ import shlex
 
 import numpy as np
 import pytest
+from messages import says
 from PIL import Image
 
 from dit_accel.files import hold
@@ -121,8 +122,8 @@ class TestResults:
     def test_limits_set_the_status(self, evaluate):
         outcome = evaluate("--method", GNA, "--require", "psnr>=90,density<=0.9")
         assert outcome.status == 1
-        (line,) = [line for line in outcome.err.splitlines() if "was asked for" in line]
-        assert line.startswith(f"dit-accel: {GNA}: psnr>=90 was asked for, and it is ")
+        (line,) = [line for line in outcome.err.splitlines() if line.startswith(f"dit-accel: {GNA}: ")]
+        assert says(line, "psnr>=90")
         assert evaluate("--method", GNA, "--require", "psnr>=1,density<=0.9").status == 0
 
     def test_frames_that_are_not_finite_are_no_perfect_score(self, evaluate, tmp_path):
@@ -177,9 +178,9 @@ class TestGoingOn:
         frames = out / "baseline" / f"{before[2]['key']}.safetensors"
         frames.write_bytes(frames.read_bytes()[:-9])
         outcome = evaluate("--method", GNA)
-        assert "results.jsonl, line 2, is damaged; its sample is made again." in outcome.err
-        assert "results.jsonl, line 5, is damaged; its sample is made again." in outcome.err
-        assert f"{frames} is missing or damaged; its sample is made again." in outcome.err
+        assert says(outcome.err, "results.jsonl 2")
+        assert says(outcome.err, "results.jsonl 5")
+        assert says(outcome.err, frames)
         assert without_times(results(out)) == without_times(before)
 
     def test_a_kill_between_frames_and_line_leaves_no_trace(self, evaluate, tmp_path):
@@ -249,28 +250,28 @@ def refused(evaluate, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ((), "Nothing to evaluate: give --method"),
-        (("--method", "gnaa"), "Did you mean 'gna'?"),
-        (("--method", GNA, "--method", GNA), "is listed twice"),
+        ((), "--method"),
+        (("--method", "gnaa"), "gna"),
+        (("--method", GNA, "--method", GNA), GNA),
         (("--method", "tile:references=4"), "references"),
         (("--dense-steps", 1), "--method"),
-        (("--method", GNA, "--metric", "lipps"), "Unknown metric 'lipps'. Did you mean 'lpips'?"),
-        (("--method", GNA, "--require", "psnr"), "--require takes figure, sign and number"),
-        (("--method", GNA, "--require", "pnsr>2"), "there is no figure 'pnsr'. Did you mean 'psnr'?"),
+        (("--method", GNA, "--metric", "lipps"), "lipps lpips"),
+        (("--method", GNA, "--require", "psnr"), "--require"),
+        (("--method", GNA, "--require", "pnsr>2"), "pnsr psnr"),
         (("--method", GNA, "--attention-report", "step=1"), "steps=0,8-15,layers=0,1"),
-        (("--method", GNA, "--seeds", "3-1"), "--seeds are numbers and spans"),
-        (("--method", GNA, "--seeds", f"3,0-{10**30}"), "an evaluation takes at most 10,000"),
-        (("--method", GNA, "--prompts", "none.txt"), "--prompts none.txt is no file"),
-        (("--method", GNA, "--real", "none"), "--real none is no folder"),
-        (("--method", GNA, "--frames", 4), "the nearest are 3 and 5"),
-        (("--suite", "none.yaml"), "There is no suite none.yaml. Give a YAML file or one of: demo"),
-        (("--load", "none"), "--load none"),
+        (("--method", GNA, "--seeds", "3-1"), "--seeds"),
+        (("--method", GNA, "--seeds", f"3,0-{10**30}"), "10,000"),
+        (("--method", GNA, "--prompts", "none.txt"), "--prompts none.txt"),
+        (("--method", GNA, "--real", "none"), "--real"),
+        (("--method", GNA, "--frames", 4), "3 5"),
+        (("--suite", "none.yaml"), "suite none.yaml YAML"),
+        (("--load", "none"), "--load"),
         (("--method", GNA, "--write-card"), "--load"),
     ],
     ids=lambda value: " ".join(map(str, value)) if isinstance(value, tuple) else "",
 )
 def test_refused(refused, options, message):
-    assert message in refused(*options)
+    assert says(refused(*options), message)
 
 
 def test_real_sets_that_do_not_do(refused, tmp_path, clip_folder):
@@ -281,9 +282,9 @@ def test_real_sets_that_do_not_do(refused, tmp_path, clip_folder):
     line = refused(*options, "--seeds", "0-2", metrics=("--metric", f"fid[{clip_folder}]"))
     assert line.startswith("fid[tiny-clip] needs 25 images in each set, and the real set has 1")
     Image.new("RGB", (16, 24)).save(folder / "b.png")
-    assert "A real set has one size, and a.png is 16x16, b.png is 24x16" in refused(*options)
+    assert says(refused(*options), "a.png 16x16 b.png 24x16")
     (folder / "b.png").write_bytes(b"no picture")
-    assert "b.png cannot be read as an image or video" in refused(*options)
+    assert says(refused(*options), "b.png")
 
 
 @pytest.mark.parametrize("option", ["--output", "--baselines"])

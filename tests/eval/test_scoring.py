@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from messages import names
 
 from dit_accel.eval import scoring
 from dit_accel.eval.metric import ChosenMetric, TooFew, known
@@ -16,7 +17,7 @@ CPU = torch.device("cpu")
 @pytest.fixture
 def chosen(pooled):
     networks = {"psnr": None, "ssim": None, "fid": pooled, "kid": pooled, "frame_agreement": pooled}
-    return [ChosenMetric(name, known()[name], network, asked=True) for name, network in networks.items()]
+    return [ChosenMetric(name, known()[name], network, named=True) for name, network in networks.items()]
 
 
 def scored(chosen, baselines, others, media=()):
@@ -43,7 +44,7 @@ def test_identity_is_perfect_and_noise_is_not(chosen, clips):
 
 def test_too_few_images_have_no_figure(chosen, clips):
     """2 clips of 5 frames are fewer than 12 features and one; the evaluation leaves such metrics out."""
-    with pytest.raises(TooFew, match="needs 13 images in each set, got 10"):
+    with pytest.raises(TooFew, match=names("13 10")):
         scored(chosen, clips(2), clips(2, seed=1))
 
 

@@ -4,6 +4,7 @@ import typing
 
 import pytest
 import torch
+from messages import names
 
 from dit_accel.errors import DitAccelError
 from dit_accel.generation import call, sampling
@@ -92,7 +93,7 @@ def test_too_little_memory_is_one_line(error):
     def pipe(**arguments):
         raise error
 
-    with pytest.raises(DitAccelError, match=r"ran out of memory \(.*memory.*--vae-tiling"):
+    with pytest.raises(DitAccelError, match=names("--vae-tiling")):
         sampling.call(pipe, {}, seed=0)
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKLWan, MiniMaxH3Transformer3DModel, WanTransformer3DModel
 from diffusers.modular_pipelines import MiniMaxH3Blocks, MiniMaxH3ModularPipeline, WanBlocks
+from messages import names, says
 
 from dit_accel.errors import DitAccelError
 from dit_accel.generation import call, modular, sources
@@ -57,7 +58,7 @@ def test_eval(run, folder, tmp_path):
 
 def test_what_the_pipeline_does_not_take_is_refused_in_one_line(run, folder, tmp_path, capfd):
     assert run("generate", "--model", folder, *SIZE, "--guidance", "3") == 2
-    assert "WanModularPipeline takes no --guidance" in capfd.readouterr().err
+    assert says(capfd.readouterr().err, "WanModularPipeline --guidance")
     assert run("generate", "--model", folder, *SIZE, "--pipe", "max_sequence_length=none") == 2
     assert "max_sequence_length" in capfd.readouterr().err
     assert run("train", "--model", folder, "--recipe", "sla-demo", "--output", tmp_path / "trained") == 2
@@ -73,7 +74,7 @@ def test_a_component_that_is_missing(run, folder, tmp_path, capfd):
     index = copy / modular.INDEX
     index.write_text(index.read_text().replace(str(folder), str(copy)))
     assert run("generate", "--model", copy, *SIZE, "--output", tmp_path / "a.mp4") == 2
-    assert "Cannot load" in capfd.readouterr().err
+    assert says(capfd.readouterr().err, "load")
 
 
 def test_minimax_h3_loads_what_the_call_needs():
@@ -83,7 +84,7 @@ def test_minimax_h3_loads_what_the_call_needs():
     assert "image" in modular.parameters(kind, ["prompt", "image"])
     arguments = call.call_arguments(kind, {}, {"prompt": "a cat", "num_frames": 124, "height": 768}, [])
     assert arguments == {"prompt": "a cat", "num_frames": 124, "height": 768}
-    with pytest.raises(DitAccelError, match="takes no --guidance"):
+    with pytest.raises(DitAccelError, match=names("--guidance")):
         call.call_arguments(kind, {}, {"prompt": "a cat", "guidance_scale": 3.0}, [])
 
 

@@ -1,6 +1,7 @@
 """Which part of the work a process does."""
 
 import pytest
+from messages import names
 
 from dit_accel.errors import DitAccelError
 from dit_accel.generation.processes import VARIABLES, ProcessRank
@@ -30,14 +31,14 @@ def test_as_the_launcher_says(environment):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        (("3", "3", "0"), "RANK counts from 0"),
-        ((None, "3", "0"), "Unset them or set all three"),
-        (("one", "3", "0"), "Unset them or set all three"),
+        (("3", "3", "0"), "RANK 0"),
+        ((None, "3", "0"), "WORLD_SIZE"),
+        (("one", "3", "0"), "WORLD_SIZE"),
     ],
 )
 def test_what_does_not_fit_is_refused(environment, values, message):
     environment(*values)
-    with pytest.raises(DitAccelError, match=message):
+    with pytest.raises(DitAccelError, match=names(message)):
         ProcessRank.here()
 
 

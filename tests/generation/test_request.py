@@ -1,6 +1,7 @@
 """What generating and evaluating are asked alike."""
 
 import pytest
+from messages import names
 
 from dit_accel.errors import DitAccelError
 from dit_accel.generation.request import ModelRequest
@@ -9,14 +10,14 @@ from dit_accel.generation.request import ModelRequest
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"dtype": "int8"}, "dtype is one of auto, float32, bfloat16, float16, got 'int8'"),
-        ({"fps": 0}, "fps is at least 1, got 0"),
-        ({"fps": 101}, "fps is at most 100, got 101"),
+        ({"dtype": "int8"}, "dtype int8 float32 bfloat16"),
+        ({"fps": 0}, "fps 1 0"),
+        ({"fps": 101}, "fps 100 101"),
     ],
 )
 def test_what_no_option_would_take_is_refused(wrong, message):
     """So that a suite takes no more than the command line does."""
-    with pytest.raises(DitAccelError, match=message):
+    with pytest.raises(DitAccelError, match=names(message)):
         ModelRequest(**wrong)
 
 

@@ -1,6 +1,7 @@
 """Sizes are refused before Diffusers rounds them, and the grid is the one the transformer sees."""
 
 import pytest
+from messages import names
 
 from dit_accel.errors import DitAccelError
 from dit_accel.pipelines.sizes import Sizes
@@ -21,21 +22,21 @@ def test_wan_grid():
 @pytest.mark.parametrize(
     ("asked", "message"),
     [
-        ((81, 500, None), "height 500 cannot be made.*multiples of 16; the nearest are 496 and 512"),
-        ((81, None, 8), "width 8 cannot be made.*the nearest is 16"),
-        ((80, None, None), "frames 80 cannot be made.*the nearest are 77 and 81"),
-        ((2, None, None), "the nearest are 1 and 5"),
-        ((81, None, 16 * 1025), "width is too large: it makes 1025 tokens"),
+        ((81, 500, None), "500 16 496 512"),
+        ((81, None, 8), "8 16"),
+        ((80, None, None), "80 77 81"),
+        ((2, None, None), "1 5"),
+        ((81, None, 16 * 1025), "width 1025"),
     ],
 )
 def test_what_cannot_be_made(asked, message):
-    with pytest.raises(DitAccelError, match=message):
+    with pytest.raises(DitAccelError, match=names(message)):
         WAN.chosen(*asked)
 
 
 def test_an_image_has_one_frame():
     assert IMAGE.chosen(1, None, None) == (1, 1024, 1024)
-    with pytest.raises(DitAccelError, match="makes images"):
+    with pytest.raises(DitAccelError, match=names("images")):
         IMAGE.chosen(2, None, None)
 
 

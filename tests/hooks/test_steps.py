@@ -10,6 +10,7 @@ from diffusers import (
     FlowMatchHeunDiscreteScheduler,
     UniPCMultistepScheduler,
 )
+from messages import names
 
 from dit_accel.errors import DitAccelError
 from dit_accel.hooks.steps import StepClock
@@ -66,7 +67,7 @@ def test_timesteps_in_units_of_their_own_start_at_the_first_step():
     assert told == [Step(index, 3) for index in range(3)]
     pipe.scheduler = SCHEDULERS["without an index"]()
     pipe.scheduler.set_timesteps(3)
-    with pytest.raises(DitAccelError, match="set_step"):
+    with pytest.raises(DitAccelError, match=names("set_step")):
         clock.now(None)
 
 
@@ -119,7 +120,7 @@ def test_set_wins_until_it_is_taken_back():
 
 @pytest.mark.parametrize("step", [(3, 3), (-1, 3), (0, 0), (0, None), (0.5, 2), (True, 2)])
 def test_set_refuses_what_is_no_step(step):
-    with pytest.raises(DitAccelError, match="0 <= i < n"):
+    with pytest.raises(DitAccelError, match=names("0")):
         StepClock().set(*step)
 
 
@@ -128,10 +129,10 @@ def test_without_a_trajectory_the_advice_is_to_set():
     for scheduler in (empty, *(make() for make in SCHEDULERS.values())):
         pipe = Pipe(scheduler)
         clock = StepClock(pipe)
-        with pytest.raises(DitAccelError, match="set_step"):
+        with pytest.raises(DitAccelError, match=names("set_step")):
             clock.now(torch.tensor(999.0))
         assert clock.now_if_told(torch.tensor(999.0)) is None
-    with pytest.raises(DitAccelError, match="set_step"):
+    with pytest.raises(DitAccelError, match=names("set_step")):
         StepClock().now(None)
 
 

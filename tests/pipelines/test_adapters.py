@@ -9,6 +9,7 @@ import torch
 from diffusers.loaders import FluxIPAdapterMixin
 from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
+from messages import names
 from tiny_models import run
 
 import dit_accel
@@ -107,7 +108,7 @@ def test_loaded_and_unloaded_while_accelerated(tiny):
     wanted = run(untouched, call(tiny))
     accel = dit_accel.accelerate(transformer, "gna", window="full")
     load(transformer)
-    with pytest.warns(UserWarning, match=r"2 of 4 .* run FluxIPAdapterAttnProcessor, set after accelerate"):
+    with pytest.warns(UserWarning, match=names("2 4 FluxIPAdapterAttnProcessor")):
         torch.testing.assert_close(run(transformer, call(tiny)), wanted, **CLOSE)
     layers = accel.report().layers
     assert [layer.sparse_calls for layer in layers] == [0, 0, 1, 1]
@@ -118,7 +119,7 @@ def test_loaded_and_unloaded_while_accelerated(tiny):
     assert [layer.sparse_calls for layer in accel.report().layers] == [1, 1, 1, 1]
 
     unload(transformer)
-    with pytest.warns(UserWarning, match=r"2 of 4 .* run FluxAttnProcessor"):
+    with pytest.warns(UserWarning, match=names("2 4 FluxAttnProcessor")):
         torch.testing.assert_close(run(transformer, call(tiny, image=False)), tiny.dense, **CLOSE)
     left = accel.remove()
     assert len(left) == 2 and all(".transformer_blocks." in name for name in left)
@@ -152,7 +153,7 @@ def test_fused_projections_drop_our_processors_with_one_warning():
     with dit_accel.accelerated(transformer, "gna", **WINDOW) as accel:
         sparse = run(transformer, tiny.call())
         transformer.fuse_qkv_projections()
-        with pytest.warns(UserWarning, match=r"run FusedAuraFlowAttnProcessor2_0, .*replace=True"):
+        with pytest.warns(UserWarning, match=names("FusedAuraFlowAttnProcessor2_0 replace=True")):
             fused = run(transformer, tiny.call())
         torch.testing.assert_close(fused, tiny.dense, **CLOSE)
         with warnings.catch_warnings():
@@ -176,7 +177,7 @@ def test_other_processors_warn_once_each_time_they_are_set(processors):
         for _ in range(2):
             ours = dict(transformer.attn_processors)
             transformer.set_attn_processor(FluxAttnProcessor() if processors == "another" else dict(own))
-            with pytest.warns(UserWarning, match="4 of 4 .* run FluxAttnProcessor"):
+            with pytest.warns(UserWarning, match=names("4 FluxAttnProcessor")):
                 assert torch.equal(run(transformer, tiny.call()), tiny.dense)
             transformer.set_attn_processor(ours)
             with warnings.catch_warnings():

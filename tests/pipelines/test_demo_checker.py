@@ -3,6 +3,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from messages import names
 
 from dit_accel.pipelines.demo import DEFAULTS, clips
 from dit_accel.pipelines.demo.checker import count_pieces, named, read
@@ -65,7 +66,7 @@ def test_noise_is_not_mistaken_for_motion():
 
 
 def test_a_batch_is_refused():
-    with pytest.raises(ValueError, match="one video"):
+    with pytest.raises(ValueError, match=names("video")):
         read(np.zeros((1, 9, 32, 32, 3)))
 
 
@@ -79,7 +80,7 @@ def test_the_fixed_prompts_are_balanced_and_half_held_out():
 
 
 def test_the_number_of_prompts_is_checked():
-    with pytest.raises(ValueError, match="from 1 to"):
+    with pytest.raises(ValueError, match=names("1")):
         fixed_scenes(0)
 
 

@@ -8,6 +8,7 @@ import tiny_models
 import torch
 from diffusers import ChromaPipeline, FluxPipeline
 from masked_reference import assert_no_worse, plain_and_exact, static_pairs
+from messages import names
 from tiny_models import run, text_mask
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -65,7 +66,7 @@ REFUSED = [
 def test_what_cannot_work_is_refused_before_any_attention(family, id, changes, message):
     tiny = tiny_models.get(family, id)
     with dit_accel.accelerated(tiny.shared, "gna", window=(1, 5, 4)) as accel:
-        with pytest.raises(dit_accel.DitAccelError, match=message):
+        with pytest.raises(dit_accel.DitAccelError, match=names(message)):
             run(tiny.shared, tiny.call() | changes)
         assert accel.report().sparse_calls == accel.report().dense_calls == 0
 
@@ -83,7 +84,7 @@ def test_packed_hidream_images_have_their_stated_size():
     packed = {"hidden_states": latents(169, 16), "hidden_states_masks": latents(169)}
     found = layout(hidream, **packed, img_sizes=torch.tensor([[9, 13], [9, 13]]))
     assert found.grid == hidream.grid
-    with pytest.raises(dit_accel.DitAccelError, match="must have one size"):
+    with pytest.raises(dit_accel.DitAccelError, match=names("size")):
         layout(hidream, **packed, img_sizes=[(9, 13), (13, 9)])
 
 

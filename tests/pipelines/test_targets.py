@@ -6,6 +6,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, MiniMaxH3Scheduler
 from diffusers.modular_pipelines import FluxAutoBlocks
 from diffusers.modular_pipelines.minimax_h3.modular_blocks_minimax_h3 import MiniMaxH3CoreDenoiseStep
+from messages import names
 from tiny_models import run
 
 import dit_accel
@@ -42,7 +43,7 @@ def test_any_object_with_transformers(tiny):
 
 
 def test_an_object_without_a_transformer(tiny):
-    with pytest.raises(dit_accel.DitAccelError, match="object has no diffusion transformer"):
+    with pytest.raises(dit_accel.DitAccelError, match=names("object transformer")):
         dit_accel.accelerate(object(), "gna", window=1)
 
 

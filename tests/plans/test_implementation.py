@@ -8,6 +8,7 @@ import warnings
 
 import pytest
 import torch
+from messages import names
 
 import dit_accel
 from dit_accel.errors import DitAccelError, DitAccelWarning
@@ -140,9 +141,9 @@ def test_rows_of_too_many_blocks_are_said():
 
 def test_a_gpu_without_kernels_and_a_named_implementation_are_refused():
     plan = dit_accel.plan("gna", TokenGrid(8, 32, 32), window=8)
-    with pytest.raises(DitAccelError, match=r"sm_90.*got 'h200'"):
+    with pytest.raises(DitAccelError, match=names("h200 sm_90")):
         plan.implementation("h200")
-    with pytest.raises(DitAccelError, match=r"impl='gluon' cannot compute this.*sm_80"):
+    with pytest.raises(DitAccelError, match=names("impl='gluon' sm_80")):
         plan.implementation("sm_80", impl="gluon")
     assert plan.implementation("sm_90", impl="gluon")[0].name == "gluon"
 

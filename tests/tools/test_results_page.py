@@ -5,6 +5,7 @@ import os
 import subprocess
 
 import pytest
+from messages import names
 
 from dit_accel.errors import DitAccelError
 from dit_accel.eval.report import write_report
@@ -49,10 +50,10 @@ def test_nothing_is_touched_where_something_is_missing(results, tmp_path):
     file.parent.mkdir()
     for text in ("# A\n", f"{page.END}{page.BEGIN}", f"{page.BEGIN}{page.BEGIN}{page.END}"):
         file.write_text(text)
-        with pytest.raises(DitAccelError, match="needs the marks"):
+        with pytest.raises(DitAccelError, match=names("marks")):
             page.update(results, tmp_path)
         assert file.read_text() == text and not (tmp_path / page.SUMMARY).exists()
-    with pytest.raises(DitAccelError, match=r"lacks summary\.json and pareto\.png\. Run make eval first"):
+    with pytest.raises(DitAccelError, match=names("summary.json pareto.png")):
         page.update(tmp_path, tmp_path)
 
 

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from messages import names
 from PIL import Image
 
 from dit_accel import DitAccelError
@@ -52,22 +53,22 @@ def test_folder_of_captioned_pictures(tmp_path):
 
 
 def test_folders_that_cannot_be_used(tmp_path):
-    with pytest.raises(DitAccelError, match="no image or video"):
+    with pytest.raises(DitAccelError, match=names("image")):
         list(prepare.captioned(tmp_path, {"height": 8, "width": 8}))
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
-    with pytest.raises(DitAccelError, match=r"1 of 1 files .* no caption, such as a\.png.* a\.txt"):
+    with pytest.raises(DitAccelError, match=names("1 a.png a.txt")):
         list(prepare.captioned(tmp_path, {"height": 8, "width": 8}))
     (tmp_path / "a.txt").write_text("a")
-    with pytest.raises(DitAccelError, match="1 frames, and 5 are wanted"):
+    with pytest.raises(DitAccelError, match=names("1 5")):
         list(prepare.captioned(tmp_path, {"height": 8, "width": 8, "num_frames": 5}))
 
 
 def test_pipelines_that_cannot_be_trained(tiny):
     pipe = tiny.load()
     pipe.transformer_2 = pipe.transformer
-    with pytest.raises(DitAccelError, match="two transformers"):
+    with pytest.raises(DitAccelError, match=names("two")):
         Preparer(pipe, SIZE)
-    with pytest.raises(DitAccelError, match="has no transformer"):
+    with pytest.raises(DitAccelError, match=names("transformer")):
         prepare.find_transformer(object())
 
 
@@ -76,10 +77,10 @@ def test_pipelines_that_cannot_be_trained(tiny):
     [
         (
             {"hidden_states": torch.ones(2, 4), "timestep": torch.ones(2)},
-            r"hidden_states of shape \(2, 4\)",
+            "hidden_states 2 4",
         ),
-        ({"hidden_states": torch.ones(1, 4), "timestep": torch.ones(1, 4)}, r"timestep of shape \(1, 4\)"),
-        ({"x": [torch.ones(4)], "t": torch.ones(1)}, r"hidden_states of shape \(\) and"),
+        ({"hidden_states": torch.ones(1, 4), "timestep": torch.ones(1, 4)}, "1 4"),
+        ({"x": [torch.ones(4)], "t": torch.ones(1)}, "hidden_states ()"),
     ],
     ids=["rows", "tokens", "names"],
 )
@@ -99,7 +100,7 @@ def test_calls_that_cannot_be_trained(call, message):
         def __call__(self, **arguments):
             self.transformer(**call)
 
-    with pytest.raises(DitAccelError, match=message):
+    with pytest.raises(DitAccelError, match=names(message)):
         Preparer(Pipe(), {}).conditioning("")
 
 
@@ -113,5 +114,5 @@ def test_levels_are_those_the_pipeline_samples_at(flux_folder):
     found = Preparer(pipe, size).levels(3, torch.Size((1, 96, 16)))
     pipe("", num_inference_steps=3, output_type="latent", **size)
     assert torch.equal(found, pipe.scheduler.sigmas) and found.shape == (4,) and found[-1] == 0
-    with pytest.raises(DitAccelError, match=r"data have latents of shape \(1, 6, 16\), but FluxPipeline called with"):
+    with pytest.raises(DitAccelError, match=names("16 FluxPipeline")):
         Preparer(pipe, size).levels(3, torch.Size((1, 6, 16)))

@@ -138,7 +138,7 @@ def test_heads_from_prompts_to_a_file(cli, tmp_path, monkeypatch):
         (("--cache", "first-block"), "--target, such as 1.5x"),
         (("--calibrate", 0.9, "--method", "gna"), "at most one --method, of heads, sparge; got gna"),
         (("--calibrate", 0.9, "--compile"), "which --compile hides"),
-        (("--target", "banana"), "--target takes figure, sign and number"),
+        (("--target", "banana"), "banana"),
         (("--target", "0x"), "--target is a speed-up above 0"),
         (("--target", "-1x"), "--target is a speed-up above 0"),
         (("--target", "1e999x"), "is not finite"),

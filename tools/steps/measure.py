@@ -117,16 +117,16 @@ class StepBench:
     def run(self, steps: Sequence[ModelStep]) -> Iterator[RowOutcome]:
         """Measure the steps by model and mode; a failing step does not stop the others."""
         for model, of_model in itertools.groupby(steps, key=lambda step: step.model):
-            asked = list(of_model)
+            steps_of_model = list(of_model)
             try:
                 subject = Subject(model, self.device, self.dtype)
-                for mode, of_mode in itertools.groupby(asked, key=lambda step: step.mode):
+                for mode, of_mode in itertools.groupby(steps_of_model, key=lambda step: step.mode):
                     yield from self._run_mode(subject, mode, list(of_mode))
             except DitAccelError as error:
-                yield RowOutcome(asked[0].name, "refused", reason=f"all of {model.shape.name}: {error}")
+                yield RowOutcome(steps_of_model[0].name, "refused", reason=f"all of {model.shape.name}: {error}")
             except torch.OutOfMemoryError:
                 reason = f"all of {model.shape.name}: the device has too little memory"
-                yield RowOutcome(asked[0].name, "refused", reason=reason)
+                yield RowOutcome(steps_of_model[0].name, "refused", reason=reason)
             subject = None  # type: ignore[assignment]  # freed before the next model is built
             self._forget()
 
@@ -159,7 +159,7 @@ class StepBench:
         dense_layers = 0 if preset is None else preset.schedule.get("dense_layers", 0)
         times, report = self._accelerated(subject, method, setting.changed(dense_layers=dense_layers))
         sparse = [layer for layer in report.layers if layer.sparse_calls]
-        dense, rest, own = shared["dense_step_ms_p50"], shared["rest_ms_p50"], times["ms_p50"]
+        dense, rest, step_ms = shared["dense_step_ms_p50"], shared["rest_ms_p50"], times["ms_p50"]
         return {
             **step.as_dict(),
             "config": setting.as_dict()["config"],
@@ -171,14 +171,14 @@ class StepBench:
             "batch": 1,
             "layers": len(report.layers),
             "sparse_layers": len(sparse),
-            "step_ms_p50": own,
+            "step_ms_p50": step_ms,
             "step_ms_p20": times["ms_p20"],
             "step_ms_p80": times["ms_p80"],
             "rounds": times["rounds"],
-            "speedup": dense / own,
-            "attention_share": 1 - rest / own,
+            "speedup": dense / step_ms,
+            "attention_share": 1 - rest / step_ms,
             "peak_memory_bytes": times["peak"],
-            "max_error": max(found.error for found in checks.values()),
+            "max_error": max(result.error for result in checks.values()),
             **shared,
             **self._attention.provenance,
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -190,7 +190,7 @@ class StepBench:
             return []
         row = subject.row(Target.of("dense"))
         _, tried = self._attention.best_dense(row, make_problem(row, self.device))
-        return sorted((name for name, found in tried.items() if isinstance(found, float)), key=lambda name: tried[name])
+        return sorted((name for name, time in tried.items() if isinstance(time, float)), key=lambda name: tried[name])
 
     def _accelerated(self, subject: Subject, method: Method, setting: Setting) -> tuple[dict[str, Any], Report]:
         """Times with a method at work, and its report."""
@@ -294,8 +294,8 @@ def run(options: argparse.Namespace) -> int:
     if not steps:
         print(f"{options.output} has all of these rows already.", file=sys.stderr)
         return 0
-    found = StepBench(device, options.impl, options.seconds).run(steps)
-    records, status = measured(found, len(steps), options.output, "step_ms_p50")
+    outcomes = StepBench(device, options.impl, options.seconds).run(steps)
+    records, status = measured(outcomes, len(steps), options.output, "step_ms_p50")
     show(records)
     return status
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from messages import names
 
 from dit_accel.eval.metrics.perceptual import perceptual
 from dit_accel.eval.networks import Clip
@@ -38,5 +39,5 @@ def test_identity_is_zero_and_blur_counts():
 
 
 def test_shapes_must_agree():
-    with pytest.raises(ValueError, match="equal shapes"):
+    with pytest.raises(ValueError, match=names("shapes")):
         perceptual(torch.zeros(1, 3, 8, 8), torch.zeros(1, 3, 8, 9), Colours())

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from messages import names
 from torchmetrics.image import PeakSignalNoiseRatio
 
 from dit_accel.eval.metrics.likeness import psnr
@@ -34,5 +35,5 @@ def test_averages_the_error_not_the_decibels():
 
 
 def test_refuses_unequal_shapes():
-    with pytest.raises(ValueError, match="equal shapes"):
+    with pytest.raises(ValueError, match=names("shapes")):
         psnr(torch.zeros(2, 3, 8, 8), torch.zeros(1, 3, 8, 8))

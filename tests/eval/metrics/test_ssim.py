@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from messages import names
 from torchmetrics.image import StructuralSimilarityIndexMeasure
 
 from dit_accel.eval.metrics.likeness import ssim
@@ -35,5 +36,5 @@ def test_falls_with_noise():
 
 
 def test_refuses_unequal_shapes():
-    with pytest.raises(ValueError, match="equal shapes"):
+    with pytest.raises(ValueError, match=names("shapes")):
         ssim(torch.zeros(2, 3, 16, 16), torch.zeros(2, 3, 16, 15))

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from messages import names
 
 from dit_accel.pipelines.demo import clips
 
@@ -65,5 +66,5 @@ def test_one_frame_is_a_picture():
 
 
 def test_a_frame_too_small_is_refused():
-    with pytest.raises(ValueError, match="32 pixels or more, got 16x96"):
+    with pytest.raises(ValueError, match=names("32 16x96")):
         draw(clips.Scene("red", "circle", "right", "blue"), height=16)

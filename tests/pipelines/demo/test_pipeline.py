@@ -6,6 +6,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from messages import names
 
 from dit_accel.pipelines.demo import DEFAULTS, LARGE, WEIGHTS, load_demo
 
@@ -64,7 +65,7 @@ def test_seed_and_prompt_decide_the_video(pipe):
 
 
 def test_a_folder_without_a_pipeline_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"model_index\.json is missing"):
+    with pytest.raises(FileNotFoundError, match=names("model_index.json")):
         load_demo(folder=tmp_path)
 
 

