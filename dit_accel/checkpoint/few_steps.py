@@ -109,7 +109,7 @@ def _restore_scheduler(pipeline: Any, ours: Any, old: Any) -> None:
 
 def _with_defaults(kind: type, call: Mapping[str, Any], sampler: Sampler | None) -> type:
     """A subclass of a pipeline's class; see `install`."""
-    inner: Any = kind.__call__  # type: ignore[misc]
+    inner: Any = kind.__call__
     signature = inspect.signature(inner)
     takes = signature.parameters
     own = {name: value for name, value in call.items() if name in takes}

@@ -58,7 +58,7 @@ def load(
     saved = checkpoint.read(where)
     transformers, pipeline = find_transformers(target)
     modules = {name: transformer for name, (transformer, _) in transformers.items()}
-    checkpoint.check_identity(path, saved.models, checkpoint.identify(modules))
+    checkpoint.check_identity(where, saved.models, checkpoint.identify(modules))
     accel = accelerate(
         target,
         saved.setting,
@@ -67,7 +67,7 @@ def load(
         **how,
     )
     try:
-        checkpoint.load_weights(path, saved.weights, accel.learned_weights())
+        checkpoint.load_weights(where, saved.weights, accel.learned_weights())
         if saved.trained is not None:
             with contextlib.ExitStack() as undo:
                 trained, unload = adapters.apply(where, saved.trained, modules, any_weights=any_weights)

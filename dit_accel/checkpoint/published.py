@@ -176,7 +176,9 @@ def learned_shapes(tuned: Tuned, transformer: nn.Module, family: Family) -> dict
     config = registry.make_config(tuned.method, tuned.config)
     module = registry.get_method(tuned.method).learned(config)
     shapes: dict[str, torch.Size] = {}
-    for name, attention in () if module is None else family.attentions(transformer):
+    if module is None:
+        return shapes
+    for name, attention in family.attentions(transformer):
         with torch.device("meta"):
             sizes = family.channels(attention), family.head_dim(attention), family.heads(attention)
             made = module.build(*sizes, config)

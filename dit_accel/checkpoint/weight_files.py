@@ -126,7 +126,7 @@ def _fetch(repository: str, file: str | None, revision: str | None) -> Path:
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import HFValidationError, OfflineModeIsEnabled
 
-    wanted, offline = [file], False
+    wanted, offline = [] if file is None else [file], False
     try:
         try:
             if file is None:

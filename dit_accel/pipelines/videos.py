@@ -228,8 +228,8 @@ FAMILIES = (
             "sla": Preset(
                 config={"topk": 0.3},
                 schedule={},
-                source="TurboT2AV: LTX-2 19B at 1024x1792 with step-distilled weights, which hold no SLA; the share was "
-                "chosen by eye",
+                source="TurboT2AV: LTX-2 19B at 1024x1792 with step-distilled weights, which hold no SLA; the share "
+                "was chosen by eye",
             ),
         },
     ),
