@@ -79,7 +79,7 @@ class Accelerator:
             raise
         self.active = True
         layers, method = [layer for engine in self._engines for layer in engine.layers], self.setting.method
-        if method != "dense" and all(layer.dense_reason for layer in layers):
+        if not get_method(method).untouched and all(layer.dense_reason for layer in layers):
             warnings.warn(
                 f"Every layer stays dense, so {method} computes nothing. Give fewer dense_layers or other settings.",
                 DitAccelWarning,

@@ -26,7 +26,7 @@ class MethodConfig(Checked):
 
     @property
     def keeps_all(self) -> bool:
-        """Whether the settings are meant to keep every pair. If not, a plan that does is refused."""
+        """Whether the settings ask for every pair, in so many words. If not, a plan that keeps all is refused."""
         return False
 
     @property

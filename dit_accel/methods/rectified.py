@@ -62,6 +62,10 @@ class Config(BlockSettings):
     def tail(self) -> str:
         return "mean" if self.compensation == "exact" else "none"
 
+    @property
+    def keeps_all(self) -> bool:
+        return self.drop == 0
+
     def counts(self, blocks: int) -> int:
         """Blocks that every row keeps by number, of so many visual key blocks."""
         return int((1 - self.drop) * blocks + _ROUNDING)

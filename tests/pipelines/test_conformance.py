@@ -63,7 +63,7 @@ def every_pair():
         settings = {"gna": {"window": "full"}, "sla": {"topk": 1.0, "block": 16}}
         if str(tiny) in UNTUNED:
             settings |= {"sol": {"tau": -1e6}, "sparge": {"topk": 1.0, "order": "tile"}, "rectified": {"drop": 0.0}}
-            settings |= {"heads": {}, "moh": {"shared": 0.5, "routed": 0.5}}
+            settings |= {"moh": {"shared": 0.5, "routed": 0.5}}
         for method, config in settings.items():
             yield pytest.param(tiny, method, config, id=f"{tiny}-{method}")
 
