@@ -105,10 +105,6 @@ class Config(BlockSettings):
         """Whether they say that every block is kept, as calibration wants it."""
         return self.topk == 1 or self.topp == 1
 
-    @property
-    def keeps_all(self) -> bool:
-        return self.topk == 1
-
     def counts(self, blocks: int) -> int:
         """Blocks that every row keeps by number, of `blocks` visual key blocks."""
         return int(self.topk * blocks)
