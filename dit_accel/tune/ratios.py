@@ -70,4 +70,4 @@ def mean(runs: Sequence[dict[str, Ratios]], source: str) -> MagRatios:
         columns = itertools.zip_longest(*rows)
         known = ([ratio for ratio in column if ratio is not None] for column in columns)
         by_branch.append(tuple(round(statistics.mean(ratios), 5) if ratios else 1.0 for ratios in known))
-    return MagRatios(*by_branch, source=source)
+    return MagRatios(by_branch[0], by_branch[1] if len(by_branch) > 1 else (), source)
