@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import html
 import os
 import pathlib
 import statistics
@@ -232,6 +233,10 @@ class Accelerator:
     def __repr__(self) -> str:
         state = "active" if self.active else "removed"
         return f"Accelerator({self.setting.text}, {', '.join(self.transformers)}, {state})"
+
+    def _repr_html_(self) -> str:
+        """The report, for notebooks."""
+        return f"<p>{html.escape(repr(self))}</p>{self.report()._repr_html_()}"
 
 
 def accelerate(

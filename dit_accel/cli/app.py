@@ -16,8 +16,8 @@ import typer
 from dit_accel import __version__
 from dit_accel.cli import Interrupted, bench, doctor, env, generate, ls, plan, train, tune
 from dit_accel.cli.eval import evaluate
-from dit_accel.cli.quiet import quiet_libraries
 from dit_accel.errors import DitAccelError
+from dit_accel.pipelines.quiet import quiet_libraries
 
 USER_ERROR = 2
 INTERRUPTED, TERMINATED = 130, 143  # the exit statuses after Ctrl-C and SIGTERM, as shells have them

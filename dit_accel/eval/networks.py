@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from dit_accel.errors import DitAccelError, first_line
-from dit_accel.generation.sources import quietly
+from dit_accel.pipelines.quiet import quietly
 
 if TYPE_CHECKING:
     from transformers import CLIPImageProcessor, CLIPModel, PreTrainedTokenizerBase

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dit_accel.errors import DitAccelError, first_line
-from dit_accel.generation import modular, sources
+from dit_accel.generation import modular
 from dit_accel.generation.finite import find_place
+from dit_accel.pipelines.quiet import quietly
 
 if TYPE_CHECKING:
     import numpy as np
@@ -140,7 +141,7 @@ def call(pipe: DiffusionPipeline, arguments: Mapping[str, Any], seed: int) -> An
 
     generator = torch.Generator("cpu").manual_seed(seed)
     # A modular pipeline logs the traceback of every error that it raises.
-    quiet = sources.quietly() if modular.is_modular(type(pipe)) else contextlib.nullcontext()
+    quiet = quietly() if modular.is_modular(type(pipe)) else contextlib.nullcontext()
     try:
         with quiet:
             return pipe(**arguments, generator=generator, output_type="np")

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -13,6 +12,7 @@ from dit_accel import registry
 from dit_accel.errors import DitAccelError, first_line
 from dit_accel.files import read_json
 from dit_accel.generation import modular
+from dit_accel.pipelines.quiet import quietly
 from dit_accel.pipelines.refused import refusal
 
 if TYPE_CHECKING:
@@ -244,24 +244,3 @@ def _load(
     return kind.from_pretrained(
         where, revision=source.revision, dtype=dtypes, use_safetensors=True, trust_remote_code=False
     )
-
-
-@contextlib.contextmanager
-def quietly() -> Iterator[None]:
-    """Silences the progress bars and log lines of Diffusers and Transformers, but no exception."""
-    import logging
-
-    import diffusers.utils.logging
-    import transformers.utils.logging
-
-    libraries = (diffusers.utils.logging, transformers.utils.logging)
-    levels = [library.get_verbosity() for library in libraries]
-    for library in libraries:
-        library.disable_progress_bar()
-        library.set_verbosity(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        for library, level in zip(libraries, levels, strict=True):
-            library.enable_progress_bar()
-            library.set_verbosity(level)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import html
 import itertools
 import math
 from collections import Counter
@@ -15,6 +16,7 @@ from dit_accel.caches.record import CacheReport
 from dit_accel.setting import Setting
 
 NOTHING_GAINED = "kept every pair: nothing was gained"
+GRIDS_SHOWN = 8  # in a report's text
 ROUNDING = 1e-6  # of densities that are summed in float32
 
 
@@ -67,7 +69,7 @@ class LayerReport:
         return ", ".join(parts) or "not called"
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(repr=False)
 class Report:
     """What an accelerator did; prints as a table, and `as_dict` is JSON.
 
@@ -126,18 +128,53 @@ class Report:
         calls = f"{self.sparse_calls} sparse and {self.dense_calls} dense attention calls"
         lines = [f"{self.setting.method}({settings}): {calls}"]
         lines += [f"  {NOTHING_GAINED}"] if self.kept_every_pair and self.cache is None else []
-        for grid, density in self.grids.items():
-            lines.append(f"  grid {grid}: density {'from calls' if density is None else f'{density:.4f}'}")
+        lines += [f"  {text}" for text in self._grid_lines()]
         for transformer, count in self.calls.items():
             layers = [layer for layer in self.layers if layer.transformer == transformer]
             lines.append(f"  {transformer}: {len(layers)} layers, {count} calls")
-            numbered = enumerate(layer.describe() for layer in layers)
-            for text, group in itertools.groupby(numbered, key=lambda pair: pair[1]):
-                indices = [index for index, _ in group]
-                span = f"{indices[0]}" if len(indices) == 1 else f"{indices[0]}-{indices[-1]}"
-                lines.append(f"    layers {span}: {text}")
+            lines += [f"    layers {span}: {text}" for span, text in _grouped(layers)]
         lines += [] if self.cache is None else [f"  {line}" for line in self.cache.lines()]
         return "\n".join(lines + [f"  note: {note}" for note in self.notes])
+
+    def _grid_lines(self) -> list[str]:
+        """The density on each grid; of many grids the first ones, and the range of the others."""
+        known = list(self.grids.items())
+        shown = known if len(known) <= GRIDS_SHOWN else known[: GRIDS_SHOWN - 1]
+        lines = [
+            f"grid {grid}: density {'from calls' if density is None else f'{density:.4f}'}" for grid, density in shown
+        ]
+        if others := known[len(shown) :]:
+            densities = [density for _, density in others if density is not None]
+            span = f"density {min(densities):.4f} to {max(densities):.4f}" if densities else "density from calls"
+            lines.append(f"and {len(others)} more grids: {span}")
+        return lines
+
+    def __repr__(self) -> str:
+        return f"Report({self.setting.text}: {self.sparse_calls} sparse and {self.dense_calls} dense attention calls)"
+
+    def _repr_html_(self) -> str:
+        """A table for notebooks: the layers that did the same are one row."""
+        rows = [("transformer", "layers", "calls of attention")]
+        for transformer in self.calls:
+            layers = [layer for layer in self.layers if layer.transformer == transformer]
+            rows += [(transformer, span, text) for span, text in _grouped(layers)]
+        cells = ["".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in rows]
+        cells[0] = cells[0].replace("td>", "th>")
+        gained = [NOTHING_GAINED] if self.kept_every_pair and self.cache is None else []
+        cached = [] if self.cache is None else self.cache.lines()
+        remarks = [repr(self), *gained, *self._grid_lines(), *cached, *self.notes]
+        lines = "<br>".join(map(html.escape, remarks))
+        return f"<p>{lines}</p><table>{''.join(f'<tr>{row}</tr>' for row in cells)}</table>"
+
+
+def _grouped(layers: list[LayerReport]) -> list[tuple[str, str]]:
+    """Neighbouring layers that did the same: their indices, and what they did."""
+    numbered = enumerate(layer.describe() for layer in layers)
+    groups = []
+    for text, group in itertools.groupby(numbered, key=lambda pair: pair[1]):
+        indices = [index for index, _ in group]
+        groups.append((f"{indices[0]}" if len(indices) == 1 else f"{indices[0]}-{indices[-1]}", text))
+    return groups
 
 
 class Tally:

@@ -14,6 +14,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dit_accel.pipelines.quiet import quiet_libraries, quietly
+
 if TYPE_CHECKING:
     import torch
     from diffusers import WanPipeline
@@ -69,11 +71,14 @@ def load_demo(
         FileNotFoundError: `folder` holds no pipeline.
     """
     import torch
-    from diffusers import WanPipeline
-
-    from dit_accel.pipelines.demo import codec  # noqa: F401  the pipeline's index names it, and Diffusers wants it imported
 
     if not (folder / "model_index.json").is_file():
         raise FileNotFoundError(f"no pipeline in {folder} (model_index.json is missing); reinstall dit_accel")
-    pipe = WanPipeline.from_pretrained(folder, dtype=dtype or torch.float32, local_files_only=True)
-    return pipe.to(device)
+    with quiet_libraries():
+        from diffusers import WanPipeline
+
+        from dit_accel.pipelines.demo import codec  # noqa: F401  the index names it, and Diffusers wants it imported
+
+        with quietly():
+            pipe = WanPipeline.from_pretrained(folder, dtype=dtype or torch.float32, local_files_only=True)
+        return pipe.to(device)

@@ -6,9 +6,9 @@ import subprocess
 import sys
 import warnings
 
-from dit_accel.cli.quiet import quiet_libraries
 from dit_accel.errors import DitAccelWarning
 from dit_accel.generation.sampling import progress_bar
+from dit_accel.pipelines.quiet import quiet_libraries
 
 LIBRARIES = ("torchao", "pytree", "transformers", "diffusers", "rms_norm", "Loading", "Warning", "deprecat")
 
@@ -62,3 +62,11 @@ def test_a_progress_bar_keeps_its_times_in_80_columns(monkeypatch, capsys):
     for line in (long, short):
         assert len(line.rstrip()) <= 80
         assert line.count(":") >= 4 and "/1000" in line, line  # elapsed and remaining
+
+
+def test_the_embedded_model_loads_without_a_word():
+    """In Python as on the command line, in a process that has imported nothing yet."""
+    program = "from dit_accel.pipelines.demo import load_demo; load_demo()"
+    environment = {name: value for name, value in os.environ.items() if not name.endswith("_VERBOSITY")}
+    done = subprocess.run([sys.executable, "-c", program], check=False, capture_output=True, text=True, env=environment)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

@@ -41,3 +41,24 @@ def quiet_libraries() -> Iterator[None]:
                 logger.setLevel(level)
             for name in added:
                 os.environ.pop(name, None)
+
+
+@contextlib.contextmanager
+def quietly() -> Iterator[None]:
+    """Silences the progress bars and log lines of Diffusers and Transformers, but no exception."""
+    import logging
+
+    import diffusers.utils.logging
+    import transformers.utils.logging
+
+    libraries = (diffusers.utils.logging, transformers.utils.logging)
+    levels = [library.get_verbosity() for library in libraries]
+    for library in libraries:
+        library.disable_progress_bar()
+        library.set_verbosity(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        for library, level in zip(libraries, levels, strict=True):
+            library.enable_progress_bar()
+            library.set_verbosity(level)
