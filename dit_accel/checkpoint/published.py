@@ -201,11 +201,11 @@ def load(target: Any, files: WeightFiles, given: Mapping[str, Any], **how: Any) 
     modules = {name: module for name, (module, _) in transformers.items()}
     for module in modules.values():
         check_replaceable(module)
-    trained = _record(fitting, modules)
     notes = [f"{fitting.format.name}: weights of {files.name}"]
     notes += [note for reading in fitting.readings.values() for note in reading.notes]
     accel = accelerate(target, tuned.method, **how, **tuned.config)
     try:
+        trained = _record(fitting, modules)  # of the base weights: an old accelerator's are gone by now
         learned = {
             f"{owner}.{key}": weight
             for owner, module in accel.learned_weights().items()

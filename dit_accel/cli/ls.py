@@ -150,6 +150,7 @@ def _print_lists() -> None:
         f"Refused: {len(REFUSED)} transformers, each with its reason",
         f"Embedded models: {', '.join(EMBEDDED)}",
         "All about one: dit-accel ls NAME, of a method, a family or a transformer's class",
+        "Published weights that --load reads: dit-accel ls formats",
     )
     console.print("\n".join(lines), highlight=False, markup=False)
 

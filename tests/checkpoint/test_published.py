@@ -74,6 +74,17 @@ def test_a_format_from_outside_is_one_file(outside, tiny_wan, wan_inputs, tmp_pa
         dit_accel.load(model, tmp_path / "ours")
 
 
+def test_weights_that_replace_others_are_recorded_against_the_base_model(outside, tiny_wan, tmp_path):
+    model = tiny_wan()
+    for name, value in (("a", 0.0), ("b", 1.0)):
+        save_file({"out_proj_out.bias": torch.full((16,), value)}, tmp_path / f"{name}.safetensors")
+        accel = dit_accel.load(model, tmp_path / f"{name}.safetensors", replace=True)
+    accel.save_pretrained(tmp_path / "ours")
+    accel.remove()
+    assert unchanged(model, snapshot(tiny_wan()))
+    dit_accel.load(model, tmp_path / "ours").remove()
+
+
 def refused(model, path, message, **how):
     before = snapshot(model)
     with pytest.raises(DitAccelError, match=message) as caught:

@@ -75,6 +75,21 @@ def test_its_pipeline_folder_opens_as_the_stock_one(cli, wan_folder, copy, tmp_p
     assert f"fits {folder}" in told.out and "turbowan, " in told.out and "num_inference_steps=4" in told.out
 
 
+def test_an_evaluation_gives_each_its_own_number_of_steps(cli, wan_folder, tmp_path):
+    from diffusers import WanTransformer3DModel
+
+    model = WanTransformer3DModel.from_pretrained(wan_folder / "transformer")
+    save_file(published(model), tmp_path / "turbo.safetensors")
+    (tmp_path / "prompts.txt").write_text("a circle\n")
+    size = ("--frames", 5, "--height", 96, "--width", 96, "--metric", "psnr")
+    where = ("--prompts", tmp_path / "prompts.txt", "--output", tmp_path / "eval")
+    done = cli("eval", "--model", wan_folder, "--load", tmp_path / "turbo.safetensors", *where, *size)
+    assert done.status == 0, done.err
+    rows = [json.loads(line) for line in (tmp_path / "eval" / "results.jsonl").read_text().splitlines()]
+    steps = {row["steps"] for row in rows if "steps" in row}
+    assert "from turbo.safetensors" in done.out and steps == {50, 4}, (steps, rows[0].keys())
+
+
 def test_doctor_says_why_weights_do_not_fit(cli, wan_folder, tiny_wan, tmp_path):
     save_file(published(tiny_wan(3)), tmp_path / "weights.safetensors")
     told = cli("doctor", "--model", wan_folder, "--load", tmp_path / "weights.safetensors", "--json")
@@ -172,10 +187,12 @@ def test_the_command_samples_in_a_few_steps(steps, cli, wan_folder, tmp_path):
 
 def test_from_an_image_the_first_level_is_another(tiny_wan, tmp_path):
     """36 channels in and 16 out, in proportion; two models meet at 0.9."""
-    for spelling in ("original", "diffusers"):
+    for spelling in SPELLINGS:
         for component in ("transformer", "transformer_2"):
             (tmp_path / spelling / component).mkdir(parents=True)
             weights = published(tiny_wan(in_channels=9, out_channels=4), spelling)
+            if spelling == "fastvideo":
+                weights["patch_embedding.proj.weight"] = weights.pop("patch_embedding.weight")
             save_file(weights, tmp_path / spelling / component / "weights.safetensors")
         files = open_weights(tmp_path / spelling)
         assert detect(files).tuned(files).sampler == rcm(200, ode=True, boundary_ratio=0.9)

@@ -20,6 +20,7 @@ from dit_accel.checkpoint.weight_files import StoredModel, StoredTensor, WeightF
 PROJECTIONS = (".attn1.attn_op.local_attn.proj_l.", ".attn1.attn_impl.proj_l.")  # the first in the original's too
 SCALES = {".int8_weight": ".scale", ".weight": ".weight_scale_inv"}  # quantised tensors and their scales
 TILE = 128  # of a scale
+PATCH = 4  # values of a channel in a patch of 1 x 2 x 2
 
 
 def detect(files: WeightFiles) -> bool:
@@ -30,12 +31,10 @@ def tuned(files: WeightFiles) -> Tuned:
     """From an image the first level is another, and no fresh noise is drawn; A14B's models meet at 0.9."""
     first = next(iter(files.models.values()))
     topk = first.config.get("sla_topk", 0.1)
-    inputs, outputs = (
-        first.shape("patch_embedding.weight"),
-        first.shape("head.head.bias") or first.shape("proj_out.bias"),
-    )
-    kernel = 4 if inputs is not None and len(inputs) == 2 else 1  # values of a patch, where it is flat
-    from_image = inputs is not None and outputs is not None and inputs[1] // kernel > outputs[0] // 4
+    inputs = first.shape("patch_embedding.weight") or first.shape("patch_embedding.proj.weight")
+    outputs = first.shape("head.head.bias") or first.shape("proj_out.bias")
+    values = PATCH if inputs is not None and len(inputs) == 2 else 1  # of a channel, where the patch is flat
+    from_image = inputs is not None and outputs is not None and inputs[1] // values > outputs[0] // PATCH
     sampler = rcm(200 if from_image else 80, ode=from_image, boundary_ratio=0.9 if len(files.models) > 1 else None)
     call = {"num_inference_steps": len(sampler.sigmas), "guidance_scale": 1.0}
     return Tuned("sla", {"topk": topk, "block_q": 128, "block": 64}, call, sampler)
