@@ -10,6 +10,7 @@ from peft.utils import get_peft_model_state_dict
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import dit_accel
+from dit_accel.methods.proxy import HiddenGate
 from dit_accel.pipelines import attention
 
 CASES = {
@@ -312,16 +313,23 @@ def test_a_backward_pass_after_another_forward(model):
         assert not attention._RECORDS
 
 
-def test_the_operator_passes_opcheck():
+@pytest.mark.parametrize("gated", [False, True])
+def test_the_operator_passes_opcheck(gated):
+    """With the gate of hidden states and without."""
     grid = dit_accel.TokenGrid(3, 4, 5)
     state = attention.CallState("portable")
-    state.set(dit_accel.plan("gna", grid, window=3))
     layer = attention.LayerAttention(state)
+    if gated:
+        state.set(dit_accel.plan("proxy", grid, gate="hidden", block=8))
+        layer.take_learned(HiddenGate(24, 8, 3))
+    else:
+        state.set(dit_accel.plan("gna", grid, window=3))
     for gradients in (False, True):
         q, k, v = (torch.randn(2, 60, 3, 8, requires_grad=gradients).transpose(1, 2) for _ in range(3))
+        gates = [torch.randn(2, 60, 24, requires_grad=gradients)] if gated else []
         tests = ("test_schema", "test_faketensor", "test_autograd_registration")
         torch.library.opcheck(
-            attention.planned_attention, (q, k, v, layer.key, [], None, False, gradients), test_utils=tests
+            attention.planned_attention, (q, k, v, layer.key, gates, [], None, False, gradients), test_utils=tests
         )
 
 
@@ -331,7 +339,7 @@ def test_a_compiled_model_whose_accelerator_is_gone():
     del layer
     q = torch.randn(1, 2, 3, 4)
     with pytest.raises(dit_accel.DitAccelError, match=names("accelerator")):
-        attention.planned_attention(q, q, q, key, [], None, False, False)
+        attention.planned_attention(q, q, q, key, [], [], None, False, False)
 
 
 @pytest.mark.parametrize(("family", "id", "strict"), [("wan", "t2v", True), ("flux", "chroma", False)])
