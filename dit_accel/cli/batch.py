@@ -31,9 +31,9 @@ def _is_done(path: Path, request: GenerateRequest) -> bool:
     record = path.with_suffix(".json")
     if not record.exists() or not path.exists() or path.stat().st_size == 0:
         return False
-    made, asked = _read_record(record).get("request", {}), json.loads(json.dumps(values.record(request)))
+    recorded, present = _read_record(record).get("request", {}), json.loads(json.dumps(values.record(request)))
     for field in (field for field in dataclasses.fields(request) if field.name != "overwrite"):
-        was, now = made.get(field.name), asked[field.name]
+        was, now = recorded.get(field.name), present[field.name]
         if was != now:
             if request.overwrite:
                 return False
@@ -64,7 +64,7 @@ def run(request: GenerateRequest) -> None:
     _write_manifest(manifest, outputs)
     share = f", process {process.index} of {process.count}" if process.count > 1 else ""
     typer.echo(f"{len(pending)} of {len(outputs)} prompts to do{share}")
-    made = 0
+    count = 0
     try:
         pipe = prepared.load() if pending else None
         for path in pending:
@@ -75,11 +75,11 @@ def run(request: GenerateRequest) -> None:
             lines = prepared.make(pipe, outputs[path])
             if lines[-1] == NOTHING_GAINED:
                 typer.echo(f"{path}: {NOTHING_GAINED}", err=True)
-            made += 1
+            count += 1
             _write_manifest(manifest, outputs)
             typer.echo(f"{path}: {prompt}")
     except KeyboardInterrupt as stop:
-        raise Interrupted(f"interrupted after {made} of {len(pending)}. Run the same command to continue.") from stop
+        raise Interrupted(f"interrupted after {count} of {len(pending)}. Run the same command to continue.") from stop
     typer.echo(f"manifest: {manifest}")
 
 
@@ -90,13 +90,13 @@ def _write_manifest(manifest: Path, outputs: Mapping[Path, GenerateRequest]) -> 
     then has listed everything.
     """
     written = None
-    while written != (found := [path.with_suffix(".json").exists() for path in outputs]):
+    while written != (records := [path.with_suffix(".json").exists() for path in outputs]):
         lines = []
-        for index, ((path, request), done) in enumerate(zip(outputs.items(), found, strict=True)):
+        for index, ((path, request), done) in enumerate(zip(outputs.items(), records, strict=True)):
             entry = {"index": index, "prompt": request.prompt, "output": path.name, "done": done, "note": MARK}
             if done:
                 record = path.with_suffix(".json")
                 entry |= {"record": record.name, "seconds": _read_record(record)["runs"]["accelerated"]["seconds"]}
             lines.append(json.dumps(entry) + "\n")
         replace_file(manifest, "".join(lines).encode())
-        written = found
+        written = records

@@ -69,26 +69,26 @@ class PlanOptions(JsonOptions, SizeOptions, SourceOptions, SettingsOptions):
 
 
 @command(PlanOptions)
-def plan(given: dict[str, Any]) -> None:
+def plan(arguments: dict[str, Any]) -> None:
     """Show density, exact pairs, visited blocks and ideal speed-up of a method.
 
     Example: dit-accel plan --method gna:window=18x24x24,stride=16x8x8 --grid 30x48x80 --text 256
     """
-    options = PlanOptions(**given)
+    options = PlanOptions(**arguments)
     if options.image is not None:
         check_file(options.image, (".png",), option="--image")
         check_ours([options.image], "--image")
     name, config = registry.parse_method(options.method, options.settings)
-    made = registry.plan(name, options.tokens(), **config)
-    facts = _facts(made)
+    drawn = registry.plan(name, options.tokens(), **config)
+    facts = _facts(drawn)
     if options.gpu is not None:
-        learned = registry.get_method(name).learned(made.config) is not None
-        choices = made.implementation(options.gpu, head_dim=options.head_dim, learned=learned)
+        learned = registry.get_method(name).learned(drawn.config) is not None
+        choices = drawn.implementation(options.gpu, head_dim=options.head_dim, learned=learned)
         facts["implementation"] = {options.gpu: [choice._asdict() for choice in choices]}
     if options.image is not None:
         from dit_accel.generation.output import write_png
 
-        picture = made.image()
+        picture = drawn.image()
         with staged(options.image) as stage:
             write_png(stage / options.image.name, picture)
     if options.json:

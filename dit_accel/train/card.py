@@ -46,8 +46,8 @@ class Base:
         path = source.folder / CARD
         parts = path.read_text(encoding="utf-8", errors="replace").split("---") if path.is_file() else []
         lines = parts[1].splitlines() if len(parts) > 2 else []
-        found = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
-        return cls(source.model, source.revision, found.get("license_name") or found.get("license"))
+        entries = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+        return cls(source.model, source.revision, entries.get("license_name") or entries.get("license"))
 
 
 def write_quality(folder: pathlib.Path, measured: str) -> None:
@@ -59,13 +59,13 @@ def write_quality(folder: pathlib.Path, measured: str) -> None:
 def split(folder: pathlib.Path) -> tuple[str, str]:
     """The card's text before and after the measured quality; a folder without a card that has both is refused."""
     try:
-        before, found, rest = (folder / CARD).read_text(encoding="utf-8").partition(QUALITY)
+        before, heading, rest = (folder / CARD).read_text(encoding="utf-8").partition(QUALITY)
     except OSError as error:
         raise DitAccelError(
             f"{folder} has no model card to write into ({CARD}: {error.strerror}). `dit-accel train` makes one."
         ) from error
     _, limits, after = rest.partition(LIMITS)
-    if not found or not limits:
+    if not heading or not limits:
         raise DitAccelError(
             f"{folder / CARD} lacks the headings {QUALITY.strip()!r} and {LIMITS.strip()!r}. The measured quality goes "
             "between them; add them."

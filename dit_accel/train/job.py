@@ -112,10 +112,10 @@ def _check_memory(pipe: DiffusionPipeline, request: TrainRequest, tokens: int, d
         value = getattr(settings, worst.removeprefix("--"))
         needs = f"{worst} {value} takes at least {parts[worst] / 1e9:,.1f} GB"
         raise DitAccelError(f"{needs}, and {free / 1e9:,.1f} GB are free on {device}. Choose a smaller number.")
-    own = sum(weight.numel() for weight in transformers[0][0].parameters())
-    if parts["--rank"] > MOST_LORA * 4 * 4 * own:
+    count = sum(weight.numel() for weight in transformers[0][0].parameters())
+    if parts["--rank"] > MOST_LORA * 4 * 4 * count:
         raise DitAccelError(
-            f"--rank {settings.rank} is a LoRA of {parts['--rank'] // 16:,} weights, and the transformer has {own:,}. "
+            f"--rank {settings.rank} is a LoRA of {parts['--rank'] // 16:,} weights, but the model has {count:,}. "
             "Choose a smaller rank, or --rank 0, which trains the transformer's own."
         )
 
@@ -132,8 +132,8 @@ def _prepare(
     data, seed = request.data, request.train.seed
     preparer = prepare.Preparer(pipe, size, **({} if data.guidance is None else {"guidance": data.guidance}))
     if data.source == GENERATED:
-        asked = {"num_inference_steps": data.steps, "guidance_scale": data.guidance}
-        arguments = dict(defaults) | {key: value for key, value in asked.items() if value is not None}
+        sampling = {"num_inference_steps": data.steps, "guidance_scale": data.guidance}
+        arguments = dict(defaults) | {key: value for key, value in sampling.items() if value is not None}
         samples = preparer.generated(data.read_prompts(), arguments, seed)
     elif data.source == CLIPS:
         samples = preparer.encoded(prepare.demo_clips(data.count or 256, size, seed))

@@ -79,8 +79,8 @@ def lora_targets(transformer: nn.Module, family: Family, settings: TrainSettings
     """The names of the linear layers that a LoRA adapts: the projections of self-attention, or what `targets` says."""
     linear = [name for name, module in transformer.named_modules() if isinstance(module, nn.Linear)]
     if settings.targets is None:
-        own = {f"{name}.{part}" for name, _ in family.attentions(transformer) for part in adapters.PROJECTIONS}
-        return [name for name in linear if name in own]
+        projections = {f"{name}.{part}" for name, _ in family.attentions(transformer) for part in adapters.PROJECTIONS}
+        return [name for name in linear if name in projections]
     ends = tuple(f".{target}" for target in settings.targets)
     return [name for name in linear if f".{name}".endswith(ends)]
 
@@ -268,9 +268,9 @@ class Trainer:
         if math.isfinite(loss):
             return
         checkpoints = state.found(self.output / "checkpoints")
-        kept = f"The last good checkpoint is {checkpoints[-1]}" if checkpoints else "There is no checkpoint yet"
+        last = f"The last good checkpoint is {checkpoints[-1]}" if checkpoints else "There is no checkpoint yet"
         raise DitAccelError(
-            f"The loss is {loss} at step {self.step + 1}. {kept}. Lower the learning rate ({self.settings.rate}) or "
+            f"The loss is {loss} at step {self.step + 1}. {last}. Lower the learning rate ({self.settings.rate}) or "
             f"the gradient clip ({self.settings.clip}), or check the data, and start again."
         )
 
@@ -325,19 +325,19 @@ class Trainer:
         """Exchange weights and averaged weights."""
         with torch.no_grad():
             for name, average in self.average.items():
-                kept = self.weights[name].detach().clone()
+                present = self.weights[name].detach().clone()
                 self.weights[name].copy_(average)
-                average.copy_(kept)
+                average.copy_(present)
 
     def _validate(self) -> None:
         assert self.validation is not None
         self._swap_average()
         self.transformer.eval()
-        made = self.validation.generate(self.pipe)
+        samples = self.validation.generate(self.pipe)
         self.transformer.train()
         self._swap_average()
         if self.hf.is_main_process:
-            self.validation.write(self.output / "validation" / f"step-{self.step:08d}", made)
+            self.validation.write(self.output / "validation" / f"step-{self.step:08d}", samples)
 
     def export(self, call: dict[str, Any]) -> None:
         """Put the averaged weights in place and write the trained accelerator with its card."""
@@ -347,8 +347,8 @@ class Trainer:
         self.model = self.hf.unwrap_model(self.model, keep_fp32_wrapper=False)
         for name, weight in self.weights.items():
             if isinstance(weight, state.DTensor):
-                owner, _, own = name.rpartition(".")
-                setattr(self.transformer.get_submodule(owner), own, nn.Parameter(state.whole(weight)))
+                owner, _, attribute = name.rpartition(".")
+                setattr(self.transformer.get_submodule(owner), attribute, nn.Parameter(state.whole(weight)))
         self.accel.trained = adapters.Trained(
             self.base.model,
             self.base.revision,

@@ -63,7 +63,7 @@ def attention(student: Outputs, teacher: Outputs | None, target: torch.Tensor) -
     """
     assert teacher is not None
     pairs = zip(student.attention, teacher.attention, strict=True)
-    return torch.stack([_relative(made, wanted) for made, wanted in pairs]).mean()
+    return torch.stack([_relative(actual, wanted) for actual, wanted in pairs]).mean()
 
 
 def final(student: Outputs, teacher: Outputs | None, target: torch.Tensor) -> torch.Tensor:
@@ -149,6 +149,6 @@ def trains_model(names: Iterable[str]) -> bool:
     return not all(name in others and others[name].alone for name in names)
 
 
-def _relative(made: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
-    made, wanted = made.float(), wanted.float()
-    return F.mse_loss(made, wanted) / wanted.square().mean().clamp_min(torch.finfo(torch.float32).tiny)
+def _relative(actual: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    actual, wanted = actual.float(), wanted.float()
+    return F.mse_loss(actual, wanted) / wanted.square().mean().clamp_min(torch.finfo(torch.float32).tiny)

@@ -117,25 +117,25 @@ class TrainRequest:
     @classmethod
     def of(cls, run: Mapping[str, Any], data: Mapping[str, Any], train: Mapping[str, Any]) -> TrainRequest:
         """The request that options from the command line and their recipe make, fields of the three by name."""
-        asked = RunOptions(**run)
-        base = None if asked.recipe is None else read_recipe(asked.recipe)
-        given = {**read_options(asked.others), **train}
+        options = RunOptions(**run)
+        base = None if options.recipe is None else read_recipe(options.recipe)
+        changes = {**read_options(options.others), **train}
         if {"method", "config"} & train.keys():
             method = train.get("method", base.train["method"] if base else registry.DENSE)
-            given["method"], given["config"] = registry.parse_method(method, train.get("config", ()))
-        if asked.search is not None:
-            given.setdefault("objectives", {"flow": 1.0})
-            method = given.get("method", registry.DENSE)
-            given["config"] = given.get("config") or registry.settings_of(asked.candidate_configs(method)[0])
+            changes["method"], changes["config"] = registry.parse_method(method, train.get("config", ()))
+        if options.search is not None:
+            changes.setdefault("objectives", {"flow": 1.0})
+            method = changes.get("method", registry.DENSE)
+            changes["config"] = changes.get("config") or registry.settings_of(options.candidate_configs(method)[0])
         if base is not None:
-            asked = dataclasses.replace(asked, model=run.get("model", base.model))
+            options = dataclasses.replace(options, model=run.get("model", base.model))
         sources = {**(base.data if base else {}), **data}
-        return cls(asked, values.build(DataSettings, sources, "The data"), merge(base.train if base else {}, given))
+        return cls(options, values.build(DataSettings, sources, "The data"), merge(base.train if base else {}, changes))
 
 
 def read_options(items: tuple[str, ...]) -> dict[str, Any]:
     """Further settings of the training, KEY=VALUE; those of `levels` and `distillation` as levels.shift=5."""
-    found: dict[str, Any] = {}
+    options: dict[str, Any] = {}
     for item in items:
         key, equals, text = item.partition("=")
         if not equals or not text:
@@ -143,12 +143,12 @@ def read_options(items: tuple[str, ...]) -> dict[str, Any]:
         outer, dot, inner = key.partition(".")
         value = tuple(map(registry.parse_value, text.split(","))) if "," in text else registry.parse_value(text)
         if not dot:
-            found[outer] = value
+            options[outer] = value
             continue
-        if not isinstance(found.setdefault(outer, {}), dict):
-            raise DitAccelError(f"--option {item} contradicts {outer}={found[outer]!r}. Give one of them.")
-        found[outer][inner] = value
-    return found
+        if not isinstance(options.setdefault(outer, {}), dict):
+            raise DitAccelError(f"--option {item} contradicts {outer}={options[outer]!r}. Give one of them.")
+        options[outer][inner] = value
+    return options
 
 
 def merge(recipe: Mapping[str, Any], given: Mapping[str, Any]) -> TrainSettings:

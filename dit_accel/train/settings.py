@@ -19,14 +19,14 @@ RECIPES = pathlib.Path(__file__).parent / "recipes"
 
 def parse_objectives(items: list[str]) -> dict[str, float]:
     """Objectives written NAME=WEIGHT, or NAME for a weight of 1."""
-    found = {}
+    weights = {}
     for item in items:
         name, equals, weight = item.partition("=")
         value = registry.parse_value(weight) if equals else 1.0
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise DitAccelError(f"An objective is written NAME=WEIGHT, such as teacher=1.0; got {item!r}.")
-        found[name] = float(value)
-    return found
+        weights[name] = float(value)
+    return weights
 
 
 @dataclasses.dataclass(frozen=True)

@@ -39,13 +39,13 @@ def optimizer_tensors(
     optimizer: torch.optim.Optimizer, weights: Mapping[str, nn.Parameter], scaler: torch.amp.GradScaler | None
 ) -> Tensors:
     """The state of the optimizer and of the loss scaler (fp16) as whole tensors, by names of weight and state."""
-    found = {
+    tensors = {
         f"{name}.{key}": whole(value)
         for name, weight in weights.items()
         for key, value in optimizer.state.get(weight, {}).items()
     }
     state = {} if scaler is None else scaler.state_dict()
-    return found | {f"{SCALER}.{key}": torch.tensor(state[key], device="cpu") for key in CHANGES if key in state}
+    return tensors | {f"{SCALER}.{key}": torch.tensor(state[key], device="cpu") for key in CHANGES if key in state}
 
 
 def restore_optimizer(
@@ -57,19 +57,19 @@ def restore_optimizer(
     """Load what `optimizer_tensors` returned."""
     for name, weight in weights.items():
         prefix = f"{name}."
-        own = {key.removeprefix(prefix): value for key, value in tensors.items() if key.rpartition(".")[0] == name}
+        parts = {key.removeprefix(prefix): value for key, value in tensors.items() if key.rpartition(".")[0] == name}
         optimizer.state[weight] = {
-            key: like(value, weight) if value.shape == weight.shape else value for key, value in own.items()
+            key: like(value, weight) if value.shape == weight.shape else value for key, value in parts.items()
         }
-    found = {key: tensors[f"{SCALER}.{key}"].item() for key in CHANGES if f"{SCALER}.{key}" in tensors}
-    if scaler is not None and found:
-        scaler.load_state_dict(scaler.state_dict() | found)
+    changed = {key: tensors[f"{SCALER}.{key}"].item() for key in CHANGES if f"{SCALER}.{key}" in tensors}
+    if scaler is not None and changed:
+        scaler.load_state_dict(scaler.state_dict() | changed)
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
     """A copy of a whole tensor on the CPU. Parts in several processes are gathered, so all processes must call this."""
-    own = tensor.detach()
-    return (own.full_tensor() if isinstance(own, DTensor) else own).cpu().clone().contiguous()
+    values = tensor.detach()
+    return (values.full_tensor() if isinstance(values, DTensor) else values).cpu().clone().contiguous()
 
 
 def like(tensor: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -107,11 +107,11 @@ def save(folder: pathlib.Path, step: int, parts: Mapping[str, Tensors], record: 
             with contextlib.suppress(OSError):  # somebody's file is in it
                 old.rmdir()
     except (DitAccelError, OSError, SafetensorError) as error:  # a full disk raises any of them
-        kept = found(folder)
+        checkpoints = found(folder)
         raise DitAccelError(
             f"The checkpoint of step {step} cannot be written to {folder} ({first_line(error)}). "
-            f"{f'The last good one is {kept[-1]}' if kept else 'There is no earlier one'}. Make room and run the same "
-            "command again to resume."
+            f"{f'The last good one is {checkpoints[-1]}' if checkpoints else 'There is no earlier one'}. Make room and "
+            "run the same command again to resume."
         ) from error
     return target
 
@@ -150,8 +150,8 @@ def open_losses(path: pathlib.Path, step: int) -> TextIO:
     Args:
         step: of the checkpoint that the run resumes from; rows of later steps are dropped.
     """
-    kept = [row for row in read_losses(path) if row["step"] <= step] if path.exists() else []
-    replace_file(path, "".join(json.dumps(row) + "\n" for row in kept).encode(), checked=True)
+    rows = [row for row in read_losses(path) if row["step"] <= step] if path.exists() else []
+    replace_file(path, "".join(json.dumps(row) + "\n" for row in rows).encode(), checked=True)
     return path.open("a", buffering=1, encoding="utf-8")
 
 
@@ -191,15 +191,15 @@ class Validation:
     def generate(self, pipe: DiffusionPipeline) -> list[np.ndarray]:
         """float32 [F, H, W, 3] in [0, 1] for each prompt; an image has one frame."""
         pipe.set_progress_bar_config(disable=True)
-        made = []
+        samples = []
         for seed, prompt in enumerate(self.prompts):
             result = sampling.call(pipe, {"prompt": prompt, **self.arguments}, seed)
-            made.append(result.frames[0] if hasattr(result, "frames") else result.images[:1])
-        return made
+            samples.append(result.frames[0] if hasattr(result, "frames") else result.images[:1])
+        return samples
 
-    def write(self, folder: pathlib.Path, made: list[np.ndarray]) -> None:
+    def write(self, folder: pathlib.Path, samples: list[np.ndarray]) -> None:
         """Write the samples as mp4 or png."""
-        for index, frames in enumerate(made):
+        for index, frames in enumerate(samples):
             path = folder / f"{index:02d}{'.mp4' if len(frames) > 1 else '.png'}"
             with staged(path) as stage:
                 write_frames(stage / path.name, (frames * 255).round().astype("uint8"), self.fps)
