@@ -15,10 +15,10 @@ import triton
 from triton.runtime.jit import JITFunction
 
 from dit_accel.kernels.block_sparse.triton_configs import Launch
+from dit_accel.kernels.jit import LARGEST
 from dit_accel.order import TokenOrder
 
 Programs = tuple[int, ...] | Callable[[dict[str, Any]], tuple[int, ...]]
-LARGEST = 2**31  # of a 32-bit number; others have a binary of their own
 
 
 class PastLaunch(NamedTuple):
@@ -28,15 +28,16 @@ class PastLaunch(NamedTuple):
     programs: tuple[int, int, int]
     values: tuple[Any, ...]
 
-    def behind(self, tensors: int) -> PastLaunch:
-        """What stays of it for `again`: no tensor."""
-        return self._replace(values=self.values[tensors:])
+    def after(self, arguments: int) -> PastLaunch:
+        """Without the first arguments, which `repeat` takes."""
+        return self._replace(values=self.values[arguments:])
 
-    def again(self, *tensors: Any) -> None:
-        """Repeat it on the current device with other tensors of the same dtypes, strides and alignment."""
-        self.binary[self.programs](*tensors, *self.values)
+    def repeat(self, *first: Any) -> None:
+        """Launch it again on the current device, with tensors of the same dtypes, strides and alignment first."""
+        self.binary[self.programs](*first, *self.values)
 
 
+RASTER = (0, 0, 0)  # the tile of raster order
 _launched: dict[tuple[Any, ...], tuple[Any, dict[str, Any]]] = {}  # binaries, and the constants in the kernel's order
 
 
@@ -55,7 +56,7 @@ def launch(
     Args:
         kernel: a jitted function whose constants come last; one with a constant STEP gets the candidate's.
         programs: the grid, or a function of the compile-time constants that gives it.
-        arguments: what is known at run time; the first is a tensor.
+        arguments: what is known at run time: tensors, numbers and records of them; the first is a tensor.
         constants: compile-time constants save STEP.
         candidates: at least one, best first; a single one is not timed. They follow from the other arguments.
         key: constants by which launches are tuned separately, if the kernel has them. The dtypes always count.
@@ -64,42 +65,38 @@ def launch(
         kernel[programs](*arguments, **constants, **_step(kernel, candidates[0]))
         return None
     device = arguments[0].device
-    like = (id(kernel), device, *constants.items(), *_facts(_specialised(kernel), arguments))
+    key_of_launch = (id(kernel), device, *constants.items(), *_facts(arguments))
     with torch.cuda.device(device):
-        found = _launched.get(like)
-        if found is None:
+        known = _launched.get(key_of_launch)
+        if known is None:
             # Triton 3.10 changes the default of fusion. fp32 sums are more exact with a * b + c contracted.
             tuner = tuned(kernel, candidates, key)
             binary = tuner[programs](*arguments, **constants, enable_fp_fusion=True)
             chosen = {**constants, **tuner.best_config.kwargs}
             chosen = {name: chosen[name] for name in kernel.arg_names[len(arguments) :]}
-            _launched[like] = binary, chosen
+            _launched[key_of_launch] = binary, chosen
         else:
-            binary, chosen = found
+            binary, chosen = known
         width, height, depth, *_ = *(programs(chosen) if callable(programs) else programs), 1, 1
         launched = PastLaunch(binary, (width, height, depth), (*arguments, *chosen.values()))
-        if found is not None:
-            launched.again()
+        if known is not None:
+            launched.repeat()
         return launched
 
 
-@functools.cache
-def _specialised(kernel: JITFunction[Any]) -> tuple[bool, ...]:
-    """Of each argument, whether Triton compiles a binary for its value."""
-    return tuple(not p.do_not_specialize for p in kernel.params)
-
-
-def _facts(specialised: tuple[bool, ...], arguments: tuple[Any, ...]) -> list[Any]:
+def _facts(arguments: tuple[Any, ...]) -> list[Any]:
     """What Triton's binaries depend on beside constants: dtypes and alignments, and the width of integers."""
-    found: list[Any] = []
-    for x, by_value in zip(arguments, specialised, strict=False):
-        if isinstance(x, int):
-            found.append(x if by_value else -LARGEST <= x < LARGEST)
+    facts: list[Any] = []
+    for x in arguments:
+        if isinstance(x, tuple):
+            facts += _facts(x)
+        elif isinstance(x, int):
+            facts.append(-LARGEST <= x < LARGEST)
         elif isinstance(x, torch.Tensor):
-            found += (x.dtype, x.data_ptr() % 16 == 0)
+            facts += (x.dtype, x.data_ptr() % 16 == 0)
         elif not isinstance(x, float):  # a descriptor
-            found += (x.base.dtype, *x.block_shape)
-    return found
+            facts += (x.base.dtype, *x.block_shape)
+    return facts
 
 
 @functools.cache
@@ -129,10 +126,9 @@ def head_dims(dim: int) -> dict[str, int]:
     return {"D": dim, "BLOCK_D": max(16, triton.next_power_of_2(dim))}
 
 
-def block_sizes(order: TokenOrder, block: str = "", tile: str = "") -> dict[str, int]:
-    """The kernels' constants for the blocks of one side; the two strings tell queries from keys."""
-    names = (f"BLOCK{block}", *(f"TILE_{tile}{axis}" for axis in "THW"))
-    return dict(zip(names, (order.block, *(order.tile or (0, 0, 0))), strict=True))
+def block_sizes(order: TokenOrder, side: str = "") -> dict[str, Any]:
+    """The kernels' constants for the blocks of one side: "_Q", "_K", or none where there is one side."""
+    return {f"BLOCK{side}": order.block, f"TILE{side}": order.tile or RASTER}
 
 
 def _step(kernel: Any, candidate: Launch) -> dict[str, int]:

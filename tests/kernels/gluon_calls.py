@@ -36,19 +36,19 @@ class Emulated:
         return functools.partial(emulator.launch, self.kernel, grid, **self.options)
 
 
-def write_words(words, entries, spans, tables, *sizes, **constants):
+def write_words(words, lists, tables, keys, queries, **constants):
     """What `partial_words_kernel` writes (test_triton.py holds it bit by bit), faster than interpreted."""
-    grid, query_grid, query_blocks = sizes[:3], sizes[3:6], sizes[6]
+    grid, query_grid = (tuple(side[:3]) for side in (keys, queries))
     orders = []
-    for side, size in (("Q", query_grid), ("K", grid)):
-        tile = tuple(constants[f"TILE_{side}{axis}"] for axis in "THW")
-        orders.append(TokenOrder(TokenGrid(*size), constants[f"BLOCK_{side}"], tile if all(tile) else None))
+    for name, size in (("Q", query_grid), ("K", grid)):
+        tile = constants[f"TILE_{name}"]
+        orders.append(TokenOrder(TokenGrid(*size), constants[f"BLOCK_{name}"], tile if all(tile) else None))
     slots_q, slots_k = (order.index().view(-1, order.block) for order in orders)
     predicate = Predicate(tables, query_grid, grid)
     bit = 1 << torch.arange(64)
-    for row, (pure, _, tabled, _, first) in enumerate(spans.tolist()):
+    for row, (pure, _, tabled, _, first) in enumerate(lists.spans.tolist()):
         for i in range(pure, tabled):
-            q, k = slots_q[row % query_blocks], slots_k[entries[row, i]]
+            q, k = slots_q[row % queries.blocks], slots_k[lists.places[row, i]]
             seen = predicate.allowed(q.clamp(min=0)[None], k.clamp(min=0)[None])[0] & (k >= 0)
             words[first + i - pure] = (seen.unflatten(1, (-1, 64)) * bit).sum(-1).T
 

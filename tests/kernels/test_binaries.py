@@ -2,6 +2,7 @@
 
 import collections
 import os
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ import torch
 pytest.importorskip("triton")
 
 from block_sparse_calls import block_sparse_attention
+from triton import language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import make_backend
 from triton.runtime.jit import create_function_from_signature
@@ -18,7 +20,7 @@ from dit_accel.kernels.block_sparse import geometry, triton_places
 from dit_accel.kernels.block_sparse import triton as block_sparse
 from dit_accel.kernels.block_sparse.geometry import BlockSparseCall
 from dit_accel.kernels.block_sparse.triton_configs import Launch
-from dit_accel.kernels.block_sparse.triton_tokens import RUNTIME
+from dit_accel.kernels.jit import GluonKernel, TritonKernel, any_integer, kernel
 from dit_accel.kernels.sla import triton as sla
 from dit_accel.kernels.sla import triton_configs as configs
 from dit_accel.kernels.sla.call import LINEAR_SCOPES
@@ -39,7 +41,7 @@ class Binaries:
         self.backend = make_backend(GPUTarget("cuda", 90, 32))
 
     def launch(self, kernel, arguments, constants):
-        binder = create_function_from_signature(kernel.signature, kernel.params, self.backend)
+        binder = any_integer(kernel, create_function_from_signature(kernel.signature, kernel.params, self.backend))
         _, specialization, options = binder(*arguments, **constants)
         self.keys[kernel.fn.__name__].add((str(specialization), str(options)))
 
@@ -130,40 +132,65 @@ BUILDS = {build.kernel: build for build in all_builds(90)}
 
 
 @pytest.mark.parametrize("build", BUILDS.values(), ids=BUILDS)
-def test_no_integer_is_specialized(build):
-    """Triton ignores names that the kernel does not have, and would specialize the argument that was meant."""
-    typed = dict(build.constants).keys() | dict(build.pointers).keys()
-    integers = {parameter.name: parameter for parameter in build.load().params if parameter.name not in typed}
-    assert [name for name, parameter in integers.items() if not parameter.do_not_specialize] == []
-    assert integers.keys() <= set(RUNTIME)
+def test_no_kernel_has_a_binary_for_an_integer(build):
+    """Also for members of records, which ``do_not_specialize`` does not reach."""
+    jitted = build.load()
+    assert isinstance(jitted, TritonKernel | GluonKernel)
+    assert len(jitted.params) <= 25
 
 
-def test_every_name_of_an_integer_is_used():
-    named = {name for build in BUILDS.values() for name in build.load().arg_names}
-    assert set(RUNTIME) <= named
+class Record(NamedTuple):
+    pointer: Any
+    count: Any
+    nested: Any
+
+
+@kernel
+def records_kernel(x, count, record, SIZE: tl.constexpr):
+    tl.store(x, tl.load(record.pointer + record.count) + count + record.nested[0])
+
+
+def test_integers_of_records_are_any_and_pointers_are_aligned():
+    backend = make_backend(GPUTarget("cuda", 90, 32))
+    bind = any_integer(
+        records_kernel, create_function_from_signature(records_kernel.signature, records_kernel.params, backend)
+    )
+    x = torch.zeros(64)
+    assert x.data_ptr() % 16 == 0
+
+    def key(count, pointer=x):
+        return bind(x, count, Record(pointer, count, (count, 0.5)), SIZE=16)[1]
+
+    assert key(1) == key(16) == key(7)
+    assert key(7) != key(2**31)
+    assert key(7) != key(7, x[1:])
+    _, _, (types, keys), size = key(1)
+    assert types == Record("*fp32", "i32", ("i32", "fp32"))
+    assert keys == Record("D", None, (None, None))
+    assert size == ("constexpr", 16)
 
 
 def test_tuning_knows_no_length():
     """The tuner's key: block sizes, head dimension and tables, to which Triton adds the tensors' dtypes."""
-    for kernel in block_sparse.JIT.values():
-        keys = set(tuning.tuned(kernel, (Launch(8, 2, 64),), block_sparse.TUNED_BY).keys)
+    for jitted in block_sparse.JIT.values():
+        keys = set(tuning.tuned(jitted, (Launch(8, 2, 64),), block_sparse.TUNED_BY).keys)
         assert keys == {"BLOCK_Q", "BLOCK_K", "BLOCK_D", "HAS_TABLES"}
 
 
 def test_tuning_of_sla_knows_no_length():
     """What is tuned apart are constants that no length or tile is part of; what is tried is the table's."""
     candidates = Launch(8, 2, 64), Launch(4, 2, 32)
-    for name, kernel in sla.JIT.items():
-        tuner = tuning.tuned(kernel, candidates, configs.TUNED_BY)
-        constants = {kernel.params[i].name for i in kernel.constexprs}
-        assert set(tuner.keys) <= constants - {"ALIGN", "SPLIT", "TILE_T", "TILE_H", "TILE_W"}
+    for name, jitted in sla.JIT.items():
+        tuner = tuning.tuned(jitted, candidates, configs.TUNED_BY)
+        constants = {jitted.params[i].name for i in jitted.constexprs}
+        assert set(tuner.keys) <= constants - {"ALIGN", "SPLIT", "TILE"}
         assert set(tuner.keys) & {"BLOCK_D", "WIDTH"}
         assert tuner.cache_results
         steps = [{"STEP": c.step} if name != "means" else {} for c in candidates]
         assert [(c.kwargs, c.num_warps, c.num_stages) for c in tuner.configs] == [
             (step, c.warps, c.stages) for step, c in zip(steps, candidates, strict=True)
         ]
-        assert tuning.tuned(kernel, candidates, configs.TUNED_BY) is tuner
+        assert tuning.tuned(jitted, candidates, configs.TUNED_BY) is tuner
 
 
 @pytest.mark.gpu

@@ -21,6 +21,7 @@ from dit_accel.kernels.block_sparse import triton as block_sparse
 from dit_accel.kernels.block_sparse import triton_lists
 from dit_accel.kernels.block_sparse.geometry import BlockSparseCall, Segments
 from dit_accel.kernels.block_sparse.triton_configs import Launch
+from dit_accel.kernels.jit import kernel
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter replaces what would be compiled"
@@ -63,13 +64,13 @@ def device(monkeypatch):
     HERE.launched.clear()
     monkeypatch.setattr(driver, "_active", HERE)
     monkeypatch.setattr(tuning, "_launched", {})
-    monkeypatch.setattr(block_sparse, "_KEPT", {})
+    monkeypatch.setattr(block_sparse, "_PLAN_LAUNCHES", {})
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     return HERE
 
 
-@triton.jit(do_not_specialize=["count"])
+@kernel
 def add_kernel(x, out, count, weight, SIZE: tl.constexpr, STEP: tl.constexpr):
     slots = tl.program_id(0) * STEP + tl.arange(0, STEP)
     tl.store(out + slots, tl.load(x + slots, mask=slots < count) + weight, mask=slots < SIZE)
@@ -154,8 +155,16 @@ def static(device, monkeypatch):
 def told(launched):
     """What a launch tells the device: the binary, programs and arguments; of a tensor all but its place."""
     binary, _, programs, arguments = launched
-    of = [(x.dtype, x.shape, x.stride()) if isinstance(x, torch.Tensor) else x for x in arguments]
-    return binary, programs, of
+    return binary, programs, [described(x) for x in arguments]
+
+
+def described(x, tensor=lambda x: (x.dtype, x.shape, x.stride())):
+    """An argument, also a record, with what is said of tensors in their place."""
+    if isinstance(x, tuple):
+        return tuple(described(member, tensor) for member in x)
+    if isinstance(x, torch.Tensor):
+        return tensor(x)
+    return {**vars(x), "base": tensor(x.base)} if hasattr(x, "base") else x
 
 
 @pytest.mark.parametrize("lengths", [None, (3, 5)])
@@ -167,9 +176,9 @@ def test_a_call_like_an_earlier_one_repeats_its_launches(static, device, lengths
         plan.attend(x, k, v, text_lens=lens, impl="triton")
     first, other, again, as_other = (list(map(told, device.launched[at : at + 2])) for at in range(0, 8, 2))
     assert first == again != other == as_other
-    assert len(block_sparse._KEPT) == 2
+    assert len(block_sparse._PLAN_LAUNCHES) == 2
     *_, (_, _, _, arguments) = device.launched
-    assert [x.data_ptr() for x in arguments[:3]] == [x.data_ptr() for x in (apart, k, v)]
+    assert [x.start.data_ptr() for x in arguments[1:4]] == [x.data_ptr() for x in (apart, k, v)]
 
 
 def test_a_repeated_gluon_call_differs_in_its_results_alone(device, monkeypatch):
@@ -185,7 +194,7 @@ def test_a_repeated_gluon_call_differs_in_its_results_alone(device, monkeypatch)
         return tuning.PastLaunch(Binary(), programs, (*arguments, *constants.values()))
 
     monkeypatch.setattr(tuning, "launch", launch)
-    monkeypatch.setattr(gluon, "_KEPT", {})
+    monkeypatch.setattr(gluon, "_PLAN_LAUNCHES", {})
     grid = dit_accel.TokenGrid(2, 16, 16, text=70)
     plan = dit_accel.plan("gna", grid, window=(2, 5, 5))
     lists = plan.lists(torch.device("cpu"), impls.named("gluon").packing)
@@ -198,14 +207,12 @@ def test_a_repeated_gluon_call_differs_in_its_results_alone(device, monkeypatch)
     def tensor(x):
         return x.data_ptr() if any(x.data_ptr() == y.data_ptr() for y in (q, k, v)) else (x.dtype, x.shape[:1])
 
-    def value(x):
-        if isinstance(x, torch.Tensor):
-            return tensor(x)
-        return {**vars(x), "base": tensor(x.base)} if hasattr(x, "base") else x
-
-    calls = [[(programs, [*map(value, values)]) for programs, values in seen[at : at + 2]] for at in range(0, 8, 2)]
+    calls = [
+        [(programs, [described(x, tensor) for x in values]) for programs, values in seen[at : at + 2]]
+        for at in range(0, 8, 2)
+    ]
     assert calls[0] == calls[1] == calls[2] == calls[3] and len(seen) == 8
-    assert len(gluon._KEPT) == 1
+    assert len(gluon._PLAN_LAUNCHES) == 1
 
 
 def test_a_repeated_call_does_little_on_the_host(static):

@@ -42,6 +42,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from dit_accel.kernels.block_sparse.triton_configs import SHARED_BYTES
+from dit_accel.kernels.jit import like_record
 
 ARCHS = (80, 89, 90, 100, 120)
 DTYPES = ("fp16", "bf16")
@@ -69,8 +70,8 @@ class Build:
         kernel: name in reports.
         function: ``module:attribute`` of the jitted function.
         constants: its compile-time constants.
-        pointers: types of arguments other than "i32". "data" is a pointer to the dtype, or the dtype within the type of
-            a descriptor.
+        pointers: types of arguments other than "i32", of records' members too. "data" is a pointer to the dtype, or the
+            dtype within the type of a descriptor.
         warps, stages: launch settings.
         needs: bytes of shared memory in the launcher's rule.
         dots: whether the kernel multiplies matrices.
@@ -80,7 +81,7 @@ class Build:
     kernel: str
     function: str
     constants: tuple[tuple[str, Any], ...]
-    pointers: tuple[tuple[str, str], ...]
+    pointers: tuple[tuple[str, Any], ...]
     warps: int
     stages: int
     needs: int
@@ -140,11 +141,10 @@ def allowed(build: Build, arch: int) -> Allowed:
 
 
 CONFIG_KEYS = (
-    "BLOCK_Q", "BLOCK_K", "BLOCK", "D", "SCOPE", "MAP", "ROWS", "WIDTH", "TILE_QT", "TILE_KT", "TILE_Q", "TILE_K",
-    "STEP", "HAS_TABLES", "HAS_GRAD_LSE", "CELLS", "UNIT", "HAS_THRESHOLD", "HAS_COUNT", "HAS_SHARE", "HAS_GUARD",
-    "HAS_FORCED",
+    "BLOCK_Q", "BLOCK_K", "BLOCK", "D", "SCOPE", "MAP", "ROWS", "WIDTH", "TILE_Q", "TILE_K", "STEP", "HAS_TABLES",
+    "HAS_GRAD_LSE", "CELLS", "UNIT", "HAS_THRESHOLD", "HAS_COUNT", "HAS_SHARE", "HAS_GUARD", "HAS_FORCED",
 )  # fmt: skip
-DERIVED = ("step", "warps", "rows", "tile_kt")  # these follow from the architecture, the blocks and the head dimension
+DERIVED = ("step", "warps", "rows", "tile_k")  # these follow from the architecture, the blocks and the head dimension
 
 
 def all_builds(arch: int) -> Iterator[Build]:
@@ -185,15 +185,15 @@ def compile_build(build: Build, arch: int, dtype: str, loops: bool = False) -> d
 
     function = build.load()
     constants, pointers = dict(build.constants), dict(build.pointers)
-    signature, attributes, values = {}, {}, {}
+    signature: dict[str, Any] = {}
+    attributes: dict[tuple[int, ...], Any] = {}
+    values: dict[str, Any] = {}
     for index, name in enumerate(function.arg_names):
         if name in constants:
             signature[name], values[name] = "constexpr", constants[name]
             continue
-        kind = pointers.get(name, "i32")
-        signature[name] = POINTERS[dtype] if kind == "data" else kind.replace("<data[", f"<{dtype}[")
-        if signature[name].startswith("*"):
-            attributes[(index,)] = [["tt.divisibility", 16]]
+        signature[name] = _typed(pointers.get(name, "i32"), dtype)
+        attributes |= {(index, *path): [["tt.divisibility", 16]] for path in _pointers(signature[name])}
     options = {"num_warps": build.warps, "num_stages": build.stages, "enable_fp_fusion": True}
     if build.registers is not None:
         options["maxnreg"] = build.registers
@@ -225,6 +225,20 @@ def compile_build(build: Build, arch: int, dtype: str, loops: bool = False) -> d
         if loops:
             row |= {"loops": [len(loop) for loop in inner], "waits": [_numbers(SASS_WAIT, loop) for loop in inner]}
     return row
+
+
+def _typed(kind: Any, dtype: str) -> Any:
+    """Triton's type of an argument, or a record of its members' types."""
+    if isinstance(kind, tuple):
+        return like_record(kind, tuple(_typed(member, dtype) for member in kind))
+    return POINTERS[dtype] if kind == "data" else kind.replace("<data[", f"<{dtype}[")
+
+
+def _pointers(kind: Any) -> list[tuple[int, ...]]:
+    """Where the pointers are in a type: paths through records."""
+    if isinstance(kind, tuple):
+        return [(i, *path) for i, member in enumerate(kind) for path in _pointers(member)]
+    return [()] if kind.startswith("*") else []
 
 
 def loops_of(sass: str) -> list[tuple[str, ...]]:
@@ -325,7 +339,7 @@ def main(arguments: list[str] | None = None) -> int:
                 row = {"kernel": build.kernel, "arch": f"sm_{arch}", "config": build.config, "left_out": reason}
                 print(json.dumps(row))
                 continue
-            typed = {name for name, kind in build.pointers if "data" in kind} & set(build.load().arg_names)
+            typed = {name for name, kind in build.pointers if "data" in str(kind)} & set(build.load().arg_names)
             dtypes = options.dtype if typed else options.dtype[:1]
             kernels.setdefault(build.kernel, []).extend((build, arch, dtype) for dtype in dtypes)
     for candidates in kernels.values():

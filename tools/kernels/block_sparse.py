@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
+from dit_accel.kernels.block_sparse.geometry import Segments
 from dit_accel.kernels.block_sparse.triton_configs import (
     KERNELS,
     PLACES,
@@ -13,6 +15,8 @@ from dit_accel.kernels.block_sparse.triton_configs import (
     shared_bytes,
     words_launch,
 )
+from dit_accel.kernels.records import Heads, Lists, SampleSegments, Side, Visits
+from dit_accel.kernels.tuning import RASTER
 from tools.kernels.ahead_of_time import Build
 
 BLOCKS = ((64, 64), (128, 64), (128, 128), (128, 32))  # queries x keys
@@ -23,17 +27,19 @@ FUNCTIONS = {
     "dkdv": "triton_backward:block_sparse_bwd_kernel_dkdv",
 }
 TILES = {32: (1, 4, 8), 64: (1, 8, 8), 128: (2, 8, 8)}
-PLACED = "BLOCK", "TILE_T", "TILE_H", "TILE_W", "STEP"
-DATA = ("q", "k", "v", "out", "grad_out", "dq", "dk", "dv")
-INTEGERS = ("indices", "counts", "entries", "places", "spans", "numbers", "firsts", "tables")
-STARTS = ("visual_starts", "conditioning_starts", "text_starts", "text_lens")
+HEADS = Heads("data", "i32", "i32", "i32")
+SIDE = Side(*["i32"] * 7)
+SAMPLES = SampleSegments(Segments(*["*i32"] * 4), Segments(*["i32"] * 4), "i32", "i32")
 POINTERS = (
-    *((name, "data") for name in DATA),
-    *((name, "*i32") for name in (*INTEGERS, *STARTS)),
+    *((name, HEADS) for name in ("q", "k", "v", "grad_out")),
+    *((name, "data") for name in ("out", "dq", "dk", "dv")),
+    *((name, "*fp32") for name in ("lse", "grad_lse", "delta")),
+    *((name, SIDE) for name in ("keys", "queries")),
+    ("lists", Lists("*i32", "*i32", "*i64", "i32", "i32")),
+    ("visits", Visits(*["*i32"] * 4, "*i64", "i32")),
+    ("samples", SAMPLES),
+    *((name, "*i32") for name in ("tables", "indices", "counts")),
     ("words", "*i64"),
-    ("lse", "*fp32"),
-    ("grad_lse", "*fp32"),
-    ("delta", "*fp32"),
     ("scale", "fp32"),
 )
 
@@ -59,8 +65,8 @@ def builds(arch: int) -> Iterator[Build]:
         yield Build(
             kernel="block_sparse_places_forward",
             function="dit_accel.kernels.block_sparse.triton_places:place_lists_kernel",
-            constants=tuple(dict(zip(PLACED, (block, *tile, PLACES.step), strict=True)).items()),
-            pointers=POINTERS,
+            constants=(("BLOCK", block), ("TILE", tile), ("STEP", PLACES.step)),
+            pointers=(*POINTERS, ("places", "*i32"), ("spans", "*i32")),
             warps=PLACES.warps,
             stages=PLACES.stages,
             needs=0,
@@ -84,7 +90,6 @@ def builds(arch: int) -> Iterator[Build]:
                             "ALIGN": 8,
                             **_blocks(block_q, block_k, tiled),
                             "HAS_TABLES": True,
-                            "PRECISION": "ieee",
                             "STEP": launch.step,
                             **flags,
                         }
@@ -92,7 +97,7 @@ def builds(arch: int) -> Iterator[Build]:
                             kernel=f"block_sparse_{kernel}",
                             function=f"dit_accel.kernels.block_sparse.{FUNCTIONS[kernel]}",
                             constants=tuple(constants.items()),
-                            pointers=POINTERS,
+                            pointers=(*POINTERS, ("out", HEADS)) if kernel == "dq" else POINTERS,
                             warps=launch.warps,
                             stages=launch.stages,
                             needs=shared_bytes(kernel, launch, *sizes[1:], itemsize=2, capability=arch),
@@ -111,7 +116,6 @@ def _variants(kernel: str) -> tuple[tuple[bool, dict[str, bool]], ...]:
     return (True, {}), (False, {})
 
 
-def _blocks(block_q: int, block_k: int, tiled: bool) -> dict[str, int]:
-    names = ("TILE_QT", "TILE_QH", "TILE_QW", "TILE_KT", "TILE_KH", "TILE_KW")
-    tiles = (*TILES[block_q], *TILES[block_k]) if tiled else (0,) * 6
-    return {"BLOCK_Q": block_q, "BLOCK_K": block_k, **dict(zip(names, tiles, strict=True))}
+def _blocks(block_q: int, block_k: int, tiled: bool) -> dict[str, Any]:
+    tiles = (TILES[block_q], TILES[block_k]) if tiled else (RASTER, RASTER)
+    return {"BLOCK_Q": block_q, "TILE_Q": tiles[0], "BLOCK_K": block_k, "TILE_K": tiles[1]}

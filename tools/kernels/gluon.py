@@ -4,16 +4,30 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
+from typing import Any
 
 from triton.experimental.gluon import language as gl
 
 from dit_accel.kernels.block_sparse.geometry import Shape
-from dit_accel.kernels.block_sparse.gluon.copies import KEYS
+from dit_accel.kernels.block_sparse.gluon.copies import KEYS, Distances, GluonProblem, TiledSide
 from dit_accel.kernels.block_sparse.gluon.launches import LAUNCH, ROWS, STAGES_DKDV, STAGES_DQ, constants, half_of
-from dit_accel.kernels.block_sparse.triton import RASTER
+from dit_accel.kernels.records import Visits
+from dit_accel.kernels.tuning import RASTER
 from tools.kernels.ahead_of_time import Build
-from tools.kernels.block_sparse import POINTERS, TILES
-from tools.kernels.sla import POINTERS as SLA_POINTERS
+from tools.kernels.block_sparse import SAMPLES, TILES
+
+
+def _problem(read: int) -> tuple[tuple[str, Any], ...]:
+    """Types of the two records of all kernels, for as many tensors that are read."""
+    tensors, usual, *numbers = SAMPLES
+    pointers = "*i32", "*i32", "*i64", tensors, usual, numbers[0]
+    return ("problem", GluonProblem(*pointers, SIDE, SIDE, *["i32"] * 6)), ("distances", (DISTANCES,) * read)
+
+
+VISITS = Visits(*["*i32"] * 4, "*i64", "i32")
+SIDE = TiledSide(*["i32"] * 9)
+DISTANCES = Distances("i32", "i32", "i32")
+POINTERS = (("lse", "*fp32"), ("scale", "fp32"), *_problem(3))
 
 
 def builds(arch: int) -> Iterator[Build]:
@@ -60,7 +74,7 @@ def _dq(build: Build) -> Build:
         kernel="gluon_dq",
         function="dit_accel.kernels.block_sparse.gluon.dq:block_sparse_gluon_dq_kernel",
         constants=tuple((chosen | {"STAGES": STAGES_DQ}).items()),
-        pointers=(*build.pointers, *like_q, ("statistics", "*fp32")),
+        pointers=(*build.pointers, *like_q, *_problem(5), *((x, "*fp32") for x in ("grad_lse", "statistics"))),
         stages=STAGES_DQ,
         needs=2 * chosen["D"] * (6 * ROWS + 2 * STAGES_DQ * KEYS.value),
     )
@@ -77,7 +91,7 @@ def _dkdv(build: Build) -> Build:
         kernel="gluon_dkdv",
         function="dit_accel.kernels.block_sparse.gluon.dkdv:block_sparse_gluon_dkdv_kernel",
         constants=tuple((chosen | {"PART_K": part, "STAGES": STAGES_DKDV}).items()),
-        pointers=(*like.pointers, *boxes),
+        pointers=(*like.pointers, *boxes, ("visits", VISITS), *_problem(4)),
         stages=STAGES_DKDV,
         needs=2 * dim * (2 * keys + 2 * STAGES_DKDV * ROWS) + (8 * dim * ROWS if keys == ROWS else 0),
     )
@@ -103,5 +117,5 @@ def _sla(build: Build) -> Build:
         kernel="sla_gluon_forward",
         function="dit_accel.kernels.sla.gluon_forward:sparse_linear_gluon_fwd_kernel",
         constants=(*build.constants, ("MAP", "softmax")),
-        pointers=(*SLA_POINTERS, *build.pointers, *exact, ("sums", "*fp32"), ("table", table)),
+        pointers=(*build.pointers, *exact, ("sums", "*fp32"), ("table", table)),
     )

@@ -8,6 +8,7 @@ from typing import Any
 
 from dit_accel.kernels.router.triton_configs import MAX_BLOCKS, MAX_COUNTED, PARTS, SCORES, warps_of
 from tools.kernels.ahead_of_time import Build
+from tools.kernels.block_sparse import HEADS, SIDE
 
 FOLDER = "dit_accel.kernels.router.triton_kernels"
 HEAD_DIMS = (64, 128)
@@ -16,7 +17,8 @@ CELLS = (1, 4)
 FLOATS = ("means", "query_means", "key_means", "scores", "thresholds", "shares")
 INTEGERS = ("query_sizes", "key_sizes", "wanted", "indices", "counts", "worst")
 POINTERS = (
-    ("x", "data"),
+    ("x", HEADS),
+    ("side", SIDE),
     *((name, "*fp32") for name in FLOATS),
     *((name, "*i32") for name in INTEGERS),
     *((name, "*u8") for name in ("pooled", "ranked", "forced")),
@@ -30,7 +32,7 @@ def builds(arch: int) -> Iterator[Build]:
         sizes: dict[str, Any] = {"D": head_dim, "BLOCK_D": head_dim}
         yield _build("scores", {"D": head_dim, "CELLS": cells, **SCORES}, warps=4)
         for block, unit in itertools.product((64, 128), (False, True)):
-            cut = {"BLOCK": block, "TILE_T": block // 64, "TILE_H": 8, "TILE_W": 8}
+            cut = {"BLOCK": block, "TILE": (block // 64, 8, 8)}
             yield _build("cell_means", {**sizes, "ALIGN": 8, **cut, "CELL": block // cells, "UNIT": unit}, warps=4)
     for width in (*WIDTHS, MAX_COUNTED):
         every = [*({part} for part in PARTS), set(PARTS)] if width <= MAX_BLOCKS else [{"HAS_COUNT"}]

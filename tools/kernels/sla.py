@@ -5,9 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from dit_accel.kernels.block_sparse.geometry import Segments
+from dit_accel.kernels.records import Lists
 from dit_accel.kernels.sla import triton_configs as configs
 from dit_accel.kernels.sla.call import LINEAR_SCOPES
+from dit_accel.kernels.sla.triton_backward import Statistics
+from dit_accel.kernels.sla.triton_forward import SavedBranches
+from dit_accel.kernels.sla.triton_linear import Routes, Selecting, StateTable, TokenLayout
 from tools.kernels.ahead_of_time import Build
+from tools.kernels.block_sparse import HEADS, SIDE
 
 FOLDER = "dit_accel.kernels.sla"
 FUNCTIONS = {
@@ -20,19 +26,24 @@ FUNCTIONS = {
 FORWARD = ("state",)
 CUTS = {64: (1, 8, 8), 128: (2, 8, 8)}  # tokens of a block, and its tile
 BLOCKS = ((64, 64), (128, 64), (128, 128))  # queries x keys
-DATA = ("q", "k", "v", "table", "weight", "out", "exact", "linear", "grad_out", "pulled", "dq", "dk", "dv")
-FLOATS = (
-    *("means", "states", "totals", "peaks", "bias", "lse", "delta"),
-    *("dstates", "dtotals", "dbias", "inverses", "ratios", "denominators"),
-)
-INTEGERS = (
-    *("critical", "negligible", "places", "spans", "modes", "singles", "n_singles", "text_lens"),
-    *("entries", "query_places", "firsts", "negligible_entries", "negligible_firsts"),
-)
+ROUTES = Routes("*i32", "*i32", "i32", "i32", "i32")
+SELECTING = Selecting(*["*i32"] * 8)
+LAYOUT = TokenLayout(SIDE, SIDE, Segments("i32", "i32", "i32", "*i32"))  # type: ignore[arg-type]
+SAVED = SavedBranches("data", "*fp32", "data", "*fp32", "*i32", "i32")
+TABLE = StateTable("data", "*fp32", "*fp32")
+FLOATS = ("means", "states", "totals", "bias", "inverses", "ratios", "dstates", "dtotals", "dbias")
 POINTERS = (
-    *((name, "data") for name in DATA),
+    *((name, HEADS) for name in ("q", "k", "v", "grad_out", "pulled", "exact")),
+    *((name, "data") for name in ("weight", "out", "dq", "dk", "dv")),
     *((name, "*fp32") for name in FLOATS),
-    *((name, "*i32") for name in INTEGERS),
+    *((name, TABLE) for name in ("state", "gradient")),
+    ("statistics", Statistics(*["*fp32"] * 5, "*i32")),
+    ("lists", Lists("*i32", "*i32", "*i64", "i32", "i32")),
+    ("routes", ROUTES),
+    ("selecting", SELECTING),
+    ("saved", SAVED),
+    ("layout", LAYOUT),
+    ("keys", SIDE),
     ("scale", "fp32"),
 )
 
@@ -57,12 +68,12 @@ def builds(arch: int) -> Iterator[Build]:
 def _constants(kernel: str, head_dim: int, arch: int) -> Iterator[dict[str, Any]]:
     """The launcher's compile-time constants save STEP: once for each block size and scope."""
     sizes: dict[str, Any] = {"D": head_dim, "BLOCK_D": head_dim, "ALIGN": 8}
-    linear = {**sizes, "MAP": "softmax", "PRECISION": "ieee"}
+    linear = {**sizes, "MAP": "softmax"}
     if kernel == "sums":
         yield {**linear, "SPLIT": configs.SPLIT}
     elif kernel in configs.FUSED:
         for queries, keys in BLOCKS:
-            cuts = _cut(queries, "_Q", "Q") | _cut(keys, "_K", "K")
+            cuts = _cut(queries, "_Q") | _cut(keys, "_K")
             yield from (
                 _fused(kernel, {**linear, **cuts, "SCOPE": scope}, arch) for scope in _scopes(max(queries, keys))
             )
@@ -71,8 +82,8 @@ def _constants(kernel: str, head_dim: int, arch: int) -> Iterator[dict[str, Any]
             yield {**linear, **_cut(block), "SPLIT": configs.SPLIT // block}
 
 
-def _cut(block: int, side: str = "", tile: str = "") -> dict[str, int]:
-    return dict(zip((f"BLOCK{side}", *(f"TILE_{tile}{axis}" for axis in "THW")), (block, *CUTS[block]), strict=True))
+def _cut(block: int, side: str = "") -> dict[str, Any]:
+    return {f"BLOCK{side}": block, f"TILE{side}": CUTS[block]}
 
 
 def _fused(kernel: str, sizes: dict[str, Any], arch: int) -> dict[str, Any]:

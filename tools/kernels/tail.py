@@ -6,17 +6,19 @@ from collections.abc import Iterator
 
 from dit_accel.kernels.block_sparse.triton_configs import Launch, fitting, shared_bytes
 from dit_accel.kernels.tail.triton import GROUP, MEANS, OUTSIDE
+from dit_accel.kernels.tail.triton_kernels import PseudoKeys
 from tools.kernels.ahead_of_time import Build
-from tools.kernels.block_sparse import HEAD_DIMS, TILES
+from tools.kernels.block_sparse import HEAD_DIMS, HEADS, SIDE, TILES
 
 FOLDER = "dit_accel.kernels.tail.triton_kernels"
 FUNCTIONS = {"forward": "tail_fwd_kernel", "dq": "tail_bwd_kernel_dq", "dkdv": "tail_bwd_kernel_dkdv"}
-DATA = ("q", "k", "v", "exact", "keys", "values", "out", "grad_out", "dq", "dexact")
-FLOATS = ("exact_lse", "lse", "grad_lse", "dexact_lse", "delta", "logs", "of_keys", "of_values")
 POINTERS = (
-    *((name, "data") for name in DATA),
-    *((name, "*fp32") for name in FLOATS),
+    *((name, HEADS) for name in ("q", "k", "v", "grad_out", "exact")),
+    *((name, "data") for name in ("out", "dq", "dexact", "pseudo_k", "pseudo_v")),
+    *((name, "*fp32") for name in ("exact_lse", "lse", "grad_lse", "dexact_lse", "delta", "dk", "dv")),
+    *((name, SIDE) for name in ("keys", "queries")),
     *((name, "*i32") for name in ("indices", "counts")),
+    ("pseudo", PseudoKeys("data", "data", "*fp32", "*u8", "i32")),
     ("outside", "*u8"),
     ("scale", "fp32"),
 )
@@ -36,7 +38,6 @@ def builds(arch: int) -> Iterator[Build]:
                         **_cut("Q", block),
                         "BLOCK_K": GROUP,
                         "STEP": launch.step,
-                        "PRECISION": "ieee",
                     }
                     needs = shared_bytes(kernel, launch, block, GROUP, head_dim, 2, arch)
                     yield _build(kernel, function, constants, launch, needs)
@@ -47,7 +48,7 @@ def _build(kernel: str, function: str, constants: dict[str, object], launch: Lau
         kernel=f"tail_{kernel}",
         function=f"{FOLDER}:{function}",
         constants=tuple(constants.items()),
-        pointers=POINTERS,
+        pointers=(*POINTERS, ("out", HEADS)) if kernel == "dq" else POINTERS,
         warps=launch.warps,
         stages=launch.stages,
         needs=needs,
@@ -55,6 +56,5 @@ def _build(kernel: str, function: str, constants: dict[str, object], launch: Lau
     )
 
 
-def _cut(side: str, block: int) -> dict[str, int]:
-    names = f"BLOCK_{side}", *(f"TILE_{side}{axis}" for axis in "THW")
-    return dict(zip(names, (block, *TILES[block]), strict=True))
+def _cut(side: str, block: int) -> dict[str, object]:
+    return {f"BLOCK_{side}": block, f"TILE_{side}": TILES[block]}

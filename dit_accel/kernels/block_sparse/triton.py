@@ -18,7 +18,7 @@ from triton.runtime.interpreter import InterpretedFunction
 
 from dit_accel.errors import DitAccelError
 from dit_accel.kernels import tuning
-from dit_accel.kernels.block_sparse.geometry import BlockSparseCall, Geometry
+from dit_accel.kernels.block_sparse.geometry import BlockSparseCall, Segments
 from dit_accel.kernels.block_sparse.triton_backward import (
     block_sparse_bwd_kernel_dkdv,
     block_sparse_bwd_kernel_dq,
@@ -42,10 +42,10 @@ from dit_accel.kernels.block_sparse.triton_lists import (
 )
 from dit_accel.kernels.block_sparse.triton_places import place_lists
 from dit_accel.kernels.block_sparse.triton_tokens import partial_words_kernel
+from dit_accel.kernels.records import Heads, Lists, SampleSegments, Side
 
 JIT = {"forward": block_sparse_fwd_kernel, "dq": block_sparse_bwd_kernel_dq, "dkdv": block_sparse_bwd_kernel_dkdv}
 INTERPRETED = isinstance(block_sparse_fwd_kernel, InterpretedFunction)
-RASTER = (0, 0, 0)  # the tile of raster order
 WORD_PROGRAMS = 16  # programs that share a list's partial blocks
 
 
@@ -54,67 +54,75 @@ def forward(call: BlockSparseCall) -> tuple[torch.Tensor, torch.Tensor]:
 
     A call like an earlier one of the same plan, which has opened its lists, repeats the earlier one's launches.
     """
-    q, k, v, lists, *_ = call
-    like = likeness(call)
-    kept = _KEPT.get(like)
-    if kept is not None:
-        out, lse, behind = kept.start(call)
+    q, k, v, *_ = call
+    key = plan_key(call)
+    past = _PLAN_LAUNCHES.get(key)
+    if past is not None:
+        out, lse, lists, samples = past.prepare(call)
+        of_q, of_k, of_v = past.others
+        read = of_q._replace(start=q), of_k._replace(start=k), of_v._replace(start=v)
         with torch.cuda.device(q.device):
-            kept.forward.again(q, k, v, out, lse, *behind)
+            past.forward.repeat(out, *read, lse, lists, samples)
         return out.transpose(1, 2), lse
-    host = TritonCall(call)
-    ordered, (out, lse) = host.ordered(), host.room(q)
-    tensors = q, k, v, out, lse, *host.masked(ordered), *host.segments[:4]
-    launched = host.launch(
-        "forward", (host.query_blocks, host.programs), tensors, (*host.segments[4:], *host.strides(q, k, v)),
-        (*host.sizes, q.shape[1], q.shape[2], host.query_blocks, lists.indices.shape[-1]),
-        per_head=lists.indices.ndim == 4,
-    )  # fmt: skip
+    launches = BlockSparseLaunches(call)
+    ordered, (out, lse) = launches.ordered(), launches.empty_outputs(q)
+    read = launches.heads(q, k, v)
+    tensors = out, *read, lse, launches.with_words(ordered), launches.samples
+    launched = launches.launch("forward", launches.query_blocks, tensors)
     if launched is not None:
-        host.keep(_KEPT, like, launched.behind(len(tensors)))
+        others = [x._replace(start=None) for x in read]
+        launches.remember(_PLAN_LAUNCHES, key, launched.after(len(tensors)), others)
     return out.transpose(1, 2), lse
 
 
-class Kept(NamedTuple):
+class PlanLaunches(NamedTuple):
     """The launches of a call of a static plan; no tensors.
 
     Args:
         forward, words: of both kernels, behind their tensors; `words` may be None.
-        room: shape of the words.
-        others: what the implementation needs besides.
+        words_shape: of the words.
+        samples: without its tensors.
+        others: what else comes before the rest of the forward's arguments.
     """
 
     forward: tuning.PastLaunch
     words: tuning.PastLaunch | None
-    room: torch.Size
-    others: Any = None
+    words_shape: torch.Size
+    samples: SampleSegments
+    others: Any
 
-    def start(self, call: BlockSparseCall) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, ...]]:
-        """Output [B, N, H, D] and LSE [B, H, N] to be written; and places, spans, words and starts, made ready."""
-        q, _, _, lists, segments, *_ = call
+    def prepare(self, call: BlockSparseCall) -> tuple[torch.Tensor, torch.Tensor, Lists, SampleSegments]:
+        """Output [B, N, H, D] and LSE [B, H, N] to be written; the lists with their words, and the segments."""
+        q, _, _, lists, segments, _, _ = call
         entries, places, spans = lists.packed[0]
+        width = places.shape[1]
         batch, heads, tokens, dim = q.shape
         out, lse = q.new_empty(batch, tokens, heads, dim), q.new_empty(batch, heads, tokens, dtype=torch.float32)
-        words = spans.new_empty(self.room, dtype=torch.int64)
+        words = spans.new_empty(self.words_shape, dtype=torch.int64)
         if self.words is not None:
             with torch.cuda.device(q.device):
-                self.words.again(words, entries, spans, lists.tables)
-        return out, lse, (places, spans, words, *(lists.counts if start is None else start for start in segments))
+                self.words.repeat(words, Lists(entries, spans, words, width, 1), lists.tables)
+        tensors = Segments(*[lists.counts if x is None else x for x in segments])
+        return out, lse, Lists(places, spans, words, width, 0), self.samples._replace(tensors=tensors)
 
 
-_KEPT: dict[Any, Kept] = {}
-MOST_KEPT = 256
+_PLAN_LAUNCHES: dict[Any, PlanLaunches] = {}
+MOST_PLANS = 256
 
 
-def likeness(call: BlockSparseCall) -> tuple[Any, ...] | None:
+def plan_key(call: BlockSparseCall) -> tuple[Any, ...] | None:
     """What the launches of a call depend on; None unless a plan has opened the lists for calls to come."""
     q, k, v, lists, segments, geometry, scale = call
     if not isinstance(lists.packed, tuple):
         return None
-    like: tuple[Any, ...] = geometry, scale, q.device, q.dtype, lists.indices.shape, lists.tables is None
+    key: tuple[Any, ...] = geometry, scale, q.device, q.dtype, lists.indices.shape, lists.tables is None
     for x in (q, k, v, *segments):
-        like += (None,) if x is None else (x.shape, x.stride(), x.data_ptr() % 16)
-    return like
+        key += (None,) if x is None else (x.shape, x.stride(), x.data_ptr() % 16)
+    return key
+
+
+def _lists(places: torch.Tensor, ordered: OrderedLists, words: torch.Tensor, per_head: int) -> Lists:
+    return Lists(places, ordered.spans, words, places.shape[-1], per_head)
 
 
 def backward(
@@ -122,88 +130,40 @@ def backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of q, k and v, each [B, H, N, D] laid out in memory as [B, N, H, D]."""
     grad_out = tuning.contiguous_rows(grad_out)
-    q, k, v, lists, *_ = call
-    host = TritonCall(call, grad_out, out)
+    q, k, v, *_ = call
+    launches = BlockSparseLaunches(call, grad_out, out)
     delta = torch.empty_like(lse)
+    ordered, transposed = launches.both_ways()
+    listed = launches.with_words(ordered)
+    dq, dk, dv = (launches.empty_rows(x) for x in (q, k, v))
     statistics = lse if grad_lse is None else grad_lse.contiguous(), lse, delta
-
-    ordered, transposed = host.both_ways()
-    masked, per_head = host.masked(ordered), lists.indices.ndim == 4
-    dq = host.room_for(q)
-    host.launch(
-        "dq", (host.query_blocks, host.programs),
-        (q, k, v, grad_out, out, *statistics, dq, *masked, *host.segments), host.strides(q, k, v, grad_out, out),
-        (*host.sizes, q.shape[1], q.shape[2], host.query_blocks, lists.indices.shape[-1]), per_head=per_head,
-        HAS_GRAD_LSE=grad_lse is not None,
-    )  # fmt: skip
-
-    _, places, numbers, firsts = transposed
-    numbers = places if numbers is None else numbers  # without tables no numbers are read
-    dk, dv = host.room_for(k), host.room_for(v)
-    host.launch(
-        "dkdv", (host.key_blocks, host.programs),
-        (q, k, v, grad_out, lse, delta, dk, dv, places, numbers, firsts, masked[-1], *host.segments),
-        host.strides(q, k, v, grad_out),
-        (*host.sizes, q.shape[1], q.shape[2], k.shape[2], host.key_blocks), per_head=per_head,
-    )  # fmt: skip
+    tensors = dq, *launches.heads(q, k, v, grad_out, out), *statistics, listed, launches.samples
+    launches.launch("dq", launches.query_blocks, tensors, HAS_GRAD_LSE=grad_lse is not None)
+    visits = transposed.visits(listed)
+    tensors = dk, dv, *launches.heads(q, k, v, grad_out), lse, delta, visits, launches.samples
+    launches.launch("dkdv", launches.key_blocks, tensors)
     return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
 
 
-class Fixed(NamedTuple):
-    """What the launches of a geometry share."""
-
-    query_blocks: int
-    key_blocks: int
-    query_tokens: int
-    key_tokens: int
-    sizes: tuple[int, ...]
-    blocks: dict[str, int]
-
-    @classmethod
-    @functools.lru_cache(maxsize=256)
-    def of(cls, geometry: Geometry) -> Fixed:
-        query_order, key_order = geometry.query_order, geometry.key_order
-        queries = query_order.grid
-        tiles = zip(
-            ("TILE_QT", "TILE_QH", "TILE_QW", "TILE_KT", "TILE_KH", "TILE_KW"),
-            (*(geometry.tile_q or RASTER), *(geometry.tile_k or RASTER)),
-            strict=True,
-        )
-        return cls(
-            query_order.blocks,
-            key_order.blocks,
-            queries.tokens,
-            key_order.grid.tokens,
-            (*geometry.grid, *geometry.query_grid, geometry.conditioning, queries.conditioning, queries.text),
-            {**dict(tiles), "BLOCK_Q": geometry.block_q, "BLOCK_K": geometry.block_k},
-        )
-
-
-class TritonCall:
-    """What the kernels of one call share: sizes, starts per sample, compile-time constants."""
+class BlockSparseLaunches:
+    """What the kernels of one call share: both sides, the segments of samples, and compile-time constants."""
 
     def __init__(self, call: BlockSparseCall, *others: torch.Tensor) -> None:
         """`others`: further tensors [B, H, N, D] that the kernels read."""
-        q, k, v, lists, segments, geometry, scale = call
-        self.lists, self.geometry, self.scale = lists, geometry, scale
-        self.fixed = Fixed.of(geometry)
-        self.query_blocks, self.key_blocks, *_ = self.fixed
-        self.programs = q.shape[0] * q.shape[1]
-        self.sizes = self.fixed.sizes
-        self.own_queries = int(geometry.own_queries)
-        given = (segments.visual_start is not None) + 2 * (segments.text_len is not None)
-        starts = (lists.counts if start is None else start for start in segments)  # what is not given is not read
-        self.segments: tuple[Any, ...] = (*starts, *geometry.usual, given)
-        self.head_dim, self.dtype = q.shape[-1], q.dtype
-        self.queries = q.shape[2]
+        q, k, v, self.lists, segments, geometry, self.scale = call
+        self.geometry = geometry
+        self.query_order, self.key_order = geometry.orders
+        self.query_blocks, self.key_blocks = self.query_order.blocks, self.key_order.blocks
+        self.batch, self.heads_of_sample, self.query_tokens, self.head_dim = q.shape
+        self.queries, self.keys = Side.of(self.query_order, self.query_tokens), Side.of(self.key_order, k.shape[2])
+        self.samples = SampleSegments.of(segments, geometry, self.lists.counts)
+        self.dtype = q.dtype
         self.words: tuning.PastLaunch | None = None
-        self.words_room = torch.Size([0])
-        # In these units the compiler knows that rows are aligned, and loads 16 bytes at a time.
+        self.words_shape = torch.Size([0])
         self.align = tuning.alignment(q, k, v, *others)
 
-    def strides(self, *tensors: torch.Tensor) -> tuple[int, ...]:
-        """Batch, head and row strides of each tensor in units of `align`."""
-        return tuple(stride // self.align for x in tensors for stride in x.stride()[:3])
+    def heads(self, *tensors: torch.Tensor) -> tuple[Heads, ...]:
+        return tuple(Heads.of(x, self.align) for x in tensors)
 
     def ordered(self) -> OrderedLists:
         """The lists in the forward's order, after an assertion that `Geometry.partial_blocks` is large enough.
@@ -215,9 +175,9 @@ class TritonCall:
         if self.lists.tables is None:  # no partial block; nothing reads numbers of blocks
             places, spans = place_lists(self.lists.indices, self.lists.counts, self.geometry.key_order)
             return OrderedLists(*(x.flatten(0, -2) for x in (self.lists.indices, places, spans)))
-        ordered, room = order_lists(self.lists, self.geometry), self.geometry.partial_blocks
-        if room is not None:
-            torch._assert_async(ordered.partial_blocks() <= room, f"more than partial_blocks={room} blocks are partial")
+        ordered, most = order_lists(self.lists, self.geometry), self.geometry.partial_blocks
+        if most is not None:
+            torch._assert_async(ordered.partial_blocks() <= most, f"more than partial_blocks={most} blocks are partial")
         return ordered
 
     def both_ways(self) -> tuple[OrderedLists, Transposed]:
@@ -228,70 +188,75 @@ class TritonCall:
             return both_ways(self.lists, self.geometry)
         return self.ordered(), transpose_lists(self.lists.indices, self.lists.counts, self.geometry)
 
-    def masked(self, lists: OrderedLists) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Places and spans of the lists, and the bits of their partial blocks (see `triton_tokens`).
+    def with_words(self, ordered: OrderedLists) -> Lists:
+        """The lists, and the words of their partial blocks (see `triton_tokens`).
 
-        The size of the bits follows from shapes or `Geometry.partial_blocks`, so nothing waits for the device.
+        The size of the words follows from shapes or `Geometry.partial_blocks`, so nothing waits for the device.
         """
-        geometry = self.geometry
+        geometry, per_head = self.geometry, int(self.lists.indices.ndim == 4)
         if self.lists.tables is None:
-            return lists.places, lists.spans, lists.spans.new_empty(0, dtype=torch.int64)  # no words are read
-        rows, width = lists.entries.shape
-        room = geometry.partial_blocks
-        if room is None:
-            visual_rows = rows // self.query_blocks * geometry.query_order.visual_blocks
-            room = visual_rows * min(width, geometry.key_order.visual_blocks)
-        words = lists.spans.new_empty(room, triton.cdiv(geometry.block_k, 64), geometry.block_q, dtype=torch.int64)
-        self.words_room = words.shape
-        if room:
+            words = ordered.spans.new_empty(0, dtype=torch.int64)  # no words are read
+            return _lists(ordered.places, ordered, words, per_head)
+        rows, width = ordered.entries.shape
+        most = geometry.partial_blocks
+        if most is None:
+            visual_rows = rows // self.query_blocks * self.query_order.visual_blocks
+            most = visual_rows * min(width, self.key_order.visual_blocks)
+        words = ordered.spans.new_empty(most, triton.cdiv(geometry.block_k, 64), geometry.block_q, dtype=torch.int64)
+        self.words_shape = words.shape
+        if most:
             self.words = tuning.launch(
                 partial_words_kernel, (rows, min(width, WORD_PROGRAMS)),
-                (words, lists.entries, lists.spans, self.lists.tables, *self.sizes[:6], self.query_blocks, width),
-                self.fixed.blocks, (words_launch(geometry.block_q),), (),
+                (words, _lists(ordered.entries, ordered, words, 1), self.lists.tables, self.keys, self.queries),
+                self.blocks(), (words_launch(geometry.block_q),), (),
             )  # fmt: skip
-        return lists.places, lists.spans, words
+        return _lists(ordered.places, ordered, words, per_head)
 
-    def keep(
-        self, kept: dict[Any, Kept], like: tuple[Any, ...] | None, forward: tuning.PastLaunch, others: Any = None
+    def remember(
+        self,
+        launches: dict[Any, PlanLaunches],
+        key: tuple[Any, ...] | None,
+        forward: tuning.PastLaunch,
+        others: Any,
     ) -> None:
         """Keep a call's launches, if there are calls like it, and if kernels write every row of their results."""
-        covered = self.queries == self.fixed.query_tokens == self.fixed.key_tokens
-        if like is None or not covered:
+        covered = self.query_tokens == self.query_order.grid.tokens == self.key_order.grid.tokens
+        if key is None or not covered:
             return
-        if len(kept) >= MOST_KEPT:
-            kept.pop(next(iter(kept)))
-        kept[like] = Kept(forward, self.words and self.words.behind(4), self.words_room, others)
+        if len(launches) >= MOST_PLANS:
+            launches.pop(next(iter(launches)))
+        samples = self.samples._replace(tensors=None)
+        words = self.words and self.words.after(3)
+        launches[key] = PlanLaunches(forward, words, self.words_shape, samples, others)
 
-    def room(self, q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def empty_outputs(self, q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Output [B, N, H, D] and LSE [B, H, N] for q, 0 and -inf in rows of no segment, which no kernel writes."""
         lse = q.new_empty(q.shape[:3], dtype=torch.float32)
-        return self.room_for(q), lse if q.shape[2] == self.fixed.query_tokens else lse.fill_(-math.inf)
+        return self.empty_rows(q), lse if q.shape[2] == self.query_order.grid.tokens else lse.fill_(-math.inf)
 
-    def room_for(self, x: torch.Tensor) -> torch.Tensor:
+    def empty_rows(self, x: torch.Tensor) -> torch.Tensor:
         """An output for queries or keys x, [B, N, H, D], 0 in rows of no segment."""
         batch, heads, tokens, dim = x.shape
-        covered = tokens == (self.fixed.query_tokens if self.geometry.own_queries else self.fixed.key_tokens)
-        return (x.new_empty if covered else x.new_zeros)(batch, tokens, heads, dim)
+        order = self.query_order if self.geometry.own_queries else self.key_order
+        return (x.new_empty if tokens == order.grid.tokens else x.new_zeros)(batch, tokens, heads, dim)
 
-    def launch(
-        self,
-        kernel: str,
-        programs: tuple[int, int],
-        tensors: tuple[torch.Tensor, ...],
-        strides: tuple[int, ...],
-        sizes: tuple[int, ...],
-        per_head: bool,
-        **flags: bool,
-    ) -> tuning.PastLaunch | None:
+    def dims(self) -> dict[str, int]:
+        return {**tuning.head_dims(self.head_dim), "ALIGN": self.align}
+
+    def blocks(self) -> dict[str, Any]:
+        """The constants for the blocks of both sides."""
+        return {**tuning.block_sizes(self.query_order, "_Q"), **tuning.block_sizes(self.key_order, "_K")}
+
+    def launch(self, kernel: str, blocks: int, tensors: tuple[Any, ...], **flags: bool) -> tuning.PastLaunch | None:
+        """Launch a kernel with a program for each of `blocks` of every head."""
         constants = {
-            **tuning.head_dims(self.head_dim),
-            "ALIGN": self.align,
-            **self.fixed.blocks,
+            **self.dims(),
+            **self.blocks(),
             "HAS_TABLES": self.lists.tables is not None,
-            "PRECISION": "ieee",
             **flags,
         }
-        arguments = (*tensors, *strides, self.scale, *sizes, int(per_head), self.own_queries)
+        programs = blocks, self.batch * self.heads_of_sample
+        arguments = *tensors, self.keys, self.queries, self.scale, self.heads_of_sample
         return run(kernel, programs, arguments, constants, self.dtype.itemsize)
 
 

@@ -1,4 +1,7 @@
-"""The forward kernel: one program a query block, online softmax over its list of key blocks."""
+"""The forward kernel: one program a query block, online softmax over its list of key blocks.
+
+`over_key_lists` walks a list for the forward kernel and for the kernel of dq.
+"""
 
 from __future__ import annotations
 
@@ -6,50 +9,58 @@ import triton
 import triton.language as tl
 
 from dit_accel.kernels.block_sparse.triton_tokens import (
-    RUNTIME,
-    block_at,
-    held_at,
+    LOG2E,
+    corner_of,
     holds,
-    list_of,
+    key_list,
     load_rows,
     load_words,
     locate,
+    occupied,
     places_in,
+    query_segments,
     rows_at,
     rows_of,
-    starts_of,
+    segments_of,
     store_rows,
 )
-
-LOG2E = tl.constexpr(1.4426950408889634)
+from dit_accel.kernels.jit import kernel
+from dit_accel.kernels.records import Query
 
 
 @triton.jit
-def absorb(acc, peak, total, scores, scale, b_v, PRECISION: tl.constexpr):
-    """One step of the online softmax in base 2; `scores` are -inf where a pair is not allowed, `peak` is scaled.
+def online_softmax_step(acc, m, l, x, scale, b_v):  # noqa: E741
+    """Equation (5) in base 2. `x` times `scale` are the logits, -inf where a pair is not allowed; m is scaled.
 
     The scale is above 0, so the maximum is taken before scaling, and one multiply-add scales and subtracts.
     """
-    new_peak = tl.maximum(peak, tl.max(scores, 1) * scale)
-    # A row without keys so far has peak -inf. Any finite value here keeps its weights at exp2(-inf) = 0.
-    safe = tl.where(new_peak == float("-inf"), 0.0, new_peak)
-    shrink = tl.exp2(peak - safe)
-    weights = tl.exp2(scores * scale - safe[:, None])
-    total = total * shrink + tl.sum(weights, 1)
-    acc = tl.dot(weights.to(b_v.dtype), b_v, acc * shrink[:, None], input_precision=PRECISION)
-    return acc, new_peak, total
+    new_m = tl.maximum(m, tl.max(x, 1) * scale)
+    # A row without keys so far has m = -inf. Any finite value here keeps its weights at exp2(-inf) = 0.
+    finite_m = tl.where(new_m == float("-inf"), 0.0, new_m)
+    rescale = tl.exp2(m - finite_m)
+    p = tl.exp2(x * scale - finite_m[:, None])
+    new_l = l * rescale + tl.sum(p, 1)
+    acc = tl.dot(p.to(b_v.dtype), b_v, acc * rescale[:, None], input_precision="ieee")
+    return acc, new_m, new_l
+
+
+@triton.jit
+def finalize(acc, m, l):  # noqa: E741
+    """Equation (6): output, and LSE in base e; 0 and -inf where a row has no key."""
+    empty = l == 0.0
+    acc = acc / tl.where(empty, 1.0, l)[:, None]
+    return acc, tl.where(empty, float("-inf"), (m + tl.log2(tl.where(empty, 1.0, l))) / LOG2E)
 
 
 @triton.jit
 def pointers_to(x, rows, first, BLOCK_D: tl.constexpr, TRANSPOSED: tl.constexpr):
     """Pointers to rows of one head, [ROWS, BLOCK_D] or TRANSPOSED, counted from row `first`."""
-    start, distance = x
     o_d = tl.arange(0, BLOCK_D)
     if TRANSPOSED:
-        pointers = start + rows[None, :] * distance + o_d[:, None]
+        pointers = x.start + rows[None, :] * x.distance + o_d[:, None]
     else:
-        pointers = start + rows[:, None] * distance + o_d[None, :]
-    return pointers + first * distance
+        pointers = x.start + rows[:, None] * x.distance + o_d[None, :]
+    return pointers + first * x.distance
 
 
 @triton.jit
@@ -66,127 +77,131 @@ def load_both(x, y, rows, first, D: tl.constexpr, BLOCK_D: tl.constexpr, TURN_X:
 
 
 @triton.jit
-def attend_lists(
-    b_q, k, v, scale, lists, words, starts, grid, conditioning, text_len,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, CUT: tl.constexpr,
-    STEP: tl.constexpr, HAS_TABLES: tl.constexpr, PRECISION: tl.constexpr,
+def scores_of(query, b_k, scale, GRADIENT: tl.constexpr):
+    """q k before scaling; for gradients the exponents of (3): x - lse."""
+    if GRADIENT:
+        scores = tl.dot(query.q, tl.trans(b_k), input_precision="ieee") * scale - query.lse[:, None]
+    else:
+        scores = tl.dot(query.q, b_k, input_precision="ieee")
+    return scores
+
+
+@triton.jit
+def add_keys(sums, query, scores, b_k, b_v, scale, GRADIENT: tl.constexpr):
+    """The sums of `over_key_lists` with the keys of one step."""
+    if GRADIENT:
+        p = tl.exp2(scores * LOG2E)
+        ds = p * (tl.dot(query.grad_out, b_v, input_precision="ieee") - query.delta[:, None])
+        sums = (tl.dot(ds.to(b_k.dtype), b_k, sums[0], input_precision="ieee"),)
+    else:
+        acc, m, l = sums  # noqa: E741
+        sums = online_softmax_step(acc, m, l, scores, scale, b_v)
+    return sums
+
+
+@triton.jit
+def over_key_lists(
+    query, k, v, scale, listed, words, segments, keys,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, TILE_K: tl.constexpr,
+    STEP: tl.constexpr, HAS_TABLES: tl.constexpr, GRADIENT: tl.constexpr,
 ):  # fmt: skip
-    """A query block over its list: weighted sums of values, largest logit (scaled, base 2) and sum of weights per row.
+    """A query block over its list.
 
     Args:
-        b_q: [BLOCK_Q, BLOCK_D], 0 beyond D.
-        k, v: where this head's rows begin, and the distance from row to row.
-        scale: of the logits, above 0, in base 2.
-        lists: `triton_tokens.list_of` this query block; `words` are those of `triton_tokens`.
-        starts: of this sample's visual, conditioning and text tokens.
-        CUT: BLOCK_K and the tile of a key block, which is taken in steps of STEP rows.
+        query: a `Query`, [BLOCK_Q, BLOCK_D], 0 beyond D.
+        k, v: `HeadRows` of this head.
+        scale: of the logits: above 0 and in base 2, or for gradients in base e.
+        listed: this query block's `KeyList`; `words` are those of `triton_tokens`.
+        segments, keys: of this sample's keys. A key block is taken in steps of STEP rows.
+
+    Returns:
+        acc, m (scaled, in base 2) and l of equation (5); for the GRADIENT dq / scale alone. All fp32.
     """
-    BLOCK_K: tl.constexpr = CUT[0]
     STEPS: tl.constexpr = BLOCK_K // STEP
-    list_row, pure, _clean, tabled, count, number = lists
-    visual_start = starts[0]
-    T, H, W = grid
     slot_q = tl.arange(0, BLOCK_Q)
-    acc = tl.zeros([BLOCK_Q, BLOCK_D], dtype=tl.float32)
-    peak = tl.full([BLOCK_Q], float("-inf"), dtype=tl.float32)
-    total = tl.zeros([BLOCK_Q], dtype=tl.float32)
+    if GRADIENT:
+        sums = (tl.zeros([BLOCK_Q, BLOCK_D], dtype=tl.float32),)
+    else:
+        sums = (
+            tl.zeros([BLOCK_Q, BLOCK_D], dtype=tl.float32),
+            tl.full([BLOCK_Q], float("-inf"), dtype=tl.float32),
+            tl.zeros([BLOCK_Q], dtype=tl.float32),
+        )
     # Visual blocks: whole ones, then partial ones, whose padding slots have the row of another token.
     for MASKED in tl.static_range(1 + HAS_TABLES):
-        end = (tabled if MASKED else pure) * STEPS
-        place = tl.load(list_row + pure * MASKED, mask=pure * STEPS * MASKED < end, other=0)
-        for i in range(pure * STEPS * MASKED, end):
+        end = (listed.tabled if MASKED else listed.pure) * STEPS
+        place = tl.load(listed.places + listed.pure * MASKED, mask=listed.pure * STEPS * MASKED < end, other=0)
+        for i in range(listed.pure * STEPS * MASKED, end):
             slot_k = i % STEPS * STEP
-            place_k = places_in(slot_k + tl.arange(0, STEP), H, W, CUT[2], CUT[3])
-            first = visual_start + place
-            place = tl.load(list_row + (i + 1) // STEPS, mask=i + 1 < end, other=0)
+            place_k = places_in(slot_k + tl.arange(0, STEP), keys, TILE_K)
+            first = segments.visual_start + place
+            place = tl.load(listed.places + (i + 1) // STEPS, mask=i + 1 < end, other=0)
             if MASKED:
-                rows, first = tl.minimum(first + place_k, visual_start + T * H * W - 1).to(tl.int64), 0
+                last = segments.visual_start + keys.T * keys.H * keys.W - 1
+                rows, first = tl.minimum(first + place_k, last).to(tl.int64), 0
             else:
                 rows, first = place_k.to(tl.int64), first.to(tl.int64)
-            b_k, b_v = load_both(k, v, rows, first, D, BLOCK_D, True, False)  # [BLOCK_D, STEP] and [STEP, BLOCK_D]
-            scores = tl.dot(b_q, b_k, input_precision=PRECISION)
+            # forward [BLOCK_D, STEP] and [STEP, BLOCK_D], for gradients the other way round
+            b_k, b_v = load_both(k, v, rows, first, D, BLOCK_D, not GRADIENT, GRADIENT)
+            scores = scores_of(query, b_k, scale, GRADIENT)
             if MASKED:
-                low, high = load_words(words, number + i // STEPS - pure, slot_q, slot_k, None, STEP, BLOCK_Q, BLOCK_K)
+                number = listed.number + i // STEPS - listed.pure
+                low, high = load_words(words, number, slot_q, slot_k, None, STEP, BLOCK_Q, BLOCK_K)
                 seen = holds(low[:, None], high[:, None], tl.arange(0, STEP)[None, :], STEP)
                 scores = tl.where(seen, scores, float("-inf"))
-            acc, peak, total = absorb(acc, peak, total, scores, scale, b_v, PRECISION)
+            sums = add_keys(sums, query, scores, b_k, b_v, scale, GRADIENT)
 
-    for i in range(tabled * STEPS, count * STEPS):
+    for i in range(listed.tabled * STEPS, listed.count * STEPS):
         slot_k = i % STEPS * STEP
-        where = block_at(
-            tl.load(list_row + i // STEPS), starts, T, H, W, conditioning, text_len, BLOCK_K, CUT[1], CUT[2], CUT[3]
-        )  # fmt: skip
-        rows = rows_at(where, visual_start, slot_k + tl.arange(0, STEP), H, W, CUT[2], CUT[3])
-        b_k, b_v = load_both(k, v, rows, 0, D, BLOCK_D, True, False)
-        low = held_at(where, slot_k, T, H, W, CUT[1], CUT[2], CUT[3])
-        high = held_at(where, slot_k + 64, T, H, W, CUT[1], CUT[2], CUT[3]) if STEP > 64 else low
+        corner = corner_of(tl.load(listed.places + i // STEPS), segments, keys, BLOCK_K, TILE_K)
+        rows = rows_at(corner, segments.visual_start, slot_k + tl.arange(0, STEP), keys, TILE_K)
+        b_k, b_v = load_both(k, v, rows, 0, D, BLOCK_D, not GRADIENT, GRADIENT)
+        low = occupied(corner, slot_k, keys, TILE_K)
+        high = occupied(corner, slot_k + 64, keys, TILE_K) if STEP > 64 else low
         seen = holds(low, high, tl.arange(0, STEP)[None, :], STEP)
-        scores = tl.where(seen, tl.dot(b_q, b_k, input_precision=PRECISION), float("-inf"))
-        acc, peak, total = absorb(acc, peak, total, scores, scale, b_v, PRECISION)
-    return acc, peak, total
+        scores = tl.where(seen, scores_of(query, b_k, scale, GRADIENT), float("-inf"))
+        sums = add_keys(sums, query, scores, b_k, b_v, scale, GRADIENT)
+    return sums
 
 
 @triton.jit
-def normalised(acc, peak, total):
-    """Output and LSE, in base e, of what `attend_lists` gives; 0 and -inf where a row has no key."""
-    empty = total == 0.0
-    acc = acc / tl.where(empty, 1.0, total)[:, None]
-    return acc, tl.where(empty, float("-inf"), (peak + tl.log2(tl.where(empty, 1.0, total))) / LOG2E)
-
-
-@triton.jit
-def positive(b_q, scale):
-    """Queries and a scale in base 2 that give the same logits; `absorb` needs a scale above 0."""
+def with_positive_scale(b_q, scale):
+    """Queries and a scale in base 2 that give the same logits; `online_softmax_step` needs a scale above 0."""
     # The scale's sign is moved into q. A scale of 0 becomes 1, with q = 0.
     sign = tl.where(scale > 0, 1.0, tl.where(scale < 0, -1.0, 0.0))
     return b_q * sign.to(b_q.dtype), tl.where(scale == 0, 1.0, tl.abs(scale)) * LOG2E
 
 
-@triton.jit(do_not_specialize=RUNTIME)
+@kernel
 def block_sparse_fwd_kernel(
-    q, k, v, out, lse,
-    places, spans, words,
-    visual_starts, conditioning_starts, text_starts, text_lens,
-    usual_visual, usual_conditioning, usual_text, usual_length, given,
-    q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
-    scale,
-    T, H, W, QT, QH, QW, conditioning, query_conditioning, query_text,
-    heads, query_tokens, query_blocks, width, per_head, own_queries,
+    out, q, k, v, lse, lists, samples, keys, queries, scale, heads,
     D: tl.constexpr, BLOCK_D: tl.constexpr, ALIGN: tl.constexpr,
-    BLOCK_Q: tl.constexpr, TILE_QT: tl.constexpr, TILE_QH: tl.constexpr, TILE_QW: tl.constexpr,
-    BLOCK_K: tl.constexpr, TILE_KT: tl.constexpr, TILE_KH: tl.constexpr, TILE_KW: tl.constexpr,
-    STEP: tl.constexpr, HAS_TABLES: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_Q: tl.constexpr, TILE_Q: tl.constexpr, BLOCK_K: tl.constexpr, TILE_K: tl.constexpr,
+    STEP: tl.constexpr, HAS_TABLES: tl.constexpr,
 ):  # fmt: skip
-    """Output [B, Nq, H, D] and LSE [B, H, Nq] of one query block of one head; strides come divided by ALIGN.
+    """Output [B, Nq, H, D] and LSE [B, H, Nq] of one query block of one head.
 
-    A key block is taken in steps of STEP rows. `words` are those of `triton_tokens`.
+    Args:
+        q, k, v: `Heads`.
+        lists, samples: `Lists` and `SampleSegments`.
+        keys, queries: a `Side` each.
     """
     # The last blocks are text rows, whose lists are the longest: start them first.
-    i_q = query_blocks - 1 - tl.program_id(0)
+    i_q = queries.blocks - 1 - tl.program_id(0)
     i_bh = tl.program_id(1)
-    starts, text_len = starts_of(
-        i_bh // heads, visual_starts, conditioning_starts, text_starts, text_lens,
-        (usual_visual, usual_conditioning, usual_text, usual_length), given,
-    )  # fmt: skip
-    visual_start, conditioning_start, text_start = starts
-    rows, valid, _raster = locate(
-        i_q, tl.arange(0, BLOCK_Q), visual_start * (1 - own_queries), conditioning_start, text_start, QT, QH, QW,
-        query_conditioning, query_text, BLOCK_Q, TILE_QT, TILE_QH, TILE_QW,
-    )  # fmt: skip
-    b_q = load_rows(rows_of(q, (q_batch, q_head, q_row), heads, ALIGN), rows, valid, D, BLOCK_D)
-    b_q, scale = positive(b_q, scale)
+    segments = segments_of(i_bh // heads, samples)
+    starts = query_segments(segments, samples, queries.text)
+    rows, valid, _raster = locate(i_q, tl.arange(0, BLOCK_Q), starts, queries, BLOCK_Q, TILE_Q)
+    b_q, base_2 = with_positive_scale(load_rows(rows_of(q, heads, ALIGN), rows, valid, D, BLOCK_D), scale)
 
-    CUT: tl.constexpr = (BLOCK_K, TILE_KT, TILE_KH, TILE_KW)
-    acc, peak, total = attend_lists(
-        b_q, rows_of(k, (k_batch, k_head, k_row), heads, ALIGN), rows_of(v, (v_batch, v_head, v_row), heads, ALIGN),
-        scale, list_of(i_bh * per_head * query_blocks + i_q, places, spans, width), words, starts, (T, H, W),
-        conditioning, text_len, D, BLOCK_D, BLOCK_Q, CUT, STEP, HAS_TABLES, PRECISION,
+    acc, m, l = over_key_lists(  # noqa: E741
+        Query(b_q, None, None, None), rows_of(k, heads, ALIGN), rows_of(v, heads, ALIGN), base_2,
+        key_list(i_bh * lists.per_head * queries.blocks + i_q, lists), lists.words, segments, keys,
+        D, BLOCK_D, BLOCK_Q, BLOCK_K, TILE_K, STEP, HAS_TABLES, False,
     )  # fmt: skip
-    acc, b_lse = normalised(acc, peak, total)
+    acc, b_lse = finalize(acc, m, l)
     # Recomputed from the grid to shorten the live range of `rows`; otherwise they spill.
-    rows, valid, _raster = locate(
-        tl.num_programs(0) - 1 - tl.program_id(0), tl.arange(0, BLOCK_Q), visual_start * (1 - own_queries),
-        conditioning_start, text_start, QT, QH, QW, query_conditioning, query_text, BLOCK_Q, TILE_QT, TILE_QH, TILE_QW,
-    )  # fmt: skip
-    store_rows(out, rows, valid, acc, heads, query_tokens, D, BLOCK_D)
-    tl.store(lse + i_bh.to(tl.int64) * query_tokens + rows, b_lse, mask=valid)
+    i_q = tl.num_programs(0) - 1 - tl.program_id(0)
+    rows, valid, _raster = locate(i_q, tl.arange(0, BLOCK_Q), starts, queries, BLOCK_Q, TILE_Q)
+    store_rows(out, rows, valid, acc, heads, queries.tokens, D, BLOCK_D)
+    tl.store(lse + i_bh.to(tl.int64) * queries.tokens + rows, b_lse, mask=valid)

@@ -10,6 +10,7 @@ import torch
 
 from dit_accel.errors import DitAccelError
 from dit_accel.kernels.block_sparse.geometry import BlockLists, Geometry
+from dit_accel.kernels.records import Lists, Visits
 from dit_accel.order import TokenOrder
 
 ALIGN = 4  # int32 in 16 bytes, to which compilers trust pointers to be aligned
@@ -63,6 +64,11 @@ class Transposed(NamedTuple):
     places: torch.Tensor
     numbers: torch.Tensor | None
     firsts: torch.Tensor
+
+    def visits(self, lists: Lists) -> Visits:
+        """What the kernel of dk and dv reads, with the words of `lists`."""
+        numbers = self.places if self.numbers is None else self.numbers  # without tables no numbers are read
+        return Visits(self.entries, self.places, numbers, self.firsts, lists.words, lists.per_head)
 
 
 def order_lists(lists: BlockLists, geometry: Geometry) -> OrderedLists:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from dit_accel.kernels import tuning
 from dit_accel.kernels.block_sparse.triton_configs import PLACES
-from dit_accel.kernels.block_sparse.triton_tokens import RUNTIME, tile_position
+from dit_accel.kernels.block_sparse.triton_tokens import tile_position
+from dit_accel.kernels.jit import kernel
+from dit_accel.kernels.records import Side
 from dit_accel.order import TokenOrder
 
 
@@ -35,18 +36,18 @@ def place_lists(indices: Tensor, counts: Tensor | None, order: TokenOrder, dense
     tuning.launch(
         place_lists_kernel, (math.prod(rows), 1),
         (
-            indices, indices if counts is None else counts.contiguous(), places, spans, *order.grid.shape,
-            order.visual_blocks, width, width if counts is None else -1, dense,
+            indices, indices if counts is None else counts.contiguous(), places, spans,
+            Side.of(order, order.grid.tokens), order.visual_blocks, width, width if counts is None else -1, dense,
         ),
         tuning.block_sizes(order), (PLACES,), (),
     )  # fmt: skip
     return places, spans
 
 
-@triton.jit(do_not_specialize=RUNTIME)
+@kernel
 def place_lists_kernel(
-    indices, counts, places, spans, T, H, W, blocks, width, topk, dense,
-    BLOCK: tl.constexpr, TILE_T: tl.constexpr, TILE_H: tl.constexpr, TILE_W: tl.constexpr, STEP: tl.constexpr,
+    indices, counts, places, spans, keys, blocks, width, topk, dense,
+    BLOCK: tl.constexpr, TILE: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     """Places [rows, width + dense] and spans [rows, 5] of lists [rows, width]; see `place_lists`.
 
@@ -62,13 +63,13 @@ def place_lists_kernel(
         place = first + tl.arange(0, STEP)
         inside = place < count
         block = tl.load(indices + place, mask=inside, other=0)
-        if TILE_H == 0:
+        if TILE[1] == 0:
             corner = block * BLOCK
-            whole = corner + BLOCK <= T * H * W
+            whole = corner + BLOCK <= keys.T * keys.H * keys.W
         else:
-            t, h, w = tile_position(block, 0, H, W, TILE_T, TILE_H, TILE_W)
-            corner = (t * H + h) * W + w
-            whole = (t + TILE_T <= T) & (h + TILE_H <= H) & (w + TILE_W <= W)
+            t, h, w = tile_position(block, 0, keys, TILE)
+            corner = (t * keys.H + h) * keys.W + w
+            whole = (t + TILE[0] <= keys.T) & (h + TILE[1] <= keys.H) & (w + TILE[2] <= keys.W)
         is_whole = (inside & whole).to(tl.int32)
         is_cut = inside.to(tl.int32) - is_whole
         whole_before = whole_seen + tl.cumsum(is_whole, 0) - is_whole

@@ -1,8 +1,8 @@
 """What the Triton kernels read of a block: where its tokens lie, rows of one head, and bits of allowed pairs.
 
 Nothing is permuted or padded in memory: the rows of a 3-D tile are arithmetic on its number. Blocks are numbered as in
-`order.TokenOrder`; a raster block has ``TILE_H == 0``. A program's second number is its head, counted over all samples.
-One head of a tensor is a pair: where its rows begin, and the distance from row to row in elements.
+`order.TokenOrder`; the tile of raster order is (0, 0, 0). A program's second number is its head, counted over all
+samples.
 
 A query's keys in one block are a set of slots, and a set of 64 slots is one 64-bit word. `partial_words_kernel` reads
 the packed tables (`masks.Mask.pack`) once a call, for all heads. Forward and backward load the words and test one bit
@@ -14,182 +14,187 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# Integers of all kernels that are known at run time: no value of theirs has a binary of its own.
-RUNTIME = (
-    "q_batch", "q_head", "q_row", "q_column", "k_batch", "k_head", "k_row", "k_column", "v_batch", "v_head", "v_row",
-    "v_column", "g_batch", "g_head", "g_row", "g_column", "o_batch", "o_head", "o_row", "o_column", "p_batch", "p_head",
-    "p_row", "e_batch", "e_head", "e_row", "x_batch", "x_head", "x_row", "T", "H", "W", "QT", "QH", "QW", "heads",
-    "tokens", "key_tokens", "query_tokens", "blocks", "key_blocks", "query_blocks", "width", "dense", "topk",
-    "skip", "training", "usual_visual", "usual_conditioning", "usual_text", "usual_length", "given", "visual_start",
-    "conditioning_start", "text_start", "visual", "conditioning", "text", "query_visual", "query_conditioning",
-    "query_text", "tiles_h", "tiles_w", "query_tiles_h", "query_tiles_w", "visual_blocks", "conditioning_blocks",
-    "query_visual_blocks", "query_conditioning_blocks", "per_head", "own_queries", "shared_rows",
-)  # fmt: skip
+from dit_accel.kernels.block_sparse.geometry import Segments
+from dit_accel.kernels.jit import kernel
+from dit_accel.kernels.records import Corner, HeadRows, KeyList, Side
+
+LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def starts_of(i_b, visual_starts, conditioning_starts, text_starts, text_lens, usual, given):
-    """Where one sample's visual, conditioning and text tokens begin, and its valid text tokens.
-
-    They are the four numbers of `usual` unless `given`: its bit 0 says that the starts are read, bit 1 the length.
-    """
-    visual, conditioning, text, length = usual
-    placed = (given & 1) != 0
-    starts = (
-        tl.load(visual_starts + i_b, mask=placed, other=visual),
-        tl.load(conditioning_starts + i_b, mask=placed, other=conditioning),
-        tl.load(text_starts + i_b, mask=placed, other=text),
-    )
-    return starts, tl.load(text_lens + i_b, mask=(given & 2) != 0, other=length)
+def segments_of(i_b, samples):
+    """Where one sample's segments begin, and its valid text tokens."""
+    tensors, usual = samples.tensors, samples.usual
+    placed = (samples.given & 1) != 0
+    visual_start = tl.load(tensors.visual_start + i_b, mask=placed, other=usual.visual_start)
+    conditioning_start = tl.load(tensors.conditioning_start + i_b, mask=placed, other=usual.conditioning_start)
+    text_start = tl.load(tensors.text_start + i_b, mask=placed, other=usual.text_start)
+    text_len = tl.load(tensors.text_len + i_b, mask=(samples.given & 2) != 0, other=usual.text_len)
+    return Segments(visual_start, conditioning_start, text_start, text_len)
 
 
 @triton.jit
-def list_of(row, entries, spans, width):
-    """Where a list and its parts end, and the number of its first partial block; see `triton_lists.OrderedLists`."""
-    p_span = spans + row.to(tl.int64) * 5
+def query_segments(segments, samples, text):
+    """The same for queries, whose `text` tokens are all valid."""
+    visual_start = segments.visual_start * samples.shared_rows
+    return Segments(visual_start, segments.conditioning_start, segments.text_start, text)
+
+
+@triton.jit
+def key_list(row, lists):
+    """One row of the lists."""
+    p_span = lists.spans + row.to(tl.int64) * 5
     pure, clean, tabled, count = tl.load(p_span), tl.load(p_span + 1), tl.load(p_span + 2), tl.load(p_span + 3)
-    return entries + row.to(tl.int64) * width, pure, clean, tabled, count, tl.load(p_span + 4)
+    places = lists.places + row.to(tl.int64) * lists.width
+    return KeyList(places, pure, clean, tabled, count, tl.load(p_span + 4))
 
 
 @triton.jit
-def tile_position(block, slot, H, W, TILE_T: tl.constexpr, TILE_H: tl.constexpr, TILE_W: tl.constexpr):
+def tile_position(block, slot, side, TILE: tl.constexpr):
     """Frame, row and column of slots of a tile: the tile's corner plus the slot's place in it."""
-    tiles_h = tl.cdiv(H, TILE_H)
-    tiles_w = tl.cdiv(W, TILE_W)
-    t = block // (tiles_h * tiles_w) * TILE_T + slot // (TILE_H * TILE_W)
-    h = block // tiles_w % tiles_h * TILE_H + slot // TILE_W % TILE_H
-    w = block % tiles_w * TILE_W + slot % TILE_W
+    tiles_h = tl.cdiv(side.H, TILE[1])
+    tiles_w = tl.cdiv(side.W, TILE[2])
+    t = block // (tiles_h * tiles_w) * TILE[0] + slot // (TILE[1] * TILE[2])
+    h = block // tiles_w % tiles_h * TILE[1] + slot // TILE[2] % TILE[1]
+    w = block % tiles_w * TILE[2] + slot % TILE[2]
     return t, h, w
 
 
 @triton.jit
-def places_in(slot, H, W, TILE_H: tl.constexpr, TILE_W: tl.constexpr):
+def places_in(slot, side, TILE: tl.constexpr):
     """Raster distance of slots of a visual block from its first slot; beyond the grid it is another token's."""
-    if TILE_H == 0:
+    if TILE[1] == 0:
         place = slot
     else:
-        place = (slot // (TILE_H * TILE_W) * H + slot // TILE_W % TILE_H) * W + slot % TILE_W
+        place = (slot // (TILE[1] * TILE[2]) * side.H + slot // TILE[2] % TILE[1]) * side.W + slot % TILE[2]
     return place
 
 
 @triton.jit
-def locate(
-    block, slot, visual_start, conditioning_start, text_start, T, H, W, conditioning, text,
-    BLOCK: tl.constexpr, TILE_T: tl.constexpr, TILE_H: tl.constexpr, TILE_W: tl.constexpr,
-):  # fmt: skip
+def locate(block, slot, segments, side, BLOCK: tl.constexpr, TILE: tl.constexpr):
     """Row in memory, validity and raster index of slots of any block; the index is 0 outside the visual tokens."""
-    visual = T * H * W
-    if TILE_H == 0:
+    visual = side.T * side.H * side.W
+    if TILE[1] == 0:
         visual_blocks = tl.cdiv(visual, BLOCK)
         raster = block * BLOCK + slot
         inside = raster < visual
     else:
-        visual_blocks = tl.cdiv(T, TILE_T) * tl.cdiv(H, TILE_H) * tl.cdiv(W, TILE_W)
-        t, h, w = tile_position(block, slot, H, W, TILE_T, TILE_H, TILE_W)
-        raster = (t * H + h) * W + w
-        inside = (t < T) & (h < H) & (w < W)
-    conditioning_blocks = tl.cdiv(conditioning, BLOCK)
+        visual_blocks = tl.cdiv(side.T, TILE[0]) * tl.cdiv(side.H, TILE[1]) * tl.cdiv(side.W, TILE[2])
+        t, h, w = tile_position(block, slot, side, TILE)
+        raster = (t * side.H + h) * side.W + w
+        inside = (t < side.T) & (h < side.H) & (w < side.W)
+    conditioning_blocks = tl.cdiv(side.conditioning, BLOCK)
     is_visual = block < visual_blocks
     is_conditioning = (block >= visual_blocks) & (block < visual_blocks + conditioning_blocks)
     # The block's segment: its first row, and the slot's place in it.
     behind = block - visual_blocks
     behind = tl.where(is_conditioning, behind, behind - conditioning_blocks)
     place = behind * BLOCK + slot
-    limit = tl.where(is_conditioning, conditioning, text)
-    start = tl.where(is_conditioning, conditioning_start, text_start)
-    row = tl.where(is_visual, visual_start + raster, start + place)
+    limit = tl.where(is_conditioning, side.conditioning, segments.text_len)
+    start = tl.where(is_conditioning, segments.conditioning_start, segments.text_start)
+    row = tl.where(is_visual, segments.visual_start + raster, start + place)
     valid = tl.where(is_visual, inside, place < limit)
     raster = tl.where(is_visual & valid, raster, 0)
     return row, valid, raster
 
 
 @triton.jit
+def visual_only(side):
+    """A side's grid, without other tokens."""
+    return Side(side.T, side.H, side.W, 0, 0, 0, 0)
+
+
+@triton.jit
+def visual_slots(block, slot, side, BLOCK: tl.constexpr, TILE: tl.constexpr):
+    """Row, validity and raster index of slots of a visual block, if the visual tokens begin at row 0."""
+    return locate(block, slot, Segments(0, 0, 0, 0), visual_only(side), BLOCK, TILE)
+
+
+@triton.jit
 def first_slots(count):
     """The slots 0, ..., count - 1 of a word, for any count: int64."""
-    one = tl.minimum(tl.maximum(count, 0), 64).to(tl.int64) * 0 + 1
-    return tl.where(count > 63, -one, (one << tl.minimum(tl.maximum(count, 0), 63)) - one)
+    count = tl.minimum(tl.maximum(count, 0), 64)
+    one = count.to(tl.int64) * 0 + 1
+    return tl.where(count > 63, -one, (one << tl.minimum(count, 63)) - one)
 
 
 @triton.constexpr_function
-def repeated(distance):
+def every(distance):
     """A word, as a signed number, with a bit at each multiple of `distance` slots, a power of two."""
     word = sum(1 << slot for slot in range(0, 64, distance))
     return word - (word >> 63 << 64)
 
 
 @triton.jit
-def block_at(
-    block, starts, T, H, W, conditioning, text, BLOCK: tl.constexpr, TILE_T: tl.constexpr, TILE_H: tl.constexpr,
-    TILE_W: tl.constexpr,
-):  # fmt: skip
-    """Where any block lies, for `rows_at` and `held_at`: numbers alone, no slots."""
-    visual_start, conditioning_start, text_start = starts
-    visual = T * H * W
-    if TILE_H == 0:
+def corner_of(block, segments, side, BLOCK: tl.constexpr, TILE: tl.constexpr):
+    """Where any block lies, for `rows_at` and `occupied`: numbers alone, no slots."""
+    visual = side.T * side.H * side.W
+    if TILE[1] == 0:
         visual_blocks = tl.cdiv(visual, BLOCK)
         t, h, w = block, block, block
         corner = block * BLOCK
     else:
-        tiles_h, tiles_w = tl.cdiv(H, TILE_H), tl.cdiv(W, TILE_W)
-        visual_blocks = tl.cdiv(T, TILE_T) * tiles_h * tiles_w
+        tiles_h, tiles_w = tl.cdiv(side.H, TILE[1]), tl.cdiv(side.W, TILE[2])
+        visual_blocks = tl.cdiv(side.T, TILE[0]) * tiles_h * tiles_w
         line = block // tiles_w
-        t, h, w = line // tiles_h * TILE_T, line % tiles_h * TILE_H, block % tiles_w * TILE_W
-        corner = (t * H + h) * W + w
+        t, h, w = line // tiles_h * TILE[0], line % tiles_h * TILE[1], block % tiles_w * TILE[2]
+        corner = (t * side.H + h) * side.W + w
     behind = block - visual_blocks
-    is_text = behind >= tl.cdiv(conditioning, BLOCK)
+    conditioning_blocks = tl.cdiv(side.conditioning, BLOCK)
+    is_text = behind >= conditioning_blocks
     is_visual = behind < 0
-    behind = tl.where(is_text, behind - tl.cdiv(conditioning, BLOCK), behind)
-    first = tl.where(is_visual, visual_start, tl.where(is_text, text_start, conditioning_start))
-    size = tl.where(is_visual, visual, tl.where(is_text, text, conditioning))
-    return is_visual, first, size, tl.where(is_visual, corner, behind * BLOCK), t, h, w
+    behind = tl.where(is_text, behind - conditioning_blocks, behind)
+    start = tl.where(is_text, segments.text_start, segments.conditioning_start)
+    first = tl.where(is_visual, segments.visual_start, start)
+    size = tl.where(is_visual, visual, tl.where(is_text, segments.text_len, side.conditioning))
+    return Corner(is_visual, t, h, w, first, size, tl.where(is_visual, corner, behind * BLOCK))
 
 
 @triton.jit
-def rows_at(where, visual_start, slot, H, W, TILE_H: tl.constexpr, TILE_W: tl.constexpr):
+def rows_at(corner, visual_start, slot, side, TILE: tl.constexpr):
     """A row in memory for every slot, some token's for padding slots: int64. It is not read past its segment.
 
     A segment without tokens has the first visual row.
     """
-    is_visual, first, size, place, _, _, _ = where
-    if TILE_H > 0:
-        slot = tl.where(is_visual, places_in(slot, H, W, TILE_H, TILE_W), slot)
-    first = tl.where(size > 0, first, visual_start)
-    return (first + tl.minimum(place + slot, tl.maximum(size, 1) - 1)).to(tl.int64)
+    if TILE[1] > 0:
+        slot = tl.where(corner.is_visual, places_in(slot, side, TILE), slot)
+    first = tl.where(corner.size > 0, corner.first, visual_start)
+    return (first + tl.minimum(corner.place + slot, tl.maximum(corner.size, 1) - 1)).to(tl.int64)
 
 
 @triton.jit
-def held_at(where, first, T, H, W, TILE_T: tl.constexpr, TILE_H: tl.constexpr, TILE_W: tl.constexpr):
+def occupied(corner, first, side, TILE: tl.constexpr):
     """Which of the 64 slots from `first` on hold a token, as a word: int64."""
-    is_visual, _, size, place, t, h, w = where
-    word = first_slots(size - place - first)
-    if TILE_H > 0:
-        columns = first_slots(tl.minimum(W - w, TILE_W) - first % TILE_W) * repeated(TILE_W)
-        rows = first_slots(tl.minimum(H - h, TILE_H) * TILE_W - first % (TILE_H * TILE_W)) * repeated(TILE_H * TILE_W)
-        frames = first_slots((T - t) * (TILE_H * TILE_W) - first)
-        word = tl.where(is_visual, frames & rows & columns, word)
+    word = first_slots(corner.size - corner.place - first)
+    if TILE[1] > 0:
+        LINE: tl.constexpr = TILE[2]
+        FRAME: tl.constexpr = TILE[1] * TILE[2]
+        columns = first_slots(tl.minimum(side.W - corner.w, LINE) - first % LINE) * every(LINE)
+        rows = first_slots(tl.minimum(side.H - corner.h, TILE[1]) * LINE - first % FRAME) * every(FRAME)
+        frames = first_slots((side.T - corner.t) * FRAME - first)
+        word = tl.where(corner.is_visual, frames & rows & columns, word)
     return word
 
 
 @triton.jit
-def rows_of_head(x, i_bh, strides, heads, ALIGN: tl.constexpr):
-    """One head of x [B, H, N, D], whose strides (batch, head, row) come divided by ALIGN."""
-    batch, head, row = strides
-    start = x + ((i_bh // heads).to(tl.int64) * batch + (i_bh % heads).to(tl.int64) * head) * ALIGN
-    return start, row * ALIGN
+def rows_of_head(x, i_bh, heads, ALIGN: tl.constexpr):
+    """One head of a tensor (`Heads`)."""
+    start = x.start + ((i_bh // heads).to(tl.int64) * x.batch + (i_bh % heads).to(tl.int64) * x.head) * ALIGN
+    return HeadRows(start, x.row * ALIGN)
 
 
 @triton.jit
-def rows_of(x, strides, heads, ALIGN: tl.constexpr):
-    """This program's head of x."""
-    return rows_of_head(x, tl.program_id(1), strides, heads, ALIGN)
+def rows_of(x, heads, ALIGN: tl.constexpr):
+    """This program's head of a tensor."""
+    return rows_of_head(x, tl.program_id(1), heads, ALIGN)
 
 
 @triton.jit
 def load_rows(x, rows, valid, D: tl.constexpr, BLOCK_D: tl.constexpr):
     """Rows of one head, [ROWS, BLOCK_D]; 0 where they are not valid, and beyond D."""
-    start, distance = x
     o_d = tl.arange(0, BLOCK_D)
-    return tl.load(start + rows.to(tl.int64)[:, None] * distance + o_d, mask=valid[:, None] & (o_d < D), other=0.0)
+    mask = valid[:, None] & (o_d < D)
+    return tl.load(x.start + rows.to(tl.int64)[:, None] * x.distance + o_d, mask=mask, other=0.0)
 
 
 @triton.jit
@@ -208,17 +213,10 @@ def store_rows(x, rows, valid, values, heads, tokens, D: tl.constexpr, BLOCK_D: 
 
 
 @triton.jit
-def below(count):
-    """The slots 0, ..., count - 1 as a word, for any count: int64."""
-    count = tl.minimum(tl.maximum(count, 0), 64).to(tl.int64)
-    one = tl.full([1], 1, tl.int64)
-    return tl.where(count > 63, -one, (one << tl.minimum(count, 63)) - one)
-
-
-@triton.jit
 def slots_between(left, right, base, step):
     """The slots of [left, right) that are a multiple of `step` away from `base`: int64, slots 0 to 63."""
-    slots = below(right) & ~below(left)
+    # of 64-bit numbers, which takes fewer registers here
+    slots = first_slots(right.to(tl.int64)) & ~first_slots(left.to(tl.int64))
     if step > 1:
         one = tl.full([1], 1, tl.int64)
         comb = slots * 0
@@ -239,38 +237,36 @@ def axis_sees(start, stop, step, key):
 
 
 @triton.jit
-def line_of(i, block, T, H, W, BLOCK: tl.constexpr, TILE_T: tl.constexpr, TILE_H: tl.constexpr, TILE_W: tl.constexpr):
+def line_of(i, block, side, BLOCK: tl.constexpr, TILE: tl.constexpr):
     """The i-th image row in a visual block: frame, row, its slots [left, right) and the column of slot 0."""
-    if TILE_H == 0:
-        line = block * BLOCK // W + i
-        t, h = line // H, line % H
-        column = block * BLOCK - line * W
+    if TILE[1] == 0:
+        line = block * BLOCK // side.W + i
+        t, h = line // side.H, line % side.H
+        column = block * BLOCK - line * side.W
         left = tl.maximum(-column, 0)
-        right = tl.minimum(W - column, BLOCK)
+        right = tl.minimum(side.W - column, BLOCK)
     else:
-        tiles_h = tl.cdiv(H, TILE_H)
-        tiles_w = tl.cdiv(W, TILE_W)
-        t = block // (tiles_h * tiles_w) * TILE_T + i // TILE_H
-        h = block // tiles_w % tiles_h * TILE_H + i % TILE_H
-        left = i * TILE_W
-        column = block % tiles_w * TILE_W - left
-        right = tl.minimum(left + TILE_W, W - column)
-    right = tl.where((t < T) & (h < H), right, left)
-    return tl.minimum(t, T - 1), tl.minimum(h, H - 1), left, right, column
+        tiles_h = tl.cdiv(side.H, TILE[1])
+        tiles_w = tl.cdiv(side.W, TILE[2])
+        t = block // (tiles_h * tiles_w) * TILE[0] + i // TILE[1]
+        h = block // tiles_w % tiles_h * TILE[1] + i % TILE[1]
+        left = i * TILE[2]
+        column = block % tiles_w * TILE[2] - left
+        right = tl.minimum(left + TILE[2], side.W - column)
+    right = tl.where((t < side.T) & (h < side.H), right, left)
+    return tl.minimum(t, side.T - 1), tl.minimum(h, side.H - 1), left, right, column
 
 
 @triton.jit
-def seen_slots(
-    tables, query, block, QH, QW, T, H, W,
-    BLOCK: tl.constexpr, TILE_T: tl.constexpr, TILE_H: tl.constexpr, TILE_W: tl.constexpr,
-):  # fmt: skip
+def seen_slots(tables, query, block, queries, keys, BLOCK: tl.constexpr, TILE: tl.constexpr):
     """The slots of a visual key block that each query (raster index) sees: words of slots 0-63 and 64-127."""
-    if TILE_H == 0:
-        lines = (tl.minimum(block * BLOCK + BLOCK, T * H * W) - 1) // W - block * BLOCK // W + 1
+    if TILE[1] == 0:
+        stop = tl.minimum(block * BLOCK + BLOCK, keys.T * keys.H * keys.W)
+        lines = (stop - 1) // keys.W - block * BLOCK // keys.W + 1
     else:
-        lines = TILE_T * TILE_H
-    frame, place = query // (QH * QW), query % (QH * QW)
-    row, column_q = place // QW, place % QW
+        lines = TILE[0] * TILE[1]
+    frame, place = query // (queries.H * queries.W), query % (queries.H * queries.W)
+    row, column_q = place // queries.W, place % queries.W
     low_word = query.to(tl.int64) * 0
     high_word = low_word
     for term in range(tl.load(tables)):
@@ -283,9 +279,9 @@ def seen_slots(
             start_t, stop_t = tl.load(off_t + 2 * frame), tl.load(off_t + 2 * frame + 1)
             start_h, stop_h = tl.load(off_h + 2 * row), tl.load(off_h + 2 * row + 1)
             start_w, stop_w = tl.load(off_w + 2 * column_q), tl.load(off_w + 2 * column_q + 1)
-            if TILE_H == 0:
+            if TILE[1] == 0:
                 for i in range(lines):
-                    t, h, left, right, column = line_of(i, block, T, H, W, BLOCK, TILE_T, TILE_H, TILE_W)
+                    t, h, left, right, column = line_of(i, block, keys, BLOCK, TILE)
                     seen = axis_sees(start_t, stop_t, step_t, t) & axis_sees(start_h, stop_h, step_h, h)
                     base = start_w - column
                     first = tl.maximum(base, left)
@@ -294,15 +290,15 @@ def seen_slots(
                     if BLOCK > 64:
                         high_word |= slots_between(first - 64, last - 64, base - 64, step_w)
             else:  # the same columns in every image row
-                t, h, left, right, column = line_of(0, block, T, H, W, BLOCK, TILE_T, TILE_H, TILE_W)
+                t, h, left, right, column = line_of(0, block, keys, BLOCK, TILE)
                 base = start_w - column
                 first, last = tl.maximum(base, 0), tl.minimum(stop_w - column, right)
                 across = slots_between(first, last, base, step_w)
                 beyond = across * 0
-                if TILE_W > 64:
+                if TILE[2] > 64:
                     beyond = slots_between(first - 64, last - 64, base - 64, step_w)
                 for i in range(lines):
-                    t, h, left, right, column = line_of(i, block, T, H, W, BLOCK, TILE_T, TILE_H, TILE_W)
+                    t, h, left, right, column = line_of(i, block, keys, BLOCK, TILE)
                     seen = axis_sees(start_t, stop_t, step_t, t) & axis_sees(start_h, stop_h, step_h, h)
                     seen = seen & (left < right)
                     moved = across << (left % 64)
@@ -311,9 +307,9 @@ def seen_slots(
                         high_word |= tl.where(seen, tl.where(left < 64, beyond, moved), 0)
         else:
             for i in range(lines):
-                t, h, left, right, column = line_of(i, block, T, H, W, BLOCK, TILE_T, TILE_H, TILE_W)
-                radius = tl.load(off_t + frame * T + t)
-                middle = place - h * W - column  # slot at the query's own raster position
+                t, h, left, right, column = line_of(i, block, keys, BLOCK, TILE)
+                radius = tl.load(off_t + frame * keys.T + t)
+                middle = place - h * keys.W - column  # slot at the query's own raster position
                 first = tl.maximum(middle - radius + 1, left)
                 last = tl.where(radius > 0, tl.minimum(middle + radius, right), first)
                 low_word |= slots_between(first, last, 0, 1)
@@ -322,24 +318,25 @@ def seen_slots(
     return low_word, high_word
 
 
-@triton.jit(do_not_specialize=RUNTIME)
+@kernel
 def partial_words_kernel(
-    words, entries, spans, tables, T, H, W, QT, QH, QW, query_blocks, width,
-    BLOCK_Q: tl.constexpr, TILE_QT: tl.constexpr, TILE_QH: tl.constexpr, TILE_QW: tl.constexpr,
-    BLOCK_K: tl.constexpr, TILE_KT: tl.constexpr, TILE_KH: tl.constexpr, TILE_KW: tl.constexpr,
+    words, lists, tables, keys, queries,
+    BLOCK_Q: tl.constexpr, TILE_Q: tl.constexpr, BLOCK_K: tl.constexpr, TILE_K: tl.constexpr,
 ):  # fmt: skip
-    """The words of the partial blocks of one list; the programs of the second axis share its blocks."""
+    """The words of the partial blocks of one list; the programs of the second axis share its blocks.
+
+    `lists` are those of `triton_lists.OrderedLists`, with the blocks' numbers in place of places.
+    """
     row = tl.program_id(0)
-    list_row, pure, _, tabled, _, number = list_of(row, entries, spans, width)
+    listed = key_list(row, lists)
+    pure, tabled = listed.pure, listed.tabled
     slot_q = tl.arange(0, BLOCK_Q)
-    _, _, query = locate(
-        row % query_blocks, slot_q, 0, 0, 0, QT, QH, QW, 0, 0, BLOCK_Q, TILE_QT, TILE_QH, TILE_QW
-    )  # fmt: skip
+    _, _, query = visual_slots(row % queries.blocks, slot_q, queries, BLOCK_Q, TILE_Q)
     WORDS: tl.constexpr = (BLOCK_K + 63) // 64
     for i in range(pure + tl.program_id(1), tabled, tl.num_programs(1)):
-        block = tl.load(list_row + i)
-        low, high = seen_slots(tables, query, block, QH, QW, T, H, W, BLOCK_K, TILE_KT, TILE_KH, TILE_KW)
-        p_words = words + (number + i - pure).to(tl.int64) * (WORDS * BLOCK_Q) + slot_q
+        block = tl.load(listed.places + i)
+        low, high = seen_slots(tables, query, block, queries, keys, BLOCK_K, TILE_K)
+        p_words = words + (listed.number + i - pure).to(tl.int64) * (WORDS * BLOCK_Q) + slot_q
         tl.store(p_words, low)
         if BLOCK_K > 64:
             tl.store(p_words + BLOCK_Q, high)

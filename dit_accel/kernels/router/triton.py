@@ -9,6 +9,7 @@ import triton
 
 from dit_accel.kernels import tuning
 from dit_accel.kernels.block_sparse.triton_configs import LARGEST_BLOCK, Launch
+from dit_accel.kernels.records import Heads, Side
 from dit_accel.kernels.router import triton_configs as configs
 from dit_accel.kernels.router.call import RouterCall, thresholds
 from dit_accel.kernels.router.portable import cell_sizes
@@ -78,7 +79,7 @@ def cell_means(x: torch.Tensor, order: TokenOrder, cells: int, *, unit: bool = F
     align = tuning.alignment(x)
     _run(
         "cell_means", (order.visual_blocks * cells, batch * heads), 4,
-        (x, means, *(stride // align for stride in x.stride()[:3]), *order.grid.shape, heads),
+        (means, Heads.of(x, align), Side.of(order, x.shape[2]), heads),
         {
             **tuning.head_dims(dim), "ALIGN": align, **tuning.block_sizes(order),
             "CELL": order.block // cells, "UNIT": unit,

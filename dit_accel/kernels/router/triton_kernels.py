@@ -9,28 +9,25 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from dit_accel.kernels.block_sparse.triton_tokens import RUNTIME, load_rows, locate, rows_of
+from dit_accel.kernels.block_sparse.triton_tokens import load_rows, rows_of, visual_slots
+from dit_accel.kernels.jit import kernel
 
 LOWEST = tl.constexpr(-(2**31))
 HIGHEST = tl.constexpr(2**31 - 1)
 SHORTEST = tl.constexpr(1e-12)  # of a token's length, as `torch.nn.functional.normalize` has it
 
 
-@triton.jit(do_not_specialize=RUNTIME)
+@kernel
 def cell_means_kernel(
-    x, means,
-    x_batch, x_head, x_row, T, H, W, heads,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, ALIGN: tl.constexpr,
-    BLOCK: tl.constexpr, TILE_T: tl.constexpr, TILE_H: tl.constexpr, TILE_W: tl.constexpr,
+    means, x, side, heads,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, ALIGN: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr,
     CELL: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     """Mean of one cell's tokens, of their unit vectors if UNIT: fp32 [B, H, cells, D], 0 for a cell without tokens."""
     cell = tl.program_id(0)
     slots = cell % (BLOCK // CELL) * CELL + tl.arange(0, CELL)
-    rows, valid, _ = locate(
-        cell // (BLOCK // CELL), slots, 0, 0, 0, T, H, W, 0, 0, BLOCK, TILE_T, TILE_H, TILE_W
-    )  # fmt: skip
-    b_x = load_rows(rows_of(x, (x_batch, x_head, x_row), heads, ALIGN), rows, valid, D, BLOCK_D).to(tl.float32)
+    rows, valid, _raster = visual_slots(cell // (BLOCK // CELL), slots, side, BLOCK, TILE)
+    b_x = load_rows(rows_of(x, heads, ALIGN), rows, valid, D, BLOCK_D).to(tl.float32)
     if UNIT:
         b_x = b_x / tl.maximum(tl.sqrt(tl.sum(b_x * b_x, 1)), SHORTEST)[:, None]
     held = tl.maximum(tl.sum(valid.to(tl.float32), 0), 1.0)
@@ -66,7 +63,7 @@ def products(
     return found
 
 
-@triton.jit(do_not_specialize=RUNTIME)
+@kernel
 def scores_kernel(
     query_means, key_means, query_sizes, key_sizes, scores, scale, query_blocks, key_blocks,
     D: tl.constexpr, CELLS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PART: tl.constexpr,
@@ -119,7 +116,7 @@ def best(keys, weights, target, LAST: tl.constexpr):
     return (keys > level) | ((keys == level) & (tl.cumsum(room, 0, reverse=LAST) - room < missing))
 
 
-@triton.jit(do_not_specialize=RUNTIME)
+@kernel
 def lists_kernel(
     scores, thresholds, wanted, shares, pooled, ranked, forced, indices, counts, worst,
     factor, blocks, query_blocks, width, skip,

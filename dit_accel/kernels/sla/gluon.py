@@ -11,13 +11,14 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from dit_accel.errors import DitAccelError
 from dit_accel.kernels import tuning
+from dit_accel.kernels.block_sparse.geometry import Segments
 from dit_accel.kernels.block_sparse.gluon import launches as engine
-from dit_accel.kernels.block_sparse.triton import RASTER
+from dit_accel.kernels.block_sparse.gluon.copies import GluonProblem, TiledSide
+from dit_accel.kernels.records import SampleSegments
 from dit_accel.kernels.sla.call import results
 from dit_accel.kernels.sla.gluon_forward import sparse_linear_gluon_fwd_kernel
-from dit_accel.kernels.sla.triton import FusedCall, listed_blocks, table_of_state
-
-LENGTHS_GIVEN = 2  # of what `triton_tokens.starts_of` may be given, the lengths of text alone
+from dit_accel.kernels.sla.triton import FusedCall, critical_lists, table_of_state
+from dit_accel.kernels.tuning import RASTER
 
 
 def forward(
@@ -31,8 +32,8 @@ def forward(
     if call.scale <= 0:
         raise DitAccelError(f"impl='gluon' takes a scale above 0, got {call.scale}; use impl='triton'.")
     batch, heads, _, dim = q.shape
-    geometry, query_blocks = call.geometry, call.blocks[0]
-    tile_q, tile_k = geometry.tile_q or RASTER, geometry.tile_k or RASTER
+    geometry, query_order, key_order = call.geometry, *call.geometry.orders
+    tile_q, tile_k = query_order.tile or RASTER, key_order.tile or RASTER
     half = engine.half_of(tile_q)
     sides = (q, geometry.grid, half, engine.ROWS), *((x, geometry.grid, tile_k, geometry.block_k) for x in (k, v))
     descriptors, distances = zip(*(engine.describe(*side) for side in sides), strict=True)
@@ -45,15 +46,17 @@ def forward(
     rows = TensorDescriptor(
         table, [batch * heads * dim, dim], [dim, 1], [dim, dim], gl.NVMMASharedLayout(128, 16, rank=2)
     )
-    places, spans = listed_blocks(call)
+    # no query block lies behind the visual ones
+    blocks = call.blocks[0]
+    queries, keys = TiledSide.of(query_order)._replace(visual_blocks=blocks), TiledSide.of(key_order)
+    samples = SampleSegments.of(Segments(text_len=call.text_len), geometry, call.text_len)
+    problem = GluonProblem.of(critical_lists(call), samples, queries, keys, query_order, heads)
+    problem = problem._replace(query_blocks=blocks, query_text=0)
     tuning.launch(
-        sparse_linear_gluon_fwd_kernel, (query_blocks, heads, batch),
+        sparse_linear_gluon_fwd_kernel, (blocks, heads, batch),
         (
             lse, *(descriptor for pair in (*descriptors, written, exactly) for descriptor in pair), rows,
-            sums, places, spans, places.new_empty(1, dtype=torch.int64), call.text_len,
-            *(distance for three in distances for distance in three), call.scale * engine.LOG2E,
-            *engine.sizes(geometry.key_order), *geometry.query_order.tiles[1:], *geometry.usual[:3], LENGTHS_GIVEN,
-            heads, query_blocks, places.shape[-1], int(training),
+            sums, problem, distances, call.scale * engine.LOG2E, q.shape[2], int(training),
         ),
         {**engine.constants(dim, geometry.block_k, tile_q, tile_k), "MAP": call.feature_map},
         (engine.LAUNCH,), (),

@@ -19,27 +19,22 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from dit_accel.kernels.block_sparse.gluon.copies import (
     KEYS,
     ROWS,
-    Addressed,
-    Launched,
-    Side,
     copy_in,
+    head_read,
+    head_written,
+    own_head,
     own_list,
     own_query,
     part_of,
     put,
     steps_of,
 )
-from dit_accel.kernels.block_sparse.gluon.forward import LOG2E, allocated, produce, rows_of_part, weighted
-from dit_accel.kernels.block_sparse.triton_tokens import RUNTIME
+from dit_accel.kernels.block_sparse.gluon.forward import allocated, attend_part, produce, rows_of_part
+from dit_accel.kernels.block_sparse.triton_tokens import LOG2E
+from dit_accel.kernels.jit import gluon_kernel
 from dit_accel.kernels.sla.call import EPSILON
 
 EPS = gl.constexpr(EPSILON)
-
-
-@gluon.jit
-def own_head(call):
-    """This program's head, counted over all samples."""
-    return gl.program_id(2) * call.heads + gl.program_id(1)
 
 
 @gluon.jit
@@ -53,17 +48,17 @@ def table_in(buffers, steps, D: gl.constexpr, STAGES: gl.constexpr):
 
 @gluon.jit
 def produce_both(
-    q, k, v, table, call, buffers,
+    q, k, v, table, problem, buffers,
     D: gl.constexpr, BLOCK_K: gl.constexpr, TILE_Q: gl.constexpr, HALF: gl.constexpr, TILE_K: gl.constexpr,
     STAGES: gl.constexpr,
 ):  # fmt: skip
     """The producer warp: queries, keys and values, then the table."""
-    produce(q, k, v, call, buffers, D, BLOCK_K, TILE_Q, HALF, TILE_K, STAGES)
-    steps = steps_of(own_list(call), BLOCK_K)
+    produce(q, k, v, problem, buffers, D, BLOCK_K, TILE_Q, HALF, TILE_K, STAGES)
+    steps = steps_of(own_list(problem), BLOCK_K)
     full = buffers.k_full.index(steps % STAGES)
     mbarrier.wait(buffers.k_empty.index(steps % STAGES), (steps // STAGES & 1) ^ 1)
     mbarrier.expect(full, D * D * 2)
-    copy_in(table, (own_head(call) * D, 0), full, table_in(buffers, steps, D, STAGES))
+    copy_in(table, (own_head(problem) * D, 0), full, table_in(buffers, steps, D, STAGES))
 
 
 @gluon.jit
@@ -82,7 +77,7 @@ def features(x, MAP: gl.constexpr):
 
 @gluon.jit
 def consume_both(
-    out, exact, lse, sums, scale, call, buffers, training,
+    out, exact, lse, sums, scale, problem, buffers, training,
     PART: gl.constexpr, D: gl.constexpr, BLOCK_K: gl.constexpr, TILE_Q: gl.constexpr, HALF: gl.constexpr,
     TILE_K: gl.constexpr, STAGES: gl.constexpr, MAP: gl.constexpr,
 ):  # fmt: skip
@@ -90,21 +85,21 @@ def consume_both(
     S: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, KEYS, 16])
     A: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, D, 16])
     P: gl.constexpr = gl.DotOperandLayout(0, A, 2)
-    walk = own_list(call)
+    walk = own_list(problem)
     steps = steps_of(walk, BLOCK_K)
-    acc, row_lse = weighted(walk, scale, call, buffers, PART, D, BLOCK_K, TILE_K, STAGES)
+    acc, row_lse = attend_part(walk, scale, problem, buffers, PART, D, BLOCK_K, TILE_K, STAGES)
     q = buffers.q.index(PART)
     x = q.load(A)
     if training != 0:
-        where = part_of(own_query(call, TILE_Q), PART, TILE_Q)
-        rows, valid = rows_of_part(where, call.queries, HALF, S)
+        where = part_of(own_query(problem, TILE_Q), PART, TILE_Q)
+        rows, valid = rows_of_part(where, problem.queries, HALF, S)
         gl.store(lse + rows, row_lse, mask=valid)
         q.store(acc.to(q.dtype))
         fence_async_shared()
         put(exact, where, q, HALF, D)
     phi = features(x, MAP).to(q.dtype)
     columns = gl.arange(0, D, gl.SliceLayout(0, A))
-    sums += own_head(call) * (2 * D + 1)
+    sums += own_head(problem) * (2 * D + 1)
     divisor = gl.sum(phi.to(gl.float32) * gl.load(sums + columns)[None, :], 1) + EPS
     mbarrier.wait(buffers.k_full.index(steps % STAGES), steps // STAGES & 1)
     zero = gl.zeros([ROWS, D], gl.float32, A)
@@ -116,19 +111,14 @@ def consume_both(
         tma.store_wait(0)
     q.store(acc.to(q.dtype))
     fence_async_shared()
-    put(out, part_of(own_query(call, TILE_Q), PART, TILE_Q), q, HALF, D)
+    put(out, part_of(own_query(problem, TILE_Q), PART, TILE_Q), q, HALF, D)
     tma.store_wait(0)
 
 
-@gluon.jit(do_not_specialize=RUNTIME)
+@gluon_kernel
 def sparse_linear_gluon_fwd_kernel(
     lse, q_tile, q_run, k_tile, k_run, v_tile, v_run, out_tile, out_run, exact_tile, exact_run, table,
-    sums, places, spans, words, text_lens,
-    q_batch, q_head, q_column, k_batch, k_head, k_column, v_batch, v_head, v_column,
-    scale,
-    T, H, W, tiles_h, tiles_w, visual, visual_blocks, conditioning, conditioning_blocks,
-    query_tiles_h, query_tiles_w, visual_start, conditioning_start, text_start, given, heads, query_blocks, width,
-    training,
+    sums, problem, distances, scale, tokens, training,
     D: gl.constexpr, BLOCK_K: gl.constexpr, TILE_Q: gl.constexpr, HALF: gl.constexpr, TILE_K: gl.constexpr,
     STAGES: gl.constexpr, MAP: gl.constexpr,
 ):  # fmt: skip
@@ -137,34 +127,24 @@ def sparse_linear_gluon_fwd_kernel(
     Arguments as in `block_sparse_gluon_fwd_kernel` and `triton_forward.sparse_linear_fwd_kernel`. The table is
     [B * H * D, D]. sums are fp32 [B, H, 2 D + 1]: the sum of phi(k), the bias, and the table's factor.
     """
-    i_h = gl.program_id(1)
-    i_b = gl.program_id(2)
-    keys = Side(T, H, W, tiles_h, tiles_w, visual, visual_blocks, conditioning, conditioning_blocks)
-    # no query block lies behind the visual ones
-    queries = Side(T, H, W, query_tiles_h, query_tiles_w, visual, query_blocks, conditioning, conditioning_blocks)
-    call = Launched(
-        places, spans, words, text_lens, text_lens, text_lens, text_lens,
-        (visual_start, conditioning_start, text_start, 0), given, queries, keys,
-        0, heads, query_blocks, width, 1, 0,
-    )  # fmt: skip
-    q = Addressed(q_tile, q_run, i_b * q_batch + i_h * q_head, i_h * q_column)
-    k = Addressed(k_tile, k_run, i_b * k_batch + i_h * k_head, i_h * k_column)
-    v = Addressed(v_tile, v_run, i_b * v_batch + i_h * v_head, i_h * v_column)
-    out = Addressed(out_tile, out_run, i_b * visual, i_h * D)
-    exact = Addressed(exact_tile, exact_run, i_b * visual, i_h * D)
-    lse += (i_b * heads + i_h).to(gl.int64) * visual
+    q = head_read(q_tile, q_run, distances[0])
+    k = head_read(k_tile, k_run, distances[1])
+    v = head_read(v_tile, v_run, distances[2])
+    out = head_written(out_tile, out_run, tokens, D)
+    exact = head_written(exact_tile, exact_run, tokens, D)
+    lse += own_head(problem).to(gl.int64) * tokens
     buffers = allocated(q_run.dtype, D, STAGES)
     gl.warp_specialize(
         [
             (consume_both, (
-                out, exact, lse, sums, scale, call, buffers, training,
+                out, exact, lse, sums, scale, problem, buffers, training,
                 0, D, BLOCK_K, TILE_Q, HALF, TILE_K, STAGES, MAP,
             )),
             (consume_both, (
-                out, exact, lse, sums, scale, call, buffers, training,
+                out, exact, lse, sums, scale, problem, buffers, training,
                 1, D, BLOCK_K, TILE_Q, HALF, TILE_K, STAGES, MAP,
             )),
-            (produce_both, (q, k, v, table, call, buffers, D, BLOCK_K, TILE_Q, HALF, TILE_K, STAGES)),
+            (produce_both, (q, k, v, table, problem, buffers, D, BLOCK_K, TILE_Q, HALF, TILE_K, STAGES)),
         ],
         [4, 1],
         [232, 40],

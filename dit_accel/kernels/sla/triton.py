@@ -11,17 +11,20 @@ import triton
 
 from dit_accel.errors import DitAccelError
 from dit_accel.kernels import tuning
-from dit_accel.kernels.block_sparse.geometry import Geometry, empty_rows
+from dit_accel.kernels.block_sparse.geometry import Geometry, Segments, empty_rows
 from dit_accel.kernels.block_sparse.triton_lists import Transposed, transpose_lists
 from dit_accel.kernels.block_sparse.triton_places import place_lists
+from dit_accel.kernels.records import Heads, Lists, Side
 from dit_accel.kernels.sla import triton_configs as configs
 from dit_accel.kernels.sla.call import results
 from dit_accel.kernels.sla.triton_backward import (
+    Statistics,
     sparse_linear_bwd_kernel_dkdv,
     sparse_linear_bwd_kernel_dq,
     sums_kernel,
 )
-from dit_accel.kernels.sla.triton_forward import sparse_linear_fwd_kernel, state_kernel
+from dit_accel.kernels.sla.triton_forward import SavedBranches, sparse_linear_fwd_kernel, state_kernel
+from dit_accel.kernels.sla.triton_linear import Routes, Selecting, StateTable, TokenLayout
 from dit_accel.order import TokenOrder
 
 JIT = {
@@ -68,17 +71,22 @@ class FusedCall(NamedTuple):
         """Numbers of critical and negligible key blocks of every query block."""
         return self.critical.shape[-1], self.negligible.shape[-1]
 
-    @property
-    def places(self) -> tuple[int, ...]:
-        """The grid, where the segments of the keys start, and the number of conditioning tokens."""
-        return *self.geometry.grid, *self.geometry.usual[:3], self.geometry.conditioning
+    def layout(self, q: torch.Tensor, k: torch.Tensor) -> TokenLayout:
+        """Queries and keys, and where the segments of the keys begin."""
+        visual_start, conditioning_start, text_start, _ = self.geometry.usual
+        queries = Side.of(self.geometry.query_order, q.shape[2])._replace(blocks=self.blocks[0])
+        segments = Segments(visual_start, conditioning_start, text_start, self.text_len)  # type: ignore[arg-type]
+        return TokenLayout(queries, Side.of(self.geometry.key_order, k.shape[2]), segments)
+
+    def routes(self) -> Routes:
+        return Routes(self.critical, self.negligible, *self.counts, self.blocks[1])
 
     def constants(self, q: torch.Tensor, align: int) -> dict[str, Any]:
         """Compile-time constants of the kernels of both branches."""
         return {
             **_linear(q.shape[-1], align, self.feature_map),
-            **tuning.block_sizes(self.geometry.query_order, "_Q", "Q"),
-            **tuning.block_sizes(self.geometry.key_order, "_K", "K"),
+            **tuning.block_sizes(self.geometry.query_order, "_Q"),
+            **tuning.block_sizes(self.geometry.key_order, "_K"),
             "SCOPE": self.linear_scope,
         }
 
@@ -96,7 +104,7 @@ def state(
     totals = k.new_empty(batch, heads, splits, dim, dtype=torch.float32)
     _run(
         "state", (splits, batch * heads),
-        (k, v, states, totals, means, *_strides(align, k, v), *order.grid.shape, heads, blocks),
+        (states, totals, means, Heads.of(k, align), Heads.of(v, align), Side.of(order, k.shape[2]), heads, blocks),
         {**_linear(dim, align, feature_map), **tuning.block_sizes(order), "SPLIT": split},
     )  # fmt: skip
     return states.sum(2), totals.sum(2), means
@@ -107,15 +115,16 @@ def forward(
 ) -> tuple[torch.Tensor, ...]:
     """See `ops.attend`."""
     q, k, v = tuning.contiguous_rows(q), tuning.contiguous_rows(k), tuning.contiguous_rows(v)
-    batch, heads, tokens, _ = q.shape
+    batch, heads, _, _ = q.shape
     align, returned = tuning.alignment(q, k, v), results(q, call.critical, call.linear_scope, training)
+    out, *saved = returned
+    state = StateTable(*table_of_state(call, q.dtype))
     _run(
         "forward", (call.blocks[0], batch * heads),
         (
-            q, k, v, *table_of_state(call, q.dtype), call.weight.to(q.dtype).contiguous(),
-            call.weight if bias is None else bias.float().contiguous(), call.critical,
-            call.negligible, *listed_blocks(call), call.text_len, *returned, *_strides(align, q, k, v), call.scale,
-            *call.places, heads, tokens, *call.blocks, *call.counts, int(training),
+            out, *(Heads.of(x, align) for x in (q, k, v)), state, call.weight.to(q.dtype).contiguous(),
+            call.weight if bias is None else bias.float().contiguous(), call.routes(), critical_lists(call),
+            SavedBranches(*saved, int(training)), call.layout(q, k), call.scale, heads,
         ),
         {**call.constants(q, align), "HAS_BIAS": bias is not None},
     )  # fmt: skip
@@ -132,21 +141,21 @@ def backward(
 ) -> tuple[torch.Tensor, ...]:
     """See `ops.attend_backward`; `saved`: what `forward` returned for training besides the output."""
     gradient, q, k, v = (tuning.contiguous_rows(x) for x in (gradient, q, k, v))
-    batch, heads, tokens, _ = q.shape
-    lists, weight = (call.critical, call.negligible), call.weight
+    batch, heads, _, _ = q.shape
+    weight, layout = call.weight, call.layout(q, k)
     exact, lse, linear, denominators, modes = saved
     pulled = tuning.contiguous_rows(gradient @ weight.to(gradient.dtype)) if call.marginal else gradient
     align = tuning.alignment(q, k, v, gradient, pulled, exact)
-    strides = _strides(align, q, k, v, gradient, pulled)
+    read = [Heads.of(x, align) for x in (q, k, v, gradient, pulled)]
     constants = call.constants(q, align)
     dq, dk, dv = (empty_rows(x) for x in (q, k, v))
     delta, inverses, ratios = (q.new_empty(q.shape[:3], dtype=torch.float32) for _ in range(3))
+    statistics = Statistics(lse, delta, inverses, ratios, denominators, modes)
     _run(
         "dq", (call.blocks[0], batch * heads),
         (
-            q, k, v, gradient, pulled, exact, lse, *table_of_state(call, q.dtype), *lists,
-            *listed_blocks(call), call.text_len, denominators, modes, dq, delta, inverses, ratios,
-            *strides, *_strides(align, exact), call.scale, *call.places, heads, tokens, *call.blocks, *call.counts,
+            dq, *read, Heads.of(exact, align), StateTable(*table_of_state(call, q.dtype)), call.routes(),
+            critical_lists(call), statistics, layout, call.scale, heads,
         ),
         constants,
     )  # fmt: skip
@@ -162,23 +171,25 @@ def backward(
         # the table is the state times W^T, so the gradient of the table is turned into those of both factors
         dweight, dstate = (dstate.mT @ call.state).sum((0, 1)), dstate @ weight.float()
     rows = configs.key_rows(constants, _capability(q.device))
+    selecting = Selecting(
+        keeping.entries, keeping.places, keeping.firsts, dropping.entries, dropping.firsts, modes, singles, n_singles
+    )
     _run(
         "dkdv", (call.geometry.key_order.blocks * call.geometry.block_k // rows, batch * heads),
         (
-            q, k, v, gradient, pulled, lse, delta, *_table(dstate, q.dtype), dtotal, *lists, call.text_len,
-            keeping.entries, keeping.places, keeping.firsts, dropping.entries, dropping.firsts,
-            modes, singles, n_singles, denominators, ratios, dk, dv, *strides, call.scale, *call.places,
-            call.geometry.text, heads, tokens, k.shape[2], *call.blocks, *call.counts,
+            dk, dv, *read, StateTable(*_table(dstate, q.dtype), dtotal), call.routes(), selecting, statistics, layout,
+            call.scale, heads,
         ),
         {**constants, "ROWS": rows},
     )  # fmt: skip
     return dq, dk, dv, dweight, dbias
 
 
-def listed_blocks(call: FusedCall) -> tuple[torch.Tensor, torch.Tensor]:
-    """Places and spans of the lists of critical blocks, see `place_lists`."""
+def critical_lists(call: FusedCall) -> Lists:
+    """The lists of critical blocks and of those behind the visual ones, see `place_lists`; without words."""
     order = call.geometry.key_order
-    return place_lists(call.critical, None, order, order.dense_blocks)
+    places, spans = place_lists(call.critical, None, order, order.dense_blocks)
+    return Lists(places, spans, spans.new_empty(1, dtype=torch.int64), places.shape[-1], 1)
 
 
 def _transpose(lists: torch.Tensor, geometry: Geometry) -> Transposed:
@@ -207,7 +218,7 @@ def _sums(
     _run(
         "sums", (splits, batch * heads),
         (
-            q, gradient, *factors, dstates, dtotals, dbiases, *_strides(align, q, gradient), heads, tokens,
+            dstates, dtotals, dbiases, Heads.of(q, align), Heads.of(gradient, align), *factors, heads, tokens,
         ),
         {**_linear(dim, align, feature_map), "SPLIT": configs.SPLIT},
     )  # fmt: skip
@@ -215,7 +226,7 @@ def _sums(
 
 
 def _run(kernel: str, programs: tuning.Programs, arguments: tuple[Any, ...], constants: dict[str, Any]) -> None:
-    first = arguments[0]
+    first = next((x.start for x in arguments if isinstance(x, Heads)), arguments[0])
     capability = _capability(first.device)
     candidates = configs.fitting(kernel, constants, first.element_size(), capability)
     if not candidates:
@@ -234,11 +245,7 @@ def _capability(device: torch.device) -> int:
 
 
 def _linear(dim: int, align: int, feature_map: str) -> dict[str, Any]:
-    return {**tuning.head_dims(dim), "ALIGN": align, "MAP": feature_map, "PRECISION": "ieee"}
-
-
-def _strides(align: int, *tensors: torch.Tensor) -> list[int]:
-    return [stride // align for x in tensors for stride in x.stride()[:3]]
+    return {**tuning.head_dims(dim), "ALIGN": align, "MAP": feature_map}
 
 
 def _table(state: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:

@@ -8,30 +8,43 @@ their terms are added one by one here too.
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
-from dit_accel.kernels.block_sparse.triton_backward import of_keys, of_queries, row_lse
-from dit_accel.kernels.block_sparse.triton_tokens import RUNTIME, list_of, load_rows, rows_of, rows_of_head, store_rows
+from dit_accel.kernels.block_sparse.geometry import Segments
+from dit_accel.kernels.block_sparse.triton_backward import over_query_lists, row_lse
+from dit_accel.kernels.block_sparse.triton_forward import over_key_lists
+from dit_accel.kernels.block_sparse.triton_tokens import (
+    key_list,
+    load_rows,
+    rows_of,
+    rows_of_head,
+    store_rows,
+    visual_only,
+    visual_slots,
+)
+from dit_accel.kernels.jit import kernel
+from dit_accel.kernels.records import Query, Visits
 from dit_accel.kernels.sla.triton_linear import (
     EPS,
-    behind,
+    from_row,
     hidden_zero,
     load_columns,
     load_part,
     load_total,
     mapped,
     mapped_columns,
-    over_listed,
     over_marginal,
+    over_selected,
     over_selecting,
-    placed,
-    placed_keys,
     pulled_back,
     pulled_columns,
-    routed,
+    recomputed_keys,
+    recomputed_queries,
+    routes_of,
     scales_of_rows,
-    slots_of,
     store_sums,
     stored_rows,
     table_of,
@@ -39,10 +52,24 @@ from dit_accel.kernels.sla.triton_linear import (
 )
 
 
+class Statistics(NamedTuple):
+    """Of every query, fp32 [B, H, N]: LSE, delta, 1 / d, r and d; and modes, see `triton_linear.Selecting`.
+
+    delta = rowsum(exact * grad_out). 1 / d is 0 for rows that have no part in the totals.
+    """
+
+    lse: Any
+    delta: Any
+    inverses: Any
+    ratios: Any
+    denominators: Any
+    modes: Any
+
+
 @triton.jit
 def columns_of(
     x, rows, valid, shift, size, b_g, table, peak, totals, first,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, COLUMNS: tl.constexpr, MAP: tl.constexpr, PRECISION: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, COLUMNS: tl.constexpr, MAP: tl.constexpr,
 ):  # fmt: skip
     """x, phi(x), U = g T^T and z of COLUMNS columns from `first` on; T is table * peak."""
     o_c = first + tl.arange(0, COLUMNS)
@@ -51,7 +78,7 @@ def columns_of(
     phi = mapped_columns(b_x, shift, size, (o_c < D)[None, :], MAP)
     # T^T [BLOCK_D, COLUMNS]
     b_t = tl.load(table + o_c[None, :] * D + o_d[:, None], mask=(o_d < D)[:, None] & (o_c < D)[None, :], other=0.0)
-    b_u = tl.dot(b_g, b_t, input_precision=PRECISION) * peak
+    b_u = tl.dot(b_g, b_t, input_precision="ieee") * peak
     return b_x, phi, b_u, tl.load(totals + o_c, mask=o_c < D, other=0.0)
 
 
@@ -59,7 +86,7 @@ def columns_of(
 def sums_through(
     x, rows, valid, shift, size, b_g, table, peak, totals, width,
     D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    MAP: tl.constexpr, PRECISION: tl.constexpr,
+    MAP: tl.constexpr,
 ):  # fmt: skip
     """phi . U and phi . z of each row, and both for phi rounded to the table's dtype: fp32 [ROWS] each.
 
@@ -71,7 +98,7 @@ def sums_through(
     rounded_with_z = tl.zeros([ROWS], dtype=tl.float32)
     for first in tl.range(0, width, COLUMNS, num_stages=1):
         _, phi, b_u, b_z = columns_of(
-            x, rows, valid, shift, size, b_g, table, peak, totals, first, D, BLOCK_D, COLUMNS, MAP, PRECISION
+            x, rows, valid, shift, size, b_g, table, peak, totals, first, D, BLOCK_D, COLUMNS, MAP
         )  # fmt: skip
         rounded = phi.to(table.dtype.element_ty).to(tl.float32)
         with_u += tl.sum(phi * b_u, 1)
@@ -84,7 +111,7 @@ def sums_through(
 @triton.jit
 def store_through(
     out, x, rows, valid, shift, size, b_g, table, peak, totals, sums, a, c, width, heads, tokens,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, COLUMNS: tl.constexpr, MAP: tl.constexpr, PRECISION: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, COLUMNS: tl.constexpr, MAP: tl.constexpr,
 ):  # fmt: skip
     """Store dx to `out` [B, N, H, D], where dphi = (U + a z) c for numbers a and c a row; sums: phi . U and phi . z."""
     i_bh = tl.program_id(1)
@@ -93,7 +120,7 @@ def store_through(
     place = (((i_bh // heads).to(tl.int64) * tokens + rows) * heads + i_bh % heads) * D
     for first in tl.range(0, width, COLUMNS, num_stages=1):
         b_x, phi, b_u, b_z = columns_of(
-            x, rows, valid, shift, size, b_g, table, peak, totals, first, D, BLOCK_D, COLUMNS, MAP, PRECISION
+            x, rows, valid, shift, size, b_g, table, peak, totals, first, D, BLOCK_D, COLUMNS, MAP
         )  # fmt: skip
         of_phi = (b_u + a[:, None] * b_z[None, :]) * c[:, None]
         o_c = first + tl.arange(0, COLUMNS)
@@ -101,196 +128,174 @@ def store_through(
         tl.store(out + place[:, None] + o_c, value, mask=valid[:, None] & (o_c < D))
 
 
-@triton.jit(do_not_specialize=RUNTIME)
+@kernel
 def sparse_linear_bwd_kernel_dq(
-    q, k, v, grad_out, pulled, exact, lse, table, peaks, totals, critical, negligible, places, spans, text_lens,
-    denominators, modes, dq, delta, inverses, ratios,
-    q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row, g_batch, g_head, g_row,
-    p_batch, p_head, p_row, e_batch, e_head, e_row,
-    scale,
-    T, H, W, visual_start, conditioning_start, text_start, conditioning,
-    heads, tokens, query_blocks, blocks, dense, topk, skip,
+    dq, q, k, v, grad_out, pulled, exact, state, routes, lists, statistics, layout, scale, heads,
     D: tl.constexpr, BLOCK_D: tl.constexpr, ALIGN: tl.constexpr,
-    BLOCK_Q: tl.constexpr, TILE_QT: tl.constexpr, TILE_QH: tl.constexpr, TILE_QW: tl.constexpr,
-    BLOCK_K: tl.constexpr, TILE_KT: tl.constexpr, TILE_KH: tl.constexpr, TILE_KW: tl.constexpr,
-    STEP: tl.constexpr, MAP: tl.constexpr, SCOPE: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_Q: tl.constexpr, TILE_Q: tl.constexpr, BLOCK_K: tl.constexpr, TILE_K: tl.constexpr,
+    STEP: tl.constexpr, MAP: tl.constexpr, SCOPE: tl.constexpr,
 ):  # fmt: skip
-    """dq [B, N, H, D] of one query block of one head; arguments as in the forward kernel.
+    """dq [B, N, H, D] of one query block of one head; arguments as in the forward kernel, `exact` as `Heads`.
 
-    Also stores, for dk and dv, fp32 [B, H, N]: delta = rowsum(exact * grad_out), r, and 1 / d. The last is 0 for rows
-    that have no part in the totals. In scope "marginal", pulled [B, H, N, D] is the gradient behind the projection,
-    grad_out W.
+    Stores delta, 1 / d and r of `statistics` for dk and dv. In scope "marginal", pulled [B, H, N, D] is the gradient
+    behind the projection, grad_out W.
     """
-    CUT_Q: tl.constexpr = (BLOCK_Q, TILE_QT, TILE_QH, TILE_QW)
-    CUT: tl.constexpr = (BLOCK_K, TILE_KT, TILE_KH, TILE_KW)
     i_bh = tl.program_id(1)
-    grid = (T, H, W)
-    q = rows_of(q, (q_batch, q_head, q_row), heads, ALIGN)
-    keys = rows_of(k, (k_batch, k_head, k_row), heads, ALIGN)
-    values = rows_of(v, (v_batch, v_head, v_row), heads, ALIGN)
-    rows, valid = slots_of(tl.program_id(0), 0, grid, CUT_Q, BLOCK_Q)
+    queries, keys, tokens = layout.queries, layout.keys, layout.queries.tokens
+    visual_start, conditioning_start, text_start, text_lens = layout.segments
+    q = rows_of(q, heads, ALIGN)
+    k_rows = rows_of(k, heads, ALIGN)
+    v_rows = rows_of(v, heads, ALIGN)
+    rows, valid, _raster = visual_slots(tl.program_id(0), tl.arange(0, BLOCK_Q), queries, BLOCK_Q, TILE_Q)
     place = i_bh.to(tl.int64) * tokens + rows
-    gradients = rows_of(grad_out, (g_batch, g_head, g_row), heads, ALIGN)
-    table = table_of(table, D)
-    peak = tl.load(peaks + i_bh)
+    gradients = rows_of(grad_out, heads, ALIGN)
+    table = table_of(state.table, D)
+    peak = tl.load(state.peaks + i_bh)
     # the linear branch's part waits in dq: its registers are needed for the exact branch
     if SCOPE == "all":
-        totals += i_bh.to(tl.int64) * D
-        width = BLOCK_D + hidden_zero(spans)
+        totals = state.totals + i_bh.to(tl.int64) * D
+        width = BLOCK_D + hidden_zero(lists.spans)
         COLUMNS: tl.constexpr = min(BLOCK_D, 32)
         b_g = load_rows(gradients, rows, valid, D, BLOCK_D).to(table.dtype.element_ty)
         shift, size = scales_of_rows(q, rows, valid, width, D, BLOCK_Q, COLUMNS, MAP)
         with_u, with_z, ratio, denominator = sums_through(
-            q, rows, valid, shift, size, b_g, table, peak, totals, width, D, BLOCK_D, BLOCK_Q, COLUMNS, MAP, PRECISION
+            q, rows, valid, shift, size, b_g, table, peak, totals, width, D, BLOCK_D, BLOCK_Q, COLUMNS, MAP
         )  # fmt: skip
         inverse = 1.0 / (denominator + EPS)
         ratio *= inverse
-        tl.store(inverses + place, inverse, mask=valid)
+        tl.store(statistics.inverses + place, inverse, mask=valid)
         store_through(
             dq, q, rows, valid, shift, size, b_g, table, peak, totals, (with_u, with_z), -ratio, inverse, width,
-            heads, tokens, D, BLOCK_D, COLUMNS, MAP, PRECISION,
+            heads, tokens, D, BLOCK_D, COLUMNS, MAP,
         )  # fmt: skip
     else:
         b_q = load_rows(q, rows, valid, D, BLOCK_D)
-        b_g = load_rows(rows_of(pulled, (p_batch, p_head, p_row), heads, ALIGN), rows, valid, D, BLOCK_D).to(b_q.dtype)
-        lists = routed(critical, negligible, i_bh, tl.program_id(0), query_blocks, topk, skip)
-        k_visual, v_visual = behind(keys, visual_start), behind(values, visual_start)
-        one_by_one = tl.load(modes + i_bh * query_blocks + tl.program_id(0)) != 0
+        b_g = load_rows(rows_of(pulled, heads, ALIGN), rows, valid, D, BLOCK_D).to(b_q.dtype)
+        selected = routes_of(routes, i_bh, tl.program_id(0), queries.blocks)
+        k_visual, v_visual = from_row(k_rows, visual_start), from_row(v_rows, visual_start)
+        one_by_one = tl.load(statistics.modes + i_bh * queries.blocks + tl.program_id(0)) != 0
         of_phi = tl.zeros([BLOCK_Q, BLOCK_D], dtype=tl.float32)
         total = tl.zeros([BLOCK_D], dtype=tl.float32)
         if one_by_one:
             of_phi, total = over_marginal(
-                of_phi, total, b_g, k_visual, v_visual, lists, grid, blocks,
-                D, BLOCK_D, CUT, STEP, MAP, True, PRECISION,
-            )  # fmt: skip
+                of_phi, total, b_g, k_visual, v_visual, selected, keys, D, BLOCK_D, BLOCK_K, TILE_K, STEP, MAP, True
+            )
         else:
-            of_phi, total = over_listed(
-                of_phi, total, b_g, k_visual, v_visual, lists, grid, D, BLOCK_D, CUT, STEP, MAP, True, PRECISION
-            )  # fmt: skip
-            of_phi = times_table(b_g, table, of_phi * (-1.0 / peak), D, BLOCK_D, True, PRECISION) * peak
-            total = load_total(totals, D, BLOCK_D) - total
+            of_phi, total = over_selected(
+                of_phi, total, b_g, k_visual, v_visual, selected, keys, D, BLOCK_D, BLOCK_K, TILE_K, STEP, MAP, True
+            )
+            of_phi = times_table(b_g, table, of_phi * (-1.0 / peak), D, BLOCK_D, True) * peak
+            total = load_total(state.totals, D, BLOCK_D) - total
         x = load_rows(q, rows, valid, D, BLOCK_D).to(tl.float32)
         phi = mapped(x, D, MAP)
-        inverse = 1.0 / tl.load(denominators + place, mask=valid, other=1.0)
+        inverse = 1.0 / tl.load(statistics.denominators + place, mask=valid, other=1.0)
         ratio = tl.sum(phi * of_phi, 1) * inverse
-        tl.store(inverses + place, tl.where(one_by_one, 0.0, inverse), mask=valid)
+        tl.store(statistics.inverses + place, tl.where(one_by_one, 0.0, inverse), mask=valid)
         of_phi = (of_phi - ratio[:, None] * total[None, :]) * inverse[:, None]
         store_rows(dq, rows, valid, pulled_back(of_phi, x, phi, MAP), heads, tokens, D, BLOCK_D)
-    tl.store(ratios + place, ratio, mask=valid)
+    tl.store(statistics.ratios + place, ratio, mask=valid)
 
-    _, i_bh, rows, valid = placed(spans, grid, CUT_Q)
+    _, i_bh, rows, valid = recomputed_queries(lists.spans, queries, BLOCK_Q, TILE_Q)
     place = i_bh.to(tl.int64) * tokens + rows
     b_q = load_rows(q, rows, valid, D, BLOCK_D)
     b_g = load_rows(gradients, rows, valid, D, BLOCK_D)
-    b_e = load_rows(rows_of(exact, (e_batch, e_head, e_row), heads, ALIGN), rows, valid, D, BLOCK_D)
+    b_e = load_rows(rows_of(exact, heads, ALIGN), rows, valid, D, BLOCK_D)
     b_delta = tl.sum(b_e.to(tl.float32) * b_g.to(tl.float32), 1)
-    tl.store(delta + place, b_delta, mask=valid)
-    acc = of_queries(
-        b_q, b_g.to(b_q.dtype), row_lse(lse, place, valid), b_delta, keys, values, scale,
-        list_of(i_bh * query_blocks + tl.program_id(0), places, spans, topk + dense), spans,
-        (visual_start, conditioning_start, text_start), grid, conditioning, tl.load(text_lens + i_bh // heads),
-        D, BLOCK_D, BLOCK_Q, CUT, STEP, False, PRECISION,
+    tl.store(statistics.delta + place, b_delta, mask=valid)
+    listed = key_list(i_bh * queries.blocks + tl.program_id(0), lists)
+    segments = Segments(visual_start, conditioning_start, text_start, tl.load(text_lens + i_bh // heads))
+    sums = over_key_lists(
+        Query(b_q, b_g.to(b_q.dtype), row_lse(statistics.lse, place, valid), b_delta), k_rows, v_rows, scale, listed,
+        lists.words, segments, keys, D, BLOCK_D, BLOCK_Q, BLOCK_K, TILE_K, STEP, False, True,
     )  # fmt: skip
-    _, _, rows, valid = placed(spans, grid, CUT_Q)
-    acc = acc * scale + stored_rows(dq, rows, valid, heads, tokens, D, BLOCK_D)
+    _, _, rows, valid = recomputed_queries(lists.spans, queries, BLOCK_Q, TILE_Q)
+    acc = sums[0] * scale + stored_rows(dq, rows, valid, heads, tokens, D, BLOCK_D)
     store_rows(dq, rows, valid, acc, heads, tokens, D, BLOCK_D)
 
 
-@triton.jit(do_not_specialize=RUNTIME)
+@kernel
 def sparse_linear_bwd_kernel_dkdv(
-    q, k, v, grad_out, pulled, lse, delta, table, peaks, dtotals, critical, negligible, text_lens,
-    entries, query_places, firsts, negligible_entries, negligible_firsts,
-    modes, singles, n_singles, denominators, ratios, dk, dv,
-    q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row, g_batch, g_head, g_row,
-    p_batch, p_head, p_row,
-    scale,
-    T, H, W, visual_start, conditioning_start, text_start, conditioning, text,
-    heads, tokens, key_tokens, query_blocks, blocks, dense, topk, skip,
+    dk, dv, q, k, v, grad_out, pulled, gradient, routes, selecting, statistics, layout, scale, heads,
     D: tl.constexpr, BLOCK_D: tl.constexpr, ALIGN: tl.constexpr,
-    BLOCK_Q: tl.constexpr, TILE_QT: tl.constexpr, TILE_QH: tl.constexpr, TILE_QW: tl.constexpr,
-    BLOCK_K: tl.constexpr, TILE_KT: tl.constexpr, TILE_KH: tl.constexpr, TILE_KW: tl.constexpr,
-    ROWS: tl.constexpr, STEP: tl.constexpr, MAP: tl.constexpr, SCOPE: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_Q: tl.constexpr, TILE_Q: tl.constexpr, BLOCK_K: tl.constexpr, TILE_K: tl.constexpr,
+    ROWS: tl.constexpr, STEP: tl.constexpr, MAP: tl.constexpr, SCOPE: tl.constexpr,
 ):  # fmt: skip
-    """dk and dv [B, Nk, H, D] of ROWS rows of one key block. G is table * peak, -w is dtotals.
+    """dk and dv [B, Nk, H, D] of ROWS rows of one key block. Conditioning and text have no linear branch.
 
-    The query blocks that attend to the key block exactly are listed as in `triton_lists.Transposed` (entries,
-    query_places, firsts). In scope "marginal" the query blocks for which it is negligible are listed alike. The first
-    n_singles of `singles` [B, H, query_blocks] are then the query blocks that were summed one by one. Conditioning and
-    text blocks get nothing from the linear branch. Query blocks are processed in steps of STEP rows.
+    Args:
+        gradient: of the state, a `StateTable`; G is table * peak, -w its totals.
+        selecting: `Selecting`; in scope "all" the negligible blocks and those summed one by one are not read. Query
+            blocks are taken in steps of STEP rows.
     """
-    CUT_Q: tl.constexpr = (BLOCK_Q, TILE_QT, TILE_QH, TILE_QW)
-    CUT: tl.constexpr = (BLOCK_K, TILE_KT, TILE_KH, TILE_KW)
     PARTS: tl.constexpr = BLOCK_K // ROWS
+    tokens, key_tokens = layout.queries.tokens, layout.keys.tokens
     i_k = tl.program_id(0) // PARTS
-    visual = i_k < blocks
-    grid = (T, H, W)
-    starts = (visual_start, conditioning_start, text_start)
-    i_bh, rows, there, valid = placed_keys(firsts, text_lens, starts, grid, conditioning, text, heads, CUT, ROWS)
-    b_v = load_rows(rows_of_head(v, i_bh, (v_batch, v_head, v_row), heads, ALIGN), rows, valid, D, BLOCK_D)
-    keys = rows_of_head(k, i_bh, (k_batch, k_head, k_row), heads, ALIGN)
+    visual = i_k < routes.blocks
+    counts = selecting.firsts
+    i_bh, rows, there, valid = recomputed_keys(counts, layout, heads, BLOCK_K, TILE_K, ROWS)
+    b_v = load_rows(rows_of_head(v, i_bh, heads, ALIGN), rows, valid, D, BLOCK_D)
+    k_rows = rows_of_head(k, i_bh, heads, ALIGN)
     first_row = i_bh.to(tl.int64) * tokens
     # the linear branch's part waits in dk and dv: its registers are needed for the exact branch
     if visual:
-        table = table_of(table, D)
-        peak = tl.load(peaks + i_bh)
+        table = table_of(gradient.table, D)
+        peak = tl.load(gradient.peaks + i_bh)
         of_v = tl.zeros([ROWS, BLOCK_D], dtype=tl.float32)
         if SCOPE == "all":
             COLUMNS: tl.constexpr = min(BLOCK_D, 32)
-            width = BLOCK_D + hidden_zero(firsts)
-            dtotals += i_bh.to(tl.int64) * D
-            shift, size = scales_of_rows(keys, rows, valid, width, D, ROWS, COLUMNS, MAP)
+            width = BLOCK_D + hidden_zero(counts)
+            totals = gradient.totals + i_bh.to(tl.int64) * D
+            shift, size = scales_of_rows(k_rows, rows, valid, width, D, ROWS, COLUMNS, MAP)
             for first in tl.range(0, width, COLUMNS, num_stages=1):
                 inside = (first + tl.arange(0, COLUMNS) < D)[None, :]
-                phi = mapped_columns(load_columns(keys, rows, valid, first, 0.0, D, COLUMNS), shift, size, inside, MAP)
+                x = load_columns(k_rows, rows, valid, first, 0.0, D, COLUMNS)
+                phi = mapped_columns(x, shift, size, inside, MAP)
                 b_t = load_part(table, first, D, BLOCK_D, COLUMNS, False)
-                of_v = tl.dot(phi.to(b_t.dtype), b_t, of_v, input_precision=PRECISION)
+                of_v = tl.dot(phi.to(b_t.dtype), b_t, of_v, input_precision="ieee")
             store_rows(dv, rows, valid, of_v * peak, heads, key_tokens, D, BLOCK_D)
             one = tl.full([ROWS], 1.0, dtype=tl.float32)
             with_u, with_z, _with_u, _with_z = sums_through(
-                keys, rows, valid, shift, size, b_v, table, peak, dtotals, width,
-                D, BLOCK_D, ROWS, COLUMNS, MAP, PRECISION,
-            )  # fmt: skip
+                k_rows, rows, valid, shift, size, b_v, table, peak, totals, width, D, BLOCK_D, ROWS, COLUMNS, MAP
+            )
             store_through(
-                dk, keys, rows, valid, shift, size, b_v, table, peak, dtotals, (with_u, with_z), one, one, width,
-                heads, key_tokens, D, BLOCK_D, COLUMNS, MAP, PRECISION,
+                dk, k_rows, rows, valid, shift, size, b_v, table, peak, totals, (with_u, with_z), one, one, width,
+                heads, key_tokens, D, BLOCK_D, COLUMNS, MAP,
             )  # fmt: skip
         else:
-            total = load_total(dtotals, D, BLOCK_D)
+            total = load_total(gradient.totals, D, BLOCK_D)
             of_phi = tl.zeros([ROWS, BLOCK_D], dtype=tl.float32)
-            phi_k = mapped(load_rows(keys, rows, valid, D, BLOCK_D), D, MAP).to(b_v.dtype)
+            phi_k = mapped(load_rows(k_rows, rows, valid, D, BLOCK_D), D, MAP).to(b_v.dtype)
             of_v, of_phi, total = over_selecting(
-                of_v, of_phi, total, phi_k, b_v, i_k, rows_of(q, (q_batch, q_head, q_row), heads, ALIGN),
-                rows_of(pulled, (p_batch, p_head, p_row), heads, ALIGN),
-                (denominators + first_row, ratios + first_row), (critical, negligible, topk, skip),
-                (entries, firsts, negligible_entries, negligible_firsts), (modes, singles, n_singles), grid,
-                query_blocks, (blocks, dense), D, BLOCK_D, CUT_Q, STEP, MAP, PRECISION,
+                of_v, of_phi, total, phi_k, b_v, i_k, rows_of(q, heads, ALIGN), rows_of(pulled, heads, ALIGN),
+                statistics.denominators + first_row, statistics.ratios + first_row, routes, selecting, layout,
+                D, BLOCK_D, BLOCK_Q, TILE_Q, STEP, MAP,
             )  # fmt: skip
-            i_bh, rows, there, valid = placed_keys(
-                firsts, text_lens, starts, grid, conditioning, text, heads, CUT, ROWS
-            )
-            keys = rows_of_head(k, i_bh, (k_batch, k_head, k_row), heads, ALIGN)
-            peak = tl.load(peaks + i_bh)
-            of_v = times_table(phi_k, table, of_v * (1.0 / peak), D, BLOCK_D, False, PRECISION) * peak
+            i_bh, rows, there, valid = recomputed_keys(counts, layout, heads, BLOCK_K, TILE_K, ROWS)
+            k_rows = rows_of_head(k, i_bh, heads, ALIGN)
+            peak = tl.load(gradient.peaks + i_bh)
+            of_v = times_table(phi_k, table, of_v * (1.0 / peak), D, BLOCK_D, False) * peak
             store_rows(dv, rows, valid, of_v, heads, key_tokens, D, BLOCK_D)
-            of_phi = times_table(b_v, table, of_phi * (1.0 / peak), D, BLOCK_D, True, PRECISION) * peak + total[None, :]
+            of_phi = times_table(b_v, table, of_phi * (1.0 / peak), D, BLOCK_D, True) * peak + total[None, :]
             # k is loaded again to shorten its live range; otherwise the kernel spills
-            x = load_rows(keys, rows, valid, D, BLOCK_D).to(tl.float32)
+            x = load_rows(k_rows, rows, valid, D, BLOCK_D).to(tl.float32)
             dx = pulled_back(of_phi, x, mapped(x, D, MAP), MAP)
             store_rows(dk, rows, valid, dx, heads, key_tokens, D, BLOCK_D)
 
-    i_bh, rows, there, valid = placed_keys(firsts, text_lens, starts, grid, conditioning, text, heads, CUT, ROWS)
-    b_k = load_rows(rows_of_head(k, i_bh, (k_batch, k_head, k_row), heads, ALIGN), rows, valid, D, BLOCK_D)
-    b_v = load_rows(rows_of_head(v, i_bh, (v_batch, v_head, v_row), heads, ALIGN), rows, valid, D, BLOCK_D)
+    i_bh, rows, there, valid = recomputed_keys(counts, layout, heads, BLOCK_K, TILE_K, ROWS)
+    b_k = load_rows(rows_of_head(k, i_bh, heads, ALIGN), rows, valid, D, BLOCK_D)
+    b_v = load_rows(rows_of_head(v, i_bh, heads, ALIGN), rows, valid, D, BLOCK_D)
     first_row = i_bh.to(tl.int64) * tokens
-    p_first = firsts + i_bh.to(tl.int64) * (2 * (blocks + dense) + 1) + 2 * i_k
-    q = rows_of_head(q, i_bh, (q_batch, q_head, q_row), heads, ALIGN)
+    p_first = counts + i_bh.to(tl.int64) * (2 * layout.keys.blocks + 1) + 2 * i_k
+    q_rows = rows_of_head(q, i_bh, heads, ALIGN)
     slot_k = tl.program_id(0) % PARTS * ROWS + tl.arange(0, ROWS)
-    b_dk, b_dv = of_keys(
-        b_k, b_v, slot_k, q, rows_of_head(grad_out, i_bh, (g_batch, g_head, g_row), heads, ALIGN), lse + first_row,
-        delta + first_row, scale, query_places, entries, p_first, entries, (0, 0, 0), grid, 0, 0,
-        D, BLOCK_D, BLOCK_K, ROWS, CUT_Q, STEP, False, PRECISION,
+    entries = selecting.entries
+    visits = Visits(entries, selecting.places, entries, counts, entries, 1)  # no words are read
+    b_dk, b_dv = over_query_lists(
+        b_k, b_v, slot_k, q_rows, rows_of_head(grad_out, i_bh, heads, ALIGN), statistics.lse + first_row,
+        statistics.delta + first_row, scale, visits, p_first, Segments(0, 0, 0, 0), visual_only(layout.queries),
+        D, BLOCK_D, BLOCK_K, ROWS, BLOCK_Q, TILE_Q, STEP, False,
     )  # fmt: skip
-    i_bh, rows, there, valid = placed_keys(firsts, text_lens, starts, grid, conditioning, text, heads, CUT, ROWS)
+    i_bh, rows, there, valid = recomputed_keys(counts, layout, heads, BLOCK_K, TILE_K, ROWS)
     linear = valid & (tl.arange(0, ROWS) < tl.where(visual, ROWS, 0))
     b_dk = b_dk * scale + stored_rows(dk, rows, linear, heads, key_tokens, D, BLOCK_D)
     b_dv += stored_rows(dv, rows, linear, heads, key_tokens, D, BLOCK_D)
@@ -298,16 +303,15 @@ def sparse_linear_bwd_kernel_dkdv(
     store_rows(dv, rows, there, tl.where(valid[:, None], b_dv, 0.0), heads, key_tokens, D, BLOCK_D)
 
 
-@triton.jit(do_not_specialize=RUNTIME)
+@kernel
 def sums_kernel(
-    q, grad_out, inverses, ratios, dstates, dtotals, dbias,
-    q_batch, q_head, q_row, g_batch, g_head, g_row, heads, tokens,
+    dstates, dtotals, dbias, q, grad_out, inverses, ratios, heads, tokens,
     D: tl.constexpr, BLOCK_D: tl.constexpr, ALIGN: tl.constexpr, SPLIT: tl.constexpr, STEP: tl.constexpr,
-    MAP: tl.constexpr, PRECISION: tl.constexpr,
+    MAP: tl.constexpr,
 ):  # fmt: skip
     """Sums over SPLIT tokens in fp32: a^T g / d [.., D, D], -a r / d [.., D] and g [.., D]."""
-    q = rows_of(q, (q_batch, q_head, q_row), heads, ALIGN)
-    grad_out = rows_of(grad_out, (g_batch, g_head, g_row), heads, ALIGN)
+    q = rows_of(q, heads, ALIGN)
+    grad_out = rows_of(grad_out, heads, ALIGN)
     first_place = tl.program_id(1).to(tl.int64) * tokens
     dstate = tl.zeros([BLOCK_D, BLOCK_D], dtype=tl.float32)
     dtotal = tl.zeros([BLOCK_D], dtype=tl.float32)
@@ -329,9 +333,9 @@ def sums_kernel(
             largest = tl.max(tl.max(tl.abs(shares), 1), 0)
             largest = tl.where(largest > 0.0, largest, 1.0)
             shares = (shares * (1.0 / largest)).to(b_q.dtype)
-            dstate += tl.dot(tl.trans(phi), shares, input_precision=PRECISION) * largest
+            dstate += tl.dot(tl.trans(phi), shares, input_precision="ieee") * largest
         else:
-            dstate = tl.dot(tl.trans(phi), shares.to(b_q.dtype), dstate, input_precision=PRECISION)
+            dstate = tl.dot(tl.trans(phi), shares.to(b_q.dtype), dstate, input_precision="ieee")
     store_sums(dstates, dtotals, dstate, dtotal, D, BLOCK_D)
     o_d = tl.arange(0, BLOCK_D)
     place = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)

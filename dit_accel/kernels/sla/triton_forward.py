@@ -5,53 +5,71 @@ README.md in this folder has the equations.
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
-from dit_accel.kernels.block_sparse.triton_forward import attend_lists, normalised, positive
+from dit_accel.kernels.block_sparse.geometry import Segments
+from dit_accel.kernels.block_sparse.triton_forward import finalize, over_key_lists, with_positive_scale
 from dit_accel.kernels.block_sparse.triton_tokens import (
-    RUNTIME,
-    list_of,
+    key_list,
     load_rows,
     rows_of,
     rows_of_head,
     store_rows,
+    visual_slots,
 )
+from dit_accel.kernels.jit import kernel
+from dit_accel.kernels.records import Query
 from dit_accel.kernels.sla.triton_linear import (
     EPS,
-    behind,
+    from_row,
     load_columns,
     load_part,
     mapped,
     mapped_columns,
-    over_listed,
     over_marginal,
-    placed,
-    routed,
+    over_selected,
+    recomputed_queries,
+    routes_of,
     scales_of_rows,
-    slots_of,
     store_sums,
     stored_rows,
     times_table,
 )
 
 
-@triton.jit(do_not_specialize=RUNTIME)
+class SavedBranches(NamedTuple):
+    """What the forward writes for the backward if `training` is not 0; README.md has the symbols.
+
+    Attributes:
+        exact, lse: [B, N, H, D] and fp32 [B, H, N] of the exact branch.
+        linear, denominators: in scope "marginal" the linear branch before its projection, and d with eps.
+        modes: see `triton_linear.Selecting`.
+    """
+
+    exact: Any
+    lse: Any
+    linear: Any
+    denominators: Any
+    modes: Any
+    training: Any
+
+
+@kernel
 def state_kernel(
-    k, v, states, totals, means,
-    k_batch, k_head, k_row, v_batch, v_head, v_row, T, H, W, heads, blocks,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, ALIGN: tl.constexpr,
-    BLOCK: tl.constexpr, TILE_T: tl.constexpr, TILE_H: tl.constexpr, TILE_W: tl.constexpr,
-    SPLIT: tl.constexpr, STEP: tl.constexpr, MAP: tl.constexpr, PRECISION: tl.constexpr,
+    states, totals, means, k, v, keys, heads, blocks,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, ALIGN: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr,
+    SPLIT: tl.constexpr, STEP: tl.constexpr, MAP: tl.constexpr,
 ):  # fmt: skip
     """phi(k)^T v, fp32 [B, H, splits, D, D], and the sum of phi(k), fp32 [B, H, splits, D], over SPLIT blocks each.
 
     The same pass over k stores its block means for the router, fp32 [B, H, blocks, D].
     """
-    CUT: tl.constexpr = (BLOCK, TILE_T, TILE_H, TILE_W)
     STEPS: tl.constexpr = BLOCK // STEP
-    k = rows_of(k, (k_batch, k_head, k_row), heads, ALIGN)
-    v = rows_of(v, (v_batch, v_head, v_row), heads, ALIGN)
+    k = rows_of(k, heads, ALIGN)
+    v = rows_of(v, heads, ALIGN)
     state = tl.zeros([BLOCK_D, BLOCK_D], dtype=tl.float32)
     total = tl.zeros([BLOCK_D], dtype=tl.float32)
     of_block = tl.zeros([BLOCK_D], dtype=tl.float32)
@@ -60,13 +78,13 @@ def state_kernel(
     means += tl.program_id(1).to(tl.int64) * blocks * D
     first = tl.program_id(0) * SPLIT
     for i in range(first * STEPS, tl.minimum(first + SPLIT, blocks) * STEPS):
-        rows, valid = slots_of(i // STEPS, i % STEPS * STEP, (T, H, W), CUT, STEP)
+        rows, valid, _raster = visual_slots(i // STEPS, i % STEPS * STEP + tl.arange(0, STEP), keys, BLOCK, TILE)
         b_k = load_rows(k, rows, valid, D, BLOCK_D)
         b_v = load_rows(v, rows, valid, D, BLOCK_D)
         of_block = tl.sum(b_k.to(tl.float32), 0) + tl.where(i % STEPS == 0, 0.0, of_block)
         held = tl.sum(valid.to(tl.float32), 0) + tl.where(i % STEPS == 0, 0.0, held)
         phi = tl.where(valid[:, None], mapped(b_k, D, MAP), 0.0).to(b_v.dtype)
-        state = tl.dot(tl.trans(phi), b_v, state, input_precision=PRECISION)
+        state = tl.dot(tl.trans(phi), b_v, state, input_precision="ieee")
         total += tl.sum(phi.to(tl.float32), 0)
         # the mean of the block's steps up to here; the last step's remains
         tl.store(means + i // STEPS * D + o_d, tl.div_rn(of_block, of_block * 0.0 + held), mask=o_d < D)
@@ -77,7 +95,6 @@ def state_kernel(
 def with_state(
     acc, q, rows, valid, table, totals, width,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr, MAP: tl.constexpr, UNIT: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """acc + phi(q) T, fp32 [BLOCK, BLOCK_D], for a table T [D, D]; phi(q) . z for z [D] in `totals`; divisors of rows.
 
@@ -104,7 +121,7 @@ def with_state(
             phi *= (1.0 / unit)[:, None]
         phi = phi.to(table.dtype.element_ty)
         of_total += tl.sum(phi.to(tl.float32) * tl.load(totals + columns, mask=columns < D, other=0.0)[None, :], 1)
-        acc = tl.dot(phi, load_part(table, first, D, BLOCK_D, COLUMNS, False), acc, input_precision=PRECISION)
+        acc = tl.dot(phi, load_part(table, first, D, BLOCK_D, COLUMNS, False), acc, input_precision="ieee")
     return acc, of_total, unit
 
 
@@ -116,99 +133,94 @@ def unit_rows(b_q, D: tl.constexpr, MAP: tl.constexpr):
     return (phi * (1.0 / tl.where(size > 0.0, size, 1.0))[:, None]).to(b_q.dtype)
 
 
-@triton.jit(do_not_specialize=RUNTIME)
+@kernel
 def sparse_linear_fwd_kernel(
-    q, k, v, table, peaks, totals, weight, bias, critical, negligible, places, spans, text_lens,
-    out, exact, lse, linear, denominators, modes,
-    q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
-    scale,
-    T, H, W, visual_start, conditioning_start, text_start, conditioning,
-    heads, tokens, query_blocks, blocks, dense, topk, skip, training,
+    out, q, k, v, state, weight, bias, routes, lists, saved, layout, scale, heads,
     D: tl.constexpr, BLOCK_D: tl.constexpr, ALIGN: tl.constexpr,
-    BLOCK_Q: tl.constexpr, TILE_QT: tl.constexpr, TILE_QH: tl.constexpr, TILE_QW: tl.constexpr,
-    BLOCK_K: tl.constexpr, TILE_KT: tl.constexpr, TILE_KH: tl.constexpr, TILE_KW: tl.constexpr,
-    STEP: tl.constexpr, MAP: tl.constexpr, SCOPE: tl.constexpr, HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_Q: tl.constexpr, TILE_Q: tl.constexpr, BLOCK_K: tl.constexpr, TILE_K: tl.constexpr,
+    STEP: tl.constexpr, MAP: tl.constexpr, SCOPE: tl.constexpr, HAS_BIAS: tl.constexpr,
 ):  # fmt: skip
     """Output [B, N, H, D] of one query block of one head; for training also what the backward reads.
 
-    q holds the visual tokens only, k and v all tokens. The `dense` conditioning and text blocks, numbered behind the
-    `blocks` visual ones, are attended exactly. The state over all keys is table * peak, [D, D] a head; in scope "all"
-    it includes the projection. Key blocks are processed in steps of STEP rows.
-
-    For training: exact [B, N, H, D] and lse fp32 [B, H, N] of the exact branch. In scope "marginal" also linear
-    [B, N, H, D], the linear branch before its projection, and denominators fp32 [B, H, N], with eps. There modes int32
-    [B, H, query_blocks] are 1 where the marginal blocks were summed one by one.
+    Args:
+        q, k, v: `Heads`; q holds the visual tokens only, k and v all tokens.
+        state: a `StateTable` over all visual keys; in scope "all" it includes the projection.
+        routes, saved, layout: `Routes`, `SavedBranches` and `TokenLayout`.
+        lists: `Lists` of the critical blocks and of those behind the visual ones, which are attended exactly. Key
+            blocks are taken in steps of STEP rows.
     """
-    CUT_Q: tl.constexpr = (BLOCK_Q, TILE_QT, TILE_QH, TILE_QW)
-    CUT: tl.constexpr = (BLOCK_K, TILE_KT, TILE_KH, TILE_KW)
-    grid = (T, H, W)
+    queries, keys, tokens = layout.queries, layout.keys, layout.queries.tokens
+    visual_start, conditioning_start, text_start, text_lens = layout.segments
     if SCOPE == "marginal":
-        zero, i_bh, rows, valid = placed(spans, grid, CUT_Q)
-        q_rows = rows_of_head(q, i_bh, (q_batch, q_head, q_row), heads, ALIGN)
-        keys = behind(rows_of_head(k, i_bh, (k_batch, k_head, k_row), heads, ALIGN), visual_start)
-        values = behind(rows_of_head(v, i_bh, (v_batch, v_head, v_row), heads, ALIGN), visual_start)
-        lists = routed(critical, negligible, i_bh, tl.program_id(0) + zero, query_blocks, topk, skip)
+        zero, i_bh, rows, valid = recomputed_queries(lists.spans, queries, BLOCK_Q, TILE_Q)
+        q_rows = rows_of_head(q, i_bh, heads, ALIGN)
+        k_rows = from_row(rows_of_head(k, i_bh, heads, ALIGN), visual_start)
+        v_rows = from_row(rows_of_head(v, i_bh, heads, ALIGN), visual_start)
+        selected = routes_of(routes, i_bh, tl.program_id(0) + zero, queries.blocks)
         phi = unit_rows(load_rows(q_rows, rows, valid, D, BLOCK_D), D, MAP)
         acc = tl.zeros([BLOCK_Q, BLOCK_D], dtype=tl.float32)
         left = tl.zeros([BLOCK_Q], dtype=tl.float32)
-        acc, left = over_listed(acc, left, phi, keys, values, lists, grid, D, BLOCK_D, CUT, STEP, MAP, False, PRECISION)
-        zero, i_bh, rows, valid = placed(spans, grid, CUT_Q)
-        q_rows = rows_of_head(q, i_bh, (q_batch, q_head, q_row), heads, ALIGN)
-        peak = tl.load(peaks + i_bh)
+        acc, left = over_selected(
+            acc, left, phi, k_rows, v_rows, selected, keys, D, BLOCK_D, BLOCK_K, TILE_K, STEP, MAP, False
+        )
+        zero, i_bh, rows, valid = recomputed_queries(lists.spans, queries, BLOCK_Q, TILE_Q)
+        q_rows = rows_of_head(q, i_bh, heads, ALIGN)
+        peak = tl.load(state.peaks + i_bh)
         acc, of_all, size = with_state(
-            acc * (-1.0 / peak), q_rows, rows, valid, table + i_bh.to(tl.int64) * (D * D),
-            totals + i_bh.to(tl.int64) * D, BLOCK_D + zero, D, BLOCK_D, BLOCK_Q, MAP, True, PRECISION,
+            acc * (-1.0 / peak), q_rows, rows, valid, state.table + i_bh.to(tl.int64) * (D * D),
+            state.totals + i_bh.to(tl.int64) * D, BLOCK_D + zero, D, BLOCK_D, BLOCK_Q, MAP, True,
         )  # fmt: skip
         acc *= peak
         lost = valid & (2.0 * left > of_all)
         left = tl.maximum(of_all - left, 0.0)
         one_by_one = tl.max(lost.to(tl.int32), 0) > 0
         if one_by_one:
-            keys = behind(rows_of_head(k, i_bh, (k_batch, k_head, k_row), heads, ALIGN), visual_start)
-            values = behind(rows_of_head(v, i_bh, (v_batch, v_head, v_row), heads, ALIGN), visual_start)
-            lists = routed(critical, negligible, i_bh, tl.program_id(0) + zero, query_blocks, topk, skip)
+            k_rows = from_row(rows_of_head(k, i_bh, heads, ALIGN), visual_start)
+            v_rows = from_row(rows_of_head(v, i_bh, heads, ALIGN), visual_start)
+            selected = routes_of(routes, i_bh, tl.program_id(0) + zero, queries.blocks)
             phi = unit_rows(load_rows(q_rows, rows, valid, D, BLOCK_D), D, MAP)
             acc = tl.zeros([BLOCK_Q, BLOCK_D], dtype=tl.float32)
             left = tl.zeros([BLOCK_Q], dtype=tl.float32)
             acc, left = over_marginal(
-                acc, left, phi, keys, values, lists, grid, blocks, D, BLOCK_D, CUT, STEP, MAP, False, PRECISION
-            )  # fmt: skip
+                acc, left, phi, k_rows, v_rows, selected, keys, D, BLOCK_D, BLOCK_K, TILE_K, STEP, MAP, False
+            )
         denominator = left + EPS / size
-        b_l = (acc * (1.0 / denominator)[:, None]).to(q.dtype.element_ty)
-        if training:
-            store_rows(linear, rows, valid, b_l, heads, tokens, D, BLOCK_D)
-            tl.store(denominators + i_bh.to(tl.int64) * tokens + rows, denominator * size, mask=valid)
-            tl.store(modes + i_bh * query_blocks + tl.program_id(0), tl.where(one_by_one, 1, 0))
+        b_l = (acc * (1.0 / denominator)[:, None]).to(q.start.dtype.element_ty)
+        if saved.training:
+            store_rows(saved.linear, rows, valid, b_l, heads, tokens, D, BLOCK_D)
+            tl.store(saved.denominators + i_bh.to(tl.int64) * tokens + rows, denominator * size, mask=valid)
+            tl.store(saved.modes + i_bh * queries.blocks + tl.program_id(0), tl.where(one_by_one, 1, 0))
         # the linear branch waits in the output: its registers are needed for the exact branch
         acc = tl.zeros([BLOCK_Q, BLOCK_D], dtype=tl.float32)
-        acc = times_table(b_l, weight, acc, D, BLOCK_D, True, PRECISION)
+        acc = times_table(b_l, weight, acc, D, BLOCK_D, True)
         store_rows(out, rows, valid, acc, heads, tokens, D, BLOCK_D)
 
-    _, i_bh, rows, valid = placed(spans, grid, CUT_Q)
-    keys = rows_of_head(k, i_bh, (k_batch, k_head, k_row), heads, ALIGN)
-    values = rows_of_head(v, i_bh, (v_batch, v_head, v_row), heads, ALIGN)
-    q_rows = rows_of_head(q, i_bh, (q_batch, q_head, q_row), heads, ALIGN)
-    b_q, positive_scale = positive(load_rows(q_rows, rows, valid, D, BLOCK_D), scale)
-    acc, peak, total = attend_lists(
-        b_q, keys, values, positive_scale, list_of(i_bh * query_blocks + tl.program_id(0), places, spans, topk + dense),
-        spans, (visual_start, conditioning_start, text_start), grid, conditioning, tl.load(text_lens + i_bh // heads),
-        D, BLOCK_D, BLOCK_Q, CUT, STEP, False, PRECISION,
+    _, i_bh, rows, valid = recomputed_queries(lists.spans, queries, BLOCK_Q, TILE_Q)
+    k_rows = rows_of_head(k, i_bh, heads, ALIGN)
+    v_rows = rows_of_head(v, i_bh, heads, ALIGN)
+    q_rows = rows_of_head(q, i_bh, heads, ALIGN)
+    b_q, base_2 = with_positive_scale(load_rows(q_rows, rows, valid, D, BLOCK_D), scale)
+    listed = key_list(i_bh * queries.blocks + tl.program_id(0), lists)
+    segments = Segments(visual_start, conditioning_start, text_start, tl.load(text_lens + i_bh // heads))
+    acc, m, l = over_key_lists(  # noqa: E741
+        Query(b_q, None, None, None), k_rows, v_rows, base_2, listed, lists.words, segments, keys,
+        D, BLOCK_D, BLOCK_Q, BLOCK_K, TILE_K, STEP, False, False,
     )  # fmt: skip
-    acc, b_lse = normalised(acc, peak, total)
-    zero, i_bh, rows, valid = placed(spans, grid, CUT_Q)
-    if training:
-        store_rows(exact, rows, valid, acc, heads, tokens, D, BLOCK_D)
-        tl.store(lse + i_bh.to(tl.int64) * tokens + rows, b_lse, mask=valid)
+    acc, b_lse = finalize(acc, m, l)
+    zero, i_bh, rows, valid = recomputed_queries(lists.spans, queries, BLOCK_Q, TILE_Q)
+    if saved.training:
+        store_rows(saved.exact, rows, valid, acc, heads, tokens, D, BLOCK_D)
+        tl.store(saved.lse + i_bh.to(tl.int64) * tokens + rows, b_lse, mask=valid)
     if SCOPE == "marginal":
         acc += stored_rows(out, rows, valid, heads, tokens, D, BLOCK_D)
     else:
-        q_rows = rows_of_head(q, i_bh, (q_batch, q_head, q_row), heads, ALIGN)
+        q_rows = rows_of_head(q, i_bh, heads, ALIGN)
         acc_l = tl.zeros([BLOCK_Q, BLOCK_D], dtype=tl.float32)
         acc_l, of_total, _ = with_state(
-            acc_l, q_rows, rows, valid, table + i_bh.to(tl.int64) * (D * D), totals + i_bh.to(tl.int64) * D,
-            BLOCK_D + zero, D, BLOCK_D, BLOCK_Q, MAP, False, PRECISION,
+            acc_l, q_rows, rows, valid, state.table + i_bh.to(tl.int64) * (D * D),
+            state.totals + i_bh.to(tl.int64) * D, BLOCK_D + zero, D, BLOCK_D, BLOCK_Q, MAP, False,
         )  # fmt: skip
-        acc += acc_l * (tl.load(peaks + i_bh) / (of_total + EPS))[:, None]
+        acc += acc_l * (tl.load(state.peaks + i_bh) / (of_total + EPS))[:, None]
     if HAS_BIAS:
         o_d = tl.arange(0, BLOCK_D)
         acc += tl.load(bias + o_d, mask=o_d < D, other=0.0)[None, :]

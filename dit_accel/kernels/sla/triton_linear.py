@@ -1,25 +1,73 @@
-"""Parts of the linear branch that the forward and backward kernels share: rows, feature maps, marginal blocks.
+"""The linear branch, as far as the forward and backward kernels share it: feature maps, and sums over key blocks.
 
-A head and its rows are as in `block_sparse.triton_tokens`. The README of this folder has the equations.
+The README of this folder has the equations; a head and its rows are those of `block_sparse.triton_tokens`.
 """
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
-from dit_accel.kernels.block_sparse.triton_tokens import load_rows, locate, rows_written
+from dit_accel.kernels.block_sparse.geometry import Segments
+from dit_accel.kernels.block_sparse.triton_tokens import LOG2E, load_rows, locate, rows_written, visual_slots
+from dit_accel.kernels.records import HeadRows
 from dit_accel.kernels.sla.call import EPSILON
 
 EPS = tl.constexpr(EPSILON)
-LOG2E = tl.constexpr(1.4426950408889634)
+
+
+class TokenLayout(NamedTuple):
+    """Queries and keys, a `Side` each, and the `Segments` of the keys, with lengths of text for each sample."""
+
+    queries: Any
+    keys: Any
+    segments: Any
+
+
+class StateTable(NamedTuple):
+    """A state of the linear branch: table * peak, [B, H, D, D] and [B, H], and its sums fp32 [B, H, D]."""
+
+    table: Any
+    peaks: Any
+    totals: Any
+
+
+class Routes(NamedTuple):
+    """Critical and negligible blocks of every query block, how many of each, and the number of visual key blocks."""
+
+    critical: Any
+    negligible: Any
+    topk: Any
+    skip: Any
+    blocks: Any
+
+
+class Selecting(NamedTuple):
+    """The query blocks that select each key block, as in `triton_lists.Transposed`, and those that sum one by one.
+
+    Attributes:
+        entries, places, firsts: of critical blocks and those behind the visual ones.
+        negligible_entries, negligible_firsts: of negligible blocks.
+        modes: 1 for a query block that sums its marginal blocks one by one, int32 [B, H, query blocks].
+        singles, n_singles: a list that starts with these query blocks, and how many there are.
+    """
+
+    entries: Any
+    places: Any
+    firsts: Any
+    negligible_entries: Any
+    negligible_firsts: Any
+    modes: Any
+    singles: Any
+    n_singles: Any
 
 
 @triton.jit
-def behind(x, rows):
-    """A head without its first `rows` rows."""
-    start, distance = x
-    return start + rows.to(tl.int64) * distance, distance
+def from_row(x, row):
+    """`HeadRows` from a later row on."""
+    return HeadRows(x.start + row.to(tl.int64) * x.distance, x.distance)
 
 
 @triton.jit
@@ -33,10 +81,9 @@ def stored_rows(x, rows, valid, heads, tokens, D: tl.constexpr, BLOCK_D: tl.cons
 @triton.jit
 def load_columns(x, rows, valid, first, other, D: tl.constexpr, PART: tl.constexpr):
     """Columns `first` to `first + PART` of rows of one head, [ROWS, PART]; `other` in invalid rows and beyond D."""
-    start, distance = x
     o_d = first + tl.arange(0, PART)
     mask = valid[:, None] & (o_d < D)
-    return tl.load(start + rows.to(tl.int64)[:, None] * distance + o_d, mask=mask, other=other)
+    return tl.load(x.start + rows.to(tl.int64)[:, None] * x.distance + o_d, mask=mask, other=other)
 
 
 @triton.jit
@@ -63,18 +110,18 @@ def halves(x):
 
 
 @triton.jit
-def times_table(x, table, acc, D: tl.constexpr, BLOCK_D: tl.constexpr, TURNED: tl.constexpr, PRECISION: tl.constexpr):
+def times_table(x, table, acc, D: tl.constexpr, BLOCK_D: tl.constexpr, TURNED: tl.constexpr):
     """acc + x T [ROWS, BLOCK_D] for a table T [D, D]; acc + x T^T if TURNED.
 
     The product is made in two halves: with `mma.sync` a warp holds the table's part in registers.
     """
     HALF: tl.constexpr = BLOCK_D // 2
     if HALF < 16:
-        acc = tl.dot(x, load_part(table, 0, D, BLOCK_D, BLOCK_D, TURNED), acc, input_precision=PRECISION)
+        acc = tl.dot(x, load_part(table, 0, D, BLOCK_D, BLOCK_D, TURNED), acc, input_precision="ieee")
     else:
         left, right = halves(x)
-        acc = tl.dot(left, load_part(table, 0, D, BLOCK_D, HALF, TURNED), acc, input_precision=PRECISION)
-        acc = tl.dot(right, load_part(table, HALF, D, BLOCK_D, HALF, TURNED), acc, input_precision=PRECISION)
+        acc = tl.dot(left, load_part(table, 0, D, BLOCK_D, HALF, TURNED), acc, input_precision="ieee")
+        acc = tl.dot(right, load_part(table, HALF, D, BLOCK_D, HALF, TURNED), acc, input_precision="ieee")
     return acc
 
 
@@ -96,16 +143,6 @@ def store_sums(tables, totals, table, total, D: tl.constexpr, BLOCK_D: tl.conste
 
 
 @triton.jit
-def slots_of(block, first, grid, CUT: tl.constexpr, STEP: tl.constexpr):
-    """Row and validity of STEP slots of a block, from slot `first` on. CUT: block and tile, 0 for none."""
-    T, H, W = grid
-    row, valid, _ = locate(
-        block, first + tl.arange(0, STEP), 0, 0, 0, T, H, W, 0, 0, CUT[0], CUT[1], CUT[2], CUT[3]
-    )  # fmt: skip
-    return row, valid
-
-
-@triton.jit
 def hidden_zero(counts):
     """A zero that the compiler cannot see; counts: a pointer to a number that is not negative.
 
@@ -115,28 +152,27 @@ def hidden_zero(counts):
 
 
 @triton.jit
-def placed(counts, grid, CUT: tl.constexpr):
-    """A `hidden_zero`, this program's head, its query block's rows and their validity, recomputed. CUT: of queries."""
+def recomputed_queries(counts, queries, BLOCK: tl.constexpr, TILE: tl.constexpr):
+    """A `hidden_zero`, and this program's head, its query block's rows and their validity, recomputed."""
     zero = hidden_zero(counts)
-    rows, valid = slots_of(tl.program_id(0) + zero, 0, grid, CUT, CUT[0])
+    rows, valid, _raster = visual_slots(tl.program_id(0) + zero, tl.arange(0, BLOCK), queries, BLOCK, TILE)
     return zero, tl.program_id(1) + zero, rows, valid
 
 
 @triton.jit
-def placed_keys(counts, text_lens, starts, grid, conditioning, text, heads, CUT: tl.constexpr, ROWS: tl.constexpr):
+def recomputed_keys(counts, layout, heads, BLOCK: tl.constexpr, TILE: tl.constexpr, ROWS: tl.constexpr):
     """This program's head and ROWS rows of its key block, recomputed; whether each is a token, and a valid key."""
-    PARTS: tl.constexpr = CUT[0] // ROWS
-    visual_start, conditioning_start, text_start = starts
-    T, H, W = grid
+    PARTS: tl.constexpr = BLOCK // ROWS
+    visual_start, conditioning_start, text_start, text_lens = layout.segments
+    text = layout.keys.text
     zero = hidden_zero(counts)
     program, i_bh = tl.program_id(0) + zero, tl.program_id(1) + zero
-    rows, there, _raster = locate(
-        program // PARTS, program % PARTS * ROWS + tl.arange(0, ROWS), visual_start, conditioning_start, text_start,
-        T, H, W, conditioning, text, CUT[0], CUT[1], CUT[2], CUT[3],
-    )  # fmt: skip
-    # text behind its valid length is not a key
-    behind_text = (rows >= text_start + tl.load(text_lens + i_bh // heads)) & (rows < text_start + text)
-    return i_bh, rows, there, there & (behind_text == 0)
+    slots = program % PARTS * ROWS + tl.arange(0, ROWS)
+    segments = Segments(visual_start, conditioning_start, text_start, text)
+    rows, there, _raster = locate(program // PARTS, slots, segments, layout.keys, BLOCK, TILE)
+    # text past its valid length is no key
+    padding = (rows >= text_start + tl.load(text_lens + i_bh // heads)) & (rows < text_start + text)
+    return i_bh, rows, there, there & (padding == 0)
 
 
 @triton.jit
@@ -203,89 +239,88 @@ def pulled_back(gradient, x, phi, MAP: tl.constexpr):
 
 
 @triton.jit
-def with_keys(
-    acc, side, x, k, v, block, first, grid,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, CUT: tl.constexpr, STEP: tl.constexpr,
-    MAP: tl.constexpr, BACKWARD: tl.constexpr, PRECISION: tl.constexpr,
+def add_features(
+    acc, side_sum, x, k, v, block, first, keys,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, STEP: tl.constexpr,
+    MAP: tl.constexpr, BACKWARD: tl.constexpr,
 ):  # fmt: skip
     """Add the terms of STEP slots of a key block to the sums of a query block; b = phi(k).
 
-    Forward, x = phi(q): adds (x b^T) v to acc, and the row sums of x b^T to `side` [BLOCK]. Backward, x = g: adds
-    (x v^T) b to acc, and the sum of b over the slots to `side` [BLOCK_D].
+    Forward, x = phi(q): adds (x b^T) v to acc, and the row sums of x b^T to `side_sum` [BLOCK]. Backward, x = g: adds
+    (x v^T) b to acc, and the sum of b over the slots to `side_sum` [BLOCK_D].
     """
-    rows, valid = slots_of(block, first, grid, CUT, STEP)
+    rows, valid, _raster = visual_slots(block, first + tl.arange(0, STEP), keys, BLOCK, TILE)
     b_v = load_rows(v, rows, valid, D, BLOCK_D)
     phi_k = tl.where(valid[:, None], mapped(load_rows(k, rows, valid, D, BLOCK_D), D, MAP), 0.0).to(b_v.dtype)
     if BACKWARD:
-        products = tl.dot(x, tl.trans(b_v), input_precision=PRECISION).to(b_v.dtype)
-        acc = tl.dot(products, phi_k, acc, input_precision=PRECISION)
-        side += tl.sum(phi_k.to(tl.float32), 0)
+        products = tl.dot(x, tl.trans(b_v), input_precision="ieee").to(b_v.dtype)
+        acc = tl.dot(products, phi_k, acc, input_precision="ieee")
+        side_sum += tl.sum(phi_k.to(tl.float32), 0)
     else:
-        products = tl.dot(x, tl.trans(phi_k), input_precision=PRECISION).to(b_v.dtype)
-        acc = tl.dot(products, b_v, acc, input_precision=PRECISION)
-        side += tl.sum(products.to(tl.float32), 1)
-    return acc, side
+        products = tl.dot(x, tl.trans(phi_k), input_precision="ieee").to(b_v.dtype)
+        acc = tl.dot(products, b_v, acc, input_precision="ieee")
+        side_sum += tl.sum(products.to(tl.float32), 1)
+    return acc, side_sum
 
 
 @triton.jit
-def routed(critical, negligible, i_bh, i_q, rows, topk, skip):
-    """Pointers to the critical and negligible blocks of one of `rows` query blocks, and their numbers."""
+def routes_of(routes, i_bh, i_q, rows):
+    """The `Routes` of one of `rows` query blocks."""
     row = i_bh.to(tl.int64) * rows + i_q
-    return critical + row * topk, negligible + row * skip, topk, skip
+    critical, negligible = routes.critical + row * routes.topk, routes.negligible + row * routes.skip
+    return Routes(critical, negligible, routes.topk, routes.skip, routes.blocks)
 
 
 @triton.jit
-def over_listed(
-    acc, side, x, k, v, lists, grid,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, CUT: tl.constexpr, STEP: tl.constexpr,
-    MAP: tl.constexpr, BACKWARD: tl.constexpr, PRECISION: tl.constexpr,
+def over_selected(
+    acc, side_sum, x, k, v, routes, keys,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, STEP: tl.constexpr,
+    MAP: tl.constexpr, BACKWARD: tl.constexpr,
 ):  # fmt: skip
-    """`with_keys` over the critical and negligible blocks; `lists` as `routed` returns them."""
-    critical, negligible, topk, skip = lists
-    STEPS: tl.constexpr = CUT[0] // STEP
-    for i in range((topk + skip) * STEPS):
+    """`add_features` over a query block's critical and negligible blocks."""
+    STEPS: tl.constexpr = BLOCK // STEP
+    for i in range((routes.topk + routes.skip) * STEPS):
         place = i // STEPS
-        block = tl.load(tl.where(place < topk, critical + place, negligible + (place - topk)))
-        acc, side = with_keys(
-            acc, side, x, k, v, block, i % STEPS * STEP, grid, D, BLOCK_D, CUT, STEP, MAP, BACKWARD, PRECISION
+        is_critical = place < routes.topk
+        block = tl.load(tl.where(is_critical, routes.critical + place, routes.negligible + (place - routes.topk)))
+        acc, side_sum = add_features(
+            acc, side_sum, x, k, v, block, i % STEPS * STEP, keys, D, BLOCK_D, BLOCK, TILE, STEP, MAP, BACKWARD
         )  # fmt: skip
-    return acc, side
+    return acc, side_sum
 
 
 @triton.jit
 def over_marginal(
-    acc, side, x, k, v, lists, grid, blocks,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, CUT: tl.constexpr, STEP: tl.constexpr,
-    MAP: tl.constexpr, BACKWARD: tl.constexpr, PRECISION: tl.constexpr,
+    acc, side_sum, x, k, v, routes, keys,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, STEP: tl.constexpr,
+    MAP: tl.constexpr, BACKWARD: tl.constexpr,
 ):  # fmt: skip
-    """`with_keys` over those of `blocks` key blocks in neither list; both ascend and are walked in one pass."""
-    critical, negligible, topk, skip = lists
+    """`add_features` over the key blocks in neither list; both ascend and are walked in one pass."""
     i_critical = 0
     i_negligible = 0
-    for block in range(blocks):
-        next_critical = tl.load(critical + i_critical, mask=i_critical < topk, other=-1)
-        next_negligible = tl.load(negligible + i_negligible, mask=i_negligible < skip, other=-1)
+    for block in range(routes.blocks):
+        next_critical = tl.load(routes.critical + i_critical, mask=i_critical < routes.topk, other=-1)
+        next_negligible = tl.load(routes.negligible + i_negligible, mask=i_negligible < routes.skip, other=-1)
         if next_critical == block:
             i_critical += 1
         elif next_negligible == block:
             i_negligible += 1
         else:
-            for first in range(0, CUT[0], STEP):
-                acc, side = with_keys(
-                    acc, side, x, k, v, block, first, grid, D, BLOCK_D, CUT, STEP, MAP, BACKWARD, PRECISION
+            for first in range(0, BLOCK, STEP):
+                acc, side_sum = add_features(
+                    acc, side_sum, x, k, v, block, first, keys, D, BLOCK_D, BLOCK, TILE, STEP, MAP, BACKWARD
                 )  # fmt: skip
-    return acc, side
+    return acc, side_sum
 
 
 @triton.jit
-def with_queries(
-    of_v, of_k, weights, phi_k, b_v, sign, q, grad_out, factors, block, first, grid,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, CUT: tl.constexpr, STEP: tl.constexpr,
-    MAP: tl.constexpr, PRECISION: tl.constexpr,
+def add_queries(
+    of_v, of_k, weights, phi_k, b_v, sign, q, grad_out, denominators, ratios, block, first, queries,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, STEP: tl.constexpr,
+    MAP: tl.constexpr,
 ):  # fmt: skip
     """Add STEP slots of a query block, times sign, to the sums of (b a^T / d) g, (v g^T / d) a and -a r / d."""
-    denominators, ratios = factors
-    rows, valid = slots_of(block, first, grid, CUT, STEP)
+    rows, valid, _raster = visual_slots(block, first + tl.arange(0, STEP), queries, BLOCK, TILE)
     b_q = load_rows(q, rows, valid, D, BLOCK_D)
     b_g = load_rows(grad_out, rows, valid, D, BLOCK_D).to(b_q.dtype)
     denominator = tl.load(denominators + rows, mask=valid, other=1.0)
@@ -294,10 +329,10 @@ def with_queries(
     share = 1.0 / tl.sqrt(denominator)
     scaled = (tl.where(valid[:, None], mapped(b_q, D, MAP), 0.0) * share[:, None]).to(b_q.dtype)
     share = share * sign
-    products = tl.dot(phi_k, tl.trans(scaled), input_precision=PRECISION) * share[None, :]
-    of_v = tl.dot(products.to(b_g.dtype), b_g, of_v, input_precision=PRECISION)
-    products = tl.dot(b_v, tl.trans(b_g), input_precision=PRECISION) * share[None, :]
-    of_k = tl.dot(products.to(scaled.dtype), scaled, of_k, input_precision=PRECISION)
+    products = tl.dot(phi_k, tl.trans(scaled), input_precision="ieee") * share[None, :]
+    of_v = tl.dot(products.to(b_g.dtype), b_g, of_v, input_precision="ieee")
+    products = tl.dot(b_v, tl.trans(b_g), input_precision="ieee") * share[None, :]
+    of_k = tl.dot(products.to(scaled.dtype), scaled, of_k, input_precision="ieee")
     weights -= tl.sum(scaled.to(tl.float32) * (ratio * share)[:, None], 0)
     return of_v, of_k, weights
 
@@ -305,57 +340,51 @@ def with_queries(
 @triton.jit
 def holds_block(entries, n, block):
     """1 if a list holds the block, else 0."""
-    found = 0
+    held = 0
     for first in range(0, n, 64):
         place = first + tl.arange(0, 64)
         entry = tl.load(entries + place, mask=place < n, other=-1)
-        found = tl.maximum(found, tl.max((entry == block).to(tl.int32), 0))
-    return found
+        held = tl.maximum(held, tl.max((entry == block).to(tl.int32), 0))
+    return held
 
 
 @triton.jit
 def over_selecting(
-    of_v, of_k, weights, phi_k, b_v, i_k, q, grad_out, factors, routes, transposed, alone, grid, rows, keys,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, CUT: tl.constexpr, STEP: tl.constexpr,
-    MAP: tl.constexpr, PRECISION: tl.constexpr,
+    of_v, of_k, weights, phi_k, b_v, i_k, q, grad_out, denominators, ratios, routes, selecting, layout,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, STEP: tl.constexpr,
+    MAP: tl.constexpr,
 ):  # fmt: skip
-    """`with_queries` for a visual key block i_k.
+    """`add_queries` for a visual key block i_k.
 
     Subtracts the query blocks whose totals hold i_k although it is critical or negligible for them. Adds the query
     blocks that sum their marginal blocks one by one and have i_k among them.
 
     Args:
-        routes: critical and negligible lists, and the number of blocks in each.
-        transposed: entries and firsts of both, as in `triton_lists.Transposed`; the first with `dense` blocks behind.
-        alone: whether a query block sums one by one; a list that starts with those that do; their number.
-        rows, keys: query blocks; visual key blocks, and those behind them.
-        CUT: of query blocks.
+        routes, selecting: of all heads.
+        BLOCK, TILE: of query blocks.
     """
-    STEPS: tl.constexpr = CUT[0] // STEP
-    critical, negligible, topk, skip = routes
-    entries, firsts, negligible_entries, negligible_firsts = transposed
-    modes, singles, n_singles = alone
-    blocks, dense = keys
+    STEPS: tl.constexpr = BLOCK // STEP
+    queries = layout.queries
     i_bh = tl.program_id(1)
-    first_list = i_bh.to(tl.int64) * rows
+    first_list = i_bh.to(tl.int64) * queries.blocks
     for BY in tl.static_range(2):  # query blocks for which this key block is critical, then negligible
-        selecting = negligible_entries if BY else entries
-        p_first = negligible_firsts if BY else firsts
-        p_first += i_bh.to(tl.int64) * (2 * (blocks + (0 if BY else dense)) + 1) + 2 * i_k
+        entries = selecting.negligible_entries if BY else selecting.entries
+        p_first = selecting.negligible_firsts if BY else selecting.firsts
+        p_first += i_bh.to(tl.int64) * (2 * (routes.blocks if BY else layout.keys.blocks) + 1) + 2 * i_k
         for i in range(tl.load(p_first) * STEPS, tl.load(p_first + 2) * STEPS):
-            block = tl.load(selecting + i // STEPS)
-            if tl.load(modes + first_list + block) == 0:
-                of_v, of_k, weights = with_queries(
-                    of_v, of_k, weights, phi_k, b_v, -1.0, q, grad_out, factors, block, i % STEPS * STEP, grid,
-                    D, BLOCK_D, CUT, STEP, MAP, PRECISION,
+            block = tl.load(entries + i // STEPS)
+            if tl.load(selecting.modes + first_list + block) == 0:
+                of_v, of_k, weights = add_queries(
+                    of_v, of_k, weights, phi_k, b_v, -1.0, q, grad_out, denominators, ratios, block,
+                    i % STEPS * STEP, queries, D, BLOCK_D, BLOCK, TILE, STEP, MAP,
                 )  # fmt: skip
-    for i in range(tl.load(n_singles + i_bh)):
-        block = tl.load(singles + first_list + i)
-        b_critical, b_negligible, _, _ = routed(critical, negligible, i_bh, block, rows, topk, skip)
-        if holds_block(b_critical, topk, i_k) + holds_block(b_negligible, skip, i_k) == 0:
-            for first in range(0, CUT[0], STEP):
-                of_v, of_k, weights = with_queries(
-                    of_v, of_k, weights, phi_k, b_v, 1.0, q, grad_out, factors, block, first, grid,
-                    D, BLOCK_D, CUT, STEP, MAP, PRECISION,
+    for i in range(tl.load(selecting.n_singles + i_bh)):
+        block = tl.load(selecting.singles + first_list + i)
+        own = routes_of(routes, i_bh, block, queries.blocks)
+        if holds_block(own.critical, own.topk, i_k) + holds_block(own.negligible, own.skip, i_k) == 0:
+            for first in range(0, BLOCK, STEP):
+                of_v, of_k, weights = add_queries(
+                    of_v, of_k, weights, phi_k, b_v, 1.0, q, grad_out, denominators, ratios, block, first, queries,
+                    D, BLOCK_D, BLOCK, TILE, STEP, MAP,
                 )  # fmt: skip
     return of_v, of_k, weights

@@ -142,7 +142,7 @@ def test_words_are_the_predicate_bit_by_bit(make_problem, case):
     here = problem.to("cuda") if NATIVE else problem
     lists = triton_lists.order_lists(here.block_lists(), geometry)
     call = BlockSparseCall(here.q, here.k, here.v, here.block_lists(), Segments(), geometry, 1.0)
-    words = triton.TritonCall(call).masked(lists)[-1].cpu()
+    words = triton.BlockSparseLaunches(call).with_words(lists).words.cpu()
     bits = (words[..., None] >> torch.arange(64)) & 1  # [blocks, words, BLOCK_Q, 64]
     bits = bits.transpose(1, 2).flatten(2)[..., : geometry.block_k].bool()
     allowed = reference.allowed_pairs(options["tables"], geometry)

@@ -14,6 +14,7 @@ import triton.language as triton_language
 from triton.experimental.gluon.language.nvidia import hopper
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from dit_accel.kernels.jit import like_record
 from emulator import language
 from emulator.language import Descriptor
 from emulator.machine import ORDERS, Deadlock, KernelError, Machine
@@ -97,6 +98,8 @@ def launch(kernel, grid, *arguments, seed=0, order="random", **constants):
 
 
 def _argument(value):
+    if isinstance(value, tuple):  # a record
+        return like_record(value, tuple(map(_argument, value)))
     if isinstance(value, TensorDescriptor):
         return Descriptor(value.base, list(value.shape), list(value.strides), list(value.block_shape))
     if isinstance(value, torch.Tensor):

@@ -52,7 +52,7 @@ def launched(monkeypatch, arch):
 
 def test_every_candidate_of_every_launch_is_compiled_ahead_of_time(launched, arch):
     # only the tile is another: one stands for all
-    tile = tuple(f"TILE_{side}{axis}" for side in ("", "Q", "K") for axis in "THW")
+    tile = ("TILE", "TILE_Q", "TILE_K")
 
     def sizes(constants):
         return frozenset((name, value) for name, value in dict(constants).items() if name not in tile)

@@ -81,9 +81,9 @@ def test_blocks_too_large_for_the_kernels_run_in_parts(order, monkeypatch):
         cut = dataclasses.replace(row, cuts=dict.fromkeys(row.cuts, 16))
         monkeypatch.setitem(impls._TABLE, (row.kernel, row.name), cut)
     monkeypatch.setattr(router, "LARGEST_BLOCK", 16)
-    shapes, stock = [], block_sparse.TritonCall.__init__
+    shapes, stock = [], block_sparse.BlockSparseLaunches.__init__
     monkeypatch.setattr(
-        block_sparse.TritonCall,
+        block_sparse.BlockSparseLaunches,
         "__init__",
         lambda self, call, *others: (
             shapes.append((call.geometry.block_q, call.geometry.block_k)) or stock(self, call, *others)

@@ -8,7 +8,9 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import tma
 
-from dit_accel.kernels.block_sparse.triton_tokens import list_of, starts_of
+from dit_accel.kernels.block_sparse.triton_tokens import key_list, query_segments, segments_of
+from dit_accel.kernels.records import Corner, Lists, SampleSegments
+from dit_accel.order import TokenOrder
 
 # Triton 3.9 has new names for the copies
 copy_in = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
@@ -19,7 +21,7 @@ KEYS = gl.constexpr(128)  # of a step: one block, or two of 64
 RUN = gl.constexpr(1 << 30)  # rows of a run's third axis
 
 
-class Side(NamedTuple):
+class TiledSide(NamedTuple):
     """Queries or keys: the grid, its tiles down and across, its tokens and blocks, and the conditioning tokens."""
 
     T: Any
@@ -32,17 +34,21 @@ class Side(NamedTuple):
     conditioning: Any
     conditioning_blocks: Any
 
+    @classmethod
+    def of(cls, order: TokenOrder) -> TiledSide:
+        grid = order.grid
+        return cls(
+            *grid.shape, *order.tiles[1:], grid.visual, order.visual_blocks, grid.conditioning,
+            order.conditioning_blocks,
+        )  # fmt: skip
 
-class Where(NamedTuple):
-    """Where slots lie: at a corner of the grid, and as a run in a segment of `size` tokens whose first row is given."""
 
-    is_visual: Any
-    t: Any
-    h: Any
-    w: Any
-    first: Any
-    size: Any
-    place: Any
+class Distances(NamedTuple):
+    """Of a tensor: rows from sample to sample, and rows and columns from head to head, one of which is 0."""
+
+    batch: Any
+    head: Any
+    column: Any
 
 
 class Addressed(NamedTuple):
@@ -54,20 +60,25 @@ class Addressed(NamedTuple):
     column: Any
 
 
-class Launched(NamedTuple):
-    """What all programs are given, beside tensors."""
+class GluonProblem(NamedTuple):
+    """What all programs of a kernel read, beside tensors: the members of `records.Lists` and `records.SampleSegments`.
+
+    Consumers capture it whole, so it has no spare member, and their order decides whether the forward spills.
+
+    Attributes:
+        spans, width: for dk and dv `triton_lists.Transposed.firsts` and the number of key blocks.
+        given: bit 2 says that an optional tensor of the kernel is read.
+        queries, keys: a `TiledSide` each.
+    """
 
     places: Any
     spans: Any
     words: Any
-    visual_starts: Any
-    conditioning_starts: Any
-    text_starts: Any
-    text_lens: Any
+    tensors: Any
     usual: Any
     given: Any
-    queries: Any  # Side
-    keys: Any  # Side
+    queries: Any
+    keys: Any
     query_text: Any
     heads: Any
     query_blocks: Any
@@ -75,24 +86,54 @@ class Launched(NamedTuple):
     per_head: Any
     shared_rows: Any
 
+    @classmethod
+    def of(
+        cls,
+        lists: Lists,
+        samples: SampleSegments,
+        queries: TiledSide,
+        keys: TiledSide,
+        query_order: TokenOrder,
+        heads: int,
+    ) -> GluonProblem:
+        places, spans, words, width, per_head = lists
+        tensors, usual, given, shared_rows = samples
+        return cls(
+            places, spans, words, tensors, usual, given, queries, keys, query_order.grid.text, heads,
+            query_order.blocks, width, per_head, shared_rows,
+        )  # fmt: skip
+
 
 class Walk(NamedTuple):
-    """A program's list (`triton_lists.OrderedLists`), and where its sample's keys begin and its text ends."""
+    """A program's list (`records.KeyList`), and where its sample's keys begin and its text ends (`Segments`)."""
 
-    places: Any
-    pure: Any
-    clean: Any
-    tabled: Any
-    count: Any
-    number: Any
-    starts: Any
-    text_len: Any
+    listed: Any
+    segments: Any
 
 
 @gluon.jit
-def whereabouts(block, starts, text, side, BLOCK: gl.constexpr, TILE: gl.constexpr):
-    """Where a block lies."""
-    visual_start, conditioning_start, text_start = starts
+def head_read(tile, run, distances):
+    """This program's head of a tensor that is read."""
+    i_h = gl.program_id(1)
+    offset = gl.program_id(2) * distances.batch + i_h * distances.head
+    return Addressed(tile, run, offset, i_h * distances.column)
+
+
+@gluon.jit
+def head_written(tile, run, tokens, D: gl.constexpr):
+    """This program's head of a result [B, N, H, D]; `tokens` is N."""
+    return Addressed(tile, run, gl.program_id(2) * tokens, gl.program_id(1) * D)
+
+
+@gluon.jit
+def own_head(problem):
+    """This program's head, counted over all samples."""
+    return gl.program_id(2) * problem.heads + gl.program_id(1)
+
+
+@gluon.jit
+def corner_at(block, segments, side, BLOCK: gl.constexpr, TILE: gl.constexpr):
+    """Where a block lies, a `records.Corner`. `triton_tokens.corner_of` divides more, and counts tiles from a row."""
     t, h, w = block, block, block
     if TILE[1] > 0:
         row = block // side.tiles_w
@@ -100,10 +141,11 @@ def whereabouts(block, starts, text, side, BLOCK: gl.constexpr, TILE: gl.constex
     behind = block - side.visual_blocks
     is_visual = behind < 0
     is_text = behind >= side.conditioning_blocks
-    first = gl.where(is_visual, visual_start, gl.where(is_text, text_start, conditioning_start))
-    size = gl.where(is_visual, side.visual, gl.where(is_text, text, side.conditioning))
+    start = gl.where(is_text, segments.text_start, segments.conditioning_start)
+    first = gl.where(is_visual, segments.visual_start, start)
+    size = gl.where(is_visual, side.visual, gl.where(is_text, segments.text_len, side.conditioning))
     place = gl.where(is_visual, block, gl.where(is_text, behind - side.conditioning_blocks, behind)) * BLOCK
-    return Where(is_visual, t, h, w, first, size, place)
+    return Corner(is_visual, t, h, w, first, size, place)
 
 
 @gluon.jit
@@ -116,7 +158,7 @@ def part_of(where, PART: gl.constexpr, TILE: gl.constexpr):
         h += PART * (TILE[1] // 2)
     else:
         w += PART * (TILE[2] // 2)
-    return Where(where.is_visual, t, h, w, where.first, where.size, where.place + PART * ROWS)
+    return Corner(where.is_visual, t, h, w, where.first, where.size, where.place + PART * ROWS)
 
 
 @gluon.jit
@@ -159,80 +201,74 @@ def put(x, where, buffer, TILE: gl.constexpr, D: gl.constexpr):
 
 
 @gluon.jit
-def own_starts(call):
+def own_segments(problem):
     """Where this program's sample's keys begin, and where its text ends."""
-    return starts_of(
-        gl.program_id(2), call.visual_starts, call.conditioning_starts, call.text_starts, call.text_lens, call.usual,
-        call.given,
-    )  # fmt: skip
+    return segments_of(gl.program_id(2), problem)
 
 
 @gluon.jit
-def query_starts(call):
-    """Where this program's sample's queries begin."""
-    starts, _text_len = own_starts(call)
-    visual_start, conditioning_start, text_start = starts
-    return visual_start * call.shared_rows, conditioning_start, text_start
+def own_query_segments(problem):
+    """The same for this program's sample's queries."""
+    return query_segments(own_segments(problem), problem, problem.query_text)
 
 
 @gluon.jit
-def own_query(call, TILE_Q: gl.constexpr):
+def own_query(problem, TILE_Q: gl.constexpr):
     """Where this program's query block lies."""
-    starts = query_starts(call)
     # text rows, which see everything, are the last blocks: start them first
-    block = call.query_blocks - 1 - gl.program_id(0)
-    return whereabouts(block, starts, call.query_text, call.queries, 2 * ROWS, TILE_Q)
+    block = problem.query_blocks - 1 - gl.program_id(0)
+    segments = own_query_segments(problem)
+    return corner_at(block, segments, problem.queries, 2 * ROWS, TILE_Q)
 
 
 @gluon.jit
-def own_list(call):
+def own_list(problem):
     """This program's list."""
-    starts, text_len = own_starts(call)
-    row = (gl.program_id(2) * call.heads + gl.program_id(1)) * call.per_head * call.query_blocks
-    row += call.query_blocks - 1 - gl.program_id(0)
-    places, pure, clean, tabled, count, number = list_of(row, call.places, call.spans, call.width)
-    return Walk(places, pure, clean, tabled, count, number, starts, text_len)
+    row = own_head(problem) * problem.per_head * problem.query_blocks
+    row += problem.query_blocks - 1 - gl.program_id(0)
+    segments = own_segments(problem)
+    return Walk(key_list(row, problem), segments)
 
 
 @gluon.jit
 def steps_of(walk, BLOCK_K: gl.constexpr):
     """Steps of KEYS slots that a list has."""
-    return gl.cdiv(walk.count, KEYS // BLOCK_K)
+    return gl.cdiv(walk.listed.count, KEYS // BLOCK_K)
 
 
 @gluon.jit
 def entry(i, PART: gl.constexpr, walk, BLOCK_K: gl.constexpr):
     """The list entry that is the PART-th block of a step; beyond the list its last, which is masked."""
-    return gl.maximum(gl.minimum(i * (KEYS // BLOCK_K) + PART, walk.count - 1), 0)
+    return gl.maximum(gl.minimum(i * (KEYS // BLOCK_K) + PART, walk.listed.count - 1), 0)
 
 
 @gluon.jit
 def place_at(i, PART: gl.constexpr, walk, BLOCK_K: gl.constexpr):
     """Where the PART-th block of a step lies, see `triton_lists.OrderedLists.places`."""
-    return gl.load(walk.places + entry(i, PART, walk, BLOCK_K))
+    return gl.load(walk.listed.places + entry(i, PART, walk, BLOCK_K))
 
 
 @gluon.jit
 def fetch_listed(
-    x, i, place, walk, call, bar, buffer,
+    x, i, place, walk, problem, bar, buffer,
     PART: gl.constexpr, BLOCK_K: gl.constexpr, TILE_K: gl.constexpr, D: gl.constexpr,
 ):  # fmt: skip
     """Start the copy of the PART-th block of a step. A block without padding slots costs no division."""
     PARTS: gl.constexpr = KEYS // BLOCK_K
-    if entry(i, PART, walk, BLOCK_K) < walk.tabled:
-        first = x.offset + walk.starts[0]
-        visual = call.keys.visual
+    if entry(i, PART, walk, BLOCK_K) < walk.listed.tabled:
+        first = x.offset + walk.segments.visual_start
+        visual = problem.keys.visual
         if TILE_K[1] == 0:
             as_run = part_of_buffer(buffer.reshape([PARTS, 1, BLOCK_K, D]), PART, PARTS)
             copy_in(x.run, (RUN, first + visual, RUN - visual + place, x.column), bar, as_run)
         else:
             t, h, w = place * 0, place * 0, place * 0
-            if entry(i, PART, walk, BLOCK_K) >= walk.clean:
-                line = place // call.keys.W
-                t, h, w = line // call.keys.H, line % call.keys.H, place % call.keys.W
+            if entry(i, PART, walk, BLOCK_K) >= walk.listed.clean:
+                line = place // problem.keys.W
+                t, h, w = line // problem.keys.H, line % problem.keys.H, place % problem.keys.W
                 place = place * 0
             as_tile = buffer.reshape([PARTS, TILE_K[0], TILE_K[1], TILE_K[2], D])
             copy_in(x.tile, (first + place, t, h, w, x.column), bar, part_of_buffer(as_tile, PART, PARTS))
     else:
-        where = whereabouts(place, walk.starts, walk.text_len, call.keys, BLOCK_K, TILE_K)
+        where = corner_at(place, walk.segments, problem.keys, BLOCK_K, TILE_K)
         fetch(x, where, bar, buffer, PART, PARTS, BLOCK_K, TILE_K, D)

@@ -22,21 +22,22 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from dit_accel.kernels.block_sparse.geometry import Segments
 from dit_accel.kernels.block_sparse.gluon.copies import (
     ROWS,
-    Addressed,
-    Launched,
-    Side,
-    Where,
+    corner_at,
     fetch,
-    own_starts,
+    head_read,
+    head_written,
+    own_head,
+    own_query_segments,
+    own_segments,
     part_of,
     put,
-    query_starts,
-    whereabouts,
 )
-from dit_accel.kernels.block_sparse.gluon.forward import LOG2E
-from dit_accel.kernels.block_sparse.triton_tokens import RUNTIME
+from dit_accel.kernels.block_sparse.triton_tokens import LOG2E
+from dit_accel.kernels.jit import gluon_kernel
+from dit_accel.kernels.records import Corner
 
 
 class KeyBuffers(NamedTuple):
@@ -53,7 +54,7 @@ class KeyBuffers(NamedTuple):
     sums_full: Any
 
 
-class Visits(NamedTuple):
+class KeyVisits(NamedTuple):
     """The query blocks that visit a key block, `triton_lists.Transposed`: `clean` ends the part without padding."""
 
     entries: Any
@@ -65,40 +66,41 @@ class Visits(NamedTuple):
 
 
 @gluon.jit
-def own_keys(call, text, BLOCK_K: gl.constexpr, TILE_K: gl.constexpr):
+def own_keys(problem, text, BLOCK_K: gl.constexpr, TILE_K: gl.constexpr):
     """Where this program's key block lies in a segment of `text` tokens, if it is one of text."""
-    starts, _text_len = own_starts(call)
-    return whereabouts(call.width - 1 - gl.program_id(0), starts, text, call.keys, BLOCK_K, TILE_K)
+    visual_start, conditioning_start, text_start, _text_len = own_segments(problem)
+    segments = Segments(visual_start, conditioning_start, text_start, text)
+    return corner_at(problem.width - 1 - gl.program_id(0), segments, problem.keys, BLOCK_K, TILE_K)
 
 
 @gluon.jit
-def query_at(place, is_clean, starts, call, PART: gl.constexpr, TILE_Q: gl.constexpr):
+def query_at(place, is_clean, segments, problem, PART: gl.constexpr, TILE_Q: gl.constexpr):
     """Where half a listed query block lies. A block without padding slots costs no division."""
     t, h, w, slot = place * 0, place * 0, place * 0, place
-    first, size, is_visual = starts[0], call.queries.visual, place >= 0
+    first, size, is_visual = segments.visual_start, problem.queries.visual, place >= 0
     if TILE_Q[1] > 0:
         first += place
         slot = place * 0
     if is_clean == 0:
-        where = whereabouts(place, starts, call.query_text, call.queries, 2 * ROWS, TILE_Q)
+        where = corner_at(place, segments, problem.queries, 2 * ROWS, TILE_Q)
         t, h, w, slot = where.t, where.h, where.w, where.place
         first, size, is_visual = where.first, where.size, where.is_visual
-    return part_of(Where(is_visual, t, h, w, first, size, slot), PART, TILE_Q)
+    return part_of(Corner(is_visual, t, h, w, first, size, slot), PART, TILE_Q)
 
 
 @gluon.jit
 def produce(
-    q, g, k, v, visits, text_len, call, buffers,
+    q, g, k, v, visits, text_len, problem, buffers,
     D: gl.constexpr, BLOCK_K: gl.constexpr, TILE_Q: gl.constexpr, HALF: gl.constexpr, TILE_K: gl.constexpr,
     PART_K: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """The producer warp: own keys and values, then the units of the listed query blocks, in order."""
     mbarrier.expect(buffers.own_full.index(0), 2 * BLOCK_K * D * 2)
     for part in gl.static_range(BLOCK_K // ROWS):
-        where = part_of(own_keys(call, text_len, BLOCK_K, TILE_K), part, TILE_K)
+        where = part_of(own_keys(problem, text_len, BLOCK_K, TILE_K), part, TILE_K)
         fetch(k, where, buffers.own_full.index(0), buffers.k.index(part), 0, 1, ROWS, PART_K, D)
         fetch(v, where, buffers.own_full.index(0), buffers.v.index(part), 0, 1, ROWS, PART_K, D)
-    starts = query_starts(call)
+    segments = own_query_segments(problem)
     place = gl.load(visits.places + gl.maximum(gl.minimum(visits.first, visits.last - 1), 0))
     for i in range(visits.first, visits.last):
         next_place = gl.load(visits.places + gl.minimum(i + 1, visits.last - 1))
@@ -106,7 +108,7 @@ def produce(
             unit = 2 * (i - visits.first) + part
             stage = unit % STAGES
             full = buffers.full.index(stage)
-            where = query_at(place, (i < visits.clean).to(gl.int32), starts, call, part, TILE_Q)
+            where = query_at(place, (i < visits.clean).to(gl.int32), segments, problem, part, TILE_Q)
             mbarrier.wait(buffers.empty.index(stage), (unit // STAGES & 1) ^ 1)
             mbarrier.expect(full, 2 * ROWS * D * 2)
             fetch(q, where, full, buffers.q.index(stage), 0, 1, ROWS, HALF, D)
@@ -129,7 +131,7 @@ def seen_by(scores, words, zero, S: gl.constexpr):
 
 @gluon.jit
 def turn(
-    n, seen, operand, dk, dv, block, visits, statistics, scale, call, buffers,
+    n, seen, operand, dk, dv, block, visits, statistics, scale, problem, buffers,
     START: gl.constexpr, PART: gl.constexpr, D: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """The sums with the unit before, unless this is the START; weights and ds [ROWS keys, ROWS queries] of the next.
@@ -148,7 +150,7 @@ def turn(
     k, v = buffers.k.index(OWN + (block >> 31)), buffers.v.index(OWN + (block >> 31))
     entry = visits.first + unit // 2
     block = gl.load(visits.entries + entry)
-    number = gl.load(visits.numbers + entry, mask=(call.given & 4) != 0, other=-1)
+    number = gl.load(visits.numbers + entry, mask=(problem.given & 4) != 0, other=-1)
     if not START:
         dv_sum = warpgroup_mma(seen, buffers.g.index(before), dv, is_async=True)
         dk_sum = warpgroup_mma(operand, buffers.q.index(before), dk, is_async=True)
@@ -163,7 +165,7 @@ def turn(
     exponents = scores * scale - gl.load(lse)[None, :]
     if number >= 0:
         word = number.to(gl.int64) * (BLOCK_K // 64) + OWN
-        exponents = seen_by(exponents, gl.load(call.words + word * (2 * ROWS) + columns), block >> 31, S)
+        exponents = seen_by(exponents, gl.load(problem.words + word * (2 * ROWS) + columns), block >> 31, S)
     weights = gl.exp2(exponents)
     # The branch in this wait keeps the assembler from moving the weights behind the wait for their gradients
     mbarrier.wait(buffers.full.index(after % STAGES), after // STAGES & 1, pred=after // 2 < visits.last - visits.first)
@@ -174,7 +176,7 @@ def turn(
 
 @gluon.jit
 def summed(
-    visits, statistics, scale, call, buffers,
+    visits, statistics, scale, problem, buffers,
     PART: gl.constexpr, D: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """A consumer's sums over its units: dk / scale and dv, fp32 [ROWS, D] each."""
@@ -189,11 +191,11 @@ def summed(
     if turns > 0:
         mbarrier.wait(buffers.full.index(FIRST), 0)
         seen, operand, dk, dv, block = turn(
-            0, dv, dk, dk, dv, turns * 0, visits, statistics, base_2, call, buffers, True, PART, D, BLOCK_K, STAGES
+            0, dv, dk, dk, dv, turns * 0, visits, statistics, base_2, problem, buffers, True, PART, D, BLOCK_K, STAGES
         )  # fmt: skip
         for n in range(1, turns):
             seen, operand, dk, dv, block = turn(
-                n, seen, operand, dk, dv, block, visits, statistics, base_2, call, buffers,
+                n, seen, operand, dk, dv, block, visits, statistics, base_2, problem, buffers,
                 False, PART, D, BLOCK_K, STAGES,
             )  # fmt: skip
         last = (turns * STRIDE - STRIDE + FIRST) % STAGES
@@ -205,41 +207,40 @@ def summed(
 
 @gluon.jit
 def write(
-    x, values, buffer, text_len, call,
+    x, values, buffer, text_len, problem,
     PART: gl.constexpr, D: gl.constexpr, BLOCK_K: gl.constexpr, TILE_K: gl.constexpr, PART_K: gl.constexpr,
 ):  # fmt: skip
     """Write gradients of 64 keys, through a buffer that nothing reads any more. Text that is no key has 0."""
     A: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, D, 16])
-    where = part_of(own_keys(call, text_len, BLOCK_K, TILE_K), PART, TILE_K)
+    where = part_of(own_keys(problem, text_len, BLOCK_K, TILE_K), PART, TILE_K)
     slots = where.place + gl.arange(0, ROWS, gl.SliceLayout(1, A))
     values = gl.where((where.is_visual | (slots < where.size))[:, None], values, 0.0)
     buffer.store(values.to(buffer.dtype))
     fence_async_shared()
-    put(x, part_of(own_keys(call, call.usual[3], BLOCK_K, TILE_K), PART, TILE_K), buffer, PART_K, D)
+    put(x, part_of(own_keys(problem, problem.usual.text_len, BLOCK_K, TILE_K), PART, TILE_K), buffer, PART_K, D)
 
 
 @gluon.jit
 def consume(
-    dk, dv, visits, statistics, scale, text_len, call, buffers,
+    dk, dv, visits, statistics, scale, text_len, problem, buffers,
     PART: gl.constexpr, D: gl.constexpr, BLOCK_K: gl.constexpr, TILE_K: gl.constexpr, PART_K: gl.constexpr,
     STAGES: gl.constexpr,
 ):  # fmt: skip
     """A consumer warpgroup: its sums, exchanged if both have the same keys, then the gradients."""
     A: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, D, 16])
-    sum_k, sum_v = summed(visits, statistics, scale, call, buffers, PART, D, BLOCK_K, STAGES)
+    sum_k, sum_v = summed(visits, statistics, scale, problem, buffers, PART, D, BLOCK_K, STAGES)
     if BLOCK_K == ROWS:
-        given = sum_v if PART == 0 else sum_k
-        buffers.sums.index(PART).store(given)
+        buffers.sums.index(PART).store(sum_v if PART == 0 else sum_k)
         mbarrier.arrive(buffers.sums_full.index(PART), count=1)
         mbarrier.wait(buffers.sums_full.index(1 - PART), 0)
-        got = buffers.sums.index(1 - PART).load(A)
+        other = buffers.sums.index(1 - PART).load(A)
         if PART == 0:
-            write(dk, (sum_k + got) * scale, buffers.k.index(0), text_len, call, 0, D, BLOCK_K, TILE_K, PART_K)
+            write(dk, (sum_k + other) * scale, buffers.k.index(0), text_len, problem, 0, D, BLOCK_K, TILE_K, PART_K)
         else:
-            write(dv, got + sum_v, buffers.v.index(0), text_len, call, 0, D, BLOCK_K, TILE_K, PART_K)
+            write(dv, other + sum_v, buffers.v.index(0), text_len, problem, 0, D, BLOCK_K, TILE_K, PART_K)
     else:
-        write(dk, sum_k * scale, buffers.k.index(PART), text_len, call, PART, D, BLOCK_K, TILE_K, PART_K)
-        write(dv, sum_v, buffers.v.index(PART), text_len, call, PART, D, BLOCK_K, TILE_K, PART_K)
+        write(dk, sum_k * scale, buffers.k.index(PART), text_len, problem, PART, D, BLOCK_K, TILE_K, PART_K)
+        write(dv, sum_v, buffers.v.index(PART), text_len, problem, PART, D, BLOCK_K, TILE_K, PART_K)
     tma.store_wait(0)
 
 
@@ -270,19 +271,11 @@ def allocated(DTYPE: gl.constexpr, D: gl.constexpr, BLOCK_K: gl.constexpr, STAGE
     return buffers
 
 
-@gluon.jit(do_not_specialize=RUNTIME)
+@gluon_kernel
 def block_sparse_gluon_dkdv_kernel(
     statistics,
     q_tile, q_run, g_tile, g_run, k_tile, k_run, v_tile, v_run, dk_tile, dk_run, dv_tile, dv_run,
-    entries, places, numbers, firsts, words,
-    visual_starts, conditioning_starts, text_starts, text_lens,
-    usual_visual, usual_conditioning, usual_text, usual_length, given,
-    q_batch, q_head, q_column, g_batch, g_head, g_column, k_batch, k_head, k_column, v_batch, v_head, v_column,
-    scale,
-    T, H, W, tiles_h, tiles_w, visual, visual_blocks, conditioning, conditioning_blocks,
-    QT, QH, QW, query_tiles_h, query_tiles_w, query_visual, query_visual_blocks,
-    query_conditioning, query_conditioning_blocks,
-    query_text, heads, key_tokens, query_blocks, key_blocks, per_head, shared_rows,
+    visits, problem, distances, scale, key_tokens,
     D: gl.constexpr, BLOCK_K: gl.constexpr, TILE_Q: gl.constexpr, HALF: gl.constexpr, TILE_K: gl.constexpr,
     PART_K: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
@@ -290,45 +283,36 @@ def block_sparse_gluon_dkdv_kernel(
 
     Args:
         statistics: as the dq kernel writes them.
-        entries, places, numbers, firsts: `triton_lists.Transposed`; numbers are read if bit 2 of `given` is set.
+        visits: `records.Visits`, whose numbers are read if bit 2 of `given` is set.
+        distances: `copies.Distances` of q, g, k and v.
         PART_K: the tile of 64 keys that a copy brings, (0, 0, 0) for raster order.
     """
-    i_h = gl.program_id(1)
-    i_b = gl.program_id(2)
-    keys = Side(T, H, W, tiles_h, tiles_w, visual, visual_blocks, conditioning, conditioning_blocks)
-    queries = Side(
-        QT, QH, QW, query_tiles_h, query_tiles_w, query_visual, query_visual_blocks, query_conditioning,
-        query_conditioning_blocks,
-    )  # fmt: skip
-    call = Launched(
-        places, firsts, words, visual_starts, conditioning_starts, text_starts, text_lens,
-        (usual_visual, usual_conditioning, usual_text, usual_length), given, queries, keys,
-        query_text, heads, query_blocks, key_blocks, per_head, shared_rows,
-    )  # fmt: skip
-    _starts, text_len = own_starts(call)
-    head = i_b * heads + i_h
-    firsts += head * per_head * (2 * key_blocks + 1) + 2 * (key_blocks - 1 - gl.program_id(0))
-    visits = Visits(entries, places, numbers, gl.load(firsts), gl.load(firsts + 1), gl.load(firsts + 2))
-    q = Addressed(q_tile, q_run, i_b * q_batch + i_h * q_head, i_h * q_column)
-    g = Addressed(g_tile, g_run, i_b * g_batch + i_h * g_head, i_h * g_column)
-    k = Addressed(k_tile, k_run, i_b * k_batch + i_h * k_head, i_h * k_column)
-    v = Addressed(v_tile, v_run, i_b * v_batch + i_h * v_head, i_h * v_column)
-    dk = Addressed(dk_tile, dk_run, i_b * key_tokens, i_h * D)
-    dv = Addressed(dv_tile, dv_run, i_b * key_tokens, i_h * D)
-    statistics += head.to(gl.int64) * query_blocks * (4 * ROWS)
+    text_len = own_segments(problem).text_len
+    head = own_head(problem)
+    blocks = problem.width
+    firsts = visits.firsts + head * problem.per_head * (2 * blocks + 1) + 2 * (blocks - 1 - gl.program_id(0))
+    first, clean, last = gl.load(firsts), gl.load(firsts + 1), gl.load(firsts + 2)
+    listed = KeyVisits(visits.entries, visits.places, visits.numbers, first, clean, last)
+    q = head_read(q_tile, q_run, distances[0])
+    g = head_read(g_tile, g_run, distances[1])
+    k = head_read(k_tile, k_run, distances[2])
+    v = head_read(v_tile, v_run, distances[3])
+    dk = head_written(dk_tile, dk_run, key_tokens, D)
+    dv = head_written(dv_tile, dv_run, key_tokens, D)
+    statistics += head.to(gl.int64) * problem.query_blocks * (4 * ROWS)
     buffers = allocated(q_run.dtype, D, BLOCK_K, STAGES)
     gl.warp_specialize(
         [
             (produce, (
-                q, g, k, v, visits, text_len, call, buffers,
+                q, g, k, v, listed, text_len, problem, buffers,
                 D, BLOCK_K, TILE_Q, HALF, TILE_K, PART_K, STAGES,
             )),
             (consume, (
-                dk, dv, visits, statistics, scale, text_len, call, buffers,
+                dk, dv, listed, statistics, scale, text_len, problem, buffers,
                 0, D, BLOCK_K, TILE_K, PART_K, STAGES,
             )),
             (consume, (
-                dk, dv, visits, statistics, scale, text_len, call, buffers,
+                dk, dv, listed, statistics, scale, text_len, problem, buffers,
                 1, D, BLOCK_K, TILE_K, PART_K, STAGES,
             )),
         ],

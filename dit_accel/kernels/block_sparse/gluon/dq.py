@@ -22,10 +22,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from dit_accel.kernels.block_sparse.gluon.copies import (
     KEYS,
     ROWS,
-    Addressed,
-    Launched,
-    Side,
     fetch,
+    head_read,
+    head_written,
+    own_head,
     own_list,
     own_query,
     part_of,
@@ -33,24 +33,24 @@ from dit_accel.kernels.block_sparse.gluon.copies import (
     steps_of,
 )
 from dit_accel.kernels.block_sparse.gluon.forward import (
-    LOG2E,
     allocated,
     masked,
     produce_keys,
     rows_of_part,
     words_of,
 )
-from dit_accel.kernels.block_sparse.triton_tokens import RUNTIME
+from dit_accel.kernels.block_sparse.triton_tokens import LOG2E
+from dit_accel.kernels.jit import gluon_kernel
 
 
 @gluon.jit
 def produce(
-    q, g, o, k, v, call, buffers,
+    q, g, o, k, v, problem, buffers,
     D: gl.constexpr, BLOCK_K: gl.constexpr, TILE_Q: gl.constexpr, HALF: gl.constexpr, TILE_K: gl.constexpr,
     STAGES: gl.constexpr,
 ):  # fmt: skip
     """The producer warp: queries, gradients and outputs of both consumers, then keys and values."""
-    where_q = own_query(call, TILE_Q)
+    where_q = own_query(problem, TILE_Q)
     for part in gl.static_range(2):
         where = part_of(where_q, part, TILE_Q)
         full = buffers.q_full.index(part)
@@ -58,7 +58,7 @@ def produce(
         fetch(q, where, full, buffers.q.index(part), 0, 1, ROWS, HALF, D)
         fetch(g, where, full, buffers.q.index(2 + part), 0, 1, ROWS, HALF, D)
         fetch(o, where, full, buffers.q.index(4 + part), 0, 1, ROWS, HALF, D)
-    produce_keys(k, v, call, buffers, D, BLOCK_K, TILE_K, STAGES)
+    produce_keys(k, v, problem, buffers, D, BLOCK_K, TILE_K, STAGES)
 
 
 @gluon.jit
@@ -70,7 +70,7 @@ def half_step(
 
     The scale and the LSE in `own` are in base 2.
     """
-    q, g, row_lse, delta, scale, walk, call, buffers = own
+    q, g, row_lse, delta, scale, walk, problem, buffers = own
     stage = i % STAGES
     before = (i - 1 + HALF) % STAGES
     zero = gl.zeros([ROWS, ROWS], gl.float32, S)
@@ -87,8 +87,8 @@ def half_step(
     dp = warpgroup_mma(g, v.permute((1, 0)), zero, use_acc=False, is_async=True)
     scores = warpgroup_mma_wait(1, deps=(scores,))
     exponents = scores * scale - row_lse[:, None]
-    if i * (KEYS // BLOCK_K) + HALF // (BLOCK_K // 64) >= walk.pure:
-        words = words_of(i, walk, call, PART, HALF, BLOCK_K, TILE_K, S)
+    if i * (KEYS // BLOCK_K) + HALF // (BLOCK_K // 64) >= walk.listed.pure:
+        words = words_of(i, walk, problem, PART, HALF, BLOCK_K, TILE_K, S)
         exponents = masked(exponents, words, words, S)
     weights = gl.exp2(exponents)
     # The branch in this wait keeps the assembler from moving the weights behind the wait for their gradients
@@ -102,7 +102,7 @@ def half_step(
 
 @gluon.jit
 def consume(
-    dq, lse, grad_lse, statistics, scale, call, buffers,
+    dq, lse, grad_lse, statistics, scale, problem, buffers,
     PART: gl.constexpr, D: gl.constexpr, BLOCK_K: gl.constexpr, TILE_Q: gl.constexpr, HALF: gl.constexpr,
     TILE_K: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
@@ -111,21 +111,21 @@ def consume(
     A: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, D, 16])
     P: gl.constexpr = gl.DotOperandLayout(0, A, 2)
     q, g, o = buffers.q.index(PART), buffers.q.index(2 + PART), buffers.q.index(4 + PART)
-    rows, valid = rows_of_part(part_of(own_query(call, TILE_Q), PART, TILE_Q), call.queries, HALF, S)
+    rows, valid = rows_of_part(part_of(own_query(problem, TILE_Q), PART, TILE_Q), problem.queries, HALF, S)
     row_lse = gl.load(lse + rows, mask=valid, other=float("inf")) * LOG2E
     row_lse = gl.where(row_lse == float("-inf"), float("inf"), row_lse)
-    delta = gl.load(grad_lse + rows, mask=valid & ((call.given & 4) != 0), other=0.0)
+    delta = gl.load(grad_lse + rows, mask=valid & ((problem.given & 4) != 0), other=0.0)
     mbarrier.wait(buffers.q_full.index(PART), 0)
     products = gl.sum(o.load(A).to(gl.float32) * g.load(A).to(gl.float32), 1)
     delta = gl.convert_layout(products, gl.SliceLayout(1, S)) - delta
-    unit = (call.query_blocks - 1 - gl.program_id(0)) * 2 + PART
+    unit = (problem.query_blocks - 1 - gl.program_id(0)) * 2 + PART
     slots = unit * (2 * ROWS) + gl.arange(0, ROWS, gl.SliceLayout(1, S))
     gl.store(statistics + slots, row_lse)
     gl.store(statistics + ROWS + slots, delta)
 
-    walk = own_list(call)
+    walk = own_list(problem)
     steps = steps_of(walk, BLOCK_K)
-    own = q, g, row_lse, delta, scale * LOG2E, walk, call, buffers
+    own = q, g, row_lse, delta, scale * LOG2E, walk, problem, buffers
     acc = gl.zeros([ROWS, D], gl.float32, A)
     if steps > 0:
         mbarrier.wait(buffers.k_full.index(0), 0)
@@ -139,24 +139,15 @@ def consume(
         acc = warpgroup_mma_wait(0, deps=(summed,))
     o.store((acc * scale).to(q.dtype))
     fence_async_shared()
-    put(dq, part_of(own_query(call, TILE_Q), PART, TILE_Q), o, HALF, D)
+    put(dq, part_of(own_query(problem, TILE_Q), PART, TILE_Q), o, HALF, D)
     tma.store_wait(0)
 
 
-@gluon.jit(do_not_specialize=RUNTIME)
+@gluon_kernel
 def block_sparse_gluon_dq_kernel(
     lse, grad_lse, statistics,
     q_tile, q_run, g_tile, g_run, o_tile, o_run, k_tile, k_run, v_tile, v_run, dq_tile, dq_run,
-    places, spans, words,
-    visual_starts, conditioning_starts, text_starts, text_lens,
-    usual_visual, usual_conditioning, usual_text, usual_length, given,
-    q_batch, q_head, q_column, g_batch, g_head, g_column, o_batch, o_head, o_column,
-    k_batch, k_head, k_column, v_batch, v_head, v_column,
-    scale,
-    T, H, W, tiles_h, tiles_w, visual, visual_blocks, conditioning, conditioning_blocks,
-    QT, QH, QW, query_tiles_h, query_tiles_w, query_visual, query_visual_blocks,
-    query_conditioning, query_conditioning_blocks,
-    query_text, heads, query_tokens, query_blocks, width, per_head, shared_rows,
+    problem, distances, scale, tokens,
     D: gl.constexpr, BLOCK_K: gl.constexpr, TILE_Q: gl.constexpr, HALF: gl.constexpr, TILE_K: gl.constexpr,
     STAGES: gl.constexpr,
 ):  # fmt: skip
@@ -166,40 +157,29 @@ def block_sparse_gluon_dq_kernel(
         lse, grad_lse: fp32 [B, H, Nq]; grad_lse is read if bit 2 of `given` is set.
         statistics: fp32 [B, H, 2 * query_blocks, 2, 64], written: LSE and delta of 64 slots each; see the module.
         g_tile, o_tile, ...: of the output's gradient and of the output; others as in `block_sparse_gluon_fwd_kernel`.
+        distances: `copies.Distances` of q, g, o, k and v.
         scale: of the logits, in base e.
     """
-    i_h = gl.program_id(1)
-    i_b = gl.program_id(2)
-    keys = Side(T, H, W, tiles_h, tiles_w, visual, visual_blocks, conditioning, conditioning_blocks)
-    queries = Side(
-        QT, QH, QW, query_tiles_h, query_tiles_w, query_visual, query_visual_blocks, query_conditioning,
-        query_conditioning_blocks,
-    )  # fmt: skip
-    call = Launched(
-        places, spans, words, visual_starts, conditioning_starts, text_starts, text_lens,
-        (usual_visual, usual_conditioning, usual_text, usual_length), given, queries, keys,
-        query_text, heads, query_blocks, width, per_head, shared_rows,
-    )  # fmt: skip
-    q = Addressed(q_tile, q_run, i_b * q_batch + i_h * q_head, i_h * q_column)
-    g = Addressed(g_tile, g_run, i_b * g_batch + i_h * g_head, i_h * g_column)
-    o = Addressed(o_tile, o_run, i_b * o_batch + i_h * o_head, i_h * o_column)
-    k = Addressed(k_tile, k_run, i_b * k_batch + i_h * k_head, i_h * k_column)
-    v = Addressed(v_tile, v_run, i_b * v_batch + i_h * v_head, i_h * v_column)
-    dq = Addressed(dq_tile, dq_run, i_b * query_tokens, i_h * D)
-    head = (i_b * heads + i_h).to(gl.int64)
-    lse += head * query_tokens
-    grad_lse += head * query_tokens
-    statistics += head * query_blocks * (4 * ROWS)
+    q = head_read(q_tile, q_run, distances[0])
+    g = head_read(g_tile, g_run, distances[1])
+    o = head_read(o_tile, o_run, distances[2])
+    k = head_read(k_tile, k_run, distances[3])
+    v = head_read(v_tile, v_run, distances[4])
+    dq = head_written(dq_tile, dq_run, tokens, D)
+    head = own_head(problem).to(gl.int64)
+    lse += head * tokens
+    grad_lse += head * tokens
+    statistics += head * problem.query_blocks * (4 * ROWS)
     buffers = allocated(q_run.dtype, D, STAGES, 3)
     gl.warp_specialize(
         [
-            (produce, (q, g, o, k, v, call, buffers, D, BLOCK_K, TILE_Q, HALF, TILE_K, STAGES)),
+            (produce, (q, g, o, k, v, problem, buffers, D, BLOCK_K, TILE_Q, HALF, TILE_K, STAGES)),
             (consume, (
-                dq, lse, grad_lse, statistics, scale, call, buffers,
+                dq, lse, grad_lse, statistics, scale, problem, buffers,
                 0, D, BLOCK_K, TILE_Q, HALF, TILE_K, STAGES,
             )),
             (consume, (
-                dq, lse, grad_lse, statistics, scale, call, buffers,
+                dq, lse, grad_lse, statistics, scale, problem, buffers,
                 1, D, BLOCK_K, TILE_Q, HALF, TILE_K, STAGES,
             )),
         ],

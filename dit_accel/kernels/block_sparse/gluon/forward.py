@@ -31,22 +31,21 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from dit_accel.kernels.block_sparse.gluon.copies import (
     KEYS,
     ROWS,
-    Addressed,
-    Launched,
-    Side,
+    corner_at,
     fetch,
     fetch_listed,
+    head_read,
+    head_written,
+    own_head,
     own_list,
     own_query,
     part_of,
     place_at,
     put,
     steps_of,
-    whereabouts,
 )
-from dit_accel.kernels.block_sparse.triton_tokens import RUNTIME
-
-LOG2E = gl.constexpr(1.4426950408889634)
+from dit_accel.kernels.block_sparse.triton_tokens import LOG2E, occupied
+from dit_accel.kernels.jit import gluon_kernel
 
 
 class Buffers(NamedTuple):
@@ -64,25 +63,25 @@ class Buffers(NamedTuple):
 
 @gluon.jit
 def produce(
-    q, k, v, call, buffers,
+    q, k, v, problem, buffers,
     D: gl.constexpr, BLOCK_K: gl.constexpr, TILE_Q: gl.constexpr, HALF: gl.constexpr, TILE_K: gl.constexpr,
     STAGES: gl.constexpr,
 ):  # fmt: skip
     """The producer warp: queries of both consumers, then `produce_keys`."""
-    where_q = own_query(call, TILE_Q)
+    where_q = own_query(problem, TILE_Q)
     for part in gl.static_range(2):
         where = part_of(where_q, part, TILE_Q)
         mbarrier.expect(buffers.q_full.index(part), ROWS * D * 2)
         fetch(q, where, buffers.q_full.index(part), buffers.q.index(part), 0, 1, ROWS, HALF, D)
-    produce_keys(k, v, call, buffers, D, BLOCK_K, TILE_K, STAGES)
+    produce_keys(k, v, problem, buffers, D, BLOCK_K, TILE_K, STAGES)
 
 
 @gluon.jit
 def produce_keys(
-    k, v, call, buffers, D: gl.constexpr, BLOCK_K: gl.constexpr, TILE_K: gl.constexpr, STAGES: gl.constexpr
+    k, v, problem, buffers, D: gl.constexpr, BLOCK_K: gl.constexpr, TILE_K: gl.constexpr, STAGES: gl.constexpr
 ):
     """Keys and values of the listed blocks, in order."""
-    walk = own_list(call)
+    walk = own_list(problem)
     near = place_at(0, 0, walk, BLOCK_K)
     far = place_at(0, KEYS // BLOCK_K - 1, walk, BLOCK_K)
     for i in range(steps_of(walk, BLOCK_K)):
@@ -95,48 +94,20 @@ def produce_keys(
         for part in gl.static_range(KEYS // BLOCK_K):
             place = near if part == 0 else far
             buffer = buffers.k.index(stage)
-            fetch_listed(k, i, place, walk, call, buffers.k_full.index(stage), buffer, part, BLOCK_K, TILE_K, D)
+            fetch_listed(k, i, place, walk, problem, buffers.k_full.index(stage), buffer, part, BLOCK_K, TILE_K, D)
         mbarrier.wait(buffers.v_empty.index(stage), phase ^ 1)
         mbarrier.expect(buffers.v_full.index(stage), KEYS * D * 2)
         for part in gl.static_range(KEYS // BLOCK_K):
             place = near if part == 0 else far
             buffer = buffers.v.index(stage)
-            fetch_listed(v, i, place, walk, call, buffers.v_full.index(stage), buffer, part, BLOCK_K, TILE_K, D)
+            fetch_listed(v, i, place, walk, problem, buffers.v_full.index(stage), buffer, part, BLOCK_K, TILE_K, D)
         near = next_near
         far = next_far
 
 
-@gluon.constexpr_function
-def repeated(distance):
-    """A word, as a signed number, with a bit at each multiple of `distance` slots, a power of two."""
-    word = sum(1 << slot for slot in range(0, 64, distance))
-    return word - (word >> 63 << 64)
-
-
-@gluon.jit
-def below(count):
-    """The slots 0, ..., count - 1 as a word, for any count: int64."""
-    count = gl.minimum(gl.maximum(count, 0), 64)
-    one = count.to(gl.int64) * 0 + 1
-    return gl.where(count > 63, -one, (one << gl.minimum(count, 63)) - one)
-
-
-@gluon.jit
-def held(where, side, FIRST: gl.constexpr, TILE: gl.constexpr):
-    """Which of the slots FIRST, ..., FIRST + 63 of a block hold a token, as a word: int64."""
-    word = below(where.size - where.place - FIRST)
-    if TILE[1] > 0:
-        LINE: gl.constexpr = TILE[2]
-        FRAME: gl.constexpr = TILE[1] * TILE[2]
-        columns = below(gl.minimum(side.W - where.w, LINE) - FIRST % LINE) * repeated(LINE)
-        rows = below(gl.minimum(side.H - where.h, TILE[1]) * LINE - FIRST % FRAME) * repeated(FRAME)
-        word = gl.where(where.is_visual, below((side.T - where.t) * FRAME - FIRST) & rows & columns, word)
-    return word
-
-
 @gluon.jit
 def words_of(
-    i, walk, call,
+    i, walk, problem,
     PART: gl.constexpr, HALF: gl.constexpr, BLOCK_K: gl.constexpr, TILE_K: gl.constexpr, LAYOUT: gl.constexpr,
 ):  # fmt: skip
     """Which slots of the HALF-th 64 of a step each row sees, as words: int64 [ROWS].
@@ -147,16 +118,16 @@ def words_of(
     part: gl.constexpr = HALF // SPLIT
     j = i * (KEYS // BLOCK_K) + part
     words = gl.full([ROWS], -1, gl.int64, gl.SliceLayout(1, LAYOUT))
-    if j >= walk.pure:
-        if j < walk.tabled:
-            number = ((walk.number + j - walk.pure) * SPLIT + HALF % SPLIT).to(gl.int64)
+    if j >= walk.listed.pure:
+        if j < walk.listed.tabled:
+            number = ((walk.listed.number + j - walk.listed.pure) * SPLIT + HALF % SPLIT).to(gl.int64)
             rows = ROWS * PART + gl.arange(0, ROWS, gl.SliceLayout(1, LAYOUT))
-            words = gl.load(call.words + number * (2 * ROWS) + rows)
+            words = gl.load(problem.words + number * (2 * ROWS) + rows)
         else:
             block = place_at(i, part, walk, BLOCK_K)
-            where = whereabouts(block, walk.starts, walk.text_len, call.keys, BLOCK_K, TILE_K)
-            word = held(where, call.keys, HALF % SPLIT * 64, TILE_K)
-            words = gl.full([ROWS], 0, gl.int64, gl.SliceLayout(1, LAYOUT)) + gl.where(j < walk.count, word, 0)
+            where = corner_at(block, walk.segments, problem.keys, BLOCK_K, TILE_K)
+            word = occupied(where, HALF % SPLIT * 64, problem.keys, TILE_K)
+            words = gl.full([ROWS], 0, gl.int64, gl.SliceLayout(1, LAYOUT)) + gl.where(j < walk.listed.count, word, 0)
     return words
 
 
@@ -172,14 +143,14 @@ def masked(scores, low, high, LAYOUT: gl.constexpr):
 
 
 @gluon.jit
-def weigh(scores, peak, total, scale):
-    """A step of the online softmax in base 2: weights, new peak and total, and what earlier sums shrink by."""
-    new_peak = gl.maximum(peak, gl.max(scores, 1) * scale)
-    # a row that has seen no key yet has peak -inf; any finite number keeps its weights at exp2(-inf) = 0
-    safe = gl.where(new_peak == float("-inf"), 0.0, new_peak)
-    shrink = gl.exp2(peak - safe)
-    weights = gl.exp2(scores * scale - safe[:, None])
-    return weights, new_peak, total * shrink + gl.sum(weights, 1), shrink
+def softmax_weights(x, m, l, scale):  # noqa: E741
+    """Equation (5) in base 2 without its product: weights, the new m and l, and what earlier sums are multiplied by."""
+    new_m = gl.maximum(m, gl.max(x, 1) * scale)
+    # a row that has seen no key yet has m = -inf; any finite number keeps its weights at exp2(-inf) = 0
+    finite_m = gl.where(new_m == float("-inf"), 0.0, new_m)
+    rescale = gl.exp2(m - finite_m)
+    p = gl.exp2(x * scale - finite_m[:, None])
+    return p, new_m, l * rescale + gl.sum(p, 1), rescale
 
 
 @gluon.jit
@@ -198,8 +169,8 @@ def rows_of_part(where, side, HALF: gl.constexpr, LAYOUT: gl.constexpr):
 
 
 @gluon.jit
-def weighted(
-    walk, scale, call, buffers,
+def attend_part(
+    walk, scale, problem, buffers,
     PART: gl.constexpr, D: gl.constexpr, BLOCK_K: gl.constexpr, TILE_K: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """A consumer's 64 query rows over the whole list: output [ROWS, D] and LSE [ROWS], 0 and -inf without keys.
@@ -214,20 +185,20 @@ def weighted(
     q = buffers.q.index(PART)
     acc = gl.zeros([ROWS, D], gl.float32, A)
     zero = gl.zeros([ROWS, KEYS], gl.float32, S)
-    peak = gl.full([ROWS], float("-inf"), gl.float32, gl.SliceLayout(1, S))
-    total = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, S))
+    m = gl.full([ROWS], float("-inf"), gl.float32, gl.SliceLayout(1, S))
+    l = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, S))  # noqa: E741
     mbarrier.wait(buffers.q_full.index(PART), 0)
     if steps > 0:
         mbarrier.wait(buffers.k_full.index(0), 0)
         scores = warpgroup_mma(q, buffers.k.index(0).permute((1, 0)), zero, use_acc=False, is_async=True)
         scores = warpgroup_mma_wait(0, deps=(scores,))
         mbarrier.arrive(buffers.k_empty.index(0), count=1)
-        if PER_STEP > walk.pure:
-            low = words_of(0, walk, call, PART, 0, BLOCK_K, TILE_K, S)
-            high = words_of(0, walk, call, PART, 1, BLOCK_K, TILE_K, S)
+        if PER_STEP > walk.listed.pure:
+            low = words_of(0, walk, problem, PART, 0, BLOCK_K, TILE_K, S)
+            high = words_of(0, walk, problem, PART, 1, BLOCK_K, TILE_K, S)
             scores = masked(scores, low, high, S)
-        weights, peak, total, shrink = weigh(scores, peak, total, scale)
-        operand = gl.convert_layout(weights.to(q.dtype), P)
+        p, m, l, rescale = softmax_weights(scores, m, l, scale)  # noqa: E741
+        operand = gl.convert_layout(p.to(q.dtype), P)
         mbarrier.wait(buffers.k_full.index(1 % STAGES), 1 // STAGES & 1, pred=steps > 1)
         for i in range(1, steps):
             stage = i % STAGES
@@ -238,38 +209,38 @@ def weighted(
             summed = warpgroup_mma(operand, buffers.v.index(before), acc, is_async=True)
             scores = warpgroup_mma_wait(1, deps=(scores,))
             mbarrier.arrive(buffers.k_empty.index(stage), count=1)
-            if (i + 1) * PER_STEP > walk.pure:
-                low = words_of(i, walk, call, PART, 0, BLOCK_K, TILE_K, S)
-                high = words_of(i, walk, call, PART, 1, BLOCK_K, TILE_K, S)
+            if (i + 1) * PER_STEP > walk.listed.pure:
+                low = words_of(i, walk, problem, PART, 0, BLOCK_K, TILE_K, S)
+                high = words_of(i, walk, problem, PART, 1, BLOCK_K, TILE_K, S)
                 scores = masked(scores, low, high, S)
-            weights, peak, total, shrink = weigh(scores, peak, total, scale)
+            p, m, l, rescale = softmax_weights(scores, m, l, scale)  # noqa: E741
             # The branch in this wait keeps the assembler from moving the weights behind the wait for the sum
             mbarrier.wait(buffers.k_full.index(after), (i + 1) // STAGES & 1, pred=i + 1 < steps)
-            acc, weights, total = warpgroup_mma_wait(0, deps=(summed, weights, total))
+            acc, p, l = warpgroup_mma_wait(0, deps=(summed, p, l))  # noqa: E741
             mbarrier.arrive(buffers.v_empty.index(before), count=1)
-            operand = gl.convert_layout(weights.to(q.dtype), P)
-            acc = acc * gl.convert_layout(shrink, gl.SliceLayout(1, A))[:, None]
+            operand = gl.convert_layout(p.to(q.dtype), P)
+            acc = acc * gl.convert_layout(rescale, gl.SliceLayout(1, A))[:, None]
         last = (steps - 1) % STAGES
         mbarrier.wait(buffers.v_full.index(last), (steps - 1) // STAGES & 1)
         summed = warpgroup_mma(operand, buffers.v.index(last), acc, is_async=True)
         acc = warpgroup_mma_wait(0, deps=(summed,))
-    empty = total == 0.0
-    safe = gl.where(empty, 1.0, total)
+    empty = l == 0.0
+    safe = gl.where(empty, 1.0, l)
     acc = acc / gl.convert_layout(safe, gl.SliceLayout(1, A))[:, None]
-    return acc, gl.where(empty, float("-inf"), (peak + gl.log2(safe)) / LOG2E)
+    return acc, gl.where(empty, float("-inf"), (m + gl.log2(safe)) / LOG2E)
 
 
 @gluon.jit
 def consume(
-    out, lse, scale, call, buffers,
+    out, lse, scale, problem, buffers,
     PART: gl.constexpr, D: gl.constexpr, BLOCK_K: gl.constexpr, TILE_Q: gl.constexpr, HALF: gl.constexpr,
     TILE_K: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """A consumer warpgroup: 64 query rows over the whole list, then their output and LSE."""
     S: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, KEYS, 16])
-    acc, row_lse = weighted(own_list(call), scale, call, buffers, PART, D, BLOCK_K, TILE_K, STAGES)
-    where = part_of(own_query(call, TILE_Q), PART, TILE_Q)
-    rows, valid = rows_of_part(where, call.queries, HALF, S)
+    acc, row_lse = attend_part(own_list(problem), scale, problem, buffers, PART, D, BLOCK_K, TILE_K, STAGES)
+    where = part_of(own_query(problem, TILE_Q), PART, TILE_Q)
+    rows, valid = rows_of_part(where, problem.queries, HALF, S)
     gl.store(lse + rows, row_lse, mask=valid)
     q = buffers.q.index(PART)
     q.store(acc.to(q.dtype))
@@ -303,53 +274,32 @@ def allocated(DTYPE: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, TENSOR
     return buffers
 
 
-@gluon.jit(do_not_specialize=RUNTIME)
+@gluon_kernel
 def block_sparse_gluon_fwd_kernel(
-    lse, q_tile, q_run, k_tile, k_run, v_tile, v_run, out_tile, out_run,
-    places, spans, words,
-    visual_starts, conditioning_starts, text_starts, text_lens,
-    usual_visual, usual_conditioning, usual_text, usual_length, given,
-    q_batch, q_head, q_column, k_batch, k_head, k_column, v_batch, v_head, v_column,
-    scale,
-    T, H, W, tiles_h, tiles_w, visual, visual_blocks, conditioning, conditioning_blocks,
-    QT, QH, QW, query_tiles_h, query_tiles_w, query_visual, query_visual_blocks,
-    query_conditioning, query_conditioning_blocks,
-    query_text, heads, query_tokens, query_blocks, width, per_head, shared_rows,
+    lse, q_tile, q_run, k_tile, k_run, v_tile, v_run, out_tile, out_run, problem, distances, scale, tokens,
     D: gl.constexpr, BLOCK_K: gl.constexpr, TILE_Q: gl.constexpr, HALF: gl.constexpr, TILE_K: gl.constexpr,
     STAGES: gl.constexpr,
 ):  # fmt: skip
     """Output [B, Nq, H, D] and LSE [B, H, Nq] of one query block of one head.
 
     Args:
-        q_batch, q_head, q_column, ...: a tensor's distance from sample to sample in rows, and from head to head in
-            rows and in columns, one of which is 0.
+        problem: `copies.GluonProblem`.
+        distances: `copies.Distances` of q, k and v.
         scale: of the logits, above 0, in base 2.
-        shared_rows: 1 if queries and keys are the same tokens, 0 if the queries are a grid of their own.
+        tokens: Nq.
         TILE_Q, TILE_K: tiles of query and key blocks, (0, 0, 0) for raster order; HALF is a consumer's part of TILE_Q.
     """
-    i_h = gl.program_id(1)
-    i_b = gl.program_id(2)
-    keys = Side(T, H, W, tiles_h, tiles_w, visual, visual_blocks, conditioning, conditioning_blocks)
-    queries = Side(
-        QT, QH, QW, query_tiles_h, query_tiles_w, query_visual, query_visual_blocks, query_conditioning,
-        query_conditioning_blocks,
-    )  # fmt: skip
-    call = Launched(
-        places, spans, words, visual_starts, conditioning_starts, text_starts, text_lens,
-        (usual_visual, usual_conditioning, usual_text, usual_length), given, queries, keys,
-        query_text, heads, query_blocks, width, per_head, shared_rows,
-    )  # fmt: skip
-    q = Addressed(q_tile, q_run, i_b * q_batch + i_h * q_head, i_h * q_column)
-    k = Addressed(k_tile, k_run, i_b * k_batch + i_h * k_head, i_h * k_column)
-    v = Addressed(v_tile, v_run, i_b * v_batch + i_h * v_head, i_h * v_column)
-    out = Addressed(out_tile, out_run, i_b * query_tokens, i_h * D)
-    lse += (i_b * heads + i_h).to(gl.int64) * query_tokens
+    q = head_read(q_tile, q_run, distances[0])
+    k = head_read(k_tile, k_run, distances[1])
+    v = head_read(v_tile, v_run, distances[2])
+    out = head_written(out_tile, out_run, tokens, D)
+    lse += own_head(problem).to(gl.int64) * tokens
     buffers = allocated(q_run.dtype, D, STAGES)
     gl.warp_specialize(
         [
-            (consume, (out, lse, scale, call, buffers, 0, D, BLOCK_K, TILE_Q, HALF, TILE_K, STAGES)),
-            (consume, (out, lse, scale, call, buffers, 1, D, BLOCK_K, TILE_Q, HALF, TILE_K, STAGES)),
-            (produce, (q, k, v, call, buffers, D, BLOCK_K, TILE_Q, HALF, TILE_K, STAGES)),
+            (consume, (out, lse, scale, problem, buffers, 0, D, BLOCK_K, TILE_Q, HALF, TILE_K, STAGES)),
+            (consume, (out, lse, scale, problem, buffers, 1, D, BLOCK_K, TILE_Q, HALF, TILE_K, STAGES)),
+            (produce, (q, k, v, problem, buffers, D, BLOCK_K, TILE_Q, HALF, TILE_K, STAGES)),
         ],
         [4, 1],
         [232, 40],

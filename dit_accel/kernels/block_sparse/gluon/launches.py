@@ -17,12 +17,14 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from dit_accel.kernels import tuning
 from dit_accel.kernels.block_sparse.geometry import BlockSparseCall, Shape
-from dit_accel.kernels.block_sparse.gluon.copies import KEYS
+from dit_accel.kernels.block_sparse.gluon.copies import KEYS, Distances, GluonProblem, TiledSide
 from dit_accel.kernels.block_sparse.gluon.dkdv import block_sparse_gluon_dkdv_kernel
 from dit_accel.kernels.block_sparse.gluon.dq import block_sparse_gluon_dq_kernel
 from dit_accel.kernels.block_sparse.gluon.forward import block_sparse_gluon_fwd_kernel
-from dit_accel.kernels.block_sparse.triton import RASTER, Kept, TritonCall, likeness
+from dit_accel.kernels.block_sparse.triton import BlockSparseLaunches, PlanLaunches, plan_key
 from dit_accel.kernels.block_sparse.triton_configs import Launch
+from dit_accel.kernels.records import Lists
+from dit_accel.kernels.tuning import RASTER
 
 __all__ = ["backward", "forward"]
 
@@ -39,43 +41,44 @@ def forward(call: BlockSparseCall) -> tuple[torch.Tensor, torch.Tensor]:
 
     A tensor that the copy engine cannot address is copied, and so is q if the scale is not above 0.
     """
-    q, k, v, lists, _, geometry, scale = call
-    like = likeness(call)
-    kept = _KEPT.get(like)
-    if kept is not None:
-        out, lse, behind = kept.start(call)
-        descriptors = [_like(known, x) for x, pair in zip((q, k, v, out), kept.others, strict=True) for known in pair]
+    q, k, v, _, _, geometry, scale = call
+    key = plan_key(call)
+    past = _PLAN_LAUNCHES.get(key)
+    if past is not None:
+        out, lse, lists, samples = past.prepare(call)
+        pairs, problem, distances = past.others
+        descriptors = [_like(known, x) for x, pair in zip((q, k, v, out), pairs, strict=True) for known in pair]
         with torch.cuda.device(q.device):
-            kept.forward.again(lse, *descriptors, *behind)
+            past.forward.repeat(
+                lse,
+                *descriptors,
+                problem._replace(places=lists.places, spans=lists.spans, words=lists.words, tensors=samples.tensors),
+                distances,
+            )
         return out.transpose(1, 2), lse
     read = q, k, v
-    host = TritonCall(call)
-    ordered, (out, lse) = host.ordered(), host.room(q)
+    launches = GluonLaunches(call)
+    ordered, (out, lse) = launches.ordered(), launches.empty_outputs(q)
     if scale <= 0:
         q, scale = q * math.copysign(1.0, scale) if scale else torch.zeros_like(q), -scale or 1.0
-    batch, heads, tokens, dim = q.shape
-    tile_q, tile_k = geometry.tile_q or RASTER, geometry.tile_k or RASTER
-    half = half_of(tile_q)
-    sides = (q, geometry.query_grid, half, ROWS), *((x, geometry.grid, tile_k, geometry.block_k) for x in (k, v))
+    tile_q, tile_k = launches.tiles
+    sides = (
+        (q, geometry.query_grid, half_of(tile_q), ROWS),
+        *((x, geometry.grid, tile_k, geometry.block_k) for x in (k, v)),
+    )
     descriptors, distances = zip(*(describe(*side) for side in sides), strict=True)
-    (written, _) = describe(out.transpose(1, 2), geometry.query_grid, half, ROWS)
-    pairs = *descriptors, written
-    places, spans, words = host.masked(ordered)
+    (written, _) = describe(out.transpose(1, 2), geometry.query_grid, half_of(tile_q), ROWS)
+    pairs, problem = (*descriptors, written), launches.problem(launches.with_words(ordered))
+    tensors = lse, *(descriptor for pair in pairs for descriptor in pair), problem, distances
     launched = tuning.launch(
-        block_sparse_gluon_fwd_kernel, (host.query_blocks, heads, batch),
-        (
-            lse, *(descriptor for pair in pairs for descriptor in pair), places, spans, words, *host.segments,
-            *(distance for three in distances for distance in three), scale * LOG2E,
-            *sizes(geometry.key_order), *sizes(geometry.query_order), geometry.query_order.grid.text,
-            heads, tokens, host.query_blocks, lists.indices.shape[-1], int(lists.indices.ndim == 4),
-            1 - host.own_queries,
-        ),
-        constants(dim, geometry.block_k, tile_q, tile_k), (LAUNCH,), (),
+        block_sparse_gluon_fwd_kernel, launches.programs(launches.query_blocks),
+        (*tensors, scale * LOG2E, launches.query_tokens), launches.constants(), (LAUNCH,), (),
     )  # fmt: skip
     in_place = all(x.data_ptr() == pair[0].base.data_ptr() for x, pair in zip(read, descriptors, strict=True))
     if launched is not None and in_place:
-        known = [[_like(each, None) for each in pair] for pair in pairs]
-        host.keep(_KEPT, like, launched.behind(1 + 2 * len(pairs) + 7), known)
+        known = [[_like(descriptor, None) for descriptor in pair] for pair in pairs]
+        others = known, problem._replace(places=None, spans=None, words=None, tensors=None), distances
+        launches.remember(_PLAN_LAUNCHES, key, launched.after(len(tensors)), others)
     return out.transpose(1, 2), lse
 
 
@@ -83,60 +86,76 @@ def backward(
     grad_out: torch.Tensor, grad_lse: torch.Tensor | None, out: torch.Tensor, lse: torch.Tensor, call: BlockSparseCall
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of q, k and v, each [B, H, N, D] laid out in memory as [B, N, H, D]; the same bits in every run."""
-    q, k, v, lists, _, geometry, scale = call
-    host = TritonCall(call)
-    ordered, transposed = host.both_ways()
-    places, spans, words = host.masked(ordered)
-    batch, heads, _, dim = q.shape
-    tile_q, tile_k = geometry.tile_q or RASTER, geometry.tile_k or RASTER
+    q, k, v, _, _, geometry, scale = call
+    launches = GluonLaunches(call)
+    ordered, transposed = launches.both_ways()
+    listed = launches.with_words(ordered)
+    batch, heads, _, _ = q.shape
+    tile_q, tile_k = launches.tiles
     half, part = half_of(tile_q), tile_k if geometry.block_k == ROWS else half_of(tile_k)
-    statistics = q.new_empty(batch, heads, host.query_blocks, 4 * ROWS, dtype=torch.float32)
-    dq, dk, dv = (host.room_for(x) for x in (q, k, v))
+    statistics = q.new_empty(batch, heads, launches.query_blocks, 4 * ROWS, dtype=torch.float32)
+    dq, dk, dv = (launches.empty_rows(x) for x in (q, k, v))
     of_queries = [describe(x, geometry.query_grid, half, ROWS) for x in (q, grad_out.to(q.dtype), out)]
     whole, parts = (
         [describe(x, geometry.grid, *box) for x in (k, v)] for box in ((tile_k, geometry.block_k), (part, ROWS))
     )
-    orders = *sizes(geometry.key_order), *sizes(geometry.query_order), geometry.query_order.grid.text
-    *segments, given = host.segments
-    shared = int(lists.indices.ndim == 4), 1 - host.own_queries
 
-    sides = *of_queries, *whole
+    pairs, distances = zip(*of_queries, *whole, strict=True)
     written, _ = describe(dq.transpose(1, 2), geometry.query_grid, half, ROWS)
     tuning.launch(
-        block_sparse_gluon_dq_kernel, (host.query_blocks, heads, batch),
+        block_sparse_gluon_dq_kernel, launches.programs(launches.query_blocks),
         (
             lse, lse if grad_lse is None else grad_lse.contiguous(), statistics,
-            *(each for pair, _ in sides for each in pair), *written, places, spans, words,
-            *segments, given + 4 * (grad_lse is not None), *(each for _, three in sides for each in three), scale,
-            *orders, heads, q.shape[2], host.query_blocks, lists.indices.shape[-1], *shared,
+            *(descriptor for pair in (*pairs, written) for descriptor in pair),
+            launches.problem(listed, grad_lse is not None), distances, scale, launches.query_tokens,
         ),
-        {**constants(dim, geometry.block_k, tile_q, tile_k), "STAGES": STAGES_DQ}, (LAUNCH,), (),
+        {**launches.constants(), "STAGES": STAGES_DQ}, (LAUNCH,), (),
     )  # fmt: skip
 
-    sides = *of_queries[:2], *parts
+    pairs, distances = zip(*of_queries[:2], *parts, strict=True)
+    visits = transposed.visits(listed)
+    by_keys = Lists(visits.places, visits.firsts, visits.words, launches.key_blocks, visits.per_head)
     both = (describe(x.transpose(1, 2), geometry.grid, part, ROWS)[0] for x in (dk, dv))
-    entries, places, numbers, firsts = transposed
     tuning.launch(
-        block_sparse_gluon_dkdv_kernel, (host.key_blocks, heads, batch),
+        block_sparse_gluon_dkdv_kernel, launches.programs(launches.key_blocks),
         (
-            statistics, *(each for pair, _ in sides for each in pair), *(each for pair in both for each in pair),
-            entries, places, places if numbers is None else numbers, firsts, words,
-            *segments, given + 4 * (numbers is not None), *(each for _, three in sides for each in three), scale,
-            *orders, heads, k.shape[2], host.query_blocks, host.key_blocks, *shared,
+            statistics, *(descriptor for pair in (*pairs, *both) for descriptor in pair),
+            visits, launches.problem(by_keys, transposed.numbers is not None), distances, scale, k.shape[2],
         ),
-        {**constants(dim, geometry.block_k, tile_q, tile_k), "PART_K": part, "STAGES": STAGES_DKDV}, (LAUNCH,), (),
+        {**launches.constants(), "PART_K": part, "STAGES": STAGES_DKDV}, (LAUNCH,), (),
     )  # fmt: skip
     return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
 
 
-_KEPT: dict[Any, Kept] = {}
+_PLAN_LAUNCHES: dict[Any, PlanLaunches] = {}
+
+
+class GluonLaunches(BlockSparseLaunches):
+    """What the Gluon kernels of one call share."""
+
+    @property
+    def tiles(self) -> tuple[Shape, Shape]:
+        """Of query blocks and of key blocks."""
+        return self.query_order.tile or RASTER, self.key_order.tile or RASTER
+
+    def constants(self) -> dict[str, Any]:
+        return constants(self.head_dim, self.key_order.block, *self.tiles)
+
+    def programs(self, blocks: int) -> tuple[int, int, int]:
+        return blocks, self.heads_of_sample, self.batch
+
+    def problem(self, lists: Lists, optional: bool = False) -> GluonProblem:
+        """`optional`: whether the kernel's optional tensor is read."""
+        samples = self.samples._replace(given=self.samples.given + 4 * optional)
+        queries, keys = TiledSide.of(self.query_order), TiledSide.of(self.key_order)
+        return GluonProblem.of(lists, samples, queries, keys, self.query_order, self.heads_of_sample)
 
 
 def _like(known: TensorDescriptor, base: torch.Tensor | None) -> TensorDescriptor:
     """A descriptor like a known one, which was checked, of another tensor."""
-    made = object.__new__(TensorDescriptor)
-    vars(made).update(vars(known), base=base)
-    return made
+    descriptor = object.__new__(TensorDescriptor)
+    vars(descriptor).update(vars(known), base=base)
+    return descriptor
 
 
 def constants(head_dim: int, block_k: int, tile_q: Shape, tile_k: Shape) -> dict[str, Any]:
@@ -159,7 +178,7 @@ def half_of(tile: Shape) -> Shape:
 
 def describe(
     x: torch.Tensor, grid: Shape, tile: Shape, rows: int
-) -> tuple[tuple[TensorDescriptor, TensorDescriptor], tuple[int, int, int]]:
+) -> tuple[tuple[TensorDescriptor, TensorDescriptor], Distances]:
     """How the copy engine finds rows of x [B, H, N, D], see `forward`.
 
     Args:
@@ -168,8 +187,7 @@ def describe(
         rows: that one copy brings.
 
     Returns:
-        The descriptors of tiles and of runs. The distance from sample to sample in rows. The distance from head to head
-        in rows and in columns.
+        The descriptors of tiles and of runs, and distances between heads.
     """
     distances = _distances(x)
     if distances is None:
@@ -179,7 +197,7 @@ def describe(
     row, by_batch, by_head, column = distances
     columns = (x.shape[1] - 1) * column + x.shape[3]
     tiled, run = (TensorDescriptor(x, *box) for box in _boxes_in_rows(grid, tile, rows, x.shape[3], row, columns))
-    return (tiled, run), (by_batch, by_head, column)
+    return (tiled, run), Distances(by_batch, by_head, column)
 
 
 @functools.lru_cache(maxsize=256)
@@ -209,13 +227,3 @@ def _distances(x: torch.Tensor) -> tuple[int, int, int, int] | None:
     if by_head % row == 0:
         return row, by_batch // row, by_head // row, 0
     return None if by_head % 8 else (row, by_batch // row, 0, by_head)
-
-
-@functools.cache
-def sizes(order: Any) -> tuple[int, ...]:
-    """What the kernel is told of one side, a `TokenOrder`."""
-    grid = order.grid
-    _, tiles_h, tiles_w = order.tiles
-    return (
-        *grid.shape, tiles_h, tiles_w, grid.visual, order.visual_blocks, grid.conditioning, order.conditioning_blocks
-    )  # fmt: skip
