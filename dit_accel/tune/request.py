@@ -14,10 +14,10 @@ from dit_accel.eval.request import EvalRequest, PromptsRequest
 from dit_accel.files import replace_file
 from dit_accel.generation.processes import ProcessRank
 from dit_accel.generation.request import METHOD_FORM, ScheduleOptions
-from dit_accel.method import LossCalibration, Method, RecallCalibration
 from dit_accel.values import option
 
 if TYPE_CHECKING:
+    from dit_accel.method import Method
     from dit_accel.setting import Setting
 
 
@@ -64,6 +64,8 @@ class TuneRequest(ScheduleOptions, PromptsRequest):
 
     def calibrated(self) -> tuple[Method, dict[str, Any]]:
         """The method to calibrate, and its settings; methods without a calibration and odd settings are refused."""
+        from dit_accel.method import LossCalibration  # which imports PyTorch
+
         methods = {name: method for name, method in registry.get_methods().items() if method.calibration is not None}
         name, config = registry.parse_method(self.method[0]) if self.method else (_usual(methods), {})
         method = methods.get(name)
@@ -91,4 +93,6 @@ class TuneRequest(ScheduleOptions, PromptsRequest):
 
 def _usual(methods: Mapping[str, Method]) -> str:
     """The method that is calibrated if none is named: the first one by recall."""
+    from dit_accel.method import RecallCalibration
+
     return next(name for name, method in methods.items() if isinstance(method.calibration, RecallCalibration))

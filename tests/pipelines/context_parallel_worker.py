@@ -91,9 +91,27 @@ def equal_shares(build, inputs):
         step = tiny_models.run(shared, inputs)
     yield "dense step", {"identical": torch.equal(step, dense[0])}
     yield "dense", compare(dense[0], dense[1], tiny_models.run(double, exact_inputs))
+    for cache in ("first-block:threshold=0.05", "mag:threshold=0.05"):
+        (got, steps), (plain_steps, alone), (exact_steps, _) = (
+            cached(transformer, given, cache)
+            for transformer, given in ((shared, inputs), (single, inputs), (double, exact_inputs))
+        )
+        yield f"cached/{cache}", compare(got, plain_steps, exact_steps)
+        yield f"skipped/{cache}", {"identical": steps == alone and 0 < sum(share < 1 for share in alone.values())}
     if RANKS == 2:
         shared.compile_repeated_blocks(backend="aot_eager", fullgraph=True)
         yield "compiled", compare(accelerated(shared, inputs, "gna", WINDOW)[0], plain, exact)
+
+
+def cached(transformer, inputs, cache):
+    """Outputs of four steps under a step cache, and the share of layers that ran in each."""
+    outputs = []
+    with dit_accel.accelerated(transformer, "gna", cache=cache, dense_layers=0, **WINDOW) as accel:
+        for step in range(4):
+            accel.set_step(step, 4)
+            hidden_states = inputs["hidden_states"] * (1 + step / 20)
+            outputs.append(tiny_models.run(transformer, inputs | {"hidden_states": hidden_states}))
+        return torch.stack(outputs), accel.report().cache.branches[0].steps
 
 
 def all_gather_anything(tensor, dim, group):

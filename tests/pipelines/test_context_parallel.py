@@ -100,7 +100,7 @@ def test_two_processes(tmp_path, evidence):
         for tiny in shared_models():
             for method in methods(tiny):
                 evidence(report_of(found[f"{tiny}/{method}"]))
-        assert {"odd heads/gna", "gradients", "dense step", "compiled"} <= found.keys()
+        assert {"odd heads/gna", "gradients", "dense step", "compiled", "cached/mag:threshold=0.05"} <= found.keys()
 
 
 def test_four_processes(tmp_path):
