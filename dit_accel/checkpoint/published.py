@@ -53,7 +53,7 @@ class Tuned:
 
 
 @dataclasses.dataclass(frozen=True)
-class Reading:
+class WeightReading:
     """What the files of one transformer become.
 
     Args:
@@ -89,7 +89,7 @@ class Format:
     transformers: tuple[str, ...]
     detect: Callable[[WeightFiles], bool]
     tuned: Callable[[WeightFiles], Tuned]
-    read: Callable[[StoredModel], Reading]
+    read: Callable[[StoredModel], WeightReading]
 
 
 @functools.cache
@@ -139,7 +139,7 @@ class Fitting:
 
     format: Format
     tuned: Tuned
-    readings: Mapping[str, Reading]
+    readings: Mapping[str, WeightReading]
 
 
 def fit(target: Any, files: WeightFiles, given: Mapping[str, Any]) -> Fitting:

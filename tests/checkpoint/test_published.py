@@ -15,10 +15,10 @@ from dit_accel.errors import DitAccelError
 
 OUTSIDE = """
 from dit_accel.checkpoint.model_weights import NewWeight
-from dit_accel.checkpoint.published import Format, Reading, Tuned
+from dit_accel.checkpoint.published import Format, WeightReading, Tuned
 
 def read(model):
-    return Reading({key[4:]: NewWeight.of(own) for key, own in model.tensors.items()}, {}, lambda name: False)
+    return WeightReading({key[4:]: NewWeight.of(own) for key, own in model.tensors.items()}, {}, lambda name: False)
 
 FORMAT = Format(
     name="outside", summary="weights of an outsider", source="-", transformers=("WanTransformer3DModel",),

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 
 from dit_accel.checkpoint.model_weights import NewWeight
-from dit_accel.checkpoint.published import Format, Reading, Tuned
+from dit_accel.checkpoint.published import Format, Tuned, WeightReading
 from dit_accel.checkpoint.weight_files import StoredModel, StoredTensor, WeightFiles
 
 LAYER = r"(single_)?transformer_blocks\.\d+\.attn\."
@@ -33,7 +33,7 @@ def tuned(files: WeightFiles) -> Tuned:
     return Tuned("clear", {"pool": pool} if cells is not None else {}, ask={"radius": "8, 16 or 32, as its name says"})
 
 
-def read(model: StoredModel) -> Reading:
+def read(model: StoredModel) -> WeightReading:
     tensors = {name.removeprefix(PREFIX): stored for name, stored in model.tensors.items()}
     weights = {name: NewWeight.of(stored) for name, stored in tensors.items() if not name.endswith(CELLS)}
     learned = {
@@ -41,7 +41,7 @@ def read(model: StoredModel) -> Reading:
         for name, stored in tensors.items()
         if name.endswith(CELLS)
     }
-    return Reading(weights, learned, lambda name: PROJECTION.fullmatch(name) is not None)
+    return WeightReading(weights, learned, lambda name: PROJECTION.fullmatch(name) is not None)
 
 
 def _squeezed(stored: StoredTensor) -> NewWeight:

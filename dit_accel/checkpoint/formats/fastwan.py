@@ -12,7 +12,7 @@ from __future__ import annotations
 from dit_accel.checkpoint import wan_names
 from dit_accel.checkpoint.few_steps import dmd
 from dit_accel.checkpoint.model_weights import NewWeight, every
-from dit_accel.checkpoint.published import Format, Reading, Tuned
+from dit_accel.checkpoint.published import Format, Tuned, WeightReading
 from dit_accel.checkpoint.weight_files import StoredModel, WeightFiles
 
 GATE, LEARNED = ".to_gate_compress.", ".attn1.proxy_gate."
@@ -39,11 +39,11 @@ def tuned(files: WeightFiles) -> Tuned:
     return Tuned("proxy", {"topk": 0.1 if gate[0] == WIDE else 0.2, **VSA}, call, sampler)
 
 
-def read(model: StoredModel) -> Reading:
+def read(model: StoredModel) -> WeightReading:
     tensors, notes = wan_names.in_diffusers(model.tensors)
     new = {name: wan_names.unflattened(name, NewWeight.of(stored)) for name, stored in tensors.items()}
     learned = {name.replace(GATE, LEARNED): weight for name, weight in new.items() if GATE in name}
-    return Reading({name: own for name, own in new.items() if GATE not in name}, learned, every, notes)
+    return WeightReading({name: own for name, own in new.items() if GATE not in name}, learned, every, notes)
 
 
 FORMAT = Format(

@@ -14,7 +14,7 @@ import torch
 from dit_accel.checkpoint import wan_names
 from dit_accel.checkpoint.few_steps import rcm
 from dit_accel.checkpoint.model_weights import NewWeight, every
-from dit_accel.checkpoint.published import Format, Reading, Tuned
+from dit_accel.checkpoint.published import Format, Tuned, WeightReading
 from dit_accel.checkpoint.weight_files import StoredModel, StoredTensor, WeightFiles
 
 PROJECTIONS = (".attn1.attn_op.local_attn.proj_l.", ".attn1.attn_impl.proj_l.")  # the first in the original's too
@@ -40,7 +40,7 @@ def tuned(files: WeightFiles) -> Tuned:
     return Tuned("sla", {"topk": topk, "block_q": 128, "block": 64}, call, sampler)
 
 
-def read(model: StoredModel) -> Reading:
+def read(model: StoredModel) -> WeightReading:
     tensors, notes = wan_names.in_diffusers(model.tensors)
     weights, learned = {}, {}
     for name, new in _dequantised(tensors).items():
@@ -49,7 +49,7 @@ def read(model: StoredModel) -> Reading:
             weights[name] = wan_names.unflattened(name, new)
         else:
             learned[name.replace(spelling, ".attn1.sparse_linear.proj.")] = new
-    return Reading(weights, learned, every, notes)
+    return WeightReading(weights, learned, every, notes)
 
 
 def _dequantised(tensors: dict[str, StoredTensor]) -> dict[str, NewWeight]:
