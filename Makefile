@@ -1,6 +1,6 @@
 # make demo   two videos of one prompt and seed, dense and accelerated, with times and likeness
 # make test   the test suite          make check   lint, types, layout
-# make kernels  every Triton kernel compiled for five architectures, no GPU needed, as JSON rows
+# make kernels  every Triton kernel compiled for five architectures by two Tritons, no GPU needed, as JSON rows
 # make support  the table of what is tested together (dit_accel/pipelines/SUPPORT.md), from the tests' results
 # make bench  the attention methods against dense attention on this machine, as JSON rows
 # make eval   quality and speed of all methods on the embedded model: a report, and the table and picture of docs/results.md
@@ -14,6 +14,10 @@ DEMO_METHOD ?= sol:order=morton,block_q=256,block=32,tail=hybrid,variance=exact,
 DEMO_SETTINGS ?= --frames 17 --height 224 --width 256 --dense-steps 2 --dense-last-steps 1
 PYTEST_FLAGS ?=
 KERNELS_FLAGS ?=
+# The oldest Triton that pyproject.toml takes compiles two builds a kernel; OLDEST_FLAGS=--all compiles all.
+OLDEST_TRITON := 3.6.0
+OLDEST_FLAGS ?= --few
+OLDEST := $(VENV)-triton-$(OLDEST_TRITON)
 # Triton reads its interpreter's switch when it is imported, so these tests have a process of their own.
 INTERPRETED := tests/kernels/block_sparse/test_triton.py tests/kernels/block_sparse/test_gluon.py \
 	tests/kernels/block_sparse/test_gluon_backward.py \
@@ -60,8 +64,17 @@ support: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --junitxml=$(OUTPUT)/support.xml tests/pipelines tests/test_accelerator.py
 	$(BIN)/python tests/support_table.py $(OUTPUT)/support.xml
 
-kernels: $(INSTALLED)
-	$(BIN)/python -m tools.kernels.ahead_of_time $(KERNELS_FLAGS)
+kernels: $(INSTALLED) $(OLDEST)
+	@status=0; \
+	$(BIN)/python -m tools.kernels.ahead_of_time $(KERNELS_FLAGS) || status=$$?; \
+	PYTHONPATH=$(OLDEST) $(BIN)/python -m tools.kernels.ahead_of_time $(OLDEST_FLAGS) || status=$$?; \
+	exit $$status
+
+# No torch belongs to it: compilers need none, and the kernels' modules import the one in .venv.
+$(OLDEST): | $(INSTALLED)
+	rm -rf $@-new
+	$(BIN)/python -m pip install --quiet --no-deps --target $@-new triton==$(OLDEST_TRITON)
+	mv $@-new $@
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -77,4 +90,4 @@ eval: $(INSTALLED)
 	$(BIN)/python -m tools.results_page $(OUTPUT)/eval
 
 clean:
-	rm -rf $(VENV) $(VENV)-bootstrap build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-* build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache

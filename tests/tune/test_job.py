@@ -108,7 +108,7 @@ def test_dense_steps_are_shares_so_that_short_rounds_have_them_too():
     from dit_accel.tune.request import TuneRequest
 
     asked = TuneRequest(target="2x", method=("sol", "gna:window=3"), dense_steps=10, dense_layers=1)
-    candidates, left_out = space.settings(asked, dit_accel.TokenGrid(4, 16, 16), [get_families()["wan"]], 50)
+    candidates, left_out = space.settings(asked, dit_accel.TokenGrid(8, 32, 32), [get_families()["wan"]], 50)
     schedules = {candidate.setting.schedule for candidate in candidates}
     assert {(schedule.dense_steps, schedule.dense_layers) for schedule in schedules} == {(0.2, 1)} and not left_out
     assert [candidate.title for candidate in candidates if candidate.method == "gna"] == ["gna:window=3"]

@@ -1,10 +1,10 @@
 """Compile every Triton kernel for GPUs that need not be present, and print the resources of each build.
 
-    python -m tools.kernels.ahead_of_time [--arch 90 ...] [--kernel NAME ...] [--all] [--loops]
+    python -m tools.kernels.ahead_of_time [--arch 90 ...] [--kernel NAME ...] [--all|--few] [--loops]
 
 For each kernel, builds are chosen until every pair of settings occurs in one of them; the architecture is a setting.
-``--arch`` with one architecture covers the pairs there; ``--all`` compiles every combination. The configurations are
-those of the table that the launcher and the autotuner read.
+``--arch`` with one architecture covers the pairs there; ``--all`` compiles every combination, ``--few`` two a kernel.
+The configurations are those of the table that the launcher and the autotuner read.
 
 One JSON line a build: kernel, arch, dtype, config, registers, spill_bytes, spills_in_loops (instructions in loops that
 access spilled registers), shared_bytes, instructions; for a kernel that multiplies also copies_left: for each loop that
@@ -39,6 +39,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
+from importlib import metadata
 from typing import Any, NamedTuple
 
 from dit_accel.kernels.block_sparse.triton_configs import SHARED_BYTES
@@ -174,6 +175,16 @@ def covering(jobs: Sequence[tuple[Build, int, str]]) -> list[tuple[Build, int, s
         chosen.append(best)
         missing -= held[best]
     return chosen
+
+
+def few(jobs: Sequence[tuple[Build, int, str]], number: int) -> list[tuple[Build, int, str]]:
+    """Builds of one kernel for a second compiler: with the most warps on 9.0, and one on another architecture.
+
+    `number` of the kernel: architectures and dtypes take turns.
+    """
+    others = [arch for arch in ARCHS if arch != 90]
+    hopper, other = ([job for job in jobs if job[1] == arch] for arch in (90, others[number % len(others)]))
+    return sorted(hopper, key=lambda job: job[0].warps)[-1:] + other[-(number % 2) :][:1]
 
 
 def compile_build(build: Build, arch: int, dtype: str, loops: bool = False) -> dict[str, Any]:
@@ -325,6 +336,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--kernel", nargs="+", help="only kernels of these names")
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=DTYPES)
     parser.add_argument("--all", action="store_true", help="every combination of settings")
+    parser.add_argument("--few", action="store_true", help="two builds a kernel: on 9.0, and on another in turn")
     parser.add_argument("--loops", action="store_true", help="count the instructions of loops, too")
     options = parser.parse_args(arguments)
     jobs: list[tuple[Build, int, str, bool]] = []
@@ -342,8 +354,9 @@ def main(arguments: list[str] | None = None) -> int:
             typed = {name for name, kind in build.pointers if "data" in str(kind)} & set(build.load().arg_names)
             dtypes = options.dtype if typed else options.dtype[:1]
             kernels.setdefault(build.kernel, []).extend((build, arch, dtype) for dtype in dtypes)
-    for candidates in kernels.values():
-        jobs += [(*job, options.loops) for job in (candidates if options.all else covering(candidates))]
+    for number, candidates in enumerate(kernels.values()):
+        chosen = candidates if options.all else few(candidates, number) if options.few else covering(candidates)
+        jobs += [(*job, options.loops) for job in chosen]
     with concurrent.futures.ProcessPoolExecutor(os.cpu_count()) as pool:
         rows = pool.map(compile_build, *zip(*jobs, strict=True), chunksize=4)
         for (build, arch, dtype, _), row in zip(jobs, rows, strict=True):
@@ -353,7 +366,7 @@ def main(arguments: list[str] | None = None) -> int:
             if trouble:
                 failures += 1
                 print(f"{build.kernel} sm_{arch} {dtype} {build.config}: {trouble}", file=sys.stderr)
-    print(f"{len(jobs)} builds, {failures} failed", file=sys.stderr)
+    print(f"Triton {metadata.version('triton')}: {len(jobs)} builds, {failures} failed", file=sys.stderr)
     return int(failures > 0)
 
 

@@ -4,6 +4,7 @@ import importlib
 import itertools
 import json
 import os
+import pathlib
 import re
 
 import pytest
@@ -181,10 +182,30 @@ def test_loops_end_with_a_branch_back_not_with_the_spinning_of_a_wait():
         (torch.float64, 64, (64, 64), "float64"),
         (torch.float16, 320, (64, 64), "320"),
         (torch.float16, 64, (96, 64), "query blocks"),
-        (torch.float16, 64, (64, 256), "key blocks"),
+        (torch.float16, 64, (64, 384), "key blocks"),
         (torch.bfloat16, 40, (16, 128), None),
     ],
 )
 def test_limits_are_said(dtype, dim, blocks, words):
     reason = impls.named("triton").obstacle(impls.Facts(torch.device("cuda"), dtype, dim, *blocks))
     assert reason is None if words is None else words in reason
+
+
+def test_few_builds_hold_every_kernel():
+    """Each kernel on 9.0 with the most warps that it has there, and every other architecture for some of them."""
+    jobs = {}
+    for arch in ahead_of_time.ARCHS:
+        for build in ahead_of_time.all_builds(arch):
+            jobs.setdefault(build.kernel, []).append((build, arch, "bf16"))
+    chosen = [ahead_of_time.few(each, number) for number, each in enumerate(jobs.values())]
+    for every, (first, *others) in zip(jobs.values(), chosen, strict=True):
+        assert first[1] == 90 and first[0].warps == max(build.warps for build, arch, _ in every if arch == 90)
+        assert len(others) == any(arch != 90 for _, arch, _ in every)
+    assert {arch for each in chosen for _, arch, _ in each} == set(ahead_of_time.ARCHS)
+
+
+def test_the_oldest_triton_is_the_floor_of_the_package():
+    root = pathlib.Path(__file__).parents[3]
+    floor = re.search(r'"triton>=([\d.]+);', (root / "pyproject.toml").read_text())[1]
+    oldest = re.search(r"^OLDEST_TRITON := ([\d.]+)$", (root / "Makefile").read_text(), re.MULTILINE)[1]
+    assert oldest.startswith(f"{floor}.")
