@@ -1,19 +1,26 @@
 #!/usr/bin/env bash
-# Measures everything on one NVIDIA H200, in one call of less than nine minutes:
+# Measures on one NVIDIA H200, in three commands of nine, nine and eight minutes, each into a fresh folder:
 #
-#     benchmarks/h200.sh [FOLDER]        (benchmarks/results/h200 if not given)
+#     benchmarks/h200.sh A|B|C [FOLDER]        (benchmarks/results/h200-A and so on if not given)
 #
-# 1. the declared rows of the operators, the most telling first; 2. steps of whole models; 3. a profile; 4. the kernels'
-# tests, natively; 5. one page: the tables of all rows, and the picture.
-# Every row is written as soon as it is measured: a run that is cut short keeps its rows, and the next call continues.
-# It needs an installed checkout (make install). PARTS=rows or PARTS=steps measures those alone.
+# A. Native tests of the kernels that no GPU has run (tail, router, Gluon); rows of the operators: forward, forward plus
+#    backward by "auto" and by "gluon", SLA, the routed methods with profiles, a published kernel's size.
+# B. Steps of whole models: Wan2.1-14B 720p, HunyuanVideo 720p, FLUX 4K, eager, then compiled.
+# C. A profile of the forward and of dk and dv, every density, all tests of the kernels.
+# Each writes rows as soon as they are measured, and ends with a page of its rows' tables. A folder that has files is
+# refused; RESUME=1 continues it. The checkout need not be installed if its requirements are on PYTHONPATH.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-FOLDER=${1:-benchmarks/results/h200}
+PART=${1:-}
+case $PART in A | B) LIMIT=${LIMIT:-525} ;; C) LIMIT=${LIMIT:-465} ;; *)
+    echo "usage: benchmarks/h200.sh A|B|C [FOLDER]" >&2
+    exit 2
+    ;;
+esac
+FOLDER=${2:-benchmarks/results/h200-$PART}
 PYTHON=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
 ROWS=$FOLDER/rows.jsonl
 STEPS=$FOLDER/steps.jsonl
-LIMIT=${LIMIT:-515} # seconds
 DEVICE=${DEVICE:-cuda}
 END=$((SECONDS + LIMIT))
 STATUS=0
@@ -36,71 +43,88 @@ bench() {
         >>"$FOLDER/bench.txt"
 }
 
-# steps SECONDS MODEL MODE...: one model's steps; half a minute a round for the longest, so no time beyond the rounds.
+# steps SECONDS MODEL MODE...: one model's steps, one round each, for half a minute a round is the longest.
 steps() {
     local limit=$1 model=$2 mode=$3
     shift 3
     say "$model, $mode"
-    run "$limit" "$PYTHON" -m tools.steps.measure --device "$DEVICE" --seconds 0 --resume --output "$STEPS" \
-        --shape "$model" --mode "$mode" "$@" >>"$FOLDER/bench.txt"
+    run "$limit" "$PYTHON" -m tools.steps.measure --device "$DEVICE" --seconds 0 --rounds 1 --resume \
+        --output "$STEPS" --shape "$model" --mode "$mode" "$@" >>"$FOLDER/bench.txt"
+}
+
+tests() {
+    local limit=$1
+    shift
+    run "$limit" "$PYTHON" -m pytest -q -n auto "$@" >>"$FOLDER/tests.txt" 2>&1
+    tail -n 3 "$FOLDER/tests.txt"
 }
 
 "$PYTHON" -c "import torch; torch.zeros(1, device='$DEVICE')" 2>/dev/null || {
     echo "benchmarks/h200.sh needs a CUDA device and an installed checkout (make install)." >&2
     exit 2
 }
+if [ -z "${RESUME:-}" ] && [ -n "$(ls -A "$FOLDER" 2>/dev/null)" ]; then
+    echo "$FOLDER has files. Name a fresh folder, or continue this one with RESUME=1." >&2
+    exit 2
+fi
 mkdir -p "$FOLDER"
 
-wants() { [[ " ${PARTS:-rows steps rest} " == *" $1 "* ]]; }
-
-METHODS=(--method gna --method sla --method radial --method tile)
-LARGE=(--shape hunyuan-768p --shape flux-4k --shape wan-14b-720p --shape wan-14b-480p)
+STATIC=(--method gna --method radial --method tile)
+LARGE=(--shape hunyuan-768p --shape flux-4k --shape wan-14b-720p)
 SLA=(--method sla:topk=0.05,block_q=128 --method sla:topk=0.05)
-if wants rows; then
+ROUTED=(--method sol:block_q=128 --method sparge:topk=0.16,topp=0.0 --method rectified:block_q=128)
+NAMED=(--method sol:block_q=128 --method gna --method sla:topk=0.05,block_q=128)
+
+if [ "$PART" = A ]; then
+    say "native tests of what no GPU has run"
+    tests 150 tests/kernels/tail tests/kernels/router tests/kernels/block_sparse/test_gluon.py \
+        tests/kernels/block_sparse/test_gluon_backward.py tests/kernels/sla/test_gluon.py
     say "the large models at 10 %, forward"
-    bench 150 "${LARGE[@]}" "${METHODS[@]}" --density 0.1 --direction forward
+    bench 90 "${LARGE[@]}" "${STATIC[@]}" --density 0.1 --direction forward
+    say "forward plus backward, by auto and by gluon"
+    for impl in auto gluon; do
+        bench 60 --shape hunyuan-768p --shape wan-14b-720p --method gna --density 0.1 --direction both --impl "$impl"
+    done
     say "SLA at 5 %"
-    bench 40 --shape wan-14b-720p --shape hunyuan-768p "${SLA[@]}" --direction forward
-    say "forward plus backward"
-    bench 90 --shape hunyuan-768p --shape wan-14b-720p --method gna --method radial --density 0.1 --direction both
-    bench 40 --shape wan-14b-720p "${SLA[@]}" --direction both
+    bench 40 --shape wan-14b-720p "${SLA[@]:0:2}" --direction forward --impl gluon
+    bench 30 --shape wan-14b-720p "${SLA[@]}" --direction forward
+    say "routed methods"
+    bench 90 --shape wan-14b-720p --shape hunyuan-720p "${ROUTED[@]}" --direction forward
+    say "a published kernel's size"
+    bench 30 --shape anchor-110k
+    say "profile of the routed methods"
+    run 40 "$PYTHON" -m dit_accel bench --device "$DEVICE" --shape wan-14b-720p "${ROUTED[@]}" --direction forward \
+        --seconds 0.1 --profile "$FOLDER/profile.txt" >/dev/null
 fi
-if wants steps; then
+if [ "$PART" = B ]; then
+    for mode in eager compiled; do
+        steps 140 wan-14b-720p "$mode" "${NAMED[@]}"
+        steps 140 hunyuan-720p "$mode" "${NAMED[@]:0:4}"
+        steps 60 flux-4k "$mode"
+    done
     steps 60 wan-1.3b-480p eager
-    steps 120 wan-14b-720p eager --method radial --method gna --method sla
-    steps 120 hunyuan-720p eager --method gna
-    steps 60 flux-4k eager
-    steps 40 wan-14b-480p eager
-    steps 40 cogvideox eager
     steps 60 wan-1.3b-480p compiled
 fi
-if wants rest; then
-
-say "profile"
-run 20 "$PYTHON" -m dit_accel bench --device "$DEVICE" --shape wan-14b-480p --density 0.1 --dtype bfloat16 \
-    --direction forward "${METHODS[@]}" --seconds 0.1 --profile "$FOLDER/profile.txt" >/dev/null
-
-say "tests of the kernels"
-run 240 "$PYTHON" -m pytest -q -n auto tests/kernels >"$FOLDER/tests.txt" 2>&1
-tail -n 3 "$FOLDER/tests.txt"
-say "the other models at 10 %, forward"
-SHAPES=()
-for shape in wan-1.3b-480p hunyuan-720p mochi flux-2k cogvideox; do
-    SHAPES+=(--shape "$shape")
-done
-bench 100 "${SHAPES[@]}" "${METHODS[@]}" --density 0.1 --direction forward
-say "FlexAttention beside gna"
-bench 30 --shape wan-1.3b-480p --method gna --density 0.1 --direction forward --dtype bfloat16 --peer
-for direction in forward backward; do
-    for shape in wan-14b-480p wan-14b-720p wan-1.3b-480p; do
-        say "$shape, every density, $direction"
-        bench 120 "${METHODS[@]}" --shape "$shape" --direction "$direction"
+if [ "$PART" = C ]; then
+    say "profile of the forward, and of dk and dv"
+    for direction in forward backward; do
+        run 30 "$PYTHON" -m dit_accel bench --device "$DEVICE" --shape wan-14b-720p --density 0.1 --method gna \
+            --direction "$direction" --seconds 0.1 --profile "$FOLDER/profile-$direction.txt" >/dev/null
     done
-done
-for model in wan-14b-480p wan-14b-720p flux-4k cogvideox hunyuan-720p; do
-    steps 120 "$model" compiled
-done
-
+    say "all tests of the kernels"
+    tests 200 tests/kernels
+    say "the other models at 10 %, forward"
+    SHAPES=()
+    for shape in wan-14b-480p wan-1.3b-480p hunyuan-720p mochi flux-2k cogvideox; do
+        SHAPES+=(--shape "$shape")
+    done
+    bench 90 "${SHAPES[@]}" "${STATIC[@]}" --density 0.1 --direction forward
+    say "every density"
+    for direction in forward backward; do
+        bench 90 "${STATIC[@]}" --shape wan-14b-720p --direction "$direction"
+    done
+    say "FlexAttention beside gna"
+    bench 30 --shape wan-1.3b-480p --method gna --density 0.1 --direction forward --dtype bfloat16 --peer
 fi
 
 say "summary"

@@ -121,6 +121,7 @@ class Bench:
             "density": density,
             "config": registry.settings_of(plan.config),
             "impl": implementation,
+            "impl_asked": self.impl,
             "impl_reason": reason,
             **times,
             "rounds": len(taken["sparse"]),

@@ -60,7 +60,7 @@ class BenchOptions(JsonOptions, DeviceOptions):
     output: Path | None = option(
         None, "File for the rows; each is added as soon as it is measured.", metavar="FILE.jsonl"
     )
-    resume: bool = option(False, "Skip rows that --output already has from this commit and machine.")
+    resume: bool = option(False, "Skip rows that --output already has from this commit, machine and --impl.")
     profile: Path | None = option(None, "File for where each row's time goes, kernel by kernel.", metavar="FILE.txt")
     picture: Path | None = option(None, "Plot of speed-up against density, with the ideal line.", metavar="FILE.png")
     read: Path | None = option(None, "Measure nothing: show the rows of this file.", metavar="FILE.jsonl")
@@ -107,7 +107,7 @@ def bench(given: dict[str, Any]) -> int:
     device = placement(options.device, "float32", "none")[0]
     rows = _chosen(options, device)
     if options.resume:
-        known = names_in(options.output, device)
+        known = names_in(options.output, device, options.impl)
         rows = [row for row in rows if row.name not in known]
         if not rows:
             typer.echo(f"{options.output} already has all of these rows.", err=True)
@@ -185,18 +185,18 @@ def _check_files(options: BenchOptions) -> None:
             results.read(options.output)
 
 
-def names_in(output: Path | None, device: torch.device, field: str = "op") -> set[str]:
-    """Names of the rows that the file has from this commit and machine; `field` as in `results.read`."""
+def names_in(output: Path | None, device: torch.device, impl: str, field: str = "op") -> set[str]:
+    """Names of the rows that the file has from this commit, machine and `--impl`; `field` as in `results.read`."""
     from dit_accel.generation.provenance import provenance
 
     if output is None:
         raise DitAccelError("--resume continues the file of --output. Add --output FILE.jsonl.")
     if not output.exists():
         return set()
-    fields = ("git", "gpu", "cpu")
-    here = provenance(device)
+    fields = ("git", "gpu", "cpu", "impl_asked")
+    here = {**provenance(device), "impl_asked": impl}
     records = results.read(output, field)
-    return {record["row"] for record in records if all(record[name] == here[name] for name in fields)}
+    return {record["row"] for record in records if all(record.get(name) == here[name] for name in fields)}
 
 
 def measured(

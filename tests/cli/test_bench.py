@@ -128,6 +128,8 @@ def test_resume_measures_what_is_missing(cli, tiny, tmp_path):
     assert cli(*run).err.startswith("1/1 cpu/gna:window=3/-/float32/forward: ")
     assert len(results.read(output)) == 2
     assert says(cli(*run).err, "rows.jsonl")
+    assert "2/2" in cli(*run, "--impl", "reference").err
+    assert says(cli(*run, "--impl", "reference").err, "rows.jsonl")
     other = output.read_text().replace('"git": "', '"git": "other ')
     output.write_text(other)
     assert "2/2" in cli(*run).err

@@ -100,7 +100,7 @@ class StepBench:
 
     Args:
         impl: "auto", or the name of an implementation in `kernels.impls`.
-        seconds: for each timing, after a warm-up round; at least `ROUNDS` rounds.
+        seconds, rounds: for each timing, after a warm-up round; at least so many rounds.
         dtype: of weights and activations.
         backend: of `torch.compile`.
     """
@@ -110,6 +110,7 @@ class StepBench:
     seconds: float = 2.0
     dtype: torch.dtype = torch.bfloat16
     backend: str = "inductor"
+    rounds: int = ROUNDS
 
     def __post_init__(self) -> None:
         self._attention = Bench(self.device, self.impl)
@@ -166,6 +167,7 @@ class StepBench:
             "dense_layers": dense_layers,
             "density": sparse[0].density,
             "impl": next(iter(sparse[0].kernels)),
+            "impl_asked": self.impl,
             "grid": str(subject.grid),
             "tokens": subject.grid.tokens,
             "batch": 1,
@@ -214,7 +216,7 @@ class StepBench:
         on_gpu = self.device.type == "cuda"
         if on_gpu:
             torch.cuda.reset_peak_memory_stats(self.device)
-        taken = alternate({"step": call}, self.seconds, self.device, ROUNDS)["step"]
+        taken = alternate({"step": call}, self.seconds, self.device, self.rounds)["step"]
         peak = torch.cuda.max_memory_allocated(self.device) if on_gpu else None
         return {**quantiles(taken), "rounds": len(taken), "peak": peak}
 
@@ -289,12 +291,12 @@ def run(options: argparse.Namespace) -> int:
     if options.output is not None:
         check_file(options.output, (".jsonl",))
     if options.resume:
-        known = names_in(options.output, device, "model")
+        known = names_in(options.output, device, options.impl, "model")
         steps = [step for step in steps if step.name not in known]
     if not steps:
         print(f"{options.output} has all of these rows already.", file=sys.stderr)
         return 0
-    outcomes = StepBench(device, options.impl, options.seconds).run(steps)
+    outcomes = StepBench(device, options.impl, options.seconds, rounds=options.rounds).run(steps)
     records, status = measured(outcomes, len(steps), options.output, "step_ms_p50")
     show(records)
     return status
@@ -311,7 +313,8 @@ def main() -> None:
     parser.add_argument("--rows", default="*", metavar="GLOB", help="only rows whose name matches")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--impl", default="auto", help="the implementation; a named one runs or is refused")
-    parser.add_argument("--seconds", type=float, default=2.0, help=f"time of each row, at least {ROUNDS} rounds")
+    parser.add_argument("--seconds", type=float, default=2.0, help="time of each row, at least --rounds rounds")
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help="least number of timed steps; default %(default)s")
     parser.add_argument("--output", type=Path, metavar="FILE.jsonl", help="each row is added to it when it is measured")
     parser.add_argument("--resume", action="store_true", help="leave out rows that --output has from here")
     parser.add_argument("--list", action="store_true", help="measure nothing: list the declared rows")
