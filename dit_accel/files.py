@@ -275,10 +275,11 @@ def hold(folder: Path) -> Iterator[bool]:
         if file is not None:
             path.unlink(missing_ok=True)
             file.close()
-        for each in made:
-            if any(each.iterdir()):
-                break
-            each.rmdir()
+        with contextlib.suppress(FileNotFoundError):  # somebody has removed it
+            for each in made:
+                if any(each.iterdir()):
+                    break
+                each.rmdir()
 
 
 def _open_lock(path: Path) -> tuple[IO[str], bool]:

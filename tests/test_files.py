@@ -2,6 +2,7 @@
 
 import os
 import platform
+import shutil
 import signal
 import subprocess
 import sys
@@ -182,4 +183,10 @@ def test_a_full_disk_leaves_no_folder(tmp_path):
     with pytest.raises(DitAccelError, match="No space left"), files.staged(tmp_path / "new" / "data" / "a") as stage:
         (stage / "a").write_text("half")
         raise OSError(files.errno.ENOSPC, "No space left on device")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_is_removed_while_it_is_held(tmp_path):
+    with files.hold(tmp_path / "out"):
+        shutil.rmtree(tmp_path / "out")
     assert list(tmp_path.iterdir()) == []

@@ -15,6 +15,8 @@ from dit_accel.values import option
 
 INDEX = "dataset.json"  # of a folder with prepared data
 RECIPES = pathlib.Path(__file__).parent / "recipes"
+MOST_STEPS = 10_000_000
+MOST_SEED = 2**23 - 1  # a generator takes the seed and 40 bits of position
 
 
 def parse_objectives(items: list[str]) -> dict[str, float]:
@@ -89,9 +91,9 @@ class TrainSettings:
     attention_every: int = option(
         1, "The attention objective watches the last of every n self-attention layers.", least=1, typed=False
     )
-    steps: int = option(1000, "Optimizer steps.", least=1)
+    steps: int = option(1000, "Optimizer steps.", least=1, most=MOST_STEPS)
     batch: int = option(1, "Samples in a micro-batch of one process.", least=1)
-    accumulation: int = option(1, "Micro-batches of one process in an optimizer step.", least=1)
+    accumulation: int = option(1, "Micro-batches of one process in an optimizer step.", least=1, most=100_000)
     rate: float = option(1e-4, "Learning rate.", above=0)
     method_rate: float | None = option(
         None,
@@ -129,7 +131,7 @@ class TrainSettings:
     )
     precision: Literal["no", "bf16", "fp16"] = option("no", "Mixed precision; no is float32.")
     checkpointing: bool = option(False, "Recompute activations in the backward pass.", typed=False)
-    seed: int = option(0, "Seed of data order and noise.", least=0)
+    seed: int = option(0, "Seed of data order and noise.", least=0, most=MOST_SEED)
     save_every: int = option(500, "Steps between checkpoints.", least=1)
     validate_every: int = option(0, "Steps between samples of --prompt; 0 makes none.", least=0)
     tracker: str | None = option(
