@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import textwrap
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -133,7 +134,7 @@ def _describe(found: Mapping[str, Any]) -> list[str]:
 
 
 def _print_lists() -> None:
-    """A line each, cut at the terminal's width: when to choose a method, what a family covers and its presets."""
+    """An entry each, wrapped at the terminal's width: when to choose a method, what a family covers and its presets."""
     from rich.console import Console
 
     console = Console()
@@ -143,9 +144,9 @@ def _print_lists() -> None:
         console.print(f"{title}:", highlight=False)
         width = max(map(len, entries))
         for name, about in entries.items():
-            text = f"  {name:{width}}  {about}"
-            cut = text if len(text) <= console.width else f"{text[: console.width - 1]}…"
-            console.print(cut, highlight=False, markup=False)
+            indent = " " * (width + 4)
+            wrapped = textwrap.wrap(f"  {name:{width}}  {about}", console.width, subsequent_indent=indent)
+            console.print("\n".join(wrapped), highlight=False, markup=False)
     lines = (
         f"Refused: {len(REFUSED)} transformers, each with its reason",
         f"Embedded models: {', '.join(EMBEDDED)}",

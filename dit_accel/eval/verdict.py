@@ -92,7 +92,8 @@ def _nothing_gains(rows: Sequence[Row], tokens: int) -> str:
     if not sparse:
         return "No setting attends to fewer pairs than dense attention."
     fastest, base = _fastest(sparse), rows[0]
-    said = f"No setting is surely faster than dense at {tokens:,} tokens. The fastest is {_figures(fastest, None)}."
+    first = "The fastest is" if fastest["speedup"] > 1 else "The fastest is dense attention, and next comes"
+    said = f"No setting is surely faster than dense at {tokens:,} tokens. {first} {_figures(fastest, None)}."
     if base["attention_seconds"] is None:
         return f"{said} Without --compile, the verdict also estimates from how many tokens on one would be."
     timed = [row for row in (base, *sparse) if row["attention_seconds"]]

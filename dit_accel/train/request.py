@@ -120,6 +120,8 @@ class TrainRequest:
         options = RunOptions(**run)
         base = None if options.recipe is None else read_recipe(options.recipe)
         changes = {**read_options(options.others), **train}
+        if base is None and not {"method", "layer_schedule"} & changes.keys():
+            raise DitAccelError("train needs a method first: --method, such as sla, or a --recipe, such as sla-demo.")
         if {"method", "config"} & train.keys():
             method = train.get("method", base.train["method"] if base else registry.DENSE)
             changes["method"], changes["config"] = registry.parse_method(method, train.get("config", ()))
