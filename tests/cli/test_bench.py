@@ -177,7 +177,7 @@ def test_picture_and_table_of_a_file(cli, tiny, tmp_path):
         (("--read", "none.jsonl"), "none.jsonl cannot be read: No such file"),
         (("--read", "a.jsonl", "--list"), "--read measures nothing"),
         (("--list", "--picture", "a.png"), "--list measures nothing"),
-        (("--resume",), "Give both"),
+        (("--resume",), "--output FILE.jsonl"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )

@@ -51,7 +51,7 @@ def test_a_class_of_a_later_diffusers_is_refused():
     class NextYearTransformer3DModel(nn.Module):
         pass
 
-    with pytest.raises(dit_accel.DitAccelError, match=names("NextYear wan")):
+    with pytest.raises(dit_accel.DitAccelError, match=names("NextYearTransformer3DModel wan")):
         dit_accel.accelerate(NextYearTransformer3DModel(), "dense")
 
 
