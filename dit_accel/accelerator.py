@@ -31,7 +31,7 @@ from dit_accel.kernels.impls import Impl
 from dit_accel.method import Method
 from dit_accel.pipelines.family import Family, Preset
 from dit_accel.pipelines.targets import find_transformers
-from dit_accel.registry import get_method
+from dit_accel.registry import DENSE, get_method
 from dit_accel.schedule import Amount
 from dit_accel.setting import Setting
 
@@ -80,7 +80,7 @@ class Accelerator:
             raise
         self.active = True
         layers, method = [layer for engine in self._engines for layer in engine.layers], self.setting.method
-        if not get_method(method).untouched and all(layer.dense_reason for layer in layers):
+        if method != DENSE and all(layer.dense_reason for layer in layers):
             warnings.warn(
                 f"Every layer stays dense, so {method} computes nothing. Give fewer dense_layers or other settings.",
                 DitAccelWarning,

@@ -152,7 +152,6 @@ class Method:
         calibration: how `dit-accel tune --calibrate` finds settings of each layer; None: it does not.
         needs_training: whether a model has to be fine-tuned with it.
         experimental: whether it may change or go.
-        untouched: whether it leaves the model's own attention in place.
         at_density: settings that keep about a given share of all pairs of a grid, text included, for benchmarks; None
             without such a rule.
         sparsest: the share of the visual pairs that every setting keeps on a grid; 1: all, or not for such grids.
@@ -170,7 +169,6 @@ class Method:
     calibration: RecallCalibration | LossCalibration | None = None
     needs_training: bool = False
     experimental: bool = False
-    untouched: bool = False
     at_density: Callable[[TokenGrid, float], dict[str, Any]] | None = None
     sparsest: Callable[[TokenGrid], float] = lambda grid: 0.0
     note: str | None = None

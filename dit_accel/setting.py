@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any
 from dit_accel.caches.step_cache import StepCache
 from dit_accel.errors import DitAccelError
 from dit_accel.files import MARK, read_json
-from dit_accel.registry import get_method, make_config, parse_method, parse_value, plain, settings_of
+from dit_accel.registry import DENSE, get_method, make_config, parse_method, parse_value, plain, settings_of
 from dit_accel.schedule import Schedule
 
 if TYPE_CHECKING:
@@ -188,7 +188,7 @@ class Setting:
         """Schedule, back end and step cache as typed, by name, where they differ from the defaults."""
         words = {**dataclasses.asdict(self.schedule), "dense_backend": self.dense_backend, "cache": self.cache}
         shown = {name for name, value in words.items() if value}
-        if self.cache is not None and self.cache.name == "first-block" and self.method != "dense":
+        if self.cache is not None and self.cache.name == "first-block" and self.method != DENSE:
             shown.add("dense_layers")  # whose default is another with this cache
         return {name: _word_text(value) for name, value in words.items() if name in shown}
 
@@ -233,7 +233,7 @@ class Setting:
         return [(config, self._dense_reason(config, index in dense)) for index, config in enumerate(row)]
 
     def _dense_reason(self, config: Any | None, scheduled: bool) -> str | None:
-        if get_method(self.method).untouched:
+        if self.method == DENSE:
             return f"method {self.method}"
         if config is None:
             return "layer schedule"

@@ -100,8 +100,8 @@ def test_shared_results_with_a_cache(share, wan_pipe):
     """A skipped refresh happens at the next computed step, and nothing is kept behind a last step that is skipped."""
     pipe = wan_pipe()
     cache = "mag:threshold=9,mag_ratios=1.0,retention_ratio=0,max_skip_steps=2"
-    with dit_accel.accelerated(pipe, "gna", share=share, refresh=2, cache=cache, **WINDOW) as accel:
-        generate(pipe)  # computes steps 0 and 3, each later than two steps after the last refresh
+    with dit_accel.accelerated(pipe, "gna", share=share, refresh=3, cache=cache, **WINDOW) as accel:
+        generate(pipe)  # computes steps 0 and 3, each three steps after the last refresh
         report = accel.report()
         assert list(report.cache.branches[0].steps.values()) == [1, 0, 0, 1, 0, 0]
         assert all(layer.step_density[3] >= 1 for layer in report.layers)

@@ -62,7 +62,7 @@ def update(results: Path, root: Path) -> None:
     for source, target in (("summary.json", SUMMARY), ("pareto.png", PICTURE)):
         (root / target).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(results / source, root / target)
-    replace_file(page, f"{before}{BEGIN}\n{section(summary)}\n{END}{after}".encode())
+    replace_file(page, f"{before}{BEGIN}\n{section(summary)}\n{END}{after}".encode(), checked=True)
 
 
 def main() -> None:

@@ -25,7 +25,6 @@ METHOD = Method(
     "the model's own attention",
     source="-",
     good_for="the model's own attention, bit for bit",
-    untouched=True,
     at_density=lambda grid, density: {},
     sparsest=lambda grid: 1.0,
 )

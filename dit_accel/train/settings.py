@@ -153,7 +153,7 @@ class TrainSettings:
                 "anchors to them. Take flow and teacher."
             )
         objectives.check_method(self.objectives, method, configs)
-        if method.untouched and not {"flow", "consistency"} & self.objectives.keys():
+        if method.name == registry.DENSE and not {"flow", "consistency"} & self.objectives.keys():
             raise DitAccelError(
                 "The dense method is its own teacher, so there is nothing to learn. Choose a sparse method, or the "
                 "objective flow or consistency."

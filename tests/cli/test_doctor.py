@@ -20,7 +20,7 @@ def test_every_implementation_and_what_auto_takes(cli):
     found = findings(cli)
     assert {f"{row.kernel}, {row.name}" for row in impls.rows()} <= found.keys()
     assert found["block_sparse, portable"]["detail"] == 'what "auto" takes'
-    assert found["block_sparse, reference"]["detail"] == "runs if it is named"
+    assert found["block_sparse, reference"]["detail"] == "runs only if you name it"
     assert not found["block_sparse, gluon"]["works"] and "gluon takes" in found["block_sparse, gluon"]["detail"]
     lines = cli("doctor", "--device", "cpu").out.splitlines()
     assert lines[0] == "cpu, float32"

@@ -34,7 +34,7 @@ def test_prepare_train_and_generate(cli, demo, tmp_path):
     assert f"dit-accel generate --model demo --load {folder}" in done.out
     assert (folder / "validation" / "step-00000002" / "00.mp4").is_file()
     settings = json.loads((folder / "accelerator.json").read_text())
-    assert settings["method"] == "sla" and settings["trained"]["model"] == "demo"
+    assert settings["setting"]["method"] == "sla" and settings["trained"]["model"] == "demo"
     shown = cli("generate", *SIZE, "--steps", 1, "--load", folder, "--output", tmp_path / "a.mp4")
     assert shown.status == 0 and "sla(topk=0.3" in shown.out
     card = (folder / "README.md").read_text()

@@ -14,7 +14,7 @@ from dit_accel.eval.suite import methods
 
 KILLS = 20
 SWEEP = {"frames": 9, "height": 32, "width": 32, "steps": 2, "seeds": tuple(range(4)), "metrics": ("psnr", "ssim")}
-METHODS = ("gna:window=0.5", "tile:references=1", "sla:topk=0.3,block=16")
+METHODS = ("gna:window=0.5", "tile:references=1", "sla:topk=0.3,block=8")
 TIMES = {"seconds", "denoising_seconds", "seconds_per_step", "attention_seconds", "date"}
 
 

@@ -14,6 +14,7 @@ from dit_accel.hooks.report import LayerReport, Report
 from dit_accel.hooks.selfcheck import AttentionCall, SelfCheck, sample
 from dit_accel.methods.sla import SparseLinearAttention
 from dit_accel.plans.routed import RoutedPlan
+from dit_accel.setting import Setting
 
 WINDOW = {"window": (3, 5, 4)}
 GRID = dit_accel.TokenGrid(3, 5, 7, text=6, text_first=True, conditioning=4)
@@ -137,7 +138,7 @@ def test_nothing_to_compare_with():
     assert selfcheck.whole(torch.tensor([0.0, 0.0, 3.0, 4.0])) == (0.0, 0.75)
     assert selfcheck.whole(torch.tensor([1.0, 0.0, 3.0, 4.0])) == (math.inf, 0.75)
     layer = LayerReport("transformer", "attn", relative_error=math.inf, kept_mass=math.nan)
-    report = Report("gna", {}, {}, "auto", {}, {}, [layer])
+    report = Report(Setting.parse("gna:window=2"), "auto", {}, {}, [layer])
     (record,) = json.loads(json.dumps(report.as_dict(), allow_nan=False))["layers"]
     assert (record["relative_error"], record["kept_mass"]) == ("inf", "nan")
 

@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import torch
+from messages import names
 
 import dit_accel
 from dit_accel.errors import DitAccelError
@@ -134,13 +135,13 @@ def test_a_file_gives_each_layer_and_head_its_budget(option, calibrated, tiny_wa
 
 def test_files_without_these_budgets_are_refused(calibrated, tiny_wan, wan_inputs, tmp_path):
     def refused(message, path, method="sparge"):
-        with pytest.raises(DitAccelError, match=message):
+        with pytest.raises(DitAccelError, match=names(message)):
             dit_accel.accelerate(tiny_wan(), method, budgets=path)
 
-    refused("settings for 3 layers of transformer, which has 2", calibrated(0.2, 0.9, 0.3))
-    refused("of sparge's heads.* of sparge without budgets", calibrated(0.2, 0.2, budgets="equal"))
-    refused("of gna's heads.* is a layer schedule of sparge", calibrated(0.2, 0.9), "gna")
-    refused("cannot be read", tmp_path / "none.json")
+    refused("3 2 transformer", calibrated(0.2, 0.9, 0.3))
+    refused("budgets.json sparge without budgets", calibrated(0.2, 0.2, budgets="equal"))
+    refused("budgets gna sparge", calibrated(0.2, 0.9), "gna")
+    refused("none.json", tmp_path / "none.json")
     model = tiny_wan()
     with dit_accel.accelerated(model, "sparge", budgets=calibrated(0.2, 0.9, heads=1)) as accel:
         accel.set_step(1, 3)

@@ -1,5 +1,6 @@
 """Several processes for one sequence: the same result as one process, for every class that Diffusers can share out."""
 
+import dataclasses
 import functools
 import json
 import multiprocessing
@@ -86,7 +87,8 @@ def assert_equal_to_one_process(results):
 
 
 def report_of(result):
-    fields = {key: value for key, value in result["report"].items() if not key.endswith("_calls")}
+    names = [field.name for field in dataclasses.fields(Report)]
+    fields = {name: result["report"][name] for name in names}
     layers = [LayerReport(**layer) for layer in fields["layers"]]
     return Report(**fields | {"setting": Setting.from_dict(fields["setting"]), "layers": layers})
 

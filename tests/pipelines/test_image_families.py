@@ -42,10 +42,10 @@ class Cache:
 
 
 REFUSED = [
-    ("flux", "chroma", {"attention_mask": torch.full((2, 156), 0.5)}, "one of ones and zeros.*other values"),
+    ("flux", "chroma", {"attention_mask": torch.full((2, 156), 0.5)}, "ones zeros"),
     ("flux", "chroma", {"attention_mask": torch.arange(156).expand(2, -1) < 150}, "masks image tokens"),
-    ("flux", "chroma", {"attention_mask": torch.ones(2, 12, dtype=torch.bool)}, r"must be \[batch, 13\]"),
-    ("flux2", "t2i", {"kv_cache_mode": "extract"}, "kv_cache_mode='extract'.*Flux2KleinPipeline"),
+    ("flux", "chroma", {"attention_mask": torch.ones(2, 12, dtype=torch.bool)}, "13"),
+    ("flux2", "t2i", {"kv_cache_mode": "extract"}, "kv_cache_mode='extract' Flux2KleinPipeline"),
     ("flux3", "t2i", {"img_ids": torch.cartesian_prod(*map(torch.arange, (1, 13, 11, 1)))[:-1]}, "each of the 143"),
     ("qwen_image", "t2i", {"img_shapes": None}, "needs img_shapes"),
     ("qwen_image", "t2i", {"img_shapes": [[(1, 13, 12)]] * 2}, "make 156 image tokens, but the call has 143"),
@@ -58,7 +58,7 @@ REFUSED = [
     ("kandinsky5", "t2v", {"sparse_params": {}}, "its own sparse attention"),
     ("krea2", "t2i", {"position_ids": torch.zeros(20, 3)}, "position_ids for 13 text and 143 image tokens, got 20"),
     ("ideogram4", "t2i", {"segment_ids": torch.arange(156).expand(2, -1) // 90}, "hold one sample each"),
-    ("ideogram4", "t2i", {"indicator": torch.arange(156).expand(2, -1) % 2 + 2}, r"\[padding \| text \| image\]"),
+    ("ideogram4", "t2i", {"indicator": torch.arange(156).expand(2, -1) % 2 + 2}, "indicator segment_ids"),
 ]
 
 

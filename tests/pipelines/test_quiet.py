@@ -16,7 +16,15 @@ LIBRARIES = ("torchao", "pytree", "transformers", "diffusers", "rms_norm", "Load
 def test_generate_prints_its_own_lines_alone(tmp_path):
     """A process of its own, in which every library is imported for the first time."""
     size = ["--frames", "5", "--height", "32", "--width", "32", "--steps", "2"]
-    command = ["generate", *size, "--method", "sla:topk=0.3", "--compare", "--output", str(tmp_path / "clip.mp4")]
+    command = [
+        "generate",
+        *size,
+        "--method",
+        "sla:topk=0.3,block=16",
+        "--compare",
+        "--output",
+        str(tmp_path / "clip.mp4"),
+    ]
     environment = {name: value for name, value in os.environ.items() if not name.endswith("_VERBOSITY")}
     done = subprocess.run(
         [sys.executable, "-m", "dit_accel", *command], check=False, capture_output=True, text=True, env=environment

@@ -288,7 +288,7 @@ def test_another_run_in_the_same_folder_is_refused(trained):
 
 
 def test_a_loss_that_is_not_a_number_stops_the_run(trained, tmp_path, monkeypatch):
-    from dit_accel.train.loop import OBJECTIVES
+    from dit_accel.train.objectives import OBJECTIVES
 
     def after_three(student, teacher, target, calls=[]):  # noqa: B006
         calls.append(0)

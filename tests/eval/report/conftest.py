@@ -14,6 +14,8 @@ import time
 import numpy as np
 import pytest
 
+from dit_accel.files import MARK
+
 SILENCE = 120  # seconds after which Chromium hangs
 
 METRICS = [
@@ -86,6 +88,7 @@ def summary():
     layers = [f"transformer.blocks.{i}.attn1" for i in range(3)]
     cells = [[[0.1 * i, 0.2] if i else None, [0.1, 0.3 * i]] for i in range(3)]
     return {
+        "note": MARK,
         "title": "Quality and speed of demo",
         "made": {
             "command": "dit-accel eval",

@@ -12,7 +12,7 @@ from router_calls import GRIDS, RULES, dense, inputs
 
 from dit_accel.kernels.block_sparse.geometry import BlockLists
 from dit_accel.kernels.impls import Facts
-from dit_accel.kernels.router.api import choose_impl, route, route_pooled
+from dit_accel.kernels.router.api import route, route_pooled, router_impl
 from dit_accel.kernels.router.call import Rule
 from dit_accel.order import TokenOrder
 from dit_accel.tokens import TokenGrid
@@ -62,7 +62,7 @@ def test_vectors_of_whole_blocks(rule):
     assert all(torch.equal(*pair) for pair in zip(found[0][:2], found[1][:2], strict=True))
     single = TokenOrder(TokenGrid(1, 1, 70), 1)
     facts = Facts.of(torch.device(DEVICE), torch.float32, 24, single, single)
-    assert choose_impl(facts, "triton").name == "triton"
+    assert router_impl(facts, "triton") == "triton"
 
 
 def one_row(scores, rule):
@@ -112,7 +112,7 @@ def test_what_it_cannot_route_is_routed_by_another():
     fits = TokenOrder(TokenGrid(1, 1, 90), 16)
     for order, name in ((orders[0], "portable"), (fits, "triton"), (long, "portable")):
         facts = Facts.of(torch.device(DEVICE), torch.float32, 8, order, order)
-        assert choose_impl(facts, "triton").name == name
+        assert router_impl(facts, "triton") == name
 
 
 @pytest.mark.parametrize("rule", ["topk", "topp", "union", "cells", "guard"])
