@@ -54,12 +54,21 @@ class Side(NamedTuple):
         return cls(*grid.shape, grid.conditioning, grid.text, tokens, order.blocks)
 
 
+class SegmentRows(NamedTuple):
+    """`geometry.Segments` in a kernel: of samples tensors, of one sample the first rows and the valid text tokens."""
+
+    visual_start: Any
+    conditioning_start: Any
+    text_start: Any
+    text_len: Any
+
+
 class SampleSegments(NamedTuple):
     """Where the segments of samples begin.
 
     Attributes:
-        tensors: of samples; what is not given is not read.
-        usual: of samples of which nothing is given.
+        tensors: `SegmentRows` of samples; what is not given is not read.
+        usual: the same of samples of which nothing is given.
         given: bit 0 says that the starts are read, bit 1 the lengths of text.
         shared_rows: 1 if the queries are the keys' tokens, 0 if they are visual tokens from row 0 on.
     """
@@ -73,8 +82,8 @@ class SampleSegments(NamedTuple):
     def of(cls, segments: Segments, geometry: Geometry, unread: torch.Tensor) -> SampleSegments:
         """`unread`: any int32 tensor, in place of those that are not given."""
         given = (segments.visual_start is not None) + 2 * (segments.text_len is not None)
-        tensors = Segments(*(unread if x is None else x for x in segments))
-        return cls(tensors, Segments(*geometry.usual), given, int(not geometry.own_queries))  # type: ignore[arg-type]
+        tensors = SegmentRows(*(unread if x is None else x for x in segments))
+        return cls(tensors, SegmentRows(*geometry.usual), given, int(not geometry.own_queries))
 
 
 class Lists(NamedTuple):

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from dit_accel.kernels.block_sparse.geometry import Segments
 from dit_accel.kernels.block_sparse.triton_configs import (
     KERNELS,
     PLACES,
@@ -15,7 +14,7 @@ from dit_accel.kernels.block_sparse.triton_configs import (
     shared_bytes,
     words_launch,
 )
-from dit_accel.kernels.records import Heads, Lists, SampleSegments, Side, Visits
+from dit_accel.kernels.records import Heads, Lists, SampleSegments, SegmentRows, Side, Visits
 from dit_accel.kernels.tuning import RASTER
 from tools.kernels.ahead_of_time import Build
 
@@ -29,14 +28,14 @@ FUNCTIONS = {
 TILES = {32: (1, 4, 8), 64: (1, 8, 8), 128: (2, 8, 8)}
 HEADS = Heads("data", "i32", "i32", "i32")
 SIDE = Side(*["i32"] * 7)
-SAMPLES = SampleSegments(Segments(*["*i32"] * 4), Segments(*["i32"] * 4), "i32", "i32")
+SAMPLES = SampleSegments(SegmentRows(*["*i32"] * 4), SegmentRows(*["i32"] * 4), "i32", "i32")
 POINTERS = (
     *((name, HEADS) for name in ("q", "k", "v", "grad_out")),
     *((name, "data") for name in ("out", "dq", "dk", "dv")),
     *((name, "*fp32") for name in ("lse", "grad_lse", "delta")),
     *((name, SIDE) for name in ("keys", "queries")),
     ("lists", Lists("*i32", "*i32", "*i64", "i32", "i32")),
-    ("visits", Visits(*["*i32"] * 4, "*i64", "i32")),
+    ("visits", Visits("*i32", "*i32", "*i32", "*i32", "*i64", "i32")),
     ("samples", SAMPLES),
     *((name, "*i32") for name in ("tables", "indices", "counts")),
     ("words", "*i64"),

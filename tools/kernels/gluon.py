@@ -24,7 +24,7 @@ def _problem(read: int) -> tuple[tuple[str, Any], ...]:
     return ("problem", GluonProblem(*pointers, SIDE, SIDE, *["i32"] * 6)), ("distances", (DISTANCES,) * read)
 
 
-VISITS = Visits(*["*i32"] * 4, "*i64", "i32")
+VISITS = Visits("*i32", "*i32", "*i32", "*i32", "*i64", "i32")
 SIDE = TiledSide(*["i32"] * 9)
 DISTANCES = Distances("i32", "i32", "i32")
 POINTERS = (("lse", "*fp32"), ("scale", "fp32"), *_problem(3))

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from dit_accel.kernels.block_sparse.geometry import Segments
-from dit_accel.kernels.records import Lists
+from dit_accel.kernels.records import Lists, SegmentRows
 from dit_accel.kernels.sla import triton_configs as configs
 from dit_accel.kernels.sla.call import LINEAR_SCOPES
 from dit_accel.kernels.sla.triton_backward import Statistics
@@ -28,7 +27,7 @@ CUTS = {64: (1, 8, 8), 128: (2, 8, 8)}  # tokens of a block, and its tile
 BLOCKS = ((64, 64), (128, 64), (128, 128))  # queries x keys
 ROUTES = Routes("*i32", "*i32", "i32", "i32", "i32")
 SELECTING = Selecting(*["*i32"] * 8)
-LAYOUT = TokenLayout(SIDE, SIDE, Segments("i32", "i32", "i32", "*i32"))  # type: ignore[arg-type]
+LAYOUT = TokenLayout(SIDE, SIDE, SegmentRows("i32", "i32", "i32", "*i32"))
 SAVED = SavedBranches("data", "*fp32", "data", "*fp32", "*i32", "i32")
 TABLE = StateTable("data", "*fp32", "*fp32")
 FLOATS = ("means", "states", "totals", "bias", "inverses", "ratios", "dstates", "dtotals", "dbias")
@@ -37,7 +36,7 @@ POINTERS = (
     *((name, "data") for name in ("weight", "out", "dq", "dk", "dv")),
     *((name, "*fp32") for name in FLOATS),
     *((name, TABLE) for name in ("state", "gradient")),
-    ("statistics", Statistics(*["*fp32"] * 5, "*i32")),
+    ("statistics", Statistics("*fp32", "*fp32", "*fp32", "*fp32", "*fp32", "*i32")),
     ("lists", Lists("*i32", "*i32", "*i64", "i32", "i32")),
     ("routes", ROUTES),
     ("selecting", SELECTING),

@@ -18,7 +18,7 @@ from triton.runtime.interpreter import InterpretedFunction
 
 from dit_accel.errors import DitAccelError
 from dit_accel.kernels import tuning
-from dit_accel.kernels.block_sparse.geometry import BlockSparseCall, Segments
+from dit_accel.kernels.block_sparse.geometry import BlockSparseCall
 from dit_accel.kernels.block_sparse.triton_backward import (
     block_sparse_bwd_kernel_dkdv,
     block_sparse_bwd_kernel_dq,
@@ -42,7 +42,7 @@ from dit_accel.kernels.block_sparse.triton_lists import (
 )
 from dit_accel.kernels.block_sparse.triton_places import place_lists
 from dit_accel.kernels.block_sparse.triton_tokens import partial_words_kernel
-from dit_accel.kernels.records import Heads, Lists, SampleSegments, Side
+from dit_accel.kernels.records import Heads, Lists, SampleSegments, SegmentRows, Side
 
 JIT = {"forward": block_sparse_fwd_kernel, "dq": block_sparse_bwd_kernel_dq, "dkdv": block_sparse_bwd_kernel_dkdv}
 INTERPRETED = isinstance(block_sparse_fwd_kernel, InterpretedFunction)
@@ -66,11 +66,11 @@ def forward(call: BlockSparseCall) -> tuple[torch.Tensor, torch.Tensor]:
         return out.transpose(1, 2), lse
     launches = BlockSparseLaunches(call)
     ordered, (out, lse) = launches.ordered(), launches.empty_outputs(q)
-    read = launches.heads(q, k, v)
-    tensors = out, *read, lse, launches.with_words(ordered), launches.samples
+    heads = launches.heads(q, k, v)
+    tensors = out, *heads, lse, launches.with_words(ordered), launches.samples
     launched = launches.launch("forward", launches.query_blocks, tensors)
     if launched is not None:
-        others = [x._replace(start=None) for x in read]
+        others = [x._replace(start=None) for x in heads]
         launches.remember(_PLAN_LAUNCHES, key, launched.after(len(tensors)), others)
     return out.transpose(1, 2), lse
 
@@ -102,7 +102,7 @@ class PlanLaunches(NamedTuple):
         if self.words is not None:
             with torch.cuda.device(q.device):
                 self.words.repeat(words, Lists(entries, spans, words, width, 1), lists.tables)
-        tensors = Segments(*[lists.counts if x is None else x for x in segments])
+        tensors = SegmentRows(*[lists.counts if x is None else x for x in segments])
         return out, lse, Lists(places, spans, words, width, 0), self.samples._replace(tensors=tensors)
 
 

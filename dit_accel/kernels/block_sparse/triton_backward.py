@@ -8,7 +8,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from dit_accel.kernels.block_sparse.geometry import Segments
 from dit_accel.kernels.block_sparse.triton_forward import load_both, over_key_lists
 from dit_accel.kernels.block_sparse.triton_tokens import (
     LOG2E,
@@ -27,7 +26,7 @@ from dit_accel.kernels.block_sparse.triton_tokens import (
     store_rows,
 )
 from dit_accel.kernels.jit import kernel
-from dit_accel.kernels.records import Query
+from dit_accel.kernels.records import Query, SegmentRows
 
 # The LSE was rounded in base e, so logits and LSE are subtracted in base e. The difference is then taken to base 2.
 
@@ -173,7 +172,7 @@ def block_sparse_bwd_kernel_dkdv(
 
     # Recomputed, as in the dq kernel. Text that is no key has gradients of 0.
     visual_start, conditioning_start, text_start, text_len = segments
-    padded = Segments(visual_start, conditioning_start, text_start, keys.text)
+    padded = SegmentRows(visual_start, conditioning_start, text_start, keys.text)
     i_k = tl.num_programs(0) - 1 - tl.program_id(0)
     rows, there, _raster = locate(i_k, slot_k, padded, keys, BLOCK_K, TILE_K)
     valid = there & ((rows < text_start + text_len) | (rows >= text_start + keys.text))

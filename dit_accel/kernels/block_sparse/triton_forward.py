@@ -119,14 +119,10 @@ def over_key_lists(
     """
     STEPS: tl.constexpr = BLOCK_K // STEP
     slot_q = tl.arange(0, BLOCK_Q)
-    if GRADIENT:
-        sums = (tl.zeros([BLOCK_Q, BLOCK_D], dtype=tl.float32),)
-    else:
-        sums = (
-            tl.zeros([BLOCK_Q, BLOCK_D], dtype=tl.float32),
-            tl.full([BLOCK_Q], float("-inf"), dtype=tl.float32),
-            tl.zeros([BLOCK_Q], dtype=tl.float32),
-        )
+    acc = tl.zeros([BLOCK_Q, BLOCK_D], dtype=tl.float32)
+    m = tl.full([BLOCK_Q], float("-inf"), dtype=tl.float32)
+    l = tl.zeros([BLOCK_Q], dtype=tl.float32)  # noqa: E741
+    sums = (acc,) if GRADIENT else (acc, m, l)
     # Visual blocks: whole ones, then partial ones, whose padding slots have the row of another token.
     for MASKED in tl.static_range(1 + HAS_TABLES):
         end = (listed.tabled if MASKED else listed.pure) * STEPS

@@ -14,9 +14,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from dit_accel.kernels.block_sparse.geometry import Segments
 from dit_accel.kernels.jit import kernel
-from dit_accel.kernels.records import Corner, HeadRows, KeyList, Side
+from dit_accel.kernels.records import Corner, HeadRows, KeyList, SegmentRows, Side
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -30,14 +29,14 @@ def segments_of(i_b, samples):
     conditioning_start = tl.load(tensors.conditioning_start + i_b, mask=placed, other=usual.conditioning_start)
     text_start = tl.load(tensors.text_start + i_b, mask=placed, other=usual.text_start)
     text_len = tl.load(tensors.text_len + i_b, mask=(samples.given & 2) != 0, other=usual.text_len)
-    return Segments(visual_start, conditioning_start, text_start, text_len)
+    return SegmentRows(visual_start, conditioning_start, text_start, text_len)
 
 
 @triton.jit
 def query_segments(segments, samples, text):
     """The same for queries, whose `text` tokens are all valid."""
     visual_start = segments.visual_start * samples.shared_rows
-    return Segments(visual_start, segments.conditioning_start, segments.text_start, text)
+    return SegmentRows(visual_start, segments.conditioning_start, segments.text_start, text)
 
 
 @triton.jit
@@ -107,7 +106,7 @@ def visual_only(side):
 @triton.jit
 def visual_slots(block, slot, side, BLOCK: tl.constexpr, TILE: tl.constexpr):
     """Row, validity and raster index of slots of a visual block, if the visual tokens begin at row 0."""
-    return locate(block, slot, Segments(0, 0, 0, 0), visual_only(side), BLOCK, TILE)
+    return locate(block, slot, SegmentRows(0, 0, 0, 0), visual_only(side), BLOCK, TILE)
 
 
 @triton.jit

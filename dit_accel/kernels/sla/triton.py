@@ -11,10 +11,10 @@ import triton
 
 from dit_accel.errors import DitAccelError
 from dit_accel.kernels import tuning
-from dit_accel.kernels.block_sparse.geometry import Geometry, Segments, empty_rows
+from dit_accel.kernels.block_sparse.geometry import Geometry, empty_rows
 from dit_accel.kernels.block_sparse.triton_lists import Transposed, transpose_lists
 from dit_accel.kernels.block_sparse.triton_places import place_lists
-from dit_accel.kernels.records import Heads, Lists, Side
+from dit_accel.kernels.records import Heads, Lists, SegmentRows, Side
 from dit_accel.kernels.sla import triton_configs as configs
 from dit_accel.kernels.sla.call import results
 from dit_accel.kernels.sla.triton_backward import (
@@ -75,7 +75,7 @@ class FusedCall(NamedTuple):
         """Queries and keys, and where the segments of the keys begin."""
         visual_start, conditioning_start, text_start, _ = self.geometry.usual
         queries = Side.of(self.geometry.query_order, q.shape[2])._replace(blocks=self.blocks[0])
-        segments = Segments(visual_start, conditioning_start, text_start, self.text_len)  # type: ignore[arg-type]
+        segments = SegmentRows(visual_start, conditioning_start, text_start, self.text_len)
         return TokenLayout(queries, Side.of(self.geometry.key_order, k.shape[2]), segments)
 
     def routes(self) -> Routes:
@@ -117,14 +117,15 @@ def forward(
     q, k, v = tuning.contiguous_rows(q), tuning.contiguous_rows(k), tuning.contiguous_rows(v)
     batch, heads, _, _ = q.shape
     align, returned = tuning.alignment(q, k, v), results(q, call.critical, call.linear_scope, training)
-    out, *saved = returned
+    out, exact, lse, linear, denominators, modes = returned
+    saved = SavedBranches(exact, lse, linear, denominators, modes, int(training))
     state = StateTable(*table_of_state(call, q.dtype))
     _run(
         "forward", (call.blocks[0], batch * heads),
         (
             out, *(Heads.of(x, align) for x in (q, k, v)), state, call.weight.to(q.dtype).contiguous(),
             call.weight if bias is None else bias.float().contiguous(), call.routes(), critical_lists(call),
-            SavedBranches(*saved, int(training)), call.layout(q, k), call.scale, heads,
+            saved, call.layout(q, k), call.scale, heads,
         ),
         {**call.constants(q, align), "HAS_BIAS": bias is not None},
     )  # fmt: skip

@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from dit_accel.kernels.block_sparse.geometry import Segments
 from dit_accel.kernels.block_sparse.triton_backward import over_query_lists, row_lse
 from dit_accel.kernels.block_sparse.triton_forward import over_key_lists
 from dit_accel.kernels.block_sparse.triton_tokens import (
@@ -26,7 +25,7 @@ from dit_accel.kernels.block_sparse.triton_tokens import (
     visual_slots,
 )
 from dit_accel.kernels.jit import kernel
-from dit_accel.kernels.records import Query, Visits
+from dit_accel.kernels.records import Query, SegmentRows, Visits
 from dit_accel.kernels.sla.triton_linear import (
     EPS,
     from_row,
@@ -203,7 +202,7 @@ def sparse_linear_bwd_kernel_dq(
     b_delta = tl.sum(b_e.to(tl.float32) * b_g.to(tl.float32), 1)
     tl.store(statistics.delta + place, b_delta, mask=valid)
     listed = key_list(i_bh * queries.blocks + tl.program_id(0), lists)
-    segments = Segments(visual_start, conditioning_start, text_start, tl.load(text_lens + i_bh // heads))
+    segments = SegmentRows(visual_start, conditioning_start, text_start, tl.load(text_lens + i_bh // heads))
     sums = over_key_lists(
         Query(b_q, b_g.to(b_q.dtype), row_lse(statistics.lse, place, valid), b_delta), k_rows, v_rows, scale, listed,
         lists.words, segments, keys, D, BLOCK_D, BLOCK_Q, BLOCK_K, TILE_K, STEP, False, True,
@@ -292,7 +291,7 @@ def sparse_linear_bwd_kernel_dkdv(
     visits = Visits(entries, selecting.places, entries, counts, entries, 1)  # no words are read
     b_dk, b_dv = over_query_lists(
         b_k, b_v, slot_k, q_rows, rows_of_head(grad_out, i_bh, heads, ALIGN), statistics.lse + first_row,
-        statistics.delta + first_row, scale, visits, p_first, Segments(0, 0, 0, 0), visual_only(layout.queries),
+        statistics.delta + first_row, scale, visits, p_first, SegmentRows(0, 0, 0, 0), visual_only(layout.queries),
         D, BLOCK_D, BLOCK_K, ROWS, BLOCK_Q, TILE_Q, STEP, False,
     )  # fmt: skip
     i_bh, rows, there, valid = recomputed_keys(counts, layout, heads, BLOCK_K, TILE_K, ROWS)

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from dit_accel.kernels.block_sparse.geometry import Segments
 from dit_accel.kernels.block_sparse.triton_forward import finalize, over_key_lists, with_positive_scale
 from dit_accel.kernels.block_sparse.triton_tokens import (
     key_list,
@@ -21,7 +20,7 @@ from dit_accel.kernels.block_sparse.triton_tokens import (
     visual_slots,
 )
 from dit_accel.kernels.jit import kernel
-from dit_accel.kernels.records import Query
+from dit_accel.kernels.records import Query, SegmentRows
 from dit_accel.kernels.sla.triton_linear import (
     EPS,
     from_row,
@@ -201,7 +200,7 @@ def sparse_linear_fwd_kernel(
     q_rows = rows_of_head(q, i_bh, heads, ALIGN)
     b_q, base_2 = with_positive_scale(load_rows(q_rows, rows, valid, D, BLOCK_D), scale)
     listed = key_list(i_bh * queries.blocks + tl.program_id(0), lists)
-    segments = Segments(visual_start, conditioning_start, text_start, tl.load(text_lens + i_bh // heads))
+    segments = SegmentRows(visual_start, conditioning_start, text_start, tl.load(text_lens + i_bh // heads))
     acc, m, l = over_key_lists(  # noqa: E741
         Query(b_q, None, None, None), k_rows, v_rows, base_2, listed, lists.words, segments, keys,
         D, BLOCK_D, BLOCK_Q, BLOCK_K, TILE_K, STEP, False, False,

@@ -10,16 +10,15 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from dit_accel.kernels.block_sparse.geometry import Segments
 from dit_accel.kernels.block_sparse.triton_tokens import LOG2E, load_rows, locate, rows_written, visual_slots
-from dit_accel.kernels.records import HeadRows
+from dit_accel.kernels.records import HeadRows, SegmentRows
 from dit_accel.kernels.sla.call import EPSILON
 
 EPS = tl.constexpr(EPSILON)
 
 
 class TokenLayout(NamedTuple):
-    """Queries and keys, a `Side` each, and the `Segments` of the keys, with lengths of text for each sample."""
+    """Queries and keys, a `Side` each, and the `SegmentRows` of the keys, with lengths of text for each sample."""
 
     queries: Any
     keys: Any
@@ -168,7 +167,7 @@ def recomputed_keys(counts, layout, heads, BLOCK: tl.constexpr, TILE: tl.constex
     zero = hidden_zero(counts)
     program, i_bh = tl.program_id(0) + zero, tl.program_id(1) + zero
     slots = program % PARTS * ROWS + tl.arange(0, ROWS)
-    segments = Segments(visual_start, conditioning_start, text_start, text)
+    segments = SegmentRows(visual_start, conditioning_start, text_start, text)
     rows, there, _raster = locate(program // PARTS, slots, segments, layout.keys, BLOCK, TILE)
     # text past its valid length is no key
     padding = (rows >= text_start + tl.load(text_lens + i_bh // heads)) & (rows < text_start + text)

@@ -81,12 +81,13 @@ class TailLaunches(BlockSparseLaunches):
 
     def pseudo_keys(self, k: Tensor, v: Tensor) -> PseudoKeys:
         """Mean keys and mean values [B, H, blocks, D] in the dtype of k."""
-        means = [x.new_empty(*x.shape[:2], self.key_blocks, self.head_dim) for x in (k, v)]
-        arguments = (*means, *self.heads(k, v), self.keys, self.heads_of_sample)
+        mean_k, mean_v = (x.new_empty(*x.shape[:2], self.key_blocks, self.head_dim) for x in (k, v))
+        arguments = (mean_k, mean_v, *self.heads(k, v), self.keys, self.heads_of_sample)
         constants = {**self.dims(), **tuning.block_sizes(self.key_order, "_K")}
         programs = self.key_blocks, self.batch * self.heads_of_sample
         tuning.launch(pseudo_keys_kernel, programs, arguments, constants, (MEANS,), ())
-        return PseudoKeys(*means, valid_tokens(self.key_order, k.device).log(), self.outside, self.key_blocks)
+        logs = valid_tokens(self.key_order, k.device).log()
+        return PseudoKeys(mean_k, mean_v, logs, self.outside, self.key_blocks)
 
     def start(self, kernel: str, programs: int, tensors: tuple[Any, ...]) -> None:
         constants = {**self.dims(), **tuning.block_sizes(self.query_order, "_Q"), "BLOCK_K": GROUP}

@@ -105,7 +105,7 @@ class GluonProblem(NamedTuple):
 
 
 class Walk(NamedTuple):
-    """A program's list (`records.KeyList`), and where its sample's keys begin and its text ends (`Segments`)."""
+    """A program's list (`records.KeyList`), and where its sample's keys begin and its text ends (`SegmentRows`)."""
 
     listed: Any
     segments: Any

@@ -22,7 +22,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from dit_accel.kernels.block_sparse.geometry import Segments
 from dit_accel.kernels.block_sparse.gluon.copies import (
     ROWS,
     corner_at,
@@ -37,7 +36,7 @@ from dit_accel.kernels.block_sparse.gluon.copies import (
 )
 from dit_accel.kernels.block_sparse.triton_tokens import LOG2E
 from dit_accel.kernels.jit import gluon_kernel
-from dit_accel.kernels.records import Corner
+from dit_accel.kernels.records import Corner, SegmentRows
 
 
 class KeyBuffers(NamedTuple):
@@ -69,7 +68,7 @@ class KeyVisits(NamedTuple):
 def own_keys(problem, text, BLOCK_K: gl.constexpr, TILE_K: gl.constexpr):
     """Where this program's key block lies in a segment of `text` tokens, if it is one of text."""
     visual_start, conditioning_start, text_start, _text_len = own_segments(problem)
-    segments = Segments(visual_start, conditioning_start, text_start, text)
+    segments = SegmentRows(visual_start, conditioning_start, text_start, text)
     return corner_at(problem.width - 1 - gl.program_id(0), segments, problem.keys, BLOCK_K, TILE_K)
 
 
