@@ -30,9 +30,10 @@ def route(q: torch.Tensor, k: torch.Tensor, call: RouterCall) -> tuple[torch.Ten
     # sizes of whole blocks are not read
     sizes = (counts if call.cells == 1 else cell_sizes(order, call.cells, q.device).int() for order in orders)
     tiles = triton.cdiv(rows, configs.SCORES["ROWS"]) * triton.cdiv(blocks, configs.SCORES["COLUMNS"])
+    finite = queries.nan_to_num(0.0, 0.0, 0.0)  # else all scores of a row are NaN, and none stands out
     _run(
         "scores", (tiles, batch * heads), 4,
-        (queries, keys, *sizes, scores, call.scale, rows, blocks),
+        (finite, keys, *sizes, scores, call.scale, rows, blocks),
         {"D": dim, "CELLS": call.cells, **configs.SCORES},
     )  # fmt: skip
     level = pooled = ranked = None

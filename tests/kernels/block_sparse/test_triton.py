@@ -232,7 +232,7 @@ def test_packed_lists_must_fit(make_problem):
 
 @pytest.mark.parametrize("method", ["gna", "tile", "radial"])
 def test_a_plan_packs_its_lists_once(method, monkeypatch):
-    """Before the first call; packed or not, the results are the same bits."""
+    """Before the first call. Packed lists have another order of partial blocks, so sums differ by rounding alone."""
     config = {"gna": {"window": (3, 3, 4)}, "tile": {"references": 1}, "radial": {"rule": "released", "block": 16}}
     grid = dit_accel.TokenGrid(3, 4, 6, text=5)
     device = torch.device("cuda" if NATIVE else "cpu")
@@ -245,7 +245,9 @@ def test_a_plan_packs_its_lists_once(method, monkeypatch):
         assert (plan.lists(device, packing).packed is not None) == (packing is not None)
         out = dit_accel.attention(q, k, v, plan, impl="triton")
         results.append((out.detach(), *torch.autograd.grad(out.square().sum(), (q, k, v))))
-    assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
+    for unpacked, packed in zip(*results, strict=True):  # each is a sum over at most all tokens, in another order
+        bound = grid.tokens * torch.finfo(torch.float32).eps * unpacked.abs().max()
+        assert (unpacked - packed).abs().max() <= bound
 
 
 @pytest.mark.parametrize("case", ["63-text", "heads-text", "causal-between"])
