@@ -129,6 +129,7 @@ EXCEPTIONS = (
         "numbers that all warps compute before they part, read outside loops; with fewer captures it spills more",
         48,
     ),
+    Allowed("tail_forward", (80,), {"d": 64, "block_q": 32}, "two registers of blocks of 32 queries, outside loops", 8),
     Allowed(
         "sla_sums",
         (90,),
@@ -138,6 +139,7 @@ EXCEPTIONS = (
     ),
 )
 NOTHING = Allowed("", (), {}, "")
+WGMMA_ROWS = 64  # fewer rows of queries than this have no wgmma
 
 
 def allowed(build: Build, arch: int) -> Allowed:
@@ -333,7 +335,8 @@ def complaint(row: dict[str, Any], limit: int, dots: bool = True, may: Allowed =
         return f"writes shared memory that another warp group may read: {row['unordered'][0]}"
     if dots and not MATRIX & set(row["instructions"]):
         return "has no matrix instructions"
-    if dots and row["arch"] == "sm_90" and "wgmma.mma_async" not in row["instructions"]:
+    wide = row["config"].get("block_q", WGMMA_ROWS) >= WGMMA_ROWS
+    if dots and wide and row["arch"] == "sm_90" and "wgmma.mma_async" not in row["instructions"]:
         return "has no wgmma"
     return None
 
