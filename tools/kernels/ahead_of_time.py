@@ -335,7 +335,7 @@ def complaint(row: dict[str, Any], limit: int, dots: bool = True, may: Allowed =
         return f"writes shared memory that another warp group may read: {row['unordered'][0]}"
     if dots and not MATRIX & set(row["instructions"]):
         return "has no matrix instructions"
-    wide = row["config"].get("block_q", WGMMA_ROWS) >= WGMMA_ROWS
+    wide = row.get("config", {}).get("block_q", WGMMA_ROWS) >= WGMMA_ROWS
     if dots and wide and row["arch"] == "sm_90" and "wgmma.mma_async" not in row["instructions"]:
         return "has no wgmma"
     return None
