@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import triton
 import triton.language as tl
 from torch import Tensor
 
@@ -18,8 +19,8 @@ from dit_accel.order import TokenOrder
 def place_lists(indices: Tensor, counts: Tensor | None, order: TokenOrder, dense: int = 0) -> tuple[Tensor, Tensor]:
     """Places and spans of lists without tables, as `triton_lists.OrderedLists` has them. Nothing waits for the device.
 
-    Whole blocks come first, in the order of the list; then all others, in reverse order; then the `dense` blocks behind
-    the visual ones. Places behind a list's end hold anything.
+    Whole blocks come first, then all others, both in the order of the list; then the `dense` blocks behind the visual
+    ones. This is the order of packed lists, so sums have the same bits. Places behind a list's end hold anything.
 
     Args:
         indices: int32 [..., rows, width], key blocks.
@@ -44,6 +45,22 @@ def place_lists(indices: Tensor, counts: Tensor | None, order: TokenOrder, dense
     return places, spans
 
 
+@triton.jit
+def listed_blocks(indices, first, count, keys, BLOCK: tl.constexpr, TILE: tl.constexpr, STEP: tl.constexpr):
+    """STEP blocks of a list from `first`, the raster index of the first token of each, which are listed or whole."""
+    place = first + tl.arange(0, STEP)
+    inside = place < count
+    block = tl.load(indices + place, mask=inside, other=0)
+    if TILE[1] == 0:
+        corner = block * BLOCK
+        whole = corner + BLOCK <= keys.T * keys.H * keys.W
+    else:
+        t, h, w = tile_position(block, 0, keys, TILE)
+        corner = (t * keys.H + h) * keys.W + w
+        whole = (t + TILE[0] <= keys.T) & (h + TILE[1] <= keys.H) & (w + TILE[2] <= keys.W)
+    return block, corner, inside, (inside & whole).to(tl.int32)
+
+
 @kernel
 def place_lists_kernel(
     indices, counts, places, spans, keys, blocks, width, topk, dense,
@@ -57,25 +74,19 @@ def place_lists_kernel(
     count = tl.load(counts + row, mask=topk < 0, other=topk)
     indices += row * width
     places += row * (width + dense)
+    whole_count = 0
+    for first in range(0, count, STEP):
+        _block, _corner, _inside, is_whole = listed_blocks(indices, first, count, keys, BLOCK, TILE, STEP)
+        whole_count += tl.sum(is_whole, 0)
     whole_seen = 0
     cut_seen = 0
     for first in range(0, count, STEP):
-        place = first + tl.arange(0, STEP)
-        inside = place < count
-        block = tl.load(indices + place, mask=inside, other=0)
-        if TILE[1] == 0:
-            corner = block * BLOCK
-            whole = corner + BLOCK <= keys.T * keys.H * keys.W
-        else:
-            t, h, w = tile_position(block, 0, keys, TILE)
-            corner = (t * keys.H + h) * keys.W + w
-            whole = (t + TILE[0] <= keys.T) & (h + TILE[1] <= keys.H) & (w + TILE[2] <= keys.W)
-        is_whole = (inside & whole).to(tl.int32)
+        block, corner, inside, is_whole = listed_blocks(indices, first, count, keys, BLOCK, TILE, STEP)
         is_cut = inside.to(tl.int32) - is_whole
         whole_before = whole_seen + tl.cumsum(is_whole, 0) - is_whole
         cut_before = cut_seen + tl.cumsum(is_cut, 0) - is_cut
-        place = tl.where(whole, whole_before, count - 1 - cut_before)
-        tl.store(places + place, tl.where(whole, corner, block), mask=inside)
+        place = tl.where(is_whole != 0, whole_before, whole_count + cut_before)
+        tl.store(places + place, tl.where(is_whole != 0, corner, block), mask=inside)
         whole_seen += tl.sum(is_whole, 0)
         cut_seen += tl.sum(is_cut, 0)
     for first in range(0, dense, STEP):
