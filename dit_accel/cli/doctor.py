@@ -9,15 +9,17 @@ import json
 import shutil
 import sys
 import types
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
 
+from dit_accel.cli import show_lines
 from dit_accel.cli.options import JsonOptions, command
 from dit_accel.errors import DitAccelError, first_line
 from dit_accel.generation.provenance import free_memory
-from dit_accel.generation.request import DeviceOptions, SourceOptions
+from dit_accel.generation.request import LOAD_FORM, DeviceOptions, SourceOptions
 from dit_accel.values import option
 
 if TYPE_CHECKING:
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
 
     from dit_accel.generation.sources import Source
 
+CHOSEN = 'what "auto" takes'
 HEAD_DIM, BLOCK_Q, BLOCK_K = 128, 128, 64  # of the calls that are asked about: most models' heads, the usual blocks
 # A module, what it is for, and how pip gets it.
 PACKAGES = (
@@ -47,7 +50,7 @@ class DoctorOptions(JsonOptions, SourceOptions, DeviceOptions):
     load: Path | None = option(
         None,
         "Also say which weights these are, what they bring, and whether they fit --model; a repository is fetched.",
-        metavar="FOLDER|FILE|HUB-ID[@REVISION]",
+        metavar=LOAD_FORM,
     )
     settings: tuple[str, ...] = option(
         (), "A setting that --load needs.", flag="--set", metavar="KEY=VALUE", repeatable=True
@@ -74,19 +77,21 @@ def doctor(given: dict[str, Any]) -> int:
 
     options = DoctorOptions(**given)
     device, dtype = placement(options.device, "auto", "none")
-    found = [*_kernels(device, dtype), _compiler(device), *(_package(*row) for row in PACKAGES)]
+    kernels = _kernels(device, dtype)
+    others = [_compiler(device), *(_package(*row) for row in PACKAGES)]
     if options.model is not None:
-        found.append(_memory(options.model, options.revision, device, dtype))
+        others.append(_memory(options.model, options.revision, device, dtype))
     if options.load is not None:
-        found.append(_weights(options.load, options.settings, options.model, options.revision))
+        others.append(_weights(options.load, options.settings, options.model, options.revision))
     if options.json:
-        typer.echo(json.dumps([dataclasses.asdict(finding) for finding in found], indent=2))
-    else:
-        typer.echo(f"{device}, {str(dtype).removeprefix('torch.')}")
-        for finding in found:
-            typer.echo(f"  {'yes' if finding.works else 'no':4}{finding.subject}: {finding.detail}")
-            if finding.remedy is not None:
-                typer.echo(f"      {finding.remedy}")
+        typer.echo(json.dumps([dataclasses.asdict(finding) for finding in (*kernels, *others)], indent=2))
+        return 0
+    typer.echo(f"{device}, {str(dtype).removeprefix('torch.')}")
+    for finding in (*kernels, *others):
+        show_lines([f"  {'yes' if finding.works else 'no':4}{finding.subject}: {finding.detail}"], hang=4)
+        if finding.remedy is not None:
+            typer.echo(f"      {finding.remedy}")
+    show_lines([_verdict(device, kernels, others)])
     return 0
 
 
@@ -95,13 +100,27 @@ def _kernels(device: torch.device, dtype: torch.dtype) -> list[Finding]:
     from dit_accel.kernels import impls
 
     facts = impls.Facts(device, dtype, HEAD_DIM, BLOCK_Q, BLOCK_K, visual_blocks=64)
-    found = []
+    findings = []
     for row in impls.rows():
         chosen, _ = impls.choose(facts, kernel=row.kernel)
         obstacle = row.obstacle(facts)
-        detail = obstacle or ('what "auto" takes' if row is chosen else "runs only if you name it")
-        found.append(Finding(f"{row.kernel}, {row.name}", obstacle is None, detail))
-    return found
+        detail = obstacle or (CHOSEN if row is chosen else "runs only if you name it")
+        findings.append(Finding(f"{row.kernel}, {row.name}", obstacle is None, detail))
+    return findings
+
+
+def _verdict(device: torch.device, kernels: Sequence[Finding], others: Sequence[Finding]) -> str:
+    """One line: the processor, the implementations that "auto" takes, and what is not ready."""
+    import torch
+
+    chosen = (finding.subject.split(", ")[1] for finding in kernels if finding.detail == CHOSEN)
+    names = " and ".join(dict.fromkeys(chosen))
+    if device.type == "cuda":
+        machine = f"{torch.cuda.get_device_name(device)}: {names} kernels"
+    else:
+        machine = f"{device.type.upper()} only: everything runs, in {names}"
+    lacking = ", ".join(finding.subject for finding in others if not finding.works)
+    return f"{machine}; {f'not ready: {lacking}' if lacking else 'nothing missing'}"
 
 
 def _compiler(device: torch.device) -> Finding:

@@ -12,7 +12,7 @@ from dit_accel.cli import Interrupted
 from dit_accel.cli.options import command
 from dit_accel.errors import DitAccelError
 from dit_accel.eval.request import EvalRequest
-from dit_accel.generation.request import CACHE_FORM, METHOD_FORM, MethodOptions, ScheduleOptions
+from dit_accel.generation.request import CACHE_FORM, LOAD_FORM, METHOD_FORM, MethodOptions, ScheduleOptions
 from dit_accel.values import option
 
 BROKEN = 1  # the exit status where a limit does not hold
@@ -35,7 +35,7 @@ class ComparedMethods(ScheduleOptions):
     load: tuple[Path, ...] = option(
         (),
         "A saved accelerator, a setting or published weights as a further method, repeatable.",
-        metavar="FOLDER|FILE|HUB-ID[@REVISION]",
+        metavar=LOAD_FORM,
         repeatable=True,
     )
     cache: tuple[str, ...] = option(  # type: ignore[assignment]  # one in the other verbs

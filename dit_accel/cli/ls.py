@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import textwrap
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import typer
 
 from dit_accel import registry
+from dit_accel.cli import show_lines
 from dit_accel.cli.options import JsonOptions, command
 from dit_accel.errors import DitAccelError
 from dit_accel.generation.sources import EMBEDDED
@@ -45,7 +45,10 @@ def ls(given: dict[str, Any]) -> None:
         _print_formats(options.json)
     elif options.name is not None:
         found = _find(options.name, methods, families)
-        typer.echo(json.dumps(found, indent=2) if options.json else "\n".join(_describe(found)))
+        if options.json:
+            typer.echo(json.dumps(found, indent=2))
+        else:
+            show_lines(_describe(found))
     elif options.json:
         lists = {"methods": list(methods.values()), "families": list(families.values())}
         typer.echo(json.dumps(lists | {"refused": REFUSED, "embedded": list(EMBEDDED)}, indent=2))
@@ -105,7 +108,7 @@ def _print_formats(as_json: bool) -> None:
         typer.echo(json.dumps(formats, indent=2))
         return
     for known in published.get_formats().values():
-        typer.echo(f"{known.name}: {known.summary}\n  for {', '.join(known.transformers)}; {known.source}")
+        show_lines([f"{known.name}: {known.summary}", f"  for {', '.join(known.transformers)}; {known.source}"])
 
 
 def _describe(found: Mapping[str, Any]) -> list[str]:
@@ -135,25 +138,19 @@ def _describe(found: Mapping[str, Any]) -> list[str]:
 
 def _print_lists() -> None:
     """An entry each, wrapped at the terminal's width: when to choose a method, what a family covers and its presets."""
-    from rich.console import Console
-
-    console = Console()
     methods = {name: method.advice for name, method in registry.get_methods().items()}
     families = {name: _covers(family) for name, family in registry.get_families().items()}
     for title, entries in (("Methods, and what to choose them for", methods), ("Model families", families)):
-        console.print(f"{title}:", highlight=False)
+        typer.echo(f"{title}:")
         width = max(map(len, entries))
-        for name, about in entries.items():
-            indent = " " * (width + 4)
-            wrapped = textwrap.wrap(f"  {name:{width}}  {about}", console.width, subsequent_indent=indent)
-            console.print("\n".join(wrapped), highlight=False, markup=False)
+        show_lines((f"  {name:{width}}  {about}" for name, about in entries.items()), hang=width + 2)
     lines = (
         f"Refused: {len(REFUSED)} transformers, each with its reason",
         f"Embedded models: {', '.join(EMBEDDED)}",
         "All about one: dit-accel ls NAME, of a method, a family or a transformer's class",
         "Published weights that --load reads: dit-accel ls formats",
     )
-    console.print("\n".join(lines), highlight=False, markup=False)
+    show_lines(lines)
 
 
 def _covers(family: Family) -> str:

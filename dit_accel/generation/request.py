@@ -28,6 +28,7 @@ MOST_STEPS = 10_000  # models learn 1,000 noise levels
 PROMPT = "a red circle moves right on a blue background"  # shows what the embedded model can draw
 METHOD_FORM = "METHOD[:KEY=VALUE,...]"
 CACHE_FORM = "CACHE[:KEY=VALUE,...]"
+LOAD_FORM = "FOLDER|FILE|HUB-ID"
 PROMPTS_FORM = "FILE|LIST|FOLDER"
 
 
@@ -57,7 +58,9 @@ class MemoryOptions(DeviceOptions):
     PANEL: ClassVar[str] = "Device and memory"
 
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
-        "auto", "Data type; auto is bfloat16 on a GPU and float32 elsewhere."
+        "auto",
+        "float32, bfloat16, float16 or auto, which is bfloat16 on a GPU and float32 elsewhere.",
+        metavar="DTYPE",
     )
     offload: Literal["none", "model", "group"] = option(
         "none", "Keep weights in main memory; move whole models or single layers to the GPU when they run."
@@ -151,8 +154,9 @@ class MethodOptions(ScheduleOptions, SettingsOptions):
     preset: bool = option(False, "Use the method's recommended settings for this model; settings that you give win.")
     load: Path | None = option(
         None,
-        "A saved accelerator, a setting, or published weights (`dit-accel ls formats`), in place of --method.",
-        metavar="FOLDER|FILE|HUB-ID[@REVISION]",
+        "In place of --method: a saved accelerator, a setting, or published weights (`dit-accel ls formats`), "
+        "HUB-ID@REVISION for one version of them.",
+        metavar=LOAD_FORM,
     )
     any_weights: bool = option(False, "With --load: allow other base weights than those it was trained for.")
 

@@ -5,6 +5,7 @@ import json
 import shutil
 
 import torch
+from messages import says
 
 from dit_accel.cli import doctor
 from dit_accel.generation import sources
@@ -24,7 +25,29 @@ def test_every_implementation_and_what_auto_takes(cli):
     assert not found["block_sparse, gluon"]["works"] and "gluon takes" in found["block_sparse, gluon"]["detail"]
     lines = cli("doctor", "--device", "cpu").out.splitlines()
     assert lines[0] == "cpu, float32"
-    assert len(lines) == 1 + len(found) + sum(each["remedy"] is not None for each in found.values())
+    entries = [line.split() for line in lines if line[:5].strip()]
+    assert [words[0] for words in entries[1:-1]] == ["yes" if row["works"] else "no" for row in found.values()]
+
+
+def test_the_last_line_is_a_verdict(cli, monkeypatch):
+    def verdict():
+        return cli("doctor", "--device", "cpu").out.splitlines()[-1]
+
+    monkeypatch.setattr(doctor, "PACKAGES", (("json", "records", "nothing"),))
+    monkeypatch.setattr(shutil, "which", lambda name: "/usr/bin/g++")
+    assert verdict() == "CPU only: everything runs, in portable; nothing missing"
+    monkeypatch.setattr(doctor, "PACKAGES", (("no_such_package", "records", "nothing"),))
+    assert says(verdict(), "CPU", "portable", "package no_such_package") and "nothing missing" not in verdict()
+
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
+    kernels = [
+        doctor.Finding("block_sparse, gluon", True, doctor.CHOSEN),
+        doctor.Finding("block_sparse, triton", True, "runs only if you name it"),
+        doctor.Finding("router, triton", True, doctor.CHOSEN),
+        doctor.Finding("sla, gluon", True, doctor.CHOSEN),
+    ]
+    line = doctor._verdict(torch.device("cuda"), kernels, [])
+    assert line == "NVIDIA H200: gluon and triton kernels; nothing missing"
 
 
 def test_what_is_missing_has_a_command(cli, monkeypatch):
