@@ -27,9 +27,7 @@ ORIGIN = ("hardware", "git", "date")  # entries of `made` in the line under the 
 def section(summary: dict[str, Any]) -> str:
     """The text between the marks: table, picture and origin."""
     parts = [markdown.table(summary, costs=False)]
-    parts.append(
-        f"![Speed-up against each figure, with the Pareto front; the numbers are those of the table]({_link(PICTURE)})"
-    )
+    parts.append(f"![Speed-up against each figure, with the Pareto front]({_link(PICTURE)})")
     record = summary["made"]
     origin = "; ".join(markdown.plain(record[name]) for name in ORIGIN if record.get(name))
     command = markdown.plain(record["command"])

@@ -118,15 +118,16 @@ def show(summary: dict[str, Any]) -> None:
     from rich.table import Table
     from rich.text import Text
 
+    from dit_accel.eval.report import fields
+
     metrics = summary["metrics"][:SHOWN]
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     table.add_column("", overflow="fold")
     for column in ("speed-up", "density", *(metric["name"].replace("[", "\n[") for metric in metrics)):
         table.add_column(Text(column), justify="right", no_wrap=True)
     for row in summary["rows"]:
-        found = [row["figures"][metric["name"]]["value"] for metric in metrics]
-        written = [value if isinstance(value, str) else f"{value:.4g}" for value in found]
-        table.add_row(row["label"], f"{row['speedup']:.2f}", f"{row['density']:.3f}", *written)
+        figures = (fields.cell(row["figures"][metric["name"]]["value"], metric) for metric in metrics)
+        table.add_row(row["label"], fields.times(row["speedup"]), fields.share(row["density"]), *figures)
     console = Console()
     console.print(table)
     for remark in summary["made"]["left_out"]:

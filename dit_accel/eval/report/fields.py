@@ -21,17 +21,21 @@ from __future__ import annotations
 
 import math
 import operator
+import re
 from collections.abc import Sequence
 from typing import Any
 
 NONE = "–"
+PERCENT = "%"  # the one unit that figures of a table have beside them
 
 
 def written(value: float | str | None, unit: str = "", digits: int = 4) -> str:
-    """A figure as text: four significant digits, ∞ for infinity, a dash for none."""
+    """A figure as text: four significant digits, a percentage with one decimal, ∞ for infinity, a dash for none."""
     if value is None:
         return NONE
     value = float(value)  # of "inf", too
+    if unit == PERCENT:
+        return f"{value:.1f} {PERCENT}"
     text = ("−" if value < 0 else "") + ("∞" if math.isinf(value) else f"{abs(value):#.{digits}g}".rstrip("."))
     return f"{text} {unit}".rstrip()
 
@@ -61,7 +65,7 @@ def times(factor: float | None) -> str:
 
 def share(part: float | None) -> str:
     """A density."""
-    return NONE if part is None else f"{100 * part:.1f} %"
+    return written(None if part is None else 100 * part, PERCENT)
 
 
 def value_of(row: dict[str, Any], metric: dict[str, Any]) -> float | None:
@@ -70,15 +74,31 @@ def value_of(row: dict[str, Any], metric: dict[str, Any]) -> float | None:
     return None if value is None else float(value)
 
 
+def cell(value: float | str | None, metric: dict[str, Any]) -> str:
+    """A metric's figure below its `heading`."""
+    return written(value, PERCENT if metric["unit"] == PERCENT else "")
+
+
 def arrow(metric: dict[str, Any]) -> str:
     """The direction of better values."""
     return "↑" if metric["better"] == "higher" else "↓"
 
 
 def heading(metric: dict[str, Any]) -> str:
-    """A metric's column heading: its title, unit and the better direction."""
-    unit = f" ({metric['unit']})" if metric["unit"] else ""
+    """A metric's column heading: its title, unit and the better direction. Percentages have the unit beside them."""
+    unit = f" ({metric['unit']})" if metric["unit"] not in ("", PERCENT) else ""
     return f"{metric['title']}{unit} {arrow(metric)}"
+
+
+def names(rows: list[dict[str, Any]]) -> dict[str, str]:
+    """Short names of rows by label: the method, with a setting that tells it from others of that method."""
+    parts = {row["label"]: re.split(r"[:,\s]+", row["label"]) for row in rows}
+    shortened = {}
+    for label, (method, *settings) in parts.items():
+        others = [set(rest) for other, (name, *rest) in parts.items() if name == method and other != label]
+        telling = [setting for setting in settings if not any(setting in rest for rest in others)]
+        shortened[label] = " ".join([method, *(telling[:1] or settings if others else [])])
+    return shortened
 
 
 def front(rows: list[dict[str, Any]], metric: dict[str, Any]) -> list[str]:

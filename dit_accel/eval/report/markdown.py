@@ -45,22 +45,22 @@ def excerpt(summary: dict[str, Any], label: str) -> str:
 
 
 def table(summary: dict[str, Any], costs: bool = True) -> str:
-    """All rows, numbered as in the pictures: density, speed-up, metrics; with `costs` times, memory, intervals too."""
+    """All rows: density, speed-up, metrics; with `costs` times, memory, intervals too."""
     metrics = summary["metrics"]
-    head = ["", "method", "density", "speed-up"]
+    head = ["method", "density", "speed-up"]
     head += ["loop p50 / p95 (s)", "attention p50 / p95 (s)", "memory"] if costs else []
     head += [fields.heading(metric) for metric in metrics]
-    lines = [head, ["---:", "---", *["---:"] * (len(head) - 2)]]
+    lines = [head, ["---", *["---:"] * (len(head) - 1)]]
     span = " ({} to {})" if costs else ""
-    for number, row in enumerate(summary["rows"], 1):
+    for row in summary["rows"]:
         speed = fields.times(row["speedup"]) + fields.interval(row.get("speedup_interval"), span)
-        cells = [str(number), f"`{row['label']}`", fields.share(row["density"]), speed]
+        cells = [f"`{row['label']}`", fields.share(row["density"]), speed]
         if costs:
             cells += [fields.seconds(row.get("loop_seconds")), fields.seconds(row.get("attention_seconds"))]
             cells += [fields.memory(row.get("peak_bytes"))]
         for metric in metrics:
             figure = row["figures"].get(metric["name"], {})
-            cells.append(fields.written(figure.get("value")) + fields.interval(figure.get("interval"), span))
+            cells.append(fields.cell(figure.get("value"), metric) + fields.interval(figure.get("interval"), span))
         lines.append(cells)
     return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
 

@@ -31,9 +31,6 @@ def render(summary: dict[str, Any], folder: Path) -> str:
         style=Markup((HERE / "page.css").read_text(encoding="utf-8")),
         script=Markup((HERE / "page.js").read_text(encoding="utf-8")),
         fronts={metric["name"]: fields.front(summary["rows"], metric) for metric in summary["metrics"]},
-        legend=[
-            (method, colour, pictures.MARKERS[mark]) for method, (colour, mark) in pictures.legend(summary).items()
-        ],
         chosen=next((line["row"] for line in summary.get("verdict", []) if "row" in line), None),
         panels=[(metric, Markup(pictures.panel(summary, metric))) for metric in pictures.drawable(summary)],
         prompts=_by_prompt(summary.get("samples", []), folder),

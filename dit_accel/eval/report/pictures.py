@@ -1,12 +1,13 @@
 """Pictures of the report, drawn by matplotlib: Pareto fronts and heat maps of the attention's error.
 
 As SVG they take the page's text colour, so they suit its light and its dark theme; as PNG they are black on white.
-Points carry the numbers of the table's rows.
+A point has its row's short name (`fields.names`).
 """
 
 from __future__ import annotations
 
 import io
+import itertools
 import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -18,11 +19,16 @@ from dit_accel.generation.output import check_matplotlib
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.transforms import Bbox
+
+    Panel = tuple[Axes, list[tuple[float, float, str]]]  # and its points' places with their names
 
 INK = "#010203"  # stands for the page's text colour, which an SVG calls currentColor
-MARKERS = {"o": "●", "s": "■", "D": "◆", "^": "▲", "v": "▼", "P": "✚", "*": "★", "X": "✖"}
+MARKERS = "osD^vP*X"
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c6d31", "#7f7f7f")  # Okabe and Ito
 PANEL = (3.6, 2.9)  # inches: legible when a phone shows it at full width
+LARGE = 2  # times as wide and high is the first panel
+SIDES = ((1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (-1, 1), (1, -1), (-1, -1))  # of a point, where its name may stand
 FAR = 3  # quartile ranges beyond the quartiles; what lies farther is "far out" (Tukey 1977, section 2D)
 STYLE: Any = {
     "svg.fonttype": "none",  # letters stay letters
@@ -40,55 +46,57 @@ STYLE: Any = {
 
 
 def drawable(summary: dict[str, Any]) -> list[dict[str, Any]]:
-    """The metrics of which at least one row beside the baseline has a finite figure and a speed-up."""
-    return [metric for metric in summary["metrics"] if len(_points(summary, metric)) > 1]
+    """The metrics of which at least two rows have a figure and a speed-up, one of them a finite figure."""
+    points = ((metric, [value for _, value, _ in _points(summary, metric)]) for metric in summary["metrics"])
+    return [metric for metric, values in points if len(values) > 1 and any(map(math.isfinite, values))]
 
 
-def legend(summary: dict[str, Any]) -> dict[str, tuple[str, str]]:
+def marks(summary: dict[str, Any]) -> dict[str, tuple[str, str]]:
     """Colour and marker of each method, in the order of the rows."""
     methods = dict.fromkeys(row["method"] for row in summary["rows"])
-    markers = list(MARKERS)
     return {
-        method: (COLOURS[index % len(COLOURS)], markers[index % len(markers)]) for index, method in enumerate(methods)
+        method: (COLOURS[index % len(COLOURS)], MARKERS[index % len(MARKERS)]) for index, method in enumerate(methods)
     }
 
 
 def pareto(summary: dict[str, Any]) -> bytes:
-    """Speed-up against each metric as PNG, a panel each, with one legend; a line joins the rows on the front."""
+    """Speed-up against each metric as PNG, a panel each, the first large; a line joins the rows on the front."""
     check_matplotlib()
     import matplotlib
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
     metrics = drawable(summary)
-    columns = min(3, max(1, len(metrics)))
-    rows = max(1, -(-len(metrics) // columns))
+    others = metrics[1:]
+    beside = others[:LARGE]  # the large panel takes as many rows and columns; the others follow in lines of three
+    columns = LARGE + bool(beside)
+    rows = LARGE + -(-len(others[LARGE:]) // columns)
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(PANEL[0] * columns, PANEL[1] * rows + 0.3), layout="constrained")
-        axes = list(figure.subplots(rows, columns, squeeze=False).flat)
-        for axis, metric in zip(axes, metrics, strict=False):
-            _front_panel(axis, summary, metric)
-        for axis in axes[len(metrics) :]:
-            axis.set_axis_off()
-        handles = [
-            Line2D([], [], linestyle="", color=colour, marker=marker, label=method)
-            for method, (colour, marker) in legend(summary).items()
+        grid = figure.add_gridspec(rows, columns)
+        places = [grid[:LARGE, :LARGE], *(grid[row, LARGE] for row in range(len(beside)))]
+        places += [grid[LARGE + index // columns, index % columns] for index in range(len(others[LARGE:]))]
+        panels = [
+            _front_panel(figure.add_subplot(place), summary, metric)
+            for place, metric in zip(places, metrics, strict=False)
         ]
-        handles.append(Line2D([], [], color=INK, linewidth=1, alpha=0.5, label="Pareto front"))
-        figure.legend(handles=handles, loc="outside lower center", ncols=3 * columns, frameon=False)
+        front = Line2D([], [], color=INK, linewidth=1, alpha=0.5, label="Pareto front")
+        figure.legend(handles=[front], loc="outside lower center", frameon=False)
+        _name_points(figure, panels)
         file = io.BytesIO()
         figure.savefig(file, format="png", dpi=120, metadata={"Comment": MARK})
         return file.getvalue()
 
 
 def panel(summary: dict[str, Any], metric: dict[str, Any]) -> str:
-    """One metric's Pareto front alone, as SVG without a legend."""
+    """One metric's Pareto front alone, as SVG; that of the first one is larger."""
     import matplotlib
     from matplotlib.figure import Figure
 
+    factor = LARGE if metric["name"] == drawable(summary)[0]["name"] else 1
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=PANEL, layout="constrained")
-        _front_panel(figure.subplots(), summary, metric)
+        figure = Figure(figsize=(factor * PANEL[0], factor * PANEL[1]), layout="constrained")
+        _name_points(figure, [_front_panel(figure.subplots(), summary, metric)])
         return _svg(figure)
 
 
@@ -140,40 +148,87 @@ def _short(name: str) -> str:
     return ".".join(parts[max(0, last - 1) : last + 1])
 
 
-def _points(summary: dict[str, Any], metric: dict[str, Any]) -> list[tuple[float, float, int, dict[str, Any]]]:
-    """(speed-up, value, number, row) of all rows that can be drawn: infinities cannot."""
+def _points(summary: dict[str, Any], metric: dict[str, Any]) -> list[tuple[float, float, dict[str, Any]]]:
+    """(speed-up, value, row) of all rows with both; a value may be infinite."""
     return [
-        (row["speedup"], value, number, row)
-        for number, row in enumerate(summary["rows"], 1)
-        if row["speedup"] is not None and (value := fields.value_of(row, metric)) is not None and math.isfinite(value)
+        (row["speedup"], value, row)
+        for row in summary["rows"]
+        if row["speedup"] is not None and (value := fields.value_of(row, metric)) is not None
     ]
 
 
-def _front_panel(axes: Axes, summary: dict[str, Any], metric: dict[str, Any]) -> None:
+def _front_panel(axes: Axes, summary: dict[str, Any], metric: dict[str, Any]) -> Panel:
+    """Draw one panel without its points' names, and return them."""
     points = _points(summary, metric)
-    across, up = _limits([point[0] for point in points] + [1.0]), _limits([point[1] for point in points])
+    finite = [value for _, value, _ in points if math.isfinite(value)]
+    across, (low, high) = _limits([speed for speed, _, _ in points] + [1.0]), _limits(finite)
+    top = high
+    if len(finite) < len(points):  # infinities lie on a line above all others
+        top += 0.12 * (high - low)
+        axes.axhline(top, color=INK, linewidth=0.8, linestyle="--", zorder=0)
+        axes.annotate(
+            "∞", (0, 1), (-7, 0), xycoords="axes fraction", textcoords="offset points", ha="right", va="center"
+        )
     on_front = set(fields.front(summary["rows"], metric))
-    line = sorted((speed, value) for speed, value, _, row in points if row["label"] in on_front)
-    axes.plot([speed for speed, _ in line], [value for _, value in line], color=INK, linewidth=1, alpha=0.5, zorder=1)
-    marks, texts = legend(summary), dict[tuple[float, float], list[str]]()
-    wide, high = (0.02 * (ends[1] - ends[0]) for ends in (across, up))  # points that are nearer share a label
-    for speed, value, number, row in points:
-        colour, marker = marks[row["method"]]
-        x, y = min(max(speed, across[0]), across[1]), min(max(value, up[0]), up[1])
+    line = []
+    colours, titles = marks(summary), fields.names(summary["rows"])
+    names = []
+    for speed, value, row in points:
+        colour, marker = colours[row["method"]]
+        x = min(max(speed, across[0]), across[1])
+        y = top if math.isinf(value) else min(max(value, low), high)
+        if row["label"] in on_front:
+            line.append((x, y))
         far = [fields.times(speed)] if x != speed else []
-        far += [fields.written(value, digits=3)] if y != value else []  # drawn on the edge, hollow, with its figure
-        fill = "none" if far else colour
+        far += [fields.written(value, metric["unit"], 3)] if y != value and math.isfinite(value) else []
+        fill = "none" if far else colour  # drawn on the edge, hollow, with its figure
         axes.plot(x, y, linestyle="", color=colour, marker=marker, markerfacecolor=fill, zorder=2, clip_on=False)
-        near = next((at for at in texts if abs(at[0] - x) < wide and abs(at[1] - y) < high), (x, y))
-        texts.setdefault(near, []).append(": ".join([str(number), *far]))
-    for (x, y), labels in texts.items():
-        below, left = y > up[1] - 0.05 * (up[1] - up[0]), x > across[1] - 0.1 * (across[1] - across[0])
-        side: dict[str, Any] = {"xytext": (-4 if left else 4, -8 if below else 2), "ha": "right" if left else "left"}
-        axes.annotate(", ".join(labels), (x, y), textcoords="offset points", fontsize=7, zorder=3, **side)
+        names.append((x, y, ": ".join([titles[row["label"]], *far])))
+    axes.plot(*zip(*sorted(line), strict=True), color=INK, linewidth=1, alpha=0.5, zorder=1)
     axes.axvline(1, color=INK, linewidth=0.6, linestyle=":", zorder=0)
     better = f"{metric['unit']}   {fields.arrow(metric)} better".strip()
-    axes.set(xlim=across, ylim=up, xlabel="speed-up of the denoising loop", ylabel=better, title=metric["title"])
+    axes.set(
+        xlim=across, ylim=(low, top), xlabel="speed-up of the denoising loop", ylabel=better, title=metric["title"]
+    )
     axes.spines[["top", "right"]].set_visible(False)
+    return axes, names
+
+
+def _name_points(figure: Figure, panels: Sequence[Panel]) -> None:
+    """Write each point's name beside it, where it covers the least of other names and of points."""
+    from matplotlib.transforms import Bbox
+
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")  # names move no panel
+    point = figure.dpi / 72  # pixels
+    for axes, names in panels:
+        places = [tuple(axes.transData.transform((x, y))) for x, y, _ in names]
+        covered = [Bbox.from_bounds(x - 4 * point, y - 4 * point, 8 * point, 8 * point) for x, y in places]
+        room = axes.get_window_extent()
+        for (x, y), (across, up, name) in zip(places, names, strict=True):
+            text = axes.annotate(
+                name, (across, up), (0, 0), textcoords="offset points", fontsize=7, zorder=3, ha="center", va="center",
+                parse_math=False,
+            )  # fmt: skip
+            size = text.get_window_extent()
+            choices: list[tuple[float, int, tuple[float, float], Bbox]] = []
+            for ring, (right, above) in itertools.product(range(1, 4), SIDES):
+                move = right * (size.width / 2 + 5 * ring * point), above * (size.height / 2 + 4 * ring * point)
+                box = Bbox.from_bounds(
+                    x + move[0] - size.width / 2, y + move[1] - size.height / 2, size.width, size.height
+                )
+                hidden = sum(_common(box, other) for other in covered) + box.width * box.height - _common(box, room)
+                choices.append((hidden, len(choices), move, box))
+            _, _, move, box = min(choices)
+            text.xyann = (move[0] / point, move[1] / point)
+            covered.append(box)
+
+
+def _common(one: Bbox, other: Bbox) -> float:
+    """The area that two boxes share."""
+    width = min(one.x1, other.x1) - max(one.x0, other.x0)
+    height = min(one.y1, other.y1) - max(one.y0, other.y0)
+    return max(0.0, width) * max(0.0, height)
 
 
 def _limits(values: list[float]) -> tuple[float, float]:

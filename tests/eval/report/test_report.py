@@ -19,6 +19,8 @@ def test_numbers_are_written_for_people():
     assert fields.interval([19.513, "inf"]) == " (95 %: 19.5 to ∞)"
     assert fields.interval([0.5, 0.5], "{}–{}") == fields.interval(None) == ""
     assert fields.memory(300 * 2**20) == "300 MiB" and fields.memory(3 * 2**29) == "1.50 GiB"
+    assert fields.written(90.625, "%") == "90.6 %" == fields.cell(90.625, {"unit": "%"})
+    assert fields.cell(21.456789, {"unit": "dB"}) == "21.46"
     assert fields.share(0.125) == "12.5 %" and fields.times(1.5) == "1.50×"
     assert fields.seconds({"p50": 1.0, "p95": 2.5}) == "1.000 / 2.500"
 
@@ -58,7 +60,7 @@ def test_markdown_has_the_verdict_and_a_line_for_each_row(summary):
     text = markdown.render(summary)
     table = [line for line in text.splitlines() if "| `" in line]
     assert [line.split("`")[1] for line in table] == [row["label"] for row in summary["rows"]]
-    assert table[1].split(" | ")[2:4] == ["30.0 %", "1.50× (1.35 to 1.65)"] and "| ∞ |" in table[0]
+    assert table[1].split(" | ")[1:3] == ["30.0 %", "1.50× (1.35 to 1.65)"] and "| ∞ |" in table[0]
     assert text.index("## What to use") < text.index("## Figures")
     assert "* The best: <b>gna:window=0.7</b>.\n  `dit-accel generate 'a b'`\n* No setting" in text
     assert "* versions: torch 2.13" in text and "* git: –" in text
@@ -95,9 +97,10 @@ def test_what_cannot_be_shown_is_refused(summary, tmp_path):
 def test_pictures_take_the_pages_colours_and_know_gaps(summary):
     svg = pictures.panel(summary, summary["metrics"][0])
     assert "currentColor" in svg and pictures.INK not in svg
-    numbers = [number for number in "1234" if f">{number}</text>" in svg]
-    assert numbers == ["2", "3", "4"]  # the PSNR of the first is infinite
-    assert list(pictures.legend(summary)) == ["baseline", "gna", "radial"]
+    names = fields.names(summary["rows"]).values()
+    assert [*names] == ["baseline", "gna window=0.5", "gna window=0.7", "radial"]
+    assert [name for name in names if f">{name}</text>" not in svg] == []
+    assert list(pictures.marks(summary)) == ["baseline", "gna", "radial"]
     assert [metric["name"] for metric in pictures.drawable(summary)] == [each["name"] for each in summary["metrics"]]
     assert pictures.pareto(summary).startswith(b"\x89PNG")
     assert ">blocks.2</text>" in pictures.heat_maps(summary["attention"][0])
@@ -110,7 +113,55 @@ def test_a_point_far_out_does_not_stretch_the_axis(summary):
     low, high = pictures._limits([20.0, 21.0, 22.0, 24.0, 500.0])
     assert 19 < low < 20 and 24 < high < 25
     rows.append({**rows[0], "label": "far", "figures": {"psnr": {"value": 500.0}}})
-    assert ">5: 500</text>" in pictures.panel({**summary, "rows": rows}, summary["metrics"][0])
+    assert ">far: 500 dB</text>" in pictures.panel({**summary, "rows": rows}, summary["metrics"][0])
+
+
+def test_infinity_is_a_line_above_all_other_values(summary):
+    """The line and its label are on the plot where a row is infinite, and the row's point lies on the line."""
+    from matplotlib.figure import Figure
+
+    axes, named = pictures._front_panel(Figure().subplots(), summary, summary["metrics"][0])
+    top = axes.get_ylim()[1]
+    assert [at for *_, at, name in named if name == "baseline"] == [top]
+    assert max(at for *_, at, name in named if name != "baseline") < top
+    assert [text.get_text() for text in axes.texts] == ["∞"]
+    dashed = [line for line in axes.lines if line.get_linestyle() == "--"]
+    assert [line.get_ydata()[0] for line in dashed] == [top]
+    axes, _ = pictures._front_panel(Figure().subplots(), summary, summary["metrics"][1])
+    assert not axes.texts and all(line.get_linestyle() != "--" for line in axes.lines)
+
+
+def test_names_of_points_cover_each_other_nowhere(summary):
+    """Seven rows whose points lie near each other: every name is beside its point, and free."""
+    from matplotlib.figure import Figure
+
+    rows = [
+        {**summary["rows"][1], "label": f"gna:window={i}", "speedup": 1.2 + 0.01 * (i % 3)}
+        | {"figures": {"psnr": {"value": 20 + 0.1 * i}}}
+        for i in range(7)
+    ]
+    figure = Figure(figsize=(7, 6), layout="constrained")
+    axes, named = pictures._front_panel(figure.subplots(), {**summary, "rows": rows}, summary["metrics"][0])
+    pictures._name_points(figure, [(axes, named)])
+    boxes = [text.get_window_extent() for text in axes.texts]
+    assert [text.get_text() for text in axes.texts] == [f"gna window={i}" for i in range(7)]
+    assert not any(one.overlaps(other) for i, one in enumerate(boxes) for other in boxes[:i])
+
+
+def test_the_first_panel_is_the_largest(summary):
+    """In the PNG the first panel has the area of four, and the page draws it twice as wide."""
+    import io
+
+    from PIL import Image
+
+    def width(metric):
+        return float(pictures.panel(summary, metric).partition('width="')[2].partition("pt")[0])
+
+    first, *others = summary["metrics"]
+    assert [width(metric) for metric in others] == [width(first) / pictures.LARGE] * len(others)
+    with Image.open(io.BytesIO(pictures.pareto(summary))) as picture:
+        wanted = [120 * pictures.PANEL[0] * 3, 120 * (pictures.PANEL[1] * 2 + 0.3)]
+        assert list(picture.size) == [round(side) for side in wanted]
 
 
 def test_means_leave_gaps_out():
