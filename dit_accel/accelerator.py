@@ -22,6 +22,7 @@ from dit_accel.checkpoint import lora as adapters
 from dit_accel.checkpoint.lora import Trained
 from dit_accel.errors import DitAccelError, DitAccelWarning
 from dit_accel.hooks.engine import Engine
+from dit_accel.hooks.levels import SIZE, Level, case_of
 from dit_accel.hooks.plan_cache import PlanCache
 from dit_accel.hooks.report import Report
 from dit_accel.hooks.selfcheck import AttentionCall, SelfCheck, Verify
@@ -30,6 +31,7 @@ from dit_accel.kernels import impls
 from dit_accel.kernels.impls import Impl
 from dit_accel.method import Method
 from dit_accel.pipelines.family import Family, Preset
+from dit_accel.pipelines.levels import DEFAULT, LEVELS
 from dit_accel.pipelines.targets import find_transformers
 from dit_accel.registry import DENSE, get_method
 from dit_accel.schedule import Amount
@@ -57,6 +59,7 @@ class Accelerator:
         impl: Impl,
         check: SelfCheck,
         notes: tuple[str, ...] = (),
+        level: Level | None = None,
     ) -> None:
         self.setting, self.impl = setting, impl
         self.transformers = {name: transformer for name, (transformer, _) in transformers.items()}
@@ -64,7 +67,9 @@ class Accelerator:
         self._plans = {config: PlanCache(method, config, setting.layers is None) for config in setting.configs()}
         shared = method, setting, self._clock, self._plans, impl, check
         self._engines = [Engine(name, module, family, *shared) for name, (module, family) in transformers.items()]
-        self._notes = notes
+        for engine in self._engines:
+            engine.level = level
+        self._notes = notes if level is None else (level.note, *notes)
         self.active = False
         self.trained: Trained | None = None
         self._undo_training: Callable[[], None] | None = None
@@ -267,7 +272,8 @@ def accelerate(
 
     Args:
         target: a Diffusers pipeline, modular or not; an object with a `transformer`; or one transformer.
-        method: a name from `list_methods`, the text of a setting, or a `Setting`; None with `layer_schedule`.
+        method: a level ("faithful", "balanced" or "fast"), a name from `list_methods`, the text of a setting, or a
+            `Setting`. None: that of `layer_schedule`; the family's recommended one with `preset`; else "balanced".
         layer_schedule: a JSON file with a setting (format: `dit_accel.setting`), in place of `method` and `config`. A
             schedule or back end given besides wins over that of a file or a `Setting`.
         preset: take the settings, dense steps and dense layers recommended for the model's family. What is given
@@ -284,14 +290,16 @@ def accelerate(
         cache: one of Diffusers' step caches with the names of its config's arguments, such as ``mag:threshold=0.12`` or
             ``first-block:threshold=0.2``; also with the method "dense". See `dit_accel.caches.step_cache`.
         replace: first remove an accelerator that is already at work.
-        config: settings of the method. ``budgets=FILE`` gives each layer and head its own, from a calibration's file.
+        config: settings of the method, or the size of the calls that a level is chosen for: ``frames``, ``height``,
+            ``width`` and ``steps``, by default the pipeline's own. ``budgets=FILE`` gives each layer and head its
+            own, from a calibration's file.
 
     Raises:
-        DitAccelError: the method or a setting is unknown, the family has no preset, or the model is not supported or
-            already accelerated.
+        DitAccelError: the method or a setting is unknown, the family has no preset, the size for a level is unknown, or
+            the model is not supported or already accelerated.
 
     Example:
-        >>> accel = accelerate(pipe, "radial", decay=0.2, dense_steps=12, dense_layers=1)
+        >>> accel = accelerate(pipe)
         >>> video = pipe(prompt).frames[0]
         >>> print(accel.report())
         >>> accel.remove()
@@ -304,13 +312,17 @@ def accelerate(
         "cache": cache,
     }
     notes: tuple[str, ...] = ()
+    level: Level | None = None
     if isinstance(method, Setting) or layer_schedule is not None:
         setting = _whole(method, layer_schedule, config, preset=preset).changed(**words)
-    elif method is None:
-        raise DitAccelError("accelerate needs a method, such as 'radial', a Setting, or layer_schedule=FILE.")
+    elif method in LEVELS or (method is None and not preset):
+        name = DEFAULT if method is None else method
+        level = _level(target, name, config, preset=preset)
+        setting = level.setting(**words)
     else:
         advice = functools.partial(_preset, target) if preset else None
-        setting = Setting.make(method, config, preset=advice, **words)
+        name = _family(target)[0].first_preset if method is None else method
+        setting = Setting.make(name, config, preset=advice, **words)
         if advice is not None:
             notes = (f"settings not given are those recommended: {advice(setting.method).source}",)
     check = SelfCheck(verify, keep_dense_above)
@@ -323,7 +335,7 @@ def accelerate(
             f"{type(target).__name__} is already accelerated with {next(iter(present)).setting.method}. Call remove() "
             "on that accelerator first, or pass replace=True."
         )
-    accel = Accelerator(transformers, pipeline, get_method(setting.method), setting, impl, check, notes)
+    accel = Accelerator(transformers, pipeline, get_method(setting.method), setting, impl, check, notes, level)
     for old in present:  # only now, when the new one is known to fit
         old.remove()
     accel.apply()
@@ -349,10 +361,29 @@ def _whole(
     return Setting.read(layer_schedule)
 
 
+def _family(target: Any) -> tuple[Family, int]:
+    """The family of the target's transformers, and their number."""
+    transformers = list(find_transformers(target)[0].values())
+    return transformers[0][1], len(transformers)
+
+
 def _preset(target: Any, method: str) -> Preset:
     """The settings recommended for the family of the target's transformers."""
-    transformers = list(find_transformers(target)[0].values())
-    return transformers[0][1].preset(method, len(transformers))
+    family, count = _family(target)
+    return family.preset(method, count)
+
+
+def _level(target: Any, name: str, size: dict[str, Any], *, preset: bool) -> Level:
+    """A level for the target's calls of a size; a method's settings are refused."""
+    others = [key for key in size if key not in SIZE]
+    if preset or others:
+        family = _family(target)[0]
+        raise DitAccelError(
+            f"The level {name} brings its settings and takes {', '.join(SIZE)}; got "
+            f"{', '.join([*others, *['preset=True'] * preset])}. For settings of your own name a method "
+            f"first: {family.choices}."
+        )
+    return Level.choose(name, case_of(*find_transformers(target), size))
 
 
 @contextlib.contextmanager

@@ -84,8 +84,16 @@ def test_no_preset_names_those_that_exist(tiny_wan):
         get_families()["pixart"].preset("radial")
 
 
+def test_a_preset_without_a_method_is_the_one_to_start_with(tiny_wan):
+    with dit_accel.accelerate(tiny_wan(), preset=True, dense_steps=3) as accel:
+        assert accel.setting.method == "sol" == get_families()["wan"].first_preset
+        assert (accel.setting.config.block_q, accel.setting.schedule.dense_steps) == (128, 3)
+    with pytest.raises(dit_accel.DitAccelError, match=names("pixart balanced")):
+        _ = get_families()["pixart"].first_preset
+
+
 def test_a_preset_is_of_one_method(tiny_wan):
-    with pytest.raises(dit_accel.DitAccelError, match=names("method")):
-        dit_accel.accelerate(tiny_wan(), preset=True)
+    with pytest.raises(dit_accel.DitAccelError, match=names("preset=True balanced sol radial")):
+        dit_accel.accelerate(tiny_wan(), "fast", preset=True)
     with pytest.raises(dit_accel.DitAccelError, match=names("preset=True")):
         dit_accel.accelerate(tiny_wan(), "radial", preset=True, layer_schedule="layers.json")

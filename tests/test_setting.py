@@ -138,8 +138,8 @@ def test_a_schedule_says_everything(schedule, tiny_wan):
     ):
         with pytest.raises(dit_accel.DitAccelError, match=word):
             dit_accel.accelerate(tiny_wan(3), layer_schedule=schedule, **arguments)
-    with pytest.raises(dit_accel.DitAccelError, match=names("layer_schedule")):
-        dit_accel.accelerate(tiny_wan())
+    with pytest.raises(dit_accel.DitAccelError, match=names("references balanced sol")):
+        dit_accel.accelerate(tiny_wan(), references=1)
 
 
 def test_dense_layers_beside_a_schedule(schedule, tiny_wan, wan_inputs):

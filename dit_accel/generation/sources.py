@@ -94,17 +94,12 @@ class Source:
     def sizes(self) -> Sizes:
         """The sizes that the model can make."""
         try:
-            sizes = self.family().sizes(self.config("transformer"), self.config("vae"))
+            return self.family().sizes(self.config("transformer"), self.config("vae"))
         except KeyError as missing:
             raise DitAccelError(
                 f"The configuration of {self.model} lacks {missing}, which decides the size of a token. Save the "
                 "pipeline again with save_pretrained, or use --grid if the command has it."
             ) from missing
-        if self.kind == "embedded":
-            from dit_accel.pipelines.demo import DEFAULTS
-
-            return dataclasses.replace(sizes, frames=DEFAULTS.num_frames, height=DEFAULTS.height, width=DEFAULTS.width)
-        return sizes
 
     def call_defaults(self) -> dict[str, Any]:
         """The model's own defaults of the pipeline's call."""

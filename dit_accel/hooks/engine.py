@@ -19,6 +19,7 @@ from dit_accel.hooks import selfcheck
 from dit_accel.hooks.accelerated_layer import AcceleratedLayer, naming_remove, without_learned
 from dit_accel.hooks.dense_backend import DenseBackend
 from dit_accel.hooks.dense_backend import choose as choose_backend
+from dit_accel.hooks.levels import Level
 from dit_accel.hooks.plan_cache import PlanCache
 from dit_accel.hooks.selfcheck import AttentionCall, SelfCheck
 from dit_accel.hooks.steps import StepClock
@@ -47,6 +48,7 @@ class Engine(AtWork):
     Attributes:
         watchers: functions called with every sparse attention call.
         cache: the step cache of this transformer; None without one.
+        level: the level that the setting comes from; None without one.
     """
 
     def __init__(
@@ -93,6 +95,7 @@ class Engine(AtWork):
         check.refuse_shared(layer.config for layer in self.layers if layer.config is not None)
         if self._dense_backend is not None:
             choose_backend(self._dense_backend, self._device)
+        self.level: Level | None = None
         self.cache: CacheAtWork | None = None
         if setting.cache is not None:
             sources = clock.pipeline_config, getattr(transformer, "config", None)
@@ -251,6 +254,9 @@ class Engine(AtWork):
         self.calls += 1
         self._look_for_dropped()
         self._omitted = ()
+        if self.level is not None and not self.paused:
+            call = ModelCall(self._signature, module, args, kwargs, self._memory)
+            self.level.check(module, self._family, call, self._clock)
         if self.cache is not None:
             self._begin_cached(ModelCall(self._signature, module, args, kwargs, self._memory))
         for state in self._states.values():

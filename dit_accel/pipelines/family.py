@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from dit_accel.errors import DitAccelError
+from dit_accel.pipelines.levels import LEVELS
 from dit_accel.pipelines.sizes import Config, Sizes
 from dit_accel.pipelines.stacks import BlockStack
 from dit_accel.plans.anchored import AnchoredPlan
@@ -202,7 +203,7 @@ class Family:
         timestep_scale: factor that turns it into the scheduler's units, 0 to 1000; None if there is no such factor.
             Then only the scheduler's index, or `set_step`, tells the step.
         timestep_rises: whether the timestep is 1 for the finished image and 0 for noise.
-        recommended: settings by method.
+        recommended: settings by method, the one to start with first.
         recommended_pair: settings that differ for pipelines with two transformers on one trajectory.
         visual_attention: paths among `attention` whose modules see visual tokens alone.
         text_is_keys: whether text tokens are keys but not queries. Accelerated attention then pads the queries with
@@ -271,10 +272,27 @@ class Family:
             known = f"there are some for {', '.join(self.recommended)}" if self.recommended else "there are none at all"
             raise DitAccelError(
                 f"No settings of {method} are recommended for the family {self.name} ({known}); give the settings, "
-                "and no preset."
+                f"and no preset. Name {self.choices}."
             )
         preset = self.recommended[method]
         return self.recommended_pair.get(method, preset) if transformers > 1 else preset
+
+    @property
+    def first_preset(self) -> str:
+        """The method whose preset to start with.
+
+        Raises:
+            DitAccelError: there are no presets.
+        """
+        if not self.recommended:
+            raise DitAccelError(f"The family {self.name} has no presets, so leave preset out. Name {self.choices}.")
+        return next(iter(self.recommended))
+
+    @property
+    def choices(self) -> str:
+        """What a user may name, in words: the levels, and the methods with presets."""
+        presets = f"{', '.join(self.recommended)} (which have presets), " if self.recommended else ""
+        return f"{presets}another that `dit-accel ls` lists, or one of the levels {', '.join(LEVELS)}"
 
     def timestep(self, call: ModelCall) -> torch.Tensor | None:
         """The call's timestep in the scheduler's units; None if it is unknown."""

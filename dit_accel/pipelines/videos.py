@@ -11,8 +11,10 @@ import torch
 from torch import nn
 
 from dit_accel.errors import DitAccelError
+from dit_accel.pipelines import demo
 from dit_accel.pipelines.anchors import in_latent
 from dit_accel.pipelines.family import TRAINING_FREE, CallLayout, Family, ModelCall, Preset, patch_grid, video_family
+from dit_accel.pipelines.levels import DEMO
 from dit_accel.pipelines.reading import dense_note, packed_video, video_alone, video_of
 from dit_accel.pipelines.sizes import Config, Sizes, patch_of, vae_frames, vae_pixels, video_sizes
 from dit_accel.pipelines.stacks import VISUAL, VISUAL_FIRST, BlockStack
@@ -113,9 +115,11 @@ def kandinsky_sizes(transformer: Config, vae: Config) -> Sizes:
 
 
 def wan_sizes(transformer: Config, vae: Config) -> Sizes:
-    """Rotary positions limit each axis; `WanPipeline.check_inputs` wants multiples of 16."""
-    longest = transformer["rope_max_seq_len"]
-    return video_sizes(vae, transformer["patch_size"], 81, 480, 832, longest=longest, multiple=16)
+    """Rotary positions limit each axis; `WanPipeline.check_inputs` wants multiples of 16; the demo has its own size."""
+    longest, size = transformer["rope_max_seq_len"], (81, 480, 832)
+    if vae.get("_class_name") == DEMO:
+        size = demo.DEFAULTS.num_frames, demo.DEFAULTS.height, demo.DEFAULTS.width
+    return video_sizes(vae, transformer["patch_size"], *size, longest=longest, multiple=16)
 
 
 def kandinsky_head_dim(attention: Any) -> int:
