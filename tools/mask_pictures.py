@@ -34,6 +34,7 @@ ROUTED: dict[str, dict[str, Any]] = {
 HEADS = ((1, 1, 0, 0), (1, 1, 1, 1), (1, 1, 1, 1), (1, 0, 0, 0), (1, 1, 0, 1), (1, 1, 1, 1))  # of each layer
 MOH = {"shared": 0.25, "routed": 0.25}
 LAYER, HEAD = "blocks.2.attn1", 0
+SIDE = 1.848  # inches
 COLOURS = ("#f2f2f2", "#9ec5e8", "#173f7a")
 
 
@@ -83,29 +84,16 @@ def draw(
         ticks: labels and their places.
         sides: the meaning of rows and of columns.
     """
-    import matplotlib
+    from matplotlib.colors import to_rgb
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-    from matplotlib.colors import ListedColormap
-    from matplotlib.patches import Patch
+    from dit_accel.plans.picture import mask_picture
 
-    figure = pyplot.figure(figsize=(2.4, 2.7), dpi=110)
-    axes = figure.add_axes((0.2, 0.15, 0.77, 0.77 * 2.4 / 2.7))
-    axes.imshow(classes, cmap=ListedColormap(COLOURS), vmin=0, vmax=2, interpolation="nearest")
-    axes.set_xlabel(f"{sides[1]} {unit}".strip(), fontsize=8)
-    axes.set_ylabel(f"{sides[0]} {unit}".strip(), fontsize=8)
-    for shown, count in ((axes.set_yticks, len(classes)), (axes.set_xticks, classes.shape[1])):
-        within = {name: place for name, place in ticks.items() if place < count}
-        shown(list(within.values()), list(within), fontsize=7)
-    axes.tick_params(length=0)
-    patches = [Patch(facecolor=COLOURS[kind], edgecolor="#888888", label=name) for kind, name in legend.items()]
-    axes.legend(
-        handles=patches, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, fontsize=7, frameon=False,
-        handlelength=1, columnspacing=1,
-    )  # fmt: skip
-    figure.savefig(path)
-    pyplot.close(figure)
+    palette = torch.tensor([to_rgb(colour) for colour in COLOURS])
+    meanings = {COLOURS[kind]: name for kind, name in legend.items()}
+    labels = (f"{sides[0]} {unit}".strip(), f"{sides[1]} {unit}".strip())
+    rows, columns = classes.shape
+    pixels = palette[classes.long()].numpy()
+    mask_picture(pixels, (rows, columns), meanings, labels, (SIDE, SIDE), 110, ticks).savefig(path)
 
 
 def main() -> None:

@@ -13,7 +13,8 @@ import typer
 from dit_accel import registry
 from dit_accel.cli.options import JsonOptions, command
 from dit_accel.errors import DitAccelError
-from dit_accel.files import check_file, check_ours, staged
+from dit_accel.files import MARK, check_file, check_ours, staged
+from dit_accel.generation.output import check_matplotlib
 from dit_accel.generation.request import METHOD_FORM, SettingsOptions, SizeOptions, SourceOptions
 from dit_accel.values import option
 
@@ -37,7 +38,7 @@ class PlanOptions(JsonOptions, SizeOptions, SourceOptions, SettingsOptions):
         None, "Say what would run on a GPU that need not be present, such as sm_90.", metavar="sm_80|sm_90|..."
     )
     head_dim: int = option(128, "Channels of a head, for --gpu.", least=1)
-    image: Path | None = option(None, "Save a picture of the block mask.", metavar="FILE.png")
+    image: Path | None = option(None, "Save a picture of the block mask, with axes and a legend.", metavar="FILE.png")
 
     def tokens(self) -> TokenGrid:
         """The grid as given, or that of a model for a size in frames and pixels."""
@@ -78,6 +79,7 @@ def plan(arguments: dict[str, Any]) -> None:
     if options.image is not None:
         check_file(options.image, (".png",), option="--image")
         check_ours([options.image], "--image")
+        check_matplotlib()
     name, config = registry.parse_method(options.method, options.settings)
     drawn = registry.plan(name, options.tokens(), **config)
     facts = _facts(drawn)
@@ -86,11 +88,11 @@ def plan(arguments: dict[str, Any]) -> None:
         choices = drawn.implementation(options.gpu, head_dim=options.head_dim, learned=learned)
         facts["implementation"] = {options.gpu: [choice._asdict() for choice in choices]}
     if options.image is not None:
-        from dit_accel.generation.output import write_png
+        from dit_accel.plans.picture import block_picture
 
-        picture = drawn.image()
+        picture = block_picture(drawn)
         with staged(options.image) as stage:
-            write_png(stage / options.image.name, picture)
+            picture.savefig(stage / options.image.name, metadata={"Comment": MARK})
     if options.json:
         typer.echo(json.dumps(facts, indent=2))
     else:

@@ -1,5 +1,6 @@
 """`dit-accel plan`."""
 
+import importlib.util
 import json
 
 import pytest
@@ -122,3 +123,17 @@ def test_tables_of_frame_pairs_have_a_limit(cli, method):
     outcome = cli("plan", "--method", method, "--grid", "100000x10x10")
     assert (outcome.status, outcome.out, outcome.err.count("\n")) == (2, "", 1)
     assert says(outcome.err, "2,048 100,000")
+
+
+def test_a_picture_has_the_mark_and_needs_matplotlib(cli, tmp_path, monkeypatch):
+    from dit_accel.files import is_ours
+
+    arguments = ("plan", "--method", "gna:window=3x5x7", "--grid", "5x9x11", "--image", tmp_path / "mask.png")
+    assert cli(*arguments).status == 0
+    assert is_ours(tmp_path / "mask.png")
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *more: None if name == "matplotlib" else find(name, *more)
+    )
+    outcome = cli(*arguments)
+    assert outcome.status == 2 and says(outcome.err, "matplotlib", "'dit_accel[plot]'")

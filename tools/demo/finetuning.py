@@ -14,12 +14,13 @@ import dataclasses
 import functools
 import json
 import pathlib
+import textwrap
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 import dit_accel
 from dit_accel.checkpoint.lora import fingerprint
@@ -39,6 +40,7 @@ from dit_accel.train.state import read_losses
 from tools.demo.evaluate import fixed_scenes, summarise
 
 TRUE_CLIPS = 4
+LABEL = 130  # pixels on the left of a contact sheet, for its labels
 RESULTS = pathlib.Path(__file__).parents[2] / "benchmarks" / "results" / "train-demo.jsonl"
 KINDS = ("dense", "untuned", "tuned", "dense tuned", "tuned without proxies", "heads 0.75", "heads 0.5")
 # of `dit-accel tune --calibrate SHARE --method heads` on four prompts, at the size of `moh-demo`
@@ -167,16 +169,27 @@ def distance(videos: np.ndarray, reference: np.ndarray) -> float:
     return float(fid.compute())
 
 
-def write_sheet(path: pathlib.Path, rows: list[np.ndarray], prompts: int = 4) -> None:
-    """Five frames of the first prompts, one row for each way of making them, as a PNG."""
-    picture = [
-        np.concatenate([video[i] for i in np.linspace(0, len(video) - 1, 5).round().astype(int)], axis=1)
-        for prompt in range(prompts)
-        for video in (videos[prompt] for videos in rows)
-    ]
-    pixels = (np.concatenate(picture) * 255).round().astype(np.uint8)
-    shown = Image.fromarray(pixels).resize((2 * pixels.shape[1], 2 * pixels.shape[0]), Image.Resampling.NEAREST)
-    shown.quantize(256).save(path, optimize=True)
+def write_sheet(path: pathlib.Path, rows: dict[str, np.ndarray], prompts: int = 4) -> None:
+    """Five frames of the first prompts, one labelled row for each way of making them, as a PNG of twice their size."""
+    strips = []
+    for prompt in range(prompts):
+        for videos in rows.values():
+            frames = np.linspace(0, len(videos[prompt]) - 1, 5).round().astype(int)
+            strip = (np.concatenate(list(videos[prompt][frames]), axis=1) * 255).round().astype(np.uint8)
+            strips.append(strip.repeat(2, axis=0).repeat(2, axis=1))
+    labelled(strips, [*rows] * prompts).save(path, optimize=True)
+
+
+def labelled(strips: list[np.ndarray], labels: list[str]) -> Image.Image:
+    """Pictures of one shape, uint8 [H, W, 3], below each other, each with a label on its left."""
+    height, width = strips[0].shape[:2]
+    picture = Image.new("RGB", (LABEL + width, height * len(strips)), "white")
+    draw = ImageDraw.Draw(picture)
+    for row, (strip, label) in enumerate(zip(strips, labels, strict=True)):
+        picture.paste(Image.fromarray(strip), (LABEL, row * height))
+        lines = "\n".join(textwrap.wrap(label, 14))
+        draw.text((8, (row + 0.5) * height), lines, "black", ImageFont.load_default(16), anchor="lm")
+    return picture.quantize(256)
 
 
 def table(path: pathlib.Path) -> str:
@@ -257,7 +270,8 @@ def main() -> None:
     videos = {"dense": videos_of(cache / f"dense-{size}-{run.prompts}.npy", run.dense, lambda pipe: None)}
     for kind, way in ways.items():
         videos[kind] = videos_of(work / f"{kind.replace(' ', '-')}-{run.prompts}.npy", run.tuned, way)
-    write_sheet(work / "sheet.png", list(videos.values()))
+    steps = {kind: run.dense[0] if kind == "dense" else run.tuned[0] for kind in videos}
+    write_sheet(work / "sheet.png", {f"{kind}, {steps[kind]} steps": shown for kind, shown in videos.items()})
     losses = [row["loss"] for row in read_losses(folders["tuned"] / "losses.jsonl")]
     true = true_clips(size, run.prompts)
     row = {

@@ -105,6 +105,7 @@ def heat_maps(record: dict[str, Any]) -> str:
     import matplotlib
     import numpy as np
     from matplotlib.figure import Figure
+    from matplotlib.ticker import PercentFormatter
 
     layers = [_short(name) for name in record["layers"]]
     heads = max((len(cell) for line in record["error"] for cell in line if cell), default=1)
@@ -124,7 +125,8 @@ def heat_maps(record: dict[str, Any]) -> str:
                 axis.set(title=title, xlabel=label, ylabel="layer")
                 axis.set_xticks(*_some(ticks, 10))
                 axis.set_yticks(*_some(layers, 24))
-                figure.colorbar(image, ax=axis).outline.set_visible(False)
+                form = PercentFormatter(1.0) if name == "mass" else None
+                figure.colorbar(image, ax=axis, format=form).outline.set_visible(False)
         return _svg(figure)
 
 
@@ -165,6 +167,7 @@ def _front_panel(axes: Axes, summary: dict[str, Any], metric: dict[str, Any]) ->
     top = high
     if len(finite) < len(points):  # infinities lie on a line above all others
         top += 0.12 * (high - low)
+        axes.set_yticks([tick for tick in axes.get_yticks() if low <= tick <= high])
         axes.axhline(top, color=INK, linewidth=0.8, linestyle="--", zorder=0)
         axes.annotate(
             "∞", (0, 1), (-7, 0), xycoords="axes fraction", textcoords="offset points", ha="right", va="center"

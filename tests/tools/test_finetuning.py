@@ -1,0 +1,19 @@
+"""Contact sheets of fine-tuning."""
+
+import numpy as np
+from PIL import Image
+
+from tools.demo import finetuning
+
+
+def test_every_row_of_a_sheet_is_labelled_and_whole(tmp_path):
+    """Two ways for three prompts: six rows of five frames, twice as large, each with ink on its left."""
+    noise = np.random.default_rng(0).random((3, 9, 16, 24, 3)).astype(np.float32)
+    finetuning.write_sheet(tmp_path / "sheet.png", {"dense, 12 steps": noise, "tuned, 4 steps": noise}, prompts=3)
+    with Image.open(tmp_path / "sheet.png") as file:
+        pixels = np.asarray(file.convert("RGB"))
+    assert pixels.shape == (6 * 32, finetuning.LABEL + 5 * 48, 3)
+    for row in pixels.reshape(6, 32, -1, 3):
+        assert (row[:, : finetuning.LABEL] < 128).any()
+    twins = pixels[:, finetuning.LABEL :].reshape(3, 2, 32, -1, 3)
+    assert (twins[:, 0] == twins[:, 1]).all()
