@@ -8,12 +8,14 @@ query q in block i, with the scale s of the logits
 
 fine is attention to the `topk` blocks with the highest mean(Q_i) . mean(K_j), as of sparge by number, or, without any,
 to the query's own block. W and b start at zero, so an untrained model computes fine alone. Text and conditioning are
-exact in fine, and have no coarse branch.
+exact in fine, and have no coarse branch, unless ``covers="all"``: then each run of text, conditioning or sound is cut
+into blocks too, never across two runs, and all of them have proxies and ask for them.
 
 Sources: "VSA: Faster Video Diffusion with Trainable Sparse Attention", arXiv 2505.13389: top-k, coarse branch, gate
 from zero. VSA makes its gate from the layer's hidden states, as ``gate="hidden"`` does; W q + b needs none. With
 ``tile=(4, 4, 4)``, ``rounding="up"`` and ``weigh="blocks"`` beside it this is the function of VSA's published weights:
-its cubes, ceil(topk K) blocks, and a coarse softmax that counts all blocks alike, without log n_j. "Qihoo-T2X"
+its cubes, ceil(topk K) blocks, and a coarse softmax that counts all blocks alike, without log n_j. VSA in MiniMax-H3
+has ``covers="all"`` besides. "Qihoo-T2X"
 (PT-DiT), arXiv 2409.04005: with ``topk=0`` windows and proxies, and with ``query="token"`` each token asks the proxies
 by its own q, as there. PT-DiT's proxies first attend to each other, with weights of their own, and its windows shift in
 every other layer; both change the architecture.
@@ -61,9 +63,10 @@ class Config(MethodConfig):
         tile: frames, rows and columns of a tile, whose product is the block; None: chosen per grid.
         rounding: of the number of blocks, "down" or "up".
         weigh: what counts alike in the coarse softmax: "tokens" or "blocks".
+        covers: what the coarse branch covers, as queries and as keys: "visual" tokens or "all".
 
     Raises:
-        DitAccelError: the tile's product is not the block, or the order is not "tile".
+        DitAccelError: the tile's product is not the block, the order is not "tile", or a gate of the query covers all.
     """
 
     topk: float = option(0.1, least=0, most=1)
@@ -74,6 +77,7 @@ class Config(MethodConfig):
     tile: tuple[int, int, int] | None = option(None, least=1)
     rounding: Literal["down", "up"] = "down"
     weigh: Literal["tokens", "blocks"] = "tokens"
+    covers: Literal["visual", "all"] = "visual"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -82,6 +86,8 @@ class Config(MethodConfig):
                 f"A tile of {'x'.join(map(str, self.tile))} tokens needs order=tile and block={math.prod(self.tile)}, "
                 f"got order={self.order} and block={self.block}."
             )
+        if self.covers == "all" and self.gate != "hidden":
+            raise DitAccelError(f"covers=all needs gate=hidden, got gate={self.gate}. Set both, or neither.")
 
     def count(self, blocks: int) -> int:
         """Visual key blocks that a query block attends to, of `blocks`."""
@@ -163,32 +169,74 @@ class ProxyPlan(RoutedPlan):
 
     def attend_visual(self, q: Tensor, k: Tensor, v: Tensor, call: PlanCall) -> tuple[Tensor, BlockLists]:
         fine, lists = super().attend_visual(q, k, v, call)
+        return (fine if self.config.covers == "all" else self._with_coarse(fine, q, k, v, call)), lists
+
+    def with_others(self, visual: Tensor, q: Tensor, k: Tensor, v: Tensor, call: PlanCall) -> Tensor:
+        out = super().with_others(visual, q, k, v, call)
+        return self._with_coarse(out, q, k, v, call) if self.config.covers == "all" else out
+
+    def _with_coarse(self, fine: Tensor, q: Tensor, k: Tensor, v: Tensor, call: PlanCall) -> Tensor:
+        """`fine` of the covered tokens, with the gated coarse branch added if the layer has a gate."""
         if call.module is None:
-            return fine, lists
+            return fine
         if self.config.gate == "hidden":
             if call.gate is None:
                 raise DitAccelError("gate=hidden reads a layer's hidden states, so it runs in a model alone.")
-            gate = visual_of(call.gate, self.grid).to(q.dtype)
+            gate = self._covered(call.gate).to(q.dtype)
         elif isinstance(call.module, ProxyGate):
-            gate = call.module(visual_of(q, self.grid), 0 if call.heads is None else call.heads[0])
+            gate = call.module(self._covered(q), 0 if call.heads is None else call.heads[0])
         else:
             raise DitAccelError(f"proxy takes a ProxyGate as its module, got {type(call.module).__name__}.")
-        return fine + gate * self.coarse(q, k, v, call.scale), lists
+        if self.config.covers == "all" and call.text_lens is not None:
+            raise DitAccelError("covers=all takes means of all text, and this model masks some. Use covers=visual.")
+        return fine + gate * self.coarse(q, k, v, call.scale, call.segments)
 
-    def coarse(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
-        """The coarse branch for the whole sequence q, k, v [B, H, N, D]: [B, H, visual, D], in the dtype of q."""
-        order = self.key_order
-        queries, keys, values = (visual_of(x, self.grid) for x in (q, k, v))
-        keys, values = block_means(keys, order), block_means(values, order)
-        sizes = valid_tokens(order, q.device).to(keys.dtype)
+    def _covered(self, x: Tensor) -> Tensor:
+        return x if self.config.covers == "all" else visual_of(x, self.grid)
+
+    def parts(self, segments: tuple[tuple[int, int], ...] = ()) -> list[tuple[slice, TokenOrder]]:
+        """The covered runs of tokens in the order of the sequence, and the blocks of each; `segments` as a call's."""
+        grid, parts = self.grid, [(self.grid.visual_rows, self.key_order)]
+        if self.config.covers == "all":
+            text, conditioning = (grid.text_start, grid.text), (grid.conditioning_start, grid.conditioning)
+            spans = segments or [(start, start + tokens) for start, tokens in (text, conditioning) if tokens]
+            runs = ((slice(*span), TokenGrid(1, 1, span[1] - span[0])) for span in spans)
+            parts += [(rows, TokenOrder(run, self.key_order.block)) for rows, run in runs]
+        return sorted(parts, key=lambda part: part[0].start)
+
+    def coarse(
+        self, q: Tensor, k: Tensor, v: Tensor, scale: float | None, segments: tuple[tuple[int, int], ...] = ()
+    ) -> Tensor:
+        """The coarse branch for the whole sequence q, k, v [B, H, N, D].
+
+        Args:
+            segments: as of a call; they matter only if all tokens are covered.
+
+        Returns:
+            [B, H, N, D], or [B, H, visual, D] unless all tokens are covered, in the dtype of q.
+        """
+        parts, by_block = self.parts(segments), self.config.query == "block"
+        queries, keys, values = (self._means(x, parts) for x in (q, k, v))
+        asking = queries if by_block else self._covered(q)
+        sizes = torch.cat([valid_tokens(order, q.device) for _, order in parts]).to(keys.dtype)
         bias = torch.zeros_like(sizes) if self.config.weigh == "blocks" else sizes.log()
-        by_block = self.config.query == "block"
-        asking = block_means(queries, order) if by_block else queries
         keys, values, bias = (x.to(asking.dtype) for x in (keys, values, bias))
         out = F.scaled_dot_product_attention(asking, keys, values, bias.expand(asking.shape[2], -1), scale=scale)
         if by_block:
-            out = from_blocks(out[..., None, :].expand(*out.shape[:-1], order.block, -1), order)
+            orders = [order for _, order in parts]
+            blocks = out.to(q.dtype)[..., None, :].split([order.visual_blocks for order in orders], 2)
+            spread = [
+                from_blocks(own.expand(-1, -1, -1, order.block, -1), order)
+                for own, order in zip(blocks, orders, strict=True)
+            ]
+            out = torch.cat(spread, 2) if len(spread) > 1 else spread[0]
         return out.to(q.dtype)
+
+    def _means(self, x: Tensor, parts: list[tuple[slice, TokenOrder]]) -> Tensor:
+        """Mean token of every block of some parts of x [B, H, N, D]: [B, H, blocks, D], fp32 or fp64."""
+        # a slice of all tokens is x itself; see `visual_of`
+        runs = [(x if rows.stop - rows.start == x.shape[2] else x[:, :, rows], order) for rows, order in parts]
+        return torch.cat([block_means(run, order) for run, order in runs], 2)
 
     def reference(self, call: SampledCall, head: int, q: Tensor, k: Tensor, v: Tensor, *weights: Tensor) -> Tensor:
         """Listed blocks exactly, and the gated coarse branch; means are over all queries of the call."""

@@ -42,6 +42,7 @@ class CallState:
         sparse: whether `plan` computes this call; otherwise the model's own processor does.
         plan: of the call's grid.
         text_lens, text_bias: as in `family.CallLayout`.
+        segments: as in `family.CallLayout`.
         rows: `family.CallLayout.rows` and its inverse permutation; None if the sequence is in the grid's order.
         ulysses: how the sequence is sharded; None if this process holds all of it.
         impl: the implementation that computes the call; as in `plans.attention`.
@@ -55,6 +56,7 @@ class CallState:
         self.plan: Plan | None = None
         self.text_lens: Tensor | None = None
         self.text_bias: Tensor | None = None
+        self.segments: tuple[tuple[int, int], ...] = ()
         self.rows: tuple[Tensor, Tensor] | None = None
         self.ulysses: Ulysses | None = None
         self.step: tuple[int, int, bool] | None = None
@@ -66,11 +68,12 @@ class CallState:
         text_lens: Tensor | None = None,
         text_bias: Tensor | None = None,
         rows: Tensor | None = None,
+        segments: tuple[tuple[int, int], ...] = (),
         ulysses: Ulysses | None = None,
     ) -> None:
-        """Let `plan` compute the call under way; lengths, bias and rows as in `family.CallLayout`."""
+        """Let `plan` compute the call under way; lengths, bias, rows and segments as in `family.CallLayout`."""
         self.plan, self.text_lens, self.text_bias, self.ulysses = plan, text_lens, text_bias, ulysses
-        self.sparse = True
+        self.sparse, self.segments = True, segments
         self.rows = None if rows is None else (rows, rows.argsort(-1))
 
     def text_of(self, samples: int) -> tuple[Tensor | None, Tensor | None]:
@@ -223,6 +226,7 @@ class LayerAttention(AtWork):
         out = state.plan.attend(
             q, k, v, scale=scale, text_lens=text_lens, text_bias=text_bias, impl=state.impl, module=self.learned,
             density_sum=self.density_sum, heads=held, memory=memory, gate=gate,
+            segments=state.segments,
         )  # fmt: skip
         if self.watch is not None:
             self.watch(q, k, v, out, scale, state)

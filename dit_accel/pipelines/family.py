@@ -30,6 +30,7 @@ class CallLayout:
             taken to say the same. None: the model passes no mask.
         text_bias: floating point [B, tokens], queries in the grid's order. A model that does not mask padded text adds
             it to the scaled logits of padded text.
+        segments: as in `plans.plan.PlanCall`.
         rows: int64 [B, tokens], a permutation: the row of the call's sequence where each token of the grid lies.
             Attention then copies q, k, v and its output. None: the grid's order, in all samples.
         notes: for the report, such as tokens that stay dense.
@@ -42,6 +43,7 @@ class CallLayout:
     text_lens: torch.Tensor | None = None
     text_bias: torch.Tensor | None = None
     rows: torch.Tensor | None = None
+    segments: tuple[tuple[int, int], ...] = ()
     notes: tuple[str, ...] = ()
     masks: tuple[str, ...] = ()
 

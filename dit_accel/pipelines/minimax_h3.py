@@ -7,6 +7,7 @@ describe. The token refiner's attention stays the model's own.
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import torch
@@ -24,16 +25,19 @@ FRAME_RATE, SOUND_RATE, CHANNELS = 24, 40, 2  # frames and sound tokens a second
 
 
 def layout(transformer: nn.Module, call: ModelCall) -> CallLayout:
-    """Places [N, 3] of all tokens and indices [V] of the video's, the conditions' first."""
+    """Places [N, 3] of all tokens, indices [V] of the video's, the conditions' first, and [S] of the sound's."""
     places = call.once(call.tensor("position_ids", 2), torch.t)
-    run, stop = call.once(call.tensor("video_indices", 1), _last_run)
+    video, sound = (call.once(call.tensor(f"{kind}_indices", 1), _runs) for kind in ("video", "audio"))
+    run, stop = video[-1] if video else (0, 0)
     tokens = places.shape[1]
     if run < stop == tokens:
         start, shape = last_raster(places[:, run:])
         start += run
         if is_raster(places[:, start:], shape):
             grid = TokenGrid(*shape, text=start, text_first=True)
-            return CallLayout(grid, notes=dense_note(start, "of text, conditions and sound"))
+            edges = sorted({0, start, *(edge for span in (*video, *sound) for edge in span if edge < start)})
+            notes = dense_note(start, "of text, conditions and sound")
+            return CallLayout(grid, segments=tuple(itertools.pairwise(edges)), notes=notes)
     raise DitAccelError(
         f"{call.owner} needs a sequence that ends with the target video, a raster of frames, rows and columns by "
         f"position_ids; among {tokens} tokens the last of video_indices are {run} to {stop - 1}. Pass what the "
@@ -41,12 +45,10 @@ def layout(transformer: nn.Module, call: ModelCall) -> CallLayout:
     )
 
 
-def _last_run(indices: torch.Tensor) -> tuple[int, int]:
-    """First and one past the last of the indices that follow one another at the end; (0, 0) if there are none."""
-    if not len(indices):
-        return 0, 0
-    gaps = torch.nonzero(indices[1:] != indices[:-1] + 1).flatten()
-    return int(indices[int(gaps[-1]) + 1 if len(gaps) else 0]), int(indices[-1]) + 1
+def _runs(indices: torch.Tensor) -> list[tuple[int, int]]:
+    """First and one past the last of each run of indices that follow one another."""
+    gaps = torch.nonzero(indices[1:] != indices[:-1] + 1).flatten() + 1
+    return [(int(run[0]), int(run[-1]) + 1) for run in indices.tensor_split(gaps) if len(run)]
 
 
 def sizes(transformer: Config, vae: Config) -> Sizes:

@@ -79,6 +79,8 @@ class PlanCall(NamedTuple):
     memory: what the layer's calls share between denoising steps; None outside of a model.
     values: v in the order of q and k, for plans whose lists depend on it; plans with a tail set it.
     gate: [B, H, N, D], what `module` makes of the layer's hidden states; None unless it reads them.
+    segments: start and stop of the runs of one kind of token around the visual ones, such as text and sound; empty:
+        text and conditioning are one run each.
     """
 
     scale: float | None = None
@@ -91,6 +93,7 @@ class PlanCall(NamedTuple):
     memory: ListMemory | None = None
     values: torch.Tensor | None = None
     gate: torch.Tensor | None = None
+    segments: tuple[tuple[int, int], ...] = ()
 
 
 class Plan(Kernels):

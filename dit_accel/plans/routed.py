@@ -145,7 +145,7 @@ class RoutedPlan(Plan):
             visual, lists = self.attend_visual(q, k, v, call)
             if call.density_sum is not None:
                 self.add_density(lists, call.density_sum)
-            out = self._with_others(visual, q, k, v, call)
+            out = self.with_others(visual, q, k, v, call)
             return out if self.curve is None else _take_rows(out, self._rows_on(q.device)[1])
 
     @torch.no_grad()
@@ -236,7 +236,7 @@ class RoutedPlan(Plan):
         """Blocks that dense attention visits."""
         return self.query_order.blocks * self.key_order.blocks
 
-    def _with_others(
+    def with_others(
         self, visual: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: PlanCall
     ) -> torch.Tensor:
         """The whole output [B, H, N, D]: `visual` and the other queries, which attend to everything."""

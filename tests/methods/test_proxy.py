@@ -178,3 +178,43 @@ def test_a_gate_of_hidden_states_needs_those_of_the_text_too(tiny_flux, flux_inp
     with dit_accel.accelerated(tiny_flux(), "proxy", gate="hidden") as accel:
         with pytest.raises(DitAccelError, match="hidden states needs those of all 156 tokens"):
             next(iter(accel.transformers.values()))(**flux_inputs((13, 11)))
+
+
+@pytest.mark.parametrize("query", ["block", "token"])
+@pytest.mark.parametrize("grid", [TEXT, FIRST, VIDEO], ids=str)
+@pytest.mark.parametrize("cut_at", [None, 3], ids=["whole", "two segments"])
+def test_the_coarse_branch_covers_all_tokens(query, grid, cut_at):
+    """Blocks of text and conditioning end where a segment does, whatever their size."""
+    q, k, v, gate = inputs(grid)
+    config = {"block": 8, "covers": "all", "gate": "hidden", "weigh": "blocks", "query": query}
+    plan = dit_accel.plan("proxy", grid, **config)
+    spans = [(grid.text_start, grid.text), (grid.conditioning_start, grid.conditioning)]
+    spans = [(start, start + count) for start, count in spans if count]
+    if cut_at is not None and spans:
+        first, *others = spans
+        spans = [(first[0], first[0] + cut_at), (first[0] + cut_at, first[1]), *others]
+    runs = [run for span in spans for run in torch.arange(*span).split(8)]
+    tiles = plan.block_of(plan.key_order)
+    runs += [grid.visual_start + (tiles == tile).nonzero()[:, 0] for tile in range(plan.key_order.visual_blocks)]
+    members = torch.stack([torch.zeros(grid.tokens).index_fill(0, run, 1.0) for run in runs]).double()
+
+    def by_definition(fine, q, k, v, gate):
+        means = [(members.to(x) / members.sum(-1, keepdim=True).to(x)) @ x for x in (q, k, v)]
+        asking = means[0][:, :, members.argmax(0)] if query == "block" else q
+        return fine + gate * ((asking @ means[1].mT * 24**-0.5).softmax(-1) @ means[2])
+
+    segments = () if cut_at is None else tuple(sorted(spans))
+    module, fine = HiddenGate(24, 24, 3), plan.attend(q, k, v)
+    found = plan.attend(q, k, v, module=module, gate=gate, segments=segments)
+    exact = by_definition(plan.attend(*(x.double() for x in (q, k, v))), *(x.double() for x in (q, k, v, gate)))
+    assert_accurate("covers", found, by_definition(fine, q, k, v, gate), exact)
+    assert (exact - fine.double())[:, :, : grid.visual_start or 1].abs().max() > 0.1
+
+
+def test_what_cannot_cover_all_tokens_is_refused():
+    with pytest.raises(DitAccelError, match="covers=all needs gate=hidden"):
+        Config(covers="all")
+    q, k, v, gate = inputs(TEXT)
+    plan = dit_accel.plan("proxy", TEXT, covers="all", gate="hidden")
+    with pytest.raises(DitAccelError, match="covers=visual"):
+        plan.attend(q, k, v, module=HiddenGate(24, 24, 3), gate=gate, text_lens=torch.tensor([2, 9]))
