@@ -3,12 +3,33 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
+import dataclasses
+import functools
 import math
 import re
+from collections.abc import Callable, Mapping
+from typing import Any
 from unittest import mock
 
 import torch
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+    """A format's weights in small, in the variable EXAMPLE of the format's test file; `test_formats.py` finds it.
+
+    Args:
+        family: of the model, as in `tiny_models`.
+        published: the tensors under the published names, of a model.
+        metadata: of the file.
+        settings: that the user has to give.
+    """
+
+    family: str
+    published: Callable[[torch.nn.Module], dict[str, torch.Tensor]]
+    metadata: Callable[[dict[str, torch.Tensor]], Mapping[str, str] | None] = lambda tensors: None
+    settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
 
 # A weight of Diffusers' Wan, and its name in the original.
 ORIGINAL = (
@@ -67,26 +88,34 @@ def random(*shape, seed=5, size=1.0):
     return size * torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def by_formula(model, inputs, attend, where="diffusers.models.transformers.transformer_wan"):
-    """A stock model's answer with `attend(layer, q, k, v, hidden)` as its self-attention, [B, H, N, D] each."""
-    layers, hidden = itertools.count(), {}
+def by_formula(model, inputs, attend, attentions, where="diffusers.models.transformers.transformer_wan"):
+    """A stock model's answer with `attend(layer, q, k, v, hidden)` in those of its modules, [B, H, N, D] each."""
+    under_way = []
 
     def dispatch(query, key, value, **options):
         q, k, v = (x.transpose(1, 2) for x in (query, key, value))
-        if query.shape[1] != key.shape[1]:
-            out = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+        if under_way:
+            out = attend(under_way[0], q, k, v, under_way[1])
         else:
-            out = attend(next(layers), q, k, v, hidden.get("states"))
+            out = torch.nn.functional.scaled_dot_product_attention(q, k, v)
         return out.transpose(1, 2)
 
-    def note(module, args, kwargs):
-        hidden["states"] = args[0] if args else kwargs["hidden_states"]
+    def entering(layer, args, kwargs):
+        under_way[:] = layer, args[0] if args else kwargs["hidden_states"]
 
     with contextlib.ExitStack() as stack, torch.no_grad():
         stack.enter_context(mock.patch(f"{where}.dispatch_attention_fn", dispatch))
-        for block in getattr(model, "blocks", ()):
-            stack.callback(block.attn1.register_forward_pre_hook(note, with_kwargs=True).remove)
+        for layer, module in enumerate(attentions):
+            enter, leave = functools.partial(entering, layer), under_way.clear
+            before = lambda module, args, kwargs, enter=enter: enter(args, kwargs)  # noqa: E731
+            stack.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
+            stack.callback(module.register_forward_hook(lambda *call, leave=leave: leave()).remove)
         return model(**inputs, return_dict=False)[0]
+
+
+def in_dtype(inputs, dtype):
+    """A call's inputs with their floating point tensors in another dtype."""
+    return {key: value.to(dtype) if value.is_floating_point() else value for key, value in inputs.items()}
 
 
 def means(x, blocks):
@@ -110,14 +139,17 @@ def tiles(grid, tile):
     ]
 
 
-def over_blocks(q, k, v, scores, count, query_blocks, key_blocks):
-    """Exact attention of each query block to its `count` key blocks of the highest scores [B, H, blocks, blocks]."""
+def over_blocks(q, k, v, scores, count, query_blocks, key_blocks, always=()):
+    """Exact attention of each query block to its `count` key blocks of the highest scores, and to the `always` keys.
+
+    scores: [B, H, query blocks, key blocks]. Rows of queries in no block are left as they come.
+    """
     out = torch.empty_like(q)
     for b in range(len(q)):
         for h in range(q.shape[1]):
             for i, rows in enumerate(query_blocks):
                 best = scores[b, h, i].topk(count).indices
-                keys = torch.cat([key_blocks[j] for j in best.tolist()])
+                keys = torch.cat([*always, *(key_blocks[j] for j in best.tolist())])
                 weights = (q[b, h, rows] @ k[b, h, keys].T * q.shape[-1] ** -0.5).softmax(-1)
                 out[b, h, rows] = weights @ v[b, h, keys]
     return out
@@ -133,12 +165,20 @@ def sla(q, k, v, weight, bias, ratio=0.1, block_q=128, block=64):
     return exact + linear @ weight.T + bias
 
 
-def vsa(q, k, v, gate, grid, sparsity, tile=(4, 4, 4)):
-    """FastVideo's sparse attention (fastvideo-kernel ops.py); gate [B, H, N, D] or None."""
-    blocks = tiles(grid, tile)
+def vsa(q, k, v, gate, grid, sparsity, tile=(4, 4, 4), segments=()):
+    """FastVideo's sparse attention (fastvideo-kernel ops.py); gate [B, H, N, D] or None.
+
+    In MiniMax-H3 (video_sparse_attn_h3.py) segments of these lengths precede the video, in runs of at most a tile.
+    """
+    before = sum(segments)
+    prefix = [run for segment in torch.arange(before).split(segments) for run in segment.split(math.prod(tile))]
+    video = [before + block for block in tiles(grid, tile)]
+    blocks = prefix + video
     scores = means(q, blocks) @ means(k, blocks).mT * q.shape[-1] ** -0.5
-    count = min(max(math.ceil((1 - sparsity) * len(blocks)), 1), len(blocks))
-    out = over_blocks(q, k, v, scores, count, blocks, blocks)
+    count = min(max(math.ceil((1 - sparsity) * len(video)), 1), len(video))
+    among = scores[:, :, len(prefix) :, len(prefix) :]
+    out = over_blocks(q, k, v, among, count, video, video, always=prefix)
+    out[:, :, :before] = (q[:, :, :before] @ k.mT * q.shape[-1] ** -0.5).softmax(-1) @ v
     if gate is None:
         return out
     coarse = scores.softmax(-1) @ means(v, blocks)

@@ -2,7 +2,7 @@
 
 The scheduler itself is `scheduler.FewStepScheduler`. Sources: rCM as TurboDiffusion runs it
 (turbodiffusion/inference/wan2.1_t2v_infer.py), whose TrigFlow times t are the levels tan t / (1 + tan t); DMD as
-FastVideo runs it (fastvideo/pipelines/stages/denoising.py).
+FastVideo runs it (fastvideo/pipelines/stages/denoising.py); MiniMax-H3's adapters as vLLM-Omni and LightX2V run them.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import dataclasses
 import functools
 import inspect
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from dit_accel import values
@@ -30,12 +30,16 @@ class Sampler(values.Checked):
         timesteps: what the model gets at these levels; None: 1000 sigma, rounded to bfloat16.
         ode: no fresh noise.
         boundary_ratio: of a pipeline with two transformers, the level at which the second takes over.
+        dataward: the conventions of MiniMax-H3; see `scheduler.FewStepScheduler`.
+        others: noise levels of the pipeline's further schedulers, by component.
     """
 
     sigmas: tuple[float, ...]
     timesteps: tuple[float, ...] | None = None
     ode: bool = False
     boundary_ratio: float | None = None
+    dataward: bool = False
+    others: Mapping[str, tuple[float, ...]] = dataclasses.field(default_factory=dict)
 
 
 def rcm(sigma_max: float, *, ode: bool = False, boundary_ratio: float | None = None) -> Sampler:
@@ -47,9 +51,19 @@ def rcm(sigma_max: float, *, ode: bool = False, boundary_ratio: float | None = N
 
 def dmd(timesteps: tuple[float, ...], shift: float) -> Sampler:
     """The sampler of DMD at these timesteps, each at the nearest level of the grid of 1000 with that shift."""
-    grid = [shift * i / (TRAINING_STEPS + (shift - 1) * i) for i in range(1, TRAINING_STEPS + 1)]
+    grid = _shifted((i / TRAINING_STEPS for i in range(1, TRAINING_STEPS + 1)), shift)
     nearest = (min(grid, key=lambda level: abs(TRAINING_STEPS * level - time)) for time in timesteps)
     return Sampler(tuple(nearest), timesteps)
+
+
+def h3(positions: tuple[float, ...], shift: float, sound_shift: float = 3.0) -> Sampler:
+    """The sampler of an adapter for MiniMax-H3 at these positions in (0, 1], shifted for video and for sound."""
+    sound = {"audio_scheduler": _shifted(positions, sound_shift)}
+    return Sampler(_shifted(positions, shift), ode=True, dataward=True, others=sound)
+
+
+def _shifted(positions: Iterable[float], shift: float) -> tuple[float, ...]:
+    return tuple(shift * position / (1 + (shift - 1) * position) for position in positions)
 
 
 def install(pipeline: Any, call: Mapping[str, Any], sampler: Sampler | None) -> tuple[Callable[[], None], list[str]]:
@@ -70,18 +84,24 @@ def install(pipeline: Any, call: Mapping[str, Any], sampler: Sampler | None) -> 
         return (lambda: None), ["sample them as they were tuned: a transformer alone has no scheduler"] * bool(sampler)
     from dit_accel.checkpoint.scheduler import FewStepScheduler
 
-    kind, old = type(pipeline), getattr(pipeline, "scheduler", None)
+    kind = type(pipeline)
+    takes = set(inspect.signature(kind.__call__).parameters)
+    if hasattr(pipeline, "blocks"):  # a modular pipeline, whose blocks say what a call takes
+        takes |= {taken.name for taken in pipeline.blocks.inputs}
+    call = {name: value for name, value in call.items() if name in takes}
     notes = [f"calls default to {', '.join(f'{name}={value}' for name, value in call.items())}"] if call else []
     with contextlib.ExitStack() as undo:
         pipeline.__class__ = _with_defaults(kind, call, sampler)
         undo.callback(setattr, pipeline, "__class__", kind)
         if sampler is not None:
-            scheduler = FewStepScheduler(sampler.sigmas, sampler.timesteps, sampler.ode)
-            _set_scheduler(pipeline, scheduler)
-            undo.callback(_restore_scheduler, pipeline, scheduler, old)
-            notes.append(
-                f"{type(scheduler).__name__} in place of {type(old).__name__}, in up to {len(sampler.sigmas)} steps"
-            )
+            for name, sigmas in {"scheduler": sampler.sigmas, **sampler.others}.items():
+                scheduler = FewStepScheduler(sigmas, sampler.timesteps, sampler.ode, sampler.dataward)
+                old = getattr(pipeline, name, None)
+                _set_scheduler(pipeline, name, scheduler)
+                undo.callback(_restore_scheduler, pipeline, name, scheduler, old)
+                notes.append(
+                    f"{name}: {type(scheduler).__name__} in place of {type(old).__name__}, in up to {len(sigmas)} steps"
+                )
             before = getattr(pipeline.config, "boundary_ratio", None)
             if sampler.boundary_ratio is not None and before is not None:
                 pipeline.register_to_config(boundary_ratio=sampler.boundary_ratio)
@@ -95,30 +115,30 @@ def _is_ours(scheduler: Any) -> bool:
     return isinstance(scheduler, FewStepScheduler)
 
 
-def _set_scheduler(pipeline: Any, scheduler: Any) -> None:
+def _set_scheduler(pipeline: Any, name: str, scheduler: Any) -> None:
     if hasattr(pipeline, "update_components"):  # a modular pipeline
-        pipeline.update_components(scheduler=scheduler)
+        pipeline.update_components(**{name: scheduler})
     else:
-        pipeline.scheduler = scheduler
+        setattr(pipeline, name, scheduler)
 
 
-def _restore_scheduler(pipeline: Any, ours: Any, old: Any) -> None:
-    if pipeline.scheduler is ours:
-        _set_scheduler(pipeline, old)
+def _restore_scheduler(pipeline: Any, name: str, ours: Any, old: Any) -> None:
+    if getattr(pipeline, name) is ours:
+        _set_scheduler(pipeline, name, old)
 
 
 def _with_defaults(kind: type, call: Mapping[str, Any], sampler: Sampler | None) -> type:
     """A subclass of a pipeline's class; see `install`."""
     inner: Any = kind.__call__
     signature = inspect.signature(inner)
-    takes = signature.parameters
-    own = {name: value for name, value in call.items() if name in takes}
-    changed = [each.replace(default=own.get(name, each.default)) for name, each in takes.items()]
+    changed = [
+        parameter.replace(default=call.get(name, parameter.default)) for name, parameter in signature.parameters.items()
+    ]
 
     @functools.wraps(inner)
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
-        told = signature.bind_partial(self, *args, **kwargs).arguments
-        missing = {name: value for name, value in own.items() if name not in told}
+        told = signature.bind_partial(self, *args, **kwargs).arguments | kwargs
+        missing = {name: value for name, value in call.items() if name not in told}
         with _noise_from(getattr(self, "scheduler", None), told.get("generator")):
             return inner(self, *args, **kwargs, **missing)
 
@@ -147,11 +167,11 @@ def _scaled(prepare: Any) -> Any:
 
     @functools.wraps(prepare)
     def prepare_latents(self: Any, *args: Any, **kwargs: Any) -> Any:
-        made = prepare(self, *args, **kwargs)
+        latents = prepare(self, *args, **kwargs)
         if not _is_ours(self.scheduler):
-            return made
-        if isinstance(made, tuple):  # the latents, then what an image adds
-            return made[0] * self.scheduler.init_noise_sigma, *made[1:]
-        return made * self.scheduler.init_noise_sigma
+            return latents
+        if isinstance(latents, tuple):  # behind them what an image adds
+            return latents[0] * self.scheduler.init_noise_sigma, *latents[1:]
+        return latents * self.scheduler.init_noise_sigma
 
     return prepare_latents

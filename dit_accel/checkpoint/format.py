@@ -61,8 +61,8 @@ def identify(transformers: Mapping[str, nn.Module]) -> Models:
 def config_hash(module: nn.Module) -> str:
     """SHA-256 of a Diffusers model's configuration, without its origin and version."""
     config: Any = getattr(module, "config", {})
-    kept = {key: value for key, value in dict(config).items() if not key.startswith("_")}
-    return hashlib.sha256(json.dumps(kept, sort_keys=True, default=str).encode()).hexdigest()
+    settings = {key: value for key, value in dict(config).items() if not key.startswith("_")}
+    return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def save(
@@ -83,8 +83,8 @@ def save(
     from safetensors.torch import save as to_bytes
 
     folder = pathlib.Path(path)
-    own = {key: tensor.detach().cpu().contiguous() for key, tensor in weights.items()}
-    content = to_bytes(own, {"note": MARK}) if own else None
+    stored = {key: tensor.detach().cpu().contiguous() for key, tensor in weights.items()}
+    content = to_bytes(stored, {"note": MARK}) if stored else None
     saved = {
         "note": MARK,
         "format": FORMATS[-1],
@@ -170,7 +170,9 @@ def load_weights(
     path: str | pathlib.Path, weights: Mapping[str, torch.Tensor], modules: Mapping[str, nn.Module]
 ) -> None:
     """Give each module its learned weights."""
-    wanted = {f"{name}.{key}": value.shape for name, own in modules.items() for key, value in own.state_dict().items()}
+    wanted = {
+        f"{name}.{key}": value.shape for name, module in modules.items() for key, value in module.state_dict().items()
+    }
     present = {key: tensor.shape for key, tensor in weights.items()}
     if wanted != present:
         odd = sorted({*wanted.items()} ^ {*present.items()})[0][0]

@@ -19,16 +19,9 @@ import torch
 from torch import nn
 
 from dit_accel import values
+from dit_accel.checkpoint import model_weights
 from dit_accel.checkpoint.few_steps import Sampler
-from dit_accel.checkpoint.model_weights import (
-    KNOWN_DTYPES,
-    NewWeight,
-    base_weights,
-    check_replaceable,
-    check_weights,
-    every,
-    replace_weights,
-)
+from dit_accel.checkpoint.model_weights import KNOWN_DTYPES, NewWeight, base_weights
 from dit_accel.checkpoint.weight_files import open_weights
 from dit_accel.errors import DitAccelError
 from dit_accel.files import MARK, replace_file, staged
@@ -130,15 +123,15 @@ def write(folder: pathlib.Path, trained: Trained, transformers: Mapping[str, nn.
         replace_file(folder / LORA_FILE, content)
         record["lora_sha256"] = hashlib.sha256(content).hexdigest()
     for name, transformer in transformers.items() if trained.full or trained.changed else ():
-        kept = {key: weight.detach() for key, weight in base_weights(transformer)}
+        weights = {key: weight.detach() for key, weight in base_weights(transformer)}
         if trained.full:
             stored = transformer.state_dict().keys()  # without buffers that are computed
-            kept |= {key: buffer for key, buffer in transformer.named_buffers() if key in stored}
+            weights |= {key: buffer for key, buffer in transformer.named_buffers() if key in stored}
         else:
-            kept = {key: kept[key] for key in trained.changed.get(name, ())}
+            weights = {key: weights[key] for key in trained.changed.get(name, ())}
         with staged(folder / name) as stage:
             transformer.save_config(stage / name)  # type: ignore[operator]
-            save_torch_state_dict(kept, stage / name, filename_pattern=MODEL_FILES)
+            save_torch_state_dict(weights, stage / name, filename_pattern=MODEL_FILES)
             config = stage / name / "config.json"
             marked = json.loads(config.read_text(encoding="utf-8")) | {"_note": MARK}  # Diffusers skips such names
             config.write_text(json.dumps(marked, indent=2, sort_keys=True) + "\n", encoding="utf-8")
@@ -152,8 +145,8 @@ def _lora_file(transformers: Mapping[str, nn.Module]) -> bytes:
     tensors: dict[str, torch.Tensor] = {}
     metadata: dict[str, Any] = {}
     for name, transformer in transformers.items():
-        own = get_peft_model_state_dict(transformer, adapter_name=ADAPTER)
-        tensors |= {f"{name}.{key}": tensor.detach().cpu().contiguous() for key, tensor in own.items()}
+        adapter = get_peft_model_state_dict(transformer, adapter_name=ADAPTER)
+        tensors |= {f"{name}.{key}": tensor.detach().cpu().contiguous() for key, tensor in adapter.items()}
         settings = transformer.peft_config[ADAPTER].to_dict()  # type: ignore[union-attr, index]
         metadata |= {f"{name}.{key}": sorted(v) if isinstance(v, set) else v for key, v in settings.items()}
     text = json.dumps(metadata, sort_keys=True, default=str)
@@ -242,9 +235,9 @@ def _load_lora(path: pathlib.Path, digest: str, name: str, transformer: nn.Modul
 def _load_model(folder: pathlib.Path, transformer: nn.Module, changed: Collection[str] | None) -> Callable[[], None]:
     """Replace all weights, or those that `changed` names, by those in a folder."""
     stored = open_weights(folder).models["transformer"].tensors
-    own = {name: weight.shape for name, weight in base_weights(transformer)}
-    wanted = own if changed is None else {name: own.get(name, torch.Size()) for name in changed}
+    shapes = {name: weight.shape for name, weight in base_weights(transformer)}
+    wanted = shapes if changed is None else {name: shapes.get(name, torch.Size()) for name in changed}
     new = {name: NewWeight.of(tensor) for name, tensor in stored.items() if name in wanted}
-    check_weights(folder, new, wanted, every, where="the trained model")
-    check_replaceable(transformer)
-    return replace_weights(transformer, new)
+    model_weights.check(folder, new, wanted, model_weights.every, where="the trained model")
+    model_weights.check_replaceable(transformer)
+    return model_weights.replace(transformer, new)

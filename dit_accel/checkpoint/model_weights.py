@@ -31,7 +31,7 @@ class NewWeight:
     Args:
         keys: its names in the file.
         shape: what it has, to be held against the model's.
-        make: the tensor, on the CPU, from the one in its place, of which a difference is added to a copy.
+        make: the tensor, from the one in its place, which stays as it is.
     """
 
     keys: tuple[str, ...]
@@ -49,7 +49,7 @@ def every(name: str) -> bool:
     return True
 
 
-def check_weights(
+def check(
     path: object,
     new: Mapping[str, NewWeight],
     shapes: Mapping[str, torch.Size],
@@ -90,7 +90,7 @@ def check_replaceable(transformer: nn.Module) -> None:
             )
 
 
-def replace_weights(transformer: nn.Module, new: Mapping[str, NewWeight]) -> Callable[[], None]:
+def replace(transformer: nn.Module, new: Mapping[str, NewWeight]) -> Callable[[], None]:
     """Put new weights in place of a model's, in its dtypes and on its devices.
 
     Old ones wait in main memory. An error restores them.
@@ -102,8 +102,8 @@ def replace_weights(transformer: nn.Module, new: Mapping[str, NewWeight]) -> Cal
     with contextlib.ExitStack() as undo:
         for name, weight in new.items():
             parameter, old = present[name], present[name].data
-            made = weight.make(old)
-            parameter.data = made.to(old.device, old.dtype).reshape(old.shape).contiguous()
+            # a copy: a file's tensors may begin anywhere, and sums in memory of another alignment round differently
+            parameter.data = old.new_empty(old.shape).copy_(weight.make(old).reshape(old.shape))
             undo.callback(_put_back, parameter, old.cpu())
         return undo.pop_all().close
 

@@ -1,33 +1,27 @@
 """Published weights for sparse attention, loaded into stock pipelines.
 
 A format is one file in `formats/` with a `FORMAT`. It is known by the names of its tensors and by its configuration,
-never by the name of its file. All that can be checked is checked before anything in the pipeline changes.
+never by the name of its file. Names, shapes and settings are checked before anything in the pipeline changes.
 """
 
 from __future__ import annotations
 
+import abc
 import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
 from dit_accel import registry
 from dit_accel.accelerator import Accelerator, accelerate
-from dit_accel.checkpoint import few_steps
+from dit_accel.checkpoint import few_steps, model_weights
 from dit_accel.checkpoint import lora as adapters
 from dit_accel.checkpoint.few_steps import Sampler
-from dit_accel.checkpoint.model_weights import (
-    NewWeight,
-    base_weights,
-    check_replaceable,
-    check_weights,
-    every,
-    replace_weights,
-)
+from dit_accel.checkpoint.model_weights import NewWeight, base_weights
 from dit_accel.checkpoint.weight_files import StoredModel, WeightFiles
 from dit_accel.errors import DitAccelError
 from dit_accel.pipelines.family import Family
@@ -69,27 +63,39 @@ class WeightReading:
     notes: tuple[str, ...] = ()
 
 
-@dataclasses.dataclass(frozen=True)
-class Format:
-    """A published format.
+class Format(abc.ABC):
+    """A published format. The docstring of its class is one line: whose weights, for which model.
 
-    Args:
+    Attributes:
         name: lower case, the name of its file.
-        summary: one line: whose weights, for which model.
         source: where they are published.
         transformers: the classes of Diffusers that it fits.
-        detect: whether files are of this format, by names of tensors and configuration.
-        tuned: what they were tuned for.
-        read: names and shapes of one transformer's files as the model's; tensors stay unread.
     """
 
-    name: str
-    summary: str
-    source: str
-    transformers: tuple[str, ...]
-    detect: Callable[[WeightFiles], bool]
-    tuned: Callable[[WeightFiles], Tuned]
-    read: Callable[[StoredModel], WeightReading]
+    name: ClassVar[str]
+    source: ClassVar[str]
+    transformers: ClassVar[tuple[str, ...]]
+
+    @property
+    def summary(self) -> str:
+        """Whose weights, for which model."""
+        return str(self.__doc__).rstrip(".")
+
+    @abc.abstractmethod
+    def detect(self, files: WeightFiles) -> bool:
+        """Whether files are of this format, by names of tensors and configuration."""
+
+    @abc.abstractmethod
+    def tuned(self, files: WeightFiles) -> Tuned:
+        """What they were tuned for."""
+
+    @abc.abstractmethod
+    def read(self, model: StoredModel) -> WeightReading:
+        """Names and shapes of one transformer's files as the model's; tensors stay unread.
+
+        Raises:
+            DitAccelError: its tensors contradict each other.
+        """
 
 
 @functools.cache
@@ -107,15 +113,15 @@ def detect(files: WeightFiles) -> Format:
     fitting = [known for known in get_formats().values() if known.detect(files)]
     if len(fitting) == 1:
         return fitting[0]
-    first = next(iter(next(iter(files.models.values())).tensors), "no tensor at all")
-    what = f"of several formats ({', '.join(each.name for each in fitting)})" if fitting else "of no known format"
+    first = next(iter(files.first.tensors), "no tensor at all")
+    what = f"of several formats ({', '.join(known.name for known in fitting)})" if fitting else "of no known format"
     raise DitAccelError(
         f"{files.name} holds no saved accelerator, and its weights are {what}; they start with {first}. "
         f"`dit-accel ls formats` lists: {', '.join(get_formats())}."
     )
 
 
-def settings(chosen: Format, files: WeightFiles, given: Mapping[str, Any]) -> Tuned:
+def settings(chosen: Format, files: WeightFiles, overrides: Mapping[str, Any]) -> Tuned:
     """What the files were tuned for, with the settings that the user gave in place of theirs.
 
     Raises:
@@ -123,12 +129,12 @@ def settings(chosen: Format, files: WeightFiles, given: Mapping[str, Any]) -> Tu
     """
     tuned = chosen.tuned(files)
     for name, values in tuned.ask.items():
-        if name not in given:
+        if name not in overrides:
             raise DitAccelError(
                 f"The files of {files.name} do not tell the {name} that they were tuned for. Give {name}= ({values}); "
                 f"on the command line --set {name}=..."
             )
-    config = {**tuned.config, **given}
+    config = {**tuned.config, **overrides}
     registry.make_config(tuned.method, config)
     return dataclasses.replace(tuned, config=config)
 
@@ -142,14 +148,14 @@ class Fitting:
     readings: Mapping[str, WeightReading]
 
 
-def fit(target: Any, files: WeightFiles, given: Mapping[str, Any]) -> Fitting:
+def fit(target: Any, files: WeightFiles, overrides: Mapping[str, Any]) -> Fitting:
     """Hold files against a pipeline or transformer, without reading a tensor or changing anything.
 
     Raises:
         DitAccelError: the format is unknown, or does not fit; the message names the first tensor that does not.
     """
     chosen = detect(files)
-    tuned = settings(chosen, files, given)
+    tuned = settings(chosen, files, overrides)
     transformers, _ = find_transformers(target)
     if transformers.keys() != files.models.keys():
         raise DitAccelError(
@@ -163,11 +169,11 @@ def fit(target: Any, files: WeightFiles, given: Mapping[str, Any]) -> Fitting:
                 f"{files.name} is {chosen.name}, for {' or '.join(chosen.transformers)}; this model's {component} is a "
                 f"{type(module).__name__}."
             )
-        readings[component] = own = chosen.read(files.models[component])
+        readings[component] = reading = chosen.read(files.models[component])
         shapes = {name: weight.shape for name, weight in base_weights(module)}
-        check_weights(files.name, own.weights, shapes, own.needed, where=component)
-        learned = learned_shapes(tuned, module, family)
-        check_weights(files.name, own.learned, learned, every, where=f"{tuned.method} in {component}")
+        model_weights.check(files.name, reading.weights, shapes, reading.needed, where=component)
+        learned, method = learned_shapes(tuned, module, family), f"{tuned.method} in {component}"
+        model_weights.check(files.name, reading.learned, learned, model_weights.every, where=method)
     return Fitting(chosen, tuned, readings)
 
 
@@ -181,26 +187,26 @@ def learned_shapes(tuned: Tuned, transformer: nn.Module, family: Family) -> dict
     for name, attention in family.attentions(transformer):
         with torch.device("meta"):
             sizes = family.channels(attention), family.head_dim(attention), family.heads(attention)
-            made = module.build(*sizes, config)
-        shapes |= {f"{name}.{module.attribute}.{key}": value.shape for key, value in made.state_dict().items()}
+            weights = module.build(*sizes, config).state_dict()
+        shapes |= {f"{name}.{module.attribute}.{key}": value.shape for key, value in weights.items()}
     return shapes
 
 
-def load(target: Any, files: WeightFiles, given: Mapping[str, Any], **how: Any) -> Accelerator:
+def load(target: Any, files: WeightFiles, overrides: Mapping[str, Any], **how: Any) -> Accelerator:
     """Load published weights.
 
     Args:
-        given: settings of the method, in place of those that the format says.
+        overrides: settings of the method, in place of those that the format says.
         how: arguments of `accelerate`.
 
     Raises:
         DitAccelError: as for `fit` and `accelerate`. Everything is as it was then.
     """
-    fitting = fit(target, files, given)
+    fitting = fit(target, files, overrides)
     tuned, (transformers, pipeline) = fitting.tuned, find_transformers(target)
     modules = {name: module for name, (module, _) in transformers.items()}
     for module in modules.values():
-        check_replaceable(module)
+        model_weights.check_replaceable(module)
     notes = [f"{fitting.format.name}: weights of {files.name}"]
     notes += [note for reading in fitting.readings.values() for note in reading.notes]
     accel = accelerate(target, tuned.method, **how, **tuned.config)
@@ -213,7 +219,7 @@ def load(target: Any, files: WeightFiles, given: Mapping[str, Any], **how: Any) 
         }
         with contextlib.ExitStack() as undo:
             for component, reading in fitting.readings.items():
-                undo.callback(replace_weights(modules[component], reading.weights))
+                undo.callback(model_weights.replace(modules[component], reading.weights))
                 for name, weight in reading.learned.items():
                     place = learned[f"{component}.{name}"]
                     place.copy_(weight.make(place).reshape(place.shape))
@@ -229,8 +235,9 @@ def load(target: Any, files: WeightFiles, given: Mapping[str, Any], **how: Any) 
 def _record(fitting: Fitting, modules: Mapping[str, nn.Module]) -> adapters.Trained:
     """What `save_pretrained` writes of published weights: all of them, or those that differ from the base model's."""
     present = {name: {key for key, _ in base_weights(module)} for name, module in modules.items()}
-    complete = all(own.weights.keys() == present[name] for name, own in fitting.readings.items())
-    changed = {name: tuple(own.weights) for name, own in fitting.readings.items() if own.weights and not complete}
+    weights = {name: reading.weights for name, reading in fitting.readings.items()}
+    complete = all(new.keys() == present[name] for name, new in weights.items())
+    changed = {name: tuple(new) for name, new in weights.items() if new and not complete}
     config: Any = getattr(next(iter(modules.values())), "config", {})
     return adapters.Trained(
         model=str(dict(config).get("_name_or_path") or "a model without a name"),

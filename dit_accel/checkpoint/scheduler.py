@@ -5,6 +5,9 @@ With noise levels s of rectified flow, x = (1 - s) x0 + s noise and the model's 
     SDE:  x <- (1 - s') (x - s v) + s' noise      * fresh noise; s' is the next level, 0 at the end
     ODE:  x <- x - (s - s') v
 
+MiniMax-H3 has conventions of its own: its velocity points to the data, its timesteps are 1 - s, and the number of steps
+that a call names counts the 0 at the end.
+
 Source: TurboDiffusion (turbodiffusion/inference/wan2.1_t2v_infer.py) and FastVideo
 (fastvideo/pipelines/stages/denoising.py), which both run it so.
 """
@@ -28,6 +31,7 @@ class FewStepScheduler(SchedulerMixin, ConfigMixin):
 
     Args:
         sigmas, timesteps, ode: as of `few_steps.Sampler`.
+        dataward: the conventions of MiniMax-H3.
 
     Attributes:
         generator: of the fresh noise, one or one a sample; None: PyTorch's global seed.
@@ -42,6 +46,7 @@ class FewStepScheduler(SchedulerMixin, ConfigMixin):
         sigmas: tuple[float, ...] = (1.0,),
         timesteps: tuple[float, ...] | None = None,
         ode: bool = False,
+        dataward: bool = False,
         num_train_timesteps: int = TRAINING_STEPS,
     ) -> None:
         self.init_noise_sigma = sigmas[0]
@@ -66,7 +71,8 @@ class FewStepScheduler(SchedulerMixin, ConfigMixin):
         """The first `steps` levels with 0 behind them: float32 [steps + 1], and their timesteps, float32 [steps]."""
         config: Any = self.config
         levels = torch.tensor([*config.sigmas[:steps], 0.0], dtype=torch.float64)
-        scaled = (TRAINING_STEPS * levels[:-1]).to(torch.bfloat16)
+        dataward = config.dataward
+        scaled = 1 - levels[:-1].float() if dataward else (TRAINING_STEPS * levels[:-1]).to(torch.bfloat16)
         told = scaled if config.timesteps is None else torch.tensor(config.timesteps[:steps])
         self.sigmas, self.timesteps = levels.float().to(device), told.float().to(device)
 
@@ -74,20 +80,25 @@ class FewStepScheduler(SchedulerMixin, ConfigMixin):
         """Begin a trajectory.
 
         Raises:
-            DitAccelError: these weights have no so many steps.
+            DitAccelError: these weights were not distilled for so many steps.
         """
-        most = len(self.config["sigmas"])
-        if not 1 <= num_inference_steps <= most:
+        most, end = len(self.config["sigmas"]), int(self.config["dataward"])
+        if not 1 + end <= num_inference_steps <= most + end:
             raise DitAccelError(
-                f"These weights are sampled in 1 to {most} steps, got num_inference_steps={num_inference_steps}. Leave "
-                "it out, or choose among these."
+                f"These weights take num_inference_steps from {1 + end} to {most + end}, got {num_inference_steps}. "
+                "Leave it out, or choose among these."
             )
-        self._set(num_inference_steps, device)
-        self.num_inference_steps, self._step_index, self._begin_index = num_inference_steps, None, None
+        self._set(num_inference_steps - end, device)
+        self.num_inference_steps, self._step_index, self._begin_index = len(self.timesteps), None, None
 
     def scale_model_input(self, sample: torch.Tensor, timestep: Any = None) -> torch.Tensor:
         """The sample as it is."""
         return sample
+
+    def scale_noise(self, sample: torch.Tensor, timestep: float, noise: torch.Tensor) -> torch.Tensor:
+        """A sample at the noise level of any timestep, as pictures are that a video is conditioned on."""
+        level = 1 - timestep if self.config["dataward"] else timestep / TRAINING_STEPS
+        return (1 - level) * sample + level * noise
 
     def step(
         self,
@@ -102,7 +113,7 @@ class FewStepScheduler(SchedulerMixin, ConfigMixin):
             self._step_index = self._begin_index if self._begin_index is not None else self._index_of(timestep)
         now, after = self.sigmas[self._step_index], self.sigmas[self._step_index + 1]
         self._step_index += 1
-        x, v = sample.float(), model_output.float()
+        x, v = sample.float(), -model_output.float() if self.config["dataward"] else model_output.float()
         if self.config["ode"]:
             out = x - (now - after) * v
         else:

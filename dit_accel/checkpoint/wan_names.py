@@ -11,23 +11,23 @@ from dit_accel.checkpoint.model_weights import NewWeight
 from dit_accel.checkpoint.weight_files import StoredTensor
 
 TRAINING = re.compile(r"^net\.|_checkpoint_wrapped_module\.")  # what training adds to a name
-# FastVideo's names (fastvideo/configs/models/dits/wanvideo.py), each with that of Diffusers
-FASTVIDEO = (
-    (r"patch_embedding\.proj\.", "patch_embedding."),
-    (r"condition_embedder\.text_embedder\.fc_in\.", "condition_embedder.text_embedder.linear_1."),
-    (r"condition_embedder\.text_embedder\.fc_out\.", "condition_embedder.text_embedder.linear_2."),
-    (r"condition_embedder\.time_embedder\.mlp\.fc_in\.", "condition_embedder.time_embedder.linear_1."),
-    (r"condition_embedder\.time_embedder\.mlp\.fc_out\.", "condition_embedder.time_embedder.linear_2."),
-    (r"condition_embedder\.time_modulation\.linear\.", "condition_embedder.time_proj."),
-    (r"condition_embedder\.image_embedder\.ff\.fc_in\.", "condition_embedder.image_embedder.ff.net.0.proj."),
-    (r"condition_embedder\.image_embedder\.ff\.fc_out\.", "condition_embedder.image_embedder.ff.net.2."),
-    (r"(blocks\.\d+)\.(to_[qkv]|norm_[qk])\.", r"\1.attn1.\2."),
-    (r"(blocks\.\d+)\.to_out\.(?!0\.)", r"\1.attn1.to_out.0."),
-    (r"(blocks\.\d+)\.attn2\.to_out\.(?!0\.)", r"\1.attn2.to_out.0."),
-    (r"(blocks\.\d+)\.ffn\.fc_in\.", r"\1.ffn.net.0.proj."),
-    (r"(blocks\.\d+)\.ffn\.fc_out\.", r"\1.ffn.net.2."),
-    (r"(blocks\.\d+)\.self_attn_residual_norm\.norm\.", r"\1.norm2."),
-)
+# Parts of FastVideo's names (fastvideo/configs/models/dits/wanvideo.py), each with that of Diffusers; a layer's own
+# attention has no part of its name for it, and `attn2` no number in its output.
+FASTVIDEO = {
+    "patch_embedding.proj.": "patch_embedding.",
+    "text_embedder.fc_in.": "text_embedder.linear_1.",
+    "text_embedder.fc_out.": "text_embedder.linear_2.",
+    ".mlp.fc_in.": ".linear_1.",
+    ".mlp.fc_out.": ".linear_2.",
+    ".time_modulation.linear.": ".time_proj.",
+    ".ff.fc_in.": ".ff.net.0.proj.",
+    ".ff.fc_out.": ".ff.net.2.",
+    ".ffn.fc_in.": ".ffn.net.0.proj.",
+    ".ffn.fc_out.": ".ffn.net.2.",
+    ".self_attn_residual_norm.norm.": ".norm2.",
+}
+OWN_ATTENTION = re.compile(r"^(blocks\.\d+)\.(to_[qkv]|to_out|norm_[qk])\.")
+OUTPUT = re.compile(r"^(blocks\.\d+\.attn[12]\.to_out)\.(?=weight|bias)")
 
 
 def in_diffusers(tensors: Mapping[str, StoredTensor]) -> tuple[dict[str, StoredTensor], tuple[str, ...]]:
@@ -50,11 +50,9 @@ def in_diffusers(tensors: Mapping[str, StoredTensor]) -> tuple[dict[str, StoredT
 
 
 def _diffusers_name(name: str) -> str:
-    for pattern, replacement in FASTVIDEO:
-        renamed, count = re.subn(f"^{pattern}", replacement, name)
-        if count:
-            return renamed
-    return name
+    for part, replacement in FASTVIDEO.items():
+        name = name.replace(part, replacement)
+    return OUTPUT.sub(r"\1.0.", OWN_ATTENTION.sub(r"\1.attn1.\2.", name))
 
 
 def unflattened(name: str, new: NewWeight, patch: tuple[int, int, int] = (1, 2, 2)) -> NewWeight:

@@ -72,11 +72,7 @@ class StoredModel:
 
     def shape(self, ending: str) -> tuple[int, ...] | None:
         """Shape of the first tensor whose name ends so; None without one."""
-        return next((own.shape for key, own in self.tensors.items() if key.endswith(ending)), None)
-
-    def has(self, pattern: str) -> bool:
-        """Whether a tensor's name fits a regular expression as a whole."""
-        return any(re.fullmatch(pattern, key) for key in self.tensors)
+        return next((stored.shape for key, stored in self.tensors.items() if key.endswith(ending)), None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,6 +88,15 @@ class WeightFiles:
     name: str
     models: Mapping[str, StoredModel]
     pipeline: Mapping[str, Any]
+
+    @property
+    def first(self) -> StoredModel:
+        """The weights of the first transformer."""
+        return next(iter(self.models.values()))
+
+    def all_have(self, pattern: str) -> bool:
+        """Whether each transformer has a tensor whose name fits a regular expression as a whole."""
+        return all(any(re.fullmatch(pattern, key) for key in model.tensors) for model in self.models.values())
 
 
 def locate(path: str | os.PathLike[str], revision: str | None = None, option: str = "") -> Path:
@@ -182,7 +187,7 @@ def open_weights(path: Path, name: str | None = None) -> WeightFiles:
 
 def _weights_in(folder: Path) -> list[Path]:
     """The files of one set of weights in a folder."""
-    found = sorted(folder.glob("*.safetensors"))
+    present = sorted(folder.glob("*.safetensors"))
     indices = sorted(folder.glob(f"*{INDEX}"))
     if len(indices) == 1:
         listed = read_json(indices[0], "index of weights", REFETCH, ["weight_map"])["weight_map"]
@@ -192,19 +197,19 @@ def _weights_in(folder: Path) -> list[Path]:
             raise DitAccelError(f"{indices[0]} lists {lost[0]}, which is missing. {REFETCH}")
         return files
     pickles = [file for file in sorted(folder.iterdir()) if file.suffix in PICKLES]
-    if not found and pickles:
+    if not present and pickles:
         _refuse_pickle(pickles[0])
-    if folder / MAIN in found:
+    if folder / MAIN in present:
         return [folder / MAIN]
-    shards = [match for file in found if (match := SHARD.fullmatch(file.name))]
-    if shards and len(shards) == len(found) and len({(match[1], match[3]) for match in shards}) == 1:
+    shards = [match for file in present if (match := SHARD.fullmatch(file.name))]
+    if shards and len(shards) == len(present) and len({(match[1], match[3]) for match in shards}) == 1:
         if len(shards) != int(shards[0][3]):
             raise DitAccelError(f"{folder} holds {len(shards)} of {int(shards[0][3])} parts of its weights. {REFETCH}")
-    elif len(found) > 1:
+    elif len(present) > 1:
         raise DitAccelError(
-            f"{folder} holds several weights: {', '.join(file.name for file in found)}. Name one of these files."
+            f"{folder} holds several weights: {', '.join(file.name for file in present)}. Name one of these files."
         )
-    return found
+    return present
 
 
 def _refuse_pickle(path: Path) -> None:
@@ -244,5 +249,5 @@ def _model(folder: Path, files: list[Path]) -> StoredModel:
         if odd := sorted(listed.keys() ^ tensors.keys()):
             raise DitAccelError(f"{index} and its files differ: {odd[0]} is in one of them alone. {REFETCH}")
     config = folder / "config.json"
-    own = read_json(config, "model's configuration", REFETCH) if config.is_file() else {}
-    return StoredModel(tensors, metadata, own, tuple(files))
+    settings = read_json(config, "model's configuration", REFETCH) if config.is_file() else {}
+    return StoredModel(tensors, metadata, settings, tuple(files))

@@ -290,8 +290,9 @@ class Engine(AtWork):
             plan = plans[config, sees_text]
             self._last[config, sees_text] = last = self._prepare(plan, call.device)
             self._measure_densities(plan, (config, sees_text), call.device)
-            text: tuple[Any, ...] = (layout.text_lens, layout.text_bias, layout.rows, layout.segments)
-            state.set(plan, *(text if sees_text else ()), ulysses=context_parallel.sharing(module, plan.grid))
+            text = (layout.text_lens, layout.text_bias, layout.rows) if sees_text else (None, None, None)
+            segments = layout.segments if sees_text else ()
+            state.set(plan, *text, segments, ulysses=context_parallel.sharing(module, plan.grid))
             _, state.impl, _ = last
         if any(state.sparse for state in self._states.values()):
             self._watch_layers(call)

@@ -6,6 +6,7 @@ import inspect
 import pytest
 import torch
 from accuracy import assert_accurate
+from messages import names
 
 from dit_accel.checkpoint import few_steps
 from dit_accel.checkpoint.few_steps import Sampler, dmd, rcm
@@ -40,7 +41,7 @@ def test_published_levels(sampler, sigmas, timesteps):
 
 @pytest.mark.parametrize("steps", [0, 5, 50])
 def test_other_numbers_of_steps_are_refused(steps):
-    with pytest.raises(DitAccelError, match=f"1 to 4 steps, got num_inference_steps={steps}"):
+    with pytest.raises(DitAccelError, match=names("num_inference_steps", 1, 4, steps)):
         FewStepScheduler(rcm(80).sigmas).set_timesteps(steps)
 
 

@@ -1,6 +1,5 @@
 """Finding, opening and refusing published weights; a format from outside in one file."""
 
-import dataclasses
 import json
 import types
 
@@ -13,19 +12,27 @@ import dit_accel
 from dit_accel.checkpoint import lora, published, weight_files
 from dit_accel.errors import DitAccelError
 
-OUTSIDE = """
+OUTSIDE = '''
 from dit_accel.checkpoint.model_weights import NewWeight
-from dit_accel.checkpoint.published import Format, WeightReading, Tuned
+from dit_accel.checkpoint.published import Format, Tuned, WeightReading
 
-def read(model):
-    return WeightReading({key[4:]: NewWeight.of(own) for key, own in model.tensors.items()}, {}, lambda name: False)
+class Outside(Format):
+    """Weights of an outsider."""
 
-FORMAT = Format(
-    name="outside", summary="weights of an outsider", source="-", transformers=("WanTransformer3DModel",),
-    detect=lambda files: all(model.has("out_.*") for model in files.models.values()),
-    tuned=lambda files: Tuned("gna", {"window": 3}), read=read,
-)
-"""
+    name, source, transformers = "outside", "-", ("WanTransformer3DModel",)
+
+    def detect(self, files):
+        return files.all_have("out_.*")
+
+    def tuned(self, files):
+        return Tuned("gna", {"window": 3})
+
+    def read(self, model):
+        weights = {key[4:]: NewWeight.of(stored) for key, stored in model.tensors.items()}
+        return WeightReading(weights, {}, lambda name: False)
+
+FORMAT = Outside()
+'''
 
 
 @pytest.fixture
@@ -177,7 +184,7 @@ def test_a_model_whose_weights_cannot_be_replaced_is_refused(outside, tiny_wan, 
 
 def test_two_formats_that_both_fit_are_an_error(outside, monkeypatch, tiny_wan, tmp_path):
     known = dict(published.get_formats())
-    known["twin"] = dataclasses.replace(known["outside"], name="twin")
+    known["twin"] = type("Twin", (type(known["outside"]),), {"name": "twin"})()
     monkeypatch.setattr(published, "get_formats", lambda: known)
     save_file({"out_proj_out.bias": torch.zeros(16)}, tmp_path / "c.safetensors")
     refused(tiny_wan(), tmp_path / "c.safetensors", r"several formats \(outside, twin\)")

@@ -19,29 +19,35 @@ CELLS = ".attn.processor.spatial_weight"  # [1, 1, 1, pool, 1, pool, 1]
 PREFIX = "transformer."  # of some exports
 
 
-def detect(files: WeightFiles) -> bool:
-    """Nothing but these projections, in both kinds of blocks."""
-    names = [name.removeprefix(PREFIX) for model in files.models.values() for name in model.tensors]
-    single = any(name.startswith("single_transformer_blocks.") for name in names)
-    double = any(name.startswith("transformer_blocks.") for name in names)
-    return single and double and all(PROJECTION.fullmatch(name) or name.endswith(CELLS) for name in names)
+class Clear(Format):
+    """CLEAR's FLUX.1-dev: a disc around each token of the image, with pooled keys or without."""
 
+    name = "clear"
+    source = "github.com/Huage001/CLEAR"
+    transformers = ("FluxTransformer2DModel",)
 
-def tuned(files: WeightFiles) -> Tuned:
-    cells = next(iter(files.models.values())).shape(CELLS)
-    pool = cells[3] if cells is not None and len(cells) == 7 else 0
-    return Tuned("clear", {"pool": pool} if cells is not None else {}, ask={"radius": "8, 16 or 32, as its name says"})
+    def detect(self, files: WeightFiles) -> bool:
+        """Nothing but these projections, in both kinds of blocks."""
+        names = [name.removeprefix(PREFIX) for model in files.models.values() for name in model.tensors]
+        stacks = {name.partition(".")[0] for name in names}
+        known = all(PROJECTION.fullmatch(name) or name.endswith(CELLS) for name in names)
+        return known and stacks == {"single_transformer_blocks", "transformer_blocks"}
 
+    def tuned(self, files: WeightFiles) -> Tuned:
+        cells = files.first.shape(CELLS)
+        pool = cells[3] if cells is not None and len(cells) == 7 else 0
+        config = {"pool": pool} if cells is not None else {}
+        return Tuned("clear", config, ask={"radius": "8, 16 or 32, as its name says"})
 
-def read(model: StoredModel) -> WeightReading:
-    tensors = {name.removeprefix(PREFIX): stored for name, stored in model.tensors.items()}
-    weights = {name: NewWeight.of(stored) for name, stored in tensors.items() if not name.endswith(CELLS)}
-    learned = {
-        name.replace(CELLS, ".attn.cell_weights.weight"): _squeezed(stored)
-        for name, stored in tensors.items()
-        if name.endswith(CELLS)
-    }
-    return WeightReading(weights, learned, lambda name: PROJECTION.fullmatch(name) is not None)
+    def read(self, model: StoredModel) -> WeightReading:
+        tensors = {name.removeprefix(PREFIX): stored for name, stored in model.tensors.items()}
+        weights = {name: NewWeight.of(stored) for name, stored in tensors.items() if not name.endswith(CELLS)}
+        learned = {
+            name.replace(CELLS, ".attn.cell_weights.weight"): _squeezed(stored)
+            for name, stored in tensors.items()
+            if name.endswith(CELLS)
+        }
+        return WeightReading(weights, learned, lambda name: PROJECTION.fullmatch(name) is not None)
 
 
 def _squeezed(stored: StoredTensor) -> NewWeight:
@@ -52,12 +58,4 @@ def _squeezed(stored: StoredTensor) -> NewWeight:
     return NewWeight((stored.key,), shape, lambda old: stored.read().reshape(shape))
 
 
-FORMAT = Format(
-    name="clear",
-    summary="CLEAR's FLUX.1-dev: a disc around each token of the image, with pooled keys or without",
-    source="github.com/Huage001/CLEAR",
-    transformers=("FluxTransformer2DModel",),
-    detect=detect,
-    tuned=tuned,
-    read=read,
-)
+FORMAT = Clear()

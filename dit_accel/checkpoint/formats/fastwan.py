@@ -22,36 +22,33 @@ WIDE = 5120  # channels of the 14B model
 VSA = {"gate": "hidden", "tile": (4, 4, 4), "block": 64, "rounding": "up", "weigh": "blocks"}
 
 
-def detect(files: WeightFiles) -> bool:
-    gated = all(model.has(r"blocks\.0\.to_gate_compress\.weight") for model in files.models.values())
-    projected = any(model.has(r".*\.proj_l\.weight") for model in files.models.values())
-    return gated or (files.pipeline.get("_class_name") == PIPELINE and not projected)
+class FastWan(Format):
+    """FastVideo's Wan 2.1 and 2.2: sparse attention with a gate (VSA), 3 steps (DMD), or both."""
+
+    name = "fastwan"
+    source = "github.com/hao-ai-lab/FastVideo"
+    transformers = ("WanTransformer3DModel",)
+
+    def detect(self, files: WeightFiles) -> bool:
+        if files.all_have(r"blocks\.0\.to_gate_compress\.weight"):
+            return True
+        return files.pipeline.get("_class_name") == PIPELINE and not files.all_have(r".*\.proj_l\.weight")
+
+    def tuned(self, files: WeightFiles) -> Tuned:
+        """Wan2.1-VSA is sparse and not distilled: its index names Wan's own pipeline, whose sampler it keeps."""
+        gate = files.first.shape(f"{GATE}weight")
+        sampler = None if files.pipeline.get("_class_name", PIPELINE) != PIPELINE else dmd(TIMESTEPS, SHIFT)
+        call = {} if sampler is None else {"num_inference_steps": len(TIMESTEPS), "guidance_scale": 1.0}
+        if gate is None:
+            return Tuned("dense", {}, call, sampler)
+        return Tuned("proxy", {"topk": 0.1 if gate[0] == WIDE else 0.2, **VSA}, call, sampler)
+
+    def read(self, model: StoredModel) -> WeightReading:
+        tensors, notes = wan_names.in_diffusers(model.tensors)
+        new = {name: wan_names.unflattened(name, NewWeight.of(stored)) for name, stored in tensors.items()}
+        learned = {name.replace(GATE, LEARNED): weight for name, weight in new.items() if GATE in name}
+        weights = {name: weight for name, weight in new.items() if GATE not in name}
+        return WeightReading(weights, learned, every, notes)
 
 
-def tuned(files: WeightFiles) -> Tuned:
-    """Wan2.1-VSA is sparse and not distilled: its index names Wan's own pipeline, whose sampler it keeps."""
-    first = next(iter(files.models.values()))
-    gate = first.shape(f"{GATE}weight")
-    sampler = None if files.pipeline.get("_class_name", PIPELINE) != PIPELINE else dmd(TIMESTEPS, SHIFT)
-    call = {} if sampler is None else {"num_inference_steps": len(TIMESTEPS), "guidance_scale": 1.0}
-    if gate is None:
-        return Tuned("dense", {}, call, sampler)
-    return Tuned("proxy", {"topk": 0.1 if gate[0] == WIDE else 0.2, **VSA}, call, sampler)
-
-
-def read(model: StoredModel) -> WeightReading:
-    tensors, notes = wan_names.in_diffusers(model.tensors)
-    new = {name: wan_names.unflattened(name, NewWeight.of(stored)) for name, stored in tensors.items()}
-    learned = {name.replace(GATE, LEARNED): weight for name, weight in new.items() if GATE in name}
-    return WeightReading({name: own for name, own in new.items() if GATE not in name}, learned, every, notes)
-
-
-FORMAT = Format(
-    name="fastwan",
-    summary="FastVideo's Wan 2.1 and 2.2: sparse attention with a gate (VSA), 3 steps (DMD), or both",
-    source="github.com/hao-ai-lab/FastVideo",
-    transformers=("WanTransformer3DModel",),
-    detect=detect,
-    tuned=tuned,
-    read=read,
-)
+FORMAT = FastWan()

@@ -23,46 +23,51 @@ TILE = 128  # of a scale
 PATCH = 4  # values of a channel in a patch of 1 x 2 x 2
 
 
-def detect(files: WeightFiles) -> bool:
-    return all(model.has(r"(net\.)?blocks\.0\..*\.proj_l\.weight") for model in files.models.values())
+class TurboWan(Format):
+    """TurboDiffusion's Wan 2.1 and 2.2: sparse-linear attention, up to 4 steps, int8 or not."""
 
+    name = "turbowan"
+    source = "github.com/thu-ml/TurboDiffusion"
+    transformers = ("WanTransformer3DModel",)
 
-def tuned(files: WeightFiles) -> Tuned:
-    """From an image the first level is another, and no fresh noise is drawn; A14B's models meet at 0.9."""
-    first = next(iter(files.models.values()))
-    topk = first.config.get("sla_topk", 0.1)
-    inputs = first.shape("patch_embedding.weight") or first.shape("patch_embedding.proj.weight")
-    outputs = first.shape("head.head.bias") or first.shape("proj_out.bias")
-    values = PATCH if inputs is not None and len(inputs) == 2 else 1  # of a channel, where the patch is flat
-    from_image = inputs is not None and outputs is not None and inputs[1] // values > outputs[0] // PATCH
-    sampler = rcm(200 if from_image else 80, ode=from_image, boundary_ratio=0.9 if len(files.models) > 1 else None)
-    call = {"num_inference_steps": len(sampler.sigmas), "guidance_scale": 1.0}
-    return Tuned("sla", {"topk": topk, "block_q": 128, "block": 64}, call, sampler)
+    def detect(self, files: WeightFiles) -> bool:
+        return files.all_have(r"(net\.)?blocks\.0\..*\.proj_l\.weight")
 
+    def tuned(self, files: WeightFiles) -> Tuned:
+        """From an image the first level is another, and no fresh noise is drawn; A14B's models meet at 0.9."""
+        first = files.first
+        inputs = first.shape("patch_embedding.weight") or first.shape("patch_embedding.proj.weight")
+        outputs = first.shape("head.head.bias") or first.shape("proj_out.bias")
+        values = PATCH if inputs is not None and len(inputs) == 2 else 1  # of a channel, where the patch is flat
+        from_image = inputs is not None and outputs is not None and inputs[1] // values > outputs[0] // PATCH
+        sampler = rcm(200 if from_image else 80, ode=from_image, boundary_ratio=0.9 if len(files.models) > 1 else None)
+        call = {"num_inference_steps": len(sampler.sigmas), "guidance_scale": 1.0}
+        topk = first.config.get("sla_topk", 0.1)
+        return Tuned("sla", {"topk": topk, "block_q": 128, "block": 64}, call, sampler)
 
-def read(model: StoredModel) -> WeightReading:
-    tensors, notes = wan_names.in_diffusers(model.tensors)
-    weights, learned = {}, {}
-    for name, new in _dequantised(tensors).items():
-        spelling = next((each for each in PROJECTIONS if each in name), None)
-        if spelling is None:
-            weights[name] = wan_names.unflattened(name, new)
-        else:
-            learned[name.replace(spelling, ".attn1.sparse_linear.proj.")] = new
-    return WeightReading(weights, learned, every, notes)
+    def read(self, model: StoredModel) -> WeightReading:
+        tensors, notes = wan_names.in_diffusers(model.tensors)
+        weights, learned = {}, {}
+        for name, new in _dequantised(tensors).items():
+            spelling = next((part for part in PROJECTIONS if part in name), None)
+            if spelling is None:
+                weights[name] = wan_names.unflattened(name, new)
+            else:
+                learned[name.replace(spelling, ".attn1.sparse_linear.proj.")] = new
+        return WeightReading(weights, learned, every, notes)
 
 
 def _dequantised(tensors: dict[str, StoredTensor]) -> dict[str, NewWeight]:
     """The tensors, each int8 one times its scale."""
-    found = {}
+    weights = {}
     for name, stored in tensors.items():
         stem, _, ending = name.rpartition(".")
         scale = tensors.get(stem + SCALES.get(f".{ending}", "")) if f".{ending}" in SCALES else None
         if scale is not None:
-            found[f"{stem}.weight"] = _scaled(stored, scale)
-        elif f".{ending}" not in SCALES.values() or not any(stem + each in tensors for each in SCALES):
-            found[name] = NewWeight.of(stored)
-    return found
+            weights[f"{stem}.weight"] = _scaled(stored, scale)
+        elif f".{ending}" not in SCALES.values() or not any(stem + quantised in tensors for quantised in SCALES):
+            weights[name] = NewWeight.of(stored)
+    return weights
 
 
 def _scaled(stored: StoredTensor, scale: StoredTensor) -> NewWeight:
@@ -78,12 +83,4 @@ def _scaled(stored: StoredTensor, scale: StoredTensor) -> NewWeight:
     return NewWeight((stored.key, scale.key), shape, make)
 
 
-FORMAT = Format(
-    name="turbowan",
-    summary="TurboDiffusion's Wan 2.1 and 2.2: sparse-linear attention, up to 4 steps, int8 or not",
-    source="github.com/thu-ml/TurboDiffusion",
-    transformers=("WanTransformer3DModel",),
-    detect=detect,
-    tuned=tuned,
-    read=read,
-)
+FORMAT = TurboWan()
