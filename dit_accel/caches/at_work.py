@@ -14,14 +14,14 @@ from torch import nn
 from dit_accel.caches.hooking import PlacedHooks, present_cache
 from dit_accel.caches.ratios import MagRatios, mag_ratios
 from dit_accel.caches.record import BranchReport, CacheReport, size_of
-from dit_accel.caches.step_cache import StepCache
+from dit_accel.caches.step_cache import ChosenSteps, StepCache
 from dit_accel.errors import DitAccelError
 from dit_accel.pipelines.family import Family, fits_path
 
 if TYPE_CHECKING:
     from dit_accel.caches.residuals import Add
 
-BLOCK_CACHES = ("first-block", "mag")
+BLOCK_CACHES = ("first-block", "mag", "steps")
 
 
 _OURS: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # transformers with a cache of this package
@@ -74,6 +74,7 @@ class CacheAtWork:
         self._transformer, self._family, self._stack = transformer, family, family.stack_of(transformer)
         self._add_up, self._calibrate = add_up, bool(cache.config.get("calibrate"))
         self._ratios: MagRatios | None = None
+        self._chosen: ChosenSteps | None = cache.build() if cache.name == "steps" else None
         self.notes: list[str] = []
         if cache.name == "mag":
             self._ratios = mag_ratios(cache.config.get("mag_ratios"), models)
@@ -149,7 +150,7 @@ class CacheAtWork:
         if self.cache.name in BLOCK_CACHES:
             from dit_accel.caches import residuals
 
-            config = self._mag_config() if self.cache.name == "mag" else self.cache.build()
+            config = self.cache.build() if self.cache.name == "first-block" else self._mag_config()
             residuals.put(self._transformer, self._stack, config, self._add_up)
         elif self.cache.name == "taylorseer":
             config = self._taylorseer_config()
@@ -166,6 +167,8 @@ class CacheAtWork:
 
     def _mag_config(self) -> Any:
         """The config before the first run, which sets the number of steps."""
+        if self._chosen is not None:
+            return self._chosen.as_mag(self._chosen.num_inference_steps or self._chosen.computed[-1] + 1)
         assert self._ratios is not None
         steps = self.cache.config.get("num_inference_steps", len(self._ratios.cond))
         return self.cache.build(mag_ratios=list(self._ratios.cond), num_inference_steps=steps)
@@ -240,11 +243,13 @@ class CacheAtWork:
         if self._shapes.setdefault(self._branch, now.shape) != now.shape:
             self._forget(self._branch)
             self._shapes[self._branch] = now.shape
-        if self.cache.name == "mag" and now.index is not None:
+        if self.cache.name in ("mag", "steps") and now.index is not None:
             self._lead_mag(managers[0], now)
 
     def _prepare(self, now: Moment) -> None:
         """Take the number of steps of a new run."""
+        if self._chosen is not None:
+            self._chosen.check(now.count)
         if self.cache.name != "mag" or self._calibrate:
             return
         given = self.cache.config.get("num_inference_steps")
@@ -261,7 +266,15 @@ class CacheAtWork:
 
     def _lead_mag(self, manager: Any, now: Moment) -> None:
         """Set MagCache's step and ratios: a branch may be absent in some steps, and begin in the middle (Wan 2.2)."""
-        assert self._ratios is not None and now.index is not None
+        assert now.index is not None
+        manager.get_state().step_index = now.index
+        if self._chosen is not None:
+            # one more step than are known keeps the residual: Diffusers forgets it behind the last
+            vars(self._config).update(
+                vars(self._chosen.as_mag(now.count or max(now.index, self._chosen.computed[-1]) + 2))
+            )
+            return
+        assert self._ratios is not None
         steps = now.count or self.cache.config["num_inference_steps"]
         # one more than there are: at the last, Diffusers would print a calibration and forget it
         self._config.num_inference_steps = steps + 1 if self._calibrate else steps
@@ -271,7 +284,6 @@ class CacheAtWork:
                 ratios = list(self._ratios.of(self._branch))
                 self._tables[key] = self.cache.build(mag_ratios=ratios, num_inference_steps=steps).mag_ratios
             self._config.mag_ratios = self._tables[key]
-        manager.get_state().step_index = now.index
 
     def _enter(self, managers: list[Any], context: Any) -> None:
         """Enter our context, or complete the pipeline's; swap the states of hooks that know no contexts."""

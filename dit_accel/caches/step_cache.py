@@ -1,6 +1,6 @@
 """A step cache and its settings as one value: ``mag:threshold=0.12``.
 
-The caches are Diffusers' own, and the names of their settings are those of its config classes:
+Most caches are Diffusers' own, and the names of their settings are those of its config classes:
 
 - ``first-block``: FirstBlockCache, skips all blocks but the first where the first block's residual hardly changes;
 - ``mag``: MagCache, skips all blocks while the residual's expected magnitude has drifted little;
@@ -8,6 +8,8 @@ The caches are Diffusers' own, and the names of their settings are those of its 
 - ``sea``: SeaCache, skips blocks by a spectral indicator of the latent;
 - ``faster``: FasterCache, reuses attention outputs and the unguided half of a batch;
 - ``pab``: Pyramid Attention Broadcast, reuses attention outputs.
+
+One is ours: ``steps`` computes the steps of a list and skips all blocks in the others, as MagCache skips them.
 """
 
 from __future__ import annotations
@@ -30,14 +32,52 @@ CONFIGS = {
     "sea": "SeaCacheConfig",
     "faster": "FasterCacheConfig",
     "pab": "PyramidAttentionBroadcastConfig",
+    "steps": "ChosenSteps",
 }
 LEAST_ONE = ("cache_interval", "max_order", "num_inference_steps", "max_skip_steps")
 FORM = "NAME[:key=value,...]"
 
 
 @dataclasses.dataclass(frozen=True)
+class ChosenSteps:
+    """The steps that run; each other step reuses what the blocks added in the last one that ran.
+
+    Args:
+        computed: indices of steps, ascending from 0.
+        num_inference_steps: of the runs that the list is for; None: any run that has all steps of the list.
+    """
+
+    computed: tuple[int, ...]
+    num_inference_steps: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.computed[:1] != (0,) or list(self.computed) != sorted(set(self.computed)):
+            steps = "x".join(map(str, self.computed))
+            raise ValueError(f"computed are steps in ascending order from 0, such as 0x1x2x6, got {steps}.")
+
+    def check(self, steps: int | None) -> None:
+        """Refuse a run of `steps` steps that the list is not for."""
+        wanted = self.num_inference_steps or max(steps or 0, self.computed[-1] + 1)
+        if steps is not None and wanted != steps:
+            chosen = "x".join(map(str, self.computed))
+            raise DitAccelError(
+                f"computed={chosen} is for runs of {wanted} steps{'' if self.num_inference_steps else ' or more'}, and "
+                f"this one has {steps}. Give a list for {steps} steps."
+            )
+
+    def as_mag(self, steps: int) -> Any:
+        """MagCache's config for a run of so many steps: its expected error is 0 where it skips and 9 where it runs."""
+        from diffusers.hooks import MagCacheConfig
+
+        ratios = [10.0 if step in self.computed else 1.0 for step in range(steps)]
+        return MagCacheConfig(
+            0.5, max_skip_steps=steps, retention_ratio=0, num_inference_steps=steps, mag_ratios=ratios
+        )
+
+
+@dataclasses.dataclass(frozen=True)
 class StepCache:
-    """One of Diffusers' caches with settings.
+    """A step cache with settings.
 
     Args:
         name: one of `CONFIGS`.
@@ -104,7 +144,7 @@ class StepCache:
         return hash((self.name, tuple(sorted(self.config.items(), key=lambda item: item[0]))))
 
     def build(self, **more: Any) -> Any:
-        """Diffusers' config with these settings and further arguments.
+        """The config with these settings and further arguments: `ChosenSteps` or Diffusers'.
 
         TaylorSeer takes its lite mode unless a setting says which modules it replaces: in Diffusers 0.42.1 the other
         default finds no module in most models.
@@ -120,6 +160,8 @@ class StepCache:
 
 
 def _kind(name: str) -> Any:
+    if name == "steps":
+        return ChosenSteps
     try:
         from diffusers import hooks
     except ImportError as error:

@@ -114,7 +114,7 @@ class ScheduleOptions(values.Checked):
 
     cache: str | None = option(
         None,
-        "Diffusers' step cache, which skips blocks in some steps: first-block, mag, taylorseer, ...",
+        "Step cache, which skips blocks in some steps: steps, or Diffusers' first-block, mag, taylorseer, ...",
         metavar=CACHE_FORM,
     )
 

@@ -22,6 +22,7 @@ TEXTS = (
     "sea:threshold=0.5,residual_order=0",
     "faster:spatial_attention_timestep_skip_range=-1x681,is_guidance_distilled=True",
     "pab:spatial_attention_block_skip_range=2",
+    "steps:computed=0x1x3,num_inference_steps=6",
 )
 
 
@@ -34,7 +35,8 @@ def test_text_and_json_read_back(text):
 
 
 def test_configs_are_diffusers_own():
-    assert {kind for name, kind in CONFIGS.items()} | {"TextKVCacheConfig"} == {
+    theirs = {kind for name, kind in CONFIGS.items() if name != "steps"}
+    assert theirs | {"TextKVCacheConfig"} == {
         name for name in dir(hooks) if name.endswith(("CacheConfig", "BroadcastConfig"))
     }
     built = StepCache.parse("taylorseer:taylor_factors_dtype=float32,cache_interval=2").build()
@@ -57,6 +59,11 @@ def test_configs_are_diffusers_own():
         ("taylorseer:cache_interval=0", "cache_interval"),
         ("taylorseer:taylor_factors_dtype=float33", "taylor_factors_dtype"),
         ("sea:residual_order=2", "residual_order"),
+        ("steps", "computed"),
+        ("steps:computed=0", "computed"),
+        ("steps:computed=1x2", "ascending"),
+        ("steps:computed=0x3x2", "ascending"),
+        ("steps:computed=0x1,num_inference_steps=0", "num_inference_steps"),
         ("mag:threshold", "key=value"),
         ("", "Unknown step cache"),
     ],
@@ -72,6 +79,15 @@ def test_a_step_cache_is_text_or_itself():
         StepCache.of(3)
     with pytest.raises(DitAccelError, match="no setting 'kind'"):
         StepCache.of({"kind": "mag"})
+
+
+@pytest.mark.parametrize(("text", "steps"), [("0x1x3", 3), ("0x1,num_inference_steps=6", 7)])
+def test_chosen_steps_are_for_runs_that_have_them(text, steps):
+    chosen = StepCache.parse(f"steps:computed={text}").build()
+    with pytest.raises(DitAccelError, match=f"{steps} steps"):
+        chosen.check(steps)
+    chosen.check(6)
+    chosen.check(None)
 
 
 def test_published_ratios():

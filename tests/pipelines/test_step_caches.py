@@ -177,6 +177,32 @@ def test_sea_skips_on_wan_with_the_schedulers_sigma():
     at.detach()
 
 
+@pytest.mark.parametrize("name", ["wan:t2v", "flux:t2i", "sd3:t2i", "ltx2:2.0"])
+@pytest.mark.parametrize("counted", [True, False])
+def test_chosen_steps_run_and_the_others_reuse_the_last_residual(name, counted):
+    """The outputs are MagCache's where its ratios say the same; the number of steps may be unknown."""
+    tiny = get(*name.split(":"))
+    transformer, calls, computed = tiny.build(), growing(tiny), (0, 1, 4)
+    outputs = {}
+    ratios = "x".join("9" if step in computed else "1" for step in range(6))
+    for text in ("steps:computed=0x1x4", f"mag:threshold=1,max_skip_steps=6,retention_ratio=0,mag_ratios={ratios}"):
+        at = at_work(transformer, tiny, StepCache.parse(text))
+        count = LayerCount(transformer, tiny)
+        at.attach()
+        rows = []
+        for step, call in enumerate(calls):
+            at.begin(Moment("run", step, 6 if counted or text.startswith("mag") else None, 1000 - step, 1 - step / 6))
+            rows.append(run(transformer, call))
+            at.count(*count.take())
+        at.detach()
+        for handle in count.handles:
+            handle.remove()
+        outputs[text] = rows
+        (branch,) = at.report().branches
+        assert {step for step, share in branch.steps.items() if share == 1} == set(computed)
+    assert all(map(torch.equal, *outputs.values()))
+
+
 def test_a_hook_set_above_the_cache_stays():
     from diffusers.hooks import HookRegistry, ModelHook
 
@@ -222,6 +248,11 @@ def test_a_number_of_steps_that_differs_is_refused_before_the_first():
         at.begin(Moment("run", 0, 12))
     with pytest.raises(DitAccelError, match="needs the step"):
         at.begin(Moment())
+    at.detach()
+    chosen = at_work(tiny.build(), tiny, StepCache.parse("steps:computed=0x5"))
+    chosen.attach()
+    with pytest.raises(DitAccelError, match="this one has 4"):
+        chosen.begin(Moment("run", 0, 4))
 
 
 @pytest.mark.parametrize(("name", "text"), [("flux:t2i", "sea"), ("ltx:t2v", "taylorseer:use_lite_mode=false")])
