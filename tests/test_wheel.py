@@ -12,7 +12,7 @@ import zipfile
 import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
-PACKAGED = (".py", ".safetensors", ".json", ".yaml", ".md")
+PACKAGED = (".py", ".safetensors", ".json", ".yaml", ".md", ".j2", ".css", ".js")
 
 
 def run(command, cwd, **environment) -> str:
@@ -67,6 +67,7 @@ def test_wheel_holds_every_file(wheel):
         names = set(archive.namelist())
     files = (path for path in (ROOT / "dit_accel").rglob("*") if path.suffix in PACKAGED)
     assert {path.relative_to(ROOT).as_posix() for path in files} <= names
+    assert "dit_accel/py.typed" in names  # type checkers read the annotations
 
 
 def test_wheel_holds_nothing_else(wheel):
