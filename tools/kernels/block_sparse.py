@@ -52,7 +52,7 @@ def builds(arch: int) -> Iterator[Build]:
         for tiled in (True, False):
             yield Build(
                 kernel="block_sparse_words_forward",
-                function="dit_accel.kernels.block_sparse.triton_tokens:partial_words_kernel",
+                function="dit_accel.kernels.block_sparse.triton_words:partial_words_kernel",
                 constants=tuple(_blocks(block_q, block_k, tiled).items()),
                 pointers=POINTERS,
                 warps=words_launch(block_q).warps,

@@ -41,7 +41,7 @@ from dit_accel.kernels.block_sparse.triton_lists import (
     transpose_lists,
 )
 from dit_accel.kernels.block_sparse.triton_places import place_lists
-from dit_accel.kernels.block_sparse.triton_tokens import partial_words_kernel
+from dit_accel.kernels.block_sparse.triton_words import partial_words_kernel
 from dit_accel.kernels.records import Heads, Lists, SampleSegments, SegmentRows, Side
 
 JIT = {"forward": block_sparse_fwd_kernel, "dq": block_sparse_bwd_kernel_dq, "dkdv": block_sparse_bwd_kernel_dkdv}

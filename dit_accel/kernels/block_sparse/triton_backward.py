@@ -12,18 +12,21 @@ from dit_accel.kernels.block_sparse.triton_forward import load_both, over_key_li
 from dit_accel.kernels.block_sparse.triton_tokens import (
     LOG2E,
     corner_of,
+    dense_blocks,
     holds,
     key_list,
     load_rows,
     load_words,
     locate,
     occupied,
+    own_number,
+    own_program,
     places_in,
     query_segments,
     rows_at,
-    rows_of,
+    rows_of_head,
     segments_of,
-    store_rows,
+    store_rows_of_head,
 )
 from dit_accel.kernels.jit import kernel
 from dit_accel.kernels.records import Query, SegmentRows
@@ -114,15 +117,14 @@ def block_sparse_bwd_kernel_dq(
     Padding keys are loaded as 0 and so add nothing. Also writes delta [B, H, Nq], fp32, which the kernel of dk and dv
     reads for the rows of the same blocks.
     """
-    i_q = queries.blocks - 1 - tl.program_id(0)
-    i_bh = tl.program_id(1)
+    i_q, i_bh = own_program(own_number(), tl.num_programs(1), queries.blocks, dense_blocks(queries, BLOCK_Q))
     segments = segments_of(i_bh // heads, samples)
     starts = query_segments(segments, samples, queries.text)
     slot_q = tl.arange(0, BLOCK_Q)
     rows, valid, _raster = locate(i_q, slot_q, starts, queries, BLOCK_Q, TILE_Q)
-    b_q = load_rows(rows_of(q, heads, ALIGN), rows, valid, D, BLOCK_D)
-    b_g = load_rows(rows_of(grad_out, heads, ALIGN), rows, valid, D, BLOCK_D)
-    b_o = load_rows(rows_of(out, heads, ALIGN), rows, valid, D, BLOCK_D)
+    b_q = load_rows(rows_of_head(q, i_bh, heads, ALIGN), rows, valid, D, BLOCK_D)
+    b_g = load_rows(rows_of_head(grad_out, i_bh, heads, ALIGN), rows, valid, D, BLOCK_D)
+    b_o = load_rows(rows_of_head(out, i_bh, heads, ALIGN), rows, valid, D, BLOCK_D)
     place = i_bh.to(tl.int64) * queries.tokens + rows
     b_delta = tl.sum(b_o.to(tl.float32) * b_g.to(tl.float32), 1)
     if HAS_GRAD_LSE:
@@ -131,15 +133,15 @@ def block_sparse_bwd_kernel_dq(
 
     sums = over_key_lists(
         Query(b_q, b_g.to(b_q.dtype), row_lse(lse, place, valid), b_delta),
-        rows_of(k, heads, ALIGN), rows_of(v, heads, ALIGN), scale,
+        rows_of_head(k, i_bh, heads, ALIGN), rows_of_head(v, i_bh, heads, ALIGN), scale,
         key_list(i_bh * lists.per_head * queries.blocks + i_q, lists), lists.words, segments, keys,
         D, BLOCK_D, BLOCK_Q, BLOCK_K, TILE_K, STEP, HAS_TABLES, True,
     )  # fmt: skip
 
     # Recomputed from the grid to shorten the live range of `rows`; otherwise they spill.
-    i_q = tl.num_programs(0) - 1 - tl.program_id(0)
+    i_q, i_bh = own_program(own_number(), tl.num_programs(1), tl.num_programs(0), dense_blocks(queries, BLOCK_Q))
     rows, valid, _raster = locate(i_q, slot_q, starts, queries, BLOCK_Q, TILE_Q)
-    store_rows(dq, rows, valid, sums[0] * scale, heads, queries.tokens, D, BLOCK_D)
+    store_rows_of_head(dq, rows, valid, sums[0] * scale, i_bh, heads, queries.tokens, D, BLOCK_D)
 
 
 @kernel
@@ -154,27 +156,29 @@ def block_sparse_bwd_kernel_dkdv(
     `visits` are `Visits`; other arguments as in the dq kernel. A query block is taken in steps of STEP rows. Padding
     keys need no mask: their rows of dk and dv are not stored.
     """
-    i_k = keys.blocks - 1 - tl.program_id(0)
-    i_bh = tl.program_id(1)
+    i_k, i_bh = own_program(own_number(), tl.num_programs(1), keys.blocks, dense_blocks(keys, BLOCK_K))
     segments = segments_of(i_bh // heads, samples)
     slot_k = tl.arange(0, BLOCK_K)
     rows, valid, _raster = locate(i_k, slot_k, segments, keys, BLOCK_K, TILE_K)
-    b_k = load_rows(rows_of(k, heads, ALIGN), rows, valid, D, BLOCK_D)
-    b_v = load_rows(rows_of(v, heads, ALIGN), rows, valid, D, BLOCK_D)
+    b_k = load_rows(rows_of_head(k, i_bh, heads, ALIGN), rows, valid, D, BLOCK_D)
+    b_v = load_rows(rows_of_head(v, i_bh, heads, ALIGN), rows, valid, D, BLOCK_D)
 
     p_first = visits.firsts + i_bh * visits.per_head * (2 * keys.blocks + 1) + 2 * i_k
     first_row = i_bh.to(tl.int64) * queries.tokens
     b_dk, b_dv = over_query_lists(
-        b_k, b_v, slot_k, rows_of(q, heads, ALIGN), rows_of(grad_out, heads, ALIGN), lse + first_row,
-        delta + first_row, scale, visits, p_first, query_segments(segments, samples, queries.text), queries,
+        b_k, b_v, slot_k, rows_of_head(q, i_bh, heads, ALIGN), rows_of_head(grad_out, i_bh, heads, ALIGN),
+        lse + first_row, delta + first_row, scale, visits, p_first,
+        query_segments(segments, samples, queries.text), queries,
         D, BLOCK_D, BLOCK_K, BLOCK_K, BLOCK_Q, TILE_Q, STEP, HAS_TABLES,
     )  # fmt: skip
 
     # Recomputed, as in the dq kernel. Text that is no key has gradients of 0.
     visual_start, conditioning_start, text_start, text_len = segments
     padded = SegmentRows(visual_start, conditioning_start, text_start, keys.text)
-    i_k = tl.num_programs(0) - 1 - tl.program_id(0)
+    i_k, i_bh = own_program(own_number(), tl.num_programs(1), tl.num_programs(0), dense_blocks(keys, BLOCK_K))
     rows, there, _raster = locate(i_k, slot_k, padded, keys, BLOCK_K, TILE_K)
     valid = there & ((rows < text_start + text_len) | (rows >= text_start + keys.text))
-    store_rows(dk, rows, there, tl.where(valid[:, None], b_dk * scale, 0.0), heads, keys.tokens, D, BLOCK_D)
-    store_rows(dv, rows, there, tl.where(valid[:, None], b_dv, 0.0), heads, keys.tokens, D, BLOCK_D)
+    store_rows_of_head(
+        dk, rows, there, tl.where(valid[:, None], b_dk * scale, 0.0), i_bh, heads, keys.tokens, D, BLOCK_D
+    )
+    store_rows_of_head(dv, rows, there, tl.where(valid[:, None], b_dv, 0.0), i_bh, heads, keys.tokens, D, BLOCK_D)

@@ -11,18 +11,21 @@ import triton.language as tl
 from dit_accel.kernels.block_sparse.triton_tokens import (
     LOG2E,
     corner_of,
+    dense_blocks,
     holds,
     key_list,
     load_rows,
     load_words,
     locate,
     occupied,
+    own_number,
+    own_program,
     places_in,
     query_segments,
     rows_at,
-    rows_of,
+    rows_of_head,
     segments_of,
-    store_rows,
+    store_rows_of_head,
 )
 from dit_accel.kernels.jit import kernel
 from dit_accel.kernels.records import Query
@@ -182,22 +185,21 @@ def block_sparse_fwd_kernel(
         lists, samples: `Lists` and `SampleSegments`.
         keys, queries: a `Side` each.
     """
-    # The last blocks are text rows, whose lists are the longest: start them first.
-    i_q = queries.blocks - 1 - tl.program_id(0)
-    i_bh = tl.program_id(1)
+    i_q, i_bh = own_program(own_number(), tl.num_programs(1), queries.blocks, dense_blocks(queries, BLOCK_Q))
     segments = segments_of(i_bh // heads, samples)
     starts = query_segments(segments, samples, queries.text)
     rows, valid, _raster = locate(i_q, tl.arange(0, BLOCK_Q), starts, queries, BLOCK_Q, TILE_Q)
-    b_q, base_2 = with_positive_scale(load_rows(rows_of(q, heads, ALIGN), rows, valid, D, BLOCK_D), scale)
+    b_q, base_2 = with_positive_scale(load_rows(rows_of_head(q, i_bh, heads, ALIGN), rows, valid, D, BLOCK_D), scale)
 
     acc, m, l = over_key_lists(  # noqa: E741
-        Query(b_q, None, None, None), rows_of(k, heads, ALIGN), rows_of(v, heads, ALIGN), base_2,
+        Query(b_q, None, None, None),
+        rows_of_head(k, i_bh, heads, ALIGN), rows_of_head(v, i_bh, heads, ALIGN), base_2,
         key_list(i_bh * lists.per_head * queries.blocks + i_q, lists), lists.words, segments, keys,
         D, BLOCK_D, BLOCK_Q, BLOCK_K, TILE_K, STEP, HAS_TABLES, False,
     )  # fmt: skip
     acc, b_lse = finalize(acc, m, l)
     # Recomputed from the grid to shorten the live range of `rows`; otherwise they spill.
-    i_q = tl.num_programs(0) - 1 - tl.program_id(0)
+    i_q, i_bh = own_program(own_number(), tl.num_programs(1), tl.num_programs(0), dense_blocks(queries, BLOCK_Q))
     rows, valid, _raster = locate(i_q, tl.arange(0, BLOCK_Q), starts, queries, BLOCK_Q, TILE_Q)
-    store_rows(out, rows, valid, acc, heads, queries.tokens, D, BLOCK_D)
+    store_rows_of_head(out, rows, valid, acc, i_bh, heads, queries.tokens, D, BLOCK_D)
     tl.store(lse + i_bh.to(tl.int64) * queries.tokens + rows, b_lse, mask=valid)

@@ -1,8 +1,7 @@
 """What the Triton kernels read of a block: where its tokens lie, rows of one head, and bits of allowed pairs.
 
 Nothing is permuted or padded in memory: the rows of a 3-D tile are arithmetic on its number. Blocks are numbered as in
-`order.TokenOrder`; the tile of raster order is (0, 0, 0). A program's second number is its head, counted over all
-samples.
+`order.TokenOrder`; the tile of raster order is (0, 0, 0). Heads are counted over all samples.
 
 A query's keys in one block are a set of slots, and a set of 64 slots is one 64-bit word. `partial_words_kernel` reads
 the packed tables (`masks.Mask.pack`) once a call, for all heads. Forward and backward load the words and test one bit
@@ -14,7 +13,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from dit_accel.kernels.jit import kernel
 from dit_accel.kernels.records import Corner, HeadRows, KeyList, SegmentRows, Side
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -176,6 +174,33 @@ def occupied(corner, first, side, TILE: tl.constexpr):
 
 
 @triton.jit
+def dense_blocks(side, BLOCK: tl.constexpr):
+    """Blocks behind the visual ones."""
+    return tl.cdiv(side.conditioning, BLOCK) + tl.cdiv(side.text, BLOCK)
+
+
+@triton.jit
+def own_number():
+    """This program's number, counted over the first two axes of the grid: blocks and heads."""
+    return tl.program_id(0) + tl.program_id(1) * tl.num_programs(0)
+
+
+@triton.jit
+def own_program(number, heads, blocks, dense):
+    """The block and the head of a program by its number; each head has `blocks`, of which the last ones are `dense`.
+
+    Dense blocks have the longest lists. Those of all heads come first, so that no long program begins when most of the
+    others have ended. The other blocks follow head by head, so that neighbours share a head's keys in the cache.
+    """
+    behind = number - dense * heads
+    is_dense = behind < 0
+    per_head = tl.where(is_dense, dense, blocks - dense)
+    number = tl.where(is_dense, number, behind)
+    head = number // per_head
+    return number - head * per_head + tl.where(is_dense, blocks - dense, 0), head
+
+
+@triton.jit
 def rows_of_head(x, i_bh, heads, ALIGN: tl.constexpr):
     """One head of a tensor (`Heads`)."""
     start = x.start + ((i_bh // heads).to(tl.int64) * x.batch + (i_bh % heads).to(tl.int64) * x.head) * ALIGN
@@ -184,7 +209,7 @@ def rows_of_head(x, i_bh, heads, ALIGN: tl.constexpr):
 
 @triton.jit
 def rows_of(x, heads, ALIGN: tl.constexpr):
-    """This program's head of a tensor."""
+    """The head of a tensor that the program's second number says."""
     return rows_of_head(x, tl.program_id(1), heads, ALIGN)
 
 
@@ -198,147 +223,29 @@ def load_rows(x, rows, valid, D: tl.constexpr, BLOCK_D: tl.constexpr):
 
 @triton.jit
 def rows_written(x, rows, heads, tokens, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Pointers [ROWS, BLOCK_D] to rows of this program's head of x [B, N, H, D]."""
-    i_bh = tl.program_id(1)
+    """Pointers [ROWS, BLOCK_D] to rows of x [B, N, H, D], of the head that the program's second number says."""
+    return rows_written_of_head(x, rows, tl.program_id(1), heads, tokens, D, BLOCK_D)
+
+
+@triton.jit
+def rows_written_of_head(x, rows, i_bh, heads, tokens, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Pointers [ROWS, BLOCK_D] to rows of one head of x [B, N, H, D]."""
     place = ((i_bh // heads).to(tl.int64) * tokens + rows[:, None]) * heads + i_bh % heads
     return x + place * D + tl.arange(0, BLOCK_D)
 
 
 @triton.jit
 def store_rows(x, rows, valid, values, heads, tokens, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Rows of this program's head of x [B, N, H, D]."""
+    """Rows of x [B, N, H, D], of the head that the program's second number says."""
+    store_rows_of_head(x, rows, valid, values, tl.program_id(1), heads, tokens, D, BLOCK_D)
+
+
+@triton.jit
+def store_rows_of_head(x, rows, valid, values, i_bh, heads, tokens, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Rows of one head of x [B, N, H, D]."""
     mask = valid[:, None] & (tl.arange(0, BLOCK_D) < D)
-    tl.store(rows_written(x, rows, heads, tokens, D, BLOCK_D), values.to(x.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def slots_between(left, right, base, step):
-    """The slots of [left, right) that are a multiple of `step` away from `base`: int64, slots 0 to 63."""
-    # of 64-bit numbers, which takes fewer registers here
-    slots = first_slots(right.to(tl.int64)) & ~first_slots(left.to(tl.int64))
-    if step > 1:
-        one = tl.full([1], 1, tl.int64)
-        comb = slots * 0
-        first = ((base % step) + step) % step
-        for i in range(tl.cdiv(64, step)):
-            slot = (first + i * step).to(tl.int64)
-            comb |= tl.where(slot < 64, one << tl.minimum(slot, 63), 0)
-        slots &= comb
-    return slots
-
-
-@triton.jit
-def axis_sees(start, stop, step, key):
-    seen = (key >= start) & (key < stop)
-    if step > 1:
-        seen = seen & ((key - start) % step == 0)
-    return seen
-
-
-@triton.jit
-def line_of(i, block, side, BLOCK: tl.constexpr, TILE: tl.constexpr):
-    """The i-th image row in a visual block: frame, row, its slots [left, right) and the column of slot 0."""
-    if TILE[1] == 0:
-        line = block * BLOCK // side.W + i
-        t, h = line // side.H, line % side.H
-        column = block * BLOCK - line * side.W
-        left = tl.maximum(-column, 0)
-        right = tl.minimum(side.W - column, BLOCK)
-    else:
-        tiles_h = tl.cdiv(side.H, TILE[1])
-        tiles_w = tl.cdiv(side.W, TILE[2])
-        t = block // (tiles_h * tiles_w) * TILE[0] + i // TILE[1]
-        h = block // tiles_w % tiles_h * TILE[1] + i % TILE[1]
-        left = i * TILE[2]
-        column = block % tiles_w * TILE[2] - left
-        right = tl.minimum(left + TILE[2], side.W - column)
-    right = tl.where((t < side.T) & (h < side.H), right, left)
-    return tl.minimum(t, side.T - 1), tl.minimum(h, side.H - 1), left, right, column
-
-
-@triton.jit
-def seen_slots(tables, query, block, queries, keys, BLOCK: tl.constexpr, TILE: tl.constexpr):
-    """The slots of a visual key block that each query (raster index) sees: words of slots 0-63 and 64-127."""
-    if TILE[1] == 0:
-        stop = tl.minimum(block * BLOCK + BLOCK, keys.T * keys.H * keys.W)
-        lines = (stop - 1) // keys.W - block * BLOCK // keys.W + 1
-    else:
-        lines = TILE[0] * TILE[1]
-    frame, place = query // (queries.H * queries.W), query % (queries.H * queries.W)
-    row, column_q = place // queries.W, place % queries.W
-    low_word = query.to(tl.int64) * 0
-    high_word = low_word
-    for term in range(tl.load(tables)):
-        header = tables + 1 + 8 * term
-        kind = tl.load(header)
-        off_t = tables + tl.load(header + 1)
-        if kind == 0:
-            off_h, off_w = tables + tl.load(header + 2), tables + tl.load(header + 3)
-            step_t, step_h, step_w = tl.load(header + 4), tl.load(header + 5), tl.load(header + 6)
-            start_t, stop_t = tl.load(off_t + 2 * frame), tl.load(off_t + 2 * frame + 1)
-            start_h, stop_h = tl.load(off_h + 2 * row), tl.load(off_h + 2 * row + 1)
-            start_w, stop_w = tl.load(off_w + 2 * column_q), tl.load(off_w + 2 * column_q + 1)
-            if TILE[1] == 0:
-                for i in range(lines):
-                    t, h, left, right, column = line_of(i, block, keys, BLOCK, TILE)
-                    seen = axis_sees(start_t, stop_t, step_t, t) & axis_sees(start_h, stop_h, step_h, h)
-                    base = start_w - column
-                    first = tl.maximum(base, left)
-                    last = tl.where(seen, tl.minimum(stop_w - column, right), first)
-                    low_word |= slots_between(first, last, base, step_w)
-                    if BLOCK > 64:
-                        high_word |= slots_between(first - 64, last - 64, base - 64, step_w)
-            else:  # the same columns in every image row
-                t, h, left, right, column = line_of(0, block, keys, BLOCK, TILE)
-                base = start_w - column
-                first, last = tl.maximum(base, 0), tl.minimum(stop_w - column, right)
-                across = slots_between(first, last, base, step_w)
-                beyond = across * 0
-                if TILE[2] > 64:
-                    beyond = slots_between(first - 64, last - 64, base - 64, step_w)
-                for i in range(lines):
-                    t, h, left, right, column = line_of(i, block, keys, BLOCK, TILE)
-                    seen = axis_sees(start_t, stop_t, step_t, t) & axis_sees(start_h, stop_h, step_h, h)
-                    seen = seen & (left < right)
-                    moved = across << (left % 64)
-                    low_word |= tl.where(seen & (left < 64), moved, 0)
-                    if BLOCK > 64:
-                        high_word |= tl.where(seen, tl.where(left < 64, beyond, moved), 0)
-        else:
-            for i in range(lines):
-                t, h, left, right, column = line_of(i, block, keys, BLOCK, TILE)
-                radius = tl.load(off_t + frame * keys.T + t)
-                middle = place - h * keys.W - column  # slot at the query's own raster position
-                first = tl.maximum(middle - radius + 1, left)
-                last = tl.where(radius > 0, tl.minimum(middle + radius, right), first)
-                low_word |= slots_between(first, last, 0, 1)
-                if BLOCK > 64:
-                    high_word |= slots_between(first - 64, last - 64, 0, 1)
-    return low_word, high_word
-
-
-@kernel
-def partial_words_kernel(
-    words, lists, tables, keys, queries,
-    BLOCK_Q: tl.constexpr, TILE_Q: tl.constexpr, BLOCK_K: tl.constexpr, TILE_K: tl.constexpr,
-):  # fmt: skip
-    """The words of the partial blocks of one list; the programs of the second axis share its blocks.
-
-    `lists` are those of `triton_lists.OrderedLists`, with the blocks' numbers in place of places.
-    """
-    row = tl.program_id(0)
-    listed = key_list(row, lists)
-    pure, tabled = listed.pure, listed.tabled
-    slot_q = tl.arange(0, BLOCK_Q)
-    _, _, query = visual_slots(row % queries.blocks, slot_q, queries, BLOCK_Q, TILE_Q)
-    WORDS: tl.constexpr = (BLOCK_K + 63) // 64
-    for i in range(pure + tl.program_id(1), tabled, tl.num_programs(1)):
-        block = tl.load(listed.places + i)
-        low, high = seen_slots(tables, query, block, queries, keys, BLOCK_K, TILE_K)
-        p_words = words + (listed.number + i - pure).to(tl.int64) * (WORDS * BLOCK_Q) + slot_q
-        tl.store(p_words, low)
-        if BLOCK_K > 64:
-            tl.store(p_words + BLOCK_Q, high)
+    p_rows = rows_written_of_head(x, rows, i_bh, heads, tokens, D, BLOCK_D)
+    tl.store(p_rows, values.to(x.dtype.element_ty), mask=mask)
 
 
 @triton.jit

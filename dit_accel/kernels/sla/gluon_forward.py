@@ -22,7 +22,8 @@ from dit_accel.kernels.block_sparse.gluon.copies import (
     copy_in,
     head_read,
     head_written,
-    own_head,
+    over_samples,
+    own_block,
     own_list,
     own_query,
     part_of,
@@ -58,7 +59,8 @@ def produce_both(
     full = buffers.k_full.index(steps % STAGES)
     mbarrier.wait(buffers.k_empty.index(steps % STAGES), (steps // STAGES & 1) ^ 1)
     mbarrier.expect(full, D * D * 2)
-    copy_in(table, (own_head(problem) * D, 0), full, table_in(buffers, steps, D, STAGES))
+    _block, head = own_block(problem)
+    copy_in(table, (over_samples(head, problem) * D, 0), full, table_in(buffers, steps, D, STAGES))
 
 
 @gluon.jit
@@ -99,7 +101,8 @@ def consume_both(
         put(exact, where, q, HALF, D)
     phi = features(x, MAP).to(q.dtype)
     columns = gl.arange(0, D, gl.SliceLayout(0, A))
-    sums += own_head(problem) * (2 * D + 1)
+    _block, head = own_block(problem)
+    sums += over_samples(head, problem) * (2 * D + 1)
     divisor = gl.sum(phi.to(gl.float32) * gl.load(sums + columns)[None, :], 1) + EPS
     mbarrier.wait(buffers.k_full.index(steps % STAGES), steps // STAGES & 1)
     zero = gl.zeros([ROWS, D], gl.float32, A)
@@ -127,15 +130,17 @@ def sparse_linear_gluon_fwd_kernel(
     Arguments as in `block_sparse_gluon_fwd_kernel` and `triton_forward.sparse_linear_fwd_kernel`. The table is
     [B * H * D, D]. sums are fp32 [B, H, 2 D + 1]: the sum of phi(k), the bias, and the table's factor.
     """
-    q = head_read(q_tile, q_run, distances[0])
-    k = head_read(k_tile, k_run, distances[1])
-    v = head_read(v_tile, v_run, distances[2])
-    out = head_written(out_tile, out_run, tokens, D)
-    exact = head_written(exact_tile, exact_run, tokens, D)
-    lse += own_head(problem).to(gl.int64) * tokens
+    _block, head = own_block(problem)
+    q = head_read(q_tile, q_run, distances[0], head)
+    k = head_read(k_tile, k_run, distances[1], head)
+    v = head_read(v_tile, v_run, distances[2], head)
+    out = head_written(out_tile, out_run, tokens, head, D)
+    exact = head_written(exact_tile, exact_run, tokens, head, D)
+    lse += over_samples(head, problem).to(gl.int64) * tokens
     buffers = allocated(q_run.dtype, D, STAGES)
     gl.warp_specialize(
         [
+            (produce_both, (q, k, v, table, problem, buffers, D, BLOCK_K, TILE_Q, HALF, TILE_K, STAGES)),
             (consume_both, (
                 out, exact, lse, sums, scale, problem, buffers, training,
                 0, D, BLOCK_K, TILE_Q, HALF, TILE_K, STAGES, MAP,
@@ -144,8 +149,7 @@ def sparse_linear_gluon_fwd_kernel(
                 out, exact, lse, sums, scale, problem, buffers, training,
                 1, D, BLOCK_K, TILE_Q, HALF, TILE_K, STAGES, MAP,
             )),
-            (produce_both, (q, k, v, table, problem, buffers, D, BLOCK_K, TILE_Q, HALF, TILE_K, STAGES)),
         ],
-        [4, 1],
-        [232, 40],
+        [4, 4],
+        [232, 232],
     )  # fmt: skip

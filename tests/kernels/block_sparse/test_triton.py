@@ -339,3 +339,15 @@ def test_the_op_is_registered(make_problem, packed):
         return block_sparse_attention(q, k, v, *problem.lists, impl="triton", **problem.options)
 
     assert torch.equal(attend(problem.q, problem.k, problem.v), problem.call("triton"))
+
+
+@pytest.mark.parametrize(("heads", "visual", "dense"), [(3, 5, 2), (2, 1, 4), (5, 3, 0), (1, 7, 1)])
+def test_dense_blocks_of_all_heads_come_first(heads, visual, dense):
+    """Then the others head by head; every block of every head has one program."""
+    from program_order import order_kernel
+
+    blocks = visual + dense
+    order = torch.full((heads * blocks, 2), -1, dtype=torch.int32, device="cuda" if NATIVE else "cpu")
+    order_kernel[blocks, heads](order, blocks, dense)
+    first = [[block, head] for head in range(heads) for block in range(visual, blocks)]
+    assert order.tolist() == first + [[block, head] for head in range(heads) for block in range(visual)]

@@ -93,7 +93,7 @@ def launch(kernel, grid, *arguments, seed=0, order="random", **constants):
     given = {name: value if name in constants else _argument(value) for name, value in values.items()}
     sizes = (*grid, 1, 1)[:3]
     for number, ids in enumerate(itertools.product(*map(range, sizes))):
-        with torch.no_grad(), language.Program(ids, Machine(hash((seed, number)), order)):
+        with torch.no_grad(), language.Program(ids, sizes, Machine(hash((seed, number)), order)):
             function(**given)
 
 

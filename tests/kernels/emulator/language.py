@@ -16,10 +16,10 @@ _here = threading.local()
 
 
 class Program:
-    """What a program's threads share: its number in each axis of the grid, and the machine that it runs on."""
+    """What the threads of a program share: its number in each axis of the grid, the grid, and the machine."""
 
-    def __init__(self, ids, machine):
-        self.ids, self.machine = ids, machine
+    def __init__(self, ids, grid, machine):
+        self.ids, self.grid, self.machine = ids, grid, machine
 
     def __enter__(self):
         _here.program = self
@@ -303,6 +303,21 @@ def warp_specialize(functions_and_args, worker_num_warps, worker_num_regs):
     )
 
 
+def inline_asm_elementwise(asm, constraints, args, dtype, is_pure, pack):
+    """PTX that reads special registers, multiplies and adds; the result is `$0`."""
+    program = _here.program
+    special = {f"%{name}.{axis}": value[i] for name, value in (("ctaid", program.ids), ("nctaid", program.grid))
+               for i, axis in enumerate("xyz")}  # fmt: skip
+    operations = {"mov.u32": lambda a: a, "mad.lo.u32": lambda a, b, c: a * b + c}
+    numbers = {}
+    for statement in filter(None, (part.strip() for part in asm.strip("{} ").split(";"))):
+        name, operands = statement.split(maxsplit=1)
+        if name != ".reg":
+            target, *sources = (operand.strip() for operand in operands.split(","))
+            numbers[target] = operations[name](*(special.get(x, numbers.get(x)) for x in sources))
+    return torch.tensor(numbers["$0"], dtype=dtype)
+
+
 def _layout(*_, **__):
     return None
 
@@ -313,6 +328,7 @@ gl = types.SimpleNamespace(
     NVMMADistributedLayout=_layout, NVMMASharedLayout=_layout, DotOperandLayout=_layout, SliceLayout=_layout,
     static_range=range,
     program_id=lambda axis: torch.tensor(_here.program.ids[axis], dtype=torch.int32),
+    num_programs=lambda axis: torch.tensor(_here.program.grid[axis], dtype=torch.int32),
     cdiv=lambda a, b: (a + b - 1) // b,
     zeros=lambda shape, dtype, layout=None: torch.zeros(shape, dtype=dtype),
     full=lambda shape, value, dtype, layout=None: torch.full(shape, value, dtype=dtype),
@@ -321,6 +337,6 @@ gl = types.SimpleNamespace(
     minimum=_both(torch.minimum), maximum=_both(torch.maximum),
     exp2=torch.exp2, log2=torch.log2,
     max=lambda x, axis: x.amax(axis), sum=lambda x, axis: x.sum(axis),
-    where=where, load=load, store=store,
+    where=where, load=load, store=store, inline_asm_elementwise=inline_asm_elementwise,
     allocate_shared_memory=allocate_shared_memory, warp_specialize=warp_specialize,
 )  # fmt: skip

@@ -8,7 +8,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import tma
 
-from dit_accel.kernels.block_sparse.triton_tokens import key_list, query_segments, segments_of
+from dit_accel.kernels.block_sparse.triton_tokens import key_list, own_program, query_segments, segments_of
 from dit_accel.kernels.records import Corner, Lists, SampleSegments
 from dit_accel.order import TokenOrder
 
@@ -19,6 +19,9 @@ copy_out = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_sh
 ROWS = gl.constexpr(64)  # of a consumer: what one matrix instruction of a warpgroup takes
 KEYS = gl.constexpr(128)  # of a step: one block, or two of 64
 RUN = gl.constexpr(1 << 30)  # rows of a run's third axis
+OWN_NUMBER = gl.constexpr(
+    "{ .reg .u32 x, y, n; mov.u32 x, %ctaid.x; mov.u32 y, %ctaid.y; mov.u32 n, %nctaid.x; mad.lo.u32 $0, y, n, x; }"
+)
 
 
 class TiledSide(NamedTuple):
@@ -112,23 +115,50 @@ class Walk(NamedTuple):
 
 
 @gluon.jit
-def head_read(tile, run, distances):
-    """This program's head of a tensor that is read."""
-    i_h = gl.program_id(1)
-    offset = gl.program_id(2) * distances.batch + i_h * distances.head
+def own_number():
+    """This program's number in its sample. The assembler sees a new number in each call, as in `own_sample`.
+
+    Otherwise it divides before the warps part, and holds what follows from the number in registers of all of them.
+    """
+    return gl.inline_asm_elementwise(OWN_NUMBER, "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def own_sample():
+    """This program's sample."""
+    return gl.inline_asm_elementwise("mov.u32 $0, %ctaid.z;", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def own_block(problem):
+    """This program's query block, and its head of the sample."""
+    dense = problem.query_blocks - problem.queries.visual_blocks
+    return own_program(own_number(), problem.heads, problem.query_blocks, dense)
+
+
+@gluon.jit
+def own_key_block(problem):
+    """The same for the kernel of dk and dv."""
+    return own_program(own_number(), problem.heads, problem.width, problem.width - problem.keys.visual_blocks)
+
+
+@gluon.jit
+def head_read(tile, run, distances, i_h):
+    """One head of a tensor that is read, of this program's sample."""
+    offset = own_sample() * distances.batch + i_h * distances.head
     return Addressed(tile, run, offset, i_h * distances.column)
 
 
 @gluon.jit
-def head_written(tile, run, tokens, D: gl.constexpr):
-    """This program's head of a result [B, N, H, D]; `tokens` is N."""
-    return Addressed(tile, run, gl.program_id(2) * tokens, gl.program_id(1) * D)
+def head_written(tile, run, tokens, i_h, D: gl.constexpr):
+    """One head of a result [B, N, H, D], of this program's sample; `tokens` is N."""
+    return Addressed(tile, run, own_sample() * tokens, i_h * D)
 
 
 @gluon.jit
-def own_head(problem):
-    """This program's head, counted over all samples."""
-    return gl.program_id(2) * problem.heads + gl.program_id(1)
+def over_samples(i_h, problem):
+    """A head of this program's sample, counted over all samples."""
+    return own_sample() * problem.heads + i_h
 
 
 @gluon.jit
@@ -203,7 +233,7 @@ def put(x, where, buffer, TILE: gl.constexpr, D: gl.constexpr):
 @gluon.jit
 def own_segments(problem):
     """Where this program's sample's keys begin, and where its text ends."""
-    return segments_of(gl.program_id(2), problem)
+    return segments_of(own_sample(), problem)
 
 
 @gluon.jit
@@ -215,8 +245,7 @@ def own_query_segments(problem):
 @gluon.jit
 def own_query(problem, TILE_Q: gl.constexpr):
     """Where this program's query block lies."""
-    # text rows, which see everything, are the last blocks: start them first
-    block = problem.query_blocks - 1 - gl.program_id(0)
+    block, _head = own_block(problem)
     segments = own_query_segments(problem)
     return corner_at(block, segments, problem.queries, 2 * ROWS, TILE_Q)
 
@@ -224,8 +253,8 @@ def own_query(problem, TILE_Q: gl.constexpr):
 @gluon.jit
 def own_list(problem):
     """This program's list."""
-    row = own_head(problem) * problem.per_head * problem.query_blocks
-    row += problem.query_blocks - 1 - gl.program_id(0)
+    block, head = own_block(problem)
+    row = over_samples(head, problem) * problem.per_head * problem.query_blocks + block
     segments = own_segments(problem)
     return Walk(key_list(row, problem), segments)
 

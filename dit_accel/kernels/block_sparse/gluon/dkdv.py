@@ -28,7 +28,8 @@ from dit_accel.kernels.block_sparse.gluon.copies import (
     fetch,
     head_read,
     head_written,
-    own_head,
+    over_samples,
+    own_key_block,
     own_query_segments,
     own_segments,
     part_of,
@@ -69,7 +70,8 @@ def own_keys(problem, text, BLOCK_K: gl.constexpr, TILE_K: gl.constexpr):
     """Where this program's key block lies in a segment of `text` tokens, if it is one of text."""
     visual_start, conditioning_start, text_start, _text_len = own_segments(problem)
     segments = SegmentRows(visual_start, conditioning_start, text_start, text)
-    return corner_at(problem.width - 1 - gl.program_id(0), segments, problem.keys, BLOCK_K, TILE_K)
+    block, _head = own_key_block(problem)
+    return corner_at(block, segments, problem.keys, BLOCK_K, TILE_K)
 
 
 @gluon.jit
@@ -287,17 +289,17 @@ def block_sparse_gluon_dkdv_kernel(
         PART_K: the tile of 64 keys that a copy brings, (0, 0, 0) for raster order.
     """
     text_len = own_segments(problem).text_len
-    head = own_head(problem)
-    blocks = problem.width
-    firsts = visits.firsts + head * problem.per_head * (2 * blocks + 1) + 2 * (blocks - 1 - gl.program_id(0))
+    block, i_h = own_key_block(problem)
+    head = over_samples(i_h, problem)
+    firsts = visits.firsts + head * problem.per_head * (2 * problem.width + 1) + 2 * block
     first, clean, last = gl.load(firsts), gl.load(firsts + 1), gl.load(firsts + 2)
     listed = KeyVisits(visits.entries, visits.places, visits.numbers, first, clean, last)
-    q = head_read(q_tile, q_run, distances[0])
-    g = head_read(g_tile, g_run, distances[1])
-    k = head_read(k_tile, k_run, distances[2])
-    v = head_read(v_tile, v_run, distances[3])
-    dk = head_written(dk_tile, dk_run, key_tokens, D)
-    dv = head_written(dv_tile, dv_run, key_tokens, D)
+    q = head_read(q_tile, q_run, distances[0], i_h)
+    g = head_read(g_tile, g_run, distances[1], i_h)
+    k = head_read(k_tile, k_run, distances[2], i_h)
+    v = head_read(v_tile, v_run, distances[3], i_h)
+    dk = head_written(dk_tile, dk_run, key_tokens, i_h, D)
+    dv = head_written(dv_tile, dv_run, key_tokens, i_h, D)
     statistics += head.to(gl.int64) * problem.query_blocks * (4 * ROWS)
     buffers = allocated(q_run.dtype, D, BLOCK_K, STAGES)
     gl.warp_specialize(

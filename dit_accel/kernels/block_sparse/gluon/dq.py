@@ -25,7 +25,8 @@ from dit_accel.kernels.block_sparse.gluon.copies import (
     fetch,
     head_read,
     head_written,
-    own_head,
+    over_samples,
+    own_block,
     own_list,
     own_query,
     part_of,
@@ -118,7 +119,8 @@ def consume(
     mbarrier.wait(buffers.q_full.index(PART), 0)
     products = gl.sum(o.load(A).to(gl.float32) * g.load(A).to(gl.float32), 1)
     delta = gl.convert_layout(products, gl.SliceLayout(1, S)) - delta
-    unit = (problem.query_blocks - 1 - gl.program_id(0)) * 2 + PART
+    block, _head = own_block(problem)
+    unit = block * 2 + PART
     slots = unit * (2 * ROWS) + gl.arange(0, ROWS, gl.SliceLayout(1, S))
     gl.store(statistics + slots, row_lse)
     gl.store(statistics + ROWS + slots, delta)
@@ -160,13 +162,14 @@ def block_sparse_gluon_dq_kernel(
         distances: `copies.Distances` of q, g, o, k and v.
         scale: of the logits, in base e.
     """
-    q = head_read(q_tile, q_run, distances[0])
-    g = head_read(g_tile, g_run, distances[1])
-    o = head_read(o_tile, o_run, distances[2])
-    k = head_read(k_tile, k_run, distances[3])
-    v = head_read(v_tile, v_run, distances[4])
-    dq = head_written(dq_tile, dq_run, tokens, D)
-    head = own_head(problem).to(gl.int64)
+    _block, head = own_block(problem)
+    q = head_read(q_tile, q_run, distances[0], head)
+    g = head_read(g_tile, g_run, distances[1], head)
+    o = head_read(o_tile, o_run, distances[2], head)
+    k = head_read(k_tile, k_run, distances[3], head)
+    v = head_read(v_tile, v_run, distances[4], head)
+    dq = head_written(dq_tile, dq_run, tokens, head, D)
+    head = over_samples(head, problem).to(gl.int64)
     lse += head * tokens
     grad_lse += head * tokens
     statistics += head * problem.query_blocks * (4 * ROWS)

@@ -36,7 +36,8 @@ from dit_accel.kernels.block_sparse.gluon.copies import (
     fetch_listed,
     head_read,
     head_written,
-    own_head,
+    over_samples,
+    own_block,
     own_list,
     own_query,
     part_of,
@@ -289,11 +290,12 @@ def block_sparse_gluon_fwd_kernel(
         tokens: Nq.
         TILE_Q, TILE_K: tiles of query and key blocks, (0, 0, 0) for raster order; HALF is a consumer's part of TILE_Q.
     """
-    q = head_read(q_tile, q_run, distances[0])
-    k = head_read(k_tile, k_run, distances[1])
-    v = head_read(v_tile, v_run, distances[2])
-    out = head_written(out_tile, out_run, tokens, D)
-    lse += own_head(problem).to(gl.int64) * tokens
+    _block, head = own_block(problem)
+    q = head_read(q_tile, q_run, distances[0], head)
+    k = head_read(k_tile, k_run, distances[1], head)
+    v = head_read(v_tile, v_run, distances[2], head)
+    out = head_written(out_tile, out_run, tokens, head, D)
+    lse += over_samples(head, problem).to(gl.int64) * tokens
     buffers = allocated(q_run.dtype, D, STAGES)
     gl.warp_specialize(
         [
