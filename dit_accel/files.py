@@ -88,8 +88,8 @@ def staged(output: Path, *, checked: bool = False) -> Iterator[Path]:
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         for left in [path for path in output.parent.iterdir() if path.name.startswith(prefix)]:
-            with contextlib.suppress(BlockingIOError, FileNotFoundError), _locked(left, wait=False) as kept:
-                if kept:  # of a killed process: one that still writes has the lock
+            with contextlib.suppress(BlockingIOError, FileNotFoundError), _locked(left, wait=False) as locked:
+                if locked:  # of a killed process: one that still writes has the lock
                     shutil.rmtree(left)
         stage, lock = _make_stage(output.parent, prefix)
         try:
@@ -254,32 +254,32 @@ def hold(folder: Path) -> Iterator[bool]:
     Raises:
         DitAccelError: another process has it, or it cannot be written to.
     """
-    made = [each for each in (folder, *folder.parents) if not each.exists()]
+    new = [path for path in (folder, *folder.parents) if not path.exists()]
     path = folder / LOCK
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        file, kept = (None, False) if fcntl is None else _open_lock(path)
-    except BlockingIOError as error:
-        holder = ""
-        with contextlib.suppress(FileNotFoundError):  # released meanwhile
-            holder = path.read_text(encoding="utf-8")
-        raise DitAccelError(
-            f"--output {folder} is in use by {holder or 'another process'}. Wait until it is done, stop it, or choose "
-            "another --output."
-        ) from error
-    except OSError as error:
-        raise DitAccelError(f"{folder} could not be written: {error.strerror or error}.") from error
-    try:
-        yield kept
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            file, locked = (None, False) if fcntl is None else _open_lock(path)
+        except BlockingIOError as error:
+            holder = ""
+            with contextlib.suppress(FileNotFoundError):  # released meanwhile
+                holder = path.read_text(encoding="utf-8")
+            raise DitAccelError(
+                f"--output {folder} is in use by {holder or 'another process'}. Wait until it is done, stop it, or "
+                "choose another --output."
+            ) from error
+        except OSError as error:
+            raise DitAccelError(f"{folder} could not be written: {error.strerror or error}.") from error
+        try:
+            yield locked
+        finally:
+            if file is not None:
+                path.unlink(missing_ok=True)
+                file.close()
     finally:
-        if file is not None:
-            path.unlink(missing_ok=True)
-            file.close()
-        with contextlib.suppress(FileNotFoundError):  # somebody has removed it
-            for each in made:
-                if any(each.iterdir()):
-                    break
-                each.rmdir()
+        with contextlib.suppress(OSError):  # not empty, or somebody has removed it
+            for path in new:
+                path.rmdir()
 
 
 def _open_lock(path: Path) -> tuple[IO[str], bool]:
@@ -287,18 +287,27 @@ def _open_lock(path: Path) -> tuple[IO[str], bool]:
     while True:
         file = open(path, "a+", encoding="utf-8")  # keeps the present holder's name
         try:
-            kept = _lock(file.fileno(), wait=False)
+            locked = _lock(file.fileno(), wait=False)
             with contextlib.suppress(FileNotFoundError):
                 if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
-                    now = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
-                    file.truncate(0)
-                    file.write(f"process {os.getpid()} on {platform.node()}, at work since {now}")
-                    file.flush()
-                    return file, kept
+                    _sign(file, path)
+                    return file, locked
         except BaseException:
             file.close()
             raise
         file.close()  # its holder removed it between our open and our lock
+
+
+def _sign(file: IO[str], path: Path) -> None:
+    """Write this process's name to its lock file, which an error removes."""
+    now = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
+    try:
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {platform.node()}, at work since {now}")
+        file.flush()
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise
 
 
 def _lock(handle: int, *, wait: bool) -> bool:

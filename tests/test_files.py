@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+from messages import names
 
 from dit_accel import files
 from dit_accel.errors import DitAccelError
@@ -190,3 +191,20 @@ def test_a_folder_that_is_removed_while_it_is_held(tmp_path):
     with files.hold(tmp_path / "out"):
         shutil.rmtree(tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("depth", [0, 2])
+def test_a_lock_that_cannot_be_written_leaves_no_file_and_no_folder(tmp_path, depth):
+    """A process whose files may have no byte, as on a full disk."""
+    resource = pytest.importorskip("resource")
+    folder = tmp_path.joinpath(*("new" for _ in range(depth)))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))
+    try:
+        with pytest.raises(DitAccelError, match=names(folder)), files.hold(folder):
+            pytest.fail("the folder is reserved without a byte for its holder's name")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert list(tmp_path.iterdir()) == []
+    with files.hold(folder) as locked:
+        assert locked

@@ -47,7 +47,7 @@ def write_frames(path: Path, frames: np.ndarray, fps: int) -> None:
     else:
         write_png(path, Image.fromarray(frames[0]))
     if (found := _count_frames(path, fps)) != len(frames):
-        raise OSError(f"{found} of {len(frames)} frames can be read back; is the disk full?")
+        raise OSError(f"{found} of {len(frames)} frames can be read back, as on a full disk")
 
 
 def write_png(path: Path, picture: Image) -> None:
