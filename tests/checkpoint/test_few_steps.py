@@ -9,7 +9,7 @@ from accuracy import assert_accurate
 from messages import names
 
 from dit_accel.checkpoint import few_steps
-from dit_accel.checkpoint.few_steps import Sampler, dmd, rcm
+from dit_accel.checkpoint.few_steps import Sampler, dmd, h3, rcm
 from dit_accel.checkpoint.scheduler import FewStepScheduler
 from dit_accel.errors import DitAccelError
 
@@ -18,7 +18,7 @@ SIZES = {"height": 16, "width": 16, "num_frames": 5, "output_type": "latent"}
 
 
 def scheduler(sampler, steps):
-    made = FewStepScheduler(sampler.sigmas, sampler.timesteps, sampler.ode)
+    made = FewStepScheduler(sampler.sigmas, sampler.timesteps, sampler.ode, sampler.dataward)
     made.set_timesteps(steps)
     return made
 
@@ -75,6 +75,25 @@ def test_a_constant_velocity_in_closed_form(steps):
     size = float((x.abs() + v.abs()).max()) + sum(float(each.abs().max()) for each in noise)
     assert found.dtype == torch.float32
     assert (found.double() - exact).abs().max() <= (4 * steps + 2) * torch.finfo(torch.float32).eps * size
+
+
+@pytest.mark.parametrize("points", [2, 3, 5])
+def test_minimax_h3_is_sampled_as_by_its_own_scheduler(points):
+    """A call counts the 0 at the end, and the velocity points to the data; conditions are noised alike."""
+    from diffusers import MiniMaxH3Scheduler
+
+    sampler = h3((0.999, 0.749, 0.5, 0.25), 12.0)
+    ours, theirs = scheduler(sampler, points), MiniMaxH3Scheduler()
+    theirs.set_timesteps(sigmas=[*sampler.sigmas[: points - 1], 0.0])
+    x, v, noise = torch.randn(3, 2, 3, 5).unbind()
+    torch.testing.assert_close(ours.timesteps, theirs.timesteps, rtol=0, atol=0)
+    assert ours.num_inference_steps == theirs.num_inference_steps == points - 1
+    # each step rounds a few numbers no larger than the latent, the velocity and their sum
+    bound = 8 * points * torch.finfo(torch.float32).eps * float(x.abs().max() + v.abs().max())
+    assert (walk(ours, x, v) - walk(theirs, x, v)).abs().max() <= bound
+    assert (walk(scheduler(sampler, points), x, v) - (x + sampler.sigmas[0] * v)).abs().max() <= bound
+    noised = (known.scale_noise(x, 0.999, noise) for known in (ours, theirs))
+    torch.testing.assert_close(*noised, rtol=0, atol=bound)
 
 
 def test_the_latent_stays_in_float32():

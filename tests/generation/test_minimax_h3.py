@@ -1,5 +1,6 @@
 """MiniMax-H3 from the command line to the file: Diffusers' own blocks, components of the real classes in small."""
 
+import importlib.util
 import json
 
 import imageio.v2
@@ -7,12 +8,19 @@ import pytest
 import tiny_models
 import torch
 import transformers
-from diffusers import AutoencoderKLMiniMaxH3, AutoencoderKLMiniMaxH3Audio, MiniMaxH3Scheduler
+from diffusers import (
+    AutoencoderKLMiniMaxH3,
+    AutoencoderKLMiniMaxH3Audio,
+    MiniMaxH3Scheduler,
+    MiniMaxH3Transformer3DModel,
+)
 from diffusers.modular_pipelines import MiniMaxH3Blocks
 from messages import says
+from safetensors.torch import save_file
 from tokenizers.pre_tokenizers import ByteLevel
 
 import dit_accel
+from dit_accel.generation import modular
 from dit_accel.tokens import TokenGrid
 
 # The shortest video that the pipeline makes; 3 noise levels are 2 steps.
@@ -103,3 +111,43 @@ def test_eval(run, folder, tmp_path):
     density = dit_accel.plan("gna", TokenGrid(37, 2, 3, text=BEFORE, text_first=True), window=(5, 1, 2)).density
     assert dense["density"] == 1
     assert sparse["density"] == pytest.approx((1 + density) / 2)
+
+
+@pytest.fixture(params=["fasth3", "turbosla"])
+def adapter(request, folder, root, tmp_path):
+    """An adapter's name, and a file of it that fits the model."""
+    spec = importlib.util.spec_from_file_location(request.param, root / f"tests/checkpoint/test_{request.param}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    tensors = module.published(MiniMaxH3Transformer3DModel.from_pretrained(folder / "transformer"))
+    save_file(tensors, tmp_path / "adapter.safetensors", module.EXAMPLE.metadata(tensors))
+    return request.param, tmp_path / "adapter.safetensors"
+
+
+def test_generate_with_an_adapter_takes_its_steps(run, folder, adapter, tmp_path):
+    name, file = adapter
+    output = tmp_path / "clip.mp4"
+    size = [word for word in SIZE if word not in ("--steps", "3")]
+    assert run("generate", "--model", folder, *size, "--prompt", PROMPT, "--load", file, "--output", output) == 0
+    record = json.loads(output.with_suffix(".json").read_text())
+    assert record["call"]["num_inference_steps"] == 5 and record["runs"]["accelerated"]["steps"] == 4
+    assert {layer["sparse_calls"] for layer in record["report"]["layers"]} == {4}
+    notes = "\n".join(record["report"]["notes"])
+    assert says(notes, name, "scheduler:", "audio_scheduler:", "FewStepScheduler", "num_inference_steps=5")
+
+
+def test_an_adapter_brings_both_schedulers_and_takes_them_back(folder, adapter):
+    """And a call's number of steps, which the call may still name."""
+    pipe = modular.load(folder, None, {"default": torch.float32}, ("prompt",), None)
+    before, kind = (pipe.scheduler, pipe.audio_scheduler), type(pipe)
+    with dit_accel.load(pipe, adapter[1]) as accel:
+        ours = pipe.scheduler, pipe.audio_scheduler
+        for scheduler, sigmas in zip(
+            ours, (accel.trained.sampler.sigmas, *accel.trained.sampler.others.values()), strict=True
+        ):
+            scheduler.set_timesteps(5)
+            torch.testing.assert_close(scheduler.sigmas, torch.tensor([*sigmas, 0.0]))
+        for chosen, calls in (({}, 4), ({"num_inference_steps": 2}, 5)):
+            pipe(prompt=PROMPT, num_frames=124, height=64, width=96, **chosen)
+            assert accel.report().calls == {"transformer": calls}
+    assert (pipe.scheduler, pipe.audio_scheduler) == before and type(pipe) is kind
