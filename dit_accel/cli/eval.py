@@ -38,6 +38,13 @@ class ComparedMethods(ScheduleOptions):
         metavar=LOAD_FORM,
         repeatable=True,
     )
+    settings: tuple[str, ...] = option(
+        (),
+        "A setting of every --load of published weights, repeatable; settings of --method stand behind its name.",
+        flag="--set",
+        metavar="KEY=VALUE",
+        repeatable=True,
+    )
     cache: tuple[str, ...] = option(  # type: ignore[assignment]  # one in the other verbs
         (),
         "Repeatable: every method with each of these step caches; none: without.",
@@ -57,8 +64,12 @@ class ComparedMethods(ScheduleOptions):
             raise DitAccelError("--dense-* change the methods of --method. Name one, or leave them out.")
         if backend and not self.method and not self.load and not self.cache:
             raise DitAccelError("--dense-backend changes the methods of --method and --load. Name one of them.")
+        if self.settings and not self.load:
+            raise DitAccelError(
+                "--set changes published weights. Name them with --load, or write --method NAME:KEY=VALUE."
+            )
         methods: list[dict[str, Any]] = [{"method": text, **words} for text in self.method]
-        methods += [{"load": path, "dense_backend": backend} for path in self.load]
+        methods += [{"load": path, "settings": self.settings, "dense_backend": backend} for path in self.load]
         if self.cache and not methods:
             methods = [{"method": "dense", "dense_backend": backend}]
         caches = [None if text == NO_CACHE else text for text in self.cache] or [None]

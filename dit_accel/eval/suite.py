@@ -9,6 +9,7 @@
       - gna:window=0.5
       - {method: "radial:decay=0.2", dense_steps: 2}
       - {load: trained/sla}
+      - {load: clear_local_16.safetensors, settings: [radius=16]}
     require: psnr>=15
 
 The keys are the options of `dit-accel eval`; an option on the command line wins over the suite's.
@@ -27,7 +28,7 @@ from dit_accel.generation.candidate import Candidate
 from dit_accel.generation.request import MethodOptions
 
 SUITES = Path(__file__).parent / "suites"
-METHOD_KEYS = ("method", "load", "dense_steps", "dense_last_steps", "dense_layers", "dense_backend")
+METHOD_KEYS = ("method", "load", "settings", "dense_steps", "dense_last_steps", "dense_layers", "dense_backend")
 
 
 def read(source: str) -> dict[str, Any]:

@@ -1,10 +1,12 @@
 """CLEAR's weights under their published names: what FLUX computes with them, with pooled keys and without."""
 
+import json
 import re
 
 import pytest
 import torch
 from accuracy import assert_accurate
+from messages import says
 from published_weights import Example, by_formula, in_dtype, moved, random
 from safetensors.torch import save_file
 
@@ -91,3 +93,30 @@ def test_the_radius_is_asked_for(tiny_flux, tmp_path):
     save_file(published(tiny_flux()), tmp_path / "clear_local_16.safetensors")
     with pytest.raises(DitAccelError, match=r"radius= .8, 16 or 32.*--set radius="):
         dit_accel.load(tiny_flux(), tmp_path / "clear_local_16.safetensors")
+
+
+def test_an_evaluation_takes_the_radius(cli, flux_folder, tmp_path):
+    """On the command line and in a suite; the report's command names it too."""
+    from diffusers import FluxTransformer2DModel
+
+    file = tmp_path / "clear_local_8.safetensors"
+    save_file(published(FluxTransformer2DModel.from_pretrained(flux_folder / "transformer")), file)
+    (tmp_path / "prompts.txt").write_text("a circle\n")
+    (tmp_path / "suite.yaml").write_text(f"methods:\n- {{load: {file}, settings: [radius=3]}}\n")
+    size = ("--height", 128, "--width", 128, "--steps", 1, "--metric", "psnr", "--prompts", tmp_path / "prompts.txt")
+    for number, words in enumerate((("--load", file, "--set", "radius=3"), ("--suite", tmp_path / "suite.yaml"))):
+        output = tmp_path / f"eval{number}"
+        done = cli("eval", "--model", flux_folder, *words, *size, "--output", output)
+        assert done.status == 0, done.err
+        _, row = json.loads((output / "summary.json").read_text())["rows"]
+        assert says(row["label"], "clear:radius=3", file.name) and says(
+            row["command"], "--load", file, "--set", "radius=3"
+        )
+    for words, named in (
+        (("--method", "clear:radius=3", "--set", "radius=5"), ("--set", "--load")),
+        (("--load", file), ("radius=", "--set")),
+        (("--load", file, "--set", "radius=3", "--set", "widow=3"), ("widow",)),
+    ):
+        refused = cli("eval", "--model", flux_folder, *words, *size, "--output", tmp_path / "none")
+        assert refused.status == 2 and says(refused.err, *named) and refused.err.count("\n") == 1
+    assert not (tmp_path / "none").exists()

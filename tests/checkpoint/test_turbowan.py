@@ -219,3 +219,29 @@ def test_an_accelerator_stays_at_work_when_its_replacement_does_not_fit(tiny_wan
     first.remove()
     assert model.state_dict().keys() == before.keys()
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("before", [0.5, 0.95])
+def test_two_transformers_meet_at_the_authors_boundary(before, wan_folder, tmp_path):
+    """Whatever the pipeline's was: the first computes the noisy levels 988 and 932, the second 852 and 608."""
+    from diffusers import WanPipeline, WanTransformer3DModel
+
+    second = WanTransformer3DModel.from_pretrained(wan_folder / "transformer")
+    pipe = WanPipeline.from_pretrained(wan_folder, transformer_2=second, boundary_ratio=before)
+    pipe.set_progress_bar_config(disable=True)
+    for component in ("transformer", "transformer_2"):
+        (tmp_path / component).mkdir()
+        weights = published(getattr(pipe, component))
+        save_file(weights, tmp_path / component / "diffusion_pytorch_model.safetensors")
+    levels = {"transformer": [], "transformer_2": []}
+    for component, seen in levels.items():
+        module = getattr(pipe, component)
+        module.register_forward_pre_hook(
+            lambda module, args, kwargs, seen=seen: seen.append(int(kwargs["timestep"][0])), with_kwargs=True
+        )
+    with dit_accel.load(pipe, tmp_path) as accel:
+        pipe("a circle", height=96, width=96, num_frames=5, output_type="latent")
+        assert levels == {"transformer": [988, 932], "transformer_2": [852, 608]}
+        assert accel.report().calls == {"transformer": 2, "transformer_2": 2}
+        assert {layer.sparse_calls for layer in accel.report().layers} == {2}
+    assert pipe.config.boundary_ratio == before
