@@ -28,6 +28,7 @@ def load(
     cache: StepCache | str | None = None,
     replace: bool = False,
     any_weights: bool = False,
+    keep_int8: bool = False,
     **config: Any,
 ) -> Accelerator:
     """Accelerate `target` as `Accelerator.save_pretrained` saved it, or with published weights.
@@ -43,6 +44,8 @@ def load(
         revision: branch, tag or commit of the repository.
         verify, keep_dense_above, dense_backend, cache, replace: as in `accelerate`.
         any_weights: load a fine-tuning into other base weights than those it started from.
+        keep_int8: leave published int8 weights in int8, through torchao; otherwise they are dequantised. Move the
+            pipeline to its device first: where weights are moved, torchao rounds their scales to the model's dtype.
         config: settings of the method in place of those that a published format says.
 
     Raises:
@@ -52,9 +55,10 @@ def load(
     how: dict[str, Any] = {"verify": verify, "keep_dense_above": keep_dense_above, "dense_backend": dense_backend}
     how |= {"cache": cache}
     if not (where / checkpoint.SETTINGS_FILE).is_file():
-        return published.load(target, open_weights(where, str(path)), config, replace=replace, **how)
-    if config:
-        raise DitAccelError(f"{path} brings its own settings. Leave out {', '.join(config)}.")
+        files = open_weights(where, str(path))
+        return published.load(target, files, config, keep_int8=keep_int8, replace=replace, **how)
+    if named := [*config, *(["keep_int8"] if keep_int8 else [])]:
+        raise DitAccelError(f"{path} is a saved accelerator with settings of its own. Leave out {', '.join(named)}.")
     saved = checkpoint.read(where)
     transformers, pipeline = find_transformers(target)
     modules = {name: transformer for name, (transformer, _) in transformers.items()}

@@ -123,7 +123,7 @@ def write(folder: pathlib.Path, trained: Trained, transformers: Mapping[str, nn.
         replace_file(folder / LORA_FILE, content)
         record["lora_sha256"] = hashlib.sha256(content).hexdigest()
     for name, transformer in transformers.items() if trained.full or trained.changed else ():
-        weights = {key: weight.detach() for key, weight in base_weights(transformer)}
+        weights = {key: model_weights.plain(weight) for key, weight in base_weights(transformer)}
         if trained.full:
             stored = transformer.state_dict().keys()  # without buffers that are computed
             weights |= {key: buffer for key, buffer in transformer.named_buffers() if key in stored}

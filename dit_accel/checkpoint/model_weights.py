@@ -32,11 +32,13 @@ class NewWeight:
         keys: its names in the file.
         shape: what it has, to be held against the model's.
         make: the tensor, from the one in its place, which stays as it is.
+        int8: of a matrix of whole tiles, the int8 values and the float32 scale of each tile; None if it has none.
     """
 
     keys: tuple[str, ...]
     shape: tuple[int, ...]
     make: Callable[[torch.Tensor], torch.Tensor]
+    int8: Callable[[], tuple[torch.Tensor, torch.Tensor]] | None = None
 
     @classmethod
     def of(cls, stored: StoredTensor) -> NewWeight:
@@ -86,26 +88,57 @@ def check_replaceable(transformer: nn.Module) -> None:
         if weight.is_meta or weight.dtype not in KNOWN_DTYPES or type(weight.data) is not torch.Tensor:
             raise DitAccelError(
                 f"The model's weights cannot be replaced: {name} is {weight.dtype} on {weight.device}. Load published "
-                "or trained weights before offloading, casting or quantising the model."
+                "or trained weights before offloading, casting or quantising the model, and remove an accelerator that "
+                "keeps weights in int8."
             )
 
 
-def replace(transformer: nn.Module, new: Mapping[str, NewWeight]) -> Callable[[], None]:
+def replace(transformer: nn.Module, new: Mapping[str, NewWeight], *, keep_int8: bool = False) -> Callable[[], None]:
     """Put new weights in place of a model's, in its dtypes and on its devices.
 
-    Old ones wait in main memory. An error restores them.
+    Old ones wait in main memory. An error restores them. With `keep_int8` matrices that are stored in int8 stay so,
+    through torchao: a layer multiplies by int8 values times their scales, rounded to its dtype, as without.
 
     Returns:
         A function that restores the old weights, bit for bit, wherever the model is by then.
     """
     present = dict(base_weights(transformer))
+    layers = {name.replace(".base_layer", ""): module for name, module in transformer.named_modules()}
     with contextlib.ExitStack() as undo:
         for name, weight in new.items():
             parameter, old = present[name], present[name].data
+            if keep_int8 and weight.int8 is not None:
+                undo.callback(_put_int8(layers[name.removesuffix(".weight")], parameter, *weight.int8()))
+                continue
             # a copy: a file's tensors may begin anywhere, and sums in memory of another alignment round differently
             parameter.data = old.new_empty(old.shape).copy_(weight.make(old).reshape(old.shape))
             undo.callback(_put_back, parameter, old.cpu())
         return undo.pop_all().close
+
+
+def _put_int8(
+    layer: nn.Module, parameter: torch.Tensor, whole: torch.Tensor, scale: torch.Tensor
+) -> Callable[[], None]:
+    """Let a linear layer hold its weight in int8, [out, in], with a scale for each tile; returns what undoes it."""
+    from torchao.quantization import IntxUnpackedToInt8Tensor
+
+    values, scale = whole.to(parameter.device), scale.float().to(parameter.device)
+    tile = values.shape[0] // scale.shape[0], values.shape[1] // scale.shape[1]
+    zeros = torch.zeros_like(scale, dtype=torch.int8)
+    weight = IntxUnpackedToInt8Tensor(values, scale, zeros, torch.int8, tile, parameter.dtype, None)
+    parameter.data = parameter.data.cpu()
+    layer.weight = nn.Parameter(weight, requires_grad=False)
+
+    def restore() -> None:
+        parameter.data = parameter.data.to(layer.weight.device)  # type: ignore[arg-type]
+        layer.weight = parameter
+
+    return restore
+
+
+def plain(weight: torch.Tensor) -> torch.Tensor:
+    """A weight as an ordinary tensor, which one that is kept in int8 stands for."""
+    return weight.detach() if type(weight.data) is torch.Tensor else weight.dequantize()
 
 
 def _put_back(parameter: torch.Tensor, old: torch.Tensor) -> None:

@@ -10,6 +10,7 @@ import abc
 import contextlib
 import dataclasses
 import functools
+import importlib.util
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
@@ -192,10 +193,13 @@ def learned_shapes(tuned: Tuned, transformer: nn.Module, family: Family) -> dict
     return shapes
 
 
-def load(target: Any, files: WeightFiles, overrides: Mapping[str, Any], **how: Any) -> Accelerator:
+def load(
+    target: Any, files: WeightFiles, overrides: Mapping[str, Any], *, keep_int8: bool = False, **how: Any
+) -> Accelerator:
     """Load published weights.
 
     Args:
+        keep_int8: as in `checkpoint.load`.
         overrides: settings of the method, in place of those that the format says.
         how: arguments of `accelerate`.
 
@@ -209,6 +213,7 @@ def load(target: Any, files: WeightFiles, overrides: Mapping[str, Any], **how: A
         model_weights.check_replaceable(module)
     notes = [f"{fitting.format.name}: weights of {files.name}"]
     notes += [note for reading in fitting.readings.values() for note in reading.notes]
+    notes += _int8_notes(fitting, keep_int8)
     accel = accelerate(target, tuned.method, **how, **tuned.config)
     try:
         trained = _record(fitting, modules)  # of the base weights: an old accelerator's are gone by now
@@ -219,7 +224,7 @@ def load(target: Any, files: WeightFiles, overrides: Mapping[str, Any], **how: A
         }
         with contextlib.ExitStack() as undo:
             for component, reading in fitting.readings.items():
-                undo.callback(model_weights.replace(modules[component], reading.weights))
+                undo.callback(model_weights.replace(modules[component], reading.weights, keep_int8=keep_int8))
                 for name, weight in reading.learned.items():
                     place = learned[f"{component}.{name}"]
                     place.copy_(weight.make(place).reshape(place.shape))
@@ -230,6 +235,22 @@ def load(target: Any, files: WeightFiles, overrides: Mapping[str, Any], **how: A
         accel.remove()
         raise
     return accel
+
+
+def _int8_notes(fitting: Fitting, keep: bool) -> list[str]:
+    """What becomes of int8 weights, if the files hold any.
+
+    Raises:
+        DitAccelError: they shall stay, and there are none, or torchao is not installed.
+    """
+    count = sum(weight.int8 is not None for reading in fitting.readings.values() for weight in reading.weights.values())
+    if not keep:
+        return [f"{count} int8 weights are dequantised; keep_int8=True (--keep-int8) keeps them"] if count else []
+    if not count:
+        raise DitAccelError("keep_int8=True needs int8 matrices of whole tiles; these files hold none. Leave it out.")
+    if importlib.util.find_spec("torchao") is None:
+        raise DitAccelError("keep_int8=True needs torchao, which is not installed: pip install torchao.")
+    return [f"{count} weights stay in int8, through torchao"]
 
 
 def _record(fitting: Fitting, modules: Mapping[str, nn.Module]) -> adapters.Trained:

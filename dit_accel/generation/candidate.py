@@ -34,7 +34,7 @@ class Candidate:
         setting: None for the untouched pipeline.
         folder: of the saved accelerator with the setting and its weights, or the path of published weights; None
             without either.
-        any_weights: as in `checkpoint.load`.
+        any_weights, keep_int8: as in `checkpoint.load`.
         call: arguments of the pipeline's calls after a fine-tuning, such as fewer steps.
         published: what the user calls the published weights; None for a saved accelerator.
         given: settings in place of those that the published weights say.
@@ -46,6 +46,7 @@ class Candidate:
     call: dict[str, Any] = dataclasses.field(default_factory=dict)
     published: str | None = None
     given: dict[str, Any] = dataclasses.field(default_factory=dict)
+    keep_int8: bool = False
 
     def __post_init__(self) -> None:
         if self.setting is not None and self.setting.dense_backend is not None:
@@ -54,7 +55,15 @@ class Candidate:
             dense_backend.choose(self.setting.dense_backend, torch.device("cpu"))  # refuses unknown names early
 
     @classmethod
-    def read(cls, path: Path, settings: Iterable[str] = (), *, any_weights: bool = False, **words: Any) -> Candidate:
+    def read(
+        cls,
+        path: Path,
+        settings: Iterable[str] = (),
+        *,
+        any_weights: bool = False,
+        keep_int8: bool = False,
+        **words: Any,
+    ) -> Candidate:
         """The setting of a JSON file, of a folder that `Accelerator.save_pretrained` wrote, or of published weights.
 
         Args:
@@ -71,6 +80,8 @@ class Candidate:
             raise DitAccelError(f"--load {path} brings its settings; --set is for published weights. Leave it out.")
         if any_weights and not is_saved:
             raise DitAccelError(f"{path} is no saved accelerator, so leave out --any-weights.")
+        if keep_int8 and (is_file or is_saved):
+            raise DitAccelError(f"{path} holds no published weights, so leave out --keep-int8.")
         if is_file:
             return cls(Setting.read(path).changed(**words))
         if not is_saved:
@@ -80,7 +91,7 @@ class Candidate:
             given = parse_method(detected.tuned(files).method, settings)[1]
             tuned = published.settings(detected, files, given)
             setting = Setting.make(tuned.method, tuned.config).changed(**words)
-            return cls(setting, where, False, dict(tuned.call), str(path), given)
+            return cls(setting, where, False, dict(tuned.call), str(path), given, keep_int8)
         saved = checkpoint.read(path)
         call = {} if saved.trained is None else saved.trained["call"]
         return cls(saved.setting.changed(**words), path, any_weights, call)
@@ -135,6 +146,7 @@ class Candidate:
             "dense_backend": self.setting.dense_backend,
             "cache": self.setting.cache,
             "any_weights": self.any_weights,
+            "keep_int8": self.keep_int8,
             **self.given,
         }
         return saved.load(pipe, self.folder, **how)

@@ -159,6 +159,7 @@ class MethodOptions(ScheduleOptions, SettingsOptions):
         metavar=LOAD_FORM,
     )
     any_weights: bool = option(False, "With --load: allow other base weights than those it was trained for.")
+    keep_int8: bool = option(False, "With --load of int8 weights: leave them in int8, through torchao.")
 
     def candidate(self, family: Family | None = None, transformers: int = 1) -> Candidate:
         """The setting that these options make; the untouched pipeline's dense attention without any.
@@ -179,9 +180,12 @@ class MethodOptions(ScheduleOptions, SettingsOptions):
                     f"--load {self.load} brings its method, settings and schedule. Leave out --method, --preset and "
                     "--dense-*, or leave out --load."
                 )
-            return Candidate.read(self.load, self.settings, any_weights=self.any_weights, **self.words)
-        if self.any_weights:
-            raise DitAccelError("--any-weights is for weights that --load reads. Add --load FOLDER, or leave it out.")
+            return Candidate.read(
+                self.load, self.settings, any_weights=self.any_weights, keep_int8=self.keep_int8, **self.words
+            )
+        if self.any_weights or self.keep_int8:
+            option = "--any-weights" if self.any_weights else "--keep-int8"
+            raise DitAccelError(f"{option} is for weights that --load reads. Add --load FOLDER, or leave it out.")
         if self.method is None and (of_method or self.settings):
             raise DitAccelError("--set, --preset and --dense-* change a method. Name it with --method.")
         preset = None if family is None else functools.partial(family.preset, transformers=transformers)

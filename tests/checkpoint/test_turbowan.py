@@ -1,12 +1,13 @@
 """TurboWan under its published names: what it computes, its sampler, int8, and what is refused."""
 
+import importlib.util
 import json
 import re
 
 import pytest
 import torch
 from accuracy import assert_accurate
-from messages import names
+from messages import names, says
 from published_weights import FASTVIDEO, ORIGINAL, Example, by_formula, in_dtype, moved, random, renamed, sla
 from safetensors.torch import save_file
 
@@ -24,17 +25,17 @@ SPELLINGS = {
 }
 
 
-def projections(layers=2):
-    return [(random(DIM, DIM, seed=10 + i, size=0.3), random(DIM, seed=20 + i)) for i in range(layers)]
+def projections(layers=2, width=DIM):
+    return [(random(width, width, seed=10 + i, size=0.3), random(width, seed=20 + i)) for i in range(layers)]
 
 
-def published(model, spelling="diffusers", prefix="", weights=None):
+def published(model, spelling="diffusers", prefix="", weights=None, width=DIM):
     """A state dict in that spelling; the original's patch embedding is a linear layer's."""
     table, projection = SPELLINGS[spelling]
     weights = renamed(moved(model) if weights is None else weights, table)
     if spelling == "original":
         weights["patch_embedding.weight"] = weights["patch_embedding.weight"].flatten(1)
-    for layer, (weight, bias) in enumerate(projections()):
+    for layer, (weight, bias) in enumerate(projections(width=width)):
         weights |= {projection.format(layer) + "weight": weight, projection.format(layer) + "bias": bias}
     return {prefix + key: value.contiguous() for key, value in weights.items()}
 
@@ -131,21 +132,27 @@ def quantised(weight):
     return whole, scale
 
 
-@pytest.mark.parametrize("names", [("original", "int8_weight", "scale"), ("diffusers", "weight", "weight_scale_inv")])
-def test_int8_weights_are_dequantised_tile_by_tile(names, tiny_wan, tmp_path):
-    """A layer of 200 columns has 2 tiles of different scales."""
-    spelling, *endings = names
-    model = tiny_wan(ffn_dim=200)
-    wanted = moved(model)
-    stored = dict(wanted)
-    for key in [key for key, value in wanted.items() if re.search(r"blocks.*(to_|ffn).*weight", key)]:
+def in_int8(model, endings, odd=3):
+    """A state dict with the blocks' matrices in int8, and the weights that they stand for; tiles differ in scale."""
+    weights = moved(model)
+    stored = dict(weights)
+    for key in [key for key in weights if re.search(r"blocks.*(to_|ffn).*weight", key)]:
         stem, weight = key.removesuffix("weight"), stored.pop(key).clone()
-        weight[:, 128:] *= 3
+        weight[:, 128:] *= odd
         whole, scale = quantised(weight)
         stored |= {stem + endings[0]: whole, stem + endings[1]: scale}
         wide = scale.repeat_interleave(128, 0)[: len(whole)].repeat_interleave(128, 1)[:, : whole.shape[1]]
-        wanted[key] = whole.float() * wide
+        weights[key] = whole.float() * wide
     assert sum(value.dtype == torch.int8 for value in stored.values()) == 2 * 10
+    return stored, weights
+
+
+@pytest.mark.parametrize("spelt", [("original", "int8_weight", "scale"), ("diffusers", "weight", "weight_scale_inv")])
+def test_int8_weights_are_dequantised_tile_by_tile(spelt, tiny_wan, tmp_path):
+    """A layer of 200 columns has 2 tiles of different scales."""
+    spelling, *endings = spelt
+    model = tiny_wan(ffn_dim=200)
+    stored, wanted = in_int8(model, endings)
     save_file(published(model, spelling, weights=stored), tmp_path / "quant.safetensors")
     with dit_accel.load(model, tmp_path / "quant.safetensors"):
         for key, value in wanted.items():
@@ -154,6 +161,50 @@ def test_int8_weights_are_dequantised_tile_by_tile(names, tiny_wan, tmp_path):
     save_file(published(model, spelling, weights=bad), tmp_path / "bad.safetensors")
     with pytest.raises(DitAccelError, match=r"blocks\.0\.ffn"):
         dit_accel.load(model, tmp_path / "bad.safetensors")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_int8_weights_may_stay_in_int8(dtype, tiny_wan, wan_inputs, tmp_path):
+    """They multiply as dequantised ones do, bit for bit. Matrices that tiles do not divide are dequantised."""
+    size = {"num_attention_heads": 2, "attention_head_dim": 64, "ffn_dim": 256, "freq_dim": 256}
+    model, inputs = tiny_wan(**size), in_dtype(wan_inputs(), dtype)
+    stored, _ = in_int8(model, ("int8_weight", "scale"))
+    file = tmp_path / "quant.safetensors"
+    weights = published(model, weights=stored, width=64)
+    save_file(weights, file)
+    model = model.to(dtype)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with dit_accel.load(model, file) as accel, torch.no_grad():
+        assert says(str(accel.report()), "20", "keep_int8=True", "--keep-int8")
+        plain = model(**inputs, return_dict=False)[0]
+    with dit_accel.load(model, file, keep_int8=True) as accel, torch.no_grad():
+        kept = [name for name, value in model.named_parameters() if hasattr(value, "qdata")]
+        assert len(kept) == 20 and says(str(accel.report()), "20", "int8,", "torchao")
+        assert torch.equal(model.blocks[0].ffn.net[2].weight.qdata, stored["blocks.0.ffn.net.2.int8_weight"])
+        assert torch.equal(model(**inputs, return_dict=False)[0], plain)
+        accel.save_pretrained(tmp_path / "ours")
+    weights = model.state_dict()
+    assert weights.keys() == before.keys() and all(torch.equal(value, before[key]) for key, value in weights.items())
+    with dit_accel.load(model, tmp_path / "ours"), torch.no_grad():
+        assert torch.equal(model(**inputs, return_dict=False)[0], plain)
+    with pytest.raises(DitAccelError, match=names("keep_int8")):
+        dit_accel.load(model, tmp_path / "ours", keep_int8=True)
+
+
+def test_what_cannot_stay_in_int8_is_said(monkeypatch, cli, tiny_wan, wan_folder, tmp_path):
+    model = tiny_wan(ffn_dim=200)
+    for name, weights in (("odd", in_int8(model, ("int8_weight", "scale"))[0]), ("none", None)):
+        save_file(published(model, weights=weights), tmp_path / f"{name}.safetensors")
+        with pytest.raises(DitAccelError, match=names("keep_int8=True", "none")):
+            dit_accel.load(model, tmp_path / f"{name}.safetensors", keep_int8=True)
+    done = cli("generate", "--model", wan_folder, "--method", "gna", "--keep-int8", "--output", tmp_path / "clip.mp4")
+    assert done.status == 2 and says(done.err, "--keep-int8", "--load")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    model = tiny_wan(num_attention_heads=2, attention_head_dim=64, ffn_dim=256)
+    stored, _ = in_int8(model, ("int8_weight", "scale"))
+    save_file(published(model, weights=stored, width=64), tmp_path / "quant.safetensors")
+    with pytest.raises(DitAccelError, match=names("keep_int8=True", "pip install torchao")):
+        dit_accel.load(model, tmp_path / "quant.safetensors", keep_int8=True)
 
 
 def test_a_pipeline_gets_its_sampler_and_gives_it_back(wan_folder, tmp_path):

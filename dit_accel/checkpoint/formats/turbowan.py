@@ -1,7 +1,7 @@
 """TurboDiffusion's Wan: sparse-linear attention and rCM in up to 4 steps.
 
 Every weight differs from Wan's, so the files hold whole transformers. SLA's projection stands under three names; int8
-copies hold a scale for each tile of 128 x 128, and are dequantised.
+copies hold a scale for each tile of 128 x 128.
 
 Sources: thu-ml/TurboDiffusion (turbodiffusion/SLA/core.py, inference/modify_model.py, ops/core.py);
 IPostYellow/TurboWan_to_Diffusers; hao-ai-lab/FastVideo (scripts/checkpoint_conversion). All Apache-2.0.
@@ -75,12 +75,16 @@ def _scaled(stored: StoredTensor, scale: StoredTensor) -> NewWeight:
     # a scale of another shape is told by it: the weight then has none that fits
     shape = stored.shape if scale.shape == tiles else (*scale.shape, *stored.shape)
 
+    def int8() -> tuple[torch.Tensor, torch.Tensor]:
+        return stored.read(), scale.read()
+
     def make(old: torch.Tensor) -> torch.Tensor:
         rows, columns = stored.shape
         factors = scale.read().float().repeat_interleave(TILE, 0)[:rows].repeat_interleave(TILE, 1)[:, :columns]
         return stored.read().float() * factors
 
-    return NewWeight((stored.key, scale.key), shape, make)
+    are_whole = len(shape) == 2 and not any(size % TILE for size in shape)
+    return NewWeight((stored.key, scale.key), shape, make, int8 if are_whole else None)
 
 
 FORMAT = TurboWan()
