@@ -227,6 +227,10 @@ class Accelerator:
     def take_training(self, trained: Trained, undo: Callable[[], None], notes: Iterable[str] = ()) -> None:
         """Record a fine-tuning: `save_pretrained` writes it, `remove` calls `undo`, and reports have the notes."""
         self.trained, self._undo_training = trained, undo
+        self.add_notes(notes)
+
+    def add_notes(self, notes: Iterable[str]) -> None:
+        """Add remarks to the reports."""
         self._notes += tuple(notes)
 
     def __enter__(self) -> Accelerator:

@@ -7,7 +7,8 @@ from diffusers import WanPipeline
 from messages import names
 
 import dit_accel
-from dit_accel.generation.request import MethodOptions
+from dit_accel.generation.request import MethodOptions, Subject
+from dit_accel.pipelines.levels import Case
 from dit_accel.registry import get_families
 from dit_accel.schedule import Step
 from dit_accel.tokens import TokenGrid
@@ -56,7 +57,8 @@ def test_two_transformers_have_settings_of_their_own(wan_folder):
         assert dense == [True] * 11 + [False] * 29
     with dit_accel.accelerate(pipe, "sla", preset=True) as accel:
         assert (accel.setting.config.topk, accel.setting.config.block_q, accel.setting.config.block) == (0.1, 128, 64)
-    setting = MethodOptions(method="radial").candidate(get_families()["wan"], 2).setting
+    pair = Subject(get_families()["wan"], 2, Case("wan", (), True, 1, 40, False))
+    setting = MethodOptions(method="radial", preset=True).candidate(lambda: pair).setting
     assert (setting.config.decay, setting.schedule.dense_steps) == (0.8, 11 / 40)
 
 

@@ -81,6 +81,8 @@ def run(request: GenerateRequest) -> None:
     except KeyboardInterrupt as stop:
         raise Interrupted(f"interrupted after {count} of {len(pending)}. Run the same command to continue.") from stop
     typer.echo(f"manifest: {manifest}")
+    if prepared.hint:
+        typer.echo(prepared.hint)
 
 
 def _write_manifest(manifest: Path, outputs: Mapping[Path, GenerateRequest]) -> None:

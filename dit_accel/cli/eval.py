@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -12,7 +13,8 @@ from dit_accel.cli import Interrupted
 from dit_accel.cli.options import command
 from dit_accel.errors import DitAccelError
 from dit_accel.eval.request import EvalRequest
-from dit_accel.generation.request import CACHE_FORM, LOAD_FORM, METHOD_FORM, MethodOptions, ScheduleOptions
+from dit_accel.generation.request import CACHE_FORM, LOAD_FORM, METHOD_FORM, MethodOptions, ScheduleOptions, Subject
+from dit_accel.pipelines.levels import LEVELS
 from dit_accel.values import option
 
 BROKEN = 1  # the exit status where a limit does not hold
@@ -45,6 +47,12 @@ class ComparedMethods(ScheduleOptions):
         metavar="KEY=VALUE",
         repeatable=True,
     )
+    level: tuple[str, ...] = option(
+        (),
+        "Settings and step cache for this model, size and number of steps as a further method, repeatable.",
+        metavar="|".join(LEVELS),
+        repeatable=True,
+    )
     cache: tuple[str, ...] = option(  # type: ignore[assignment]  # one in the other verbs
         (),
         "Repeatable: every method with each of these step caches; none: without.",
@@ -56,13 +64,18 @@ class ComparedMethods(ScheduleOptions):
         None, "YAML file with the options of an evaluation; options on the command line win.", metavar="FILE|NAME"
     )
 
-    def candidates(self) -> tuple[Candidate, ...]:
-        """The methods of --method and --load, each with every --cache; dense attention with it where neither came."""
+    def candidates(self, subject: Callable[[], Subject] | None = None) -> tuple[Candidate, ...]:
+        """The methods of --method and --load, each with every --cache; dense attention with it where neither came.
+
+        Those of --level follow, which bring their caches; `subject` is as in `MethodOptions.candidate`.
+        """
+        from dit_accel.generation.candidate import Candidate
+
         words = {name: value for name, value in self.words.items() if name != "cache"}
         backend = self.dense_backend
-        if not self.method and set(words) - {"dense_backend"}:
-            raise DitAccelError("--dense-* change the methods of --method. Name one, or leave them out.")
-        if backend and not self.method and not self.load and not self.cache:
+        if not self.method and not self.level and set(words) - {"dense_backend"}:
+            raise DitAccelError("--dense-* change the methods of --method and --level. Name one, or leave them out.")
+        if backend and not (self.method or self.load or self.cache or self.level):
             raise DitAccelError("--dense-backend changes the methods of --method and --load. Name one of them.")
         if self.settings and not self.load:
             raise DitAccelError(
@@ -73,8 +86,13 @@ class ComparedMethods(ScheduleOptions):
         if self.cache and not methods:
             methods = [{"method": "dense", "dense_backend": backend}]
         caches = [None if text == NO_CACHE else text for text in self.cache] or [None]
-        asked = [MethodOptions(**method, cache=cache) for method in methods for cache in caches]
-        return tuple(options.candidate() for options in asked)
+        every = [MethodOptions(**method, cache=cache) for method in methods for cache in caches]
+        levels: dict[str, Candidate] = {}  # two may have one setting
+        for level in self.level:
+            candidate = MethodOptions(level=level, **words).candidate(subject)  # type: ignore[arg-type]  # it checks
+            same = levels.get(candidate.label, Candidate())
+            levels[candidate.label] = dataclasses.replace(candidate, notes=(*same.notes, *candidate.notes))
+        return (*(options.candidate() for options in every), *levels.values())
 
 
 @command(ComparedMethods, EvalRequest)
@@ -88,12 +106,13 @@ def evaluate(compared: dict[str, Any], given: dict[str, Any]) -> int:
     from dit_accel.eval import quality
     from dit_accel.eval import suite as suites
     from dit_accel.eval.report import markdown
+    from dit_accel.generation import sources
     from dit_accel.train import card
 
     asked = ComparedMethods(**compared)
-    if candidates := asked.candidates():
-        given["methods"] = candidates
     request = EvalRequest(**(suites.read(asked.suite) if asked.suite else {}) | given)
+    if candidates := asked.candidates(lambda: request.subject(sources.find(request.model, request.revision))):
+        request = dataclasses.replace(request, methods=candidates)
     saved = [None if method.published else method.folder for method in request.methods] if asked.write_card else []
     if asked.write_card and not any(saved):
         raise DitAccelError("--write-card writes into the model card of a saved accelerator. Add --load FOLDER.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 import sys
@@ -18,10 +19,11 @@ from dit_accel.generation import call, sources
 from dit_accel.generation import output as media
 from dit_accel.generation.candidate import Candidate
 from dit_accel.generation.provenance import machine, versions
-from dit_accel.generation.request import GenerateRequest
+from dit_accel.generation.request import GenerateRequest, method_advice
 from dit_accel.generation.sampling import TimedOutput, check_seeds, sample
 from dit_accel.hooks.report import NOTHING_GAINED
 from dit_accel.hooks.selfcheck import SelfCheck
+from dit_accel.pipelines.levels import DEFAULT, LEVELS, NOTHING, Case, choose
 
 if TYPE_CHECKING:
     import torch
@@ -38,6 +40,7 @@ class GenerateJob:
         arguments: of the accelerated pipeline's call.
         dense_arguments: of the untouched one's: without the defaults of fine-tuned weights, such as few steps.
         fps: frames a second; None for a model of images.
+        hint: what a level would gain, if nothing is accelerated.
     """
 
     request: GenerateRequest
@@ -51,6 +54,7 @@ class GenerateJob:
     output: Path
     device: torch.device
     dtype: torch.dtype
+    hint: str | None = None
 
     def load(self) -> DiffusionPipeline:
         """The pipeline; errors as in `ModelRequest.load_pipe`."""
@@ -111,17 +115,18 @@ class GenerateJob:
             str(report),
             *_summary(path, record, title),
             *([NOTHING_GAINED] if NOTHING_GAINED in str(report) else []),
+            *([self.hint] if self.hint else []),
         ]
 
 
 def prepare(request: GenerateRequest) -> GenerateJob:
     """Check everything that can be checked without weights."""
     source = sources.find(request.model, request.revision)
-    family = source.family() if request.preset else None
-    candidate = request.candidate(family, 1 if source.component_class("transformer_2") is None else 2)
+    subject = functools.partial(request.subject, source)
+    candidate = request.candidate(subject)
     verify = request.verify or request.keep_dense_above is not None
-    if verify and request.method is None and request.load is None:
-        raise DitAccelError("--verify compares a method with dense attention. Add --method or --load.")
+    if verify and not (request.method or request.load or request.level or request.preset):
+        raise DitAccelError(f"--verify compares a method with dense attention. {method_advice(subject().family)}")
     if verify and request.compile:
         raise DitAccelError("--verify cannot look into compiled attention. Leave out --compile for that run.")
     check = SelfCheck("first-call" if verify else None, request.keep_dense_above)
@@ -150,7 +155,26 @@ def prepare(request: GenerateRequest) -> GenerateJob:
             print(f"warning: {remark}.", file=sys.stderr)
     if grid.text:
         grid = dataclasses.replace(grid, text=arguments.get(call.LENGTH, grid.text))
-    return GenerateJob(request, candidate, check, source, arguments, dense_arguments, fps, grid, path, device, dtype)
+    hint = _hint(subject().case) if untouched(request) else None
+    return GenerateJob(
+        request, candidate, check, source, arguments, dense_arguments, fps, grid, path, device, dtype, hint
+    )
+
+
+def untouched(request: GenerateRequest) -> bool:
+    """Whether nothing is accelerated."""
+    return not (request.method or request.level or request.load or request.preset or request.cache)
+
+
+def _hint(case: Case) -> str | None:
+    """What a level would gain: its figure where one was measured or published; None where no level changes anything."""
+    rows = [choose(level, case) for level in (DEFAULT, *LEVELS)]
+    if rows[0].setting == NOTHING:
+        return None
+    row = next((row for row in rows if row.gain), rows[0])
+    if not row.gain:
+        return f"--level {row.level} may be faster than dense: {row.source}"
+    return f"--level {row.level} was {row.gain}: {row.source}"
 
 
 def check_outputs(outputs: Iterable[Path], request: GenerateRequest) -> None:

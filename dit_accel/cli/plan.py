@@ -6,7 +6,7 @@ import dataclasses
 import json
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import typer
 
@@ -15,10 +15,20 @@ from dit_accel.cli.options import JsonOptions, command
 from dit_accel.errors import DitAccelError
 from dit_accel.files import MARK, check_file, check_ours, staged
 from dit_accel.generation.output import check_matplotlib
-from dit_accel.generation.request import METHOD_FORM, SettingsOptions, SizeOptions, SourceOptions
+from dit_accel.generation.request import (
+    METHOD_FORM,
+    MethodOptions,
+    ModelRequest,
+    SettingsOptions,
+    SizeOptions,
+    SourceOptions,
+    Subject,
+    method_advice,
+)
 from dit_accel.values import option
 
 if TYPE_CHECKING:
+    from dit_accel.generation.candidate import Candidate
     from dit_accel.plans.plan import Plan
     from dit_accel.tokens import TokenGrid
 
@@ -27,7 +37,11 @@ if TYPE_CHECKING:
 class PlanOptions(JsonOptions, SizeOptions, SourceOptions, SettingsOptions):
     """The options of `dit-accel plan`."""
 
-    method: str = option(dataclasses.MISSING, "How attention is computed.", metavar=METHOD_FORM)
+    method: str | None = option(None, "How attention is computed.", metavar=METHOD_FORM)
+    level: Literal["faithful", "balanced", "fast"] | None = option(
+        None, "With --model: the settings of a level for its size, in place of --method; --gpu takes those of a GPU."
+    )
+    preset: bool = option(False, "With --model: the settings recommended for it; those that you give win.")
     grid: str | None = option(None, "Tokens: frames, height and width, such as 30x48x80.", metavar="FxHxW")
     text: int | None = option(None, "Text tokens in the sequence.", least=0)
     text_first: bool = option(False, "The text stands before the visual tokens.")
@@ -39,6 +53,33 @@ class PlanOptions(JsonOptions, SizeOptions, SourceOptions, SettingsOptions):
     )
     head_dim: int = option(128, "Channels of a head, for --gpu.", least=1)
     image: Path | None = option(None, "Save a picture of the block mask, with axes and a legend.", metavar="FILE.png")
+
+    def candidate(self) -> Candidate:
+        """The setting of these options.
+
+        Raises:
+            DitAccelError: there is no method, or its settings are refused.
+        """
+        if self.model is None and (self.preset or self.level):
+            raise DitAccelError("--preset and --level are a model's. Give --model in place of --grid.")
+        if not (self.method or self.level or self.preset):
+            family = None if self.model is None else self.subject().family
+            raise DitAccelError(f"plan needs a method. {method_advice(family)}")
+        options = MethodOptions(method=self.method, settings=self.settings, preset=self.preset, level=self.level)
+        return options.candidate(None if self.model is None else self.subject)
+
+    def subject(self) -> Subject:
+        """What a preset or a level is chosen for; with --gpu on a GPU."""
+        from dit_accel.generation.sources import find
+
+        assert self.model is not None
+        request = ModelRequest(
+            model=self.model, revision=self.revision, frames=self.frames, height=self.height, width=self.width
+        )
+        subject = request.subject(find(self.model, self.revision))
+        if self.gpu is None:
+            return subject
+        return dataclasses.replace(subject, case=dataclasses.replace(subject.case, gpu=True))
 
     def tokens(self) -> TokenGrid:
         """The grid as given, or that of a model for a size in frames and pixels."""
@@ -80,11 +121,13 @@ def plan(arguments: dict[str, Any]) -> None:
         check_file(options.image, (".png",), option="--image")
         check_ours([options.image], "--image")
         check_matplotlib()
-    name, config = registry.parse_method(options.method, options.settings)
-    drawn = registry.plan(name, options.tokens(), **config)
-    facts = _facts(drawn)
+    grid, candidate = options.tokens(), options.candidate()
+    setting = candidate.setting
+    assert setting is not None
+    drawn = setting.plan(grid)
+    facts = {"setting": setting.text, "notes": candidate.notes} | _facts(drawn)
     if options.gpu is not None:
-        learned = registry.get_method(name).learned(drawn.config) is not None
+        learned = registry.get_method(setting.method).learned(drawn.config) is not None
         choices = drawn.implementation(options.gpu, head_dim=options.head_dim, learned=learned)
         facts["implementation"] = {options.gpu: [choice._asdict() for choice in choices]}
     if options.image is not None:
@@ -137,6 +180,10 @@ def _print_table(facts: dict[str, Any]) -> None:
 
     settings = ", ".join(f"{key}={value_text(value)}" for key, value in facts["config"].items())
     table = Table(show_header=False, box=None)
+    table.add_column()
+    table.add_column(overflow="fold")
+    for note in facts["notes"]:
+        table.add_row("chosen", note)
     table.add_row("method", f"{facts['method']} ({settings})" if settings else facts["method"])
     table.add_row("tokens", f"{facts['tokens']:,} ({TokenGrid(**facts['grid'])})")
     known, every = facts["pairs"] is not None, facts["tokens"] ** 2

@@ -38,6 +38,7 @@ class Candidate:
         call: arguments of the pipeline's calls after a fine-tuning, such as fewer steps.
         published: what the user calls the published weights; None for a saved accelerator.
         given: settings in place of those that the published weights say.
+        notes: remarks for its reports.
     """
 
     setting: Setting | None = None
@@ -47,6 +48,7 @@ class Candidate:
     published: str | None = None
     given: dict[str, Any] = dataclasses.field(default_factory=dict)
     keep_int8: bool = False
+    notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.setting is not None and self.setting.dense_backend is not None:
@@ -108,8 +110,10 @@ class Candidate:
 
     @property
     def title(self) -> str:
-        """The method and its settings as typed."""
-        return BASELINE if self.setting is None else self.setting.title
+        """The method and its settings as typed, and the step cache."""
+        if self.setting is None:
+            return BASELINE
+        return self.setting.title if self.setting.cache is None else f"{self.setting.title} cache={self.setting.cache}"
 
     @property
     def label(self) -> str:
@@ -141,7 +145,9 @@ class Candidate:
         assert self.setting is not None
         how = dataclasses.asdict(check or SelfCheck())
         if self.folder is None:
-            return accelerator.accelerate(pipe, self.setting, **how)
+            accel = accelerator.accelerate(pipe, self.setting, **how)
+            accel.add_notes(self.notes)
+            return accel
         how |= {
             "dense_backend": self.setting.dense_backend,
             "cache": self.setting.cache,

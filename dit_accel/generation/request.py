@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from dit_accel import values
 from dit_accel.errors import DitAccelError
 from dit_accel.generation import call, sources
+from dit_accel.pipelines.levels import LEVELS, Case
 from dit_accel.registry import DENSE, parse_value
 from dit_accel.schedule import Schedule
 from dit_accel.setting import SCHEDULE, WORDS, Setting, parse_layers
@@ -30,6 +31,27 @@ METHOD_FORM = "METHOD[:KEY=VALUE,...]"
 CACHE_FORM = "CACHE[:KEY=VALUE,...]"
 LOAD_FORM = "FOLDER|FILE|HUB-ID"
 PROMPTS_FORM = "FILE|LIST|FOLDER"
+
+
+@dataclasses.dataclass(frozen=True)
+class Subject:
+    """What a preset or a level is chosen for.
+
+    Args:
+        family: of the model's transformers.
+        transformers: their number.
+        case: the model's calls.
+    """
+
+    family: Family
+    transformers: int
+    case: Case
+
+
+def method_advice(family: Family | None) -> str:
+    """Which options name a method for a model; `family` is its family, if it is known."""
+    methods = "one that `dit-accel ls` lists" if family is None else family.methods
+    return f"Add --method: {methods}. For a model there are --level {'|'.join(LEVELS)} and --preset, too."
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -151,7 +173,14 @@ class MethodOptions(ScheduleOptions, SettingsOptions):
     PANEL: ClassVar[str] = "Method"
 
     method: str | None = option(None, "How attention is computed; `dit-accel ls` lists methods.", metavar=METHOD_FORM)
-    preset: bool = option(False, "Use the method's recommended settings for this model; settings that you give win.")
+    level: Literal["faithful", "balanced", "fast"] | None = option(
+        None, "Settings and step cache for this model, size and number of steps, in place of --method."
+    )
+    preset: bool = option(
+        False,
+        "Use the method's recommended settings for this model, without --method those to start with; settings that you "
+        "give win.",
+    )
     load: Path | None = option(
         None,
         "In place of --method: a saved accelerator, a setting, or published weights (`dit-accel ls formats`), "
@@ -161,11 +190,10 @@ class MethodOptions(ScheduleOptions, SettingsOptions):
     any_weights: bool = option(False, "With --load: allow other base weights than those it was trained for.")
     keep_int8: bool = option(False, "With --load of int8 weights: leave them in int8, through torchao.")
 
-    def candidate(self, family: Family | None = None, transformers: int = 1) -> Candidate:
+    def candidate(self, subject: Callable[[], Subject] | None = None) -> Candidate:
         """The setting that these options make; the untouched pipeline's dense attention without any.
 
-        With `preset`, what is recommended for a `family` and so many transformers of a pipeline replaces the method's
-        defaults.
+        `subject` tells what a level is chosen for and what `preset` takes; it is asked for these alone.
 
         Raises:
             DitAccelError: method, settings, schedule or back end are refused or contradict --load, the folder holds no
@@ -174,6 +202,8 @@ class MethodOptions(ScheduleOptions, SettingsOptions):
         from dit_accel.generation.candidate import Candidate
 
         of_method = self.preset or any(word in SCHEDULE for word in self.words)
+        if self.level is not None:
+            return self._of_level(subject)
         if self.load is not None:
             if self.method is not None or of_method:
                 raise DitAccelError(
@@ -186,16 +216,47 @@ class MethodOptions(ScheduleOptions, SettingsOptions):
         if self.any_weights or self.keep_int8:
             option = "--any-weights" if self.any_weights else "--keep-int8"
             raise DitAccelError(f"{option} is for weights that --load reads. Add --load FOLDER, or leave it out.")
-        if self.method is None and (of_method or self.settings):
-            raise DitAccelError("--set, --preset and --dense-* change a method. Name it with --method.")
-        preset = None if family is None else functools.partial(family.preset, transformers=transformers)
-        method = DENSE if self.method is None else self.method
+        if self.method is None and not self.preset and (of_method or self.settings):
+            family = None if subject is None else subject().family
+            raise DitAccelError(f"--set and --dense-* change a method, and none came. {method_advice(family)}")
+        if not self.preset:
+            return Candidate(Setting.parse(DENSE if self.method is None else self.method, self.settings, **self.words))
+        assert subject is not None
+        family = subject().family
+        preset = functools.partial(family.preset, transformers=subject().transformers)
+        method = family.first_preset if self.method is None else self.method
         return Candidate(Setting.parse(method, self.settings, preset=preset, **self.words))
+
+    def _of_level(self, subject: Callable[[], Subject] | None) -> Candidate:
+        """The settings of the level for a model."""
+        from dit_accel.generation.candidate import Candidate
+        from dit_accel.hooks.levels import Level  # which imports PyTorch
+
+        unused = {"--method": self.method, "--load": self.load, "--preset": self.preset, "--set": self.settings}
+        if others := [flag for flag, value in unused.items() if value]:
+            raise DitAccelError(
+                f"--level {self.level} brings its method and settings. Leave out {', '.join(others)}, or leave out "
+                "--level."
+            )
+        assert self.level is not None and subject is not None
+        level = Level.choose(self.level, subject().case)
+        return Candidate(level.setting(**self.words), notes=(level.note,))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelRequest(SourceOptions, SamplingOptions, MemoryOptions):
     """A model and the arguments of its call."""
+
+    def subject(self, source: Source) -> Subject:
+        """What presets and levels are chosen for."""
+        sizes = source.sizes()
+        grid = sizes.grid(*sizes.chosen(self.frames, self.height, self.width))
+        steps = self.steps or call.default_of(source.pipeline_class(), source.call_defaults(), "num_inference_steps")
+        device, _ = call.placement(self.device, self.dtype, self.offload)
+        family, known = source.family(), isinstance(steps, int)
+        models = self.model, source.component_class("vae") or ""
+        case = Case(family.name, models, sizes.video, grid.visual, steps if known else None, device.type != "cpu")
+        return Subject(family, 1 if source.component_class("transformer_2") is None else 2, case)
 
     def load_pipe(
         self,

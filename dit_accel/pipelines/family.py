@@ -274,7 +274,7 @@ class Family:
             known = f"there are some for {', '.join(self.recommended)}" if self.recommended else "there are none at all"
             raise DitAccelError(
                 f"No settings of {method} are recommended for the family {self.name} ({known}); give the settings, "
-                f"and no preset. Name {self.choices}."
+                f"and no preset. Or take {self.choices}."
             )
         preset = self.recommended[method]
         return self.recommended_pair.get(method, preset) if transformers > 1 else preset
@@ -287,14 +287,19 @@ class Family:
             DitAccelError: there are no presets.
         """
         if not self.recommended:
-            raise DitAccelError(f"The family {self.name} has no presets, so leave preset out. Name {self.choices}.")
+            raise DitAccelError(f"The family {self.name} has no presets, so leave preset out. Take {self.choices}.")
         return next(iter(self.recommended))
 
     @property
+    def methods(self) -> str:
+        """Which methods a user may name, in words."""
+        presets = f"{', '.join(self.recommended)} (which have presets), or any " if self.recommended else "one "
+        return f"{presets}that `dit-accel ls` lists"
+
+    @property
     def choices(self) -> str:
-        """What a user may name, in words: the levels, and the methods with presets."""
-        presets = f"{', '.join(self.recommended)} (which have presets), " if self.recommended else ""
-        return f"{presets}another that `dit-accel ls` lists, or one of the levels {', '.join(LEVELS)}"
+        """What a user may name in Python, in words."""
+        return f"{self.methods}; or a level: {', '.join(LEVELS)}"
 
     def timestep(self, call: ModelCall) -> torch.Tensor | None:
         """The call's timestep in the scheduler's units; None if it is unknown."""

@@ -66,7 +66,7 @@ class LevelRow:
         level: one of `LEVELS`.
         setting: text that `Setting.parse` reads.
         source: where the settings come from.
-        gain: what was measured or published of them, such as "2.8 times as fast"; empty without a figure.
+        gain: what was measured or published of them, such as "2.8 times as fast as dense"; empty without a figure.
         models: a regular expression that one of the case's models matches; empty: all do.
         long: of long sequences, of short ones, or None: of both.
     """
@@ -115,12 +115,12 @@ DEMO = "BlockCodec"  # the class of the embedded model's codec
 MEASURED = "measured on the embedded model (docs/step-caches.md): 12 steps"
 XEON = f"{MEASURED}, 8,064 tokens, two prompts, one thread of an Intel Xeon"
 DEMO_ROWS = [
-    LevelRow("faithful", "dense cache=mag:threshold=0.06", XEON, "2.26 times as fast at 33.8 dB", DEMO),
+    LevelRow("faithful", "dense cache=mag:threshold=0.06", XEON, "2.26 times as fast as dense at 33.8 dB", DEMO),
     LevelRow(
         "balanced",
         "dense cache=mag:threshold=0.12",
         f"{MEASURED}, 8,064 tokens, four prompts, two cores",
-        "2.84 times as fast at 31.7 dB",
+        "2.84 times as fast as dense at 31.7 dB",
         DEMO,
     ),
     LevelRow(
@@ -128,7 +128,7 @@ DEMO_ROWS = [
         "sol:tau=1.5,variance=exact,tail=hybrid,block=32,block_q=256,order=morton dense_steps=2 dense_last_steps=1 "
         "cache=mag:threshold=0.12",
         XEON,
-        "3.79 times as fast at 29.0 dB",
+        "3.79 times as fast as dense at 29.0 dB",
         DEMO,
         long=True,
     ),
@@ -137,7 +137,7 @@ DEMO_ROWS = [
         "fast",
         "dense cache=mag:threshold=0.12",
         f"{MEASURED}, 2,304 tokens, three prompts, one thread",
-        "2.66 times as fast at 30.2 dB",
+        "2.66 times as fast as dense at 30.2 dB",
         DEMO,
         long=False,
     ),
@@ -151,26 +151,26 @@ FAMILY_ROWS: Mapping[str, list[LevelRow]] = {
         *mag_rows(
             r"Wan2\.1-T2V-1\.3B",
             ("faithful", 0.06, 2, 0.4, WAN_22, ""),
-            ("balanced", 0.12, 2, 0.2, SMALL_WAN, "2.2 times as fast"),
-            ("fast", 0.12, 4, 0.2, SMALL_WAN, "2.8 times as fast"),
+            ("balanced", 0.12, 2, 0.2, SMALL_WAN, "2.2 times as fast as dense"),
+            ("fast", 0.12, 4, 0.2, SMALL_WAN, "2.8 times as fast as dense"),
         ),
         *mag_rows(
             r"Wan2\.1-T2V-14B",
             ("faithful", 0.06, 2, 0.4, WAN_22, ""),
             ("balanced", 0.12, 4, 0.2, SMALL_WAN, ""),
-            ("fast", 0.24, 6, 0.2, LARGE_WAN, "2.8 times as fast"),
+            ("fast", 0.24, 6, 0.2, LARGE_WAN, "2.8 times as fast as dense"),
         ),
         *mag_rows(
             r"Wan2\.1-I2V-14B-480P",
             ("faithful", 0.06, 2, 0.4, WAN_22, ""),
-            ("balanced", 0.12, 4, 0.2, "Wan2.1-I2V-14B-480P", "2.8 times as fast"),
-            ("fast", 0.24, 6, 0.2, "Wan2.1-I2V-14B-480P", "3.0 times as fast"),
+            ("balanced", 0.12, 4, 0.2, "Wan2.1-I2V-14B-480P", "2.8 times as fast as dense"),
+            ("fast", 0.24, 6, 0.2, "Wan2.1-I2V-14B-480P", "3.0 times as fast as dense"),
         ),
         *mag_rows(
             r"Wan2\.1-I2V-14B-720P",
             ("faithful", 0.06, 2, 0.4, WAN_22, ""),
-            ("balanced", 0.12, 4, 0.2, "Wan2.1-I2V-14B-720P", "2.6 times as fast"),
-            ("fast", 0.24, 6, 0.2, "Wan2.1-I2V-14B-720P", "3.0 times as fast"),
+            ("balanced", 0.12, 4, 0.2, "Wan2.1-I2V-14B-720P", "2.6 times as fast as dense"),
+            ("fast", 0.24, 6, 0.2, "Wan2.1-I2V-14B-720P", "3.0 times as fast as dense"),
         ),
         *mag_rows(
             r"Wan2\.1-VACE-1\.3B",
@@ -180,7 +180,7 @@ FAMILY_ROWS: Mapping[str, list[LevelRow]] = {
         ),
         *mag_rows(
             r"Wan2\.2-T2V-A14B",
-            ("faithful", 0.06, 2, 0.4, WAN_22, "1.5 times as fast"),
+            ("faithful", 0.06, 2, 0.4, WAN_22, "1.5 times as fast as dense"),
             ("balanced", 0.12, 2, 0.4, SMALL_WAN, ""),
             ("fast", 0.12, 4, 0.2, SMALL_WAN, ""),
         ),
@@ -193,7 +193,7 @@ FAMILY_ROWS: Mapping[str, list[LevelRow]] = {
         *mag_rows(
             r"Wan2\.2-TI2V-5B",
             ("faithful", 0.06, 2, 0.4, WAN_22, ""),
-            ("balanced", 0.06, 2, 0.2, "Wan2.2-TI2V-5B, text to video at 720p", "2.0 times as fast"),
+            ("balanced", 0.06, 2, 0.2, "Wan2.2-TI2V-5B, text to video at 720p", "2.0 times as fast as dense"),
             ("fast", 0.12, 2, 0.2, SMALL_WAN, ""),
             ratios="wan2.2-ti2v-5b-t2v",
         ),
@@ -201,33 +201,33 @@ FAMILY_ROWS: Mapping[str, list[LevelRow]] = {
     "hunyuan_video": mag_rows(
         "HunyuanVideo$",
         ("faithful", 0.06, 2, 0.4, WAN_22, ""),
-        ("balanced", 0.12, 4, 0.2, "HunyuanVideo at 720p", "2.3 times as fast"),
-        ("fast", 0.24, 6, 0.2, "HunyuanVideo at 720p", "2.8 times as fast"),
+        ("balanced", 0.12, 4, 0.2, "HunyuanVideo at 720p", "2.3 times as fast as dense"),
+        ("fast", 0.24, 6, 0.2, "HunyuanVideo at 720p", "2.8 times as fast as dense"),
         ratios="hunyuan-video-720p",
     ),
     "framepack": mag_rows(
         "FramePackI2V_HY",
         ("faithful", 0.06, 2, 0.4, WAN_22, ""),
-        ("balanced", 0.1, 3, 0.2, "FramePack", "2.1 times as fast"),
-        ("fast", 0.15, 4, 0.2, "FramePack", "2.3 times as fast"),
+        ("balanced", 0.1, 3, 0.2, "FramePack", "2.1 times as fast as dense"),
+        ("fast", 0.15, 4, 0.2, "FramePack", "2.3 times as fast as dense"),
     ),
     "flux": [
         *mag_rows(
             r"FLUX\.1-dev",
             ("faithful", 0.06, 2, 0.2, QWEN, ""),
             ("balanced", 0.12, 4, 0.2, SMALL_WAN, ""),
-            ("fast", 0.24, 5, 0.1, FLUX, "2.8 times as fast"),
+            ("fast", 0.24, 5, 0.1, FLUX, "2.8 times as fast as dense"),
         ),
         *mag_rows(
             r"FLUX\.1-Kontext-dev",
             ("faithful", 0.03, 2, 0.2, "Qwen-Image, with half of its threshold", ""),
-            ("balanced", 0.05, 4, 0.2, "FLUX.1-Kontext-dev", "2.0 times as fast"),
+            ("balanced", 0.05, 4, 0.2, "FLUX.1-Kontext-dev", "2.0 times as fast as dense"),
             ("fast", 0.24, 5, 0.1, FLUX, ""),
         ),
     ],
     "qwen_image": mag_rows(
         r"Qwen-Image(-Edit)?$",
-        ("faithful", 0.06, 2, 0.2, QWEN, "1.5 times as fast"),
+        ("faithful", 0.06, 2, 0.2, QWEN, "1.5 times as fast as dense"),
         ("balanced", 0.12, 2, 0.2, SMALL_WAN, ""),
         ("fast", 0.12, 4, 0.2, SMALL_WAN, ""),
     ),

@@ -58,7 +58,11 @@ def refused(cli, tmp_path):
             "No settings of tile are recommended for the family wan (there are some for",
         ),
         (("--method", "dense", "--preset"), "No settings of dense are recommended"),
-        (("--preset",), "--method"),
+        (("--preset",), "sol with tau=1.0"),
+        (("--level", "fast", "--method", "sol"), "Leave out --method"),
+        (("--level", "fast", "--preset", "--set", "tau=1"), "Leave out --preset, --set"),
+        (("--level", "fast", "--load", "none"), "Leave out --load"),
+        (("--level", "slow"), "--level"),
         (("--dense-steps", "4"), "--method"),
         (("--set", "window=3"), "--method"),
         (
@@ -167,9 +171,9 @@ def test_ctrl_c(cli, demo, tmp_path, monkeypatch):
 
 
 def test_ctrl_c_in_a_verb_that_has_nothing_to_say(cli, monkeypatch):
-    from dit_accel import registry
+    from dit_accel.setting import Setting
 
-    monkeypatch.setattr(registry, "plan", interrupted)
+    monkeypatch.setattr(Setting, "plan", interrupted)
     outcome = cli("plan", "--method", "radial", "--grid", "4x4x4")
     assert (outcome.status, outcome.out, outcome.err) == (130, "", "dit-accel: interrupted.\n")
 

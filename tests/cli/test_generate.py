@@ -42,6 +42,38 @@ def test_dense_compared_with_itself_is_identical(cli, demo, tmp_path):
     assert (tmp_path / "a.mp4").read_bytes() == (tmp_path / "a-dense.mp4").read_bytes()
 
 
+def test_a_level_is_chosen_for_the_size_and_the_steps(cli, demo, tmp_path):
+    outcome = cli("generate", *SMALL[:-1], 12, "--level", "fast", "--compare", "--output", tmp_path / "a.gif")
+    assert outcome.status == 0, outcome.err
+    record = json.loads((tmp_path / "a.json").read_text())
+    assert record["setting"]["cache"] == {"name": "mag", "config": {"threshold": 0.12}}
+    (note,) = [note for note in record["report"]["notes"] if note.startswith("level fast")]
+    assert says(note, "tokens 12 steps CPU measured") and note in outcome.out
+    assert record["report"]["cache"]["branches"] and "cache=mag:threshold=0.12: " in outcome.out
+    options = ("--level", "fast", "--cache", "first-block:threshold=0.3", "--output", tmp_path / "b.gif")
+    assert cli("generate", *SMALL[:-1], 12, *options).status == 0
+    assert json.loads((tmp_path / "b.json").read_text())["setting"]["cache"]["name"] == "first-block"
+
+
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        ("demo", "--level balanced 2.84 times dense 31.7 dB embedded docs/step-caches.md"),
+        ("wan", "--level balanced may not measured wan"),
+    ],
+)
+def test_the_last_line_of_a_dense_run_says_what_a_level_gains(cli, demo, wan_folder, tmp_path, model, words):
+    """With the figure that was measured on the model, and without one where there is none."""
+    model = demo if model == "demo" else wan_folder
+    outcome = cli("generate", *SMALL[:-1], 9, "--model", model, "--output", tmp_path / "a.png", "--frames", 1)
+    assert outcome.status == 0, outcome.err
+    last = outcome.out.splitlines()[-1]
+    assert says(last, words) and ("times" in last) == ("2.84" in words)
+    outcome = cli("generate", *SMALL, "--method", "dense", "--output", tmp_path / "b.gif")
+    assert "--level" not in outcome.out + outcome.err
+    assert "--level" not in cli("generate", *SMALL, "--output", tmp_path / "c.gif").out  # few steps, few tokens
+
+
 def test_a_preset_is_what_is_recommended_and_what_is_given_wins(cli, demo, tmp_path):
     options = ("--method", "sla", "--preset", "--set", "block=32", "--output", tmp_path / "a.gif")
     assert cli("generate", *SMALL, *options).status == 0

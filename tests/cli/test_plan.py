@@ -137,3 +137,34 @@ def test_a_picture_has_the_mark_and_needs_matplotlib(cli, tmp_path, monkeypatch)
     )
     outcome = cli(*arguments)
     assert outcome.status == 2 and says(outcome.err, "matplotlib", "'dit_accel[plot]'")
+
+
+def test_a_preset_and_a_level_of_a_model(cli):
+    facts = json.loads(cli("plan", "--model", "demo", "--preset", "--set", "tau=0.5", "--json").out)
+    assert (facts["method"], facts["config"]["tau"], facts["config"]["block_q"]) == ("sol", 0.5, 128)
+    facts = json.loads(cli("plan", "--model", "demo", "--preset", "--method", "radial", "--json").out)
+    assert facts["config"]["rule"] == "released"
+    size = ("--height", "224", "--width", "256", "--json")
+    small, large = (
+        json.loads(cli("plan", "--model", "demo", "--level", "fast", *more).out) for more in (["--json"], size)
+    )
+    assert (small["method"], large["method"]) == ("dense", "sol")
+    assert "8,064 tokens" in large["notes"][0] and large["setting"] in large["notes"][0]
+    facts = json.loads(cli("plan", "--model", "demo", "--level", "fast", "--gpu", "sm_90", *size).out)
+    assert facts["method"] == "dense" and "a GPU" in facts["notes"][0]  # too short for one
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--grid", "4x8x8"], "--method --level --preset balanced"),
+        (["--model", "demo"], "--method sol radial faithful"),
+        (["--grid", "4x8x8", "--level", "fast"], "--model --level"),
+        (["--grid", "4x8x8", "--preset"], "--model --preset"),
+        (["--model", "demo", "--level", "fast", "--method", "sol"], "--level --method"),
+        (["--model", "demo", "--preset", "--method", "tile"], "tile sol radial"),
+    ],
+)
+def test_a_missing_method_names_what_there_is(cli, arguments, words):
+    outcome = cli("plan", *arguments)
+    assert outcome.status == 2 and says(outcome.err, words), outcome.err

@@ -40,6 +40,18 @@ def without_times(rows):
 
 
 class TestResults:
+    def test_levels_are_rows(self, evaluate, tmp_path):
+        """Levels with one setting share a row, and their notes say so."""
+        levels = [option for level in ("faithful", "balanced", "fast") for option in ("--level", level)]
+        outcome = evaluate("--steps", 12, "--method", "dense", *levels, "--seeds", 0)
+        assert outcome.status == 0, outcome.err
+        rows = json.loads((tmp_path / "out" / "summary.json").read_text())["rows"]
+        settings = ["dense cache=mag:threshold=0.06", "dense cache=mag:threshold=0.12"]
+        assert [row["label"] for row in rows] == ["baseline", "dense", *settings]
+        assert all(row["figures"]["psnr"]["value"] != "inf" for row in rows[2:])
+        outcome = evaluate("--level", "slow", folder="b")
+        assert outcome.status == 2 and says(outcome.err, "level faithful balanced fast slow")
+
     def test_files_and_figures(self, evaluate, tmp_path, clip_folder):
         networks = [f"{name}[{clip_folder}]" for name in ("perceptual", "fid", "kid", "clip_score", "frame_agreement")]
         named = [option for name in networks for option in ("--metric", name)]
