@@ -186,3 +186,12 @@ def vsa(q, k, v, gate, grid, sparsity, tile=(4, 4, 4), segments=()):
     for i, rows in enumerate(blocks):
         spread[:, :, rows] = coarse[:, :, i : i + 1]
     return out + gate * spread
+
+
+def section(root, title):
+    """The Python and the command lines of a section of docs/published-weights.md; None: of what precedes the first."""
+    page = (root / "docs/published-weights.md").read_text(encoding="utf-8")
+    text = page.partition("\n## ")[0] if title is None else page.partition(f"\n## {title}\n")[2].partition("\n## ")[0]
+    blocks = {kind: "".join(re.findall(rf"```{kind}\n(.*?)```", text, re.DOTALL)) for kind in ("python", "sh")}
+    assert blocks["sh"], title
+    return blocks["python"], [line for line in blocks["sh"].splitlines() if line]

@@ -2,6 +2,9 @@
 
 import importlib.util
 import json
+import re
+import shlex
+import shutil
 
 import imageio.v2
 import pytest
@@ -16,6 +19,7 @@ from diffusers import (
 )
 from diffusers.modular_pipelines import MiniMaxH3Blocks
 from messages import says
+from published_weights import section
 from safetensors.torch import save_file
 from tokenizers.pre_tokenizers import ByteLevel
 
@@ -151,3 +155,23 @@ def test_an_adapter_brings_both_schedulers_and_takes_them_back(folder, adapter):
             pipe(prompt=PROMPT, num_frames=124, height=64, width=96, **chosen)
             assert accel.report().calls == {"transformer": calls}
     assert (pipe.scheduler, pipe.audio_scheduler) == before and type(pipe) is kind
+
+
+def test_the_page_of_published_weights(run, root, folder, adapter, monkeypatch, tmp_path, capfd):
+    """Its lines, with the adapter under the names that they use."""
+    program, (command,) = section(root, "MiniMax-H3")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "MiniMaxAI").mkdir()
+    (tmp_path / "MiniMaxAI" / "MiniMax-H3").symlink_to(folder)
+    file = tmp_path / re.search(r'load\(pipe, "(.*)"\)', program)[1]
+    file.parent.mkdir(parents=True)
+    for path in (file, tmp_path / "adapter_model.safetensors"):
+        shutil.copy(adapter[1], path)
+    names = {}
+    exec(f"import dit_accel\nfrom diffusers import ModularPipeline\n{program}", names)
+    assert set(names["accel"].transformers) == {"transformer"}
+    names["accel"].remove()
+    assert run(*shlex.split(command)[1:], *SIZE[:6]) == 0
+    assert (tmp_path / "cat.mp4").is_file()
+    assert run("doctor", "--model", "MiniMaxAI/MiniMax-H3", "--load", "adapter_model.safetensors") == 0
+    assert says(capfd.readouterr().out, adapter[0], "num_inference_steps=5", "fits MiniMaxAI/MiniMax-H3")
