@@ -121,7 +121,7 @@ import dataclasses
 import torch
 
 from dit_accel.plans.masks import AxisTable, Mask, Product
-from dit_accel.plans.plan import MaskPlan
+from dit_accel.plans.static import MaskPlan
 from dit_accel.method import Method, MethodConfig
 
 

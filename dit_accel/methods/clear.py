@@ -29,8 +29,9 @@ from dit_accel.kernels.impls import AUTO, Facts, Impl
 from dit_accel.method import LearnedModule, Method, MethodConfig
 from dit_accel.order import TokenOrder
 from dit_accel.plans.masks import AxisTable, Mask, Product
-from dit_accel.plans.plan import BLOCK_K, BLOCK_Q, MaskPlan, PlanCall
+from dit_accel.plans.plan import BLOCK_K, BLOCK_Q, PlanCall
 from dit_accel.plans.sampled import SampledCall
+from dit_accel.plans.static import MaskPlan
 from dit_accel.tokens import TokenGrid
 from dit_accel.values import option
 

@@ -19,7 +19,7 @@ from dit_accel.order import TokenOrder
 from dit_accel.plans.block_plan import BlockPlan
 from dit_accel.plans.blocks import check_size
 from dit_accel.plans.masks import Band, Mask, check_frames, prefix_sums
-from dit_accel.plans.plan import MaskPlan, StaticPlan
+from dit_accel.plans.static import MaskPlan, StaticPlan
 from dit_accel.tokens import TokenGrid
 from dit_accel.values import option
 

@@ -28,7 +28,7 @@ from dit_accel.errors import DitAccelError
 from dit_accel.method import Method, MethodConfig
 from dit_accel.plans.anchored import AnchoredPlan, blocked
 from dit_accel.plans.masks import AxisTable, Mask, Product
-from dit_accel.plans.plan import MaskPlan
+from dit_accel.plans.static import MaskPlan
 from dit_accel.tokens import TokenGrid
 from dit_accel.values import option
 

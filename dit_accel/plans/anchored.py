@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dit_accel.errors import DitAccelError
 from dit_accel.plans.masks import AxisTable, Mask, Product
-from dit_accel.plans.plan import MaskPlan
+from dit_accel.plans.static import MaskPlan
 from dit_accel.tokens import TokenGrid
 
 

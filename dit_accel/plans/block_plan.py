@@ -12,7 +12,8 @@ from dit_accel.kernels.block_sparse.triton_configs import LARGEST_BLOCK
 from dit_accel.order import TokenOrder, valid_tokens
 from dit_accel.plans import blocks
 from dit_accel.plans.blocks import BlockMask
-from dit_accel.plans.plan import Order, StaticPlan, building
+from dit_accel.plans.plan import building
+from dit_accel.plans.static import Order, StaticPlan
 from dit_accel.plans.tiles import Tile
 from dit_accel.tokens import TokenGrid
 

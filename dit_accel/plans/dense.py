@@ -10,7 +10,8 @@ from torch import nn
 from dit_accel.kernels.impls import AUTO, Choice, Impl
 from dit_accel.kernels.obstacles import Facts
 from dit_accel.plans.masks import AxisTable, Mask, Product
-from dit_accel.plans.plan import MaskPlan, PlanCall
+from dit_accel.plans.plan import PlanCall
+from dit_accel.plans.static import MaskPlan
 from dit_accel.tokens import TokenGrid
 
 SDPA = "scaled_dot_product_attention"

@@ -23,7 +23,8 @@ from torch import Tensor
 from dit_accel.errors import DitAccelError
 from dit_accel.kernels.impls import AUTO
 from dit_accel.plans.dense import DensePlan
-from dit_accel.plans.plan import MaskPlan, PlanCall
+from dit_accel.plans.plan import PlanCall
+from dit_accel.plans.static import MaskPlan
 
 Share = Literal["none", "residual", "output"]
 

@@ -294,7 +294,7 @@ class TestRecords:
 
     def test_the_peer_is_timed_or_has_a_reason(self, monkeypatch):
         """Another implementation stands in for FlexAttention, which has no gradients on a CPU."""
-        from dit_accel.plans.plan import MaskPlan
+        from dit_accel.plans.static import MaskPlan
 
         right = MaskPlan.attend
 
