@@ -64,7 +64,7 @@ class Accelerator:
         self.setting, self.impl = setting, impl
         self.transformers = {name: transformer for name, (transformer, _) in transformers.items()}
         self._clock = StepClock(pipeline)
-        self._plans = {config: PlanCache(method, config, setting.layers is None) for config in setting.configs()}
+        self._plans = PlanCache(method, setting.layers is None)
         shared = method, setting, self._clock, self._plans, impl, check
         self._engines = [Engine(name, module, family, *shared) for name, (module, family) in transformers.items()]
         for engine in self._engines:
@@ -165,11 +165,12 @@ class Accelerator:
 
     def _densities(self) -> dict[str, float | None]:
         """Density of the plans on each grid, the mean over sparse layers; None if only calls tell it."""
-        by_grid: dict[str, list[float]] = {}
-        for layer in (layer for engine in self._engines for layer in engine.layers if layer.dense_reason is None):
-            for grid, density in self._plans[layer.config].densities.items():
-                by_grid.setdefault(str(grid), []).extend([] if density is None else [density])
-        return {grid: statistics.mean(densities) if densities else None for grid, densities in by_grid.items()}
+        layers = [layer for engine in self._engines for layer in engine.layers if layer.dense_reason is None]
+        by_grid = {}
+        for grid in self._plans.grids:
+            known = [density for layer in layers if (density := self._plans.density(layer.config, grid)) is not None]
+            by_grid[str(grid)] = statistics.mean(known) if known else None
+        return by_grid
 
     def learned_weights(self) -> dict[str, nn.Module]:
         """The method's learned modules, by the dotted path of their attention module in the pipeline."""

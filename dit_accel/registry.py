@@ -11,6 +11,7 @@ import pkgutil
 from collections.abc import Collection, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from dit_accel import ramps
 from dit_accel.errors import DitAccelError
 
 if TYPE_CHECKING:
@@ -68,7 +69,7 @@ def get_method(name: str) -> Method:
 
 
 def make_config(method: str, settings: Mapping[str, Any]) -> Any:
-    """The method's Config. Numbers of NumPy and PyTorch become Python's, lists tuples.
+    """The method's Config, or a `Ramped` if a value is a ramp. Numbers of NumPy and PyTorch become Python's.
 
     Raises:
         DitAccelError: a setting is unknown or missing, or its value is refused.
@@ -79,7 +80,7 @@ def make_config(method: str, settings: Mapping[str, Any]) -> Any:
     needed = [name for name, field in fields.items() if field.default is field.default_factory is dataclasses.MISSING]
     if missing := [name for name in needed if name not in settings]:
         raise DitAccelError(f"{method} needs a value for {', '.join(missing)}, for example {missing[0]}=...; got none.")
-    return config(**{name: plain(value) for name, value in settings.items()})
+    return ramps.configured(config, {name: plain(value) for name, value in settings.items()}, parse_value)
 
 
 def plain(value: Any) -> Any:
@@ -98,7 +99,8 @@ def plan(method: str, grid: TokenGrid, **config: Any) -> Plan:
         0.0940...
 
     Raises:
-        DitAccelError: the method or a setting is unknown, a setting does not fit the grid, or it is no `TokenGrid`.
+        DitAccelError: the method or a setting is unknown, a setting is a ramp or does not fit the grid, or it is no
+            `TokenGrid`.
     """
     from dit_accel.plans.plan import building
     from dit_accel.tokens import TokenGrid
@@ -107,7 +109,7 @@ def plan(method: str, grid: TokenGrid, **config: Any) -> Plan:
         raise DitAccelError(f"plan takes a grid such as TokenGrid(frames=4, height=8, width=8); got {grid!r}.")
     chosen = get_method(method)
     with building():
-        return chosen.plan(grid, make_config(method, config))
+        return chosen.plan(grid, ramps.of_all_steps(make_config(method, config), "A plan"))
 
 
 def fields_of(kind: type) -> list[dataclasses.Field[Any]]:
@@ -117,9 +119,10 @@ def fields_of(kind: type) -> list[dataclasses.Field[Any]]:
 
 
 def settings_of(config: Any) -> dict[str, Any]:
-    """A method's settings by name, in the order of `fields_of`."""
-    found = dataclasses.asdict(config)
-    return {field.name: found[field.name] for field in fields_of(type(config))}
+    """A method's settings by name, in the order of `fields_of`; ramps as typed."""
+    first = ramps.at(config)
+    values = dataclasses.asdict(first) | (config.settings(value_text) if isinstance(config, ramps.Ramped) else {})
+    return {field.name: values[field.name] for field in fields_of(type(first))}
 
 
 def parse_method(text: str, settings: Iterable[str] = ()) -> tuple[str, dict[str, Any]]:
@@ -166,6 +169,11 @@ def parse_value(text: str) -> Any:
         except ValueError:
             continue
     return text
+
+
+def value_text(value: object) -> str:
+    """A setting's value as typed: ``18x24x24``."""
+    return "x".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
 
 
 def refuse_unknown(settings: Iterable[Any], known: Collection[str], what: str) -> None:

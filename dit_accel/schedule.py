@@ -58,11 +58,11 @@ class Schedule:
     @property
     def by_step(self) -> bool:
         """Whether the answer depends on the denoising step."""
-        return bool(self.dense_steps or self.dense_last_steps)
+        return any(self._ends)
 
     def all_dense(self, steps: int) -> str | None:
         """The sentence that says so, if every one of so many steps stays dense."""
-        if sum(_amount_of(amount, steps) for amount in (self.dense_steps, self.dense_last_steps)) < steps:
+        if sum(_amount_of(amount, steps) for amount in self._ends) < steps:
             return None
         given = " and ".join(f"{name}={value}" for name in STEPS if (value := getattr(self, name)))
         return f"{given} of {steps} steps leaves no sparse step: the run is dense"
@@ -95,6 +95,35 @@ class Schedule:
         if self._is_last(step):
             return f"dense_last_steps={self.dense_last_steps}"
         return None
+
+    def place(self, step: Step, hold: int = 1) -> float:
+        """Where a step lies between the first sparse step, 0, and the last, 1, for ramps.
+
+        Dense steps lie at the nearer end, and a single sparse step at 0.
+
+        Args:
+            hold: so many sparse steps lie where the first of them does.
+
+        Raises:
+            DitAccelError: `hold` is above 1 and the trajectory's length is unknown.
+        """
+        if step.count is None:
+            if hold > 1:
+                raise DitAccelError(
+                    f"A ramp with refresh={hold} needs the number of steps, which a transformer alone does not have. "
+                    "Call set_step(i, n) before each step, or accelerate the pipeline."
+                )
+            first, last = (float(share) if isinstance(share, float) else 0.0 for share in self._ends)
+            span = 1 - first - last
+            return min(max(((step.progress or 0.0) - first) / span, 0.0), 1.0) if span > 0 else 0.0
+        first, last = (_amount_of(amount, step.count) for amount in self._ends)
+        span = max(0, step.count - last - first - 1)
+        index = min(max(step.index - first, 0), span)
+        return (index - index % hold) / span if span else 0.0
+
+    @property
+    def _ends(self) -> tuple[Amount, Amount]:
+        return self.dense_steps, self.dense_last_steps
 
     def _is_last(self, step: Step) -> bool:
         if not self.dense_last_steps:

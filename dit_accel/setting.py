@@ -3,8 +3,8 @@
 It is made once, and everything between the command line and the engine holds it.
 
 Text: ``METHOD[:key=value,...]``, then words of the schedule, the back end and the step cache, as in
-``radial:decay=0.2 dense_steps=0.2 dense_layers=0,3 dense_backend=auto cache=mag:threshold=0.12``. `Setting.parse` reads
-it.
+``radial:decay=0.2 dense_steps=0.2 dense_layers=0,3 dense_backend=auto cache=mag:threshold=0.12``. A value may be a ramp
+over the sparse steps, as in ``sol:tau=1.3..0.8`` (`dit_accel.ramps`). `Setting.parse` reads it.
 
 A JSON file holds a setting, too, also one whose layers differ; ``tile:layers=FILE.json`` is the text of what it holds.
 A search writes it, or a person:
@@ -29,7 +29,8 @@ from typing import TYPE_CHECKING, Any
 from dit_accel.caches.step_cache import StepCache
 from dit_accel.errors import DitAccelError
 from dit_accel.files import MARK, read_json
-from dit_accel.registry import DENSE, get_method, make_config, parse_method, parse_value, plain, settings_of
+from dit_accel.ramps import Ramped, ends, of_all_steps
+from dit_accel.registry import DENSE, get_method, make_config, parse_method, parse_value, plain, settings_of, value_text
 from dit_accel.schedule import Schedule
 
 if TYPE_CHECKING:
@@ -50,8 +51,9 @@ class Setting:
 
     Args:
         method: name.
-        config: the method's Config for all layers; None with `layers`.
-        layers: for each transformer, by component name, the Config of every layer in the order they run; None is dense.
+        config: the method's Config for all layers, or a `Ramped` whose Config changes over the steps; None with
+            `layers`.
+        layers: for each transformer, by component name, the same of every layer in the order they run; None is dense.
         schedule: steps and layers that stay dense.
         dense_backend: back end of what stays dense, as in `accelerate`; None: the model's own.
         cache: skips blocks in some steps; None: nothing is skipped.
@@ -180,7 +182,7 @@ class Setting:
         if self.layers is not None:
             return f"{self.method}:{self.typed}" if self.typed else f"{self.method} layer by layer"
         assert self.config is not None
-        defaults = {field.name: field.default for field in dataclasses.fields(self.config)}
+        defaults = {field.name: field.default for field in dataclasses.fields(get_method(self.method).config)}
         settings = {name: value for name, value in settings_of(self.config).items() if value != defaults[name]}
         return method_text(self.method, settings)
 
@@ -209,18 +211,26 @@ class Setting:
         return dataclasses.replace(self, schedule=schedule, dense_backend=backend, cache=cache)
 
     def configs(self) -> list[Any]:
-        """The different Configs among the layers, in order of appearance."""
+        """The different Configs among the layers, in order of appearance; of a ramp those of its ends."""
+        return list(dict.fromkeys(config for layer in self._configs() for config in ends(layer)))
+
+    @property
+    def ramped(self) -> bool:
+        """Whether settings change from step to step."""
+        return any(isinstance(config, Ramped) for config in self._configs())
+
+    def _configs(self) -> list[Any]:
         rows = [(self.config,)] if self.layers is None else self.layers.values()
-        return list(dict.fromkeys(config for row in rows for config in row if config is not None))
+        return [config for row in rows for config in row if config is not None]
 
     def plan(self, grid: TokenGrid) -> Plan:
-        """The plan of the one Config on a grid; settings whose layers differ have none."""
+        """The plan of the one Config on a grid; settings whose layers or steps differ have none."""
         from dit_accel.plans.plan import building
 
         if self.config is None:
             raise DitAccelError(f"A plan is of one layer, and the layers of {self.title} differ. Give other settings.")
         with building():
-            return get_method(self.method).plan(grid, self.config)
+            return get_method(self.method).plan(grid, of_all_steps(self.config, "A plan"))
 
     def by_layer(self, transformer: str, count: int) -> list[tuple[Any | None, str | None]]:
         """The Config of each of a transformer's `count` layers, and the reason if the layer stays dense.
@@ -267,7 +277,7 @@ class Setting:
         others = {name: value for name, value in config.items() if name != key}
 
         def with_others(config: Any | None) -> Any | None:
-            return make_config(method, vars(config) | others) if config is not None and others else config
+            return make_config(method, settings_of(config) | others) if config is not None and others else config
 
         rows = (
             None
@@ -306,11 +316,6 @@ def method_text(method: str, config: Mapping[str, Any]) -> str:
     """A method and settings as typed: ``gna:window=18x24x24,stride=4``."""
     settings = ",".join(f"{key}={value_text(value)}" for key, value in config.items())
     return f"{method}:{settings}" if settings else method
-
-
-def value_text(value: object) -> str:
-    """A setting's value as typed: ``18x24x24``."""
-    return "x".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
 
 
 def _word_text(value: object) -> str:

@@ -193,10 +193,10 @@ def test_two_resolutions_in_turn(tiny_wan, wan_inputs):
 def test_plans_are_made_once_a_grid_and_the_oldest_dropped(tiny_wan, wan_inputs, monkeypatch):
     from dit_accel.hooks import plan_cache
 
-    monkeypatch.setattr(plan_cache, "PLANS_KEPT", 2)
+    monkeypatch.setattr(plan_cache, "GRIDS_KEPT", 2)
     transformer, built = tiny_wan(), []
     accel = dit_accel.accelerate(transformer, "gna", window=(1, 3, 3))
-    (plans,) = accel._plans.values()
+    plans = accel._plans
     make = plans._method.plan
     object.__setattr__(plans, "_method", type("M", (), {"plan": lambda s, g, c: built.append(str(g)) or make(g, c)})())
     for width in (8, 8, 10, 8, 12, 8):

@@ -113,7 +113,7 @@ def _print_formats(as_json: bool) -> None:
 
 def _describe(found: Mapping[str, Any]) -> list[str]:
     """All about one entry, in lines."""
-    from dit_accel.setting import value_text
+    from dit_accel.registry import value_text
 
     if "refused" in found:
         return [f"{found['name']} is refused: {found['refused']}."]

@@ -175,7 +175,7 @@ def _print_table(facts: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from dit_accel.setting import value_text
+    from dit_accel.registry import value_text
     from dit_accel.tokens import TokenGrid
 
     settings = ", ".join(f"{key}={value_text(value)}" for key, value in facts["config"].items())

@@ -28,7 +28,7 @@ from dit_accel.generation.output import write_frames, write_png
 from dit_accel.generation.processes import ProcessRank
 from dit_accel.generation.provenance import commit, machine, versions
 from dit_accel.generation.request import ModelRequest
-from dit_accel.setting import value_text
+from dit_accel.registry import value_text
 from dit_accel.tokens import TokenGrid
 
 Summary = dict[str, Any]

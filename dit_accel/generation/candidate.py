@@ -123,15 +123,15 @@ class Candidate:
         return self.setting.text + ("" if self.folder is None else f" from {Path(self.published or self.folder).name}")
 
     def plans(self, grid: TokenGrid) -> list[Plan]:
-        """The plan of each of its Configs on a grid; what does not fit, or keeps every pair, is refused."""
+        """The plan of each of its `Setting.configs` on a grid; what does not fit, or keeps every pair, is refused."""
         import torch
 
         from dit_accel.hooks.plan_cache import PlanCache
 
         if self.setting is None:
             return []
-        method, device = get_method(self.setting.method), torch.device("cpu")
-        return [PlanCache(method, config, not self.layered).get(grid, device) for config in self.setting.configs()]
+        plans, device = PlanCache(get_method(self.setting.method), not self.layered), torch.device("cpu")
+        return [plans.get(config, grid, device) for config in self.setting.configs()]
 
     def record(self) -> dict[str, Any]:
         """The setting as plain values; dense for the untouched pipeline."""

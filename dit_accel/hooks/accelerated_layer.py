@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from dit_accel import registry
+from dit_accel import ramps, registry
 from dit_accel.errors import DitAccelError
 from dit_accel.hooks import selfcheck
 from dit_accel.hooks.report import LayerReport, Tally
 from dit_accel.method import LearnedModule
 from dit_accel.pipelines.processor import AcceleratedAttnProcessor
-from dit_accel.plans.plan import building
+from dit_accel.plans.plan import Plan, building
 
 
 @dataclasses.dataclass
@@ -53,7 +53,7 @@ class AcceleratedLayer:
                 raise DitAccelError(f"{self.name} already has a module named {module.attribute!r}; remove it first.")
             device = next(self.attention.parameters()).device
             with building():
-                learned = module.build(channels, head_dim, heads, self.config)
+                learned = module.build(channels, head_dim, heads, ramps.at(self.config))
                 if device.type != "meta":  # where offloaded weights are between calls
                     learned.to(device)
             self.attention.add_module(module.attribute, learned)
@@ -81,6 +81,34 @@ class AcceleratedLayer:
         current: Any = self.attention.processor
         if current is not self.ours and isinstance(current, type(self.ours)) and current.unbound:
             self.attention.processor = self.ours  # type: ignore[assignment]
+
+    def measure_density(self, device: torch.device | None) -> None:
+        """Let plans whose calls differ add their densities to a sum on a device; None: no such plan."""
+        own = self.ours.density_sum
+        if device is None:
+            self.ours.density_sum = None
+        elif own is None or own.device != device:
+            with torch.inference_mode(False):
+                self.ours.density_sum = torch.zeros(2, device=device)
+
+    def count(self, last: tuple[Plan, str, str] | str, step: int | None) -> None:
+        """Add a call that ran to the tally.
+
+        Args:
+            last: its plan, implementation and the reason for it, or why it was dense.
+            step: of the call; None if unknown.
+        """
+        self.tally.keep(self.ours.kept)
+        if self.ours.intercepted:
+            last = "attention replaced by a function mode"
+        self.ours.ran = self.ours.intercepted = False
+        if isinstance(last, str):
+            self.tally.dense(last)
+            return
+        plan, kernel, why = last
+        self.tally.sparse(plan.density, kernel, why, step if isinstance(self.config, ramps.Ramped) else None)
+        if self.ours.density_sum is not None:
+            self.tally.measure(step, self.ours.density_sum)
 
     def report(self, transformer: str) -> LayerReport:
         error, mass = (None, None) if self.measured is None else selfcheck.whole(self.measured)

@@ -3,25 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import inspect
 import types
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 
-from dit_accel.caches.at_work import CacheAtWork, Moment
+from dit_accel import ramps
+from dit_accel.caches.at_work import CacheAtWork
 from dit_accel.errors import DitAccelError, DitAccelWarning
-from dit_accel.hooks import selfcheck
 from dit_accel.hooks.accelerated_layer import AcceleratedLayer, naming_remove, without_learned
 from dit_accel.hooks.dense_backend import DenseBackend
 from dit_accel.hooks.dense_backend import choose as choose_backend
 from dit_accel.hooks.levels import Level
 from dit_accel.hooks.plan_cache import PlanCache
-from dit_accel.hooks.selfcheck import AttentionCall, SelfCheck
+from dit_accel.hooks.selfcheck import SelfCheck, Watching
 from dit_accel.hooks.steps import StepClock
 from dit_accel.kernels.impls import Impl
 from dit_accel.method import Method
@@ -32,8 +31,10 @@ from dit_accel.pipelines.family import Family, Memory, ModelCall
 from dit_accel.pipelines.processor import AcceleratedAttnProcessor
 from dit_accel.plans.plan import Plan
 from dit_accel.plans.routed import RoutedPlan
+from dit_accel.ramps import Ramped
 from dit_accel.schedule import Step
 from dit_accel.setting import Setting
+from dit_accel.tokens import TokenGrid
 
 
 class Engine(AtWork):
@@ -42,7 +43,7 @@ class Engine(AtWork):
     Args:
         name: of the transformer in its pipeline.
         setting: of every layer and step.
-        clock, plans: shared by the transformers of a pipeline; `plans` by Config.
+        clock, plans: shared by the transformers of a pipeline.
         impl, check: as in `accelerate`.
 
     Attributes:
@@ -59,7 +60,7 @@ class Engine(AtWork):
         method: Method,
         setting: Setting,
         clock: StepClock,
-        plans: Mapping[Any, PlanCache],
+        plans: PlanCache,
         impl: Impl,
         check: SelfCheck,
     ) -> None:
@@ -72,8 +73,6 @@ class Engine(AtWork):
         self._signature = inspect.signature(type(transformer).forward)
         self._memory = Memory()
         self._sharing: Any | None = None
-        self.watchers: list[Callable[[AttentionCall], None]] = []
-        self._check, self._unchecked, self._checking = check, check.verify is not None, False
         self._step: Step | None = None
         self._number = 0  # of the call within its step
         self._run: Any = None  # what tells one run of the pipeline from another
@@ -87,12 +86,15 @@ class Engine(AtWork):
         # layers with the same settings share a state, so a compiled model has one graph for each setting
         self._states: dict[tuple[Any, bool], CallState] = {}
         self._dense_state = CallState(impl)
+        self._watching = Watching(name, check, family.heads, self._dense_state)
+        self.watchers = self._watching.watchers
         self.layers = self._find_layers(setting)
-        anchored = any(config.anchors for config, _ in self._states)
+        anchored = any(ramps.at(config).anchors for config, _ in self._states)
+        self._by_step = self._schedule.by_step or any(isinstance(config, Ramped) for config, _ in self._states)
         self._anchors = AnchorTokens(transformer, family) if anchored else None
         self._dense_backend = setting.dense_backend
         self._backend_set: DenseBackend | None = None
-        check.refuse_shared(layer.config for layer in self.layers if layer.config is not None)
+        check.refuse_shared(ramps.at(layer.config) for layer in self.layers if layer.config is not None)
         if self._dense_backend is not None:
             choose_backend(self._dense_backend, self._device)
         self.level: Level | None = None
@@ -144,7 +146,7 @@ class Engine(AtWork):
             self._backend_set.set()
             self.notes.append(self._backend_set.note)
         for layer in self.layers:
-            module = None if layer.dense_reason is not None else self._method.learned(layer.config)
+            module = None if layer.dense_reason is not None else self._method.learned(ramps.at(layer.config))
             own = layer.attention
             layer.attach(module, self._family.channels(own), self._family.head_dim(own), self._family.heads(own))
         if self._method.module is not None and hasattr(self._transformer, "save_pretrained"):
@@ -192,18 +194,8 @@ class Engine(AtWork):
         for layer in self.layers:
             if not layer.ours.ran:
                 continue
-            layer.tally.keep(layer.ours.kept)
             last = layer.dense_reason or self._last.get(layer.kind, "not called yet")
-            if layer.ours.intercepted:
-                last = "attention replaced by a function mode"
-            layer.ours.ran = layer.ours.intercepted = False
-            if isinstance(last, str):
-                layer.tally.dense(last)
-                continue
-            plan, kernel, why = last
-            layer.tally.sparse(plan.density, kernel, why)
-            if layer.ours.density_sum is not None:
-                layer.tally.measure(None if self._step is None else self._step.index, layer.ours.density_sum)
+            layer.count(last, None if self._step is None else self._step.index)
 
     def _look_for_dropped(self) -> None:
         """Warn once about layers whose processor was replaced since `attach`: they run dense."""
@@ -258,7 +250,8 @@ class Engine(AtWork):
             call = ModelCall(self._signature, module, args, kwargs, self._memory)
             self.level.check(module, self._family, call, self._clock)
         if self.cache is not None:
-            self._begin_cached(ModelCall(self._signature, module, args, kwargs, self._memory))
+            cached = ModelCall(self._signature, module, args, kwargs, self._memory)
+            self.cache.begin(self._clock.moment(self._family.timestep(cached), cached.shape, self.cache.reads_noise))
         for state in self._states.values():
             state.sparse = False
         if not self._states:
@@ -270,21 +263,19 @@ class Engine(AtWork):
         call = ModelCall(self._signature, module, args, kwargs, self._memory)
         with torch.device("cpu"):  # masks and ids are read there, whatever the caller's default device
             layout = self._family.layout(module, call)
-        alone = dataclasses.replace(layout.grid, text=0, conditioning=0)
-        plans = {
-            (config, sees_text): self._plans[config].get(layout.grid if sees_text else alone, call.device)
-            for config, sees_text in self._states
-        }
+        now = self._now(call, "A step schedule") if self._by_step else None
+        plans = {kind: self._plan(kind, layout.grid, call.device, now) for kind in self._states}
         self.notes += [note for note in layout.notes if note not in self.notes]
-        by_step = self._schedule.by_step
-        reason = self._schedule.dense_step(self._now(call, "A step schedule")) if by_step else None
+        reason = None if now is None else self._schedule.dense_step(now)
         if reason is not None:
             self._last = dict.fromkeys(self._states, reason)
             return None
         # without a scheduler only the timestep's value tells the step, and reading it waits for the device
         told = bool(self.watchers) or not self._clock.reads_values
-        before, self._step = self._step, self._clock.now_if_told(self._family.timestep(call)) if told else None
-        if any(config.refresh > 1 for config, _ in self._states):
+        if now is None and told:
+            now = self._clock.now_if_told(self._family.timestep(call))
+        before, self._step = self._step, now
+        if any(ramps.at(config).refresh > 1 for config, _ in self._states):
             self._count_in_step(call, before)
         for (config, sees_text), state in self._states.items():
             plan = plans[config, sees_text]
@@ -295,24 +286,13 @@ class Engine(AtWork):
             state.set(plan, *text, segments, ulysses=context_parallel.sharing(module, plan.grid))
             _, state.impl, _ = last
         if any(state.sparse for state in self._states.values()):
-            self._watch_layers(call)
+            self._watch_layers()
             if self._anchors is not None:
                 return (), self._anchors.add(call, layout, list(plans.values()), self._compiled)
         ours = all(layer.dense_reason is None and layer.attention.processor is layer.ours for layer in self.layers)
-        if ours and not self._checking and all(state.sparse for state in self._states.values()):
+        if ours and not self._watching.checking and all(state.sparse for state in self._states.values()):
             self._omitted = layout.masks  # no processor of this call reads them
         return self._omit_masks(args, kwargs)
-
-    def _begin_cached(self, call: ModelCall) -> None:
-        """Tell the step cache the step of this call."""
-        assert self.cache is not None
-        timestep, shape = self._family.timestep(call), call.shape
-        if not self._clock.told(timestep):
-            self.cache.begin(Moment(shape=shape))
-            return
-        step = self._clock.evaluation(timestep)
-        noise = self._clock.noise(step.index) if self.cache.reads_noise else (None, None)
-        self.cache.begin(Moment(self._clock.run, step.index, step.count, *noise, shape))
 
     def _make_after(self) -> Callable[..., None]:
         """`_after_call`, untraced."""
@@ -349,53 +329,19 @@ class Engine(AtWork):
         if isinstance(plan, RoutedPlan):
             plan.block_sizes(device)
         varies = isinstance(plan, RoutedPlan) or plan.config.share != "none"
-        for layer in (each for each in self.layers if each.kind == kind):
-            own = layer.ours.density_sum
-            if not varies:
-                layer.ours.density_sum = None
-            elif own is None or own.device != device:
-                with torch.inference_mode(False):
-                    layer.ours.density_sum = torch.zeros(2, device=device)
+        for layer in self.layers:
+            if layer.kind == kind:
+                layer.measure_density(device if varies else None)
 
-    def _watch_layers(self, call: ModelCall) -> None:
+    def _watch_layers(self) -> None:
         """Have the layers of this call report what they compute to the self-check and the watchers, if any."""
-        listening = self._unchecked or bool(self.watchers)
         parts = (getattr(module, "_compiled_call_impl", None) for module in self._transformer.modules())
-        if listening and (self._compiled or any(parts)):
+        if self._watching.listening and (self._compiled or any(parts)):
             raise DitAccelError(
                 f"This {type(self._transformer).__name__} is compiled, and compiled attention calls can neither be "
                 "watched nor checked. Call it once with verify='first-call' before compiling it."
             )
-        self._checking, self._unchecked = self._unchecked, False
-        for layer in self.layers:
-            layer.ours.watch = functools.partial(self._attended, layer) if listening else None
-
-    def _attended(
-        self,
-        layer: AcceleratedLayer,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        out: torch.Tensor,
-        scale: float | None,
-        state: CallState,
-    ) -> None:
-        """Check a layer's sparse attention if asked for, and show it to the watchers."""
-        assert state.plan is not None
-        text, heads = state.text_of(len(q)), self._family.heads(layer.attention)
-        held = None if state.ulysses is None else (state.ulysses.first_head(heads), heads)
-        call = AttentionCall(
-            self.name, layer.name, self._step, state.plan, q, k, v, out, scale, *text, layer.learned, held
-        )
-        if self._checking:
-            sums = call.measure().sums()
-            layer.measured = sums if state.ulysses is None else state.ulysses.add_up(sums)
-            limit = self._check.keep_dense_above
-            if limit is not None and not (error := selfcheck.whole(layer.measured)[0]) <= limit:  # nan stays dense
-                layer.dense_reason = f"keep_dense_above={limit}: relative error {error:.3g}"
-                layer.ours.state = self._dense_state  # in this call already
-        for watcher in self.watchers:
-            watcher(call)
+        self._watching.begin(self.layers, self._step)
 
     def _prepare(self, plan: Plan, device: torch.device) -> tuple[Plan, str, str]:
         """The plan, its implementation and the reason for it."""
@@ -405,6 +351,15 @@ class Engine(AtWork):
         else:
             dtype = self._transformer.dtype  # type: ignore[assignment]  # a weight may be stored in float8
         return plan, *plan.prepare(device, dtype, head_dim, self._impl, learned=learned is not None)
+
+    def _plan(self, kind: tuple[Any, bool], grid: TokenGrid, device: torch.device, now: Step | None) -> Plan:
+        """The plan of a kind of layer in a step on a grid."""
+        config, sees_text = kind
+        place = 0.0
+        if isinstance(config, Ramped) and now is not None:
+            place = self._schedule.place(now, config.first.refresh)
+        own = grid if sees_text else dataclasses.replace(grid, text=0, conditioning=0)
+        return self._plans.get(config, own, device, place)
 
     def _now(self, call: ModelCall, what: str) -> Step:
         if self._compiled and self._clock.reads_values:

@@ -17,6 +17,7 @@ from dit_accel.setting import Setting
 
 NOTHING_GAINED = "kept every pair: nothing was gained"
 GRIDS_SHOWN = 8  # in a report's text
+STEPS_SHOWN = 8
 ROUNDING = 1e-6  # of densities that are summed in float32
 
 
@@ -30,7 +31,8 @@ class LayerReport:
         sparse_calls, dense_calls: number of each.
         density: attended share of all pairs, averaged over the sparse calls; None without any. Routed methods measure
             it on the device.
-        step_density: measured density by denoising step, counted from 0; for routed methods if the step is known.
+        step_density: density by denoising step, counted from 0, for ramps and for routed methods, which measure it;
+            if the step is known.
         kernels: implementations that computed the sparse calls, and why each was chosen.
         dense_reasons: dense calls by reason.
         left: class of a processor that was set since; its calls are dense.
@@ -100,6 +102,21 @@ class Report:
         return sum(layer.dense_calls for layer in self.layers)
 
     @property
+    def step_density(self) -> dict[int, float]:
+        """The density of each sparse step, the mean over the layers that tell it."""
+        steps = sorted({step for layer in self.layers for step in layer.step_density})
+        by_step = {step: [layer.step_density.get(step) for layer in self.layers] for step in steps}
+        known = {step: [density for density in row if density is not None] for step, row in by_step.items()}
+        return {step: sum(densities) / len(densities) for step, densities in known.items()}
+
+    def _step_lines(self) -> list[str]:
+        """Of ramps, the density at a few steps from the first sparse one to the last."""
+        known = list(self.step_density.items()) if self.setting.ramped else []
+        shown = known if len(known) <= STEPS_SHOWN else known[:: math.ceil(len(known) / (STEPS_SHOWN - 1))] + known[-1:]
+        densities = ", ".join(f"{density:.4f} in step {step}" for step, density in dict(shown).items())
+        return [f"density by step: {densities}"] if shown else []
+
+    @property
     def kept_every_pair(self) -> bool:
         """Whether the sparse calls computed as many pairs as dense attention; False without any."""
         counted = [(layer.density, layer.sparse_calls) for layer in self.layers if layer.density is not None]
@@ -128,7 +145,7 @@ class Report:
         calls = f"{self.sparse_calls} sparse and {self.dense_calls} dense attention calls"
         lines = [f"{self.setting.method}({settings}): {calls}"]
         lines += [f"  {NOTHING_GAINED}"] if self.kept_every_pair and self.cache is None else []
-        lines += [f"  {text}" for text in self._grid_lines()]
+        lines += [f"  {text}" for text in (*self._grid_lines(), *self._step_lines())]
         for transformer, count in self.calls.items():
             layers = [layer for layer in self.layers if layer.transformer == transformer]
             lines.append(f"  {transformer}: {len(layers)} layers, {count} calls")
@@ -162,7 +179,7 @@ class Report:
         cells[0] = cells[0].replace("td>", "th>")
         gained = [NOTHING_GAINED] if self.kept_every_pair and self.cache is None else []
         cached = [] if self.cache is None else self.cache.lines()
-        remarks = [repr(self), *gained, *self._grid_lines(), *cached, *self.notes]
+        remarks = [repr(self), *gained, *self._grid_lines(), *self._step_lines(), *cached, *self.notes]
         lines = "<br>".join(map(html.escape, remarks))
         return f"<p>{lines}</p><table>{''.join(f'<tr>{row}</tr>' for row in cells)}</table>"
 
@@ -181,7 +198,7 @@ class Tally:
     """Counts the calls of one layer."""
 
     def __init__(self) -> None:
-        self._sparse: Counter[float | None] = Counter()
+        self._sparse: Counter[tuple[int | None, float | None]] = Counter()
         self._measured: dict[int | None, torch.Tensor] = {}
         self._kernels: dict[str, str] = {}
         self._dense: Counter[str] = Counter()
@@ -192,8 +209,9 @@ class Tally:
         tensors = (part for record in values.values() for part in record if isinstance(part, torch.Tensor))
         self._kept = max(self._kept, sum(part.nbytes for part in tensors))
 
-    def sparse(self, density: float | None, kernel: str, why: str) -> None:
-        self._sparse[density] += 1
+    def sparse(self, density: float | None, kernel: str, why: str, step: int | None = None) -> None:
+        """Count a call. `density` is the plan's, None if it is measured; `step` if plans differ by step."""
+        self._sparse[step, density] += 1
         self._kernels[kernel] = why
 
     def measure(self, step: int | None, density_sum: torch.Tensor) -> None:
@@ -217,10 +235,10 @@ class Tally:
         """The counted fields of a `LayerReport`."""
         measured: dict[int | None, tuple[float, float]]
         measured = {step: tuple(tensor.tolist()) for step, tensor in self._measured.items()}
-        densities = list(measured.values()) or [
-            (density * count, count) for density, count in self._sparse.items() if density is not None
-        ]
+        planned = [(step, density * n, n) for (step, density), n in self._sparse.items() if density is not None]
+        densities = list(measured.values()) or [(total, count) for _, total, count in planned]
         density = sum(total for total, _ in densities) / sum(count for _, count in densities) if densities else None
+        measured = measured or {step: (total, count) for step, total, count in planned if step is not None}
         return {
             "sparse_calls": self._sparse.total(),
             "dense_calls": self._dense.total(),

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
-from collections.abc import Iterable, Iterator
-from typing import Literal
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -14,6 +15,10 @@ from dit_accel.method import MethodConfig
 from dit_accel.plans.plan import Plan
 from dit_accel.schedule import Step
 from dit_accel.values import check, option
+
+if TYPE_CHECKING:
+    from dit_accel.hooks.accelerated_layer import AcceleratedLayer
+    from dit_accel.pipelines.attention import CallState
 
 Verify = Literal["first-call"]
 ROWS = 256  # queries measured of each head
@@ -151,6 +156,63 @@ class Measured:
         """Sums over samples and heads for `whole`: float64 [4]. Processes with different heads add them up."""
         count = torch.tensor(float(self.mass.numel()), dtype=torch.float64, device=self.mass.device)
         return torch.stack([self.difference.sum(), self.size.sum(), self.mass.sum(), count])
+
+
+class Watching:
+    """What looks at the sparse attention calls of a transformer: the check of the first ones, and watchers.
+
+    Args:
+        name: of the transformer.
+        heads: the number of a layer's heads, from its module.
+        dense: the state of layers that stay dense.
+
+    Attributes:
+        watchers: functions called with every sparse attention call.
+        checking: whether the transformer's call under way is checked.
+    """
+
+    def __init__(self, name: str, check: SelfCheck, heads: Callable[[Any], int], dense: CallState) -> None:
+        self._name, self._check, self._heads, self._dense = name, check, heads, dense
+        self.watchers: list[Callable[[AttentionCall], None]] = []
+        self._unchecked, self.checking = check.verify is not None, False
+
+    @property
+    def listening(self) -> bool:
+        """Whether anything looks at the next sparse calls."""
+        return self._unchecked or bool(self.watchers)
+
+    def begin(self, layers: Iterable[AcceleratedLayer], step: Step | None) -> None:
+        """Have the layers of a transformer's call report what they compute, if anything looks at it."""
+        listening = self.listening
+        self.checking, self._unchecked = self._unchecked, False
+        for layer in layers:
+            layer.ours.watch = functools.partial(self._attended, layer, step) if listening else None
+
+    def _attended(
+        self,
+        layer: AcceleratedLayer,
+        step: Step | None,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        out: torch.Tensor,
+        scale: float | None,
+        state: CallState,
+    ) -> None:
+        """Check a layer's sparse attention if asked for, and show it to the watchers."""
+        assert state.plan is not None
+        text, heads = state.text_of(len(q)), self._heads(layer.attention)
+        held = None if state.ulysses is None else (state.ulysses.first_head(heads), heads)
+        call = AttentionCall(self._name, layer.name, step, state.plan, q, k, v, out, scale, *text, layer.learned, held)
+        if self.checking:
+            sums = call.measure().sums()
+            layer.measured = sums if state.ulysses is None else state.ulysses.add_up(sums)
+            limit = self._check.keep_dense_above
+            if limit is not None and not (error := whole(layer.measured)[0]) <= limit:  # nan stays dense
+                layer.dense_reason = f"keep_dense_above={limit}: relative error {error:.3g}"
+                layer.ours.state = self._dense  # in this call already
+        for watcher in self.watchers:
+            watcher(call)
 
 
 def whole(sums: torch.Tensor) -> tuple[float, float]:

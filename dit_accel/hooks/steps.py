@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from dit_accel.caches.at_work import Moment
 from dit_accel.errors import DitAccelError
 from dit_accel.schedule import Step
 
@@ -124,6 +125,14 @@ class StepClock:
         rows = (None, None) if scheduler is None else (_trajectory(scheduler), getattr(scheduler, "sigmas", None))
         timestep, sigma = (None if row is None or index >= len(row) else float(row[index]) for row in rows)
         return timestep, sigma
+
+    def moment(self, timestep: torch.Tensor | None, shape: Any, noise: bool) -> Moment:
+        """What a step cache reads of a call; `shape` is the call's, and `noise` whether it reads `self.noise`."""
+        if not self.told(timestep):
+            return Moment(shape=shape)
+        step = self.evaluation(timestep)
+        levels = self.noise(step.index) if noise else (None, None)
+        return Moment(self.run, step.index, step.count, *levels, shape)
 
     def _follow(self, value: float) -> Step:
         if self._last_value is None or value > self._last_value:

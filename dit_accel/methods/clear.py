@@ -45,7 +45,7 @@ class Config(MethodConfig):
         pool: sides of the cells, each of which adds a key; 0: none. Height and width are multiples of it.
     """
 
-    radius: int = option(16, least=1)
+    radius: int = option(16, least=1, ramps=True)
     pool: int = option(0, least=0)
 
 

@@ -46,7 +46,7 @@ class Config(SharingSettings):
     An axis of one token ignores all of them. A single stride or dilation for all axes is clamped on shorter axes.
     """
 
-    window: Window | tuple[Window, Window, Window]
+    window: Window | tuple[Window, Window, Window] = option(dataclasses.MISSING, ramps=True)
     stride: int | tuple[int, int, int] = option(1, least=1)
     dilation: int | tuple[int, int, int] = option(1, least=1)
     causal: bool | tuple[bool, bool, bool] = False

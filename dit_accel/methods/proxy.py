@@ -69,7 +69,7 @@ class Config(MethodConfig):
         DitAccelError: the tile's product is not the block, the order is not "tile", or a gate of the query covers all.
     """
 
-    topk: float = option(0.1, least=0, most=1)
+    topk: float = option(0.1, least=0, most=1, ramps=True)
     query: Literal["block", "token"] = "block"
     block: int = option(64, least=1, most=LARGEST_BLOCK)
     order: Ordering = "tile"

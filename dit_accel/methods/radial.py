@@ -38,7 +38,7 @@ class Config(MethodConfig):
         rule: "paper", exact to the token, or "released", the block mask of the authors' code.
     """
 
-    decay: float = option(1.0, above=0)
+    decay: float = option(1.0, above=0, ramps=True)
     sink: bool = True
     block: int = option(128, least=1)
     rule: Rule = "paper"

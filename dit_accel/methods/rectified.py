@@ -52,8 +52,8 @@ class Config(BlockSettings):
         compensation: "exact": by the log-sum-exp of every row; "published": by pooled shares, one a query block.
     """
 
-    drop: float = option(0.8, least=0, most=1)
-    topp: float = option(0.3, least=0, most=1)
+    drop: float = option(0.8, least=0, most=1, ramps=True)
+    topp: float = option(0.3, least=0, most=1, ramps=True)
     gate: bool = True
     compensation: Compensation = "exact"
     order: Ordering = "hilbert"

@@ -64,7 +64,7 @@ class Config(BlockSettings):
         DitAccelError: topk and skip together exceed 1. Scope "all" does not read `skip`: its default is not counted.
     """
 
-    topk: float = option(0.05, least=0, most=1)
+    topk: float = option(0.05, least=0, most=1, ramps=True)
     skip: float = option(0.10, least=0, below=1)
     feature_map: FeatureMap = "softmax"
     linear_scope: LinearScope = "all"

@@ -47,7 +47,7 @@ class Config(BlockSettings):
         sink: visual tokens from the start whose key blocks are exact for all queries; at least 0.
     """
 
-    tau: float = 1.0
+    tau: float = option(1.0, ramps=True)
     variance: Variance = "diagonal"
     tail: Tail = "mean"
     sink: int = option(0, least=0)

@@ -70,8 +70,8 @@ class Config(BlockSettings):
         refresh: denoising steps for which a layer keeps the lists of a guidance branch; 1: it routes in each call.
     """
 
-    topk: float = option(0.03, least=0, most=1)
-    topp: float = option(0.2, least=0, most=1)
+    topk: float = option(0.03, least=0, most=1, ramps=True)
+    topp: float = option(0.2, least=0, most=1, ramps=True)
     score: Score = "mean"
     cells: int = option(4, least=1)
     similarity: float | None = option(None, least=-1, most=1)

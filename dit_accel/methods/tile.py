@@ -27,7 +27,7 @@ class Config(SharingSettings):
         references: number of reference frames k, spread over the video; k of T frames is the paper's mask "k:(T - k)".
     """
 
-    references: int = option(dataclasses.MISSING, least=1)
+    references: int = option(dataclasses.MISSING, least=1, ramps=True)
 
 
 def reference_frames(frames: int, references: int) -> torch.Tensor:
