@@ -68,6 +68,12 @@ def of_all_steps(config: Any, what: str) -> Any:
     return config
 
 
+def allowed(kind: type) -> list[str]:
+    """The settings of a Config's class that may be ramps."""
+    options = {field.name: field.metadata.get("option") for field in dataclasses.fields(kind)}
+    return [name for name, option in options.items() if option is not None and option.ramps]
+
+
 def configured(kind: type, settings: Mapping[str, Any], parse: Callable[[str], Any]) -> Any:
     """A Config, or a `Ramped` if a value is a ramp.
 
@@ -81,8 +87,7 @@ def configured(kind: type, settings: Mapping[str, Any], parse: Callable[[str], A
     pairs = {name: pair for name, value in settings.items() if (pair := _read(value, parse)) is not None}
     if not pairs:
         return kind(**settings)
-    fields, hints = {field.name: field for field in dataclasses.fields(kind)}, typing.get_type_hints(kind)
-    may = [name for name, field in fields.items() if "option" in field.metadata and field.metadata["option"].ramps]
+    may, hints = allowed(kind), typing.get_type_hints(kind)
     for name, pair in pairs.items():
         if name not in may:
             raise DitAccelError(

@@ -25,7 +25,7 @@ FLOORS = (
     ("errors", "files", "tokens", "order"),
     ("kernels",),
     ("plans",),
-    ("registry", "values", "schedule"),
+    ("registry", "values", "schedule", "ramps"),
     ("method",),
     ("methods",),
     ("pipelines",),

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import typer
 
-from dit_accel import registry
+from dit_accel import ramps, registry
 from dit_accel.cli.options import JsonOptions, command
 from dit_accel.errors import DitAccelError
 from dit_accel.files import MARK, check_file, check_ours, staged
@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from dit_accel.generation.candidate import Candidate
     from dit_accel.plans.plan import Plan
     from dit_accel.tokens import TokenGrid
+
+ENDS = ("first_sparse_step", "last_sparse_step")  # of a ramp
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -112,7 +114,7 @@ class PlanOptions(JsonOptions, SizeOptions, SourceOptions, SettingsOptions):
 
 @command(PlanOptions)
 def plan(arguments: dict[str, Any]) -> None:
-    """Show density, exact pairs, visited blocks and ideal speed-up of a method.
+    """Show density, exact pairs, visited blocks and ideal speed-up of a method; of a ramp in its first and last step.
 
     Example: dit-accel plan --method gna:window=18x24x24,stride=16x8x8 --grid 30x48x80 --text 256
     """
@@ -124,25 +126,28 @@ def plan(arguments: dict[str, Any]) -> None:
     grid, candidate = options.tokens(), options.candidate()
     setting = candidate.setting
     assert setting is not None
-    drawn = setting.plan(grid)
-    facts = {"setting": setting.text, "notes": candidate.notes} | _facts(drawn)
-    if options.gpu is not None:
-        learned = registry.get_method(setting.method).learned(drawn.config) is not None
-        choices = drawn.implementation(options.gpu, head_dim=options.head_dim, learned=learned)
-        facts["implementation"] = {options.gpu: [choice._asdict() for choice in choices]}
+    if options.image is not None:
+        ramps.of_all_steps(setting.config, "What --image draws")
+    plans = [dataclasses.replace(setting, config=end).plan(grid) for end in ramps.ends(setting.config)]
+    head = {"setting": setting.text, "notes": candidate.notes}
+    facts = [head | _facts(plan, options) for plan in plans]
     if options.image is not None:
         from dit_accel.plans.picture import block_picture
 
-        picture = block_picture(drawn)
+        picture = block_picture(plans[0])
         with staged(options.image) as stage:
             picture.savefig(stage / options.image.name, metadata={"Comment": MARK})
     if options.json:
-        typer.echo(json.dumps(facts, indent=2))
-    else:
-        _print_table(facts)
+        ends = head | dict(zip(ENDS, facts, strict=True)) if len(facts) > 1 else facts[0]
+        typer.echo(json.dumps(ends, indent=2))
+        return
+    for end, of_end in zip(ENDS, facts, strict=False):
+        if len(facts) > 1:
+            typer.echo(f"{end.replace('_', ' ')}:")
+        _print_table(of_end)
 
 
-def _facts(plan: Plan) -> dict[str, Any]:
+def _facts(plan: Plan, options: PlanOptions) -> dict[str, Any]:
     """The facts of a plan that are known before it runs. A routed one knows at most a bound of the visited blocks."""
     from dit_accel.plans.routed import RoutedPlan
 
@@ -163,6 +168,10 @@ def _facts(plan: Plan) -> dict[str, Any]:
         "blocks_full": None if routed else blocks.full,
         "blocks_total": total,
     }
+    if options.gpu is not None:
+        learned = registry.get_method(plan.method).learned(plan.config) is not None
+        choices = plan.implementation(options.gpu, head_dim=options.head_dim, learned=learned)
+        facts["implementation"] = {options.gpu: [choice._asdict() for choice in choices]}
     if visited is not None:
         facts["block_density"] = visited / total
     if visited:

@@ -239,12 +239,12 @@ def _write_masks(done: Evaluation) -> list[dict[str, str]]:
         for candidate in done.candidates:
             if candidate.setting is None or candidate.setting.layers is not None:
                 continue
-            (plan,) = candidate.plans(done.grid)
-            if isinstance(plan, RoutedPlan) or plan.density == 1:
-                continue
-            name = f"{slug(candidate.label)}.png"
-            write_png(stage / name, plan.image())
-            listed.append({"row": candidate.label, "image": f"masks/{name}"})
+            for number, plan in enumerate(candidate.plans(done.grid)):  # of a ramp, in its first and last step
+                if isinstance(plan, RoutedPlan) or plan.density == 1:
+                    continue
+                name = f"{slug(candidate.label)}{'-last' * number}.png"
+                write_png(stage / name, plan.image())
+                listed.append({"row": candidate.label, "image": f"masks/{name}"})
     return listed
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from dit_accel.errors import DitAccelError
-from dit_accel.pipelines.family import CallLayout, ModelCall, video_family
+from dit_accel.pipelines.family import TRAINING_FREE, CallLayout, Family, ModelCall, Preset
 from dit_accel.pipelines.reading import dense_note, is_raster, last_raster
 from dit_accel.pipelines.sizes import Config, Shape, Sizes, patch_of, video_sizes
 from dit_accel.pipelines.stacks import BlockStack
@@ -69,7 +69,7 @@ def sizes(transformer: Config, vae: Config) -> Sizes:
     return video_sizes(strides, patch_of(transformer), *size, text=before_the_video, text_first=True, **rest)
 
 
-FAMILY = video_family(
+FAMILY = Family(
     name="minimax_h3",
     transformers=("MiniMaxH3Transformer3DModel",),
     attention=("transformer_blocks.*.attn",),
@@ -78,4 +78,13 @@ FAMILY = video_family(
     stack=BlockStack(outputs=("proj_out", "audio_proj_out")),
     summary="MiniMax-H3: text, keyframes and references to video with sound; the video's tokens",
     timestep_scale=None,  # a call has one for each noise level in the sequence
+    recommended=TRAINING_FREE
+    | {
+        "sol": Preset(
+            config={"tau": 1.3, "block_q": 128},
+            schedule={"dense_steps": 0.4, "dense_last_steps": 0.1},
+            source="ComfyUI's documentation (Comfy-Org/docs, pull request 1698): MiniMax-H3 sparse from 0.4 to 0.9 of "
+            "the steps, with tau 1.3. Blocks of 128 queries in place of 64",
+        ),
+    },
 )

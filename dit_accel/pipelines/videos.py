@@ -229,6 +229,12 @@ FAMILIES = (
         summary="LTX-2: video with audio, keyframes, conditioning videos; the video's self-attention",
         recommended=TRAINING_FREE
         | {
+            "sol": Preset(
+                config={"tau": "1.3..0.8", "block_q": 128},
+                schedule={},
+                source="Wan2GP, pull request 2289: LTX-2 with tau from 1.3 in the first step of each phase to 0.8 in "
+                "the last, no dense steps; marked as experimental there. Blocks of 128 queries in place of 64",
+            ),
             "sla": Preset(
                 config={"topk": 0.3},
                 schedule={},

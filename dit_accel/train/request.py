@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
-from dit_accel import registry, values
+from dit_accel import ramps, registry, values
 from dit_accel.errors import DitAccelError
 from dit_accel.generation import captioned, prompts
 from dit_accel.generation.request import PROMPTS_FORM, DeviceOptions, SizeOptions, SourceOptions
@@ -57,7 +57,8 @@ class RunOptions(SourceOptions, DeviceOptions):
         if not self.candidates:
             raise DitAccelError("A layer search needs settings to try. Give --candidate KEY=VALUE,..., several times.")
         texts = (f"{method}:{text}" for text in self.candidates)
-        return [registry.make_config(*registry.parse_method(text)) for text in texts]
+        configs = (registry.make_config(*registry.parse_method(text)) for text in texts)
+        return [ramps.of_all_steps(config, "A --candidate") for config in configs]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -146,6 +146,10 @@ class TrainSettings:
         objectives.check(self.objectives)
         impls.check(self.impl)
         setting = self.setting()
+        if setting.ramped:
+            raise DitAccelError(
+                f"{setting.title} changes over the steps of a run, and training has none. Give every setting one value."
+            )
         method, configs = registry.get_method(setting.method), setting.configs()
         if any(config.anchors for config in configs) and {"attention", "final"} & self.objectives.keys():
             raise DitAccelError(

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dit_accel import registry
+from dit_accel import ramps, registry
 from dit_accel.errors import DitAccelError
 from dit_accel.eval.samples import key_of
 from dit_accel.eval.summary import Evaluation
@@ -27,6 +27,7 @@ from dit_accel.train.settings import INDEX
 from dit_accel.tune.request import TuneRequest
 
 DENSITIES = (0.5, 0.3, 0.2, 0.1)
+RAMP = (0.1, 0.3)  # densities of the first and the last sparse step
 DENSE_STEPS = 0.2
 SAMPLES = 4  # of a layer search
 DENSE = Candidate(Setting.make(registry.DENSE))
@@ -72,6 +73,11 @@ def settings(
                     add(name, rule(grid, density), schedule)
             except DitAccelError as error:
                 left_out[f"{name} at a density of {density}"] = str(error)
+        try:
+            for schedule in schedules if (config := ramp(name, *(rule(grid, density) for density in RAMP))) else ():
+                add(name, config, schedule)
+        except DitAccelError as error:
+            left_out[f"{name} with a ramp of densities"] = str(error)
         if name in families[0].recommended:
             preset = families[0].preset(name, len(families))
             try:
@@ -81,6 +87,15 @@ def settings(
     if not candidates:
         raise DitAccelError(f"No setting fits the grid {grid}: {next(iter(left_out.values()))}")
     return list(candidates.values()), left_out
+
+
+def ramp(method: str, first: dict[str, Any], last: dict[str, Any]) -> dict[str, Any]:
+    """Settings that change from `first` to `last`; none if others than ramps would have to."""
+    changing = [name for name, value in last.items() if first[name] != value]
+    if not set(changing) <= set(ramps.allowed(registry.get_method(method).config)):
+        return {}
+    text = registry.value_text
+    return {**last, **{name: text(first[name]) + ramps.DOTS + text(last[name]) for name in changing}}
 
 
 class LayerSearch:
@@ -96,7 +111,11 @@ class LayerSearch:
         self, request: TuneRequest, evaluation: Evaluation, tried: Sequence[Candidate], steps: int, layers: int
     ) -> None:
         self.request, self.evaluation, self.steps, self.layers = request, evaluation, steps, layers
-        self.tried = [candidate for candidate in tried if not candidate.layered]
+        self.tried = [
+            candidate
+            for candidate in tried
+            if not candidate.layered and not (candidate.setting is not None and candidate.setting.ramped)
+        ]
         pipe: Any = evaluation.sweep.pipe
         self.obstacle: str | None = None
         if modular.is_modular(type(pipe)) or getattr(pipe, "transformer_2", None) is not None:

@@ -11,10 +11,11 @@ import torch
 from messages import names
 
 import dit_accel
+from dit_accel import ramps
 from dit_accel.errors import DitAccelError, DitAccelWarning
 from dit_accel.kernels import impls
 from dit_accel.kernels.impls import ROUTER, SLA, TAIL
-from dit_accel.registry import get_families, get_method, get_methods, parse_method
+from dit_accel.registry import get_families, get_method, get_methods, make_config, parse_method
 from dit_accel.setting import method_text
 from dit_accel.tokens import TokenGrid
 from dit_accel.tune.space import DENSITIES
@@ -52,7 +53,15 @@ def named_settings():
     typed = {found.rstrip(".,") for found in re.findall(rf"(?<![\w:/]){setting}", words)}
     rest = {"sparge:score=error": "sparge:score=error,tail=mean", "gna:share=residual": "gna:share=residual,window=4"}
     texts |= {rest.get(text, text) for text in typed}  # a table names a part of a setting
-    return {text for text in texts if all("=" in part for part in text.partition(":")[2].split(",") if part)}
+    whole = [text for text in texts if all("=" in part for part in text.partition(":")[2].split(",") if part)]
+    return {end for text in whole for end in (ends_of(text) if ".." in text else [text])}
+
+
+def ends_of(text):
+    """The settings of the first and the last sparse step of a ramp."""
+    name, config = parse_method(text)
+    ends = ramps.ends(make_config(name, config))
+    return [method_text(name, {key: getattr(end, key) for key in config}) for end in ends]
 
 
 def required(config):

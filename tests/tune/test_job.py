@@ -112,7 +112,9 @@ def test_dense_steps_are_shares_so_that_short_rounds_have_them_too():
     schedules = {candidate.setting.schedule for candidate in candidates}
     assert {(schedule.dense_steps, schedule.dense_layers) for schedule in schedules} == {(0.2, 1)} and not left_out
     assert [candidate.title for candidate in candidates if candidate.method == "gna"] == ["gna:window=3"]
-    assert sum(candidate.method == "sol" for candidate in candidates) == len(space.DENSITIES) + 1  # and the preset
+    assert sum(candidate.method == "sol" for candidate in candidates) == len(space.DENSITIES) + 2  # ramp and preset
+    (ramped,) = (candidate.setting for candidate in candidates if candidate.setting.ramped)
+    assert ramped.config.first.tau > ramped.config.last.tau and ramped.config.names == ["tau"]
 
 
 def test_a_preset_that_does_not_fit_is_left_out_and_named():
