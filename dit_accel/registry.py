@@ -11,8 +11,8 @@ import pkgutil
 from collections.abc import Collection, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from dit_accel import ramps
 from dit_accel.errors import DitAccelError
+from dit_accel.plans import ramps
 
 if TYPE_CHECKING:
     from dit_accel.method import Method

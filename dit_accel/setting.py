@@ -4,7 +4,7 @@ It is made once, and everything between the command line and the engine holds it
 
 Text: ``METHOD[:key=value,...]``, then words of the schedule, the back end and the step cache, as in
 ``radial:decay=0.2 dense_steps=0.2 dense_layers=0,3 dense_backend=auto cache=mag:threshold=0.12``. A value may be a ramp
-over the sparse steps, as in ``sol:tau=1.3..0.8`` (`dit_accel.ramps`). `Setting.parse` reads it.
+over the sparse steps, as in ``sol:tau=1.3..0.8`` (`dit_accel.plans.ramps`). `Setting.parse` reads it.
 
 A JSON file holds a setting, too, also one whose layers differ; ``tile:layers=FILE.json`` is the text of what it holds.
 A search writes it, or a person:
@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any
 from dit_accel.caches.step_cache import StepCache
 from dit_accel.errors import DitAccelError
 from dit_accel.files import MARK, read_json
-from dit_accel.ramps import Ramped, ends, of_all_steps
+from dit_accel.plans.ramps import Ramped, ends, of_all_steps
 from dit_accel.registry import DENSE, get_method, make_config, parse_method, parse_value, plain, settings_of, value_text
 from dit_accel.schedule import Schedule
 

@@ -38,7 +38,7 @@ class Option:
         repeatable: the command line takes the option several times.
         typed: the command line has the option; YAML always has it.
         positional: the command line takes it by its place, without a name.
-        ramps: the setting of a method may change over the steps of a run, see `dit_accel.ramps`.
+        ramps: the setting of a method may change over the steps of a run, see `dit_accel.plans.ramps`.
     """
 
     help: str

@@ -25,7 +25,7 @@ FLOORS = (
     ("errors", "files", "tokens", "order"),
     ("kernels",),
     ("plans",),
-    ("registry", "values", "schedule", "ramps"),
+    ("registry", "values", "schedule"),
     ("method",),
     ("methods",),
     ("pipelines",),

@@ -9,8 +9,8 @@ from messages import names
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import dit_accel
-from dit_accel import ramps
 from dit_accel.errors import DitAccelError
+from dit_accel.plans import ramps
 from dit_accel.registry import make_config, settings_of
 from dit_accel.schedule import Schedule, Step
 from dit_accel.setting import Setting

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import typer
 
-from dit_accel import ramps, registry
+from dit_accel import registry
 from dit_accel.cli.options import JsonOptions, command
 from dit_accel.errors import DitAccelError
 from dit_accel.files import MARK, check_file, check_ours, staged
@@ -25,6 +25,7 @@ from dit_accel.generation.request import (
     Subject,
     method_advice,
 )
+from dit_accel.plans import ramps
 from dit_accel.values import option
 
 if TYPE_CHECKING:

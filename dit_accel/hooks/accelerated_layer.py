@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from dit_accel import ramps, registry
+from dit_accel import registry
 from dit_accel.errors import DitAccelError
 from dit_accel.hooks import selfcheck
 from dit_accel.hooks.report import LayerReport, Tally
 from dit_accel.method import LearnedModule
 from dit_accel.pipelines.processor import AcceleratedAttnProcessor
+from dit_accel.plans import ramps
 from dit_accel.plans.plan import Plan, building
 
 

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from dit_accel import ramps
 from dit_accel.caches.at_work import CacheAtWork
 from dit_accel.errors import DitAccelError, DitAccelWarning
 from dit_accel.hooks.accelerated_layer import AcceleratedLayer, naming_remove, without_learned
@@ -29,9 +28,10 @@ from dit_accel.pipelines.anchors import AnchorTokens
 from dit_accel.pipelines.attention import AtWork, CallState
 from dit_accel.pipelines.family import Family, Memory, ModelCall
 from dit_accel.pipelines.processor import AcceleratedAttnProcessor
+from dit_accel.plans import ramps
 from dit_accel.plans.plan import Plan
+from dit_accel.plans.ramps import Ramped
 from dit_accel.plans.routed import RoutedPlan
-from dit_accel.ramps import Ramped
 from dit_accel.schedule import Step
 from dit_accel.setting import Setting
 from dit_accel.tokens import TokenGrid

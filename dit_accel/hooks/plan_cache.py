@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from dit_accel import ramps
 from dit_accel.errors import DitAccelError
 from dit_accel.method import Method
+from dit_accel.plans import ramps
 from dit_accel.plans.plan import Plan, building
 from dit_accel.plans.routed import RoutedPlan
 from dit_accel.registry import settings_of

@@ -7,10 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
-from dit_accel import ramps, registry, values
+from dit_accel import registry, values
 from dit_accel.errors import DitAccelError
 from dit_accel.generation import captioned, prompts
 from dit_accel.generation.request import PROMPTS_FORM, DeviceOptions, SizeOptions, SourceOptions
+from dit_accel.plans import ramps
 from dit_accel.train.settings import INDEX, TrainSettings, make, read_recipe
 from dit_accel.values import option
 

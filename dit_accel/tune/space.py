@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dit_accel import ramps, registry
+from dit_accel import registry
 from dit_accel.errors import DitAccelError
 from dit_accel.eval.samples import key_of
 from dit_accel.eval.summary import Evaluation
@@ -17,6 +17,7 @@ from dit_accel.generation import modular
 from dit_accel.generation.candidate import Candidate
 from dit_accel.generation.sampling import TotalBar
 from dit_accel.pipelines.family import Family
+from dit_accel.plans import ramps
 from dit_accel.schedule import STEPS
 from dit_accel.setting import Setting
 from dit_accel.tokens import TokenGrid

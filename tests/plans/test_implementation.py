@@ -11,10 +11,10 @@ import torch
 from messages import names
 
 import dit_accel
-from dit_accel import ramps
 from dit_accel.errors import DitAccelError, DitAccelWarning
 from dit_accel.kernels import impls
 from dit_accel.kernels.impls import ROUTER, SLA, TAIL
+from dit_accel.plans import ramps
 from dit_accel.registry import get_families, get_method, get_methods, make_config, parse_method
 from dit_accel.setting import method_text
 from dit_accel.tokens import TokenGrid
