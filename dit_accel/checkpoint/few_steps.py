@@ -67,14 +67,14 @@ def _shifted(positions: Iterable[float], shift: float) -> tuple[float, ...]:
 
 
 def install(pipeline: Any, call: Mapping[str, Any], sampler: Sampler | None) -> tuple[Callable[[], None], list[str]]:
-    """Give a pipeline's calls these defaults, and a sampler's scheduler; what a call is given besides wins.
+    """Give a pipeline's calls these defaults, and a sampler's schedulers. A call's own arguments win.
 
     The pipeline becomes an object of a subclass with its class's name, whose call has the defaults, draws the
     scheduler's noise from the call's generator and scales the first noise.
 
     Args:
         pipeline: None for a transformer alone, whose caller samples.
-        call: arguments by name; those that the pipeline does not take are left out.
+        call: arguments by name; those that the pipeline does not take are ignored.
 
     Returns:
         A function that restores class, scheduler and boundary, unless the user has set another scheduler since; and

@@ -46,7 +46,7 @@ def load(
         any_weights: load a fine-tuning into other base weights than those it started from.
         keep_int8: leave published int8 weights in int8, through torchao; otherwise they are dequantised. Move the
             pipeline to its device first: where weights are moved, torchao rounds their scales to the model's dtype.
-        config: settings of the method in place of those that a published format says.
+        config: settings of the method in place of a published format's own.
 
     Raises:
         DitAccelError: the files are missing, damaged, incomplete, pickled or of another model. Nothing has changed.

@@ -1,4 +1,4 @@
-"""A model's own weights: which they are, and putting others in their place for a while."""
+"""A model's own weights, and replacing them until further notice."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ class NewWeight:
 
     Args:
         keys: its names in the file.
-        shape: what it has, to be held against the model's.
-        make: the tensor, from the one in its place, which stays as it is.
-        int8: of a matrix of whole tiles, the int8 values and the float32 scale of each tile; None if it has none.
+        shape: its shape, which has to be that of the model's tensor.
+        make: makes the tensor from the one that it replaces, which it leaves unchanged.
+        int8: reads the int8 values of a matrix and the float32 scale of each tile; None for other tensors.
     """
 
     keys: tuple[str, ...]
@@ -47,7 +47,7 @@ class NewWeight:
 
 
 def every(name: str) -> bool:
-    """That a weight of any name is needed."""
+    """Whether a weight is needed: always."""
     return True
 
 
@@ -59,10 +59,10 @@ def check(
     *,
     where: str,
 ) -> None:
-    """Hold new weights against the shapes of those that they replace.
+    """Compare names and shapes of new weights with those that they replace.
 
     Raises:
-        DitAccelError: a weight is foreign, has another shape, or is `needed` and missing.
+        DitAccelError: a weight is not the model's or has another shape, or a `needed` one is missing.
     """
     for name, weight in new.items():
         if name not in shapes:

@@ -37,7 +37,7 @@ class Tuned:
         method, config: the sparse attention.
         call: defaults of the pipeline's calls, such as the number of steps.
         sampler: the scheduler's; None: the pipeline keeps its own.
-        ask: settings that the files do not tell, each with the values to choose from.
+        ask: settings that the files do not hold and the user has to give, each with the values to choose from.
     """
 
     method: str
@@ -52,9 +52,9 @@ class WeightReading:
     """What the files of one transformer become.
 
     Args:
-        weights: of the model, by their names in Diffusers' class.
-        learned: of the method, by their names in the transformer, such as blocks.0.attn1.sparse_linear.proj.weight.
-        needed: whether a weight of the model has to be among them, by its name.
+        weights: the model's, by their names in Diffusers' class.
+        learned: the method's, by their names in the transformer, such as blocks.0.attn1.sparse_linear.proj.weight.
+        needed: whether the files have to hold the model's weight of that name.
         notes: for the report.
     """
 
@@ -109,7 +109,7 @@ def detect(files: WeightFiles) -> Format:
     """The format of these files.
 
     Raises:
-        DitAccelError: it is none of the known ones, or not one alone.
+        DitAccelError: no known format fits, or several do.
     """
     fitting = [known for known in get_formats().values() if known.detect(files)]
     if len(fitting) == 1:
@@ -132,8 +132,8 @@ def settings(chosen: Format, files: WeightFiles, overrides: Mapping[str, Any]) -
     for name, values in tuned.ask.items():
         if name not in overrides:
             raise DitAccelError(
-                f"The files of {files.name} do not tell the {name} that they were tuned for. Give {name}= ({values}); "
-                f"on the command line --set {name}=..."
+                f"{files.name} does not hold the {name} that it was tuned for. Give {name}= ({values}), or --set "
+                f"{name}=... on the command line."
             )
     config = {**tuned.config, **overrides}
     registry.make_config(tuned.method, config)
@@ -142,7 +142,7 @@ def settings(chosen: Format, files: WeightFiles, overrides: Mapping[str, Any]) -
 
 @dataclasses.dataclass(frozen=True)
 class Fitting:
-    """Published weights that were held against a pipeline and fit it; nothing has changed yet."""
+    """Published weights that fit a pipeline. Nothing has changed yet."""
 
     format: Format
     tuned: Tuned
@@ -150,10 +150,10 @@ class Fitting:
 
 
 def fit(target: Any, files: WeightFiles, overrides: Mapping[str, Any]) -> Fitting:
-    """Hold files against a pipeline or transformer, without reading a tensor or changing anything.
+    """Compare files with a pipeline or transformer, without reading a tensor or changing anything.
 
     Raises:
-        DitAccelError: the format is unknown, or does not fit; the message names the first tensor that does not.
+        DitAccelError: the format is unknown, or the files do not fit; the message names the first tensor that differs.
     """
     chosen = detect(files)
     tuned = settings(chosen, files, overrides)
@@ -204,7 +204,7 @@ def load(
         how: arguments of `accelerate`.
 
     Raises:
-        DitAccelError: as for `fit` and `accelerate`. Everything is as it was then.
+        DitAccelError: as for `fit` and `accelerate`. Nothing has changed then.
     """
     fitting = fit(target, files, overrides)
     tuned, (transformers, pipeline) = fitting.tuned, find_transformers(target)

@@ -77,7 +77,7 @@ class StoredModel:
 
 @dataclasses.dataclass(frozen=True)
 class WeightFiles:
-    """All that one path holds.
+    """The weights and the index that one path holds.
 
     Args:
         name: the user's name for it.
@@ -100,11 +100,11 @@ class WeightFiles:
 
 
 def locate(path: str | os.PathLike[str], revision: str | None = None, option: str = "") -> Path:
-    """The file or folder that a user names; a repository on the Hub is fetched if nothing here has its name.
+    """The file or folder of that name; a repository on the Hub is fetched if this machine has none.
 
     Args:
-        path: a file, a folder, or ``owner/name`` with ``/file.safetensors`` and ``@revision`` behind it or not. Of a
-            repository JSON files, the transformers' weights and those beside the index are fetched.
+        path: a file, a folder, or a repository as ``owner/name``, optionally with ``/file.safetensors`` and
+            ``@revision``. JSON files, the transformers' weights and those beside the index are fetched.
         revision: branch, tag or commit of the repository.
         option: of the command line that names the path, for errors, such as "--load ".
 
@@ -150,7 +150,7 @@ def _fetch(repository: str, file: str | None, revision: str | None) -> Path:
 
 
 def _wanted(repository: str, names: Sequence[str]) -> list[str]:
-    """JSON files and transformers' weights: those beside the index too, but not those of codecs and text encoders."""
+    """JSON files, the transformers' weights and those beside the index, without codecs and text encoders."""
     weights = [name for name in names if "/" not in name or name.startswith("transformer")]
     if not any(name.endswith(".safetensors") for name in weights):
         pickles = [name for name in weights if name.endswith(PICKLES)]

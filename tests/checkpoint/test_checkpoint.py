@@ -257,7 +257,7 @@ def test_an_adapters_file_has_the_same_bytes_every_time(tiny_wan, tmp_path):
     with safetensors.safe_open(path, "pt") as file:
         assert sorted(file.metadata()) == ["format", adapters.LORA_METADATA, "note"]
         weights = {key: file.get_tensor(key) for key in file.keys()}
-    own = {f"transformer.{name}": weight for name, weight in transformer.named_parameters() if "lora_" in name}
+    adapter = {f"transformer.{name}": weight for name, weight in transformer.named_parameters() if "lora_" in name}
     assert len(weights) == 2
-    for name, weight in own.items():
+    for name, weight in adapter.items():
         assert torch.equal(weights[name.replace(f".{adapters.ADAPTER}", "")], weight)

@@ -25,8 +25,8 @@ def cells():
 def published(model, pooled=False):
     weights = {key: value for key, value in moved(model).items() if WEIGHTS.fullmatch(key)}
     names = [*(f"transformer_blocks.{i}" for i in (0, 1)), *(f"single_transformer_blocks.{i}" for i in (0, 1))]
-    for name, own in zip(names, cells(), strict=True) if pooled else ():
-        weights[f"{name}.attn.processor.spatial_weight"] = own.reshape(1, 1, 1, 4, 1, 4, 1)
+    for name, weight in zip(names, cells(), strict=True) if pooled else ():
+        weights[f"{name}.attn.processor.spatial_weight"] = weight.reshape(1, 1, 1, 4, 1, 4, 1)
     return weights
 
 
@@ -71,13 +71,13 @@ def test_it_computes_the_authors_function(radius, size, pooled, tiny_flux, flux_
     reference.load_state_dict(published(model), strict=False)
     plain, exact = (formula(reference, inputs, size, radius, dtype, pooled) for dtype in (torch.float32, torch.float64))
     with dit_accel.load(model, tmp_path / "weights.safetensors", radius=radius) as accel, torch.no_grad():
-        found = model(**inputs, return_dict=False)[0]
-        assert_accurate("clear", found, plain, exact)
+        out = model(**inputs, return_dict=False)[0]
+        assert_accurate("clear", out, plain, exact)
         assert accel.trained.changed.keys() == {"transformer"} and not accel.trained.full
         accel.save_pretrained(tmp_path / "ours")
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     with dit_accel.load(model, tmp_path / "ours") as again, torch.no_grad():
-        assert torch.equal(model(**inputs, return_dict=False)[0], found)
+        assert torch.equal(model(**inputs, return_dict=False)[0], out)
         assert again.setting.config.radius == radius and again.setting.config.pool == 4 * pooled
 
 

@@ -57,13 +57,13 @@ def test_it_computes_the_authors_function(spelling, grid, tiny_wan, wan_inputs, 
     plain, exact = (formula(reference, inputs, grid, dtype) for dtype in (torch.float32, torch.float64))
     with dit_accel.load(model, tmp_path / "weights.safetensors") as accel, torch.no_grad():
         assert (accel.setting.method, accel.setting.config.topk, accel.setting.config.tile) == ("proxy", 0.2, (4, 4, 4))
-        found = model(**inputs, return_dict=False)[0]
-        assert_accurate(spelling, found, plain, exact)
+        out = model(**inputs, return_dict=False)[0]
+        assert_accurate(spelling, out, plain, exact)
         report = str(accel.report())
         assert ("1 weights are in the file under two names" in report) == (spelling == "mixed")
         accel.save_pretrained(tmp_path / "ours")
     with dit_accel.load(model, tmp_path / "ours"), torch.no_grad():
-        assert torch.equal(model(**inputs, return_dict=False)[0], found)
+        assert torch.equal(model(**inputs, return_dict=False)[0], out)
 
 
 def test_the_gate_is_compiled_and_trained(tiny_wan, wan_inputs, tmp_path):
@@ -89,13 +89,13 @@ def folder(wan_folder, tmp_path):
     from diffusers import WanTransformer3DModel
 
     def make(name, gated):
-        own = tmp_path / name
-        (own / "transformer").mkdir(parents=True)
-        (own / "model_index.json").write_text(json.dumps({"_class_name": name}))
+        place = tmp_path / name
+        (place / "transformer").mkdir(parents=True)
+        (place / "model_index.json").write_text(json.dumps({"_class_name": name}))
         model = WanTransformer3DModel.from_pretrained(wan_folder / "transformer")
         weights = published(model) if gated else moved(model)
-        save_file(weights, own / "transformer" / "diffusion_pytorch_model.safetensors")
-        return own
+        save_file(weights, place / "transformer" / "diffusion_pytorch_model.safetensors")
+        return place
 
     return make
 

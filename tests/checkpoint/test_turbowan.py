@@ -178,8 +178,8 @@ def test_int8_weights_may_stay_in_int8(dtype, tiny_wan, wan_inputs, tmp_path):
         assert says(str(accel.report()), "20", "keep_int8=True", "--keep-int8")
         plain = model(**inputs, return_dict=False)[0]
     with dit_accel.load(model, file, keep_int8=True) as accel, torch.no_grad():
-        kept = [name for name, value in model.named_parameters() if hasattr(value, "qdata")]
-        assert len(kept) == 20 and says(str(accel.report()), "20", "int8,", "torchao")
+        stay = [name for name, value in model.named_parameters() if hasattr(value, "qdata")]
+        assert len(stay) == 20 and says(str(accel.report()), "20", "int8,", "torchao")
         assert torch.equal(model.blocks[0].ffn.net[2].weight.qdata, stored["blocks.0.ffn.net.2.int8_weight"])
         assert torch.equal(model(**inputs, return_dict=False)[0], plain)
         accel.save_pretrained(tmp_path / "ours")
@@ -216,7 +216,7 @@ def test_a_pipeline_gets_its_sampler_and_gives_it_back(wan_folder, tmp_path):
     save_file(published(pipe.transformer, "original"), tmp_path / "weights.safetensors")
     accel = dit_accel.load(pipe, tmp_path / "weights.safetensors")
     call = {"height": 96, "width": 96, "num_frames": 5, "output_type": "latent"}
-    made = pipe("a circle", generator=torch.Generator().manual_seed(0), **call).frames
+    frames = pipe("a circle", generator=torch.Generator().manual_seed(0), **call).frames
     report = str(accel.report())
     assert accel.report().calls == {"transformer": 4}
     assert "calls default to num_inference_steps=4, guidance_scale=1.0" in report and "turbowan" in report
@@ -227,7 +227,7 @@ def test_a_pipeline_gets_its_sampler_and_gives_it_back(wan_folder, tmp_path):
     assert all(torch.equal(value, before[key]) for key, value in pipe.transformer.state_dict().items())
     with dit_accel.load(pipe, tmp_path / "ours") as again:
         assert again.trained.full and again.trained.sampler == rcm(80)
-        assert torch.equal(pipe("a circle", generator=torch.Generator().manual_seed(0), **call).frames, made)
+        assert torch.equal(pipe("a circle", generator=torch.Generator().manual_seed(0), **call).frames, frames)
     assert pipe.scheduler is old and type(pipe) is WanPipeline
 
 
@@ -238,8 +238,8 @@ def test_the_command_samples_in_a_few_steps(steps, cli, wan_folder, tmp_path):
     model = WanTransformer3DModel.from_pretrained(wan_folder / "transformer")
     save_file(published(model), tmp_path / "weights.safetensors")
     size = ("--frames", 5, "--height", 96, "--width", 96, "--output", tmp_path / "clip.mp4")
-    given = () if steps == 4 else ("--steps", steps)
-    done = cli("generate", "--model", wan_folder, "--load", tmp_path / "weights.safetensors", *given, *size)
+    chosen = () if steps == 4 else ("--steps", steps)
+    done = cli("generate", "--model", wan_folder, "--load", tmp_path / "weights.safetensors", *chosen, *size)
     assert done.status == 0, done.err
     assert f"2 layers, {steps} calls" in done.out and "FewStepScheduler" in done.out
 
