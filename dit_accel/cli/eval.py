@@ -13,12 +13,19 @@ from dit_accel.cli import Interrupted
 from dit_accel.cli.options import command
 from dit_accel.errors import DitAccelError
 from dit_accel.eval.request import EvalRequest
-from dit_accel.generation.request import CACHE_FORM, LOAD_FORM, METHOD_FORM, MethodOptions, ScheduleOptions, Subject
+from dit_accel.generation.request import (
+    CACHE_FORM,
+    LOAD_FORM,
+    METHOD_FORM,
+    NO_CACHE,
+    MethodOptions,
+    ScheduleOptions,
+    Subject,
+)
 from dit_accel.pipelines.levels import LEVELS
 from dit_accel.values import option
 
 BROKEN = 1  # the exit status where a limit does not hold
-NO_CACHE = "none"
 SHOWN = 2  # metrics in the terminal; the report has all
 
 if TYPE_CHECKING:

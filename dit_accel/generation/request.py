@@ -29,6 +29,7 @@ MOST_STEPS = 10_000  # models learn 1,000 noise levels
 PROMPT = "a red circle moves right on a blue background"  # shows what the embedded model can draw
 METHOD_FORM = "METHOD[:KEY=VALUE,...]"
 CACHE_FORM = "CACHE[:KEY=VALUE,...]"
+NO_CACHE = "none"  # in place of one, where others stand beside it
 LOAD_FORM = "FOLDER|FILE|HUB-ID"
 PROMPTS_FORM = "FILE|LIST|FOLDER"
 

@@ -57,7 +57,8 @@ def run(request: TuneRequest) -> tuple[Summary, list[str]]:
             raise DitAccelError("This model has no usual number of denoising steps. Give it with --steps.")
         transformers = find_transformers(pipe)[0].values()
         tried, left_out = space.settings(request, opened.grid, [family for _, family in transformers], steps)
-        for what, why in left_out.items():
+        caches, refused = ([], {}) if request.cache is not None else space.caches(pipe, steps)
+        for what, why in (left_out | refused).items():
             print(f"left out: {what}: {why}", file=sys.stderr)
         layers = sum(1 for transformer, family in transformers for _ in family.attentions(transformer))
         search = space.LayerSearch(request, opened, tried, steps, layers)
@@ -68,11 +69,14 @@ def run(request: TuneRequest) -> tuple[Summary, list[str]]:
         whole = TotalBar(progress, "all of it", work * len(opened.items))
         for number, (_, round_steps) in enumerate(planned, 1):
             final = number == len(planned)
+            stack = space.stacked(request, candidates, caches) if final else []
+            whole.spare(-len(stack) * round_steps * len(opened.items))
             if final and search.obstacle is None and len(search.configs(candidates[0].method)) > 1:
                 whole.spare(-search.work(candidates[0].method))
                 layered = search.run(candidates, whole)
                 whole.spare(-len(layered) * round_steps * len(opened.items))
                 candidates = [*candidates, *layered]
+            candidates = [*candidates, *stack]
             of_round = dataclasses.replace(
                 evaluation, steps=round_steps, methods=tuple(candidates), output=request.output / f"round-{number}",
                 pictures=evaluation.pictures if final else 0,

@@ -13,7 +13,7 @@ from dit_accel.errors import DitAccelError
 from dit_accel.eval.request import EvalRequest, PromptsRequest
 from dit_accel.files import replace_file
 from dit_accel.generation.processes import ProcessRank
-from dit_accel.generation.request import METHOD_FORM, ScheduleOptions
+from dit_accel.generation.request import CACHE_FORM, METHOD_FORM, NO_CACHE, ScheduleOptions
 from dit_accel.values import option
 
 if TYPE_CHECKING:
@@ -41,6 +41,12 @@ class TuneRequest(ScheduleOptions, PromptsRequest):
     method: tuple[str, ...] = option(
         (), "Try only this method, repeatable; with settings, only those.", metavar=METHOD_FORM, repeatable=True
     )
+    cache: str | None = option(
+        None,
+        "A step cache for all settings, or none to try no cache; without it the last round tries some. mag without "
+        "--target: measure its ratios.",
+        metavar=CACHE_FORM,
+    )
     output: Path = option(Path("tuned"), "Folder for all files; a run that was stopped continues.", metavar="FOLDER")
 
     def __post_init__(self) -> None:
@@ -57,9 +63,14 @@ class TuneRequest(ScheduleOptions, PromptsRequest):
             self.calibrated()
 
     @property
+    def words(self) -> dict[str, Any]:
+        """Those that were given; the cache "none" is none."""
+        return {name: value for name, value in super().words.items() if (name, value) != ("cache", NO_CACHE)}
+
+    @property
     def measures_ratios(self) -> bool:
         """Whether MagCache's ratios are measured, and nothing is searched."""
-        cache = StepCache.of(self.cache)
+        cache = StepCache.of(self.words.get("cache"))
         return self.target is None and cache is not None and cache.name == "mag"
 
     def calibrated(self) -> tuple[Method, dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""What a search tries: methods at some densities and presets, with and without dense steps, and layer by layer."""
+"""What a search tries: methods at densities and presets, with and without dense steps, by layer, with step caches."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from dit_accel import registry
+from dit_accel.accelerator import accelerate
+from dit_accel.caches.step_cache import StepCache
 from dit_accel.errors import DitAccelError
 from dit_accel.eval.samples import key_of
 from dit_accel.eval.summary import Evaluation
@@ -31,7 +33,11 @@ DENSITIES = (0.5, 0.3, 0.2, 0.1)
 RAMP = (0.1, 0.3)  # densities of the first and the last sparse step
 DENSE_STEPS = 0.2
 SAMPLES = 4  # of a layer search
-DENSE = Candidate(Setting.make(registry.DENSE))
+CACHES = ("mag:threshold=0.06", "mag:threshold=0.12")
+SHARE_COMPUTED = 1 / 3  # of the steps, by the cache "steps"
+STACKED = 2  # settings that the last round tries with every cache
+DENSE_SETTING = Setting.make(registry.DENSE)
+DENSE = Candidate(DENSE_SETTING)
 
 
 def settings(
@@ -97,6 +103,39 @@ def ramp(method: str, first: dict[str, Any], last: dict[str, Any]) -> dict[str, 
         return {}
     text = registry.value_text
     return {**last, **{name: text(first[name]) + ramps.DOTS + text(last[name]) for name in changing}}
+
+
+def caches(pipe: Any, steps: int) -> tuple[list[StepCache], dict[str, str]]:
+    """The step caches to try in a run of `steps` steps, and why the model cannot have others.
+
+    The list of `steps` is dense at the start of the run, where a step changes most: its spacing grows geometrically.
+    """
+    computed = [0]
+    while len(computed) < round(steps * SHARE_COMPUTED):
+        computed.append(max(computed[-1] + 1, round(steps ** (len(computed) / round(steps * SHARE_COMPUTED))) - 1))
+    texts = [*CACHES]
+    if len(computed) > 1:
+        texts.append(f"steps:computed={'x'.join(map(str, computed))},num_inference_steps={steps}")
+    fitting, left_out = [], {}
+    for text in texts:
+        try:
+            accelerate(pipe, registry.DENSE, cache=text).remove()
+            fitting.append(StepCache.parse(text))
+        except DitAccelError as error:
+            left_out[f"the cache {text}"] = str(error)
+    return fitting, left_out
+
+
+def stacked(request: TuneRequest, finalists: Sequence[Candidate], caches: Sequence[StepCache]) -> list[Candidate]:
+    """Each cache alone and with the first finalists; in Morton order the first in raster order that nobody typed."""
+    settings = [candidate.setting for candidate in finalists[:STACKED] if candidate.setting is not None]
+    candidates = [setting.changed(cache=cache) for setting in (DENSE_SETTING, *settings) for cache in caches]
+    typed = {registry.parse_method(text)[0] for text in request.method if registry.parse_method(text)[1]}
+    free = [setting for setting in settings if setting.config is not None and setting.method not in typed]
+    for setting in [setting for setting in free if registry.settings_of(setting.config).get("order") == "raster"][:1]:
+        config = registry.make_config(setting.method, {**registry.settings_of(setting.config), "order": "morton"})
+        candidates.append(dataclasses.replace(setting, config=config))
+    return list(map(Candidate, candidates))
 
 
 class LayerSearch:

@@ -5,12 +5,15 @@ import random
 
 import pytest
 import torch
+from diffusers.hooks import FirstBlockCacheConfig
 
 import dit_accel
 from dit_accel.eval import sweep
 from dit_accel.eval.report import fields
-from dit_accel.generation.candidate import BASELINE
-from dit_accel.tune import job
+from dit_accel.generation.candidate import BASELINE, Candidate
+from dit_accel.setting import Setting
+from dit_accel.tune import job, space
+from dit_accel.tune.request import TuneRequest
 
 SMALL = ("--frames", 5, "--height", 32, "--width", 32, "--steps", 2)
 
@@ -73,6 +76,7 @@ def test_from_prompts_to_a_pick_on_the_measured_front(cli, demo, tmp_path, gaini
     settings = [f"sparge:topk={share},topp=0,block=4,block_q=8" for share in (0.2, 0.3, 0.4, 0.5, 0.6, 0.8)]
     methods = [option for method in settings for option in ("--method", method)]
     command = ("tune", *SMALL, "--target", "1.5x", *methods, "--dense-steps", 0, "--prompts", prompts, "--output", out)
+    command = (*command, "--cache", "none")
     outcome = cli(*command)
     assert outcome.status == 0, outcome.err
     (round_1, last) = (json.loads((out / f"round-{n}" / "summary.json").read_text()) for n in (1, 2))
@@ -102,10 +106,46 @@ def test_from_prompts_to_a_pick_on_the_measured_front(cli, demo, tmp_path, gaini
     assert gaining == [] and (out / "settings.json").read_bytes() == before  # nothing is run again
 
 
+def test_morton_order_is_tried_where_nobody_typed_the_settings():
+    finalists = [Candidate(Setting.make("gna", {"window": 3})), Candidate(Setting.make("sol", {"tau": 1.0}))]
+    for methods, titles in (
+        ((), ["sol:order=morton"]),
+        (("sol",), ["sol:order=morton"]),
+        (("sol:tau=1.5",), []),
+    ):
+        more = space.stacked(TuneRequest(target="2x", method=methods), finalists, [])
+        assert [candidate.title for candidate in more] == titles
+
+
+def test_the_last_round_tries_step_caches(cli, demo, tmp_path, gaining):
+    (tmp_path / "prompts.txt").write_text("a red circle\n")
+    asked = ("--method", "sparge:topk=0.5,topp=0,block_q=8,block=4", "--prompts", tmp_path / "prompts.txt")
+    outcome = cli("tune", *SMALL[:-1], 6, "--target", "1.1x", *asked, "--dense-steps", 0, "--output", tmp_path / "out")
+    assert outcome.status == 0, outcome.err
+    settings = [json.loads((tmp_path / "out" / "round-1" / "summary.json").read_text())["rows"]]
+    labels = {row["label"] for row in settings[0]}
+    chosen = "cache=steps:computed=0x1,num_inference_steps=6"
+    for method in ("dense", asked[1]):
+        assert {f"{method} {word}" for word in (chosen, *(f"cache={text}" for text in space.CACHES))} <= labels
+    assert len(labels) == 8  # and the baseline, and the method
+    picked = json.loads((tmp_path / "out" / "settings.json").read_text())
+    assert picked["tuned"]["row"] in labels
+
+
+def test_caches_that_a_model_cannot_have_are_left_out_and_named(demo):
+    from dit_accel.pipelines import demo as embedded
+
+    pipe = embedded.load_demo(folder=demo)
+    fitting, left_out = space.caches(pipe, 12)
+    assert [str(cache) for cache in fitting] == [*space.CACHES, "steps:computed=0x1x2x5,num_inference_steps=12"]
+    assert not left_out and len(space.caches(pipe, 3)[0]) == 2
+    pipe.transformer.enable_cache(FirstBlockCacheConfig(0.1))
+    fitting, left_out = space.caches(pipe, 12)
+    assert not fitting and all("disable_cache()" in why for why in left_out.values()) and len(left_out) == 3
+
+
 def test_dense_steps_are_shares_so_that_short_rounds_have_them_too():
     from dit_accel.registry import get_families
-    from dit_accel.tune import space
-    from dit_accel.tune.request import TuneRequest
 
     asked = TuneRequest(target="2x", method=("sol", "gna:window=3"), dense_steps=10, dense_layers=1)
     candidates, left_out = space.settings(asked, dit_accel.TokenGrid(8, 32, 32), [get_families()["wan"]], 50)
@@ -119,8 +159,6 @@ def test_dense_steps_are_shares_so_that_short_rounds_have_them_too():
 
 def test_a_preset_that_does_not_fit_is_left_out_and_named():
     from dit_accel.registry import get_families
-    from dit_accel.tune import space
-    from dit_accel.tune.request import TuneRequest
 
     grid, family = dit_accel.TokenGrid(9, 96, 96), get_families()["hunyuan_video"]
     candidates, left_out = space.settings(TuneRequest(target="2x", method=("gna",)), grid, [family], 50)
