@@ -60,8 +60,21 @@ class Schedule:
         """Whether the answer depends on the denoising step."""
         return any(self._ends)
 
-    def all_dense(self, steps: int) -> str | None:
-        """The sentence that says so, if every one of so many steps stays dense."""
+    def remark(self, steps: int) -> str | None:
+        """A sentence about a run of so many steps in which all stay dense, or more than a share asks for."""
+        return self._all_dense(steps) or self._rounded(steps)
+
+    def _rounded(self, steps: int) -> str | None:
+        """Of few steps: a share of less than half a step still keeps one dense."""
+        shares = {name: value for name in STEPS if isinstance(value := getattr(self, name), float)}
+        small = [f"{name}={value}" for name, value in shares.items() if 0 < value * steps < 0.5]
+        if not small:
+            return None
+        apart = " each" if len(small) > 1 else ""
+        shown = f"{' and '.join(small)} of {steps} steps"
+        return f"{shown} is less than half a step{apart} and keeps 1 dense{apart}: give numbers of steps"
+
+    def _all_dense(self, steps: int) -> str | None:
         if sum(_amount_of(amount, steps) for amount in self._ends) < steps:
             return None
         given = " and ".join(f"{name}={value}" for name in STEPS if (value := getattr(self, name)))

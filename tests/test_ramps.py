@@ -35,8 +35,8 @@ def generate(pipe, steps):
 @pytest.fixture
 def wan_pipe(tiny_wan):
     def make(**components):
-        scheduler, given = FlowMatchEulerDiscreteScheduler(shift=3.0), {"transformer": tiny_wan()} | components
-        pipe = WanPipeline(tokenizer=None, text_encoder=None, vae=None, scheduler=scheduler, **given)
+        scheduler, parts = FlowMatchEulerDiscreteScheduler(shift=3.0), {"transformer": tiny_wan()} | components
+        pipe = WanPipeline(tokenizer=None, text_encoder=None, vae=None, scheduler=scheduler, **parts)
         pipe.set_progress_bar_config(disable=True)
         return pipe
 

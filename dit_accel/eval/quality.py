@@ -79,7 +79,7 @@ def opened(
     process, arguments = checked.process, checked.arguments
     steps = call.default_of(checked.source.pipeline_class(), arguments({}), "num_inference_steps")
     for candidate in candidates if isinstance(steps, int) and process.main else ():
-        if candidate.setting is not None and (remark := candidate.setting.schedule.all_dense(steps)):
+        if candidate.setting is not None and (remark := candidate.setting.schedule.remark(steps)):
             print(f"warning: {candidate.label}: {remark}.", file=sys.stderr)
     with hold(request.output) if process.main else contextlib.nullcontext() as locked:
         if locked is False:

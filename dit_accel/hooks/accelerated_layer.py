@@ -163,3 +163,12 @@ def without_learned(save: Callable[..., Any]) -> Callable[..., Any]:
                 module._modules[name] = part
 
     return save_pretrained
+
+
+@torch.compiler.assume_constant_result
+def refuse_export(name: str) -> None:
+    """Dynamo calls such a function, and lets its error out as it is, instead of tracing it."""
+    raise DitAccelError(
+        f"An exported {name} attends as in its last call, and there was none. Call it with the same inputs, then "
+        "export it."
+    )

@@ -14,7 +14,7 @@ from torch import nn
 
 from dit_accel.caches.at_work import CacheAtWork
 from dit_accel.errors import DitAccelError, DitAccelWarning
-from dit_accel.hooks.accelerated_layer import AcceleratedLayer, naming_remove, without_learned
+from dit_accel.hooks.accelerated_layer import AcceleratedLayer, naming_remove, refuse_export, without_learned
 from dit_accel.hooks.dense_backend import DenseBackend
 from dit_accel.hooks.dense_backend import choose as choose_backend
 from dit_accel.hooks.levels import Level
@@ -227,7 +227,7 @@ class Engine(AtWork):
             if not torch.compiler.is_exporting() or not self._states or module is not self._transformer:
                 return outside(module, args, kwargs)
             if not self._last:
-                _refuse_export(type(module).__name__)
+                refuse_export(type(module).__name__)
             return self._omit_masks(args, kwargs)
 
         skip_code(hook.__code__)  # no graph of its own; strict export still traces it as a part of the call
@@ -267,6 +267,7 @@ class Engine(AtWork):
         plans = {kind: self._plan(kind, layout.grid, call.device, now) for kind in self._states}
         self.notes += [note for note in layout.notes if note not in self.notes]
         reason = None if now is None else self._schedule.dense_step(now)
+        self._remark(None if now is None else now.count)
         if reason is not None:
             self._last = dict.fromkeys(self._states, reason)
             return None
@@ -352,6 +353,13 @@ class Engine(AtWork):
             dtype = self._transformer.dtype  # type: ignore[assignment]  # a weight may be stored in float8
         return plan, *plan.prepare(device, dtype, head_dim, self._impl, learned=learned is not None)
 
+    def _remark(self, steps: int | None) -> None:
+        """Say once if a schedule leaves other dense steps of a run than its shares ask for, or no sparse ones."""
+        remark = None if steps is None else self._schedule.remark(steps)
+        if remark is not None and remark not in self.notes:
+            self.notes.append(remark)
+            warnings.warn(f"{remark}.", DitAccelWarning, stacklevel=2)
+
     def _plan(self, kind: tuple[Any, bool], grid: TokenGrid, device: torch.device, now: Step | None) -> Plan:
         """The plan of a kind of layer in a step on a grid."""
         config, sees_text = kind
@@ -386,12 +394,3 @@ class Engine(AtWork):
         if config is not self._sharing:
             context_parallel.check(self._transformer, self._family.heads(self.layers[0].attention))
             self._sharing = config
-
-
-@torch.compiler.assume_constant_result
-def _refuse_export(name: str) -> None:
-    """Dynamo calls such a function, and lets its error out as it is, instead of tracing it."""
-    raise DitAccelError(
-        f"An exported {name} attends as in its last call, and there was none. Call it with the same inputs, then "
-        "export it."
-    )

@@ -56,7 +56,7 @@ def test_every_case_has_a_setting_that_its_length_and_steps_allow(family):
         if case.steps is not None and case.steps <= FEW:
             assert setting.cache is None and sparse == (case.long and case.steps > 1)
             assert not sparse or setting.schedule.dense_steps == 1
-            assert setting.schedule.all_dense(case.steps) is None or not sparse
+            assert setting.schedule.remark(case.steps) is None or not sparse
         else:
             assert setting.cache is not None
             assert case.long or not sparse
