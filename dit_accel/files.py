@@ -243,8 +243,8 @@ def _check_writable(output: Path, folder: Path, option: str) -> None:
 
 
 @contextlib.contextmanager
-def hold(folder: Path) -> Iterator[bool]:
-    """Reserve the folder of --output for this process during the block.
+def hold(output: Path, *, folder: bool = True) -> Iterator[bool]:
+    """Reserve --output for this process during the block: a folder, or else the files of that name in its folder.
 
     The folder is made if it does not exist, and removed if the block leaves it empty. A lock file names the holder.
 
@@ -254,22 +254,23 @@ def hold(folder: Path) -> Iterator[bool]:
     Raises:
         DitAccelError: another process has it, or it cannot be written to.
     """
-    new = [path for path in (folder, *folder.parents) if not path.exists()]
-    path = folder / LOCK
+    place = output if folder else output.parent
+    new = [path for path in (place, *place.parents) if not path.exists()]
+    path = place / (LOCK if folder else f".dit-accel.{output.stem}.lock")  # o.mp4 and o.gif have the record o.json
     try:
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            place.mkdir(parents=True, exist_ok=True)
             file, locked = (None, False) if fcntl is None else _open_lock(path)
         except BlockingIOError as error:
             holder = ""
             with contextlib.suppress(FileNotFoundError):  # released meanwhile
                 holder = path.read_text(encoding="utf-8")
             raise DitAccelError(
-                f"--output {folder} is in use by {holder or 'another process'}. Wait until it is done, stop it, or "
+                f"--output {output} is in use by {holder or 'another process'}. Wait until it is done, stop it, or "
                 "choose another --output."
             ) from error
         except OSError as error:
-            raise DitAccelError(f"{folder} could not be written: {error.strerror or error}.") from error
+            raise DitAccelError(f"{output} could not be written: {error.strerror or error}.") from error
         try:
             yield locked
         finally:

@@ -28,9 +28,10 @@ def generate(arguments: dict[str, Any]) -> None:
         return
     try:
         prepared = job.prepare(request)
-        if warning := prepared.warning(request.prompt):
-            typer.echo(warning, err=True)
-        lines = prepared.make(prepared.load(), request)
+        with job.reserved(prepared):
+            if warning := prepared.warning(request.prompt):
+                typer.echo(warning, err=True)
+            lines = prepared.make(prepared.load(), request)
     except KeyboardInterrupt as stop:
         raise Interrupted("interrupted; nothing was written.") from stop
     typer.echo("\n".join(lines))

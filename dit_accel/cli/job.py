@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
 import math
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dit_accel import values
 from dit_accel.errors import DitAccelError
-from dit_accel.files import MARK, check_file, check_new, check_ours, staged
+from dit_accel.files import MARK, check_file, check_new, check_ours, hold, staged
 from dit_accel.generation import call, sources
 from dit_accel.generation import output as media
 from dit_accel.generation.candidate import Candidate
@@ -136,8 +137,6 @@ def prepare(request: GenerateRequest) -> GenerateJob:
     path = request.output or Path("output.mp4" if sizes.video else "output.png")
     pictures = not sizes.video or shape[0] == 1
     check_file(path, (media.VIDEO_ENDINGS if sizes.video else ()) + (media.IMAGE_ENDINGS if pictures else ()))
-    if request.prompts is None:
-        check_outputs([path], request)
     grid = sizes.grid(*shape)
     candidate.plans(grid)  # refuses what does not fit
     call.check_loras(request.lora)
@@ -175,6 +174,17 @@ def _hint(case: Case) -> str | None:
     if not row.gain:
         return f"--level {row.level} may be faster than dense: {row.source}"
     return f"--level {row.level} was {row.gain}: {row.source}"
+
+
+@contextlib.contextmanager
+def reserved(job: GenerateJob) -> Iterator[None]:
+    """Keep other runs out of the job's one output during the block; errors as in `hold` and `check_outputs`."""
+    check_outputs([job.output], job.request)
+    with hold(job.output, folder=False) as locked:
+        if not locked:
+            print(f"warning: {job.output.parent} has no locks. Start no other run for {job.output}.", file=sys.stderr)
+        check_outputs([job.output], job.request)  # of a run that has ended since
+        yield
 
 
 def check_outputs(outputs: Iterable[Path], request: GenerateRequest) -> None:

@@ -47,7 +47,7 @@ class RunOptions(SourceOptions, DeviceOptions):
         searching = {"--candidate": self.candidates, "--threshold": self.threshold, "--budget": self.budget}
         unused = [flag for flag, value in searching.items() if value not in (None, ())]
         if self.search is None and unused:
-            raise DitAccelError(f"{', '.join(unused)} belong to --search FILE.json, and none came.")
+            raise DitAccelError(f"Only --search takes {', '.join(unused)}. Add --search FILE.json, or leave them out.")
         if self.search is not None and (self.prepare or self.samples):
             raise DitAccelError("--search trains nothing; leave out --prepare and --prompt.")
 

@@ -1,6 +1,8 @@
 """`dit-accel generate` on small models of the real classes."""
 
+import contextlib
 import json
+import os
 import subprocess
 import sys
 
@@ -10,7 +12,8 @@ import torch
 from messages import says
 from PIL import Image
 
-from dit_accel import __version__
+from dit_accel import __version__, files
+from dit_accel.cli import job
 
 SMALL = ("--frames", 5, "--height", 32, "--width", 48, "--steps", 2)
 METHODS = ("gna:window=0.5", "tile:references=1", "radial:decay=0.2", "sla:topk=0.3,block=16")
@@ -262,3 +265,29 @@ def test_the_search_for_values_that_are_not_finite_shows_no_bars(cli, demo, tmp_
     outcome = cli("generate", *SMALL, "--guidance", "1e38", "--output", tmp_path / "a.gif")
     assert outcome.status == 2 and "NaN or infinite values, first in" in outcome.err
     assert "it/s" not in outcome.err and "s/it" not in outcome.err
+
+
+def test_an_output_that_another_run_makes_is_refused_before_the_work(cli, demo, tmp_path):
+    """Another file in that folder is free, and a run that is refused leaves nothing."""
+    options = ("generate", "--model", "demo", *SMALL, "--method", "gna:window=0.5", "--output")
+    with files.hold(tmp_path / "o.gif", folder=False):
+        outcome = cli(*options, tmp_path / "o.mp4")
+        assert outcome.status == 2 and says(outcome.err, "--output", tmp_path / "o.mp4", os.getpid())
+        assert cli(*options, tmp_path / "other.mp4").status == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["other.json", "other.mp4"]
+
+
+def test_an_output_that_another_run_made_meanwhile_is_not_replaced(cli, demo, tmp_path, monkeypatch):
+    """The other run ends between the first look and the reservation."""
+    hold = files.hold
+
+    @contextlib.contextmanager
+    def late(output, **how):
+        (tmp_path / "o.mp4").write_text(files.MARK)
+        with hold(output, **how) as locked:
+            yield locked
+
+    monkeypatch.setattr(job, "hold", late)
+    outcome = cli("generate", "--model", "demo", *SMALL, "--method", "gna:window=0.5", "--output", tmp_path / "o.mp4")
+    assert outcome.status == 2 and says(outcome.err, "--output", "--overwrite", tmp_path / "o.mp4")
+    assert (tmp_path / "o.mp4").read_text() == files.MARK and len(list(tmp_path.iterdir())) == 1

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from messages import says
 
 from dit_accel import files
 from dit_accel.errors import DitAccelError
@@ -138,52 +139,52 @@ def refused(cli, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ((*METHOD, "--data", "clips", "--candidate", "topk=0.5"), "--candidate belong to --search"),
-        ((*METHOD, "--data", "clips", "--budget", "0.5"), "--budget belong to --search"),
-        (("--recipe", "sla-dem"), "Did you mean 'sla-demo'"),
-        (("--method", "slaa"), "Did you mean 'sla'"),
-        ((*METHOD,), "need prompts"),
-        ((*METHOD, "--prompts", "generl"), "Did you mean 'general'?"),
-        ((*METHOD, "--data", "nowhere"), "There is no training data nowhere"),
-        ((*METHOD, "--data", "clips", "--frames", "4"), "the nearest are 3 and 5"),
-        ((*METHOD, "--data", "clips", "--height", "33"), "the nearest are 32 and 48"),
+        ((*METHOD, "--data", "clips", "--candidate", "topk=0.5"), "--search --candidate"),
+        ((*METHOD, "--data", "clips", "--budget", "0.5"), "--search --budget"),
+        (("--recipe", "sla-dem"), "sla-dem sla-demo"),
+        (("--method", "slaa"), "slaa sla"),
+        ((*METHOD,), "--prompts"),
+        ((*METHOD, "--prompts", "generl"), "generl general"),
+        ((*METHOD, "--data", "nowhere"), "nowhere 'generated' 'clips'"),
+        ((*METHOD, "--data", "clips", "--frames", "4"), "4 3 5"),
+        ((*METHOD, "--data", "clips", "--height", "33"), "33 32 48"),
         ((*METHOD, "--data", "clips", "--objective", "flow=x"), "NAME=WEIGHT"),
-        ((*METHOD, "--data", "clips", "--objective", "flo"), "Did you mean 'flow'"),
-        ((*METHOD, "--data", "clips", "--option", "emma=1"), "Did you mean 'ema'"),
+        ((*METHOD, "--data", "clips", "--objective", "flo"), "flo flow"),
+        ((*METHOD, "--data", "clips", "--option", "emma=1"), "emma ema"),
         ((*METHOD, "--data", "clips", "--option", "ema"), "KEY=VALUE"),
-        ((*METHOD, "--data", "clips", "--option", "levels=3", "--option", "levels.std=1"), "Give one of them"),
-        ((*METHOD, "--data", "clips", "--rate", "-1"), "rate is above 0, got -1.0"),
+        ((*METHOD, "--data", "clips", "--option", "levels=3", "--option", "levels.std=1"), "levels levels.std"),
+        ((*METHOD, "--data", "clips", "--rate", "-1"), "rate 0 -1.0"),
         ((*METHOD, "--data", "clips", "--seed", "99999999999999999999"), "--seed"),
         ((*METHOD, "--data", "clips", "--seed", str(2**23)), "--seed"),
         ((*METHOD, "--data", "clips", "--steps", "99999999999999999999"), "--steps"),
-        ((*METHOD, "--data", "clips", "--model", "./none"), "There is no model folder"),
-        (("--data", "clips", "--method", "dense"), "its own teacher"),
-        (("--recipe", "radial-wan2.1-14b-2x"), "your own captioned videos"),
+        ((*METHOD, "--data", "clips", "--model", "./none"), "./none"),
+        (("--data", "clips", "--method", "dense"), "dense"),
+        (("--recipe", "radial-wan2.1-14b-2x"), "--data"),
         (("--data", "clips", "--search", "a.json", "--method", "gna", "--candidate", "window=3"), "--threshold"),
         (
             ("--data", "clips", *SIZE, "--search", "a.json", "--method", "sla", "--budget", ".5"),
-            "needs settings to try",
+            "--candidate",
         ),
-        (("--data", "clips", *SIZE, *SEARCH, "--candidate", "topk=1", "--candidate", "tpk=1"), "no setting 'tpk'"),
+        (("--data", "clips", *SIZE, *SEARCH, "--candidate", "topk=1", "--candidate", "tpk=1"), "tpk"),
         (
             ("--data", "clips", *SIZE, *SEARCH, "--candidate", "topk=1", "--candidate", "topk=2"),
-            "topk is at most 1, got 2",
+            "topk 1 2",
         ),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )
 def test_refused(refused, demo, options, message):
-    assert message in refused(*options)
+    assert says(refused(*options), message)
 
 
 def test_a_recipe_with_a_mistake_in_its_data(refused, demo, tmp_path):
     recipe = tmp_path / "mine.yaml"
     recipe.write_text("{about: a, source: b, model: demo, data: {sorce: clips}, train: {method: sla}}")
-    assert "The data has no setting 'sorce'. Did you mean 'source'?" in refused("--recipe", recipe)
+    assert says(refused("--recipe", recipe), "data sorce source")
 
 
 def test_empty_folders_and_prompts(refused, demo, tmp_path):
     (tmp_path / "media").mkdir()
     (tmp_path / "none.txt").write_text("\n")
-    assert "holds no prompt" in refused(*METHOD, "--prompts", tmp_path / "none.txt")
-    assert "holds no image or video" in refused(*METHOD, "--data", tmp_path / "media", *SIZE)
+    assert says(refused(*METHOD, "--prompts", tmp_path / "none.txt"), tmp_path / "none.txt", "prompt")
+    assert says(refused(*METHOD, "--data", tmp_path / "media", *SIZE), tmp_path / "media", "image video")
