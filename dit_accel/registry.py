@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import functools
 import importlib
 import itertools
 import pkgutil
+import typing
 from collections.abc import Collection, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -79,7 +81,8 @@ def make_config(method: str, settings: Mapping[str, Any]) -> Any:
     refuse_unknown(settings, fields, method)
     needed = [name for name, field in fields.items() if field.default is field.default_factory is dataclasses.MISSING]
     if missing := [name for name in needed if name not in settings]:
-        raise DitAccelError(f"{method} needs a value for {', '.join(missing)}, for example {missing[0]}=...; got none.")
+        example = f"{method}:{','.join(example_of(config, name) for name in missing)}"
+        raise DitAccelError(f"{method} needs a value for {', '.join(missing)}, for example {example}; got none.")
     return ramps.configured(config, {name: plain(value) for name, value in settings.items()}, parse_value)
 
 
@@ -116,6 +119,33 @@ def fields_of(kind: type) -> list[dataclasses.Field[Any]]:
     """The fields of a method's settings: its own, then those that it shares with other methods."""
     own = list(vars(kind).get("__annotations__", ()))
     return sorted(dataclasses.fields(kind), key=lambda field: own.index(field.name) if field.name in own else len(own))
+
+
+def example_of(kind: type, name: str) -> str:
+    """A setting of a method's settings as one types it, with another value than the default where there is a plain one.
+
+    Example:
+        >>> example_of(get_method("sol").config, "tau")
+        'tau=0.5'
+    """
+    fields = {field.name: field for field in fields_of(kind)}
+    hint, default = typing.get_type_hints(kind)[name], fields[name].default
+    candidates: tuple[Any, ...] = (0.6, 128, (4, 4, 4))  # of None, of several types and of axes
+    if default is dataclasses.MISSING:
+        candidates = (2,)
+    elif typing.get_origin(hint) is typing.Literal:
+        candidates = tuple(choice for choice in typing.get_args(hint) if choice != default)
+    elif isinstance(default, bool):
+        candidates = (not default,)
+    elif isinstance(default, (int, float)):
+        candidates = (2 * default or 1,) if isinstance(default, int) else (default / 2 or 0.1,)
+    required = {key: 2 for key, field in fields.items() if field.default is dataclasses.MISSING}
+    for value in (*candidates, default):
+        with contextlib.suppress(DitAccelError):
+            kind(**required | {name: value})
+            text = str(value).lower() if isinstance(value, bool) else str(value)
+            return f"{name}={'x'.join(map(str, value)) if isinstance(value, tuple) else text}"
+    raise AssertionError(f"{kind.__module__} takes no example of {name}")
 
 
 def settings_of(config: Any) -> dict[str, Any]:

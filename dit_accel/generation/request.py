@@ -234,6 +234,7 @@ class MethodOptions(ScheduleOptions, SettingsOptions):
         from dit_accel.hooks.levels import Level  # which imports PyTorch
 
         unused = {"--method": self.method, "--load": self.load, "--preset": self.preset, "--set": self.settings}
+        unused |= {"--any-weights": self.any_weights, "--keep-int8": self.keep_int8}
         if others := [flag for flag, value in unused.items() if value]:
             raise DitAccelError(
                 f"--level {self.level} brings its method and settings. Leave out {', '.join(others)}, or leave out "

@@ -38,7 +38,8 @@ class Config(SharingSettings):
     """Settings of gna, besides `SharingSettings`: one value for all axes, or one per axis (frames, height, width).
 
     Args:
-        window: tokens (int >= 1), a fraction of the axis (float in (0, 1]), or "full".
+        window: tokens (int >= 1), a fraction of the axis (float in (0, 1]), or "full". The default
+            is not published.
         stride: neighbouring queries that share one window, 1 <= stride <= window.
         dilation: distance of neighbouring keys, window * dilation <= axis.
         causal: whether a query sees only keys up to itself.
@@ -46,7 +47,7 @@ class Config(SharingSettings):
     An axis of one token ignores all of them. A single stride or dilation for all axes is clamped on shorter axes.
     """
 
-    window: Window | tuple[Window, Window, Window] = option(dataclasses.MISSING, ramps=True)
+    window: Window | tuple[Window, Window, Window] = option(0.5, ramps=True)
     stride: int | tuple[int, int, int] = option(1, least=1)
     dilation: int | tuple[int, int, int] = option(1, least=1)
     causal: bool | tuple[bool, bool, bool] = False

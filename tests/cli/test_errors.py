@@ -36,7 +36,7 @@ def refused(cli, tmp_path):
         (("--method", "gnaa"), "Unknown method 'gnaa'. Did you mean 'gna'?"),
         (("--method", "radial", "--set", "decat=0.2"), "radial has no setting 'decat'. Did you mean 'decay'?"),
         (("--method", "gna:window=4x4x4"), "window"),
-        (("--method", "gna"), "gna needs a value for window"),
+        (("--method", "tile"), "for example tile:references=2"),
         (("--method", "gna:window"), "key=value"),
         (("--method", "tile:references=4"), "references"),
         (("--method", "tile:references=3"), "keeps every pair"),

@@ -3,9 +3,10 @@
 import json
 
 import pytest
+from messages import says
 
 import dit_accel
-from dit_accel.registry import get_methods
+from dit_accel.registry import get_families, get_methods, make_config, parse_method
 
 
 def test_json_lists_every_method_and_family(cli):
@@ -18,12 +19,44 @@ def test_json_lists_every_method_and_family(cli):
 
 def test_json_settings_are_the_configs(cli):
     methods = {method["name"]: method for method in json.loads(cli("ls", "--json").out)["methods"]}
-    window, stride = methods["gna"]["settings"][:2]
-    assert window == {"name": "window", "default": None, "required": True}
-    assert stride == {"name": "stride", "default": 1, "required": False}
+    (references, *_), (window, *_) = methods["tile"]["settings"], methods["gna"]["settings"]
+    assert (references["default"], references["required"]) == (None, True)
+    assert (window["name"], window["default"], window["required"]) == ("window", 0.5, False)
+    tau, variance = methods["sol"]["settings"][:2]
+    assert (tau["range"], variance["range"]) == ("a number", "one of diagonal, exact")
+    assert methods["sparge"]["settings"][0]["help"].startswith("share of the visual key blocks")
+    block = next(setting for setting in methods["sol"]["settings"] if setting["name"] == "block")
+    assert block["range"] == "a whole number, at least 1, at most 1024"
     assert methods["sla"]["needs_training"] and not methods["radial"]["needs_training"]
     assert methods["sla"]["objectives"] == ["gate", "imitation"]
     assert {name for name, method in methods.items() if method["experimental"]} == {"agent", "moh", "scaledit"}
+
+
+def test_every_setting_has_a_sentence_and_an_example_that_can_be_pasted(cli):
+    for method in json.loads(cli("ls", "--json").out)["methods"]:
+        for setting in method["settings"]:
+            name, config = parse_method(setting["example"])
+            make_config(name, {"references": 1} | config if name == "tile" else config)
+            assert setting["name"] in config and setting["help"], (method["name"], setting)
+            if setting["range"].startswith("one of"):
+                assert str(config[setting["name"]]) in setting["range"]
+
+
+def test_a_method_has_a_section_on_its_page(cli, root):
+    """And names the families with presets of it."""
+    for method in json.loads(cli("ls", "--json").out)["methods"]:
+        assert f"\n## `{method['name']}`" in (root / method["page"]).read_text(encoding="utf-8")
+        presets = {name for name, family in get_families().items() if method["name"] in family.recommended}
+        assert set(method["presets"]) == presets
+
+
+def test_where_to_start_is_said(cli):
+    lines = [line for line in cli("ls").out.splitlines() if line.startswith("Start here")]
+    assert len(lines) == 2 and says(lines[0], "videos --level sol --preset") and says(lines[1], "images --level gna")
+    assert says(cli("ls", "wan").out, "Start here: accelerate(pipe) --level --method sol --preset")
+    assert "--preset" not in cli("ls", "pixart").out
+    out = cli("ls", "demo").out
+    assert says(out, "WanPipeline circle red --level") and "dit-accel generate --model demo" in out
 
 
 def test_recommended_settings_are_shown_with_their_source(cli):
@@ -56,7 +89,7 @@ def test_the_list_is_short_and_fits_80_columns(cli):
 @pytest.mark.parametrize(
     ("name", "wanted"),
     [
-        ("gna", ["source: arXiv:2504.16922", "window: required", "stride: 1 by default"]),
+        ("gna", ["source: arXiv:2504.16922", "window: 0.5 by default", "stride: 1 by default", "gna:stride=2"]),
         (
             "sla",
             ["topk: 0.05 by default", "Choose it for the highest sparsity.", "fine-tuning", "gate, imitation"],

@@ -61,7 +61,7 @@ def test_given_settings_win_over_a_recipe():
         ({"levels": {"std": "x"}}, "std is a number, got 'x'"),
         ({"distillation": {"segments": 2.5}}, "segments is a whole number, got 2.5"),
         ({"method": "slaa"}, "Did you mean 'sla'"),
-        ({"method": "gna"}, "gna needs a value for window"),
+        ({"method": "tile"}, "tile needs a value for references"),
         ({"objectives": {}}, "needs an objective"),
         ({"objectives": {"teachr": 1}}, "Did you mean 'teacher'"),
         ({"objectives": {"flow": -1}}, "above 0"),
