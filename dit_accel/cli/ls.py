@@ -92,6 +92,7 @@ def _method(method: Method) -> dict[str, Any]:
                 "required": required,
                 "help": sentences[field.name],
                 "range": _range(field, hints[field.name]),
+                "ramps": "option" in field.metadata and field.metadata["option"].ramps,
                 "example": f"{method.name}:{registry.example_of(method.config, field.name)}",
             }
         )
@@ -190,6 +191,7 @@ def _describe(found: Mapping[str, Any]) -> list[str]:
         for setting in found["settings"]:
             default = "required" if setting["required"] else f"{value_text(setting['default'])} by default"
             span = f"; {setting['range']}" if setting["range"] else ""
+            span += "; it may be a ramp over the sparse steps, START..END" if setting["ramps"] else ""
             lines += [
                 f"  {setting['name']}: {default}{span}; for example {setting['example']}",
                 f"    {setting['help']}",

@@ -24,6 +24,7 @@ def test_json_settings_are_the_configs(cli):
     assert (window["name"], window["default"], window["required"]) == ("window", 0.5, False)
     tau, variance = methods["sol"]["settings"][:2]
     assert (tau["range"], variance["range"]) == ("a number", "one of diagonal, exact")
+    assert (tau["ramps"], variance["ramps"]) == (True, False)
     assert methods["sparge"]["settings"][0]["help"].startswith("share of the visual key blocks")
     block = next(setting for setting in methods["sol"]["settings"] if setting["name"] == "block")
     assert block["range"] == "a whole number, at least 1, at most 1024"
