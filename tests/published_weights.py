@@ -84,6 +84,16 @@ def moved(model, seed=3, size=0.05):
     }
 
 
+def snapshot(model):
+    return {key: value.clone() for key, value in model.state_dict().items()}
+
+
+def unchanged(model, before):
+    """Whether a model's weights are those of a snapshot, bit for bit."""
+    weights = model.state_dict()
+    return weights.keys() == before.keys() and all(torch.equal(value, before[key]) for key, value in weights.items())
+
+
 def random(*shape, seed=5, size=1.0):
     return size * torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 

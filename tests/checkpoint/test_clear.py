@@ -7,7 +7,7 @@ import pytest
 import torch
 from accuracy import assert_accurate
 from messages import says
-from published_weights import Example, by_formula, in_dtype, moved, random
+from published_weights import Example, by_formula, in_dtype, moved, random, snapshot, unchanged
 from safetensors.torch import save_file
 
 import dit_accel
@@ -66,7 +66,7 @@ def formula(model, inputs, size, radius, dtype, pooled):
 @pytest.mark.parametrize("radius", [3, 8])
 def test_it_computes_the_authors_function(radius, size, pooled, tiny_flux, flux_inputs, tmp_path):
     model, reference, inputs = tiny_flux(), tiny_flux(), flux_inputs(size)
-    before = {key: value.clone() for key, value in model.state_dict().items()}
+    before = snapshot(model)
     save_file(published(model, pooled), tmp_path / "weights.safetensors")
     reference.load_state_dict(published(model), strict=False)
     plain, exact = (formula(reference, inputs, size, radius, dtype, pooled) for dtype in (torch.float32, torch.float64))
@@ -75,7 +75,7 @@ def test_it_computes_the_authors_function(radius, size, pooled, tiny_flux, flux_
         assert_accurate("clear", out, plain, exact)
         assert accel.trained.changed.keys() == {"transformer"} and not accel.trained.full
         accel.save_pretrained(tmp_path / "ours")
-    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert unchanged(model, before)
     with dit_accel.load(model, tmp_path / "ours") as again, torch.no_grad():
         assert torch.equal(model(**inputs, return_dict=False)[0], out)
         assert again.setting.config.radius == radius and again.setting.config.pool == 4 * pooled

@@ -9,6 +9,7 @@ import pathlib
 import pytest
 import tiny_models
 import torch
+from published_weights import snapshot, unchanged
 from safetensors.torch import save_file
 
 import dit_accel
@@ -43,15 +44,6 @@ def case(name, tmp_path):
     return known, model, file, tensors, write
 
 
-def snapshot(model):
-    return {key: value.clone() for key, value in model.state_dict().items()}
-
-
-def same(model, before):
-    weights = model.state_dict()
-    return weights.keys() == before.keys() and all(torch.equal(value, before[key]) for key, value in weights.items())
-
-
 def without(tensors, key):
     return {name: tensor for name, tensor in tensors.items() if name != key}
 
@@ -76,7 +68,7 @@ def test_each_tensor_that_does_not_fit_is_one_line_and_nothing_changes(damage, c
         with pytest.raises(DitAccelError) as caught:
             dit_accel.load(model, file, **known.settings)
         assert "\n" not in str(caught.value), key
-    assert same(model, before) and not hasattr(next(iter(model.attn_processors.values())), "inner")
+    assert unchanged(model, before) and not hasattr(next(iter(model.attn_processors.values())), "inner")
 
 
 @each_format
@@ -88,7 +80,7 @@ def test_a_file_cut_short_is_one_line_and_nothing_changes(case):
         with pytest.raises(DitAccelError) as caught:
             dit_accel.load(model, file, **known.settings)
         assert "\n" not in str(caught.value), length
-    assert same(model, before)
+    assert unchanged(model, before)
 
 
 @each_format
@@ -99,8 +91,8 @@ def test_what_is_loaded_is_saved_as_ours_opens_again_and_leaves_no_trace(case, t
         loaded, config = snapshot(model), accel.setting.config
         assert file.name in str(accel.report())
         accel.save_pretrained(folder)
-    assert not all(torch.equal(loaded[key], value) for key, value in before.items()) and same(model, before)
+    assert not all(torch.equal(loaded[key], value) for key, value in before.items()) and unchanged(model, before)
     assert MARK in (folder / "accelerator.json").read_text()
     with dit_accel.load(model, folder) as accel:
-        assert same(model, loaded) and accel.setting.config == config
-    assert same(model, before)
+        assert unchanged(model, loaded) and accel.setting.config == config
+    assert unchanged(model, before)

@@ -5,7 +5,7 @@ import types
 
 import pytest
 import torch
-from published_weights import moved
+from published_weights import moved, snapshot, unchanged
 from safetensors.torch import save_file
 
 import dit_accel
@@ -47,15 +47,6 @@ def outside(monkeypatch, tmp_path_factory):
     forget = published.get_formats.cache_clear
     yield
     forget()
-
-
-def snapshot(model):
-    return {key: value.clone() for key, value in model.state_dict().items()}
-
-
-def unchanged(model, before):
-    weights = model.state_dict()
-    return weights.keys() == before.keys() and all(torch.equal(value, before[key]) for key, value in weights.items())
 
 
 def test_a_format_from_outside_is_one_file(outside, tiny_wan, wan_inputs, tmp_path):

@@ -203,12 +203,26 @@ def test_the_coarse_branch_covers_all_tokens(query, grid, cut_at):
         asking = means[0][:, :, members.argmax(0)] if query == "block" else q
         return fine + gate * ((asking @ means[1].mT * 24**-0.5).softmax(-1) @ means[2])
 
-    segments = () if cut_at is None else tuple(sorted(spans))
-    module, fine = HiddenGate(24, 24, 3), plan.attend(q, k, v)
-    found = plan.attend(q, k, v, module=module, gate=gate, segments=segments)
-    exact = by_definition(plan.attend(*(x.double() for x in (q, k, v))), *(x.double() for x in (q, k, v, gate)))
-    assert_accurate("covers", found, by_definition(fine, q, k, v, gate), exact)
-    assert (exact - fine.double())[:, :, : grid.visual_start or 1].abs().max() > 0.1
+    segments, module = () if cut_at is None else tuple(sorted(spans)), HiddenGate(24, 24, 3)
+    upstream = torch.randn(q.shape, generator=torch.Generator().manual_seed(2))
+
+    def differentiated(attend, dtype):
+        """The output, and its gradients for q, k, v and the gate."""
+        tensors = [x.detach().to(dtype).requires_grad_() for x in (q, k, v, gate)]
+        out = attend(*tensors)
+        return [out.detach(), *torch.autograd.grad(out, tensors, upstream.to(dtype))]
+
+    def ours(q, k, v, gate):
+        return plan.attend(q, k, v, module=module, gate=gate, segments=segments)
+
+    def defined(q, k, v, gate):
+        return by_definition(plan.attend(q, k, v), q, k, v, gate)
+
+    plain, exact = (differentiated(defined, dtype) for dtype in (torch.float32, torch.float64))
+    names = ("output", "q", "k", "v", "gate")
+    for what, *values in zip(names, differentiated(ours, torch.float32), plain, exact, strict=True):
+        assert_accurate(what, *values)
+    assert (exact[0] - plan.attend(q, k, v).double())[:, :, : grid.visual_start or 1].abs().max() > 0.1
 
 
 def test_what_cannot_cover_all_tokens_is_refused():
