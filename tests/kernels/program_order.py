@@ -8,6 +8,6 @@ from dit_accel.kernels.block_sparse.triton_tokens import own_number, own_program
 
 @triton.jit
 def order_kernel(order, blocks, dense):
-    block, head = own_program(own_number(), tl.num_programs(1), blocks, dense)
+    block, head = own_program(own_number(), tl.num_programs(1), blocks - dense, dense)
     tl.store(order + 2 * own_number(), block)
     tl.store(order + 2 * own_number() + 1, head)

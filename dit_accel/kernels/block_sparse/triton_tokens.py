@@ -174,30 +174,31 @@ def occupied(corner, first, side, TILE: tl.constexpr):
 
 
 @triton.jit
-def dense_blocks(side, BLOCK: tl.constexpr):
-    """Blocks behind the visual ones."""
-    return tl.cdiv(side.conditioning, BLOCK) + tl.cdiv(side.text, BLOCK)
-
-
-@triton.jit
 def own_number():
     """This program's number, counted over the first two axes of the grid: blocks and heads."""
     return tl.program_id(0) + tl.program_id(1) * tl.num_programs(0)
 
 
 @triton.jit
-def own_program(number, heads, blocks, dense):
-    """The block and the head of a program by its number; each head has `blocks`, of which the last ones are `dense`.
+def own_program(number, heads, visual, dense):
+    """The block and the head of a program by its number; each head has `visual` blocks, and then `dense` ones.
 
     Dense blocks have the longest lists. Those of all heads come first, so that no long program begins when most of the
     others have ended. The other blocks follow head by head, so that neighbours share a head's keys in the cache.
     """
     behind = number - dense * heads
     is_dense = behind < 0
-    per_head = tl.where(is_dense, dense, blocks - dense)
+    per_head = tl.where(is_dense, dense, visual)
     number = tl.where(is_dense, number, behind)
     head = number // per_head
-    return number - head * per_head + tl.where(is_dense, blocks - dense, 0), head
+    return number - head * per_head + tl.where(is_dense, visual, 0), head
+
+
+@triton.jit
+def own_block(blocks, side, BLOCK: tl.constexpr):
+    """This program's block of one side, and its head, counted over all samples; each head has `blocks`."""
+    dense = tl.cdiv(side.conditioning, BLOCK) + tl.cdiv(side.text, BLOCK)
+    return own_program(own_number(), tl.num_programs(1), blocks - dense, dense)
 
 
 @triton.jit

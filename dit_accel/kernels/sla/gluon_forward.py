@@ -53,12 +53,13 @@ def produce_both(
     D: gl.constexpr, BLOCK_K: gl.constexpr, TILE_Q: gl.constexpr, HALF: gl.constexpr, TILE_K: gl.constexpr,
     STAGES: gl.constexpr,
 ):  # fmt: skip
-    """The producer warp: queries, keys and values, then the table."""
+    """The producer: queries, keys and values, then the table."""
     produce(q, k, v, problem, buffers, D, BLOCK_K, TILE_Q, HALF, TILE_K, STAGES)
     steps = steps_of(own_list(problem), BLOCK_K)
     full = buffers.k_full.index(steps % STAGES)
     mbarrier.wait(buffers.k_empty.index(steps % STAGES), (steps // STAGES & 1) ^ 1)
     mbarrier.expect(full, D * D * 2)
+    mbarrier.arrive(full, count=1)
     _block, head = own_block(problem)
     copy_in(table, (over_samples(head, problem) * D, 0), full, table_in(buffers, steps, D, STAGES))
 
@@ -89,7 +90,7 @@ def consume_both(
     P: gl.constexpr = gl.DotOperandLayout(0, A, 2)
     walk = own_list(problem)
     steps = steps_of(walk, BLOCK_K)
-    acc, row_lse = attend_part(walk, scale, problem, buffers, PART, D, BLOCK_K, TILE_K, STAGES)
+    acc, row_lse = attend_part(walk, scale, problem, buffers, PART, D, BLOCK_K, STAGES)
     q = buffers.q.index(PART)
     x = q.load(A)
     if training != 0:

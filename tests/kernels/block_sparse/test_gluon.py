@@ -106,9 +106,9 @@ def test_the_gradients_of_triton_go_with_it(make_problem):
 
 
 @pytest.mark.skipif(NATIVE, reason="a GPU has its own order of events")
-@pytest.mark.parametrize("case", ["long", "ragged-wide-tiles"])
+@pytest.mark.parametrize("case", ["long", "ragged-wide-tiles", "padded"])
 def test_every_order_of_events_gives_the_same_bits(make_problem, emulate, case):
-    problem = rounded(make_problem(**CASES[case]), torch.float16)
+    problem = rounded(make_problem(**(PADDED if case == "padded" else CASES[case])), torch.float16)
     want = forward(problem)
     for seed, order in enumerate((*emulator.ORDERS, "random")):
         emulate(seed=seed, order=order)
@@ -160,6 +160,34 @@ def test_values_of_another_tile_show(make_problem, emulate, tmp_path, changes, s
             except emulator.KernelError:
                 seen.add("error")
             if seen & signs:
+                return
+    pytest.fail("no order of events showed it")
+
+
+# 17 of 25 key blocks have padding slots: more steps than buffers, and those that share a buffer differ
+PADDED = {"shape": (4, 10, 20), "text": 9} | SMALL | FRAMES
+NEXT = "        mbarrier.wait(buffers.v_empty.index(stage), phase ^ 1)\n"
+PUT = """        if (i + 1) * (KEYS // BLOCK_K) > walk.listed.tabled:
+            put_words(i, near, far, walk, problem, buffers, BLOCK_K, TILE_K, STAGES)
+"""
+WORD_FAULTS = {
+    "not written": [(PUT, "")],
+    "written when the keys may be there": [(PUT, ""), (NEXT, PUT + NEXT)],
+    "of the other half": [("i % STAGES * 2 + half)", "i % STAGES * 2 + 1 - half)")],
+    "of the step before": [("both_words(i, walk", "both_words(i - 1, walk")],
+}
+
+
+@pytest.mark.skipif(NATIVE, reason="a race need not show on a GPU")
+@pytest.mark.parametrize("fault", WORD_FAULTS)
+def test_words_of_another_step_show(make_problem, emulate, tmp_path, fault):
+    """In some order of events, each fault of the words in shared memory changes the result."""
+    problem = rounded(make_problem(**PADDED), torch.float16)
+    want = forward(problem)
+    with calls.changed(tmp_path, gluon_forward, "block_sparse_gluon_fwd_kernel", *WORD_FAULTS[fault]) as kernel:
+        for seed, order in enumerate(emulator.ORDERS):
+            emulate(kernel, seed=seed, order=order)
+            if any(not torch.equal(result, want[name]) for name, result in forward(problem).items()):
                 return
     pytest.fail("no order of events showed it")
 

@@ -284,7 +284,8 @@ def where(condition, a, b):
 def allocate_shared_memory(dtype, shape, layout):
     if layout == BARRIERS:
         return Barriers(Barrier() for _ in range(shape[0]))
-    return Shared(torch.full(shape, float("nan"), dtype=dtype))
+    start = float("nan") if dtype.is_floating_point else torch.iinfo(dtype).min // 3
+    return Shared(torch.full(shape, start, dtype=dtype))
 
 
 def warp_specialize(functions_and_args, worker_num_warps, worker_num_regs):
@@ -326,12 +327,13 @@ gl = types.SimpleNamespace(
     float16=torch.float16, bfloat16=torch.bfloat16, float32=torch.float32, int32=torch.int32, int64=torch.int64,
     constexpr=None,
     NVMMADistributedLayout=_layout, NVMMASharedLayout=_layout, DotOperandLayout=_layout, SliceLayout=_layout,
+    BlockedLayout=_layout, SwizzledSharedLayout=_layout, num_warps=lambda: 4,
     static_range=range,
     program_id=lambda axis: torch.tensor(_here.program.ids[axis], dtype=torch.int32),
     num_programs=lambda axis: torch.tensor(_here.program.grid[axis], dtype=torch.int32),
     cdiv=lambda a, b: (a + b - 1) // b,
     zeros=lambda shape, dtype, layout=None: torch.zeros(shape, dtype=dtype),
-    full=lambda shape, value, dtype, layout=None: torch.full(shape, value, dtype=dtype),
+    full=lambda shape, value, dtype, layout=None: torch.as_tensor(value, dtype=dtype).expand(shape).clone(),
     arange=lambda start, end, layout=None: torch.arange(start, end, dtype=torch.int32),
     convert_layout=lambda value, layout: value,
     minimum=_both(torch.minimum), maximum=_both(torch.maximum),

@@ -69,6 +69,8 @@ class GluonProblem(NamedTuple):
     Consumers capture it whole, so it has no spare member, and their order decides whether the forward spills.
 
     Attributes:
+        dense: query blocks behind the visual ones.
+        list_rows: lists from one head to the next, 0 where all heads share them.
         spans, width: for dk and dv `triton_lists.Transposed.firsts` and the number of key blocks.
         given: bit 2 says that an optional tensor of the kernel is read.
         queries, keys: a `TiledSide` each.
@@ -84,9 +86,9 @@ class GluonProblem(NamedTuple):
     keys: Any
     query_text: Any
     heads: Any
-    query_blocks: Any
+    dense: Any
     width: Any
-    per_head: Any
+    list_rows: Any
     shared_rows: Any
 
     @classmethod
@@ -103,7 +105,7 @@ class GluonProblem(NamedTuple):
         tensors, usual, given, shared_rows = samples
         return cls(
             places, spans, words, tensors, usual, given, queries, keys, query_order.grid.text, heads,
-            query_order.blocks, width, per_head, shared_rows,
+            query_order.dense_blocks, width, per_head * query_order.blocks, shared_rows,
         )  # fmt: skip
 
 
@@ -132,14 +134,14 @@ def own_sample():
 @gluon.jit
 def own_block(problem):
     """This program's query block, and its head of the sample."""
-    dense = problem.query_blocks - problem.queries.visual_blocks
-    return own_program(own_number(), problem.heads, problem.query_blocks, dense)
+    return own_program(own_number(), problem.heads, problem.queries.visual_blocks, problem.dense)
 
 
 @gluon.jit
 def own_key_block(problem):
     """The same for the kernel of dk and dv."""
-    return own_program(own_number(), problem.heads, problem.width, problem.width - problem.keys.visual_blocks)
+    visual = problem.keys.visual_blocks
+    return own_program(own_number(), problem.heads, visual, problem.width - visual)
 
 
 @gluon.jit
@@ -254,7 +256,7 @@ def own_query(problem, TILE_Q: gl.constexpr):
 def own_list(problem):
     """This program's list."""
     block, head = own_block(problem)
-    row = over_samples(head, problem) * problem.per_head * problem.query_blocks + block
+    row = over_samples(head, problem) * problem.list_rows + block
     segments = own_segments(problem)
     return Walk(key_list(row, problem), segments)
 

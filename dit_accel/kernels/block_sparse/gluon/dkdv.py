@@ -1,6 +1,6 @@
 """The kernel of dk and dv of the Gluon implementation, for compute capability 9.0; see `forward`.
 
-A program is one key block of one head. The producer warp walks the transposed list of query blocks, and brings queries
+A program is one key block of one head. The producer walks the transposed list of query blocks, and brings queries
 and output gradients in units of 64 rows. A unit has four products. Scores and the weights' gradients are computed with
 keys as rows, so that both are operands in registers of the products that make dv and dk.
 
@@ -95,7 +95,7 @@ def produce(
     D: gl.constexpr, BLOCK_K: gl.constexpr, TILE_Q: gl.constexpr, HALF: gl.constexpr, TILE_K: gl.constexpr,
     PART_K: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """The producer warp: own keys and values, then the units of the listed query blocks, in order."""
+    """The producer: own keys and values, then the units of the listed query blocks, in order."""
     mbarrier.expect(buffers.own_full.index(0), 2 * BLOCK_K * D * 2)
     for part in gl.static_range(BLOCK_K // ROWS):
         where = part_of(own_keys(problem, text_len, BLOCK_K, TILE_K), part, TILE_K)
@@ -291,7 +291,7 @@ def block_sparse_gluon_dkdv_kernel(
     text_len = own_segments(problem).text_len
     block, i_h = own_key_block(problem)
     head = over_samples(i_h, problem)
-    firsts = visits.firsts + head * problem.per_head * (2 * problem.width + 1) + 2 * block
+    firsts = visits.firsts + head * visits.per_head * (2 * problem.width + 1) + 2 * block
     first, clean, last = gl.load(firsts), gl.load(firsts + 1), gl.load(firsts + 2)
     listed = KeyVisits(visits.entries, visits.places, visits.numbers, first, clean, last)
     q = head_read(q_tile, q_run, distances[0], i_h)
@@ -300,7 +300,7 @@ def block_sparse_gluon_dkdv_kernel(
     v = head_read(v_tile, v_run, distances[3], i_h)
     dk = head_written(dk_tile, dk_run, key_tokens, i_h, D)
     dv = head_written(dv_tile, dv_run, key_tokens, i_h, D)
-    statistics += head.to(gl.int64) * problem.query_blocks * (4 * ROWS)
+    statistics += head.to(gl.int64) * (problem.queries.visual_blocks + problem.dense) * (4 * ROWS)
     buffers = allocated(q_run.dtype, D, BLOCK_K, STAGES)
     gl.warp_specialize(
         [

@@ -50,7 +50,7 @@ def produce(
     D: gl.constexpr, BLOCK_K: gl.constexpr, TILE_Q: gl.constexpr, HALF: gl.constexpr, TILE_K: gl.constexpr,
     STAGES: gl.constexpr,
 ):  # fmt: skip
-    """The producer warp: queries, gradients and outputs of both consumers, then keys and values."""
+    """The producer: queries, gradients and outputs of both consumers, then keys and values."""
     where_q = own_query(problem, TILE_Q)
     for part in gl.static_range(2):
         where = part_of(where_q, part, TILE_Q)
@@ -65,7 +65,7 @@ def produce(
 @gluon.jit
 def half_step(
     i, operand, acc, own, START: gl.constexpr, HALF: gl.constexpr, PART: gl.constexpr, BLOCK_K: gl.constexpr,
-    TILE_K: gl.constexpr, STAGES: gl.constexpr, S: gl.constexpr, P: gl.constexpr,
+    STAGES: gl.constexpr, S: gl.constexpr, P: gl.constexpr,
 ):  # fmt: skip
     """The sum with the half step before, unless this is the START; and ds [ROWS, ROWS] of 64 further keys.
 
@@ -89,7 +89,7 @@ def half_step(
     scores = warpgroup_mma_wait(1, deps=(scores,))
     exponents = scores * scale - row_lse[:, None]
     if i * (KEYS // BLOCK_K) + HALF // (BLOCK_K // 64) >= walk.listed.pure:
-        words = words_of(i, walk, problem, PART, HALF, BLOCK_K, TILE_K, S)
+        words = words_of(i, walk, problem, buffers, PART, HALF, BLOCK_K, STAGES, S)
         exponents = masked(exponents, words, words, S)
     weights = gl.exp2(exponents)
     # The branch in this wait keeps the assembler from moving the weights behind the wait for their gradients
@@ -131,11 +131,11 @@ def consume(
     acc = gl.zeros([ROWS, D], gl.float32, A)
     if steps > 0:
         mbarrier.wait(buffers.k_full.index(0), 0)
-        operand, acc = half_step(0, acc, acc, own, True, 0, PART, BLOCK_K, TILE_K, STAGES, S, P)
+        operand, acc = half_step(0, acc, acc, own, True, 0, PART, BLOCK_K, STAGES, S, P)
         for i in range(1, steps):
-            operand, acc = half_step(i - 1, operand, acc, own, False, 1, PART, BLOCK_K, TILE_K, STAGES, S, P)
-            operand, acc = half_step(i, operand, acc, own, False, 0, PART, BLOCK_K, TILE_K, STAGES, S, P)
-        operand, acc = half_step(steps - 1, operand, acc, own, False, 1, PART, BLOCK_K, TILE_K, STAGES, S, P)
+            operand, acc = half_step(i - 1, operand, acc, own, False, 1, PART, BLOCK_K, STAGES, S, P)
+            operand, acc = half_step(i, operand, acc, own, False, 0, PART, BLOCK_K, STAGES, S, P)
+        operand, acc = half_step(steps - 1, operand, acc, own, False, 1, PART, BLOCK_K, STAGES, S, P)
         last = buffers.k.index((steps - 1) % STAGES).slice(ROWS, ROWS, 0)
         summed = warpgroup_mma(operand, last, acc, is_async=True)
         acc = warpgroup_mma_wait(0, deps=(summed,))
@@ -172,7 +172,7 @@ def block_sparse_gluon_dq_kernel(
     head = over_samples(head, problem).to(gl.int64)
     lse += head * tokens
     grad_lse += head * tokens
-    statistics += head * problem.query_blocks * (4 * ROWS)
+    statistics += head * (problem.queries.visual_blocks + problem.dense) * (4 * ROWS)
     buffers = allocated(q_run.dtype, D, STAGES, 3)
     gl.warp_specialize(
         [

@@ -1,8 +1,10 @@
-"""The forward kernel of the Gluon implementation, for compute capability 9.0: a producer warp and two consumers.
+"""The forward kernel of the Gluon implementation, for compute capability 9.0: a producer and two consumers.
 
-A program is one query block of 128 rows of one head. The producer warp (40 registers a thread) walks the block's list
-and has the copy engine bring key and value tiles into shared memory. Two consumer warpgroups (240 registers a thread)
+A program is one query block of 128 rows of one head. The producer (40 registers a thread) walks the block's list
+and has the copy engine bring key and value tiles into shared memory. Two consumer warpgroups (232 registers a thread)
 attend to the tiles, each for 64 of the rows. Barriers say which buffer is full and which is free.
+
+The producer needs one warp and has four: it comes first, or the assembler spills what it computes before warps part.
 
 The copy engine reads and writes rows through two kinds of descriptors of a tensor, which `launches` makes:
 
@@ -50,11 +52,15 @@ from dit_accel.kernels.jit import gluon_kernel
 
 
 class Buffers(NamedTuple):
-    """Shared memory: tiles, and for each a barrier that says it is full and one that says it is free."""
+    """Shared memory: tiles, and for each a barrier that says it is full and one that says it is free.
+
+    `words` go with the keys: of each half of a step, which slots of a block hold a token; see `put_words`.
+    """
 
     q: Any
     k: Any
     v: Any
+    words: Any
     q_full: Any
     k_full: Any
     k_empty: Any
@@ -68,13 +74,28 @@ def produce(
     D: gl.constexpr, BLOCK_K: gl.constexpr, TILE_Q: gl.constexpr, HALF: gl.constexpr, TILE_K: gl.constexpr,
     STAGES: gl.constexpr,
 ):  # fmt: skip
-    """The producer warp: queries of both consumers, then `produce_keys`."""
+    """The producer: queries of both consumers, then `produce_keys`."""
     where_q = own_query(problem, TILE_Q)
     for part in gl.static_range(2):
         where = part_of(where_q, part, TILE_Q)
         mbarrier.expect(buffers.q_full.index(part), ROWS * D * 2)
         fetch(q, where, buffers.q_full.index(part), buffers.q.index(part), 0, 1, ROWS, HALF, D)
     produce_keys(k, v, problem, buffers, D, BLOCK_K, TILE_K, STAGES)
+
+
+@gluon.jit
+def put_words(i, near, far, walk, problem, buffers, BLOCK_K: gl.constexpr, TILE_K: gl.constexpr, STAGES: gl.constexpr):
+    """Of each block of a step that needs bounds alone, which slots hold a token: a word for 64 slots, for all rows.
+
+    The producer finds them while consumers multiply earlier steps. Beyond the list no slot holds a token.
+    """
+    ONE: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
+    SPLIT: gl.constexpr = BLOCK_K // 64  # words of a block
+    for half in gl.static_range(2):
+        j = i * (KEYS // BLOCK_K) + half // SPLIT
+        where = corner_at(near if half // SPLIT == 0 else far, walk.segments, problem.keys, BLOCK_K, TILE_K)
+        word = gl.where(j < walk.listed.count, occupied(where, half % SPLIT * 64, problem.keys, TILE_K), 0)
+        buffers.words.index(i % STAGES * 2 + half).store(gl.full([1], word, gl.int64, ONE))
 
 
 @gluon.jit
@@ -92,6 +113,9 @@ def produce_keys(
         next_far = place_at(i + 1, KEYS // BLOCK_K - 1, walk, BLOCK_K)
         mbarrier.wait(buffers.k_empty.index(stage), phase ^ 1)
         mbarrier.expect(buffers.k_full.index(stage), KEYS * D * 2)
+        if (i + 1) * (KEYS // BLOCK_K) > walk.listed.tabled:
+            put_words(i, near, far, walk, problem, buffers, BLOCK_K, TILE_K, STAGES)
+        mbarrier.arrive(buffers.k_full.index(stage), count=1)
         for part in gl.static_range(KEYS // BLOCK_K):
             place = near if part == 0 else far
             buffer = buffers.k.index(stage)
@@ -108,12 +132,13 @@ def produce_keys(
 
 @gluon.jit
 def words_of(
-    i, walk, problem,
-    PART: gl.constexpr, HALF: gl.constexpr, BLOCK_K: gl.constexpr, TILE_K: gl.constexpr, LAYOUT: gl.constexpr,
+    i, walk, problem, buffers,
+    PART: gl.constexpr, HALF: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr, LAYOUT: gl.constexpr,
 ):  # fmt: skip
     """Which slots of the HALF-th 64 of a step each row sees, as words: int64 [ROWS].
 
-    Partial blocks have the words of `triton_tokens`, one for 64 slots of a row; others a word for all rows.
+    Partial blocks have the words of `triton_tokens`, one for 64 slots of a row; others a word for all rows. The step's
+    keys have arrived.
     """
     SPLIT: gl.constexpr = BLOCK_K // 64  # words of a block
     part: gl.constexpr = HALF // SPLIT
@@ -125,11 +150,23 @@ def words_of(
             rows = ROWS * PART + gl.arange(0, ROWS, gl.SliceLayout(1, LAYOUT))
             words = gl.load(problem.words + number * (2 * ROWS) + rows)
         else:
-            block = place_at(i, part, walk, BLOCK_K)
-            where = corner_at(block, walk.segments, problem.keys, BLOCK_K, TILE_K)
-            word = occupied(where, HALF % SPLIT * 64, problem.keys, TILE_K)
-            words = gl.full([ROWS], 0, gl.int64, gl.SliceLayout(1, LAYOUT)) + gl.where(j < walk.listed.count, word, 0)
+            word = buffers.words.index(i % STAGES * 2 + HALF).load(gl.SliceLayout(1, LAYOUT))
+            words = gl.full([ROWS], 0, gl.int64, gl.SliceLayout(1, LAYOUT)) + word
     return words
+
+
+@gluon.jit
+def both_words(
+    i, walk, problem, buffers,
+    PART: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr, LAYOUT: gl.constexpr,
+):  # fmt: skip
+    """The words of both halves of a step, all ones if no block of it is masked."""
+    low = gl.full([ROWS], -1, gl.int64, gl.SliceLayout(1, LAYOUT))
+    high = low
+    if (i + 1) * (KEYS // BLOCK_K) > walk.listed.pure:
+        low = words_of(i, walk, problem, buffers, PART, 0, BLOCK_K, STAGES, LAYOUT)
+        high = words_of(i, walk, problem, buffers, PART, 1, BLOCK_K, STAGES, LAYOUT)
+    return low, high
 
 
 @gluon.jit
@@ -172,7 +209,7 @@ def rows_of_part(where, side, HALF: gl.constexpr, LAYOUT: gl.constexpr):
 @gluon.jit
 def attend_part(
     walk, scale, problem, buffers,
-    PART: gl.constexpr, D: gl.constexpr, BLOCK_K: gl.constexpr, TILE_K: gl.constexpr, STAGES: gl.constexpr,
+    PART: gl.constexpr, D: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """A consumer's 64 query rows over the whole list: output [ROWS, D] and LSE [ROWS], 0 and -inf without keys.
 
@@ -192,11 +229,10 @@ def attend_part(
     if steps > 0:
         mbarrier.wait(buffers.k_full.index(0), 0)
         scores = warpgroup_mma(q, buffers.k.index(0).permute((1, 0)), zero, use_acc=False, is_async=True)
+        low, high = both_words(0, walk, problem, buffers, PART, BLOCK_K, STAGES, S)
         scores = warpgroup_mma_wait(0, deps=(scores,))
         mbarrier.arrive(buffers.k_empty.index(0), count=1)
         if PER_STEP > walk.listed.pure:
-            low = words_of(0, walk, problem, PART, 0, BLOCK_K, TILE_K, S)
-            high = words_of(0, walk, problem, PART, 1, BLOCK_K, TILE_K, S)
             scores = masked(scores, low, high, S)
         p, m, l, rescale = softmax_weights(scores, m, l, scale)  # noqa: E741
         operand = gl.convert_layout(p.to(q.dtype), P)
@@ -206,13 +242,12 @@ def attend_part(
             before = (i - 1) % STAGES
             after = (i + 1) % STAGES
             scores = warpgroup_mma(q, buffers.k.index(stage).permute((1, 0)), zero, use_acc=False, is_async=True)
+            low, high = both_words(i, walk, problem, buffers, PART, BLOCK_K, STAGES, S)  # they come meanwhile
             mbarrier.wait(buffers.v_full.index(before), (i - 1) // STAGES & 1)
             summed = warpgroup_mma(operand, buffers.v.index(before), acc, is_async=True)
             scores = warpgroup_mma_wait(1, deps=(scores,))
             mbarrier.arrive(buffers.k_empty.index(stage), count=1)
             if (i + 1) * PER_STEP > walk.listed.pure:
-                low = words_of(i, walk, problem, PART, 0, BLOCK_K, TILE_K, S)
-                high = words_of(i, walk, problem, PART, 1, BLOCK_K, TILE_K, S)
                 scores = masked(scores, low, high, S)
             p, m, l, rescale = softmax_weights(scores, m, l, scale)  # noqa: E741
             # The branch in this wait keeps the assembler from moving the weights behind the wait for the sum
@@ -239,7 +274,7 @@ def consume(
 ):  # fmt: skip
     """A consumer warpgroup: 64 query rows over the whole list, then their output and LSE."""
     S: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, KEYS, 16])
-    acc, row_lse = attend_part(own_list(problem), scale, problem, buffers, PART, D, BLOCK_K, TILE_K, STAGES)
+    acc, row_lse = attend_part(own_list(problem), scale, problem, buffers, PART, D, BLOCK_K, STAGES)
     where = part_of(own_query(problem, TILE_Q), PART, TILE_Q)
     rows, valid = rows_of_part(where, problem.queries, HALF, S)
     gl.store(lse + rows, row_lse, mask=valid)
@@ -258,6 +293,7 @@ def allocated(DTYPE: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, TENSOR
         gl.allocate_shared_memory(DTYPE, [2 * TENSORS, ROWS, D], SHARED),
         gl.allocate_shared_memory(DTYPE, [STAGES, KEYS, D], SHARED),
         gl.allocate_shared_memory(DTYPE, [STAGES, KEYS, D], SHARED),
+        gl.allocate_shared_memory(gl.int64, [2 * STAGES, 1], gl.SwizzledSharedLayout(1, 1, 1, [0])),
         gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout()),
         gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout()),
         gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout()),
@@ -267,7 +303,7 @@ def allocated(DTYPE: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, TENSOR
     for part in gl.static_range(2):
         mbarrier.init(buffers.q_full.index(part), count=1)
     for stage in gl.static_range(STAGES):
-        mbarrier.init(buffers.k_full.index(stage), count=1)
+        mbarrier.init(buffers.k_full.index(stage), count=2)
         mbarrier.init(buffers.v_full.index(stage), count=1)
         mbarrier.init(buffers.k_empty.index(stage), count=2)
         mbarrier.init(buffers.v_empty.index(stage), count=2)
@@ -299,10 +335,10 @@ def block_sparse_gluon_fwd_kernel(
     buffers = allocated(q_run.dtype, D, STAGES)
     gl.warp_specialize(
         [
+            (produce, (q, k, v, problem, buffers, D, BLOCK_K, TILE_Q, HALF, TILE_K, STAGES)),
             (consume, (out, lse, scale, problem, buffers, 0, D, BLOCK_K, TILE_Q, HALF, TILE_K, STAGES)),
             (consume, (out, lse, scale, problem, buffers, 1, D, BLOCK_K, TILE_Q, HALF, TILE_K, STAGES)),
-            (produce, (q, k, v, problem, buffers, D, BLOCK_K, TILE_Q, HALF, TILE_K, STAGES)),
         ],
-        [4, 1],
-        [232, 40],
+        [4, 4],
+        [232, 232],
     )
