@@ -8,8 +8,9 @@ import os
 import signal
 import sys
 import threading
+import warnings
 from collections.abc import Sequence
-from typing import Annotated, NoReturn
+from typing import Annotated, NoReturn, TextIO
 
 import typer
 
@@ -66,6 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         signal.signal(signal.SIGTERM, _terminate)
     try:
         with quiet_libraries():
+            warnings.showwarning = _show_warning  # until the block ends
             status = app(args=arguments, prog_name="dit-accel", standalone_mode=False)
         sys.stdout.flush()
         if status == INTERRUPTED:  # typer's own, silent, answer to Ctrl-C
@@ -82,6 +84,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes it once more at exit
         _end(f"error: the output could not be written: {error.strerror}.", USER_ERROR)
     sys.exit(status if isinstance(status, int) else 0)
+
+
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """Show a warning in one line, without its place in the code."""
+    print(f"warning: {' '.join(str(message).split())}", file=sys.stderr)
 
 
 def _terminate(number: int, frame: object) -> NoReturn:

@@ -236,6 +236,13 @@ def test_a_run_without_sparse_steps_is_said_before_it(cli, demo, tmp_path, amoun
     assert outcome.err.startswith("warning: dense_steps=") and "of 2 steps leaves no sparse step" in outcome.err
 
 
+def test_a_warning_is_one_line_without_the_place_in_the_code(cli, demo, tmp_path):
+    options = ("--method", "radial:decay=0.2", "--dense-layers", "1.0", "--output", tmp_path / "o.mp4")
+    outcome = cli("generate", "--model", "demo", *SMALL, *options)
+    (line,) = [line for line in outcome.err.splitlines() if says(line, "dense_layers")]
+    assert outcome.status == 0 and line.startswith("warning: ") and ".py" not in outcome.err
+
+
 def test_the_last_line_says_that_nothing_was_gained(cli, demo, tmp_path):
     method = "sparge:topk=0.1,topp=1.0,block=4,block_q=4"  # by mass: only the calls tell
     outcome = cli("generate", *SMALL, "--method", method, "--output", tmp_path / "a.gif")
