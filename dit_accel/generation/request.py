@@ -202,6 +202,8 @@ class MethodOptions(ScheduleOptions, SettingsOptions):
         """
         from dit_accel.generation.candidate import Candidate
 
+        if self.method in LEVELS:
+            raise DitAccelError(f"{self.method} is a level and no method. Write --level {self.method}.")
         of_method = self.preset or any(word in SCHEDULE for word in self.words)
         if self.level is not None:
             return self._of_level(subject)

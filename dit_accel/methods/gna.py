@@ -38,8 +38,8 @@ class Config(SharingSettings):
     """Settings of gna, besides `SharingSettings`: one value for all axes, or one per axis (frames, height, width).
 
     Args:
-        window: tokens (int >= 1), a fraction of the axis (float in (0, 1]), or "full". The default
-            is not published.
+        window: tokens (int >= 1), a fraction of the axis (float in (0, 1]), or "full". The default is that
+            of the paper for HunyuanVideo, 18 x 24 x 24 of 30 x 48 x 80 tokens.
         stride: neighbouring queries that share one window, 1 <= stride <= window.
         dilation: distance of neighbouring keys, window * dilation <= axis.
         causal: whether a query sees only keys up to itself.
@@ -47,7 +47,7 @@ class Config(SharingSettings):
     An axis of one token ignores all of them. A single stride or dilation for all axes is clamped on shorter axes.
     """
 
-    window: Window | tuple[Window, Window, Window] = option(0.5, ramps=True)
+    window: Window | tuple[Window, Window, Window] = option((0.6, 0.5, 0.3), ramps=True)
     stride: int | tuple[int, int, int] = option(1, least=1)
     dilation: int | tuple[int, int, int] = option(1, least=1)
     causal: bool | tuple[bool, bool, bool] = False

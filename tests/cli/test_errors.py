@@ -63,6 +63,7 @@ def refused(cli, tmp_path):
         (("--level", "fast", "--preset", "--set", "tau=1"), "Leave out --preset, --set"),
         (("--level", "fast", "--load", "none"), "Leave out --load"),
         (("--level", "slow"), "--level"),
+        (("--method", "fast"), "Write --level fast"),
         (("--dense-steps", "4"), "--method"),
         (("--set", "window=3"), "--method"),
         (

@@ -21,7 +21,7 @@ def test_json_settings_are_the_configs(cli):
     methods = {method["name"]: method for method in json.loads(cli("ls", "--json").out)["methods"]}
     (references, *_), (window, *_) = methods["tile"]["settings"], methods["gna"]["settings"]
     assert (references["default"], references["required"]) == (None, True)
-    assert (window["name"], window["default"], window["required"]) == ("window", 0.5, False)
+    assert (window["name"], window["default"], window["required"]) == ("window", [0.6, 0.5, 0.3], False)
     tau, variance = methods["sol"]["settings"][:2]
     assert (tau["range"], variance["range"]) == ("a number", "one of diagonal, exact")
     assert (tau["ramps"], variance["ramps"]) == (True, False)
@@ -90,7 +90,7 @@ def test_the_list_is_short_and_fits_80_columns(cli):
 @pytest.mark.parametrize(
     ("name", "wanted"),
     [
-        ("gna", ["source: arXiv:2504.16922", "window: 0.5 by default", "stride: 1 by default", "gna:stride=2"]),
+        ("gna", ["source: arXiv:2504.16922", "window: 0.6x0.5x0.3 by default", "stride: 1 by default", "gna:stride=2"]),
         (
             "sla",
             ["topk: 0.05 by default", "Choose it for the highest sparsity.", "fine-tuning", "gate, imitation"],

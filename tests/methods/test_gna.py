@@ -275,3 +275,8 @@ def test_text_is_dense_both_ways():
     assert mask[:3].all()
     assert mask[:, -2:].all()
     assert torch.equal(mask[3:19, 3:19], torch.eye(16, dtype=torch.bool))
+
+
+def test_the_default_window_is_the_papers_for_hunyuan_video():
+    grid = TokenGrid(30, 48, 80)
+    assert dit_accel.plan("gna", grid).pairs == grid.visual * 18 * 24 * 24
