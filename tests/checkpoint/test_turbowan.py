@@ -306,3 +306,14 @@ def test_two_transformers_meet_at_the_authors_boundary(before, wan_folder, tmp_p
         assert accel.report().calls == {"transformer": 2, "transformer_2": 2}
         assert {layer.sparse_calls for layer in accel.report().layers} == {2}
     assert pipe.config.boundary_ratio == before
+
+
+@pytest.mark.parametrize(
+    ("named", "stock"),
+    [("WanDMDPipeline", "WanPipeline"), ("WanImageToVideoDmdPipeline", "WanImageToVideoPipeline")],
+)
+def test_the_classes_that_converted_folders_name_open_as_stock_ones(named, stock, tmp_path):
+    from dit_accel.generation.sources import find
+
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": named}))
+    assert find(str(tmp_path)).pipeline_class().__name__ == stock
