@@ -22,7 +22,7 @@ is differentiable in q, k, v and the projection::
 
     forward(q, k, v, topk, skip, call) -> out, critical
 
-A module of kernel "tail" has these functions, on the record of `tail.call`; see `tail.api.with_tail`::
+A module of kernel "tail" has these functions, on the record of `tail.reference`; see `tail.api.with_tail`::
 
     forward(call) -> out, lse
     backward(grad_out, grad_lse, out, lse, call) -> dq, dk, dv, dexact, dexact_lse

@@ -12,8 +12,8 @@ from dit_accel.kernels import impls
 from dit_accel.kernels.block_sparse.geometry import BlockLists, Geometry, cut_blocks, empty_rows
 from dit_accel.kernels.cuts import visual_of
 from dit_accel.kernels.impls import AUTO, Facts, Impl
-from dit_accel.kernels.tail.call import TailCall
 from dit_accel.kernels.tail.portable import correction
+from dit_accel.kernels.tail.reference import TailCall
 from dit_accel.order import TokenOrder
 
 # A traced call can only take modules that are loaded.

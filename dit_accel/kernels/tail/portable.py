@@ -12,8 +12,7 @@ from torch import Tensor
 from dit_accel.kernels.block_sparse import dense
 from dit_accel.kernels.block_sparse.geometry import BlockLists, Geometry, empty_rows
 from dit_accel.kernels.cuts import block_means, to_blocks
-from dit_accel.kernels.tail.call import TailCall
-from dit_accel.kernels.tail.reference import in_tail
+from dit_accel.kernels.tail.reference import TailCall, in_tail
 from dit_accel.order import TokenOrder, valid_tokens
 
 

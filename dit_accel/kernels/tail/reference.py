@@ -1,14 +1,37 @@
-"""The definition of the tail: one softmax over the exact part and a pseudo-key for every other block."""
+"""The definition of the tail: one softmax over the exact part and a pseudo-key for each other block. Its arguments."""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from dit_accel.kernels.block_sparse.geometry import BlockLists
+from dit_accel.kernels.block_sparse.geometry import BlockLists, Geometry
 from dit_accel.kernels.cuts import block_means
-from dit_accel.kernels.tail.call import TailCall
 from dit_accel.order import valid_tokens
+
+
+class TailCall(NamedTuple):
+    """Visual tokens, and the part of their attention that is exact.
+
+    q, k, v: [B, H, visual, D] in model order, any strides.
+    exact, exact_lse: attention over listed blocks, conditioning and text, [B, H, visual, D], and its LSE.
+    lists: the visual key blocks that `exact` attended, int32 [B, H, query blocks, width].
+    dropped: bool [B, H, query blocks, key blocks], blocks that are neither listed nor in the tail; None: no block.
+    geometry: of the visual tokens alone.
+    scale: factor of the logits.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    exact: Tensor
+    exact_lse: Tensor
+    lists: BlockLists
+    dropped: Tensor | None
+    geometry: Geometry
+    scale: float
 
 
 def forward(call: TailCall) -> tuple[Tensor, Tensor]:

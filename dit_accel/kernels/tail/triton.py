@@ -18,8 +18,8 @@ from dit_accel.kernels.block_sparse.geometry import BlockSparseCall, Segments
 from dit_accel.kernels.block_sparse.triton import BlockSparseLaunches, run
 from dit_accel.kernels.block_sparse.triton_configs import Launch
 from dit_accel.kernels.obstacles import GROUP
-from dit_accel.kernels.tail.call import TailCall
 from dit_accel.kernels.tail.portable import spread
+from dit_accel.kernels.tail.reference import TailCall
 from dit_accel.kernels.tail.triton_kernels import (
     PseudoKeys,
     outside_kernel,

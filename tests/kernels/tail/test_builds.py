@@ -8,7 +8,7 @@ pytest.importorskip("triton")
 from dit_accel.kernels.block_sparse.geometry import BlockLists, Geometry
 from dit_accel.kernels.block_sparse.triton_configs import fitting
 from dit_accel.kernels.tail import triton
-from dit_accel.kernels.tail.call import TailCall
+from dit_accel.kernels.tail.reference import TailCall
 from dit_accel.order import TokenOrder
 from dit_accel.tokens import TokenGrid
 from tools.kernels import tail as declared
