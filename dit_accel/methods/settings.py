@@ -48,6 +48,18 @@ class BlockSettings(MethodConfig):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class TokenSettings(BlockSettings):
+    """Settings of a method that may attend to single tokens besides its blocks.
+
+    Args:
+        extra_tokens: visual tokens outside its exact blocks that every query block attends to exactly: those with the
+            highest logits for its mean query. They leave the tail. 0: none.
+    """
+
+    extra_tokens: int = option(0, least=0, ramps=True)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class SharingSettings(MethodConfig):
     """Settings of a method whose layers may share results.
 

@@ -22,7 +22,7 @@ from dit_accel.kernels.block_sparse.geometry import BlockLists
 from dit_accel.kernels.router.api import route
 from dit_accel.kernels.router.call import Rule, Variance
 from dit_accel.method import Method
-from dit_accel.methods.settings import BlockSettings
+from dit_accel.methods.settings import TokenSettings
 from dit_accel.plans.plan import BLOCK_Q, PlanCall, per_device
 from dit_accel.plans.tailed import TailedPlan
 from dit_accel.tokens import TokenGrid
@@ -32,7 +32,7 @@ Tail = Literal["mean", "hybrid", "none"]
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(BlockSettings):
+class Config(TokenSettings):
     """Settings of Sol-Attn; the defaults are the published ones.
 
     A `block_q` of 128 beside a `block` of 64 is faster and keeps more blocks.

@@ -34,7 +34,7 @@ from dit_accel.kernels.router.call import Rule
 from dit_accel.kernels.router.portable import rank
 from dit_accel.kernels.tail.errors import most_wrong, tail_errors
 from dit_accel.method import LearnedModule, Method, RecallCalibration
-from dit_accel.methods.settings import GATE, BlockSettings
+from dit_accel.methods.settings import GATE, TokenSettings
 from dit_accel.plans.gate import BlockGate, gated
 from dit_accel.plans.kept import kept_or_new
 from dit_accel.plans.plan import PlanCall, per_device
@@ -51,7 +51,7 @@ Tail = Literal["none", "mean"]
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(BlockSettings):
+class Config(TokenSettings):
     """Settings of sparge; the defaults are SpargeAttention2's for Wan 2.1 1.3B.
 
     Args:
@@ -133,7 +133,8 @@ class SpargePlan(TailedPlan):
         config, blocks = self.config, self.key_order.visual_blocks
         if config.topp or config.similarity is not None:
             return None
-        return self.bound(max(1, max(self.budgets()) if config.budgets != "equal" else config.counts(blocks)))
+        most = self.bound(max(1, max(self.budgets()) if config.budgets != "equal" else config.counts(blocks)))
+        return min(most + self.grid.visual * config.extra_tokens, self.grid.tokens**2)
 
     def always(self) -> tuple[int, None]:
         config, blocks = self.config, self.key_order.visual_blocks

@@ -157,6 +157,10 @@ class Plan(Kernels):
         """
         return masked_attention(q, k, v, call.seen(head))
 
+    def single_keys(self, call: SampledCall, head: int) -> torch.Tensor | None:
+        """Keys that the queries of `call` attend to exactly besides `kept_keys`: bool [S, tokens]; None without any."""
+        return None
+
     def misrouted(self, call: SampledCall) -> str | None:
         """What is wrong with the blocks that a call lists; None if they are right."""
         return None

@@ -58,6 +58,8 @@ class SampledCall:
         place, visual = self.rows - self.plan.grid.visual_start, self.are_visual[:, 0]
         seen = torch.ones(len(place), self.plan.grid.tokens, dtype=torch.bool, device=place.device)
         seen[visual] = self.plan.kept_keys(place[visual], self.lists, head)
+        if (single := self.plan.single_keys(self, head)) is not None:
+            seen |= single
         if self.lists is None and self.plan.head_share == 1:
             self._static = seen
         return seen

@@ -10,7 +10,10 @@ from torch import Tensor
 from dit_accel.kernels import impls
 from dit_accel.kernels.block_sparse.geometry import BlockLists
 from dit_accel.kernels.block_sparse.reference import masked_attention
-from dit_accel.kernels.tail.api import with_tail
+from dit_accel.kernels.cuts import visual_of
+from dit_accel.kernels.tail.api import with_first_order, with_tail
+from dit_accel.kernels.tail.tokens import best_tokens, with_tokens
+from dit_accel.plans.curves import along
 from dit_accel.plans.plan import PlanCall
 from dit_accel.plans.routed import RoutedPlan
 from dit_accel.plans.sampled import SampledCall, pooled
@@ -27,6 +30,11 @@ class TailedPlan(RoutedPlan):
         return bool(self.config.tail != "none")
 
     @property
+    def extra_tokens(self) -> int:
+        """Tokens that every query block attends to exactly besides its blocks."""
+        return int(getattr(self.config, "extra_tokens", 0))
+
+    @property
     def first_order(self) -> bool:
         """Whether the tail has PISA's first-order term."""
         return bool(self.config.tail == "hybrid")
@@ -41,15 +49,26 @@ class TailedPlan(RoutedPlan):
         return self.choose(q, k, call), self.dropped(q, k)
 
     def attend_visual(self, q: Tensor, k: Tensor, v: Tensor, call: PlanCall) -> tuple[Tensor, BlockLists]:
-        if not self.has_tail:
+        if not self.has_tail and not self.extra_tokens:
             return super().attend_visual(q, k, v, call)
         lists, dropped = self.choose_for_tail(q, k, call._replace(values=v))
-        exact, lse = self.attend_listed(q, k, v, lists, call, lse=True)
-        assert lse is not None
-        out, _ = with_tail(
-            q, k, v, exact, lse, lists, self.query_order, self.key_order, dropped=dropped,
-            first_order=self.first_order, scale=call.scale, impl=call.impl,
-        )  # fmt: skip
+        exact, exact_lse = self.attend_listed(q, k, v, lists, call, lse=True)
+        assert exact_lse is not None
+        out, lse, orders = exact, exact_lse, (self.query_order, self.key_order)
+        if self.has_tail:
+            first_order = self.first_order and not self.extra_tokens
+            out, lse = with_tail(
+                q, k, v, exact, exact_lse, lists, *orders, dropped=dropped, first_order=first_order, scale=call.scale,
+                impl=call.impl,
+            )  # fmt: skip
+        if not self.extra_tokens:
+            return out, lists
+        tokens = best_tokens(q, k, lists, *orders, self.extra_tokens, call.scale)
+        out, lse, single = with_tokens(q, k, v, out, lse, tokens, *orders, pooled=self.has_tail, scale=call.scale)
+        if self.first_order:
+            scale = q.shape[-1] ** -0.5 if call.scale is None else float(call.scale)
+            q, k, v = (visual_of(x, self.grid) for x in (q, k, v))
+            out = with_first_order(out, lse, torch.logaddexp(exact_lse, single), q, k, v, self.key_order, scale)
         return out, lists
 
     def calls(self, learned: bool = False) -> dict[str, tuple[str, dict[str, Any]]]:
@@ -57,7 +76,43 @@ class TailedPlan(RoutedPlan):
         return parts | {"tail": (impls.TAIL, parts["attention"][1])} if self.has_tail else parts
 
     def needs(self, learned: bool) -> dict[str, Any]:
-        return {"lse": self.has_tail}
+        return {"lse": self.has_tail or self.extra_tokens > 0}
+
+    @torch.no_grad()
+    def add_density(self, lists: BlockLists, density_sum: Tensor) -> None:
+        super().add_density(lists, density_sum)
+        if self.extra_tokens:
+            queries, keys = self.block_sizes(lists.indices.device)
+            left = self.grid.visual - torch.where(lists.used, keys[lists.indices.clamp(0, len(keys) - 1)], 0).sum(-1)
+            single = (left.clamp(max=self.extra_tokens) * queries).sum(-1).mean()
+            density_sum[0] += single / self.grid.tokens**2
+
+    def _tokens(self, call: SampledCall, head: int) -> Tensor:
+        """The single tokens of a head's query blocks, by raster place: bool [query blocks, visual]."""
+        q, k = (self.arrange(x[:, head : head + 1]) for x in (call.q, call.k))
+        assert call.lists is not None
+        lists = BlockLists(*(x[:, head : head + 1] for x in call.lists[:2]))
+        tokens = best_tokens(q, k, lists, self.query_order, self.key_order, self.extra_tokens)[0, 0]
+        marks = torch.zeros(len(tokens), self.grid.visual + 1, dtype=torch.bool, device=tokens.device)
+        marks = marks.scatter_(1, torch.where(tokens < 0, self.grid.visual, tokens), True)[:, :-1]
+        return marks if self.curve is None else marks[:, along(self.curve, self.grid.shape).argsort().to(marks.device)]
+
+    def single_keys(self, call: SampledCall, head: int) -> Tensor | None:
+        if not self.extra_tokens:
+            return None
+        marks = call.once(f"single tokens of head {head}", lambda: self._tokens(call, head))
+        single = torch.zeros(len(call.rows), self.grid.tokens, dtype=torch.bool, device=marks.device)
+        single[:, self.grid.visual_rows] = marks[call.blocks(self.block_of(self.query_order))] & call.are_visual
+        return single
+
+    def tail_weights(self, call: SampledCall, head: int, sizes: Tensor) -> Tensor:
+        """The tokens that a block in the tail stands for, [S, key blocks], of `sizes` [key blocks]."""
+        single = self.single_keys(call, head)
+        if single is None:
+            return sizes.expand(len(call.rows), -1)
+        block = self.block_of(self.key_order).to(single.device)
+        taken = sizes.new_zeros(len(single), len(sizes)).index_add(1, block, single[:, self.grid.visual_rows].to(sizes))
+        return sizes - taken
 
     def in_tail(self, call: SampledCall, head: int) -> Tensor:
         """Whether a key block is in the tail of a query: bool [S, key blocks]."""
@@ -71,8 +126,9 @@ class TailedPlan(RoutedPlan):
             return masked_attention(q, k, v, seen)
         visual, block = self.grid.visual_rows, self.block_of(self.key_order).to(k.device)
         (keys, sizes), (values, _) = (pooled(x, self.key_order, block) for x in (k, v))
-        bias = torch.cat([q.new_zeros(len(k)), sizes.log()])
-        every, pairs = torch.cat([k, keys]), torch.cat([seen, self.in_tail(call, head)], -1)
+        weights_of = self.tail_weights(call, head, sizes)
+        bias = torch.cat([q.new_zeros(len(q), len(k)), weights_of.log()], -1)
+        every, pairs = torch.cat([k, keys]), torch.cat([seen, self.in_tail(call, head) & (weights_of > 0)], -1)
         out = masked_attention(q, every, torch.cat([v, values]), pairs, bias)
         if self.first_order:
             of_tail = torch.cat([torch.zeros_like(v[:, :1]), torch.ones_like(values[:, :1])])

@@ -197,6 +197,11 @@ CALLS = {
     "tile": (TEXT_FIRST, {"order": "tile", "block_q": 16}),
     "morton": (TEXT, {"order": "morton", "sink": 9}),
     "hilbert hybrid": (VIDEO, {"order": "hilbert", "tail": "hybrid", "block_q": 16}),
+    "tokens": (TEXT, {"extra_tokens": 9, "tau": 2.0}),
+    "tokens, no tail": (TEXT_FIRST, {"extra_tokens": 9, "tau": 2.0, "tail": "none"}),
+    "tokens, hybrid": (TEXT, {"extra_tokens": 7, "tau": 2.0, "tail": "hybrid", "order": "tile", "block_q": 16}),
+    "tokens, morton": (VIDEO, {"extra_tokens": 7, "tau": 2.0, "order": "morton", "block_q": 16}),
+    "all tokens": (TEXT, {"extra_tokens": 200, "tau": 2.0}),
 }
 
 

@@ -82,10 +82,21 @@ def with_tail(
         out, lse = tail_forward(
             q, k, v, exact, exact_lse, lists.indices, lists.counts, dropped, geometry.pack(), scale, chosen.name
         )
-    if first_order:
-        share = -torch.expm1(exact_lse - lse)[..., None]
-        out = out + (share * correction(q, k, v, geometry.key_order, scale)).to(out.dtype)
-    return out, lse
+    return (with_first_order(out, lse, exact_lse, q, k, v, geometry.key_order, scale) if first_order else out), lse
+
+
+def with_first_order(
+    out: Tensor, lse: Tensor, exact_lse: Tensor, q: Tensor, k: Tensor, v: Tensor, key_order: TokenOrder, scale: float
+) -> Tensor:
+    """The output of a tail with PISA's first-order term, which grows with the tail's share of a row.
+
+    Args:
+        out, lse: of the exact part and the tail, [B, H, visual, D] and [B, H, visual].
+        exact_lse: of the exact part.
+        q, k, v, key_order, scale: as of `correction`.
+    """
+    share = -torch.expm1(exact_lse - lse)[..., None]
+    return out + (share * correction(q, k, v, key_order, scale)).to(out.dtype)
 
 
 def _check(call: TailCall) -> None:
