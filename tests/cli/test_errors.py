@@ -1,10 +1,6 @@
 """What the user can mend: one line on stderr, status 2, no traceback, and nothing written."""
 
 import json
-import os
-import pathlib
-import subprocess
-import sys
 
 import pytest
 from PIL import Image
@@ -155,50 +151,6 @@ def test_what_needs_no_weights_is_refused_before_they_are_loaded(
     verb, *options = arguments
     output = tmp_path / ("a.mp4" if verb == "generate" else "out")
     assert message in refused(verb, *size, "--output", output, *options)
-
-
-def interrupted(*_, **__):
-    raise KeyboardInterrupt
-
-
-def test_ctrl_c(cli, demo, tmp_path, monkeypatch):
-    from dit_accel.generation import sampling
-
-    monkeypatch.setattr(sampling, "call", interrupted)
-    outcome = cli("generate", *SIZE, "--method", "gna:window=0.5", "--output", tmp_path / "a.mp4")
-    assert outcome.status == 130
-    assert outcome.err.splitlines()[-1] == "dit-accel: interrupted; nothing was written."
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_ctrl_c_in_a_verb_that_has_nothing_to_say(cli, monkeypatch):
-    from dit_accel.setting import Setting
-
-    monkeypatch.setattr(Setting, "plan", interrupted)
-    outcome = cli("plan", "--method", "radial", "--grid", "4x4x4")
-    assert (outcome.status, outcome.out, outcome.err) == (130, "", "dit-accel: interrupted.\n")
-
-
-def test_ctrl_c_while_the_model_of_a_batch_is_loaded(cli, demo, tmp_path, monkeypatch):
-    from dit_accel.generation import sources
-
-    monkeypatch.setattr(sources, "load", interrupted)
-    outcome = cli("generate", *SIZE, "--prompts", "demo", "--output", tmp_path / "a.mp4")
-    assert outcome.status == 130
-    assert outcome.err.splitlines()[-1].startswith("dit-accel: interrupted after 0 of 16")
-
-
-@pytest.mark.parametrize(
-    ("command", "shown"), [(("ls",), "Embedded models: demo"), (("ls", "gna"), "arXiv:2504.16922")]
-)
-def test_a_terminal_without_the_characters_still_shows_the_rest(root, command, shown):
-    """Method summaries and error messages have characters that ASCII has not."""
-    environment = os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONPATH": str(root), "COLUMNS": "200"}
-    done = subprocess.run(
-        [sys.executable, "-m", "dit_accel", *command], env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    assert shown in done.stdout
 
 
 def test_pictures(refused, demo, tmp_path):
@@ -360,53 +312,8 @@ def test_plan_options(refused, demo, options, message):
     assert message in refused("plan", "--method", "radial", *options)
 
 
-def test_a_process_prints_one_line_too(root, tmp_path):
-    """Nothing that a fresh process prints on its own, such as a warning of a library, comes with the error."""
-    command = [sys.executable, "-m", "dit_accel", "generate", "--method", "gna:window=99", "--model", "nobody/nothing"]
-    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
-    assert done.returncode == 2
-    assert done.stdout == ""
-    assert len(done.stderr.splitlines()) == 1, done.stderr
-    assert not pathlib.Path(root / "output.mp4").exists()
-
-
-def test_a_defect_of_ours_is_not_hidden(cli, demo, monkeypatch):
-    """Only what was foreseen becomes one line; anything else keeps its traceback."""
-    from dit_accel.cli import job
-
-    def broken(request):
-        raise ZeroDivisionError("a defect")
-
-    monkeypatch.setattr(job, "prepare", broken)
-    with pytest.raises(ZeroDivisionError):
-        cli("generate")
-
-
 @pytest.mark.parametrize("verb", ["plan", "generate"])
 def test_a_size_that_the_pipeline_would_refuse_is_refused_by_both(refused, demo, tmp_path, verb):
     output = ("--output", tmp_path / "a.mp4") if verb == "generate" else ()
     line = refused(verb, "--method", "radial:decay=0.2", "--model", "demo", "--height", "136", *output)
     assert "height 136 cannot be made: this model makes multiples of 16" in line
-
-
-@pytest.mark.parametrize("verb", [("ls",), ("env",), ("plan", "--method", "radial", "--grid", "4x4x4", "--json")])
-def test_a_full_standard_output_is_one_line(root, verb):
-    with open("/dev/full", "w") as full:
-        command = [sys.executable, "-m", "dit_accel", *verb]
-        done = subprocess.run(command, cwd=root, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
-    assert done.returncode == 2
-    assert done.stderr.splitlines()[-1] == "dit-accel: error: the output could not be written: No space left on device."
-
-
-def test_sigterm_is_one_line(root, demo_folder, tmp_path):
-    """The signal comes in the middle of the denoising loop."""
-    program = (
-        "import os, signal, sys; from dit_accel.cli.app import main; from dit_accel.generation import sampling; "
-        "sampling.call = lambda *_: os.kill(os.getpid(), signal.SIGTERM); main(sys.argv[1:])"
-    )
-    options = ("generate", "--model", demo_folder, *SIZE, "--output", tmp_path / "a.mp4")
-    command = [sys.executable, "-c", program, *map(str, options)]
-    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
-    assert done.returncode == 143, done.stderr
-    assert done.stderr.splitlines()[-1] == "dit-accel: interrupted; nothing was written."
-    assert list(tmp_path.iterdir()) == []
