@@ -148,10 +148,6 @@ def prepare(request: GenerateRequest) -> GenerateJob:
         for own in (plain | candidate.call, plain)
     )
     fps = request.rate(kind, source, arguments) if sizes.video else None
-    steps = call.default_of(kind, arguments, "num_inference_steps")
-    if candidate.setting is not None and isinstance(steps, int):
-        if remark := candidate.setting.schedule.remark(steps):
-            print(f"warning: {remark}.", file=sys.stderr)
     if grid.text:
         grid = dataclasses.replace(grid, text=arguments.get(call.LENGTH, grid.text))
     hint = _hint(subject().case) if untouched(request) else None
