@@ -10,8 +10,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 OUTPUT ?= outputs
-DEMO_METHOD ?= sol:order=morton,block_q=256,block=32,tail=hybrid,variance=exact,tau=1.5
-DEMO_SETTINGS ?= --frames 17 --height 224 --width 256 --dense-steps 2 --dense-last-steps 1
+DEMO_LEVEL ?= fast
+DEMO_SETTINGS ?= --frames 17 --height 224 --width 256
 PYTEST_FLAGS ?=
 KERNELS_FLAGS ?=
 # The oldest Triton that pyproject.toml takes compiles two builds a kernel; OLDEST_FLAGS=--all compiles all.
@@ -49,7 +49,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@touch $@
 
 demo: $(INSTALLED)
-	$(BIN)/dit-accel generate --model demo $(DEMO_SETTINGS) --method $(DEMO_METHOD) --compare --output $(OUTPUT)/demo.mp4
+	$(BIN)/dit-accel generate --model demo $(DEMO_SETTINGS) --level $(DEMO_LEVEL) --compare --output $(OUTPUT)/demo.mp4
 
 # What measures time runs alone and first; then the rest, a process for each core.
 test: $(INSTALLED)

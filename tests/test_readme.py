@@ -160,7 +160,7 @@ def test_the_demos_figures_are_those_of_its_record():
 def test_the_results_of_the_readme_are_measured():
     """Every speed-up and PSNR of the table is a row of benchmarks/results."""
     measured = []
-    for name in ("eval_demo_large", "eval_demo"):
+    for name in ("eval_demo_levels", "eval_demo_large", "eval_demo"):
         summary = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
         for row in summary["rows"]:
             psnr = row["figures"]["psnr"]["value"]

@@ -43,8 +43,8 @@ class ChosenSteps:
     """The steps that run; each other step reuses what the blocks added in the last one that ran.
 
     Args:
-        computed: indices of steps, ascending from 0.
-        num_inference_steps: of the runs that the list is for; None: any run that has all steps of the list.
+        computed: indices of steps, ascending from 0. A shorter run has only the first of them.
+        num_inference_steps: of the runs that the list is for; None: any.
     """
 
     computed: tuple[int, ...]
@@ -54,15 +54,16 @@ class ChosenSteps:
         if self.computed[:1] != (0,) or list(self.computed) != sorted(set(self.computed)):
             steps = "x".join(map(str, self.computed))
             raise ValueError(f"computed are steps in ascending order from 0, such as 0x1x2x6, got {steps}.")
+        if self.num_inference_steps is not None and self.computed[-1] >= self.num_inference_steps:
+            raise ValueError(f"computed has step {self.computed[-1]}, and {self.num_inference_steps} steps end before.")
 
     def check(self, steps: int | None) -> None:
         """Refuse a run of `steps` steps that the list is not for."""
-        wanted = self.num_inference_steps or max(steps or 0, self.computed[-1] + 1)
-        if steps is not None and wanted != steps:
+        if steps is not None and self.num_inference_steps not in (None, steps):
             chosen = "x".join(map(str, self.computed))
             raise DitAccelError(
-                f"computed={chosen} is for runs of {wanted} steps{'' if self.num_inference_steps else ' or more'}, and "
-                f"this one has {steps}. Give a list for {steps} steps."
+                f"computed={chosen} is for runs of {self.num_inference_steps} steps, and this one has {steps}. Give a "
+                f"list for {steps} steps."
             )
 
     def as_mag(self, steps: int) -> Any:

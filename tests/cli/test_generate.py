@@ -49,10 +49,10 @@ def test_a_level_is_chosen_for_the_size_and_the_steps(cli, demo, tmp_path):
     outcome = cli("generate", *SMALL[:-1], 12, "--level", "fast", "--compare", "--output", tmp_path / "a.gif")
     assert outcome.status == 0, outcome.err
     record = json.loads((tmp_path / "a.json").read_text())
-    assert record["setting"]["cache"] == {"name": "mag", "config": {"threshold": 0.12}}
+    assert record["setting"]["cache"] == {"name": "steps", "config": {"computed": [0, 1, 4]}}
     (note,) = [note for note in record["report"]["notes"] if note.startswith("level fast")]
     assert says(note, "tokens 12 steps CPU measured") and note in outcome.out
-    assert record["report"]["cache"]["branches"] and "cache=mag:threshold=0.12: " in outcome.out
+    assert record["report"]["cache"]["branches"] and "cache=steps:computed=0x1x4: " in outcome.out
     options = ("--level", "fast", "--cache", "first-block:threshold=0.3", "--output", tmp_path / "b.gif")
     assert cli("generate", *SMALL[:-1], 12, *options).status == 0
     assert json.loads((tmp_path / "b.json").read_text())["setting"]["cache"]["name"] == "first-block"
@@ -61,17 +61,17 @@ def test_a_level_is_chosen_for_the_size_and_the_steps(cli, demo, tmp_path):
 @pytest.mark.parametrize(
     ("model", "words"),
     [
-        ("demo", "--level balanced 2.84 times dense 31.7 dB embedded docs/step-caches.md"),
+        ("demo", "--level balanced 2.8 times dense 33.1 dB embedded docs/results.md"),
         ("wan", "--level balanced may not measured wan"),
     ],
 )
 def test_the_last_line_of_a_dense_run_says_what_a_level_gains(cli, demo, wan_folder, tmp_path, model, words):
     """With the figure that was measured on the model, and without one where there is none."""
     model = demo if model == "demo" else wan_folder
-    outcome = cli("generate", *SMALL[:-1], 9, "--model", model, "--output", tmp_path / "a.png", "--frames", 1)
+    outcome = cli("generate", *SMALL[:-1], 12, "--model", model, "--output", tmp_path / "a.png", "--frames", 1)
     assert outcome.status == 0, outcome.err
     last = outcome.out.splitlines()[-1]
-    assert says(last, words) and ("times" in last) == ("2.84" in words)
+    assert says(last, words) and ("times" in last) == ("33.1" in words)
     outcome = cli("generate", *SMALL, "--method", "dense", "--output", tmp_path / "b.gif")
     assert "--level" not in outcome.out + outcome.err
     assert "--level" not in cli("generate", *SMALL, "--output", tmp_path / "c.gif").out  # few steps, few tokens

@@ -249,7 +249,7 @@ def test_a_number_of_steps_that_differs_is_refused_before_the_first():
     with pytest.raises(DitAccelError, match="needs the step"):
         at.begin(Moment())
     at.detach()
-    chosen = at_work(tiny.build(), tiny, StepCache.parse("steps:computed=0x5"))
+    chosen = at_work(tiny.build(), tiny, StepCache.parse("steps:computed=0x5,num_inference_steps=6"))
     chosen.attach()
     with pytest.raises(DitAccelError, match="this one has 4"):
         chosen.begin(Moment("run", 0, 4))
