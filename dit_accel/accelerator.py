@@ -132,10 +132,7 @@ class Accelerator:
 
     @contextlib.contextmanager
     def watch(self, watcher: Callable[[AttentionCall], None]) -> Iterator[None]:
-        """Call `watcher` inside the block with every sparse attention call of every layer.
-
-        `AttentionCall.measure` compares a call with dense attention on sampled queries. A compiled transformer cannot
-        be watched.
+        """Call `watcher` with every sparse attention call inside the block, unless the transformer is compiled.
 
         Example:
             >>> with accel.watch(lambda call: print(call.layer, call.step, call.measure().error)):

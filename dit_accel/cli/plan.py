@@ -130,7 +130,7 @@ def plan(arguments: dict[str, Any]) -> None:
     if options.image is not None:
         ramps.of_all_steps(setting.config, "What --image draws")
     plans = [dataclasses.replace(setting, config=end).plan(grid) for end in ramps.ends(setting.config)]
-    head = {"setting": setting.text, "notes": candidate.notes}
+    head = {"setting": setting.text, "notes": candidate.notes, "refused": _refusal(candidate, grid)}
     facts = [head | _facts(plan, options) for plan in plans]
     if options.image is not None:
         from dit_accel.plans.picture import block_picture
@@ -146,6 +146,15 @@ def plan(arguments: dict[str, Any]) -> None:
         if len(facts) > 1:
             typer.echo(f"{end.replace('_', ' ')}:")
         _print_table(of_end)
+
+
+def _refusal(candidate: Candidate, grid: TokenGrid) -> str | None:
+    """Why `accelerate` refuses the setting on this grid, such as that it keeps every pair; None if it does not."""
+    try:
+        candidate.plans(grid)
+    except DitAccelError as error:
+        return str(error)
+    return None
 
 
 def _facts(plan: Plan, options: PlanOptions) -> dict[str, Any]:
@@ -194,6 +203,8 @@ def _print_table(facts: dict[str, Any]) -> None:
     table.add_column(overflow="fold")
     for note in facts["notes"]:
         table.add_row("chosen", note)
+    if facts["refused"]:
+        table.add_row("refused", facts["refused"])
     table.add_row("method", f"{facts['method']} ({settings})" if settings else facts["method"])
     table.add_row("tokens", f"{facts['tokens']:,} ({TokenGrid(**facts['grid'])})")
     known, every = facts["pairs"] is not None, facts["tokens"] ** 2

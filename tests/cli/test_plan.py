@@ -33,6 +33,15 @@ def test_ideal_speedup_is_the_density_where_blocks_fit(cli):
     assert facts["ideal_speedup"] == 8
 
 
+@pytest.mark.parametrize(("method", "grid"), [("agent", "1x1x1"), ("heads", "4x8x8"), ("tile:references=4", "4x8x8")])
+def test_settings_that_a_run_refuses_are_said(cli, method, grid):
+    facts = json.loads(cli("plan", "--method", method, "--grid", grid, "--json").out)
+    assert says(facts["refused"], f"{method.partition(':')[0]} every pair {grid} dense")
+    assert "refused" in cli("plan", "--method", method, "--grid", grid).out
+    allowed = cli("plan", "--method", "gna:window=3", "--grid", "4x8x8", "--json").out
+    assert json.loads(allowed)["refused"] is None
+
+
 def test_text_first_counts(cli):
     facts = json.loads(cli("plan", "--method", "dense", "--grid", "1x2x2", "--text", "3", "--text-first", "--json").out)
     assert facts["grid"]["text_first"] is True
