@@ -190,14 +190,14 @@ def transformers_of(source: Source) -> dict[str, Any]:
     import diffusers
     import torch
 
-    found = {}
+    transformers = {}
     for name in ("transformer", "transformer_2"):
         kind = source.component_class(name)
         if kind is not None and hasattr(diffusers, kind):
             cls = getattr(diffusers, kind)
             with torch.device("meta"):
-                found[name] = cls.from_config(source.config(name))
-    return found
+                transformers[name] = cls.from_config(source.config(name))
+    return transformers
 
 
 def _gigabytes(size: int) -> str:
@@ -208,19 +208,19 @@ def weight_bytes(source: Source, dtype: torch.dtype) -> dict[str, int]:
     """Bytes of each component with weights, in that dtype, by name; read from its JSON files alone."""
     import torch
 
-    found = {}
+    sizes = {}
     for name, entry in source.index.items():
         if not isinstance(entry, list) or entry[0] is None or not (source.folder / name / "config.json").is_file():
             continue  # a tokenizer, a scheduler, a setting, or a part that this pipeline goes without
         try:
             cls, config = getattr(importlib.import_module(entry[0]), entry[1]), source.config(name)
             with torch.device("meta"):
-                transformers = entry[0] == "transformers"
-                module = cls(cls.config_class.from_dict(config)) if transformers else cls.from_config(config)
+                of_transformers = entry[0] == "transformers"
+                module = cls(cls.config_class.from_dict(config)) if of_transformers else cls.from_config(config)
         except (AttributeError, ImportError, KeyError, TypeError, ValueError) as error:
             raise DitAccelError(
                 f"The size of {name} of {source.model} is unknown: {entry[0]} has no {entry[1]} that its configuration "
                 f"describes ({first_line(error)})."
             ) from error
-        found[name] = sum(weight.numel() for weight in module.parameters()) * dtype.itemsize
-    return found
+        sizes[name] = sum(weight.numel() for weight in module.parameters()) * dtype.itemsize
+    return sizes

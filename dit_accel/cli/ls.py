@@ -49,16 +49,16 @@ def ls(given: dict[str, Any]) -> None:
     Example: dit-accel ls wan
     """
     options = LsOptions(**given)
-    methods = {name: _method(found) for name, found in registry.get_methods().items()}
-    families = {name: _family(found) for name, found in registry.get_families().items()}
+    methods = {name: _method(method) for name, method in registry.get_methods().items()}
+    families = {name: _family(family) for name, family in registry.get_families().items()}
     if options.name == "formats":
         _print_formats(options.json)
     elif options.name is not None:
-        found = _find(options.name, methods, families)
+        entry = _find(options.name, methods, families)
         if options.json:
-            typer.echo(json.dumps(found, indent=2))
+            typer.echo(json.dumps(entry, indent=2))
         else:
-            show_lines(_describe(found))
+            show_lines(_describe(entry))
     elif options.json:
         lists = {"methods": list(methods.values()), "families": list(families.values())}
         typer.echo(json.dumps(lists | {"refused": REFUSED, "embedded": list(EMBEDDED)}, indent=2))
@@ -178,17 +178,17 @@ def _print_formats(as_json: bool) -> None:
         show_lines([f"{known.name}: {known.summary}", f"  for {', '.join(known.transformers)}; {known.source}"])
 
 
-def _describe(found: Mapping[str, Any]) -> list[str]:
+def _describe(entry: Mapping[str, Any]) -> list[str]:
     """All about one entry, in lines."""
     from dit_accel.registry import value_text
 
-    if "refused" in found:
-        return [f"{found['name']} is refused: {found['refused']}."]
-    lines = [f"{found['name']}: {found['summary']}"]
-    if "settings" in found:
-        experimental = " It is experimental." if found["experimental"] else ""
-        lines += [f"Choose it for {found['good_for']}.{experimental}", f"source: {found['source']}"]
-        for setting in found["settings"]:
+    if "refused" in entry:
+        return [f"{entry['name']} is refused: {entry['refused']}."]
+    lines = [f"{entry['name']}: {entry['summary']}"]
+    if "settings" in entry:
+        experimental = " It is experimental." if entry["experimental"] else ""
+        lines += [f"Choose it for {entry['good_for']}.{experimental}", f"source: {entry['source']}"]
+        for setting in entry["settings"]:
             default = "required" if setting["required"] else f"{value_text(setting['default'])} by default"
             span = f"; {setting['range']}" if setting["range"] else ""
             span += "; it may be a ramp over the sparse steps, START..END" if setting["ramps"] else ""
@@ -196,20 +196,20 @@ def _describe(found: Mapping[str, Any]) -> list[str]:
                 f"  {setting['name']}: {default}{span}; for example {setting['example']}",
                 f"    {setting['help']}",
             ]
-        if found["presets"]:
-            lines.append(f"presets: {', '.join(found['presets'])}; `dit-accel ls FAMILY` shows them")
-        lines += ["It needs fine-tuning: see `dit-accel train`."] if found["needs_training"] else []
-        lines += [f"objectives of its own: {', '.join(found['objectives'])}"] if found["objectives"] else []
-        lines += ["`dit-accel tune --calibrate` sets it layer by layer."] if found["calibrates"] else []
-        return [*lines, f"more: {found['page']}, under {found['name']}"]
-    if "commands" in found:
-        return [*lines, *(f"  {command}" for command in found["commands"])]
-    lines.append(f"transformers: {', '.join(found['transformers'])}")
-    first = next(iter(found["recommended"]), None)
+        if entry["presets"]:
+            lines.append(f"presets: {', '.join(entry['presets'])}; `dit-accel ls FAMILY` shows them")
+        lines += ["It needs fine-tuning: see `dit-accel train`."] if entry["needs_training"] else []
+        lines += [f"objectives of its own: {', '.join(entry['objectives'])}"] if entry["objectives"] else []
+        lines += ["`dit-accel tune --calibrate` sets it layer by layer."] if entry["calibrates"] else []
+        return [*lines, f"more: {entry['page']}, under {entry['name']}"]
+    if "commands" in entry:
+        return [*lines, *(f"  {command}" for command in entry["commands"])]
+    lines.append(f"transformers: {', '.join(entry['transformers'])}")
+    first = next(iter(entry["recommended"]), None)
     start = f"; or with the preset of {first}: --method {first} --preset" if first else ""
     lines.append(f"Start here: dit_accel.accelerate(pipe), or --level {DEFAULT} of `dit-accel generate`{start}")
-    pair = {f"{name}, two transformers": preset for name, preset in found["recommended_pair"].items()}
-    for name, preset in (found["recommended"] | pair).items():
+    pair = {f"{name}, two transformers": preset for name, preset in entry["recommended_pair"].items()}
+    for name, preset in (entry["recommended"] | pair).items():
         settings = {**preset["config"], **preset["schedule"]}.items()
         lines.append(f"preset of {name}: {', '.join(f'{key}={value_text(value)}' for key, value in settings)}")
         lines.append(f"  {preset['source']}")

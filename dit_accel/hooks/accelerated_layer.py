@@ -85,10 +85,10 @@ class AcceleratedLayer:
 
     def measure_density(self, device: torch.device | None) -> None:
         """Let plans whose calls differ add their densities to a sum on a device; None: no such plan."""
-        own = self.ours.density_sum
+        density_sum = self.ours.density_sum
         if device is None:
             self.ours.density_sum = None
-        elif own is None or own.device != device:
+        elif density_sum is None or density_sum.device != device:
             with torch.inference_mode(False):
                 self.ours.density_sum = torch.zeros(2, device=device)
 

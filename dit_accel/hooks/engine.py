@@ -366,8 +366,8 @@ class Engine(AtWork):
         place = 0.0
         if isinstance(config, Ramped) and now is not None:
             place = self._schedule.place(now, config.first.refresh)
-        own = grid if sees_text else dataclasses.replace(grid, text=0, conditioning=0)
-        return self._plans.get(config, own, device, place)
+        seen = grid if sees_text else dataclasses.replace(grid, text=0, conditioning=0)
+        return self._plans.get(config, seen, device, place)
 
     def _now(self, call: ModelCall, what: str) -> Step:
         if self._compiled and self._clock.reads_values:

@@ -175,7 +175,7 @@ class MaskPlan(StaticPlan):
         if order not in ("raster", "tile"):
             raise DitAccelError(f"order is 'raster', 'tile' or None, got {order!r}.")
         defaults = (BLOCK_Q, BLOCK_K) if tile_q is None or tile_k is None else (math.prod(tile_q), math.prod(tile_k))
-        sizes = [own if asked is None else asked for asked, own in zip((block_q, block_k), defaults, strict=True)]
+        sizes = [default if size is None else size for size, default in zip((block_q, block_k), defaults, strict=True)]
         if order == "raster":
             if tile_q is not None:
                 raise DitAccelError("Tile shapes were given with order='raster'; ask for order='tile'.")

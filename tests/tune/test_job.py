@@ -119,13 +119,15 @@ def test_morton_order_is_tried_where_nobody_typed_the_settings():
 
 def test_the_last_round_tries_step_caches(cli, demo, tmp_path, gaining):
     (tmp_path / "prompts.txt").write_text("a red circle\n")
-    asked = ("--method", "sparge:topk=0.5,topp=0,block_q=8,block=4", "--prompts", tmp_path / "prompts.txt")
-    outcome = cli("tune", *SMALL[:-1], 6, "--target", "1.1x", *asked, "--dense-steps", 0, "--output", tmp_path / "out")
+    options = ("--method", "sparge:topk=0.5,topp=0,block_q=8,block=4", "--prompts", tmp_path / "prompts.txt")
+    outcome = cli(
+        "tune", *SMALL[:-1], 6, "--target", "1.1x", *options, "--dense-steps", 0, "--output", tmp_path / "out"
+    )
     assert outcome.status == 0, outcome.err
     settings = [json.loads((tmp_path / "out" / "round-1" / "summary.json").read_text())["rows"]]
     labels = {row["label"] for row in settings[0]}
     chosen = "cache=steps:computed=0x1,num_inference_steps=6"
-    for method in ("dense", asked[1]):
+    for method in ("dense", options[1]):
         assert {f"{method} {word}" for word in (chosen, *(f"cache={text}" for text in space.CACHES))} <= labels
     assert len(labels) == 8  # and the baseline, and the method
     picked = json.loads((tmp_path / "out" / "settings.json").read_text())
@@ -147,8 +149,8 @@ def test_caches_that_a_model_cannot_have_are_left_out_and_named(demo):
 def test_dense_steps_are_shares_so_that_short_rounds_have_them_too():
     from dit_accel.registry import get_families
 
-    asked = TuneRequest(target="2x", method=("sol", "gna:window=3"), dense_steps=10, dense_layers=1)
-    candidates, left_out = space.settings(asked, dit_accel.TokenGrid(8, 32, 32), [get_families()["wan"]], 50)
+    options = TuneRequest(target="2x", method=("sol", "gna:window=3"), dense_steps=10, dense_layers=1)
+    candidates, left_out = space.settings(options, dit_accel.TokenGrid(8, 32, 32), [get_families()["wan"]], 50)
     schedules = {candidate.setting.schedule for candidate in candidates}
     assert {(schedule.dense_steps, schedule.dense_layers) for schedule in schedules} == {(0.2, 1)} and not left_out
     assert [candidate.title for candidate in candidates if candidate.method == "gna"] == ["gna:window=3"]
@@ -189,7 +191,7 @@ def test_the_bar_of_the_whole_tells_the_time_left_where_parts_take_minutes():
 
 def test_where_nothing_gains_no_file_is_written(cli, demo, tmp_path):
     (tmp_path / "prompts.txt").write_text("a red circle\n")
-    asked = ("--method", "gna:window=3", "--prompts", tmp_path / "prompts.txt", "--output", tmp_path / "out")
-    outcome = cli("tune", *SMALL, "--target", "1000x", *asked)
+    options = ("--method", "gna:window=3", "--prompts", tmp_path / "prompts.txt", "--output", tmp_path / "out")
+    outcome = cli("tune", *SMALL, "--target", "1000x", *options)
     assert outcome.status == 1, outcome.err
     assert not (tmp_path / "out" / "settings.json").exists() and "gna:window=3" in outcome.out

@@ -54,9 +54,9 @@ def test_tokens_are_the_best_outside_the_listed_blocks(method, settings, count):
     wanted, _ = chosen_by_loops(plan, q, k, count)
     tokens = best_tokens(plan.arrange(q), plan.arrange(k), plan.route(q, k), plan.query_order, plan.key_order, count)
     assert tokens.shape[-1] == min(count, GRID.visual)
-    found = torch.zeros(*tokens.shape[:3], GRID.visual + 1, dtype=torch.bool)
-    found.scatter_(-1, torch.where(tokens < 0, GRID.visual, tokens), True)
-    assert torch.equal(found[..., :-1], wanted)
+    chosen = torch.zeros(*tokens.shape[:3], GRID.visual + 1, dtype=torch.bool)
+    chosen.scatter_(-1, torch.where(tokens < 0, GRID.visual, tokens), True)
+    assert torch.equal(chosen[..., :-1], wanted)
     assert ((tokens >= 0).sum(-1) == wanted.sum(-1)).all()  # each once
 
 
@@ -73,11 +73,11 @@ def test_attention_with_tokens_is_one_softmax(method, settings):
     out, scale = visual(attention(*tensors, plan), plan), q.shape[-1] ** -0.5
     for b, h, r in ((0, 0, 0), (1, 2, 40), (0, 1, 77), (1, 0, GRID.visual - 1)):
         i = rows[r]
-        kept = exact[b, h, i][columns] | single[b, h, i]
-        keys = torch.cat([k[b, h, kept], tensors[1][b, h, others]])
-        values, weights = torch.cat([v[b, h, kept], tensors[2][b, h, others]]), [torch.ones(len(keys))]
+        attended = exact[b, h, i][columns] | single[b, h, i]
+        keys = torch.cat([k[b, h, attended], tensors[1][b, h, others]])
+        values, weights = torch.cat([v[b, h, attended], tensors[2][b, h, others]]), [torch.ones(len(keys))]
         for j in range(plan.key_order.visual_blocks) if plan.has_tail else ():
-            left = int(((columns == j) & ~kept).sum())
+            left = int(((columns == j) & ~attended).sum())
             if left and not exact[b, h, i, j]:
                 keys = torch.cat([keys, k[b, h, columns == j].mean(0, keepdim=True)])
                 values = torch.cat([values, v[b, h, columns == j].mean(0, keepdim=True)])

@@ -119,8 +119,10 @@ def test_the_exceptions():
     may = [
         ahead_of_time.allowed(build, arch) for arch in ahead_of_time.ARCHS for build in ahead_of_time.all_builds(arch)
     ]
-    assert all(each in may for each in ahead_of_time.EXCEPTIONS)  # none is stale by name or settings
-    assert {(each.kernel, each.spill_bytes, each.drains, each.unordered) for each in may if each.reason} == {
+    assert all(allowed in may for allowed in ahead_of_time.EXCEPTIONS)  # none is stale by name or settings
+    assert {
+        (allowed.kernel, allowed.spill_bytes, allowed.drains, allowed.unordered) for allowed in may if allowed.reason
+    } == {
         ("sla_sums", 0, False, True),
         ("tail_forward", 8, False, False),
     }
@@ -198,11 +200,11 @@ def test_few_builds_hold_every_kernel():
     for arch in ahead_of_time.ARCHS:
         for build in ahead_of_time.all_builds(arch):
             jobs.setdefault(build.kernel, []).append((build, arch, "bf16"))
-    chosen = [ahead_of_time.few(each, number) for number, each in enumerate(jobs.values())]
+    chosen = [ahead_of_time.few(job, number) for number, job in enumerate(jobs.values())]
     for every, (first, *others) in zip(jobs.values(), chosen, strict=True):
         assert first[1] == 90 and first[0].warps == max(build.warps for build, arch, _ in every if arch == 90)
         assert len(others) == any(arch != 90 for _, arch, _ in every)
-    assert {arch for each in chosen for _, arch, _ in each} == set(ahead_of_time.ARCHS)
+    assert {arch for builds in chosen for _, arch, _ in builds} == set(ahead_of_time.ARCHS)
 
 
 def test_the_oldest_triton_is_the_floor_of_the_package():
