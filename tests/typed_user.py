@@ -36,11 +36,22 @@ def look(accel: dit_accel.Accelerator, transformer: torch.nn.Module) -> float:
     accel.save_pretrained("folder", push_to_hub=True, repo_id="owner/name", private=True)
     if accel.trained is not None:
         accel.take_training(accel.trained, lambda: None, ["trained elsewhere"])
+    accel.add_notes(["seen by eye"])
     report = accel.report()
+    by_step: dict[int, float] = report.step_density
     record: dict[str, Any] = report.as_dict()
     calls: int = report.sparse_calls + report.dense_calls + sum(report.calls.values())
     densities = [layer.density for layer in report.layers if layer.density is not None]
-    print(report, record["setting"], len(modules), report.kept_every_pair, report.notes, report.grids, report.impl)
+    print(
+        report,
+        by_step,
+        record["setting"],
+        len(modules),
+        report.kept_every_pair,
+        report.notes,
+        report.grids,
+        report.impl,
+    )
     return sum(densities) / max(1, calls)
 
 
@@ -53,7 +64,9 @@ def settings(text: str) -> dit_accel.Setting:
     words: dict[str, str] = setting.words()
     rows = setting.by_layer("transformer", 30)
     plan: dit_accel.Plan = setting.plan(dit_accel.TokenGrid(3, 5, 7))
-    print(setting.title, setting.text, words, rows[0][1], setting.configs(), plan.density, setting.method)
+    print(
+        setting.ramped, setting.title, setting.text, words, rows[0][1], setting.configs(), plan.density, setting.method
+    )
     return setting
 
 

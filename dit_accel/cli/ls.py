@@ -90,7 +90,7 @@ def _method(method: Method) -> dict[str, Any]:
                 "name": field.name,
                 "default": None if required else field.default,
                 "required": required,
-                "help": sentences[field.name],
+                "help": sentences.get(field.name, ""),
                 "range": _range(field, hints[field.name]),
                 "ramps": "option" in field.metadata and field.metadata["option"].ramps,
                 "example": f"{method.name}:{registry.example_of(method.config, field.name)}",
@@ -192,10 +192,8 @@ def _describe(entry: Mapping[str, Any]) -> list[str]:
             default = "required" if setting["required"] else f"{value_text(setting['default'])} by default"
             span = f"; {setting['range']}" if setting["range"] else ""
             span += "; it may be a ramp over the sparse steps, START..END" if setting["ramps"] else ""
-            lines += [
-                f"  {setting['name']}: {default}{span}; for example {setting['example']}",
-                f"    {setting['help']}",
-            ]
+            lines.append(f"  {setting['name']}: {default}{span}; for example {setting['example']}")
+            lines += [f"    {setting['help']}"] if setting["help"] else []
         if entry["presets"]:
             lines.append(f"presets: {', '.join(entry['presets'])}; `dit-accel ls FAMILY` shows them")
         lines += ["It needs fine-tuning: see `dit-accel train`."] if entry["needs_training"] else []

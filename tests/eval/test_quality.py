@@ -46,9 +46,13 @@ class TestResults:
         outcome = evaluate("--steps", 12, "--method", "dense", *levels, "--seeds", 0)
         assert outcome.status == 0, outcome.err
         rows = json.loads((tmp_path / "out" / "summary.json").read_text())["rows"]
-        settings = ["dense cache=mag:threshold=0.06", "dense cache=mag:threshold=0.12"]
+        settings = [f"dense cache=steps:computed={steps}" for steps in ("0x1x2x4x8", "0x1x2x6", "0x1x4")]
         assert [row["label"] for row in rows] == ["baseline", "dense", *settings]
         assert all(row["figures"]["psnr"]["value"] != "inf" for row in rows[2:])
+        outcome = evaluate("--steps", 2, *levels, "--seeds", 0, folder="few")
+        assert outcome.status == 0, outcome.err
+        rows = json.loads((tmp_path / "few" / "summary.json").read_text())["rows"]
+        assert [row["label"] for row in rows] == ["baseline", "dense"]
         outcome = evaluate("--level", "slow", folder="b")
         assert outcome.status == 2 and says(outcome.err, "level faithful balanced fast slow")
 

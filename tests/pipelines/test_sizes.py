@@ -193,12 +193,19 @@ def test_grid_of_a_published_model(name, transformer, vae, asked, grid):
     assert sizes.video == (grid.frames > 1)
 
 
+PUBLISHED = {("LTX2VideoTransformer3DModel", "sol"), ("MiniMaxH3Transformer3DModel", "sol")}
+
+
 @pytest.mark.parametrize(("name", "transformer", "vae"), [case[:3] for case in CASES], ids=[case[0] for case in CASES])
 def test_video_families_recommend_what_stays_dense_without_fine_tuning(name, transformer, vae):
-    """A fifth of the steps and the first layer, for methods that choose blocks by content."""
+    """A fifth of the steps and the first layer, where blocks are chosen by content and nobody published more."""
     family = family_of([name])
     for method in ("sol", "sparge", "rectified") if family.sizes(transformer, vae).video else ():
-        schedule = family.preset(method).schedule
+        preset = family.preset(method)
+        if (name, method) in PUBLISHED:
+            assert "pull request" in preset.source
+            continue
+        schedule = preset.schedule
         assert schedule["dense_steps"] == 0.2 and schedule["dense_layers"] >= 1
 
 
