@@ -26,6 +26,7 @@ from dit_accel.kernels.block_sparse.gluon.copies import (
     own_block,
     own_list,
     own_query,
+    own_sample,
     part_of,
     put,
     steps_of,
@@ -61,7 +62,7 @@ def produce_both(
     mbarrier.expect(full, D * D * 2)
     mbarrier.arrive(full, count=1)
     _block, head = own_block(problem)
-    copy_in(table, (over_samples(head, problem) * D, 0), full, table_in(buffers, steps, D, STAGES))
+    copy_in(table, (over_samples(own_sample(), head, problem) * D, 0), full, table_in(buffers, steps, D, STAGES))
 
 
 @gluon.jit
@@ -103,7 +104,7 @@ def consume_both(
     phi = features(x, MAP).to(q.dtype)
     columns = gl.arange(0, D, gl.SliceLayout(0, A))
     _block, head = own_block(problem)
-    sums += over_samples(head, problem) * (2 * D + 1)
+    sums += over_samples(own_sample(), head, problem) * (2 * D + 1)
     divisor = gl.sum(phi.to(gl.float32) * gl.load(sums + columns)[None, :], 1) + EPS
     mbarrier.wait(buffers.k_full.index(steps % STAGES), steps // STAGES & 1)
     zero = gl.zeros([ROWS, D], gl.float32, A)
@@ -132,12 +133,12 @@ def sparse_linear_gluon_fwd_kernel(
     [B * H * D, D]. sums are fp32 [B, H, 2 D + 1]: the sum of phi(k), the bias, and the table's factor.
     """
     _block, head = own_block(problem)
-    q = head_read(q_tile, q_run, distances[0], head)
-    k = head_read(k_tile, k_run, distances[1], head)
-    v = head_read(v_tile, v_run, distances[2], head)
-    out = head_written(out_tile, out_run, tokens, head, D)
-    exact = head_written(exact_tile, exact_run, tokens, head, D)
-    lse += over_samples(head, problem).to(gl.int64) * tokens
+    q = head_read(q_tile, q_run, distances[0], own_sample(), head)
+    k = head_read(k_tile, k_run, distances[1], own_sample(), head)
+    v = head_read(v_tile, v_run, distances[2], own_sample(), head)
+    out = head_written(out_tile, out_run, tokens, own_sample(), head, D)
+    exact = head_written(exact_tile, exact_run, tokens, own_sample(), head, D)
+    lse += over_samples(own_sample(), head, problem).to(gl.int64) * tokens
     buffers = allocated(q_run.dtype, D, STAGES)
     gl.warp_specialize(
         [

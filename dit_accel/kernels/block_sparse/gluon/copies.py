@@ -145,22 +145,22 @@ def own_key_block(problem):
 
 
 @gluon.jit
-def head_read(tile, run, distances, i_h):
-    """One head of a tensor that is read, of this program's sample."""
-    offset = own_sample() * distances.batch + i_h * distances.head
+def head_read(tile, run, distances, sample, i_h):
+    """One head of a sample, of a tensor that is read."""
+    offset = sample * distances.batch + i_h * distances.head
     return Addressed(tile, run, offset, i_h * distances.column)
 
 
 @gluon.jit
-def head_written(tile, run, tokens, i_h, D: gl.constexpr):
-    """One head of a result [B, N, H, D], of this program's sample; `tokens` is N."""
-    return Addressed(tile, run, own_sample() * tokens, i_h * D)
+def head_written(tile, run, tokens, sample, i_h, D: gl.constexpr):
+    """One head of a sample, of a result [B, N, H, D]; `tokens` is N."""
+    return Addressed(tile, run, sample * tokens, i_h * D)
 
 
 @gluon.jit
-def over_samples(i_h, problem):
-    """A head of this program's sample, counted over all samples."""
-    return own_sample() * problem.heads + i_h
+def over_samples(sample, i_h, problem):
+    """A head of a sample, counted over all samples."""
+    return sample * problem.heads + i_h
 
 
 @gluon.jit
@@ -256,7 +256,7 @@ def own_query(problem, TILE_Q: gl.constexpr):
 def own_list(problem):
     """This program's list."""
     block, head = own_block(problem)
-    row = over_samples(head, problem) * problem.list_rows + block
+    row = over_samples(own_sample(), head, problem) * problem.list_rows + block
     segments = own_segments(problem)
     return Walk(key_list(row, problem), segments)
 

@@ -29,6 +29,7 @@ from dit_accel.kernels.block_sparse.gluon.copies import (
     own_block,
     own_list,
     own_query,
+    own_sample,
     part_of,
     put,
     steps_of,
@@ -163,13 +164,13 @@ def block_sparse_gluon_dq_kernel(
         scale: of the logits, in base e.
     """
     _block, head = own_block(problem)
-    q = head_read(q_tile, q_run, distances[0], head)
-    g = head_read(g_tile, g_run, distances[1], head)
-    o = head_read(o_tile, o_run, distances[2], head)
-    k = head_read(k_tile, k_run, distances[3], head)
-    v = head_read(v_tile, v_run, distances[4], head)
-    dq = head_written(dq_tile, dq_run, tokens, head, D)
-    head = over_samples(head, problem).to(gl.int64)
+    q = head_read(q_tile, q_run, distances[0], own_sample(), head)
+    g = head_read(g_tile, g_run, distances[1], own_sample(), head)
+    o = head_read(o_tile, o_run, distances[2], own_sample(), head)
+    k = head_read(k_tile, k_run, distances[3], own_sample(), head)
+    v = head_read(v_tile, v_run, distances[4], own_sample(), head)
+    dq = head_written(dq_tile, dq_run, tokens, own_sample(), head, D)
+    head = over_samples(own_sample(), head, problem).to(gl.int64)
     lse += head * tokens
     grad_lse += head * tokens
     statistics += head * (problem.queries.visual_blocks + problem.dense) * (4 * ROWS)

@@ -42,6 +42,7 @@ from dit_accel.kernels.block_sparse.gluon.copies import (
     own_block,
     own_list,
     own_query,
+    own_sample,
     part_of,
     place_at,
     put,
@@ -327,11 +328,11 @@ def block_sparse_gluon_fwd_kernel(
         TILE_Q, TILE_K: tiles of query and key blocks, (0, 0, 0) for raster order; HALF is a consumer's part of TILE_Q.
     """
     _block, head = own_block(problem)
-    q = head_read(q_tile, q_run, distances[0], head)
-    k = head_read(k_tile, k_run, distances[1], head)
-    v = head_read(v_tile, v_run, distances[2], head)
-    out = head_written(out_tile, out_run, tokens, head, D)
-    lse += over_samples(head, problem).to(gl.int64) * tokens
+    q = head_read(q_tile, q_run, distances[0], own_sample(), head)
+    k = head_read(k_tile, k_run, distances[1], own_sample(), head)
+    v = head_read(v_tile, v_run, distances[2], own_sample(), head)
+    out = head_written(out_tile, out_run, tokens, own_sample(), head, D)
+    lse += over_samples(own_sample(), head, problem).to(gl.int64) * tokens
     buffers = allocated(q_run.dtype, D, STAGES)
     gl.warp_specialize(
         [
