@@ -4,8 +4,9 @@ A level is "faithful", "balanced" or "fast". Its settings are the first row of a
 model's family first, which were published or measured, then general rows, which were not measured on the family.
 
 A step cache carries the gain, and sparse attention the loss, until a sequence is long (`GAINS_FROM`). So a short
-sequence gets a cache alone, and a long one both; "faithful" always is a cache alone. Of few steps none can be left out:
-there a level is sparse attention behind one dense step, and nothing on short sequences.
+sequence gets a cache alone, and a long one both; "faithful" always is a cache alone. The embedded model has a cache
+alone at 8,064 tokens, too: docs/results.md compares it with both. Of few steps none can be left out: there a level is
+sparse attention behind one dense step, and nothing on short sequences.
 """
 
 from __future__ import annotations
