@@ -139,11 +139,11 @@ def _of_gluon(name: str, module: str, **more: Any) -> Implementation:
 _SINGLE = (*HALF, torch.float32)
 _QUERIES = {"block_q": LARGEST_BLOCK}
 _BOTH = {**_QUERIES, "block_k": LARGEST_BLOCK}
-_LISTS = "dit_accel.kernels.block_sparse.triton_lists"
-_GLUON = "dit_accel.kernels.block_sparse.gluon"
-_FLEX = "dit_accel.kernels.block_sparse.libraries.flex"
-_CUDNN = "dit_accel.kernels.block_sparse.libraries.cudnn"
-_SLA_OPS = "dit_accel.kernels.sla.ops"
+_LISTS = f"{__package__}.{BLOCK_SPARSE}.triton_lists"
+_GLUON = f"{__package__}.{BLOCK_SPARSE}.gluon"
+_FLEX = f"{__package__}.{BLOCK_SPARSE}.libraries.flex"
+_CUDNN = f"{__package__}.{BLOCK_SPARSE}.libraries.cudnn"
+_SLA_OPS = f"{__package__}.{SLA}.ops"
 ROWS = (
     _reference(BLOCK_SPARSE, autograd=True),
     _portable(BLOCK_SPARSE),

@@ -10,6 +10,7 @@ TOOLS = (
     "demo.key_order",
     "demo_clip.train",
     "demo_clip.accuracy",
+    "kernel_package",
     "kernels.ahead_of_time",
     "steps.measure",
 )

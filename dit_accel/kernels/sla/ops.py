@@ -79,7 +79,7 @@ def _both_branches(
 
 
 def _kernels(name: str) -> ModuleType:
-    return importlib.import_module(f"dit_accel.kernels.sla.{name}")
+    return importlib.import_module(f"{__package__}.{name}")
 
 
 @torch.library.custom_op("dit_accel::sla_state", mutates_args=())
