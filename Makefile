@@ -3,6 +3,7 @@
 # make kernels  every Triton kernel compiled for five architectures by two Tritons, no GPU needed, as JSON rows
 # make support  the table of what is tested together (dit_accel/pipelines/SUPPORT.md), from the tests' results
 # make bench  the attention methods against dense attention on this machine, as JSON rows
+# make docs   the manual, into outputs/manual; without the network, and without a warning or a broken link
 # make eval   quality and speed of all methods on the embedded model: a report, and the table and picture of docs/results.md
 # make        this list
 # Every target installs what it needs into .venv first, at the versions of constraints.txt.
@@ -28,7 +29,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check support kernels bench eval clean
+.PHONY: help install demo test check docs support kernels bench eval clean
 
 help:
 	@sed -n '1,/^$$/s/^# //p' Makefile
@@ -81,6 +82,10 @@ check: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q tests/test_layout.py
+
+# The variable silences an announcement of the theme's authors.
+docs: $(INSTALLED)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs --quiet build --strict --site-dir $(abspath $(OUTPUT))/manual
 
 bench: $(INSTALLED)
 	$(BIN)/dit-accel bench --output $(OUTPUT)/bench.jsonl

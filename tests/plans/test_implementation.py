@@ -47,7 +47,7 @@ def named_settings():
         if method.at_density is not None:
             grid = IMAGE if name in ("clear", "scaledit") else TokenGrid(8, 32, 32, text=77)
             texts |= {method_text(name, method.at_density(grid, density)) for density in (*DENSITIES, 0.9)}
-    files = (ROOT / "README.md", ROOT / "Makefile", *(ROOT / "docs").glob("*.md"))
+    files = (ROOT / "README.md", ROOT / "Makefile", *(ROOT / "docs").rglob("*.md"))
     words = "\n".join(path.read_text(encoding="utf-8") for path in files)
     setting = rf"(?:{'|'.join(get_methods())}):[\w=.,+-]+"
     typed = {found.rstrip(".,") for found in re.findall(rf"(?<![\w:/]){setting}", words)}
