@@ -109,6 +109,19 @@ def test_the_checkout_hides_no_package_of_others(tmp_path):
     assert run_python(program, cwd=ROOT) == "theirs"
 
 
+def test_integrations_import_torch_and_this_package_alone():
+    """An add-on is loaded by its host, whose code stays out of this checkout."""
+    found = set()
+    for path in (ROOT / "integrations").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                found |= {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.level == 0:
+                assert node.module is not None
+                found.add(node.module.partition(".")[0])
+    assert found - set(sys.stdlib_module_names) == {"torch", "dit_accel"}
+
+
 def scripts() -> set[pathlib.Path]:
     """Modules that are run, and that no module imports: they stand above everything, wherever their file lies."""
     imported = {name for path in modules() for name in imports(path)}
