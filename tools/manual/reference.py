@@ -1,4 +1,4 @@
-"""The references of the command line, from typer's options, and of Python, from `dit_accel.__all__`, as Markdown pages."""
+"""References of the command line, from typer's options, and of Python, from `dit_accel.__all__`, as Markdown pages."""
 
 from __future__ import annotations
 
