@@ -14,6 +14,7 @@ from dit_accel.cli.app import app
 ROOT = pathlib.Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+ADDING = (ROOT / "docs" / "adding-a-family.md").read_text(encoding="utf-8")
 PAGES = {
     path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8")
     for path in (*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("benchmarks/**/*.md"))
@@ -48,7 +49,7 @@ TYPED = [
 
 
 def test_there_are_commands():
-    assert {page for page, _ in TYPED} >= {"README.md", "docs/usage.md", "docs/evaluation.md", "docs/fine-tuning.md"}
+    assert {page for page, _ in TYPED} >= {"README.md", "docs/generate.md", "docs/evaluation.md", "docs/fine-tuning.md"}
     verbs = {shlex.split(line)[1] for _, line in TYPED}
     assert verbs == set(typer.main.get_command(app).commands)
 
@@ -190,8 +191,8 @@ def test_the_readme_chooses_as_the_methods_say_and_names_families_that_exist():
     [("def layout", "dit_accel/pipelines/allegro.py"), ("GRID = ", "tests/pipelines/models/allegro.py")],
 )
 def test_the_family_shown_is_the_one_there_is(starts, file):
-    """The example of CONTRIBUTING is what the files of that family say, to their ends."""
-    shown = next(block for block in blocks(CONTRIBUTING, "python") if block.startswith(starts))
+    """The example of the page is what the files of that family say, to their ends."""
+    shown = next(block for block in blocks(ADDING, "python") if block.startswith(starts))
     assert (ROOT / file).read_text(encoding="utf-8").strip().endswith(shown.strip())
 
 

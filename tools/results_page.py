@@ -1,4 +1,4 @@
-"""Put an evaluation's table and Pareto picture into docs/results.md.
+"""Put an evaluation's table and Pareto picture into docs/results/suite.md.
 
 `make eval` runs `python -m tools.results_page outputs/eval` after the evaluation. It replaces the text between the two
 marks. The summary goes to `benchmarks/results`, the picture to `docs/pictures`. A test compares page and summary.
@@ -18,7 +18,7 @@ from dit_accel.eval.report import markdown
 from dit_accel.files import replace_file
 
 BEGIN, END = "<!-- eval: begin -->", "<!-- eval: end -->"
-PAGE = Path("docs/results.md")
+PAGE = Path("docs/results/suite.md")
 SUMMARY = Path("benchmarks/results/eval_demo.json")
 PICTURE = Path("docs/pictures/eval_demo.png")
 ORIGIN = ("hardware", "git", "date")  # entries of `made` in the line under the table

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from dit_accel.pipelines.family import Family
 
 
-PAGE = "docs/methods.md"  # of the checkout; it has a section for each method
+PAGE = "docs/methods.md"  # of the checkout; it leads to the section of each method
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

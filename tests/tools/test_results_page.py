@@ -1,4 +1,4 @@
-"""The part of docs/results.md that an evaluation writes."""
+"""The part of docs/results/suite.md that an evaluation writes."""
 
 import json
 import os
@@ -34,20 +34,20 @@ def results(summary, tmp_path):
 
 def test_the_part_between_the_marks_is_replaced(summary, results, tmp_path):
     file = tmp_path / page.PAGE
-    file.parent.mkdir()
+    file.parent.mkdir(parents=True)
     file.write_text(f"# A\n\n{page.BEGIN}\nold\n{page.END}\n\n## B\n")
     for _ in range(2):
         page.update(results, tmp_path)
         assert file.read_text() == f"# A\n\n{page.BEGIN}\n{page.section(summary)}\n{page.END}\n\n## B\n"
     assert "| `gna:window=0.5` | 30.0 % | 1.50× | 21.50 |" in file.read_text()
-    assert "a processor. Rows: [`eval_demo.json`](../benchmarks/results/eval_demo.json)" in file.read_text()
+    assert "a processor. Rows: [`eval_demo.json`](../../benchmarks/results/eval_demo.json)" in file.read_text()
     assert json.loads((tmp_path / page.SUMMARY).read_text()) == summary
     assert (tmp_path / page.PICTURE).read_bytes() == (results / "pareto.png").read_bytes()
 
 
 def test_nothing_is_touched_where_something_is_missing(results, tmp_path):
     file = tmp_path / page.PAGE
-    file.parent.mkdir()
+    file.parent.mkdir(parents=True)
     for text in ("# A\n", f"{page.END}{page.BEGIN}", f"{page.BEGIN}{page.BEGIN}{page.END}"):
         file.write_text(text)
         with pytest.raises(DitAccelError, match=names("marks")):

@@ -27,6 +27,7 @@ OUTSIDE = {
     "CHANGELOG.md": "changelog.md",
 }
 SUPPORT, TESTED = "dit_accel/pipelines/SUPPORT.md", "models/tested.md"
+ANCHOR = "what-is-tested-together"
 CUT = "## What is tested together"  # SUPPORT.md is two pages of the manual
 LINK = re.compile(r"\[(?P<text>[^\]]*)\]\((?P<target>[^)\s]+)\)")
 FETCHED = re.compile(r"""<(?:script|link|img|source)\b[^>]*?\b(?:src|href)=["']?(?:https?:)?//[^>]*>""")
@@ -92,6 +93,8 @@ def fit(text: str, target: str, here: str, pages: set[str], repository: str | No
             return f"[{text}]({target})"  # a generated page
         raise FileNotFoundError(f"{source_of(here)} links to {target}, and there is no {path}.")
     name = OUTSIDE.get(path, path.removeprefix("docs/") if path.startswith("docs/") else None)
+    if path == SUPPORT and anchor == ANCHOR:
+        name, anchor = TESTED, ""
     if name is not None:
         relative = posixpath.relpath(name, posixpath.dirname(here) or ".")
         return f"[{text}]({relative}{'#' + anchor if anchor else ''})"

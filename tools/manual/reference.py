@@ -1,4 +1,4 @@
-"""References of the command line, from typer's options, and of Python, from `dit_accel.__all__`, as Markdown pages."""
+"""The references as Markdown pages: the command line from typer's options, Python from `dit_accel.__all__`."""
 
 from __future__ import annotations
 
