@@ -73,7 +73,7 @@ def fingerprint(module: nn.Module) -> str:
     """
     digest = hashlib.sha256()
     for name, weight in sorted(base_weights(module), key=lambda item: item[0]):
-        if weight.is_meta or weight.dtype not in KNOWN_DTYPES:
+        if weight.is_meta or weight.dtype not in KNOWN_DTYPES or type(weight.data) is not torch.Tensor:
             raise DitAccelError(
                 f"The base model's weights cannot be compared: {name} is {weight.dtype} on {weight.device}. Load the "
                 "fine-tuned accelerator before offloading, casting or quantising the model, or pass any_weights=True "

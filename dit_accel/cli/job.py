@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from dit_accel import values
 from dit_accel.errors import DitAccelError
 from dit_accel.files import MARK, check_file, check_new, check_ours, hold, staged
-from dit_accel.generation import call, sources
+from dit_accel.generation import call, quantised, sources
 from dit_accel.generation import output as media
 from dit_accel.generation.candidate import Candidate
 from dit_accel.generation.provenance import machine, versions
@@ -141,6 +141,7 @@ def prepare(request: GenerateRequest) -> GenerateJob:
     candidate.plans(grid)  # refuses what does not fit
     call.check_loras(request.lora)
     device, dtype = call.placement(request.device, request.dtype, request.offload)
+    quantised.check(request.quantize, source, device)
     kind, plain = source.pipeline_class(), source.call_defaults()
     image = None if request.image is None else call.open_image(request.image)
     arguments, dense_arguments = (

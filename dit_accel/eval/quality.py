@@ -22,7 +22,7 @@ from dit_accel.eval.scoring import features_of
 from dit_accel.eval.summary import Evaluation, Summary, write
 from dit_accel.eval.sweep import PromptSeed, Sweep, folder_hash
 from dit_accel.files import check_folder, check_ours, hold
-from dit_accel.generation import call, captioned, prompts, sources
+from dit_accel.generation import call, captioned, prompts, quantised, sources
 from dit_accel.generation.candidate import Candidate
 from dit_accel.generation.processes import ProcessRank
 from dit_accel.generation.provenance import machine, versions
@@ -136,6 +136,7 @@ class CheckedRequest:
             check_folder(request.baselines, "--baselines")
         process = ProcessRank.join(request.device)
         device, dtype = call.placement(process.device(request.device), request.dtype, request.offload)
+        quantised.check(request.quantize, source, device)
         if request.real is not None and not request.real.is_dir():
             raise DitAccelError(f"--real {request.real} is not a folder. Give a folder of images or videos.")
         media = texts.media if request.real is None else tuple(captioned.find(request.real))
@@ -210,7 +211,7 @@ def _fitting(
 
 def _identity(source: Source, device: torch.device, dtype: torch.dtype, request: EvalRequest) -> dict[str, Any]:
     """What decides the pixels beside the call: the model, the device, the dtype, and the versions."""
-    return {
+    identity: dict[str, Any] = {
         # A snapshot of the Hub lies in a folder named after its commit, which also decides its weights.
         "model": source.folder.name if source.kind == "hub" else folder_hash(source.folder),
         "device": machine()["gpus"] if device.type == "cuda" else device.type,
@@ -218,3 +219,7 @@ def _identity(source: Source, device: torch.device, dtype: torch.dtype, request:
         "options": [request.vae_tiling, request.compile],
         "versions": {name: versions()[name] for name in ("torch", "diffusers", "transformers", "triton")},
     }
+    if request.quantize is not None:
+        files = [folder_hash(file) for file in quantised.gguf_files(request.quantize)]
+        identity |= {"quantize": [request.quantize, *files]}
+    return identity

@@ -196,7 +196,7 @@ def folder_hash(folder: Path) -> str:
         name = path.relative_to(folder).as_posix()
         if path.suffix == ".json":
             parts[name] = path.read_text(encoding="utf-8")
-        elif path.suffix in (".safetensors", ".model", ".txt"):
+        elif path.suffix in (".safetensors", ".gguf", ".model", ".txt"):
             state = path.stat()
             parts[name] = [state.st_size, state.st_mtime_ns]
     return key_of(parts)

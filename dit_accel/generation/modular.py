@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -52,11 +52,14 @@ def load(
     dtypes: dict[str, torch.dtype],
     inputs: Iterable[str],
     offload_to: torch.device | None,
+    configs: Mapping[str, Any],
+    parts: Mapping[str, Any],
 ) -> ModularPipeline:
     """Load a modular pipeline with the components of the blocks that run, from safetensors; errors are Diffusers' own.
 
     `dtypes` are by component, and of others under "default"; `inputs` are as in `parameters`. Whole models move to
-    `offload_to` when they run; None: they stay where they are put.
+    `offload_to` when they run; None: they stay where they are put. `configs` quantise components of these names, and
+    `parts` stand in for them.
     """
     from diffusers import ComponentsManager, ModelMixin, ModularPipeline
     from transformers import PreTrainedModel
@@ -70,9 +73,12 @@ def load(
         spec = pipe.get_component_spec(name)
         if spec.default_creation_method != "from_pretrained":
             continue
-        safe = {}
+        if name in parts:
+            pipe.register_components(**{name: parts[name]})
+            continue
+        safe = {"quantization_config": configs[name]} if name in configs else {}
         if isinstance(spec.type_hint, type) and issubclass(spec.type_hint, ModelMixin | PreTrainedModel):
-            safe = {"dtype": dtypes.get(name, dtypes["default"]), "use_safetensors": True}
+            safe |= {"dtype": dtypes.get(name, dtypes["default"]), "use_safetensors": True}
         pipe.register_components(**{name: spec.load(**safe)})
     if manager is not None:
         manager.enable_auto_cpu_offload(device=offload_to)

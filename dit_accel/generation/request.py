@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from dit_accel import values
 from dit_accel.errors import DitAccelError
-from dit_accel.generation import call, sources
+from dit_accel.generation import call, quantised, sources
 from dit_accel.pipelines.levels import LEVELS, Case
 from dit_accel.registry import DENSE, parse_value
 from dit_accel.schedule import Schedule
@@ -89,6 +89,11 @@ class MemoryOptions(DeviceOptions):
         "none", "Keep weights in main memory; move whole models or single layers to the GPU when they run."
     )
     vae_tiling: bool = option(False, "Decode in tiles to save memory.")
+    quantize: str | None = option(
+        None,
+        "Quantise the transformers as they load, through torchao, or take them from GGUF files.",
+        metavar=quantised.FORM,
+    )
     compile: bool = option(False, "Compile the transformer's blocks with torch.compile.")
 
 
@@ -271,7 +276,7 @@ class ModelRequest(SourceOptions, SamplingOptions, MemoryOptions):
         loras: Sequence[str] = (),
     ) -> DiffusionPipeline:
         """The pipeline with the weights that these arguments need and LoRAs, tiled and compiled as asked."""
-        pipe = sources.load(source, dtype, device, self.offload, arguments)
+        pipe = sources.load(source, dtype, device, self.offload, arguments, self.quantize)
         call.prepare(pipe, loras, vae_tiling=self.vae_tiling, compile=self.compile)
         return pipe
 

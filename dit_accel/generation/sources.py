@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from dit_accel import registry
 from dit_accel.errors import DitAccelError, first_line
 from dit_accel.files import read_json
-from dit_accel.generation import modular
+from dit_accel.generation import modular, quantised
 from dit_accel.pipelines.quiet import quietly
 from dit_accel.pipelines.refused import refusal
 
@@ -173,11 +173,13 @@ def load(
     device: torch.device,
     offload: str = "none",
     inputs: Iterable[str] = ("prompt",),
+    quantize: str | None = None,
 ) -> DiffusionPipeline:
     """Load the pipeline from safetensors only, and run no code of the model; Wan's codec stays in float32.
 
     Offloading "model" and "group" move components or layers to the device when they run. `inputs` names arguments of
-    the calls to come; of a modular pipeline, only the components that they need are loaded.
+    the calls to come; of a modular pipeline, only the components that they need are loaded. `quantize` is a
+    choice that `quantised.check` passed; a GGUF file stands in for a transformer's safetensors.
 
     Raises:
         DitAccelError: weights are missing, damaged or in another format, or the device has too little memory.
@@ -193,7 +195,7 @@ def load(
             raise DitAccelError(f"{path} is damaged or cut short ({first_line(error)}). Fetch it again.") from error
     try:
         with quietly():
-            pipe = _load(source, dtype, inputs, device if offload == "model" else None)
+            pipe = _load(source, dtype, inputs, device if offload == "model" else None, quantize)
             if offload != "model" or not source.modular:
                 pipe.to(device if offload == "none" else "cpu")
     except torch.OutOfMemoryError as error:
@@ -218,15 +220,18 @@ def load(
 
 
 def _load(
-    source: Source, dtype: torch.dtype, inputs: Iterable[str], offload_to: torch.device | None
+    source: Source, dtype: torch.dtype, inputs: Iterable[str], offload_to: torch.device | None, quantize: str | None
 ) -> DiffusionPipeline:
     import torch
-    from diffusers import DiffusionPipeline
+    from diffusers import DiffusionPipeline, PipelineQuantizationConfig
 
+    configs, parts = quantised.loading(quantize, source, dtype)
+    if configs and not source.modular:
+        parts["quantization_config"] = PipelineQuantizationConfig(quant_mapping=configs)
     if source.kind == "embedded":
         from dit_accel.pipelines import demo
 
-        return demo.load_demo(dtype=dtype, folder=source.folder)
+        return demo.load_demo(dtype=dtype, folder=source.folder, **parts)
     if source.index.get("vae", [None])[0] == "dit_accel.pipelines.demo.codec":  # a saved copy of the embedded model
         from dit_accel.pipelines.demo import codec  # noqa: F401  Diffusers wants it imported
     dtypes = {"default": dtype}
@@ -234,8 +239,9 @@ def _load(
         dtypes["vae"] = torch.float32
     where = source.model if source.kind == "hub" else str(source.folder)
     if source.modular:
-        return modular.load(where, source.revision, dtypes, inputs, offload_to)
-    kind: Any = source.pipeline_class() if source.index.get("_class_name") in STOCK_PIPELINES else DiffusionPipeline
+        return modular.load(where, source.revision, dtypes, inputs, offload_to, configs, parts)
+    known = parts or source.index.get("_class_name") in STOCK_PIPELINES  # DiffusionPipeline itself would drop the parts
+    kind: Any = source.pipeline_class() if known else DiffusionPipeline
     return kind.from_pretrained(
-        where, revision=source.revision, dtype=dtypes, use_safetensors=True, trust_remote_code=False
+        where, revision=source.revision, dtype=dtypes, use_safetensors=True, trust_remote_code=False, **parts
     )

@@ -13,7 +13,7 @@ from dit_accel.checkpoint import format as checkpoint
 from dit_accel.checkpoint import lora
 from dit_accel.errors import DitAccelError
 from dit_accel.files import check_file, check_folder, check_ours
-from dit_accel.generation import sources
+from dit_accel.generation import quantised, sources
 from dit_accel.generation.call import placement
 from dit_accel.generation.processes import meet
 from dit_accel.generation.provenance import free_memory
@@ -52,6 +52,7 @@ def run(request: TrainRequest) -> list[str]:
             f"{run.model} is a modular pipeline, which generate and eval take and train does not; give a pipeline with "
             f"a {sources.INDEX}."
         )
+    quantised.check_trainable(source)
     sizes = source.sizes()
     shape = sizes.chosen(request.data.frames, request.data.height, request.data.width)
     size = {"height": shape[1], "width": shape[2]} | ({"num_frames": shape[0]} if sizes.video else {})

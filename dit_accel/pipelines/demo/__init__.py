@@ -58,7 +58,7 @@ def unknown_words(prompt: str) -> list[str]:
 
 
 def load_demo(
-    dtype: torch.dtype | None = None, device: str | torch.device = "cpu", folder: Path = WEIGHTS
+    dtype: torch.dtype | None = None, device: str | torch.device = "cpu", folder: Path = WEIGHTS, **parts: Any
 ) -> WanPipeline:
     """Load the demo pipeline from the package's own files; nothing is downloaded and no pickle is read.
 
@@ -66,6 +66,7 @@ def load_demo(
         dtype: of all weights; float32 by default.
         device: where they go.
         folder: another pipeline folder that `train.py --export` wrote.
+        parts: further arguments of Diffusers' `from_pretrained`, such as components in place of the folder's.
 
     Raises:
         FileNotFoundError: `folder` holds no pipeline.
@@ -80,5 +81,5 @@ def load_demo(
         from dit_accel.pipelines.demo import codec  # noqa: F401  the index names it, and Diffusers wants it imported
 
         with quietly():
-            pipe = WanPipeline.from_pretrained(folder, dtype=dtype or torch.float32, local_files_only=True)
+            pipe = WanPipeline.from_pretrained(folder, dtype=dtype or torch.float32, local_files_only=True, **parts)
         return pipe.to(device)
