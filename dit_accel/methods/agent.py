@@ -106,8 +106,8 @@ class AgentPlan(RoutedPlan):
 
 
 NOTE = (
-    "agent is experimental: its relative error is 0.1 to 0.8 in the layers of the embedded model (docs/methods/heads.md); "
-    "verify='first-call' measures it here"
+    "agent is experimental: its relative error is 0.1 to 0.8 in the layers of the embedded model "
+    "(docs/methods/heads.md); verify='first-call' measures it here"
 )
 METHOD = Method(
     "agent",
