@@ -55,6 +55,15 @@ class PlanOptions(JsonOptions, SizeOptions, SourceOptions, SettingsOptions):
         None, "Say what would run on a GPU that need not be present, such as sm_90.", metavar="sm_80|sm_90|..."
     )
     head_dim: int = option(128, "Channels of a head, for --gpu.", least=1)
+    gpus: int | None = option(
+        None, "Predict what this many GPUs do in a layer; needs --heads, --tflops, --link.", least=1, most=256
+    )
+    parallel: Literal["ulysses", "ring", "unified"] = option(
+        "ulysses", "With --gpus: what they share; a run takes Ulysses alone."
+    )
+    heads: int | None = option(None, "With --gpus: attention heads of a layer.", least=1)
+    tflops: float | None = option(None, "With --gpus: 10^12 operations a second of kept pairs on one GPU.", above=0)
+    link: float | None = option(None, "With --gpus: GB a second into one GPU, and out of it.", above=0)
     image: Path | None = option(None, "Save a picture of the block mask, with axes and a legend.", metavar="FILE.png")
 
     def candidate(self) -> Candidate:
@@ -70,6 +79,18 @@ class PlanOptions(JsonOptions, SizeOptions, SourceOptions, SettingsOptions):
             raise DitAccelError(f"plan needs a method. {method_advice(family)}")
         options = MethodOptions(method=self.method, settings=self.settings, preset=self.preset, level=self.level)
         return options.candidate(None if self.model is None else self.subject)
+
+    def check_gpus(self) -> None:
+        """What a prediction for several GPUs needs, and what it cannot be given with."""
+        needs = {"--heads": self.heads, "--tflops": self.tflops, "--link": self.link}
+        if self.gpus is None:
+            given = [name for name, value in needs.items() if value is not None]
+            if given or self.parallel != "ulysses":
+                raise DitAccelError(f"{given[0] if given else '--parallel'} is part of a prediction. Add --gpus.")
+        elif missing := [name for name, value in needs.items() if value is None]:
+            raise DitAccelError(f"--gpus predicts times from what it is given. Add {', '.join(missing)}.")
+        elif self.image is not None or self.gpu is not None:
+            raise DitAccelError("--gpus predicts counts and times alone. Leave --image and --gpu out.")
 
     def subject(self) -> Subject:
         """What a preset or a level is chosen for; with --gpu on a GPU."""
@@ -120,6 +141,7 @@ def plan(arguments: dict[str, Any]) -> None:
     Example: dit-accel plan --method gna:window=18x24x24,stride=16x8x8 --grid 30x48x80 --text 256
     """
     options = PlanOptions(**arguments)
+    options.check_gpus()
     if options.image is not None:
         check_file(options.image, (".png",), option="--image")
         check_ours([options.image], "--image")
@@ -129,6 +151,10 @@ def plan(arguments: dict[str, Any]) -> None:
     assert setting is not None
     if options.image is not None:
         ramps.of_all_steps(setting.config, "What --image draws")
+    if options.gpus is not None:
+        ramps.of_all_steps(setting.config, "What --gpus predicts")
+        _print_forecast(_forecast(setting.plan(grid), options), options.json)
+        return
     plans = [dataclasses.replace(setting, config=end).plan(grid) for end in ramps.ends(setting.config)]
     head = {"setting": setting.text, "notes": candidate.notes, "refused": _refusal(candidate, grid)}
     facts = [head | _facts(plan, options) for plan in plans]
@@ -188,6 +214,52 @@ def _facts(plan: Plan, options: PlanOptions) -> dict[str, Any]:
         # dense attention has no padding slots, so they count against the method
         facts["ideal_speedup"] = plan.grid.tokens**2 / (visited * queries.block * keys.block * plan.head_share)
     return facts
+
+
+def _forecast(plan: Plan, options: PlanOptions) -> dict[str, Any]:
+    """The prediction for several GPUs, beside that for one."""
+    from dit_accel.plans.several_gpus import forecast
+
+    assert options.gpus and options.heads and options.tflops and options.link
+    several = forecast(plan, options.gpus, options.parallel, options.heads, options.head_dim)
+    one = forecast(plan, 1, "ulysses", options.heads, options.head_dim)
+    compute, traffic = several.compute_ms(options.tflops, options.head_dim), several.traffic_ms(options.link)
+    alone = one.compute_ms(options.tflops, options.head_dim)
+    return {
+        "method": plan.method,
+        "config": registry.settings_of(plan.config),
+        "grid": dataclasses.asdict(plan.grid),
+        "density": plan.density,
+        "parallel": options.parallel,
+        "ulysses_degree": several.ulysses,
+        "ring_degree": several.ring,
+        "ranks": [dataclasses.asdict(work) for work in several.work],
+        "balance": several.balance,
+        "transfers": several.fetches,
+        "transfers_of_dense": several.possible,
+        "compute_ms": compute,
+        "traffic_ms": traffic,
+        "one_gpu_ms": alone,
+        "speedup": {"traffic after compute": alone / (compute + traffic), "hidden": alone / max(compute, traffic)},
+        "runs": several.ring == 1,
+    }
+
+
+def _print_forecast(facts: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        typer.echo(json.dumps(facts, indent=2))
+        return
+    slow, hidden = facts["speedup"].values()
+    typer.echo(f"predicted, a layer's attention forward, one sample, density {facts['density']:.4f}")
+    typer.echo(f"Ulysses {facts['ulysses_degree']} x ring {facts['ring_degree']}")
+    typer.echo(f"compute {facts['compute_ms']:.2f} ms on the slowest GPU, {facts['one_gpu_ms']:.2f} ms on one alone")
+    typer.echo(f"traffic {facts['traffic_ms']:.2f} ms")
+    typer.echo(f"balance {facts['balance']:.3f}: mean over largest number of pairs of a GPU")
+    if facts["transfers_of_dense"]:
+        typer.echo(f"ring transfers {facts['transfers']} of {facts['transfers_of_dense']}: the others are never read")
+    typer.echo(f"speed-up {slow:.2f} times one GPU, {hidden:.2f} if traffic hides behind compute")
+    if not facts["runs"]:
+        typer.echo("note: a run refuses a ring with a method; this is a prediction alone")
 
 
 def _print_table(facts: dict[str, Any]) -> None:
