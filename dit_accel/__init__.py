@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from dit_accel.accelerator import Accelerator, accelerate, accelerated
     from dit_accel.checkpoint.load import load
     from dit_accel.errors import DitAccelError
+    from dit_accel.pipelines.parallelize import parallelize
     from dit_accel.plans.plan import Plan, attention
     from dit_accel.registry import list_families, list_methods, plan
     from dit_accel.setting import Setting
@@ -31,6 +32,7 @@ __all__ = [
     "list_families",
     "list_methods",
     "load",
+    "parallelize",
     "plan",
 ]
 
@@ -40,6 +42,7 @@ _HOME = {
     "accelerated": "accelerator",
     "load": "checkpoint.load",
     "DitAccelError": "errors",
+    "parallelize": "pipelines.parallelize",
     "Plan": "plans.plan",
     "attention": "plans.plan",
     "plan": "registry",

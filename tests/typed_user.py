@@ -15,6 +15,7 @@ def generate(pipe: Any) -> str:
     accel = dit_accel.accelerate(
         pipe, "radial", decay=0.2, dense_steps=12, dense_last_steps=0.1, dense_layers=(0, 1), impl="auto"
     )
+    dit_accel.parallelize(pipe, ulysses=2)
     pipe("a boat on the sea")
     left: list[str] = accel.remove()
     with dit_accel.accelerated(pipe, "gna:window=18x24x24 dense_steps=0.25", verify="first-call") as inner:

@@ -196,9 +196,9 @@ class MagHead(MagCacheHeadHook):
 class MagTail(MagCacheBlockHook):
     """The last block: what it returns minus what the first one took is the residual."""
 
-    def __init__(self, tail: Tail, state_manager: Any, config: MagCacheConfig) -> None:
+    def __init__(self, tail: Tail, state_manager: Any, config: MagCacheConfig, add_up: AddNow) -> None:
         super().__init__(state_manager, True, config)
-        self._tail = tail
+        self._tail, self._add_up = tail, add_up
 
     def initialize_hook(self, module: nn.Module) -> nn.Module:
         return module
@@ -218,6 +218,14 @@ class MagTail(MagCacheBlockHook):
         state.second_residual = other - state.second_input if tail.both and other is not None else None
         self._advance_step(state)
         return output
+
+    def _perform_calibration_step(self, state: Any, current_residual: torch.Tensor) -> None:
+        super()._perform_calibration_step(state, current_residual)
+        add_up, tokens = self._add_up(), current_residual[..., 0].numel()
+        if add_up is not None:  # the mean over all processes' tokens
+            sums = torch.tensor([state.calibration_ratios[-1] * tokens, tokens], dtype=torch.float64)
+            ratios, tokens = add_up(sums.to(current_residual.device)).tolist()
+            state.calibration_ratios[-1] = ratios / tokens
 
 
 def put(transformer: nn.Module, stack: BlockStack, config: Any, add_up: AddNow) -> None:
@@ -243,7 +251,7 @@ def put(transformer: nn.Module, stack: BlockStack, config: Any, add_up: AddNow) 
     if first:
         ours = FirstBlockHead(taken, states, config.threshold, add_up), FirstBlockTail(tail, states)
     else:
-        ours = MagHead(taken, states, config, stack.both), MagTail(tail, states, config)
+        ours = MagHead(taken, states, config, stack.both), MagTail(tail, states, config, add_up)
     for registry, name, hook in ((registries[0], lead, ours[0]), (registries[-1], rest, ours[1])):
         registry.remove_hook(name, recurse=False)
         shards = {other: registry.get_hook(other) for other in registry._hook_order if other.startswith("cp_")}

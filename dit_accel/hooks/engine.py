@@ -20,6 +20,7 @@ from dit_accel.hooks.dense_backend import choose as choose_backend
 from dit_accel.hooks.levels import Level
 from dit_accel.hooks.plan_cache import PlanCache
 from dit_accel.hooks.selfcheck import SelfCheck, Watching
+from dit_accel.hooks.several import Several
 from dit_accel.hooks.steps import StepClock
 from dit_accel.kernels.impls import Impl
 from dit_accel.method import Method
@@ -72,7 +73,6 @@ class Engine(AtWork):
         self._schedule, self._clock, self._plans = setting.schedule, clock, plans
         self._signature = inspect.signature(type(transformer).forward)
         self._memory = Memory()
-        self._sharing: Any | None = None
         self._step: Step | None = None
         self._number = 0  # of the call within its step
         self._run: Any = None  # what tells one run of the pipeline from another
@@ -85,14 +85,15 @@ class Engine(AtWork):
         self._owner: object = None
         # layers with the same settings share a state, so a compiled model has one graph for each setting
         self._states: dict[tuple[Any, bool], CallState] = {}
-        self._dense_state = CallState(impl)
-        self._watching = Watching(name, check, family.heads, self._dense_state)
+        self._dense_states = {sees: CallState(impl, family.text_is_keys) for sees in (True, False)}
+        self._watching = Watching(name, check, family.heads, self._dense_states)
         self.watchers = self._watching.watchers
         self.layers = self._find_layers(setting)
         anchored = any(ramps.at(config).anchors for config, _ in self._states)
         self._by_step = self._schedule.by_step or any(isinstance(config, Ramped) for config, _ in self._states)
         self._anchors = AnchorTokens(transformer, family) if anchored else None
         self._dense_backend = setting.dense_backend
+        self._several = Several(transformer, family, family.heads(self.layers[0].attention), setting.dense_backend)
         self._backend_set: DenseBackend | None = None
         check.refuse_shared(ramps.at(layer.config) for layer in self.layers if layer.config is not None)
         if self._dense_backend is not None:
@@ -102,12 +103,7 @@ class Engine(AtWork):
         if setting.cache is not None:
             sources = clock.pipeline_config, getattr(transformer, "config", None)
             models = tuple(str(getattr(source, "_name_or_path", "")) for source in sources)
-            self.cache = CacheAtWork(name, transformer, family, setting.cache, models, self._add_up)
-
-    def _add_up(self) -> Callable[[torch.Tensor], torch.Tensor] | None:
-        """Sums a tensor over the processes that share a sequence; None without them."""
-        config = context_parallel.config_of(self._transformer)
-        return None if config is None else context_parallel.Ulysses(config._ulysses_mesh.get_group(), 0, ()).add_up
+            self.cache = CacheAtWork(name, transformer, family, setting.cache, models, self._several.add_up)
 
     def _find_layers(self, setting: Setting) -> list[AcceleratedLayer]:
         """The layers with our processors, not yet set: an error leaves the model unchanged."""
@@ -120,7 +116,8 @@ class Engine(AtWork):
         layers = []
         by_layer = setting.by_layer(self.name, len(attentions))
         for (name, attention), (config, reason) in zip(attentions, by_layer, strict=True):
-            sees_text, state = self._family.sees_text(name), self._dense_state
+            sees_text = self._family.sees_text(name)
+            state = self._dense_states[sees_text]
             if reason is None:
                 fresh = CallState(self._impl, self._family.text_is_keys)
                 state = self._states.setdefault((config, sees_text), fresh)
@@ -138,7 +135,7 @@ class Engine(AtWork):
 
     def attach(self, owner: object) -> None:
         """Set our processors, add learned weights and hook the transformer. The hooks keep `owner` alive."""
-        self._check_sharing()
+        self._several.check()
         self._owner = owner
         if self._dense_backend is not None:
             originals = [layer.original for layer in self.layers]
@@ -175,6 +172,7 @@ class Engine(AtWork):
     def detach(self) -> list[str]:
         """Undo `attach`; return the modules that keep another processor."""
         self.count_last_call()
+        self._several.end()
         if self.cache is not None:
             self.cache.detach()
         for handle in self._handles:
@@ -203,6 +201,7 @@ class Engine(AtWork):
             layer.adopt()
         self._replaced = [(layer, layer.left) for layer in self.layers if layer.left is not None]
         dropped = [name for _, name in self._replaced]
+        self._several.refuse_dropped(dropped)
         if dropped and not self._warned and self._states:
             warnings.warn(
                 f"{len(dropped)} of {len(self.layers)} accelerated layers of {type(self._transformer).__name__} run "
@@ -252,17 +251,23 @@ class Engine(AtWork):
         if self.cache is not None:
             cached = ModelCall(self._signature, module, args, kwargs, self._memory)
             self.cache.begin(self._clock.moment(self._family.timestep(cached), cached.shape, self.cache.reads_noise))
-        for state in self._states.values():
+        states = [(sees_text, state) for (_, sees_text), state in self._states.items()]
+        for _, state in states:
             state.sparse = False
-        if not self._states:
-            return None
-        if self.paused:
+        model_alone = self.paused or not self._states
+        if model_alone:
             self._last = dict.fromkeys(self._states, "paused")
-            return None
-        self._check_sharing()
+            if not self._several.attends:
+                return None
+        self._several.check()
         call = ModelCall(self._signature, module, args, kwargs, self._memory)
         with torch.device("cpu"):  # masks and ids are read there, whatever the caller's default device
             layout = self._family.layout(module, call)
+        self._several.begin(layout)
+        self._several.attend_densely(layout, self._dense_states.items())
+        if model_alone:
+            self._several.attend_densely(layout, states)
+            return None
         now = self._now(call, "A step schedule") if self._by_step else None
         plans = {kind: self._plan(kind, layout.grid, call.device, now) for kind in self._states}
         self.notes += [note for note in layout.notes if note not in self.notes]
@@ -270,6 +275,7 @@ class Engine(AtWork):
         self._remark(None if now is None else now.count)
         if reason is not None:
             self._last = dict.fromkeys(self._states, reason)
+            self._several.attend_densely(layout, states)
             return None
         # without a scheduler only the timestep's value tells the step, and reading it waits for the device
         told = bool(self.watchers) or not self._clock.reads_values
@@ -388,9 +394,3 @@ class Engine(AtWork):
         self._number = self._number + 1 if before is not None and before.index == step.index else 0
         for state in self._states.values():
             state.step = step.index, self._number, step.count is not None and step.index + 1 >= step.count
-
-    def _check_sharing(self) -> None:
-        config = context_parallel.config_of(self._transformer)
-        if config is not self._sharing:
-            context_parallel.check(self._transformer, self._family.heads(self.layers[0].attention))
-            self._sharing = config

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -164,14 +164,16 @@ class Watching:
     Args:
         name: of the transformer.
         heads: the number of a layer's heads, from its module.
-        dense: the state of layers that stay dense.
+        dense: the states of layers that stay dense, by whether they see text.
 
     Attributes:
         watchers: functions called with every sparse attention call.
         checking: whether the transformer's call under way is checked.
     """
 
-    def __init__(self, name: str, check: SelfCheck, heads: Callable[[Any], int], dense: CallState) -> None:
+    def __init__(
+        self, name: str, check: SelfCheck, heads: Callable[[Any], int], dense: Mapping[bool, CallState]
+    ) -> None:
         self._name, self._check, self._heads, self._dense = name, check, heads, dense
         self.watchers: list[Callable[[AttentionCall], None]] = []
         self._unchecked, self.checking = check.verify is not None, False
@@ -210,7 +212,7 @@ class Watching:
             limit = self._check.keep_dense_above
             if limit is not None and not (error := whole(layer.measured)[0]) <= limit:  # nan stays dense
                 layer.dense_reason = f"keep_dense_above={limit}: relative error {error:.3g}"
-                layer.ours.state = self._dense  # in this call already
+                layer.ours.state = self._dense[layer.sees_text]  # in this call already
         for watcher in self.watchers:
             watcher(call)
 

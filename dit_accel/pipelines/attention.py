@@ -40,6 +40,7 @@ class CallState:
 
     Attributes:
         sparse: whether `plan` computes this call; otherwise the model's own processor does.
+        dense: `plan` keeps every pair, in place of the model's own processor.
         plan: of the call's grid.
         text_lens, text_bias: as in `family.CallLayout`.
         segments: as in `family.CallLayout`.
@@ -52,7 +53,7 @@ class CallState:
     """
 
     def __init__(self, impl: Impl = "auto", text_is_keys: bool = False) -> None:
-        self.sparse, self.text_is_keys = False, text_is_keys
+        self.sparse, self.dense, self.text_is_keys = False, False, text_is_keys
         self.plan: Plan | None = None
         self.text_lens: Tensor | None = None
         self.text_bias: Tensor | None = None
@@ -70,10 +71,11 @@ class CallState:
         rows: Tensor | None = None,
         segments: tuple[tuple[int, int], ...] = (),
         ulysses: Ulysses | None = None,
+        dense: bool = False,
     ) -> None:
         """Let `plan` compute the call under way; lengths, bias, rows and segments as in `family.CallLayout`."""
         self.plan, self.text_lens, self.text_bias, self.ulysses = plan, text_lens, text_bias, ulysses
-        self.sparse, self.segments = True, segments
+        self.sparse, self.dense, self.segments = True, dense, segments
         self.rows = None if rows is None else (rows, rows.argsort(-1))
 
     def text_of(self, samples: int) -> tuple[Tensor | None, Tensor | None]:
@@ -228,7 +230,7 @@ class LayerAttention(AtWork):
             density_sum=self.density_sum, heads=held, memory=memory, gate=gate,
             segments=state.segments,
         )  # fmt: skip
-        if self.watch is not None:
+        if self.watch is not None and not state.dense:
             self.watch(q, k, v, out, scale, state)
         if rows is not None:
             out = _take(out, rows[1])

@@ -19,9 +19,8 @@ import torch
 from torch import nn
 
 from dit_accel.errors import DitAccelError
+from dit_accel.pipelines.sharding import Shares, even_shares, exchange, shared_of
 from dit_accel.tokens import TokenGrid
-
-Shares = tuple[int, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +46,7 @@ class Ulysses:
         """The first of a layer's `heads` that this process computes."""
         return sum(even_shares(heads, len(self.tokens))[: self.rank])
 
+    @exchange
     def gather(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -61,6 +61,7 @@ class Ulysses:
         query, key, value = torch.cat([piece for part in zip(*held, strict=True) for piece in part], dim=3).unbind()
         return query, key, value
 
+    @exchange
     def scatter(self, out: torch.Tensor, heads: int) -> torch.Tensor:
         """The reverse for the result: [B, h, N, D] to [B, H, n, D], laid out as [B, n, H, D] in memory."""
         batch, _, _, dim = out.shape
@@ -71,6 +72,7 @@ class Ulysses:
         shapes = [(batch, share, tokens, dim) for share in even_shares(heads, len(self.tokens))]
         return torch.cat([piece.transpose(1, 2) for piece in self._trade(sent, shapes)], dim=2).transpose(1, 2)
 
+    @exchange
     def add_up(self, values: torch.Tensor) -> torch.Tensor:
         """The sum of `values` over all processes, so that all take the same decision."""
         total = values.clone()
@@ -85,12 +87,6 @@ class Ulysses:
         flat = torch.cat([tensor.reshape(-1) for tensor in sent])
         received = collectives.all_to_all_single_autograd(flat, sizes, [tensor.numel() for tensor in sent], self.group)
         return [piece.view(shape) for piece, shape in zip(received.split(sizes), shapes, strict=True)]
-
-
-def even_shares(total: int, ranks: int) -> Shares:
-    """Shares as in `torch.tensor_split`: the first `total % ranks` shares are larger by one."""
-    share, rest = divmod(total, ranks)
-    return tuple(share + (rank < rest) for rank in range(ranks))
 
 
 def config_of(transformer: nn.Module) -> Any | None:
@@ -113,11 +109,11 @@ def check(transformer: nn.Module, heads: int) -> None:
             f"{name} runs with ring_degree={config.ring_degree}: a process in a ring never holds all the keys, from "
             f"which a method selects. Use ContextParallelConfig(ulysses_degree={ranks}), or leave the model dense."
         )
-    if not _shares_as_declared(transformer):
+    if shared_of(transformer) is None and not _shares_as_declared(transformer):
         raise DitAccelError(
             f"{name} runs with context parallelism, but not by a _cp_plan of its class, so the tokens of a process "
-            "are unknown. Classes that declare a _cp_plan work, without the argument cp_plan of enable_parallelism; "
-            "leave this one dense, or use one process."
+            "are unknown. Call dit_accel.parallelize() in place of enable_parallelism, or enable_parallelism without "
+            "its argument cp_plan."
         )
     ranks = config.ulysses_degree
     if heads < ranks or (heads % ranks and not config.ulysses_anything):
@@ -155,11 +151,24 @@ def _parts(transformer: nn.Module, grid: TokenGrid) -> tuple[int, ...]:
     image = grid.visual + grid.conditioning
     if not grid.text:
         return (image,)
-    plan: Any = transformer._cp_plan
-    separate = {"hidden_states", "encoder_hidden_states"}
-    if not any(isinstance(inputs, dict) and separate <= inputs.keys() for inputs in plan.values()):
+    if not _separate(transformer):
         return (grid.tokens,)
     return (grid.text, image) if grid.text_first else (image, grid.text)
+
+
+def streams(transformer: nn.Module, grid: TokenGrid) -> tuple[int, int]:
+    """Tokens of `sharding.IMAGE` and `sharding.TEXT` in a call, in all processes."""
+    return (grid.tokens - grid.text, grid.text) if _separate(transformer) else (grid.tokens, 0)
+
+
+def _separate(transformer: nn.Module) -> bool:
+    """Whether text is shared apart from the image."""
+    shared = shared_of(transformer)
+    if shared is not None:
+        return shared.sharding.separate
+    plan: Any = transformer._cp_plan
+    both = {"hidden_states", "encoder_hidden_states"}
+    return any(isinstance(inputs, dict) and both <= inputs.keys() for inputs in plan.values())
 
 
 def _shares_as_declared(transformer: nn.Module) -> bool:

@@ -14,6 +14,7 @@ from torch import nn
 
 from dit_accel.errors import DitAccelError
 from dit_accel.pipelines.levels import LEVELS
+from dit_accel.pipelines.sharding import Sharding
 from dit_accel.pipelines.sizes import Config, Sizes
 from dit_accel.pipelines.stacks import BlockStack
 from dit_accel.plans.anchored import AnchoredPlan
@@ -214,6 +215,7 @@ class Family:
             the processor first and calls `processor.attend`.
         head_dim: channels of one head of an attention module.
         extend: the arguments of a call with a plan's anchors behind each frame; None if the family takes no anchors.
+        shardings: which tensors of a call processes share, by class; others follow the class's own `_cp_plan`.
         stack: the blocks that a step cache may skip.
         stacks: those of transformers that differ, by class name.
     """
@@ -234,6 +236,7 @@ class Family:
     sparse_calls: Mapping[str, Callable[..., Any]] = dataclasses.field(default_factory=dict)
     head_dim: Callable[[Any], int] = _head_dim
     extend: Callable[[ModelCall, AnchoredPlan], dict[str, Any]] | None = None
+    shardings: Mapping[str, Sharding] = dataclasses.field(default_factory=dict)
     stack: BlockStack = dataclasses.field(default_factory=BlockStack)
     stacks: Mapping[str, BlockStack] = dataclasses.field(default_factory=dict)
 

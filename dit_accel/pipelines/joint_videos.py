@@ -13,6 +13,7 @@ from dit_accel.errors import DitAccelError
 from dit_accel.pipelines.family import TRAINING_FREE, CallLayout, Family, ModelCall, Preset, video_family
 from dit_accel.pipelines.processor import joint_call
 from dit_accel.pipelines.reading import mask_text, video_of
+from dit_accel.pipelines.sharding import IMAGE_TOKENS, Counted, Sharding
 from dit_accel.pipelines.sizes import Config, Sizes, patch_of, video_sizes
 from dit_accel.pipelines.stacks import VISUAL_FIRST, BlockStack
 
@@ -73,6 +74,16 @@ def mochi_sizes(transformer: Config, vae: Config) -> Sizes:
     return video_sizes(strides, patch_of(transformer), 19, 480, 848, text=256)
 
 
+# A replaced first frame (image to video) is counted by `num_tokens`.
+HUNYUAN = Sharding(
+    {
+        "transformer_blocks.0": {"hidden_states": 1, "encoder_hidden_states": 1},
+        "transformer_blocks.*": {"freqs_cis": (0, 0), "num_tokens": Counted()},
+        "single_transformer_blocks.*": {"image_rotary_emb": (0, 0), "num_tokens": Counted()},
+    },
+    outputs={"proj_out": (IMAGE_TOKENS,)},
+    separate=True,
+)
 FAMILIES = (
     # Only the number of valid tokens in the mask counts, as in the model. A replaced first frame (image to video) has
     # its own modulation and is an ordinary frame of the grid. The text refiner's attention stays the model's own.
@@ -83,6 +94,7 @@ FAMILIES = (
         layout=hunyuan_video,
         sizes=lambda transformer, vae: video_sizes(vae, patch_of(transformer), 129, 720, 1280, text=256),
         stack=BlockStack({"transformer_blocks": VISUAL_FIRST, "single_transformer_blocks": VISUAL_FIRST}),
+        shardings={"HunyuanVideoTransformer3DModel": HUNYUAN},
         summary="HunyuanVideo: text to video, image to video",
         recommended=TRAINING_FREE
         | {
@@ -108,6 +120,14 @@ FAMILIES = (
         layout=hunyuan_video_15,
         sizes=hunyuan_video_15_sizes,
         stack=BlockStack({"transformer_blocks": VISUAL_FIRST}),
+        shardings={
+            "HunyuanVideo15Transformer3DModel": Sharding(
+                {"transformer_blocks.0": {"hidden_states": 1, "encoder_hidden_states": 1}}
+                | {"transformer_blocks.*": {"freqs_cis": (0, 0)}},
+                outputs={"proj_out": (IMAGE_TOKENS,)},
+                separate=True,
+            )
+        },
         summary="HunyuanVideo 1.5: text to video, image to video",
         sparse_calls={"HunyuanVideo15AttnProcessor2_0": joint_call(rotate_hunyuan)},
     ),
@@ -119,6 +139,14 @@ FAMILIES = (
         layout=mochi,
         sizes=mochi_sizes,
         stack=BlockStack({"transformer_blocks": VISUAL_FIRST}),
+        shardings={
+            "MochiTransformer3DModel": Sharding(
+                {"transformer_blocks.0": {"hidden_states": 1, "encoder_hidden_states": 1}}
+                | {"transformer_blocks.*": {"image_rotary_emb": (0, 0)}},
+                outputs={"proj_out": (IMAGE_TOKENS,)},
+                separate=True,
+            )
+        },
         summary="Mochi 1: text to video",
         timestep_scale=None,
         sparse_calls={"MochiAttnProcessor2_0": joint_call(rotate_mochi)},

@@ -14,6 +14,7 @@ from dit_accel.errors import DitAccelError
 from dit_accel.pipelines.anchors import in_packed
 from dit_accel.pipelines.family import CallLayout, Family, ModelCall, Preset, patch_grid
 from dit_accel.pipelines.reading import bias_text, dense_note, image_grids, images_and_text, mask_text, packed_images
+from dit_accel.pipelines.sharding import IMAGE_TOKENS, Sharding
 from dit_accel.pipelines.sizes import Config, Sizes, image_sizes, packed_sizes, vae_pixels
 from dit_accel.pipelines.stacks import TEXT_FIRST, VISUAL, VISUAL_FIRST, BlockStack
 
@@ -198,6 +199,15 @@ FAMILIES = (
                 "dense",
             ),
         },
+        # positions [N, 3], or [1, N, 3] as in older code
+        shardings=dict.fromkeys(
+            ("ChromaTransformer2DModel", "LongCatImageTransformer2DModel", "OvisImageTransformer2DModel"),
+            Sharding(
+                {"": {"hidden_states": 1, "encoder_hidden_states": 1, "img_ids": -2, "txt_ids": -2}},
+                outputs={"proj_out": (IMAGE_TOKENS,)},
+                separate=True,
+            ),
+        ),
         extend=in_packed,
     ),
     # Conditioning images follow the generated one. The key-value cache of Klein KV puts conditioning images first and

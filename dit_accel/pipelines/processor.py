@@ -140,6 +140,7 @@ def _wrapper_class(inner_type: type, sparse_call: SparseCall | None) -> type[Acc
         if not self.state.sparse:
             self.ran = True
             return inner_type.__call__(runs(self), attn, *args, **kwargs)
+        state = self.state
         _SLOT.layer, _SLOT.gate = self, self.gate_of(args[0] if args else kwargs.get("hidden_states"))
         _SLOT.replaced = _SLOT.planned = _SLOT.others = 0
         try:
@@ -151,9 +152,7 @@ def _wrapper_class(inner_type: type, sparse_call: SparseCall | None) -> type[Acc
                     raise self.state.sequence_error(_SLOT.replaced)
         finally:
             _SLOT.layer = _SLOT.gate = None
-        if not self.state.sparse:
-            return inner_type.__call__(runs(self), attn, *args, **kwargs)
-        return result
+        return result if self.state is state else __call__(self, attn, *args, **kwargs)
 
     bases = (AcceleratedAttnProcessor, inner_type) if with_weights else (AcceleratedAttnProcessor,)
     return type(f"Accelerated{inner_type.__name__}", bases, {"__call__": __call__, "inner_type": inner_type})

@@ -11,6 +11,7 @@ import torch
 
 from dit_accel.pipelines.family import CallLayout, ModelCall, video_family
 from dit_accel.pipelines.reading import dense_note, lengths, video_of
+from dit_accel.pipelines.sharding import IMAGE_TOKENS, TEXT_TOKENS, Counted, Sharding
 from dit_accel.pipelines.sizes import Config, Shape, Sizes, patch_of, vae_frames, vae_pixels, video_sizes
 from dit_accel.pipelines.stacks import VISUAL, VISUAL_FIRST, BlockStack
 from dit_accel.tokens import TokenGrid
@@ -106,6 +107,18 @@ FAMILIES = (
         layout=framepack,
         sizes=framepack_sizes,
         stack=BlockStack({"transformer_blocks": VISUAL_FIRST, "single_transformer_blocks": VISUAL_FIRST}),
+        # the section is cut out of the history behind the blocks
+        shardings={
+            "HunyuanVideoFramepackTransformer3DModel": Sharding(
+                {
+                    "transformer_blocks.0": {"hidden_states": 1, "encoder_hidden_states": 1},
+                    "transformer_blocks.*": {"freqs_cis": (0, 0)},
+                    "single_transformer_blocks.*": {"image_rotary_emb": (0, 0)},
+                },
+                outputs={"single_transformer_blocks.-1": (IMAGE_TOKENS, TEXT_TOKENS)},
+                separate=True,
+            )
+        },
         summary="FramePack, HunyuanVideo in sections: image to video",
     ),
     # The sequence is [history at a quarter of the size | at half | at full size | section]; text enters by
@@ -117,6 +130,21 @@ FAMILIES = (
         layout=helios,
         sizes=helios_sizes,
         stack=BlockStack({"blocks": VISUAL}),
+        # the blocks divide history and section, so each part of a block shares its own tokens
+        shardings={
+            "HeliosTransformer3DModel": Sharding(
+                {
+                    "blocks.*.attn1": {
+                        "hidden_states": 1,
+                        "rotary_emb": 1,
+                        "original_context_length": Counted(to_last=True),
+                    },
+                    "blocks.*.attn2": {"hidden_states": 1},
+                    "blocks.*.ffn": {"hidden_states": 1},
+                },
+                outputs={f"blocks.*.{part}": (IMAGE_TOKENS,) for part in ("attn1", "attn2", "ffn")},
+            )
+        },
         summary="Helios: text, image and video to video in sections",
     ),
 )

@@ -16,6 +16,7 @@ from dit_accel.pipelines.anchors import in_latent
 from dit_accel.pipelines.family import TRAINING_FREE, CallLayout, Family, ModelCall, Preset, patch_grid, video_family
 from dit_accel.pipelines.levels import DEMO
 from dit_accel.pipelines.reading import dense_note, packed_video, video_alone, video_of
+from dit_accel.pipelines.sharding import IMAGE_TOKENS, TEXT_TOKENS, At, Sharding, Whole
 from dit_accel.pipelines.sizes import Config, Sizes, patch_of, vae_frames, vae_pixels, video_sizes
 from dit_accel.pipelines.stacks import VISUAL, VISUAL_FIRST, BlockStack
 from dit_accel.tokens import TokenGrid
@@ -126,6 +127,16 @@ def kandinsky_head_dim(attention: Any) -> int:
     return int(attention.query_norm.normalized_shape[0])
 
 
+# Wan 2.2's TI2V-5B has a timestep for each token.
+WAN = Sharding.of_blocks("blocks", rotary_emb=(1, 1), temb=At(1, dims=4))
+COGVIDEOX = Sharding(
+    {"transformer_blocks.0": {"hidden_states": 1, "encoder_hidden_states": 1}}
+    | {"transformer_blocks.*": {"image_rotary_emb": (0, 0)}},
+    outputs={"proj_out": (IMAGE_TOKENS,)},
+    separate=True,
+)
+
+
 FAMILIES = (
     video_family(
         name="anyflow",
@@ -134,6 +145,9 @@ FAMILIES = (
         layout=anyflow,
         sizes=wan_sizes,
         stack=BlockStack({"blocks": VISUAL}),
+        shardings={
+            "AnyFlowTransformer3DModel": Sharding.of_blocks("blocks", temb=1, rotary_emb={"query": 2, "key": 2})
+        },
         summary="AnyFlow, bidirectional",
     ),
     # Text precedes the video in every block. Its padding is attended, as in training. CogVideoX 1.5 also cuts the
@@ -145,6 +159,13 @@ FAMILIES = (
         layout=cogvideox,
         sizes=cogvideox_sizes,
         stack=BlockStack({"transformer_blocks": VISUAL_FIRST}),
+        # ConsisID normalizes text and video together behind the blocks
+        shardings={
+            "CogVideoXTransformer3DModel": COGVIDEOX,
+            "ConsisIDTransformer3DModel": COGVIDEOX.with_inputs(
+                {}, outputs={"transformer_blocks.-1": (IMAGE_TOKENS, TEXT_TOKENS)}
+            ),
+        },
         summary="CogVideoX 1.0 and 1.5: text, image and video to video, control; ConsisID",
     ),
     # Image features enter through cross-attention too. The timestep is a function of sigma that differs between the
@@ -154,6 +175,16 @@ FAMILIES = (
         transformers=("CosmosTransformer3DModel",),
         layout=video_alone,
         sizes=cosmos_sizes,
+        shardings={
+            "CosmosTransformer3DModel": Sharding(
+                {
+                    "transformer_blocks.0": {"hidden_states": 1},
+                    "transformer_blocks.*": {"embedded_timestep": At(1, dims=3), "temb": At(1, dims=3)}
+                    | {"image_rotary_emb": (0, 0), "extra_pos_emb": 1, "controlnet_residual": 1},
+                },
+                outputs={"transformer_blocks.-1": (IMAGE_TOKENS,)},
+            )
+        },
         summary="Cosmos 1, Predict 2 and 2.5: text, image and video to world, text to image",
         timestep_scale=None,
         recommended=TRAINING_FREE
@@ -173,6 +204,7 @@ FAMILIES = (
         layout=easyanimate,
         sizes=easyanimate_sizes,
         stack=BlockStack({"transformer_blocks": VISUAL_FIRST}),
+        shardings={"EasyAnimateTransformer3DModel": COGVIDEOX},
         summary="EasyAnimate: text, image and video to video, control",
     ),
     video_family(
@@ -184,6 +216,12 @@ FAMILIES = (
         stack=BlockStack(
             {"visual_transformer_blocks": ("visual_embed",)}, visual="visual_embed", outputs=("out_layer",)
         ),
+        shardings={
+            "Kandinsky5Transformer3DModel": Sharding(
+                {"visual_transformer_blocks.0": {"visual_embed": 1}, "visual_transformer_blocks.*": {"rope": 1}},
+                outputs={"visual_transformer_blocks.-1": (IMAGE_TOKENS,)},
+            )
+        },
         summary="Kandinsky 5 (without its own sparse attention)",
         head_dim=kandinsky_head_dim,
     ),
@@ -201,6 +239,18 @@ FAMILIES = (
             both=True,
             outputs=("out_layer", "audio_out_layer"),
         ),
+        # sound is the same in every process, and attends to all of the video
+        shardings={
+            "Kandinsky6Transformer3DModel": Sharding(
+                {
+                    "visual_transformer_blocks.0": {"vis": 1},
+                    "visual_transformer_blocks.*.video_dec_block.self_attention": {"rotary_emb": 0},
+                    "visual_transformer_blocks.*.va_cross_attention": {"rope_q": 0},
+                    "visual_transformer_blocks.*.av_cross_attention": {"encoder_hidden_states": Whole(1)},
+                },
+                outputs={"visual_transformer_blocks.-1": (IMAGE_TOKENS, None)},
+            )
+        },
         summary="Kandinsky 6: text and image to video with sound; the video's self-attention",
         head_dim=kandinsky_head_dim,
     ),
@@ -211,6 +261,10 @@ FAMILIES = (
         transformers=("LTXVideoTransformer3DModel",),
         layout=packed_video,
         sizes=lambda transformer, vae: video_sizes(vae, patch_of(transformer), 161, 512, 704),
+        # unlike Diffusers' own, which shares text too and then takes no mask of it
+        shardings={
+            "LTXVideoTransformer3DModel": Sharding.of_blocks("transformer_blocks", temb=1, image_rotary_emb=(1, 1))
+        },
         summary="LTX-Video: text and image to video, keyframes",
     ),
     # The audio stream's self-attention and the attention between the streams stay untouched. A layer whose attention
@@ -226,6 +280,19 @@ FAMILIES = (
             both=True,
             outputs=("proj_out", "audio_proj_out"),
         ),
+        # sound is the same in every process, and attends to all of the video, whose places Diffusers' own leaves out
+        shardings={
+            "LTX2VideoTransformer3DModel": Sharding(
+                {
+                    "transformer_blocks.0": {"hidden_states": 1},
+                    "transformer_blocks.*": {"temb": 1, "temb_ca_scale_shift": 1, "temb_ca_gate": 1}
+                    | {"video_rotary_emb": (-2, -2)},
+                    "transformer_blocks.*.audio_to_video_attn": {"query_rotary_emb": (-2, -2)},
+                    "transformer_blocks.*.video_to_audio_attn": {"encoder_hidden_states": Whole(1)},
+                },
+                outputs={"norm_out": (IMAGE_TOKENS,)},
+            )
+        },
         summary="LTX-2: video with audio, keyframes, conditioning videos; the video's self-attention",
         recommended=TRAINING_FREE
         | {
@@ -255,6 +322,8 @@ FAMILIES = (
             vae, transformer["patch_size"], 97, 544, 960, longest=transformer["rope_max_seq_len"]
         ),
         stack=BlockStack({"blocks": VISUAL}),
+        # in diffusion forcing every token has a timestep
+        shardings={"SkyReelsV2Transformer3DModel": Sharding.of_blocks("blocks", rotary_emb=(1, 1), temb=At(2, dims=4))},
         summary="SkyReels V2: text to video, image to video, diffusion forcing (without causal blocks)",
     ),
     # The image tokens of Wan 2.1's image-to-video enter through cross-attention too. TI2V-5B has one timestep per
@@ -272,6 +341,18 @@ FAMILIES = (
         layout=video_alone,
         sizes=wan_sizes,
         stack=BlockStack({"blocks": VISUAL}),
+        # the hints of VACE's blocks are shares; a face adapter of Animate compares frames with frames
+        shardings={
+            "WanTransformer3DModel": WAN,
+            "ChronoEditTransformer3DModel": WAN,
+            "WanVACETransformer3DModel": WAN.with_inputs(
+                {"vace_blocks.0": {"control_hidden_states": 1}}
+                | {"vace_blocks.*": {"hidden_states": 1, "rotary_emb": (1, 1)}}
+            ),
+            "WanAnimateTransformer3DModel": WAN.with_inputs(
+                {"face_adapter.*": {"hidden_states": Whole(1)}}, made={"face_adapter.*": 1}
+            ),
+        },
         summary="Wan 2.1 and 2.2: text to video, image to video, VACE, Animate; ChronoEdit",
         recommended=TRAINING_FREE
         | {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -24,9 +25,14 @@ class DensePlan(MaskPlan):
         t, h, w = (AxisTable.full(length) for length in grid.shape)
         super().__init__(method, config, grid, Mask((Product(t, h, w),)))
 
+    @functools.cached_property
+    def _masked(self) -> MaskPlan:
+        """The same, by an implementation that knows lengths and biases of text."""
+        return MaskPlan(self.method, self.config, self.grid, self.mask)
+
     def run(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: PlanCall) -> torch.Tensor:
         if call.impl not in (AUTO, SDPA) or call.text_lens is not None:
-            return super().run(q, k, v, call._replace(impl=AUTO) if call.impl == SDPA else call)
+            return self._masked.run(q, k, v, call._replace(impl=AUTO) if call.impl == SDPA else call)
         return nn.functional.scaled_dot_product_attention(q, k, v, scale=call.scale)
 
     def prepare(

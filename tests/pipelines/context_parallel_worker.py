@@ -1,11 +1,15 @@
 """One process of several that share a sequence: runs every case and writes down what came out; see the test beside it.
 
-The test runs this file with `FOLDER`, `RANK`, `RANKS` and `MODELS` (names) among its globals.
+The test runs this file with `FOLDER`, `RANK`, `RANKS`, `RUNS` and `DIFFUSERS` among its globals.
 """
 
+import itertools
 import json
+import os
 import pathlib
+import signal
 import sys
+import time
 
 import torch
 import torch.distributed as dist
@@ -27,6 +31,19 @@ FOLDER, RANK, RANKS = pathlib.Path(globals()["FOLDER"]), globals()["RANK"], glob
 # Wan with latents of 4 x 4 x 8 tokens, which two and four processes divide.
 EVEN = {"frames": 4, "height": 8, "width": 16}
 WINDOW = {"window": (3, 3, 5)}
+# with sizes that make four heads: tokens counted from the first, sound that attends to all of the video, two attentions
+FOUR_HEADS = {
+    "hunyuan_video:i2v": {"num_attention_heads": 4, "image_condition_type": "token_replace"},
+    "kandinsky6:reference": {"model_dim": 64},
+    "sd3:3.5-medium": {"num_attention_heads": 4, "caption_projection_dim": 64, "dual_attention_layers": (0, 1)},
+}
+TURNS = itertools.cycle(range(RANKS))  # whose turn it is to run a case in one process
+CACHES = (
+    "first-block:threshold=0.05",
+    "mag:threshold=0.05",
+    "taylorseer:taylor_factors_dtype=float32",
+    "steps:computed=0x1x3",
+)
 
 
 def main():
@@ -35,41 +52,64 @@ def main():
     context_parallel._all_gather_anything = all_gather_anything
     torch.set_num_threads(1)
     (FOLDER / f"{RANK}.json").write_text(json.dumps(dict(cases())))
+    if RANKS == 2:
+        outlive_another()
     dist.destroy_process_group()
 
 
 def cases():
     wan, flux = tiny_models.module("wan"), tiny_models.module("flux")
     video, image = tiny_models.get("wan", "t2v"), tiny_models.get("flux", "t2i")
-    yield from every_method(
-        "odd heads", video, lambda: wan.build(num_attention_heads=2 * RANKS - 1), (VIDEO[0], SLA, *ROUTED)
-    )
+    build = lambda: wan.build(num_attention_heads=2 * RANKS - 1)  # noqa: E731
+    yield from every_method("odd heads", video, build, (VIDEO[0], SLA, *ROUTED))
     yield from equal_shares(lambda: wan.build(num_attention_heads=RANKS), wan.inputs(**EVEN))
     if RANKS > 2:
         build = lambda: flux.build(num_attention_heads=RANKS)  # noqa: E731
         yield from every_method("joint", image, build, (IMAGE[0], SLA))
+        for name, sizes in FOUR_HEADS.items():
+            family, _, model = name.partition(":")
+            tiny, own = tiny_models.get(family, model), tiny_models.module(family)
+            yield from every_method(name, tiny, lambda own=own, sizes=sizes: own.build(**sizes), (SLA,))
         return
     for tiny in tiny_models.all_models():
-        if str(tiny) in globals()["MODELS"]:
-            yield from every_method(str(tiny), tiny, tiny.build, accelerated_runs.settings(tiny))
+        if str(tiny) in globals()["RUNS"]:
+            methods = [each for each in accelerated_runs.settings(tiny) if each[0] in globals()["RUNS"][str(tiny)]]
+            yield from every_method(str(tiny), tiny, tiny.build, methods)
+        if str(tiny) in globals()["DIFFUSERS"]:
+            yield from every_method(f"Diffusers/{tiny}", tiny, tiny.build, accelerated_runs.settings(tiny)[:1])
+    for tiny in (video, tiny_models.get("hunyuan_video", "t2v")):
+        yield from step_caches(tiny)
+    yield from calibration(video)
 
 
 def every_method(name, tiny, build, settings):
-    """One model in one process and in several, also as Diffusers alone runs it; nothing divides by their number."""
-    single, shared, double = build(), share_out(build(), ulysses_anything=True), build().double()
-    inputs, exact_inputs = (without_masks(tiny, tiny.call(dtype=dtype)) for dtype in (torch.float32, torch.float64))
-    alone = tiny_models.run(single, inputs)
-    try:
+    """One model in one process and in several; nothing divides by their number. Dense too, by Diffusers or by us."""
+    single, shared = build(), build()
+    double = build().double() if tiny.doubles else single
+    inputs, exact_inputs = tiny.call(), tiny.double_call()
+    if name.startswith("Diffusers/"):
+        share_out(shared, ulysses_anything=True)
+        inputs, exact_inputs = without_masks(tiny, inputs), without_masks(tiny, exact_inputs)
         together = tiny_models.run(shared, inputs)
-    except RuntimeError as error:
-        yield f"{name}/dense", {"diffusers": str(error)}
-        return
-    yield f"{name}/dense", compare(together, alone, tiny_models.run(double, exact_inputs))
+    else:
+        dit_accel.parallelize(shared, ulysses=RANKS)
+        together, _ = accelerated(shared, inputs, "dense", {})
+    alone = ((single, inputs), (double, exact_inputs))
+    yield f"{name}/dense", in_turn(together, lambda: (tiny_models.run(*each) for each in alone))
     for method, config in settings:
-        plain, _ = accelerated(single, inputs, method, config)
-        exact, _ = accelerated(double, exact_inputs, method, config)
         got, report = accelerated(shared, inputs, method, config)
-        yield f"{name}/{method}", compare(got, plain, exact) | {"report": report.as_dict()}
+        found = in_turn(
+            got, lambda method=method, config=config: (accelerated(*each, method, config)[0] for each in alone)
+        )
+        yield f"{name}/{method}", found | {"report": report.as_dict()}
+
+
+def in_turn(got, references):
+    """One process compares its result with those of one process, plain and exact; the others' are equal to its own."""
+    turn = next(TURNS)
+    first = got.clone()
+    dist.broadcast(first, turn)
+    return compare(got, *references()) if turn == RANK else {"identical": torch.equal(got, first)}
 
 
 def without_masks(tiny, inputs):
@@ -84,23 +124,41 @@ def equal_shares(build, inputs):
     plain, _ = accelerated(single, inputs, "gna", WINDOW)
     exact, _ = accelerated(double, exact_inputs, "gna", WINDOW)
     yield "equal shares", compare(accelerated(shared, inputs, "gna", WINDOW)[0], plain, exact)
-    yield "gradients", compare(gradient(shared, inputs), gradient(single, inputs), gradient(double, exact_inputs))
+    ours = build()
+    dit_accel.parallelize(ours)
+    for name, several in (("", shared), (" of ours", ours)):
+        found, alone, wide = gradient(several, inputs), gradient(single, inputs), gradient(double, exact_inputs)
+        yield f"gradients{name}", compare(found, alone, wide)
     dense = [tiny_models.run(transformer, inputs) for transformer in (shared, single)]
     with dit_accel.accelerated(shared, "gna", dense_steps=1, **WINDOW) as accel:
         accel.set_step(0, 2)
         step = tiny_models.run(shared, inputs)
     yield "dense step", {"identical": torch.equal(step, dense[0])}
     yield "dense", compare(dense[0], dense[1], tiny_models.run(double, exact_inputs))
-    for cache in ("first-block:threshold=0.05", "mag:threshold=0.05"):
-        (got, steps), (plain_steps, alone), (exact_steps, _) = (
-            cached(transformer, given, cache)
-            for transformer, given in ((shared, inputs), (single, inputs), (double, exact_inputs))
+    with dit_accel.accelerated(ours, "gna", dense_steps=1, dense_layers=1, **WINDOW) as accel:
+        accel.set_step(0, 2)
+        yield (
+            "dense step of ours",
+            compare(tiny_models.run(ours, inputs), dense[1], tiny_models.run(double, exact_inputs)),
         )
-        yield f"cached/{cache}", compare(got, plain_steps, exact_steps)
-        yield f"skipped/{cache}", {"identical": steps == alone and 0 < sum(share < 1 for share in alone.values())}
     if RANKS == 2:
-        shared.compile_repeated_blocks(backend="aot_eager", fullgraph=True)
-        yield "compiled", compare(accelerated(shared, inputs, "gna", WINDOW)[0], plain, exact)
+        for name, several in (("compiled", shared), ("compiled ours", ours)):
+            several.compile_repeated_blocks(backend="aot_eager", fullgraph=True)
+            yield name, compare(accelerated(several, inputs, "gna", WINDOW)[0], plain, exact)
+
+
+def step_caches(tiny):
+    """Four steps under each cache. In the third, tokens of the first process change much, and the others hardly do."""
+    single, shared, double = tiny.build(), tiny.build(), tiny.build().double()
+    dit_accel.parallelize(shared)
+    for cache in CACHES:
+        got, steps = cached(shared, tiny.call(), cache)
+        plain, alone = cached(single, tiny.call(), cache)
+        yield f"cached/{tiny}/{cache}", compare(got, plain, cached(double, tiny.double_call(), cache)[0])
+        yield (
+            f"skipped/{tiny}/{cache}",
+            {"identical": steps == alone and min(alone.values()) < 1 == max(alone.values())},
+        )
 
 
 def cached(transformer, inputs, cache):
@@ -109,9 +167,40 @@ def cached(transformer, inputs, cache):
     with dit_accel.accelerated(transformer, "gna", cache=cache, dense_layers=0, **WINDOW) as accel:
         for step in range(4):
             accel.set_step(step, 4)
-            hidden_states = inputs["hidden_states"] * (1 + step / 20)
+            hidden_states = inputs["hidden_states"].clone()
+            hidden_states[:, :, :2] *= 3 if step > 1 else 1
             outputs.append(tiny_models.run(transformer, inputs | {"hidden_states": hidden_states}))
         return torch.stack(outputs), accel.report().cache.branches[0].steps
+
+
+def calibration(tiny):
+    """The ratios of all tokens, in every process."""
+    single, shared = tiny.build(), tiny.build()
+    dit_accel.parallelize(shared)
+    ratios = []
+    for transformer in (shared, single):
+        with dit_accel.accelerated(transformer, "dense", cache="mag:calibrate=true") as accel:
+            for step in range(3):
+                accel.set_step(step, 3)
+                inputs = tiny.call()
+                inputs["hidden_states"][:, :, :2] *= 1 + step
+                tiny_models.run(transformer, inputs)
+            ratios.append(torch.tensor(accel.report().cache.ratios["transformer"]["call 0"], dtype=torch.float64))
+    yield "calibration", {"error": (ratios[0] - ratios[1]).abs().max().item(), "budget": 1e-6, "scale": 1.0}
+
+
+def outlive_another():
+    """The last process is killed within a call; the first one says so at once."""
+    tiny = tiny_models.get("wan", "t2v")
+    transformer = tiny.build()
+    dit_accel.parallelize(transformer)
+    if RANK:
+        transformer.blocks[1].register_forward_pre_hook(lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+    start = time.monotonic()
+    try:
+        accelerated(transformer, tiny.call(), *VIDEO[0])
+    except dit_accel.DitAccelError as error:
+        (FOLDER / "outlived.json").write_text(json.dumps({"said": str(error), "after": time.monotonic() - start}))
 
 
 def all_gather_anything(tensor, dim, group):

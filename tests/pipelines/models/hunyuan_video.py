@@ -16,7 +16,7 @@ def build(**config):
     sizes = {"in_channels": 4, "out_channels": 4, "num_attention_heads": 2, "attention_head_dim": 12}
     sizes |= {"num_layers": 1, "num_single_layers": 1, "num_refiner_layers": 1, "text_embed_dim": 16}
     sizes |= {"pooled_projection_dim": 8, "rope_axes_dim": (4, 4, 4), "mlp_ratio": 2.0}
-    return seeded(HunyuanVideoTransformer3DModel, **sizes, **config)
+    return seeded(HunyuanVideoTransformer3DModel, **(sizes | config))
 
 
 def inputs(batch=2):

@@ -1,0 +1,95 @@
+"""An engine's transformer when several processes share its tokens."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from dit_accel.errors import DitAccelError
+from dit_accel.kernels.impls import AUTO
+from dit_accel.pipelines import context_parallel
+from dit_accel.pipelines.attention import CallState
+from dit_accel.pipelines.family import CallLayout, Family
+from dit_accel.pipelines.sharding import shared_of
+from dit_accel.plans.plan import Plan, building
+from dit_accel.registry import DENSE, plan
+from dit_accel.tokens import TokenGrid
+
+
+class Several:
+    """The processes that share a transformer's tokens.
+
+    After `parallelize` the model's own attention would see one process's tokens alone. Dense layers and steps then
+    compute the plan of the method "dense" between the processes.
+
+    Args:
+        transformer, family: the engine's.
+        heads: of an attention layer.
+        dense_backend: the setting of the dense layers' own attention; None without one.
+    """
+
+    def __init__(self, transformer: nn.Module, family: Family, heads: int, dense_backend: str | None) -> None:
+        self._transformer, self._family, self._heads, self._backend = transformer, family, heads, dense_backend
+        self._checked: Any | None = None
+        self._plans: dict[TokenGrid, Plan] = {}
+
+    @property
+    def attends(self) -> bool:
+        """Whether dense layers attend here and not in the model's own processors."""
+        return shared_of(self._transformer) is not None
+
+    def check(self) -> None:
+        """Refuse a way to share the tokens with which no call can run."""
+        config = context_parallel.config_of(self._transformer)
+        if config is self._checked:
+            return
+        context_parallel.check(self._transformer, self._heads)
+        if self.attends and self._backend is not None:
+            raise DitAccelError(
+                f"dense_backend={self._backend} sets the model's own attention, which parallelize() replaces. Leave "
+                "dense_backend out."
+            )
+        self._checked = config
+
+    def add_up(self) -> Callable[[torch.Tensor], torch.Tensor] | None:
+        """Sums a tensor over the processes that share a sequence; None without them."""
+        config = context_parallel.config_of(self._transformer)
+        return None if config is None else context_parallel.Ulysses(config._ulysses_mesh.get_group(), 0, ()).add_up
+
+    def begin(self, layout: CallLayout) -> None:
+        """Tell the hooks how many tokens the call has."""
+        shared = shared_of(self._transformer)
+        if shared is not None:
+            shared.tokens = context_parallel.streams(self._transformer, layout.grid)
+
+    def end(self) -> None:
+        """Refuse calls from now on: nobody computes the attention between the processes."""
+        shared = shared_of(self._transformer)
+        if shared is not None:
+            shared.tokens = None
+
+    def attend_densely(self, layout: CallLayout, states: Iterable[tuple[bool, CallState]]) -> None:
+        """Have these states, each with whether its layers see text, compute the call under way densely."""
+        if not self.attends:
+            return
+        for sees_text, state in states:
+            grid = layout.grid if sees_text else dataclasses.replace(layout.grid, text=0, conditioning=0)
+            if grid not in self._plans:
+                with building():
+                    self._plans = {**dict(list(self._plans.items())[-3:]), grid: plan(DENSE, grid)}
+            text = (layout.text_lens, layout.text_bias, layout.rows) if sees_text else (None, None, None)
+            state.set(self._plans[grid], *text, ulysses=context_parallel.sharing(self._transformer, grid), dense=True)
+            state.impl = AUTO
+
+    def refuse_dropped(self, names: Iterable[str]) -> None:
+        """Refuse processors that somebody set after `accelerate`: they see one process's tokens."""
+        dropped = sorted(set(names))
+        if self.attends and dropped:
+            raise DitAccelError(
+                f"After parallelize() every layer needs accelerate()'s processor, and {', '.join(dropped)} was set "
+                "since. Call accelerate(..., replace=True)."
+            )
