@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 from unittest import mock
 
+import pages
 import torch
 
 
@@ -200,8 +201,7 @@ def vsa(q, k, v, gate, grid, sparsity, tile=(4, 4, 4), segments=()):
 
 def section(root, title):
     """The Python and the command lines of a section of docs/published-weights.md; None: of what precedes the first."""
-    page = (root / "docs/published-weights.md").read_text(encoding="utf-8")
-    text = page.partition("\n## ")[0] if title is None else page.partition(f"\n## {title}\n")[2].partition("\n## ")[0]
-    blocks = {kind: "".join(re.findall(rf"```{kind}\n(.*?)```", text, re.DOTALL)) for kind in ("python", "sh")}
-    assert blocks["sh"], title
-    return blocks["python"], [line for line in blocks["sh"].splitlines() if line]
+    text = pages.section((root / "docs/published-weights.md").read_text(encoding="utf-8"), title)
+    lines = pages.typed(text)
+    assert lines, title
+    return "".join(pages.blocks(text, "python")), lines

@@ -4,10 +4,10 @@ import ast
 import json
 import pathlib
 import re
-import shlex
 
 import pytest
 import typer
+from pages import blocks, commands, typed, words
 
 from dit_accel.cli.app import app
 
@@ -23,34 +23,18 @@ PAGES |= {
     path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in (ROOT / "dit_accel").rglob("*.md")
 }
 RESULTS = ROOT / "benchmarks" / "results"
-LAUNCHED = "accelerate launch -m dit_accel "
-
-
-def blocks(text: str, language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL)
 
 
 def each_page(pages=tuple(PAGES)):
     return pytest.mark.parametrize("page", pages)
 
 
-def commands(text: str) -> list[str]:
-    """Command lines of a page's shell blocks; a backslash at the end of a line joins it with the next."""
-    lines = "\n".join(blocks(text, "sh")).replace("\\\n", " ").splitlines()
-    return [line for line in lines if line and not line.startswith("#")]
-
-
-TYPED = [
-    (page, line.replace(LAUNCHED, "dit-accel "))
-    for page, text in PAGES.items()
-    for line in commands(text)
-    if line.startswith(("dit-accel ", LAUNCHED))
-]
+TYPED = [(page, line) for page, text in PAGES.items() for line in typed(text)]
 
 
 def test_there_are_commands():
     assert {page for page, _ in TYPED} >= {"README.md", "docs/generate.md", "docs/evaluation.md", "docs/fine-tuning.md"}
-    verbs = {shlex.split(line)[1] for _, line in TYPED}
+    verbs = {words(line)[0] for _, line in TYPED}
     assert verbs == set(typer.main.get_command(app).commands)
 
 
@@ -59,7 +43,7 @@ def test_commands_parse(page, command):
     """Options and their values are accepted, the method with its settings too; nothing is run."""
     from dit_accel import registry
 
-    _, verb, *arguments = shlex.split(command, comments=True)
+    verb, *arguments = words(command)
     group = typer.main.get_command(app)
     context = group.commands[verb].make_context(verb, arguments, resilient_parsing=False)
     methods = context.params.get("method") or ()

@@ -6,17 +6,16 @@ MiniMax-H3's section is tested in `tests/generation/test_minimax_h3.py`, where t
 import importlib.util
 import json
 import pathlib
-import re
-import shlex
 import shutil
 
+import pages
 import pytest
 from messages import says
 from published_weights import section
 from safetensors.torch import save_file
 
 WAN, FLUX = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers", "black-forest-labs/FLUX.1-dev"
-SIZES = {WAN: ["--frames", "5", "--height", "96", "--width", "96"], FLUX: ["--height", "128", "--width", "128"]}
+SIZES = {WAN: {"frames": 5, "height": 96, "width": 96}, FLUX: {"height": 128, "width": 128}}
 WEIGHTS = {
     "turbowan": "IPostYellow/TurboWan2.1-T2V-1.3B-Diffusers",
     "fastwan": "FastVideo/FastWan2.1-T2V-1.3B-Diffusers",
@@ -55,14 +54,9 @@ def test_the_page(title, root, cli, place):
         exec(f"import dit_accel\nfrom diffusers import *\n{program}", names)
         names["accel"].remove()
     for line in commands:
-        words = shlex.split(line, comments=True)[1:]
-        model = words[words.index("--model") + 1] if "--model" in words else None
-        output = [words[at + 1] for at, word in enumerate(words) if word == "--output"]
-        if output:
-            words = (
-                shlex.split(re.sub(r"--(height|width) \d+", "", shlex.join(words))) + SIZES[model] + ["--steps", "1"]
-            )
-        done = cli(*words)
+        arguments = pages.words(line)
+        model, output = pages.value(arguments, "--model"), pages.value(arguments, "--output")
+        done = cli(*(pages.small(arguments, **SIZES[model], steps=1) if output else arguments))
         assert done.status == 0, done.err
-        assert all((place / name).is_file() for name in output)
-        assert words[0] != "doctor" or says(done.out, "fits", model)
+        assert output is None or (place / output).is_file()
+        assert arguments[0] != "doctor" or says(done.out, "fits", model)
