@@ -17,9 +17,10 @@ import typer
 
 from dit_accel.cli import show_lines
 from dit_accel.cli.options import JsonOptions, command
-from dit_accel.errors import DitAccelError, first_line
+from dit_accel.errors import DitAccelError
 from dit_accel.generation.provenance import free_memory
 from dit_accel.generation.request import LOAD_FORM, DeviceOptions, SourceOptions
+from dit_accel.generation.weights import weight_bytes
 from dit_accel.values import option
 
 if TYPE_CHECKING:
@@ -202,25 +203,3 @@ def transformers_of(source: Source) -> dict[str, Any]:
 
 def _gigabytes(size: int) -> str:
     return f"{size / 1e9:.2f} GB"
-
-
-def weight_bytes(source: Source, dtype: torch.dtype) -> dict[str, int]:
-    """Bytes of each component with weights, in that dtype, by name; read from its JSON files alone."""
-    import torch
-
-    sizes = {}
-    for name, entry in source.index.items():
-        if not isinstance(entry, list) or entry[0] is None or not (source.folder / name / "config.json").is_file():
-            continue  # a tokenizer, a scheduler, a setting, or a part that this pipeline goes without
-        try:
-            cls, config = getattr(importlib.import_module(entry[0]), entry[1]), source.config(name)
-            with torch.device("meta"):
-                of_transformers = entry[0] == "transformers"
-                module = cls(cls.config_class.from_dict(config)) if of_transformers else cls.from_config(config)
-        except (AttributeError, ImportError, KeyError, TypeError, ValueError) as error:
-            raise DitAccelError(
-                f"The size of {name} of {source.model} is unknown: {entry[0]} has no {entry[1]} that its configuration "
-                f"describes ({first_line(error)})."
-            ) from error
-        sizes[name] = sum(weight.numel() for weight in module.parameters()) * dtype.itemsize
-    return sizes

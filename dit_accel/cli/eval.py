@@ -117,7 +117,7 @@ def evaluate(compared: dict[str, Any], given: dict[str, Any]) -> int:
     from dit_accel.train import card
 
     asked = ComparedMethods(**compared)
-    request = EvalRequest(**(suites.read(asked.suite) if asked.suite else {}) | given)
+    request = EvalRequest(**(suites.read(asked.suite, given) if asked.suite else {}) | given)
     if candidates := asked.candidates(lambda: request.subject(sources.find(request.model, request.revision))):
         request = dataclasses.replace(request, methods=candidates)
     saved = [None if method.published else method.folder for method in request.methods] if asked.write_card else []

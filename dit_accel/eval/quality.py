@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from dit_accel.errors import DitAccelError
-from dit_accel.eval import gates
+from dit_accel.eval import gates, layout, resources
 from dit_accel.eval.attention import MapChoice, parse_choice, record_attention
 from dit_accel.eval.metric import ChosenMetric, choose
 from dit_accel.eval.report import NAMES
@@ -87,6 +87,8 @@ def opened(
                 f"The file system of {request.output} has no locks. Start no other evaluation into it.", file=sys.stderr
             )
         if pipe is None:
+            if process.main and request.published:
+                print(resources.estimate(checked, request, len(candidates), steps), file=sys.stderr)
             call_with = {"prompt": "", **arguments({})}
             pipe = request.load_pipe(checked.source, checked.dtype, checked.device, call_with)
             hide_bars(pipe)
@@ -130,6 +132,8 @@ class CheckedRequest:
         grid = sizes.grid(*shape)
         for candidate in candidates:
             candidate.plans(grid)  # refuses what does not fit
+        if request.layout is not None:
+            layout.check([item.prompt for item in items], shape[0] if sizes.video else 1)
         check_folder(request.output)
         check_ours(request.output / name for name in NAMES)
         if request.baselines is not None:

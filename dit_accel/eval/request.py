@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from dit_accel.errors import DitAccelError
 from dit_accel.generation.request import PROMPTS_FORM, ModelRequest
@@ -48,9 +48,13 @@ class PromptsRequest(ModelRequest):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EvalRequest(PromptsRequest):
-    """What `dit-accel eval` is asked; methods are `Candidate`s, and the command line has --method and --load."""
+    """What `dit-accel eval` is asked; methods are `Candidate`s, and the command line has --method and --load.
+
+    `published` are `Published` figures, which suites alone have.
+    """
 
     methods: tuple[Any, ...] = ()
+    published: tuple[Any, ...] = ()
     metrics: tuple[str, ...] = option(
         (),
         "Metric, such as psnr or fid[demo-clip], repeatable; by default all that can run.",
@@ -66,6 +70,9 @@ class EvalRequest(PromptsRequest):
     )
     attention_report: str | None = option(
         None, "Also map each layer's error and kept mass at these steps.", metavar="steps=0,8,layers=all"
+    )
+    layout: Literal["vbench"] | None = option(
+        None, "vbench: also write OUTPUT/vbench/METHOD/{prompt}-{index}.mp4, which VBench scores."
     )
     pictures: int = option(4, "Number of prompts to show in the report.", least=0)
     baselines: Path | None = option(

@@ -10,6 +10,12 @@
       - {method: "radial:decay=0.2", dense_steps: 2}
       - {load: trained/sla}
       - {load: clear_local_16.safetensors, settings: [radius=16]}
+      - {level: fast}
+      - method: sol
+        dense_steps: 0.2
+        published: {name: Sol-Attn, where: H100, speedup: 2.02, source: "arXiv:2607.24027"}
+    published:               # of methods that are not run here
+      - {name: SLA, where: RTX 5090, speedup: 2.2, source: "arXiv:2509.24006"}
     require: psnr>=15
 
 The keys are the options of `dit-accel eval`; an option on the command line wins over the suite's.
@@ -17,47 +23,71 @@ The keys are the options of `dit-accel eval`; an option on the command line wins
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from dit_accel import values
 from dit_accel.errors import DitAccelError
+from dit_accel.eval.published import Published
 from dit_accel.eval.request import EvalRequest
+from dit_accel.generation import sources
 from dit_accel.generation.candidate import Candidate
-from dit_accel.generation.request import MethodOptions
+from dit_accel.generation.request import MethodOptions, Subject
 
 SUITES = Path(__file__).parent / "suites"
-METHOD_KEYS = ("method", "load", "settings", "dense_steps", "dense_last_steps", "dense_layers", "dense_backend")
+METHOD_KEYS = (
+    "method", "load", "level", "preset", "cache", "settings", "dense_steps", "dense_last_steps", "dense_layers",
+    "dense_backend",
+)  # fmt: skip
 
 
-def read(source: str) -> dict[str, Any]:
+def read(source: str, given: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """The values of a suite, a YAML file or a built-in name, by field of `EvalRequest`; methods are ready to use.
+
+    Values in `given` win over the suite's: levels and presets are chosen for the model and size that come of both.
 
     Raises:
         DitAccelError: there is no such suite, it is not YAML, a key is unknown, or a value is of another type.
     """
     said = values.read_yaml(source, SUITES, "suite")
-    if isinstance(said.get("methods"), str | dict):
-        said["methods"] = [said["methods"]]
+    listed, shown = said.pop("methods", None), said.pop("published", [])
     try:
-        if "methods" in said:
-            said["methods"] = methods(said["methods"])
         request = values.build(EvalRequest, said, "An evaluation")
+        found = {name: getattr(request, name) for name in said}
+        if listed is None and not shown:
+            return found
+        whole = EvalRequest(**(found | dict(given or {})))
+        listed = [listed] if isinstance(listed, str | dict) else listed
+        candidates, figures = methods(listed, lambda: whole.subject(sources.find(whole.model, whole.revision)))
+        figures += [Published.build(entry, "") for entry in shown]
+        if listed is not None:
+            found["methods"] = tuple(candidates)
+        if figures:
+            found["published"] = tuple(figures)
     except DitAccelError as error:
         raise DitAccelError(f"--suite {source}: {error}") from error
-    return {name: getattr(request, name) for name in said}
+    return found
 
 
-def methods(listed: Iterable[Any]) -> list[Candidate]:
-    """Methods from their entries in a suite: text, or a mapping with a schedule or a saved accelerator."""
-    candidates = []
-    for entry in listed:
+def methods(
+    listed: Iterable[Any] | None, subject: Callable[[], Subject] | None = None
+) -> tuple[list[Candidate], list[Published]]:
+    """Methods from their entries in a suite, and the published figures beside them.
+
+    An entry is text, or a mapping with a schedule, a saved accelerator or a level; `subject` is what a level is for.
+    """
+    candidates, published = [], []
+    for entry in listed or ():
         said = {"method": entry} if isinstance(entry, str) else entry
-        if not isinstance(said, dict) or not set(said) <= set(METHOD_KEYS) or not said.keys() & {"method", "load"}:
+        said = dict(said) if isinstance(said, dict) else {}
+        shown = said.pop("published", [])
+        if not set(said) <= set(METHOD_KEYS) or not said.keys() & {"method", "load", "level"}:
             raise DitAccelError(
-                f"A method of a suite is text, or has method or load among the keys {', '.join(METHOD_KEYS)}; got "
-                f"{entry!r}."
+                f"A method of a suite is text, or has method, load or level among the keys {', '.join(METHOD_KEYS)}; "
+                f"got {entry!r}."
             )
-        candidates.append(values.build(MethodOptions, said, "A method of a suite").candidate())
-    return candidates
+        candidate = values.build(MethodOptions, said, "A method of a suite").candidate(subject)
+        candidates.append(candidate)
+        published += [Published.build(one, candidate.label) for one in ([shown] if isinstance(shown, dict) else shown)]
+    return candidates, published

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 import shlex
 import statistics
 import sys
@@ -13,12 +12,13 @@ from typing import Any
 
 import numpy as np
 
-from dit_accel.eval import verdict
+from dit_accel.eval import layout, verdict
 from dit_accel.eval.gates import Limit
+from dit_accel.eval.layout import slug
 from dit_accel.eval.metric import ChosenMetric
 from dit_accel.eval.report import write_report
 from dit_accel.eval.request import EvalRequest
-from dit_accel.eval.samples import Row, key_of
+from dit_accel.eval.samples import Row
 from dit_accel.eval.scoring import Figure, bootstrap, plain, score
 from dit_accel.eval.sweep import PromptSeed, Sweep
 from dit_accel.files import MARK, staged
@@ -34,7 +34,6 @@ from dit_accel.tokens import TokenGrid
 Summary = dict[str, Any]
 
 DENSE_OUTPUTS = "the dense outputs"
-LONGEST = 100  # letters of a label in a file's name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,9 +93,12 @@ def write(done: Evaluation, attention: Sequence[dict[str, Any]]) -> Summary | No
         "verdict": verdict.decide(listed, metrics, done.limits, done.grid.tokens),
         "samples": _write_media(done, rows),
         "masks": _write_masks(done),
+        "published": [dataclasses.asdict(entry) for entry in done.request.published],
         "attention": list(attention),
     }
     write_report(summary, done.request.output)
+    if done.request.layout is not None:
+        layout.write(done.request.output / layout.FOLDER, labels, done.items, done.frames, done.fps)
     return summary
 
 
@@ -246,9 +248,3 @@ def _write_masks(done: Evaluation) -> list[dict[str, str]]:
                 write_png(stage / name, plan.image())
                 listed.append({"row": candidate.label, "image": f"masks/{name}"})
     return listed
-
-
-def slug(label: str) -> str:
-    """A label as part of a file's name; a long one is cut, with a hash in place of the rest."""
-    name = re.sub(r"[^A-Za-z0-9.=]+", "-", label)
-    return name if len(name) <= LONGEST else f"{name[:LONGEST]}-{key_of({'label': label})[:8]}"

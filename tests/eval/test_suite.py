@@ -1,11 +1,14 @@
 """Evaluations written down in YAML."""
 
 import itertools
+import json
 
 import pytest
+from messages import names
 
 from dit_accel.errors import DitAccelError
-from dit_accel.eval import suite
+from dit_accel.eval import layout, suite
+from dit_accel.tokens import TokenGrid
 from dit_accel.values import names_in
 
 
@@ -48,8 +51,8 @@ def test_values(tmp_path):
         ("model: [", "is not YAML"),
         ("methods: [gnaa]", "Did you mean 'gna'?"),
         ("steps: -1", "steps is at least 1, got -1"),
-        ("methods: [{method: gna, window: 2}]", "has method or load among the keys method, load"),
-        ("methods: [{dense_steps: 2}]", "has method or load among"),
+        ("methods: [{method: gna, window: 2}]", "has method, load or level among the keys method, load"),
+        ("methods: [{dense_steps: 2}]", "has method, load or level among"),
         ("methods: [3]", "got 3"),
         ("methods: [{method: gna:window=2, dense_steps: many}]", "dense_steps is an int >= 0"),
     ],
@@ -65,8 +68,87 @@ def test_missing():
         suite.read("dmo")
 
 
-@pytest.mark.parametrize("name", names_in(suite.SUITES))
-def test_built_in_suites_are_whole(name):
-    found = suite.read(name)
+def test_the_demo_suite_is_whole():
     methods = {"gna", "tile", "sol", "sparge", "rectified"}
-    assert {candidate.method for candidate in found["methods"]} == methods
+    assert {candidate.method for candidate in suite.read("demo")["methods"]} == methods
+
+
+# Suites of published tables, the tokens of their call as the papers count them, and methods that they run.
+PUBLISHED = {
+    "wan2.1-1.3b": ("wan", (21, 30, 52), {"sol", "dense"}),
+    "wan2.1-14b-720p": ("wan", (21, 45, 80), {"radial", "sol", "rectified", "sparge"}),
+    "hunyuan-720p": ("hunyuan_video", (33, 45, 80), {"radial", "gna", "sol", "rectified", "sparge"}),
+    "flux-4k": ("flux", (1, 256, 256), {"gna", "sol"}),
+    "ltx": ("ltx2", (16, 32, 56), {"sol"}),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_suites_fit_their_models(name, wan_folder):
+    """Every method makes a plan at the published size, and every figure has a source."""
+    assert {*PUBLISHED, "demo"} == set(names_in(suite.SUITES))
+    family, shape, methods = PUBLISHED[name]
+    small = {"model": str(wan_folder), "height": 64, "width": 96}  # a level asks the model
+    found = suite.read(name, small if name == "wan2.1-1.3b" else None)
+    assert methods <= {candidate.method for candidate in found["methods"]}
+    grid = TokenGrid(*shape, text={"hunyuan_video": 256, "flux": 512}.get(family, 0), text_first=family == "flux")
+    for candidate in found["methods"]:
+        assert candidate.plans(grid)
+    labels = {candidate.label for candidate in found["methods"]}
+    for entry in found["published"]:
+        assert entry.source and entry.where and (not entry.label or entry.label in labels)
+        assert entry.speedup > 1 and (entry.label or entry.psnr or entry.density)
+
+
+@pytest.mark.parametrize(
+    ("name", "folder", "size"),
+    [
+        ("wan2.1-1.3b", "wan_folder", ("--frames", 9, "--height", 96, "--width", 128, "--steps", 4, "--seeds", "0,1")),
+        (
+            "flux-4k",
+            "flux_folder",
+            ("--height", 208, "--width", 208, "--steps", 10, "--pipe", "max_sequence_length=9"),
+        ),
+    ],
+)
+def test_published_suites_run(name, folder, size, cli, request, tmp_path):
+    """On a tiny random model of the same class; the report has the published figures beside the measured ones."""
+    (tmp_path / "prompts.txt").write_text("a red circle\n")
+    options = (*size, "--model", request.getfixturevalue(folder), "--prompts", tmp_path / "prompts.txt")
+    options += ("--pictures", 1, "--metric", "psnr", "--metric", "ssim")
+    video = name == "wan2.1-1.3b"
+    out = tmp_path / "out"
+    outcome = cli("eval", "--suite", name, *options, *(("--layout", "vbench") if video else ()), "--output", out)
+    assert outcome.status == 0, outcome.err
+    needs = outcome.err.index("hours of an H100")
+    assert "disk: " in outcome.err[:needs] and "memory: " in outcome.err[:needs]
+    summary = json.loads((out / "summary.json").read_text())
+    rows = {row["label"] for row in summary["rows"]}
+    published = {entry["name"]: entry for entry in summary["published"]}
+    assert {entry["label"] for entry in published.values()} - {""} <= rows
+    entry = next(entry for entry in published.values() if entry["label"])
+    for report in ("summary.md", "report.html"):
+        text = (out / report).read_text()
+        assert f"{entry['speedup']:.2f}×" in text and entry["source"] in text
+    if video:
+        names = {path.name for path in (out / "vbench" / "baseline").iterdir()}
+        assert names == {"a red circle-0.mp4", "a red circle-1.mp4"}
+        assert len(list((out / "vbench").iterdir())) == len(rows)
+
+
+def test_levels_and_published_figures(tmp_path):
+    found = read(
+        tmp_path,
+        "model: demo\nmethods:\n  - {level: fast, published: {name: A, where: B, source: C, speedup: 2}}\n"
+        "published: [{name: D, where: E, source: F, psnr: 20}]\n",
+    )
+    (candidate,) = found["methods"]
+    assert [(entry.name, entry.label) for entry in found["published"]] == [("A", candidate.label), ("D", "")]
+    with pytest.raises(DitAccelError, match=names("name where source")):
+        read(tmp_path, "published: [{name: D}]")
+
+
+@pytest.mark.parametrize(("prompts", "frames"), [(["a/b"], 5), (["x" * 250], 5), (["a"], 1)])
+def test_the_layout_of_vbench_refuses(prompts, frames):
+    with pytest.raises(DitAccelError, match=names("--layout vbench")):
+        layout.check(prompts, frames)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from dit_accel.eval.report import fields
+from dit_accel.eval.report import fields, published
 from dit_accel.files import MARK
 
 LEGEND = "↑ more is better, ↓ less is better. Intervals hold 95 % of the bootstrap over prompts."
@@ -21,6 +21,8 @@ def render(summary: dict[str, Any]) -> str:
         parts.append("## What to use\n\n" + "\n".join(advice))
     parts += ["## Figures", table(summary), LEGEND]
     parts += [f"{remark}." for remark in fields.sampled_otherwise(summary)]
+    if lines := published.table(summary):
+        parts += ["## Published figures", _grid([lines[0], ["---"] * len(lines[0]), *lines[1:]]), published.ABOUT]
     parts.append("![Pareto fronts](pareto.png)")
     parts.append("\n".join(f"* {fields.heading(metric)}: {metric['about']}" for metric in summary["metrics"]))
     origin = "\n".join(f"* {name}: {plain(value)}" for name, value in summary["made"].items())
@@ -62,6 +64,10 @@ def table(summary: dict[str, Any], costs: bool = True) -> str:
             figure = row["figures"].get(metric["name"], {})
             cells.append(fields.cell(figure.get("value"), metric) + fields.interval(figure.get("interval"), span))
         lines.append(cells)
+    return _grid(lines)
+
+
+def _grid(lines: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dit_accel.errors import DitAccelError
-from dit_accel.eval.report import fields, pictures
+from dit_accel.eval.report import fields, pictures, published
 from dit_accel.eval.report.markdown import LEGEND, plain
 from dit_accel.files import MARK
 
@@ -30,6 +30,8 @@ def render(summary: dict[str, Any], folder: Path) -> str:
         summary=summary,
         style=Markup((HERE / "page.css").read_text(encoding="utf-8")),
         script=Markup((HERE / "page.js").read_text(encoding="utf-8")),
+        published=published.table(summary),
+        published_about=published.ABOUT,
         fronts={metric["name"]: fields.front(summary["rows"], metric) for metric in summary["metrics"]},
         chosen=next((line["row"] for line in summary.get("verdict", []) if "row" in line), None),
         panels=[(metric, Markup(pictures.panel(summary, metric))) for metric in pictures.drawable(summary)],
