@@ -1,11 +1,13 @@
-"""The wheel holds everything, and works where there is no checkout."""
+"""The sdist makes the wheel, and the wheel holds everything and works where there is no checkout."""
 
+import email
 import os
 import pathlib
 import shutil
 import subprocess
 import sys
 import sysconfig
+import tomllib
 import venv
 import zipfile
 
@@ -29,18 +31,27 @@ def run(command, cwd, **environment) -> str:
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory):
-    """The wheel, built from a copy of what it is made from, so that the checkout stays clean."""
+def sdist(tmp_path_factory):
+    """The sdist, built from a copy of what it is made from, so that the checkout stays clean."""
     source = tmp_path_factory.mktemp("source")
-    for folder in ("dit_accel", "tools"):
+    for folder in ("dit_accel", "tools", "docs"):
         shutil.copytree(ROOT / folder, source / folder, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
     for door in ("kernels", "pipelines", "eval"):
         (source / door).symlink_to(f"dit_accel/{door}")
+    run([sys.executable, "-m", "build", "--sdist", "--no-isolation", "--outdir", source / "dist", source], source)
+    (built,) = (source / "dist").glob("*.tar.gz")
+    return built
+
+
+@pytest.fixture(scope="module")
+def wheel(sdist, tmp_path_factory):
+    """The wheel, built from the sdist alone, as the release does."""
+    folder = tmp_path_factory.mktemp("wheel")
     pip = (sys.executable, "-m", "pip", "--disable-pip-version-check")
-    run([*pip, "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", source / "dist", source], source)
-    (built,) = (source / "dist").glob("*.whl")
+    run([*pip, "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", folder, sdist], folder)
+    (built,) = folder.glob("*.whl")
     return built
 
 
@@ -68,6 +79,22 @@ def test_wheel_holds_every_file(wheel):
     files = (path for path in (ROOT / "dit_accel").rglob("*") if path.suffix in PACKAGED)
     assert {path.relative_to(ROOT).as_posix() for path in files} <= names
     assert "dit_accel/py.typed" in names  # type checkers read the annotations
+
+
+def test_the_metadata_says_what_the_project_says(wheel, sdist):
+    from dit_accel import __version__
+
+    assert wheel.name.startswith(f"dit_accel-{__version__}-") and sdist.name == f"dit_accel-{__version__}.tar.gz"
+    with zipfile.ZipFile(wheel) as archive:
+        text = archive.read(f"dit_accel-{__version__}.dist-info/METADATA").decode()
+    metadata = email.message_from_string(text)
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert metadata["Version"] == __version__ and metadata["License-Expression"] == project["license"]
+    assert set(metadata.get_all("Provides-Extra")) == {
+        name.replace("_", "-") for name in project["optional-dependencies"]
+    }
+    assert metadata.get_all("Classifier") == project["classifiers"]
+    assert f"\nversion: {__version__}\n" in (ROOT / "CITATION.cff").read_text(encoding="utf-8")
 
 
 def test_wheel_holds_nothing_else(wheel):
