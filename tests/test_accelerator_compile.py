@@ -182,13 +182,24 @@ PART = {"window": (0.5, 0.7, 0.5)}
 MANY_SIZES = [
     # family, method, settings, what compiles, backend, dynamic, gradients
     ("wan", "radial", {"decay": 0.2, "sink": False}, "blocks", "aot_eager", None, False),
-    ("wan", "tile", {"references": 1}, "blocks", "aot_eager", True, False),
+    pytest.param("wan", "tile", {"references": 1}, "blocks", "aot_eager", True, False, marks=pytest.mark.thorough),
     ("wan", "sla", {"topk": 0.3, "block": 16}, "whole", "aot_eager", True, True),
-    ("wan", "sla", {"topk": 0.3, "block": 16}, "blocks", "inductor", True, True),
+    pytest.param(
+        "wan", "sla", {"topk": 0.3, "block": 16}, "blocks", "inductor", True, True, marks=pytest.mark.thorough
+    ),
     ("wan", "gna", PART, "whole", "inductor", None, False),
     ("flux", "sparge", {"topk": 0.3, "block": 16, "block_q": 16}, "whole", "aot_eager", True, False),
     ("minimax_h3", "rectified", {"block": 16, "block_q": 16}, "whole", "aot_eager", True, False),
-    ("hunyuan_video", "sol", {"block": 16, "block_q": 16}, "whole", "aot_eager", True, False),
+    pytest.param(
+        "hunyuan_video",
+        "sol",
+        {"block": 16, "block_q": 16},
+        "whole",
+        "aot_eager",
+        True,
+        False,
+        marks=pytest.mark.thorough,
+    ),
 ]
 
 

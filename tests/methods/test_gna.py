@@ -60,7 +60,7 @@ def test_hand_vectors_with_two_digits_and_dilation():
     assert seen_by(axis_table(11, 3, 1, 2))[-2:] == [[5, 7, 9], [6, 8, 10]]
 
 
-@settings(max_examples=300)
+@settings(max_examples=100)
 @given(st.data())
 def test_axis_tables_follow_the_definition(data):
     length = data.draw(st.integers(1, 40))

@@ -27,12 +27,27 @@ def settings(tiny):
 
 def each(models=FIRST):
     """Every method of these models."""
-    runs = [
-        pytest.param(tiny, method, config, id=f"{tiny}-{method}")
-        for tiny in models
-        for method, config in settings(tiny)
-    ]
-    return pytest.mark.parametrize(("tiny", "method", "config"), runs)
+    runs = [(tiny, method, config) for tiny in models for method, config in settings(tiny)]
+    return pytest.mark.parametrize(("tiny", "method", "config"), in_turn(runs, lambda tiny, method, config: method))
+
+
+def in_turn(runs, name):
+    """Parameters (tiny, ...) of a check, of which CI runs one a model, another one for the next model.
+
+    The others are marked thorough, but for those of models that run the methods without fine-tuning.
+
+    Args:
+        name: makes a text of the parameters, for their ids.
+    """
+    by_model, parameters = {}, []
+    for values in runs:
+        by_model.setdefault(str(values[0]), []).append(values)
+    for index, (model, some) in enumerate(by_model.items()):
+        for turn, values in enumerate(some):
+            spared = model not in UNTUNED and turn != index % len(some)
+            marks = [pytest.mark.thorough] if spared else []
+            parameters.append(pytest.param(*values, id=f"{model}-{name(*values)}", marks=marks))
+    return parameters
 
 
 def train(accel):

@@ -5,7 +5,7 @@ import functools
 
 import pytest
 import torch
-from accelerated_runs import FIRST, UNTUNED, each, train
+from accelerated_runs import FIRST, UNTUNED, each, in_turn, train
 from masked_reference import assert_no_worse, listed_pairs, plain_and_exact, static_pairs
 from tiny_models import all_models, run
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -64,8 +64,7 @@ def every_pair():
         if str(tiny) in UNTUNED:
             settings |= {"sol": {"tau": -1e6}, "sparge": {"topk": 1.0, "order": "tile"}, "rectified": {"drop": 0.0}}
             settings |= {"moh": {"shared": 0.5, "routed": 0.5}}
-        for method, config in settings.items():
-            yield pytest.param(tiny, method, config, id=f"{tiny}-{method}")
+        yield from ((tiny, method, config) for method, config in settings.items())
 
 
 def each_model(models=MODELS):
@@ -123,8 +122,10 @@ def test_equals_masked_attention(tiny, method, config, whole, evidence):
 
 
 @pytest.mark.check("exact")
-@pytest.mark.parametrize(("method", "config"), ROUTED.items(), ids=ROUTED)
-@each_model()
+@pytest.mark.parametrize(
+    ("tiny", "method", "config"),
+    in_turn([(tiny, *item) for tiny in MODELS for item in ROUTED.items()], lambda tiny, method, config: method),
+)
 def test_untrained_routed_methods_equal_masked_attention_on_their_lists(tiny, method, config, evidence):
     with dit_accel.accelerated(tiny.shared, method, **config) as accel:
         ours = run(tiny.shared, tiny.call())
@@ -165,7 +166,7 @@ def test_methods_that_are_more_than_a_mask_equal_their_definition(tiny, method, 
 
 
 @pytest.mark.check("keeping every pair equals dense")
-@pytest.mark.parametrize(("tiny", "method", "config"), list(every_pair()))
+@pytest.mark.parametrize(("tiny", "method", "config"), in_turn(every_pair(), lambda tiny, method, config: method))
 def test_keeping_every_pair_equals_dense(tiny, method, config):
     with dit_accel.accelerated(tiny.shared, method, **config) as accel:
         ours = run(tiny.shared, tiny.call())
@@ -175,8 +176,13 @@ def test_keeping_every_pair_equals_dense(tiny, method, config):
 
 
 @pytest.mark.check("removable")
-@pytest.mark.parametrize(("method", "config"), [("gna", {"window": 1}), ("sla", SLA)])
-@each_model()
+@pytest.mark.parametrize(
+    ("tiny", "method", "config"),
+    in_turn(
+        [(tiny, *item) for tiny in MODELS for item in (("gna", {"window": 1}), ("sla", SLA))],
+        lambda tiny, method, config: method,
+    ),
+)
 def test_remove_restores_everything(tiny, method, config, evidence):
     before = state_of(tiny.shared)
     accel = dit_accel.accelerate(tiny.shared, method, **config)
