@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from dit_accel.accelerator import Accelerator, accelerate, accelerated
     from dit_accel.checkpoint.load import load
     from dit_accel.errors import DitAccelError
-    from dit_accel.pipelines.parallelize import parallelize
+    from dit_accel.hooks.parallelize import parallelize
     from dit_accel.plans.plan import Plan, attention
     from dit_accel.registry import list_families, list_methods, plan
     from dit_accel.setting import Setting
@@ -42,7 +42,7 @@ _HOME = {
     "accelerated": "accelerator",
     "load": "checkpoint.load",
     "DitAccelError": "errors",
-    "parallelize": "pipelines.parallelize",
+    "parallelize": "hooks.parallelize",
     "Plan": "plans.plan",
     "attention": "plans.plan",
     "plan": "registry",
