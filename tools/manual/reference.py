@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import typer
@@ -107,10 +108,17 @@ def _python_pages() -> dict[str, str]:
         *(f"| [`{name}`]({name}.md) | `{_module(name)}` |" for name in dit_accel.__all__),
     ]
     return {"python/index.md": "\n".join(lines)} | {
-        f"python/{name}.md": f"::: {_module(name)}.{name}\n" for name in dit_accel.__all__
+        f"python/{name}.md": f"::: {_read_from(name)}.{name}\n" for name in dit_accel.__all__
     }
 
 
 def _module(name: str) -> str:
     """The module that defines a public name, as `dit_accel` itself looks it up."""
     return f"dit_accel.{dit_accel._HOME[name]}"
+
+
+def _read_from(name: str) -> str:
+    """The same, as griffe finds it: a folder without `__init__.py`, such as `pipelines`, through the root's link."""
+    _, *folders, module = _module(name).split(".")
+    inside = Path(dit_accel.__file__).parent.joinpath(*folders)
+    return _module(name) if (inside / "__init__.py").exists() else ".".join([*folders, module])
