@@ -21,6 +21,7 @@ NOT_RUN = {
     "train": "a training; tests/cli/test_train.py runs the verb",
     "tune": "a search; tests/tune runs it",
     "bench": "measures times; tests/cli/test_bench.py runs the verb",
+    "serve": "serves until Ctrl-C; tests/cli/test_serve.py has the page",
     "--suite": "the suite's 64 prompts; tests/eval runs suites",
     "--load trained": "what a training writes; tests/cli/test_train.py loads one",
     "--compile": "compiles; tests/test_accelerator_compile.py does",

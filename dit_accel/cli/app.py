@@ -15,7 +15,7 @@ from typing import Annotated, NoReturn, TextIO
 import typer
 
 from dit_accel import __version__
-from dit_accel.cli import Interrupted, bench, doctor, env, generate, ls, plan, train, tune
+from dit_accel.cli import Interrupted, bench, doctor, env, generate, ls, plan, serve, train, tune
 from dit_accel.cli.eval import evaluate
 from dit_accel.errors import DitAccelError
 from dit_accel.pipelines.quiet import quiet_libraries
@@ -33,7 +33,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for verb in (generate.generate, tune.tune, train.train, bench.bench, plan.plan, ls.ls, doctor.doctor, env.env):
+for verb in (
+    generate.generate, tune.tune, train.train, bench.bench, plan.plan, serve.serve, ls.ls, doctor.doctor, env.env,
+):  # fmt: skip
     app.command()(verb)
 app.command("eval")(evaluate)
 

@@ -22,13 +22,14 @@ from dit_accel.generation.candidate import Candidate
 from dit_accel.generation.provenance import machine, versions
 from dit_accel.generation.request import GenerateRequest, method_advice
 from dit_accel.generation.sampling import TimedOutput, check_seeds, sample
-from dit_accel.hooks.report import NOTHING_GAINED
+from dit_accel.hooks.report import NOTHING_GAINED, Report
 from dit_accel.hooks.selfcheck import SelfCheck
 from dit_accel.pipelines.levels import DEFAULT, LEVELS, NOTHING, Case, choose
 
 if TYPE_CHECKING:
     import torch
     from diffusers import DiffusionPipeline
+    from rich.progress import Progress
 
     from dit_accel.tokens import TokenGrid
 
@@ -71,24 +72,44 @@ class GenerateJob:
         lists = "; ".join(f"{name} {', '.join(words)}" for name, words in (*known, ("backgrounds", clips.BACKGROUNDS)))
         return f"warning: the demo does not know {', '.join(unknown)}, and draws something else. It knows: {lists}."
 
-    def make(self, pipe: DiffusionPipeline, request: GenerateRequest) -> list[str]:
-        """Generate one output and write its files, all or none. Lines for people: the files, times and likeness.
+    def run(
+        self,
+        pipe: DiffusionPipeline,
+        request: GenerateRequest,
+        dense: TimedOutput | None = None,
+        progress: Progress | None = None,
+    ) -> tuple[dict[str, TimedOutput], Report]:
+        """The outputs "dense", if it is compared, and "accelerated", with the report of the latter.
 
         The request differs from the job's only in prompt and output.
+
+        Args:
+            dense: an earlier dense output of the same call, in place of a new one.
+            progress: as in `sample`.
         """
         arguments, dense_arguments = (
             own | {"prompt": request.prompt} for own in (self.arguments, self.dense_arguments)
         )
         runs = {}
         if request.compare:
-            for candidate in (self.candidate, Candidate()):  # so that lazy set-up is not timed
-                own = dense_arguments if candidate is None else arguments
-                call.warm_up(pipe, own, candidate, whole=request.compile)
-            runs["dense"] = sample(pipe, dense_arguments, request.seed, "dense", self.device)
-        title = self.candidate.title
+            for candidate in (self.candidate, Candidate()) if dense is None else (self.candidate,):
+                own = dense_arguments if candidate.setting is None else arguments
+                call.warm_up(pipe, own, candidate, whole=request.compile)  # so that lazy set-up is not timed
+            if dense is None:
+                dense = sample(pipe, dense_arguments, request.seed, "dense", self.device, progress)
+            runs["dense"] = dense
         with self.candidate.apply(pipe, self.check) as accel:
-            runs["accelerated"] = sample(pipe, arguments, request.seed, title, self.device)
-        report = accel.report()
+            runs["accelerated"] = sample(pipe, arguments, request.seed, self.candidate.title, self.device, progress)
+        return runs, accel.report()
+
+    def make(self, pipe: DiffusionPipeline, request: GenerateRequest) -> list[str]:
+        """Generate one output and write its files, all or none. Lines for people: the files, times and likeness.
+
+        The request differs from the job's only in prompt and output.
+        """
+        arguments = self.arguments | {"prompt": request.prompt}
+        runs, report = self.run(pipe, request)
+        title = self.candidate.title
         path = request.output or self.output
         if runs["accelerated"].sound:
             warning = f"{type(pipe).__name__} also made sound, but {path} has none: only pictures are written."
@@ -105,7 +126,7 @@ class GenerateJob:
             "fps": self.fps,
             "runs": {name: output.record() for name, output in runs.items()},
             "compilation_timed": request.compile and not request.compare,
-            "comparison": _compare(**runs) if request.compare else None,
+            "comparison": compare(**runs) if request.compare else None,
             "report": report.as_dict(),
             "versions": versions(),
             "machine": machine(),
@@ -195,7 +216,7 @@ def check_outputs(outputs: Iterable[Path], request: GenerateRequest) -> None:
             check_new(files)
 
 
-def _compare(dense: TimedOutput, accelerated: TimedOutput) -> dict[str, float | None]:
+def compare(dense: TimedOutput, accelerated: TimedOutput) -> dict[str, float | None]:
     """Speed and likeness of two runs; psnr is None where the frames are identical (it would be infinite)."""
     import torch
 
