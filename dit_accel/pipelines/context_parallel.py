@@ -19,7 +19,8 @@ import torch
 from torch import nn
 
 from dit_accel.errors import DitAccelError
-from dit_accel.pipelines.sharding import Shares, even_shares, exchange, shared_of
+from dit_accel.pipelines.sharding import Shares, exchange, shared_of
+from dit_accel.plans.several_gpus import even_shares
 from dit_accel.tokens import TokenGrid
 
 

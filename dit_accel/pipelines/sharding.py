@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from dit_accel.errors import DitAccelError, first_line
+from dit_accel.plans.several_gpus import even_shares
 
 IMAGE_TOKENS, TEXT_TOKENS = 0, 1  # streams of tokens that are shared separately; conditioning tokens are the image's
 ATTRIBUTE = "_dit_accel_shared"  # of a transformer: its `Shared`
@@ -203,12 +204,6 @@ class Shared:
 def shared_of(transformer: nn.Module) -> Shared | None:
     """The processes that share this transformer's tokens by `parallelize`; None without them."""
     return getattr(transformer, ATTRIBUTE, None)
-
-
-def even_shares(total: int, ranks: int) -> Shares:
-    """Shares as in `torch.tensor_split`: the first `total % ranks` shares are larger by one."""
-    share, rest = divmod(total, ranks)
-    return tuple(share + (rank < rest) for rank in range(ranks))
 
 
 def _modules(parent: Any, path: str) -> Iterator[nn.Module]:
