@@ -85,7 +85,7 @@ def results_of(ranks, folder, ends):
         process.start()
     try:
         for process in processes:
-            process.join(300)
+            process.join(900)
     finally:
         for process in processes:
             process.kill()
