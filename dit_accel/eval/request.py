@@ -72,7 +72,7 @@ class EvalRequest(PromptsRequest):
         None, "Also map each layer's error and kept mass at these steps.", metavar="steps=0,8,layers=all"
     )
     layout: Literal["vbench"] | None = option(
-        None, "vbench: also write OUTPUT/vbench/METHOD/{prompt}-{index}.mp4, which VBench scores."
+        None, "Also write videos by method and with the names that VBench reads, in OUTPUT/vbench."
     )
     pictures: int = option(4, "Number of prompts to show in the report.", least=0)
     baselines: Path | None = option(

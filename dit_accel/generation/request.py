@@ -91,8 +91,8 @@ class MemoryOptions(DeviceOptions):
     vae_tiling: bool = option(False, "Decode in tiles to save memory.")
     quantize: str | None = option(
         None,
-        "Quantise the transformers as they load, through torchao, or take them from GGUF files.",
-        metavar=quantised.FORM,
+        f"Quantise the transformers as they load ({', '.join(quantised.TORCHAO)}), or take them from GGUF files.",
+        metavar=f"TYPE|{quantised.GGUF}FILE[,FILE]",
     )
     compile: bool = option(False, "Compile the transformer's blocks with torch.compile.")
 

@@ -5,7 +5,7 @@ import pytest
 import dit_accel
 from dit_accel.pipelines.refused import REFUSED
 
-VERBS = ("generate", "eval", "tune", "train", "bench", "plan", "ls", "doctor", "env")
+VERBS = ("generate", "eval", "tune", "train", "bench", "plan", "ls", "doctor", "env", "serve")
 PLAN = ("plan", "--method", "gna:window=3x5x7", "--grid", "5x9x11", "--text", "13", "--gpu", "sm_90")
 
 

@@ -87,7 +87,7 @@ def is_groups(value):
 
 def test_every_verb_takes_its_options_from_dataclasses_that_explain_them():
     found = list(verbs())
-    wanted = {"generate", "evaluate", "train", "bench", "plan", "ls", "doctor", "env", "tune"}
+    wanted = {"generate", "evaluate", "train", "bench", "plan", "ls", "doctor", "env", "tune", "serve"}
     assert {name for name, _ in found} == wanted
     for _, group in found:
         hints = typing.get_type_hints(group)

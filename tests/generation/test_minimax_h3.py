@@ -142,7 +142,7 @@ def test_generate_with_an_adapter_takes_its_steps(run, folder, adapter, tmp_path
 
 def test_an_adapter_brings_both_schedulers_and_takes_them_back(folder, adapter):
     """And a call's number of steps, which the call may still name."""
-    pipe = modular.load(folder, None, {"default": torch.float32}, ("prompt",), None)
+    pipe = modular.load(folder, None, {"default": torch.float32}, ("prompt",), None, configs={}, parts={})
     before, kind = (pipe.scheduler, pipe.audio_scheduler), type(pipe)
     with dit_accel.load(pipe, adapter[1]) as accel:
         ours = pipe.scheduler, pipe.audio_scheduler
