@@ -1,9 +1,4 @@
-"""A search from its request to the settings file: rounds of `dit_accel.eval`, the layer search, the verdict.
-
-The rounds are successive halving: every round keeps the better half, and runs it on more denoising steps. Source:
-Jamieson and Talwalkar, "Non-stochastic Best Arm Identification and Hyperparameter Optimization", arXiv:1502.07943,
-algorithm 1, with the number of steps as its resource. Rounds cost about the same.
-"""
+"""A search from its request to the settings file: rounds of `dit_accel.eval`, the layer search, the verdict."""
 
 from __future__ import annotations
 
@@ -18,17 +13,16 @@ from dit_accel.errors import DitAccelError
 from dit_accel.eval import gates, quality, verdict
 from dit_accel.eval.gates import Limit
 from dit_accel.eval.report import fields
-from dit_accel.eval.summary import Summary
+from dit_accel.eval.samples import Row
+from dit_accel.eval.summary import Evaluation, Summary
 from dit_accel.generation.candidate import Candidate
 from dit_accel.generation.sampling import TotalBar, progress_bar
 from dit_accel.pipelines.targets import find_transformers
 from dit_accel.tune import space
 from dit_accel.tune.request import TuneRequest
+from dit_accel.tune.rounds import Affordable, Pace, affordable, rounds
 
 FILE = "settings.json"
-FINALISTS = 4
-FEWEST_STEPS = 2
-Row = dict[str, Any]
 
 
 def run(request: TuneRequest) -> tuple[Summary, list[str]]:
@@ -62,6 +56,11 @@ def run(request: TuneRequest) -> tuple[Summary, list[str]]:
             print(f"left out: {what}: {why}", file=sys.stderr)
         layers = sum(1 for transformer, family in transformers for _ in family.attentions(transformer))
         search = space.LayerSearch(request, opened, tried, steps, layers)
+        if request.minutes is not None:
+            fitting = _affordable(request, opened, tried, search, len(caches))
+            tried, search = fitting.settings, space.LayerSearch(request, opened, fitting.settings, steps, layers)
+            if not fitting.layers and search.obstacle is None:
+                search.obstacle = f"--minutes {request.minutes:g} leaves no time for a layer search"
         if search.obstacle is not None:
             print(f"left out: settings layer by layer: {search.obstacle}.", file=sys.stderr)
         planned, candidates = rounds(len(tried), steps), tried
@@ -101,13 +100,30 @@ def run(request: TuneRequest) -> tuple[Summary, list[str]]:
     return summary, lines
 
 
-def rounds(settings: int, steps: int) -> list[tuple[int, int]]:
-    """Settings and denoising steps of each round; the last one has all steps and at most `FINALISTS` settings."""
-    counts = [settings]
-    while counts[-1] > FINALISTS:
-        counts.append(math.ceil(counts[-1] / 2))
-    halvings = range(len(counts) - 1, -1, -1)
-    return [(n, min(steps, max(FEWEST_STEPS, steps >> late))) for n, late in zip(counts, halvings, strict=True)]
+def _affordable(
+    request: TuneRequest, opened: Evaluation, tried: Sequence[Candidate], search: space.LayerSearch, caches: int
+) -> Affordable:
+    """The part of the search that fits into `--minutes`, after a dense call that tells the pace; a line on stderr."""
+    dense, item = Candidate(), opened.items[0]
+    opened.sweep.run([dense], [item])
+    pace = Pace.of(opened.sweep.results.rows[opened.sweep.key(dense, item)])
+    methods = dict.fromkeys(candidate.method for candidate in tried)
+    steps, minutes = opened.sweep.steps(dense), request.minutes
+    assert steps is not None and minutes is not None
+    layer_steps = 0 if search.obstacle is not None else max(search.work(method) for method in methods)
+    stacked = space.most_stacked(caches)
+    fitting = affordable(
+        tried, minutes, pace, steps=steps, prompts=len(opened.items), stacked=stacked, layer_steps=layer_steps
+    )
+    count = (
+        f"{len(fitting.settings)} of {len(tried)} settings" if len(fitting.settings) < len(tried) else "all settings"
+    )
+    print(
+        f"--minutes {minutes:g}: {count}, in at most {fitting.seconds / 60:.1f} minutes: a dense step takes "
+        f"{pace.step:.3g} s.",
+        file=sys.stderr,
+    )
+    return fitting
 
 
 def order(rows: Sequence[Row], metrics: Sequence[dict[str, Any]], limits: Sequence[Limit]) -> list[tuple[int, Row]]:

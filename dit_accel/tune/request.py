@@ -47,6 +47,9 @@ class TuneRequest(ScheduleOptions, PromptsRequest):
         "--target: measure its ratios.",
         metavar=CACHE_FORM,
     )
+    minutes: float | None = option(
+        None, "Search at most so long: fewer settings are tried where time is short.", above=0
+    )
     output: Path = option(Path("tuned"), "Folder for all files; a run that was stopped continues.", metavar="FOLDER")
 
     def __post_init__(self) -> None:
@@ -57,6 +60,8 @@ class TuneRequest(ScheduleOptions, PromptsRequest):
             )
         if self.calibrate is not None and (self.target is not None or self.cache is not None):
             raise DitAccelError("--calibrate measures every step and searches nothing. Leave out --target and --cache.")
+        if self.minutes is not None and self.target is None:
+            raise DitAccelError("--minutes limits a search. Give --target, or leave --minutes out.")
         if ProcessRank.here().count > 1:
             raise DitAccelError("tune decides from what it measured, in one process. Start it without a launcher.")
         if self.calibrate is not None:

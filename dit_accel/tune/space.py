@@ -29,7 +29,7 @@ from dit_accel.train.prepare import Preparer
 from dit_accel.train.settings import INDEX
 from dit_accel.tune.request import TuneRequest
 
-DENSITIES = (0.5, 0.3, 0.2, 0.1)
+DENSITIES = (0.3, 0.2, 0.5, 0.1)  # the usual ones first, for a search that has no time for all
 RAMP = (0.1, 0.3)  # densities of the first and the last sparse step
 DENSE_STEPS = 0.2
 SAMPLES = 4  # of a layer search
@@ -66,7 +66,7 @@ def settings(
         name: min(1.0, value / steps) if name in STEPS and isinstance(value, int) else value
         for name, value in request.words.items()
     }
-    schedules = [given] if "dense_steps" in given else [given, {**given, "dense_steps": DENSE_STEPS}]
+    schedules = [given] if "dense_steps" in given else [{**given, "dense_steps": DENSE_STEPS}, given]
     for text in request.method or free:
         name, config = registry.parse_method(text)
         rule = registry.get_method(name).at_density
@@ -74,6 +74,12 @@ def settings(
             for schedule in schedules:
                 add(name, config, schedule)
             continue
+        if name in families[0].recommended:
+            preset = families[0].preset(name, len(families))
+            try:
+                add(name, dict(preset.config), {**preset.schedule, **given})
+            except DitAccelError as error:
+                left_out[f"the preset of {name}"] = str(error)
         for density in DENSITIES:
             try:
                 for schedule in schedules:
@@ -85,12 +91,6 @@ def settings(
                 add(name, config, schedule)
         except DitAccelError as error:
             left_out[f"{name} with a ramp of densities"] = str(error)
-        if name in families[0].recommended:
-            preset = families[0].preset(name, len(families))
-            try:
-                add(name, dict(preset.config), {**preset.schedule, **given})
-            except DitAccelError as error:
-                left_out[f"the preset of {name}"] = str(error)
     if not candidates:
         raise DitAccelError(f"No setting fits the grid {grid}: {next(iter(left_out.values()))}")
     return list(candidates.values()), left_out
@@ -124,6 +124,11 @@ def caches(pipe: Any, steps: int) -> tuple[list[StepCache], dict[str, str]]:
         except DitAccelError as error:
             left_out[f"the cache {text}"] = str(error)
     return fitting, left_out
+
+
+def most_stacked(caches: int) -> int:
+    """How many settings `stacked` adds at most, of so many caches."""
+    return (1 + STACKED) * caches + 1
 
 
 def stacked(request: TuneRequest, finalists: Sequence[Candidate], caches: Sequence[StepCache]) -> list[Candidate]:

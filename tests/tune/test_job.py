@@ -6,21 +6,72 @@ import random
 import pytest
 import torch
 from diffusers.hooks import FirstBlockCacheConfig
+from messages import says
 
 import dit_accel
+from dit_accel.errors import DitAccelError
 from dit_accel.eval import sweep
 from dit_accel.eval.report import fields
 from dit_accel.generation.candidate import BASELINE, Candidate
 from dit_accel.setting import Setting
 from dit_accel.tune import job, space
 from dit_accel.tune.request import TuneRequest
+from dit_accel.tune.rounds import Pace, Round, affordable, rounds
 
 SMALL = ("--frames", 5, "--height", 32, "--width", 32, "--steps", 2)
 
 
 def test_rounds_halve_the_settings_and_double_the_steps():
-    assert job.rounds(48, 50) == [(48, 3), (24, 6), (12, 12), (6, 25), (3, 50)]
-    assert job.rounds(5, 2) == [(5, 2), (3, 2)] and job.rounds(3, 1) == [(3, 1)]
+    assert rounds(48, 50) == [(48, 3), (24, 6), (12, 12), (6, 25), (3, 50)]
+    assert rounds(5, 2) == [(5, 2), (3, 2)] and job.rounds(3, 1) == [(3, 1)]
+
+
+def test_a_pace_counts_every_call():
+    """By hand: two prompts; 3 settings and dense on 4 steps, then 2, dense and 1 that joined on 8."""
+    pace = Pace.of({"seconds": 5.0, "denoising_seconds": 4.0, "seconds_per_step": 0.5})
+    assert pace == (0.5, 1.0)
+    assert pace.seconds([Round(3, 4), Round(2, 8)], 2, 1) == 4 * (2 * 3.0 + 1.5) + 4 * (2 * 5.0 + 1.5)
+
+
+def test_short_time_leaves_out_the_layer_search_and_then_settings():
+    tried = [Candidate(Setting.make("gna", {"window": window})) for window in (3, 5, 7)]
+    tried += [Candidate(Setting.make("sol", {"tau": tau})) for tau in (1.0, 1.5, 2.0)]
+    facts = {"steps": 8, "prompts": 2, "stacked": 3, "layer_steps": 100}
+    pace = Pace(step=1.0, overhead=2.0)
+
+    def fitting(minutes):
+        part = affordable(tried, minutes, pace, **facts)
+        assert part.seconds <= 60 * minutes
+        return part
+
+    whole = fitting(1e6)
+    assert whole.settings == tried and whole.layers
+    short = fitting(whole.seconds / 60 - 0.01)
+    assert short.settings == tried and not short.layers
+    less = fitting(short.seconds / 60 - 0.01)
+    assert less.settings == [*tried[:3], *tried[3:5]] and not less.layers
+    one = fitting(pace.seconds([Round(1, 8)], 2, 3) / 60)
+    assert one.settings == tried[:1]
+    with pytest.raises(DitAccelError) as error:
+        fitting(one.seconds / 60 - 0.01)
+    assert says(str(error.value), "--minutes")
+
+
+def test_a_search_with_little_time(cli, demo, tmp_path, gaining):
+    """`gaining` says 9 s a dense call of 2 steps; every method has a setting at 0.3 first."""
+    (tmp_path / "prompts.txt").write_text("a red circle\n")
+    out = tmp_path / "out"
+    options = ("--prompts", tmp_path / "prompts.txt", "--output", out, "--cache", "none", "--dense-steps", 0)
+    methods = ("--method", "gna", "--method", "tile")
+    search = ("tune", *SMALL, "--target", "1.01x", *options, *methods, "--minutes")
+    outcome = cli(*search, 0.4)  # a setting, perhaps a second in Morton order, and dense take 13.5 s each
+    assert outcome.status == 2 and says(outcome.err, "--minutes", 0.4)
+    outcome = cli(*search, 0.95)
+    assert outcome.status == 0, outcome.err
+    assert says(outcome.err, 0.95, 2, 4.5) and not (out / "layers").exists()
+    rows = json.loads((out / "round-1" / "summary.json").read_text())["rows"]
+    assert [row["label"].partition(":")[0] for row in rows[1:]] == ["gna", "tile"]
+    assert says(cli("tune", "--calibrate", 0.9, "--output", out, "--minutes", 1).err, "--minutes", "--target")
 
 
 def test_fronts_against_their_definition():
