@@ -115,12 +115,9 @@ def _affordable(
     fitting = affordable(
         tried, minutes, pace, steps=steps, prompts=len(opened.items), stacked=stacked, layer_steps=layer_steps
     )
-    count = (
-        f"{len(fitting.settings)} of {len(tried)} settings" if len(fitting.settings) < len(tried) else "all settings"
-    )
     print(
-        f"--minutes {minutes:g}: {count}, in at most {fitting.seconds / 60:.1f} minutes: a dense step takes "
-        f"{pace.step:.3g} s.",
+        f"--minutes {minutes:g}: tries {len(fitting.settings)} of {len(tried)} settings, which takes at most "
+        f"{fitting.seconds / 60:.1f} minutes. A dense step takes {pace.step:.3g} s.",
         file=sys.stderr,
     )
     return fitting

@@ -62,7 +62,7 @@ def test_a_search_with_little_time(cli, demo, tmp_path, gaining):
     (tmp_path / "prompts.txt").write_text("a red circle\n")
     out = tmp_path / "out"
     options = ("--prompts", tmp_path / "prompts.txt", "--output", out, "--cache", "none", "--dense-steps", 0)
-    methods = ("--method", "gna", "--method", "tile")
+    methods = [option for name in ("gna", "tile", "sol") for option in ("--method", name)]
     search = ("tune", *SMALL, "--target", "1.01x", *options, *methods, "--minutes")
     outcome = cli(*search, 0.4)  # a setting, perhaps a second in Morton order, and dense take 13.5 s each
     assert outcome.status == 2 and says(outcome.err, "--minutes", 0.4)
