@@ -69,3 +69,15 @@ def test_memory_of_a_model_from_its_settings_alone(cli, monkeypatch):
     monkeypatch.setattr(doctor, "free_memory", lambda device: sum(wanted.values()) - 1)
     short = findings(cli, "--model", "demo")["demo"]
     assert (short["works"], short["remedy"]) == (False, "--dtype bfloat16")
+
+
+def test_memory_of_a_part_that_a_pipeline_has_for_itself(tmp_path):
+    """LTX-2's files name the package of its pipeline, `ltx2`, where others name Diffusers."""
+    from diffusers.pipelines.ltx2 import LTX2Vocoder
+
+    vocoder = LTX2Vocoder(in_channels=4, hidden_channels=4, upsample_kernel_sizes=[4], upsample_factors=[2])
+    vocoder.save_config(tmp_path / "vocoder")
+    index = {"_class_name": "LTX2Pipeline", "vocoder": ["ltx2", "LTX2Vocoder"]}
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    wanted = 4 * sum(weight.numel() for weight in vocoder.parameters())
+    assert doctor.weight_bytes(sources.find(str(tmp_path)), torch.float32) == {"vocoder": wanted}
