@@ -7,6 +7,7 @@ import types
 
 import pytest
 import torch
+from method_settings import in_models
 
 from dit_accel.bench import gate as bench_gate
 from dit_accel.bench import rows as bench_rows
@@ -30,12 +31,11 @@ SLA = Target.of("sla", topk=0.3, block=16)
 CHOSEN_BY_CALL = ("sol", "rectified")  # their density follows from q and k
 MARGINAL = Target.of("sla", topk=0.3, block=16, linear_scope="marginal")
 STATIC = (GNA, Target.of("tile", references=1), Target.of("radial", decay=0.3))
-OTHERS = (
-    Target.of("heads", keep=(0, 1)),
-    Target.of("moh", shared=0.0, routed=0.5),
-    Target.of("agent", tile=(2, 3, 3)),
-    Target.of("proxy", topk=0.3, block=16),
-)
+OTHERS = [
+    Target.of(name, **settings)
+    for name, settings in in_models().items()
+    if name not in ("gna", "tile", "radial", "sla", *CHOSEN_BY_CALL)
+]
 CPU = torch.device("cpu")
 
 

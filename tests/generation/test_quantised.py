@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from messages import names
+from method_settings import in_models
 from peft import LoraConfig
 from tiny_models import get, module, run
 
@@ -14,13 +15,8 @@ from dit_accel.errors import DitAccelError
 from dit_accel.generation import quantised, sources
 from dit_accel.registry import get_methods
 
-# Each method at settings that leave pairs out of both models' grids.
-METHODS = {
-    "agent": {}, "clear": {"radius": 3}, "gna": {"window": (1, 5, 4)}, "moh": {"routed": 0.5},
-    "proxy": {}, "radial": {"decay": 0.2}, "rectified": {"block": 8, "topp": 0.0}, "sla": {"topk": 0.35, "block": 16},
-    "sol": {"block": 8}, "sparge": {"topk": 0.3, "topp": 0.1, "block_q": 16, "block": 16}, "tile": {"references": 1},
-}  # fmt: skip
 NOT_HERE = {"dense", "heads", "scaledit"}  # their settings are a file or a model's own
+METHODS = {name: settings for name, settings in in_models().items() if name not in NOT_HERE}
 CACHES = ("first-block:threshold=1e9", "mag:threshold=9,mag_ratios=1.0", "taylorseer:use_lite_mode=true")
 TINY = {"wan": get("wan", "t2v"), "flux": get("flux", "t2i")}
 

@@ -17,6 +17,7 @@ from dit_accel.tune import space
 from dit_accel.tune.request import TuneRequest
 
 # ragged tiles on each axis
+IN_MODELS = {"tile": (1, 2, 2)}
 VIDEO = TokenGrid(3, 5, 7)
 TEXT = TokenGrid(3, 5, 7, text=9, conditioning=4)
 FIRST = TokenGrid(2, 6, 9, text=11, text_first=True)

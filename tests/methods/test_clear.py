@@ -10,6 +10,8 @@ from dit_accel.methods.clear import CellWeights, at_density
 from dit_accel.plans.sampled import SampledCall
 from dit_accel.tokens import TokenGrid
 
+IN_MODELS = {"radius": 3}
+
 
 @pytest.mark.parametrize("shape", [(1, 1, 1), (1, 5, 9), (1, 9, 5), (3, 4, 7), (2, 1, 13)])
 @pytest.mark.parametrize("radius", [1, 2, 3, 5, 40])

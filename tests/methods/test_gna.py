@@ -13,6 +13,8 @@ from dit_accel.errors import DitAccelError
 from dit_accel.methods.gna import axis_table
 from dit_accel.tokens import TokenGrid
 
+IN_MODELS = {"window": (3, 3, 3)}
+
 
 def keys_seen(length, window, stride=1, dilation=1, causal=False):
     """Keys of each query, by the definition's own words and one query at a time."""

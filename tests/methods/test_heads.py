@@ -15,6 +15,7 @@ from dit_accel.setting import Setting
 from dit_accel.tokens import TokenGrid
 from dit_accel.tune.calibrate import cheapest
 
+IN_MODELS = {"keep": (1, 0)}
 GRID = TokenGrid(3, 4, 5, text=7)
 KEEP = (1, 0, 1, 0)
 

@@ -14,6 +14,7 @@ from dit_accel.methods.moh import BALANCE, Config, HeadRouter
 from dit_accel.tokens import TokenGrid
 from dit_accel.train.objectives import Outputs, losses
 
+IN_MODELS = {"shared": 0.0, "routed": 0.5}
 GRID = TokenGrid(3, 4, 5, text=7)
 HEADS, DIM = 4, 16
 SETTINGS = {

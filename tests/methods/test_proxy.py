@@ -13,6 +13,7 @@ from dit_accel.methods.proxy import Config, HiddenGate, ProxyGate
 from dit_accel.tokens import TokenGrid
 
 # ragged tiles on each axis, a ragged run at the end
+IN_MODELS = {"topk": 0.3, "block": 16}
 VIDEO = TokenGrid(3, 5, 7)
 TEXT = TokenGrid(3, 5, 7, text=9, conditioning=4)
 FIRST = TokenGrid(2, 6, 9, text=11, text_first=True)

@@ -13,6 +13,7 @@ from dit_accel.methods.radial import released_radius
 from dit_accel.plans.masks import Band
 from dit_accel.tokens import TokenGrid
 
+IN_MODELS = {"decay": 0.2}
 WAN768, WAN22, HUNYUAN, HUNYUAN720 = (18, 48, 80), (20, 48, 80), (30, 48, 80), (33, 45, 80)
 HUNYUAN_LONG, WAN720, WAN480 = (64, 45, 80), (21, 45, 80), (21, 30, 52)
 

@@ -15,6 +15,7 @@ from dit_accel.errors import DitAccelError
 from dit_accel.tokens import TokenGrid
 from dit_accel.train.settings import make
 
+IN_MODELS = {"window": 2, "factor": 2}
 SMALL = {"window": 4, "factor": 2, "reach": 2}
 
 

@@ -15,6 +15,7 @@ from dit_accel.plans.sampled import SampledCall
 from dit_accel.registry import plan
 from dit_accel.tokens import TokenGrid
 
+IN_MODELS = {"block": 8, "tail": "hybrid"}
 VIDEO = TokenGrid(3, 5, 9)
 TEXT = TokenGrid(3, 5, 9, text=11, conditioning=7)
 TEXT_FIRST = TokenGrid(3, 5, 9, text=11, text_first=True)

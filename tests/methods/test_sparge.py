@@ -13,6 +13,7 @@ from dit_accel.errors import DitAccelError
 from dit_accel.methods.sparge import Config, SpargePlan
 from dit_accel.tokens import TokenGrid
 
+IN_MODELS = {"topk": 0.3, "topp": 0.1, "block_q": 16, "block": 16}
 VIDEO = TokenGrid(3, 5, 7)
 TEXT = TokenGrid(3, 5, 7, text=9, conditioning=4)
 TEXT_FIRST = TokenGrid(2, 6, 9, text=11, text_first=True)

@@ -8,6 +8,7 @@ from dit_accel.errors import DitAccelError
 from dit_accel.methods.tile import reference_frames
 from dit_accel.tokens import TokenGrid
 
+IN_MODELS = {"references": 1}
 OSP29, OSP93, WAN720, WAN480 = (8, 45, 80), (24, 45, 80), (21, 45, 80), (21, 30, 52)
 COGVIDEOX, COSMOS = (13, 30, 45), (16, 44, 80)
 

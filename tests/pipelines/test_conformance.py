@@ -7,6 +7,7 @@ import pytest
 import torch
 from accelerated_runs import FIRST, UNTUNED, each, in_turn, train
 from masked_reference import assert_no_worse, listed_pairs, plain_and_exact, static_pairs
+from method_settings import in_models
 from tiny_models import all_models, run
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -15,22 +16,14 @@ from dit_accel.plans.routed import RoutedPlan
 from dit_accel.registry import get_families, get_methods
 
 MODELS = all_models()
-SLA = {"topk": 0.35, "block": 16}
+SETTINGS = in_models()
+SLA = SETTINGS["sla"]
 # Methods that attend to what they list and to nothing else, untrained
-ROUTED = {
-    "sla": SLA,
-    "sol": {"tail": "none", "tau": 0.5, "block": 8},
-    "sparge": {"topk": 0.3, "topp": 0.1, "block_q": 16, "block": 16},
-}
-# Methods that are more than a mask: a tail besides, or heads that differ
-DEFINED = {
-    "sol": {"block": 8, "tail": "hybrid"},
-    "rectified": {"block": 8, "topp": 0.0},
-    "heads": {"keep": (1, 0)},
-    "agent": {"tile": (1, 2, 2)},
-    "proxy": {"topk": 0.3, "block": 16},
-    "moh": {"shared": 0.0, "routed": 0.5, "weights": "scores"},
-}
+ROUTED = {"sla": SLA, "sol": {"tail": "none", "tau": 0.5, "block": 8}, "sparge": SETTINGS["sparge"]}
+# Methods of which every setting here is a mask; scaledit's windows are gna's, and its tests have its anchors.
+MASKS = {"gna", "radial", "tile", "clear", "scaledit", "sla", "sparge"}
+# The others have a tail besides, or heads that differ.
+DEFINED = {name: settings for name, settings in SETTINGS.items() if name not in MASKS}
 
 
 def static_settings(tiny):
@@ -86,7 +79,6 @@ def state_of(transformer):
 def test_every_family_and_method_is_checked():
     assert {tiny.family for tiny in MODELS} == set(get_families())
     tested = {method for tiny in MODELS for method, _ in static_settings(tiny)}
-    # scaledit's windows are gna's, and tests/methods/test_scaledit.py has its anchors
     assert tested | {*ROUTED, *DEFINED, "dense", "scaledit"} == set(get_methods())
     assert len({str(tiny) for tiny in MODELS}) == len(MODELS)
 

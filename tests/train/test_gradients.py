@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from method_settings import in_models
 
 import dit_accel
 from dit_accel.checkpoint import lora as adapters
@@ -17,22 +18,7 @@ from dit_accel.tokens import TokenGrid
 from dit_accel.train.networks import TrainingNetworks
 from dit_accel.train.objectives import OBJECTIVES, Outputs, losses, of_methods
 
-METHODS = {
-    "gna": {"window": (3, 3, 3)},
-    "tile": {"references": 1},
-    "clear": {"radius": 3},
-    "heads": {"keep": (1, 0)},
-    "agent": {"tile": (1, 2, 2)},
-    "proxy": {"topk": 0.3, "block": 16},
-    "moh": {"shared": 0.0, "routed": 0.5},
-    "radial": {"decay": 0.2},
-    "scaledit": {"window": 2, "factor": 2},
-    "sla": {"topk": 0.3, "block": 16},
-    "sol": {"block": 8, "tail": "hybrid"},
-    "sparge": {"topk": 0.3, "topp": 0.1, "block_q": 16, "block": 16},
-    "rectified": {"block": 8, "topp": 0.0},
-}
-
+METHODS = in_models()
 LINEAR = {"topk": 0.0, "feature_map": "hedgehog"}
 
 

@@ -9,6 +9,8 @@ from dit_accel.methods.sla import Config, SparseLinearAttention
 from dit_accel.registry import plan
 from dit_accel.tokens import TokenGrid
 
+IN_MODELS = {"topk": 0.3, "block": 16}
+
 
 @pytest.mark.parametrize("grid", [VIDEO, TEXT_LAST, TEXT_FIRST], ids=str)
 @pytest.mark.parametrize("order", ["raster", "tile"])
