@@ -49,6 +49,16 @@ class MethodConfig(Checked):
         """A share of the key blocks for each head of a layer, or "equal": the same for all."""
         return "equal"
 
+    @property
+    def extra_tokens(self) -> int:
+        """Tokens that every query block attends to exactly besides its blocks."""
+        return 0
+
+    @property
+    def square_blocks(self) -> bool:
+        """Whether blocks of queries always have the size of blocks of keys, so that no setting tells them apart."""
+        return True
+
 
 @dataclasses.dataclass(frozen=True)
 class LearnedModule:

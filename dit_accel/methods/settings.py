@@ -42,6 +42,10 @@ class BlockSettings(MethodConfig):
     block_q: int | None = option(None, least=1, most=LARGEST_BLOCK)
     order: Ordering = "raster"
 
+    @property
+    def square_blocks(self) -> bool:
+        return False
+
     def cut(self, grid: TokenGrid) -> tuple[TokenOrder, TokenOrder, Curve | None]:
         """`cut` by these settings."""
         return cut(self.order, grid, self.block_q or self.block, self.block)

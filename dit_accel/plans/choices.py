@@ -37,7 +37,6 @@ class Kernels(abc.ABC):
 
         Other queries follow the implementation of the visual ones, as in a model.
         """
-        square = not hasattr(self.config, "block_q")
         choices: list[Choice] = []
         for part, (kernel, more) in self.calls(learned).items():
             call, name = dataclasses.replace(facts, **more), impl
@@ -45,7 +44,7 @@ class Kernels(abc.ABC):
                 name = router_impl(call, impl)
             elif choices:
                 name = impls.beside(choices[0].name if part == "text" else impl, kernel)
-            choice = impls.explain(part, kernel, call, name, square=square)
+            choice = impls.explain(part, kernel, call, name, square=self.config.square_blocks)
             choices.append(choice if name == impl else choice._replace(why="as for the visual queries"))
         return choices
 

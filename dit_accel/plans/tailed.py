@@ -32,7 +32,7 @@ class TailedPlan(RoutedPlan):
     @property
     def extra_tokens(self) -> int:
         """Tokens that every query block attends to exactly besides its blocks."""
-        return int(getattr(self.config, "extra_tokens", 0))
+        return int(self.config.extra_tokens)
 
     @property
     def first_order(self) -> bool:
