@@ -13,7 +13,6 @@ import pytest
 ROOT = pathlib.Path(__file__).parent.parent
 TEXTS = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in ROOT.glob("docs/**/*.md")}
 MOST_WORDS = 1200
-TABLES = {"docs/fine-tuning/measured.md"}  # a printed table: its words do not count
 SMALL = {"frames": 9, "height": 64, "width": 64, "steps": 3}
 SIZED = ("generate", "eval")
 # Parsed by test_readme.py and not run here: these take minutes, or need what such a command makes.
@@ -72,16 +71,9 @@ def test_a_command_runs(command, cli, place, monkeypatch):
         assert (place / output).is_file() and (place / output).with_suffix(".json").is_file()
 
 
-def words_of(text: str) -> int:
-    return len(text.split())
-
-
 def test_pages_are_short():
-    prose = {
-        name: re.sub(r"^\|.*$", "", text, flags=re.MULTILINE) if name in TABLES else text
-        for name, text in TEXTS.items()
-    }
-    assert {name: words_of(text) for name, text in prose.items() if words_of(text) > MOST_WORDS} == {}
+    words = {name: len(text.split()) for name, text in TEXTS.items()}
+    assert {name: count for name, count in words.items() if count > MOST_WORDS} == {}
 
 
 def test_every_page_shows_something_or_says_what_to_type():

@@ -1,4 +1,4 @@
-"""Contact sheets of fine-tuning."""
+"""Contact sheets of fine-tuning, and the tables of its results."""
 
 import numpy as np
 from PIL import Image
@@ -17,3 +17,11 @@ def test_every_row_of_a_sheet_is_labelled_and_whole(tmp_path):
         assert (row[:, : finetuning.LABEL] < 128).any()
     twins = pixels[:, finetuning.LABEL :].reshape(3, 2, 32, -1, 3)
     assert (twins[:, 0] == twins[:, 1]).all()
+
+
+def test_the_page_has_the_tables_of_the_results(root):
+    page = (root / "docs" / "fine-tuning" / "measured.md").read_text(encoding="utf-8")
+    tables = finetuning.table(finetuning.RESULTS)
+    assert all(table in page for table in tables.split("\n\n"))
+    measured = finetuning.RESULTS.read_text(encoding="utf-8").splitlines()
+    assert tables.count(" tuned |") - tables.count("dense tuned |") == len(measured)

@@ -193,30 +193,44 @@ def labelled(strips: list[np.ndarray], labels: list[str]) -> Image.Image:
 
 
 def table(path: pathlib.Path) -> str:
-    """The rows of a results file as a Markdown table: colour and direction right together, FIDs, PSNR to dense."""
+    """The rows of a results file as Markdown tables, one for each weights of the embedded model, the latest first.
+
+    Colour and direction right together, FIDs, PSNR to dense. Dense videos that several runs share have one line.
+    """
+    weights: dict[str, list[dict[str, Any]]] = {}
+    for row in map(json.loads, path.read_text(encoding="utf-8").splitlines()):
+        weights.setdefault(row["weights"], []).append(row)
+    return "\n\n".join(map(_table, reversed(weights.values())))
+
+
+def _table(rows: list[dict[str, Any]]) -> str:
     lines = [
         "| run | | steps, guidance | colour and direction | FID to dense | FID to true clips | PSNR to dense |",
         "|---|---|---|---|---|---|---|",
     ]
-    for row in map(json.loads, path.read_text(encoding="utf-8").splitlines()):
-        for kind in (kind for kind in KINDS if kind in row):
-            steps, guidance = row["steps and guidance"]["dense" if kind.startswith("dense") else "method"]
-            result = row[kind]
-            ends = result.get("intervals", {})  # rows before 2026-11-23 lack them
-            name, likeness = (
-                (row["run"], "") if kind == "dense" else ("", f"{result['psnr']:.1f}{_ends(ends, 'psnr')} dB")
-            )
-            right = (
-                f"{round(result['joint'] * row['prompts'])}{_ends(ends, 'joint', row['prompts'])} of {row['prompts']}"
-            )
-            to_true = result.get("true fid[demo-clip]")  # rows before 2026-11-21T08 lack it
-            fids = f"{result['fid[demo-clip]']:.1f} | {'' if to_true is None else f'{to_true:.1f}'}"
-            lines.append(f"| {name} | {kind} | {steps}, {guidance:g} | {right} | {fids} | {likeness} |")
+    dense = {f"| {row['size']} | dense {_cells(row, 'dense')}": None for row in rows}
+    lines += dense
+    for row in rows:
+        kinds = [kind for kind in KINDS if kind in row and kind != "dense"]
+        lines += [f"| {row['run'] if kind is kinds[0] else ''} | {kind} {_cells(row, kind)}" for kind in kinds]
     return "\n".join(lines)
 
 
+def _cells(row: dict[str, Any], kind: str) -> str:
+    steps, guidance = row["steps and guidance"]["dense" if kind.startswith("dense") else "method"]
+    result = row[kind]
+    ends = result.get("intervals", {})  # rows before 2026-11-23 lack them
+    likeness = "" if kind == "dense" else f"{result['psnr']:.1f}{_ends(ends, 'psnr')} dB"
+    right = f"{round(result['joint'] * row['prompts'])}{_ends(ends, 'joint', row['prompts'])} of {row['prompts']}"
+    to_true = result.get("true fid[demo-clip]")  # rows before 2026-11-21T08 lack it
+    fids = f"{result['fid[demo-clip]']:.1f} | {'' if to_true is None else f'{to_true:.1f}'}"
+    return f"| {steps}, {guidance:g} | {right} | {fids} | {likeness} |"
+
+
 def _ends(intervals: dict[str, list[float]], name: str, times: float = 1) -> str:
-    return f" ({intervals[name][0] * times:.1f} to {intervals[name][1] * times:.1f})" if name in intervals else ""
+    if name not in intervals or intervals[name][0] == intervals[name][1]:
+        return ""
+    return f" ({intervals[name][0] * times:.1f} to {intervals[name][1] * times:.1f})"
 
 
 def trained(recipe: Recipe, settings: TrainSettings, size: Size, work: pathlib.Path, name: str) -> pathlib.Path:
