@@ -242,6 +242,15 @@ def _check_writable(output: Path, folder: Path, option: str) -> None:
         raise DitAccelError(f"{option} {output} cannot be written: {folder}: {error.strerror}.") from error
 
 
+class InUse(DitAccelError):
+    """Another process has what was to be reserved."""
+
+
+def lock_of(output: Path) -> Path:
+    """The lock file of the files of an output's name; o.mp4 and o.gif have the record o.json, and so one lock."""
+    return output.with_name(f".dit-accel.{output.stem}.lock")
+
+
 @contextlib.contextmanager
 def hold(output: Path, *, folder: bool = True) -> Iterator[bool]:
     """Reserve --output for this process during the block: a folder, or else the files of that name in its folder.
@@ -252,11 +261,12 @@ def hold(output: Path, *, folder: bool = True) -> Iterator[bool]:
         Whether it is reserved; False if the system or the file system has no locks.
 
     Raises:
-        DitAccelError: another process has it, or it cannot be written to.
+        InUse: another process has it.
+        DitAccelError: it cannot be written to.
     """
     place = output if folder else output.parent
     new = [path for path in (place, *place.parents) if not path.exists()]
-    path = place / (LOCK if folder else f".dit-accel.{output.stem}.lock")  # o.mp4 and o.gif have the record o.json
+    path = place / LOCK if folder else lock_of(output)
     try:
         try:
             place.mkdir(parents=True, exist_ok=True)
@@ -265,7 +275,7 @@ def hold(output: Path, *, folder: bool = True) -> Iterator[bool]:
             holder = ""
             with contextlib.suppress(FileNotFoundError):  # released meanwhile
                 holder = path.read_text(encoding="utf-8")
-            raise DitAccelError(
+            raise InUse(
                 f"--output {output} is in use by {holder or 'another process'}. Wait until it is done, stop it, or "
                 "choose another --output."
             ) from error

@@ -3,6 +3,7 @@
 A process calls `die_before` before it does what is to be killed.
 """
 
+import errno
 import fnmatch
 import os
 import pathlib
@@ -47,3 +48,19 @@ def cli(folder, name, write, arguments):
         f"kills.die_before({str(folder)!r}, {write}, {name!r}); main(sys.argv[1:])"
     )
     return [sys.executable, "-c", program, *map(str, arguments)]
+
+
+def forbid_writes(folder):
+    """Make `folder` read-only for this process alone, whoever it runs as."""
+    root = os.path.abspath(folder)
+
+    def before(event, arguments):
+        writes = event in ("os.mkdir", "os.rename", "os.remove", "os.rmdir") or (
+            event == "open" and arguments[2] & WRITING
+        )
+        if writes and isinstance(arguments[0], str | bytes):
+            path = os.path.abspath(os.fsdecode(arguments[0]))
+            if path == root or path.startswith(root + os.sep):
+                raise OSError(errno.EROFS, os.strerror(errno.EROFS), path)
+
+    sys.addaudithook(before)

@@ -17,7 +17,7 @@ import typer
 from dit_accel import __version__
 from dit_accel.cli import Interrupted, bench, doctor, env, generate, ls, plan, serve, train, tune
 from dit_accel.cli.eval import evaluate
-from dit_accel.errors import DitAccelError
+from dit_accel.errors import DitAccelError, first_line, lost_process
 from dit_accel.pipelines.quiet import quiet_libraries
 
 USER_ERROR = 2
@@ -80,6 +80,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _end(f"error: {error}", USER_ERROR)
     except typer.TyperException as error:
         _end(f"error: {error.format_message() or 'a verb is missing, such as generate.'}", USER_ERROR)
+    except RuntimeError as error:
+        if not lost_process(error):
+            raise
+        why = first_line(error).partition(". ")[0]
+        _end(
+            f"error: another process of this run no longer answers ({why}). The one that failed first says why. Start "
+            "all of them again to go on; finished work stays.",
+            USER_ERROR,
+        )
     except OSError as error:
         if error.filename is not None or error.errno not in (errno.ENOSPC, errno.EPIPE):
             raise

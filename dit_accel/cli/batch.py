@@ -1,11 +1,13 @@
 """`dit-accel generate --prompts`: an output for each prompt, shared out among processes and resumable.
 
 An output is done when its record exists, which moves into place last. So a kill loses at most the output in progress,
-and nothing is made twice. Processes do not communicate; each has neighbouring prompts.
+and nothing is made twice. Processes do not communicate: each reserves an output while it makes it, first of its own
+share of neighbouring prompts, then of what others have left.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 from collections.abc import Mapping
@@ -49,7 +51,7 @@ def _read_record(path: Path) -> dict[str, Any]:
 
 
 def run(request: GenerateRequest) -> None:
-    """Make this process's share of the missing outputs."""
+    """Make this process's share of the missing outputs, and what others leave of theirs; at the end all are there."""
     process = ProcessRank.here()
     prepared = job.prepare(dataclasses.replace(request, device=process.device(request.device)))
     assert request.prompts is not None
@@ -60,26 +62,31 @@ def run(request: GenerateRequest) -> None:
     manifest = prepared.output.with_suffix(".jsonl")
     check_ours([manifest])
     job.check_outputs(outputs, dataclasses.replace(request, overwrite=True))
-    pending = [path for path in process.share(list(outputs)) if not _is_done(path, outputs[path])]
+
+    def missing(path: Path) -> bool:
+        return not _is_done(path, outputs[path])
+
+    pending = list(filter(missing, process.share(list(outputs))))
     _write_manifest(manifest, outputs)
     share = f", process {process.index} of {process.count}" if process.count > 1 else ""
     typer.echo(f"{len(pending)} of {len(outputs)} prompts to do{share}")
-    count = 0
+    pipe, count = None, 0
     try:
-        pipe = prepared.load() if pending else None
-        for path in pending:
-            assert pipe is not None
-            prompt = outputs[path].prompt
-            if warning := prepared.warning(prompt):
-                typer.echo(f"{path}: {warning}", err=True)
-            lines = prepared.make(pipe, outputs[path])
-            if lines[-1] == NOTHING_GAINED:
-                typer.echo(f"{path}: {NOTHING_GAINED}", err=True)
-            count += 1
-            _write_manifest(manifest, outputs)
-            typer.echo(f"{path}: {prompt}")
+        with contextlib.closing(process.claim(list(outputs), lambda path: path, missing)) as claimed:
+            for path in claimed:
+                pipe = prepared.load() if pipe is None else pipe
+                prompt = outputs[path].prompt
+                if warning := prepared.warning(prompt):
+                    typer.echo(f"{path}: {warning}", err=True)
+                lines = prepared.make(pipe, outputs[path])
+                if lines[-1] == NOTHING_GAINED:
+                    typer.echo(f"{path}: {NOTHING_GAINED}", err=True)
+                count += 1
+                _write_manifest(manifest, outputs)
+                typer.echo(f"{path}: {prompt}")
     except KeyboardInterrupt as stop:
         raise Interrupted(f"interrupted after {count} of {len(pending)}. Run the same command to continue.") from stop
+    _write_manifest(manifest, outputs)  # with what others have made since
     typer.echo(f"manifest: {manifest}")
     if prepared.hint:
         typer.echo(prepared.hint)

@@ -8,7 +8,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dit_accel.errors import DitAccelError
@@ -17,7 +18,7 @@ from dit_accel.eval.attention import MapChoice, parse_choice, record_attention
 from dit_accel.eval.metric import ChosenMetric, choose
 from dit_accel.eval.report import NAMES
 from dit_accel.eval.request import EvalRequest
-from dit_accel.eval.samples import Results, Store
+from dit_accel.eval.samples import Results, Store, key_of
 from dit_accel.eval.scoring import features_of
 from dit_accel.eval.summary import Evaluation, Summary, write
 from dit_accel.eval.sweep import PromptSeed, Sweep, folder_hash
@@ -57,14 +58,50 @@ def run(
             for candidate in evaluation.candidates[1:]:
                 observation = sweep.observe(candidate, evaluation.items[0], "attention", wanted, record, folder)
                 attention.append({"row": candidate.label, **observation})
-        sweep.run(evaluation.candidates, process.share(evaluation.items), whole)
+        with contextlib.closing(_claimed(evaluation)) as claimed:
+            sweep.run(evaluation.candidates, evaluation.items, whole, claimed)
         process.wait()
         sweep.results.read()
+        if lost := [item for item in evaluation.items if not sweep.has(evaluation.candidates, item)]:
+            raise DitAccelError(
+                f"Samples of {len(lost)} prompts and seeds are missing: {request.output} has no locks, so nobody makes "
+                "those of a process that cannot write. Give it write access, and run the same command again."
+            )
         summary = write(evaluation, attention)
     if summary is None:
         return None, []
     figures = {row["label"]: gates.figures_of(row) for row in summary["rows"][1:]}
     return summary, gates.broken(evaluation.limits, figures)
+
+
+def _claimed(evaluation: Evaluation) -> Generator[PromptSeed]:
+    """The prompts and seeds whose samples this process makes: its share, of which all are checked, and what is left."""
+    process, sweep, output = evaluation.process, evaluation.sweep, evaluation.request.output
+    try:
+        check_folder(output)
+        if evaluation.request.baselines is not None:
+            check_folder(evaluation.request.baselines, "--baselines")
+    except DitAccelError as error:
+        if process.main:
+            raise
+        print(f"warning: process {process.index}: {error} Other processes make its samples.", file=sys.stderr)
+        return
+    unseen = set(process.share(evaluation.items))
+
+    def missing(item: PromptSeed) -> bool:
+        if item in unseen or sweep.has(evaluation.candidates, item):
+            return item in unseen
+        sweep.results.read()
+        return not sweep.has(evaluation.candidates, item)
+
+    def place(item: PromptSeed) -> Path:
+        return output / key_of(dataclasses.asdict(item))
+
+    with contextlib.closing(process.claim(evaluation.items, place, missing)) as claimed:
+        for item in claimed:
+            sweep.results.read()  # another process may have made it
+            unseen.discard(item)
+            yield item
 
 
 @contextlib.contextmanager
@@ -134,11 +171,12 @@ class CheckedRequest:
             candidate.plans(grid)  # refuses what does not fit
         if request.layout is not None:
             layout.check([item.prompt for item in items], shape[0] if sizes.video else 1)
-        check_folder(request.output)
-        check_ours(request.output / name for name in NAMES)
-        if request.baselines is not None:
-            check_folder(request.baselines, "--baselines")
-        process = ProcessRank.join(request.device)
+        process = ProcessRank.join(request.device)  # what one alone refuses from here on, ends the others too
+        if process.main:
+            check_folder(request.output)
+            check_ours(request.output / name for name in NAMES)
+            if request.baselines is not None:
+                check_folder(request.baselines, "--baselines")
         device, dtype = call.placement(process.device(request.device), request.dtype, request.offload)
         quantised.check(request.quantize, source, device)
         if request.real is not None and not request.real.is_dir():

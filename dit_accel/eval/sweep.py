@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import itertools
 import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -65,12 +64,15 @@ class Sweep:
     def __post_init__(self) -> None:
         self._code = code_hash()
         self._warm: set[str] = set()
+        self._weights: dict[Path, str] = {}  # hashes of folders
 
     def key(self, candidate: Candidate, item: PromptSeed) -> str:
         """The name of a sample. Only a method's pixels depend on this package's own code."""
         identity = {"arguments": self.arguments(candidate), "prompt": item.prompt, "seed": item.seed, **self.identity}
         if candidate.setting is not None:
-            weights = None if candidate.folder is None else folder_hash(candidate.folder)
+            folder, weights = candidate.folder, None
+            if folder is not None:
+                weights = self._weights.setdefault(folder, self._weights.get(folder) or folder_hash(folder))
             identity |= {"setting": candidate.record(), "weights": weights, "code": self._code}
         return key_of(identity)
 
@@ -86,26 +88,45 @@ class Sweep:
     def store(self, candidate: Candidate) -> Store:
         return self.baselines if candidate.setting is None else self.samples
 
-    def run(self, candidates: Sequence[Candidate], items: Sequence[PromptSeed], whole: TotalBar | None = None) -> None:
-        """Make every sample that is not there, under one progress bar on stderr, which may be part of a whole."""
-        total, missing = len(candidates) * len(items), []
-        for number, (item, candidate) in enumerate(itertools.product(items, candidates), 1):
-            key = self.key(candidate, item)
-            if not self._is_there(candidate, key):
-                missing.append((candidate, item, key, f"{number}/{total} {candidate.label}"))
-            elif whole is not None:
-                whole.spare(self.results.rows[key]["steps"])
-        if not missing:
-            return
-        with progress_bar() if whole is None else contextlib.nullcontext(whole.progress) as progress:
-            done = progress.add_task("all samples", total=len(missing)) if whole is None else None
-            for candidate, item, key, title in missing:
-                row = self._make(candidate, item, key, title, progress)
-                self.results.add(row)
-                if done is not None:
-                    progress.advance(done)
-                elif whole is not None:
-                    whole.advance(row["steps"])
+    def run(
+        self,
+        candidates: Sequence[Candidate],
+        items: Sequence[PromptSeed],
+        whole: TotalBar | None = None,
+        claimed: Iterable[PromptSeed] | None = None,
+    ) -> None:
+        """Make every sample that is not there, under one progress bar on stderr, which may be part of a whole.
+
+        Args:
+            claimed: those of the items that this process makes, one by one; all if not given.
+        """
+        numbers = {item: number * len(candidates) for number, item in enumerate(items)}
+        total = len(numbers) * len(candidates)
+        with contextlib.ExitStack() as shown:
+            progress, done = None if whole is None else whole.progress, None
+            for item in items if claimed is None else claimed:
+                for number, candidate in enumerate(candidates, numbers[item] + 1):
+                    key = self.key(candidate, item)
+                    if self._is_there(candidate, key):
+                        if whole is not None:
+                            whole.spare(self.results.rows[key]["steps"])
+                        continue
+                    if progress is None:
+                        progress = shown.enter_context(progress_bar())
+                        done = progress.add_task("all samples", total=total)
+                    if done is not None:
+                        progress.update(done, completed=number - 1)
+                    row = self._make(candidate, item, key, f"{number}/{total} {candidate.label}", progress)
+                    self.results.add(row)
+                    if done is not None:
+                        progress.advance(done)
+                    elif whole is not None:
+                        whole.advance(row["steps"])
+
+    def has(self, candidates: Sequence[Candidate], item: PromptSeed) -> bool:
+        """Whether an item's samples are known and their files exist, which are not read."""
+        keys = [(candidate, self.key(candidate, item)) for candidate in candidates]
+        return all(key in self.results.rows and self.store(candidate).path(key).exists() for candidate, key in keys)
 
     def observe(
         self,

@@ -5,10 +5,13 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import os
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Generator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from dit_accel.errors import DitAccelError
+from dit_accel.files import InUse, hold, lock_of
 
 if TYPE_CHECKING:
     from accelerate import PartialState
@@ -17,6 +20,7 @@ T = TypeVar("T")
 
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 PATIENCE = datetime.timedelta(days=7)  # for slower processes; torch's default is ten minutes on GPUs
+PAUSE = 1.0  # seconds before a process looks again at what others are making
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +65,39 @@ class ProcessRank:
         """The items of this process: neighbours, so parts gathered by rank are in order."""
         begin, end = (len(items) * index // self.count for index in (self.index, self.index + 1))
         return list(items[begin:end])
+
+    def claim(self, items: Sequence[T], place: Callable[[T], Path], missing: Callable[[T], bool]) -> Generator[T]:
+        """Missing items, each reserved for this process until it asks for the next: its share, then what others leave.
+
+        Processes meet in the file locks of a shared folder alone, so a killed one leaves its items to the others. The
+        last item is there when this ends; without locks, the last one of the share.
+
+        Args:
+            items: hashable, the same in all processes.
+            place: the file whose name an item's lock has.
+            missing: whether an item is still to be made; asked again once it is reserved.
+
+        Raises:
+            DitAccelError: the folder cannot be written to.
+        """
+        own = self.share(items)
+        begin = len(items) * self.index // self.count
+        left, locks = [*items[begin:], *items[:begin]], True
+        while left:
+            busy = []
+            for item in left:
+                # a lock on an item that is there: of a process that still lists it, or of a killed one
+                if not (missing(item) or (locks and lock_of(place(item)).exists())):
+                    continue
+                try:
+                    with hold(place(item), folder=False) as locks:
+                        if (locks or item in own) and missing(item):
+                            yield item
+                except InUse:
+                    busy.append(item)
+            if busy == left:
+                time.sleep(PAUSE)
+            left = busy
 
     def device(self, name: str) -> str:
         """The device of this process; "auto" gives each of several processes its own GPU."""

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import nn
 
-from dit_accel.errors import DitAccelError, first_line
+from dit_accel.errors import DitAccelError, first_line, lost_process
 from dit_accel.plans.several_gpus import even_shares
 
 IMAGE_TOKENS, TEXT_TOKENS = 0, 1  # streams of tokens that are shared separately; conditioning tokens are the image's
@@ -113,7 +113,7 @@ def exchange(step: Callable[..., Result]) -> Callable[..., Result]:
         try:
             return step(*args, **kwargs)
         except RuntimeError as error:
-            if not isinstance(error, torch.distributed.DistError) and "gloo" not in str(error):
+            if not lost_process(error):
                 raise
             raise DitAccelError(
                 f"A process that shares this sample no longer answers ({first_line(error).partition('. ')[0]}). Start "

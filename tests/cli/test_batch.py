@@ -1,12 +1,10 @@
-"""`dit-accel generate --prompts`: shares, going on after a kill, the manifest."""
+"""`dit-accel generate --prompts`: shares, going on, the manifest."""
 
 import json
 import os
-import signal
 import subprocess
 import sys
 
-import kills
 import pytest
 from launching import TWO_PROCESSES
 from messages import says
@@ -95,48 +93,6 @@ def test_bad_prompts_are_refused(cli, demo, tmp_path):
     assert "is no file, folder or built-in list" in cli("generate", "--prompts", tmp_path / "none.txt").err
     assert says(cli("generate", "--prompts", file, "--prompt", "x").err, "--prompt --prompts")
     assert [path.name for path in tmp_path.iterdir()] == ["prompts.txt"]
-
-
-def test_two_processes_one_of_which_is_killed(cli, wan_folder, prompts, tmp_path, root, monkeypatch):
-    """Killed between an output and its record, then between a record and the manifest; each time the rest is made."""
-    asked = ["generate", "--model", wan_folder, *SMALL, "--prompts", prompts, "--output", tmp_path / "shot.gif"]
-    place = [{"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"} for rank in range(2)]
-    path = {"PYTHONPATH": os.pathsep.join((str(root), kills.TESTS)), "OMP_NUM_THREADS": "1"}
-
-    def start(rank, command):
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        return subprocess.Popen(command, env={**os.environ, **place[rank], **path}, **pipes)
-
-    def names(*indices):
-        return {f"shot-{i:04d}" for i in indices}
-
-    first = start(0, kills.cli(tmp_path, "shot-0001.json", 2, asked))  # written, and not yet moved to its place
-    second = start(1, [sys.executable, "-m", "dit_accel", *map(str, asked)])
-    _, error = first.communicate()
-    assert first.returncode == -signal.SIGKILL, error
-    printed, error = second.communicate()
-    assert second.returncode == 0, error
-    assert "3 of 5 prompts to do, process 1 of 2" in printed
-    assert {path.stem for path in tmp_path.glob("shot-*.gif")} == names(0, 1, 2, 3, 4)
-    assert {path.stem for path in tmp_path.glob("shot-*.json")} == names(0, 2, 3, 4)
-    assert [entry["done"] for entry in manifest(tmp_path)] == [True, False, True, True, True]
-    before = outputs(tmp_path)
-
-    first = start(
-        0, kills.cli(tmp_path, "shot.jsonl", 4, asked)
-    )  # each is written and moved: at the start, and after the output
-    printed, error = first.communicate()
-    assert first.returncode == -signal.SIGKILL, error
-    assert "1 of 5 prompts to do, process 0 of 2" in printed
-    assert [entry["done"] for entry in manifest(tmp_path)] == [True, False, True, True, True]
-
-    for name, value in place[0].items():
-        monkeypatch.setenv(name, value)
-    assert "0 of 5 prompts to do, process 0 of 2" in cli(*asked).out
-    assert all(entry["done"] for entry in manifest(tmp_path))
-    made_again = {name for name, made in outputs(tmp_path).items() if made != before[name]}
-    assert made_again == {"shot-0001.gif"}
-    assert not list(tmp_path.glob(".*"))
 
 
 def test_accelerate_launch_shares_the_prompts(wan_folder, prompts, tmp_path, root):
