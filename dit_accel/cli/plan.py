@@ -208,6 +208,7 @@ def _facts(plan: Plan, options: PlanOptions) -> dict[str, Any]:
         learned = registry.get_method(plan.method).learned(plan.config) is not None
         choices = plan.implementation(options.gpu, head_dim=options.head_dim, learned=learned)
         facts["implementation"] = {options.gpu: [choice._asdict() for choice in choices]}
+        facts["only_named"] = {options.gpu: plan.only_named(options.gpu, head_dim=options.head_dim, learned=learned)}
     if visited is not None:
         facts["block_density"] = visited / total
     if visited:
@@ -296,6 +297,8 @@ def _print_table(facts: dict[str, Any]) -> None:
     for gpu, choices in facts.get("implementation", {}).items():
         for choice in choices:
             table.add_row(f"{gpu}, {choice['part']}", f"{choice['name']}: {choice['faster'] or choice['why']}")
+        if facts["only_named"][gpu]:
+            table.add_row(f"{gpu}, if named", ", ".join(f'impl="{name}"' for name in facts["only_named"][gpu]))
     Console().print(table)
 
 

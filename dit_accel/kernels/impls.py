@@ -148,6 +148,17 @@ ROWS = (
     _reference(BLOCK_SPARSE, autograd=True),
     _portable(BLOCK_SPARSE),
     _of_triton(BLOCK_SPARSE, obstacles.attention_triton, head_dims=256, packing=_LISTS, cuts=_BOTH),
+    # Less exact than the others, so its own name alone takes it. No GPU has run it yet.
+    Implementation(
+        "triton8",
+        BLOCK_SPARSE,
+        dtypes=HALF,
+        head_dims=128,
+        cannot=obstacles.triton8,
+        cuts=_BOTH,
+        package="triton",
+        packing=_LISTS,
+    ),
     # Its gradients were compiled and emulated. No GPU has run them yet, so "auto" takes the next row.
     _of_gluon("gluon", "launches"),
     # Faster than triton in the five settings of an H200 that have both (benchmarks/LOG.md); the gradients are Triton's.
@@ -308,6 +319,13 @@ def choose(facts: Facts, impl: Impl = AUTO, kernel: str = BLOCK_SPARSE) -> tuple
             return row, reasons[-1] if reasons else f"the fastest on {facts.device.type}"
         reasons.append(obstacle)
     raise DitAccelError(f"No implementation can compute this on {facts.device}: {'; '.join(reasons)}.")
+
+
+def only_named(facts: Facts, kernel: str = BLOCK_SPARSE) -> list[str]:
+    """The implementations of other packages that can run a call, but that "auto" never takes on such a device."""
+    left_out = [row for row in _TABLE.values() if row.kernel == kernel and row.package is not None]
+    ranked_ones = ranked(facts.device.type, kernel)
+    return [row.name for row in left_out if row not in ranked_ones and row.obstacle(facts) is None]
 
 
 def ranked(device_type: str, kernel: str = BLOCK_SPARSE) -> list[Implementation]:

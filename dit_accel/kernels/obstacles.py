@@ -117,6 +117,14 @@ def tail_triton(facts: Facts) -> str | None:
     return triton(facts) or attention_triton(dataclasses.replace(facts, block_k=GROUP))
 
 
+def triton8(facts: Facts) -> str | None:
+    if facts.gradients:
+        return "the kernel has no gradients, for it rounds q and k to 8 bits"
+    if facts.arch is not None and facts.arch < 80:
+        return f"the kernel needs a GPU of compute capability 8.0 or higher, and this is sm_{facts.arch}"
+    return triton(facts)
+
+
 def gluon(facts: Facts) -> str | None:
     if facts.block_q != 128 or facts.block_k not in (64, 128):
         return f"the kernel takes blocks of 128 queries and 64 or 128 keys, not {facts.block_q} and {facts.block_k}"

@@ -37,6 +37,14 @@ class HeadRows(NamedTuple):
     distance: Any
 
 
+class KeyRows(NamedTuple):
+    """`HeadRows` of keys in 8 bits, and the size of each block's steps, at the row of its first token."""
+
+    start: Any
+    distance: Any
+    steps: Any
+
+
 class Side(NamedTuple):
     """Queries or keys: frames, rows and columns of the grid, other tokens, rows in memory, and blocks."""
 

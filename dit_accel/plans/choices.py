@@ -15,6 +15,14 @@ from dit_accel.kernels.impls import AUTO, Choice, Impl
 from dit_accel.kernels.obstacles import Facts, capability_of
 from dit_accel.kernels.router.api import router_impl
 
+
+def _facts(gpu: str | None, head_dim: int, dtype: torch.dtype) -> Facts:
+    """Those of `Kernels.implementation`."""
+    capability = None if gpu is None else capability_of(gpu)
+    device = torch.device("cpu" if gpu is None and not torch.cuda.is_available() else "cuda")
+    return Facts(device, dtype, head_dim, capability=capability)
+
+
 _TOLD: set[Choice] = set()  # what `start` has warned of
 
 
@@ -72,9 +80,17 @@ class Kernels(abc.ABC):
             >>> [choice.name for choice in plan("sol", grid, block_q=128).implementation("sm_90")]
             ['gluon_triton', 'triton', 'triton']
         """
-        capability = None if gpu is None else capability_of(gpu)
-        device = torch.device("cpu" if gpu is None and not torch.cuda.is_available() else "cuda")
-        return self.choices(Facts(device, dtype, head_dim, capability=capability), impl, learned)
+        return self.choices(_facts(gpu, head_dim, dtype), impl, learned)
+
+    def only_named(
+        self, gpu: str | None = None, *, head_dim: int = 128, dtype: torch.dtype = torch.bfloat16, learned: bool = False
+    ) -> list[str]:
+        """The values of `impl` that would run the attention there too, but that "auto" never takes.
+
+        Args, and errors: as of `implementation`.
+        """
+        kernel, more = self.calls(learned).get("attention", ("", {}))
+        return impls.only_named(dataclasses.replace(_facts(gpu, head_dim, dtype), **more), kernel)
 
     def start(
         self, device: torch.device, dtype: torch.dtype, head_dim: int, impl: Impl, learned: bool = False

@@ -46,6 +46,7 @@ from dit_accel.kernels.block_sparse.triton_configs import SHARED_BYTES
 from dit_accel.kernels.jit import like_record
 
 ARCHS = (80, 89, 90, 100, 120)
+CONSUMER = (86,)  # besides; only some kernels are compiled for it
 DTYPES = ("fp16", "bf16")
 POINTERS = {"fp16": "*fp16", "bf16": "*bf16"}
 INSTRUCTIONS = re.compile(r"wgmma\.mma_async|tcgen05\.mma|mma\.sync|cp\.async\.bulk|cp\.async(?!\.bulk)")
@@ -153,10 +154,13 @@ DERIVED = ("step", "warps", "rows", "tile_k")  # these follow from the architect
 
 
 def all_builds(arch: int) -> Iterator[Build]:
-    """The builds of all kernels for an architecture, such as 90: the modules beside this one declare them."""
+    """The builds of all kernels for an architecture, such as 90: the modules beside this one declare them.
+
+    A module with `ARCHS` of its own has builds for those alone, else for `ARCHS` of this one.
+    """
     for file in sorted(pathlib.Path(__file__).parent.glob("[!_]*.py")):
         module = importlib.import_module(f"tools.kernels.{file.stem}")
-        if hasattr(module, "builds"):
+        if hasattr(module, "builds") and arch in getattr(module, "ARCHS", ARCHS):
             yield from module.builds(arch)
 
 
@@ -186,8 +190,9 @@ def few(jobs: Sequence[tuple[Build, int, str]], number: int) -> list[tuple[Build
 
     `number` of the kernel: architectures and dtypes take turns.
     """
-    others = [arch for arch in ARCHS if arch != 90]
-    hopper, other = ([job for job in jobs if job[1] == arch] for arch in (90, others[number % len(others)]))
+    others = sorted({job[1] for job in jobs} - {90}) or [90]
+    hopper = [job for job in jobs if job[1] == 90]
+    other = [job for job in jobs if job[1] == others[number % len(others)] != 90]
     return sorted(hopper, key=lambda job: job[0].warps)[-1:] + other[-(number % 2) :][:1]
 
 
@@ -337,7 +342,9 @@ def complaint(row: dict[str, Any], limit: int, dots: bool = True, may: Allowed =
 def main(arguments: list[str] | None = None) -> int:
     """Print a row for each build; see the module."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--arch", type=int, nargs="+", default=ARCHS, help="compute capabilities, such as 90")
+    parser.add_argument(
+        "--arch", type=int, nargs="+", default=(*ARCHS, *CONSUMER), help="compute capabilities, such as 90"
+    )
     parser.add_argument("--kernel", nargs="+", help="only kernels of these names")
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=DTYPES)
     parser.add_argument("--all", action="store_true", help="every combination of settings")

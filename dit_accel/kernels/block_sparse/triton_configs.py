@@ -30,6 +30,7 @@ class Launch:
 
 
 PLACES = Launch(warps=1, stages=1, step=64)  # of the kernel that places the entries of a list
+QUANTISE = Launch(warps=4, stages=1, step=64)  # of the kernels that quantise keys and values
 STAGES = 3  # Triton's own, for a kernel without a pipelined loop
 
 
@@ -58,6 +59,16 @@ def launches(kernel: str, block_q: int, block_k: int, block_d: int, capability: 
     longest = 128 if generation == 9 and kernel == "forward" else 64
     step = min(listed, longest, max(16, step))
     yield from (Launch(warps, stages, step) for stages in range(4 if kernel == "forward" else 3, 0, -1))
+
+
+def launches_8(block_q: int, block_k: int, block_d: int) -> tuple[Launch, ...]:
+    """Candidates for the kernel with 8 bits, best first: 16 queries a warp. Keys and values are 3 bytes an element.
+
+    Four stages spill two registers at 64 queries and a head dimension of 64.
+    """
+    warps, step = max(4, block_q // 16), min(64, block_k)
+    stages = (3, 4) if block_q * block_d > 64 * 64 else (3,)
+    return tuple(Launch(warps, n, step) for n in stages)
 
 
 def words_launch(block_q: int) -> Launch:

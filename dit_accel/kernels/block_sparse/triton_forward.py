@@ -28,6 +28,8 @@ from dit_accel.kernels.block_sparse.triton_tokens import (
 from dit_accel.kernels.jit import kernel
 from dit_accel.kernels.records import Query
 
+PEAK = tl.constexpr(4)  # with 8 bits the largest weight of a step is 2^PEAK, far above fp16's subnormal numbers
+
 
 @triton.jit
 def online_softmax_step(acc, m, l, x, scale, b_v):  # noqa: E741
@@ -43,6 +45,21 @@ def online_softmax_step(acc, m, l, x, scale, b_v):  # noqa: E741
     new_l = l * rescale + tl.sum(p, 1)
     acc = tl.dot(p.to(b_v.dtype), b_v, acc * rescale[:, None], input_precision="ieee")
     return acc, new_m, new_l
+
+
+@triton.jit
+def online_softmax_step_8(acc, m, l, x, scale, b_v):  # noqa: E741
+    """`online_softmax_step` with a scale for each row, fp16 values, and fp16 sums over the keys of the step.
+
+    Values are below 2^(PEAK + 1) in magnitude, so the sums over 64 keys are below 2^15. l and acc are 2^PEAK as large.
+    """
+    new_m = tl.maximum(m, tl.max(x, 1) * scale)
+    finite_m = tl.where(new_m == float("-inf"), 0.0, new_m)
+    rescale = tl.exp2(m - finite_m)
+    p = tl.exp2(x * scale[:, None] - (finite_m - PEAK)[:, None])
+    new_l = l * rescale + tl.sum(p, 1)
+    step = tl.dot(p.to(tl.float16), b_v, out_dtype=tl.float16)
+    return acc * rescale[:, None] + step.to(tl.float32), new_m, new_l
 
 
 @triton.jit
@@ -78,10 +95,20 @@ def load_both(x, y, rows, first, D: tl.constexpr, BLOCK_D: tl.constexpr, TURN_X:
 
 
 @triton.jit
+def scale_of(query, k, row, scale):
+    """The scale of the logits of a key block whose first token has this row."""
+    if query.q.dtype == tl.int8:
+        scale = scale * tl.load(k.steps + row)
+    return scale
+
+
+@triton.jit
 def scores_of(query, b_k, scale, GRADIENT: tl.constexpr):
     """q k before scaling; for gradients the exponents of (3): x - lse."""
     if GRADIENT:
         scores = tl.dot(query.q, tl.trans(b_k), input_precision="ieee") * scale - query.lse[:, None]
+    elif query.q.dtype == tl.int8:
+        scores = tl.dot(query.q, b_k).to(tl.float32)  # int32 sums, below 2^24
     else:
         scores = tl.dot(query.q, b_k, input_precision="ieee")
     return scores
@@ -96,7 +123,10 @@ def add_keys(sums, query, scores, b_k, b_v, scale, GRADIENT: tl.constexpr):
         sums = (tl.dot(ds.to(b_k.dtype), b_k, sums[0], input_precision="ieee"),)
     else:
         acc, m, l = sums  # noqa: E741
-        sums = online_softmax_step(acc, m, l, scores, scale, b_v)
+        if query.q.dtype == tl.int8:
+            sums = online_softmax_step_8(acc, m, l, scores, scale, b_v)
+        else:
+            sums = online_softmax_step(acc, m, l, scores, scale, b_v)
     return sums
 
 
@@ -110,8 +140,9 @@ def over_key_lists(
 
     Args:
         query: a `Query`, [BLOCK_Q, BLOCK_D], 0 beyond D.
-        k, v: `HeadRows` of this head.
-        scale: of the logits: above 0 and in base 2, or for gradients in base e.
+        k, v: `HeadRows` of this head; keys in 8 bits are `KeyRows`.
+        scale: of the logits: above 0 and in base 2, or for gradients in base e. Queries in 8 bits have one
+            each, [BLOCK_Q].
         listed: this query block's `KeyList`; `words` are those of `triton_tokens`.
         segments, keys: of this sample's keys. A key block is taken in steps of STEP rows.
 
@@ -132,6 +163,7 @@ def over_key_lists(
             slot_k = i % STEPS * STEP
             place_k = places_in(slot_k + tl.arange(0, STEP), keys, TILE_K)
             first = segments.visual_start + place
+            block_scale = scale_of(query, k, first, scale)
             place = tl.load(listed.places + (i + 1) // STEPS, mask=i + 1 < end, other=0)
             if MASKED:
                 last = segments.visual_start + keys.T * keys.H * keys.W - 1
@@ -140,24 +172,25 @@ def over_key_lists(
                 rows, first = place_k.to(tl.int64), first.to(tl.int64)
             # forward [BLOCK_D, STEP] and [STEP, BLOCK_D], for gradients the other way round
             b_k, b_v = load_both(k, v, rows, first, D, BLOCK_D, not GRADIENT, GRADIENT)
-            scores = scores_of(query, b_k, scale, GRADIENT)
+            scores = scores_of(query, b_k, block_scale, GRADIENT)
             if MASKED:
                 number = listed.number + i // STEPS - listed.pure
                 low, high = load_words(words, number, slot_q, slot_k, None, STEP, BLOCK_Q, BLOCK_K)
                 seen = holds(low[:, None], high[:, None], tl.arange(0, STEP)[None, :], STEP)
                 scores = tl.where(seen, scores, float("-inf"))
-            sums = add_keys(sums, query, scores, b_k, b_v, scale, GRADIENT)
+            sums = add_keys(sums, query, scores, b_k, b_v, block_scale, GRADIENT)
 
     for i in range(listed.tabled * STEPS, listed.count * STEPS):
         slot_k = i % STEPS * STEP
         corner = corner_of(tl.load(listed.places + i // STEPS), segments, keys, BLOCK_K, TILE_K)
+        block_scale = scale_of(query, k, corner.first + corner.place, scale)
         rows = rows_at(corner, segments.visual_start, slot_k + tl.arange(0, STEP), keys, TILE_K)
         b_k, b_v = load_both(k, v, rows, 0, D, BLOCK_D, not GRADIENT, GRADIENT)
         low = occupied(corner, slot_k, keys, TILE_K)
         high = occupied(corner, slot_k + 64, keys, TILE_K) if STEP > 64 else low
         seen = holds(low, high, tl.arange(0, STEP)[None, :], STEP)
-        scores = tl.where(seen, scores_of(query, b_k, scale, GRADIENT), float("-inf"))
-        sums = add_keys(sums, query, scores, b_k, b_v, scale, GRADIENT)
+        scores = tl.where(seen, scores_of(query, b_k, block_scale, GRADIENT), float("-inf"))
+        sums = add_keys(sums, query, scores, b_k, b_v, block_scale, GRADIENT)
     return sums
 
 
