@@ -6,7 +6,7 @@ import accelerate
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, MagCacheConfig, WanPipeline
-from diffusers.hooks import FirstBlockCacheConfig
+from diffusers.hooks import FirstBlockCacheConfig, apply_group_offloading
 from tiny_models import get, run
 
 import dit_accel
@@ -214,7 +214,7 @@ def cached_run(transformer, tiny, cache, before=None, after=None):
 
 
 @pytest.mark.parametrize(("name", "cache"), KINDS.items())
-def test_with_compiled_blocks_adapters_and_offloading(name, cache):
+def test_with_compiled_blocks_adapters_and_offloading(name, cache, tmp_path):
     tiny = get(*name.split(":"))
     plain = cached_run(tiny.build(), tiny, cache)
 
@@ -224,6 +224,17 @@ def test_with_compiled_blocks_adapters_and_offloading(name, cache):
     assert torch.equal(cached_run(tiny.build(), tiny, cache, after=offload), plain)
     transformer = tiny.build()
     offload(transformer)
+    assert torch.equal(cached_run(transformer, tiny, cache), plain)
+
+    def by_group(transformer, kind="leaf_level", **sizes):
+        cpu, disk = torch.device("cpu"), str(tmp_path / kind)
+        apply_group_offloading(
+            transformer, onload_device=cpu, offload_device=cpu, offload_type=kind, offload_to_disk_path=disk, **sizes
+        )
+
+    assert torch.equal(cached_run(tiny.build(), tiny, cache, after=by_group), plain)
+    transformer = tiny.build()
+    by_group(transformer, "block_level", num_blocks_per_group=1)
     assert torch.equal(cached_run(transformer, tiny, cache), plain)
 
     def compile_blocks(transformer):
