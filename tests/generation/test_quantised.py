@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from diffusers.hooks import apply_group_offloading
 from messages import names
 from method_settings import in_models
 from peft import LoraConfig
@@ -91,6 +92,29 @@ def test_weights_that_are_read(folders):
     for read in (lora.fingerprint, model_weights.check_replaceable):
         with pytest.raises(DitAccelError, match=names("before quantising")):
             read(model)
+
+
+@pytest.mark.parametrize("choice", ["int8", "int8-dynamic"])
+def test_offloaded_and_compiled(folders, choice):
+    """On a CPU the weights stay, so the outputs are the same."""
+    call, cpu = TINY["wan"].call(), torch.device("cpu")
+
+    def outputs(prepare):
+        model, _ = load("wan", folders, choice)
+        with dit_accel.accelerated(model, "gna", window=(1, 5, 4)) as accel:
+            prepare(model)
+            output = run(model, call)
+        assert accel.report().sparse_calls
+        return output
+
+    def offload(model):
+        apply_group_offloading(
+            model, onload_device=cpu, offload_device=cpu, offload_type="block_level", num_blocks_per_group=1
+        )
+
+    plain = outputs(lambda model: None)
+    assert torch.equal(outputs(offload), plain)
+    assert torch.equal(outputs(lambda model: model.compile_repeated_blocks(backend="eager")), plain)
 
 
 def kinds(model):
