@@ -38,7 +38,9 @@ from dit_accel.train.processes import StopSignal, join, reserved
 from dit_accel.train.settings import TrainSettings
 from dit_accel.train.state import Validation
 
-MAY_CHANGE = ("steps", "save_every", "validate_every", "tracker")  # settings that a resumed run may change
+# settings that a resumed run may change; of accumulation the product with the number of processes stays
+MAY_CHANGE = ("steps", "save_every", "validate_every", "tracker", "accumulation")
+MICRO_BATCHES = "micro-batches a step"
 FLOOR = 0.1  # share of the rate at the end of a cosine
 
 
@@ -298,7 +300,7 @@ class Trainer:
             "settings": settings,
             "model": self.fingerprint,
             "samples": len(self.data),
-            "micro-batches a step": self.settings.accumulation * self.hf.num_processes,
+            MICRO_BATCHES: self.settings.accumulation * self.hf.num_processes,
         }
 
     def _resume(self) -> None:
@@ -308,12 +310,14 @@ class Trainer:
         self.step, parts, saved = state.load(checkpoints[-1])
         present = json.loads(json.dumps(self._record()))
         for record in (saved, present):
-            record.update(record.pop("settings"))
+            settings = record.pop("settings")
+            record.update({name: value for name, value in settings.items() if name not in MAY_CHANGE})
         for name, was in saved.items():
             if was != present.get(name):
+                keep = " Change --accumulation so that its product with the processes stays." * (name == MICRO_BATCHES)
                 raise DitAccelError(
-                    f"{checkpoints[-1]} belongs to another run: its {name} was {was} and is {present.get(name)} now. "
-                    "Give another --output, or delete that folder to start again."
+                    f"{checkpoints[-1]} belongs to another run: its {name} was {was} and is {present.get(name)} now."
+                    f"{keep} Give another --output, or delete that folder to start again."
                 )
         with torch.no_grad():
             for part, weights in (("weights", self.weights), ("average", self.average)):

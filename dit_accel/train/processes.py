@@ -39,9 +39,9 @@ def reserved(output: pathlib.Path, main: bool) -> Iterator[None]:
 
 
 def join(settings: TrainSettings, output: pathlib.Path) -> Any:
-    """Hugging Face's `Accelerator` for a run, whose trackers write to `output`; DeepSpeed and FSDP 1 are refused."""
+    """Hugging Face's `Accelerator` for a run, whose trackers write to `output`; what cannot be held is refused."""
     from accelerate import Accelerator, DistributedDataParallelKwargs
-    from accelerate.utils import DistributedType
+    from accelerate.utils import DistributedType, parse_flag_from_env
 
     check_tracker(settings.tracker)
     meet()
@@ -58,6 +58,11 @@ def join(settings: TrainSettings, output: pathlib.Path) -> Any:
         raise DitAccelError(
             "The checkpoints cannot hold DeepSpeed's optimizer state. Configure FSDP 2 (fsdp_version: 2) or plain data "
             "parallelism with `accelerate config`."
+        )
+    if parse_flag_from_env("ACCELERATE_USE_FSDP") and hf.distributed_type != DistributedType.FSDP:
+        raise DitAccelError(
+            f"accelerate shards weights (FSDP) on several GPUs alone, and would train {hf.num_processes} processes on "
+            f"{hf.device.type} without it. Leave FSDP out of the configuration."
         )
     if hf.distributed_type == DistributedType.FSDP and not hf.is_fsdp2:
         raise DitAccelError("FSDP 1 flattens weights, which LoRA and checkpoints need by name. Set fsdp_version: 2.")

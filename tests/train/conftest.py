@@ -89,7 +89,7 @@ def trained(tiny, tmp_path):
 def elsewhere(tiny, tmp_path, root):
     """Starts the same in another process, `launcher` in front of the program; runs are settings by folder name.
 
-    With `dies` the process is killed before it names something so; see `kills.die_before`.
+    With `dies` the process is killed before it names something so; see `kills.die_before`. With `shards`, by FSDP 2.
     """
     import json
     import os
@@ -99,8 +99,8 @@ def elsewhere(tiny, tmp_path, root):
 
     import kills
 
-    def start(runs, launcher=(), dies=None, **variables):
-        asked = {"model": str(tiny.model), "data": str(tiny.data)}
+    def start(runs, launcher=(), dies=None, shards=False, **variables):
+        asked = {"model": str(tiny.model), "data": str(tiny.data), "shards": shards}
         asked["dies"] = None if dies is None else [str(tmp_path), 1, dies]
         asked["runs"] = {str(tmp_path / name): SETTINGS | settings for name, settings in runs.items()}
         worker = pathlib.Path(__file__).with_name("worker.py")

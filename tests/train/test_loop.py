@@ -2,7 +2,11 @@
 
 import os
 import signal
+import socket
+import subprocess
+import sys
 
+import kills
 import pytest
 import torch
 from launching import TWO_PROCESSES
@@ -198,10 +202,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(trained, elsewhere, tmp
     whole = trained("whole", steps=9, save_every=3, **SLA)
     resumed = trained("killed", steps=9, save_every=3, **SLA)
     assert curve(resumed) == curve(whole) and before == curve(whole)[:6]
-    ends = [state.load(state.found(folder / "checkpoints")[-1])[1] for folder in (whole, resumed)]
-    for part in state.PARTS:
-        assert ends[0][part].keys() == ends[1][part].keys() and ends[0][part]
-        assert all(torch.equal(ends[0][part][name], ends[1][part][name]) for name in ends[0][part])
+    assert_same_ends(whole, resumed)
 
 
 def test_a_run_in_fp16_goes_on_with_its_loss_scale(tiny, tmp_path, monkeypatch):
@@ -240,14 +241,59 @@ def rounding_budget(trained):
     return budget
 
 
-def test_two_processes_are_one_with_accumulation(trained, elsewhere, tmp_path, rounding_budget):
-    one = trained("one", steps=3, accumulation=2, **SLA)
-    process = elsewhere({"two": SLA | {"steps": 3}}, TWO_PROCESSES)
-    _, errors = process.communicate(timeout=400)
-    assert process.returncode == 0, errors[-3000:]
-    bound = rounding_budget(steps=3, accumulation=2, **SLA)  # the same sums in another order
-    for own, wanted in zip(curve(tmp_path / "two"), curve(one), strict=True):
-        assert own["step"] == wanted["step"] and own["loss"] == pytest.approx(wanted["loss"], rel=bound)
+def test_a_run_goes_on_in_another_number_of_processes(trained, elsewhere, tmp_path):
+    """LoRA, SLA's weights and their averages: begun in one process, sharded over two by FSDP 2, ended in two.
+
+    The same bits as in one process: sums of two gradients have one order, and halves are exact.
+    """
+    whole = trained("whole", steps=4, accumulation=2, **SLA)
+    moving = trained("moving", steps=1, accumulation=2, **SLA)
+    for steps, shards in ((3, True), (4, False)):
+        process = elsewhere({"moving": SLA | {"steps": steps}}, TWO_PROCESSES, shards=shards)
+        _, errors = process.communicate(timeout=400)
+        assert process.returncode == 0, errors[-3000:]
+    assert curve(moving) == curve(whole) and len(curve(whole)) == 4
+    assert_same_ends(moving, whole)
+    with pytest.raises(dit_accel.DitAccelError, match="accumulation"):
+        trained("moving", steps=5, **SLA)
+
+
+def test_a_killed_process_ends_the_others(tiny, tmp_path, root):
+    """The first one is killed at its checkpoint, for which the second waits."""
+    asked = ["train", "--model", tiny.model, "--data", tiny.data, "--method", "gna:window=3", "--steps", 4, "--rank", 2]
+    asked += ["--frames", 5, "--height", 32, "--width", 48, "--save-every", 2, "--output", tmp_path / "run"]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    place |= {"PYTHONPATH": os.pathsep.join((str(root), kills.TESTS)), "OMP_NUM_THREADS": "1"}
+    commands = kills.cli(tmp_path, "step-00000002", 1, asked), [sys.executable, "-m", "dit_accel", *map(str, asked)]
+    first, second = (
+        subprocess.Popen(
+            command,
+            env=os.environ | place | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank, command in enumerate(commands)
+    )
+    _, errors = first.communicate(timeout=400)
+    assert first.returncode == -signal.SIGKILL, errors[-3000:]
+    _, errors = second.communicate(timeout=60)
+    said = [line for line in errors.splitlines() if line.startswith("dit-accel: ")]
+    assert second.returncode == 2 and len(said) == 1 and "Traceback" not in errors, errors[-3000:]
+
+
+def test_fsdp_that_accelerate_would_leave_out_is_refused(trained, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(dit_accel.DitAccelError, match="FSDP"):
+        trained()
+
+
+def assert_same_ends(*folders):
+    ends = [state.load(state.found(folder / "checkpoints")[-1])[1] for folder in folders]
+    for part in state.PARTS:
+        assert ends[0][part].keys() == ends[1][part].keys() and ends[0][part]
+        assert all(torch.equal(ends[0][part][name], ends[1][part][name]) for name in ends[0][part])
 
 
 def test_portable_and_triton_train_alike(elsewhere, tmp_path, rounding_budget):

@@ -7,19 +7,38 @@ import sys
 import kills
 
 from dit_accel.pipelines.demo import load_demo
+from dit_accel.train import loop, state
 from dit_accel.train.card import Base
 from dit_accel.train.data import Dataset
 from dit_accel.train.loop import Trainer
 from dit_accel.train.settings import make
 
 
+def sharding(join):
+    """`join` for FSDP 2 with gloo: accelerate's own choice of it asks for a GPU, its preparation does not."""
+
+    def joined(*arguments):
+        from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+
+        hf = join(*arguments)
+        wrap = {"auto_wrap_policy": "transformer_based_wrap", "transformer_cls_names_to_wrap": ["WanTransformerBlock"]}
+        plugin = FullyShardedDataParallelPlugin(fsdp_version=2, cpu_ram_efficient_loading=False, **wrap)
+        hf.state._shared_state.update(distributed_type=DistributedType.FSDP, fsdp_plugin=plugin)
+        return hf
+
+    return joined
+
+
 def main(asked):
     if asked["dies"] is not None:
         kills.die_before(*asked["dies"])
+    if asked["shards"]:
+        loop.join = sharding(loop.join)
     for folder, settings in asked["runs"].items():
         data = Dataset(pathlib.Path(asked["data"]))
         pipe = load_demo(folder=pathlib.Path(asked["model"]))
         trainer = Trainer(pipe, make(settings), data, pathlib.Path(folder), Base("tiny"), None)
+        assert any(isinstance(weight, state.DTensor) for weight in trainer.weights.values()) == asked["shards"]
         trainer.run()
         kernels = {kernel for layer in trainer.accel.report().layers for kernel in layer.kernels}
         assert settings.get("impl", "auto") in {"auto", *kernels}
