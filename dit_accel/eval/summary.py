@@ -148,9 +148,8 @@ def _ratio_of_medians(base: np.ndarray, method: np.ndarray) -> np.ndarray:
 def _command(done: Evaluation, candidate: Candidate) -> list[str]:
     """The command that generates the first sample of a method."""
     request, setting, item = done.request, candidate.setting, done.items[0]
-    usual = {field.name: field.default for field in dataclasses.fields(ModelRequest)}
     options: dict[str, Any] = {"model": request.model, "prompt": item.prompt, "seed": item.seed}
-    options |= {name: getattr(request, name) for name in usual if getattr(request, name) != usual[name]}
+    options |= model_options(request)
     if candidate.folder is not None:
         options["load"] = candidate.published or candidate.folder
         options |= {"set": tuple(f"{key}={value_text(value)}" for key, value in candidate.given.items())}
@@ -158,6 +157,17 @@ def _command(done: Evaluation, candidate: Candidate) -> list[str]:
         options |= {"method": setting.title} | setting.words()
     if candidate.folder is not None and setting is not None and setting.dense_backend is not None:
         options["dense_backend"] = setting.dense_backend
+    return [*generating(options), "--output", "out.mp4" if done.grid.frames > 1 else "out.png"]
+
+
+def model_options(request: ModelRequest) -> dict[str, Any]:
+    """Model, size and call as options, those alone that differ from their defaults."""
+    usual = {field.name: field.default for field in dataclasses.fields(ModelRequest)}
+    return {name: getattr(request, name) for name in usual if getattr(request, name) != usual[name]}
+
+
+def generating(options: Mapping[str, Any]) -> list[str]:
+    """The words of a command that generates with these options, by field."""
     command = ["dit-accel", "generate"]
     for name, value in options.items():
         option = f"--{name.replace('_', '-')}"
@@ -165,7 +175,7 @@ def _command(done: Evaluation, candidate: Candidate) -> list[str]:
             command += [part for item in value for part in (option, item)]
         else:
             command += [option] if value is True else [option, str(value)]
-    return [*command, "--output", "out.mp4" if done.grid.frames > 1 else "out.png"]
+    return command
 
 
 def _quantiles(rows: Sequence[Row], name: str) -> dict[str, float] | None:

@@ -1,8 +1,8 @@
 """The verdict of an evaluation: the best setting under each limit, with its command.
 
-A setting is a candidate if it attends to fewer pairs than dense attention, and the 95 % interval of its speed-up lies
-above 1. Without limits the verdict has two answers: the fastest candidate within 1 dB of the best, and the best one at
-least 1.5 times as fast.
+A setting is a candidate if it attends to fewer pairs than dense attention or has a step cache, and the 95 % interval of
+its speed-up lies above 1. Without limits the verdict has two answers: the fastest candidate within 1 dB of the best,
+and the best one at least 1.5 times as fast.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def decide(rows: Sequence[Row], metrics: Sequence[dict[str, Any]], limits: Seque
     """The verdict on the rows of a summary, a line for each question; `tokens` are those of the attention."""
     main = main_metric(metrics)
     sure = {row["label"]: (row.get("speedup_interval") or [row["speedup"]])[0] for row in rows}
-    gaining = [row for row in rows[1:] if row["density"] < 1 and sure[row["label"]] > 1]
+    gaining = [row for row in rows[1:] if _saves(row) and sure[row["label"]] > 1]
     if not gaining:
         return [{"text": _nothing_gains(rows, tokens)}]
     if limits:
@@ -58,6 +58,10 @@ def _under(limits: Sequence[Limit], gaining: Sequence[Row], main: dict[str, Any]
     return _line(f"The fastest with {said}", _fastest(holding), main)
 
 
+def _saves(row: Row) -> bool:
+    return row["density"] < 1 or row["cache"] is not None
+
+
 def _fastest(rows: Sequence[Row]) -> Row:
     return max(rows, key=lambda row: row["speedup"])
 
@@ -88,12 +92,15 @@ def _nothing_gains(rows: Sequence[Row], tokens: int) -> str:
     Let a method's attention take A' seconds and the rest of its loop R', the baseline's A and R. With s times the
     tokens they take A' s² + R' s and A s² + R s. So the method gains from s = (R' - R) / (A - A').
     """
-    sparse = [row for row in rows[1:] if row["density"] < 1]
-    if not sparse:
-        return "No setting attends to fewer pairs than dense attention."
-    fastest, base = _fastest(sparse), rows[0]
+    saving = [row for row in rows[1:] if _saves(row)]
+    if not saving:
+        return "No setting attends to fewer pairs than dense attention, or leaves steps out."
+    fastest, base = _fastest(saving), rows[0]
+    sparse = [row for row in saving if row["density"] < 1]
     first = "The fastest is" if fastest["speedup"] > 1 else "The fastest is dense attention, and next comes"
     said = f"No setting is surely faster than dense at {tokens:,} tokens. {first} {_figures(fastest, None)}."
+    if not sparse:
+        return said
     if base["attention_seconds"] is None:
         return f"{said} Without --compile, the verdict also estimates from how many tokens on one would be."
     timed = [row for row in (base, *sparse) if row["attention_seconds"]]

@@ -44,7 +44,7 @@ def run(request: TuneRequest) -> list[str]:
     mean(runs, f"calibration of {request.model}").save(path, **about)
     settings = {name: value for name, value in cache.config.items() if name not in ("calibrate", "mag_ratios")}
     typed = dataclasses.replace(cache, config={**settings, "mag_ratios": str(path)})
-    return [f"ratios: {path}", f"try it: dit-accel generate --model {request.model} --cache {typed}"]
+    return [f"ratios: {path}", f"try it: {request.command(cache=typed)}"]
 
 
 def record_ratios(accel: Accelerator, run: Callable[[], Any]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -104,7 +105,13 @@ class TuneRequest(ScheduleOptions, PromptsRequest):
         """Write a setting with remarks to the output folder; lines that name its file and say how to try it."""
         path = self.output / name
         replace_file(path, setting.to_json(**remarks).encode())
-        return [f"settings: {path}", f"try it:   dit-accel generate --model {self.model} --load {path}"]
+        return [f"settings: {path}", f"try it:   {self.command(load=path)}"]
+
+    def command(self, **more: Any) -> str:
+        """A command that generates with this model and size; `more` are further options."""
+        from dit_accel.eval.summary import generating, model_options  # which imports PyTorch
+
+        return shlex.join(generating({"model": self.model} | model_options(self) | more))
 
 
 def _usual(methods: Mapping[str, Method]) -> str:

@@ -21,6 +21,7 @@ def row(label, speedup, psnr, density=0.5, attention=0.5, loop=None, **others):
         "loop_seconds": {"p50": loop or 2.0 / speedup, "p95": 9.0},
         "attention_seconds": {"p50": attention, "p95": 9.0},
         "peak_bytes": None,
+        "cache": None,
         "figures": {"psnr": {"value": psnr, "interval": [20.0, 30.0]}, "fid": {"value": 40 - float(psnr)}},
         **others,
     }
@@ -28,6 +29,7 @@ def row(label, speedup, psnr, density=0.5, attention=0.5, loop=None, **others):
 
 BASELINE = row("baseline", 1.0, "inf", density=1.0, attention=1.0)
 DENSE = row("dense", 1.2, "inf", density=1.0)
+CACHED = row("cached", 2.2, 28.0, density=1.0, cache={"name": "mag", "config": {"threshold": 0.12}})
 ROWS = [
     BASELINE,
     DENSE,
@@ -80,6 +82,11 @@ def test_metrics_without_decibels_and_none_at_all():
     assert line["row"] == "fastest"
 
 
+def test_a_step_cache_without_a_sparse_method_counts():
+    (line,) = verdict([*ROWS, CACHED], require="speedup>=2")
+    assert line["row"] == "cached"
+
+
 class TestNothingGains:
     """The speed-up may be chance, or its price may be beside the attention."""
 
@@ -101,4 +108,9 @@ class TestNothingGains:
         assert says(verdict(rows)[0]["text"], "--compile")
 
     def test_nothing_sparse(self):
-        assert verdict([BASELINE, DENSE])[0]["text"] == "No setting attends to fewer pairs than dense attention."
+        (line,) = verdict([BASELINE, DENSE])
+        assert says(line["text"], "No setting") and "row" not in line
+
+    def test_a_cache_alone_has_no_attention_to_estimate_from(self):
+        (line,) = verdict([BASELINE, CACHED | {"speedup": 0.9, "speedup_interval": [0.85, 0.95]}])
+        assert says(line["text"], "2,304 cached 0.90") and "row" not in line

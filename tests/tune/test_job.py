@@ -26,6 +26,12 @@ def test_rounds_halve_the_settings_and_double_the_steps():
     assert rounds(5, 2) == [(5, 2), (3, 2)] and job.rounds(3, 1) == [(3, 1)]
 
 
+def test_the_command_to_try_has_the_size_that_was_tuned():
+    request = TuneRequest(target="2x", frames=17, height=128, width=128, pipe=("shift=3",))
+    said = "dit-accel generate --model demo --frames 17 --height 128 --width 128 --pipe shift=3 --load s.json"
+    assert request.command(load="s.json") == said
+
+
 def test_a_pace_counts_every_call():
     """By hand: two prompts; 3 settings and dense on 4 steps, then 2, dense and 1 that joined on 8."""
     pace = Pace.of({"seconds": 5.0, "denoising_seconds": 4.0, "seconds_per_step": 0.5})
