@@ -157,7 +157,7 @@ class Accelerator:
             grids=self._densities(),
             layers=[layer.report(engine.name) for engine in self._engines for layer in engine.layers],
             cache=CacheReport.joined([engine.cache.report() for engine in self._engines if engine.cache is not None]),
-            notes=list(dict.fromkeys((*self._notes, *(note for engine in self._engines for note in engine.notes)))),
+            notes=list(dict.fromkeys((*self._notes, *(note for engine in self._engines for note in engine.all_notes)))),
         )
 
     def _densities(self) -> dict[str, float | None]:
@@ -287,8 +287,8 @@ def accelerate(
         verify: "first-call" compares each layer of the first sparse call with dense attention, on 256 queries of each
             head. The report then holds relative error and kept softmax mass. Compile the transformer after that call.
         keep_dense_above: with `verify`, layers with a larger relative error stay dense, from that call on.
-        dense_backend: back end of dense steps and layers: a name of Diffusers' dispatcher, or "auto" for the fastest
-            that computes the same. None: the model's own, bit for bit.
+        dense_backend: back end of dense steps and layers: a name of Diffusers' dispatcher, "auto" for the fastest that
+            computes the same, or "auto8" (`hooks.verified_backend`). None: the model's own, bit for bit.
         cache: one of Diffusers' step caches with the names of its config's arguments, such as ``mag:threshold=0.12`` or
             ``first-block:threshold=0.2``; also with the method "dense". See `dit_accel.caches.step_cache`.
         replace: first remove an accelerator that is already at work.

@@ -137,7 +137,9 @@ class ScheduleOptions(values.Checked):
         None, "First layers that stay dense, or a list of layers.", metavar="N|SHARE|I,J", parse=parse_layers
     )
     dense_backend: str | None = option(
-        None, "Diffusers' attention back end for what stays dense; auto: the fastest that computes the same."
+        None,
+        "Diffusers' attention back end for what stays dense; auto: the fastest that computes the same; auto8: "
+        "SageAttention or FlashAttention 3 where installed, once a call has verified it.",
     )
 
     cache: str | None = option(

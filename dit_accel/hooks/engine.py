@@ -16,7 +16,6 @@ from dit_accel.caches.at_work import CacheAtWork
 from dit_accel.errors import DitAccelError, DitAccelWarning
 from dit_accel.hooks.accelerated_layer import AcceleratedLayer, naming_remove, refuse_export, without_learned
 from dit_accel.hooks.dense_backend import DenseBackend
-from dit_accel.hooks.dense_backend import choose as choose_backend
 from dit_accel.hooks.levels import Level
 from dit_accel.hooks.plan_cache import PlanCache
 from dit_accel.hooks.selfcheck import SelfCheck, Watching
@@ -92,12 +91,9 @@ class Engine(AtWork):
         anchored = any(ramps.at(config).anchors for config, _ in self._states)
         self._by_step = self._schedule.by_step or any(isinstance(config, Ramped) for config, _ in self._states)
         self._anchors = AnchorTokens(transformer, family) if anchored else None
-        self._dense_backend = setting.dense_backend
+        self._dense_backend = DenseBackend(setting.dense_backend, self._device, self.layers)
         self._several = Several(transformer, family, family.heads(self.layers[0].attention), setting.dense_backend)
-        self._backend_set: DenseBackend | None = None
         check.refuse_shared(ramps.at(layer.config) for layer in self.layers if layer.config is not None)
-        if self._dense_backend is not None:
-            choose_backend(self._dense_backend, self._device)
         self.level: Level | None = None
         self.cache: CacheAtWork | None = None
         if setting.cache is not None:
@@ -130,6 +126,10 @@ class Engine(AtWork):
         return layers
 
     @property
+    def all_notes(self) -> list[str]:
+        return [*self.notes, *self._dense_backend.notes]
+
+    @property
     def _device(self) -> torch.device:
         return next(self._transformer.parameters()).device
 
@@ -137,11 +137,7 @@ class Engine(AtWork):
         """Set our processors, add learned weights and hook the transformer. The hooks keep `owner` alive."""
         self._several.check()
         self._owner = owner
-        if self._dense_backend is not None:
-            originals = [layer.original for layer in self.layers]
-            self._backend_set = DenseBackend(self._dense_backend, self._device, originals)
-            self._backend_set.set()
-            self.notes.append(self._backend_set.note)
+        self._dense_backend.set()
         for layer in self.layers:
             module = None if layer.dense_reason is not None else self._method.learned(ramps.at(layer.config))
             own = layer.attention
@@ -167,6 +163,8 @@ class Engine(AtWork):
         """Run the model's own attention in every step until further notice; what a cache kept is forgotten."""
         if self.cache is not None and paused != self.paused:
             (self.cache.detach if paused else self.cache.attach)()
+        if paused != self.paused:
+            (self._dense_backend.undo if paused else self._dense_backend.set)()
         self.paused = paused
 
     def detach(self) -> list[str]:
@@ -178,8 +176,7 @@ class Engine(AtWork):
         for handle in self._handles:
             handle.remove()
         self._handles, self._owner = [], None
-        if self._backend_set is not None:
-            self._backend_set.undo()
+        self._dense_backend.undo()
         for name in ("save_pretrained", "load_state_dict"):
             vars(self._transformer).pop(name, None)
         return [f"{self.name}.{layer.name}" for layer in self.layers if not layer.detach()]
@@ -244,6 +241,7 @@ class Engine(AtWork):
         self.count_last_call()
         self.calls += 1
         self._look_for_dropped()
+        self._dense_backend.check(self._any_compiled)
         self._omitted = ()
         if self.level is not None and not self.paused:
             call = ModelCall(self._signature, module, args, kwargs, self._memory)
@@ -342,13 +340,17 @@ class Engine(AtWork):
 
     def _watch_layers(self) -> None:
         """Have the layers of this call report what they compute to the self-check and the watchers, if any."""
-        parts = (getattr(module, "_compiled_call_impl", None) for module in self._transformer.modules())
-        if self._watching.listening and (self._compiled or any(parts)):
+        if self._watching.listening and self._any_compiled():
             raise DitAccelError(
                 f"This {type(self._transformer).__name__} is compiled, and compiled attention calls can neither be "
                 "watched nor checked. Call it once with verify='first-call' before compiling it."
             )
         self._watching.begin(self.layers, self._step)
+
+    def _any_compiled(self) -> bool:
+        """Whether the transformer or a part of it is compiled."""
+        parts = (getattr(module, "_compiled_call_impl", None) for module in self._transformer.modules())
+        return self._compiled or any(parts)
 
     def _prepare(self, plan: Plan, device: torch.device) -> tuple[Plan, str, str]:
         """The plan, its implementation and the reason for it."""

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from dit_accel.errors import DitAccelError
+from dit_accel.hooks.dense_backend import AUTO8
 from dit_accel.kernels.impls import AUTO
 from dit_accel.pipelines import context_parallel
 from dit_accel.pipelines.attention import CallState
@@ -52,6 +53,11 @@ class Several:
             raise DitAccelError(
                 f"dense_backend={self._backend} sets the model's own attention, which parallelize() replaces. Leave "
                 "dense_backend out."
+            )
+        if config is not None and self._backend == AUTO8:
+            raise DitAccelError(
+                f"dense_backend={AUTO8} lets each process choose, and processes that share tokens must attend alike. "
+                "Name one back end, or leave dense_backend out."
             )
         self._checked = config
 

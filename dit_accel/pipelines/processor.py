@@ -50,6 +50,7 @@ class AcceleratedAttnProcessor(LayerAttention):
         ran: set by every call; whoever counts resets it.
         intercepted: set by a call whose attention a function mode replaced (perturbed-attention guidance).
         unbound: made without arguments, as Diffusers does from a processor's class; it stays dense.
+        dense_call: runs a dense call, which it gets with the arguments; None: it runs as it is. Never traced.
 
     A processor with weights (an IP-Adapter's) is a module. Then ours is one too, of a subclass. It shares the weights,
     so state dicts and devices stay the same. It has the processor's settings until `settle`.
@@ -67,6 +68,7 @@ class AcceleratedAttnProcessor(LayerAttention):
         self.unbound = inner is None
         vars(self)["inner"] = self.inner_type() if inner is None else inner
         self.ran = self.intercepted = False
+        self.dense_call: Callable[[Callable[[], Any], tuple[Any, ...]], Any] | None = None
 
     def settle(self) -> None:
         """Give the settings of a processor with weights back to the model's own."""
@@ -139,7 +141,10 @@ def _wrapper_class(inner_type: type, sparse_call: SparseCall | None) -> type[Acc
     def __call__(self: AcceleratedAttnProcessor, attn: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if not self.state.sparse:
             self.ran = True
-            return inner_type.__call__(runs(self), attn, *args, **kwargs)
+            if self.dense_call is None or torch.compiler.is_compiling():
+                return inner_type.__call__(runs(self), attn, *args, **kwargs)
+            dense = functools.partial(inner_type.__call__, runs(self), attn, *args, **kwargs)
+            return self.dense_call(dense, (*args, *kwargs.values()))
         state = self.state
         _SLOT.layer, _SLOT.gate = self, self.gate_of(args[0] if args else kwargs.get("hidden_states"))
         _SLOT.replaced = _SLOT.planned = _SLOT.others = 0
