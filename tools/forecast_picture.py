@@ -5,6 +5,7 @@ Counts are those of `dit-accel plan --gpus`; rates are assumed. Nothing in the p
 
 import math
 from pathlib import Path
+from typing import Any, Literal
 
 import dit_accel
 from dit_accel.eval.report.pictures import STYLE
@@ -12,9 +13,13 @@ from dit_accel.plans.several_gpus import Forecast, Parallel, forecast
 
 PICTURE = Path(__file__).parent.parent / "docs" / "pictures" / "several-gpus.png"
 GRID = dit_accel.TokenGrid(61, 96, 176)  # 1,030,656 tokens
-METHODS = {"dense": {}, "gna": {"window": 0.3}, "tile": {"references": 4}}
+METHODS: dict[str, dict[str, Any]] = {"dense": {}, "gna": {"window": 0.3}, "tile": {"references": 4}}
 COLOURS = {"dense": "#8a8a8a", "gna": "#173f7a", "tile": "#c65d21"}
-WAYS: dict[Parallel, tuple[str, str]] = {"ulysses": ("-", "o"), "unified": ("--", "s"), "ring": (":", "^")}
+WAYS: dict[Parallel, tuple[Literal["-", "--", ":"], str]] = {
+    "ulysses": ("-", "o"),
+    "unified": ("--", "s"),
+    "ring": (":", "^"),
+}
 GPUS = (1, 2, 4, 8, 16, 32, 64)
 HEADS, HEAD_DIM, TFLOPS, LINK = 40, 128, 500.0, 400.0
 
