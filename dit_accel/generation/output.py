@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dit_accel.errors import DitAccelError
 from dit_accel.files import MARK
@@ -112,19 +113,27 @@ def side_by_side(left: np.ndarray, right: np.ndarray, captions: tuple[str, str],
     left, right = (clip.repeat(factor, axis=1).repeat(factor, axis=2) for clip in (left, right))
     frames, height, width = left.shape[:3]
     size = max(13, width // 24)
-    line = 2 * size
-    canvas = Image.new("RGB", (2 * width + MARGIN, height + 2 * line), "white")
+    font = ImageFont.load_default(size=size)
+    texts = [_wrapped(text, width, font) for text in captions] + [_wrapped(footer, 2 * width, font)]
+    top, below = ((max(map(len, lines)) + 1) * size for lines in (texts[:2], texts[2:]))
+    canvas = Image.new("RGB", (2 * width + MARGIN, top + height + below), "white")
     draw = ImageDraw.Draw(canvas)
-
-    def write(text: str, x: int, y: int, room: int) -> None:
-        font = ImageFont.load_default(size=size)
-        font = ImageFont.load_default(size=size * min(1.0, room / draw.textlength(text, font)))
-        draw.text((x, y), text, fill="black", font=font, anchor="mm")
-
-    for i, caption in enumerate(captions):
-        write(caption, i * (width + MARGIN) + width // 2, line // 2, width)
-    write(footer, canvas.width // 2, height + line + line // 2, canvas.width)
+    middle, centre = width // 2, canvas.width // 2
+    places = ((middle, top // 2), (width + MARGIN + middle, top // 2), (centre, top + height + below // 2))
+    for lines, place in zip(texts, places, strict=True):
+        draw.multiline_text(place, "\n".join(lines), fill="black", font=font, anchor="mm", align="center", spacing=0)
     shown = np.repeat(np.asarray(canvas)[None], frames, axis=0)
-    shown[:, line : line + height, :width] = left
-    shown[:, line : line + height, width + MARGIN :] = right
+    shown[:, top : top + height, :width] = left
+    shown[:, top : top + height, width + MARGIN :] = right
     return shown
+
+
+def _wrapped(text: str, room: int, font: Any) -> list[str]:
+    """Lines of at most `room` pixels, broken at spaces and after commas, and within words that are longer."""
+    lines = [""]
+    for word in re.findall(r"[^\s,]*,?\s*", text):
+        for part in [word] if font.getlength(word.rstrip()) <= room else word:
+            if lines[-1] and font.getlength(lines[-1] + part.rstrip()) > room:
+                lines.append("")
+            lines[-1] += part
+    return [line.rstrip() for line in lines]

@@ -40,14 +40,18 @@ def test_png_is_exact(tmp_path):
 
 def test_side_by_side_holds_both_clips():
     left, right = clip(), 255 - clip()
-    shown = output.side_by_side(left, right, ("left", "a caption far longer than the clip is wide " * 3), "both")
+    caption = "a caption far longer than the clip is wide " + 30 * "and-without-a-space"
+    shown = output.side_by_side(left, right, ("left", caption), "both")
     factor = 256 // 16
     width = 24 * factor
-    rows = (shown.shape[1] - 16 * factor) // 2
+    rows = shown.shape[1] - 16 * factor - 2 * (width // 24)  # below: a line and space of half a line on both sides
     inside = shown[:, rows : rows + 16 * factor : factor]
     assert np.array_equal(inside[:, :, :width:factor], left)
     assert np.array_equal(inside[:, :, width + output.MARGIN :: factor], right)
-    assert (shown[:, :rows] < 128).any(), "no caption is drawn"
+    assert (shown[:, :rows, :width] < 128).any(), "no caption is drawn"
+    lines = (shown[0, :rows, width + output.MARGIN :] < 128).any((1, 2))
+    assert np.count_nonzero(lines[1:] & ~lines[:-1]) > 4, "the caption has no lines"
+    assert (shown[:, :rows, width : width + output.MARGIN] == 255).all(), "a caption is wider than its clip"
 
 
 @pytest.mark.parametrize("ending", ["mp4", "gif", "png"])
