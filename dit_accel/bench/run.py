@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dit_accel import registry
+from dit_accel.bench import balance
 from dit_accel.bench.gate import Inexact, Problem, check
 from dit_accel.bench.rows import OutOfReach, Row
 from dit_accel.bench.timing import Call, alternate, profile, quantiles
@@ -254,7 +255,7 @@ def count(row: Row) -> dict[str, Any]:
 
     Returns:
         `tflop`: least and most, of the attended pairs; `block_tflop`: of the blocks that a kernel visits, None if only
-        a call tells; `dense_tflop`: of all pairs.
+        a call tells; `dense_tflop`: of all pairs; `ulysses`: by number of GPUs, as in `balance.of_method`.
     """
     shape = row.shape
     made = row.target.setting_on(shape.grid).plan(shape.grid)
@@ -269,4 +270,5 @@ def count(row: Row) -> dict[str, Any]:
             blocks = made.block_mask()
             computed = blocks.visited * blocks.query_order.block * blocks.key_order.block * each * made.head_share
     found = {"tflop": [pairs * each for pairs in bounds], "block_tflop": computed}
-    return {**row.as_dict(), **found, "dense_tflop": shape.tokens**2 * each}
+    shared = balance.of_method(row.target.method, shape.heads)
+    return {**row.as_dict(), **found, "dense_tflop": shape.tokens**2 * each, "ulysses": shared}

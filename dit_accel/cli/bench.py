@@ -87,12 +87,20 @@ def bench(given: dict[str, Any]) -> int:
         _refuse("--count counts the work of operators", given, ("list", "output", "picture"))
         from dit_accel.bench.run import count
 
+        balances: dict[tuple[str, int], dict[int, tuple[float, float]]] = {}
         for row in _chosen(options, None):
             work = count(row)
             least, most = work["tflop"]
             span = f"{least:.4g}" if least == most else f"{least:.4g} to {most:.4g}"
             text = f"{row.name}: {span} of {work['dense_tflop']:.4g} TFLOP"
             typer.echo(json.dumps(work) if options.json else text)
+            balances[row.target.method, row.shape.heads] = work["ulysses"]
+        for (method, heads), balance in balances.items() if not options.json else ():
+            for gpus, (before, after) in balance.items():
+                typer.echo(
+                    f"{method} at its defaults, {heads} heads, {gpus} GPUs by Ulysses: the busiest has {before:.3f} "
+                    f"times the mean, {after:.3f} if heads are given by the last step (simulated)"
+                )
         return 0
     if options.list:
         rows = _chosen(options, None)

@@ -140,6 +140,8 @@ class TestSettings:
         assert every > causal["block_tflop"] > causal["tflop"][0]  # blocks on the diagonal are computed whole
         routed = found["longca-8k/sparge:topk=0.0,topp=0.5/-"]  # from one block of 64 keys in a row to all
         assert routed["tflop"] == [pytest.approx(every / 128), every] and routed["block_tflop"] is None
+        assert set(routed["ulysses"]) == {2, 4, 8} and not causal["ulysses"]
+        assert all(1 <= after < before < 2 for before, after in routed["ulysses"].values())
         shared = next(row for row in bench_rows.select(["longca-8k-cp8"], directions=["backward"]))
         assert count(shared)["tflop"][0] == pytest.approx(every / 8 * 2.5)
 
