@@ -158,6 +158,7 @@ class Accelerator:
             layers=[layer.report(engine.name) for engine in self._engines for layer in engine.layers],
             cache=CacheReport.joined([engine.cache.report() for engine in self._engines if engine.cache is not None]),
             notes=list(dict.fromkeys((*self._notes, *(note for engine in self._engines for note in engine.all_notes)))),
+            traffic={engine.name: engine.traffic for engine in self._engines if engine.traffic.calls},
         )
 
     def _densities(self) -> dict[str, float | None]:

@@ -242,7 +242,6 @@ def _forecast(plan: Plan, options: PlanOptions) -> dict[str, Any]:
         "traffic_ms": traffic,
         "one_gpu_ms": alone,
         "speedup": {"traffic after compute": alone / (compute + traffic), "hidden": alone / max(compute, traffic)},
-        "runs": several.ring == 1,
     }
 
 
@@ -259,8 +258,6 @@ def _print_forecast(facts: dict[str, Any], as_json: bool) -> None:
     if facts["transfers_of_dense"]:
         typer.echo(f"ring transfers {facts['transfers']} of {facts['transfers_of_dense']}: the others are never read")
     typer.echo(f"speed-up {slow:.2f} times one GPU, {hidden:.2f} if traffic hides behind compute")
-    if not facts["runs"]:
-        typer.echo("note: a run refuses a ring with a method; this is a prediction alone")
 
 
 def _print_table(facts: dict[str, Any]) -> None:

@@ -23,7 +23,7 @@ from dit_accel.hooks.several import Several
 from dit_accel.hooks.steps import StepClock
 from dit_accel.kernels.impls import Impl
 from dit_accel.method import Method
-from dit_accel.pipelines import context_parallel, processor
+from dit_accel.pipelines import processor
 from dit_accel.pipelines.anchors import AnchorTokens
 from dit_accel.pipelines.attention import AtWork, CallState
 from dit_accel.pipelines.family import Family, Memory, ModelCall
@@ -93,6 +93,7 @@ class Engine(AtWork):
         self._anchors = AnchorTokens(transformer, family) if anchored else None
         self._dense_backend = DenseBackend(setting.dense_backend, self._device, self.layers)
         self._several = Several(transformer, family, family.heads(self.layers[0].attention), setting.dense_backend)
+        self.traffic = self._several.traffic
         check.refuse_shared(ramps.at(layer.config) for layer in self.layers if layer.config is not None)
         self.level: Level | None = None
         self.cache: CacheAtWork | None = None
@@ -288,7 +289,8 @@ class Engine(AtWork):
             self._measure_densities(plan, (config, sees_text), call.device)
             text = (layout.text_lens, layout.text_bias, layout.rows) if sees_text else (None, None, None)
             segments = layout.segments if sees_text else ()
-            state.set(plan, *text, segments, ulysses=context_parallel.sharing(module, plan.grid))
+            shared = self._several.sharing(plan, layout, self._watching.listening)
+            state.set(plan, *text, segments, ulysses=shared)
             _, state.impl, _ = last
         if any(state.sparse for state in self._states.values()):
             self._watch_layers()

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from dit_accel.caches.record import CacheReport
+from dit_accel.pipelines.ring import Traffic
 from dit_accel.setting import Setting
 
 NOTHING_GAINED = "kept every pair: nothing was gained"
@@ -83,6 +84,7 @@ class Report:
         layers: in the order they run.
         notes: further remarks.
         cache: what the step cache did; None without one.
+        traffic: by transformer, what this process has exchanged, if processes share the tokens.
     """
 
     setting: Setting
@@ -92,6 +94,7 @@ class Report:
     layers: list[LayerReport]
     notes: list[str] = dataclasses.field(default_factory=list)
     cache: CacheReport | None = None
+    traffic: dict[str, Traffic] = dataclasses.field(default_factory=dict)
 
     @property
     def sparse_calls(self) -> int:
@@ -151,6 +154,7 @@ class Report:
             lines.append(f"  {transformer}: {len(layers)} layers, {count} calls")
             lines += [f"    layers {span}: {text}" for span, text in _grouped(layers)]
         lines += [] if self.cache is None else [f"  {line}" for line in self.cache.lines()]
+        lines += [f"  {transformer}: {traffic}" for transformer, traffic in self.traffic.items()]
         return "\n".join(lines + [f"  note: {note}" for note in self.notes])
 
     def _grid_lines(self) -> list[str]:

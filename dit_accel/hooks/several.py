@@ -31,12 +31,16 @@ class Several:
         transformer, family: the engine's.
         heads: of an attention layer.
         dense_backend: the setting of the dense layers' own attention; None without one.
+
+    Attributes:
+        traffic: what this process has exchanged in attention calls.
     """
 
     def __init__(self, transformer: nn.Module, family: Family, heads: int, dense_backend: str | None) -> None:
         self._transformer, self._family, self._heads, self._backend = transformer, family, heads, dense_backend
         self._checked: Any | None = None
         self._plans: dict[TokenGrid, Plan] = {}
+        self.traffic = context_parallel.Traffic()
 
     @property
     def attends(self) -> bool:
@@ -64,7 +68,31 @@ class Several:
     def add_up(self) -> Callable[[torch.Tensor], torch.Tensor] | None:
         """Sums a tensor over the processes that share a sequence; None without them."""
         config = context_parallel.config_of(self._transformer)
-        return None if config is None else context_parallel.Ulysses(config._ulysses_mesh.get_group(), 0, ()).add_up
+        return None if config is None else context_parallel.Ulysses(config._flattened_mesh.get_group(), 0, ()).add_up
+
+    def sharing(self, plan: Plan, layout: CallLayout, watched: bool = False) -> context_parallel.Ulysses | None:
+        """How the sequence of a call with this plan is shared; None if one process holds it all.
+
+        Raises:
+            DitAccelError: the call cannot run in a ring. `watched` ones cannot: no process sees q, k and v whole.
+        """
+        shared = context_parallel.sharing(self._transformer, plan.grid, self.traffic)
+        if shared is None or shared.ring is None:
+            return shared
+        obstacles = {
+            plan.needs_whole or "": True,
+            "its sequence is not in the order of its grid": layout.rows is not None,
+            "its mask adds a bias to text": layout.text_bias is not None,
+            "its text has keys and no queries": self._family.text_is_keys,
+            "verify and watchers compare whole sequences": watched,
+        }
+        reason = next((text for text, holds in obstacles.items() if text and holds), None)
+        if reason is not None:
+            raise DitAccelError(
+                f"{plan.method} cannot run {type(self._transformer).__name__} in a ring, where each process holds a "
+                f"range of the sequence: {reason}. Call parallelize(pipe) without ring."
+            )
+        return shared
 
     def begin(self, layout: CallLayout) -> None:
         """Tell the hooks how many tokens the call has."""
@@ -88,7 +116,8 @@ class Several:
                 with building():
                     self._plans = {**dict(list(self._plans.items())[-3:]), grid: plan(DENSE, grid)}
             text = (layout.text_lens, layout.text_bias, layout.rows) if sees_text else (None, None, None)
-            state.set(self._plans[grid], *text, ulysses=context_parallel.sharing(self._transformer, grid), dense=True)
+            dense = self._plans[grid]
+            state.set(dense, *text, ulysses=self.sharing(dense, layout), dense=True)
             state.impl = AUTO
 
     def refuse_dropped(self, names: Iterable[str]) -> None:

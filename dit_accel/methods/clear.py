@@ -107,6 +107,10 @@ class PooledPlan(MaskPlan):
         super().__init__("clear", config, grid, mask, order="tile")
         self.cells = TokenGrid(grid.frames, grid.height // config.pool, grid.width // config.pool)
 
+    @property
+    def needs_whole(self) -> str | None:
+        return "it pools the whole picture into cells"
+
     @functools.cached_property
     def pairs(self) -> int:
         """With the pairs of a visual query and a cell."""

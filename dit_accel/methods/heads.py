@@ -61,6 +61,10 @@ class HeadsPlan(DensePlan):
         self.head_share = config.head_share
         self._indices: dict[tuple[torch.device, int, int], Tensor] = {}
 
+    @property
+    def needs_whole(self) -> str | None:
+        return "it leaves out heads of the whole sequence"
+
     @functools.cached_property
     def pairs(self) -> int:
         """Pairs of a head, text included, as a mean over all heads."""

@@ -148,6 +148,10 @@ class MohPlan(DensePlan):
         super().__init__("moh", config, grid)
         self.head_share = self.density
 
+    @property
+    def needs_whole(self) -> str | None:
+        return "it chooses heads of the whole sequence in each call"
+
     @functools.cached_property
     def pairs(self) -> int:
         """Pairs of a head, text included, as a mean over all heads."""

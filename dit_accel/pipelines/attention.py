@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import itertools
 import weakref
 from collections.abc import Callable, Iterator
@@ -26,7 +27,7 @@ from dit_accel.errors import DitAccelError
 from dit_accel.kernels.impls import Impl
 from dit_accel.pipelines.context_parallel import Ulysses
 from dit_accel.plans.kept import ListMemory
-from dit_accel.plans.plan import Plan, building
+from dit_accel.plans.plan import Plan, PlanCall, building
 
 Watch = Callable[[Tensor, Tensor, Tensor, Tensor, "float | None", "CallState"], None]
 
@@ -225,11 +226,13 @@ class LayerAttention(AtWork):
         text_lens, text_bias = state.text_of(len(q))
         held = None if ulysses is None else (ulysses.first_head(heads), heads)
         memory = None if state.step is None else ListMemory(*state.step, self.kept)
-        out = state.plan.attend(
-            q, k, v, scale=scale, text_lens=text_lens, text_bias=text_bias, impl=state.impl, module=self.learned,
+        call = PlanCall(
+            scale=scale, text_lens=text_lens, text_bias=text_bias, impl=state.impl, module=self.learned,
             density_sum=self.density_sum, heads=held, memory=memory, gate=gate,
             segments=state.segments,
         )  # fmt: skip
+        run = state.plan.run if ulysses is None else functools.partial(ulysses.attend, state.plan)
+        out = run(q, k, v, call)
         if self.watch is not None and not state.dense:
             self.watch(q, k, v, out, scale, state)
         if rows is not None:

@@ -1,9 +1,10 @@
-"""Context parallelism (Diffusers' Ulysses) around an accelerated attention call.
+"""Context parallelism around an accelerated attention call: Ulysses, a ring (`pipelines.ring`), or both.
 
 Diffusers gives each process a share of the sequence. An all-to-all before attention gives each process the whole
 sequence for a share of the heads; a second one undoes it. Text and image are sharded separately: process r holds
 ``[text_r | image_r]``. The gathered sequence is put into model order, and the output back into each process's order.
-Lengths and heads that do not divide by the number of processes are shared as evenly as possible.
+Lengths and heads that do not divide by the number of processes are shared as evenly as possible. In a ring, groups of
+neighbouring processes do this with a range of the sequence each.
 
 Source: DeepSpeed Ulysses, arXiv:2309.14509; the sharding is that of ``diffusers/hooks/context_parallel.py``.
 """
@@ -19,8 +20,10 @@ import torch
 from torch import nn
 
 from dit_accel.errors import DitAccelError
+from dit_accel.pipelines.ring import Ring, Traffic
 from dit_accel.pipelines.sharding import Shares, exchange, shared_of
-from dit_accel.plans.several_gpus import even_shares
+from dit_accel.plans.plan import Plan, PlanCall
+from dit_accel.plans.ranges import even_shares, ranges_of, streams_of
 from dit_accel.tokens import TokenGrid
 
 
@@ -32,11 +35,15 @@ class Ulysses:
         group: the processes.
         rank: of this process in the group.
         parts: for each separately sharded part of the sequence, in model order, the tokens of each process.
+        traffic: counts.
+        ring: the processes that hold the other ranges of the sequence; None if the group holds all of it.
     """
 
     group: Any
     rank: int
     parts: tuple[Shares, ...]
+    traffic: Traffic = dataclasses.field(default_factory=Traffic)
+    ring: Ring | None = None
 
     @property
     def tokens(self) -> Shares:
@@ -47,11 +54,16 @@ class Ulysses:
         """The first of a layer's `heads` that this process computes."""
         return sum(even_shares(heads, len(self.tokens))[: self.rank])
 
+    def attend(self, plan: Plan, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: PlanCall) -> torch.Tensor:
+        """The plan's attention of what the group has gathered, as `Plan.run`."""
+        self.traffic.calls += 1
+        return plan.run(q, k, v, call) if self.ring is None else self.ring.attend(plan, q, k, v, call)
+
     @exchange
     def gather(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """This process's heads of the whole sequence: [B, H, n, D] each to [B, h, N, D] in model order."""
+        """This process's heads of all the group's tokens: [B, H, n, D] each to [B, h, N, D] in model order."""
         stacked = torch.stack((q, k, v))
         _, batch, heads, _, dim = stacked.shape
         shares = even_shares(heads, len(self.tokens))
@@ -84,6 +96,9 @@ class Ulysses:
         """Send the r-th tensor to process r, receive one of the r-th shape from it; differentiable and traceable."""
         from torch.distributed import _functional_collectives as collectives
 
+        if len(shapes) == 1:
+            return [sent[0]]
+        self.traffic.exchanged += sum(tensor.numel() for rank, tensor in enumerate(sent) if rank != self.rank)
         sizes = [torch.Size(shape).numel() for shape in shapes]
         flat = torch.cat([tensor.reshape(-1) for tensor in sent])
         received = collectives.all_to_all_single_autograd(flat, sizes, [tensor.numel() for tensor in sent], self.group)
@@ -99,16 +114,15 @@ def check(transformer: nn.Module, heads: int) -> None:
     """Refuse settings that no call can run with.
 
     Raises:
-        DitAccelError: the model is sharded by an unknown plan or in a ring, or has too few heads.
+        DitAccelError: the model is sharded by an unknown plan or in Diffusers' ring, or has too few heads.
     """
     config, name = config_of(transformer), type(transformer).__name__
     if config is None:
         return
-    if config.ring_degree > 1:
-        ranks = config.ring_degree * config.ulysses_degree
+    if config.ring_degree > 1 and shared_of(transformer) is None:
         raise DitAccelError(
-            f"{name} runs with ring_degree={config.ring_degree}: a process in a ring never holds all the keys, from "
-            f"which a method selects. Use ContextParallelConfig(ulysses_degree={ranks}), or leave the model dense."
+            f"{name} runs with ring_degree={config.ring_degree} of enable_parallelism, whose ring knows no method. "
+            f"Call dit_accel.parallelize(pipe, ring={config.ring_degree}) in its place."
         )
     if shared_of(transformer) is None and not _shares_as_declared(transformer):
         raise DitAccelError(
@@ -117,7 +131,7 @@ def check(transformer: nn.Module, heads: int) -> None:
             "its argument cp_plan."
         )
     ranks = config.ulysses_degree
-    if heads < ranks or (heads % ranks and not config.ulysses_anything):
+    if heads < ranks or (heads % ranks and not _shares_anything(transformer)):
         advice = (
             f"use at most {heads} processes for one sequence"
             if heads < ranks
@@ -126,7 +140,7 @@ def check(transformer: nn.Module, heads: int) -> None:
         raise DitAccelError(f"{name} has {heads} attention heads, which {ranks} processes cannot share: {advice}.")
 
 
-def sharing(transformer: nn.Module, grid: TokenGrid) -> Ulysses | None:
+def sharing(transformer: nn.Module, grid: TokenGrid, traffic: Traffic) -> Ulysses | None:
     """How a call's sequence is sharded; None if one process holds it all.
 
     Raises:
@@ -135,26 +149,23 @@ def sharing(transformer: nn.Module, grid: TokenGrid) -> Ulysses | None:
     config = config_of(transformer)
     if config is None:
         return None
-    ranks = config.ulysses_degree
-    lengths = _parts(transformer, grid)
-    for length in lengths:
-        if length < ranks or (length % ranks and not config.ulysses_anything):
+    ulysses, separate = config.ulysses_degree, _separate(transformer)
+    ranks, parts = ulysses * config.ring_degree, []
+    for start, stop in streams_of(grid, separate):
+        length = stop - start
+        if length < ranks or (length % ranks and not _shares_anything(transformer)):
             raise DitAccelError(
                 f"{type(transformer).__name__} with {grid} shares {length} tokens among {ranks} processes, which does "
                 "not divide evenly: pass ulysses_anything=True to ContextParallelConfig, or choose another size."
             )
+        first = config._ring_local_rank * ulysses if config.ring_degree > 1 else 0
+        parts.append(even_shares(length, ranks)[first : first + ulysses])
+    ring = None
+    if config.ring_degree > 1:
+        ranges = ranges_of(grid, ulysses, config.ring_degree, separate)
+        ring = Ring(config._ring_mesh.get_group(), config._ring_local_rank, ranges, traffic)
     mesh = config._ulysses_mesh
-    return Ulysses(mesh.get_group(), mesh.get_local_rank(), tuple(even_shares(length, ranks) for length in lengths))
-
-
-def _parts(transformer: nn.Module, grid: TokenGrid) -> tuple[int, ...]:
-    """Lengths of the separately sharded parts of the sequence, in model order."""
-    image = grid.visual + grid.conditioning
-    if not grid.text:
-        return (image,)
-    if not _separate(transformer):
-        return (grid.tokens,)
-    return (grid.text, image) if grid.text_first else (image, grid.text)
+    return Ulysses(mesh.get_group(), mesh.get_local_rank(), tuple(parts), traffic, ring)
 
 
 def streams(transformer: nn.Module, grid: TokenGrid) -> tuple[int, int]:
@@ -170,6 +181,11 @@ def _separate(transformer: nn.Module) -> bool:
     plan: Any = transformer._cp_plan
     both = {"hidden_states", "encoder_hidden_states"}
     return any(isinstance(inputs, dict) and both <= inputs.keys() for inputs in plan.values())
+
+
+def _shares_anything(transformer: nn.Module) -> bool:
+    """Whether lengths and heads need not divide by the number of processes."""
+    return shared_of(transformer) is not None or config_of(transformer).ulysses_anything  # type: ignore[union-attr]
 
 
 def _shares_as_declared(transformer: nn.Module) -> bool:

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from dit_accel.errors import DitAccelError, first_line, lost_process
-from dit_accel.plans.several_gpus import even_shares
+from dit_accel.plans.ranges import even_shares
 
 IMAGE_TOKENS, TEXT_TOKENS = 0, 1  # streams of tokens that are shared separately; conditioning tokens are the image's
 ATTRIBUTE = "_dit_accel_shared"  # of a transformer: its `Shared`

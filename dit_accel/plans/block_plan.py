@@ -51,6 +51,9 @@ class BlockPlan(StaticPlan):
     def allowed(self, query: Tensor, key: Tensor) -> Tensor:
         return self._visited.to(query.device)[query // self.block, key // self.block]
 
+    def raster_map(self) -> tuple[Tensor, int]:
+        return self._visited, self.block
+
     def block_mask(
         self,
         block_q: int | None = None,

@@ -95,6 +95,11 @@ class Plan(Kernels):
         self.built: dict[Any, Any] = {}
 
     @property
+    def needs_whole(self) -> str | None:
+        """Why a process needs the whole sequence; None if it can attend with some queries to some keys at a time."""
+        return "it chooses keys of the whole sequence in each call"
+
+    @property
     @abc.abstractmethod
     def pairs(self) -> int | None:
         """Number of attended (query, key) pairs, text included. A routed plan has an upper bound or None."""

@@ -1,7 +1,7 @@
-"""What several GPUs would have to do in one layer's attention: pairs, traffic and balance, from counts alone.
+"""What several GPUs have to do in one layer's attention: pairs, traffic and balance, from counts alone.
 
-The sequence lies in `ring` ranges of visual tokens, one range a Ulysses group; text and conditioning tokens are cut the
-same way. Within a group an all-to-all gives every GPU the group's tokens for a share of the heads (DeepSpeed Ulysses,
+The sequence lies in `ring` ranges, one range a Ulysses group: a run of the visual and conditioning tokens, and a run of
+the text. Within a group an all-to-all gives every GPU the group's tokens for a share of the heads (DeepSpeed Ulysses,
 arXiv:2309.14509). A group then needs the keys and values of those other ranges that its visual queries attend to (ring
 attention, arXiv:2310.01889); the others are not sent. Text and conditioning attend to everything, so their queries
 travel instead: every group attends with them to its own keys, and the partial results are merged. `ring=1` is Ulysses
@@ -17,13 +17,11 @@ from typing import Literal
 import torch
 
 from dit_accel.errors import DitAccelError
-from dit_accel.order import TokenOrder
 from dit_accel.plans.plan import Plan, building
+from dit_accel.plans.ranges import Range, even_shares, ranges_of, reads, streams_of
 from dit_accel.plans.static import MaskPlan
 
 Parallel = Literal["ulysses", "ring", "unified"]
-MOST_TOKENS = 2**14  # in a block whose pairs are counted: their number fits in 32 bits
-BLOCKS = 2**11  # of the whole sequence
 MOST_GPUS = 256
 
 
@@ -34,7 +32,7 @@ class Work:
     Args:
         pairs: attended (query, key) pairs, over its heads.
         exchanged: values that it sends in the all-to-alls before and after attention.
-        fetched: values that it receives from other ranges.
+        fetched: values that it receives from other ranges. `pipelines.ring.Traffic` counts both in a run.
     """
 
     pairs: int
@@ -73,12 +71,6 @@ class Forecast:
         return max(work.exchanged + work.fetched for work in self.work) * 2 / link / 1e6
 
 
-def even_shares(total: int, ranks: int) -> tuple[int, ...]:
-    """Shares as in `torch.tensor_split`: the first `total % ranks` shares are larger by one."""
-    share, rest = divmod(total, ranks)
-    return tuple(share + (rank < rest) for rank in range(ranks))
-
-
 def degrees(parallel: Parallel, gpus: int, heads: int) -> tuple[int, int]:
     """Ulysses and ring degree of so many GPUs; "unified" takes the largest Ulysses degree that divides the heads.
 
@@ -91,13 +83,16 @@ def degrees(parallel: Parallel, gpus: int, heads: int) -> tuple[int, int]:
     return ulysses, gpus // ulysses
 
 
-def forecast(plan: Plan, gpus: int, parallel: Parallel, heads: int, head_dim: int) -> Forecast:
+def forecast(
+    plan: Plan, gpus: int, parallel: Parallel, heads: int, head_dim: int, *, separate: bool = True
+) -> Forecast:
     """What each of several GPUs does in one layer's attention.
 
     Args:
         plan: of a static method that is exact to the token.
         gpus: how many share one sample, at least 1.
         heads, head_dim: of the layer.
+        separate: as in `pipelines.sharding.Sharding`.
 
     Raises:
         DitAccelError: the plan's pairs are not known before the call, there are too many GPUs for the tokens or the
@@ -114,40 +109,35 @@ def forecast(plan: Plan, gpus: int, parallel: Parallel, heads: int, head_dim: in
         raise DitAccelError(
             f"At most {min(grid.visual, MOST_GPUS)} GPUs share {grid.visual:,} visual tokens, got {gpus}."
         )
-    between = range_pairs(plan, ring)
+    ranges = ranges_of(grid, ulysses, ring, separate)
+    between, needed = range_pairs(plan, ranges), reads(plan, ranges)
+    needed = needed & ~torch.eye(ring, dtype=torch.bool)
     dense = grid.tokens - grid.visual
-    visual, around = even_shares(grid.visual, ring), even_shares(dense, ring)
-    tokens = [sum(both) for both in zip(visual, around, strict=True)]
-    needed = between > 0
-    needed.fill_diagonal_(False)
+    streams = [even_shares(stop - start, gpus) for start, stop in streams_of(grid, separate)]
+    shares = [sum(each) for each in zip(*streams, strict=True)]
     work = []
-    for index in range(ring):
-        pairs = int(between[index].sum()) + visual[index] * dense + dense * tokens[index]
-        others = dense - around[index]
-        keys = sum(visual[other] for other in range(ring) if needed[index, other]) + others
-        fetched = (
-            2 * keys + others + (ring - 1) * around[index]
-        )  # keys and values; dense queries; their partial results
-        for mine, held in zip(even_shares(heads, ulysses), even_shares(tokens[index], ulysses), strict=True):
-            sent = 3 * held * (heads - mine) + mine * (tokens[index] - held)
-            work.append(Work(pairs * mine, sent * head_dim, fetched * mine * head_dim))
+    for index, mine in enumerate(ranges):
+        pairs = int(between[index].sum()) + mine.visual_tokens * dense + dense * mine.tokens
+        others, around = dense - mine.dense_tokens, mine.dense_tokens
+        keys = sum(ranges[other].visual_tokens for other in needed[index].nonzero().flatten().tolist()) + others
+        # keys and values; dense queries; their partial results, of which each has a log-sum-exp
+        fetched = (2 * keys + others + (ring - 1) * around) * head_dim + (ring - 1) * around
+        held_by = shares[index * ulysses : (index + 1) * ulysses]
+        for own_heads, held in zip(even_shares(heads, ulysses), held_by, strict=True):
+            sent = 3 * held * (heads - own_heads) + own_heads * (mine.tokens - held)
+            work.append(Work(pairs * own_heads, sent * head_dim, fetched * own_heads))
     return Forecast(ulysses, ring, tuple(work), int(needed.sum()), ring * (ring - 1))
 
 
 @building()
-def range_pairs(plan: MaskPlan, ranges: int) -> torch.Tensor:
-    """Visual pairs between even ranges of the sequence, int64 [queries' ranges, keys' ranges].
+def range_pairs(plan: MaskPlan, ranges: tuple[Range, ...]) -> torch.Tensor:
+    """Visual pairs between ranges of the sequence, int64 [queries' ranges, keys' ranges].
 
-    Ranges are runs of whole blocks here, so a range may differ from `even_shares` by less than a block.
+    A block of `raster_counts` counts for the range of its middle, so a count may be wrong by less than a block.
     """
-    visual = plan.grid.visual
-    size = max(math.ceil(visual / BLOCKS), 1)
-    if size > MOST_TOKENS:
-        raise DitAccelError(f"A forecast counts at most {BLOCKS * MOST_TOKENS:,} visual tokens, got {visual:,}.")
-    order = TokenOrder(plan.grid, size)
-    counts = plan.mask.block_pairs(order, order).long()
-    middle = (torch.arange(order.visual_blocks) * size + size // 2).clamp(max=visual - 1)
-    ends = torch.tensor(even_shares(visual, ranges)).cumsum(0)
+    counts, size = plan.raster_counts()
+    middle = (torch.arange(len(counts)) * size + size // 2).clamp(max=plan.grid.visual - 1)
+    ends = torch.tensor([each.visual_tokens for each in ranges]).cumsum(0)
     owner = torch.searchsorted(ends, middle, right=True)
-    rows = torch.zeros(ranges, counts.shape[1], dtype=torch.int64).index_add_(0, owner, counts)
-    return torch.zeros(ranges, ranges, dtype=torch.int64).index_add_(1, owner, rows)
+    rows = torch.zeros(len(ranges), len(counts), dtype=torch.int64).index_add_(0, owner, counts.long())
+    return torch.zeros(len(ranges), len(ranges), dtype=torch.int64).index_add_(1, owner, rows)

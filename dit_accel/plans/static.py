@@ -32,6 +32,7 @@ from dit_accel.tokens import TokenGrid
 
 Order = Literal["raster", "tile"]
 TOKEN_MASK_LIMIT = 20_000
+MAP_BLOCKS, MOST_MAPPED = 2**11, 2**14  # of a sequence, and tokens in each: pairs of two blocks fit in 32 bits
 
 
 class StaticPlan(Plan):
@@ -71,6 +72,17 @@ class StaticPlan(Plan):
         mask = torch.ones(grid.tokens, grid.tokens, dtype=torch.bool)
         mask[grid.visual_rows, grid.visual_rows] = self.allowed(visual[:, None], visual[None, :])
         return mask
+
+    @property
+    def needs_whole(self) -> str | None:
+        return None if self.config.share == "none" else "it keeps the whole sequence between steps"
+
+    @abc.abstractmethod
+    def raster_map(self) -> tuple[torch.Tensor, int]:
+        """The blocks of visual keys that visual queries of a block attend to, bool [blocks, blocks], and their tokens.
+
+        Blocks are in raster order, at most `MAP_BLOCKS` unless the plan is defined on blocks.
+        """
 
     def tables(self) -> torch.Tensor | None:
         """The packed tables that decide the pairs of partial blocks; None if blocks are attended whole."""
@@ -148,6 +160,25 @@ class MaskPlan(StaticPlan):
 
     def allowed(self, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
         return self.mask.allowed(query, key)
+
+    def raster_map(self) -> tuple[torch.Tensor, int]:
+        counts, size = self.raster_counts()
+        return counts > 0, size
+
+    def raster_counts(self) -> tuple[torch.Tensor, int]:
+        """The visual pairs between blocks in raster order, int32 [blocks, blocks], and the tokens of a block.
+
+        Raises:
+            DitAccelError: a count may not fit in 32 bits.
+        """
+        size = math.ceil(self.grid.visual / MAP_BLOCKS)
+        if size > MOST_MAPPED:
+            raise DitAccelError(
+                f"Pairs between ranges are counted for at most {MAP_BLOCKS * MOST_MAPPED:,} visual tokens, got "
+                f"{self.grid.visual:,}."
+            )
+        order = TokenOrder(self.grid, size)
+        return self.mask.block_pairs(order, order), size
 
     @building()
     def block_mask(

@@ -269,6 +269,11 @@ class Placement:
         counts = grid.visual, grid.conditioning, grid.text
         return torch.cat([torch.arange(first, first + n) for first, n in zip(firsts, counts, strict=True)])
 
+    def rows(self, geometry: Geometry) -> tuple[torch.Tensor, torch.Tensor]:
+        """Row in memory of every canonical token of queries and keys: int64 [tokens]."""
+        queries, keys = geometry.orders
+        return query_placement(geometry, self).positions(queries.grid), self.positions(keys.grid)
+
 
 def read_placements(geometry: Geometry, batch: int, tokens: int, segments: Segments) -> list[Placement]:
     """Where the keys of each sample lie; waits for the device.

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -38,21 +38,24 @@ from dit_accel.kernels.block_sparse.geometry import (
     query_placement,
     read_placements,
 )
-from dit_accel.kernels.block_sparse.prepare import Batch, PreparationCache, as_bias, check_lists
+from dit_accel.kernels.block_sparse.held import Held, HeldPlacement
+from dit_accel.kernels.block_sparse.prepare import HELD_ENTRIES, Batch, PreparationCache, as_bias, check_lists
 
 GROUP_BYTES = 32 << 20  # of queries, keys and values of a group; above, its heads are computed in turn
 
-preparations = PreparationCache()
+preparations, held_preparations = PreparationCache(), PreparationCache(HELD_ENTRIES)
 
 
-def forward(call: BlockSparseCall) -> tuple[Tensor, Tensor]:
-    """Output [B, H, Nq, D], in memory [B, Nq, H, D], and LSE [B, H, Nq]."""
-    q, k, v, lists, segments, geometry, scale = call
-    places = read_placements(geometry, len(q), k.shape[2], segments)
+def forward(call: BlockSparseCall, held: Held | None = None) -> tuple[Tensor, Tensor]:
+    """Output [B, H, Nq, D], in memory [B, Nq, H, D], and LSE [B, H, Nq].
+
+    With `held` rows are the held tokens, lists have no head axis, and of `call.segments` `text_len` alone counts.
+    """
+    q, k, v, lists, _, geometry, scale = call
     if lists.indices.ndim == 4:
-        return _forward_by_head(call, places)
+        return _forward_by_head(call, read_placements(geometry, len(q), k.shape[2], call.segments))
     out, lse = empty_output(q)
-    batches = preparations.get(lists, geometry, q.device)
+    places, batches = _prepared(call, held)
     # a row's results may be merged several times, and are rounded once
     kind = torch.promote_types(q.dtype, torch.float32) if any(batch.merged for batch in batches) else q.dtype
     for b, place in enumerate(places):
@@ -76,15 +79,20 @@ def forward(call: BlockSparseCall) -> tuple[Tensor, Tensor]:
 
 
 def backward(
-    grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, call: BlockSparseCall
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    call: BlockSparseCall,
+    held: Held | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v, in memory [B, N, H, D]."""
-    q, k, v, lists, segments, geometry, scale = call
-    places = read_placements(geometry, len(q), k.shape[2], segments)
+    """Gradients of q, k and v, in memory [B, N, H, D]; `out` and `lse` may come from more keys than the call has."""
+    q, k, v, lists, _, geometry, scale = call
     if lists.indices.ndim == 4:
+        places = read_placements(geometry, len(q), k.shape[2], call.segments)
         return _backward_by_head(grad_out, grad_lse, out, lse, call, places)
     grads = zeros_spread(q), zeros_spread(k), zeros_spread(v)
-    batches = preparations.get(lists, geometry, q.device)
+    places, batches = _prepared(call, held)
     for b, place in enumerate(places):
         upstream, queries, keys, values, outs, lses = (rows_first(x[b]) for x in (grad_out, q, k, v, out, lse))
         upstream_lse = None if grad_lse is None else rows_first(grad_lse[b])
@@ -102,8 +110,18 @@ def backward(
     return grads
 
 
+def _prepared(call: BlockSparseCall, held: Held | None) -> tuple[Sequence[Placement | HeldPlacement], list[Batch]]:
+    """Where each sample's rows lie, and the batches."""
+    q, k, _, lists, segments, geometry, _ = call
+    if held is None:
+        return read_placements(geometry, len(q), k.shape[2], segments), preparations.get(lists, geometry, q.device)
+    lens = [geometry.text] * len(q) if segments.text_len is None else segments.text_len.tolist()
+    places = [HeldPlacement(held, length) for length in lens]
+    return places, held_preparations.get(lists, geometry, q.device, held)
+
+
 def _problems(
-    batches: list[Batch], geometry: Geometry, place: Placement, q: Tensor
+    batches: list[Batch], geometry: Geometry, place: Placement | HeldPlacement, q: Tensor
 ) -> Iterator[tuple[slice, Rows, Rows, tuple[Tensor | None, Tensor | None], bool]]:
     """A sample's dense problems: heads, rows of queries and keys, bias and blind rows, and `Batch.merged`.
 

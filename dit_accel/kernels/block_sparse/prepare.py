@@ -16,11 +16,12 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from dit_accel.errors import DitAccelError
 from dit_accel.kernels.block_sparse.dense import Rows
-from dit_accel.kernels.block_sparse.geometry import BlockLists, Geometry, Placement, Predicate, query_placement
+from dit_accel.kernels.block_sparse.geometry import BlockLists, Geometry, Placement, Predicate
 from dit_accel.kernels.block_sparse.grouping import MAX_PAIRS, group_rows, parts_of
+from dit_accel.kernels.block_sparse.held import Held, HeldPlacement
 
 MASK_BYTES = 96 << 20  # of masks that a preparation keeps; each call evaluates further ones, a batch at a time
-MAX_ENTRIES = 8  # preparations kept
+MAX_ENTRIES, HELD_ENTRIES = 8, 64  # preparations kept, of calls with all tokens and with some
 
 _EMPTY, _PARTIAL, _FULL = 0, 1, 2
 
@@ -49,7 +50,7 @@ class Batch:
         self._blind = None if self.bias is None else _blind(self.bias)
         self._placed: tuple[tuple, Rows, Rows] | None = None
 
-    def placed(self, geometry: Geometry, place: Placement) -> tuple[Rows, Rows, Mask] | None:
+    def placed(self, geometry: Geometry, place: Placement | HeldPlacement) -> tuple[Rows, Rows, Mask] | None:
         """Rows in memory of one sample's queries and keys, and the mask; None if no key is valid."""
         found = self._placed  # read once: other threads may place other samples
         if found is None or found[0] != (geometry, place):
@@ -57,8 +58,7 @@ class Batch:
             valid = int((self.k[0] < grid.tokens - grid.text + place.text_len).sum())
             if not valid:
                 return None
-            at_q = query_placement(geometry, place).positions(geometry.query_order.grid)
-            at_k = place.positions(grid)
+            at_q, at_k = place.rows(geometry)
             places = Rows(at_q.to(self.q.device)[self.q]), Rows(at_k.to(self.k.device)[self.k[:, :valid]])
             self._placed = found = (geometry, place), *places
         _, rows_q, rows_k = found
@@ -140,12 +140,16 @@ def block_state(lists: BlockLists, used: Tensor, blocks: int) -> Tensor:
     return state
 
 
-def build(lists: BlockLists, geometry: Geometry, device: torch.device) -> list[Batch]:
-    """Batches that together hold every allowed pair of lists on a CPU exactly once."""
-    q_slots = geometry.query_order.index().view(-1, geometry.block_q)
-    k_slots = geometry.key_order.index().view(-1, geometry.block_k)
+def build(lists: BlockLists, geometry: Geometry, device: torch.device, held: Held | None = None) -> list[Batch]:
+    """Batches that together hold every allowed pair of lists on a CPU exactly once; with `held` of its tokens alone."""
+    every = tuple(order.index() for order in geometry.orders) if held is None else held.cut(geometry)
+    q_slots, k_slots = every[0].view(-1, geometry.block_q), every[1].view(-1, geometry.block_k)
     used = check_lists(lists, len(k_slots))
     state = block_state(lists, used, len(k_slots))
+    sizes = (q_slots >= 0).sum(1), (k_slots >= 0).sum(1)
+    state *= (sizes[0] > 0)[:, None] & (sizes[1] > 0)
+    if not bool(state.any()):
+        return []
     left_state = state.clone()  # without the blocks of groups that are not merged
     masks, left_masks = (_Masks(each, geometry, lists.tables) for each in (state, left_state))
     equal: dict[tuple, list[tuple[Tensor, Tensor]]] = defaultdict(list)
@@ -153,7 +157,6 @@ def build(lists: BlockLists, geometry: Geometry, device: torch.device) -> list[B
     free = MASK_BYTES
     first_text = geometry.key_order.grid.visual + geometry.conditioning
     batches: list[Batch] = []
-    sizes = (q_slots >= 0).sum(1), (k_slots >= 0).sum(1)
     raster = geometry.query_order.tile is None and geometry.key_order.tile is None
     for group, blocks, merged in group_rows(state > 0, state == _FULL, *sizes, raster):
         queries, keys = (slots.flatten().sort().values for slots in (q_slots[group], k_slots[blocks]))
@@ -226,14 +229,16 @@ class PreparationCache:
     are freed, and the oldest one when there are too many.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, most: int = MAX_ENTRIES) -> None:
         self.entries: list[_Entry] = []
-        self._lock = threading.Lock()
+        self._most, self._lock = most, threading.Lock()
 
-    def get(self, block_lists: BlockLists, geometry: Geometry, device: torch.device) -> list[Batch]:
+    def get(
+        self, block_lists: BlockLists, geometry: Geometry, device: torch.device, held: Held | None = None
+    ) -> list[Batch]:
         """The batches of these lists, built if they are new; their tensors are on `device`."""
         lists = block_lists[:4]
-        key = (geometry, device, *(None if t is None else (t.shape, t.device) for t in lists))
+        key = (geometry, held, device, *(None if t is None else (t.shape, t.device) for t in lists))
         with self._lock:
             self.entries = [entry for entry in self.entries if not entry.owner.expired()]
             for entry in self.entries:
@@ -242,8 +247,8 @@ class PreparationCache:
                     self.entries.append(entry)
                     return entry.batches
             with torch.device("cpu"):  # whatever the caller's default device
-                batches = build(BlockLists(*lists).to(torch.device("cpu")), geometry, device)
+                batches = build(BlockLists(*lists).to(torch.device("cpu")), geometry, device, held)
             copies = tuple(None if t is None else t.clone() for t in lists)
             self.entries.append(_Entry(key, copies, StorageWeakRef(block_lists.indices.untyped_storage()), batches))
-            del self.entries[:-MAX_ENTRIES]
+            del self.entries[: -self._most]
             return batches
