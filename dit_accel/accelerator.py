@@ -151,24 +151,23 @@ class Accelerator:
         for engine in self._engines:
             engine.count_last_call()
         return Report(
-            setting=self.setting,
-            impl=self.impl,
+            self.setting,
+            self.impl,
             calls={engine.name: engine.calls for engine in self._engines},
             grids=self._densities(),
             layers=[layer.report(engine.name) for engine in self._engines for layer in engine.layers],
             cache=CacheReport.joined([engine.cache.report() for engine in self._engines if engine.cache is not None]),
             notes=list(dict.fromkeys((*self._notes, *(note for engine in self._engines for note in engine.all_notes)))),
-            traffic={engine.name: engine.traffic for engine in self._engines if engine.traffic.calls},
+            traffic={engine.name: engine.several.traffic for engine in self._engines if engine.several.traffic.calls},
         )
 
     def _densities(self) -> dict[str, float | None]:
         """Density of the plans on each grid, the mean over sparse layers; None if only calls tell it."""
         layers = [layer for engine in self._engines for layer in engine.layers if layer.dense_reason is None]
-        by_grid = {}
-        for grid in self._plans.grids:
-            known = [density for layer in layers if (density := self._plans.density(layer.config, grid)) is not None]
-            by_grid[str(grid)] = statistics.mean(known) if known else None
-        return by_grid
+        grids = self._plans.grids
+        known = [[self._plans.density(layer.config, grid) for layer in layers] for grid in grids]
+        means = [[density for density in row if density is not None] for row in known]
+        return {str(grid): statistics.mean(row) if row else None for grid, row in zip(grids, means, strict=True)}
 
     def learned_weights(self) -> dict[str, nn.Module]:
         """The method's learned modules, by the dotted path of their attention module in the pipeline."""

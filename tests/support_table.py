@@ -23,7 +23,8 @@ COLUMNS = {
     "offload": "weights leave the device between calls, module by module and in groups",
     "cache": "Diffusers' caches skip blocks, and the report counts what ran",
     "CFG": "guided samples in one batch equal those computed in turn, with texts of different length",
-    "context parallel": "processes that share one sequence (Ulysses) equal one process; `parallelize` refuses classes "
+    "context parallel": "processes that share one sequence (Ulysses) equal one process; static methods run "
+    "in a ring too; `parallelize` refuses classes "
     "of which neither their family nor Diffusers says which tensors hold tokens",
     "step caches": "these caches (`cache=`) skip blocks, and a skipped call with the same input has the same answer",
 }

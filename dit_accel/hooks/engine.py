@@ -50,6 +50,7 @@ class Engine(AtWork):
         watchers: functions called with every sparse attention call.
         cache: the step cache of this transformer; None without one.
         level: the level that the setting comes from; None without one.
+        several: the processes that share the tokens.
     """
 
     def __init__(
@@ -64,8 +65,7 @@ class Engine(AtWork):
         impl: Impl,
         check: SelfCheck,
     ) -> None:
-        self.name, self.calls = name, 0
-        self.paused = False
+        self.name, self.calls, self.paused = name, 0, False
         self.notes: list[str] = [] if method.note is None else [method.note]
         self._transformer, self._family = transformer, family
         self._method, self._impl = method, impl
@@ -92,15 +92,15 @@ class Engine(AtWork):
         self._by_step = self._schedule.by_step or any(isinstance(config, Ramped) for config, _ in self._states)
         self._anchors = AnchorTokens(transformer, family) if anchored else None
         self._dense_backend = DenseBackend(setting.dense_backend, self._device, self.layers)
-        self._several = Several(transformer, family, family.heads(self.layers[0].attention), setting.dense_backend)
-        self.traffic = self._several.traffic
+        heads = family.heads(self.layers[0].attention)
+        self.several = Several(transformer, family, heads, setting.dense_backend, impl)
         check.refuse_shared(ramps.at(layer.config) for layer in self.layers if layer.config is not None)
         self.level: Level | None = None
         self.cache: CacheAtWork | None = None
         if setting.cache is not None:
             sources = clock.pipeline_config, getattr(transformer, "config", None)
             models = tuple(str(getattr(source, "_name_or_path", "")) for source in sources)
-            self.cache = CacheAtWork(name, transformer, family, setting.cache, models, self._several.add_up)
+            self.cache = CacheAtWork(name, transformer, family, setting.cache, models, self.several.add_up)
 
     def _find_layers(self, setting: Setting) -> list[AcceleratedLayer]:
         """The layers with our processors, not yet set: an error leaves the model unchanged."""
@@ -136,7 +136,7 @@ class Engine(AtWork):
 
     def attach(self, owner: object) -> None:
         """Set our processors, add learned weights and hook the transformer. The hooks keep `owner` alive."""
-        self._several.check()
+        self.several.check()
         self._owner = owner
         self._dense_backend.set()
         for layer in self.layers:
@@ -171,7 +171,7 @@ class Engine(AtWork):
     def detach(self) -> list[str]:
         """Undo `attach`; return the modules that keep another processor."""
         self.count_last_call()
-        self._several.end()
+        self.several.end()
         if self.cache is not None:
             self.cache.detach()
         for handle in self._handles:
@@ -199,7 +199,7 @@ class Engine(AtWork):
             layer.adopt()
         self._replaced = [(layer, layer.left) for layer in self.layers if layer.left is not None]
         dropped = [name for _, name in self._replaced]
-        self._several.refuse_dropped(dropped)
+        self.several.refuse_dropped(dropped)
         if dropped and not self._warned and self._states:
             warnings.warn(
                 f"{len(dropped)} of {len(self.layers)} accelerated layers of {type(self._transformer).__name__} run "
@@ -256,16 +256,16 @@ class Engine(AtWork):
         model_alone = self.paused or not self._states
         if model_alone:
             self._last = dict.fromkeys(self._states, "paused")
-            if not self._several.attends:
+            if not self.several.attends:
                 return None
-        self._several.check()
+        self.several.check()
         call = ModelCall(self._signature, module, args, kwargs, self._memory)
         with torch.device("cpu"):  # masks and ids are read there, whatever the caller's default device
             layout = self._family.layout(module, call)
-        self._several.begin(layout)
-        self._several.attend_densely(layout, self._dense_states.items())
+        self.several.begin(layout)
+        self.several.attend_densely(layout, self._dense_states.items())
         if model_alone:
-            self._several.attend_densely(layout, states)
+            self.several.attend_densely(layout, states)
             return None
         now = self._now(call, "A step schedule") if self._by_step else None
         plans = {kind: self._plan(kind, layout.grid, call.device, now) for kind in self._states}
@@ -274,7 +274,7 @@ class Engine(AtWork):
         self._remark(None if now is None else now.count)
         if reason is not None:
             self._last = dict.fromkeys(self._states, reason)
-            self._several.attend_densely(layout, states)
+            self.several.attend_densely(layout, states)
             return None
         # without a scheduler only the timestep's value tells the step, and reading it waits for the device
         told = bool(self.watchers) or not self._clock.reads_values
@@ -285,11 +285,11 @@ class Engine(AtWork):
             self._count_in_step(call, before)
         for (config, sees_text), state in self._states.items():
             plan = plans[config, sees_text]
-            self._last[config, sees_text] = last = self._prepare(plan, call.device)
+            shared = self.several.sharing(plan, layout, self._watching.listening)
+            self._last[config, sees_text] = last = self.several.computed(shared, self._prepare(plan, call.device))
             self._measure_densities(plan, (config, sees_text), call.device)
             text = (layout.text_lens, layout.text_bias, layout.rows) if sees_text else (None, None, None)
             segments = layout.segments if sees_text else ()
-            shared = self._several.sharing(plan, layout, self._watching.listening)
             state.set(plan, *text, segments, ulysses=shared)
             _, state.impl, _ = last
         if any(state.sparse for state in self._states.values()):

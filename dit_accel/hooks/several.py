@@ -11,7 +11,7 @@ from torch import nn
 
 from dit_accel.errors import DitAccelError
 from dit_accel.hooks.dense_backend import AUTO8
-from dit_accel.kernels.impls import AUTO
+from dit_accel.kernels.impls import AUTO, Impl
 from dit_accel.pipelines import context_parallel
 from dit_accel.pipelines.attention import CallState
 from dit_accel.pipelines.family import CallLayout, Family
@@ -19,6 +19,8 @@ from dit_accel.pipelines.sharding import shared_of
 from dit_accel.plans.plan import Plan, building
 from dit_accel.registry import DENSE, plan
 from dit_accel.tokens import TokenGrid
+
+PORTABLE: Impl = "portable"
 
 
 class Several:
@@ -31,13 +33,17 @@ class Several:
         transformer, family: the engine's.
         heads: of an attention layer.
         dense_backend: the setting of the dense layers' own attention; None without one.
+        impl: as in `accelerate`.
 
     Attributes:
         traffic: what this process has exchanged in attention calls.
     """
 
-    def __init__(self, transformer: nn.Module, family: Family, heads: int, dense_backend: str | None) -> None:
-        self._transformer, self._family, self._heads, self._backend = transformer, family, heads, dense_backend
+    def __init__(
+        self, transformer: nn.Module, family: Family, heads: int, dense_backend: str | None, impl: Impl
+    ) -> None:
+        self._transformer, self._family, self._heads = transformer, family, heads
+        self._backend, self._impl = dense_backend, impl
         self._checked: Any | None = None
         self._plans: dict[TokenGrid, Plan] = {}
         self.traffic = context_parallel.Traffic()
@@ -93,6 +99,24 @@ class Several:
                 f"range of the sequence: {reason}. Call parallelize(pipe) without ring."
             )
         return shared
+
+    def computed(
+        self, shared: context_parallel.Ulysses | None, prepared: tuple[Plan, str, str]
+    ) -> tuple[Plan, str, str]:
+        """The plan of a call, the implementation that computes it, and the reason for it.
+
+        Args:
+            shared: from `sharing`.
+            prepared: the same without several processes.
+
+        Raises:
+            DitAccelError: an implementation is asked for that cannot attend between ranges of a ring.
+        """
+        if shared is None or shared.ring is None:
+            return prepared
+        if self._impl not in (AUTO, PORTABLE):
+            raise DitAccelError(f"In a ring impl='portable' attends to ranges, and not {self._impl!r}. Leave impl out.")
+        return prepared[0], PORTABLE, "it attends to ranges of tokens"
 
     def begin(self, layout: CallLayout) -> None:
         """Tell the hooks how many tokens the call has."""

@@ -80,7 +80,7 @@ class Ring:
         scale = q.shape[-1] ** -0.5 if call.scale is None else float(call.scale)
         lists, segments = plan.lists(q.device), Segments.of(q, call.text_lens)
         job = RingCall(self, needed.tolist(), lists, segments, plan.geometry, scale)
-        out: Tensor = _RingAttention.apply(*(_rolled(x, first) for x in (q, k, v)), job)  # type: ignore[no-untyped-call]
+        out: Tensor = _RingAttention.apply(*(_rolled(x, first) for x in (q, k, v)), job)
         return _rolled(out, out.shape[2] - first)
 
     @property

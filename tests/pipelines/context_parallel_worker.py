@@ -24,6 +24,7 @@ import accelerated_runs
 import tiny_models
 from accelerated_runs import IMAGE, ROUTED, SLA, VIDEO, accelerated
 from accuracy import error_budget
+from ring_cases import ring_cases
 
 import dit_accel
 
@@ -63,6 +64,7 @@ def cases():
     build = lambda: wan.build(num_attention_heads=2 * RANKS - 1)  # noqa: E731
     yield from every_method("odd heads", video, build, (VIDEO[0], SLA, *ROUTED))
     yield from equal_shares(lambda: wan.build(num_attention_heads=RANKS), wan.inputs(**EVEN))
+    yield from ring_cases(RANK, RANKS, in_turn, gradient, cached)
     if RANKS > 2:
         build = lambda: flux.build(num_attention_heads=RANKS)  # noqa: E731
         yield from every_method("joint", image, build, (IMAGE[0], SLA))

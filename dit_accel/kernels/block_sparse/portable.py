@@ -89,8 +89,8 @@ def backward(
     """Gradients of q, k and v, in memory [B, N, H, D]; `out` and `lse` may come from more keys than the call has."""
     q, k, v, lists, _, geometry, scale = call
     if lists.indices.ndim == 4:
-        places = read_placements(geometry, len(q), k.shape[2], call.segments)
-        return _backward_by_head(grad_out, grad_lse, out, lse, call, places)
+        by_head = read_placements(geometry, len(q), k.shape[2], call.segments)
+        return _backward_by_head(grad_out, grad_lse, out, lse, call, by_head)
     grads = zeros_spread(q), zeros_spread(k), zeros_spread(v)
     places, batches = _prepared(call, held)
     for b, place in enumerate(places):
