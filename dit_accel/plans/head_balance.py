@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 
-from dit_accel.plans.several_gpus import even_shares
+from dit_accel.plans.ranges import even_shares
 
 Heads = tuple[tuple[int, ...], ...]  # of each GPU
 
