@@ -56,7 +56,7 @@ class SelfCheck:
 class AttentionCall:
     """One sparse attention call of a layer, as it was computed.
 
-    Under context parallelism the heads are those of this process, and the sequence is whole.
+    Under context parallelism the heads are those that this process was given, and the sequence is whole.
 
     Args:
         transformer, layer: names, as in the report.

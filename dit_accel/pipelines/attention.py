@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from dit_accel.errors import DitAccelError
 from dit_accel.kernels.impls import Impl
 from dit_accel.pipelines.context_parallel import Ulysses
+from dit_accel.plans.head_balance import dealt
 from dit_accel.plans.kept import ListMemory
 from dit_accel.plans.plan import Plan, PlanCall, building
 
@@ -142,6 +143,8 @@ class LayerAttention(AtWork):
         learned: the layer's learned weights; None without any.
         density_sum: as in `PlanCall`; None if the plan is static.
         kept: what the layer keeps between steps, see `plans.kept`.
+        head_pairs: the visual pairs that each head kept in the last call, float32 [H]; None unless processes share
+            heads that differ. By them heads are given to processes in the next call.
         watch: called with q, k, v, out (the whole sequence), scale and state after sparse attention; never traced.
         key: int64 scalar on the CPU, by which `planned_attention` finds this object.
     """
@@ -151,6 +154,7 @@ class LayerAttention(AtWork):
         self.learned: nn.Module | None = None
         self.density_sum: Tensor | None = None
         self.kept: dict[int, Any] = {}
+        self.head_pairs: Tensor | None = None
         self.watch: Watch | None = None
         number = next(_NUMBERS)
         with building():
@@ -218,8 +222,13 @@ class LayerAttention(AtWork):
                 )
             gate = gate.unflatten(-1, (heads, -1)).transpose(1, 2)
         rows = None if state.rows is None else tuple(_of_last(indices, len(q)) for indices in state.rows)
+        order, pairs = None, None
         if ulysses is not None:
-            q, k, v = ulysses.gather(q, k, v)
+            balanced = self._balances(q)
+            if balanced and self.head_pairs is not None and len(self.head_pairs) == heads:
+                order = dealt(self.head_pairs.to(q.device), len(ulysses.tokens))
+            q, k, v = ulysses.gather(q, k, v, order)
+            pairs = q.new_zeros(q.shape[1], dtype=torch.float32) if balanced else None
         if rows is not None:
             q, k, v = (_take(x, rows[0]) for x in (q, k, v))
             gate = None if gate is None else _take(gate, rows[0])
@@ -229,15 +238,25 @@ class LayerAttention(AtWork):
         call = PlanCall(
             scale=scale, text_lens=text_lens, text_bias=text_bias, impl=state.impl, module=self.learned,
             density_sum=self.density_sum, heads=held, memory=memory, gate=gate,
-            segments=state.segments,
+            segments=state.segments, head_pairs=pairs,
         )  # fmt: skip
         run = state.plan.run if ulysses is None else functools.partial(ulysses.attend, state.plan)
         out = run(q, k, v, call)
+        if ulysses is not None and pairs is not None:
+            self.head_pairs = ulysses.of_all_heads(pairs, heads, order)
         if self.watch is not None and not state.dense:
             self.watch(q, k, v, out, scale, state)
         if rows is not None:
             out = _take(out, rows[1])
-        return (out if ulysses is None else ulysses.scatter(out, heads))[:, :, queries]
+        return (out if ulysses is None else ulysses.scatter(out, heads, order))[:, :, queries]
+
+    def _balances(self, q: Tensor) -> bool:
+        """Whether processes take heads by their pairs in the last call; alike on all of them.
+
+        Gradients may compute a call anew when the last call is another.
+        """
+        plan = self.state.plan
+        return plan is not None and plan.heads_differ and self.learned is None and not q.requires_grad
 
 
 def _of_last(x: Tensor, samples: int) -> Tensor:

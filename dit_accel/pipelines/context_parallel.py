@@ -61,10 +61,14 @@ class Ulysses:
 
     @exchange
     def gather(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, order: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """This process's heads of all the group's tokens: [B, H, n, D] each to [B, h, N, D] in model order."""
+        """This process's heads of all the group's tokens: [B, H, n, D] each to [B, h, N, D] in model order.
+
+        `order` is that in which processes take heads, int64 [H]; None: the model's.
+        """
         stacked = torch.stack((q, k, v))
+        stacked = stacked if order is None else stacked.index_select(2, order)
         _, batch, heads, _, dim = stacked.shape
         shares = even_shares(heads, len(self.tokens))
         share = shares[self.rank]
@@ -75,7 +79,7 @@ class Ulysses:
         return query, key, value
 
     @exchange
-    def scatter(self, out: torch.Tensor, heads: int) -> torch.Tensor:
+    def scatter(self, out: torch.Tensor, heads: int, order: torch.Tensor | None = None) -> torch.Tensor:
         """The reverse for the result: [B, h, N, D] to [B, H, n, D], laid out as [B, n, H, D] in memory."""
         batch, _, _, dim = out.shape
         pieces = iter(out.split(list(itertools.chain(*self.parts)), dim=2))
@@ -83,7 +87,15 @@ class Ulysses:
         sent = [torch.cat(piece, dim=2) for piece in zip(*by_part, strict=True)]
         tokens = self.tokens[self.rank]
         shapes = [(batch, share, tokens, dim) for share in even_shares(heads, len(self.tokens))]
-        return torch.cat([piece.transpose(1, 2) for piece in self._trade(sent, shapes)], dim=2).transpose(1, 2)
+        whole = torch.cat([piece.transpose(1, 2) for piece in self._trade(sent, shapes)], dim=2)
+        return (whole if order is None else whole.index_select(2, order.argsort())).transpose(1, 2)
+
+    def of_all_heads(self, pairs: torch.Tensor, heads: int, order: torch.Tensor | None) -> torch.Tensor:
+        """The pairs of all heads, float32 [H] in the model's order, from those of this process's heads."""
+        first, every = self.first_head(heads), pairs.new_zeros(heads)
+        every[first : first + len(pairs)] = pairs
+        every = self.add_up(every)
+        return every if order is None else every[order.argsort()]
 
     @exchange
     def add_up(self, values: torch.Tensor) -> torch.Tensor:

@@ -1,9 +1,10 @@
 """Which heads each of several GPUs computes, and how evenly that shares the pairs.
 
 Under Ulysses every GPU has equally many heads of all tokens. A routed method keeps other numbers of pairs in each head,
-so the GPU with the densest heads makes the others wait. Heads can be given by what they kept in the last step.
+so the GPU with the densest heads makes the others wait. Heads can be given by what they kept in the last call.
 
-Source: the greedy assignment that xDiT's issue 727 asks for; it is Graham's rule (1969) with equally many heads a GPU.
+Source: xDiT's issue 727 asks for a greedy assignment. Dealing the ranked heads out in turn, forth and back, is nearly
+as even, and needs no value on the host, so no GPU is waited for.
 """
 
 from __future__ import annotations
@@ -11,9 +12,28 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 
+import torch
+
 from dit_accel.plans.ranges import even_shares
 
 Heads = tuple[tuple[int, ...], ...]  # of each GPU
+
+
+def dealt(weights: torch.Tensor, gpus: int) -> torch.Tensor:
+    """The heads of the first GPU, then those of the next: int64 [heads], on the device of the weights.
+
+    The ranked heads go to the GPUs in turn, every second round backwards; those of a last, shorter round to the first
+    GPUs. So numbers of heads are those of `even_shares`. Equal weights go by their index: all GPUs find the same.
+
+    Args:
+        weights: [heads], such as the pairs that each kept in the last call.
+    """
+    ranking = weights.argsort(descending=True, stable=True)
+    rounds, rest = divmod(len(weights), gpus)
+    table = ranking[: rounds * gpus].view(rounds, gpus)
+    table = torch.where(torch.arange(rounds, device=table.device)[:, None] % 2 == 0, table, table.flip(1))
+    longer = torch.cat((table[:, :rest], ranking[rounds * gpus :].view(min(rest, 1), rest)))
+    return torch.cat((longer.T.reshape(-1), table[:, rest:].T.reshape(-1)))
 
 
 def in_order(heads: int, gpus: int) -> Heads:
@@ -23,20 +43,9 @@ def in_order(heads: int, gpus: int) -> Heads:
 
 
 def by_weight(weights: Sequence[float], gpus: int) -> Heads:
-    """The heaviest head first, each to the GPU with the smallest sum that has room; numbers of heads as `in_order`.
-
-    Args:
-        weights: of each head, such as the pairs that it kept in the last step. Equal ones go by their index, so all
-            GPUs find the same assignment.
-    """
-    room = even_shares(len(weights), gpus)
-    given: list[list[int]] = [[] for _ in room]
-    sums = [0.0] * gpus
-    for head in sorted(range(len(weights)), key=lambda head: -weights[head]):
-        gpu = min((gpu for gpu in range(gpus) if len(given[gpu]) < room[gpu]), key=lambda gpu: sums[gpu])
-        given[gpu].append(head)
-        sums[gpu] += weights[head]
-    return tuple(tuple(sorted(heads)) for heads in given)
+    """The heads that `dealt` gives to each GPU, ascending."""
+    order = dealt(torch.tensor(weights, dtype=torch.float64), gpus).tolist()
+    return tuple(tuple(sorted(order[place] for place in places)) for places in in_order(len(order), gpus))
 
 
 def imbalance(weights: Sequence[float], heads: Heads) -> float:

@@ -65,6 +65,8 @@ class PlanCall(NamedTuple):
     gate: [B, H, N, D], what `module` makes of the layer's hidden states; None unless it reads them.
     segments: start and stop of the runs of one kind of token around the visual ones, such as text and sound; empty:
         text and conditioning are one run each.
+    head_pairs: float32 [H] on the device of q. A plan whose heads differ writes the visual pairs that each keeps, as a
+        mean over samples, without waiting for the device.
     """
 
     scale: float | None = None
@@ -78,6 +80,7 @@ class PlanCall(NamedTuple):
     values: torch.Tensor | None = None
     gate: torch.Tensor | None = None
     segments: tuple[tuple[int, int], ...] = ()
+    head_pairs: torch.Tensor | None = None
 
 
 class Plan(Kernels):
@@ -93,6 +96,11 @@ class Plan(Kernels):
     def __init__(self, method: str, config: Any, grid: TokenGrid) -> None:
         self.method, self.config, self.grid = method, config, grid
         self.built: dict[Any, Any] = {}
+
+    @property
+    def heads_differ(self) -> bool:
+        """Whether heads keep different numbers of pairs, and may change places: no setting or memory is of one head."""
+        return False
 
     @property
     def needs_whole(self) -> str | None:

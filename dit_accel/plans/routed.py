@@ -145,6 +145,8 @@ class RoutedPlan(Plan):
             visual, lists = self.attend_visual(q, k, v, call)
             if call.density_sum is not None:
                 self.add_density(lists, call.density_sum)
+            if call.head_pairs is not None:
+                call.head_pairs.copy_(self.visual_pairs(lists).mean(0))
             out = self.with_others(visual, q, k, v, call)
             return out if self.curve is None else _take_rows(out, self._rows_on(q.device)[1])
 
@@ -154,11 +156,16 @@ class RoutedPlan(Plan):
 
         The density is the attended share of all pairs, as a mean over samples and heads.
         """
+        share = (self.visual_pairs(lists).mean() + self.grid.dense_pairs) / self.grid.tokens**2
+        density_sum += torch.stack([share, torch.ones_like(share)])
+
+    @torch.no_grad()
+    def visual_pairs(self, lists: BlockLists) -> torch.Tensor:
+        """The pairs of visual tokens in listed blocks, float32 [B, H], on the device of the lists."""
         queries, keys = self.block_sizes(lists.indices.device)
         # entries behind a row's count may be any number
         held = torch.where(lists.used, keys[lists.indices.clamp(0, len(keys) - 1)], 0).sum(-1, dtype=torch.float32)
-        share = ((held * queries).sum(-1).mean() + self.grid.dense_pairs) / self.grid.tokens**2
-        density_sum += torch.stack([share, torch.ones_like(share)])
+        return (held * queries).sum(-1)
 
     def prepare(
         self, device: torch.device, dtype: torch.dtype, head_dim: int, impl: Impl = AUTO, *, learned: bool = False

@@ -39,6 +39,10 @@ class TailedPlan(RoutedPlan):
         """Whether the tail has PISA's first-order term."""
         return bool(self.config.tail == "hybrid")
 
+    @property
+    def heads_differ(self) -> bool:
+        return self.config.budgets == "equal" and self.config.refresh == 1
+
     def dropped(self, q: Tensor, k: Tensor) -> Tensor | None:
         """The blocks that are in no tail; arguments as of `choose`, result as in `with_tail`."""
         return None

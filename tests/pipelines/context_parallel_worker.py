@@ -27,6 +27,7 @@ from accuracy import error_budget
 from ring_cases import ring_cases
 
 import dit_accel
+from dit_accel.pipelines import attention
 
 FOLDER, RANK, RANKS = pathlib.Path(globals()["FOLDER"]), globals()["RANK"], globals()["RANKS"]
 # Wan with latents of 4 x 4 x 8 tokens, which two and four processes divide.
@@ -63,6 +64,7 @@ def cases():
     video, image = tiny_models.get("wan", "t2v"), tiny_models.get("flux", "t2i")
     build = lambda: wan.build(num_attention_heads=2 * RANKS - 1)  # noqa: E731
     yield from every_method("odd heads", video, build, (VIDEO[0], SLA, *ROUTED))
+    yield from balanced_heads(video, build)
     yield from equal_shares(lambda: wan.build(num_attention_heads=RANKS), wan.inputs(**EVEN))
     yield from ring_cases(RANK, RANKS, in_turn, gradient, cached)
     if RANKS > 2:
@@ -104,6 +106,32 @@ def every_method(name, tiny, build, settings):
             got, lambda method=method, config=config: (accelerated(*each, method, config)[0] for each in alone)
         )
         yield f"{name}/{method}", found | {"report": report.as_dict()}
+
+
+def balanced_heads(tiny, build):
+    """Heads go to other processes from the second call on; the outputs stay those of one process."""
+    shared, single, double = build(), build(), build().double()
+    dit_accel.parallelize(shared)
+    calls = [call | {"hidden_states": call["hidden_states"] * scale} for scale in (1, 3) for call in [tiny.call()]]
+    orders, deal = [], attention.dealt
+
+    def noted(weights, gpus):
+        order = deal(weights, gpus)
+        orders.append(order.tolist())
+        return order
+
+    attention.dealt = noted
+    try:
+        with dit_accel.accelerated(shared, "sol", block=8, tau=1.0):
+            got = torch.stack([tiny_models.run(shared, call) for call in calls])
+    finally:
+        attention.dealt = deal
+    alone = []
+    for transformer, dtype in ((single, torch.float32), (double, torch.float64)):
+        with dit_accel.accelerated(transformer, "sol", block=8, tau=1.0):
+            outputs = [tiny_models.run(transformer, tiny_models.cast(call, dtype)) for call in calls]
+        alone.append(torch.stack(outputs))
+    yield "balanced heads", compare(got, *alone) | {"orders": orders}
 
 
 def in_turn(got, references):

@@ -105,6 +105,13 @@ def assert_equal_to_one_process(results):
             assert result["error"] <= result["budget"] <= 1e-4 * result["scale"], (case, result)
 
 
+def assert_heads_move(results):
+    """Every layer's second call gives heads to other processes, alike in all of them."""
+    orders = [found["balanced heads"]["orders"] for found in results]
+    assert orders[0] and orders == orders[:1] * len(orders)
+    assert any(order != sorted(order) for order in orders[0])
+
+
 def report_of(result):
     names = [field.name for field in dataclasses.fields(Report)]
     fields = {name: result["report"][name] for name in names}
@@ -117,6 +124,7 @@ def test_two_processes(tmp_path, evidence):
     """Every model; text, image and one case's heads do not divide by two. At the end one process is killed."""
     results = results_of(2, tmp_path, [0, -signal.SIGKILL])
     assert_equal_to_one_process(results)
+    assert_heads_move(results)
     for found in results:
         for name, methods in runs().items():
             for method in methods:
@@ -134,6 +142,7 @@ def test_two_processes(tmp_path, evidence):
 def test_four_processes(tmp_path):
     results = results_of(4, tmp_path, [0] * 4)
     assert_equal_to_one_process(results)
+    assert_heads_move(results)
     cases = {"ring 4/hunyuan_video:t2v/traffic of gna", "ring 2/wan:t2v/gna/dense layer", "ring/gradients"}
     cases |= {"odd heads/gna", "joint/gna", "joint/sla", "gradients of ours", "hunyuan_video:i2v/sla"}
     assert all(cases <= found.keys() for found in results)

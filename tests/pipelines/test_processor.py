@@ -16,7 +16,6 @@ from torch import nn
 from dit_accel.errors import DitAccelError
 from dit_accel.pipelines.attention import CallState
 from dit_accel.pipelines.processor import wrap_processor
-from dit_accel.plans.plan import PlanCall
 from dit_accel.registry import plan
 from dit_accel.tokens import TokenGrid
 
@@ -29,8 +28,7 @@ class MeanPlan:
     def __init__(self, grid):
         self.grid, self.calls = grid, []
 
-    def attend(self, q, k, v, **call):
-        call = PlanCall(**call)
+    def run(self, q, k, v, call):
         self.calls.append((tuple(q.shape), call.scale, call.impl, call.module))
         return v.mean(2, keepdim=True).expand_as(v)
 
@@ -151,9 +149,9 @@ def test_threads_do_not_see_each_others_plan():
     meeting, results = threading.Barrier(2, timeout=120), {}
 
     class Waiting(MeanPlan):
-        def attend(self, q, k, v, **rest):
+        def run(self, q, k, v, call):
             meeting.wait()
-            return super().attend(q, k, v, **rest) + self.grid.tokens
+            return super().run(q, k, v, call) + self.grid.tokens
 
     class Plain:
         def __call__(self, attn, hidden_states):

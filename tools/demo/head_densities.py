@@ -31,9 +31,7 @@ def main() -> None:
     add_density = RoutedPlan.add_density
 
     def record(plan: RoutedPlan, lists: BlockLists, density_sum: torch.Tensor) -> None:
-        queries, keys = plan.block_sizes(lists.indices.device)
-        held = torch.where(lists.used, keys[lists.indices.clamp(0, len(keys) - 1)], 0).sum(-1)
-        calls.append((held * queries).sum(-1)[0] / plan.grid.visual**2)
+        calls.append(plan.visual_pairs(lists)[0] / plan.grid.visual**2)
         add_density(plan, lists, density_sum)
 
     RoutedPlan.add_density = record  # type: ignore[method-assign, assignment]
