@@ -167,6 +167,7 @@ def _front_panel(axes: Axes, summary: dict[str, Any], metric: dict[str, Any]) ->
     top = high
     if len(finite) < len(points):  # infinities lie on a line above all others
         top += 0.12 * (high - low)
+        axes.set_ylim(low, top)  # before the ticks, which follow the limits
         axes.set_yticks([tick for tick in axes.get_yticks() if low <= tick <= high])
         axes.axhline(top, color=INK, linewidth=0.8, linestyle="--", zorder=0)
         axes.annotate(

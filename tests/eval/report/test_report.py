@@ -2,6 +2,7 @@
 
 import json
 import math
+import pathlib
 import shutil
 
 import pytest
@@ -170,3 +171,17 @@ def test_means_leave_gaps_out():
     values = np.array([[[1.0, 3.0], [math.nan, math.nan]]])
     assert pictures._mean(values, 2).tolist()[0][0] == 2.0 and math.isnan(pictures._mean(values, 2)[0, 1])
     assert pictures._mean(values, 1).tolist() == [[1.0, 3.0]]
+
+
+def test_an_axis_with_an_infinite_figure_has_ticks_at_the_finite_ones():
+    """The baseline's PSNR is infinite; the others lie between ticks that a reader can read."""
+    from matplotlib.figure import Figure
+
+    from dit_accel.eval.report import pictures
+
+    record = pathlib.Path(__file__).parents[3] / "benchmarks/results/eval_demo_levels.json"
+    summary = json.loads(record.read_text(encoding="utf-8"))
+    axes = Figure().subplots()
+    pictures._front_panel(axes, summary, next(metric for metric in summary["metrics"] if metric["name"] == "psnr"))
+    low, high = axes.get_ylim()
+    assert sum(low <= tick <= high for tick in axes.get_yticks()) >= 3
