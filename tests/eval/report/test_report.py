@@ -2,7 +2,6 @@
 
 import json
 import math
-import pathlib
 import shutil
 
 import pytest
@@ -173,14 +172,11 @@ def test_means_leave_gaps_out():
     assert pictures._mean(values, 1).tolist() == [[1.0, 3.0]]
 
 
-def test_an_axis_with_an_infinite_figure_has_ticks_at_the_finite_ones():
+def test_an_axis_with_an_infinite_figure_has_ticks_at_the_finite_ones(root):
     """The baseline's PSNR is infinite; the others lie between ticks that a reader can read."""
     from matplotlib.figure import Figure
 
-    from dit_accel.eval.report import pictures
-
-    record = pathlib.Path(__file__).parents[3] / "benchmarks/results/eval_demo_levels.json"
-    summary = json.loads(record.read_text(encoding="utf-8"))
+    summary = json.loads((root / "benchmarks/results/eval_demo_levels.json").read_text(encoding="utf-8"))
     axes = Figure().subplots()
     pictures._front_panel(axes, summary, next(metric for metric in summary["metrics"] if metric["name"] == "psnr"))
     low, high = axes.get_ylim()
