@@ -4,7 +4,7 @@
 # make support  the table of what is tested together (dit_accel/pipelines/SUPPORT.md), from the tests' results
 # make bench  the attention methods against dense attention on this machine, as JSON rows
 # make docs   the manual, into outputs/manual; without the network, and without a warning or a broken link
-# make eval   quality and speed of all methods on the embedded model: a report, and the table and picture of docs/results/suite.md
+# make eval   quality and speed of caches crossed with methods on the embedded model: a report, and the table and picture of docs/results/suite.md
 # make        this list
 # Every target installs what it needs into .venv first, at the versions of constraints.txt.
 

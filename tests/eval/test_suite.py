@@ -68,9 +68,13 @@ def test_missing():
         suite.read("dmo")
 
 
-def test_the_demo_suite_is_whole():
-    methods = {"gna", "tile", "sol", "sparge", "rectified"}
-    assert {candidate.method for candidate in suite.read("demo")["methods"]} == methods
+def test_the_demo_suite_is_a_grid():
+    """Dense attention and four methods, each without a cache and with three; uncached dense is the baseline."""
+    settings = [candidate.setting for candidate in suite.read("demo")["methods"]]
+    cells = {(setting.title, str(setting.cache)) for setting in settings}
+    titles, caches = ({cell[part] for cell in cells} for part in (0, 1))
+    assert {setting.method for setting in settings} == {"dense", "gna", "tile", "sol", "sparge"} and len(titles) == 5
+    assert len(caches) == 4 and len(settings) == len(cells) == len(titles) * len(caches) - 1
 
 
 # Suites of published tables, the tokens of their call as the papers count them, and methods that they run.

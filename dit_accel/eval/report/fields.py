@@ -22,10 +22,12 @@ from __future__ import annotations
 import math
 import operator
 import re
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
 NONE = "–"
+NO_CACHE = "uncached"
 PERCENT = "%"  # the one unit that figures of a table have beside them
 
 
@@ -99,6 +101,25 @@ def names(rows: list[dict[str, Any]]) -> dict[str, str]:
         telling = [setting for setting in settings if not any(setting in rest for rest in others)]
         shortened[label] = " ".join([method, *(telling[:1] or settings if others else [])])
     return shortened
+
+
+def crossed(rows: list[dict[str, Any]]) -> dict[str, tuple[str, str]]:
+    """The method with its schedule, and the step cache, of each row by label; the baseline is "dense" without a cache.
+
+    Empty unless the rows are a grid: at least two caches, no cache among them, have several methods each.
+    """
+    cells = {}
+    for row in rows:
+        method, _, cache = row["label"].partition(" cache=")
+        cells[row["label"]] = "dense" if row is rows[0] else method, cache or NO_CACHE
+    methods = Counter(cache for _, cache in set(cells.values()))
+    return cells if sum(count > 1 for count in methods.values()) > 1 and len(set(cells.values())) == len(rows) else {}
+
+
+def titles(cells: dict[str, tuple[str, str]]) -> list[dict[str, str]]:
+    """Short names of the methods and of the caches that `crossed` found, in the order of the rows."""
+    parts = (dict.fromkeys(part) for part in zip(*cells.values(), strict=True))
+    return [names([{"label": name} for name in part]) for part in parts]
 
 
 def front(rows: list[dict[str, Any]], metric: dict[str, Any]) -> list[str]:

@@ -33,6 +33,7 @@ def render(summary: dict[str, Any], folder: Path) -> str:
         published=published.table(summary),
         published_about=published.ABOUT,
         fronts={metric["name"]: fields.front(summary["rows"], metric) for metric in summary["metrics"]},
+        crossed=fields.crossed(summary["rows"]),
         chosen=next((line["row"] for line in summary.get("verdict", []) if "row" in line), None),
         panels=[(metric, Markup(pictures.panel(summary, metric))) for metric in pictures.drawable(summary)],
         prompts=_by_prompt(summary.get("samples", []), folder),

@@ -1,7 +1,8 @@
 """Pictures of the report, drawn by matplotlib: Pareto fronts and heat maps of the attention's error.
 
 As SVG they take the page's text colour, so they suit its light and its dark theme; as PNG they are black on white.
-A point has its row's short name (`fields.names`).
+A point has its row's short name (`fields.names`). If step caches are crossed with methods (`fields.crossed`), a legend
+names each method's marker and each cache's colour instead, and a line joins the points of each cache.
 """
 
 from __future__ import annotations
@@ -52,10 +53,13 @@ def drawable(summary: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def marks(summary: dict[str, Any]) -> dict[str, tuple[str, str]]:
-    """Colour and marker of each method, in the order of the rows."""
-    methods = dict.fromkeys(row["method"] for row in summary["rows"])
+    """Colour and marker of each row by label, both its method's; if caches are crossed, the colour is its cache's."""
+    rows, crossed = summary["rows"], fields.crossed(summary["rows"])
+    cells = {row["label"]: crossed.get(row["label"], (row["method"], row["method"])) for row in rows}
+    methods, caches = (list(dict.fromkeys(parts)) for parts in zip(*cells.values(), strict=True))
     return {
-        method: (COLOURS[index % len(COLOURS)], MARKERS[index % len(MARKERS)]) for index, method in enumerate(methods)
+        label: (COLOURS[caches.index(cache) % len(COLOURS)], MARKERS[methods.index(method) % len(MARKERS)])
+        for label, (method, cache) in cells.items()
     }
 
 
@@ -64,7 +68,6 @@ def pareto(summary: dict[str, Any]) -> bytes:
     check_matplotlib()
     import matplotlib
     from matplotlib.figure import Figure
-    from matplotlib.lines import Line2D
 
     metrics = drawable(summary)
     others = metrics[1:]
@@ -80,8 +83,7 @@ def pareto(summary: dict[str, Any]) -> bytes:
             _front_panel(figure.add_subplot(place), summary, metric)
             for place, metric in zip(places, metrics, strict=False)
         ]
-        front = Line2D([], [], color=INK, linewidth=1, alpha=0.5, label="Pareto front")
-        figure.legend(handles=[front], loc="outside lower center", frameon=False)
+        _legend(figure, summary)
         _name_points(figure, panels)
         file = io.BytesIO()
         figure.savefig(file, format="png", dpi=120, metadata={"Comment": MARK})
@@ -93,11 +95,35 @@ def panel(summary: dict[str, Any], metric: dict[str, Any]) -> str:
     import matplotlib
     from matplotlib.figure import Figure
 
-    factor = LARGE if metric["name"] == drawable(summary)[0]["name"] else 1
+    first = metric["name"] == drawable(summary)[0]["name"]
+    factor = LARGE if first else 1
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(factor * PANEL[0], factor * PANEL[1]), layout="constrained")
-        _name_points(figure, [_front_panel(figure.subplots(), summary, metric)])
+        shown = _front_panel(figure.subplots(), summary, metric)
+        if first and fields.crossed(summary["rows"]):
+            _legend(figure, summary)
+        _name_points(figure, [shown])
         return _svg(figure)
+
+
+def _legend(figure: Figure, summary: dict[str, Any]) -> None:
+    """Name the line of the front and, if caches are crossed with methods, each marker and each colour."""
+    from matplotlib.lines import Line2D
+
+    columns = [[Line2D([], [], color=INK, linewidth=1, alpha=0.5, label="Pareto front")]]
+    crossed, looks = fields.crossed(summary["rows"]), marks(summary)
+    for part, titles in enumerate(fields.titles(crossed)):
+        of = {cell[part]: looks[label] for label, cell in crossed.items()}
+        looks_of: list[dict[str, Any]] = [
+            {"color": of[name][0]} if part else {"marker": of[name][1], "color": INK, "ls": ""} for name in titles
+        ]
+        columns.append(
+            [Line2D([], [], label=title, **look) for title, look in zip(titles.values(), looks_of, strict=True)]
+        )
+    rows = max(map(len, columns))
+    gap = Line2D([], [], linestyle="", label=" ")
+    handles = [handle for column in columns for handle in (*column, *[gap] * (rows - len(column)))]  # column by column
+    figure.legend(handles=handles, loc="outside lower center", frameon=False, ncols=len(columns))
 
 
 def heat_maps(record: dict[str, Any]) -> str:
@@ -175,10 +201,11 @@ def _front_panel(axes: Axes, summary: dict[str, Any], metric: dict[str, Any]) ->
         )
     on_front = set(fields.front(summary["rows"], metric))
     line = []
-    colours, titles = marks(summary), fields.names(summary["rows"])
+    looks, titles, crossed = marks(summary), fields.names(summary["rows"]), fields.crossed(summary["rows"])
+    by_cache: dict[str, list[tuple[float, float]]] = {}
     names = []
     for speed, value, row in points:
-        colour, marker = colours[row["method"]]
+        colour, marker = looks[row["label"]]
         x = min(max(speed, across[0]), across[1])
         y = top if math.isinf(value) else min(max(value, low), high)
         if row["label"] in on_front:
@@ -187,7 +214,14 @@ def _front_panel(axes: Axes, summary: dict[str, Any], metric: dict[str, Any]) ->
         far += [fields.written(value, metric["unit"], 3)] if y != value and math.isfinite(value) else []
         fill = "none" if far else colour  # drawn on the edge, hollow, with its figure
         axes.plot(x, y, linestyle="", color=colour, marker=marker, markerfacecolor=fill, zorder=2, clip_on=False)
-        names.append((x, y, ": ".join([titles[row["label"]], *far])))
+        if row["label"] in crossed:
+            by_cache.setdefault(colour, []).append((x, y))
+        else:
+            far = [titles[row["label"]], *far]
+        if far:
+            names.append((x, y, ": ".join(far)))
+    for colour, places in by_cache.items():
+        axes.plot(*zip(*sorted(places), strict=True), color=colour, linewidth=1, zorder=1)
     axes.plot(*zip(*sorted(line), strict=True), color=INK, linewidth=1, alpha=0.5, zorder=1)
     axes.axvline(1, color=INK, linewidth=0.6, linestyle=":", zorder=0)
     better = f"{metric['unit']}   {fields.arrow(metric)} better".strip()

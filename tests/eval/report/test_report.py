@@ -100,7 +100,8 @@ def test_pictures_take_the_pages_colours_and_know_gaps(summary):
     names = fields.names(summary["rows"]).values()
     assert [*names] == ["baseline", "gna window=0.5", "gna window=0.7", "radial"]
     assert [name for name in names if f">{name}</text>" not in svg] == []
-    assert list(pictures.marks(summary)) == ["baseline", "gna", "radial"]
+    marks = pictures.marks(summary)
+    assert marks["gna:window=0.5"] == marks["gna:window=0.7"] and len(set(marks.values())) == 3
     assert [metric["name"] for metric in pictures.drawable(summary)] == [each["name"] for each in summary["metrics"]]
     assert pictures.pareto(summary).startswith(b"\x89PNG")
     assert ">blocks.2</text>" in pictures.heat_maps(summary["attention"][0])
@@ -146,6 +147,45 @@ def test_names_of_points_cover_each_other_nowhere(summary):
     boxes = [text.get_window_extent() for text in axes.texts]
     assert [text.get_text() for text in axes.texts] == [f"gna window={i}" for i in range(7)]
     assert not any(one.overlaps(other) for i, one in enumerate(boxes) for other in boxes[:i])
+
+
+def grid(summary, caches):
+    """Rows of dense attention and two methods, without a cache and with each of the caches."""
+    rows = []
+    for at, cache in enumerate(("", *(f" cache={cache}" for cache in caches))):
+        for row in summary["rows"]:
+            method = "dense" if row is summary["rows"][0] and cache else row["label"]
+            rows.append({**row, "label": method + cache, "speedup": row["speedup"] + at})
+    return rows
+
+
+def test_a_grid_has_a_line_for_each_cache_and_a_marker_for_each_method(summary):
+    """Four methods without and with two caches: a legend in place of names, and figures at points far out alone."""
+    from matplotlib.figure import Figure
+
+    caches = ["steps:computed=0x1x4", "mag:threshold=0.06"]
+    whole = {**summary, "rows": grid(summary, caches)}
+    cells = fields.crossed(whole["rows"])
+    assert cells["baseline"] == ("dense", "uncached") and cells[f"dense cache={caches[0]}"] == ("dense", caches[0])
+    assert len(set(cells.values())) == 12 and [len(names) for names in fields.titles(cells)] == [4, 3]
+    marks = pictures.marks(whole)
+    assert {len({marks[label][part] for label in cells}) for part in (0, 1)} == {3, 4}
+    axes, named = pictures._front_panel(Figure().subplots(), whole, summary["metrics"][1])
+    lines = [line for line in axes.lines if line.get_color() in {colour for colour, _ in marks.values()}]
+    assert named == [] and [len(line.get_xdata()) for line in lines if line.get_linestyle() == "-"] == [4, 4, 4]
+    first, other = (pictures.panel(whole, metric) for metric in summary["metrics"][:2])
+    for title in ("uncached", "steps", "mag", "radial", "gna window=0.5", "Pareto front"):
+        assert first.count(f">{title}</text>") == 1 and f">{title}</text>" not in other
+
+
+def test_rows_that_are_no_grid_keep_their_names(summary):
+    """One cache with one method, or two rows of the same method and cache, are no grid."""
+    assert fields.crossed(summary["rows"]) == {}
+    rows = [*summary["rows"], {**summary["rows"][1], "label": "gna:window=0.5 cache=mag"}]
+    assert fields.crossed(rows) == {}
+    rows = grid(summary, ["mag"])
+    assert len(fields.crossed(rows)) == 8
+    assert fields.crossed([*rows, {**rows[0], "label": "dense"}]) == {}
 
 
 def test_the_first_panel_is_the_largest(summary):
