@@ -98,8 +98,8 @@ class TokenOrder:
         """Blocks halved until none has more than `most` tokens, and the block that each lies in: int64 [blocks]."""
         order, parents = self, torch.arange(self.blocks, device=device)
         while order.block > most:
-            order, own = order.halved(device)
-            parents = parents[own]
+            order, halves = order.halved(device)
+            parents = parents[halves]
         return order, parents
 
     def index(self, device: torch.device | None = None) -> torch.Tensor:

@@ -41,8 +41,8 @@ def learned_attributes() -> frozenset[str]:
 def get_families() -> Mapping[str, Family]:
     """Every model family by name, sorted."""
     alone = declared("pipelines", "FAMILY")
-    found = [*alone, *itertools.chain(*declared("pipelines", "FAMILIES"))]
-    return {family.name: family for family in sorted(found, key=lambda family: family.name)}
+    families = [*alone, *itertools.chain(*declared("pipelines", "FAMILIES"))]
+    return {family.name: family for family in sorted(families, key=lambda family: family.name)}
 
 
 def list_methods() -> list[str]:
@@ -117,8 +117,10 @@ def plan(method: str, grid: TokenGrid, **config: Any) -> Plan:
 
 def fields_of(kind: type) -> list[dataclasses.Field[Any]]:
     """The fields of a method's settings: its own, then those that it shares with other methods."""
-    own = list(vars(kind).get("__annotations__", ()))
-    return sorted(dataclasses.fields(kind), key=lambda field: own.index(field.name) if field.name in own else len(own))
+    names = list(vars(kind).get("__annotations__", ()))
+    return sorted(
+        dataclasses.fields(kind), key=lambda field: names.index(field.name) if field.name in names else len(names)
+    )
 
 
 def example_of(kind: type, name: str) -> str:
@@ -223,6 +225,6 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 def declared(folder: str, attribute: str) -> list[Any]:
     """That attribute of each module in a folder of the package, in the order of the modules' names."""
     path = importlib.import_module(f"dit_accel.{folder}").__path__
-    names = sorted(found.name for found in pkgutil.iter_modules(path) if not found.ispkg)
+    names = sorted(module.name for module in pkgutil.iter_modules(path) if not module.ispkg)
     modules = [importlib.import_module(f"dit_accel.{folder}.{name}") for name in names]
     return [getattr(module, attribute) for module in modules if hasattr(module, attribute)]

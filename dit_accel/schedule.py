@@ -77,8 +77,8 @@ class Schedule:
     def _all_dense(self, steps: int) -> str | None:
         if sum(_amount_of(amount, steps) for amount in self._ends) < steps:
             return None
-        given = " and ".join(f"{name}={value}" for name in STEPS if (value := getattr(self, name)))
-        return f"{given} of {steps} steps leaves no sparse step: the run is dense"
+        said = " and ".join(f"{name}={value}" for name in STEPS if (value := getattr(self, name)))
+        return f"{said} of {steps} steps leaves no sparse step: the run is dense"
 
     def layers(self, total: int) -> frozenset[int]:
         """Indices of the dense layers among `total`."""

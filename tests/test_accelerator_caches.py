@@ -105,7 +105,7 @@ def test_shared_results_with_a_cache(share, wan_pipe):
         report = accel.report()
         assert list(report.cache.branches[0].steps.values()) == [1, 0, 0, 1, 0, 0]
         assert all(layer.step_density[3] >= 1 for layer in report.layers)
-        assert not any(layer.ours.kept for engine in accel._engines for layer in engine.layers)
+        assert not any(layer.ours.stored for engine in accel._engines for layer in engine.layers)
         assert accel._engines[0].cache.size == 0
 
 

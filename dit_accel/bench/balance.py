@@ -40,8 +40,8 @@ def simulated(setting: str, heads: int, gpus: int) -> tuple[float, float]:
     """
     source, draw = recorded()[setting], random.Random(0)
     layers = [list(zip(*draw.choices(source, k=heads), strict=True)) for _ in range(LAYERS)]
-    found = [over_steps(layer, gpus) for layer in layers]
-    before, after = (sum(values) / LAYERS for values in zip(*found, strict=True))
+    imbalances = [over_steps(layer, gpus) for layer in layers]
+    before, after = (sum(values) / LAYERS for values in zip(*imbalances, strict=True))
     return before, after
 
 

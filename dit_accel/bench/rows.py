@@ -201,14 +201,14 @@ def select(
         for dtype in dtypes or shape.dtypes
         for direction in directions or shape.directions
     ]
-    found = [row for row in rows if fnmatch.fnmatchcase(row.name, pattern)]
-    if not found:
+    matching = [row for row in rows if fnmatch.fnmatchcase(row.name, pattern)]
+    if not matching:
         example = f", for example {rows[0].name}" if rows else ""
         raise DitAccelError(
             f"No declared row matches {pattern!r}. Rows are named SHAPE/METHOD/DENSITY/DTYPE/DIRECTION{example}; "
             "--list shows them."
         )
-    return found
+    return matching
 
 
 def _targets(shape: Shape, targets: Sequence[Target], densities: Sequence[float]) -> Iterator[Target]:

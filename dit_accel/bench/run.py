@@ -90,8 +90,8 @@ class Bench:
         problem = make_problem(row, self.device, self.impl)
         gradients = row.direction != "forward"
         checks = check(problem, gradients=gradients)
-        own = {name: getattr(problem, name)[:, :, : row.shape.tokens] for name in ("q", "k", "v", "grad")}
-        stock = dataclasses.replace(problem, **own)  # the model's own attention, without a method's anchors
+        without_anchors = {name: getattr(problem, name)[:, :, : row.shape.tokens] for name in ("q", "k", "v", "grad")}
+        stock = dataclasses.replace(problem, **without_anchors)  # the model's own attention, without a method's anchors
         dense_name, tried = self.best_dense(row, stock)
         calls = {
             "sparse": prepare(problem, problem.attend, row.direction),
@@ -131,8 +131,8 @@ class Bench:
             "baseline_ms_p50": baseline,
             "baselines_tried": tried,
             "speedup": baseline / times["ms_p50"],
-            "max_error": max(found.error for found in checks.values()),
-            "checks": {name: found._asdict() for name, found in checks.items()},
+            "max_error": max(result.error for result in checks.values()),
+            "checks": {name: result._asdict() for name, result in checks.items()},
             **({} if peer is None else {"peer": peer}),
             **self.provenance,
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -155,7 +155,7 @@ class Bench:
                     tried[name] = statistics.median(taken)
                 except RuntimeError as error:  # of a back end that does not take the call
                     tried[name] = first_line(error)
-            timed = {name: found for name, found in tried.items() if isinstance(found, float)}
+            timed = {name: outcome for name, outcome in tried.items() if isinstance(outcome, float)}
             if not timed:
                 raise DitAccelError(f"No dense attention runs here: {tried}.")
             self._dense[key] = min(timed, key=lambda name: timed[name]), tried
@@ -166,9 +166,9 @@ class Bench:
         peer: dict[str, Any] = {"name": "flex_attention"}
         other = dataclasses.replace(problem, impl="flex")
         try:
-            found = check(other, gradients=gradients)
+            checks = check(other, gradients=gradients)
             peer["call"] = prepare(other, other.attend, row.direction)
-            peer["max_error"] = max(each.error for each in found.values())
+            peer["max_error"] = max(result.error for result in checks.values())
         except (RuntimeError, ValueError, Inexact) as error:  # compilers raise the first two
             peer["reason"] = first_line(error)
         return peer
@@ -258,17 +258,19 @@ def count(row: Row) -> dict[str, Any]:
         a call tells; `dense_tflop`: of all pairs; `ulysses`: by number of GPUs, as in `balance.of_method`.
     """
     shape = row.shape
-    made = row.target.setting_on(shape.grid).plan(shape.grid)
-    each = 2 * PRODUCTS[row.direction] * shape.head_dim * shape.heads / 1e12
-    if isinstance(made, RoutedPlan):
-        bounds, visited, orders = made.bounds, made.visited, (made.query_order, made.key_order)
-        computed = None if visited is None else visited * orders[0].block * orders[1].block * each
+    plan = row.target.setting_on(shape.grid).plan(shape.grid)
+    tflop_a_pair = 2 * PRODUCTS[row.direction] * shape.head_dim * shape.heads / 1e12
+    if isinstance(plan, RoutedPlan):
+        bounds, visited, orders = plan.bounds, plan.visited, (plan.query_order, plan.key_order)
+        computed = None if visited is None else visited * orders[0].block * orders[1].block * tflop_a_pair
     else:
-        assert made.pairs is not None
-        bounds, computed = (made.pairs, made.pairs), shape.tokens**2 * each
-        if made.pairs < shape.tokens**2:
-            blocks = made.block_mask()
-            computed = blocks.visited * blocks.query_order.block * blocks.key_order.block * each * made.head_share
-    found = {"tflop": [pairs * each for pairs in bounds], "block_tflop": computed}
+        assert plan.pairs is not None
+        bounds, computed = (plan.pairs, plan.pairs), shape.tokens**2 * tflop_a_pair
+        if plan.pairs < shape.tokens**2:
+            blocks = plan.block_mask()
+            computed = (
+                blocks.visited * blocks.query_order.block * blocks.key_order.block * tflop_a_pair * plan.head_share
+            )
+    work = {"tflop": [pairs * tflop_a_pair for pairs in bounds], "block_tflop": computed}
     shared = balance.of_method(row.target.method, shape.heads)
-    return {**row.as_dict(), **found, "dense_tflop": shape.tokens**2 * each, "ulysses": shared}
+    return {**row.as_dict(), **work, "dense_tflop": shape.tokens**2 * tflop_a_pair, "ulysses": shared}

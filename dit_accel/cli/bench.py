@@ -69,22 +69,22 @@ class BenchOptions(JsonOptions, DeviceOptions):
 
 
 @command(BenchOptions)
-def bench(given: dict[str, Any]) -> int:
+def bench(typed: dict[str, Any]) -> int:
     """Time the attention methods against the best dense attention of this machine, after checking their results.
 
     A row is timed only if its results are about as close to fp64 as those of plain PyTorch in the same dtype. If one is
     not, the exit status is 1.
     Example: dit-accel bench --shape wan-14b-720p --density 0.1 --output rows.jsonl --picture rows.png
     """
-    options = BenchOptions(**given)
+    options = BenchOptions(**typed)
     _check_files(options)
     if options.read is not None:
         selecting = ("rows", "shape", "method", "density", "dtype", "direction", "peer", "profile")
-        _refuse("--read shows every row of a file", given, selecting)
+        _refuse("--read shows every row of a file", typed, selecting)
         _show_file(options, options.read)
         return 0
     if options.count:
-        _refuse("--count counts the work of operators", given, ("list", "output", "picture"))
+        _refuse("--count counts the work of operators", typed, ("list", "output", "picture"))
         from dit_accel.bench.run import count
 
         balances: dict[tuple[str, int], dict[int, tuple[float, float]]] = {}
@@ -124,8 +124,8 @@ def bench(given: dict[str, Any]) -> int:
         check_file(options.profile, (".txt",), option="--profile")
         check_ours([options.profile], "--profile")
         replace_file(options.profile, f"{MARK}\n".encode())
-    found = Bench(device, options.impl, options.seconds, options.peer, options.profile).run(rows)
-    records, status = measured(found, len(rows), options.output)
+    outcomes = Bench(device, options.impl, options.seconds, options.peer, options.profile).run(rows)
+    records, status = measured(outcomes, len(rows), options.output)
     _show(records, options)
     return status
 
@@ -137,11 +137,11 @@ def _show_file(options: BenchOptions, path: Path) -> None:
     _show(records, options)
 
 
-def _refuse(why: str, given: dict[str, Any], unused: Sequence[str]) -> None:
+def _refuse(why: str, typed: dict[str, Any], unused: Sequence[str]) -> None:
     """Refuse options without effect."""
-    found = [f"--{name}" for name in unused if name in given]
-    if found:
-        raise DitAccelError(f"{why}; leave out {', '.join(found)}.")
+    without_effect = [f"--{name}" for name in unused if name in typed]
+    if without_effect:
+        raise DitAccelError(f"{why}; leave out {', '.join(without_effect)}.")
 
 
 def _chosen(options: BenchOptions, device: torch.device | None) -> list[Row]:
@@ -208,7 +208,7 @@ def names_in(output: Path | None, device: torch.device, impl: str, field: str = 
 
 
 def measured(
-    found: Iterator[RowOutcome], count: int, output: Path | None, time: str = "ms_p50"
+    running: Iterator[RowOutcome], count: int, output: Path | None, time: str = "ms_p50"
 ) -> tuple[list[dict[str, Any]], int]:
     """Measure `count` rows and tell how it goes; `time` is the field that has a row's milliseconds.
 
@@ -216,7 +216,7 @@ def measured(
     """
     outcomes: list[RowOutcome] = []
     try:
-        for number, outcome in enumerate(found, 1):
+        for number, outcome in enumerate(running, 1):
             if (record := outcome.record) is None:
                 remark = f"{outcome.status}: {outcome.reason}"
             else:
@@ -226,8 +226,8 @@ def measured(
             typer.echo(f"{number}/{count} {outcome.name}: {remark}", err=True)
             outcomes.append(outcome)
     except KeyboardInterrupt as stop:
-        kept = any(outcome.record is not None for outcome in outcomes) and output is not None
-        where = f"; what was measured is in {output}" if kept else ""
+        written = any(outcome.record is not None for outcome in outcomes) and output is not None
+        where = f"; what was measured is in {output}" if written else ""
         raise Interrupted(f"interrupted after {len(outcomes)} of {count} rows{where}.") from stop
     refused = [outcome for outcome in outcomes if outcome.status == "refused"]
     if len(refused) == len(outcomes):

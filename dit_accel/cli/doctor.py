@@ -69,14 +69,14 @@ class Finding:
 
 
 @command(DoctorOptions)
-def doctor(given: dict[str, Any]) -> int:
+def doctor(typed: dict[str, Any]) -> int:
     """Say what would run here, what is missing, and the command that installs it.
 
     Example: dit-accel doctor --model Wan-AI/Wan2.1-T2V-1.3B-Diffusers
     """
     from dit_accel.generation.call import placement
 
-    options = DoctorOptions(**given)
+    options = DoctorOptions(**typed)
     device, dtype = placement(options.device, "auto", "none")
     kernels = _kernels(device, dtype)
     others = [_compiler(device), *(_package(*row) for row in PACKAGES)]
@@ -147,7 +147,7 @@ def _memory(model: str, revision: str | None, device: torch.device, dtype: torch
 
     sizes = weight_bytes(sources.find(model, revision), dtype)
     total, free = sum(sizes.values()), free_memory(device)
-    parts = ", ".join(f"{name} {_gigabytes(size)}" for name, size in sorted(sizes.items(), key=lambda each: -each[1]))
+    parts = ", ".join(f"{name} {_gigabytes(size)}" for name, size in sorted(sizes.items(), key=lambda part: -part[1]))
     detail = f"its weights take {_gigabytes(total)} ({parts}), and {_gigabytes(free)} are free on {device}"
     if total < free:
         return Finding(model, True, detail)
@@ -176,9 +176,11 @@ def _weights(path: Path, settings: tuple[str, ...], model: str | None, revision:
         else:
             assert candidate.folder is not None
             files = weight_files.open_weights(candidate.folder, str(path))
-            what = f"{published.detect(files).name}, {sum(len(each.tensors) for each in files.models.values())} tensors"
+            what = (
+                f"{published.detect(files).name}, {sum(len(index.tensors) for index in files.models.values())} tensors"
+            )
             if parts:
-                published.fit(types.SimpleNamespace(components=parts), files, candidate.given)
+                published.fit(types.SimpleNamespace(components=parts), files, candidate.overrides)
     except DitAccelError as error:
         return Finding(subject, False, str(error))
     call = ", ".join(f"{name}={value}" for name, value in candidate.call.items())

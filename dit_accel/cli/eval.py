@@ -103,7 +103,7 @@ class ComparedMethods(ScheduleOptions):
 
 
 @command(ComparedMethods, EvalRequest)
-def evaluate(compared: dict[str, Any], given: dict[str, Any]) -> int:
+def evaluate(compared: dict[str, Any], typed: dict[str, Any]) -> int:
     """Compare methods with the untouched pipeline: speed, likeness, distribution, and pictures of both.
 
     A run that was stopped goes on where it stopped when it is started again.
@@ -116,12 +116,12 @@ def evaluate(compared: dict[str, Any], given: dict[str, Any]) -> int:
     from dit_accel.generation import sources
     from dit_accel.train import card
 
-    asked = ComparedMethods(**compared)
-    request = EvalRequest(**(suites.read(asked.suite, given) if asked.suite else {}) | given)
-    if candidates := asked.candidates(lambda: request.subject(sources.find(request.model, request.revision))):
+    comparison = ComparedMethods(**compared)
+    request = EvalRequest(**(suites.read(comparison.suite, typed) if comparison.suite else {}) | typed)
+    if candidates := comparison.candidates(lambda: request.subject(sources.find(request.model, request.revision))):
         request = dataclasses.replace(request, methods=candidates)
-    saved = [None if method.published else method.folder for method in request.methods] if asked.write_card else []
-    if asked.write_card and not any(saved):
+    saved = [None if method.published else method.folder for method in request.methods] if comparison.write_card else []
+    if comparison.write_card and not any(saved):
         raise DitAccelError("--write-card writes into the model card of a saved accelerator. Add --load FOLDER.")
     for folder in filter(None, saved):
         card.split(folder)
@@ -131,7 +131,7 @@ def evaluate(compared: dict[str, Any], given: dict[str, Any]) -> int:
         raise Interrupted(goes_on(request.output)) from stop
     if summary is not None:
         show(summary)
-        if asked.write_card:
+        if comparison.write_card:
             for folder, row in zip(saved, summary["rows"][1:], strict=True):
                 if folder is not None:
                     card.write_quality(folder, markdown.excerpt(summary, row["label"]))

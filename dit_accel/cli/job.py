@@ -88,13 +88,13 @@ class GenerateJob:
             progress: as in `sample`.
         """
         arguments, dense_arguments = (
-            own | {"prompt": request.prompt} for own in (self.arguments, self.dense_arguments)
+            values | {"prompt": request.prompt} for values in (self.arguments, self.dense_arguments)
         )
         runs = {}
         if request.compare:
             for candidate in (self.candidate, Candidate()) if dense is None else (self.candidate,):
-                own = dense_arguments if candidate.setting is None else arguments
-                call.warm_up(pipe, own, candidate, whole=request.compile)  # so that lazy set-up is not timed
+                values = dense_arguments if candidate.setting is None else arguments
+                call.warm_up(pipe, values, candidate, whole=request.compile)  # so that lazy set-up is not timed
             if dense is None:
                 dense = sample(pipe, dense_arguments, request.seed, "dense", self.device, progress)
             runs["dense"] = dense
@@ -166,8 +166,8 @@ def prepare(request: GenerateRequest) -> GenerateJob:
     kind, plain = source.pipeline_class(), source.call_defaults()
     image = None if request.image is None else call.open_image(request.image)
     arguments, dense_arguments = (
-        request.arguments(kind, own, shape, video=sizes.video, prompt=request.prompt, image=image)
-        for own in (plain | candidate.call, plain)
+        request.arguments(kind, defaults, shape, video=sizes.video, prompt=request.prompt, image=image)
+        for defaults in (plain | candidate.call, plain)
     )
     fps = request.rate(kind, source, arguments) if sizes.video else None
     if grid.text:
@@ -222,7 +222,7 @@ def compare(dense: TimedOutput, accelerated: TimedOutput) -> dict[str, float | N
 
     from dit_accel.eval.metrics.likeness import psnr, ssim
 
-    frames, wanted = (torch.from_numpy(made.frames).movedim(-1, 1) for made in (accelerated, dense))
+    frames, wanted = (torch.from_numpy(output.frames).movedim(-1, 1) for output in (accelerated, dense))
     decibels = psnr(frames, wanted)
     return {
         "speedup": dense.seconds / accelerated.seconds,
@@ -235,14 +235,14 @@ def compare(dense: TimedOutput, accelerated: TimedOutput) -> dict[str, float | N
 def _write(path: Path, record: dict[str, Any], title: str, runs: dict[str, TimedOutput]) -> None:
     """All files of a run, or none of them."""
     fps = record["fps"] or 1
-    pixels = {name: (made.frames * 255).round().astype("uint8") for name, made in runs.items()}
+    pixels = {name: (output.frames * 255).round().astype("uint8") for name, output in runs.items()}
     with staged(path) as stage:
         media.write_frames(stage / path.name, pixels["accelerated"], fps)
         text = json.dumps(record, indent=2, allow_nan=False) + "\n"
         (stage / f"{path.stem}.json").write_text(text, encoding="utf-8")
         if "dense" in runs:
-            dense, made = runs["dense"], runs["accelerated"]
-            captions = (f"dense: {dense.seconds:.1f} s", f"{title}: {made.seconds:.1f} s")
+            dense, output = runs["dense"], runs["accelerated"]
+            captions = (f"dense: {dense.seconds:.1f} s", f"{title}: {output.seconds:.1f} s")
             both = media.side_by_side(pixels["dense"], pixels["accelerated"], captions, likeness(record["comparison"]))
             media.write_frames(stage / media.sibling(path, "dense"), pixels["dense"], fps)
             media.write_frames(stage / media.sibling(path, "compare"), both, fps)

@@ -43,12 +43,12 @@ class LsOptions(JsonOptions):
 
 
 @command(LsOptions)
-def ls(given: dict[str, Any]) -> None:
+def ls(typed: dict[str, Any]) -> None:
     """List methods, model families and refused transformers; with a name, all about one of them.
 
     Example: dit-accel ls wan
     """
-    options = LsOptions(**given)
+    options = LsOptions(**typed)
     methods = {name: _method(method) for name, method in registry.get_methods().items()}
     families = {name: _family(family) for name, family in registry.get_families().items()}
     if options.name == "formats":

@@ -55,15 +55,20 @@ def build(gradio: Any, playground: Playground, defaults: dict[str, Any]) -> grad
 
         nothing = [gradio.skip()] * 4
         try:
-            made = playground.compare(ticket, values, show)
+            comparison = playground.compare(ticket, values, show)
         except Cancelled:
             return [_line("Cancelled."), *nothing]
         except DitAccelError as error:
             return [_line(f"error: {error}", failed=True), *nothing]
-        remarks = "".join(f"<p>{html.escape(remark)}</p>" for remark in made.remarks)
-        outputs = zip((made.dense, made.accelerated), made.captions, strict=True)
+        remarks = "".join(f"<p>{html.escape(remark)}</p>" for remark in comparison.remarks)
+        outputs = zip((comparison.dense, comparison.accelerated), comparison.captions, strict=True)
         shown = [gradio.update(value=str(path), label=caption) for path, caption in outputs]
-        return [_line(made.likeness), *shown, None if made.mask is None else str(made.mask), remarks + made.report]
+        return [
+            _line(comparison.likeness),
+            *shown,
+            None if comparison.mask is None else str(comparison.mask),
+            remarks + comparison.report,
+        ]
 
     def follow(*inputs: Any, progress: Any = gradio.Progress()) -> list[Any]:  # noqa: B008  Gradio looks for it here
         return run(*inputs, progress=progress)

@@ -84,9 +84,9 @@ class PlanOptions(JsonOptions, SizeOptions, SourceOptions, SettingsOptions):
         """What a prediction for several GPUs needs, and what it cannot be given with."""
         needs = {"--heads": self.heads, "--tflops": self.tflops, "--link": self.link}
         if self.gpus is None:
-            given = [name for name, value in needs.items() if value is not None]
-            if given or self.parallel != "ulysses":
-                raise DitAccelError(f"{given[0] if given else '--parallel'} is part of a prediction. Add --gpus.")
+            typed = [name for name, value in needs.items() if value is not None]
+            if typed or self.parallel != "ulysses":
+                raise DitAccelError(f"{typed[0] if typed else '--parallel'} is part of a prediction. Add --gpus.")
         elif missing := [name for name, value in needs.items() if value is None]:
             raise DitAccelError(f"--gpus predicts times from what it is given. Add {', '.join(missing)}.")
         elif self.image is not None or self.gpu is not None:

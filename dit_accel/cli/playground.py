@@ -135,11 +135,11 @@ class Playground:
             del self._tickets[ticket]
 
     def _compare(self, values: dict[str, Any], progress: WatchedSteps) -> Comparison:
-        given = {name: value for name, value in values.items() if value not in (None, "")}
-        _refuse_files(given.get("method"))
+        filled = {name: value for name, value in values.items() if value not in (None, "")}
+        _refuse_files(filled.get("method"))
         number, ending = next(self._counter), ".mp4" if self.video else ".png"
         path = self.folder / f"{number:06d}{ending}"
-        request = GenerateRequest(**self.options | given, compare=True, output=path)
+        request = GenerateRequest(**self.options | filled, compare=True, output=path)
         prepared = job.prepare(request)
         key = repr((prepared.dense_arguments, request.prompt, request.seed))
         known = self._dense[1] if self._dense is not None and self._dense[0] == key else None
@@ -153,9 +153,9 @@ class Playground:
         for old in self.folder.glob("*.*"):
             old.unlink()
         files = {}
-        for name, made in runs.items():
+        for name, output in runs.items():
             files[name] = path.with_name(media.sibling(path, name))
-            pixels = (made.frames * 255).round().astype("uint8")
+            pixels = (output.frames * 255).round().astype("uint8")
             media.write_frames(files[name], pixels, prepared.fps or 1)
         mask = None
         try:

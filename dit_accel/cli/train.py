@@ -24,8 +24,8 @@ def train(run: dict[str, Any], data: dict[str, Any], settings: dict[str, Any]) -
     try:
         typer.echo("\n".join(job.run(request)))
     except KeyboardInterrupt as stop:
-        from dit_accel.train.state import found
+        from dit_accel.train.state import checkpoints_in
 
-        checkpoints = found(request.run.output / "checkpoints")
+        checkpoints = checkpoints_in(request.run.output / "checkpoints")
         then = f"to continue from {checkpoints[-1]}" if checkpoints else "to start again; there is no checkpoint yet"
         raise Interrupted(f"interrupted. Run the same command {then}.") from stop

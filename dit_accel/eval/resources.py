@@ -51,10 +51,10 @@ def estimate(checked: CheckedRequest, request: EvalRequest, settings: int, steps
     operations = _operations(checked, sizes[names[0]] / checked.dtype.itemsize, channels)
     guided = _calls(checked, config)
     hours = samples * steps * guided * operations / H100_RATE / 3600
-    each = f"{steps} steps, {guided} calls a step, {operations:.2g} operations a call"
+    per_sample = f"{steps} steps, {guided} calls a step, {operations:.2g} operations a call"
     most = f"at most {hours:,.3g}" if hours >= 0.01 else "less than 0.01"
     lines.append(
-        f"time: {most} hours of an H100 ({each}, every setting as slow as dense); the processes of "
+        f"time: {most} hours of an H100 ({per_sample}, every setting as slow as dense); the processes of "
         "`accelerate launch` share them"
     )
     return "\n".join(lines)

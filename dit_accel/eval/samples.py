@@ -91,7 +91,7 @@ class Results:
 
     def __init__(self, folder: Path, process: int = 0) -> None:
         self.folder = folder
-        self._own = folder / (f"results-{process}.jsonl" if process else RESULTS)
+        self._path = folder / (f"results-{process}.jsonl" if process else RESULTS)
         self.rows: dict[str, Row] = {}
         self.damaged: list[str] = []
 
@@ -120,7 +120,7 @@ class Results:
 
     def add(self, row: Row) -> None:
         """Keep a row, on disk when this returns."""
-        append(self._own, row)
+        append(self._path, row)
         self.rows[row["key"]] = row
 
     def rewrite(self, rows: Iterable[Row]) -> None:

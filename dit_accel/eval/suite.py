@@ -42,10 +42,10 @@ METHOD_KEYS = (
 )  # fmt: skip
 
 
-def read(source: str, given: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def read(source: str, typed: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """The values of a suite, a YAML file or a built-in name, by field of `EvalRequest`; methods are ready to use.
 
-    Values in `given` win over the suite's: levels and presets are chosen for the model and size that come of both.
+    Values in `typed` win over the suite's: levels and presets are chosen for the model and size that come of both.
 
     Raises:
         DitAccelError: there is no such suite, it is not YAML, a key is unknown, or a value is of another type.
@@ -54,20 +54,20 @@ def read(source: str, given: Mapping[str, Any] | None = None) -> dict[str, Any]:
     listed, shown = said.pop("methods", None), said.pop("published", [])
     try:
         request = values.build(EvalRequest, said, "An evaluation")
-        found = {name: getattr(request, name) for name in said}
+        settings = {name: getattr(request, name) for name in said}
         if listed is None and not shown:
-            return found
-        whole = EvalRequest(**(found | dict(given or {})))
+            return settings
+        whole = EvalRequest(**(settings | dict(typed or {})))
         listed = [listed] if isinstance(listed, str | dict) else listed
         candidates, figures = methods(listed, lambda: whole.subject(sources.find(whole.model, whole.revision)))
         figures += [Published.build(entry, "") for entry in shown]
         if listed is not None:
-            found["methods"] = tuple(candidates)
+            settings["methods"] = tuple(candidates)
         if figures:
-            found["published"] = tuple(figures)
+            settings["published"] = tuple(figures)
     except DitAccelError as error:
         raise DitAccelError(f"--suite {source}: {error}") from error
-    return found
+    return settings
 
 
 def methods(

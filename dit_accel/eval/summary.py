@@ -87,7 +87,7 @@ def write(done: Evaluation, attention: Sequence[dict[str, Any]]) -> Summary | No
     summary = {
         "note": MARK,
         "title": f"{done.request.model}: quality and speed of {len(labels) - 1} settings",
-        "made": _made(done),
+        "made": _origin(done),
         "metrics": metrics,
         "rows": listed,
         "verdict": verdict.decide(listed, metrics, done.limits, done.grid.tokens),
@@ -152,7 +152,7 @@ def _command(done: Evaluation, candidate: Candidate) -> list[str]:
     options |= model_options(request)
     if candidate.folder is not None:
         options["load"] = candidate.published or candidate.folder
-        options |= {"set": tuple(f"{key}={value_text(value)}" for key, value in candidate.given.items())}
+        options |= {"set": tuple(f"{key}={value_text(value)}" for key, value in candidate.overrides.items())}
     elif setting is not None:
         options |= {"method": setting.title} | setting.words()
     if candidate.folder is not None and setting is not None and setting.dense_backend is not None:
@@ -187,7 +187,7 @@ def _quantiles(rows: Sequence[Row], name: str) -> dict[str, float] | None:
     return {"p50": median, "p95": late}
 
 
-def _made(done: Evaluation) -> dict[str, Any]:
+def _origin(done: Evaluation) -> dict[str, Any]:
     """How every figure was made."""
     request, arguments = done.request, done.sweep.arguments(done.candidates[0])
     frames = f"{arguments['num_frames']} frames of " if "num_frames" in arguments else ""

@@ -104,7 +104,7 @@ class Sweep:
         total = len(numbers) * len(candidates)
         left = sum(not self.has([candidate], item) for item in numbers for candidate in candidates)
         with contextlib.ExitStack() as shown:
-            progress, done, made = None if whole is None else whole.progress, None, 0
+            progress, done, count = None if whole is None else whole.progress, None, 0
             for item in items if claimed is None else claimed:
                 for number, candidate in enumerate(candidates, numbers[item] + 1):
                     key = self.key(candidate, item)
@@ -117,13 +117,13 @@ class Sweep:
                         done = progress.add_task("all samples", total=left)
                     row = self._make(candidate, item, key, f"{number}/{total} {candidate.label}", progress)
                     self.results.add(row)
-                    made += 1
+                    count += 1
                     if done is not None:
                         progress.advance(done)
                     elif whole is not None:
                         whole.advance(row["steps"])
             if progress is not None and done is not None:
-                progress.update(done, total=made)  # other processes made the rest
+                progress.update(done, total=count)  # other processes made the rest
 
     def has(self, candidates: Sequence[Candidate], item: PromptSeed) -> bool:
         """Whether an item's samples are known and their files exist, which are not read."""

@@ -37,7 +37,7 @@ class Candidate:
         any_weights, keep_int8: as in `checkpoint.load`.
         call: arguments of the pipeline's calls after a fine-tuning, such as fewer steps.
         published: what the user calls the published weights; None for a saved accelerator.
-        given: settings in place of those that the published weights say.
+        overrides: settings in place of those that the published weights say.
         notes: remarks for its reports.
     """
 
@@ -46,7 +46,7 @@ class Candidate:
     any_weights: bool = False
     call: dict[str, Any] = dataclasses.field(default_factory=dict)
     published: str | None = None
-    given: dict[str, Any] = dataclasses.field(default_factory=dict)
+    overrides: dict[str, Any] = dataclasses.field(default_factory=dict)
     keep_int8: bool = False
     notes: tuple[str, ...] = ()
 
@@ -90,10 +90,10 @@ class Candidate:
             where = weight_files.locate(path, option="--load ")
             files = weight_files.open_weights(where, str(path))
             detected = published.detect(files)
-            given = parse_method(detected.tuned(files).method, settings)[1]
-            tuned = published.settings(detected, files, given)
+            overrides = parse_method(detected.tuned(files).method, settings)[1]
+            tuned = published.settings(detected, files, overrides)
             setting = Setting.make(tuned.method, tuned.config).changed(**words)
-            return cls(setting, where, False, dict(tuned.call), str(path), given, keep_int8)
+            return cls(setting, where, False, dict(tuned.call), str(path), overrides, keep_int8)
         saved = checkpoint.read(path)
         call = {} if saved.trained is None else saved.trained["call"]
         return cls(saved.setting.changed(**words), path, any_weights, call)
@@ -153,7 +153,7 @@ class Candidate:
             "cache": self.setting.cache,
             "any_weights": self.any_weights,
             "keep_int8": self.keep_int8,
-            **self.given,
+            **self.overrides,
         }
         return saved.load(pipe, self.folder, **how)
 

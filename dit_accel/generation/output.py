@@ -47,8 +47,8 @@ def write_frames(path: Path, frames: np.ndarray, fps: int) -> None:
         first.save(path, save_all=True, append_images=others, duration=_duration(fps), loop=0, comment=MARK)
     else:
         write_png(path, Image.fromarray(frames[0]))
-    if (found := _count_frames(path, fps)) != len(frames):
-        raise OSError(f"{found} of {len(frames)} frames can be read back, as on a full disk")
+    if (readable := _count_frames(path, fps)) != len(frames):
+        raise OSError(f"{readable} of {len(frames)} frames can be read back, as on a full disk")
 
 
 def write_png(path: Path, picture: Image) -> None:

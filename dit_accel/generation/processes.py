@@ -80,7 +80,7 @@ class ProcessRank:
         Raises:
             DitAccelError: the folder cannot be written to.
         """
-        own = self.share(items)
+        share = self.share(items)
         begin = len(items) * self.index // self.count
         left, locks = [*items[begin:], *items[:begin]], True
         while left:
@@ -91,7 +91,7 @@ class ProcessRank:
                     continue
                 try:
                     with hold(place(item), folder=False) as locks:
-                        if (locks or item in own) and missing(item):
+                        if (locks or item in share) and missing(item):
                             yield item
                 except InUse:
                     busy.append(item)

@@ -81,11 +81,12 @@ def check(text: str | None, source: Source, device: torch.device) -> None:
 def _check_fp8(device: torch.device) -> None:
     import torch
 
-    found = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
-    if found is None or found < FP8_SINCE:
+    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+    if capability is None or capability < FP8_SINCE:
         raise DitAccelError(
             "--quantize fp8-dynamic multiplies in fp8, which NVIDIA GPUs from compute capability 8.9 on do; got "
-            f"{device.type if found is None else '.'.join(map(str, found))}. Choose fp8, which stores weights alone."
+            f"{device.type if capability is None else '.'.join(map(str, capability))}. Choose fp8, which stores "
+            "weights alone."
         )
 
 

@@ -99,7 +99,7 @@ class AcceleratedLayer:
             last: its plan, implementation and the reason for it, or why it was dense.
             step: of the call; None if unknown.
         """
-        self.tally.keep(self.ours.kept)
+        self.tally.keep(self.ours.stored)
         if self.ours.intercepted:
             last = "attention replaced by a function mode"
         self.ours.ran = self.ours.intercepted = False
@@ -155,11 +155,11 @@ def without_learned(save: Callable[..., Any]) -> Callable[..., Any]:
     def save_pretrained(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         learned = registry.learned_attributes()
         parts = [(module, name) for module in self.modules() for name in learned if name in module._modules]
-        kept = [(module, name, module._modules.pop(name)) for module, name in parts]
+        taken_out = [(module, name, module._modules.pop(name)) for module, name in parts]
         try:
             return save(self, *args, **kwargs)
         finally:
-            for module, name, part in kept:
+            for module, name, part in taken_out:
                 module._modules[name] = part
 
     return save_pretrained

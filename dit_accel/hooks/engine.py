@@ -322,7 +322,7 @@ class Engine(AtWork):
         step = self._step
         if step is not None and step.count is not None and step.index + 1 >= step.count:
             for layer in self.layers:
-                layer.ours.kept.pop(self._number, None)
+                layer.ours.stored.pop(self._number, None)
 
     def _omit_masks(
         self, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -394,7 +394,7 @@ class Engine(AtWork):
         if before is None or known is not self._run or before.count != step.count or before.index > step.index:
             before = None
             for layer in self.layers:
-                layer.ours.kept.clear()
+                layer.ours.stored.clear()
         self._number = self._number + 1 if before is not None and before.index == step.index else 0
         for state in self._states.values():
             state.step = step.index, self._number, step.count is not None and step.index + 1 >= step.count

@@ -90,8 +90,8 @@ class Implementation:
     installed: bool = dataclasses.field(init=False)
 
     def __post_init__(self) -> None:
-        found = self.package is None or importlib.util.find_spec(self.package) is not None
-        object.__setattr__(self, "installed", found)
+        installed = self.package is None or importlib.util.find_spec(self.package) is not None
+        object.__setattr__(self, "installed", installed)
         object.__setattr__(self, "module", self.module or f"{__package__}.{self.kernel}.{self.name}")
 
     def obstacle(self, facts: Facts) -> str | None:
@@ -333,5 +333,5 @@ def ranked(device_type: str, kernel: str = BLOCK_SPARSE) -> list[Implementation]
     ranks = [
         (row, row.rank.get(device_type, row.rank.get(ELSEWHERE))) for row in _TABLE.values() if row.kernel == kernel
     ]
-    found = [(row, rank) for row, rank in ranks if rank is not None]
-    return [row for row, _ in sorted(found, key=lambda item: -item[1])]
+    candidates = [(row, rank) for row, rank in ranks if rank is not None]
+    return [row for row, _ in sorted(candidates, key=lambda item: -item[1])]

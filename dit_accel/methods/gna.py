@@ -105,12 +105,12 @@ def fit_axis(axis: int, length: int, config: Config) -> AxisTable:
     """The table of one axis of a grid, with scalar strides and dilations clamped; others are refused if too large."""
     if length == 1:
         return AxisTable.full(1)
-    asked = per_axis(config.window)[axis]
+    size = per_axis(config.window)[axis]
     dilation = per_axis(config.dilation)[axis]
     if not isinstance(config.dilation, tuple):
-        smallest = 1 if isinstance(asked, float) else window_tokens(asked, length, 1)
+        smallest = 1 if isinstance(size, float) else window_tokens(size, length, 1)
         dilation = max(1, min(dilation, length // smallest))
-    window = window_tokens(asked, length, dilation)
+    window = window_tokens(size, length, dilation)
     stride = per_axis(config.stride)[axis]
     if not isinstance(config.stride, tuple):
         stride = min(stride, window)

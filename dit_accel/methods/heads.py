@@ -79,19 +79,19 @@ class HeadsPlan(DensePlan):
         return super().kept_keys(queries) & (isinstance(keep, str) or bool(keep[head]))
 
     def run(self, q: Tensor, k: Tensor, v: Tensor, call: PlanCall) -> Tensor:
-        kept = self._kept(q, call)
-        if len(kept) == q.shape[1]:
+        computed = self._computed(q, call)
+        if len(computed) == q.shape[1]:
             return super().run(q, k, v, call)
         kind = q.device.type
         if torch.is_autocast_enabled(kind):
             q, k, v = (x.to(torch.get_autocast_dtype(kind)) for x in (q, k, v))
         out = zeros_spread(q)
-        if not len(kept):  # under context parallelism
+        if not len(computed):  # under context parallelism
             return out
-        q, k, v = (x.transpose(1, 2).index_select(2, kept).transpose(1, 2) for x in (q, k, v))
-        return out.index_copy(1, kept, super().run(q, k, v, call))
+        q, k, v = (x.transpose(1, 2).index_select(2, computed).transpose(1, 2) for x in (q, k, v))
+        return out.index_copy(1, computed, super().run(q, k, v, call))
 
-    def _kept(self, q: Tensor, call: PlanCall) -> Tensor:
+    def _computed(self, q: Tensor, call: PlanCall) -> Tensor:
         """The heads of a call that are computed: int64, on its device."""
         first, every = (0, q.shape[1]) if call.heads is None else call.heads
         keep = (1,) * every if isinstance(self.config.keep, str) else self.config.keep
@@ -100,8 +100,8 @@ class HeadsPlan(DensePlan):
         key = q.device, first, q.shape[1]
         if key not in self._indices:
             with building():
-                own = torch.tensor(keep[first : first + q.shape[1]])
-                self._indices[key] = own.nonzero().flatten().to(q.device)
+                flags = torch.tensor(keep[first : first + q.shape[1]])
+                self._indices[key] = flags.nonzero().flatten().to(q.device)
         return self._indices[key]
 
     def reference(self, call: SampledCall, head: int, q: Tensor, k: Tensor, v: Tensor, *weights: Tensor) -> Tensor:

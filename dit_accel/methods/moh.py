@@ -161,10 +161,10 @@ class MohPlan(DensePlan):
         """The gates of the whole sequence [B, h, N, D]. Without a module its weight counts as it starts."""
         if not isinstance(module, HeadRouter):
             module = HeadRouter(q.shape[-1], q.shape[1], self.config).to(q.device)
-        found: Gates = module(q)
+        routed: Gates = module(q)
         others = torch.ones(self.grid.tokens, dtype=torch.bool, device=q.device)
         others[self.grid.visual_rows] = False
-        return Gates(found.taken | others, found.weights.masked_fill(others, 1), found.shares)
+        return Gates(routed.taken | others, routed.weights.masked_fill(others, 1), routed.shares)
 
     @torch.no_grad()
     def route(self, q: Tensor, k: Tensor, **call: Any) -> BlockLists:
@@ -181,8 +181,8 @@ class MohPlan(DensePlan):
 
         f_i is the share of the visual tokens that take head i, P_i the mean of their p_i. Both average over samples.
         """
-        found, visual = self.gates(q, module), self.grid.visual_rows
-        taken, shares = found.taken[..., visual].to(found.shares), found.shares[..., visual]
+        gates, visual = self.gates(q, module), self.grid.visual_rows
+        taken, shares = gates.taken[..., visual].to(gates.shares), gates.shares[..., visual]
         return (taken.mean((0, 2)) * shares.mean((0, 2))).sum()
 
     def run(self, q: Tensor, k: Tensor, v: Tensor, call: PlanCall) -> Tensor:
@@ -218,9 +218,9 @@ class MohPlan(DensePlan):
         for sample, counts in enumerate(taken.sum(-1).tolist()):
             mask = None if valid is None else valid[sample]
             for routed, count in enumerate(counts):
-                own, at = rows[sample, routed, :count], (sample, slice(shared + routed, shared + routed + 1))
-                out[sample, shared + routed, own] = F.scaled_dot_product_attention(
-                    q[at][None, :, own], k[at][None], v[at][None], attn_mask=mask, scale=call.scale
+                tokens, at = rows[sample, routed, :count], (sample, slice(shared + routed, shared + routed + 1))
+                out[sample, shared + routed, tokens] = F.scaled_dot_product_attention(
+                    q[at][None, :, tokens], k[at][None], v[at][None], attn_mask=mask, scale=call.scale
                 )[0, 0]
         return out
 

@@ -110,8 +110,8 @@ class ProxyGate(nn.Module):
 
     def forward(self, q: Tensor, first: int = 0) -> Tensor:
         """W q + b for q [B, H, *, D] of H heads of the layer from the `first` on."""
-        own = slice(first, first + q.shape[1])
-        return q @ self.weight[own].to(q).mT + self.bias[own, None].to(q)
+        these = slice(first, first + q.shape[1])
+        return q @ self.weight[these].to(q).mT + self.bias[these, None].to(q)
 
 
 class HiddenGate(nn.Module):
@@ -164,8 +164,8 @@ class ProxyPlan(RoutedPlan):
         if self.config.topk:
             rule = Rule(topk=self.config.count(blocks), topp=0.0)
             return route(q, k, self.query_order, self.key_order, rule, scale=call.scale, impl=call.impl)
-        own = torch.arange(blocks, dtype=torch.int32, device=q.device)[:, None]
-        return BlockLists.full(own.expand(*q.shape[:2], -1, -1).contiguous())
+        diagonal = torch.arange(blocks, dtype=torch.int32, device=q.device)[:, None]
+        return BlockLists.full(diagonal.expand(*q.shape[:2], -1, -1).contiguous())
 
     def attend_visual(self, q: Tensor, k: Tensor, v: Tensor, call: PlanCall) -> tuple[Tensor, BlockLists]:
         fine, lists = super().attend_visual(q, k, v, call)
@@ -226,8 +226,8 @@ class ProxyPlan(RoutedPlan):
             orders = [order for _, order in parts]
             blocks = out.to(q.dtype)[..., None, :].split([order.visual_blocks for order in orders], 2)
             spread = [
-                from_blocks(own.expand(-1, -1, -1, order.block, -1), order)
-                for own, order in zip(blocks, orders, strict=True)
+                from_blocks(mean.expand(-1, -1, -1, order.block, -1), order)
+                for mean, order in zip(blocks, orders, strict=True)
             ]
             out = torch.cat(spread, 2) if len(spread) > 1 else spread[0]
         return out.to(q.dtype)

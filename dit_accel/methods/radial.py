@@ -96,15 +96,15 @@ def released_blocks(radius: Tensor, frame_tokens: int, block: int) -> Tensor:
 
     @functools.cache
     def rounded(width: int, offset_q: int) -> dict[int, Tensor]:
-        kept = round_band(frame_tokens, block, width, offset_q, offsets)
-        return dict(zip(offsets, kept, strict=True))
+        bands = round_band(frame_tokens, block, width, offset_q, offsets)
+        return dict(zip(offsets, bands, strict=True))
 
     for (row, offset_q), widths in zip(starts, radius.tolist(), strict=True):
         for (column, offset_k), width in zip(starts, widths, strict=True):
             if width:
-                kept = rounded(width, offset_q)[offset_k]
-                target = visited[row : row + len(kept), column : column + len(kept)]
-                target |= kept[: target.shape[0], : target.shape[1]]
+                band = rounded(width, offset_q)[offset_k]
+                target = visited[row : row + len(band), column : column + len(band)]
+                target |= band[: target.shape[0], : target.shape[1]]
     return visited[:side, :side]
 
 

@@ -84,11 +84,11 @@ class RectifiedPlan(TailedPlan):
         """Key blocks with a token of a query block or one of the 26 around it: bool [query blocks, key blocks]."""
         orders = self.query_order, self.key_order
         queries, keys = (self.block_of(order).view(self.grid.shape) for order in orders)
-        found = torch.zeros(*(order.visual_blocks for order in orders), dtype=torch.bool)
+        near = torch.zeros(*(order.visual_blocks for order in orders), dtype=torch.bool)
         for steps in itertools.product((-1, 0, 1), repeat=3):
             here, there = (tuple(slice(max(0, sign * n), min(0, sign * n) or None) for n in steps) for sign in (-1, 1))
-            found[queries[here].flatten(), keys[there].flatten()] = True
-        return found.to(device)
+            near[queries[here].flatten(), keys[there].flatten()] = True
+        return near.to(device)
 
     def build(self, device: torch.device) -> None:
         super().build(device)

@@ -200,8 +200,8 @@ class SparseLinearAttention(nn.Module):
         if self.features is None:
             return None
         weight, bias = self.features(q.device)
-        own = slice(0, None) if heads is None or weight.shape[1] == 1 else slice(heads[0], heads[0] + q.shape[1])
-        return weight[:, own], bias[:, own]
+        these = slice(0, None) if heads is None or weight.shape[1] == 1 else slice(heads[0], heads[0] + q.shape[1])
+        return weight[:, these], bias[:, these]
 
     def _grid(self, q: torch.Tensor, grid: TokenGrid | None) -> TokenGrid:
         if grid is not None:
@@ -282,8 +282,8 @@ class SlaPlan(RoutedPlan):
         features = None
         if config.feature_map == LEARNED_MAP:
             weight, bias = weights[2:4]
-            own = min(head, weight.shape[1] - 1)  # heads may share the map
-            features = weight[:, own : own + 1], bias[:, own : own + 1]
+            row = min(head, weight.shape[1] - 1)  # heads may share the map
+            features = weight[:, row : row + 1], bias[:, row : row + 1]
         inputs = q[None, None], k[None, None], v[None, None], pairs[None, None]
         branch = linear_branch(*inputs, weights[0], weights[1], config.feature_map, features)[0, 0]
         return torch.where(call.are_visual, out + branch, out)
@@ -327,8 +327,8 @@ class SlaPlan(RoutedPlan):
 
     def untrained(self, like: torch.Tensor) -> SparseLinearAttention:
         """A module for tensors [..., D] like this one, as it starts."""
-        made = SparseLinearAttention(like.shape[-1], **dataclasses.asdict(self.config))
-        return made.to(like.device).requires_grad_(False)
+        module = SparseLinearAttention(like.shape[-1], **dataclasses.asdict(self.config))
+        return module.to(like.device).requires_grad_(False)
 
     kernel = impls.SLA
 

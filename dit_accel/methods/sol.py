@@ -68,13 +68,13 @@ class SolPlan(TailedPlan):
         Blocks next to a query block are those that hold one of its tokens, and those before and after each of them.
         """
         queries, keys = self.block_of(self.query_order), self.block_of(self.key_order)
-        own = torch.zeros(self.query_order.visual_blocks, self.key_order.visual_blocks, dtype=torch.bool)
-        own[queries, keys] = True
-        found = own.clone()
-        found[:, 1:] |= own[:, :-1]
-        found[:, :-1] |= own[:, 1:]
-        found[:, keys[: self.config.sink]] = True
-        return found.to(device)
+        overlapping = torch.zeros(self.query_order.visual_blocks, self.key_order.visual_blocks, dtype=torch.bool)
+        overlapping[queries, keys] = True
+        forced = overlapping.clone()
+        forced[:, 1:] |= overlapping[:, :-1]
+        forced[:, :-1] |= overlapping[:, 1:]
+        forced[:, keys[: self.config.sink]] = True
+        return forced.to(device)
 
     def build(self, device: torch.device) -> None:
         super().build(device)

@@ -36,7 +36,7 @@ from dit_accel.kernels.tail.errors import most_wrong, tail_errors
 from dit_accel.method import LearnedModule, Method, RecallCalibration
 from dit_accel.methods.settings import GATE, TokenSettings
 from dit_accel.plans.gate import BlockGate, gated
-from dit_accel.plans.kept import kept_or_new
+from dit_accel.plans.memory import recalled_lists
 from dit_accel.plans.plan import PlanCall, per_device
 from dit_accel.plans.routed import GATED, LARGEST_BLOCK
 from dit_accel.plans.tailed import TailedPlan
@@ -202,7 +202,7 @@ class SpargePlan(TailedPlan):
             return most_wrong(tail_errors(q, k, call.values, *orders, scale), lists)
 
         shape = *q.shape[:2], self.query_order.visual_blocks, self.key_order.visual_blocks
-        return kept_or_new(call.memory, config.refresh, self, shape, routed)
+        return recalled_lists(call.memory, config.refresh, self, shape, routed)
 
 
 WHOLE = {"topk": 1.0, "topp": 0.0, "tail": "none", "refresh": 1}  # every block is kept

@@ -77,17 +77,17 @@ class AnchorTokens:
         plan = self.plan
         if plan is None:
             return output
-        frames = [table.unflatten(1, plan.grid.shape)[:, :, : plan.own.height].flatten(2, 3) for table in output]
+        frames = [table.unflatten(1, plan.grid.shape)[:, :, : plan.base.height].flatten(2, 3) for table in output]
         places = plan.places.to(output[0].device)
         return tuple(torch.cat((table, table[:, :, places]), 2).flatten(1, 2) for table in frames)
 
 
 def in_packed(call: ModelCall, plan: AnchoredPlan) -> dict[str, Any]:
     """`Family.extend` of one image in packs of 2 x 2 latents [B, N, 4C], with `img_ids` [N, axes] or [B, N, axes]."""
-    if plan.own.frames > 1 or call.get("controlnet_block_samples") or call.get("controlnet_single_block_samples"):
+    if plan.base.frames > 1 or call.get("controlnet_block_samples") or call.get("controlnet_single_block_samples"):
         raise DitAccelError("Anchors are for one image without conditioning images and ControlNets. Set factor=0.")
     packed, ids = call.tensor("hidden_states", 3), call.get("img_ids")
-    height, width = plan.own.height, plan.own.width
+    height, width = plan.base.height, plan.base.width
     latent = packed.reshape(len(packed), height, width, -1, 2, 2).permute(0, 3, 1, 4, 2, 5)
     longer = plan.extend(latent.reshape(len(packed), -1, 2 * height, 2 * width))
     cells = longer.reshape(len(packed), -1, plan.grid.height, 2, width, 2).permute(0, 2, 4, 1, 3, 5)

@@ -27,7 +27,7 @@ from dit_accel.errors import DitAccelError
 from dit_accel.kernels.impls import Impl
 from dit_accel.pipelines.context_parallel import Ulysses
 from dit_accel.plans.head_balance import dealt
-from dit_accel.plans.kept import ListMemory
+from dit_accel.plans.memory import ListMemory
 from dit_accel.plans.plan import Plan, PlanCall, building
 
 Watch = Callable[[Tensor, Tensor, Tensor, Tensor, "float | None", "CallState"], None]
@@ -142,7 +142,7 @@ class LayerAttention(AtWork):
         state: decides the call under way.
         learned: the layer's learned weights; None without any.
         density_sum: as in `PlanCall`; None if the plan is static.
-        kept: what the layer keeps between steps, see `plans.kept`.
+        stored: what the layer keeps between steps, see `plans.memory`.
         head_pairs: the visual pairs that each head kept in the last call, float32 [H]; None unless processes share
             heads that differ. By them heads are given to processes in the next call.
         watch: called with q, k, v, out (the whole sequence), scale and state after sparse attention; never traced.
@@ -153,7 +153,7 @@ class LayerAttention(AtWork):
         self.state = state
         self.learned: nn.Module | None = None
         self.density_sum: Tensor | None = None
-        self.kept: dict[int, Any] = {}
+        self.stored: dict[int, Any] = {}
         self.head_pairs: Tensor | None = None
         self.watch: Watch | None = None
         number = next(_NUMBERS)
@@ -234,7 +234,7 @@ class LayerAttention(AtWork):
             gate = None if gate is None else _take(gate, rows[0])
         text_lens, text_bias = state.text_of(len(q))
         held = None if ulysses is None else (ulysses.first_head(heads), heads)
-        memory = None if state.step is None else ListMemory(*state.step, self.kept)
+        memory = None if state.step is None else ListMemory(*state.step, self.stored)
         call = PlanCall(
             scale=scale, text_lens=text_lens, text_bias=text_bias, impl=state.impl, module=self.learned,
             density_sum=self.density_sum, heads=held, memory=memory, gate=gate,

@@ -168,7 +168,7 @@ class Memory:
     Guidance alternates between two masks, so the last few results of each kind are kept.
     """
 
-    KEPT = 4
+    ENTRIES = 4
 
     def __init__(self) -> None:
         self._known: dict[Callable[[torch.Tensor], Any], list[tuple[weakref.ref[torch.Tensor], int, Any]]] = {}
@@ -182,7 +182,7 @@ class Memory:
                 return result
         result = read(tensor.detach().cpu())
         others = [entry for entry in known if entry[0]() is not None and entry[0]() is not tensor]
-        self._known[read] = [(weakref.ref(tensor), tensor._version, result), *others][: self.KEPT]
+        self._known[read] = [(weakref.ref(tensor), tensor._version, result), *others][: self.ENTRIES]
         return result
 
 

@@ -86,9 +86,9 @@ class Ring:
     @property
     def dense_rows(self) -> list[Tensor]:
         """Each process's text and conditioning tokens among all of them, numbered canonically: int64 [n] each."""
-        conditioning = max(each.conditioning[1] for each in self.ranges)
-        runs = [((each.conditioning, 0), (each.text, conditioning)) for each in self.ranges]
-        return [torch.cat([torch.arange(a + first, b + first) for (a, b), first in each]) for each in runs]
+        conditioning = max(span.conditioning[1] for span in self.ranges)
+        runs = [((span.conditioning, 0), (span.text, conditioning)) for span in self.ranges]
+        return [torch.cat([torch.arange(a + first, b + first) for (a, b), first in span]) for span in runs]
 
     @exchange
     def trade(self, sent: list[Tensor], shapes: list[tuple[int, ...]], count: bool) -> tuple[Any, list[Tensor]]:
@@ -105,13 +105,13 @@ class Ring:
     def gather_dense(self, x: Tensor, count: bool = False) -> Tensor:
         """The text and conditioning rows of all processes, from this one's: [..., n, D] to [..., all, D]."""
         rows = self.dense_rows
-        shapes = [(*x.shape[:-2], len(each), x.shape[-1]) for each in rows]
+        shapes = [(*x.shape[:-2], len(places), x.shape[-1]) for places in rows]
         pieces = finish(*self.trade([x] * len(rows), shapes, count))
         return torch.cat(pieces, -2)[..., torch.cat(rows).argsort().to(x.device), :]
 
     def return_dense(self, x: Tensor, count: bool = False) -> list[Tensor]:
         """What each process found for this one's text and conditioning rows, from what it found for all: [..., D]."""
-        sent = [x[..., each.to(x.device), :] for each in self.dense_rows]
+        sent = [x[..., places.to(x.device), :] for places in self.dense_rows]
         return finish(*self.trade(sent, [sent[self.rank].shape] * len(sent), count))
 
     def peers(self, step: int) -> tuple[int, int]:
@@ -148,7 +148,7 @@ class RingCall:
     scale: float
 
     @property
-    def own(self) -> Range:
+    def local(self) -> Range:
         return self.ring.ranges[self.ring.rank]
 
     def dense_runs(self, of: Range | None = None) -> Runs:
@@ -163,8 +163,8 @@ class RingCall:
 
     def parts(self) -> tuple[Held, Held]:
         """What visual queries attend to in this process, and what all text and conditioning queries do."""
-        every, own = self.dense_runs(), self.own
-        return Held((own.visual,), (own.visual, *every)), Held(every, (own.visual, *self.dense_runs(own)))
+        every, local = self.dense_runs(), self.local
+        return Held((local.visual,), (local.visual, *every)), Held(every, (local.visual, *self.dense_runs(local)))
 
     def fetch(self, kv: Tensor, count: bool) -> Iterator[tuple[int, Tensor | None]]:
         """The steps of the ring: the range that this process reads, and its keys and values, if it needs them.
@@ -183,8 +183,8 @@ class RingCall:
                 ]
                 reads_it = self.needed[ring.rank][source]
                 shapes = [
-                    (2 * (rank == source and reads_it), *kv.shape[1:3], each.visual_tokens, kv.shape[4])
-                    for rank, each in enumerate(ring.ranges)
+                    (2 * (rank == source and reads_it), *kv.shape[1:3], span.visual_tokens, kv.shape[4])
+                    for rank, span in enumerate(ring.ranges)
                 ]
                 started = source, ring.trade(sent, shapes, count)
             if waiting is not None:
@@ -210,7 +210,7 @@ class RingCall:
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Output [B, H, n, D] in the dtype of q and LSE [B, H, n]."""
-        visual, has_dense = self.own.visual_tokens, self.geometry.conditioning + self.geometry.text > 0
+        visual, has_dense = self.local.visual_tokens, self.geometry.conditioning + self.geometry.text > 0
         wide = torch.promote_types(q.dtype, torch.float32)
         around = self.ring.gather_dense(torch.stack((q, k, v))[..., visual:, :], count=True) if has_dense else None
         of_visual, of_dense = self.parts()
@@ -220,20 +220,20 @@ class RingCall:
         out = out.to(wide)
         for source, far in self.fetch(kv, count=True):
             if far is not None:
-                held = Held((self.own.visual,), (self.ring.ranges[source].visual,))
+                held = Held((self.local.visual,), (self.ring.ranges[source].visual,))
                 dense.merge(out, lse, *portable.forward(self.call(queries, *far), held))
         if around is None:
             return out.to(q.dtype), lse
         part, sums = portable.forward(self.call(around[0], k, v), of_dense)
-        found = self.ring.return_dense(torch.cat((part.to(wide), sums[..., None]), -1), count=True)
+        partial = self.ring.return_dense(torch.cat((part.to(wide), sums[..., None]), -1), count=True)
         outs, lses = dense.empty_output(q[:, :, visual:].to(wide))
-        for each in found:
-            dense.merge(outs, lses, each[..., :-1], each[..., -1])
+        for result in partial:
+            dense.merge(outs, lses, result[..., :-1], result[..., -1])
         return torch.cat((out, outs), 2).to(q.dtype), torch.cat((lse, lses), 2)
 
     def backward(self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, ...]:
         """Gradients of q, k and v."""
-        visual, has_dense = self.own.visual_tokens, self.geometry.conditioning + self.geometry.text > 0
+        visual, has_dense = self.local.visual_tokens, self.geometry.conditioning + self.geometry.text > 0
         wide, stacked = torch.promote_types(q.dtype, torch.float32), torch.stack((q, k, v))
         sums = torch.zeros_like(stacked, dtype=wide)  # [3, B, H, n, D]
         around = self.ring.gather_dense(stacked[..., visual:, :]) if has_dense else None
@@ -247,7 +247,7 @@ class RingCall:
         for source, far in self.fetch(kv, count=False):
             grads = None
             if far is not None:
-                held = Held((self.own.visual,), (self.ring.ranges[source].visual,))
+                held = Held((self.local.visual,), (self.ring.ranges[source].visual,))
                 of_q, *of_kv = portable.backward(upstream, None, outs, lses, self.call(queries, *far), held)
                 sums[0, :, :, :visual] += of_q
                 grads = torch.stack(of_kv)

@@ -55,7 +55,7 @@ class Sharding:
     Args:
         inputs: by module and argument, where the tokens lie that a process keeps its share of. A tensor of size 1 there
             belongs to all tokens.
-        made: by module, the same for what it returns, such as positions.
+        results: by module, the same for what it returns, such as positions.
         outputs: by module, the stream of each tensor that it returns in shares and that is gathered; None: no stream.
         separate: text is shared apart from the image, so a process holds ``[text_r | image_r]``. Otherwise the sequence
             of self-attention is one stream, `IMAGE_TOKENS`.
@@ -64,7 +64,7 @@ class Sharding:
     inputs: Mapping[str, Mapping[str, Axes]]
     _: dataclasses.KW_ONLY
     outputs: Mapping[str, Streams]
-    made: Mapping[str, Axes] = dataclasses.field(default_factory=dict)
+    results: Mapping[str, Axes] = dataclasses.field(default_factory=dict)
     separate: bool = False
 
     @classmethod
@@ -86,23 +86,23 @@ class Sharding:
         if not plan:
             return None
 
-        def axes(given: Any) -> Axes:
-            if isinstance(given, ContextParallelInput):
-                return At(given.split_dim, given.expected_dims) if given.expected_dims else given.split_dim
-            return tuple(map(axes, given))
+        def axes(declared: Any) -> Axes:
+            if isinstance(declared, ContextParallelInput):
+                return At(declared.split_dim, declared.expected_dims) if declared.expected_dims else declared.split_dim
+            return tuple(map(axes, declared))
 
         inputs: dict[str, dict[str, Axes]] = {}
-        made: dict[str, Axes] = {}
+        results: dict[str, Axes] = {}
         outputs: dict[str, Streams] = {}
-        for path, given in plan.items():
-            if not isinstance(given, dict):
-                outputs[path] = (IMAGE_TOKENS,) * (len(given) if isinstance(given, (list, tuple)) else 1)
+        for path, entry in plan.items():
+            if not isinstance(entry, dict):
+                outputs[path] = (IMAGE_TOKENS,) * (len(entry) if isinstance(entry, (list, tuple)) else 1)
                 continue
-            inputs[path] = {name: axes(value) for name, value in given.items() if isinstance(name, str)}
-            if returned := {name: axes(value) for name, value in given.items() if isinstance(name, int)}:
-                made[path] = tuple(returned.get(place) for place in range(max(returned) + 1))
-        separate = any({"hidden_states", "encoder_hidden_states"} <= given.keys() for given in inputs.values())
-        return cls(inputs, made=made, outputs=outputs, separate=separate)
+            inputs[path] = {name: axes(value) for name, value in entry.items() if isinstance(name, str)}
+            if returned := {name: axes(value) for name, value in entry.items() if isinstance(name, int)}:
+                results[path] = tuple(returned.get(place) for place in range(max(returned) + 1))
+        separate = any({"hidden_states", "encoder_hidden_states"} <= entry.keys() for entry in inputs.values())
+        return cls(inputs, results=results, outputs=outputs, separate=separate)
 
 
 def exchange(step: Callable[..., Result]) -> Callable[..., Result]:
@@ -190,12 +190,14 @@ class Shared:
         from diffusers.hooks import HookRegistry
 
         sharding = self.sharding
-        for path in dict.fromkeys((*sharding.inputs, *sharding.made, *sharding.outputs)):
+        for path in dict.fromkeys((*sharding.inputs, *sharding.results, *sharding.outputs)):
             modules = list(_modules(transformer, path))
             if not modules:
                 raise DitAccelError(f"{type(transformer).__name__} has no module {path}; use an unmodified model.")
             for module in modules:
-                hook = _hook(self, sharding.inputs.get(path, {}), sharding.made.get(path), sharding.outputs.get(path))
+                hook = _hook(
+                    self, sharding.inputs.get(path, {}), sharding.results.get(path), sharding.outputs.get(path)
+                )
                 # "cp_": a step cache keeps such hooks outside its own
                 HookRegistry.check_if_exists_or_initialize(module).register_hook(hook, f"cp_shared---{path}")
         setattr(transformer, ATTRIBUTE, self)
@@ -218,8 +220,8 @@ def _modules(parent: Any, path: str) -> Iterator[nn.Module]:
         yield from _modules(getattr(parent, name), rest)
 
 
-def _hook(shared: Shared, inputs: Mapping[str, Axes], made: Axes, outputs: Streams | None) -> Any:
-    return _hook_class()(shared, inputs, made, outputs)
+def _hook(shared: Shared, inputs: Mapping[str, Axes], results: Axes, outputs: Streams | None) -> Any:
+    return _hook_class()(shared, inputs, results, outputs)
 
 
 @functools.cache
@@ -231,34 +233,34 @@ def _hook_class() -> type:
     class SharedHook(ModelHook):
         """Gives a module its share of the arguments, or gathers what it returns."""
 
-        def __init__(self, shared: Shared, inputs: Mapping[str, Axes], made: Axes, outputs: Streams | None) -> None:
+        def __init__(self, shared: Shared, inputs: Mapping[str, Axes], results: Axes, outputs: Streams | None) -> None:
             super().__init__()
-            self._shared, self._inputs, self._made, self._outputs = shared, inputs, made, outputs
+            self._shared, self._inputs, self._results, self._outputs = shared, inputs, results, outputs
             self._names: list[str] = []
             self._taken: int | None = None  # tokens that the module would have got
 
         def initialize_hook(self, module: nn.Module) -> nn.Module:
             signature = inspect.signature(type(unwrap_module(module)).forward)
             places = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-            self._names = [name for name, each in signature.parameters.items() if each.kind in places][1:]
+            self._names = [name for name, parameter in signature.parameters.items() if parameter.kind in places][1:]
             return module
 
         def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            given = list(args)
+            positional = list(args)
             self._shared.total(IMAGE_TOKENS)
             for name, axes in self._inputs.items():
-                if name not in kwargs and name not in self._names[: len(given)]:
+                if name not in kwargs and name not in self._names[: len(positional)]:
                     continue  # left at its default, or none of this class's
-                values: Any = kwargs if name in kwargs else given
+                values: Any = kwargs if name in kwargs else positional
                 place: Any = name if name in kwargs else self._names.index(name)
                 if self._outputs is not None and isinstance(axes, int):
                     self._taken = values[place].shape[axes]
                 values[place] = self._shared.take(values[place], axes)
-            return tuple(given), kwargs
+            return tuple(positional), kwargs
 
         def post_forward(self, module: nn.Module, output: Any) -> Any:
-            if self._made is not None:
-                output = self._shared.take(output, self._made)
+            if self._results is not None:
+                output = self._shared.take(output, self._results)
             if self._outputs is None:
                 return output
             if isinstance(output, torch.Tensor):

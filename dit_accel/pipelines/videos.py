@@ -350,7 +350,7 @@ FAMILIES = (
                 | {"vace_blocks.*": {"hidden_states": 1, "rotary_emb": (1, 1)}}
             ),
             "WanAnimateTransformer3DModel": WAN.with_inputs(
-                {"face_adapter.*": {"hidden_states": Whole(1)}}, made={"face_adapter.*": 1}
+                {"face_adapter.*": {"hidden_states": Whole(1)}}, results={"face_adapter.*": 1}
             ),
         },
         summary="Wan 2.1 and 2.2: text to video, image to video, VACE, Animate; ChronoEdit",

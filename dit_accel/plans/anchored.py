@@ -23,7 +23,7 @@ class AnchoredPlan(MaskPlan):
     """A static plan of a call's own tokens and of anchors, each of which stands for about factor x factor tokens.
 
     Args:
-        own: grid of the call's own tokens.
+        base: grid of the call's own tokens.
         rows, columns: which own rows and columns a row and a column see.
         factor: width over the width of the low-resolution frame. Its height is `factor` times a whole number, so that
             the anchors fill whole rows of the grid.
@@ -39,30 +39,33 @@ class AnchoredPlan(MaskPlan):
     """
 
     def __init__(
-        self, method: str, config: Any, own: TokenGrid, rows: AxisTable, columns: AxisTable, factor: int, reach: int
+        self, method: str, config: Any, base: TokenGrid, rows: AxisTable, columns: AxisTable, factor: int, reach: int
     ) -> None:
-        if own.width % factor or own.height < factor:
+        if base.width % factor or base.height < factor:
             raise DitAccelError(
                 f"{method} with factor={factor} takes a width in multiples of {factor} tokens and a height of at least "
-                f"{factor}, got {own}. Choose such a size or another factor, or factor=0 for no anchors."
+                f"{factor}, got {base}. Choose such a size or another factor, or factor=0 for no anchors."
             )
-        more = max(1, round(own.height / factor**2))
-        self.own, self.factor, self.low = own, factor, (more * factor, own.width // factor)
-        frames, none = AxisTable.full(own.frames), torch.zeros(more, dtype=torch.int64)
+        more = max(1, round(base.height / factor**2))
+        self.base, self.factor, self.low = base, factor, (more * factor, base.width // factor)
+        frames, none = AxisTable.full(base.frames), torch.zeros(more, dtype=torch.int64)
         windows = AxisTable(torch.cat((rows.start, none)), torch.cat((rows.stop, none)))
-        at = torch.cat((torch.arange(own.height) * self.low[0] // own.height // factor, torch.arange(more)))
-        down, across = blocked(at, reach // factor, more), blocked(torch.arange(own.width), factor * reach, own.width)
-        anchors = AxisTable(down.start + own.height, down.stop + own.height)
+        at = torch.cat((torch.arange(base.height) * self.low[0] // base.height // factor, torch.arange(more)))
+        down, across = (
+            blocked(at, reach // factor, more),
+            blocked(torch.arange(base.width), factor * reach, base.width),
+        )
+        anchors = AxisTable(down.start + base.height, down.stop + base.height)
         mask = Mask((Product(frames, windows, columns), Product(frames, anchors, across)))
-        grid = dataclasses.replace(own, height=own.height + more)
+        grid = dataclasses.replace(base, height=base.height + more)
         super().__init__(method, config, grid, mask, order="tile")
 
     @property
     def places(self) -> Tensor:
         """The own token whose position each anchor takes, the first that it stands for: int64 [anchors of a frame]."""
-        (more, width), (height, _) = (self.grid.height - self.own.height, self.own.width), self.low
+        (more, width), (height, _) = (self.grid.height - self.base.height, self.base.width), self.low
         row, column = torch.arange(more)[:, None], torch.arange(width)
-        first = (row * self.factor + column % self.factor) * self.own.height // height
+        first = (row * self.factor + column % self.factor) * self.base.height // height
         return (first * width + column // self.factor * self.factor).flatten()
 
     def extend(self, latent: Tensor) -> Tensor:
@@ -71,9 +74,9 @@ class AnchoredPlan(MaskPlan):
         Raises:
             DitAccelError: a side is no whole number of patches.
         """
-        if latent.shape[-2] % self.own.height or latent.shape[-1] % self.own.width:
-            raise DitAccelError(f"Anchors need a latent of whole patches, got {tuple(latent.shape)} for {self.own}.")
-        patch_h, patch_w = latent.shape[-2] // self.own.height, latent.shape[-1] // self.own.width
+        if latent.shape[-2] % self.base.height or latent.shape[-1] % self.base.width:
+            raise DitAccelError(f"Anchors need a latent of whole patches, got {tuple(latent.shape)} for {self.base}.")
+        patch_h, patch_w = latent.shape[-2] // self.base.height, latent.shape[-1] // self.base.width
         height, width = self.low
         low = torch.nn.functional.adaptive_avg_pool2d(latent.flatten(0, -3), (height * patch_h, width * patch_w))
         cells = low.reshape(len(low), -1, self.factor, patch_h, width, patch_w).permute(0, 1, 3, 4, 2, 5)

@@ -54,8 +54,8 @@ class BlockGate(nn.Module):
         Args:
             a, b: of `pool`, of H heads of the layer from the `first` on.
         """
-        own = slice(first, first + a.shape[1])
-        return a @ self.queries[own].to(a).mT, b @ self.keys[own].to(b).mT
+        these = slice(first, first + a.shape[1])
+        return a @ self.queries[these].to(a).mT, b @ self.keys[these].to(b).mT
 
 
 def gate_of(module: nn.Module | None) -> BlockGate | None:

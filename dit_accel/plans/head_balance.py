@@ -50,7 +50,7 @@ def by_weight(weights: Sequence[float], gpus: int) -> Heads:
 
 def imbalance(weights: Sequence[float], heads: Heads) -> float:
     """Largest over mean sum of the GPUs' weights: 1.0 if all have the same."""
-    sums = [sum(weights[head] for head in own) for own in heads]
+    sums = [sum(weights[head] for head in group) for group in heads]
     return max(sums) * len(sums) / sum(sums)
 
 

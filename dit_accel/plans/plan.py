@@ -17,7 +17,7 @@ from dit_accel.kernels.block_sparse.reference import masked_attention
 from dit_accel.kernels.impls import AUTO, Impl
 from dit_accel.plans.blocks import BlockMask
 from dit_accel.plans.choices import Kernels
-from dit_accel.plans.kept import ListMemory
+from dit_accel.plans.memory import ListMemory
 from dit_accel.plans.sampled import SampledCall
 from dit_accel.tokens import TokenGrid
 
@@ -43,14 +43,14 @@ def per_device(make: Callable[[Any, torch.device], Result]) -> Callable[[Any, to
     """Makes a plan's method, which builds tensors for a device, build them once."""
 
     @functools.wraps(make)
-    def kept(plan: Plan, device: torch.device) -> Result:
+    def built(plan: Plan, device: torch.device) -> Result:
         key = make.__name__, device
         if key not in plan.built:
             with building():
                 plan.built[key] = make(plan, device)
         return plan.built[key]
 
-    return kept
+    return built
 
 
 class PlanCall(NamedTuple):
@@ -253,6 +253,6 @@ def attention(
 
 def among_others(visual: torch.Tensor, grid: TokenGrid) -> torch.Tensor:
     """Kept visual keys [S, visual] with text and conditioning keys, which are always kept: bool [S, tokens]."""
-    kept = torch.ones(len(visual), grid.tokens, dtype=torch.bool, device=visual.device)
-    kept[:, grid.visual_rows] = visual
-    return kept
+    attended = torch.ones(len(visual), grid.tokens, dtype=torch.bool, device=visual.device)
+    attended[:, grid.visual_rows] = visual
+    return attended

@@ -80,7 +80,7 @@ def reads(plan: StaticPlan, ranges: tuple[Range, ...]) -> torch.Tensor:
     if key not in plan.built:
         visited, size = plan.raster_map()
         first = torch.arange(len(visited)) * size
-        runs = torch.tensor([each.visual for each in ranges])
+        runs = torch.tensor([span.visual for span in ranges])
         overlap = ((first < runs[:, 1:]) & (first + size > runs[:, :1])).float()
         plan.built[key] = overlap @ visited.float() @ overlap.T > 0
     return plan.built[key]

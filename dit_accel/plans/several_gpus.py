@@ -114,7 +114,7 @@ def forecast(
     needed = needed & ~torch.eye(ring, dtype=torch.bool)
     dense = grid.tokens - grid.visual
     streams = [even_shares(stop - start, gpus) for start, stop in streams_of(grid, separate)]
-    shares = [sum(each) for each in zip(*streams, strict=True)]
+    shares = [sum(of_process) for of_process in zip(*streams, strict=True)]
     work = []
     for index, mine in enumerate(ranges):
         pairs = int(between[index].sum()) + mine.visual_tokens * dense + dense * mine.tokens
@@ -137,7 +137,7 @@ def range_pairs(plan: MaskPlan, ranges: tuple[Range, ...]) -> torch.Tensor:
     """
     counts, size = plan.raster_counts()
     middle = (torch.arange(len(counts)) * size + size // 2).clamp(max=plan.grid.visual - 1)
-    ends = torch.tensor([each.visual_tokens for each in ranges]).cumsum(0)
+    ends = torch.tensor([span.visual_tokens for span in ranges]).cumsum(0)
     owner = torch.searchsorted(ends, middle, right=True)
     rows = torch.zeros(len(ranges), len(counts), dtype=torch.int64).index_add_(0, owner, counts.long())
     return torch.zeros(len(ranges), len(ranges), dtype=torch.int64).index_add_(1, owner, rows)

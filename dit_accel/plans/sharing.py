@@ -29,7 +29,7 @@ from dit_accel.plans.static import MaskPlan
 Share = Literal["none", "residual", "output"]
 
 
-class KeptResult(NamedTuple):
+class StoredResult(NamedTuple):
     """What a layer's calls keep: its plan, the step, and the residual or output [B, H, N, D]."""
 
     owner: Any
@@ -53,10 +53,10 @@ class SharingPlan(MaskPlan):
                 f"share={config.share!r} takes results from earlier denoising steps, which have no gradients. Train "
                 "with share='none'."
             )
-        earlier = None if memory is None else memory.kept.pop(memory.number, None)
+        earlier = None if memory is None else memory.stored.pop(memory.number, None)
         if memory is not None and earlier is not None and self._fits(earlier, q, memory.step):
             if not memory.last:
-                memory.kept[memory.number] = earlier
+                memory.stored[memory.number] = earlier
             if config.share == "output":
                 out, density = earlier.result.clone(), 0.0
             else:
@@ -68,12 +68,12 @@ class SharingPlan(MaskPlan):
                     result = out.clone()
                 else:
                     result, density = out - super().run(q, k, v, call), 1 + self.density
-                memory.kept[memory.number] = KeptResult(self, memory.step, result)
+                memory.stored[memory.number] = StoredResult(self, memory.step, result)
         if call.density_sum is not None:
             call.density_sum[0] += density
             call.density_sum[1] += 1
         return out
 
-    def _fits(self, earlier: KeptResult, q: Tensor, step: int) -> bool:
+    def _fits(self, earlier: StoredResult, q: Tensor, step: int) -> bool:
         same = (earlier.result.shape, earlier.result.device) == (q.shape, q.device)
         return earlier.owner is self and same and 0 < step - earlier.step < self.config.refresh

@@ -84,9 +84,9 @@ def write(folder: pathlib.Path, samples: Iterable[TrainingSample], negative: Cal
     tensors: dict[str, torch.Tensor] = {}
     shards = 0
     for sample in samples:
-        own, constants = _split(sample.call)
+        varying, constants = _split(sample.call)
         key = str(len(rows))
-        tensors |= {f"{key}.latents": sample.latents} | {f"{key}.{name}": value for name, value in own.items()}
+        tensors |= {f"{key}.latents": sample.latents} | {f"{key}.{name}": value for name, value in varying.items()}
         rows.append({"shard": shards, "kind": sample.kind, "prompt": sample.prompt, "constants": constants})
         if sum(tensor.nbytes for tensor in tensors.values()) >= SHARD_BYTES:
             _write_tensors(folder / _shard_name(shards), tensors)
@@ -95,8 +95,8 @@ def write(folder: pathlib.Path, samples: Iterable[TrainingSample], negative: Cal
         raise DitAccelError("There is no training data: the source has no samples. Give captioned files or prompts.")
     if tensors:
         _write_tensors(folder / _shard_name(shards), tensors)
-    own, constants = _split(negative)
-    _write_tensors(folder / "negative.safetensors", own)
+    varying, constants = _split(negative)
+    _write_tensors(folder / "negative.safetensors", varying)
     index = {"note": MARK, "format": FORMAT, "about": dict(about), "negative": constants, "samples": rows}
     replace_file(folder / INDEX, (json.dumps(index, indent=1) + "\n").encode())
     return len(rows)
@@ -155,7 +155,7 @@ class Order:
 
     def __init__(self, kinds: list[str], batch: int, seed: int) -> None:
         self._batch, self._seed = batch, seed
-        self._groups = [[i for i, own in enumerate(kinds) if own == kind] for kind in dict.fromkeys(kinds)]
+        self._groups = [[i for i, other in enumerate(kinds) if other == kind] for kind in dict.fromkeys(kinds)]
         self.batches = sum(max(1, len(group) // batch) for group in self._groups)
         self._epochs: dict[int, list[list[int]]] = {}
 
@@ -180,8 +180,8 @@ class Order:
 
 def _split(call: Call) -> tuple[dict[str, torch.Tensor], Call]:
     """The tensors of a call, and its other arguments, which must be plain JSON values."""
-    given = {name: value for name, value in call.items() if isinstance(value, torch.Tensor)}
-    tensors = {name: value.detach().cpu().contiguous() for name, value in given.items()}
+    values = {name: value for name, value in call.items() if isinstance(value, torch.Tensor)}
+    tensors = {name: value.detach().cpu().contiguous() for name, value in values.items()}
     constants = {name: value for name, value in call.items() if name not in tensors}
     try:
         plain = json.loads(json.dumps(constants))

@@ -197,7 +197,7 @@ class Trainer:
                 self.hf.log(figures, step=self.step)
                 pace = (self.step - first) / (time.monotonic() - began)
                 bar.update(task, advance=1, loss=f"{figures['loss']:.4g}", pace=f"{pace:.2f}")
-                if self.step % settings.save_every == 0 or self.step == settings.steps or stop.asked:
+                if self.step % settings.save_every == 0 or self.step == settings.steps or stop.signalled:
                     self._save()
                 stop.follow()
                 if self.validation and settings.validate_every and self.step % settings.validate_every == 0:
@@ -269,7 +269,7 @@ class Trainer:
     def _check(self, loss: float) -> None:
         if math.isfinite(loss):
             return
-        checkpoints = state.found(self.output / "checkpoints")
+        checkpoints = state.checkpoints_in(self.output / "checkpoints")
         last = f"The last good checkpoint is {checkpoints[-1]}" if checkpoints else "There is no checkpoint yet"
         raise DitAccelError(
             f"The loss is {loss} at step {self.step + 1}. {last}. Lower the learning rate ({self.settings.rate}) or "
@@ -304,7 +304,7 @@ class Trainer:
         }
 
     def _resume(self) -> None:
-        checkpoints = state.found(self.output / "checkpoints")
+        checkpoints = state.checkpoints_in(self.output / "checkpoints")
         if not checkpoints:
             return
         self.step, parts, saved = state.load(checkpoints[-1])

@@ -80,7 +80,7 @@ class StopSignal:
         self._number: int | None = None
 
     @property
-    def asked(self) -> bool:
+    def signalled(self) -> bool:
         """Whether a signal has come."""
         return self._number is not None
 
@@ -100,6 +100,6 @@ class StopSignal:
             signal.signal(number, handler)
 
     def _note(self, number: int, frame: object) -> None:
-        if self.asked:  # the second one does not wait
+        if self.signalled:  # the second one does not wait
             raise KeyboardInterrupt
         self._number = number

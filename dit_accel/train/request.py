@@ -155,10 +155,10 @@ def read_options(items: tuple[str, ...]) -> dict[str, Any]:
     return options
 
 
-def merge(recipe: Mapping[str, Any], given: Mapping[str, Any]) -> TrainSettings:
+def merge(recipe: Mapping[str, Any], replacing: Mapping[str, Any]) -> TrainSettings:
     """A recipe's settings, replaced by given ones; nested ones are merged."""
     merged = dict(recipe)
-    for name, value in given.items():
+    for name, value in replacing.items():
         nested = name in ("levels", "distillation") and isinstance(merged.get(name), Mapping)
         merged[name] = {**merged[name], **value} if nested else value
     return make(merged)

@@ -30,7 +30,7 @@ SCALER = "loss scale"  # stored with the optimizer's state; no weight has this n
 CHANGES = ("scale", "_growth_tracker")  # state of a loss scaler that changes from step to step
 STATE = "state.json"
 LOSSES = "losses.jsonl"
-KEPT = 2
+CHECKPOINTS = 2
 
 Tensors = dict[str, torch.Tensor]
 
@@ -80,7 +80,7 @@ def like(tensor: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 
 def save(folder: pathlib.Path, step: int, parts: Mapping[str, Tensors], record: Mapping[str, Any]) -> pathlib.Path:
-    """Write a checkpoint, and delete all but the last `KEPT`.
+    """Write a checkpoint, and delete all but the last `CHECKPOINTS`.
 
     Args:
         step: optimizer steps done.
@@ -101,13 +101,13 @@ def save(folder: pathlib.Path, step: int, parts: Mapping[str, Tensors], record: 
                 save_file(parts[name], stage / target.name / f"{name}.safetensors", {"note": MARK})
             state = json.dumps({"note": MARK, "step": step, "record": record}, indent=1) + "\n"
             (stage / target.name / STATE).write_text(state, encoding="utf-8")
-        for old in found(folder)[:-KEPT]:
+        for old in checkpoints_in(folder)[:-CHECKPOINTS]:
             for name in (STATE, *(f"{part}.safetensors" for part in PARTS)):
                 (old / name).unlink(missing_ok=True)
             with contextlib.suppress(OSError):  # somebody's file is in it
                 old.rmdir()
     except (DitAccelError, OSError, SafetensorError) as error:  # a full disk raises any of them
-        checkpoints = found(folder)
+        checkpoints = checkpoints_in(folder)
         raise DitAccelError(
             f"The checkpoint of step {step} cannot be written to {folder} ({first_line(error)}). "
             f"{f'The last good one is {checkpoints[-1]}' if checkpoints else 'There is no earlier one'}. Make room and "
@@ -116,7 +116,7 @@ def save(folder: pathlib.Path, step: int, parts: Mapping[str, Tensors], record: 
     return target
 
 
-def found(folder: pathlib.Path) -> list[pathlib.Path]:
+def checkpoints_in(folder: pathlib.Path) -> list[pathlib.Path]:
     """Complete checkpoints, the oldest first; a copy under another name is none."""
     named = (path.parent for path in folder.glob(f"step-*/{STATE}"))
     return sorted(path for path in named if re.fullmatch(r"step-\d{8,}", path.name))

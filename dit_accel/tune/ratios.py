@@ -61,12 +61,12 @@ def mean(runs: Sequence[dict[str, Ratios]], source: str) -> MagRatios:
     Raises:
         DitAccelError: the model's calls have more than two guidance branches.
     """
-    names = list(dict.fromkeys(branch for found in runs for branches in found.values() for branch in branches))
+    names = list(dict.fromkeys(branch for run in runs for branches in run.values() for branch in branches))
     if not 1 <= len(names) <= 2:
         raise DitAccelError(f"MagCache has ratios for one or two guidance branches, and this model has {len(names)}.")
     by_branch = []
     for name in names:
-        rows = [branches[name] for found in runs for branches in found.values() if name in branches]
+        rows = [branches[name] for run in runs for branches in run.values() if name in branches]
         columns = itertools.zip_longest(*rows)
         known = ([ratio for ratio in column if ratio is not None] for column in columns)
         by_branch.append(tuple(round(statistics.mean(ratios), 5) if ratios else 1.0 for ratios in known))

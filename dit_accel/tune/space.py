@@ -62,11 +62,11 @@ def settings(
         candidate.plans(grid)  # refuses what does not fit
         candidates.setdefault(key_of(candidate.record()), candidate)
 
-    given = {
+    requested = {
         name: min(1.0, value / steps) if name in STEPS and isinstance(value, int) else value
         for name, value in request.words.items()
     }
-    schedules = [given] if "dense_steps" in given else [{**given, "dense_steps": DENSE_STEPS}, given]
+    schedules = [requested] if "dense_steps" in requested else [{**requested, "dense_steps": DENSE_STEPS}, requested]
     for text in request.method or free:
         name, config = registry.parse_method(text)
         rule = registry.get_method(name).at_density
@@ -77,7 +77,7 @@ def settings(
         if name in families[0].recommended:
             preset = families[0].preset(name, len(families))
             try:
-                add(name, dict(preset.config), {**preset.schedule, **given})
+                add(name, dict(preset.config), {**preset.schedule, **requested})
             except DitAccelError as error:
                 left_out[f"the preset of {name}"] = str(error)
         for density in DENSITIES:

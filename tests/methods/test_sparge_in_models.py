@@ -55,7 +55,9 @@ def test_kept_lists_are_those_of_the_earlier_step(tiny_wan, wan_inputs):
         for step in (0, 1):
             accel.set_step(step, 3)
             model(**{**inputs, "hidden_states": inputs["hidden_states"] * (1 - 2 * step)}, return_dict=False)
-            seen.append([kept.bits.clone() for layer in accel._engines[0].layers for kept in layer.ours.kept.values()])
+            seen.append(
+                [stored.bits.clone() for layer in accel._engines[0].layers for stored in layer.ours.stored.values()]
+            )
         densities = [layer.step_density for layer in accel.report().layers]
     assert all(torch.equal(a, b) for a, b in zip(*seen, strict=True))
     assert all(found[0] == pytest.approx(found[1]) for found in densities)

@@ -7,7 +7,7 @@ from messages import names
 
 import dit_accel
 from dit_accel.errors import DitAccelError
-from dit_accel.plans.kept import ListMemory
+from dit_accel.plans.memory import ListMemory
 from dit_accel.tokens import TokenGrid
 
 GRID = TokenGrid(2, 6, 9, text=5)

@@ -196,7 +196,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(trained, elsewhere, tmp
     process = elsewhere({"killed": SLA | {"steps": 9, "save_every": 3}}, dies="step-00000006")
     _, errors = process.communicate()
     assert process.returncode == -signal.SIGKILL, errors[-3000:]
-    assert [path.name for path in state.found(folder / "checkpoints")] == ["step-00000003"]
+    assert [path.name for path in state.checkpoints_in(folder / "checkpoints")] == ["step-00000003"]
     before = curve(folder)
     assert len(before) == 6
     whole = trained("whole", steps=9, save_every=3, **SLA)
@@ -290,7 +290,7 @@ def test_fsdp_that_accelerate_would_leave_out_is_refused(trained, monkeypatch):
 
 
 def assert_same_ends(*folders):
-    ends = [state.load(state.found(folder / "checkpoints")[-1])[1] for folder in folders]
+    ends = [state.load(state.checkpoints_in(folder / "checkpoints")[-1])[1] for folder in folders]
     for part in state.PARTS:
         assert ends[0][part].keys() == ends[1][part].keys() and ends[0][part]
         assert all(torch.equal(ends[0][part][name], ends[1][part][name]) for name in ends[0][part])
@@ -345,7 +345,7 @@ def test_a_loss_that_is_not_a_number_stops_the_run(trained, tmp_path, monkeypatc
         trained("nan", steps=9)
     assert all(
         torch.isfinite(weight).all()
-        for weight in state.load(state.found(tmp_path / "nan" / "checkpoints")[-1])[1]["weights"].values()
+        for weight in state.load(state.checkpoints_in(tmp_path / "nan" / "checkpoints")[-1])[1]["weights"].values()
     )
 
 
@@ -391,5 +391,5 @@ def test_a_stopped_run_ends_its_step_and_keeps_it(trained, tmp_path, monkeypatch
     with pytest.raises(KeyboardInterrupt):
         trained("stopped", steps=4, **SLA)
     monkeypatch.undo()
-    assert [path.name for path in state.found(tmp_path / "stopped" / "checkpoints")] == ["step-00000002"]
+    assert [path.name for path in state.checkpoints_in(tmp_path / "stopped" / "checkpoints")] == ["step-00000002"]
     assert curve(trained("stopped", steps=4, **SLA)) == curve(trained("whole", steps=4, **SLA))

@@ -13,7 +13,7 @@ from dit_accel.eval.metric import Metric, TooFew
 from dit_accel.eval.networks import INCEPTION, Networks
 
 
-class Given(nn.Module):
+class Precomputed(nn.Module):
     """Takes the place of torchmetrics' network for given features [N, num_features]: a network sees a frame once."""
 
     def __init__(self, num_features: int) -> None:
@@ -31,7 +31,7 @@ class Fid(FrechetInceptionDistance):
     """
 
     def __init__(self, features: int) -> None:
-        super().__init__(feature=Given(features), normalize=True)
+        super().__init__(feature=Precomputed(features), normalize=True)
         self.orig_dtype = torch.float32  # torchmetrics sets it in update, which a process without samples never calls
 
     def compute(self) -> torch.Tensor:
@@ -59,7 +59,7 @@ class Kid(KernelInceptionDistance):
     def __init__(self, features: int) -> None:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Metric `Kernel Inception Distance` will save all")
-            super().__init__(feature=Given(features), subsets=SUBSETS, subset_size=SUBSET, normalize=True)
+            super().__init__(feature=Precomputed(features), subsets=SUBSETS, subset_size=SUBSET, normalize=True)
         for name in ("real_features", "fake_features"):
             self.add_state(name, [], dist_reduce_fx="cat")
             getattr(self, name).append(torch.zeros(0, features))  # a process without samples still takes part

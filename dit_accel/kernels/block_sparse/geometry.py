@@ -54,8 +54,8 @@ class BlockLists(NamedTuple):
 
     def map(self, entries: torch.Tensor, blocks: int) -> torch.Tensor:
         """The blocks that marked entries list: bool [..., q_blocks, blocks]. Other entries fall into a spare column."""
-        found = torch.zeros(*self.counts.shape, blocks + 1, dtype=torch.bool, device=self.indices.device)
-        return found.scatter_(-1, torch.where(entries, self.indices.long(), blocks), True)[..., :blocks]
+        marked = torch.zeros(*self.counts.shape, blocks + 1, dtype=torch.bool, device=self.indices.device)
+        return marked.scatter_(-1, torch.where(entries, self.indices.long(), blocks), True)[..., :blocks]
 
     def to(self, device: torch.device) -> BlockLists:
         return BlockLists(*(None if x is None else x.to(device) for x in self))  # type: ignore[arg-type]

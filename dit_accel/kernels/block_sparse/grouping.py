@@ -94,17 +94,17 @@ class _Clustering:
 
     def neighbours(self, rows: Tensor) -> list[Group]:
         """Groups of consecutive query blocks with much the same keys, `MASKED_QUERIES` tokens at most."""
-        found: list[Group] = []
+        merged: list[Group] = []
         for row in rows.any(1).nonzero()[:, 0].tolist():
             group = Group([row], rows[row], False)
-            if found and found[-1].queries[-1] == row - 1:
-                both = Group([*found[-1].queries, row], found[-1].keys | rows[row], False)
+            if merged and merged[-1].queries[-1] == row - 1:
+                both = Group([*merged[-1].queries, row], merged[-1].keys | rows[row], False)
                 alike = self.weights[both.keys].sum() < 1.5 * self.weights[group.keys].sum()
                 if alike and self.sizes[both.queries].sum() <= MASKED_QUERIES:
-                    found.pop()
+                    merged.pop()
                     group = both
-            found.append(group)
-        return found
+            merged.append(group)
+        return merged
 
     def worth(self, group: Group) -> bool:
         """Whether computing a group without a mask can pay for merging its results."""
@@ -122,19 +122,19 @@ class _Clustering:
         for block, row in enumerate(inverse.tolist()):
             groups[row].append(block)
         sizes = torch.zeros(len(rows), dtype=torch.float32).index_add_(0, inverse, self.sizes)
-        kept = rows.float() @ self.weights > 0
+        left = rows.float() @ self.weights > 0
         while True:
-            groups = [group for group, keep in zip(groups, kept.tolist(), strict=True) if keep]
-            rows, sizes = rows[kept], sizes[kept]
+            groups = [group for group, keep in zip(groups, left.tolist(), strict=True) if keep]
+            rows, sizes = rows[left], sizes[left]
             pairs = self._matching(rows.float(), sizes, common) if 1 < len(groups) <= MAX_ROWS else []
             if not pairs:
                 return [Group(sorted(group), row, False) for group, row in zip(groups, rows, strict=True)]
-            kept = torch.ones(len(groups), dtype=torch.bool)
+            left = torch.ones(len(groups), dtype=torch.bool)
             for one, other in pairs:
                 groups[one] += groups[other]
                 rows[one] = rows[one] & rows[other] if common else rows[one] | rows[other]
                 sizes[one] += sizes[other]
-                kept[other] = False
+                left[other] = False
 
     def _matching(self, rows: Tensor, sizes: Tensor, common: bool) -> list[tuple[int, int]]:
         """Disjoint pairs of groups that are cheaper together, greedily from the best."""

@@ -129,10 +129,10 @@ def _problems(
     """
     heads = q.shape[1]
     for batch in batches:
-        found = batch.placed(geometry, place)
-        if found is None:
+        placed = batch.placed(geometry, place)
+        if placed is None:
             continue
-        rows_q, rows_k, mask = found
+        rows_q, rows_k, mask = placed
         head_bytes = (rows_q.shape[1] + 2 * rows_k.shape[1]) * q.shape[3] * q.element_size()
         views = rows_q.consecutive and rows_k.consecutive and q.element_size() > 2
         groups = max(1, (GROUP_BYTES if views else dense.bytes_per_call(q.device)) // (head_bytes * heads))

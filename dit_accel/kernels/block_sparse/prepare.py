@@ -52,16 +52,16 @@ class Batch:
 
     def placed(self, geometry: Geometry, place: Placement | HeldPlacement) -> tuple[Rows, Rows, Mask] | None:
         """Rows in memory of one sample's queries and keys, and the mask; None if no key is valid."""
-        found = self._placed  # read once: other threads may place other samples
-        if found is None or found[0] != (geometry, place):
+        latest = self._placed  # read once: other threads may place other samples
+        if latest is None or latest[0] != (geometry, place):
             grid = geometry.key_order.grid
             valid = int((self.k[0] < grid.tokens - grid.text + place.text_len).sum())
             if not valid:
                 return None
             at_q, at_k = place.rows(geometry)
             places = Rows(at_q.to(self.q.device)[self.q]), Rows(at_k.to(self.k.device)[self.k[:, :valid]])
-            self._placed = found = (geometry, place), *places
-        _, rows_q, rows_k = found
+            self._placed = latest = (geometry, place), *places
+        _, rows_q, rows_k = latest
         bias, blind = (self.evaluate(), None) if self.evaluate else (self.bias, self._blind)
         if bias is not None and (self.evaluate or rows_k.shape[1] < self.k.shape[1]):
             bias = bias[:, : rows_k.shape[1]]
@@ -151,7 +151,7 @@ def build(lists: BlockLists, geometry: Geometry, device: torch.device, held: Hel
     if not bool(state.any()):
         return []
     left_state = state.clone()  # without the blocks of groups that are not merged
-    masks, left_masks = (_Masks(each, geometry, lists.tables) for each in (state, left_state))
+    masks, left_masks = (_Masks(states, geometry, lists.tables) for states in (state, left_state))
     equal: dict[tuple, list[tuple[Tensor, Tensor]]] = defaultdict(list)
     biases: dict[bytes, Tensor] = {}
     free = MASK_BYTES

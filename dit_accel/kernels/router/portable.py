@@ -28,7 +28,7 @@ def route(q: torch.Tensor, k: torch.Tensor, call: RouterCall) -> tuple[torch.Ten
         None if x is None else x.expand(batch, heads, blocks) for x in (threshold, call.counts, call.shares, pooled)
     ]
     rows = max(1, _SCORES_AT_ONCE // max(1, batch * heads * keys.shape[2] * call.cells**2))
-    found: list[tuple[torch.Tensor, ...]] = []
+    chunks: list[tuple[torch.Tensor, ...]] = []
     for first in range(0, blocks, rows):
         part = slice(first, first + rows)
         scores = _scores(queries[:, :, part], keys, (query_order, key_order), part, call.cells, call.scale)
@@ -38,8 +38,8 @@ def route(q: torch.Tensor, k: torch.Tensor, call: RouterCall) -> tuple[torch.Ten
         worst = scores.new_empty((*scores.shape[:-1], 0), dtype=torch.int32)
         if call.skip:  # of equal scores the last rank lowest
             worst, _ = lists_of(best(-scores.flip(-1), None, call.skip).flip(-1), call.skip)
-        found.append((*lists_of(chosen, call.width), worst))
-    indices, lengths, lowest = (torch.cat(parts, dim=2) for parts in zip(*found, strict=True))
+        chunks.append((*lists_of(chosen, call.width), worst))
+    indices, lengths, lowest = (torch.cat(parts, dim=2) for parts in zip(*chunks, strict=True))
     return indices, lengths, lowest
 
 

@@ -48,15 +48,15 @@ def route(q: torch.Tensor, k: torch.Tensor, call: RouterCall) -> tuple[torch.Ten
     of_rows = (
         None if x is None else x.expand(batch, heads, rows).contiguous() for x in (level, call.counts, call.shares)
     )
-    given = (*of_rows, pooled, ranked, forced)
-    parts = (*(x is not None for x in given[:4]), forced is not None)  # the guard has two tensors
+    optional = (*of_rows, pooled, ranked, forced)
+    parts = (*(x is not None for x in optional[:4]), forced is not None)  # the guard has two tensors
     indices = scores.new_zeros(batch, heads, rows, call.width, dtype=torch.int32)
     worst = scores.new_empty(batch, heads, rows, call.skip, dtype=torch.int32)
     width = configs.width_of(blocks)
     _run(
         "lists", (rows, batch * heads), configs.warps_of(width),
         (
-            scores, *(scores if x is None else x for x in given), indices, counts, worst,
+            scores, *(scores if x is None else x for x in optional), indices, counts, worst,
             call.factor, blocks, rows, call.width, call.skip,
         ),
         {"WIDTH": width, **dict(zip(configs.PARTS, parts, strict=True)), "HAS_SKIP": call.skip > 0},

@@ -54,12 +54,12 @@ def products(
     D: tl.constexpr, CELLS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PART: tl.constexpr,
 ):  # fmt: skip
     """Products of cell a of ROWS query blocks with cell b of COLUMNS key blocks, [ROWS, COLUMNS], fp32."""
-    found = tl.zeros([ROWS, COLUMNS], tl.float32)
+    acc = tl.zeros([ROWS, COLUMNS], tl.float32)
     for first_d in tl.range(0, D, PART):  # whole rows of D do not fit the registers
         b_q = load_means(query_means, row, a, first_d, query_blocks, D, CELLS, ROWS, PART)
         b_k = load_means(key_means, column, b, first_d, key_blocks, D, CELLS, COLUMNS, PART)
-        found = tl.dot(b_q, tl.trans(b_k), found, input_precision="ieee")
-    return found
+        acc = tl.dot(b_q, tl.trans(b_k), acc, input_precision="ieee")
+    return acc
 
 
 @kernel
@@ -76,7 +76,7 @@ def scores_kernel(
     column = tl.program_id(0) % strips * COLUMNS
     rows, columns = row + tl.arange(0, ROWS), column + tl.arange(0, COLUMNS)
     if CELLS == 1:
-        found = products(
+        logits = products(
             query_means, key_means, row, column, 0, 0, query_blocks, key_blocks, D, CELLS, ROWS, COLUMNS, PART
         )
     else:
@@ -94,9 +94,9 @@ def scores_kernel(
             base = tl.where(above == float("-inf"), 0.0, above)  # where no pair was seen yet
             total = total * tl.exp(highest - base) + tl.exp(logit - base)
             highest = above
-        found = tl.where((highest == float("-inf")) & (total == 0.0), highest, highest + tl.log(total))
+        logits = tl.where((highest == float("-inf")) & (total == 0.0), highest, highest + tl.log(total))
     place = (tl.program_id(1).to(tl.int64) * query_blocks + rows[:, None]) * key_blocks + columns[None, :]
-    tl.store(scores + place, found, mask=(rows < query_blocks)[:, None] & (columns < key_blocks)[None, :])
+    tl.store(scores + place, logits, mask=(rows < query_blocks)[:, None] & (columns < key_blocks)[None, :])
 
 
 @triton.jit

@@ -60,13 +60,13 @@ def launches(kernel: str, sizes: Mapping[str, Any], itemsize: int, capability: i
     if itemsize == 4:
         return (Launch(warps=8 if wide else 4, stages=1, step=min(32, taken)),)
     if kernel in FUSED:
-        found = _marginal(kernel, wide, generation)
+        candidates = _marginal(kernel, wide, generation)
     elif kernel == "state":
         # 8 warps hold a table of D x D sums and a step's features
-        found = (Launch(8, 3, 64),)
+        candidates = (Launch(8, 3, 64),)
     else:  # sums; features of 64 rows spill on 12.0
-        found = (Launch(8, 2, 32 if wide and generation == 12 else 64),)
-    return tuple(dict.fromkeys(dataclasses.replace(launch, step=min(launch.step, taken)) for launch in found))
+        candidates = (Launch(8, 2, 32 if wide and generation == 12 else 64),)
+    return tuple(dict.fromkeys(dataclasses.replace(launch, step=min(launch.step, taken)) for launch in candidates))
 
 
 def _marginal(kernel: str, wide: bool, generation: int) -> tuple[Launch, ...]:

@@ -379,8 +379,8 @@ def over_selecting(
                 )  # fmt: skip
     for i in range(tl.load(selecting.n_singles + i_bh)):
         block = tl.load(selecting.singles + first_list + i)
-        own = routes_of(routes, i_bh, block, queries.blocks)
-        if holds_block(own.critical, own.topk, i_k) + holds_block(own.negligible, own.skip, i_k) == 0:
+        lists = routes_of(routes, i_bh, block, queries.blocks)
+        if holds_block(lists.critical, lists.topk, i_k) + holds_block(lists.negligible, lists.skip, i_k) == 0:
             for first in range(0, BLOCK, STEP):
                 of_v, of_k, weights = add_queries(
                     of_v, of_k, weights, phi_k, b_v, 1.0, q, grad_out, denominators, ratios, block, first, queries,

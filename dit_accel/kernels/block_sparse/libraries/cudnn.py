@@ -104,10 +104,10 @@ def gather(call: BlockSparseCall) -> Gathered:
     shape = batch, heads, *lists.indices.shape[-2:]
     indices, used = lists.indices.expand(shape), lists.used.expand(shape)
     named = torch.where(used, indices, 0).long()  # entries that do not count may hold anything
-    kept = used & (sizes[:, None, None].expand(*shape[:3], -1).gather(-1, named) > 0)
+    nonempty = used & (sizes[:, None, None].expand(*shape[:3], -1).gather(-1, named) > 0)
     arguments = {
-        "q2k_block_index": named.gather(-1, _first(kept)).int(),
-        "q2k_block_nums": kept.sum(-1, dtype=torch.int32),
+        "q2k_block_index": named.gather(-1, _first(nonempty)).int(),
+        "q2k_block_nums": nonempty.sum(-1, dtype=torch.int32),
         "block_sizes": sizes,
         "sparse_block_size": block,
         "softmax_scale": call.scale,

@@ -149,8 +149,8 @@ def read_codes(lists: BlockLists, geometry: Geometry) -> Codes:
     query, key, used = geometry.query_order, geometry.key_order, lists.used
 
     def as_map(entries: torch.Tensor) -> torch.Tensor:
-        found = lists.map(entries, key.blocks)
-        return found if found.ndim == 4 else found[None, None]
+        marked = lists.map(entries, key.blocks)
+        return marked if marked.ndim == 4 else marked[None, None]
 
     codes = torch.where(as_map(used), WHOLE, ABSENT).to(torch.int32)
     if lists.tables is None:

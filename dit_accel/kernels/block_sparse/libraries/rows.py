@@ -65,7 +65,7 @@ def take(x: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
     """Rows [B, slots] of x [B, H, N, ...]: [B, H, slots, ...]; x itself for None."""
     if rows is None:
         return x
-    return torch.stack([sample.index_select(1, own) for sample, own in zip(x, rows, strict=True)])
+    return torch.stack([sample.index_select(1, places) for sample, places in zip(x, rows, strict=True)])
 
 
 def put(
@@ -82,5 +82,5 @@ def put(
         return x
     targets = torch.where(valid, rows, tokens)  # a spare row takes the others; no wait for the device
     room = x.new_full((*x.shape[:2], tokens + 1, *x.shape[3:]), empty)
-    filled = [target.index_copy(1, own, sample) for target, own, sample in zip(room, targets, x, strict=True)]
+    filled = [target.index_copy(1, places, sample) for target, places, sample in zip(room, targets, x, strict=True)]
     return torch.stack(filled)[:, :, :tokens]

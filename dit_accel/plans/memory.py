@@ -11,7 +11,7 @@ from dit_accel.kernels.block_sparse.geometry import BlockLists
 from dit_accel.kernels.router.portable import lists_of
 
 
-class KeptLists(NamedTuple):
+class StoredLists(NamedTuple):
     """Block lists as bits, with the plan and the step that they come from.
 
     Attributes:
@@ -34,16 +34,16 @@ class ListMemory(NamedTuple):
         step: index of the call's denoising step.
         number: index of the call within the step; guidance in two calls has 0 and 1.
         last: whether this is the last step.
-        kept: what is stored, by the call's number.
+        stored: results, by the call's number.
     """
 
     step: int
     number: int
     last: bool
-    kept: dict[int, Any]
+    stored: dict[int, Any]
 
 
-def kept_or_new(
+def recalled_lists(
     memory: ListMemory | None,
     refresh: int,
     owner: Any,
@@ -57,7 +57,7 @@ def kept_or_new(
     """
     if memory is None or refresh == 1:
         return choose()
-    blocks, entry = shape[3], memory.kept.get(memory.number)
+    blocks, entry = shape[3], memory.stored.get(memory.number)
     powers = 1 << torch.arange(8, device="cpu")
     if (
         entry is not None
@@ -70,5 +70,5 @@ def kept_or_new(
     lists = choose()
     marked = torch.nn.functional.pad(lists.map(lists.used, blocks), (0, -blocks % 8)).unflatten(-1, (-1, 8))
     bits = (marked * powers.to(marked.device)).sum(-1).to(torch.uint8)
-    memory.kept[memory.number] = KeptLists(owner, memory.step, bits, lists.indices.shape[-1])
+    memory.stored[memory.number] = StoredLists(owner, memory.step, bits, lists.indices.shape[-1])
     return lists
