@@ -108,7 +108,7 @@ def bench(typed: dict[str, Any]) -> int:
         return 0
 
     from dit_accel.bench.run import Bench
-    from dit_accel.generation.call import placement
+    from dit_accel.generation.setup import placement
     from dit_accel.kernels import impls
 
     impls.check(options.impl)

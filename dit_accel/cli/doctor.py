@@ -74,7 +74,7 @@ def doctor(typed: dict[str, Any]) -> int:
 
     Example: dit-accel doctor --model Wan-AI/Wan2.1-T2V-1.3B-Diffusers
     """
-    from dit_accel.generation.call import placement
+    from dit_accel.generation.setup import placement
 
     options = DoctorOptions(**typed)
     device, dtype = placement(options.device, "auto", "none")

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 from dit_accel import values
 from dit_accel.errors import DitAccelError
 from dit_accel.files import MARK, check_file, check_new, check_ours, hold, staged
-from dit_accel.generation import call, quantised, sources
 from dit_accel.generation import output as media
+from dit_accel.generation import quantised, setup, sources
 from dit_accel.generation.candidate import Candidate
 from dit_accel.generation.provenance import machine, versions
 from dit_accel.generation.request import GenerateRequest, method_advice
@@ -94,7 +94,7 @@ class GenerateJob:
         if request.compare:
             for candidate in (self.candidate, Candidate()) if dense is None else (self.candidate,):
                 values = dense_arguments if candidate.setting is None else arguments
-                call.warm_up(pipe, values, candidate, whole=request.compile)  # so that lazy set-up is not timed
+                setup.warm_up(pipe, values, candidate, whole=request.compile)  # so that lazy set-up is not timed
             if dense is None:
                 dense = sample(pipe, dense_arguments, request.seed, "dense", self.device, progress)
             runs["dense"] = dense
@@ -160,18 +160,18 @@ def prepare(request: GenerateRequest) -> GenerateJob:
     check_file(path, (media.VIDEO_ENDINGS if sizes.video else ()) + (media.IMAGE_ENDINGS if pictures else ()))
     grid = sizes.grid(*shape)
     candidate.plans(grid)  # refuses what does not fit
-    call.check_loras(request.lora)
-    device, dtype = call.placement(request.device, request.dtype, request.offload)
+    setup.check_loras(request.lora)
+    device, dtype = setup.placement(request.device, request.dtype, request.offload)
     quantised.check(request.quantize, source, device)
     kind, plain = source.pipeline_class(), source.call_defaults()
-    image = None if request.image is None else call.open_image(request.image)
+    image = None if request.image is None else setup.open_image(request.image)
     arguments, dense_arguments = (
         request.arguments(kind, defaults, shape, video=sizes.video, prompt=request.prompt, image=image)
         for defaults in (plain | candidate.call, plain)
     )
     fps = request.rate(kind, source, arguments) if sizes.video else None
     if grid.text:
-        grid = dataclasses.replace(grid, text=arguments.get(call.LENGTH, grid.text))
+        grid = dataclasses.replace(grid, text=arguments.get(setup.LENGTH, grid.text))
     hint = _hint(subject().case) if untouched(request) else None
     return GenerateJob(
         request, candidate, check, source, arguments, dense_arguments, fps, grid, path, device, dtype, hint

@@ -23,7 +23,7 @@ from dit_accel.eval.scoring import features_of
 from dit_accel.eval.summary import Evaluation, Summary, write
 from dit_accel.eval.sweep import PromptSeed, Sweep, folder_hash
 from dit_accel.files import check_folder, check_ours, hold
-from dit_accel.generation import call, captioned, prompts, quantised, sources
+from dit_accel.generation import captioned, prompts, quantised, setup, sources
 from dit_accel.generation.candidate import Candidate
 from dit_accel.generation.processes import ProcessRank
 from dit_accel.generation.provenance import machine, versions
@@ -114,7 +114,7 @@ def opened(
     """A checked evaluation, whose model is loaded and whose samples are not yet made; its folder is held."""
     checked = CheckedRequest.of(request, candidates, maps)
     process, arguments = checked.process, checked.arguments
-    steps = call.default_of(checked.source.pipeline_class(), arguments({}), "num_inference_steps")
+    steps = setup.default_of(checked.source.pipeline_class(), arguments({}), "num_inference_steps")
     for candidate in candidates if isinstance(steps, int) and process.main else ():
         if candidate.setting is not None and (remark := candidate.setting.schedule.remark(steps)):
             print(f"warning: {candidate.label}: {remark}.", file=sys.stderr)
@@ -177,7 +177,7 @@ class CheckedRequest:
             check_ours(request.output / name for name in NAMES)
             if request.baselines is not None:
                 check_folder(request.baselines, "--baselines")
-        device, dtype = call.placement(process.device(request.device), request.dtype, request.offload)
+        device, dtype = setup.placement(process.device(request.device), request.dtype, request.offload)
         quantised.check(request.quantize, source, device)
         if request.real is not None and not request.real.is_dir():
             raise DitAccelError(f"--real {request.real} is not a folder. Give a folder of images or videos.")
@@ -188,12 +188,12 @@ class CheckedRequest:
         gates.check_names(limits, (*gates.FIGURES, *(metric.name for metric in metrics)))
         kind = source.pipeline_class()
 
-        def arguments(call: Mapping[str, Any]) -> dict[str, Any]:
-            defaults = source.call_defaults() | dict(call)
+        def arguments(options: Mapping[str, Any]) -> dict[str, Any]:
+            defaults = source.call_defaults() | dict(options)
             whole = request.arguments(kind, defaults, shape, video=sizes.video, prompt="")
             return {name: value for name, value in whole.items() if name != "prompt"}
 
-        steps = call.default_of(kind, arguments({}), "num_inference_steps")
+        steps = setup.default_of(kind, arguments({}), "num_inference_steps")
         if maps is not None and maps.steps is not None and isinstance(steps, int) and max(maps.steps) >= steps:
             raise DitAccelError(f"--attention-report names step {max(maps.steps)}, but the steps are 0 to {steps - 1}.")
         facts = {"limits": limits, "items": items, "metrics": metrics, "left_out": left_out, "media": media}

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from dit_accel.errors import DitAccelError
-from dit_accel.generation import call, quantised
+from dit_accel.generation import quantised, setup
 from dit_accel.generation.weights import weight_bytes
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ def _operations(checked: CheckedRequest, weights: float, channels: int) -> float
 
 def _calls(checked: CheckedRequest, config: dict[str, Any]) -> int:
     """Calls of the transformer in a step: 2 with classifier-free guidance, which a distilled model embeds instead."""
-    scale = call.default_of(checked.source.pipeline_class(), checked.arguments({}), "guidance_scale")
+    scale = setup.default_of(checked.source.pipeline_class(), checked.arguments({}), "guidance_scale")
     return 2 if isinstance(scale, int | float) and scale > 1 and not config.get("guidance_embeds") else 1
 
 

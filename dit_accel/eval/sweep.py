@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from dit_accel.eval.samples import Results, Row, Store, key_of
 from dit_accel.files import read_json, replace_file
-from dit_accel.generation import call
+from dit_accel.generation import setup
 from dit_accel.generation.candidate import Candidate
 from dit_accel.generation.provenance import ROOT
 from dit_accel.generation.sampling import TotalBar, attention_time, progress_bar, sample
@@ -82,7 +82,7 @@ class Sweep:
 
     def steps(self, candidate: Candidate) -> int | None:
         """Denoising steps of its call; None if the pipeline has no usual number of them."""
-        steps = call.default_of(type(self.pipe), self.arguments(candidate), "num_inference_steps")
+        steps = setup.default_of(type(self.pipe), self.arguments(candidate), "num_inference_steps")
         return steps if isinstance(steps, int) else None
 
     def store(self, candidate: Candidate) -> Store:
@@ -173,7 +173,7 @@ class Sweep:
         arguments = self.arguments(candidate) | {"prompt": item.prompt}
         if candidate.label not in self._warm:
             self._warm.add(candidate.label)
-            call.warm_up(self.pipe, arguments, candidate, whole=self.compile)
+            setup.warm_up(self.pipe, arguments, candidate, whole=self.compile)
         accel = None if candidate.setting is None else candidate.apply(self.pipe)
         try:
             if self.compile:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from dit_accel import values
 from dit_accel.errors import DitAccelError
-from dit_accel.generation import call, quantised, sources
+from dit_accel.generation import quantised, setup, sources
 from dit_accel.pipelines.levels import LEVELS, Case
 from dit_accel.registry import DENSE, parse_value
 from dit_accel.schedule import Schedule
@@ -262,8 +262,8 @@ class ModelRequest(SourceOptions, SamplingOptions, MemoryOptions):
         """What presets and levels are chosen for."""
         sizes = source.sizes()
         grid = sizes.grid(*sizes.chosen(self.frames, self.height, self.width))
-        steps = self.steps or call.default_of(source.pipeline_class(), source.call_defaults(), "num_inference_steps")
-        device, _ = call.placement(self.device, self.dtype, self.offload)
+        steps = self.steps or setup.default_of(source.pipeline_class(), source.call_defaults(), "num_inference_steps")
+        device, _ = setup.placement(self.device, self.dtype, self.offload)
         family, known = source.family(), isinstance(steps, int)
         models = self.model, source.component_class("vae") or ""
         case = Case(family.name, models, sizes.video, grid.visual, steps if known else None, device.type != "cpu")
@@ -279,7 +279,7 @@ class ModelRequest(SourceOptions, SamplingOptions, MemoryOptions):
     ) -> DiffusionPipeline:
         """The pipeline with the weights that these arguments need and LoRAs, tiled and compiled as asked."""
         pipe = sources.load(source, dtype, device, self.offload, arguments, self.quantize)
-        call.prepare(pipe, loras, vae_tiling=self.vae_tiling, compile=self.compile)
+        setup.prepare(pipe, loras, vae_tiling=self.vae_tiling, compile=self.compile)
         return pipe
 
     def arguments(
@@ -298,11 +298,11 @@ class ModelRequest(SourceOptions, SamplingOptions, MemoryOptions):
             "height": shape[1],
             "width": shape[2],
         }
-        return call.call_arguments(kind, defaults, options, self.pipe)
+        return setup.call_arguments(kind, defaults, options, self.pipe)
 
     def rate(self, kind: type, source: Source, arguments: Mapping[str, Any]) -> int:
         """Frames a second of the videos: from --fps, the call's argument, or the model."""
-        told = call.default_of(kind, arguments, "frame_rate", "fps")
+        told = setup.default_of(kind, arguments, "frame_rate", "fps")
         return self.fps or (round(told) if isinstance(told, int | float) else source.fps)
 
 

@@ -14,9 +14,9 @@ from dit_accel.checkpoint import lora
 from dit_accel.errors import DitAccelError
 from dit_accel.files import check_file, check_folder, check_ours
 from dit_accel.generation import quantised, sources
-from dit_accel.generation.call import placement
 from dit_accel.generation.processes import meet
 from dit_accel.generation.provenance import free_memory
+from dit_accel.generation.setup import placement
 from dit_accel.pipelines.targets import find_transformers
 from dit_accel.setting import Setting
 from dit_accel.train import card

@@ -9,7 +9,7 @@ from diffusers.modular_pipelines import MiniMaxH3Blocks, MiniMaxH3ModularPipelin
 from messages import names, says
 
 from dit_accel.errors import DitAccelError
-from dit_accel.generation import call, modular, sources
+from dit_accel.generation import modular, setup, sources
 from dit_accel.pipelines import demo
 
 SIZE = ["--frames", "5", "--height", "32", "--width", "48", "--steps", "2"]
@@ -82,10 +82,10 @@ def test_minimax_h3_loads_what_the_call_needs():
     kind = MiniMaxH3ModularPipeline
     assert "image" not in modular.parameters(kind, ["prompt"])
     assert "image" in modular.parameters(kind, ["prompt", "image"])
-    arguments = call.call_arguments(kind, {}, {"prompt": "a cat", "num_frames": 124, "height": 768}, [])
+    arguments = setup.call_arguments(kind, {}, {"prompt": "a cat", "num_frames": 124, "height": 768}, [])
     assert arguments == {"prompt": "a cat", "num_frames": 124, "height": 768}
     with pytest.raises(DitAccelError, match=names("--guidance")):
-        call.call_arguments(kind, {}, {"prompt": "a cat", "guidance_scale": 3.0}, [])
+        setup.call_arguments(kind, {}, {"prompt": "a cat", "guidance_scale": 3.0}, [])
 
 
 def test_a_component_of_another_repository(folder, tmp_path, monkeypatch):
@@ -108,7 +108,7 @@ def test_every_transformer_is_compiled(monkeypatch):
     monkeypatch.setattr(type(transformer), "compile_repeated_blocks", lambda self, **options: seen.append(self))
     pipe = MiniMaxH3Blocks().init_pipeline()
     pipe.update_components(transformer_ref=transformer)
-    call.prepare(pipe, (), vae_tiling=False, compile=True)
+    setup.prepare(pipe, (), vae_tiling=False, compile=True)
     assert seen == [transformer]
 
 

@@ -32,7 +32,7 @@ from dit_accel.cli import Interrupted
 from dit_accel.cli.bench import measured, names_in, print_table, targets_of
 from dit_accel.errors import DitAccelError
 from dit_accel.files import check_file
-from dit_accel.generation.call import placement
+from dit_accel.generation.setup import placement
 from dit_accel.hooks.report import Report
 from dit_accel.hooks.selfcheck import SelfCheck
 from dit_accel.kernels.block_sparse.geometry import BlockLists

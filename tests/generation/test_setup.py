@@ -7,7 +7,7 @@ import torch
 from messages import names
 
 from dit_accel.errors import DitAccelError
-from dit_accel.generation import call, sampling
+from dit_accel.generation import sampling, setup
 
 
 class Plain:
@@ -51,7 +51,7 @@ class Optional:
     ],
 )
 def test_frames_a_second_are_those_the_call_is_told(kind, arguments, rate):
-    assert call.default_of(kind, arguments, "frame_rate", "fps") == rate
+    assert setup.default_of(kind, arguments, "frame_rate", "fps") == rate
 
 
 @pytest.mark.parametrize(
@@ -71,7 +71,7 @@ def test_frames_a_second_are_those_the_call_is_told(kind, arguments, rate):
     ],
 )
 def test_values_are_of_the_kind_that_the_call_takes(text, value):
-    found = call.call_arguments(Many, {}, {"prompt": "p"}, [text])
+    found = setup.call_arguments(Many, {}, {"prompt": "p"}, [text])
     name = text.partition("=")[0]
     assert found == {"prompt": "p", name: value} and type(found[name]) is type(value)
 
@@ -79,11 +79,11 @@ def test_values_are_of_the_kind_that_the_call_takes(text, value):
 @pytest.mark.parametrize("text", ["sigmas=[a]", "sigmas=[true]", "timesteps=[0.5]", "eta=none", "clean=1", "extra=[]"])
 def test_values_of_another_kind_are_refused(text):
     with pytest.raises(DitAccelError, match=f"--pipe {text.partition('=')[0]} of Many is .*, written in JSON; got"):
-        call.call_arguments(Many, {}, {"prompt": "p"}, [text])
+        setup.call_arguments(Many, {}, {"prompt": "p"}, [text])
 
 
 def test_what_an_annotation_names_need_not_be_installed():
-    assert call.call_arguments(Unresolved, {}, {"prompt": "p"}, ["other=1"])["other"] == 1
+    assert setup.call_arguments(Unresolved, {}, {"prompt": "p"}, ["other=1"])["other"] == 1
 
 
 @pytest.mark.parametrize(
