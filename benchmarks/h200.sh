@@ -72,8 +72,8 @@ mkdir -p "$FOLDER"
 STATIC=(--method gna --method radial --method tile)
 LARGE=(--shape hunyuan-768p --shape flux-4k --shape wan-14b-720p)
 SLA=(--method sla:topk=0.05,block_q=128 --method sla:topk=0.05)
-ROUTED=(--method sol:block_q=128 --method sparge:topk=0.16,topp=0.0 --method rectified:block_q=128)
-NAMED=(--method sol:block_q=128 --method gna --method sla:topk=0.05,block_q=128)
+ROUTED=(--method sol --method sparge:topk=0.16,topp=0.0 --method rectified)
+NAMED=(--method sol --method gna --method sla:topk=0.05,block_q=128)
 
 if [ "$PART" = A ]; then
     say "native tests of what no GPU has run"

@@ -17,7 +17,7 @@ CASES = {
     "wan": [
         ("gna", {"window": (3, 5, 4)}),
         ("sla", {"topk": 0.3, "block": 16}),
-        ("sol", {"block": 8}),
+        ("sol", {"block": 8, "block_q": 8}),
     ],
     "flux": [("gna", {"window": (1, 3, 3)}), ("sla", {"topk": 0.3, "block": 16})],
 }

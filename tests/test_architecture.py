@@ -15,7 +15,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 PACKAGE = ROOT / "dit_accel"
 MOST = 10  # files from the processor to the kernel
 KERNELS = ("kernels/router/", "kernels/tail/", "kernels/block_sparse/")
-METHODS = {"gna": {"window": 3}, "sla": {"topk": 0.3, "block": 16}, "sol": {"block": 16}}
+METHODS = {"gna": {"window": 3}, "sla": {"topk": 0.3, "block": 16}, "sol": {"block": 16, "block_q": 16}}
 ROW = re.compile(r"^\|`(?P<method>\w+)`\|`(?P<impl>\w+)`\|(?P<kernel>\w+)\|(?P<files>.*)\|$", flags=re.MULTILINE)
 PAGE = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
 SHOWN: dict[tuple[str, str], dict[str, list[str]]] = {}

@@ -11,9 +11,9 @@ from dit_accel.errors import DitAccelWarning
 from dit_accel.schedule import Schedule
 
 MODELS = {
-    "wan:t2v": ("sol", {"tau": "1.5..0.5", "block": 8}),
+    "wan:t2v": ("sol", {"tau": "1.5..0.5", "block": 8, "block_q": 8}),
     "hunyuan_video:t2v": ("sparge", {"topk": "0.2..0.4", "topp": 0.0, "block_q": 16, "block": 16}),
-    "cogvideox:1.0": ("sol", {"tau": "1.5..0.5", "block": 8}),
+    "cogvideox:1.0": ("sol", {"tau": "1.5..0.5", "block": 8, "block_q": 8}),
     "flux:t2i": ("gna", {"window": "1x5x4..1x3x3"}),
     "qwen_image:t2i": ("sla", {"topk": "0.3..0.5", "block": 16}),
 }
@@ -68,7 +68,7 @@ def test_one_step_of_four_is_dense_and_a_ramp_covers_the_rest(name):
 )
 def test_other_dense_steps_than_asked_for_are_said_once(words, steps, named, tiny_wan, wan_inputs):
     pipe, inputs = Distilled(tiny_wan(), steps), wan_inputs()
-    with dit_accel.accelerated(pipe, "sol", block=16, **words) as accel:
+    with dit_accel.accelerated(pipe, "sol", block=16, block_q=16, **words) as accel:
         with pytest.warns(DitAccelWarning, match=names(named)) as said:
             pipe(inputs)
         report = accel.report()

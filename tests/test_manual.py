@@ -50,7 +50,7 @@ def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("manual")
     (folder / "prompts.txt").write_text("a red circle moves right on a blue background\n")
     (folder / "tuned").mkdir()
-    (folder / "tuned" / "settings.json").write_text(Setting.parse("sol:block=16 dense_steps=1").to_json())
+    (folder / "tuned" / "settings.json").write_text(Setting.parse("sol:block=16,block_q=16 dense_steps=1").to_json())
     MagRatios((0.98,)).save(folder / "tuned" / "mag_ratios.json")
     (folder / "benchmarks").symlink_to(ROOT / "benchmarks")
     return folder

@@ -166,7 +166,7 @@ def test_plans_are_made_once_and_both_ends_before_the_first_step(tiny_wan, wan_i
 def test_a_bare_transformer_follows_the_noise(tiny_wan, wan_inputs):
     transformer, inputs = tiny_wan(), wan_inputs()
     seen = []
-    with dit_accel.accelerated(transformer, "sol", tau="2..1", block=16) as accel:
+    with dit_accel.accelerated(transformer, "sol", tau="2..1", block=16, block_q=16) as accel:
         with accel.watch(lambda call: seen.append(call.plan.config.tau)):
             for value in (1000.0, 500.0, 0.0):
                 run(transformer, inputs | {"timestep": torch.full_like(inputs["timestep"].float(), value)})
@@ -177,7 +177,7 @@ def test_steps_that_a_cache_skips_count(wan_pipe):
     """MagCache skips every other step; those that are computed have the settings of their place among all."""
     pipe = wan_pipe()
     cache = "mag:threshold=9,mag_ratios=1.0,retention_ratio=0,max_skip_steps=1"
-    with dit_accel.accelerated(pipe, "sol", tau="2..1", block=16, dense_steps=1, cache=cache) as accel:
+    with dit_accel.accelerated(pipe, "sol", tau="2..1", block=16, block_q=16, dense_steps=1, cache=cache) as accel:
         taus = {step: config.tau for (_, step), config in by_step(accel, pipe, 6).items()}
         skipped = [index for index, row in accel.report().cache.branches[0].steps.items() if row == "skipped"]
     assert set(taus) < set(range(1, 6))

@@ -59,7 +59,7 @@ class PlanOptions(JsonOptions, SizeOptions, SourceOptions, SettingsOptions):
         None, "Predict what this many GPUs do in a layer; needs --heads, --tflops, --link.", least=1, most=256
     )
     parallel: Literal["ulysses", "ring", "unified"] = option(
-        "ulysses", "With --gpus: what they share; a run takes Ulysses alone."
+        "ulysses", "With --gpus: heads (Ulysses), ranges of tokens (ring), or both (unified)."
     )
     heads: int | None = option(None, "With --gpus: attention heads of a layer.", least=1)
     tflops: float | None = option(None, "With --gpus: 10^12 operations a second of kept pairs on one GPU.", above=0)

@@ -28,7 +28,7 @@ from dit_accel.kernels.router.call import Rule
 from dit_accel.kernels.tail.rectified import compensated, trusted
 from dit_accel.method import Method
 from dit_accel.methods.settings import BlockSettings
-from dit_accel.plans.plan import BLOCK_Q, PlanCall, per_device
+from dit_accel.plans.plan import PlanCall, per_device
 from dit_accel.plans.routed import Ordering
 from dit_accel.plans.sampled import SampledCall, pooled
 from dit_accel.plans.tailed import TailedPlan
@@ -142,8 +142,8 @@ class RectifiedPlan(TailedPlan):
 
 
 def at_density(grid: TokenGrid, density: float) -> dict[str, Any]:
-    """The share of visual blocks by number alone, to six digits; neighbours besides. Blocks that all kernels take."""
-    return {"drop": float(f"{1 - min(1.0, grid.visual_share(density)):.6g}"), "topp": 0.0, "block_q": BLOCK_Q}
+    """The share of visual blocks by number alone, to six digits; neighbours besides."""
+    return {"drop": float(f"{1 - min(1.0, grid.visual_share(density)):.6g}"), "topp": 0.0}
 
 
 METHOD = Method(

@@ -9,6 +9,7 @@ from dit_accel.method import MethodConfig, Objective
 from dit_accel.order import TokenOrder
 from dit_accel.plans.curves import Curve
 from dit_accel.plans.gate import divergence, gate_of, gate_sample
+from dit_accel.plans.plan import BLOCK_Q
 from dit_accel.plans.routed import LARGEST_BLOCK, Ordering, cut
 from dit_accel.plans.sharing import Share
 from dit_accel.tokens import TokenGrid
@@ -33,13 +34,13 @@ class BlockSettings(MethodConfig):
 
     Args:
         block: tokens a key block holds, at most 1024.
-        block_q: tokens a query block holds, at most 1024; None: as many as a key block.
+        block_q: tokens a query block holds, at most 1024; None: as many as a key block. The kernels of an H100 take 128.
         order: "raster": blocks are runs of tokens; "tile": 3-D tiles, chosen per grid; "morton" or "hilbert": runs
             along a curve.
     """
 
     block: int = option(64, least=1, most=LARGEST_BLOCK)
-    block_q: int | None = option(None, least=1, most=LARGEST_BLOCK)
+    block_q: int | None = option(BLOCK_Q, least=1, most=LARGEST_BLOCK)
     order: Ordering = "raster"
 
     @property

@@ -33,7 +33,7 @@ from dit_accel.methods.settings import GATE, BlockSettings
 from dit_accel.plans.blocks import BlockMask, from_map
 from dit_accel.plans.gate import BlockGate, gate_of, gated, pool
 from dit_accel.plans.plan import PlanCall
-from dit_accel.plans.routed import GATED, RoutedPlan
+from dit_accel.plans.routed import GATED, LARGEST_BLOCK, RoutedPlan
 from dit_accel.plans.sampled import SampledCall, pooled
 from dit_accel.tokens import TokenGrid
 from dit_accel.values import option
@@ -49,7 +49,7 @@ _ROUNDING = 1e-9
 
 @dataclasses.dataclass(frozen=True)
 class Config(BlockSettings):
-    """Settings of SLA; the defaults are the published ones. TurboDiffusion's `block_q` is 128 beside a `block` of 64.
+    """Settings of SLA; the defaults are the published ones.
 
     Args:
         topk: share of the visual key blocks that are critical for a query block, in [0, 1]. Of K blocks these are
@@ -58,6 +58,7 @@ class Config(BlockSettings):
         feature_map: of the linear branch: "softmax" over the head dimension, "elu" plus one, "relu", "focused"
             (FLatten) or "hedgehog", which is learned; see `kernels.sla.call.apply_map`.
         linear_scope: "all": linear attention over all visual keys; "marginal": over those in marginal blocks.
+        block_q: as many as a key block by default; TurboDiffusion's are 128 beside a `block` of 64.
         score: "mean": of block means; "learned": of a gate, which equals "mean" until it is trained.
 
     Raises:
@@ -68,6 +69,7 @@ class Config(BlockSettings):
     skip: float = option(0.10, least=0, below=1)
     feature_map: FeatureMap = "softmax"
     linear_scope: LinearScope = "all"
+    block_q: int | None = option(None, least=1, most=LARGEST_BLOCK)
     order: Literal["raster", "tile"] = "raster"
     score: Literal["mean", "learned"] = "mean"
 

@@ -23,7 +23,7 @@ from dit_accel.kernels.router.api import route
 from dit_accel.kernels.router.call import Rule, Variance
 from dit_accel.method import Method
 from dit_accel.methods.settings import TokenSettings
-from dit_accel.plans.plan import BLOCK_Q, PlanCall, per_device
+from dit_accel.plans.plan import PlanCall, per_device
 from dit_accel.plans.tailed import TailedPlan
 from dit_accel.tokens import TokenGrid
 from dit_accel.values import option
@@ -33,9 +33,7 @@ Tail = Literal["mean", "hybrid", "none"]
 
 @dataclasses.dataclass(frozen=True)
 class Config(TokenSettings):
-    """Settings of Sol-Attn; the defaults are the published ones.
-
-    A `block_q` of 128 beside a `block` of 64 is faster and keeps more blocks.
+    """Settings of Sol-Attn; the defaults are the published ones, but for blocks of 128 queries in place of 64.
 
     Args:
         tau: standard deviations above a row's mean score from which a key block is exact. Scores that are normally
@@ -89,13 +87,10 @@ class SolPlan(TailedPlan):
 
 
 def at_density(grid: TokenGrid, density: float) -> dict[str, Any]:
-    """The tau at which normally distributed scores keep that share of the visual blocks, neighbours included.
-
-    Blocks are those that all kernels take.
-    """
-    forced = SolPlan(Config(block_q=BLOCK_Q), grid).forced(torch.device("cpu")).double().mean().item()
+    """The tau at which normally distributed scores keep that share of the visual blocks, neighbours included."""
+    forced = SolPlan(Config(), grid).forced(torch.device("cpu")).double().mean().item()
     share = min(max((grid.visual_share(density) - forced) / (1 - forced), 1e-9), 1 - 1e-9) if forced < 1 else 1 - 1e-9
-    return {"tau": float(f"{statistics.NormalDist().inv_cdf(1 - share):.6g}"), "block_q": BLOCK_Q}
+    return {"tau": float(f"{statistics.NormalDist().inv_cdf(1 - share):.6g}")}
 
 
 METHOD = Method(

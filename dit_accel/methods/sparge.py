@@ -38,7 +38,7 @@ from dit_accel.methods.settings import GATE, TokenSettings
 from dit_accel.plans.gate import BlockGate, gated
 from dit_accel.plans.memory import recalled_lists
 from dit_accel.plans.plan import PlanCall, per_device
-from dit_accel.plans.routed import GATED, LARGEST_BLOCK
+from dit_accel.plans.routed import GATED
 from dit_accel.plans.tailed import TailedPlan
 from dit_accel.tokens import TokenGrid
 from dit_accel.values import fits, option
@@ -78,7 +78,6 @@ class Config(TokenSettings):
     tail: Tail = "none"
     budgets: Literal["equal"] | tuple[float, ...] = "equal"
     refresh: int = option(1, least=1)
-    block_q: int = option(128, least=1, most=LARGEST_BLOCK)
 
     def __post_init__(self) -> None:
         if self.budgets != "equal" and not _are_shares(self.budgets):
@@ -90,8 +89,9 @@ class Config(TokenSettings):
         if not self.topk and not self.topp and self.budgets == "equal":
             raise DitAccelError("sparge keeps blocks by topk or topp; both are 0. Set one of them above 0.")
         for name in ("block_q", "block") if self.score == "subblock" else ():
-            if getattr(self, name) % self.cells:
-                raise DitAccelError(f"{name} must divide into cells={self.cells}; got {getattr(self, name)}.")
+            size = getattr(self, name) or self.block
+            if size % self.cells:
+                raise DitAccelError(f"{name} must divide into cells={self.cells}; got {size}.")
         if self.score in ("learned", "error") and self.similarity is not None:
             raise DitAccelError(
                 f"similarity={self.similarity} keeps blocks that their means misjudge, and score='{self.score}' does "

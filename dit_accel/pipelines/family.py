@@ -67,7 +67,7 @@ class Preset:
 # Of every video family: steps and layers that stay dense for methods that need no fine-tuning.
 TRAINING_FREE = {
     "sol": Preset(
-        config={"block_q": 128},
+        config={},
         schedule={"dense_steps": 0.2, "dense_layers": 1},
         source="Sol-Attn (arXiv 2607.24027): Wan2.1-14B and HunyuanVideo, the first 20 % of the steps and layer 0 "
         "dense; not published for other models. Blocks of 128 queries in place of 64, for the kernels of an H100",
@@ -79,7 +79,7 @@ TRAINING_FREE = {
         "first 10 steps dense; the layer as for Sol-Attn (arXiv 2607.24027). Blocks of 128 queries in place of 64",
     ),
     "rectified": Preset(
-        config={"block_q": 128},
+        config={},
         schedule={"dense_steps": 0.2, "dense_layers": 1},
         source="Rectified SpaAttn (arXiv 2511.19835): drop 0.8 for HunyuanVideo; dense steps and layer as for Sol-Attn "
         "(arXiv 2607.24027); not published for other models",

@@ -87,8 +87,8 @@ class LevelRow:
         return self.level == level and named and self.long in (None, case.long) and self.steps in (None, case.steps)
 
 
-SOL = "sol:block_q=128 dense_steps=0.2 dense_layers=1"
-SOL_FAST = "sol:tau=1.5,block_q=128 dense_steps=0.2 dense_layers=1"
+SOL = "sol dense_steps=0.2 dense_layers=1"
+SOL_FAST = "sol:tau=1.5 dense_steps=0.2 dense_layers=1"
 STACKED = "sparse part as for Sol-Attn (arXiv 2607.24027); cache and sparse part were not measured together"
 
 
@@ -225,8 +225,8 @@ GENERAL = [
 ]
 # of 2 to `FEW` steps: one of them is dense, and no cache may leave one out
 FEW_STEPS = [
-    LevelRow(level, f"sol:{tau}block_q=128 dense_steps=1 dense_layers=1", "sparse part as for Sol-Attn, one dense step")
-    for level, tau in (("faithful", "tau=0.5,"), ("balanced", ""), ("fast", "tau=1.5,"))
+    LevelRow(level, f"sol{tau} dense_steps=1 dense_layers=1", "sparse part as for Sol-Attn, one dense step")
+    for level, tau in (("faithful", ":tau=0.5"), ("balanced", ""), ("fast", ":tau=1.5"))
 ]
 NOTHING = "dense"
 

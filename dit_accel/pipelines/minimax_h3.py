@@ -81,7 +81,7 @@ FAMILY = Family(
     recommended=TRAINING_FREE
     | {
         "sol": Preset(
-            config={"tau": 1.3, "block_q": 128},
+            config={"tau": 1.3},
             schedule={"dense_steps": 0.4, "dense_last_steps": 0.1},
             source="ComfyUI's documentation (Comfy-Org/docs, pull request 1698): MiniMax-H3 sparse from 0.4 to 0.9 of "
             "the steps, with tau 1.3. Blocks of 128 queries in place of 64",

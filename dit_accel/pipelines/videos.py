@@ -297,7 +297,7 @@ FAMILIES = (
         recommended=TRAINING_FREE
         | {
             "sol": Preset(
-                config={"tau": "1.3..0.8", "block_q": 128},
+                config={"tau": "1.3..0.8"},
                 schedule={},
                 source="Wan2GP, pull request 2289: LTX-2 with tau from 1.3 in the first step of each phase to 0.8 in "
                 "the last, no dense steps; marked as experimental there. Blocks of 128 queries in place of 64",
@@ -369,7 +369,7 @@ FAMILIES = (
                 "a block (turbodiffusion/inference/modify_model.py); needs fine-tuned weights",
             ),
             "rectified": Preset(
-                config={"drop": 0.75, "block_q": 128},
+                config={"drop": 0.75},
                 schedule={"dense_steps": 0.2, "dense_layers": 2},
                 source="Rectified SpaAttn (arXiv 2511.19835): Wan2.1 with drop 0.75 and layers 0 and 1 dense; dense "
                 "steps as for Sol-Attn (arXiv 2607.24027)",
@@ -384,7 +384,7 @@ FAMILIES = (
                 "of 768x1280, 11 of 40 steps dense, blocks of 64 tokens",
             ),
             "rectified": Preset(
-                config={"drop": 0.85, "block_q": 128},
+                config={"drop": 0.85},
                 schedule={"dense_steps": 0.2, "dense_layers": 2},
                 source="Rectified SpaAttn (arXiv 2511.19835): Wan2.2-A14B with drop 0.85 and layers 0 and 1 of both "
                 "dense; dense steps as for Sol-Attn (arXiv 2607.24027)",

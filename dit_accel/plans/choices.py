@@ -77,7 +77,7 @@ class Kernels(abc.ABC):
             DitAccelError: the GPU is unknown, or a named implementation cannot compute a call.
 
         Example:
-            >>> [choice.name for choice in plan("sol", grid, block_q=128).implementation("sm_90")]
+            >>> [choice.name for choice in plan("sol", grid).implementation("sm_90")]
             ['gluon_triton', 'triton', 'triton']
         """
         return self.choices(_facts(gpu, head_dim, dtype), impl, learned)

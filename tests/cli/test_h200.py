@@ -88,7 +88,7 @@ def test_each_part_measures_its_own(parts):
             ),
             *("--direction both --impl auto", "--direction both --impl gluon"),
             "sla:topk=0.05,block_q=128 --direction forward --impl gluon",
-            *("--method sol:block_q=128", "--method rectified:block_q=128 --direction forward --seconds 0.1 --profile"),
+            *("--method sol", "--method rectified --direction forward --seconds 0.1 --profile"),
             *("--shape anchor-110k", "--read"),
         ),
         "B": tuple(

@@ -24,9 +24,9 @@ CASES = [
     (GRID, "radial", {"decay": 0.2, "rule": "released", "block": 16, "sink": False}, (3, 5)),
     (GRID, "sla", {"topk": 0.3, "block": 16}, None),
     (dit_accel.TokenGrid(3, 5, 7, text=6), "sla", {"topk": 0.3, "block": 16, "order": "tile"}, (1, 6)),
-    (GRID, "sol", {"block": 8, "order": "tile"}, (3, 5)),
+    (GRID, "sol", {"block": 8, "block_q": 8, "order": "tile"}, (3, 5)),
     (GRID, "sparge", {"topk": 0.3, "block_q": 16, "block": 8}, None),
-    (dit_accel.TokenGrid(3, 5, 7, text=6), "rectified", {"block": 8}, (1, 6)),
+    (dit_accel.TokenGrid(3, 5, 7, text=6), "rectified", {"block": 8, "block_q": 8}, (1, 6)),
 ]
 
 

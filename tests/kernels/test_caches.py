@@ -44,7 +44,7 @@ def test_a_cached_tensor_is_found():
 @pytest.mark.parametrize(
     ("method", "settings"),
     [
-        ("sol", {"order": "morton", "block": 32}),
+        ("sol", {"order": "morton", "block": 32, "block_q": 32}),
         ("rectified", {}),
         ("sparge", {"budgets": (0.5, 0.3)}),
         ("sparge", {}),

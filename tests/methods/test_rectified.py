@@ -15,11 +15,11 @@ from dit_accel.plans.sampled import SampledCall
 from dit_accel.registry import plan
 from dit_accel.tokens import TokenGrid
 
-IN_MODELS = {"block": 8, "topp": 0.0}
+IN_MODELS = {"block": 8, "block_q": 8, "topp": 0.0}
 VIDEO = TokenGrid(3, 5, 9)
 TEXT = TokenGrid(3, 5, 9, text=11, conditioning=7)
 TEXT_FIRST = TokenGrid(3, 5, 9, text=11, text_first=True)
-SMALL = {"block": 8, "order": "raster"}
+SMALL = {"block": 8, "block_q": 8, "order": "raster"}
 
 
 def inputs(grid, dim=16, batch=2, heads=2, dtype=torch.float32):
@@ -125,7 +125,7 @@ def test_published_compensation_is_the_papers(grid, settings):
 @pytest.mark.parametrize("grid", [VIDEO, TEXT, TEXT_FIRST], ids=str)
 def test_everything_kept_is_dense(grid, settings, compensation):
     q, k, v = inputs(grid)
-    got = attention(q, k, v, plan("rectified", grid, block=8, compensation=compensation, **settings))
+    got = attention(q, k, v, plan("rectified", grid, block=8, block_q=8, compensation=compensation, **settings))
     assert_dense(got, q, k, v)
 
 
@@ -161,7 +161,7 @@ def test_without_trust_nothing_is_compensated():
 
 @pytest.mark.parametrize("compensation", ["exact", "published"])
 def test_permuted_heads_and_samples_permute_the_output(compensation):
-    chosen = plan("rectified", TEXT, block=8, compensation=compensation)
+    chosen = plan("rectified", TEXT, block=8, block_q=8, compensation=compensation)
     q, k, v = inputs(TEXT, batch=3, heads=3)
     lens, samples, heads = torch.tensor([11, 3, 0]), torch.tensor([2, 0, 1]), torch.tensor([1, 2, 0])
     out = attention(q, k, v, chosen, text_lens=lens)
@@ -177,7 +177,7 @@ def test_text(grid, compensation):
     lens, place = torch.tensor([4, 11]), torch.arange(grid.tokens) - grid.text_start
     hidden = ((place >= lens[:, None]) & (place < grid.text))[:, None, :, None]
     k, v = (x.masked_fill(hidden, torch.nan) for x in (k, v))
-    settings = {"block": 8, "compensation": compensation}
+    settings = {"block": 8, "block_q": 8, "compensation": compensation}
     out, exact = (
         attention(q, k, v, plan("rectified", grid, drop=drop, **settings), text_lens=lens) for drop in (0.9, 0.0)
     )
@@ -204,7 +204,7 @@ def test_calls_against_the_definition(case, compensation, dtype):
 
 def test_counts_and_density():
     assert [Config(drop=drop).counts(10) for drop in (0.8, 0.75, 0.9, 1.0, 0.0)] == [2, 2, 1, 0, 10]
-    assert METHOD.at_density(TokenGrid(8, 32, 32), 0.25) == {"drop": 0.75, "topp": 0.0, "block_q": 128}
+    assert METHOD.at_density(TokenGrid(8, 32, 32), 0.25) == {"drop": 0.75, "topp": 0.0}
 
 
 def test_text_that_is_weighed_needs_the_exact_compensation():
@@ -233,6 +233,6 @@ def test_refusals(words):
 
 def test_blocks_around_by_hand():
     """Blocks of a row of four in 2 x 3 x 4 tokens: a row's neighbours are the rows beside it, in both frames."""
-    around = plan("rectified", TokenGrid(2, 3, 4), block=4, order="raster").around(torch.device("cpu"))
+    around = plan("rectified", TokenGrid(2, 3, 4), block=4, block_q=4, order="raster").around(torch.device("cpu"))
     rows = (torch.arange(3)[:, None] - torch.arange(3)).abs() <= 1
     assert torch.equal(around, rows.repeat(2, 2))

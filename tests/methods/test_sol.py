@@ -15,7 +15,7 @@ from dit_accel.plans.sampled import SampledCall
 from dit_accel.registry import plan
 from dit_accel.tokens import TokenGrid
 
-IN_MODELS = {"block": 8, "tail": "hybrid"}
+IN_MODELS = {"block": 8, "block_q": 8, "tail": "hybrid"}
 VIDEO = TokenGrid(3, 5, 9)
 TEXT = TokenGrid(3, 5, 9, text=11, conditioning=7)
 TEXT_FIRST = TokenGrid(3, 5, 9, text=11, text_first=True)
@@ -88,7 +88,7 @@ def formula(q, k, settings):
 ], ids=str)  # fmt: skip
 @pytest.mark.parametrize("grid", [VIDEO, TEXT, TEXT_FIRST], ids=str)
 def test_lists_are_the_papers(grid, settings, variance):
-    chosen = plan("sol", grid, **{"block": 8, "variance": variance, **settings})
+    chosen = plan("sol", grid, **{"block": 8, "block_q": 8, "variance": variance, **settings})
     q, k, _ = inputs(grid)
     found = listed(chosen.route(q, k), chosen.key_order.visual_blocks)
     assert torch.equal(found, formula(q, k, chosen))
@@ -96,10 +96,10 @@ def test_lists_are_the_papers(grid, settings, variance):
 
 
 def test_neighbours_and_sinks_by_hand():
-    forced = plan("sol", TokenGrid(1, 1, 40), block=8).forced(torch.device("cpu"))
+    forced = plan("sol", TokenGrid(1, 1, 40), block=8, block_q=8).forced(torch.device("cpu"))
     want = (torch.arange(5)[:, None] - torch.arange(5)).abs() <= 1
     assert torch.equal(forced, want)
-    sink = plan("sol", TokenGrid(1, 1, 40), block=8, sink=9).forced(torch.device("cpu"))
+    sink = plan("sol", TokenGrid(1, 1, 40), block=8, block_q=8, sink=9).forced(torch.device("cpu"))
     assert torch.equal(sink, want | (torch.arange(5) < 2))
     wide = plan("sol", TokenGrid(1, 1, 64), block=8, block_q=16).forced(torch.device("cpu"))
     assert wide.int().tolist()[1] == [0, 1, 1, 1, 1, 0, 0, 0]
@@ -110,7 +110,7 @@ def test_neighbours_and_sinks_by_hand():
 def test_density_of_normal_scores(tau, density, variance):
     """Blocks of one token with normal queries and keys: a share of 1 - Phi(tau) is exact, besides the neighbours."""
     grid = TokenGrid(1, 1, 2048)
-    chosen = plan("sol", grid, tau=tau, block=1, variance=variance)
+    chosen = plan("sol", grid, tau=tau, block=1, block_q=1, variance=variance)
     q, k, _ = inputs(grid, dim=64, batch=1, heads=1)
     share = listed(chosen.route(q, k), 2048)[~chosen.forced(torch.device("cpu"))[None, None]].float().mean()
     assert abs(float(share) - density) < 0.005
@@ -122,7 +122,7 @@ def test_variances_agree_where_coordinates_are_uncorrelated():
     basis = torch.linalg.qr(torch.cat([torch.ones(blocks, 1), torch.randn(blocks, dim)], 1).double())[0][:, 1:]
     keys = (basis * torch.rand(dim) * 20).repeat_interleave(block, 0).float()[None, None]
     q = torch.randn(1, 1, grid.tokens, dim)
-    settings = {"block": block, "tau": 0.8}
+    settings = {"block": block, "block_q": block, "tau": 0.8}
     lists = [
         listed(plan("sol", grid, variance=kind, **settings).route(q, keys), blocks) for kind in ("diagonal", "exact")
     ]
@@ -139,7 +139,7 @@ def test_variances_agree_where_coordinates_are_uncorrelated():
 @pytest.mark.parametrize("grid", [VIDEO, TEXT, TEXT_FIRST], ids=str)
 def test_everything_exact_is_dense(grid, tail, order):
     q, k, v = inputs(grid)
-    got = attention(q, k, v, plan("sol", grid, tau=-1e6, block=8, tail=tail, order=order))
+    got = attention(q, k, v, plan("sol", grid, tau=-1e6, block=8, block_q=8, tail=tail, order=order))
     assert_dense(got, q, k, v)
 
 
@@ -147,7 +147,7 @@ def test_the_tail_is_nearer_to_dense_than_dropping():
     grid = TokenGrid(4, 16, 16)
     q, k, v = smooth(grid)
     dense = F.scaled_dot_product_attention(q, k, v)
-    lists = {tail: plan("sol", grid, block=16, tail=tail) for tail in ("mean", "none")}
+    lists = {tail: plan("sol", grid, block=16, block_q=16, tail=tail) for tail in ("mean", "none")}
     assert all(torch.equal(a, b) for a, b in zip(*(each.route(q, k)[:2] for each in lists.values()), strict=True))
     error = {tail: float((attention(q, k, v, each) - dense).norm() / dense.norm()) for tail, each in lists.items()}
     assert error["mean"] < 0.5 * error["none"]
@@ -159,7 +159,9 @@ def test_equal_values_come_out_unchanged(order, tail):
     """A row's weights add up to one, with ragged blocks and text."""
     q, k, v = inputs(TEXT)
     v = v[:, :, :1].expand(v.shape)
-    out = attention(q, k, v, plan("sol", TEXT, block=8, tail=tail, order=order), text_lens=torch.tensor([11, 3]))
+    out = attention(
+        q, k, v, plan("sol", TEXT, block=8, block_q=8, tail=tail, order=order), text_lens=torch.tensor([11, 3])
+    )
     # PISA's term is a sum of differences from means times v, which cancel up to the rounding of their magnitudes
     differences = 2 * float((q.abs() @ k.abs().mT).mean(-1).max()) * 16**-0.5 if tail == "hybrid" else 0.0
     assert_dense(out, q, k, v, PARTS["out"] + differences)
@@ -167,7 +169,7 @@ def test_equal_values_come_out_unchanged(order, tail):
 
 @pytest.mark.parametrize("tail", ["mean", "hybrid"])
 def test_permuted_heads_and_samples_permute_the_output(tail):
-    chosen = plan("sol", TEXT, block=8, tail=tail)
+    chosen = plan("sol", TEXT, block=8, block_q=8, tail=tail)
     q, k, v = inputs(TEXT, batch=3, heads=3)
     lens = torch.tensor([11, 3, 0])
     samples, heads = torch.tensor([2, 0, 1]), torch.tensor([1, 2, 0])
@@ -183,7 +185,9 @@ def test_text(grid):
     lens, place = torch.tensor([4, 11]), torch.arange(grid.tokens) - grid.text_start
     hidden = ((place >= lens[:, None]) & (place < grid.text))[:, None, :, None]
     k, v = (x.masked_fill(hidden, torch.nan) for x in (k, v))
-    out, exact = (attention(q, k, v, plan("sol", grid, tau=tau, block=8), text_lens=lens) for tau in (1.0, -1e6))
+    out, exact = (
+        attention(q, k, v, plan("sol", grid, tau=tau, block=8, block_q=8), text_lens=lens) for tau in (1.0, -1e6)
+    )
     assert bool(out.isfinite().all())
     visual = slice(grid.visual_start, grid.visual_start + grid.visual)
     others = torch.ones(grid.tokens, dtype=torch.bool)
@@ -211,7 +215,7 @@ CALLS = {
 def test_calls_against_the_definition(case, dtype):
     """Output and gradients by name; the definition in fp64 follows the lists of the call."""
     grid, settings = CALLS[case]
-    chosen = plan("sol", grid, block=8, **settings)
+    chosen = plan("sol", grid, **{"block": 8, "block_q": 8, **settings})
     tensors, upstream = inputs(grid, batch=1, heads=1, dtype=dtype), torch.randn(1, 1, grid.tokens, 16).to(dtype)
     sampled = SampledCall(chosen, torch.arange(grid.tokens), *tensors[:2], "portable")
 

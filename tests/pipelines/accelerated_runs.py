@@ -11,8 +11,8 @@ import dit_accel
 SLA = ("sla", {"topk": 0.35, "block": 16})
 ROUTED = (
     ("sparge", {"topk": 0.3, "topp": 0.1, "block_q": 16, "block": 16, "order": "hilbert"}),
-    ("sol", {"block": 8}),
-    ("rectified", {"block": 8, "topp": 0.0}),
+    ("sol", {"block": 8, "block_q": 8}),
+    ("rectified", {"block": 8, "block_q": 8, "topp": 0.0}),
 )
 VIDEO = (("gna", {"window": (3, 5, 4)}), ("radial", {"decay": 0.2, "sink": False}), ("tile", {"references": 1}), SLA)
 IMAGE = (("gna", {"window": (1, 5, 4)}), SLA)

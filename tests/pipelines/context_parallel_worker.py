@@ -122,13 +122,13 @@ def balanced_heads(tiny, build):
 
     attention.dealt = noted
     try:
-        with dit_accel.accelerated(shared, "sol", block=8, tau=1.0):
+        with dit_accel.accelerated(shared, "sol", block=8, block_q=8, tau=1.0):
             got = torch.stack([tiny_models.run(shared, call) for call in calls])
     finally:
         attention.dealt = deal
     alone = []
     for transformer, dtype in ((single, torch.float32), (double, torch.float64)):
-        with dit_accel.accelerated(transformer, "sol", block=8, tau=1.0):
+        with dit_accel.accelerated(transformer, "sol", block=8, block_q=8, tau=1.0):
             outputs = [tiny_models.run(transformer, tiny_models.cast(call, dtype)) for call in calls]
         alone.append(torch.stack(outputs))
     yield "balanced heads", compare(got, *alone) | {"orders": orders}

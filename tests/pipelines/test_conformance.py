@@ -19,7 +19,7 @@ MODELS = all_models()
 SETTINGS = in_models()
 SLA = SETTINGS["sla"]
 # Methods that attend to what they list and to nothing else, untrained
-ROUTED = {"sla": SLA, "sol": {"tail": "none", "tau": 0.5, "block": 8}, "sparge": SETTINGS["sparge"]}
+ROUTED = {"sla": SLA, "sol": {"tail": "none", "tau": 0.5, "block": 8, "block_q": 8}, "sparge": SETTINGS["sparge"]}
 # Methods of which every setting here is a mask; scaledit's windows are gna's, and its tests have its anchors.
 MASKS = {"gna", "radial", "tile", "clear", "scaledit", "sla", "sparge"}
 # The others have a tail besides, or heads that differ.

@@ -83,7 +83,7 @@ def planned(text):
 
 def test_every_named_setting_reaches_its_kernel_on_every_gpu():
     used, settings = set(), named_settings()
-    assert {"sol:order=morton,block_q=256,block=32,tail=hybrid,variance=exact,tau=1.5", "sol:block_q=128"} <= settings
+    assert {"sol:order=morton,block_q=256,block=32,tail=hybrid,variance=exact,tau=1.5", "sol"} <= settings
     for text in sorted(text for text in settings if "budgets=" not in text):
         plan, method = planned(text)
         learned = method.learned(plan.config) is not None
@@ -119,7 +119,9 @@ def test_every_named_setting_reaches_its_kernel_on_every_gpu():
     [
         ("sol", {"block": 100}, ("portable",) * 5, "block_q=128, block=128 triton runs"),
         ("sol", {"block": 8, "block_q": 64}, ("portable",) * 5, "block_q=64, block=16 triton runs"),
-        ("sol", {}, TRITON, None),
+        ("sol", {}, HOPPER, None),
+        ("rectified", {}, HOPPER, None),
+        ("sol", {"block_q": 64}, TRITON, None),
         ("gna", {"window": 8, "head_dim": 96}, TRITON, None),
         ("gna", {"window": 8, "head_dim": 300}, ("portable",) * 5, "head dimensions up to 256, not 300"),
         ("gna", {"window": 8, "dtype": torch.float64}, ("portable",) * 5, "float64"),
@@ -142,7 +144,7 @@ def test_what_is_slower_says_what_is_faster(method, changes, names, words):
 
 
 def test_rows_of_too_many_blocks_are_said():
-    choices = dit_accel.plan("sol", TokenGrid(40, 64, 64), block=32).implementation("sm_90")
+    choices = dit_accel.plan("sol", TokenGrid(40, 64, 64), block=32, block_q=32).implementation("sm_90")
     router = next(choice for choice in choices if choice.part == "router")
     assert router.name == "portable" and router.plain
     assert "at most 4096 visual key blocks by this rule, not 5120; with block_q=32, block=64" in router.faster
@@ -158,7 +160,7 @@ def test_a_gpu_without_kernels_and_a_named_implementation_are_refused():
 
 
 def test_a_part_without_such_an_implementation_takes_its_own():
-    plan = dit_accel.plan("sol", TokenGrid(8, 32, 32, text=77), block_q=128)
+    plan = dit_accel.plan("sol", TokenGrid(8, 32, 32, text=77))
     names = {choice.part: choice.name for choice in plan.implementation("sm_90", impl="gluon")}
     assert names == {"attention": "gluon", "text": "gluon", "router": "triton", "tail": "triton"}
 

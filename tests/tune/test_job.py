@@ -176,7 +176,7 @@ def test_morton_order_is_tried_where_nobody_typed_the_settings():
 
 def test_the_last_round_tries_step_caches(cli, demo, tmp_path, gaining):
     (tmp_path / "prompts.txt").write_text("a red circle\n")
-    options = ("--method", "sparge:topk=0.5,topp=0,block_q=8,block=4", "--prompts", tmp_path / "prompts.txt")
+    options = ("--method", "sparge:topk=0.5,topp=0,block=4,block_q=8", "--prompts", tmp_path / "prompts.txt")
     outcome = cli(
         "tune", *SMALL[:-1], 6, "--target", "1.1x", *options, "--dense-steps", 0, "--output", tmp_path / "out"
     )

@@ -38,9 +38,9 @@ def chosen_by_loops(plan, q, k, count):
 
 
 SETTINGS = [
-    ("sol", {"block": 8, "tau": 1.5}),
+    ("sol", {"block": 8, "block_q": 8, "tau": 1.5}),
     ("sol", {"block": 8, "tau": 1.5, "order": "tile", "block_q": 16}),
-    ("sol", {"block": 8, "tau": 1.5, "order": "hilbert", "tail": "none"}),
+    ("sol", {"block": 8, "block_q": 8, "tau": 1.5, "order": "hilbert", "tail": "none"}),
     ("sparge", {"block": 8, "block_q": 16, "topk": 0.2, "topp": 0.1}),
     ("sparge", {"block": 8, "block_q": 16, "topk": 0.2, "topp": 0.0, "tail": "mean", "order": "morton"}),
 ]
@@ -112,7 +112,7 @@ def test_density_counts_the_tokens(method, settings):
 
 
 def test_equal_values_come_out_unchanged_and_nan_is_seen():
-    plan = dit_accel.plan("sol", GRID, block=8, tau=2.0, extra_tokens=9)
+    plan = dit_accel.plan("sol", GRID, block=8, block_q=8, tau=2.0, extra_tokens=9)
     q, k, v = inputs(batch=1)
     equal = attention(q, k, torch.full_like(v, 3.0), plan)
     torch.testing.assert_close(equal, torch.full_like(v, 3.0), rtol=1e-5, atol=0)
@@ -122,7 +122,7 @@ def test_equal_values_come_out_unchanged_and_nan_is_seen():
 
 
 def test_in_one_graph_and_in_a_compiled_call():
-    plan = dit_accel.plan("sol", GRID, block=8, tau=2.0, extra_tokens=9)
+    plan = dit_accel.plan("sol", GRID, block=8, block_q=8, tau=2.0, extra_tokens=9)
     q, k, v = inputs()
     wanted = attention(q, k, v, plan)
     compiled = torch.compile(lambda *x: attention(*x, plan), backend="aot_eager", fullgraph=True)
