@@ -7,8 +7,9 @@
 #    backward by "auto" and by "gluon", SLA, the routed methods with profiles, a published kernel's size.
 # B. Steps of whole models: Wan2.1-14B 720p, HunyuanVideo 720p, FLUX 4K, eager, then compiled.
 # C. A profile of the forward and of dk and dv, every density, all tests of the kernels.
-# Each writes rows as soon as they are measured, and ends with a page of its rows' tables. A folder that has files is
-# refused; RESUME=1 continues it. The checkout need not be installed if its requirements are on PYTHONPATH.
+# Each writes rows as soon as they are measured, and ends with tables of its rows, and of the times that were predicted
+# beside the measured ones. A folder that has files is refused; RESUME=1 continues it. The checkout need not be installed
+# if its requirements are on PYTHONPATH.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 PART=${1:-}
@@ -130,6 +131,7 @@ fi
 say "summary"
 {
     if [ -s "$ROWS" ]; then "$PYTHON" -m dit_accel bench --read "$ROWS" || STATUS=1; fi
+    if [ -s "$ROWS" ]; then "$PYTHON" -m tools.kernels.predict --rows "$ROWS" || STATUS=1; fi
     if [ -s "$STEPS" ]; then "$PYTHON" -m tools.steps.measure --read "$STEPS" || STATUS=1; fi
 } >"$FOLDER/summary.txt"
 if [ -s "$ROWS" ]; then
