@@ -2,7 +2,7 @@
 
 import torch
 
-from dit_accel.kernels.router.api import route
+from dit_accel.kernels.router.api import deviations, route
 from dit_accel.kernels.router.call import Rule
 from dit_accel.order import TokenOrder
 from dit_accel.tokens import TokenGrid
@@ -47,3 +47,23 @@ def inputs(grid, dtype):
     around[grid.visual_start : grid.visual_start + grid.visual] = False
     q[..., around, :] = k[..., around, :] = torch.nan
     return q, k
+
+
+def check_deviations(grid, block, tile, dtype, impl, device="cpu"):
+    """Means and mean absolute deviations against loops over the blocks in fp64.
+
+    A sum of n terms and its quotient round n + 1 times, and each gap rounds with the mean before it.
+    """
+    x, _ = inputs(grid, dtype)
+    order = TokenOrder(grid, block, tile)
+    means, gaps = (y.cpu() for y in deviations(x.to(device), order, impl=impl))
+    assert means.dtype == torch.promote_types(dtype, torch.float32) and means.shape == gaps.shape
+    eps = torch.finfo(means.dtype).eps
+    visual, of_token = x[:, :, grid.visual_rows].double(), order.block_of_visual()
+    for i in range(order.visual_blocks):
+        tokens = visual[:, :, of_token == i]
+        mean = tokens.mean(2)
+        gap = (tokens - mean[:, :, None]).abs().mean(2)
+        rounding = (tokens.shape[2] + 1) * eps * tokens.abs().mean(2)
+        assert ((means[:, :, i] - mean).abs() <= rounding).all()
+        assert ((gaps[:, :, i] - gap).abs() <= 2 * rounding + (tokens.shape[2] + 1) * eps * gap).all()

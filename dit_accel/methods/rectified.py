@@ -102,8 +102,9 @@ class RectifiedPlan(TailedPlan):
     def always(self) -> tuple[int, Tensor]:
         return max(1, self.config.counts(self.key_order.visual_blocks)), self.around(torch.device("cpu"))
 
-    def dropped(self, q: Tensor, k: Tensor) -> Tensor | None:
-        return ~trusted(q, k, self.query_order, self.key_order) if self.config.gate else None
+    def dropped(self, q: Tensor, k: Tensor, call: PlanCall) -> Tensor | None:
+        orders = self.query_order, self.key_order
+        return ~trusted(q, k, *orders, impl=call.impl) if self.config.gate else None
 
     def attend_visual(self, q: Tensor, k: Tensor, v: Tensor, call: PlanCall) -> tuple[Tensor, BlockLists]:
         if self.has_tail:

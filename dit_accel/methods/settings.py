@@ -34,7 +34,7 @@ class BlockSettings(MethodConfig):
 
     Args:
         block: tokens a key block holds, at most 1024.
-        block_q: tokens a query block holds, at most 1024; None: as many as a key block. The kernels of an H100 take 128.
+        block_q: tokens a query block holds, at most 1024; None: as many as a key block. Kernels of an H100 take 128.
         order: "raster": blocks are runs of tokens; "tile": 3-D tiles, chosen per grid; "morton" or "hilbert": runs
             along a curve.
     """

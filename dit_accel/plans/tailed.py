@@ -43,14 +43,14 @@ class TailedPlan(RoutedPlan):
     def heads_differ(self) -> bool:
         return self.config.budgets == "equal" and self.config.refresh == 1
 
-    def dropped(self, q: Tensor, k: Tensor) -> Tensor | None:
+    def dropped(self, q: Tensor, k: Tensor, call: PlanCall) -> Tensor | None:
         """The blocks that are in no tail; arguments as of `choose`, result as in `with_tail`."""
         return None
 
     @torch.no_grad()
     def choose_for_tail(self, q: Tensor, k: Tensor, call: PlanCall) -> tuple[BlockLists, Tensor | None]:
         """What `choose` and `dropped` say of a call."""
-        return self.choose(q, k, call), self.dropped(q, k)
+        return self.choose(q, k, call), self.dropped(q, k, call)
 
     def attend_visual(self, q: Tensor, k: Tensor, v: Tensor, call: PlanCall) -> tuple[Tensor, BlockLists]:
         if not self.has_tail and not self.extra_tokens:

@@ -31,7 +31,7 @@ KEYS = 128  # of a step
 BANDWIDTH = 4.8e12  # bytes a second
 FP32, DENSE = 50e12, 610e12  # operations a second: of plain fp32 instructions, and of cuDNN's dense attention
 BISECTIONS = 64  # of a row's scores, each a comparison and a sum
-GATE = 14.5 / 28e6  # milliseconds a score of rectified's gate: 28 GB and three products at wan-14b-720p
+GATE_MAPS = 12  # times that rectified's gate reads or writes a map of scores
 LAUNCH = 0.02  # milliseconds
 SHAPES = ("hunyuan-768p", "hunyuan-720p", "wan-14b-720p", "wan-14b-480p", "flux-4k", "flux-2k", "mochi", "cogvideox")
 TARGETS = (
@@ -115,7 +115,8 @@ def routed_prediction(plan: RoutedPlan, shape: Shape, share: float) -> Predictio
     listed, scores = math.ceil(share * keys.visual_blocks), rows * keys.visual_blocks
     read = grid.visual * 2 * shape.heads * shape.head_dim / BANDWIDTH * 1000  # one of q, k and v
     router = 2 * read + scores * (2 * (shape.head_dim + BISECTIONS) / FP32 + 3 * 4 / BANDWIDTH) * 1000
-    router += scores * GATE if plan.method == "rectified" else 0.0
+    if plan.method == "rectified":  # its gate reads q and k, multiplies three times and writes fp32 maps
+        router += 2 * read + scores * (3 * 2 * shape.head_dim / FP32 + GATE_MAPS * 4 / BANDWIDTH) * 1000
     lists = rows * listed * 2 * 4 / BANDWIDTH * 1000 + LAUNCH
     text_steps = math.ceil(grid.text / KEYS)
     item = Item(math.ceil(listed * keys.block / KEYS) + text_steps, text_steps)

@@ -14,7 +14,7 @@ FOLDER = "dit_accel.kernels.router.triton_kernels"
 HEAD_DIMS = (64, 128)
 WIDTHS = (512, 2048, MAX_BLOCKS)  # rows of scores at 32,760 and at 75,600 tokens, and the longest of all rules
 CELLS = (1, 4)
-FLOATS = ("means", "query_means", "key_means", "scores", "thresholds", "shares")
+FLOATS = ("means", "deviations", "query_means", "key_means", "scores", "thresholds", "shares")
 INTEGERS = ("query_sizes", "key_sizes", "wanted", "indices", "counts", "worst")
 POINTERS = (
     ("x", HEADS),
@@ -34,6 +34,9 @@ def builds(arch: int) -> Iterator[Build]:
         for block, unit in itertools.product((64, 128), (False, True)):
             cut = {"BLOCK": block, "TILE": (block // 64, 8, 8)}
             yield _build("cell_means", {**sizes, "ALIGN": 8, **cut, "CELL": block // cells, "UNIT": unit}, warps=4)
+        for block in (64, 128) if cells == 1 else ():
+            cut = {"BLOCK": block, "TILE": (block // 64, 8, 8), "PART": block}
+            yield _build("deviations", {**sizes, "ALIGN": 8, **cut}, warps=4)
     for width in (*WIDTHS, MAX_COUNTED):
         every = [*({part} for part in PARTS), set(PARTS)] if width <= MAX_BLOCKS else [{"HAS_COUNT"}]
         for parts in (*every, {"HAS_COUNT", "HAS_SKIP"}):

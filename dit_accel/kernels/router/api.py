@@ -111,6 +111,25 @@ def classify(
     return lists.indices[..., :topk], worst
 
 
+@torch.no_grad()
+def deviations(x: torch.Tensor, order: TokenOrder, *, impl: Impl = AUTO) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and mean absolute deviation of the tokens of every visual block, by dimension.
+
+    Args:
+        x: the whole sequence in model order, [B, H, N, D], any strides; text and conditioning are not read.
+        order: how it is cut into blocks.
+        impl: as in `route`.
+
+    Returns:
+        Two tensors [B, H, blocks, D], fp32 (fp64 for fp64).
+    """
+    facts = Facts.of(x.device, x.dtype, x.shape[-1], order, order)
+    chosen = impls.choose(facts, router_impl(facts, impl), impls.ROUTER)[0]
+    return block_deviations(
+        visual_of(x.detach(), order.grid), Geometry.of_visual(order, order).pack(), order.visual_blocks, chosen.name
+    )
+
+
 def single_blocks(x: torch.Tensor) -> TokenOrder:
     """The order of one vector a block, [B, H, blocks, D]: each block is one token."""
     return TokenOrder(TokenGrid(1, 1, x.shape[2]), 1)
@@ -221,3 +240,17 @@ def route_blocks(
 def _(q, k, geometry, blocks, counts, shares, forced, tau, exact, cells, similarity, scale, width, skip, impl):
     rows = *q.shape[:2], blocks
     return tuple(q.new_empty(shape, dtype=torch.int32) for shape in ((*rows, width), rows, (*rows, skip)))
+
+
+@torch.library.custom_op("dit_accel::block_deviations", mutates_args=())
+def block_deviations(
+    x: torch.Tensor, geometry: Sequence[int], blocks: int, impl: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What `reference.deviations` returns; arguments as of `route_blocks`."""
+    return impls.named(impl, impls.ROUTER).load().deviations(x, Geometry.unpack(geometry).key_order)
+
+
+@block_deviations.register_fake
+def _(x, geometry, blocks, impl):
+    shape, dtype = (*x.shape[:2], blocks, x.shape[3]), torch.promote_types(x.dtype, torch.float32)
+    return tuple(x.new_empty(shape, dtype=dtype) for _ in range(2))

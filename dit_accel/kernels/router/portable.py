@@ -56,6 +56,15 @@ def cell_means(x: torch.Tensor, order: TokenOrder, cells: int) -> torch.Tensor:
     return sums / cell_sizes(order, cells, x.device).clamp(min=1)[..., None]
 
 
+def deviations(x: torch.Tensor, order: TokenOrder) -> tuple[torch.Tensor, torch.Tensor]:
+    """See `reference.deviations`."""
+    means, held = block_means(x, order), valid_tokens(order, x.device)[:, None]
+    slots = to_blocks(x.to(means.dtype), order).sub(means[..., None, :]).abs_()
+    if order.visual_blocks * order.block > order.grid.visual:  # a padding slot is 0 and deviates by the mean
+        slots *= to_blocks(means.new_ones(order.grid.visual, 1), order)
+    return means, slots.sum(-2) / held
+
+
 def cell_sizes(order: TokenOrder, cells: int, device: torch.device) -> torch.Tensor:
     """Tokens in every cell: int64 [blocks, cells]."""
     if cells == 1:

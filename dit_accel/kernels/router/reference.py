@@ -73,6 +73,19 @@ def _blocks(x: torch.Tensor, order: TokenOrder) -> tuple[torch.Tensor, torch.Ten
     return torch.where(held[..., None], x[:, :, index.clamp(min=0)], 0), held
 
 
+def deviations(x: torch.Tensor, order: TokenOrder) -> tuple[torch.Tensor, torch.Tensor]:
+    """See `dit_accel.kernels.router.api.deviations`; x are visual tokens in raster order, [B, H, visual, D]."""
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    block = order.block_of_visual(x.device)
+    held = torch.bincount(block, minlength=order.visual_blocks)[:, None]
+
+    def means(y: torch.Tensor) -> torch.Tensor:
+        return y.new_zeros(*y.shape[:2], order.visual_blocks, y.shape[3]).index_add(2, block, y) / held
+
+    centre = means(x)
+    return centre, means((x - centre[:, :, block]).abs())
+
+
 def _means(x: torch.Tensor, order: TokenOrder, cells: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean of the tokens of every cell, [B, H, blocks, cells, D], and which cells have any."""
     slots, held = _blocks(x, order)

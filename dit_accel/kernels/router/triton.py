@@ -13,10 +13,20 @@ from dit_accel.kernels.records import Heads, Side
 from dit_accel.kernels.router import triton_configs as configs
 from dit_accel.kernels.router.call import RouterCall, thresholds
 from dit_accel.kernels.router.portable import cell_sizes
-from dit_accel.kernels.router.triton_kernels import cell_means_kernel, lists_kernel, scores_kernel
+from dit_accel.kernels.router.triton_kernels import (
+    cell_means_kernel,
+    deviations_kernel,
+    lists_kernel,
+    scores_kernel,
+)
 from dit_accel.order import TokenOrder
 
-JIT = {"cell_means": cell_means_kernel, "scores": scores_kernel, "lists": lists_kernel}
+JIT = {
+    "cell_means": cell_means_kernel,
+    "deviations": deviations_kernel,
+    "scores": scores_kernel,
+    "lists": lists_kernel,
+}
 
 
 def route(q: torch.Tensor, k: torch.Tensor, call: RouterCall) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -87,6 +97,23 @@ def cell_means(x: torch.Tensor, order: TokenOrder, cells: int, *, unit: bool = F
         },
     )  # fmt: skip
     return means
+
+
+def deviations(x: torch.Tensor, order: TokenOrder) -> tuple[torch.Tensor, torch.Tensor]:
+    """See `reference.deviations`."""
+    x = tuning.contiguous_rows(x)
+    batch, heads, _, dim = x.shape
+    means, gaps = (x.new_empty(batch, heads, order.visual_blocks, dim, dtype=torch.float32) for _ in range(2))
+    align = tuning.alignment(x)
+    _run(
+        "deviations", (order.visual_blocks, batch * heads), 4,
+        (means, gaps, Heads.of(x, align), Side.of(order, x.shape[2]), heads),
+        {
+            **tuning.head_dims(dim), "ALIGN": align, **tuning.block_sizes(order),
+            "PART": min(order.block, LARGEST_BLOCK),
+        },
+    )  # fmt: skip
+    return means, gaps
 
 
 def _run(kernel: str, programs: tuple[int, int], warps: int, arguments: Any, constants: dict[str, Any]) -> None:

@@ -37,6 +37,33 @@ def cell_means_kernel(
     tl.store(means + place, tl.div_rn(total, total * 0.0 + held), mask=o_d < D)
 
 
+@kernel
+def deviations_kernel(
+    means, deviations, x, side, heads,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, ALIGN: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr,
+    PART: tl.constexpr,
+):  # fmt: skip
+    """Mean and mean absolute deviation of a block's tokens, fp32 [B, H, blocks, D]; PART tokens are read at a time."""
+    block = tl.program_id(0)
+    rows_of_head = rows_of(x, heads, ALIGN)
+    total = tl.zeros([BLOCK_D], tl.float32)
+    held = 0.0
+    for first in tl.range(0, BLOCK, PART):
+        rows, valid, _raster = visual_slots(block, first + tl.arange(0, PART), side, BLOCK, TILE)
+        total += tl.sum(load_rows(rows_of_head, rows, valid, D, BLOCK_D).to(tl.float32), 0)
+        held += tl.sum(valid.to(tl.float32), 0)
+    mean = tl.div_rn(total, total * 0.0 + held)
+    gaps = tl.zeros([BLOCK_D], tl.float32)
+    for first in tl.range(0, BLOCK, PART):  # the block lies in the cache now
+        rows, valid, _raster = visual_slots(block, first + tl.arange(0, PART), side, BLOCK, TILE)
+        b_x = load_rows(rows_of_head, rows, valid, D, BLOCK_D).to(tl.float32)
+        gaps += tl.sum(tl.where(valid[:, None], tl.abs(b_x - mean[None, :]), 0.0), 0)
+    o_d = tl.arange(0, BLOCK_D)
+    place = (tl.program_id(1).to(tl.int64) * tl.num_programs(0) + block) * D + o_d
+    tl.store(means + place, mean, mask=o_d < D)
+    tl.store(deviations + place, tl.div_rn(gaps, gaps * 0.0 + held), mask=o_d < D)
+
+
 @triton.jit
 def load_means(
     means, first, cell, first_d, blocks, D: tl.constexpr, CELLS: tl.constexpr, ROWS: tl.constexpr, PART: tl.constexpr

@@ -7,14 +7,16 @@ from torch import Tensor
 
 from dit_accel.kernels.block_sparse.dense import logits_at_once
 from dit_accel.kernels.block_sparse.geometry import BlockLists
-from dit_accel.kernels.cuts import block_means, to_blocks, visual_of
+from dit_accel.kernels.cuts import block_means, visual_of
+from dit_accel.kernels.impls import AUTO, Impl
+from dit_accel.kernels.router.api import deviations
 from dit_accel.kernels.tail.portable import spread
 from dit_accel.kernels.tail.reference import in_tail
 from dit_accel.order import TokenOrder, valid_tokens
 
 
 @torch.no_grad()
-def trusted(q: Tensor, k: Tensor, query_order: TokenOrder, key_order: TokenOrder) -> Tensor:
+def trusted(q: Tensor, k: Tensor, query_order: TokenOrder, key_order: TokenOrder, *, impl: Impl = AUTO) -> Tensor:
     """Pairs of blocks whose score exceeds what their tokens' deviations could change: bool [B, H, queries, keys].
 
     Blocks have means q_i and k_j, and a_i and b_j are their tokens' mean absolute deviations. A pair is trusted if
@@ -25,26 +27,19 @@ def trusted(q: Tensor, k: Tensor, query_order: TokenOrder, key_order: TokenOrder
     Args:
         q, k: the whole sequence [B, H, N, D] in model order.
         query_order, key_order: how the visual tokens are cut into blocks; of one grid.
+        impl: as of `router.api.route`.
     """
-    queries, keys = visual_of(q, query_order.grid), visual_of(k, key_order.grid)
     # maps of scores, and the deviations of all tokens, exist for some heads at a time
-    largest = q.shape[0] * max(query_order.visual_blocks * key_order.visual_blocks, queries[0, 0].numel())
-    step, found = max(1, 4 * logits_at_once(q.device) // largest), []
+    largest = q.shape[0] * max(
+        query_order.visual_blocks * key_order.visual_blocks, query_order.grid.visual * q.shape[3]
+    )
+    step, parts = max(1, 4 * logits_at_once(q.device) // largest), []
     for some in (slice(first, first + step) for first in range(0, q.shape[1], step)):
-        query, of_query = _pooled(queries[:, some], query_order)
-        key, of_key = _pooled(keys[:, some], key_order)
+        query, of_query = deviations(q[:, some], query_order, impl=impl)
+        key, of_key = deviations(k[:, some], key_order, impl=impl)
         slack = (of_query @ key.mT).abs_() + (query @ of_key.mT).abs_()
-        found.append((query @ key.mT).abs_() > slack)
-    return torch.cat(found, 1)
-
-
-def _pooled(x: Tensor, order: TokenOrder) -> tuple[Tensor, Tensor]:
-    """Mean and mean absolute deviation of every block's tokens: [B, H, blocks, D] each, fp32 or fp64."""
-    means, held = block_means(x, order), valid_tokens(order, x.device)[:, None]
-    slots = to_blocks(x.to(means.dtype), order).sub(means[..., None, :]).abs_()
-    # a padding slot is 0 and deviates by the mean
-    padding = (order.block - held) * means.abs()
-    return means, (slots.sum(-2) - padding) / held
+        parts.append((query @ key.mT).abs_() > slack)
+    return torch.cat(parts, 1)
 
 
 def compensated(

@@ -33,6 +33,8 @@ def launched(monkeypatch):
             q = torch.zeros(1, 1, frames * 4096, dim, dtype=torch.float16)
             forced = torch.zeros(orders[0].blocks, orders[1].blocks, dtype=torch.bool)
             tau = 1.0 if cells == 1 else None
+            for order in orders:
+                triton.deviations(q, order)
             for parts in (
                 (counts, shares, forced, tau, False, cells, 0.1),
                 *(((counts, None, None, None, False, cells, None), (None, shares, None, None, False, cells, None))),

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from router_calls import GRIDS, RULES, SIZES, blocks, dense, inputs
+from router_calls import GRIDS, RULES, SIZES, blocks, check_deviations, dense, inputs
 
 from dit_accel.errors import DitAccelError
 from dit_accel.kernels import impls
@@ -186,6 +186,20 @@ def test_the_operator_is_whole_and_compiles():
 
     expected, actual = lists(q, k), torch.compile(lists, fullgraph=True, backend="eager")(q, k)
     assert all(torch.equal(a, b) for a, b in zip(expected[:2], actual[:2], strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("impl", NAMES)
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+def test_deviations_of_tokens_that_exist(grid, impl, dtype):
+    for block, tile in ((8, None), (8, (2, 2, 2)), (64, None), (64, (1, 8, 8)), (1, None)):
+        check_deviations(grid, block, tile, dtype, impl)
+
+
+def test_the_operator_of_deviations_is_whole():
+    order = TokenOrder(TokenGrid(3, 5, 7), 8)
+    geometry = Geometry.of_visual(order, order).pack()
+    torch.library.opcheck(api.block_deviations, (torch.randn(2, 3, 105, 6), geometry, order.visual_blocks, "portable"))
 
 
 def test_lists_of_a_fixed_number_are_no_wider():

@@ -8,7 +8,7 @@ import os
 
 import pytest
 import torch
-from router_calls import GRIDS, RULES, dense, inputs
+from router_calls import GRIDS, RULES, check_deviations, dense, inputs
 
 from dit_accel.kernels.block_sparse.geometry import BlockLists
 from dit_accel.kernels.impls import Facts
@@ -51,6 +51,13 @@ def test_lists_what_the_definition_lists(grid, sizes, rule, dtype):
     wanted, actual = (lists(q, k, orders, rule, impl) for impl in ("reference", "triton"))
     dense(actual, orders[1].visual_blocks)  # ascending, 0 behind
     assert torch.equal(actual.counts, wanted.counts) and torch.equal(actual.indices, wanted.indices)
+
+
+@pytest.mark.parametrize(("grid", "dtype"), [(grid, DTYPES[i % len(DTYPES)]) for i, grid in enumerate(GRIDS)], ids=str)
+def test_deviations_of_tokens_that_exist(grid, dtype):
+    """Also of blocks that are read in parts."""
+    for block, tile in ((16, None), (16, (2, 2, 4)), (64, (1, 8, 8)), (256, None)):
+        check_deviations(grid, block, tile, dtype, "triton", DEVICE)
 
 
 @pytest.mark.parametrize("rule", ["union", "tau", "heads"])
