@@ -7,6 +7,7 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, MagCacheConfig, WanPipeline
 from diffusers.hooks import FirstBlockCacheConfig, apply_group_offloading
+from messages import names
 from tiny_models import get, run
 
 import dit_accel
@@ -144,7 +145,7 @@ def test_what_cannot_work_changes_nothing(wan_pipe):
     ):
         generate(pipe)
     assert accel.report().sparse_calls == 0
-    with pytest.raises(DitAccelError, match="Did you mean 'threshold'"):
+    with pytest.raises(DitAccelError, match=names("'threshold'")):
         dit_accel.accelerate(pipe, "gna", cache="mag:treshold=1", **WINDOW)
 
 

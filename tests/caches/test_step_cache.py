@@ -6,6 +6,7 @@ import json
 import pytest
 import torch
 from diffusers import hooks
+from messages import names
 
 from dit_accel.caches.ratios import ASSUMED, MagRatios, mag_ratios, published
 from dit_accel.caches.record import spans
@@ -119,7 +120,7 @@ def test_a_file_without_ratios_is_refused(tmp_path, content):
 
 
 def test_a_missing_file_is_refused_with_the_nearest_published_name():
-    with pytest.raises(DitAccelError, match=r"Did you mean 'wan2\.1-t2v-1\.3b'"):
+    with pytest.raises(DitAccelError, match=names("'wan2.1-t2v-1.3b'")):
         mag_ratios("wan2.1-t2v-1.3")
 
 

@@ -78,7 +78,7 @@ def test_values_are_of_the_kind_that_the_call_takes(text, value):
 
 @pytest.mark.parametrize("text", ["sigmas=[a]", "sigmas=[true]", "timesteps=[0.5]", "eta=none", "clean=1", "extra=[]"])
 def test_values_of_another_kind_are_refused(text):
-    with pytest.raises(DitAccelError, match=f"--pipe {text.partition('=')[0]} of Many is .*, written in JSON; got"):
+    with pytest.raises(DitAccelError, match=names("--pipe", text.partition("=")[0], "Many", "JSON")):
         setup.call_arguments(Many, {}, {"prompt": "p"}, [text])
 
 

@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+from messages import names
 
 import dit_accel
 from dit_accel.errors import DitAccelError
@@ -36,7 +37,7 @@ def test_choice_names_its_reason(table, monkeypatch):
     )
     refused = dataclasses.replace(CUDA, block_q=24)
     assert chosen(refused) == ("portable", "the kernels take query blocks of 16, 32, 64 or 128 tokens, not 24")
-    with pytest.raises(DitAccelError, match=r"impl='triton' cannot compute this: .* not 24"):
+    with pytest.raises(DitAccelError, match=names("impl='triton'", 24)):
         chosen(refused, "triton")
     linear = dataclasses.replace(CUDA, linear_scope="all", feature_map="hedgehog")
     why = (
@@ -48,7 +49,7 @@ def test_choice_names_its_reason(table, monkeypatch):
     key = impls.BLOCK_SPARSE, "triton"
     table[key] = dataclasses.replace(table[key], package="no_such_package")
     assert chosen(CUDA) == ("portable", "the package no_such_package is not installed")
-    with pytest.raises(DitAccelError, match=r"impl='triton' needs the package no_such_package, .* pip install"):
+    with pytest.raises(DitAccelError, match=names("impl='triton'", "no_such_package", "pip install")):
         chosen(CUDA, "triton")
 
 
@@ -99,7 +100,7 @@ def test_an_implementation_is_added_by_one_file(table, tmp_path, monkeypatch):
         assert plan.prepare(q.device, q.dtype, 16) == ("mean", "the fastest on cpu")
         (gradient,) = torch.autograd.grad(out.sum(), q)
         torch.testing.assert_close(gradient, torch.ones_like(q))
-        with pytest.raises(DitAccelError, match="has an implementation 'mean' already"):
+        with pytest.raises(DitAccelError, match=names("'mean'")):
             impls.add(module.ROW)
     finally:
         sys.modules.pop("outside_mean")

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from accuracy import assert_accurate, plain_attention
+from messages import names
 
 import dit_accel
 from dit_accel.errors import DitAccelError
@@ -89,5 +90,5 @@ def test_pooled_keys_are_in_the_same_softmax_and_their_weights_learn():
 
 
 def test_pooled_keys_take_whole_cells():
-    with pytest.raises(DitAccelError, match="multiples of 4 tokens, got 1x9x8"):
+    with pytest.raises(DitAccelError, match=names(4, "1x9x8")):
         dit_accel.plan("clear", TokenGrid(1, 9, 8), pool=4)

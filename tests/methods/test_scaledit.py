@@ -7,6 +7,7 @@ import tiny_models
 import torch
 from accuracy import assert_accurate, plain_attention
 from masked_reference import MaskedAttention, assert_no_worse, static_pairs
+from messages import names
 from tiny_models import run
 
 import dit_accel
@@ -216,7 +217,7 @@ def test_what_takes_no_anchors_is_refused(name, settings, message):
 
 
 def test_settings_that_contradict_each_other_are_refused():
-    with pytest.raises(DitAccelError, match="reach as a multiple of factor=3, got 16"):
+    with pytest.raises(DitAccelError, match=names("reach", "factor=3", 16)):
         dit_accel.plan("scaledit", TokenGrid(1, 9, 9), factor=3)
     with pytest.raises(DitAccelError, match="adds anchors"):
         make({"method": "scaledit", "objectives": {"attention": 1.0}})

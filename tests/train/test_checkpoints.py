@@ -5,6 +5,7 @@ import resource
 import shutil
 
 import pytest
+from messages import names
 
 import dit_accel
 from dit_accel.train import state
@@ -37,9 +38,7 @@ def test_a_full_disk_keeps_the_last_checkpoint(trained, tmp_path, monkeypatch, s
             write(*arguments, **keywords)
 
     monkeypatch.setattr(safetensors.torch, "save_file", full)
-    with pytest.raises(
-        dit_accel.DitAccelError, match=r"step 4 cannot be written .*File too large.*step-00000002"
-    ) as error:
+    with pytest.raises(dit_accel.DitAccelError, match=names(4, "File too large", "step-00000002")) as error:
         trained("full", steps=4)
     assert "\n" not in str(error.value)
     assert [path.name for path in (tmp_path / "full" / "checkpoints").iterdir()] == ["step-00000002"]
@@ -52,7 +51,7 @@ def test_a_full_disk_leaves_the_saved_weights_as_they_were(trained, tiny, small_
     files = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     with dit_accel.load(pipe, folder) as accel:
         with (
-            pytest.raises(dit_accel.DitAccelError, match=r"Cannot save the accelerator .*File too large"),
+            pytest.raises(dit_accel.DitAccelError, match=names("File too large")),
             small_files(),
         ):
             accel.save_pretrained(folder)

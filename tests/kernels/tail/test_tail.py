@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from messages import names
 from roundings import assert_dense
 from tail_calls import PARTS, TEXT, Case, check, lists_of, setup
 
@@ -161,5 +162,5 @@ def test_refusals():
         with_tail(*leaves, exact, lse[..., :9], **call)
     with pytest.raises(DitAccelError, match="needs lists"):
         with_tail(*leaves, exact, lse, **{**call, "lists": BlockLists(lists.indices[0], lists.counts[0])})
-    with pytest.raises(DitAccelError, match="dropped must be bool"):
+    with pytest.raises(DitAccelError, match=names("dropped", "bool")):
         with_tail(*leaves, exact, lse, dropped=torch.ones(2, 2, 9, 8), **call)
