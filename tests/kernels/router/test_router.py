@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from messages import names
 from router_calls import GRIDS, RULES, SIZES, blocks, check_deviations, dense, inputs
 
 from dit_accel.errors import DitAccelError
@@ -217,20 +218,20 @@ def test_other_kernels_implementations_count_as_auto():
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"rule": lambda: Rule(topk=-1)}, "topk of a rule"),
-        ({"rule": lambda: Rule(variance="none")}, "variance must be one of"),
-        ({"rule": lambda: Rule(tau=1.0, cells=2)}, "tau needs the scores of block means"),
-        ({"rule": lambda: Rule(topk=1, cells=3)}, "not cut into 3 equal cells"),
-        ({"rule": lambda: Rule(topk=torch.ones(5, dtype=torch.int32))}, "broadcasts to"),
-        ({"rule": lambda: Rule(forced=torch.ones(3, 3, dtype=torch.bool))}, "forced must be bool"),
-        ({"scale": 0.0}, "above 0"),
-        ({"q": torch.randn(1, 1, 9, 6)}, r"q and k must be \[batch"),
+        ({"rule": lambda: Rule(topk=-1)}, "topk -1"),
+        ({"rule": lambda: Rule(variance="none")}, "variance 'none'"),
+        ({"rule": lambda: Rule(tau=1.0, cells=2)}, "tau cells"),
+        ({"rule": lambda: Rule(topk=1, cells=3)}, "3 cells"),
+        ({"rule": lambda: Rule(topk=torch.ones(5, dtype=torch.int32))}, "topk"),
+        ({"rule": lambda: Rule(forced=torch.ones(3, 3, dtype=torch.bool))}, "forced bool"),
+        ({"scale": 0.0}, "scale 0"),
+        ({"q": torch.randn(1, 1, 9, 6)}, "q k 9"),
     ],
 )
 def test_bad_calls_are_refused(change, message):
     grid = TokenGrid(3, 5, 7)
     order, x = TokenOrder(grid, 4), torch.randn(1, 1, grid.tokens, 6)
-    with pytest.raises(DitAccelError, match=message):
+    with pytest.raises(DitAccelError, match=names(message)):
         route(change.get("q", x), x, order, order, change.get("rule", Rule)(), scale=change.get("scale"))
 
 

@@ -15,25 +15,25 @@ def make(tokens=100, dim=16):
 @pytest.mark.parametrize(
     "settings, message",
     [
-        ({"topk": -1}, "topk and skip must be at least 0.*the 7 visual blocks; got -1 and 0"),
-        ({"topk": 8}, "both together at most the 7 visual blocks; got 8 and 0"),
-        ({"topk": 4, "skip": 4}, "got 4 and 4"),
-        ({"topk": 4, "skip": -1}, "got 4 and -1"),
-        ({"topk": 1, "weight": torch.zeros(16, 8)}, r"weight must be \[16, 16\].*got \(16, 8\), None"),
-        ({"topk": 1, "bias": torch.zeros(8)}, r"bias \[16\] .*got \(16, 16\), \(8,\)"),
+        ({"topk": -1}, "topk skip 7 -1 0"),
+        ({"topk": 8}, "topk skip 7 8 0"),
+        ({"topk": 4, "skip": 4}, "topk skip 7 4"),
+        ({"topk": 4, "skip": -1}, "topk skip 4 -1"),
+        ({"topk": 1, "weight": torch.zeros(16, 8)}, "weight [16, 16] (16, 8) None"),
+        ({"topk": 1, "bias": torch.zeros(8)}, "bias [16] (16, 16) (8,)"),
         (
             {"topk": 1, "feature_map": "gelu"},
-            "feature_map must be one of softmax, elu, relu, focused, hedgehog; got 'gelu'",
+            "feature_map softmax elu relu focused hedgehog 'gelu'",
         ),
-        ({"topk": 1, "linear_scope": "some"}, "linear_scope must be one of all, marginal; got 'some'"),
-        ({"topk": 1, "grid": (1, 9, 11)}, r"must be \[batch, heads, 99, head_dim\]"),
-        ({"topk": 1, "feature_map": "hedgehog"}, r"needs them as \[2, heads, 16, 16\].* 2 heads of q; got None"),
-        ({"topk": 1, "impl": "triton"}, "cpu; Triton needs a CUDA device"),
-        ({"topk": 1, "tile": (1, 4, 8)}, "block of 16 tokens, got"),
+        ({"topk": 1, "linear_scope": "some"}, "linear_scope all marginal 'some'"),
+        ({"topk": 1, "grid": (1, 9, 11)}, "[batch, heads, 99, head_dim]"),
+        ({"topk": 1, "feature_map": "hedgehog"}, "[2, heads, 16, 16] 2 None"),
+        ({"topk": 1, "impl": "triton"}, "cpu CUDA"),
+        ({"topk": 1, "tile": (1, 4, 8)}, "16 (1, 4, 8)"),
     ],
 )
 def test_what_does_not_fit_is_refused(settings, message):
-    with pytest.raises(DitAccelError, match=message):
+    with pytest.raises(DitAccelError, match=names(message)):
         sparse_linear_attention(*make(), **({"weight": torch.zeros(16, 16), "block": 16} | settings))
 
 

@@ -9,6 +9,7 @@ import os
 import pytest
 import torch
 from accuracy import assert_accurate
+from messages import names
 from sla_calls import cuts_of, route, sparse_linear_attention
 
 from dit_accel.errors import DitAccelError
@@ -197,10 +198,10 @@ def test_compiles_whole():
 @pytest.mark.parametrize(
     "settings, message",
     [
-        ({"block": 24}, "blocks of 16, 32, 64 or 128 tokens, not 24"),
-        ({"dim": 160}, "head dimensions up to 128, not 160"),
-        ({"dtype": torch.float64}, "not float64"),
-        ({"block": 128, "linear_scope": "marginal"}, "blocks of up to 128 queries and 64 keys, not 128 and 128"),
+        ({"block": 24}, "blocks 16 32 64 128 24"),
+        ({"dim": 160}, "head dimensions 128 160"),
+        ({"dtype": torch.float64}, "float64"),
+        ({"block": 128, "linear_scope": "marginal"}, "queries keys 128 64"),
     ],
 )
 def test_what_the_kernels_cannot_do_is_refused(settings, message):
@@ -208,7 +209,7 @@ def test_what_the_kernels_cannot_do_is_refused(settings, message):
     dim, dtype = settings.pop("dim"), settings.pop("dtype")
     q = torch.zeros(1, 1, 48, dim, dtype=dtype, device=DEVICE)
     weight = torch.zeros(dim, dim, device=DEVICE)
-    with pytest.raises(DitAccelError, match=message):
+    with pytest.raises(DitAccelError, match=names(message)):
         sparse_linear_attention(q, q, q, topk=1, weight=weight, impl="triton", **settings)
 
 
