@@ -47,25 +47,29 @@ class BenchOptions(JsonOptions, DeviceOptions):
     )
     method: tuple[str, ...] = option(
         (),
-        "Method to time, repeatable. Without settings, some are found for each density.",
+        "Method to time, repeatable. Without settings, bench looks for some at each density.",
         metavar=METHOD_FORM,
         repeatable=True,
     )
     density: tuple[float, ...] = option((), "Share of pairs to keep, such as 0.1, repeatable.", repeatable=True)
     dtype: tuple[str, ...] = option((), "float32, bfloat16 or float16, repeatable.", metavar="NAME", repeatable=True)
     direction: tuple[str, ...] = option((), "forward, backward or both, repeatable.", metavar="NAME", repeatable=True)
-    impl: str = option("auto", "Implementation of the kernels; one that you name runs or is refused.", metavar="NAME")
+    impl: str = option(
+        "auto",
+        "Implementation of the kernels. One that you name runs or is refused; nothing replaces it.",
+        metavar="NAME",
+    )
     peer: bool = option(False, "Also time FlexAttention, where it compiles.")
     seconds: float = option(2.0, "Seconds to measure each row; at least five rounds run.", least=0, most=86_400)
     output: Path | None = option(
         None, "File for the rows; each is added as soon as it is measured.", metavar="FILE.jsonl"
     )
     resume: bool = option(False, "Skip rows that --output already has from this commit, machine and --impl.")
-    profile: Path | None = option(None, "File for where each row's time goes, kernel by kernel.", metavar="FILE.txt")
+    profile: Path | None = option(None, "File for a profile of each row, kernel by kernel.", metavar="FILE.txt")
     picture: Path | None = option(None, "Plot of speed-up against density, with the ideal line.", metavar="FILE.png")
-    read: Path | None = option(None, "Measure nothing: show the rows of this file.", metavar="FILE.jsonl")
-    list: bool = option(False, "Measure nothing: list the declared rows.")
-    count: bool = option(False, "Measure nothing: count the matrix products of each row, from its plan.")
+    read: Path | None = option(None, "Do not measure: show the rows of this file.", metavar="FILE.jsonl")
+    list: bool = option(False, "Do not measure: list the declared rows.")
+    count: bool = option(False, "Do not measure: count the matrix products of each row, from its plan.")
 
 
 @command(BenchOptions)

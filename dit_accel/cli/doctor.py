@@ -50,7 +50,7 @@ class DoctorOptions(JsonOptions, SourceOptions, DeviceOptions):
     )
     load: Path | None = option(
         None,
-        "Also say which weights these are, what they bring, and whether they fit --model; a repository is fetched.",
+        "Also identify these weights, and check whether they fit --model. A repository is downloaded.",
         metavar=LOAD_FORM,
     )
     settings: tuple[str, ...] = option(
@@ -70,7 +70,7 @@ class Finding:
 
 @command(DoctorOptions)
 def doctor(typed: dict[str, Any]) -> int:
-    """Say what would run here, what is missing, and the command that installs it.
+    """Report what would run here, what is missing, and how to install it.
 
     Example: dit-accel doctor --model Wan-AI/Wan2.1-T2V-1.3B-Diffusers
     """

@@ -49,7 +49,7 @@ class ComparedMethods(ScheduleOptions):
     )
     settings: tuple[str, ...] = option(
         (),
-        "A setting of every --load of published weights, repeatable; settings of --method stand behind its name.",
+        "A setting for all published weights of --load, repeatable. Settings of a --method follow its name.",
         flag="--set",
         metavar="KEY=VALUE",
         repeatable=True,
@@ -62,13 +62,15 @@ class ComparedMethods(ScheduleOptions):
     )
     cache: tuple[str, ...] = option(  # type: ignore[assignment]  # one in the other verbs
         (),
-        "Repeatable: every method with each of these step caches; none: without.",
+        "Step cache, repeatable: every method runs with each of them. none: without a cache.",
         metavar=CACHE_FORM,
         repeatable=True,
     )
-    write_card: bool = option(False, "Also put the figures of each --load into its model card.")
+    write_card: bool = option(False, "Also write the results of each --load into its model card.")
     suite: str | None = option(
-        None, "YAML file with the options of an evaluation; options on the command line win.", metavar="FILE|NAME"
+        None,
+        "YAML file with the options of an evaluation; options on the command line take precedence.",
+        metavar="FILE|NAME",
     )
 
     def candidates(self, subject: Callable[[], Subject] | None = None) -> tuple[Candidate, ...]:
@@ -106,7 +108,7 @@ class ComparedMethods(ScheduleOptions):
 def evaluate(compared: dict[str, Any], typed: dict[str, Any]) -> int:
     """Compare methods with the untouched pipeline: speed, likeness, distribution, and pictures of both.
 
-    A run that was stopped goes on where it stopped when it is started again.
+    Run the same command again to resume a run that was stopped.
 
     Example: dit-accel eval --model demo --prompts demo --method gna:window=0.5 --method radial --output outputs/eval
     """

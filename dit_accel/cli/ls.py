@@ -37,14 +37,15 @@ class LsOptions(JsonOptions):
 
     name: str | None = option(
         None,
-        "All about one method, family, transformer's class or embedded model; formats: of published weights.",
+        "Show everything about one method, family, transformer class or embedded model; formats: about the "
+        "formats of published weights.",
         positional=True,
     )
 
 
 @command(LsOptions)
 def ls(typed: dict[str, Any]) -> None:
-    """List methods, model families and refused transformers; with a name, all about one of them.
+    """List methods, model families and refused transformers; with a name, show everything about one of them.
 
     Example: dit-accel ls wan
     """

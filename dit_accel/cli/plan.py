@@ -42,28 +42,31 @@ class PlanOptions(JsonOptions, SizeOptions, SourceOptions, SettingsOptions):
 
     method: str | None = option(None, "How attention is computed.", metavar=METHOD_FORM)
     level: Literal["faithful", "balanced", "fast"] | None = option(
-        None, "With --model: the settings of a level for its size, in place of --method; --gpu takes those of a GPU."
+        None,
+        "With --model: use the settings of a level for its size, in place of --method. With --gpu, those for a GPU.",
     )
-    preset: bool = option(False, "With --model: the settings recommended for it; those that you give win.")
+    preset: bool = option(
+        False, "With --model: use the settings recommended for it. Settings that you give take precedence."
+    )
     grid: str | None = option(None, "Tokens: frames, height and width, such as 30x48x80.", metavar="FxHxW")
     text: int | None = option(None, "Text tokens in the sequence.", least=0)
-    text_first: bool = option(False, "The text stands before the visual tokens.")
+    text_first: bool = option(False, "Text comes before the visual tokens.")
     model: str | None = option(  # type: ignore[assignment]
         None, "Instead of --grid: demo, a folder or a Hub id; only its JSON files are read."
     )
     gpu: str | None = option(
-        None, "Say what would run on a GPU that need not be present, such as sm_90.", metavar="sm_80|sm_90|..."
+        None, "Also show what would run on this GPU, such as sm_90; it need not be present.", metavar="sm_80|sm_90|..."
     )
     head_dim: int = option(128, "Channels of a head, for --gpu.", least=1)
     gpus: int | None = option(
-        None, "Predict what this many GPUs do in a layer; needs --heads, --tflops, --link.", least=1, most=256
+        None, "Predict what this many GPUs do in a layer; needs --heads, --tflops and --link.", least=1, most=256
     )
     parallel: Literal["ulysses", "ring", "unified"] = option(
-        "ulysses", "With --gpus: heads (Ulysses), ranges of tokens (ring), or both (unified)."
+        "ulysses", "With --gpus: share heads (ulysses), ranges of tokens (ring), or both (unified)."
     )
     heads: int | None = option(None, "With --gpus: attention heads of a layer.", least=1)
-    tflops: float | None = option(None, "With --gpus: 10^12 operations a second of kept pairs on one GPU.", above=0)
-    link: float | None = option(None, "With --gpus: GB a second into one GPU, and out of it.", above=0)
+    tflops: float | None = option(None, "With --gpus: speed of one GPU on kept pairs, in TFLOP/s.", above=0)
+    link: float | None = option(None, "With --gpus: bandwidth into and out of each GPU, in GB/s.", above=0)
     image: Path | None = option(None, "Save a picture of the block mask, with axes and a legend.", metavar="FILE.png")
 
     def candidate(self) -> Candidate:
@@ -135,12 +138,12 @@ class PlanOptions(JsonOptions, SizeOptions, SourceOptions, SettingsOptions):
 
 
 @command(PlanOptions)
-def plan(arguments: dict[str, Any]) -> None:
-    """Show density, exact pairs, visited blocks and ideal speed-up of a method; of a ramp in its first and last step.
+def plan(typed: dict[str, Any]) -> None:
+    """Show a method's density, exact pairs, visited blocks and ideal speed-up; for a ramp, in its first and last step.
 
     Example: dit-accel plan --method gna:window=18x24x24,stride=16x8x8 --grid 30x48x80 --text 256
     """
-    options = PlanOptions(**arguments)
+    options = PlanOptions(**typed)
     options.check_gpus()
     if options.image is not None:
         check_file(options.image, (".png",), option="--image")

@@ -18,8 +18,8 @@ class PageOptions(ModelRequest):
 
     PANEL: ClassVar[str] = "Page"
 
-    host: str = option("127.0.0.1", "Address to serve at; any other than this one lets other machines in.")
-    port: int = option(7860, "Port to serve at.", least=1, most=65535)
+    host: str = option("127.0.0.1", "Address to listen on. Any other than the default lets other machines connect.")
+    port: int = option(7860, "Port to listen on.", least=1, most=65535)
 
 
 @command(PageOptions)

@@ -14,7 +14,7 @@ from dit_accel.train.settings import TrainSettings
 
 @command(RunOptions, DataSettings, TrainSettings)
 def train(run: dict[str, Any], data: dict[str, Any], settings: dict[str, Any]) -> None:
-    """Fine-tune with sparse attention; several processes with `accelerate launch -m dit_accel train ...`.
+    """Fine-tune with sparse attention; in several processes with `accelerate launch -m dit_accel train ...`.
 
     Example: dit-accel train --recipe sla-demo --output trained
     """

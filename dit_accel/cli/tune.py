@@ -14,12 +14,12 @@ from dit_accel.tune.request import TuneRequest
 
 @command(TuneRequest)
 def tune(arguments: dict[str, Any]) -> int:
-    """Find the best method and settings for a target by short runs, or calibrate budgets; write a settings file.
+    """Search for the best method and settings with short runs, or calibrate budgets, and write a settings file.
 
-    With --cache every setting has that step cache; --cache mag without a target measures MagCache's ratios.
+    With --cache every setting has that step cache. --cache mag without a target measures MagCache's ratios.
 
     `generate` and `eval` take the file with --load, `train` with --layer-schedule, `accelerate` with layer_schedule=.
-    A run that was stopped goes on where it stopped when it is started again.
+    Run the same command again to resume a run that was stopped.
 
     Example: dit-accel tune --model demo --prompts prompts.txt --target 1.5x --output tuned
     """

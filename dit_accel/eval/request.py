@@ -66,13 +66,13 @@ class EvalRequest(PromptsRequest):
         None, "Real images or videos for FID and KID; by default the dense outputs.", metavar="FOLDER"
     )
     require: str | None = option(
-        None, "Limits, such as 'psnr>=25,speedup>=1.5'; the exit status is 1 if one does not hold.", metavar="LIMITS"
+        None, "Limits, such as 'psnr>=25,speedup>=1.5'. If a result misses one, the exit status is 1.", metavar="LIMITS"
     )
     attention_report: str | None = option(
         None, "Also map each layer's error and kept mass at these steps.", metavar="steps=0,8,layers=all"
     )
     layout: Literal["vbench"] | None = option(
-        None, "Also write videos by method and with the names that VBench reads, in OUTPUT/vbench."
+        None, "Also write the videos to OUTPUT/vbench, in the folders and with the names that VBench expects."
     )
     pictures: int = option(4, "Number of prompts to show in the report.", least=0)
     baselines: Path | None = option(

@@ -86,7 +86,7 @@ class MemoryOptions(DeviceOptions):
         metavar="DTYPE",
     )
     offload: Literal["none", "model", "group"] = option(
-        "none", "Keep weights in main memory; move whole models or single layers to the GPU when they run."
+        "none", "Keep weights in main memory, and move whole models or single layers to the GPU when they run."
     )
     vae_tiling: bool = option(False, "Decode in tiles to save memory.")
     quantize: str | None = option(
@@ -114,12 +114,15 @@ class SamplingOptions(SizeOptions):
 
     PANEL: ClassVar[str] = "Sampling"
 
-    negative_prompt: str | None = option(None, "What not to show.")
+    negative_prompt: str | None = option(None, "What the image or video should not show.")
     steps: int | None = option(None, "Number of denoising steps; by default the model's own.", least=1, most=MOST_STEPS)
     guidance: float | None = option(None, "Guidance scale; by default the model's own.")
-    fps: int | None = option(None, "Frames a second of videos.", least=1, most=100)  # gif counts in 1/100 s
+    fps: int | None = option(None, "Frames per second of the video.", least=1, most=100)  # gif counts in 1/100 s
     pipe: tuple[str, ...] = option(
-        (), "Any other argument of the pipeline's call, repeatable; JSON values.", metavar="KEY=VALUE", repeatable=True
+        (),
+        "Any other argument of the pipeline's call, with its value in JSON; repeatable.",
+        metavar="KEY=VALUE",
+        repeatable=True,
     )
 
 
@@ -130,16 +133,24 @@ class ScheduleOptions(values.Checked):
     PANEL: ClassVar[str] = "Method"
 
     dense_steps: Any = option(
-        None, "First denoising steps that stay dense, as 12 or 0.25.", metavar="N|SHARE", parse=parse_value
+        None,
+        "How many of the first denoising steps stay dense, as a number or a share, such as 12 or 0.25.",
+        metavar="N|SHARE",
+        parse=parse_value,
     )
-    dense_last_steps: Any = option(None, "Last denoising steps that stay dense.", metavar="N|SHARE", parse=parse_value)
+    dense_last_steps: Any = option(
+        None, "How many of the last denoising steps stay dense.", metavar="N|SHARE", parse=parse_value
+    )
     dense_layers: Any = option(
-        None, "First layers that stay dense, or a list of layers.", metavar="N|SHARE|I,J", parse=parse_layers
+        None,
+        "Layers that stay dense: how many of the first ones, or a list.",
+        metavar="N|SHARE|I,J",
+        parse=parse_layers,
     )
     dense_backend: str | None = option(
         None,
-        "Diffusers' attention back end for what stays dense; auto: the fastest that computes the same; auto8: "
-        "SageAttention or FlashAttention 3 where installed, once a call has verified it.",
+        "Diffusers' attention backend for everything that stays dense. auto: the fastest one with the same "
+        "result. auto8: SageAttention or FlashAttention 3 if installed, once a call has verified it.",
     )
 
     cache: str | None = option(
@@ -167,7 +178,7 @@ class SettingsOptions(values.Checked):
 
     settings: tuple[str, ...] = option(
         (),
-        "A setting of the method, repeatable; per axis as 18x24x24.",
+        "A setting of the method, repeatable. Values per axis are written 18x24x24.",
         flag="--set",
         metavar="KEY=VALUE",
         repeatable=True,
@@ -186,17 +197,17 @@ class MethodOptions(ScheduleOptions, SettingsOptions):
     )
     preset: bool = option(
         False,
-        "Use the method's recommended settings for this model, without --method those to start with; settings that you "
-        "give win.",
+        "Use the settings recommended for this model and method; without --method, also the recommended "
+        "method. Settings that you give take precedence.",
     )
     load: Path | None = option(
         None,
-        "In place of --method: a saved accelerator, a setting, or published weights (`dit-accel ls formats`), "
-        "HUB-ID@REVISION for one version of them.",
+        "In place of --method: a saved accelerator, a settings file, or published weights (`dit-accel ls "
+        "formats`). HUB-ID@REVISION selects a version of them.",
         metavar=LOAD_FORM,
     )
-    any_weights: bool = option(False, "With --load: allow other base weights than those it was trained for.")
-    keep_int8: bool = option(False, "With --load of int8 weights: leave them in int8, through torchao.")
+    any_weights: bool = option(False, "With --load: accept base weights other than those it was trained for.")
+    keep_int8: bool = option(False, "With --load of int8 weights: keep them in int8, which needs torchao.")
 
     def candidate(self, subject: Callable[[], Subject] | None = None) -> Candidate:
         """The setting that these options make; the untouched pipeline's dense attention without any.
@@ -310,11 +321,12 @@ class ModelRequest(SourceOptions, SamplingOptions, MemoryOptions):
 class GenerateRequest(MethodOptions, ModelRequest):
     """The options of `dit-accel generate`."""
 
-    prompt: str = option(PROMPT, "What to show.")
+    prompt: str = option(PROMPT, "What the image or video shows.")
     prompts: str | None = option(
         None,
-        "One a line; demo, general; captioned images or videos. An output for each, shared out among the processes of "
-        "`accelerate launch`. Given again, the command goes on where it was stopped.",
+        "A text file with a prompt a line, the built-in list demo or general, or captioned images or videos. "
+        "Each prompt gets an output; the processes of `accelerate launch` share the work. Run the command "
+        "again to resume.",
         metavar=PROMPTS_FORM,
     )
     image: Path | None = option(None, "First frame, for image-to-video models.", metavar="FILE")
@@ -322,13 +334,15 @@ class GenerateRequest(MethodOptions, ModelRequest):
     lora: tuple[str, ...] = option((), "A LoRA for the transformer, repeatable.", metavar="PATH|ID", repeatable=True)
     verify: bool = option(False, "Compare each layer's first sparse call with dense attention.")
     keep_dense_above: float | None = option(
-        None, "Verify, and keep layers dense whose relative error exceeds this.", metavar="ERROR", above=0
+        None, "Like --verify, and layers with a larger relative error than this stay dense.", metavar="ERROR", above=0
     )
-    compare: bool = option(False, "Also generate densely; show both side by side with times, PSNR and SSIM.")
+    compare: bool = option(
+        False, "Also generate with dense attention, and show both side by side with times, PSNR and SSIM."
+    )
     overwrite: bool = option(False, "Replace older outputs of this name that dit_accel wrote.")
     output: Path | None = option(
         None,
-        "mp4, gif or png by its ending; a JSON record lies beside it. With --prompts a number follows the name, and "
-        "NAME.jsonl lists all outputs.",
+        "Output file: mp4, gif or png. A JSON record is written next to it. With --prompts, file names are "
+        "numbered and NAME.jsonl lists all outputs.",
         metavar="FILE",
     )

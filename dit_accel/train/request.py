@@ -22,25 +22,27 @@ GENERATED, CLIPS, FOLDER = "generated", "clips", "folder"
 class RunOptions(SourceOptions, DeviceOptions):
     """The model, the task and the output folder."""
 
-    recipe: str | None = option(None, "Recipe to start from; other options win.", metavar="NAME|FILE")
+    recipe: str | None = option(None, "Recipe to start from; other options take precedence.", metavar="NAME|FILE")
     samples: tuple[str, ...] = option(
         (), "Prompt to sample every --validate-every steps, repeatable.", flag="--prompt", repeatable=True
     )
     prepare: bool = option(False, "Make the training data in OUTPUT/data, and stop.")
-    search: Path | None = option(None, "Train nothing: search a layer schedule.", metavar="FILE.json")
+    search: Path | None = option(
+        None, "Do not train: search for a layer schedule and write it to this file.", metavar="FILE.json"
+    )
     candidates: tuple[str, ...] = option(
         (), "Settings to try in every layer, repeatable.", flag="--candidate", metavar="KEY=VALUE,...", repeatable=True
     )
-    threshold: float | None = option(None, "Largest loss a layer may add, in a search.", least=0)
-    budget: float | None = option(None, "Mean density to reach, in a search.", least=0, most=1)
+    threshold: float | None = option(None, "In a search: the largest loss that a layer may add.", least=0)
+    budget: float | None = option(None, "In a search: the mean density to reach.", least=0, most=1)
     others: tuple[str, ...] = option(
         (),
-        "Any other setting of TrainSettings, as ema=0.99 or levels.shift=5.",
+        "Any other field of TrainSettings, such as ema=0.99 or levels.shift=5.",
         flag="--option",
         metavar="KEY=VALUE",
         repeatable=True,
     )
-    output: Path = option(Path("trained"), "Folder of the run; a run that was stopped continues.", metavar="FOLDER")
+    output: Path = option(Path("trained"), "Folder of the run. Run the same command again to resume.", metavar="FOLDER")
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -69,14 +69,14 @@ class TrainSettings:
     )
     config: Mapping[str, Any] = option(
         {},
-        "A setting of the method, repeatable; per axis as 18x24x24.",
+        "A setting of the method, repeatable. Values per axis are written 18x24x24.",
         flag="--set",
         metavar="KEY=VALUE",
         repeatable=True,
         parse=tuple,
     )
     dense_layers: int | float | tuple[int, ...] = option(
-        0, "First layers that stay dense, or a list of layers.", metavar="N|SHARE|I,J", parse=parse_layers
+        0, "Layers that stay dense: how many of the first ones, or a list.", metavar="N|SHARE|I,J", parse=parse_layers
     )
     layer_schedule: str | None = option(None, "The file of a setting, in place of --method.", metavar="FILE.json")
     impl: str = option("auto", "The implementation of the kernels, as `accelerate` takes it.", typed=False)

@@ -33,25 +33,25 @@ class TuneRequest(ScheduleOptions, PromptsRequest):
     )
     calibrate: float | None = option(
         None,
-        "Search nothing: the blocks that each head needs for this share of its softmax, or, with --method heads, the "
-        "heads to keep if this share of them may stay.",
+        "Do not search: measure how many blocks each head needs to keep this share of its softmax. With "
+        "--method heads, choose the heads to keep if this share of them may stay.",
         metavar="SHARE",
         above=0,
         most=1,
     )
     method: tuple[str, ...] = option(
-        (), "Try only this method, repeatable; with settings, only those.", metavar=METHOD_FORM, repeatable=True
+        (), "Try only this method, repeatable. With settings, try only those.", metavar=METHOD_FORM, repeatable=True
     )
     cache: str | None = option(
         None,
-        "A step cache for all settings, or none to try no cache; without it the last round tries some. mag without "
-        "--target: measure its ratios.",
+        "Step cache for all settings; none tries no cache. By default the last round tries some. mag without "
+        "--target measures MagCache's ratios.",
         metavar=CACHE_FORM,
     )
-    minutes: float | None = option(
-        None, "Search at most so long: fewer settings are tried where time is short.", above=0
+    minutes: float | None = option(None, "Time limit of the search; with less time it tries fewer settings.", above=0)
+    output: Path = option(
+        Path("tuned"), "Folder for all files. Run the same command again to resume.", metavar="FOLDER"
     )
-    output: Path = option(Path("tuned"), "Folder for all files; a run that was stopped continues.", metavar="FOLDER")
 
     def __post_init__(self) -> None:
         super().__post_init__()
