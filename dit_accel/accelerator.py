@@ -381,7 +381,7 @@ def _level(target: Any, name: str, size: dict[str, Any], *, preset: bool) -> Lev
     if preset or others:
         family = _family(target)[0]
         raise DitAccelError(
-            f"The level {name} brings its settings and takes {', '.join(SIZE)}; got "
+            f"The level {name} has its own settings and takes only {', '.join(SIZE)}; got "
             f"{', '.join([*others, *['preset=True'] * preset])}. For settings of your own name a method "
             f"first: {family.choices}."
         )

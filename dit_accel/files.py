@@ -170,12 +170,14 @@ def read_json(path: Path, what: str, remedy: str, needs: Collection[str] = ()) -
     try:
         value = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_once)
     except OSError as error:
-        raise DitAccelError(f"{path} is no {what}: it cannot be read ({error.strerror or error}). {remedy}") from error
+        raise DitAccelError(
+            f"{path} is not a {what}: it cannot be read ({error.strerror or error}). {remedy}"
+        ) from error
     except (ValueError, RecursionError) as error:
         raise DitAccelError(f"{path} is not valid JSON ({error}). {remedy}") from error
     if not isinstance(value, dict) or not set(needs) <= value.keys():
         entries = f" with the entries {', '.join(needs)}" if needs else ""
-        raise DitAccelError(f"{path} is no {what}: it should hold a JSON object{entries}. {remedy}")
+        raise DitAccelError(f"{path} is not a {what}: it should hold a JSON object{entries}. {remedy}")
     return value
 
 

@@ -154,7 +154,7 @@ class Schedule:
 def _check_amount(name: str, value: object, wanted: str) -> None:
     count = isinstance(value, int) and not isinstance(value, bool) and value >= 0
     if not count and not (isinstance(value, float) and 0 <= value <= 1):
-        raise DitAccelError(f"{name} is {wanted}, got {value!r}.")
+        raise DitAccelError(f"{name} must be {wanted}, got {value!r}.")
 
 
 def _amount_of(value: Amount, total: int) -> int:

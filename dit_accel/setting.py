@@ -228,7 +228,7 @@ class Setting:
         from dit_accel.plans.plan import building
 
         if self.config is None:
-            raise DitAccelError(f"A plan is of one layer, and the layers of {self.title} differ. Give other settings.")
+            raise DitAccelError(f"A plan is for one layer, but the layers of {self.title} differ. Give other settings.")
         with building():
             return get_method(self.method).plan(grid, of_all_steps(self.config, "A plan"))
 
@@ -297,7 +297,7 @@ def _split(text: str) -> tuple[str, dict[str, Any], dict[str, Any]]:
     for part in parts[1:]:
         key, _, value = (side.strip() for side in part.partition("="))
         if key in words or not value:
-            raise DitAccelError(f"{key} of {method} comes once, with a value; got {text!r}.")
+            raise DitAccelError(f"{key} of {method} is given once, with a value; got {text!r}.")
         words[key] = value if key == "cache" else parse_layers(value) if key == "dense_layers" else parse_value(value)
     return method, config, words
 
@@ -308,7 +308,9 @@ def parse_layers(text: str) -> Any:
         return parse_value(text)
     layers = tuple(parse_value(part.strip()) for part in text.removesuffix(",").split(","))
     if "" in layers:
-        raise DitAccelError(f"--dense-layers takes layers with commas, such as 0,3 or a single 5,; got {text!r}.")
+        raise DitAccelError(
+            f"--dense-layers takes layers with commas, such as 0,3 or, for one layer, 5,; got {text!r}."
+        )
     return layers
 
 

@@ -83,7 +83,7 @@ def build(kind: type, plain: Any, what: str) -> Any:
         DitAccelError: `plain` is no mapping, a name is unknown, or the dataclass refuses a value.
     """
     if not isinstance(plain, Mapping):
-        raise DitAccelError(f"{what} takes settings by name, got {plain!r}.")
+        raise DitAccelError(f"{what} needs settings by name, got {plain!r}.")
     hints = typing.get_type_hints(kind)
     refuse_unknown(plain, [field.name for field in dataclasses.fields(kind)], what)
     return kind(**{name: _converted(value, hints[name], name) for name, value in plain.items()})
@@ -111,7 +111,7 @@ def read_yaml(source: str, folder: Path, what: str) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         raise DitAccelError(f"The {what} {source} cannot be read: {first_line(error)}.") from error
     except RecursionError as error:
-        raise DitAccelError(f"The {what} {source} nests too deep. Write its lists and mappings flat.") from error
+        raise DitAccelError(f"The {what} {source} is nested too deeply. Write its lists and mappings flat.") from error
     except ValueError as error:
         raise DitAccelError(f"The {what} {source} is not YAML: {' '.join(str(error).split())}.") from error
     if not isinstance(content, dict):
@@ -190,9 +190,9 @@ def check(settings: Any) -> None:
     for field in dataclasses.fields(settings):
         value, hint = getattr(settings, field.name), hints[field.name]
         if isinstance(value, float) and not math.isfinite(value):
-            raise DitAccelError(f"{field.name} is finite, got {value}.")
+            raise DitAccelError(f"{field.name} must be finite, got {value}.")
         if not fits(value, hint):
-            raise DitAccelError(f"{field.name} is {_words(hint)}, got {value!r}.")
+            raise DitAccelError(f"{field.name} must be {_words(hint)}, got {value!r}.")
         if "option" in field.metadata:
             _check_limits(field.name, field.metadata["option"], value)
 
@@ -208,7 +208,7 @@ def _check_limits(name: str, limits: Option, value: Any) -> None:
             ("below", operator.lt, limits.below),
         ):
             if limit is not None and not holds(number, limit):
-                raise DitAccelError(f"{name} is {words} {limit}, got {value!r}.")
+                raise DitAccelError(f"{name} must be {words} {limit}, got {value!r}.")
 
 
 def fits(value: Any, hint: Any) -> bool:

@@ -73,7 +73,7 @@ class Target:
         density = setting.plan(grid).density
         if density is not None and abs(density - self.density) > TOLERANCE * self.density:
             raise OutOfReach(
-                f"{self.method} on {grid} comes no nearer to a density of {self.density:g} than {density:.3f}"
+                f"{self.method} on {grid} reaches no density closer to {self.density:g} than {density:.3f}"
             )
         return setting
 

@@ -185,7 +185,7 @@ def apply(
             told["sampler"] = values.build(Sampler, told["sampler"], "sampler")
         trained = values.build(Trained, told, "trained")
     except DitAccelError as error:
-        raise DitAccelError(f"{path} was changed: of its fine-tuning, {error} Save the accelerator again.") from error
+        raise DitAccelError(f"{path} was changed. Its fine-tuning: {error} Save the accelerator again.") from error
     for name, transformer in () if any_weights else transformers.items():
         if fingerprint(transformer) != trained.fingerprints.get(name):
             base = trained.model if trained.revision is None else f"{trained.model} ({trained.revision})"

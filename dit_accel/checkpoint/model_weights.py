@@ -67,12 +67,12 @@ def check(
     for name, weight in new.items():
         if name not in shapes:
             raise DitAccelError(
-                f"{path} holds {weight.keys[0]}, and {where} has no {name}. These weights are of another model."
+                f"{path} holds {weight.keys[0]}, but {where} has no {name}. These weights belong to another model."
             )
         if weight.shape != tuple(shapes[name]):
             raise DitAccelError(
-                f"{weight.keys[0]} of {path} makes {name} {weight.shape}, and in {where} it is {tuple(shapes[name])}. "
-                "These weights are of another model, or damaged."
+                f"{weight.keys[0]} of {path} makes {name} {weight.shape}, but in {where} it is {tuple(shapes[name])}. "
+                "These weights belong to another model, or damaged."
             )
     missing = [name for name in shapes if name not in new and needed(name)]
     if missing:

@@ -160,7 +160,7 @@ def fit(target: Any, files: WeightFiles, overrides: Mapping[str, Any]) -> Fittin
     transformers, _ = find_transformers(target)
     if transformers.keys() != files.models.keys():
         raise DitAccelError(
-            f"{files.name} holds weights of {', '.join(files.models)}, and this model has {', '.join(transformers)}. "
+            f"{files.name} holds weights of {', '.join(files.models)}, but this model has {', '.join(transformers)}. "
             "Load them into the pipeline that they belong to."
         )
     readings = {}

@@ -156,7 +156,7 @@ def _wanted(repository: str, names: Sequence[str]) -> list[str]:
         pickles = [name for name in weights if name.endswith(PICKLES)]
         if pickles:
             command = f"hf download {repository} {pickles[0]} --local-dir . && {_conversion(Path(pickles[0]))}"
-            raise DitAccelError(f"{repository} holds pickles alone, which can run any code. Convert it once: {command}")
+            raise DitAccelError(f"{repository} holds only pickles, which can run any code. Convert it once: {command}")
     return [name for name in names if name.endswith(".json") or (name in weights and name.endswith(".safetensors"))]
 
 
@@ -233,7 +233,7 @@ def _model(folder: Path, files: list[Path]) -> StoredModel:
         if file.suffix in PICKLES:
             _refuse_pickle(file)
         if file.suffix != ".safetensors":
-            raise DitAccelError(f"{file} is no .safetensors file. Name the file or folder that holds the weights.")
+            raise DitAccelError(f"{file} is not a .safetensors file. Name the file or folder that holds the weights.")
         try:
             with safe_open(file, "pt") as opened:  # which holds the header against the file's length
                 metadata |= opened.metadata() or {}
@@ -247,7 +247,7 @@ def _model(folder: Path, files: list[Path]) -> StoredModel:
     for index in folder.glob(f"*{INDEX}") if len(files) > 1 else ():
         listed = read_json(index, "index of weights", REFETCH, ["weight_map"])["weight_map"]
         if odd := sorted(listed.keys() ^ tensors.keys()):
-            raise DitAccelError(f"{index} and its files differ: {odd[0]} is in one of them alone. {REFETCH}")
+            raise DitAccelError(f"{index} and its files differ: {odd[0]} is in only one of them. {REFETCH}")
     config = folder / "config.json"
     settings = read_json(config, "model's configuration", REFETCH) if config.is_file() else {}
     return StoredModel(tensors, metadata, settings, tuple(files))

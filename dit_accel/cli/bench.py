@@ -184,7 +184,7 @@ def _check_files(options: BenchOptions) -> None:
     from dit_accel.generation.output import IMAGE_ENDINGS, check_matplotlib
 
     if options.read is not None and (options.output is not None or options.list):
-        raise DitAccelError("--read measures nothing, so it goes with neither --output nor --list.")
+        raise DitAccelError("--read measures nothing. Leave out --output and --list.")
     if options.picture is not None:
         if options.list:
             raise DitAccelError("--list measures nothing, so there is no --picture to draw. Leave one of them out.")

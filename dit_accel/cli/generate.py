@@ -21,7 +21,7 @@ def generate(arguments: dict[str, Any]) -> None:
     from dit_accel.cli import batch, job
 
     if {"prompt", "prompts"} <= arguments.keys():
-        raise DitAccelError("--prompt and --prompts both say what to show. Leave one of them out.")
+        raise DitAccelError("--prompt and --prompts both give prompts. Leave one of them out.")
     request = GenerateRequest(**arguments)
     if request.prompts is not None:
         batch.run(request)

@@ -150,7 +150,7 @@ def prepare(request: GenerateRequest) -> GenerateJob:
     if verify and not (request.method or request.load or request.level or request.preset):
         raise DitAccelError(f"--verify compares a method with dense attention. {method_advice(subject().family)}")
     if verify and request.compile:
-        raise DitAccelError("--verify cannot look into compiled attention. Leave out --compile for that run.")
+        raise DitAccelError("--verify cannot check compiled attention. Leave out --compile for that run.")
     check = SelfCheck("first-call" if verify else None, request.keep_dense_above)
     check_seeds([request.seed])
     sizes = source.sizes()

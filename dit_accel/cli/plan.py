@@ -76,7 +76,7 @@ class PlanOptions(JsonOptions, SizeOptions, SourceOptions, SettingsOptions):
             DitAccelError: there is no method, or its settings are refused.
         """
         if self.model is None and (self.preset or self.level):
-            raise DitAccelError("--preset and --level are a model's. Give --model in place of --grid.")
+            raise DitAccelError("--preset and --level need a model. Give --model in place of --grid.")
         if not (self.method or self.level or self.preset):
             family = None if self.model is None else self.subject().family
             raise DitAccelError(f"plan needs a method. {method_advice(family)}")
@@ -91,9 +91,9 @@ class PlanOptions(JsonOptions, SizeOptions, SourceOptions, SettingsOptions):
             if typed or self.parallel != "ulysses":
                 raise DitAccelError(f"{typed[0] if typed else '--parallel'} is part of a prediction. Add --gpus.")
         elif missing := [name for name, value in needs.items() if value is None]:
-            raise DitAccelError(f"--gpus predicts times from what it is given. Add {', '.join(missing)}.")
+            raise DitAccelError(f"--gpus needs more to predict times. Add {', '.join(missing)}.")
         elif self.image is not None or self.gpu is not None:
-            raise DitAccelError("--gpus predicts counts and times alone. Leave --image and --gpu out.")
+            raise DitAccelError("--gpus predicts only counts and times. Leave --image and --gpu out.")
 
     def subject(self) -> Subject:
         """What a preset or a level is chosen for; with --gpu on a GPU."""
@@ -120,15 +120,13 @@ class PlanOptions(JsonOptions, SizeOptions, SourceOptions, SettingsOptions):
         size = (self.frames, self.height, self.width)
         if self.grid is not None:
             if any(size) or self.revision is not None:
-                raise DitAccelError(
-                    "--frames, --height, --width and --revision belong to --model; --grid is in tokens."
-                )
+                raise DitAccelError("--frames, --height, --width and --revision go with --model; --grid is in tokens.")
             if not re.fullmatch(r"\d+x\d+x\d+", self.grid):
                 raise DitAccelError(f"--grid is frames x height x width in tokens, as 30x48x80; got {self.grid!r}.")
             t, h, w = (int(length) for length in self.grid.split("x"))
             return TokenGrid(t, h, w, text=self.text or 0, text_first=self.text_first)
         if self.text is not None or self.text_first:
-            raise DitAccelError("--text and --text-first belong to --grid; a model has its own text.")
+            raise DitAccelError("--text and --text-first go with --grid; a model sets its own text.")
 
         from dit_accel.generation.sources import find
 

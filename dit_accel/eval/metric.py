@@ -162,7 +162,7 @@ def choose(texts: Iterable[str], embedded: bool, frames: int, device: torch.devi
     for metric, source in [(known()[name], source) for name, source in named] or defaults(embedded):
         if metric.video and frames == 1:
             if named:
-                raise DitAccelError(f"{metric.name} compares neighbouring frames. Leave it out for a model of images.")
+                raise DitAccelError(f"{metric.name} compares neighbouring frames. Leave it out for an image model.")
             continue
         if metric.default == "demo" and not embedded:
             raise DitAccelError(
@@ -174,6 +174,6 @@ def choose(texts: Iterable[str], embedded: bool, frames: int, device: torch.devi
         plain = metric.network is None or network.name == metric.published
         printed = metric.name if plain else f"{metric.name}[{network.name}]"
         if any(other.name == printed for other in chosen):
-            raise DitAccelError(f"{printed} is named twice. Leave one out.")
+            raise DitAccelError(f"{printed} is listed twice. Leave one out.")
         chosen.append(ChosenMetric(printed, metric, network, named=bool(named)))
     return chosen

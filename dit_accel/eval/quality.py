@@ -222,7 +222,7 @@ def _count_images(media: tuple[Captioned, ...]) -> int:
         first = first or (item.path, size)
         if size != first[1]:
             (one, other) = (f"{path.name} is {h}x{w}" for path, (h, w) in (first, (item.path, size)))
-            raise DitAccelError(f"A real set has one size, and {one}, {other}; bring them to the same.")
+            raise DitAccelError(f"All files of a real set must have one size; {one}, {other}; bring them to the same.")
     return count
 
 

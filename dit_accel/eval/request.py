@@ -24,7 +24,7 @@ def parse_seeds(text: str) -> tuple[int, ...]:
         spans.append(range(int(span[1]), int(span[2] or span[1]) + 1))
     count = sum(span.stop - span.start for span in spans)  # len() ends at 2**63
     if count > MOST_SEEDS:
-        raise DitAccelError(f"--seeds {text} are {count:,} seeds, but an evaluation takes at most {MOST_SEEDS:,}.")
+        raise DitAccelError(f"--seeds {text} is {count:,} seeds, but an evaluation takes at most {MOST_SEEDS:,}.")
     return tuple(seed for span in spans for seed in span)
 
 

@@ -79,9 +79,9 @@ class Candidate:
         is_file = path.is_file() and path.suffix not in (".safetensors", *weight_files.PICKLES)
         is_saved = (path / checkpoint.SETTINGS_FILE).is_file()
         if settings and (is_file or is_saved):
-            raise DitAccelError(f"--load {path} brings its settings; --set is for published weights. Leave it out.")
+            raise DitAccelError(f"--load {path} has its own settings; --set is for published weights. Leave it out.")
         if any_weights and not is_saved:
-            raise DitAccelError(f"{path} is no saved accelerator, so leave out --any-weights.")
+            raise DitAccelError(f"{path} is not a saved accelerator, so leave out --any-weights.")
         if keep_int8 and (is_file or is_saved):
             raise DitAccelError(f"{path} holds no published weights, so leave out --keep-int8.")
         if is_file:

@@ -52,9 +52,9 @@ def read(source: str) -> Prompts:
         texts = [line.strip() for line in lines if line.strip()]
     else:
         raise DitAccelError(
-            f"--prompts {source} is no file, folder or built-in list."
+            f"--prompts {source} is not a file, a folder or a built-in list."
             f"{did_you_mean(source, built_in())} Built-in lists: {', '.join(built_in())}."
         )
     if not texts:
-        raise DitAccelError(f"--prompts {source} holds no prompt. Write one a line.")
+        raise DitAccelError(f"--prompts {source} holds no prompt. Write one per line.")
     return Prompts(tuple(texts), media)

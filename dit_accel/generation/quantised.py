@@ -74,7 +74,7 @@ def check(text: str | None, source: Source, device: torch.device) -> None:
             raise DitAccelError(f"--quantize: {file} cannot be read: {error.strerror or error}.") from error
         if start != MAGIC:
             raise DitAccelError(
-                f"--quantize: {file} is no GGUF file, or damaged. Give the .gguf file of a transformer."
+                f"--quantize: {file} is damaged, or not a GGUF file. Give the .gguf file of a transformer."
             )
 
 

@@ -221,14 +221,14 @@ class MethodOptions(ScheduleOptions, SettingsOptions):
         from dit_accel.generation.candidate import Candidate
 
         if self.method in LEVELS:
-            raise DitAccelError(f"{self.method} is a level and no method. Write --level {self.method}.")
+            raise DitAccelError(f"{self.method} is a level, not a method. Write --level {self.method}.")
         of_method = self.preset or any(word in SCHEDULE for word in self.words)
         if self.level is not None:
             return self._of_level(subject)
         if self.load is not None:
             if self.method is not None or of_method:
                 raise DitAccelError(
-                    f"--load {self.load} brings its method, settings and schedule. Leave out --method, --preset and "
+                    f"--load {self.load} has its own method, settings and schedule. Leave out --method, --preset and "
                     "--dense-*, or leave out --load."
                 )
             return Candidate.read(
@@ -239,7 +239,7 @@ class MethodOptions(ScheduleOptions, SettingsOptions):
             raise DitAccelError(f"{option} is for weights that --load reads. Add --load FOLDER, or leave it out.")
         if self.method is None and not self.preset and (of_method or self.settings):
             family = None if subject is None else subject().family
-            raise DitAccelError(f"--set and --dense-* change a method, and none came. {method_advice(family)}")
+            raise DitAccelError(f"--set and --dense-* change a method, but none was given. {method_advice(family)}")
         if not self.preset:
             return Candidate(Setting.parse(DENSE if self.method is None else self.method, self.settings, **self.words))
         assert subject is not None
@@ -257,7 +257,7 @@ class MethodOptions(ScheduleOptions, SettingsOptions):
         unused |= {"--any-weights": self.any_weights, "--keep-int8": self.keep_int8}
         if others := [flag for flag, value in unused.items() if value]:
             raise DitAccelError(
-                f"--level {self.level} brings its method and settings. Leave out {', '.join(others)}, or leave out "
+                f"--level {self.level} has its own method and settings. Leave out {', '.join(others)}, or leave out "
                 "--level."
             )
         assert self.level is not None and subject is not None

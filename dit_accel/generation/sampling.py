@@ -152,7 +152,7 @@ def call(pipe: DiffusionPipeline, arguments: Mapping[str, Any], seed: int) -> An
             frame.name == "check_inputs" or "modular_pipelines" in Path(frame.filename).parts for frame in frames
         ):
             raise
-        raise DitAccelError(f"{type(pipe).__name__} refuses its arguments: {first_line(error)}") from error
+        raise DitAccelError(f"{type(pipe).__name__} rejects its arguments: {first_line(error)}") from error
     except RuntimeError as error:
         if not isinstance(error, torch.OutOfMemoryError) and FULL not in str(error):
             raise
@@ -204,8 +204,8 @@ def sample(
         hide_bars(pipe)
         place = find_place(pipe, lambda **more: call(pipe, {**arguments, **more}, seed))
         raise DitAccelError(
-            f"{type(pipe).__name__} made NaN or infinite values, first in {place}. Lower --guidance, or try --dtype "
-            "float32 or another method."
+            f"{type(pipe).__name__} produced NaN or infinite values, first in {place}. Lower --guidance, or try "
+            "--dtype float32 or another method."
         )
     sound = any(getattr(result, name, None) is not None for name in ("audio", "sound"))
     return TimedOutput(frames, seconds, steps.watch.seconds, steps.steps, memory, sound)

@@ -115,7 +115,9 @@ class Several:
         if shared is None or shared.ring is None:
             return prepared
         if self._impl not in (AUTO, PORTABLE):
-            raise DitAccelError(f"In a ring impl='portable' attends to ranges, and not {self._impl!r}. Leave impl out.")
+            raise DitAccelError(
+                f"In a ring impl='portable' is the one that attends to ranges, not {self._impl!r}. Leave impl out."
+            )
         return prepared[0], PORTABLE, "it attends to ranges of tokens"
 
     def begin(self, layout: CallLayout) -> None:

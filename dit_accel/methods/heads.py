@@ -43,7 +43,7 @@ class Config(MethodConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not any(self.keep):
-            raise DitAccelError(f"keep skips every head of a layer; got {self.keep!r}. Keep one at least.")
+            raise DitAccelError(f"keep skips every head of a layer; got {self.keep!r}. Keep at least one.")
 
     @property
     def head_share(self) -> float:
@@ -96,7 +96,7 @@ class HeadsPlan(DensePlan):
         first, every = (0, q.shape[1]) if call.heads is None else call.heads
         keep = (1,) * every if isinstance(self.config.keep, str) else self.config.keep
         if len(keep) != every:
-            raise DitAccelError(f"keep speaks of {len(keep)} heads, the layer has {every}; give 1 or 0 for each.")
+            raise DitAccelError(f"keep has {len(keep)} heads, but the layer has {every}; give 1 or 0 for each.")
         key = q.device, first, q.shape[1]
         if key not in self._indices:
             with building():

@@ -92,7 +92,7 @@ class Config(MethodConfig):
         for name, share in (("shared", self.shared), ("routed", self.routed)):
             if abs(share * heads - round(share * heads)) > _ROUNDING or (share and not round(share * heads)):
                 raise DitAccelError(
-                    f"{name}={share} of {heads} heads is no whole number of them. Choose a multiple of 1/{heads}."
+                    f"{name}={share} of {heads} heads is not a whole number. Choose a multiple of 1/{heads}."
                 )
         return round(self.shared * heads), round(self.routed * heads)
 
@@ -192,7 +192,7 @@ class MohPlan(DensePlan):
         if call.heads is not None and call.heads[1] > q.shape[1]:
             raise DitAccelError(
                 f"moh compares all {call.heads[1]} heads of a token, and under context parallelism a process has "
-                f"{q.shape[1]}. Take another method, such as heads."
+                f"{q.shape[1]}. Use another method, such as heads."
             )
         kind = q.device.type
         if torch.is_autocast_enabled(kind):

@@ -126,7 +126,7 @@ class HiddenGate(nn.Module):
     def __init__(self, channels: int, head_dim: int, heads: int) -> None:
         super().__init__()
         if not channels:
-            raise DitAccelError("gate=hidden needs a layer whose to_q tells the channels of its input; use gate=query.")
+            raise DitAccelError("gate=hidden needs a layer whose to_q shows the channels of its input; use gate=query.")
         self.weight = nn.Parameter(torch.zeros(heads * head_dim, channels))
         self.bias = nn.Parameter(torch.zeros(heads * head_dim))
 
@@ -181,7 +181,7 @@ class ProxyPlan(RoutedPlan):
             return fine
         if self.config.gate == "hidden":
             if call.gate is None:
-                raise DitAccelError("gate=hidden reads a layer's hidden states, so it runs in a model alone.")
+                raise DitAccelError("gate=hidden reads a layer's hidden states, so it runs only in a model.")
             gate = self._covered(call.gate).to(q.dtype)
         elif isinstance(call.module, ProxyGate):
             gate = call.module(self._covered(q), 0 if call.heads is None else call.heads[0])

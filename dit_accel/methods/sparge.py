@@ -162,7 +162,8 @@ class SpargePlan(TailedPlan):
         first, every = (0, heads) if call.heads is None else call.heads
         if every != len(self.config.budgets):
             raise DitAccelError(
-                f"budgets has shares for {len(self.config.budgets)} heads, the layer has {every}; give one for each."
+                f"budgets has shares for {len(self.config.budgets)} heads, but the layer has {every}; give "
+                "one for each."
             )
         return self._budgets_on(device)[first : first + heads]
 

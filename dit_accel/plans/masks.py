@@ -152,7 +152,7 @@ def check_frames(frames: int) -> None:
     if frames > MOST_FRAMES:
         raise DitAccelError(
             f"A mask that differs by pairs of frames is made for at most {MOST_FRAMES:,} frames of tokens, got "
-            f"{frames:,}. Take fewer frames, or gna, whose window needs no such table."
+            f"{frames:,}. Use fewer frames, or gna, whose window needs no such table."
         )
 
 

@@ -78,7 +78,7 @@ def degrees(parallel: Parallel, gpus: int, heads: int) -> tuple[int, int]:
         DitAccelError: Ulysses has more GPUs than heads.
     """
     if parallel == "ulysses" and gpus > heads:
-        raise DitAccelError(f"Ulysses shares {heads} heads among at most {heads} GPUs, got {gpus}. Take unified.")
+        raise DitAccelError(f"Ulysses shares {heads} heads among at most {heads} GPUs, got {gpus}. Use unified.")
     ulysses = {"ulysses": gpus, "ring": 1, "unified": math.gcd(gpus, heads)}[parallel]
     return ulysses, gpus // ulysses
 
@@ -101,7 +101,7 @@ def forecast(
     if not isinstance(plan, MaskPlan):
         raise DitAccelError(
             f"{plan.method} attends to pairs that only a call knows, or to whole blocks, so ranges of tokens cannot be "
-            "counted. Take a static method that is exact to the token, such as gna, or dense."
+            "counted. Use a static method that is exact to the token, such as gna, or dense."
         )
     ulysses, ring = degrees(parallel, gpus, heads)
     grid = plan.grid

@@ -118,7 +118,7 @@ class Dataset:
         remedy = "Prepare training data with `dit-accel train --prepare`."
         index = read_json(folder / INDEX, "index of training data", remedy, ("format", "about", "samples", "negative"))
         if index["format"] != FORMAT or not index["samples"]:
-            raise DitAccelError(f"{folder / INDEX} is no data set of format {FORMAT} with samples. {remedy}")
+            raise DitAccelError(f"{folder / INDEX} is not a data set of format {FORMAT} with samples. {remedy}")
         self.about: dict[str, Any] = index["about"]
         self._rows: list[dict[str, Any]] = index["samples"]
         self.negative: Call = index["negative"] | self._tensors("negative.safetensors", "")

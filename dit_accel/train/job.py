@@ -49,8 +49,8 @@ def run(request: TrainRequest) -> list[str]:
     source = sources.find(run.model, run.revision)
     if source.modular:
         raise DitAccelError(
-            f"{run.model} is a modular pipeline, which generate and eval take and train does not; give a pipeline with "
-            f"a {sources.INDEX}."
+            f"{run.model} is a modular pipeline, which generate and eval accept but train does not; give a pipeline "
+            f"with a {sources.INDEX}."
         )
     quantised.check_trainable(source)
     sizes = source.sizes()

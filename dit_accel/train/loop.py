@@ -166,7 +166,7 @@ class Trainer:
         self.transformer.train()
         groups = self._groups()
         if not groups:
-            raise DitAccelError("Nothing trains: rank=0 trains all weights, a rank above 0 a LoRA.")
+            raise DitAccelError("Nothing would be trained: rank=0 trains all weights, a rank above 0 trains a LoRA.")
         optimizer = torch.optim.AdamW(groups, betas=settings.betas, weight_decay=settings.weight_decay)
         self.model, self.optimizer = self.hf.prepare(self.transformer, optimizer)
         self.weights = {name: weight for name, weight in self.transformer.named_parameters() if weight.requires_grad}

@@ -127,7 +127,7 @@ def check(weights: Mapping[str, float]) -> None:
                 f"Unknown objective {name!r}.{did_you_mean(name, names)} Objectives: {', '.join(names)}."
             )
         if not weight > 0:
-            raise DitAccelError(f"The weight of objective {name} is a number above 0, got {weight!r}.")
+            raise DitAccelError(f"The weight of objective {name} must be a number above 0, got {weight!r}.")
     if "consistency" in weights and "flow" in weights:
         raise DitAccelError("consistency and flow need different predictions of one sample. Choose one of them.")
 

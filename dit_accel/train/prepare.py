@@ -182,7 +182,7 @@ def captioned(folder: pathlib.Path, size: Mapping[str, int]) -> Iterator[tuple[t
         pixels = torch.from_numpy(read_frames(item.path)).permute(0, 3, 1, 2).float() / 127.5 - 1  # [F, 3, H, W]
         if len(pixels) < frames:
             raise DitAccelError(
-                f"{item.path} has {len(pixels)} frames, and {frames} are wanted. Ask for fewer, or remove it."
+                f"{item.path} has {len(pixels)} frames but {frames} are needed. Ask for fewer, or remove it."
             )
         pixels = pixels[:frames]
         scale = max(height / pixels.shape[2], width / pixels.shape[3])

@@ -61,7 +61,7 @@ def join(settings: TrainSettings, output: pathlib.Path) -> Any:
         )
     if parse_flag_from_env("ACCELERATE_USE_FSDP") and hf.distributed_type != DistributedType.FSDP:
         raise DitAccelError(
-            f"accelerate shards weights (FSDP) on several GPUs alone, and would train {hf.num_processes} processes on "
+            f"accelerate shards weights (FSDP) only on several GPUs, and would train {hf.num_processes} processes on "
             f"{hf.device.type} without it. Leave FSDP out of the configuration."
         )
     if hf.distributed_type == DistributedType.FSDP and not hf.is_fsdp2:

@@ -104,8 +104,8 @@ class DataSettings(SizeOptions):
         """The prompts, as `dit_accel.generation.prompts` reads them."""
         if self.prompts is None:
             raise DitAccelError(
-                "The model's own samples need prompts. Give --prompts FILE, one a line, or the name of a list or a "
-                "captioned folder."
+                "The model's own samples need prompts. Give --prompts FILE with one per line, or the name of a list or "
+                "a captioned folder."
             )
         return list(prompts.read(self.prompts).texts[: self.count])
 

@@ -148,13 +148,14 @@ class TrainSettings:
         setting = self.setting()
         if setting.ramped:
             raise DitAccelError(
-                f"{setting.title} changes over the steps of a run, and training has none. Give every setting one value."
+                f"{setting.title} changes over the steps of a run, but training has no such steps. Give "
+                "every setting one value."
             )
         method, configs = registry.get_method(setting.method), setting.configs()
         if any(config.anchors for config in configs) and {"attention", "final"} & self.objectives.keys():
             raise DitAccelError(
                 f"The objectives attention and final compare tokens with the dense model's, and {method.name} adds "
-                "anchors to them. Take flow and teacher."
+                "anchors to them. Use flow and teacher."
             )
         objectives.check_method(self.objectives, method, configs)
         if method.name == registry.DENSE and not {"flow", "consistency"} & self.objectives.keys():

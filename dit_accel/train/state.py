@@ -165,11 +165,13 @@ def read_losses(path: pathlib.Path) -> list[dict[str, Any]]:
         lines = path.read_text(encoding="utf-8").split("\n")
         rows = [json.loads(line) for line in lines[:-1]]
     except (OSError, ValueError, RecursionError) as error:
-        raise DitAccelError(f"{path} is no loss curve ({first_line(error)}). Move it, or restore its lines.") from error
+        raise DitAccelError(
+            f"{path} is not a loss curve ({first_line(error)}). Move it, or restore its lines."
+        ) from error
     for number, row in enumerate(rows, 1):
         if not isinstance(row, dict) or type(row.get("step")) is not int or "loss" not in row:
             raise DitAccelError(
-                f"{path}, line {number}, is no row of a loss curve. Move the file, or restore the line."
+                f"{path}, line {number}, is not a row of a loss curve. Move the file, or restore the line."
             )
     return rows
 

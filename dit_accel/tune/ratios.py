@@ -63,7 +63,7 @@ def mean(runs: Sequence[dict[str, Ratios]], source: str) -> MagRatios:
     """
     names = list(dict.fromkeys(branch for run in runs for branches in run.values() for branch in branches))
     if not 1 <= len(names) <= 2:
-        raise DitAccelError(f"MagCache has ratios for one or two guidance branches, and this model has {len(names)}.")
+        raise DitAccelError(f"MagCache has ratios for one or two guidance branches, but this model has {len(names)}.")
     by_branch = []
     for name in names:
         rows = [branches[name] for run in runs for branches in run.values() if name in branches]

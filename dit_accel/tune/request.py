@@ -64,7 +64,7 @@ class TuneRequest(ScheduleOptions, PromptsRequest):
         if self.minutes is not None and self.target is None:
             raise DitAccelError("--minutes limits a search. Give --target, or leave --minutes out.")
         if ProcessRank.here().count > 1:
-            raise DitAccelError("tune decides from what it measured, in one process. Start it without a launcher.")
+            raise DitAccelError("tune decides from its own measurements, in one process. Start it without a launcher.")
         if self.calibrate is not None:
             self.calibrated()
 
@@ -92,7 +92,7 @@ class TuneRequest(ScheduleOptions, PromptsRequest):
                 "method whose calibration tries settings layer by layer takes none of them."
             )
         if self.compile:
-            raise DitAccelError("--calibrate looks into attention, which --compile hides. Leave it out for that run.")
+            raise DitAccelError("--calibrate watches attention, which --compile hides. Leave it out for that run.")
         registry.make_config(name, config)
         return method, config
 

@@ -100,6 +100,6 @@ def affordable(
             chosen = turns[:count]
             return Affordable([candidate for candidate in tried if candidate in chosen], False, seconds)
     raise DitAccelError(
-        f"--minutes {minutes:g} is too short: one setting takes {seconds / 60:.1f} minutes, for a dense step takes "
+        f"--minutes {minutes:g} is too short: one setting takes {seconds / 60:.1f} minutes, because a dense step takes "
         f"{pace.step:.3g} s. Give more minutes, fewer prompts, or --cache none."
     )

@@ -58,17 +58,17 @@ def test_round_trip_with_learned_weights(saved, tiny_wan, wan_inputs):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"setting": [1]}, "setting cannot be"),
+        ({"setting": [1]}, "setting"),
         ({"setting": {"method": "sla", "config": [1]}}, "sla"),
         ({"setting": {"method": "sla", "config": {"topk": 0.3, "verify": "first-call"}}}, "verify"),
         ({"setting": {"method": "sla", "config": {"topk": "many"}}}, "topk"),
         ({"setting": {"method": "sla", "config": {}, "schedule": {"dense_stps": 2}}}, "dense_stps"),
         ({"setting": {"method": ["sla"]}}, "method"),
-        ({"models": {"transformer": {"class": "WanTransformer3DModel"}}}, "models cannot be"),
-        ({"trained": {"model": "demo"}}, "trained cannot be"),
-        ({"trained": TRAINED | {"fingerprints": []}}, "fingerprints is settings by name"),
-        ({"trained": TRAINED | {"lora": "no"}}, "lora is true or false"),
-        ({"trained": TRAINED}, "trained from demo, and this transformer has other weights"),
+        ({"models": {"transformer": {"class": "WanTransformer3DModel"}}}, "models"),
+        ({"trained": {"model": "demo"}}, "trained"),
+        ({"trained": TRAINED | {"fingerprints": []}}, "fingerprints"),
+        ({"trained": TRAINED | {"lora": "no"}}, "lora"),
+        ({"trained": TRAINED}, "demo"),
         ({"impl": None}, "impl"),
     ],
     ids=lambda value: "".join(value) if isinstance(value, dict) else None,
@@ -78,7 +78,7 @@ def test_what_was_changed_by_hand_is_refused(saved, tiny_wan, change, message):
     content = json.loads((folder / checkpoint.SETTINGS_FILE).read_text())
     (folder / checkpoint.SETTINGS_FILE).write_text(json.dumps(content | change))
     transformer = tiny_wan()
-    with pytest.raises(dit_accel.DitAccelError, match=message):
+    with pytest.raises(dit_accel.DitAccelError, match=names(message)):
         dit_accel.load(transformer, folder)
     assert all(type(module.processor).__name__ == "WanAttnProcessor" for module in attentions(transformer))
 
@@ -134,7 +134,7 @@ def test_an_origin_in_the_configuration_does_not_matter(saved, tiny_wan):
 
 def refused(target, folder, message):
     processors = dict(target.attn_processors)
-    with pytest.raises(dit_accel.DitAccelError, match=message) as caught:
+    with pytest.raises(dit_accel.DitAccelError, match=names(message)) as caught:
         dit_accel.load(target, folder)
     assert "\n" not in str(caught.value)
     assert target.attn_processors == processors

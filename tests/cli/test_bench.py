@@ -158,25 +158,25 @@ def test_picture_and_table_of_a_file(cli, tiny, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--shape", "moshi"), "Unknown shape 'moshi'. Did you mean 'mochi'?"),
-        (("--method", "gnaa"), "Unknown method 'gnaa'. Did you mean 'gna'?"),
-        (("--method", "gna:windw=3"), "gna has no setting 'windw'. Did you mean 'window'?"),
-        (("--method", "gna:window=99"), "No row could be measured. cpu/gna:window=99/-/float32/forward: gna's window"),
-        (("--density", "0"), "above 0 and at most 1"),
+        (("--shape", "moshi"), "shape 'moshi' 'mochi'"),
+        (("--method", "gnaa"), "method 'gnaa' 'gna'"),
+        (("--method", "gna:windw=3"), "gna 'windw' 'window'"),
+        (("--method", "gna:window=99"), "cpu/gna:window=99/-/float32/forward gna's window"),
+        (("--density", "0"), "density 0"),
         (("--density", "5%"), "--density"),
-        (("--dtype", "int8"), "A dtype is one of float32, bfloat16, float16; got 'int8'."),
-        (("--direction", "sideways"), "A direction is one of"),
-        (("--rows", "none/*"), "No declared row matches 'none/*'"),
-        (("--rows", ""), "No declared row matches ''"),
-        (("--impl", "fast"), "impl must be one of auto"),
+        (("--dtype", "int8"), "dtype float32 bfloat16 float16 'int8'"),
+        (("--direction", "sideways"), "direction forward 'sideways'"),
+        (("--rows", "none/*"), "'none/*'"),
+        (("--rows", ""), "''"),
+        (("--impl", "fast"), "impl auto"),
         (("--seconds", "-1"), "--seconds"),
         (("--seconds", "inf"), "--seconds"),
-        (("--device", "toaster"), "--device toaster cannot be used here"),
-        (("--output", "rows.txt"), "should end in .jsonl"),
-        (("--picture", "rows.jpg"), "should end in .png"),
-        (("--read", "none.jsonl"), "none.jsonl cannot be read: No such file"),
-        (("--read", "a.jsonl", "--list"), "--read measures nothing"),
-        (("--list", "--picture", "a.png"), "--list measures nothing"),
+        (("--device", "toaster"), "--device toaster"),
+        (("--output", "rows.txt"), "rows.txt .jsonl"),
+        (("--picture", "rows.jpg"), "rows.jpg .png"),
+        (("--read", "none.jsonl"), "none.jsonl No such file"),
+        (("--read", "a.jsonl", "--list"), "--read"),
+        (("--list", "--picture", "a.png"), "--list"),
         (("--resume",), "--output FILE.jsonl"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
@@ -188,7 +188,7 @@ def test_bad_input(cli, tmp_path, monkeypatch, options, message):
     assert outcome.out == ""
     line = outcome.err.splitlines()[-1]
     assert line.startswith("dit-accel: error: ")
-    assert message in line
+    assert says(line, message)
     assert list(tmp_path.iterdir()) == []
 
 

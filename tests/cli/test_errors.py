@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from messages import says
 from PIL import Image
 
 SIZE = ("--frames", "5", "--height", "32", "--width", "48", "--steps", "1")
@@ -29,10 +30,10 @@ def refused(cli, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--method", "gnaa"), "Unknown method 'gnaa'. Did you mean 'gna'?"),
-        (("--method", "radial", "--set", "decat=0.2"), "radial has no setting 'decat'. Did you mean 'decay'?"),
+        (("--method", "gnaa"), "method 'gnaa' 'gna'"),
+        (("--method", "radial", "--set", "decat=0.2"), "radial 'decat' 'decay'"),
         (("--method", "gna:window=4x4x4"), "window"),
-        (("--method", "tile"), "for example tile:references=2"),
+        (("--method", "tile"), "tile:references=2"),
         (("--method", "gna:window"), "key=value"),
         (("--method", "tile:references=4"), "references"),
         (("--method", "tile:references=3"), "keeps every pair"),
@@ -46,73 +47,73 @@ def refused(cli, tmp_path):
         (("--method", "gna:window=0.5,share=output"), "keeps every pair"),
         (("--steps", "99999999999999999999"), "--steps"),
         (("--steps", "100000000"), "--steps"),
-        (("--model", ""), "--model is demo"),
+        (("--model", ""), "--model demo"),
         (("--method", "radial:decay=0"), "decay"),
         (("--method", "sla:topk=0.95,skip=0.2,linear_scope=marginal"), "topk"),
         (
             ("--method", "tile", "--preset"),
-            "No settings of tile are recommended for the family wan (there are some for",
+            "tile wan",
         ),
-        (("--method", "dense", "--preset"), "No settings of dense are recommended"),
-        (("--preset",), "sol with tau=1.0"),
-        (("--level", "fast", "--method", "sol"), "Leave out --method"),
-        (("--level", "fast", "--preset", "--set", "tau=1"), "Leave out --preset, --set"),
-        (("--level", "fast", "--load", "none"), "Leave out --load"),
+        (("--method", "dense", "--preset"), "dense wan"),
+        (("--preset",), "sol tau=1.0"),
+        (("--level", "fast", "--method", "sol"), "--method"),
+        (("--level", "fast", "--preset", "--set", "tau=1"), "--preset --set"),
+        (("--level", "fast", "--load", "none"), "--load"),
         (("--level", "slow"), "--level"),
-        (("--method", "fast"), "Write --level fast"),
+        (("--method", "fast"), "--level fast"),
         (("--dense-steps", "4"), "--method"),
         (("--set", "window=3"), "--method"),
         (
             ("--method", "tile:references=1", "--dense-steps", "many"),
-            "dense_steps is an int >= 0 or a float in [0, 1], got 'many'",
+            "dense_steps >= 0 [0 1] 'many'",
         ),
         (
             ("--method", "tile:references=1", "--dense-steps", "-1"),
-            "dense_steps is an int >= 0 or a float in [0, 1], got -1",
+            "dense_steps >= 0 [0 1] -1",
         ),
         (
             ("--method", "tile:references=1", "--dense-layers", "0,x"),
-            "dense_layers as a tuple holds layer indices >= 0, got 'x'",
+            "dense_layers >= 0 'x'",
         ),
         (
             ("--method", "tile:references=1", "--dense-layers", ","),
-            "--dense-layers takes layers with commas",
+            "--dense-layers",
         ),
         (
             ("--method", "tile:references=1", "--dense-layers", "0,,1"),
-            "--dense-layers takes layers with commas",
+            "--dense-layers",
         ),
-        (("--frames", "4"), "the nearest are 3 and 5"),
-        (("--height", "33"), "the nearest are 32 and 48"),
-        (("--width", "8000"), "positions for 64"),
+        (("--frames", "4"), "3 5"),
+        (("--height", "33"), "32 48"),
+        (("--width", "8000"), "64"),
         (("--steps", "0"), "--steps"),
         (("--seed", "-1"), "--seed"),
-        (("--seed", str(2**64)), "from 0 to 2**64 - 1"),
-        (("--guidance", "nan"), "guidance is finite, got nan"),
-        (("--method", ""), "Unknown method ''"),
+        (("--seed", str(2**64)), "0 2**64 - 1"),
+        (("--guidance", "nan"), "guidance nan"),
+        (("--method", ""), "''"),
         (("--dtype", "int8"), "--dtype"),
-        (("--offload", "model"), "Leave it out on a CPU"),
+        (("--offload", "model"), "CPU"),
         (("--offload", "disk"), "--offload"),
-        (("--device", "cuda:97"), "--device cuda:97 cannot be used here"),
-        (("--device", "toaster"), "--device toaster cannot be used here"),
-        (("--device", "meta"), "--device meta cannot be used here"),
-        (("--image", "none.png"), "--image none.png cannot be read: No such file"),
-        (("--pipe", "max_sequence_lenght=3"), "Did you mean 'max_sequence_length'?"),
-        (("--pipe", "max_sequence_length"), "--pipe takes key=value"),
-        (("--pipe", "max_sequence_length=many"), "is int, written in JSON; got 'many'"),
-        (("--pipe", "max_sequence_length=9.5"), "is int, written in JSON; got '9.5'"),
-        (("--pipe", "max_sequence_length=true"), "is int, written in JSON; got 'true'"),
-        (("--pipe", "max_sequence_length=0"), "a number of tokens of at least 1, got 0"),
-        (("--pipe", "latents=3"), "is torch.Tensor | None, written in JSON; got '3'"),
-        (("--pipe", "attention_kwargs=3"), "is dict[str, typing.Any] | None, written in JSON; got '3'"),
-        (("--pipe", "height=64"), "use --height"),
-        (("--pipe", "num_videos_per_prompt=2"), "use --seed"),
-        (("--pipe", "attention_kwargs=[NaN]"), "--pipe takes finite numbers"),
-        (("--lora", "no/such/lora"), "--lora no/such/lora: there is no such file or folder. Give a .safetensors file"),
-        (("--lora", "/nope"), "--lora /nope: there is no such file or folder"),
-        (("--lora", "no/lora"), "there is no such folder here, and from the Hugging Face Hub:"),
+        (("--device", "cuda:97"), "--device cuda:97"),
+        (("--device", "toaster"), "--device toaster"),
+        (("--device", "meta"), "--device meta"),
+        (("--image", "none.png"), "--image none.png"),
+        (("--pipe", "max_sequence_lenght=3"), "'max_sequence_length'"),
+        (("--pipe", "max_sequence_length"), "--pipe key=value"),
+        (("--pipe", "max_sequence_length=many"), "'many'"),
+        (("--pipe", "max_sequence_length=9.5"), "'9.5'"),
+        (("--pipe", "max_sequence_length=true"), "'true'"),
+        (("--pipe", "max_sequence_length=0"), "1 0"),
+        (("--pipe", "latents=3"), "torch.Tensor '3'"),
+        (("--pipe", "attention_kwargs=3"), "dict[str '3'"),
+        (("--pipe", "height=64"), "--height"),
+        (("--pipe", "num_videos_per_prompt=2"), "--seed"),
+        (("--pipe", "attention_kwargs=[NaN]"), "--pipe NaN"),
+        (("--lora", "no/such/lora"), "--lora no/such/lora .safetensors"),
+        (("--lora", "/nope"), "--lora /nope"),
+        (("--lora", "no/lora"), "--lora no/lora Hub"),
         (("--load", "none"), "--load none"),
-        (("--revision", "main"), "--revision is for models on the Hub"),
+        (("--revision", "main"), "--revision"),
         (("--promt", "a"), "--promt"),
         (("--verify",), "--verify"),
         (("--any-weights",), "--any-weights"),
@@ -120,21 +121,21 @@ def refused(cli, tmp_path):
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )
 def test_options(refused, demo, tmp_path, options, message):
-    assert message in refused("generate", *SIZE, "--output", tmp_path / "a.mp4", *options)
+    assert says(refused("generate", *SIZE, "--output", tmp_path / "a.mp4", *options), message)
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("generate", "--pipe", "foo=1"), "has no argument 'foo'"),
-        (("generate", "--guidance", "nan"), "guidance is finite"),
-        (("generate", "--negative-prompt", "x", "--pipe", "height=1"), "use --height"),
-        (("eval", "--method", "gna:window=0.5", "--pipe", "foo=1"), "has no argument 'foo'"),
+        (("generate", "--pipe", "foo=1"), "'foo'"),
+        (("generate", "--guidance", "nan"), "guidance"),
+        (("generate", "--negative-prompt", "x", "--pipe", "height=1"), "--height"),
+        (("eval", "--method", "gna:window=0.5", "--pipe", "foo=1"), "'foo'"),
         (
             ("eval", "--method", "gna:window=0.5", "--attention-report", "steps=0,99"),
             "step 99",
         ),
-        (("train", "--recipe", "gna-demo", "--tracker", "banana"), "The tracker 'banana' is not installed"),
+        (("train", "--recipe", "gna-demo", "--tracker", "banana"), "tracker 'banana'"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )
@@ -150,7 +151,7 @@ def test_what_needs_no_weights_is_refused_before_they_are_loaded(
     size = () if arguments[0] == "train" else SIZE
     verb, *options = arguments
     output = tmp_path / ("a.mp4" if verb == "generate" else "out")
-    assert message in refused(verb, *size, "--output", output, *options)
+    assert says(refused(verb, *size, "--output", output, *options), message)
 
 
 def test_pictures(refused, demo, tmp_path):

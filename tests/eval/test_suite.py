@@ -4,7 +4,7 @@ import itertools
 import json
 
 import pytest
-from messages import names
+from messages import names, says
 
 from dit_accel.errors import DitAccelError
 from dit_accel.eval import layout, suite
@@ -34,33 +34,33 @@ def test_values(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("modle: demo", "no setting 'modle'. Did you mean 'model'?"),
-        ("steps: many", "steps is a whole number or none, got 'many'"),
-        ("steps: true", "steps is a whole number or none, got True"),
-        ("seeds: [0, x]", "seeds is a list, each a whole number, got (0, 'x')"),
-        ("steps: 1\nsteps: 2", "steps is there twice"),
-        ("methods: [{method: gna, dense_steps: 1, dense_steps: 2}]", "dense_steps is there twice"),
-        ("[" * 100_000, "nests too deep"),
+        ("modle: demo", "'modle' 'model'"),
+        ("steps: many", "steps 'many'"),
+        ("steps: true", "steps True"),
+        ("seeds: [0, x]", "seeds (0 'x')"),
+        ("steps: 1\nsteps: 2", "steps"),
+        ("methods: [{method: gna, dense_steps: 1, dense_steps: 2}]", "dense_steps"),
+        ("[" * 100_000, "nested"),
         (
             "a: &a [0, 0]\n"
             + "".join(f"{k}: &{k} [*{j}, *{j}]\n" for j, k in itertools.pairwise("abcdefghijklmnopqrstu")),
-            "unfold to more than 100,000",
+            "100,000",
         ),
-        ("methods: &m [*m]", "unfold to more than"),
-        ("- demo", "should hold keys and values"),
-        ("model: [", "is not YAML"),
-        ("methods: [gnaa]", "Did you mean 'gna'?"),
-        ("steps: -1", "steps is at least 1, got -1"),
-        ("methods: [{method: gna, window: 2}]", "has method, load or level among the keys method, load"),
-        ("methods: [{dense_steps: 2}]", "has method, load or level among"),
-        ("methods: [3]", "got 3"),
-        ("methods: [{method: gna:window=2, dense_steps: many}]", "dense_steps is an int >= 0"),
+        ("methods: &m [*m]", "100,000"),
+        ("- demo", "keys values 'demo'"),
+        ("model: [", "YAML"),
+        ("methods: [gnaa]", "'gna'"),
+        ("steps: -1", "steps 1 -1"),
+        ("methods: [{method: gna, window: 2}]", "method load level"),
+        ("methods: [{dense_steps: 2}]", "method load level"),
+        ("methods: [3]", "3"),
+        ("methods: [{method: gna:window=2, dense_steps: many}]", "dense_steps >= 0"),
     ],
 )
 def test_refused(tmp_path, text, message):
     with pytest.raises(DitAccelError) as error:
         read(tmp_path, text)
-    assert message in str(error.value)
+    assert says(str(error.value), message)
 
 
 def test_missing():

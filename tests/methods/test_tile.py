@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from messages import names
 
 import dit_accel
 from dit_accel.errors import DitAccelError
@@ -76,9 +77,7 @@ def test_the_mask_is_rows_and_columns_of_reference_frames():
     assert torch.equal(mask, expected)
 
 
-@pytest.mark.parametrize(
-    ("references", "words"), [(6, "references <= the video's 5"), (0, "at least 1"), (2.0, "whole number")]
-)
+@pytest.mark.parametrize(("references", "words"), [(6, "references 5"), (0, "references 0"), (2.0, "references 2.0")])
 def test_bad_settings_are_refused(references, words):
-    with pytest.raises(DitAccelError, match=words):
+    with pytest.raises(DitAccelError, match=names(words)):
         dit_accel.plan("tile", TokenGrid(5, 2, 2), references=references)

@@ -104,11 +104,11 @@ def test_branches_and_runs_in_a_transformer(tiny_wan, wan_inputs):
 
 def test_what_cannot_share_is_refused(tiny_wan, wan_inputs):
     for settings, words in (
-        ({"refresh": 2}, "set share='residual' or 'output'"),
-        ({"share": "some"}, "share is one of none, residual, output"),
-        ({"share": "output", "refresh": 0}, "refresh is at least 1"),
+        ({"refresh": 2}, "share='residual' 'output'"),
+        ({"share": "some"}, "share none residual output"),
+        ({"share": "output", "refresh": 0}, "refresh 1"),
     ):
-        with pytest.raises(DitAccelError, match=words):
+        with pytest.raises(DitAccelError, match=names(words)):
             dit_accel.plan("gna", GRID, window=1, **settings)
     model, settings = tiny_wan(), {"window": 1, "share": "output", "refresh": 2}
     with pytest.raises(DitAccelError, match=names("share='none'")):

@@ -1,6 +1,7 @@
 """Every recipe parses against the settings it is for, says where it comes from, and mistakes are named."""
 
 import pytest
+from messages import names
 
 from dit_accel import DitAccelError
 from dit_accel.train import request
@@ -36,61 +37,61 @@ def test_given_settings_win_over_a_recipe():
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"step": 3}, "no setting 'step'. Did you mean 'steps'"),
-        ({"steps": 0}, "steps is at least 1, got 0"),
-        ({"rate": 0}, "rate is above 0"),
-        ({"rate": float("nan")}, "rate is finite, got nan"),
-        ({"rate": "1e-4"}, "rate is a number, got '1e-4'"),
-        ({"method_rate": 0}, "method_rate is above 0"),
-        ({"alpha": "big"}, "alpha is a number or none, got 'big'"),
-        ({"betas": 0.9}, "betas is a list of 2: a number, got 0.9"),
-        ({"betas": [0.9, 1]}, "betas is below 1, got"),
-        ({"clip": "high"}, "clip is a number"),
-        ({"weight_decay": -1}, "weight_decay is at least 0"),
-        ({"ema": "x"}, "ema is a number"),
-        ({"warmup": 1.5}, "warmup is a whole number"),
-        ({"batch": True}, "batch is a whole number, got True"),
-        ({"checkpointing": "maybe"}, "checkpointing is true or false"),
-        ({"impl": "fast"}, "impl must be one of auto, reference, portable, triton"),
-        ({"targets": 3}, "targets is a list, each text or none"),
-        ({"config": 3}, "config is settings by name"),
-        ({"config": {"window": {}}, "method": "gna"}, "gna needs window as"),
-        ({"objectives": 3}, "objectives is settings by name"),
-        ({"objectives": {"flow": "x"}}, "objectives is settings by name"),
-        ({"levels": 3}, "levels takes settings by name, got 3"),
-        ({"levels": {"std": "x"}}, "std is a number, got 'x'"),
-        ({"distillation": {"segments": 2.5}}, "segments is a whole number, got 2.5"),
-        ({"method": "slaa"}, "Did you mean 'sla'"),
-        ({"method": "tile"}, "tile needs a value for references"),
-        ({"objectives": {}}, "needs an objective"),
-        ({"objectives": {"teachr": 1}}, "Did you mean 'teacher'"),
-        ({"objectives": {"flow": -1}}, "above 0"),
-        ({"objectives": {"flow": 1, "consistency": 1}}, "Choose one"),
-        ({"method": "dense"}, "its own teacher"),
-        ({"method": "sparge", "objectives": {"gate": 1}}, "sla or sparge with score=learned"),
-        ({"precision": "int8", "method": "sla"}, "precision is one of"),
-        ({"levels": {"sigma": 1}, "method": "sla"}, "levels has no setting 'sigma'"),
-        ({"levels": {"std": 0}, "method": "sla"}, "std is above 0"),
-        ({"distillation": {"segments": 0}, "method": "sla"}, "segments is at least 1"),
+        ({"step": 3}, "'step' 'steps'"),
+        ({"steps": 0}, "steps 1 0"),
+        ({"rate": 0}, "rate 0"),
+        ({"rate": float("nan")}, "rate nan"),
+        ({"rate": "1e-4"}, "rate '1e-4'"),
+        ({"method_rate": 0}, "method_rate 0"),
+        ({"alpha": "big"}, "alpha 'big'"),
+        ({"betas": 0.9}, "betas 2 0.9"),
+        ({"betas": [0.9, 1]}, "betas 1"),
+        ({"clip": "high"}, "clip"),
+        ({"weight_decay": -1}, "weight_decay 0"),
+        ({"ema": "x"}, "ema"),
+        ({"warmup": 1.5}, "warmup"),
+        ({"batch": True}, "batch True"),
+        ({"checkpointing": "maybe"}, "checkpointing"),
+        ({"impl": "fast"}, "impl auto reference portable triton"),
+        ({"targets": 3}, "targets"),
+        ({"config": 3}, "config"),
+        ({"config": {"window": {}}, "method": "gna"}, "gna window"),
+        ({"objectives": 3}, "objectives"),
+        ({"objectives": {"flow": "x"}}, "objectives"),
+        ({"levels": 3}, "levels 3"),
+        ({"levels": {"std": "x"}}, "std 'x'"),
+        ({"distillation": {"segments": 2.5}}, "segments 2.5"),
+        ({"method": "slaa"}, "'sla'"),
+        ({"method": "tile"}, "tile"),
+        ({"objectives": {}}, "objective teacher=1"),
+        ({"objectives": {"teachr": 1}}, "'teacher'"),
+        ({"objectives": {"flow": -1}}, "flow -1"),
+        ({"objectives": {"flow": 1, "consistency": 1}}, "flow consistency"),
+        ({"method": "dense"}, "teacher"),
+        ({"method": "sparge", "objectives": {"gate": 1}}, "sla sparge score=learned"),
+        ({"precision": "int8", "method": "sla"}, "precision"),
+        ({"levels": {"sigma": 1}, "method": "sla"}, "levels 'sigma'"),
+        ({"levels": {"std": 0}, "method": "sla"}, "std 0"),
+        ({"distillation": {"segments": 0}, "method": "sla"}, "segments 1"),
     ],
 )
 def test_settings_that_are_refused(values, message):
-    with pytest.raises(DitAccelError, match=message):
+    with pytest.raises(DitAccelError, match=names(message)):
         make(values)
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, "There is no recipe"),
-        ("{", "is not YAML"),
-        ("a: 1", "needs exactly the entries"),
-        ("{about: a, source: b, model: c, data: clips, train: {}}", "data is settings by name, got 'clips'"),
+        (None, "recipe"),
+        ("{", "YAML"),
+        ("a: 1", "about source model data"),
+        ("{about: a, source: b, model: c, data: clips, train: {}}", "data 'clips'"),
     ],
 )
 def test_files_that_are_no_recipe(content, message, tmp_path):
     path = tmp_path / "recipe.yaml"
     if content is not None:
         path.write_text(content)
-    with pytest.raises(DitAccelError, match=message):
+    with pytest.raises(DitAccelError, match=names(message)):
         read_recipe(str(path))

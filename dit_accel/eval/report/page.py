@@ -50,7 +50,7 @@ def embedded(path: Path) -> str:
     """A picture or video as a data URL."""
     kind = KINDS.get(path.suffix.lower())
     if kind is None:
-        raise DitAccelError(f"The report shows {', '.join(KINDS)}, and not {path}.")
+        raise DitAccelError(f"The report shows {', '.join(KINDS)}, not {path}.")
     if not path.is_file():
         raise DitAccelError(f"The report wants {path}, which is not there; run the evaluation again.")
     return f"data:{kind};base64,{base64.b64encode(path.read_bytes()).decode('ascii')}"

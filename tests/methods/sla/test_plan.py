@@ -117,22 +117,22 @@ def test_what_a_plan_cannot_give_is_refused():
 @pytest.mark.parametrize(
     "settings, message",
     [
-        ({"topk": -0.1}, "topk is at least 0, got -0.1"),
-        ({"topk": 1.5}, "topk .* got 1.5"),
-        ({"skip": -0.1}, "skip .* got -0.1"),
-        ({"topk": 0.95, "linear_scope": "marginal"}, "cannot exceed 1 together; got 0.95 and 0.1"),
-        ({"topk": 0.8, "skip": 0.3}, "cannot exceed 1 together; got 0.8 and 0.3"),
-        ({"feature_map": "gelu"}, "feature_map is one of softmax, elu, relu, focused, hedgehog, got 'gelu'"),
-        ({"linear_scope": "none"}, "linear_scope is one of all, marginal, got 'none'"),
-        ({"order": "hilbert"}, "order is one of raster, tile, got 'hilbert'"),
-        ({"block": 0}, "block is at least 1, got 0"),
-        ({"block": 1025}, "block is at most 1024, got 1025"),
-        ({"block": 64.0}, "block .* got 64.0"),
-        ({"block_q": 0}, "block_q is at least 1, got 0"),
-        ({"block_q": True}, "block_q .* got True"),
-        ({"topk": "much"}, "topk .* got 'much'"),
+        ({"topk": -0.1}, "topk 0 -0.1"),
+        ({"topk": 1.5}, "topk 1.5"),
+        ({"skip": -0.1}, "skip -0.1"),
+        ({"topk": 0.95, "linear_scope": "marginal"}, "1 0.95 0.1"),
+        ({"topk": 0.8, "skip": 0.3}, "1 0.8 0.3"),
+        ({"feature_map": "gelu"}, "feature_map softmax elu relu focused hedgehog 'gelu'"),
+        ({"linear_scope": "none"}, "linear_scope all marginal 'none'"),
+        ({"order": "hilbert"}, "order raster tile 'hilbert'"),
+        ({"block": 0}, "block 1 0"),
+        ({"block": 1025}, "block 1024 1025"),
+        ({"block": 64.0}, "block 64.0"),
+        ({"block_q": 0}, "block_q 1 0"),
+        ({"block_q": True}, "block_q True"),
+        ({"topk": "much"}, "topk 'much'"),
     ],
 )
 def test_bad_settings_are_refused(settings, message):
-    with pytest.raises(DitAccelError, match=message):
+    with pytest.raises(DitAccelError, match=names(message)):
         Config(**settings)
