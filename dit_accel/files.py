@@ -58,10 +58,10 @@ def check_ours(paths: Iterable[Path], option: str = "--output") -> None:
             raise DitAccelError(f"{option} would replace {path}, which is {kind}. Move it, or choose another name.")
 
 
-def check_new(paths: Iterable[Path], option: str = "--output") -> None:
+def check_new(paths: Iterable[Path]) -> None:
     """Refuse an output of which a file exists; `check_ours` comes first."""
     for path in filter(os.path.lexists, paths):
-        raise DitAccelError(f"{option}: {path} exists. Add --overwrite to replace it, or choose another name.")
+        raise DitAccelError(f"--output: {path} exists. Add --overwrite to replace it, or choose another name.")
 
 
 def replace_file(file: Path, content: bytes, *, checked: bool = False) -> None:

@@ -26,7 +26,7 @@ FASTVIDEO = {
     ".ffn.fc_out.": ".ffn.net.2.",
     ".self_attn_residual_norm.norm.": ".norm2.",
 }
-OWN_ATTENTION = re.compile(r"^(blocks\.\d+)\.(to_[qkv]|to_out|norm_[qk])\.")
+SELF_ATTENTION = re.compile(r"^(blocks\.\d+)\.(to_[qkv]|to_out|norm_[qk])\.")
 OUTPUT = re.compile(r"^(blocks\.\d+\.attn[12]\.to_out)\.(?=weight|bias)")
 
 
@@ -52,7 +52,7 @@ def in_diffusers(tensors: Mapping[str, StoredTensor]) -> tuple[dict[str, StoredT
 def _diffusers_name(name: str) -> str:
     for part, replacement in FASTVIDEO.items():
         name = name.replace(part, replacement)
-    return OUTPUT.sub(r"\1.0.", OWN_ATTENTION.sub(r"\1.attn1.\2.", name))
+    return OUTPUT.sub(r"\1.0.", SELF_ATTENTION.sub(r"\1.attn1.\2.", name))
 
 
 def unflattened(name: str, new: NewWeight, patch: tuple[int, int, int] = (1, 2, 2)) -> NewWeight:
