@@ -100,8 +100,8 @@ def relative(source: str, depth: int) -> str:
 def modules() -> dict[str, str]:
     """The generated modules, by their path in the package; custom ops still have dit_accel's namespace."""
     paths = [*sorted((PACKAGE / "kernels").rglob("*.py")), *(PACKAGE / name for name in BELOW)]
-    found = {path.relative_to(PACKAGE).as_posix(): path.read_text(encoding="utf-8") for path in paths}
-    written = {name: relative(source, name.count("/")) for name, source in found.items()}
+    sources = {path.relative_to(PACKAGE).as_posix(): path.read_text(encoding="utf-8") for path in paths}
+    written = {name: relative(source, name.count("/")) for name, source in sources.items()}
     imports = [f"from .{module} import {', '.join(names)}" for module, names in OFFERED.items()]
     offered = json.dumps(sorted(name for names in OFFERED.values() for name in names), indent=4)
     start = f'"""{DOCSTRING.format(version=dit_accel.__version__)}"""'

@@ -98,9 +98,11 @@ def test_published_ratios():
         ratios = mag_ratios(name)
         assert len(ratios.uncond) in (0, len(ratios.cond)) and ratios.cond[0] == 1.0 and entry["source"]
         assert all(0.2 < ratio < 2 for ratio in (*ratios.cond, *ratios.uncond))
-    found = mag_ratios(None, ("models--Wan-AI--Wan2.1-T2V-1.3B-Diffusers/snapshots/1/transformer",))
-    assert found == mag_ratios("wan2.1-t2v-1.3b") and found.of("uncond") != found.of("cond") == found.of("cond_uncond")
-    assert found.of("call 1") == found.of("uncond")
+    ratios = mag_ratios(None, ("models--Wan-AI--Wan2.1-T2V-1.3B-Diffusers/snapshots/1/transformer",))
+    assert ratios == mag_ratios("wan2.1-t2v-1.3b") and ratios.of("uncond") != ratios.of("cond") == ratios.of(
+        "cond_uncond"
+    )
+    assert ratios.of("call 1") == ratios.of("uncond")
     unknown = mag_ratios(None, ("demo",))
     assert unknown.cond == (ASSUMED,) and "assumed" in unknown.source
 

@@ -11,7 +11,7 @@ from messages import says
 
 SMALL = ("--frames", 5, "--height", 32, "--width", 48, "--steps", 2, "--method", "gna:window=0.5")
 PROMPTS = ["a red square", "a blue circle", "a green triangle", "", "ein gelber Stern ★", "a red square"]
-ASKED = [prompt for prompt in PROMPTS if prompt]
+LISTED = [prompt for prompt in PROMPTS if prompt]
 
 
 @pytest.fixture
@@ -39,15 +39,15 @@ def test_each_prompt_is_made_as_alone(cli, demo, prompts, tmp_path):
         ["shot.jsonl", *(f"{name}.{ending}" for name in names for ending in ("gif", "json"))]
     )
     listed = manifest(folder)
-    assert [entry["prompt"] for entry in listed] == ASKED
+    assert [entry["prompt"] for entry in listed] == LISTED
     assert [(entry["index"], entry["output"], entry["record"], entry["done"]) for entry in listed] == [
         (i, f"{name}.gif", f"{name}.json", True) for i, name in enumerate(names)
     ]
     assert all(entry["seconds"] > 0 for entry in listed)
-    assert cli("generate", *SMALL, "--prompt", ASKED[3], "--output", tmp_path / "alone.gif").status == 0
+    assert cli("generate", *SMALL, "--prompt", LISTED[3], "--output", tmp_path / "alone.gif").status == 0
     assert (tmp_path / "alone.gif").read_bytes() == (folder / "shot-0003.gif").read_bytes()
     record = json.loads((folder / "shot-0003.json").read_text())
-    assert record["call"]["prompt"] == ASKED[3]
+    assert record["call"]["prompt"] == LISTED[3]
     assert (record["report"]["sparse_calls"], record["report"]["dense_calls"]) == (4, 0)
 
 
@@ -108,5 +108,5 @@ def test_accelerate_launch_shares_the_prompts(wan_folder, prompts, tmp_path, roo
     assert done.returncode == 0, done.stderr
     for rank in range(2):
         assert f"prompts to do, process {rank} of 2" in done.stdout
-    assert [(entry["prompt"], entry["done"]) for entry in manifest(tmp_path)] == [(prompt, True) for prompt in ASKED]
-    assert len(outputs(tmp_path)) == len(ASKED)
+    assert [(entry["prompt"], entry["done"]) for entry in manifest(tmp_path)] == [(prompt, True) for prompt in LISTED]
+    assert len(outputs(tmp_path)) == len(LISTED)

@@ -18,15 +18,15 @@ def findings(cli, *arguments):
 
 
 def test_every_implementation_and_what_auto_takes(cli):
-    found = findings(cli)
-    assert {f"{row.kernel}, {row.name}" for row in impls.rows()} <= found.keys()
-    assert found["block_sparse, portable"]["detail"] == 'what "auto" takes'
-    assert found["block_sparse, reference"]["detail"] == "runs only if you name it"
-    assert not found["block_sparse, gluon"]["works"] and "gluon takes" in found["block_sparse, gluon"]["detail"]
+    rows = findings(cli)
+    assert {f"{row.kernel}, {row.name}" for row in impls.rows()} <= rows.keys()
+    assert rows["block_sparse, portable"]["detail"] == 'what "auto" takes'
+    assert rows["block_sparse, reference"]["detail"] == "runs only if you name it"
+    assert not rows["block_sparse, gluon"]["works"] and "gluon takes" in rows["block_sparse, gluon"]["detail"]
     lines = cli("doctor", "--device", "cpu").out.splitlines()
     assert lines[0] == "cpu, float32"
     entries = [line.split() for line in lines if line[:5].strip()]
-    assert [words[0] for words in entries[1:-1]] == ["yes" if row["works"] else "no" for row in found.values()]
+    assert [words[0] for words in entries[1:-1]] == ["yes" if row["works"] else "no" for row in rows.values()]
 
 
 def test_the_last_line_is_a_verdict(cli, monkeypatch):

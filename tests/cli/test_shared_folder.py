@@ -71,7 +71,7 @@ def prompts(tmp_path):
     return path
 
 
-def made(folder):
+def contents(folder):
     return {path.name: path.stat().st_mtime_ns for path in folder.rglob("*") if path.suffix in (".gif", ".safetensors")}
 
 
@@ -81,7 +81,7 @@ def test_generate(start, wan_folder, prompts, tmp_path):
     folder.mkdir()
     asked = ["generate", "--model", wan_folder, *SMALL, "--prompts", prompts, "--output", folder / "shot.gif"]
     assert statuses(start(KILLED, asked, folder, (2, "shot-0000.json"))) == [-signal.SIGKILL]
-    (whole,) = made(folder)
+    (whole,) = contents(folder)
     first = start(READER, asked, folder, reads=True), start(LATE[0], asked, folder)
     assert statuses(*first, start(LATE[1], asked, folder)) == [2, 0, 0]
     names = [f"shot-{index:04d}" for index in range(len(PROMPTS))]
@@ -90,8 +90,8 @@ def test_generate(start, wan_folder, prompts, tmp_path):
     )
     listed = [json.loads(line) for line in (folder / "shot.jsonl").read_text().splitlines()]
     assert [(entry["prompt"], entry["done"]) for entry in listed] == [(prompt, True) for prompt in PROMPTS]
-    before = made(folder)
-    assert whole in before and statuses(start(KILLED, asked, folder)) == [0] and made(folder) == before
+    before = contents(folder)
+    assert whole in before and statuses(start(KILLED, asked, folder)) == [0] and contents(folder) == before
 
 
 def test_eval(start, cli, wan_folder, prompts, tmp_path):
@@ -110,14 +110,16 @@ def test_eval(start, cli, wan_folder, prompts, tmp_path):
     assert together(1, f"results-{killed}.jsonl") == [-signal.SIGKILL, 2, 2, 2]
     rows = [json.loads(line) for path in folder.glob("results*.jsonl") for line in path.read_text().splitlines()]
     assert set(collections.Counter(row["key"] for row in rows).values()) == {1}
-    before = made(folder)
+    before = contents(folder)
     assert len(rows) == len(before) == 2 * len(PROMPTS)
     assert together() == [0, 0, 0, 0]
-    assert made(folder) == before
-    found = []
+    assert contents(folder) == before
+    figures = []
     for place in (tmp_path / "alone", folder):
         lines = [json.loads(line) for line in (place / "results.jsonl").read_text().splitlines()]
         table = json.loads((place / "summary.json").read_text())["rows"]
-        found.append(([(row["key"], row["sha256"], row["scores"]) for row in lines], [row["figures"] for row in table]))
-    assert found[0] == found[1]
+        figures.append(
+            ([(row["key"], row["sha256"], row["scores"]) for row in lines], [row["figures"] for row in table])
+        )
+    assert figures[0] == figures[1]
     assert not list(folder.rglob(".*")) and not list(folder.glob("results-*"))

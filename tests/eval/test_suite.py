@@ -18,14 +18,14 @@ def read(tmp_path, text):
 
 
 def test_values(tmp_path):
-    found = read(
+    values = read(
         tmp_path,
         "model: demo\ncompile: false\nseeds: [0, 2]\nguidance: 5\nmethods:\n  - gna:window=0.5\n"
         "  - {method: 'radial:decay=0.2', dense_steps: 2, dense_layers: [0, 3]}\n"
         "  - {method: tile:references=1, dense_layers: [5]}\n",
     )
-    one, other, third = found.pop("methods")
-    assert found == {"model": "demo", "compile": False, "seeds": (0, 2), "guidance": 5.0}
+    one, other, third = values.pop("methods")
+    assert values == {"model": "demo", "compile": False, "seeds": (0, 2), "guidance": 5.0}
     assert (one.title, other.title) == ("gna:window=0.5", "radial:decay=0.2")
     assert other.label == "radial:decay=0.2 dense_steps=2 dense_layers=0,3"
     assert third.setting.schedule.dense_layers == (5,)  # that layer, not as many layers
@@ -93,13 +93,13 @@ def test_published_suites_fit_their_models(name, wan_folder):
     assert {*PUBLISHED, "demo"} == set(names_in(suite.SUITES))
     family, shape, methods = PUBLISHED[name]
     small = {"model": str(wan_folder), "height": 64, "width": 96}  # a level asks the model
-    found = suite.read(name, small if name == "wan2.1-1.3b" else None)
-    assert methods <= {candidate.method for candidate in found["methods"]}
+    values = suite.read(name, small if name == "wan2.1-1.3b" else None)
+    assert methods <= {candidate.method for candidate in values["methods"]}
     grid = TokenGrid(*shape, text={"hunyuan_video": 256, "flux": 512}.get(family, 0), text_first=family == "flux")
-    for candidate in found["methods"]:
+    for candidate in values["methods"]:
         assert candidate.plans(grid)
-    labels = {candidate.label for candidate in found["methods"]}
-    for entry in found["published"]:
+    labels = {candidate.label for candidate in values["methods"]}
+    for entry in values["published"]:
         assert entry.source and entry.where and (not entry.label or entry.label in labels)
         assert entry.speedup > 1 and (entry.label or entry.psnr or entry.density)
 

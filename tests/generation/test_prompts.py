@@ -32,9 +32,9 @@ class TestPrompts:
     def test_folder(self, tmp_path):
         picture(tmp_path / "b.png", caption="a red\n circle")
         picture(tmp_path / "a.jpg", caption="a blue square")
-        found = prompts.read(str(tmp_path))
-        assert found.texts == ("a blue square", "a red circle")
-        assert [media.path.name for media in found.media] == ["a.jpg", "b.png"]
+        listed = prompts.read(str(tmp_path))
+        assert listed.texts == ("a blue square", "a red circle")
+        assert [media.path.name for media in listed.media] == ["a.jpg", "b.png"]
 
     def test_refused(self, tmp_path):
         (tmp_path / "empty.txt").write_text("\n \n")

@@ -71,9 +71,9 @@ def test_frames_a_second_are_those_the_call_is_told(kind, arguments, rate):
     ],
 )
 def test_values_are_of_the_kind_that_the_call_takes(text, value):
-    found = setup.call_arguments(Many, {}, {"prompt": "p"}, [text])
+    arguments = setup.call_arguments(Many, {}, {"prompt": "p"}, [text])
     name = text.partition("=")[0]
-    assert found == {"prompt": "p", name: value} and type(found[name]) is type(value)
+    assert arguments == {"prompt": "p", name: value} and type(arguments[name]) is type(value)
 
 
 @pytest.mark.parametrize("text", ["sigmas=[a]", "sigmas=[true]", "timesteps=[0.5]", "eta=none", "clean=1", "extra=[]"])

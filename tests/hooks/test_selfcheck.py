@@ -43,21 +43,21 @@ def brute_force(q, k, v, out, plan, text_lens, scale, queries, bias=-math.inf):
     """Error and mass by sample and head from the whole matrix of weights."""
     grid = plan.grid
     if plan.method == "sla":
-        kept = critical(q, k, plan)
+        attended = critical(q, k, plan)
     elif isinstance(plan, RoutedPlan):
-        kept = listed(q, k, plan, scale)
+        attended = listed(q, k, plan, scale)
     else:
-        kept = plan.token_mask().expand(*q.shape[:2], -1, -1)
+        attended = plan.token_mask().expand(*q.shape[:2], -1, -1)
     text = torch.arange(grid.text_start, grid.text_start + grid.text)
     valid = torch.ones(q.shape[0], grid.tokens, dtype=torch.bool)
-    for own, length in zip(valid, text_lens or (), strict=False):
-        own[text[length:]] = False
+    for keys, length in zip(valid, text_lens or (), strict=False):
+        keys[text[length:]] = False
     logits = q @ k.mT * scale
     weights = torch.where(valid[:, None, None], logits, logits + bias).softmax(-1)
     rows = grid.visual_start + queries
     dense = (weights @ v)[:, :, rows]
     error = (out[:, :, rows] - dense).flatten(2).norm(dim=-1) / dense.flatten(2).norm(dim=-1)
-    return error, (weights * kept)[:, :, rows].sum(-1).mean(-1)
+    return error, (weights * attended)[:, :, rows].sum(-1).mean(-1)
 
 
 def critical(q, k, plan):
@@ -75,8 +75,8 @@ def listed(q, k, plan, scale):
     rows, columns = (plan.block_of(order).tolist() for order in (plan.query_order, plan.key_order))
     mask = torch.ones(*q.shape[:2], grid.tokens, grid.tokens, dtype=torch.bool)
     for b, h, i in torch.cartesian_prod(*(torch.arange(n) for n in (*q.shape[:2], grid.visual))).tolist():
-        own = set(lists.indices[b, h, rows[i], : lists.counts[b, h, rows[i]]].tolist())
-        mask[b, h, grid.visual_start + i, grid.visual_rows] = torch.tensor([block in own for block in columns])
+        visited = set(lists.indices[b, h, rows[i], : lists.counts[b, h, rows[i]]].tolist())
+        mask[b, h, grid.visual_start + i, grid.visual_rows] = torch.tensor([block in visited for block in columns])
     return mask
 
 
@@ -88,21 +88,21 @@ def test_measured_is_exact(grid, method, config, text_lens, rows, chunk, monkeyp
     q, k, v = tensors(grid)
     plan, lens = dit_accel.plan(method, grid, **config), None if text_lens is None else torch.tensor(text_lens)
     out = torch.randn(q.shape, dtype=q.dtype, generator=torch.Generator().manual_seed(1))
-    found = measure(q, k, v, out, plan, scale=0.6, text_lens=lens, rows=rows)
+    measured = measure(q, k, v, out, plan, scale=0.6, text_lens=lens, rows=rows)
     error, mass = brute_force(q, k, v, out, plan, text_lens, 0.6, sample(grid.visual, rows))
-    torch.testing.assert_close(found.error, error)
-    torch.testing.assert_close(found.mass, mass)
-    assert 0 < found.mass.min() and found.mass.max() < 1
+    torch.testing.assert_close(measured.error, error)
+    torch.testing.assert_close(measured.mass, mass)
+    assert 0 < measured.mass.min() and measured.mass.max() < 1
 
 
 def test_padding_that_is_weighed_counts():
     grid, lens = dit_accel.TokenGrid(3, 5, 7, text=6), (6, 2)
     q, k, v = tensors(grid)
     plan, bias = dit_accel.plan("gna", grid, window=(3, 3, 3)), torch.arange(2 * grid.tokens).view(2, -1) / 100
-    found = measure(q, k, v, v, plan, scale=0.6, text_lens=torch.tensor(lens), text_bias=bias, rows=20)
+    measured = measure(q, k, v, v, plan, scale=0.6, text_lens=torch.tensor(lens), text_bias=bias, rows=20)
     bias = bias[:, None, :, None].double()
     error, mass = brute_force(q, k, v, v, plan, lens, 0.6, sample(grid.visual, 20), bias)
-    torch.testing.assert_close((found.error, found.mass), (error, mass))
+    torch.testing.assert_close((measured.error, measured.mass), (error, mass))
 
 
 def test_what_a_method_computes_is_as_far_off_as_the_mass_it_dropped():
@@ -112,18 +112,18 @@ def test_what_a_method_computes_is_as_far_off_as_the_mass_it_dropped():
     nothing = measure(q, k, v, dit_accel.attention(q, k, v, full, impl="reference"), full)
     assert nothing.error.max() < 1e-12 and (nothing.mass - 1).abs().max() < 1e-12
     part = dit_accel.plan("gna", GRID, window=(1, 3, 3))
-    found = measure(q, k, v, dit_accel.attention(q, k, v, part, impl="reference"), part)
-    assert found.error.min() > 0.1 and found.mass.max() < 0.6
+    measured = measure(q, k, v, dit_accel.attention(q, k, v, part, impl="reference"), part)
+    assert measured.error.min() > 0.1 and measured.mass.max() < 0.6
 
 
 def test_the_whole_is_not_the_mean_of_its_heads():
     plan = dit_accel.plan("gna", GRID, window=(1, 3, 3))
     q, k, v = tensors(GRID)
     v[:, 0] *= 100
-    found = measure(q, k, v, torch.zeros_like(q).index_copy(1, torch.tensor([0]), 2 * v[:, :1]), plan)
-    error, mass = selfcheck.whole(found.sums())
-    assert error == pytest.approx((found.difference.sum() / found.size.sum()).sqrt().item())
-    assert mass == pytest.approx(found.mass.mean().item())
+    measured = measure(q, k, v, torch.zeros_like(q).index_copy(1, torch.tensor([0]), 2 * v[:, :1]), plan)
+    error, mass = selfcheck.whole(measured.sums())
+    assert error == pytest.approx((measured.difference.sum() / measured.size.sum()).sqrt().item())
+    assert mass == pytest.approx(measured.mass.mean().item())
     halves = selfcheck.whole(
         sum(
             measure(q[:, part], k[:, part], v[:, part], 2 * v[:, part], plan).sums()

@@ -35,7 +35,7 @@ def main() -> None:
         add_density(plan, lists, density_sum)
 
     RoutedPlan.add_density = record  # type: ignore[method-assign, assignment]
-    found = {}
+    densities = {}
     for setting in SETTINGS:
         heads = []
         for prompt in prompts:
@@ -44,9 +44,9 @@ def main() -> None:
                 pipe(prompt, generator=torch.Generator().manual_seed(0), **DEFAULTS.call())
             courses = torch.stack(calls).view(steps, layers, -1).flatten(1).T  # [layers * heads, steps]
             heads += [[round(density, 4) for density in course] for course in courses.tolist()]
-        found[setting] = heads
+        densities[setting] = heads
     about = {"note": MARK, "call": DEFAULTS.call(), "prompts": prompts, "versions": versions()}
-    replace_file(RECORD, (json.dumps(about | {"densities": found}) + "\n").encode())
+    replace_file(RECORD, (json.dumps(about | {"densities": densities}) + "\n").encode())
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from dit_accel.plans.routed import Ordering, cut
 from dit_accel.tokens import TokenGrid
 from tools.demo.evaluate import fixed_scenes
 
-BLOCK, KEPT, RUN, SAMPLED = 16, 6, 5, 64
+BLOCK, LISTED, RUN, SAMPLED = 16, 6, 5, 64
 SIZE = {"num_frames": 9, "height": 96, "width": 96}  # 720 tokens, 45 blocks
 GRID_ORDERS: tuple[Ordering, ...] = ("raster", "tile", "hilbert")
 
@@ -41,7 +41,7 @@ def kept_weight(q: Tensor, k: Tensor) -> float:
     dense = (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1)
     of_blocks = dense.unflatten(-1, (-1, BLOCK)).sum(-1).unflatten(2, (-1, BLOCK)).mean(3)
     queries, keys = (x.unflatten(2, (-1, BLOCK)).mean(3) for x in (q, k))
-    return of_blocks.gather(-1, (queries @ keys.mT).topk(KEPT).indices).sum(-1).mean().item()
+    return of_blocks.gather(-1, (queries @ keys.mT).topk(LISTED).indices).sum(-1).mean().item()
 
 
 def compare(q: Tensor, k: Tensor, grid: TokenGrid) -> dict[str, float]:

@@ -25,11 +25,11 @@ def builds(arch: int) -> Iterator[Build]:
     """The forward kernel for each block size, head dimension and launch, and those that quantise keys and values."""
     for head_dim in (64, 128):
         dims = {"D": head_dim, "BLOCK_D": head_dim, "ALIGN": 8}
-        own = {"BLOCK_K": 64, "TILE_K": TILES[64]}
+        keys = {"BLOCK_K": 64, "TILE_K": TILES[64]}
         for name, function, constants in (
-            ("sums", "key_value_sums_kernel", {**dims, **own}),
+            ("sums", "key_value_sums_kernel", {**dims, **keys}),
             ("scales", "key_value_scales_kernel", {"BLOCK_D": head_dim}),
-            ("quantise", "quantise_kernel", {**dims, **own}),
+            ("quantise", "quantise_kernel", {**dims, **keys}),
         ):
             yield _build(f"triton8_{name}_forward", function, constants, QUANTISE.warps, QUANTISE.stages, dots=False)
         for block_q, block_k in BLOCKS:

@@ -106,6 +106,6 @@ def fit(text: str, target: str, here: str, pages: set[str], repository: str | No
 def on_post_build(config: Any) -> None:
     """No page may fetch anything from another host, so that the manual works without the network."""
     for path in sorted(Path(config.site_dir).rglob("*.html")):
-        found = FETCHED.search(path.read_text(encoding="utf-8"))
-        if found:
-            raise ValueError(f"{path.name} fetches from another host: {found[0]}. Ship the file, or leave it out.")
+        fetched = FETCHED.search(path.read_text(encoding="utf-8"))
+        if fetched:
+            raise ValueError(f"{path.name} fetches from another host: {fetched[0]}. Ship the file, or leave it out.")

@@ -197,7 +197,7 @@ class StepBench:
     def _accelerated(self, subject: Subject, method: Method, setting: Setting) -> tuple[dict[str, Any], Report]:
         """Times with a method at work, and its report."""
         torch.compiler.reset()  # each setting is a new graph, and the compiler allows eight
-        accel = Accelerator(subject.found, None, method, setting, self.impl, SelfCheck())
+        accel = Accelerator(subject.transformers, None, method, setting, self.impl, SelfCheck())
         accel.apply()
         try:
             return self._timed(subject, []), accel.report()
@@ -241,8 +241,8 @@ class Subject:
         with device:
             inputs = model.inputs(config, model.shape.axes, model.shape.text or model.text, dtype)
         self.inputs = inputs | {"return_dict": False}
-        self.found, _ = find_transformers(self.transformer)
-        ((_, self.family),) = self.found.values()
+        self.transformers, _ = find_transformers(self.transformer)
+        ((_, self.family),) = self.transformers.values()
         signature = inspect.signature(type(self.transformer).forward)
         call = ModelCall(signature, self.transformer, (), self.inputs, Memory())
         self.grid = self.family.layout(self.transformer, call).grid

@@ -46,8 +46,8 @@ class Model:
         try:
             with device:
                 torch.manual_seed(0)
-                made: nn.Module = getattr(diffusers, self.kind)(**self.config)
-                return made.eval().requires_grad_(False)
+                transformer: nn.Module = getattr(diffusers, self.kind)(**self.config)
+                return transformer.eval().requires_grad_(False)
         finally:
             torch.set_default_dtype(usual)
 
@@ -189,13 +189,13 @@ def select_steps(
         ModelStep(model, target, mode)
         for model, mode in itertools.product(chosen, modes or MODES)
         for target in [
-            *(own for own in model.targets(densities) if open_ended is None or own.method in open_ended),
+            *(target for target in model.targets(densities) if open_ended is None or target.method in open_ended),
             *whole,
         ]
     ]
-    found = [step for step in steps if fnmatch.fnmatchcase(step.name, pattern)]
-    if not found:
+    matching = [step for step in steps if fnmatch.fnmatchcase(step.name, pattern)]
+    if not matching:
         raise DitAccelError(
             f"No declared row matches {pattern!r}. Rows are named MODEL/METHOD/DENSITY/MODE; --list shows them."
         )
-    return found
+    return matching

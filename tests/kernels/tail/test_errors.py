@@ -19,15 +19,15 @@ def by_definition(plan, q, k, v, scale):
     """Equation (4) in fp64, without the scaling of rows."""
     q, k, v = (x[:, :, RAGGED.visual_rows].double() for x in (q, k, v))
     rows, columns = (plan.block_of(order) for order in (plan.query_order, plan.key_order))
-    found = torch.zeros(*q.shape[:2], rows.max() + 1, columns.max() + 1, dtype=torch.float64)
-    for i in range(found.shape[2]):
+    errors = torch.zeros(*q.shape[:2], rows.max() + 1, columns.max() + 1, dtype=torch.float64)
+    for i in range(errors.shape[2]):
         center = q[:, :, rows == i].mean(2, keepdim=True)
-        for j in range(found.shape[3]):
+        for j in range(errors.shape[3]):
             keys, values = k[:, :, columns == j], v[:, :, columns == j]
             own, pooled = ((center * x).sum(-1).mul(scale).exp() for x in (keys, keys.mean(2, keepdim=True)))
             wrong = own[..., None] * values - pooled[..., None] * values.mean(2, keepdim=True)
-            found[:, :, i, j] = wrong.square().sum((-1, -2)) / (rows == i).sum() / (columns == j).sum()
-    return found
+            errors[:, :, i, j] = wrong.square().sum((-1, -2)) / (rows == i).sum() / (columns == j).sum()
+    return errors
 
 
 @pytest.mark.parametrize("order", ["raster", "tile", "hilbert"])
