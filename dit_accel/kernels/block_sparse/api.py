@@ -25,6 +25,7 @@ from dit_accel.kernels.block_sparse.geometry import (
     empty_rows,
 )
 from dit_accel.kernels.cuts import visual_of
+from dit_accel.kernels.gradients import register_gradients
 from dit_accel.kernels.impls import AUTO, Facts, Impl, Implementation, choose, named
 from dit_accel.order import TokenOrder
 
@@ -364,18 +365,4 @@ def _(grad_out, grad_lse, out, lse, tensors, *rest):
     return tuple(empty_rows(x) for x in tensors[:3])
 
 
-def _setup_context(ctx, inputs, output) -> None:
-    *tensors, ctx.geometry, ctx.scale, ctx.impl = inputs
-    ctx.save_for_backward(*output, *tensors)
-    ctx.set_materialize_grads(False)
-
-
-def _backward(ctx, grad_out, grad_lse):
-    out, lse, *tensors = ctx.saved_tensors  # recomputed activations can be read once
-    if grad_out is None:
-        grad_out = torch.zeros_like(out)
-    grads = attention_backward(grad_out, grad_lse, out, lse, tensors, ctx.geometry, ctx.scale, ctx.impl)
-    return *grads, *[None] * len(tensors)
-
-
-attention_forward.register_autograd(_backward, setup_context=_setup_context)
+register_gradients(attention_forward, attention_backward)

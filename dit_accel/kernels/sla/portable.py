@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from dit_accel.kernels.block_sparse.api import attend_visual
 from dit_accel.kernels.block_sparse.geometry import BlockLists, Geometry, empty_rows
 from dit_accel.kernels.cuts import from_blocks, to_blocks, visual_of
+from dit_accel.kernels.gradients import register_gradients
 from dit_accel.kernels.router.api import classify
 from dit_accel.kernels.sla.call import EPSILON, FeatureMap, SlaCall, apply_map, learned_inputs, pull_back
 from dit_accel.order import TokenOrder
@@ -106,17 +107,18 @@ def _(q, k, v, critical, negligible, geometry, feature_map):
 @torch.library.custom_op("dit_accel::sla_linear_marginal_backward", mutates_args=())
 def linear_marginal_backward(
     gradient: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    critical: torch.Tensor,
-    negligible: torch.Tensor,
+    grad_denominator: torch.Tensor | None,
     out: torch.Tensor,
     denominator: torch.Tensor,
+    tensors: Sequence[torch.Tensor],
     geometry: Sequence[int],
     feature_map: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """dq, dk and dv of `linear_marginal`, with the dtypes and shapes of q, k and v."""
+    """dq, dk and dv of `linear_marginal`, with the dtypes and shapes of q, k and v.
+
+    `tensors` are those of `linear_marginal`. Its denominators carry no gradient, so `grad_denominator` is not read.
+    """
+    q, k, v, critical, negligible = tensors
     query_order, key_order = Geometry.unpack(geometry).orders
     wide = out.dtype
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
@@ -144,22 +146,11 @@ def linear_marginal_backward(
 
 
 @linear_marginal_backward.register_fake
-def _(gradient, q, k, v, critical, negligible, out, denominator, geometry, feature_map):
-    return tuple(x.new_empty(x.shape) for x in (q, k, v))
+def _(gradient, grad_denominator, out, denominator, tensors, *rest):
+    return tuple(x.new_empty(x.shape) for x in tensors[:3])
 
 
-def _save(ctx, inputs, output) -> None:
-    q, k, v, critical, negligible, *ctx.setting = inputs
-    out, denominator = output
-    ctx.save_for_backward(q, k, v, critical, negligible, out, denominator)
-
-
-def _differentiate(ctx, gradient, _):
-    gradients = linear_marginal_backward(gradient, *ctx.saved_tensors, *ctx.setting)
-    return *gradients, None, None, None, None
-
-
-linear_marginal.register_autograd(_differentiate, setup_context=_save)
+register_gradients(linear_marginal, linear_marginal_backward)
 
 
 def _with_ones(v: torch.Tensor) -> torch.Tensor:

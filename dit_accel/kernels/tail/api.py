@@ -11,6 +11,7 @@ from dit_accel.errors import DitAccelError
 from dit_accel.kernels import impls
 from dit_accel.kernels.block_sparse.geometry import BlockLists, Geometry, cut_blocks, empty_rows
 from dit_accel.kernels.cuts import visual_of
+from dit_accel.kernels.gradients import register_gradients
 from dit_accel.kernels.impls import AUTO, Facts, Impl
 from dit_accel.kernels.tail.portable import correction
 from dit_accel.kernels.tail.reference import TailCall
@@ -171,18 +172,4 @@ def _(grad_out, grad_lse, out, lse, tensors, *rest):
     return *(empty_rows(x) for x in tensors[:4]), torch.empty_like(tensors[4])
 
 
-def _save(ctx, inputs, output) -> None:
-    *tensors, ctx.geometry, ctx.scale, ctx.impl = inputs
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*output, *tensors)
-
-
-def _differentiate(ctx, grad_out, grad_lse):
-    out, lse, *tensors = ctx.saved_tensors  # recomputed activations can be read once
-    if grad_out is None:
-        grad_out = torch.zeros_like(out)
-    grads = tail_backward(grad_out, grad_lse, out, lse, tensors, ctx.geometry, ctx.scale, ctx.impl)
-    return *grads, *[None] * 6
-
-
-tail_forward.register_autograd(_differentiate, setup_context=_save)
+register_gradients(tail_forward, tail_backward)
