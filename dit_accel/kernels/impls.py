@@ -64,6 +64,7 @@ class Implementation:
         name: the value of `impl=`.
         kernel: the kernel that it implements.
         module: of its functions; imported when it first runs. "": the module of that name in the kernel's folder.
+        gradients: the module of `backward`; "": the same.
         rank: its rank for "auto" by type of device or `ELSEWHERE`; the highest that can run the call is taken. Without
             a rank it runs only by name.
         dtypes: of q, k and v.
@@ -79,6 +80,7 @@ class Implementation:
     name: str
     kernel: str
     module: str = ""
+    gradients: str = ""
     rank: Mapping[str, int] = dataclasses.field(default_factory=dict)
     dtypes: tuple[torch.dtype, ...] = (*HALF, torch.float32, torch.float64)
     head_dims: int | None = None
@@ -94,6 +96,7 @@ class Implementation:
         installed = self.package is None or importlib.util.find_spec(self.package) is not None
         object.__setattr__(self, "installed", installed)
         object.__setattr__(self, "module", self.module or f"{__package__}.{self.kernel}.{self.name}")
+        object.__setattr__(self, "gradients", self.gradients or self.module)
 
     def obstacle(self, facts: Facts) -> str | None:
         """Why it cannot run a call, or None if it can."""
@@ -113,9 +116,17 @@ class Implementation:
 
     def load(self) -> ModuleType:
         """Its module. A traced call needs it loaded already."""
-        if self.module not in _LOADED:
-            _LOADED[self.module] = importlib.import_module(self.module)
-        return _LOADED[self.module]
+        return _loaded(self.module)
+
+    def load_gradients(self) -> ModuleType:
+        """The module of its `backward`."""
+        return _loaded(self.gradients)
+
+
+def _loaded(module: str) -> ModuleType:
+    if module not in _LOADED:
+        _LOADED[module] = importlib.import_module(module)
+    return _LOADED[module]
 
 
 def _reference(kernel: str, *, autograd: bool = False) -> Implementation:
@@ -132,16 +143,16 @@ def _of_triton(kernel: str, cannot: Callable[[Facts], str | None], **more: Any) 
     return Implementation("triton", kernel, **(fields | more))
 
 
-def _of_gluon(name: str, module: str, **more: Any) -> Implementation:
+def _of_gluon(name: str, **more: Any) -> Implementation:
     fields: dict[str, Any] = {"dtypes": HALF, "cannot": obstacles.gluon, "package": "triton", "packing": _LISTS}
-    return Implementation(name, BLOCK_SPARSE, f"{_GLUON}.{module}", cuts=_BOTH, **fields, **more)
+    return Implementation(name, BLOCK_SPARSE, _GLUON, cuts=_BOTH, **fields, **more)
 
 
 _SINGLE = (*HALF, torch.float32)
 _QUERIES = {"block_q": LARGEST_BLOCK}
 _BOTH = {**_QUERIES, "block_k": LARGEST_BLOCK}
 _LISTS = f"{__package__}.{BLOCK_SPARSE}.triton_lists"
-_GLUON = f"{__package__}.{BLOCK_SPARSE}.gluon"
+_GLUON = f"{__package__}.{BLOCK_SPARSE}.gluon.launches"
 _FLEX = f"{__package__}.{BLOCK_SPARSE}.libraries.flex"
 _CUDNN = f"{__package__}.{BLOCK_SPARSE}.libraries.cudnn"
 _SLA_OPS = f"{__package__}.{SLA}.ops"
@@ -161,9 +172,9 @@ ROWS = (
         packing=_LISTS,
     ),
     # Its gradients were compiled and emulated. No GPU has run them yet, so "auto" takes the next row.
-    _of_gluon("gluon", "launches"),
+    _of_gluon("gluon"),
     # Faster than triton in the five settings of an H200 that have both (benchmarks/LOG.md); the gradients are Triton's.
-    _of_gluon("gluon_triton", "with_triton", rank={"cuda": 30}),
+    _of_gluon("gluon_triton", gradients=f"{__package__}.{BLOCK_SPARSE}.triton", rank={"cuda": 30}),
     Implementation(
         "flex",
         BLOCK_SPARSE,

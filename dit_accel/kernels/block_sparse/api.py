@@ -357,7 +357,7 @@ def attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v, each laid out in memory as [B, N, H, D]; `tensors` are those of `attention_forward`."""
     call = BlockSparseCall.unpack((*tensors, geometry, scale))
-    return named(impl).load().backward(grad_out, grad_lse, out, lse, call)
+    return named(impl).load_gradients().backward(grad_out, grad_lse, out, lse, call)
 
 
 @attention_backward.register_fake
