@@ -86,7 +86,7 @@ def test_weights_that_replace_others_are_recorded_against_the_base_model(outside
 
 def refused(model, path, message, **how):
     before = snapshot(model)
-    with pytest.raises(DitAccelError, match=message) as caught:
+    with pytest.raises(DitAccelError, match=names(message)) as caught:
         dit_accel.load(model, path, **how)
     assert "\n" not in str(caught.value) and unchanged(model, before)
 
@@ -122,49 +122,49 @@ def test_a_lost_part_is_named(sharded, tiny_wan):
     lost = sorted(sharded.glob("*.safetensors"))[1]
     content = lost.read_bytes()
     lost.unlink()
-    refused(tiny_wan(), sharded.parent, "lists diffusion_pytorch_model-00002-of-00002.safetensors, which is missing")
+    refused(tiny_wan(), sharded.parent, "diffusion_pytorch_model-00002-of-00002.safetensors missing")
     index = next(sharded.glob("*.json"))
     listed = index.read_text()
     index.unlink()
     refused(tiny_wan(), sharded.parent, "1 of 2 parts")
     lost.write_bytes(content[:-4])
-    refused(tiny_wan(), sharded.parent, f"{lost.name} is truncated or damaged")
+    refused(tiny_wan(), sharded.parent, f"{lost.name} damaged")
     lost.write_bytes(content)
     index.write_text(listed.replace("out_proj_out.bias", "out_proj_out.bais"))
-    refused(tiny_wan(), sharded.parent, "index.json and its files differ: out_proj_out.bais")
+    refused(tiny_wan(), sharded.parent, "index.json out_proj_out.bais")
 
 
 @pytest.mark.parametrize("name", ["weights.pth", "weights.pt", "pytorch_model.bin", "model.ckpt"])
 def test_a_pickle_is_refused_with_the_command_that_converts_it(name, outside, tiny_wan, tmp_path):
     torch.save({f"out_{key}": value for key, value in moved(tiny_wan()).items()}, tmp_path / name)
-    with pytest.raises(DitAccelError, match="is a pickle") as caught:
+    with pytest.raises(DitAccelError, match="pickle") as caught:
         dit_accel.load(tiny_wan(), tmp_path / name)
-    refused(tiny_wan(), tmp_path, "is a pickle")
+    refused(tiny_wan(), tmp_path, "pickle")
     program = str(caught.value).partition('python -c "')[2].removesuffix('"')
     exec(program, {})
     dit_accel.load(tiny_wan(), tmp_path).remove()
 
 
 def test_other_files_are_refused(outside, tiny_wan, tiny_flux, tmp_path):
-    refused(tiny_wan(), tmp_path, "no saved accelerator and no .safetensors file")
-    refused(tiny_wan(), tmp_path / "nowhere" / "at" / "all", "there is no such file or folder")
-    refused(tiny_wan(), 5, "got 5")
+    refused(tiny_wan(), tmp_path, ".safetensors")
+    refused(tiny_wan(), tmp_path / "nowhere" / "at" / "all", "nowhere/at/all")
+    refused(tiny_wan(), 5, "5")
     (tmp_path / "a.txt").write_text("")
-    refused(tiny_wan(), tmp_path / "a.txt", "no .safetensors file")
+    refused(tiny_wan(), tmp_path / "a.txt", "a.txt .safetensors")
     for name in "ab":
         save_file({"something.weight": torch.zeros(2)}, tmp_path / f"{name}.safetensors")
-    refused(tiny_wan(), tmp_path, "several weights: a.safetensors, b.safetensors. Name one")
-    refused(tiny_wan(), tmp_path / "a.safetensors", "of no known format; they start with something.weight")
-    refused(tiny_wan(), tmp_path / "a.safetensors", "A revision is for repositories", revision="main")
+    refused(tiny_wan(), tmp_path, "a.safetensors, b.safetensors")
+    refused(tiny_wan(), tmp_path / "a.safetensors", "something.weight")
+    refused(tiny_wan(), tmp_path / "a.safetensors", "revision", revision="main")
     save_file({"out_proj_out.bias": torch.zeros(16)}, tmp_path / "c.safetensors")
-    refused(tiny_flux(), tmp_path / "c.safetensors", "outside, for WanTransformer3DModel; .* a FluxTransformer2DModel")
-    refused(tiny_wan(), tmp_path / "c.safetensors", "gna has no setting 'widow'", widow=3)
+    refused(tiny_flux(), tmp_path / "c.safetensors", "outside WanTransformer3DModel FluxTransformer2DModel")
+    refused(tiny_wan(), tmp_path / "c.safetensors", "gna 'widow'", widow=3)
     pair = types.SimpleNamespace(components={"transformer": tiny_wan(), "transformer_2": tiny_wan()})
     with pytest.raises(DitAccelError, match=names("transformer", "transformer_2")):
         dit_accel.load(pair, tmp_path / "c.safetensors")
     with dit_accel.accelerated(tiny_wan(), "gna", window=3) as accel:
         accel.save_pretrained(tmp_path / "ours")
-    refused(tiny_wan(), tmp_path / "ours", "saved accelerator .*Leave out window", window=5)
+    refused(tiny_wan(), tmp_path / "ours", "saved accelerator window", window=5)
 
 
 def test_a_model_whose_weights_cannot_be_replaced_is_refused(outside, tiny_wan, tmp_path):
@@ -179,7 +179,7 @@ def test_two_formats_that_both_fit_are_an_error(outside, monkeypatch, tiny_wan, 
     known["twin"] = type("Twin", (type(known["outside"]),), {"name": "twin"})()
     monkeypatch.setattr(published, "get_formats", lambda: known)
     save_file({"out_proj_out.bias": torch.zeros(16)}, tmp_path / "c.safetensors")
-    refused(tiny_wan(), tmp_path / "c.safetensors", r"several formats \(outside, twin\)")
+    refused(tiny_wan(), tmp_path / "c.safetensors", "formats (outside, twin)")
 
 
 def test_an_error_while_weights_are_replaced_restores_them(outside, monkeypatch, tiny_wan, tmp_path):
@@ -256,9 +256,9 @@ def test_one_file_of_a_repository(outside, monkeypatch, tiny_wan, tmp_path):
 def test_a_repository_of_pickles_is_refused_before_it_is_fetched(outside, monkeypatch, tiny_wan, tmp_path):
     (tmp_path / "TurboWan.pth").write_bytes(b"")
     hub = Hub(monkeypatch, tmp_path)
-    refused(tiny_wan(), "owner/name", "hf download owner/name TurboWan.pth .*safetensors.torch")
+    refused(tiny_wan(), "owner/name", "hf download owner/name TurboWan.pth safetensors.torch")
     assert not hub.requests
 
 
 def test_an_unreachable_hub_is_one_line(tiny_wan):
-    refused(tiny_wan(), "owner/name", "no repository of that name could be fetched")
+    refused(tiny_wan(), "owner/name", "owner/name repository")

@@ -188,7 +188,7 @@ class TestModels:
         model = copy(wan_folder)
         (model / "vae" / "config.json").unlink()
         line = refused(*verb, "--model", model)
-        assert "vae/config.json is no configuration of vae" in line and "No such file" in line
+        assert says(line, "vae/config.json", "No such file")
 
     def test_family_that_is_not_supported(self, refused, verb, tmp_path):
         index = {"_class_name": "XPipeline", "transformer": ["diffusers", "XTransformer3DModel"]}
@@ -300,17 +300,17 @@ class TestSaved:
     [
         ((), "--grid"),
         (("--grid", "2x2x2", "--model", "demo"), "--grid"),
-        (("--grid", "2x2"), "--grid is frames x height x width"),
-        (("--grid", "0x2x2"), "frames as an integer >= 1"),
-        (("--grid", "2x2x2", "--frames", "5"), "belong to --model"),
-        (("--grid", "2x2x2", "--revision", "main"), "--revision belong to --model"),
-        (("--model", "demo", "--text", "5"), "belong to --grid"),
-        (("--grid", "4x4x4", "--image", "mask.jpg"), "--image mask.jpg should end in .png"),
+        (("--grid", "2x2"), "--grid 2x2"),
+        (("--grid", "0x2x2"), "frames 1 0"),
+        (("--grid", "2x2x2", "--frames", "5"), "--frames --model --grid"),
+        (("--grid", "2x2x2", "--revision", "main"), "--revision --model"),
+        (("--model", "demo", "--text", "5"), "--text --grid"),
+        (("--grid", "4x4x4", "--image", "mask.jpg"), "--image mask.jpg .png"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )
 def test_plan_options(refused, demo, options, message):
-    assert message in refused("plan", "--method", "radial", *options)
+    assert says(refused("plan", "--method", "radial", *options), message)
 
 
 @pytest.mark.parametrize("verb", ["plan", "generate"])
