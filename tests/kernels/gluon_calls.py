@@ -60,16 +60,21 @@ def rounded(problem, dtype):
 
 
 @contextlib.contextmanager
-def changed(tmp_path, module, kernel, *changes):
-    """A kernel from its module's source with texts replaced."""
-    text = pathlib.Path(module.__file__).read_text()
+def changed(tmp_path, modules, kernel, *changes):
+    """A kernel from the sources of modules with texts replaced; each module may import from those before it."""
+    texts = [pathlib.Path(module.__file__).read_text() for module in modules]
     for old, new in changes:
-        assert text.count(old) == 1, old
-        text = text.replace(old, new)
-    path = tmp_path / "changed_kernel.py"
-    path.write_text(text)
-    spec = importlib.util.spec_from_file_location("changed_kernel", path)
-    made = sys.modules["changed_kernel"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(made)
+        assert sum(text.count(old) for text in texts) == 1, old
+        texts = [text.replace(old, new) for text in texts]
+    names = {module.__name__: f"changed_{module.__name__.rpartition('.')[2]}" for module in modules}
+    for module, text in zip(modules, texts, strict=True):
+        for name, other in names.items():
+            text = text.replace(f"from {name} import", f"from {other} import")
+        path = tmp_path / f"{names[module.__name__]}.py"
+        path.write_text(text)
+        spec = importlib.util.spec_from_file_location(path.stem, path)
+        made = sys.modules[path.stem] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(made)
     yield getattr(made, kernel)
-    del sys.modules["changed_kernel"]
+    for name in names.values():
+        del sys.modules[name]

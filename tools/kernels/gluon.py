@@ -10,6 +10,7 @@ from triton.experimental.gluon import language as gl
 
 from dit_accel.kernels.block_sparse.geometry import Shape
 from dit_accel.kernels.block_sparse.gluon.copies import KEYS, Distances, GluonProblem, TiledSide
+from dit_accel.kernels.block_sparse.gluon.items import Queue
 from dit_accel.kernels.block_sparse.gluon.launches import LAUNCH, ROWS, STAGES_DKDV, STAGES_DQ, constants, half_of
 from dit_accel.kernels.records import Visits
 from dit_accel.kernels.tuning import RASTER
@@ -27,7 +28,7 @@ def _problem(read: int) -> tuple[tuple[str, Any], ...]:
 VISITS = Visits("*i32", "*i32", "*i32", "*i32", "*i64", "i32")
 SIDE = TiledSide(*["i32"] * 9)
 DISTANCES = Distances("i32", "i32", "i32")
-POINTERS = (("lse", "*fp32"), ("scale", "fp32"), *_problem(3))
+POINTERS = (("lse", "*fp32"), ("scale", "fp32"), ("queue", Queue("*i32", "i32", "i32")), *_problem(3))
 
 
 def builds(arch: int) -> Iterator[Build]:

@@ -20,18 +20,27 @@ from dit_accel.kernels.block_sparse.gluon.copies import (
     KEYS,
     ROWS,
     copy_in,
-    head_read,
+    end_of,
     head_written,
+    item_at,
+    list_of,
     over_samples,
-    own_block,
-    own_list,
-    own_query,
-    own_sample,
+    own_number,
     part_of,
     put,
-    steps_of,
+    query_of,
 )
-from dit_accel.kernels.block_sparse.gluon.forward import allocated, attend_part, produce, rows_of_part
+from dit_accel.kernels.block_sparse.gluon.forward import attend_part, rows_of_part
+from dit_accel.kernels.block_sparse.gluon.items import (
+    allocated,
+    announce_end,
+    announced,
+    give_no_values,
+    next_item,
+    put_output,
+    take_no_values,
+)
+from dit_accel.kernels.block_sparse.gluon.producer import produce_item
 from dit_accel.kernels.block_sparse.triton_tokens import LOG2E
 from dit_accel.kernels.jit import gluon_kernel
 from dit_accel.kernels.sla.call import EPSILON
@@ -50,19 +59,31 @@ def table_in(buffers, steps, D: gl.constexpr, STAGES: gl.constexpr):
 
 @gluon.jit
 def produce_both(
-    q, k, v, table, problem, buffers,
+    q_tile, q_run, k_tile, k_run, v_tile, v_run, table, distances, problem, queue, buffers,
     D: gl.constexpr, BLOCK_K: gl.constexpr, TILE_Q: gl.constexpr, HALF: gl.constexpr, TILE_K: gl.constexpr,
     STAGES: gl.constexpr,
 ):  # fmt: skip
-    """The producer: queries, keys and values, then the table."""
-    produce(q, k, v, problem, buffers, D, BLOCK_K, TILE_Q, HALF, TILE_K, STAGES)
-    steps = steps_of(own_list(problem), BLOCK_K)
-    full = buffers.k_full.index(steps % STAGES)
-    mbarrier.wait(buffers.k_empty.index(steps % STAGES), (steps // STAGES & 1) ^ 1)
-    mbarrier.expect(full, D * D * 2)
-    mbarrier.arrive(full, count=1)
-    _block, head = own_block(problem)
-    copy_in(table, (over_samples(own_sample(), head, problem) * D, 0), full, table_in(buffers, steps, D, STAGES))
+    """The producer: of each item queries, keys and values, then the table, which is a step without values."""
+    number = own_number()
+    turn = number * 0
+    first = number * 0
+    while number < queue.items:
+        item = item_at(number, queue.heads, problem)
+        end = produce_item(
+            number, item, turn, first, q_tile, q_run, k_tile, k_run, v_tile, v_run, distances, problem, buffers,
+            D, BLOCK_K, TILE_Q, HALF, TILE_K, STAGES,
+        )  # fmt: skip
+        full = buffers.k_full.index(end % STAGES)
+        mbarrier.wait(buffers.k_empty.index(end % STAGES), (end // STAGES & 1) ^ 1)
+        mbarrier.expect(full, D * D * 2)
+        mbarrier.arrive(full, count=1)
+        row = over_samples(item.sample, item.head, problem) * D
+        copy_in(table, (row, 0), full, table_in(buffers, end, D, STAGES))
+        give_no_values(end, buffers, STAGES)
+        first = end + 1
+        turn += 1
+        number = next_item(queue)
+    announce_end(number, turn, buffers)
 
 
 @gluon.jit
@@ -81,7 +102,7 @@ def features(x, MAP: gl.constexpr):
 
 @gluon.jit
 def consume_both(
-    out, exact, lse, sums, scale, problem, buffers, training,
+    out_tile, out_run, exact_tile, exact_run, lse, sums, tokens, scale, problem, queue, buffers, training,
     PART: gl.constexpr, D: gl.constexpr, BLOCK_K: gl.constexpr, TILE_Q: gl.constexpr, HALF: gl.constexpr,
     TILE_K: gl.constexpr, STAGES: gl.constexpr, MAP: gl.constexpr,
 ):  # fmt: skip
@@ -89,41 +110,52 @@ def consume_both(
     S: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, KEYS, 16])
     A: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, D, 16])
     P: gl.constexpr = gl.DotOperandLayout(0, A, 2)
-    walk = own_list(problem)
-    steps = steps_of(walk, BLOCK_K)
-    acc, row_lse = attend_part(walk, scale, problem, buffers, PART, D, BLOCK_K, STAGES)
+    number = announced(0, buffers, PART)
+    turn = number * 0
+    first = number * 0
     q = buffers.q.index(PART)
-    x = q.load(A)
-    if training != 0:
-        where = part_of(own_query(problem, TILE_Q), PART, TILE_Q)
-        rows, valid = rows_of_part(where, problem.queries, HALF, S)
-        gl.store(lse + rows, row_lse, mask=valid)
-        q.store(acc.to(q.dtype))
-        fence_async_shared()
-        put(exact, where, q, HALF, D)
-    phi = features(x, MAP).to(q.dtype)
-    columns = gl.arange(0, D, gl.SliceLayout(0, A))
-    _block, head = own_block(problem)
-    sums += over_samples(own_sample(), head, problem) * (2 * D + 1)
-    divisor = gl.sum(phi.to(gl.float32) * gl.load(sums + columns)[None, :], 1) + EPS
-    mbarrier.wait(buffers.k_full.index(steps % STAGES), steps // STAGES & 1)
-    zero = gl.zeros([ROWS, D], gl.float32, A)
-    table = table_in(buffers, steps, D, STAGES)
-    branch = warpgroup_mma(gl.convert_layout(phi, P), table, zero, use_acc=False, is_async=True)
-    branch = warpgroup_mma_wait(0, deps=(branch,))
-    acc += branch * (gl.load(sums + 2 * D) / divisor)[:, None] + gl.load(sums + D + columns)[None, :]
-    if training != 0:
-        tma.store_wait(0)
-    q.store(acc.to(q.dtype))
-    fence_async_shared()
-    put(out, part_of(own_query(problem, TILE_Q), PART, TILE_Q), q, HALF, D)
+    while number < queue.items:
+        item = item_at(number, queue.heads, problem)
+        walk = list_of(item, first, problem, BLOCK_K)
+        acc, row_lse = attend_part(walk, scale, problem, buffers, PART, D, BLOCK_K, STAGES)
+        x = q.load(A)
+        where = part_of(query_of(item, problem, TILE_Q), PART, TILE_Q)
+        if training != 0:
+            rows, valid = rows_of_part(where, problem.queries, HALF, S)
+            head_lse = lse + over_samples(item.sample, item.head, problem).to(gl.int64) * tokens
+            gl.store(head_lse + rows, row_lse, mask=valid)
+            q.store(acc.to(q.dtype))
+            fence_async_shared()
+            exact = head_written(exact_tile, exact_run, tokens, item.sample, item.head, D)
+            put(exact, where, q, 0, 1, HALF, D)
+        phi = features(x, MAP).to(q.dtype)
+        columns = gl.arange(0, D, gl.SliceLayout(0, A))
+        head_sums = sums + over_samples(item.sample, item.head, problem) * (2 * D + 1)
+        divisor = gl.sum(phi.to(gl.float32) * gl.load(head_sums + columns)[None, :], 1) + EPS
+        end = end_of(walk, BLOCK_K)
+        mbarrier.wait(buffers.k_full.index(end % STAGES), end // STAGES & 1)
+        zero = gl.zeros([ROWS, D], gl.float32, A)
+        table = table_in(buffers, end, D, STAGES)
+        branch = warpgroup_mma(gl.convert_layout(phi, P), table, zero, use_acc=False, is_async=True)
+        branch = warpgroup_mma_wait(0, deps=(branch,))
+        if training != 0:
+            tma.store_wait(0)
+        mbarrier.arrive(buffers.q_empty.index(0), count=1)
+        take_no_values(end, buffers, STAGES)
+        factor = gl.load(head_sums + 2 * D)
+        acc += branch * (factor / divisor)[:, None] + gl.load(head_sums + D + columns)[None, :]
+        first = end + 1
+        out = head_written(out_tile, out_run, tokens, item.sample, item.head, D)
+        put_output(acc, out, where, first, turn, buffers, PART, D, HALF, STAGES)
+        turn += 1
+        number = announced(turn, buffers, PART)
     tma.store_wait(0)
 
 
 @gluon_kernel
 def sparse_linear_gluon_fwd_kernel(
     lse, q_tile, q_run, k_tile, k_run, v_tile, v_run, out_tile, out_run, exact_tile, exact_run, table,
-    sums, problem, distances, scale, tokens, training,
+    sums, problem, queue, distances, scale, tokens, training,
     D: gl.constexpr, BLOCK_K: gl.constexpr, TILE_Q: gl.constexpr, HALF: gl.constexpr, TILE_K: gl.constexpr,
     STAGES: gl.constexpr, MAP: gl.constexpr,
 ):  # fmt: skip
@@ -132,26 +164,22 @@ def sparse_linear_gluon_fwd_kernel(
     Arguments as in `block_sparse_gluon_fwd_kernel` and `triton_forward.sparse_linear_fwd_kernel`. The table is
     [B * H * D, D]. sums are fp32 [B, H, 2 D + 1]: the sum of phi(k), the bias, and the table's factor.
     """
-    _block, head = own_block(problem)
-    q = head_read(q_tile, q_run, distances[0], own_sample(), head)
-    k = head_read(k_tile, k_run, distances[1], own_sample(), head)
-    v = head_read(v_tile, v_run, distances[2], own_sample(), head)
-    out = head_written(out_tile, out_run, tokens, own_sample(), head, D)
-    exact = head_written(exact_tile, exact_run, tokens, own_sample(), head, D)
-    lse += over_samples(own_sample(), head, problem).to(gl.int64) * tokens
     buffers = allocated(q_run.dtype, D, STAGES)
     gl.warp_specialize(
         [
-            (produce_both, (q, k, v, table, problem, buffers, D, BLOCK_K, TILE_Q, HALF, TILE_K, STAGES)),
+            (produce_both, (
+                q_tile, q_run, k_tile, k_run, v_tile, v_run, table, distances, problem, queue, buffers,
+                D, BLOCK_K, TILE_Q, HALF, TILE_K, STAGES,
+            )),
             (consume_both, (
-                out, exact, lse, sums, scale, problem, buffers, training,
+                out_tile, out_run, exact_tile, exact_run, lse, sums, tokens, scale, problem, queue, buffers, training,
                 0, D, BLOCK_K, TILE_Q, HALF, TILE_K, STAGES, MAP,
             )),
             (consume_both, (
-                out, exact, lse, sums, scale, problem, buffers, training,
+                out_tile, out_run, exact_tile, exact_run, lse, sums, tokens, scale, problem, queue, buffers, training,
                 1, D, BLOCK_K, TILE_Q, HALF, TILE_K, STAGES, MAP,
             )),
         ],
         [4, 4],
-        [232, 232],
+        [216, 216],
     )  # fmt: skip

@@ -25,6 +25,8 @@ FRAMES, SMALL, WIDE, NATIVE, rounded = calls.FRAMES, calls.SMALL, calls.WIDE, ca
 pytestmark = calls.SOMEWHERE
 DTYPES = [torch.float16, torch.bfloat16]
 KERNEL = gluon_forward.block_sparse_gluon_fwd_kernel
+SOURCES = ("items", "producer", "forward")
+MODULES = [pytest.importorskip(f"dit_accel.kernels.block_sparse.gluon.{name}") for name in SOURCES]
 
 
 @pytest.fixture(autouse=True)
@@ -35,6 +37,7 @@ def emulate(monkeypatch):
         monkeypatch.setattr(gluon, "block_sparse_gluon_fwd_kernel", calls.Emulated(kernel, **options))
 
     if not NATIVE:
+        monkeypatch.setattr(gluon, "multiprocessors", lambda _: 2)
         for row in (impls.named("gluon"), impls.named("gluon_triton")):
             key = row.kernel, row.name
             monkeypatch.setitem(impls._TABLE, key, dataclasses.replace(row, cannot=obstacles.nothing))
@@ -118,16 +121,46 @@ def test_every_order_of_events_gives_the_same_bits(make_problem, emulate, case):
 
 
 WAIT_K = "mbarrier.wait(buffers.k_empty.index(stage), phase ^ 1)"
-RELEASE_K = "            mbarrier.arrive(buffers.k_empty.index(stage), count=1)\n"
+RELEASE_K = "            release_keys(i, end, buffers, STAGES, KEEP)\n"
+RELEASE_LAST = "        mbarrier.arrive(buffers.v_empty.index(last), count=1)\n"
 RELEASE_V = "            mbarrier.arrive(buffers.v_empty.index(before), count=1)\n"
 WAIT_S = "            scores = warpgroup_mma_wait(1, deps=(scores,))\n"
 WAIT_V = "            mbarrier.wait(buffers.v_full.index(before), (i - 1) // STAGES & 1)\n"
+ANY = {"deadlock", "error", "nan", "other"}
 FAULTS = {
     "phase of k_empty": ([(WAIT_K, WAIT_K.replace("phase ^ 1", "phase"))], "nothing can go on"),
     "phase of v_full": ([("(i - 1) // STAGES & 1)", "i // STAGES & 1)")], "nothing can go on"),
     "k never released": ([(RELEASE_K, "")], "nothing can go on"),
     "scores not waited for": ([(WAIT_S, WAIT_S.replace("wait(1", "wait(2"))], "leaves in flight"),
     "output not fenced": ([("    fence_async_shared()\n    put(", "    put(")], "without fence_async_shared"),
+    "last v never released": ([(RELEASE_LAST, "")], "nothing can go on"),
+}
+WAIT_Q = "    mbarrier.wait(buffers.q_empty.index(0), (turn & 1) ^ 1)\n"
+STORED = "        tma.store_wait(0)\n        mbarrier.arrive(buffers.k_empty.index((first - 1) % STAGES), count=1)\n"
+OTHER = "    mbarrier.wait(buffers.q_empty.index(0), turn & 1)  # the other consumer has multiplied what is there\n"
+NO_VALUES = "            give_no_values(end, buffers, STAGES)\n"
+# Each is right for a program's first item.
+ITEM_FAULTS = {
+    "the producer counts steps anew": ([("        first = end\n", "        first = end * 0\n")], {"deadlock"}),
+    "consumers count steps anew": (
+        [("gl.maximum(end_of(walk, BLOCK_K), first + 1)", "first * 0")],
+        {"deadlock", "error"},
+    ),
+    "phase of q_full": (
+        [("mbarrier.wait(buffers.q_full.index(PART), turn & 1)", "mbarrier.wait(buffers.q_full.index(PART), 0)")],
+        ANY,
+    ),
+    "phase of q_empty": ([(WAIT_Q, WAIT_Q.replace("(turn & 1) ^ 1", "1"))], ANY),
+    "q overwritten early": ([(WAIT_Q, "")], ANY),
+    "another turn's number": (
+        [("buffers.numbers.index(turn & 1).load", "buffers.numbers.index((turn & 1) ^ 1).load")],
+        ANY,
+    ),
+    "output stored late": ([(STORED, STORED.split("\n")[1] + "\n")], {"nan"}),
+    "output where keys are being multiplied": ([(OTHER, "")], ANY),
+    "buffer of the output never released": ([(STORED, "        tma.store_wait(0)\n")], {"deadlock"}),
+    "no step for an empty list": ([(NO_VALUES, "")], {"deadlock"}),
+    "consumers not ended": ([("    announce_end(number, turn, buffers)\n", "")], {"deadlock"}),
 }
 
 
@@ -136,10 +169,61 @@ FAULTS = {
 def test_the_emulator_finds_what_is_wrong_in_the_kernel(make_problem, emulate, tmp_path, fault):
     changes, words = FAULTS[fault]
     problem = rounded(make_problem(**CASES["long"]), torch.float16)
-    with calls.changed(tmp_path, gluon_forward, "block_sparse_gluon_fwd_kernel", *changes) as kernel:
+    with calls.changed(tmp_path, MODULES, KERNEL.fn.__name__, *changes) as kernel:
         emulate(kernel)
         with pytest.raises(emulator.KernelError, match=names(words)):
             forward(problem)
+
+
+@pytest.fixture
+def uneven(make_problem):
+    """Two samples of 7 rows of 0 to 7 steps for 3 buffers; empty rows are first, last and side by side."""
+    problem = rounded(make_problem(shape=(1, 7, 128), topk=14, batch=2, **SMALL), torch.float16)
+    counts = torch.tensor([[0, 1, 14, 0, 0, 4, 11], [6, 5, 2, 9, 8, 3, 0]], dtype=torch.int32)
+    problem.lists[1].copy_(counts[:, None])
+    return problem
+
+
+@pytest.mark.skipif(NATIVE, reason="a GPU has its own number of multiprocessors")
+@pytest.mark.parametrize("programs", [1, 3, 13, 50])
+def test_programs_take_items_in_turn(monkeypatch, emulate, uneven, programs):
+    """Whatever the number of programs and the order of events, the bits are those of one program an item."""
+    exact = forward(uneven, "reference", torch.float64)
+    out, lse = plain_attention(uneven.q, uneven.k, uneven.v, uneven.mask(), uneven.scale)
+    monkeypatch.setattr(gluon, "multiprocessors", lambda _: 14)
+    want = forward(uneven)
+    plain = {"out": out.nan_to_num(0.0), "lse": lse.masked_fill(lse == float("-inf"), 0.0)}
+    for name, result in want.items():
+        assert_accurate(name, result, plain[name], exact[name])
+    monkeypatch.setattr(gluon, "multiprocessors", lambda _: programs)
+    for seed, order in enumerate((*emulator.ORDERS, "random")):
+        emulate(seed=seed, order=order)
+        for name, result in forward(uneven).items():
+            assert torch.equal(result, want[name]), (name, order)
+
+
+@pytest.mark.skipif(NATIVE, reason="what hangs here would hang a GPU")
+@pytest.mark.parametrize("fault", ITEM_FAULTS)
+def test_what_is_not_carried_to_the_next_item_shows(monkeypatch, emulate, uneven, tmp_path, fault):
+    """In some order of events."""
+    changes, signs = ITEM_FAULTS[fault]
+    monkeypatch.setattr(gluon, "multiprocessors", lambda _: 1)
+    want, seen = forward(uneven), set()
+    with calls.changed(tmp_path, MODULES, KERNEL.fn.__name__, *changes) as kernel:
+        for seed in range(4):
+            for order in emulator.ORDERS:
+                emulate(kernel, seed=seed, order=order)
+                try:
+                    got = forward(uneven)
+                    seen |= {"nan"} if got["out"].isnan().any() else set()
+                    seen |= {"other"} if any(not torch.equal(got[name], want[name]) for name in want) else set()
+                except emulator.Deadlock:
+                    seen.add("deadlock")
+                except (emulator.KernelError, RuntimeError):  # PyTorch refuses a division by 0
+                    seen.add("error")
+                if seen & signs:
+                    return
+    pytest.fail(f"no order of events showed it: {seen}")
 
 
 @pytest.mark.skipif(NATIVE, reason="what is read here is the memory of another tile")
@@ -153,7 +237,7 @@ def test_the_emulator_finds_what_is_wrong_in_the_kernel(make_problem, emulate, t
 def test_values_of_another_tile_show(make_problem, emulate, tmp_path, changes, signs):
     """In some order of events: a buffer that is released before its product is waited for, and one not waited for."""
     problem, seen = rounded(make_problem(**CASES["long"]), torch.float16), set()
-    with calls.changed(tmp_path, gluon_forward, "block_sparse_gluon_fwd_kernel", *changes) as kernel:
+    with calls.changed(tmp_path, MODULES, KERNEL.fn.__name__, *changes) as kernel:
         for seed in range(4):
             emulate(kernel, seed=seed, order="lazy")
             try:
@@ -185,7 +269,7 @@ def test_words_of_another_step_show(make_problem, emulate, tmp_path, fault):
     """In some order of events, each fault of the words in shared memory changes the result."""
     problem = rounded(make_problem(**PADDED), torch.float16)
     want = forward(problem)
-    with calls.changed(tmp_path, gluon_forward, "block_sparse_gluon_fwd_kernel", *WORD_FAULTS[fault]) as kernel:
+    with calls.changed(tmp_path, MODULES, KERNEL.fn.__name__, *WORD_FAULTS[fault]) as kernel:
         for seed, order in enumerate(emulator.ORDERS):
             emulate(kernel, seed=seed, order=order)
             if any(not torch.equal(result, want[name]) for name, result in forward(problem).items()):

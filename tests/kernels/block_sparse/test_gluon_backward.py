@@ -177,7 +177,7 @@ def test_the_emulator_finds_what_is_wrong_in_a_kernel(make_problem, emulate, tmp
     module, changes, words = FAULTS[fault]
     name = next(name for name in KERNELS if hasattr(module, name))
     problem = rounded(make_problem(**LONG), HALF)
-    with calls.changed(tmp_path, module, name, *changes) as kernel:
+    with calls.changed(tmp_path, [module], name, *changes) as kernel:
         for seed in range(4):
             emulate({name: kernel}, seed=seed, order="lazy")
             if words != "nan":

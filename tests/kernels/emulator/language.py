@@ -41,6 +41,9 @@ class Pointer:
     def __add__(self, offset):
         return Pointer(self.tensor, self.offset + offset)
 
+    def __sub__(self, offset):
+        return Pointer(self.tensor, self.offset - offset)
+
     def _places(self, mask):
         places = torch.as_tensor(self.offset).long()
         used = places if mask is None else places.masked_fill(~mask, 0)
@@ -275,6 +278,15 @@ def store(pointer, value, mask=None):
         pointer.tensor.view(-1)[places[mask]] = value[mask].to(pointer.tensor.dtype)
 
 
+def atomic_add(pointer, value):
+    """The old value, as a number; the programs of a launch run one after the other."""
+    _machine().pause()
+    place = pointer._places(None)
+    old = pointer.tensor.view(-1)[place].clone()
+    pointer.tensor.view(-1)[place] += value
+    return old
+
+
 def where(condition, a, b):
     if not isinstance(a, torch.Tensor) and not isinstance(b, torch.Tensor):
         raise KernelError("where() of two constants has no type here")
@@ -339,6 +351,6 @@ gl = types.SimpleNamespace(
     minimum=_both(torch.minimum), maximum=_both(torch.maximum),
     exp2=torch.exp2, log2=torch.log2,
     max=lambda x, axis: x.amax(axis), sum=lambda x, axis: x.sum(axis),
-    where=where, load=load, store=store, inline_asm_elementwise=inline_asm_elementwise,
+    where=where, load=load, store=store, atomic_add=atomic_add, inline_asm_elementwise=inline_asm_elementwise,
     allocate_shared_memory=allocate_shared_memory, warp_specialize=warp_specialize,
 )  # fmt: skip

@@ -51,6 +51,7 @@ def emulate(monkeypatch):
         monkeypatch.setattr(gluon, "sparse_linear_gluon_fwd_kernel", Emulated(**options))
 
     if not NATIVE:
+        monkeypatch.setattr(gluon.engine, "multiprocessors", lambda _: 2)
         row = impls.named("gluon", impls.SLA)
         key = row.kernel, row.name
         monkeypatch.setitem(impls._TABLE, key, dataclasses.replace(row, cannot=obstacles.nothing))

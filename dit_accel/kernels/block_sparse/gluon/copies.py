@@ -9,7 +9,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import tma
 
 from dit_accel.kernels.block_sparse.triton_tokens import key_list, own_program, query_segments, segments_of
-from dit_accel.kernels.records import Corner, Lists, SampleSegments
+from dit_accel.kernels.records import Corner, KeyList, Lists, SampleSegments
 from dit_accel.order import TokenOrder
 
 # Triton 3.9 has new names for the copies
@@ -109,11 +109,23 @@ class GluonProblem(NamedTuple):
         )  # fmt: skip
 
 
+class Item(NamedTuple):
+    """A piece of work: a query block of one head of a sample."""
+
+    block: Any
+    head: Any
+    sample: Any
+
+
 class Walk(NamedTuple):
-    """A program's list (`records.KeyList`), and where its sample's keys begin and its text ends (`SegmentRows`)."""
+    """An item's list (`records.KeyList`), and where its sample's keys begin and its text ends (`SegmentRows`).
+
+    A program numbers its steps through all its items: this one's begin at `first`, and the list is moved there.
+    """
 
     listed: Any
     segments: Any
+    first: Any
 
 
 @gluon.jit
@@ -132,9 +144,18 @@ def own_sample():
 
 
 @gluon.jit
-def own_block(problem):
-    """This program's query block, and its head of the sample."""
-    return own_program(own_number(), problem.heads, problem.queries.visual_blocks, problem.dense)
+def own_item(problem):
+    """The item of a program that has one."""
+    block, head = own_program(own_number(), problem.heads, problem.queries.visual_blocks, problem.dense)
+    return Item(block, head, own_sample())
+
+
+@gluon.jit
+def item_at(number, all_heads, problem):
+    """The item of a number, counted over all heads of all samples."""
+    block, head = own_program(number, all_heads, problem.queries.visual_blocks, problem.dense)
+    sample = head // problem.heads
+    return Item(block, head - sample * problem.heads, sample)
 
 
 @gluon.jit
@@ -219,17 +240,19 @@ def part_of_buffer(buffer, PART: gl.constexpr, PARTS: gl.constexpr):
 
 
 @gluon.jit
-def put(x, where, buffer, TILE: gl.constexpr, D: gl.constexpr):
-    """Start the copy of a consumer's buffer [ROWS, D] to its rows in memory."""
+def put(x, where, buffer, PART: gl.constexpr, PARTS: gl.constexpr, TILE: gl.constexpr, D: gl.constexpr):
+    """Start the copy of the PART-th ROWS of a buffer [PARTS * ROWS, D] to their rows in memory."""
     first = x.offset + where.first
     run = (RUN, first + where.size, RUN - where.size + where.place, x.column)
+    as_run = buffer.reshape([PARTS, 1, ROWS, D])
     if TILE[1] == 0:
-        copy_out(x.run, run, buffer.reshape([1, 1, ROWS, D]))
+        copy_out(x.run, run, part_of_buffer(as_run, PART, PARTS))
     elif where.is_visual:
         tile = (first, where.t, where.h, where.w, x.column)
-        copy_out(x.tile, tile, buffer.reshape([1, TILE[0], TILE[1], TILE[2], D]))
+        as_tile = buffer.reshape([PARTS, TILE[0], TILE[1], TILE[2], D])
+        copy_out(x.tile, tile, part_of_buffer(as_tile, PART, PARTS))
     else:
-        copy_out(x.run, run, buffer.reshape([1, 1, ROWS, D]))
+        copy_out(x.run, run, part_of_buffer(as_run, PART, PARTS))
 
 
 @gluon.jit
@@ -245,32 +268,33 @@ def own_query_segments(problem):
 
 
 @gluon.jit
-def own_query(problem, TILE_Q: gl.constexpr):
-    """Where this program's query block lies."""
-    block, _head = own_block(problem)
-    segments = own_query_segments(problem)
-    return corner_at(block, segments, problem.queries, 2 * ROWS, TILE_Q)
+def query_of(item, problem, TILE_Q: gl.constexpr):
+    """Where an item's query block lies."""
+    segments = query_segments(segments_of(item.sample, problem), problem, problem.query_text)
+    return corner_at(item.block, segments, problem.queries, 2 * ROWS, TILE_Q)
 
 
 @gluon.jit
-def own_list(problem):
-    """This program's list."""
-    block, head = own_block(problem)
-    row = over_samples(own_sample(), head, problem) * problem.list_rows + block
-    segments = own_segments(problem)
-    return Walk(key_list(row, problem), segments)
+def list_of(item, first, problem, BLOCK_K: gl.constexpr):
+    """An item's list, whose first step has the number `first`."""
+    row = over_samples(item.sample, item.head, problem) * problem.list_rows + item.block
+    segments = segments_of(item.sample, problem)
+    places, pure, clean, tabled, count, number = key_list(row, problem)
+    moved = first * (KEYS // BLOCK_K)
+    listed = KeyList(places - moved, pure + moved, clean + moved, tabled + moved, count + moved, number)
+    return Walk(listed, segments, first)
 
 
 @gluon.jit
-def steps_of(walk, BLOCK_K: gl.constexpr):
-    """Steps of KEYS slots that a list has."""
+def end_of(walk, BLOCK_K: gl.constexpr):
+    """The number behind a list's last step, each of KEYS slots."""
     return gl.cdiv(walk.listed.count, KEYS // BLOCK_K)
 
 
 @gluon.jit
 def entry(i, PART: gl.constexpr, walk, BLOCK_K: gl.constexpr):
-    """The list entry that is the PART-th block of a step; beyond the list its last, which is masked."""
-    return gl.maximum(gl.minimum(i * (KEYS // BLOCK_K) + PART, walk.listed.count - 1), 0)
+    """The list entry that is the PART-th block of a step; beyond the list, which is not empty, its last: masked."""
+    return gl.minimum(i * (KEYS // BLOCK_K) + PART, walk.listed.count - 1)
 
 
 @gluon.jit

@@ -218,7 +218,10 @@ def write(
     values = gl.where((where.is_visual | (slots < where.size))[:, None], values, 0.0)
     buffer.store(values.to(buffer.dtype))
     fence_async_shared()
-    put(x, part_of(own_keys(problem, problem.usual.text_len, BLOCK_K, TILE_K), PART, TILE_K), buffer, PART_K, D)
+    put(
+        x, part_of(own_keys(problem, problem.usual.text_len, BLOCK_K, TILE_K), PART, TILE_K),
+        buffer, 0, 1, PART_K, D,
+    )  # fmt: skip
 
 
 @gluon.jit

@@ -22,25 +22,20 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from dit_accel.kernels.block_sparse.gluon.copies import (
     KEYS,
     ROWS,
+    end_of,
     fetch,
     head_read,
     head_written,
+    list_of,
     over_samples,
-    own_block,
-    own_list,
-    own_query,
-    own_sample,
+    own_item,
     part_of,
     put,
-    steps_of,
+    query_of,
 )
-from dit_accel.kernels.block_sparse.gluon.forward import (
-    allocated,
-    masked,
-    produce_keys,
-    rows_of_part,
-    words_of,
-)
+from dit_accel.kernels.block_sparse.gluon.forward import masked, rows_of_part, words_of
+from dit_accel.kernels.block_sparse.gluon.items import allocated
+from dit_accel.kernels.block_sparse.gluon.producer import produce_keys
 from dit_accel.kernels.block_sparse.triton_tokens import LOG2E
 from dit_accel.kernels.jit import gluon_kernel
 
@@ -52,7 +47,8 @@ def produce(
     STAGES: gl.constexpr,
 ):  # fmt: skip
     """The producer: queries, gradients and outputs of both consumers, then keys and values."""
-    where_q = own_query(problem, TILE_Q)
+    item = own_item(problem)
+    where_q = query_of(item, problem, TILE_Q)
     for part in gl.static_range(2):
         where = part_of(where_q, part, TILE_Q)
         full = buffers.q_full.index(part)
@@ -60,7 +56,7 @@ def produce(
         fetch(q, where, full, buffers.q.index(part), 0, 1, ROWS, HALF, D)
         fetch(g, where, full, buffers.q.index(2 + part), 0, 1, ROWS, HALF, D)
         fetch(o, where, full, buffers.q.index(4 + part), 0, 1, ROWS, HALF, D)
-    produce_keys(k, v, problem, buffers, D, BLOCK_K, TILE_K, STAGES)
+    produce_keys(k, v, list_of(item, 0, problem, BLOCK_K), problem, buffers, D, BLOCK_K, TILE_K, STAGES)
 
 
 @gluon.jit
@@ -95,7 +91,7 @@ def half_step(
     weights = gl.exp2(exponents)
     # The branch in this wait keeps the assembler from moving the weights behind the wait for their gradients
     needed = i + HALF
-    mbarrier.wait(buffers.k_full.index(needed % STAGES), needed // STAGES & 1, pred=needed < steps_of(walk, BLOCK_K))
+    mbarrier.wait(buffers.k_full.index(needed % STAGES), needed // STAGES & 1, pred=needed < end_of(walk, BLOCK_K))
     dp, weights = warpgroup_mma_wait(0, deps=(dp, weights))
     if HALF == 1:
         mbarrier.arrive(buffers.v_empty.index(stage), count=1)
@@ -113,21 +109,22 @@ def consume(
     A: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, D, 16])
     P: gl.constexpr = gl.DotOperandLayout(0, A, 2)
     q, g, o = buffers.q.index(PART), buffers.q.index(2 + PART), buffers.q.index(4 + PART)
-    rows, valid = rows_of_part(part_of(own_query(problem, TILE_Q), PART, TILE_Q), problem.queries, HALF, S)
+    rows, valid = rows_of_part(
+        part_of(query_of(own_item(problem), problem, TILE_Q), PART, TILE_Q), problem.queries, HALF, S
+    )
     row_lse = gl.load(lse + rows, mask=valid, other=float("inf")) * LOG2E
     row_lse = gl.where(row_lse == float("-inf"), float("inf"), row_lse)
     delta = gl.load(grad_lse + rows, mask=valid & ((problem.given & 4) != 0), other=0.0)
     mbarrier.wait(buffers.q_full.index(PART), 0)
     products = gl.sum(o.load(A).to(gl.float32) * g.load(A).to(gl.float32), 1)
     delta = gl.convert_layout(products, gl.SliceLayout(1, S)) - delta
-    block, _head = own_block(problem)
-    unit = block * 2 + PART
+    unit = own_item(problem).block * 2 + PART
     slots = unit * (2 * ROWS) + gl.arange(0, ROWS, gl.SliceLayout(1, S))
     gl.store(statistics + slots, row_lse)
     gl.store(statistics + ROWS + slots, delta)
 
-    walk = own_list(problem)
-    steps = steps_of(walk, BLOCK_K)
+    walk = list_of(own_item(problem), 0, problem, BLOCK_K)
+    steps = end_of(walk, BLOCK_K)
     own = q, g, row_lse, delta, scale * LOG2E, walk, problem, buffers
     acc = gl.zeros([ROWS, D], gl.float32, A)
     if steps > 0:
@@ -142,7 +139,7 @@ def consume(
         acc = warpgroup_mma_wait(0, deps=(summed,))
     o.store((acc * scale).to(q.dtype))
     fence_async_shared()
-    put(dq, part_of(own_query(problem, TILE_Q), PART, TILE_Q), o, HALF, D)
+    put(dq, part_of(query_of(own_item(problem), problem, TILE_Q), PART, TILE_Q), o, 0, 1, HALF, D)
     tma.store_wait(0)
 
 
@@ -163,14 +160,14 @@ def block_sparse_gluon_dq_kernel(
         distances: `copies.Distances` of q, g, o, k and v.
         scale: of the logits, in base e.
     """
-    _block, head = own_block(problem)
-    q = head_read(q_tile, q_run, distances[0], own_sample(), head)
-    g = head_read(g_tile, g_run, distances[1], own_sample(), head)
-    o = head_read(o_tile, o_run, distances[2], own_sample(), head)
-    k = head_read(k_tile, k_run, distances[3], own_sample(), head)
-    v = head_read(v_tile, v_run, distances[4], own_sample(), head)
-    dq = head_written(dq_tile, dq_run, tokens, own_sample(), head, D)
-    head = over_samples(own_sample(), head, problem).to(gl.int64)
+    item = own_item(problem)
+    q = head_read(q_tile, q_run, distances[0], item.sample, item.head)
+    g = head_read(g_tile, g_run, distances[1], item.sample, item.head)
+    o = head_read(o_tile, o_run, distances[2], item.sample, item.head)
+    k = head_read(k_tile, k_run, distances[3], item.sample, item.head)
+    v = head_read(v_tile, v_run, distances[4], item.sample, item.head)
+    dq = head_written(dq_tile, dq_run, tokens, item.sample, item.head, D)
+    head = over_samples(item.sample, item.head, problem).to(gl.int64)
     lse += head * tokens
     grad_lse += head * tokens
     statistics += head * (problem.queries.visual_blocks + problem.dense) * (4 * ROWS)

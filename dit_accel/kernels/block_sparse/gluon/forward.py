@@ -1,8 +1,12 @@
 """The forward kernel of the Gluon implementation, for compute capability 9.0: a producer and two consumers.
 
-A program is one query block of 128 rows of one head. The producer (40 registers a thread) walks the block's list
-and has the copy engine bring key and value tiles into shared memory. Two consumer warpgroups (232 registers a thread)
-attend to the tiles, each for 64 of the rows. Barriers say which buffer is full and which is free.
+An item is one query block of 128 rows of one head. A launch has a program for each multiprocessor, which takes items
+in turn (`items.Queue`). The producer (56 registers a thread) walks the item's list and has the copy engine bring key
+and value tiles into shared memory. Two consumer warpgroups (224 registers a thread) attend to the tiles, each for 64
+of the rows. Barriers say which buffer is full and which is free.
+
+The producer is ahead of the consumers by as many steps as there are buffers, also into the next item. It waits for the
+queries' buffer alone, which consumers leave when they have multiplied the item's last keys.
 
 The producer needs one warp and has four: it comes first, or the assembler spills what it computes before warps part.
 
@@ -18,117 +22,62 @@ So no row outside a segment is read, whatever its memory holds, and grids need n
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
-
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
-    mbarrier,
-    tma,
-    warpgroup_mma,
-    warpgroup_mma_wait,
-)
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 
 from dit_accel.kernels.block_sparse.gluon.copies import (
     KEYS,
     ROWS,
-    corner_at,
-    fetch,
-    fetch_listed,
-    head_read,
+    end_of,
     head_written,
+    item_at,
+    list_of,
     over_samples,
-    own_block,
-    own_list,
-    own_query,
-    own_sample,
+    own_number,
     part_of,
-    place_at,
-    put,
-    steps_of,
+    query_of,
 )
-from dit_accel.kernels.block_sparse.triton_tokens import LOG2E, occupied
+from dit_accel.kernels.block_sparse.gluon.items import (
+    allocated,
+    announce_end,
+    announced,
+    free_output,
+    give_no_values,
+    next_item,
+    put_output,
+    take_no_values,
+)
+from dit_accel.kernels.block_sparse.gluon.producer import produce_item
+from dit_accel.kernels.block_sparse.triton_tokens import LOG2E
 from dit_accel.kernels.jit import gluon_kernel
-
-
-class Buffers(NamedTuple):
-    """Shared memory: tiles, and for each a barrier that says it is full and one that says it is free.
-
-    `words` go with the keys: of each half of a step, which slots of a block hold a token; see `put_words`.
-    """
-
-    q: Any
-    k: Any
-    v: Any
-    words: Any
-    q_full: Any
-    k_full: Any
-    k_empty: Any
-    v_full: Any
-    v_empty: Any
 
 
 @gluon.jit
 def produce(
-    q, k, v, problem, buffers,
+    q_tile, q_run, k_tile, k_run, v_tile, v_run, distances, problem, queue, buffers,
     D: gl.constexpr, BLOCK_K: gl.constexpr, TILE_Q: gl.constexpr, HALF: gl.constexpr, TILE_K: gl.constexpr,
     STAGES: gl.constexpr,
 ):  # fmt: skip
-    """The producer: queries of both consumers, then `produce_keys`."""
-    where_q = own_query(problem, TILE_Q)
-    for part in gl.static_range(2):
-        where = part_of(where_q, part, TILE_Q)
-        mbarrier.expect(buffers.q_full.index(part), ROWS * D * 2)
-        fetch(q, where, buffers.q_full.index(part), buffers.q.index(part), 0, 1, ROWS, HALF, D)
-    produce_keys(k, v, problem, buffers, D, BLOCK_K, TILE_K, STAGES)
-
-
-@gluon.jit
-def put_words(i, near, far, walk, problem, buffers, BLOCK_K: gl.constexpr, TILE_K: gl.constexpr, STAGES: gl.constexpr):
-    """Of each block of a step that needs bounds alone, which slots hold a token: a word for 64 slots, for all rows.
-
-    The producer finds them while consumers multiply earlier steps. Beyond the list no slot holds a token.
-    """
-    ONE: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
-    SPLIT: gl.constexpr = BLOCK_K // 64  # words of a block
-    for half in gl.static_range(2):
-        j = i * (KEYS // BLOCK_K) + half // SPLIT
-        where = corner_at(near if half // SPLIT == 0 else far, walk.segments, problem.keys, BLOCK_K, TILE_K)
-        word = gl.where(j < walk.listed.count, occupied(where, half % SPLIT * 64, problem.keys, TILE_K), 0)
-        buffers.words.index(i % STAGES * 2 + half).store(gl.full([1], word, gl.int64, ONE))
-
-
-@gluon.jit
-def produce_keys(
-    k, v, problem, buffers, D: gl.constexpr, BLOCK_K: gl.constexpr, TILE_K: gl.constexpr, STAGES: gl.constexpr
-):
-    """Keys and values of the listed blocks, in order."""
-    walk = own_list(problem)
-    near = place_at(0, 0, walk, BLOCK_K)
-    far = place_at(0, KEYS // BLOCK_K - 1, walk, BLOCK_K)
-    for i in range(steps_of(walk, BLOCK_K)):
-        stage = i % STAGES
-        phase = i // STAGES & 1
-        next_near = place_at(i + 1, 0, walk, BLOCK_K)  # it takes longer to come than all that follows takes
-        next_far = place_at(i + 1, KEYS // BLOCK_K - 1, walk, BLOCK_K)
-        mbarrier.wait(buffers.k_empty.index(stage), phase ^ 1)
-        mbarrier.expect(buffers.k_full.index(stage), KEYS * D * 2)
-        if (i + 1) * (KEYS // BLOCK_K) > walk.listed.tabled:
-            put_words(i, near, far, walk, problem, buffers, BLOCK_K, TILE_K, STAGES)
-        mbarrier.arrive(buffers.k_full.index(stage), count=1)
-        for part in gl.static_range(KEYS // BLOCK_K):
-            place = near if part == 0 else far
-            buffer = buffers.k.index(stage)
-            fetch_listed(k, i, place, walk, problem, buffers.k_full.index(stage), buffer, part, BLOCK_K, TILE_K, D)
-        mbarrier.wait(buffers.v_empty.index(stage), phase ^ 1)
-        mbarrier.expect(buffers.v_full.index(stage), KEYS * D * 2)
-        for part in gl.static_range(KEYS // BLOCK_K):
-            place = near if part == 0 else far
-            buffer = buffers.v.index(stage)
-            fetch_listed(v, i, place, walk, problem, buffers.v_full.index(stage), buffer, part, BLOCK_K, TILE_K, D)
-        near = next_near
-        far = next_far
+    """The producer: `produce_item` of each item. An empty list has a step without keys: its buffer is the output's."""
+    number = own_number()
+    turn = number * 0
+    first = number * 0
+    while number < queue.items:
+        item = item_at(number, queue.heads, problem)
+        end = produce_item(
+            number, item, turn, first, q_tile, q_run, k_tile, k_run, v_tile, v_run, distances, problem, buffers,
+            D, BLOCK_K, TILE_Q, HALF, TILE_K, STAGES,
+        )  # fmt: skip
+        if end == first:
+            mbarrier.wait(buffers.k_empty.index(end % STAGES), (end // STAGES & 1) ^ 1)
+            mbarrier.arrive(buffers.k_full.index(end % STAGES), count=2)
+            give_no_values(end, buffers, STAGES)
+            end += 1
+        first = end
+        turn += 1
+        number = next_item(queue)
+    announce_end(number, turn, buffers)
 
 
 @gluon.jit
@@ -208,37 +157,50 @@ def rows_of_part(where, side, HALF: gl.constexpr, LAYOUT: gl.constexpr):
 
 
 @gluon.jit
+def release_keys(i, end, buffers, STAGES: gl.constexpr, KEEP: gl.constexpr):
+    """A step's keys are multiplied; to KEEP the last ones, the queries are free instead."""
+    if KEEP:
+        mbarrier.arrive(buffers.k_empty.index(i % STAGES), count=1, pred=i + 1 < end)
+        mbarrier.arrive(buffers.q_empty.index(0), count=1, pred=i + 1 == end)
+    else:
+        mbarrier.arrive(buffers.k_empty.index(i % STAGES), count=1)
+
+
+@gluon.jit
 def attend_part(
     walk, scale, problem, buffers,
-    PART: gl.constexpr, D: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
+    PART: gl.constexpr, D: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr, KEEP: gl.constexpr = False,
 ):  # fmt: skip
     """A consumer's 64 query rows over the whole list: output [ROWS, D] and LSE [ROWS], 0 and -inf without keys.
 
-    A step's scores are multiplied while the step before is still being summed.
+    A step's scores are multiplied while the step before is still being summed. To KEEP the last keys' buffer
+    for the caller, their release is that of the queries.
     """
     S: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, KEYS, 16])
     A: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, D, 16])
     P: gl.constexpr = gl.DotOperandLayout(0, A, 2)
     PER_STEP: gl.constexpr = KEYS // BLOCK_K
-    steps = steps_of(walk, BLOCK_K)
+    first = walk.first
+    end = end_of(walk, BLOCK_K)
     q = buffers.q.index(PART)
     acc = gl.zeros([ROWS, D], gl.float32, A)
     zero = gl.zeros([ROWS, KEYS], gl.float32, S)
     m = gl.full([ROWS], float("-inf"), gl.float32, gl.SliceLayout(1, S))
     l = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, S))  # noqa: E741
-    mbarrier.wait(buffers.q_full.index(PART), 0)
-    if steps > 0:
-        mbarrier.wait(buffers.k_full.index(0), 0)
-        scores = warpgroup_mma(q, buffers.k.index(0).permute((1, 0)), zero, use_acc=False, is_async=True)
-        low, high = both_words(0, walk, problem, buffers, PART, BLOCK_K, STAGES, S)
+    if end > first:
+        mbarrier.wait(buffers.k_full.index(first % STAGES), first // STAGES & 1)
+        keys = buffers.k.index(first % STAGES)
+        scores = warpgroup_mma(q, keys.permute((1, 0)), zero, use_acc=False, is_async=True)
+        low, high = both_words(first, walk, problem, buffers, PART, BLOCK_K, STAGES, S)
+        free_output(first, buffers, STAGES)
         scores = warpgroup_mma_wait(0, deps=(scores,))
-        mbarrier.arrive(buffers.k_empty.index(0), count=1)
-        if PER_STEP > walk.listed.pure:
+        release_keys(first, end, buffers, STAGES, KEEP)
+        if (first + 1) * PER_STEP > walk.listed.pure:
             scores = masked(scores, low, high, S)
         p, m, l, rescale = softmax_weights(scores, m, l, scale)  # noqa: E741
         operand = gl.convert_layout(p.to(q.dtype), P)
-        mbarrier.wait(buffers.k_full.index(1 % STAGES), 1 // STAGES & 1, pred=steps > 1)
-        for i in range(1, steps):
+        mbarrier.wait(buffers.k_full.index((first + 1) % STAGES), (first + 1) // STAGES & 1, pred=first + 1 < end)
+        for i in range(first + 1, end):
             stage = i % STAGES
             before = (i - 1) % STAGES
             after = (i + 1) % STAGES
@@ -247,20 +209,27 @@ def attend_part(
             mbarrier.wait(buffers.v_full.index(before), (i - 1) // STAGES & 1)
             summed = warpgroup_mma(operand, buffers.v.index(before), acc, is_async=True)
             scores = warpgroup_mma_wait(1, deps=(scores,))
-            mbarrier.arrive(buffers.k_empty.index(stage), count=1)
+            release_keys(i, end, buffers, STAGES, KEEP)
             if (i + 1) * PER_STEP > walk.listed.pure:
                 scores = masked(scores, low, high, S)
             p, m, l, rescale = softmax_weights(scores, m, l, scale)  # noqa: E741
             # The branch in this wait keeps the assembler from moving the weights behind the wait for the sum
-            mbarrier.wait(buffers.k_full.index(after), (i + 1) // STAGES & 1, pred=i + 1 < steps)
+            mbarrier.wait(buffers.k_full.index(after), (i + 1) // STAGES & 1, pred=i + 1 < end)
             acc, p, l = warpgroup_mma_wait(0, deps=(summed, p, l))  # noqa: E741
             mbarrier.arrive(buffers.v_empty.index(before), count=1)
             operand = gl.convert_layout(p.to(q.dtype), P)
             acc = acc * gl.convert_layout(rescale, gl.SliceLayout(1, A))[:, None]
-        last = (steps - 1) % STAGES
-        mbarrier.wait(buffers.v_full.index(last), (steps - 1) // STAGES & 1)
+        last = (end - 1) % STAGES
+        mbarrier.wait(buffers.v_full.index(last), (end - 1) // STAGES & 1)
         summed = warpgroup_mma(operand, buffers.v.index(last), acc, is_async=True)
         acc = warpgroup_mma_wait(0, deps=(summed,))
+        mbarrier.arrive(buffers.v_empty.index(last), count=1)
+    else:
+        free_output(first, buffers, STAGES)
+        if KEEP:
+            mbarrier.wait(buffers.k_full.index(first % STAGES), first // STAGES & 1)
+            mbarrier.arrive(buffers.q_empty.index(0), count=1)
+            take_no_values(first, buffers, STAGES)
     empty = l == 0.0
     safe = gl.where(empty, 1.0, l)
     acc = acc / gl.convert_layout(safe, gl.SliceLayout(1, A))[:, None]
@@ -269,52 +238,34 @@ def attend_part(
 
 @gluon.jit
 def consume(
-    out, lse, scale, problem, buffers,
+    out_tile, out_run, lse, tokens, scale, problem, queue, buffers,
     PART: gl.constexpr, D: gl.constexpr, BLOCK_K: gl.constexpr, TILE_Q: gl.constexpr, HALF: gl.constexpr,
     TILE_K: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """A consumer warpgroup: 64 query rows over the whole list, then their output and LSE."""
+    """A consumer warpgroup: 64 query rows of each item over its whole list, then their output and LSE."""
     S: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, KEYS, 16])
-    acc, row_lse = attend_part(own_list(problem), scale, problem, buffers, PART, D, BLOCK_K, STAGES)
-    where = part_of(own_query(problem, TILE_Q), PART, TILE_Q)
-    rows, valid = rows_of_part(where, problem.queries, HALF, S)
-    gl.store(lse + rows, row_lse, mask=valid)
-    q = buffers.q.index(PART)
-    q.store(acc.to(q.dtype))
-    fence_async_shared()
-    put(out, where, q, HALF, D)
+    number = announced(0, buffers, PART)
+    turn = number * 0
+    first = number * 0
+    while number < queue.items:
+        item = item_at(number, queue.heads, problem)
+        walk = list_of(item, first, problem, BLOCK_K)
+        acc, row_lse = attend_part(walk, scale, problem, buffers, PART, D, BLOCK_K, STAGES, True)
+        where = part_of(query_of(item, problem, TILE_Q), PART, TILE_Q)
+        rows, valid = rows_of_part(where, problem.queries, HALF, S)
+        head_lse = lse + over_samples(item.sample, item.head, problem).to(gl.int64) * tokens
+        gl.store(head_lse + rows, row_lse, mask=valid)
+        out = head_written(out_tile, out_run, tokens, item.sample, item.head, D)
+        first = gl.maximum(end_of(walk, BLOCK_K), first + 1)
+        put_output(acc, out, where, first, turn, buffers, PART, D, HALF, STAGES)
+        turn += 1
+        number = announced(turn, buffers, PART)
     tma.store_wait(0)
-
-
-@gluon.jit
-def allocated(DTYPE: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, TENSORS: gl.constexpr = 1):
-    """The buffers of a program, their barriers ready; TENSORS of queries, each of both consumers."""
-    SHARED: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
-    buffers = Buffers(
-        gl.allocate_shared_memory(DTYPE, [2 * TENSORS, ROWS, D], SHARED),
-        gl.allocate_shared_memory(DTYPE, [STAGES, KEYS, D], SHARED),
-        gl.allocate_shared_memory(DTYPE, [STAGES, KEYS, D], SHARED),
-        gl.allocate_shared_memory(gl.int64, [2 * STAGES, 1], gl.SwizzledSharedLayout(1, 1, 1, [0])),
-        gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout()),
-        gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout()),
-        gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout()),
-        gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout()),
-        gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout()),
-    )
-    for part in gl.static_range(2):
-        mbarrier.init(buffers.q_full.index(part), count=1)
-    for stage in gl.static_range(STAGES):
-        mbarrier.init(buffers.k_full.index(stage), count=2)
-        mbarrier.init(buffers.v_full.index(stage), count=1)
-        mbarrier.init(buffers.k_empty.index(stage), count=2)
-        mbarrier.init(buffers.v_empty.index(stage), count=2)
-    fence_async_shared()
-    return buffers
 
 
 @gluon_kernel
 def block_sparse_gluon_fwd_kernel(
-    lse, q_tile, q_run, k_tile, k_run, v_tile, v_run, out_tile, out_run, problem, distances, scale, tokens,
+    lse, q_tile, q_run, k_tile, k_run, v_tile, v_run, out_tile, out_run, problem, queue, distances, scale, tokens,
     D: gl.constexpr, BLOCK_K: gl.constexpr, TILE_Q: gl.constexpr, HALF: gl.constexpr, TILE_K: gl.constexpr,
     STAGES: gl.constexpr,
 ):  # fmt: skip
@@ -327,19 +278,22 @@ def block_sparse_gluon_fwd_kernel(
         tokens: Nq.
         TILE_Q, TILE_K: tiles of query and key blocks, (0, 0, 0) for raster order; HALF is a consumer's part of TILE_Q.
     """
-    _block, head = own_block(problem)
-    q = head_read(q_tile, q_run, distances[0], own_sample(), head)
-    k = head_read(k_tile, k_run, distances[1], own_sample(), head)
-    v = head_read(v_tile, v_run, distances[2], own_sample(), head)
-    out = head_written(out_tile, out_run, tokens, own_sample(), head, D)
-    lse += over_samples(own_sample(), head, problem).to(gl.int64) * tokens
     buffers = allocated(q_run.dtype, D, STAGES)
     gl.warp_specialize(
         [
-            (produce, (q, k, v, problem, buffers, D, BLOCK_K, TILE_Q, HALF, TILE_K, STAGES)),
-            (consume, (out, lse, scale, problem, buffers, 0, D, BLOCK_K, TILE_Q, HALF, TILE_K, STAGES)),
-            (consume, (out, lse, scale, problem, buffers, 1, D, BLOCK_K, TILE_Q, HALF, TILE_K, STAGES)),
+            (produce, (
+                q_tile, q_run, k_tile, k_run, v_tile, v_run, distances, problem, queue, buffers,
+                D, BLOCK_K, TILE_Q, HALF, TILE_K, STAGES,
+            )),
+            (consume, (
+                out_tile, out_run, lse, tokens, scale, problem, queue, buffers,
+                0, D, BLOCK_K, TILE_Q, HALF, TILE_K, STAGES,
+            )),
+            (consume, (
+                out_tile, out_run, lse, tokens, scale, problem, queue, buffers,
+                1, D, BLOCK_K, TILE_Q, HALF, TILE_K, STAGES,
+            )),
         ],
         [4, 4],
-        [232, 232],
-    )
+        [224, 224],
+    )  # fmt: skip

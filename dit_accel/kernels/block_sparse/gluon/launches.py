@@ -21,6 +21,7 @@ from dit_accel.kernels.block_sparse.gluon.copies import KEYS, Distances, GluonPr
 from dit_accel.kernels.block_sparse.gluon.dkdv import block_sparse_gluon_dkdv_kernel
 from dit_accel.kernels.block_sparse.gluon.dq import block_sparse_gluon_dq_kernel
 from dit_accel.kernels.block_sparse.gluon.forward import block_sparse_gluon_fwd_kernel
+from dit_accel.kernels.block_sparse.gluon.items import Queue
 from dit_accel.kernels.block_sparse.triton import BlockSparseLaunches, PlanLaunches, plan_key
 from dit_accel.kernels.block_sparse.triton_configs import Launch
 from dit_accel.kernels.records import Lists
@@ -46,14 +47,14 @@ def forward(call: BlockSparseCall) -> tuple[torch.Tensor, torch.Tensor]:
     past = _PLAN_LAUNCHES.get(key)
     if past is not None:
         out, lse, lists, samples = past.prepare(call)
-        pairs, problem, distances = past.others
+        pairs, problem, queue = past.others
         descriptors = [_like(known, x) for x, pair in zip((q, k, v, out), pairs, strict=True) for known in pair]
         with torch.cuda.device(q.device):
             past.forward.repeat(
                 lse,
                 *descriptors,
                 problem._replace(places=lists.places, spans=lists.spans, words=lists.words, tensors=samples.tensors),
-                distances,
+                queue._replace(counter=counter_on(q.device)),
             )
         return out.transpose(1, 2), lse
     read = q, k, v
@@ -69,15 +70,20 @@ def forward(call: BlockSparseCall) -> tuple[torch.Tensor, torch.Tensor]:
     descriptors, distances = zip(*(describe(*side) for side in sides), strict=True)
     (written, _) = describe(out.transpose(1, 2), geometry.query_grid, half_of(tile_q), ROWS)
     pairs, problem = (*descriptors, written), launches.problem(launches.with_words(ordered))
-    tensors = lse, *(descriptor for pair in pairs for descriptor in pair), problem, distances
+    programs, queue = launches.in_turn(launches.query_blocks)
+    tensors = lse, *(descriptor for pair in pairs for descriptor in pair), problem, queue
     launched = tuning.launch(
-        block_sparse_gluon_fwd_kernel, launches.programs(launches.query_blocks),
-        (*tensors, scale * LOG2E, launches.query_tokens), launches.constants(), (LAUNCH,), (),
+        block_sparse_gluon_fwd_kernel, programs,
+        (*tensors, distances, scale * LOG2E, launches.query_tokens), launches.constants(), (LAUNCH,), (),
     )  # fmt: skip
     in_place = all(x.data_ptr() == pair[0].base.data_ptr() for x, pair in zip(read, descriptors, strict=True))
     if launched is not None and in_place:
         known = [[_like(descriptor, None) for descriptor in pair] for pair in pairs]
-        others = known, problem._replace(places=None, spans=None, words=None, tensors=None), distances
+        others = (
+            known,
+            problem._replace(places=None, spans=None, words=None, tensors=None),
+            queue._replace(counter=None),
+        )
         launches.remember(_PLAN_LAUNCHES, key, launched.after(len(tensors)), others)
     return out.transpose(1, 2), lse
 
@@ -144,11 +150,31 @@ class GluonLaunches(BlockSparseLaunches):
     def programs(self, blocks: int) -> tuple[int, int, int]:
         return blocks, self.heads_of_sample, self.batch
 
+    def in_turn(self, blocks: int) -> tuple[tuple[int], Queue]:
+        """The programs of a launch, one on each multiprocessor, and what they take `blocks` of every head from."""
+        return queue_of(blocks, self.batch * self.heads_of_sample, self.lists.counts.device)
+
     def problem(self, lists: Lists, optional: bool = False) -> GluonProblem:
         """`optional`: whether the kernel's optional tensor is read."""
         samples = self.samples._replace(given=self.samples.given + 4 * optional)
         queries, keys = TiledSide.of(self.query_order), TiledSide.of(self.key_order)
         return GluonProblem.of(lists, samples, queries, keys, self.query_order, self.heads_of_sample)
+
+
+def queue_of(blocks: int, heads: int, device: torch.device) -> tuple[tuple[int], Queue]:
+    """As `GluonLaunches.in_turn`; `heads` are those of all samples."""
+    items = blocks * heads
+    return (min(items, multiprocessors(device)),), Queue(counter_on(device), items, heads)
+
+
+def counter_on(device: torch.device) -> torch.Tensor:
+    """int32 [1], 0: of a launch alone, since launches of two streams may run at once."""
+    return torch.zeros(1, dtype=torch.int32, device=device)
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def _like(known: TensorDescriptor, base: torch.Tensor | None) -> TensorDescriptor:
