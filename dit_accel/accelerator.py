@@ -25,7 +25,7 @@ from dit_accel.hooks.engine import Engine
 from dit_accel.hooks.levels import SIZE, Level, case_of
 from dit_accel.hooks.plan_cache import PlanCache
 from dit_accel.hooks.report import Report
-from dit_accel.hooks.selfcheck import AttentionCall, SelfCheck, Verify
+from dit_accel.hooks.selfcheck import ComputedAttention, SelfCheck, Verify
 from dit_accel.hooks.steps import StepClock
 from dit_accel.kernels import impls
 from dit_accel.kernels.impls import Impl
@@ -131,7 +131,7 @@ class Accelerator:
                 engine.pause(paused)
 
     @contextlib.contextmanager
-    def watch(self, watcher: Callable[[AttentionCall], None]) -> Iterator[None]:
+    def watch(self, watcher: Callable[[ComputedAttention], None]) -> Iterator[None]:
         """Call `watcher` with every sparse attention call inside the block, unless the transformer is compiled.
 
         Example:

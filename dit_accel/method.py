@@ -12,7 +12,7 @@ from dit_accel.values import Checked
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from dit_accel.hooks.selfcheck import AttentionCall
+    from dit_accel.hooks.selfcheck import ComputedAttention
     from dit_accel.plans.plan import Plan
     from dit_accel.tokens import TokenGrid
 
@@ -101,7 +101,7 @@ class Objective:
 
     name: str
     trains: str
-    record: Callable[[AttentionCall], Any | None]
+    record: Callable[[ComputedAttention], Any | None]
     loss: Callable[[Any], Tensor]
     part: Callable[[nn.Module], nn.Module | None] = lambda module: module
     when: Callable[[Any], bool] = lambda config: True
@@ -124,7 +124,7 @@ class RecallCalibration:
 
     file: str
     whole: dict[str, Any]
-    curve: Callable[[AttentionCall, Tensor], Tensor]
+    curve: Callable[[ComputedAttention, Tensor], Tensor]
     settings: Callable[[Tensor, float], dict[str, Any] | None]
 
 

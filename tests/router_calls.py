@@ -3,7 +3,7 @@
 import torch
 
 from dit_accel.kernels.router.api import deviations, route
-from dit_accel.kernels.router.call import Rule
+from dit_accel.kernels.router.rule import Rule
 from dit_accel.order import TokenOrder
 from dit_accel.tokens import TokenGrid
 

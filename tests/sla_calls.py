@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from dit_accel.kernels.block_sparse.geometry import Geometry
 from dit_accel.kernels.router.api import classify
 from dit_accel.kernels.sla import api
-from dit_accel.kernels.sla.call import EPSILON, SlaCall, apply_map, learned_inputs
+from dit_accel.kernels.sla.arguments import EPSILON, SlaArguments, apply_map, learned_inputs
 from dit_accel.methods.sla import SparseLinearAttention
 from dit_accel.order import TokenOrder
 from dit_accel.tokens import TokenGrid
@@ -40,7 +40,7 @@ def sparse_linear_attention(q, *tensors, grid=None, text=0, block=64, block_q=No
     k, v, *weights = tensors
     given = dict(zip(("weight", "bias"), weights, strict=False))
     orders = {"query_order": TokenOrder(sequence, block_q or block, tile), "key_order": keys}
-    call = SlaCall(**{"bias": None, "scale": q.shape[-1] ** -0.5} | given | orders | options)
+    call = SlaArguments(**{"bias": None, "scale": q.shape[-1] ** -0.5} | given | orders | options)
     return api.sparse_linear_attention(q, k, v, call)[0]
 
 

@@ -12,7 +12,7 @@ from dit_accel.kernels.block_sparse.geometry import BlockLists
 from dit_accel.kernels.tail.api import with_tail
 from dit_accel.order import TokenOrder
 from dit_accel.plans.plan import attention
-from dit_accel.plans.sampled import SampledCall, pooled
+from dit_accel.plans.sampled import SampledQueries, pooled
 from dit_accel.registry import plan
 from dit_accel.tokens import TokenGrid
 
@@ -198,7 +198,7 @@ def check_error_calls(impl, frames=3):
     grid = TokenGrid(frames, 5, 7, **TEXT)
     q, k, v, upstream = torch.randn(4, 1, 1, grid.tokens, 16)
     chosen = plan("sparge", grid, topk=0.2, topp=0.3, block_q=16, block=16, order="tile", score="error", tail="mean")
-    sampled = SampledCall(chosen, torch.arange(grid.tokens), q, k, "portable", None, v)
+    sampled = SampledQueries(chosen, torch.arange(grid.tokens), q, k, "portable", None, v)
     check_calls(chosen, sampled, [q, k, v], upstream, torch.float32, impl)
 
 

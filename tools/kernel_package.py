@@ -38,9 +38,9 @@ OFFERED = {
     "kernels.block_sparse.geometry": ("BlockLists", "Geometry", "Segments"),
     "kernels.impls": ("names",),
     "kernels.router.api": ("route",),
-    "kernels.router.call": ("Rule",),
+    "kernels.router.rule": ("Rule",),
     "kernels.sla.api": ("sparse_linear_attention",),
-    "kernels.sla.call": ("SlaCall",),
+    "kernels.sla.arguments": ("SlaArguments",),
     "order": ("TokenOrder",),
     "tokens": ("TokenGrid",),
 }
@@ -71,7 +71,7 @@ q = k = v = torch.randn(1, 8, 1024, 64)
 lists = sparse.route(q, k, order, order, sparse.Rule(topk=4))  # the best 4 of 16 key blocks
 out, lse = sparse.attend_blocks(q, k, v, lists, sparse.Geometry.of(order, order))
 
-call = sparse.SlaCall(torch.zeros(64, 64), None, order, order, topk=4, scale=64**-0.5)
+call = sparse.SlaArguments(torch.zeros(64, 64), None, order, order, topk=4, scale=64**-0.5)
 out, critical = sparse.sparse_linear_attention(q, k, v, call)
 ```
 """

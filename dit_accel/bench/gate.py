@@ -14,7 +14,7 @@ import torch
 
 from dit_accel.kernels.impls import Impl
 from dit_accel.plans.plan import Plan
-from dit_accel.plans.sampled import SampledCall
+from dit_accel.plans.sampled import SampledQueries
 from dit_accel.tokens import TokenGrid
 
 # Exactly computed pairs of a head: a few hundred queries of a long video, 1,024 of 8,192 tokens. Over fewer queries the
@@ -73,7 +73,7 @@ def check(problem: Problem, *, gradients: bool) -> dict[str, ErrorCheck]:
     got = _results(problem, rows, gradients=gradients)
     worst = {name: [0.0, 0.0, 0.0] for name in got}  # of the error, of plain PyTorch's error, and of the size
     weights: dict[str, list[torch.Tensor]] = {name: [] for name in got if name in problem.weights}
-    call = SampledCall(problem.plan, rows, problem.q, problem.k, problem.impl, problem.module, problem.v)
+    call = SampledQueries(problem.plan, rows, problem.q, problem.k, problem.impl, problem.module, problem.v)
     flaw = problem.plan.misrouted(call)
     if flaw is not None:
         raise Inexact(flaw)
@@ -134,7 +134,7 @@ def _results(problem: Problem, rows: torch.Tensor, *, gradients: bool) -> dict[s
 
 
 def _head(
-    problem: Problem, call: SampledCall, head: int, dtype: torch.dtype, *, gradients: bool
+    problem: Problem, call: SampledQueries, head: int, dtype: torch.dtype, *, gradients: bool
 ) -> dict[str, torch.Tensor]:
     """One head's rows by plain PyTorch, in a dtype: the output [S, D], and gradients by name."""
     rows, weights = call.rows, problem.weights

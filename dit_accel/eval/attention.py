@@ -19,7 +19,7 @@ import torch
 
 from dit_accel.accelerator import Accelerator
 from dit_accel.errors import DitAccelError
-from dit_accel.hooks.selfcheck import AttentionCall, Measured
+from dit_accel.hooks.selfcheck import ComputedAttention, Measured
 
 Indices = tuple[int, ...] | None  # None: all
 QUERIES = 64  # sampled in each head of a call
@@ -84,7 +84,7 @@ def record_attention(
     measured: dict[tuple[str, int], list[Measured]] = defaultdict(list)
     seen: set[int] = set()
 
-    def note(call: AttentionCall) -> None:
+    def note(call: ComputedAttention) -> None:
         if call.step is None:
             raise DitAccelError("The step of this call is unknown. Accelerate the pipeline, or call set_step.")
         seen.add(call.step.index)

@@ -26,7 +26,7 @@ from dit_accel.method import Method
 from dit_accel.pipelines import processor
 from dit_accel.pipelines.anchors import AnchorTokens
 from dit_accel.pipelines.attention import AtWork, CallState
-from dit_accel.pipelines.family import Family, Memory, ModelCall
+from dit_accel.pipelines.family import Family, Memory, ModelInputs
 from dit_accel.pipelines.processor import AcceleratedAttnProcessor
 from dit_accel.plans import ramps
 from dit_accel.plans.plan import Plan
@@ -245,10 +245,10 @@ class Engine(AtWork):
         self._dense_backend.check(self._any_compiled)
         self._omitted = ()
         if self.level is not None and not self.paused:
-            call = ModelCall(self._signature, module, args, kwargs, self._memory)
+            call = ModelInputs(self._signature, module, args, kwargs, self._memory)
             self.level.check(module, self._family, call, self._clock)
         if self.cache is not None:
-            cached = ModelCall(self._signature, module, args, kwargs, self._memory)
+            cached = ModelInputs(self._signature, module, args, kwargs, self._memory)
             self.cache.begin(self._clock.moment(self._family.timestep(cached), cached.shape, self.cache.reads_noise))
         states = [(sees_text, state) for (_, sees_text), state in self._states.items()]
         for _, state in states:
@@ -259,7 +259,7 @@ class Engine(AtWork):
             if not self.several.attends:
                 return None
         self.several.check()
-        call = ModelCall(self._signature, module, args, kwargs, self._memory)
+        call = ModelInputs(self._signature, module, args, kwargs, self._memory)
         with torch.device("cpu"):  # masks and ids are read there, whatever the caller's default device
             layout = self._family.layout(module, call)
         self.several.begin(layout)
@@ -379,7 +379,7 @@ class Engine(AtWork):
         seen = grid if sees_text else dataclasses.replace(grid, text=0, conditioning=0)
         return self._plans.get(config, seen, device, place)
 
-    def _now(self, call: ModelCall, what: str) -> Step:
+    def _now(self, call: ModelInputs, what: str) -> Step:
         if self._compiled and self._clock.reads_values:
             raise DitAccelError(
                 f"{what} on a compiled transformer without its pipeline needs set_step(i, n) before each step. "
@@ -387,7 +387,7 @@ class Engine(AtWork):
             )
         return self._clock.now(self._family.timestep(call))
 
-    def _count_in_step(self, call: ModelCall, before: Step | None) -> None:
+    def _count_in_step(self, call: ModelInputs, before: Step | None) -> None:
         """Tell the layers the step and the number of the call within it; what another run kept is forgotten."""
         self._step = step = self._now(call, "refresh")
         known, self._run = self._run, self._clock.run

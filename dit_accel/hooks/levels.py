@@ -13,7 +13,7 @@ from torch import nn
 
 from dit_accel.errors import DitAccelError, DitAccelWarning
 from dit_accel.hooks.steps import StepClock
-from dit_accel.pipelines.family import Family, ModelCall
+from dit_accel.pipelines.family import Family, ModelInputs
 from dit_accel.pipelines.levels import Case, LevelRow, choose
 from dit_accel.registry import DENSE
 from dit_accel.setting import Setting
@@ -103,7 +103,7 @@ class Level:
         """What a report says of it."""
         return f"level {self.name} for {self.case}: {self.row.setting} ({self.row.source})"
 
-    def check(self, transformer: nn.Module, family: Family, call: ModelCall, clock: StepClock) -> None:
+    def check(self, transformer: nn.Module, family: Family, call: ModelInputs, clock: StepClock) -> None:
         """Warn, in the first call of a run, if the level has other settings for its size than those at work."""
         run = clock.run
         if run is None or run is self._run:

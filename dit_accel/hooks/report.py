@@ -223,7 +223,7 @@ class Tally:
 
         Args:
             step: of the calls; None if unknown.
-            density_sum: as in `PlanCall`; it is 0 afterwards.
+            density_sum: as in `PlanArguments`; it is 0 afterwards.
         """
         with torch.inference_mode(False):
             if step in self._measured:

@@ -53,7 +53,7 @@ class SelfCheck:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class AttentionCall:
+class ComputedAttention:
     """One sparse attention call of a layer, as it was computed.
 
     Under context parallelism the heads are those that this process was given, and the sequence is whole.
@@ -63,7 +63,7 @@ class AttentionCall:
         step: the denoising step; None if unknown.
         plan: the plan that computed it.
         q, k, v, out: [B, H, N, D] in the plan's order of tokens.
-        scale, text_lens, text_bias, module, heads: as in `PlanCall`.
+        scale, text_lens, text_bias, module, heads: as in `PlanArguments`.
     """
 
     transformer: str
@@ -175,7 +175,7 @@ class Watching:
         self, name: str, check: SelfCheck, heads: Callable[[Any], int], dense: Mapping[bool, CallState]
     ) -> None:
         self._name, self._check, self._heads, self._dense = name, check, heads, dense
-        self.watchers: list[Callable[[AttentionCall], None]] = []
+        self.watchers: list[Callable[[ComputedAttention], None]] = []
         self._unchecked, self.checking = check.verify is not None, False
 
     @property
@@ -205,7 +205,9 @@ class Watching:
         assert state.plan is not None
         text, heads = state.text_of(len(q)), self._heads(layer.attention)
         held = None if state.ulysses is None else (state.ulysses.first_head(heads), heads)
-        call = AttentionCall(self._name, layer.name, step, state.plan, q, k, v, out, scale, *text, layer.learned, held)
+        call = ComputedAttention(
+            self._name, layer.name, step, state.plan, q, k, v, out, scale, *text, layer.learned, held
+        )
         if self.checking:
             sums = call.measure().sums()
             layer.measured = sums if state.ulysses is None else state.ulysses.add_up(sums)

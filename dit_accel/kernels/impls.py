@@ -13,13 +13,13 @@ fp64); a row without keys has output 0 and LSE -inf. Both run in a custom op and
 one. With `autograd` there is no `backward`: `forward` is code that PyTorch differentiates, outside the op, and its LSE
 may be None.
 
-A module of kernel "router" has these functions; `call` is a record of `router.call`, `order` a `TokenOrder`::
+A module of kernel "router" has these functions; `call` is a record of `router.rule`, `order` a `TokenOrder`::
 
     route(q, k, call) -> indices, counts, worst
     deviations(x, order) -> means, deviations
 
-A module of kernel "sla" has this function, on the record of `sla.call`, for the visual queries of a whole sequence. It
-is differentiable in q, k, v and the projection::
+A module of kernel "sla" has this function, on the record of `sla.arguments`, for the visual queries of a sequence.
+It is differentiable in q, k, v and the projection::
 
     forward(q, k, v, topk, skip, call) -> out, critical
 

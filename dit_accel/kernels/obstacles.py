@@ -26,7 +26,7 @@ class Facts:
         gradients: gradients of q, k or v follow.
         lse: the log-sum-exp is wanted.
         visual_blocks: of kernel "router": key blocks of visual tokens.
-        by_number: of kernel "router": as in `router.call.Rule`.
+        by_number: of kernel "router": as in `router.rule.Rule`.
         linear_scope, feature_map: of kernel "sla": the blocks and the map of its linear branch; None without one.
         critical: of kernel "sla": blocks that a query block attends exactly; None if not known.
         capability: compute capability of a GPU that need not be present, 90 for 9.0; None: that of the device.

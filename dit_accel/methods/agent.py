@@ -27,9 +27,9 @@ from dit_accel.kernels.block_sparse.reference import masked_attention
 from dit_accel.kernels.cuts import block_means, visual_of
 from dit_accel.method import Method, MethodConfig
 from dit_accel.order import TokenOrder
-from dit_accel.plans.plan import BLOCK_K, BLOCK_Q, PlanCall
+from dit_accel.plans.plan import BLOCK_K, BLOCK_Q, PlanArguments
 from dit_accel.plans.routed import RoutedPlan, attend_all
-from dit_accel.plans.sampled import SampledCall, pooled
+from dit_accel.plans.sampled import SampledQueries, pooled
 from dit_accel.tokens import TokenGrid
 from dit_accel.values import option
 
@@ -75,7 +75,7 @@ class AgentPlan(RoutedPlan):
     def add_density(self, lists: BlockLists, density_sum: Tensor) -> None:
         density_sum += density_sum.new_tensor([self.pairs / self.grid.tokens**2, 1.0])
 
-    def choose(self, q: Tensor, k: Tensor, call: PlanCall) -> BlockLists:
+    def choose(self, q: Tensor, k: Tensor, call: PlanArguments) -> BlockLists:
         shape = (*q.shape[:2], self.query_order.visual_blocks, 0)
         return BlockLists.full(torch.empty(shape, dtype=torch.int32, device=q.device))
 
@@ -83,7 +83,7 @@ class AgentPlan(RoutedPlan):
         """The scale of the second softmax for that of the first."""
         return math.copysign(abs(scale) ** self.config.exponent, scale)
 
-    def attend_visual(self, q: Tensor, k: Tensor, v: Tensor, call: PlanCall) -> tuple[Tensor, BlockLists]:
+    def attend_visual(self, q: Tensor, k: Tensor, v: Tensor, call: PlanArguments) -> tuple[Tensor, BlockLists]:
         scale, tiles = q.shape[-1] ** -0.5 if call.scale is None else call.scale, self.tiles
         queries, bias = visual_of(q, self.grid), call.text_bias
         agents = block_means(queries, tiles).to(q.dtype)
@@ -91,11 +91,11 @@ class AgentPlan(RoutedPlan):
             bias = block_means(bias[:, None, self.grid.visual_rows, None], tiles)[:, 0, :, 0]
         call = call._replace(scale=scale, text_bias=bias)
         gathered = attend_all(agents, k, v, self.grid, call)
-        call = PlanCall(scale=self.second_scale(scale), impl=call.impl)
+        call = PlanArguments(scale=self.second_scale(scale), impl=call.impl)
         out = attend_all(queries, agents, gathered, TokenGrid(1, 1, self.tiles.visual_blocks), call)
         return out + self.config.shortcut * visual_of(v, self.grid), self.choose(q, k, call)
 
-    def reference(self, call: SampledCall, head: int, q: Tensor, k: Tensor, v: Tensor, *weights: Tensor) -> Tensor:
+    def reference(self, call: SampledQueries, head: int, q: Tensor, k: Tensor, v: Tensor, *weights: Tensor) -> Tensor:
         """Both softmaxes for visual queries; agents are means over all queries of the call."""
         agents, _ = pooled(call.whole(head, q), self.tiles, self.block_of(self.tiles))
         every, scale = torch.ones(1, len(k), dtype=torch.bool, device=k.device), q.shape[-1] ** -0.5

@@ -29,8 +29,8 @@ from dit_accel.kernels.impls import AUTO, Facts, Impl
 from dit_accel.method import LearnedModule, Method, MethodConfig
 from dit_accel.order import TokenOrder
 from dit_accel.plans.masks import AxisTable, Mask, Product
-from dit_accel.plans.plan import BLOCK_K, BLOCK_Q, PlanCall
-from dit_accel.plans.sampled import SampledCall
+from dit_accel.plans.plan import BLOCK_K, BLOCK_Q, PlanArguments
+from dit_accel.plans.sampled import SampledQueries
 from dit_accel.plans.static import MaskPlan
 from dit_accel.tokens import TokenGrid
 from dit_accel.values import option
@@ -125,7 +125,7 @@ class PooledPlan(MaskPlan):
         self.lists(device, chosen.packing)
         return chosen.name, why
 
-    def run(self, q: Tensor, k: Tensor, v: Tensor, call: PlanCall) -> Tensor:
+    def run(self, q: Tensor, k: Tensor, v: Tensor, call: PlanArguments) -> Tensor:
         """Without a module its weights count as they start."""
         module = call.module
         if module is None:
@@ -146,7 +146,7 @@ class PooledPlan(MaskPlan):
         pieces = near[:, :, : rows.start], visual, near[:, :, rows.stop :]
         return torch.cat([piece.transpose(1, 2) for piece in pieces], dim=1).transpose(1, 2)
 
-    def reference(self, call: SampledCall, head: int, q: Tensor, k: Tensor, v: Tensor, *weights: Tensor) -> Tensor:
+    def reference(self, call: SampledQueries, head: int, q: Tensor, k: Tensor, v: Tensor, *weights: Tensor) -> Tensor:
         """Softmax over the disc, and for visual queries over the cells."""
         module = CellWeights(self.config.pool).to(q)
         if weights:

@@ -20,8 +20,8 @@ from dit_accel.kernels.block_sparse.dense import zeros_spread
 from dit_accel.kernels.block_sparse.geometry import BlockLists
 from dit_accel.method import LossCalibration, Method, MethodConfig
 from dit_accel.plans.dense import DensePlan
-from dit_accel.plans.plan import PlanCall, building
-from dit_accel.plans.sampled import SampledCall
+from dit_accel.plans.plan import PlanArguments, building
+from dit_accel.plans.sampled import SampledQueries
 from dit_accel.tokens import TokenGrid
 from dit_accel.values import option
 
@@ -78,7 +78,7 @@ class HeadsPlan(DensePlan):
         keep = self.config.keep
         return super().kept_keys(queries) & (isinstance(keep, str) or bool(keep[head]))
 
-    def run(self, q: Tensor, k: Tensor, v: Tensor, call: PlanCall) -> Tensor:
+    def run(self, q: Tensor, k: Tensor, v: Tensor, call: PlanArguments) -> Tensor:
         computed = self._computed(q, call)
         if len(computed) == q.shape[1]:
             return super().run(q, k, v, call)
@@ -91,7 +91,7 @@ class HeadsPlan(DensePlan):
         q, k, v = (x.transpose(1, 2).index_select(2, computed).transpose(1, 2) for x in (q, k, v))
         return out.index_copy(1, computed, super().run(q, k, v, call))
 
-    def _computed(self, q: Tensor, call: PlanCall) -> Tensor:
+    def _computed(self, q: Tensor, call: PlanArguments) -> Tensor:
         """The heads of a call that are computed: int64, on its device."""
         first, every = (0, q.shape[1]) if call.heads is None else call.heads
         keep = (1,) * every if isinstance(self.config.keep, str) else self.config.keep
@@ -104,7 +104,7 @@ class HeadsPlan(DensePlan):
                 self._indices[key] = flags.nonzero().flatten().to(q.device)
         return self._indices[key]
 
-    def reference(self, call: SampledCall, head: int, q: Tensor, k: Tensor, v: Tensor, *weights: Tensor) -> Tensor:
+    def reference(self, call: SampledQueries, head: int, q: Tensor, k: Tensor, v: Tensor, *weights: Tensor) -> Tensor:
         keep = self.config.keep
         return super().reference(call, head, q, k, v) if isinstance(keep, str) or keep[head] else 0 * q
 

@@ -37,13 +37,13 @@ from dit_accel.kernels.block_sparse.reference import masked_attention
 from dit_accel.kernels.impls import AUTO
 from dit_accel.method import LearnedModule, Method, MethodConfig, Objective
 from dit_accel.plans.dense import SDPA, DensePlan
-from dit_accel.plans.plan import PlanCall
-from dit_accel.plans.sampled import SampledCall
+from dit_accel.plans.plan import PlanArguments
+from dit_accel.plans.sampled import SampledQueries
 from dit_accel.tokens import TokenGrid
 from dit_accel.values import option
 
 if TYPE_CHECKING:
-    from dit_accel.hooks.selfcheck import AttentionCall
+    from dit_accel.hooks.selfcheck import ComputedAttention
 
 _ROUNDING = 0.01  # of a head, for shares such as 0.333
 
@@ -185,7 +185,7 @@ class MohPlan(DensePlan):
         taken, shares = gates.taken[..., visual].to(gates.shares), gates.shares[..., visual]
         return (taken.mean((0, 2)) * shares.mean((0, 2))).sum()
 
-    def run(self, q: Tensor, k: Tensor, v: Tensor, call: PlanCall) -> Tensor:
+    def run(self, q: Tensor, k: Tensor, v: Tensor, call: PlanArguments) -> Tensor:
         """A named implementation, a router in training and weighed text compute all heads of every token."""
         if self.config.keeps_all:
             return super().run(q, k, v, call)
@@ -204,7 +204,7 @@ class MohPlan(DensePlan):
             out = super().run(q, k, v, call) if whole else self._taken(q, k, v, gates.taken, call)
             return out if self.config.weights == "one" and not whole else out * gates.weights[..., None].to(q.dtype)
 
-    def _taken(self, q: Tensor, k: Tensor, v: Tensor, taken: Tensor, call: PlanCall) -> Tensor:
+    def _taken(self, q: Tensor, k: Tensor, v: Tensor, taken: Tensor, call: PlanArguments) -> Tensor:
         """The rows that heads compute; zero elsewhere. Waits for the device once."""
         out, shared, valid = zeros_spread(q), q.shape[1] - taken.shape[1], None
         if call.text_lens is not None:
@@ -224,14 +224,14 @@ class MohPlan(DensePlan):
                 )[0, 0]
         return out
 
-    def reference(self, call: SampledCall, head: int, q: Tensor, k: Tensor, v: Tensor, *weights: Tensor) -> Tensor:
+    def reference(self, call: SampledQueries, head: int, q: Tensor, k: Tensor, v: Tensor, *weights: Tensor) -> Tensor:
         """Dense attention of each head, times the gates of the queries."""
         gates = call.once("gates", lambda: self.gates(call.q, call.module).weights[0, :, call.rows, None])
         every = torch.ones(1, len(k), dtype=torch.bool, device=k.device)
         return masked_attention(q, k, v, every) * gates[head].to(q)
 
 
-def balance(call: AttentionCall) -> Tensor:
+def balance(call: ComputedAttention) -> Tensor:
     """The load-balance loss of a layer; the authors weigh it by 0.01. It has a gradient for the router alone."""
     assert isinstance(call.plan, MohPlan)
     return call.plan.balance(call.q, call.module)

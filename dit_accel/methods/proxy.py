@@ -36,12 +36,12 @@ from dit_accel.kernels.block_sparse.geometry import BlockLists
 from dit_accel.kernels.block_sparse.reference import masked_attention
 from dit_accel.kernels.cuts import block_means, from_blocks, visual_of
 from dit_accel.kernels.router.api import route
-from dit_accel.kernels.router.call import Rule
+from dit_accel.kernels.router.rule import Rule
 from dit_accel.method import LearnedModule, Method, MethodConfig
 from dit_accel.order import TokenOrder, valid_tokens
-from dit_accel.plans.plan import PlanCall
+from dit_accel.plans.plan import PlanArguments
 from dit_accel.plans.routed import LARGEST_BLOCK, Ordering, RoutedPlan, cut
-from dit_accel.plans.sampled import SampledCall, pooled
+from dit_accel.plans.sampled import SampledQueries, pooled
 from dit_accel.tokens import TokenGrid
 from dit_accel.values import option
 
@@ -159,7 +159,7 @@ class ProxyPlan(RoutedPlan):
     def routing(self) -> dict[str, Any] | None:
         return {"by_number": True} if self.config.topk else None
 
-    def choose(self, q: Tensor, k: Tensor, call: PlanCall) -> BlockLists:
+    def choose(self, q: Tensor, k: Tensor, call: PlanArguments) -> BlockLists:
         blocks = self.key_order.visual_blocks
         if self.config.topk:
             rule = Rule(topk=self.config.count(blocks), topp=0.0)
@@ -167,15 +167,15 @@ class ProxyPlan(RoutedPlan):
         diagonal = torch.arange(blocks, dtype=torch.int32, device=q.device)[:, None]
         return BlockLists.full(diagonal.expand(*q.shape[:2], -1, -1).contiguous())
 
-    def attend_visual(self, q: Tensor, k: Tensor, v: Tensor, call: PlanCall) -> tuple[Tensor, BlockLists]:
+    def attend_visual(self, q: Tensor, k: Tensor, v: Tensor, call: PlanArguments) -> tuple[Tensor, BlockLists]:
         fine, lists = super().attend_visual(q, k, v, call)
         return (fine if self.config.covers == "all" else self._with_coarse(fine, q, k, v, call)), lists
 
-    def with_others(self, visual: Tensor, q: Tensor, k: Tensor, v: Tensor, call: PlanCall) -> Tensor:
+    def with_others(self, visual: Tensor, q: Tensor, k: Tensor, v: Tensor, call: PlanArguments) -> Tensor:
         out = super().with_others(visual, q, k, v, call)
         return self._with_coarse(out, q, k, v, call) if self.config.covers == "all" else out
 
-    def _with_coarse(self, fine: Tensor, q: Tensor, k: Tensor, v: Tensor, call: PlanCall) -> Tensor:
+    def _with_coarse(self, fine: Tensor, q: Tensor, k: Tensor, v: Tensor, call: PlanArguments) -> Tensor:
         """`fine` of the covered tokens, with the gated coarse branch added if the layer has a gate."""
         if call.module is None:
             return fine
@@ -238,7 +238,7 @@ class ProxyPlan(RoutedPlan):
         runs = [(x if rows.stop - rows.start == x.shape[2] else x[:, :, rows], order) for rows, order in parts]
         return torch.cat([block_means(run, order) for run, order in runs], 2)
 
-    def reference(self, call: SampledCall, head: int, q: Tensor, k: Tensor, v: Tensor, *weights: Tensor) -> Tensor:
+    def reference(self, call: SampledQueries, head: int, q: Tensor, k: Tensor, v: Tensor, *weights: Tensor) -> Tensor:
         """Listed blocks exactly, and the gated coarse branch; means are over all queries of the call."""
         fine = masked_attention(q, k, v, call.seen(head))
         if not weights:

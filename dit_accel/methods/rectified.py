@@ -24,13 +24,13 @@ from torch import Tensor
 from dit_accel.errors import DitAccelError
 from dit_accel.kernels.block_sparse.geometry import BlockLists
 from dit_accel.kernels.router.api import route
-from dit_accel.kernels.router.call import Rule
+from dit_accel.kernels.router.rule import Rule
 from dit_accel.kernels.tail.rectified import compensated, trusted
 from dit_accel.method import Method
 from dit_accel.methods.settings import BlockSettings
-from dit_accel.plans.plan import PlanCall, per_device
+from dit_accel.plans.plan import PlanArguments, per_device
 from dit_accel.plans.routed import Ordering
-from dit_accel.plans.sampled import SampledCall, pooled
+from dit_accel.plans.sampled import SampledQueries, pooled
 from dit_accel.plans.tailed import TailedPlan
 from dit_accel.tokens import TokenGrid
 from dit_accel.values import option
@@ -94,7 +94,7 @@ class RectifiedPlan(TailedPlan):
         super().build(device)
         self.around(device)
 
-    def choose(self, q: Tensor, k: Tensor, call: PlanCall) -> BlockLists:
+    def choose(self, q: Tensor, k: Tensor, call: PlanArguments) -> BlockLists:
         config, blocks = self.config, self.key_order.visual_blocks
         rule = Rule(topk=config.counts(blocks), topp=float(config.topp), forced=self.around(q.device))
         return route(q, k, self.query_order, self.key_order, rule, scale=call.scale, impl=call.impl)
@@ -102,11 +102,11 @@ class RectifiedPlan(TailedPlan):
     def always(self) -> tuple[int, Tensor]:
         return max(1, self.config.counts(self.key_order.visual_blocks)), self.around(torch.device("cpu"))
 
-    def dropped(self, q: Tensor, k: Tensor, call: PlanCall) -> Tensor | None:
+    def dropped(self, q: Tensor, k: Tensor, call: PlanArguments) -> Tensor | None:
         orders = self.query_order, self.key_order
         return ~trusted(q, k, *orders, impl=call.impl) if self.config.gate else None
 
-    def attend_visual(self, q: Tensor, k: Tensor, v: Tensor, call: PlanCall) -> tuple[Tensor, BlockLists]:
+    def attend_visual(self, q: Tensor, k: Tensor, v: Tensor, call: PlanArguments) -> tuple[Tensor, BlockLists]:
         if self.has_tail:
             return super().attend_visual(q, k, v, call)
         if call.text_bias is not None:
@@ -120,7 +120,7 @@ class RectifiedPlan(TailedPlan):
         orders = self.query_order, self.key_order
         return compensated(q, k, v, exact, lists, dropped, *orders, call.text_lens, scale), lists
 
-    def in_tail(self, call: SampledCall, head: int) -> Tensor:
+    def in_tail(self, call: SampledQueries, head: int) -> Tensor:
         tail = super().in_tail(call, head)
         if not self.config.gate:
             return tail
@@ -128,7 +128,7 @@ class RectifiedPlan(TailedPlan):
         blocks = call.blocks(self.block_of(self.query_order))
         return tail & trusted(q, k, self.query_order, self.key_order)[0, 0][blocks]
 
-    def reference(self, call: SampledCall, head: int, q: Tensor, k: Tensor, v: Tensor, *weights: Tensor) -> Tensor:
+    def reference(self, call: SampledQueries, head: int, q: Tensor, k: Tensor, v: Tensor, *weights: Tensor) -> Tensor:
         out = super().reference(call, head, q, k, v)
         if self.has_tail:
             return out

@@ -26,20 +26,20 @@ from dit_accel.kernels.cuts import visual_of
 from dit_accel.kernels.impls import AUTO, Impl
 from dit_accel.kernels.router.api import classify, single_blocks
 from dit_accel.kernels.sla.api import sparse_linear_attention
-from dit_accel.kernels.sla.call import FeatureMap, LinearScope, SlaCall, apply_map, learned_inputs
+from dit_accel.kernels.sla.arguments import FeatureMap, LinearScope, SlaArguments, apply_map, learned_inputs
 from dit_accel.kernels.sla.reference import block_map, linear_branch
 from dit_accel.method import LearnedModule, Method, Objective
 from dit_accel.methods.settings import GATE, BlockSettings
 from dit_accel.plans.blocks import BlockMask, from_map
 from dit_accel.plans.gate import BlockGate, gate_of, gated, pool
-from dit_accel.plans.plan import PlanCall
+from dit_accel.plans.plan import PlanArguments
 from dit_accel.plans.routed import GATED, LARGEST_BLOCK, RoutedPlan
-from dit_accel.plans.sampled import SampledCall, pooled
+from dit_accel.plans.sampled import SampledQueries, pooled
 from dit_accel.tokens import TokenGrid
 from dit_accel.values import option
 
 if TYPE_CHECKING:
-    from dit_accel.hooks.selfcheck import AttentionCall
+    from dit_accel.hooks.selfcheck import ComputedAttention
 
 LEARNED_MAP: FeatureMap = "hedgehog"
 IMITATED = 64  # queries of a head whose weights the objective imitation compares
@@ -56,7 +56,7 @@ class Config(BlockSettings):
             ``max(1, int(topk * K))``: rounded down as published, but at least one. 0: none.
         skip: share that is negligible, in [0, 1): ``int(skip * K)`` blocks. Scope "all" has no negligible blocks.
         feature_map: of the linear branch: "softmax" over the head dimension, "elu" plus one, "relu", "focused"
-            (FLatten) or "hedgehog", which is learned; see `kernels.sla.call.apply_map`.
+            (FLatten) or "hedgehog", which is learned; see `kernels.sla.arguments.apply_map`.
         linear_scope: "all": linear attention over all visual keys; "marginal": over those in marginal blocks.
         block_q: as many as a key block by default; TurboDiffusion's are 128 beside a `block` of 64.
         score: "mean": of block means; "learned": of a gate, which equals "mean" until it is trained.
@@ -189,7 +189,7 @@ class SparseLinearAttention(nn.Module):
                 f"{sequence}; got {tuple(q.shape)} and {tuple(k.shape)}."
             )
         critical, negligible = (
-            block_map(lists, plan.key_order) for lists in plan.classify(q, k, PlanCall(module=self))
+            block_map(lists, plan.key_order) for lists in plan.classify(q, k, PlanArguments(module=self))
         )
         return Routing(
             critical=from_map(critical, *orders),
@@ -198,7 +198,7 @@ class SparseLinearAttention(nn.Module):
         )
 
     def map_of(self, q: torch.Tensor, heads: tuple[int, int] | None = None) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """Weight and bias of the learned map for the heads of q; None without one. `heads` is as in `PlanCall`."""
+        """Weight and bias of the learned map for the heads of q; None without one. `heads` is as in `PlanArguments`."""
         if self.features is None:
             return None
         weight, bias = self.features(q.device)
@@ -234,7 +234,7 @@ class SlaPlan(RoutedPlan):
         return self.bound(self.config.counts(self.key_order.visual_blocks).topk)
 
     @torch.no_grad()
-    def classify(self, q: torch.Tensor, k: torch.Tensor, call: PlanCall) -> tuple[torch.Tensor, torch.Tensor]:
+    def classify(self, q: torch.Tensor, k: torch.Tensor, call: PlanArguments) -> tuple[torch.Tensor, torch.Tensor]:
         """Critical and negligible blocks of every visual query block: int32 [B, H, blocks, *], ascending."""
         topk, skip = self.config.counts(self.key_order.visual_blocks)
         orders = self.query_order, self.key_order
@@ -243,11 +243,11 @@ class SlaPlan(RoutedPlan):
             orders = single_blocks(q), single_blocks(k)
         return classify(q, k, *orders, topk, skip, call.impl)
 
-    def choose(self, q: torch.Tensor, k: torch.Tensor, call: PlanCall) -> BlockLists:
+    def choose(self, q: torch.Tensor, k: torch.Tensor, call: PlanArguments) -> BlockLists:
         return BlockLists.full(self.classify(q, k, call)[0])
 
     def attend_visual(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: PlanCall
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: PlanArguments
     ) -> tuple[torch.Tensor, BlockLists]:
         """Without a module its weights count as they start."""
         module, config = call.module, self.config
@@ -260,7 +260,7 @@ class SlaPlan(RoutedPlan):
         topk, skip = config.counts(self.key_order.visual_blocks)
         scale = q.shape[-1] ** -0.5 if call.scale is None else call.scale
         weight, bias = module.proj(q.device)
-        settings = SlaCall(
+        settings = SlaArguments(
             weight, bias, self.query_order, self.key_order, topk, scale, skip, call.text_lens, call.text_bias,
             config.feature_map, module.map_of(q, call.heads), config.linear_scope, call.impl,
             self.classify(q, k, call) if config.score == "learned" else None,
@@ -269,7 +269,7 @@ class SlaPlan(RoutedPlan):
         return out, BlockLists.full(critical)
 
     def reference(
-        self, call: SampledCall, head: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *weights: torch.Tensor
+        self, call: SampledQueries, head: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *weights: torch.Tensor
     ) -> torch.Tensor:
         """Softmax over critical blocks plus the projected linear branch."""
         config, seen = self.config, call.seen(head)
@@ -290,17 +290,17 @@ class SlaPlan(RoutedPlan):
         branch = linear_branch(*inputs, weights[0], weights[1], config.feature_map, features)[0, 0]
         return torch.where(call.are_visual, out + branch, out)
 
-    def _linear_blocks(self, call: SampledCall) -> torch.Tensor:
+    def _linear_blocks(self, call: SampledQueries) -> torch.Tensor:
         """The blocks of a call's linear branch: bool [H, query blocks, key blocks]."""
         critical, negligible = (
             block_map(lists, self.key_order)[0]
-            for lists in self.classify(call.q, call.k, PlanCall(impl=call.impl, module=call.module))
+            for lists in self.classify(call.q, call.k, PlanArguments(impl=call.impl, module=call.module))
         )
         if self.config.linear_scope == "all":
             return torch.ones_like(critical)
         return ~(critical | negligible)
 
-    def misrouted(self, call: SampledCall) -> str | None:
+    def misrouted(self, call: SampledQueries) -> str | None:
         """A critical block with a lower score than another block, in fp64, among some blocks of queries."""
         queries, keys = self.query_order, self.key_order
         rows, columns = self.block_of(queries), self.block_of(keys)
@@ -350,7 +350,7 @@ def at_density(grid: TokenGrid, density: float) -> dict[str, Any]:
     return {"topk": min(1.0, max(1e-6, float(f"{grid.visual_share(density):.6g}")))}
 
 
-def imitated(call: AttentionCall) -> torch.Tensor:
+def imitated(call: ComputedAttention) -> torch.Tensor:
     """Cross-entropy of the linear attention weights against softmax attention's, in nats.
 
     Source: Hedgehog (arXiv:2402.04347), section 4. Both are weights of the student's own q and k, which get no

@@ -20,10 +20,10 @@ from torch import Tensor
 
 from dit_accel.kernels.block_sparse.geometry import BlockLists
 from dit_accel.kernels.router.api import route
-from dit_accel.kernels.router.call import Rule, Variance
+from dit_accel.kernels.router.rule import Rule, Variance
 from dit_accel.method import Method
 from dit_accel.methods.settings import TokenSettings
-from dit_accel.plans.plan import PlanCall, per_device
+from dit_accel.plans.plan import PlanArguments, per_device
 from dit_accel.plans.tailed import TailedPlan
 from dit_accel.tokens import TokenGrid
 from dit_accel.values import option
@@ -78,7 +78,7 @@ class SolPlan(TailedPlan):
         super().build(device)
         self.forced(device)
 
-    def choose(self, q: Tensor, k: Tensor, call: PlanCall) -> BlockLists:
+    def choose(self, q: Tensor, k: Tensor, call: PlanArguments) -> BlockLists:
         rule = Rule(tau=float(self.config.tau), variance=self.config.variance, forced=self.forced(q.device))
         return route(q, k, self.query_order, self.key_order, rule, scale=call.scale, impl=call.impl)
 

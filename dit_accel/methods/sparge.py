@@ -30,21 +30,21 @@ from dit_accel.errors import DitAccelError
 from dit_accel.kernels.block_sparse.geometry import BlockLists
 from dit_accel.kernels.cuts import visual_of
 from dit_accel.kernels.router.api import route, route_pooled
-from dit_accel.kernels.router.call import Rule
 from dit_accel.kernels.router.portable import rank
+from dit_accel.kernels.router.rule import Rule
 from dit_accel.kernels.tail.errors import most_wrong, tail_errors
 from dit_accel.method import LearnedModule, Method, RecallCalibration
 from dit_accel.methods.settings import GATE, TokenSettings
 from dit_accel.plans.gate import BlockGate, gated
 from dit_accel.plans.memory import recalled_lists
-from dit_accel.plans.plan import PlanCall, per_device
+from dit_accel.plans.plan import PlanArguments, per_device
 from dit_accel.plans.routed import GATED
 from dit_accel.plans.tailed import TailedPlan
 from dit_accel.tokens import TokenGrid
 from dit_accel.values import fits, option
 
 if TYPE_CHECKING:
-    from dit_accel.hooks.selfcheck import AttentionCall
+    from dit_accel.hooks.selfcheck import ComputedAttention
 
 Score = Literal["mean", "subblock", "learned", "error"]
 Tail = Literal["none", "mean"]
@@ -155,7 +155,7 @@ class SpargePlan(TailedPlan):
         by_number = not config.topp and config.similarity is None and config.budgets == "equal"
         return {"by_number": by_number} | (GATED if config.score == "learned" else {})
 
-    def counts_of(self, call: PlanCall, heads: int, device: torch.device) -> int | torch.Tensor:
+    def counts_of(self, call: PlanArguments, heads: int, device: torch.device) -> int | torch.Tensor:
         """Blocks that rows keep by number: an int, or int32 [heads, 1]. Budgets for other heads are refused."""
         if self.config.budgets == "equal":
             return self.config.counts(self.key_order.visual_blocks)
@@ -180,7 +180,7 @@ class SpargePlan(TailedPlan):
         factor = q.shape[-1] ** -0.5 if scale is None else scale
         return rank(queries, keys, (self.query_order, self.key_order), rows, self.config.cells_scored, factor)
 
-    def choose(self, q: torch.Tensor, k: torch.Tensor, call: PlanCall) -> BlockLists:
+    def choose(self, q: torch.Tensor, k: torch.Tensor, call: PlanArguments) -> BlockLists:
         config = self.config
         rule = Rule(
             topk=self.counts_of(call, q.shape[1], q.device),
@@ -210,7 +210,7 @@ WHOLE = {"topk": 1.0, "topp": 0.0, "tail": "none", "refresh": 1}  # every block 
 
 
 @torch.no_grad()
-def block_recall(call: AttentionCall, queries: torch.Tensor) -> torch.Tensor:
+def block_recall(call: ComputedAttention, queries: torch.Tensor) -> torch.Tensor:
     """The recall of each head by the number of blocks that a row keeps: float64 [heads, key blocks].
 
     Entry c - 1 is that of the c best blocks by number, text and conditioning included, as a mean over the call's

@@ -8,13 +8,13 @@ from __future__ import annotations
 from torch import nn
 
 from dit_accel.errors import DitAccelError
-from dit_accel.pipelines.family import CallLayout, ModelCall, video_family
+from dit_accel.pipelines.family import CallLayout, ModelInputs, video_family
 from dit_accel.pipelines.reading import video_alone
 from dit_accel.pipelines.sharding import IMAGE_TOKENS, Sharding
 from dit_accel.pipelines.sizes import Config, Sizes, patch_of, vae_frames, vae_pixels, video_sizes
 
 
-def layout(transformer: nn.Module, call: ModelCall) -> CallLayout:
+def layout(transformer: nn.Module, call: ModelInputs) -> CallLayout:
     """The latent [B, C, F, H, W], cut into patches."""
     if call.get("attention_mask") is not None:
         raise DitAccelError(

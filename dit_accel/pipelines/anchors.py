@@ -10,7 +10,7 @@ from torch import nn
 
 from dit_accel.errors import DitAccelError
 from dit_accel.pipelines import context_parallel
-from dit_accel.pipelines.family import CallLayout, Family, ModelCall
+from dit_accel.pipelines.family import CallLayout, Family, ModelInputs
 from dit_accel.plans.anchored import AnchoredPlan
 from dit_accel.plans.plan import Plan
 
@@ -44,7 +44,7 @@ class AnchorTokens:
         if isinstance(rope := getattr(self._transformer, "rope", None), nn.Module):
             yield rope.register_forward_hook(self._place)
 
-    def add(self, call: ModelCall, layout: CallLayout, plans: list[Plan], compiled: bool) -> dict[str, Any]:
+    def add(self, call: ModelInputs, layout: CallLayout, plans: list[Plan], compiled: bool) -> dict[str, Any]:
         """The call's arguments with anchors.
 
         Raises:
@@ -82,7 +82,7 @@ class AnchorTokens:
         return tuple(torch.cat((table, table[:, :, places]), 2).flatten(1, 2) for table in frames)
 
 
-def in_packed(call: ModelCall, plan: AnchoredPlan) -> dict[str, Any]:
+def in_packed(call: ModelInputs, plan: AnchoredPlan) -> dict[str, Any]:
     """`Family.extend` of one image in packs of 2 x 2 latents [B, N, 4C], with `img_ids` [N, axes] or [B, N, axes]."""
     if plan.base.frames > 1 or call.get("controlnet_block_samples") or call.get("controlnet_single_block_samples"):
         raise DitAccelError("Anchors are for one image without conditioning images and ControlNets. Set factor=0.")
@@ -95,7 +95,7 @@ def in_packed(call: ModelCall, plan: AnchoredPlan) -> dict[str, Any]:
     return call.arguments | {"hidden_states": cells.reshape(len(packed), -1, packed.shape[-1]), "img_ids": ids}
 
 
-def in_latent(call: ModelCall, plan: AnchoredPlan) -> dict[str, Any]:
+def in_latent(call: ModelInputs, plan: AnchoredPlan) -> dict[str, Any]:
     """`Family.extend` of a latent video [B, C, F, H, W] with one timestep a sample."""
     if call.owner != "WanTransformer3DModel" or call.get("timestep").ndim > 1:
         raise DitAccelError(

@@ -28,7 +28,7 @@ from dit_accel.kernels.impls import Impl
 from dit_accel.pipelines.context_parallel import Ulysses
 from dit_accel.plans.head_balance import dealt
 from dit_accel.plans.memory import ListMemory
-from dit_accel.plans.plan import Plan, PlanCall, building
+from dit_accel.plans.plan import Plan, PlanArguments, building
 
 Watch = Callable[[Tensor, Tensor, Tensor, Tensor, "float | None", "CallState"], None]
 
@@ -141,7 +141,7 @@ class LayerAttention(AtWork):
     Attributes:
         state: decides the call under way.
         learned: the layer's learned weights; None without any.
-        density_sum: as in `PlanCall`; None if the plan is static.
+        density_sum: as in `PlanArguments`; None if the plan is static.
         stored: what the layer keeps between steps, see `plans.memory`.
         head_pairs: the visual pairs that each head kept in the last call, float32 [H]; None unless processes share
             heads that differ. By them heads are given to processes in the next call.
@@ -235,7 +235,7 @@ class LayerAttention(AtWork):
         text_lens, text_bias = state.text_of(len(q))
         held = None if ulysses is None else (ulysses.first_head(heads), heads)
         memory = None if state.step is None else ListMemory(*state.step, self.stored)
-        call = PlanCall(
+        call = PlanArguments(
             scale=scale, text_lens=text_lens, text_bias=text_bias, impl=state.impl, module=self.learned,
             density_sum=self.density_sum, heads=held, memory=memory, gate=gate,
             segments=state.segments, head_pairs=pairs,

@@ -22,7 +22,7 @@ from torch import nn
 from dit_accel.errors import DitAccelError
 from dit_accel.pipelines.ring import Ring, Traffic
 from dit_accel.pipelines.sharding import Shares, exchange, shared_of
-from dit_accel.plans.plan import Plan, PlanCall
+from dit_accel.plans.plan import Plan, PlanArguments
 from dit_accel.plans.ranges import even_shares, ranges_of, streams_of
 from dit_accel.tokens import TokenGrid
 
@@ -54,7 +54,9 @@ class Ulysses:
         """The first of a layer's `heads` that this process computes."""
         return sum(even_shares(heads, len(self.tokens))[: self.rank])
 
-    def attend(self, plan: Plan, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: PlanCall) -> torch.Tensor:
+    def attend(
+        self, plan: Plan, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: PlanArguments
+    ) -> torch.Tensor:
         """The plan's attention of what the group has gathered, as `Plan.run`."""
         self.traffic.calls += 1
         return plan.run(q, k, v, call) if self.ring is None else self.ring.attend(plan, q, k, v, call)

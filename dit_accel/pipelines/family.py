@@ -31,7 +31,7 @@ class CallLayout:
             taken to say the same. None: the model passes no mask.
         text_bias: floating point [B, tokens], queries in the grid's order. A model that does not mask padded text adds
             it to the scaled logits of padded text.
-        segments: as in `plans.plan.PlanCall`.
+        segments: as in `plans.plan.PlanArguments`.
         rows: int64 [B, tokens], a permutation: the row of the call's sequence where each token of the grid lies.
             Attention then copies q, k, v and its output. None: the grid's order, in all samples.
         notes: for the report, such as tokens that stay dense.
@@ -87,7 +87,7 @@ TRAINING_FREE = {
 }
 
 
-class ModelCall:
+class ModelInputs:
     """One call of a transformer: its arguments by name, and a cache of values read from small tensors.
 
     Args:
@@ -222,7 +222,7 @@ class Family:
 
     name: str
     transformers: tuple[str, ...]
-    layout: Callable[[Any, ModelCall], CallLayout]
+    layout: Callable[[Any, ModelInputs], CallLayout]
     sizes: Callable[[Config, Config], Sizes]
     summary: str
     attention: tuple[str, ...] = ("transformer_blocks.*.attn1",)
@@ -235,7 +235,7 @@ class Family:
     text_is_keys: bool = False
     sparse_calls: Mapping[str, Callable[..., Any]] = dataclasses.field(default_factory=dict)
     head_dim: Callable[[Any], int] = _head_dim
-    extend: Callable[[ModelCall, AnchoredPlan], dict[str, Any]] | None = None
+    extend: Callable[[ModelInputs, AnchoredPlan], dict[str, Any]] | None = None
     shardings: Mapping[str, Sharding] = dataclasses.field(default_factory=dict)
     stack: BlockStack = dataclasses.field(default_factory=BlockStack)
     stacks: Mapping[str, BlockStack] = dataclasses.field(default_factory=dict)
@@ -304,7 +304,7 @@ class Family:
         """What a user may name in Python, in words."""
         return f"{self.methods}; or a level: {', '.join(LEVELS)}"
 
-    def timestep(self, call: ModelCall) -> torch.Tensor | None:
+    def timestep(self, call: ModelInputs) -> torch.Tensor | None:
         """The call's timestep in the scheduler's units; None if it is unknown."""
         value = call.get(self.timestep_name)
         if value is None or self.timestep_scale is None:

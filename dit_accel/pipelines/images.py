@@ -13,17 +13,17 @@ from typing import Any
 import torch
 
 from dit_accel.errors import DitAccelError
-from dit_accel.pipelines.family import CallLayout, Family, ModelCall
+from dit_accel.pipelines.family import CallLayout, Family, ModelInputs
 from dit_accel.pipelines.reading import bias_text, image_of, mask_text
 from dit_accel.pipelines.sharding import IMAGE_TOKENS, Sharding
 from dit_accel.pipelines.sizes import Config, Sizes, image_sizes, square_sizes, vae_pixels
 from dit_accel.pipelines.stacks import TEXT_FIRST, VISUAL, VISUAL_FIRST, BlockStack
 
-Layout = Callable[[Any, ModelCall], CallLayout]
+Layout = Callable[[Any, ModelInputs], CallLayout]
 REGISTERS = 8  # of AuraFlow
 
 
-def image_alone(transformer: Any, call: ModelCall) -> CallLayout:
+def image_alone(transformer: Any, call: ModelInputs) -> CallLayout:
     """The latent [B, C, H, W] in patches."""
     return CallLayout(image_of(call, transformer.config.patch_size))
 
@@ -35,7 +35,7 @@ def with_text(*, first: bool, mask: str = "", bias: str = "") -> Layout:
         mask, bias: names of arguments, for `mask_text` and `bias_text`; "" and an argument that is None: neither.
     """
 
-    def layout(transformer: Any, call: ModelCall) -> CallLayout:
+    def layout(transformer: Any, call: ModelInputs) -> CallLayout:
         grid = image_of(call, transformer.config.patch_size, call.length("encoder_hidden_states"), text_first=first)
         added = call.get(bias)
         if added is None:
@@ -45,26 +45,26 @@ def with_text(*, first: bool, mask: str = "", bias: str = "") -> Layout:
     return layout
 
 
-def lumina_next(transformer: Any, call: ModelCall) -> CallLayout:
+def lumina_next(transformer: Any, call: ModelInputs) -> CallLayout:
     """The latent [B, C, H, W] in patches. The model makes a mask of the image tokens itself, in which all are valid."""
     samples = len(call.tensor("hidden_states", 4))
     no_text = torch.zeros(samples, dtype=torch.int32, device=call.device)
     return dataclasses.replace(image_alone(transformer, call), text_lens=no_text)
 
 
-def aura_flow(transformer: Any, call: ModelCall) -> CallLayout:
+def aura_flow(transformer: Any, call: ModelInputs) -> CallLayout:
     """The latent [B, C, H, W] in patches, behind the learned registers and text [B, T, C]; every token is attended."""
     text = transformer.register_tokens.shape[1] + call.length("encoder_hidden_states")
     return CallLayout(image_of(call, transformer.config.patch_size, text, text_first=True))
 
 
-def ernie_image(transformer: Any, call: ModelCall) -> CallLayout:
+def ernie_image(transformer: Any, call: ModelInputs) -> CallLayout:
     """The latent [B, C, H, W] in patches, text [B, T, C] behind it and its lengths [B]; padding is masked."""
     grid = image_of(call, transformer.config.patch_size, call.length("text_bth"))
     return CallLayout(grid, text_lens=call.tensor("text_lens", 1).to(torch.int32))
 
 
-def glm_image(transformer: Any, call: ModelCall) -> CallLayout:
+def glm_image(transformer: Any, call: ModelInputs) -> CallLayout:
     """The latent [B, C, H, W] in patches, behind glyph text [B, T, C], all of which is attended.
 
     Editing caches the keys of conditioning images, which then have no queries; such calls are refused.

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from dit_accel.errors import DitAccelError
-from dit_accel.pipelines.family import TRAINING_FREE, CallLayout, Family, ModelCall, Preset, video_family
+from dit_accel.pipelines.family import TRAINING_FREE, CallLayout, Family, ModelInputs, Preset, video_family
 from dit_accel.pipelines.processor import joint_call
 from dit_accel.pipelines.reading import mask_text, video_of
 from dit_accel.pipelines.sharding import IMAGE_TOKENS, Counted, Sharding
@@ -18,14 +18,14 @@ from dit_accel.pipelines.sizes import Config, Sizes, patch_of, video_sizes
 from dit_accel.pipelines.stacks import VISUAL_FIRST, BlockStack
 
 
-def hunyuan_video(transformer: Any, call: ModelCall) -> CallLayout:
+def hunyuan_video(transformer: Any, call: ModelInputs) -> CallLayout:
     """The latent [B, C, F, H, W], cut into patches, before text [B, T, C] with its mask [B, T]."""
     grid = video_of(call, patch_of(transformer.config), call.length("encoder_hidden_states"))
     valid = call.tensor("encoder_attention_mask", 2).sum(1, dtype=torch.int32)
     return CallLayout(grid, text_lens=valid)
 
 
-def hunyuan_video_15(transformer: Any, call: ModelCall) -> CallLayout:
+def hunyuan_video_15(transformer: Any, call: ModelInputs) -> CallLayout:
     """The latent [B, C, F, H, W], cut into patches, before image, byT5 and text tokens, each [B, T, C].
 
     In text to video the image tokens are all zero, and the model treats them as padding.
@@ -49,7 +49,7 @@ def hunyuan_video_15_sizes(transformer: Config, vae: Config) -> Sizes:
     return video_sizes(vae, patch_of(transformer), 121, height, width, text=1985)
 
 
-def mochi(transformer: Any, call: ModelCall) -> CallLayout:
+def mochi(transformer: Any, call: ModelInputs) -> CallLayout:
     """The latent [B, C, F, H, W], cut into patches within frames, before text [B, T, C] with its mask [B, T]."""
     mask = call.tensor("encoder_attention_mask", 2)
     layout = mask_text(call, video_of(call, patch_of(transformer.config), mask.shape[1]), mask)

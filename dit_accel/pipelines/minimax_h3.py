@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from dit_accel.errors import DitAccelError
-from dit_accel.pipelines.family import TRAINING_FREE, CallLayout, Family, ModelCall, Preset
+from dit_accel.pipelines.family import TRAINING_FREE, CallLayout, Family, ModelInputs, Preset
 from dit_accel.pipelines.reading import dense_note, is_raster, last_raster
 from dit_accel.pipelines.sizes import Config, Shape, Sizes, patch_of, video_sizes
 from dit_accel.pipelines.stacks import BlockStack
@@ -24,7 +24,7 @@ PROMPT_TOKENS = 512  # the pipeline sets no limit; longer than the prompts of it
 FRAME_RATE, SOUND_RATE, CHANNELS = 24, 40, 2  # frames and sound tokens a second, stereo
 
 
-def layout(transformer: nn.Module, call: ModelCall) -> CallLayout:
+def layout(transformer: nn.Module, call: ModelInputs) -> CallLayout:
     """Places [N, 3] of all tokens, indices [V] of the video's, the conditions' first, and [S] of the sound's."""
     places = call.once(call.tensor("position_ids", 2), torch.t)
     video, sound = (call.once(call.tensor(f"{kind}_indices", 1), _runs) for kind in ("video", "audio"))

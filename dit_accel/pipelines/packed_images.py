@@ -12,7 +12,7 @@ import torch
 
 from dit_accel.errors import DitAccelError
 from dit_accel.pipelines.anchors import in_packed
-from dit_accel.pipelines.family import CallLayout, Family, ModelCall, Preset, patch_grid
+from dit_accel.pipelines.family import CallLayout, Family, ModelInputs, Preset, patch_grid
 from dit_accel.pipelines.reading import bias_text, dense_note, image_grids, images_and_text, mask_text, packed_images
 from dit_accel.pipelines.sharding import IMAGE_TOKENS, Sharding
 from dit_accel.pipelines.sizes import Config, Sizes, image_sizes, packed_sizes, vae_pixels
@@ -22,7 +22,7 @@ BLOCKS = ("transformer_blocks.*.attn", "single_transformer_blocks.*.attn")
 PADDING, IMAGE = 0, 2  # values of Ideogram's `indicator`; text is 3
 
 
-def bria(transformer: Any, call: ModelCall) -> CallLayout:
+def bria(transformer: Any, call: ModelInputs) -> CallLayout:
     """As FLUX.1, with FIBO's mask bool [B, 1, 1, tokens] in `joint_attention_kwargs`."""
     layout = flux(transformer, call)
     mask = (call.get("joint_attention_kwargs") or {}).get("attention_mask")
@@ -31,7 +31,7 @@ def bria(transformer: Any, call: ModelCall) -> CallLayout:
     return mask_text(call, layout.grid, mask, layout.notes)
 
 
-def flux(transformer: Any, call: ModelCall) -> CallLayout:
+def flux(transformer: Any, call: ModelInputs) -> CallLayout:
     """Packed image [B, N, C], text [B, T, C] and image ids [N, 3], or [B, N, 3] as in older code.
 
     A conditioning image of the same size (Kontext) is a further frame; others are dense both ways. A boolean mask masks
@@ -45,7 +45,7 @@ def flux(transformer: Any, call: ModelCall) -> CallLayout:
     return dataclasses.replace(read(call, layout.grid, mask), notes=layout.notes, masks=("attention_mask",))
 
 
-def flux2(transformer: Any, call: ModelCall) -> CallLayout:
+def flux2(transformer: Any, call: ModelInputs) -> CallLayout:
     """Packed images [B, N, C], text [B, T, C] and image ids [B, N, 4] or [N, 4]: time, row, column, layer."""
     if call.get("kv_cache_mode") is not None:
         raise DitAccelError(
@@ -56,7 +56,7 @@ def flux2(transformer: Any, call: ModelCall) -> CallLayout:
     return packed_images(call)
 
 
-def flux3(transformer: Any, call: ModelCall) -> CallLayout:
+def flux3(transformer: Any, call: ModelInputs) -> CallLayout:
     """Packed image [B, N, C] with ids [N, 4], text [B, T, C], and conditioning tokens [B, R, C] or None."""
     layout = packed_images(call)
     if layout.grid.conditioning:
@@ -70,7 +70,7 @@ def flux3(transformer: Any, call: ModelCall) -> CallLayout:
     return CallLayout(dataclasses.replace(layout.grid, conditioning=conditioning), notes=dense_note(conditioning))
 
 
-def ideogram4(transformer: Any, call: ModelCall) -> CallLayout:
+def ideogram4(transformer: Any, call: ModelInputs) -> CallLayout:
     """Roles (`indicator`) and samples (`segment_ids`) [B, tokens], places [B, tokens, 3]."""
     indicator = call.tensor("indicator", 2)
     roles, samples = (call.once(ids, torch.Tensor.clone) for ids in (indicator, call.tensor("segment_ids", 2)))
@@ -85,7 +85,7 @@ def ideogram4(transformer: Any, call: ModelCall) -> CallLayout:
     return images_and_text(call, image_grids(places[0, text:]), text, indicator)
 
 
-def krea2(transformer: Any, call: ModelCall) -> CallLayout:
+def krea2(transformer: Any, call: ModelInputs) -> CallLayout:
     """Packed image [B, N, C], text [B, T, layers, C] with its mask [B, T] or None, positions [T + N, 3]."""
     images = call.length("hidden_states")
     text = call.length("encoder_hidden_states", 4)
@@ -97,7 +97,9 @@ def krea2(transformer: Any, call: ModelCall) -> CallLayout:
     return images_and_text(call, image_grids(positions[text:]), text, call.get("encoder_attention_mask"))
 
 
-def listed_images(call: ModelCall, dims: int = 3, name: str = "img_shapes", *, text_first: bool = False) -> CallLayout:
+def listed_images(
+    call: ModelInputs, dims: int = 3, name: str = "img_shapes", *, text_first: bool = False
+) -> CallLayout:
     """Image tokens [B, N, ...] of so many dimensions, text [B, T, C] and its mask [B, T] or None.
 
     The argument `name` lists, for each sample, the (frames, height, width) of its images or of its one image.
@@ -127,7 +129,7 @@ def listed_images(call: ModelCall, dims: int = 3, name: str = "img_shapes", *, t
     return images_and_text(call, images, text, mask, text_first=text_first)
 
 
-def joyimage(transformer: Any, call: ModelCall) -> CallLayout:
+def joyimage(transformer: Any, call: ModelInputs) -> CallLayout:
     """Latents [B, C, F, H, W], or [B, images, C, F, H, W], in patches; text [B, T, C].
 
     Or patches [B, N, C, F, H, W] of images with sizes in `shape_list`, and text with its mask [B, T] or None.

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from dit_accel.errors import DitAccelError
-from dit_accel.pipelines.family import CallLayout, Family, ModelCall, patch_grid
+from dit_accel.pipelines.family import CallLayout, Family, ModelInputs, patch_grid
 from dit_accel.pipelines.reading import dense_note, image_of, lengths, mask_text
 from dit_accel.pipelines.sharding import IMAGE_TOKENS, Sharding
 from dit_accel.pipelines.sizes import Config, Shape, Sizes, image_sizes, square_sizes, vae_pixels
@@ -19,7 +19,7 @@ from dit_accel.tokens import TokenGrid
 MULTIPLE = 32  # of Z-Image's captions and images
 
 
-def hidream(transformer: Any, call: ModelCall) -> CallLayout:
+def hidream(transformer: Any, call: ModelInputs) -> CallLayout:
     """The latent [B, C, H, W]; or its patches [B, N, C] with `img_sizes` and `hidden_states_masks`."""
     if call.get("hidden_states_masks") is None:
         image = image_of(call, transformer.config.patch_size)
@@ -36,7 +36,7 @@ def hidream(transformer: Any, call: ModelCall) -> CallLayout:
     return CallLayout(grid, notes=dense_note(conditioning, "that pad the image"))
 
 
-def _hidream_packed(call: ModelCall) -> TokenGrid:
+def _hidream_packed(call: ModelInputs) -> TokenGrid:
     sizes = call.get("img_sizes")
     if isinstance(sizes, torch.Tensor):
         sizes = call.once(sizes, torch.Tensor.tolist)
@@ -64,7 +64,7 @@ def hidream_sizes(transformer: Config, vae: Config) -> Sizes:
     return image_sizes(vae_pixels(vae) * patch, text=384, conditioning=padding)
 
 
-def hunyuan_image(transformer: Any, call: ModelCall) -> CallLayout:
+def hunyuan_image(transformer: Any, call: ModelInputs) -> CallLayout:
     """The latent [B, C, H, W] or [B, C, F, H, W] in patches; text [B, T, C], glyph text, and the mask of each."""
     patch = transformer.config.patch_size
     sizes = call.tensor("hidden_states", len(patch) + 2).shape[2:]
@@ -83,7 +83,7 @@ def hunyuan_image_sizes(transformer: Config, vae: Config) -> Sizes:
     return image_sizes(pixels * transformer["patch_size"][-1], 64 * pixels, text=1128)
 
 
-def lumina2(transformer: Any, call: ModelCall) -> CallLayout:
+def lumina2(transformer: Any, call: ModelInputs) -> CallLayout:
     """The latent [B, C, H, W] in patches, and the caption's mask [B, T], valid tokens first."""
     lens = call.once(call.tensor("encoder_attention_mask", 2), lengths)
     grid = image_of(call, transformer.config.patch_size, int(lens.max()), text_first=True)
@@ -100,7 +100,7 @@ def pack(grid: TokenGrid, lens: torch.Tensor) -> torch.Tensor:
     return torch.cat((text, lens + torch.arange(grid.visual)), 1)
 
 
-def z_image(transformer: Any, call: ModelCall) -> CallLayout:
+def z_image(transformer: Any, call: ModelInputs) -> CallLayout:
     """Latents, a list of [C, F, H, W], and captions, a list of [T, C]."""
     images, captions = call.get("x"), call.get("cap_feats")
     if not images or not isinstance(images[0], torch.Tensor):

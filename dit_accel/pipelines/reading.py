@@ -10,28 +10,28 @@ from typing import Any
 import torch
 
 from dit_accel.errors import DitAccelError
-from dit_accel.pipelines.family import CallLayout, ModelCall, patch_grid
+from dit_accel.pipelines.family import CallLayout, ModelInputs, patch_grid
 from dit_accel.pipelines.sizes import patch_of
 from dit_accel.tokens import TokenGrid
 
 
-def image_of(call: ModelCall, patch: int, text: int = 0, text_first: bool = False) -> TokenGrid:
+def image_of(call: ModelInputs, patch: int, text: int = 0, text_first: bool = False) -> TokenGrid:
     """The grid of the latent image [B, C, H, W] in hidden_states, cut into patches, with text tokens."""
     height, width = call.tensor("hidden_states", 4).shape[2:]
     return patch_grid((1, height, width), (1, patch, patch), text, text_first)
 
 
-def video_of(call: ModelCall, patch: Sequence[int], text: int = 0, text_first: bool = False) -> TokenGrid:
+def video_of(call: ModelInputs, patch: Sequence[int], text: int = 0, text_first: bool = False) -> TokenGrid:
     """The grid of the latent video [B, C, F, H, W] in hidden_states, cut into patches, with text tokens."""
     return patch_grid(call.tensor("hidden_states", 5).shape[2:], patch, text, text_first)
 
 
-def video_alone(transformer: Any, call: ModelCall) -> CallLayout:
+def video_alone(transformer: Any, call: ModelInputs) -> CallLayout:
     """`Family.layout` where self-attention sees the video tokens alone: the latent [B, C, F, H, W] in patches."""
     return CallLayout(video_of(call, patch_of(transformer.config)))
 
 
-def packed_video(transformer: Any, call: ModelCall) -> CallLayout:
+def packed_video(transformer: Any, call: ModelInputs) -> CallLayout:
     """`Family.layout` of a packed video [B, N, C] with num_frames, height and width in tokens, or video_coords.
 
     With both, tokens beyond the sizes follow the video. With coordinates [B, 3, N] or [B, 3, N, bounds] alone, the
@@ -100,7 +100,7 @@ def is_raster(places: torch.Tensor, shape: tuple[int, int, int]) -> bool:
     return torch.equal(grid, raster) and all(bool((axis[1:] > axis[:-1]).all()) for axis in axes)
 
 
-def mask_text(call: ModelCall, grid: TokenGrid, mask: torch.Tensor | None, notes: tuple[str, ...] = ()) -> CallLayout:
+def mask_text(call: ModelInputs, grid: TokenGrid, mask: torch.Tensor | None, notes: tuple[str, ...] = ()) -> CallLayout:
     """The layout of a grid with a mask over its text tokens.
 
     Args:
@@ -145,7 +145,7 @@ def _is_valid(mask: torch.Tensor) -> torch.Tensor:
     return (mask != 0).flatten(1)
 
 
-def bias_text(call: ModelCall, grid: TokenGrid, mask: torch.Tensor) -> CallLayout:
+def bias_text(call: ModelInputs, grid: TokenGrid, mask: torch.Tensor) -> CallLayout:
     """The layout where the model adds the products m_i m_j of a mask over queries i and keys j to the logits.
 
     A mask of ones and zeros therefore masks nothing. Softmax ignores a constant added to all logits of a query. So
@@ -174,7 +174,7 @@ def _is_zeros_and_ones(mask: torch.Tensor) -> bool:
     return bool(((mask == 0) | (mask == 1)).all())
 
 
-def packed_images(call: ModelCall) -> CallLayout:
+def packed_images(call: ModelInputs) -> CallLayout:
     """The layout of text [B, T, C] before packed images [B, N, C] with positions in `img_ids`.
 
     Args:
@@ -197,7 +197,7 @@ def _read_ids(ids: torch.Tensor) -> tuple[int, int, int, int]:
 
 
 def images_and_text(
-    call: ModelCall,
+    call: ModelInputs,
     images: tuple[int, int, int, int],
     text: int,
     mask: torch.Tensor | None = None,

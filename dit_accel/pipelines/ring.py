@@ -21,7 +21,7 @@ from dit_accel.kernels.block_sparse import dense, portable
 from dit_accel.kernels.block_sparse.geometry import BlockLists, BlockSparseCall, Geometry, Segments
 from dit_accel.kernels.block_sparse.held import Held, Runs
 from dit_accel.pipelines.sharding import exchange
-from dit_accel.plans.plan import Plan, PlanCall
+from dit_accel.plans.plan import Plan, PlanArguments
 from dit_accel.plans.ranges import Range, reads
 from dit_accel.plans.static import StaticPlan
 
@@ -66,7 +66,7 @@ class Ring:
     ranges: tuple[Range, ...]
     traffic: Traffic
 
-    def attend(self, plan: Plan, q: Tensor, k: Tensor, v: Tensor, call: PlanCall) -> Tensor:
+    def attend(self, plan: Plan, q: Tensor, k: Tensor, v: Tensor, call: PlanArguments) -> Tensor:
         """A static plan's attention: q, k, v and the result [B, H, n, D], this process's range in model order."""
         assert isinstance(plan, StaticPlan)
         kind, text = q.device.type, self.ranges[self.rank].text
@@ -79,7 +79,7 @@ class Ring:
         self.traffic.possible += pairs
         scale = q.shape[-1] ** -0.5 if call.scale is None else float(call.scale)
         lists, segments = plan.lists(q.device), Segments.of(q, call.text_lens)
-        job = RingCall(self, needed.tolist(), lists, segments, plan.geometry, scale)
+        job = RingAttention(self, needed.tolist(), lists, segments, plan.geometry, scale)
         out: Tensor = _RingAttention.apply(*(_rolled(x, first) for x in (q, k, v)), job)
         return _rolled(out, out.shape[2] - first)
 
@@ -127,7 +127,7 @@ def finish(sending: tuple[Any, Tensor], received: list[Tensor]) -> list[Tensor]:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class RingCall:
+class RingAttention:
     """One attention call of a ring.
 
     Its tensors hold this process's range, canonically ordered: [B, H, visual | conditioning | text, D].
@@ -267,10 +267,10 @@ class RingCall:
 
 
 class _RingAttention(torch.autograd.Function):
-    """`RingCall` as one function, so that all processes run the exchanges of its backward in one order."""
+    """`RingAttention` as one function, so that all processes run the exchanges of its backward in one order."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, job: RingCall) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, job: RingAttention) -> Tensor:
         out, lse = job.forward(q, k, v)
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.job = job

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from dit_accel.pipelines.family import CallLayout, ModelCall, video_family
+from dit_accel.pipelines.family import CallLayout, ModelInputs, video_family
 from dit_accel.pipelines.reading import dense_note, lengths, video_of
 from dit_accel.pipelines.sharding import IMAGE_TOKENS, TEXT_TOKENS, Counted, Sharding
 from dit_accel.pipelines.sizes import Config, Shape, Sizes, patch_of, vae_frames, vae_pixels, video_sizes
@@ -25,7 +25,7 @@ FRAMEPACK_HISTORY = {"latents_history_4x": (4, 16), "latents_history_2x": (2, 2)
 HELIOS_HISTORY = {"long": (4, 16), "mid": (2, 2), "short": (1, 2)}
 
 
-def framepack(transformer: Any, call: ModelCall) -> CallLayout:
+def framepack(transformer: Any, call: ModelInputs) -> CallLayout:
     """The section [B, C, F, H, W] in patches, the history's latents, image embeddings and text with its mask."""
     image, mask = call.length("image_embeds"), call.tensor("encoder_attention_mask", 2)
     lens = call.once(mask, lengths) + image
@@ -68,7 +68,7 @@ def framepack_sizes(transformer: Config, vae: Config) -> Sizes:
     )
 
 
-def helios(transformer: Any, call: ModelCall) -> CallLayout:
+def helios(transformer: Any, call: ModelInputs) -> CallLayout:
     """The section [B, C, F, H, W] in patches, and the history's parts that have latents and indices."""
     patch, history = patch_of(transformer.config), 0
     for name, (times, _) in HELIOS_HISTORY.items():

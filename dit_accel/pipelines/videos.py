@@ -13,7 +13,7 @@ from torch import nn
 from dit_accel.errors import DitAccelError
 from dit_accel.pipelines import demo
 from dit_accel.pipelines.anchors import in_latent
-from dit_accel.pipelines.family import TRAINING_FREE, CallLayout, Family, ModelCall, Preset, patch_grid, video_family
+from dit_accel.pipelines.family import TRAINING_FREE, CallLayout, Family, ModelInputs, Preset, patch_grid, video_family
 from dit_accel.pipelines.levels import DEMO
 from dit_accel.pipelines.reading import dense_note, packed_video, video_alone, video_of
 from dit_accel.pipelines.sharding import IMAGE_TOKENS, TEXT_TOKENS, At, Sharding, Whole
@@ -22,20 +22,20 @@ from dit_accel.pipelines.stacks import VISUAL, VISUAL_FIRST, BlockStack
 from dit_accel.tokens import TokenGrid
 
 
-def anyflow(transformer: Any, call: ModelCall) -> CallLayout:
+def anyflow(transformer: Any, call: ModelInputs) -> CallLayout:
     """The latent [B, F, C, H, W], cut into patches."""
     _, frames, _, height, width = call.tensor("hidden_states", 5).shape
     return CallLayout(patch_grid((frames, height, width), transformer.config.patch_size))
 
 
-def cogvideox(transformer: Any, call: ModelCall) -> CallLayout:
+def cogvideox(transformer: Any, call: ModelInputs) -> CallLayout:
     """The latent [B, F, C, H, W], cut into patches, behind text [B, T, C]."""
     _, frames, _, height, width = call.tensor("hidden_states", 5).shape
     text = call.length("encoder_hidden_states")
     return CallLayout(patch_grid((frames, height, width), patch_of(transformer.config), text, text_first=True))
 
 
-def easyanimate(transformer: Any, call: ModelCall) -> CallLayout:
+def easyanimate(transformer: Any, call: ModelInputs) -> CallLayout:
     """The latent [B, C, F, H, W], cut into patches within frames, behind text [B, T, C]."""
     text = call.length("encoder_hidden_states")
     if call.get("encoder_hidden_states_t5") is not None:
@@ -43,7 +43,7 @@ def easyanimate(transformer: Any, call: ModelCall) -> CallLayout:
     return CallLayout(video_of(call, patch_of(transformer.config), text, text_first=True))
 
 
-def kandinsky5(transformer: Any, call: ModelCall) -> CallLayout:
+def kandinsky5(transformer: Any, call: ModelInputs) -> CallLayout:
     """The latent [B, F, H, W, C], cut into patches."""
     if call.get("sparse_params") is not None:
         raise DitAccelError(
@@ -53,7 +53,7 @@ def kandinsky5(transformer: Any, call: ModelCall) -> CallLayout:
     return CallLayout(patch_grid(call.tensor("hidden_states", 5).shape[1:4], transformer.config.patch_size))
 
 
-def kandinsky6(transformer: Any, call: ModelCall) -> CallLayout:
+def kandinsky6(transformer: Any, call: ModelInputs) -> CallLayout:
     """The latent [B, F, H, W, C], cut into patches, and its positions in time, rows and columns or None."""
     grid = patch_grid(call.tensor("hidden_states", 5).shape[1:4], transformer.config.patch_size)
     places = call.get("visual_rope_pos")
@@ -69,7 +69,7 @@ def _rising(places: torch.Tensor) -> int:
     return int(back[0]) + 1 if len(back) else len(places)
 
 
-def ltx2(transformer: nn.Module, call: ModelCall) -> CallLayout:
+def ltx2(transformer: nn.Module, call: ModelInputs) -> CallLayout:
     """The packed video [B, N, C] and its sizes in tokens, or its coordinates."""
     if call.get("video_self_attention_mask") is not None:
         raise DitAccelError(
@@ -79,7 +79,7 @@ def ltx2(transformer: nn.Module, call: ModelCall) -> CallLayout:
     return packed_video(transformer, call)
 
 
-def skyreels_v2(transformer: Any, call: ModelCall) -> CallLayout:
+def skyreels_v2(transformer: Any, call: ModelInputs) -> CallLayout:
     """The latent [B, C, F, H, W], cut into patches.
 
     With causal blocks (`num_frame_per_block` above 1) the model masks later frames; such a model is refused.

@@ -11,7 +11,7 @@ from torch import nn
 from dit_accel.kernels.impls import AUTO, Choice, Impl
 from dit_accel.kernels.obstacles import Facts
 from dit_accel.plans.masks import AxisTable, Mask, Product
-from dit_accel.plans.plan import PlanCall
+from dit_accel.plans.plan import PlanArguments
 from dit_accel.plans.static import MaskPlan
 from dit_accel.tokens import TokenGrid
 
@@ -30,7 +30,7 @@ class DensePlan(MaskPlan):
         """The same, by an implementation that knows lengths and biases of text."""
         return MaskPlan(self.method, self.config, self.grid, self.mask)
 
-    def run(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: PlanCall) -> torch.Tensor:
+    def run(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: PlanArguments) -> torch.Tensor:
         if call.impl not in (AUTO, SDPA) or call.text_lens is not None:
             return self._masked.run(q, k, v, call._replace(impl=AUTO) if call.impl == SDPA else call)
         return nn.functional.scaled_dot_product_attention(q, k, v, scale=call.scale)

@@ -26,11 +26,11 @@ from torch import Tensor, nn
 
 from dit_accel.kernels.cuts import block_means, to_blocks, visual_of
 from dit_accel.order import TokenOrder
-from dit_accel.plans.plan import PlanCall
+from dit_accel.plans.plan import PlanArguments
 from dit_accel.plans.routed import RoutedPlan
 
 if TYPE_CHECKING:
-    from dit_accel.hooks.selfcheck import AttentionCall
+    from dit_accel.hooks.selfcheck import ComputedAttention
 
 
 class BlockGate(nn.Module):
@@ -77,7 +77,7 @@ def pool(q: Tensor, k: Tensor, query_order: TokenOrder, key_order: TokenOrder) -
 
 
 @torch.no_grad()
-def gated(q: Tensor, k: Tensor, orders: tuple[TokenOrder, TokenOrder], call: PlanCall) -> tuple[Tensor, Tensor]:
+def gated(q: Tensor, k: Tensor, orders: tuple[TokenOrder, TokenOrder], call: PlanArguments) -> tuple[Tensor, Tensor]:
     """The vectors of query blocks and key blocks whose products are the scores; without a gate the blocks' means."""
     gate = gate_of(call.module)
     a, b = pool(q, k, *orders)
@@ -102,7 +102,7 @@ def divergence(sample: GateSample) -> Tensor:
     return F.kl_div(shares, sample.target.to(shares), reduction="sum") / sample.target[..., 0].numel()
 
 
-def gate_sample(call: AttentionCall) -> GateSample | None:
+def gate_sample(call: ComputedAttention) -> GateSample | None:
     """What a call teaches its layer's gate; None without a gate. Nothing carries a gradient to the model."""
     gate, plan = gate_of(call.module), call.plan
     if gate is None or not isinstance(plan, RoutedPlan):
@@ -113,7 +113,7 @@ def gate_sample(call: AttentionCall) -> GateSample | None:
 
 
 @torch.no_grad()
-def pooled_map(call: AttentionCall) -> Tensor:
+def pooled_map(call: ComputedAttention) -> Tensor:
     """T of the module's equations: [B, H, query blocks, key blocks], each row sums to 1.
 
     Dense attention is computed for a few queries at a time and pooled at once: never N x N.

@@ -18,7 +18,7 @@ from dit_accel.kernels.impls import AUTO, Impl
 from dit_accel.plans.blocks import BlockMask
 from dit_accel.plans.choices import Kernels
 from dit_accel.plans.memory import ListMemory
-from dit_accel.plans.sampled import SampledCall
+from dit_accel.plans.sampled import SampledQueries
 from dit_accel.tokens import TokenGrid
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ def per_device(make: Callable[[Any, torch.device], Result]) -> Callable[[Any, to
     return built
 
 
-class PlanCall(NamedTuple):
+class PlanArguments(NamedTuple):
     """Arguments of `Plan.attend` besides q, k and v; `scale`, `text_lens` and `impl` are as in `attention`.
 
     text_bias: floating point [B, N], added to every query's scaled logits. Text behind `text_lens` then stays a key.
@@ -150,15 +150,15 @@ class Plan(Kernels):
         raise self._routes("token mask")
 
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **call: Any) -> torch.Tensor:
-        """The method's attention on this grid: `attention` without its checks; `call` holds fields of `PlanCall`."""
-        return self.run(q, k, v, PlanCall(**call))
+        """The method's attention on this grid: `attention` without its checks; `call` has fields of `PlanArguments`."""
+        return self.run(q, k, v, PlanArguments(**call))
 
     @abc.abstractmethod
-    def run(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: PlanCall) -> torch.Tensor:
+    def run(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: PlanArguments) -> torch.Tensor:
         """What a method implements: q, k, v and the output as in `attention`."""
 
     def reference(
-        self, call: SampledCall, head: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *weights: torch.Tensor
+        self, call: SampledQueries, head: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *weights: torch.Tensor
     ) -> torch.Tensor:
         """The result of one head for some queries by plain PyTorch, [S, D], in the dtype of q; differentiable.
 
@@ -170,11 +170,11 @@ class Plan(Kernels):
         """
         return masked_attention(q, k, v, call.seen(head))
 
-    def single_keys(self, call: SampledCall, head: int) -> torch.Tensor | None:
+    def single_keys(self, call: SampledQueries, head: int) -> torch.Tensor | None:
         """Keys that the queries of `call` attend to exactly besides `kept_keys`: bool [S, tokens]; None without any."""
         return None
 
-    def misrouted(self, call: SampledCall) -> str | None:
+    def misrouted(self, call: SampledQueries) -> str | None:
         """What is wrong with the blocks that a call lists; None if they are right."""
         return None
 

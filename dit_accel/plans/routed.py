@@ -15,7 +15,7 @@ from dit_accel.kernels.block_sparse.geometry import BlockLists, Geometry, Segmen
 from dit_accel.kernels.impls import AUTO, Impl
 from dit_accel.order import TokenOrder, valid_tokens
 from dit_accel.plans.curves import Curve, along
-from dit_accel.plans.plan import BLOCK_K, BLOCK_Q, Plan, PlanCall, among_others, building, per_device
+from dit_accel.plans.plan import BLOCK_K, BLOCK_Q, Plan, PlanArguments, among_others, building, per_device
 from dit_accel.plans.tiles import choose_tile
 from dit_accel.tokens import TokenGrid
 
@@ -54,7 +54,7 @@ class RoutedPlan(Plan):
         self.query_order, self.key_order, self.curve = query_order, key_order, curve
 
     @abc.abstractmethod
-    def choose(self, q: torch.Tensor, k: torch.Tensor, call: PlanCall) -> BlockLists:
+    def choose(self, q: torch.Tensor, k: torch.Tensor, call: PlanArguments) -> BlockLists:
         """The visual key blocks that every visual query block attends to.
 
         Made on the device of q without waiting for it. Carries no gradient. Runs with autocast off.
@@ -72,12 +72,12 @@ class RoutedPlan(Plan):
     def route(self, q: torch.Tensor, k: torch.Tensor, **call: Any) -> BlockLists:
         """The blocks of a call with these queries and keys, [B, H, N, D] in model order, as `choose` lists them.
 
-        `call` holds fields of `PlanCall`; `values` in model order. With a curve, block i holds the tokens that
+        `call` holds fields of `PlanArguments`; `values` in model order. With a curve, block i holds the tokens that
         `block_of` says.
         """
         if call.get("values") is not None:
             call["values"] = self.arrange(call["values"])
-        return self.choose(self.arrange(q), self.arrange(k), PlanCall(**call))
+        return self.choose(self.arrange(q), self.arrange(k), PlanArguments(**call))
 
     def arrange(self, x: torch.Tensor) -> torch.Tensor:
         """[B, H, N, D] in model order with the visual tokens along the plan's curve; x itself without one."""
@@ -98,7 +98,7 @@ class RoutedPlan(Plan):
         return rows.to(device), rows.argsort().to(device)
 
     def attend_visual(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: PlanCall
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: PlanArguments
     ) -> tuple[torch.Tensor, BlockLists]:
         """The visual queries' output [B, H, visual, D], and the lists that it followed; arguments as of `choose`."""
         with torch.no_grad():
@@ -111,7 +111,7 @@ class RoutedPlan(Plan):
         k: torch.Tensor,
         v: torch.Tensor,
         lists: BlockLists,
-        call: PlanCall,
+        call: PlanArguments,
         *,
         lse: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -126,7 +126,7 @@ class RoutedPlan(Plan):
             text_lens=call.text_lens, text_bias=call.text_bias, scale=call.scale, lse=lse, impl=call.impl,
         )  # fmt: skip
 
-    def run(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: PlanCall) -> torch.Tensor:
+    def run(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: PlanArguments) -> torch.Tensor:
         if not q.shape == k.shape == v.shape or q.ndim != 4 or q.shape[2] != self.grid.tokens:
             raise DitAccelError(
                 f"q, k and v must all be [batch, heads, {self.grid.tokens}, head_dim] for the grid {self.grid}; got "
@@ -244,7 +244,7 @@ class RoutedPlan(Plan):
         return self.query_order.blocks * self.key_order.blocks
 
     def with_others(
-        self, visual: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: PlanCall
+        self, visual: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: PlanArguments
     ) -> torch.Tensor:
         """The whole output [B, H, N, D]: `visual` and the other queries, which attend to everything."""
         grid = self.grid
@@ -267,7 +267,7 @@ class RoutedPlan(Plan):
 
 
 def attend_all(
-    queries: torch.Tensor, k: torch.Tensor, v: torch.Tensor, grid: TokenGrid, call: PlanCall
+    queries: torch.Tensor, k: torch.Tensor, v: torch.Tensor, grid: TokenGrid, call: PlanArguments
 ) -> torch.Tensor:
     """Attention of any queries to all tokens of a sequence: [B, H, S, D], in memory [B, S, H, D].
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from dit_accel.plans.plan import Plan
 
 
-class SampledCall:
+class SampledQueries:
     """The queries `rows` of a call of one sample, with all keys, and the pairs that the plan chose for this call.
 
     Args:

@@ -23,7 +23,7 @@ from torch import Tensor
 from dit_accel.errors import DitAccelError
 from dit_accel.kernels.impls import AUTO
 from dit_accel.plans.dense import DensePlan
-from dit_accel.plans.plan import PlanCall
+from dit_accel.plans.plan import PlanArguments
 from dit_accel.plans.static import MaskPlan
 
 Share = Literal["none", "residual", "output"]
@@ -44,7 +44,7 @@ class SharingPlan(MaskPlan):
     def _dense(self) -> DensePlan:
         return DensePlan(self.method, self.config, self.grid)
 
-    def run(self, q: Tensor, k: Tensor, v: Tensor, call: PlanCall) -> Tensor:
+    def run(self, q: Tensor, k: Tensor, v: Tensor, call: PlanArguments) -> Tensor:
         config, memory = self.config, call.memory
         if config.share == "none" or (memory is None and config.refresh > 1):
             return super().run(q, k, v, call)

@@ -26,7 +26,7 @@ from dit_accel.order import TokenOrder
 from dit_accel.plans import blocks
 from dit_accel.plans.blocks import BlockMask
 from dit_accel.plans.masks import Mask
-from dit_accel.plans.plan import BLOCK_K, BLOCK_Q, Plan, PlanCall, among_others, building
+from dit_accel.plans.plan import BLOCK_K, BLOCK_Q, Plan, PlanArguments, among_others, building
 from dit_accel.plans.tiles import Tile, choose_tiles
 from dit_accel.tokens import TokenGrid
 
@@ -119,7 +119,7 @@ class StaticPlan(Plan):
         blocks = {"block_q": self.geometry.block_q, "block_k": self.geometry.block_k}
         return {"attention": (impls.BLOCK_SPARSE, blocks)}
 
-    def run(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: PlanCall) -> torch.Tensor:
+    def run(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: PlanArguments) -> torch.Tensor:
         segments, scale, bias = Segments.of(q, call.text_lens), call.scale, call.text_bias
         if bias is not None or torch.is_autocast_enabled(q.device.type):
             impl, _ = StaticPlan.prepare(self, q.device, q.dtype, q.shape[-1], call.impl)

@@ -14,9 +14,9 @@ from dit_accel.kernels.cuts import visual_of
 from dit_accel.kernels.tail.api import with_first_order, with_tail
 from dit_accel.kernels.tail.tokens import best_tokens, with_tokens
 from dit_accel.plans.curves import along
-from dit_accel.plans.plan import PlanCall
+from dit_accel.plans.plan import PlanArguments
 from dit_accel.plans.routed import RoutedPlan
-from dit_accel.plans.sampled import SampledCall, pooled
+from dit_accel.plans.sampled import SampledQueries, pooled
 
 
 class TailedPlan(RoutedPlan):
@@ -43,16 +43,16 @@ class TailedPlan(RoutedPlan):
     def heads_differ(self) -> bool:
         return self.config.budgets == "equal" and self.config.refresh == 1
 
-    def dropped(self, q: Tensor, k: Tensor, call: PlanCall) -> Tensor | None:
+    def dropped(self, q: Tensor, k: Tensor, call: PlanArguments) -> Tensor | None:
         """The blocks that are in no tail; arguments as of `choose`, result as in `with_tail`."""
         return None
 
     @torch.no_grad()
-    def choose_for_tail(self, q: Tensor, k: Tensor, call: PlanCall) -> tuple[BlockLists, Tensor | None]:
+    def choose_for_tail(self, q: Tensor, k: Tensor, call: PlanArguments) -> tuple[BlockLists, Tensor | None]:
         """What `choose` and `dropped` say of a call."""
         return self.choose(q, k, call), self.dropped(q, k, call)
 
-    def attend_visual(self, q: Tensor, k: Tensor, v: Tensor, call: PlanCall) -> tuple[Tensor, BlockLists]:
+    def attend_visual(self, q: Tensor, k: Tensor, v: Tensor, call: PlanArguments) -> tuple[Tensor, BlockLists]:
         if not self.has_tail and not self.extra_tokens:
             return super().attend_visual(q, k, v, call)
         lists, dropped = self.choose_for_tail(q, k, call._replace(values=v))
@@ -91,7 +91,7 @@ class TailedPlan(RoutedPlan):
             single = (left.clamp(max=self.extra_tokens) * queries).sum(-1).mean()
             density_sum[0] += single / self.grid.tokens**2
 
-    def _tokens(self, call: SampledCall, head: int) -> Tensor:
+    def _tokens(self, call: SampledQueries, head: int) -> Tensor:
         """The single tokens of a head's query blocks, by raster place: bool [query blocks, visual]."""
         q, k = (self.arrange(x[:, head : head + 1]) for x in (call.q, call.k))
         assert call.lists is not None
@@ -101,7 +101,7 @@ class TailedPlan(RoutedPlan):
         marks = marks.scatter_(1, torch.where(tokens < 0, self.grid.visual, tokens), True)[:, :-1]
         return marks if self.curve is None else marks[:, along(self.curve, self.grid.shape).argsort().to(marks.device)]
 
-    def single_keys(self, call: SampledCall, head: int) -> Tensor | None:
+    def single_keys(self, call: SampledQueries, head: int) -> Tensor | None:
         if not self.extra_tokens:
             return None
         marks = call.once(f"single tokens of head {head}", lambda: self._tokens(call, head))
@@ -109,7 +109,7 @@ class TailedPlan(RoutedPlan):
         single[:, self.grid.visual_rows] = marks[call.blocks(self.block_of(self.query_order))] & call.are_visual
         return single
 
-    def tail_weights(self, call: SampledCall, head: int, sizes: Tensor) -> Tensor:
+    def tail_weights(self, call: SampledQueries, head: int, sizes: Tensor) -> Tensor:
         """The tokens that a block in the tail stands for, [S, key blocks], of `sizes` [key blocks]."""
         single = self.single_keys(call, head)
         if single is None:
@@ -118,12 +118,12 @@ class TailedPlan(RoutedPlan):
         taken = sizes.new_zeros(len(single), len(sizes)).index_add(1, block, single[:, self.grid.visual_rows].to(sizes))
         return sizes - taken
 
-    def in_tail(self, call: SampledCall, head: int) -> Tensor:
+    def in_tail(self, call: SampledQueries, head: int) -> Tensor:
         """Whether a key block is in the tail of a query: bool [S, key blocks]."""
         assert call.lists is not None
         return ~self.listed(call.lists, head)[call.blocks(self.block_of(self.query_order))] & call.are_visual
 
-    def reference(self, call: SampledCall, head: int, q: Tensor, k: Tensor, v: Tensor, *weights: Tensor) -> Tensor:
+    def reference(self, call: SampledQueries, head: int, q: Tensor, k: Tensor, v: Tensor, *weights: Tensor) -> Tensor:
         """Every block of the tail is one more key, with a bias."""
         seen = call.seen(head)
         if not self.has_tail:

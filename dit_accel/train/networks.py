@@ -16,7 +16,7 @@ from torch import nn
 
 from dit_accel.accelerator import Accelerator
 from dit_accel.errors import DitAccelError
-from dit_accel.hooks.selfcheck import AttentionCall
+from dit_accel.hooks.selfcheck import ComputedAttention
 from dit_accel.pipelines.family import Family
 from dit_accel.train.data import Call, is_row
 from dit_accel.train.objectives import Outputs, of_methods
@@ -130,7 +130,7 @@ class TrainingNetworks:
         if self._sink is not None:  # None while activations are recomputed
             self._sink.attention += output if isinstance(output, tuple) else (output,)
 
-    def _see_call(self, call: AttentionCall) -> None:
+    def _see_call(self, call: ComputedAttention) -> None:
         for objective in () if self._sink is None else self._recorded:
             with torch.no_grad():
                 record = objective.record(call)

@@ -23,7 +23,7 @@ from dit_accel.eval.attention import QUERIES
 from dit_accel.files import read_json, replace_file
 from dit_accel.generation.candidate import Candidate
 from dit_accel.generation.sampling import TotalBar, progress_bar
-from dit_accel.hooks.selfcheck import AttentionCall, sample
+from dit_accel.hooks.selfcheck import ComputedAttention, sample
 from dit_accel.method import LossCalibration, Method, RecallCalibration
 from dit_accel.pipelines.targets import find_transformers
 from dit_accel.registry import make_config
@@ -75,7 +75,7 @@ def record_recalls(accel: Accelerator, run: Callable[[], Any], *, calibration: R
     """The recalls of one run as plain lists: by transformer and layer, [heads][blocks kept - 1]; None where dense."""
     totals: dict[tuple[str, str], list[torch.Tensor]] = {}
 
-    def note(call: AttentionCall) -> None:
+    def note(call: ComputedAttention) -> None:
         total = totals.setdefault((call.transformer, call.layer), [torch.zeros(()), torch.zeros(())])
         queries = sample(call.plan.grid.visual, QUERIES).to(call.q.device)
         total[0], total[1] = total[0] + calibration.curve(call, queries).cpu(), total[1] + 1

@@ -18,7 +18,7 @@ from dit_accel.bench.rows import OutOfReach, Row, Shape, Target
 from dit_accel.bench.run import count
 from dit_accel.errors import DitAccelError
 from dit_accel.generation import provenance
-from dit_accel.plans.sampled import SampledCall
+from dit_accel.plans.sampled import SampledQueries
 from dit_accel.registry import get_methods
 
 # The fields that every kernel row of this project has.
@@ -184,7 +184,7 @@ class TestGate:
         made = target.setting.plan(shape.grid)
         rows = torch.tensor([0, 3, 7, 50, shape.tokens - 1])
         q = torch.randn(1, 1, shape.tokens, 8)
-        assert torch.equal(SampledCall(made, rows, q, q, "auto").seen(0), made.token_mask()[rows])
+        assert torch.equal(SampledQueries(made, rows, q, q, "auto").seen(0), made.token_mask()[rows])
 
     def test_sums_over_hundreds_of_keys_keep_their_digits(self):
         """Summed in one product of all keys the error is 7.46e-7, and 7.01e-7 are allowed."""

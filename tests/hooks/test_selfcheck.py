@@ -11,7 +11,7 @@ from tiny_models import get, run
 import dit_accel
 from dit_accel.hooks import selfcheck
 from dit_accel.hooks.report import LayerReport, Report
-from dit_accel.hooks.selfcheck import AttentionCall, SelfCheck, sample
+from dit_accel.hooks.selfcheck import ComputedAttention, SelfCheck, sample
 from dit_accel.methods.sla import SparseLinearAttention
 from dit_accel.plans.routed import RoutedPlan
 from dit_accel.setting import Setting
@@ -31,7 +31,7 @@ CASES = [
 
 
 def measure(q, k, v, out, plan, rows=selfcheck.ROWS, **call):
-    return AttentionCall("", "", None, plan, q, k, v, out, **call).measure(rows)
+    return ComputedAttention("", "", None, plan, q, k, v, out, **call).measure(rows)
 
 
 def tensors(grid, dtype=torch.float64):
@@ -149,8 +149,8 @@ def test_sampled_queries_are_the_same_every_time():
 
 
 def test_verify_measures_the_first_sparse_call_alone(monkeypatch):
-    tiny, calls, original = get("wan", "t2v"), [], AttentionCall.measure
-    monkeypatch.setattr(AttentionCall, "measure", lambda call: calls.append(call.plan) or original(call))
+    tiny, calls, original = get("wan", "t2v"), [], ComputedAttention.measure
+    monkeypatch.setattr(ComputedAttention, "measure", lambda call: calls.append(call.plan) or original(call))
     transformer = tiny.build()
     with dit_accel.accelerated(transformer, "gna", verify="first-call", dense_steps=1, **WINDOW) as accel:
         plain = []
@@ -169,7 +169,7 @@ def test_verify_measures_the_first_sparse_call_alone(monkeypatch):
 
 def test_without_verify_nothing_is_measured(monkeypatch):
     tiny = get("wan", "t2v")
-    monkeypatch.setattr(AttentionCall, "measure", lambda call: pytest.fail("measured"))
+    monkeypatch.setattr(ComputedAttention, "measure", lambda call: pytest.fail("measured"))
     with dit_accel.accelerated(tiny.shared, "gna", **WINDOW) as accel:
         run(tiny.shared, tiny.call())
     assert accel.report().layers[0].relative_error is None
@@ -214,7 +214,7 @@ def test_watchers_see_every_sparse_call():
         ("transformer", "blocks.0.attn1", 1),
     ]
     call = seen[0]
-    assert isinstance(call, AttentionCall) and call.plan.grid == tiny.grid
+    assert isinstance(call, ComputedAttention) and call.plan.grid == tiny.grid
     again = call.plan.attend(call.q, call.k, call.v, scale=call.scale)
     assert torch.equal(again, call.out)
     assert not math.isnan(call.measure(rows=8).error.max())

@@ -23,7 +23,7 @@ from dit_accel.kernels.block_sparse.triton_configs import Launch
 from dit_accel.kernels.jit import GluonKernel, TritonKernel, any_integer, kernel
 from dit_accel.kernels.sla import triton as sla
 from dit_accel.kernels.sla import triton_configs as configs
-from dit_accel.kernels.sla.call import LINEAR_SCOPES
+from dit_accel.kernels.sla.arguments import LINEAR_SCOPES
 from tools.kernels.ahead_of_time import all_builds
 
 pytestmark = pytest.mark.skipif(
@@ -118,7 +118,7 @@ def test_sla_kernels_are_compiled_once(binaries):
         *whole, _ = sla.state(k, v, sizes.key_order, "softmax")
         given = *whole, *lists, weight, text_len
         for scope in LINEAR_SCOPES:
-            call = sla.FusedCall(sizes, 0.125, "softmax", scope, *given)
+            call = sla.FusedArguments(sizes, 0.125, "softmax", scope, *given)
             for training in (False, True):
                 _, *saved = sla.forward(q, k, v, bias, call, training)
             saved[-1].zero_()  # modes, which are read

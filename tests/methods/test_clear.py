@@ -8,7 +8,7 @@ from messages import names
 import dit_accel
 from dit_accel.errors import DitAccelError
 from dit_accel.methods.clear import CellWeights, at_density
-from dit_accel.plans.sampled import SampledCall
+from dit_accel.plans.sampled import SampledQueries
 from dit_accel.tokens import TokenGrid
 
 IN_MODELS = {"radius": 3}
@@ -80,7 +80,7 @@ def test_pooled_keys_are_in_the_same_softmax_and_their_weights_learn():
     with torch.no_grad():
         module.weight.normal_(generator=generator)
     found = plan.attend(q, k, v, module=module, impl="reference")
-    sampled = SampledCall(plan, torch.arange(grid.tokens), q, k, "reference", module)
+    sampled = SampledQueries(plan, torch.arange(grid.tokens), q, k, "reference", module)
     for head in range(2):
         wanted = plan.reference(sampled, head, q[0, head], k[0, head], v[0, head], module.weight)
         torch.testing.assert_close(found[0, head], wanted, rtol=1e-12, atol=1e-12)

@@ -9,7 +9,7 @@ from messages import names
 
 import dit_accel
 from dit_accel.errors import DitAccelError
-from dit_accel.hooks.selfcheck import AttentionCall
+from dit_accel.hooks.selfcheck import ComputedAttention
 from dit_accel.kernels.block_sparse import portable
 from dit_accel.methods.heads import METHOD, ranked
 from dit_accel.setting import Setting
@@ -86,7 +86,9 @@ def test_processes_that_share_a_sequence_compute_their_own_heads():
     assert torch.equal(torch.cat(parts, 1), whole)
     # the self-check knows them too: a kept head has all of the mass, a skipped one none
     mass = [
-        AttentionCall("", "", None, plan, q[:, at], k[:, at], v[:, at], out, heads=(at.start, 4)).measure().mass.mean(0)
+        ComputedAttention("", "", None, plan, q[:, at], k[:, at], v[:, at], out, heads=(at.start, 4))
+        .measure()
+        .mass.mean(0)
         for at, out in zip((slice(0, 2), slice(2, 4)), parts, strict=True)
     ]
     torch.testing.assert_close(torch.cat(mass), torch.tensor([1.0, 0, 0, 0]).double(), atol=1e-6, rtol=0)

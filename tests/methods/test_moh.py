@@ -9,7 +9,7 @@ from messages import names
 
 import dit_accel
 from dit_accel.errors import DitAccelError
-from dit_accel.hooks.selfcheck import AttentionCall
+from dit_accel.hooks.selfcheck import ComputedAttention
 from dit_accel.methods import moh
 from dit_accel.methods.moh import BALANCE, Config, HeadRouter
 from dit_accel.tokens import TokenGrid
@@ -130,7 +130,7 @@ def test_the_self_check_knows_which_heads_a_token_takes():
     q, k, v = (x.detach() for x in tensors())
     plan, module = dit_accel.plan("moh", GRID, **SETTINGS["one"]), router(SETTINGS["one"])
     out = plan.attend(q, k, v, module=module)
-    found = AttentionCall("", "", None, plan, q, k, v, out, module=module).measure()
+    found = ComputedAttention("", "", None, plan, q, k, v, out, module=module).measure()
     share = plan.route(q, k, module=module).counts.double().mean(-1)
     torch.testing.assert_close(found.mass, share, atol=1e-6, rtol=0)
     assert (found.error[:, 0] < 1e-5).all() and (found.error[:, 1:] > 0.1).all()
@@ -140,7 +140,7 @@ def test_the_load_balance_loss_is_the_papers():
     """Equation 7 over the visual tokens of both samples, with its gradient; other methods have no router."""
     q, k, v = tensors()
     plan, module = dit_accel.plan("moh", GRID, **SETTINGS["one"]), router(SETTINGS["one"]).requires_grad_(True)
-    call = AttentionCall("", "", None, plan, q, k, v, v, module=module)
+    call = ComputedAttention("", "", None, plan, q, k, v, v, module=module)
     loss = losses(["balance"], Outputs(v, records={"balance": [BALANCE.record(call)]}), None, v)["balance"]
     p = by_hand(module.weight, q, SETTINGS["one"])[0][:, : GRID.visual].flatten(0, 1)
     taken = p >= p.sort(descending=True).values[:, 1:2]

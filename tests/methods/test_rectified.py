@@ -11,8 +11,8 @@ from tail_calls import PARTS, check_calls
 from dit_accel.errors import DitAccelError
 from dit_accel.kernels.tail.rectified import trusted
 from dit_accel.methods.rectified import METHOD, Config
-from dit_accel.plans.plan import PlanCall, attention
-from dit_accel.plans.sampled import SampledCall
+from dit_accel.plans.plan import PlanArguments, attention
+from dit_accel.plans.sampled import SampledQueries
 from dit_accel.registry import plan
 from dit_accel.tokens import TokenGrid
 
@@ -152,7 +152,7 @@ def test_without_trust_nothing_is_compensated():
     gate = trusted(q, k, some.query_order, some.key_order)
     left = ~listed(lists, some.key_order.visual_blocks)
     assert not bool((gate & left).all()) and bool(left.any())
-    plain, _ = some.attend_listed(q, k, v, lists, PlanCall())
+    plain, _ = some.attend_listed(q, k, v, lists, PlanArguments())
     rows = ~(gate & left).any(-1)[:, :, some.block_of(some.query_order)]
     assert bool(rows.any())
     for each in chosen.values():
@@ -198,7 +198,7 @@ def test_calls_against_the_definition(case, compensation, dtype):
     chosen = plan("rectified", grid, **{**SMALL, "drop": 0.9, "topp": 0.0, "compensation": compensation, **settings})
     tensors = inputs(grid, batch=1, heads=1, dtype=dtype)
     upstream = torch.randn(1, 1, grid.tokens, 16).to(dtype)
-    sampled = SampledCall(chosen, torch.arange(grid.tokens), *tensors[:2], "portable")
+    sampled = SampledQueries(chosen, torch.arange(grid.tokens), *tensors[:2], "portable")
 
     check_calls(chosen, sampled, tensors, upstream, dtype)
 

@@ -12,7 +12,7 @@ from tail_calls import PARTS, block_of, check_calls
 from dit_accel.errors import DitAccelError
 from dit_accel.methods.sol import METHOD, Config, SolPlan
 from dit_accel.plans.plan import attention
-from dit_accel.plans.sampled import SampledCall
+from dit_accel.plans.sampled import SampledQueries
 from dit_accel.registry import plan
 from dit_accel.tokens import TokenGrid
 
@@ -218,7 +218,7 @@ def test_calls_against_the_definition(case, dtype):
     grid, settings = CALLS[case]
     chosen = plan("sol", grid, **{"block": 8, "block_q": 8, **settings})
     tensors, upstream = inputs(grid, batch=1, heads=1, dtype=dtype), torch.randn(1, 1, grid.tokens, 16).to(dtype)
-    sampled = SampledCall(chosen, torch.arange(grid.tokens), *tensors[:2], "portable")
+    sampled = SampledQueries(chosen, torch.arange(grid.tokens), *tensors[:2], "portable")
 
     check_calls(chosen, sampled, tensors, upstream, dtype)
 

@@ -7,7 +7,7 @@ from messages import names
 from dit_accel import registry
 from dit_accel.errors import DitAccelError
 from dit_accel.pipelines import reading
-from dit_accel.pipelines.family import Memory, ModelCall, patch_grid
+from dit_accel.pipelines.family import Memory, ModelInputs, patch_grid
 from dit_accel.pipelines.reading import image_grids
 from dit_accel.tokens import TokenGrid
 
@@ -18,7 +18,7 @@ def read(family, transformer, inputs, memory=None):
     import inspect
 
     signature = inspect.signature(type(transformer).forward)
-    return family.layout(transformer, ModelCall(signature, transformer, (), inputs, memory or Memory()))
+    return family.layout(transformer, ModelInputs(signature, transformer, (), inputs, memory or Memory()))
 
 
 def ids(*images, dtype=torch.float32, start=(0, 0)):

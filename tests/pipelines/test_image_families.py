@@ -13,7 +13,7 @@ from tiny_models import run, text_mask
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import dit_accel
-from dit_accel.pipelines.family import Memory, ModelCall
+from dit_accel.pipelines.family import Memory, ModelInputs
 from dit_accel.registry import get_families
 from dit_accel.tokens import TokenGrid
 
@@ -21,7 +21,7 @@ from dit_accel.tokens import TokenGrid
 def layout(tiny, **changes):
     """What the family reads from the model's call with some arguments changed."""
     transformer = tiny.shared
-    call = ModelCall(inspect.signature(type(transformer).forward), transformer, (), tiny.call() | changes, Memory())
+    call = ModelInputs(inspect.signature(type(transformer).forward), transformer, (), tiny.call() | changes, Memory())
     return get_families()[tiny.family].layout(transformer, call)
 
 
@@ -90,7 +90,7 @@ def test_packed_hidream_images_have_their_stated_size():
 
 def test_timesteps_that_rise_towards_the_image_are_turned():
     family = get_families()["lumina2"]
-    noise = ModelCall(
+    noise = ModelInputs(
         inspect.signature(lambda self, timestep: None), torch.nn.Module(), (torch.tensor([0.25]),), {}, Memory()
     )
     assert family.timestep(noise).item() == 750

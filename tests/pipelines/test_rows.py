@@ -15,7 +15,7 @@ from torch import nn
 
 import dit_accel
 from dit_accel.pipelines.attention import CallState
-from dit_accel.pipelines.family import Memory, ModelCall
+from dit_accel.pipelines.family import Memory, ModelInputs
 from dit_accel.pipelines.padded_images import pack
 from dit_accel.pipelines.processor import wrap_processor
 from dit_accel.pipelines.reading import bias_text, mask_text
@@ -112,7 +112,7 @@ def test_padding_that_is_weighed_and_not_masked(method, config, impl):
     """A mask of ones and zeros that the model adds, its padding in any place, in one sample none."""
     device = "cuda" if impl == "triton" and torch.cuda.is_available() else "cpu"
     valid = torch.tensor([[1, 1, 1, 1, 1, 1], [1, 0, 1, 1, 0, 1], [1, 0, 0, 0, 0, 0]]).float()
-    call = ModelCall(inspect.signature(lambda self, mask: None), nn.Module(), (valid,), {}, Memory())
+    call = ModelInputs(inspect.signature(lambda self, mask: None), nn.Module(), (valid,), {}, Memory())
     layout = bias_text(call, GRID, valid)
     made, plan = CallState(impl), dit_accel.plan(method, GRID, **config)
     made.set(plan, *(x.to(device) for x in (layout.text_lens, layout.text_bias, layout.rows)))
@@ -132,7 +132,7 @@ def test_padding_that_is_weighed_and_not_masked(method, config, impl):
 
 def test_text_masked_in_any_pattern_is_never_a_key():
     valid = torch.tensor([[1, 0, 1, 1, 0, 1], [1, 1, 0, 0, 0, 0], [0, 0, 1, 0, 0, 0]])
-    call = ModelCall(inspect.signature(lambda self, mask: None), nn.Module(), (valid,), {}, Memory())
+    call = ModelInputs(inspect.signature(lambda self, mask: None), nn.Module(), (valid,), {}, Memory())
     layout = mask_text(call, GRID, valid)
     assert layout.text_lens.tolist() == [4, 2, 1]
     torch.manual_seed(1)

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import dit_accel
 from dit_accel.pipelines import processor
-from dit_accel.pipelines.family import Memory, ModelCall
+from dit_accel.pipelines.family import Memory, ModelInputs
 from dit_accel.registry import get_families
 from dit_accel.tokens import TokenGrid
 
@@ -23,7 +23,7 @@ def layout(tiny, **changes):
     import inspect
 
     transformer = tiny.shared
-    call = ModelCall(inspect.signature(type(transformer).forward), transformer, (), tiny.call() | changes, Memory())
+    call = ModelInputs(inspect.signature(type(transformer).forward), transformer, (), tiny.call() | changes, Memory())
     return get_families()[tiny.family].layout(transformer, call)
 
 

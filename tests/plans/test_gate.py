@@ -5,7 +5,7 @@ import torch
 from accuracy import assert_accurate
 
 import dit_accel
-from dit_accel.hooks.selfcheck import AttentionCall
+from dit_accel.hooks.selfcheck import ComputedAttention
 from dit_accel.methods.sla import SparseLinearAttention
 from dit_accel.plans.gate import BlockGate, divergence, gate_sample, pooled_map
 from dit_accel.tokens import TokenGrid
@@ -109,7 +109,7 @@ def test_the_target_and_the_gradients_equal_the_definition(case):
         size.append(torch.einsum("bhij,bhid,hed,bhjf->hef", sizes, a.abs(), gate.queries.to(a).abs(), b.abs()))
         return [target, loss, *found], size
 
-    call = AttentionCall("", "", None, plan, q, k, v, v, text_lens=lens, module=module)
+    call = ComputedAttention("", "", None, plan, q, k, v, v, text_lens=lens, module=module)
     gate.requires_grad_(True)
     sample = gate_sample(call)
     loss = divergence(sample)

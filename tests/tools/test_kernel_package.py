@@ -15,9 +15,9 @@ from dit_accel.errors import DitAccelError
 from dit_accel.kernels.block_sparse.api import attend_blocks
 from dit_accel.kernels.block_sparse.geometry import Geometry
 from dit_accel.kernels.router.api import route
-from dit_accel.kernels.router.call import Rule
+from dit_accel.kernels.router.rule import Rule
 from dit_accel.kernels.sla.api import sparse_linear_attention
-from dit_accel.kernels.sla.call import SlaCall
+from dit_accel.kernels.sla.arguments import SlaArguments
 from dit_accel.order import TokenOrder
 from dit_accel.tokens import TokenGrid
 from tools import kernel_package
@@ -45,7 +45,7 @@ for impl in ("auto", "triton"):
     lists = loaded.route(q, k, order, order, loaded.Rule(topk=2), impl=impl)
     exact, _ = loaded.attend_blocks(q, k, v, lists, loaded.Geometry.of(order, order), impl=impl)
     grads = torch.autograd.grad(exact, (q, k, v), gradient)
-    call = loaded.SlaCall(weight, None, order, order, topk=2, scale=0.25, impl=impl)
+    call = loaded.SlaArguments(weight, None, order, order, topk=2, scale=0.25, impl=impl)
     both, critical = loaded.sparse_linear_attention(q, k, v, call)
     grads += torch.autograd.grad(both, (q, k, v, weight), gradient)
     found[impl] = [exact.detach(), both.detach(), critical, *grads]
@@ -76,7 +76,7 @@ def here(tensors):
     lists = route(q, k, order, order, Rule(topk=2))
     exact, _ = attend_blocks(q, k, v, lists, Geometry.of(order, order))
     grads = torch.autograd.grad(exact, (q, k, v), tensors[4])
-    both, critical = sparse_linear_attention(q, k, v, SlaCall(weight, None, order, order, topk=2, scale=0.25))
+    both, critical = sparse_linear_attention(q, k, v, SlaArguments(weight, None, order, order, topk=2, scale=0.25))
     grads += torch.autograd.grad(both, (q, k, v, weight), tensors[4])
     return [exact.detach(), both.detach(), critical, *grads]
 

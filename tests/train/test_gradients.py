@@ -10,7 +10,7 @@ from method_settings import in_models
 
 import dit_accel
 from dit_accel.checkpoint import lora as adapters
-from dit_accel.hooks.selfcheck import AttentionCall
+from dit_accel.hooks.selfcheck import ComputedAttention
 from dit_accel.methods.sla import SparseLinearAttention
 from dit_accel.pipelines.targets import find_transformers
 from dit_accel.plans.gate import BlockGate, GateSample
@@ -150,7 +150,7 @@ def test_objectives_by_hand():
     q = torch.tensor([[[[math.log(3), 0], [math.log(3), 0]]]])
     k = torch.tensor([[[[0, 0], [math.log(3), 0]]]])
     module, linear = SparseLinearAttention(2, **LINEAR), plan("sla", TokenGrid(1, 1, 2), **LINEAR)
-    calls = [AttentionCall("", "", None, linear, q, k, k, k, scale=0.0, module=module)]
+    calls = [ComputedAttention("", "", None, linear, q, k, k, k, scale=0.0, module=module)]
     records = {"gate": gates, "imitation": calls}
     attention = [torch.tensor([2.0]), torch.tensor([0.0])]
     student = Outputs(torch.tensor([1.0, 3.0]), attention, torch.tensor([1.0]), records)

@@ -9,7 +9,7 @@ import dit_accel
 from dit_accel.eval import sweep
 from dit_accel.eval.attention import record_attention
 from dit_accel.generation.request import GenerateRequest
-from dit_accel.hooks.selfcheck import AttentionCall
+from dit_accel.hooks.selfcheck import ComputedAttention
 from dit_accel.methods.sparge import METHOD, block_recall
 from dit_accel.schedule import Schedule
 from dit_accel.setting import Setting
@@ -38,7 +38,7 @@ def test_the_recall_of_c_blocks_is_the_mass_that_a_budget_of_c_keeps(settings):
     def call(**more):
         plan = dit_accel.plan("sparge", grid, **settings, **more)
         out = plan.attend(q, k, v, text_lens=text)
-        return AttentionCall("transformer", "layer", None, plan, q, k, v, out, text_lens=text)
+        return ComputedAttention("transformer", "layer", None, plan, q, k, v, out, text_lens=text)
 
     curve = block_recall(call(topk=1.0), torch.arange(grid.visual))
     blocks = curve.shape[1]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 import dit_accel
-from dit_accel.hooks.selfcheck import AttentionCall
+from dit_accel.hooks.selfcheck import ComputedAttention
 from dit_accel.pipelines.demo import load_demo
 from dit_accel.plans.curves import along
 from dit_accel.plans.routed import Ordering, cut
@@ -68,7 +68,7 @@ def main() -> None:
     pipe.set_progress_bar_config(disable=True)
     weights: defaultdict[str, list[float]] = defaultdict(list)
 
-    def note(call: AttentionCall) -> None:
+    def note(call: ComputedAttention) -> None:
         for name, value in compare(call.q, call.k, call.plan.grid).items():
             weights[name].append(value)
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from dit_accel.kernels.records import Lists, SegmentRows
 from dit_accel.kernels.sla import triton_configs as configs
-from dit_accel.kernels.sla.call import LINEAR_SCOPES
+from dit_accel.kernels.sla.arguments import LINEAR_SCOPES
 from dit_accel.kernels.sla.triton_backward import Statistics
 from dit_accel.kernels.sla.triton_forward import SavedBranches
 from dit_accel.kernels.sla.triton_linear import Routes, Selecting, StateTable, TokenLayout

@@ -38,9 +38,9 @@ from dit_accel.hooks.selfcheck import SelfCheck
 from dit_accel.kernels.block_sparse.geometry import BlockLists
 from dit_accel.kernels.impls import Impl
 from dit_accel.method import Method, MethodConfig
-from dit_accel.pipelines.family import Memory, ModelCall
+from dit_accel.pipelines.family import Memory, ModelInputs
 from dit_accel.pipelines.targets import find_transformers
-from dit_accel.plans.plan import Plan, PlanCall
+from dit_accel.plans.plan import Plan, PlanArguments
 from dit_accel.registry import get_method
 from dit_accel.setting import Setting
 from tools.steps.models import MODES, Model, ModelStep, select_steps
@@ -69,7 +69,7 @@ class NothingPlan(Plan):
     def kept_keys(self, queries: torch.Tensor, lists: BlockLists | None = None, head: int = 0) -> torch.Tensor:
         return torch.zeros(len(queries), self.grid.tokens, dtype=torch.bool, device=queries.device)
 
-    def run(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: PlanCall) -> torch.Tensor:
+    def run(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: PlanArguments) -> torch.Tensor:
         return v.clone()  # a compiled model's operator must not return its input
 
     def calls(self, learned: bool = False) -> dict[str, tuple[str, dict[str, Any]]]:
@@ -244,7 +244,7 @@ class Subject:
         self.transformers, _ = find_transformers(self.transformer)
         ((_, self.family),) = self.transformers.values()
         signature = inspect.signature(type(self.transformer).forward)
-        call = ModelCall(signature, self.transformer, (), self.inputs, Memory())
+        call = ModelInputs(signature, self.transformer, (), self.inputs, Memory())
         self.grid = self.family.layout(self.transformer, call).grid
 
     def row(self, target: Target) -> Row:

@@ -11,7 +11,7 @@ from dit_accel.kernels import impls
 from dit_accel.kernels.block_sparse.geometry import BlockLists, Geometry
 from dit_accel.kernels.cuts import visual_of
 from dit_accel.kernels.impls import AUTO, Facts, Impl
-from dit_accel.kernels.router.call import RouterCall, Rule
+from dit_accel.kernels.router.rule import RouterArguments, Rule
 from dit_accel.order import TokenOrder
 from dit_accel.tokens import TokenGrid
 
@@ -228,11 +228,11 @@ def route_blocks(
     Args:
         q, k: visual tokens in raster order, [B, H, visual, D].
         geometry, blocks: of the visual tokens alone, as `Geometry.pack` returns it, and its blocks of queries.
-        counts, shares, forced, tau, exact, cells, similarity, scale, width, skip: as in `RouterCall`.
+        counts, shares, forced, tau, exact, cells, similarity, scale, width, skip: as in `RouterArguments`.
         impl: the name of an implementation.
     """
     orders = Geometry.unpack(geometry).orders
-    call = RouterCall(*orders, counts, shares, forced, tau, exact, cells, similarity, scale, width, skip)
+    call = RouterArguments(*orders, counts, shares, forced, tau, exact, cells, similarity, scale, width, skip)
     return impls.named(impl, impls.ROUTER).load().route(q, k, call)
 
 

@@ -6,14 +6,14 @@ import torch
 import torch.nn.functional as F
 
 from dit_accel.kernels.cuts import block_means, to_blocks
-from dit_accel.kernels.router.call import RouterCall, thresholds
+from dit_accel.kernels.router.rule import RouterArguments, thresholds
 from dit_accel.order import TokenOrder, valid_tokens
 
 # Elements of the score map held at once, so that a long sequence has no blocks x blocks map for every head.
 _SCORES_AT_ONCE = 1 << 22
 
 
-def route(q: torch.Tensor, k: torch.Tensor, call: RouterCall) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def route(q: torch.Tensor, k: torch.Tensor, call: RouterArguments) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """See `reference.route`."""
     query_order, key_order = call.query_order, call.key_order
     queries, keys = cell_means(q, query_order, call.cells), cell_means(k, key_order, call.cells)
@@ -97,7 +97,7 @@ def rank(
         q, k: visual tokens in raster order, [B, H, visual, D].
         orders: of the visual queries and keys alone.
         rows: int64, the query blocks.
-        cells, scale: as in `RouterCall`.
+        cells, scale: as in `RouterArguments`.
     """
     queries, keys = (cell_means(x, order, cells) for x, order in zip((q, k), orders, strict=True))
     scores = _scores(queries[:, :, rows], keys, orders, rows, cells, scale)
@@ -119,7 +119,7 @@ def _scores(
         keys: [B, H, key blocks, cells, D].
         orders: of queries and keys.
         part: the rows.
-        cells, scale: as in `RouterCall`.
+        cells, scale: as in `RouterArguments`.
     """
     queries = torch.where(queries.isfinite(), queries, 0)  # else all scores of a row are NaN, and none stands out
     if cells == 1:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from dit_accel.kernels.router.call import VARIANCE_FLOOR, RouterCall
+from dit_accel.kernels.router.rule import VARIANCE_FLOOR, RouterArguments
 from dit_accel.order import TokenOrder
 
 
-def route(q: torch.Tensor, k: torch.Tensor, call: RouterCall) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def route(q: torch.Tensor, k: torch.Tensor, call: RouterArguments) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """See `dit_accel.kernels.router.api.route`.
 
     Args:

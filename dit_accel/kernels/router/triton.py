@@ -11,8 +11,8 @@ from dit_accel.kernels import tuning
 from dit_accel.kernels.block_sparse.triton_configs import LARGEST_BLOCK, Launch
 from dit_accel.kernels.records import Heads, Side
 from dit_accel.kernels.router import triton_configs as configs
-from dit_accel.kernels.router.call import RouterCall, thresholds
 from dit_accel.kernels.router.portable import cell_sizes
+from dit_accel.kernels.router.rule import RouterArguments, thresholds
 from dit_accel.kernels.router.triton_kernels import (
     cell_means_kernel,
     deviations_kernel,
@@ -29,7 +29,7 @@ JIT = {
 }
 
 
-def route(q: torch.Tensor, k: torch.Tensor, call: RouterCall) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def route(q: torch.Tensor, k: torch.Tensor, call: RouterArguments) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """See `reference.route`."""
     orders = call.query_order, call.key_order
     queries, keys = (cell_means(x, order, call.cells) for x, order in zip((q, k), orders, strict=True))

@@ -7,7 +7,7 @@ import torch
 from dit_accel.errors import DitAccelError
 from dit_accel.kernels import impls
 from dit_accel.kernels.impls import Facts
-from dit_accel.kernels.sla.call import FEATURE_MAPS, LINEAR_SCOPES, SlaCall
+from dit_accel.kernels.sla.arguments import FEATURE_MAPS, LINEAR_SCOPES, SlaArguments
 
 # A traced call can only take modules that are loaded.
 for _row in impls.ROWS:
@@ -16,7 +16,7 @@ for _row in impls.ROWS:
 
 
 def sparse_linear_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: SlaCall
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: SlaArguments
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention of the visual queries: critical key blocks exactly, plus projected linear attention over the others.
 
@@ -40,7 +40,7 @@ def sparse_linear_attention(
     Example:
         >>> q = k = v = torch.randn(1, 4, 8192, 64)
         >>> order = TokenOrder(TokenGrid(8, 32, 32), 64)
-        >>> call = SlaCall(torch.zeros(64, 64), None, order, order, topk=6, scale=0.125)
+        >>> call = SlaArguments(torch.zeros(64, 64), None, order, order, topk=6, scale=0.125)
         >>> sparse_linear_attention(q, k, v, call)[0].shape
         torch.Size([1, 4, 8192, 64])
     """
@@ -58,7 +58,7 @@ def sparse_linear_attention(
     return chosen.load().forward(q, k, v, call)
 
 
-def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: SlaCall) -> None:
+def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: SlaArguments) -> None:
     grid, blocks, dim, (topk, skip) = call.grid, call.key_order.visual_blocks, q.shape[-1], (call.topk, call.skip)
     if not q.shape == k.shape == v.shape or q.ndim != 4 or q.shape[2] != grid.tokens:
         raise DitAccelError(

@@ -15,14 +15,14 @@ from dit_accel.kernels.block_sparse.geometry import Segments
 from dit_accel.kernels.block_sparse.gluon import launches as engine
 from dit_accel.kernels.block_sparse.gluon.copies import GluonProblem, TiledSide
 from dit_accel.kernels.records import SampleSegments
-from dit_accel.kernels.sla.call import results
+from dit_accel.kernels.sla.arguments import results
 from dit_accel.kernels.sla.gluon_forward import sparse_linear_gluon_fwd_kernel
-from dit_accel.kernels.sla.triton import FusedCall, critical_lists, table_of_state
+from dit_accel.kernels.sla.triton import FusedArguments, critical_lists, table_of_state
 from dit_accel.kernels.tuning import RASTER
 
 
 def forward(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor | None, call: FusedCall, training: bool
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor | None, call: FusedArguments, training: bool
 ) -> tuple[torch.Tensor, ...]:
     """As `triton.forward`, in scope "all".
 

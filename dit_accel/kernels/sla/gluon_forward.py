@@ -43,7 +43,7 @@ from dit_accel.kernels.block_sparse.gluon.items import (
 from dit_accel.kernels.block_sparse.gluon.producer import produce_item
 from dit_accel.kernels.block_sparse.triton_tokens import LOG2E
 from dit_accel.kernels.jit import gluon_kernel
-from dit_accel.kernels.sla.call import EPSILON
+from dit_accel.kernels.sla.arguments import EPSILON
 
 EPS = gl.constexpr(EPSILON)
 

@@ -19,11 +19,11 @@ from dit_accel.kernels.block_sparse.geometry import BlockLists, Geometry, empty_
 from dit_accel.kernels.block_sparse.triton_configs import LARGEST_BLOCK
 from dit_accel.kernels.cuts import visual_of
 from dit_accel.kernels.router.api import classify, single_blocks
-from dit_accel.kernels.sla.call import SlaCall, results
+from dit_accel.kernels.sla.arguments import SlaArguments, results
 from dit_accel.kernels.sla.triton_configs import MARGINAL_BLOCK
 
 
-def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: SlaCall) -> tuple[torch.Tensor, torch.Tensor]:
+def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: SlaArguments) -> tuple[torch.Tensor, torch.Tensor]:
     """See `dit_accel.kernels.sla.api.sparse_linear_attention`; returns the output and the critical blocks.
 
     The pass over k that sums the state of the linear branch also makes the block means for the router. One kernel then
@@ -62,7 +62,7 @@ def _both_branches(
     whole: tuple[torch.Tensor, torch.Tensor],
     critical: torch.Tensor,
     negligible: torch.Tensor,
-    call: SlaCall,
+    call: SlaArguments,
     geometry: Geometry,
 ) -> torch.Tensor:
     """The fused kernel's output for visual queries. `whole`: state and total of the keys."""
@@ -147,8 +147,8 @@ def attend(
 
 
 def _fused_call(geometry: Sequence[int], *arguments: Any) -> Any:
-    """The record of the custom ops' arguments, a `triton.FusedCall`."""
-    call = _kernels("triton").FusedCall(Geometry.unpack(geometry), *arguments)
+    """The record of the custom ops' arguments, a `triton.FusedArguments`."""
+    call = _kernels("triton").FusedArguments(Geometry.unpack(geometry), *arguments)
     return call._replace(critical=call.critical.contiguous(), negligible=call.negligible.contiguous())
 
 

@@ -15,14 +15,14 @@ from dit_accel.kernels.block_sparse.geometry import BlockLists, Geometry, empty_
 from dit_accel.kernels.cuts import from_blocks, to_blocks, visual_of
 from dit_accel.kernels.gradients import register_gradients
 from dit_accel.kernels.router.api import classify
-from dit_accel.kernels.sla.call import EPSILON, FeatureMap, SlaCall, apply_map, learned_inputs, pull_back
+from dit_accel.kernels.sla.arguments import EPSILON, FeatureMap, SlaArguments, apply_map, learned_inputs, pull_back
 from dit_accel.order import TokenOrder
 
 # Bytes of block states held at once.
 _STATE_BYTES = 1 << 26
 
 
-def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: SlaCall) -> tuple[torch.Tensor, torch.Tensor]:
+def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: SlaArguments) -> tuple[torch.Tensor, torch.Tensor]:
     """See `dit_accel.kernels.sla.api.sparse_linear_attention`; returns the output and the critical blocks."""
     orders, weight = (call.query_order, call.key_order), call.weight
     queries, keys, values = (visual_of(x, call.grid) for x in (q, k, v))

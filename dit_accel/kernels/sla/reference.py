@@ -8,14 +8,14 @@ import torch.nn.functional as F
 from dit_accel.errors import DitAccelError
 from dit_accel.kernels.block_sparse.reference import masked_attention
 from dit_accel.kernels.router.api import classify
-from dit_accel.kernels.sla.call import EPSILON, SlaCall, apply_map, learned_inputs
+from dit_accel.kernels.sla.arguments import EPSILON, SlaArguments, apply_map, learned_inputs
 from dit_accel.order import TokenOrder
 from dit_accel.tokens import TokenGrid
 
 MAX_TOKENS = 20_000
 
 
-def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: SlaCall) -> tuple[torch.Tensor, torch.Tensor]:
+def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: SlaArguments) -> tuple[torch.Tensor, torch.Tensor]:
     """As `portable.forward`; memory grows with the square of the tokens, so more than 20,000 are refused."""
     grid, weight, bias = call.grid, call.weight, call.bias
     if grid.tokens > MAX_TOKENS:
@@ -62,7 +62,7 @@ def linear_branch(
     Args:
         q, k, v: [B, H, S, D], and [B, H, N, D] of all keys.
         pairs: bool [B, H, S, N].
-        weight, bias, feature_map, features: as in `SlaCall`.
+        weight, bias, feature_map, features: as in `SlaArguments`.
     """
     a, b = (apply_map(x, feature_map) for x in learned_inputs(q, k, features))
     affinity = a @ b.mT * pairs

@@ -16,7 +16,7 @@ from dit_accel.kernels.block_sparse.triton_lists import Transposed, transpose_li
 from dit_accel.kernels.block_sparse.triton_places import place_lists
 from dit_accel.kernels.records import Heads, Lists, SegmentRows, Side
 from dit_accel.kernels.sla import triton_configs as configs
-from dit_accel.kernels.sla.call import results
+from dit_accel.kernels.sla.arguments import results
 from dit_accel.kernels.sla.triton_backward import (
     Statistics,
     sparse_linear_bwd_kernel_dkdv,
@@ -36,7 +36,7 @@ JIT = {
 }
 
 
-class FusedCall(NamedTuple):
+class FusedArguments(NamedTuple):
     """What both directions of a call read besides q, k and v.
 
     state, total: of the linear branch over all visual keys, see `ops.state`.
@@ -111,7 +111,7 @@ def state(
 
 
 def forward(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor | None, call: FusedCall, training: bool
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor | None, call: FusedArguments, training: bool
 ) -> tuple[torch.Tensor, ...]:
     """See `ops.attend`."""
     q, k, v = tuning.contiguous_rows(q), tuning.contiguous_rows(k), tuning.contiguous_rows(v)
@@ -138,7 +138,7 @@ def backward(
     k: torch.Tensor,
     v: torch.Tensor,
     saved: Sequence[torch.Tensor],
-    call: FusedCall,
+    call: FusedArguments,
 ) -> tuple[torch.Tensor, ...]:
     """See `ops.attend_backward`; `saved`: what `forward` returned for training besides the output."""
     gradient, q, k, v = (tuning.contiguous_rows(x) for x in (gradient, q, k, v))
@@ -186,7 +186,7 @@ def backward(
     return dq, dk, dv, dweight, dbias
 
 
-def critical_lists(call: FusedCall) -> Lists:
+def critical_lists(call: FusedArguments) -> Lists:
     """The lists of critical blocks and of those behind the visual ones, see `place_lists`; without words."""
     order = call.geometry.key_order
     places, spans = place_lists(call.critical, None, order, order.dense_blocks)
@@ -202,7 +202,7 @@ def _transpose(lists: torch.Tensor, geometry: Geometry) -> Transposed:
     return transpose_lists(lists, lists.new_full(lists.shape[:-1], lists.shape[-1]), geometry)
 
 
-def table_of_state(call: FusedCall, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+def table_of_state(call: FusedArguments, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
     """The state as `_table` returns it, with the projection applied in scope "all", and the total."""
     state = call.state if call.marginal else call.state @ call.weight.float().mT
     return *_table(state, dtype), call.total.contiguous()

@@ -12,7 +12,7 @@ import triton.language as tl
 
 from dit_accel.kernels.block_sparse.triton_tokens import LOG2E, load_rows, locate, rows_written, visual_slots
 from dit_accel.kernels.records import HeadRows, SegmentRows
-from dit_accel.kernels.sla.call import EPSILON
+from dit_accel.kernels.sla.arguments import EPSILON
 
 EPS = tl.constexpr(EPSILON)
 

@@ -6,7 +6,7 @@ import torch
 pytest.importorskip("triton")
 
 from dit_accel.kernels.router import triton, triton_configs
-from dit_accel.kernels.router.call import RouterCall
+from dit_accel.kernels.router.rule import RouterArguments
 from dit_accel.order import TokenOrder
 from dit_accel.tokens import TokenGrid
 from tools.kernels import router as declared
@@ -40,8 +40,8 @@ def launched(monkeypatch):
                 *(((counts, None, None, None, False, cells, None), (None, shares, None, None, False, cells, None))),
                 *(((None, None, forced, None, False, cells, None), (None, None, None, None, False, cells, 0.1))),
             ):
-                triton.route(q, q, RouterCall(*orders, *parts, 0.1, orders[1].blocks))
-            triton.route(q, q, RouterCall(*orders, counts, None, None, None, False, cells, None, 0.1, 5, skip=2))
+                triton.route(q, q, RouterArguments(*orders, *parts, 0.1, orders[1].blocks))
+            triton.route(q, q, RouterArguments(*orders, counts, None, None, None, False, cells, None, 0.1, 5, skip=2))
     return found
 
 

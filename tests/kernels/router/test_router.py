@@ -12,7 +12,7 @@ from dit_accel.kernels import impls
 from dit_accel.kernels.block_sparse.geometry import Geometry
 from dit_accel.kernels.router import api
 from dit_accel.kernels.router.api import classify, route
-from dit_accel.kernels.router.call import Rule, thresholds
+from dit_accel.kernels.router.rule import Rule, thresholds
 from dit_accel.order import TokenOrder
 from dit_accel.tokens import TokenGrid
 

@@ -13,7 +13,7 @@ from router_calls import GRIDS, RULES, check_deviations, dense, inputs
 from dit_accel.kernels.block_sparse.geometry import BlockLists
 from dit_accel.kernels.impls import Facts
 from dit_accel.kernels.router.api import route, route_pooled, router_impl
-from dit_accel.kernels.router.call import Rule
+from dit_accel.kernels.router.rule import Rule
 from dit_accel.order import TokenOrder
 from dit_accel.tokens import TokenGrid
 

@@ -13,7 +13,7 @@ from dit_accel.kernels.block_sparse.geometry import Geometry
 from dit_accel.kernels.block_sparse.triton_configs import SHARED_BYTES
 from dit_accel.kernels.sla import triton
 from dit_accel.kernels.sla import triton_configs as configs
-from dit_accel.kernels.sla.call import LINEAR_SCOPES
+from dit_accel.kernels.sla.arguments import LINEAR_SCOPES
 from dit_accel.order import TokenOrder
 from dit_accel.tokens import TokenGrid
 from tools.kernels import sla as declared
@@ -50,7 +50,7 @@ def launched(monkeypatch, arch):
         *whole, _ = triton.state(q, q, geometry.key_order, "softmax")
         tensors = *whole, *lists, torch.zeros(dim, dim), torch.zeros(1, dtype=torch.int32)
         for scope in LINEAR_SCOPES if max(block_q, block) <= configs.MARGINAL_BLOCK else ("all",):
-            call = triton.FusedCall(geometry, 0.125, "softmax", scope, *tensors)
+            call = triton.FusedArguments(geometry, 0.125, "softmax", scope, *tensors)
             _, *saved = triton.forward(q, q, q, torch.zeros(dim), call, True)
             saved[-1].zero_()  # modes, which are read
             triton.backward(q, q, q, q, saved, call)

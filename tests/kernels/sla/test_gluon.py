@@ -17,7 +17,7 @@ from sla_calls import Case, check, formula, setup, sparse_linear_attention
 from dit_accel.errors import DitAccelError
 from dit_accel.kernels import impls, obstacles
 from dit_accel.kernels.cuts import block_means
-from dit_accel.kernels.sla.call import apply_map
+from dit_accel.kernels.sla.arguments import apply_map
 from dit_accel.tokens import TokenGrid
 
 gluon = pytest.importorskip("dit_accel.kernels.sla.gluon")

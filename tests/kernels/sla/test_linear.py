@@ -5,7 +5,7 @@ import torch
 from sla_calls import cuts_of, route
 
 from dit_accel.kernels.sla import portable
-from dit_accel.kernels.sla.call import EPSILON, FEATURE_MAPS, apply_map
+from dit_accel.kernels.sla.arguments import EPSILON, FEATURE_MAPS, apply_map
 from dit_accel.kernels.sla.portable import linear_all, linear_marginal
 
 # grid, block, tile, and those of queries

@@ -7,7 +7,7 @@ from messages import names
 from sla_calls import TEXT_LAST, VIDEO
 
 import dit_accel
-from dit_accel.kernels.sla.call import EPSILON, apply_map
+from dit_accel.kernels.sla.arguments import EPSILON, apply_map
 from dit_accel.methods.sla import SparseLinearAttention
 from dit_accel.plans.plan import attention
 from dit_accel.registry import plan

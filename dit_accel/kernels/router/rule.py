@@ -77,7 +77,7 @@ class Rule:
         return min(max(1, int(self.topk)), key_blocks) if self.by_number else key_blocks
 
 
-class RouterCall(NamedTuple):
+class RouterArguments(NamedTuple):
     """A rule and a call's sizes, as implementations take them.
 
     query_order, key_order: how visual queries and keys are cut into blocks.

@@ -21,7 +21,7 @@ LINEAR_SCOPES: tuple[str, ...] = get_args(LinearScope)
 EPSILON = 1e-5
 
 
-class SlaCall(NamedTuple):
+class SlaArguments(NamedTuple):
     """Arguments of a call besides q, k and v.
 
     weight, bias: projection of the linear branch, [D, D] and [D], cast to the dtype of q.
