@@ -102,7 +102,7 @@ def features(x, MAP: gl.constexpr):
 
 @gluon.jit
 def consume_both(
-    out_tile, out_run, exact_tile, exact_run, lse, sums, tokens, scale, problem, queue, buffers, training,
+    out_tile, out_run, exact_tile, exact_run, lse, sums, tokens, scale, problem, queue, buffers,
     PART: gl.constexpr, D: gl.constexpr, BLOCK_K: gl.constexpr, TILE_Q: gl.constexpr, HALF: gl.constexpr,
     TILE_K: gl.constexpr, STAGES: gl.constexpr, MAP: gl.constexpr,
 ):  # fmt: skip
@@ -120,7 +120,7 @@ def consume_both(
         acc, row_lse = attend_part(walk, scale, problem, buffers, PART, D, BLOCK_K, STAGES)
         x = q.load(A)
         where = part_of(query_of(item, problem, TILE_Q), PART, TILE_Q)
-        if training != 0:
+        if (problem.given & 4) != 0:
             rows, valid = rows_of_part(where, problem.queries, HALF, S)
             head_lse = lse + over_samples(item.sample, item.head, problem).to(gl.int64) * tokens
             gl.store(head_lse + rows, row_lse, mask=valid)
@@ -138,7 +138,7 @@ def consume_both(
         table = table_in(buffers, end, D, STAGES)
         branch = warpgroup_mma(gl.convert_layout(phi, P), table, zero, use_acc=False, is_async=True)
         branch = warpgroup_mma_wait(0, deps=(branch,))
-        if training != 0:
+        if (problem.given & 4) != 0:
             tma.store_wait(0)
         mbarrier.arrive(buffers.q_empty.index(0), count=1)
         take_no_values(end, buffers, STAGES)
@@ -155,7 +155,7 @@ def consume_both(
 @gluon_kernel
 def sparse_linear_gluon_fwd_kernel(
     lse, q_tile, q_run, k_tile, k_run, v_tile, v_run, out_tile, out_run, exact_tile, exact_run, table,
-    sums, problem, queue, distances, scale, tokens, training,
+    sums, problem, queue, distances, scale, tokens,
     D: gl.constexpr, BLOCK_K: gl.constexpr, TILE_Q: gl.constexpr, HALF: gl.constexpr, TILE_K: gl.constexpr,
     STAGES: gl.constexpr, MAP: gl.constexpr,
 ):  # fmt: skip
@@ -163,6 +163,7 @@ def sparse_linear_gluon_fwd_kernel(
 
     Arguments as in `block_sparse_gluon_fwd_kernel` and `triton_forward.sparse_linear_fwd_kernel`. The table is
     [B * H * D, D]. sums are fp32 [B, H, 2 D + 1]: the sum of phi(k), the bias, and the table's factor.
+    Bit 2 of `given` says that this is training.
     """
     buffers = allocated(q_run.dtype, D, STAGES)
     gl.warp_specialize(
@@ -172,11 +173,11 @@ def sparse_linear_gluon_fwd_kernel(
                 D, BLOCK_K, TILE_Q, HALF, TILE_K, STAGES,
             )),
             (consume_both, (
-                out_tile, out_run, exact_tile, exact_run, lse, sums, tokens, scale, problem, queue, buffers, training,
+                out_tile, out_run, exact_tile, exact_run, lse, sums, tokens, scale, problem, queue, buffers,
                 0, D, BLOCK_K, TILE_Q, HALF, TILE_K, STAGES, MAP,
             )),
             (consume_both, (
-                out_tile, out_run, exact_tile, exact_run, lse, sums, tokens, scale, problem, queue, buffers, training,
+                out_tile, out_run, exact_tile, exact_run, lse, sums, tokens, scale, problem, queue, buffers,
                 1, D, BLOCK_K, TILE_Q, HALF, TILE_K, STAGES, MAP,
             )),
         ],

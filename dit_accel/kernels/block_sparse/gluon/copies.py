@@ -72,7 +72,7 @@ class GluonProblem(NamedTuple):
         dense: query blocks behind the visual ones.
         list_rows: lists from one head to the next, 0 where all heads share them.
         spans, width: for dk and dv `triton_lists.Transposed.firsts` and the number of key blocks.
-        given: bit 2 says that an optional tensor of the kernel is read.
+        given: bit 2 says that an optional tensor of the kernel is read or written.
         queries, keys: a `TiledSide` each.
     """
 
