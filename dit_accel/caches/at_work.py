@@ -151,7 +151,7 @@ class CacheAtWork:
             from dit_accel.caches import residuals
 
             config = self.cache.build() if self.cache.name == "first-block" else self._mag_config()
-            residuals.put(self._transformer, self._stack, config, self._add_up)
+            residuals.put(self._transformer, self._stack, config, self._add_up, self._chosen)
         elif self.cache.name == "taylorseer":
             config = self._taylorseer_config()
             hooks.apply_taylorseer_cache(self._transformer, config)

@@ -35,6 +35,7 @@ from diffusers.hooks.mag_cache import (
 )
 from torch import nn
 
+from dit_accel.caches.step_cache import ChosenSteps
 from dit_accel.pipelines.stacks import BlockStack, Streams
 
 Add = Callable[[torch.Tensor], torch.Tensor]  # sums over the processes that share a sequence
@@ -79,6 +80,14 @@ class StreamMetadata(TransformerBlockMetadata):
             return output, None
         return output[self.return_hidden_states_index], output[self.return_encoder_hidden_states_index]
 
+    def output(self, visual: torch.Tensor, other: torch.Tensor | None) -> Any:
+        """What a block returns with these streams."""
+        if not self.tuple:
+            return visual
+        pair = [other, other]
+        pair[self.return_hidden_states_index] = visual
+        return tuple(pair)
+
 
 @dataclasses.dataclass(frozen=True)
 class Tail:
@@ -107,11 +116,7 @@ class Tail:
             out = self.metadata.arguments(args, kwargs)[0].clone()
             self.visual(out, visual.shape[1]).copy_(visual)
             return out
-        if not self.metadata.tuple:
-            return visual
-        pair = [other, other]
-        pair[self.metadata.return_hidden_states_index] = visual
-        return tuple(pair)
+        return self.metadata.output(visual, other)
 
 
 class FirstBlockHead(FBCHeadBlockHook):
@@ -166,11 +171,16 @@ class FirstBlockTail(FBCBlockHook):
 
 
 class MagHead(MagCacheHeadHook):
-    """The first block: in a skipped call it returns its input plus the residual of the last computed call."""
+    """The first block: in a skipped call it returns its input plus the residual of the last computed call.
 
-    def __init__(self, metadata: StreamMetadata, state_manager: Any, config: MagCacheConfig, both: bool) -> None:
+    `ChosenSteps` may have it return that call's output instead, and forecast either.
+    """
+
+    def __init__(
+        self, metadata: StreamMetadata, state_manager: Any, config: MagCacheConfig, chosen: ChosenSteps
+    ) -> None:
         super().__init__(state_manager, config)
-        self._own_metadata, self._both = metadata, both
+        self._own_metadata, self._chosen = metadata, chosen
 
     def initialize_hook(self, module: nn.Module) -> nn.Module:
         self._metadata = self._own_metadata
@@ -180,25 +190,27 @@ class MagHead(MagCacheHeadHook):
     def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         output = super().new_forward(module, *args, **kwargs)
         state = self.state_manager.get_state()
+        streams = list(self._own_metadata.arguments(args, kwargs))
         if state.should_compute:
-            state.second_input = self._own_metadata.arguments(args, kwargs)[1]
+            state.second_input = streams[1]
             return output
-        visual, other = self._own_metadata.returned(output)
-        if self._both and other is not None:
-            other = other + state.second_residual
-            pair = [other, other]
-            pair[self._own_metadata.return_hidden_states_index] = visual
-            output = tuple(pair)
-        state.answer = visual, other
-        return output
+        for stream, kept in enumerate(state.kept):
+            if state.trends:
+                kept = kept + self._chosen.reach(state.step_index - state.computed_step) * state.trends[stream]
+            kept = kept.to(streams[stream].device)
+            streams[stream] = kept.clone() if self._chosen.reuse == "output" else streams[stream] + kept
+        state.answer = streams
+        return self._own_metadata.output(*streams)
 
 
 class MagTail(MagCacheBlockHook):
-    """The last block: what it returns minus what the first one took is the residual."""
+    """The last block: what it returns, without what the first one took or with it, is kept."""
 
-    def __init__(self, tail: Tail, state_manager: Any, config: MagCacheConfig, add_up: AddNow) -> None:
+    def __init__(
+        self, tail: Tail, state_manager: Any, config: MagCacheConfig, add_up: AddNow, chosen: ChosenSteps
+    ) -> None:
         super().__init__(state_manager, True, config)
-        self._tail, self._add_up = tail, add_up
+        self._tail, self._add_up, self._chosen = tail, add_up, chosen
 
     def initialize_hook(self, module: nn.Module) -> nn.Module:
         return module
@@ -211,13 +223,25 @@ class MagTail(MagCacheBlockHook):
             return tail.answer(args, kwargs, *state.answer)
         output = self.fn_ref.original_forward(*args, **kwargs)
         visual, other = tail.metadata.returned(output)
-        residual = tail.visual(visual, state.head_block_input.shape[1]) - state.head_block_input
+        pairs = [(tail.visual(visual, state.head_block_input.shape[1]), state.head_block_input)]
+        pairs += [(other, state.second_input)] if tail.both and other is not None else []
+        kept = tuple(end.clone() if self._chosen.reuse == "output" else end - start for end, start in pairs)
         if self.config.calibrate:
-            self._perform_calibration_step(state, residual)
-        state.previous_residual = residual
-        state.second_residual = other - state.second_input if tail.both and other is not None else None
+            self._perform_calibration_step(state, kept[0])
+        state.trends = self._trends(state, kept)
+        state.kept, state.computed_step = kept, state.step_index
+        state.previous_residual = kept[0]  # by which Diffusers knows that there is something
         self._advance_step(state)
         return output
+
+    def _trends(self, state: Any, kept: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        """The change of what is kept, a step, since the computed call before; empty without one."""
+        if not self._chosen.damping or state.previous_residual is None:
+            return ()
+        steps, pairs = state.step_index - state.computed_step, list(zip(kept, state.kept, strict=True))
+        if steps < 1 or any(now.shape != before.shape for now, before in pairs):
+            return ()
+        return tuple((now - before) / steps for now, before in pairs)
 
     def _perform_calibration_step(self, state: Any, current_residual: torch.Tensor) -> None:
         super()._perform_calibration_step(state, current_residual)
@@ -228,8 +252,10 @@ class MagTail(MagCacheBlockHook):
             state.calibration_ratios[-1] = ratios / tokens
 
 
-def put(transformer: nn.Module, stack: BlockStack, config: Any, add_up: AddNow) -> None:
-    """Put FirstBlockCache or MagCache on the blocks of a stack, two or more."""
+def put(
+    transformer: nn.Module, stack: BlockStack, config: Any, add_up: AddNow, chosen: ChosenSteps | None = None
+) -> None:
+    """Put FirstBlockCache or MagCache on the blocks of a stack, two or more; `chosen` says what MagCache reuses."""
     blocks = list(stack.blocks(transformer))
     described = [(block, StreamMetadata(type(block), streams, stack.visual)) for _, block, streams in blocks]
     for block, metadata in described:
@@ -251,7 +277,8 @@ def put(transformer: nn.Module, stack: BlockStack, config: Any, add_up: AddNow) 
     if first:
         ours = FirstBlockHead(taken, states, config.threshold, add_up), FirstBlockTail(tail, states)
     else:
-        ours = MagHead(taken, states, config, stack.both), MagTail(tail, states, config, add_up)
+        chosen = chosen or ChosenSteps((0,))
+        ours = MagHead(taken, states, config, chosen), MagTail(tail, states, config, add_up, chosen)
     for registry, name, hook in ((registries[0], lead, ours[0]), (registries[-1], rest, ours[1])):
         registry.remove_hook(name, recurse=False)
         shards = {other: registry.get_hook(other) for other in registry._hook_order if other.startswith("cp_")}

@@ -19,7 +19,7 @@ import dataclasses
 import math
 import typing
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 from dit_accel.errors import DitAccelError, first_line
 from dit_accel.registry import did_you_mean, parse_settings, plain, refuse_unknown
@@ -40,15 +40,23 @@ FORM = "NAME[:key=value,...]"
 
 @dataclasses.dataclass(frozen=True)
 class ChosenSteps:
-    """The steps that run; each other step reuses what the blocks added in the last one that ran.
+    """The steps that run; each other step reuses what the last one that ran has left, or forecasts it.
+
+    The forecast is the damped trend of Gardner and McKenzie (Management Science 31(10), 1985). The trend t is what has
+    changed since the computed step before, divided by the steps between. What a computed step leaves, r, is
+    r + (d + d^2 + ... + d^h) t at h steps later. Without damping it is TaylorSeer's first order (arXiv:2503.06923).
 
     Args:
         computed: indices of steps, ascending from 0. A shorter run has only the first of them.
         num_inference_steps: of the runs that the list is for; None: any.
+        reuse: what is left: what the blocks added ("residual"), or what the last block returned ("output").
+        damping: d, from 0 to 1; 0 reuses what is left as it is, 1 goes on along a line.
     """
 
     computed: tuple[int, ...]
     num_inference_steps: int | None = None
+    reuse: Literal["residual", "output"] = "residual"
+    damping: float = 0.0
 
     def __post_init__(self) -> None:
         if self.computed[:1] != (0,) or list(self.computed) != sorted(set(self.computed)):
@@ -56,6 +64,8 @@ class ChosenSteps:
             raise ValueError(f"computed are steps in ascending order from 0, such as 0x1x2x6, got {steps}.")
         if self.num_inference_steps is not None and self.computed[-1] >= self.num_inference_steps:
             raise ValueError(f"computed has step {self.computed[-1]}, and {self.num_inference_steps} steps end before.")
+        if self.damping > 1:
+            raise ValueError(f"damping is from 0, which reuses, to 1, which goes on along a line, got {self.damping}.")
 
     def check(self, steps: int | None) -> None:
         """Refuse a run of `steps` steps that the list is not for."""
@@ -65,6 +75,10 @@ class ChosenSteps:
                 f"computed={chosen} is for runs of {self.num_inference_steps} steps, and this one has {steps}. Give a "
                 f"list for {steps} steps."
             )
+
+    def reach(self, steps: int) -> float:
+        """The share of the trend that is added so many steps later."""
+        return sum(self.damping**step for step in range(1, steps + 1))
 
     def as_mag(self, steps: int) -> Any:
         """MagCache's config for a run of so many steps: its expected error is 0 where it skips and 9 where it runs."""

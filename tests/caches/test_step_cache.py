@@ -24,6 +24,7 @@ TEXTS = (
     "faster:spatial_attention_timestep_skip_range=-1x681,is_guidance_distilled=True",
     "pab:spatial_attention_block_skip_range=2",
     "steps:computed=0x1x3,num_inference_steps=6",
+    "steps:computed=0x1x3,reuse=output,damping=0.5",
 )
 
 
@@ -66,6 +67,9 @@ def test_configs_are_diffusers_own():
         ("steps:computed=0x3x2", "ascending"),
         ("steps:computed=0x1,num_inference_steps=0", "num_inference_steps"),
         ("steps:computed=0x6,num_inference_steps=6", "step 6"),
+        ("steps:computed=0x1,damping=1.1", "damping"),
+        ("steps:computed=0x1,damping=-0.1", "damping"),
+        ("steps:computed=0x1,reuse=input", "reuse"),
         ("mag:threshold", "key=value"),
         ("", "Unknown step cache"),
     ],
@@ -90,6 +94,12 @@ def test_chosen_steps_are_for_runs_of_their_number():
     for steps in (6, None):
         chosen.check(steps)
     StepCache.parse("steps:computed=0x1x3").build().check(2)
+
+
+@pytest.mark.parametrize(("damping", "shares"), [("0", (0, 0, 0)), ("0.5", (0.5, 0.75, 0.875)), ("1", (1, 2, 3))])
+def test_reach_is_none_without_damping_and_a_line_with_all_of_it(damping, shares):
+    chosen = StepCache.parse(f"steps:computed=0x1,damping={damping}").build()
+    assert tuple(chosen.reach(steps) for steps in (1, 2, 3)) == shares
 
 
 def test_published_ratios():

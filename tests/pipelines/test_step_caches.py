@@ -1,6 +1,7 @@
 """Step caches in every family: the answer of a skipped call, Diffusers' own bits, guidance branches, exact removal."""
 
 import functools
+import inspect
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ CACHES = {
     "taylorseer": StepCache.parse(
         "taylorseer:cache_interval=4,disable_cache_before_step=2,taylor_factors_dtype=float64"
     ),
+    "steps": StepCache.parse("steps:computed=0x1x3,damping=0.5"),
 }
 EACH = [pytest.param(tiny, name, id=f"{tiny}-{name}") for tiny in all_models() for name in CACHES]
 
@@ -131,6 +133,7 @@ def test_bits_are_those_of_diffusers_own_cache(tiny, cache):
 
 
 GUIDED = ("first-block:threshold=0.2", "mag:threshold=0.12", "taylorseer:cache_interval=3,disable_cache_before_step=2")
+GUIDED += ("steps:computed=0x1x3,damping=0.5", "steps:computed=0x1x3,reuse=output,damping=0.5")
 PAB = "pab:spatial_attention_block_skip_range=2,spatial_attention_timestep_skip_range=-1x1001"
 
 
@@ -202,6 +205,86 @@ def test_chosen_steps_run_and_the_others_reuse_the_last_residual(name, counted):
         (branch,) = at.report().branches
         assert {step for step, share in branch.steps.items() if share == 1} == set(computed)
     assert all(map(torch.equal, *outputs.values()))
+
+
+class Ends:
+    """What the first block took and the last one returned in the last call: both streams, None where there is none."""
+
+    def __init__(self, transformer, tiny):
+        stack = get_families()[tiny.family].stack_of(transformer)
+        (_, first, taken), *_, (_, last, returned) = stack.blocks(transformer)
+        self.stack, self.streams = stack, [stack.visual, *(name for name in taken if name != stack.visual)]
+        self.taken, self.returned, self.handles = {}, {}, []
+        names = list(inspect.signature(type(first).forward).parameters)[1:]
+
+        def before(module, args, kwargs):
+            self.taken = dict(zip(names, args, strict=False)) | kwargs
+
+        def after(module, args, output):
+            self.returned = dict(zip(returned, output if len(returned) > 1 else (output,), strict=True))
+
+        self.handles = [
+            first.register_forward_pre_hook(before, with_kwargs=True),
+            last.register_forward_hook(after),
+        ]
+
+    def pairs(self):
+        """Streams that a skipped call makes: what the first block took, and what the last one returned."""
+        names = self.streams if self.stack.both else self.streams[:1]
+        return [(self.taken[name], self.returned[name]) for name in names if name in self.returned]
+
+
+@pytest.mark.parametrize("reuse", ["residual", "output"])
+@pytest.mark.parametrize(("name", "streams"), [("wan:t2v", 1), ("flux:t2i", 1), ("ltx2:2.0", 2)])
+def test_a_forecast_goes_on_along_a_damped_trend(name, streams, reuse):
+    """Bit for bit the formula, of dense calls: in steps of uneven distance, in both streams where both are outputs.
+
+    Behind the first step alone the last one is reused; a second run does not know the first.
+    """
+    tiny = get(*name.split(":"))
+    transformer, calls, computed, damping = tiny.build(), growing(tiny, 8), [0, 2, 3], 0.5
+    ends = Ends(transformer, tiny)
+    dense = []
+    for call in calls:
+        run(transformer, call)
+        dense.append(ends.pairs())
+    assert all(len(pairs) == streams for pairs in dense)
+    left = [[end if reuse == "output" else end - start for start, end in pairs] for pairs in dense]
+    text = f"steps:computed=0x2x3,reuse={reuse},damping={damping}"
+    at = at_work(transformer, tiny, StepCache.parse(text))
+    at.attach()
+    for run_id in ("one", "two"):
+        for step, call in enumerate(calls):
+            at.begin(Moment(run_id, step, len(calls), 1000 - step))
+            run(transformer, call)
+            known = [each for each in computed if each <= step]
+            for stream, (start, end) in enumerate(ends.pairs()):
+                expected = left[known[-1]][stream]
+                if len(known) > 1 and step > known[-1]:
+                    trend = (expected - left[known[-2]][stream]) / (known[-1] - known[-2])
+                    expected = expected + sum(damping**power for power in range(1, step - known[-1] + 1)) * trend
+                if step in computed:
+                    expected = dense[step][stream][1]
+                elif reuse == "residual":
+                    expected = start + expected
+                assert torch.equal(end, expected), (run_id, step, stream)
+    at.detach()
+    for handle in ends.handles:
+        handle.remove()
+
+
+def test_a_trend_counts_among_the_bytes_that_are_kept():
+    tiny = get("wan", "t2v")
+    transformer, calls, kept = tiny.build(), growing(tiny), {}
+    ends = Ends(transformer, tiny)
+    for text in ("steps:computed=0x1x3", "steps:computed=0x1x3,damping=0.5"):
+        count, at = LayerCount(transformer, tiny), at_work(transformer, tiny, StepCache.parse(text))
+        at.attach()
+        run_steps(transformer, calls, at, count)
+        kept[text] = at.report().kept_bytes
+        at.detach()
+    plain, damped = kept.values()
+    assert damped - plain == ends.pairs()[0][1].nbytes > 0
 
 
 def test_a_hook_set_above_the_cache_stays():
