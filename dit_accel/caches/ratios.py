@@ -65,39 +65,39 @@ def published() -> Mapping[str, Mapping[str, Any]]:
     return dict(json.loads(FILE.read_text(encoding="utf-8")))
 
 
-def mag_ratios(given: Any, models: tuple[str, ...] = ()) -> MagRatios:
+def mag_ratios(value: Any, models: tuple[str, ...] = ()) -> MagRatios:
     """The ratios that a setting means.
 
     Args:
-        given: a number, numbers, a name among `published`, or the path of a calibration file. None: those published for
+        value: a number, numbers, a name among `published`, or the path of a calibration file. None: those published for
             one of `models`, else `ASSUMED` for every step.
         models: names of the pipeline and its transformer, repositories or folders.
 
     Raises:
         DitAccelError: there is no such name and no such file, or it holds no ratios.
     """
-    if given is None:
+    if value is None:
         for entry in published().values():
             if entry["match"] and any(re.search(entry["match"], name) for name in models):
                 return _from_record(entry)
         advice = "for this model none are published; `dit-accel tune --cache mag` measures them"
         return MagRatios((ASSUMED,), source=f"{ASSUMED} is assumed for every step: {advice}")
-    if isinstance(given, (int, float)):
-        return MagRatios((given,))
-    if not isinstance(given, str):
-        return MagRatios(tuple(given))
-    if given in published():
-        return _from_record(published()[given])
+    if isinstance(value, (int, float)):
+        return MagRatios((value,))
+    if not isinstance(value, str):
+        return MagRatios(tuple(value))
+    if value in published():
+        return _from_record(published()[value])
     try:
-        record = json.loads(Path(given).expanduser().read_text(encoding="utf-8"))
-        return _from_record({"source": str(given), **record})
+        record = json.loads(Path(value).expanduser().read_text(encoding="utf-8"))
+        return _from_record({"source": str(value), **record})
     except FileNotFoundError as error:
         raise DitAccelError(
-            f"mag_ratios={given} is no file and no published set.{did_you_mean(given, published())} Published: "
+            f"mag_ratios={value} is no file and no published set.{did_you_mean(value, published())} Published: "
             f"{', '.join(published())}."
         ) from error
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DitAccelError(f"mag_ratios={given} holds no calibration: {first_line(error)}") from error
+        raise DitAccelError(f"mag_ratios={value} holds no calibration: {first_line(error)}") from error
 
 
 def _from_record(record: Mapping[str, Any]) -> MagRatios:

@@ -109,7 +109,7 @@ def size_of(value: Any, seen: set[int] | None = None) -> int:
     if isinstance(value, torch.Tensor):
         return value.nbytes
     if isinstance(value, dict):
-        return sum(size_of(each, seen) for each in value.values())
+        return sum(size_of(part, seen) for part in value.values())
     if isinstance(value, (list, tuple)):
-        return sum(size_of(each, seen) for each in value)
+        return sum(size_of(part, seen) for part in value)
     return 0

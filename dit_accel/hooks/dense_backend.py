@@ -58,7 +58,7 @@ class DenseBackend:
     def __init__(self, name: str | None, device: torch.device, layers: Iterable[AcceleratedLayer]) -> None:
         self._layers, self._auto8 = list(layers), name == AUTO8
         self._name, self._why = (None, "") if name is None else choose(name, device)
-        self._asked = name is not None
+        self._by_name = name is not None
         self._verified: Verified | None = None
         self._processors: list[Any] = []
         self._note: str | None = None
@@ -72,7 +72,7 @@ class DenseBackend:
     def set(self) -> None:
         from diffusers.models.attention_dispatch import AttentionBackendName, _maybe_download_kernel_for_backend
 
-        if not self._asked:
+        if not self._by_name:
             return
         if self._name is not None:
             _maybe_download_kernel_for_backend(AttentionBackendName(self._name))
@@ -123,9 +123,9 @@ class DenseBackend:
     def undo(self) -> None:
         """Remove the back end from processors that still have ours."""
         # a list: members of Diffusers' enumeration equal their names, and have other hashes
-        own = [self._name] if self._verified is None else [self._name, *self._verified.candidates]
+        backends = [self._name] if self._verified is None else [self._name, *self._verified.candidates]
         for processor in self._processors:
-            if processor._attention_backend in own:
+            if processor._attention_backend in backends:
                 processor._attention_backend = None
         for layer in self._layers:
             layer.ours.dense_call = None

@@ -33,7 +33,7 @@ def parallelize(target: Any, ulysses: int | None = None, ring: int = 1) -> None:
     """
     import torch.distributed as dist
 
-    found = [
+    shardings = [
         (transformer, _sharding(transformer, family)) for transformer, family in find_transformers(target)[0].values()
     ]
     if not (dist.is_available() and dist.is_initialized()):
@@ -47,7 +47,7 @@ def parallelize(target: Any, ulysses: int | None = None, ring: int = 1) -> None:
             f"parallelize() shares a sample among all processes, of which there are {ranks}; got ulysses={ulysses} and "
             f"ring={ring}. Start as many as ulysses times ring with torchrun --nproc-per-node, two at least."
         )
-    for transformer, sharding in found:
+    for transformer, sharding in shardings:
         _share(transformer, sharding, ranks // ring, ring)
 
 

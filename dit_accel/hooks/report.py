@@ -206,12 +206,12 @@ class Tally:
         self._measured: dict[int | None, torch.Tensor] = {}
         self._kernels: dict[str, str] = {}
         self._dense: Counter[str] = Counter()
-        self._kept = 0
+        self._kept_bytes = 0
 
     def keep(self, values: Mapping[int, Iterable[Any]]) -> None:
         """Note the size of what a layer keeps between steps, records with tensors."""
         tensors = (part for record in values.values() for part in record if isinstance(part, torch.Tensor))
-        self._kept = max(self._kept, sum(part.nbytes for part in tensors))
+        self._kept_bytes = max(self._kept_bytes, sum(part.nbytes for part in tensors))
 
     def sparse(self, density: float | None, kernel: str, why: str, step: int | None = None) -> None:
         """Count a call. `density` is the plan's, None if it is measured; `step` if plans differ by step."""
@@ -250,5 +250,5 @@ class Tally:
             "step_density": {step: total / count for step, (total, count) in measured.items() if step is not None},
             "kernels": dict(self._kernels),
             "dense_reasons": dict(self._dense),
-            "kept_bytes": self._kept,
+            "kept_bytes": self._kept_bytes,
         }

@@ -93,21 +93,21 @@ class ComputedAttention:
         plan, q, k, v, out = self.plan, self.q, self.k, self.v, self.out
         batch, heads, *_ = q.shape
         queries = sample(plan.grid.visual, rows).to(q.device)
-        found = torch.zeros(3, batch, heads, dtype=torch.float64, device=q.device)
-        kept, first = None, 0 if self.heads is None else self.heads[0]
+        sums = torch.zeros(3, batch, heads, dtype=torch.float64, device=q.device)
+        attended, first = None, 0 if self.heads is None else self.heads[0]
         for b in range(batch):
             settings = {"scale": self.scale, "module": self.module, "heads": self.heads}
             lists = plan.route(q[b : b + 1], k[b : b + 1], values=v[b : b + 1], **settings)
             for h in range(heads):
-                if kept is None or lists is not None or plan.head_share < 1:
-                    kept = plan.kept_keys(queries, lists, h if lists is not None else first + h)
+                if attended is None or lists is not None or plan.head_share < 1:
+                    attended = plan.kept_keys(queries, lists, h if lists is not None else first + h)
                 for chunk, weights in self.dense_weights(b, h, queries):
                     dense = weights @ v[b, h].to(weights)
-                    own = out[b, h, queries[chunk] + plan.grid.visual_start].to(weights)
-                    found[0, b, h] += (own - dense).square().sum(dtype=torch.float64)
-                    found[1, b, h] += dense.square().sum(dtype=torch.float64)
-                    found[2, b, h] += (weights * kept[chunk]).sum(dtype=torch.float64)
-        return Measured(found[0], found[1], found[2] / len(queries))
+                    result = out[b, h, queries[chunk] + plan.grid.visual_start].to(weights)
+                    sums[0, b, h] += (result - dense).square().sum(dtype=torch.float64)
+                    sums[1, b, h] += dense.square().sum(dtype=torch.float64)
+                    sums[2, b, h] += (weights * attended[chunk]).sum(dtype=torch.float64)
+        return Measured(sums[0], sums[1], sums[2] / len(queries))
 
     def dense_weights(self, b: int, h: int, queries: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Dense attention's softmax of some visual queries of a sample and head, a few at a time.

@@ -123,9 +123,9 @@ class Verified:
         passed = [name for name in self.candidates if self._passes(name, layer, processor, dense, out)]
         times = {name: self._milliseconds(name, processor, dense, _tensors(out)[0].device) for name in passed}
         if passed and times[passed[0]] is not None:
-            own = self._milliseconds(self._exact, processor, dense, _tensors(out)[0].device)
-            for name in [name for name in passed if times[name] >= own]:
-                self._reject(name, f"{times[name]:.3g} ms in {layer}, and {self._shown} takes {own:.3g} ms")
+            exact_ms = self._milliseconds(self._exact, processor, dense, _tensors(out)[0].device)
+            for name in [name for name in passed if times[name] >= exact_ms]:
+                self._reject(name, f"{times[name]:.3g} ms in {layer}, and {self._shown} takes {exact_ms:.3g} ms")
                 passed.remove(name)
             passed.sort(key=times.__getitem__)
         if not passed:

@@ -204,8 +204,8 @@ class RoutedPlan(Plan):
 
     def listed(self, lists: BlockLists, head: int) -> torch.Tensor:
         """The blocks that one head of the first sample lists: bool [query blocks, key blocks]."""
-        own = BlockLists(lists.indices[0, head], lists.counts[0, head])
-        return own.map(own.used, self.key_order.visual_blocks)
+        visited = BlockLists(lists.indices[0, head], lists.counts[0, head])
+        return visited.map(visited.used, self.key_order.visual_blocks)
 
     @property
     def pairs(self) -> int | None:
@@ -302,5 +302,7 @@ def cut(order: Ordering, grid: TokenGrid, block_q: int, block_k: int) -> tuple[T
     "raster": runs of tokens, row by row; "tile": 3-D tiles, chosen per grid; "morton", "hilbert": runs along a curve.
     """
     tiles = (choose_tile(block, grid) if order == "tile" else None for block in (block_q, block_k))
-    query_order, key_order = (TokenOrder(grid, *each) for each in zip((block_q, block_k), tiles, strict=True))
+    query_order, key_order = (
+        TokenOrder(grid, block, tile) for block, tile in zip((block_q, block_k), tiles, strict=True)
+    )
     return query_order, key_order, order if order == "morton" or order == "hilbert" else None

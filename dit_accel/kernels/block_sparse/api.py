@@ -264,14 +264,14 @@ def check_tensors(call: BlockSparseCall) -> None:
         )
     if not q.device == k.device == v.device:
         raise DitAccelError(f"q, k and v must be on one device, got {q.device}, {k.device} and {v.device}.")
-    given = [start is not None for start in segments[:3]]
-    if any(given) and not all(given):
+    starts = [start is not None for start in segments[:3]]
+    if any(starts) and not all(starts):
         raise DitAccelError("Give visual_start, conditioning_start and text_start together, or none of them.")
     for name, want, have in (
         ("q", geometry.query_order.grid.tokens, q.shape[2]),
         ("k and v", geometry.key_order.grid.tokens, k.shape[2]),
     ):
-        if have < want or (have != want and not any(given)):
+        if have < want or (have != want and not any(starts)):
             raise DitAccelError(
                 f"grid {geometry.grid}, {geometry.conditioning} conditioning and {geometry.text} text tokens need "
                 f"{name} with {want} rows, got {have}. To leave rows out, give the three starts."

@@ -46,16 +46,16 @@ def launches(kernel: str, block_q: int, block_k: int, block_d: int, capability: 
       while it multiplies others.
     * On chips that are not in `BIG`, 4 warps spill even at 64 x 64.
     """
-    own, listed = (block_k, block_q) if kernel == "dkdv" else (block_q, block_k)
-    generation, small = capability // 10, own * block_d <= 64 * 64
+    block, listed = (block_k, block_q) if kernel == "dkdv" else (block_q, block_k)
+    generation, small = capability // 10, block * block_d <= 64 * 64
     grouped = generation == 9 or (generation == 10 and kernel == "forward")
-    warps = 4 if capability in BIG and own <= 64 and block_d <= 128 and (small or grouped) else 8
+    warps = 4 if capability in BIG and block <= 64 and block_d <= 128 and (small or grouped) else 8
     if kernel == "dkdv":
-        step = {9: 32, 10: 64}.get(generation, 32 if own * block_d <= 64 * 128 else 16)
+        step = {9: 32, 10: 64}.get(generation, 32 if block * block_d <= 64 * 128 else 16)
     elif kernel == "dq":
-        step = (64 * 128 if generation == 9 and own > 64 else 64 * 64) // block_d
+        step = (64 * 128 if generation == 9 and block > 64 else 64 * 64) // block_d
     else:
-        step = (64 * 128 if generation in (9, 10) or own * block_d <= 64 * 128 else 64 * 64) // block_d
+        step = (64 * 128 if generation in (9, 10) or block * block_d <= 64 * 128 else 64 * 64) // block_d
     longest = 128 if generation == 9 and kernel == "forward" else 64
     step = min(listed, longest, max(16, step))
     yield from (Launch(warps, stages, step) for stages in range(4 if kernel == "forward" else 3, 0, -1))

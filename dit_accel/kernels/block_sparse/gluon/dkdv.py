@@ -143,12 +143,12 @@ def turn(
     A: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, D, 16])
     P: gl.constexpr = gl.DotOperandLayout(0, A, 2)
     STRIDE: gl.constexpr = 128 // BLOCK_K  # from unit to unit of this consumer
-    OWN: gl.constexpr = PART * (2 - STRIDE)  # which of the key buffers it has
+    BUFFER: gl.constexpr = PART * (2 - STRIDE)  # which of the key buffers it has
     unit = n * STRIDE + PART * (STRIDE - 1)
     stage, before, after = unit % STAGES, (unit - STRIDE) % STAGES, unit + STRIDE
     zero = gl.zeros([ROWS, ROWS], gl.float32, S)
     # block >> 31 is 0; an index that looks new keeps the assembler from holding 16 addresses in registers
-    k, v = buffers.k.index(OWN + (block >> 31)), buffers.v.index(OWN + (block >> 31))
+    k, v = buffers.k.index(BUFFER + (block >> 31)), buffers.v.index(BUFFER + (block >> 31))
     entry = visits.first + unit // 2
     block = gl.load(visits.entries + entry)
     number = gl.load(visits.numbers + entry, mask=(problem.given & 4) != 0, other=-1)
@@ -165,7 +165,7 @@ def turn(
     lse = statistics + block * (4 * ROWS) + unit % 2 * ROWS + columns
     exponents = scores * scale - gl.load(lse)[None, :]
     if number >= 0:
-        word = number.to(gl.int64) * (BLOCK_K // 64) + OWN
+        word = number.to(gl.int64) * (BLOCK_K // 64) + BUFFER
         exponents = seen_by(exponents, gl.load(problem.words + word * (2 * ROWS) + columns), block >> 31, S)
     weights = gl.exp2(exponents)
     # The branch in this wait keeps the assembler from moving the weights behind the wait for their gradients

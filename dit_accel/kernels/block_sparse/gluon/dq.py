@@ -61,14 +61,14 @@ def produce(
 
 @gluon.jit
 def half_step(
-    i, operand, acc, own, START: gl.constexpr, HALF: gl.constexpr, PART: gl.constexpr, BLOCK_K: gl.constexpr,
+    i, operand, acc, fixed, START: gl.constexpr, HALF: gl.constexpr, PART: gl.constexpr, BLOCK_K: gl.constexpr,
     STAGES: gl.constexpr, S: gl.constexpr, P: gl.constexpr,
 ):  # fmt: skip
     """The sum with the half step before, unless this is the START; and ds [ROWS, ROWS] of 64 further keys.
 
-    The scale and the LSE in `own` are in base 2.
+    The scale and the LSE in `fixed` are in base 2.
     """
-    q, g, row_lse, delta, scale, walk, problem, buffers = own
+    q, g, row_lse, delta, scale, walk, problem, buffers = fixed
     stage = i % STAGES
     before = (i - 1 + HALF) % STAGES
     zero = gl.zeros([ROWS, ROWS], gl.float32, S)
@@ -125,15 +125,15 @@ def consume(
 
     walk = list_of(own_item(problem), 0, problem, BLOCK_K)
     steps = end_of(walk, BLOCK_K)
-    own = q, g, row_lse, delta, scale * LOG2E, walk, problem, buffers
+    fixed = q, g, row_lse, delta, scale * LOG2E, walk, problem, buffers
     acc = gl.zeros([ROWS, D], gl.float32, A)
     if steps > 0:
         mbarrier.wait(buffers.k_full.index(0), 0)
-        operand, acc = half_step(0, acc, acc, own, True, 0, PART, BLOCK_K, STAGES, S, P)
+        operand, acc = half_step(0, acc, acc, fixed, True, 0, PART, BLOCK_K, STAGES, S, P)
         for i in range(1, steps):
-            operand, acc = half_step(i - 1, operand, acc, own, False, 1, PART, BLOCK_K, STAGES, S, P)
-            operand, acc = half_step(i, operand, acc, own, False, 0, PART, BLOCK_K, STAGES, S, P)
-        operand, acc = half_step(steps - 1, operand, acc, own, False, 1, PART, BLOCK_K, STAGES, S, P)
+            operand, acc = half_step(i - 1, operand, acc, fixed, False, 1, PART, BLOCK_K, STAGES, S, P)
+            operand, acc = half_step(i, operand, acc, fixed, False, 0, PART, BLOCK_K, STAGES, S, P)
+        operand, acc = half_step(steps - 1, operand, acc, fixed, False, 1, PART, BLOCK_K, STAGES, S, P)
         last = buffers.k.index((steps - 1) % STAGES).slice(ROWS, ROWS, 0)
         summed = warpgroup_mma(operand, last, acc, is_async=True)
         acc = warpgroup_mma_wait(0, deps=(summed,))
