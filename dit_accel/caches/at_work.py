@@ -184,18 +184,21 @@ class CacheAtWork:
         if self._stack.last_alone:
             blocks.remove([name for name, _, _ in self._stack.blocks(self._transformer)][-1])
         outputs = [name for name in names if any(fits_path(path, name) for path in self._stack.outputs)]
-        own = {"skip_predict_identifiers": [re.escape(name) for name in blocks]}
-        own["cache_identifiers"] = [re.escape(name) for name in outputs]
-        return dataclasses.replace(config, use_lite_mode=False, **own)
+        identifiers = {"skip_predict_identifiers": [re.escape(name) for name in blocks]}
+        identifiers["cache_identifiers"] = [re.escape(name) for name in outputs]
+        return dataclasses.replace(config, use_lite_mode=False, **identifiers)
 
     def _check_sea(self) -> None:
         from diffusers import WanTransformer3DModel
 
-        own: Any = self._transformer
-        if not isinstance(own, WanTransformer3DModel) or own.config.in_channels != own.config.out_channels:
+        transformer: Any = self._transformer
+        if (
+            not isinstance(transformer, WanTransformer3DModel)
+            or transformer.config.in_channels != transformer.config.out_channels
+        ):
             raise DitAccelError(
-                f"Diffusers' SeaCache has no adapter for {type(own).__name__}; it has one for Wan's text to video. "
-                "Take first-block, mag or taylorseer."
+                f"Diffusers' SeaCache has no adapter for {type(transformer).__name__}; it has one for Wan's text to "
+                "video. Use first-block, mag or taylorseer."
             )
 
     def detach(self) -> None:
@@ -252,13 +255,13 @@ class CacheAtWork:
             self._chosen.check(now.count)
         if self.cache.name != "mag" or self._calibrate:
             return
-        given = self.cache.config.get("num_inference_steps")
-        if given is not None and now.count is not None and given != now.count:
+        steps = self.cache.config.get("num_inference_steps")
+        if steps is not None and now.count is not None and steps != now.count:
             raise DitAccelError(
-                f"mag has num_inference_steps={given}, and this run has {now.count}. Leave the setting out: it follows "
+                f"mag has num_inference_steps={steps}, and this run has {now.count}. Leave the setting out: it follows "
                 "the scheduler."
             )
-        if given is None and now.count is None:
+        if steps is None and now.count is None:
             raise DitAccelError(
                 "mag needs the number of steps, and a transformer alone does not have it. Accelerate the pipeline, "
                 "call set_step(i, n), or set num_inference_steps."

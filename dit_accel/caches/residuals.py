@@ -164,9 +164,9 @@ class FirstBlockTail(FBCBlockHook):
         output = self.fn_ref.original_forward(*args, **kwargs)
         head = state.head_block_output if isinstance(state.head_block_output, list) else [state.head_block_output, None]
         visual, other = tail.metadata.returned(output)
-        kept = tail.visual(visual, head[0].shape[1]) - head[0]
+        stored = tail.visual(visual, head[0].shape[1]) - head[0]
         # the second stream of a joined sequence, or where the last block returns none, is no output
-        state.tail_block_residuals = (kept, 0.0 if other is None or head[1] is None else other - head[1])
+        state.tail_block_residuals = (stored, 0.0 if other is None or head[1] is None else other - head[1])
         return output
 
 
@@ -194,11 +194,11 @@ class MagHead(MagCacheHeadHook):
         if state.should_compute:
             state.second_input = streams[1]
             return output
-        for stream, kept in enumerate(state.kept):
+        for stream, stored in enumerate(state.stored):
             if state.trends:
-                kept = kept + self._chosen.reach(state.step_index - state.computed_step) * state.trends[stream]
-            kept = kept.to(streams[stream].device)
-            streams[stream] = kept.clone() if self._chosen.reuse == "output" else streams[stream] + kept
+                stored = stored + self._chosen.reach(state.step_index - state.computed_step) * state.trends[stream]
+            stored = stored.to(streams[stream].device)
+            streams[stream] = stored.clone() if self._chosen.reuse == "output" else streams[stream] + stored
         state.answer = streams
         return self._own_metadata.output(*streams)
 
@@ -225,20 +225,20 @@ class MagTail(MagCacheBlockHook):
         visual, other = tail.metadata.returned(output)
         pairs = [(tail.visual(visual, state.head_block_input.shape[1]), state.head_block_input)]
         pairs += [(other, state.second_input)] if tail.both and other is not None else []
-        kept = tuple(end.clone() if self._chosen.reuse == "output" else end - start for end, start in pairs)
+        stored = tuple(end.clone() if self._chosen.reuse == "output" else end - start for end, start in pairs)
         if self.config.calibrate:
-            self._perform_calibration_step(state, kept[0])
-        state.trends = self._trends(state, kept)
-        state.kept, state.computed_step = kept, state.step_index
-        state.previous_residual = kept[0]  # by which Diffusers knows that there is something
+            self._perform_calibration_step(state, stored[0])
+        state.trends = self._trends(state, stored)
+        state.stored, state.computed_step = stored, state.step_index
+        state.previous_residual = stored[0]  # by which Diffusers knows that there is something
         self._advance_step(state)
         return output
 
-    def _trends(self, state: Any, kept: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    def _trends(self, state: Any, stored: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         """The change of what is kept, a step, since the computed call before; empty without one."""
         if not self._chosen.damping or state.previous_residual is None:
             return ()
-        steps, pairs = state.step_index - state.computed_step, list(zip(kept, state.kept, strict=True))
+        steps, pairs = state.step_index - state.computed_step, list(zip(stored, state.stored, strict=True))
         if steps < 1 or any(now.shape != before.shape for now, before in pairs):
             return ()
         return tuple((now - before) / steps for now, before in pairs)

@@ -198,10 +198,12 @@ def _check(cache: str, name: str, value: Any, hint: Any) -> None:
     with contextlib.suppress(DitAccelError):
         if not fits(_diffusers(value, hint), hint):
             raise DitAccelError("")
-        numbers = [each for each in (value if isinstance(value, tuple) else (value,)) if isinstance(each, (int, float))]
+        numbers = [
+            number for number in (value if isinstance(value, tuple) else (value,)) if isinstance(number, (int, float))
+        ]
         within = name.endswith(("timestep_skip_range", "timestep_range"))  # (-1, 681) is published
         low = 1 if name in LEAST_ONE or (name.endswith("_skip_range") and not within) else 0
-        if all(math.isfinite(each) and (within or each >= low) for each in numbers):
+        if all(math.isfinite(number) and (within or number >= low) for number in numbers):
             return
     wanted = str(getattr(hint, "__name__", hint)).replace("typing.", "")
     raise DitAccelError(f"{cache}'s {name} should fit {wanted} and its range, got {value!r}.")
@@ -218,7 +220,9 @@ def _diffusers(value: Any, hint: Any) -> Any:
             raise DitAccelError(f"{value!r} is no type of PyTorch's, such as float32 or bfloat16.")
         return dtype
     return (
-        list(value) if isinstance(value, tuple) and any(typing.get_origin(each) is list for each in options) else value
+        list(value)
+        if isinstance(value, tuple) and any(typing.get_origin(option) is list for option in options)
+        else value
     )
 
 
