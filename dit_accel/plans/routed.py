@@ -284,7 +284,7 @@ def attend_all(
     lists = BlockLists.full(every.expand(math.ceil(count / BLOCK_Q), -1).contiguous())
     segments = Segments.of(queries, call.text_lens)
     return attend_blocks(
-        queries, k, v, lists, geometry, segments, text_bias=call.text_bias, scale=call.scale, impl=call.impl
+        queries, k, v, lists, geometry, segments, text_bias=call.text_bias, scale=call.scale, few=True, impl=call.impl
     )[0]
 
 

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import torch
 
 from dit_accel.bench.rows import OutOfReach, Row, Shape, Target, get_shape
+from dit_accel.kernels.block_sparse.pieces import fastest
 from dit_accel.order import valid_tokens
 from dit_accel.plans.routed import RoutedPlan
 from dit_accel.plans.static import MaskPlan
@@ -32,7 +33,7 @@ BANDWIDTH = 4.8e12  # bytes a second
 FP32, DENSE = 50e12, 610e12  # operations a second: of plain fp32 instructions, and of cuDNN's dense attention
 BISECTIONS = 64  # of a row's scores, each a comparison and a sum
 GATE_MAPS = 12  # times that rectified's gate reads or writes a map of scores
-LAUNCH = 0.02  # milliseconds
+LAUNCH, PIECES = 0.02, 0.06  # milliseconds: of a launch, and of the merge of text rows' pieces
 SHAPES = ("hunyuan-768p", "hunyuan-720p", "wan-14b-720p", "wan-14b-480p", "flux-4k", "flux-2k", "mochi", "cogvideox")
 TARGETS = (
     Target("gna", 0.1),
@@ -123,8 +124,10 @@ def routed_prediction(plan: RoutedPlan, shape: Shape, share: float) -> Predictio
     exact = makespan([item.milliseconds(shape.head_dim)] * rows)
     text = None
     if grid.text:
-        item = Item(math.ceil(grid.tokens / KEYS), text_steps)
-        text = makespan([item.milliseconds(shape.head_dim)] * (math.ceil(grid.text / 128) * shape.heads))
+        text_rows = math.ceil(grid.text / 128) * shape.heads
+        count = fastest(text_rows, 2 * math.ceil(grid.tokens / KEYS), MULTIPROCESSORS)
+        item = Item(math.ceil(grid.tokens / KEYS / count), math.ceil(text_steps / count))
+        text = makespan([item.milliseconds(shape.head_dim)] * (text_rows * count)) + PIECES * (count > 1)
     return Prediction(router, lists, exact, _others(plan, shape, read, rows), text)
 
 

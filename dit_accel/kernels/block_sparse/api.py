@@ -24,6 +24,7 @@ from dit_accel.kernels.block_sparse.geometry import (
     cut_blocks,
     empty_rows,
 )
+from dit_accel.kernels.block_sparse.pieces import in_pieces, merged, pieces_of
 from dit_accel.kernels.cuts import visual_of
 from dit_accel.kernels.gradients import register_gradients
 from dit_accel.kernels.impls import AUTO, Facts, Impl, Implementation, choose, named
@@ -43,6 +44,7 @@ def attend_blocks(
     text_bias: Tensor | None = None,
     scale: float | None = None,
     lse: bool = False,
+    few: bool = False,
     impl: Impl = AUTO,
 ) -> tuple[Tensor, Tensor | None]:
     """Softmax attention in which each block of queries visits only its listed blocks of keys.
@@ -58,6 +60,8 @@ def attend_blocks(
             which then stays a key of every query. Needs `text_len`.
         scale: factor on the logits; None: D ** -0.5.
         lse: the natural logarithm of each row's sum of exponentials is wanted. Its gradient flows.
+        few: the lists are few and long, so that they may be attended in `pieces`. Needs queries of their own, lists
+            without tables, and a key for each query.
         impl: "auto", or the name of an implementation (`impls.ROWS`), which runs or raises.
 
     Returns:
@@ -85,7 +89,11 @@ def attend_blocks(
     chosen, _ = choose(facts, impl)
     lists, geometry = cut_blocks(lists, geometry, chosen.cuts)
     call = call._replace(lists=lists if chosen.packing else lists._replace(packed=None), geometry=geometry)
-    out, sums = attend_checked(chosen, call)
+    pieces = pieces_of(call, chosen) if few else 1
+    out, sums = attend_checked(chosen, in_pieces(call, pieces) if pieces > 1 else call)
+    if pieces > 1:
+        assert sums is not None
+        out, sums = merged(out, sums, pieces)
     if text_bias is not None and geometry.text:
         assert sums is not None
         out, sums = _merge_padding(out, sums, *_attend_padding(call, chosen.name), text_bias)

@@ -22,6 +22,7 @@ from dit_accel.kernels.block_sparse.gluon.dkdv import block_sparse_gluon_dkdv_ke
 from dit_accel.kernels.block_sparse.gluon.dq import block_sparse_gluon_dq_kernel
 from dit_accel.kernels.block_sparse.gluon.forward import block_sparse_gluon_fwd_kernel
 from dit_accel.kernels.block_sparse.gluon.items import Queue
+from dit_accel.kernels.block_sparse.pieces import multiprocessors
 from dit_accel.kernels.block_sparse.triton import BlockSparseLaunches, PlanLaunches, plan_key
 from dit_accel.kernels.block_sparse.triton_configs import Launch
 from dit_accel.kernels.records import Lists
@@ -170,11 +171,6 @@ def queue_of(blocks: int, heads: int, device: torch.device) -> tuple[tuple[int],
 def counter_on(device: torch.device) -> torch.Tensor:
     """int32 [1], 0: of a launch alone, since launches of two streams may run at once."""
     return torch.zeros(1, dtype=torch.int32, device=device)
-
-
-def multiprocessors(device: torch.device) -> int:
-    """Of a GPU; 1 elsewhere."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 def _like(known: TensorDescriptor, base: torch.Tensor | None) -> TensorDescriptor:
