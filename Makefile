@@ -26,7 +26,7 @@ INTERPRETED := tests/kernels/block_sparse/test_triton.py tests/kernels/block_spa
 	tests/kernels/block_sparse/test_gluon.py \
 	tests/kernels/block_sparse/test_gluon_backward.py tests/kernels/block_sparse/test_pieces.py \
 	tests/kernels/router/test_triton.py tests/kernels/sla/test_triton.py tests/kernels/sla/test_gluon.py \
-	tests/kernels/tail/test_triton.py tests/methods/sla/test_triton.py tests/pipelines/test_rows.py \
+	tests/kernels/tail/test_triton.py tests/kernels/tail/test_gluon.py tests/methods/sla/test_triton.py tests/pipelines/test_rows.py \
 	tests/test_architecture.py
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed

@@ -7,9 +7,8 @@ import torch
 from accuracy import assert_accurate
 from roundings import gradient_sizes
 
-from dit_accel.kernels.block_sparse.api import attend_visual
 from dit_accel.kernels.block_sparse.geometry import BlockLists
-from dit_accel.kernels.tail.api import with_tail
+from dit_accel.kernels.tail.api import attend_with_tail, with_first_order
 from dit_accel.order import TokenOrder
 from dit_accel.plans.plan import attention
 from dit_accel.plans.sampled import SampledQueries, pooled
@@ -52,7 +51,7 @@ class Case:
 
     @property
     def device(self):
-        return "cuda" if self.impl == "triton" and not INTERPRETED else "cpu"
+        return "cpu" if INTERPRETED or self.impl in ("portable", "reference") else "cuda"
 
 
 def setup(case):
@@ -136,7 +135,7 @@ def magnitudes(q, k, v, case, listed, dropped, upstream):
     return sizes | {"out": torch.maximum(average, out.abs()), "lse": lse.abs().clamp(min=1)}
 
 
-def check(case):
+def check(case, gradients=True):
     """Output, LSE and every gradient of a call, against fp64 and plain PyTorch in the same dtype."""
     tensors, upstream, listed, dropped = setup(case)
     padding = torch.zeros(case.batch, 1, case.grid.tokens, 1, dtype=torch.bool)
@@ -151,27 +150,29 @@ def check(case):
         lists = BlockLists(*(x.to(case.device) for x in lists_of(listed)[:2]))
         lens = None if case.text_lens is None else torch.tensor(case.text_lens, device=case.device)
         drop = None if dropped is None else dropped.to(case.device)
-        exact, lse = attend_visual(
-            q, k, v, lists, *case.orders, text_lens=lens, scale=case.scale, lse=True, impl=case.impl
-        )
-        out, lse = with_tail(
-            q, k, v, exact, lse, lists, *case.orders, dropped=drop, first_order=case.first_order, scale=case.scale,
+        out, lse, share = attend_with_tail(
+            q, k, v, lists, *case.orders, dropped=drop, text_lens=lens, scale=case.scale, share=case.first_order,
             impl=case.impl,
         )  # fmt: skip
+        if case.first_order:
+            out = with_first_order(out, share, q, k, v, case.orders[1], case.scale)
         return out.cpu(), lse.cpu()
 
     def run(function, dtype):
         leaves = [x.detach().clone().to(dtype).requires_grad_() for x in tensors]
         results = function(*leaves)
-        gradients = [u.to(r) for u, r in zip(upstream, results, strict=True)]
-        return *results, *torch.autograd.grad(results, leaves, gradients)
+        if not gradients:
+            return results
+        return *results, *torch.autograd.grad(
+            results, leaves, [u.to(r) for u, r in zip(upstream, results, strict=True)]
+        )
 
     got = run(call, case.dtype)
     plain = run(lambda *x: formula(*x, case, listed, dropped, case.dtype), case.dtype)
     exact = run(lambda *x: formula(*x, case, listed, dropped, torch.float64), torch.float64)
     assert got[0].dtype == case.dtype and got[1].dtype == torch.promote_types(case.dtype, torch.float32)
     sums = magnitudes(*tensors, case, listed, dropped, upstream)
-    for name, mine, simple, truth in zip(NAMES, got, plain, exact, strict=True):
+    for name, mine, simple, truth in zip(NAMES[: len(got)], got, plain, exact, strict=True):
         assert_accurate(name, mine, simple.nan_to_num(0.0), truth, magnitude=PARTS.get(name, 1) * sums[name])
 
 

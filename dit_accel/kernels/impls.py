@@ -23,7 +23,14 @@ It is differentiable in q, k, v and the projection::
 
     forward(q, k, v, topk, skip, call) -> out, critical
 
-A module of kernel "tail" has these functions, on the record of `tail.reference`; see `tail.api.with_tail`::
+An implementation of kernel "block_sparse" may have another module, `tail`, which computes attention with the tail in
+one kernel, with these functions on a `tail.reference.TailedCall`; see `tail.ops`::
+
+    forward(call, cuts) -> out, lse, share
+    listed_part(call, cuts) -> what this implementation's `backward` takes
+    add_gradients(gradients, grad_out, grad_lse, out, lse, call, cuts)
+
+A module of kernel "tail" computes it beside an exact part, on a `tail.reference.TailCall`; see `tail.api.with_tail`::
 
     forward(call) -> out, lse
     backward(grad_out, grad_lse, out, lse, call) -> dq, dk, dv, dexact, dexact_lse
@@ -75,6 +82,7 @@ class Implementation:
         package: a package that it needs; `wheel`: its name for pip where that is another.
         packing: the module whose `pack(lists, geometry)` makes `BlockLists.packed`.
         autograd: PyTorch differentiates `forward`; see the module.
+        tail: of kernel "block_sparse": the module that computes the tail in the same kernel; None if there is none.
     """
 
     name: str
@@ -90,6 +98,7 @@ class Implementation:
     wheel: str | None = None
     packing: str | None = None
     autograd: bool = False
+    tail: str | None = None
     installed: bool = dataclasses.field(init=False)
 
     def __post_init__(self) -> None:
@@ -122,6 +131,15 @@ class Implementation:
         """The module of its `backward`."""
         return _loaded(self.gradients)
 
+    def takes_tail(self, facts: Facts) -> bool:
+        """Whether it computes the tail in the kernel of a call that it can run."""
+        return self.tail is not None and obstacles.tail_triton(dataclasses.replace(facts, **self.cut(facts))) is None
+
+    def load_tail(self) -> ModuleType:
+        """The module of attention with the tail."""
+        assert self.tail is not None, f"{self.name} does not take the tail"
+        return _loaded(self.tail)
+
 
 def _loaded(module: str) -> ModuleType:
     if module not in _LOADED:
@@ -145,6 +163,7 @@ def _of_triton(kernel: str, cannot: Callable[[Facts], str | None], **more: Any) 
 
 def _of_gluon(name: str, **more: Any) -> Implementation:
     fields: dict[str, Any] = {"dtypes": HALF, "cannot": obstacles.gluon, "package": "triton", "packing": _LISTS}
+    fields["tail"] = f"{__package__}.{TAIL}.gluon"
     return Implementation(name, BLOCK_SPARSE, _GLUON, cuts=_BOTH, **fields, **more)
 
 
@@ -159,7 +178,14 @@ _SLA_OPS = f"{__package__}.{SLA}.ops"
 ROWS = (
     _reference(BLOCK_SPARSE, autograd=True),
     _portable(BLOCK_SPARSE),
-    _of_triton(BLOCK_SPARSE, obstacles.attention_triton, head_dims=256, packing=_LISTS, cuts=_BOTH),
+    _of_triton(
+        BLOCK_SPARSE,
+        obstacles.attention_triton,
+        head_dims=256,
+        packing=_LISTS,
+        cuts=_BOTH,
+        tail=f"{__package__}.{TAIL}.triton",
+    ),
     # Less exact than the others, so its own name alone takes it. No GPU has run it yet.
     Implementation(
         "triton8",
@@ -207,7 +233,10 @@ ROWS = (
     ),
     _reference(TAIL, autograd=True),
     _portable(TAIL),
-    _of_triton(TAIL, obstacles.tail_triton, head_dims=256, cuts=_QUERIES),
+    # For attention that does not take the tail.
+    _of_triton(
+        TAIL, obstacles.tail_alone, head_dims=256, cuts=_BOTH, module=f"{__package__}.{TAIL}.alone", autograd=True
+    ),
 )
 _TABLE: dict[tuple[str, str], Implementation] = {(row.kernel, row.name): row for row in ROWS}
 

@@ -113,8 +113,13 @@ def attention_triton(facts: Facts) -> str | None:
 
 
 def tail_triton(facts: Facts) -> str | None:
-    """Steps of the tail take groups of pseudo-keys, whatever a block's tokens."""
+    """Gradients of the tail take groups of pseudo-keys, whatever a block's tokens."""
     return triton(facts) or attention_triton(dataclasses.replace(facts, block_k=GROUP))
+
+
+def tail_alone(facts: Facts) -> str | None:
+    """It is attention without a listed block."""
+    return attention_triton(facts) or tail_triton(facts)
 
 
 def triton8(facts: Facts) -> str | None:

@@ -126,6 +126,20 @@ class Visits(NamedTuple):
     per_head: Any
 
 
+class PseudoKeys(NamedTuple):
+    """Mean keys and mean values of blocks, which stand for them in the tail.
+
+    k, v: [B, H, blocks, D]; logs: natural logarithms of the blocks' tokens, fp32 [blocks].
+    outside: uint8 [B, H, query blocks, blocks], 1 where a block is not in the tail.
+    """
+
+    k: Any
+    v: Any
+    logs: Any
+    outside: Any
+    blocks: Any
+
+
 class Corner(NamedTuple):
     """Where a block lies: in the grid, and as a run from `place` on in a segment of `size` tokens from row `first`."""
 

@@ -48,6 +48,9 @@ class Kernels(abc.ABC):
         choices: list[Choice] = []
         for part, (kernel, more) in self.calls(learned).items():
             call, name = dataclasses.replace(facts, **more), impl
+            if kernel == impls.TAIL and choices and impls.named(choices[0].name, choices[0].kernel).takes_tail(call):
+                choices.append(choices[0]._replace(part=part, why="in attention's kernel", plain=False, faster=None))
+                continue
             if kernel == impls.ROUTER:
                 name = router_impl(call, impl)
             elif choices:
@@ -78,7 +81,7 @@ class Kernels(abc.ABC):
 
         Example:
             >>> [choice.name for choice in plan("sol", grid).implementation("sm_90")]
-            ['gluon_triton', 'triton', 'triton']
+            ['gluon_triton', 'triton', 'gluon_triton']
         """
         return self.choices(_facts(gpu, head_dim, dtype), impl, learned)
 

@@ -10,8 +10,7 @@ from torch import Tensor
 from dit_accel.kernels import impls
 from dit_accel.kernels.block_sparse.geometry import BlockLists
 from dit_accel.kernels.block_sparse.reference import masked_attention
-from dit_accel.kernels.cuts import visual_of
-from dit_accel.kernels.tail.api import with_first_order, with_tail
+from dit_accel.kernels.tail.api import attend_with_tail, with_first_order
 from dit_accel.kernels.tail.tokens import best_tokens, with_tokens
 from dit_accel.plans.curves import along
 from dit_accel.plans.plan import PlanArguments
@@ -56,23 +55,25 @@ class TailedPlan(RoutedPlan):
         if not self.has_tail and not self.extra_tokens:
             return super().attend_visual(q, k, v, call)
         lists, dropped = self.choose_for_tail(q, k, call._replace(values=v))
-        exact, exact_lse = self.attend_listed(q, k, v, lists, call, lse=True)
-        assert exact_lse is not None
-        out, lse, orders = exact, exact_lse, (self.query_order, self.key_order)
+        orders, share = (self.query_order, self.key_order), None
         if self.has_tail:
-            first_order = self.first_order and not self.extra_tokens
-            out, lse = with_tail(
-                q, k, v, exact, exact_lse, lists, *orders, dropped=dropped, first_order=first_order, scale=call.scale,
-                impl=call.impl,
+            out, before, share = attend_with_tail(
+                q, k, v, lists, *orders, dropped=dropped, text_lens=call.text_lens, text_bias=call.text_bias,
+                scale=call.scale, share=self.first_order, impl=call.impl,
             )  # fmt: skip
-        if not self.extra_tokens:
-            return out, lists
-        tokens = best_tokens(q, k, lists, *orders, self.extra_tokens, call.scale)
-        out, lse, single = with_tokens(q, k, v, out, lse, tokens, *orders, pooled=self.has_tail, scale=call.scale)
-        if self.first_order:
-            scale = q.shape[-1] ** -0.5 if call.scale is None else float(call.scale)
-            q, k, v = (visual_of(x, self.grid) for x in (q, k, v))
-            out = with_first_order(out, lse, torch.logaddexp(exact_lse, single), q, k, v, self.key_order, scale)
+        else:
+            out, lse = self.attend_listed(q, k, v, lists, call, lse=True)
+            assert lse is not None
+            before = lse
+        if self.extra_tokens:
+            tokens = best_tokens(q, k, lists, *orders, self.extra_tokens, call.scale)
+            out, lse, single = with_tokens(
+                q, k, v, out, before, tokens, *orders, pooled=self.has_tail, scale=call.scale
+            )
+            if share is not None:
+                share = 1 - (1 - share) * torch.exp(before - lse) - torch.exp(single - lse)
+        if share is not None:
+            out = with_first_order(out, share, q, k, v, self.key_order, call.scale)
         return out, lists
 
     def calls(self, learned: bool = False) -> dict[str, tuple[str, dict[str, Any]]]:

@@ -162,7 +162,7 @@ def test_a_gpu_without_kernels_and_a_named_implementation_are_refused():
 def test_a_part_without_such_an_implementation_takes_its_own():
     plan = dit_accel.plan("sol", TokenGrid(8, 32, 32, text=77))
     names = {choice.part: choice.name for choice in plan.implementation("sm_90", impl="gluon")}
-    assert names == {"attention": "gluon", "text": "gluon", "router": "triton", "tail": "triton"}
+    assert names == {"attention": "gluon", "text": "gluon", "router": "triton", "tail": "gluon"}
 
 
 def test_shared_memory_of_a_small_gpu_counts():

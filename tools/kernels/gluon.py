@@ -12,7 +12,7 @@ from dit_accel.kernels.block_sparse.geometry import Shape
 from dit_accel.kernels.block_sparse.gluon.copies import KEYS, Distances, GluonProblem, TiledSide
 from dit_accel.kernels.block_sparse.gluon.items import Queue
 from dit_accel.kernels.block_sparse.gluon.launches import LAUNCH, ROWS, STAGES_DKDV, STAGES_DQ, constants, half_of
-from dit_accel.kernels.records import Visits
+from dit_accel.kernels.records import PseudoKeys, Visits
 from dit_accel.kernels.tuning import RASTER
 from tools.kernels.ahead_of_time import Build
 from tools.kernels.block_sparse import SAMPLES, TILES
@@ -35,7 +35,7 @@ def builds(arch: int) -> Iterator[Build]:
     """All kernels, with SLA's default feature map."""
     if arch == 90:
         for build in _block_sparse():
-            yield from (build, _sla(build))
+            yield from (build, _sla(build), _tail(build, False), _tail(build, True))
             if build.config["d"] == 128 or build.config["block_k"] == 64:  # a smaller share of CI's time
                 yield from (_dq(build), _dkdv(build))
 
@@ -106,6 +106,22 @@ def _boxes(tile: Shape, rows: int, head_dim: int) -> list[tuple[str, str]]:
         (kind, f"tensordesc<data[{','.join(map(str, box))}],{gl.NVMMASharedLayout(128, 16, rank=len(box))!r}>")
         for kind, box in boxes.items()
     ]
+
+
+def _tail(build: Build, share: bool) -> Build:
+    """The build with the tail like one of the engine."""
+    (_, run), _ = _boxes(RASTER, KEYS.value, dict(build.constants)["D"])
+    return dataclasses.replace(
+        build,
+        kernel="tail_gluon_forward",
+        function="dit_accel.kernels.tail.gluon_forward:tail_gluon_fwd_kernel",
+        constants=(*build.constants, ("SHARE", share)),
+        pointers=(
+            *build.pointers, ("share", "*fp32"), ("pooled_k", run), ("pooled_v", run),
+            ("pseudo", PseudoKeys("data", "data", "*fp32", "*u8", "i32")),
+        ),
+        needs=build.needs + 4 * build.stages * KEYS.value,
+    )  # fmt: skip
 
 
 def _sla(build: Build) -> Build:

@@ -79,8 +79,8 @@ def attend_blocks(
         dtype = torch.get_autocast_dtype(q.device.type)
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     call = BlockSparseCall(q, k, v, lists, segments, geometry, 1.0 if scale is None else float(scale))
-    _check_call(call)
-    _check_bias(call, text_bias)
+    check_call(call)
+    check_bias(call, text_bias)
     if scale is None:
         call = call._replace(scale=q.shape[-1] ** -0.5)
     gradients = gradients_follow(q, k, v)
@@ -96,7 +96,7 @@ def attend_blocks(
         out, sums = merged(out, sums, pieces)
     if text_bias is not None and geometry.text:
         assert sums is not None
-        out, sums = _merge_padding(out, sums, *_attend_padding(call, chosen.name), text_bias)
+        out, sums = merge(out, sums, *attend_padding(call, chosen.name), text_bias)
     return out, sums
 
 
@@ -147,6 +147,15 @@ def attend_visual(
     Returns:
         Output [B, H, visual, D], in memory [B, visual, H, D], and LSE [B, H, visual], which may be None without `lse`.
     """
+    queries, lists, geometry, segments = visual_call(q, lists, query_order, key_order, text_lens)
+    bias = None if text_bias is None else text_bias[:, key_order.grid.visual_rows]
+    return attend_blocks(queries, k, v, lists, geometry, segments, text_bias=bias, scale=scale, lse=lse, impl=impl)
+
+
+def visual_call(
+    q: Tensor, lists: BlockLists, query_order: TokenOrder, key_order: TokenOrder, text_lens: Tensor | None
+) -> tuple[Tensor, BlockLists, Geometry, Segments]:
+    """The queries, lists, geometry and segments with which `attend_visual` calls `attend_blocks`."""
     dense = key_order.dense_blocks
     if dense:
         around = torch.arange(key_order.visual_blocks, key_order.blocks, dtype=torch.int32, device=q.device)
@@ -155,9 +164,7 @@ def attend_visual(
         indices = indices.scatter(-1, slots.long(), around.expand(slots.shape))
         lists = BlockLists(indices, lists.counts + dense)
     geometry = dataclasses.replace(Geometry.of(query_order, key_order), own_queries=True)
-    bias = None if text_bias is None else text_bias[:, key_order.grid.visual_rows]
-    segments, queries = Segments.of(q, text_lens), visual_of(q, key_order.grid)
-    return attend_blocks(queries, k, v, lists, geometry, segments, text_bias=bias, scale=scale, lse=lse, impl=impl)
+    return visual_of(q, key_order.grid), lists, geometry, Segments.of(q, text_lens)
 
 
 def pack(lists: BlockLists, geometry: Geometry, packing: str) -> Tensor:
@@ -183,7 +190,7 @@ def opened(lists: BlockLists, geometry: Geometry, packing: str | None) -> BlockL
     return lists if take_apart is None else take_apart(lists, geometry)
 
 
-def _attend_padding(call: BlockSparseCall, impl: Impl) -> tuple[Tensor, Tensor]:
+def attend_padding(call: BlockSparseCall, impl: Impl) -> tuple[Tensor, Tensor]:
     """All queries over the text behind `text_len`: output [B, H, Nq, D] and LSE [B, H, Nq]."""
     q, k, v, _, segments, geometry, scale = call
     text_start, text_len = segments.text_start, segments.text_len
@@ -206,7 +213,7 @@ def _attend_padding(call: BlockSparseCall, impl: Impl) -> tuple[Tensor, Tensor]:
     return out, lse
 
 
-def _check_bias(call: BlockSparseCall, text_bias: Tensor | None) -> None:
+def check_bias(call: BlockSparseCall, text_bias: Tensor | None) -> None:
     if text_bias is None:
         return
     want, text_len = (call.q.shape[0], call.q.shape[2]), call.segments.text_len
@@ -232,22 +239,22 @@ def _text_from_its_end(x: Tensor, text_start: Tensor, text: int) -> Tensor:
     return x.take_along_dim(rows[:, None, :, None], 2)
 
 
-def _merge_padding(
-    out: Tensor, lse: Tensor, padding: Tensor, padding_lse: Tensor, bias: Tensor
+def merge(
+    out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor, bias: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """One softmax over two sets of keys, from outputs [B, H, N, D] and LSE [B, H, N] over each.
 
     Args:
         bias: [B, N], added to a query's logits of the second set.
     """
-    biased = padding_lse + bias[:, None].to(lse.dtype)
-    empty = padding_lse == -torch.inf  # the first set may be empty too
+    biased = other_lse if bias is None else other_lse + bias[:, None].to(lse.dtype)
+    empty = other_lse == -torch.inf  # the first set may be empty too
     share = (biased - lse).masked_fill(empty, -torch.inf).sigmoid()[..., None]
-    merged = torch.lerp(out.to(lse.dtype), padding.to(lse.dtype), share).to(out.dtype)
+    merged = torch.lerp(out.to(lse.dtype), other.to(lse.dtype), share).to(out.dtype)
     return merged, torch.where(empty, lse, torch.logaddexp(lse, biased.masked_fill(empty, 0.0)))
 
 
-def _check_call(call: BlockSparseCall) -> None:
+def check_call(call: BlockSparseCall) -> None:
     """Refuse wrong shapes, dtypes and devices, without waiting for the device."""
     _check_geometry(call.geometry)
     check_tensors(call)
@@ -258,7 +265,7 @@ _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
 def check_tensors(call: BlockSparseCall) -> None:
-    """The part of `_check_call` that a plan's own lists and geometry leave."""
+    """The part of `check_call` that a plan's own lists and geometry leave."""
     q, k, v, _, segments, geometry, _ = call
     if q.ndim != 4 or k.shape != v.shape or k.ndim != 4 or q.shape[:2] != k.shape[:2] or q.shape[3] != k.shape[3]:
         raise DitAccelError(

@@ -117,7 +117,7 @@ def consume_both(
     while number < queue.items:
         item = item_at(number, queue.heads, problem)
         walk = list_of(item, first, problem, BLOCK_K)
-        acc, row_lse = attend_part(walk, scale, problem, buffers, PART, D, BLOCK_K, STAGES)
+        acc, row_lse, _share = attend_part(walk, scale, problem, buffers, PART, D, BLOCK_K, STAGES)
         x = q.load(A)
         where = part_of(query_of(item, problem, TILE_Q), PART, TILE_Q)
         if (problem.given & 4) != 0:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dit_accel.kernels.block_sparse.geometry import BlockLists, Geometry
+from dit_accel.kernels.block_sparse.geometry import BlockLists, BlockSparseCall, Geometry
 from dit_accel.kernels.cuts import block_means
 from dit_accel.order import valid_tokens
 
@@ -32,6 +32,19 @@ class TailCall(NamedTuple):
     dropped: Tensor | None
     geometry: Geometry
     scale: float
+
+
+class TailedCall(NamedTuple):
+    """Attention of the visual queries with the tail, for implementations that compute both in one kernel.
+
+    exact: over listed blocks, conditioning and text; its queries are the visual tokens, in a grid of their own.
+    dropped: as of `TailCall`.
+    share: whether the tail's share of every row's weights is wanted.
+    """
+
+    exact: BlockSparseCall
+    dropped: Tensor | None
+    share: bool
 
 
 def forward(call: TailCall) -> tuple[Tensor, Tensor]:

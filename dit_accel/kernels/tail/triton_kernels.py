@@ -1,30 +1,38 @@
-"""The tail's kernels: pseudo-keys, the map of blocks outside the tail, and both directions over the pseudo-keys.
+"""The tail's kernels: pseudo-keys, the map of blocks outside the tail, attention with the tail, and its gradients.
 
 Pseudo-keys and their values lie in memory as [B, H, blocks, D]. The map is uint8 [B, H, query blocks, blocks], 1 where
-a block is not in the tail. A program's second number is its head, counted over all samples.
+a block is not in the tail. The backward kernels have the tail's part alone: with one softmax, the engine's have the
+listed keys' part. A program's second number is its head, counted over all samples.
 """
 
 from __future__ import annotations
-
-from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
 
 from dit_accel.kernels.block_sparse.triton_backward import row_lse, row_statistics
-from dit_accel.kernels.block_sparse.triton_forward import finalize, online_softmax_step
-from dit_accel.kernels.block_sparse.triton_tokens import LOG2E, load_rows, rows_of, store_rows, visual_slots
+from dit_accel.kernels.block_sparse.triton_forward import (
+    finalize,
+    online_softmax_step,
+    over_key_lists,
+    with_positive_scale,
+)
+from dit_accel.kernels.block_sparse.triton_tokens import (
+    LOG2E,
+    key_list,
+    load_rows,
+    locate,
+    own_block,
+    query_segments,
+    rows_of,
+    rows_of_head,
+    segments_of,
+    store_rows,
+    store_rows_of_head,
+    visual_slots,
+)
 from dit_accel.kernels.jit import kernel
-
-
-class PseudoKeys(NamedTuple):
-    """Mean keys and values of `blocks` key blocks, logarithms of their sizes, and the map of blocks outside."""
-
-    k: Any
-    v: Any
-    logs: Any
-    outside: Any
-    blocks: Any
+from dit_accel.kernels.records import Query
 
 
 @kernel
@@ -45,19 +53,19 @@ def pseudo_keys_kernel(
 
 @kernel
 def outside_kernel(outside, indices, counts, width, blocks, STEP: tl.constexpr):
-    """Mark the listed blocks of one query block in its row of the map."""
+    """Mark the listed visual blocks of one query block in its row of the map; the list may hold blocks behind them."""
     row = tl.program_id(0).to(tl.int64)
     count = tl.load(counts + row)
     for first in range(0, count, STEP):
         place = first + tl.arange(0, STEP)
-        block = tl.load(indices + row * width + place, mask=place < count, other=0)
-        tl.store(outside + row * blocks + block, tl.full([STEP], 1, tl.uint8), mask=place < count)
+        block = tl.load(indices + row * width + place, mask=place < count, other=blocks)
+        tl.store(outside + row * blocks + block, tl.full([STEP], 1, tl.uint8), mask=block < blocks)
 
 
 @triton.jit
-def pseudo_rows(x, blocks, D: tl.constexpr):
-    """Where this program's head of pseudo-keys or values begins."""
-    return x + tl.program_id(1).to(tl.int64) * blocks * D
+def pseudo_rows(x, i_bh, blocks, D: tl.constexpr):
+    """Where a head of pseudo-keys or values begins."""
+    return x + i_bh.to(tl.int64) * blocks * D
 
 
 @triton.jit
@@ -69,46 +77,79 @@ def biases(outside, pseudo, columns):
     )
 
 
-@kernel
-def tail_fwd_kernel(
-    out, q, exact, exact_lse, pseudo, lse, queries, scale, heads,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, ALIGN: tl.constexpr,
-    BLOCK_Q: tl.constexpr, TILE_Q: tl.constexpr, BLOCK_K: tl.constexpr, STEP: tl.constexpr,
+@triton.jit
+def over_pseudo_keys(
+    acc, m, l, b_q, pseudo, outside, i_bh, base_2, D: tl.constexpr, BLOCK_D: tl.constexpr, STEP: tl.constexpr  # noqa: E741
 ):  # fmt: skip
-    """Output [B, N, H, D] and LSE [B, H, N] of one query block; the online softmax starts from the exact part.
+    """The online softmax of a query block, continued over the tail: acc, m and l, and the listed keys' part of l.
 
-    Pseudo-keys are taken in steps of STEP <= BLOCK_K.
+    Args:
+        outside: this query block's row of the map.
+        base_2: the scale, above 0 and in base 2. A bias is divided by it, since both are scaled after the product.
     """
-    i_bh = tl.program_id(1).to(tl.int64)
-    rows, valid, _raster = visual_slots(tl.program_id(0), tl.arange(0, BLOCK_Q), queries, BLOCK_Q, TILE_Q)
-    outside = pseudo.outside + (i_bh * tl.num_programs(0) + tl.program_id(0)) * pseudo.blocks
     o_d = tl.arange(0, BLOCK_D)
-    p_k = pseudo_rows(pseudo.k, pseudo.blocks, D) + o_d[:, None]
-    p_v = pseudo_rows(pseudo.v, pseudo.blocks, D) + o_d[None, :]
-    b_q = load_rows(rows_of(q, heads, ALIGN), rows, valid, D, BLOCK_D)
-    b_e = load_rows(rows_of(exact, heads, ALIGN), rows, valid, D, BLOCK_D)
-    m = tl.load(exact_lse + i_bh * queries.tokens + rows, mask=valid, other=0.0) * LOG2E
-    l = tl.where(m == float("-inf"), 0.0, 1.0)  # noqa: E741
-    acc = b_e.to(tl.float32)
+    p_k = pseudo_rows(pseudo.k, i_bh, pseudo.blocks, D) + o_d[:, None]
+    p_v = pseudo_rows(pseudo.v, i_bh, pseudo.blocks, D) + o_d[None, :]
+    per_log = LOG2E / base_2
+    listed = l
     for first in range(0, pseudo.blocks, STEP):
         columns = first + tl.arange(0, STEP)
         inside = columns < pseudo.blocks
         b_k = tl.load(p_k + columns[None, :] * D, mask=inside[None, :] & (o_d < D)[:, None], other=0.0)
         b_v = tl.load(p_v + columns[:, None] * D, mask=inside[:, None] & (o_d < D)[None, :], other=0.0)
-        scores = tl.dot(b_q, b_k, input_precision="ieee") * scale + biases(outside, pseudo, columns)[None, :]
-        acc, m, l = online_softmax_step(acc, m, l, scores, LOG2E, b_v)  # noqa: E741
+        scores = tl.dot(b_q, b_k, input_precision="ieee") + (biases(outside, pseudo, columns) * per_log)[None, :]
+        before = m
+        acc, m, l = online_softmax_step(acc, m, l, scores, base_2, b_v)  # noqa: E741
+        listed *= tl.exp2(before - tl.where(m == float("-inf"), 0.0, m))
+    return acc, m, l, listed
+
+
+@kernel
+def tail_fwd_kernel(
+    out, q, k, v, lse, share, lists, samples, pseudo, keys, queries, scale, heads,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, ALIGN: tl.constexpr,
+    BLOCK_Q: tl.constexpr, TILE_Q: tl.constexpr, BLOCK_K: tl.constexpr, TILE_K: tl.constexpr,
+    STEP: tl.constexpr, HAS_SHARE: tl.constexpr,
+):  # fmt: skip
+    """Output [B, N, H, D] and LSE [B, H, N] of one block of visual queries, over its list and the tail.
+
+    Arguments as in `block_sparse_fwd_kernel`, and:
+
+    Args:
+        share: fp32 [B, H, N], written with HAS_SHARE: the share of the tail in a row's weights.
+        pseudo: `records.PseudoKeys`.
+    """
+    i_q, i_bh = own_block(queries.blocks, queries, BLOCK_Q)
+    segments = segments_of(i_bh // heads, samples)
+    starts = query_segments(segments, samples, queries.text)
+    rows, valid, _raster = locate(i_q, tl.arange(0, BLOCK_Q), starts, queries, BLOCK_Q, TILE_Q)
+    b_q, base_2 = with_positive_scale(load_rows(rows_of_head(q, i_bh, heads, ALIGN), rows, valid, D, BLOCK_D), scale)
+    acc, m, l = over_key_lists(  # noqa: E741
+        Query(b_q, None, None, None),
+        rows_of_head(k, i_bh, heads, ALIGN), rows_of_head(v, i_bh, heads, ALIGN), base_2,
+        key_list(i_bh * lists.per_head * queries.blocks + i_q, lists), lists.words, segments, keys,
+        D, BLOCK_D, BLOCK_Q, BLOCK_K, TILE_K, STEP, False, False,
+    )  # fmt: skip
+    outside = pseudo.outside + (i_bh.to(tl.int64) * queries.blocks + i_q) * pseudo.blocks
+    acc, m, l, listed = over_pseudo_keys(acc, m, l, b_q, pseudo, outside, i_bh, base_2, D, BLOCK_D, STEP)  # noqa: E741
     acc, b_lse = finalize(acc, m, l)
-    store_rows(out, rows, valid, acc, heads, queries.tokens, D, BLOCK_D)
-    tl.store(lse + i_bh * queries.tokens + rows, b_lse, mask=valid)
+    # Recomputed from the grid to shorten the live range of `rows`; otherwise they spill.
+    i_q, i_bh = own_block(tl.num_programs(0), queries, BLOCK_Q)
+    rows, valid, _raster = locate(i_q, tl.arange(0, BLOCK_Q), starts, queries, BLOCK_Q, TILE_Q)
+    store_rows_of_head(out, rows, valid, acc, i_bh, heads, queries.tokens, D, BLOCK_D)
+    place = i_bh.to(tl.int64) * queries.tokens + rows
+    tl.store(lse + place, b_lse, mask=valid)
+    if HAS_SHARE:
+        tl.store(share + place, 1.0 - tl.where(l == 0.0, 1.0, listed / tl.where(l == 0.0, 1.0, l)), mask=valid)
 
 
 @kernel
 def tail_bwd_kernel_dq(
-    dq, q, grad_out, out, exact, grad_lse, lse, exact_lse, pseudo, dexact, dexact_lse, delta, queries, scale, heads,
+    dq, q, grad_out, out, grad_lse, lse, pseudo, delta, queries, scale, heads,
     D: tl.constexpr, BLOCK_D: tl.constexpr, ALIGN: tl.constexpr,
     BLOCK_Q: tl.constexpr, TILE_Q: tl.constexpr, BLOCK_K: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
-    """dq and d(exact) [B, N, H, D], d(exact_lse) and delta [B, H, N] of one query block."""
+    """The tail's part of dq [B, N, H, D] and delta [B, H, N] of one query block."""
     i_bh = tl.program_id(1).to(tl.int64)
     rows, valid, _raster = visual_slots(tl.program_id(0), tl.arange(0, BLOCK_Q), queries, BLOCK_Q, TILE_Q)
     place = i_bh * queries.tokens + rows
@@ -117,17 +158,12 @@ def tail_bwd_kernel_dq(
     b_o = load_rows(rows_of(out, heads, ALIGN), rows, valid, D, BLOCK_D)
     b_delta = tl.sum(b_g.to(tl.float32) * b_o.to(tl.float32), 1)
     b_delta -= tl.load(grad_lse + place, mask=valid, other=0.0)
-    share = tl.exp2((tl.load(exact_lse + place, mask=valid, other=float("-inf")) - b_lse) * LOG2E)
-    b_e = load_rows(rows_of(exact, heads, ALIGN), rows, valid, D, BLOCK_D)
-    of_lse = share * (tl.sum(b_g.to(tl.float32) * b_e.to(tl.float32), 1) - b_delta)
     tl.store(delta + place, b_delta, mask=valid)
-    tl.store(dexact_lse + place, of_lse, mask=valid)
-    store_rows(dexact, rows, valid, b_g.to(tl.float32) * share[:, None], heads, queries.tokens, D, BLOCK_D)
 
     outside = pseudo.outside + (i_bh * tl.num_programs(0) + tl.program_id(0)) * pseudo.blocks
     o_d = tl.arange(0, BLOCK_D)
-    p_k = pseudo_rows(pseudo.k, pseudo.blocks, D) + o_d[None, :]
-    p_v = pseudo_rows(pseudo.v, pseudo.blocks, D) + o_d[:, None]
+    p_k = pseudo_rows(pseudo.k, i_bh, pseudo.blocks, D) + o_d[None, :]
+    p_v = pseudo_rows(pseudo.v, i_bh, pseudo.blocks, D) + o_d[:, None]
     b_q = load_rows(rows_of(q, heads, ALIGN), rows, valid, D, BLOCK_D)
     acc = tl.zeros([BLOCK_Q, BLOCK_D], dtype=tl.float32)
     for first in range(0, pseudo.blocks, STEP):
@@ -155,8 +191,8 @@ def tail_bwd_kernel_dkdv(
     o_d = tl.arange(0, BLOCK_D)
     place = columns[:, None] * D + o_d[None, :]
     there = (columns < pseudo.blocks)[:, None] & (o_d < D)[None, :]
-    b_k = tl.load(pseudo_rows(pseudo.k, pseudo.blocks, D) + place, mask=there, other=0.0)
-    b_v = tl.load(pseudo_rows(pseudo.v, pseudo.blocks, D) + place, mask=there, other=0.0)
+    b_k = tl.load(pseudo_rows(pseudo.k, i_bh, pseudo.blocks, D) + place, mask=there, other=0.0)
+    b_v = tl.load(pseudo_rows(pseudo.v, i_bh, pseudo.blocks, D) + place, mask=there, other=0.0)
     p_q = rows_of(q, heads, ALIGN)
     p_g = rows_of(grad_out, heads, ALIGN)
     acc_k = tl.zeros([BLOCK_K, BLOCK_D], dtype=tl.float32)
@@ -174,5 +210,5 @@ def tail_bwd_kernel_dkdv(
         acc_v = tl.dot(weights.to(b_g.dtype), b_g, acc_v, input_precision="ieee")
         ds = weights * (tl.dot(b_v, tl.trans(b_g), input_precision="ieee") - b_delta[None, :])
         acc_k = tl.dot(ds.to(b_q.dtype), b_q, acc_k, input_precision="ieee")
-    tl.store(pseudo_rows(dk, pseudo.blocks, D) + place, acc_k * scale, mask=there)
-    tl.store(pseudo_rows(dv, pseudo.blocks, D) + place, acc_v, mask=there)
+    tl.store(pseudo_rows(dk, i_bh, pseudo.blocks, D) + place, acc_k * scale, mask=there)
+    tl.store(pseudo_rows(dv, i_bh, pseudo.blocks, D) + place, acc_v, mask=there)

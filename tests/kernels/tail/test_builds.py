@@ -5,34 +5,44 @@ import torch
 
 pytest.importorskip("triton")
 
-from dit_accel.kernels.block_sparse.geometry import BlockLists, Geometry
+from dit_accel.kernels.block_sparse import triton as engine
+from dit_accel.kernels.block_sparse.api import visual_call
+from dit_accel.kernels.block_sparse.geometry import BlockLists, BlockSparseCall
 from dit_accel.kernels.block_sparse.triton_configs import fitting
 from dit_accel.kernels.tail import triton
-from dit_accel.kernels.tail.reference import TailCall
+from dit_accel.kernels.tail.reference import TailedCall
 from dit_accel.order import TokenOrder
 from dit_accel.tokens import TokenGrid
 from tools.kernels import tail as declared
 from tools.kernels.ahead_of_time import ARCHS
-from tools.kernels.block_sparse import HEAD_DIMS, TILES
+from tools.kernels.block_sparse import BLOCKS, HEAD_DIMS, TILES
 
 
 @pytest.fixture
 def launched(monkeypatch):
     """Every launch of a forward and a backward pass: kernel, constants. Nothing runs."""
     found = []
+
+    def note(kernel, _, __, constants, *rest):
+        if kernel in triton.JIT or kernel.__name__ in ("outside_kernel", "pseudo_keys_kernel"):
+            found.append((kernel, constants))
+
     for module, name in ((triton.tuning, "launch"), (triton, "run")):
-        monkeypatch.setattr(module, name, lambda kernel, _, __, constants, *rest: found.append((kernel, constants)))
+        monkeypatch.setattr(module, name, note)
+    monkeypatch.setattr(engine, "place_lists", lambda indices, counts, order: (indices, counts))
     grid = TokenGrid(4, 8, 16)
-    for block in TILES:
+    for block_q, block_k in BLOCKS:
         for dim in HEAD_DIMS:
-            orders = TokenOrder(grid, block, TILES[block]), TokenOrder(grid, 64, TILES[64])
+            orders = TokenOrder(grid, block_q, TILES[block_q]), TokenOrder(grid, block_k, TILES[block_k])
             q = torch.zeros(1, 1, grid.tokens, dim, dtype=torch.float16)
             lse = torch.zeros(q.shape[:3])
             rows = 1, 1, orders[0].blocks
             lists = BlockLists(torch.zeros(*rows, 3, dtype=torch.int32), torch.ones(rows, dtype=torch.int32))
-            call = TailCall(q, q, q, q, lse, lists, None, Geometry.of(*orders), 0.1)
-            triton.forward(call)
-            triton.backward(q, lse, q, lse, call)
+            queries, lists, geometry, segments = visual_call(q, lists, *orders, None)
+            exact = BlockSparseCall(queries, q, q, lists, segments, geometry, 0.1)
+            for share in (False, True):
+                triton.forward(TailedCall(exact, None, share), {})
+            triton.add_gradients((q.clone(), q.clone(), q.clone()), q, lse, q, lse, TailedCall(exact, None, False), {})
     return found
 
 

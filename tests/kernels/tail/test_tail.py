@@ -10,7 +10,7 @@ from dit_accel.errors import DitAccelError
 from dit_accel.kernels.block_sparse.api import attend_visual
 from dit_accel.kernels.block_sparse.geometry import BlockLists
 from dit_accel.kernels.tail import api
-from dit_accel.kernels.tail.api import with_tail
+from dit_accel.kernels.tail.api import attend_with_tail, with_first_order, with_tail
 from dit_accel.tokens import TokenGrid
 
 TILES = {"tile_q": (1, 4, 4), "tile_k": (2, 2, 4)}
@@ -55,7 +55,7 @@ def test_gradcheck(impl):
     exact, lse = attend_visual(*tensors, lists, *case.orders, lse=True)
 
     def call(q, k, v, exact, lse):
-        settings = {"dropped": dropped, "first_order": True, "impl": impl}
+        settings = {"dropped": dropped, "impl": impl}
         return with_tail(q, k, v, exact, lse, lists, *case.orders, **settings)
 
     leaves = [x.clone().requires_grad_() for x in (*tensors, exact, lse)]
@@ -141,8 +141,8 @@ def test_compiles_in_one_graph():
 
     def attend(q, k, v, indices, counts):
         lists = BlockLists(indices, counts)
-        exact, lse = attend_visual(q, k, v, lists, *case.orders, lse=True)
-        return with_tail(q, k, v, exact, lse, lists, *case.orders, first_order=True)[0]
+        out, _, share = attend_with_tail(q, k, v, lists, *case.orders, share=True)
+        return with_first_order(out, share, q, k, v, case.orders[1], None)
 
     compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
     want, got = (function(*leaves, lists.indices, lists.counts) for function in (attend, compiled))

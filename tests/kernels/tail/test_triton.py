@@ -13,8 +13,10 @@ from tail_calls import INTERPRETED, TEXT, Case, check, check_error_calls, lists_
 
 import dit_accel
 from dit_accel.kernels import impls
-from dit_accel.kernels.block_sparse.api import attend_visual
-from dit_accel.kernels.tail.api import with_tail
+from dit_accel.kernels.block_sparse.api import attend_visual, visual_call
+from dit_accel.kernels.block_sparse.geometry import BlockLists
+from dit_accel.kernels.tail.api import attend_with_tail, with_first_order, with_tail
+from dit_accel.kernels.tail.ops import attention_with_tail, attention_with_tail_backward
 from dit_accel.tokens import TokenGrid
 
 if importlib.util.find_spec("triton") is not None:
@@ -66,8 +68,7 @@ def test_runs_are_bit_equal():
     lists, first = lists_of(listed.to(case.device)), None
     for _ in range(3 if INTERPRETED else 10):
         leaves = [x.to(case.device).requires_grad_() for x in tensors]
-        exact, lse = attend_visual(*leaves, lists, *case.orders, lse=True, impl="triton")
-        results = with_tail(*leaves, exact, lse, lists, *case.orders, impl="triton")
+        results = attend_with_tail(*leaves, lists, *case.orders, impl="triton")[:2]
         grads = torch.autograd.grad(results, leaves, [upstream.to(case.device), grad_lse.to(case.device)])
         found = [*results, *grads]
         first = first or found
@@ -100,4 +101,74 @@ def test_blocks_too_large_for_the_kernels_run_in_parts(order, monkeypatch):
     exact = dit_accel.attention(q.double().cpu(), k.double().cpu(), v.double().cpu(), plan, impl="portable")
     plain = dit_accel.attention(q.cpu(), k.cpu(), v.cpu(), plan, impl="portable")
     assert_accurate("out", got.cpu(), plain, exact)
-    assert shapes == [(16, 16), (16, 32), (16, 16)]  # visual queries, the tail over whole blocks, text
+    assert shapes == [(16, 32), (16, 16), (16, 16)]  # the tail over whole blocks, visual queries, text
+
+
+def leaves_of(case):
+    """q, k and v on the case's device with gradients, lists, dropped blocks, and the upstream gradient."""
+    tensors, (upstream, _), listed, dropped = setup(case)
+    leaves = [x.to(case.device).requires_grad_() for x in tensors]
+    lists = lists_of(listed).to(torch.device(case.device))
+    return leaves, lists, None if dropped is None else dropped.to(case.device), upstream.to(case.device)
+
+
+def test_beside_attention_that_does_not_take_it():
+    """With the exact part of any implementation: output, LSE and all gradients as those of `portable`."""
+    case = Case(SMALL, dim=16, dropped=0.3, impl="triton", **ONE)
+    found = []
+    for impl in ("triton", "portable"):
+        leaves, lists, dropped, upstream = leaves_of(case)
+        exact, exact_lse = attend_visual(*leaves, lists, *case.orders, lse=True, impl="portable")
+        out, lse = with_tail(*leaves, exact, exact_lse, lists, *case.orders, dropped=dropped, impl=impl)
+        gradients = torch.autograd.grad((out * upstream).sum() + lse.sin().sum(), [*leaves, exact, exact_lse])
+        found.append((out, lse, *gradients))
+    for mine, other in zip(*found, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-5)
+
+
+def test_text_that_is_weighed_is_merged_behind_the_tail():
+    case = Case(TokenGrid(2, 3, 7, **TEXT), dim=16, impl="triton", heads=1)
+    found = []
+    for impl in ("triton", "portable"):
+        leaves, lists, _, upstream = leaves_of(case)
+        generator = torch.Generator().manual_seed(2)
+        text = {
+            "text_lens": torch.tensor([11, 3], device=case.device),
+            "text_bias": torch.randn(2, case.grid.tokens, generator=generator).to(case.device),
+        }
+        out, lse, share = attend_with_tail(*leaves, lists, *case.orders, share=True, impl=impl, **text)
+        total = (with_first_order(out, share, *leaves, case.orders[1], None) * upstream).sum() + lse.sin().sum()
+        found.append((out, lse, share, *torch.autograd.grad(total, leaves)))
+    for mine, other in zip(*found, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("share", [False, True])
+def test_opcheck(share):
+    case = Case(TokenGrid(1, 3, 7, text=5), dim=16, dropped=0.3, impl="triton", **ONE)
+    (q, k, v), lists, dropped, upstream = leaves_of(case)
+    queries, lists, geometry, segments = visual_call(q, lists, *case.orders, torch.tensor([3], device=case.device))
+    tensors = [queries.detach().requires_grad_(), k, v, lists.indices, lists.counts, dropped, segments.text_len]
+    torch.library.opcheck(attention_with_tail, (*tensors, geometry.pack(), 0.3, share, "triton"))
+    results = [x.detach() for x in attention_with_tail(*tensors, geometry.pack(), 0.3, share, "triton")]
+    saved = [None if x is None else x.detach() for x in tensors]
+    gradients = torch.randn_like(results[1]), torch.randn_like(results[2]) if share else None
+    torch.library.opcheck(
+        attention_with_tail_backward, (upstream, *gradients, *results, saved, geometry.pack(), 0.3, share, "triton")
+    )
+
+
+def test_compiles_in_one_graph():
+    case = Case(TokenGrid(1, 3, 7, text=5), dim=16, impl="triton", **ONE)
+    leaves, lists, _, _ = leaves_of(case)
+
+    def attend(q, k, v, indices, counts):
+        lists = BlockLists(indices, counts)
+        out, _, share = attend_with_tail(q, k, v, lists, *case.orders, share=True, impl="triton")
+        return with_first_order(out, share, q, k, v, case.orders[1], None)
+
+    compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
+    want, got = (function(*leaves, lists.indices, lists.counts) for function in (attend, compiled))
+    torch.testing.assert_close(got, want)
+    for mine, other in zip(*(torch.autograd.grad(out.sin().sum(), leaves) for out in (got, want)), strict=True):
+        torch.testing.assert_close(mine, other)

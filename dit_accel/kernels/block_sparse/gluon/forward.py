@@ -106,14 +106,23 @@ def words_of(
 
 
 @gluon.jit
+def is_masked(i, walk, BLOCK_K: gl.constexpr, TAIL: gl.constexpr):
+    """Whether a block of a step is masked. Steps of pseudo-keys have biases instead."""
+    masked_step = (i + 1) * (KEYS // BLOCK_K) > walk.listed.pure
+    if TAIL:
+        masked_step &= i < end_of(walk, BLOCK_K)
+    return masked_step
+
+
+@gluon.jit
 def both_words(
     i, walk, problem, buffers,
-    PART: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr, LAYOUT: gl.constexpr,
+    PART: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr, LAYOUT: gl.constexpr, TAIL: gl.constexpr,
 ):  # fmt: skip
     """The words of both halves of a step, all ones if no block of it is masked."""
     low = gl.full([ROWS], -1, gl.int64, gl.SliceLayout(1, LAYOUT))
     high = low
-    if (i + 1) * (KEYS // BLOCK_K) > walk.listed.pure:
+    if is_masked(i, walk, BLOCK_K, TAIL):
         low = words_of(i, walk, problem, buffers, PART, 0, BLOCK_K, STAGES, LAYOUT)
         high = words_of(i, walk, problem, buffers, PART, 1, BLOCK_K, STAGES, LAYOUT)
     return low, high
@@ -128,6 +137,18 @@ def masked(scores, low, high, LAYOUT: gl.constexpr):
     # the shift depends on the thread alone, the bit tested on the register alone
     seen = ((half >> (slots % 8)) & (1 << (slots % 32 // 8 * 8))) != 0
     return gl.where(seen, scores, float("-inf"))
+
+
+@gluon.jit
+def biased(
+    scores, i, walk, buffers,
+    BLOCK_K: gl.constexpr, STAGES: gl.constexpr, LAYOUT: gl.constexpr, TAIL: gl.constexpr,
+):  # fmt: skip
+    """Scores [ROWS, KEYS]; in a step of pseudo-keys with their biases, which go with the keys' buffer."""
+    if TAIL:
+        if i >= end_of(walk, BLOCK_K):
+            scores += buffers.biases.index(i % STAGES).load(gl.SliceLayout(0, LAYOUT))[None, :]
+    return scores
 
 
 @gluon.jit
@@ -170,8 +191,12 @@ def release_keys(i, end, buffers, STAGES: gl.constexpr, KEEP: gl.constexpr):
 def attend_part(
     walk, scale, problem, buffers,
     PART: gl.constexpr, D: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr, KEEP: gl.constexpr = False,
+    TAIL: gl.constexpr = False, SHARE: gl.constexpr = False, pooled=0,
 ):  # fmt: skip
     """A consumer's 64 query rows over the whole list: output [ROWS, D] and LSE [ROWS], 0 and -inf without keys.
+
+    The TAIL has `pooled` further steps of KEYS pseudo-keys. The third result, with SHARE, is its share of a row's
+    weights, fp32 [ROWS].
 
     A step's scores are multiplied while the step before is still being summed. To KEEP the last keys' buffer
     for the caller, their release is that of the queries.
@@ -179,25 +204,29 @@ def attend_part(
     S: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, KEYS, 16])
     A: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, D, 16])
     P: gl.constexpr = gl.DotOperandLayout(0, A, 2)
-    PER_STEP: gl.constexpr = KEYS // BLOCK_K
     first = walk.first
     end = end_of(walk, BLOCK_K)
+    if TAIL:
+        end += pooled
     q = buffers.q.index(PART)
     acc = gl.zeros([ROWS, D], gl.float32, A)
     zero = gl.zeros([ROWS, KEYS], gl.float32, S)
     m = gl.full([ROWS], float("-inf"), gl.float32, gl.SliceLayout(1, S))
     l = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, S))  # noqa: E741
+    listed = l  # the part of l that listed keys have
     if end > first:
         mbarrier.wait(buffers.k_full.index(first % STAGES), first // STAGES & 1)
         keys = buffers.k.index(first % STAGES)
         scores = warpgroup_mma(q, keys.permute((1, 0)), zero, use_acc=False, is_async=True)
-        low, high = both_words(first, walk, problem, buffers, PART, BLOCK_K, STAGES, S)
+        low, high = both_words(first, walk, problem, buffers, PART, BLOCK_K, STAGES, S, TAIL)
         free_output(first, buffers, STAGES)
-        scores = warpgroup_mma_wait(0, deps=(scores,))
+        scores = biased(warpgroup_mma_wait(0, deps=(scores,)), first, walk, buffers, BLOCK_K, STAGES, S, TAIL)
         release_keys(first, end, buffers, STAGES, KEEP)
-        if (first + 1) * PER_STEP > walk.listed.pure:
+        if is_masked(first, walk, BLOCK_K, TAIL):
             scores = masked(scores, low, high, S)
         p, m, l, rescale = softmax_weights(scores, m, l, scale)  # noqa: E741
+        if SHARE:
+            listed = gl.where(first < end_of(walk, BLOCK_K), l, listed)
         operand = gl.convert_layout(p.to(q.dtype), P)
         mbarrier.wait(buffers.k_full.index((first + 1) % STAGES), (first + 1) // STAGES & 1, pred=first + 1 < end)
         for i in range(first + 1, end):
@@ -205,14 +234,16 @@ def attend_part(
             before = (i - 1) % STAGES
             after = (i + 1) % STAGES
             scores = warpgroup_mma(q, buffers.k.index(stage).permute((1, 0)), zero, use_acc=False, is_async=True)
-            low, high = both_words(i, walk, problem, buffers, PART, BLOCK_K, STAGES, S)  # they come meanwhile
+            low, high = both_words(i, walk, problem, buffers, PART, BLOCK_K, STAGES, S, TAIL)  # they come meanwhile
             mbarrier.wait(buffers.v_full.index(before), (i - 1) // STAGES & 1)
             summed = warpgroup_mma(operand, buffers.v.index(before), acc, is_async=True)
-            scores = warpgroup_mma_wait(1, deps=(scores,))
+            scores = biased(warpgroup_mma_wait(1, deps=(scores,)), i, walk, buffers, BLOCK_K, STAGES, S, TAIL)
             release_keys(i, end, buffers, STAGES, KEEP)
-            if (i + 1) * PER_STEP > walk.listed.pure:
+            if is_masked(i, walk, BLOCK_K, TAIL):
                 scores = masked(scores, low, high, S)
             p, m, l, rescale = softmax_weights(scores, m, l, scale)  # noqa: E741
+            if SHARE:
+                listed = gl.where(i < end_of(walk, BLOCK_K), l, listed * rescale)
             # The branch in this wait keeps the assembler from moving the weights behind the wait for the sum
             mbarrier.wait(buffers.k_full.index(after), (i + 1) // STAGES & 1, pred=i + 1 < end)
             acc, p, l = warpgroup_mma_wait(0, deps=(summed, p, l))  # noqa: E741
@@ -233,7 +264,7 @@ def attend_part(
     empty = l == 0.0
     safe = gl.where(empty, 1.0, l)
     acc = acc / gl.convert_layout(safe, gl.SliceLayout(1, A))[:, None]
-    return acc, gl.where(empty, float("-inf"), (m + gl.log2(safe)) / LOG2E)
+    return acc, gl.where(empty, float("-inf"), (m + gl.log2(safe)) / LOG2E), 1.0 - gl.where(empty, 1.0, listed / safe)
 
 
 @gluon.jit
@@ -250,7 +281,7 @@ def consume(
     while number < queue.items:
         item = item_at(number, queue.heads, problem)
         walk = list_of(item, first, problem, BLOCK_K)
-        acc, row_lse = attend_part(walk, scale, problem, buffers, PART, D, BLOCK_K, STAGES, True)
+        acc, row_lse, _share = attend_part(walk, scale, problem, buffers, PART, D, BLOCK_K, STAGES, True)
         where = part_of(query_of(item, problem, TILE_Q), PART, TILE_Q)
         rows, valid = rows_of_part(where, problem.queries, HALF, S)
         head_lse = lse + over_samples(item.sample, item.head, problem).to(gl.int64) * tokens

@@ -21,13 +21,15 @@ from dit_accel.kernels.block_sparse.gluon.copies import KEYS, ROWS, put
 class Buffers(NamedTuple):
     """Shared memory: tiles, and for each a barrier that says it is full and one that says it is free.
 
-    `words` go with the keys: of each half of a step, which slots of a block hold a token; see `put_words`.
+    `words` go with the keys: of each half of a step, which slots of a block hold a token; see `put_words`. So do
+    `biases` with pseudo-keys, one for each; `words` without a tail.
     """
 
     q: Any
     k: Any
     v: Any
     words: Any
+    biases: Any
     numbers: Any
     q_full: Any
     q_empty: Any
@@ -51,15 +53,23 @@ class Queue(NamedTuple):
 
 
 @gluon.jit
-def allocated(DTYPE: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, TENSORS: gl.constexpr = 1):
+def allocated(
+    DTYPE: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, TENSORS: gl.constexpr = 1, TAIL: gl.constexpr = False
+):  # fmt: skip
     """The buffers of a program, their barriers ready; TENSORS of queries, each of both consumers."""
     SHARED: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+    LINE: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    words = gl.allocate_shared_memory(gl.int64, [2 * STAGES, 1], LINE)
+    biases = words
+    if TAIL:
+        biases = gl.allocate_shared_memory(gl.float32, [STAGES, KEYS], LINE)
     buffers = Buffers(
         gl.allocate_shared_memory(DTYPE, [2 * TENSORS, ROWS, D], SHARED),
         gl.allocate_shared_memory(DTYPE, [STAGES, KEYS, D], SHARED),
         gl.allocate_shared_memory(DTYPE, [STAGES, KEYS, D], SHARED),
-        gl.allocate_shared_memory(gl.int64, [2 * STAGES, 1], gl.SwizzledSharedLayout(1, 1, 1, [0])),
-        gl.allocate_shared_memory(gl.int32, [2, 1], gl.SwizzledSharedLayout(1, 1, 1, [0])),
+        words,
+        biases,
+        gl.allocate_shared_memory(gl.int32, [2, 1], LINE),
         gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout()),
         gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout()),
         gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout()),

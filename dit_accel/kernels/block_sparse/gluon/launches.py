@@ -43,7 +43,7 @@ def forward(call: BlockSparseCall) -> tuple[torch.Tensor, torch.Tensor]:
 
     A tensor that the copy engine cannot address is copied, and so is q if the scale is not above 0.
     """
-    q, k, v, _, _, geometry, scale = call
+    q, k, v, *_ = call
     key = plan_key(call)
     past = _PLAN_LAUNCHES.get(key)
     if past is not None:
@@ -61,23 +61,15 @@ def forward(call: BlockSparseCall) -> tuple[torch.Tensor, torch.Tensor]:
     read = q, k, v
     launches = GluonLaunches(call)
     ordered, (out, lse) = launches.ordered(), launches.empty_outputs(q)
-    if scale <= 0:
-        q, scale = q * math.copysign(1.0, scale) if scale else torch.zeros_like(q), -scale or 1.0
-    tile_q, tile_k = launches.tiles
-    sides = (
-        (q, geometry.query_grid, half_of(tile_q), ROWS),
-        *((x, geometry.grid, tile_k, geometry.block_k) for x in (k, v)),
-    )
-    descriptors, distances = zip(*(describe(*side) for side in sides), strict=True)
-    (written, _) = describe(out.transpose(1, 2), geometry.query_grid, half_of(tile_q), ROWS)
-    pairs, problem = (*descriptors, written), launches.problem(launches.with_words(ordered))
+    q, scale = with_positive_scale(q, call.scale)
+    (pairs, distances), problem = launches.described(q, k, v, out), launches.problem(launches.with_words(ordered))
     programs, queue = launches.in_turn(launches.query_blocks)
     tensors = lse, *(descriptor for pair in pairs for descriptor in pair), problem, queue
     launched = tuning.launch(
         block_sparse_gluon_fwd_kernel, programs,
         (*tensors, distances, scale * LOG2E, launches.query_tokens), launches.constants(), (LAUNCH,), (),
     )  # fmt: skip
-    in_place = all(x.data_ptr() == pair[0].base.data_ptr() for x, pair in zip(read, descriptors, strict=True))
+    in_place = all(x.data_ptr() == pair[0].base.data_ptr() for x, pair in zip(read, pairs, strict=False))
     if launched is not None and in_place:
         known = [[_like(descriptor, None) for descriptor in pair] for pair in pairs]
         others = (
@@ -148,6 +140,17 @@ class GluonLaunches(BlockSparseLaunches):
     def constants(self) -> dict[str, Any]:
         return constants(self.head_dim, self.key_order.block, *self.tiles)
 
+    def described(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor
+    ) -> tuple[tuple[tuple[TensorDescriptor, TensorDescriptor], ...], tuple[Distances, ...]]:
+        """Both descriptors of q, k, v and the output [B, N, H, D], and distances of what is read."""
+        geometry, (tile_q, tile_k) = self.geometry, self.tiles
+        of_queries = geometry.query_grid, half_of(tile_q), ROWS
+        of_keys = geometry.grid, tile_k, geometry.block_k
+        read = describe(q, *of_queries), describe(k, *of_keys), describe(v, *of_keys)
+        written, _ = describe(out.transpose(1, 2), *of_queries)
+        return (*(pair for pair, _ in read), written), tuple(distances for _, distances in read)
+
     def programs(self, blocks: int) -> tuple[int, int, int]:
         return blocks, self.heads_of_sample, self.batch
 
@@ -171,6 +174,13 @@ def queue_of(blocks: int, heads: int, device: torch.device) -> tuple[tuple[int],
 def counter_on(device: torch.device) -> torch.Tensor:
     """int32 [1], 0: of a launch alone, since launches of two streams may run at once."""
     return torch.zeros(1, dtype=torch.int32, device=device)
+
+
+def with_positive_scale(q: torch.Tensor, scale: float) -> tuple[torch.Tensor, float]:
+    """Queries and a scale above 0 that give the same logits; q itself if the scale is above 0."""
+    if scale > 0:
+        return q, scale
+    return q * math.copysign(1.0, scale) if scale else torch.zeros_like(q), -scale or 1.0
 
 
 def _like(known: TensorDescriptor, base: torch.Tensor | None) -> TensorDescriptor:
